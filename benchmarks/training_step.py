@@ -1,0 +1,125 @@
+"""What gating costs in training: step times of gated and ungated nets, the batch-shaping term, the import.
+
+    python benchmarks/training_step.py [--batch=128] [--model=resnet20] [--repeats=15]
+
+Prints medians over interleaved repeats in one process, and ratios; uses all cores as virtual devices on CPU.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={len(os.sched_getaffinity(0))}")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import cifar10_resnet20
+from gating_jax.data import sources
+from gating_jax.experiments import classification
+from gating_jax.ops.priors import beta
+from gating_jax.training import devices, steps
+from gating_jax.training.objectives import batch_shaping_term
+from gating_jax.types import GateRecord
+
+IMAGES = 4096
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--batch", type=int, default=128)
+  parser.add_argument("--model", default="resnet20")
+  parser.add_argument("--repeats", type=int, default=15)
+  args = parser.parse_args()
+
+  rng = np.random.default_rng(0)
+  images = sources.Images(
+      rng.integers(0, 256, (IMAGES, 32, 32, 3), dtype=np.uint8),
+      rng.integers(0, 10, IMAGES).astype(np.int32),
+      tuple(map(str, range(10))))
+  contenders = {
+      "ungated step": training(args, images, "none"),
+      "gated step": training(args, images, "channel"),
+      "batch-shaping term": shaping_term(args),
+  }
+  times = race(contenders, args.repeats)
+  ungated, gated, term = (statistics.median(times[name]) for name in contenders)
+  print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}, {args.model}, "
+        f"batch {args.batch}, medians of {args.repeats} interleaved repeats")
+  for name, values in times.items():
+    print(f"{name:<22}{1e3 * statistics.median(values):10.1f} ms   (fastest {1e3 * min(values):.1f})")
+  print(f"{'gated / ungated':<22}{gated / ungated:10.3f}      (limit 1.15)")
+  print(f"{'term / gated step':<22}{term / gated:10.3f}      (limit 0.03)")
+  ours, base = imports("import gating_jax", "import jax, flax.linen")
+  print(f"{'import / jax, flax':<22}{ours / base:10.3f}      (limit 1.5; {ours:.2f} s, {base:.2f} s)")
+
+
+def training(args, images, gating):
+  """A function that takes one training step."""
+  config = cifar10_resnet20.get_config(f"batch={args.batch},gating={gating},epochs=1000")
+  config.model.name = args.model
+  load, sources.load = sources.load, lambda *_: images
+  experiment = classification.build(config)
+  sources.load = load
+  state = devices.replicate(
+      steps.init_state(experiment.model, experiment.optimiser, config.seed, images.shape))
+  advance, step = classification.make_advance(experiment, 0), 0
+
+  def run():
+    nonlocal state, step
+    state, metrics = advance(state, step)
+    step += 1
+    return state, metrics
+
+  return run
+
+
+def shaping_term(args):
+  """A function that computes the term and its gradient for all of the net's gates, gathered as in training."""
+  units = [r.gates.shape[-1] for r in jax.eval_shape(
+      lambda x: classification.resnet(args.model, classes=10, gating="channel").init_with_output(
+          jax.random.key(0), x)[0][1], jnp.zeros((1, 32, 32, 3)))]
+  rng = np.random.default_rng(0)
+  logits = [rng.normal(1, 2, (args.batch, n)).astype(np.float32) for n in units]
+  prior = beta(0.6, 0.4)
+
+  def term(logits):
+    records = tuple(GateRecord(z, z, z) for z in logits)
+    return batch_shaping_term(records, prior, axis_name=devices.AXIS)
+
+  mapped = devices.map_over_devices(jax.grad(term), args=(devices.BATCH,), results=devices.BATCH)
+  return lambda: mapped(logits)
+
+
+def race(contenders, repeats):
+  """Seconds of each contender's calls, taken in turns after a warm-up."""
+  for run in contenders.values():
+    jax.block_until_ready(run())
+  times = {name: [] for name in contenders}
+  for _ in range(repeats):
+    for name, run in contenders.items():
+      start = time.perf_counter()
+      jax.block_until_ready(run())
+      times[name].append(time.perf_counter() - start)
+  return times
+
+
+def imports(*statements, repeats=7):
+  """Median seconds of each statement in a fresh interpreter, taken in turns."""
+  times = {statement: [] for statement in statements}
+  for _ in range(repeats):
+    for statement in statements:
+      start = time.perf_counter()
+      subprocess.run([sys.executable, "-c", statement], check=True, cwd=Path(__file__).parent.parent)
+      times[statement].append(time.perf_counter() - start)
+  return [statistics.median(values) for values in times.values()]
+
+
+if __name__ == "__main__":
+  main()

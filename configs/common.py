@@ -1,0 +1,90 @@
+"""Fields of an image-classification config, with the recipe's defaults. The only home of a default."""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def image_config() -> ml_collections.ConfigDict:
+  """Every field; fractions are of the whole training."""
+  return ml_collections.ConfigDict({
+      "experiment": "classification",
+      "seed": 0,
+      "data": {
+          "name": "digits",  # or any TFDS image-classification set
+          "data_dir": config_dict.placeholder(str),  # None: ~/tensorflow_datasets
+          "train_split": "train",
+          "test_split": "test",
+          "loader": "resident",  # resident: whole set on the device; streaming: what does not fit
+          "image_size": 0,  # streaming: images are resized to this; 0: they are of one size already
+          "crop_area": config_dict.placeholder(float),  # streaming: least share of a random crop; None: no crop
+          "workers": 0,  # streaming: processes that decode; 0: threads of this one
+          "mean": (0.5,),
+          "std": (0.5,),
+          "pad": 0,  # random crop: largest shift in pixels
+          "flip": False,
+      },
+      "model": {
+          "name": "resnet20",
+          "width": 1.0,
+          "shortcut": config_dict.placeholder(str),  # None: the named network's own; A or B
+          "dtype": "float32",  # or bfloat16
+          "gating": "channel",  # or none
+          "gate": {"hidden": 16, "initial_open": 0.85, "temperature": 2 / 3, "noise_scale": 1.0},
+      },
+      "loss": {
+          "batch_shaping": {
+              "coefficient": 0.75,  # at the start
+              "end": 0.2,  # linear to 0 at this fraction
+              "a": 0.6,
+              "b": 0.4,
+              "reduction": "layer_mean",  # over gates: layer_mean, mean or sum
+          },
+          "sparsity": {
+              "kind": "l0",  # l0, macs, budget or target_rate
+              "coefficient": 0.5,
+              "start": 0.2,  # 0 up to this fraction
+              "full": 0.6,  # linear to the coefficient at this one
+              "target": 0.5,  # of budget and target_rate
+          },
+      },
+      "optim": {
+          "epochs": 60,
+          "batch_size": 128,  # over all devices
+          "learning_rate": 0.1,
+          "schedule": "step",  # or cosine
+          "drops": (0.6, 0.75, 0.9),
+          "drop_factor": 0.1,
+          "warmup": 0.0,
+          "momentum": 0.9,
+          "weight_decay": 5e-4,  # 0 for gate parameters whatever stands here
+      },
+      "devices": {
+          "backend": "pmap",  # or shard_map
+          "steps_per_dispatch": 1,
+      },
+      "log_every": 50,  # steps
+      "eval_every": 0,  # epochs; 0: at the end only
+      "checkpoint_every": 1.0,  # epochs
+  })
+
+
+_VARIANTS = {
+    "gating": ("model.gating", str),
+    "width": ("model.width", float),
+    "epochs": ("optim.epochs", int),
+    "batch": ("optim.batch_size", int),
+    "schedule": ("optim.schedule", str),
+    "l0": ("loss.sparsity.coefficient", float),
+    "bas": ("loss.batch_shaping.coefficient", float),
+}
+
+
+def apply_variants(config: ml_collections.ConfigDict, arg: str | None) -> ml_collections.ConfigDict:
+  """`epochs=10,gating=none` and the like: short names for the settings that runs differ in most."""
+  for item in filter(None, (arg or "").split(",")):
+    name, found, value = item.partition("=")
+    if not found or name not in _VARIANTS:
+      raise ValueError(f"a variant must be one of {sorted(_VARIANTS)} as name=value; got {item!r}")
+    field, kind = _VARIANTS[name]
+    config.update_from_flattened_dict({field: kind(value)})
+  return config

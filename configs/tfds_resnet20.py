@@ -1,0 +1,17 @@
+"""ResNet20 on any TFDS image-classification set of one image size, with the recipe of configs/cifar10_resnet20.py.
+
+    gating-jax --config=configs/tfds_resnet20.py --config.data.name=mnist --workdir=runs/mnist --mode=train
+
+For photographs set `--config.data.flip`; for sets that do not fit on the device, `--config.data.loader=streaming` and,
+where images differ in size, `--config.data.image_size=224 --config.data.crop_area=0.08 --config.model.name=resnet50`.
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ""):
+  config = common.image_config()
+  config.data.name = "mnist"
+  config.data.std = (0.25,)
+  config.data.pad = 2
+  return common.apply_variants(config, arg)

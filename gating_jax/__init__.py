@@ -1,0 +1,59 @@
+"""Conditional computation by learned gates: pure functions and Flax modules.
+
+See the README for a tour; every name here is documented where it is defined.
+"""
+
+from gating_jax.layers.blocks import BasicBlock, Bottleneck
+from gating_jax.layers.gate import ChannelGate, GateHead, GateSettings, apply_gates
+from gating_jax.models.counts import ModelCounts, count
+from gating_jax.models.resnet import ResNet, resnet
+from gating_jax.ops.ecdf import batch_shaping_loss, cdf_matching_loss, empirical_cdf, noise_floor
+from gating_jax.ops.macs import executed_macs, gated_macs
+from gating_jax.ops.penalties import l0_loss, mac_budget_loss, mac_loss, target_rate_loss
+from gating_jax.ops.priors import Prior, beta, uniform
+from gating_jax.ops.ranking import sort_with_vjp
+from gating_jax.ops.relaxations import (
+  binary_concrete,
+  clipped_sigmoid,
+  hard_concrete,
+  hard_concrete_mean,
+  hard_concrete_open_prob,
+  straight_through_gate,
+  threshold_gate,
+)
+from gating_jax.types import GateRecord
+
+__all__ = [
+  "BasicBlock",
+  "Bottleneck",
+  "ChannelGate",
+  "GateHead",
+  "GateRecord",
+  "GateSettings",
+  "ModelCounts",
+  "Prior",
+  "ResNet",
+  "apply_gates",
+  "batch_shaping_loss",
+  "beta",
+  "binary_concrete",
+  "cdf_matching_loss",
+  "clipped_sigmoid",
+  "count",
+  "empirical_cdf",
+  "executed_macs",
+  "gated_macs",
+  "hard_concrete",
+  "hard_concrete_mean",
+  "hard_concrete_open_prob",
+  "l0_loss",
+  "mac_budget_loss",
+  "mac_loss",
+  "noise_floor",
+  "resnet",
+  "sort_with_vjp",
+  "straight_through_gate",
+  "target_rate_loss",
+  "threshold_gate",
+  "uniform",
+]

@@ -1,0 +1,128 @@
+"""Labelled images as arrays: scikit-learn's handwritten digits, or any TFDS image-classification set.
+
+Axes: M images in a split, H and W pixels, D channels. Pixels are uint8 until the training step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+DIGITS = "digits"
+_DIGITS_TEST_SHARE = 0.2
+
+
+class DatasetNotPreparedError(Exception):
+  """A data set is not where it was looked for; the message says how to put it there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+  """One split, whole, on the host.
+
+  Attributes:
+    pixels: `[M, H, W, D]` uint8.
+    labels: `[M]` int32.
+    class_names: one per class.
+  """
+
+  pixels: np.ndarray
+  labels: np.ndarray
+  class_names: tuple[str, ...]
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    """`(H, W, D)` of an image."""
+    return self.pixels.shape[1:]
+
+  def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The images at `index`: `(pixels [n, H, W, D], labels [n])`."""
+    return self.pixels[index], self.labels[index]
+
+  def map(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """`fn` of each item, in order."""
+    return map(fn, items)
+
+
+def load(name: str, split: str, data_dir: str | None = None) -> Images:
+  """Reads a whole split into memory.
+
+  Args:
+    name: `digits` (1,797 images of 8 x 8, needs no files) or a TFDS name such as `cifar10`.
+    split: `train` or `test` for digits, a fixed, class-balanced fifth being the latter; for TFDS any split expression.
+    data_dir: the TFDS folder; None for TFDS's default, `~/tensorflow_datasets`.
+  Raises:
+    DatasetNotPreparedError: the set is not in `data_dir`; the message holds the command that prepares it.
+    ValueError: an unknown split, a set without `image` and `label`, or images of different sizes.
+  """
+  if name == DIGITS:
+    return _digits(split)
+  source = open_tfds(name, split, data_dir)
+  first = source[0]["image"]
+  pixels = np.empty((len(source), *first.shape), np.uint8)
+  labels = np.empty(len(source), np.int32)
+  for i in tqdm(range(len(source)), desc=f"reading {name} {split}", unit="image", disable=None, leave=False):
+    example = source[i]
+    if example["image"].shape != first.shape:
+      raise ValueError(
+          f"{name} has images of different sizes ({first.shape} and {example['image'].shape}); "
+          "use the streaming loader: --config.data.loader=streaming")
+    pixels[i], labels[i] = example["image"], example["label"]
+  return Images(pixels, labels, class_names(source))
+
+
+def open_tfds(name: str, split: str, data_dir: str | None = None) -> Sequence[dict]:
+  """A random-access TFDS source of `{'image', 'label', ...}`; nothing is downloaded, TensorFlow is not used.
+
+  Errors are as in `load`.
+  """
+  import tensorflow_datasets as tfds  # slow to import, and not needed for digits
+
+  folder = os.path.expanduser(data_dir or os.path.join("~", "tensorflow_datasets"))
+  try:
+    source = tfds.data_source(name, split=split, data_dir=folder, download=False)
+  except tfds.core.DatasetNotFoundError as error:
+    near = [line for line in str(error).splitlines() if "Did you mean" in line]
+    raise DatasetNotPreparedError(
+        f"data.name must be 'digits' or a TFDS data set; got {name!r}, which TFDS does not know and which is not in "
+        f"{folder}. {' '.join(near)}".rstrip()
+    ) from None
+  except (NotImplementedError, AssertionError, FileNotFoundError, ValueError) as error:
+    if isinstance(error, ValueError) and "split" in str(error).lower():
+      raise ValueError(f"data split {split!r} of {name} cannot be read: {error}") from None
+    raise DatasetNotPreparedError(
+        f"data set {name!r} is not prepared in {folder} (as array_record). To download and prepare it:\n"
+        f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', data_dir='{folder}', "
+        "file_format='array_record').download_and_prepare()\"\n"
+        "or name the folder it is in: --config.data.data_dir=FOLDER"
+    ) from error
+  missing = {"image", "label"} - set(source.dataset_info.features)
+  if missing:
+    raise ValueError(f"data.name must be an image-classification set; {name} has no {sorted(missing)}")
+  return source
+
+
+def class_names(source) -> tuple[str, ...]:
+  """The class names of a TFDS source."""
+  return tuple(source.dataset_info.features["label"].names)
+
+
+def _digits(split: str) -> Images:
+  from sklearn import datasets, model_selection
+
+  if split not in ("train", "test"):
+    raise ValueError(f"data split of digits must be 'train' or 'test'; got {split!r}")
+  digits = datasets.load_digits()
+  train, test = model_selection.train_test_split(
+      np.arange(len(digits.target)), test_size=_DIGITS_TEST_SHARE, random_state=0, stratify=digits.target)
+  index = train if split == "train" else test
+  pixels = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)[..., None]
+  return Images(pixels, digits.target[index].astype(np.int32), tuple(str(name) for name in digits.target_names))

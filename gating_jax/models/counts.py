@@ -1,0 +1,79 @@
+"""How big a model is: parameters, gates and multiply-accumulates, by tracing it once without computing anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from gating_jax.layers.gate import is_gate_path
+from gating_jax.ops.macs import conv_macs, gated_macs
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCounts:
+  """Sizes of a model for one input.
+
+  Attributes:
+    params, gate_params: parameters of the network proper, and of its gate networks.
+    gates: gated units.
+    macs: multiply-accumulates per example of the network proper with every gate open.
+    gate_macs: of the gate networks.
+    gated: the part of `macs` that gates can switch off.
+  """
+
+  params: int
+  gate_params: int
+  gates: int
+  macs: int
+  gate_macs: int
+  gated: int
+
+  @property
+  def fixed(self) -> int:
+    """MACs per example that are always spent: what is never gated, and the gate networks."""
+    return self.macs - self.gated + self.gate_macs
+
+
+def count(model: nn.Module, input_shape: Sequence[int]) -> ModelCounts:
+  """Counts every `nn.Conv` and `nn.Dense` a model calls.
+
+  Args:
+    model: a module called as `model(x)` that returns `(y, records)`.
+    input_shape: `[H, W, D]` of one example.
+
+  >>> from gating_jax.models.resnet import resnet
+  >>> count(resnet("resnet20", classes=10), (32, 32, 3)).macs
+  40551040
+  """
+  macs = {True: 0, False: 0}
+
+  def tally(next_fun, args, kwargs, context):
+    y = next_fun(*args, **kwargs)
+    if isinstance(context.module, (nn.Conv, nn.Dense)) and context.method_name == "__call__":
+      kernel = context.module.get_variable("params", "kernel")
+      macs[is_gate_path(context.module.path)] += conv_macs(kernel.shape, y.shape)
+    return y
+
+  def trace(x):
+    with nn.intercept_methods(tally):
+      (_, records), variables = model.init_with_output(jax.random.key(0), x)
+    return records, variables
+
+  records, variables = jax.eval_shape(trace, jax.ShapeDtypeStruct((1, *input_shape), jnp.float32))
+  params = {True: 0, False: 0}
+  for path, leaf in traverse_util.flatten_dict(variables["params"]).items():
+    params[is_gate_path(path)] += math.prod(leaf.shape)
+  return ModelCounts(
+      params=params[False],
+      gate_params=params[True],
+      gates=sum(r.gates.shape[-1] for r in records),
+      macs=macs[False],
+      gate_macs=macs[True],
+      gated=gated_macs(records) if records else 0,
+  )

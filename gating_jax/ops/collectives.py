@@ -1,0 +1,38 @@
+"""What a loss over the whole batch needs when the batch is spread over devices.
+
+The convention is pmap's: every device computes the global loss, and gradients are averaged over devices afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gating_jax.types import Array
+
+
+def gather_batch(x: Array, axis_name: Hashable | None) -> Array:
+  """Every device's examples in device order: `[N, ...]` here, `[devices * N, ...]` back.
+
+  The backward pass sums the cotangents of all devices and returns the slice of this one, since each device's copy of
+  the loss depends on these examples: averaging the parameter gradients then gives that of one loss over the whole
+  batch. (That sum is the transpose of `all_gather`; without it the term would be 1 / devices too weak.)
+  """
+  if axis_name is None:
+    return x
+  return lax.all_gather(x, axis_name, axis=0, tiled=True)
+
+
+def batch_mean(x: Array, axis_name: Hashable | None) -> Array:
+  """Mean over axis 0 of the whole batch, shards of equal size."""
+  mean = jnp.mean(x, axis=0)
+  return mean if axis_name is None else lax.pmean(mean, axis_name)
+
+
+def example_keys(key: Array, n: int, axis_name: Hashable | None) -> Array:
+  """One key per example, `[n]`, that depends on the example's place in the whole batch and not on how it is spread."""
+  first = 0 if axis_name is None else lax.axis_index(axis_name) * n
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(n))

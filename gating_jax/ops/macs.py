@@ -1,0 +1,64 @@
+"""Multiply-accumulate counts, from shapes and gate records.
+
+One multiply-accumulate is 1; biases, BatchNorm, pooling and additions are not counted.
+
+Axes: N examples, C gates of one layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from gating_jax.types import Array, Records
+
+
+def conv_macs(kernel_shape: Sequence[int], output_shape: Sequence[int]) -> int:
+  """MACs per example of a convolution or dense layer.
+
+  Args:
+    kernel_shape: `[*window, Cin / groups, Cout]`; a dense kernel is `[Cin, Cout]`.
+    output_shape: `[N, *spatial, Cout]`.
+
+  >>> conv_macs((3, 3, 16, 32), (1, 8, 8, 32))
+  294912
+  """
+  return math.prod(kernel_shape) * math.prod(output_shape[1:-1])
+
+
+def executed_macs(records: Records) -> Array:
+  """MACs per example that the gated units of a network execute.
+
+      sum_l  macs_per_unit_l |g_l| + macs_per_pair_l |g_l| |g_(l+1)|,   |g| = number of open units
+
+  Args:
+    records: in the network's order.
+  Returns:
+    `[N]`. Exact to the unit below 2**24 for float32 gates, and beyond for numpy float64 ones.
+  Raises:
+    ValueError: no records, or the last one claims pairs with a next one.
+  """
+  _check(records)
+  open_units = [r.gates.sum(-1) for r in records]
+  total = 0
+  for i, record in enumerate(records):
+    total = total + open_units[i] * record.macs_per_unit
+    if record.macs_per_pair:
+      total = total + open_units[i] * open_units[i + 1] * record.macs_per_pair
+  return total
+
+
+def gated_macs(records: Records) -> int:
+  """MACs per example with every gate open."""
+  _check(records)
+  units = [r.gates.shape[-1] for r in records]
+  single = sum(u * r.macs_per_unit for u, r in zip(units, records, strict=True))
+  return single + sum(units[i] * units[i + 1] * r.macs_per_pair for i, r in enumerate(records) if r.macs_per_pair)
+
+
+def _check(records: Records) -> None:
+  if not records:
+    raise ValueError("records must hold at least one GateRecord; got none: is the model ungated?")
+  if records[-1].macs_per_pair:
+    raise ValueError("the last record's macs_per_pair must be 0, it has no next record; "
+                     f"got {records[-1].macs_per_pair}")

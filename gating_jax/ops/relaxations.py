@@ -1,0 +1,131 @@
+"""From log-odds to gates: noisy, relaxed and hard.
+
+Axes: any shape; every function is elementwise. `logits` are log-odds that a unit is open.
+Reference: Maddison et al., 2017 (concrete distribution); Louizos et al., 2018 (hard concrete).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from gating_jax.types import Array
+
+DEFAULT_TEMPERATURE = 2 / 3
+HARD_CONCRETE_STRETCH = (-0.1, 1.1)
+
+
+def straight_through_gate(
+    key: Array, logits: Array, temperature: float | Array = DEFAULT_TEMPERATURE, *, noise_scale: float | Array = 1.0
+) -> Array:
+  """Samples 0/1 gates whose gradient is that of the binary concrete relaxation.
+
+      forward   1[logit + noise_scale * L > 0],   L ~ Logistic(0, 1), so P(open) = sigmoid(logit) at scale 1
+      backward  d sigmoid((logit + noise_scale * L) / temperature) / d logit
+
+  Args:
+    key: a PRNG key.
+    logits: log-odds, any shape.
+    temperature: > 0, of the backward pass only.
+    noise_scale: multiplies the noise; 0 gives `threshold_gate` with a gradient.
+  Returns:
+    exactly 0.0 or 1.0, shape and dtype of `logits`.
+
+  >>> straight_through_gate(jax.random.key(0), jnp.array([-20.0, 20.0]))
+  Array([0., 1.], dtype=float32)
+
+  Reference: Bengio et al., 2013 (straight-through); Bejnordi et al., 2020, section 3.
+  """
+  return straight_through(_add_logistic(key, logits, noise_scale), temperature)
+
+
+def straight_through(noisy_logits: Array, temperature: float | Array = DEFAULT_TEMPERATURE) -> Array:
+  """Steps at 0, with the gradient of `sigmoid(noisy_logits / temperature)`; the noise is the caller's."""
+  _check_temperature(temperature)
+  soft = jax.nn.sigmoid(noisy_logits / temperature)
+  # hard + 0: adding the hard-soft difference to soft instead would round away from 0 and 1.
+  return threshold_gate(noisy_logits) + (soft - jax.lax.stop_gradient(soft))
+
+
+def binary_concrete(
+    key: Array, logits: Array, temperature: float | Array = DEFAULT_TEMPERATURE, *, noise_scale: float | Array = 1.0
+) -> Array:
+  """Relaxed gates in (0, 1): `sigmoid((logit + noise) / temperature)`. P(gate > 1/2) = sigmoid(logit)."""
+  _check_temperature(temperature)
+  return jax.nn.sigmoid(_add_logistic(key, logits, noise_scale) / temperature)
+
+
+def hard_concrete(
+    key: Array,
+    logits: Array,
+    temperature: float | Array = DEFAULT_TEMPERATURE,
+    *,
+    stretch: tuple[float, float] = HARD_CONCRETE_STRETCH,
+) -> Array:
+  """Binary concrete stretched to `(low, high)` and clipped to [0, 1]: exact zeros and ones have mass.
+
+  Reference: Louizos et al., 2018, section 2.2. See `hard_concrete_open_prob`, `hard_concrete_mean`.
+  """
+  low, high = _check_stretch(stretch)
+  return jnp.clip(low + (high - low) * binary_concrete(key, logits, temperature), 0, 1)
+
+
+def hard_concrete_open_prob(
+    logits: Array,
+    temperature: float | Array = DEFAULT_TEMPERATURE,
+    *,
+    stretch: tuple[float, float] = HARD_CONCRETE_STRETCH,
+) -> Array:
+  """P(hard concrete gate > 0) = sigmoid(logit - temperature * log(-low / high)), the L0 term's probability.
+
+  >>> print(f"{hard_concrete_open_prob(0.0):.4f}")
+  0.8318
+  """
+  low, high = _check_stretch(stretch)
+  return jax.nn.sigmoid(logits - temperature * jnp.log(-low / high))
+
+
+def hard_concrete_mean(logits: Array, *, stretch: tuple[float, float] = HARD_CONCRETE_STRETCH) -> Array:
+  """The noise-free gate used in evaluation: `clip(low + (high - low) * sigmoid(logit), 0, 1)`."""
+  low, high = _check_stretch(stretch)
+  return jnp.clip(low + (high - low) * jax.nn.sigmoid(logits), 0, 1)
+
+
+def clipped_sigmoid(logits: Array, *, slope: float = 0.25) -> Array:
+  """Piecewise linear gate `clip(1/2 + slope * logit, 0, 1)`; slope 1/4 is the sigmoid's tangent at 0.
+
+  >>> clipped_sigmoid(jnp.array([-3.0, 0.0, 1.0, 3.0]))
+  Array([0.  , 0.5 , 0.75, 1.  ], dtype=float32)
+  """
+  return jnp.clip(0.5 + slope * logits, 0, 1)
+
+
+def threshold_gate(logits: Array) -> Array:
+  """The evaluation gate: 1 where the logit is above 0, else 0; no gradient, no key.
+
+  >>> threshold_gate(jnp.array([-1.0, 0.0, 2.0]))
+  Array([0., 0., 1.], dtype=float32)
+  """
+  return jax.lax.stop_gradient((logits > 0).astype(jnp.result_type(logits, 0.0)))
+
+
+def _add_logistic(key: Array, logits: Array, noise_scale: float | Array) -> Array:
+  """logits + noise_scale * (log u - log(1 - u)), u kept off 0 and 1: one variable, the law of two Gumbels' difference.
+
+  Drawn and added in float32 at least: a bfloat16 u has 8 bits, so that nothing below P(open) = 0.8 % would ever open.
+  """
+  dtype = jnp.result_type(logits, 0.0)
+  noise = jax.random.logistic(key, jnp.shape(logits), jnp.promote_types(dtype, jnp.float32))
+  return (logits + noise_scale * noise).astype(dtype)
+
+
+def _check_temperature(temperature: float | Array) -> None:
+  if isinstance(temperature, (int, float)) and not temperature > 0:
+    raise ValueError(f"temperature must be > 0; got {temperature}")
+
+
+def _check_stretch(stretch: tuple[float, float]) -> tuple[float, float]:
+  low, high = stretch
+  if not (low < 0 and high > 1):
+    raise ValueError(f"stretch must be (low, high) with low < 0 and high > 1; got {stretch}")
+  return low, high

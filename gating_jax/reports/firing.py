@@ -1,0 +1,49 @@
+"""A picture of what a net's gates do: how often each is open, and their probabilities against the prior.
+
+Axes: N examples, G gates.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from scipy import special
+
+from gating_jax.ops.priors import Prior
+
+
+def draw(path: Path, logits: np.ndarray, open_rates: np.ndarray, prior: Prior) -> None:
+  """Writes a PNG: histograms of open rates and of probabilities, and empirical CDFs with the prior's.
+
+  Args:
+    path: of the picture.
+    logits: `[N, G]` gate log-odds on some test images.
+    open_rates: `[G]` share of test images for which each gate is open.
+    prior: drawn beside the empirical CDFs.
+  """
+  from matplotlib.figure import Figure  # imports slowly
+
+  probs = special.expit(logits.astype(np.float64))
+  figure = Figure(figsize=(13, 4), layout="constrained", dpi=110)
+  rates, values, cdfs = figure.subplots(1, 3)
+  rates.hist(open_rates, bins=np.linspace(0, 1, 41), color="tab:blue")
+  rates.set(title=f"How often each of {len(open_rates)} gates is open", xlabel="share of test images", ylabel="gates")
+  values.hist(probs.ravel(), bins=np.linspace(0, 1, 41), density=True, color="tab:green")
+  values.set(title=f"Open probabilities on {len(probs)} images", xlabel="P(open)", ylabel="density")
+  _draw_cdfs(cdfs, probs, prior)
+  figure.savefig(path)
+
+
+def _draw_cdfs(axes, probs: np.ndarray, prior: Prior) -> None:
+  n, gates = probs.shape
+  level = np.arange(1, n + 1) / (n + 1)
+  for gate in np.unique(np.linspace(0, gates - 1, min(gates, 60)).astype(int)):
+    axes.plot(np.sort(probs[:, gate]), level, color="tab:gray", linewidth=0.5, alpha=0.5)
+  pooled = np.sort(probs.ravel())
+  shown = np.linspace(0, pooled.size - 1, 500).astype(int)
+  axes.plot(pooled[shown], (shown + 1) / (pooled.size + 1), color="tab:green", linewidth=2, label="all gates together")
+  x = np.linspace(0, 1, 500)
+  axes.plot(x, np.asarray(prior.cdf(x.astype(np.float32))), color="tab:red", linewidth=2, label=f"prior {prior.name}")
+  axes.set(title="Empirical CDF of single gates (grey)", xlabel="P(open)", ylabel="share of images", ylim=(0, 1))
+  axes.legend(loc="upper left")

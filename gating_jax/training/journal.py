@@ -1,0 +1,83 @@
+"""What a run writes while it goes: JSON lines, TensorBoard events, plain lines or a progress bar."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_DIR = "tensorboard"
+
+
+class Journal:
+  """Writes metrics of steps under a run directory; opened at the step training goes on from.
+
+  Lines of later steps, left by a run that was killed after its last checkpoint, are dropped, so that each step
+  stands once.
+  """
+
+  def __init__(self, workdir: Path, first_step: int, total_steps: int):
+    from tensorboardX import SummaryWriter  # imports slowly
+
+    self._path = workdir / METRICS_FILE
+    kept = [line for line in _complete_lines(self._path) if json.loads(line)["step"] <= first_step]
+    write_atomically(self._path, "".join(kept))
+    self._file = self._path.open("a")
+    self._events = SummaryWriter(str(workdir / TENSORBOARD_DIR), purge_step=first_step + 1)
+    self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
+    self._total = total_steps
+    self._start = time.time()
+
+  def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+    """One line, and one TensorBoard point per value, named `split/name`."""
+    values = {name: float(value) for name, value in values.items()}
+    self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+    self._file.flush()
+    for name, value in values.items():
+      self._events.add_scalar(name if "/" in name else f"{split}/{name}", value, step)
+
+  def progress(self, step: int) -> None:
+    """Moves the bar, on a terminal."""
+    self._bar.update(step - self._bar.n)
+
+  def say(self, step: int, text: str) -> None:
+    """A line for people: above the bar on a terminal, plain otherwise."""
+    line = f"step {step}/{self._total}  {text}"
+    if self._bar.disable:
+      print(f"[{time.time() - self._start:6.0f} s] {line}", flush=True)
+    else:
+      self._bar.write(line, file=sys.stdout)
+
+  def close(self) -> None:
+    self._bar.close()
+    self._events.close()
+    self._file.close()
+
+
+def write_atomically(path: Path, text: str) -> None:
+  """Replaces the file whole or not at all."""
+  with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(file.name, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+  """`value` as indented JSON, atomically."""
+  write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def _complete_lines(path: Path) -> list[str]:
+  """Lines that end in a newline; a last one cut short by a kill is no line."""
+  if not path.exists():
+    return []
+  return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,100 @@
+"""What a gated classifier minimises: cross-entropy, batch-shaping and a price on open gates.
+
+Axes: N examples, C gates of one layer.
+Reference: Bejnordi et al., 2020, section 3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping
+
+import jax.numpy as jnp
+import optax
+
+from gating_jax.checks import one_of
+from gating_jax.ops import penalties
+from gating_jax.ops.ecdf import batch_shaping_loss
+from gating_jax.ops.priors import Prior
+from gating_jax.types import Array, Records
+
+REDUCTIONS = ("layer_mean", "mean", "sum")
+SPARSITIES = ("l0", "macs", "budget", "target_rate")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageObjective:
+  """Total = CE + gamma_t * batch-shaping + rho_t * sparsity.
+
+  Attributes:
+    prior: what each gate's open probability should follow over the batch.
+    reduction: of the batch-shaping loss over gates: `layer_mean`, mean over a layer's gates and sum over layers;
+      `mean` or `sum` over all gates of the network.
+    sparsity: `l0`, mean open probability; `macs`, the same weighted by cost; `budget`, squared excess of the MAC share
+      over `target`; `target_rate`, squared gap of each gate's rate to `target`.
+    target: share in (0, 1], for `budget` and `target_rate`.
+    batch_shaping_coefficient, sparsity_coefficient: gamma_t and rho_t, from step to number.
+    fixed_macs: MACs per example that no gate switches, for `budget`.
+  """
+
+  prior: Prior
+  reduction: str
+  sparsity: str
+  target: float
+  batch_shaping_coefficient: Callable[[Array], Array]
+  sparsity_coefficient: Callable[[Array], Array]
+  fixed_macs: int
+
+  def __post_init__(self):
+    one_of("reduction", self.reduction, REDUCTIONS)
+    one_of("sparsity", self.sparsity, SPARSITIES)
+
+  def __call__(
+      self, logits: Array, labels: Array, records: Records, step: Array, axis_name: Hashable | None = None
+  ) -> tuple[Array, Mapping[str, Array]]:
+    """`(total, terms)`; the terms are before their coefficients.
+
+    Args:
+      logits: `[N, classes]`.
+      labels: `[N]` integers.
+      records: of the same forward pass; `()` for an ungated net, which has the cross-entropy alone.
+      step: of the schedules.
+      axis_name: as in `batch_shaping_loss`.
+    """
+    cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+    if not records:
+      return cross_entropy, {"cross_entropy": cross_entropy}
+    shaping = batch_shaping_term(records, self.prior, self.reduction, axis_name=axis_name)
+    sparsity = self._sparsity_term(records, axis_name)
+    gamma, rho = self.batch_shaping_coefficient(step), self.sparsity_coefficient(step)
+    terms = {
+        "cross_entropy": cross_entropy,
+        "batch_shaping": shaping,
+        self.sparsity: sparsity,
+        "batch_shaping_coefficient": gamma,
+        f"{self.sparsity}_coefficient": rho,
+    }
+    return cross_entropy + gamma * shaping + rho * sparsity, terms
+
+  def _sparsity_term(self, records: Records, axis_name) -> Array:
+    if self.sparsity == "l0":
+      return penalties.l0_loss([r.probs for r in records])
+    if self.sparsity == "macs":
+      return penalties.mac_loss(records)
+    if self.sparsity == "budget":
+      return penalties.mac_budget_loss(records, self.fixed_macs, self.target, axis_name=axis_name)
+    return penalties.target_rate_loss([r.gates for r in records], self.target, axis_name=axis_name)
+
+
+def batch_shaping_term(
+    records: Records, prior: Prior, reduction: str = "layer_mean", *, axis_name: Hashable | None = None
+) -> Array:
+  """The batch-shaping loss of every gate of a network, reduced to a scalar; one sort for all layers together."""
+  per_gate = batch_shaping_loss(
+      jnp.concatenate([r.logits for r in records], axis=-1), prior, axis_name=axis_name)
+  if reduction == "sum":
+    return jnp.sum(per_gate)
+  if reduction == "mean":
+    return jnp.mean(per_gate)
+  weights = jnp.concatenate([jnp.full(r.logits.shape[-1], 1 / r.logits.shape[-1]) for r in records])
+  return jnp.sum(per_gate * weights)

@@ -1,0 +1,95 @@
+"""A run directory: one config, one run. It is continued by the same config and refused to any other."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from gating_jax.training.journal import write_json
+
+CONFIG_FILE, RESULT_FILE, CHECKPOINT_DIR, _LOCK_FILE = "config.json", "result.json", "checkpoints", ".lock"
+
+
+class RunDirError(Exception):
+  """The directory cannot be used for this run; nothing in it was changed."""
+
+
+class RunDir:
+  """An open run directory, `path`."""
+
+  def __init__(self, path: Path):
+    self.path = path
+
+  @property
+  def checkpoints(self) -> Path:
+    return self.path / CHECKPOINT_DIR
+
+  def result(self) -> dict[str, Any] | None:
+    """What `finish` wrote, or None while the run is not finished."""
+    file = self.path / RESULT_FILE
+    return json.loads(file.read_text()) if file.exists() else None
+
+  def finish(self, result: Mapping[str, Any]) -> None:
+    """Marks the run as finished."""
+    write_json(self.path / RESULT_FILE, dict(result))
+
+
+@contextlib.contextmanager
+def open_run(path: Path, config: ml_collections.ConfigDict, *, create: bool) -> Iterator[RunDir]:
+  """Opens the run of `config` at `path`, alone: no other process can until the block ends.
+
+  Args:
+    path: a directory; made, with its parents, if `create`.
+    config: written into a new directory, compared with an old one's.
+    create: whether a new run may begin here.
+  Raises:
+    RunDirError: the directory holds another config's run (the message shows the difference), or something that is no
+      run; is in use by another process; cannot be written; or is missing and `create` is False.
+  """
+  mine = json.loads(config.to_json())
+  file = path / CONFIG_FILE
+  if file.exists():
+    _compare(path, json.loads(file.read_text()), mine)
+  elif not create:
+    raise RunDirError(f"workdir {path} holds no run: it has no {CONFIG_FILE}")
+  elif path.exists() and (not path.is_dir() or any(f.name != _LOCK_FILE for f in path.iterdir())):
+    raise RunDirError(f"workdir must be a run directory or new; {path} exists and has no {CONFIG_FILE}")
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    lock = (path / _LOCK_FILE).open("w")
+  except OSError as error:
+    raise RunDirError(f"workdir {path} cannot be written: {error.strerror}") from error
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise RunDirError(f"workdir {path} is in use by another process") from None
+    if not file.exists():
+      write_json(file, mine)
+    yield RunDir(path)
+
+
+def _compare(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+  theirs, mine = _flatten(theirs), _flatten(mine)
+  lines = [
+      f"  {name}: {theirs.get(name, '(absent)')!r} there, {mine.get(name, '(absent)')!r} here"
+      for name in sorted(theirs.keys() | mine.keys())
+      if theirs.get(name, "(absent)") != mine.get(name, "(absent)")
+  ]
+  if lines:
+    raise RunDirError(
+        f"workdir {path} holds a run of another config; name another workdir, or use its config. Difference:\n"
+        + "\n".join(lines))
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for name, value in tree.items():
+    flat.update(_flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value})
+  return flat

@@ -1,0 +1,152 @@
+"""Training and evaluation steps: pure functions of (state, arrays), for one device or, by an axis name, for several.
+
+Axes: B examples on this device, K steps of one call, M resident images, G gates of the whole network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import lax
+
+from gating_jax.layers.gate import GATE_RNG
+from gating_jax.ops.macs import executed_macs
+from gating_jax.training.objectives import ImageObjective
+from gating_jax.types import Array
+
+AUGMENT_STREAM, GATE_STREAM = range(2)
+
+
+class TrainState(struct.PyTreeNode):
+  """All that training changes; with the seed it determines the rest of the run."""
+
+  step: Array
+  params: Any
+  batch_stats: Any
+  opt_state: Any
+
+
+def init_state(model: nn.Module, optimiser: optax.GradientTransformation, seed: int, input_shape) -> TrainState:
+  """A fresh state for images of `input_shape` `[H, W, D]`."""
+  # rbg: the default generator makes XLA compile an unrolled threefry for each of hundreds of parameters.
+  key = jax.random.key(seed, impl="rbg")
+
+  @jax.jit
+  def init(key):
+    variables = model.init(key, jnp.zeros((1, *input_shape)))
+    params = variables["params"]
+    return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), optimiser.init(params))
+
+  return init(key)
+
+
+def make_train_step(
+    model: nn.Module,
+    optimiser: optax.GradientTransformation,
+    objective: ImageObjective,
+    prepare: Callable[[Array, Array], Array],
+    *,
+    seed: int,
+    axis_name: Hashable | None = None,
+) -> Callable:
+  """One step: `(state, pixels, labels) -> (state, metrics)`.
+
+  `pixels` `[B, H, W, D]` uint8 and `labels` `[B]` are this device's share; `prepare(key, pixels)` augments and
+  normalises. Metrics are scalars over the whole batch. All randomness is a function of `seed` and `state.step`.
+  """
+
+  def step(state: TrainState, pixels: Array, labels: Array) -> tuple[TrainState, dict[str, Array]]:
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    images = prepare(jax.random.fold_in(key, AUGMENT_STREAM), pixels)
+
+    def loss(params):
+      (logits, records), updates = model.apply(
+          {"params": params, "batch_stats": state.batch_stats},
+          images,
+          train=True,
+          mutable=["batch_stats"],
+          rngs={GATE_RNG: jax.random.fold_in(key, GATE_STREAM)},
+      )
+      total, terms = objective(logits, labels, records, state.step, axis_name)
+      metrics = {"loss": total, **terms, "accuracy": jnp.mean(jnp.argmax(logits, -1) == labels)}
+      for i, record in enumerate(records):
+        metrics[f"gate_rate/layer{i:02d}"] = jnp.mean(record.gates)
+      return total, (metrics, updates.get("batch_stats", {}))
+
+    grads, (metrics, batch_stats) = jax.grad(loss, has_aux=True)(state.params)
+    grads, metrics = _mean_over_devices((grads, metrics), axis_name)
+    metrics["gradient_norm"] = optax.tree.norm(grads)
+    updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+
+  return step
+
+
+def resident_steps(step: Callable) -> Callable:
+  """K training steps over a resident set.
+
+  `(state, (pixels [M, ...], labels [M]), indices [B, K]) -> (state, metrics [K])`.
+  """
+
+  def run(state, dataset, indices):
+    pixels, labels = dataset
+    body = lambda state, index: step(state, pixels[index], labels[index])
+    return _scan(body, state, indices.T)
+
+  return run
+
+
+def streamed_steps(step: Callable) -> Callable:
+  """K training steps over batches from the host.
+
+  `(state, (pixels [B, K, ...], labels [B, K])) -> (state, metrics [K])`.
+  """
+
+  def run(state, batch):
+    body = lambda state, one: step(state, *one)
+    return _scan(body, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), batch))
+
+  return run
+
+
+def make_eval_step(model: nn.Module, normalise: Callable[[Array], Array]) -> Callable:
+  """`(state, pixels, labels) -> results` for each example; no key, no noise.
+
+  Results are `[B]` `correct`, `cross_entropy` and, for a gated net, `macs` (of its gated part), with `gates` and
+  `gate_logits` `[B, G]`.
+  """
+
+  def step(state: TrainState, pixels: Array, labels: Array) -> dict[str, Array]:
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    logits, records = model.apply(variables, normalise(pixels))
+    results = {
+        "correct": jnp.argmax(logits, -1) == labels,
+        "cross_entropy": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
+    }
+    if records:
+      results["macs"] = executed_macs(records)
+      results["gates"] = jnp.concatenate([r.gates for r in records], axis=-1).astype(bool)
+      results["gate_logits"] = jnp.concatenate([r.logits for r in records], axis=-1)
+    return results
+
+  return step
+
+
+def _scan(body, state, batches):
+  """`lax.scan`, without its loop where there is one step: XLA on CPU runs loop bodies on fewer threads."""
+  first = jax.tree.leaves(batches)[0]
+  if first.shape[0] > 1:
+    return lax.scan(body, state, batches)
+  state, metrics = body(state, jax.tree.map(lambda x: x[0], batches))
+  return state, jax.tree.map(lambda x: jnp.asarray(x)[None], metrics)
+
+
+def _mean_over_devices(tree, axis_name):
+  return tree if axis_name is None else lax.pmean(tree, axis_name)

@@ -1,0 +1,42 @@
+"""The one record that every gated module returns beside its output.
+
+Axes: N examples, C gated units.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class GateRecord:
+  """What one gate layer decided for a batch.
+
+  Attributes:
+    logits: `[N, C]` log-odds that a unit is open, without noise.
+    probs: `[N, C]` probability that a unit is open.
+    gates: `[N, C]` what multiplied the tensor: 0/1, or relaxed values in training.
+    macs_per_unit: multiply-accumulates that one open unit costs per example.
+    macs_per_pair: multiply-accumulates of one open unit of this record together with one
+      open unit of the **next** record: a convolution gated on both sides. 0 elsewhere.
+  """
+
+  logits: Any
+  probs: Any
+  gates: Any
+  macs_per_unit: int = 0
+  macs_per_pair: int = 0
+
+
+jax.tree_util.register_dataclass(
+    GateRecord,
+    data_fields=["logits", "probs", "gates"],
+    meta_fields=["macs_per_unit", "macs_per_pair"],
+)
+
+Records = tuple[GateRecord, ...]

@@ -1,0 +1,24 @@
+"""What all tests share: eight virtual devices, a compilation cache, float64 on request."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("project", deadline=None, max_examples=25)
+settings.load_profile("project")
+
+
+@pytest.fixture
+def x64():
+  """float64 within the test."""
+  with jax.enable_x64(True):
+    yield

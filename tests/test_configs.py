@@ -1,0 +1,41 @@
+"""Every config file builds; its variants and defaults are what its header says."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from gating_jax.checks import one_of
+from gating_jax.training import objectives, schedules
+
+FILES = sorted(f.stem for f in (Path(__file__).parent.parent / "configs").glob("*_*.py") if f.stem != "__init__")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_config_builds_and_names_known_choices(name):
+  config = importlib.import_module(f"configs.{name}").get_config("")
+  one_of("schedule", config.optim.schedule, schedules.LEARNING_RATES)
+  one_of("reduction", config.loss.batch_shaping.reduction, objectives.REDUCTIONS)
+  one_of("kind", config.loss.sparsity.kind, objectives.SPARSITIES)
+  assert f"configs/{name}.py" in importlib.import_module(f"configs.{name}").__doc__
+
+
+def test_full_recipe_has_the_numbers_of_the_paper():
+  config = importlib.import_module("configs.cifar10_resnet20").get_config("")
+  assert (config.optim.epochs, config.optim.batch_size, config.optim.learning_rate) == (500, 256, 0.1)
+  assert (config.optim.drops, config.optim.momentum, config.optim.weight_decay) == ((0.6, 0.75, 0.9), 0.9, 5e-4)
+  shaping = config.loss.batch_shaping
+  assert (shaping.coefficient, shaping.end, shaping.a, shaping.b) == (0.75, 0.2, 0.6, 0.4)
+  assert (config.loss.sparsity.start, config.loss.sparsity.full) == (0.2, 0.6)
+
+
+def test_variants_change_their_field():
+  config = importlib.import_module("configs.cifar10_resnet20").get_config("epochs=3,gating=none,l0=2.5,width=0.5")
+  assert (config.optim.epochs, config.model.gating, config.loss.sparsity.coefficient, config.model.width) == (
+      3, "none", 2.5, 0.5)
+
+
+@pytest.mark.parametrize("variant", ["epoch=3", "epochs", "nonsense=1"])
+def test_unknown_variant_is_refused(variant):
+  with pytest.raises(ValueError, match="a variant must be one of"):
+    importlib.import_module("configs.cifar10_resnet20").get_config(variant)

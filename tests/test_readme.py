@@ -1,0 +1,22 @@
+"""The README's Python blocks run as they stand."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_there_are_blocks():
+  assert len(BLOCKS) >= 2
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_block_runs(block):
+  names = {}
+  exec(compile(block, "README.md", "exec"), names)  # noqa: S102
+  results = [value for name, value in names.items() if name in ("gradient", "macs")]
+  assert results
+  assert all(value.shape in ((256, 64), (8,)) for value in results)
