@@ -60,7 +60,7 @@ def image_config() -> ml_collections.ConfigDict:
       },
       "devices": {
           "backend": "pmap",  # or shard_map
-          "steps_per_dispatch": 1,
+          "steps_per_dispatch": 1,  # more for small nets on an accelerator; on CPU a loop of steps is slower
       },
       "log_every": 50,  # steps
       "eval_every": 0,  # epochs; 0: at the end only

@@ -47,9 +47,12 @@ def _main(argv: list[str]) -> int:
 
   try:
     classification.run(_CONFIG.value, Path(_WORKDIR.value), _MODE.value)
-  except (ValueError, DatasetNotPreparedError, FileNotFoundError, NonFiniteError, RunDirError) as error:
+  except (ValueError, OSError, DatasetNotPreparedError, NonFiniteError, RunDirError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
+  except KeyboardInterrupt:
+    print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+    return 130
   return 0
 
 

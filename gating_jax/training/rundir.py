@@ -33,7 +33,7 @@ class RunDir:
   def result(self) -> dict[str, Any] | None:
     """What `finish` wrote, or None while the run is not finished."""
     file = self.path / RESULT_FILE
-    return json.loads(file.read_text()) if file.exists() else None
+    return _read(file) if file.exists() else None
 
   def finish(self, result: Mapping[str, Any]) -> None:
     """Marks the run as finished."""
@@ -55,7 +55,7 @@ def open_run(path: Path, config: ml_collections.ConfigDict, *, create: bool) -> 
   mine = json.loads(config.to_json())
   file = path / CONFIG_FILE
   if file.exists():
-    _compare(path, json.loads(file.read_text()), mine)
+    _compare(path, _read(file), mine)
   elif not create:
     raise RunDirError(f"workdir {path} holds no run: it has no {CONFIG_FILE}")
   elif path.exists() and (not path.is_dir() or any(f.name != _LOCK_FILE for f in path.iterdir())):
@@ -73,6 +73,13 @@ def open_run(path: Path, config: ml_collections.ConfigDict, *, create: bool) -> 
     if not file.exists():
       write_json(file, mine)
     yield RunDir(path)
+
+
+def _read(file: Path) -> dict[str, Any]:
+  try:
+    return json.loads(file.read_text())
+  except ValueError as error:
+    raise RunDirError(f"{file} is damaged: it must hold JSON ({error})") from None
 
 
 def _compare(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import optax
 
 from gating_jax.checks import one_of
@@ -12,7 +14,9 @@ LEARNING_RATES = ("step", "cosine")
 def fade_out(coefficient: float, end: float, total_steps: int) -> optax.Schedule:
   """From `coefficient` at the start, linear to 0 at the fraction `end`; 0 from the start where `end` is 0."""
   _check_fractions(end=end)
-  return optax.linear_schedule(coefficient, 0.0, round(end * total_steps)) if end else optax.constant_schedule(0.0)
+  if not end:
+    return optax.constant_schedule(0.0)
+  return optax.linear_schedule(coefficient, 0.0, max(1, round(end * total_steps)))
 
 
 def fade_in(coefficient: float, start: float, full: float, total_steps: int) -> optax.Schedule:
@@ -36,7 +40,8 @@ def learning_rate(
   if kind == "cosine":
     after = optax.cosine_decay_schedule(peak, max(1, total_steps - warm))
   else:
-    after = optax.piecewise_constant_schedule(peak, {round(d * total_steps) - warm: factor for d in drops})
+    drops_at = collections.Counter(round(d * total_steps) - warm for d in drops)
+    after = optax.piecewise_constant_schedule(peak, {at: factor**count for at, count in drops_at.items()})
   if not warm:
     return after
   return optax.join_schedules([optax.linear_schedule(0.0, peak, warm), after], [warm])
