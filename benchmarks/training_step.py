@@ -86,15 +86,18 @@ def shaping_term(args):
       lambda x: classification.resnet(args.model, classes=10, gating="channel").init_with_output(
           jax.random.key(0), x)[0][1], jnp.zeros((1, 32, 32, 3)))]
   rng = np.random.default_rng(0)
-  logits = [rng.normal(1, 2, (args.batch, n)).astype(np.float32) for n in units]
+  logits = devices.replicate([rng.normal(1, 2, (args.batch, n)).astype(np.float32) for n in units])
   prior = beta(0.6, 0.4)
 
-  def term(logits):
-    records = tuple(GateRecord(z, z, z) for z in logits)
-    return batch_shaping_term(records, prior, axis_name=devices.AXIS)
+  def gradient(logits, places):
+    local = [z[places] for z in logits]
+    term = lambda local: batch_shaping_term(
+        tuple(GateRecord(z, z, z) for z in local), prior, axis_name=devices.AXIS)
+    grads = jax.grad(term)(local)
+    return jax.lax.pmean(sum(jnp.sum(g**2) for g in grads), devices.AXIS)
 
-  mapped = devices.map_over_devices(jax.grad(term), args=(devices.BATCH,), results=devices.BATCH)
-  return lambda: mapped(logits)
+  mapped = devices.map_over_devices(gradient, args=(devices.REPLICATED, devices.BATCH), results=devices.REPLICATED)
+  return lambda: mapped(logits, np.arange(args.batch))
 
 
 def race(contenders, repeats):

@@ -100,11 +100,14 @@ def tie_bounds(ordered: Array) -> tuple[Array, Array]:
 
 
 def _mean_over_ties(ordered: Array, values: Array) -> Array:
-  first, last = tie_bounds(ordered)
-  total = jnp.cumsum(values, axis=0)
-  before = total - values
-  mean = (jnp.take_along_axis(total, last, 0) - jnp.take_along_axis(before, first, 0)) / (last - first + 1)
-  return jnp.where(first == last, values, mean.astype(values.dtype))
+  def averaged(values):
+    first, last = tie_bounds(ordered)
+    total = jnp.cumsum(values, axis=0)
+    before = total - values
+    mean = (jnp.take_along_axis(total, last, 0) - jnp.take_along_axis(before, first, 0)) / (last - first + 1)
+    return jnp.where(first == last, values, mean.astype(values.dtype))
+
+  return lax.cond(jnp.any(ordered[1:] == ordered[:-1]), averaged, lambda values: values, values)
 
 
 def _library_argsort(x):

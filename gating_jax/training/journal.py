@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
+TEMPORARY = ".tmp"
 
 
 class Journal:
@@ -63,12 +63,13 @@ class Journal:
 
 
 def write_atomically(path: Path, text: str) -> None:
-  """Replaces the file whole or not at all."""
-  with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
+  """Replaces the file whole or not at all; a kill in between leaves the old one, and a `.tmp` beside it."""
+  temporary = path.with_name(path.name + TEMPORARY)
+  with temporary.open("w") as file:
     file.write(text)
     file.flush()
     os.fsync(file.fileno())
-  os.replace(file.name, path)
+  temporary.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import ml_collections
 
-from gating_jax.training.journal import write_json
+from gating_jax.training.journal import TEMPORARY, write_json
 
 CONFIG_FILE, RESULT_FILE, CHECKPOINT_DIR, _LOCK_FILE = "config.json", "result.json", "checkpoints", ".lock"
 
@@ -58,7 +58,7 @@ def open_run(path: Path, config: ml_collections.ConfigDict, *, create: bool) -> 
     _compare(path, _read(file), mine)
   elif not create:
     raise RunDirError(f"workdir {path} holds no run: it has no {CONFIG_FILE}")
-  elif path.exists() and (not path.is_dir() or any(f.name != _LOCK_FILE for f in path.iterdir())):
+  elif path.exists() and not _is_blank(path):
     raise RunDirError(f"workdir must be a run directory or new; {path} exists and has no {CONFIG_FILE}")
   try:
     path.mkdir(parents=True, exist_ok=True)
@@ -73,6 +73,11 @@ def open_run(path: Path, config: ml_collections.ConfigDict, *, create: bool) -> 
     if not file.exists():
       write_json(file, mine)
     yield RunDir(path)
+
+
+def _is_blank(path: Path) -> bool:
+  """Whether `path` is a folder with nothing in it, but for what a start that was killed at once left there."""
+  return path.is_dir() and {f.name for f in path.iterdir()} <= {_LOCK_FILE, CONFIG_FILE + TEMPORARY}
 
 
 def _read(file: Path) -> dict[str, Any]:
