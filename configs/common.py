@@ -63,7 +63,7 @@ def image_config() -> ml_collections.ConfigDict:
           "steps_per_dispatch": 1,  # more for small nets on an accelerator; on CPU a loop of steps is slower
       },
       "log_every": 50,  # steps
-      "eval_every": 0,  # epochs; 0: at the end only
+      "eval_every": 0.0,  # epochs; 0: at the end only
       "checkpoint_every": 1.0,  # epochs
   })
 

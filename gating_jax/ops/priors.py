@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 from collections.abc import Callable
 
 import jax
@@ -20,6 +21,7 @@ from gating_jax.types import Array
 
 _KNOTS_PER_LOGIT = 32  # at the sharpness of Beta(1, 1) or less; the error falls with its 4th power
 _TAIL_MASS = 1e-9  # the table ends where one tail holds this much; beyond it the leading term of the tail takes over
+_SMALLEST, _LARGEST = 0.05, 10_000  # of a and b: below, tails reach logits whose sigmoid underflows in float64
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -42,7 +44,6 @@ class Prior:
   logit_pdf: Callable[[Array], Array] | None = None
 
 
-@functools.lru_cache(maxsize=64)
 def beta(a: float, b: float) -> Prior:
   """Beta(a, b) on [0, 1], with a CDF that costs a table look-up and no host call.
 
@@ -52,17 +53,22 @@ def beta(a: float, b: float) -> Prior:
   knots; its gradient is the closed form itself. |error| <= 1e-6 for every float32 logit.
 
   Args:
-    a, b: positive numbers.
+    a, b: numbers in [0.05, 10000].
   Raises:
-    ValueError: a or b is not a positive finite number.
+    ValueError: a or b is not such a number.
 
   >>> prior = beta(0.6, 0.4)
   >>> print(f"{prior.cdf(jnp.array(0.5)):.4f} {prior.logit_pdf(jnp.array(0.0)):.4f}")
   0.3841 0.1514
   """
   for name, value in (("a", a), ("b", b)):
-    if not (isinstance(value, (int, float)) and 0 < value < np.inf):
-      raise ValueError(f"beta's {name} must be a positive finite number; got {value!r}")
+    if not (isinstance(value, numbers.Real) and _SMALLEST <= value <= _LARGEST):
+      raise ValueError(f"beta's {name} must be a number in [{_SMALLEST}, {_LARGEST}]; got {value!r}")
+  return _beta(float(a), float(b))
+
+
+@functools.lru_cache(maxsize=64)
+def _beta(a: float, b: float) -> Prior:
   log_norm = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
 
   def logit_pdf(z):

@@ -17,8 +17,8 @@ from jax import lax
 
 from gating_jax.types import Array
 
-# Above this a sort network does more work than XLA's own sort costs (measured on CPU, where the latter is slow).
-_NETWORK_MAX_LENGTH = 8192
+# Longer networks take too long to compile: their size grows with the square of the logarithm.
+_NETWORK_MAX_LENGTH = 2048
 
 
 def sort_with_vjp(x: Array, axis: int = 0) -> Array:

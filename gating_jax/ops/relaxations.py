@@ -106,7 +106,7 @@ def threshold_gate(logits: Array) -> Array:
   >>> threshold_gate(jnp.array([-1.0, 0.0, 2.0]))
   Array([0., 0., 1.], dtype=float32)
   """
-  return jax.lax.stop_gradient((logits > 0).astype(jnp.result_type(logits, 0.0)))
+  return jax.lax.stop_gradient((jnp.asarray(logits) > 0).astype(jnp.result_type(logits, 0.0)))
 
 
 def _add_logistic(key: Array, logits: Array, noise_scale: float | Array) -> Array:

@@ -58,6 +58,8 @@ class LoopSettings:
     for name in ("total_steps", "steps_per_dispatch", "log_every", "checkpoint_every"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
+    if self.eval_every < 0:
+      raise ValueError(f"eval_every must be >= 0; got {self.eval_every}")
     if self.total_steps % self.steps_per_dispatch:
       raise ValueError(f"total_steps must be a multiple of steps_per_dispatch; got {self.total_steps} "
                        f"and {self.steps_per_dispatch}")

@@ -1,0 +1,95 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gating_jax.data.augment import crop_and_flip, normalise
+
+PAD, SIZE, BATCH = 2, (5, 4, 3), 400
+
+
+def images(n=BATCH, size=SIZE):
+  """Pixels from 1, so that the zeros that come in are told apart."""
+  return np.random.default_rng(0).integers(1, 256, (n, *size), dtype=np.uint8)
+
+
+def candidates(image, pad):
+  """Every crop of the padded image, by (top, left, mirrored)."""
+  h, w, _ = image.shape
+  padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+  shifts = range(2 * pad + 1)
+  crops = {(top, left): padded[top : top + h, left : left + w] for top in shifts for left in shifts}
+  return {(*shift, m): crop[:, ::-1] if m else crop for shift, crop in crops.items() for m in (False, True)}
+
+
+def what_was_done(pixels, result, pad):
+  """(top, left, mirrored) of each image, found by comparing it with everything that could have been done."""
+  found = []
+  for image, changed in zip(pixels, np.asarray(result), strict=True):
+    matches = [which for which, crop in candidates(image, pad).items() if np.array_equal(crop, changed)]
+    assert len(matches) == 1
+    found.append(matches[0])
+  return np.array(found)
+
+
+@pytest.mark.parametrize(("pad", "flip"), [(PAD, True), (PAD, False), (0, True)])
+def test_every_result_is_a_crop_of_the_padded_image_and_all_crops_occur(pad, flip):
+  pixels = images()
+  result = jax.jit(lambda key, x: crop_and_flip(key, x, pad=pad, flip=flip))(jax.random.key(0), pixels)
+  assert result.dtype == jnp.uint8
+  top, left, mirrored = what_was_done(pixels, result, pad).T
+  rate = 1 / (2 * pad + 1)
+  for shift in (top, left):
+    counts = np.bincount(shift, minlength=2 * pad + 1)
+    assert (np.abs(counts / BATCH - rate) <= 5 * np.sqrt(rate * (1 - rate) / BATCH)).all()
+  assert abs(mirrored.mean() - flip / 2) <= flip * 5 * 0.5 / np.sqrt(BATCH)
+  if pad:
+    assert abs(np.corrcoef(top, left)[0, 1]) < 0.25
+  if pad and flip:
+    assert abs(np.corrcoef(top, mirrored)[0, 1]) < 0.25
+
+
+def test_equal_images_are_changed_independently_and_another_key_changes_them_otherwise():
+  pixels = np.repeat(images(1), 20, 0)
+  first, second = (crop_and_flip(jax.random.key(seed), pixels, pad=PAD, flip=True) for seed in (0, 1))
+  assert len(np.unique(first, axis=0)) > 10
+  assert np.mean(np.any(first != second, (1, 2, 3))) > 0.5
+
+
+def test_nothing_is_done_without_pad_and_flip():
+  pixels = images()
+  assert np.any(crop_and_flip(jax.random.key(0), pixels, pad=0, flip=True) != pixels)
+  np.testing.assert_array_equal(crop_and_flip(jax.random.key(0), pixels, pad=0, flip=False), pixels)
+
+
+def test_the_draw_does_not_depend_on_the_number_of_devices():
+  pixels, key = images(16), jax.random.key(3)
+  alone = crop_and_flip(key, pixels, pad=PAD, flip=True)
+  assert np.any(alone != pixels)
+  spread = lambda axis_name: jax.pmap(
+      lambda x: crop_and_flip(key, x, pad=PAD, flip=True, axis_name=axis_name), axis_name="d"
+  )(pixels.reshape(8, 2, *SIZE)).reshape(pixels.shape)
+  np.testing.assert_array_equal(spread("d"), alone)
+  assert np.any(spread(None) != alone)
+
+
+def test_normalise_by_hand():
+  pixels = np.array([0, 51, 255], np.uint8).reshape(1, 1, 1, 3)
+  out = normalise(pixels, (0.5, 0.2, 0.4), (0.25, 0.5, 0.2))
+  assert out.dtype == jnp.float32
+  np.testing.assert_allclose(out.ravel(), [-2, 0, 3], atol=1e-6)
+  np.testing.assert_allclose(normalise(pixels, (0.2,), (0.4,)).ravel(), [-0.5, 0, 2], atol=1e-6)
+  np.testing.assert_allclose(jax.jit(lambda x: normalise(x, (0.2,), (0.4,)))(pixels).ravel(), [-0.5, 0, 2], atol=1e-6)
+
+
+@pytest.mark.parametrize(("mean", "std", "name", "value"), [
+    ((0.5, 0.5), (1.0,), "mean", (0.5, 0.5)),
+    ((0.5,), (1.0, 1.0, 1.0, 1.0), "std", (1.0, 1.0, 1.0, 1.0)),
+    ((), (1.0,), "mean", ()),
+])
+def test_another_number_of_channels_is_an_error(mean, std, name, value):
+  message = f"{name} must hold 1 or 3 numbers, one per channel; got {value}"
+  with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    normalise(np.zeros((1, 2, 2, 3), np.uint8), mean, std)

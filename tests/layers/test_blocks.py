@@ -1,0 +1,187 @@
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gating_jax.layers.blocks import BasicBlock, Bottleneck
+
+OPEN = 1e4
+
+
+apply = jax.jit(lambda block, variables, x: block.apply(variables, x), static_argnums=0)
+
+
+def image(*shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def variables_of(block, x, *, plain_norms=False):
+  """Random, every unit alive; `plain_norms` change nothing in evaluation. By numpy: compiling `init` takes seconds."""
+  rng = np.random.default_rng(1)
+  plain = {"scale": 1.0, "bias": 0.0, "mean": 0.0, "var": 1 - 1e-5}
+
+  def fill(path, leaf):
+    if path[-1] not in plain:
+      return jnp.asarray(rng.normal(0, 0.5, leaf.shape), jnp.float32)
+    if plain_norms:
+      return jnp.full(leaf.shape, plain[path[-1]])
+    return jnp.asarray(rng.uniform(0.5, 1.0, leaf.shape), jnp.float32)
+
+  shapes = flax.traverse_util.flatten_dict(jax.eval_shape(block.init, jax.random.key(0), x))
+  return flax.traverse_util.unflatten_dict({path: fill(path, leaf) for path, leaf in shapes.items()})
+
+
+def with_logits(variables, logits):
+  """The gate's answer fixed to `logits`, whatever the input."""
+  flat = flax.traverse_util.flatten_dict(variables)
+  flat["params", "gate", "head", "logits", "kernel"] *= 0
+  flat["params", "gate", "head", "logits", "bias"] = jnp.asarray(logits, jnp.float32)
+  return flax.traverse_util.unflatten_dict(flat)
+
+
+def without_gate(variables):
+  return {kind: {k: v for k, v in tree.items() if k != "gate"} for kind, tree in variables.items()}
+
+
+def without_input_channel(variables, conv, channel):
+  flat = flax.traverse_util.flatten_dict(variables)
+  path = ("params", conv, "conv", "kernel")
+  flat[path] = flat[path].at[:, :, channel].set(0)
+  return flax.traverse_util.unflatten_dict(flat)
+
+
+# block, number of gates, what each group of gates feeds: (first gate, last gate, convolution)
+CASES = [(BasicBlock, 4, [(0, 4, "conv2")]), (Bottleneck, 8, [(0, 4, "conv2"), (4, 8, "conv3")])]
+blocks = pytest.mark.parametrize(("block", "gates", "groups"), CASES, ids=["basic", "bottleneck"])
+
+
+@blocks
+@pytest.mark.parametrize("stride", [1, 2])
+def test_closing_one_gate_is_dropping_one_channel_of_the_ungated_block(block, gates, groups, stride):
+  x = image(2, 5, 5, 3)
+  gated, plain = (block(4, stride=stride, gating=gating) for gating in ("channel", "none"))
+  variables = variables_of(gated, x)
+  logits = np.full(gates, OPEN)
+  expected, no_records = apply(plain, without_gate(variables), x)
+  assert no_records == ()
+  np.testing.assert_allclose(apply(gated, with_logits(variables, logits), x)[0], expected, rtol=1e-5, atol=1e-5)
+  for first, last, conv in groups:
+    for gate in range(first, last):
+      y, records = apply(gated, with_logits(variables, np.where(np.arange(gates) == gate, -OPEN, OPEN)), x)
+      assert sum(int(np.sum(r.gates == 0)) for r in records) == len(x)
+      dropped, _ = apply(plain, without_input_channel(without_gate(variables), conv, gate - first), x)
+      assert np.abs(np.asarray(dropped - expected)).max() > 1e-2
+      np.testing.assert_allclose(y, dropped, rtol=1e-5, atol=1e-5)
+
+
+@blocks
+def test_all_gates_closed_leave_the_shortcut_and_a_constant(block, gates, groups):
+  x = image(2, 4, 4, 4 * block.expansion)
+  gated = block(4, gating="channel")
+  variables = variables_of(gated, x)
+  y, _ = apply(gated, with_logits(variables, np.full(gates, -OPEN)), x)
+  last = groups[-1][2]
+  norm, statistics = variables["params"][last]["norm"], variables["batch_stats"][last]["norm"]
+  constant = norm["bias"] - norm["scale"] * statistics["mean"] / np.sqrt(statistics["var"] + 1e-5)
+  np.testing.assert_allclose(y, np.maximum(x + constant, 0), rtol=1e-4, atol=1e-5)
+
+
+@blocks
+def test_open_gates_change_nothing_in_training_either(block, gates, groups):
+  x = image(4, 4, 4, 3)
+  gated, plain = (block(4, gating=gating) for gating in ("channel", "none"))
+  variables = with_logits(variables_of(gated, x), np.full(gates, OPEN))
+  train = jax.jit(
+      lambda net, v: net.apply(v, x, train=True, mutable=["batch_stats"], rngs={"gate": jax.random.key(0)}),
+      static_argnums=0)
+  (y, records), updated = train(gated, variables)
+  (expected, _), expected_updated = train(plain, without_gate(variables))
+  assert np.abs(np.asarray(y - apply(plain, without_gate(variables), x)[0])).max() > 1e-2
+  np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), without_gate(updated),
+               expected_updated)
+  assert all(np.all(r.gates == 1) for r in records)
+
+
+def test_gates_act_on_their_own_example_only():
+  x = image(3, 4, 4, 4) + 3 * image(3, 1, 1, 4, seed=1)
+  block = BasicBlock(4, gating="channel")
+  variables = with_logits(variables_of(block, x, plain_norms=True), np.zeros(4))
+  variables["params"]["gate"]["head"]["logits"]["kernel"] = jnp.asarray(
+      np.random.default_rng(1).normal(0, 10, (16, 4)), jnp.float32)
+  y, (record,) = apply(block, variables, x)
+  assert len(np.unique(record.gates, axis=0)) > 1
+  for n in range(3):
+    np.testing.assert_allclose(apply(block, variables, x[n : n + 1])[0][0], y[n], rtol=1e-5, atol=1e-5)
+
+
+def macs_of(block, shape, **settings):
+  """Per record: per unit and per pair."""
+  module = block(gating="channel", **settings)
+  y, records = jax.eval_shape(lambda x: module.init_with_output(jax.random.key(0), x)[0],
+                              jax.ShapeDtypeStruct(shape, jnp.float32))
+  return y.shape, [(r.gates.shape, r.macs_per_unit, r.macs_per_pair) for r in records]
+
+
+def test_macs_of_a_basic_block_by_hand():
+  assert macs_of(BasicBlock, (2, 8, 8, 5), features=6, stride=2) == (
+      (2, 4, 4, 6), [((2, 6), 9 * 16 * 5 + 9 * 16 * 6, 0)])
+  assert macs_of(BasicBlock, (2, 7, 5, 6), features=6) == ((2, 7, 5, 6), [((2, 6), 9 * 35 * 12, 0)])
+
+
+def test_macs_of_a_bottleneck_by_hand():
+  assert macs_of(Bottleneck, (2, 8, 8, 16), features=6, stride=2) == (
+      (2, 4, 4, 24), [((2, 6), 64 * 16, 9 * 16), ((2, 6), 16 * 24, 0)])
+  assert macs_of(Bottleneck, (1, 7, 5, 3), features=2, stride=2) == (
+      (1, 4, 3, 8), [((1, 2), 35 * 3, 9 * 12), ((1, 2), 12 * 8, 0)])
+
+
+def closed_block(shortcut, x, features, stride):
+  """What is left of a block whose branch is gated off and whose norms are fresh: ReLU of its shortcut."""
+  block = BasicBlock(features, stride=stride, gating="channel", shortcut=shortcut)
+  variables = variables_of(block, x, plain_norms=True)
+  return apply(block, with_logits(variables, np.full(features, -OPEN)), x)[0], variables["params"]
+
+
+def test_shortcut_a_subsamples_and_pads_with_zero_channels():
+  x = image(2, 5, 5, 3)
+  y, params = closed_block("A", x, 6, 2)
+  assert set(params) == {"conv1", "conv2", "gate"}
+  np.testing.assert_allclose(y[..., 1:4], np.maximum(x[:, ::2, ::2], 0), atol=1e-6)
+  np.testing.assert_array_equal(y[..., [0, 4, 5]], np.zeros((2, 3, 3, 3)))
+
+
+def test_shortcut_b_projects():
+  x = image(2, 5, 5, 3)
+  y, params = closed_block("B", x, 6, 2)
+  projected = x[:, ::2, ::2] @ params["project"]["conv"]["kernel"][0, 0]
+  np.testing.assert_allclose(y, np.maximum(projected, 0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+def test_equal_shapes_are_joined_without_a_projection(shortcut):
+  x = image(2, 4, 4, 3)
+  y, params = closed_block(shortcut, x, 3, 1)
+  assert set(params) == {"conv1", "conv2", "gate"}
+  np.testing.assert_allclose(y, np.maximum(x, 0), atol=1e-6)
+
+
+def shape_of(block, shape=(1, 4, 4, 8)):
+  x = jax.ShapeDtypeStruct(shape, jnp.float32)
+  return jax.eval_shape(lambda x: block.init_with_output(jax.random.key(0), x)[0][0], x).shape
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_near_matches_of_names_are_suggested(block):
+  with pytest.raises(ValueError, match=r"^gating must be one of channel, none; got 'chanel'\. Did you mean 'channel'"):
+    shape_of(block(2, gating="chanel"))
+  with pytest.raises(ValueError, match=r"^shortcut must be one of A, B; got 'C'"):
+    shape_of(block(8 // block.expansion, shortcut="C"))
+
+
+def test_shortcut_a_cannot_drop_channels():
+  message = r"^shortcut A cannot drop channels; got 8 in, 4 out; use shortcut B"
+  with pytest.raises(ValueError, match=message):
+    shape_of(BasicBlock(4, shortcut="A"))
+  assert shape_of(BasicBlock(4, shortcut="B")) == (1, 4, 4, 4)

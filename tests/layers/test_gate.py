@@ -1,0 +1,202 @@
+import functools
+import re
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special
+
+from gating_jax.layers.gate import GATE_RNG, ChannelGate, GateHead, GateSettings, apply_gates, is_gate_path
+
+AXIS = "devices"
+
+
+def features(*shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def init(module, x):
+  """As the module's `init`, but with kernels made by numpy, since compiling `init` takes seconds."""
+  rng = np.random.default_rng(1)
+  fresh = {"scale": 1.0, "bias": 0.0, "mean": 0.0, "var": 1.0}
+  fill = lambda path, leaf: (
+      jnp.full(leaf.shape, fresh[path[-1]]) if path[-1] in fresh else
+      jnp.asarray(rng.normal(0, 0.5, leaf.shape), jnp.float32))
+  shapes = flax.traverse_util.flatten_dict(jax.eval_shape(module.init, jax.random.key(0), x))
+  return flax.traverse_util.unflatten_dict({path: fill(path, leaf) for path, leaf in shapes.items()})
+
+
+def two_groups(**settings):
+  return ChannelGate((3, 2), (10, 20), (7, 0), **settings)
+
+
+def with_last_layer(variables, kernel_scale, bias):
+  flat = flax.traverse_util.flatten_dict(variables)
+  flat["params", "head", "logits", "kernel"] *= kernel_scale
+  flat["params", "head", "logits", "bias"] = jnp.asarray(bias, jnp.float32)
+  return flax.traverse_util.unflatten_dict(flat)
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 6, 5), (4, 5), (4, 9, 5)])
+def test_a_head_gives_one_float32_logit_per_unit_from_any_number_of_pixels(shape):
+  head = GateHead(7, GateSettings(hidden=11))
+  x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  logits, variables = jax.eval_shape(lambda x: head.init_with_output(jax.random.key(0), x), x)
+  assert (logits.shape, logits.dtype) == ((4, 7), jnp.float32)
+  sizes = {"/".join(k): v.shape for k, v in flax.traverse_util.flatten_dict(variables["params"]).items()}
+  assert sizes == {
+      "hidden/kernel": (5, 11),
+      "norm/scale": (11,),
+      "norm/bias": (11,),
+      "logits/kernel": (11, 7),
+      "logits/bias": (7,),
+  }
+
+
+def test_a_head_is_pool_dense_norm_relu_dense():
+  head = GateHead(2, GateSettings(hidden=3))
+  x = features(4, 2, 2, 5)
+  variables = init(head, x)
+  p, stats = variables["params"], {"norm": {"mean": jnp.array([0.1, 0, -0.2]), "var": jnp.array([1.0, 2.0, 0.5])}}
+  logits = head.apply({"params": p, "batch_stats": stats}, x)
+  hidden = np.mean(x, (1, 2)) @ p["hidden"]["kernel"]
+  hidden = np.maximum((hidden - stats["norm"]["mean"]) / np.sqrt(stats["norm"]["var"] + 1e-5), 0)
+  assert 0 < np.mean(hidden == 0) < 1
+  np.testing.assert_allclose(logits, hidden @ p["logits"]["kernel"] + p["logits"]["bias"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("settings", "rate"), [(GateSettings(), 0.85), (GateSettings(initial_open=0.3), 0.3)])
+def test_the_last_bias_starts_at_the_initial_open_rate(settings, rate):
+  variables = GateHead(4, settings).init(jax.random.key(0), features(2, 5))
+  np.testing.assert_allclose(special.expit(variables["params"]["logits"]["bias"]), [rate] * 4, rtol=1e-6)
+
+
+def test_a_channel_gate_splits_its_logits_into_records():
+  gate = two_groups()
+  x = features(6, 4, 4, 5)
+  variables = init(gate, x)
+  logits = np.linspace(-2, 2, 5)
+  first, second = gate.apply(with_last_layer(variables, 0, logits), x)
+  for record, expected in ((first, logits[:3]), (second, logits[3:])):
+    expected = np.broadcast_to(expected, (6, len(expected)))
+    np.testing.assert_allclose(record.logits, expected, atol=1e-6)
+    np.testing.assert_allclose(record.probs, special.expit(expected), rtol=1e-5)
+    np.testing.assert_array_equal(record.gates, expected > 0)
+  assert (first.macs_per_unit, first.macs_per_pair) == (10, 7)
+  assert (second.macs_per_unit, second.macs_per_pair) == (20, 0)
+
+
+def test_evaluation_needs_no_key_and_opens_what_has_a_positive_logit():
+  gate = two_groups()
+  x = features(16, 4, 4, 5)
+  variables = with_last_layer(init(gate, x), 10, np.zeros(5))
+  records = gate.apply(variables, x)
+  for record in records:
+    assert 0 < np.mean(record.gates) < 1
+    np.testing.assert_array_equal(record.gates, np.asarray(record.logits) > 0)
+  for seed in (1, 2):
+    again = gate.apply(variables, x, rngs={GATE_RNG: jax.random.key(seed)})
+    jax.tree.map(np.testing.assert_array_equal, again, records)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def train(gate, variables, x, seed):
+  return gate.apply(variables, x, train=True, rngs={GATE_RNG: jax.random.key(seed)}, mutable=["batch_stats"])[0]
+
+
+def test_training_draws_gates_from_its_key():
+  gate = two_groups()
+  x = features(500, 5)
+  variables = with_last_layer(init(gate, x), 0, [-2, -1, 0, 1, 2])
+  draws = [np.concatenate([r.gates for r in train(gate, variables, x, seed)], -1) for seed in range(2)]
+  assert np.mean(draws[0] != draws[1]) > 0.2
+  for gates in draws:
+    assert set(np.unique(gates)) == {0.0, 1.0}
+    probs = special.expit([-2, -1, 0, 1, 2])
+    assert (np.abs(gates.mean(0) - probs) < 5 * np.sqrt(probs * (1 - probs) / 500)).all()
+  with pytest.raises(flax.errors.InvalidRngError):
+    gate.apply(variables, x, train=True, mutable=["batch_stats"])
+
+
+def test_without_noise_training_opens_what_has_a_positive_logit():
+  x = features(50, 5)
+  drawn, sure = (two_groups(settings=GateSettings(noise_scale=scale)) for scale in (1.0, 0.0))
+  variables = with_last_layer(init(sure, x), 1, np.zeros(5))
+  for record in train(sure, variables, x, 0):
+    np.testing.assert_array_equal(record.gates, np.asarray(record.logits) > 0)
+  assert any(np.any(np.asarray(r.gates) != (np.asarray(r.logits) > 0)) for r in train(drawn, variables, x, 0))
+
+
+def test_gates_pass_gradients_to_the_head_scaled_by_the_temperature():
+  x = features(8, 5)
+  slopes = []
+  for temperature in (0.5, 1.0):
+    gate = two_groups(settings=GateSettings(temperature=temperature, noise_scale=0.0))
+    variables = with_last_layer(init(gate, x), 0, np.zeros(5))
+    loss = lambda v, g=gate: sum(jnp.sum(r.gates) for r in train(g, v, x, 0))
+    slopes.append(jax.grad(loss)(variables)["params"]["head"]["logits"]["bias"])
+  np.testing.assert_allclose(slopes, [[8 * 0.25 / 0.5] * 5, [8 * 0.25] * 5], rtol=1e-5)
+
+
+def test_the_noise_and_the_statistics_do_not_depend_on_the_number_of_devices():
+  x = features(16, 2, 2, 5)
+  alone, spread = ChannelGate((40,), (1,), (0,)), ChannelGate((40,), (1,), (0,), axis_name=AXIS)
+  variables = with_last_layer(init(alone, x), 1, np.zeros(40))
+  run = lambda gate, x: gate.apply(
+      variables, x, train=True, rngs={GATE_RNG: jax.random.key(7)}, mutable=["batch_stats"])
+  (expected,), statistics = run(alone, x)
+  on_devices = lambda gate: jax.pmap(lambda x: run(gate, x), axis_name=AXIS)(x.reshape(8, 2, 2, 2, 5))
+  (record,), spread_statistics = on_devices(spread)
+  np.testing.assert_array_equal(record.gates.reshape(16, 40), expected.gates)
+  np.testing.assert_allclose(record.logits.reshape(16, 40), expected.logits, atol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a[3], b, atol=1e-6), spread_statistics, statistics)
+  (unaware,), _ = on_devices(alone)
+  assert np.mean(unaware.gates.reshape(16, 40) != expected.gates) > 0.1
+
+
+def test_apply_gates_switches_channels_per_example():
+  x = features(2, 3, 3, 4)
+  gates = np.array([[1, 0, 1, 1], [0, 0, 0.5, 1]], np.float32)
+  switched = apply_gates(x, gates)
+  for n in range(2):
+    for c in range(4):
+      np.testing.assert_allclose(switched[n, :, :, c], x[n, :, :, c] * gates[n, c], rtol=1e-6)
+  assert apply_gates(x.astype(jnp.bfloat16), gates).dtype == jnp.bfloat16
+  np.testing.assert_array_equal(apply_gates(jnp.ones((2, 4)), gates), gates)
+
+
+@pytest.mark.parametrize(("x", "gates"), [
+    ((2, 3, 3, 4), (2, 5)), ((2, 3, 3, 4), (1, 4)), ((2, 3, 3, 4), (4,)), ((4,), (4,)), ((2, 3, 3, 4), (2, 1, 1, 4))
+])
+def test_gates_that_do_not_belong_to_the_features_are_named(x, gates):
+  message = f"gates must be [N, C] like x's examples and channels; got gates {gates}, x {x}"
+  with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    apply_gates(jnp.zeros(x), jnp.zeros(gates))
+
+
+@pytest.mark.parametrize(("setting", "rule"), [
+    ({"hidden": 0}, ">= 1; got 0"),
+    ({"initial_open": 1.0}, "in (0, 1); got 1.0"),
+    ({"initial_open": 0}, "in (0, 1); got 0"),
+    ({"temperature": 0.0}, "> 0; got 0.0"),
+    ({"temperature": float("nan")}, "> 0; got nan"),
+    ({"noise_scale": -0.1}, ">= 0; got -0.1"),
+])
+def test_bad_settings_are_named(setting, rule):
+  with pytest.raises(ValueError, match=f"^gate {next(iter(setting))} must be {re.escape(rule)}$"):
+    GateSettings(**setting)
+
+
+def test_gate_paths_are_those_below_a_gate_module():
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      ChannelGate((2,), (1,), (0,), name="gate")(x)
+      return nn.Dense(3, name="delegate")(x)
+
+  params = flax.traverse_util.flatten_dict(init(Net(), features(2, 3))["params"])
+  assert sum(is_gate_path(path) for path in params) == 5
+  assert not is_gate_path(("delegate", "kernel"))

@@ -1,0 +1,74 @@
+import flax.linen as nn
+import numpy as np
+import pytest
+
+from gating_jax.models.counts import ModelCounts, count
+from gating_jax.models.resnet import resnet
+
+# Dense MACs, parameters, gates, gate MACs, gate parameters, from shared/spec/batch_shaping.md.
+TABLE = {
+    "resnet20": (40_551_040, 269_722, 336, 9_984, 10_608),
+    "resnet32": (68_862_592, 464_154, 560, 17_152, 18_192),
+    "resnet56": (125_485_696, 853_018, 1_008, 31_488, 33_360),
+    "resnet18": (1_814_073_344, 11_689_512, 1_920, 54_272, 56_448),
+    "resnet34": (3_663_761_408, 21_797_672, 3_776, 113_664, 117_952),
+    "resnet50": (4_089_184_256, 25_557_032, 7_552, 330_752, 338_816),
+}
+CIFAR = {"classes": 10, "input_shape": (32, 32, 3)}
+IMAGENET = {"classes": 1000, "input_shape": (224, 224, 3)}
+SETTINGS = {"resnet20": CIFAR, "resnet32": CIFAR, "resnet56": CIFAR,
+            "resnet18": IMAGENET, "resnet34": IMAGENET, "resnet50": IMAGENET}
+
+
+def counts_of(name, gating, *, classes, input_shape, **settings):
+  return count(resnet(name, classes, gating=gating, **settings), input_shape)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_table_of_known_sizes(name):
+  c = counts_of(name, "channel", **SETTINGS[name])
+  assert (c.macs, c.params, c.gates, c.gate_macs, c.gate_params) == TABLE[name]
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet18"])
+def test_without_gates_the_network_proper_is_the_same(name):
+  macs, params, *_ = TABLE[name]
+  plain = counts_of(name, "none", **SETTINGS[name])
+  assert plain == ModelCounts(params=params, gate_params=0, gates=0, macs=macs, gate_macs=0, gated=0)
+  assert plain.fixed == macs
+
+
+@pytest.mark.parametrize("size", [(32, 32, 3), (31, 29, 3), (28, 28, 1), (5, 4, 1)])
+def test_all_but_stem_and_classifier_is_gated_where_shortcuts_are_free(size):
+  c = count(resnet("resnet20", 10, gating="channel"), size)
+  h, w, depth = size
+  stem, classifier = 9 * depth * 16 * h * w, 640
+  assert c.gated == c.macs - stem - classifier > 0
+  assert c.fixed == stem + classifier + c.gate_macs
+
+
+def test_projections_are_never_gated():
+  c = count(resnet("resnet50", 10, gating="channel", blocks=(1, 1)), (63, 65, 3))
+  stem = 147 * 64 * 32 * 33
+  projections = 16 * 17 * 64 * 256 + 8 * 9 * 256 * 512
+  assert c.gated == c.macs - stem - projections - 5120
+
+
+def test_gate_macs_by_hand():
+  c = count(resnet("resnet20", 10, gating="channel", blocks=(1, 1)), (8, 8, 3))
+  assert c.gate_macs == (16 * 16 + 16 * 16) + (16 * 16 + 16 * 32)
+  assert c.gate_params == c.gate_macs + 2 * 32 + 16 + 32
+  assert c.gates == 16 + 32
+
+
+def test_convolutions_and_dense_layers_of_any_module_are_counted_each_time_they_are_called():
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      conv = nn.Conv(4, (3, 3), padding="VALID")
+      y = nn.Conv(4, (1, 1), feature_group_count=2)(conv(x))
+      return nn.Dense(5)(np.zeros((1, 3)) + y.mean()) + conv(x).mean(), ()
+
+  c = count(Net(), (6, 5, 2))
+  assert c.macs == 2 * 9 * 2 * 4 * 12 + 2 * 4 * 12 + 15
+  assert c.params == (72 + 4) + (8 + 4) + (15 + 5)

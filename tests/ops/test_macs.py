@@ -1,0 +1,102 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gating_jax.ops.macs import conv_macs, executed_macs, gated_macs
+from gating_jax.types import GateRecord
+
+
+def record(gates, per_unit=0, per_pair=0):
+  gates = np.asarray(gates)
+  return GateRecord(gates * 0, gates, gates, per_unit, per_pair)
+
+
+def pair(first, second, *, per_pair=36):
+  return (record(first, 10, per_pair), record(second, 7))
+
+
+ALL, NONE = [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("kernel", "output", "macs"), [
+    ((3, 3, 16, 32), (1, 8, 8, 32), 9 * 16 * 32 * 64),
+    ((3, 3, 16, 32), (5, 8, 8, 32), 9 * 16 * 32 * 64),
+    ((1, 1, 64, 256), (1, 7, 5, 256), 64 * 256 * 35),
+    ((7, 7, 3, 64), (2, 112, 112, 64), 118_013_952),
+    ((512, 1000), (4, 1000), 512_000),
+    ((3, 3, 1, 16), (1, 4, 4, 16), 9 * 16 * 16),
+    ((3, 8, 4), (1, 10, 4), 960),
+])
+def test_conv_macs_by_hand(kernel, output, macs):
+  assert conv_macs(kernel, output) == macs
+
+
+def test_executed_macs_by_hand():
+  records = (record([[1, 0, 1], [0, 0, 0]], 100), record([[1, 1], [1, 0]], 5))
+  np.testing.assert_array_equal(executed_macs(records), [210, 5])
+  assert gated_macs(records) == 310
+
+
+def test_a_pair_costs_the_product_of_its_two_counts():
+  first = [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+  second = [[1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]]
+  expected = [10 * 2 + 36 * 2 * 3 + 7 * 3, 10 * 1, 7 * 4]
+  np.testing.assert_array_equal(executed_macs(pair(first, second)), expected)
+  assert gated_macs(pair(first, second)) == 4 * 10 + 36 * 16 + 4 * 7
+
+
+def test_the_mean_is_of_the_product_and_not_the_product_of_the_means():
+  together = pair([ALL, NONE], [ALL, NONE])
+  apart = pair([ALL, NONE], [NONE, ALL])
+  for a, b in zip(together, apart, strict=True):
+    assert a.gates.mean() == b.gates.mean()
+  assert executed_macs(together).mean() - executed_macs(apart).mean() == 36 * 16 / 2
+
+
+def test_a_pair_joins_a_record_to_the_next_one_only():
+  records = (record([[1, 1]], 1), record([[1, 0, 1]], 10, 1000), record([[1, 1, 1, 1]], 100), record([[1]], 7))
+  np.testing.assert_array_equal(executed_macs(records), [2 + 20 + 1000 * 2 * 4 + 400 + 7])
+
+
+def test_all_open_gates_execute_all_gated_macs_and_closed_ones_none():
+  for gates, share in ((ALL, 1), (NONE, 0)):
+    np.testing.assert_array_equal(executed_macs(pair([gates], [gates])), [share * gated_macs(pair([gates], [gates]))])
+
+
+def test_float64_gates_count_beyond_what_float32_holds():
+  gates = np.ones((1, 2048))
+  records = (record(gates, 2**31 + 1, 3), record(gates, 1))
+  exact = 2048 * (2**31 + 1) + 3 * 2048**2 + 2048
+  assert int(np.float32(exact)) != exact
+  assert int(executed_macs(records)[0]) == exact == gated_macs(records)
+
+
+def test_float32_gates_are_exact_below_two_to_the_24():
+  gates = jnp.ones((1, 4096), jnp.float32)
+  records = (record(gates, 4094), record(gates[:, :1], 4095))
+  assert int(executed_macs(records)[0]) == 4096 * 4094 + 4095 == 2**24 - 4097
+
+
+def test_jit_and_vmap_agree():
+  first = np.random.default_rng(0).integers(0, 2, (5, 2, 4)).astype(np.float32)
+  second = 1 - first[:, ::-1]
+  one_by_one = np.stack([executed_macs(pair(a, b)) for a, b in zip(first, second, strict=True)])
+  assert len(np.unique(one_by_one)) > 3
+  stacked = pair(first, second)
+  np.testing.assert_array_equal(jax.jit(jax.vmap(executed_macs))(stacked), one_by_one)
+
+
+def test_no_records_are_an_error():
+  message = "records must hold at least one GateRecord; got none: is the model ungated?"
+  for function in (executed_macs, gated_macs):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+      function(())
+
+
+def test_a_last_record_with_pairs_is_an_error():
+  for function in (executed_macs, gated_macs):
+    with pytest.raises(ValueError, match=r"^the last record's macs_per_pair must be 0, it has no next record; got 9$"):
+      function((record([ALL]), record([ALL], 1, 9)))

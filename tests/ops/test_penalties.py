@@ -1,0 +1,98 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gating_jax.ops.macs import executed_macs, gated_macs
+from gating_jax.ops.penalties import l0_loss, mac_budget_loss, mac_loss, target_rate_loss
+from gating_jax.types import GateRecord
+
+
+def records_of(first, second):
+  """Two records joined by a pair, [N, 3] and [N, 2]; their gates all open, to differ from their probabilities."""
+  return (
+      GateRecord(first, first, jnp.ones_like(first), 10, 4),
+      GateRecord(second, second, jnp.ones_like(second), 7),
+  )
+
+
+FIRST = np.array([[0.5, 0.25, 0.25], [1.0, 1.0, 0.0]], np.float32)  # 1 and 2 expected open units
+SECOND = np.array([[0.5, 0.5], [0.0, 0.5]], np.float32)  # 1 and 0.5
+EXPECTED = (10 * 1 + 4 * 1 * 1 + 7 * 1 + 10 * 2 + 4 * 2 * 0.5 + 7 * 0.5) / 2  # 24.25
+ALL_GATED = 10 * 3 + 4 * 3 * 2 + 7 * 2  # 68
+
+
+def test_l0_loss_weighs_every_gate_alike():
+  layers = [jnp.array([[0.5, 1.0, 0.0], [0.5, 0.0, 1.0]]), jnp.array([[1.0], [0.8]])]
+  np.testing.assert_allclose(l0_loss(layers), (0.5 + 0.5 + 0.5 + 0.9) / 4, rtol=1e-6)
+  assert abs(float(l0_loss(layers)) - np.mean([p.mean() for p in layers])) > 0.05
+
+
+@pytest.mark.parametrize(("value", "share"), [(0.0, 0.0), (1.0, 1.0)])
+def test_l0_loss_is_the_share_of_open_gates(value, share):
+  np.testing.assert_array_equal(l0_loss([jnp.full((3, 2), value), jnp.full((3, 5), value)]), share)
+
+
+def test_target_rate_loss_sums_over_gates_and_layers():
+  layers = [jnp.array([[1.0, 0.0], [0.0, 0.0]]), jnp.array([[1.0], [1.0]])]
+  np.testing.assert_allclose(target_rate_loss(layers, 0.6), 0.1**2 + 0.6**2 + 0.4**2, rtol=1e-6)
+  np.testing.assert_allclose(target_rate_loss(layers[:1], jnp.array([0.5, 0.2])), 0.04, rtol=1e-6)
+  np.testing.assert_array_equal(target_rate_loss(layers[1:], 1.0), 0.0)
+
+
+def test_mac_loss_takes_products_of_probabilities_and_not_gates():
+  records = records_of(FIRST, SECOND)
+  assert np.mean(executed_macs(records)) == gated_macs(records) == ALL_GATED
+  np.testing.assert_allclose(mac_loss(records), EXPECTED / ALL_GATED, rtol=1e-6)
+
+
+def test_mac_loss_weighs_gates_by_their_cost():
+  dear, cheap = (GateRecord(p, p, p, cost) for p, cost in ((jnp.array([[1.0]]), 90), (jnp.array([[0.0]]), 10)))
+  np.testing.assert_allclose(l0_loss([dear.probs, cheap.probs]), 0.5)
+  np.testing.assert_allclose(mac_loss((dear, cheap)), 0.9, rtol=1e-6)
+
+
+def test_mac_budget_loss_by_hand():
+  share = (32 + EXPECTED) / (32 + ALL_GATED)
+  records = records_of(FIRST, SECOND)
+  np.testing.assert_allclose(mac_budget_loss(records, 32, 0.5), (share - 0.5) ** 2, rtol=1e-5)
+  for budget in (share + 0.01, 1.0):
+    loss, gradient = jax.value_and_grad(lambda p, b=budget: mac_budget_loss(records_of(p, SECOND), 32, b))(FIRST)
+    np.testing.assert_array_equal(loss, 0)
+    np.testing.assert_array_equal(gradient, np.zeros_like(FIRST))
+
+
+@pytest.mark.parametrize("loss", [
+    lambda p: l0_loss([p[:, :3], p[:, 3:]]),
+    lambda p: target_rate_loss([p[:, :3], p[:, 3:]], 0.9),
+    lambda p: mac_loss(records_of(p[:, :3], p[:, 3:])),
+    lambda p: mac_budget_loss(records_of(p[:, :3], p[:, 3:]), 32, 0.2),
+], ids=["l0", "target rate", "mac", "mac budget"])
+def test_gradients_are_the_finite_differences_and_jit_and_vmap_agree(loss, central_differences):
+  p = np.random.default_rng(0).uniform(0.2, 0.8, (2, 4, 5))
+  gradient = jax.jit(jax.grad(loss))(p[0])
+  assert np.abs(gradient).min() > 1e-4
+  np.testing.assert_allclose(gradient, central_differences(loss, p[0]), atol=1e-8)
+  assert loss(p[0]) != loss(p[1])
+  np.testing.assert_allclose(jax.jit(jax.vmap(loss))(p), [loss(p[0]), loss(p[1])], rtol=1e-12)
+
+
+def test_the_budget_and_the_target_are_over_all_devices():
+  p = np.random.default_rng(1).uniform(0, 1, (16, 5)).astype(np.float32)
+  losses = {
+      "target": lambda p, axis: target_rate_loss([p], 0.7, axis_name=axis),
+      "budget": lambda p, axis: mac_budget_loss(records_of(p[:, :3], p[:, 3:]), 10, 0.3, axis_name=axis),
+  }
+  for loss in losses.values():
+    spread = jax.pmap(lambda p, loss=loss: loss(p, "d"), axis_name="d")(p.reshape(8, 2, 5))
+    local = np.mean([loss(part, None) for part in p.reshape(8, 2, 5)])
+    assert abs(local / loss(p, None) - 1) > 0.05
+    np.testing.assert_allclose(spread, np.full(8, loss(p, None)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [l0_loss, lambda r: target_rate_loss(r, 0.5), mac_loss,
+                                  lambda r: mac_budget_loss(r, 1, 0.5)])
+def test_an_ungated_model_is_an_error(loss):
+  message = r"^a gate penalty needs at least one gated layer; got none: is the model ungated\?$"
+  with pytest.raises(ValueError, match=message):
+    loss(())
