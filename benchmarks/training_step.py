@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={len(os.sched_getaffinity(0))}")
+_DEVICES = 1 << min(os.cpu_count() or 1, 8).bit_length() - 1
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={_DEVICES}")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
@@ -23,6 +24,7 @@ import numpy as np
 from configs import cifar10_resnet20
 from gating_jax.data import sources
 from gating_jax.experiments import classification
+from gating_jax.models.resnet import resnet
 from gating_jax.ops.priors import beta
 from gating_jax.training import devices, steps
 from gating_jax.training.objectives import batch_shaping_term
@@ -64,12 +66,12 @@ def training(args, images, gating):
   """A function that takes one training step."""
   config = cifar10_resnet20.get_config(f"batch={args.batch},gating={gating},epochs=1000")
   config.model.name = args.model
-  load, sources.load = sources.load, lambda *_: images
+  load, size, sources.load, sources.size = sources.load, sources.size, lambda *_: images, lambda *_: len(images)
   experiment = classification.build(config)
-  sources.load = load
+  sources.load, sources.size = load, size
   state = devices.replicate(
       steps.init_state(experiment.model, experiment.optimiser, config.seed, images.shape))
-  advance, step = classification.make_advance(experiment, 0), 0
+  advance, step = classification.make_advance(experiment, images, 0), 0
 
   def run():
     nonlocal state, step
@@ -83,7 +85,7 @@ def training(args, images, gating):
 def shaping_term(args):
   """A function that computes the term and its gradient for all of the net's gates, gathered as in training."""
   units = [r.gates.shape[-1] for r in jax.eval_shape(
-      lambda x: classification.resnet(args.model, classes=10, gating="channel").init_with_output(
+      lambda x: resnet(args.model, classes=10, gating="channel").init_with_output(
           jax.random.key(0), x)[0][1], jnp.zeros((1, 32, 32, 3)))]
   rng = np.random.default_rng(0)
   logits = devices.replicate([rng.normal(1, 2, (args.batch, n)).astype(np.float32) for n in units])

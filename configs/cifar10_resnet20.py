@@ -1,10 +1,13 @@
-"""ResNet20 on CIFAR-10, channel gates with batch-shaping and L0. Bejnordi et al., ICLR 2020, section 4.1.
+"""ResNet20 on CIFAR-10, channel gates with batch-shaping and L0, after Bejnordi et al., ICLR 2020.
 
     gating-jax --config=configs/cifar10_resnet20.py --workdir=runs/cifar10 --mode=train
 
-The defaults are the full recipe, 500 epochs (independent re-implementations agree on it; the paper's own text is not at
-hand). It has not been run: a few epochs have, see docs/results.md. Variants, joined by commas after a colon:
-`gating=none`, `epochs=10`, `batch=128`, `l0=2.0`, `bas=0` and `schedule=cosine`.
+The defaults are the full recipe of 500 epochs. It has not been run; short ones have, see docs/results.md. From the
+authors: the prior, gates on single channels, noise. From independent re-implementations that agree: optimiser,
+schedules, coefficient and corners of the batch-shaping term, corners of the L0 term. Ours: the L0 coefficient (theirs
+is not known), the initial open rate, and the reduction over gates (`layer_mean`; re-implementations sum).
+Variants, joined by commas after a colon: `gating=none`, `epochs=10`, `batch=128`, `l0=2.0`, `bas=0`, `width=2`,
+`schedule=cosine`.
 """
 
 from configs import common

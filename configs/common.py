@@ -7,7 +7,6 @@ from ml_collections import config_dict
 def image_config() -> ml_collections.ConfigDict:
   """Every field; fractions are of the whole training."""
   return ml_collections.ConfigDict({
-      "experiment": "classification",
       "seed": 0,
       "data": {
           "name": "digits",  # or any TFDS image-classification set
@@ -48,7 +47,7 @@ def image_config() -> ml_collections.ConfigDict:
           },
       },
       "optim": {
-          "epochs": 60,
+          "epochs": 60,  # rounded up to whole dispatches
           "batch_size": 128,  # over all devices
           "learning_rate": 0.1,
           "schedule": "step",  # or cosine

@@ -3,7 +3,9 @@
     gating-jax --config=configs/tfds_resnet20.py --config.data.name=mnist --workdir=runs/mnist --mode=train
 
 For photographs set `--config.data.flip`; for sets that do not fit on the device, `--config.data.loader=streaming` and,
-where images differ in size, `--config.data.image_size=224 --config.data.crop_area=0.08 --config.model.name=resnet50`.
+where images differ in size,
+`--config.data.image_size=224 --config.data.crop_area=0.08 --config.model.name=resnet50`; imagenet2012's labelled
+split for tests is `--config.data.test_split=validation`.
 """
 
 from configs import common

@@ -8,6 +8,8 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from gating_jax.checks import one_of
+
 MODES = ("train", "evaluate")
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -19,20 +21,41 @@ _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 
 def main() -> None:
   """Entry point."""
-  for argument in sys.argv[1:]:
-    if argument.startswith(("--config=", "-config=")):  # so that a config file can import its neighbours
-      sys.path.insert(0, str(Path(argument.partition("=")[2].partition(":")[0]).absolute().parent.parent))
+  for flag, following in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=True):
+    name, equals, value = flag.partition("=")
+    if name.lstrip("-") == "config":  # so that a config file can import its neighbours
+      sys.path.append(str(Path((value if equals else following).partition(":")[0]).absolute().parent.parent))
   flags.mark_flags_as_required(["config", "workdir"])
   app.run(_main, flags_parser=_parse)
 
 
 def _parse(argv: list[str]) -> list[str]:
-  """absl's parsing; a config field that does not exist is a message like any other wrong flag, not a traceback."""
+  """absl's parsing, with one line for whatever is wrong."""
   try:
     return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError) as error:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
+  except flags.Error as error:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = lines[-1] if any(line.startswith("Traceback") for line in lines) else " ".join(lines)
+  except (AttributeError, KeyError, TypeError) as error:  # a field that the config does not have
+    message = _unknown_field(argv) or str(error)
+  print(f"error: {message}", file=sys.stderr)
+  sys.exit(2)
+
+
+def _unknown_field(argv: list[str]) -> str | None:
+  """What to say of the first override of a field that the config does not have."""
+  overrides = [a.lstrip("-") for a in argv if a.lstrip("-").startswith("config.")]
+  sys.argv = [a for a in argv if a.lstrip("-") not in overrides]  # where ml_collections looks for overrides
+  flags.FLAGS(sys.argv)
+  for override in overrides:
+    section = _CONFIG.value
+    for part in override.partition("=")[0].split(".")[1:]:
+      try:
+        one_of(f"--{override.partition('=')[0]}: the field", part, section.keys())
+      except (ValueError, AttributeError) as error:
+        return str(error)
+      section = section[part]
+  return None
 
 
 def _main(argv: list[str]) -> int:
@@ -42,16 +65,17 @@ def _main(argv: list[str]) -> int:
   logging.set_verbosity(logging.WARNING)
   from gating_jax.data.sources import DatasetNotPreparedError  # after the flags are checked: these import JAX
   from gating_jax.experiments import classification
+  from gating_jax.training.checkpoints import CheckpointError
   from gating_jax.training.loop import NonFiniteError
   from gating_jax.training.rundir import RunDirError
 
   try:
     classification.run(_CONFIG.value, Path(_WORKDIR.value), _MODE.value)
-  except (ValueError, OSError, DatasetNotPreparedError, NonFiniteError, RunDirError) as error:
+  except (ValueError, OSError, DatasetNotPreparedError, NonFiniteError, RunDirError, CheckpointError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   except KeyboardInterrupt:
-    print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+    print("interrupted; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
     return 130
   return 0
 

@@ -6,6 +6,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup.sh
 
 workdir=${1:-runs/digits}
-# One virtual device per core: on CPU, data parallelism uses the cores better than XLA's own threads.
-export XLA_FLAGS="${XLA_FLAGS:---xla_force_host_platform_device_count=$(cores)}"
-gating-jax --config=configs/digits_resnet20.py --workdir="$workdir" --mode=train
+# Virtual devices: on CPU, data parallelism uses the cores better than XLA's own threads.
+export XLA_FLAGS="${XLA_FLAGS:---xla_force_host_platform_device_count=$(virtual_devices)}"
+exec gating-jax --config=configs/digits_resnet20.py --workdir="$workdir" --mode=train

@@ -1,5 +1,5 @@
 # Sourced from the repository's root: makes .venv with the pinned packages and this one, if needed, and activates it.
-# PYTHON names the interpreter (default: python3); EXTRAS the extra packages, such as [dev].
+# PYTHON names the interpreter (default: python3); EXTRAS the extra packages, such as [dev]. Needs `set -e`.
 
 python=${PYTHON:-python3}
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
@@ -7,19 +7,21 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   exit 1
 fi
 
-# Changes of any of these files make a new installation.
-wanted="${EXTRAS:-} $(cat requirements.txt pyproject.toml | cksum)"
-if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
+# Changes of these files make a new installation; one with more packages serves as well.
+wanted=$(cat requirements.txt pyproject.toml | cksum)
+installed=$(cat .venv/installed 2>/dev/null || true)
+if [ "$installed" != "$wanted ${EXTRAS:-}" ] && [ "$installed" != "$wanted [dev]" ]; then
   echo "installing into .venv (once; a minute or two)"
-  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  .venv/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv --clear .venv
   # The pins are those of Python 3.11; another Python takes what pyproject.toml allows.
   pins=(-c requirements.txt)
   .venv/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || pins=()
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check "${pins[@]}" -e ".${EXTRAS:-}"
-  echo "$wanted" > .venv/installed
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check ${pins[@]+"${pins[@]}"} -e ".${EXTRAS:-}"
+  echo "$wanted ${EXTRAS:-}" > .venv/installed
 fi
 . .venv/bin/activate
 
-cores() {
-  python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())'
+# The largest power of two up to the number of cores and 8, so that batches divide over it.
+virtual_devices() {
+  python -c 'import os; print(1 << min(os.cpu_count() or 1, 8).bit_length() - 1)'
 }

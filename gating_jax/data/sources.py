@@ -76,7 +76,14 @@ def load(name: str, split: str, data_dir: str | None = None) -> Images:
           f"{name} has images of different sizes ({first.shape} and {example['image'].shape}); "
           "use the streaming loader: --config.data.loader=streaming")
     pixels[i], labels[i] = example["image"], example["label"]
+  if labels.min() < 0 or labels.max() >= len(class_names(source)):
+    raise ValueError(f"data split {split!r} of {name} has images without a label; use another, such as 'validation'")
   return Images(pixels, labels, class_names(source))
+
+
+def size(name: str, split: str, data_dir: str | None = None) -> int:
+  """Number of images of a split, without reading them; errors are as in `load`."""
+  return len(_digits(split) if name == DIGITS else open_tfds(name, split, data_dir))
 
 
 def open_tfds(name: str, split: str, data_dir: str | None = None) -> Sequence[dict]:
@@ -107,6 +114,8 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> Sequence[di
   missing = {"image", "label"} - set(source.dataset_info.features)
   if missing:
     raise ValueError(f"data.name must be an image-classification set; {name} has no {sorted(missing)}")
+  if not len(source):
+    raise ValueError(f"data split {split!r} of {name} must hold at least one image; it is empty")
   return source
 
 

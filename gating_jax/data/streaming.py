@@ -75,6 +75,8 @@ class Stream:
 
   def _read_one(self, index: int, seed: tuple[int, ...] | None) -> tuple[np.ndarray, np.int32]:
     example = self.source[int(index)]
+    if not 0 <= example["label"] < len(self.class_names):
+      raise ValueError("the data split has images without a label; use another, such as 'validation'")
     image, size = example["image"], self.shape[:2]
     if seed is not None and self.crop_area is not None:
       image = random_resized_crop(image, size, self.crop_area, np.random.default_rng(seed))

@@ -42,9 +42,9 @@ def executed_macs(records: Records) -> Array:
   open_units = [r.gates.sum(-1) for r in records]
   total = 0
   for i, record in enumerate(records):
-    total = total + open_units[i] * record.macs_per_unit
+    total = total + open_units[i] * float(record.macs_per_unit)
     if record.macs_per_pair:
-      total = total + open_units[i] * open_units[i + 1] * record.macs_per_pair
+      total = total + open_units[i] * open_units[i + 1] * float(record.macs_per_pair)
   return total
 
 

@@ -54,7 +54,7 @@ def mac_loss(records: Records) -> Array:
 
   Products of two layers' gates are taken at the product of their probabilities.
   """
-  return jnp.mean(executed_macs(_expected(records))) / gated_macs(records)
+  return jnp.mean(executed_macs(_expected(records))) / float(gated_macs(records))
 
 
 def mac_budget_loss(
@@ -66,12 +66,12 @@ def mac_budget_loss(
 
   Args:
     records: the records of one forward pass.
-    fixed_macs: MACs per example of what is never gated.
+    fixed_macs: MACs per example of what is never gated, gate networks left out.
     budget: share in (0, 1].
     axis_name: as in `batch_shaping_loss`; the mean is over the whole batch.
   """
   mean = collectives.batch_mean(executed_macs(_expected(records)), axis_name)
-  share = (fixed_macs + mean) / (fixed_macs + gated_macs(records))
+  share = (float(fixed_macs) + mean) / float(fixed_macs + gated_macs(records))
   return jnp.square(jnp.maximum(share - budget, 0))
 
 

@@ -22,7 +22,6 @@ from gating_jax.types import Array
 _KNOTS_PER_LOGIT = 32  # at the sharpness of Beta(1, 1) or less; the error falls with its 4th power
 _TAIL_MASS = 1e-9  # the table ends where one tail holds this much; beyond it the leading term of the tail takes over
 _SMALLEST, _LARGEST = 0.05, 10_000  # of a and b: below, tails reach logits whose sigmoid underflows in float64
-_TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +31,8 @@ class Prior:
   Attributes:
     name: shown in pictures and journals, such as `beta(0.6, 0.4)`.
     cdf: natural axis, x -> F(x), elementwise and differentiable.
-    pdf: natural axis, x -> f(x).
+    pdf: natural axis, x -> f(x), 0 outside the support. Where it is infinite, at 0 or 1, it is cut off within a
+      rounding error of there.
     logit_cdf: z -> F(sigmoid(z)), differentiable. None where the support is not [0, 1].
     logit_pdf: z -> dF(sigmoid(z))/dz. None where the support is not [0, 1].
   """
@@ -77,11 +77,12 @@ def _beta(a: float, b: float) -> Prior:
   logit_cdf = _with_slope(_hermite_table(a, b, log_norm), logit_pdf)
 
   def pdf(x):
-    x = _inside_unit_interval(x)
-    return jnp.exp((a - 1) * jnp.log(x) + (b - 1) * jnp.log1p(-x) - log_norm)
+    inside = _inside_unit_interval(x, jnp.finfo(jnp.result_type(x, jnp.float32)).epsneg)
+    density = jnp.exp((a - 1) * jnp.log(inside) + (b - 1) * jnp.log1p(-inside) - log_norm)
+    return jnp.where((x < 0) | (x > 1), 0.0, density)
 
   def cdf(x):
-    inside = _inside_unit_interval(x)
+    inside = _inside_unit_interval(x, jnp.finfo(jnp.result_type(x, jnp.float32)).tiny)
     value = logit_cdf(jnp.log(inside) - jnp.log1p(-inside))
     return jnp.where(x <= 0, 0.0, jnp.where(x >= 1, 1.0, value))
 
@@ -112,10 +113,10 @@ def _with_slope(function: Callable[[Array], Array], slope: Callable[[Array], Arr
   return wrapped
 
 
-def _inside_unit_interval(x: Array) -> Array:
-  """Keeps x off 0 and 1 by the float's own spacing there, where densities are infinite; NaN stays."""
+def _inside_unit_interval(x: Array, least: float) -> Array:
+  """Keeps x within [least, 1 - one rounding error], off 0 and 1 where logits and densities are infinite; NaN stays."""
   x = jnp.asarray(x, jnp.result_type(x, jnp.float32))
-  return jnp.clip(x, _TINY, 1 - jnp.finfo(x.dtype).epsneg)
+  return jnp.clip(x, least, 1 - jnp.finfo(x.dtype).epsneg)
 
 
 def _hermite_table(a: float, b: float, log_norm: float) -> Callable[[Array], Array]:

@@ -134,7 +134,7 @@ def _network_argsort(x):
 def _compare_exchange(value, index, block, distance):
   """Orders elements `distance` apart, ascending in even blocks and descending in odd ones."""
   rest = value.shape[1:]
-  split = functools.partial(jnp.reshape, shape=(-1, 2, distance, *rest))
+  split = functools.partial(jnp.reshape, shape=(value.shape[0] // (2 * distance), 2, distance, *rest))
   v, i = split(value), split(index)
   (va, vb), (ia, ib) = (v[:, 0], v[:, 1]), (i[:, 0], i[:, 1])
   start = jnp.arange(v.shape[0]) * (2 * distance)

@@ -12,20 +12,27 @@ from absl import logging
 _STATE, _META = "state", "meta"
 
 
+class CheckpointError(Exception):
+  """No checkpoint can be read where there should be one."""
+
+
 class Checkpoints:
   """The checkpoints of one run, by step.
 
   Args:
     directory: created if missing; half-written checkpoints of a killed run in it are removed.
     keep: how many of the newest stay.
+    read_only: nothing in the directory is changed, so that a run may be writing to it.
   """
 
-  def __init__(self, directory: Path, keep: int = 3):
+  def __init__(self, directory: Path, keep: int = 3, *, read_only: bool = False):
     self._directory = directory.absolute()
+    self._read_only = read_only
     self._manager = ocp.CheckpointManager(
         self._directory,
         options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True),
+            max_to_keep=keep, cleanup_tmp_directories=not read_only, enable_async_checkpointing=True,
+            read_only=read_only, create=not read_only),
         item_names=(_STATE, _META),
     )
 
@@ -43,24 +50,34 @@ class Checkpoints:
       raise RuntimeError(f"checkpoint of step {step} was not written in {self._directory}")
 
   def restore(self, like: Any, sharding: jax.sharding.Sharding) -> tuple[int, Any] | None:
-    """The newest checkpoint that can be read, as `(step, state)`; None where there is none.
+    """The newest checkpoint that can be read, as `(step, state)`; None where there is none at all.
 
-    A damaged one is reported, put aside next to the folder and passed over.
+    A damaged one is reported and passed over; once an older one is read it is put aside, next to the folder.
 
     Args:
       like: a state of the same structure, or its shapes.
       sharding: where every array goes.
+    Raises:
+      CheckpointError: there are checkpoints, and none can be read. Nothing was changed.
     """
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
+    damaged = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
         restored = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore()))
-        return step, restored[_STATE]
       except Exception as error:  # whatever orbax and its storage raise for a damaged file
-        aside = self._put_aside(step)
-        logging.warning("checkpoint of step %d cannot be read and was moved to %s; trying the one before (%s)",
-                        step, aside, str(error).splitlines()[0] if str(error) else type(error).__name__)
+        damaged[step] = (str(error).splitlines() or [type(error).__name__])[0]
+        logging.warning("checkpoint of step %d cannot be read, trying the one before: %s", step, damaged[step])
+        continue
+      if not self._read_only:
+        for bad in damaged:
+          self._put_aside(bad)
+      return step, restored[_STATE]
+    if damaged:
+      reasons = "\n".join(f"  step {step}: {reason}" for step, reason in damaged.items())
+      raise CheckpointError(f"no checkpoint in {self._directory} can be read:\n{reasons}\n"
+                            "To start over, name another workdir or remove that folder.")
     return None
 
   def wait(self) -> None:
@@ -71,10 +88,10 @@ class Checkpoints:
     self._manager.wait_until_finished()
     self._manager.close()
 
-  def _put_aside(self, step: int) -> Path:
+  def _put_aside(self, step: int) -> None:
     number = 0
     while (aside := self._directory.with_name(f"{self._directory.name}-damaged-{step}-{number}")).exists():
       number += 1
     (self._directory / str(step)).rename(aside)
     self._manager.reload()
-    return aside
+    logging.warning("moved the damaged checkpoint of step %d to %s", step, aside)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from absl import logging
 from tqdm import tqdm
 
 METRICS_FILE = "metrics.jsonl"
@@ -20,16 +21,17 @@ TEMPORARY = ".tmp"
 class Journal:
   """Writes metrics of steps under a run directory; opened at the step training goes on from.
 
-  Lines of later steps, left by a run that was killed after its last checkpoint, are dropped, so that each step
-  stands once.
+  Lines of later steps, left by a run that was killed after its last checkpoint, are dropped, and no (step, split) is
+  written twice.
   """
 
   def __init__(self, workdir: Path, first_step: int, total_steps: int):
     from tensorboardX import SummaryWriter  # imports slowly
 
     self._path = workdir / METRICS_FILE
-    kept = [line for line in _complete_lines(self._path) if json.loads(line)["step"] <= first_step]
-    write_atomically(self._path, "".join(kept))
+    kept = [line for line in _readable_lines(self._path) if line["step"] <= first_step]
+    write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+    self._written = {(line["step"], line["split"]) for line in kept}
     self._file = self._path.open("a")
     self._events = SummaryWriter(str(workdir / TENSORBOARD_DIR), purge_step=first_step + 1)
     self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
@@ -37,7 +39,10 @@ class Journal:
     self._start = time.time()
 
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-    """One line, and one TensorBoard point per value, named `split/name`."""
+    """One line, and one TensorBoard point per value, named `split/name`; nothing if there is a line already."""
+    if (step, split) in self._written:
+      return
+    self._written.add((step, split))
     values = {name: float(value) for name, value in values.items()}
     self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
     self._file.flush()
@@ -77,8 +82,13 @@ def write_json(path: Path, value: Any) -> None:
   write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
-def _complete_lines(path: Path) -> list[str]:
-  """Lines that end in a newline; a last one cut short by a kill is no line."""
-  if not path.exists():
-    return []
-  return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+def _readable_lines(path: Path) -> list[dict[str, Any]]:
+  """The records of a journal; a line cut short by a kill is no record."""
+  records = []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+      record = json.loads(line)
+      records.append({"step": record.pop("step"), "split": record.pop("split"), **record})
+    except (ValueError, KeyError, TypeError, AttributeError):
+      logging.warning("%s: dropped a line that is no record: %.60s", path, line)
+  return records

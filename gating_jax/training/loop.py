@@ -21,19 +21,25 @@ class NonFiniteError(Exception):
 
 
 class StopRequest:
-  """Turns SIGTERM, within a `with` block on the main thread, into a flag that the loop looks at."""
+  """Turns SIGTERM and Ctrl-C, within a `with` block on the main thread, into a flag that the loop looks at.
+
+  A second Ctrl-C interrupts at once.
+  """
 
   def __init__(self):
     self.requested = False
 
   def __enter__(self) -> StopRequest:
-    self._previous = signal.signal(signal.SIGTERM, self._request)
+    self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
     return self
 
   def __exit__(self, *_: object) -> None:
-    signal.signal(signal.SIGTERM, self._previous)
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
 
-  def _request(self, _signum: int, _frame: FrameType | None) -> None:
+  def _request(self, number: int, _frame: FrameType | None) -> None:
+    if self.requested and number == signal.SIGINT:
+      raise KeyboardInterrupt
     self.requested = True
 
 
@@ -75,7 +81,7 @@ def train(
     journal: Journal,
     evaluate: Callable[[Any, int], None] | None = None,
 ) -> tuple[Any, int]:
-  """Trains from `first_step` to the end, or to a SIGTERM; a checkpoint is on disk for where it stopped.
+  """Trains from `first_step` to the end, or to a SIGTERM or Ctrl-C; a checkpoint is on disk for where it stopped.
 
   Args:
     state: as of `first_step`.
@@ -86,7 +92,7 @@ def train(
     journal: where metrics go: the mean over the steps since the last line.
     evaluate: `(state, step)`, called every `eval_every` steps but not at the end.
   Returns:
-    `(state, step)`; `step < settings.total_steps` if a SIGTERM stopped it.
+    `(state, step)`; `step < settings.total_steps` if it was asked to stop.
   Raises:
     NonFiniteError: in which case nothing that followed the last finite step was saved.
   """
@@ -115,11 +121,11 @@ def train(
         since_log.clear()
         journal.write(step, "train", means)
         journal.say(step, _headline(means))
+      if evaluate and settings.eval_every and _due(step, k, settings.eval_every) and step < settings.total_steps:
+        evaluate(state, step)  # before the checkpoint: a restart from there does not come back to it
       if _due(step, k, settings.checkpoint_every) and step < settings.total_steps:
         settle()
         checkpoints.save(step, state)
-      if evaluate and settings.eval_every and _due(step, k, settings.eval_every) and step < settings.total_steps:
-        evaluate(state, step)
     settle()
     if step > first_step:
       checkpoints.save(step, state)
@@ -137,10 +143,10 @@ def _check_finite(step: int, values: Mapping[str, np.ndarray]) -> None:
     bad = [name for name, value in values.items() if "/" not in name and not math.isfinite(value[offset])]
     if bad:
       # The terms say more than their total.
-      name = next((b for b in bad if b not in ("loss", "gradient_norm")), bad[0])
+      name = next((b for b in bad if b not in ("loss", "gradient_norm", "state_norm")), bad[0])
       raise NonFiniteError(
-          f"{name} is {values[name][offset]} at step {step + offset} (not finite: {', '.join(bad)}); "
-          "the last checkpoint is from before. Try a lower optim.learning_rate.")
+          f"{name} is {values[name][offset]} at step {step + offset + 1} (not finite: {', '.join(bad)}); nothing of "
+          "that step or later was saved. A lower optim.learning_rate may help.")
 
 
 def _headline(means: Mapping[str, float]) -> str:

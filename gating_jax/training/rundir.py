@@ -30,6 +30,10 @@ class RunDir:
   def checkpoints(self) -> Path:
     return self.path / CHECKPOINT_DIR
 
+  def has_progress(self) -> bool:
+    """Whether there is anything that another config's run would spoil."""
+    return (self.path / RESULT_FILE).exists() or any(self.path.glob(f"{CHECKPOINT_DIR}*/*"))
+
   def result(self) -> dict[str, Any] | None:
     """What `finish` wrote, or None while the run is not finished."""
     file = self.path / RESULT_FILE
@@ -40,25 +44,28 @@ class RunDir:
     write_json(self.path / RESULT_FILE, dict(result))
 
 
+def existing_run(path: Path, config: ml_collections.ConfigDict) -> RunDir:
+  """The run of `config` at `path`, to look at while it may be training. Raises RunDirError as `open_run` does."""
+  if not (path / CONFIG_FILE).exists():
+    raise RunDirError(f"workdir {path} holds no run: it has no {CONFIG_FILE}")
+  _compare(path, _read(path / CONFIG_FILE), json.loads(config.to_json()))
+  return RunDir(path)
+
+
 @contextlib.contextmanager
-def open_run(path: Path, config: ml_collections.ConfigDict, *, create: bool) -> Iterator[RunDir]:
+def open_run(path: Path, config: ml_collections.ConfigDict) -> Iterator[RunDir]:
   """Opens the run of `config` at `path`, alone: no other process can until the block ends.
 
   Args:
-    path: a directory; made, with its parents, if `create`.
-    config: written into a new directory, compared with an old one's.
-    create: whether a new run may begin here.
+    path: a directory; made, with its parents, if missing.
+    config: written into a new directory, or over that of a run that has saved nothing yet; else compared.
   Raises:
     RunDirError: the directory holds another config's run (the message shows the difference), or something that is no
-      run; is in use by another process; cannot be written; or is missing and `create` is False.
+      run; is in use by another process; or cannot be written.
   """
   mine = json.loads(config.to_json())
   file = path / CONFIG_FILE
-  if file.exists():
-    _compare(path, _read(file), mine)
-  elif not create:
-    raise RunDirError(f"workdir {path} holds no run: it has no {CONFIG_FILE}")
-  elif path.exists() and not _is_blank(path):
+  if path.exists() and not file.exists() and not _is_blank(path):
     raise RunDirError(f"workdir must be a run directory or new; {path} exists and has no {CONFIG_FILE}")
   try:
     path.mkdir(parents=True, exist_ok=True)
@@ -70,9 +77,12 @@ def open_run(path: Path, config: ml_collections.ConfigDict, *, create: bool) -> 
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       raise RunDirError(f"workdir {path} is in use by another process") from None
-    if not file.exists():
+    run_dir = RunDir(path)
+    if file.exists() and run_dir.has_progress():
+      _compare(path, _read(file), mine)
+    else:
       write_json(file, mine)
-    yield RunDir(path)
+    yield run_dir
 
 
 def _is_blank(path: Path) -> bool:

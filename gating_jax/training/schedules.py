@@ -24,6 +24,8 @@ def fade_in(coefficient: float, start: float, full: float, total_steps: int) -> 
   _check_fractions(start=start, full=full)
   if not start <= full:
     raise ValueError(f"start must be <= full; got start {start}, full {full}")
+  if full == 0:
+    return optax.constant_schedule(coefficient)
   begin = round(start * total_steps)
   return optax.linear_schedule(0.0, coefficient, max(1, round(full * total_steps) - begin), transition_begin=begin)
 

@@ -84,6 +84,7 @@ def make_train_step(
     metrics["gradient_norm"] = optax.tree.norm(grads)
     updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    metrics["state_norm"] = optax.tree.norm((params, batch_stats))
     return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
   return step
