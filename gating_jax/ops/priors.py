@@ -31,8 +31,8 @@ class Prior:
   Attributes:
     name: shown in pictures and journals, such as `beta(0.6, 0.4)`.
     cdf: natural axis, x -> F(x), elementwise and differentiable.
-    pdf: natural axis, x -> f(x), 0 outside the support. Where it is infinite, at 0 or 1, it is cut off within a
-      rounding error of there.
+    pdf: natural axis, x -> f(x), 0 outside the support. At 0 and 1, where it may be infinite, its value a
+      rounding error inside.
     logit_cdf: z -> F(sigmoid(z)), differentiable. None where the support is not [0, 1].
     logit_pdf: z -> dF(sigmoid(z))/dz. None where the support is not [0, 1].
   """
@@ -77,12 +77,12 @@ def _beta(a: float, b: float) -> Prior:
   logit_cdf = _with_slope(_hermite_table(a, b, log_norm), logit_pdf)
 
   def pdf(x):
-    inside = _inside_unit_interval(x, jnp.finfo(jnp.result_type(x, jnp.float32)).epsneg)
+    inside = _inside_unit_interval(x)
     density = jnp.exp((a - 1) * jnp.log(inside) + (b - 1) * jnp.log1p(-inside) - log_norm)
     return jnp.where((x < 0) | (x > 1), 0.0, density)
 
   def cdf(x):
-    inside = _inside_unit_interval(x, jnp.finfo(jnp.result_type(x, jnp.float32)).tiny)
+    inside = _inside_unit_interval(x)
     value = logit_cdf(jnp.log(inside) - jnp.log1p(-inside))
     return jnp.where(x <= 0, 0.0, jnp.where(x >= 1, 1.0, value))
 
@@ -113,10 +113,11 @@ def _with_slope(function: Callable[[Array], Array], slope: Callable[[Array], Arr
   return wrapped
 
 
-def _inside_unit_interval(x: Array, least: float) -> Array:
-  """Keeps x within [least, 1 - one rounding error], off 0 and 1 where logits and densities are infinite; NaN stays."""
+def _inside_unit_interval(x: Array) -> Array:
+  """Moves 0 and 1, where logits and densities may be infinite, one rounding error inwards; NaN stays."""
   x = jnp.asarray(x, jnp.result_type(x, jnp.float32))
-  return jnp.clip(x, least, 1 - jnp.finfo(x.dtype).epsneg)
+  margin = jnp.finfo(x.dtype).epsneg
+  return jnp.where(x <= 0, margin, jnp.clip(x, jnp.finfo(x.dtype).tiny, 1 - margin))
 
 
 def _hermite_table(a: float, b: float, log_norm: float) -> Callable[[Array], Array]:

@@ -1,0 +1,217 @@
+import functools
+import importlib
+import json
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+import tiny_cli
+
+from gating_jax.data.sources import DatasetNotPreparedError
+from gating_jax.experiments import classification
+from gating_jax.models import resnet
+from gating_jax.training import devices, rundir, steps
+from gating_jax.training.loop import LoopSettings, NonFiniteError
+
+STEPS_PER_EPOCH = 1437 // 128
+
+
+@pytest.fixture
+def config(monkeypatch):
+  """`(**changes) -> config` of the quickstart, with a net of one block."""
+  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+
+  def make(**changes):
+    made = importlib.import_module("configs.digits_resnet20").get_config()
+    made.update_from_flattened_dict({"model.name": "tiny", "optim.epochs": 2})
+    made.lock()
+    made.update_from_flattened_dict(changes)
+    return made
+
+  return make
+
+
+def test_the_settings_as_they_stand_are_right(config):
+  assert classification.build(config()).settings == LoopSettings(
+      total_steps=2 * STEPS_PER_EPOCH, log_every=50, checkpoint_every=STEPS_PER_EPOCH)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("data.loader", "residnt", "data.loader must be one of resident, streaming; got 'residnt'. Did you mean"),
+        ("data.loader", "streaming", "data.loader must be 'resident' for digits"),
+        ("data.train_split", "validation", "data split of digits must be 'train' or 'test'; got 'validation'"),
+        ("data.mean", (0.5, 0.5), r"data.mean must hold .*; got \(0.5, 0.5\)"),
+        ("data.std", (0.0,), r"data.std must be a tuple of positive numbers; got \(0.0,\)"),
+        ("data.pad", -1, "data.pad must be >= 0; got -1"),
+        ("model.name", "resnet21", "model.name must be one of .*; got 'resnet21'. Did you mean 'resnet"),
+        ("model.gating", "chanel", "model.gating must be one of channel, none; got 'chanel'. Did you mean 'channel'"),
+        ("model.shortcut", "C", "model.shortcut must be one of A, B; got 'C'"),
+        ("model.width", 0.0, "model.width must be a positive finite number; got 0.0"),
+        ("model.dtype", "float23", "model.dtype must be one of .*; got 'float23'. Did you mean 'float32'"),
+        ("model.gate.initial_open", 1.0, r"gate initial_open must be in \(0, 1\); got 1.0"),
+        ("loss.batch_shaping.a", 0.0, "a must be .*got 0.0"),
+        ("loss.batch_shaping.coefficient", math.nan, "loss.batch_shaping.coefficient must be a finite number >= 0"),
+        ("loss.batch_shaping.reduction", "layermean", "loss.batch_shaping.reduction .* Did you mean 'layer_mean'"),
+        ("loss.batch_shaping.end", 20.0, "end must be a fraction of training, .*; got 20.0"),
+        ("loss.sparsity.kind", "mac", "loss.sparsity.kind .* Did you mean 'macs'"),
+        ("loss.sparsity.start", 0.7, "start must be <= full; got start 0.7, full 0.6"),
+        ("loss.sparsity.target", 0.0, r"loss.sparsity.target must be in \(0, 1\]; got 0.0"),
+        ("optim.schedule", "cosin", "optim.schedule .* Did you mean 'cosine'"),
+        ("optim.drops", (0.5, 2.0), r"drops\[1\] must be a fraction of training, .*; got 2.0"),
+        ("optim.epochs", 0, "optim.epochs must be >= 1; got 0"),
+        ("optim.learning_rate", -0.1, "optim.learning_rate must be a positive finite number; got -0.1"),
+        ("optim.batch_size", 12, "optim.batch_size must be a multiple of the 8 devices; got 12"),
+        ("optim.batch_size", 0, "optim.batch_size must be >= 1; got 0"),
+        ("optim.batch_size", 1440, "optim.batch_size must be at most 1437, the number of training images; got 1440"),
+        ("optim.momentum", 1.0, r"momentum must be in \[0, 1\); got 1.0"),
+        ("devices.backend", "pamp", "devices.backend .* Did you mean 'pmap'"),
+        ("devices.steps_per_dispatch", 0, "devices.steps_per_dispatch must be >= 1; got 0"),
+        ("log_every", 0, "log_every must be >= 1; got 0"),
+        ("eval_every", -1.0, "eval_every must be a finite number >= 0; got -1.0"),
+        ("checkpoint_every", 0.0, "checkpoint_every must be a positive finite number; got 0.0"),
+    ],
+)
+def test_a_wrong_setting_is_named_before_a_directory_is_made(config, tmp_path, field, value, message):
+  with pytest.raises(ValueError, match=message):
+    classification.run(config(**{field: value}), tmp_path / "run", "train")
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_data_set_that_is_not_prepared_is_named(config, tmp_path):
+  settings = {"data.name": "cifar10", "data.data_dir": str(tmp_path / "data")}
+  with pytest.raises(DatasetNotPreparedError, match="data set 'cifar10' is not prepared in"):
+    classification.run(config(**settings), tmp_path / "run", "train")
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("epochs", "k", "total"), [(2, 1, 22), (2, 4, 24), (3, 11, 33), (1, 50, 50)])
+def test_the_number_of_steps_is_rounded_up_to_whole_dispatches(config, epochs, k, total):
+  built = classification.build(config(**{"optim.epochs": epochs, "devices.steps_per_dispatch": k}))
+  assert (built.settings.total_steps, built.settings.steps_per_dispatch) == (total, k)
+
+
+def test_schedules_span_the_whole_training(config):
+  coefficients = {"loss.batch_shaping.coefficient": 0.8, "loss.sparsity.coefficient": 1.4}
+  built = classification.build(config(**{"optim.epochs": 100}, **coefficients))
+  total = 100 * STEPS_PER_EPOCH
+  gamma, rho = built.objective.batch_shaping_coefficient, built.objective.sparsity_coefficient
+  assert [float(gamma(step)) for step in (0, total // 10, total // 5)] == pytest.approx([0.8, 0.4, 0])
+  assert [float(rho(step)) for step in (total // 5, 2 * total // 5, 3 * total // 5)] == pytest.approx([0, 0.7, 1.4])
+
+
+@pytest.mark.parametrize("name", ["digits_resnet20", "cifar10_resnet20"])
+def test_fixed_macs_are_those_of_what_is_never_gated(name, config):
+  made = importlib.import_module(f"configs.{name}").get_config()
+  made.data.name = "digits"
+  made.data.mean = made.data.std = (0.5,)
+  built = classification.build(made)
+  assert built.counts.gates == 336
+  assert built.objective.fixed_macs == built.counts.macs - built.counts.gated
+  assert 0 < built.counts.gated < built.counts.macs
+
+
+@functools.cache
+def mixed_state():
+  """A state of the tiny net, on the host, each of whose gates opens on some test images."""
+  made = importlib.import_module("configs.digits_resnet20").get_config()
+  made.model.name = "tiny"
+  built = classification.build(made)
+  random = np.random.default_rng(1)
+  noisy = lambda tree: jax.tree.map(lambda x: np.asarray(x + random.normal(0, 0.3, x.shape), np.float32), tree)
+  state = jax.device_get(steps.init_state(built.model, built.optimiser, 0, built.test.shape))
+  state = state.replace(params=noisy(state.params), batch_stats=jax.tree.map(np.abs, noisy(state.batch_stats)))
+  results = steps.make_eval_step(built.model, built.normalise)(state, built.test.pixels, built.test.labels)
+  state.params["stage1_block1"]["gate"]["head"]["logits"]["bias"] -= np.mean(results["gate_logits"], axis=0)
+  return state
+
+
+def evaluated(made, used):
+  """The test result of the mixed state on some of the devices."""
+  built = classification.build(made)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(devices, "map_over_devices", functools.partial(devices.map_over_devices, devices=used))
+    return classification.make_test(built)(devices.replicate(mixed_state(), used))
+
+
+@pytest.mark.parametrize("backend", devices.BACKENDS)
+@pytest.mark.parametrize("batch_size", [8, 24, 1000])
+def test_evaluation_does_not_depend_on_batch_and_devices(config, monkeypatch, batch_size, backend):
+  result, gates = evaluated(config(**{"optim.batch_size": batch_size, "devices.backend": backend}), jax.devices())
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  reference, behaviour = evaluated(config(**{"optim.batch_size": 7}), jax.devices()[:1])
+  assert result["images"] == 360
+  assert 0.01 < reference["accuracy"] < 0.5
+  assert reference["conditional"] == 8
+  assert result == pytest.approx(reference, rel=1e-5)
+  for name in ("accuracy", "images", "macs", "mean_open", "conditional"):
+    assert result[name] == reference[name], name
+  np.testing.assert_array_equal(gates.open_rates, behaviour.open_rates)
+  np.testing.assert_allclose(gates.logits, behaviour.logits, rtol=1e-4, atol=1e-5)
+
+
+def lines(workdir):
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"devices.backend": "shard_map", "devices.steps_per_dispatch": 4, "loss.sparsity.kind": "budget"},
+        {"model.gating": "none", "model.dtype": "bfloat16"},
+    ],
+)
+def test_a_run_trains_evaluates_and_is_not_repeated(config, tmp_path, capsys, changes):
+  made = config(**changes, **{"optim.epochs": 6, "eval_every": 2.5, "log_every": 20, "optim.warmup": 0.1})
+  classification.run(made, tmp_path / "run", "train")
+  total = 68 if "devices.steps_per_dispatch" in changes else 66
+  result = json.loads((tmp_path / "run" / "result.json").read_text())
+  assert result["step"] == total
+  assert result["accuracy"] > 0.3
+  train, test = ([line for line in lines(tmp_path / "run") if line["split"] == split] for split in ("train", "test"))
+  assert [line["step"] for line in train][-1] == total
+  assert [line["step"] for line in test] == [28, 56, total]
+  for name in ("accuracy", "cross_entropy", "macs", "mac_ratio", "images"):
+    assert test[-1][name] == result[name]
+  assert train[-1]["loss"] < train[0]["loss"]
+  assert ("gates" in result) == ((tmp_path / "run" / "gates.png").exists()) == ("model.gating" not in changes)
+  said = capsys.readouterr().out
+  assert f"{100 * result['accuracy']:.2f} %" in said
+  classification.run(made, tmp_path / "run", "train")
+  assert "nothing was trained or changed" in capsys.readouterr().out
+  classification.run(made, tmp_path / "run", "evaluate")
+  said = capsys.readouterr().out
+  assert f"checkpoint of step {total}" in said
+  assert re.search(rf"test accuracy +{100 * result['accuracy']:.2f} %", said)
+
+
+def test_evaluation_of_a_run_without_a_checkpoint_is_refused(config, tmp_path):
+  with rundir.open_run(tmp_path, config()):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(rundir.RunDirError, match="no checkpoint in .* yet"):
+      classification.run(config(), tmp_path, "evaluate")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_evaluation_of_no_run_is_refused(config, tmp_path):
+  with pytest.raises(rundir.RunDirError, match="holds no run"):
+    classification.run(config(), tmp_path / "run", "evaluate")
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_diverging_run_stops_and_its_last_good_checkpoint_stays(config, tmp_path, capsys):
+  made = config(**{"optim.schedule": "step", "optim.drops": (0.5,), "optim.drop_factor": 1e30})
+  with pytest.raises(NonFiniteError, match=r"^\w+ is (nan|inf) at step 1[23] \(not finite: "):
+    classification.run(made, tmp_path / "run", "train")
+  assert [f.name for f in (tmp_path / "run" / "checkpoints").iterdir()] == ["11"]
+  assert not (tmp_path / "run" / "result.json").exists()
+  capsys.readouterr()
+  classification.run(made, tmp_path / "run", "evaluate")
+  said = capsys.readouterr().out
+  assert "checkpoint of step 11" in said
+  assert "nan" not in said

@@ -1,0 +1,215 @@
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+import tiny
+import tiny_cli
+
+from gating_jax.experiments import classification
+from gating_jax.models import resnet
+from gating_jax.training import devices, steps
+from gating_jax.training.checkpoints import Checkpoints
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+STEPS_PER_EPOCH, EPOCHS = 11, 40
+TRAINING = {"model.name": "tiny", "optim.epochs": EPOCHS, "optim.learning_rate": 0.05}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+
+
+def command(*arguments, program=("-m", "gating_jax.cli")):
+  return [sys.executable, *program, f"--config={ROOT / 'configs' / 'digits_resnet20.py'}", *arguments]
+
+
+def run(*arguments, **environment):
+  return subprocess.run(
+      command(*arguments), env=ENVIRONMENT | environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def start(workdir, *arguments, **changes):
+  """Starts a training of the tiny net; what it prints goes to `workdir`'s `.out` and `.err` neighbours."""
+  settings = [f"--config.{name}={value}" for name, value in (TRAINING | changes).items()]
+  with workdir.with_suffix(".out").open("w") as out, workdir.with_suffix(".err").open("w") as err:
+    return subprocess.Popen(
+        command(*settings, f"--workdir={workdir}", *arguments, program=(str(ROOT / "tests" / "tiny_cli.py"),)),
+        env=ENVIRONMENT, stdout=out, stderr=err)
+
+
+def finish(workdir, *arguments, **changes):
+  """`(exit code, stdout, stderr)` of a training that nothing stops."""
+  code = start(workdir, *arguments, **changes).wait(300)
+  return code, workdir.with_suffix(".out").read_text(), workdir.with_suffix(".err").read_text()
+
+
+def checkpoints_of(workdir):
+  folder = workdir / "checkpoints"
+  return sorted(int(f.name) for f in folder.iterdir() if f.name.isdigit()) if folder.exists() else []
+
+
+def wait_for_checkpoint(process, workdir, after=0):
+  """Returns when a checkpoint of a later step than `after` is there."""
+  until = time.time() + 300
+  while not any(step > after for step in checkpoints_of(workdir)):
+    assert process.poll() is None, workdir.with_suffix(".err").read_text()
+    assert time.time() < until, "no checkpoint came"
+    time.sleep(0.01)
+
+
+def final_state(workdir, monkeypatch):
+  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+  from configs.digits_resnet20 import get_config
+
+  config = get_config()
+  config.update_from_flattened_dict(TRAINING)
+  built = classification.build(config)
+  like = jax.eval_shape(lambda: steps.init_state(built.model, built.optimiser, 0, built.test.shape))
+  checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+  try:
+    return checkpoints.restore(like, devices.replicated_sharding())
+  finally:
+    checkpoints.close()
+
+
+def result(workdir):
+  found = json.loads((workdir / "result.json").read_text())
+  del found["seconds_since_last_start"]
+  return found
+
+
+def snapshot(workdir):
+  """Every file's bytes and time of change, but for the lock's."""
+  return {f.relative_to(workdir): (f.read_bytes() if f.is_file() else None, f.stat().st_mtime_ns)
+          for f in workdir.rglob("*") if f.name != ".lock"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """The directory of a run that nothing stopped; tests leave it as it is."""
+  workdir = tmp_path_factory.mktemp("runs") / "finished"
+  code, out, err = finish(workdir)
+  assert code == 0, err
+  assert "test accuracy" in out
+  return workdir
+
+
+def test_a_run_leaves_its_files(finished):
+  assert {f.name for f in finished.iterdir()} == {
+      ".lock", "config.json", "result.json", "metrics.jsonl", "gates.png", "checkpoints", "tensorboard"}
+  assert checkpoints_of(finished)[-1] == STEPS_PER_EPOCH * EPOCHS
+  assert result(finished)["accuracy"] > 0.5
+  assert result(finished)["step"] == STEPS_PER_EPOCH * EPOCHS
+
+
+def test_a_run_killed_twice_ends_as_one_that_was_not(finished, tmp_path, monkeypatch):
+  workdir, seed = tmp_path / "killed", random.randrange(10**6)
+  print(f"seed of the moments of the kills: {seed}")
+  moments, reached = random.Random(seed), 0
+  for _ in range(2):
+    process = start(workdir)
+    wait_for_checkpoint(process, workdir, after=reached)
+    time.sleep(moments.uniform(0, 0.5))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL
+    assert not (workdir / "result.json").exists()
+    assert checkpoints_of(workdir)[-1] > reached
+    if reached:
+      assert f"going on from the checkpoint of step {reached} " in workdir.with_suffix(".out").read_text()
+    reached = checkpoints_of(workdir)[-1]
+  assert reached < STEPS_PER_EPOCH * EPOCHS
+  code, out, err = finish(workdir)
+  assert code == 0, err
+  assert f"going on from the checkpoint of step {reached} " in out
+  ours, theirs = final_state(workdir, monkeypatch), final_state(finished, monkeypatch)
+  assert ours[0] == theirs[0] == STEPS_PER_EPOCH * EPOCHS
+  assert tiny.bit_equal(ours[1], theirs[1])
+  assert result(workdir) == result(finished)
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  seen = [(line["split"], line["step"]) for line in lines]
+  assert len(seen) == len(set(seen))
+  assert seen == sorted(seen, key=lambda one: one[1])
+
+
+def test_a_run_stopped_by_sigterm_says_so_and_goes_on(finished, tmp_path, monkeypatch):
+  workdir = tmp_path / "stopped"
+  process = start(workdir)
+  wait_for_checkpoint(process, workdir)
+  process.terminate()
+  assert process.wait(60) == 0
+  out = workdir.with_suffix(".out").read_text()
+  assert "stopped as asked; a checkpoint is saved" in out
+  assert not (workdir / "result.json").exists()
+  step = checkpoints_of(workdir)[-1]
+  assert f"step {step}/{STEPS_PER_EPOCH * EPOCHS}  stopped as asked" in out
+  code, out, err = finish(workdir)
+  assert code == 0, err
+  assert f"going on from the checkpoint of step {step} " in out
+  assert tiny.bit_equal(final_state(workdir, monkeypatch)[1], final_state(finished, monkeypatch)[1])
+
+
+def test_a_finished_run_says_so_and_changes_nothing(finished):
+  before = snapshot(finished)
+  code, out, err = finish(finished)
+  assert code == 0, err
+  assert "holds a finished run of this config; nothing was trained or changed" in out
+  assert f"{100 * result(finished)['accuracy']:.2f} %" in out
+  assert snapshot(finished) == before
+
+
+def test_evaluation_gives_the_result_of_the_training_and_changes_nothing(finished):
+  before = snapshot(finished)
+  code, out, err = finish(finished, "--mode=evaluate")
+  assert code == 0, err
+  assert f"checkpoint of step {STEPS_PER_EPOCH * EPOCHS}" in out
+  assert f"test accuracy                {100 * result(finished)['accuracy']:.2f} %" in out
+  assert snapshot(finished) == before
+
+
+def test_another_config_is_refused(finished):
+  before = snapshot(finished)
+  code, out, err = finish(finished, **{"optim.momentum": 0.5})
+  assert code != 0
+  assert f"workdir {finished} holds a run of another config" in err
+  assert "optim.momentum: 0.9 there, 0.5 here" in err
+  assert "Traceback" not in err
+  assert snapshot(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.optim.lerning_rate=1", "got 'lerning_rate'. Did you mean 'learning_rate'"),
+        ("--config.modle.gating=none", "got 'modle'. Did you mean 'model'"),
+        ("--config.model.gating=chanel", "model.gating must be one of .*; got 'chanel'. Did you mean 'channel'"),
+        ("--config.loss.sparsity.kind=l2", "must be one of budget, l0, macs, target_rate; got 'l2'"),
+        ("--config.optim.epochs=ten", "config.optim.epochs.*ten"),
+        ("--config.optim.batch_size=100000", "optim.batch_size must be at most 1437, .* got 100000"),
+        ("--mode=trian", "train.evaluate"),
+        ("--wrokdir=elsewhere", "Did you mean: workdir"),
+        ("evaluate", "unknown arguments .*evaluate"),
+        ("--config=configs/digits_resnet21.py", "digits_resnet21"),
+        ("--config=configs/digits_resnet20.py:epoch=3", "a variant must be one of .*'epochs'.*; got 'epoch=3'"),
+    ],
+)
+def test_a_wrong_argument_is_named_before_anything_is_compiled(argument, message, tmp_path):
+  done = run(f"--workdir={tmp_path / 'new'}", argument, JAX_LOG_COMPILES="1")
+  assert done.returncode != 0
+  said = done.stdout + done.stderr
+  assert re.search(message, said), said
+  assert "Traceback" not in said
+  assert "Finished XLA compilation" not in said
+  assert not (tmp_path / "new").exists()
+
+
+def test_a_workdir_is_asked_for():
+  done = run()
+  assert done.returncode != 0
+  assert "workdir" in done.stderr

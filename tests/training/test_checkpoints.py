@@ -1,0 +1,226 @@
+import gc
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from absl import logging
+
+from gating_jax.training import devices
+from gating_jax.training.checkpoints import CheckpointError, Checkpoints
+
+# A restore that fails leaves coroutines of orbax behind, which complain when they are collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+RANDOM = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+
+
+def state(step):
+  """A state that differs at each step, and cannot be compressed away."""
+  return devices.replicate({"step": jnp.int32(step), "params": {"w": jnp.asarray(RANDOM + step), "b": jnp.zeros(3)},
+                            "stats": {}, "opt": (jnp.full((4,), step, jnp.float32), ())})
+
+
+@pytest.fixture
+def open_checkpoints(tmp_path):
+  opened = []
+
+  def open_in(name="checkpoints", **settings):
+    opened.append(Checkpoints(tmp_path / name, **settings))
+    return opened[-1]
+
+  yield open_in
+  for one in opened:
+    one.close()
+  gc.collect()
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+  """What our code, not orbax, logged as a warning."""
+  seen = []
+
+  def warn(message, *values):
+    if message.startswith(("checkpoint of", "moved the")):
+      seen.append(message % values)
+
+  monkeypatch.setattr(logging, "warning", warn)
+  return seen
+
+
+def saved(open_checkpoints, steps, **settings):
+  checkpoints = open_checkpoints(**settings)
+  for step in steps:
+    checkpoints.save(step, state(step))
+  checkpoints.close()
+
+
+def restored(checkpoints):
+  return checkpoints.restore(jax.eval_shape(lambda: state(0)), devices.replicated_sharding())
+
+
+def test_an_empty_directory_holds_nothing(open_checkpoints):
+  assert restored(open_checkpoints()) is None
+
+
+def test_the_newest_is_restored_bit_for_bit_to_where_it_is_wanted(open_checkpoints):
+  saved(open_checkpoints, [3, 7, 12])
+  step, found = restored(open_checkpoints())
+  assert step == 12
+  assert tiny.bit_equal(found, state(12))
+  assert not tiny.bit_equal(found, state(7))
+  assert all(leaf.sharding.device_set == set(jax.devices()) for leaf in jax.tree.leaves(found))
+
+
+def test_only_the_newest_are_kept(open_checkpoints, tmp_path):
+  saved(open_checkpoints, [1, 2, 3, 4, 5], keep=2)
+  assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["4", "5"]
+
+
+def test_a_step_already_there_is_left_alone(open_checkpoints):
+  checkpoints = open_checkpoints()
+  checkpoints.save(1, state(1))
+  checkpoints.save(1, state(2))
+  checkpoints.wait()
+  assert tiny.bit_equal(restored(checkpoints)[1], state(1))
+
+
+def test_a_half_written_checkpoint_is_removed_and_the_one_before_used(open_checkpoints, tmp_path):
+  saved(open_checkpoints, [1, 2])
+  folder = tmp_path / "checkpoints"
+  shutil.copytree(folder / "2", folder / "3.orbax-checkpoint-tmp")
+  checkpoints = open_checkpoints()
+  assert restored(checkpoints)[0] == 2
+  checkpoints.save(3, state(3))
+  checkpoints.close()
+  assert sorted(f.name for f in folder.iterdir()) == ["1", "2", "3"]
+  assert tiny.bit_equal(restored(open_checkpoints())[1], state(3))
+
+
+def files(folder):
+  return sorted((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+
+
+def halve_largest(folder):
+  os.truncate(files(folder)[-1], files(folder)[-1].stat().st_size // 2)
+
+
+def empty_largest(folder):
+  os.truncate(files(folder)[-1], 0)
+
+
+def empty_every_file(folder):
+  for file in files(folder):
+    os.truncate(file, 0)
+
+
+def remove_metadata(folder):
+  for file in folder.rglob("_METADATA"):
+    file.unlink()
+
+
+def remove_array_manifest(folder):
+  for file in folder.rglob("manifest.ocdbt"):
+    file.unlink()
+
+
+def empty_state(folder):
+  shutil.rmtree(folder / "state")
+  (folder / "state").mkdir()
+
+
+def remove_state(folder):
+  shutil.rmtree(folder / "state")
+
+
+def remove_everything(folder):
+  shutil.rmtree(folder)
+  folder.mkdir()
+
+
+DAMAGES = [halve_largest, empty_largest, empty_every_file, remove_metadata, remove_array_manifest, empty_state,
+           remove_state, remove_everything]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_and_training_can_go_on(damage, open_checkpoints, tmp_path, warnings):
+  saved(open_checkpoints, [10, 20])
+  damage(tmp_path / "checkpoints" / "20")
+  checkpoints = open_checkpoints()
+  step, found = restored(checkpoints)
+  assert step == 10
+  assert tiny.bit_equal(found, state(10))
+  aside = tmp_path / "checkpoints-damaged-20-0"
+  passed_over, moved = warnings
+  assert passed_over.startswith("checkpoint of step 20 cannot be read, trying the one before: ")
+  assert moved == f"moved the damaged checkpoint of step 20 to {aside}"
+  assert aside.is_dir()
+  checkpoints.save(20, state(21))
+  checkpoints.close()
+  step, found = restored(open_checkpoints())
+  assert step == 20
+  assert tiny.bit_equal(found, state(21))
+
+
+def test_two_damaged_checkpoints_in_a_row(open_checkpoints, tmp_path, warnings):
+  saved(open_checkpoints, [10, 20, 30])
+  for step in ("20", "30"):
+    empty_largest(tmp_path / "checkpoints" / step)
+  assert restored(open_checkpoints())[0] == 10
+  assert [message.split(",")[0] for message in warnings[:2]] == [
+      "checkpoint of step 30 cannot be read", "checkpoint of step 20 cannot be read"]
+  assert {f.name for f in tmp_path.iterdir()} == {
+      "checkpoints", "checkpoints-damaged-20-0", "checkpoints-damaged-30-0"}
+
+
+def test_a_step_damaged_twice_is_put_aside_twice(open_checkpoints, tmp_path):
+  saved(open_checkpoints, [10, 20])
+  for _ in range(2):
+    empty_largest(tmp_path / "checkpoints" / "20")
+    checkpoints = open_checkpoints()
+    assert restored(checkpoints)[0] == 10
+    checkpoints.save(20, state(20))
+    checkpoints.close()
+  assert sorted(f.name for f in tmp_path.iterdir()) == [
+      "checkpoints", "checkpoints-damaged-20-0", "checkpoints-damaged-20-1"]
+
+
+def test_where_none_can_be_read_nothing_is_changed_and_training_does_not_begin_anew(open_checkpoints, tmp_path):
+  saved(open_checkpoints, [10, 20])
+  for step in ("10", "20"):
+    empty_largest(tmp_path / "checkpoints" / step)
+  before = files(tmp_path)
+  with pytest.raises(CheckpointError, match=r"no checkpoint in .*checkpoints can be read:\n  step 20: .*\n  step 10: "):
+    restored(open_checkpoints())
+  assert files(tmp_path) == before
+
+
+def test_a_state_of_another_shape_is_not_taken_for_damage_to_be_moved(open_checkpoints, tmp_path):
+  saved(open_checkpoints, [10, 20])
+  other = {**jax.eval_shape(lambda: state(0)), "params": {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}}
+  with pytest.raises(CheckpointError, match="To start over, name another workdir"):
+    open_checkpoints().restore(other, devices.replicated_sharding())
+  assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["10", "20"]
+
+
+def test_reading_alone_changes_nothing(open_checkpoints, tmp_path):
+  saved(open_checkpoints, [10, 20])
+  empty_largest(tmp_path / "checkpoints" / "20")
+  shutil.copytree(tmp_path / "checkpoints" / "10", tmp_path / "checkpoints" / "30.orbax-checkpoint-tmp")
+  before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*")}
+  reader = open_checkpoints(read_only=True)
+  step, found = restored(reader)
+  reader.close()
+  assert step == 10
+  assert tiny.bit_equal(found, state(10))
+  assert {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*")} == before
+
+
+def test_a_save_that_orbax_refuses_is_an_error(open_checkpoints, monkeypatch):
+  checkpoints = open_checkpoints()
+  monkeypatch.setattr(checkpoints._manager, "save", lambda *_, **__: False)
+  with pytest.raises(RuntimeError, match="checkpoint of step 5 was not written in"):
+    checkpoints.save(5, state(5))

@@ -1,0 +1,167 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from jax import lax
+
+from gating_jax.data import augment
+from gating_jax.ops import collectives
+from gating_jax.training import devices
+from gating_jax.training.devices import BATCH, REPLICATED
+
+backends = pytest.mark.parametrize("backend", devices.BACKENDS)
+STEPS = 3
+
+
+def keep_gradient():
+  """Passes gradients on; its state is the last one."""
+  return optax.GradientTransformation(
+      init=lambda params: jax.tree.map(jnp.zeros_like, params),
+      update=lambda grads, state, params=None: (grads, grads))
+
+
+OPTIMISER = optax.chain(keep_gradient(), optax.sgd(0.1, momentum=0.9, nesterov=True))
+
+
+def train(backend, count):
+  """`(state, metrics)` after each of three steps of the gated tiny net with both gate losses, on `count` devices."""
+  used = jax.devices()[:count]
+  run = devices.map_over_devices(
+      tiny.train_step(OPTIMISER, axis_name=devices.AXIS), args=(REPLICATED, BATCH, BATCH),
+      results=(REPLICATED, REPLICATED), backend=backend, devices=used)
+  reached = [(devices.replicate(tiny.state(OPTIMISER), used), None)]
+  for i in range(STEPS):
+    reached.append(run(reached[-1][0], *tiny.images(32, seed=i)))
+  assert all(leaf.sharding.device_set == set(used) for leaf in jax.tree.leaves(reached[-1][0]))
+  return reached
+
+
+trained = functools.cache(train)
+
+
+def gradient(run):
+  return run[1][0].opt_state[0]
+
+
+@backends
+def test_gradients_on_eight_devices_equal_those_on_one(backend):
+  eight, one = trained(backend, 8), trained(backend, 1)
+  metrics = eight[1][1]
+  assert 0 < metrics["gate_rate/layer00"] < 1
+  assert metrics["batch_shaping"] * metrics["batch_shaping_coefficient"] > 0
+  assert metrics["l0"] * metrics["l0_coefficient"] > 0
+  assert tiny.relative_gap(gradient(eight), gradient(one)) < 1e-6
+
+
+@backends
+def test_gradients_differ_when_the_gather_forgets_the_other_devices_in_its_backward_pass(backend, monkeypatch):
+  @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+  def gather(x, axis_name):
+    return lax.all_gather(x, axis_name, axis=0, tiled=True)
+
+  def local_slice(axis_name, n, cotangent):
+    return (lax.dynamic_slice_in_dim(cotangent, lax.axis_index(axis_name) * n, n),)
+
+  gather.defvjp(lambda x, axis_name: (gather(x, axis_name), x.shape[0]), local_slice)
+  monkeypatch.setattr(collectives, "gather_batch", gather)
+  forgetful, one = train(backend, 8), trained(backend, 1)
+  np.testing.assert_allclose(forgetful[1][1]["loss"], one[1][1]["loss"], rtol=1e-6)  # the forward pass is right
+  assert tiny.relative_gap(gradient(forgetful), gradient(one)) > 1e-3
+
+
+@backends
+def test_parameters_after_three_steps_on_eight_devices_equal_those_on_one(backend):
+  eight, one = trained(backend, 8), trained(backend, 1)
+  for part in ("params", "batch_stats"):
+    start, ours, theirs = (getattr(run, part) for run in (one[0][0], eight[-1][0], one[-1][0]))
+    assert tiny.relative_gap(start, theirs) > 1e-2, part
+    assert tiny.relative_gap(ours, theirs) < 1e-5, part
+  ours, theirs = eight[-1][1], one[-1][1]
+  assert ours.keys() == theirs.keys()
+  for name in ours:
+    np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, err_msg=name)
+
+
+@backends
+def test_one_mapped_device_equals_the_step_that_is_not_mapped(backend):
+  plain, metrics = jax.jit(tiny.train_step(OPTIMISER))(tiny.state(OPTIMISER), *tiny.images(32))
+  assert metrics["gradient_norm"] > 0.1
+  assert tiny.relative_gap(gradient(trained(backend, 1)), plain.opt_state[0]) < 1e-6
+
+
+@backends
+def test_images_are_cropped_and_flipped_alike_on_eight_devices_and_on_one(backend):
+  crop = lambda key, pixels: augment.crop_and_flip(key, pixels, pad=2, flip=True, axis_name=devices.AXIS)
+  key, pixels = jax.random.key(1), tiny.images(32)[0]
+  eight, one = (devices.map_over_devices(crop, args=(REPLICATED, BATCH), results=BATCH, backend=backend, devices=used)(
+      devices.replicate(key, used), pixels) for used in (jax.devices(), jax.devices()[:1]))
+  assert len(eight.sharding.device_set) == 8
+  assert np.mean(np.asarray(one) != pixels) > 0.5
+  np.testing.assert_array_equal(eight, one)
+
+
+@backends
+def test_results_have_no_device_axis_and_keep_the_examples_in_order(backend):
+  def fn(offset, x):
+    total = offset + lax.pmean(jnp.sum(x), devices.AXIS)
+    return total, {"twice": 2 * x, "device": x * 0 + lax.axis_index(devices.AXIS)}
+
+  run = devices.map_over_devices(fn, args=(REPLICATED, BATCH), results=(REPLICATED, BATCH), backend=backend)
+  x = np.arange(16.0, dtype=np.float32)
+  total, out = run(devices.replicate(jnp.float32(1)), x)
+  assert total.shape == ()
+  assert float(total) == 1 + 120 / 8
+  np.testing.assert_array_equal(out["twice"], 2 * x)
+  np.testing.assert_array_equal(out["device"], np.repeat(np.arange(8), 2))
+
+
+@backends
+@pytest.mark.parametrize("kind", [BATCH, REPLICATED])
+def test_a_single_result_needs_no_tuple(backend, kind):
+  fn = lambda x: x + 1 if kind == BATCH else lax.psum(jnp.sum(x), devices.AXIS)
+  out = devices.map_over_devices(fn, args=(BATCH,), results=kind, backend=backend)(np.arange(8.0, dtype=np.float32))
+  np.testing.assert_array_equal(out, np.arange(1.0, 9.0) if kind == BATCH else 28.0)
+
+
+@backends
+def test_gradients_inside_are_local(backend):
+  fn = lambda w, x: jax.grad(lambda w: jnp.sum(w * x))(w)[None]
+  run = devices.map_over_devices(fn, args=(REPLICATED, BATCH), results=BATCH, backend=backend)
+  x = np.arange(8.0, dtype=np.float32)
+  np.testing.assert_array_equal(run(devices.replicate(jnp.float32(2)), x), x)
+
+
+@backends
+def test_donated_arguments_are_given_up(backend):
+  run = devices.map_over_devices(lambda s, x: s + lax.psum(jnp.sum(x), devices.AXIS), args=(REPLICATED, BATCH),
+                                 results=REPLICATED, backend=backend, donate=(0,))
+  given = devices.replicate(jnp.zeros(4))
+  result = run(given, np.ones(8, np.float32))
+  np.testing.assert_array_equal(result, np.full(4, 8.0))
+  assert given.is_deleted()
+
+
+@backends
+def test_a_batch_that_does_not_divide_is_refused(backend):
+  run = devices.map_over_devices(lambda x: x, args=(BATCH,), results=BATCH, backend=backend)
+  with pytest.raises(ValueError, match=r"multiple of the 8 devices.*got 12 examples"):
+    run(np.zeros((12, 2), np.float32))
+
+
+def test_an_unknown_backend_or_kind_is_refused():
+  with pytest.raises(ValueError, match="backend must be one of pmap, shard_map; got 'pmpa'. Did you mean 'pmap'"):
+    devices.map_over_devices(lambda x: x, args=(BATCH,), results=BATCH, backend="pmpa")
+  with pytest.raises(ValueError, match="got 'bath'. Did you mean 'batch'"):
+    devices.map_over_devices(lambda x: x, args=("bath",), results=BATCH)
+  with pytest.raises(ValueError, match="got 'replicate'. Did you mean 'replicated'"):
+    devices.map_over_devices(lambda x: x, args=(BATCH,), results=(BATCH, "replicate"))
+
+
+def test_replicate_puts_a_copy_on_every_device():
+  tree = devices.replicate({"a": np.arange(3)})
+  assert tree["a"].sharding.device_set == set(jax.devices())
+  assert [shard.data.tolist() for shard in tree["a"].addressable_shards] == [[0, 1, 2]] * 8

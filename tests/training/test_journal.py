@@ -1,0 +1,168 @@
+import json
+import struct
+
+import pytest
+from tqdm import tqdm
+
+from gating_jax.training import journal
+from gating_jax.training.journal import METRICS_FILE, TENSORBOARD_DIR, Journal, write_atomically, write_json
+
+
+@pytest.fixture
+def open_journal(tmp_path):
+  """`(first_step) -> Journal` of ten steps in one folder; all are closed at the end."""
+  opened = []
+
+  def open_at(first_step):
+    opened.append(Journal(tmp_path, first_step, 10))
+    return opened[-1]
+
+  yield open_at
+  for one in opened:
+    one.close()
+
+
+def lines(folder):
+  return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+
+
+def events(folder):
+  """`(tag, value, step)` of every scalar point, in the order of files and points, and `(step,)` of every purge."""
+  from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+  found = []
+  for file in sorted((folder / TENSORBOARD_DIR).iterdir(), key=lambda f: f.stat().st_mtime_ns):
+    data, at = file.read_bytes(), 0
+    while at < len(data):  # TFRecord: length, its checksum, bytes, their checksum
+      (length,) = struct.unpack_from("<Q", data, at)
+      event = Event.FromString(data[at + 12 : at + 12 + length])
+      at += 16 + length
+      found += [(value.tag, value.simple_value, event.step) for value in event.summary.value]
+      if event.session_log.status == SessionLog.SessionStatus.Value("START"):
+        found.append((event.step,))
+  return found
+
+
+def test_one_line_per_write(tmp_path, open_journal):
+  one = open_journal(0)
+  one.write(2, "train", {"loss": 1.5, "gate_rate/layer00": 0.25})
+  one.write(2, "test", {"accuracy": 1})
+  assert lines(tmp_path) == [{"step": 2, "split": "train", "loss": 1.5, "gate_rate/layer00": 0.25},
+                             {"step": 2, "split": "test", "accuracy": 1.0}]
+
+
+def test_tensorboard_holds_the_same_points(tmp_path, open_journal):
+  one = open_journal(0)
+  one.write(2, "train", {"loss": 1.5, "gate_rate/layer00": 0.25})
+  one.close()
+  (file,) = (tmp_path / TENSORBOARD_DIR).iterdir()
+  assert "tfevents" in file.name
+  assert [e for e in events(tmp_path) if len(e) == 3] == [("train/loss", 1.5, 2), ("gate_rate/layer00", 0.25, 2)]
+
+
+def test_lines_of_later_steps_are_dropped_when_training_goes_on(tmp_path, open_journal):
+  killed = open_journal(0)
+  for step in (2, 4, 6):
+    killed.write(step, "train", {"loss": step})
+  killed.close()
+  resumed = open_journal(4)
+  assert [line["step"] for line in lines(tmp_path)] == [2, 4]
+  resumed.write(6, "train", {"loss": 60})
+  resumed.close()
+  assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(2, 2), (4, 4), (6, 60)]
+  assert (5,) in events(tmp_path)  # TensorBoard is told to drop points from step 5 on
+  assert events(tmp_path)[-1] == ("train/loss", 60, 6)
+
+
+def test_a_new_start_drops_everything(tmp_path, open_journal):
+  open_journal(0).write(1, "train", {"loss": 1})
+  open_journal(0)
+  assert lines(tmp_path) == []
+
+
+def test_a_last_line_cut_short_is_dropped(tmp_path, open_journal):
+  open_journal(0).write(2, "train", {"loss": 1})
+  file = tmp_path / METRICS_FILE
+  whole = file.read_text()
+  file.write_text(whole + '{"step": 3, "split": "tra')
+  resumed = open_journal(4)
+  assert file.read_text() == whole
+  resumed.write(6, "train", {"loss": 2})
+  assert [line["step"] for line in lines(tmp_path)] == [2, 6]
+
+
+@pytest.mark.parametrize("bad", ["", "12", "[]", "nonsense", '{"split": "train"}', '{"step": 1}', '{"step": "1"'])
+def test_lines_that_are_no_record_are_dropped(tmp_path, open_journal, bad):
+  good = '{"step": 1, "split": "train", "loss": 2.0}'
+  (tmp_path / METRICS_FILE).write_text(f"{bad}\n{good}\n{bad}\n")
+  open_journal(4)
+  assert (tmp_path / METRICS_FILE).read_text() == good + "\n"
+
+
+def test_a_step_and_split_are_written_once(tmp_path, open_journal):
+  one = open_journal(0)
+  one.write(2, "test", {"loss": 1})
+  one.write(2, "train", {"loss": 2})
+  one.write(2, "test", {"loss": 3})
+  one.close()
+  assert [e for e in events(tmp_path) if len(e) == 3] == [("test/loss", 1, 2), ("train/loss", 2, 2)]
+  resumed = open_journal(2)
+  resumed.write(2, "test", {"loss": 4})
+  resumed.close()
+  assert [(line["split"], line["loss"]) for line in lines(tmp_path)] == [("test", 1), ("train", 2)]
+
+
+def test_lines_are_on_disk_before_the_journal_is_closed(tmp_path, open_journal):
+  open_journal(0).write(1, "train", {"loss": 1})
+  assert len(lines(tmp_path)) == 1
+
+
+def test_plain_lines_where_there_is_no_terminal(open_journal, capfd):
+  one = open_journal(0)
+  one.progress(3)
+  one.say(3, "loss 1.25")
+  out, err = capfd.readouterr()
+  assert out.endswith(" s] step 3/10  loss 1.25\n")
+  assert out.startswith("[")
+  assert out.count("\n") == 1
+  assert err == ""
+
+
+def test_a_bar_on_a_terminal(tmp_path, capfd, monkeypatch):
+  bars = []
+
+  def bar_on_terminal(**settings):
+    assert settings.pop("disable") is None  # tqdm's own check of the terminal
+    bars.append(tqdm(disable=False, **settings))
+    return bars[-1]
+
+  monkeypatch.setattr(journal, "tqdm", bar_on_terminal)
+  one = Journal(tmp_path, 4, 10)
+  one.progress(7)
+  one.progress(7)
+  assert bars[0].n == 7
+  one.say(7, "loss 1.25")
+  one.close()
+  out, err = capfd.readouterr()
+  assert "step 7/10  loss 1.25\n" in out
+  assert "7/10" in err
+
+
+def test_atomic_writes_leave_one_file(tmp_path):
+  file = tmp_path / "a.json"
+  file.write_text("old")
+  write_json(file, {"b": [1, 2]})
+  assert json.loads(file.read_text()) == {"b": [1, 2]}
+  assert [f.name for f in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+  def full(_):
+    raise OSError("disk")
+
+  file = tmp_path / "a.txt"
+  file.write_text("old")
+  monkeypatch.setattr(journal.os, "fsync", full)
+  with pytest.raises(OSError, match="disk"):
+    write_atomically(file, "new")
+  assert file.read_text() == "old"

@@ -1,0 +1,103 @@
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy import special, stats
+
+from gating_jax.ops.priors import beta
+from gating_jax.training import objectives
+from gating_jax.training.objectives import ImageObjective, batch_shaping_term
+from gating_jax.types import GateRecord
+
+N, CLASSES, UNITS = 6, 3, (2, 4)
+PER_UNIT, FIXED, TARGET = (100, 30), 500, 0.4
+STEP = 7
+RANDOM = np.random.default_rng(0)
+LOGITS, LABELS = RANDOM.normal(size=(N, CLASSES)).astype(np.float32), np.array([0, 1, 2, 0, 1, 1])
+GATE_LOGITS = [RANDOM.normal(0.5, 1, size=(N, units)).astype(np.float32) for units in UNITS]
+GATES = [(logits + RANDOM.normal(size=logits.shape) > 0).astype(np.float32) for logits in GATE_LOGITS]
+PROBS = [special.expit(logits.astype(np.float64)) for logits in GATE_LOGITS]
+
+
+def records():
+  return tuple(GateRecord(jnp.asarray(logits), jnp.asarray(probs, jnp.float32), jnp.asarray(gates), macs)
+               for logits, probs, gates, macs in zip(GATE_LOGITS, PROBS, GATES, PER_UNIT, strict=True))
+
+
+def objective(reduction="layer_mean", sparsity="l0"):
+  return ImageObjective(prior=beta(0.6, 0.4), reduction=reduction, sparsity=sparsity, target=TARGET, fixed_macs=FIXED,
+                        batch_shaping_coefficient=optax.linear_schedule(0.8, 0.0, 10),
+                        sparsity_coefficient=optax.linear_schedule(0.0, 2.0, 10))
+
+
+def cross_entropy_by_hand():
+  return -np.mean(special.log_softmax(LOGITS.astype(np.float64), axis=-1)[np.arange(N), LABELS])
+
+
+def shaping_by_hand(reduction):
+  level = np.arange(1, N + 1)[:, None] / (N + 1)
+  layers = [np.mean((stats.beta(0.6, 0.4).cdf(np.sort(probs, axis=0)) - level) ** 2, axis=0) for probs in PROBS]
+  return {"layer_mean": sum(layer.mean() for layer in layers), "mean": np.concatenate(layers).mean(),
+          "sum": np.concatenate(layers).sum()}[reduction]
+
+
+def sparsity_by_hand(kind):
+  open_probs = [probs.mean(axis=0).sum() for probs in PROBS]
+  rates = np.concatenate([gates.mean(axis=0) for gates in GATES])
+  gated = 2 * 100 + 4 * 30
+  expected = 100 * open_probs[0] + 30 * open_probs[1]
+  return {"l0": sum(open_probs) / 6, "macs": expected / gated,
+          "budget": max(0, (FIXED + expected) / (FIXED + gated) - TARGET) ** 2,
+          "target_rate": np.sum((rates - TARGET) ** 2)}[kind]
+
+
+@pytest.mark.parametrize("reduction", objectives.REDUCTIONS)
+@pytest.mark.parametrize("sparsity", objectives.SPARSITIES)
+def test_total_is_cross_entropy_and_weighted_terms(reduction, sparsity):
+  total, terms = objective(reduction, sparsity)(LOGITS, LABELS, records(), jnp.int32(STEP))
+  cross_entropy, shaping, price = cross_entropy_by_hand(), shaping_by_hand(reduction), sparsity_by_hand(sparsity)
+  assert shaping > 0.01
+  assert price > 0.01
+  expected = {"cross_entropy": cross_entropy, "batch_shaping": shaping, sparsity: price,
+              "batch_shaping_coefficient": 0.24, f"{sparsity}_coefficient": 1.4}
+  assert terms.keys() == expected.keys()
+  for name, value in expected.items():
+    assert float(terms[name]) == pytest.approx(value, rel=2e-5), name
+  assert float(total) == pytest.approx(cross_entropy + 0.24 * shaping + 1.4 * price, rel=2e-5)
+
+
+def test_reductions_and_kinds_differ_from_each_other():
+  assert len({round(shaping_by_hand(reduction), 4) for reduction in objectives.REDUCTIONS}) == 3
+  assert len({round(sparsity_by_hand(kind), 4) for kind in objectives.SPARSITIES}) == 4
+
+
+@pytest.mark.parametrize(("step", "gamma", "rho"), [(0, 0.8, 0.0), (10, 0.0, 2.0), (100, 0.0, 2.0)])
+def test_coefficients_follow_the_step(step, gamma, rho):
+  total, terms = objective()(LOGITS, LABELS, records(), jnp.int32(step))
+  assert float(terms["batch_shaping_coefficient"]) == pytest.approx(gamma, abs=1e-7)
+  assert float(terms["l0_coefficient"]) == pytest.approx(rho)
+  by_hand = cross_entropy_by_hand() + gamma * shaping_by_hand("layer_mean") + rho * sparsity_by_hand("l0")
+  assert float(total) == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_an_ungated_net_has_the_cross_entropy_alone():
+  total, terms = objective()(LOGITS, LABELS, (), jnp.int32(STEP))
+  assert set(terms) == {"cross_entropy"}
+  assert float(total) == float(terms["cross_entropy"]) == pytest.approx(cross_entropy_by_hand(), rel=1e-5)
+
+
+def test_batch_shaping_takes_each_layers_mean_by_default():
+  assert float(batch_shaping_term(records(), beta(0.6, 0.4))) == pytest.approx(shaping_by_hand("layer_mean"), rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(reduction="layer-mean"), "reduction must be one of .*; got 'layer-mean'. Did you mean 'layer_mean'"),
+        (dict(sparsity="buget"), "sparsity must be one of budget, l0, macs, target_rate; .* Did you mean 'budget'"),
+        (dict(sparsity="entropy"), "sparsity must be one of .*; got 'entropy'$"),
+    ],
+)
+def test_wrong_names_are_refused_with_near_matches(settings, message):
+  with pytest.raises(ValueError, match=message):
+    objective(**settings)

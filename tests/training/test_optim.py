@@ -1,0 +1,91 @@
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+from flax import traverse_util
+
+from gating_jax.layers.gate import is_gate_path
+from gating_jax.training import optim
+
+
+@pytest.fixture(scope="module")
+def params():
+  return tiny.state(optax.identity()).params
+
+
+def stepped(params, grads, steps=1, **settings):
+  optimiser = optim.sgd(optax.constant_schedule(0.1), **settings)
+  state = optimiser.init(params)
+  for _ in range(steps):
+    updates, state = optimiser.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+  return params
+
+
+def split(params):
+  """`(gate parameters, others)` by path."""
+  flat = traverse_util.flatten_dict(jax.device_get(params))
+  gates = {path: value for path, value in flat.items() if is_gate_path(path)}
+  return gates, {path: value for path, value in flat.items() if path not in gates}
+
+
+def test_weight_decay_shrinks_everything_but_gates(params):
+  zero = jax.tree.map(np.zeros_like, params)
+  gates, others = split(params)
+  gates_after, others_after = split(stepped(params, zero, momentum=0.0, weight_decay=0.5))
+  assert len(gates) == 5  # hidden kernel, norm scale and bias, logits kernel and bias
+  assert all("gate" in path for path in gates)
+  for path, value in gates.items():
+    np.testing.assert_array_equal(gates_after[path], value, err_msg=str(path))
+  for path, value in others.items():
+    np.testing.assert_allclose(others_after[path], value * (1 - 0.1 * 0.5), rtol=1e-6, err_msg=str(path))
+  shrunk = [path for path, value in others.items() if np.any(value != others_after[path])]
+  assert {path[-1] for path in shrunk} == {"kernel", "scale"}  # biases start at 0
+
+
+def test_gates_follow_their_gradient(params):
+  one = jax.tree.map(np.ones_like, params)
+  gates, _ = split(params)
+  after, _ = split(stepped(params, one, momentum=0.0, weight_decay=0.5))
+  for path, value in gates.items():
+    np.testing.assert_allclose(after[path], value - 0.1, rtol=1e-6, atol=1e-7)
+
+
+def test_decayed_is_false_on_gate_paths_alone():
+  tree = {"block": {"gate": {"head": {"kernel": 1}}, "conv1": {"kernel": 2}}, "gateway": {"bias": 3}}
+  assert optim.decayed(tree) == {
+      "block": {"gate": {"head": {"kernel": False}}, "conv1": {"kernel": True}}, "gateway": {"bias": True}}
+
+
+def test_momentum_is_nesterov():
+  # v1 = 1, step 1 + 0.9; v2 = 1.9, step 1 + 0.9 * 1.9; each times the learning rate 0.1
+  after = stepped({"w": np.float32(2)}, {"w": np.float32(1)}, steps=2, momentum=0.9, weight_decay=0.0)
+  assert float(after["w"]) == pytest.approx(2 - 0.1 * (1.9 + 2.71))
+
+
+def test_weight_decay_goes_through_momentum():
+  after = stepped({"w": np.float32(2)}, {"w": np.float32(0)}, momentum=0.9, weight_decay=0.5)
+  assert float(after["w"]) == pytest.approx(2 - 0.1 * 1.9 * 0.5 * 2)
+
+
+def test_the_learning_rate_is_read_at_each_step():
+  optimiser = optim.sgd(lambda step: 10.0 ** -step, momentum=0.0, weight_decay=0.0)
+  state, seen = optimiser.init({"w": np.float32(0)}), []
+  for _ in range(3):
+    updates, state = optimiser.update({"w": np.float32(1)}, state, {"w": np.float32(0)})
+    seen.append(float(updates["w"]))
+  assert seen == pytest.approx([-1, -0.1, -0.01])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(momentum=1.0, weight_decay=0), r"momentum must be in \[0, 1\); got 1.0"),
+        (dict(momentum=-0.1, weight_decay=0), "momentum must be .*; got -0.1"),
+        (dict(momentum=0, weight_decay=-1e-4), "weight_decay must be >= 0; got -0.0001"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+  with pytest.raises(ValueError, match=message):
+    optim.sgd(optax.constant_schedule(0.1), **settings)

@@ -1,0 +1,186 @@
+import fcntl
+import json
+import os
+import subprocess
+import sys
+
+import ml_collections
+import pytest
+
+from gating_jax.training.rundir import CONFIG_FILE, RunDirError, existing_run, open_run
+
+
+def config(**changes):
+  made = ml_collections.ConfigDict({"seed": 0, "optim": {"learning_rate": 0.1, "drops": (0.5, 0.75)}})
+  made.update_from_flattened_dict(changes)
+  return made
+
+
+def snapshot(folder):
+  """Every file's bytes and time of change, but for the lock's."""
+  return {str(f.relative_to(folder)): (f.read_bytes() if f.is_file() else None, f.stat().st_mtime_ns)
+          for f in folder.rglob("*") if f.name != ".lock"}
+
+
+def make_run(path):
+  with open_run(path, config()) as run:
+    run.checkpoints.mkdir()
+    (run.checkpoints / "1").write_text("weights")
+
+
+def refused(path, message):
+  with pytest.raises(RunDirError, match=message), open_run(path, config()):
+    pass
+
+
+def test_a_new_run_holds_its_config(tmp_path):
+  path = tmp_path / "a" / "b"
+  with open_run(path, config()) as run:
+    assert run.path == path
+    assert run.checkpoints.parent == path
+    assert run.result() is None
+    assert json.loads((path / CONFIG_FILE).read_text()) == {
+        "seed": 0, "optim": {"learning_rate": 0.1, "drops": [0.5, 0.75]}}
+
+
+def test_an_empty_folder_becomes_a_run(tmp_path):
+  with open_run(tmp_path, config()):
+    assert (tmp_path / CONFIG_FILE).exists()
+
+
+def test_a_run_killed_before_its_config_was_written_starts_anew(tmp_path):
+  (tmp_path / ".lock").touch()
+  (tmp_path / f"{CONFIG_FILE}.tmp").write_text('{"se')
+  with open_run(tmp_path, config()):
+    assert {f.name for f in tmp_path.iterdir()} == {".lock", CONFIG_FILE}
+
+
+def test_the_same_config_goes_on_and_changes_nothing(tmp_path):
+  make_run(tmp_path)
+  before = snapshot(tmp_path)
+  with open_run(tmp_path, config()):
+    pass
+  assert len(before) == 3
+  assert snapshot(tmp_path) == before
+
+
+def test_a_result_outlives_the_run(tmp_path):
+  with open_run(tmp_path, config()) as run:
+    run.finish({"accuracy": 0.5})
+  with open_run(tmp_path, config()) as run:
+    assert run.result() == {"accuracy": 0.5}
+  assert existing_run(tmp_path, config()).result() == {"accuracy": 0.5}
+
+
+def test_a_run_that_has_saved_nothing_gives_way_to_another_config(tmp_path):
+  with open_run(tmp_path, config()) as run:
+    run.checkpoints.mkdir()
+    assert not run.has_progress()
+  with open_run(tmp_path, config(seed=1)):
+    assert json.loads((tmp_path / CONFIG_FILE).read_text())["seed"] == 1
+
+
+@pytest.mark.parametrize("progress", ["result.json", "checkpoints/1", "checkpoints-damaged-1-0/state"])
+def test_a_run_that_has_saved_something_does_not(tmp_path, progress):
+  with open_run(tmp_path, config()) as run:
+    (tmp_path / progress).parent.mkdir(exist_ok=True)
+    (tmp_path / progress).write_text("{}")
+    assert run.has_progress()
+  with pytest.raises(RunDirError, match="seed: 0 there, 1 here"), open_run(tmp_path, config(seed=1)):
+    pass
+  assert json.loads((tmp_path / CONFIG_FILE).read_text())["seed"] == 0
+
+
+def test_another_config_is_refused_with_the_difference(tmp_path):
+  make_run(tmp_path)
+  before = snapshot(tmp_path)
+  other = config(**{"optim.learning_rate": 0.2, "optim.drops": (0.5,)})
+  del other["seed"]
+  other.extra = "new"
+  with pytest.raises(RunDirError) as caught, open_run(tmp_path, other):
+    pass
+  assert str(tmp_path) in str(caught.value)
+  assert str(caught.value).splitlines()[1:] == [
+      "  extra: '(absent)' there, 'new' here",
+      "  optim.drops: [0.5, 0.75] there, [0.5] here",
+      "  optim.learning_rate: 0.1 there, 0.2 here",
+      "  seed: 0 there, '(absent)' here",
+  ]
+  with pytest.raises(RunDirError, match="holds a run of another config"):
+    existing_run(tmp_path, other)
+  assert snapshot(tmp_path) == before
+
+
+def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):
+  (tmp_path / "thesis.tex").write_text("precious")
+  refused(tmp_path, f"{tmp_path} exists and has no config.json")
+  assert [f.name for f in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_in_the_way_is_refused(tmp_path):
+  file = tmp_path / "run"
+  file.write_text("not a folder")
+  refused(file, "run exists and has no config.json")
+  refused(file / "below", "cannot be written: Not a directory")
+  assert file.read_text() == "not a folder"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_write_permission_is_refused(tmp_path):
+  tmp_path.chmod(0o500)
+  refused(tmp_path / "run", "cannot be written: Permission denied")
+
+
+def test_there_is_no_run_to_look_at_where_none_began(tmp_path):
+  for path in (tmp_path / "nowhere", tmp_path):
+    with pytest.raises(RunDirError, match=f"workdir {path} holds no run"):
+      existing_run(path, config())
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_can_be_looked_at_while_it_is_open(tmp_path):
+  with open_run(tmp_path, config()):
+    before = snapshot(tmp_path)
+    assert existing_run(tmp_path, config()).result() is None
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+def test_a_damaged_file_is_named(tmp_path, name):
+  make_run(tmp_path)
+  (tmp_path / name).write_text('{"half": ')
+  with pytest.raises(RunDirError, match=f"{name} is damaged"), open_run(tmp_path, config()) as run:
+    run.result()
+
+
+def test_a_second_process_on_the_same_folder_is_refused(tmp_path):
+  holder = subprocess.Popen(
+      [sys.executable, "-c", "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+       "print('held', flush=True); sys.stdin.read()", str(tmp_path / ".lock")],
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+  with holder:
+    assert holder.stdout.readline() == "held\n"
+    refused(tmp_path, "in use by another process")
+    assert not (tmp_path / CONFIG_FILE).exists()
+    holder.stdin.close()
+    holder.wait(10)
+  with open_run(tmp_path, config()):
+    pass
+
+
+def test_a_run_is_held_while_open_and_let_go_after(tmp_path):
+  def free():
+    with (tmp_path / ".lock").open("w") as lock:
+      try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        return False
+      return True
+
+  with open_run(tmp_path, config()):
+    assert not free()
+    refused(tmp_path, "in use")
+  assert free()
+  with pytest.raises(RuntimeError, match="oops"), open_run(tmp_path, config()):
+    raise RuntimeError("oops")
+  assert free()
