@@ -11,11 +11,11 @@ from gating_jax.data import sources
 from gating_jax.data.sources import DatasetNotPreparedError, Images
 
 DATA_DIR = os.environ.get("GATING_JAX_DATA_DIR")
-real_cifar10 = [
-    pytest.mark.real_data,
-    pytest.mark.skipif(not DATA_DIR or not (Path(DATA_DIR) / "cifar10").is_dir(),
-                       reason="GATING_JAX_DATA_DIR names no folder with a prepared cifar10"),
-]
+def real_cifar10(test):
+  missing = not DATA_DIR or not (Path(DATA_DIR) / "cifar10").is_dir()
+  reason = "GATING_JAX_DATA_DIR names no folder with a prepared cifar10"
+  return pytest.mark.real_data(pytest.mark.skipif(missing, reason=reason)(test))
+
 
 
 @pytest.fixture(scope="module")
@@ -124,29 +124,34 @@ def test_an_unknown_set_is_named_with_the_nearest_known_one(tmp_path):
   assert "Did you mean: cifar11 -> cifar10" in message
 
 
-class TestRealCifar10:
-  pytestmark = real_cifar10
+@pytest.fixture(scope="module")
+def cifar10():
+  return {split: sources.load("cifar10", split, DATA_DIR) for split in ("train", "test")}
 
-  @pytest.fixture(scope="class")
-  def splits(self):
-    return {split: sources.load("cifar10", split, DATA_DIR) for split in ("train", "test")}
 
-  @pytest.mark.parametrize(("split", "count"), [("train", 50_000), ("test", 10_000)])
-  def test_sizes_and_balance(self, splits, split, count):
-    images = splits[split]
-    assert (images.pixels.shape, images.pixels.dtype) == ((count, 32, 32, 3), np.uint8)
-    np.testing.assert_array_equal(np.bincount(images.labels), np.full(10, count // 10))
-    assert images.class_names[:3] == ("airplane", "automobile", "bird")
+@real_cifar10
+@pytest.mark.parametrize(("split", "count"), [("train", 50_000), ("test", 10_000)])
+def test_cifar10_has_its_sizes_and_balance(cifar10, split, count):
+  images = cifar10[split]
+  assert (images.pixels.shape, images.pixels.dtype) == ((count, 32, 32, 3), np.uint8)
+  np.testing.assert_array_equal(np.bincount(images.labels), np.full(10, count // 10))
+  assert images.class_names[:3] == ("airplane", "automobile", "bird")
 
-  def test_channel_means_are_those_of_the_config(self, splits):
-    config = importlib.import_module("configs.cifar10_resnet20").get_config().data
-    mean = splits["train"].pixels.mean(axis=(0, 1, 2), dtype=np.float64) / 255
-    np.testing.assert_allclose(mean, config.mean, atol=1e-4)
 
-  def test_a_part_of_a_split(self):
-    part = sources.load("cifar10", "train[:100]", DATA_DIR)
-    assert part.pixels.shape == (100, 32, 32, 3)
+@real_cifar10
+def test_channel_means_of_cifar10_are_those_of_the_config(cifar10):
+  config = importlib.import_module("configs.cifar10_resnet20").get_config().data
+  mean = cifar10["train"].pixels.mean(axis=(0, 1, 2), dtype=np.float64) / 255
+  np.testing.assert_allclose(mean, config.mean, atol=1e-4)
 
-  def test_an_unknown_split_is_named(self):
-    with pytest.raises(ValueError, match="data split 'validation' of cifar10 cannot be read"):
-      sources.load("cifar10", "validation", DATA_DIR)
+
+@real_cifar10
+def test_a_part_of_a_split_is_read():
+  part = sources.load("cifar10", "train[:100]", DATA_DIR)
+  assert part.pixels.shape == (100, 32, 32, 3)
+
+
+@real_cifar10
+def test_an_unknown_split_of_cifar10_is_named():
+  with pytest.raises(ValueError, match="data split 'validation' of cifar10 cannot be read"):
+    sources.load("cifar10", "validation", DATA_DIR)
