@@ -117,6 +117,14 @@ def empty_every_file(folder):
     os.truncate(file, 0)
 
 
+def flip_bits_of_values(folder):
+  largest = files(folder)[-1]
+  data = bytearray(largest.read_bytes())
+  middle = len(data) // 2
+  data[middle:middle + 64] = bytes(255 - byte for byte in data[middle:middle + 64])
+  largest.write_bytes(data)
+
+
 def remove_metadata(folder):
   for file in folder.rglob("_METADATA"):
     file.unlink()
@@ -141,8 +149,8 @@ def remove_everything(folder):
   folder.mkdir()
 
 
-DAMAGES = [halve_largest, empty_largest, empty_every_file, remove_metadata, remove_array_manifest, empty_state,
-           remove_state, remove_everything]
+DAMAGES = [halve_largest, empty_largest, empty_every_file, flip_bits_of_values, remove_metadata,
+           remove_array_manifest, empty_state, remove_state, remove_everything]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
