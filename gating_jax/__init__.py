@@ -7,10 +7,25 @@ from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.gate import ChannelGate, GateHead, GateSettings, apply_gates
 from gating_jax.models.counts import ModelCounts, count
 from gating_jax.models.resnet import ResNet, resnet
-from gating_jax.ops.ecdf import batch_shaping_loss, cdf_matching_loss, empirical_cdf, noise_floor
+from gating_jax.ops.ecdf import (
+  batch_shaping_loss,
+  cdf_matching_loss,
+  empirical_cdf,
+  generalised_batch_shaping_loss,
+  noise_floor,
+)
 from gating_jax.ops.macs import executed_macs, gated_macs
 from gating_jax.ops.penalties import l0_loss, mac_budget_loss, mac_loss, target_rate_loss
-from gating_jax.ops.priors import Prior, beta, uniform
+from gating_jax.ops.priors import (
+  Prior,
+  beta,
+  empirical,
+  from_cdf,
+  normal,
+  relaxed_bernoulli,
+  symmetric_beta,
+  uniform,
+)
 from gating_jax.ops.ranking import sort_with_vjp
 from gating_jax.ops.relaxations import (
   binary_concrete,
@@ -40,9 +55,12 @@ __all__ = [
   "cdf_matching_loss",
   "clipped_sigmoid",
   "count",
+  "empirical",
   "empirical_cdf",
   "executed_macs",
+  "from_cdf",
   "gated_macs",
+  "generalised_batch_shaping_loss",
   "hard_concrete",
   "hard_concrete_mean",
   "hard_concrete_open_prob",
@@ -50,9 +68,12 @@ __all__ = [
   "mac_budget_loss",
   "mac_loss",
   "noise_floor",
+  "normal",
+  "relaxed_bernoulli",
   "resnet",
   "sort_with_vjp",
   "straight_through_gate",
+  "symmetric_beta",
   "target_rate_loss",
   "threshold_gate",
   "uniform",

@@ -7,13 +7,19 @@ Reference: Bejnordi et al., 2020, section 3; Cramér (1928), von Mises.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import math
+from collections.abc import Callable, Hashable
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
+from gating_jax.checks import one_of
 from gating_jax.ops import collectives, ranking
 from gating_jax.ops.priors import Prior
 from gating_jax.types import Array
+
+EXCHANGES = ("gather", "all_to_all")
 
 
 def empirical_cdf(x: Array, axis: int = 0) -> Array:
@@ -31,32 +37,51 @@ def empirical_cdf(x: Array, axis: int = 0) -> Array:
   x = jnp.asarray(x)
   x = x.astype(jnp.result_type(x, jnp.float32))
   axis = ranking.check_axis(x, axis)
-  ordered, source = ranking.argsort(jnp.moveaxis(x, axis, 0))
-  first, last = ranking.tie_bounds(ordered)
-  place = ((first + last) / 2 + 1).astype(x.dtype) / (ordered.shape[0] + 1)
+  source, tied = ranking.argsort(jnp.moveaxis(lax.stop_gradient(x), axis, 0))
+  first, last = ranking.tie_bounds(tied)
+  place = ((first + last) / 2 + 1).astype(x.dtype) / (source.shape[0] + 1)
   return jnp.moveaxis(ranking.unsort(place, source), 0, axis)
 
 
+@ranking.reverse_mode_only
 def batch_shaping_loss(
-    logits: Array, prior: Prior, *, axis: int = 0, axis_name: Hashable | None = None
+    logits: Array,
+    prior: Prior,
+    *,
+    axis: int = 0,
+    axis_name: Hashable | None = None,
+    weights: Array | None = None,
+    exchange: str = "gather",
 ) -> Array:
   """Squared gap between each column's empirical CDF and a prior's CDF, for gates given by their log-odds.
 
       loss = mean_i (F(p_(i)) - i / (N + 1))^2,   p = sigmoid(logits), p_(i) the i-th smallest
+
+  With weights w, of sum W and of running sum W_(i) in that order,
+
+      loss = sum_i w_(i) (F(p_(i)) - (W_(i) - w_(i) / 2 + 1 / 2) / (W + 1))^2 / W
 
   The gradient is finite for every finite logit. N i.i.d. samples of the prior itself have the expected loss
   `noise_floor(N)`.
 
   Args:
     logits: `[N, C]` gate log-odds, or any shape; columns along `axis` are independent gates.
-    prior: a `Prior` on [0, 1].
+    prior: a `Prior` on [0, 1]; parameters that are arrays hold one entry per column.
     axis: the batch axis.
     axis_name: the mapped device axis, or axes, over which the batch is spread; the loss and its gradient are those of
       the whole batch, provided gradients are averaged over devices like those of the other terms.
+    weights: `[N]`, or of `logits`' shape, non-negative, of any scale that counts examples: a mask of 0 and 1 leaves out
+      rows, as if they were not there (NaN in them too); a whole number n has the gradient of n copies. No gradient in
+      them. Where all are 0, so is the loss.
+    exchange: how devices share the batch. `gather`: each ranks all columns. `all_to_all`: each ranks its share of the
+      columns; less work and traffic, one more collective.
   Returns:
-    `[C]`, dimensionless: `logits`' shape without `axis`. Times N it is the sum form.
+    `[C]`, dimensionless: `logits`' shape without `axis`. Times N it is the sum form. NaN where the column holds a NaN,
+    or a weight is negative.
   Raises:
-    ValueError: the prior has no logit axis, `axis` is not an axis of `logits`, or N is 0.
+    ValueError: the prior has no logit axis, its parameters or `weights` do not fit, `axis` is not an axis of `logits`,
+      N is 0, or `exchange` is unknown.
+    TypeError: forward-mode differentiation, for which there is no rule; reverse mode and `jax.hessian` work.
 
   >>> from gating_jax.ops.priors import beta
   >>> p = jnp.array([0.7, 0.1, 0.95, 0.4])
@@ -67,10 +92,19 @@ def batch_shaping_loss(
   """
   if prior.logit_cdf is None:
     raise ValueError(f"prior must have a logit axis, that is, live on [0, 1]; got {prior.name}; use cdf_matching_loss")
-  return _gap(logits, prior.logit_cdf, "logits", axis, axis_name)
+  return _gap(logits, prior, prior.logit_cdf, "logits", axis, axis_name, weights, exchange)
 
 
-def cdf_matching_loss(x: Array, prior: Prior, *, axis: int = 0, axis_name: Hashable | None = None) -> Array:
+@ranking.reverse_mode_only
+def cdf_matching_loss(
+    x: Array,
+    prior: Prior,
+    *,
+    axis: int = 0,
+    axis_name: Hashable | None = None,
+    weights: Array | None = None,
+    exchange: str = "gather",
+) -> Array:
   """`batch_shaping_loss` on the natural axis: for probabilities, or any real-valued feature.
 
       loss = mean_i (F(x_(i)) - i / (N + 1))^2
@@ -78,11 +112,45 @@ def cdf_matching_loss(x: Array, prior: Prior, *, axis: int = 0, axis_name: Hasha
   For gates prefer `batch_shaping_loss`: a probability that has rounded to 0 or 1 has lost the logit's digits.
   Arguments, result and errors are as there.
 
-  >>> from gating_jax.ops.priors import uniform
+  >>> from gating_jax.ops.priors import normal, uniform
   >>> print(f"{4 * cdf_matching_loss(jnp.array([0.7, 0.1, 0.95, 0.4]), uniform()):.4f}")
   0.0425
+  >>> losses = cdf_matching_loss(jax.random.normal(jax.random.key(0), (256, 2)), normal(jnp.array([0.0, 3.0]), 1.0))
+  >>> print(f"{losses[0]:.2f} {losses[1]:.2f}")
+  0.00 0.30
   """
-  return _gap(x, prior.cdf, "x", axis, axis_name)
+  return _gap(x, prior, prior.cdf, "x", axis, axis_name, weights, exchange)
+
+
+def generalised_batch_shaping_loss(
+    logits: Array, mean_logits: Array, prior: Callable[[Array], Prior], hyperprior: Prior, **options
+) -> tuple[Array, Array]:
+  """Batch-shaping with one learned prior per gate, the priors' means themselves shaped by a hyperprior.
+
+  Gates may differ in how often they are open, while all of them together keep to the hyperprior:
+
+      batch_shaping_loss(logits, prior(mean))  and  batch_shaping_loss(mean_logits, hyperprior),
+      mean = sigmoid(mean_logits)
+
+  Args:
+    logits: `[N, C]` gate log-odds.
+    mean_logits: `[C]`, learned: the log-odds of each prior's mean.
+    prior: means `[C]` -> `Prior`, such as `lambda mean: relaxed_bernoulli(mean, 0.4)`, or `symmetric_beta`.
+    hyperprior: of the means, a `Prior` on [0, 1].
+    **options: `batch_shaping_loss`'s, for the first term.
+  Returns:
+    the loss of each gate, `[C]`, and that of the means, a scalar; dimensionless, to be weighted and added.
+  Reference: Havtorn et al., 2023 (MSViT), section 3.
+
+  >>> from gating_jax.ops.priors import beta, symmetric_beta
+  >>> gates, means = generalised_batch_shaping_loss(jnp.zeros((8, 3)), jnp.zeros(3), symmetric_beta, beta(3, 7))
+  >>> print(gates.shape, means.shape)
+  (3,) ()
+  """
+  return (
+      batch_shaping_loss(logits, prior(jax.nn.sigmoid(mean_logits)), **options),
+      batch_shaping_loss(mean_logits, hyperprior),
+  )
 
 
 def noise_floor(n: int) -> float:
@@ -94,13 +162,92 @@ def noise_floor(n: int) -> float:
   return 1 / (6 * (n + 1))
 
 
-def _gap(x, cdf, name, axis, axis_name):
+def _gap(x, prior, cdf, name, axis, axis_name, weights, exchange):
+  one_of("exchange", exchange, EXCHANGES)
   x = jnp.asarray(x)
   x = x.astype(jnp.result_type(x, jnp.float32))
   axis = ranking.check_axis(x, axis)
-  x = collectives.gather_batch(jnp.moveaxis(x, axis, 0), axis_name)
-  n = x.shape[0]
-  if n == 0:
+  if x.shape[axis] == 0:
     raise ValueError(f"{name} must hold at least one example along axis {axis}; got shape {x.shape}")
-  expected = (jnp.arange(1, n + 1, dtype=x.dtype) / (n + 1)).reshape(n, *[1] * (x.ndim - 1))
-  return jnp.mean(jnp.square(cdf(ranking.sort_with_vjp(x)) - expected), axis=0)
+  if weights is not None:
+    weights = _whole_weights(weights, x, name, axis)
+    x = jnp.where(jnp.moveaxis(weights, 0, axis) == 0, 0, x)
+  x = jnp.moveaxis(x, axis, 0)
+  columns = x.shape[1:]
+  if not _fits(prior.shape, columns):
+    raise ValueError(f"prior's parameters must broadcast to {columns}, the shape of {name} without axis {axis}; "
+                     f"got {prior.shape}, of {prior.name}")
+  # Levels belong to the whole batch, the prior's CDF to one example: each device computes that of its own.
+  values = cdf(x)
+  if values.shape != x.shape:
+    raise ValueError(f"prior's cdf must be elementwise; got {values.shape} from {x.shape}, with {prior.name}")
+  over_devices = lambda share: [
+      v if v is None else share(v.reshape(v.shape[0], -1)) for v in (lax.stop_gradient(x), values, weights)]
+  if axis_name is None:
+    loss = _mean_square_gap(*over_devices(lambda v: v))
+  elif exchange == "gather":
+    loss = _mean_square_gap(*over_devices(lambda v: collectives.gather_batch(v, axis_name)))
+  else:
+    loss = _mean_square_gap(*over_devices(lambda v: collectives.exchange_columns(v, axis_name)))
+    loss = collectives.gather_batch(loss, axis_name)[: math.prod(columns)]
+  return loss.reshape(columns)
+
+
+@jax.custom_vjp
+def _mean_square_gap(keys, values, weights):
+  """Weighted mean over axis 0 of (value - level of its key)^2: `[N, C]` each -> `[C]`."""
+  return _mean_square_gap_fwd(keys, values, weights)[0]
+
+
+def _mean_square_gap_fwd(keys, values, weights):
+  n = keys.shape[0]
+  source, tied = ranking.argsort(keys)
+  if weights is None:
+    in_order, share, share_in_order = None, 1 / n, 1 / n
+    place = jnp.arange(1, n + 1)[:, None] + 0 * source  # which makes it vary over devices, in the eyes of shard_map
+    level = place.astype(values.dtype) / (n + 1)
+  else:
+    total = jnp.sum(weights, axis=0)
+    divisor = jnp.where(total == 0, 1, total)
+    in_order = ranking.take(weights, source)
+    share, share_in_order = weights / divisor, in_order / divisor
+    level = (jnp.cumsum(in_order, axis=0) - in_order / 2 + 0.5) / (total + 1)
+  shared = lax.cond(jnp.any(tied), ranking.mean_over_ties, lambda level, *_: level, level, tied, in_order)
+  gap = values - ranking.unsort(shared, source)
+  if weights is not None:
+    gap = jnp.where(weights == 0, 0, gap)
+  # Over a run of ties the mean of (F - e_i)^2 is that of (F - mean e)^2 and the variance of e.
+  loss = jnp.sum(share * jnp.square(gap), axis=0)
+  loss += jnp.sum(share_in_order * (jnp.square(level) - jnp.square(shared)), axis=0)
+  return loss, 2 * share * gap
+
+
+# Place i, where the element s(i) went, has the level e_i. The levels are constants, and un-sorting them un-sorts the
+# gradient: dL/dF_s(i) = 2/N (F_s(i) - e_i). Tied elements have the mean of their levels, hence equal gradients.
+def _mean_square_gap_bwd(gradient, cotangent):
+  return None, gradient * cotangent, None
+
+
+_mean_square_gap.defvjp(_mean_square_gap_fwd, _mean_square_gap_bwd)
+
+
+def _whole_weights(weights, x, name, axis):
+  """`weights` in x's shape, batch axis first; NaN where negative, no gradient."""
+  weights = lax.stop_gradient(jnp.asarray(weights)).astype(x.dtype)
+  n = x.shape[axis]
+  moved = (n, *x.shape[:axis], *x.shape[axis + 1:])
+  if weights.shape == x.shape:
+    weights = jnp.moveaxis(weights, axis, 0)
+  elif weights.shape == (n,):
+    weights = jnp.broadcast_to(weights.reshape(n, *[1] * (x.ndim - 1)), moved)
+  else:
+    raise ValueError(f"weights must be of shape ({n},), one per example, or of the shape of {name}, {x.shape}; "
+                     f"got {weights.shape}")
+  return jnp.where(weights < 0, jnp.nan, weights)
+
+
+def _fits(shape, columns):
+  try:
+    return jnp.broadcast_shapes(shape, columns) == columns
+  except ValueError:
+    return False

@@ -10,17 +10,39 @@ permuting the input permutes the gradient, ties or not.
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from gating_jax.types import Array
 
 # Longer networks take too long to compile: their size grows with the square of the logarithm.
 _NETWORK_MAX_LENGTH = 2048
+_BLOCK = 64  # columns in a core's cache at a time
+_STEPS_AT_A_TIME = 2  # that the compiler fuses into one pass over memory
 
 
+def reverse_mode_only(function: Callable) -> Callable:
+  """`function`, which has a `custom_vjp` inside, with an error for forward mode that says what to use instead."""
+  @functools.wraps(function)
+  def run(*args, **kwargs):
+    try:
+      return function(*args, **kwargs)
+    except TypeError as error:
+      if "custom_vjp" not in str(error):
+        raise
+      raise TypeError(
+          f"{function.__name__} has a reverse-mode rule only: use jax.grad, jax.vjp or jax.jacrev, not jax.jvp or "
+          "jax.jacfwd; for second derivatives jax.hessian, that is, jacfwd(jacrev(f))") from error
+
+  return run
+
+
+@reverse_mode_only
 def sort_with_vjp(x: Array, axis: int = 0) -> Array:
   """Sorts ascending; the gradient of each sorted value returns to the element it came from.
 
@@ -31,6 +53,7 @@ def sort_with_vjp(x: Array, axis: int = 0) -> Array:
     values in ascending order, same shape and dtype.
   Raises:
     ValueError: `axis` is not an axis of `x`, or `x` is not of a floating type.
+    TypeError: forward-mode differentiation, for which there is no rule.
 
   >>> sort_with_vjp(jnp.array([0.7, 0.1, 0.4]))
   Array([0.1, 0.4, 0.7], dtype=float32)
@@ -45,12 +68,13 @@ def sort_with_vjp(x: Array, axis: int = 0) -> Array:
 
 
 def argsort(x: Array) -> tuple[Array, Array]:
-  """Stable ascending sort of axis 0: `(sorted values, int32 source index of each)`.
+  """Stable ascending sort of axis 0: `(source, tied)`, the int32 index each place takes its value from, `[N, ...]`, and
+  whether it is equal to the next place's, `[N - 1, ...]`.
 
   On CPU a compare-exchange network in plain array operations, which XLA vectorises over the other axes; elsewhere
   XLA's sort. Both give the same order for values without NaN.
   """
-  if x.shape[0] > _NETWORK_MAX_LENGTH:
+  if not 0 < x.size <= _NETWORK_MAX_LENGTH * math.prod(x.shape[1:]) or jnp.finfo(x.dtype).bits > 32:
     return _library_argsort(x)
   return lax.platform_dependent(x, cpu=_network_argsort, default=_library_argsort)
 
@@ -62,84 +86,127 @@ def check_axis(x: Array, axis: int) -> int:
   return axis % x.ndim
 
 
+def take(values: Array, source: Array) -> Array:
+  """Puts `values` in the order `source` (axis 0)."""
+  columns = jnp.indices(source.shape, sparse=True)[1:]
+  return values.at[(source, *columns)].get(unique_indices=True, mode="promise_in_bounds")
+
+
+def unsort(values: Array, source: Array) -> Array:
+  """Puts `values`, in sorted order, back where `source` says they came from (axis 0): the transpose of `take`."""
+  n, *columns = source.shape
+  by_column = lambda v: v.reshape(n, -1).T  # one after the other, so that the scatter stays near
+  index = by_column(source) + n * jnp.arange(math.prod(columns), dtype=source.dtype)[:, None]
+  flat = jnp.zeros(values.size, values.dtype).at[index.ravel()].set(
+      by_column(values).ravel(), unique_indices=True, mode="promise_in_bounds")
+  return flat.reshape(-1, n).T.reshape(values.shape)
+
+
+def tie_bounds(tied: Array) -> tuple[Array, Array]:
+  """The first and the last place of the run of equal values each place belongs to, given `argsort`'s `tied`."""
+  n = tied.shape[0] + 1
+  place = lax.broadcasted_iota(jnp.int32, (n, *tied.shape[1:]), 0)
+  edge = jnp.zeros((1, *tied.shape[1:]), bool)
+  first = lax.cummax(jnp.where(jnp.concatenate([edge, tied]), 0, place), axis=0)
+  last = lax.cummin(jnp.where(jnp.concatenate([tied, edge]), n - 1, place), axis=0, reverse=True)
+  return first, last
+
+
+def mean_over_ties(values: Array, tied: Array, weights: Array | None = None) -> Array:
+  """Gives each place the mean of `values` over the run of equal values it belongs to, weighted if so asked."""
+  first, last = tie_bounds(tied)
+
+  def over_run(x):
+    total = jnp.cumsum(x, axis=0)
+    return jnp.take_along_axis(total, last, 0) - jnp.take_along_axis(total - x, first, 0)
+
+  if weights is None:
+    mean = over_run(values) / (last - first + 1)
+  else:
+    total = over_run(weights)
+    mean = over_run(weights * values) / jnp.where(total == 0, 1, total)
+  return jnp.where(first == last, values, mean.astype(values.dtype))
+
+
 @jax.custom_vjp
 def _sort_first_axis(x):
-  return argsort(x)[0]
+  return take(x, argsort(x)[0])
 
 
 def _sort_first_axis_fwd(x):
-  ordered, source = argsort(x)
-  return ordered, (ordered, source)
+  source, tied = argsort(lax.stop_gradient(x))
+  return take(x, source), (source, tied)
 
 
 # With P the 0/1 matrix of the sort, y = P x and P is constant between ties, so dL/dx = P^T dL/dy: the element that went
 # to place i takes the cotangent of place i back, a scatter through `source`.
 def _sort_first_axis_bwd(residuals, cotangent):
-  ordered, source = residuals
-  return (unsort(_mean_over_ties(ordered, cotangent), source),)
+  source, tied = residuals
+  shared = lax.cond(jnp.any(tied), mean_over_ties, lambda values, _: values, cotangent, tied)
+  return (unsort(shared, source),)
 
 
 _sort_first_axis.defvjp(_sort_first_axis_fwd, _sort_first_axis_bwd)
 
 
-def unsort(values: Array, source: Array) -> Array:
-  """Puts `values`, in sorted order, back where `source` says they came from (axis 0)."""
-  columns = jnp.indices(source.shape, sparse=True)[1:]
-  return jnp.zeros_like(values).at[(source, *columns)].set(values, unique_indices=True)
-
-
-def tie_bounds(ordered: Array) -> tuple[Array, Array]:
-  """For values in order along axis 0: the first and the last place of the run of equal values each belongs to."""
-  n = ordered.shape[0]
-  place = lax.broadcasted_iota(jnp.int32, ordered.shape, 0)
-  differs = ordered[1:] != ordered[:-1]
-  edge = jnp.ones((1, *ordered.shape[1:]), bool)
-  first = lax.cummax(jnp.where(jnp.concatenate([edge, differs]), place, 0), axis=0)
-  last = lax.cummin(jnp.where(jnp.concatenate([differs, edge]), place, n - 1), axis=0, reverse=True)
-  return first, last
-
-
-def _mean_over_ties(ordered: Array, values: Array) -> Array:
-  def averaged(values):
-    first, last = tie_bounds(ordered)
-    total = jnp.cumsum(values, axis=0)
-    before = total - values
-    mean = (jnp.take_along_axis(total, last, 0) - jnp.take_along_axis(before, first, 0)) / (last - first + 1)
-    return jnp.where(first == last, values, mean.astype(values.dtype))
-
-  return lax.cond(jnp.any(ordered[1:] == ordered[:-1]), averaged, lambda values: values, values)
-
-
 def _library_argsort(x):
   place = lax.broadcasted_iota(jnp.int32, x.shape, 0)
-  return tuple(lax.sort((x, place), dimension=0, is_stable=True, num_keys=1))
+  ordered, source = lax.sort((x, place), dimension=0, is_stable=True, num_keys=1)
+  return source, ordered[1:] == ordered[:-1]
 
 
 def _network_argsort(x):
-  """Batcher's bitonic network, ordering pairs (value, index) so that equal values keep their order."""
-  n = x.shape[0]
-  size = 1 << max(n - 1, 0).bit_length()
-  value = jnp.concatenate([x, jnp.full((size - n, *x.shape[1:]), jnp.inf, x.dtype)])
-  index = lax.broadcasted_iota(jnp.int32, value.shape, 0)
+  """`_argsort_block`, a few columns at a time, so that they stay in a core's cache."""
+  n, *columns = x.shape
+  by_column = x.astype(jnp.float32).reshape(n, -1)
+  blocks = jnp.pad(by_column, ((0, 0), (0, -by_column.shape[1] % _BLOCK))).reshape(n, -1, _BLOCK)
+  with jax.enable_x64(True):
+    parts = lax.map(_argsort_block, jnp.swapaxes(blocks, 0, 1))
+  join = lambda v: jnp.swapaxes(v, 0, 1).reshape(v.shape[1], blocks.shape[1] * _BLOCK)[:, :by_column.shape[1]]
+  return tuple(join(v).reshape(v.shape[1], *columns) for v in parts)
+
+
+def _argsort_block(x):
+  """Batcher's bitonic network on 64-bit integers that hold the value's bits, then its index: minima and maxima of these
+  order by value, and equal values by index."""
+  n, columns = x.shape
+  last = jnp.full(((1 << (n - 1).bit_length()) - n, columns), np.iinfo(np.int64).max)
+  keys = _network(jnp.concatenate([_pack(x), last]))[:n]
+  value = keys >> 32
+  return (keys & 0xFFFFFFFF).astype(jnp.int32), value[1:] == value[:-1]
+
+
+def _pack(x):
+  """float32 `[N, ...]` -> int64, ordered first as the values, then as their indices. Zeros of either sign are equal."""
+  bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), jnp.int32)
+  rising = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+  return (rising.astype(jnp.int64) << 32) | lax.broadcasted_iota(jnp.int64, x.shape, 0)
+
+
+def _network(x):
+  """Sorts axis 0, whose length is a power of two: merges ever longer sorted blocks, the second of each two reversed."""
   block = 2
-  while block <= size:
-    distance = block // 2
+  while block <= x.shape[0]:
+    distance, mirrored = block // 2, True
     while distance:
-      value, index = _compare_exchange(value, index, block, distance)
-      distance //= 2
+      steps = min(_STEPS_AT_A_TIME, distance.bit_length())
+      x = _compare_exchange(x, distance, steps, mirrored)
+      distance, mirrored = distance >> steps, False
     block *= 2
-  return value[:n], index[:n]
+  return x
 
 
-def _compare_exchange(value, index, block, distance):
-  """Orders elements `distance` apart, ascending in even blocks and descending in odd ones."""
-  rest = value.shape[1:]
-  split = functools.partial(jnp.reshape, shape=(value.shape[0] // (2 * distance), 2, distance, *rest))
-  v, i = split(value), split(index)
-  (va, vb), (ia, ib) = (v[:, 0], v[:, 1]), (i[:, 0], i[:, 1])
-  start = jnp.arange(v.shape[0]) * (2 * distance)
-  ascending = (start // block % 2 == 0).reshape(-1, *[1] * (va.ndim - 1))
-  swap = ((va > vb) | ((va == vb) & (ia > ib))) == ascending
-  v = jnp.stack([jnp.where(swap, vb, va), jnp.where(swap, va, vb)], axis=1)
-  i = jnp.stack([jnp.where(swap, ib, ia), jnp.where(swap, ia, ib)], axis=1)
-  return v.reshape(value.shape), i.reshape(index.shape)
+def _compare_exchange(x, distance, steps, mirrored):
+  """Orders elements `distance` apart, then half that, and so on for `steps` steps; with `mirrored` the first step
+  orders elements that mirror each other in a block of twice the distance."""
+  rows = 1 << steps
+  apart = x.reshape(-1, rows, 2 * distance // rows, *x.shape[1:])
+  row = [apart[:, i] for i in range(rows)]
+  half = rows // 2
+  while half:
+    for i in (i for i in range(rows) if not i & half):
+      partner, turn = (rows - 1 - i, lambda v: v[:, ::-1]) if mirrored else (i + half, lambda v: v)
+      low, high = row[i], turn(row[partner])
+      row[i], row[partner] = jnp.minimum(low, high), turn(jnp.maximum(low, high))
+    half, mirrored = half // 2, False
+  return jnp.stack(row, axis=1).reshape(x.shape)

@@ -1,14 +1,17 @@
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import special, stats
 
 from gating_jax.ops import ranking
 from gating_jax.ops.ecdf import batch_shaping_loss, cdf_matching_loss, empirical_cdf, noise_floor
-from gating_jax.ops.priors import Prior, beta, uniform
+from gating_jax.ops.priors import Prior, beta, empirical, normal, relaxed_bernoulli, uniform
 
 # Sum form and d/dp of p = [0.7, 0.1, 0.95, 0.4] as one gate, from shared/spec/batch_shaping.md.
 PROBS = np.array([0.7, 0.1, 0.95, 0.4])
@@ -241,3 +244,132 @@ def test_an_empty_batch_and_a_missing_axis_are_named(loss, name):
     loss(jnp.zeros((0, 3)), uniform())
   with pytest.raises(ValueError, match=r"^axis must name an axis of the input; got axis 2, shape \(4, 3\)$"):
     loss(jnp.zeros((4, 3)), uniform(), axis=2)
+
+
+losses = pytest.mark.parametrize(("loss", "prior"), [
+    (batch_shaping_loss, beta(0.6, 0.4)), (cdf_matching_loss, normal(0.2, 1.5))], ids=["logits", "features"])
+
+
+def value_and_gradient(loss, prior):
+  def run(x, weights):
+    value = loss(x, prior, weights=weights)
+    return jnp.sum(value * jnp.arange(1.0, value.size + 1)), value
+  return jax.jit(jax.value_and_grad(run, has_aux=True))
+
+
+@losses
+def test_a_mask_leaves_rows_out_as_if_they_were_not_there(loss, prior):
+  x = np.random.default_rng(0).integers(-3, 4, (9, 3)).astype(np.float32) / 2  # with ties among all rows
+  x[[2, 5]] = x[[0, 1]]
+  keep = np.array([1, 1, 0, 1, 1, 0, 1, 0, 1], bool)
+  run = value_and_gradient(loss, prior)
+  (_, right), right_gradient = run(x[keep], None)
+  x[7] = [np.nan, np.inf, 3e38]
+  for mask in (keep, keep.astype(np.float32), np.repeat(keep[:, None], 3, 1)):
+    (_, value), gradient = run(x, mask)
+    np.testing.assert_allclose(value, right, rtol=1e-5)
+    np.testing.assert_allclose(gradient[keep], right_gradient, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(gradient[~keep], np.zeros((3, 3)))
+
+
+@losses
+def test_a_whole_weight_has_the_gradient_of_as_many_copies(loss, prior):
+  x = np.random.default_rng(1).normal(size=(5, 2)).astype(np.float32)
+  x[3] = x[0]
+  copies = np.array([1, 3, 0, 2, 1])
+  run = value_and_gradient(loss, prior)
+  _, gradient = run(x, copies.astype(np.float32))
+  _, by_copy = run(np.repeat(x, copies, axis=0), None)
+  of = np.repeat(np.arange(5), copies)
+  np.testing.assert_allclose(gradient, [by_copy[of == i].sum(0) for i in range(5)], rtol=2e-5, atol=1e-7)
+  assert np.abs(gradient).max() > 1e-3
+
+
+def test_weights_by_hand_and_one_weight_for_each_value():
+  x, weights = jnp.array([[0.9, 0.3], [0.2, 0.3]]), jnp.array([[1.0, 2.0], [2.0, 0.5]])
+  levels = np.array([[(3 - 0.5 + 0.5) / 4, (2 - 1 + 0.5) / 3.5], [(2 - 1 + 0.5) / 4, (2.5 - 0.25 + 0.5) / 3.5]])
+  right = (weights * (x - levels) ** 2).sum(0) / weights.sum(0)
+  np.testing.assert_allclose(cdf_matching_loss(x, uniform(), weights=weights), right, rtol=1e-6)
+  swapped = cdf_matching_loss(x.T, uniform(), axis=1, weights=weights.T)
+  np.testing.assert_allclose(swapped, right, rtol=1e-6)
+
+
+def test_weights_of_nothing_are_no_loss_and_negative_ones_are_not_a_number():
+  run = value_and_gradient(batch_shaping_loss, beta(0.6, 0.4))
+  x = jnp.array([[1.0, 2.0], [-1.0, jnp.nan]])
+  (_, value), gradient = run(x, jnp.zeros(2))
+  np.testing.assert_array_equal(value, [0, 0])
+  np.testing.assert_array_equal(gradient, np.zeros((2, 2)))
+  (_, value), _ = run(jnp.array([[1.0, 2.0], [-1.0, 0.0]]), jnp.array([[1.0, 1.0], [-1.0, 1.0]]))
+  np.testing.assert_array_equal(np.isnan(value), [True, False])
+
+
+def test_weights_that_do_not_fit_are_named():
+  message = "weights must be of shape (4,), one per example, or of the shape of logits, (4, 3); got (3,)"
+  with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    batch_shaping_loss(jnp.zeros((4, 3)), uniform(), weights=jnp.ones(3))
+  with pytest.raises(ValueError, match="^exchange must be one of .*gather.*; got 'gathr'"):
+    batch_shaping_loss(jnp.zeros((4, 3)), uniform(), exchange="gathr")
+
+
+def test_whole_columns_that_tie_have_the_value_of_every_order_and_the_gradient_of_the_mean_level():
+  value, gradient = jax.value_and_grad(lambda x: cdf_matching_loss(x, uniform()))(jnp.full(4, 0.3))
+  np.testing.assert_allclose(value, np.mean((0.3 - np.arange(1, 5) / 5) ** 2), rtol=1e-6)
+  np.testing.assert_allclose(gradient, [2 / 4 * (0.3 - 0.5)] * 4, rtol=1e-6)
+
+
+def test_second_derivatives_are_those_of_fixed_ranks(x64):
+  x = unique_values((5, 1), seed=0)[:, 0]
+  hessian = jax.jit(jax.hessian(lambda z: batch_shaping_loss(z, beta(0.6, 0.4))))(x)
+  p, density = special.expit(x), beta(0.6, 0.4).logit_pdf(x)
+  slope = density * (0.6 * (1 - p) - 0.4 * p)
+  gap = special.betainc(0.6, 0.4, p) - stats.rankdata(x) / 6
+  np.testing.assert_allclose(hessian, np.diag(2 / 5 * (density**2 + gap * slope)), atol=1e-7)
+
+
+@pytest.mark.parametrize("differentiate", [
+    lambda f, x: jax.jacfwd(f)(x), lambda f, x: jax.jvp(f, (x,), (x,)), lambda f, x: jax.jit(jax.jacfwd(f))(x)],
+    ids=["jacfwd", "jvp", "jit"])
+@pytest.mark.parametrize("f", [lambda x: batch_shaping_loss(x, uniform()), ranking.sort_with_vjp], ids=["loss", "sort"])
+def test_forward_mode_is_refused_with_what_to_use_instead(differentiate, f):
+  with pytest.raises(TypeError, match="reverse-mode rule only: use jax.grad, jax.vjp or jax.jacrev"):
+    differentiate(f, jnp.array([0.5, -1.0]))
+
+
+EXTREMES = [0.0, -0.0, 1.0, -1.0, 1e-40, -1e-40, 1e4, -1e4, 3.3e38, -3.3e38, 16.0, 17.0, -104.0]
+ANY_PRIOR = {
+    "beta": beta(0.6, 0.4),
+    "sharp beta": beta(0.05, 50),
+    "learnable beta": beta(np.array([0.6, 50.0], np.float32), np.array([0.4, 0.05], np.float32)),
+    "relaxed Bernoulli": relaxed_bernoulli(np.array([0.3, 0.99], np.float32), 0.2),
+    "normal": normal(0.5, np.array([1e-3, 2.0], np.float32)),
+    "uniform": uniform(),
+    "samples": empirical(np.array([0.0, 1.0, 1.0, -5.0], np.float32)),
+}
+@functools.cache
+def both_losses(name):
+  """Value and gradient of the losses on either axis, as far as the prior has them, added."""
+  prior = ANY_PRIOR[name]
+  on_logits = batch_shaping_loss if prior.logit_cdf else lambda *_, **__: 0
+  total = lambda x, w: jnp.sum(cdf_matching_loss(x, prior, weights=w) + on_logits(x, prior, weights=w))
+  return jax.jit(jax.value_and_grad(total))
+
+
+@pytest.mark.parametrize("name", ANY_PRIOR)
+@given(form=st.sampled_from([(1, jnp.float32), (6, jnp.float32), (6, jnp.bfloat16)]), data=st.data())
+def test_every_finite_input_has_a_finite_loss_and_gradient_that_move_with_the_examples(name, form, data):
+  n, dtype = form
+  value = st.sampled_from(EXTREMES) | st.floats(-5, 5, width=32)
+  x = jnp.array(data.draw(st.lists(value, min_size=2 * n, max_size=2 * n)), dtype).reshape(n, 2)
+  weights = np.array(data.draw(st.lists(st.sampled_from([0, 0.5, 1, 3]), min_size=n, max_size=n)), np.float32)
+  order = np.array(data.draw(st.permutations(range(n))))
+  total, gradient = both_losses(name)(x, weights)
+  again, moved = both_losses(name)(x[order], weights[order])
+  assert gradient.dtype == dtype
+  gradient, moved = (np.asarray(g, np.float32) for g in (gradient, moved))
+  assert np.isfinite(total)
+  assert np.isfinite(gradient).all()
+  assert total >= 0
+  np.testing.assert_allclose(again, total, rtol=1e-5, atol=1e-6)
+  size = np.abs(gradient).max() + 1e-6
+  np.testing.assert_allclose(moved / size, gradient[order] / size, rtol=1e-4, atol=1e-5)

@@ -78,7 +78,7 @@ def test_the_gradient_of_the_cdf_is_the_density_on_either_axis(prior):
   assert float(jnp.max(slope)) > 0.04
   np.testing.assert_allclose(slope, prior.logit_pdf(z), rtol=5e-5)
   x = jnp.linspace(0.001, 0.999, 201)
-  np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(prior.cdf)))(x), prior.pdf(x), rtol=5e-5)
+  np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(prior.cdf)))(x), prior.pdf(x), rtol=5e-5, atol=1e-37)
 
 
 def test_a_probability_and_its_logit_have_the_same_cdf_and_the_chain_rule_between_their_densities():
@@ -185,10 +185,10 @@ def test_forward_mode_agrees_with_reverse_mode():
   np.testing.assert_allclose(tangent, true_slope(0.6, 0.4, z) * [1, 2], rtol=1e-5)
 
 
-@pytest.mark.parametrize("bad", [0, -0.5, 0.04, 10_001, float("inf"), float("nan"), "0.6", None, [0.5]])
+@pytest.mark.parametrize("bad", [0, -0.5, 0.04, 10_001, float("inf"), float("nan"), "half", None, np.array([0.5, 0.0])])
 def test_a_parameter_out_of_range_is_named(bad):
   for name, args in (("a", (bad, 0.4)), ("b", (0.6, bad))):
-    with pytest.raises(ValueError, match=re.escape(f"beta's {name} must be a number in [0.05, 10000]; got {bad!r}")):
+    with pytest.raises(ValueError, match=re.escape(f"beta's {name} must be in [0.05, 10000]; got {bad!r}")):
       beta(*args)
 
 

@@ -1,5 +1,4 @@
 import re
-import types
 
 import jax
 import jax.numpy as jnp
@@ -36,34 +35,55 @@ def test_values_are_those_of_numpy_along_the_axis(shape, axis):
   np.testing.assert_array_equal(jax.jit(sort_with_vjp, static_argnums=1)(x, axis), expected)
 
 
-@pytest.mark.parametrize("n", [*range(1, 71), 300])
-def test_the_network_sorts_any_number_of_values_stably(n, monkeypatch):
-  # The same lines run by numpy: seventy lengths would take minutes to compile.
-  iota = lambda dtype, shape, dimension: np.indices(shape, dtype)[dimension]
+def is_tied(x, order):
+  ordered = np.take_along_axis(x, order, 0)
+  return ordered[1:] == ordered[:-1]
+
+
+@pytest.mark.parametrize("length", [2**k for k in range(10)])
+def test_the_network_sorts_any_power_of_two(length, monkeypatch):
+  # The same lines run by numpy: long networks take seconds to compile.
   monkeypatch.setattr(ranking, "jnp", np)
-  monkeypatch.setattr(ranking, "lax", types.SimpleNamespace(broadcasted_iota=iota))
-  x = columns_with_ties(n, seed=n)
-  value, index = ranking._network_argsort(x)
-  np.testing.assert_array_equal(index, np.argsort(x, axis=0, kind="stable"))
-  np.testing.assert_array_equal(value, np.sort(x, axis=0))
+  x = np.random.default_rng(length).integers(-length, length, (length, 50))
+  np.testing.assert_array_equal(ranking._network(x), np.sort(x, 0))
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 8, 13])
-def test_the_compiled_network_gives_the_order_of_the_library_sort(n):
-  x = columns_with_ties(n, seed=n)
-  value, index = jax.jit(ranking._network_argsort)(x)
-  library_value, library_index = jax.jit(ranking._library_argsort)(x)
-  np.testing.assert_array_equal(library_index, np.argsort(x, axis=0, kind="stable"))
-  np.testing.assert_array_equal(index, library_index)
-  np.testing.assert_array_equal(value, library_value)
+@pytest.mark.parametrize(("n", "columns"), [(1, 1), (2, 5), (5, 5), (8, 5), (13, 70), (3, 130)])
+def test_the_network_gives_the_order_of_the_library_sort(n, columns):
+  x = np.tile(columns_with_ties(n, seed=n), (1, columns // 5 + 1))[:, :columns]
+  source, tied = jax.jit(ranking._network_argsort)(x)
+  library_source, library_tied = jax.jit(ranking._library_argsort)(x)
+  order = np.argsort(x, axis=0, kind="stable")
+  assert source.dtype == library_source.dtype == jnp.int32
+  for got in (source, library_source):
+    np.testing.assert_array_equal(got, order)
+  for got in (tied, library_tied):
+    np.testing.assert_array_equal(got, is_tied(x, order))
 
 
-def test_columns_too_long_for_the_network_are_sorted_stably_too():
-  n = ranking._NETWORK_MAX_LENGTH + 1
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=6, max_size=6))
+def test_the_network_orders_every_float(x):
+  x = np.asarray(x, np.float32)
+  source, tied = packed_argsort(x)
+  np.testing.assert_array_equal(source, np.argsort(x, kind="stable"))
+  np.testing.assert_array_equal(tied, is_tied(x, np.asarray(source)))
+
+
+packed_argsort = jax.jit(ranking._network_argsort)
+
+
+@pytest.mark.parametrize("n", [ranking._NETWORK_MAX_LENGTH + 1])
+def test_columns_too_long_for_the_network_are_sorted_stably_too(n):
   x = np.random.default_rng(n).integers(0, n // 2, (n, 1)).astype(np.float32)
-  ordered, source = jax.jit(ranking.argsort)(x)
+  source, _ = jax.jit(ranking.argsort)(x)
   np.testing.assert_array_equal(source, np.argsort(x, axis=0, kind="stable"))
-  np.testing.assert_array_equal(ordered, np.sort(x, axis=0))
+
+
+def test_float64_is_ordered_to_its_last_digit(x64):
+  x = 1 + np.array([3, 1, 2, 0]) * 2.0**-52
+  source, tied = ranking.argsort(jnp.asarray(x))
+  np.testing.assert_array_equal(source, [3, 1, 2, 0])
+  assert not tied.any()
 
 
 def test_the_processor_uses_the_network_and_other_devices_the_library():
@@ -157,7 +177,7 @@ def test_nan_poisons_its_own_column_only():
 
 
 def test_tie_bounds_by_hand():
-  first, last = ranking.tie_bounds(jnp.array([0.1, 0.5, 0.5, 0.5, 0.9, 2.0, 2.0]))
+  first, last = ranking.tie_bounds(jnp.array([0, 1, 1, 0, 0, 1], bool))
   np.testing.assert_array_equal(first, [0, 1, 1, 1, 4, 5, 5])
   np.testing.assert_array_equal(last, [0, 3, 3, 3, 4, 6, 6])
 

@@ -1,0 +1,155 @@
+"""Time of the batch-shaping loss with its gradient: ours, plain autodiff, and the authors' PyTorch.
+
+    python benchmarks/ecdf_loss.py [--authors=PATH] [--shapes=256x336,256x2048] [--repeats=15]
+
+PATH is a checkout of github.com/Qualcomm-AI-research/batchshaping, timed where torch is installed as well. Prints
+medians over interleaved repeats in one process, ratios to ours, and the largest difference from our results: of the
+loss as a mean over gates, and of the gradient in the logits in the sum form, whose size is about 0.1.
+"""
+
+import argparse
+import importlib.util
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import special
+
+from gating_jax.ops import ranking
+from gating_jax.ops.ecdf import batch_shaping_loss
+from gating_jax.ops.priors import beta
+
+A, B = 0.6, 0.4
+SHAPES = "256x336,256x2048,256x7552,1024x2048"
+LIMITS = {"plain autodiff": 15, "authors": 10}  # on CPU, for the shape below
+LIMITED_SHAPE = (256, 2048)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--authors", type=Path, help="a checkout of github.com/Qualcomm-AI-research/batchshaping")
+  parser.add_argument("--shapes", default=SHAPES, help="batch x gates, with commas between")
+  parser.add_argument("--repeats", type=int, default=15)
+  args = parser.parse_args()
+
+  makers = {"ours": ours, "plain autodiff": plain_autodiff}
+  print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, "
+        f"Beta({A}, {B}), float32, medians of {args.repeats} interleaved repeats")
+  if available(args.authors):
+    import torch
+    makers["authors"] = authors
+    print(f"authors' code on cpu, torch {torch.__version__}, {torch.get_num_threads()} threads")
+  for shape in args.shapes.split(","):
+    compare(tuple(map(int, shape.split("x"))), makers, args.repeats)
+
+
+def available(path):
+  """Whether the authors' code can be imported; if not, says what is missing."""
+  missing = "torch: pip install torch" if importlib.util.find_spec("torch") is None else None
+  if path is None or not (path / "batchshaping" / "batch_shaping_loss.py").is_file():
+    missing = "--authors=PATH of a checkout of github.com/Qualcomm-AI-research/batchshaping"
+  if missing:
+    print(f"authors' code left out; to include it, give {missing}")
+    return False
+  sys.path.insert(0, str(path))
+  return True
+
+
+def compare(shape, makers, repeats):
+  """Prints the lines of one shape."""
+  logits = distinct_logits(*shape)
+  contenders = {name: make(logits) for name, make in makers.items()}
+  gaps = differences(contenders, logits)
+  times = {name: statistics.median(values) for name, values in race(contenders, repeats).items()}
+  print(f"\n{shape[0]} x {shape[1]}, ours sorts by {sort_strategy(shape)}")
+  print(f"{'':<16}{'median':>12}{'/ ours':>8}{'gap, value':>13}{'gap, gradient':>15}")
+  for name, seconds in times.items():
+    limited = shape == LIMITED_SHAPE and jax.default_backend() == "cpu" and name in LIMITS
+    value, gradient = gaps[name]
+    print(f"{name:<16}{1e3 * seconds:9.2f} ms{seconds / times['ours']:8.1f}{value:13.1e}{gradient:15.1e}"
+          + (f"   (limit {LIMITS[name]})" if limited else ""))
+
+
+def distinct_logits(n, c):
+  """`[n, c]` logits like a net's, no two of a gate equal: on ties the gradients rightly differ."""
+  rng = np.random.default_rng(0)
+  place = rng.permuted(np.tile(np.arange(n)[:, None], c), axis=0)
+  return (1 + 2 * special.ndtri((place + rng.uniform(0.25, 0.75, (n, c))) / n)).astype(np.float32)
+
+
+def ours(logits):
+  function = jax.jit(jax.value_and_grad(lambda z: batch_shaping_loss(z, beta(A, B)).sum()))
+  logits = jnp.asarray(logits)
+  return lambda: function(logits)
+
+
+def plain_autodiff(logits):
+  # From probabilities, which spares it the sigmoid. `betainc` takes nearly all of the time: the sort's axis, its
+  # stability, and starting from logits change less than the scatter of the timings.
+  def loss(p):
+    n = p.shape[0]
+    expected = jnp.arange(1, n + 1, dtype=p.dtype)[:, None] / (n + 1)
+    return jnp.mean((jax.scipy.special.betainc(A, B, jnp.sort(p, axis=0)) - expected) ** 2, axis=0).sum()
+
+  function = jax.jit(jax.value_and_grad(loss))
+  probs = jnp.asarray(special.expit(logits))
+  return lambda: function(probs)
+
+
+def authors(logits):
+  import torch
+  from batchshaping.batch_shaping_loss import Prior, gbas_loss
+
+  probs = torch.tensor(special.expit(logits), requires_grad=True)
+  gates = logits.shape[1]
+
+  def run():
+    probs.grad = None
+    loss = gates * gbas_loss(probs, Prior.BETA, A, B, dim=1)  # theirs is the mean over gates
+    loss.backward()
+    return loss.detach(), probs.grad
+
+  return run
+
+
+def differences(contenders, logits):
+  """Per contender, the largest differences of value and gradient from ours; the others' gradients are in p."""
+  n, c = logits.shape
+  p = special.expit(logits.astype(np.float64))
+
+  def comparable(name):
+    value, gradient = (np.asarray(part, np.float64) for part in contenders[name]())
+    return value / c, n * gradient * (1 if name == "ours" else p * (1 - p))
+
+  ours = comparable("ours")
+  return {name: [np.max(np.abs(a - b)) for a, b in zip(comparable(name), ours, strict=True)] for name in contenders}
+
+
+def sort_strategy(shape):
+  """Which of `ranking.argsort`'s two ways runs here, read from the program it compiles to."""
+  program = jax.jit(ranking.argsort).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).as_text()
+  return "XLA's sort" if "stablehlo.sort" in program else "compare-exchange network"
+
+
+def race(contenders, repeats):
+  """Seconds of each contender's calls, taken in turns; the first call of a turn, which finds the caches and the memory
+  pool as another left them, is not timed."""
+  times = {name: [] for name in contenders}
+  for _ in range(repeats):
+    for name, run in contenders.items():
+      jax.block_until_ready(run())
+      start = time.perf_counter()
+      jax.block_until_ready(run())
+      times[name].append(time.perf_counter() - start)
+  return times
+
+
+if __name__ == "__main__":
+  main()

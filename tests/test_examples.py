@@ -1,0 +1,45 @@
+"""The examples train, and what they measure on held-out data is what they claim."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
+
+
+@pytest.fixture
+def main_of(monkeypatch):
+  monkeypatch.syspath_prepend(str(EXAMPLES))
+  return lambda name: runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
+
+
+@pytest.mark.parametrize("name", ["plain_jax", "linen", "nnx", "equinox_mlp"])
+def test_gated_net_reads_digits_and_decides_per_image(main_of, name):
+  result = main_of(name)()
+  assert result["accuracy"] > 0.95
+  assert 0.55 < result["open"] < 0.8
+  assert result["conditional"] > 0.9 * result["units"]
+
+
+def test_gates_stay_open_without_batch_shaping(main_of):
+  result = main_of("plain_jax")(coefficient=0.0)
+  assert result["accuracy"] > 0.95
+  assert result["open"] > 0.95
+  assert result["conditional"] < 0.5 * result["units"]
+
+
+def test_matched_features_follow_the_prior_and_keep_the_images(main_of):
+  results = main_of("feature_matching")()
+  assert results["free"]["gap"] > 20
+  assert results["matched"]["gap"] < 3
+  assert results["matched"]["error"] < results["free"]["error"] + 0.03
+
+
+def test_learned_means_follow_the_hyperprior_and_gates_their_means(main_of):
+  means, open_rates = main_of("learned_prior")()
+  assert means.shape == (30,)
+  assert abs(means.mean() - 0.30) <= 0.02
+  assert abs(means.std() - 0.138) <= 0.03
+  assert abs(open_rates - means).max() <= 0.02
