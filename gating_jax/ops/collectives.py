@@ -10,6 +10,7 @@ from collections.abc import Hashable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gating_jax.types import Array
 
@@ -24,6 +25,14 @@ def gather_batch(x: Array, axis_name: Hashable | None) -> Array:
   if axis_name is None:
     return x
   return lax.all_gather(x, axis_name, axis=0, tiled=True)
+
+
+def whole_batch(x: Array) -> Array:
+  """`x` on every device, where it is sharded over Explicit mesh axes, whose operations do not gather by themselves."""
+  sharding = jax.typeof(x).sharding
+  if sharding.is_fully_replicated:
+    return x
+  return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def exchange_columns(x: Array, axis_name: Hashable) -> Array:

@@ -165,7 +165,7 @@ def noise_floor(n: int) -> float:
 def _gap(x, prior, cdf, name, axis, axis_name, weights, exchange):
   one_of("exchange", exchange, EXCHANGES)
   x = jnp.asarray(x)
-  x = x.astype(jnp.result_type(x, jnp.float32))
+  x = collectives.whole_batch(x.astype(jnp.result_type(x, jnp.float32)))
   axis = ranking.check_axis(x, axis)
   if x.shape[axis] == 0:
     raise ValueError(f"{name} must hold at least one example along axis {axis}; got shape {x.shape}")
@@ -233,7 +233,7 @@ _mean_square_gap.defvjp(_mean_square_gap_fwd, _mean_square_gap_bwd)
 
 def _whole_weights(weights, x, name, axis):
   """`weights` in x's shape, batch axis first; NaN where negative, no gradient."""
-  weights = lax.stop_gradient(jnp.asarray(weights)).astype(x.dtype)
+  weights = collectives.whole_batch(lax.stop_gradient(jnp.asarray(weights, x.dtype)))
   n = x.shape[axis]
   moved = (n, *x.shape[:axis], *x.shape[axis + 1:])
   if weights.shape == x.shape:

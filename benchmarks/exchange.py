@@ -1,0 +1,95 @@
+"""The two ways in which devices share a batch in `batch_shaping_loss`: time and traffic of value and gradient.
+
+    python benchmarks/exchange.py [--devices=8,2] [--shapes=256x336,256x2048] [--repeats=15]
+
+Prints medians over interleaved repeats in one process. On CPU, devices are virtual and share the cores, so the times
+add up the work of all of them and show nothing of a network.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gating_jax.ops.ecdf import EXCHANGES, batch_shaping_loss
+from gating_jax.ops.priors import beta
+
+AXIS = "devices"
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--devices", default="8,2", help="how many, with commas between")
+  parser.add_argument("--shapes", default="256x336,256x2048", help="whole batch x gates, with commas between")
+  parser.add_argument("--repeats", type=int, default=15)
+  args = parser.parse_args()
+
+  print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, float32, value and gradient, "
+        f"medians of {args.repeats} interleaved repeats")
+  print(f"{'devices':>7}{'shape':>12}{'exchange':>14}{'median':>12}{'/ gather':>10}{'sent per device':>20}")
+  for devices in map(int, args.devices.split(",")):
+    for shape in args.shapes.split(","):
+      n, c = map(int, shape.split("x"))
+      times = race({exchange: value_and_gradient(exchange, devices, n, c) for exchange in EXCHANGES}, args.repeats)
+      medians = {exchange: statistics.median(values) for exchange, values in times.items()}
+      for exchange, seconds in medians.items():
+        print(f"{devices:>7}{shape:>12}{exchange:>14}{1e3 * seconds:9.2f} ms{seconds / medians['gather']:10.2f}"
+              f"{traffic(exchange, devices, n, c) / 1e3:17.1f} kB")
+
+
+def value_and_gradient(exchange, devices, n, c):
+  """A function that computes them for `[n, c]` logits spread over the devices."""
+  prior = beta(0.6, 0.4)
+  mesh = Mesh(np.array(jax.devices()[:devices]), (AXIS,))
+  spread = PartitionSpec(AXIS)
+
+  def local(logits):
+    total = lambda z: batch_shaping_loss(z, prior, axis_name=AXIS, exchange=exchange).sum()
+    value, gradient = jax.value_and_grad(total)(logits)
+    return lax.pmean(value, AXIS), gradient
+
+  run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spread, out_specs=(PartitionSpec(), spread), check_vma=False))
+  logits = np.random.default_rng(0).normal(1, 2, (n, c)).astype(np.float32)
+  logits = jax.device_put(logits, NamedSharding(mesh, spread))
+  return lambda: run(logits)
+
+
+def traffic(exchange, devices, n, c):
+  """Bytes each device sends, at 4 a number, with algorithms that send nothing twice (rings, for gather and its sum).
+
+  Three arrays travel: keys and values forwards, the cotangent of the values backwards. Gathered, a device passes on all
+  but 1 / devices of the whole `[n, c]`; exchanged, of its own `[n / devices, c]`. Besides, exchanged, the losses `[c]`
+  are gathered and their cotangents summed. Here c stands for its next multiple of the devices.
+  """
+  others = (devices - 1) / devices
+  if exchange == "gather":
+    return 4 * others * 3 * n * c
+  columns = c + -c % devices
+  return 4 * others * (3 * n / devices + 2) * columns
+
+
+def race(contenders, repeats):
+  """Seconds of each contender's calls, taken in turns after a warm-up."""
+  for run in contenders.values():
+    jax.block_until_ready(run())
+  times = {name: [] for name in contenders}
+  for _ in range(repeats):
+    for name, run in contenders.items():
+      start = time.perf_counter()
+      jax.block_until_ready(run())
+      times[name].append(time.perf_counter() - start)
+  return times
+
+
+if __name__ == "__main__":
+  main()
