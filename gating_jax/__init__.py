@@ -19,7 +19,6 @@ from gating_jax.ops.penalties import l0_loss, mac_budget_loss, mac_loss, target_
 from gating_jax.ops.priors import (
   Prior,
   beta,
-  empirical,
   from_cdf,
   normal,
   relaxed_bernoulli,
@@ -36,6 +35,7 @@ from gating_jax.ops.relaxations import (
   straight_through_gate,
   threshold_gate,
 )
+from gating_jax.ops.samples import empirical
 from gating_jax.types import GateRecord
 
 __all__ = [

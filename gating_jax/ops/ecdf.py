@@ -16,10 +16,11 @@ from jax import lax
 
 from gating_jax.checks import one_of
 from gating_jax.ops import collectives, ranking
-from gating_jax.ops.priors import Prior
+from gating_jax.ops.priors import Prior, as_float
 from gating_jax.types import Array
 
 EXCHANGES = ("gather", "all_to_all")
+_LEAST_MEAN = 0.05  # of a learned prior: beyond, one side has hardly an example in a batch, and Beta is out of range
 
 
 def empirical_cdf(x: Array, axis: int = 0) -> Array:
@@ -29,18 +30,20 @@ def empirical_cdf(x: Array, axis: int = 0) -> Array:
     x: real values, any shape.
     axis: the axis over which values are ranked.
   Returns:
-    float, in (0, 1), same shape, original order.
+    float, in (0, 1), same shape, original order; NaN in a column that holds one.
+  Raises:
+    ValueError: `axis` is not an axis of `x`, or there is no value along it.
 
   >>> empirical_cdf(jnp.array([0.7, 0.1, 0.4, 0.1]))
   Array([0.8, 0.3, 0.6, 0.3], dtype=float32)
   """
-  x = jnp.asarray(x)
-  x = x.astype(jnp.result_type(x, jnp.float32))
-  axis = ranking.check_axis(x, axis)
-  source, tied = ranking.argsort(jnp.moveaxis(lax.stop_gradient(x), axis, 0))
+  x, axis = _batch(x, axis, "x")
+  x = lax.stop_gradient(jnp.moveaxis(x, axis, 0))
+  source, tied = ranking.argsort(x)
   first, last = ranking.tie_bounds(tied)
   place = ((first + last) / 2 + 1).astype(x.dtype) / (source.shape[0] + 1)
-  return jnp.moveaxis(ranking.unsort(place, source), 0, axis)
+  place = jnp.where(jnp.isnan(x).any(axis=0), jnp.nan, ranking.unsort(place, source))
+  return jnp.moveaxis(place, 0, axis)
 
 
 @ranking.reverse_mode_only
@@ -70,9 +73,9 @@ def batch_shaping_loss(
     axis: the batch axis.
     axis_name: the mapped device axis, or axes, over which the batch is spread; the loss and its gradient are those of
       the whole batch, provided gradients are averaged over devices like those of the other terms.
-    weights: `[N]`, or of `logits`' shape, non-negative, of any scale that counts examples: a mask of 0 and 1 leaves out
-      rows, as if they were not there (NaN in them too); a whole number n has the gradient of n copies. No gradient in
-      them. Where all are 0, so is the loss.
+    weights: `[N]`, or of `logits`' shape, non-negative; their sum counts as the number of examples. A mask of 0 and 1
+      leaves out rows, as if they were not there (NaN in them too); a whole number n has the gradient of n copies. No
+      gradient in them. Where all are 0, so is the loss.
     exchange: how devices share the batch. `gather`: each ranks all columns. `all_to_all`: each ranks its share of the
       columns; less work and traffic, one more collective.
   Returns:
@@ -81,7 +84,8 @@ def batch_shaping_loss(
   Raises:
     ValueError: the prior has no logit axis, its parameters or `weights` do not fit, `axis` is not an axis of `logits`,
       N is 0, or `exchange` is unknown.
-    TypeError: forward-mode differentiation, for which there is no rule; reverse mode and `jax.hessian` work.
+    TypeError: forward-mode differentiation (`jax.jvp`, `jax.jacfwd`), for which there is no rule; reverse mode and
+      `jax.hessian` work. Around a `jit` the message is JAX's own.
 
   >>> from gating_jax.ops.priors import beta
   >>> p = jnp.array([0.7, 0.1, 0.95, 0.4])
@@ -130,7 +134,7 @@ def generalised_batch_shaping_loss(
   Gates may differ in how often they are open, while all of them together keep to the hyperprior:
 
       batch_shaping_loss(logits, prior(mean))  and  batch_shaping_loss(mean_logits, hyperprior),
-      mean = sigmoid(mean_logits)
+      mean = sigmoid(mean_logits), kept within [0.05, 0.95]
 
   Args:
     logits: `[N, C]` gate log-odds.
@@ -147,10 +151,8 @@ def generalised_batch_shaping_loss(
   >>> print(gates.shape, means.shape)
   (3,) ()
   """
-  return (
-      batch_shaping_loss(logits, prior(jax.nn.sigmoid(mean_logits)), **options),
-      batch_shaping_loss(mean_logits, hyperprior),
-  )
+  mean = jnp.clip(jax.nn.sigmoid(mean_logits), _LEAST_MEAN, 1 - _LEAST_MEAN)
+  return batch_shaping_loss(logits, prior(mean), **options), batch_shaping_loss(mean_logits, hyperprior)
 
 
 def noise_floor(n: int) -> float:
@@ -164,15 +166,11 @@ def noise_floor(n: int) -> float:
 
 def _gap(x, prior, cdf, name, axis, axis_name, weights, exchange):
   one_of("exchange", exchange, EXCHANGES)
-  x = jnp.asarray(x)
-  x = collectives.whole_batch(x.astype(jnp.result_type(x, jnp.float32)))
-  axis = ranking.check_axis(x, axis)
-  if x.shape[axis] == 0:
-    raise ValueError(f"{name} must hold at least one example along axis {axis}; got shape {x.shape}")
+  x, axis = _batch(x, axis, name)
+  whole_shape, x = x.shape, jnp.moveaxis(x, axis, 0)
   if weights is not None:
-    weights = _whole_weights(weights, x, name, axis)
-    x = jnp.where(jnp.moveaxis(weights, 0, axis) == 0, 0, x)
-  x = jnp.moveaxis(x, axis, 0)
+    weights = _whole_weights(weights, x, whole_shape, name, axis)
+    x = _fill(x, weights != 0)
   columns = x.shape[1:]
   if not _fits(prior.shape, columns):
     raise ValueError(f"prior's parameters must broadcast to {columns}, the shape of {name} without axis {axis}; "
@@ -181,6 +179,7 @@ def _gap(x, prior, cdf, name, axis, axis_name, weights, exchange):
   values = cdf(x)
   if values.shape != x.shape:
     raise ValueError(f"prior's cdf must be elementwise; got {values.shape} from {x.shape}, with {prior.name}")
+  values = jnp.where(jnp.isnan(x), jnp.nan, values)  # whatever the cdf makes of it
   over_devices = lambda share: [
       v if v is None else share(v.reshape(v.shape[0], -1)) for v in (lax.stop_gradient(x), values, weights)]
   if axis_name is None:
@@ -203,23 +202,27 @@ def _mean_square_gap_fwd(keys, values, weights):
   n = keys.shape[0]
   source, tied = ranking.argsort(keys)
   if weights is None:
-    in_order, share, share_in_order = None, 1 / n, 1 / n
-    place = jnp.arange(1, n + 1)[:, None] + 0 * source  # which makes it vary over devices, in the eyes of shard_map
-    level = place.astype(values.dtype) / (n + 1)
+    before = jnp.arange(n, dtype=values.dtype)[:, None] + 0 * source  # makes it vary over devices, for shard_map
+    in_order, total, share = jnp.ones_like(before), n, 1 / n
   else:
-    total = jnp.sum(weights, axis=0)
-    divisor = jnp.where(total == 0, 1, total)
-    in_order = ranking.take(weights, source)
-    share, share_in_order = weights / divisor, in_order / divisor
-    level = (jnp.cumsum(in_order, axis=0) - in_order / 2 + 0.5) / (total + 1)
-  shared = lax.cond(jnp.any(tied), ranking.mean_over_ties, lambda level, *_: level, level, tied, in_order)
+    in_order, total = ranking.take(weights, source), jnp.sum(weights, axis=0)
+    before = jnp.cumsum(in_order, axis=0) - in_order
+    share = weights / jnp.where(total == 0, 1, total)
+  level = (before + (in_order + 1) / 2) / (total + 1)
+  shared = lax.cond(jnp.any(tied), _level_of_run, lambda level, *_: level, level, tied, before, in_order, total)
   gap = values - ranking.unsort(shared, source)
   if weights is not None:
     gap = jnp.where(weights == 0, 0, gap)
   # Over a run of ties the mean of (F - e_i)^2 is that of (F - mean e)^2 and the variance of e.
-  loss = jnp.sum(share * jnp.square(gap), axis=0)
-  loss += jnp.sum(share_in_order * (jnp.square(level) - jnp.square(shared)), axis=0)
-  return loss, 2 * share * gap
+  spread = in_order * (jnp.square(level) - jnp.square(shared)) / jnp.where(total == 0, 1, total)
+  return jnp.sum(share * jnp.square(gap), axis=0) + jnp.sum(spread, axis=0), 2 * share * gap
+
+
+def _level_of_run(level, tied, before, in_order, total):
+  """The mean level of the run of ties each place belongs to, by the weights before it and in it."""
+  first, last = ranking.tie_bounds(tied)
+  start, end = jnp.take_along_axis(before, first, 0), jnp.take_along_axis(before + in_order, last, 0)
+  return jnp.where(first == last, level, (start + (end - start + 1) / 2) / (total + 1))
 
 
 # Place i, where the element s(i) went, has the level e_i. The levels are constants, and un-sorting them un-sorts the
@@ -231,19 +234,32 @@ def _mean_square_gap_bwd(gradient, cotangent):
 _mean_square_gap.defvjp(_mean_square_gap_fwd, _mean_square_gap_bwd)
 
 
-def _whole_weights(weights, x, name, axis):
-  """`weights` in x's shape, batch axis first; NaN where negative, no gradient."""
+def _batch(x, axis, name):
+  """`x` as floating-point values, whole, and `axis` counted from the front."""
+  x = collectives.whole_batch(as_float(x))
+  axis = ranking.check_axis(x, axis)
+  if x.shape[axis] == 0:
+    raise ValueError(f"{name} must hold at least one example along axis {axis}; got shape {x.shape}")
+  return x, axis
+
+
+def _whole_weights(weights, x, whole_shape, name, axis):
+  """`weights` in the shape of x, whose batch axis is the first; NaN where negative, no gradient."""
   weights = collectives.whole_batch(lax.stop_gradient(jnp.asarray(weights, x.dtype)))
-  n = x.shape[axis]
-  moved = (n, *x.shape[:axis], *x.shape[axis + 1:])
-  if weights.shape == x.shape:
+  if weights.shape == whole_shape:
     weights = jnp.moveaxis(weights, axis, 0)
-  elif weights.shape == (n,):
-    weights = jnp.broadcast_to(weights.reshape(n, *[1] * (x.ndim - 1)), moved)
+  elif weights.shape == x.shape[:1]:
+    weights = jnp.broadcast_to(weights.reshape(-1, *[1] * (x.ndim - 1)), x.shape)
   else:
-    raise ValueError(f"weights must be of shape ({n},), one per example, or of the shape of {name}, {x.shape}; "
-                     f"got {weights.shape}")
+    raise ValueError(f"weights must be of shape {x.shape[:1]}, one per example, or of the shape of {name}, "
+                     f"{whole_shape}; got {weights.shape}")
   return jnp.where(weights < 0, jnp.nan, weights)
+
+
+def _fill(x, keep):
+  """Puts, in place of what is left out, the largest value of its column that is not: the prior's CDF knows that."""
+  largest = jnp.max(jnp.where(keep, x, -jnp.inf), axis=0)
+  return jnp.where(keep, x, jnp.where(keep.any(axis=0), largest, 0))
 
 
 def _fits(shape, columns):

@@ -5,7 +5,7 @@ for a, b < 1. The losses on gates therefore work in z throughout.
 
 Parameters are numbers, or arrays with one entry per column of the batch (any shape that broadcasts to one example's),
 constant or traced: a loss has gradients in them, so they can be learned. What is out of range raises a ValueError where
-it is known at trace time; what is traced cannot be checked.
+it is known, and makes NaN where it is traced (Beta loses precision outside its range before that).
 References: Bejnordi et al., 2020, section 3 (Beta prior); Maddison et al., 2017 (relaxed Bernoulli).
 """
 
@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 from jax.scipy.special import ndtr
 
-from gating_jax.ops import beta_cdf, collectives
+from gating_jax.ops import beta_cdf
 from gating_jax.types import Array
 
 _SMALLEST, _LARGEST = 0.05, 10_000  # of Beta's a, b: below, tails reach logits whose sigmoid underflows in float64
@@ -34,7 +34,9 @@ Function = Callable[[Array], Array]
 
 @dataclasses.dataclass(frozen=True)
 class Prior:
-  """A distribution on the real line or on [0, 1].
+  """A distribution on the real line or on [0, 1]. Losses call its functions with the batch axis first.
+
+  Two priors are equal if they are one object: keep it, where it is a static argument of a jitted function.
 
   Attributes:
     name: shown in pictures and journals, such as `beta(0.6, 0.4)`.
@@ -74,9 +76,8 @@ def beta(a: float | Array, b: float | Array) -> Prior:
   >>> print(jax.grad(lambda a: beta(a, 0.4).logit_cdf(0.0))(0.6).round(4))
   -0.4791
   """
-  rule = f"in [{_SMALLEST}, {_LARGEST}]"
-  for name, value in (("a", a), ("b", b)):
-    _check("beta", name, value, rule, lambda v: (v >= _SMALLEST) & (v <= _LARGEST))
+  in_range = f"in [{_SMALLEST}, {_LARGEST}]", lambda v: (v >= _SMALLEST) & (v <= _LARGEST)
+  a, b = _checked("beta", "a", a, *in_range), _checked("beta", "b", b, *in_range)
   if isinstance(a, numbers.Real) and isinstance(b, numbers.Real):
     return _fixed_beta(float(a), float(b))
   return _learnable_beta(a, b)
@@ -93,7 +94,7 @@ def symmetric_beta(a: float | Array) -> Prior:
   >>> symmetric_beta(0.6).name
   'beta(0.6, 0.4)'
   """
-  _check("symmetric_beta", "a", a, "in [0.05, 0.95]", lambda v: (v >= _SMALLEST) & (v <= 0.95))
+  a = _checked("symmetric_beta", "a", a, "in [0.05, 0.95]", lambda v: (v >= _SMALLEST) & (v <= 0.95))
   return beta(a, 1 - a)
 
 
@@ -110,18 +111,18 @@ def relaxed_bernoulli(mean: float | Array, temperature: float | Array) -> Prior:
   >>> print(relaxed_bernoulli(0.3, 0.5).cdf(jnp.array(0.5)).round(4))
   0.7
   """
-  _check("relaxed_bernoulli", "mean", mean, "in (0, 1)", lambda v: (v > 0) & (v < 1))
-  _check("relaxed_bernoulli", "temperature", temperature, "positive", lambda v: v > 0)
+  mean = _checked("relaxed_bernoulli", "mean", mean, "in (0, 1)", lambda v: (v > 0) & (v < 1))
+  temperature = _checked("relaxed_bernoulli", "temperature", temperature, "positive", lambda v: v > 0)
 
   def argument(z):
     m, t = _cast(z.dtype, mean, temperature)
-    return t * z - (jnp.log(m) - jnp.log1p(-m))
+    return _positive(t) * z - (jnp.log(m) - jnp.log1p(-m))
 
   def logit_cdf(z):
-    return jax.nn.sigmoid(argument(_float(z)))
+    return jax.nn.sigmoid(argument(as_float(z)))
 
   def logit_pdf(z):
-    u = argument(_float(z))
+    u = argument(as_float(z))
     return _cast(u.dtype, temperature)[0] * jax.nn.sigmoid(u) * jax.nn.sigmoid(-u)
 
   def pdf(x):
@@ -145,12 +146,13 @@ def normal(mean: float | Array = 0.0, std: float | Array = 1.0) -> Prior:
   >>> print(f"{normal(1.0, 2.0).cdf(jnp.array(3.0)):.4f}")
   0.8413
   """
-  _check("normal", "mean", mean, "finite", np.isfinite)
-  _check("normal", "std", std, "positive", lambda v: v > 0)
+  mean = _checked("normal", "mean", mean, "finite", np.isfinite)
+  std = _checked("normal", "std", std, "positive", lambda v: v > 0)
 
   def standardise(x):
-    x = _float(x)
+    x = as_float(x)
     m, s = _cast(x.dtype, mean, std)
+    s = _positive(s)
     return jnp.clip(x - m, -_FAR * s, _FAR * s) / s
 
   def pdf(x):
@@ -175,44 +177,6 @@ def uniform() -> Prior:
 
   cdf = _with_slope(lambda x: jnp.clip(x, 0, 1), pdf)
   return Prior("uniform", cdf, pdf, _with_slope(jax.nn.sigmoid, logit_pdf), logit_pdf)
-
-
-def empirical(samples: Array, *, axis_name: Hashable | None = None) -> Prior:
-  """The distribution of reference samples, or of another batch: with it `cdf_matching_loss` is a two-sample criterion.
-
-      F(s_(j)) = j / (M + 1) at the j-th smallest of M samples, linear in between, exponential beyond both ends
-
-  The tails, of mass 1 / (M + 1) each, fall off over a quarter of the samples' range, so that what lies outside is drawn
-  back. Equal samples make a step, with their mean level at the step itself. Gradients reach the samples too; the
-  symmetric two-sample Cramér-von Mises form of x and y is the mean of `cdf_matching_loss(x, empirical(y))` and
-  `cdf_matching_loss(y, empirical(x))`.
-
-  Args:
-    samples: `[M]`, one reference for all columns, or `[M, ...]`, one for each; real values.
-    axis_name: the mapped device axis, or axes, over which the samples are spread.
-  Raises:
-    ValueError: there is no sample.
-  Reference: Anderson, 1962 (the two-sample criterion).
-
-  >>> print(empirical(jnp.array([3.0, 1.0, 2.0])).cdf(jnp.array([1.0, 1.5, 3.0])))
-  [0.25  0.375 0.75 ]
-  """
-  samples = _float(samples)
-  if samples.ndim == 0 or samples.shape[0] == 0:
-    raise ValueError(f"samples must hold at least one value along axis 0; got shape {samples.shape}")
-  ordered = jnp.sort(collectives.gather_batch(samples, axis_name), axis=0)
-  m, *columns = ordered.shape
-
-  def cdf(x):
-    shape = jnp.broadcast_shapes(jnp.shape(x), tuple(columns))
-    by_column = jnp.broadcast_to(_float(x), shape).reshape(-1, math.prod(columns))
-    return jax.vmap(_level, in_axes=1, out_axes=1)(ordered.reshape(m, -1), by_column).reshape(shape)
-
-  def pdf(x):
-    x = _float(x)
-    return jax.jvp(cdf, (x,), (jnp.ones_like(x),))[1]
-
-  return Prior(f"empirical({m} samples)", cdf, pdf, shape=tuple(columns))
 
 
 def from_cdf(
@@ -242,6 +206,11 @@ def from_cdf(
   return Prior(name, pair(cdf, pdf), pdf, logit_cdf and pair(logit_cdf, logit_pdf), logit_pdf, shape)
 
 
+def as_float(x: Array) -> Array:
+  """`x` as floating-point values of at least 32 bits, in which priors and losses compute."""
+  return jnp.asarray(x, jnp.result_type(x, jnp.float32))
+
+
 @functools.lru_cache(maxsize=64)
 def _fixed_beta(a: float, b: float) -> Prior:
   log_norm = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
@@ -251,7 +220,7 @@ def _fixed_beta(a: float, b: float) -> Prior:
 
 
 def _learnable_beta(a, b) -> Prior:
-  on_logits = lambda function: lambda z: function(_float(z), *_cast(_float(z).dtype, a, b))
+  on_logits = lambda function: lambda z: function(as_float(z), *_cast(as_float(z).dtype, a, b))
   log_norm = lambda dtype: beta_cdf.log_beta(*_cast(dtype, a, b))
   return _beta_prior(a, b, on_logits(beta_cdf.cdf), on_logits(beta_cdf.density), log_norm)
 
@@ -296,33 +265,11 @@ def _with_tangent_jvp(primals, tangents):
   return value, in_value + slope * in_x
 
 
-def _level(ordered: Array, x: Array) -> Array:
-  """The empirical CDF of `ordered` `[M]`, interpolated, at x `[R]`."""
-  m, tiny = ordered.shape[0], jnp.finfo(x.dtype).tiny
-  upto = jnp.searchsorted(ordered, x, side="right")
-  below = jnp.searchsorted(ordered, x, side="left")
-  left, right = ordered[jnp.maximum(upto - 1, 0)], ordered[jnp.minimum(upto, m - 1)]
-  inside = (upto > 0) & (upto < m)
-  # Halved, differences of finite values do not overflow.
-  between = jnp.where(inside, x / 2 - left / 2, 0) / jnp.where(inside, jnp.maximum(right / 2 - left / 2, tiny), 1)
-  on_step = jnp.where(upto > below, (upto - below - 1) / 2, 0.0)
-  scale = lax.stop_gradient(jnp.maximum(ordered[-1] / 8 - ordered[0] / 8, tiny))
-  tail = lambda distance: jnp.exp(-jnp.maximum(distance / scale, 0.0))
-  inner = upto + between - on_step
-  lower, upper = tail(ordered[0] / 2 - x / 2), m + 1 - tail(x / 2 - ordered[-1] / 2) - on_step
-  level = jnp.where(upto == 0, lower, jnp.where(upto == m, upper, inner))
-  return level / (m + 1)
-
-
 def _inside_unit_interval(x: Array) -> Array:
   """Moves 0 and 1, where logits and densities may be infinite, one rounding error inwards; NaN stays."""
-  x = _float(x)
+  x = as_float(x)
   margin = jnp.finfo(x.dtype).epsneg
   return jnp.where(x <= 0, margin, jnp.clip(x, jnp.finfo(x.dtype).tiny, 1 - margin))
-
-
-def _float(x) -> Array:
-  return jnp.asarray(x, jnp.result_type(x, jnp.float32))
 
 
 def _cast(dtype, *parameters) -> list:
@@ -330,19 +277,26 @@ def _cast(dtype, *parameters) -> list:
   return [p if isinstance(p, numbers.Real) else jnp.asarray(p, dtype) for p in parameters]
 
 
-def _check(prior: str, name: str, value, rule: str, holds: Callable[[np.ndarray], np.ndarray]) -> None:
+def _checked(prior: str, name: str, value, rule: str, holds: Callable[[np.ndarray], np.ndarray]):
+  """`value` as a number or an array; ValueError where it is known and breaks the rule."""
   if isinstance(value, jax.core.Tracer):
-    return
+    return value
   try:
-    ok = bool(np.all(holds(np.asarray(value, np.float64))))
+    known = np.asarray(value, np.float64)
   except (TypeError, ValueError):
-    ok = False
-  if not ok:
+    known = np.nan
+  if not np.all(holds(known)):
     raise ValueError(f"{prior}'s {name} must be {rule}; got {value!r}")
+  return value if isinstance(value, numbers.Real) else jnp.asarray(value)
+
+
+def _positive(parameter):
+  """NaN where a traced parameter, which could not be checked, has been learned out of range."""
+  return jnp.where(parameter > 0, parameter, jnp.nan)
 
 
 def _name(prior: str, *parameters) -> str:
-  show = lambda p: f"{p:g}" if isinstance(p, numbers.Real) else str(list(jnp.shape(p)))
+  show = lambda p: f"{p:g}" if isinstance(p, numbers.Real) else str(list(jnp.shape(p))) if jnp.ndim(p) else "scalar"
   return f"{prior}({', '.join(map(show, parameters))})"
 
 

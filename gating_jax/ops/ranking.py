@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gating_jax.ops import collectives
 from gating_jax.types import Array
 
 # Longer networks take too long to compile: their size grows with the square of the logarithm.
@@ -64,6 +65,7 @@ def sort_with_vjp(x: Array, axis: int = 0) -> Array:
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(f"x must be of a floating type, to have a gradient; got {x.dtype}")
   axis = check_axis(x, axis)
+  x = collectives.whole_batch(x)
   return jnp.moveaxis(_sort_first_axis(jnp.moveaxis(x, axis, 0)), 0, axis)
 
 
@@ -112,20 +114,13 @@ def tie_bounds(tied: Array) -> tuple[Array, Array]:
   return first, last
 
 
-def mean_over_ties(values: Array, tied: Array, weights: Array | None = None) -> Array:
-  """Gives each place the mean of `values` over the run of equal values it belongs to, weighted if so asked."""
+def mean_over_ties(values: Array, tied: Array) -> Array:
+  """Gives each place the mean of `values` over the run of equal values it belongs to."""
   first, last = tie_bounds(tied)
-
-  def over_run(x):
-    total = jnp.cumsum(x, axis=0)
-    return jnp.take_along_axis(total, last, 0) - jnp.take_along_axis(total - x, first, 0)
-
-  if weights is None:
-    mean = over_run(values) / (last - first + 1)
-  else:
-    total = over_run(weights)
-    mean = over_run(weights * values) / jnp.where(total == 0, 1, total)
-  return jnp.where(first == last, values, mean.astype(values.dtype))
+  run = (first, *jnp.indices(values.shape, sparse=True)[1:])
+  # Sums within each run alone: differences of running sums would lose small values behind large ones.
+  total = jnp.zeros(values.shape, jnp.promote_types(values.dtype, jnp.float32)).at[run].add(values)
+  return (total[run] / (last - first + 1)).astype(values.dtype)
 
 
 @jax.custom_vjp

@@ -10,8 +10,15 @@ from hypothesis import strategies as st
 from scipy import special, stats
 
 from gating_jax.ops import ranking
-from gating_jax.ops.ecdf import batch_shaping_loss, cdf_matching_loss, empirical_cdf, noise_floor
-from gating_jax.ops.priors import Prior, beta, empirical, normal, relaxed_bernoulli, uniform
+from gating_jax.ops.ecdf import (
+  batch_shaping_loss,
+  cdf_matching_loss,
+  empirical_cdf,
+  generalised_batch_shaping_loss,
+  noise_floor,
+)
+from gating_jax.ops.priors import Prior, beta, normal, relaxed_bernoulli, uniform
+from gating_jax.ops.samples import empirical
 
 # Sum form and d/dp of p = [0.7, 0.1, 0.95, 0.4] as one gate, from shared/spec/batch_shaping.md.
 PROBS = np.array([0.7, 0.1, 0.95, 0.4])
@@ -302,6 +309,52 @@ def test_weights_of_nothing_are_no_loss_and_negative_ones_are_not_a_number():
   np.testing.assert_array_equal(gradient, np.zeros((2, 2)))
   (_, value), _ = run(jnp.array([[1.0, 2.0], [-1.0, 0.0]]), jnp.array([[1.0, 1.0], [-1.0, 1.0]]))
   np.testing.assert_array_equal(np.isnan(value), [True, False])
+
+
+def test_what_is_left_out_has_no_part_in_the_gradient_of_learned_parameters():
+  x = jnp.array([1.0, 2.0, -1.0, 0.5])  # of which the prior does not know -1
+  def loss(width, x, weights):
+    log_normal = Prior("log-normal", lambda x: jax.scipy.stats.norm.cdf(jnp.log(x) / width), lambda x: x)
+    return cdf_matching_loss(x, log_normal, weights=weights)
+  gradient = jax.grad(loss)(0.7, x, jnp.array([1.0, 1.0, 0.0, 1.0]))
+  np.testing.assert_allclose(gradient, jax.grad(loss)(0.7, x[jnp.array([0, 1, 3])], None), rtol=1e-5)
+
+
+def test_ties_among_many_have_exact_levels():
+  x = np.random.default_rng(0).integers(0, 700, (2500, 1)).astype(np.float32)  # longer than the network
+  gap = lambda x: jax.grad(lambda x: jnp.sum(cdf_matching_loss(x, prior)))(x)
+  prior = Prior("linear", lambda x: x / 700, lambda x: jnp.full_like(x, 1 / 700))
+  scale = 2 / 2500 / 700
+  right = scale * (x / 700 - stats.rankdata(x, axis=0) / 2501)
+  np.testing.assert_allclose(jax.jit(gap)(x), right, atol=scale * 2e-7)
+
+
+def test_generalised_loss_is_finite_for_every_finite_mean():
+  means = jnp.array([-3e38, -110.0, -20.0, 0.0, 20.0, 110.0, 3e38])
+  logits = jnp.linspace(-2, 2, 28).reshape(4, 7)
+  for family in (lambda mean: relaxed_bernoulli(mean, 0.4), lambda mean: beta(mean, 1 - mean)):
+    loss = lambda z, m: sum(map(jnp.sum, generalised_batch_shaping_loss(z, m, family, beta(3, 7))))  # noqa: B023
+    for part in jax.tree.leaves(jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(logits, means)):
+      assert np.isfinite(part).all()
+
+
+def test_nan_is_never_a_number_whatever_the_prior_makes_of_it():
+  x = jnp.array([0.3, jnp.nan, 2.0])
+  blind = Prior("blind", lambda x: jnp.where(x > 0, 1 - jnp.exp(-x), 0.0), lambda x: x)
+  assert np.isnan(cdf_matching_loss(x, blind))
+  assert np.isnan(cdf_matching_loss(jnp.ones(3), empirical(x)))
+  np.testing.assert_array_equal(np.isnan(empirical_cdf(jnp.stack([x, jnp.ones(3)], 1))), [[True, False]] * 3)
+  with pytest.raises(ValueError, match=r"^x must hold at least one example along axis 0; got shape \(0, 2\)$"):
+    empirical_cdf(jnp.zeros((0, 2)))
+
+
+@pytest.mark.parametrize("make", [
+    lambda v: normal(0.0, v), lambda v: relaxed_bernoulli(0.5, v), lambda v: relaxed_bernoulli(v, 0.5),
+    lambda v: beta(v, 0.4)], ids=["std", "temperature", "mean", "a"])
+def test_a_learned_parameter_out_of_range_makes_nan(make):
+  loss = jax.jit(lambda v: cdf_matching_loss(jnp.array([0.3, 0.6]), make(v)))
+  assert np.isnan(loss(-0.1))
+  assert np.isfinite(loss(0.5))
 
 
 def test_weights_that_do_not_fit_are_named():

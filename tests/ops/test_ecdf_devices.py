@@ -26,7 +26,9 @@ from spread_loss import (
 )
 
 from gating_jax.ops import collectives
-from gating_jax.ops.ecdf import EXCHANGES
+from gating_jax.ops.ecdf import EXCHANGES, cdf_matching_loss, empirical_cdf
+from gating_jax.ops.ranking import sort_with_vjp
+from gating_jax.ops.samples import empirical
 
 DEVICES = 8
 SPREADABLE = [weighted, learned_beta, learned_relaxed_bernoulli, reference_samples]
@@ -137,6 +139,17 @@ def test_jit_spreads_a_sharded_batch_by_itself(term, axis_type):
   mesh = Mesh(np.array(jax.devices()), (AXIS,), axis_types=(axis_type,))
   spread, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((AXIS,), ()))
   assert_equal(on_one_device(jax.device_put(params, whole), jax.device_put(batch, spread), term), expected(term))
+
+
+def test_ranks_and_references_may_have_explicit_shardings():
+  x = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
+  mesh = Mesh(np.array(jax.devices()), (AXIS,), axis_types=(AxisType.Explicit,))
+  functions = [sort_with_vjp, empirical_cdf, lambda x: cdf_matching_loss(x, empirical(x + 1))]
+  with jax.set_mesh(mesh):
+    spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec(AXIS)))
+    results = [jax.jit(f)(spread) for f in functions]
+  for f, result in zip(functions, results, strict=True):
+    np.testing.assert_allclose(result, jax.jit(f)(x), rtol=1e-6)
 
 
 @pytest.mark.parametrize("way", ["pmap", "shard_map"])

@@ -11,7 +11,8 @@ from scipy import special, stats
 
 from gating_jax.ops import beta_cdf
 from gating_jax.ops.ecdf import batch_shaping_loss, cdf_matching_loss
-from gating_jax.ops.priors import beta, empirical, from_cdf, normal, relaxed_bernoulli, symmetric_beta, uniform
+from gating_jax.ops.priors import beta, from_cdf, normal, relaxed_bernoulli, symmetric_beta, uniform
+from gating_jax.ops.samples import empirical
 
 
 def exact_beta(z, a, b):
@@ -169,6 +170,7 @@ def test_symmetric_beta_is_beta():
   np.testing.assert_array_equal(symmetric_beta(0.6).logit_cdf(z), beta(0.6, 0.4).logit_cdf(z))
   assert symmetric_beta(0.6).name == "beta(0.6, 0.4)"
   assert normal(jnp.zeros(3), 2.0).name == "normal([3], 2)"
+  assert symmetric_beta([0.3, 0.8]).shape == (2,)
 
 
 SAMPLES = [2.0, -1.0, 0.5, 0.5, 4.0, 0.5]

@@ -137,6 +137,14 @@ def test_equal_values_get_the_mean_of_the_gradients_of_their_places():
   np.testing.assert_allclose(pullback(np.broadcast_to(weights, x.shape))[0], expected, rtol=1e-6)
 
 
+def test_small_gradients_of_ties_survive_beside_large_ones():
+  gradient = jax.grad(lambda x: sort_with_vjp(x) @ jnp.array([1e8, 1.0, 1.0]))(jnp.array([0.0, 1.0, 1.0]))
+  np.testing.assert_array_equal(gradient, [1e8, 1, 1])
+  x = jnp.arange(512.0) // 2
+  halves = jax.grad(lambda x: jnp.sum(sort_with_vjp(x.astype(jnp.bfloat16)).astype(jnp.float32)))(x)
+  np.testing.assert_array_equal(halves, np.ones(512))
+
+
 jitted_gradient = jax.jit(jax.grad(lambda x: jnp.sum(np.sin(np.arange(6.0, dtype=np.float32)) * sort_with_vjp(x) ** 2)))
 
 
