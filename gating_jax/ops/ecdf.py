@@ -258,7 +258,7 @@ def _whole_weights(weights, x, whole_shape, name, axis):
 
 def _fill(x, keep):
   """Puts, in place of what is left out, the largest value of its column that is not: the prior's CDF knows that."""
-  largest = jnp.max(jnp.where(keep, x, -jnp.inf), axis=0)
+  largest = jnp.max(jnp.where(keep, lax.stop_gradient(x), -jnp.inf), axis=0)
   return jnp.where(keep, x, jnp.where(keep.any(axis=0), largest, 0))
 
 

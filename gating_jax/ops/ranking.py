@@ -73,8 +73,9 @@ def argsort(x: Array) -> tuple[Array, Array]:
   """Stable ascending sort of axis 0: `(source, tied)`, the int32 index each place takes its value from, `[N, ...]`, and
   whether it is equal to the next place's, `[N - 1, ...]`.
 
-  On CPU a compare-exchange network in plain array operations, which XLA vectorises over the other axes; elsewhere
-  XLA's sort. Both give the same order for values without NaN.
+  On CPU a compare-exchange network in plain array operations, which XLA vectorises over the other axes: its own sort
+  there takes one column after the other. Elsewhere XLA's sort, which is native to GPU and TPU, where each pass of the
+  network would go through main memory. Both give the same order for values without NaN.
   """
   if not 0 < x.size <= _NETWORK_MAX_LENGTH * math.prod(x.shape[1:]) or jnp.finfo(x.dtype).bits > 32:
     return _library_argsort(x)
