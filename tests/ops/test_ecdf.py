@@ -404,22 +404,25 @@ def both_losses(name):
   """Value and gradient of the losses on either axis, as far as the prior has them, added."""
   prior = ANY_PRIOR[name]
   on_logits = batch_shaping_loss if prior.logit_cdf else lambda *_, **__: 0
-  total = lambda x, w: jnp.sum(cdf_matching_loss(x, prior, weights=w) + on_logits(x, prior, weights=w))
-  return jax.jit(jax.value_and_grad(total))
+  total = lambda x, w, axis: jnp.sum(sum(
+      loss(x, prior, weights=w, axis=axis) for loss in (cdf_matching_loss, on_logits)))
+  return jax.jit(jax.value_and_grad(total), static_argnums=2)
 
 
 @pytest.mark.parametrize("name", ANY_PRIOR)
-@given(form=st.sampled_from([(1, jnp.float32), (6, jnp.float32), (6, jnp.bfloat16)]), data=st.data())
+@given(form=st.sampled_from([(1, jnp.float32, 0), (2, jnp.bfloat16, 0), (6, jnp.float32, 0), (13, jnp.float32, 1)]),
+       data=st.data())
 def test_every_finite_input_has_a_finite_loss_and_gradient_that_move_with_the_examples(name, form, data):
-  n, dtype = form
+  n, dtype, axis = form
   value = st.sampled_from(EXTREMES) | st.floats(-5, 5, width=32)
   x = jnp.array(data.draw(st.lists(value, min_size=2 * n, max_size=2 * n)), dtype).reshape(n, 2)
   weights = np.array(data.draw(st.lists(st.sampled_from([0, 0.5, 1, 3]), min_size=n, max_size=n)), np.float32)
   order = np.array(data.draw(st.permutations(range(n))))
-  total, gradient = both_losses(name)(x, weights)
-  again, moved = both_losses(name)(x[order], weights[order])
+  moveaxis = lambda x: x.T if axis else x
+  total, gradient = both_losses(name)(moveaxis(x), weights, axis)
+  again, moved = both_losses(name)(moveaxis(x[order]), weights[order], axis)
   assert gradient.dtype == dtype
-  gradient, moved = (np.asarray(g, np.float32) for g in (gradient, moved))
+  gradient, moved = (np.asarray(moveaxis(g), np.float32) for g in (gradient, moved))
   assert np.isfinite(total)
   assert np.isfinite(gradient).all()
   assert total >= 0
