@@ -12,7 +12,6 @@ import importlib.util
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import special
+from timing import race
 
 from gating_jax.ops import ranking
 from gating_jax.ops.ecdf import batch_shaping_loss
@@ -67,7 +67,7 @@ def compare(shape, makers, repeats):
   logits = distinct_logits(*shape)
   contenders = {name: make(logits) for name, make in makers.items()}
   gaps = differences(contenders, logits)
-  times = {name: statistics.median(values) for name, values in race(contenders, repeats).items()}
+  times = {name: statistics.median(values) for name, values in race(contenders, repeats, settle=True).items()}
   print(f"\n{shape[0]} x {shape[1]}, ours sorts by {sort_strategy(shape)}")
   print(f"{'':<16}{'median':>12}{'/ ours':>8}{'gap, value':>13}{'gap, gradient':>15}")
   for name, seconds in times.items():
@@ -136,19 +136,6 @@ def sort_strategy(shape):
   """Which of `ranking.argsort`'s two ways runs here, read from the program it compiles to."""
   program = jax.jit(ranking.argsort).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).as_text()
   return "XLA's sort" if "stablehlo.sort" in program else "compare-exchange network"
-
-
-def race(contenders, repeats):
-  """Seconds of each contender's calls, taken in turns; the first call of a turn, which finds the caches and the memory
-  pool as another left them, is not timed."""
-  times = {name: [] for name in contenders}
-  for _ in range(repeats):
-    for name, run in contenders.items():
-      jax.block_until_ready(run())
-      start = time.perf_counter()
-      jax.block_until_ready(run())
-      times[name].append(time.perf_counter() - start)
-  return times
 
 
 if __name__ == "__main__":

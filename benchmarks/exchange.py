@@ -10,7 +10,6 @@ import argparse
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -20,6 +19,7 @@ import jax
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from timing import race
 
 from gating_jax.ops.ecdf import EXCHANGES, batch_shaping_loss
 from gating_jax.ops.priors import beta
@@ -76,19 +76,6 @@ def traffic(exchange, devices, n, c):
     return 4 * others * 3 * n * c
   columns = c + -c % devices
   return 4 * others * (3 * n / devices + 2) * columns
-
-
-def race(contenders, repeats):
-  """Seconds of each contender's calls, taken in turns after a warm-up."""
-  for run in contenders.values():
-    jax.block_until_ready(run())
-  times = {name: [] for name in contenders}
-  for _ in range(repeats):
-    for name, run in contenders.items():
-      start = time.perf_counter()
-      jax.block_until_ready(run())
-      times[name].append(time.perf_counter() - start)
-  return times
 
 
 if __name__ == "__main__":

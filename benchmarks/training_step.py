@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import race
 
 from configs import cifar10_resnet20
 from gating_jax.data import sources
@@ -100,19 +101,6 @@ def shaping_term(args):
 
   mapped = devices.map_over_devices(gradient, args=(devices.REPLICATED, devices.BATCH), results=devices.REPLICATED)
   return lambda: mapped(logits, np.arange(args.batch))
-
-
-def race(contenders, repeats):
-  """Seconds of each contender's calls, taken in turns after a warm-up."""
-  for run in contenders.values():
-    jax.block_until_ready(run())
-  times = {name: [] for name in contenders}
-  for _ in range(repeats):
-    for name, run in contenders.items():
-      start = time.perf_counter()
-      jax.block_until_ready(run())
-      times[name].append(time.perf_counter() - start)
-  return times
 
 
 def imports(*statements, repeats=7):
