@@ -173,8 +173,12 @@ def _argsort_block(x):
 
 
 def _pack(x):
-  """float32 `[N, ...]` -> int64, ordered first as the values, then as their indices. Zeros of either sign are equal."""
-  bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), jnp.int32)
+  """float32 `[N, ...]` -> int64, ordered first as the values, then as their indices. Zeros of either sign are equal.
+
+  Bits are compared, not values: XLA's CPU threads take every subnormal number for a zero.
+  """
+  bits = lax.bitcast_convert_type(x, jnp.int32)
+  bits = jnp.where(bits == np.iinfo(np.int32).min, 0, bits)  # -0.0
   rising = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
   return (rising.astype(jnp.int64) << 32) | lax.broadcasted_iota(jnp.int64, x.shape, 0)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gating_jax.ops import ranking
@@ -61,6 +61,7 @@ def test_the_network_gives_the_order_of_the_library_sort(n, columns):
     np.testing.assert_array_equal(got, is_tied(x, order))
 
 
+@example([-0.0, 1e-45, 0.0, -1e-45, 6.7e-44, 1e-45])
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=6, max_size=6))
 def test_the_network_orders_every_float(x):
   x = np.asarray(x, np.float32)
