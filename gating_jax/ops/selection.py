@@ -1,0 +1,148 @@
+"""Which segments of a video run: fixed policies, and the repair of a gate's choice.
+
+Every choice is `[B, T]`, exactly 0.0 or 1.0, never a segment that is not valid, and does not depend on the other videos
+or on how long the padding is. A video without a valid segment has none chosen.
+
+Axes: B videos, T segments; `valid` `[B, T]` is False in the padding of a shorter video.
+Reference: Hussein et al., 2020 (TimeGate); Korbar et al., 2019 (SCSampler, top k); Ghodrati et al., 2021 (FrameExit).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gating_jax.ops.collectives import example_keys
+from gating_jax.types import Array
+
+
+def keep_best(gates: Array, logits: Array, valid: Array) -> Array:
+  """A gate's choice with padding closed and never nothing: where no valid gate is open, the most likely one opens.
+
+  The gradient is that of `gates` on valid segments; the repair changes the value alone.
+
+  Args:
+    gates: `[B, T]`, 0/1 or relaxed; open above 0.
+    logits: `[B, T]`; of equal ones the earliest is best, and NaN is worse than any number.
+    valid: `[B, T]` bool.
+  Returns:
+    `[B, T]`, dtype of `gates`.
+
+  >>> keep_best(jnp.zeros((1, 3)), jnp.array([[-2.0, -1.0, 5.0]]), jnp.array([[True, True, False]]))
+  Array([[0., 1., 0.]], dtype=float32)
+  """
+  gates = jnp.where(valid, gates, 0)
+  nothing = ~jnp.any(gates > 0, axis=1, keepdims=True)
+  return gates + jnp.where(nothing, top_k(logits, valid, 1), 0).astype(gates.dtype)
+
+
+def top_k(scores: Array, valid: Array, k: int | Array) -> Array:
+  """The k highest scores of each video; no gradient.
+
+  Args:
+    scores: `[B, T]`; of equal ones the earlier are taken first. NaN ranks below every number, `-inf` too: it is chosen
+      only where nothing else is left.
+    valid: `[B, T]` bool.
+    k: segments per video, a number or `[B]`; all of a video that has no more than k.
+
+  >>> top_k(jnp.array([[0.1, 0.9, 0.5, 2.0]]), jnp.array([[True, True, True, False]]), 2)
+  Array([[0., 1., 1., 0.]], dtype=float32)
+  """
+  order = jnp.lexsort((-jax.lax.stop_gradient(scores), ~valid), axis=1)
+  rank = jnp.argsort(order, axis=1)
+  return (valid & (rank < _column(k))).astype(jnp.float32)
+
+
+def uniform_k(valid: Array, k: int | Array) -> Array:
+  """k segments at the centres of k equal parts of each video's own valid length n: `floor((i + 1/2) n / k)`.
+
+  >>> uniform_k(jnp.array([[True] * 8, [True] * 3 + [False] * 5]), 2)
+  Array([[0., 0., 1., 0., 0., 0., 1., 0.],
+         [1., 0., 1., 0., 0., 0., 0., 0.]], dtype=float32)
+  """
+  length = jnp.maximum(jnp.sum(valid, axis=1, keepdims=True), 1)
+  k = jnp.minimum(_column(k), length)
+  place = jnp.cumsum(valid, axis=1) - 1
+  # (i + 1/2) n / k < x for ceil(k x / n - 1/2) whole numbers i >= 0; a segment is chosen where that number grows.
+  centres_before = lambda x: -((length - 2 * k * x) // (2 * length))
+  return (valid & (centres_before(place + 1) > centres_before(place))).astype(jnp.float32)
+
+
+def random_k(key: Array, valid: Array, k: int | Array, *, axis_name: Hashable | None = None) -> Array:
+  """k different segments of each video, every set of k equally likely; the draw belongs to the video's place in the
+  whole batch, however that is spread over the devices of `axis_name`."""
+  batch, segments = valid.shape
+  draw = lambda key: jax.random.uniform(key, (segments,))
+  return top_k(jax.vmap(draw)(example_keys(key, batch, axis_name)), valid, k)
+
+
+def first_k(valid: Array, k: int | Array) -> Array:
+  """The first k segments in the `frame_exit_order` of each video's own valid length.
+
+  >>> first_k(jnp.array([[True] * 5, [True] * 3 + [False] * 2]), 2)
+  Array([[1., 0., 1., 0., 0.],
+         [1., 1., 0., 0., 0.]], dtype=float32)
+  """
+  segments = valid.shape[1]
+  ranks = np.zeros((segments + 1, segments), np.float32)  # of each place, by length
+  for length in range(1, segments + 1):
+    ranks[length, frame_exit_order(length)] = np.arange(length)
+  place = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+  return top_k(-jnp.asarray(ranks)[jnp.sum(valid, axis=1, keepdims=True), place], valid, k)
+
+
+def k_for(valid: Array, share: float) -> Array:
+  """How many segments per video a budget buys: `ceil(share * n)` of its n valid ones, at least 1.
+
+  Args:
+    valid: `[B, T]` bool.
+    share: of the valid segments, in (0, 1] if a float; a number of segments if an int.
+  Returns:
+    `[B]` int32, at most n.
+
+  >>> k_for(jnp.array([[True] * 5, [True] * 2 + [False] * 3]), 0.3), k_for(jnp.ones((1, 5), bool), 3)
+  (Array([2, 1], dtype=int32), Array([3], dtype=int32))
+  """
+  lengths = np.arange(valid.shape[1] + 1)
+  if isinstance(share, int):
+    counts = np.full(len(lengths), _checked(share))
+  elif 0 < share <= 1:
+    counts = np.ceil(np.round(share * lengths, 9))  # 0.07 * 100 is a little above 7
+  else:
+    raise ValueError(f"share must be in (0, 1], or an int number of segments; got {share}")
+  return jnp.asarray(np.clip(counts, 1, np.maximum(lengths, 1)) * (lengths > 0), jnp.int32)[jnp.sum(valid, axis=1)]
+
+
+def frame_exit_order(segments: int) -> np.ndarray:
+  """A fixed order from coarse to fine: the middle, the ends, then the middles of what is left between, breadth first.
+
+  Returns:
+    `[segments]` int32, each of `0 .. segments - 1` once, on the host.
+
+  >>> frame_exit_order(9)
+  array([4, 0, 8, 2, 6, 1, 3, 5, 7], dtype=int32)
+  """
+  last, middle = _checked(segments, "segments") - 1, segments // 2
+  order = list(dict.fromkeys((middle, 0, last)))
+  gaps = [(0, middle), (middle, last)]
+  for low, high in gaps:
+    if high - low > 1:
+      centre = (low + high) // 2
+      order.append(centre)
+      gaps += [(low, centre), (centre, high)]
+  return np.array(order, np.int32)
+
+
+def _column(k: int | Array) -> Array:
+  if isinstance(k, int):
+    _checked(k)
+  return jnp.asarray(k)[..., None]
+
+
+def _checked(number: int, name: str = "k") -> int:
+  if number < 1:
+    raise ValueError(f"{name} must be >= 1; got {number}")
+  return number

