@@ -1,48 +1,24 @@
 """Residual blocks, gated or not. Every block returns `(y, records)`.
 
-Axes: N examples, H and W pixels, channels last.
-Reference: He et al., 2016; Bejnordi et al., 2020, section 3.
+Axes: N examples, F frames, H and W pixels, channels last. Every block takes images or clips of frames.
+Reference: He et al., 2016; Hara et al., 2018; Bejnordi et al., 2020, section 3.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from gating_jax.checks import one_of
+from gating_jax.layers.conv import CONVOLUTIONS, ConvNorm, FactorisedConvNorm
 from gating_jax.layers.gate import GATE_NAME, ChannelGate, GateSettings, apply_gates
 from gating_jax.types import Array, Records
 
 GATINGS = ("none", "channel")
 SHORTCUTS = ("A", "B")
-
-
-class ConvNorm(nn.Module):
-  """Convolution without bias, symmetric padding, then BatchNorm with statistics over all devices."""
-
-  features: int
-  window: int
-  stride: int = 1
-  dtype: jnp.dtype = jnp.float32
-  axis_name: Hashable | None = None
-
-  @nn.compact
-  def __call__(self, x: Array, train: bool) -> Array:
-    x = nn.Conv(
-        self.features,
-        (self.window, self.window),
-        self.stride,
-        padding=self.window // 2,
-        use_bias=False,
-        kernel_init=nn.initializers.he_normal(),
-        dtype=self.dtype,
-        name="conv",
-    )(x)
-    return nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, dtype=self.dtype, axis_name=self.axis_name, name="norm"
-    )(x)
 
 
 class _ResidualBlock(nn.Module):
@@ -52,12 +28,15 @@ class _ResidualBlock(nn.Module):
   stride: int = 1
   gating: str = "none"
   shortcut: str = "B"
+  convolution: str = "full"
   gate: GateSettings = GateSettings()
   dtype: jnp.dtype = jnp.float32
   axis_name: Hashable | None = None
 
-  def _conv(self, features: int, window: int, stride: int, name: str) -> ConvNorm:
-    return ConvNorm(features, window, stride, self.dtype, self.axis_name, name=name)
+  def _conv(self, features: int, window: int, stride: int, name: str) -> ConvNorm | FactorisedConvNorm:
+    one_of("convolution", self.convolution, CONVOLUTIONS)
+    conv = CONVOLUTIONS[self.convolution] if window > 1 else ConvNorm
+    return conv(features, window, stride, self.dtype, self.axis_name, name=name)
 
   def _records(self, x: Array, train: bool, units, macs_per_unit, macs_per_pair) -> Records:
     one_of("gating", self.gating, GATINGS)
@@ -76,35 +55,39 @@ class _ResidualBlock(nn.Module):
     missing = features - x.shape[-1]
     if missing < 0:
       raise ValueError(f"shortcut A cannot drop channels; got {x.shape[-1]} in, {features} out; use shortcut B")
-    x = x[:, :: self.stride, :: self.stride]
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)))
+    every = slice(None, None, self.stride)
+    x = x[:, *[every] * (x.ndim - 2)]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(missing // 2, missing - missing // 2)])
 
 
 class BasicBlock(_ResidualBlock):
-  """Two 3x3 convolutions; the gate switches the output channels of the first, per example.
+  """Two 3x3(x3) convolutions; the gate switches the output channels of the first, per example.
 
       y = ReLU(BN2(conv2(g * ReLU(BN1(conv1 x)))) + shortcut(x)),   g = gate(x) in {0, 1}^features
 
-  `[N, H, W, D]` to `([N, H', W', features], records)`.
+  `[N, H, W, D]` to `([N, H', W', features], records)`, or the same with frames.
   """
 
   expansion = 1
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
-    h = nn.relu(self._conv(self.features, 3, self.stride, "conv1")(x, train))
-    pixels = h.shape[1] * h.shape[2]
-    records = self._records(x, train, (self.features,), (9 * pixels * (x.shape[-1] + self.features),), (0,))
+    conv1 = self._conv(self.features, 3, self.stride, "conv1")
+    conv2 = self._conv(self.features, 3, 1, "conv2")
+    h = nn.relu(conv1(x, train))
+    into, out_of = conv1.macs(x.shape), conv2.macs(h.shape)
+    per_unit = into.per_output + x.shape[-1] * into.per_pair + out_of.per_input + self.features * out_of.per_pair
+    records = self._records(x, train, (self.features,), (per_unit,), (0,))
     for record in records:
       h = apply_gates(h, record.gates)
-    h = self._conv(self.features, 3, 1, "conv2")(h, train)
+    h = conv2(h, train)
     return nn.relu(h + self._shortcut(x, self.features, train)), records
 
 
 class Bottleneck(_ResidualBlock):
   """1x1, 3x3 (with the stride), 1x1; gates switch the outputs of the first two, from one shared hidden layer.
 
-  `[N, H, W, D]` to `([N, H', W', 4 * features], records)`.
+  `[N, H, W, D]` to `([N, H', W', 4 * features], records)`, or the same with frames.
   """
 
   expansion = 4
@@ -112,13 +95,13 @@ class Bottleneck(_ResidualBlock):
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
     out = self.expansion * self.features
-    h1 = nn.relu(self._conv(self.features, 1, 1, "conv1")(x, train))
+    conv1 = self._conv(self.features, 1, 1, "conv1")
     conv2 = self._conv(self.features, 3, self.stride, "conv2")
-    pixels_in = x.shape[1] * x.shape[2]
-    pixels_out = -(-x.shape[1] // self.stride) * -(-x.shape[2] // self.stride)
-    records = self._records(
-        x, train, (self.features, self.features), (pixels_in * x.shape[-1], pixels_out * out), (9 * pixels_out, 0)
-    )
+    h1 = nn.relu(conv1(x, train))
+    macs1, macs2 = conv1.macs(x.shape), conv2.macs(h1.shape)
+    pixels_out = math.prod(-(-size // self.stride) for size in x.shape[1:-1])
+    per_unit = (x.shape[-1] * macs1.per_pair + macs2.per_input, macs2.per_output + pixels_out * out)
+    records = self._records(x, train, (self.features, self.features), per_unit, (macs2.per_pair, 0))
     if records:
       h1 = apply_gates(h1, records[0].gates)
     h2 = nn.relu(conv2(h1, train))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -40,12 +40,13 @@ class ModelCounts:
     return self.macs - self.gated + self.gate_macs
 
 
-def count(model: nn.Module, input_shape: Sequence[int]) -> ModelCounts:
+def count(model: nn.Module, input_shape: Any) -> ModelCounts:
   """Counts every `nn.Conv` and `nn.Dense` a model calls.
 
   Args:
     model: a module called as `model(x)` that returns `(y, records)`.
-    input_shape: `[H, W, D]` of one example.
+    input_shape: of one example, `(H, W, D)` of an image or `(F, H, W, D)` of a clip; or a tree of such tuples, for a
+      model that takes a tree of arrays.
 
   >>> from gating_jax.models.resnet import resnet
   >>> count(resnet("resnet20", classes=10), (32, 32, 3)).macs
@@ -65,9 +66,11 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> ModelCounts:
       (_, records), variables = model.init_with_output(jax.random.key(0), x)
     return records, variables
 
-  records, variables = jax.eval_shape(trace, jax.ShapeDtypeStruct((1, *input_shape), jnp.float32))
+  inputs = jax.tree.map(lambda shape: jax.ShapeDtypeStruct((1, *shape), jnp.float32), input_shape,
+                        is_leaf=lambda x: isinstance(x, tuple))
+  records, variables = jax.eval_shape(trace, inputs)
   params = {True: 0, False: 0}
-  for path, leaf in traverse_util.flatten_dict(variables["params"]).items():
+  for path, leaf in traverse_util.flatten_dict(variables.get("params", {})).items():
     params[is_gate_path(path)] += math.prod(leaf.shape)
   return ModelCounts(
       params=params[False],

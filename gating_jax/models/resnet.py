@@ -1,6 +1,8 @@
-"""Residual networks for small images (CIFAR) and large ones (ImageNet), gated or not.
+"""Residual networks for small images (CIFAR), large ones (ImageNet) and clips of frames, gated or not.
 
-Reference: He et al., 2016, sections 4.1 and 4.2.
+Axes: N examples, F frames, H and W pixels, D channels.
+Reference: He et al., 2016, sections 4.1 and 4.2; Hara et al., "Can spatiotemporal 3D CNNs retrace the history of 2D
+CNNs and ImageNet?", 2018; Tran et al., 2018.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from gating_jax.checks import one_of
-from gating_jax.layers.blocks import BasicBlock, Bottleneck, ConvNorm
+from gating_jax.layers.blocks import BasicBlock, Bottleneck
+from gating_jax.layers.conv import CONVOLUTIONS, scaled
 from gating_jax.layers.gate import GateSettings
 from gating_jax.types import Array, Records
 
@@ -23,20 +26,27 @@ _IMAGENET = {
     "resnet50": ("imagenet", Bottleneck, (3, 4, 6, 3), 64, "B"),
     "resnet101": ("imagenet", Bottleneck, (3, 4, 23, 3), 64, "B"),
 }
-_STEMS = {"cifar": (3, 1), "imagenet": (7, 2)}  # window, stride
+_STEMS = {  # window and stride over frames, height and width, of which images have the last two; max pool
+    "cifar": ((3, 3, 3), (1, 1, 1), False),
+    "small": ((3, 3, 3), (1, 2, 2), False),
+    "clip": ((3, 7, 7), (1, 2, 2), False),
+    "imagenet": ((7, 7, 7), (1, 2, 2), True),
+}
 RESNETS = {**_CIFAR, **_IMAGENET}
 
 
 class ResNet(nn.Module):
-  """`[N, H, W, D]` images of any size to `([N, classes] float32 logits, records)`.
+  """`[N, H, W, D]` images or `[N, F, H, W, D]` clips of any size to `([N, classes] float32 logits, records)`.
 
   Attributes:
-    classes: number of outputs.
+    classes: number of outputs; None for the pooled features in place of logits.
     blocks: residual blocks per stage; each stage after the first halves the resolution and doubles the channels.
     block: `BasicBlock` or `Bottleneck`.
     features: channels of the first stage, before `width`.
     width: multiplies every channel count; each is rounded to the nearest integer, at least 1.
-    stem: `cifar`, a 3x3 convolution; `imagenet`, 7x7 with stride 2 and a max pool.
+    stem: `cifar`, a 3x3 convolution; `small`, the same with stride 2; `clip`, 7x7 with stride 2; `imagenet`, 7x7 with
+      stride 2 and a max pool. Over a clip's frames: 3, 3, 3 and 7 without a stride, and the max pool has stride 2.
+    convolution: `full`, or for clips `factorised`: every window over space, then over time, (2+1)-D.
     gating: `none` or `channel`.
     shortcut: `A` (zero padding, no parameters) or `B` (1x1 convolution).
     gate: how gates are built and sampled.
@@ -44,12 +54,13 @@ class ResNet(nn.Module):
     axis_name: mapped device axis over which BatchNorm takes its statistics and examples are numbered.
   """
 
-  classes: int
+  classes: int | None
   blocks: tuple[int, ...]
   block: type[nn.Module] = BasicBlock
   features: int = 16
   width: float = 1.0
   stem: str = "cifar"
+  convolution: str = "full"
   gating: str = "none"
   shortcut: str = "A"
   gate: GateSettings = GateSettings()
@@ -58,8 +69,8 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
-    if x.ndim != 4:
-      raise ValueError(f"images must be [N, H, W, D]; got shape {x.shape}")
+    if x.ndim not in (4, 5):
+      raise ValueError(f"clips must be [N, F, H, W, D] and images must be [N, H, W, D]; got shape {x.shape}")
     x = self._stem(x.astype(self.dtype), train)
     records: Records = ()
     for stage, count in enumerate(self.blocks):
@@ -69,31 +80,38 @@ class ResNet(nn.Module):
             stride=2 if stage > 0 and i == 0 else 1,
             gating=self.gating,
             shortcut=self.shortcut,
+            convolution=self.convolution,
             gate=self.gate,
             dtype=self.dtype,
             axis_name=self.axis_name,
             name=f"stage{stage + 1}_block{i + 1}",
         )(x, train)
         records += new
-    x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+    x = jnp.mean(x.astype(jnp.float32), axis=tuple(range(1, x.ndim - 1)))
+    if self.classes is None:
+      return x, records
     return nn.Dense(self.classes, name="classifier")(x), records
 
   def _channels(self, multiple: int) -> int:
-    return max(1, round(self.features * multiple * self.width))
+    return scaled(self.features * multiple, self.width)
 
   def _stem(self, x: Array, train: bool) -> Array:
     one_of("stem", self.stem, _STEMS)
-    window, stride = _STEMS[self.stem]
-    x = nn.relu(ConvNorm(self._channels(1), window, stride, self.dtype, self.axis_name, name="stem")(x, train))
-    return x if stride == 1 else nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    one_of("convolution", self.convolution, CONVOLUTIONS)
+    axes = x.ndim - 2
+    window, stride, pool = _STEMS[self.stem]
+    conv = CONVOLUTIONS[self.convolution]
+    conv = conv(self._channels(1), window[-axes:], stride[-axes:], self.dtype, self.axis_name, name="stem")
+    x = nn.relu(conv(x, train))
+    return nn.max_pool(x, (3,) * axes, (2,) * axes, ((1, 1),) * axes) if pool else x
 
 
-def resnet(name: str, classes: int, **settings) -> ResNet:
+def resnet(name: str, classes: int | None, **settings) -> ResNet:
   """A named network: resnet20, 32, 44, 56, 110 (CIFAR), 18, 34, 50, 101 (ImageNet).
 
   Args:
     name: one of `RESNETS`.
-    classes: number of outputs.
+    classes: number of outputs, or None; see `ResNet`.
     **settings: any other field of `ResNet`, in place of the named network's.
   Raises:
     ValueError: no such name, or a width that is not positive.

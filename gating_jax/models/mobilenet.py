@@ -1,0 +1,81 @@
+"""A light network for images: inverted residuals of depthwise convolutions.
+
+Axes: N examples, H and W pixels, D channels, C features.
+Reference: Sandler et al., "MobileNetV2: inverted residuals and linear bottlenecks", 2018, tables 1 and 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from gating_jax.layers.conv import ConvNorm, scaled
+from gating_jax.types import Array, Records
+
+# Per stage: expansion, channels, blocks, stride of the first block.
+MOBILENET_V2 = (
+    (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
+)
+
+
+class MobileNet(nn.Module):
+  """`[N, H, W, D]` images of any size to `([N, C] float32 features, ())`.
+
+  Attributes:
+    stages: expansion, channels, blocks and stride of the first block, for each stage.
+    stem: channels of the 3x3 convolution before the stages.
+    stem_stride: of that convolution; 1 for small images.
+    head: channels of the 1x1 convolution after the stages; `C`, before `width`.
+    width: multiplies every channel count; each is rounded to the nearest integer, at least 1.
+    dtype: of the computation, float32 or bfloat16; parameters, BatchNorm statistics and features are float32.
+    axis_name: mapped device axis over which BatchNorm takes its statistics.
+  """
+
+  stages: tuple[tuple[int, int, int, int], ...] = MOBILENET_V2
+  stem: int = 32
+  stem_stride: int = 2
+  head: int = 1280
+  width: float = 1.0
+  dtype: jnp.dtype = jnp.float32
+  axis_name: Hashable | None = None
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
+    if x.ndim != 4:
+      raise ValueError(f"images must be [N, H, W, D]; got shape {x.shape}")
+    shared = dict(dtype=self.dtype, axis_name=self.axis_name)
+    stem = ConvNorm(scaled(self.stem, self.width), 3, self.stem_stride, name="stem", **shared)
+    x = nn.relu6(stem(x.astype(self.dtype), train))
+    for stage, (expansion, channels, blocks, stride) in enumerate(self.stages):
+      for i in range(blocks):
+        name = f"stage{stage + 1}_block{i + 1}"
+        features = scaled(channels, self.width)
+        x = InvertedResidual(features, expansion, stride if i == 0 else 1, name=name, **shared)(x, train)
+    x = nn.relu6(ConvNorm(scaled(self.head, self.width), 1, name="head", **shared)(x, train))
+    return jnp.mean(x.astype(jnp.float32), axis=(1, 2)), ()
+
+
+class InvertedResidual(nn.Module):
+  """1x1 to `expansion` times the channels, 3x3 depthwise, 1x1 back; the input is added where shapes agree.
+
+  `[N, H, W, D]` to `[N, H', W', features]`.
+  """
+
+  features: int
+  expansion: int
+  stride: int = 1
+  dtype: jnp.dtype = jnp.float32
+  axis_name: Hashable | None = None
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> Array:
+    inside = self.expansion * x.shape[-1]
+    shared = dict(dtype=self.dtype, axis_name=self.axis_name)
+    h = x
+    if self.expansion > 1:
+      h = nn.relu6(ConvNorm(inside, 1, name="expand", **shared)(h, train))
+    h = nn.relu6(ConvNorm(inside, 3, self.stride, depthwise=True, name="depthwise", **shared)(h, train))
+    h = ConvNorm(self.features, 1, name="project", **shared)(h, train)
+    return x + h if h.shape == x.shape else h
