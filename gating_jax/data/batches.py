@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from gating_jax.data.sources import Images
-from gating_jax.data.streaming import Stream
 
+def cover(examples: Any, batch_size: int) -> Iterator[tuple[Any, int]]:
+  """Pairs of a batch and its number of valid examples, in order; the last is filled up with its own first example.
 
-def cover(images: Images | Stream, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-  """Batches of `(pixels, labels, valid)` in order; the last is filled up with its own first image.
+  Every example stands in exactly one batch among its first valid entries, whatever the sizes.
 
-  Every image stands in exactly one batch among its first `valid` entries, whatever the sizes.
+  Args:
+    examples: a set with `len`, `read(index)`, which makes the batch, and `map(fn, items)`.
+    batch_size: examples of every batch.
   """
 
   def read(start):
-    index = np.arange(start, min(start + batch_size, len(images)))
+    index = np.arange(start, min(start + batch_size, len(examples)))
     filled = np.concatenate([index, np.full(batch_size - len(index), start)])
-    return *images.read(filled), len(index)
+    return examples.read(filled), len(index)
 
-  return images.map(read, range(0, len(images), batch_size))
+  return examples.map(read, range(0, len(examples), batch_size))

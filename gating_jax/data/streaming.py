@@ -11,14 +11,12 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import grain
 import numpy as np
-from absl import flags
 from PIL import Image
 
 from gating_jax.data import resident, sources
+from gating_jax.data.ahead import computed_ahead
 
-_THREADS = 8
 _EVAL_SHARE = 0.875  # of the shorter side, kept by the central crop: 224 of 256
 
 
@@ -65,13 +63,7 @@ class Stream:
 
   def map(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """`fn` of each item, in order, computed ahead by threads or worker processes."""
-    dataset = grain.MapDataset.source(list(items)).map(fn)
-    if not self.workers:
-      return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)))
-    if not flags.FLAGS.is_parsed():  # outside absl programs: grain hands its flags to the workers
-      flags.FLAGS.mark_as_parsed()
-    options = grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=2)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)).mp_prefetch(options))
+    return computed_ahead(fn, list(items), self.workers)
 
   def _read_one(self, index: int, seed: tuple[int, ...] | None) -> tuple[np.ndarray, np.int32]:
     example = self.source[int(index)]

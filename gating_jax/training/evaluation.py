@@ -27,21 +27,21 @@ class GateBehaviour:
 
 def evaluate(
     run: Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]],
-    batches: Iterable[tuple[np.ndarray, np.ndarray, int]],
+    batches: Iterable[tuple[tuple[np.ndarray, np.ndarray], int]],
     counts: ModelCounts,
 ) -> tuple[dict[str, float], GateBehaviour | None]:
   """Runs a model over a test set.
 
   Args:
     run: `(pixels [B, ...], labels [B]) -> results`, those of `steps.make_eval_step`.
-    batches: `(pixels, labels, valid)`; what follows the first `valid` examples is filling.
+    batches: `((pixels, labels), valid)`; what follows the first `valid` examples is filling.
     counts: of the model.
   Returns:
     `(result, behaviour)`: numbers, and for a gated net what its gates did.
   """
   sums: dict[str, np.ndarray | float] = {}
   images, logits = 0, []
-  for pixels, labels, valid in batches:
+  for (pixels, labels), valid in batches:
     part = {name: np.asarray(values)[:valid] for name, values in run(pixels, labels).items()}
     if "gate_logits" in part and images < _KEPT_EXAMPLES:
       logits.append(part["gate_logits"])

@@ -1,0 +1,113 @@
+"""A long-range task made of scikit-learn's handwritten digits, with the truth about every segment.
+
+A video is T segments of F frames in which one digit stands still or moves; digit class and motion together are the
+segment's unit action. An activity is a scene and, for each of the scene's three tools, a motion:
+
+- two segments show the scene's anchor, a still digit of class 0 to 3;
+- each of the six digit classes 4 to 9 moves in a run of one or two segments. Three of them are the scene's tools, and
+  their motions tell the activities of the scene apart; the other three move at random and mean nothing here, though
+  they are tools in other scenes;
+- the rest is clutter: moving digits with their pixels scrambled.
+
+The first tool's run comes before the last one's; all else is in random order. So every unit action occurs in several
+activities, one tool's motion leaves two activities of the scene open, a centre frame shows no motion, and whether a
+moving digit matters is known only from the anchor, somewhere else in the video.
+
+Axes: M videos, T segments, F frames, H = W pixels.
+Reference: after the unit actions of Breakfast (Kuehne et al., 2014) as used by Hussein et al., 2020.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gating_jax.data import sources
+from gating_jax.data.video_arrays import VideoArrays
+
+NAME = "composed"
+FRAMES, SIZE = 8, 16
+MIN_SEGMENTS = 14  # two anchors and six runs of up to two segments
+
+_MOTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0), "still": (0, 0)}  # pixels a frame
+_STILL = list(_MOTIONS).index("still")
+_TOOLS = ((4, 5, 6), (6, 7, 8), (8, 9, 4), (5, 7, 9))  # of each scene; every digit class is a tool of two scenes
+_CODES = ((0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0))  # which of its two motions each tool has; any two tools decide
+_NOISE = 24  # standard deviation of a pixel
+
+UNIT_NAMES = tuple(f"{digit} {motion}" for digit in range(10) for motion in _MOTIONS)
+CLASS_NAMES = tuple(f"scene {scene}, activity {code}" for scene in range(len(_TOOLS)) for code in range(len(_CODES)))
+
+
+def composed(split: str, *, videos: int, segments: int = 16, seed: int = 0) -> VideoArrays:
+  """Makes a split; the same arguments make the same videos. Splits share no digit image.
+
+  Args:
+    split: `train` or `test`.
+    videos: M.
+    segments: T, at least `MIN_SEGMENTS`.
+    seed: of everything random.
+  Returns:
+    16 classes, balanced; `units` is the unit action of each segment, -1 for clutter, and `relevant` marks the tools of
+    the video's scene.
+
+  >>> composed("test", videos=2).arrays["clips"].shape
+  (2, 16, 8, 16, 16, 1)
+  """
+  if not videos >= 1:
+    raise ValueError(f"videos must be >= 1; got {videos}")
+  if not segments >= MIN_SEGMENTS:
+    raise ValueError(f"segments must be >= {MIN_SEGMENTS}, the length of the longest activity; got {segments}")
+  digits = sources.load(sources.DIGITS, split)
+  rng = np.random.default_rng((seed, split == "test"))
+  labels = rng.permutation(np.arange(videos) % len(CLASS_NAMES)).astype(np.int32)
+  scripts = [_script(rng, int(label), segments) for label in labels]
+  units, relevant = (np.stack(rows) for rows in zip(*scripts, strict=True))
+  clips = _render(rng, digits, units.ravel()).reshape(videos, segments, FRAMES, SIZE, SIZE, 1)
+  arrays = {"clips": clips, "valid": np.ones((videos, segments), bool), "label": labels,
+            "weight": np.ones(videos, np.float32), "units": units, "relevant": relevant}
+  return VideoArrays(arrays, CLASS_NAMES, tuple(f"{split} {i}" for i in range(videos)), UNIT_NAMES)
+
+
+def motions(scene: int, code: int) -> dict[int, int]:
+  """The motion of each tool of an activity, by digit class. Shared: a scene's tools have two motions each."""
+  return {digit: 2 * ((digit + scene) % 2) + bit for digit, bit in zip(_TOOLS[scene], _CODES[code], strict=True)}
+
+
+def _script(rng: np.random.Generator, label: int, segments: int) -> tuple[np.ndarray, np.ndarray]:
+  """Unit actions `[T]` of one video, and which of them belong to its activity."""
+  scene, code = divmod(label, len(_CODES))
+  tools = motions(scene, code)
+  moving = range(4, 10)
+  runs = [(_unit(digit, tools.get(digit, rng.integers(4))), digit in tools, rng.integers(1, 3)) for digit in moving]
+  runs += [(_unit(scene, _STILL), False, 1)] * 2
+  runs += [(-1, False, 1)] * (segments - sum(length for *_, length in runs))
+  order = rng.permutation(len(runs))
+  ends = np.isin(order, [moving.index(_TOOLS[scene][0]), moving.index(_TOOLS[scene][-1])])
+  order[ends] = [moving.index(_TOOLS[scene][i]) for i in (0, -1)]
+  units, relevant, lengths = zip(*(runs[i] for i in order), strict=True)
+  return np.repeat(np.array(units, np.int32), lengths), np.repeat(relevant, lengths)
+
+
+def _unit(digit: int, motion: int) -> int:
+  return len(_MOTIONS) * digit + int(motion)
+
+
+def _render(rng: np.random.Generator, digits: sources.Images, units: np.ndarray) -> np.ndarray:
+  """uint8 `[n, F, H, W]`: a digit image of each unit's class, in the middle of its motion in the centre frame."""
+  classes, motion = np.divmod(units, len(_MOTIONS))
+  clutter = units < 0
+  shown = np.empty(len(units), int)
+  for c in np.unique(classes):
+    shown[classes == c] = rng.choice(np.flatnonzero((digits.labels == c) | (c < 0)), np.sum(classes == c))
+  images = digits.pixels[shown, ..., 0]
+  images[clutter] = rng.permuted(images[clutter].reshape(-1, images[0].size), axis=1).reshape(-1, *images.shape[1:])
+  motion[clutter] = rng.integers(len(_MOTIONS), size=clutter.sum())
+  velocity = np.array(list(_MOTIONS.values()))[motion]
+  corner = rng.integers(2, SIZE - images.shape[1] - 1, (len(units), 2))
+  corner = corner[:, None] + (np.arange(FRAMES) - FRAMES // 2)[:, None] * velocity[:, None]  # [n, F, 2]
+  canvas = np.pad(images, ((0, 0), (SIZE, SIZE), (SIZE, SIZE)))
+  views = np.lib.stride_tricks.sliding_window_view(canvas, (SIZE, SIZE), axis=(1, 2))
+  frames = rng.standard_normal((len(units), FRAMES, SIZE, SIZE), np.float32)
+  frames *= _NOISE
+  frames += views[np.arange(len(units))[:, None], SIZE - corner[..., 0], SIZE - corner[..., 1]]
+  return frames.round(out=frames).clip(0, 255, out=frames).astype(np.uint8)

@@ -1,0 +1,189 @@
+"""Label tables of Breakfast, Charades and MultiThumos, from the files that their authors publish.
+
+How sure: each format is as public code that reads the set has it; none was checked against the set itself. What does
+not fit is refused with file, line and content, never guessed.
+
+Reference: Kuehne et al., 2014; Sigurdsson et al., 2016; Yeung et al., 2018.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path, PurePath
+
+import numpy as np
+
+from gating_jax.checks import one_of
+from gating_jax.data.video_tables import VideoTable, bad_line, csv_rows, encode_labels, text_lines
+
+SPLITS = ("train", "test")
+BREAKFAST_TEST_PERSONS = range(47, 55)
+_BREAKFAST_FPS = 15
+_BREAKFAST_FILES = {".avi", ".mp4", ".mkv", ".npy", ".npz"}
+
+
+def read_breakfast(
+    folder: str | Path,
+    split: str,
+    *,
+    segmentation: str | Path | None = None,
+    test_persons: Collection[int] = BREAKFAST_TEST_PERSONS,
+) -> VideoTable:
+  """Breakfast: 10 activities, single-label, and 48 unit actions (`SIL`, nothing happens, among them).
+
+  The videos are what `folder` holds, named `P03/cam01/P03_cereals.avi` (the authors' release; of a stereo pair
+  `stereo/P03_cereals_ch0.avi` alone counts) or `P03_cam01_P03_cereals.npy` (features): person, camera,
+  activity. A segmentation is a text file of the same name with lines `1-30 SIL`: frames at 15 a second, from 1, both
+  ends included. Only the `.txt` files count, not the `.xml` of the finer one.
+
+  Args:
+    folder: of the videos or of the features.
+    split: `train` or `test`.
+    segmentation: a folder, at any depth of which the segmentations lie (`segmentation_coarse`); None for none.
+    test_persons: the numbers of those who are in the test split. The default is Hussein's split of TimeGate and
+      VideoGraph: of persons 3 to 54 the first 44 train and the last 8 test (1,357 and 355 videos); `range(3, 16)`,
+      `range(16, 29)`, `range(29, 42)` and `range(42, 55)` are Kuehne's four.
+  Raises:
+    ValueError: an unknown split, no videos, or a segmentation that cannot be read.
+  """
+  one_of("split", split, SPLITS)
+  recordings = {}
+  for path in sorted(Path(folder).rglob("*")):
+    name = path.relative_to(folder)
+    recording = _recording(name) if path.suffix.lower() in _BREAKFAST_FILES else None
+    if recording:
+      recordings.setdefault(recording, name.with_suffix("").as_posix())
+  chosen = {
+      recording: name for recording, name in recordings.items()
+      if (int(recording[0][1:]) in test_persons) == (split == "test")}
+  if not chosen:
+    raise ValueError(f"{folder} must hold Breakfast videos of the {split} split, such as P03/cam01/P03_cereals.avi; "
+                     f"it has none ({len(recordings)} of the other split)")
+  class_names = tuple(sorted({activity for *_, activity in recordings}))
+  labels = encode_labels([[activity] for *_, activity in chosen], class_names, multi_label=False)
+  table = VideoTable(tuple(chosen.values()), labels, class_names)
+  return table if segmentation is None else _with_segmentation(table, Path(segmentation), list(chosen))
+
+
+def read_charades(folder: str | Path, split: str) -> VideoTable:
+  """Charades: 157 actions, multi-label; an action's intervals are the unit actions too.
+
+  Reads `Charades_v1_train.csv` or `Charades_v1_test.csv`, with the columns `id`, `actions`
+  (`c092 11.90 21.20;c147 0.00 12.60`, seconds) and `length` (seconds), and `Charades_v1_classes.txt` with lines
+  `c000 Holding some clothes`, in `folder`. Videos without any action are kept, as negatives of every class;
+  Timeception left them out (7,811 of 7,985 and 1,814 of 1,863).
+
+  Args:
+    folder: of the annotation files.
+    split: `train` or `test`.
+  Raises:
+    ValueError: naming file, line, rule and content.
+  """
+  one_of("split", split, SPLITS)
+  codes = {}
+  path = Path(folder) / "Charades_v1_classes.txt"
+  for line, text in text_lines(path):
+    code, _, name = text.partition(" ")
+    if not re.fullmatch(r"c\d{3}", code) or not name.strip() or code in codes:
+      raise bad_line(path, line, "be a new class such as 'c000 Holding some clothes'", text)
+    codes[code] = name.strip()
+  index = {code: i for i, code in enumerate(codes)}
+  path = Path(folder) / f"Charades_v1_{split}.csv"
+  units, seconds = {}, []
+  for line, row in csv_rows(path, ("id", "actions", "length")):
+    if not row["id"] or row["id"] in units:
+      raise bad_line(path, line, "name each video once", row["id"])
+    actions = [_interval(path, line, action) for action in row["actions"].split(";") if action.strip()]
+    if not {code for code, *_ in actions} <= set(codes):
+      raise bad_line(path, line, "name classes of Charades_v1_classes.txt", row["actions"])
+    units[row["id"]] = tuple((start, end, index[code]) for code, start, end in actions)
+    seconds.append(float(row["length"]) if re.fullmatch(r"[\d.]+", row["length"]) else np.nan)
+  return _multi_label_table(units, tuple(codes.values()), np.array(seconds))
+
+
+def read_multithumos(folder: str | Path, split: str) -> VideoTable:
+  """MultiThumos: 65 actions, multi-label; an action's intervals are the unit actions too.
+
+  Reads `class_list.txt` with lines `1 BaseballPitch` and, for each class, `annotations/BaseballPitch.txt` with lines
+  `video_validation_0000266 72.80 76.40` (seconds), in `folder`. Videos are those with an action.
+
+  Args:
+    folder: of the annotation files.
+    split: `train` for `video_validation_*` (as in THUMOS'14, whose training videos are trimmed), `test` for
+      `video_test_*`.
+  Raises:
+    ValueError: naming file, line, rule and content.
+  """
+  one_of("split", split, SPLITS)
+  path = Path(folder) / "class_list.txt"
+  class_names = []
+  for line, text in text_lines(path):
+    name = text.split()[-1]
+    if text.split() != [str(len(class_names) + 1), name] or Path(name).name != name:
+      raise bad_line(path, line, f"be the number {len(class_names) + 1} and a class", text)
+    class_names.append(name)
+  prefix = {"train": "video_validation_", "test": "video_test_"}
+  units = {}
+  for i, name in enumerate(class_names):
+    path = Path(folder) / "annotations" / f"{name}.txt"
+    for line, text in text_lines(path):
+      video, start, end = _interval(path, line, text)
+      if not video.startswith(tuple(prefix.values())):
+        raise bad_line(path, line, f"name a video of {' or '.join(prefix.values())}", text)
+      if video.startswith(prefix[split]):
+        units.setdefault(video, []).append((start, end, i))
+  return _multi_label_table(dict(sorted(units.items())), tuple(class_names), None)
+
+
+def _multi_label_table(units: dict[str, tuple], class_names: tuple[str, ...], seconds: np.ndarray | None) -> VideoTable:
+  if not units:
+    raise ValueError("the split must hold at least one video; it is empty")
+  labels = np.zeros((len(units), len(class_names)), np.float32)
+  for row, intervals in zip(labels, units.values(), strict=True):
+    row[[unit for *_, unit in intervals]] = 1
+  return VideoTable(
+      tuple(units), labels, class_names, tuple(tuple(intervals) for intervals in units.values()), class_names, seconds)
+
+
+def _interval(path: Path, line: int, text: str) -> tuple[str, float, float]:
+  fields = text.split()
+  try:
+    name, start, end = fields[0], *map(float, fields[1:])
+  except (IndexError, ValueError):
+    name, start, end = "", np.nan, np.nan
+  if not np.isfinite([start, end]).all():
+    raise bad_line(path, line, "hold a name, a start and an end in seconds", text)
+  return name, start, end
+
+
+def _recording(path: PurePath) -> tuple[str, str, str] | None:
+  """`(person, camera, activity)` that a Breakfast file's name tells: `("P03", "cam01", "cereals")`."""
+  stem = re.sub(r"_ch[01]$", "", path.stem)
+  if match := re.fullmatch(r"(P\d\d)_(\w+?)_\1_(\w+)", stem):
+    return match.groups()
+  match = re.fullmatch(r"(P\d\d)/(\w+)/\1_(?:\2_)?(\w+)", "/".join([*path.parts[-3:-1], stem]))
+  return match and (match[1], re.sub("^stereo$", "stereo01", match[2]), match[3])
+
+
+def _with_segmentation(table: VideoTable, folder: Path, recordings: list[tuple[str, str, str]]) -> VideoTable:
+  found = {_recording(path.relative_to(folder)): path for path in sorted(folder.rglob("*.txt"))}
+  found.pop(None, None)
+  if not found:
+    raise ValueError(f"segmentation must hold files such as cereals/P03_cam01_P03_cereals.txt; {folder} has none")
+  read = {recording: _read_segmentation(path) for recording, path in found.items()}
+  unit_names = tuple(sorted({name for lines in read.values() for *_, name in lines}))
+  index = {name: i for i, name in enumerate(unit_names)}
+  units = tuple(tuple((start, end, index[name]) for start, end, name in read.get(r, ())) for r in recordings)
+  seconds = np.array([max((end for _, end, _ in intervals), default=np.nan) for intervals in units])
+  return VideoTable(table.names, table.labels, table.class_names, units, unit_names, seconds)
+
+
+def _read_segmentation(path: Path) -> list[tuple[float, float, str]]:
+  lines = []
+  for line, text in text_lines(path):
+    match = re.fullmatch(r"(\d+)-(\d+)\s+(\S+)", text)
+    if not match:
+      raise bad_line(path, line, "be frames and a unit action, such as '1-30 SIL'", text)
+    lines.append(((int(match[1]) - 1) / _BREAKFAST_FPS, int(match[2]) / _BREAKFAST_FPS, match[3]))
+  return lines
