@@ -62,19 +62,25 @@ class ImageObjective:
       axis_name: as in `batch_shaping_loss`.
     """
     cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+    terms = {"cross_entropy": cross_entropy, "accuracy": jnp.mean(jnp.argmax(logits, -1) == labels)}
+    regulariser, gate_terms = self.gate_terms(records, step, axis_name)
+    return cross_entropy + regulariser, {**terms, **gate_terms}
+
+  def gate_terms(
+      self, records: Records, step: Array, axis_name: Hashable | None = None
+  ) -> tuple[Array | float, Mapping[str, Array]]:
+    """What the gates add, and its terms before their coefficients; 0 and none where nothing is gated."""
     if not records:
-      return cross_entropy, {"cross_entropy": cross_entropy}
+      return 0.0, {}
     shaping = batch_shaping_term(records, self.prior, self.reduction, axis_name=axis_name)
     sparsity = self._sparsity_term(records, axis_name)
     gamma, rho = self.batch_shaping_coefficient(step), self.sparsity_coefficient(step)
-    terms = {
-        "cross_entropy": cross_entropy,
+    return gamma * shaping + rho * sparsity, {
         "batch_shaping": shaping,
         self.sparsity: sparsity,
         "batch_shaping_coefficient": gamma,
         f"{self.sparsity}_coefficient": rho,
     }
-    return cross_entropy + gamma * shaping + rho * sparsity, terms
 
   def _sparsity_term(self, records: Records, axis_name) -> Array:
     if self.sparsity == "l0":

@@ -1,7 +1,8 @@
-"""The optimiser: Nesterov SGD with weight decay on everything but gate networks."""
+"""Optimisers, with weight decay on everything but gate networks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optax
@@ -29,3 +30,23 @@ def decayed(params: Any) -> Any:
   """True for each parameter that decays."""
   flat = traverse_util.flatten_dict(params)
   return traverse_util.unflatten_dict({path: not is_gate_path(path) for path in flat})
+
+
+def adam(learning_rate: optax.Schedule, *, weight_decay: float) -> optax.GradientTransformation:
+  """Adam; `weight_decay` is apart from the gradient and 0 for gate parameters.
+
+  Reference: Kingma and Ba, 2015; Loshchilov and Hutter, 2019.
+  """
+  if not weight_decay >= 0:
+    raise ValueError(f"weight_decay must be >= 0; got {weight_decay}")
+  return optax.adamw(learning_rate, weight_decay=weight_decay, mask=decayed)
+
+
+def frozen(optimiser: optax.GradientTransformation, is_frozen: Callable[[Sequence[str]], bool]) -> (
+    optax.GradientTransformation):
+  """`optimiser`, except that parameters whose path `is_frozen` stay as they are, weight decay or not."""
+  def labels(params):
+    flat = traverse_util.flatten_dict(params)
+    return traverse_util.unflatten_dict({path: "still" if is_frozen(path) else "trained" for path in flat})
+
+  return optax.multi_transform({"trained": optimiser, "still": optax.set_to_zero()}, labels)

@@ -1,6 +1,6 @@
 """Training and evaluation steps: pure functions of (state, arrays), for one device or, by an axis name, for several.
 
-Axes: B examples on this device, K steps of one call, M resident images, G gates of the whole network.
+Axes: B examples on this device, K steps of one call, M resident examples, G gates of the whole network.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from jax import lax
 
 from gating_jax.layers.gate import GATE_RNG
 from gating_jax.ops.macs import executed_macs
-from gating_jax.training.objectives import ImageObjective
 from gating_jax.types import Array
 
-AUGMENT_STREAM, GATE_STREAM = range(2)
+DROPOUT_RNG = "dropout"  # the name of Flax's own PRNG stream for it
+AUGMENT_STREAM, GATE_STREAM, DROPOUT_STREAM = range(3)
 
 
 class TrainState(struct.PyTreeNode):
@@ -32,14 +32,15 @@ class TrainState(struct.PyTreeNode):
   opt_state: Any
 
 
-def init_state(model: nn.Module, optimiser: optax.GradientTransformation, seed: int, input_shape) -> TrainState:
-  """A fresh state for images of `input_shape` `[H, W, D]`."""
+def init_state(model: nn.Module, optimiser: optax.GradientTransformation, seed: int, shapes: Any) -> TrainState:
+  """A fresh state for examples of these shapes: `(H, W, D)` for images, or the tree of shapes that the model takes."""
   # rbg: the default generator makes XLA compile an unrolled threefry for each of hundreds of parameters.
   key = jax.random.key(seed, impl="rbg")
 
   @jax.jit
   def init(key):
-    variables = model.init(key, jnp.zeros((1, *input_shape)))
+    inputs = jax.tree.map(lambda shape: jnp.zeros((1, *shape)), shapes, is_leaf=lambda x: isinstance(x, tuple))
+    variables = model.init(key, inputs)
     params = variables["params"]
     return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), optimiser.init(params))
 
@@ -49,32 +50,30 @@ def init_state(model: nn.Module, optimiser: optax.GradientTransformation, seed: 
 def make_train_step(
     model: nn.Module,
     optimiser: optax.GradientTransformation,
-    objective: ImageObjective,
-    prepare: Callable[[Array, Array], Array],
+    objective: Callable,
+    prepare: Callable[[Array, Any], Any],
     *,
     seed: int,
     axis_name: Hashable | None = None,
 ) -> Callable:
-  """One step: `(state, pixels, labels) -> (state, metrics)`.
+  """One step: `(state, inputs, targets) -> (state, metrics)`.
 
-  `pixels` `[B, H, W, D]` uint8 and `labels` `[B]` are this device's share; `prepare(key, pixels)` augments and
-  normalises. Metrics are scalars over the whole batch. All randomness is a function of `seed` and `state.step`.
+  `inputs` and `targets` are trees of arrays `[B, ...]`, this device's share, such as uint8 pixels and labels.
+  `prepare(key, inputs)` augments and normalises; `objective(outputs, targets, records, step, axis_name)` returns the
+  loss and named terms. Metrics are scalars over the whole batch. All randomness is a function of `seed` and
+  `state.step`.
   """
 
-  def step(state: TrainState, pixels: Array, labels: Array) -> tuple[TrainState, dict[str, Array]]:
+  def step(state: TrainState, inputs: Any, targets: Any) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    images = prepare(jax.random.fold_in(key, AUGMENT_STREAM), pixels)
+    prepared = prepare(jax.random.fold_in(key, AUGMENT_STREAM), inputs)
+    rngs = {GATE_RNG: jax.random.fold_in(key, GATE_STREAM), DROPOUT_RNG: jax.random.fold_in(key, DROPOUT_STREAM)}
 
     def loss(params):
-      (logits, records), updates = model.apply(
-          {"params": params, "batch_stats": state.batch_stats},
-          images,
-          train=True,
-          mutable=["batch_stats"],
-          rngs={GATE_RNG: jax.random.fold_in(key, GATE_STREAM)},
-      )
-      total, terms = objective(logits, labels, records, state.step, axis_name)
-      metrics = {"loss": total, **terms, "accuracy": jnp.mean(jnp.argmax(logits, -1) == labels)}
+      variables = {"params": params, "batch_stats": state.batch_stats}
+      (outputs, records), updates = model.apply(variables, prepared, train=True, mutable=["batch_stats"], rngs=rngs)
+      total, terms = objective(outputs, targets, records, state.step, axis_name)
+      metrics = {"loss": total, **terms}
       for i, record in enumerate(records):
         metrics[f"gate_rate/layer{i:02d}"] = jnp.mean(record.gates)
       return total, (metrics, updates.get("batch_stats", {}))
@@ -93,12 +92,11 @@ def make_train_step(
 def resident_steps(step: Callable) -> Callable:
   """K training steps over a resident set.
 
-  `(state, (pixels [M, ...], labels [M]), indices [B, K]) -> (state, metrics [K])`.
+  `(state, (inputs [M, ...], targets [M, ...]), indices [B, K]) -> (state, metrics [K])`.
   """
 
   def run(state, dataset, indices):
-    pixels, labels = dataset
-    body = lambda state, index: step(state, pixels[index], labels[index])
+    body = lambda state, index: step(state, *jax.tree.map(lambda x: x[index], dataset))
     return _scan(body, state, indices.T)
 
   return run
@@ -107,7 +105,7 @@ def resident_steps(step: Callable) -> Callable:
 def streamed_steps(step: Callable) -> Callable:
   """K training steps over batches from the host.
 
-  `(state, (pixels [B, K, ...], labels [B, K])) -> (state, metrics [K])`.
+  `(state, (inputs [B, K, ...], targets [B, K, ...])) -> (state, metrics [K])`.
   """
 
   def run(state, batch):

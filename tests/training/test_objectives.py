@@ -58,7 +58,8 @@ def test_total_is_cross_entropy_and_weighted_terms(reduction, sparsity):
   cross_entropy, shaping, price = cross_entropy_by_hand(), shaping_by_hand(reduction), sparsity_by_hand(sparsity)
   assert shaping > 0.01
   assert price > 0.01
-  expected = {"cross_entropy": cross_entropy, "batch_shaping": shaping, sparsity: price,
+  expected = {"cross_entropy": cross_entropy, "accuracy": np.mean(LOGITS.argmax(-1) == LABELS),
+              "batch_shaping": shaping, sparsity: price,
               "batch_shaping_coefficient": 0.24, f"{sparsity}_coefficient": 1.4}
   assert terms.keys() == expected.keys()
   for name, value in expected.items():
@@ -82,7 +83,7 @@ def test_coefficients_follow_the_step(step, gamma, rho):
 
 def test_an_ungated_net_has_the_cross_entropy_alone():
   total, terms = objective()(LOGITS, LABELS, (), jnp.int32(STEP))
-  assert set(terms) == {"cross_entropy"}
+  assert set(terms) == {"cross_entropy", "accuracy"}
   assert float(total) == float(terms["cross_entropy"]) == pytest.approx(cross_entropy_by_hand(), rel=1e-5)
 
 

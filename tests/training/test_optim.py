@@ -89,3 +89,44 @@ def test_the_learning_rate_is_read_at_each_step():
 def test_bad_settings_are_refused(settings, message):
   with pytest.raises(ValueError, match=message):
     optim.sgd(optax.constant_schedule(0.1), **settings)
+
+
+def test_adam_decays_everything_but_gates_apart_from_the_gradient(params):
+  gates, others = split(params)
+  optimiser = optim.adam(optax.constant_schedule(0.1), weight_decay=0.5)
+  step = lambda grads: optax.apply_updates(params, optimiser.update(grads, optimiser.init(params), params)[0])
+  gates_after, others_after = split(step(jax.tree.map(lambda x: np.full_like(x, -3), params)))
+  for path, value in gates.items():  # the first step of Adam is the gradient's sign
+    np.testing.assert_allclose(gates_after[path], value + 0.1, rtol=1e-5, atol=1e-6, err_msg=str(path))
+  for path, value in others.items():
+    np.testing.assert_allclose(others_after[path], value + 0.1 - 0.05 * value, rtol=1e-5, atol=1e-6, err_msg=str(path))
+
+
+def test_adam_refuses_bad_weight_decay():
+  with pytest.raises(ValueError, match=r"^weight_decay must be >= 0; got nan$"):
+    optim.adam(optax.constant_schedule(0.1), weight_decay=float("nan"))
+
+
+@pytest.mark.parametrize("make", [
+    lambda: optim.sgd(optax.constant_schedule(0.1), momentum=0.9, weight_decay=0.1),
+    lambda: optim.adam(optax.constant_schedule(0.1), weight_decay=0.1),
+])
+def test_frozen_parameters_stay_bit_for_bit_and_the_others_move_as_without(params, make):
+  is_frozen = lambda path: "conv1" in path or path[-1] == "scale"
+  grads = [jax.tree.map(lambda x, n=n: np.cos(n + 3 * np.asarray(x)), params) for n in range(3)]
+
+  def trained(optimiser):
+    after, state = params, optimiser.init(params)
+    for grad in grads:
+      updates, state = optimiser.update(grad, state, after)
+      after = optax.apply_updates(after, updates)
+    return traverse_util.flatten_dict(jax.device_get(after))
+
+  before, plain = traverse_util.flatten_dict(jax.device_get(params)), trained(make())
+  after = trained(optim.frozen(make(), is_frozen))
+  still = [path for path in before if is_frozen(path)]
+  assert 3 < len(still) < len(before)
+  assert any(is_gate_path(path) for path in still)
+  for path, value in before.items():
+    assert (plain[path] != value).all()
+    np.testing.assert_array_equal(after[path], value if path in still else plain[path], err_msg=str(path))
