@@ -1,0 +1,189 @@
+"""Which segments of a video run: a gate that sees every segment and its context, and policies that need no training.
+
+Every selector maps what the light net saw to one `GateRecord` whose units are the segments.
+
+Axes: B videos, T segments, C features, K concepts.
+Reference: Hussein et al., 2020 (TimeGate); Korbar et al., 2019 (SCSampler).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Hashable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gating_jax.checks import one_of
+from gating_jax.layers.gate import GATE_RNG, GateSettings
+from gating_jax.ops import collectives, relaxations, selection
+from gating_jax.types import Array, GateRecord
+
+CONTEXTS = ("none", "attention", "convolution")
+RELAXATIONS = {
+    "straight_through": relaxations.straight_through_gate,
+    "soft": relaxations.binary_concrete,
+    "clipped_sigmoid": lambda key, logits, temperature, noise_scale: relaxations.clipped_sigmoid(logits),
+}
+POLICIES = ("all", "uniform", "random", "oracle", "prefix")
+POOLINGS = ("max", "mean", "attention")
+CONCEPTS = "concepts"  # the name of the layer whose kernel's columns they are
+_WINDOW = 7  # segments that the convolution sees
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentGateSettings:
+  """How segment gates are built and sampled.
+
+  Attributes:
+    concepts: K, vectors that segments are compared with.
+    context: what a gate sees of the other segments: `none`, `attention` or `convolution` over time.
+    relaxation: gates of training: `straight_through`, `soft` (binary concrete) or `clipped_sigmoid`.
+    gate: hidden width, initial open probability, temperature and noise, as for channel gates.
+  """
+
+  concepts: int = 128
+  context: str = "attention"
+  relaxation: str = "straight_through"
+  gate: GateSettings = GateSettings(hidden=64, initial_open=0.5)
+
+  def __post_init__(self):
+    one_of("gate context", self.context, CONTEXTS)
+    one_of("gate relaxation", self.relaxation, RELAXATIONS)
+    if self.concepts < 1:
+      raise ValueError(f"gate concepts must be >= 1; got {self.concepts}")
+
+
+class SegmentGate(nn.Module):
+  """A gate per segment from its similarities with concepts and those of the video's other segments.
+
+      h = Dense(ReLU(BN(x . concepts)));   h = h + context(h);   logit = Dense(ReLU(Dense(h)))
+
+  `[B, T, C]` light features and `valid` `[B, T]` to a `GateRecord` of `[B, T]`. At least one segment of every video is
+  open: the likeliest, where no other is. The statistics of training are over all T segments, padding included, so that
+  devices that hold more and less of it agree with one that holds the whole batch.
+  """
+
+  settings: SegmentGateSettings = SegmentGateSettings()
+  macs_per_unit: int = 0
+  axis_name: Hashable | None = None
+
+  @nn.compact
+  def __call__(self, x: Array, valid: Array, train: bool = False) -> GateRecord:
+    s, g = self.settings, self.settings.gate
+    similarity = nn.Dense(s.concepts, use_bias=False, name=CONCEPTS)(x.astype(jnp.float32))
+    h = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name, name="norm")(similarity)
+    h = nn.Dense(g.hidden, name="project")(nn.relu(h))
+    if s.context == "attention":
+      h += Attention(name="context")(h, valid)
+    elif s.context == "convolution":
+      h += nn.Conv(g.hidden, (_WINDOW,), feature_group_count=g.hidden, name="context")(h * valid[..., None])
+    h = nn.relu(nn.Dense(g.hidden, name="hidden")(h))
+    bias = nn.initializers.constant(math.log(g.initial_open / (1 - g.initial_open)))
+    logits = nn.Dense(1, bias_init=bias, name="logits")(h)[..., 0]
+    gates = self._sample(logits) if train else relaxations.threshold_gate(logits)
+    return GateRecord(logits, jax.nn.sigmoid(logits), selection.keep_best(gates, logits, valid), self.macs_per_unit)
+
+  def _sample(self, logits: Array) -> Array:
+    keys = collectives.example_keys(self.make_rng(GATE_RNG), logits.shape[0], self.axis_name)
+    sample = lambda key, row: RELAXATIONS[self.settings.relaxation](
+        key, row, self.settings.gate.temperature, noise_scale=self.settings.gate.noise_scale)
+    return jax.vmap(sample)(keys, logits)
+
+
+class Attention(nn.Module):
+  """One head of dot-product self-attention over the valid segments, `[B, T, C]` to `[B, T, C]`.
+
+  Reference: Vaswani et al., 2017.
+  """
+
+  @nn.compact
+  def __call__(self, x: Array, valid: Array) -> Array:
+    normed = nn.LayerNorm(name="norm")(x)
+    query, key, value = (nn.Dense(x.shape[-1], name=name)(normed) for name in ("query", "key", "value"))
+    seen = jax.nn.dot_product_attention(
+        query[:, :, None], key[:, :, None], value[:, :, None], mask=valid[:, None, None, :])
+    return nn.Dense(x.shape[-1], name="out")(seen[:, :, 0])
+
+
+class Policy(nn.Module):
+  """A fixed choice of a share of each video's segments.
+
+  `all`, whatever the share; `uniform`, evenly spaced; `random`; `oracle`, the relevant ones first; `prefix`, the first
+  ones in the order of FrameExit, in training a random number of them, so that a classifier learns to do with any.
+  """
+
+  policy: str
+  share: float = 1.0
+  macs_per_unit: int = 0
+  axis_name: Hashable | None = None
+
+  @nn.compact
+  def __call__(self, valid: Array, relevant: Array | None = None, train: bool = False) -> GateRecord:
+    one_of("policy", self.policy, POLICIES)
+    k = selection.k_for(valid, self.share)
+    if self.policy == "all":
+      gates = valid.astype(jnp.float32)
+    elif self.policy == "uniform":
+      gates = selection.uniform_k(valid, k)
+    elif self.policy == "random":
+      key = self.make_rng(GATE_RNG) if train else jax.random.key(0)
+      gates = selection.random_k(key, valid, k, axis_name=self.axis_name if train else None)
+    elif self.policy == "prefix":
+      keys = collectives.example_keys(self.make_rng(GATE_RNG), *valid.shape[:1], self.axis_name) if train else None
+      gates = selection.first_k(valid, jax.vmap(lambda key, n: jax.random.randint(key, (), 1, n + 1))(
+          keys, jnp.sum(valid, axis=1)) if train else k)
+    elif relevant is None:
+      raise ValueError("relevant must be given for the oracle, which knows it; got None")
+    else:
+      gates = selection.top_k(relevant.astype(jnp.float32), valid, k)
+    return certain(gates, self.macs_per_unit)
+
+
+def certain(gates: Array, macs_per_unit: int) -> GateRecord:
+  """The record of gates that were not drawn: their probabilities are 0 and 1."""
+  return GateRecord(jnp.where(gates > 0, jnp.inf, -jnp.inf), gates, gates, macs_per_unit)
+
+
+def pool(features: Array, gates: Array, kind: str, scores: Array | None = None) -> Array:
+  """One vector per video from its chosen segments.
+
+  Args:
+    features: `[B, T, C]`, finite; those of closed segments do not change the value.
+    gates: `[B, T]`, at least one above 0 in every row.
+    kind: `max`, `mean` or `attention`.
+    scores: `[B, T]` logits of the attention.
+  Returns:
+    `[B, C]`.
+
+  >>> pool(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[1.0, 1.0, 0.0]]), "mean")
+  Array([[2.]], dtype=float32)
+  """
+  one_of("pooling", kind, POOLINGS)
+  open_ = (gates > 0)[..., None]
+  weights = gates[..., None]
+  if kind == "max":
+    return jnp.max(jnp.where(open_, features * weights, -jnp.inf), axis=1)
+  if kind == "attention":
+    scores = scores[..., None]
+    top = jnp.max(jnp.where(open_, scores, -jnp.inf), axis=1, keepdims=True)
+    # Of closed segments, which only their gates' gradients see, kept from overflowing.
+    weights = weights * jnp.exp(jnp.where(open_ | (scores < top), scores - top, 0))
+  return jnp.sum(features * weights, axis=1) / jnp.sum(weights, axis=1)
+
+
+class Dropout(nn.Module):
+  """Dropout whose draw for an example depends on its place in the whole batch, not on the device it is on."""
+
+  rate: float
+  axis_name: Hashable | None = None
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> Array:
+    if not train or not self.rate:
+      return x
+    keys = collectives.example_keys(self.make_rng("dropout"), x.shape[0], self.axis_name)
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x.shape[1:]))(keys)
+    return jnp.where(kept, x / (1 - self.rate), 0)

@@ -1,0 +1,74 @@
+"""Multiply-accumulates of a network for long videos, part by part.
+
+Axes: M videos, T segments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from gating_jax.models.counts import ModelCounts, count
+from gating_jax.models.segment_net import SegmentNet
+
+NOTHING = ModelCounts(params=0, gate_params=0, gates=0, macs=0, gate_macs=0, gated=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoCounts:
+  """Sizes of a `SegmentNet`.
+
+  Attributes:
+    segments: T.
+    light, heavy: of both nets, for one segment.
+    selector: MACs of the segment gate, and of the light net's head, for a video of T segments.
+    classifier: MACs of the classifier for a video.
+  """
+
+  segments: int
+  light: ModelCounts
+  heavy: ModelCounts
+  selector: int
+  classifier: int
+
+  @property
+  def all_segments(self) -> int:
+    """MACs of the heavy net on all T segments, every channel open, and the classifier: what gating is compared with."""
+    return self.segments * self.heavy.macs + self.classifier
+
+  def per_video(self, gates: np.ndarray, valid: np.ndarray, heavy_macs: np.ndarray) -> np.ndarray:
+    """MACs of each video, `[M]`: light net and selector on all its segments, heavy net on the chosen ones, classifier.
+
+    Args:
+      gates: `[M, T]`, chosen where above 0.
+      valid: `[M, T]` bool.
+      heavy_macs: `[M, T]`, what the heavy net spends on each segment.
+    """
+    share = np.sum(valid, axis=1) / self.segments
+    heavy = np.sum(np.where(gates > 0, heavy_macs, 0.0), axis=1)
+    return share * (self.segments * self.light.macs + self.selector) + heavy + self.classifier
+
+
+def count_video(
+    model: SegmentNet, shapes: Mapping[str, tuple[int, ...]], *, made_elsewhere: tuple[int, int] = (0, 0)
+) -> VideoCounts:
+  """Counts a network.
+
+  Args:
+    model: whose nets return `(features, records)`.
+    shapes: of a video's inputs: `heavy` `(T, ...)`, `valid` `(T,)` and, where there is a light net, `light`.
+    made_elsewhere: MACs per segment that inputs of the light and of the heavy net cost, where they are features.
+  """
+  segments = shapes["valid"][0]
+  heavy = count(model.heavy.clone(parent=None), shapes["heavy"][1:])
+  light = NOTHING if model.light is None else count(model.light.clone(parent=None), shapes["light"][1:])
+  whole = count(model, dict(shapes))
+  classifier = count(model.clone(selection="all", light=None, light_head=False), dict(shapes)).macs - heavy.macs
+  selector = whole.gate_macs - heavy.gate_macs + whole.macs - light.macs - heavy.macs - classifier
+  if model.selection == "gate" and model.gate.context == "attention":
+    selector += 2 * segments**2 * model.gate.gate.hidden  # queries with keys, weights with values
+  light, heavy = (dataclasses.replace(net, macs=net.macs + macs)
+                  for net, macs in zip((light, heavy), made_elsewhere, strict=True))
+  return VideoCounts(segments, light, heavy, selector, classifier)
