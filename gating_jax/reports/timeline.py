@@ -1,0 +1,240 @@
+"""A picture of videos' time lines: what the gate thought of every segment, what it chose, and the truth where known.
+
+Axes: T segments, H and W pixels, D colours.
+Reference: Hussein et al., 2020 (TimeGate): the chosen segments are the explanation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+_WIDTH = 11.0  # inches of the time axis
+_LEFT, _RIGHT, _TOP, _LEGEND_LINE = 0.75, 0.25, 0.15, 0.24
+_HEADER, _BARS, _STRIP, _GAP, _AFTER = 0.3, 0.85, 0.2, 0.07, 0.25
+_THUMBNAIL = 1.0  # inches at most, either side
+_MOST_THUMBNAILS = 24
+_CHOSEN, _CLOSED, _RELEVANT, _INK = "#e4572e", "#b8c4d0", "#2e9e6b", "#30363d"
+_NO_UNIT = "#eceff2"
+
+_Units = dict[int, tuple[str, tuple[float, float, float]]]  # name and colour
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeLine:
+  """One video; padding is not drawn.
+
+  Attributes:
+    probs: `[T]` probability that the gate opens.
+    gates: `[T]`, chosen above 0.
+    valid: `[T]` bool.
+    title: written above, as it is.
+    thumbnails: `[T, H, W, D]` uint8 centre frames, D 1 or 3; None for features.
+    relevant: `[T]` bool, None where the truth is not known.
+    units: `[T]` int unit action of each segment, -1 none; None where not known.
+  """
+
+  probs: np.ndarray
+  gates: np.ndarray
+  valid: np.ndarray
+  title: str = ""
+  thumbnails: np.ndarray | None = None
+  relevant: np.ndarray | None = None
+  units: np.ndarray | None = None
+
+
+def draw(path: Path, lines: Sequence[TimeLine], *, unit_names: Sequence[str] | None = None) -> None:
+  """Writes a PNG, one video below the other: thumbnails, probabilities aligned with them, the truth.
+
+  Of a long video a thumbnail stands for a few neighbouring segments and shows the likeliest chosen one of them, or the
+  middle one; every segment has its bar.
+
+  Args:
+    path: of the picture.
+    lines: the videos, at least one.
+    unit_names: of `TimeLine.units`; their numbers if None.
+  """
+  from matplotlib.figure import Figure  # imports slowly
+
+  if not lines:
+    raise ValueError("lines must hold at least one TimeLine; got none")
+  lines = [_without_padding(line) for line in lines]
+  units = _shown_units(lines, unit_names)
+  legend = _legend_entries(lines, units)
+  legend_height = _LEGEND_LINE * (-(-len(legend) // _legend_columns(legend)) + 0.5)
+  height = _TOP + sum(map(_height, lines)) + legend_height
+  figure = Figure(figsize=(_LEFT + _WIDTH + _RIGHT, height), dpi=110)
+  top = height - _TOP
+  for line in lines:
+    _draw_line(_Page(figure, height, len(line.gates)), line, units, top)
+    top -= _height(line)
+  _draw_legend(figure, legend)
+  with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a name's letters may be in no font here
+    figure.savefig(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Page:
+  """Places axes by inches; their x axis is time in segments."""
+
+  figure: object
+  height: float
+  segments: int
+
+  def axes(self, top: float, height: float):
+    width = self.figure.get_figwidth()
+    place = (_LEFT / width, (top - height) / self.height, _WIDTH / width, height / self.height)
+    axes = self.figure.add_axes(place)
+    axes.set(xlim=(0, self.segments), ylim=(0, 1), xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    return axes
+
+
+def _draw_line(page: _Page, line: TimeLine, units: _Units, top: float) -> None:
+  chosen = line.gates > 0
+  header = page.axes(top, _HEADER)
+  header.text(0, 0.45, _plain(line.title, 90), transform=header.transAxes, color=_INK, weight="bold", parse_math=False)
+  header.text(1, 0.45, f"{chosen.sum()} of {len(chosen)} segments chosen", transform=header.transAxes, color=_INK,
+              ha="right")
+  top -= _HEADER
+  if line.thumbnails is not None:
+    size = _thumbnail_size(line.thumbnails)
+    _draw_thumbnails(page.axes(top, size[1]), line.thumbnails, line.probs, chosen, size)
+    top -= size[1] + _GAP
+  _draw_bars(page.axes(top, _BARS), line.probs, chosen)
+  top -= _BARS + _GAP
+  if line.relevant is not None:
+    _draw_strip(page.axes(top, _STRIP / 2), [_RELEVANT if r else _NO_UNIT for r in line.relevant])
+    top -= _STRIP / 2 + _GAP / 2
+  if line.units is not None:
+    axes = page.axes(top, _STRIP)
+    _draw_strip(axes, [units[u][1] if u >= 0 else _NO_UNIT for u in line.units])
+    _name_runs(axes, line.units, units)
+
+
+def _draw_thumbnails(axes, thumbnails: np.ndarray, probs: np.ndarray, chosen: np.ndarray, size) -> None:
+  segments = len(thumbnails)
+  width = size[0] / _WIDTH * segments
+  edges = np.linspace(0, segments, min(segments, _MOST_THUMBNAILS) + 1)
+  for start, end in zip(edges, edges[1:], strict=False):
+    block = np.arange(int(start), int(end))
+    shown = _representative(block, probs, chosen)
+    image = thumbnails[shown]
+    centre = (start + end) / 2
+    picture = axes.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255,
+                          extent=(centre - width / 2, centre + width / 2, 0, 1), aspect="auto",
+                          alpha=1.0 if chosen[shown] else 0.3)
+    if chosen[shown]:
+      left, right, low, high = picture.get_extent()
+      axes.plot([left, right, right, left, left], [low, low, high, high, low], color=_CHOSEN, linewidth=2.5,
+                clip_on=False, solid_joinstyle="miter")
+    if len(edges) <= segments:
+      axes.plot(shown + 0.5, -0.06, marker="v", markersize=4, clip_on=False, markeredgewidth=0,
+                color=_CHOSEN if chosen[shown] else _CLOSED)
+  axes.set(xlim=(0, segments), ylim=(0, 1))
+
+
+def _draw_bars(axes, probs: np.ndarray, chosen: np.ndarray) -> None:
+  axes.bar(np.arange(len(probs)) + 0.5, np.nan_to_num(probs), width=0.86,
+           color=np.where(chosen, _CHOSEN, _CLOSED), linewidth=0)
+  axes.axhline(0.5, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.6)
+  axes.axhline(0, color=_INK, linewidth=1)
+  axes.set(yticks=[0, 0.5, 1])
+  axes.tick_params(axis="y", labelsize=8, length=2, color=_INK, labelcolor=_INK)
+  axes.set_ylabel("P(open)", fontsize=9, color=_INK)
+
+
+def _draw_strip(axes, colours: Sequence) -> None:
+  axes.bar(np.arange(len(colours)) + 0.5, 1, width=1.0, color=colours, linewidth=0)
+
+
+def _name_runs(axes, ids: np.ndarray, units: _Units) -> None:
+  """Writes a unit's name into each of its runs that is wide enough for it."""
+  starts = np.flatnonzero(np.diff(ids, prepend=-2))
+  for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+    letters = int((end - start) / len(ids) * _WIDTH / 0.062)
+    if ids[start] >= 0 and letters >= min(3, len(units[ids[start]][0])):
+      axes.text((start + end) / 2, 0.45, _plain(units[ids[start]][0], letters), ha="center", va="center", fontsize=7,
+                color="white", parse_math=False)
+
+
+def _draw_legend(figure, entries: Sequence[tuple[str, object]]) -> None:
+  from matplotlib.patches import Patch
+
+  legend = figure.legend(handles=[Patch(color=colour) for _, colour in entries], labels=[name for name, _ in entries],
+                         ncols=_legend_columns(entries), loc="lower center", frameon=False, fontsize=9,
+                         handlelength=1.2, handleheight=0.9, labelcolor=_INK)
+  for text in legend.get_texts():
+    text.set_parse_math(False)
+
+
+def _legend_entries(lines: Sequence[TimeLine], units: _Units) -> list[tuple[str, object]]:
+  entries = [("chosen", _CHOSEN), ("not chosen", _CLOSED)]
+  if any(line.relevant is not None for line in lines):
+    entries.append(("relevant", _RELEVANT))
+  return entries + [(_plain(name, 28), colour) for name, colour in units.values()]
+
+
+def _legend_columns(entries: Sequence[tuple[str, object]]) -> int:
+  widest = max(len(name) for name, _ in entries)
+  return max(1, min(len(entries), int(_WIDTH / (0.45 + 0.085 * widest))))
+
+
+def _shown_units(lines: Sequence[TimeLine], unit_names: Sequence[str] | None) -> _Units:
+  """Name and colour of every unit in the picture, hues as far apart as their number allows."""
+  from matplotlib.colors import hsv_to_rgb
+
+  ids = sorted({int(u) for line in lines if line.units is not None for u in line.units if u >= 0})
+  if unit_names is not None and ids and ids[-1] >= len(unit_names):
+    raise ValueError(f"unit_names must name every unit; got {len(unit_names)} names, unit {ids[-1]}")
+  name = lambda u: str(u) if unit_names is None else unit_names[u]
+  colour = lambda i: tuple(hsv_to_rgb(((0.55 + i / len(ids)) % 1, 0.55, (0.75, 0.55)[i % 2])))
+  return {u: (name(u), colour(i)) for i, u in enumerate(ids)}
+
+
+def _without_padding(line: TimeLine) -> TimeLine:
+  valid = np.asarray(line.valid, bool)
+  arrays = {f.name: getattr(line, f.name) for f in dataclasses.fields(line) if f.name not in ("title", "valid")}
+  arrays = {name: np.asarray(values) for name, values in arrays.items() if values is not None}
+  for name, values in arrays.items():
+    if values.shape[:1] != valid.shape:
+      raise ValueError(f"{name} must be [T, ...] like valid; got {values.shape}, valid {valid.shape} ({line.title!r})")
+  if not valid.any():
+    raise ValueError(f"valid must be True for some segment; got none ({line.title!r})")
+  thumbnails = arrays.get("thumbnails")
+  if thumbnails is not None and (thumbnails.ndim != 4 or thumbnails.shape[-1] not in (1, 3)):
+    raise ValueError(f"thumbnails must be [T, H, W, D], D 1 or 3; got {thumbnails.shape} ({line.title!r})")
+  return dataclasses.replace(line, valid=valid[valid], **{name: values[valid] for name, values in arrays.items()})
+
+
+def _representative(block: np.ndarray, probs: np.ndarray, chosen: np.ndarray) -> int:
+  candidates = block[chosen[block]]
+  return candidates[np.argmax(probs[candidates])] if len(candidates) else block[len(block) // 2]
+
+
+def _thumbnail_size(thumbnails: np.ndarray) -> tuple[float, float]:
+  """Width and height in inches, in the frames' proportion."""
+  segments, rows, columns, _ = thumbnails.shape
+  room = _WIDTH / min(segments, _MOST_THUMBNAILS) * 0.92
+  scale = min(room / columns, _THUMBNAIL / rows, 2 * _THUMBNAIL / columns)
+  return columns * scale, rows * scale
+
+
+def _height(line: TimeLine) -> float:
+  height = _HEADER + _BARS + _GAP + _AFTER
+  if line.thumbnails is not None:
+    height += _thumbnail_size(line.thumbnails)[1] + _GAP
+  if line.relevant is not None:
+    height += _STRIP / 2 + _GAP / 2
+  return height + (_STRIP + _GAP if line.units is not None else 0)
+
+
+def _plain(name: str, letters: int) -> str:
+  """One line of printable characters, at most `letters` of them."""
+  name = "".join(c if c.isprintable() else "?" for c in str(name))
+  return name if len(name) <= letters else name[:max(letters - 1, 0)] + "…"
