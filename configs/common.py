@@ -1,5 +1,7 @@
 """Fields of an image-classification config, with the recipe's defaults. The only home of a default."""
 
+from collections.abc import Mapping
+
 import ml_collections
 from ml_collections import config_dict
 
@@ -7,6 +9,7 @@ from ml_collections import config_dict
 def image_config() -> ml_collections.ConfigDict:
   """Every field; fractions are of the whole training."""
   return ml_collections.ConfigDict({
+      "experiment": "classification",
       "seed": 0,
       "data": {
           "name": "digits",  # or any TFDS image-classification set
@@ -78,12 +81,15 @@ _VARIANTS = {
 }
 
 
-def apply_variants(config: ml_collections.ConfigDict, arg: str | None) -> ml_collections.ConfigDict:
+def apply_variants(
+    config: ml_collections.ConfigDict, arg: str | None, variants: Mapping[str, tuple[str, type]] | None = None
+) -> ml_collections.ConfigDict:
   """`epochs=10,gating=none` and the like: short names for the settings that runs differ in most."""
+  variants = variants or _VARIANTS
   for item in filter(None, (arg or "").split(",")):
     name, found, value = item.partition("=")
-    if not found or name not in _VARIANTS:
-      raise ValueError(f"a variant must be one of {sorted(_VARIANTS)} as name=value; got {item!r}")
-    field, kind = _VARIANTS[name]
+    if not found or name not in variants:
+      raise ValueError(f"a variant must be one of {sorted(variants)} as name=value; got {item!r}")
+    field, kind = variants[name]
     config.update_from_flattened_dict({field: kind(value)})
   return config

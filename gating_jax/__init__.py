@@ -5,8 +5,13 @@ See the README for a tour; every name here is documented where it is defined.
 
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.gate import ChannelGate, GateHead, GateSettings, apply_gates
+from gating_jax.layers.segments import SegmentGate, SegmentGateSettings
 from gating_jax.models.counts import ModelCounts, count
 from gating_jax.models.resnet import ResNet, resnet
+from gating_jax.models.segment_net import SegmentNet
+from gating_jax.models.segment_nets import heavy_net, light_net
+from gating_jax.models.video_counts import VideoCounts, count_video
+from gating_jax.ops.compaction import bucket_sizes, capacity_for, open_indices, put_back
 from gating_jax.ops.ecdf import (
   batch_shaping_loss,
   cdf_matching_loss,
@@ -37,6 +42,8 @@ from gating_jax.ops.relaxations import (
 )
 from gating_jax.ops.samples import empirical
 from gating_jax.types import GateRecord
+from gating_jax.video.concepts import find_concepts
+from gating_jax.video.inference import Skipping
 
 __all__ = [
   "BasicBlock",
@@ -48,27 +55,40 @@ __all__ = [
   "ModelCounts",
   "Prior",
   "ResNet",
+  "SegmentGate",
+  "SegmentGateSettings",
+  "SegmentNet",
+  "Skipping",
+  "VideoCounts",
   "apply_gates",
   "batch_shaping_loss",
   "beta",
   "binary_concrete",
+  "bucket_sizes",
+  "capacity_for",
   "cdf_matching_loss",
   "clipped_sigmoid",
   "count",
+  "count_video",
   "empirical",
   "empirical_cdf",
   "executed_macs",
+  "find_concepts",
   "from_cdf",
   "gated_macs",
   "generalised_batch_shaping_loss",
   "hard_concrete",
   "hard_concrete_mean",
   "hard_concrete_open_prob",
+  "heavy_net",
   "l0_loss",
+  "light_net",
   "mac_budget_loss",
   "mac_loss",
   "noise_floor",
   "normal",
+  "open_indices",
+  "put_back",
   "relaxed_bernoulli",
   "resnet",
   "sort_with_vjp",

@@ -6,17 +6,20 @@ from pathlib import Path
 import pytest
 
 from gating_jax.checks import one_of
-from gating_jax.training import objectives, schedules
+from gating_jax.training import objectives, schedules, segment_objectives
 
-FILES = sorted(f.stem for f in (Path(__file__).parent.parent / "configs").glob("*_*.py") if f.stem != "__init__")
+NOT_RUN = ("__init__", "video_common")
+FILES = sorted(f.stem for f in (Path(__file__).parent.parent / "configs").glob("*_*.py") if f.stem not in NOT_RUN)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_config_builds_and_names_known_choices(name):
   config = importlib.import_module(f"configs.{name}").get_config("")
   one_of("schedule", config.optim.schedule, schedules.LEARNING_RATES)
-  one_of("reduction", config.loss.batch_shaping.reduction, objectives.REDUCTIONS)
-  one_of("kind", config.loss.sparsity.kind, objectives.SPARSITIES)
+  videos = config.experiment == "long_video"
+  shaping = config.loss.channels.batch_shaping if videos else config.loss.batch_shaping
+  one_of("reduction", shaping.reduction, objectives.REDUCTIONS)
+  one_of("kind", config.loss.sparsity.kind, (segment_objectives if videos else objectives).SPARSITIES)
   assert f"configs/{name}.py" in importlib.import_module(f"configs.{name}").__doc__
 
 
@@ -35,7 +38,15 @@ def test_variants_change_their_field():
       3, "none", 2.5, 0.5)
 
 
+def test_variants_of_long_videos_change_their_field():
+  variant = "context=none,target=0.25,heavy=r2plus1d10,seed=3"
+  config = importlib.import_module("configs.composed_timegate").get_config(variant)
+  assert (config.model.gate.context, config.loss.sparsity.target, config.model.heavy.name, config.seed) == (
+      "none", 0.25, "r2plus1d10", 3)
+
+
 @pytest.mark.parametrize("variant", ["epoch=3", "epochs", "nonsense=1"])
 def test_unknown_variant_is_refused(variant):
-  with pytest.raises(ValueError, match="a variant must be one of"):
-    importlib.import_module("configs.cifar10_resnet20").get_config(variant)
+  for name in ("cifar10_resnet20", "videos_timegate"):
+    with pytest.raises(ValueError, match="a variant must be one of"):
+      importlib.import_module(f"configs.{name}").get_config(variant)

@@ -1,0 +1,92 @@
+"""Ways to choose segments of long videos at equal budgets, on the embedded task.
+
+    python benchmarks/long_video.py --runs=runs/long_video --heavy=resnet3d10 --seed=0 [--rows=all,gate50,gate25]
+
+Trains both nets once (row `all`, the heavy net on every segment), then every other row on their features, with the
+rows' own classifiers. Each row is a run directory, so that finished rows are not repeated. MACs are those of light net,
+gate, heavy net and classifier, as a share of the heavy net on all segments; budgets are on that sum, so that what needs
+the light net may choose fewer segments.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+from absl import flags
+
+from configs import composed_timegate
+from gating_jax.experiments import long_video, video_trial
+
+LONG = {"optim.epochs": 240, "loss.sparsity.full": 0.6, "model.gate.initial_open": 0.85}
+ROWS = {  # name: changes of the config
+    "all": {"model.selection": "all"},
+    "gate50": {**LONG, "loss.sparsity.target": 0.4},
+    "gate25": {**LONG, "loss.sparsity.target": 0.125},
+    "alone25": {**LONG, "loss.sparsity.target": 0.125, "model.gate.context": "none"},
+    "convolution25": {**LONG, "loss.sparsity.target": 0.125, "model.gate.context": "convolution"},
+    "uniform25": {"model.selection": "uniform", "model.share": 0.25},
+    "random25": {"model.selection": "random", "model.share": 0.25},
+    "confidence25": {"model.selection": "confidence", "model.share": 0.18, "loss.light": 1.0},
+    "prefix25": {"model.selection": "prefix", "model.share": 0.25},
+    "light": {"model.selection": "light"},
+    "oracle25": {"model.selection": "oracle", "model.share": 0.25},
+    "uniform50": {"model.selection": "uniform", "model.share": 0.5},
+    "random50": {"model.selection": "random", "model.share": 0.5},
+}
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--runs", type=Path, required=True)
+  parser.add_argument("--heavy", default="resnet3d10")
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--rows", default=",".join(ROWS))
+  args = parser.parse_args()
+  flags.FLAGS.mark_as_parsed()
+  video_trial.extract_features = remembered(video_trial.extract_features)
+  folder = args.runs / f"{args.heavy}-{args.seed}"
+  print(f"{args.heavy}, seed {args.seed}, {jax.device_count()} devices\n{'row':<14}{'accuracy':>9}{'MACs':>8}"
+        f"{'chosen':>8}{'precision':>10}{'recall':>8}{'seconds':>9}", flush=True)
+  for row in args.rows.split(","):
+    result = run(folder, row, args)
+    print(f"{row:<14}{result['accuracy']:>9.4f}{result['mac_ratio']:>8.3f}{result['share']:>8.3f}"
+          f"{result['precision']:>10.3f}{result['recall']:>8.3f}{result['seconds_since_last_start']:>9.0f}", flush=True)
+
+
+def run(folder, row, args):
+  config = composed_timegate.get_config(f"heavy={args.heavy},seed={args.seed}")
+  config.update_from_flattened_dict({**ROWS[row], "log_every": 500, "checkpoint_every": 20.0})
+  if row != "all":
+    config.pretrained = str(folder / "all")
+  folder.mkdir(parents=True, exist_ok=True)
+  if not (folder / row / "result.json").exists():
+    with (folder / f"{row}.log").open("a") as log:
+      output, sys.stdout = sys.stdout, log
+      try:
+        long_video.run(config, folder / row, "train")
+      finally:
+        sys.stdout = output
+  return json.loads((folder / row / "result.json").read_text())
+
+
+def remembered(extract):
+  """`extract`, once for each set of nets that rows share: with the light net, without it, and the light net alone."""
+  known = {}
+
+  @functools.wraps(extract)
+  def once(experiment, variables, nets=("light", "heavy")):
+    key = (experiment.model.light is None, experiment.config.model.selection == "light")
+    if key not in known:
+      known[key] = extract(experiment, variables, nets)
+    return known[key]
+
+  return once
+
+
+if __name__ == "__main__":
+  main()

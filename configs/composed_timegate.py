@@ -1,0 +1,23 @@
+"""TimeGate on the embedded task: long videos composed of scikit-learn's handwritten digits.
+
+    gating-jax --config=configs/composed_timegate.py --workdir=runs/timegate --mode=train
+    gating-jax --config=configs/composed_timegate.py:selection=uniform,share=0.25 --workdir=runs/uniform --mode=train
+
+After Hussein et al., 2020; the task is described in gating_jax/data/composed.py. Time and score: docs/results.md.
+"""
+
+from configs import video_common
+
+
+def get_config(arg: str = ""):
+  config = video_common.video_config()
+  config.model.heavy.stem = "small"
+  config.model.light.name = "resnet8"
+  config.model.light.width = 0.5
+  config.model.heavy.width = 0.25
+  config.model.gate.concepts = 32
+  config.model.pooling = "attention"
+  config.pretrain.epochs = 12
+  config.optim.epochs = 60
+  config.checkpoint_every = 5.0
+  return video_common.apply_variants(config, arg)

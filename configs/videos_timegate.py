@@ -1,0 +1,31 @@
+"""TimeGate on a folder of videos with a label table, or with one of the published sets' own annotations.
+
+    gating-jax --config=configs/videos_timegate.py --workdir=runs/videos --mode=train \
+      --config.data.folder=/data/videos --config.data.table=/data/labels.csv \
+      --config.data.train_split=/data/train.txt --config.data.test_split=/data/test.txt
+    gating-jax --config=configs/videos_timegate.py:layout=breakfast --workdir=runs/breakfast --mode=train \
+      --config.data.folder=/data/BreakfastII_15fps_qvga_sync --config.data.table=/data/segmentation_coarse
+    gating-jax --config=configs/videos_timegate.py:layout=charades --workdir=runs/charades --mode=train \
+      --config.data.folder=/data/Charades_v1_480 --config.data.table=/data/Charades
+
+labels.csv has the columns `video` and `label`, several labels separated by `;`; a split file names a video a line. The
+nets are those of Hussein et al., 2020, as far as they are known: MobileNet and a 3-D ResNet, 8 frames a segment, 64
+segments for Breakfast and Charades. Needs PyAV: pip install gating-jax[video]. These sets were not at hand to measure.
+"""
+
+from configs import video_common
+
+
+def get_config(arg: str = ""):
+  config = video_common.video_config()
+  config.data.name = "videos"
+  config.data.segments = 64
+  config.data.size = 112
+  config.data.workers = 4
+  config.model.light.name = "mobilenet"
+  config.model.heavy.name = "resnet3d18"
+  config.model.dtype = "bfloat16"
+  config.pretrain.target = "label"
+  config.pretrain.batch_size = 16
+  config.optim.batch_size = 32
+  return video_common.apply_variants(config, arg)

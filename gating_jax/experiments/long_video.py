@@ -1,0 +1,201 @@
+"""Trains and evaluates a network that chooses segments of long videos, in a run directory.
+
+Two trainings follow each other: in the folder `pretrain`, both nets as classifiers of single segments; then, in the run
+directory itself, the gate and the classifier.
+
+Reference: Hussein et al., 2020 (TimeGate).
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from gating_jax.data import resident
+from gating_jax.data.video_arrays import VideoArrays
+from gating_jax.experiments import video_sets, video_trial
+from gating_jax.experiments.video_build import LIGHT, Phase, VideoExperiment, build
+from gating_jax.layers.gate import GATE_NAME
+from gating_jax.layers.segments import CONCEPTS
+from gating_jax.reports import video_table
+from gating_jax.training import devices, loop, rundir, steps
+from gating_jax.training.checkpoints import Checkpoints
+from gating_jax.training.journal import Journal
+from gating_jax.video.concepts import find_concepts
+
+PRETRAIN_DIR = "pretrain"
+_CONCEPT_SEGMENTS = 20_000  # that concepts are found from, at most
+
+
+def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
+  """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint."""
+  experiment = build(config)
+  if mode == "evaluate":
+    _evaluate(experiment, rundir.existing_run(workdir, config).path)
+    return
+  with rundir.open_run(workdir, config) as run_dir:
+    if (result := run_dir.result()) is not None:
+      print(f"{workdir} holds a finished run of this config; nothing was trained or changed. Its result:")
+      print(video_table.render(result))
+    else:
+      _train(experiment, run_dir)
+
+
+def _evaluate(experiment: VideoExperiment, path: Path) -> None:
+  nets = _trained_nets(experiment, path) if experiment.pretraining or experiment.config.pretrained else None
+  step, state = _restore(experiment.training, path, experiment.config.seed, read_only=True)
+  if not step:
+    raise rundir.RunDirError(f"no checkpoint in {path / rundir.CHECKPOINT_DIR} yet")
+  variables = _whole(experiment, state, nets)
+  result = video_trial.test(experiment, variables)[0] | video_trial.speed(experiment, variables)
+  print(f"checkpoint of step {step}")
+  print(video_table.render(result))
+
+
+def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
+  started, config, phase = time.time(), experiment.config, experiment.training
+  nets = None
+  if config.pretrained:
+    nets = _trained_nets(experiment, run_dir.path)
+  elif experiment.pretraining:
+    state, finished = _run_phase(experiment, experiment.pretraining, run_dir.path / PRETRAIN_DIR, experiment.train)
+    if not finished:
+      return
+    nets = _variables(state)
+  train = experiment.train
+  first_step, state = _restore(phase, run_dir.path, config.seed)
+  if config.training == "two_stage":
+    train = video_trial.extract_features(experiment, _nets_of(experiment, nets))
+  if not first_step:
+    state = _begin(experiment, state, nets, train)
+  test = lambda state: video_trial.test(experiment, _whole(experiment, state, nets))
+  state, finished = _run_phase(experiment, phase, run_dir.path, train, start=(first_step, state), test=test)
+  if not finished:
+    return
+  result, behaviour = test(state)
+  result |= video_trial.speed(experiment, _whole(experiment, state, nets))
+  video_trial.draw(experiment, behaviour, run_dir.path / "timeline.png")
+  result |= {"step": phase.settings.total_steps, "seconds_since_last_start": round(time.time() - started, 1)}
+  run_dir.finish(result)
+  print(video_table.render(result))
+  print(f"run directory: {run_dir.path}")
+
+
+def _run_phase(
+    experiment: VideoExperiment, phase: Phase, path: Path, train: Any, *, start: Any = None, test: Any = None
+) -> tuple[Any, bool]:
+  """Trains to the end of a phase, or to where it was asked to stop: `(state, finished)`.
+
+  `start` is `(first_step, state)`, by default what `path` holds; `test` evaluates a state.
+  """
+  config, total = experiment.config, phase.settings.total_steps
+  first_step, state = start or _restore(phase, path, config.seed)
+  if first_step == total:
+    return state, True
+  if first_step:
+    print(f"going on from the checkpoint of step {first_step} in {path}")
+  path.mkdir(exist_ok=True)
+  checkpoints, journal = Checkpoints(path / rundir.CHECKPOINT_DIR), Journal(path, first_step, total)
+
+  def evaluate(state, step):
+    result, _ = test(state)
+    journal.write(step, "test", {name: value for name, value in result.items() if isinstance(value, (int, float))})
+    journal.say(step, video_table.headline(result))
+
+  try:
+    state, step = loop.train(
+        state, first_step, _make_advance(experiment, phase, train, first_step), settings=phase.settings,
+        checkpoints=checkpoints, journal=journal, evaluate=evaluate if test else None)
+    if step < total:
+      journal.say(step, "stopped as asked; a checkpoint is saved, the same command goes on from here")
+  finally:
+    journal.close()
+    checkpoints.close()
+  return state, step == total
+
+
+def _make_advance(experiment: VideoExperiment, phase: Phase, train: Any, first_step: int) -> Any:
+  """`(state, step) -> (state, metrics)` over all devices."""
+  config, k = experiment.config, phase.settings.steps_per_dispatch
+  process = (jax.process_index(), jax.process_count())
+  step = steps.make_train_step(
+      phase.model, phase.optimiser, phase.objective, phase.prepare, seed=config.seed, axis_name=devices.AXIS)
+  mapped = lambda fn, args: devices.map_over_devices(
+      fn, args=args, results=(devices.REPLICATED, devices.REPLICATED), backend=config.devices.backend, donate=(0,))
+  if isinstance(train, VideoArrays):
+    arrays = devices.replicate(video_sets.examples(train.arrays))
+    run = mapped(steps.resident_steps(step), (devices.REPLICATED, devices.REPLICATED, devices.BATCH))
+    indices = lambda at: resident.indices(config.seed, at, k, phase.batch_size, len(train), process)
+    return lambda state, at: run(state, arrays, indices(at))
+  stream = train.batches(phase.batch_size, first_step, k, phase.settings.total_steps, process)
+  run = mapped(steps.streamed_steps(step), (devices.REPLICATED, devices.BATCH))
+  return lambda state, _: run(state, video_sets.examples(next(stream)))
+
+
+def _restore(phase: Phase, path: Path, seed: int, *, read_only: bool = False) -> tuple[int, Any]:
+  """The newest checkpoint's step and state, or step 0 and a fresh state."""
+  state = steps.init_state(phase.model, phase.optimiser, seed, phase.shapes)
+  directory = path / rundir.CHECKPOINT_DIR
+  if not directory.exists():
+    return 0, devices.replicate(state)
+  checkpoints = Checkpoints(directory, read_only=read_only)
+  try:
+    return checkpoints.restore(state, devices.replicated_sharding()) or (0, devices.replicate(state))
+  finally:
+    checkpoints.close()
+
+
+def _trained_nets(experiment: VideoExperiment, path: Path) -> Any:
+  """The variables of both nets, from this run or the one named by `pretrained`."""
+  if experiment.pretraining is None:
+    raise ValueError("pretrain.epochs must be those of the pretrained run; got 0")
+  path = Path(experiment.config.pretrained or path) / PRETRAIN_DIR
+  step, state = _restore(experiment.pretraining, path, experiment.config.seed, read_only=True)
+  if step != experiment.pretraining.settings.total_steps:
+    raise rundir.RunDirError(f"{path} must hold nets trained for {experiment.pretraining.settings.total_steps} steps; "
+                             f"its newest checkpoint is of step {step}")
+  return _variables(state)
+
+
+def _variables(state: steps.TrainState) -> dict[str, Any]:
+  return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def _nets_of(experiment: VideoExperiment, nets: Any) -> dict[str, Any]:
+  """The trained variables under the names that the whole network gives them."""
+  if nets is None:  # those for features made elsewhere have none
+    return {}
+  alone = experiment.config.model.selection == LIGHT
+  places = {"heavy": "light" if alone else "heavy"} | ({} if experiment.model.light is None else {"light": "light"})
+  return {kind: {place: tree[name] for place, name in places.items() if name in tree} for kind, tree in nets.items()}
+
+
+def _begin(experiment: VideoExperiment, state: steps.TrainState, nets: Any, train: Any) -> steps.TrainState:
+  """A fresh state with what the first training found: nets, if they go on being trained, and concepts."""
+  params, batch_stats = dict(state.params), dict(state.batch_stats)
+  if nets is not None and experiment.config.training == "end_to_end":
+    trained = devices.replicate(_nets_of(experiment, nets))
+    params |= trained["params"]
+    batch_stats |= trained["batch_stats"]
+  if experiment.model.selection == "gate":
+    features = train if experiment.config.training == "two_stage" else video_trial.extract_features(
+        experiment, {"params": params, "batch_stats": batch_stats}, ("light",))
+    seen = features.arrays["light"][features.arrays["valid"]]
+    seen = seen[np.random.default_rng(experiment.config.seed).permutation(len(seen))[:_CONCEPT_SEGMENTS]]
+    concepts = find_concepts(seen, experiment.config.model.gate.concepts, seed=experiment.config.seed)
+    gate = params[GATE_NAME]
+    params[GATE_NAME] = {**gate, CONCEPTS: {"kernel": devices.replicate(np.ascontiguousarray(concepts.T))}}
+  return state.replace(params=params, batch_stats=batch_stats)
+
+
+def _whole(experiment: VideoExperiment, state: steps.TrainState, nets: Any) -> dict[str, Any]:
+  """The variables of the whole network."""
+  variables = _variables(state)
+  if experiment.config.training == "end_to_end":
+    return variables
+  return variables | {kind: {**variables[kind], **tree} for kind, tree in _nets_of(experiment, nets).items()}

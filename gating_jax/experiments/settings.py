@@ -1,0 +1,66 @@
+"""Checks of a config's fields that every experiment makes, before anything is compiled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from gating_jax.checks import one_of
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def check(
+    config: ml_collections.ConfigDict,
+    *,
+    choices: Mapping[str, Collection[str]],
+    positive: Collection[str] = (),
+    not_negative: Collection[str] = (),
+    at_least: Mapping[str, int],
+    fractions: Collection[str] = (),
+    numbers: Collection[str] = (),
+    rules: Mapping[str, Rule],
+) -> None:
+  """Raises a ValueError that names the first field, such as `optim.batch_size`, which breaks its rule."""
+  fields = dict(flatten(config))
+  for name, allowed in choices.items():
+    one_of(name, fields[name], allowed)
+  every: list[tuple[str, Rule]] = []
+  every += [(name, (lambda v: 0 < v < math.inf, "a positive finite number")) for name in positive]
+  every += [(name, (lambda v: 0 <= v < math.inf, "a finite number >= 0")) for name in not_negative]
+  every += [(name, (lambda v, least=least: v >= least, f">= {least}")) for name, least in at_least.items()]
+  every += [(name, (lambda v: 0 < v <= 1, "in (0, 1]")) for name in fractions]
+  every += [(name, (lambda v: all_numbers(v) and len(v) > 0, "a tuple of numbers")) for name in numbers]
+  for name, (holds, rule) in (*every, *rules.items()):
+    if not holds(fields[name]):
+      raise ValueError(f"{name} must be {rule}; got {fields[name]!r}")
+
+
+def all_numbers(values: Any) -> bool:
+  """Whether `values` is a tuple of finite numbers; an empty one is."""
+  return isinstance(values, tuple) and all(isinstance(v, (int, float)) and math.isfinite(v) for v in values)
+
+
+def divides_over_devices() -> Rule:
+  """The rule of a batch size."""
+  return lambda size: size % jax.device_count() == 0, f"a multiple of the {jax.device_count()} devices"
+
+
+def total_steps(epochs: int, steps_per_epoch: int, per_dispatch: int) -> int:
+  """Steps of a training, whole dispatches."""
+  return math.ceil(epochs * steps_per_epoch / per_dispatch) * per_dispatch
+
+
+def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """`("optim.batch_size", 128)` and so on."""
+  for name, value in config.items():
+    if isinstance(value, ml_collections.ConfigDict):
+      yield from flatten(value, f"{prefix}{name}.")
+    else:
+      yield prefix + name, value

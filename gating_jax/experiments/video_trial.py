@@ -1,0 +1,186 @@
+"""What a network for long videos does on a whole set: its features, its test, its pictures.
+
+Axes: M videos, T segments, C features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gating_jax.data import batches
+from gating_jax.data.video_arrays import VideoArrays
+from gating_jax.data.videos import VideoSet
+from gating_jax.experiments import video_sets
+from gating_jax.experiments.video_build import VideoExperiment
+from gating_jax.ops import compaction, selection
+from gating_jax.ops.macs import executed_macs
+from gating_jax.reports import timeline
+from gating_jax.training import devices
+from gating_jax.video import early_exit, metrics
+from gating_jax.video.inference import Skipping
+
+_DRAWN = 6  # videos of the picture
+Arrays = dict[str, np.ndarray]
+
+
+def extract_features(
+    experiment: VideoExperiment, variables: Any, nets: Sequence[str] = ("light", "heavy")
+) -> VideoArrays:
+  """The training set with the nets' features in place of what they take; `variables` are theirs."""
+  features = lambda variables, batch: _features(experiment, variables, batch, nets)[1]
+  train = experiment.train
+  return VideoArrays(_over(experiment, features, variables, train), train.class_names, train.names, train.unit_names)
+
+
+def test(experiment: VideoExperiment, variables: Any) -> tuple[dict[str, Any], Arrays]:
+  """Tests the whole network on every test video once: `(result, what it did with each)`.
+
+  Videos that could not be read are counted and left out.
+  """
+  config, test_set = experiment.config, experiment.test
+  if config.model.selection == "prefix":
+    done = _exit_early(experiment, variables)
+  else:
+    done = _over(experiment, lambda v, batch: _outcome(experiment, v, batch), variables, test_set)
+  read = done["weight"] > 0
+  done = {name: values[read] for name, values in done.items()}
+  if not read.any():
+    raise ValueError(f"none of {len(read)} test videos could be read")
+  macs = experiment.counts.per_video(done["gates"], done["valid"], done["heavy_macs"])
+  report = metrics.segment_report(
+      done["gates"], done["valid"], done["label"], relevant=done.get("relevant"), class_names=test_set.class_names)
+  result = {"videos": len(macs), "unreadable": int(np.sum(~read)), **_score(test_set, done),
+            **{name: value for name, value in dataclasses.asdict(report).items() if value is not None},
+            "macs": float(macs.mean()), "all_segments_macs": experiment.all_segments_macs,
+            "mac_ratio": float(macs.mean()) / experiment.all_segments_macs,
+            "heavy_macs": experiment.counts.heavy.macs, "light_macs": experiment.counts.light.macs,
+            "gate_macs": experiment.counts.selector}
+  return result, done
+
+
+def speed(experiment: VideoExperiment, variables: Any, *, videos: int = 8, repeats: int = 5) -> dict[str, float]:
+  """Videos per second on one device: closed segments skipped, light net and gate included; and the heavy net on all
+  segments, all videos at once or one after the other, whichever is quicker. From medians of interleaved repeats.
+
+  Nothing for early exits, which are not batched.
+  """
+  if experiment.config.model.selection == "prefix":
+    return {}
+  model, variables = experiment.model.clone(axis_name=None), jax.device_get(variables)
+  batch = experiment.test.read(np.arange(min(videos, len(experiment.test))))
+  inputs = {name: values for name, values in batch.items() if name in video_sets.INPUTS}
+  sizes = compaction.bucket_sizes(experiment.counts.segments, min(8, experiment.counts.segments))
+  skipping = Skipping(model, variables, capacities=sizes, prepare=experiment.prepare)
+  dense = model.clone(selection="all", light=None, light_head=False)
+  whole = jax.jit(lambda variables, inputs: dense.apply(variables, experiment.prepare(inputs))[0])
+  on_device = jax.device_put(variables)
+  one_by_one = [{name: x[i : i + 1] for name, x in inputs.items()} for i in range(len(inputs["valid"]))]
+  rivals = (lambda: skipping(inputs).outputs, lambda: whole(on_device, inputs),
+            lambda: [whole(on_device, one) for one in one_by_one])
+  times = [[] for _ in rivals]
+  for repeat in range(repeats + 1):  # the first compiles
+    for run, seconds in zip(rivals, times, strict=True):
+      start = time.perf_counter()
+      jax.block_until_ready(run())
+      if repeat:
+        seconds.append(time.perf_counter() - start)
+  skipped, *all_segments = (len(one_by_one) / statistics.median(seconds) for seconds in times)
+  return {"videos_per_second": skipped, "all_segments_videos_per_second": max(all_segments)}
+
+
+def draw(experiment: VideoExperiment, done: Arrays, path: Path) -> None:
+  """The time line of the first test videos that could be read."""
+  test_set = experiment.test
+  batch = test_set.read(np.arange(min(_DRAWN, len(test_set))))
+  batch = {name: values[batch["weight"] > 0] for name, values in batch.items()}
+  row = lambda arrays, name, i: arrays[name][i] if name in arrays else None
+  lines = [
+      timeline.TimeLine(
+          probs=done["probs"][i], gates=done["gates"][i], valid=done["valid"][i], title=_title(test_set, done, i),
+          thumbnails=batch["clips"][i][:, batch["clips"].shape[2] // 2] if "clips" in batch else None,
+          relevant=row(done, "relevant", i), units=row(batch, "units", i))
+      for i in range(len(batch["weight"]))]
+  if lines:
+    timeline.draw(path, lines, unit_names=test_set.unit_names)
+
+
+def _title(test_set: VideoArrays | VideoSet, done: Arrays, i: int) -> str:
+  label, names = done["label"][i], test_set.class_names
+  return ", ".join(names[c] for c in np.flatnonzero(label)) if test_set.multi_label else names[label]
+
+
+def _score(test_set: VideoArrays | VideoSet, done: Arrays) -> dict[str, Any]:
+  if not test_set.multi_label:
+    return {"accuracy": float(np.mean(np.argmax(done["logits"], axis=1) == done["label"]))}
+  score = metrics.mean_average_precision(done["logits"], done["label"], class_names=test_set.class_names)
+  return {"mean_average_precision": score.mean, "classes_left_out": list(score.left_out)}
+
+
+def _outcome(experiment: VideoExperiment, variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  outputs, (record, *channels) = experiment.model.apply(variables, experiment.prepare(batch))
+  return {"logits": outputs["logits"], "gates": record.gates, "probs": record.probs,
+          "heavy_macs": _heavy_macs(experiment, channels, record.gates.shape)}
+
+
+def _heavy_macs(experiment: VideoExperiment, channels: Any, shape: tuple[int, int]) -> jax.Array:
+  heavy = experiment.counts.heavy
+  executed = executed_macs(tuple(channels)).reshape(shape) if channels else np.zeros(shape, np.float32) + heavy.gated
+  return executed + float(heavy.fixed)
+
+
+def _features(
+    experiment: VideoExperiment, variables: Any, batch: Mapping[str, jax.Array], nets: Sequence[str]
+) -> tuple[Any, dict[str, jax.Array]]:
+  """The channel records of the last of the nets, and the features of all."""
+  inputs, found, records = experiment.prepare(batch), {}, ()
+  for name in nets:
+    if (net := getattr(experiment.model, name)) is not None:
+      own = {kind: tree[name] for kind, tree in variables.items() if name in tree}
+      x = inputs[name]
+      y, records = net.apply(own, x.reshape(-1, *x.shape[2:]))
+      found[name] = y.reshape(*x.shape[:2], -1)
+  return records, found
+
+
+def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
+  """FrameExit: segments one by one in their order until the classifier is sure, as sure as the budget on the training
+  videos asks."""
+  model, multi_label = experiment.model, experiment.test.multi_label
+  segments = experiment.counts.segments
+
+  def steps(variables, batch):
+    records, found = _features(experiment, variables, batch, ("heavy",))
+    classify = lambda k: model.apply(
+        variables, found["heavy"], selection.first_k(batch["valid"], k), method="classify")
+    return {"steps": jax.numpy.stack([classify(k + 1) for k in range(segments)], axis=1),
+            "heavy_macs": _heavy_macs(experiment, records, batch["valid"].shape)}
+
+  train, done = (_over(experiment, steps, variables, videos) for videos in (experiment.train, experiment.test))
+  counts = lambda arrays: arrays["valid"].sum(axis=1)
+  threshold = early_exit.threshold_for_budget(
+      train["steps"], counts(train), share=experiment.config.model.share, multi_label=multi_label)
+  seen = early_exit.exit_steps(done["steps"], counts(done), threshold=threshold, multi_label=multi_label)
+  gates = np.asarray(selection.first_k(done["valid"], seen))
+  return done | {"gates": gates, "probs": gates, "logits": done["steps"][np.arange(len(seen)), seen - 1]}
+
+
+def _over(experiment: VideoExperiment, fn: Callable, variables: Any, videos: VideoArrays | VideoSet) -> Arrays:
+  """`fn(variables, batch)` of every video once, with the videos' own arrays that are not inputs of networks."""
+  config = experiment.config
+  inputs = lambda batch: {name: values for name, values in batch.items() if name in video_sets.INPUTS}
+  run = devices.map_over_devices(
+      fn, args=(devices.REPLICATED, devices.BATCH), results=devices.BATCH, backend=config.devices.backend)
+  parts = []
+  for batch, count in batches.cover(videos, config.optim.batch_size):
+    kept = {name: batch[name] for name in ("valid", "label", "weight", "units", "relevant") if name in batch}
+    part = kept | jax.device_get(dict(run(variables, inputs(batch))))
+    parts.append({name: values[:count] for name, values in part.items()})
+  return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

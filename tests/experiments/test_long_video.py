@@ -1,0 +1,251 @@
+import csv
+import importlib
+import json
+import re
+
+import jax
+import made_videos
+import numpy as np
+import pytest
+
+from gating_jax.experiments import long_video, video_build, video_sets, video_trial
+from gating_jax.models import segment_nets
+from gating_jax.models.resnet import ResNet
+from gating_jax.training import rundir
+
+TINY_LIGHT = (ResNet, dict(classes=None, blocks=(1,), features=4))
+TINY_HEAVY = (ResNet, dict(classes=None, blocks=(1,), features=4, stem="small"))
+
+
+@pytest.fixture
+def config(monkeypatch):
+  """`(name, **changes) -> config`, with nets of one block."""
+  monkeypatch.setitem(segment_nets.LIGHT_NETS, "tiny", TINY_LIGHT)
+  monkeypatch.setitem(segment_nets.HEAVY_NETS, "tiny", TINY_HEAVY)
+
+  def make(name="composed_timegate", **changes):
+    made = importlib.import_module(f"configs.{name}").get_config()
+    made.update_from_flattened_dict({
+        "model.light.name": "tiny", "model.light.width": 1.0, "model.heavy.name": "tiny", "model.heavy.width": 1.0,
+        "model.heavy.stem": "small", "model.gate.concepts": 4, "model.gate.hidden": 8, "data.train_videos": 32,
+        "data.test_videos": 20, "data.segments": 14, "pretrain.epochs": 1, "pretrain.batch_size": 16,
+        "pretrain.segments_per_video": 1, "optim.epochs": 2, "optim.batch_size": 16, "model.dtype": "float32"})
+    made.lock()
+    made.update_from_flattened_dict(changes)
+    return made
+
+  return make
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("data.name", "compose", "data.name must be one of .*; got 'compose'. Did you mean 'composed'"),
+        ("data.name", "videos", "data.table must be set for videos; got None"),
+        ("data.segments", 13, "segments must be >= 14, .*; got 13"),
+        ("model.selection", "gates", "model.selection must be one of .*; got 'gates'. Did you mean 'gate'"),
+        ("model.share", 0.0, r"model.share must be in \(0, 1\]; got 0.0"),
+        ("model.heavy.name", "resnet3d", "model.heavy.name must be one of .*; got 'resnet3d'. Did you mean 'resnet3d"),
+        ("model.gate.context", "atention", "model.gate.context .* Did you mean 'attention'"),
+        ("model.gate.relaxation", "hard", "model.gate.relaxation must be one of .*; got 'hard'"),
+        ("model.gate.concepts", 0, "gate concepts must be >= 1; got 0"),
+        ("model.pooling", "median", "model.pooling must be one of .*; got 'median'"),
+        ("training", "three_stage", "training must be one of .*; got 'three_stage'. Did you mean 'two_stage'"),
+        ("loss.sparsity.kind", "targt", "loss.sparsity.kind .* Did you mean 'target'"),
+        ("optim.batch_size", 12, "optim.batch_size must be a multiple of the 8 devices; got 12"),
+        ("optim.batch_size", 40, "optim.batch_size must be at most 32, the number of training videos; got 40"),
+        ("pretrain.target", "unit", "pretrain.target must be one of label, units; got 'unit'"),
+    ],
+)
+def test_a_wrong_setting_is_named_before_a_directory_is_made(config, tmp_path, field, value, message):
+  with pytest.raises(ValueError, match=message):
+    long_video.run(config(**{field: value}), tmp_path / "run", "train")
+  assert not (tmp_path / "run").exists()
+
+
+def test_the_oracle_needs_to_know_which_segments_matter(config, tmp_path):
+  folder_of_features(tmp_path, rng=np.random.default_rng(0))
+  with pytest.raises(ValueError, match="model.selection must not be 'oracle' here"):
+    video_build.build(config("features_timegate", **feature_settings(tmp_path), **{"model.selection": "oracle"}))
+
+
+def folder_of_features(folder, rng, lengths=(3, 9, 1, 6), copies=8, multi_label=False):
+  """32 videos of 1 to 9 segments, one of which holds a number that tells the class; and their tables."""
+  rows = []
+  for i in range(len(lengths) * copies):
+    label, features = i % 3, rng.normal(0, 0.1, (lengths[i % len(lengths)], 5)).astype(np.float32)
+    features[rng.integers(len(features)), label] = 3.0
+    np.save(folder / f"video{i}.npy", features)
+    rows.append((f"video{i}", f"class {label}" + (";every" if multi_label else "")))
+  with (folder / "labels.csv").open("w", newline="") as file:
+    csv.writer(file).writerows([("video", "label"), *rows])
+  for split, names in (("train", rows[:16]), ("test", rows[16:])):
+    (folder / f"{split}.txt").write_text("".join(f"{name}\n" for name, _ in names))
+
+
+def feature_settings(folder):
+  return {"data.folder": str(folder), "data.table": str(folder / "labels.csv"), "data.segments": 6,
+          "data.train_split": str(folder / "train.txt"), "data.test_split": str(folder / "test.txt"),
+          "model.light.name": "features", "model.heavy.name": "features", "model.heavy.stem": None,
+          "pretrain.epochs": 0, "data.heavy_macs": 1000, "data.light_macs": 10}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_features_made_elsewhere_are_trained_on(config, tmp_path, multi_label):
+  folder_of_features(tmp_path, np.random.default_rng(0), multi_label=multi_label)
+  np.save(tmp_path / "video17.npy", np.full((2, 5), np.nan, np.float32))
+  made = config("features_timegate", **feature_settings(tmp_path), **{
+      "optim.epochs": 40, "eval_every": 20.0, "loss.sparsity.coefficient": 1.0, "optim.learning_rate": 0.01})
+  long_video.run(made, tmp_path / "run", "train")
+  result = read_result(tmp_path / "run")
+  assert (result["videos"], result["unreadable"]) == (15, 1)
+  assert result["mean_average_precision" if multi_label else "accuracy"] > 0.6
+  counts = video_build.build(made).counts
+  assert counts.all_segments == 6 * 1000 + counts.classifier
+  assert result["macs"] < counts.all_segments + counts.selector
+  assert (tmp_path / "run" / "timeline.png").exists()
+
+
+def read_result(path):
+  return json.loads((path / "result.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_folder_of_videos_goes_through_training_evaluation_and_the_picture(config, tmp_path, capsys):
+  rows = []
+  for i in range(24):
+    label = "short" if i % 2 else "long"
+    made_videos.write(tmp_path / f"video{i}.mp4", 10 if i % 2 else 28, size=(16, 24))
+    rows.append((f"video{i}.mp4", label))
+  (tmp_path / "video20.mp4").write_bytes(b"no video")
+  (tmp_path / "video21.mp4").unlink()
+  with (tmp_path / "labels.csv").open("w", newline="") as file:
+    csv.writer(file).writerows([("video", "label"), *rows])
+  for split, names in (("train", rows[:16]), ("test", rows[16:])):
+    (tmp_path / f"{split}.txt").write_text("".join(f"{name}\n" for name, _ in names))
+  made = config("videos_timegate", **{
+      "data.folder": str(tmp_path), "data.table": str(tmp_path / "labels.csv"), "data.segments": 4, "data.frames": 4,
+      "data.train_split": str(tmp_path / "train.txt"), "data.test_split": str(tmp_path / "test.txt"), "data.size": 8,
+      "data.workers": 0, "optim.epochs": 4, "training": "end_to_end", "model.heavy.gating": "channel"})
+  long_video.run(made, tmp_path / "run", "train")
+  result = read_result(tmp_path / "run")
+  assert (result["videos"], result["unreadable"]) == (6, 1)  # of eight, one has no file and one is damaged
+  assert 0.25 <= result["share"] <= 1
+  assert (tmp_path / "run" / "timeline.png").stat().st_size > 5000
+  capsys.readouterr()
+  long_video.run(made, tmp_path / "run", "evaluate")
+  said = capsys.readouterr().out
+  assert re.search(rf"test accuracy +{100 * result['accuracy']:.2f} %", said)
+  assert re.search(r"videos that could not be read +1", said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training": "end_to_end", "model.heavy.gating": "channel", "loss.channels.sparsity.coefficient": 1.0,
+         "loss.channels.batch_shaping.coefficient": 0.5, "loss.light": 0.3, "loss.batch_shaping.coefficient": 0.5,
+         "devices.backend": "shard_map", "devices.steps_per_dispatch": 2},
+        {"model.selection": "light", "pretrain.target": "label"},
+        {"model.selection": "prefix", "model.pooling": "mean"},
+        {"model.selection": "confidence", "loss.light": 1.0},
+    ],
+)
+def test_a_run_trains_evaluates_and_is_not_repeated(config, tmp_path, capsys, changes):
+  made = config(**changes)
+  long_video.run(made, tmp_path / "run", "train")
+  result = read_result(tmp_path / "run")
+  assert result["step"] == 4
+  assert result["videos"] == 20
+  selection, counts = changes.get("model.selection", "gate"), video_build.build(made).counts
+  if selection == "light":
+    assert result["macs"] == counts.all_segments < result["all_segments_macs"] / 2
+  elif selection == "confidence":
+    assert result["share"] == pytest.approx(0.5)
+  capsys.readouterr()
+  long_video.run(made, tmp_path / "run", "train")
+  assert "nothing was trained or changed" in capsys.readouterr().out
+  long_video.run(made, tmp_path / "run", "evaluate")
+  said = capsys.readouterr().out
+  assert "checkpoint of step 4" in said
+  assert re.search(rf"test accuracy +{100 * result['accuracy']:.2f} %", said)
+
+
+class Stopping:
+  """In place of `StopRequest`: asks to stop after some steps."""
+
+  def __init__(self, steps):
+    self._left = steps
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    pass
+
+  @property
+  def requested(self):
+    self._left -= 1
+    return self._left < 0
+
+
+@pytest.mark.slow
+def test_a_run_stopped_in_either_training_ends_with_the_same_parameters(config, tmp_path, monkeypatch, capsys):
+  made = config()
+  long_video.run(made, tmp_path / "whole", "train")
+  with monkeypatch.context() as patch:
+    patch.setattr(long_video.loop, "StopRequest", lambda: Stopping(1))
+    for stop in (1, 2, 3):
+      long_video.run(made, tmp_path / "parts", "train")
+      assert capsys.readouterr().out.count("stopped as asked") == 1, stop
+  long_video.run(made, tmp_path / "parts", "train")
+  whole, parts = (newest(made, tmp_path / name) for name in ("whole", "parts"))
+  assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), whole, parts))
+  ignored = {"seconds_since_last_start", "videos_per_second", "all_segments_videos_per_second"}
+  results = [{k: v for k, v in read_result(tmp_path / name).items() if k not in ignored} for name in ("whole", "parts")]
+  assert results[0] == results[1]
+
+
+def newest(made, path):
+  experiment = video_build.build(made)
+  step, state = long_video._restore(experiment.training, path, made.seed, read_only=True)
+  assert step == experiment.training.settings.total_steps
+  return jax.device_get(state)
+
+
+@pytest.mark.slow
+def test_nets_of_another_run_are_taken_and_its_concepts_found_again(config, tmp_path):
+  made = config()
+  long_video.run(made, tmp_path / "first", "train")
+  second = config(pretrained=str(tmp_path / "first"))
+  long_video.run(second, tmp_path / "second", "train")
+  assert not (tmp_path / "second" / "pretrain").exists()
+  first, again = newest(made, tmp_path / "first"), newest(second, tmp_path / "second")
+  assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
+  with pytest.raises(rundir.RunDirError, match="must hold nets trained for 4 steps; .* of step 2"):
+    long_video.run(config(pretrained=str(tmp_path / "first"), **{"pretrain.epochs": 2}), tmp_path / "third", "train")
+
+
+def test_picked_segments_are_valid_and_their_own(config):
+  valid = np.array([[True] * 5, [True, True, False, False, False]])
+  batch = {"light": np.arange(10.0).reshape(2, 5, 1), "valid": valid}
+  picked = video_sets.pick_segments(jax.random.key(0), batch, 3, None)
+  index = np.asarray(picked["picked"])
+  assert len(set(index[0])) == 3
+  assert set(index[1]) == {0, 1}
+  np.testing.assert_array_equal(np.ravel(picked["light"]), np.ravel(index + np.array([[0], [5]])))
+
+
+def test_concepts_stay_as_they_were_found(config, tmp_path):
+  experiment = video_build.build(config(**{"optim.weight_decay": 0.1}))
+  _, state = long_video._restore(experiment.training, tmp_path, 0)
+  nets = jax.device_get(long_video._restore(experiment.pretraining, tmp_path, 0)[1])
+  variables = {"params": nets.params, "batch_stats": nets.batch_stats}
+  train = video_trial.extract_features(experiment, variables)
+  begun = long_video._begin(experiment, state, variables, train)
+  before = np.asarray(begun.params["gate"]["concepts"]["kernel"])
+  advance = long_video._make_advance(experiment, experiment.training, train, 0)
+  after, _ = advance(begun, 0)
+  np.testing.assert_array_equal(after.params["gate"]["concepts"]["kernel"], before)
+  assert before.shape == (4, 4)
