@@ -9,6 +9,7 @@ Reference: Hussein et al., 2020 (TimeGate).
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
 
 
 def _evaluate(experiment: VideoExperiment, path: Path) -> None:
-  nets = _trained_nets(experiment, path) if experiment.pretraining or experiment.config.pretrained else None
+  two_stage = experiment.config.training == "two_stage"
+  nets = _trained_nets(experiment, path) if two_stage and experiment.pretraining else None
   step, state = _restore(experiment.training, path, experiment.config.seed, read_only=True)
   if not step:
     raise rundir.RunDirError(f"no checkpoint in {path / rundir.CHECKPOINT_DIR} yet")
@@ -79,8 +81,12 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
     return
   result, behaviour = test(state)
   result |= video_trial.speed(experiment, _whole(experiment, state, nets))
+  total = phase.settings.total_steps
+  journal = Journal(run_dir.path, total, total)
+  journal.write(total, "test", _numbers(result))
+  journal.close()
   video_trial.draw(experiment, behaviour, run_dir.path / "timeline.png")
-  result |= {"step": phase.settings.total_steps, "seconds_since_last_start": round(time.time() - started, 1)}
+  result |= {"step": total, "seconds_since_last_start": round(time.time() - started, 1)}
   run_dir.finish(result)
   print(video_table.render(result))
   print(f"run directory: {run_dir.path}")
@@ -95,6 +101,8 @@ def _run_phase(
   """
   config, total = experiment.config, phase.settings.total_steps
   first_step, state = start or _restore(phase, path, config.seed)
+  if first_step > total:
+    raise rundir.RunDirError(f"{path} holds a checkpoint of step {first_step}, beyond the {total} of this config")
   if first_step == total:
     return state, True
   if first_step:
@@ -104,7 +112,7 @@ def _run_phase(
 
   def evaluate(state, step):
     result, _ = test(state)
-    journal.write(step, "test", {name: value for name, value in result.items() if isinstance(value, (int, float))})
+    journal.write(step, "test", _numbers(result))
     journal.say(step, video_table.headline(result))
 
   try:
@@ -155,11 +163,17 @@ def _trained_nets(experiment: VideoExperiment, path: Path) -> Any:
   if experiment.pretraining is None:
     raise ValueError("pretrain.epochs must be those of the pretrained run; got 0")
   path = Path(experiment.config.pretrained or path) / PRETRAIN_DIR
+  if not path.is_dir():
+    raise rundir.RunDirError(f"pretrained must be a run directory in which nets were trained; {path} does not exist")
   step, state = _restore(experiment.pretraining, path, experiment.config.seed, read_only=True)
   if step != experiment.pretraining.settings.total_steps:
     raise rundir.RunDirError(f"{path} must hold nets trained for {experiment.pretraining.settings.total_steps} steps; "
                              f"its newest checkpoint is of step {step}")
   return _variables(state)
+
+
+def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
+  return {name: value for name, value in result.items() if isinstance(value, (int, float))}
 
 
 def _variables(state: steps.TrainState) -> dict[str, Any]:
@@ -185,7 +199,7 @@ def _begin(experiment: VideoExperiment, state: steps.TrainState, nets: Any, trai
   if experiment.model.selection == "gate":
     features = train if experiment.config.training == "two_stage" else video_trial.extract_features(
         experiment, {"params": params, "batch_stats": batch_stats}, ("light",))
-    seen = features.arrays["light"][features.arrays["valid"]]
+    seen = features.arrays["light"][features.arrays["valid"] & (features.arrays["weight"] > 0)[:, None]]
     seen = seen[np.random.default_rng(experiment.config.seed).permutation(len(seen))[:_CONCEPT_SEGMENTS]]
     concepts = find_concepts(seen, experiment.config.model.gate.concepts, seed=experiment.config.seed)
     gate = params[GATE_NAME]

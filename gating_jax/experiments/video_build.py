@@ -54,7 +54,7 @@ class VideoExperiment:
     train, test: sets of videos.
     model: the whole network.
     counts: its multiply-accumulates.
-    all_segments_macs: those of the heavy net on all segments and the classifier, which budgets are shares of.
+    reference: of the heavy net on all segments and the classifier alone, which budgets are shares of.
     shapes: of a video's inputs.
     pretraining: of both nets as classifiers of single segments; None without.
     training: of the gate and the classifier: with the nets if `end_to_end`, on their features if `two_stage`.
@@ -65,7 +65,7 @@ class VideoExperiment:
   test: VideoArrays | VideoSet
   model: SegmentNet
   counts: VideoCounts
-  all_segments_macs: int
+  reference: VideoCounts
   shapes: Mapping[str, tuple[int, ...]]
   pretraining: Phase | None
   training: Phase
@@ -83,13 +83,21 @@ def build(config: ml_collections.ConfigDict) -> VideoExperiment:
     raise ValueError("model.selection must not be 'oracle' here: the data do not tell which segments matter")
   if config.pretrain.epochs and config.pretrain.target == "units" and "units" not in train.shapes:
     raise ValueError("pretrain.target must be 'label' here: the data do not tell unit actions; got 'units'")
-  shapes = video_sets.network_shapes(train, config, light_alone=config.model.selection == LIGHT)
+  if config.model.selection == "confidence" and not config.loss.light:
+    raise ValueError("loss.light must be > 0 where model.selection is 'confidence', which is that of its head; got 0.0")
+  named = {config.model.light.name, config.model.heavy.name}
+  if not config.pretrain.epochs and (config.pretrained or config.training == "two_stage" and named != {"features"}):
+    raise ValueError("pretrain.epochs must be >= 1 where training is 'two_stage' or trained nets are taken; got 0")
+  alone = config.model.selection == LIGHT
+  shapes = video_sets.network_shapes(train, config, light_alone=alone)
   model = _segment_net(config, len(train.class_names))
-  counts = count_video(model, shapes, made_elsewhere=(config.data.light_macs, config.data.heavy_macs))
+  spent = (0 if model.light is None else config.data.light_macs,
+           config.data.light_macs if alone else config.data.heavy_macs)
+  counts = count_video(model, shapes, made_elsewhere=spent)
   model = model.clone(macs_per_segment=counts.heavy.macs)
   dense = model.clone(selection="all", light=None, light_head=False, heavy=nets(config)[1])
   reference = count_video(dense, video_sets.network_shapes(train, config), made_elsewhere=(0, config.data.heavy_macs))
-  return VideoExperiment(config, train, test, model, counts, reference.all_segments, shapes,
+  return VideoExperiment(config, train, test, model, counts, reference, shapes,
                          _pretraining(config, train, counts), _training(config, train, model, counts, shapes))
 
 
@@ -224,5 +232,5 @@ def _check(config: ml_collections.ConfigDict) -> None:
           "data.std": (lambda std: min(std) > 0, "a tuple of positive numbers"),
           "optim.drops": (settings.all_numbers, "a tuple of fractions"),
           "optim.batch_size": settings.divides_over_devices(),
-          "pretrain.batch_size": settings.divides_over_devices(),
+          **({"pretrain.batch_size": settings.divides_over_devices()} if config.pretrain.epochs else {}),
       })

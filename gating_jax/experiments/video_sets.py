@@ -34,7 +34,7 @@ def open_set(config: ml_collections.ConfigDict, split: str) -> VideoArrays | Vid
   if data.name == composed.NAME:
     return composed.composed(split, videos=data[f"{split}_videos"], segments=data.segments, seed=config.seed)
   for field in ("table", "folder"):
-    if not data[field]:
+    if not data[field] and not (field == "table" and data.layout == "breakfast"):
       raise ValueError(f"data.{field} must be set for {data.name}; got {data[field]!r}")
   table = _table(data, data[f"{split}_split"])
   how = dict(segments=data.segments, seed=config.seed, jitter=data.jitter and split == "train", workers=data.workers)

@@ -19,7 +19,7 @@ from gating_jax.data import batches
 from gating_jax.data.video_arrays import VideoArrays
 from gating_jax.data.videos import VideoSet
 from gating_jax.experiments import video_sets
-from gating_jax.experiments.video_build import VideoExperiment
+from gating_jax.experiments.video_build import LIGHT, VideoExperiment
 from gating_jax.ops import compaction, selection
 from gating_jax.ops.macs import executed_macs
 from gating_jax.reports import timeline
@@ -51,16 +51,17 @@ def test(experiment: VideoExperiment, variables: Any) -> tuple[dict[str, Any], A
   else:
     done = _over(experiment, lambda v, batch: _outcome(experiment, v, batch), variables, test_set)
   read = done["weight"] > 0
-  done = {name: values[read] for name, values in done.items()}
+  done = {name: values[read] for name, values in done.items()} | {"index": np.flatnonzero(read)}
   if not read.any():
     raise ValueError(f"none of {len(read)} test videos could be read")
   macs = experiment.counts.per_video(done["gates"], done["valid"], done["heavy_macs"])
+  everything = experiment.reference.all_valid(done["valid"])
   report = metrics.segment_report(
       done["gates"], done["valid"], done["label"], relevant=done.get("relevant"), class_names=test_set.class_names)
-  result = {"videos": len(macs), "unreadable": int(np.sum(~read)), **_score(test_set, done),
+  result = {"videos": len(macs), "unreadable": int(np.sum(~read)),
+            "missing": len(getattr(test_set, "missing", ())), **_score(test_set, done),
             **{name: value for name, value in dataclasses.asdict(report).items() if value is not None},
-            "macs": float(macs.mean()), "all_segments_macs": experiment.all_segments_macs,
-            "mac_ratio": float(macs.mean()) / experiment.all_segments_macs,
+            "macs": float(macs.mean()), "all_segments_macs": everything, "mac_ratio": float(macs.mean()) / everything,
             "heavy_macs": experiment.counts.heavy.macs, "light_macs": experiment.counts.light.macs,
             "gate_macs": experiment.counts.selector}
   return result, done
@@ -70,9 +71,9 @@ def speed(experiment: VideoExperiment, variables: Any, *, videos: int = 8, repea
   """Videos per second on one device: closed segments skipped, light net and gate included; and the heavy net on all
   segments, all videos at once or one after the other, whichever is quicker. From medians of interleaved repeats.
 
-  Nothing for early exits, which are not batched.
+  Nothing for early exits, which are not batched, nor where no heavy net runs.
   """
-  if experiment.config.model.selection == "prefix":
+  if experiment.config.model.selection in ("prefix", LIGHT) or not experiment.counts.heavy.params:
     return {}
   model, variables = experiment.model.clone(axis_name=None), jax.device_get(variables)
   batch = experiment.test.read(np.arange(min(videos, len(experiment.test))))
@@ -99,8 +100,7 @@ def speed(experiment: VideoExperiment, variables: Any, *, videos: int = 8, repea
 def draw(experiment: VideoExperiment, done: Arrays, path: Path) -> None:
   """The time line of the first test videos that could be read."""
   test_set = experiment.test
-  batch = test_set.read(np.arange(min(_DRAWN, len(test_set))))
-  batch = {name: values[batch["weight"] > 0] for name, values in batch.items()}
+  batch = test_set.read(done["index"][:_DRAWN])
   row = lambda arrays, name, i: arrays[name][i] if name in arrays else None
   lines = [
       timeline.TimeLine(
@@ -165,8 +165,10 @@ def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
 
   train, done = (_over(experiment, steps, variables, videos) for videos in (experiment.train, experiment.test))
   counts = lambda arrays: arrays["valid"].sum(axis=1)
+  train = {name: values[train["weight"] > 0] for name, values in train.items()}
+  one_each = float(np.mean(1 / counts(train)))  # no budget is below one segment of every video
   threshold = early_exit.threshold_for_budget(
-      train["steps"], counts(train), share=experiment.config.model.share, multi_label=multi_label)
+      train["steps"], counts(train), share=max(experiment.config.model.share, one_each), multi_label=multi_label)
   seen = early_exit.exit_steps(done["steps"], counts(done), threshold=threshold, multi_label=multi_label)
   gates = np.asarray(selection.first_k(done["valid"], seen))
   return done | {"gates": gates, "probs": gates, "logits": done["steps"][np.arange(len(seen)), seen - 1]}

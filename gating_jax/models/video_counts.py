@@ -38,6 +38,10 @@ class VideoCounts:
     """MACs of the heavy net on all T segments, every channel open, and the classifier: what gating is compared with."""
     return self.segments * self.heavy.macs + self.classifier
 
+  def all_valid(self, valid: np.ndarray) -> float:
+    """`all_segments` of videos of which only the valid ones, `[M, T]`, are segments of their own: mean over videos."""
+    return float(np.mean(np.sum(valid, axis=1))) * self.heavy.macs + self.classifier
+
   def per_video(self, gates: np.ndarray, valid: np.ndarray, heavy_macs: np.ndarray) -> np.ndarray:
     """MACs of each video, `[M]`: light net and selector on all its segments, heavy net on the chosen ones, classifier.
 

@@ -11,7 +11,7 @@ def render(result: Mapping[str, Any]) -> str:
   percent = lambda name: f"{100 * result[name]:.1f} %"
   rows = [
       _score(result),
-      ("MACs per video, heavy net on all segments", f"{result['all_segments_macs']:,}"),
+      ("MACs per video, heavy net on all segments", f"{result['all_segments_macs']:,.0f}"),
       ("MACs per video, this net", f"{result['macs']:,.0f}  ({percent('mac_ratio')}, light net and gate included)"),
       ("segments chosen",
        f"{percent('share')}  (10 to 90 % of videos: {percent('share_p10')} to {percent('share_p90')})"),
@@ -21,6 +21,8 @@ def render(result: Mapping[str, Any]) -> str:
     rows.append(("segments that matter, chosen", percent("recall")))
   if result["unreadable"]:
     rows.append(("videos that could not be read", f"{result['unreadable']}"))
+  if result["missing"]:
+    rows.append(("videos without a file", f"{result['missing']}"))
   if result.get("classes_left_out"):
     rows.append(("classes without a test video", ", ".join(result["classes_left_out"])))
   if "videos_per_second" in result:

@@ -32,7 +32,7 @@ class RunDir:
 
   def has_progress(self) -> bool:
     """Whether there is anything that another config's run would spoil."""
-    return (self.path / RESULT_FILE).exists() or any(self.path.glob(f"{CHECKPOINT_DIR}*/*"))
+    return (self.path / RESULT_FILE).exists() or any(self.path.glob(f"**/{CHECKPOINT_DIR}*/*"))
 
   def result(self) -> dict[str, Any] | None:
     """What `finish` wrote, or None while the run is not finished."""

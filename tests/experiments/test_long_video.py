@@ -54,6 +54,8 @@ def config(monkeypatch):
         ("loss.sparsity.kind", "targt", "loss.sparsity.kind .* Did you mean 'target'"),
         ("optim.batch_size", 12, "optim.batch_size must be a multiple of the 8 devices; got 12"),
         ("optim.batch_size", 40, "optim.batch_size must be at most 32, the number of training videos; got 40"),
+        ("pretrain.epochs", 0, "pretrain.epochs must be >= 1 where training is 'two_stage' or .*; got 0"),
+        ("model.selection", "confidence", "loss.light must be > 0 where model.selection is 'confidence'"),
         ("pretrain.target", "unit", "pretrain.target must be one of label, units; got 'unit'"),
     ],
 )
@@ -103,6 +105,7 @@ def test_features_made_elsewhere_are_trained_on(config, tmp_path, multi_label):
   assert result["mean_average_precision" if multi_label else "accuracy"] > 0.6
   counts = video_build.build(made).counts
   assert counts.all_segments == 6 * 1000 + counts.classifier
+  assert 1000 + counts.classifier < result["all_segments_macs"] < counts.all_segments  # some videos are shorter
   assert result["macs"] < counts.all_segments + counts.selector
   assert (tmp_path / "run" / "timeline.png").exists()
 
@@ -130,7 +133,7 @@ def test_a_folder_of_videos_goes_through_training_evaluation_and_the_picture(con
       "data.workers": 0, "optim.epochs": 4, "training": "end_to_end", "model.heavy.gating": "channel"})
   long_video.run(made, tmp_path / "run", "train")
   result = read_result(tmp_path / "run")
-  assert (result["videos"], result["unreadable"]) == (6, 1)  # of eight, one has no file and one is damaged
+  assert (result["videos"], result["unreadable"], result["missing"]) == (6, 1, 1)
   assert 0.25 <= result["share"] <= 1
   assert (tmp_path / "run" / "timeline.png").stat().st_size > 5000
   capsys.readouterr()
@@ -157,6 +160,8 @@ def test_a_run_trains_evaluates_and_is_not_repeated(config, tmp_path, capsys, ch
   long_video.run(made, tmp_path / "run", "train")
   result = read_result(tmp_path / "run")
   assert result["step"] == 4
+  last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+  assert (last["step"], last["split"], last["accuracy"]) == (4, "test", result["accuracy"])
   assert result["videos"] == 20
   selection, counts = changes.get("model.selection", "gate"), video_build.build(made).counts
   if selection == "light":
@@ -225,6 +230,19 @@ def test_nets_of_another_run_are_taken_and_its_concepts_found_again(config, tmp_
   assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
   with pytest.raises(rundir.RunDirError, match="must hold nets trained for 4 steps; .* of step 2"):
     long_video.run(config(pretrained=str(tmp_path / "first"), **{"pretrain.epochs": 2}), tmp_path / "third", "train")
+
+
+def test_nets_that_are_not_there_are_named(config, tmp_path):
+  with pytest.raises(rundir.RunDirError, match="pretrained must be a run directory in which nets were trained; .*none"):
+    long_video.run(config(pretrained=str(tmp_path / "none")), tmp_path / "run", "train")
+
+
+def test_another_config_does_not_spoil_nets_that_were_trained(config, tmp_path):
+  with rundir.open_run(tmp_path / "run", config()) as run_dir:
+    (run_dir.path / "pretrain" / "checkpoints" / "2").mkdir(parents=True)
+  other = rundir.open_run(tmp_path / "run", config(seed=1))
+  with pytest.raises(rundir.RunDirError, match="seed: 0 there, 1 here"):
+    other.__enter__()
 
 
 def test_picked_segments_are_valid_and_their_own(config):
