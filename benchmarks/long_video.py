@@ -22,21 +22,21 @@ from absl import flags
 from configs import composed_timegate
 from gating_jax.experiments import long_video, video_trial
 
-LONG = {"optim.epochs": 240, "loss.sparsity.full": 0.6, "model.gate.initial_open": 0.85}
+SHORT = {"optim.epochs": 60}  # what needs no learned gate
 ROWS = {  # name: changes of the config
-    "all": {"model.selection": "all"},
-    "gate50": {**LONG, "loss.sparsity.target": 0.4},
-    "gate25": {**LONG, "loss.sparsity.target": 0.125},
-    "alone25": {**LONG, "loss.sparsity.target": 0.125, "model.gate.context": "none"},
-    "convolution25": {**LONG, "loss.sparsity.target": 0.125, "model.gate.context": "convolution"},
-    "uniform25": {"model.selection": "uniform", "model.share": 0.25},
-    "random25": {"model.selection": "random", "model.share": 0.25},
-    "confidence25": {"model.selection": "confidence", "model.share": 0.18, "loss.light": 1.0},
-    "prefix25": {"model.selection": "prefix", "model.share": 0.25},
-    "light": {"model.selection": "light"},
-    "oracle25": {"model.selection": "oracle", "model.share": 0.25},
-    "uniform50": {"model.selection": "uniform", "model.share": 0.5},
-    "random50": {"model.selection": "random", "model.share": 0.5},
+    "all": {**SHORT, "model.selection": "all"},
+    "gate50": {"loss.sparsity.target": 0.4},
+    "gate25": {"loss.sparsity.target": 0.125},
+    "alone25": {"loss.sparsity.target": 0.125, "model.gate.context": "none"},
+    "convolution25": {"loss.sparsity.target": 0.125, "model.gate.context": "convolution"},
+    "uniform25": {**SHORT, "model.selection": "uniform", "model.share": 0.25},
+    "random25": {**SHORT, "model.selection": "random", "model.share": 0.25},
+    "confidence25": {**SHORT, "model.selection": "confidence", "model.share": 0.18, "loss.light": 1.0},
+    "prefix25": {**SHORT, "model.selection": "prefix", "model.share": 0.25},
+    "light": {**SHORT, "model.selection": "light"},
+    "oracle25": {**SHORT, "model.selection": "oracle", "model.share": 0.25},
+    "uniform50": {**SHORT, "model.selection": "uniform", "model.share": 0.5},
+    "random50": {**SHORT, "model.selection": "random", "model.share": 0.5},
 }
 
 

@@ -18,6 +18,9 @@ def get_config(arg: str = ""):
   config.model.gate.concepts = 32
   config.model.pooling = "attention"
   config.pretrain.epochs = 12
-  config.optim.epochs = 60
+  config.optim.epochs = 240  # gates need them; other selections are done after 60
+  config.model.gate.initial_open = 0.85
+  config.loss.sparsity.full = 0.6
+  config.loss.sparsity.target = 0.4  # of the segments: with the light net, less than half of the multiply-accumulates
   config.checkpoint_every = 5.0
   return video_common.apply_variants(config, arg)

@@ -18,8 +18,8 @@ def video_config() -> ml_collections.ConfigDict:
       "data": {
           "name": "composed",  # the embedded task; videos: a folder of files; features: folders of arrays
           "segments": 16,  # of every video
-          "frames": 8,  # of a segment
-          "size": 16,  # frames are resized to this square
+          "frames": 8,  # of a segment; the embedded task has 8
+          "size": 16,  # frames are resized to this square; those of the embedded task are of 16 x 16
           "train_videos": 1600,  # of the embedded task
           "test_videos": 640,
           "layout": "csv",  # of the tables: csv, breakfast, charades or multithumos

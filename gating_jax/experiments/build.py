@@ -46,7 +46,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   data, training, loss, dispatch = config.data, config.optim, config.loss, config.devices.steps_per_dispatch
   _check(config)
   fields = dict(width=config.model.width, gating=config.model.gating, gate=GateSettings(**config.model.gate),
-                  dtype=settings.DTYPES[config.model.dtype], axis_name=devices.AXIS)
+                dtype=settings.DTYPES[config.model.dtype], axis_name=devices.AXIS)
   if config.model.shortcut is not None:
     fields["shortcut"] = config.model.shortcut
   prior = beta(loss.batch_shaping.a, loss.batch_shaping.b)
