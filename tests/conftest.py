@@ -19,6 +19,13 @@ settings.register_profile("search", deadline=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "project"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_programs():
+  """Thousands of programs in one process exceed the memory maps that Linux grants it, and crash it."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
   """float64 within the test."""
