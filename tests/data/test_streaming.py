@@ -84,9 +84,9 @@ def test_images_of_different_sizes_are_brought_to_one(uneven):
 def test_evaluation_covers_a_stream_exactly_once_without_cropping_at_random(uneven):
   stream = streaming.open_stream("uneven_set", "test", str(uneven), image_size=8)
   once = list(batches.cover(stream, 3))
-  assert [valid for *_, valid in once] == [3, 1]
-  again = [pixels for pixels, *_ in batches.cover(stream, 3)]
-  for (pixels, *_), repeated in zip(once, again, strict=True):
+  assert [valid for _, valid in once] == [3, 1]
+  again = list(batches.cover(stream, 3))
+  for ((pixels, _), _), ((repeated, _), _) in zip(once, again, strict=True):
     np.testing.assert_array_equal(pixels, repeated)
 
 

@@ -155,7 +155,7 @@ def evaluated(batch_size, used, backend="pmap"):
   state = devices.replicate(mixed_state(), used)
   images = Images(*tiny.images(37, seed=5), class_names=("a", "b", "c"))
   parts = [jax.tree.map(lambda x: np.asarray(x)[:valid], run(state, pixels, labels))  # noqa: B023
-           for pixels, labels, valid in batches.cover(images, batch_size)]
+           for (pixels, labels), valid in batches.cover(images, batch_size)]
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
