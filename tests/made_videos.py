@@ -26,10 +26,7 @@ def write(path, frames, *, size=(32, 48), rate=10, codec="libx264", audio=False,
       container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
     container.mux(stream.encode())
     if audio:
-      silence = av.AudioFrame.from_ndarray(np.zeros((1, 4000), np.float32), format="fltp", layout="mono")
-      silence.sample_rate = 8000
-      container.mux(sound.encode(silence))
-      container.mux(sound.encode())
+      _write_silence(container, sound)
   return path
 
 
@@ -37,11 +34,15 @@ def write_sound(path):
   """A file without any video stream."""
   with av.open(str(path), "w") as container:
     sound = container.add_stream("aac", rate=8000)
-    silence = av.AudioFrame.from_ndarray(np.zeros((1, 4000), np.float32), format="fltp", layout="mono")
-    silence.sample_rate = 8000
-    container.mux(sound.encode(silence))
-    container.mux(sound.encode())
+    _write_silence(container, sound)
   return path
+
+
+def _write_silence(container, sound):
+  silence = av.AudioFrame.from_ndarray(np.zeros((1, 4000), np.float32), format="fltp", layout="mono")
+  silence.sample_rate = 8000
+  container.mux(sound.encode(silence))
+  container.mux(sound.encode())
 
 
 def shown(pixels):
