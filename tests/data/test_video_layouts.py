@@ -1,22 +1,8 @@
-import re
-
 import numpy as np
 import pytest
+from made_tables import refused, write
 
 from gating_jax.data.video_layouts import read_breakfast, read_charades, read_multithumos
-
-
-def write(folder, files):
-  for name, text in files.items():
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-  return folder
-
-
-def refused(rule):
-  return pytest.raises(ValueError, match=re.escape(rule))
-
 
 BREAKFAST = {
     "P03/cam01/P03_cereals.avi": "", "P03/stereo/P03_tea_ch0.avi": "", "P03/stereo/P03_tea_ch1.avi": "",

@@ -1,21 +1,8 @@
-import re
-
 import numpy as np
 import pytest
+from made_tables import refused, write
 
 from gating_jax.data.video_tables import VideoTable, read_table
-
-
-def write(folder, files):
-  for name, text in files.items():
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-  return folder
-
-
-def refused(rule):
-  return pytest.raises(ValueError, match=re.escape(rule))
 
 
 def test_a_table_and_its_splits_agree_on_the_classes(tmp_path):
