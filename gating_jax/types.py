@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 Array = jax.Array
+Path = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +23,12 @@ class GateRecord:
     probs: `[N, C]` probability that a unit is open.
     gates: `[N, C]` what multiplied the tensor: 0/1, or relaxed values in training.
     macs_per_unit: multiply-accumulates that one open unit costs per example.
-    macs_per_pair: multiply-accumulates of one open unit of this record together with one
-      open unit of the **next** record: a convolution gated on both sides. 0 elsewhere.
+    macs_per_pair: multiply-accumulates of one open unit of this record together with one open unit of
+      the record **before** it: a convolution gated on both sides. 0 elsewhere.
+    writers: paths of the convolutions whose output channels these gates switch, each as in the tree of parameters.
+    readers: paths of the layers whose input channels they switch; where an input passes by the layer too, as by a
+      shortcut, none.
+    gate: path of the module that decided; records of one module follow each other, in the order of its outputs.
   """
 
   logits: Any
@@ -31,12 +36,15 @@ class GateRecord:
   gates: Any
   macs_per_unit: int = 0
   macs_per_pair: int = 0
+  writers: tuple[Path, ...] = ()
+  readers: tuple[Path, ...] = ()
+  gate: Path = ()
 
 
 jax.tree_util.register_dataclass(
     GateRecord,
     data_fields=["logits", "probs", "gates"],
-    meta_fields=["macs_per_unit", "macs_per_pair"],
+    meta_fields=["macs_per_unit", "macs_per_pair", "writers", "readers", "gate"],
 )
 
 Records = tuple[GateRecord, ...]

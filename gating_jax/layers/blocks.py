@@ -1,28 +1,31 @@
 """Residual blocks, gated or not. Every block returns `(y, records)`.
 
 Axes: N examples, F frames, H and W pixels, channels last. Every block takes images or clips of frames.
-Reference: He et al., 2016; Hara et al., 2018; Bejnordi et al., 2020, section 3.
+Reference: He et al., 2016; Hara et al., 2018; Bejnordi et al., 2020, section 3; Abati et al., 2020, section 3.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from gating_jax.checks import one_of
 from gating_jax.layers.conv import CONVOLUTIONS, ConvNorm, FactorisedConvNorm
-from gating_jax.layers.gate import GATE_NAME, ChannelGate, GateSettings, apply_gates
+from gating_jax.layers.gate import GATE_NAME, ChannelGate, GateSettings, Switched, apply_gates
 from gating_jax.types import Array, Records
 
-GATINGS = ("none", "channel")
+GATINGS = ("none", "channel", "all_channels")
 SHORTCUTS = ("A", "B")
 
 
 class _ResidualBlock(nn.Module):
-  """What both blocks share: their fields, the gate and the shortcut."""
+  """What both blocks share: their fields, the gate and the shortcut.
+
+  With `gating="channel"` the channels between the convolutions are gated; with `"all_channels"` those of the output as
+  well, and `gated_input` says whether the block before did so too.
+  """
 
   features: int
   stride: int = 1
@@ -32,26 +35,46 @@ class _ResidualBlock(nn.Module):
   gate: GateSettings = GateSettings()
   dtype: jnp.dtype = jnp.float32
   axis_name: Hashable | None = None
+  gated_input: bool = False
 
   def _conv(self, features: int, window: int, stride: int, name: str) -> ConvNorm | FactorisedConvNorm:
     one_of("convolution", self.convolution, CONVOLUTIONS)
     conv = CONVOLUTIONS[self.convolution] if window > 1 else ConvNorm
     return conv(features, window, stride, self.dtype, self.axis_name, name=name)
 
-  def _records(self, x: Array, train: bool, units, macs_per_unit, macs_per_pair) -> Records:
+  def _records(self, x: Array, train: bool, groups: tuple[Switched, ...], outer: Switched) -> Records:
     one_of("gating", self.gating, GATINGS)
     if self.gating == "none":
       return ()
-    gate = ChannelGate(units, macs_per_unit, macs_per_pair, self.gate, self.axis_name, name=GATE_NAME)
-    return gate(x, train)
+    if self.gating == "all_channels":
+      groups = (*groups, outer)
+    return ChannelGate(groups, self.gate, self.axis_name, name=GATE_NAME)(x, train)
 
-  def _shortcut(self, x: Array, features: int, train: bool) -> Array:
-    """Identity where shapes agree; else A: subsample and pad with zero channels, B: 1x1 convolution."""
+  def _macs_into(self, conv: ConvNorm, x: Array) -> tuple[int, int]:
+    """Per output channel of the first convolution: alone, and with one channel of the gates before the block."""
+    macs = conv.macs(x.shape)
+    if self.gated_input:
+      return macs.per_output, macs.per_pair
+    return macs.per_output + x.shape[-1] * macs.per_pair, 0
+
+  def _outer(self, conv: ConvNorm, h_shape: Sequence[int], project: ConvNorm | None, x: Array) -> Switched:
+    """The block's output channels: those of its last convolution, with their part of the projection."""
+    macs = conv.macs(h_shape)
+    shortcut = project.macs(x.shape).per_pair * x.shape[-1] if project else 0
+    writers = (conv.writer, project.writer) if project else (conv.writer,)
+    return Switched(conv.features, macs.per_output + shortcut, macs.per_pair, writers)
+
+  def _project(self, x: Array, features: int) -> ConvNorm | None:
+    """The convolution of the shortcut, where it needs one."""
     one_of("shortcut", self.shortcut, SHORTCUTS)
-    if self.stride == 1 and x.shape[-1] == features:
-      return x
-    if self.shortcut == "B":
-      return self._conv(features, 1, self.stride, "project")(x, train)
+    if self.shortcut == "A" or (self.stride == 1 and x.shape[-1] == features):
+      return None
+    return self._conv(features, 1, self.stride, "project")
+
+  def _shortcut(self, x: Array, features: int, project: ConvNorm | None, train: bool) -> Array:
+    """Identity where shapes agree; else A: subsample and pad with zero channels, B: 1x1 convolution."""
+    if project:
+      return project(x, train)
     missing = features - x.shape[-1]
     if missing < 0:
       raise ValueError(f"shortcut A cannot drop channels; got {x.shape[-1]} in, {features} out; use shortcut B")
@@ -65,7 +88,8 @@ class BasicBlock(_ResidualBlock):
 
       y = ReLU(BN2(conv2(g * ReLU(BN1(conv1 x)))) + shortcut(x)),   g = gate(x) in {0, 1}^features
 
-  `[N, H, W, D]` to `([N, H', W', features], records)`, or the same with frames.
+  and with `gating="all_channels"` those of y too. `[N, H, W, D]` to `([N, H', W', features], records)`, or the same
+  with frames.
   """
 
   expansion = 1
@@ -74,20 +98,23 @@ class BasicBlock(_ResidualBlock):
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
     conv1 = self._conv(self.features, 3, self.stride, "conv1")
     conv2 = self._conv(self.features, 3, 1, "conv2")
+    project = self._project(x, self.features)
     h = nn.relu(conv1(x, train))
-    into, out_of = conv1.macs(x.shape), conv2.macs(h.shape)
-    per_unit = into.per_output + x.shape[-1] * into.per_pair + out_of.per_input + self.features * out_of.per_pair
-    records = self._records(x, train, (self.features,), (per_unit,), (0,))
-    for record in records:
-      h = apply_gates(h, record.gates)
-    h = conv2(h, train)
-    return nn.relu(h + self._shortcut(x, self.features, train)), records
+    (alone, with_input), after = self._macs_into(conv1, x), conv2.macs(h.shape)
+    alone += after.per_input + (self.features * after.per_pair if self.gating != "all_channels" else 0)
+    inner = Switched(self.features, alone, with_input, (conv1.writer,), (conv2.reader,))
+    records = self._records(x, train, (inner,), self._outer(conv2, h.shape, project, x))
+    if records:
+      h = apply_gates(h, records[0].gates)
+    y = nn.relu(conv2(h, train) + self._shortcut(x, self.features, project, train))
+    return (apply_gates(y, records[1].gates) if records[1:] else y), records
 
 
 class Bottleneck(_ResidualBlock):
   """1x1, 3x3 (with the stride), 1x1; gates switch the outputs of the first two, from one shared hidden layer.
 
-  `[N, H, W, D]` to `([N, H', W', 4 * features], records)`, or the same with frames.
+  With `gating="all_channels"` those of the block too. `[N, H, W, D]` to `([N, H', W', 4 * features], records)`, or the
+  same with frames.
   """
 
   expansion = 4
@@ -97,15 +124,19 @@ class Bottleneck(_ResidualBlock):
     out = self.expansion * self.features
     conv1 = self._conv(self.features, 1, 1, "conv1")
     conv2 = self._conv(self.features, 3, self.stride, "conv2")
+    conv3 = self._conv(out, 1, 1, "conv3")
+    project = self._project(x, out)
     h1 = nn.relu(conv1(x, train))
-    macs1, macs2 = conv1.macs(x.shape), conv2.macs(h1.shape)
-    pixels_out = math.prod(-(-size // self.stride) for size in x.shape[1:-1])
-    per_unit = (x.shape[-1] * macs1.per_pair + macs2.per_input, macs2.per_output + pixels_out * out)
-    records = self._records(x, train, (self.features, self.features), per_unit, (macs2.per_pair, 0))
+    shape2 = (x.shape[0], *(-(-size // self.stride) for size in x.shape[1:-1]), self.features)
+    (alone, with_input), middle, last = self._macs_into(conv1, x), conv2.macs(h1.shape), conv3.macs(shape2)
+    into_last = last.per_input + (out * last.per_pair if self.gating != "all_channels" else 0)
+    groups = (Switched(self.features, alone + middle.per_input, with_input, (conv1.writer,), (conv2.reader,)),
+              Switched(self.features, middle.per_output + into_last, middle.per_pair, (conv2.writer,), (conv3.reader,)))
+    records = self._records(x, train, groups, self._outer(conv3, shape2, project, x))
     if records:
       h1 = apply_gates(h1, records[0].gates)
     h2 = nn.relu(conv2(h1, train))
     if records:
       h2 = apply_gates(h2, records[1].gates)
-    h3 = self._conv(out, 1, 1, "conv3")(h2, train)
-    return nn.relu(h3 + self._shortcut(x, out, train)), records
+    y = nn.relu(conv3(h2, train) + self._shortcut(x, out, project, train))
+    return (apply_gates(y, records[2].gates) if records[2:] else y), records

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.ops.windows import convolve_clips, convolve_depthwise
-from gating_jax.types import Array
+from gating_jax.types import Array, Path
 
 
 class ConvMacs(NamedTuple):
@@ -27,7 +27,8 @@ class ConvMacs(NamedTuple):
 
 
 class ConvNorm(nn.Module):
-  """Convolution without bias, symmetric padding, then BatchNorm with statistics over all devices.
+  """Convolution without bias, symmetric padding, then BatchNorm with statistics over all devices; or, with
+  `norm=False`, a bias in its place.
 
   `[N, H, W, D]` or `[N, F, H, W, D]`; `window` and `stride` are one number for every axis between, or one per axis.
   A `depthwise` one, of images only, gives every channel a window of its own, and leaves their number.
@@ -39,6 +40,7 @@ class ConvNorm(nn.Module):
   dtype: jnp.dtype = jnp.float32
   axis_name: Hashable | None = None
   depthwise: bool = False
+  norm: bool = True
 
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
@@ -49,15 +51,24 @@ class ConvNorm(nn.Module):
         stride,
         padding=[(w // 2, w // 2) for w in window],
         feature_group_count=self.features if self.depthwise else 1,
-        use_bias=False,
+        use_bias=not self.norm,
         kernel_init=nn.initializers.he_normal(),
         dtype=self.dtype,
         conv_general_dilated=_quickest(len(window), self.depthwise),
         name="conv",
     )(x)
+    if not self.norm:
+      return x
     return nn.BatchNorm(
         use_running_average=not train, momentum=0.9, dtype=self.dtype, axis_name=self.axis_name, name="norm"
     )(x)
+
+  @property
+  def writer(self) -> Path:
+    """The convolution that makes the output channels, as `GateRecord.writers` names it."""
+    return (*self.path, "conv")
+
+  reader = writer
 
   def macs(self, x_shape: Sequence[int]) -> ConvMacs:
     """Of one channel's worth of this convolution on an input of this shape."""
@@ -87,6 +98,16 @@ class FactorisedConvNorm(nn.Module):
       raise ValueError(f"a factorised convolution needs clips [N, F, H, W, D]; got shape {x.shape}")
     space, time = self._parts(x.shape[-1])
     return time(nn.relu(space(x, train)), train)
+
+  @property
+  def writer(self) -> Path:
+    """As `ConvNorm.writer`."""
+    return (*self.path, "time", "conv")
+
+  @property
+  def reader(self) -> Path:
+    """The convolution that takes the input channels, as `GateRecord.readers` names it."""
+    return (*self.path, "space", "conv")
 
   def macs(self, x_shape: Sequence[int]) -> ConvMacs:
     """As `ConvNorm.macs`; no pair of an input and an output channel has a cost of its own."""

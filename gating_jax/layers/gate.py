@@ -1,7 +1,9 @@
 """The gate: a tiny network that looks at a feature map and decides, per example, which units run.
 
+One that looks at nothing is a parameter per unit: a mask for all examples.
+
 Axes: N examples, H and W pixels, D input channels, C gated units.
-Reference: Veit and Belongie, 2018; Bejnordi et al., 2020, section 3.
+Reference: Veit and Belongie, 2018; Bejnordi et al., 2020, section 3; Serra et al., 2018 (masks).
 """
 
 from __future__ import annotations
@@ -9,16 +11,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from gating_jax.checks import one_of
 from gating_jax.ops import collectives, relaxations
-from gating_jax.types import Array, GateRecord, Records
+from gating_jax.types import Array, GateRecord, Path, Records
 
 GATE_NAME = "gate"  # every gate module is called this inside its block
+LOGITS = ("head", "logits")  # path, inside the gate, of the layer that makes its logits
 GATE_RNG = "gate"  # the name of the PRNG stream for the gates' noise
+CONTEXTS = ("pooled", "none")
+RELAXATIONS = ("straight_through", "sigmoid")
 
 
 def is_gate_path(path: Sequence[str]) -> bool:
@@ -35,12 +43,17 @@ class GateSettings:
     initial_open: P(open) that the last bias starts from, in (0, 1).
     temperature: of the backward pass, > 0.
     noise_scale: multiplies the logistic noise of training; 1 makes P(open) = sigmoid(logit).
+    context: what a channel gate sees: `pooled`, the mean over pixels; or `none`: its logits are parameters.
+    relaxation: of channel gates: `straight_through`, sampled in training and 0/1; or `sigmoid`, the probability itself,
+      in training and evaluation.
   """
 
   hidden: int = 16
   initial_open: float = 0.85
   temperature: float = relaxations.DEFAULT_TEMPERATURE
   noise_scale: float = 1.0
+  context: str = "pooled"
+  relaxation: str = "straight_through"
 
   def __post_init__(self):
     rules = {
@@ -52,6 +65,13 @@ class GateSettings:
     for name, (holds, rule) in rules.items():
       if not holds:
         raise ValueError(f"gate {name} must be {rule}; got {getattr(self, name)}")
+    one_of("gate context", self.context, CONTEXTS)
+    one_of("gate relaxation", self.relaxation, RELAXATIONS)
+
+  @property
+  def initial_logit(self) -> float:
+    """The log-odds of `initial_open`."""
+    return math.log(self.initial_open / (1 - self.initial_open))
 
 
 class GateHead(nn.Module):
@@ -71,37 +91,46 @@ class GateHead(nn.Module):
     context = jnp.mean(x, axis=tuple(range(1, x.ndim - 1)))
     h = nn.Dense(s.hidden, use_bias=False, name="hidden")(context)
     h = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name, name="norm")(h)
-    bias = nn.initializers.constant(math.log(s.initial_open / (1 - s.initial_open)))
+    bias = nn.initializers.constant(s.initial_logit)
     return nn.Dense(self.units, bias_init=bias, name="logits")(nn.relu(h))
 
 
-class ChannelGate(nn.Module):
-  """One or more groups of gates that share a `GateHead`.
+class Switched(NamedTuple):
+  """Channels that gates switch: how many, and what `GateRecord` says of them."""
 
-  Attributes:
-    units: gates of each group.
-    macs_per_unit, macs_per_pair: what they switch, per group; see `GateRecord`.
+  units: int
+  macs_per_unit: int
+  macs_per_pair: int = 0
+  writers: tuple[Path, ...] = ()
+  readers: tuple[Path, ...] = ()
+
+
+class ChannelGate(nn.Module):
+  """Gates of one or more groups of channels, from one `GateHead`, or from a parameter per unit.
 
   Called with `[N, H, W, D]` it returns one `GateRecord` per group. With `train=True` gates are sampled and need a PRNG
   stream named `gate`; the noise of an example depends on its place in the whole batch, not on the device it is on.
   """
 
-  units: tuple[int, ...]
-  macs_per_unit: tuple[int, ...]
-  macs_per_pair: tuple[int, ...]
+  groups: tuple[Switched, ...]
   settings: GateSettings = GateSettings()
   axis_name: Hashable | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Records:
-    head = GateHead(sum(self.units), self.settings, self.axis_name, name="head")
-    logits = head(x, train)
-    gates = self._sample(logits) if train else relaxations.threshold_gate(logits)
-    ends = [sum(self.units[: i + 1]) for i in range(len(self.units))]
-    groups = [jnp.split(a, ends[:-1], axis=-1) for a in (logits, jax.nn.sigmoid(logits), gates)]
-    return tuple(
-        GateRecord(*group) for group in zip(*groups, self.macs_per_unit, self.macs_per_pair, strict=True)
-    )
+    units = [group.units for group in self.groups]
+    if self.settings.context == "none":
+      logits = self.param("logits", nn.initializers.constant(self.settings.initial_logit), (sum(units),))
+      logits = jnp.broadcast_to(logits, (x.shape[0], sum(units)))
+    else:
+      logits = GateHead(sum(units), self.settings, self.axis_name, name="head")(x, train)
+    probs = jax.nn.sigmoid(logits)
+    if self.settings.relaxation == "sigmoid":
+      gates = probs
+    else:
+      gates = self._sample(logits) if train else relaxations.threshold_gate(logits)
+    parts = [jnp.split(a, np.cumsum(units)[:-1], axis=-1) for a in (logits, probs, gates)]
+    return tuple(GateRecord(*part, *group[1:], self.path) for *part, group in zip(*parts, self.groups, strict=True))
 
   def _sample(self, logits: Array) -> Array:
     keys = collectives.example_keys(self.make_rng(GATE_RNG), logits.shape[0], self.axis_name)

@@ -9,7 +9,6 @@ Reference: Hussein et al., 2020 (TimeGate); Korbar et al., 2019 (SCSampler).
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Hashable
 
 import flax.linen as nn
@@ -81,7 +80,7 @@ class SegmentGate(nn.Module):
     elif s.context == "convolution":
       h += nn.Conv(g.hidden, (_WINDOW,), feature_group_count=g.hidden, name="context")(h * valid[..., None])
     h = nn.relu(nn.Dense(g.hidden, name="hidden")(h))
-    bias = nn.initializers.constant(math.log(g.initial_open / (1 - g.initial_open)))
+    bias = nn.initializers.constant(g.initial_logit)
     logits = nn.Dense(1, bias_init=bias, name="logits")(h)[..., 0]
     gates = self._sample(logits) if train else relaxations.threshold_gate(logits)
     return GateRecord(logits, jax.nn.sigmoid(logits), selection.keep_best(gates, logits, valid), self.macs_per_unit)

@@ -6,6 +6,7 @@ The convention is pmap's: every device computes the global loss, and gradients a
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,11 @@ def batch_mean(x: Array, axis_name: Hashable | None) -> Array:
   """Mean over axis 0 of the whole batch, shards of equal size."""
   mean = jnp.mean(x, axis=0)
   return mean if axis_name is None else lax.pmean(mean, axis_name)
+
+
+def mean_over_devices(tree: Any, axis_name: Hashable | None) -> Any:
+  """The mean over devices of every array, such as each device's gradients and metrics."""
+  return tree if axis_name is None else lax.pmean(tree, axis_name)
 
 
 def example_keys(key: Array, n: int, axis_name: Hashable | None) -> Array:

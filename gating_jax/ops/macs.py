@@ -29,14 +29,14 @@ def conv_macs(kernel_shape: Sequence[int], output_shape: Sequence[int]) -> int:
 def executed_macs(records: Records) -> Array:
   """MACs per example that the gated units of a network execute.
 
-      sum_l  macs_per_unit_l |g_l| + macs_per_pair_l |g_l| |g_(l+1)|,   |g| = number of open units
+      sum_l  macs_per_unit_l |g_l| + macs_per_pair_l |g_(l-1)| |g_l|,   |g| = number of open units
 
   Args:
     records: in the network's order.
   Returns:
     `[N]`. Exact to the unit below 2**24 for float32 gates, and beyond for numpy float64 ones.
   Raises:
-    ValueError: no records, or the last one claims pairs with a next one.
+    ValueError: no records, or the first one claims pairs with one before it.
   """
   _check(records)
   open_units = [r.gates.sum(-1) for r in records]
@@ -44,7 +44,7 @@ def executed_macs(records: Records) -> Array:
   for i, record in enumerate(records):
     total = total + open_units[i] * float(record.macs_per_unit)
     if record.macs_per_pair:
-      total = total + open_units[i] * open_units[i + 1] * float(record.macs_per_pair)
+      total = total + open_units[i - 1] * open_units[i] * float(record.macs_per_pair)
   return total
 
 
@@ -53,12 +53,12 @@ def gated_macs(records: Records) -> int:
   _check(records)
   units = [r.gates.shape[-1] for r in records]
   single = sum(u * r.macs_per_unit for u, r in zip(units, records, strict=True))
-  return single + sum(units[i] * units[i + 1] * r.macs_per_pair for i, r in enumerate(records) if r.macs_per_pair)
+  return single + sum(units[i - 1] * units[i] * r.macs_per_pair for i, r in enumerate(records) if r.macs_per_pair)
 
 
 def _check(records: Records) -> None:
   if not records:
     raise ValueError("records must hold at least one GateRecord; got none: is the model ungated?")
-  if records[-1].macs_per_pair:
-    raise ValueError("the last record's macs_per_pair must be 0, it has no next record; "
-                     f"got {records[-1].macs_per_pair}")
+  if records[0].macs_per_pair:
+    raise ValueError("the first record's macs_per_pair must be 0, no record is before it; "
+                     f"got {records[0].macs_per_pair}")

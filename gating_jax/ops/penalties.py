@@ -5,13 +5,14 @@ Axes: N examples, C gates of one layer. All are dimensionless scalars, different
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Sequence
 
 import jax.numpy as jnp
 
 from gating_jax.ops import collectives
 from gating_jax.ops.macs import executed_macs, gated_macs
-from gating_jax.types import Array, GateRecord, Records
+from gating_jax.types import Array, Records
 
 
 def l0_loss(probs: Sequence[Array]) -> Array:
@@ -77,7 +78,7 @@ def mac_budget_loss(
 
 def _expected(records: Records) -> Records:
   _nonempty(records)
-  return tuple(GateRecord(r.logits, r.probs, r.probs, r.macs_per_unit, r.macs_per_pair) for r in records)
+  return tuple(dataclasses.replace(r, gates=r.probs) for r in records)
 
 
 def _nonempty(layers: Sequence) -> Sequence:

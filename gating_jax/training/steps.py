@@ -16,6 +16,7 @@ from flax import struct
 from jax import lax
 
 from gating_jax.layers.gate import GATE_RNG
+from gating_jax.ops.collectives import mean_over_devices
 from gating_jax.ops.macs import executed_macs
 from gating_jax.types import Array
 
@@ -79,7 +80,7 @@ def make_train_step(
       return total, (metrics, updates.get("batch_stats", {}))
 
     grads, (metrics, batch_stats) = jax.grad(loss, has_aux=True)(state.params)
-    grads, metrics = _mean_over_devices((grads, metrics), axis_name)
+    grads, metrics = mean_over_devices((grads, metrics), axis_name)
     metrics["gradient_norm"] = optax.tree.norm(grads)
     updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -145,7 +146,3 @@ def _scan(body, state, batches):
     return lax.scan(body, state, batches)
   state, metrics = body(state, jax.tree.map(lambda x: x[0], batches))
   return state, jax.tree.map(lambda x: jnp.asarray(x)[None], metrics)
-
-
-def _mean_over_devices(tree, axis_name):
-  return tree if axis_name is None else lax.pmean(tree, axis_name)

@@ -48,7 +48,7 @@ def test_the_settings_as_they_stand_are_right(config):
         ("data.std", (0.0,), r"data.std must be a tuple of positive numbers; got \(0.0,\)"),
         ("data.pad", -1, "data.pad must be >= 0; got -1"),
         ("model.name", "resnet21", "model.name must be one of .*; got 'resnet21'. Did you mean 'resnet"),
-        ("model.gating", "chanel", "model.gating must be one of channel, none; got 'chanel'. Did you mean 'channel'"),
+        ("model.gating", "chanel", "model.gating must be one of all_.*; got 'chanel'. Did you mean 'channel'"),
         ("model.shortcut", "C", "model.shortcut must be one of A, B; got 'C'"),
         ("model.width", 0.0, "model.width must be a positive finite number; got 0.0"),
         ("model.dtype", "float23", "model.dtype must be one of .*; got 'float23'. Did you mean 'float32'"),

@@ -116,9 +116,9 @@ def test_gates_act_on_their_own_example_only():
     np.testing.assert_allclose(apply(block, variables, x[n : n + 1])[0][0], y[n], rtol=1e-5, atol=1e-5)
 
 
-def macs_of(block, shape, **settings):
+def macs_of(block, shape, gating="channel", **settings):
   """Per record: per unit and per pair."""
-  module = block(gating="channel", **settings)
+  module = block(gating=gating, **settings)
   y, records = jax.eval_shape(lambda x: module.init_with_output(jax.random.key(0), x)[0],
                               jax.ShapeDtypeStruct(shape, jnp.float32))
   return y.shape, [(r.gates.shape, r.macs_per_unit, r.macs_per_pair) for r in records]
@@ -132,9 +132,46 @@ def test_macs_of_a_basic_block_by_hand():
 
 def test_macs_of_a_bottleneck_by_hand():
   assert macs_of(Bottleneck, (2, 8, 8, 16), features=6, stride=2) == (
-      (2, 4, 4, 24), [((2, 6), 64 * 16, 9 * 16), ((2, 6), 16 * 24, 0)])
+      (2, 4, 4, 24), [((2, 6), 64 * 16, 0), ((2, 6), 16 * 24, 9 * 16)])
   assert macs_of(Bottleneck, (1, 7, 5, 3), features=2, stride=2) == (
-      (1, 4, 3, 8), [((1, 2), 35 * 3, 9 * 12), ((1, 2), 12 * 8, 0)])
+      (1, 4, 3, 8), [((1, 2), 35 * 3, 0), ((1, 2), 12 * 8, 9 * 12)])
+
+
+def test_macs_with_gated_outputs_by_hand():
+  basic = dict(features=6, stride=2, gating="all_channels")
+  assert macs_of(BasicBlock, (2, 8, 8, 5), **basic)[1] == [((2, 6), 9 * 16 * 5, 0), ((2, 6), 16 * 5, 9 * 16)]
+  assert macs_of(BasicBlock, (2, 8, 8, 5), **basic, gated_input=True)[1] == [
+      ((2, 6), 0, 9 * 16), ((2, 6), 16 * 5, 9 * 16)]
+  assert macs_of(Bottleneck, (2, 8, 8, 16), **basic)[1] == [
+      ((2, 6), 64 * 16, 0), ((2, 6), 0, 9 * 16), ((2, 24), 16 * 16, 16)]
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_gated_outputs_are_those_of_the_ungated_block_where_open_and_zero_where_closed(block):
+  x = image(2, 5, 5, 3)
+  gated, ungated = (block(2, stride=2, gating=gating) for gating in ("all_channels", "none"))
+  variables = variables_of(gated, x, plain_norms=True)
+  full = without_gate(variables)
+  inner = 2 * (block.expansion // 4 + 1)
+  logits = np.full(inner + 2 * block.expansion, OPEN)
+  expected = np.array(ungated.apply(full, x)[0])
+  np.testing.assert_allclose(apply(gated, with_logits(variables, logits), x)[0], expected, rtol=1e-6)
+  logits[inner + 1] = -OPEN
+  expected[..., 1] = 0
+  np.testing.assert_allclose(apply(gated, with_logits(variables, logits), x)[0], expected, rtol=1e-6)
+
+
+def test_records_name_what_writes_and_reads_their_channels():
+  x = image(1, 6, 6, 3)
+  basic = dict(features=2, stride=2, gating="all_channels")
+  inner, outer = BasicBlock(**basic).init_with_output(jax.random.key(0), x)[0][1]
+  assert (inner.writers, inner.readers) == ((("conv1", "conv"),), (("conv2", "conv"),))
+  assert (outer.writers, outer.readers) == ((("conv2", "conv"), ("project", "conv")), ())
+  first, second, last = Bottleneck(**basic).init_with_output(jax.random.key(0), x)[0][1]
+  assert [r.writers[0][0] for r in (first, second, last)] == ["conv1", "conv2", "conv3"]
+  clips = jnp.zeros((1, 2, 4, 4, 3))
+  inner, _ = BasicBlock(**basic, convolution="factorised").init_with_output(jax.random.key(0), clips)[0][1]
+  assert (inner.writers, inner.readers) == ((("conv1", "time", "conv"),), (("conv2", "space", "conv"),))
 
 
 def closed_block(shortcut, x, features, stride):
@@ -174,7 +211,7 @@ def shape_of(block, shape=(1, 4, 4, 8)):
 
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 def test_near_matches_of_names_are_suggested(block):
-  with pytest.raises(ValueError, match=r"^gating must be one of channel, none; got 'chanel'\. Did you mean 'channel'"):
+  with pytest.raises(ValueError, match=r"^gating must be one of all_.*; got 'chanel'\. Did you mean 'channel'"):
     shape_of(block(2, gating="chanel"))
   with pytest.raises(ValueError, match=r"^shortcut must be one of A, B; got 'C'"):
     shape_of(block(8 // block.expansion, shortcut="C"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from gating_jax.layers.gate import GATE_RNG, ChannelGate, GateHead, GateSettings, apply_gates, is_gate_path
+from gating_jax.layers.gate import GATE_RNG, ChannelGate, GateHead, GateSettings, Switched, apply_gates, is_gate_path
 
 AXIS = "devices"
 
@@ -30,7 +30,7 @@ def init(module, x):
 
 
 def two_groups(**settings):
-  return ChannelGate((3, 2), (10, 20), (7, 0), **settings)
+  return ChannelGate((Switched(3, 10), Switched(2, 20, 7)), **settings)
 
 
 def with_last_layer(variables, kernel_scale, bias):
@@ -85,8 +85,8 @@ def test_a_channel_gate_splits_its_logits_into_records():
     np.testing.assert_allclose(record.logits, expected, atol=1e-6)
     np.testing.assert_allclose(record.probs, special.expit(expected), rtol=1e-5)
     np.testing.assert_array_equal(record.gates, expected > 0)
-  assert (first.macs_per_unit, first.macs_per_pair) == (10, 7)
-  assert (second.macs_per_unit, second.macs_per_pair) == (20, 0)
+  assert (first.macs_per_unit, first.macs_per_pair) == (10, 0)
+  assert (second.macs_per_unit, second.macs_per_pair) == (20, 7)
 
 
 def test_evaluation_needs_no_key_and_opens_what_has_a_positive_logit():
@@ -121,6 +121,29 @@ def test_training_draws_gates_from_its_key():
     gate.apply(variables, x, train=True, mutable=["batch_stats"])
 
 
+def test_a_gate_that_sees_nothing_is_a_parameter_per_unit_for_all_examples():
+  gate = two_groups(settings=GateSettings(initial_open=0.3, context="none"))
+  x = features(6, 4, 4, 5)
+  fresh = gate.init(jax.random.key(0), x)
+  assert jax.tree.map(jnp.shape, fresh) == {"params": {"logits": (5,)}}
+  np.testing.assert_allclose(special.expit(fresh["params"]["logits"]), [0.3] * 5, rtol=1e-6)
+  first, second = gate.apply({"params": {"logits": jnp.array([-1.0, 2, 0, 3, -4])}}, x)
+  assert first.logits.tolist() == [[-1, 2, 0]] * 6
+  assert (first.gates.tolist(), second.gates.tolist()) == ([[0, 1, 0]] * 6, [[1, 0]] * 6)
+  drawn, _ = train(gate, fresh, features(500, 5), 0)
+  assert 0 < np.mean(drawn.gates) < 1
+  assert len(np.unique(drawn.gates, axis=0)) == 8
+
+
+def test_a_sigmoid_gate_is_its_probability_in_training_and_evaluation_without_a_key():
+  gate = two_groups(settings=GateSettings(relaxation="sigmoid"))
+  x = features(6, 4, 4, 5)
+  variables = with_last_layer(init(gate, x), 0, np.linspace(-2, 2, 5))
+  for records in (gate.apply(variables, x), gate.apply(variables, x, train=True, mutable=["batch_stats"])[0]):
+    gates = np.concatenate([r.gates for r in records], axis=-1)
+    np.testing.assert_allclose(gates, np.broadcast_to(special.expit(np.linspace(-2, 2, 5)), (6, 5)), rtol=1e-5)
+
+
 def test_without_noise_training_opens_what_has_a_positive_logit():
   x = features(50, 5)
   drawn, sure = (two_groups(settings=GateSettings(noise_scale=scale)) for scale in (1.0, 0.0))
@@ -143,7 +166,7 @@ def test_gates_pass_gradients_to_the_head_scaled_by_the_temperature():
 
 def test_the_noise_and_the_statistics_do_not_depend_on_the_number_of_devices():
   x = features(16, 2, 2, 5)
-  alone, spread = ChannelGate((40,), (1,), (0,)), ChannelGate((40,), (1,), (0,), axis_name=AXIS)
+  alone, spread = ChannelGate((Switched(40, 1),)), ChannelGate((Switched(40, 1),), axis_name=AXIS)
   variables = with_last_layer(init(alone, x), 1, np.zeros(40))
   run = lambda gate, x: gate.apply(
       variables, x, train=True, rngs={GATE_RNG: jax.random.key(7)}, mutable=["batch_stats"])
@@ -190,11 +213,19 @@ def test_bad_settings_are_named(setting, rule):
     GateSettings(**setting)
 
 
+@pytest.mark.parametrize(("field", "choices"), [
+    ("context", "none, pooled"), ("relaxation", "sigmoid, straight_through"),
+])
+def test_unknown_choices_are_named(field, choices):
+  with pytest.raises(ValueError, match=f"^gate {field} must be one of {choices}; got 'input'"):
+    GateSettings(**{field: "input"})
+
+
 def test_gate_paths_are_those_below_a_gate_module():
   class Net(nn.Module):
     @nn.compact
     def __call__(self, x):
-      ChannelGate((2,), (1,), (0,), name="gate")(x)
+      ChannelGate((Switched(2, 1),), name="gate")(x)
       return nn.Dense(3, name="delegate")(x)
 
   params = flax.traverse_util.flatten_dict(init(Net(), features(2, 3))["params"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from gating_jax.layers.gate import GATE_NAME, GATE_RNG, ChannelGate, GateSettings, is_gate_path
+from gating_jax.layers.gate import GATE_NAME, GATE_RNG, ChannelGate, GateSettings, Switched, is_gate_path
 from gating_jax.layers.segments import POOLINGS, SegmentGateSettings
 from gating_jax.models.segment_net import SELECTIONS, SegmentClassifier, SegmentNet
 from gating_jax.models.segment_nets import FeaturePool
@@ -30,7 +30,7 @@ class Net(nn.Module):
 
   @nn.compact
   def __call__(self, x, train=False):
-    gate = ChannelGate((self.units,), (D,), (0,), GateSettings(hidden=3, initial_open=0.5), self.axis_name,
+    gate = ChannelGate((Switched(self.units, D),), GateSettings(hidden=3, initial_open=0.5), self.axis_name,
                        name=GATE_NAME)
     records = gate(x, train)
     return nn.Dense(self.units, name="dense")(x) * records[0].gates, records

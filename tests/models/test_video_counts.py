@@ -3,7 +3,7 @@ import jax
 import numpy as np
 import pytest
 
-from gating_jax.layers.gate import GATE_NAME, ChannelGate, GateSettings
+from gating_jax.layers.gate import GATE_NAME, ChannelGate, GateSettings, Switched
 from gating_jax.layers.segments import SegmentGateSettings
 from gating_jax.models.segment_net import SegmentNet
 from gating_jax.models.video_counts import NOTHING, VideoCounts, count_video
@@ -27,7 +27,7 @@ class Heavy(nn.Module):
   @nn.compact
   def __call__(self, x, train=False):
     x = nn.Dense(D)(x)
-    records = ChannelGate((HEAVY,), (D,), (0,), GateSettings(hidden=2), name=GATE_NAME)(x, train) if self.gated else ()
+    records = ChannelGate((Switched(HEAVY, D),), GateSettings(hidden=2), name=GATE_NAME)(x, train) if self.gated else ()
     y = nn.Dense(HEAVY)(x)
     return (y * records[0].gates if records else y), records
 

@@ -15,7 +15,7 @@ def record(gates, per_unit=0, per_pair=0):
 
 
 def pair(first, second, *, per_pair=36):
-  return (record(first, 10, per_pair), record(second, 7))
+  return (record(first, 10), record(second, 7, per_pair))
 
 
 ALL, NONE = [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]
@@ -56,9 +56,9 @@ def test_the_mean_is_of_the_product_and_not_the_product_of_the_means():
   assert executed_macs(together).mean() - executed_macs(apart).mean() == 36 * 16 / 2
 
 
-def test_a_pair_joins_a_record_to_the_next_one_only():
+def test_a_pair_joins_a_record_to_the_one_before_only():
   records = (record([[1, 1]], 1), record([[1, 0, 1]], 10, 1000), record([[1, 1, 1, 1]], 100), record([[1]], 7))
-  np.testing.assert_array_equal(executed_macs(records), [2 + 20 + 1000 * 2 * 4 + 400 + 7])
+  np.testing.assert_array_equal(executed_macs(records), [2 + 20 + 1000 * 2 * 2 + 400 + 7])
 
 
 def test_all_open_gates_execute_all_gated_macs_and_closed_ones_none():
@@ -68,7 +68,7 @@ def test_all_open_gates_execute_all_gated_macs_and_closed_ones_none():
 
 def test_float64_gates_count_beyond_what_float32_holds():
   gates = np.ones((1, 2048))
-  records = (record(gates, 2**31 + 1, 3), record(gates, 1))
+  records = (record(gates, 2**31 + 1), record(gates, 1, 3))
   exact = 2048 * (2**31 + 1) + 3 * 2048**2 + 2048
   assert int(np.float32(exact)) != exact
   assert int(executed_macs(records)[0]) == exact == gated_macs(records)
@@ -96,7 +96,7 @@ def test_no_records_are_an_error():
       function(())
 
 
-def test_a_last_record_with_pairs_is_an_error():
+def test_a_first_record_with_pairs_is_an_error():
   for function in (executed_macs, gated_macs):
-    with pytest.raises(ValueError, match=r"^the last record's macs_per_pair must be 0, it has no next record; got 9$"):
-      function((record([ALL]), record([ALL], 1, 9)))
+    with pytest.raises(ValueError, match=r"^the first record's macs_per_pair must be 0, .*; got 9$"):
+      function((record([ALL], 1, 9), record([ALL])))

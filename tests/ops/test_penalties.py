@@ -11,8 +11,8 @@ from gating_jax.types import GateRecord
 def records_of(first, second):
   """Two records joined by a pair, [N, 3] and [N, 2]; their gates all open, to differ from their probabilities."""
   return (
-      GateRecord(first, first, jnp.ones_like(first), 10, 4),
-      GateRecord(second, second, jnp.ones_like(second), 7),
+      GateRecord(first, first, jnp.ones_like(first), 10),
+      GateRecord(second, second, jnp.ones_like(second), 7, 4),
   )
 
 
