@@ -1,0 +1,127 @@
+"""Chains of convolutions without shortcuts, for small images: VGG nets and the SimpleCNN of continual learning.
+
+Axes: N examples, H and W pixels, D channels.
+Reference: Simonyan and Zisserman, 2015 (VGG); Ioffe and Szegedy, 2015; Abati et al., 2020, section 4 (SimpleCNN).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from gating_jax.checks import one_of
+from gating_jax.layers.conv import ConvNorm, scaled
+from gating_jax.layers.gate import GATE_NAME, ChannelGate, GateSettings, Switched, apply_gates
+from gating_jax.types import Array, Path, Records
+
+POOL = "pool"
+GATINGS = ("none", "channel")
+VGGS = {
+    "simple_cnn": (100, POOL, 100, POOL, 100),
+    "vgg8": (64, POOL, 128, POOL, 256, 256, POOL, 512, 512, POOL),
+    "vgg16": (64, 64, POOL, 128, 128, POOL, 256, 256, 256, POOL, 512, 512, 512, POOL, 512, 512, 512, POOL),
+}
+
+
+class VGG(nn.Module):
+  """`[N, H, W, D]` images, large enough for the chain's pools, to `([N, classes] float32 logits, records)`.
+
+  Every layer is a 3x3 convolution, BatchNorm, ReLU and, where the chain says so, a 2x2 max pool; its gate sees the
+  layer's input and switches its output channels. Then the mean over pixels and one dense layer.
+
+  Attributes:
+    classes: number of outputs; None for the pooled features in place of logits.
+    chain: the channels of each convolution, before `width`, and `"pool"` after those that a pool follows.
+    width: multiplies every channel count; each is rounded to the nearest integer, at least 1.
+    norm: whether BatchNorm follows each convolution; else it has a bias.
+    gating: `none` or `channel`.
+    gate: how gates are built and sampled.
+    dtype, axis_name: as in `ResNet`.
+  """
+
+  classes: int | None
+  chain: tuple[int | str, ...]
+  width: float = 1.0
+  norm: bool = True
+  gating: str = "none"
+  gate: GateSettings = GateSettings()
+  dtype: jnp.dtype = jnp.float32
+  axis_name: Hashable | None = None
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
+    if x.ndim != 4:
+      raise ValueError(f"images must be [N, H, W, D]; got shape {x.shape}")
+    one_of("gating", self.gating, GATINGS)
+    x, records = x.astype(self.dtype), ()
+    convs = [i for i, channels in enumerate(self.chain) if channels != POOL]
+    for number, i in enumerate(convs, start=1):
+      x, new = VGGLayer(
+          features=scaled(self.chain[i], self.width),
+          pool=POOL in self.chain[i + 1 : i + 2],
+          norm=self.norm,
+          gating=self.gating,
+          gated_input=bool(records),
+          readers=self._readers(number, len(convs)),
+          gate=self.gate,
+          dtype=self.dtype,
+          axis_name=self.axis_name,
+          name=f"layer{number}",
+      )(x, train)
+      records += new
+    x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+    if self.classes is None:
+      return x, records
+    return nn.Dense(self.classes, name="classifier")(x), records
+
+  def _readers(self, number: int, last: int) -> tuple[Path, ...]:
+    """What takes the output channels of this layer."""
+    if number < last:
+      return ((*self.path, f"layer{number + 1}", "conv", "conv"),)
+    return () if self.classes is None else ((*self.path, "classifier"),)
+
+
+class VGGLayer(nn.Module):
+  """3x3 convolution, BatchNorm, ReLU, pool, gate: `[N, H, W, D]` to `([N, H', W', features], records)`."""
+
+  features: int
+  pool: bool
+  norm: bool
+  gating: str
+  gated_input: bool
+  readers: tuple[Path, ...]
+  gate: GateSettings
+  dtype: jnp.dtype
+  axis_name: Hashable | None
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
+    conv = ConvNorm(self.features, 3, 1, self.dtype, self.axis_name, norm=self.norm, name="conv")
+    y = nn.relu(conv(x, train))
+    if self.pool:
+      if min(y.shape[1:3]) < 2:
+        raise ValueError(f"images are too small for the chain's pools: nothing is left after {self.name}, which has "
+                         f"{y.shape[1]} x {y.shape[2]} pixels; use another model.name or larger images")
+      y = nn.max_pool(y, (2, 2), (2, 2))
+    if self.gating == "none":
+      return y, ()
+    per_pair = conv.macs(x.shape).per_pair
+    macs = (0, per_pair) if self.gated_input else (per_pair * x.shape[-1], 0)
+    records = ChannelGate((Switched(self.features, *macs, (conv.writer,), self.readers),), self.gate, self.axis_name,
+                          name=GATE_NAME)(x, train)
+    return apply_gates(y, records[0].gates), records
+
+
+def vgg(name: str, classes: int | None, **settings) -> VGG:
+  """A named chain: `vgg8`, `vgg16`, or `simple_cnn` with 100 channels a layer.
+
+  >>> vgg("simple_cnn", 10, width=0.1).chain
+  (100, 'pool', 100, 'pool', 100)
+
+  Raises:
+    ValueError: an unknown name.
+  """
+  one_of("model name", name, VGGS)
+  return VGG(classes=classes, chain=VGGS[name], **settings)
