@@ -41,7 +41,7 @@ class ModelCounts:
 
 
 def count(model: nn.Module, input_shape: Any) -> ModelCounts:
-  """Counts every `nn.Conv` and `nn.Dense` a model calls.
+  """Counts every `nn.Conv`, `nn.Dense` and `nn.DenseGeneral` a model calls.
 
   Args:
     model: a module called as `model(x)` that returns `(y, records)`.
@@ -59,6 +59,8 @@ def count(model: nn.Module, input_shape: Any) -> ModelCounts:
     if isinstance(context.module, (nn.Conv, nn.Dense)) and context.method_name == "__call__":
       kernel = context.module.get_variable("params", "kernel")
       macs[is_gate_path(context.module.path)] += conv_macs(kernel.shape, y.shape)
+    if isinstance(context.module, nn.DenseGeneral):
+      macs[is_gate_path(context.module.path)] += math.prod(context.module.get_variable("params", "kernel").shape)
     return y
 
   def trace(x):

@@ -1,11 +1,12 @@
 """Convolutions and pooling in the form that is quick on a CPU, where XLA's own are several times slower.
 
 Measured on two cores, forward and backward: 3-D convolutions 4 to 5 times quicker, depthwise ones 3 to 8 times, pooling
-10 times. The values are XLA's, convolutions up to the order of summation.
+10 times; differentiated twice, as WGAN-GP does, `convolve_images` and `convolve_doubled` 10 to 17 times. The values are
+XLA's, convolutions up to the order of summation.
 
 Axes: N examples, F frames, H and W pixels, C input channels, K output channels.
 Reference: Chellapilla et al., "High performance convolutional neural networks for document processing", 2006: the taps
-of a window laid side by side as channels; here for the temporal taps only.
+of a window laid side by side as channels, in `convolve_clips` for the temporal taps only.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from gating_jax.types import Array
 
 _IMAGES = ("NHWC", "HWIO", "NHWC")
+# Whether a pixel of even (first) or odd place reads, by tap i, the original before, at or after its own.
+_READ_ON_DOUBLED = np.array([[[1, 0, 0], [0, 1, 0], [0, 1, 0]], [[0, 1, 0], [0, 1, 0], [0, 0, 1]]], np.float32)
 
 
 def convolve_clips(x: Array, kernel: Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]) -> Array:
@@ -45,6 +49,50 @@ def convolve_clips(x: Array, kernel: Array, strides: Sequence[int], padding: Seq
       x.reshape(-1, *x.shape[2:]), jnp.concatenate(list(kernel), axis=2), strides[1:], padding[1:],
       dimension_numbers=_IMAGES)
   return y.reshape(-1, frames, *y.shape[1:])
+
+
+def convolve_images(x: Array, kernel: Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]) -> Array:
+  """2-D convolution as one matrix product, the pixels under the kernel's taps side by side as channels.
+
+  Args:
+    x: `[N, H, W, C]`.
+    kernel: `[window height, window width, C, K]`.
+    strides, padding: for height and width; padding before and after.
+  Returns:
+    `[N, H', W', K]`.
+
+  >>> x = jnp.arange(8.0).reshape(1, 4, 2, 1)
+  >>> convolve_images(x, jnp.ones((3, 2, 1, 1)), (1, 1), ((0, 0), (0, 0))).ravel()
+  Array([15., 27.], dtype=float32)
+  """
+  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  size = [(x.shape[1 + i] - kernel.shape[i]) // strides[i] + 1 for i in (0, 1)]
+  rows = [_every(x, 1, i, strides[0], size[0]) for i in range(kernel.shape[0])]
+  taps = [_every(row, 2, j, strides[1], size[1]) for row in rows for j in range(kernel.shape[1])]
+  return jnp.concatenate(taps, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def convolve_doubled(x: Array, kernel: Array) -> Array:
+  """2-D convolution of an image enlarged to twice its sides, each pixel four times, without enlarging it.
+
+  Each of the four pixels that one becomes reads the 3 x 3 original pixels around it by a kernel of its own, sums of the
+  given kernel's taps; the four are computed as channels of one convolution.
+
+  Args:
+    x: `[N, H, W, C]`.
+    kernel: `[3, 3, C, K]`; the padding is one pixel of zeros.
+  Returns:
+    `[N, 2H, 2W, K]`.
+
+  >>> convolve_doubled(jnp.array([1.0, 5.0]).reshape(1, 1, 2, 1), jnp.ones((3, 3, 1, 1)))[0, :, :, 0]
+  Array([[ 4., 14., 22., 20.],
+         [ 4., 14., 22., 20.]], dtype=float32)
+  """
+  n, height, width, channels = x.shape
+  kernel = jnp.einsum("aip,bjq,ijck->pqcabk", _READ_ON_DOUBLED, _READ_ON_DOUBLED, kernel)
+  y = convolve_images(x, kernel.reshape(3, 3, channels, -1), (1, 1), ((1, 1), (1, 1)))
+  y = y.reshape(n, height, width, 2, 2, -1)
+  return jnp.swapaxes(y, 2, 3).reshape(n, 2 * height, 2 * width, -1)
 
 
 def convolve_depthwise(x: Array, kernel: Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]) -> Array:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from gating_jax.ops.windows import convolve_clips, convolve_depthwise, max_pool
+from gating_jax.ops.windows import convolve_clips, convolve_depthwise, convolve_doubled, convolve_images, max_pool
 
 
 def normal(*shape, seed=0):
@@ -90,3 +90,23 @@ def test_types_are_kept(dtype):
       jax.eval_shape(lambda: max_pool(x, (3, 3, 3), (2, 2, 2))),
   ):
     assert y.dtype == dtype
+
+
+def xla_images(x, kernel, strides, padding):
+  return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@pytest.mark.parametrize(("window", "strides", "padding"), [
+    ((4, 4), (2, 2), ((1, 1), (1, 1))),
+    ((3, 2), (1, 3), ((1, 0), (0, 2))),
+    ((1, 1), (1, 1), ((0, 0), (0, 0))),
+])
+def test_images_are_convolved_as_by_xla(window, strides, padding):
+  assert_same(convolve_images, xla_images, normal(2, 6, 8, 3), normal(*window, 3, 5, seed=1), strides, padding)
+
+
+def test_a_doubled_image_is_convolved_as_by_xla():
+  doubled = lambda x, kernel, strides, padding: xla_images(
+      jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2), kernel, strides, padding)
+  ours = lambda x, kernel, strides, padding: convolve_doubled(x, kernel)
+  assert_same(ours, doubled, normal(2, 3, 4, 3), normal(3, 3, 3, 5, seed=1), (1, 1), ((1, 1), (1, 1)))

@@ -1,0 +1,1 @@
+"""Learning tasks one after the other: task-gated networks, their rivals, and what measures both."""

@@ -1,0 +1,148 @@
+"""A small generator of images and its critic, for memories of past tasks.
+
+Axes: N examples, Z latent values, H and W pixels, D colour channels, C feature channels.
+Reference: Radford et al., "Unsupervised representation learning with deep convolutional generative adversarial
+networks", 2016; Odena et al., "Deconvolution and checkerboard artifacts", 2016 (upsampling before a convolution).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gating_jax.checks import one_of
+from gating_jax.layers.gate import GATE_NAME, ChannelGate, GateSettings, Switched, apply_gates
+from gating_jax.ops.windows import convolve_doubled, convolve_images
+from gating_jax.types import Array, Records
+
+GATINGS = ("none", "channel")
+_SMALLEST_SIDE = 8
+_INITIAL = nn.initializers.he_normal()
+
+
+class Generator(nn.Module):
+  """`[N, Z]` standard normal values to `([N, H, W, D] pixels in (-1, 1), records)`.
+
+      h_1 = g_1 ReLU(Dense z),   h_(i+1) = g_(i+1) ReLU(conv(up(h_i))),   pixels = tanh(conv(up(h_last)))
+
+  with 3x3 convolutions and `up` doubling each side. The first map is the image halved as long as its sides are even
+  and at least 8: 7 x 7 for 28 x 28, 4 x 4 for 32 x 32. There is no normalisation, so a channel depends on nothing but
+  its own filter and the channels that are open before it.
+
+  Attributes:
+    shape: `(H, W, D)`, of which H and W are even and at least 8.
+    latent: Z.
+    width: channels of the last hidden map; they double with each halving.
+    classes: how many labels it is conditional on; None for none.
+    gating: `none`, or `channel`: a gate network at every hidden map, which looks at what the map is made from.
+    gate: how gates are built and sampled.
+    axis_name: mapped device axis over which gates take their statistics and examples are numbered.
+  """
+
+  shape: tuple[int, int, int]
+  latent: int = 64
+  width: int = 16
+  classes: int | None = None
+  gating: str = "none"
+  gate: GateSettings = GateSettings()
+  axis_name: Hashable | None = None
+
+  @nn.compact
+  def __call__(self, z: Array, labels: Array | None = None, train: bool = False) -> tuple[Array, Records]:
+    if z.ndim != 2 or z.shape[1] != self.latent:
+      raise ValueError(f"z must be [N, {self.latent}], as latent says; got shape {z.shape}")
+    _check_labels(self.classes, labels)
+    h = z
+    if self.classes is not None:
+      h = jnp.concatenate([z, jax.nn.one_hot(labels, self.classes, dtype=z.dtype)], axis=-1)
+    height, width, colours = self.shape
+    maps = _maps(self.shape, self.width)
+    records: Records = ()
+    for i, size in enumerate(maps, start=1):
+      read = height * width * 9 * colours if i == len(maps) else 0
+      h, new = _Hidden(size, read, self.gating, self.gate, self.axis_name, name=f"map{i}")(h, train)
+      records += new
+    return jnp.tanh(_doubling(colours, "pixels")(h)), records
+
+
+class Critic(nn.Module):
+  """`[N, H, W, D]` pixels in [-1, 1] to `[N]` scores, higher for real ones.
+
+      h_1 = LeakyReLU(conv x),  h_(i+1) = LeakyReLU(conv h_i),   score = Dense(h_last)
+
+  with 4x4 convolutions of stride 2. No normalisation: an image's score must not depend on the others, for the sake of
+  the gradient penalty.
+
+  Attributes:
+    width: channels of the first map; they double with each halving, which go as far as `Generator`'s.
+    classes: how many labels it is conditional on, each with a Dense of its own; None for none.
+  """
+
+  width: int = 16
+  classes: int | None = None
+
+  @nn.compact
+  def __call__(self, x: Array, labels: Array | None = None) -> Array:
+    _check_labels(self.classes, labels)
+    for i, (*_, features) in enumerate(reversed(_maps(x.shape[1:], self.width)), start=1):
+      x = nn.leaky_relu(_halving(features, f"conv{i}")(x), 0.2)
+    scores = nn.Dense(self.classes or 1, name="score")(x.reshape(x.shape[0], -1))
+    return scores[:, 0] if labels is None else jnp.take_along_axis(scores, labels[:, None], axis=-1)[:, 0]
+
+
+class _Hidden(nn.Module):
+  """One hidden map of a `Generator` and its gate; `pixel_macs` is what a channel costs the layer of pixels, if next."""
+
+  size: tuple[int, int, int]
+  pixel_macs: int
+  gating: str
+  gate: GateSettings
+  axis_name: Hashable | None
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool) -> tuple[Array, Records]:
+    one_of("gating", self.gating, GATINGS)
+    height, width, features = self.size
+    from_latents = x.ndim == 2
+    filters = nn.DenseGeneral(self.size, kernel_init=_INITIAL, name="filters") if from_latents else (
+        _doubling(features, "filters"))
+    y = nn.relu(filters(x))
+    if self.gating == "none":
+      return y, ()
+    per_unit, per_pair = (height * width * x.shape[-1], 0) if from_latents else (0, height * width * 9)
+    group = Switched(features, per_unit + self.pixel_macs, per_pair, (filters.path,))
+    records = ChannelGate((group,), self.gate, self.axis_name, name=GATE_NAME)(x, train)
+    return apply_gates(y, records[0].gates), records
+
+
+def _maps(shape: Sequence[int], width: int) -> list[tuple[int, int, int]]:
+  """Height, width and channels of the hidden maps, from the smallest."""
+  height, across, _ = shape
+  divides = lambda: min(height, across) >= _SMALLEST_SIDE and height % 2 == across % 2 == 0
+  if not divides():
+    raise ValueError(f"images must have even sides of at least {_SMALLEST_SIDE}; got shape {tuple(shape)}")
+  maps = []
+  while divides():
+    height, across = height // 2, across // 2
+    maps.insert(0, (height, across, width * 2 ** len(maps)))
+  return maps
+
+
+def _doubling(features: int, name: str) -> nn.Conv:
+  """A 3x3 convolution of its input doubled."""
+  convolve = lambda x, kernel, *_, **defaults: convolve_doubled(x, kernel)
+  return nn.Conv(features, (3, 3), kernel_init=_INITIAL, conv_general_dilated=convolve, name=name)
+
+
+def _halving(features: int, name: str) -> nn.Conv:
+  convolve = lambda x, kernel, strides, padding, **defaults: convolve_images(x, kernel, strides, padding)
+  return nn.Conv(features, (4, 4), (2, 2), padding=1, kernel_init=_INITIAL, conv_general_dilated=convolve, name=name)
+
+
+def _check_labels(classes: int | None, labels: Array | None) -> None:
+  if (classes is None) != (labels is None):
+    raise ValueError(f"labels must be given where classes is, and only there; got classes {classes}, "
+                     f"labels {'none' if labels is None else labels.shape}")
