@@ -7,11 +7,12 @@ Reference: Hussein et al., 2020 (TimeGate): the chosen segments are the explanat
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from gating_jax.reports.lettering import plain, save
 
 _WIDTH = 11.0  # inches of the time axis
 _LEFT, _RIGHT, _TOP, _LEGEND_LINE = 0.75, 0.25, 0.15, 0.24
@@ -73,9 +74,7 @@ def draw(path: Path, lines: Sequence[TimeLine], *, unit_names: Sequence[str] | N
     _draw_line(_Page(figure, height, len(line.gates)), line, units, top)
     top -= _height(line)
   _draw_legend(figure, legend)
-  with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a name's letters may be in no font here
-    figure.savefig(path)
+  save(figure, path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +97,7 @@ class _Page:
 def _draw_line(page: _Page, line: TimeLine, units: _Units, top: float) -> None:
   chosen = line.gates > 0
   header = page.axes(top, _HEADER)
-  header.text(0, 0.45, _plain(line.title, 90), transform=header.transAxes, color=_INK, weight="bold", parse_math=False)
+  header.text(0, 0.45, plain(line.title, 90), transform=header.transAxes, color=_INK, weight="bold")
   header.text(1, 0.45, f"{chosen.sum()} of {len(chosen)} segments chosen", transform=header.transAxes, color=_INK,
               ha="right")
   top -= _HEADER
@@ -159,25 +158,23 @@ def _name_runs(axes, ids: np.ndarray, units: _Units) -> None:
   for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
     letters = int((end - start) / len(ids) * _WIDTH / 0.062)
     if ids[start] >= 0 and letters >= min(3, len(units[ids[start]][0])):
-      axes.text((start + end) / 2, 0.45, _plain(units[ids[start]][0], letters), ha="center", va="center", fontsize=7,
-                color="white", parse_math=False)
+      axes.text((start + end) / 2, 0.45, plain(units[ids[start]][0], letters), ha="center", va="center", fontsize=7,
+                color="white")
 
 
 def _draw_legend(figure, entries: Sequence[tuple[str, object]]) -> None:
   from matplotlib.patches import Patch
 
-  legend = figure.legend(handles=[Patch(color=colour) for _, colour in entries], labels=[name for name, _ in entries],
-                         ncols=_legend_columns(entries), loc="lower center", frameon=False, fontsize=9,
-                         handlelength=1.2, handleheight=0.9, labelcolor=_INK)
-  for text in legend.get_texts():
-    text.set_parse_math(False)
+  figure.legend(handles=[Patch(color=colour) for _, colour in entries], labels=[name for name, _ in entries],
+                ncols=_legend_columns(entries), loc="lower center", frameon=False, fontsize=9, handlelength=1.2,
+                handleheight=0.9, labelcolor=_INK)
 
 
 def _legend_entries(lines: Sequence[TimeLine], units: _Units) -> list[tuple[str, object]]:
   entries = [("chosen", _CHOSEN), ("not chosen", _CLOSED)]
   if any(line.relevant is not None for line in lines):
     entries.append(("relevant", _RELEVANT))
-  return entries + [(_plain(name, 28), colour) for name, colour in units.values()]
+  return entries + [(plain(name, 28), colour) for name, colour in units.values()]
 
 
 def _legend_columns(entries: Sequence[tuple[str, object]]) -> int:
@@ -232,9 +229,3 @@ def _height(line: TimeLine) -> float:
   if line.relevant is not None:
     height += _STRIP / 2 + _GAP / 2
   return height + (_STRIP + _GAP if line.units is not None else 0)
-
-
-def _plain(name: str, letters: int) -> str:
-  """One line of printable characters, at most `letters` of them."""
-  name = "".join(c if c.isprintable() else "?" for c in str(name))
-  return name if len(name) <= letters else name[:max(letters - 1, 0)] + "…"

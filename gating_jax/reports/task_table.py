@@ -1,0 +1,86 @@
+"""The result of a sequence of tasks as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gating_jax.reports.lettering import plain
+
+_SETTINGS = {"task_aware": "task-aware", "task_agnostic": "task-agnostic"}
+_MEASURES = ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")
+
+
+def render(result: Mapping[str, Any]) -> str:
+  """A table of accuracies, task by task, and lines of name and value.
+
+  Args:
+    result: plain numbers, as they come back from JSON:
+      task_names: in the order of learning.
+      task_aware: with the task known at the test, a mapping of
+        accuracies: T rows of T, row i after learning task i, column j on task j; above the diagonal is not read;
+        average_accuracy, forgetting, backward_transfer, forward_transfer: shares, None where undefined;
+        reasons: why they are, by name.
+      task_agnostic: the same where the task is not known; may be missing.
+      task_classifier_accuracy: share of images whose task is recognised; may be missing.
+      dense_macs: per image, of the net without gates.
+      task_aware_macs, task_agnostic_macs: per image, mean over the test images; the latter may be missing.
+      params: of the net with all tasks' gates and heads.
+      memory_mb: 10^6 bytes kept between tasks beside the parameters: images, generators, importances, teachers.
+      free_units: `(free, units)` by layer after the last task; may be missing.
+  """
+  settings = [name for name in _SETTINGS if name in result]
+  lines = _table([["accuracy (%)", *(cell for name in settings for cell in ("", _SETTINGS[name]))],
+                  ["task", *("when learned", "at the end") * len(settings)],
+                  *_accuracies(result, settings), *_measures(result, settings)])
+  reasons = [(name, why) for setting in settings for name, why in result[setting]["reasons"].items()]
+  lines += [f"{name.replace('_', ' ')} n/a: {why}" for name, why in dict.fromkeys(reasons)]
+  rows = _costs(result)
+  width = max(len(name) for name, _ in rows)
+  return "\n".join([*lines, "", *(f"{name:<{width}}  {value}" for name, value in rows)])
+
+
+def headline(result: Mapping[str, Any]) -> str:
+  """One line."""
+  parts = [f"{_SETTINGS[name]} accuracy {100 * result[name]['average_accuracy']:.2f} %"
+           f"  forgetting {_points(result[name]['forgetting'])}" for name in _SETTINGS if name in result]
+  return "  ".join([*parts, f"{100 * result['task_aware_macs'] / result['dense_macs']:.1f} % of MACs"])
+
+
+def _accuracies(result: Mapping[str, Any], settings: list[str]) -> list[list[str]]:
+  rows = []
+  for j, name in enumerate(result["task_names"]):
+    accuracies = [result[setting]["accuracies"] for setting in settings]
+    rows.append([plain(name, 30), *(f"{100 * r[i][j]:.2f}" for r in accuracies for i in (j, -1))])
+  return rows
+
+
+def _measures(result: Mapping[str, Any], settings: list[str]) -> list[list[str]]:
+  name = lambda measure: measure.replace("_", " ") + ("" if measure == "average_accuracy" else " (points)")
+  return [[name(measure), *(cell for s in settings for cell in ("", _points(result[s][measure])))]
+          for measure in _MEASURES]
+
+
+def _costs(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+  rows = []
+  if "task_classifier_accuracy" in result:
+    rows.append(("accuracy of the task classifier", f"{100 * result['task_classifier_accuracy']:.2f} %"))
+  rows.append(("MACs per image, dense net", f"{result['dense_macs']:,.0f}"))
+  for name, label in _SETTINGS.items():
+    if (macs := result.get(f"{name}_macs")) is not None:
+      rows.append((f"MACs per image, {label}", f"{macs:,.0f}  ({100 * macs / result['dense_macs']:.1f} % of dense)"))
+  rows += [("parameters", f"{result['params']:,}"), ("memory beside the parameters", f"{result['memory_mb']:,.2f} MB")]
+  rows += [(f"free units, {plain(layer, 30)}", f"{free:,} of {units:,}  ({100 * free / units:.1f} %)")
+           for layer, (free, units) in result.get("free_units", {}).items()]
+  return rows
+
+
+def _points(share: float | None) -> str:
+  return "n/a" if share is None else f"{100 * share:z.2f}"
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+  """Lines of aligned columns, the first to the left and the others to the right."""
+  first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+  return ["  ".join([f"{row[0]:<{first}}", *(f"{cell:>{w}}" for cell, w in zip(row[1:], widths, strict=True))])
+          for row in rows]
