@@ -58,5 +58,5 @@ def relative_gap(tree, other):
 def bit_equal(tree, other):
   tree, other = jax.device_get((tree, other))
   assert jax.tree.structure(tree) == jax.tree.structure(other)
-  return all(np.array_equal(a, b) and a.dtype == b.dtype
+  return all(np.array_equal(a, b, equal_nan=a.dtype.kind == "f") and a.dtype == b.dtype
              for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True))

@@ -1,0 +1,106 @@
+"""What reminds a classifier of tasks of those before: some of their images, or generators that learnt to make them.
+
+Axes: M images, T tasks, C classes of a task.
+Reference: Abati et al., 2020, section 3.4; Gulrajani et al., 2017 (WGAN-GP).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gating_jax.continual import replay, wgan
+from gating_jax.continual.method import Problem, TaskData, tree_megabytes
+from gating_jax.models.generator import Critic, Generator
+from gating_jax.types import Array
+
+Memory = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+  """A memory of images, as pure functions.
+
+  Attributes:
+    init: `key -> memory`.
+    recall: `(memory, data, task, key) -> (pixels, labels)`, images of every task up to this one, which ends.
+    keep: `(memory, data, task, key) -> memory`, after that.
+    megabytes: `(memory, learnt)`, 10**6 bytes that it needs after so many tasks.
+    prelude: `(memory, pixels, labels) -> (memory, metrics)`, a step of what comes before the training on a task, its
+      labels in 0, ..., C - 1; None for nothing.
+  """
+
+  init: Callable[[Array], Memory]
+  recall: Callable[[Memory, TaskData, int, Array], tuple[np.ndarray, np.ndarray]]
+  keep: Callable[[Memory, TaskData, int, Array], Memory]
+  megabytes: Callable[[Memory, int], float]
+  prelude: Callable[[Memory, Array, Array], tuple[Memory, Mapping[str, Array]]] | None = None
+
+
+def episodic(problem: Problem, *, images: int) -> Rehearsal:
+  """Keeps so many images of earlier tasks, every class the same number; the task that ends is recalled whole."""
+  if images < problem.all_classes:
+    raise ValueError(f"replay.images must be at least {problem.all_classes}, one of every class; got {images}")
+
+  def recall(memory, data, task, key):
+    kept = np.asarray(memory["episodes"].labels) != replay.EMPTY
+    join = lambda old, new: np.concatenate([np.asarray(old)[kept], np.asarray(new)])
+    return join(memory["episodes"].pixels, data.pixels), join(memory["episodes"].labels, data.labels)
+
+  return Rehearsal(
+      init=lambda key: {"episodes": replay.empty(images, problem.shape)},
+      recall=recall,
+      keep=lambda memory, data, task, key: {
+          "episodes": replay.share(memory["episodes"], data.pixels, data.labels, key)},
+      megabytes=lambda memory, learnt: tree_megabytes(memory))
+
+
+def generative(
+    problem: Problem, settings: wgan.WganSettings, *, images: int, latent: int, width: int, seed: int
+) -> Rehearsal:
+  """Trains a generator on each task before the task itself is learnt.
+
+  All that is recalled is generated, of the task that ends as well, `images` of every task in equal parts of its
+  classes: where real images stood beside generated ones, a classifier would tell these apart, and not the tasks.
+  """
+  if images < problem.classes:
+    raise ValueError(f"generator.images must be at least the {problem.classes} classes of a task; got {images}")
+  generator = Generator(problem.shape, latent=latent, width=width, classes=problem.classes)
+  critic = Critic(width=width, classes=problem.classes)
+  fresh = lambda: wgan.init_state(generator, critic, settings, seed)
+  step = wgan.make_train_step(generator, critic, settings, seed=seed, axis_name=problem.axis_name)
+
+  @jax.jit
+  def sample(params, key):
+    labels = jnp.arange(images) % problem.classes
+    z = wgan.latents(key, images, latent)
+    return wgan.to_pixels(generator.apply({"params": params}, z, labels)[0]), labels
+
+  def init(key):
+    state = fresh()
+    return {"generators": jax.tree.map(lambda x: jnp.broadcast_to(x, (problem.tasks, *x.shape)), state.average),
+            "training": state}
+
+  def keep(memory, data, task, key):
+    generators = jax.tree.map(lambda all_tasks, x: all_tasks.at[task].set(x), memory["generators"],
+                              memory["training"].average)
+    return {"generators": generators, "training": fresh()}
+
+  def recall(memory, data, task, key):
+    generators = keep(memory, data, task, key)["generators"]
+    parts = [sample(jax.tree.map(lambda x, t=t: x[t], generators), jax.random.fold_in(key, t))
+             for t in range(task + 1)]
+    return (np.concatenate([np.asarray(pixels) for pixels, _ in parts]),
+            np.concatenate([np.asarray(labels) + t * problem.classes for t, (_, labels) in enumerate(parts)]))
+
+  def prelude(memory, pixels, labels):
+    state, metrics = step(memory["training"], pixels, labels)
+    return {**memory, "training": state}, metrics
+
+  return Rehearsal(init, recall, keep, lambda memory, learnt: tree_megabytes(
+      jax.tree.map(lambda x: x[:learnt], memory["generators"])), prelude)

@@ -1,0 +1,64 @@
+"""Training steps of continual learning, for any method.
+
+Axes: B examples on this device, M resident images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gating_jax.continual.method import Batch, Learner, Method
+from gating_jax.ops.collectives import mean_over_devices
+from gating_jax.types import Array
+
+_AUGMENT, _METHOD = range(2)
+
+
+def make_step(
+    method: Method,
+    optimiser: optax.GradientTransformation,
+    prepare: Callable[[Array, Array], Array],
+    *,
+    seed: int,
+    steps_per_epoch: int,
+    axis_name: Hashable | None = None,
+) -> Callable[[Learner, Array, Array, Array], tuple[Learner, dict[str, Array]]]:
+  """`(learner, pixels [B, ...], labels [B], first_step) -> (learner, metrics)`.
+
+  `prepare(key, pixels)` augments and normalises; `first_step` is that of the task. Metrics are scalars over the whole
+  batch; all randomness is a function of `seed` and `learner.step`.
+  """
+
+  def step(learner, pixels, labels, first_step):
+    key = jax.random.fold_in(jax.random.key(seed), learner.step)
+    epochs, place = jnp.divmod(learner.step - first_step, steps_per_epoch)
+    batch = Batch(
+        x=prepare(jax.random.fold_in(key, _AUGMENT), pixels),
+        labels=labels,
+        key=jax.random.fold_in(key, _METHOD),
+        epoch=epochs + place / steps_per_epoch,
+        place=place / max(1, steps_per_epoch - 1))
+    grads, (terms, batch_stats) = jax.grad(_with_total(method.loss), has_aux=True)(learner.params, learner, batch)
+    grads, metrics = mean_over_devices((grads, terms), axis_name)
+    grads = method.gradient(grads, learner, batch)
+    metrics["gradient_norm"] = optax.tree.norm(grads)
+    updates, opt_state = optimiser.update(grads, learner.opt_state, learner.params)
+    updates, memory = method.update(updates, grads, learner)
+    params = optax.apply_updates(learner.params, updates)
+    metrics["state_norm"] = optax.tree.norm((params, batch_stats))
+    return learner.replace(step=learner.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state,
+                           memory=memory), metrics
+
+  return step
+
+
+def _with_total(loss):
+  def with_total(params, learner, batch):
+    total, (terms, batch_stats) = loss(params, learner, batch)
+    return total, ({"loss": total, **terms}, batch_stats)
+
+  return with_total

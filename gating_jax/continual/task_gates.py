@@ -1,0 +1,261 @@
+"""Task-gated networks: one gate network per task chooses filters, and those that a task needs never change again.
+
+The convolutions are shared. All else (gate networks, BatchNorm, head) every task has for itself. After a task:
+
+1. A unit is relevant if its gate opened often enough on the task's validation images. The gates of the others are shut
+   for good, so that no test image of the task can ever open a filter that is no longer the task's.
+2. The filters of relevant units are frozen, by masking their updates; all other filters begin anew.
+
+Then the task's logits are the same, bit for bit, whatever is learnt later.
+
+Axes: N examples, T tasks, C classes of a task, F features, U gated units of the network.
+Reference: Abati et al., "Conditional channel gated networks for task-aware continual learning", CVPR 2020.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gating_jax.checks import one_of
+from gating_jax.continual import router, streams, units
+from gating_jax.continual.method import (
+  Batch,
+  Holdings,
+  Learner,
+  Method,
+  Prediction,
+  Problem,
+  Start,
+  TaskData,
+  tree_megabytes,
+  tree_size,
+)
+from gating_jax.continual.rehearsal import Rehearsal
+from gating_jax.layers.gate import GATE_RNG
+from gating_jax.models.counts import ModelCounts
+from gating_jax.ops.macs import executed_macs
+from gating_jax.types import Array
+
+WHEN_FULL = ("error", "reuse", "grow")
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskGatesSettings:
+  """How tasks are gated and protected.
+
+  Attributes:
+    sparsity: lambda_s, the price of the share of open gates.
+    patience: epochs of each task without that price.
+    threshold: a unit is relevant if its gate opens on more than this share of validation images.
+    when_full: what happens where a layer has no free unit for the next task: `error`; `reuse` of the old ones alone; or
+      `grow`, by the share `growth` of its first width.
+    growth: see `allocated`; what a layer has not grown to yet is shut.
+    protect_updates, shut_gates, own_norms: the three protections; a task is forgotten without any of them.
+  """
+
+  sparsity: float
+  patience: float
+  threshold: float = 0.0
+  when_full: str = "error"
+  growth: float = 0.25
+  protect_updates: bool = True
+  shut_gates: bool = True
+  own_norms: bool = True
+
+  def __post_init__(self):
+    one_of("when_full", self.when_full, WHEN_FULL)
+    for name in ("sparsity", "patience", "growth"):
+      if not getattr(self, name) >= 0:
+        raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}")
+    if not 0 <= self.threshold < 1:
+      raise ValueError(f"threshold must be a share in [0, 1); got {self.threshold}")
+
+  def allocated(self, tasks: int) -> float:
+    """How many times as wide as it begins the network must be made."""
+    return 1 + self.growth * (tasks - 1) if self.when_full == "grow" else 1.0
+
+
+class FullLayerError(ValueError):
+  """A layer has no unit left for the next task; the message names it and the settings that help."""
+
+
+def task_gates(
+    model: nn.Module, problem: Problem, counts: ModelCounts, settings: TaskGatesSettings,
+    rehearsal: Rehearsal | None = None, router_settings: router.RouterSettings | None = None,
+) -> Method:
+  """The method.
+
+  Args:
+    model: from images to `([N, F] features, records)`, its records naming their writers.
+    problem: what it learns.
+    counts: of the model, before any growth.
+    settings: see there.
+    rehearsal: of the classifier of tasks, for when the task is unknown; None for none: then the class with the highest
+      probability of all heads is taken.
+    router_settings: of that classifier.
+  """
+  net = streams.SharedNet(model, problem, settings.own_norms)
+  gates = _TaskGates(net, counts, settings, rehearsal, router_settings)
+  return Method(gates.init, gates.loss, gates.end_task, gates.predict, update=gates.update, holdings=gates.holdings,
+                prelude=gates.prelude if rehearsal is not None and rehearsal.prelude else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TaskGates:
+  """The functions of the method, over parameters `{"shared", "own"}` and statistics of the same two parts.
+
+  Memory: `available` `[U]`, the units that may be used; `own`, every task's parameters and statistics, `[T, ...]`;
+  `frozen`, for each shared parameter, whether it is, as a whole or by its last axis; `relevant` `[T, U]`; and for a
+  classifier of tasks `router` and `rehearsal`.
+  """
+
+  net: streams.SharedNet
+  counts: ModelCounts
+  settings: TaskGatesSettings
+  rehearsal: Rehearsal | None
+  router: router.RouterSettings | None
+
+  @property
+  def problem(self) -> Problem:
+    return self.net.problem
+
+  def init(self, key: Array) -> Start:
+    records, features = self.net.shapes()
+    available = units.first_units(records, self.settings.allocated(self.problem.tasks))
+    keys = jax.random.split(key, 3)
+    params, batch_stats = self._fresh(keys[0], available)
+    memory = {
+        "own": streams.stack({"params": params["own"], "batch_stats": batch_stats["own"]}, self.problem.tasks),
+        "frozen": units.nothing_frozen(params["shared"], records),
+        "relevant": jnp.zeros((self.problem.tasks, len(available)), bool),
+        "available": available,
+    }
+    if self.rehearsal is not None:
+      memory["router"] = router.init(keys[1], self.problem.tasks, features, self.router.hidden)
+      memory["rehearsal"] = self.rehearsal.init(keys[2])
+    return Start(params, batch_stats, memory)
+
+  def prelude(self, learner: Learner, pixels: Array, labels: Array) -> tuple[Learner, Mapping[str, Array]]:
+    own = labels - learner.task * self.problem.classes
+    rehearsal, metrics = self.rehearsal.prelude(learner.memory["rehearsal"], pixels, own)
+    return learner.replace(step=learner.step + 1, memory={**learner.memory, "rehearsal": rehearsal}), metrics
+
+  def loss(self, params: Tree, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
+    logits, _, records, batch_stats = self.net.apply(
+        params, learner.batch_stats, batch.x, train=True, rngs={GATE_RNG: batch.key})
+    own = batch.labels - learner.task * self.problem.classes
+    cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, own))
+    there = units.by_record(learner.memory["available"], records)
+    shares = [jnp.mean(jnp.sum(r.gates, axis=-1)) / jnp.sum(a) for r, a in zip(records, there, strict=True)]
+    sparsity = jnp.mean(jnp.stack(shares))
+    price = self.settings.sparsity * (batch.epoch >= self.settings.patience)
+    terms = {"cross_entropy": cross_entropy, "accuracy": jnp.mean(jnp.argmax(logits, -1) == own), "sparsity": sparsity}
+    return cross_entropy + price * sparsity, (terms, batch_stats)
+
+  def update(self, updates: Tree, grads: Tree, learner: Learner) -> tuple[Tree, Tree]:
+    if not self.settings.protect_updates:
+      return updates, learner.memory
+    shared = jax.tree.map(lambda u, frozen: jnp.where(frozen, 0, u), updates["shared"], learner.memory["frozen"])
+    return {**updates, "shared": shared}, learner.memory
+
+  def end_task(self, learner: Learner, data: TaskData, key: Array) -> Learner:
+    task, memory = int(learner.task), learner.memory
+    records, _ = self.net.shapes()
+    relevant = self._open_rates(learner, data.validation_pixels) > self.settings.threshold
+    available = self._make_room(memory, relevant, task)
+    own = learner.params["own"]
+    if self.settings.shut_gates:
+      own = {**own, "net": units.shut(own["net"], records, relevant)}
+    frozen = units.freeze(memory["frozen"], records, relevant)
+    own_key, key = jax.random.split(key)
+    fresh, fresh_stats = self._fresh(own_key, available)
+    anew = lambda old, new, frozen: jnp.where(frozen, old, new)
+    shared = jax.tree.map(anew, learner.params["shared"], fresh["shared"], frozen)
+    memory = memory | {
+        "own": streams.put(memory["own"], task, {"params": own, "batch_stats": learner.batch_stats["own"]}),
+        "frozen": frozen,
+        "relevant": memory["relevant"].at[task].set(relevant),
+        "available": jnp.asarray(available)}
+    learner = learner.replace(params={"shared": shared, "own": fresh["own"]}, memory=memory,
+                              batch_stats={"shared": learner.batch_stats["shared"], "own": fresh_stats["own"]})
+    return learner if self.rehearsal is None else self._rehearse(learner, data, key)
+
+  def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
+    stream = self._streams(learner, x, seen)
+    macs = executed_macs(stream.records) + float(
+        self.counts.fixed + stream.features.shape[-1] * self.problem.classes)
+    if self.rehearsal is None:
+      return streams.prediction(self.problem, stream.logits, task, macs, macs.sum(0))
+    features = jnp.moveaxis(stream.features, 0, 1)
+    chosen = jnp.argmax(router.scores(learner.memory["router"], features, seen), axis=-1)
+    scores = jnp.where((jnp.arange(seen)[:, None] == chosen)[..., None], jax.nn.log_softmax(stream.logits), -jnp.inf)
+    extra = float(router.macs(seen, features.shape[-1], self.router.hidden))
+    return streams.prediction(self.problem, stream.logits, task, macs, macs.sum(0) + extra, scores)
+
+  def holdings(self, learner: Learner) -> Holdings:
+    learnt, memory, records = int(learner.task), learner.memory, self.net.shapes()[0]
+    own, shared = jax.tree.map(lambda x: x[:learnt], memory["own"]), learner.params["shared"]
+    images = self.rehearsal.megabytes(memory["rehearsal"], learnt) if self.rehearsal is not None else 0.0
+    return Holdings(
+        params=tree_size((shared, own["params"], memory.get("router"))) - units.waiting(
+            shared, records, np.asarray(memory["available"])),
+        memory_mb=tree_megabytes((memory["frozen"], memory["relevant"])) + images,
+        relevant=units.used_by(memory, records))
+
+  def _rehearse(self, learner: Learner, data: TaskData, key: Array) -> Learner:
+    """Trains the classifier of tasks on images of all tasks so far."""
+    memory, task = learner.memory, int(learner.task)
+    keys = jax.random.split(key, 3)
+    pixels, labels = self.rehearsal.recall(memory["rehearsal"], data, task, keys[0])
+    features = self.problem.in_batches(
+        lambda learner, x: jnp.moveaxis(self._streams(learner, x, task + 1).features, 0, 1), learner, pixels)
+    trained = router.train(memory["router"], features, labels // self.problem.classes, keys[1], self.router)
+    kept = self.rehearsal.keep(memory["rehearsal"], data, task, keys[2])
+    return learner.replace(memory={**memory, "router": trained, "rehearsal": kept})
+
+  def _fresh(self, key: Array, available: Array) -> tuple[Tree, Tree]:
+    """What the next task begins with; it can use the available units."""
+    params, batch_stats = self.net.fresh(key)
+    net = units.shut(params["own"]["net"], self.net.shapes()[0], available)
+    return {**params, "own": {**params["own"], "net": net}}, batch_stats
+
+  def _streams(self, learner: Learner, x: Array, seen: int) -> streams.Stream:
+    """All tasks learnt, side by side."""
+    own = jax.tree.map(lambda tree: tree[:seen], learner.memory["own"])
+    return self.net.side_by_side(learner.params, learner.batch_stats, own, x)
+
+  def _open_rates(self, learner: Learner, pixels: Array) -> np.ndarray:
+    """`[U]`, the share of images for which each gate of the task being learnt opens."""
+    def gates(learner, x):
+      records = self.net.apply(learner.params, learner.batch_stats, x).records
+      return jnp.concatenate([r.gates for r in records], axis=-1)
+
+    return self.problem.in_batches(gates, learner, pixels).mean(axis=0, dtype=np.float64)
+
+  def _make_room(self, memory: Mapping[str, Any], relevant: np.ndarray, task: int) -> np.ndarray:
+    """The units of the next task: those of this one, and more in a layer that is full, if it may grow."""
+    records, available = self.net.shapes()[0], np.asarray(memory["available"])
+    used = np.asarray(memory["relevant"]).any(0) | relevant
+    full = units.full_layers(records, used, available)
+    if task + 1 == self.problem.tasks or not full or self.settings.when_full == "reuse":
+      return available
+    if self.settings.when_full == "grow":
+      more = units.grown(records, available, full, growth=self.settings.growth,
+                         allocated=self.settings.allocated(self.problem.tasks))
+      full = units.full_layers(records, used, more)
+      if not full:
+        return more
+    names = ", ".join(units.layer_name(records[i]) for i in full)
+    raise FullLayerError(
+        f"after task {task + 1} of {self.problem.tasks} no unit is free for the next one in {names}; a larger "
+        "model.width or gates.sparsity, a lower gates.patience or a higher gates.threshold leave more; "
+        "gates.when_full=grow adds some, and gates.when_full=reuse goes on with the old ones (in a new workdir)")

@@ -1,0 +1,63 @@
+import jax
+import numpy as np
+import pytest
+
+from gating_jax.continual import router
+
+SETTINGS = router.RouterSettings(hidden=8, steps=300, batch_size=16, learning_rate=1e-2)
+
+
+def examples(counts, seed=0):
+  """Images of task t have feature t of stream t raised."""
+  rng = np.random.default_rng(seed)
+  tasks = np.repeat(np.arange(len(counts)), counts)
+  features = rng.normal(0, 0.3, (len(tasks), len(counts), 4)).astype(np.float32)
+  features[np.arange(len(tasks)), tasks, tasks] += 2
+  order = rng.permutation(len(tasks))
+  return features[order], tasks[order]
+
+
+def accuracy(params, features, tasks):
+  return np.mean(np.argmax(router.scores(params, features, features.shape[1]), -1) == tasks)
+
+
+def test_it_learns_rare_tasks_as_well_as_frequent_ones():
+  params = router.init(jax.random.key(0), 4, 4, SETTINGS.hidden)
+  trained = router.train(params, *examples([200, 4, 4]), jax.random.key(1), SETTINGS)
+  features, tasks = examples([50, 50, 50], seed=1)
+  assert accuracy(params, features, tasks) < 0.7
+  assert accuracy(trained, features, tasks) > 0.9
+
+
+def test_it_widens_with_its_weights_kept():
+  """The parts of tasks to come are as they were made, and the scores of the tasks seen do not depend on them."""
+  params = router.init(jax.random.key(0), 4, 4, SETTINGS.hidden)
+  features, tasks = examples([20, 20])
+  trained = router.train(params, features, tasks, jax.random.key(1), SETTINGS)
+  for name, part in (("hidden", lambda p: p["hidden"]["kernel"][2:]), ("out", lambda p: p["out"]["kernel"][:, 2:])):
+    np.testing.assert_array_equal(part(trained), part(params), err_msg=name)
+  assert not np.array_equal(trained["hidden"]["kernel"][:2], params["hidden"]["kernel"][:2])
+  wide = np.concatenate([features, np.zeros_like(features)], axis=1)
+  np.testing.assert_allclose(router.scores(trained, wide, 4)[:, :2], router.scores(trained, features, 2), rtol=1e-5)
+
+
+def test_one_task_needs_no_training():
+  params = router.init(jax.random.key(0), 2, 4, SETTINGS.hidden)
+  assert router.train(params, *examples([5]), jax.random.key(1), SETTINGS) is params
+
+
+def test_macs_by_hand():
+  assert router.macs(3, 10, 64) == 3 * 10 * 64 + 64 * 3
+
+
+def test_a_task_without_an_image_is_an_error():
+  features, tasks = examples([5, 5, 5])
+  with pytest.raises(ValueError, match=r"every task must have an image to rehearse; got \[5, 0, 5\]"):
+    router.train(router.init(jax.random.key(0), 3, 4, 8), features[tasks != 1], tasks[tasks != 1], jax.random.key(1),
+                 SETTINGS)
+
+
+@pytest.mark.parametrize(("field", "value"), [("steps", 0), ("hidden", 0), ("learning_rate", 0.0)])
+def test_settings_are_checked(field, value):
+  with pytest.raises(ValueError, match=f"{field} must be >"):
+    router.RouterSettings(**{field: value})

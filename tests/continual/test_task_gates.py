@@ -1,0 +1,241 @@
+"""Zero forgetting: whatever is learnt later, the logits of a task stay the same, bit for bit."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from gating_jax.continual import steps
+from gating_jax.continual.method import Batch, Learner, Problem, Table, TaskData
+from gating_jax.continual.rehearsal import episodic
+from gating_jax.continual.router import RouterSettings
+from gating_jax.continual.task_gates import FullLayerError, TaskGatesSettings, task_gates
+from gating_jax.layers.gate import GateSettings
+from gating_jax.models.counts import count
+from gating_jax.models.resnet import ResNet
+from gating_jax.models.vgg import POOL, VGG
+from gating_jax.training import devices, optim
+
+SHAPE, TASKS, STEPS = (6, 6, 1), 3, 12
+GATE = GateSettings(hidden=4, initial_open=0.6)
+MODELS = {
+    "simple_cnn": VGG(None, (8, POOL, 8), norm=False, gating="channel", gate=GATE),
+    "vgg": VGG(None, (8, 8, POOL), gating="channel", gate=GATE),
+    "resnet": ResNet(None, (1, 1), features=8, shortcut="B", gating="all_channels", gate=GATE),
+}
+PROBLEM = Problem(tasks=TASKS, classes=2, shape=SHAPE, batch_size=32,
+                  normalise=lambda x: x.astype(jnp.float32) / 128 - 1)
+
+
+def data(task, count=64, seed=0):
+  """Bright against dark, or left against right, or top against bottom, over noise."""
+  rng = np.random.default_rng((seed, task))
+  which = rng.integers(0, 2, count)
+  pixels = rng.integers(60, 130, (count, *SHAPE))
+  part = [np.s_[:], np.s_[:, :3], np.s_[:3]][task]
+  for image, bright in zip(pixels, which, strict=True):
+    image[part] += 60 * bright.astype(int)
+  return pixels.astype(np.uint8), (2 * task + which).astype(np.int32)
+
+
+class Run:
+  """A method on the three tasks, as the experiment runs it, on one device."""
+
+  def __init__(self, name, rehearsal=None, router=None, **settings):
+    model = MODELS[name]
+    # The threshold gives up units that test images would open.
+    gates = TaskGatesSettings(**{"sparsity": 0.5, "patience": 0.0, "when_full": "reuse", "threshold": 0.9, **settings})
+    self.method = task_gates(model, PROBLEM, count(model, SHAPE), gates, rehearsal, router)
+    self.optimiser = optim.sgd(optax.constant_schedule(0.1), momentum=0.9, weight_decay=1e-2)
+    self.step = jax.jit(steps.make_step(self.method, self.optimiser, lambda key, x: PROBLEM.normalise(x), seed=0,
+                                        steps_per_epoch=4))
+    self.predict = jax.jit(self.method.predict, static_argnums=3)
+
+    @jax.jit
+    def init(key):
+      start = self.method.init(key)
+      return Learner(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), *start[:2], self.optimiser.init(start.params),
+                     start.memory, Table(*[jnp.zeros(())] * 5))
+
+    self.learner = init(jax.random.key(0, impl="rbg"))
+
+  def learn(self, task, seed=0, count=STEPS):
+    for i in range(count):
+      self.learner, self.metrics = self.step(self.learner, *data(task, seed=seed + i), np.int32(task * STEPS))
+    held_out = data(task, 16, seed=1000 + seed)
+    self.learner = self.method.end_task(
+        self.learner, TaskData(*data(task, seed=seed), *held_out), jax.random.key(task + 1, impl="rbg"))
+    self.learner = self.learner.replace(task=self.learner.task + 1,
+                                        opt_state=self.optimiser.init(self.learner.params))
+
+  def logits(self, task, batch_size, count=256):
+    """Of the task's test images, in batches."""
+    x = PROBLEM.normalise(data(task, count, seed=99)[0])
+    seen = int(self.learner.task)
+    parts = [self.predict(self.learner, x[i : i + batch_size], task, seen).aware for i in range(0, count, batch_size)]
+    return np.concatenate(parts)
+
+
+@functools.cache
+def learnt(name, **changes):
+  """Logits of task 1 after it and after all, by batch size, and the run."""
+  run = Run(name, **dict(changes))
+  run.learn(0)
+  before = {size: run.logits(0, size, 16 if size == 1 else 256) for size in (1, 256)}
+  middle = run.learner
+  for task in range(1, TASKS):
+    run.learn(task)
+  after = {size: run.logits(0, size, 16 if size == 1 else 256) for size in (1, 256)}
+  return before, after, run, middle
+
+
+@pytest.mark.parametrize("batch_size", [1, 256])
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_is_forgotten_to_the_last_bit(name, batch_size):
+  before, after, run, middle = learnt(name)
+  assert len(np.unique(before[batch_size], axis=0)) > 1
+  np.testing.assert_array_equal(after[batch_size], before[batch_size])
+  moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), middle.params["shared"], run.learner.params["shared"])
+  assert any(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize("protection", ["protect_updates", "shut_gates", "own_norms"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_protection_is_needed(name, protection):
+  if name == "simple_cnn" and protection == "own_norms":
+    pytest.skip("this net has no BatchNorm outside its gates")
+  before, after, *_ = learnt(name, **{protection: False})
+  assert not np.array_equal(after[256], before[256])
+
+
+def test_frozen_filters_stay_and_the_others_begin_anew():
+  run = Run("vgg")
+  kernel = lambda: np.asarray(run.learner.params["shared"]["layer2"]["conv"]["conv"]["kernel"])
+  begun = kernel()
+  run.learn(0)
+  first, mask = kernel(), run.learner.memory["relevant"][0, 8:]
+  assert 0 < mask.sum() < 8
+  np.testing.assert_array_equal(run.learner.memory["frozen"]["layer2"]["conv"]["conv"]["kernel"], mask)
+  assert not np.array_equal(first[..., mask], begun[..., mask])
+  np.testing.assert_allclose(first[..., ~mask].std(), np.sqrt(2 / 72), rtol=0.3)  # he_normal, untrained
+  run.learn(1)
+  np.testing.assert_array_equal(kernel()[..., mask], first[..., mask])
+  later = np.asarray(run.learner.memory["relevant"][1, 8:]) & ~mask
+  assert later.any()
+  assert (kernel()[..., later] != first[..., later]).all()
+
+
+def test_what_no_gate_switches_is_frozen_after_the_first_task():
+  *_, run, middle = learnt("resnet")
+  stem = lambda learner: learner.params["shared"]["stem"]["conv"]["kernel"]
+  assert bool(middle.memory["frozen"]["stem"]["conv"]["kernel"])
+  np.testing.assert_array_equal(stem(run.learner), stem(middle))
+
+
+def test_units_that_are_not_relevant_never_open_again():
+  *_, middle = learnt("vgg")
+  own = jax.tree.map(lambda x: x[0], middle.memory["own"]["params"]["net"])
+  mask = np.asarray(middle.memory["relevant"][0])
+  for layer, units in (("layer1", mask[:8]), ("layer2", mask[8:])):
+    head = own[layer]["gate"]["head"]["logits"]
+    assert (head["kernel"][:, ~units] == 0).all()
+    assert (head["bias"][~units] <= -1000).all()
+    assert (head["bias"][units] > -100).all()
+
+
+def test_a_full_layer_is_an_error_that_names_it():
+  run = Run("vgg", when_full="error", threshold=0.0, sparsity=0.0)
+  message = r"after task 1 of 3 no unit is free for the next one in layer1/conv/conv, layer2/conv/conv; a larger"
+  with pytest.raises(FullLayerError, match=message):
+    run.learn(0)
+
+
+def test_a_full_layer_grows_and_nothing_is_forgotten():
+  """Eight units are made, of which four are there at first; two more come with every task that leaves none free."""
+  run = Run("vgg", when_full="grow", growth=0.5, threshold=0.0, sparsity=0.0)
+  open_units, params, shares, logits = [], [], [], None
+  for task in range(TASKS):
+    run.learn(task)
+    shares.append(float(run.metrics["sparsity"]))
+    open_units.append([units.shape[1] for units in run.method.holdings(run.learner).relevant.values()])
+    params.append(run.method.holdings(run.learner).params)
+    relevant = np.asarray(run.learner.memory["relevant"])[task]
+    assert not relevant[4 + 2 * task : 8].any()
+    logits = run.logits(0, 256) if logits is None else logits
+  assert open_units == [[6, 6], [8, 8], [8, 8]]
+  assert shares[0] > 0.5  # of the four units that are there, not of eight
+  own = sum(x.size for x in jax.tree.leaves(run.learner.params["own"]))
+  assert np.diff(params).tolist() == [own + 9 * 2 * (1 + 8), own]
+  np.testing.assert_array_equal(run.logits(0, 256), logits)
+
+
+def test_sparsity_is_on_hard_gates_and_waits_for_the_patience():
+  run = Run("vgg", sparsity=2.0, patience=1.5)
+  for epoch, price in ((1.25, 0.0), (1.5, 2.0)):
+    batch = Batch(PROBLEM.normalise(data(0)[0]), data(0)[1], jax.random.key(0), epoch)
+    total, (terms, _) = run.method.loss(run.learner.params, run.learner, batch)
+    gates = float(terms["sparsity"]) * 2 * 8 * 64  # two layers of 8 units, 64 images
+    assert gates == pytest.approx(round(gates), abs=1e-2)
+    assert float(total) == pytest.approx(float(terms["cross_entropy"] + price * terms["sparsity"]))
+
+
+def test_the_task_is_told_from_the_streams_and_costs_all_of_them():
+  run = Run("vgg", episodic(PROBLEM, images=30),
+            RouterSettings(hidden=16, steps=400, batch_size=32, learning_rate=1e-2))
+  for task in range(TASKS):
+    run.learn(task)
+  assert sorted(np.bincount(run.learner.memory["rehearsal"]["episodes"].labels)) == [5] * 6
+  right = []
+  for task in range(TASKS):
+    pixels, labels = data(task, 128, seed=99)
+    p = run.predict(run.learner, PROBLEM.normalise(pixels), task, TASKS)
+    chosen = np.argmax(p.agnostic, axis=1)
+    np.testing.assert_array_equal(np.isfinite(p.agnostic).sum(1), 2)  # the head of one task
+    own = chosen // 2 == task
+    np.testing.assert_array_equal(chosen[own] % 2, np.argmax(p.aware, axis=1)[own])
+    assert (np.asarray(p.agnostic_macs) > 2 * np.asarray(p.macs)).all()
+    right.append(own.mean())
+  assert np.mean(right) > 0.6  # chance is a third
+
+
+def test_what_it_holds_is_counted():
+  *_, run, middle = learnt("vgg")
+  held, first = run.method.holdings(run.learner), run.method.holdings(middle)
+  own = sum(x.size for x in jax.tree.leaves(run.learner.params["own"]))
+  assert held.params - first.params == (TASKS - 1) * own
+  assert {layer: units.shape for layer, units in held.relevant.items()} == {
+      "layer1/conv/conv": (TASKS, 8), "layer2/conv/conv": (TASKS, 8)}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [("sparsity", -1, "sparsity must be >= 0; got -1"),
+     ("threshold", 1, r"threshold must be a share in \[0, 1\); got 1"),
+     ("growth", -0.5, "growth must be >= 0; got -0.5"),
+     ("when_full", "grwo", "when_full must be one of error, grow, reuse; got 'grwo'. Did you mean 'grow'")])
+def test_settings_are_checked(field, value, message):
+  with pytest.raises(ValueError, match=message):
+    TaskGatesSettings(**{"sparsity": 0.5, "patience": 0.0, field: value})
+
+
+def test_two_devices_take_the_step_of_one():
+  run = Run("vgg")
+  model = MODELS["vgg"].clone(axis_name=devices.AXIS)
+  problem = dataclasses.replace(PROBLEM, axis_name=devices.AXIS)
+  method = task_gates(model, problem, count(model, SHAPE), TaskGatesSettings(sparsity=0.5, patience=0.0), None)
+  step = steps.make_step(method, run.optimiser, lambda key, x: PROBLEM.normalise(x), seed=0, steps_per_epoch=4,
+                         axis_name=devices.AXIS)
+  spread = devices.map_over_devices(
+      step, args=(devices.REPLICATED, devices.BATCH, devices.BATCH, devices.REPLICATED),
+      results=(devices.REPLICATED, devices.REPLICATED), devices=jax.devices()[:2])
+  pixels, labels = data(0)
+  alone, metrics = run.step(run.learner, pixels, labels, np.int32(0))
+  both, same = spread(run.learner, pixels, labels, np.int32(0))
+  assert float(metrics["cross_entropy"]) == pytest.approx(float(same["cross_entropy"]), rel=1e-5)
+  assert tiny.relative_gap(both.params, alone.params) < 1e-5
+  assert not tiny.bit_equal(alone.params, run.learner.params)
