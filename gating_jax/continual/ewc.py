@@ -1,0 +1,130 @@
+"""Elastic weight consolidation: parameters are held the firmer, the more an earlier task's predictions hang on them.
+
+    ewc          total = cross-entropy + lambda/2 sum_(s < t) sum_i F_si (theta_i - theta*_si)^2
+    online_ewc   total = cross-entropy + lambda/2 sum_i F_i (theta_i - theta*_i)^2,   F <- gamma F + F_t after task t
+
+theta*_t are the parameters at the end of task t (online: of the last one), and F_t the diagonal of its Fisher matrix,
+    F_ti = mean_n (d log p(y_n | x_n) / d theta_i)^2,
+a mean over examples, in evaluation, among the classes of the task: the heads of other tasks are left out.
+
+The y_n are drawn from the network's own p(y | x_n), which is what makes F the Fisher matrix. With the true labels, as
+in much code, F is of second order in the doubt of the network: next to nothing of it is left where the task is learnt.
+
+The penalty is stiff: a step diverges where learning rate x lambda x F_i exceeds 2 (1 + momentum), or, where gradients
+are clipped, swings about the anchor and learns little.
+
+Axes: N examples, T tasks.
+Reference: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", 2017; Schwarz et al., "Progress
+& compress", 2018, section 4 (online).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gating_jax.continual.anchors import anchored_loss, weighted_distance
+from gating_jax.continual.method import Learner, Method, Network, Start, TaskData
+from gating_jax.types import Array
+
+
+def ewc(network: Network, *, strength: float, examples: int) -> Method:
+  """One Fisher diagonal and one anchor for every task.
+
+  Args:
+    network: what it trains.
+    strength: lambda.
+    examples: how many images of a task its Fisher diagonal is a mean over, at most.
+  Raises:
+    ValueError: a setting breaks its rule.
+  """
+  def keep(memory, fisher, params, task):
+    put = lambda all_tasks, x: jax.tree.map(lambda a, x: a.at[task].set(x), all_tasks, x)
+    return {"fisher": put(memory["fisher"], fisher), "anchor": put(memory["anchor"], params)}
+
+  return _consolidation(network, network.problem.tasks, keep, strength, examples)
+
+
+def online_ewc(network: Network, *, strength: float, decay: float, examples: int) -> Method:
+  """One running Fisher diagonal, and the latest parameters as the only anchor.
+
+  Args:
+    network, strength, examples: as in `ewc`.
+    decay: gamma in [0, 1]; 1 forgets nothing.
+  Raises:
+    ValueError: a setting breaks its rule.
+  """
+  if not 0 <= decay <= 1:
+    raise ValueError(f"decay must be in [0, 1]; got {decay}")
+
+  def keep(memory, fisher, params, task):
+    one = lambda tree: jax.tree.map(lambda x: x[None], tree)
+    return {"fisher": jax.tree.map(lambda old, new: decay * old + new, memory["fisher"], one(fisher)),
+            "anchor": one(params)}
+
+  return _consolidation(network, 1, keep, strength, examples)
+
+
+def fisher_diagonal(log_prob: Callable[[Any, Array, Array], Array], params: Any, x: Array, labels: Array) -> Any:
+  """mean_n (d log_prob(params, x_n, y_n) / d params)^2, a tree like `params`, one example after the other.
+
+  Args:
+    log_prob: of one example, a scalar.
+    params: any tree.
+    x, labels: `[N, ...]`.
+
+  >>> float(fisher_diagonal(lambda p, x, y: p * x, jnp.array(2.0), jnp.array([1.0, 3.0]), jnp.zeros(2)))
+  5.0
+  """
+  def add(total, example):
+    grads = jax.grad(log_prob)(params, *example)
+    return jax.tree.map(lambda t, g: t + g**2, total, grads), None
+
+  total, _ = lax.scan(add, jax.tree.map(jnp.zeros_like, params), (x, labels))
+  return jax.tree.map(lambda t: t / len(x), total)
+
+
+def _consolidation(network, slots, keep, strength, examples):
+  """The method; its memory is a Fisher diagonal and an anchor `[slots, ...]`, zero until a task has ended."""
+  if not strength >= 0:
+    raise ValueError(f"strength must be >= 0; got {strength}")
+  if examples < 1:
+    raise ValueError(f"examples must be >= 1; got {examples}")
+
+  def init(key):
+    params, batch_stats = network.init(key)
+    empty = lambda: jax.tree.map(lambda x: jnp.zeros((slots, *x.shape), x.dtype), params)
+    return Start(params, batch_stats, {"fisher": empty(), "anchor": empty()})
+
+  def penalty(params, memory):
+    return strength / 2 * weighted_distance(params, memory["anchor"], memory["fisher"])
+
+  def end_task(learner, data, key):
+    fisher = _fisher_of_task(network, learner, data, key, examples)
+    return learner.replace(memory=keep(learner.memory, fisher, learner.params, int(learner.task)))
+
+  return Method(init, anchored_loss(network, penalty), end_task, network.predict)
+
+
+def _fisher_of_task(network: Network, learner: Learner, data: TaskData, key: Array, examples: int) -> Any:
+  choice, drawing = jax.random.split(key)
+  chosen = np.asarray(jax.random.permutation(choice, len(data.labels)))[:examples]
+  pixels, labels, task = data.pixels[chosen], data.labels[chosen], learner.task
+  params, batch_stats = learner.params, learner.batch_stats
+
+  @jax.jit
+  def diagonal(params, batch_stats, pixels, labels):
+    def log_prob(params, x, label):
+      return -network.cross_entropy(network.logits(params, batch_stats, x[None]), label[None], task, "own")[0]
+
+    return fisher_diagonal(log_prob, params, network.problem.normalise(pixels), labels)
+
+  logits = network.problem.in_batches(lambda state, x: network.logits(*state, x), (params, batch_stats), pixels)
+  own = network.visible(jnp.asarray(labels), task, "own")
+  drawn = jax.random.categorical(drawing, jnp.where(own, logits, -jnp.inf))
+  return diagonal(params, batch_stats, pixels, drawn)

@@ -1,0 +1,77 @@
+"""Learning without forgetting: on the images of the new task, old heads shall go on saying what they said before it.
+
+    total = cross-entropy + w sum_(s < t) mean_n CE(softmax(teacher_s(x_n) / tau), softmax(logits_s(x_n) / tau))
+
+The teacher is the network at the end of the last task, parameters and running statistics, in evaluation. There is no
+factor tau^2: it belongs to w.
+
+Axes: N examples, T tasks, C classes of a task, K = T C.
+Reference: Li and Hoiem, "Learning without forgetting", 2016, without its warm-up of the new head.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gating_jax.continual.method import Method, Network, Start
+from gating_jax.types import Array
+
+
+def lwf(network: Network, *, weight: float, temperature: float) -> Method:
+  """The method. Its memory is the teacher: `params` and `batch_stats`.
+
+  Args:
+    network: what it trains.
+    weight: w, of each old head.
+    temperature: tau.
+  Raises:
+    ValueError: a setting breaks its rule.
+  """
+  if not weight >= 0:
+    raise ValueError(f"weight must be >= 0; got {weight}")
+  if not temperature > 0:
+    raise ValueError(f"temperature must be > 0; got {temperature}")
+
+  def init(key):
+    params, batch_stats = network.init(key)
+    return Start(params, batch_stats, _teacher(params, batch_stats))
+
+  def loss(params, learner, batch):
+    logits, batch_stats = network.train_logits(params, learner.batch_stats, batch.x, batch.key)
+    cross_entropy = jnp.mean(network.cross_entropy(logits, batch.labels, learner.task))
+    taught = network.logits(learner.memory["params"], learner.memory["batch_stats"], batch.x)
+    distillation = jnp.mean(old_heads_cross_entropy(
+        logits, taught, learner.task, classes=network.problem.classes, temperature=temperature))
+    terms = {"cross_entropy": cross_entropy, "distillation": distillation}
+    return cross_entropy + weight * distillation, (terms, batch_stats)
+
+  def end_task(learner, data, key):
+    return learner.replace(memory=_teacher(learner.params, learner.batch_stats))
+
+  return Method(init, loss, end_task, network.predict)
+
+
+def old_heads_cross_entropy(
+    logits: Array, teacher: Array, task: Array, *, classes: int, temperature: float) -> Array:
+  """`[N]`: sum_(s < task) CE(softmax(teacher_s / tau), softmax(logits_s / tau)), each over the C classes of head s.
+
+  Its gradient is zero exactly where the softmax of every old head is the teacher's; its value there is their entropy.
+
+  Args:
+    logits, teacher: `[N, K]`.
+    task: the one being learnt, from 0.
+    classes: C.
+    temperature: tau.
+
+  >>> float(old_heads_cross_entropy(jnp.zeros((1, 4)), jnp.zeros((1, 4)), 1, classes=2, temperature=2.0)[0])
+  0.6931471824645996
+  """
+  heads = lambda x: x.reshape(len(x), -1, classes) / temperature
+  each = optax.softmax_cross_entropy(heads(logits), jax.nn.softmax(heads(teacher)))
+  return jnp.sum(each, axis=1, where=jnp.arange(each.shape[1]) < task)
+
+
+def _teacher(params, batch_stats):
+  return jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
