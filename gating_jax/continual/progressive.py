@@ -1,0 +1,112 @@
+"""Progressive networks: a column for every task, which looks at the older ones; these are frozen for good.
+
+Nothing is forgotten, and nothing tells which task an image is of: when that is unknown, the class with the highest
+probability of all heads is taken.
+
+Axes: N examples, T tasks, C classes of a task, J = T - 1 columns before the last.
+Reference: Rusu et al., "Progressive neural networks", 2016.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from gating_jax.continual import streams
+from gating_jax.continual.method import (
+  Batch,
+  Holdings,
+  Learner,
+  Method,
+  Prediction,
+  Problem,
+  Start,
+  TaskData,
+  tree_size,
+)
+from gating_jax.models.columns import Column
+from gating_jax.types import Array
+
+Tree = Any
+
+
+def progressive(column: Column, problem: Problem) -> Method:
+  """The method, of as many such columns as there are tasks."""
+  return _Progressive(column, problem).method()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Progressive:
+  """The functions of the method, over the parameters and statistics of the column that is being trained.
+
+  Memory: `{"params", "batch_stats"}` of every task's column, `[T, ...]`.
+  """
+
+  column: Column
+  problem: Problem
+
+  def method(self) -> Method:
+    return Method(self.init, self.loss, self.end_task, self.predict, holdings=self.holdings)
+
+  def init(self, key: Array) -> Start:
+    column = self._fresh(key)
+    return Start(column["params"], column["batch_stats"], streams.stack(column, self.problem.tasks))
+
+  def loss(self, params: Tree, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
+    before = self._none(len(batch.x))
+
+    def fill(j, before):
+      return self._put(before, j, self._run(learner.memory, j, batch.x, before)[1])
+
+    before = lax.fori_loop(0, jnp.minimum(learner.task, self.problem.tasks - 1), fill, before)
+    (logits, _), new = self.column.apply(
+        {"params": params, "batch_stats": learner.batch_stats}, batch.x, before, train=True, mutable=["batch_stats"])
+    own = batch.labels - learner.task * self.problem.classes
+    cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, own))
+    accuracy = jnp.mean(jnp.argmax(logits, -1) == own)
+    return cross_entropy, ({"cross_entropy": cross_entropy, "accuracy": accuracy}, new.get("batch_stats", {}))
+
+  def end_task(self, learner: Learner, data: TaskData, key: Array) -> Learner:
+    column, fresh = {"params": learner.params, "batch_stats": learner.batch_stats}, self._fresh(key)
+    return learner.replace(**fresh, memory=streams.put(learner.memory, int(learner.task), column))
+
+  def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
+    def one(before, j):
+      logits, outputs = self._run(learner.memory, j, x, before)
+      return self._put(before, j, outputs), logits
+
+    _, logits = lax.scan(one, self._none(len(x)), jnp.arange(seen))
+    macs = [self.column.macs(self.problem.shape, j) for j in range(seen)]
+    layers, heads = (np.array(column, np.float32) for column in zip(*macs, strict=True))
+    every = lambda total: jnp.broadcast_to(total, logits.shape[:-1])
+    aware = every((np.cumsum(layers) + heads)[:, None])
+    return streams.prediction(self.problem, logits, task, aware, every(layers.sum() + heads.sum())[0])
+
+  def holdings(self, learner: Learner) -> Holdings:
+    columns = jax.tree.map(lambda x: x[: int(learner.task)], learner.memory["params"])
+    return Holdings(tree_size(columns), 0.0)
+
+  def _fresh(self, key: Array) -> dict[str, Tree]:
+    variables = self.column.init(key, jnp.zeros((1, *self.problem.shape)), self._none(1))
+    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+  def _none(self, examples: int) -> tuple[Array, ...]:
+    """What a column sees before which there is none; at least one place, of zeros, where there is one task."""
+    places = max(1, self.problem.tasks - 1)
+    return tuple(jnp.zeros((places, examples, *shape), self.column.dtype)
+                 for shape in self.column.output_shapes(self.problem.shape))
+
+  def _run(self, columns: Tree, j: Array, x: Array, before: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+    """Logits and layers of column j in evaluation; `before` is zeros for columns from j on."""
+    return self.column.apply(jax.tree.map(lambda tree: tree[j], columns), x, before)
+
+  def _put(self, before: tuple[Array, ...], j: Array, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
+    """`before` with these of column j; those of the last column, which none comes after, are in nobody's way."""
+    return tuple(b.at[j].set(o, mode="drop") for b, o in zip(before, outputs, strict=True))
