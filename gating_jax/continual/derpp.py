@@ -1,0 +1,70 @@
+"""DER++: replay that also holds the network to the logits it once gave for the images it replays.
+
+    L = mean of CE over the batch + alpha mean of |z - z*|^2 over one draw + beta mean of CE over another
+
+with z* stored beside each image. The mean square is over the classes that had been seen when z* was stored: the logits
+of later classes were not trained then. The paper stores z* along the way, where images enter its reservoir; here it is
+at the end of the image's own task, where the memory is filled.
+
+All three parts go through the network as one batch, for the reason given in `experience_replay`.
+
+Axes: S slots, R replayed examples, K classes.
+Reference: Buzzega et al., "Dark experience for general continual learning", 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gating_jax.continual import replay
+from gating_jax.continual.method import Batch, Learner, Method, Network, Start, TaskData
+from gating_jax.types import Array
+
+
+def derpp(network: Network, rehearsal: replay.ReplaySettings, *, alpha: float, beta: float) -> Method:
+  """The method; its memory is a `replay.Memory` with logits `[S, K]`.
+
+  Args:
+    network: what is trained.
+    rehearsal: the size of the memory and of each of the two draws.
+    alpha, beta: weights of the stored logits and of the labels.
+  """
+  for name, value in (("alpha", alpha), ("beta", beta)):
+    if not value >= 0:
+      raise ValueError(f"{name} must be >= 0; got {value}")
+  problem = network.problem
+
+  def init(key: Array) -> Start:
+    logits = jnp.zeros((rehearsal.images, problem.all_classes))
+    return Start(*network.init(key), replay.empty(rehearsal.images, problem.shape, logits))
+
+  def loss(params: Any, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
+    noise, one, other = jax.random.split(batch.key, 3)
+    drawn = lambda key: replay.draw_inputs(learner.memory, key, batch, problem, rehearsal.batch_size)
+    (x1, labels1, stored, filled), (x2, labels2, _, _) = drawn(one), drawn(other)
+    logits, batch_stats = network.train_logits(
+        params, learner.batch_stats, jnp.concatenate([batch.x, x1, x2]), noise)
+    new, old1, old2 = jnp.split(logits, [len(batch.x), len(batch.x) + len(x1)])
+    mean_cross_entropy = lambda z, labels: jnp.mean(network.cross_entropy(z, labels, learner.task))
+    terms = {
+        "cross_entropy": mean_cross_entropy(new, batch.labels),
+        "logits": jnp.where(filled, squared_gap(old1, stored, network.seen_with(labels1)), 0.0),
+        "replay": jnp.where(filled, mean_cross_entropy(old2, labels2), 0.0),
+    }
+    return terms["cross_entropy"] + alpha * terms["logits"] + beta * terms["replay"], (terms, batch_stats)
+
+  def end_task(learner: Learner, data: TaskData, key: Array) -> Learner:
+    logits = problem.in_batches(
+        lambda learner, x: network.logits(learner.params, learner.batch_stats, x), learner, data.pixels)
+    return learner.replace(memory=replay.share(learner.memory, data.pixels, data.labels, key, logits))
+
+  return Method(init, loss, end_task, network.predict)
+
+
+def squared_gap(logits: Array, stored: Array, counted: Array) -> Array:
+  """Mean over the R examples of the mean square over each one's `counted` classes, all `[R, K]`."""
+  return jnp.mean(jnp.mean(jnp.square(logits - stored), axis=-1, where=counted))
