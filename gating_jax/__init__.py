@@ -4,12 +4,13 @@ See the README for a tour; every name here is documented where it is defined.
 """
 
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
-from gating_jax.layers.gate import ChannelGate, GateHead, GateSettings, apply_gates
+from gating_jax.layers.gate import ChannelGate, GateHead, GateSettings, Switched, apply_gates
 from gating_jax.layers.segments import SegmentGate, SegmentGateSettings
 from gating_jax.models.counts import ModelCounts, count
 from gating_jax.models.resnet import ResNet, resnet
 from gating_jax.models.segment_net import SegmentNet
 from gating_jax.models.segment_nets import heavy_net, light_net
+from gating_jax.models.vgg import VGG, vgg
 from gating_jax.models.video_counts import VideoCounts, count_video
 from gating_jax.ops.compaction import bucket_sizes, capacity_for, open_indices, put_back
 from gating_jax.ops.ecdf import (
@@ -59,6 +60,8 @@ __all__ = [
   "SegmentGateSettings",
   "SegmentNet",
   "Skipping",
+  "Switched",
+  "VGG",
   "VideoCounts",
   "apply_gates",
   "batch_shaping_loss",
@@ -97,4 +100,5 @@ __all__ = [
   "target_rate_loss",
   "threshold_gate",
   "uniform",
+  "vgg",
 ]

@@ -11,7 +11,7 @@ from ml_collections import config_flags
 from gating_jax.checks import one_of
 
 MODES = ("train", "evaluate")
-EXPERIMENTS = ("classification", "long_video")
+EXPERIMENTS = ("classification", "continual", "long_video")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A config file such as configs/digits_resnet20.py; its fields can be overridden as "
@@ -65,14 +65,14 @@ def _main(argv: list[str]) -> int:
     return 2
   logging.set_verbosity(logging.WARNING)
   from gating_jax.data.sources import DatasetNotPreparedError  # after the flags are checked: these import JAX
-  from gating_jax.experiments import classification, long_video
+  from gating_jax.experiments import classification, continual, long_video
   from gating_jax.training.checkpoints import CheckpointError
   from gating_jax.training.loop import NonFiniteError
   from gating_jax.training.rundir import RunDirError
 
   try:
     one_of("experiment", _CONFIG.value.experiment, EXPERIMENTS)
-    {"classification": classification, "long_video": long_video}[_CONFIG.value.experiment].run(
+    {"classification": classification, "continual": continual, "long_video": long_video}[_CONFIG.value.experiment].run(
         _CONFIG.value, Path(_WORKDIR.value), _MODE.value)
   except (ValueError, OSError, DatasetNotPreparedError, NonFiniteError, RunDirError, CheckpointError) as error:
     print(f"error: {error}", file=sys.stderr)

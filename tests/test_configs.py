@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from gating_jax.checks import one_of
+from gating_jax.experiments import continual_methods
 from gating_jax.training import objectives, schedules, segment_objectives
 
-NOT_RUN = ("__init__", "video_common")
+NOT_RUN = ("__init__", "video_common", "continual_common")
 FILES = sorted(f.stem for f in (Path(__file__).parent.parent / "configs").glob("*_*.py") if f.stem not in NOT_RUN)
 
 
@@ -16,11 +17,14 @@ FILES = sorted(f.stem for f in (Path(__file__).parent.parent / "configs").glob("
 def test_config_builds_and_names_known_choices(name):
   config = importlib.import_module(f"configs.{name}").get_config("")
   one_of("schedule", config.optim.schedule, schedules.LEARNING_RATES)
+  assert f"configs/{name}.py" in importlib.import_module(f"configs.{name}").__doc__
+  if config.experiment == "continual":
+    one_of("method", config.method, continual_methods.METHODS)
+    return
   videos = config.experiment == "long_video"
   shaping = config.loss.channels.batch_shaping if videos else config.loss.batch_shaping
   one_of("reduction", shaping.reduction, objectives.REDUCTIONS)
   one_of("kind", config.loss.sparsity.kind, (segment_objectives if videos else objectives).SPARSITIES)
-  assert f"configs/{name}.py" in importlib.import_module(f"configs.{name}").__doc__
 
 
 def test_full_recipe_has_the_numbers_of_the_paper():
@@ -50,3 +54,13 @@ def test_unknown_variant_is_refused(variant):
   for name in ("cifar10_resnet20", "videos_timegate"):
     with pytest.raises(ValueError, match="a variant must be one of"):
       importlib.import_module(f"configs.{name}").get_config(variant)
+
+
+def test_continual_recipes_have_the_numbers_of_the_sheet():
+  recipe = lambda c: (c.optim.batch_size, c.optim.learning_rate, c.optim.epochs, c.optim.drops, c.gates.sparsity,
+                      c.gates.patience)
+  of = lambda name: recipe(importlib.import_module(f"configs.{name}").get_config(""))
+  assert of("split_mnist") == (256, 0.01, 400, (), 0.5, 20)
+  assert of("split_svhn") == (256, 0.01, 800, (0.5, 0.75), 0.5, 20)
+  assert of("split_cifar10") == (64, 0.1, 200, (0.5, 0.75), 1, 10)
+  assert of("split_imagenet50") == (64, 0.1, 200, (0.5, 0.75), 1, 0)

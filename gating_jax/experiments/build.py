@@ -66,10 +66,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
       batch_shaping_coefficient=schedules.fade_out(shaping.coefficient, shaping.end, total),
       sparsity_coefficient=schedules.fade_in(sparsity.coefficient, sparsity.start, sparsity.full, total))
   test = read(data.test_split, training=False)
-  channels = test.shape[-1]
-  for name, value in (("data.mean", data.mean), ("data.std", data.std)):
-    if len(value) not in (1, channels):
-      raise ValueError(f"{name} must hold 1 number, or one for each of {channels} channels; got {tuple(value)}")
+  settings.check_channels(data, test.shape[-1])
   model = resnet(config.model.name, classes=len(test.class_names), **fields)
   counts = count(model, test.shape)
   return Experiment(

@@ -47,6 +47,14 @@ def all_numbers(values: Any) -> bool:
   return isinstance(values, tuple) and all(isinstance(v, (int, float)) and math.isfinite(v) for v in values)
 
 
+def check_channels(data: ml_collections.ConfigDict, channels: int) -> None:
+  """Raises a ValueError unless `data.mean` and `data.std` fit images of so many channels."""
+  for name in ("mean", "std"):
+    if len(data[name]) not in (1, channels):
+      raise ValueError(f"data.{name} must hold 1 number, or one for each of {channels} channels; "
+                       f"got {tuple(data[name])}")
+
+
 def divides_over_devices() -> Rule:
   """The rule of a batch size."""
   return lambda size: size % jax.device_count() == 0, f"a multiple of the {jax.device_count()} devices"

@@ -1,0 +1,62 @@
+"""Methods of continual learning on one config: accuracies with the task known and unknown, forgetting, cost.
+
+    python benchmarks/continual.py --runs=runs/continual --config=split_digits:width=0.3 --methods=ewc,lwf --seeds=0,1
+
+Each run is a run directory, so that finished ones are not repeated. Accuracy is the mean over tasks after the last;
+forgetting is with the task known, in points.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+from absl import flags
+
+from gating_jax.experiments import continual
+from gating_jax.experiments.continual_methods import METHODS
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--runs", type=Path, required=True)
+  parser.add_argument("--config", default="split_digits")
+  parser.add_argument("--methods", default=",".join(METHODS))
+  parser.add_argument("--seeds", default="0")
+  parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the config, as JSON")
+  args = parser.parse_args()
+  flags.FLAGS.mark_as_parsed()
+  seeds = [int(seed) for seed in args.seeds.split(",")]
+  print(f"{args.config}, seeds {args.seeds}, {jax.device_count()} devices\n{'method':<13}{'known':>18}{'unknown':>18}"
+        f"{'forgetting':>11}{'MACs':>8}{'unknown':>8}{'params':>10}{'MB':>8}{'seconds':>9}", flush=True)
+  for method in args.methods.split(","):
+    results = [run(args, method, seed) for seed in seeds]
+    mean = lambda read, results=results: statistics.mean(read(r) for r in results)
+    each = lambda kind, results=results: " ".join(f"{100 * r[kind]['average_accuracy']:.1f}" for r in results)
+    share = lambda kind, mean=mean: f"{mean(lambda r: r[kind] / r['dense_macs']):.3f}"
+    print(f"{method:<13}{each('task_aware'):>18}{each('task_agnostic'):>18}"
+          f"{100 * mean(lambda r: r['task_aware']['forgetting'] or 0.0):>11.2f}{share('task_aware_macs'):>8}"
+          f"{share('task_agnostic_macs'):>8}{mean(lambda r: r['params']):>10,.0f}{mean(lambda r: r['memory_mb']):>8.2f}"
+          f"{mean(lambda r: r['seconds_since_last_start']):>9.0f}", flush=True)
+
+
+def run(args, method, seed):
+  name, _, variant = args.config.partition(":")
+  config = importlib.import_module(f"configs.{name}").get_config(variant)
+  config.update_from_flattened_dict({field: json.loads(value) for field, value in (s.split("=", 1) for s in args.set)})
+  config.update({"method": method, "seed": seed})
+  workdir = args.runs / args.config.replace(":", "-") / f"{method}-{seed}"
+  workdir.parent.mkdir(parents=True, exist_ok=True)
+  with workdir.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log):
+    continual.run(config, workdir, "train")  # which leaves a finished run alone, and refuses one of another config
+  return json.loads((workdir / "result.json").read_text())
+
+
+if __name__ == "__main__":
+  main()

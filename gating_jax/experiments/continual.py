@@ -1,0 +1,214 @@
+"""Learns a sequence of tasks by any method, in a run directory.
+
+Reference: Abati et al., 2020.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from gating_jax.continual import metrics, steps
+from gating_jax.continual.method import Learner, TaskData
+from gating_jax.data import batches, resident, tasks
+from gating_jax.data.sources import Images
+from gating_jax.experiments.continual_build import ContinualExperiment, build
+from gating_jax.reports import task_pictures, task_table
+from gating_jax.training import devices, loop, rundir
+from gating_jax.training.checkpoints import Checkpoints
+from gating_jax.training.journal import Journal
+
+
+def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
+  """`train` learns all tasks from wherever the run directory stands; `evaluate` tests its newest checkpoint."""
+  experiment = build(config)
+  if mode == "evaluate":
+    _evaluate(experiment, rundir.existing_run(workdir, config))
+    return
+  with rundir.open_run(workdir, config) as run_dir:
+    if (result := run_dir.result()) is not None:
+      print(f"{workdir} holds a finished run of this config; nothing was trained or changed. Its result:")
+      print(task_table.render(result))
+    else:
+      _train(experiment, run_dir)
+
+
+def _evaluate(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
+  """Tests what the newest checkpoint holds on all tasks it has learnt."""
+  checkpoints = Checkpoints(run_dir.checkpoints, read_only=True)
+  try:
+    step, learner = _restore(experiment, checkpoints)
+  finally:
+    checkpoints.close()
+  if not int(learner.task):
+    raise rundir.RunDirError(f"no task is learnt in {run_dir.checkpoints} yet")
+  print(f"checkpoint of step {step}")
+  if step % experiment.steps_per_task:
+    print("a task is being learnt; the results are those of the tasks before it, when the last of them ended")
+  else:
+    learner = test_tasks(learner, make_evaluate(experiment), int(learner.task))
+  print(task_table.render(summary(experiment, learner)))
+
+
+def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
+  started, total = time.time(), experiment.total_steps
+  checkpoints = Checkpoints(run_dir.checkpoints)
+  step, learner = _restore(experiment, checkpoints)
+  if step:
+    print(f"going on from the checkpoint of step {step} in {run_dir.path}")
+  journal = Journal(run_dir.path, step, total)
+  advance, evaluate = make_advance(experiment), make_evaluate(experiment)
+  try:
+    for task in range(int(learner.task), len(experiment.tasks)):
+      run = advance(task)
+      for phase in experiment.phases(task):
+        if step < phase.total_steps:
+          learner, step = loop.train(learner, step, run, settings=phase, checkpoints=checkpoints, journal=journal)
+        if step < phase.total_steps:
+          journal.say(step, "stopped as asked; a checkpoint is saved, the same command goes on from here")
+          return
+      learner = finish_task(experiment, learner, task, evaluate)
+      step += 1
+      checkpoints.save(step, learner)
+      aware, agnostic = (float(np.mean(np.asarray(x)[task, : task + 1])) for x in learner.table[:2])
+      journal.say(step, f"after task {task + 1}: accuracy {aware:.4f} with the task known, {agnostic:.4f} without")
+  finally:
+    journal.close()
+    checkpoints.close()
+  result = summary(experiment, learner)
+  _draw(experiment, learner, run_dir.path)
+  result |= {"step": step, "seconds_since_last_start": round(time.time() - started, 1)}
+  run_dir.finish(result)
+  print(task_table.render(result))
+  print(f"run directory: {run_dir.path}")
+
+
+def _restore(experiment: ContinualExperiment, checkpoints: Checkpoints) -> tuple[int, Learner]:
+  """The newest checkpoint's step and learner, or step 0 and a fresh one."""
+  fresh = experiment.fresh()
+  return checkpoints.restore(fresh, devices.replicated_sharding()) or (0, devices.replicate(fresh))
+
+
+def summary(experiment: ContinualExperiment, learner: Learner) -> dict[str, Any]:
+  """The result of the tasks learnt so far, as `reports.task_table` wants it."""
+  learnt = int(learner.task)
+  table = {name: np.asarray(x, np.float64)[:learnt, :learnt] for name, x in learner.table._asdict().items()}
+  scores = lambda accuracies: {"accuracies": accuracies.tolist(), **vars(metrics.summarise(accuracies))}
+  held = experiment.method.holdings(learner)
+  result = {
+      "method": experiment.config.method,
+      "task_names": experiment.task_names[:learnt],
+      "task_aware": scores(table["aware"]),
+      "task_agnostic": scores(table["agnostic"]),
+      "task_classifier_accuracy": float(table["task"][-1].mean()),
+      "dense_macs": experiment.dense_macs,
+      "task_aware_macs": float(table["macs"][-1].mean()),
+      "task_agnostic_macs": float(table["agnostic_macs"][-1].mean()),
+      "params": held.params,
+      "memory_mb": held.memory_mb}
+  if held.relevant:
+    free = {layer: metrics.filter_use(units[:learnt]).free for layer, units in held.relevant.items()}
+    result["free_units"] = {layer: (int(count[-1]), held.relevant[layer].shape[1]) for layer, count in free.items()}
+  return result
+
+
+def _draw(experiment: ContinualExperiment, learner: Learner, folder: Path) -> None:
+  names, table = experiment.task_names, learner.table
+  task_pictures.draw_accuracies(folder / "accuracies.png", np.asarray(table.aware), np.asarray(table.agnostic),
+                                task_names=names)
+  relevant = experiment.method.holdings(learner).relevant
+  if relevant:
+    use = {layer: metrics.filter_use(units) for layer, units in relevant.items()}
+    task_pictures.draw_filters(folder / "filters.png", use, task_names=names)
+    overlap = metrics.gate_overlap(np.concatenate(list(relevant.values()), axis=1))
+    task_pictures.draw_overlap(folder / "overlap.png", overlap, task_names=names)
+
+
+def make_advance(experiment: ContinualExperiment) -> Callable[[int], Callable[[Learner, int], tuple[Learner, Any]]]:
+  """`task -> (learner, step) -> (learner, metrics)`: one step of that task over all devices."""
+  config = experiment.config
+  step = steps.make_step(experiment.method, experiment.optimiser, experiment.problem.prepare, seed=config.seed,
+                         steps_per_epoch=experiment.steps_per_epoch, axis_name=devices.AXIS)
+  run = devices.map_over_devices(
+      step, args=(devices.REPLICATED, devices.BATCH, devices.BATCH, devices.REPLICATED),
+      results=(devices.REPLICATED, devices.REPLICATED), backend=config.devices.backend, donate=(0,))
+
+  prelude = experiment.method.prelude and devices.map_over_devices(
+      experiment.method.prelude, args=(devices.REPLICATED, devices.BATCH, devices.BATCH),
+      results=(devices.REPLICATED, devices.REPLICATED), backend=config.devices.backend, donate=(0,))
+
+  def of_task(task):
+    images, begin = training_images(experiment, task), task * experiment.steps_per_task
+    first = begin + experiment.prelude_steps
+    seed, process = config.seed * len(experiment.tasks) + task, (jax.process_index(), jax.process_count())
+
+    def advance(learner, step):
+      batch = lambda at, size: images.read(resident.indices(seed, at, 1, size, len(images), process)[:, 0])
+      if step < first:
+        learner, metrics = prelude(learner, *batch(step - begin, experiment.prelude_batch_size))
+      else:
+        learner, metrics = run(learner, *batch(step - first, config.optim.batch_size), np.int32(first))
+      return learner, {name: value[None] for name, value in metrics.items()}
+
+    return advance
+
+  return of_task
+
+
+def training_images(experiment: ContinualExperiment, task: int) -> Images:
+  """What the method trains on while it learns this task."""
+  first = 0 if experiment.method.cumulative else task
+  return tasks.join(tuple(t.train for t in experiment.tasks[first : task + 1]))
+
+
+def finish_task(experiment: ContinualExperiment, learner: Learner, task: int, evaluate: Callable) -> Learner:
+  """Ends a task, tests it and all before it, and makes ready for the next."""
+  images = experiment.tasks[task]
+  data = TaskData(*images.train.read(slice(None)), *images.validation.read(slice(None)))
+  learner = experiment.method.end_task(learner, data, experiment.key(task + 1))
+  learner = learner.replace(step=learner.step + 1, task=learner.task + 1,
+                            opt_state=experiment.optimiser.init(learner.params))
+  learner = jax.tree.map(jnp.copy, learner)  # what a method keeps twice needs a buffer each, to be donated
+  return test_tasks(devices.replicate(learner), evaluate, task + 1)
+
+
+def test_tasks(learner: Learner, evaluate: Callable, learnt: int) -> Learner:
+  """The learner with the row of its table that follows the last task learnt."""
+  rows = [evaluate(learner, task, learnt) for task in range(learnt)]
+  table = learner.table._make(
+      np.asarray(column.at[learnt - 1, :learnt].set(np.asarray([row[name] for row in rows], np.float32)))
+      for name, column in learner.table._asdict().items())
+  return learner.replace(table=devices.replicate(table))
+
+
+def make_evaluate(experiment: ContinualExperiment) -> Callable[[Learner, int, int], dict[str, float]]:
+  """`(learner, task, seen) -> ` the entries of the table for the test images of `task`."""
+  config, method, problem = experiment.config, experiment.method, experiment.problem
+
+  @functools.lru_cache(maxsize=1)  # every further task is another program
+  def mapped(seen):
+    def test(learner, pixels, labels, task):
+      p = method.predict(learner, problem.normalise(pixels), task, seen)
+      chosen = jnp.argmax(p.agnostic, axis=-1)
+      return {"aware": jnp.argmax(p.aware, axis=-1) == labels - task * problem.classes, "agnostic": chosen == labels,
+              "task": chosen // problem.classes == task, "macs": p.macs, "agnostic_macs": p.agnostic_macs}
+
+    return devices.map_over_devices(
+        test, args=(devices.REPLICATED, devices.BATCH, devices.BATCH, devices.REPLICATED), results=devices.BATCH,
+        backend=config.devices.backend)
+
+  def evaluate(learner, task, seen):
+    run, parts = mapped(seen), []
+    for (pixels, labels), count in batches.cover(experiment.tasks[task].test, problem.batch_size):
+      parts.append({name: np.asarray(x)[:count] for name, x in run(learner, pixels, labels, np.int32(task)).items()})
+    return {name: float(np.concatenate([p[name] for p in parts]).mean(dtype=np.float64)) for name in parts[0]}
+
+  return evaluate

@@ -1,0 +1,150 @@
+"""From a config of continual learning to its parts, every setting checked before anything is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from gating_jax.continual.method import Learner, Method, Problem, Table
+from gating_jax.data import augment, sources, tasks
+from gating_jax.experiments import continual_methods, settings
+from gating_jax.models.resnet import RESNETS
+from gating_jax.models.vgg import VGGS
+from gating_jax.training import devices, loop, optim, schedules
+
+
+@dataclasses.dataclass(frozen=True)
+class ContinualExperiment:
+  """What a config describes."""
+
+  config: ml_collections.ConfigDict
+  tasks: tuple[tasks.Task, ...]
+  problem: Problem
+  method: Method
+  dense_macs: int
+  optimiser: optax.GradientTransformation
+  steps_per_epoch: int
+
+  @property
+  def prelude_steps(self) -> int:
+    """Steps of what comes before the training on a task."""
+    return self.config.generator.steps if self.method.prelude else 0
+
+  @property
+  def prelude_batch_size(self) -> int:
+    """Images of one of them."""
+    return self.config.generator.batch_size * self.config.generator.critic_steps
+
+  @property
+  def steps_per_task(self) -> int:
+    """Steps of the prelude and the training, and one for the end of the task."""
+    return self.prelude_steps + self.steps_per_epoch * self.config.optim.epochs + 1
+
+  @property
+  def total_steps(self) -> int:
+    return self.steps_per_task * len(self.tasks)
+
+  @property
+  def task_names(self) -> list[str]:
+    """The classes of each task."""
+    names, c = self.tasks[0].train.class_names, self.problem.classes
+    return [", ".join(names[t * c : (t + 1) * c]) for t in range(len(self.tasks))]
+
+  def phases(self, task: int) -> list[loop.LoopSettings]:
+    """Of the prelude and the training of one task, which begins at step `task * steps_per_task`."""
+    first = task * self.steps_per_task
+    ends = [first + self.prelude_steps] * bool(self.prelude_steps) + [first + self.steps_per_task - 1]
+    return [loop.LoopSettings(end, log_every=self.config.log_every, checkpoint_every=self.config.checkpoint_every)
+            for end in ends]
+
+  def key(self, purpose: int) -> jax.Array:
+    """A key of the run that no training step uses."""
+    return jax.random.fold_in(jax.random.key(self.config.seed, impl="rbg"), purpose)
+
+  def fresh(self) -> Learner:
+    """A learner that has learnt nothing."""
+    @jax.jit
+    def init(key):
+      start = self.method.init(key)
+      table = Table(*(jnp.full((len(self.tasks),) * 2, jnp.nan) for _ in Table._fields))
+      return Learner(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), *start[:2],
+                     self.optimiser.init(start.params), start.memory, table)
+
+    return init(self.key(0))
+
+
+def build(config: ml_collections.ConfigDict) -> ContinualExperiment:
+  """Checks every setting, then reads the data. Raises ValueError naming the field, or `DatasetNotPreparedError`."""
+  data, training = config.data, config.optim
+  _check(config)
+  train, test = (_resized(sources.load(data.name, split, data.data_dir), data.image_size)
+                 for split in (data.train_split, data.test_split))
+  sequence = tasks.make_tasks(
+      train, test, classes_per_task=config.tasks.classes_per_task, count=config.tasks.count,
+      order_seed=config.tasks.order_seed, validation=config.tasks.validation)
+  settings.check_channels(data, test.shape[-1])
+  smallest = min(len(task.train) for task in sequence)
+  if training.batch_size > smallest:
+    raise ValueError(f"optim.batch_size must be at most {smallest}, the training images of the smallest task; "
+                     f"got {training.batch_size}")
+  problem = Problem(
+      tasks=len(sequence), classes=config.tasks.classes_per_task, shape=test.shape, axis_name=devices.AXIS,
+      normalise=lambda pixels: augment.normalise(pixels, data.mean, data.std), batch_size=training.eval_batch_size,
+      augment=lambda key, pixels: augment.crop_and_flip(
+          key, pixels, pad=data.pad, flip=data.flip, axis_name=devices.AXIS))
+  method, dense_macs = continual_methods.build(config, problem)
+  if method.prelude and (size := config.generator.batch_size * config.generator.critic_steps) > smallest:
+    raise ValueError(f"generator.batch_size times generator.critic_steps must be at most {smallest}, the training "
+                     f"images of the smallest task; got {size}")
+  per_epoch = smallest // training.batch_size
+  rate = schedules.learning_rate(training.schedule, training.learning_rate, training.epochs * per_epoch,
+                                 warmup=training.warmup, drops=training.drops, factor=training.drop_factor)
+  optimiser = optax.chain(
+      optax.clip_by_global_norm(training.clip),
+      optim.sgd(rate, momentum=training.momentum, weight_decay=training.weight_decay))
+  return ContinualExperiment(config, sequence, problem, method, dense_macs, optimiser, per_epoch)
+
+
+def _resized(images: sources.Images, size: int) -> sources.Images:
+  """Images of `size` x `size` pixels, antialiased; 0 leaves them."""
+  if not size or images.shape[:2] == (size, size):
+    return images
+  resize = jax.jit(lambda x: jnp.round(jax.image.resize(
+      x.astype(jnp.float32), (len(x), size, size, x.shape[-1]), "linear", antialias=True)).astype(jnp.uint8))
+  parts = [np.asarray(resize(images.pixels[i : i + 1000])) for i in range(0, len(images), 1000)]
+  return dataclasses.replace(images, pixels=np.concatenate(parts))
+
+
+def _check(config: ml_collections.ConfigDict) -> None:
+  settings.check(
+      config,
+      choices={
+          "method": continual_methods.METHODS,
+          "model.name": (*VGGS, *RESNETS),
+          "model.dtype": settings.DTYPES,
+          "router.rehearsal": continual_methods.REHEARSALS,
+          "optim.schedule": schedules.LEARNING_RATES,
+          "devices.backend": devices.BACKENDS,
+      },
+      positive=("model.width", "optim.learning_rate", "optim.drop_factor", "optim.clip"),
+      not_negative=("optim.weight_decay",),
+      at_least={"seed": 0, "data.pad": 0, "data.image_size": 0, "tasks.classes_per_task": 1, "tasks.count": 0,
+                "generator.steps": 1, "generator.batch_size": 1,
+                "generator.latent": 1, "generator.width": 1,
+                "optim.epochs": 1, "optim.batch_size": 1, "optim.eval_batch_size": 1, "log_every": 1,
+                "checkpoint_every": 1},
+      numbers=("data.mean", "data.std"),
+      rules={
+          "data.std": (lambda std: min(std) > 0, "a tuple of positive numbers"),
+          "optim.drops": (settings.all_numbers, "a tuple of fractions"),
+          "replay.batch_size": settings.divides_over_devices(),
+          "optim.batch_size": settings.divides_over_devices(),
+          "optim.eval_batch_size": settings.divides_over_devices(),
+          "generator.batch_size": settings.divides_over_devices(),
+          "tasks.order_seed": (lambda seed: seed is None or seed >= 0, "None or >= 0"),
+      })

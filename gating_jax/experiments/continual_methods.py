@@ -1,0 +1,126 @@
+"""From a config to a method of continual learning and its network."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import ml_collections
+
+from gating_jax.continual import agem, derpp, experience_replay, icarl
+from gating_jax.continual.ewc import ewc, online_ewc
+from gating_jax.continual.fine_tuning import fine_tuning
+from gating_jax.continual.hat import hat
+from gating_jax.continual.lwf import lwf
+from gating_jax.continual.method import Method, Network, Problem
+from gating_jax.continual.progressive import progressive
+from gating_jax.continual.rehearsal import episodic, generative
+from gating_jax.continual.replay import ReplaySettings
+from gating_jax.continual.router import RouterSettings
+from gating_jax.continual.synaptic_intelligence import si
+from gating_jax.continual.task_gates import TaskGatesSettings, task_gates
+from gating_jax.continual.wgan import WganSettings
+from gating_jax.experiments import settings
+from gating_jax.layers.gate import GateSettings
+from gating_jax.models.columns import column
+from gating_jax.models.counts import count
+from gating_jax.models.resnet import resnet
+from gating_jax.models.vgg import VGGS, vgg
+
+
+def build(config: ml_collections.ConfigDict, problem: Problem) -> tuple[Method, int]:
+  """The method that the config names, and the MACs of the network without gates, with the head of one task."""
+  try:
+    method = METHODS[config.method](config, problem)
+  except ValueError as error:
+    raise ValueError(f"method {config.method}: {error}") from error
+  return method, count(network(config, problem, classes=problem.classes, gated=False), problem.shape).macs
+
+
+def _task_gates(config, problem):
+  gates = TaskGatesSettings(**config.gates)
+  if gates.when_full == "grow" and config.model.name not in VGGS:
+    raise ValueError(f"gates.when_full=grow needs a chain, one of {', '.join(sorted(VGGS))}, of which every layer is "
+                     f"gated; got model.name {config.model.name!r}")
+  counts = count(network(config, problem, classes=None, gated=True), problem.shape)
+  model = network(config, problem, classes=None, gated=True, wider=gates.allocated(problem.tasks))
+  fields = dict(config.router)
+  rehearsal = REHEARSALS[fields.pop("rehearsal")](config, problem)
+  return task_gates(model, problem, counts, gates, rehearsal, RouterSettings(**fields))
+
+
+def _generative(config, problem):
+  fields = dict(config.generator)
+  own = {name: fields.pop(name) for name in ("images", "latent", "width")}
+  wgan = WganSettings(**{name: value for name, value in fields.items() if name not in ("steps", "batch_size")})
+  return generative(problem, wgan, seed=config.seed, **own)
+
+
+def _hat(config, problem):
+  model = network(config, problem, classes=None, gated=True, context="none", relaxation="sigmoid")
+  return hat(model, problem, count(model, problem.shape), **config.hat)
+
+
+def _progressive(config, problem):
+  model = config.model
+  net = column(model.name, problem.classes, width=model.width, norm=model.norm, dtype=settings.DTYPES[model.dtype],
+               axis_name=problem.axis_name, **config.progressive)
+  return progressive(net, problem)
+
+
+def _plain(make, scope="own"):
+  """The builder of a method that trains one ungated network with an output for every class."""
+  def build(config, problem):
+    model = network(config, problem, classes=problem.all_classes, gated=False)
+    return make(config, Network(model, problem, count(model, problem.shape).macs, scope))
+
+  return build
+
+
+REHEARSALS = {
+    "none": lambda config, problem: None,
+    "episodic": lambda config, problem: episodic(problem, images=config.replay.images),
+    "generative": _generative,
+}
+
+
+def _replay(make, section=None):
+  """The builder of such a method with an episodic memory; `section` holds its own settings."""
+  return _plain(lambda config, net: make(net, ReplaySettings(**config.replay), **(config[section] if section else {})),
+                scope="seen")
+
+
+def _icarl(config, problem):
+  model = icarl.Headed(network(config, problem, classes=None, gated=False), problem.all_classes)
+  net = Network(model, problem, count(model, problem.shape).macs, "seen")
+  return icarl.icarl(net, ReplaySettings(**config.replay))
+
+
+METHODS = {
+    "gates": _task_gates,
+    "hat": _hat,
+    "progressive": _progressive,
+    "fine_tuning": _plain(lambda config, net: fine_tuning(net)),
+    "joint": _plain(lambda config, net: fine_tuning(net, joint=True), scope="seen"),
+    "ewc": _plain(lambda config, net: ewc(net, **config.ewc)),
+    "online_ewc": _plain(lambda config, net: online_ewc(net, **config.online_ewc)),
+    "si": _plain(lambda config, net: si(net, **config.si)),
+    "lwf": _plain(lambda config, net: lwf(net, **config.lwf)),
+    "er": _replay(experience_replay.er),
+    "derpp": _replay(derpp.derpp, "derpp"),
+    "agem": _replay(agem.agem),
+    "icarl": _icarl,
+}
+
+
+def network(
+    config: ml_collections.ConfigDict, problem: Problem, *, classes: int | None, gated: bool, wider: float = 1.0, **gate
+) -> nn.Module:
+  """The network of the config, with this many outputs, gated or not, `wider` times as wide; `gate` adds to the gates'
+  settings."""
+  model = config.model
+  fields = dict(width=model.width * wider, dtype=settings.DTYPES[model.dtype], axis_name=problem.axis_name,
+                gate=GateSettings(**model.gate, **gate))
+  if model.name not in VGGS and not model.norm:
+    raise ValueError(f"model.norm must be True for {model.name}, which has BatchNorm; got False")
+  if model.name in VGGS:
+    return vgg(model.name, classes, norm=model.norm, gating="channel" if gated else "none", **fields)
+  return resnet(model.name, classes, stem="cifar", gating="all_channels" if gated else "none", **fields)

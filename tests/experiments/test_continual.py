@@ -1,0 +1,180 @@
+import functools
+import importlib
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+
+from gating_jax.experiments import continual, continual_build, continual_methods
+from gating_jax.models import vgg
+from gating_jax.training import devices, rundir
+from gating_jax.training.checkpoints import Checkpoints
+
+
+@pytest.fixture
+def config(monkeypatch):
+  """`(**changes) -> config` of two tasks of digits, with a net of two layers."""
+  monkeypatch.setitem(vgg.VGGS, "tiny", (8, vgg.POOL, 8))
+
+  def make(**changes):
+    made = importlib.import_module("configs.split_digits").get_config()
+    made.update_from_flattened_dict({
+        "model.name": "tiny", "tasks.count": 2, "optim.epochs": 1, "optim.batch_size": 64, "gates.patience": 0.0,
+        "gates.when_full": "reuse", "gates.threshold": 0.5, "router.steps": 50, "checkpoint_every": 2})
+    made.lock()
+    made.update_from_flattened_dict(changes)
+    return made
+
+  return make
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("method", "gate", "method must be one of .*; got 'gate'. Did you mean 'gates'"),
+        ("model.name", "simple_cn", "model.name must be one of .*; got 'simple_cn'. Did you mean 'simple_cnn'"),
+        ("tasks.classes_per_task", 3, "classes_per_task must divide the 10 classes; got 3"),
+        ("tasks.count", 6, "count must be at most 5, the tasks of 2 classes, or 0; got 6"),
+        ("tasks.validation", 1.0, r"validation must be a share in \(0, 1\); got 1.0"),
+        ("optim.batch_size", 12, "optim.batch_size must be a multiple of the 8 devices; got 12"),
+        ("optim.batch_size", 1024, "optim.batch_size must be at most .*, the training images of the smallest task"),
+        ("optim.eval_batch_size", 12, "optim.eval_batch_size must be a multiple of the 8 devices; got 12"),
+        ("optim.clip", 0.0, "optim.clip must be a positive finite number; got 0.0"),
+        ("gates.threshold", 1.0, r"threshold must be a share in \[0, 1\); got 1.0"),
+        ("gates.sparsity", -1.0, "sparsity must be >= 0; got -1.0"),
+        ("gates.when_full", "grwo", "when_full must be one of .*; got 'grwo'"),
+        ("router.rehearsal", "episodes", "router.rehearsal must be one of .*; got 'episodes'. Did you mean 'episodic'"),
+        ("generator.steps", 0, "generator.steps must be >= 1; got 0"),
+        ("generator.batch_size", 12, "generator.batch_size must be a multiple of the 8 devices; got 12"),
+        ("replay.images", 3, "replay.images must be at least 4, one of every class; got 3"),
+    ])
+def test_what_cannot_be_is_refused_before_anything_is_compiled(config, field, value, message):
+  with pytest.raises(ValueError, match=message):
+    continual_build.build(config(**{field: value}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gates.when_full": "grow"}, "method gates: gates.when_full=grow needs a chain, .*; got .*resnet20"),
+        ({"model.norm": False}, "method gates: model.norm must be True for resnet20, which has BatchNorm; got False"),
+        ({"method": "progressive"}, "method progressive: model name of columns must be one of .*; got 'resnet20'"),
+    ])
+def test_what_residual_nets_cannot_be_is_refused(config, changes, message):
+  with pytest.raises(ValueError, match=message):
+    continual_build.build(config(**{"model.name": "resnet20", **changes}))
+
+
+def final_learner(config, workdir):
+  experiment = continual_build.build(config)
+  checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+  try:
+    return checkpoints.restore(experiment.fresh(), devices.replicated_sharding())
+  finally:
+    checkpoints.close()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_within_a_task_and_between_tasks_to_the_same_end(config, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(continual, "Checkpoints", functools.partial(Checkpoints, keep=100))
+  made = config()
+  continual.run(made, tmp_path / "whole", "train")
+  end, learner = final_learner(made, tmp_path / "whole")
+  result = json.loads((tmp_path / "whole" / "result.json").read_text())
+  per_task = continual_build.build(made).steps_per_task
+  assert end == 2 * per_task
+  # Within task 1; all its steps taken; the task ended; within task 2; all its steps taken.
+  for first in (2, per_task - 1, per_task, per_task + 1, end - 1):
+    workdir = tmp_path / str(first)
+    shutil.copytree(tmp_path / "whole", workdir)
+    (workdir / "result.json").unlink()
+    for folder in (workdir / "checkpoints").iterdir():
+      if int(folder.name) > first:
+        shutil.rmtree(folder)
+    capsys.readouterr()
+    continual.run(made, workdir, "train")
+    assert f"going on from the checkpoint of step {first}" in capsys.readouterr().out
+    again, resumed = final_learner(made, workdir)
+    assert again == end
+    assert tiny.bit_equal(resumed, learner)
+    repeated = json.loads((workdir / "result.json").read_text())
+    assert {**repeated, "seconds_since_last_start": 0} == {**result, "seconds_since_last_start": 0}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """The run directory of a finished run."""
+  return tmp_path_factory.mktemp("continual") / "run"
+
+
+@pytest.mark.slow
+def test_the_result_of_a_run_and_what_becomes_of_its_directory(config, finished, capsys):
+  made = config()
+  continual.run(made, finished, "train")
+  printed = capsys.readouterr().out
+  result = json.loads((finished / "result.json").read_text())
+  assert result["task_names"] == ["0, 1", "2, 3"]
+  aware, agnostic = (np.array(result[name]["accuracies"]) for name in ("task_aware", "task_agnostic"))
+  assert np.isnan(aware[0, 1])
+  assert aware[1, 0] == aware[0, 0]  # nothing is forgotten
+  assert result["task_aware"]["forgetting"] == 0
+  assert (agnostic <= aware)[np.tril_indices(2)].all()
+  assert 0 < result["task_classifier_accuracy"] <= 1
+  assert result["task_aware_macs"] < result["task_agnostic_macs"]
+  assert {f.name for f in finished.glob("*.png")} == {"accuracies.png", "filters.png", "overlap.png"}
+  assert re.search(r"average accuracy +\d+\.\d\d", printed)
+  continual.run(made, finished, "evaluate")
+  evaluated = capsys.readouterr().out
+  assert evaluated.split("average accuracy")[1] in printed
+  continual.run(made, finished, "train")
+  assert "holds a finished run of this config; nothing was trained" in capsys.readouterr().out
+  with pytest.raises(rundir.RunDirError, match="holds a run of another config"):
+    continual.run(config(seed=1), finished, "train")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [m for m in continual_methods.METHODS if m != "gates"])
+def test_every_method_learns_two_tasks(method, config, tmp_path):
+  """Better than chance with the task known, and finite; what each does against forgetting is tested with it."""
+  epochs = 40 if method == "hat" else 8  # its embeddings hold the gradient's norm at the clip, so weights learn slowly
+  made = config(method=method, **{"optim.epochs": epochs, "optim.learning_rate": 0.05, "checkpoint_every": 100,
+                                  "hat.sparsity": 0.0})
+  continual.run(made, tmp_path, "train")
+  result = json.loads((tmp_path / "result.json").read_text())
+  accuracies = np.array(result["task_aware"]["accuracies"])
+  assert accuracies[0, 0] > 0.8
+  assert accuracies[1, 1] > 0.6
+  assert result["memory_mb"] >= 0
+
+
+@pytest.mark.slow
+def test_a_run_with_generators_goes_on_within_their_training_to_the_same_end(config, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(continual, "Checkpoints", functools.partial(Checkpoints, keep=100))
+  made = config(**{"router.rehearsal": "generative", "generator.steps": 4, "generator.batch_size": 16,
+                   "generator.width": 2, "generator.images": 10})
+  continual.run(made, tmp_path, "train")
+  end, learner = final_learner(made, tmp_path)
+  per_task = continual_build.build(made).steps_per_task
+  assert per_task == 4 + continual_build.build(config()).steps_per_task
+  for first in (per_task + 4, per_task + 3):  # a generator trained, and most of it
+    (tmp_path / "result.json").unlink()
+    for folder in (tmp_path / "checkpoints").iterdir():
+      if int(folder.name) > first:
+        shutil.rmtree(folder)
+    capsys.readouterr()
+    continual.run(made, tmp_path, "train")
+    assert f"going on from the checkpoint of step {first}" in capsys.readouterr().out
+    again, resumed = final_learner(made, tmp_path)
+    assert again == end
+    assert tiny.bit_equal(resumed, learner)
+
+
+def test_no_task_learnt_is_said(config, tmp_path):
+  made = config()
+  with rundir.open_run(tmp_path, made):
+    pass
+  with pytest.raises(rundir.RunDirError, match="no task is learnt"):
+    continual.run(made, tmp_path, "evaluate")
