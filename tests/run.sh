@@ -7,4 +7,4 @@ EXTRAS="[dev]" . launch/setup.sh
 
 ruff check .
 lint-imports --no-logo
-python -m pytest "$@"
+python -m pytest -n logical --maxprocesses=8 --dist loadfile "$@"
