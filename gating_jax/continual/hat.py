@@ -24,7 +24,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import traverse_util
 
 from gating_jax.continual import streams
@@ -149,11 +148,9 @@ class _Hat:
   def loss(self, params: Tree, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
     s = slope(batch.place, self.steepness)
     logits, _, records, batch_stats = self.net.apply(_at(params, s), learner.batch_stats, batch.x, train=True)
-    own = batch.labels - learner.task * self.net.problem.classes
-    cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, own))
+    terms = streams.head_terms(logits, batch.labels, learner.task, self.net.problem)
     taken = regulariser(_masks(records), learner.memory["used"])
-    terms = {"cross_entropy": cross_entropy, "accuracy": jnp.mean(jnp.argmax(logits, -1) == own), "sparsity": taken}
-    return cross_entropy + self.sparsity * taken, (terms, batch_stats)
+    return terms["cross_entropy"] + self.sparsity * taken, ({**terms, "sparsity": taken}, batch_stats)
 
   def gradient(self, grads: Tree, learner: Learner, batch: Batch) -> Tree:
     s = slope(batch.place, self.steepness)

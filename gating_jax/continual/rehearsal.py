@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gating_jax.continual import replay, wgan
+from gating_jax.continual import replay, streams, wgan
 from gating_jax.continual.method import Problem, TaskData, tree_megabytes
 from gating_jax.models.generator import Critic, Generator
 from gating_jax.types import Array
@@ -83,16 +83,16 @@ def generative(
 
   def init(key):
     state = fresh()
-    return {"generators": jax.tree.map(lambda x: jnp.broadcast_to(x, (problem.tasks, *x.shape)), state.average),
-            "training": state}
+    return {"generators": streams.stack(state.average, problem.tasks), "training": state}
+
+  def with_this(memory, task):
+    return streams.put(memory["generators"], task, memory["training"].average)
 
   def keep(memory, data, task, key):
-    generators = jax.tree.map(lambda all_tasks, x: all_tasks.at[task].set(x), memory["generators"],
-                              memory["training"].average)
-    return {"generators": generators, "training": fresh()}
+    return {"generators": with_this(memory, task), "training": fresh()}
 
   def recall(memory, data, task, key):
-    generators = keep(memory, data, task, key)["generators"]
+    generators = with_this(memory, task)
     parts = [sample(jax.tree.map(lambda x, t=t: x[t], generators), jax.random.fold_in(key, t))
              for t in range(task + 1)]
     return (np.concatenate([np.asarray(pixels) for pixels, _ in parts]),

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from flax import traverse_util
 
 from gating_jax.continual.method import Prediction, Problem
@@ -104,6 +105,13 @@ def stack(trees: Tree, tasks: int) -> Tree:
 def put(stacked: Tree, task: int, tree: Tree) -> Tree:
   """`stacked` with the tree of one task in its place."""
   return jax.tree.map(lambda all_tasks, x: all_tasks.at[task].set(x), stacked, tree)
+
+
+def head_terms(logits: Array, labels: Array, task: Array, problem: Problem) -> dict[str, Array]:
+  """`cross_entropy` and `accuracy` of one task's head, `[N, C]`, on images of that task."""
+  own = labels - task * problem.classes
+  return {"cross_entropy": jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, own)),
+          "accuracy": jnp.mean(jnp.argmax(logits, -1) == own)}
 
 
 def prediction(

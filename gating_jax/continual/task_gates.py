@@ -22,7 +22,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from gating_jax.checks import one_of
 from gating_jax.continual import router, streams, units
@@ -152,14 +151,12 @@ class _TaskGates:
   def loss(self, params: Tree, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
     logits, _, records, batch_stats = self.net.apply(
         params, learner.batch_stats, batch.x, train=True, rngs={GATE_RNG: batch.key})
-    own = batch.labels - learner.task * self.problem.classes
-    cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, own))
+    terms = streams.head_terms(logits, batch.labels, learner.task, self.problem)
     there = units.by_record(learner.memory["available"], records)
     shares = [jnp.mean(jnp.sum(r.gates, axis=-1)) / jnp.sum(a) for r, a in zip(records, there, strict=True)]
     sparsity = jnp.mean(jnp.stack(shares))
     price = self.settings.sparsity * (batch.epoch >= self.settings.patience)
-    terms = {"cross_entropy": cross_entropy, "accuracy": jnp.mean(jnp.argmax(logits, -1) == own), "sparsity": sparsity}
-    return cross_entropy + price * sparsity, (terms, batch_stats)
+    return terms["cross_entropy"] + price * sparsity, ({**terms, "sparsity": sparsity}, batch_stats)
 
   def update(self, updates: Tree, grads: Tree, learner: Learner) -> tuple[Tree, Tree]:
     if not self.settings.protect_updates:

@@ -77,6 +77,14 @@ def final_learner(config, workdir):
     checkpoints.close()
 
 
+def cut_back(workdir, step):
+  """A finished run as it was when the checkpoint of this step was its newest."""
+  (workdir / "result.json").unlink()
+  for folder in (workdir / "checkpoints").iterdir():
+    if int(folder.name) > step:
+      shutil.rmtree(folder)
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_within_a_task_and_between_tasks_to_the_same_end(config, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(continual, "Checkpoints", functools.partial(Checkpoints, keep=100))
@@ -90,10 +98,7 @@ def test_a_run_goes_on_within_a_task_and_between_tasks_to_the_same_end(config, t
   for first in (2, per_task - 1, per_task, per_task + 1, end - 1):
     workdir = tmp_path / str(first)
     shutil.copytree(tmp_path / "whole", workdir)
-    (workdir / "result.json").unlink()
-    for folder in (workdir / "checkpoints").iterdir():
-      if int(folder.name) > first:
-        shutil.rmtree(folder)
+    cut_back(workdir, first)
     capsys.readouterr()
     continual.run(made, workdir, "train")
     assert f"going on from the checkpoint of step {first}" in capsys.readouterr().out
@@ -160,10 +165,7 @@ def test_a_run_with_generators_goes_on_within_their_training_to_the_same_end(con
   per_task = continual_build.build(made).steps_per_task
   assert per_task == 4 + continual_build.build(config()).steps_per_task
   for first in (per_task + 4, per_task + 3):  # a generator trained, and most of it
-    (tmp_path / "result.json").unlink()
-    for folder in (tmp_path / "checkpoints").iterdir():
-      if int(folder.name) > first:
-        shutil.rmtree(folder)
+    cut_back(tmp_path, first)
     capsys.readouterr()
     continual.run(made, tmp_path, "train")
     assert f"going on from the checkpoint of step {first}" in capsys.readouterr().out
