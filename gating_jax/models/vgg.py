@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from gating_jax.checks import one_of
 from gating_jax.layers.conv import ConvNorm, scaled
 from gating_jax.layers.gate import GATE_NAME, ChannelGate, GateSettings, Switched, apply_gates
+from gating_jax.ops.windows import max_pool
 from gating_jax.types import Array, Path, Records
 
 POOL = "pool"
@@ -104,7 +105,7 @@ class VGGLayer(nn.Module):
       if min(y.shape[1:3]) < 2:
         raise ValueError(f"images are too small for the chain's pools: nothing is left after {self.name}, which has "
                          f"{y.shape[1]} x {y.shape[2]} pixels; use another model.name or larger images")
-      y = nn.max_pool(y, (2, 2), (2, 2))
+      y = max_pool(y[:, : y.shape[1] // 2 * 2, : y.shape[2] // 2 * 2], (2, 2), (2, 2))
     if self.gating == "none":
       return y, ()
     per_pair = conv.macs(x.shape).per_pair
