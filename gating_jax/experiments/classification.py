@@ -5,6 +5,7 @@ Reference: Bejnordi et al., 2020.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,15 +25,8 @@ from gating_jax.training.journal import Journal
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint."""
   experiment = build(config)
-  if mode == "evaluate":
-    _evaluate(experiment, rundir.existing_run(workdir, config))
-    return
-  with rundir.open_run(workdir, config) as run_dir:
-    if (result := run_dir.result()) is not None:
-      print(f"{workdir} holds a finished run of this config; nothing was trained or changed. Its result:")
-      print(table.render(result))
-    else:
-      _train(experiment, run_dir)
+  rundir.run_mode(workdir, config, mode, render=table.render, train=functools.partial(_train, experiment),
+                  evaluate=functools.partial(_evaluate, experiment))
 
 
 def _evaluate(experiment: Experiment, run_dir: rundir.RunDir) -> None:

@@ -30,15 +30,8 @@ from gating_jax.training.journal import Journal
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   """`train` learns all tasks from wherever the run directory stands; `evaluate` tests its newest checkpoint."""
   experiment = build(config)
-  if mode == "evaluate":
-    _evaluate(experiment, rundir.existing_run(workdir, config))
-    return
-  with rundir.open_run(workdir, config) as run_dir:
-    if (result := run_dir.result()) is not None:
-      print(f"{workdir} holds a finished run of this config; nothing was trained or changed. Its result:")
-      print(task_table.render(result))
-    else:
-      _train(experiment, run_dir)
+  rundir.run_mode(workdir, config, mode, render=task_table.render, train=functools.partial(_train, experiment),
+                  evaluate=functools.partial(_evaluate, experiment))
 
 
 def _evaluate(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:

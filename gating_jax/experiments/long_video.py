@@ -8,6 +8,7 @@ Reference: Hussein et al., 2020 (TimeGate).
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,18 +37,12 @@ _CONCEPT_SEGMENTS = 20_000  # that concepts are found from, at most
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint."""
   experiment = build(config)
-  if mode == "evaluate":
-    _evaluate(experiment, rundir.existing_run(workdir, config).path)
-    return
-  with rundir.open_run(workdir, config) as run_dir:
-    if (result := run_dir.result()) is not None:
-      print(f"{workdir} holds a finished run of this config; nothing was trained or changed. Its result:")
-      print(video_table.render(result))
-    else:
-      _train(experiment, run_dir)
+  rundir.run_mode(workdir, config, mode, render=video_table.render, train=functools.partial(_train, experiment),
+                  evaluate=functools.partial(_evaluate, experiment))
 
 
-def _evaluate(experiment: VideoExperiment, path: Path) -> None:
+def _evaluate(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
+  path = run_dir.path
   two_stage = experiment.config.training == "two_stage"
   nets = _trained_nets(experiment, path) if two_stage and experiment.pretraining else None
   step, state = _restore(experiment.training, path, experiment.config.seed, read_only=True)

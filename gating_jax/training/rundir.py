@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,25 @@ def open_run(path: Path, config: ml_collections.ConfigDict) -> Iterator[RunDir]:
     else:
       write_json(file, mine)
     yield run_dir
+
+
+def run_mode(
+    path: Path, config: ml_collections.ConfigDict, mode: str, *, train: Callable[[RunDir], None],
+    evaluate: Callable[[RunDir], None], render: Callable[[Mapping[str, Any]], str],
+) -> None:
+  """Does what `mode` asks for: `train` goes on from wherever the run directory stands, `evaluate` only looks at it.
+
+  A finished run is not trained again; `render` shows its result.
+  """
+  if mode == "evaluate":
+    evaluate(existing_run(path, config))
+    return
+  with open_run(path, config) as run_dir:
+    if (result := run_dir.result()) is None:
+      train(run_dir)
+    else:
+      print(f"{path} holds a finished run of this config; nothing was trained or changed. Its result:")
+      print(render(result))
 
 
 def _is_blank(path: Path) -> bool:
