@@ -56,7 +56,7 @@ def continual_config() -> ml_collections.ConfigDict:
       "router": {  # the classifier of tasks, for when the task is unknown
           "rehearsal": "episodic",  # generative or none
           "hidden": 64,
-          "steps": 2000,
+          "steps": 2000,  # after each task, by itself
           "batch_size": 256,
           "learning_rate": 1e-3,
       },
@@ -90,7 +90,7 @@ def continual_config() -> ml_collections.ConfigDict:
       },
       "replay": {  # the episodic memory, of every method that has one
           "images": 2000,
-          "batch_size": 64,  # images replayed at each step, over all devices; the classifier of tasks has its own
+          "batch_size": 64,  # images replayed at each step, over all devices
       },
       "derpp": {
           "alpha": 0.5,  # weight of the squared distance to stored logits

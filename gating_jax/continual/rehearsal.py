@@ -8,18 +8,34 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from gating_jax.continual import replay, streams, wgan
-from gating_jax.continual.method import Problem, TaskData, tree_megabytes
+from gating_jax.continual.method import Batch, Problem, TaskData, tree_megabytes
 from gating_jax.models.generator import Critic, Generator
+from gating_jax.ops.collectives import example_keys
 from gating_jax.types import Array
 
 Memory = Mapping[str, Any]
+
+
+class Replay(NamedTuple):
+  """Images that go along with a training batch.
+
+  Attributes:
+    x: `[R, H, W, D]` network input.
+    labels: `[R]` places in the order of classes.
+    batch_weight: how much the batch itself counts in the loss of the classifier of tasks; these images count the rest.
+  """
+
+  x: Array
+  labels: Array
+  batch_weight: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +44,7 @@ class Rehearsal:
 
   Attributes:
     init: `key -> memory`.
+    replay: `(memory, batch, task, key) -> Replay` in a step of this task's training, all tasks in equal parts.
     recall: `(memory, data, task, key) -> (pixels, labels)`, images of every task up to this one, which ends.
     keep: `(memory, data, task, key) -> memory`, after that.
     megabytes: `(memory, learnt)`, 10**6 bytes that it needs after so many tasks.
@@ -36,16 +53,21 @@ class Rehearsal:
   """
 
   init: Callable[[Array], Memory]
+  replay: Callable[[Memory, Batch, Array, Array], Replay]
   recall: Callable[[Memory, TaskData, int, Array], tuple[np.ndarray, np.ndarray]]
   keep: Callable[[Memory, TaskData, int, Array], Memory]
   megabytes: Callable[[Memory, int], float]
   prelude: Callable[[Memory, Array, Array], tuple[Memory, Mapping[str, Array]]] | None = None
 
 
-def episodic(problem: Problem, *, images: int) -> Rehearsal:
+def episodic(problem: Problem, settings: replay.ReplaySettings) -> Rehearsal:
   """Keeps so many images of earlier tasks, every class the same number; the task that ends is recalled whole."""
-  if images < problem.all_classes:
-    raise ValueError(f"replay.images must be at least {problem.all_classes}, one of every class; got {images}")
+  if settings.images < problem.all_classes:
+    raise ValueError(f"replay.images must be at least {problem.all_classes}, one of every class; got {settings.images}")
+
+  def replayed(memory, batch, task, key):
+    x, labels, _, _ = replay.draw_inputs(memory["episodes"], key, batch, problem, settings.batch_size)
+    return Replay(x, labels, 1 / (task + 1))
 
   def recall(memory, data, task, key):
     kept = np.asarray(memory["episodes"].labels) != replay.EMPTY
@@ -53,7 +75,8 @@ def episodic(problem: Problem, *, images: int) -> Rehearsal:
     return join(memory["episodes"].pixels, data.pixels), join(memory["episodes"].labels, data.labels)
 
   return Rehearsal(
-      init=lambda key: {"episodes": replay.empty(images, problem.shape)},
+      init=lambda key: {"episodes": replay.empty(settings.images, problem.shape)},
+      replay=replayed,
       recall=recall,
       keep=lambda memory, data, task, key: {
           "episodes": replay.share(memory["episodes"], data.pixels, data.labels, key)},
@@ -61,12 +84,13 @@ def episodic(problem: Problem, *, images: int) -> Rehearsal:
 
 
 def generative(
-    problem: Problem, settings: wgan.WganSettings, *, images: int, latent: int, width: int, seed: int
+    problem: Problem, settings: wgan.WganSettings, *, images: int, replayed: int, latent: int, width: int, seed: int
 ) -> Rehearsal:
   """Trains a generator on each task before the task itself is learnt.
 
   All that is recalled is generated, of the task that ends as well, `images` of every task in equal parts of its
   classes: where real images stood beside generated ones, a classifier would tell these apart, and not the tasks.
+  `replayed` images, over all devices, go along with each training batch.
   """
   if images < problem.classes:
     raise ValueError(f"generator.images must be at least the {problem.classes} classes of a task; got {images}")
@@ -75,11 +99,23 @@ def generative(
   fresh = lambda: wgan.init_state(generator, critic, settings, seed)
   step = wgan.make_train_step(generator, critic, settings, seed=seed, axis_name=problem.axis_name)
 
+  def made(params, z, labels):
+    return wgan.to_pixels(generator.apply({"params": params}, z, labels)[0])
+
   @jax.jit
   def sample(params, key):
     labels = jnp.arange(images) % problem.classes
-    z = wgan.latents(key, images, latent)
-    return wgan.to_pixels(generator.apply({"params": params}, z, labels)[0]), labels
+    return made(params, wgan.latents(key, images, latent), labels), labels
+
+  def replay_step(memory, batch, task, key):
+    count = replayed // (1 if problem.axis_name is None else lax.axis_size(problem.axis_name))
+    which, latents, changes = jax.random.split(key, 3)
+    classes = jax.vmap(lambda key: jax.random.randint(key, (), 0, problem.classes * (task + 1)))(
+        example_keys(which, count, problem.axis_name))
+    z = wgan.latents(latents, count, latent, problem.axis_name)
+    of_all = lax.map(lambda params: made(params, z, classes % problem.classes), with_this(memory, task))
+    pixels = jnp.take_along_axis(of_all, (classes // problem.classes).reshape(1, -1, 1, 1, 1), axis=0)[0]
+    return Replay(problem.prepare(changes, pixels), classes, 0.0)
 
   def init(key):
     state = fresh()
@@ -102,5 +138,5 @@ def generative(
     state, metrics = step(memory["training"], pixels, labels)
     return {**memory, "training": state}, metrics
 
-  return Rehearsal(init, recall, keep, lambda memory, learnt: tree_megabytes(
+  return Rehearsal(init, replay_step, recall, keep, lambda memory, learnt: tree_megabytes(
       jax.tree.map(lambda x: x[:learnt], memory["generators"])), prelude)

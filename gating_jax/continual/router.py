@@ -3,7 +3,8 @@
     z = Dense_T(ReLU(Dense_64(concatenated features)))
 
 It has rows and columns for all tasks from the start, of which those of tasks to come are left out: so it widens task by
-task and keeps its weights.
+task and keeps its weights. It is trained together with the task being learnt, whose stream it shapes, and when that is
+over and no stream changes any more, by itself on their features.
 
 Axes: N or M images, T tasks, S <= T tasks seen, F features of a stream.
 Reference: Abati et al., 2020, section 3.4.
@@ -56,11 +57,18 @@ def init(key: Array, tasks: int, features: int, hidden: int) -> dict[str, Any]:
   }
 
 
-def scores(params: Any, features: Array, seen: int) -> Array:
-  """`[N, S, F]` features of the tasks seen to `[N, S]` logits."""
-  hidden, out = params["hidden"], params["out"]
+def scores(params: Any, features: Array) -> Array:
+  """`[N, S, F]` features of the first S tasks to `[N, S]` logits."""
+  seen, hidden, out = features.shape[1], params["hidden"], params["out"]
   h = jax.nn.relu(jnp.einsum("nsf,sfh->nh", features, hidden["kernel"][:seen]) + hidden["bias"])
   return h @ out["kernel"][:, :seen] + out["bias"][:seen]
+
+
+def cross_entropy(params: Any, features: Array, tasks: Array, seen: Array) -> Array:
+  """`[N]`, of `[N, T, F]` features, zeros for tasks not seen, and the `[N]` tasks of the images."""
+  competing = jnp.arange(features.shape[1]) < seen
+  return optax.softmax_cross_entropy_with_integer_labels(
+      jnp.where(competing, scores(params, features), -jnp.inf), tasks)
 
 
 def macs(seen: int, features: int, hidden: int) -> int:
@@ -95,7 +103,7 @@ def _train(params, features, counts, firsts, key, settings):
     task = jax.random.randint(which, (settings.batch_size,), 0, len(counts))
     place = jax.random.uniform(where, (settings.batch_size,)) * counts[task]
     x = features[firsts[task] + jnp.minimum(place.astype(jnp.int32), counts[task] - 1)]
-    loss = lambda p: jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores(p, x, len(counts)), task))
+    loss = lambda p: jnp.mean(cross_entropy(p, x, task, len(counts)))
     updates, opt_state = optimiser.update(jax.grad(loss)(params), opt_state)
     return (optax.apply_updates(params, updates), opt_state), None
 

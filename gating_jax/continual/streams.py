@@ -72,10 +72,12 @@ class SharedNet:
 
   def side_by_side(self, params: Tree, batch_stats: Tree, own: Tree, x: Array) -> Stream:
     """One after the other for all tasks of `own`, `{"params", "batch_stats"}`, each of its arrays stacked."""
-    def one(own):
-      return self.apply({**params, "own": own["params"]}, {**batch_stats, "own": own["batch_stats"]}, x)
+    # One program, however many: vmap's rounds otherwise with their number.
+    return jax.lax.map(lambda own: self.of_task(params, batch_stats, own, x), own)
 
-    return jax.lax.map(one, own)  # one program, however many: vmap's rounds otherwise with their number
+  def of_task(self, params: Tree, batch_stats: Tree, own: Tree, x: Array) -> Stream:
+    """In evaluation, for a task whose own part is `own`, `{"params", "batch_stats"}`."""
+    return self.apply({**params, "own": own["params"]}, {**batch_stats, "own": own["batch_stats"]}, x)
 
   def shapes(self) -> tuple[Records, int]:
     """Records and number of features, as shapes."""

@@ -22,6 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from gating_jax.checks import one_of
 from gating_jax.continual import router, streams, units
@@ -37,11 +38,11 @@ from gating_jax.continual.method import (
   tree_megabytes,
   tree_size,
 )
-from gating_jax.continual.rehearsal import Rehearsal
+from gating_jax.continual.rehearsal import Rehearsal, Replay
 from gating_jax.layers.gate import GATE_RNG
 from gating_jax.models.counts import ModelCounts
 from gating_jax.ops.macs import executed_macs
-from gating_jax.types import Array
+from gating_jax.types import Array, Records
 
 WHEN_FULL = ("error", "reuse", "grow")
 Tree = Any
@@ -113,8 +114,8 @@ class _TaskGates:
   """The functions of the method, over parameters `{"shared", "own"}` and statistics of the same two parts.
 
   Memory: `available` `[U]`, the units that may be used; `own`, every task's parameters and statistics, `[T, ...]`;
-  `frozen`, for each shared parameter, whether it is, as a whole or by its last axis; `relevant` `[T, U]`; and for a
-  classifier of tasks `router` and `rehearsal`.
+  `frozen`, for each shared parameter, whether it is, as a whole or by its last axis; `relevant` `[T, U]`. With a
+  classifier of tasks there are parameters `router` and a memory `rehearsal` as well.
   """
 
   net: streams.SharedNet
@@ -139,7 +140,7 @@ class _TaskGates:
         "available": available,
     }
     if self.rehearsal is not None:
-      memory["router"] = router.init(keys[1], self.problem.tasks, features, self.router.hidden)
+      params["router"] = router.init(keys[1], self.problem.tasks, features, self.router.hidden)
       memory["rehearsal"] = self.rehearsal.init(keys[2])
     return Start(params, batch_stats, memory)
 
@@ -149,14 +150,21 @@ class _TaskGates:
     return learner.replace(step=learner.step + 1, memory={**learner.memory, "rehearsal": rehearsal}), metrics
 
   def loss(self, params: Tree, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
-    logits, _, records, batch_stats = self.net.apply(
-        params, learner.batch_stats, batch.x, train=True, rngs={GATE_RNG: batch.key})
-    terms = streams.head_terms(logits, batch.labels, learner.task, self.problem)
-    there = units.by_record(learner.memory["available"], records)
-    shares = [jnp.mean(jnp.sum(r.gates, axis=-1)) / jnp.sum(a) for r, a in zip(records, there, strict=True)]
-    sparsity = jnp.mean(jnp.stack(shares))
+    noise, drawing = jax.random.split(batch.key)
+    x = batch.x
+    if self.rehearsal is not None:
+      replayed = self.rehearsal.replay(learner.memory["rehearsal"], batch, learner.task, drawing)
+      x = jnp.concatenate([x, replayed.x])
+    logits, features, records, batch_stats = self.net.apply(
+        params, learner.batch_stats, x, train=True, rngs={GATE_RNG: noise})
+    terms = streams.head_terms(logits[: len(batch.x)], batch.labels, learner.task, self.problem)
+    terms["sparsity"] = self._sparsity(records, learner.memory["available"])
     price = self.settings.sparsity * (batch.epoch >= self.settings.patience)
-    return terms["cross_entropy"] + price * sparsity, ({**terms, "sparsity": sparsity}, batch_stats)
+    total = terms["cross_entropy"] + price * terms["sparsity"]
+    if self.rehearsal is not None:
+      terms["task_cross_entropy"] = self._task_cross_entropy(params, learner, x, features, batch.labels, replayed)
+      total += terms["task_cross_entropy"]
+    return total, (terms, batch_stats)
 
   def update(self, updates: Tree, grads: Tree, learner: Learner) -> tuple[Tree, Tree]:
     if not self.settings.protect_updates:
@@ -182,7 +190,7 @@ class _TaskGates:
         "frozen": frozen,
         "relevant": memory["relevant"].at[task].set(relevant),
         "available": jnp.asarray(available)}
-    learner = learner.replace(params={"shared": shared, "own": fresh["own"]}, memory=memory,
+    learner = learner.replace(params={**learner.params, "shared": shared, "own": fresh["own"]}, memory=memory,
                               batch_stats={"shared": learner.batch_stats["shared"], "own": fresh_stats["own"]})
     return learner if self.rehearsal is None else self._rehearse(learner, data, key)
 
@@ -193,7 +201,7 @@ class _TaskGates:
     if self.rehearsal is None:
       return streams.prediction(self.problem, stream.logits, task, macs, macs.sum(0))
     features = jnp.moveaxis(stream.features, 0, 1)
-    chosen = jnp.argmax(router.scores(learner.memory["router"], features, seen), axis=-1)
+    chosen = jnp.argmax(router.scores(learner.params["router"], features), axis=-1)
     scores = jnp.where((jnp.arange(seen)[:, None] == chosen)[..., None], jax.nn.log_softmax(stream.logits), -jnp.inf)
     extra = float(router.macs(seen, features.shape[-1], self.router.hidden))
     return streams.prediction(self.problem, stream.logits, task, macs, macs.sum(0) + extra, scores)
@@ -203,10 +211,31 @@ class _TaskGates:
     own, shared = jax.tree.map(lambda x: x[:learnt], memory["own"]), learner.params["shared"]
     images = self.rehearsal.megabytes(memory["rehearsal"], learnt) if self.rehearsal is not None else 0.0
     return Holdings(
-        params=tree_size((shared, own["params"], memory.get("router"))) - units.waiting(
+        params=tree_size((shared, own["params"], learner.params.get("router"))) - units.waiting(
             shared, records, np.asarray(memory["available"])),
         memory_mb=tree_megabytes((memory["frozen"], memory["relevant"])) + images,
         relevant=units.used_by(memory, records))
+
+  def _sparsity(self, records: Records, available: Array) -> Array:
+    """Mean over layers of the share of open gates."""
+    there = units.by_record(available, records)
+    shares = [jnp.mean(jnp.sum(r.gates, axis=-1)) / jnp.sum(a) for r, a in zip(records, there, strict=True)]
+    return jnp.mean(jnp.stack(shares))
+
+  def _task_cross_entropy(
+      self, params: Tree, learner: Learner, x: Array, features: Array, labels: Array, replayed: Replay
+  ) -> Array:
+    """Of the classifier of tasks on a batch and what is replayed with it; it moves nothing of earlier tasks."""
+    def earlier(task, features):
+      own = jax.tree.map(lambda tree: tree[task], learner.memory["own"])
+      return features.at[:, task].set(self.net.of_task(learner.params, learner.batch_stats, own, x).features)
+
+    of_all = jnp.zeros((len(x), self.problem.tasks, features.shape[-1]))
+    of_all = lax.fori_loop(0, learner.task, earlier, of_all).at[:, learner.task].set(features)
+    tasks = jnp.concatenate([labels, replayed.labels]) // self.problem.classes
+    each = router.cross_entropy(params["router"], of_all, tasks, learner.task + 1)
+    of_batch, of_replay = (jnp.mean(part) for part in jnp.split(each, [len(labels)]))
+    return replayed.batch_weight * of_batch + (1 - replayed.batch_weight) * of_replay
 
   def _rehearse(self, learner: Learner, data: TaskData, key: Array) -> Learner:
     """Trains the classifier of tasks on images of all tasks so far."""
@@ -215,9 +244,9 @@ class _TaskGates:
     pixels, labels = self.rehearsal.recall(memory["rehearsal"], data, task, keys[0])
     features = self.problem.in_batches(
         lambda learner, x: jnp.moveaxis(self._streams(learner, x, task + 1).features, 0, 1), learner, pixels)
-    trained = router.train(memory["router"], features, labels // self.problem.classes, keys[1], self.router)
+    trained = router.train(learner.params["router"], features, labels // self.problem.classes, keys[1], self.router)
     kept = self.rehearsal.keep(memory["rehearsal"], data, task, keys[2])
-    return learner.replace(memory={**memory, "router": trained, "rehearsal": kept})
+    return learner.replace(params={**learner.params, "router": trained}, memory={**memory, "rehearsal": kept})
 
   def _fresh(self, key: Array, available: Array) -> tuple[Tree, Tree]:
     """What the next task begins with; it can use the available units."""

@@ -51,7 +51,7 @@ def _generative(config, problem):
   fields = dict(config.generator)
   own = {name: fields.pop(name) for name in ("images", "latent", "width")}
   wgan = WganSettings(**{name: value for name, value in fields.items() if name not in ("steps", "batch_size")})
-  return generative(problem, wgan, seed=config.seed, **own)
+  return generative(problem, wgan, seed=config.seed, replayed=config.replay.batch_size, **own)
 
 
 def _hat(config, problem):
@@ -77,7 +77,7 @@ def _plain(make, scope="own"):
 
 REHEARSALS = {
     "none": lambda config, problem: None,
-    "episodic": lambda config, problem: episodic(problem, images=config.replay.images),
+    "episodic": lambda config, problem: episodic(problem, ReplaySettings(**config.replay)),
     "generative": _generative,
 }
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,8 @@ import pytest
 import tiny
 
 from gating_jax.continual import rehearsal, wgan
-from gating_jax.continual.method import Problem, TaskData
+from gating_jax.continual.method import Batch, Problem, TaskData
+from gating_jax.continual.replay import ReplaySettings
 
 SHAPE = (8, 8, 1)
 PROBLEM = Problem(tasks=3, classes=2, shape=SHAPE, normalise=lambda x: x / 255.0)
@@ -20,7 +23,7 @@ def data(task, count=12):
 
 
 def test_episodes_recall_the_task_that_ends_whole_and_a_share_of_those_before():
-  episodic = rehearsal.episodic(PROBLEM, images=8)
+  episodic = rehearsal.episodic(PROBLEM, ReplaySettings(8, 4))
   memory = episodic.init(KEY)
   for task, per_class in ((0, [6, 6]), (1, [4, 4, 6, 6]), (2, [2, 2, 2, 2, 6, 6])):
     pixels, labels = episodic.recall(memory, data(task), task, KEY)
@@ -30,9 +33,10 @@ def test_episodes_recall_the_task_that_ends_whole_and_a_share_of_those_before():
   assert episodic.megabytes(memory, 3) == pytest.approx(8 * (64 + 4) / 1e6)
 
 
-def generative(**changes):
+def generative(problem=PROBLEM, **changes):
   settings = wgan.WganSettings(critic_steps=1, learning_rate=1e-3, average=0.0)
-  return rehearsal.generative(PROBLEM, settings, **{"images": 5, "latent": 4, "width": 2, "seed": 0, **changes})
+  sizes = {"images": 5, "replayed": 6, "latent": 4, "width": 2, "seed": 0}
+  return rehearsal.generative(problem, settings, **{**sizes, **changes})
 
 
 def trained(method, memory, task, steps=2):
@@ -65,8 +69,57 @@ def test_generators_are_kept_task_by_task_and_all_that_is_recalled_is_generated(
   assert method.megabytes(memory, 2) == pytest.approx(2 * one)
 
 
+def batch(task, count=12):
+  pixels, labels, *_ = data(task, count)
+  return Batch(PROBLEM.normalise(jnp.asarray(pixels)), jnp.asarray(labels), KEY, 0.0)
+
+
+def test_a_batch_and_its_episodes_weigh_as_many_tasks_as_they_hold():
+  episodic = rehearsal.episodic(PROBLEM, ReplaySettings(12, 600))
+  memory = episodic.init(KEY)
+  for task in range(3):
+    replayed = episodic.replay(memory, batch(task), jnp.int32(task), KEY)
+    assert replayed.batch_weight == pytest.approx(1 / (task + 1))
+    counts = np.bincount(replayed.labels // 2, minlength=3)
+    if task:
+      np.testing.assert_allclose(counts[:task] / 600, 1 / task, atol=0.08)
+      assert not counts[task:].any()
+      np.testing.assert_array_equal(np.round(255 * replayed.x[:, 0, 0, 0]) // 100, replayed.labels // 2)
+    memory = episodic.keep(memory, data(task), task, KEY)
+
+
+def test_generated_replay_holds_every_task_up_to_this_one_and_none_of_the_batch():
+  method = generative(replayed=600)
+  memory = method.init(KEY)
+  fill = lambda tree, bias: jax.tree.map(lambda x: jnp.full_like(x, bias if x.ndim == 1 else 0), tree)
+  for task, value in ((0, -1.0), (1, 1.0)):  # all its images dark, then all bright
+    memory["training"] = memory["training"].replace(average=fill(memory["training"].average, value))
+    replayed = method.replay(memory, batch(task), jnp.int32(task), KEY)
+    assert replayed.batch_weight == 0
+    counts = np.bincount(replayed.labels, minlength=6)
+    np.testing.assert_allclose(counts[: 2 * task + 2] / 600, 1 / (2 * task + 2), atol=0.08)
+    assert not counts[2 * task + 2 :].any()
+    memory = method.keep(memory, data(task), task, KEY)
+  np.testing.assert_array_equal(replayed.x.mean((1, 2, 3)) > 0.5, replayed.labels // 2 == 1)
+
+
+@pytest.mark.parametrize("make", [
+    lambda problem: rehearsal.episodic(problem, ReplaySettings(12, 8)),
+    lambda problem: generative(problem, replayed=8)])
+def test_what_is_replayed_does_not_depend_on_how_the_batch_is_spread(make):
+  key = jax.random.key(0)  # as steps have; under vmap rbg's numbers depend on how many there are
+  whole, spread = (make(dataclasses.replace(PROBLEM, axis_name=axis)) for axis in (None, "devices"))
+  memory = whole.keep(whole.init(KEY), data(0), 0, KEY)
+  one = whole.replay(memory, batch(1, 8), jnp.int32(1), key)
+  parts = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), (batch(1, 8).x, batch(1, 8).labels))
+  two = jax.pmap(lambda x, labels: spread.replay(memory, Batch(x, labels, key, 0.0), jnp.int32(1), key),
+                 axis_name="devices", devices=jax.devices()[:2])(*parts)
+  np.testing.assert_array_equal(two.labels.reshape(-1), one.labels)
+  np.testing.assert_allclose(two.x.reshape(one.x.shape), one.x, atol=1 / 255 + 1e-6)  # rounded to pixels
+
+
 def test_what_is_too_small_is_refused():
-  with pytest.raises(ValueError, match="replay.images must be at least 6, one of every class; got 0"):
-    rehearsal.episodic(PROBLEM, images=0)
+  with pytest.raises(ValueError, match="replay.images must be at least 6, one of every class; got 5"):
+    rehearsal.episodic(PROBLEM, ReplaySettings(5, 4))
   with pytest.raises(ValueError, match="generator.images must be at least the 2 classes of a task; got 1"):
     generative(images=1)

@@ -18,7 +18,7 @@ def examples(counts, seed=0):
 
 
 def accuracy(params, features, tasks):
-  return np.mean(np.argmax(router.scores(params, features, features.shape[1]), -1) == tasks)
+  return np.mean(np.argmax(router.scores(params, features), -1) == tasks)
 
 
 def test_it_learns_rare_tasks_as_well_as_frequent_ones():
@@ -38,7 +38,7 @@ def test_it_widens_with_its_weights_kept():
     np.testing.assert_array_equal(part(trained), part(params), err_msg=name)
   assert not np.array_equal(trained["hidden"]["kernel"][:2], params["hidden"]["kernel"][:2])
   wide = np.concatenate([features, np.zeros_like(features)], axis=1)
-  np.testing.assert_allclose(router.scores(trained, wide, 4)[:, :2], router.scores(trained, features, 2), rtol=1e-5)
+  np.testing.assert_allclose(router.scores(trained, wide)[:, :2], router.scores(trained, features), rtol=1e-5)
 
 
 def test_one_task_needs_no_training():

@@ -13,6 +13,7 @@ import tiny
 from gating_jax.continual import steps
 from gating_jax.continual.method import Batch, Learner, Problem, Table, TaskData
 from gating_jax.continual.rehearsal import episodic
+from gating_jax.continual.replay import ReplaySettings
 from gating_jax.continual.router import RouterSettings
 from gating_jax.continual.task_gates import FullLayerError, TaskGatesSettings, task_gates
 from gating_jax.layers.gate import GateSettings
@@ -185,10 +186,13 @@ def test_sparsity_is_on_hard_gates_and_waits_for_the_patience():
 
 
 def test_the_task_is_told_from_the_streams_and_costs_all_of_them():
-  run = Run("vgg", episodic(PROBLEM, images=30),
+  run = Run("vgg", episodic(PROBLEM, ReplaySettings(30, 32)),
             RouterSettings(hidden=16, steps=400, batch_size=32, learning_rate=1e-2))
-  for task in range(TASKS):
+  run.learn(0)
+  logits = run.logits(0, 256)
+  for task in range(1, TASKS):
     run.learn(task)
+  np.testing.assert_array_equal(run.logits(0, 256), logits)  # whatever the classifier of tasks learns
   assert sorted(np.bincount(run.learner.memory["rehearsal"]["episodes"].labels)) == [5] * 6
   right = []
   for task in range(TASKS):
@@ -201,6 +205,24 @@ def test_the_task_is_told_from_the_streams_and_costs_all_of_them():
     assert (np.asarray(p.agnostic_macs) > 2 * np.asarray(p.macs)).all()
     right.append(own.mean())
   assert np.mean(right) > 0.6  # chance is a third
+
+
+def test_the_classifier_of_tasks_is_trained_with_the_task_and_sees_every_stream():
+  """Its loss is that of the features the streams give in evaluation, but for the stream that is being trained."""
+  run = Run("vgg", episodic(PROBLEM, ReplaySettings(30, 32)),
+            RouterSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2), sparsity=0.0)
+  run.learn(0)
+  pixels, labels = data(1)
+  batch = Batch(PROBLEM.normalise(pixels), labels, jax.random.key(0), 0.0)
+  grads, (terms, _) = jax.grad(run.method.loss, has_aux=True)(run.learner.params, run.learner, batch)
+  assert 0 < terms["task_cross_entropy"] < 5
+  without = {**run.learner.params, "router": jax.tree.map(jnp.zeros_like, run.learner.params["router"])}
+  blind, (even, _) = jax.grad(run.method.loss, has_aux=True)(without, run.learner, batch)
+  assert even["task_cross_entropy"] == pytest.approx(np.log(2))  # as unsure of two tasks as can be
+  gate = lambda tree: tree["own"]["net"]["layer2"]["gate"]["head"]["logits"]["kernel"]
+  assert not np.allclose(gate(grads), gate(blind))  # it moves the gates of the task
+  later = grads["router"]["hidden"]["kernel"]
+  assert [bool(jnp.any(part != 0)) for part in later] == [True, True, False]
 
 
 def test_what_it_holds_is_counted():
