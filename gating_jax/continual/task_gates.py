@@ -158,7 +158,7 @@ class _TaskGates:
     logits, features, records, batch_stats = self.net.apply(
         params, learner.batch_stats, x, train=True, rngs={GATE_RNG: noise})
     terms = streams.head_terms(logits[: len(batch.x)], batch.labels, learner.task, self.problem)
-    terms["sparsity"] = self._sparsity(records, learner.memory["available"])
+    terms["sparsity"] = self._sparsity(records, len(batch.x), learner.memory["available"])
     price = self.settings.sparsity * (batch.epoch >= self.settings.patience)
     total = terms["cross_entropy"] + price * terms["sparsity"]
     if self.rehearsal is not None:
@@ -216,10 +216,10 @@ class _TaskGates:
         memory_mb=tree_megabytes((memory["frozen"], memory["relevant"])) + images,
         relevant=units.used_by(memory, records))
 
-  def _sparsity(self, records: Records, available: Array) -> Array:
-    """Mean over layers of the share of open gates."""
+  def _sparsity(self, records: Records, count: int, available: Array) -> Array:
+    """Mean over layers of the share of open gates of the first `count` images, which are of the task itself."""
     there = units.by_record(available, records)
-    shares = [jnp.mean(jnp.sum(r.gates, axis=-1)) / jnp.sum(a) for r, a in zip(records, there, strict=True)]
+    shares = [jnp.mean(jnp.sum(r.gates[:count], axis=-1)) / jnp.sum(a) for r, a in zip(records, there, strict=True)]
     return jnp.mean(jnp.stack(shares))
 
   def _task_cross_entropy(
