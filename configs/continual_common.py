@@ -101,6 +101,7 @@ def continual_config() -> ml_collections.ConfigDict:
           "batch_size": 64,  # over all devices
           "eval_batch_size": 256,
           "learning_rate": 0.01,
+          "gate_multiplier": 1.0,  # of the learning rate, for the parameters of gates
           "schedule": "step",  # or cosine, over the steps of a task
           "drops": (),
           "drop_factor": 0.1,

@@ -33,10 +33,10 @@ class RouterSettings:
     steps, batch_size, learning_rate: of its training after each task, by Adam, on batches of all tasks in equal parts.
   """
 
-  hidden: int = 64
-  steps: int = 2000
-  batch_size: int = 256
-  learning_rate: float = 1e-3
+  hidden: int
+  steps: int
+  batch_size: int
+  learning_rate: float
 
   def __post_init__(self):
     for name in ("hidden", "steps", "batch_size"):

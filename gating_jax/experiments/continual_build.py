@@ -106,7 +106,8 @@ def build(config: ml_collections.ConfigDict) -> ContinualExperiment:
                                  warmup=training.warmup, drops=training.drops, factor=training.drop_factor)
   optimiser = optax.chain(
       optax.clip_by_global_norm(training.clip),
-      optim.sgd(rate, momentum=training.momentum, weight_decay=training.weight_decay))
+      optim.sgd(rate, momentum=training.momentum, weight_decay=training.weight_decay,
+                gate_multiplier=training.gate_multiplier))
   return ContinualExperiment(config, sequence, problem, method, dense_macs, optimiser, per_epoch)
 
 
@@ -131,7 +132,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
           "optim.schedule": schedules.LEARNING_RATES,
           "devices.backend": devices.BACKENDS,
       },
-      positive=("model.width", "optim.learning_rate", "optim.drop_factor", "optim.clip"),
+      positive=("model.width", "optim.learning_rate", "optim.gate_multiplier", "optim.drop_factor", "optim.clip"),
       not_negative=("optim.weight_decay",),
       at_least={"seed": 0, "data.pad": 0, "data.image_size": 0, "tasks.classes_per_task": 1, "tasks.count": 0,
                 "generator.steps": 1, "generator.batch_size": 1,

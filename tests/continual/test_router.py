@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -60,4 +62,4 @@ def test_a_task_without_an_image_is_an_error():
 @pytest.mark.parametrize(("field", "value"), [("steps", 0), ("hidden", 0), ("learning_rate", 0.0)])
 def test_settings_are_checked(field, value):
   with pytest.raises(ValueError, match=f"{field} must be >"):
-    router.RouterSettings(**{field: value})
+    dataclasses.replace(SETTINGS, **{field: value})

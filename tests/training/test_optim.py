@@ -52,6 +52,17 @@ def test_gates_follow_their_gradient(params):
     np.testing.assert_allclose(after[path], value - 0.1, rtol=1e-6, atol=1e-7)
 
 
+def test_gates_may_learn_faster(params):
+  one = jax.tree.map(np.ones_like, params)
+  settings = dict(steps=2, momentum=0.9, weight_decay=0.0)
+  (gates, others), (fast, same) = (split(stepped(params, one, gate_multiplier=m, **settings)) for m in (1.0, 5.0))
+  begun, _ = split(params)
+  for path, value in begun.items():
+    np.testing.assert_allclose(fast[path] - value, 5 * (gates[path] - value), rtol=1e-5, atol=1e-6)
+  for path, value in others.items():
+    np.testing.assert_array_equal(same[path], value)
+
+
 def test_decayed_is_false_on_gate_paths_alone():
   tree = {"block": {"gate": {"head": {"kernel": 1}}, "conv1": {"kernel": 2}}, "gateway": {"bias": 3}}
   assert optim.decayed(tree) == {
@@ -84,6 +95,7 @@ def test_the_learning_rate_is_read_at_each_step():
         (dict(momentum=1.0, weight_decay=0), r"momentum must be in \[0, 1\); got 1.0"),
         (dict(momentum=-0.1, weight_decay=0), "momentum must be .*; got -0.1"),
         (dict(momentum=0, weight_decay=-1e-4), "weight_decay must be >= 0; got -0.0001"),
+        (dict(momentum=0, weight_decay=0, gate_multiplier=0), "gate_multiplier must be > 0; got 0"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
