@@ -1,10 +1,8 @@
 """Split MNIST: five tasks of two digits each, with the SimpleCNN of the paper and its recipe.
 
     gating-jax --config=configs/split_mnist.py --workdir=runs/split_mnist --mode=train
-    gating-jax --workdir=runs/short \\
-      --config=configs/split_mnist.py:epochs=2,batch=64,lr=0.05,sparsity=10,patience=0.5,noise=0.25
 
-Fewer epochs need a higher price on open gates; another set of the same kind: --config.data.name=fashion_mnist. Abati et
+`split_mnist_short.py` is for small machines; another set of the same kind: --config.data.name=fashion_mnist. Abati et
 al., 2020. Time and score: docs/results.md.
 """
 
