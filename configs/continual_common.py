@@ -36,7 +36,7 @@ def continual_config() -> ml_collections.ConfigDict:
           "gate": {"hidden": 16, "initial_open": 0.85, "temperature": 2 / 3, "noise_scale": 1.0},
       },
       "method": "gates",
-      "gates": {
+      "gates": {  # of multitask_gates the first three
           "sparsity": 0.5,
           "patience": 20.0,  # epochs
           "threshold": 0.0,
@@ -98,7 +98,7 @@ def continual_config() -> ml_collections.ConfigDict:
       },
       "optim": {
           "epochs": 10,  # of the smallest task; every task has as many steps
-          "batch_size": 64,  # over all devices
+          "batch_size": 64,  # over all devices; of each task, where all are learnt together
           "eval_batch_size": 256,
           "learning_rate": 0.01,
           "gate_multiplier": 1.0,  # of the learning rate, for the parameters of gates

@@ -34,6 +34,8 @@ from gating_jax.types import Array
 class Table(NamedTuple):
   """What tests found, `[T, T]` each: row i after task i, column j on the test images of task j, NaN where j > i.
 
+  Where all tasks are learnt together, there is only the last row.
+
   Attributes:
     aware, agnostic: accuracy with the task known and unknown.
     task: share of images whose task is told from the agnostic class.
@@ -198,7 +200,9 @@ def _unchanged_update(updates, grads, learner):
 class Method:
   """A continual-learning method; see the module.
 
-  `cumulative`: task t is trained on the images of all tasks up to t. `prelude`: a step `(learner, pixels, labels) ->
+  `cumulative`: task t is trained on the images of all tasks up to t. `together`: all tasks are learnt at once; every
+  step sees as many images of each, those of task t at places t, T + t, 2 T + t, ..., and only the last row of the table
+  is filled. `prelude`: a step `(learner, pixels, labels) ->
   (learner, metrics)` of what comes before the training on each task.
   """
 
@@ -210,6 +214,7 @@ class Method:
   update: Callable[[Any, Any, Learner], tuple[Any, Any]] = _unchanged_update
   holdings: Callable[[Learner], Holdings] = holdings
   cumulative: bool = False
+  together: bool = False
   prelude: Callable[[Learner, Array, Array], tuple[Learner, Mapping[str, Array]]] | None = None
 
 

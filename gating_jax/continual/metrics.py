@@ -23,7 +23,7 @@ class Summary:
 
   Attributes:
     average_accuracy: mean over tasks after the last one.
-    average_after: after each task, the mean over the tasks learned so far.
+    average_after: after each task, the mean over the tasks learned so far; None where nothing was tested.
     forgetting: mean over tasks but the last of what is missing to their best accuracy; below 0 where they gained.
     backward_transfer: mean over tasks but the last of what they gained since they were learned.
     forward_transfer: mean over tasks but the first of their lead over a random-initialised net, just before learned.
@@ -31,7 +31,7 @@ class Summary:
   """
 
   average_accuracy: float
-  average_after: tuple[float, ...]
+  average_after: tuple[float | None, ...]
   forgetting: float | None
   backward_transfer: float | None
   forward_transfer: float | None
@@ -45,7 +45,8 @@ def summarise(accuracies: np.ndarray, *, baseline: np.ndarray | None = None) -> 
       backward = mean_(j<T) (R[T, j] - R[j, j])   forward = mean_(j>1) (R[j-1, j] - baseline[j])
 
   Args:
-    accuracies: `[T, T]`, row i after learning task i, column j on task j, in [0, 1]; NaN is allowed above the diagonal.
+    accuracies: `[T, T]`, row i after learning task i, column j on task j, in [0, 1]; NaN is allowed above the diagonal,
+      and in all rows but the last where all tasks are learned together.
     baseline: `[T]` accuracies of a random-initialised net.
   Raises:
     ValueError: a shape is wrong, an accuracy is outside [0, 1], or one on a learned task is NaN, with its place.
@@ -60,8 +61,8 @@ def summarise(accuracies: np.ndarray, *, baseline: np.ndarray | None = None) -> 
   last, learned = accuracies[-1], np.diag(accuracies)
   forgetting = backward = forward = None
   reasons = {}
-  if len(accuracies) == 1:
-    reasons = dict.fromkeys(("forgetting", "backward_transfer"), "there is one task only")
+  if reason := _why_no_sequence(accuracies):
+    reasons = dict.fromkeys(("forgetting", "backward_transfer"), reason)
   else:
     forgetting = float(np.mean(np.nanmax(accuracies[:-1, :-1], axis=0) - last[:-1]))
     backward = float(np.mean(last[:-1] - learned[:-1]))
@@ -71,7 +72,8 @@ def summarise(accuracies: np.ndarray, *, baseline: np.ndarray | None = None) -> 
     forward = float(np.mean(np.diag(accuracies, 1) - baseline[1:]))
   return Summary(
       average_accuracy=float(np.mean(last)),
-      average_after=tuple(float(np.mean(row[:i + 1])) for i, row in enumerate(accuracies)),
+      average_after=tuple(None if np.isnan(row[i]) else float(np.mean(row[:i + 1]))
+                          for i, row in enumerate(accuracies)),
       forgetting=forgetting, backward_transfer=backward, forward_transfer=forward, reasons=reasons)
 
 
@@ -107,6 +109,16 @@ def gate_overlap(is_open: np.ndarray) -> np.ndarray:
   used = np.diag(both)
   either = used[:, None] + used - both
   return np.where(either > 0, both / np.maximum(either, 1), 1.0)
+
+
+def mean_overlap(overlap: np.ndarray) -> float | None:
+  """Mean over pairs of tasks of `gate_overlap`, `[T, T]`; None for a single task.
+
+  >>> mean_overlap(np.array([[1.0, 0.25], [0.25, 1.0]]))
+  0.25
+  """
+  pairs = overlap[np.triu_indices(len(overlap), 1)]
+  return float(pairs.mean()) if len(pairs) else None
 
 
 class FilterUse(NamedTuple):
@@ -147,6 +159,8 @@ def _checked_accuracies(accuracies: np.ndarray) -> np.ndarray:
   if accuracies.ndim != 2 or accuracies.shape[0] != accuracies.shape[1] or not accuracies.size:
     raise ValueError(f"accuracies must be [T, T], T >= 1; got {accuracies.shape}")
   missing, outside = np.isnan(accuracies), (accuracies < 0) | (accuracies > 1)
+  if _only_last(accuracies):
+    missing[:-1] = False
   for rule, bad in (("known on every learned task (row i, columns up to i)", np.tril(missing)), ("in [0, 1]", outside)):
     if bad.any():
       i, j = np.argwhere(bad)[0]
@@ -161,9 +175,19 @@ def _checked_baseline(baseline: np.ndarray, tasks: int) -> np.ndarray:
   return baseline
 
 
-def _why_no_forward_transfer(accuracies: np.ndarray, baseline: np.ndarray | None) -> str | None:
+def _only_last(accuracies: np.ndarray) -> bool:
+  return bool(np.isnan(accuracies[:-1]).all())
+
+
+def _why_no_sequence(accuracies: np.ndarray) -> str | None:
   if len(accuracies) == 1:
     return "there is one task only"
+  return "all tasks are learned together" if _only_last(accuracies) else None
+
+
+def _why_no_forward_transfer(accuracies: np.ndarray, baseline: np.ndarray | None) -> str | None:
+  if reason := _why_no_sequence(accuracies):
+    return reason
   if np.isnan(np.diag(accuracies, 1)).any():
     return "task heads are trained with their task: before it there is nothing to test"
   return "no accuracies of a random-initialised net are given" if baseline is None else None

@@ -42,7 +42,7 @@ from gating_jax.continual.rehearsal import Rehearsal, Replay
 from gating_jax.layers.gate import GATE_RNG
 from gating_jax.models.counts import ModelCounts
 from gating_jax.ops.macs import executed_macs
-from gating_jax.types import Array, Records
+from gating_jax.types import Array
 
 WHEN_FULL = ("error", "reuse", "grow")
 Tree = Any
@@ -78,6 +78,10 @@ class TaskGatesSettings:
         raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}")
     if not 0 <= self.threshold < 1:
       raise ValueError(f"threshold must be a share in [0, 1); got {self.threshold}")
+
+  def price(self, epoch: Array) -> Array:
+    """Of the share of open gates, after so many epochs of a task."""
+    return self.sparsity * (epoch >= self.patience)
 
   def allocated(self, tasks: int) -> float:
     """How many times as wide as it begins the network must be made."""
@@ -158,9 +162,8 @@ class _TaskGates:
     logits, features, records, batch_stats = self.net.apply(
         params, learner.batch_stats, x, train=True, rngs={GATE_RNG: noise})
     terms = streams.head_terms(logits[: len(batch.x)], batch.labels, learner.task, self.problem)
-    terms["sparsity"] = self._sparsity(records, len(batch.x), learner.memory["available"])
-    price = self.settings.sparsity * (batch.epoch >= self.settings.patience)
-    total = terms["cross_entropy"] + price * terms["sparsity"]
+    terms["sparsity"] = units.open_share(records, learner.memory["available"], len(batch.x))
+    total = terms["cross_entropy"] + self.settings.price(batch.epoch) * terms["sparsity"]
     if self.rehearsal is not None:
       terms["task_cross_entropy"] = self._task_cross_entropy(params, learner, x, features, batch.labels, replayed)
       total += terms["task_cross_entropy"]
@@ -214,13 +217,7 @@ class _TaskGates:
         params=tree_size((shared, own["params"], learner.params.get("router"))) - units.waiting(
             shared, records, np.asarray(memory["available"])),
         memory_mb=tree_megabytes((memory["frozen"], memory["relevant"])) + images,
-        relevant=units.used_by(memory, records))
-
-  def _sparsity(self, records: Records, count: int, available: Array) -> Array:
-    """Mean over layers of the share of open gates of the first `count` images, which are of the task itself."""
-    there = units.by_record(available, records)
-    shares = [jnp.mean(jnp.sum(r.gates[:count], axis=-1)) / jnp.sum(a) for r, a in zip(records, there, strict=True)]
-    return jnp.mean(jnp.stack(shares))
+        relevant=units.used_by(memory["relevant"], memory["available"], records))
 
   def _task_cross_entropy(
       self, params: Tree, learner: Learner, x: Array, features: Array, labels: Array, replayed: Replay
@@ -261,10 +258,7 @@ class _TaskGates:
 
   def _open_rates(self, learner: Learner, pixels: Array) -> np.ndarray:
     """`[U]`, the share of images for which each gate of the task being learnt opens."""
-    def gates(learner, x):
-      records = self.net.apply(learner.params, learner.batch_stats, x).records
-      return jnp.concatenate([r.gates for r in records], axis=-1)
-
+    gates = lambda learner, x: units.joined(self.net.apply(learner.params, learner.batch_stats, x).records)
     return self.problem.in_batches(gates, learner, pixels).mean(axis=0, dtype=np.float64)
 
   def _make_room(self, memory: Mapping[str, Any], relevant: np.ndarray, task: int) -> np.ndarray:

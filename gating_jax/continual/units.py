@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,6 +25,18 @@ def by_record(units: Array, records: Records) -> list[Array]:
   """`[..., U]` in the parts of each record."""
   ends = np.cumsum([r.gates.shape[-1] for r in records])
   return [units[..., end - r.gates.shape[-1] : end] for end, r in zip(ends, records, strict=True)]
+
+
+def joined(records: Records) -> Array:
+  """`[..., U]`, the gates of all records."""
+  return jnp.concatenate([r.gates for r in records], axis=-1)
+
+
+def open_share(records: Records, available: Array, count: int | None = None) -> Array:
+  """Mean over layers of the share of their available units, `[U]` bool, that are open; and over the first examples."""
+  there = by_record(available, records)
+  return jnp.mean(jnp.stack([jnp.mean(jnp.sum(r.gates[:count], axis=-1)) / jnp.sum(a)
+                             for r, a in zip(records, there, strict=True)]))
 
 
 def layer_name(record: GateRecord) -> str:
@@ -96,7 +107,7 @@ def waiting(shared: Tree, records: Records, available: np.ndarray) -> int:
   return total
 
 
-def used_by(memory: Mapping[str, Any], records: Records) -> dict[str, np.ndarray]:
-  """By layer, `[T, units]` bool: the available units that each task needs."""
-  parts = (by_record(np.asarray(memory[name]), records) for name in ("relevant", "available"))
+def used_by(relevant: Array, available: Array, records: Records) -> dict[str, np.ndarray]:
+  """By layer, `[T, units]` bool: the units `[T, U]` that each task needs, of those that are available, `[U]`."""
+  parts = (by_record(np.asarray(x), records) for x in (relevant, available))
   return {layer_name(r): relevant[:, there] for r, relevant, there in zip(records, *parts, strict=True)}

@@ -30,7 +30,7 @@ def batch_indices(seed: int, step: int, batch_size: int, examples: int) -> np.nd
   return _epoch_order(seed, epoch, examples)[position * batch_size : (position + 1) * batch_size]
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=16)  # an epoch of each set that is read in turns
 def _epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
   order = np.random.default_rng((seed, epoch)).permutation(examples).astype(np.int32)
   order.flags.writeable = False

@@ -8,6 +8,7 @@ Axes: M images, T tasks, C classes of a task.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -58,10 +59,19 @@ def make_tasks(
                for t in range(count or tasks))
 
 
-def join(images: tuple[Images, ...]) -> Images:
+def join(images: Sequence[Images]) -> Images:
   """The images of several sets of the same classes, one after the other."""
   return Images(np.concatenate([i.pixels for i in images]), np.concatenate([i.labels for i in images]),
                 images[0].class_names)
+
+
+def interleave(sets: Sequence[np.ndarray]) -> np.ndarray:
+  """The first of each set, then the second of each, and so on: T of `[N, ...]` to `[N T, ...]`.
+
+  >>> interleave([np.array([0, 1, 2]), np.array([10, 11, 12])])
+  array([ 0, 10,  1, 11,  2, 12])
+  """
+  return np.stack(sets, axis=1).reshape(-1, *sets[0].shape[1:])
 
 
 def _task(train: Images, test: Images, first: int, classes: int, validation: float, seed: int) -> Task:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
   journal = Journal(run_dir.path, step, total)
   advance, evaluate = make_advance(experiment), make_evaluate(experiment)
   try:
-    for task in range(int(learner.task), len(experiment.tasks)):
+    for task in (t for t in experiment.stages if t >= int(learner.task)):
       run = advance(task)
       for phase in experiment.phases(task):
         if step < phase.total_steps:
@@ -94,7 +94,7 @@ def summary(experiment: ContinualExperiment, learner: Learner) -> dict[str, Any]
   """The result of the tasks learnt so far, as `reports.task_table` wants it."""
   learnt = int(learner.task)
   table = {name: np.asarray(x, np.float64)[:learnt, :learnt] for name, x in learner.table._asdict().items()}
-  scores = lambda accuracies: {"accuracies": accuracies.tolist(), **vars(metrics.summarise(accuracies))}
+  scores = lambda accuracies: {"accuracies": _with_nulls(accuracies), **vars(metrics.summarise(accuracies))}
   held = experiment.method.holdings(learner)
   result = {
       "method": experiment.config.method,
@@ -103,6 +103,7 @@ def summary(experiment: ContinualExperiment, learner: Learner) -> dict[str, Any]
       "task_agnostic": scores(table["agnostic"]),
       "task_classifier_accuracy": float(table["task"][-1].mean()),
       "dense_macs": experiment.dense_macs,
+      "dense_macs_reduced": experiment.dense_macs_reduced,
       "task_aware_macs": float(table["macs"][-1].mean()),
       "task_agnostic_macs": float(table["agnostic_macs"][-1].mean()),
       "params": held.params,
@@ -110,7 +111,19 @@ def summary(experiment: ContinualExperiment, learner: Learner) -> dict[str, Any]
   if held.relevant:
     free = {layer: metrics.filter_use(units[:learnt]).free for layer, units in held.relevant.items()}
     result["free_units"] = {layer: (int(count[-1]), held.relevant[layer].shape[1]) for layer, count in free.items()}
+    overlap = _overlap(held.relevant)[:learnt, :learnt]
+    result |= {"gate_overlap": overlap.tolist(), "mean_gate_overlap": metrics.mean_overlap(overlap)}
   return result
+
+
+def _with_nulls(matrix: np.ndarray) -> list[list[float | None]]:
+  """Rows for JSON, which knows no NaN."""
+  return np.where(np.isnan(matrix), None, matrix).tolist()
+
+
+def _overlap(relevant: Mapping[str, np.ndarray]) -> np.ndarray:
+  """`[T, T]`, over the units of all layers."""
+  return metrics.gate_overlap(np.concatenate(list(relevant.values()), axis=1))
 
 
 def _draw(experiment: ContinualExperiment, learner: Learner, folder: Path) -> None:
@@ -121,12 +134,11 @@ def _draw(experiment: ContinualExperiment, learner: Learner, folder: Path) -> No
   if relevant:
     use = {layer: metrics.filter_use(units) for layer, units in relevant.items()}
     task_pictures.draw_filters(folder / "filters.png", use, task_names=names)
-    overlap = metrics.gate_overlap(np.concatenate(list(relevant.values()), axis=1))
-    task_pictures.draw_overlap(folder / "overlap.png", overlap, task_names=names)
+    task_pictures.draw_overlap(folder / "overlap.png", _overlap(relevant), task_names=names)
 
 
 def make_advance(experiment: ContinualExperiment) -> Callable[[int], Callable[[Learner, int], tuple[Learner, Any]]]:
-  """`task -> (learner, step) -> (learner, metrics)`: one step of that task over all devices."""
+  """`task -> (learner, step) -> (learner, metrics)`: one step of the stage that ends with that task, on all devices."""
   config = experiment.config
   step = steps.make_step(experiment.method, experiment.optimiser, experiment.problem.prepare, seed=config.seed,
                          steps_per_epoch=experiment.steps_per_epoch, axis_name=devices.AXIS)
@@ -139,12 +151,16 @@ def make_advance(experiment: ContinualExperiment) -> Callable[[int], Callable[[L
       results=(devices.REPLICATED, devices.REPLICATED), backend=config.devices.backend, donate=(0,))
 
   def of_task(task):
-    images, begin = training_images(experiment, task), task * experiment.steps_per_task
+    sets, begin = training_sets(experiment, task), experiment.first_step(task)
     first = begin + experiment.prelude_steps
-    seed, process = config.seed * len(experiment.tasks) + task, (jax.process_index(), jax.process_count())
+    seed, process = config.seed * len(experiment.tasks), (jax.process_index(), jax.process_count())
+
+    def batch(at, size):
+      read = lambda number, images: images.read(
+          resident.indices(seed + number, at, 1, size, len(images), process)[:, 0])
+      return tuple(map(tasks.interleave, zip(*(read(*numbered) for numbered in sets.items()), strict=True)))
 
     def advance(learner, step):
-      batch = lambda at, size: images.read(resident.indices(seed, at, 1, size, len(images), process)[:, 0])
       if step < first:
         learner, metrics = prelude(learner, *batch(step - begin, experiment.prelude_batch_size))
       else:
@@ -156,18 +172,20 @@ def make_advance(experiment: ContinualExperiment) -> Callable[[int], Callable[[L
   return of_task
 
 
-def training_images(experiment: ContinualExperiment, task: int) -> Images:
-  """What the method trains on while it learns this task."""
-  first = 0 if experiment.method.cumulative else task
-  return tasks.join(tuple(t.train for t in experiment.tasks[first : task + 1]))
+def training_sets(experiment: ContinualExperiment, task: int) -> dict[int, Images]:
+  """What the method trains on in the stage that ends with this task, by number; batches are as much of each."""
+  first = 0 if experiment.method.cumulative or experiment.method.together else task
+  sets = [t.train for t in experiment.tasks[first : task + 1]]
+  return dict(enumerate(sets)) if experiment.method.together else {task: tasks.join(sets)}
 
 
 def finish_task(experiment: ContinualExperiment, learner: Learner, task: int, evaluate: Callable) -> Learner:
-  """Ends a task, tests it and all before it, and makes ready for the next."""
-  images = experiment.tasks[task]
-  data = TaskData(*images.train.read(slice(None)), *images.validation.read(slice(None)))
+  """Ends the stage that ends with this task, tests it and all before it, and makes ready for the next."""
+  ended = experiment.tasks if experiment.method.together else experiment.tasks[task : task + 1]
+  data = TaskData(*(array for part in ("train", "validation")
+                    for array in tasks.join([getattr(t, part) for t in ended]).read(slice(None))))
   learner = experiment.method.end_task(learner, data, experiment.key(task + 1))
-  learner = learner.replace(step=learner.step + 1, task=learner.task + 1,
+  learner = learner.replace(step=learner.step + 1, task=jnp.full_like(learner.task, task + 1),
                             opt_state=experiment.optimiser.init(learner.params))
   learner = jax.tree.map(jnp.copy, learner)  # what a method keeps twice needs a buffer each, to be donated
   return test_tasks(devices.replicate(learner), evaluate, task + 1)

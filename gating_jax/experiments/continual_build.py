@@ -13,6 +13,7 @@ import optax
 from gating_jax.continual.method import Learner, Method, Problem, Table
 from gating_jax.data import augment, sources, tasks
 from gating_jax.experiments import continual_methods, settings
+from gating_jax.models.counts import count, reduced_macs
 from gating_jax.models.resnet import RESNETS
 from gating_jax.models.vgg import VGGS
 from gating_jax.training import devices, loop, optim, schedules
@@ -20,13 +21,14 @@ from gating_jax.training import devices, loop, optim, schedules
 
 @dataclasses.dataclass(frozen=True)
 class ContinualExperiment:
-  """What a config describes."""
+  """What a config describes; `dense_macs` are of the network without gates, with the head of one task."""
 
   config: ml_collections.ConfigDict
   tasks: tuple[tasks.Task, ...]
   problem: Problem
   method: Method
   dense_macs: int
+  dense_macs_reduced: int
   optimiser: optax.GradientTransformation
   steps_per_epoch: int
 
@@ -41,13 +43,22 @@ class ContinualExperiment:
     return self.config.generator.batch_size * self.config.generator.critic_steps
 
   @property
+  def stages(self) -> range:
+    """The last task of each stage of learning: every task, or where all are learnt together the last one."""
+    return range(len(self.tasks))[-1 if self.method.together else 0 :]
+
+  @property
   def steps_per_task(self) -> int:
-    """Steps of the prelude and the training, and one for the end of the task."""
+    """Steps of the prelude and the training of a stage, and one for its end."""
     return self.prelude_steps + self.steps_per_epoch * self.config.optim.epochs + 1
 
   @property
   def total_steps(self) -> int:
-    return self.steps_per_task * len(self.tasks)
+    return self.steps_per_task * len(self.stages)
+
+  def first_step(self, task: int) -> int:
+    """Of the stage that ends with this task."""
+    return self.steps_per_task * self.stages.index(task)
 
   @property
   def task_names(self) -> list[str]:
@@ -56,8 +67,8 @@ class ContinualExperiment:
     return [", ".join(names[t * c : (t + 1) * c]) for t in range(len(self.tasks))]
 
   def phases(self, task: int) -> list[loop.LoopSettings]:
-    """Of the prelude and the training of one task, which begins at step `task * steps_per_task`."""
-    first = task * self.steps_per_task
+    """Of the prelude and the training of the stage that ends with this task."""
+    first = self.first_step(task)
     ends = [first + self.prelude_steps] * bool(self.prelude_steps) + [first + self.steps_per_task - 1]
     return [loop.LoopSettings(end, log_every=self.config.log_every, checkpoint_every=self.config.checkpoint_every)
             for end in ends]
@@ -97,7 +108,7 @@ def build(config: ml_collections.ConfigDict) -> ContinualExperiment:
       normalise=lambda pixels: augment.normalise(pixels, data.mean, data.std), batch_size=training.eval_batch_size,
       augment=lambda key, pixels: augment.crop_and_flip(
           key, pixels, pad=data.pad, flip=data.flip, axis_name=devices.AXIS))
-  method, dense_macs = continual_methods.build(config, problem)
+  method = continual_methods.build(config, problem)
   if method.prelude and (size := config.generator.batch_size * config.generator.critic_steps) > smallest:
     raise ValueError(f"generator.batch_size times generator.critic_steps must be at most {smallest}, the training "
                      f"images of the smallest task; got {size}")
@@ -108,7 +119,9 @@ def build(config: ml_collections.ConfigDict) -> ContinualExperiment:
       optax.clip_by_global_norm(training.clip),
       optim.sgd(rate, momentum=training.momentum, weight_decay=training.weight_decay,
                 gate_multiplier=training.gate_multiplier))
-  return ContinualExperiment(config, sequence, problem, method, dense_macs, optimiser, per_epoch)
+  dense = continual_methods.network(config, problem, classes=problem.classes, gated=False)
+  return ContinualExperiment(config, sequence, problem, method, count(dense, problem.shape).macs,
+                             reduced_macs(dense, problem.shape), optimiser, per_epoch)
 
 
 def _resized(images: sources.Images, size: int) -> sources.Images:

@@ -11,6 +11,7 @@ from gating_jax.continual.fine_tuning import fine_tuning
 from gating_jax.continual.hat import hat
 from gating_jax.continual.lwf import lwf
 from gating_jax.continual.method import Method, Network, Problem
+from gating_jax.continual.multitask import multitask_gates, multitask_norms, multitask_trunk
 from gating_jax.continual.progressive import progressive
 from gating_jax.continual.rehearsal import episodic, generative
 from gating_jax.continual.replay import ReplaySettings
@@ -26,13 +27,12 @@ from gating_jax.models.resnet import resnet
 from gating_jax.models.vgg import VGGS, vgg
 
 
-def build(config: ml_collections.ConfigDict, problem: Problem) -> tuple[Method, int]:
-  """The method that the config names, and the MACs of the network without gates, with the head of one task."""
+def build(config: ml_collections.ConfigDict, problem: Problem) -> Method:
+  """The method that the config names."""
   try:
-    method = METHODS[config.method](config, problem)
+    return METHODS[config.method](config, problem)
   except ValueError as error:
     raise ValueError(f"method {config.method}: {error}") from error
-  return method, count(network(config, problem, classes=problem.classes, gated=False), problem.shape).macs
 
 
 def _task_gates(config, problem):
@@ -64,6 +64,16 @@ def _progressive(config, problem):
   net = column(model.name, problem.classes, width=model.width, norm=model.norm, dtype=settings.DTYPES[model.dtype],
                axis_name=problem.axis_name, **config.progressive)
   return progressive(net, problem)
+
+
+def _multitask_gates(config, problem):
+  model = network(config, problem, classes=None, gated=True)
+  return multitask_gates(model, problem, count(model, problem.shape), TaskGatesSettings(**config.gates))
+
+
+def _multitask_norms(config, problem):
+  model = network(config, problem, classes=None, gated=False)
+  return multitask_norms(model, problem, count(model, problem.shape))
 
 
 def _plain(make, scope="own"):
@@ -108,6 +118,9 @@ METHODS = {
     "derpp": _replay(derpp.derpp, "derpp"),
     "agem": _replay(agem.agem),
     "icarl": _icarl,
+    "multitask_gates": _multitask_gates,
+    "multitask_norms": _multitask_norms,
+    "multitask_trunk": _plain(lambda config, net: multitask_trunk(net)),
 }
 
 

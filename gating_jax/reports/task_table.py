@@ -18,15 +18,18 @@ def render(result: Mapping[str, Any]) -> str:
     result: plain numbers, as they come back from JSON:
       task_names: in the order of learning.
       task_aware: with the task known at the test, a mapping of
-        accuracies: T rows of T, row i after learning task i, column j on task j; above the diagonal is not read;
+        accuracies: T rows of T, row i after learning task i, column j on task j; above the diagonal is not read,
+          and None is for what was not tested;
         average_accuracy, forgetting, backward_transfer, forward_transfer: shares, None where undefined;
         reasons: why they are, by name.
       task_agnostic: the same where the task is not known; may be missing.
       task_classifier_accuracy: share of images whose task is recognised; may be missing.
       dense_macs: per image, of the net without gates.
+      dense_macs_reduced: of its convolutions, all inputs counted as one channel; may be missing.
       task_aware_macs, task_agnostic_macs: per image, mean over the test images; the latter may be missing.
       params: of the net with all tasks' gates and heads.
       memory_mb: 10^6 bytes kept between tasks beside the parameters: images, generators, importances, teachers.
+      mean_gate_overlap: share of units that two tasks have in common, None for a single task; may be missing.
       free_units: `(free, units)` by layer after the last task; may be missing.
   """
   settings = [name for name in _SETTINGS if name in result]
@@ -51,7 +54,7 @@ def _accuracies(result: Mapping[str, Any], settings: list[str]) -> list[list[str
   rows = []
   for j, name in enumerate(result["task_names"]):
     accuracies = [result[setting]["accuracies"] for setting in settings]
-    rows.append([plain(name, 30), *(f"{100 * r[i][j]:.2f}" for r in accuracies for i in (j, -1))])
+    rows.append([plain(name, 30), *(_percent(r[i][j]) for r in accuracies for i in (j, -1))])
   return rows
 
 
@@ -65,14 +68,22 @@ def _costs(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   rows = []
   if "task_classifier_accuracy" in result:
     rows.append(("accuracy of the task classifier", f"{100 * result['task_classifier_accuracy']:.2f} %"))
-  rows.append(("MACs per image, dense net", f"{result['dense_macs']:,.0f}"))
+  reduced = result.get("dense_macs_reduced")
+  rows.append(("MACs per image, dense net", f"{result['dense_macs']:,.0f}" + (
+      f"  ({reduced:,.0f} if all inputs of a convolution count as one)" if reduced is not None else "")))
   for name, label in _SETTINGS.items():
     if (macs := result.get(f"{name}_macs")) is not None:
       rows.append((f"MACs per image, {label}", f"{macs:,.0f}  ({100 * macs / result['dense_macs']:.1f} % of dense)"))
   rows += [("parameters", f"{result['params']:,}"), ("memory beside the parameters", f"{result['memory_mb']:,.2f} MB")]
+  if (overlap := result.get("mean_gate_overlap")) is not None:
+    rows.append(("units that two tasks share", f"{100 * overlap:.1f} %"))
   rows += [(f"free units, {plain(layer, 30)}", f"{free:,} of {units:,}  ({100 * free / units:.1f} %)")
            for layer, (free, units) in result.get("free_units", {}).items()]
   return rows
+
+
+def _percent(share: float | None) -> str:
+  return "n/a" if share is None else f"{100 * share:.2f}"
 
 
 def _points(share: float | None) -> str:
