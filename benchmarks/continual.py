@@ -3,7 +3,7 @@
     python benchmarks/continual.py --runs=runs/continual --config=split_digits:width=0.3 --methods=ewc,lwf --seeds=0,1
 
 Each run is a run directory, so that finished ones are not repeated. Accuracy is the mean over tasks after the last;
-forgetting is with the task known, in points.
+forgetting is with the task known, in points; overlap is the share of units that two tasks have in common.
 """
 
 import argparse
@@ -24,26 +24,39 @@ from gating_jax.experiments.continual_methods import METHODS
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--runs", type=Path, required=True)
-  parser.add_argument("--config", default="split_digits")
-  parser.add_argument("--methods", default=",".join(METHODS))
-  parser.add_argument("--seeds", default="0")
-  parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the config, as JSON")
-  args = parser.parse_args()
+  args = arguments(__doc__, ",".join(METHODS)).parse_args()
   flags.FLAGS.mark_as_parsed()
   seeds = [int(seed) for seed in args.seeds.split(",")]
-  print(f"{args.config}, seeds {args.seeds}, {jax.device_count()} devices\n{'method':<13}{'known':>18}{'unknown':>18}"
-        f"{'forgetting':>11}{'MACs':>8}{'unknown':>8}{'params':>10}{'MB':>8}{'seconds':>9}", flush=True)
+  print(f"{args.config}, seeds {args.seeds}, {jax.device_count()} devices\n{'method':<16}{'known':>18}{'unknown':>18}"
+        f"{'forgetting':>11}{'overlap':>9}{'MACs':>8}{'unknown':>8}{'params':>10}{'MB':>8}{'seconds':>9}", flush=True)
   for method in args.methods.split(","):
-    results = [run(args, method, seed) for seed in seeds]
-    mean = lambda read, results=results: statistics.mean(read(r) for r in results)
-    each = lambda kind, results=results: " ".join(f"{100 * r[kind]['average_accuracy']:.1f}" for r in results)
-    share = lambda kind, mean=mean: f"{mean(lambda r: r[kind] / r['dense_macs']):.3f}"
-    print(f"{method:<13}{each('task_aware'):>18}{each('task_agnostic'):>18}"
-          f"{100 * mean(lambda r: r['task_aware']['forgetting'] or 0.0):>11.2f}{share('task_aware_macs'):>8}"
+    print(row(method, [run(args, method, seed) for seed in seeds]), flush=True)
+
+
+def row(method, results):
+  mean = lambda read: statistics.mean(read(r) for r in results)
+  each = lambda kind: " ".join(f"{100 * r[kind]['average_accuracy']:.1f}" for r in results)
+  share = lambda kind: f"{mean(lambda r: r[kind] / r['dense_macs']):.3f}"
+  return (f"{method:<16}{each('task_aware'):>18}{each('task_agnostic'):>18}"
+          f"{percent([r['task_aware']['forgetting'] for r in results]):>11}"
+          f"{percent([r.get('mean_gate_overlap') for r in results]):>9}{share('task_aware_macs'):>8}"
           f"{share('task_agnostic_macs'):>8}{mean(lambda r: r['params']):>10,.0f}{mean(lambda r: r['memory_mb']):>8.2f}"
-          f"{mean(lambda r: r['seconds_since_last_start']):>9.0f}", flush=True)
+          f"{mean(lambda r: r['seconds_since_last_start']):>9.0f}")
+
+
+def arguments(description, methods):
+  parser = argparse.ArgumentParser(description=description.splitlines()[0])
+  parser.add_argument("--runs", type=Path, required=True)
+  parser.add_argument("--config", default="split_digits")
+  parser.add_argument("--methods", default=methods)
+  parser.add_argument("--seeds", default="0")
+  parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the config, as JSON")
+  return parser
+
+
+def percent(shares):
+  """Their mean, where it is defined."""
+  return "n/a" if None in shares else f"{100 * statistics.mean(shares):.2f}"
 
 
 def run(args, method, seed):

@@ -50,6 +50,17 @@ def test_one_task_has_an_average_only():
       reasons=dict.fromkeys(("forgetting", "backward_transfer", "forward_transfer"), reason))
 
 
+def test_tasks_learned_together_have_accuracies_at_the_end_only():
+  together = np.where(np.arange(3)[:, None] == 2, FULL, NAN)
+  reason = "all tasks are learned together"
+  assert metrics.summarise(together, baseline=np.zeros(3)) == metrics.Summary(
+      average_accuracy=0.75, average_after=(None, None, 0.75), forgetting=None, backward_transfer=None,
+      forward_transfer=None, reasons=dict.fromkeys(("forgetting", "backward_transfer", "forward_transfer"), reason))
+  together[2, 1] = NAN
+  with pytest.raises(ValueError, match="known on every learned task .*; got nan in row 2, column 1"):
+    metrics.summarise(together)
+
+
 @pytest.mark.parametrize(("accuracies", "baseline", "reason"), [
     (FULL, None, "no accuracies of a random-initialised net are given"),
     (LEARNED, None, NOTHING_TO_TEST),
@@ -123,6 +134,11 @@ def test_gate_overlap_by_hand():
       [0, 0, 1, 0, 1],
       [1 / 2, 1 / 2, 0, 1, 0],
       [0, 0, 1, 0, 1]], rtol=1e-15)
+
+
+def test_mean_overlap_is_of_pairs_of_tasks():
+  assert metrics.mean_overlap(metrics.gate_overlap(USED)) == pytest.approx((1 / 3 + 1 / 2 + 1 / 2 + 1) / 10)
+  assert metrics.mean_overlap(np.ones((1, 1))) is None
 
 
 def test_filter_use_by_hand():

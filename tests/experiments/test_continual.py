@@ -1,9 +1,11 @@
+import dataclasses
 import functools
 import importlib
 import json
 import re
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -109,6 +111,11 @@ def test_a_run_goes_on_within_a_task_and_between_tasks_to_the_same_end(config, t
     assert {**repeated, "seconds_since_last_start": 0} == {**result, "seconds_since_last_start": 0}
 
 
+def strict_json(path):
+  """What any reader of JSON makes of a file: NaN is none."""
+  return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{path} holds {name}"))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
   """The run directory of a finished run."""
@@ -120,15 +127,19 @@ def test_the_result_of_a_run_and_what_becomes_of_its_directory(config, finished,
   made = config()
   continual.run(made, finished, "train")
   printed = capsys.readouterr().out
-  result = json.loads((finished / "result.json").read_text())
+  result = strict_json(finished / "result.json")
   assert result["task_names"] == ["0, 1", "2, 3"]
   aware, agnostic = (np.array(result[name]["accuracies"]) for name in ("task_aware", "task_agnostic"))
-  assert np.isnan(aware[0, 1])
+  assert aware[0, 1] is None
+  aware, agnostic = (x.astype(float) for x in (aware, agnostic))
   assert aware[1, 0] == aware[0, 0]  # nothing is forgotten
   assert result["task_aware"]["forgetting"] == 0
   assert (agnostic <= aware)[np.tril_indices(2)].all()
   assert 0 < result["task_classifier_accuracy"] <= 1
   assert result["task_aware_macs"] < result["task_agnostic_macs"]
+  assert result["dense_macs"] == 9 * 8 * 64 + 9 * 8 * 8 * 16 + 8 * 2
+  assert result["dense_macs_reduced"] == 9 * 8 * 64 + 9 * 8 * 16
+  assert result["mean_gate_overlap"] == result["gate_overlap"][0][1]
   assert {f.name for f in finished.glob("*.png")} == {"accuracies.png", "filters.png", "overlap.png"}
   assert re.search(r"average accuracy +\d+\.\d\d", printed)
   continual.run(made, finished, "evaluate")
@@ -149,9 +160,12 @@ def test_every_method_learns_two_tasks(method, config, tmp_path):
                                   "hat.sparsity": 0.0})
   continual.run(made, tmp_path, "train")
   result = json.loads((tmp_path / "result.json").read_text())
-  accuracies = np.array(result["task_aware"]["accuracies"])
-  assert accuracies[0, 0] > 0.8
-  assert accuracies[1, 1] > 0.6
+  accuracies = np.array(result["task_aware"]["accuracies"], float)
+  together = continual_build.build(made).method.together
+  assert together == np.isnan(accuracies[0]).all()
+  first, second = accuracies[1] if together else np.diag(accuracies)
+  assert first > 0.8
+  assert second > 0.6
   assert result["memory_mb"] >= 0
 
 
@@ -167,6 +181,57 @@ def test_a_run_with_generators_goes_on_within_their_training_to_the_same_end(con
   for first in (per_task + 4, per_task + 3):  # a generator trained, and most of it
     cut_back(tmp_path, first)
     capsys.readouterr()
+    continual.run(made, tmp_path, "train")
+    assert f"going on from the checkpoint of step {first}" in capsys.readouterr().out
+    again, resumed = final_learner(made, tmp_path)
+    assert again == end
+    assert tiny.bit_equal(resumed, learner)
+
+
+def test_batches_of_tasks_learnt_together_hold_as_much_of_each(config):
+  experiment = continual_build.build(config(method="multitask_trunk", **{"tasks.count": 3, "optim.batch_size": 16}))
+  assert list(experiment.stages) == [2]
+  assert [len(images) for images in continual.training_sets(experiment, 2).values()] == [
+      len(task.train) for task in experiment.tasks]
+
+  def loss(params, learner, batch):
+    label, place = batch.labels.astype(float), jnp.arange(len(batch.labels))
+    return 0.0, ({"misplaced": jnp.mean(batch.labels // 2 != place % 3), "size": 1.0 * len(label),
+                  "mean": jnp.mean(label)}, learner.batch_stats)
+
+  experiment = dataclasses.replace(experiment, method=dataclasses.replace(experiment.method, loss=loss))
+  advance, learner, seen = continual.make_advance(experiment)(2), devices.replicate(experiment.fresh()), []
+  for step in range(4):
+    learner, metrics = advance(learner, step)
+    assert float(metrics["misplaced"][0]) == 0
+    assert float(metrics["size"][0]) == 3 * 16 / 8
+    seen.append(float(metrics["mean"][0]))
+  assert len(set(seen)) > 1  # which classes of a task come is by chance
+
+
+@pytest.mark.slow
+def test_tasks_learnt_together_fill_the_last_row_and_a_stopped_run_goes_on_to_the_same_end(
+    config, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(continual, "Checkpoints", functools.partial(Checkpoints, keep=100))
+  made = config(method="multitask_gates")
+  continual.run(made, tmp_path, "train")
+  assert "forgetting n/a: all tasks are learned together" in capsys.readouterr().out
+  result = strict_json(tmp_path / "result.json")
+  for setting in ("task_aware", "task_agnostic"):
+    first, last = result[setting]["accuracies"]
+    assert first == [None, None]
+    assert result[setting]["average_accuracy"] == pytest.approx(np.mean(last))
+    assert result[setting]["forgetting"] is None
+  assert np.array(result["gate_overlap"]).shape == (2, 2)
+  assert {f.name for f in tmp_path.glob("*.png")} == {"accuracies.png", "filters.png", "overlap.png"}
+  end, learner = final_learner(made, tmp_path)
+  assert end == continual_build.build(made).steps_per_task
+  assert int(learner.task) == 2
+  for first in (end - 1, 2):  # all steps taken, and some
+    cut_back(tmp_path, first)
+    if first == 2:
+      with pytest.raises(rundir.RunDirError, match="no task is learnt"):
+        continual.run(made, tmp_path, "evaluate")
     continual.run(made, tmp_path, "train")
     assert f"going on from the checkpoint of step {first}" in capsys.readouterr().out
     again, resumed = final_learner(made, tmp_path)

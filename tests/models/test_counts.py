@@ -2,7 +2,7 @@ import flax.linen as nn
 import numpy as np
 import pytest
 
-from gating_jax.models.counts import ModelCounts, count
+from gating_jax.models.counts import ModelCounts, count, reduced_macs
 from gating_jax.models.resnet import resnet
 
 # Dense MACs, parameters, gates, gate MACs, gate parameters, from shared/spec/batch_shaping.md.
@@ -72,3 +72,4 @@ def test_convolutions_and_dense_layers_of_any_module_are_counted_each_time_they_
   c = count(Net(), (6, 5, 2))
   assert c.macs == 2 * 9 * 2 * 4 * 12 + 2 * 4 * 12 + 15
   assert c.params == (72 + 4) + (8 + 4) + (15 + 5)
+  assert reduced_macs(Net(), (6, 5, 2)) == 2 * 9 * 4 * 12 + 4 * 12

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gating_jax.layers.gate import GateSettings
-from gating_jax.models.counts import count
+from gating_jax.models.counts import count, reduced_macs
 from gating_jax.models.resnet import resnet
 from gating_jax.models.vgg import POOL, VGG, vgg
 from gating_jax.ops.macs import executed_macs
@@ -14,8 +14,9 @@ def test_simple_cnn_has_the_macs_of_the_paper():
   """Table 2 of Abati et al. counts every input as one channel: 9 * 100 * (28^2 + 14^2 + 7^2) = 926,100."""
   counts = count(vgg("simple_cnn", None, gating="channel"), (28, 28, 1))
   assert counts.macs == counts.gated == 22_755_600
-  records = records_of(vgg("simple_cnn", None, gating="channel"), (28, 28, 1))
-  assert sum(100 * (r.macs_per_pair or r.macs_per_unit) for r in records) == 926_100
+  for gating in ("channel", "none"):
+    assert reduced_macs(vgg("simple_cnn", 2, gating=gating), (28, 28, 1)) == 926_100
+  assert reduced_macs(vgg("simple_cnn", 2), (28, 28, 3)) == 926_100
 
 
 def test_resnet18_for_small_images_has_the_macs_of_the_paper():
