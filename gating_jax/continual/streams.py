@@ -9,7 +9,7 @@ Reference: Abati et al., 2020; Serra et al., 2018 (one head per task).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -62,7 +62,7 @@ class SharedNet:
     """For the task whose own part is given; `training`: keywords of `apply` of a Flax module."""
     own = dict(params["own"])
     head = own.pop("head")
-    variables = {"params": _merge(params["shared"], own["net"]), "batch_stats": _merge(*batch_stats.values())}
+    variables = {"params": merge(params["shared"], own["net"]), "batch_stats": merge(*batch_stats.values())}
     if training:
       (features, records), new = self.model.apply(variables, x, mutable=["batch_stats"], **training)
       batch_stats = self._split(new.get("batch_stats", {}))
@@ -88,15 +88,27 @@ class SharedNet:
   def _split(self, tree: Tree) -> dict[str, Tree]:
     """What all tasks share, the convolutions, and what each has for itself, all else."""
     flat = traverse_util.flatten_dict(tree)
-    part = lambda shared: traverse_util.unflatten_dict(
-        {path: leaf for path, leaf in flat.items() if self._is_shared(path, flat) == shared})
-    return {"shared": part(True), "own": part(False)}
 
-  def _is_shared(self, path: Sequence[str], flat: Mapping[Sequence[str], Any]) -> bool:
-    kernel = flat.get((*path[:-1], "kernel"))
-    if kernel is not None:
-      return kernel.ndim > 2
-    return not self.own_norms and not is_gate_path(path)
+    def is_shared(path):
+      kernel = flat.get((*path[:-1], "kernel"))
+      if kernel is not None:
+        return kernel.ndim > 2
+      return not self.own_norms and not is_gate_path(path)
+
+    return split(tree, is_shared)
+
+
+def split(tree: Tree, is_shared: Callable[[Sequence[str]], bool]) -> dict[str, Tree]:
+  """`{"shared", "own"}`, by the paths of the leaves."""
+  flat = traverse_util.flatten_dict(tree)
+  part = lambda shared: traverse_util.unflatten_dict(
+      {path: leaf for path, leaf in flat.items() if is_shared(path) == shared})
+  return {"shared": part(True), "own": part(False)}
+
+
+def merge(shared: Tree, own: Tree) -> Tree:
+  """The inverse of `split`."""
+  return traverse_util.unflatten_dict(traverse_util.flatten_dict(shared) | traverse_util.flatten_dict(own))
 
 
 def stack(trees: Tree, tasks: int) -> Tree:
@@ -130,6 +142,3 @@ def prediction(
   agnostic = jnp.pad(scores, ((0, 0), (0, missing)), constant_values=-jnp.inf)
   return Prediction(jnp.take(logits, task, axis=0), agnostic, jnp.take(macs, task, axis=0), agnostic_macs)
 
-
-def _merge(tree: Tree, other: Tree) -> Tree:
-  return traverse_util.unflatten_dict(traverse_util.flatten_dict(tree) | traverse_util.flatten_dict(other))

@@ -116,6 +116,7 @@ def make_train_step(
     seed: int,
     generator_optimiser: optax.GradientTransformation | None = None,
     records_loss: Callable[[Records], Array] | None = None,
+    view: Callable[[Any], Any] = lambda params: params,
     axis_name: Hashable | None = None,
 ) -> Callable:
   """S updates of the critic, then one of the generator: `(state, pixels, labels) -> (state, metrics)`.
@@ -130,57 +131,72 @@ def make_train_step(
     settings: as for `init_state`.
     generator_optimiser: in place of `settings.adam()`, such as one that leaves frozen filters alone.
     records_loss: added to the generator's loss, of a gated one's records.
+    view: the parameters that the generator runs with, from those that are trained.
     axis_name: mapped device axis over which a batch is spread.
   Returns:
     a step, whose metrics are scalars over the whole batch: `critic_loss`, `distance` (the estimate of Wasserstein's),
     `gradient_penalty` of the S updates on average, and `generator_loss`.
   """
-  optimiser = generator_optimiser or settings.adam()
-  critic_optimiser = settings.adam()
-  conditional = generator.classes is not None
+  return _Training(generator, critic, settings, seed, generator_optimiser or settings.adam(), records_loss, view,
+                   axis_name).step
 
-  def fakes(params, state, key, labels, n):
-    z = latents(jax.random.fold_in(key, LATENT_STREAM), n, generator.latent, axis_name)
-    variables = {"params": params, "batch_stats": state.batch_stats}
+
+@dataclasses.dataclass(frozen=True)
+class _Training:
+  """What `make_train_step` is given."""
+
+  generator: nn.Module
+  critic: nn.Module
+  settings: WganSettings
+  seed: int
+  optimiser: optax.GradientTransformation
+  records_loss: Callable[[Records], Array] | None
+  view: Callable[[Any], Any]
+  axis_name: Hashable | None
+
+  def step(self, state: WganState, pixels: Array, labels: Array | None = None) -> tuple[WganState, dict[str, Array]]:
+    key, turns = jax.random.fold_in(jax.random.key(self.seed), state.step), self.settings.critic_steps
+    parts = _in_turn((pixels, None if self.generator.classes is None else labels), turns)
+    body = lambda state, one: self._update_critic(state, jax.random.fold_in(key, one[0]), *one[1])
+    state, metrics = lax.scan(body, state, (jnp.arange(turns), parts))
+    n, labels = parts[0].shape[1], jax.tree.map(lambda labels: labels[-1], parts[1])
+    state, more = self._update_generator(state, jax.random.fold_in(key, turns), labels, n)
+    return state.replace(step=state.step + 1), {**jax.tree.map(jnp.mean, metrics), **more}
+
+  def _fakes(self, params: Any, state: WganState, key: Array, labels: Array | None, n: int):
+    z = latents(jax.random.fold_in(key, LATENT_STREAM), n, self.generator.latent, self.axis_name)
+    variables = {"params": self.view(params), "batch_stats": state.batch_stats}
     rngs = {GATE_RNG: jax.random.fold_in(key, GATE_STREAM)}
-    (images, records), updates = generator.apply(
+    (images, records), updates = self.generator.apply(
         variables, z, labels, train=True, mutable=["batch_stats"], rngs=rngs)
     return images, records, updates.get("batch_stats", {})
 
-  def update_critic(state, key, pixels, labels):
+  def _update_critic(self, state, key, pixels, labels):
     real = to_unit(pixels)
-    fake, *_ = fakes(state.generator, state, key, labels, real.shape[0])
-    mix = _uniform(jax.random.fold_in(key, MIX_STREAM), real.shape[0], axis_name)
-    loss = lambda params: critic_loss(
-        lambda images: critic.apply({"params": params}, images, labels), real, fake, mix, penalty=settings.penalty)
-    grads, metrics = mean_over_devices(jax.grad(loss, has_aux=True)(state.critic), axis_name)
-    updates, opt = critic_optimiser.update(grads, state.critic_opt, state.critic)
+    fake, *_ = self._fakes(state.generator, state, key, labels, real.shape[0])
+    mix = _uniform(jax.random.fold_in(key, MIX_STREAM), real.shape[0], self.axis_name)
+
+    def loss(params):
+      score = lambda images: self.critic.apply({"params": params}, images, labels)
+      return critic_loss(score, real, fake, mix, penalty=self.settings.penalty)
+
+    grads, metrics = mean_over_devices(jax.grad(loss, has_aux=True)(state.critic), self.axis_name)
+    updates, opt = self.settings.adam().update(grads, state.critic_opt, state.critic)
     return state.replace(critic=optax.apply_updates(state.critic, updates), critic_opt=opt), metrics
 
-  def update_generator(state, key, labels, n):
+  def _update_generator(self, state, key, labels, n):
     def loss(params):
-      images, records, batch_stats = fakes(params, state, key, labels, n)
-      adversarial = -jnp.mean(critic.apply({"params": state.critic}, images, labels))
-      total = adversarial if records_loss is None else adversarial + records_loss(records)
+      images, records, batch_stats = self._fakes(params, state, key, labels, n)
+      adversarial = -jnp.mean(self.critic.apply({"params": state.critic}, images, labels))
+      total = adversarial if self.records_loss is None else adversarial + self.records_loss(records)
       return total, ({"generator_loss": total}, batch_stats)
 
-    grads, (metrics, batch_stats) = mean_over_devices(jax.grad(loss, has_aux=True)(state.generator), axis_name)
-    updates, opt = optimiser.update(grads, state.generator_opt, state.generator)
+    grads, (metrics, batch_stats) = mean_over_devices(jax.grad(loss, has_aux=True)(state.generator), self.axis_name)
+    updates, opt = self.optimiser.update(grads, state.generator_opt, state.generator)
     params = optax.apply_updates(state.generator, updates)
     # In this form what does not move stays as it is to the bit.
-    average = jax.tree.map(lambda a, p: a + (1 - settings.average) * (p - a), state.average, params)
+    average = jax.tree.map(lambda a, p: a + (1 - self.settings.average) * (p - a), state.average, params)
     return state.replace(generator=params, generator_opt=opt, average=average, batch_stats=batch_stats), metrics
-
-  def step(state: WganState, pixels: Array, labels: Array | None = None) -> tuple[WganState, dict[str, Array]]:
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
-    parts = _in_turn((pixels, labels if conditional else None), settings.critic_steps)
-    body = lambda state, one: update_critic(state, jax.random.fold_in(key, one[0]), *one[1])
-    state, metrics = lax.scan(body, state, (jnp.arange(settings.critic_steps), parts))
-    n, labels = parts[0].shape[1], parts[1][-1] if conditional else None
-    state, more = update_generator(state, jax.random.fold_in(key, settings.critic_steps), labels, n)
-    return state.replace(step=state.step + 1), {**jax.tree.map(jnp.mean, metrics), **more}
-
-  return step
 
 
 def critic_loss(critic: Callable[[Array], Array], real: Array, fake: Array, mix: Array, *, penalty: float):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from gating_jax.checks import one_of
 from gating_jax.layers.gate import GATE_NAME, ChannelGate, GateSettings, Switched, apply_gates
 from gating_jax.ops.windows import convolve_doubled, convolve_images
-from gating_jax.types import Array, Records
+from gating_jax.types import Array, Path, Records
 
 GATINGS = ("none", "channel")
 _SMALLEST_SIDE = 8
@@ -63,7 +63,8 @@ class Generator(nn.Module):
     records: Records = ()
     for i, size in enumerate(maps, start=1):
       read = height * width * 9 * colours if i == len(maps) else 0
-      h, new = _Hidden(size, read, self.gating, self.gate, self.axis_name, name=f"map{i}")(h, train)
+      reader = (*self.path, "pixels") if i == len(maps) else (*self.path, f"map{i + 1}", "filters")
+      h, new = _Hidden(size, read, reader, self.gating, self.gate, self.axis_name, name=f"map{i}")(h, train)
       records += new
     return jnp.tanh(_doubling(colours, "pixels")(h)), records
 
@@ -94,10 +95,12 @@ class Critic(nn.Module):
 
 
 class _Hidden(nn.Module):
-  """One hidden map of a `Generator` and its gate; `pixel_macs` is what a channel costs the layer of pixels, if next."""
+  """One hidden map of a `Generator` and its gate; `pixel_macs` is what a channel costs the layer of pixels, if next;
+  `reader` is the layer after it."""
 
   size: tuple[int, int, int]
   pixel_macs: int
+  reader: Path
   gating: str
   gate: GateSettings
   axis_name: Hashable | None
@@ -113,7 +116,7 @@ class _Hidden(nn.Module):
     if self.gating == "none":
       return y, ()
     per_unit, per_pair = (height * width * x.shape[-1], 0) if from_latents else (0, height * width * 9)
-    group = Switched(features, per_unit + self.pixel_macs, per_pair, (filters.path,))
+    group = Switched(features, per_unit + self.pixel_macs, per_pair, (filters.path,), (self.reader,))
     records = ChannelGate((group,), self.gate, self.axis_name, name=GATE_NAME)(x, train)
     return apply_gates(y, records[0].gates), records
 
