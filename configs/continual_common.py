@@ -54,13 +54,13 @@ def continual_config() -> ml_collections.ConfigDict:
           "alpha": 0.1,  # weight of an older column's features to begin with
       },
       "router": {  # the classifier of tasks, for when the task is unknown
-          "rehearsal": "episodic",  # generative or none
+          "rehearsal": "episodic",  # or generative, gated_generative, none
           "hidden": 64,
           "steps": 2000,  # after each task, by itself
           "batch_size": 256,
           "learning_rate": 1e-3,
       },
-      "generator": {  # of generative rehearsal: a conditional WGAN-GP for each task, trained before it
+      "generator": {  # of generative rehearsal: a conditional WGAN-GP for each task, or for all, trained before a task
           "steps": 1500,  # of the generator
           "batch_size": 64,  # over all devices, for each update
           "critic_steps": 2,  # updates of the critic for each of the generator
@@ -70,6 +70,14 @@ def continual_config() -> ml_collections.ConfigDict:
           "latent": 64,
           "width": 16,  # channels of its last hidden map
           "images": 2000,  # generated of each task to train the classifier of tasks
+          "gates": {  # of gated_generative, one generator for all tasks
+              "noise_scale": 0.25,
+              "sparsity": 1.0,
+              "patience": 500.0,  # steps
+              "threshold": 0.0,
+              "protect_updates": True,
+              "shut_gates": True,
+          },
       },
       "ewc": {
           "strength": 200.0,  # lambda of lambda/2; less at a larger learning rate

@@ -7,7 +7,8 @@ Reference: Abati et al., 2020, section 3.4; Gulrajani et al., 2017 (WGAN-GP).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -92,30 +93,17 @@ def generative(
   classes: where real images stood beside generated ones, a classifier would tell these apart, and not the tasks.
   `replayed` images, over all devices, go along with each training batch.
   """
-  if images < problem.classes:
-    raise ValueError(f"generator.images must be at least the {problem.classes} classes of a task; got {images}")
+  check_images(images, problem)
   generator = Generator(problem.shape, latent=latent, width=width, classes=problem.classes)
   critic = Critic(width=width, classes=problem.classes)
   fresh = lambda: wgan.init_state(generator, critic, settings, seed)
   step = wgan.make_train_step(generator, critic, settings, seed=seed, axis_name=problem.axis_name)
 
-  def made(params, z, labels):
+  def make(params, z, labels):
     return wgan.to_pixels(generator.apply({"params": params}, z, labels)[0])
 
-  @jax.jit
-  def sample(params, key):
-    labels = jnp.arange(images) % problem.classes
-    return made(params, wgan.latents(key, images, latent), labels), labels
-
   def replay_step(memory, batch, task, key):
-    count = replayed // (1 if problem.axis_name is None else lax.axis_size(problem.axis_name))
-    which, latents, changes = jax.random.split(key, 3)
-    classes = jax.vmap(lambda key: jax.random.randint(key, (), 0, problem.classes * (task + 1)))(
-        example_keys(which, count, problem.axis_name))
-    z = wgan.latents(latents, count, latent, problem.axis_name)
-    of_all = lax.map(lambda params: made(params, z, classes % problem.classes), with_this(memory, task))
-    pixels = jnp.take_along_axis(of_all, (classes // problem.classes).reshape(1, -1, 1, 1, 1), axis=0)[0]
-    return Replay(problem.prepare(changes, pixels), classes, 0.0)
+    return replay_of_all(make, with_this(memory, task), problem, task, key, count=replayed, latent=latent)
 
   def init(key):
     state = fresh()
@@ -129,10 +117,8 @@ def generative(
 
   def recall(memory, data, task, key):
     generators = with_this(memory, task)
-    parts = [sample(jax.tree.map(lambda x, t=t: x[t], generators), jax.random.fold_in(key, t))
-             for t in range(task + 1)]
-    return (np.concatenate([np.asarray(pixels) for pixels, _ in parts]),
-            np.concatenate([np.asarray(labels) + t * problem.classes for t, (_, labels) in enumerate(parts)]))
+    each = ({"params": jax.tree.map(lambda x, t=t: x[t], generators)} for t in range(task + 1))
+    return generated(generator, each, key, images)
 
   def prelude(memory, pixels, labels):
     state, metrics = step(memory["training"], pixels, labels)
@@ -140,3 +126,53 @@ def generative(
 
   return Rehearsal(init, replay_step, recall, keep, lambda memory, learnt: tree_megabytes(
       jax.tree.map(lambda x: x[:learnt], memory["generators"])), prelude)
+
+
+def replay_of_all(
+    make: Callable[[Any, Array, Array], Array], each: Any, problem: Problem, task: Array, key: Array, *, count: int,
+    latent: int,
+) -> Replay:
+  """Generated images of all tasks up to this one, every class as likely.
+
+  Args:
+    make: `(one, z, labels) -> pixels`, by what a task has for itself, of its classes.
+    each: that of every task, `[T, ...]`.
+    count: images, over all devices.
+    latent: size of z.
+  """
+  here = count // (1 if problem.axis_name is None else lax.axis_size(problem.axis_name))
+  which, latents, changes = jax.random.split(key, 3)
+  classes = jax.vmap(lambda key: jax.random.randint(key, (), 0, problem.classes * (task + 1)))(
+      example_keys(which, here, problem.axis_name))
+  z = wgan.latents(latents, here, latent, problem.axis_name)
+  of_all = lax.map(lambda one: make(one, z, classes % problem.classes), each)
+  pixels = jnp.take_along_axis(of_all, (classes // problem.classes).reshape(1, -1, 1, 1, 1), axis=0)[0]
+  return Replay(problem.prepare(changes, pixels), classes, 0.0)
+
+
+def check_images(images: int, problem: Problem) -> None:
+  """Raises ValueError unless every class of a task can be generated."""
+  if images < problem.classes:
+    raise ValueError(f"generator.images must be at least the {problem.classes} classes of a task; got {images}")
+
+
+def generated(
+    generator: Generator, variables: Iterable[Any], key: Array, images: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """`(pixels, labels)`: as many images of every task, in equal parts of its classes.
+
+  Args:
+    generator: of the classes of one task.
+    variables: of each task.
+    key: of the latents.
+    images: of one task.
+  """
+  parts = [_sample(generator, v, jax.random.fold_in(key, task), images) for task, v in enumerate(variables)]
+  return (np.concatenate([np.asarray(pixels) for pixels, _ in parts]),
+          np.concatenate([np.asarray(labels) + t * generator.classes for t, (_, labels) in enumerate(parts)]))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _sample(generator: Generator, variables: Any, key: Array, images: int) -> tuple[Array, Array]:
+  labels = jnp.arange(images) % generator.classes
+  return wgan.to_pixels(generator.apply(variables, wgan.latents(key, images, generator.latent), labels)[0]), labels

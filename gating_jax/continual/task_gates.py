@@ -49,35 +49,25 @@ Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskGatesSettings:
-  """How tasks are gated and protected.
+class TaskGatesSettings(units.ProtectionSettings):
+  """How tasks are gated and protected: patience in epochs, relevance on validation images.
 
   Attributes:
-    sparsity: lambda_s, the price of the share of open gates.
-    patience: epochs of each task without that price.
-    threshold: a unit is relevant if its gate opens on more than this share of validation images.
     when_full: what happens where a layer has no free unit for the next task: `error`; `reuse` of the old ones alone; or
       `grow`, by the share `growth` of its first width.
     growth: see `allocated`; what a layer has not grown to yet is shut.
-    protect_updates, shut_gates, own_norms: the three protections; a task is forgotten without any of them.
+    own_norms: BatchNorm for every task, the third protection.
   """
 
-  sparsity: float
-  patience: float
-  threshold: float = 0.0
   when_full: str = "error"
   growth: float = 0.25
-  protect_updates: bool = True
-  shut_gates: bool = True
   own_norms: bool = True
 
   def __post_init__(self):
+    super().__post_init__()
     one_of("when_full", self.when_full, WHEN_FULL)
-    for name in ("sparsity", "patience", "growth"):
-      if not getattr(self, name) >= 0:
-        raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}")
-    if not 0 <= self.threshold < 1:
-      raise ValueError(f"threshold must be a share in [0, 1); got {self.threshold}")
+    if not self.growth >= 0:
+      raise ValueError(f"growth must be >= 0; got {self.growth}")
 
   def price(self, epoch: Array) -> Array:
     """Of the share of open gates, after so many epochs of a task."""

@@ -6,6 +6,7 @@ Reference: Abati et al., 2020, section 3.2.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -19,6 +20,31 @@ from gating_jax.types import Array, GateRecord, Records
 
 SHUT = -1e3  # log-odds of a gate that never opens
 Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ProtectionSettings:
+  """How tasks are gated and protected.
+
+  Attributes:
+    sparsity: lambda_s, the price of the share of open gates.
+    patience: how long each task learns without that price.
+    threshold: a unit is relevant if its gate opens more often than this share.
+    protect_updates, shut_gates: two protections; a task is forgotten without any of them.
+  """
+
+  sparsity: float
+  patience: float
+  threshold: float = 0.0
+  protect_updates: bool = True
+  shut_gates: bool = True
+
+  def __post_init__(self):
+    for name in ("sparsity", "patience"):
+      if not getattr(self, name) >= 0:
+        raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}")
+    if not 0 <= self.threshold < 1:
+      raise ValueError(f"threshold must be a share in [0, 1); got {self.threshold}")
 
 
 def by_record(units: Array, records: Records) -> list[Array]:

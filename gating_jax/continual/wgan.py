@@ -79,14 +79,8 @@ class WganState(struct.PyTreeNode):
   critic_opt: Any
 
 
-def init_state(
-    generator: nn.Module,
-    critic: nn.Module,
-    settings: WganSettings,
-    seed: int,
-    generator_optimiser: optax.GradientTransformation | None = None,
-) -> WganState:
-  """A fresh state; None is `settings.adam()`."""
+def init_state(generator: nn.Module, critic: nn.Module, settings: WganSettings, seed: int) -> WganState:
+  """A fresh state."""
 
   @jax.jit
   def init(key):
@@ -101,7 +95,7 @@ def init_state(
         average=params,
         batch_stats=variables.get("batch_stats", {}),
         critic=critic_params,
-        generator_opt=(generator_optimiser or settings.adam()).init(params),
+        generator_opt=settings.adam().init(params),
         critic_opt=settings.adam().init(critic_params))
 
   # A copy, since the average and the generator must not be one buffer, which a step could not take over.
@@ -114,9 +108,10 @@ def make_train_step(
     settings: WganSettings,
     *,
     seed: int,
-    generator_optimiser: optax.GradientTransformation | None = None,
-    records_loss: Callable[[Records], Array] | None = None,
     view: Callable[[Any], Any] = lambda params: params,
+    records_loss: Callable[[Records], Array] | None = None,
+    gradient: Callable[[Any, Any], Any] = lambda grads, params: grads,
+    update: Callable[[Any, Any], Any] = lambda updates, params: updates,
     axis_name: Hashable | None = None,
 ) -> Callable:
   """S updates of the critic, then one of the generator: `(state, pixels, labels) -> (state, metrics)`.
@@ -129,16 +124,16 @@ def make_train_step(
     generator: `(z [N, generator.latent], labels, train) -> (images [N, H, W, D] in [-1, 1], records)`.
     critic: `(images, labels) -> scores [N]`.
     settings: as for `init_state`.
-    generator_optimiser: in place of `settings.adam()`, such as one that leaves frozen filters alone.
-    records_loss: added to the generator's loss, of a gated one's records.
     view: the parameters that the generator runs with, from those that are trained.
+    records_loss: added to the generator's loss, of a gated one's records.
+    gradient, update: changes to the generator's gradient before the optimiser sees it, and to what that makes of it,
+      such as one that leaves frozen filters alone; both are given the parameters as well.
     axis_name: mapped device axis over which a batch is spread.
   Returns:
     a step, whose metrics are scalars over the whole batch: `critic_loss`, `distance` (the estimate of Wasserstein's),
     `gradient_penalty` of the S updates on average, and `generator_loss`.
   """
-  return _Training(generator, critic, settings, seed, generator_optimiser or settings.adam(), records_loss, view,
-                   axis_name).step
+  return _Training(generator, critic, settings, seed, view, records_loss, gradient, update, axis_name).step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +144,10 @@ class _Training:
   critic: nn.Module
   settings: WganSettings
   seed: int
-  optimiser: optax.GradientTransformation
-  records_loss: Callable[[Records], Array] | None
   view: Callable[[Any], Any]
+  records_loss: Callable[[Records], Array] | None
+  gradient: Callable[[Any, Any], Any]
+  update: Callable[[Any, Any], Any]
   axis_name: Hashable | None
 
   def step(self, state: WganState, pixels: Array, labels: Array | None = None) -> tuple[WganState, dict[str, Array]]:
@@ -192,8 +188,9 @@ class _Training:
       return total, ({"generator_loss": total}, batch_stats)
 
     grads, (metrics, batch_stats) = mean_over_devices(jax.grad(loss, has_aux=True)(state.generator), self.axis_name)
-    updates, opt = self.optimiser.update(grads, state.generator_opt, state.generator)
-    params = optax.apply_updates(state.generator, updates)
+    grads = self.gradient(grads, state.generator)
+    updates, opt = self.settings.adam().update(grads, state.generator_opt, state.generator)
+    params = optax.apply_updates(state.generator, self.update(updates, state.generator))
     # In this form what does not move stays as it is to the bit.
     average = jax.tree.map(lambda a, p: a + (1 - self.settings.average) * (p - a), state.average, params)
     return state.replace(generator=params, generator_opt=opt, average=average, batch_stats=batch_stats), metrics

@@ -146,7 +146,8 @@ def _check(config: ml_collections.ConfigDict) -> None:
           "devices.backend": devices.BACKENDS,
       },
       positive=("model.width", "optim.learning_rate", "optim.gate_multiplier", "optim.drop_factor", "optim.clip"),
-      not_negative=("optim.weight_decay",),
+      not_negative=("optim.weight_decay", "generator.gates.noise_scale", "generator.gates.sparsity",
+                    "generator.gates.patience"),
       at_least={"seed": 0, "data.pad": 0, "data.image_size": 0, "tasks.classes_per_task": 1, "tasks.count": 0,
                 "generator.steps": 1, "generator.batch_size": 1,
                 "generator.latent": 1, "generator.width": 1,
@@ -160,5 +161,6 @@ def _check(config: ml_collections.ConfigDict) -> None:
           "optim.batch_size": settings.divides_over_devices(),
           "optim.eval_batch_size": settings.divides_over_devices(),
           "generator.batch_size": settings.divides_over_devices(),
+          "generator.gates.threshold": (lambda share: 0 <= share < 1, "a share in [0, 1)"),
           "tasks.order_seed": (lambda seed: seed is None or seed >= 0, "None or >= 0"),
       })

@@ -8,6 +8,7 @@ import ml_collections
 from gating_jax.continual import agem, derpp, experience_replay, icarl
 from gating_jax.continual.ewc import ewc, online_ewc
 from gating_jax.continual.fine_tuning import fine_tuning
+from gating_jax.continual.gated_generator import gated
 from gating_jax.continual.hat import hat
 from gating_jax.continual.lwf import lwf
 from gating_jax.continual.method import Method, Network, Problem
@@ -16,13 +17,16 @@ from gating_jax.continual.progressive import progressive
 from gating_jax.continual.rehearsal import episodic, generative
 from gating_jax.continual.replay import ReplaySettings
 from gating_jax.continual.router import RouterSettings
+from gating_jax.continual.shared_generator import shared_generative
 from gating_jax.continual.synaptic_intelligence import si
 from gating_jax.continual.task_gates import TaskGatesSettings, task_gates
+from gating_jax.continual.units import ProtectionSettings
 from gating_jax.continual.wgan import WganSettings
 from gating_jax.experiments import settings
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.columns import column
 from gating_jax.models.counts import count
+from gating_jax.models.generator import Generator
 from gating_jax.models.resnet import resnet
 from gating_jax.models.vgg import VGGS, vgg
 
@@ -48,10 +52,32 @@ def _task_gates(config, problem):
 
 
 def _generative(config, problem):
-  fields = dict(config.generator)
-  own = {name: fields.pop(name) for name in ("images", "latent", "width")}
-  wgan = WganSettings(**{name: value for name, value in fields.items() if name not in ("steps", "batch_size")})
-  return generative(problem, wgan, seed=config.seed, replayed=config.replay.batch_size, **own)
+  own = {name: config.generator[name] for name in ("latent", "width", "images")}
+  return generative(problem, _wgan(config), seed=config.seed, replayed=config.replay.batch_size, **own)
+
+
+def _gated_generative(config, problem):
+  fields = dict(config.generator.gates)
+  noise = fields.pop("noise_scale")
+  generator = _generator(config, problem, GateSettings(**{**config.model.gate, "noise_scale": noise}))
+  protection = gated(generator, problem.tasks, ProtectionSettings(**fields))
+  return _shared_generative(config, problem, generator, protection)
+
+
+def _wgan(config):
+  names = ("critic_steps", "penalty", "learning_rate", "average")
+  return WganSettings(**{name: config.generator[name] for name in names})
+
+
+def _generator(config, problem, gate):
+  """One for all tasks."""
+  fields = config.generator
+  return Generator(problem.shape, fields.latent, fields.width, problem.classes, "channel", gate, problem.axis_name)
+
+
+def _shared_generative(config, problem, generator, protection):
+  return shared_generative(problem, generator, _wgan(config), protection, images=config.generator.images,
+                           replayed=config.replay.batch_size, seed=config.seed)
 
 
 def _hat(config, problem):
@@ -89,6 +115,7 @@ REHEARSALS = {
     "none": lambda config, problem: None,
     "episodic": lambda config, problem: episodic(problem, ReplaySettings(**config.replay)),
     "generative": _generative,
+    "gated_generative": _gated_generative,
 }
 
 

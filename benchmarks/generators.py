@@ -1,0 +1,114 @@
+"""One generator for all tasks against one for each: what they need, how good their images are, and what they forget.
+
+    python benchmarks/generators.py --config=split_digits --kinds=generative,gated_generative --seeds=0
+
+A judge, a support vector machine trained on real images of all classes, says which class an image shows. Listed is the
+share of generated images that show the class asked for, right after the task's training (`then`) and after the last
+(`now`); `same` is the share of images that are now what they were then, bit for bit.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from sklearn.svm import SVC
+
+from gating_jax.data import tasks
+from gating_jax.experiments import continual_build, continual_methods
+
+_JUDGE_IMAGES = 10_000  # at most
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--config", default="split_digits")
+  parser.add_argument("--kinds", default="generative,gated_generative")
+  parser.add_argument("--seeds", default="0")
+  parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the config, as JSON")
+  args = parser.parse_args()
+  flags.FLAGS.mark_as_parsed()
+  experiment = continual_build.build(configured(args, "generative", 0))
+  judge = trained_judge(experiment)
+  sets = [task.test for task in experiment.tasks]
+  right = np.mean([np.mean(judge(s.pixels) == s.labels) for s in sets])
+  print(f"{args.config}, seeds {args.seeds}, {' '.join(args.set)}; the judge on real test images: {100 * right:.1f} %\n"
+        f"{'generators':<18}{'seed':>5}{'kB':>7}{'then':>7}{'now':>7}{'same':>7}  "
+        f"{'now, by task':<26}{'units used, by task':<26}{'seconds':>8}", flush=True)
+  for kind in args.kinds.split(","):
+    for seed in map(int, args.seeds.split(",")):
+      report(kind, seed, continual_build.build(configured(args, kind, seed)), judge)
+
+
+def configured(args, kind, seed):
+  name, _, variant = args.config.partition(":")
+  config = importlib.import_module(f"configs.{name}").get_config(variant)
+  config.update_from_flattened_dict({field: json.loads(value) for field, value in (s.split("=", 1) for s in args.set)})
+  config.update({"method": "gates", "seed": seed})
+  config.router.rehearsal = kind
+  return config
+
+
+def report(kind, seed, experiment, judge):
+  """Trains the generators of all tasks and prints a line."""
+  start, config = time.perf_counter(), experiment.config
+  problem, count = dataclasses.replace(experiment.problem, axis_name=None), config.generator.images
+  rehearsal = continual_methods.REHEARSALS[kind](config, problem)
+  memory, key = rehearsal.init(experiment.key(0)), experiment.key(1)
+  then, right = [], lambda pixels, labels: np.mean(judge(pixels) == labels)
+  for task in range(problem.tasks):
+    memory = trained(rehearsal, memory, experiment, task)
+    pixels, labels = rehearsal.recall(memory, None, task, key)
+    then.append(pixels[task * count :])
+    memory = rehearsal.keep(memory, None, task, key)
+  of_task = lambda x: np.split(x, problem.tasks)
+  now = [right(*pair) for pair in zip(of_task(pixels), of_task(labels), strict=True)]
+  before = [right(*pair) for pair in zip(then, of_task(labels), strict=True)]
+  same = np.mean(np.all(np.concatenate(then) == pixels, axis=(1, 2, 3)))
+  used = np.mean(memory["protection"]["relevant"], axis=1) if "protection" in memory else np.ones(problem.tasks)
+  each = lambda shares: " ".join(f"{100 * share:.0f}" for share in shares)
+  print(f"{kind:<18}{seed:>5}{1000 * rehearsal.megabytes(memory, problem.tasks):>7.0f}{100 * np.mean(before):>7.1f}"
+        f"{100 * np.mean(now):>7.1f}{100 * same:>7.1f}  {each(now):<26}{each(used):<26}"
+        f"{time.perf_counter() - start:>8.0f}", flush=True)
+
+
+def trained(rehearsal, memory, experiment, task):
+  """The memory after the prelude of one task."""
+  images, config = experiment.tasks[task].train, experiment.config
+  pixels, labels = (jnp.asarray(x) for x in images.read(slice(None)))
+  size = config.generator.batch_size * config.generator.critic_steps
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def run(memory, key):
+    def step(memory, key):
+      index = jax.random.randint(key, (size,), 0, len(labels))
+      own = labels[index] - task * experiment.problem.classes
+      return rehearsal.prelude(memory, pixels[index], own)[0], None
+
+    return jax.lax.scan(step, memory, jax.random.split(key, config.generator.steps))[0]
+
+  return run(jax.tree.map(jnp.copy, memory), jax.random.key(task))
+
+
+def trained_judge(experiment):
+  """`pixels -> classes`."""
+  images = tasks.join(tuple(task.train for task in experiment.tasks))
+  chosen = np.random.default_rng(0).permutation(len(images))[:_JUDGE_IMAGES]
+  flat = lambda pixels: np.asarray(pixels).reshape(len(pixels), -1) / 255
+  pixels, labels = images.read(chosen)
+  judge = SVC(C=10).fit(flat(pixels), labels)
+  return lambda pixels: judge.predict(flat(pixels))
+
+
+if __name__ == "__main__":
+  main()
