@@ -54,7 +54,7 @@ def continual_config() -> ml_collections.ConfigDict:
           "alpha": 0.1,  # weight of an older column's features to begin with
       },
       "router": {  # the classifier of tasks, for when the task is unknown
-          "rehearsal": "episodic",  # or generative, gated_generative, none
+          "rehearsal": "episodic",  # or generative, gated_generative, masked_generative, none
           "hidden": 64,
           "steps": 2000,  # after each task, by itself
           "batch_size": 256,
@@ -103,6 +103,11 @@ def continual_config() -> ml_collections.ConfigDict:
       "derpp": {
           "alpha": 0.5,  # weight of the squared distance to stored logits
           "beta": 2.0,  # weight of the cross-entropy of replayed images
+      },
+      "dgm": {  # its generator is that of generative rehearsal, with masks
+          "steepness": 400.0,  # as of hat
+          "sparsity": 0.75,
+          "real": 0.0,  # share of the loss on real images, which are the task's alone
       },
       "optim": {
           "epochs": 10,  # of the smallest task; every task has as many steps

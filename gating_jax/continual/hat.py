@@ -62,11 +62,16 @@ def hat(model: nn.Module, problem: Problem, counts: ModelCounts, *, steepness: f
     steepness: s_max.
     sparsity: c.
   """
+  check(steepness, sparsity)
+  return _Hat(streams.SharedNet(model, problem), counts, steepness, sparsity).method()
+
+
+def check(steepness: float, sparsity: float) -> None:
+  """Raises ValueError for settings that cannot be."""
   if not steepness >= 1:
     raise ValueError(f"steepness must be >= 1; got {steepness}")
   if not sparsity >= 0:
     raise ValueError(f"sparsity must be >= 0; got {sparsity}")
-  return _Hat(streams.SharedNet(model, problem), counts, steepness, sparsity).method()
 
 
 def slope(place: Array, steepness: float) -> Array:
@@ -123,6 +128,46 @@ def plasticity(shared: Tree, records: Records, used: Array, started: Array) -> T
   return traverse_util.unflatten_dict({path: free(path, leaf) for path, leaf in flat.items()})
 
 
+def of_embeddings(change: Callable[..., Array], tree: Tree, *others: Tree) -> Tree:
+  """`tree` with `change` made to each embedding, and to the arrays of the same place in `others`."""
+  flat, *others = (traverse_util.flatten_dict(t) for t in (tree, *others))
+  return traverse_util.unflatten_dict({
+      path: change(leaf, *(other[path] for other in others)) if is_gate_path(path) else leaf
+      for path, leaf in flat.items()})
+
+
+def drawn(params: Tree, key: Array) -> Tree:
+  """Parameters with embeddings that are standard normal."""
+  keys = iter(jax.random.split(key, len(jax.tree.leaves(params))))
+  return of_embeddings(lambda e: jax.random.normal(next(keys), e.shape), params)
+
+
+def compensated(grads: Tree, params: Tree, s: Array, steepness: float) -> Tree:
+  """Gradients with those of embeddings freed of the slope."""
+  return of_embeddings(lambda grad, e: grad * compensation(e, s, steepness), grads, params)
+
+
+def limited(updates: Tree, params: Tree) -> Tree:
+  """Updates that leave every embedding within its limits."""
+  return of_embeddings(lambda u, e: jnp.clip(e + u, -EMBEDDING_LIMIT, EMBEDDING_LIMIT) - e, updates, params)
+
+
+def embeddings(params: Tree, records: Records) -> Array:
+  """`[U]`, a task's."""
+  flat = traverse_util.flatten_dict(params)
+  return jnp.concatenate([flat[*gate, "logits"] for gate in dict.fromkeys(r.gate for r in records)])
+
+
+def at_slope(params: Tree, s: Array | float) -> Tree:
+  """Parameters of which the network makes the masks `sigmoid(s e)`."""
+  return of_embeddings(lambda e: s * e, params)
+
+
+def masks(records: Records) -> Array:
+  """`[U]`; they are the same for all examples."""
+  return jnp.concatenate([r.gates[0] for r in records])
+
+
 @dataclasses.dataclass(frozen=True)
 class _Hat:
   """The functions of the method, over the parameters and statistics of `SharedNet`.
@@ -147,21 +192,20 @@ class _Hat:
 
   def loss(self, params: Tree, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
     s = slope(batch.place, self.steepness)
-    logits, _, records, batch_stats = self.net.apply(_at(params, s), learner.batch_stats, batch.x, train=True)
+    logits, _, records, batch_stats = self.net.apply(at_slope(params, s), learner.batch_stats, batch.x, train=True)
     terms = streams.head_terms(logits, batch.labels, learner.task, self.net.problem)
-    taken = regulariser(_masks(records), learner.memory["used"])
+    taken = regulariser(masks(records), learner.memory["used"])
     return terms["cross_entropy"] + self.sparsity * taken, ({**terms, "sparsity": taken}, batch_stats)
 
   def gradient(self, grads: Tree, learner: Learner, batch: Batch) -> Tree:
     s = slope(batch.place, self.steepness)
-    return _of_embeddings(lambda grad, e: grad * compensation(e, s, self.steepness), grads, learner.params)
+    return compensated(grads, learner.params, s, self.steepness)
 
   def update(self, updates: Tree, grads: Tree, learner: Learner) -> tuple[Tree, Tree]:
     # Not the gradient: momentum of the steps before, and weight decay, would move what it no longer moves.
     free = plasticity(updates["shared"], self.net.shapes()[0], learner.memory["used"], jnp.float32(learner.task > 0))
     updates = {**updates, "shared": jax.tree.map(jnp.multiply, updates["shared"], free)}
-    clamp = lambda u, e: jnp.clip(e + u, -EMBEDDING_LIMIT, EMBEDDING_LIMIT) - e
-    return _of_embeddings(clamp, updates, learner.params), learner.memory
+    return limited(updates, learner.params), learner.memory
 
   def end_task(self, learner: Learner, data: TaskData, key: Array) -> Learner:
     fresh_key, settle_key = jax.random.split(key)
@@ -176,7 +220,7 @@ class _Hat:
 
   def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
     own = jax.tree.map(lambda tree: tree[:seen], learner.memory["own"])
-    own["params"] = _at(own["params"], self.steepness)
+    own["params"] = at_slope(own["params"], self.steepness)
     stream = self.net.side_by_side(learner.params, learner.batch_stats, own, x)
     executed = [dataclasses.replace(r, gates=jnp.ceil(r.gates)) for r in stream.records]  # all that is not exactly 0
     macs = executed_macs(executed) + float(self.counts.fixed + stream.features.shape[-1] * self.net.problem.classes)
@@ -185,29 +229,22 @@ class _Hat:
   def holdings(self, learner: Learner) -> Holdings:
     learnt, records = int(learner.task), self.net.shapes()[0]
     own = jax.tree.map(lambda x: x[:learnt], learner.memory["own"]["params"])
-    masks = jax.vmap(lambda params: self._logits(params, records))(learner.memory["own"]["params"]) > 0
+    masks = jax.vmap(lambda own: embeddings(own["net"], records))(learner.memory["own"]["params"]) > 0
     return Holdings(tree_size((learner.params["shared"], own)), tree_megabytes(learner.memory["used"]),
                     dict(zip(map(layer_name, records), map(np.asarray, by_record(masks, records)), strict=True)))
 
-  def _logits(self, own: Tree, records: Records) -> Array:
-    """`[U]`, a task's embeddings."""
-    flat = traverse_util.flatten_dict(own["net"])
-    return jnp.concatenate([flat[*gate, "logits"] for gate in dict.fromkeys(r.gate for r in records)])
-
   def _fresh(self, key: Array) -> tuple[Tree, Tree]:
-    """The embeddings standard normal."""
     params, batch_stats = self.net.fresh(key)
-    keys = iter(jax.random.split(jax.random.fold_in(key, 0), len(jax.tree.leaves(params))))
-    return _of_embeddings(lambda e: jax.random.normal(next(keys), e.shape), params), batch_stats
+    return drawn(params, jax.random.fold_in(key, 0)), batch_stats
 
   def _masks_at_rest(self, params: Tree, batch_stats: Tree) -> Array:
     x = jnp.zeros((1, *self.net.problem.shape))
-    return _masks(self.net.apply(_at(params, self.steepness), batch_stats, x).records)
+    return masks(self.net.apply(at_slope(params, self.steepness), batch_stats, x).records)
 
   def _settled(self, learner: Learner, pixels: Array, key: Array) -> Tree:
     """The running statistics at s_max."""
     net = dataclasses.replace(self.net, model=self.net.model.clone(axis_name=None))
-    params, size = _at(learner.params, self.steepness), min(len(pixels), net.problem.batch_size)
+    params, size = at_slope(learner.params, self.steepness), min(len(pixels), net.problem.batch_size)
 
     @jax.jit
     def step(batch_stats, pixels):
@@ -217,21 +254,3 @@ class _Hat:
     for places in np.asarray(jax.random.choice(key, len(pixels), (_SETTLING_BATCHES, size))):
       batch_stats = step(batch_stats, np.asarray(pixels)[places])
     return batch_stats
-
-
-def _of_embeddings(change: Callable[..., Array], tree: Tree, *others: Tree) -> Tree:
-  """`tree` with `change` made to each embedding, and to the arrays of the same place in `others`."""
-  flat, *others = (traverse_util.flatten_dict(t) for t in (tree, *others))
-  return traverse_util.unflatten_dict({
-      path: change(leaf, *(other[path] for other in others)) if is_gate_path(path) else leaf
-      for path, leaf in flat.items()})
-
-
-def _at(params: Tree, s: Array | float) -> Tree:
-  """Parameters of which the network makes the masks `sigmoid(s e)`."""
-  return _of_embeddings(lambda e: s * e, params)
-
-
-def _masks(records: Records) -> Array:
-  """`[U]`; they are the same for all examples."""
-  return jnp.concatenate([r.gates[0] for r in records])

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from gating_jax.continual import replay, streams, wgan
-from gating_jax.continual.method import Batch, Problem, TaskData, tree_megabytes
+from gating_jax.continual.method import Batch, Learner, Problem, TaskData, tree_megabytes
 from gating_jax.models.generator import Critic, Generator
 from gating_jax.ops.collectives import example_keys
 from gating_jax.types import Array
@@ -126,6 +126,20 @@ def generative(
 
   return Rehearsal(init, replay_step, recall, keep, lambda memory, learnt: tree_megabytes(
       jax.tree.map(lambda x: x[:learnt], memory["generators"])), prelude)
+
+
+def make_prelude(rehearsal: Rehearsal | None, problem: Problem) -> (
+    Callable[[Learner, Array, Array], tuple[Learner, Mapping[str, Array]]] | None):
+  """The prelude of a method that keeps the rehearsal's memory under that name; None for none."""
+  if rehearsal is None or rehearsal.prelude is None:
+    return None
+
+  def prelude(learner, pixels, labels):
+    own = labels - learner.task * problem.classes
+    memory, metrics = rehearsal.prelude(learner.memory["rehearsal"], pixels, own)
+    return learner.replace(step=learner.step + 1, memory={**learner.memory, "rehearsal": memory}), metrics
+
+  return prelude
 
 
 def replay_of_all(

@@ -38,7 +38,7 @@ from gating_jax.continual.method import (
   tree_megabytes,
   tree_size,
 )
-from gating_jax.continual.rehearsal import Rehearsal, Replay
+from gating_jax.continual.rehearsal import Rehearsal, Replay, make_prelude
 from gating_jax.layers.gate import GATE_RNG
 from gating_jax.models.counts import ModelCounts
 from gating_jax.ops.macs import executed_macs
@@ -100,7 +100,7 @@ def task_gates(
   net = streams.SharedNet(model, problem, settings.own_norms)
   gates = _TaskGates(net, counts, settings, rehearsal, router_settings)
   return Method(gates.init, gates.loss, gates.end_task, gates.predict, update=gates.update, holdings=gates.holdings,
-                prelude=gates.prelude if rehearsal is not None and rehearsal.prelude else None)
+                prelude=make_prelude(rehearsal, problem))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,11 +137,6 @@ class _TaskGates:
       params["router"] = router.init(keys[1], self.problem.tasks, features, self.router.hidden)
       memory["rehearsal"] = self.rehearsal.init(keys[2])
     return Start(params, batch_stats, memory)
-
-  def prelude(self, learner: Learner, pixels: Array, labels: Array) -> tuple[Learner, Mapping[str, Array]]:
-    own = labels - learner.task * self.problem.classes
-    rehearsal, metrics = self.rehearsal.prelude(learner.memory["rehearsal"], pixels, own)
-    return learner.replace(step=learner.step + 1, memory={**learner.memory, "rehearsal": rehearsal}), metrics
 
   def loss(self, params: Tree, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
     noise, drawing = jax.random.split(batch.key)

@@ -6,11 +6,13 @@ import flax.linen as nn
 import ml_collections
 
 from gating_jax.continual import agem, derpp, experience_replay, icarl
+from gating_jax.continual.dgm import dgm
 from gating_jax.continual.ewc import ewc, online_ewc
 from gating_jax.continual.fine_tuning import fine_tuning
 from gating_jax.continual.gated_generator import gated
 from gating_jax.continual.hat import hat
 from gating_jax.continual.lwf import lwf
+from gating_jax.continual.masked_generator import masked
 from gating_jax.continual.method import Method, Network, Problem
 from gating_jax.continual.multitask import multitask_gates, multitask_norms, multitask_trunk
 from gating_jax.continual.progressive import progressive
@@ -62,6 +64,17 @@ def _gated_generative(config, problem):
   generator = _generator(config, problem, GateSettings(**{**config.model.gate, "noise_scale": noise}))
   protection = gated(generator, problem.tasks, ProtectionSettings(**fields))
   return _shared_generative(config, problem, generator, protection)
+
+
+def _masked_generative(config, problem):
+  fields = {name: config.dgm[name] for name in ("steepness", "sparsity")}
+  generator = _generator(config, problem, GateSettings(context="none", relaxation="sigmoid"))
+  protection = masked(generator, problem.tasks, steps=config.generator.steps, **fields)
+  return _shared_generative(config, problem, generator, protection)
+
+
+def _dgm(config, net):
+  return dgm(net, _masked_generative(config, net.problem), real=config.dgm.real)
 
 
 def _wgan(config):
@@ -116,6 +129,7 @@ REHEARSALS = {
     "episodic": lambda config, problem: episodic(problem, ReplaySettings(**config.replay)),
     "generative": _generative,
     "gated_generative": _gated_generative,
+    "masked_generative": _masked_generative,
 }
 
 
@@ -148,6 +162,7 @@ METHODS = {
     "multitask_gates": _multitask_gates,
     "multitask_norms": _multitask_norms,
     "multitask_trunk": _plain(lambda config, net: multitask_trunk(net)),
+    "dgm": _plain(_dgm, scope="seen"),
 }
 
 

@@ -99,6 +99,19 @@ def test_frozen_filters_stay_and_the_others_begin_anew():
   assert tiny.bit_equal(memories[0]["training"].average, memories[0]["training"].generator)
 
 
+def test_what_goes_along_with_a_batch_is_of_all_classes_so_far_and_old_images_stay_as_they_were():
+  method, memories, _ = learnt()
+  memory = memories[0]
+  later, _ = jax.jit(method.prelude)(memory, *images(1))
+  one, two = (jax.jit(method.replay)(m, None, 1, jax.random.key(3)) for m in (memory, later))
+  np.testing.assert_array_equal(one.labels, two.labels)
+  assert set(one.labels.tolist()) == {0, 1, 2, 3}
+  old = np.asarray(one.labels) < 2
+  np.testing.assert_array_equal(one.x[old], two.x[old])
+  assert np.any(np.asarray(one.x) != two.x)
+  assert (one.x.shape, one.batch_weight) == ((12, *SHAPE), 0.0)
+
+
 def test_what_each_task_has_for_itself_is_kept_and_starts_fresh():
   method, memories, _ = learnt()
   parts = [shared_generator.split(m["training"].average, RECORDS)["own"] for m in memories]

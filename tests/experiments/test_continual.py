@@ -51,7 +51,7 @@ def config(monkeypatch):
         ("router.rehearsal", "episodes", "router.rehearsal must be one of .*; got 'episodes'. Did you mean 'episodic'"),
         ("generator.steps", 0, "generator.steps must be >= 1; got 0"),
         ("generator.gates.sparsity", -1.0, "generator.gates.sparsity must be >= 0; got -1.0"),
-        ("generator.gates.threshold", 1.0, r"generator.gates.threshold must be a share in [0, 1); got 1.0"),
+        ("generator.gates.threshold", 1.0, r"generator.gates.threshold must be a share in \[0, 1\); got 1.0"),
         ("generator.batch_size", 12, "generator.batch_size must be a multiple of the 8 devices; got 12"),
         ("replay.images", 3, "replay.images must be at least 4, one of every class; got 3"),
     ])
@@ -172,9 +172,12 @@ def test_every_method_learns_two_tasks(method, config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_with_generators_goes_on_within_their_training_to_the_same_end(config, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("method", "rehearsal"), [("gates", "generative"), ("gates", "gated_generative"),
+                                                   ("dgm", "none")])
+def test_a_run_with_generators_goes_on_within_their_training_to_the_same_end(
+    config, tmp_path, capsys, monkeypatch, method, rehearsal):
   monkeypatch.setattr(continual, "Checkpoints", functools.partial(Checkpoints, keep=100))
-  made = config(**{"router.rehearsal": "generative", "generator.steps": 4, "generator.batch_size": 16,
+  made = config(**{"method": method, "router.rehearsal": rehearsal, "generator.steps": 4, "generator.batch_size": 16,
                    "generator.width": 2, "generator.images": 10})
   continual.run(made, tmp_path, "train")
   end, learner = final_learner(made, tmp_path)

@@ -1,0 +1,65 @@
+"""DGM: dynamic generative memory, masked generative replay.
+
+    L = r CE(images of the task) + (1 - r) CE(generated images of all tasks so far, every class as likely)
+
+All tasks have one generator, a conditional WGAN-GP with HAT's masks (`masked_generator`), trained on each task before
+the classifier is. With r = 0 the classifier sees generated images alone: beside real ones of the task, it could tell
+what is generated from what is not, and not the classes.
+
+Unlike the authors', the classifier is a network of its own, that of the other methods, and not a second head of the
+critic; the generator has its full width from the start, and does not grow by what a task takes; masks are learnt as in
+HAT, the layer of pixels being each task's own.
+
+Reference: Ostapenko et al., "Learning to remember: a synaptic plasticity driven framework for continual learning",
+CVPR 2019.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gating_jax.continual.method import Batch, Holdings, Learner, Method, Network, Start, TaskData, tree_size
+from gating_jax.continual.rehearsal import Rehearsal, make_prelude
+from gating_jax.types import Array
+
+
+def dgm(network: Network, rehearsal: Rehearsal, *, real: float) -> Method:
+  """The method.
+
+  Args:
+    network: the classifier.
+    rehearsal: a generative one; its memory is all that is kept.
+    real: r.
+  """
+  if not 0 <= real < 1:
+    raise ValueError(f"real must be a share in [0, 1); got {real}")
+
+  def init(key: Array) -> Start:
+    net_key, key = jax.random.split(key)
+    return Start(*network.init(net_key), {"rehearsal": rehearsal.init(key)})
+
+  def loss(params: Any, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
+    noise, drawing = jax.random.split(batch.key)
+    x, labels, _ = rehearsal.replay(learner.memory["rehearsal"], batch, learner.task, drawing)
+    if real:
+      x, labels = jnp.concatenate([x, batch.x]), jnp.concatenate([labels, batch.labels])
+    logits, batch_stats = network.train_logits(params, learner.batch_stats, x, noise)
+    each = network.cross_entropy(logits, labels, learner.task)
+    if not real:
+      return jnp.mean(each), ({"replay": jnp.mean(each)}, batch_stats)
+    new, replayed = jnp.mean(each[-len(batch.x):]), jnp.mean(each[: -len(batch.x)])
+    return real * new + (1 - real) * replayed, ({"cross_entropy": new, "replay": replayed}, batch_stats)
+
+  def end_task(learner: Learner, data: TaskData, key: Array) -> Learner:
+    kept = rehearsal.keep(learner.memory["rehearsal"], data, int(learner.task), key)
+    return learner.replace(memory={"rehearsal": kept})
+
+  def holdings(learner: Learner) -> Holdings:
+    return Holdings(tree_size(learner.params), rehearsal.megabytes(learner.memory["rehearsal"], int(learner.task)))
+
+  return Method(init, loss, end_task, network.predict, holdings=holdings,
+                prelude=make_prelude(rehearsal, network.problem))
