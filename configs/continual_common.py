@@ -70,7 +70,8 @@ def continual_config() -> ml_collections.ConfigDict:
           "latent": 64,
           "width": 16,  # channels of its last hidden map
           "images": 2000,  # generated of each task to train the classifier of tasks
-          "gates": {  # of gated_generative, one generator for all tasks
+          "gates": {  # of gated_generative, one generator for all tasks; as of gates and model.gate
+              "initial_open": 0.5,
               "noise_scale": 0.25,
               "sparsity": 1.0,
               "patience": 500.0,  # steps

@@ -60,8 +60,8 @@ def _generative(config, problem):
 
 def _gated_generative(config, problem):
   fields = dict(config.generator.gates)
-  noise = fields.pop("noise_scale")
-  generator = _generator(config, problem, GateSettings(**{**config.model.gate, "noise_scale": noise}))
+  gate = {name: fields.pop(name) for name in ("initial_open", "noise_scale")}
+  generator = _generator(config, problem, GateSettings(**{**config.model.gate, **gate}))
   protection = gated(generator, problem.tasks, ProtectionSettings(**fields))
   return _shared_generative(config, problem, generator, protection)
 
