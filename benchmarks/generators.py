@@ -75,10 +75,10 @@ def report(kind, seed, experiment, judge):
   now = [right(*pair) for pair in zip(of_task(pixels), of_task(labels), strict=True)]
   before = [right(*pair) for pair in zip(then, of_task(labels), strict=True)]
   same = np.mean(np.all(np.concatenate(then) == pixels, axis=(1, 2, 3)))
-  used = [np.mean(units, axis=1) for units in memory.get("protection", {}).values() if np.ndim(units) == 2]
+  used = [np.asarray(units).mean(axis=1) for units in memory.get("protection", {}).values() if np.ndim(units) == 2]
   each = lambda shares: " ".join(f"{100 * share:.0f}" for share in shares)
   print(f"{kind:<18}{seed:>5}{1000 * rehearsal.megabytes(memory, problem.tasks):>7.0f}{100 * np.mean(before):>7.1f}"
-        f"{100 * np.mean(now):>7.1f}{100 * same:>7.1f}  {each(now):<26}{each(used):<26}"
+        f"{100 * np.mean(now):>7.1f}{100 * same:>7.1f}  {each(now):<26}{''.join(map(each, used)):<26}"
         f"{time.perf_counter() - start:>8.0f}", flush=True)
 
 
