@@ -159,7 +159,9 @@ def test_every_method_learns_two_tasks(method, config, tmp_path):
   """Better than chance with the task known, and finite; what each does against forgetting is tested with it."""
   epochs = 40 if method == "hat" else 8  # its embeddings hold the gradient's norm at the clip, so weights learn slowly
   made = config(method=method, **{"optim.epochs": epochs, "optim.learning_rate": 0.05, "checkpoint_every": 100,
-                                  "hat.sparsity": 0.0, "gates.sparsity": 0.0})
+                                  "hat.sparsity": 0.0, "dgm.real": 0.5, "generator.steps": 50,
+                                  "generator.batch_size": 16, "generator.width": 4, "generator.images": 20,
+                                  "gates.sparsity": 0.0})
   continual.run(made, tmp_path, "train")
   result = json.loads((tmp_path / "result.json").read_text())
   accuracies = np.array(result["task_aware"]["accuracies"], float)
