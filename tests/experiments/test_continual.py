@@ -50,7 +50,7 @@ def config(monkeypatch):
         ("gates.when_full", "grwo", "when_full must be one of .*; got 'grwo'"),
         ("router.rehearsal", "episodes", "router.rehearsal must be one of .*; got 'episodes'. Did you mean 'episodic'"),
         ("generator.steps", 0, "generator.steps must be >= 1; got 0"),
-        ("generator.gates.sparsity", -1.0, "generator.gates.sparsity must be >= 0; got -1.0"),
+        ("generator.gates.sparsity", -1.0, "generator.gates.sparsity must be .* >= 0; got -1.0"),
         ("generator.gates.threshold", 1.0, r"generator.gates.threshold must be a share in \[0, 1\); got 1.0"),
         ("generator.batch_size", 12, "generator.batch_size must be a multiple of the 8 devices; got 12"),
         ("replay.images", 3, "replay.images must be at least 4, one of every class; got 3"),
