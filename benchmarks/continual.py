@@ -45,10 +45,15 @@ def row(method, results):
 
 
 def arguments(description, methods):
-  parser = argparse.ArgumentParser(description=description.splitlines()[0])
+  parser = config_arguments(description)
   parser.add_argument("--runs", type=Path, required=True)
-  parser.add_argument("--config", default="split_digits")
   parser.add_argument("--methods", default=methods)
+  return parser
+
+
+def config_arguments(description):
+  parser = argparse.ArgumentParser(description=description.splitlines()[0])
+  parser.add_argument("--config", default="split_digits")
   parser.add_argument("--seeds", default="0")
   parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the config, as JSON")
   return parser
@@ -59,15 +64,24 @@ def percent(shares):
   return "n/a" if None in shares else f"{100 * statistics.mean(shares):.2f}"
 
 
-def run(args, method, seed):
+def configured(args, fields):
+  """The config that the arguments name, with these fields."""
   name, _, variant = args.config.partition(":")
   config = importlib.import_module(f"configs.{name}").get_config(variant)
-  config.update_from_flattened_dict({field: json.loads(value) for field, value in (s.split("=", 1) for s in args.set)})
-  config.update({"method": method, "seed": seed})
+  set_by_hand = {field: json.loads(value) for field, value in (s.split("=", 1) for s in args.set)}
+  config.update_from_flattened_dict({**set_by_hand, **fields})
+  return config
+
+
+def run(args, method, seed):
+  """The result of a run, or the end of this process where it was stopped."""
   workdir = args.runs / args.config.replace(":", "-") / f"{method}-{seed}"
   workdir.parent.mkdir(parents=True, exist_ok=True)
   with workdir.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log):
-    continual.run(config, workdir, "train")  # which leaves a finished run alone, and refuses one of another config
+    # A finished run is left alone, and one of another config refused.
+    continual.run(configured(args, {"method": method, "seed": seed}), workdir, "train")
+  if not (workdir / "result.json").exists():
+    raise SystemExit(f"stopped in {workdir}; the same command goes on from there")
   return json.loads((workdir / "result.json").read_text())
 
 

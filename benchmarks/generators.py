@@ -7,17 +7,11 @@ share of generated images that show the class asked for, right after the task's 
 (`now`); `same` is the share of images that are now what they were then, bit for bit.
 """
 
-import argparse
 import dataclasses
 import functools
-import importlib
-import json
-import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
+import continual
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,14 +25,11 @@ _JUDGE_IMAGES = 10_000  # at most
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--config", default="split_digits")
+  parser = continual.config_arguments(__doc__)
   parser.add_argument("--kinds", default="generative,gated_generative")
-  parser.add_argument("--seeds", default="0")
-  parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the config, as JSON")
   args = parser.parse_args()
   flags.FLAGS.mark_as_parsed()
-  experiment = continual_build.build(configured(args, "generative", 0))
+  experiment = experiment_of(args, "generative", 0)
   judge = trained_judge(experiment)
   sets = [task.test for task in experiment.tasks]
   right = np.mean([np.mean(judge(s.pixels) == s.labels) for s in sets])
@@ -47,16 +38,12 @@ def main():
         f"{'now, by task':<26}{'units used, by task':<26}{'seconds':>8}", flush=True)
   for kind in args.kinds.split(","):
     for seed in map(int, args.seeds.split(",")):
-      report(kind, seed, continual_build.build(configured(args, kind, seed)), judge)
+      report(kind, seed, experiment_of(args, kind, seed), judge)
 
 
-def configured(args, kind, seed):
-  name, _, variant = args.config.partition(":")
-  config = importlib.import_module(f"configs.{name}").get_config(variant)
-  config.update_from_flattened_dict({field: json.loads(value) for field, value in (s.split("=", 1) for s in args.set)})
-  config.update({"method": "gates", "seed": seed})
-  config.router.rehearsal = kind
-  return config
+def experiment_of(args, kind, seed):
+  fields = {"method": "gates", "seed": seed, "router.rehearsal": kind}
+  return continual_build.build(continual.configured(args, fields))
 
 
 def report(kind, seed, experiment, judge):
