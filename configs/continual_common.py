@@ -99,7 +99,7 @@ def continual_config() -> ml_collections.ConfigDict:
       },
       "replay": {  # the episodic memory, of every method that has one
           "images": 2000,
-          "batch_size": 64,  # images replayed at each step, over all devices
+          "batch_size": 64,  # images replayed at each step, over all devices; of generators as well
       },
       "derpp": {
           "alpha": 0.5,  # weight of the squared distance to stored logits
@@ -115,7 +115,7 @@ def continual_config() -> ml_collections.ConfigDict:
           "batch_size": 64,  # over all devices; of each task, where all are learnt together
           "eval_batch_size": 256,
           "learning_rate": 0.01,
-          "gate_multiplier": 1.0,  # of the learning rate, for the parameters of gates
+          "gate_multiplier": 1.0,  # of the learning rate, for the parameters of gates, but for hat
           "schedule": "step",  # or cosine, over the steps of a task
           "drops": (),
           "drop_factor": 0.1,

@@ -38,14 +38,13 @@ def gated(generator: Generator, tasks: int, gates: units.ProtectionSettings) -> 
             "relevant": jnp.zeros((tasks, sum(r.gates.shape[-1] for r in records)), bool)}
 
   def begin(state, shared, fresh, key):
-    anew = lambda frozen, old, new: jnp.where(frozen, old, new)
-    return {**fresh, "shared": jax.tree.map(anew, state["frozen"], shared, fresh["shared"])}
+    return {**fresh, "shared": units.begin_anew(state["frozen"], shared, fresh["shared"])}
 
   def training(state, step):
-    price = gates.sparsity * (step >= gates.patience)
+    available = np.ones(state["relevant"].shape[1], bool)
     free = jax.tree.map(jnp.logical_not, state["frozen"]) if gates.protect_updates else {}
     return {"update": lambda updates, params: shared_generator.slowed(updates, free),
-            "records_loss": lambda records: price * jnp.mean(jnp.stack([jnp.mean(r.gates) for r in records]))}
+            "records_loss": lambda records: gates.price(step) * units.open_share(records, available)}
 
   def finish(state, task, params, batch_stats, key):
     variables = {"params": streams.merge(params["shared"], params["own"]), "batch_stats": batch_stats}

@@ -3,7 +3,8 @@
     L = sum_t [ cross-entropy of task t's head on its images + lambda_s (share of its gates that are open) ]
 
 `multitask_trunk`: only a head. `multitask_norms`: BatchNorm as well. `multitask_gates`: gate networks too. What a task
-has for itself is trained as it would be alone; what tasks do to each other, they do in what they share.
+has for itself gets the gradient it would get alone; what tasks do to each other, they do in what they share. Only where
+the gradient's norm is clipped, a bound over all tasks, do they slow each other's own parts as well.
 
 Axes: B examples of each task, N or M examples, T tasks, C classes of a task, U gated units of the network.
 Reference: Caruana, "Multitask learning", 1997; Abati et al., 2020 (the gates).
@@ -49,7 +50,8 @@ def multitask_gates(model: nn.Module, problem: Problem, counts: ModelCounts, set
     model: from images to `([N, F] features, records)`, its records naming their writers.
     problem: what it learns.
     counts: of the model.
-    settings: of which `sparsity`, `patience` and `threshold` are read: there is nothing to protect from later tasks.
+    settings: of which `sparsity`, `patience` and `threshold` are read: there is nothing to protect
+      from later tasks.
   """
   return _Multitask(streams.SharedNet(model, problem), counts, settings).method()
 

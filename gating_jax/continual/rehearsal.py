@@ -45,7 +45,8 @@ class Rehearsal:
 
   Attributes:
     init: `key -> memory`.
-    replay: `(memory, batch, task, key) -> Replay` in a step of this task's training, all tasks in equal parts.
+    replay: `(memory, batch, task, key) -> Replay` in a step of this task's training, all tasks but those that
+      only the batch shows in equal parts.
     recall: `(memory, data, task, key) -> (pixels, labels)`, images of every task up to this one, which ends.
     keep: `(memory, data, task, key) -> memory`, after that.
     megabytes: `(memory, learnt)`, 10**6 bytes that it needs after so many tasks.
@@ -154,13 +155,21 @@ def replay_of_all(
     count: images, over all devices.
     latent: size of z.
   """
-  here = count // (1 if problem.axis_name is None else lax.axis_size(problem.axis_name))
+  devices = 1 if problem.axis_name is None else lax.axis_size(problem.axis_name)
+  if count % devices:
+    raise ValueError(f"the replayed batch must be a multiple of the {devices} devices; got {count}")
+  here = count // devices
   which, latents, changes = jax.random.split(key, 3)
   classes = jax.vmap(lambda key: jax.random.randint(key, (), 0, problem.classes * (task + 1)))(
       example_keys(which, here, problem.axis_name))
   z = wgan.latents(latents, here, latent, problem.axis_name)
-  of_all = lax.map(lambda one: make(one, z, classes % problem.classes), each)
-  pixels = jnp.take_along_axis(of_all, (classes // problem.classes).reshape(1, -1, 1, 1, 1), axis=0)[0]
+  of_task = classes // problem.classes
+
+  def add(t, pixels):
+    one = jax.tree.map(lambda x: x[t], each)
+    return jnp.where((of_task == t)[:, None, None, None], make(one, z, classes % problem.classes), pixels)
+
+  pixels = lax.fori_loop(0, task + 1, add, jnp.zeros((here, *problem.shape), jnp.uint8))
   return Replay(problem.prepare(changes, pixels), classes, 0.0)
 
 

@@ -10,6 +10,7 @@ Reference: Rebuffi et al., 2017 (iCaRL); Chaudhry et al., "On tiny episodic memo
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Hashable
 from typing import Any
 
@@ -108,14 +109,35 @@ def draw(memory: Memory, key: Array, count: int, *, axis_name: Hashable | None =
   return jax.tree.map(lambda x: x[places], memory), filled > 0
 
 
+def mix(new: Array, replayed: Array) -> Array:
+  """`[B, ...]` and `[R, ...]` to `[B + R, ...]`, evenly, so that the place of an example in the whole batch does not
+  depend on the devices it is spread over.
+
+  >>> mix(jnp.array([1, 2, 3, 4]), jnp.array([8, 9]))
+  Array([1, 2, 8, 3, 4, 9], dtype=int32)
+  """
+  groups = math.gcd(len(new), len(replayed))
+  parts = [x.reshape(groups, -1, *x.shape[1:]) for x in (new, replayed)]
+  return jnp.concatenate(parts, axis=1).reshape(-1, *new.shape[1:])
+
+
+def part(tree: Any, new: int, replayed: int) -> tuple[Any, Any]:
+  """What `mix` made one of, in each array of a tree, from the numbers B and R."""
+  groups = math.gcd(new, replayed)
+  split = lambda x: jnp.split(x.reshape(groups, -1, *x.shape[1:]), [new // groups], axis=1)
+  pick = lambda i: jax.tree.map(lambda x: split(x)[i].reshape(-1, *x.shape[1:]), tree)
+  return pick(0), pick(1)
+
+
 def draw_inputs(
     memory: Memory, key: Array, batch: Batch, problem: Problem, count: int) -> tuple[Array, Array, Any, Array]:
   """`(x [R, H, W, D], labels [R], extra, filled)`: a draw as network input, augmented as in training.
 
-  As long as the memory is empty, examples of the batch stand in for it, so that BatchNorm never sees a blank image.
+  As long as the memory is empty, examples of the batch stand in for it, so that BatchNorm never sees a blank image:
+  evenly chosen, so that they do not depend on how the batch is spread over devices.
   """
   places, changes = jax.random.split(key)
   entries, filled = draw(memory, places, count, axis_name=problem.axis_name)
-  stand_in = lambda x, held: jnp.where(filled, held, jnp.resize(x, held.shape))
+  stand_in = lambda x, held: jnp.where(filled, held, x[jnp.arange(len(held)) * len(x) // len(held)])
   return (stand_in(batch.x, problem.prepare(changes, entries.pixels)), stand_in(batch.labels, entries.labels),
           entries.extra, filled)

@@ -71,6 +71,13 @@ def cross_entropy(params: Any, features: Array, tasks: Array, seen: Array) -> Ar
       jnp.where(competing, scores(params, features), -jnp.inf), tasks)
 
 
+def of_seen(updates: Any, seen: Array) -> Any:
+  """Updates of what serves the first `seen` tasks; the rest waits as it was made, weight decay or not."""
+  served = jnp.arange(updates["out"]["bias"].shape[0]) < seen
+  return {"hidden": {**updates["hidden"], "kernel": jnp.where(served[:, None, None], updates["hidden"]["kernel"], 0)},
+          "out": jax.tree.map(lambda u: jnp.where(served, u, 0), updates["out"])}
+
+
 def macs(seen: int, features: int, hidden: int) -> int:
   """Multiply-accumulates of one image."""
   return seen * features * hidden + hidden * seen

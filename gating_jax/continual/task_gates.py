@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 
 from gating_jax.checks import one_of
-from gating_jax.continual import router, streams, units
+from gating_jax.continual import replay, router, streams, units
 from gating_jax.continual.method import (
   Batch,
   Holdings,
@@ -68,10 +68,6 @@ class TaskGatesSettings(units.ProtectionSettings):
     one_of("when_full", self.when_full, WHEN_FULL)
     if not self.growth >= 0:
       raise ValueError(f"growth must be >= 0; got {self.growth}")
-
-  def price(self, epoch: Array) -> Array:
-    """Of the share of open gates, after so many epochs of a task."""
-    return self.sparsity * (epoch >= self.patience)
 
   def allocated(self, tasks: int) -> float:
     """How many times as wide as it begins the network must be made."""
@@ -143,11 +139,13 @@ class _TaskGates:
     x = batch.x
     if self.rehearsal is not None:
       replayed = self.rehearsal.replay(learner.memory["rehearsal"], batch, learner.task, drawing)
-      x = jnp.concatenate([x, replayed.x])
+      x = replay.mix(x, replayed.x)
     logits, features, records, batch_stats = self.net.apply(
         params, learner.batch_stats, x, train=True, rngs={GATE_RNG: noise})
-    terms = streams.head_terms(logits[: len(batch.x)], batch.labels, learner.task, self.problem)
-    terms["sparsity"] = units.open_share(records, learner.memory["available"], len(batch.x))
+    if self.rehearsal is not None:
+      (logits, records), _ = replay.part((logits, records), len(batch.x), len(replayed.x))
+    terms = streams.head_terms(logits, batch.labels, learner.task, self.problem)
+    terms["sparsity"] = units.open_share(records, learner.memory["available"])
     total = terms["cross_entropy"] + self.settings.price(batch.epoch) * terms["sparsity"]
     if self.rehearsal is not None:
       terms["task_cross_entropy"] = self._task_cross_entropy(params, learner, x, features, batch.labels, replayed)
@@ -155,10 +153,13 @@ class _TaskGates:
     return total, (terms, batch_stats)
 
   def update(self, updates: Tree, grads: Tree, learner: Learner) -> tuple[Tree, Tree]:
-    if not self.settings.protect_updates:
-      return updates, learner.memory
-    shared = jax.tree.map(lambda u, frozen: jnp.where(frozen, 0, u), updates["shared"], learner.memory["frozen"])
-    return {**updates, "shared": shared}, learner.memory
+    updates = dict(updates)
+    if "router" in updates:
+      updates["router"] = router.of_seen(updates["router"], learner.task + 1)
+    if self.settings.protect_updates:
+      still = lambda u, frozen: jnp.where(frozen, 0, u)
+      updates["shared"] = jax.tree.map(still, updates["shared"], learner.memory["frozen"])
+    return updates, learner.memory
 
   def end_task(self, learner: Learner, data: TaskData, key: Array) -> Learner:
     task, memory = int(learner.task), learner.memory
@@ -171,8 +172,7 @@ class _TaskGates:
     frozen = units.freeze(memory["frozen"], records, relevant)
     own_key, key = jax.random.split(key)
     fresh, fresh_stats = self._fresh(own_key, available)
-    anew = lambda old, new, frozen: jnp.where(frozen, old, new)
-    shared = jax.tree.map(anew, learner.params["shared"], fresh["shared"], frozen)
+    shared = units.begin_anew(frozen, learner.params["shared"], fresh["shared"])
     memory = memory | {
         "own": streams.put(memory["own"], task, {"params": own, "batch_stats": learner.batch_stats["own"]}),
         "frozen": frozen,
@@ -207,16 +207,16 @@ class _TaskGates:
   def _task_cross_entropy(
       self, params: Tree, learner: Learner, x: Array, features: Array, labels: Array, replayed: Replay
   ) -> Array:
-    """Of the classifier of tasks on a batch and what is replayed with it; it moves nothing of earlier tasks."""
+    """Of the classifier of tasks on `x`, a batch and what is replayed with it; it moves nothing of earlier tasks."""
     def earlier(task, features):
       own = jax.tree.map(lambda tree: tree[task], learner.memory["own"])
       return features.at[:, task].set(self.net.of_task(learner.params, learner.batch_stats, own, x).features)
 
     of_all = jnp.zeros((len(x), self.problem.tasks, features.shape[-1]))
     of_all = lax.fori_loop(0, learner.task, earlier, of_all).at[:, learner.task].set(features)
-    tasks = jnp.concatenate([labels, replayed.labels]) // self.problem.classes
+    tasks = replay.mix(labels, replayed.labels) // self.problem.classes
     each = router.cross_entropy(params["router"], of_all, tasks, learner.task + 1)
-    of_batch, of_replay = (jnp.mean(part) for part in jnp.split(each, [len(labels)]))
+    of_batch, of_replay = map(jnp.mean, replay.part(each, len(labels), len(replayed.labels)))
     return replayed.batch_weight * of_batch + (1 - replayed.batch_weight) * of_replay
 
   def _rehearse(self, learner: Learner, data: TaskData, key: Array) -> Learner:

@@ -11,6 +11,7 @@ import itertools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -46,6 +47,10 @@ class ProtectionSettings:
     if not 0 <= self.threshold < 1:
       raise ValueError(f"threshold must be a share in [0, 1); got {self.threshold}")
 
+  def price(self, elapsed: Array) -> Array:
+    """Of the share of open gates, so long after a task has begun."""
+    return self.sparsity * (elapsed >= self.patience)
+
 
 def by_record(units: Array, records: Records) -> list[Array]:
   """`[..., U]` in the parts of each record."""
@@ -58,11 +63,16 @@ def joined(records: Records) -> Array:
   return jnp.concatenate([r.gates for r in records], axis=-1)
 
 
-def open_share(records: Records, available: Array, count: int | None = None) -> Array:
-  """Mean over layers of the share of their available units, `[U]` bool, that are open; and over the first examples."""
+def open_share(records: Records, available: Array) -> Array:
+  """Mean over layers and examples of the share of the available units, `[U]` bool, that are open."""
   there = by_record(available, records)
-  return jnp.mean(jnp.stack([jnp.mean(jnp.sum(r.gates[:count], axis=-1)) / jnp.sum(a)
+  return jnp.mean(jnp.stack([jnp.mean(jnp.sum(r.gates, axis=-1)) / jnp.sum(a)
                              for r, a in zip(records, there, strict=True)]))
+
+
+def begin_anew(frozen: Tree, old: Tree, fresh: Tree) -> Tree:
+  """`old` where frozen, else `fresh`."""
+  return jax.tree.map(jnp.where, frozen, old, fresh)
 
 
 def layer_name(record: GateRecord) -> str:

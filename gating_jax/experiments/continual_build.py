@@ -118,7 +118,8 @@ def build(config: ml_collections.ConfigDict) -> ContinualExperiment:
   optimiser = optax.chain(
       optax.clip_by_global_norm(training.clip),
       optim.sgd(rate, momentum=training.momentum, weight_decay=training.weight_decay,
-                gate_multiplier=training.gate_multiplier))
+                # HAT's masks are parameters of gates as well, whose pace it sets itself.
+                gate_multiplier=1.0 if config.method == "hat" else training.gate_multiplier))
   dense = continual_methods.network(config, problem, classes=problem.classes, gated=False)
   return ContinualExperiment(config, sequence, problem, method, count(dense, problem.shape).macs,
                              reduced_macs(dense, problem.shape), optimiser, per_epoch)
@@ -149,7 +150,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
       not_negative=("optim.weight_decay", "generator.gates.noise_scale", "generator.gates.sparsity",
                     "generator.gates.patience"),
       at_least={"seed": 0, "data.pad": 0, "data.image_size": 0, "tasks.classes_per_task": 1, "tasks.count": 0,
-                "generator.steps": 1, "generator.batch_size": 1,
+                "replay.batch_size": 1, "generator.steps": 1, "generator.batch_size": 1,
                 "generator.latent": 1, "generator.width": 1,
                 "optim.epochs": 1, "optim.batch_size": 1, "optim.eval_batch_size": 1, "log_every": 1,
                 "checkpoint_every": 1},

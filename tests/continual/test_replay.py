@@ -153,8 +153,8 @@ def test_replayed_images_are_changed_as_in_training_and_the_batch_stands_in_for_
   batch = Batch(x, jnp.array([1, 0]), None, 0.0)
   key = jax.random.key(0)
   got, labels, _, any_filled = replay.draw_inputs(replay.empty(4, SHAPE), key, batch, problem, 3)
-  np.testing.assert_array_equal(got[:, 0, 0, 0], [0.5, 0.25, 0.5])
-  assert (labels.tolist(), bool(any_filled)) == ([1, 0, 1], False)
+  np.testing.assert_array_equal(got[:, 0, 0, 0], [0.5, 0.5, 0.25])
+  assert (labels.tolist(), bool(any_filled)) == ([1, 1, 0], False)
   got, labels, extra, any_filled = replay.draw_inputs(
       replay.Memory(jnp.full((1, *SHAPE), 40, jnp.uint8), jnp.array([0]), jnp.array([7.0])), key, batch, problem, 3)
   np.testing.assert_allclose(got, np.full((3, *SHAPE), 4.1), rtol=1e-6)

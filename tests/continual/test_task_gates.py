@@ -10,13 +10,14 @@ import optax
 import pytest
 import tiny
 
-from gating_jax.continual import steps
+from gating_jax.continual import rehearsal, router, steps
 from gating_jax.continual.method import Batch, Learner, Problem, Table, TaskData
 from gating_jax.continual.rehearsal import episodic
 from gating_jax.continual.replay import ReplaySettings
 from gating_jax.continual.router import RouterSettings
+from gating_jax.continual.streams import SharedNet
 from gating_jax.continual.task_gates import FullLayerError, TaskGatesSettings, task_gates
-from gating_jax.layers.gate import GateSettings
+from gating_jax.layers.gate import GATE_RNG, GateSettings
 from gating_jax.models.counts import count
 from gating_jax.models.resnet import ResNet
 from gating_jax.models.vgg import POOL, VGG
@@ -47,11 +48,11 @@ def data(task, count=64, seed=0):
 class Run:
   """A method on the three tasks, as the experiment runs it, on one device."""
 
-  def __init__(self, name, rehearsal=None, router=None, **settings):
+  def __init__(self, name, remembering=None, classifier=None, **settings):
     model = MODELS[name]
     # The threshold gives up units that test images would open.
     gates = TaskGatesSettings(**{"sparsity": 0.5, "patience": 0.0, "when_full": "reuse", "threshold": 0.9, **settings})
-    self.method = task_gates(model, PROBLEM, count(model, SHAPE), gates, rehearsal, router)
+    self.method = task_gates(model, PROBLEM, count(model, SHAPE), gates, remembering, classifier)
     self.optimiser = optim.sgd(optax.constant_schedule(0.1), momentum=0.9, weight_decay=1e-2)
     self.step = jax.jit(steps.make_step(self.method, self.optimiser, lambda key, x: PROBLEM.normalise(x), seed=0,
                                         steps_per_epoch=4))
@@ -207,8 +208,46 @@ def test_the_task_is_told_from_the_streams_and_costs_all_of_them():
   assert np.mean(right) > 0.6  # chance is a third
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.2])
+def test_the_loss_of_the_classifier_of_tasks_by_hand(weight):
+  """Earlier streams are seen in evaluation, the task's own in training; the batch counts by its weight."""
+  old, new = data(0, 16, seed=5), data(1, 32, seed=6)
+  replayed = rehearsal.Replay(PROBLEM.normalise(old[0]), jnp.asarray(old[1]), weight)
+  made = dataclasses.replace(episodic(PROBLEM, ReplaySettings(30, 16)), replay=lambda *_: replayed)
+  run = Run("simple_cnn", made, RouterSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2))
+  run.learn(0)
+  learner, net = run.learner, SharedNet(MODELS["simple_cnn"], PROBLEM)
+  batch = Batch(PROBLEM.normalise(new[0]), jnp.asarray(new[1]), jax.random.key(3), 0.0)
+  _, (terms, _) = run.method.loss(learner.params, learner, batch)
+  # Two of the batch go with each that is replayed.
+  x = np.concatenate([np.reshape(batch.x, (16, 2, *SHAPE)), replayed.x[:, None]], axis=1).reshape(-1, *SHAPE)
+  trained = net.apply(learner.params, learner.batch_stats, x, train=True,
+                      rngs={GATE_RNG: jax.random.split(batch.key)[0]})
+  own = jax.tree.map(lambda tree: tree[0], learner.memory["own"])
+  earlier = net.of_task(learner.params, learner.batch_stats, own, x)
+  scores = router.scores(learner.params["router"], jnp.stack([earlier.features, trained.features], axis=1))
+  each = -jax.nn.log_softmax(scores)[np.arange(48), np.tile([1, 1, 0], 16)].reshape(16, 3)
+  expected = weight * each[:, :2].mean() + (1 - weight) * each[:, 2].mean()
+  assert float(terms["task_cross_entropy"]) == pytest.approx(float(expected), rel=1e-5)
+  own_logits = trained.logits.reshape(16, 3, 2)[:, :2].reshape(32, 2)
+  cross_entropy = -jax.nn.log_softmax(own_logits)[np.arange(32), new[1] - 2].mean()
+  assert float(terms["cross_entropy"]) == pytest.approx(float(cross_entropy), rel=1e-5)
+
+
+def test_what_the_classifier_has_for_tasks_to_come_waits_as_it_was_made():
+  """Weight decay would else shrink it before it is ever trained."""
+  run = Run("vgg", episodic(PROBLEM, ReplaySettings(30, 32)),
+            RouterSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2))
+  later = lambda: jax.device_get({"hidden": run.learner.params["router"]["hidden"]["kernel"][2:],
+                                  "out": jax.tree.map(lambda x: x[..., 2:], run.learner.params["router"]["out"])})
+  made, first = later(), np.asarray(run.learner.params["router"]["hidden"]["kernel"][:2])
+  run.learn(0)
+  run.learn(1)
+  assert tiny.bit_equal(later(), made)
+  assert not np.array_equal(run.learner.params["router"]["hidden"]["kernel"][:2], first)
+
+
 def test_the_classifier_of_tasks_is_trained_with_the_task_and_sees_every_stream():
-  """Its loss is that of the features the streams give in evaluation, but for the stream that is being trained."""
   run = Run("vgg", episodic(PROBLEM, ReplaySettings(30, 32)),
             RouterSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2), sparsity=0.0)
   run.learn(0)
@@ -245,11 +284,15 @@ def test_settings_are_checked(field, value, message):
     TaskGatesSettings(**{"sparsity": 0.5, "patience": 0.0, field: value})
 
 
-def test_two_devices_take_the_step_of_one():
-  run = Run("vgg")
+@pytest.mark.parametrize("rehearsed", [False, True])
+def test_two_devices_take_the_step_of_one(rehearsed):
+  settings = RouterSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2) if rehearsed else None
+  remembering = lambda problem: episodic(problem, ReplaySettings(30, 32)) if rehearsed else None
+  run = Run("vgg", remembering(PROBLEM), settings)
   model = MODELS["vgg"].clone(axis_name=devices.AXIS)
   problem = dataclasses.replace(PROBLEM, axis_name=devices.AXIS)
-  method = task_gates(model, problem, count(model, SHAPE), TaskGatesSettings(sparsity=0.5, patience=0.0), None)
+  method = task_gates(model, problem, count(model, SHAPE), TaskGatesSettings(sparsity=0.5, patience=0.0),
+                      remembering(problem), settings)
   step = steps.make_step(method, run.optimiser, lambda key, x: PROBLEM.normalise(x), seed=0, steps_per_epoch=4,
                          axis_name=devices.AXIS)
   spread = devices.map_over_devices(
