@@ -26,8 +26,8 @@ def image_config() -> ml_collections.ConfigDict:
           "flip": False,
       },
       "model": {
-          "name": "resnet20",
-          "width": 1.0,
+          "name": "resnet20",  # 20, 32, 44, 56, 110; 18, 34, 50, 101 for large images; vgg8, vgg16, simple_cnn
+          "width": 1.0,  # of every channel count, such as 0.25 or 20
           "shortcut": config_dict.placeholder(str),  # None: the named network's own; A or B
           "dtype": "float32",  # or bfloat16
           "gating": "channel",  # or none
@@ -71,6 +71,7 @@ def image_config() -> ml_collections.ConfigDict:
 
 
 _VARIANTS = {
+    "model": ("model.name", str),
     "gating": ("model.gating", str),
     "width": ("model.width", float),
     "epochs": ("optim.epochs", int),

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import ml_collections
 import optax
@@ -15,7 +16,8 @@ from gating_jax.experiments import settings
 from gating_jax.layers.blocks import GATINGS, SHORTCUTS
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.counts import ModelCounts, count
-from gating_jax.models.resnet import RESNETS, ResNet, resnet
+from gating_jax.models.resnet import RESNETS, resnet
+from gating_jax.models.vgg import VGGS, vgg
 from gating_jax.ops.priors import beta
 from gating_jax.training import devices, loop, optim, schedules
 from gating_jax.training.objectives import REDUCTIONS, SPARSITIES, ImageObjective
@@ -30,7 +32,7 @@ class Experiment:
   config: ml_collections.ConfigDict
   open_train: Callable[[], sources.Images | streaming.Stream]
   test: sources.Images | streaming.Stream
-  model: ResNet
+  model: nn.Module
   counts: ModelCounts
   optimiser: optax.GradientTransformation
   objective: ImageObjective
@@ -45,10 +47,6 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   """Checks every setting, then opens the data. Raises ValueError naming the field, or `DatasetNotPreparedError`."""
   data, training, loss, dispatch = config.data, config.optim, config.loss, config.devices.steps_per_dispatch
   _check(config)
-  fields = dict(width=config.model.width, gating=config.model.gating, gate=GateSettings(**config.model.gate),
-                dtype=settings.DTYPES[config.model.dtype], axis_name=devices.AXIS)
-  if config.model.shortcut is not None:
-    fields["shortcut"] = config.model.shortcut
   prior = beta(loss.batch_shaping.a, loss.batch_shaping.b)
   read = _opener(config)
   examples = sources.size(data.name, data.train_split, data.data_dir)
@@ -67,7 +65,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
       sparsity_coefficient=schedules.fade_in(sparsity.coefficient, sparsity.start, sparsity.full, total))
   test = read(data.test_split, training=False)
   settings.check_channels(data, test.shape[-1])
-  model = resnet(config.model.name, classes=len(test.class_names), **fields)
+  model = network(config.model, len(test.class_names))
   counts = count(model, test.shape)
   return Experiment(
       config=config,
@@ -87,6 +85,17 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
           eval_every=max(1, round(config.eval_every * per_epoch)) if config.eval_every else 0))
 
 
+def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
+  """The residual network, or the chain of convolutions, that `config.model` describes."""
+  fields = dict(width=model.width, gating=model.gating, gate=GateSettings(**model.gate),
+                dtype=settings.DTYPES[model.dtype], axis_name=devices.AXIS)
+  if model.shortcut is not None:
+    if model.name in VGGS:
+      raise ValueError(f"model.shortcut must be None for {model.name}, which has no shortcuts; got {model.shortcut!r}")
+    fields["shortcut"] = model.shortcut
+  return (vgg if model.name in VGGS else resnet)(model.name, classes, **fields)
+
+
 def _opener(config: ml_collections.ConfigDict) -> Callable[..., Any]:
   data = config.data
   if data.loader == "resident":
@@ -99,7 +108,7 @@ def _opener(config: ml_collections.ConfigDict) -> Callable[..., Any]:
 def _check(config: ml_collections.ConfigDict) -> None:
   choices = {
       "data.loader": LOADERS,
-      "model.name": RESNETS,
+      "model.name": (*RESNETS, *VGGS),
       "model.dtype": settings.DTYPES,
       "model.gating": GATINGS,
       "loss.batch_shaping.reduction": REDUCTIONS,

@@ -1,0 +1,49 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import common
+from gating_jax.experiments.build import network
+from gating_jax.models.counts import count
+from gating_jax.training import devices
+
+# name: image shape, MACs of the first convolution and of a classifier of 10, which grow with width and not its square
+SHAPES = {
+    "resnet20": ((32, 32, 3), 32**2 * 27 * 16, 640),
+    "resnet18": ((64, 64, 3), 32**2 * 147 * 64, 5_120),
+    "resnet34": ((64, 64, 3), 32**2 * 147 * 64, 5_120),
+    "resnet50": ((64, 64, 3), 32**2 * 147 * 64, 20_480),
+    "vgg8": ((32, 32, 3), 32**2 * 27 * 64, 5_120),
+    "vgg16": ((32, 32, 3), 32**2 * 27 * 64, 5_120),
+}
+
+
+def model(**fields):
+  config = common.image_config().model
+  config.update_from_flattened_dict(fields)
+  return network(config, 10)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_backbones_of_every_width_have_the_macs_and_gates_that_follow_from_width_one(name):
+  shape, first, classifier = SHAPES[name]
+  one = count(model(name=name), shape)
+  for width in (0.25, 20.0):
+    wide = count(model(name=name, width=width), shape)
+    expected = width * (first + classifier) + width**2 * (one.macs - first - classifier)
+    assert (wide.macs, wide.gates) == (expected, width * one.gates)
+
+
+def test_a_chain_is_built_by_the_same_settings_as_a_residual_network():
+  net = model(name="simple_cnn", width=0.04, **{"gate.hidden": 3, "dtype": "bfloat16"})
+  assert (net.gating, net.gate.hidden, net.dtype, net.axis_name) == ("channel", 3, jnp.bfloat16, devices.AXIS)
+  x = jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.float32)
+  (logits, records), _ = jax.eval_shape(lambda x: net.init_with_output(jax.random.key(0), x), x)
+  assert (logits.shape, logits.dtype) == ((4, 10), jnp.float32)
+  assert [r.gates.shape for r in records] == [(4, 4)] * 3
+
+
+def test_what_a_backbone_does_not_have_is_refused():
+  with pytest.raises(ValueError, match="^model.shortcut must be None for vgg8, which has no shortcuts; got 'A'"):
+    model(name="vgg8", shortcut="A")
+  assert model(name="resnet20", shortcut="B").shortcut == "B"
