@@ -31,7 +31,13 @@ def image_config() -> ml_collections.ConfigDict:
           "shortcut": config_dict.placeholder(str),  # None: the named network's own; A or B
           "dtype": "float32",  # or bfloat16
           "gating": "channel",  # or none
-          "gate": {"hidden": 16, "initial_open": 0.85, "temperature": 2 / 3, "noise_scale": 1.0},
+          "gate": {
+              "hidden": 16,
+              "initial_open": 0.85,
+              "temperature": 2 / 3,
+              "noise_scale": 1.0,
+              "block": 1,  # adjacent channels that share a gate, for hardware: 8, 16, 64 or 128
+          },
       },
       "loss": {
           "batch_shaping": {
@@ -74,6 +80,7 @@ _VARIANTS = {
     "model": ("model.name", str),
     "gating": ("model.gating", str),
     "width": ("model.width", float),
+    "block": ("model.gate.block", int),
     "epochs": ("optim.epochs", int),
     "batch": ("optim.batch_size", int),
     "schedule": ("optim.schedule", str),

@@ -37,9 +37,11 @@ def test_full_recipe_has_the_numbers_of_the_paper():
 
 
 def test_variants_change_their_field():
-  config = importlib.import_module("configs.cifar10_resnet20").get_config("epochs=3,gating=none,l0=2.5,width=0.5")
-  assert (config.optim.epochs, config.model.gating, config.loss.sparsity.coefficient, config.model.width) == (
-      3, "none", 2.5, 0.5)
+  config = importlib.import_module("configs.cifar10_resnet20").get_config(
+      "epochs=3,gating=none,l0=2.5,width=0.5,model=vgg8,block=16")
+  model = config.model
+  assert (config.optim.epochs, config.loss.sparsity.coefficient) == (3, 2.5)
+  assert (model.gating, model.width, model.name, model.gate.block) == ("none", 0.5, "vgg8", 16)
 
 
 def test_variants_of_long_videos_change_their_field():

@@ -46,6 +46,8 @@ class GateSettings:
     context: what a channel gate sees: `pooled`, the mean over pixels; or `none`: its logits are parameters.
     relaxation: of channel gates: `straight_through`, sampled in training and 0/1; or `sigmoid`, the probability itself,
       in training and evaluation.
+    block: adjacent channels that share one gate. A layer of fewer has one; else its channels must be a multiple, so
+      that all gates of a layer cost the same.
   """
 
   hidden: int = 16
@@ -54,6 +56,7 @@ class GateSettings:
   noise_scale: float = 1.0
   context: str = "pooled"
   relaxation: str = "straight_through"
+  block: int = 1
 
   def __post_init__(self):
     rules = {
@@ -61,6 +64,7 @@ class GateSettings:
         "initial_open": (0 < self.initial_open < 1, "in (0, 1)"),
         "temperature": (self.temperature > 0, "> 0"),
         "noise_scale": (self.noise_scale >= 0, ">= 0"),
+        "block": (self.block >= 1, ">= 1"),
     }
     for name, (holds, rule) in rules.items():
       if not holds:
@@ -72,6 +76,14 @@ class GateSettings:
   def initial_logit(self) -> float:
     """The log-odds of `initial_open`."""
     return math.log(self.initial_open / (1 - self.initial_open))
+
+  def channels_per_gate(self, channels: int) -> int:
+    """How many adjacent channels of a layer of so many share a gate."""
+    size = min(self.block, channels)
+    if channels % size:
+      raise ValueError(f"gate block must divide a layer's channels or exceed them; got {self.block} for {channels} "
+                       "channels")
+    return size
 
 
 class GateHead(nn.Module):
@@ -96,10 +108,11 @@ class GateHead(nn.Module):
 
 
 class Switched(NamedTuple):
-  """Channels that gates switch: how many, and what `GateRecord` says of them."""
+  """Channels that gates switch: how many, what one of them costs alone and with one of those before, and what
+  `GateRecord` says of them."""
 
-  units: int
-  macs_per_unit: int
+  channels: int
+  macs_per_channel: int
   macs_per_pair: int = 0
   writers: tuple[Path, ...] = ()
   readers: tuple[Path, ...] = ()
@@ -118,7 +131,8 @@ class ChannelGate(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Records:
-    units = [group.units for group in self.groups]
+    sizes = [self.settings.channels_per_gate(group.channels) for group in self.groups]
+    units = [group.channels // size for group, size in zip(self.groups, sizes, strict=True)]
     if self.settings.context == "none":
       logits = self.param("logits", nn.initializers.constant(self.settings.initial_logit), (sum(units),))
       logits = jnp.broadcast_to(logits, (x.shape[0], sum(units)))
@@ -130,7 +144,15 @@ class ChannelGate(nn.Module):
     else:
       gates = self._sample(logits) if train else relaxations.threshold_gate(logits)
     parts = [jnp.split(a, np.cumsum(units)[:-1], axis=-1) for a in (logits, probs, gates)]
-    return tuple(GateRecord(*part, *group[1:], self.path) for *part, group in zip(*parts, self.groups, strict=True))
+    return tuple(GateRecord(*part, *macs, *group[3:], self.path)
+                 for *part, macs, group in zip(*parts, self._macs(sizes, x.shape[-1]), self.groups, strict=True))
+
+  def _macs(self, sizes: list[int], inputs: int) -> list[tuple[int, int]]:
+    """Of each group, what one gate costs, and what it costs with one gate of the group before or, first, of the input.
+    """
+    before = [self.settings.channels_per_gate(inputs) if self.groups[0].macs_per_pair else 1, *sizes]
+    return [(size * group.macs_per_channel, size * b * group.macs_per_pair)
+            for group, size, b in zip(self.groups, sizes, before, strict=False)]
 
   def _sample(self, logits: Array) -> Array:
     keys = collectives.example_keys(self.make_rng(GATE_RNG), logits.shape[0], self.axis_name)
@@ -140,14 +162,16 @@ class ChannelGate(nn.Module):
 
 
 def apply_gates(x: Array, gates: Array) -> Array:
-  """Switches channels: `[N, H, W, C]` features times `[N, C]` gates.
+  """Switches channels: `[N, H, W, C]` features times `[N, C / b]` gates, each of which has b adjacent channels.
 
   Raises:
     ValueError: the shapes do not belong together.
 
-  >>> apply_gates(jnp.ones((1, 1, 1, 2)), jnp.array([[1.0, 0.0]])).ravel()
-  Array([1., 0.], dtype=float32)
+  >>> apply_gates(jnp.ones((1, 1, 1, 4)), jnp.array([[1.0, 0.0]])).ravel()
+  Array([1., 1., 0., 0.], dtype=float32)
   """
-  if gates.ndim != 2 or x.ndim < 2 or gates.shape != (x.shape[0], x.shape[-1]):
-    raise ValueError(f"gates must be [N, C] like x's examples and channels; got gates {gates.shape}, x {x.shape}")
+  if gates.ndim != 2 or x.ndim < 2 or gates.shape[0] != x.shape[0] or x.shape[-1] % gates.shape[1]:
+    raise ValueError("gates must be [N, C / b] for x's N examples and C channels, b of them to a gate; "
+                     f"got gates {gates.shape}, x {x.shape}")
+  gates = jnp.repeat(gates, x.shape[-1] // gates.shape[1], axis=1)
   return x * gates.reshape(gates.shape[0], *[1] * (x.ndim - 2), gates.shape[1]).astype(x.dtype)

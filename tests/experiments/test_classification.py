@@ -53,6 +53,7 @@ def test_the_settings_as_they_stand_are_right(config):
         ("model.width", 0.0, "model.width must be a positive finite number; got 0.0"),
         ("model.dtype", "float23", "model.dtype must be one of .*; got 'float23'. Did you mean 'float32'"),
         ("model.gate.initial_open", 1.0, r"gate initial_open must be in \(0, 1\); got 1.0"),
+        ("model.gate.block", 3, "gate block must divide a layer's channels or exceed them; got 3 for 8 channels"),
         ("loss.batch_shaping.a", 0.0, "a must be .*got 0.0"),
         ("loss.batch_shaping.coefficient", math.nan, "loss.batch_shaping.coefficient must be a finite number >= 0"),
         ("loss.batch_shaping.reduction", "layermean", "loss.batch_shaping.reduction .* Did you mean 'layer_mean'"),

@@ -189,13 +189,27 @@ def test_apply_gates_switches_channels_per_example():
       np.testing.assert_allclose(switched[n, :, :, c], x[n, :, :, c] * gates[n, c], rtol=1e-6)
   assert apply_gates(x.astype(jnp.bfloat16), gates).dtype == jnp.bfloat16
   np.testing.assert_array_equal(apply_gates(jnp.ones((2, 4)), gates), gates)
+  np.testing.assert_array_equal(apply_gates(jnp.ones((1, 6)), np.array([[1.0, 0.5]])), [[1, 1, 1, 0.5, 0.5, 0.5]])
+
+
+def test_the_gate_of_a_block_costs_what_its_channels_cost():
+  groups = (Switched(6, 10, 3), Switched(12, 20, 7))
+  shapes = lambda block, inputs: [
+      (r.logits.shape, r.gates.shape, r.macs_per_unit, r.macs_per_pair) for r in jax.eval_shape(
+          lambda x: ChannelGate(groups, GateSettings(block=block)).init_with_output(jax.random.key(0), x)[0],
+          jax.ShapeDtypeStruct((5, 2, 2, inputs), jnp.float32))]
+  assert shapes(3, 9) == [((5, 2), (5, 2), 30, 27), ((5, 4), (5, 4), 60, 63)]
+  assert shapes(6, 2) == [((5, 1), (5, 1), 60, 36), ((5, 2), (5, 2), 120, 252)]
+  assert shapes(64, 2) == [((5, 1), (5, 1), 60, 36), ((5, 1), (5, 1), 240, 504)]
+  with pytest.raises(ValueError, match="^gate block must divide a layer's channels or exceed them; got 4 for 6"):
+    shapes(4, 8)
 
 
 @pytest.mark.parametrize(("x", "gates"), [
     ((2, 3, 3, 4), (2, 5)), ((2, 3, 3, 4), (1, 4)), ((2, 3, 3, 4), (4,)), ((4,), (4,)), ((2, 3, 3, 4), (2, 1, 1, 4))
 ])
 def test_gates_that_do_not_belong_to_the_features_are_named(x, gates):
-  message = f"gates must be [N, C] like x's examples and channels; got gates {gates}, x {x}"
+  message = f"gates must be [N, C / b] for x's N examples and C channels, b of them to a gate; got gates {gates}, x {x}"
   with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
     apply_gates(jnp.zeros(x), jnp.zeros(gates))
 
@@ -207,6 +221,7 @@ def test_gates_that_do_not_belong_to_the_features_are_named(x, gates):
     ({"temperature": 0.0}, "> 0; got 0.0"),
     ({"temperature": float("nan")}, "> 0; got nan"),
     ({"noise_scale": -0.1}, ">= 0; got -0.1"),
+    ({"block": 0}, ">= 1; got 0"),
 ])
 def test_bad_settings_are_named(setting, rule):
   with pytest.raises(ValueError, match=f"^gate {next(iter(setting))} must be {re.escape(rule)}$"):
