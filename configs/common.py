@@ -30,7 +30,7 @@ def image_config() -> ml_collections.ConfigDict:
           "width": 1.0,  # of every channel count, such as 0.25 or 20
           "shortcut": config_dict.placeholder(str),  # None: the named network's own; A or B
           "dtype": "float32",  # or bfloat16
-          "gating": "channel",  # or none
+          "gating": "channel",  # or none, all_channels, layer
           "gate": {
               "hidden": 16,
               "initial_open": 0.85,
@@ -76,7 +76,17 @@ def image_config() -> ml_collections.ConfigDict:
   })
 
 
+_GATES = {  # what is gated and what that needs; `--config.model` and `--config.loss` change single fields after it
+    "none": {"model.gating": "none"},
+    "channels": {"model.gating": "channel"},
+    "layers": {  # ConvNet-AIG, Veit and Belongie, 2018
+        "model.gating": "layer", "model.gate.temperature": 1.0, "model.gate.initial_open": 0.87,
+        "loss.batch_shaping.coefficient": 0.0, "loss.sparsity.kind": "target_rate", "loss.sparsity.target": 0.6,
+        "loss.sparsity.coefficient": 1.0, "loss.sparsity.start": 0.0, "loss.sparsity.full": 0.0,
+    },
+}
 _VARIANTS = {
+    "gates": _GATES,
     "model": ("model.name", str),
     "gating": ("model.gating", str),
     "width": ("model.width", float),
@@ -90,14 +100,20 @@ _VARIANTS = {
 
 
 def apply_variants(
-    config: ml_collections.ConfigDict, arg: str | None, variants: Mapping[str, tuple[str, type]] | None = None
+    config: ml_collections.ConfigDict, arg: str | None, variants: Mapping[str, tuple[str, type] | Mapping] | None = None
 ) -> ml_collections.ConfigDict:
-  """`epochs=10,gating=none` and the like: short names for the settings that runs differ in most."""
+  """`epochs=10,gates=layers` and the like, in their order: short names for what runs differ in most, each of one field
+  or, where its values are listed, of several."""
   variants = variants or _VARIANTS
   for item in filter(None, (arg or "").split(",")):
     name, found, value = item.partition("=")
     if not found or name not in variants:
       raise ValueError(f"a variant must be one of {sorted(variants)} as name=value; got {item!r}")
-    field, kind = variants[name]
-    config.update_from_flattened_dict({field: kind(value)})
+    if not isinstance(variants[name], Mapping):
+      field, kind = variants[name]
+      config.update_from_flattened_dict({field: kind(value)})
+    elif value in variants[name]:
+      config.update_from_flattened_dict(variants[name][value])
+    else:
+      raise ValueError(f"the variant {name} must be one of {sorted(variants[name])}; got {value!r}")
   return config

@@ -44,6 +44,16 @@ def test_variants_change_their_field():
   assert (model.gating, model.width, model.name, model.gate.block) == ("none", 0.5, "vgg8", 16)
 
 
+def test_a_variant_may_stand_for_several_fields_and_later_ones_change_them():
+  config = importlib.import_module("configs.cifar10_resnet20").get_config("gates=layers,l0=2.5")
+  sparsity = config.loss.sparsity
+  assert (config.model.gating, config.model.gate.initial_open, config.loss.batch_shaping.coefficient) == (
+      "layer", 0.87, 0)
+  assert (sparsity.kind, sparsity.target, sparsity.coefficient, sparsity.full) == ("target_rate", 0.6, 2.5, 0)
+  with pytest.raises(ValueError, match="the variant gates must be one of .*; got 'layer'"):
+    importlib.import_module("configs.cifar10_resnet20").get_config("gates=layer")
+
+
 def test_variants_of_long_videos_change_their_field():
   variant = "context=none,target=0.25,heavy=r2plus1d10,seed=3"
   config = importlib.import_module("configs.composed_timegate").get_config(variant)

@@ -1,7 +1,8 @@
 """Residual blocks, gated or not. Every block returns `(y, records)`.
 
 Axes: N examples, F frames, H and W pixels, channels last. Every block takes images or clips of frames.
-Reference: He et al., 2016; Hara et al., 2018; Bejnordi et al., 2020, section 3; Abati et al., 2020, section 3.
+Reference: He et al., 2016; Hara et al., 2018; Bejnordi et al., 2020, section 3; Abati et al., 2020, section 3; Veit and
+Belongie, "Convolutional networks with adaptive inference graphs", 2018, section 3.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from gating_jax.layers.conv import CONVOLUTIONS, ConvNorm, FactorisedConvNorm
 from gating_jax.layers.gate import GATE_NAME, ChannelGate, GateSettings, Switched, apply_gates
 from gating_jax.types import Array, Records
 
-GATINGS = ("none", "channel", "all_channels")
+GATINGS = ("none", "channel", "all_channels", "layer")
 SHORTCUTS = ("A", "B")
 
 
@@ -24,7 +25,11 @@ class _ResidualBlock(nn.Module):
   """What both blocks share: their fields, the gate and the shortcut.
 
   With `gating="channel"` the channels between the convolutions are gated; with `"all_channels"` those of the output as
-  well, and `gated_input` says whether the block before did so too.
+  well, and `gated_input` says whether the block before did so too. With `"layer"` one gate switches all convolutions,
+
+      y = ReLU(g * branch(x) + x),   g = gate(x) in {0, 1}
+
+  of a block that keeps the shape of x; the others always run.
   """
 
   features: int
@@ -42,13 +47,33 @@ class _ResidualBlock(nn.Module):
     conv = CONVOLUTIONS[self.convolution] if window > 1 else ConvNorm
     return conv(features, window, stride, self.dtype, self.axis_name, name=name)
 
-  def _records(self, x: Array, train: bool, groups: tuple[Switched, ...], outer: Switched) -> Records:
+  def _records(self, x: Array, train: bool, inner: tuple[Switched, ...], outer: Switched, convs: Sequence) -> Records:
+    """`convs` are the convolutions of the branch, each with the shape of its input."""
     one_of("gating", self.gating, GATINGS)
-    if self.gating == "none":
+    groups = {"none": (), "channel": inner, "all_channels": (*inner, outer), "layer": self._layer(x, outer, convs)}
+    if not groups[self.gating]:
       return ()
-    if self.gating == "all_channels":
-      groups = (*groups, outer)
-    return ChannelGate(groups, self.gate, self.axis_name, name=GATE_NAME)(x, train)
+    return ChannelGate(groups[self.gating], self.gate, self.axis_name, name=GATE_NAME)(x, train)
+
+  def _layer(self, x: Array, outer: Switched, convs: Sequence) -> tuple[Switched, ...]:
+    """The block as a whole, where it can be skipped."""
+    if self.stride != 1 or x.shape[-1] != outer.channels:
+      return ()
+    macs = 0
+    for conv, shape in convs:
+      m = conv.macs(shape)
+      macs += shape[-1] * m.per_input + conv.features * (m.per_output + shape[-1] * m.per_pair)
+    return (Switched(1, macs),)
+
+  def _switch(self, h: Array, records: Records, group: int) -> Array:
+    """Features between the convolutions, with the gates of their channels."""
+    return apply_gates(h, records[group].gates) if self.gating in ("channel", "all_channels") else h
+
+  def _join(self, branch: Array, shortcut: Array, records: Records) -> tuple[Array, Records]:
+    if self.gating == "layer" and records:
+      branch = apply_gates(branch, records[0].gates)
+    y = nn.relu(branch + shortcut)
+    return (apply_gates(y, records[-1].gates) if self.gating == "all_channels" else y), records
 
   def _macs_into(self, conv: ConvNorm, x: Array) -> tuple[int, int]:
     """Per output channel of the first convolution: alone, and with one channel of the gates before the block."""
@@ -103,11 +128,10 @@ class BasicBlock(_ResidualBlock):
     (alone, with_input), after = self._macs_into(conv1, x), conv2.macs(h.shape)
     alone += after.per_input + (self.features * after.per_pair if self.gating != "all_channels" else 0)
     inner = Switched(self.features, alone, with_input, (conv1.writer,), (conv2.reader,))
-    records = self._records(x, train, (inner,), self._outer(conv2, h.shape, project, x))
-    if records:
-      h = apply_gates(h, records[0].gates)
-    y = nn.relu(conv2(h, train) + self._shortcut(x, self.features, project, train))
-    return (apply_gates(y, records[1].gates) if records[1:] else y), records
+    outer = self._outer(conv2, h.shape, project, x)
+    records = self._records(x, train, (inner,), outer, ((conv1, x.shape), (conv2, h.shape)))
+    h = self._switch(h, records, 0)
+    return self._join(conv2(h, train), self._shortcut(x, self.features, project, train), records)
 
 
 class Bottleneck(_ResidualBlock):
@@ -132,11 +156,8 @@ class Bottleneck(_ResidualBlock):
     into_last = last.per_input + (out * last.per_pair if self.gating != "all_channels" else 0)
     groups = (Switched(self.features, alone + middle.per_input, with_input, (conv1.writer,), (conv2.reader,)),
               Switched(self.features, middle.per_output + into_last, middle.per_pair, (conv2.writer,), (conv3.reader,)))
-    records = self._records(x, train, groups, self._outer(conv3, shape2, project, x))
-    if records:
-      h1 = apply_gates(h1, records[0].gates)
-    h2 = nn.relu(conv2(h1, train))
-    if records:
-      h2 = apply_gates(h2, records[1].gates)
-    y = nn.relu(conv3(h2, train) + self._shortcut(x, out, project, train))
-    return (apply_gates(y, records[2].gates) if records[2:] else y), records
+    convs = ((conv1, x.shape), (conv2, h1.shape), (conv3, shape2))
+    records = self._records(x, train, groups, self._outer(conv3, shape2, project, x), convs)
+    h2 = nn.relu(conv2(self._switch(h1, records, 0), train))
+    h2 = self._switch(h2, records, 1)
+    return self._join(conv3(h2, train), self._shortcut(x, out, project, train), records)

@@ -47,7 +47,8 @@ class ResNet(nn.Module):
     stem: `cifar`, a 3x3 convolution; `small`, the same with stride 2; `clip`, 7x7 with stride 2; `imagenet`, 7x7 with
       stride 2 and a max pool. Over a clip's frames: 3, 3, 3 and 7 without a stride, and the max pool has stride 2.
     convolution: `full`, or for clips `factorised`: every window over space, then over time, (2+1)-D.
-    gating: `none`; `channel`, those between the convolutions of a block; `all_channels`, those of its output too.
+    gating: `none`; `channel`, those between the convolutions of a block; `all_channels`, those of its output too;
+      `layer`, a whole block at a time, where its shortcut is the identity.
     shortcut: `A` (zero padding, no parameters) or `B` (1x1 convolution).
     gate: how gates are built and sampled.
     dtype: of the computation, float32 or bfloat16; parameters, BatchNorm statistics, gates and logits are float32.

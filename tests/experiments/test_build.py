@@ -43,6 +43,15 @@ def test_a_chain_is_built_by_the_same_settings_as_a_residual_network():
   assert [r.gates.shape for r in records] == [(4, 4)] * 3
 
 
+@pytest.mark.parametrize(("variants", "gates"), [
+    ("gates=none", 0), ("gates=channels", 336), ("gates=channels,block=16", 21),
+    ("gates=layers", 7), ("gates=layers,model=resnet50", 12),
+])
+def test_what_is_gated_is_one_variant(variants, gates):
+  config = common.apply_variants(common.image_config(), variants)
+  assert count(network(config.model, 10), (32, 32, 3)).gates == gates
+
+
 def test_what_a_backbone_does_not_have_is_refused():
   with pytest.raises(ValueError, match="^model.shortcut must be None for vgg8, which has no shortcuts; got 'A'"):
     model(name="vgg8", shortcut="A")

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
+from gating_jax.layers.gate import GateSettings
 
 OPEN = 1e4
 
@@ -159,6 +160,33 @@ def test_gated_outputs_are_those_of_the_ungated_block_where_open_and_zero_where_
   logits[inner + 1] = -OPEN
   expected[..., 1] = 0
   np.testing.assert_allclose(apply(gated, with_logits(variables, logits), x)[0], expected, rtol=1e-6)
+
+
+@blocks
+def test_a_layer_gate_skips_the_whole_block_of_an_image(block, gates, groups):
+  x = image(6, 4, 4, 4 * block.expansion)
+  gated, plain = (block(4, gating=gating) for gating in ("layer", "none"))
+  variables = with_logits(variables_of(gated, x), [0.0])
+  variables["params"]["gate"]["head"]["logits"]["kernel"] = jnp.asarray(
+      np.random.default_rng(1).normal(0, 10, (16, 1)), jnp.float32)
+  y, (record,) = apply(gated, variables, x)
+  assert record.gates.shape == (6, 1)
+  assert 0 < np.mean(record.gates) < 1
+  expected = np.where(record.gates[:, :, None, None] > 0, apply(plain, without_gate(variables), x)[0], np.maximum(x, 0))
+  np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("block", "shape", "settings", "expected"), [
+    (BasicBlock, (2, 7, 5, 6), dict(features=6), [((2, 1), 9 * 35 * 36 * 2, 0)]),
+    (BasicBlock, (2, 7, 5, 6), dict(features=6, gate=GateSettings(block=8)), [((2, 1), 9 * 35 * 36 * 2, 0)]),
+    (Bottleneck, (2, 4, 4, 8), dict(features=2), [((2, 1), 16 * (8 * 2 + 9 * 2 * 2 + 2 * 8), 0)]),
+    (BasicBlock, (2, 8, 8, 6), dict(features=6, stride=2), []),
+    (BasicBlock, (2, 8, 8, 4), dict(features=6, shortcut="A"), []),
+    (Bottleneck, (2, 8, 8, 6), dict(features=6), []),
+])
+def test_a_layer_gate_is_of_blocks_that_keep_the_shape_and_costs_all_their_convolutions(
+    block, shape, settings, expected):
+  assert macs_of(block, shape, gating="layer", **settings)[1] == expected
 
 
 def test_records_name_what_writes_and_reads_their_channels():
