@@ -7,8 +7,8 @@ authors: the prior, gates on single channels, noise. From independent re-impleme
 schedules, coefficient and corners of the batch-shaping term, corners of the L0 term. Ours: the L0 coefficient (theirs
 is not known), the initial open rate, and the reduction over gates (`layer_mean`; re-implementations sum).
 Variants, joined by commas after a colon: `gating=none`, `epochs=10`, `batch=128`, `l0=2.0`, `bas=0`, `width=2`,
-`schedule=cosine`, `model=vgg8`, `block=8`; and `gates=`, what is gated: `none`, `channels`, or `layers` as in
-ConvNet-AIG.
+`schedule=cosine`, `model=vgg8`, `block=8`; and `gates=`, what is gated: `none`, `channels`, `layers` as in
+ConvNet-AIG, `static` channels by L0 regularisation, `random` ones.
 """
 
 from configs import common

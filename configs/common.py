@@ -36,6 +36,8 @@ def image_config() -> ml_collections.ConfigDict:
               "initial_open": 0.85,
               "temperature": 2 / 3,
               "noise_scale": 1.0,
+              "context": "pooled",  # or none: the same for all images; random: drawn at the rate initial_open
+              "relaxation": "straight_through",  # or hard_concrete, sigmoid
               "block": 1,  # adjacent channels that share a gate, for hardware: 8, 16, 64 or 128
           },
       },
@@ -79,6 +81,14 @@ def image_config() -> ml_collections.ConfigDict:
 _GATES = {  # what is gated and what that needs; `--config.model` and `--config.loss` change single fields after it
     "none": {"model.gating": "none"},
     "channels": {"model.gating": "channel"},
+    "static": {  # L0 regularisation, Louizos et al., 2018: channels that close do so for all images
+        "model.gating": "channel", "model.gate.context": "none", "model.gate.relaxation": "hard_concrete",
+        "loss.batch_shaping.coefficient": 0.0, "loss.sparsity.kind": "l0",
+    },
+    "random": {
+        "model.gating": "channel", "model.gate.context": "random", "model.gate.initial_open": 0.5,
+        "loss.batch_shaping.coefficient": 0.0, "loss.sparsity.coefficient": 0.0,
+    },
     "layers": {  # ConvNet-AIG, Veit and Belongie, 2018
         "model.gating": "layer", "model.gate.temperature": 1.0, "model.gate.initial_open": 0.87,
         "loss.batch_shaping.coefficient": 0.0, "loss.sparsity.kind": "target_rate", "loss.sparsity.target": 0.6,

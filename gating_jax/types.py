@@ -21,7 +21,7 @@ class GateRecord:
   Attributes:
     logits: `[N, C]` log-odds that a unit is open, without noise.
     probs: `[N, C]` probability that a unit is open.
-    gates: `[N, C]` what multiplied the tensor: 0/1, or relaxed values in training.
+    gates: `[N, C]` what multiplied the tensor: 0/1, or relaxed values; a unit runs where it is above 0.
     macs_per_unit: multiply-accumulates that one open unit costs per example.
     macs_per_pair: multiply-accumulates of one open unit of this record together with one open unit of
       the record **before** it: a convolution gated on both sides. 0 elsewhere.

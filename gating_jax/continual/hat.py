@@ -222,8 +222,8 @@ class _Hat:
     own = jax.tree.map(lambda tree: tree[:seen], learner.memory["own"])
     own["params"] = at_slope(own["params"], self.steepness)
     stream = self.net.side_by_side(learner.params, learner.batch_stats, own, x)
-    executed = [dataclasses.replace(r, gates=jnp.ceil(r.gates)) for r in stream.records]  # all that is not exactly 0
-    macs = executed_macs(executed) + float(self.counts.fixed + stream.features.shape[-1] * self.net.problem.classes)
+    macs = executed_macs(stream.records) + float(
+        self.counts.fixed + stream.features.shape[-1] * self.net.problem.classes)
     return streams.prediction(self.net.problem, stream.logits, task, macs, macs.sum(0))
 
   def holdings(self, learner: Learner) -> Holdings:

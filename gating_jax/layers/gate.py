@@ -1,16 +1,19 @@
 """The gate: a tiny network that looks at a feature map and decides, per example, which units run.
 
-One that looks at nothing is a parameter per unit: a mask for all examples.
+One that looks at nothing is a parameter per unit: a mask for all examples. With hard concrete gates that is L0
+regularisation, by which units close for good.
 
 Axes: N examples, H and W pixels, D input channels, C gated units.
-Reference: Veit and Belongie, 2018; Bejnordi et al., 2020, section 3; Serra et al., 2018 (masks).
+Reference: Veit and Belongie, 2018; Bejnordi et al., 2020, section 3; Serra et al., 2018 (masks); Louizos et al., 2018,
+"Learning sparse neural networks through L0 regularization".
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Hashable, Sequence
+import zlib
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -25,8 +28,8 @@ from gating_jax.types import Array, GateRecord, Path, Records
 GATE_NAME = "gate"  # every gate module is called this inside its block
 LOGITS = ("head", "logits")  # path, inside the gate, of the layer that makes its logits
 GATE_RNG = "gate"  # the name of the PRNG stream for the gates' noise
-CONTEXTS = ("pooled", "none")
-RELAXATIONS = ("straight_through", "sigmoid")
+CONTEXTS = ("pooled", "none", "random")
+RELAXATIONS = ("straight_through", "hard_concrete", "sigmoid")
 
 
 def is_gate_path(path: Sequence[str]) -> bool:
@@ -43,9 +46,10 @@ class GateSettings:
     initial_open: P(open) that the last bias starts from, in (0, 1).
     temperature: of the backward pass, > 0.
     noise_scale: multiplies the logistic noise of training; 1 makes P(open) = sigmoid(logit).
-    context: what a channel gate sees: `pooled`, the mean over pixels; or `none`: its logits are parameters.
-    relaxation: of channel gates: `straight_through`, sampled in training and 0/1; or `sigmoid`, the probability itself,
-      in training and evaluation.
+    context: what a channel gate sees: `pooled`, the mean over pixels; `none`: its logits are parameters; or `random`:
+      nothing is learnt, and gates are drawn at the rate `initial_open` in training and evaluation.
+    relaxation: of channel gates: `straight_through`, sampled in training and 0/1; `hard_concrete`, sampled in training
+      and in [0, 1], with exact zeros also in evaluation; or `sigmoid`, the probability itself, never sampled.
     block: adjacent channels that share one gate. A layer of fewer has one; else its channels must be a multiple, so
       that all gates of a layer cost the same.
   """
@@ -71,6 +75,8 @@ class GateSettings:
         raise ValueError(f"gate {name} must be {rule}; got {getattr(self, name)}")
     one_of("gate context", self.context, CONTEXTS)
     one_of("gate relaxation", self.relaxation, RELAXATIONS)
+    if self.context == "random" and self.relaxation != "straight_through":
+      raise ValueError(f"gate relaxation must be straight_through where context is random; got {self.relaxation!r}")
 
   @property
   def initial_logit(self) -> float:
@@ -119,7 +125,7 @@ class Switched(NamedTuple):
 
 
 class ChannelGate(nn.Module):
-  """Gates of one or more groups of channels, from one `GateHead`, or from a parameter per unit.
+  """Gates of one or more groups of channels, from one `GateHead`, from a parameter per unit, or by chance.
 
   Called with `[N, H, W, D]` it returns one `GateRecord` per group. With `train=True` gates are sampled and need a PRNG
   stream named `gate`; the noise of an example depends on its place in the whole batch, not on the device it is on.
@@ -133,31 +139,49 @@ class ChannelGate(nn.Module):
   def __call__(self, x: Array, train: bool = False) -> Records:
     sizes = [self.settings.channels_per_gate(group.channels) for group in self.groups]
     units = [group.channels // size for group, size in zip(self.groups, sizes, strict=True)]
-    if self.settings.context == "none":
-      logits = self.param("logits", nn.initializers.constant(self.settings.initial_logit), (sum(units),))
-      logits = jnp.broadcast_to(logits, (x.shape[0], sum(units)))
-    else:
-      logits = GateHead(sum(units), self.settings, self.axis_name, name="head")(x, train)
-    probs = jax.nn.sigmoid(logits)
-    if self.settings.relaxation == "sigmoid":
-      gates = probs
-    else:
-      gates = self._sample(logits) if train else relaxations.threshold_gate(logits)
+    logits = self._logits(x, sum(units), train)
+    probs, gates = jax.nn.sigmoid(logits), self._gates(logits, train)
     parts = [jnp.split(a, np.cumsum(units)[:-1], axis=-1) for a in (logits, probs, gates)]
     return tuple(GateRecord(*part, *macs, *group[3:], self.path)
                  for *part, macs, group in zip(*parts, self._macs(sizes, x.shape[-1]), self.groups, strict=True))
 
   def _macs(self, sizes: list[int], inputs: int) -> list[tuple[int, int]]:
-    """Of each group, what one gate costs, and what it costs with one gate of the group before or, first, of the input.
-    """
+    """What one gate of each group costs, alone and with one of the group before; before the first is the input."""
     before = [self.settings.channels_per_gate(inputs) if self.groups[0].macs_per_pair else 1, *sizes]
     return [(size * group.macs_per_channel, size * b * group.macs_per_pair)
             for group, size, b in zip(self.groups, sizes, before, strict=False)]
 
-  def _sample(self, logits: Array) -> Array:
-    keys = collectives.example_keys(self.make_rng(GATE_RNG), logits.shape[0], self.axis_name)
-    sample = lambda key, row: relaxations.straight_through_gate(
-        key, row, self.settings.temperature, noise_scale=self.settings.noise_scale)
+  def _logits(self, x: Array, units: int, train: bool) -> Array:
+    """`[N, units]` log-odds of being open."""
+    s = self.settings
+    if s.context == "pooled":
+      return GateHead(units, s, self.axis_name, name="head")(x, train)
+    start = nn.initializers.constant(s.initial_logit)
+    logits = self.param("logits", start, (units,)) if s.context == "none" else jnp.full(units, s.initial_logit)
+    return jnp.broadcast_to(logits, (x.shape[0], units))
+
+  def _gates(self, logits: Array, train: bool) -> Array:
+    s = self.settings
+    if s.context == "random":
+      draw = lambda key, row: jax.random.bernoulli(key, s.initial_open, row.shape).astype(row.dtype)
+      return self._drawn(draw, logits, train)
+    if s.relaxation == "sigmoid":
+      return jax.nn.sigmoid(logits)
+    sample, at_rest = relaxations.straight_through_gate, relaxations.threshold_gate
+    if s.relaxation == "hard_concrete":
+      logits = relaxations.hard_concrete_location(logits, s.temperature)
+      sample, at_rest = relaxations.hard_concrete, relaxations.hard_concrete_mean
+    if not train:
+      return at_rest(logits)
+    return self._drawn(lambda key, row: sample(key, row, s.temperature, noise_scale=s.noise_scale), logits, train)
+
+  def _drawn(self, sample: Callable[[Array, Array], Array], logits: Array, train: bool) -> Array:
+    """Each example's `sample(key, logits)`. Evaluation has no key: its draws are the same in every batch."""
+    if train:
+      keys = collectives.example_keys(self.make_rng(GATE_RNG), logits.shape[0], self.axis_name)
+    else:
+      key = jax.random.fold_in(jax.random.key(0), zlib.crc32("/".join(self.path).encode()))
+      keys = collectives.example_keys(key, logits.shape[0], None)
     return jax.vmap(sample)(keys, logits)
 
 

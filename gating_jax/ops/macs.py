@@ -29,7 +29,7 @@ def conv_macs(kernel_shape: Sequence[int], output_shape: Sequence[int]) -> int:
 def executed_macs(records: Records) -> Array:
   """MACs per example that the gated units of a network execute.
 
-      sum_l  macs_per_unit_l |g_l| + macs_per_pair_l |g_(l-1)| |g_l|,   |g| = number of open units
+      sum_l  macs_per_unit_l |g_l| + macs_per_pair_l |g_(l-1)| |g_l|,   |g| = number of units whose gate is above 0
 
   Args:
     records: in the network's order.
@@ -39,13 +39,13 @@ def executed_macs(records: Records) -> Array:
     ValueError: no records, or the first one claims pairs with one before it.
   """
   _check(records)
-  open_units = [r.gates.sum(-1) for r in records]
-  total = 0
-  for i, record in enumerate(records):
-    total = total + open_units[i] * float(record.macs_per_unit)
-    if record.macs_per_pair:
-      total = total + open_units[i - 1] * open_units[i] * float(record.macs_per_pair)
-  return total
+  return _macs(records, [(r.gates > 0).astype(r.gates.dtype).sum(-1) for r in records])
+
+
+def expected_macs(records: Records) -> Array:
+  """`executed_macs` at the units' probabilities of being open, `[N]`; pairs as if both were independent."""
+  _check(records)
+  return _macs(records, [r.probs.sum(-1) for r in records])
 
 
 def gated_macs(records: Records) -> int:
@@ -54,6 +54,15 @@ def gated_macs(records: Records) -> int:
   units = [r.gates.shape[-1] for r in records]
   single = sum(u * r.macs_per_unit for u, r in zip(units, records, strict=True))
   return single + sum(units[i - 1] * units[i] * r.macs_per_pair for i, r in enumerate(records) if r.macs_per_pair)
+
+
+def _macs(records: Records, open_units: Sequence[Array]) -> Array:
+  total = 0
+  for i, record in enumerate(records):
+    total = total + open_units[i] * float(record.macs_per_unit)
+    if record.macs_per_pair:
+      total = total + open_units[i - 1] * open_units[i] * float(record.macs_per_pair)
+  return total
 
 
 def _check(records: Records) -> None:

@@ -5,13 +5,12 @@ Axes: N examples, C gates of one layer. All are dimensionless scalars, different
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Hashable, Sequence
 
 import jax.numpy as jnp
 
 from gating_jax.ops import collectives
-from gating_jax.ops.macs import executed_macs, gated_macs
+from gating_jax.ops.macs import expected_macs, gated_macs
 from gating_jax.types import Array, Records
 
 
@@ -55,7 +54,7 @@ def mac_loss(records: Records) -> Array:
 
   Products of two layers' gates are taken at the product of their probabilities.
   """
-  return jnp.mean(executed_macs(_expected(records))) / float(gated_macs(records))
+  return jnp.mean(expected_macs(_nonempty(records))) / float(gated_macs(records))
 
 
 def mac_budget_loss(
@@ -71,14 +70,9 @@ def mac_budget_loss(
     budget: share in (0, 1].
     axis_name: as in `batch_shaping_loss`; the mean is over the whole batch.
   """
-  mean = collectives.batch_mean(executed_macs(_expected(records)), axis_name)
+  mean = collectives.batch_mean(expected_macs(_nonempty(records)), axis_name)
   share = (float(fixed_macs) + mean) / float(fixed_macs + gated_macs(records))
   return jnp.square(jnp.maximum(share - budget, 0))
-
-
-def _expected(records: Records) -> Records:
-  _nonempty(records)
-  return tuple(dataclasses.replace(r, gates=r.probs) for r in records)
 
 
 def _nonempty(layers: Sequence) -> Sequence:

@@ -60,6 +60,7 @@ def hard_concrete(
     logits: Array,
     temperature: float | Array = DEFAULT_TEMPERATURE,
     *,
+    noise_scale: float | Array = 1.0,
     stretch: tuple[float, float] = HARD_CONCRETE_STRETCH,
 ) -> Array:
   """Binary concrete stretched to `(low, high)` and clipped to [0, 1]: exact zeros and ones have mass.
@@ -67,7 +68,7 @@ def hard_concrete(
   Reference: Louizos et al., 2018, section 2.2. See `hard_concrete_open_prob`, `hard_concrete_mean`.
   """
   low, high = _check_stretch(stretch)
-  return jnp.clip(low + (high - low) * binary_concrete(key, logits, temperature), 0, 1)
+  return jnp.clip(low + (high - low) * binary_concrete(key, logits, temperature, noise_scale=noise_scale), 0, 1)
 
 
 def hard_concrete_open_prob(
@@ -83,6 +84,21 @@ def hard_concrete_open_prob(
   """
   low, high = _check_stretch(stretch)
   return jax.nn.sigmoid(logits - temperature * jnp.log(-low / high))
+
+
+def hard_concrete_location(
+    open_logits: Array,
+    temperature: float | Array = DEFAULT_TEMPERATURE,
+    *,
+    stretch: tuple[float, float] = HARD_CONCRETE_STRETCH,
+) -> Array:
+  """The logit (log alpha) of the hard concrete gate that is above 0 with probability `sigmoid(open_logits)`.
+
+  >>> print(f"{hard_concrete_open_prob(hard_concrete_location(0.0)):.4f}")
+  0.5000
+  """
+  low, high = _check_stretch(stretch)
+  return open_logits + temperature * jnp.log(-low / high)
 
 
 def hard_concrete_mean(logits: Array, *, stretch: tuple[float, float] = HARD_CONCRETE_STRETCH) -> Array:

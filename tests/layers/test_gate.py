@@ -144,6 +144,46 @@ def test_a_sigmoid_gate_is_its_probability_in_training_and_evaluation_without_a_
     np.testing.assert_allclose(gates, np.broadcast_to(special.expit(np.linspace(-2, 2, 5)), (6, 5)), rtol=1e-5)
 
 
+def test_hard_concrete_gates_close_for_good_and_open_as_often_as_their_probability_says():
+  settings = GateSettings(context="none", relaxation="hard_concrete", initial_open=0.3)
+  gate, x = two_groups(settings=settings), features(500, 5)
+  fresh = gate.init(jax.random.key(0), x)["params"]["logits"]
+  np.testing.assert_allclose(special.expit(fresh), [0.3] * 5, rtol=1e-6)
+  logits = np.array([-3.0, 0.0, 9.0, -1.0, 2.0], np.float32)
+  variables = {"params": {"logits": logits}}
+  rested = np.concatenate([r.gates for r in gate.apply(variables, x)], axis=-1)
+  expected = np.clip(-0.1 + 1.2 * special.expit(logits + 2 / 3 * np.log(0.1 / 1.1)), 0, 1)
+  assert (expected[0], expected[2]) == (0, 1)
+  assert ((expected > 0) & (expected < 1)).sum() == 2
+  np.testing.assert_allclose(rested, np.broadcast_to(expected, (500, 5)), rtol=1e-5, atol=1e-6)
+  drawn = train(gate, variables, x, 0)
+  probs = np.concatenate([r.probs for r in drawn], axis=-1)[0]
+  np.testing.assert_allclose(probs, special.expit(logits), rtol=1e-5)
+  rates = np.mean(np.concatenate([r.gates for r in drawn], axis=-1) > 0, axis=0)
+  assert (np.abs(rates - probs) < 5 * np.sqrt(probs * (1 - probs) / 500) + 1e-3).all()
+
+
+def test_random_gates_learn_nothing_and_keep_their_rate_in_training_and_evaluation():
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+      return [ChannelGate((Switched(10, 1),), settings, name=name)(x, train)[0].gates for name in ("gate", "next")]
+
+  settings, x = GateSettings(context="random", initial_open=0.3), features(400, 5)
+  assert Net().init({"params": jax.random.key(0)}, x) == {}
+  trained = Net().apply({}, x, train=True, rngs={GATE_RNG: jax.random.key(0)})
+  evaluated = Net().apply({}, x)
+  for gates in (*trained, *evaluated):
+    assert set(np.unique(gates)) == {0.0, 1.0}
+    assert abs(np.mean(gates) - 0.3) < 5 * np.sqrt(0.21 / 4000)
+  for one, other in (trained, evaluated, (trained[0], evaluated[0])):
+    assert abs(np.mean(one != other) - 2 * 0.21) < 0.05
+  for again, gates in zip(Net().apply({}, x), evaluated, strict=True):
+    np.testing.assert_array_equal(again, gates)
+  with pytest.raises(ValueError, match="relaxation must be straight_through where context is random; got 'sigmoid'"):
+    GateSettings(context="random", relaxation="sigmoid")
+
+
 def test_without_noise_training_opens_what_has_a_positive_logit():
   x = features(50, 5)
   drawn, sure = (two_groups(settings=GateSettings(noise_scale=scale)) for scale in (1.0, 0.0))
@@ -229,7 +269,7 @@ def test_bad_settings_are_named(setting, rule):
 
 
 @pytest.mark.parametrize(("field", "choices"), [
-    ("context", "none, pooled"), ("relaxation", "sigmoid, straight_through"),
+    ("context", "none, pooled, random"), ("relaxation", "hard_concrete, sigmoid, straight_through"),
 ])
 def test_unknown_choices_are_named(field, choices):
   with pytest.raises(ValueError, match=f"^gate {field} must be one of {choices}; got 'input'"):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gating_jax.ops.macs import conv_macs, executed_macs, gated_macs
+from gating_jax.ops.macs import conv_macs, executed_macs, expected_macs, gated_macs
 from gating_jax.types import GateRecord
 
 
@@ -38,6 +38,17 @@ def test_executed_macs_by_hand():
   records = (record([[1, 0, 1], [0, 0, 0]], 100), record([[1, 1], [1, 0]], 5))
   np.testing.assert_array_equal(executed_macs(records), [210, 5])
   assert gated_macs(records) == 310
+
+
+def test_a_relaxed_gate_above_zero_is_a_unit_that_runs():
+  records = (record([[0.2, 0.0, 1.0]], 100), record([[0.5, 0.0]], 5, 10))
+  np.testing.assert_array_equal(executed_macs(records), [100 * 2 + 5 * 1 + 10 * 2 * 1])
+
+
+def test_expected_macs_are_executed_ones_at_the_probabilities():
+  probs = [np.array([[0.5, 0.25]]), np.array([[1.0, 0.5]])]
+  records = tuple(GateRecord(p, p, np.ones_like(p), 10, pair) for p, pair in zip(probs, (0, 4), strict=True))
+  np.testing.assert_allclose(expected_macs(records), [10 * 0.75 + 10 * 1.5 + 4 * 0.75 * 1.5])
 
 
 def test_a_pair_costs_the_product_of_its_two_counts():

@@ -111,6 +111,14 @@ def test_hard_concrete_open_prob_is_the_rate_of_gates_above_zero(temperature, st
   assert_rates_are((gates > 0).mean(0), np.asarray(probs, np.float64))
 
 
+def test_hard_concrete_location_is_where_the_open_prob_is_as_asked():
+  for settings in (dict(), dict(temperature=1.5, stretch=(-0.5, 1.2))):
+    location = relaxations.hard_concrete_location(LOGITS, **settings)
+    assert np.abs(location - LOGITS).min() > 0.1
+    np.testing.assert_allclose(relaxations.hard_concrete_open_prob(location, **settings), special.expit(LOGITS),
+                               rtol=1e-5)
+
+
 def test_hard_concrete_has_mass_at_zero_at_one_and_between():
   gates = draw(relaxations.hard_concrete, samples=20_000)
   for share in (np.mean(gates == 0), np.mean(gates == 1), np.mean((gates > 0) & (gates < 1))):
