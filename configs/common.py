@@ -42,6 +42,9 @@ def image_config() -> ml_collections.ConfigDict:
           },
       },
       "loss": {
+          "regulariser": "batch_shaping",  # with sparsity; or sparsity alone, entropy, away_from_half, none
+          "entropy": {"coefficient": 0.5},  # asks that each gate be open for half of a batch
+          "away_from_half": {"coefficient": 0.5},  # asks that open probabilities differ from 1/2
           "batch_shaping": {
               "coefficient": 0.75,  # at the start
               "end": 0.2,  # linear to 0 at this fraction
@@ -67,6 +70,7 @@ def image_config() -> ml_collections.ConfigDict:
           "warmup": 0.0,
           "momentum": 0.9,
           "weight_decay": 5e-4,  # 0 for gate parameters whatever stands here
+          "gate_multiplier": 1.0,  # how much faster gate parameters learn
       },
       "devices": {
           "backend": "pmap",  # or shard_map
@@ -83,15 +87,15 @@ _GATES = {  # what is gated and what that needs; `--config.model` and `--config.
     "channels": {"model.gating": "channel"},
     "static": {  # L0 regularisation, Louizos et al., 2018: channels that close do so for all images
         "model.gating": "channel", "model.gate.context": "none", "model.gate.relaxation": "hard_concrete",
-        "loss.batch_shaping.coefficient": 0.0, "loss.sparsity.kind": "l0",
+        "loss.regulariser": "sparsity", "loss.sparsity.kind": "l0",
     },
     "random": {
         "model.gating": "channel", "model.gate.context": "random", "model.gate.initial_open": 0.5,
-        "loss.batch_shaping.coefficient": 0.0, "loss.sparsity.coefficient": 0.0,
+        "loss.regulariser": "none",
     },
     "layers": {  # ConvNet-AIG, Veit and Belongie, 2018
         "model.gating": "layer", "model.gate.temperature": 1.0, "model.gate.initial_open": 0.87,
-        "loss.batch_shaping.coefficient": 0.0, "loss.sparsity.kind": "target_rate", "loss.sparsity.target": 0.6,
+        "loss.regulariser": "sparsity", "loss.sparsity.kind": "target_rate", "loss.sparsity.target": 0.6,
         "loss.sparsity.coefficient": 1.0, "loss.sparsity.start": 0.0, "loss.sparsity.full": 0.0,
     },
 }
@@ -104,6 +108,7 @@ _VARIANTS = {
     "epochs": ("optim.epochs", int),
     "batch": ("optim.batch_size", int),
     "schedule": ("optim.schedule", str),
+    "regulariser": ("loss.regulariser", str),
     "l0": ("loss.sparsity.coefficient", float),
     "bas": ("loss.batch_shaping.coefficient", float),
 }

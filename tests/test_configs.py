@@ -47,8 +47,7 @@ def test_variants_change_their_field():
 def test_a_variant_may_stand_for_several_fields_and_later_ones_change_them():
   config = importlib.import_module("configs.cifar10_resnet20").get_config("gates=layers,l0=2.5")
   sparsity = config.loss.sparsity
-  assert (config.model.gating, config.model.gate.initial_open, config.loss.batch_shaping.coefficient) == (
-      "layer", 0.87, 0)
+  assert (config.model.gating, config.model.gate.initial_open, config.loss.regulariser) == ("layer", 0.87, "sparsity")
   assert (sparsity.kind, sparsity.target, sparsity.coefficient, sparsity.full) == ("target_rate", 0.6, 2.5, 0)
   with pytest.raises(ValueError, match="the variant gates must be one of .*; got 'layer'"):
     importlib.import_module("configs.cifar10_resnet20").get_config("gates=layer")

@@ -20,7 +20,7 @@ from gating_jax.models.resnet import RESNETS, resnet
 from gating_jax.models.vgg import VGGS, vgg
 from gating_jax.ops.priors import beta
 from gating_jax.training import devices, loop, optim, schedules
-from gating_jax.training.objectives import REDUCTIONS, SPARSITIES, ImageObjective
+from gating_jax.training.objectives import REDUCTIONS, REGULARISERS, SPARSITIES, ImageObjective
 
 LOADERS = ("resident", "streaming")
 
@@ -58,7 +58,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   optimiser = optim.sgd(
       schedules.learning_rate(training.schedule, training.learning_rate, total, warmup=training.warmup,
                               drops=training.drops, factor=training.drop_factor),
-      momentum=training.momentum, weight_decay=training.weight_decay)
+      momentum=training.momentum, weight_decay=training.weight_decay, gate_multiplier=training.gate_multiplier)
   shaping, sparsity = loss.batch_shaping, loss.sparsity
   coefficients = dict(
       batch_shaping_coefficient=schedules.fade_out(shaping.coefficient, shaping.end, total),
@@ -76,7 +76,8 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
       optimiser=optimiser,
       objective=ImageObjective(
           prior=prior, reduction=shaping.reduction, sparsity=sparsity.kind, target=sparsity.target,
-          fixed_macs=counts.macs - counts.gated, **coefficients),
+          fixed_macs=counts.macs - counts.gated, regulariser=loss.regulariser,
+          coefficient=loss[loss.regulariser].coefficient if loss.regulariser in loss else 0.0, **coefficients),
       settings=loop.LoopSettings(
           total_steps=total,
           steps_per_dispatch=dispatch,
@@ -111,6 +112,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
       "model.name": (*RESNETS, *VGGS),
       "model.dtype": settings.DTYPES,
       "model.gating": GATINGS,
+      "loss.regulariser": REGULARISERS,
       "loss.batch_shaping.reduction": REDUCTIONS,
       "loss.sparsity.kind": SPARSITIES,
       "optim.schedule": schedules.LEARNING_RATES,
@@ -121,8 +123,9 @@ def _check(config: ml_collections.ConfigDict) -> None:
   settings.check(
       config,
       choices=choices,
-      positive=("model.width", "optim.learning_rate", "optim.drop_factor", "checkpoint_every"),
-      not_negative=("eval_every", "loss.batch_shaping.coefficient", "loss.sparsity.coefficient", "optim.weight_decay"),
+      positive=("model.width", "optim.learning_rate", "optim.gate_multiplier", "optim.drop_factor", "checkpoint_every"),
+      not_negative=("eval_every", "loss.batch_shaping.coefficient", "loss.sparsity.coefficient",
+                    "loss.entropy.coefficient", "loss.away_from_half.coefficient", "optim.weight_decay"),
       at_least={"seed": 0, "data.pad": 0, "data.image_size": 0, "data.workers": 0, "optim.epochs": 1,
                 "optim.batch_size": 1, "devices.steps_per_dispatch": 1, "log_every": 1},
       fractions=("loss.sparsity.target",),

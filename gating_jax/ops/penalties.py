@@ -1,4 +1,4 @@
-"""Terms that ask for fewer open gates.
+"""Terms that ask for fewer open gates, or for gates that are open and closed.
 
 Axes: N examples, C gates of one layer. All are dimensionless scalars, differentiable in the probabilities.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import jax.numpy as jnp
+from jax.scipy.special import entr
 
 from gating_jax.ops import collectives
 from gating_jax.ops.macs import expected_macs, gated_macs
@@ -47,6 +48,35 @@ def target_rate_loss(gates: Sequence[Array], target: float | Array, *, axis_name
   Reference: Veit and Belongie, 2018 (ConvNet-AIG).
   """
   return sum(jnp.sum(jnp.square(collectives.batch_mean(g, axis_name) - target)) for g in _nonempty(gates))
+
+
+def entropy_loss(probs: Sequence[Array], *, axis_name: Hashable | None = None) -> Array:
+  """What each gate's mean probability lacks of the largest entropy, in bits, averaged over all gates of all layers.
+
+      loss = mean_c (1 - H(mean_n p_nc)),   H(p) = -p log2 p - (1 - p) log2(1 - p)
+
+  0 where every gate is open for half of the inputs, or for each with probability 1/2: it does not tell these apart.
+
+  Args:
+    probs: one `[N, C]` array per layer.
+    axis_name: as in `batch_shaping_loss`; the mean is over the whole batch.
+
+  >>> print(f"{entropy_loss([jnp.array([[0.0, 1.0], [1.0, 1.0]])]):.4f}")
+  0.5000
+  """
+  mean = jnp.concatenate([collectives.batch_mean(p, axis_name) for p in _nonempty(probs)])
+  eps = jnp.finfo(mean.dtype).eps  # the slope of the entropy is infinite at 0 and 1
+  mean = jnp.clip(mean, eps, 1 - eps)
+  return 1 - jnp.mean(entr(mean) + entr(1 - mean)) / jnp.log(2.0)
+
+
+def indecision_loss(probs: Sequence[Array]) -> Array:
+  """How near probabilities are to 1/2: `4 p (1 - p)`, averaged over examples and all gates of all layers.
+
+  >>> indecision_loss([jnp.array([[0.5, 1.0]]), jnp.array([[0.0, 0.5]])])
+  Array(0.5, dtype=float32)
+  """
+  return l0_loss([4 * p * (1 - p) for p in _nonempty(probs)])
 
 
 def mac_loss(records: Records) -> Array:

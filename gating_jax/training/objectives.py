@@ -7,7 +7,7 @@ Reference: Bejnordi et al., 2020, section 3.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 
 import jax.numpy as jnp
 import optax
@@ -20,11 +20,12 @@ from gating_jax.types import Array, Records
 
 REDUCTIONS = ("layer_mean", "mean", "sum")
 SPARSITIES = ("l0", "macs", "budget", "target_rate")
+REGULARISERS = ("batch_shaping", "sparsity", "entropy", "away_from_half", "none")
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageObjective:
-  """Total = CE + gamma_t * batch-shaping + rho_t * sparsity.
+  """Total = CE + gamma_t * batch-shaping + rho_t * sparsity, or CE with one of the regularisers tried before that.
 
   Attributes:
     prior: what each gate's open probability should follow over the batch.
@@ -35,6 +36,9 @@ class ImageObjective:
     target: share in (0, 1], for `budget` and `target_rate`.
     batch_shaping_coefficient, sparsity_coefficient: gamma_t and rho_t, from step to number.
     fixed_macs: MACs per example that no gate switches, for `budget`.
+    regulariser: `batch_shaping`, with sparsity; `sparsity` alone; `entropy`, which asks that gates be open for half of
+      the examples; `away_from_half`, that probabilities differ from 1/2; `none`.
+    coefficient: of `entropy` and `away_from_half`, the same at every step.
   """
 
   prior: Prior
@@ -44,10 +48,13 @@ class ImageObjective:
   batch_shaping_coefficient: Callable[[Array], Array]
   sparsity_coefficient: Callable[[Array], Array]
   fixed_macs: int
+  regulariser: str = "batch_shaping"
+  coefficient: float = 0.0
 
   def __post_init__(self):
     one_of("reduction", self.reduction, REDUCTIONS)
     one_of("sparsity", self.sparsity, SPARSITIES)
+    one_of("regulariser", self.regulariser, REGULARISERS)
 
   def __call__(
       self, logits: Array, labels: Array, records: Records, step: Array, axis_name: Hashable | None = None
@@ -70,17 +77,24 @@ class ImageObjective:
       self, records: Records, step: Array, axis_name: Hashable | None = None
   ) -> tuple[Array | float, Mapping[str, Array]]:
     """What the gates add, and its terms before their coefficients; 0 and none where nothing is gated."""
-    if not records:
-      return 0.0, {}
-    shaping = batch_shaping_term(records, self.prior, self.reduction, axis_name=axis_name)
-    sparsity = self._sparsity_term(records, axis_name)
-    gamma, rho = self.batch_shaping_coefficient(step), self.sparsity_coefficient(step)
-    return gamma * shaping + rho * sparsity, {
-        "batch_shaping": shaping,
-        self.sparsity: sparsity,
-        "batch_shaping_coefficient": gamma,
-        f"{self.sparsity}_coefficient": rho,
-    }
+    total, terms = 0.0, {}
+    for name, coefficient, term in self._terms(records, step, axis_name) if records else ():
+      total += coefficient * term
+      terms |= {name: term, f"{name}_coefficient": coefficient}
+    return total, terms
+
+  def _terms(self, records: Records, step: Array, axis_name) -> Iterator[tuple[str, Array | float, Array]]:
+    """Name, coefficient and value of what the regulariser is made of."""
+    probs = [r.probs for r in records]
+    if self.regulariser == "entropy":
+      yield "entropy", self.coefficient, penalties.entropy_loss(probs, axis_name=axis_name)
+    if self.regulariser == "away_from_half":
+      yield "away_from_half", self.coefficient, penalties.indecision_loss(probs)
+    if self.regulariser == "batch_shaping":
+      shaping = batch_shaping_term(records, self.prior, self.reduction, axis_name=axis_name)
+      yield "batch_shaping", self.batch_shaping_coefficient(step), shaping
+    if self.regulariser in ("batch_shaping", "sparsity"):
+      yield self.sparsity, self.sparsity_coefficient(step), self._sparsity_term(records, axis_name)
 
   def _sparsity_term(self, records: Records, axis_name) -> Array:
     if self.sparsity == "l0":

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from gating_jax.ops.macs import executed_macs, gated_macs
-from gating_jax.ops.penalties import l0_loss, mac_budget_loss, mac_loss, target_rate_loss
+from gating_jax.ops.penalties import (
+  entropy_loss,
+  indecision_loss,
+  l0_loss,
+  mac_budget_loss,
+  mac_loss,
+  target_rate_loss,
+)
 from gating_jax.types import GateRecord
 
 
@@ -40,6 +47,25 @@ def test_target_rate_loss_sums_over_gates_and_layers():
   np.testing.assert_array_equal(target_rate_loss(layers[1:], 1.0), 0.0)
 
 
+def test_entropy_loss_is_of_each_gates_mean_and_does_not_see_how_it_comes_about():
+  layers = [np.array([[0.0, 0.5, 0.25]] * 2, np.float32), np.array([[1.0], [0.0]], np.float32)]
+  quarter = 0.25 * np.log2(4) + 0.75 * np.log2(4 / 3)
+  np.testing.assert_allclose(entropy_loss(layers), (1 + 0 + (1 - quarter) + 0) / 4, rtol=1e-5)
+
+
+def test_indecision_loss_is_of_each_example():
+  np.testing.assert_allclose(indecision_loss([np.array([[0.5, 0.25], [1.0, 0.25]])]), (1 + 0 + 0.75 * 2) / 4)
+  np.testing.assert_array_equal(indecision_loss([np.array([[1.0], [0.0]])]), 0)
+
+
+@pytest.mark.parametrize("logit", [-110.0, 110.0])
+def test_saturated_gates_have_a_finite_pull(logit):
+  for loss in (entropy_loss, indecision_loss):
+    value, slope = jax.value_and_grad(lambda z, loss=loss: loss([jax.nn.sigmoid(z)]))(jnp.full((3, 2), logit))
+    assert np.isfinite(value)
+    assert np.isfinite(slope).all()
+
+
 def test_mac_loss_takes_products_of_probabilities_and_not_gates():
   records = records_of(FIRST, SECOND)
   assert np.mean(executed_macs(records)) == gated_macs(records) == ALL_GATED
@@ -65,9 +91,11 @@ def test_mac_budget_loss_by_hand():
 @pytest.mark.parametrize("loss", [
     lambda p: l0_loss([p[:, :3], p[:, 3:]]),
     lambda p: target_rate_loss([p[:, :3], p[:, 3:]], 0.9),
+    lambda p: entropy_loss([p[:, :3] ** 2, p[:, 3:] ** 2]),
+    lambda p: indecision_loss([p[:, :3], p[:, 3:]]),
     lambda p: mac_loss(records_of(p[:, :3], p[:, 3:])),
     lambda p: mac_budget_loss(records_of(p[:, :3], p[:, 3:]), 32, 0.2),
-], ids=["l0", "target rate", "mac", "mac budget"])
+], ids=["l0", "target rate", "entropy", "indecision", "mac", "mac budget"])
 def test_gradients_are_the_finite_differences_and_jit_and_vmap_agree(loss, central_differences):
   p = np.random.default_rng(0).uniform(0.2, 0.8, (2, 4, 5))
   gradient = jax.jit(jax.grad(loss))(p[0])
@@ -80,6 +108,7 @@ def test_gradients_are_the_finite_differences_and_jit_and_vmap_agree(loss, centr
 def test_the_budget_and_the_target_are_over_all_devices():
   p = np.random.default_rng(1).uniform(0, 1, (16, 5)).astype(np.float32)
   losses = {
+      "entropy": lambda p, axis: entropy_loss([p ** 2], axis_name=axis),
       "target": lambda p, axis: target_rate_loss([p], 0.7, axis_name=axis),
       "budget": lambda p, axis: mac_budget_loss(records_of(p[:, :3], p[:, 3:]), 10, 0.3, axis_name=axis),
   }
@@ -90,7 +119,7 @@ def test_the_budget_and_the_target_are_over_all_devices():
     np.testing.assert_allclose(spread, np.full(8, loss(p, None)), rtol=1e-5)
 
 
-@pytest.mark.parametrize("loss", [l0_loss, lambda r: target_rate_loss(r, 0.5), mac_loss,
+@pytest.mark.parametrize("loss", [l0_loss, lambda r: target_rate_loss(r, 0.5), entropy_loss, indecision_loss, mac_loss,
                                   lambda r: mac_budget_loss(r, 1, 0.5)])
 def test_an_ungated_model_is_an_error(loss):
   message = r"^a gate penalty needs at least one gated layer; got none: is the model ungated\?$"

@@ -24,10 +24,10 @@ def records():
                for logits, probs, gates, macs in zip(GATE_LOGITS, PROBS, GATES, PER_UNIT, strict=True))
 
 
-def objective(reduction="layer_mean", sparsity="l0"):
+def objective(reduction="layer_mean", sparsity="l0", **regulariser):
   return ImageObjective(prior=beta(0.6, 0.4), reduction=reduction, sparsity=sparsity, target=TARGET, fixed_macs=FIXED,
                         batch_shaping_coefficient=optax.linear_schedule(0.8, 0.0, 10),
-                        sparsity_coefficient=optax.linear_schedule(0.0, 2.0, 10))
+                        sparsity_coefficient=optax.linear_schedule(0.0, 2.0, 10), **regulariser)
 
 
 def cross_entropy_by_hand():
@@ -72,6 +72,28 @@ def test_reductions_and_kinds_differ_from_each_other():
   assert len({round(sparsity_by_hand(kind), 4) for kind in objectives.SPARSITIES}) == 4
 
 
+def entropy_by_hand():
+  means = np.concatenate([probs.mean(axis=0) for probs in PROBS])
+  return np.mean([1 - stats.entropy([p, 1 - p], base=2) for p in means])
+
+
+@pytest.mark.parametrize(("regulariser", "values"), [
+    ("none", {}),
+    ("sparsity", {"l0": (1.4, sparsity_by_hand("l0"))}),
+    ("entropy", {"entropy": (0.3, entropy_by_hand())}),
+    ("away_from_half", {"away_from_half": (0.3, np.mean(4 * np.hstack(PROBS) * (1 - np.hstack(PROBS))))}),
+])
+def test_other_regularisers_stand_alone(regulariser, values):
+  total, terms = objective(regulariser=regulariser, coefficient=0.3)(LOGITS, LABELS, records(), jnp.int32(STEP))
+  assert set(terms) == {"cross_entropy", "accuracy", *values, *(f"{name}_coefficient" for name in values)}
+  for name, (coefficient, value) in values.items():
+    assert value > 0.01
+    assert float(terms[name]) == pytest.approx(value, rel=2e-5)
+    assert float(terms[f"{name}_coefficient"]) == pytest.approx(coefficient)
+  added = sum(coefficient * value for coefficient, value in values.values())
+  assert float(total) == pytest.approx(cross_entropy_by_hand() + added, rel=2e-5)
+
+
 @pytest.mark.parametrize(("step", "gamma", "rho"), [(0, 0.8, 0.0), (10, 0.0, 2.0), (100, 0.0, 2.0)])
 def test_coefficients_follow_the_step(step, gamma, rho):
   total, terms = objective()(LOGITS, LABELS, records(), jnp.int32(step))
@@ -96,6 +118,7 @@ def test_batch_shaping_takes_each_layers_mean_by_default():
     [
         (dict(reduction="layer-mean"), "reduction must be one of .*; got 'layer-mean'. Did you mean 'layer_mean'"),
         (dict(sparsity="buget"), "sparsity must be one of budget, l0, macs, target_rate; .* Did you mean 'budget'"),
+        (dict(regulariser="l0"), "regulariser must be one of .*; got 'l0'"),
         (dict(sparsity="entropy"), "sparsity must be one of .*; got 'entropy'$"),
     ],
 )
