@@ -20,7 +20,7 @@ from gating_jax.ops.ecdf import (
   generalised_batch_shaping_loss,
   noise_floor,
 )
-from gating_jax.ops.macs import executed_macs, gated_macs
+from gating_jax.ops.macs import executed_macs, expected_macs, gated_macs
 from gating_jax.ops.penalties import l0_loss, mac_budget_loss, mac_loss, target_rate_loss
 from gating_jax.ops.priors import (
   Prior,
@@ -76,6 +76,7 @@ __all__ = [
   "empirical",
   "empirical_cdf",
   "executed_macs",
+  "expected_macs",
   "find_concepts",
   "from_cdf",
   "gated_macs",
