@@ -66,4 +66,4 @@ def open_rates(generator: Generator, variables: Tree, key: Array) -> np.ndarray:
 def _opened(generator: Generator, variables: Tree, key: Array) -> Array:
   labels = jnp.arange(_PROBES) % generator.classes
   _, records = generator.apply(variables, wgan.latents(key, _PROBES, generator.latent), labels)
-  return jnp.concatenate([jnp.sum(r.gates, axis=0) for r in records])
+  return jnp.sum(units.joined(records), axis=0)

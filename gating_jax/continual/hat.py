@@ -42,7 +42,6 @@ from gating_jax.continual.method import (
 from gating_jax.continual.units import by_record, layer_name
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.counts import ModelCounts
-from gating_jax.ops.macs import executed_macs
 from gating_jax.types import Array, Records
 
 EMBEDDING_LIMIT = 6.0
@@ -222,8 +221,7 @@ class _Hat:
     own = jax.tree.map(lambda tree: tree[:seen], learner.memory["own"])
     own["params"] = at_slope(own["params"], self.steepness)
     stream = self.net.side_by_side(learner.params, learner.batch_stats, own, x)
-    macs = executed_macs(stream.records) + float(
-        self.counts.fixed + stream.features.shape[-1] * self.net.problem.classes)
+    macs = streams.macs(stream, self.counts, self.net.problem.classes)
     return streams.prediction(self.net.problem, stream.logits, task, macs, macs.sum(0))
 
   def holdings(self, learner: Learner) -> Holdings:

@@ -202,8 +202,8 @@ class Method:
 
   `cumulative`: task t is trained on the images of all tasks up to t. `together`: all tasks are learnt at once; every
   step sees as many images of each, those of task t at places t, T + t, 2 T + t, ..., and only the last row of the table
-  is filled. `prelude`: a step `(learner, pixels, labels) ->
-  (learner, metrics)` of what comes before the training on each task.
+  is filled. `prelude`: a step `(learner, pixels, labels) -> (learner, metrics)` of what comes before the training on
+  each task.
   """
 
   init: Callable[[Array], Start]

@@ -37,7 +37,6 @@ from gating_jax.continual.method import (
 from gating_jax.continual.task_gates import TaskGatesSettings
 from gating_jax.layers.gate import GATE_RNG
 from gating_jax.models.counts import ModelCounts
-from gating_jax.ops.macs import executed_macs
 from gating_jax.types import Array
 
 Tree = Any
@@ -144,8 +143,7 @@ class _Multitask:
 
   def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
     stream = self._streams(learner, x)
-    fixed = float(self.counts.fixed + stream.features.shape[-1] * self.problem.classes)
-    macs = jnp.full(stream.logits.shape[:2], fixed) + (executed_macs(stream.records) if self.settings else 0.0)
+    macs = streams.macs(stream, self.counts, self.problem.classes)
     return streams.prediction(self.problem, stream.logits, task, macs, macs.sum(0))
 
   def holdings(self, learner: Learner) -> Holdings:

@@ -20,6 +20,8 @@ from flax import traverse_util
 
 from gating_jax.continual.method import Prediction, Problem
 from gating_jax.layers.gate import is_gate_path
+from gating_jax.models.counts import ModelCounts
+from gating_jax.ops.macs import executed_macs
 from gating_jax.types import Array, Records
 
 Tree = Any
@@ -126,6 +128,12 @@ def head_terms(logits: Array, labels: Array, task: Array, problem: Problem) -> d
   own = labels - task * problem.classes
   return {"cross_entropy": jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, own)),
           "accuracy": jnp.mean(jnp.argmax(logits, -1) == own)}
+
+
+def macs(stream: Stream, counts: ModelCounts, classes: int) -> Array:
+  """`[..., N]`, of each image and stream, with a head of so many classes; `counts` are of the model."""
+  fixed = jnp.full(stream.logits.shape[:-1], float(counts.fixed + stream.features.shape[-1] * classes))
+  return fixed + executed_macs(stream.records) if stream.records else fixed
 
 
 def prediction(

@@ -41,7 +41,6 @@ from gating_jax.continual.method import (
 from gating_jax.continual.rehearsal import Rehearsal, Replay, make_prelude
 from gating_jax.layers.gate import GATE_RNG
 from gating_jax.models.counts import ModelCounts
-from gating_jax.ops.macs import executed_macs
 from gating_jax.types import Array
 
 WHEN_FULL = ("error", "reuse", "grow")
@@ -184,8 +183,7 @@ class _TaskGates:
 
   def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
     stream = self._streams(learner, x, seen)
-    macs = executed_macs(stream.records) + float(
-        self.counts.fixed + stream.features.shape[-1] * self.problem.classes)
+    macs = streams.macs(stream, self.counts, self.problem.classes)
     if self.rehearsal is None:
       return streams.prediction(self.problem, stream.logits, task, macs, macs.sum(0))
     features = jnp.moveaxis(stream.features, 0, 1)
