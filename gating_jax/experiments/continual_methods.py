@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import flax.linen as nn
 import ml_collections
 
@@ -61,20 +64,31 @@ def _generative(config, problem):
 def _gated_generative(config, problem):
   fields = dict(config.generator.gates)
   gate = {name: fields.pop(name) for name in ("initial_open", "noise_scale")}
-  generator = _generator(config, problem, GateSettings(**{**config.model.gate, **gate}))
-  protection = gated(generator, problem.tasks, ProtectionSettings(**fields))
+  with _named("generator.gates"):
+    generator = _generator(config, problem, GateSettings(**{**config.model.gate, **gate}))
+    protection = gated(generator, problem.tasks, ProtectionSettings(**fields))
   return _shared_generative(config, problem, generator, protection)
 
 
 def _masked_generative(config, problem):
   fields = {name: config.dgm[name] for name in ("steepness", "sparsity")}
   generator = _generator(config, problem, GateSettings(context="none", relaxation="sigmoid"))
-  protection = masked(generator, problem.tasks, steps=config.generator.steps, **fields)
+  with _named("dgm"):
+    protection = masked(generator, problem.tasks, steps=config.generator.steps, **fields)
   return _shared_generative(config, problem, generator, protection)
 
 
 def _dgm(config, net):
   return dgm(net, _masked_generative(config, net.problem), real=config.dgm.real)
+
+
+@contextlib.contextmanager
+def _named(section: str) -> Iterator[None]:
+  """Errors of settings say which section of the config they are of."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f"{section}: {error}") from error
 
 
 def _wgan(config):
