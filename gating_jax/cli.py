@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -18,6 +19,10 @@ _CONFIG = config_flags.DEFINE_config_file(
     "--config.optim.learning_rate=0.05.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory: new, or one to go on with.")
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Of a job of several processes: host:port of process 0, or auto on Cloud TPU or Slurm.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the job has.", lower_bound=1)
+_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
 
 
 def main() -> None:
@@ -66,15 +71,20 @@ def _main(argv: list[str]) -> int:
   logging.set_verbosity(logging.WARNING)
   from gating_jax.data.sources import DatasetNotPreparedError  # after the flags are checked: these import JAX
   from gating_jax.experiments import classification, continual, long_video
+  from gating_jax.training import hosts
   from gating_jax.training.checkpoints import CheckpointError
   from gating_jax.training.loop import NonFiniteError
   from gating_jax.training.rundir import RunDirError
 
   try:
     one_of("experiment", _CONFIG.value.experiment, EXPERIMENTS)
-    {"classification": classification, "continual": continual, "long_video": long_video}[_CONFIG.value.experiment].run(
-        _CONFIG.value, Path(_WORKDIR.value), _MODE.value)
-  except (ValueError, OSError, DatasetNotPreparedError, NonFiniteError, RunDirError, CheckpointError) as error:
+    if _COORDINATOR.value:
+      hosts.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    with contextlib.redirect_stdout(sys.stdout if hosts.is_writer() else None):
+      {"classification": classification, "continual": continual, "long_video": long_video}[
+          _CONFIG.value.experiment].run(_CONFIG.value, Path(_WORKDIR.value), _MODE.value)
+  except (ValueError, OSError, DatasetNotPreparedError, NonFiniteError, RunDirError, CheckpointError,
+          hosts.PeerError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   except KeyboardInterrupt:

@@ -17,7 +17,7 @@ import ml_collections
 from gating_jax.data import augment, batches, resident
 from gating_jax.experiments.build import Experiment, build
 from gating_jax.reports import firing, table
-from gating_jax.training import devices, evaluation, loop, rundir, steps
+from gating_jax.training import devices, evaluation, hosts, loop, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal
 
@@ -70,7 +70,8 @@ def _train(experiment: Experiment, run_dir: rundir.RunDir) -> None:
     journal.close()
     checkpoints.close()
   if gates is not None:
-    firing.draw(run_dir.path / "gates.png", gates.logits, gates.open_rates, experiment.objective.prior)
+    hosts.written(lambda: firing.draw(
+        run_dir.path / "gates.png", gates.logits, gates.open_rates, experiment.objective.prior))
     result["batch_shaping_reduction"] = experiment.objective.reduction
   result |= {"step": step, "seconds_since_last_start": round(time.time() - started, 1)}
   run_dir.finish(result)
@@ -114,5 +115,5 @@ def make_test(experiment: Experiment) -> Callable[[Any], tuple[dict[str, Any], e
       steps.make_eval_step(experiment.model, experiment.normalise),
       args=(devices.REPLICATED, devices.BATCH, devices.BATCH), results=devices.BATCH, backend=config.devices.backend)
   return lambda state: evaluation.evaluate(
-      lambda pixels, labels: run(state, pixels, labels),
+      lambda *batch: hosts.whole(run(state, *hosts.share(batch))),
       batches.cover(experiment.test, config.optim.batch_size), experiment.counts)

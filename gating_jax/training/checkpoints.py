@@ -11,6 +11,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from gating_jax.training import devices, hosts
+
 _STATE, _META = "state", "meta"
 
 
@@ -46,6 +48,8 @@ class Checkpoints:
     """
     if step in self._manager.all_steps():
       return
+    if jax.process_count() > 1:  # what pmap returns is of this process alone
+      state = devices.replicate(jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), state))
     meta = {"step": step, "crc32": _checksum(state)}
     saved = self._manager.save(
         step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
@@ -94,12 +98,15 @@ class Checkpoints:
     self._manager.close()
 
   def _put_aside(self, step: int) -> None:
-    number = 0
-    while (aside := self._directory.with_name(f"{self._directory.name}-damaged-{step}-{number}")).exists():
-      number += 1
-    (self._directory / str(step)).rename(aside)
+    def rename():
+      number = 0
+      while (aside := self._directory.with_name(f"{self._directory.name}-damaged-{step}-{number}")).exists():
+        number += 1
+      (self._directory / str(step)).rename(aside)
+      logging.warning("moved the damaged checkpoint of step %d to %s", step, aside)
+
+    hosts.written(rename)
     self._manager.reload()
-    logging.warning("moved the damaged checkpoint of step %d to %s", step, aside)
 
 
 def _checksum(state: Any) -> int:

@@ -13,6 +13,8 @@ from typing import Any
 from absl import logging
 from tqdm import tqdm
 
+from gating_jax.training import hosts
+
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 TEMPORARY = ".tmp"
@@ -22,7 +24,7 @@ class Journal:
   """Writes metrics of steps under a run directory; opened at the step training goes on from.
 
   Lines of later steps, left by a run that was killed after its last checkpoint, are dropped, and no (step, split) is
-  written twice.
+  written twice. Of several processes one writes.
   """
 
   def __init__(self, workdir: Path, first_step: int, total_steps: int):
@@ -30,11 +32,14 @@ class Journal:
 
     self._path = workdir / METRICS_FILE
     kept = [line for line in _readable_lines(self._path) if line["step"] <= first_step]
-    write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+    writes = hosts.is_writer()
+    if writes:
+      write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
     self._written = {(line["step"], line["split"]) for line in kept}
-    self._file = self._path.open("a")
-    self._events = SummaryWriter(str(workdir / TENSORBOARD_DIR), purge_step=first_step + 1)
-    self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
+    self._file = (self._path if writes else Path(os.devnull)).open("a")
+    self._events = SummaryWriter(str(workdir / TENSORBOARD_DIR), purge_step=first_step + 1, write_to_disk=writes)
+    self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None if writes else True,
+                     dynamic_ncols=True)
     self._total = total_steps
     self._start = time.time()
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gating_jax.training import hosts
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal
 
@@ -109,7 +110,8 @@ def train(
       pending = None
 
   with StopRequest() as stop:
-    while step < settings.total_steps and not stop.requested:
+    stopping = False
+    while step < settings.total_steps and not stopping:
       state, metrics = advance(state, step)
       settle()
       pending = (step, metrics)
@@ -126,6 +128,8 @@ def train(
       if _due(step, k, settings.checkpoint_every) and step < settings.total_steps:
         settle()
         checkpoints.save(step, state)
+      if jax.process_count() == 1 or _due(step, k, settings.log_every):  # several must stop at the same step
+        stopping = hosts.any_of(stop.requested)
     settle()
     if step > first_step:
       checkpoints.save(step, state)

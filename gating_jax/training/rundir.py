@@ -11,6 +11,7 @@ from typing import Any
 
 import ml_collections
 
+from gating_jax.training import hosts
 from gating_jax.training.journal import TEMPORARY, write_json
 
 CONFIG_FILE, RESULT_FILE, CHECKPOINT_DIR, _LOCK_FILE = "config.json", "result.json", "checkpoints", ".lock"
@@ -41,7 +42,7 @@ class RunDir:
 
   def finish(self, result: Mapping[str, Any]) -> None:
     """Marks the run as finished."""
-    write_json(self.path / RESULT_FILE, dict(result))
+    hosts.written(lambda: write_json(self.path / RESULT_FILE, dict(result)))
 
 
 def existing_run(path: Path, config: ml_collections.ConfigDict) -> RunDir:
@@ -54,7 +55,7 @@ def existing_run(path: Path, config: ml_collections.ConfigDict) -> RunDir:
 
 @contextlib.contextmanager
 def open_run(path: Path, config: ml_collections.ConfigDict) -> Iterator[RunDir]:
-  """Opens the run of `config` at `path`, alone: no other process can until the block ends.
+  """Opens the run of `config` at `path`, alone: no other job can until the block ends.
 
   Args:
     path: a directory; made, with its parents, if missing.
@@ -63,7 +64,14 @@ def open_run(path: Path, config: ml_collections.ConfigDict) -> Iterator[RunDir]:
     RunDirError: the directory holds another config's run (the message shows the difference), or something that is no
       run; is in use by another process; or cannot be written.
   """
-  mine = json.loads(config.to_json())
+  with contextlib.ExitStack() as held:
+    hosts.written(lambda: held.enter_context(_locked(path, json.loads(config.to_json()))))
+    yield RunDir(path)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, mine: Mapping[str, Any]) -> Iterator[None]:
+  """Holds the directory, with this config written or found in it."""
   file = path / CONFIG_FILE
   if path.exists() and not file.exists() and not _is_blank(path):
     raise RunDirError(f"workdir must be a run directory or new; {path} exists and has no {CONFIG_FILE}")
@@ -82,7 +90,7 @@ def open_run(path: Path, config: ml_collections.ConfigDict) -> Iterator[RunDir]:
       _compare(path, _read(file), mine)
     else:
       write_json(file, mine)
-    yield run_dir
+    yield
 
 
 def run_mode(

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# One job of gating-jax on all workers of a Cloud TPU VM or pod slice, on which the repository and .venv are already.
+# Usage: NAME=tpu ZONE=us-central2-b bash launch/tpu.sh [--dry-run] arguments of gating-jax
+# Needs gcloud, logged in. The run directory must be one that all workers see: a mounted bucket or file share.
+# FOLDER: of the repository on the workers (default: gating_jax, in the home folder).
+set -euo pipefail
+
+dry_run=
+if [ "${1:-}" = --dry-run ]; then
+  dry_run=yes
+  shift
+fi
+if [ $# -eq 0 ] || [ -z "${NAME:-}" ] || [ -z "${ZONE:-}" ]; then
+  sed -n '2,5s/^# //p' "$0" >&2
+  exit 2
+fi
+printf -v remote '%q ' .venv/bin/gating-jax "$@" --coordinator=auto
+command=(gcloud compute tpus tpu-vm ssh "$NAME" "--zone=$ZONE" --worker=all
+         "--command=cd $(printf %q "${FOLDER:-gating_jax}") && exec $remote")
+if [ "$dry_run" ]; then
+  printf '%q ' "${command[@]}"
+  echo
+  exit 0
+fi
+exec "${command[@]}"
