@@ -11,10 +11,12 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from gating_jax.checks import one_of
-from gating_jax.ops import penalties
+from gating_jax.ops import collectives, penalties
 from gating_jax.ops.ecdf import batch_shaping_loss
+from gating_jax.ops.macs import executed_macs, gated_macs
 from gating_jax.ops.priors import Prior
 from gating_jax.types import Array, Records
 
@@ -76,25 +78,45 @@ class ImageObjective:
   def gate_terms(
       self, records: Records, step: Array, axis_name: Hashable | None = None
   ) -> tuple[Array | float, Mapping[str, Array]]:
-    """What the gates add, and its terms before their coefficients; 0 and none where nothing is gated."""
-    total, terms = 0.0, {}
-    for name, coefficient, term in self._terms(records, step, axis_name) if records else ():
+    """What the gates add, and its terms before their coefficients; 0 and none where nothing is gated.
+
+    Whatever the regulariser, with them come: `mac_ratio`, the share of the ungated MACs that the gates of this pass
+    spend, gate networks left out; and `gates/batch_shaping_mean` over all gates, beside `gates/batch_shaping_floor`,
+    what it is on average for independent draws from the prior.
+    """
+    if not records:
+      return 0.0, {}
+    total, terms, per_gate = 0.0, {}, _shaping_per_gate(records, self.prior, axis_name)
+    for name, coefficient, term in self._terms(records, per_gate, step, axis_name):
       total += coefficient * term
       terms |= {name: term, f"{name}_coefficient": coefficient}
-    return total, terms
+    examples = records[0].logits.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
+    spent = self.fixed_macs + collectives.batch_mean(executed_macs(records), axis_name)
+    return total, {
+        **terms,
+        "mac_ratio": spent / float(self.fixed_macs + gated_macs(records)),
+        "gates/batch_shaping_mean": jnp.mean(per_gate),
+        "gates/batch_shaping_floor": jnp.asarray(1 / (6 * (examples + 1))),
+    }
 
-  def _terms(self, records: Records, step: Array, axis_name) -> Iterator[tuple[str, Array | float, Array]]:
-    """Name, coefficient and value of what the regulariser is made of."""
+  def _terms(
+      self, records: Records, per_gate: Array, step: Array, axis_name
+  ) -> Iterator[tuple[str, Array | float, Array]]:
+    """Name, coefficient and value of what the regulariser is made of; `per_gate` is the batch-shaping loss."""
     probs = [r.probs for r in records]
     if self.regulariser == "entropy":
       yield "entropy", self.coefficient, penalties.entropy_loss(probs, axis_name=axis_name)
     if self.regulariser == "away_from_half":
       yield "away_from_half", self.coefficient, penalties.indecision_loss(probs)
     if self.regulariser == "batch_shaping":
-      shaping = batch_shaping_term(records, self.prior, self.reduction, axis_name=axis_name)
-      yield "batch_shaping", self.batch_shaping_coefficient(step), shaping
+      yield "batch_shaping", self.batch_shaping_coefficient(step), _reduced(per_gate, records, self.reduction)
     if self.regulariser in ("batch_shaping", "sparsity"):
       yield self.sparsity, self.sparsity_coefficient(step), self._sparsity_term(records, axis_name)
+
+  @property
+  def prices_budget(self) -> bool:
+    """Whether `target` is a budget."""
+    return self.sparsity == "budget" and self.regulariser in ("batch_shaping", "sparsity")
 
   def _sparsity_term(self, records: Records, axis_name) -> Array:
     if self.sparsity == "l0":
@@ -110,8 +132,14 @@ def batch_shaping_term(
     records: Records, prior: Prior, reduction: str = "layer_mean", *, axis_name: Hashable | None = None
 ) -> Array:
   """The batch-shaping loss of every gate of a network, reduced to a scalar; one sort for all layers together."""
-  per_gate = batch_shaping_loss(
-      jnp.concatenate([r.logits for r in records], axis=-1), prior, axis_name=axis_name)
+  return _reduced(_shaping_per_gate(records, prior, axis_name), records, reduction)
+
+
+def _shaping_per_gate(records: Records, prior: Prior, axis_name: Hashable | None) -> Array:
+  return batch_shaping_loss(jnp.concatenate([r.logits for r in records], axis=-1), prior, axis_name=axis_name)
+
+
+def _reduced(per_gate: Array, records: Records, reduction: str) -> Array:
   if reduction == "sum":
     return jnp.sum(per_gate)
   if reduction == "mean":

@@ -76,7 +76,7 @@ def make_train_step(
       total, terms = objective(outputs, targets, records, state.step, axis_name)
       metrics = {"loss": total, **terms}
       for i, record in enumerate(records):
-        metrics[f"gate_rate/layer{i:02d}"] = jnp.mean(record.gates)
+        metrics[f"gate_rate/layer{i:02d}"] = jnp.mean(record.gates > 0)
       return total, (metrics, updates.get("batch_stats", {}))
 
     grads, (metrics, batch_stats) = jax.grad(loss, has_aux=True)(state.params)

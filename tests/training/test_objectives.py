@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -41,6 +42,12 @@ def shaping_by_hand(reduction):
           "sum": np.concatenate(layers).sum()}[reduction]
 
 
+def watched_by_hand():
+  macs = FIXED + 100 * GATES[0].sum(axis=1) + 30 * GATES[1].sum(axis=1)
+  return {"mac_ratio": macs.mean() / (FIXED + 2 * 100 + 4 * 30), "gates/batch_shaping_mean": shaping_by_hand("mean"),
+          "gates/batch_shaping_floor": 1 / (6 * (N + 1))}
+
+
 def sparsity_by_hand(kind):
   open_probs = [probs.mean(axis=0).sum() for probs in PROBS]
   rates = np.concatenate([gates.mean(axis=0) for gates in GATES])
@@ -60,7 +67,7 @@ def test_total_is_cross_entropy_and_weighted_terms(reduction, sparsity):
   assert price > 0.01
   expected = {"cross_entropy": cross_entropy, "accuracy": np.mean(LOGITS.argmax(-1) == LABELS),
               "batch_shaping": shaping, sparsity: price,
-              "batch_shaping_coefficient": 0.24, f"{sparsity}_coefficient": 1.4}
+              "batch_shaping_coefficient": 0.24, f"{sparsity}_coefficient": 1.4, **watched_by_hand()}
   assert terms.keys() == expected.keys()
   for name, value in expected.items():
     assert float(terms[name]) == pytest.approx(value, rel=2e-5), name
@@ -85,13 +92,35 @@ def entropy_by_hand():
 ])
 def test_other_regularisers_stand_alone(regulariser, values):
   total, terms = objective(regulariser=regulariser, coefficient=0.3)(LOGITS, LABELS, records(), jnp.int32(STEP))
-  assert set(terms) == {"cross_entropy", "accuracy", *values, *(f"{name}_coefficient" for name in values)}
+  watched = watched_by_hand()
+  assert set(terms) == {"cross_entropy", "accuracy", *values, *(f"{name}_coefficient" for name in values), *watched}
+  for name, value in watched.items():
+    assert float(terms[name]) == pytest.approx(value, rel=2e-5)
   for name, (coefficient, value) in values.items():
     assert value > 0.01
     assert float(terms[name]) == pytest.approx(value, rel=2e-5)
     assert float(terms[f"{name}_coefficient"]) == pytest.approx(coefficient)
   added = sum(coefficient * value for coefficient, value in values.values())
   assert float(total) == pytest.approx(cross_entropy_by_hand() + added, rel=2e-5)
+
+
+def test_what_is_watched_is_over_all_devices():
+  shared = lambda local: objective().gate_terms(local, jnp.int32(STEP), "devices")[1]
+  spread = jax.tree.map(lambda x: x.reshape(2, N // 2, -1), records())
+  terms = jax.pmap(shared, axis_name="devices", devices=jax.devices()[:2])(spread)
+  ratios = [(FIXED + 100 * a.sum() / 3 + 30 * b.sum() / 3) / 820
+            for a, b in zip(*(np.split(g, 2) for g in GATES), strict=True)]
+  assert abs(ratios[0] - ratios[1]) > 0.01
+  for name, value in watched_by_hand().items():
+    np.testing.assert_allclose(terms[name], [value] * 2, rtol=2e-5)
+
+
+def test_the_floor_is_the_mean_for_draws_from_the_prior():
+  logits = special.logit(np.random.default_rng(3).beta(0.6, 0.4, (32, 4000)).clip(1e-6, 1 - 1e-6)).astype(np.float32)
+  drawn = (GateRecord(jnp.asarray(logits), jnp.asarray(special.expit(logits)), jnp.asarray(logits > 0), 1),)
+  _, terms = objective(regulariser="none").gate_terms(drawn, jnp.int32(STEP))
+  assert float(terms["gates/batch_shaping_floor"]) == pytest.approx(1 / 198)
+  assert float(terms["gates/batch_shaping_mean"]) == pytest.approx(1 / 198, rel=0.05)
 
 
 @pytest.mark.parametrize(("step", "gamma", "rho"), [(0, 0.8, 0.0), (10, 0.0, 2.0), (100, 0.0, 2.0)])
@@ -101,6 +130,34 @@ def test_coefficients_follow_the_step(step, gamma, rho):
   assert float(terms["l0_coefficient"]) == pytest.approx(rho)
   by_hand = cross_entropy_by_hand() + gamma * shaping_by_hand("layer_mean") + rho * sparsity_by_hand("l0")
   assert float(total) == pytest.approx(by_hand, rel=1e-5)
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.5, 0.75])
+def test_gates_that_would_rather_be_open_end_at_the_budget(budget):
+  budgeted = ImageObjective(
+      prior=beta(0.6, 0.4), reduction="mean", sparsity="budget", target=budget, fixed_macs=32, regulariser="sparsity",
+      batch_shaping_coefficient=optax.constant_schedule(0.0), sparsity_coefficient=optax.constant_schedule(50.0))
+  seen, optimiser = np.random.default_rng(1).normal(size=(2, 256, 1)), optax.adam(0.05)
+
+  def gated(biases):
+    logits = [4 * x + bias for x, bias in zip(seen, biases, strict=True)]
+    return tuple(GateRecord(z, jax.nn.sigmoid(z), jnp.where(z > 0, 1.0, 0.0), macs)
+                 for z, macs in zip(logits, PER_UNIT, strict=True))
+
+  def loss(biases):
+    records = gated(biases)
+    return budgeted.gate_terms(records, 0)[0] - 0.05 * sum(jnp.mean(r.probs) for r in records)
+
+  def step(carry, _):
+    biases, moments = carry
+    updates, moments = optimiser.update(jax.grad(loss)(biases), moments)
+    return (optax.apply_updates(biases, updates), moments), None
+
+  start = [jnp.full(units, 3.0) for units in UNITS]
+  (biases, _), _ = jax.lax.scan(step, (start, optimiser.init(start)), length=600)
+  share = lambda biases: float(budgeted.gate_terms(gated(biases), 0)[1]["mac_ratio"])
+  assert share(start) > 0.77
+  assert share(biases) == pytest.approx(budget, abs=0.02)
 
 
 def test_an_ungated_net_has_the_cross_entropy_alone():

@@ -113,6 +113,8 @@ def test_metrics_of_a_gated_net_are_over_the_whole_batch():
   open_gates = metrics["gate_rate/layer00"] * BATCH_SIZE * 4
   np.testing.assert_allclose(open_gates, np.round(open_gates), atol=1e-4)
   assert np.all((open_gates > 0) & (open_gates < BATCH_SIZE * 4))
+  share = metrics["gate_rate/layer00"] * 6 * 6 * 9 * (4 + 4) * 4
+  np.testing.assert_allclose(metrics["mac_ratio"], (100 + share) / (100 + 6 * 6 * 9 * (4 + 4) * 4), rtol=1e-5)
   np.testing.assert_allclose(metrics["accuracy"] * BATCH_SIZE, np.round(metrics["accuracy"] * BATCH_SIZE), atol=1e-5)
 
 
