@@ -1,6 +1,7 @@
 """Fields of an image-classification config, with the recipe's defaults. The only home of a default."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
@@ -54,10 +55,10 @@ def image_config() -> ml_collections.ConfigDict:
           },
           "sparsity": {
               "kind": "l0",  # l0, macs, budget or target_rate
-              "coefficient": 0.5,
+              "coefficient": 0.5,  # a budget needs about 50
               "start": 0.2,  # 0 up to this fraction
               "full": 0.6,  # linear to the coefficient at this one
-              "target": 0.5,  # of budget and target_rate
+              "target": 0.5,  # of budget, a share of the ungated MACs; of target_rate, a share of images
           },
       },
       "optim": {
@@ -111,20 +112,25 @@ _VARIANTS = {
     "regulariser": ("loss.regulariser", str),
     "l0": ("loss.sparsity.coefficient", float),
     "bas": ("loss.batch_shaping.coefficient", float),
+    "budget": lambda share: {
+        "loss.sparsity.kind": "budget", "loss.sparsity.target": float(share), "loss.sparsity.coefficient": 50.0,
+    },
 }
 
 
 def apply_variants(
-    config: ml_collections.ConfigDict, arg: str | None, variants: Mapping[str, tuple[str, type] | Mapping] | None = None
+    config: ml_collections.ConfigDict, arg: str | None, variants: Mapping[str, Any] | None = None
 ) -> ml_collections.ConfigDict:
   """`epochs=10,gates=layers` and the like, in their order: short names for what runs differ in most, each of one field
-  or, where its values are listed, of several."""
+  or, where its values are listed or a function makes them, of several."""
   variants = variants or _VARIANTS
   for item in filter(None, (arg or "").split(",")):
     name, found, value = item.partition("=")
     if not found or name not in variants:
       raise ValueError(f"a variant must be one of {sorted(variants)} as name=value; got {item!r}")
-    if not isinstance(variants[name], Mapping):
+    if callable(variants[name]):
+      config.update_from_flattened_dict(variants[name](value))
+    elif not isinstance(variants[name], Mapping):
       field, kind = variants[name]
       config.update_from_flattened_dict({field: kind(value)})
     elif value in variants[name]:

@@ -53,6 +53,13 @@ def test_a_variant_may_stand_for_several_fields_and_later_ones_change_them():
     importlib.import_module("configs.cifar10_resnet20").get_config("gates=layer")
 
 
+def test_a_budget_is_a_share_to_train_to():
+  sparsity = importlib.import_module("configs.cifar10_resnet20").get_config("budget=0.25").loss.sparsity
+  assert (sparsity.kind, sparsity.target, sparsity.coefficient) == ("budget", 0.25, 50)
+  later = importlib.import_module("configs.cifar10_resnet20").get_config("budget=0.75,l0=100").loss.sparsity
+  assert (later.kind, later.target, later.coefficient) == ("budget", 0.75, 100)
+
+
 def test_variants_of_long_videos_change_their_field():
   variant = "context=none,target=0.25,heavy=r2plus1d10,seed=3"
   config = importlib.import_module("configs.composed_timegate").get_config(variant)
