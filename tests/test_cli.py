@@ -103,7 +103,7 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_its_files(finished):
   assert {f.name for f in finished.iterdir()} == {
-      ".lock", "config.json", "result.json", "metrics.jsonl", "gates.png", "checkpoints", "tensorboard"}
+      ".lock", "config.json", "result.json", "metrics.jsonl", "gates.png", "gates.csv", "checkpoints", "tensorboard"}
   assert checkpoints_of(finished)[-1] == STEPS_PER_EPOCH * EPOCHS
   assert result(finished)["accuracy"] > 0.5
   assert result(finished)["step"] == STEPS_PER_EPOCH * EPOCHS

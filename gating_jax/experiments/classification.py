@@ -16,8 +16,8 @@ import ml_collections
 
 from gating_jax.data import augment, batches, resident
 from gating_jax.experiments.build import Experiment, build
-from gating_jax.reports import firing, table
-from gating_jax.training import devices, evaluation, hosts, loop, rundir, steps
+from gating_jax.reports import firing, gate_table, table
+from gating_jax.training import devices, diagnosis, evaluation, hosts, loop, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal
 
@@ -37,7 +37,9 @@ def _evaluate(experiment: Experiment, run_dir: rundir.RunDir) -> None:
     checkpoints.close()
   if not step:
     raise rundir.RunDirError(f"no checkpoint in {run_dir.checkpoints} yet")
-  result, _ = make_test(experiment)(state)
+  result, gates = make_test(experiment)(state)
+  if gates is not None:
+    result["layers"] = diagnosis.by_layer(gates.diagnosis, experiment.counts.gate_layers)
   print(f"checkpoint of step {step}")
   print(table.render(result))
 
@@ -70,9 +72,11 @@ def _train(experiment: Experiment, run_dir: rundir.RunDir) -> None:
     journal.close()
     checkpoints.close()
   if gates is not None:
+    layers, found = experiment.counts.gate_layers, gates.diagnosis
     hosts.written(lambda: firing.draw(
-        run_dir.path / "gates.png", gates.logits, gates.open_rates, experiment.objective.prior))
-    result["batch_shaping_reduction"] = experiment.objective.reduction
+        run_dir.path / "gates.png", gates.logits, found.open_rates, experiment.objective.prior))
+    hosts.written(lambda: gate_table.write(run_dir.path / "gates.csv", found, layers))
+    result |= {"batch_shaping_reduction": experiment.objective.reduction, "layers": diagnosis.by_layer(found, layers)}
   result |= {"step": step, "seconds_since_last_start": round(time.time() - started, 1)}
   run_dir.finish(result)
   print(table.render(result))
@@ -109,11 +113,21 @@ def make_advance(experiment: Experiment, train: Any, first_step: int) -> Callabl
 
 
 def make_test(experiment: Experiment) -> Callable[[Any], tuple[dict[str, Any], evaluation.GateBehaviour | None]]:
-  """`state -> evaluation.evaluate` on every test image once; compiled at its first call only."""
+  """`state -> evaluation.evaluate` on every test image once, with the budget where there is one; compiled at its first
+  call only."""
   config = experiment.config
   run = devices.map_over_devices(
       steps.make_eval_step(experiment.model, experiment.normalise),
       args=(devices.REPLICATED, devices.BATCH, devices.BATCH), results=devices.BATCH, backend=config.devices.backend)
-  return lambda state: evaluation.evaluate(
-      lambda *batch: hosts.whole(run(state, *hosts.share(batch))),
-      batches.cover(experiment.test, config.optim.batch_size), experiment.counts)
+  gate = config.model.gate
+
+  def test(state):
+    result, gates = evaluation.evaluate(
+        lambda *batch: hosts.whole(run(state, *hosts.share(batch))),
+        batches.cover(experiment.test, config.optim.batch_size), experiment.counts,
+        classes=len(experiment.test.class_names), noise_scale=0.0 if gate.relaxation == "sigmoid" else gate.noise_scale)
+    if gates is not None and experiment.objective.prices_budget:
+      result["budget"] = experiment.objective.target
+    return result, gates
+
+  return test

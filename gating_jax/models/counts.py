@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.ops.macs import conv_macs, gated_macs
-from gating_jax.types import Path, Records
+from gating_jax.types import GateRecord, Path, Records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,7 @@ class ModelCounts:
     macs: multiply-accumulates per example of the network proper with every gate open.
     gate_macs: of the gate networks.
     gated: the part of `macs` that gates can switch off.
+    gate_layers: name and number of gates of each gated layer, in the order of the records.
   """
 
   params: int
@@ -34,6 +35,7 @@ class ModelCounts:
   macs: int
   gate_macs: int
   gated: int
+  gate_layers: tuple[tuple[str, int], ...] = ()
 
   @property
   def fixed(self) -> int:
@@ -66,6 +68,7 @@ def count(model: nn.Module, input_shape: Any) -> ModelCounts:
       macs=macs[False],
       gate_macs=macs[True],
       gated=gated_macs(records) if records else 0,
+      gate_layers=tuple((_name(r), r.gates.shape[-1]) for r in records),
   )
 
 
@@ -80,6 +83,11 @@ def reduced_macs(model: nn.Module, input_shape: Any) -> int:
   """
   calls, *_ = _trace(model, input_shape)
   return sum(call.macs // call.inputs for call in calls if call.inputs and not is_gate_path(call.path))
+
+
+def _name(record: GateRecord) -> str:
+  """Of the layer whose outputs are gated, or of the block that is."""
+  return "/".join((record.writers[0] if record.writers else record.gate)[:-1])
 
 
 class _Call(NamedTuple):

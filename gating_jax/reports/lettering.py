@@ -1,4 +1,4 @@
-"""Names that anybody may have given, fit for a picture or a terminal."""
+"""Texts fit for a picture or a terminal: names that anybody may have given, and columns."""
 
 from __future__ import annotations
 
@@ -14,6 +14,17 @@ def plain(name: object, letters: int) -> str:
   """
   name = "".join(c if c.isprintable() else "?" for c in str(name))
   return name if len(name) <= letters else name[:max(letters - 1, 0)] + "…"
+
+
+def columns(rows: list[list[str]]) -> list[str]:
+  """Lines of aligned columns, the first to the left and the others to the right.
+
+  >>> columns([["a", "12"], ["bcd", "3"]])
+  ['a    12', 'bcd   3']
+  """
+  first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+  return ["  ".join([f"{row[0]:<{first}}", *(f"{cell:>{w}}" for cell, w in zip(row[1:], widths, strict=True))])
+          for row in rows]
 
 
 def save(figure, path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gating_jax.reports.lettering import plain
+from gating_jax.reports.lettering import columns, plain
 
 _SETTINGS = {"task_aware": "task-aware", "task_agnostic": "task-agnostic"}
 _MEASURES = ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")
@@ -33,7 +33,7 @@ def render(result: Mapping[str, Any]) -> str:
       free_units: `(free, units)` by layer after the last task; may be missing.
   """
   settings = [name for name in _SETTINGS if name in result]
-  lines = _table([["accuracy (%)", *(cell for name in settings for cell in ("", _SETTINGS[name]))],
+  lines = columns([["accuracy (%)", *(cell for name in settings for cell in ("", _SETTINGS[name]))],
                   ["task", *("when learned", "at the end") * len(settings)],
                   *_accuracies(result, settings), *_measures(result, settings)])
   reasons = [(name, why) for setting in settings for name, why in result[setting]["reasons"].items()]
@@ -88,10 +88,3 @@ def _percent(share: float | None) -> str:
 
 def _points(share: float | None) -> str:
   return "n/a" if share is None else f"{100 * share:z.2f}"
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-  """Lines of aligned columns, the first to the left and the others to the right."""
-  first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
-  return ["  ".join([f"{row[0]:<{first}}", *(f"{cell:>{w}}" for cell, w in zip(row[1:], widths, strict=True))])
-          for row in rows]

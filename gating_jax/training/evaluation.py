@@ -5,23 +5,24 @@ Axes: M test images, B images of a batch, G gates of the network.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
 from gating_jax.models.counts import ModelCounts
+from gating_jax.training import diagnosis
 
-ALWAYS_OPEN = 0.99
-ALWAYS_CLOSED = 0.01
 _KEPT_EXAMPLES = 2048
+_DECILES = range(10, 100, 10)
 
 
 @dataclasses.dataclass(frozen=True)
 class GateBehaviour:
-  """What gates did: `open_rates` `[G]`, share of images; `logits` `[<= 2048, G]`, of the first images."""
+  """What gates did: their `diagnosis`, and `logits` `[<= 2048, G]` of the first images."""
 
-  open_rates: np.ndarray
+  diagnosis: diagnosis.Diagnosis
   logits: np.ndarray
 
 
@@ -29,6 +30,9 @@ def evaluate(
     run: Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]],
     batches: Iterable[tuple[tuple[np.ndarray, np.ndarray], int]],
     counts: ModelCounts,
+    *,
+    classes: int,
+    noise_scale: float,
 ) -> tuple[dict[str, float], GateBehaviour | None]:
   """Runs a model over a test set.
 
@@ -36,23 +40,28 @@ def evaluate(
     run: `(pixels [B, ...], labels [B]) -> results`, those of `steps.make_eval_step`.
     batches: `((pixels, labels), valid)`; what follows the first `valid` examples is filling.
     counts: of the model.
+    classes: number of different labels.
+    noise_scale: of the gates in training; 0 where they are not drawn.
   Returns:
     `(result, behaviour)`: numbers, and for a gated net what its gates did.
   """
-  sums: dict[str, np.ndarray | float] = {}
-  images, logits = 0, []
+  kept, sums, logits, images = collections.defaultdict(list), None, [], 0
   for (pixels, labels), valid in batches:
     part = {name: np.asarray(values)[:valid] for name, values in run(pixels, labels).items()}
-    if "gate_logits" in part and images < _KEPT_EXAMPLES:
-      logits.append(part["gate_logits"])
-    for name in ("correct", "cross_entropy", "macs", "gates"):
+    for name in ("correct", "cross_entropy", "macs"):
       if name in part:
-        sums[name] = sums.get(name, 0) + np.sum(part[name], axis=0, dtype=np.float64)
+        kept[name].append(part[name])
+    if "gates" in part:
+      probs = diagnosis.open_probs(part["gate_logits"], noise_scale)
+      new = diagnosis.tally(part["gates"], probs, np.asarray(labels)[:valid], classes)
+      sums = new if sums is None else sums + new
+      if images < _KEPT_EXAMPLES:
+        logits.append(part["gate_logits"])
     images += valid
-  means = {name: total / images for name, total in sums.items()}
+  whole = {name: np.concatenate(parts).astype(np.float64) for name, parts in kept.items()}
   result = {
-      "accuracy": float(means["correct"]),
-      "cross_entropy": float(means["cross_entropy"]),
+      "accuracy": float(np.mean(whole["correct"])),
+      "cross_entropy": float(np.mean(whole["cross_entropy"])),
       "images": images,
       "params": counts.params,
       "gate_params": counts.gate_params,
@@ -60,37 +69,31 @@ def evaluate(
       "macs": counts.macs,
       "mac_ratio": 1.0,
   }
-  if "gates" not in means:
+  if sums is None:
     return result, None
-  macs, open_rates = counts.fixed + float(means["macs"]), means["gates"]
-  result |= {
-      "macs": macs,
-      "mac_ratio": macs / counts.macs,
-      "gates": counts.gates,
-      "mean_open": float(np.mean(open_rates)),
-      **dataclasses.asdict(gate_counts(open_rates)),
-  }
-  return result, GateBehaviour(open_rates, np.concatenate(logits)[:_KEPT_EXAMPLES])
+  found = diagnosis.diagnose(sums)
+  spent = mac_spread(counts.fixed + whole["macs"], whole["cross_entropy"])
+  result |= {**spent, "mac_ratio": spent["macs"] / counts.macs, **diagnosis.summary(found),
+             "class_information_floor": found.floor}
+  return result, GateBehaviour(found, np.concatenate(logits)[:_KEPT_EXAMPLES])
 
 
-@dataclasses.dataclass(frozen=True)
-class GateCounts:
-  """How many gates are open on more than 99 % of images, on fewer than 1 %, and in between."""
-
-  always_open: int
-  always_closed: int
-  conditional: int
-
-
-def gate_counts(open_rates: np.ndarray) -> GateCounts:
-  """Sorts gates by their open rate over a test set.
+def mac_spread(macs: np.ndarray, losses: np.ndarray) -> dict[str, float]:
+  """Multiply-accumulates over images: mean, spread, deciles, and means of four quarters from easy to hard.
 
   Args:
-    open_rates: `[G]` shares of images, in [0, 1].
+    macs: `[M]` of each image.
+    losses: `[M]` their cross-entropies, by which quarter 1 is the easiest, quarter 4 the hardest.
 
-  >>> gate_counts(np.array([1.0, 0.995, 0.99, 0.5, 0.0]))
-  GateCounts(always_open=2, always_closed=1, conditional=2)
+  >>> mac_spread(np.arange(8.0), -np.arange(8.0))["macs_of_quarter1"]
+  6.5
   """
-  always_open = int(np.sum(open_rates > ALWAYS_OPEN))
-  always_closed = int(np.sum(open_rates < ALWAYS_CLOSED))
-  return GateCounts(always_open, always_closed, len(open_rates) - always_open - always_closed)
+  quarters = np.array_split(macs[np.argsort(losses, kind="stable")], min(4, len(macs)))
+  return {
+      "macs": float(np.mean(macs)),
+      "macs_std": float(np.std(macs)),
+      "macs_min": float(np.min(macs)),
+      "macs_max": float(np.max(macs)),
+      **{f"macs_p{p}": float(np.percentile(macs, p)) for p in _DECILES},
+      **{f"macs_of_quarter{i}": float(np.mean(quarter)) for i, quarter in enumerate(quarters, 1)},
+  }

@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 import tiny_cli
+from event_files import events
 
 from gating_jax.data.sources import DatasetNotPreparedError
 from gating_jax.experiments import classification
 from gating_jax.models import resnet
-from gating_jax.training import devices, rundir, steps
+from gating_jax.training import devices, diagnosis, rundir, steps
 from gating_jax.training.loop import LoopSettings, NonFiniteError
 
 STEPS_PER_EPOCH = 1437 // 128
@@ -149,16 +150,38 @@ def test_evaluation_does_not_depend_on_batch_and_devices(config, monkeypatch, ba
   reference, behaviour = evaluated(config(**{"optim.batch_size": 7}), jax.devices()[:1])
   assert result["images"] == 360
   assert 0.01 < reference["accuracy"] < 0.5
-  assert reference["conditional"] == 8
+  assert np.all(np.abs(behaviour.diagnosis.open_rates - 0.5) < 0.49)
+  assert reference["random_dropout"] == 8  # as small as random weights make them, logits are lost in the noise
+  assert reference["class_information"] > 0
   assert result == pytest.approx(reference, rel=1e-5)
-  for name in ("accuracy", "images", "macs", "mean_open", "conditional"):
+  for name in ("accuracy", "images", "macs", "macs_std", "mean_open", "random_dropout"):
     assert result[name] == reference[name], name
-  np.testing.assert_array_equal(gates.open_rates, behaviour.open_rates)
+  for name in ("open_rates", "class_information", "outcomes"):
+    np.testing.assert_array_equal(getattr(gates.diagnosis, name), getattr(behaviour.diagnosis, name), err_msg=name)
   np.testing.assert_allclose(gates.logits, behaviour.logits, rtol=1e-4, atol=1e-5)
 
 
 def lines(workdir):
   return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_gates(result, train, workdir):
+  """What a run with a budget says of its gates, and shows in TensorBoard while it trains."""
+  assert result["budget"] == 0.5
+  assert train[-1]["mac_ratio"] < train[0]["mac_ratio"] < 1
+  assert result["macs_min"] <= result["macs_p10"] <= result["macs_p50"] <= result["macs_p90"] <= result["macs_max"]
+  assert result["macs"] == pytest.approx(np.mean([result[f"macs_of_quarter{i}"] for i in (1, 2, 3, 4)]), rel=1e-9)
+  (layer,) = result["layers"]
+  assert (layer["layer"], layer["gates"]) == ("stage1_block1/conv1", 8)
+  assert sum(result[name] for name in diagnosis.OUTCOMES) == sum(layer[name] for name in diagnosis.OUTCOMES) == 8
+  shown = {(tag, step): value for tag, value, step in (e for e in events(workdir) if len(e) == 3)}
+  last = train[-1]
+  assert last["gates/batch_shaping_floor"] == pytest.approx(1 / (6 * 129))
+  assert last["gates/batch_shaping_mean"] == pytest.approx(last["batch_shaping"] / 8, rel=1e-5)  # summed over 8 gates
+  for tag in ("gates/batch_shaping_mean", "gates/batch_shaping_floor", "gate_rate/layer00"):
+    assert shown[tag, last["step"]] == pytest.approx(last[tag])
+  for split, line in (("train", last), ("test", result)):
+    assert shown[f"{split}/mac_ratio", last["step"]] == pytest.approx(line["mac_ratio"])
 
 
 @pytest.mark.slow
@@ -182,7 +205,12 @@ def test_a_run_trains_evaluates_and_is_not_repeated(config, tmp_path, capsys, ch
   for name in ("accuracy", "cross_entropy", "macs", "mac_ratio", "images"):
     assert test[-1][name] == result[name]
   assert train[-1]["loss"] < train[0]["loss"]
-  assert ("gates" in result) == ((tmp_path / "run" / "gates.png").exists()) == ("model.gating" not in changes)
+  gated = "model.gating" not in changes
+  for name in ("gates.png", "gates.csv"):
+    assert (tmp_path / "run" / name).exists() == gated
+  if gated:
+    check_gates(result, train, tmp_path / "run")
+  assert ("gates" in result) == ("budget" in result) == ("layers" in result) == gated
   said = capsys.readouterr().out
   assert f"{100 * result['accuracy']:.2f} %" in said
   classification.run(made, tmp_path / "run", "train")

@@ -47,6 +47,15 @@ def test_all_but_stem_and_classifier_is_gated_where_shortcuts_are_free(size):
   assert c.fixed == stem + classifier + c.gate_macs
 
 
+def test_gated_layers_are_named_in_the_order_of_the_network():
+  layers = lambda name, gating: count(resnet(name, 10, gating=gating, blocks=(1, 2)), (8, 8, 3)).gate_layers
+  assert layers("resnet20", "channel") == (
+      ("stage1_block1/conv1", 16), ("stage2_block1/conv1", 32), ("stage2_block2/conv1", 32))
+  assert layers("resnet20", "layer") == (("stage1_block1", 1), ("stage2_block2", 1))
+  assert layers("resnet50", "channel")[:3] == (
+      ("stage1_block1/conv1", 64), ("stage1_block1/conv2", 64), ("stage2_block1/conv1", 128))
+
+
 def test_projections_are_never_gated():
   c = count(resnet("resnet50", 10, gating="channel", blocks=(1, 1)), (63, 65, 3))
   stem = 147 * 64 * 32 * 33

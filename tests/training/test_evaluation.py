@@ -1,13 +1,16 @@
 import numpy as np
 import pytest
+from scipy import special, stats
+from sklearn.metrics import mutual_info_score
 
 from gating_jax.data import batches
 from gating_jax.data.sources import Images
 from gating_jax.models.counts import ModelCounts
 from gating_jax.training import evaluation
-from gating_jax.training.evaluation import GateCounts, gate_counts
+from gating_jax.training.evaluation import mac_spread
 
 COUNTS = ModelCounts(params=100, gate_params=10, gates=3, macs=1000, gate_macs=50, gated=600)
+GATES = dict(classes=2, noise_scale=0.5)
 M = 37
 RANDOM = np.random.default_rng(0)
 LOGITS = RANDOM.normal(size=(M, 3)).astype(np.float32)
@@ -16,7 +19,7 @@ CORRECT = RANDOM.random(M) < 0.6
 
 def images():
   """Each image's only pixel is its number."""
-  return Images(np.arange(M, dtype=np.uint8).reshape(M, 1, 1, 1), np.zeros(M, np.int32), ("a",))
+  return Images(np.arange(M, dtype=np.uint8).reshape(M, 1, 1, 1), np.arange(M, dtype=np.int32) % 2, ("a", "b"))
 
 
 def run(pixels, _, gated=True):
@@ -29,49 +32,58 @@ def run(pixels, _, gated=True):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 36, 37, 38, 1000])
 def test_every_image_counts_once(batch_size):
-  result, behaviour = evaluation.evaluate(run, batches.cover(images(), batch_size), COUNTS)
+  result, behaviour = evaluation.evaluate(run, batches.cover(images(), batch_size), COUNTS, **GATES)
   rates = (LOGITS > 0).mean(axis=0)
   assert 0 < CORRECT.mean() < 1
   assert np.all((rates > 0.01) & (rates < 0.99))
-  macs = 1000 - 600 + 50 + 200 * 3 * rates.mean()
+  probs = special.expit(2 * LOGITS.astype(np.float64))
+  entropy = lambda p: stats.entropy([p, 1 - p], base=2)
+  macs = 1000 - 600 + 50 + 200 * (LOGITS > 0).sum(axis=1)
+  quarters = np.array_split(macs, 4)  # the loss is the image's number
+  classes = [mutual_info_score(np.arange(M) % 2, gate) / np.log(2) - 1 / (2 * M * np.log(2)) for gate in LOGITS.T > 0]
   assert result == pytest.approx({
       "accuracy": CORRECT.mean(), "cross_entropy": 18, "images": 37, "params": 100, "gate_params": 10,
-      "ungated_macs": 1000, "macs": macs, "mac_ratio": macs / 1000, "gates": 3, "mean_open": rates.mean(),
-      "always_open": 0, "always_closed": 0, "conditional": 3}, rel=1e-12)
-  np.testing.assert_allclose(behaviour.open_rates, rates, rtol=1e-12)
+      "ungated_macs": 1000, "macs": macs.mean(), "mac_ratio": macs.mean() / 1000, "macs_std": macs.std(),
+      "macs_min": macs.min(), "macs_max": macs.max(),
+      **{f"macs_p{p}": np.quantile(macs, p / 100) for p in (10, 20, 30, 40, 50, 60, 70, 80, 90)},
+      **{f"macs_of_quarter{i + 1}": quarters[i].mean() for i in range(4)},
+      "gates": 3, "mean_open": rates.mean(), "always_open": 0, "always_closed": 0, "random_dropout": 0,
+      "conditional": 3, "disagreement": np.mean(2 * probs * (1 - probs)),
+      "input_information": np.mean(entropy(probs.mean(axis=0)) - entropy(probs).mean(axis=0)),
+      "class_information": np.mean(np.maximum(classes, 0)), "class_information_floor": 1 / (2 * M * np.log(2)),
+  }, rel=1e-9)
+  assert len({np.mean(q) for q in quarters}) == 4
+  np.testing.assert_allclose(behaviour.diagnosis.open_rates, rates, rtol=1e-12)
   np.testing.assert_array_equal(behaviour.logits, LOGITS)
 
 
 def test_an_ungated_net_spends_all_its_macs():
   result, behaviour = evaluation.evaluate(
-      lambda pixels, labels: run(pixels, labels, gated=False), batches.cover(images(), 8), COUNTS)
+      lambda pixels, labels: run(pixels, labels, gated=False), batches.cover(images(), 8), COUNTS, **GATES)
   assert behaviour is None
   assert (result["macs"], result["mac_ratio"]) == (1000, 1.0)
-  assert "gates" not in result
+  assert not any(name.startswith(("gates", "macs_")) for name in result)
   assert result["accuracy"] == pytest.approx(CORRECT.mean())
 
 
 def test_results_are_plain_numbers():
-  result, _ = evaluation.evaluate(run, batches.cover(images(), 8), COUNTS)
+  result, _ = evaluation.evaluate(run, batches.cover(images(), 8), COUNTS, **GATES)
   assert {type(value) for value in result.values()} == {int, float}
 
 
 def test_gate_logits_are_kept_of_the_first_images(monkeypatch):
   monkeypatch.setattr(evaluation, "_KEPT_EXAMPLES", 20)
-  _, behaviour = evaluation.evaluate(run, batches.cover(images(), 8), COUNTS)
+  _, behaviour = evaluation.evaluate(run, batches.cover(images(), 8), COUNTS, **GATES)
   np.testing.assert_array_equal(behaviour.logits, LOGITS[:20])
-  np.testing.assert_allclose(behaviour.open_rates, (LOGITS > 0).mean(axis=0))
+  np.testing.assert_allclose(behaviour.diagnosis.open_rates, (LOGITS > 0).mean(axis=0))
 
 
-@pytest.mark.parametrize(
-    ("rates", "counts"),
-    [
-        ([1.0, 1.0], (2, 0, 0)),
-        ([0.0], (0, 1, 0)),
-        ([0.99, 0.01], (0, 0, 2)),
-        ([0.9901, 0.0099, 0.5], (1, 1, 1)),
-        ([], (0, 0, 0)),
-    ],
-)
-def test_gates_are_sorted_by_their_open_rate(rates, counts):
-  assert gate_counts(np.array(rates)) == GateCounts(*counts)
+def test_hard_images_are_those_of_large_loss():
+  losses = np.array([0.1, 4.0, 0.3, 2.0, 0.2, 3.0, 0.4, 1.0])
+  macs = np.where(losses >= 1, 900.0, 100.0) + 10 * losses
+  spread = mac_spread(macs, losses)
+  assert [spread[f"macs_of_quarter{i}"] for i in (1, 2, 3, 4)] == pytest.approx([101.5, 103.5, 915, 935])
+  assert (spread["macs_min"], spread["macs_max"]) == (101, 940)
+  backwards = mac_spread(macs, -losses)
+  assert backwards["macs_of_quarter1"] == pytest.approx(935)
+  assert backwards["macs_p50"] == spread["macs_p50"] == pytest.approx((104 + 910) / 2)

@@ -1,0 +1,34 @@
+"""What became of a net's gates: a table with a row per layer for people, a file with a row per gate for programs."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gating_jax.reports.lettering import columns
+from gating_jax.training.diagnosis import OUTCOMES, Diagnosis
+
+_MEASURES = ("open_rates", "disagreement", "input_information", "class_information")
+
+
+def render(layers: Sequence[Mapping[str, Any]]) -> str:
+  """A row per layer, from what `training.diagnosis.by_layer` returns; information in bits, means over its gates."""
+  rows = [["layer", "gates", "open", *(name.replace("_", " ") for name in OUTCOMES), "draws differ", "on input",
+           "on class"]]
+  for layer in layers:
+    is_open, differ = (f"{100 * layer[name]:.1f} %" for name in ("mean_open", "disagreement"))
+    rows.append([layer["layer"], str(layer["gates"]), is_open, *(str(layer[name]) for name in OUTCOMES), differ,
+                 f"{layer['input_information']:.3f}", f"{layer['class_information']:.3f}"])
+  return "\n".join(columns(rows))
+
+
+def write(path: Path, found: Diagnosis, layers: Sequence[tuple[str, int]]) -> None:
+  """A CSV file: the layer of each gate, its number there, its outcome and what `Diagnosis` measures."""
+  places = [(name, number) for name, size in layers for number in range(size)]
+  with path.open("w", newline="") as file:
+    writer = csv.writer(file)
+    writer.writerow(["layer", "gate", "outcome", *(name.removesuffix("s") for name in _MEASURES)])
+    for i, place in enumerate(places):
+      writer.writerow([*place, OUTCOMES[found.outcomes[i]], *(f"{getattr(found, m)[i]:.6g}" for m in _MEASURES)])
