@@ -29,7 +29,8 @@ class _ResidualBlock(nn.Module):
 
       y = ReLU(g * branch(x) + x),   g = gate(x) in {0, 1}
 
-  of a block that keeps the shape of x; the others always run.
+  of a block that keeps the shape of x; the others always run. `dilations`, of images only, are those of the window that
+  has the stride, and of windows after it.
   """
 
   features: int
@@ -41,11 +42,15 @@ class _ResidualBlock(nn.Module):
   dtype: jnp.dtype = jnp.float32
   axis_name: Hashable | None = None
   gated_input: bool = False
+  dilations: tuple[int, int] = (1, 1)
 
-  def _conv(self, features: int, window: int, stride: int, name: str) -> ConvNorm | FactorisedConvNorm:
+  def _conv(
+      self, features: int, window: int, stride: int, name: str, dilation: int = 1
+  ) -> ConvNorm | FactorisedConvNorm:
     one_of("convolution", self.convolution, CONVOLUTIONS)
     conv = CONVOLUTIONS[self.convolution] if window > 1 else ConvNorm
-    return conv(features, window, stride, self.dtype, self.axis_name, name=name)
+    spread = {} if dilation == 1 else {"dilation": dilation}
+    return conv(features, window, stride, self.dtype, self.axis_name, name=name, **spread)
 
   def _records(self, x: Array, train: bool, inner: tuple[Switched, ...], outer: Switched, convs: Sequence) -> Records:
     """`convs` are the convolutions of the branch, each with the shape of its input."""
@@ -121,8 +126,8 @@ class BasicBlock(_ResidualBlock):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
-    conv1 = self._conv(self.features, 3, self.stride, "conv1")
-    conv2 = self._conv(self.features, 3, 1, "conv2")
+    conv1 = self._conv(self.features, 3, self.stride, "conv1", self.dilations[0])
+    conv2 = self._conv(self.features, 3, 1, "conv2", self.dilations[1])
     project = self._project(x, self.features)
     h = nn.relu(conv1(x, train))
     (alone, with_input), after = self._macs_into(conv1, x), conv2.macs(h.shape)
@@ -147,7 +152,7 @@ class Bottleneck(_ResidualBlock):
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
     out = self.expansion * self.features
     conv1 = self._conv(self.features, 1, 1, "conv1")
-    conv2 = self._conv(self.features, 3, self.stride, "conv2")
+    conv2 = self._conv(self.features, 3, self.stride, "conv2", self.dilations[0])
     conv3 = self._conv(out, 1, 1, "conv3")
     project = self._project(x, out)
     h1 = nn.relu(conv1(x, train))

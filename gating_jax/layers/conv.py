@@ -31,7 +31,8 @@ class ConvNorm(nn.Module):
   `norm=False`, a bias in its place.
 
   `[N, H, W, D]` or `[N, F, H, W, D]`; `window` and `stride` are one number for every axis between, or one per axis.
-  A `depthwise` one, of images only, gives every channel a window of its own, and leaves their number.
+  A `depthwise` one, of images only, gives every channel a window of its own, and leaves their number. The taps of the
+  window lie `dilation` pixels apart.
   """
 
   features: int
@@ -41,6 +42,7 @@ class ConvNorm(nn.Module):
   axis_name: Hashable | None = None
   depthwise: bool = False
   norm: bool = True
+  dilation: int = 1
 
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
@@ -49,12 +51,13 @@ class ConvNorm(nn.Module):
         self.features,
         window,
         stride,
-        padding=[(w // 2, w // 2) for w in window],
+        padding=[(w // 2 * self.dilation,) * 2 for w in window],
+        kernel_dilation=self.dilation,
         feature_group_count=self.features if self.depthwise else 1,
         use_bias=not self.norm,
         kernel_init=nn.initializers.he_normal(),
         dtype=self.dtype,
-        conv_general_dilated=_quickest(len(window), self.depthwise),
+        conv_general_dilated=None if self.dilation > 1 else _quickest(len(window), self.depthwise),
         name="conv",
     )(x)
     if not self.norm:

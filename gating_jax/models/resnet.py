@@ -2,7 +2,7 @@
 
 Axes: N examples, F frames, H and W pixels, D channels.
 Reference: He et al., 2016, sections 4.1 and 4.2; Hara et al., "Can spatiotemporal 3D CNNs retrace the history of 2D
-CNNs and ImageNet?", 2018; Tran et al., 2018.
+CNNs and ImageNet?", 2018; Tran et al., 2018; Yu et al., "Dilated residual networks", 2017 (output stride).
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ class ResNet(nn.Module):
 
   Attributes:
     classes: number of outputs; None for the pooled features in place of logits.
+    pool: False for the last feature map, `[N, h, w, D']` in `dtype`, in place of either.
+    output_stride: pixels of an image to one of the last feature map, at most: stages beyond keep the resolution and
+      dilate their windows instead. None for the named network's own; images only.
     blocks: residual blocks per stage; each stage after the first halves the resolution and doubles the channels.
     block: `BasicBlock` or `Bottleneck`.
     features: channels of the first stage, before `width`.
@@ -67,6 +70,8 @@ class ResNet(nn.Module):
   gate: GateSettings = GateSettings()
   dtype: jnp.dtype = jnp.float32
   axis_name: Hashable | None = None
+  pool: bool = True
+  output_stride: int | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
@@ -74,11 +79,12 @@ class ResNet(nn.Module):
       raise ValueError(f"clips must be [N, F, H, W, D] and images must be [N, H, W, D]; got shape {x.shape}")
     x = self._stem(x.astype(self.dtype), train)
     records: Records = ()
-    for stage, count in enumerate(self.blocks):
+    for stage, (count, stride, dilation) in enumerate(zip(self.blocks, *self._resolution(x), strict=True)):
       for i in range(count):
         x, new = self.block(
             features=self._channels(2**stage),
-            stride=2 if stage > 0 and i == 0 else 1,
+            stride=stride if i == 0 else 1,
+            dilations=(max(1, dilation // 2) if i == 0 else dilation, dilation),
             gating=self.gating,
             gated_input=bool(records) and self.gating == "all_channels",
             shortcut=self.shortcut,
@@ -89,6 +95,8 @@ class ResNet(nn.Module):
             name=f"stage{stage + 1}_block{i + 1}",
         )(x, train)
         records += new
+    if not self.pool:
+      return x, records
     x = jnp.mean(x.astype(jnp.float32), axis=tuple(range(1, x.ndim - 1)))
     if self.classes is None:
       return x, records
@@ -96,6 +104,24 @@ class ResNet(nn.Module):
 
   def _channels(self, multiple: int) -> int:
     return scaled(self.features * multiple, self.width)
+
+  def _resolution(self, x: Array) -> tuple[list[int], list[int]]:
+    """Stride and dilation of each stage, the latter from behind where its stride was."""
+    strides = [1] + [2] * (len(self.blocks) - 1)
+    if self.output_stride is None:
+      return strides, [1] * len(strides)
+    _, (*_, coarse), pool = _STEMS[self.stem]
+    coarse *= 2 if pool else 1
+    if x.ndim != 4 or self.output_stride < coarse:
+      raise ValueError(f"output_stride must be None or, for images, at least the stem's {coarse}; "
+                       f"got {self.output_stride}")
+    dilations = []
+    for stage, stride in enumerate(strides):
+      if coarse * stride > self.output_stride:
+        strides[stage] = 1
+      coarse *= strides[stage]
+      dilations.append((dilations or [1])[-1] * stride // strides[stage])
+    return strides, dilations
 
   def _stem(self, x: Array, train: bool) -> Array:
     one_of("stem", self.stem, _STEMS)

@@ -124,3 +124,17 @@ def test_a_factorised_convolution_of_images_is_refused():
 
 def test_scaled_channels():
   assert [scaled(16, w) for w in (1.0, 0.25, 1.41, 0.01)] == [16, 4, 23, 1]
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_taps_of_a_dilated_window_are_pixels_apart(depthwise):
+  """As with the kernel spread out by hand, zeros between its taps."""
+  x = normal(2, 9, 7, 4)
+  module = ConvNorm(4, 3, 1, depthwise=depthwise, dilation=3)
+  variables = filled(module, x)
+  kernel = variables["params"]["conv"]["kernel"]
+  spread = jnp.zeros((7, 7, *kernel.shape[2:])).at[::3, ::3].set(kernel)
+  wide = {**variables, "params": {**variables["params"], "conv": {"kernel": spread}}}
+  expected = by_hand(x, wide, (1, 1), groups=4 if depthwise else 1)
+  assert expected.shape == x.shape
+  np.testing.assert_allclose(apply(module, variables, x), expected, rtol=1e-4, atol=1e-4)
