@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ class Images:
 
   Attributes:
     pixels: `[M, H, W, D]` uint8.
-    labels: `[M]` int32.
+    labels: `[M]` int32; or `[M, H, W]` uint8, a class for every pixel.
     class_names: one per class.
   """
 
@@ -86,10 +87,12 @@ def size(name: str, split: str, data_dir: str | None = None) -> int:
   return len(_digits(split) if name == DIGITS else open_tfds(name, split, data_dir))
 
 
-def open_tfds(name: str, split: str, data_dir: str | None = None) -> Sequence[dict]:
-  """A random-access TFDS source of `{'image', 'label', ...}`; nothing is downloaded, TensorFlow is not used.
+def open_tfds(
+    name: str, split: str, data_dir: str | None = None, features: Sequence[str] = ("image", "label")
+) -> Sequence[dict]:
+  """A random-access TFDS source of examples with these features; nothing is downloaded, TensorFlow is not used.
 
-  Errors are as in `load`.
+  Errors are as in `load`. For a set that TFDS cannot download by itself, the message has TFDS's own instructions.
   """
   import tensorflow_datasets as tfds  # slow to import, and not needed for digits
 
@@ -109,14 +112,29 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> Sequence[di
         f"data set {name!r} is not prepared in {folder} (as array_record). To download and prepare it:\n"
         f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', data_dir='{folder}', "
         "file_format='array_record').download_and_prepare()\"\n"
+        f"{_by_hand(name, folder)}"
         "or name the folder it is in: --config.data.data_dir=FOLDER"
     ) from error
-  missing = {"image", "label"} - set(source.dataset_info.features)
+  missing = set(features) - set(source.dataset_info.features)
   if missing:
-    raise ValueError(f"data.name must be an image-classification set; {name} has no {sorted(missing)}")
+    raise ValueError(f"data.name must be a set of {' and '.join(features)}; {name} has no {sorted(missing)}")
   if not len(source):
     raise ValueError(f"data split {split!r} of {name} must hold at least one image; it is empty")
   return source
+
+
+def _by_hand(name: str, folder: str) -> str:
+  """What TFDS says of files that must be there before, empty where it downloads them itself."""
+  import tensorflow_datasets as tfds  # as above
+
+  try:
+    instructions = tfds.builder_cls(re.split("[/:]", name)[0]).MANUAL_DOWNLOAD_INSTRUCTIONS
+  except tfds.core.DatasetNotFoundError:  # known by its folder alone
+    instructions = None
+  if not instructions:
+    return ""
+  lines = "\n".join(f"  {line.strip()}" for line in instructions.strip().splitlines())
+  return f"TFDS does not download all of its files. Put them into {folder}/downloads/manual before:\n{lines}\n"
 
 
 def class_names(source) -> tuple[str, ...]:

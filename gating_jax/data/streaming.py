@@ -50,22 +50,23 @@ class Stream:
 
     def read(step):
       index = resident.indices(self.seed, step, k, batch_size, len(self), process)
-      flat = [self._read_one(i, (self.seed, step, process[0], place)) for place, i in enumerate(index.ravel())]
+      flat = [self.read_one(i, (self.seed, step, process[0], place)) for place, i in enumerate(index.ravel())]
       pixels, labels = (np.stack(column) for column in zip(*flat, strict=True))
-      return pixels.reshape(*index.shape, *self.shape), labels.reshape(index.shape)
+      return pixels.reshape(*index.shape, *self.shape), labels.reshape(*index.shape, *labels.shape[1:])
 
     return self.map(read, range(first_step, total_steps, k))
 
   def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The images at `index`, without augmentation: `(pixels [n, H, W, D], labels [n])`."""
-    pixels, labels = zip(*(self._read_one(i, None) for i in index), strict=True)
+    pixels, labels = zip(*(self.read_one(i, None) for i in index), strict=True)
     return np.stack(pixels), np.stack(labels)
 
   def map(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """`fn` of each item, in order, computed ahead by threads or worker processes."""
     return computed_ahead(fn, list(items), self.workers)
 
-  def _read_one(self, index: int, seed: tuple[int, ...] | None) -> tuple[np.ndarray, np.int32]:
+  def read_one(self, index: int, seed: tuple[int, ...] | None) -> tuple[np.ndarray, np.ndarray | np.int32]:
+    """Image and label number `index`, of the sizes that all have: augmented by `seed`, or for evaluation as it is."""
     example = self.source[int(index)]
     if not 0 <= example["label"] < len(self.class_names):
       raise ValueError("the data split has images without a label; use another, such as 'validation'")

@@ -1,0 +1,123 @@
+"""Images with a class for every pixel: scenes made of scikit-learn's handwritten digits, or Cityscapes through TFDS.
+
+Axes: M scenes, H and W pixels, D channels. Labels are uint8, `IGNORED` where a pixel does not count.
+Reference: Cordts et al., "The Cityscapes dataset for semantic urban scene understanding", 2016.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from PIL import Image
+
+from gating_jax.data import sources, streaming
+from gating_jax.data.sources import Images
+
+MADE, CITYSCAPES = "digit_scenes", "cityscapes"
+NAMES = (MADE, CITYSCAPES)
+IGNORED = 255
+
+_FEATURES = ("image_left", "segmentation_label")
+_INK = 64  # least brightness of a digit's pixel
+_NOISE = 16  # standard deviation of a pixel's brightness
+_STREET = {  # name: Cityscapes' own number of it
+    "road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17, "traffic light": 19,
+    "traffic sign": 20, "vegetation": 21, "terrain": 22, "sky": 23, "person": 24, "rider": 25, "car": 26, "truck": 27,
+    "bus": 28, "train": 31, "motorcycle": 32, "bicycle": 33,
+}
+
+
+def digit_scenes(split: str, *, scenes: int, size: tuple[int, int], most: int, seed: int = 0) -> Images:
+  """Makes a split: 1 to `most` digits of 8 x 8 pixels, apart from each other, at random places in noise.
+
+  The same arguments make the same scenes. Splits share no digit image.
+
+  Args:
+    split: `train` or `test`.
+    scenes: M.
+    size: H and W, each at least 8.
+    most: digits of a scene; fewer where there is no room left.
+    seed: of everything random.
+  Returns:
+    labels `[M, H, W]`: 1 + the digit's class where it has ink, 0 for the background.
+
+  >>> made = digit_scenes("test", scenes=2, size=(24, 32), most=3)
+  >>> made.pixels.shape, made.labels.shape, made.class_names[:3]
+  ((2, 24, 32, 1), (2, 24, 32), ('background', '0', '1'))
+  """
+  digits = sources.load(sources.DIGITS, split)
+  side = digits.shape[0]
+  for name, value, least in (("scenes", scenes, 1), ("size", min(size), side), ("most", most, 1)):
+    if value < least:
+      raise ValueError(f"{name} must be >= {least}; got {value}")
+  rng = np.random.default_rng((seed, split == "test"))
+  ink = np.zeros((scenes, *size))
+  labels = np.zeros((scenes, *size), np.uint8)
+  for scene in range(scenes):
+    free = np.ones([length - side + 1 for length in size], bool)  # corners that a digit can still have
+    for shown in rng.integers(len(digits), size=rng.integers(1, most + 1)):
+      if not free.any():
+        break
+      top, left = rng.choice(np.argwhere(free))
+      place = (scene, slice(top, top + side), slice(left, left + side))
+      ink[place] = digits.pixels[shown, ..., 0]
+      labels[place] = np.where(ink[place] >= _INK, digits.labels[shown] + 1, 0)
+      free[max(0, top - side + 1) : top + side, max(0, left - side + 1) : left + side] = False
+  pixels = (ink + _NOISE * rng.standard_normal(ink.shape)).round().clip(0, 255).astype(np.uint8)
+  return Images(pixels[..., None], labels, ("background", *digits.class_names))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenes(streaming.Stream):
+  """A split of Cityscapes, on disk; the loader is `Stream`'s.
+
+  Attributes:
+    size: H and W that every scene is resized to, images bilinearly, labels to the nearest pixel.
+    flip: in training, whether to mirror half of them. A random part of them of `shape` is seen.
+  """
+
+  size: tuple[int, int] = ()
+  flip: bool = False
+
+  def read_one(self, index: int, seed: tuple[int, ...] | None) -> tuple[np.ndarray, np.ndarray]:
+    image, label = (self.source[int(index)][name] for name in _FEATURES)
+    pair = [_resize(image, self.size, Image.Resampling.BILINEAR),
+            train_classes(_resize(label[..., 0], self.size, Image.Resampling.NEAREST))]
+    if seed is not None:
+      rng = np.random.default_rng(seed)
+      top, left = (rng.integers(whole - part + 1) for whole, part in zip(self.size, self.shape, strict=False))
+      step = -1 if self.flip and rng.random() < 0.5 else 1
+      pair = [x[top : top + self.shape[0], left : left + self.shape[1]][:, ::step] for x in pair]
+    return tuple(np.ascontiguousarray(x) for x in pair)
+
+
+def open_scenes(
+    name: str, split: str, data_dir: str | None = None, *, size: tuple[int, int], seed: int = 0, workers: int = 0,
+    crop: tuple[int, int] | None = None, flip: bool = False,
+) -> Scenes:
+  """Opens `cityscapes` as TFDS prepared it; errors are as in `sources.load`, the message for a set that is not prepared
+  with TFDS's own instructions on what to download by hand.
+
+  Args:
+    name, split, data_dir: as in `sources.load`; the labelled split for tests is `validation`.
+    crop: H and W of the random parts seen in training; None for the whole.
+    size, flip, seed, workers: see `Scenes` and `Stream`.
+  """
+  source = sources.open_tfds(name, split, data_dir, _FEATURES)
+  return Scenes(source, tuple(_STREET), (*(crop or size), 3), seed, workers=workers, size=size, flip=flip)
+
+
+def train_classes(labels: np.ndarray) -> np.ndarray:
+  """Cityscapes' own numbers to the 19 classes that are trained and scored, all others to `IGNORED`.
+
+  >>> train_classes(np.array([7, 33, 0, 255], np.uint8)).tolist()
+  [0, 18, 255, 255]
+  """
+  table = np.full(256, IGNORED, np.uint8)
+  table[list(_STREET.values())] = np.arange(len(_STREET))
+  return table[labels]
+
+
+def _resize(x: np.ndarray, size: tuple[int, int], how: Image.Resampling) -> np.ndarray:
+  return x if x.shape[:2] == size else np.asarray(Image.fromarray(x).resize(size[::-1], how))
