@@ -1,4 +1,4 @@
-"""A test set's score: accuracy, multiply-accumulates and what the gates do, every image counted once.
+"""A test set's score, multiply-accumulates and what the gates do, every image counted once.
 
 Axes: M test images, B images of a batch, G gates of the network.
 """
@@ -26,12 +26,18 @@ class GateBehaviour:
   logits: np.ndarray
 
 
+def summarise(sums: Mapping[str, np.ndarray], images: int) -> dict[str, float]:
+  """A classifier's numbers, from the sums over images of what `steps.image_scores` returns."""
+  return {"accuracy": float(sums["correct"] / images), "cross_entropy": float(sums["cross_entropy"] / images)}
+
+
 def evaluate(
     run: Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]],
     batches: Iterable[tuple[tuple[np.ndarray, np.ndarray], int]],
     counts: ModelCounts,
+    summarise: Callable[[Mapping[str, np.ndarray], int], dict[str, float]] = summarise,
     *,
-    classes: int,
+    classes: int | None,
     noise_scale: float,
 ) -> tuple[dict[str, float], GateBehaviour | None]:
   """Runs a model over a test set.
@@ -40,28 +46,29 @@ def evaluate(
     run: `(pixels [B, ...], labels [B]) -> results`, those of `steps.make_eval_step`.
     batches: `((pixels, labels), valid)`; what follows the first `valid` examples is filling.
     counts: of the model.
-    classes: number of different labels.
+    summarise: `(sums over images of each result, images) -> numbers`, first in the result.
+    classes: number of different labels; None where an image has no label of its own.
     noise_scale: of the gates in training; 0 where they are not drawn.
   Returns:
     `(result, behaviour)`: numbers, and for a gated net what its gates did.
   """
-  kept, sums, logits, images = collections.defaultdict(list), None, [], 0
+  sums, each, tally, logits, images = {}, collections.defaultdict(list), None, [], 0
   for (pixels, labels), valid in batches:
     part = {name: np.asarray(values)[:valid] for name, values in run(pixels, labels).items()}
-    for name in ("correct", "cross_entropy", "macs"):
-      if name in part:
-        kept[name].append(part[name])
+    for name in part.keys() - {"gates", "gate_logits"}:
+      sums[name] = sums.get(name, 0) + np.sum(part[name], axis=0, dtype=np.float64)
     if "gates" in part:
+      for name in ("macs", "cross_entropy"):
+        each[name].append(part[name].astype(np.float64))
       probs = diagnosis.open_probs(part["gate_logits"], noise_scale)
-      new = diagnosis.tally(part["gates"], probs, np.asarray(labels)[:valid], classes)
-      sums = new if sums is None else sums + new
+      labels = np.zeros(valid, np.int32) if classes is None else np.asarray(labels)[:valid]
+      new = diagnosis.tally(part["gates"], probs, labels, classes or 1)
+      tally = new if tally is None else tally + new
       if images < _KEPT_EXAMPLES:
         logits.append(part["gate_logits"])
     images += valid
-  whole = {name: np.concatenate(parts).astype(np.float64) for name, parts in kept.items()}
   result = {
-      "accuracy": float(np.mean(whole["correct"])),
-      "cross_entropy": float(np.mean(whole["cross_entropy"])),
+      **summarise(sums, images),
       "images": images,
       "params": counts.params,
       "gate_params": counts.gate_params,
@@ -69,12 +76,14 @@ def evaluate(
       "macs": counts.macs,
       "mac_ratio": 1.0,
   }
-  if sums is None:
+  if tally is None:
     return result, None
-  found = diagnosis.diagnose(sums)
-  spent = mac_spread(counts.fixed + whole["macs"], whole["cross_entropy"])
+  found = diagnosis.diagnose(tally)
+  spent = mac_spread(counts.fixed + np.concatenate(each["macs"]), np.concatenate(each["cross_entropy"]))
   result |= {**spent, "mac_ratio": spent["macs"] / counts.macs, **diagnosis.summary(found),
              "class_information_floor": found.floor}
+  if classes is None:
+    del result["class_information"], result["class_information_floor"]
   return result, GateBehaviour(found, np.concatenate(logits)[:_KEPT_EXAMPLES])
 
 

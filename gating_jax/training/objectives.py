@@ -70,10 +70,15 @@ class ImageObjective:
       step: of the schedules.
       axis_name: as in `batch_shaping_loss`.
     """
-    cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-    terms = {"cross_entropy": cross_entropy, "accuracy": jnp.mean(jnp.argmax(logits, -1) == labels)}
+    cross_entropy, accuracy = self.fit(logits, labels, axis_name)
+    terms = {"cross_entropy": cross_entropy, "accuracy": accuracy}
     regulariser, gate_terms = self.gate_terms(records, step, axis_name)
     return cross_entropy + regulariser, {**terms, **gate_terms}
+
+  def fit(self, logits: Array, labels: Array, axis_name: Hashable | None = None) -> tuple[Array, Array]:
+    """Cross-entropy, to which the gates' terms are added, and accuracy."""
+    cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+    return cross_entropy, jnp.mean(jnp.argmax(logits, -1) == labels)
 
   def gate_terms(
       self, records: Records, step: Array, axis_name: Hashable | None = None

@@ -116,20 +116,27 @@ def streamed_steps(step: Callable) -> Callable:
   return run
 
 
-def make_eval_step(model: nn.Module, normalise: Callable[[Array], Array]) -> Callable:
+def image_scores(logits: Array, labels: Array) -> dict[str, Array]:
+  """For each image, `[B]`: whether it is `correct`, and its `cross_entropy`."""
+  return {
+      "correct": jnp.argmax(logits, -1) == labels,
+      "cross_entropy": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
+  }
+
+
+def make_eval_step(
+    model: nn.Module, normalise: Callable[[Array], Array], scores: Callable[..., dict[str, Array]] = image_scores
+) -> Callable:
   """`(state, pixels, labels) -> results` for each example; no key, no noise.
 
-  Results are `[B]` `correct`, `cross_entropy` and, for a gated net, `macs` (of its gated part), with `gates` and
+  Results are those of `scores(logits, labels)` and, for a gated net, `[B]` `macs` (of its gated part), with `gates` and
   `gate_logits` `[B, G]`.
   """
 
   def step(state: TrainState, pixels: Array, labels: Array) -> dict[str, Array]:
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits, records = model.apply(variables, normalise(pixels))
-    results = {
-        "correct": jnp.argmax(logits, -1) == labels,
-        "cross_entropy": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
-    }
+    results = scores(logits, labels)
     if records:
       results["macs"] = executed_macs(records)
       results["gates"] = jnp.concatenate([r.gates for r in records], axis=-1).astype(bool)
