@@ -12,7 +12,7 @@ from ml_collections import config_flags
 from gating_jax.checks import one_of
 
 MODES = ("train", "evaluate")
-EXPERIMENTS = ("classification", "continual", "long_video")
+EXPERIMENTS = ("classification", "continual", "long_video", "segmentation")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A config file such as configs/digits_resnet20.py; its fields can be overridden as "
@@ -70,7 +70,7 @@ def _main(argv: list[str]) -> int:
     return 2
   logging.set_verbosity(logging.WARNING)
   from gating_jax.data.sources import DatasetNotPreparedError  # after the flags are checked: these import JAX
-  from gating_jax.experiments import classification, continual, long_video
+  from gating_jax.experiments import classification, continual, long_video, segmentation
   from gating_jax.training import hosts
   from gating_jax.training.checkpoints import CheckpointError
   from gating_jax.training.loop import NonFiniteError
@@ -80,9 +80,10 @@ def _main(argv: list[str]) -> int:
     one_of("experiment", _CONFIG.value.experiment, EXPERIMENTS)
     if _COORDINATOR.value:
       hosts.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    modules = (classification, continual, long_video, segmentation)
     with contextlib.redirect_stdout(sys.stdout if hosts.is_writer() else None):
-      {"classification": classification, "continual": continual, "long_video": long_video}[
-          _CONFIG.value.experiment].run(_CONFIG.value, Path(_WORKDIR.value), _MODE.value)
+      dict(zip(EXPERIMENTS, modules, strict=True))[_CONFIG.value.experiment].run(
+          _CONFIG.value, Path(_WORKDIR.value), _MODE.value)
   except (ValueError, OSError, DatasetNotPreparedError, NonFiniteError, RunDirError, CheckpointError,
           hosts.PeerError) as error:
     print(f"error: {error}", file=sys.stderr)

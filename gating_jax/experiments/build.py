@@ -1,9 +1,10 @@
-"""From a config of image classification to its parts, every setting checked before anything is compiled."""
+"""From a config of labelled images to its parts, every setting checked before anything is compiled."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -45,11 +46,39 @@ class Experiment:
 
 def build(config: ml_collections.ConfigDict) -> Experiment:
   """Checks every setting, then opens the data. Raises ValueError naming the field, or `DatasetNotPreparedError`."""
-  data, training, loss, dispatch = config.data, config.optim, config.loss, config.devices.steps_per_dispatch
-  _check(config)
-  prior = beta(loss.batch_shaping.a, loss.batch_shaping.b)
+  data = config.data
+  check(config, choices={"data.loader": LOADERS, "model.name": (*RESNETS, *VGGS)},
+        at_least={"data.pad": 0, "data.image_size": 0})
   read = _opener(config)
-  examples = sources.size(data.name, data.train_split, data.data_dir)
+  return assemble(
+      config, lambda: sources.size(data.name, data.train_split, data.data_dir),
+      open_train=lambda: read(data.train_split, training=True),
+      open_test=lambda: read(data.test_split, training=False), network=network)
+
+
+def assemble(
+    config: ml_collections.ConfigDict,
+    size: Callable[[], int],
+    *,
+    open_train: Callable[[], Any],
+    open_test: Callable[[], Any],
+    network: Callable[[ml_collections.ConfigDict, int], nn.Module],
+    objective: type[ImageObjective] = ImageObjective,
+    train_shape: tuple[int, int, int] | None = None,
+) -> Experiment:
+  """An experiment of checked settings.
+
+  Args:
+    config: of images and what is learnt from them.
+    size: returns the number of training images.
+    open_train, open_test: read the sets.
+    network: `(config.model, classes)` to the model.
+    objective: what it minimises.
+    train_shape: `(H, W, D)` of what the model is trained on, if that is not a test image's.
+  """
+  data, training, loss, dispatch = config.data, config.optim, config.loss, config.devices.steps_per_dispatch
+  prior = beta(loss.batch_shaping.a, loss.batch_shaping.b)
+  examples = size()
   if training.batch_size > examples:
     raise ValueError(f"optim.batch_size must be at most {examples}, the number of training images; "
                      f"got {training.batch_size}")
@@ -63,20 +92,21 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   coefficients = dict(
       batch_shaping_coefficient=schedules.fade_out(shaping.coefficient, shaping.end, total),
       sparsity_coefficient=schedules.fade_in(sparsity.coefficient, sparsity.start, sparsity.full, total))
-  test = read(data.test_split, training=False)
+  test = open_test()
   settings.check_channels(data, test.shape[-1])
   model = network(config.model, len(test.class_names))
   counts = count(model, test.shape)
+  at_training = count(model, train_shape) if train_shape else counts
   return Experiment(
       config=config,
-      open_train=lambda: read(data.train_split, training=True),
+      open_train=open_train,
       test=test,
       model=model,
       counts=counts,
       optimiser=optimiser,
-      objective=ImageObjective(
+      objective=objective(
           prior=prior, reduction=shaping.reduction, sparsity=sparsity.kind, target=sparsity.target,
-          fixed_macs=counts.macs - counts.gated, regulariser=loss.regulariser,
+          fixed_macs=at_training.macs - at_training.gated, regulariser=loss.regulariser,
           coefficient=loss[loss.regulariser].coefficient if loss.regulariser in loss else 0.0, **coefficients),
       settings=loop.LoopSettings(
           total_steps=total,
@@ -106,10 +136,13 @@ def _opener(config: ml_collections.ConfigDict) -> Callable[..., Any]:
       crop_area=data.crop_area if training else None)
 
 
-def _check(config: ml_collections.ConfigDict) -> None:
+def check(
+    config: ml_collections.ConfigDict, *, choices: Mapping[str, Collection[str]], at_least: Mapping[str, int],
+    rules: Mapping[str, settings.Rule] = MappingProxyType({}),
+) -> None:
+  """Checks every setting; arguments as in `settings.check`, for those fields that not every config of images has."""
   choices = {
-      "data.loader": LOADERS,
-      "model.name": (*RESNETS, *VGGS),
+      **choices,
       "model.dtype": settings.DTYPES,
       "model.gating": GATINGS,
       "loss.regulariser": REGULARISERS,
@@ -126,11 +159,12 @@ def _check(config: ml_collections.ConfigDict) -> None:
       positive=("model.width", "optim.learning_rate", "optim.gate_multiplier", "optim.drop_factor", "checkpoint_every"),
       not_negative=("eval_every", "loss.batch_shaping.coefficient", "loss.sparsity.coefficient",
                     "loss.entropy.coefficient", "loss.away_from_half.coefficient", "optim.weight_decay"),
-      at_least={"seed": 0, "data.pad": 0, "data.image_size": 0, "data.workers": 0, "optim.epochs": 1,
-                "optim.batch_size": 1, "devices.steps_per_dispatch": 1, "log_every": 1},
+      at_least={**at_least, "seed": 0, "data.workers": 0, "optim.epochs": 1, "optim.batch_size": 1,
+                "devices.steps_per_dispatch": 1, "log_every": 1},
       fractions=("loss.sparsity.target",),
       numbers=("data.mean", "data.std"),
       rules={
+          **rules,
           "data.std": (lambda std: min(std) > 0, "a tuple of positive numbers"),
           "optim.drops": (settings.all_numbers, "a tuple of fractions"),
           "optim.batch_size": settings.divides_over_devices(),

@@ -1,20 +1,21 @@
-"""Trains and evaluates a gated image classifier, in a run directory.
+"""Trains and evaluates a gated image classifier, or whatever else is learnt from labelled images, in a run directory.
 
 Reference: Bejnordi et al., 2020.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
 
-from gating_jax.data import augment, batches, resident
+from gating_jax.data import augment, batches, resident, streaming
 from gating_jax.experiments.build import Experiment, build
 from gating_jax.reports import firing, gate_table, table
 from gating_jax.training import devices, diagnosis, evaluation, hosts, loop, rundir, steps
@@ -22,14 +23,56 @@ from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal
 
 
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What the labels of images mean for training, for the test and for who reads its result.
+
+  Attributes:
+    prepare: `(experiment, key, uint8 pixels) -> network input`, augmented.
+    scores: `(logits, labels) -> results` of each image, as in `steps.make_eval_step`.
+    summarise: as in `evaluation.evaluate`.
+    headline: the result in a line, its numbers by name.
+    render: the result as a table.
+    classes: how many there are of images, for what gates tell of them; None where an image has none of its own.
+    draw: `(experiment, state, path)`, writes further pictures into the run directory.
+  """
+
+  prepare: Callable[[Experiment, jax.Array, jax.Array], jax.Array]
+  scores: Callable[[jax.Array, jax.Array], dict[str, jax.Array]]
+  summarise: Callable[[Experiment, Mapping[str, Any], int], dict[str, float]]
+  headline: str
+  render: Callable[[Mapping[str, Any]], str]
+  classes: Callable[[Experiment], int | None] = lambda experiment: len(experiment.test.class_names)
+  draw: Callable[[Experiment, steps.TrainState, Path], None] = lambda *_: None
+
+
+def _crop_and_flip(experiment: Experiment, key: jax.Array, pixels: jax.Array) -> jax.Array:
+  data = experiment.config.data
+  pixels = augment.crop_and_flip(key, pixels, pad=data.pad, flip=data.flip, axis_name=devices.AXIS)
+  return experiment.normalise(pixels)
+
+
+TASK = Task(
+    prepare=_crop_and_flip,
+    scores=steps.image_scores,
+    summarise=lambda _, sums, images: evaluation.summarise(sums, images),
+    headline="test accuracy {accuracy:.4f}",
+    render=table.render)
+
+
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint."""
-  experiment = build(config)
-  rundir.run_mode(workdir, config, mode, render=table.render, train=functools.partial(_train, experiment),
-                  evaluate=functools.partial(_evaluate, experiment))
+  run_task(TASK, build(config), workdir, mode)
 
 
-def _evaluate(experiment: Experiment, run_dir: rundir.RunDir) -> None:
+def run_task(task: Task, experiment: Experiment, workdir: Path, mode: str) -> None:
+  """The same for any task."""
+  rundir.run_mode(workdir, experiment.config, mode, render=task.render,
+                  train=functools.partial(_train, task, experiment),
+                  evaluate=functools.partial(_evaluate, task, experiment))
+
+
+def _evaluate(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
   checkpoints = Checkpoints(run_dir.checkpoints, read_only=True)
   try:
     step, state = _restore(experiment, checkpoints)
@@ -37,14 +80,14 @@ def _evaluate(experiment: Experiment, run_dir: rundir.RunDir) -> None:
     checkpoints.close()
   if not step:
     raise rundir.RunDirError(f"no checkpoint in {run_dir.checkpoints} yet")
-  result, gates = make_test(experiment)(state)
+  result, gates = make_test(experiment, task)(state)
   if gates is not None:
     result["layers"] = diagnosis.by_layer(gates.diagnosis, experiment.counts.gate_layers)
   print(f"checkpoint of step {step}")
-  print(table.render(result))
+  print(task.render(result))
 
 
-def _train(experiment: Experiment, run_dir: rundir.RunDir) -> None:
+def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
   started, total = time.time(), experiment.settings.total_steps
   train = experiment.open_train()
   checkpoints = Checkpoints(run_dir.checkpoints)
@@ -52,16 +95,16 @@ def _train(experiment: Experiment, run_dir: rundir.RunDir) -> None:
   if first_step:
     print(f"going on from the checkpoint of step {first_step} in {run_dir.path}")
   journal = Journal(run_dir.path, first_step, total)
-  test = make_test(experiment)
+  test = make_test(experiment, task)
 
   def evaluate(state, step):
     result, gates = test(state)
     journal.write(step, "test", result)
-    journal.say(step, f"test accuracy {result['accuracy']:.4f}")
+    journal.say(step, task.headline.format(**result))
     return result, gates
 
   try:
-    advance = make_advance(experiment, train, first_step)
+    advance = make_advance(experiment, train, first_step, task)
     state, step = loop.train(state, first_step, advance, settings=experiment.settings, checkpoints=checkpoints,
                              journal=journal, evaluate=evaluate)
     if step < total:
@@ -77,9 +120,10 @@ def _train(experiment: Experiment, run_dir: rundir.RunDir) -> None:
         run_dir.path / "gates.png", gates.logits, found.open_rates, experiment.objective.prior))
     hosts.written(lambda: gate_table.write(run_dir.path / "gates.csv", found, layers))
     result |= {"batch_shaping_reduction": experiment.objective.reduction, "layers": diagnosis.by_layer(found, layers)}
+  hosts.written(lambda: task.draw(experiment, state, run_dir.path))
   result |= {"step": step, "seconds_since_last_start": round(time.time() - started, 1)}
   run_dir.finish(result)
-  print(table.render(result))
+  print(task.render(result))
   print(f"run directory: {run_dir.path}")
 
 
@@ -89,21 +133,19 @@ def _restore(experiment: Experiment, checkpoints: Checkpoints) -> tuple[int, Any
   return checkpoints.restore(state, devices.replicated_sharding()) or (0, devices.replicate(state))
 
 
-def make_advance(experiment: Experiment, train: Any, first_step: int) -> Callable[[Any, int], tuple[Any, Any]]:
+def make_advance(
+    experiment: Experiment, train: Any, first_step: int, task: Task = TASK
+) -> Callable[[Any, int], tuple[Any, Any]]:
   """`(state, step) -> (state, metrics)` over all devices, with the data where its loader wants it."""
-  config, data = experiment.config, experiment.config.data
+  config = experiment.config
   k, batch = config.devices.steps_per_dispatch, config.optim.batch_size
   process = (jax.process_index(), jax.process_count())
-
-  def prepare(key, pixels):
-    pixels = augment.crop_and_flip(key, pixels, pad=data.pad, flip=data.flip, axis_name=devices.AXIS)
-    return experiment.normalise(pixels)
-
-  step = steps.make_train_step(experiment.model, experiment.optimiser, experiment.objective, prepare,
-                               seed=config.seed, axis_name=devices.AXIS)
+  step = steps.make_train_step(
+      experiment.model, experiment.optimiser, experiment.objective, functools.partial(task.prepare, experiment),
+      seed=config.seed, axis_name=devices.AXIS)
   mapped = lambda fn, args: devices.map_over_devices(
       fn, args=args, results=(devices.REPLICATED, devices.REPLICATED), backend=config.devices.backend, donate=(0,))
-  if data.loader == "streaming":
+  if isinstance(train, streaming.Stream):
     stream = train.batches(batch, first_step, k, experiment.settings.total_steps, process)
     run = mapped(steps.streamed_steps(step), (devices.REPLICATED, devices.BATCH))
     return lambda state, _: run(state, next(stream))
@@ -112,12 +154,14 @@ def make_advance(experiment: Experiment, train: Any, first_step: int) -> Callabl
   return lambda state, at: run(state, images, resident.indices(config.seed, at, k, batch, len(train), process))
 
 
-def make_test(experiment: Experiment) -> Callable[[Any], tuple[dict[str, Any], evaluation.GateBehaviour | None]]:
+def make_test(
+    experiment: Experiment, task: Task = TASK
+) -> Callable[[Any], tuple[dict[str, Any], evaluation.GateBehaviour | None]]:
   """`state -> evaluation.evaluate` on every test image once, with the budget where there is one; compiled at its first
   call only."""
   config = experiment.config
   run = devices.map_over_devices(
-      steps.make_eval_step(experiment.model, experiment.normalise),
+      steps.make_eval_step(experiment.model, experiment.normalise, task.scores),
       args=(devices.REPLICATED, devices.BATCH, devices.BATCH), results=devices.BATCH, backend=config.devices.backend)
   gate = config.model.gate
 
@@ -125,7 +169,8 @@ def make_test(experiment: Experiment) -> Callable[[Any], tuple[dict[str, Any], e
     result, gates = evaluation.evaluate(
         lambda *batch: hosts.whole(run(state, *hosts.share(batch))),
         batches.cover(experiment.test, config.optim.batch_size), experiment.counts,
-        classes=len(experiment.test.class_names), noise_scale=0.0 if gate.relaxation == "sigmoid" else gate.noise_scale)
+        functools.partial(task.summarise, experiment), classes=task.classes(experiment),
+        noise_scale=0.0 if gate.relaxation == "sigmoid" else gate.noise_scale)
     if gates is not None and experiment.objective.prices_budget:
       result["budget"] = experiment.objective.target
     return result, gates

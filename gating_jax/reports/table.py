@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gating_jax.reports import gate_table
@@ -10,8 +10,13 @@ from gating_jax.reports import gate_table
 
 def render(result: Mapping[str, Any]) -> str:
   """Lines of name and value, from what `training.evaluation.evaluate` returns, and a table of its `layers`."""
+  return lines([("test accuracy", f"{100 * result['accuracy']:.2f} %  ({result['images']:,} images)"),
+                *size_and_gates(result)], result.get("layers"))
+
+
+def size_and_gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """What the net costs and what its gates do: rows of name and value."""
   rows = [
-      ("test accuracy", f"{100 * result['accuracy']:.2f} %  ({result['images']:,} images)"),
       ("parameters", f"{result['params']:,} + {result['gate_params']:,} of gates"),
       ("MACs per image, ungated net", f"{result['ungated_macs']:,}"),
       ("MACs per image, this net", f"{result['macs']:,.0f}  ({100 * result['mac_ratio']:.1f} %, gates included)"),
@@ -33,9 +38,15 @@ def render(result: Mapping[str, Any]) -> str:
         ("gates at random, like dropout", f"{result['random_dropout']} of {result['gates']}"),
         ("gates conditional", f"{result['conditional']} of {result['gates']}"),
         ("mean share of open gates", f"{100 * result['mean_open']:.1f} %"),
-        ("information on the class", f"{result['class_information']:.3f} bits a gate"
-                                     f"  (chance, taken off: {result['class_information_floor']:.3f})"),
     ]
+  if "class_information" in result:
+    rows.append(("information on the class", f"{result['class_information']:.3f} bits a gate"
+                                             f"  (chance, taken off: {result['class_information_floor']:.3f})"))
+  return rows
+
+
+def lines(rows: Sequence[tuple[str, str]], layers: Sequence[Mapping[str, Any]] | None = None) -> str:
+  """Rows of name and value, the values below each other, and a table of the gates of each layer, where there are."""
   width = max(len(name) for name, _ in rows)
-  lines = [f"{name:<{width}}  {value}" for name, value in rows]
-  return "\n".join([*lines, "", gate_table.render(result["layers"])] if "layers" in result else lines)
+  text = [f"{name:<{width}}  {value}" for name, value in rows]
+  return "\n".join([*text, "", gate_table.render(layers)] if layers else text)

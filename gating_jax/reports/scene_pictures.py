@@ -1,0 +1,56 @@
+"""A picture of scenes: the image, the true class of every pixel and the predicted one, side by side.
+
+Axes: N scenes, H and W pixels, D colours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gating_jax.reports.lettering import plain, save
+
+_NOTHING, _SIDE = "#d0d4d9", 2.2  # colour of pixels that do not count; inches of a scene
+
+
+def draw(
+    path: Path, images: np.ndarray, truth: np.ndarray, predicted: np.ndarray, mac_ratios: np.ndarray,
+    class_names: Sequence[str],
+) -> None:
+  """Writes a PNG, a column for each scene.
+
+  Args:
+    path: of the picture.
+    images: `[N, H, W, D]` uint8, D 1 or 3.
+    truth: `[N, H, W]` integers; those that are no class are drawn grey.
+    predicted: the same, drawn where the truth is not known too.
+    mac_ratios: `[N]`, multiply-accumulates spent on each scene over those of the ungated net.
+    class_names: one per class.
+  """
+  from matplotlib import colormaps  # imports slowly
+  from matplotlib.colors import BoundaryNorm, ListedColormap
+  from matplotlib.figure import Figure
+  from matplotlib.patches import Patch
+
+  n, classes = len(images), len(class_names)
+  colours = colormaps["tab20"](np.arange(classes) % 20)
+  cmap = ListedColormap([*colours, _NOTHING])
+  norm = BoundaryNorm(np.arange(classes + 2) - 0.5, classes + 1)
+  height = _SIDE * images.shape[1] / images.shape[2]
+  figure = Figure(figsize=(_SIDE * n + 1.8, 3 * height + 0.6), layout="constrained", dpi=110)
+  grid = figure.subplots(3, n, squeeze=False)
+  for i in range(n):
+    grid[0, i].imshow(images[i].squeeze(-1) if images.shape[-1] == 1 else images[i], cmap="gray", vmin=0, vmax=255)
+    grid[0, i].set_title(f"{100 * mac_ratios[i]:.1f} % of MACs", fontsize=9)
+    for row, classes_of in ((1, truth), (2, predicted)):
+      known = np.where(classes_of[i] < classes, classes_of[i], classes)
+      grid[row, i].imshow(known, cmap=cmap, norm=norm, interpolation="nearest")
+  for row, name in enumerate(("image", "truth", "prediction")):
+    grid[row, 0].set_ylabel(name)
+  for axes in grid.ravel():
+    axes.set(xticks=[], yticks=[])
+  handles = [Patch(color=colour, label=plain(name, 16)) for name, colour in zip(class_names, colours, strict=True)]
+  figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
+  save(figure, path)

@@ -1,0 +1,112 @@
+"""Segmentation runs: settings, training, evaluation, going on. What runs share is tested with classification."""
+
+import importlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+import tiny_cli
+
+from gating_jax.data import sources
+from gating_jax.experiments import segmentation
+from gating_jax.models import resnet
+from gating_jax.models.counts import count
+from gating_jax.training import devices, steps
+from gating_jax.training.checkpoints import Checkpoints
+
+
+@pytest.fixture
+def config(monkeypatch):
+  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+
+  def make(name="digits", **changes):
+    made = importlib.import_module(f"configs.segmentation_{name}").get_config()
+    made.update_from_flattened_dict({
+        "model.name": "tiny", "model.width": 0.5, "model.head": 8, "data.size": (12, 16), "data.train_scenes": 40,
+        "data.test_scenes": 11, "optim.batch_size": 8, "optim.epochs": 2, "checkpoint_every": 1.0, "log_every": 2})
+    made.lock()
+    made.update_from_flattened_dict(changes)
+    return made
+
+  return make
+
+
+@pytest.mark.parametrize(("field", "value", "message"), [
+    ("data.name", "cityscape", "data.name must be one of .*; got 'cityscape'. Did you mean 'cityscapes'"),
+    ("model.name", "vgg8", "model.name must be one of .*; got 'vgg8'"),
+    ("data.size", (32, 4), r"data.size must be a tuple of height and width, each >= 8; got \(32, 4\)"),
+    ("data.crop", (8, 17), r"data.crop must be None or a tuple .* at most data.size; got \(8, 17\)"),
+    ("data.digits", 0, "data.digits must be >= 1; got 0"),
+    ("model.head", 0, "model.head must be >= 1; got 0"),
+    ("optim.batch_size", 48, "optim.batch_size must be at most 40, the number of training images; got 48"),
+    ("loss.sparsity.kind", "mac", "loss.sparsity.kind .* Did you mean 'macs'"),
+])
+def test_a_wrong_setting_is_named_before_a_directory_is_made(config, tmp_path, field, value, message):
+  with pytest.raises(ValueError, match=message):
+    segmentation.run(config(**{field: value}), tmp_path / "run", "train")
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("crop", [None, (16, 24)])
+def test_the_budget_is_of_what_is_trained_on_and_the_score_of_whole_scenes(config, monkeypatch, crop):
+  monkeypatch.setattr(sources, "open_tfds", lambda *_: [None] * 8)
+  settings = {"data.size": (32, 48), "data.crop": crop, "data.workers": 0, "model.output_stride": None}
+  built = segmentation.build(config("cityscapes", **settings))
+  assert (built.test.shape, len(built.test.class_names)) == ((32, 48, 3), 19)
+  trained = count(built.model, (*(crop or (32, 48)), 3))
+  assert built.open_train().shape == (*(crop or (32, 48)), 3)
+  assert built.objective.fixed_macs == trained.macs - trained.gated
+  assert built.counts == count(built.model, (32, 48, 3))
+  assert (built.counts.macs > trained.macs) == (crop is not None)
+
+
+def final_state(made, workdir):
+  built = segmentation.build(made)
+  like = steps.init_state(built.model, built.optimiser, made.seed, built.test.shape)
+  checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+  try:
+    return checkpoints.restore(like, devices.replicated_sharding())
+  finally:
+    checkpoints.close()
+
+
+def street(count):
+  rng = np.random.default_rng(0)
+  labels = rng.choice([7, 26, 0], (count, 12, 16, 1)).astype(np.uint8)
+  return [{"image_left": np.repeat(label * 5, 3, axis=-1), "segmentation_label": label} for label in labels]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits", "cityscapes"])
+def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_end(config, tmp_path, capsys, monkeypatch, name):
+  if name == "cityscapes":
+    monkeypatch.setattr(sources, "open_tfds", lambda _, split, *rest: street(40 if split == "train" else 11))
+    made = config(name, **{"data.crop": (8, 8), "data.workers": 0, "model.output_stride": None})
+  else:
+    made = config(name)
+  segmentation.run(made, tmp_path, "train")
+  step, state = final_state(made, tmp_path)
+  result = json.loads((tmp_path / "result.json").read_text())
+  assert (step, result["images"]) == (10, 11)
+  built = segmentation.build(made)
+  assert result["head_macs"] == built.counts.macs - count(built.model.backbone.clone(), built.test.shape).macs > 0
+  assert 0 < result["mean_iou"] < result["accuracy"] < 1
+  assert result["gates"] == built.counts.gates == 4
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  train = [line for line in lines if line["split"] == "train"]
+  assert train[-1]["cross_entropy"] < train[0]["cross_entropy"]
+  assert "batch_shaping" in train[0]
+  for picture in ("scenes.png", "gates.png"):
+    assert (tmp_path / picture).stat().st_size > 10_000
+  shutil.rmtree(tmp_path / "checkpoints" / "10")
+  (tmp_path / "result.json").unlink()
+  capsys.readouterr()
+  segmentation.run(made, tmp_path, "train")
+  said = capsys.readouterr().out
+  assert "going on from the checkpoint of step 5" in said
+  assert f"mean IoU {100 * result['mean_iou']:.2f} %" in " ".join(said.split())
+  assert tiny.bit_equal(final_state(made, tmp_path)[1], state)
+  segmentation.run(made, tmp_path, "evaluate")
+  assert f"{100 * result['mean_iou']:.2f} %" in capsys.readouterr().out
