@@ -22,7 +22,7 @@ from gating_jax.data import batches, resident, tasks
 from gating_jax.data.sources import Images
 from gating_jax.experiments.continual_build import ContinualExperiment, build
 from gating_jax.reports import task_pictures, task_table
-from gating_jax.training import devices, loop, rundir
+from gating_jax.training import devices, hosts, loop, rundir
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal
 
@@ -77,7 +77,7 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
     journal.close()
     checkpoints.close()
   result = summary(experiment, learner)
-  _draw(experiment, learner, run_dir.path)
+  hosts.written(lambda: _draw(experiment, learner, run_dir.path))
   result |= {"step": step, "seconds_since_last_start": round(time.time() - started, 1)}
   run_dir.finish(result)
   print(task_table.render(result))
@@ -218,8 +218,9 @@ def make_evaluate(experiment: ContinualExperiment) -> Callable[[Learner, int, in
 
   def evaluate(learner, task, seen):
     run, parts = mapped(seen), []
-    for (pixels, labels), count in batches.cover(experiment.tasks[task].test, problem.batch_size):
-      parts.append({name: np.asarray(x)[:count] for name, x in run(learner, pixels, labels, np.int32(task)).items()})
+    for batch, count in batches.cover(experiment.tasks[task].test, problem.batch_size):
+      results = hosts.whole(run(learner, *hosts.share(batch), np.int32(task)))
+      parts.append({name: np.asarray(x)[:count] for name, x in results.items()})
     return {name: float(np.concatenate([p[name] for p in parts]).mean(dtype=np.float64)) for name in parts[0]}
 
   return evaluate

@@ -25,7 +25,7 @@ from gating_jax.experiments.video_build import LIGHT, Phase, VideoExperiment, bu
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.layers.segments import CONCEPTS
 from gating_jax.reports import video_table
-from gating_jax.training import devices, loop, rundir, steps
+from gating_jax.training import devices, hosts, loop, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal
 from gating_jax.video.concepts import find_concepts
@@ -80,7 +80,7 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   journal = Journal(run_dir.path, total, total)
   journal.write(total, "test", _numbers(result))
   journal.close()
-  video_trial.draw(experiment, behaviour, run_dir.path / "timeline.png")
+  hosts.written(lambda: video_trial.draw(experiment, behaviour, run_dir.path / "timeline.png"))
   result |= {"step": total, "seconds_since_last_start": round(time.time() - started, 1)}
   run_dir.finish(result)
   print(video_table.render(result))

@@ -23,7 +23,7 @@ from gating_jax.experiments.video_build import LIGHT, VideoExperiment
 from gating_jax.ops import compaction, selection
 from gating_jax.ops.macs import executed_macs
 from gating_jax.reports import timeline
-from gating_jax.training import devices
+from gating_jax.training import devices, hosts
 from gating_jax.video import early_exit, metrics
 from gating_jax.video.inference import Skipping
 
@@ -183,6 +183,6 @@ def _over(experiment: VideoExperiment, fn: Callable, variables: Any, videos: Vid
   parts = []
   for batch, count in batches.cover(videos, config.optim.batch_size):
     kept = {name: batch[name] for name in ("valid", "label", "weight", "units", "relevant") if name in batch}
-    part = kept | jax.device_get(dict(run(variables, inputs(batch))))
+    part = kept | jax.device_get(dict(hosts.whole(run(variables, hosts.share(inputs(batch))))))
     parts.append({name: values[:count] for name, values in part.items()})
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
