@@ -1,5 +1,6 @@
 """Jobs of several processes, as `launch/local.sh` starts them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -24,18 +25,27 @@ TRAINING = {"model.name": "tiny", "optim.batch_size": 280, "optim.epochs": 1, "o
 PROGRAM = f"{sys.executable} {ROOT / 'tests' / 'tiny_cli.py'}"
 
 
-def arguments(workdir, **changes):
-  settings = [f"--config.{name}={value}" for name, value in (TRAINING | changes).items()]
-  return [f"--config={ROOT / 'configs' / 'digits_resnet20.py'}", *settings, f"--workdir={workdir}"]
+def arguments(workdir, config="digits_resnet20", **changes):
+  settings = [f"--config.{name}={value}" for name, value in changes.items()]
+  return [f"--config={ROOT / 'configs' / config}.py", *settings, f"--workdir={workdir}"]
 
 
-def launched(workdir, processes=2, environment=(), **changes):
-  """A started job of so many processes of four devices; what it prints is in `workdir`'s `.out` neighbour."""
+def launched(workdir, environment=(), **changes):
+  """A started job of two processes of four devices; what it prints is in `workdir`'s `.out` neighbour."""
   with workdir.with_suffix(".out").open("w") as out:
     return subprocess.Popen(
-        ["bash", str(ROOT / "launch" / "local.sh"), str(processes), *arguments(workdir, **changes)], stdout=out,
+        ["bash", str(ROOT / "launch" / "local.sh"), "2", *arguments(workdir, **changes)], stdout=out,
         stderr=subprocess.STDOUT, cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "DEVICES": "4", "GATING_JAX": PROGRAM, **dict(environment)})
+
+
+def alone(*arguments, devices=8):
+  """What one process of so many devices prints."""
+  done = subprocess.run(
+      [*PROGRAM.split(), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+      env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"})
+  assert done.returncode == 0, done.stderr
+  return done.stdout
 
 
 def finished(job, workdir):
@@ -54,7 +64,7 @@ def final_state(monkeypatch):
 
   def read(workdir, **changes):
     config = get_config()
-    config.update_from_flattened_dict(TRAINING | changes)
+    config.update_from_flattened_dict(changes)
     built = classification.build(config)
     like = jax.eval_shape(lambda: steps.init_state(built.model, built.optimiser, 0, built.test.shape))
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
@@ -69,32 +79,42 @@ def final_state(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["pmap", "shard_map"])
 def test_two_processes_of_four_devices_do_what_one_of_eight_does(tmp_path, final_state, backend):
-  changes = {"devices.backend": backend}
+  changes = TRAINING | {"devices.backend": backend}
   status, said = finished(launched(tmp_path / "two", **changes), tmp_path / "two")
   assert status == 0, said
   assert said.count("run directory:") == 1  # one of them speaks
-  one = subprocess.run(
-      [*PROGRAM.split(), *arguments(tmp_path / "one", **changes)], cwd=ROOT, capture_output=True, text=True,
-      timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
-  assert one.returncode == 0, one.stderr
+  alone(*arguments(tmp_path / "one", **changes))
   two = final_state(tmp_path / "two", **changes)
   assert tiny.relative_gap(two.params, final_state(tmp_path / "one", **changes).params) < 1e-5
   assert {f.name for f in (tmp_path / "two").iterdir()} == {f.name for f in (tmp_path / "one").iterdir()}
   lines = lambda run: (tmp_path / run / "metrics.jsonl").read_text().count("\n")
   assert lines("two") == lines("one")
-  # The run of two goes on, or is tested, on one.
-  again = subprocess.run([*PROGRAM.split(), *arguments(tmp_path / "two", **changes), "--mode=evaluate"], cwd=ROOT,
-                         capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
-  assert f"checkpoint of step {STEPS_PER_EPOCH}" in again.stdout, again.stderr
+  evaluated = alone(*arguments(tmp_path / "two", **changes), "--mode=evaluate", devices=1)
+  assert f"checkpoint of step {STEPS_PER_EPOCH}" in evaluated
+
+
+@pytest.mark.slow
+def test_two_processes_learn_tasks_as_one_does(tmp_path):
+  changes = {"config": "split_digits", "model.width": 0.05, "tasks.count": 2, "optim.epochs": 1, "router.steps": 20,
+             "gates.when_full": "reuse"}
+  status, said = finished(launched(tmp_path / "two", {"DEVICES": "1"}, **changes), tmp_path / "two")
+  assert status == 0, said
+  alone(*arguments(tmp_path / "one", **changes), devices=2)
+  two, one = (json.loads((tmp_path / run / "result.json").read_text()) for run in ("two", "one"))
+  for kind in ("task_aware", "task_agnostic"):
+    assert two[kind]["accuracies"][0] == pytest.approx(one[kind]["accuracies"][0], abs=0.03)
+    assert two[kind]["accuracies"][1] == pytest.approx(one[kind]["accuracies"][1], abs=0.03)
+  assert two["task_aware_macs"] == pytest.approx(one["task_aware_macs"], rel=0.02)
+  assert two["free_units"] == one["free_units"]
 
 
 @pytest.mark.slow
 def test_when_a_process_is_killed_the_others_end_and_the_job_goes_on_to_the_same_end(tmp_path, final_state):
-  changes = {"optim.epochs": 16, "checkpoint_every": 5}
+  changes = TRAINING | {"optim.epochs": 16, "checkpoint_every": 5}
   quiet, disturbed = tmp_path / "quiet", tmp_path / "disturbed"
   status, said = finished(launched(quiet, **changes), quiet)
   assert status == 0, said
-  job = launched(disturbed, environment={"RESTARTS": "1"}, **changes)
+  job = launched(disturbed, {"RESTARTS": "1"}, **changes)
   until = time.time() + 200
   while not any(f.name.isdigit() for f in (disturbed / "checkpoints").glob("*")):
     assert job.poll() is None, disturbed.with_suffix(".out").read_text()
@@ -119,7 +139,7 @@ def test_a_job_that_cannot_begin_ends_on_all_with_the_reason_of_one(tmp_path):
   workdir = tmp_path / "mine"
   workdir.mkdir()
   (workdir / "letter.txt").write_text("not a run")
-  status, said = finished(launched(workdir), workdir)
+  status, said = finished(launched(workdir, **TRAINING), workdir)
   assert status == 1
   assert said.count("exists and has no config.json") == 1
   assert [f.name for f in workdir.iterdir()] == ["letter.txt"]

@@ -103,8 +103,13 @@ def replicated_sharding(devices: Sequence[jax.Device] | None = None) -> NamedSha
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
-  """Copies a tree of arrays to every device, once."""
-  return jax.device_put(tree, replicated_sharding(devices))
+  """Copies a tree of arrays, the same in every process, to every device, once."""
+  sharding = replicated_sharding(devices)
+  if jax.process_count() == 1:
+    return jax.device_put(tree, sharding)
+  # device_put would compare the processes' arrays, in which NaN differs from NaN.
+  place = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+  return jax.tree.map(lambda x: place(np.asarray(x)), tree)
 
 
 def _check_divisible(x, local: int) -> None:
