@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -78,6 +79,8 @@ def _main(argv: list[str]) -> int:
 
   try:
     one_of("experiment", _CONFIG.value.experiment, EXPERIMENTS)
+    if not _COORDINATOR.value and (_PROCESSES.value, _PROCESS.value) != (None, None):
+      raise ValueError("coordinator must be given with processes and process; got none")
     if _COORDINATOR.value:
       hosts.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     modules = (classification, continual, long_video, segmentation)
@@ -86,7 +89,9 @@ def _main(argv: list[str]) -> int:
           _CONFIG.value, Path(_WORKDIR.value), _MODE.value)
   except (ValueError, OSError, DatasetNotPreparedError, NonFiniteError, RunDirError, CheckpointError,
           hosts.PeerError) as error:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    if _COORDINATOR.value:
+      os._exit(1)  # without waiting for processes that wait for this one
     return 1
   except KeyboardInterrupt:
     print("interrupted; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)

@@ -24,7 +24,7 @@ shift
 [[ "${RESTARTS:-0}" =~ ^[0-9]+$ ]] || { echo "error: RESTARTS must be a number >= 0; got $RESTARTS" >&2; exit 2; }
 [[ "${DEVICES:-1}" =~ ^[1-9][0-9]*$ ]] || { echo "error: DEVICES must be a number >= 1; got $DEVICES" >&2; exit 2; }
 if [ -n "${DEVICES:-}" ]; then
-  export XLA_FLAGS="--xla_force_host_platform_device_count=$DEVICES"
+  export XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$DEVICES"
 fi
 venv="$(dirname "${BASH_SOURCE[0]}")/../.venv/bin"
 read -ra program <<< "${GATING_JAX:-$venv/gating-jax}"
@@ -38,7 +38,8 @@ arguments=("$@")
 if [ "$dry_run" ]; then
   for ((i = 0; i < processes; i++)); do
     command_of PORT "$i"
-    echo "${DEVICES:+XLA_FLAGS=$XLA_FLAGS }${command[*]}"
+    printf '%q ' ${DEVICES:+env "XLA_FLAGS=$XLA_FLAGS"} "${command[@]}"
+    echo
   done
   exit 0
 fi
@@ -56,6 +57,7 @@ end_all() {  # of what still runs: SIGTERM, and SIGKILL after 15 s
 trap 'stopping=yes; kill -TERM "${pids[@]}" 2> /dev/null' TERM INT
 
 for ((attempt = 0; attempt <= ${RESTARTS:-0}; attempt++)); do
+  if [ "$stopping" ]; then break; fi
   port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
   pids=()
   for ((i = 0; i < processes; i++)); do
@@ -63,12 +65,12 @@ for ((attempt = 0; attempt <= ${RESTARTS:-0}; attempt++)); do
     "${command[@]}" &
     pids+=($!)
   done
+  if [ "$stopping" ]; then kill -TERM "${pids[@]}"; fi
   failed=0 left=$processes
   while [ "$left" -gt 0 ] && [ "$failed" -eq 0 ]; do
-    wait -n
+    wait -n -p ended
     status=$?
-    # A signal to this script ends the wait with 128 and more, while all still run.
-    if [ "$stopping" ] && [ "$status" -gt 128 ] && kill -0 "${pids[@]}" 2> /dev/null; then continue; fi
+    if [ -z "${ended:-}" ]; then continue; fi  # a signal to this script ended the wait
     left=$((left - 1))
     failed=$status
   done
@@ -81,4 +83,4 @@ for ((attempt = 0; attempt <= ${RESTARTS:-0}; attempt++)); do
     echo "launch: starting it again, from its newest checkpoint ($((attempt + 1)) of $RESTARTS)" >&2
   fi
 done
-exit "$failed"
+exit "${failed:-143}"

@@ -4,7 +4,7 @@
 #        bash launch/slurm.sh --dry-run arguments of gating-jax
 # The run directory must be on a file system that all nodes share. Slurm tells JAX who is who (--coordinator=auto).
 #SBATCH --ntasks-per-node=1
-#SBATCH --signal=TERM@60
+#SBATCH --signal=TERM@300
 set -euo pipefail
 
 if [ $# -eq 0 ]; then
@@ -21,7 +21,8 @@ venv="${SLURM_SUBMIT_DIR:-$(pwd)}/.venv/bin"
 # --kill-on-bad-exit ends the peers of a process that failed; --signal above lets a job save before its time is over.
 command=(srun --kill-on-bad-exit=1 "$venv/gating-jax" "$@" --coordinator=auto)
 if [ "$dry_run" ]; then
-  echo "${command[*]}"
+  printf '%q ' "${command[@]}"
+  echo
   exit 0
 fi
 exec "${command[@]}"

@@ -164,11 +164,11 @@ def test_the_launcher_says_how_it_is_used(arguments):
 
 @pytest.mark.parametrize(
     ("script", "environment", "expected"),
-    [(("local.sh", "--dry-run", "2"), {"DEVICES": "4", "GATING_JAX": "gating-jax"},
-      "XLA_FLAGS=--xla_force_host_platform_device_count=4 gating-jax --workdir=a b --coordinator=localhost:PORT "
-      "--processes=2 --process=1"),
+    [(("local.sh", "--dry-run", "2"), {"DEVICES": "4", "GATING_JAX": "gating-jax", "XLA_FLAGS": ""},
+      "env XLA_FLAGS=--xla_force_host_platform_device_count=4 gating-jax --workdir=a\\ b "
+      "--coordinator=localhost:PORT --processes=2 --process=1"),
      (("slurm.sh", "--dry-run"), {"SLURM_SUBMIT_DIR": "/home/me/gating_jax"},
-      "srun --kill-on-bad-exit=1 /home/me/gating_jax/.venv/bin/gating-jax --workdir=a b --coordinator=auto"),
+      "srun --kill-on-bad-exit=1 /home/me/gating_jax/.venv/bin/gating-jax --workdir=a\\ b --coordinator=auto"),
      (("tpu.sh", "--dry-run"), {"NAME": "pod", "ZONE": "z"},
       "gcloud compute tpus tpu-vm ssh pod --zone=z --worker=all")])
 def test_a_dry_run_prints_what_would_be_done(script, environment, expected):

@@ -81,7 +81,8 @@ class Scenes(streaming.Stream):
   flip: bool = False
 
   def read_one(self, index: int, seed: tuple[int, ...] | None) -> tuple[np.ndarray, np.ndarray]:
-    image, label = (self.source[int(index)][name] for name in _FEATURES)
+    example = self.source[int(index)]
+    image, label = (example[name] for name in _FEATURES)
     pair = [_resize(image, self.size, Image.Resampling.BILINEAR),
             train_classes(_resize(label[..., 0], self.size, Image.Resampling.NEAREST))]
     if seed is not None:

@@ -50,7 +50,9 @@ class Stream:
 
     def read(step):
       index = resident.indices(self.seed, step, k, batch_size, len(self), process)
-      flat = [self.read_one(i, (self.seed, step, process[0], place)) for place, i in enumerate(index.ravel())]
+      first = process[0] * len(index)
+      flat = [self.read_one(i, (self.seed, step + place % k, first + place // k))  # as on any number of processes
+              for place, i in enumerate(index.ravel())]
       pixels, labels = (np.stack(column) for column in zip(*flat, strict=True))
       return pixels.reshape(*index.shape, *self.shape), labels.reshape(*index.shape, *labels.shape[1:])
 

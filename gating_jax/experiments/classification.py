@@ -17,6 +17,7 @@ import ml_collections
 
 from gating_jax.data import augment, batches, resident, streaming
 from gating_jax.experiments.build import Experiment, build
+from gating_jax.layers.gate import GateSettings
 from gating_jax.reports import firing, gate_table, table
 from gating_jax.training import devices, diagnosis, evaluation, hosts, loop, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
@@ -163,14 +164,14 @@ def make_test(
   run = devices.map_over_devices(
       steps.make_eval_step(experiment.model, experiment.normalise, task.scores),
       args=(devices.REPLICATED, devices.BATCH, devices.BATCH), results=devices.BATCH, backend=config.devices.backend)
-  gate = config.model.gate
+  noise_scale = GateSettings(**config.model.gate).drawn_noise_scale
 
   def test(state):
     result, gates = evaluation.evaluate(
         lambda *batch: hosts.whole(run(state, *hosts.share(batch))),
         batches.cover(experiment.test, config.optim.batch_size), experiment.counts,
         functools.partial(task.summarise, experiment), classes=task.classes(experiment),
-        noise_scale=0.0 if gate.relaxation == "sigmoid" else gate.noise_scale)
+        noise_scale=noise_scale)
     if gates is not None and experiment.objective.prices_budget:
       result["budget"] = experiment.objective.target
     return result, gates

@@ -144,7 +144,7 @@ def _restore(phase: Phase, path: Path, seed: int, *, read_only: bool = False) ->
   """The newest checkpoint's step and state, or step 0 and a fresh state."""
   state = steps.init_state(phase.model, phase.optimiser, seed, phase.shapes)
   directory = path / rundir.CHECKPOINT_DIR
-  if not directory.exists():
+  if not hosts.any_of(directory.exists()):  # before any process makes it
     return 0, devices.replicate(state)
   checkpoints = Checkpoints(directory, read_only=read_only)
   try:

@@ -83,6 +83,13 @@ class GateSettings:
     """The log-odds of `initial_open`."""
     return math.log(self.initial_open / (1 - self.initial_open))
 
+  @property
+  def drawn_noise_scale(self) -> float:
+    """s, where a gate of training is open with probability sigmoid(logit / s); 0 where none is drawn."""
+    if self.relaxation == "sigmoid":
+      return 0.0
+    return 1.0 if self.context == "random" else self.noise_scale
+
   def channels_per_gate(self, channels: int) -> int:
     """How many adjacent channels of a layer of so many share a gate."""
     size = min(self.block, channels)

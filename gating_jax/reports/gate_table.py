@@ -15,20 +15,22 @@ _MEASURES = ("open_rates", "disagreement", "input_information", "class_informati
 
 def render(layers: Sequence[Mapping[str, Any]]) -> str:
   """A row per layer, from what `training.diagnosis.by_layer` returns; information in bits, means over its gates."""
-  rows = [["layer", "gates", "open", *(name.replace("_", " ") for name in OUTCOMES), "draws differ", "on input",
-           "on class"]]
+  information = [name for name in _MEASURES if name.endswith("_information") and name in layers[0]]
+  rows = [["layer", "gates", "open", *(name.replace("_", " ") for name in OUTCOMES), "draws differ",
+           *(f"on {name.removesuffix('_information')}" for name in information)]]
   for layer in layers:
     is_open, differ = (f"{100 * layer[name]:.1f} %" for name in ("mean_open", "disagreement"))
     rows.append([layer["layer"], str(layer["gates"]), is_open, *(str(layer[name]) for name in OUTCOMES), differ,
-                 f"{layer['input_information']:.3f}", f"{layer['class_information']:.3f}"])
+                 *(f"{layer[name]:.3f}" for name in information)])
   return "\n".join(columns(rows))
 
 
 def write(path: Path, found: Diagnosis, layers: Sequence[tuple[str, int]]) -> None:
   """A CSV file: the layer of each gate, its number there, its outcome and what `Diagnosis` measures."""
+  measures = [name for name in _MEASURES if getattr(found, name) is not None]
   places = [(name, number) for name, size in layers for number in range(size)]
   with path.open("w", newline="") as file:
     writer = csv.writer(file)
-    writer.writerow(["layer", "gate", "outcome", *(name.removesuffix("s") for name in _MEASURES)])
+    writer.writerow(["layer", "gate", "outcome", *(name.removesuffix("s") for name in measures)])
     for i, place in enumerate(places):
-      writer.writerow([*place, OUTCOMES[found.outcomes[i]], *(f"{getattr(found, m)[i]:.6g}" for m in _MEASURES)])
+      writer.writerow([*place, OUTCOMES[found.outcomes[i]], *(f"{getattr(found, m)[i]:.6g}" for m in measures)])

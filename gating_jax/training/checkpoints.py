@@ -49,7 +49,7 @@ class Checkpoints:
     if step in self._manager.all_steps():
       return
     if jax.process_count() > 1:  # what pmap returns is of this process alone
-      state = devices.replicate(jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), state))
+      state = devices.replicate(state)
     meta = {"step": step, "crc32": _checksum(state)}
     saved = self._manager.save(
         step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
@@ -70,13 +70,16 @@ class Checkpoints:
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
     damaged = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
+      restored, error = None, None
       try:
         restored = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore()))
         if _checksum(restored[_STATE]) != restored[_META]["crc32"]:
           raise ValueError("its values are not those that were saved")
-      except Exception as error:  # whatever orbax and its storage raise for a damaged file
-        damaged[step] = (str(error).splitlines() or [type(error).__name__])[0]
+      except Exception as raised:  # whatever orbax and its storage raise for a damaged file
+        error = raised
+      if hosts.any_of(error is not None):
+        damaged[step] = (str(error).splitlines() or [type(error).__name__])[0] if error else "not by another process"
         logging.warning("checkpoint of step %d cannot be read, trying the one before: %s", step, damaged[step])
         continue
       if not self._read_only:

@@ -76,7 +76,8 @@ class Diagnosis:
     open_rates: share of examples for which it is open in evaluation.
     disagreement: share of examples on which two draws of the noise of training are expected to differ.
     input_information: bits that a gate drawn with this noise has about the input.
-    class_information: bits that the gate of evaluation has about the class; see `class_information`.
+    class_information: bits that the gate of evaluation has about the class; see `class_information`. None where all
+      examples are of one class.
     outcomes: `[G]` positions in `OUTCOMES`; see `outcomes`.
     floor: bits by which chance alone raises an uncorrected estimate of the class information, on average.
   """
@@ -84,7 +85,7 @@ class Diagnosis:
   open_rates: np.ndarray
   disagreement: np.ndarray
   input_information: np.ndarray
-  class_information: np.ndarray
+  class_information: np.ndarray | None
   outcomes: np.ndarray
   floor: float
 
@@ -95,24 +96,28 @@ def diagnose(sums: Tally) -> Diagnosis:
   open_rates, disagreement = sums.opened.sum(axis=0) / n, sums.disagreements / n
   information = np.maximum(_entropy(sums.probs / n) - sums.entropies / n, 0)
   return Diagnosis(
-      open_rates, disagreement, information, class_information(sums.opened, sums.examples),
+      open_rates, disagreement, information,
+      class_information(sums.opened, sums.examples) if len(sums.examples) > 1 else None,
       outcomes(open_rates, disagreement, information), information_floor(sums.examples))
 
 
 def outcomes(open_rates: np.ndarray, disagreement: np.ndarray, information: np.ndarray) -> np.ndarray:
   """Positions in `OUTCOMES`, the first of these rules that holds:
 
-      random dropout   two draws differ on >= 20 % of examples, and have < 0.05 bits about the input
+      random dropout   < 0.05 bits about the input, and two draws differ on >= 20 % of examples or some are open
       always open      open on > 99 % of examples
       always closed    open on < 1 % of examples
       conditional      any other
+
+  where some are open if that is neither of the two after it.
 
   >>> found = outcomes(np.array([1.0, 1.0, 0.0, 0.5]), np.array([0.4, 0.0, 0.0, 0.3]), np.array([0.0, 0.0, 0.0, 0.5]))
   >>> [OUTCOMES[i] for i in found]
   ['random_dropout', 'always_open', 'always_closed', 'conditional']
   """
-  random = (disagreement >= DISAGREEMENT) & (information < INFORMATION)
-  return np.select([random, open_rates > ALWAYS_OPEN, open_rates < ALWAYS_CLOSED], [2, 0, 1], 3)
+  is_open, is_closed = open_rates > ALWAYS_OPEN, open_rates < ALWAYS_CLOSED
+  random = (information < INFORMATION) & ((disagreement >= DISAGREEMENT) | ~(is_open | is_closed))
+  return np.select([random, is_open, is_closed], [2, 0, 1], 3)
 
 
 def class_information(opened: np.ndarray, examples: np.ndarray) -> np.ndarray:
@@ -149,7 +154,7 @@ def summary(found: Diagnosis) -> dict[str, Any]:
       "gates": len(found.outcomes),
       "mean_open": float(np.mean(found.open_rates)),
       **dict(zip(OUTCOMES, counts.tolist(), strict=True)),
-      **{name: float(np.mean(getattr(found, name))) for name in means},
+      **{name: float(np.mean(getattr(found, name))) for name in means if getattr(found, name) is not None},
   }
 
 
@@ -158,8 +163,8 @@ def by_layer(found: Diagnosis, layers: Sequence[tuple[str, int]]) -> list[dict[s
   rows, end = [], 0
   for name, size in layers:
     part, end = slice(end, end + size), end + size
-    arrays = {f.name: getattr(found, f.name) for f in dataclasses.fields(found) if f.name != "floor"}
-    rows.append({"layer": name, **summary(Diagnosis(**{k: v[part] for k, v in arrays.items()}, floor=found.floor))})
+    arrays = {k: v[part] for k, v in vars(found).items() if isinstance(v, np.ndarray)}
+    rows.append({"layer": name, **summary(dataclasses.replace(found, **arrays))})
   return rows
 
 

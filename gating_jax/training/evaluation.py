@@ -80,10 +80,9 @@ def evaluate(
     return result, None
   found = diagnosis.diagnose(tally)
   spent = mac_spread(counts.fixed + np.concatenate(each["macs"]), np.concatenate(each["cross_entropy"]))
-  result |= {**spent, "mac_ratio": spent["macs"] / counts.macs, **diagnosis.summary(found),
-             "class_information_floor": found.floor}
-  if classes is None:
-    del result["class_information"], result["class_information_floor"]
+  result |= {**spent, "mac_ratio": spent["macs"] / counts.macs, **diagnosis.summary(found)}
+  if found.class_information is not None:
+    result["class_information_floor"] = found.floor
   return result, GateBehaviour(found, np.concatenate(logits)[:_KEPT_EXAMPLES])
 
 

@@ -5,6 +5,7 @@ All run the same program on the same config and share a file system; process 0 w
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -28,17 +29,17 @@ def connect(coordinator: str, processes: int | None = None, process: int | None 
     process: which of them this is, from 0.
   Raises:
     ValueError: they do not make a job.
-    RuntimeError: the coordinator was not reached within a minute.
+    PeerError: the coordinator was not reached within a minute, where jaxlib has not ended the process by itself.
   """
   if coordinator == AUTO:
     if (processes, process) != (None, None):
       raise ValueError(f"processes and process must be left out with coordinator=auto; got {processes}, {process}")
-    jax.distributed.initialize()
+    _join()
     return
   if processes is None or process is None or not 0 <= process < processes:
     raise ValueError(f"process must be in 0, ..., processes - 1, both given with a coordinator; got process {process}, "
                      f"processes {processes}")
-  jax.distributed.initialize(coordinator, processes, process, initialization_timeout=60, heartbeat_timeout_seconds=10)
+  _join(coordinator, processes, process)
 
 
 def is_writer() -> bool:
@@ -65,6 +66,15 @@ def written(write: Callable[[], None]) -> None:
     error = raised
   if any_of(error is not None):
     raise error or PeerError("process 0 stopped; see what it says")
+
+
+def _join(*job: Any) -> None:
+  try:
+    jax.distributed.initialize(
+        *job, initialization_timeout=60, heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10)
+  except RuntimeError as error:
+    raise PeerError(f"the processes of the job did not find each other: {error}") from error
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which JAX takes for itself; the training loop asks for it
 
 
 def share(tree: Any) -> Any:

@@ -96,7 +96,7 @@ class ImageObjective:
       total += coefficient * term
       terms |= {name: term, f"{name}_coefficient": coefficient}
     examples = records[0].logits.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
-    spent = self.fixed_macs + collectives.batch_mean(executed_macs(records), axis_name)
+    spent = float(self.fixed_macs) + collectives.batch_mean(executed_macs(records), axis_name)
     return total, {
         **terms,
         "mac_ratio": spent / float(self.fixed_macs + gated_macs(records)),

@@ -122,11 +122,14 @@ def test_batches_add_up_to_the_whole():
 
 @pytest.mark.parametrize(("rate", "disagreement", "information", "outcome"), [
     (0.9901, 0.0, 0.0, "always_open"),
-    (0.99, 0.0, 0.0, "conditional"),
+    (0.99, 0.0, 0.05, "conditional"),
+    (0.99, 0.0, 0.0499, "random_dropout"),
     (0.0099, 0.0, 0.0, "always_closed"),
-    (0.01, 0.0, 0.0, "conditional"),
+    (0.01, 0.0, 0.05, "conditional"),
+    (0.01, 0.0, 0.0499, "random_dropout"),
     (0.5, 0.2, 0.0499, "random_dropout"),
-    (0.5, 0.1999, 0.0, "conditional"),
+    (0.99, 0.2, 0.05, "conditional"),
+    (1.0, 0.1999, 0.0, "always_open"),
     (1.0, 0.5, 0.05, "always_open"),
     (0.0, 0.5, 0.0, "random_dropout"),
 ])
