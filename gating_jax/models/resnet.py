@@ -107,7 +107,7 @@ class ResNet(nn.Module):
 
   def _resolution(self, x: Array) -> tuple[list[int], list[int]]:
     """Stride and dilation of each stage, the latter from behind where its stride was."""
-    strides = [1] + [2] * (len(self.blocks) - 1)
+    strides = [1 if stage == 0 else 2 for stage in range(len(self.blocks))]
     if self.output_stride is None:
       return strides, [1] * len(strides)
     _, (*_, coarse), pool = _STEMS[self.stem]

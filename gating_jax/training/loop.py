@@ -110,8 +110,10 @@ def train(
       pending = None
 
   with StopRequest() as stop:
-    stopping = False
-    while step < settings.total_steps and not stopping:
+    while step < settings.total_steps:
+      # Several processes must stop at the same step.
+      if (jax.process_count() == 1 or _due(step, k, settings.log_every)) and hosts.any_of(stop.requested):
+        break
       state, metrics = advance(state, step)
       settle()
       pending = (step, metrics)
@@ -128,8 +130,6 @@ def train(
       if _due(step, k, settings.checkpoint_every) and step < settings.total_steps:
         settle()
         checkpoints.save(step, state)
-      if jax.process_count() == 1 or _due(step, k, settings.log_every):  # several must stop at the same step
-        stopping = hosts.any_of(stop.requested)
     settle()
     if step > first_step:
       checkpoints.save(step, state)
