@@ -1,0 +1,61 @@
+import base64
+import io
+import re
+
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from gating_jax.reports import page
+
+WICKED = "<script>alert('x')</script>\"&"
+
+
+def tiny_figure():
+  figure = Figure(figsize=(2, 1))
+  figure.subplots().plot([0, 1], [1, 0])
+  return figure
+
+
+def test_the_page_holds_its_parts_in_their_order():
+  html = page.render("A run", [
+      page.Section("One", "a text", [page.Table(("name", "value"), [("accuracy", "0.9")])]),
+      page.Section("Two", parts=[page.figure_picture(tiny_figure(), "a line")])], subtitle="of today")
+  places = [html.index(text) for text in ("A run</h1>", "of today", "One</h2>", "a text", ">accuracy<", ">0.9<",
+                                          "Two</h2>", "data:image/png", "a line</figcaption>")]
+  assert places == sorted(places)
+  assert re.findall(r'href="#(part\d)"', html) == re.findall(r'section id="(part\d)"', html) == ["part1", "part2"]
+
+
+def test_a_picture_is_the_figure_it_was_made_of():
+  picture = page.figure_picture(tiny_figure(), "a line", dpi=50)
+  kind, _, data = picture.source.partition(",")
+  assert kind == "data:image/png;base64"
+  assert Image.open(io.BytesIO(base64.b64decode(data))).size == (100, 50)
+
+
+def test_every_text_is_escaped():
+  picture = page.Picture(b"", WICKED)
+  html = page.render(WICKED, [page.Section(WICKED, WICKED, [page.Table((WICKED,), [(WICKED,)]), picture])], WICKED)
+  assert "<script" not in html
+  assert html.count("&lt;script&gt;") == 10  # title twice, subtitle, link, heading, text, header, cell, caption, alt
+  assert 'alt="&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;&#34;&amp;"' in html
+
+
+def test_nothing_is_fetched():
+  html = page.render("A run", [page.Section("One", parts=[page.figure_picture(tiny_figure(), "a line")])])
+  loaded = re.findall(r'(?:src|href)="([^"]*)"', html)
+  assert len(loaded) == 3
+  assert all(address.startswith(("data:", "#")) for address in loaded)
+  assert "url(" not in html
+  assert "@import" not in html
+
+
+def test_the_page_is_replaced_whole(tmp_path, monkeypatch):
+  path = tmp_path / "report.html"
+  page.write(path, "first", [])
+  monkeypatch.setattr(page, "render", lambda *_: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    page.write(path, "second", [])
+  assert "first</h1>" in path.read_text()
+  assert [f.name for f in tmp_path.iterdir()] == ["report.html"]
