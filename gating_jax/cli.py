@@ -12,14 +12,14 @@ from ml_collections import config_flags
 
 from gating_jax.checks import one_of
 
-MODES = ("train", "evaluate")
+MODES = ("train", "evaluate", "report")
 EXPERIMENTS = ("classification", "continual", "long_video", "segmentation")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A config file such as configs/digits_resnet20.py; its fields can be overridden as "
     "--config.optim.learning_rate=0.05.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory: new, or one to go on with.")
-_MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; evaluate and report look at a run that is there.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Of a job of several processes: host:port of process 0, or auto on Cloud TPU or Slurm.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the job has.", lower_bound=1)

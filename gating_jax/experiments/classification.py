@@ -70,10 +70,24 @@ def run_task(task: Task, experiment: Experiment, workdir: Path, mode: str) -> No
   """The same for any task."""
   rundir.run_mode(workdir, experiment.config, mode, render=task.render,
                   train=functools.partial(_train, task, experiment),
-                  evaluate=functools.partial(_evaluate, task, experiment))
+                  evaluate=functools.partial(_evaluate, task, experiment),
+                  report=functools.partial(_report, task, experiment))
 
 
 def _evaluate(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
+  step, _, result, _ = _test_newest(task, experiment, run_dir)
+  print(f"checkpoint of step {step}")
+  print(task.render(result))
+
+
+def _report(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
+  raise rundir.RunDirError(f"{run_dir.path} holds a run of an experiment that has no report yet")
+
+
+def _test_newest(
+    task: Task, experiment: Experiment, run_dir: rundir.RunDir
+) -> tuple[int, Any, dict[str, Any], evaluation.GateBehaviour | None]:
+  """The newest checkpoint's step and state, its result on the test images and what its gates did."""
   checkpoints = Checkpoints(run_dir.checkpoints, read_only=True)
   try:
     step, state = _restore(experiment, checkpoints)
@@ -84,8 +98,7 @@ def _evaluate(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> Non
   result, gates = make_test(experiment, task)(state)
   if gates is not None:
     result["layers"] = diagnosis.by_layer(gates.diagnosis, experiment.counts.gate_layers)
-  print(f"checkpoint of step {step}")
-  print(task.render(result))
+  return step, state, result, gates
 
 
 def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:

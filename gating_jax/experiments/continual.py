@@ -31,7 +31,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   """`train` learns all tasks from wherever the run directory stands; `evaluate` tests its newest checkpoint."""
   experiment = build(config)
   rundir.run_mode(workdir, config, mode, render=task_table.render, train=functools.partial(_train, experiment),
-                  evaluate=functools.partial(_evaluate, experiment))
+                  evaluate=functools.partial(_evaluate, experiment), report=_report)
 
 
 def _evaluate(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
@@ -49,6 +49,10 @@ def _evaluate(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
   else:
     learner = test_tasks(learner, make_evaluate(experiment), int(learner.task))
   print(task_table.render(summary(experiment, learner)))
+
+
+def _report(run_dir: rundir.RunDir) -> None:
+  raise rundir.RunDirError(f"{run_dir.path} holds a run of an experiment that has no report yet")
 
 
 def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:

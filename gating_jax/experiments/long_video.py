@@ -38,7 +38,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint."""
   experiment = build(config)
   rundir.run_mode(workdir, config, mode, render=video_table.render, train=functools.partial(_train, experiment),
-                  evaluate=functools.partial(_evaluate, experiment))
+                  evaluate=functools.partial(_evaluate, experiment), report=_report)
 
 
 def _evaluate(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
@@ -52,6 +52,10 @@ def _evaluate(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   result = video_trial.test(experiment, variables)[0] | video_trial.speed(experiment, variables)
   print(f"checkpoint of step {step}")
   print(video_table.render(result))
+
+
+def _report(run_dir: rundir.RunDir) -> None:
+  raise rundir.RunDirError(f"{run_dir.path} holds a run of an experiment that has no report yet")
 
 
 def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:

@@ -14,7 +14,8 @@ import ml_collections
 from gating_jax.training import hosts
 from gating_jax.training.journal import TEMPORARY, write_json
 
-CONFIG_FILE, RESULT_FILE, CHECKPOINT_DIR, _LOCK_FILE = "config.json", "result.json", "checkpoints", ".lock"
+CONFIG_FILE, RESULT_FILE, REPORT_FILE, CHECKPOINT_DIR, _LOCK_FILE = (
+    "config.json", "result.json", "report.html", "checkpoints", ".lock")
 
 
 class RunDirError(Exception):
@@ -30,6 +31,10 @@ class RunDir:
   @property
   def checkpoints(self) -> Path:
     return self.path / CHECKPOINT_DIR
+
+  @property
+  def report(self) -> Path:
+    return self.path / REPORT_FILE
 
   def has_progress(self) -> bool:
     """Whether there is anything that another config's run would spoil."""
@@ -95,14 +100,15 @@ def _locked(path: Path, mine: Mapping[str, Any]) -> Iterator[None]:
 
 def run_mode(
     path: Path, config: ml_collections.ConfigDict, mode: str, *, train: Callable[[RunDir], None],
-    evaluate: Callable[[RunDir], None], render: Callable[[Mapping[str, Any]], str],
+    evaluate: Callable[[RunDir], None], report: Callable[[RunDir], None], render: Callable[[Mapping[str, Any]], str],
 ) -> None:
-  """Does what `mode` asks for: `train` goes on from wherever the run directory stands, `evaluate` only looks at it.
+  """Does what `mode` asks for: `train` goes on from wherever the run directory stands, `evaluate` only looks at it, and
+  `report` writes its `report.html` anew.
 
   A finished run is not trained again; `render` shows its result.
   """
-  if mode == "evaluate":
-    evaluate(existing_run(path, config))
+  if mode != "train":
+    {"evaluate": evaluate, "report": report}[mode](existing_run(path, config))
     return
   with open_run(path, config) as run_dir:
     if (result := run_dir.result()) is None:
