@@ -42,10 +42,12 @@ def video_config() -> ml_collections.ConfigDict:
               "width": 1.0,
               "stem": config_dict.placeholder(str),  # None: the named network's own
               "gating": "none",  # or channel
+              "group_norm": False,  # GroupNorm in place of BatchNorm
               "gate": {"hidden": 16, "initial_open": 0.85, "temperature": 2 / 3, "noise_scale": 1.0},
           },
           "selection": "gate",  # all, uniform, random, oracle; confidence (SCSampler), prefix (FrameExit); light
           "share": 0.5,  # of the segments that a fixed selection takes, or that FrameExit may see on average
+          "skip_backward": False,  # end_to_end: none through the heavy net for segments that are not chosen
           "pooling": "max",  # of chosen segments: max, mean or attention
           "dtype": "float32",  # or bfloat16
           "gate": {

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import ml_collections
+import numpy as np
 import optax
 
 from gating_jax.checks import one_of
@@ -21,6 +22,7 @@ from gating_jax.layers.segments import CONCEPTS, CONTEXTS, POOLINGS, RELAXATIONS
 from gating_jax.models.segment_net import SELECTIONS, SegmentClassifier, SegmentNet
 from gating_jax.models.segment_nets import HEAVY_NETS, LIGHT_NETS, FeaturePool, heavy_net, light_net
 from gating_jax.models.video_counts import VideoCounts, count_video
+from gating_jax.ops import selection
 from gating_jax.ops.priors import beta
 from gating_jax.training import devices, loop, optim, schedules
 from gating_jax.training.objectives import REDUCTIONS, ImageObjective
@@ -29,6 +31,7 @@ from gating_jax.training.segment_objectives import SPARSITIES, SegmentObjective,
 
 TRAININGS = ("two_stage", "end_to_end")
 TARGETS = ("units", "label")
+COUNTED = ("uniform", "random", "oracle", "confidence")  # selections that take a known number of segments
 LIGHT = "light"  # the selection that has the light net in the heavy one's place
 
 
@@ -106,8 +109,8 @@ def nets(config: ml_collections.ConfigDict) -> tuple[nn.Module, nn.Module]:
   light, heavy, dtype = config.model.light, config.model.heavy, settings.DTYPES[config.model.dtype]
   gate = GateSettings(**heavy.gate) if heavy.gating != "none" else None
   return (light_net(light.name, width=light.width, dtype=dtype, axis_name=devices.AXIS),
-          heavy_net(heavy.name, width=heavy.width, stem=heavy.stem, gating=heavy.gating, gate=gate, dtype=dtype,
-                    axis_name=devices.AXIS))
+          heavy_net(heavy.name, width=heavy.width, stem=heavy.stem, gating=heavy.gating, gate=gate,
+                    group_norm=heavy.group_norm, dtype=dtype, axis_name=devices.AXIS))
 
 
 def _segment_net(config: ml_collections.ConfigDict, classes: int) -> SegmentNet:
@@ -162,6 +165,9 @@ def _training(
     features = lambda net: None if net is None else FeaturePool()
     prepare, shapes = (lambda key, inputs: inputs), video_sets.feature_shapes(model, shapes)
     model = model.clone(light=features(model.light), heavy=features(model.heavy))
+  elif config.model.skip_backward:
+    each = selection.k_for(np.ones((1, counts.segments), bool), model.share)
+    model = model.clone(backward_capacity=training.batch_size // jax.device_count() * int(each[0]))
   return Phase(
       name="train", model=model, optimiser=optimiser, prepare=prepare, shapes=shapes, batch_size=training.batch_size,
       settings=loops,
@@ -205,6 +211,7 @@ def _loop(config: ml_collections.ConfigDict, train: Any, name: str) -> tuple[loo
 
 def _check(config: ml_collections.ConfigDict) -> None:
   one_of("model.selection", config.model.selection, (*SELECTIONS, LIGHT))
+  _check_skipped_backward(config)
   settings.check(
       config,
       choices={
@@ -234,3 +241,17 @@ def _check(config: ml_collections.ConfigDict) -> None:
           "optim.batch_size": settings.divides_over_devices(),
           **({"pretrain.batch_size": settings.divides_over_devices()} if config.pretrain.epochs else {}),
       })
+
+
+def _check_skipped_backward(config: ml_collections.ConfigDict) -> None:
+  """A gradient is left out only where it is 0 exactly, and where the number of segments that have one is known."""
+  model = config.model
+  if not model.skip_backward:
+    return
+  for name, value, holds, rule in (
+      ("training", config.training, config.training == "end_to_end", "'end_to_end'"),
+      ("model.selection", model.selection, model.selection in COUNTED, f"one of {', '.join(COUNTED)}"),
+      ("model.heavy.group_norm", model.heavy.group_norm, model.heavy.group_norm, "True"),
+      ("model.heavy.gating", model.heavy.gating, model.heavy.gating == "none", "'none'")):
+    if not holds:
+      raise ValueError(f"{name} must be {rule} where model.skip_backward is set; got {value!r}")

@@ -43,6 +43,7 @@ class _ResidualBlock(nn.Module):
   axis_name: Hashable | None = None
   gated_input: bool = False
   dilations: tuple[int, int] = (1, 1)
+  group_norm: bool = False
 
   def _conv(
       self, features: int, window: int, stride: int, name: str, dilation: int = 1
@@ -50,7 +51,7 @@ class _ResidualBlock(nn.Module):
     one_of("convolution", self.convolution, CONVOLUTIONS)
     conv = CONVOLUTIONS[self.convolution] if window > 1 else ConvNorm
     spread = {} if dilation == 1 else {"dilation": dilation}
-    return conv(features, window, stride, self.dtype, self.axis_name, name=name, **spread)
+    return conv(features, window, stride, self.dtype, self.axis_name, name=name, group_norm=self.group_norm, **spread)
 
   def _records(self, x: Array, train: bool, inner: tuple[Switched, ...], outer: Switched, convs: Sequence) -> Records:
     """`convs` are the convolutions of the branch, each with the shape of its input."""

@@ -1,7 +1,8 @@
-"""Convolution and BatchNorm, for images and for clips of frames, whole or factorised into space and time.
+"""Convolution and normalisation, for images and for clips of frames, whole or factorised into space and time.
 
 Axes: N examples, F frames, H and W pixels, channels last.
-Reference: Tran et al., "A closer look at spatiotemporal convolutions for action recognition", 2018, section 3.
+Reference: Tran et al., "A closer look at spatiotemporal convolutions for action recognition", 2018, section 3;
+Wu and He, "Group normalization", 2018.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import jax.numpy as jnp
 from gating_jax.ops.windows import convolve_clips, convolve_depthwise
 from gating_jax.types import Array, Path
 
+_GROUP = 16  # channels, at most: Wu and He, 2018, table 3
+
 
 class ConvMacs(NamedTuple):
   """MACs per example of i input and o output channels: `i * per_input + o * per_output + i * o * per_pair`."""
@@ -28,7 +31,7 @@ class ConvMacs(NamedTuple):
 
 class ConvNorm(nn.Module):
   """Convolution without bias, symmetric padding, then BatchNorm with statistics over all devices; or, with
-  `norm=False`, a bias in its place.
+  `norm=False`, a bias in its place; or, with `group_norm`, GroupNorm, of every example by itself.
 
   `[N, H, W, D]` or `[N, F, H, W, D]`; `window` and `stride` are one number for every axis between, or one per axis.
   A `depthwise` one, of images only, gives every channel a window of its own, and leaves their number. The taps of the
@@ -43,6 +46,7 @@ class ConvNorm(nn.Module):
   depthwise: bool = False
   norm: bool = True
   dilation: int = 1
+  group_norm: bool = False
 
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
@@ -62,6 +66,9 @@ class ConvNorm(nn.Module):
     )(x)
     if not self.norm:
       return x
+    if self.group_norm:
+      group = math.gcd(_GROUP, self.features)
+      return nn.GroupNorm(num_groups=None, group_size=group, dtype=self.dtype, name="norm")(x)
     return nn.BatchNorm(
         use_running_average=not train, momentum=0.9, dtype=self.dtype, axis_name=self.axis_name, name="norm"
     )(x)
@@ -94,6 +101,7 @@ class FactorisedConvNorm(nn.Module):
   stride: int | Sequence[int] = 1
   dtype: jnp.dtype = jnp.float32
   axis_name: Hashable | None = None
+  group_norm: bool = False
 
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
@@ -125,7 +133,7 @@ class FactorisedConvNorm(nn.Module):
 
   def _parts(self, inputs: int) -> tuple[ConvNorm, ConvNorm]:
     window, stride = _per_axis(self.window, 3), _per_axis(self.stride, 3)
-    shared = dict(dtype=self.dtype, axis_name=self.axis_name)
+    shared = dict(dtype=self.dtype, axis_name=self.axis_name, group_norm=self.group_norm)
     space = ConvNorm(self._middle(inputs), (1, *window[1:]), (1, *stride[1:]), name="space", **shared)
     time = ConvNorm(self.features, (window[0], 1, 1), (stride[0], 1, 1), name="time", **shared)
     return space, time

@@ -55,6 +55,7 @@ class ResNet(nn.Module):
     shortcut: `A` (zero padding, no parameters) or `B` (1x1 convolution).
     gate: how gates are built and sampled.
     dtype: of the computation, float32 or bfloat16; parameters, BatchNorm statistics, gates and logits are float32.
+    group_norm: GroupNorm in place of BatchNorm, but for that of gates: every example is normalised by itself.
     axis_name: mapped device axis over which BatchNorm takes its statistics and examples are numbered.
   """
 
@@ -72,6 +73,7 @@ class ResNet(nn.Module):
   axis_name: Hashable | None = None
   pool: bool = True
   output_stride: int | None = None
+  group_norm: bool = False
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
@@ -89,6 +91,7 @@ class ResNet(nn.Module):
             gated_input=bool(records) and self.gating == "all_channels",
             shortcut=self.shortcut,
             convolution=self.convolution,
+            group_norm=self.group_norm,
             gate=self.gate,
             dtype=self.dtype,
             axis_name=self.axis_name,
@@ -129,7 +132,8 @@ class ResNet(nn.Module):
     axes = x.ndim - 2
     window, stride, pool = _STEMS[self.stem]
     conv = CONVOLUTIONS[self.convolution]
-    conv = conv(self._channels(1), window[-axes:], stride[-axes:], self.dtype, self.axis_name, name="stem")
+    conv = conv(self._channels(1), window[-axes:], stride[-axes:], self.dtype, self.axis_name, name="stem",
+                group_norm=self.group_norm)
     x = nn.relu(conv(x, train))
     return nn.max_pool(x, (3,) * axes, (2,) * axes, ((1, 1),) * axes) if pool else x
 

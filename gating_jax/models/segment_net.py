@@ -20,6 +20,7 @@ from gating_jax.checks import one_of
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.layers.segments import POLICIES, Dropout, Policy, SegmentGate, SegmentGateSettings, certain, pool
 from gating_jax.ops import selection
+from gating_jax.ops.skipping import open_backward
 from gating_jax.types import Array, GateRecord, Records
 
 SELECTIONS = ("gate", "confidence", *POLICIES)
@@ -44,6 +45,8 @@ class SegmentNet(nn.Module):
     pooling: over chosen segments: `max`, `mean` or `attention`.
     gate: settings of the learned gate.
     macs_per_segment: what the heavy net costs.
+    backward_capacity: at most so many chosen segments are in a batch of training, and the heavy net's backward runs on
+      no more; see `open_backward`. None: on all. The heavy net must treat clips by themselves and have no gates.
   """
 
   classes: int
@@ -56,6 +59,7 @@ class SegmentNet(nn.Module):
   gate: SegmentGateSettings = SegmentGateSettings()
   macs_per_segment: int = 0
   axis_name: Hashable | None = None
+  backward_capacity: int | None = None
 
   def setup(self):
     one_of("selection", self.selection, SELECTIONS)
@@ -71,7 +75,11 @@ class SegmentNet(nn.Module):
 
   def __call__(self, inputs: Inputs, train: bool = False) -> tuple[Outputs, Records]:
     record, outputs = self.choose(inputs, train)
-    features, records = self.encode(inputs["heavy"].reshape(-1, *inputs["heavy"].shape[2:]), train)
+    clips = inputs["heavy"].reshape(-1, *inputs["heavy"].shape[2:])
+    if train and self.backward_capacity is not None:
+      features, records = self._encode_with_open_backward(clips, record.gates.reshape(-1)), ()
+    else:
+      features, records = self.encode(clips, train)
     features = features.reshape(*record.gates.shape, -1)
     return {**outputs, "logits": self.classifier(features, record.gates, train)}, (record, *records)
 
@@ -95,6 +103,14 @@ class SegmentNet(nn.Module):
   def encode(self, clips: Array, train: bool = False) -> tuple[Array, Records]:
     """The heavy net's features of single segments, `[N, ...]` to `[N, C]`, and its channels' records."""
     return self.heavy(clips, train)
+
+  def _encode_with_open_backward(self, clips: Array, gates: Array) -> Array:
+    variables, heavy = self.heavy.variables, self.heavy.clone(parent=None, name=None)
+    if other := variables.keys() - {"params"}:
+      raise ValueError(f"heavy must treat every clip by itself where backward_capacity is given, with group_norm and "
+                       f"without gates; got a net with {sorted(other)}")
+    return open_backward(lambda v, x: heavy.apply(v, x, True)[0], variables, clips, gates,
+                         capacity=self.backward_capacity)
 
   def classify(self, features: Array, gates: Array) -> Array:
     """`[B, T, C]` features of the chosen segments, anything finite in place of the others, to `[B, classes]`."""

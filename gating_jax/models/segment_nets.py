@@ -91,6 +91,7 @@ def heavy_net(
     stem: str | None = None,
     gating: str = "none",
     gate: GateSettings | None = None,
+    group_norm: bool = False,
     dtype: jnp.dtype = jnp.float32,
     axis_name: Hashable | None = None,
 ) -> nn.Module:
@@ -101,6 +102,7 @@ def heavy_net(
     stem: in place of the named network's; `small` for frames of 16 to 64 pixels.
     gating: `channel` for channel gates inside the network, where it has them.
     gate: how those are built and sampled.
+    group_norm: GroupNorm in place of BatchNorm, so that every clip is treated by itself.
     width, dtype, axis_name: fields of the network.
   Raises:
     ValueError: no such name, a width that is not positive, or a setting that the network has no use for.
@@ -108,7 +110,8 @@ def heavy_net(
   >>> heavy_net("resnet3d10", gating="channel", stem="small").blocks
   (1, 1, 1, 1)
   """
-  settings = dict(width=width, stem=stem, gating=gating, gate=gate, dtype=dtype, axis_name=axis_name)
+  settings = dict(width=width, stem=stem, gating=gating, gate=gate, group_norm=group_norm, dtype=dtype,
+                  axis_name=axis_name)
   return _build("heavy net", HEAVY_NETS, name, **settings)
 
 
@@ -118,7 +121,7 @@ def _build(what: str, table: dict[str, Any], name: str, **settings) -> nn.Module
     raise ValueError(f"width must be > 0; got {settings['width']}")
   module, named = table[name]
   known = {field.name for field in dataclasses.fields(module)}
-  for setting, unset in (("width", 1), ("stem", None), ("gating", "none")):
+  for setting, unset in (("width", 1), ("stem", None), ("gating", "none"), ("group_norm", False)):
     if setting not in known and settings.get(setting, unset) != unset:
       raise ValueError(f"{setting} of {what} {name!r} must be left at {unset!r}; got {settings[setting]!r}")
   given = {key: value for key, value in settings.items() if key in known and value is not None}

@@ -7,6 +7,7 @@ import jax
 import made_videos
 import numpy as np
 import pytest
+import tiny
 
 from gating_jax.experiments import long_video, video_build, video_sets, video_trial
 from gating_jax.models import segment_nets
@@ -267,3 +268,30 @@ def test_concepts_stay_as_they_were_found(config, tmp_path):
   after, _ = advance(begun, 0)
   np.testing.assert_array_equal(after.params["gate"]["concepts"]["kernel"], before)
   assert before.shape == (4, 4)
+
+
+SKIPPED = {"training": "end_to_end", "model.selection": "uniform", "model.share": 0.25, "model.heavy.group_norm": True,
+           "optim.kind": "sgd", "optim.learning_rate": 0.01, "optim.epochs": 1}
+
+
+def test_nets_trained_with_the_backward_of_chosen_segments_alone_are_the_same(config, tmp_path):
+  def trained(skip):
+    folder = tmp_path / str(skip)
+    made = config(**SKIPPED, **{"model.skip_backward": skip})
+    long_video.run(made, folder, "train")
+    built = video_build.build(made)
+    assert built.training.model.backward_capacity == (2 * 4 if skip else None)
+    return long_video._restore(built.training, folder, 0, read_only=True)[1].params
+
+  assert tiny.relative_gap(trained(True), trained(False)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [("training", "two_stage", "training must be 'end_to_end' where model.skip_backward is set; got 'two_stage'"),
+     ("model.selection", "gate", "model.selection must be one of uniform, .* where model.skip_backward .*; got 'gate'"),
+     ("model.heavy.group_norm", False, "model.heavy.group_norm must be True where .*; got False"),
+     ("model.heavy.gating", "channel", "model.heavy.gating must be 'none' where .*; got 'channel'")])
+def test_a_backward_that_cannot_be_skipped_exactly_is_refused(config, field, value, message):
+  with pytest.raises(ValueError, match=message):
+    video_build.build(config(**{**SKIPPED, "model.skip_backward": True, field: value}))

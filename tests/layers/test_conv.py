@@ -138,3 +138,17 @@ def test_taps_of_a_dilated_window_are_pixels_apart(depthwise):
   expected = by_hand(x, wide, (1, 1), groups=4 if depthwise else 1)
   assert expected.shape == x.shape
   np.testing.assert_allclose(apply(module, variables, x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("features", "group"), [(32, 16), (10, 2), (3, 1)])
+@pytest.mark.parametrize("conv", [ConvNorm, FactorisedConvNorm])
+def test_group_norm_normalises_each_example_by_itself(conv, features, group):
+  x = np.random.default_rng(0).normal(size=(3, 4, 5, 6, 2)).astype(np.float32)
+  module = conv(features, 3, group_norm=True)
+  variables = module.init(jax.random.key(0), x, True)
+  assert set(variables) == {"params"}
+  y = np.asarray(module.apply(variables, x, True))
+  groups = y.reshape(3, -1, features // group, group)
+  np.testing.assert_allclose(groups.mean((1, 3)), 0, atol=1e-5)
+  np.testing.assert_allclose(groups.var((1, 3)), 1, atol=1e-3)
+  np.testing.assert_allclose(module.apply(variables, x[1:2], True)[0], y[1], atol=1e-5)

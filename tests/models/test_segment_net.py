@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from scipy import special
 
 from gating_jax.layers.gate import GATE_NAME, GATE_RNG, ChannelGate, GateSettings, Switched, is_gate_path
@@ -208,3 +209,42 @@ def test_the_oracle_needs_to_know():
   del inputs["relevant"]
   with pytest.raises(ValueError, match=r"^relevant must be given for the oracle"):
     jax.eval_shape(net("oracle", light=None).init, jax.random.key(0), inputs)
+
+
+class Plain(nn.Module):
+  """Two layers that treat every clip by itself."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    return nn.Dense(4, name="out")(nn.tanh(nn.Dense(5, name="hidden")(x))), ()
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize(("selection", "capacity"), [("uniform", 8), ("uniform", 11), ("gate", B * T)])
+def test_the_heavy_nets_backward_may_run_on_the_chosen_segments_alone(selection, capacity, pooling):
+  inputs = videos()
+
+  def gradients(capacity):
+    model = net(selection, heavy=Plain(), pooling=pooling, backward_capacity=capacity)
+    of = variables(model)
+    rngs = {name: jax.random.key(i) for i, name in enumerate((GATE_RNG, "dropout"))}
+
+    def loss(params):
+      (outputs, (record, *_)), _ = model.apply(
+          {**of, "params": params}, inputs, True, mutable=["batch_stats"], rngs=rngs)
+      return jnp.sum(jnp.cos(outputs["logits"])), jnp.sum(record.gates > 0)
+
+    return jax.jit(jax.grad(loss, has_aux=True))(of["params"])
+
+  (full, chosen), (skipped, _) = gradients(None), gradients(capacity)
+  assert chosen == 8 or selection == "gate"
+  assert np.linalg.norm(full["heavy"]["hidden"]["kernel"]) > 0.1
+  for name, part in full.items():
+    assert tiny.relative_gap(skipped[name], part) < 1e-5, name
+
+
+def test_a_heavy_net_that_mixes_clips_has_the_backward_of_all():
+  model = net("uniform", backward_capacity=8)
+  with pytest.raises(ValueError, match=r"heavy must treat every clip by itself .* got a net with \['batch_stats'\]"):
+    model.apply(variables(model), videos(), True, mutable=["batch_stats"],
+                rngs={GATE_RNG: jax.random.key(0), "dropout": jax.random.key(1)})
