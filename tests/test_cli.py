@@ -2,6 +2,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,7 +104,8 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_its_files(finished):
   assert {f.name for f in finished.iterdir()} == {
-      ".lock", "config.json", "result.json", "metrics.jsonl", "gates.png", "gates.csv", "checkpoints", "tensorboard"}
+      ".lock", "config.json", "result.json", "metrics.jsonl", "gates.png", "gates.csv", "report.html", "checkpoints",
+      "tensorboard"}
   assert checkpoints_of(finished)[-1] == STEPS_PER_EPOCH * EPOCHS
   assert result(finished)["accuracy"] > 0.5
   assert result(finished)["step"] == STEPS_PER_EPOCH * EPOCHS
@@ -171,6 +173,20 @@ def test_evaluation_gives_the_result_of_the_training_and_changes_nothing(finishe
   assert f"checkpoint of step {STEPS_PER_EPOCH * EPOCHS}" in out
   assert re.search(rf"test accuracy +{100 * result(finished)['accuracy']:.2f} %", out)
   assert snapshot(finished) == before
+
+
+def test_a_report_is_written_anew(finished, tmp_path):
+  workdir = tmp_path / "copy"
+  shutil.copytree(finished, workdir)
+  (workdir / "report.html").unlink()
+  before = snapshot(workdir)
+  code, out, err = finish(workdir, "--mode=report")
+  assert code == 0, err
+  assert f"report of the checkpoint of step {STEPS_PER_EPOCH * EPOCHS}: {workdir / 'report.html'}" in out
+  report = (workdir / "report.html").read_text()
+  assert f"{100 * result(finished)['accuracy']:.2f} %" in report
+  assert "Gates and classes</h2>" in report
+  assert {name: value for name, value in snapshot(workdir).items() if name in before} == before
 
 
 def test_another_config_is_refused(finished):

@@ -95,7 +95,7 @@ def task_gates(
   net = streams.SharedNet(model, problem, settings.own_norms)
   gates = _TaskGates(net, counts, settings, rehearsal, router_settings)
   return Method(gates.init, gates.loss, gates.end_task, gates.predict, update=gates.update, holdings=gates.holdings,
-                prelude=make_prelude(rehearsal, problem))
+                prelude=make_prelude(rehearsal, problem), gate_logits=gates.gate_logits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +201,9 @@ class _TaskGates:
             shared, records, np.asarray(memory["available"])),
         memory_mb=tree_megabytes((memory["frozen"], memory["relevant"])) + images,
         relevant=units.used_by(memory["relevant"], memory["available"], records))
+
+  def gate_logits(self, learner: Learner, x: Array, seen: int) -> Array:
+    return jnp.concatenate([record.logits for record in self._streams(learner, x, seen).records], axis=-1)
 
   def _task_cross_entropy(
       self, params: Tree, learner: Learner, x: Array, features: Array, labels: Array, replayed: Replay

@@ -18,10 +18,10 @@ import ml_collections
 from gating_jax.data import augment, batches, resident, streaming
 from gating_jax.experiments.build import Experiment, build
 from gating_jax.layers.gate import GateSettings
-from gating_jax.reports import firing, gate_table, table
+from gating_jax.reports import firing, gate_table, image_report, page, table
 from gating_jax.training import devices, diagnosis, evaluation, hosts, loop, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
-from gating_jax.training.journal import Journal
+from gating_jax.training.journal import Journal, read_journal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Task:
     headline: the result in a line, its numbers by name.
     render: the result as a table.
     classes: how many there are of images, for what gates tell of them; None where an image has none of its own.
-    draw: `(experiment, state, path)`, writes further pictures into the run directory.
+    pictures: further ones, by name: `(experiment, state, file)` writes a PNG.
   """
 
   prepare: Callable[[Experiment, jax.Array, jax.Array], jax.Array]
@@ -44,7 +44,7 @@ class Task:
   headline: str
   render: Callable[[Mapping[str, Any]], str]
   classes: Callable[[Experiment], int | None] = lambda experiment: len(experiment.test.class_names)
-  draw: Callable[[Experiment, steps.TrainState, Path], None] = lambda *_: None
+  pictures: Mapping[str, Callable[[Experiment, steps.TrainState, Any], None]] = dataclasses.field(default_factory=dict)
 
 
 def _crop_and_flip(experiment: Experiment, key: jax.Array, pixels: jax.Array) -> jax.Array:
@@ -62,7 +62,8 @@ TASK = Task(
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
-  """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint."""
+  """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint, `report`
+  writes a page of it."""
   run_task(TASK, build(config), workdir, mode)
 
 
@@ -81,7 +82,27 @@ def _evaluate(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> Non
 
 
 def _report(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
-  raise rundir.RunDirError(f"{run_dir.path} holds a run of an experiment that has no report yet")
+  step, state, result, gates = _test_newest(task, experiment, run_dir)
+  write_report(task, experiment, run_dir, step, state, result, gates)
+  print(f"report of the checkpoint of step {step}: {run_dir.report}")
+
+
+def write_report(
+    task: Task, experiment: Experiment, run_dir: rundir.RunDir, step: int, state: steps.TrainState,
+    result: Mapping[str, Any], gates: evaluation.GateBehaviour | None,
+) -> None:
+  """Writes the run's page; `result` has `layers` where anything is gated."""
+  sections = [page.Section("Result", parts=[page.Listing(task.render(result))])]
+  if gates is not None:
+    tests = [line for line in read_journal(run_dir.path) if line["split"] == "test" and line["step"] <= step]
+    sections += image_report.gate_sections(
+        gates, result, prior=experiment.objective.prior, layers=experiment.counts.gate_layers,
+        read=experiment.test.read, class_names=experiment.test.class_names if task.classes(experiment) else None,
+        history=tests)
+  sections += [page.Section(title, parts=[page.drawn(functools.partial(draw, experiment, state), title)])
+               for title, draw in task.pictures.items()]
+  page.write(run_dir.report, f"{experiment.config.model.name} on {experiment.config.data.name}", sections,
+             f"{run_dir.path.name}, step {step}")
 
 
 def _test_newest(
@@ -134,7 +155,9 @@ def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
         run_dir.path / "gates.png", gates.logits, found.open_rates, experiment.objective.prior))
     hosts.written(lambda: gate_table.write(run_dir.path / "gates.csv", found, layers))
     result |= {"batch_shaping_reduction": experiment.objective.reduction, "layers": diagnosis.by_layer(found, layers)}
-  hosts.written(lambda: task.draw(experiment, state, run_dir.path))
+  for name, draw in task.pictures.items():
+    hosts.written(functools.partial(draw, experiment, state, run_dir.path / f"{name}.png"))
+  hosts.written(lambda: write_report(task, experiment, run_dir, step, state, result, gates))
   result |= {"step": step, "seconds_since_last_start": round(time.time() - started, 1)}
   run_dir.finish(result)
   print(task.render(result))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from gating_jax.continual import metrics, steps
+from gating_jax.continual import steps
 from gating_jax.continual.method import Learner, TaskData
 from gating_jax.data import batches, resident, tasks
 from gating_jax.data.sources import Images
+from gating_jax.experiments import continual_report
 from gating_jax.experiments.continual_build import ContinualExperiment, build
-from gating_jax.reports import task_pictures, task_table
+from gating_jax.reports import task_table
 from gating_jax.training import devices, hosts, loop, rundir
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal
@@ -31,11 +32,29 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   """`train` learns all tasks from wherever the run directory stands; `evaluate` tests its newest checkpoint."""
   experiment = build(config)
   rundir.run_mode(workdir, config, mode, render=task_table.render, train=functools.partial(_train, experiment),
-                  evaluate=functools.partial(_evaluate, experiment), report=_report)
+                  evaluate=functools.partial(_evaluate, experiment), report=functools.partial(_report, experiment))
 
 
 def _evaluate(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
   """Tests what the newest checkpoint holds on all tasks it has learnt."""
+  step, learner = _restore_learnt(experiment, run_dir)
+  print(f"checkpoint of step {step}")
+  if step % experiment.steps_per_task:
+    print("a task is being learnt; the results are those of the tasks before it, when the last of them ended")
+  else:
+    learner = test_tasks(learner, make_evaluate(experiment), int(learner.task))
+  print(task_table.render(continual_report.summary(experiment, learner)))
+
+
+def _report(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
+  """Writes the page of what the newest checkpoint holds, with the tests that followed each task."""
+  step, learner = _restore_learnt(experiment, run_dir)
+  continual_report.write(experiment, learner, run_dir, step)
+  print(f"report of the checkpoint of step {step}: {run_dir.report}")
+
+
+def _restore_learnt(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> tuple[int, Learner]:
+  """The newest checkpoint's step and learner, of a run that has learnt a task."""
   checkpoints = Checkpoints(run_dir.checkpoints, read_only=True)
   try:
     step, learner = _restore(experiment, checkpoints)
@@ -43,16 +62,7 @@ def _evaluate(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
     checkpoints.close()
   if not int(learner.task):
     raise rundir.RunDirError(f"no task is learnt in {run_dir.checkpoints} yet")
-  print(f"checkpoint of step {step}")
-  if step % experiment.steps_per_task:
-    print("a task is being learnt; the results are those of the tasks before it, when the last of them ended")
-  else:
-    learner = test_tasks(learner, make_evaluate(experiment), int(learner.task))
-  print(task_table.render(summary(experiment, learner)))
-
-
-def _report(run_dir: rundir.RunDir) -> None:
-  raise rundir.RunDirError(f"{run_dir.path} holds a run of an experiment that has no report yet")
+  return step, learner
 
 
 def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
@@ -80,8 +90,9 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
   finally:
     journal.close()
     checkpoints.close()
-  result = summary(experiment, learner)
-  hosts.written(lambda: _draw(experiment, learner, run_dir.path))
+  result = continual_report.summary(experiment, learner)
+  hosts.written(lambda: continual_report.draw(experiment, learner, run_dir.path))
+  continual_report.write(experiment, learner, run_dir, step)
   result |= {"step": step, "seconds_since_last_start": round(time.time() - started, 1)}
   run_dir.finish(result)
   print(task_table.render(result))
@@ -92,53 +103,6 @@ def _restore(experiment: ContinualExperiment, checkpoints: Checkpoints) -> tuple
   """The newest checkpoint's step and learner, or step 0 and a fresh one."""
   fresh = experiment.fresh()
   return checkpoints.restore(fresh, devices.replicated_sharding()) or (0, devices.replicate(fresh))
-
-
-def summary(experiment: ContinualExperiment, learner: Learner) -> dict[str, Any]:
-  """The result of the tasks learnt so far, as `reports.task_table` wants it."""
-  learnt = int(learner.task)
-  table = {name: np.asarray(x, np.float64)[:learnt, :learnt] for name, x in learner.table._asdict().items()}
-  scores = lambda accuracies: {"accuracies": _with_nulls(accuracies), **vars(metrics.summarise(accuracies))}
-  held = experiment.method.holdings(learner)
-  result = {
-      "method": experiment.config.method,
-      "task_names": experiment.task_names[:learnt],
-      "task_aware": scores(table["aware"]),
-      "task_agnostic": scores(table["agnostic"]),
-      "task_classifier_accuracy": float(table["task"][-1].mean()),
-      "dense_macs": experiment.dense_macs,
-      "dense_macs_reduced": experiment.dense_macs_reduced,
-      "task_aware_macs": float(table["macs"][-1].mean()),
-      "task_agnostic_macs": float(table["agnostic_macs"][-1].mean()),
-      "params": held.params,
-      "memory_mb": held.memory_mb}
-  if held.relevant:
-    free = {layer: metrics.filter_use(units[:learnt]).free for layer, units in held.relevant.items()}
-    result["free_units"] = {layer: (int(count[-1]), held.relevant[layer].shape[1]) for layer, count in free.items()}
-    overlap = _overlap(held.relevant)[:learnt, :learnt]
-    result |= {"gate_overlap": overlap.tolist(), "mean_gate_overlap": metrics.mean_overlap(overlap)}
-  return result
-
-
-def _with_nulls(matrix: np.ndarray) -> list[list[float | None]]:
-  """Rows for JSON, which knows no NaN."""
-  return np.where(np.isnan(matrix), None, matrix).tolist()
-
-
-def _overlap(relevant: Mapping[str, np.ndarray]) -> np.ndarray:
-  """`[T, T]`, over the units of all layers."""
-  return metrics.gate_overlap(np.concatenate(list(relevant.values()), axis=1))
-
-
-def _draw(experiment: ContinualExperiment, learner: Learner, folder: Path) -> None:
-  names, table = experiment.task_names, learner.table
-  task_pictures.draw_accuracies(folder / "accuracies.png", np.asarray(table.aware), np.asarray(table.agnostic),
-                                task_names=names)
-  relevant = experiment.method.holdings(learner).relevant
-  if relevant:
-    use = {layer: metrics.filter_use(units) for layer, units in relevant.items()}
-    task_pictures.draw_filters(folder / "filters.png", use, task_names=names)
-    task_pictures.draw_overlap(folder / "overlap.png", _overlap(relevant), task_names=names)
 
 
 def make_advance(experiment: ContinualExperiment) -> Callable[[int], Callable[[Learner, int], tuple[Learner, Any]]]:

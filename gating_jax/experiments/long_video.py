@@ -38,10 +38,25 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint."""
   experiment = build(config)
   rundir.run_mode(workdir, config, mode, render=video_table.render, train=functools.partial(_train, experiment),
-                  evaluate=functools.partial(_evaluate, experiment), report=_report)
+                  evaluate=functools.partial(_evaluate, experiment), report=functools.partial(_report, experiment))
 
 
 def _evaluate(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
+  step, result, _ = _test_newest(experiment, run_dir)
+  print(f"checkpoint of step {step}")
+  print(video_table.render(result))
+
+
+def _report(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
+  step, result, behaviour = _test_newest(experiment, run_dir)
+  video_trial.write_report(experiment, result, behaviour, run_dir, step)
+  print(f"report of the checkpoint of step {step}: {run_dir.report}")
+
+
+def _test_newest(
+    experiment: VideoExperiment, run_dir: rundir.RunDir
+) -> tuple[int, dict[str, Any], video_trial.Arrays]:
+  """The newest checkpoint's step, its result on the test videos, and what it did with each."""
   path = run_dir.path
   two_stage = experiment.config.training == "two_stage"
   nets = _trained_nets(experiment, path) if two_stage and experiment.pretraining else None
@@ -49,13 +64,8 @@ def _evaluate(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   if not step:
     raise rundir.RunDirError(f"no checkpoint in {path / rundir.CHECKPOINT_DIR} yet")
   variables = _whole(experiment, state, nets)
-  result = video_trial.test(experiment, variables)[0] | video_trial.speed(experiment, variables)
-  print(f"checkpoint of step {step}")
-  print(video_table.render(result))
-
-
-def _report(run_dir: rundir.RunDir) -> None:
-  raise rundir.RunDirError(f"{run_dir.path} holds a run of an experiment that has no report yet")
+  result, behaviour = video_trial.test(experiment, variables)
+  return step, result | video_trial.speed(experiment, variables), behaviour
 
 
 def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
@@ -85,6 +95,7 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   journal.write(total, "test", _numbers(result))
   journal.close()
   hosts.written(lambda: video_trial.draw(experiment, behaviour, run_dir.path / "timeline.png"))
+  hosts.written(lambda: video_trial.write_report(experiment, result, behaviour, run_dir, total))
   result |= {"step": total, "seconds_since_last_start": round(time.time() - started, 1)}
   run_dir.finish(result)
   print(video_table.render(result))

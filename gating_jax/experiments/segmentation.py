@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import BinaryIO
 
 import flax.linen as nn
 import jax
@@ -69,7 +70,7 @@ def _summarise(experiment: Experiment, sums, scored: int) -> dict[str, float]:
   return pixels.summarise(sums, experiment.test.class_names) | {"head_macs": experiment.counts.macs - backbone.macs}
 
 
-def _draw(experiment: Experiment, state: steps.TrainState, path: Path) -> None:
+def _draw(experiment: Experiment, state: steps.TrainState, file: Path | BinaryIO) -> None:
   """The first test scenes."""
   images, truth = experiment.test.read(np.arange(min(_DRAWN, len(experiment.test))))
   scores = lambda logits, labels: {"predicted": logits.argmax(-1)}
@@ -77,7 +78,7 @@ def _draw(experiment: Experiment, state: steps.TrainState, path: Path) -> None:
   results = jax.device_get(run(jax.device_get(state), images, truth))
   counts = experiment.counts
   macs = counts.fixed + results["macs"] if "macs" in results else np.full(len(images), counts.macs)
-  scene_pictures.draw(path / "scenes.png", images, truth, results["predicted"], macs / counts.macs,
+  scene_pictures.draw(file, images, truth, results["predicted"], macs / counts.macs,
                       experiment.test.class_names)
 
 
@@ -89,4 +90,4 @@ TASK = dataclasses.replace(
     headline="test mean IoU {mean_iou:.4f}",
     render=scene_table.render,
     classes=lambda _: None,
-    draw=_draw)
+    pictures={"scenes": _draw})

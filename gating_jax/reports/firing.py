@@ -6,6 +6,7 @@ Axes: N examples, G gates.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from scipy import special
@@ -13,7 +14,7 @@ from scipy import special
 from gating_jax.ops.priors import Prior
 
 
-def draw(path: Path, logits: np.ndarray, open_rates: np.ndarray, prior: Prior) -> None:
+def draw(path: Path | BinaryIO, logits: np.ndarray, open_rates: np.ndarray, prior: Prior) -> None:
   """Writes a PNG: histograms of open rates and of probabilities, and empirical CDFs with the prior's.
 
   Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 
 def plain(name: object, letters: int) -> str:
@@ -27,7 +28,7 @@ def columns(rows: list[list[str]]) -> list[str]:
           for row in rows]
 
 
-def save(figure, path: Path) -> None:
+def save(figure, file: Path | BinaryIO) -> None:
   """Writes a matplotlib figure, its texts drawn as they are: `$` starts no formula, and a letter may be in no font."""
   from matplotlib.text import Text  # imports slowly
 
@@ -35,4 +36,4 @@ def save(figure, path: Path) -> None:
     text.set_parse_math(False)
   with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Glyph .* missing from")
-    figure.savefig(path)
+    figure.savefig(file)

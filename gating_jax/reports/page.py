@@ -6,19 +6,20 @@ import base64
 import dataclasses
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO, ClassVar
 
 from gating_jax.training.journal import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-  """A PNG image, what it shows in words, and, if it should not fill the page, its width in CSS pixels."""
+  """A PNG image, and what it shows in words."""
 
+  kind: ClassVar[str] = "picture"
   png: bytes
   caption: str
-  width: int | None = None
 
   @property
   def source(self) -> str:
@@ -30,9 +31,18 @@ class Picture:
 class Table:
   """A header and rows of text; the first column is of names, the others of numbers if `numeric`."""
 
+  kind: ClassVar[str] = "table"
   header: Sequence[str]
   rows: Sequence[Sequence[str]]
   numeric: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+  """Text as a terminal shows it."""
+
+  kind: ClassVar[str] = "listing"
+  text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,28 +51,24 @@ class Section:
 
   title: str
   text: str = ""
-  parts: Sequence[Picture | Table] = ()
+  parts: Sequence[Picture | Table | Listing] = ()
 
 
-def figure_picture(figure, caption: str, dpi: int = 110) -> Picture:
-  """A matplotlib figure as a picture."""
+def drawn(draw: Callable[[BinaryIO], None], caption: str) -> Picture:
+  """What `draw` writes as a PNG, as a picture."""
   file = io.BytesIO()
-  figure.savefig(file, dpi=dpi)
+  draw(file)
   return Picture(file.getvalue(), caption)
 
 
 def render(title: str, sections: Sequence[Section], subtitle: str = "") -> str:
   """The page's HTML."""
-  return _template().render(title=title, subtitle=subtitle, sections=sections, is_table=_is_table)
+  return _template().render(title=title, subtitle=subtitle, sections=sections)
 
 
 def write(path: Path, title: str, sections: Sequence[Section], subtitle: str = "") -> None:
   """Writes the page, whole or not at all."""
   write_atomically(path, render(title, sections, subtitle))
-
-
-def _is_table(part: Picture | Table) -> bool:
-  return isinstance(part, Table)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -16,7 +17,7 @@ _NOTHING, _SIDE = "#d0d4d9", 2.2  # colour of pixels that do not count; inches o
 
 
 def draw(
-    path: Path, images: np.ndarray, truth: np.ndarray, predicted: np.ndarray, mac_ratios: np.ndarray,
+    path: Path | BinaryIO, images: np.ndarray, truth: np.ndarray, predicted: np.ndarray, mac_ratios: np.ndarray,
     class_names: Sequence[str],
 ) -> None:
   """Writes a PNG, a column for each scene.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -27,7 +28,8 @@ _LETTER = 0.085  # inches
 
 
 def draw_accuracies(
-    path: Path, aware: np.ndarray, agnostic: np.ndarray | None = None, *, task_names: Sequence[str] | None = None
+    path: Path | BinaryIO, aware: np.ndarray, agnostic: np.ndarray | None = None, *,
+    task_names: Sequence[str] | None = None
 ) -> None:
   """Writes a PNG: the matrix of accuracies in per cent, with the task known and, beside it, without.
 
@@ -43,7 +45,7 @@ def draw_accuracies(
   _draw_matrices(path, shown, _names(task_names, len(aware)), "tested on task", "after learning task", "accuracy (%)")
 
 
-def draw_overlap(path: Path, overlap: np.ndarray, *, task_names: Sequence[str] | None = None) -> None:
+def draw_overlap(path: Path | BinaryIO, overlap: np.ndarray, *, task_names: Sequence[str] | None = None) -> None:
   """Writes a PNG: how far every two tasks use the same units, in per cent.
 
   Args:
@@ -55,7 +57,9 @@ def draw_overlap(path: Path, overlap: np.ndarray, *, task_names: Sequence[str] |
   _draw_matrices(path, shown, _names(task_names, len(overlap)), "task", "task", "intersection over union (%)")
 
 
-def draw_filters(path: Path, layers: Mapping[str, _Counts], *, task_names: Sequence[str] | None = None) -> None:
+def draw_filters(
+    path: Path | BinaryIO, layers: Mapping[str, _Counts], *, task_names: Sequence[str] | None = None
+) -> None:
   """Writes a PNG: for each layer, one bar a task of the filters it reuses, takes, does not use, and leaves free.
 
   Args:
@@ -113,7 +117,7 @@ def _draw_bars(axes, parts: np.ndarray, *, title: str) -> None:
 
 
 def _draw_matrices(
-    path: Path, shown: Mapping[str, np.ndarray], names: Sequence[str], xlabel: str, ylabel: str, unit: str
+    path: Path | BinaryIO, shown: Mapping[str, np.ndarray], names: Sequence[str], xlabel: str, ylabel: str, unit: str
 ) -> None:
   from matplotlib.figure import Figure  # imports slowly
 

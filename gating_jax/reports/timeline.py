@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -48,7 +49,7 @@ class TimeLine:
   units: np.ndarray | None = None
 
 
-def draw(path: Path, lines: Sequence[TimeLine], *, unit_names: Sequence[str] | None = None) -> None:
+def draw(path: Path | BinaryIO, lines: Sequence[TimeLine], *, unit_names: Sequence[str] | None = None) -> None:
   """Writes a PNG, one video below the other: thumbnails, probabilities aligned with them, the truth.
 
   Of a long video a thumbnail stands for a few neighbouring segments and shows the likeliest chosen one of them, or the

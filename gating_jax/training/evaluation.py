@@ -15,15 +15,30 @@ from gating_jax.models.counts import ModelCounts
 from gating_jax.training import diagnosis
 
 _KEPT_EXAMPLES = 2048
+_TOP_IMAGES = 8
 _DECILES = range(10, 100, 10)
 
 
 @dataclasses.dataclass(frozen=True)
 class GateBehaviour:
-  """What gates did: their `diagnosis`, and `logits` `[<= 2048, G]` of the first images."""
+  """What gates did, and for which images.
+
+  Attributes:
+    diagnosis: of each gate.
+    logits: `[<= 2048, G]` of the first images.
+    class_rates: `[K, G]` share of the images of each class for which each gate is open.
+    top_images: `[<= 8, G]` places of the images with the largest logits of each gate, the largest first.
+    macs, losses: `[M]` of each image.
+    correct: `[M]` whether each was classified correctly; None where that means nothing.
+  """
 
   diagnosis: diagnosis.Diagnosis
   logits: np.ndarray
+  class_rates: np.ndarray
+  top_images: np.ndarray
+  macs: np.ndarray
+  losses: np.ndarray
+  correct: np.ndarray | None
 
 
 def summarise(sums: Mapping[str, np.ndarray], images: int) -> dict[str, float]:
@@ -52,14 +67,15 @@ def evaluate(
   Returns:
     `(result, behaviour)`: numbers, and for a gated net what its gates did.
   """
-  sums, each, tally, logits, images = {}, collections.defaultdict(list), None, [], 0
+  sums, each, tally, logits, top, images = {}, collections.defaultdict(list), None, [], None, 0
   for (pixels, labels), valid in batches:
     part = {name: np.asarray(values)[:valid] for name, values in run(pixels, labels).items()}
     for name in part.keys() - {"gates", "gate_logits"}:
       sums[name] = sums.get(name, 0) + np.sum(part[name], axis=0, dtype=np.float64)
     if "gates" in part:
-      for name in ("macs", "cross_entropy"):
+      for name in {"macs", "cross_entropy", "correct"} & part.keys():
         each[name].append(part[name].astype(np.float64))
+      top = _largest(top, part["gate_logits"], images)
       probs = diagnosis.open_probs(part["gate_logits"], noise_scale)
       labels = np.zeros(valid, np.int32) if classes is None else np.asarray(labels)[:valid]
       new = diagnosis.tally(part["gates"], probs, labels, classes or 1)
@@ -79,11 +95,26 @@ def evaluate(
   if tally is None:
     return result, None
   found = diagnosis.diagnose(tally)
-  spent = mac_spread(counts.fixed + np.concatenate(each["macs"]), np.concatenate(each["cross_entropy"]))
+  of_images = {name: np.concatenate(parts) for name, parts in each.items()}
+  macs, losses = counts.fixed + of_images["macs"], of_images["cross_entropy"]
+  spent = mac_spread(macs, losses)
   result |= {**spent, "mac_ratio": spent["macs"] / counts.macs, **diagnosis.summary(found)}
   if found.class_information is not None:
     result["class_information_floor"] = found.floor
-  return result, GateBehaviour(found, np.concatenate(logits)[:_KEPT_EXAMPLES])
+  rates = tally.opened / np.maximum(tally.examples, 1)[:, None]
+  return result, GateBehaviour(found, np.concatenate(logits)[:_KEPT_EXAMPLES], rates, top[1], macs, losses,
+                               of_images.get("correct"))
+
+
+def _largest(
+    so_far: tuple[np.ndarray, np.ndarray] | None, logits: np.ndarray, first: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """The largest logits of each gate and their images' places, both `[<= 8, G]`, after `[B, G]` more from a place on."""
+  places = np.broadcast_to(first + np.arange(len(logits))[:, None], logits.shape)
+  if so_far is not None:
+    logits, places = np.concatenate([so_far[0], logits]), np.concatenate([so_far[1], places])
+  order = np.argsort(-logits, axis=0, kind="stable")[:_TOP_IMAGES]
+  return np.take_along_axis(logits, order, 0), np.take_along_axis(places, order, 0)
 
 
 def mac_spread(macs: np.ndarray, losses: np.ndarray) -> dict[str, float]:

@@ -87,6 +87,11 @@ def write_json(path: Path, value: Any) -> None:
   write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_journal(workdir: Path) -> list[dict[str, Any]]:
+  """The records written so far, each with its `step` and `split`."""
+  return _readable_lines(workdir / METRICS_FILE)
+
+
 def _readable_lines(path: Path) -> list[dict[str, Any]]:
   """The records of a journal; a line cut short by a kill is no record."""
   records = []

@@ -155,6 +155,12 @@ def test_the_result_of_a_run_and_what_becomes_of_its_directory(config, finished,
   assert result["mean_gate_overlap"] == result["gate_overlap"][0][1]
   assert {f.name for f in finished.glob("*.png")} == {"accuracies.png", "filters.png", "overlap.png"}
   assert re.search(r"average accuracy +\d+\.\d\d", printed)
+  report = (finished / "report.html").read_text()
+  assert all(f"{title}</h2>" in report for title in ("Accuracies", "Filters", "Overlap", "One gate across tasks"))
+  assert report.count("Unit ") >= 2
+  (finished / "report.html").unlink()
+  continual.run(made, finished, "report")
+  assert (finished / "report.html").read_text() == report
   continual.run(made, finished, "evaluate")
   evaluated = capsys.readouterr().out
   assert evaluated.split("average accuracy")[1] in printed

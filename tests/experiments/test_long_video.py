@@ -137,6 +137,7 @@ def test_a_folder_of_videos_goes_through_training_evaluation_and_the_picture(con
   assert (result["videos"], result["unreadable"], result["missing"]) == (6, 1, 1)
   assert 0.25 <= result["share"] <= 1
   assert (tmp_path / "run" / "timeline.png").stat().st_size > 5000
+  assert "Time lines</h2>" in (tmp_path / "run" / "report.html").read_text()
   capsys.readouterr()
   long_video.run(made, tmp_path / "run", "evaluate")
   said = capsys.readouterr().out

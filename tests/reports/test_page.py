@@ -11,16 +11,16 @@ from gating_jax.reports import page
 WICKED = "<script>alert('x')</script>\"&"
 
 
-def tiny_figure():
-  figure = Figure(figsize=(2, 1))
+def tiny_figure(file):
+  figure = Figure(figsize=(2, 1), dpi=50)
   figure.subplots().plot([0, 1], [1, 0])
-  return figure
+  figure.savefig(file)
 
 
 def test_the_page_holds_its_parts_in_their_order():
   html = page.render("A run", [
       page.Section("One", "a text", [page.Table(("name", "value"), [("accuracy", "0.9")])]),
-      page.Section("Two", parts=[page.figure_picture(tiny_figure(), "a line")])], subtitle="of today")
+      page.Section("Two", parts=[page.drawn(tiny_figure, "a line")])], subtitle="of today")
   places = [html.index(text) for text in ("A run</h1>", "of today", "One</h2>", "a text", ">accuracy<", ">0.9<",
                                           "Two</h2>", "data:image/png", "a line</figcaption>")]
   assert places == sorted(places)
@@ -28,7 +28,7 @@ def test_the_page_holds_its_parts_in_their_order():
 
 
 def test_a_picture_is_the_figure_it_was_made_of():
-  picture = page.figure_picture(tiny_figure(), "a line", dpi=50)
+  picture = page.drawn(tiny_figure, "a line")
   kind, _, data = picture.source.partition(",")
   assert kind == "data:image/png;base64"
   assert Image.open(io.BytesIO(base64.b64decode(data))).size == (100, 50)
@@ -36,14 +36,16 @@ def test_a_picture_is_the_figure_it_was_made_of():
 
 def test_every_text_is_escaped():
   picture = page.Picture(b"", WICKED)
-  html = page.render(WICKED, [page.Section(WICKED, WICKED, [page.Table((WICKED,), [(WICKED,)]), picture])], WICKED)
+  parts = [page.Table((WICKED,), [(WICKED,)]), page.Listing(WICKED), picture]
+  html = page.render(WICKED, [page.Section(WICKED, WICKED, parts)], WICKED)
   assert "<script" not in html
-  assert html.count("&lt;script&gt;") == 10  # title twice, subtitle, link, heading, text, header, cell, caption, alt
+  # title twice, subtitle, link, heading, text, header, cell, listing, caption, alt
+  assert html.count("&lt;script&gt;") == 11
   assert 'alt="&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;&#34;&amp;"' in html
 
 
 def test_nothing_is_fetched():
-  html = page.render("A run", [page.Section("One", parts=[page.figure_picture(tiny_figure(), "a line")])])
+  html = page.render("A run", [page.Section("One", parts=[page.drawn(tiny_figure, "a line")])])
   loaded = re.findall(r'(?:src|href)="([^"]*)"', html)
   assert len(loaded) == 3
   assert all(address.startswith(("data:", "#")) for address in loaded)

@@ -55,6 +55,11 @@ def test_every_image_counts_once(batch_size):
   assert len({np.mean(q) for q in quarters}) == 4
   np.testing.assert_allclose(behaviour.diagnosis.open_rates, rates, rtol=1e-12)
   np.testing.assert_array_equal(behaviour.logits, LOGITS)
+  np.testing.assert_array_equal(behaviour.top_images, np.argsort(-LOGITS, axis=0)[:8])
+  np.testing.assert_allclose(behaviour.class_rates, [(LOGITS[k::2] > 0).mean(axis=0) for k in (0, 1)])
+  np.testing.assert_array_equal(behaviour.macs, macs)
+  np.testing.assert_array_equal(behaviour.losses, np.arange(M))
+  np.testing.assert_array_equal(behaviour.correct, CORRECT)
 
 
 def test_an_ungated_net_spends_all_its_macs():

@@ -1,0 +1,121 @@
+"""What a run of continual learning reports: its result, its pictures, its page.
+
+Axes: T tasks, N images, U gated units of the network.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax.numpy as jnp
+import numpy as np
+
+from gating_jax.continual import metrics
+from gating_jax.continual.method import Learner
+from gating_jax.experiments.continual_build import ContinualExperiment
+from gating_jax.reports import image_rows, page, task_pictures, task_table
+from gating_jax.reports.lettering import plain
+from gating_jax.training import hosts, rundir
+
+_LOOKED_AT = 400  # test images of each task
+_UNITS, _IMAGES, _TASKS = 6, 8, 6  # drawn at most
+
+
+def summary(experiment: ContinualExperiment, learner: Learner) -> dict[str, Any]:
+  """The result of the tasks learnt so far, as `reports.task_table` wants it."""
+  learnt = int(learner.task)
+  table = {name: np.asarray(x, np.float64)[:learnt, :learnt] for name, x in learner.table._asdict().items()}
+  scores = lambda accuracies: {"accuracies": _with_nulls(accuracies), **vars(metrics.summarise(accuracies))}
+  held = experiment.method.holdings(learner)
+  result = {
+      "method": experiment.config.method,
+      "task_names": experiment.task_names[:learnt],
+      "task_aware": scores(table["aware"]),
+      "task_agnostic": scores(table["agnostic"]),
+      "task_classifier_accuracy": float(table["task"][-1].mean()),
+      "dense_macs": experiment.dense_macs,
+      "dense_macs_reduced": experiment.dense_macs_reduced,
+      "task_aware_macs": float(table["macs"][-1].mean()),
+      "task_agnostic_macs": float(table["agnostic_macs"][-1].mean()),
+      "params": held.params,
+      "memory_mb": held.memory_mb}
+  if held.relevant:
+    free = {layer: metrics.filter_use(units[:learnt]).free for layer, units in held.relevant.items()}
+    result["free_units"] = {layer: (int(count[-1]), held.relevant[layer].shape[1]) for layer, count in free.items()}
+    overlap = _overlap(held.relevant)[:learnt, :learnt]
+    result |= {"gate_overlap": overlap.tolist(), "mean_gate_overlap": metrics.mean_overlap(overlap)}
+  return result
+
+
+def _with_nulls(matrix: np.ndarray) -> list[list[float | None]]:
+  """Rows for JSON, which knows no NaN."""
+  return np.where(np.isnan(matrix), None, matrix).tolist()
+
+
+def _overlap(relevant: Mapping[str, np.ndarray]) -> np.ndarray:
+  """`[T, T]`, over the units of all layers."""
+  return metrics.gate_overlap(np.concatenate(list(relevant.values()), axis=1))
+
+
+def draw(experiment: ContinualExperiment, learner: Learner, folder: Path) -> None:
+  """Writes the pictures of the result into a folder."""
+  for name, (_, picture) in _pictures(experiment, learner).items():
+    picture(folder / f"{name}.png")
+
+
+def write(experiment: ContinualExperiment, learner: Learner, run_dir: rundir.RunDir, step: int) -> None:
+  """Writes the run's page; every process of a job computes what it shows, and one writes."""
+  config, result = experiment.config, summary(experiment, learner)
+  sections = [page.Section("Result", parts=[page.Listing(task_table.render(result))])]
+  sections += [page.Section(name.capitalize(), parts=[page.drawn(picture, caption)])
+               for name, (caption, picture) in _pictures(experiment, learner).items()]
+  if experiment.method.gate_logits is not None and not experiment.method.together:
+    sections.append(_one_gate_across_tasks(experiment, learner))
+  hosts.written(lambda: page.write(
+      run_dir.report, f"{config.method} on {config.data.name}, task by task", sections,
+      f"{run_dir.path.name}, step {step}, {int(learner.task)} of {len(experiment.tasks)} tasks learnt"))
+
+
+def _pictures(
+    experiment: ContinualExperiment, learner: Learner
+) -> dict[str, tuple[str, Callable[[Path | BinaryIO], None]]]:
+  """What is drawn, by name: a caption and what writes it."""
+  names, table = experiment.task_names, learner.table
+  pictures = {"accuracies": (
+      "Accuracy on each task after each task was learnt, with the task known at the test and without.",
+      lambda file: task_pictures.draw_accuracies(
+          file, np.asarray(table.aware), np.asarray(table.agnostic), task_names=names))}
+  relevant = experiment.method.holdings(learner).relevant
+  if relevant:
+    use = {layer: metrics.filter_use(units) for layer, units in relevant.items()}
+    pictures |= {
+        "filters": ("Filters that each task reuses, takes, does not use and leaves free, layer by layer.",
+                    lambda file: task_pictures.draw_filters(file, use, task_names=names)),
+        "overlap": ("Of the units that either of two tasks uses, the share that both use.",
+                    lambda file: task_pictures.draw_overlap(file, _overlap(relevant), task_names=names))}
+  return pictures
+
+
+def _one_gate_across_tasks(experiment: ContinualExperiment, learner: Learner) -> page.Section:
+  """Filters that many tasks use, each by its own gate, with the test images of each task that open that gate most."""
+  learnt = int(learner.task)
+  of_images = lambda learner, x: jnp.moveaxis(experiment.method.gate_logits(learner, x, learnt), 0, 1)
+  pixels = [experiment.tasks[t].test.read(np.arange(min(_LOOKED_AT, len(experiment.tasks[t].test))))[0]
+            for t in range(learnt)]
+  logits = [experiment.problem.in_batches(of_images, learner, images)[:, t] for t, images in enumerate(pixels)]
+  rates = np.stack([np.mean(z > 0, axis=0) for z in logits])
+  score = np.sum(rates > 0.01, axis=0) + np.sum(rates * (1 - rates), axis=0)
+  parts = []
+  for unit in np.argsort(-score, kind="stable")[:_UNITS]:
+    users = [t for t in range(learnt) if rates[t, unit] > 0.01][:_TASKS]
+    if not users:
+      continue
+    rows = [pixels[t][np.argsort(-logits[t][:, unit], kind="stable")[:_IMAGES]] for t in users]
+    labels = [f"{plain(experiment.task_names[t], 20)}\nopen: {100 * rates[t, unit]:.0f} %" for t in users]
+    parts.append(page.drawn(functools.partial(image_rows.draw, rows=rows, labels=labels), f"Unit {unit}."))
+  return page.Section(
+      "One gate across tasks", "Filters that most tasks use, and not for all images. Each task decides by a gate of "
+      "its own: a row has the test images of a task that open it most.", parts)
