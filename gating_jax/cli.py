@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -70,7 +71,9 @@ def _main(argv: list[str]) -> int:
     print(f"error: unknown arguments {argv[1:]}", file=sys.stderr)
     return 2
   logging.set_verbosity(logging.WARNING)
-  from gating_jax.data.sources import DatasetNotPreparedError  # after the flags are checked: these import JAX
+  import jax  # after the flags are checked, as what imports it
+
+  from gating_jax.data.sources import DatasetNotPreparedError
   from gating_jax.experiments import classification, continual, long_video, segmentation
   from gating_jax.training import hosts
   from gating_jax.training.checkpoints import CheckpointError
@@ -87,16 +90,30 @@ def _main(argv: list[str]) -> int:
     with contextlib.redirect_stdout(sys.stdout if hosts.is_writer() else None):
       dict(zip(EXPERIMENTS, modules, strict=True))[_CONFIG.value.experiment].run(
           _CONFIG.value, Path(_WORKDIR.value), _MODE.value)
-  except (ValueError, OSError, DatasetNotPreparedError, NonFiniteError, RunDirError, CheckpointError,
-          hosts.PeerError) as error:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    if _COORDINATOR.value:
-      os._exit(1)  # without waiting for processes that wait for this one
-    return 1
+  except (ValueError, DatasetNotPreparedError, NonFiniteError, RunDirError, CheckpointError) as error:
+    return _failed(error, 2)
+  except (OSError, hosts.PeerError) as error:
+    return _failed(error, 1)
+  except jax.errors.JaxRuntimeError as error:
+    if not _COORDINATOR.value:
+      raise
+    return _failed(f"JAX cannot go on, as when another process of the job is gone: {error}", 1)
+  except Exception:
+    if not _COORDINATOR.value:
+      raise
+    return _failed(f"a fault of the program:\n{traceback.format_exc()}", 1)
   except KeyboardInterrupt:
     print("interrupted; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
     return 130
   return 0
+
+
+def _failed(error: Exception | str, status: int) -> int:
+  """Says what is wrong in one line, or as many as the error has; 2 is the status of what a restart cannot mend."""
+  print(f"error: {error}", file=sys.stderr, flush=True)
+  if _COORDINATOR.value:
+    os._exit(status)  # without waiting for processes that wait for this one
+  return status
 
 
 if __name__ == "__main__":

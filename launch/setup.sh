@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced from the repository's root: makes .venv with the pinned packages and this one, if needed, and activates it.
 # PYTHON names the interpreter (default: python3); EXTRAS the extra packages, such as [dev]. Needs `set -e`.
 
@@ -19,6 +20,7 @@ if [ "$installed" != "$wanted ${EXTRAS:-}" ] && [ "$installed" != "$wanted [dev]
   .venv/bin/python -m pip install --quiet --disable-pip-version-check ${pins[@]+"${pins[@]}"} -e ".${EXTRAS:-}"
   echo "$wanted ${EXTRAS:-}" > .venv/installed
 fi
+# shellcheck source=/dev/null
 . .venv/bin/activate
 
 # The largest power of two up to the number of cores and 8, so that batches divide over it.

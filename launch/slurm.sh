@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# One job of gating-jax on several nodes of a Slurm cluster, one process for each node, from a shared folder with .venv.
+# One job of gating-jax on several nodes of a Slurm cluster, one process for each node.
 # Usage: sbatch --nodes=N [other options of sbatch] launch/slurm.sh arguments of gating-jax
 #        bash launch/slurm.sh --dry-run arguments of gating-jax
-# The run directory must be on a file system that all nodes share. Slurm tells JAX who is who (--coordinator=auto).
+# Call it from the repository, with .venv in it, on a file system that all nodes share, as must be the run directory.
+# RESTARTS: how often a job that failed is started again (default 0); not where that cannot help (status 2).
+# Slurm tells JAX who is who (--coordinator=auto). A job whose node was lost is for Slurm to repeat: sbatch --requeue.
 #SBATCH --ntasks-per-node=1
 #SBATCH --signal=TERM@300
 set -euo pipefail
 
 if [ $# -eq 0 ]; then
-  sed -n '2,5s/^# //p' "$0" >&2
+  sed -n '2,7s/^# //p' "$0" >&2
   exit 2
 fi
 dry_run=
@@ -17,12 +19,17 @@ if [ "$1" = --dry-run ]; then
   shift
 fi
 # The command is Slurm's own copy of this file: the repository is where sbatch was called.
-venv="${SLURM_SUBMIT_DIR:-$(pwd)}/.venv/bin"
-# --kill-on-bad-exit ends the peers of a process that failed; --signal above lets a job save before its time is over.
-command=(srun --kill-on-bad-exit=1 "$venv/gating-jax" "$@" --coordinator=auto)
+repository="${SLURM_SUBMIT_DIR:-$(pwd)}"
+# shellcheck source=launch/restarts.sh
+. "$repository/launch/restarts.sh"
+# When one process ends, the others have 30 s; they say first what they know of the failure, and srun returns the largest
+# status. --signal above lets a job save before its time is over.
+command=(srun --kill-on-bad-exit=0 --wait=30 "$repository/.venv/bin/gating-jax" "$@" --coordinator=auto)
 if [ "$dry_run" ]; then
   printf '%q ' "${command[@]}"
   echo
+  show_restarts
   exit 0
 fi
-exec "${command[@]}"
+trap 'stopping=yes' TERM INT
+with_restarts "${command[@]}"; exit  # on one line: the file may change meanwhile

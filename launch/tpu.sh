@@ -3,6 +3,8 @@
 # Usage: NAME=tpu ZONE=us-central2-b bash launch/tpu.sh [--dry-run] arguments of gating-jax
 # Needs gcloud, logged in. The run directory must be one that all workers see: a mounted bucket or file share.
 # FOLDER: of the repository on the workers (default: gating_jax, in the home folder).
+# RESTARTS: how often a job that failed is started again (default 0); not where that cannot help (status 2). A slice
+# that was taken away is not made anew.
 set -euo pipefail
 
 dry_run=
@@ -11,15 +13,20 @@ if [ "${1:-}" = --dry-run ]; then
   shift
 fi
 if [ $# -eq 0 ] || [ -z "${NAME:-}" ] || [ -z "${ZONE:-}" ]; then
-  sed -n '2,5s/^# //p' "$0" >&2
+  sed -n '2,7s/^# //p' "$0" >&2
   exit 2
 fi
+# shellcheck source=launch/restarts.sh
+. "$(dirname "${BASH_SOURCE[0]}")/restarts.sh"
 printf -v remote '%q ' .venv/bin/gating-jax "$@" --coordinator=auto
 command=(gcloud compute tpus tpu-vm ssh "$NAME" "--zone=$ZONE" --worker=all
          "--command=cd $(printf %q "${FOLDER:-gating_jax}") && exec $remote")
 if [ "$dry_run" ]; then
   printf '%q ' "${command[@]}"
   echo
+  show_restarts
   exit 0
 fi
-exec "${command[@]}"
+trap 'stopping=yes' TERM INT
+# It returns when all workers' processes have ended; gcloud's status is that of one.
+with_restarts "${command[@]}"; exit  # on one line: the file may change meanwhile

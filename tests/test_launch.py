@@ -1,91 +1,44 @@
-"""Jobs of several processes, as `launch/local.sh` starts them."""
+"""Jobs of several processes, as `launch/local.sh` and the other launchers start them."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
-import sys
 import time
+import tomllib
 from pathlib import Path
 
-import jax
 import pytest
 import tiny
-import tiny_cli
+from jobs import (
+  ROOT,
+  STEPS_PER_EPOCH,
+  TRAINING,
+  alone,
+  arguments,
+  finished,
+  launched,
+  processes_of,
+  saved_state,
+  saved_steps,
+  wait_until,
+)
 
-from configs.digits_resnet20 import get_config
-from gating_jax.experiments import classification
-from gating_jax.models import resnet
-from gating_jax.training import devices, hosts, steps
-from gating_jax.training.checkpoints import Checkpoints
-
-ROOT = Path(__file__).parent.parent
-STEPS_PER_EPOCH = 5
-TRAINING = {"model.name": "tiny", "optim.batch_size": 280, "optim.epochs": 1, "optim.learning_rate": 0.05}
-PROGRAM = f"{sys.executable} {ROOT / 'tests' / 'tiny_cli.py'}"
-
-
-def arguments(workdir, config="digits_resnet20", **changes):
-  settings = [f"--config.{name}={value}" for name, value in changes.items()]
-  return [f"--config={ROOT / 'configs' / config}.py", *settings, f"--workdir={workdir}"]
-
-
-def launched(workdir, environment=(), **changes):
-  """A started job of two processes of four devices; what it prints is in `workdir`'s `.out` neighbour."""
-  with workdir.with_suffix(".out").open("w") as out:
-    return subprocess.Popen(
-        ["bash", str(ROOT / "launch" / "local.sh"), "2", *arguments(workdir, **changes)], stdout=out,
-        stderr=subprocess.STDOUT, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "DEVICES": "4", "GATING_JAX": PROGRAM, **dict(environment)})
-
-
-def alone(*arguments, devices=8):
-  """What one process of so many devices prints."""
-  done = subprocess.run(
-      [*PROGRAM.split(), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-      env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"})
-  assert done.returncode == 0, done.stderr
-  return done.stdout
-
-
-def finished(job, workdir):
-  """The exit status of a job and what it printed."""
-  try:
-    status = job.wait(300)
-  finally:
-    job.terminate()
-  return status, workdir.with_suffix(".out").read_text()
-
-
-@pytest.fixture
-def final_state(monkeypatch):
-  """`(workdir, **changes) -> ` the state of the newest checkpoint of a finished run of so many epochs."""
-  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
-
-  def read(workdir, **changes):
-    config = get_config()
-    config.update_from_flattened_dict(changes)
-    built = classification.build(config)
-    like = jax.eval_shape(lambda: steps.init_state(built.model, built.optimiser, 0, built.test.shape))
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    step, state = checkpoints.restore(like, devices.replicated_sharding())
-    checkpoints.close()
-    assert step == STEPS_PER_EPOCH * config.optim.epochs
-    return state
-
-  return read
+from gating_jax.training import hosts
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["pmap", "shard_map"])
-def test_two_processes_of_four_devices_do_what_one_of_eight_does(tmp_path, final_state, backend):
+def test_two_processes_of_four_devices_do_what_one_of_eight_does(tmp_path, backend):
   changes = TRAINING | {"devices.backend": backend}
-  status, said = finished(launched(tmp_path / "two", **changes), tmp_path / "two")
+  status, said = finished(launched(tmp_path / "two", **changes))
   assert status == 0, said
   assert said.count("run directory:") == 1  # one of them speaks
   alone(*arguments(tmp_path / "one", **changes))
-  two = final_state(tmp_path / "two", **changes)
-  assert tiny.relative_gap(two.params, final_state(tmp_path / "one", **changes).params) < 1e-5
+  (step, two), (other_step, one) = saved_state(tmp_path / "two"), saved_state(tmp_path / "one")
+  assert step == other_step == STEPS_PER_EPOCH
+  assert tiny.relative_gap(two["params"], one["params"]) < 1e-5
   assert {f.name for f in (tmp_path / "two").iterdir()} == {f.name for f in (tmp_path / "one").iterdir()}
   lines = lambda run: (tmp_path / run / "metrics.jsonl").read_text().count("\n")
   assert lines("two") == lines("one")
@@ -93,11 +46,59 @@ def test_two_processes_of_four_devices_do_what_one_of_eight_does(tmp_path, final
   assert f"checkpoint of step {STEPS_PER_EPOCH}" in evaluated
 
 
+PROGRAMMES = {
+    "segmentation_digits": {
+        "model.name": "tiny", "data.size": "(16, 16)", "data.train_scenes": 40, "data.test_scenes": 8,
+        "optim.batch_size": 8, "optim.epochs": 1},
+    "composed_timegate": {
+        "data.train_videos": 40, "data.test_videos": 8, "data.segments": 4, "model.gate.concepts": 4,
+        "pretrain.batch_size": 8, "pretrain.epochs": 1, "optim.batch_size": 8, "optim.epochs": 1},
+    "split_digits": {
+        "model.width": 0.05, "tasks.count": 2, "optim.batch_size": 48, "optim.epochs": 1, "router.steps": 20,
+        "gates.when_full": "reuse"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", PROGRAMMES)
+def test_two_processes_of_four_devices_train_what_one_of_eight_does_in_each_programme(tmp_path, config):
+  changes = {"config": config, **PROGRAMMES[config]}
+  status, said = finished(launched(tmp_path / "two", **changes))
+  assert status == 0, said
+  alone(*arguments(tmp_path / "one", **changes))
+  assert saved_steps(tmp_path / "two") == saved_steps(tmp_path / "one")
+  phases = ["", "pretrain"] if config == "composed_timegate" else [""]
+  for phase in phases:
+    (_, two), (_, one) = (saved_state(tmp_path / run / phase, STEPS_PER_EPOCH) for run in ("two", "one"))
+    gap = tiny.relative_gap(two["params"], one["params"])
+    print(f"{config} {phase}: {gap:.1e}")
+    assert gap < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [8, 1])
+def test_a_job_of_two_processes_is_finished_by_one_on_as_many_devices_or_fewer(tmp_path, devices):
+  changes = TRAINING | {"optim.epochs": 4}
+  begun = tmp_path / "begun"
+  job = launched(begun, **changes)
+  wait_until(lambda: saved_steps(begun), job)
+  for process in processes_of(job):
+    os.kill(process, signal.SIGKILL)
+  assert finished(job)[0] != 0
+  step = saved_steps(begun)[-1]
+  assert step < 4 * STEPS_PER_EPOCH
+  assert f"going on from the checkpoint of step {step} " in alone(*arguments(begun, **changes), devices=devices)
+  alone(*arguments(tmp_path / "whole", **changes))
+  (end, ours), (other_end, theirs) = saved_state(begun), saved_state(tmp_path / "whole")
+  assert end == other_end == 4 * STEPS_PER_EPOCH
+  assert tiny.relative_gap(ours["params"], theirs["params"]) < 1e-5
+
+
 @pytest.mark.slow
 def test_two_processes_learn_tasks_as_one_does(tmp_path):
   changes = {"config": "split_digits", "model.width": 0.05, "tasks.count": 2, "optim.epochs": 1, "router.steps": 20,
              "gates.when_full": "reuse"}
-  status, said = finished(launched(tmp_path / "two", {"DEVICES": "1"}, **changes), tmp_path / "two")
+  status, said = finished(launched(tmp_path / "two", {"DEVICES": "1"}, **changes))
   assert status == 0, said
   alone(*arguments(tmp_path / "one", **changes), devices=2)
   two, one = (json.loads((tmp_path / run / "result.json").read_text()) for run in ("two", "one"))
@@ -109,29 +110,27 @@ def test_two_processes_learn_tasks_as_one_does(tmp_path):
 
 
 @pytest.mark.slow
-def test_when_a_process_is_killed_the_others_end_and_the_job_goes_on_to_the_same_end(tmp_path, final_state):
+def test_when_a_process_is_killed_the_others_end_and_the_job_goes_on_to_the_same_end(tmp_path):
   changes = TRAINING | {"optim.epochs": 16, "checkpoint_every": 5}
   quiet, disturbed = tmp_path / "quiet", tmp_path / "disturbed"
-  status, said = finished(launched(quiet, **changes), quiet)
+  status, said = finished(launched(quiet, **changes))
   assert status == 0, said
   job = launched(disturbed, {"RESTARTS": "1"}, **changes)
-  until = time.time() + 200
-  while not any(f.name.isdigit() for f in (disturbed / "checkpoints").glob("*")):
-    assert job.poll() is None, disturbed.with_suffix(".out").read_text()
-    assert time.time() < until
-    time.sleep(0.05)
-  peers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True, check=True).stdout.split()
+  wait_until(lambda: saved_steps(disturbed), job)
+  peers = processes_of(job)
   assert len(peers) == 2
-  os.kill(int(peers[-1]), signal.SIGKILL)
-  killed = time.time()
+  os.kill(peers[-1], signal.SIGKILL)
+  killed = time.monotonic()
   while any(Path(f"/proc/{peer}").exists() for peer in peers):
-    assert time.time() - killed < 30
+    assert time.monotonic() - killed < 30
     time.sleep(0.05)
-  status, said = finished(job, disturbed)
+  status, said = finished(job)
   assert status == 0, said
-  assert "starting it again, from its newest checkpoint (1 of 1)" in said
+  assert "status 137; starting it again, from its newest checkpoint (1 of 1)" in said
+  assert "Traceback" not in said
   assert "going on from the checkpoint of step" in said
-  assert tiny.bit_equal(final_state(disturbed, **changes), final_state(quiet, **changes))
+  assert saved_state(disturbed)[0] == 16 * STEPS_PER_EPOCH
+  assert tiny.bit_equal(saved_state(disturbed), saved_state(quiet))
 
 
 @pytest.mark.slow
@@ -139,8 +138,9 @@ def test_a_job_that_cannot_begin_ends_on_all_with_the_reason_of_one(tmp_path):
   workdir = tmp_path / "mine"
   workdir.mkdir()
   (workdir / "letter.txt").write_text("not a run")
-  status, said = finished(launched(workdir, **TRAINING), workdir)
-  assert status == 1
+  status, said = finished(launched(workdir, {"RESTARTS": "2"}, **TRAINING))
+  assert status == 2
+  assert "starting it again" not in said
   assert said.count("exists and has no config.json") == 1
   assert [f.name for f in workdir.iterdir()] == ["letter.txt"]
 
@@ -167,11 +167,52 @@ def test_the_launcher_says_how_it_is_used(arguments):
     [(("local.sh", "--dry-run", "2"), {"DEVICES": "4", "GATING_JAX": "gating-jax", "XLA_FLAGS": ""},
       "env XLA_FLAGS=--xla_force_host_platform_device_count=4 gating-jax --workdir=a\\ b "
       "--coordinator=localhost:PORT --processes=2 --process=1"),
-     (("slurm.sh", "--dry-run"), {"SLURM_SUBMIT_DIR": "/home/me/gating_jax"},
-      "srun --kill-on-bad-exit=1 /home/me/gating_jax/.venv/bin/gating-jax --workdir=a\\ b --coordinator=auto"),
+     (("slurm.sh", "--dry-run"), {"SLURM_SUBMIT_DIR": str(ROOT)},
+      f"srun --kill-on-bad-exit=0 --wait=30 {ROOT}/.venv/bin/gating-jax --workdir=a\\ b --coordinator=auto"),
      (("tpu.sh", "--dry-run"), {"NAME": "pod", "ZONE": "z"},
       "gcloud compute tpus tpu-vm ssh pod --zone=z --worker=all")])
 def test_a_dry_run_prints_what_would_be_done(script, environment, expected):
   told = subprocess.run(["bash", str(ROOT / "launch" / script[0]), *script[1:], "--workdir=a b"], capture_output=True,
-                        text=True, env={**os.environ, **environment}, check=True)
+                        text=True, env={**os.environ, **environment, "RESTARTS": "3"}, check=True)
   assert expected in told.stdout
+  assert told.stdout.endswith("# if it fails, again from its newest checkpoint, at most 3 times\n")
+
+
+@pytest.mark.parametrize(("restarts", "status", "runs"), [(0, 1, 1), (2, 1, 3), (2, 2, 1), (2, 143, 3), (2, 0, 1)])
+@pytest.mark.parametrize(("script", "program"), [("slurm.sh", "srun"), ("tpu.sh", "gcloud")])
+def test_what_a_restart_may_mend_is_started_again_so_many_times(tmp_path, script, program, restarts, status, runs):
+  (tmp_path / program).write_text(f"#!/bin/sh\necho run >> {tmp_path}/runs\nexit {status}\n")
+  (tmp_path / program).chmod(0o755)
+  told = subprocess.run(
+      ["bash", str(ROOT / "launch" / script), "--workdir=x"], capture_output=True, text=True, check=False, cwd=ROOT,
+      env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "NAME": "pod", "ZONE": "z",
+           "SLURM_SUBMIT_DIR": str(ROOT), "RESTARTS": str(restarts)})
+  assert told.returncode == status
+  assert (tmp_path / "runs").read_text().count("run") == runs
+  assert told.stderr.count("starting it again, from its newest checkpoint") == runs - 1
+
+
+def test_shellcheck_finds_nothing_in_the_shell_scripts():
+  scripts = [*ROOT.glob("launch/*.sh"), ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"]
+  assert len(scripts) > 6
+  done = subprocess.run([shutil.which("shellcheck"), "-x", *map(str, scripts)], capture_output=True, text=True,
+                        check=False, cwd=ROOT)
+  assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_the_container_file_copies_what_is_there_and_what_its_installation_needs():
+  lines = (ROOT / "launch" / "Containerfile").read_text().splitlines()
+  steps = [line.split() for line in lines if line and not line.startswith("#")]
+  copied = [source for step in steps if step[0] == "COPY" for source in step[1:-1]]
+  assert copied
+  assert all((ROOT / source).exists() for source in copied)
+  installed = [step[step.index(option) + 1] for step in steps for option in ("--requirement", "--constraint")
+               if option in step]
+  assert installed
+  assert set(installed) <= set(copied)
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  assert {"pyproject.toml", project["readme"], *project["license-files"], "gating_jax"} <= set(copied)
+  assert json.loads(" ".join(steps[-1][1:])) == ["gating-jax"]
+  assert "gating-jax" in project["scripts"]
+  (user,) = (step[1] for step in steps if step[0] == "USER")
+  assert user != "root"

@@ -19,7 +19,7 @@ _DIGITS_TEST_SHARE = 0.2
 
 
 class DatasetNotPreparedError(Exception):
-  """A data set is not where it was looked for; the message says how to put it there."""
+  """A data set is not where it was looked for, or is damaged there; the message says how to put it there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,26 @@ def open_tfds(
     raise ValueError(f"data.name must be a set of {' and '.join(features)}; {name} has no {sorted(missing)}")
   if not len(source):
     raise ValueError(f"data split {split!r} of {name} must hold at least one image; it is empty")
-  return source
+  return _Examples(source, f"split {split!r} of {name} in {folder}")
+
+
+class _Examples(Sequence):
+  """A TFDS source that says which example of what it cannot read."""
+
+  def __init__(self, source: Sequence[dict], name: str):
+    self._source, self._name, self.dataset_info = source, name, source.dataset_info
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    try:
+      return self._source[index]
+    except IndexError:
+      raise
+    except Exception as error:  # whatever array_record and the decoders raise for damaged bytes
+      raise DatasetNotPreparedError(f"example {index} of {self._name} cannot be read ({error}): remove the set from "
+                                    "there and prepare it again") from error
 
 
 def _by_hand(name: str, folder: str) -> str:

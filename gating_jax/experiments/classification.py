@@ -123,7 +123,7 @@ def _test_newest(
 
 
 def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
-  started, total = time.time(), experiment.settings.total_steps
+  started, total = time.monotonic(), experiment.settings.total_steps
   train = experiment.open_train()
   checkpoints = Checkpoints(run_dir.checkpoints)
   first_step, state = _restore(experiment, checkpoints)
@@ -158,7 +158,7 @@ def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
   for name, draw in task.pictures.items():
     hosts.written(functools.partial(draw, experiment, state, run_dir.path / f"{name}.png"))
   hosts.written(lambda: write_report(task, experiment, run_dir, step, state, result, gates))
-  result |= {"step": step, "seconds_since_last_start": round(time.time() - started, 1)}
+  result |= {"step": step, "seconds_since_last_start": round(time.monotonic() - started, 1)}
   run_dir.finish(result)
   print(task.render(result))
   print(f"run directory: {run_dir.path}")

@@ -66,7 +66,7 @@ def _restore_learnt(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> 
 
 
 def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
-  started, total = time.time(), experiment.total_steps
+  started, total = time.monotonic(), experiment.total_steps
   checkpoints = Checkpoints(run_dir.checkpoints)
   step, learner = _restore(experiment, checkpoints)
   if step:
@@ -93,7 +93,7 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
   result = continual_report.summary(experiment, learner)
   hosts.written(lambda: continual_report.draw(experiment, learner, run_dir.path))
   continual_report.write(experiment, learner, run_dir, step)
-  result |= {"step": step, "seconds_since_last_start": round(time.time() - started, 1)}
+  result |= {"step": step, "seconds_since_last_start": round(time.monotonic() - started, 1)}
   run_dir.finish(result)
   print(task_table.render(result))
   print(f"run directory: {run_dir.path}")

@@ -69,7 +69,7 @@ def _test_newest(
 
 
 def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
-  started, config, phase = time.time(), experiment.config, experiment.training
+  started, config, phase = time.monotonic(), experiment.config, experiment.training
   nets = None
   if config.pretrained:
     nets = _trained_nets(experiment, run_dir.path)
@@ -96,7 +96,7 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   journal.close()
   hosts.written(lambda: video_trial.draw(experiment, behaviour, run_dir.path / "timeline.png"))
   hosts.written(lambda: video_trial.write_report(experiment, result, behaviour, run_dir, total))
-  result |= {"step": total, "seconds_since_last_start": round(time.time() - started, 1)}
+  result |= {"step": total, "seconds_since_last_start": round(time.monotonic() - started, 1)}
   run_dir.finish(result)
   print(video_table.render(result))
   print(f"run directory: {run_dir.path}")

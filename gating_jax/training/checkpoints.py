@@ -1,8 +1,14 @@
-"""Training state on disk, with orbax: saved in the background, restored from the newest intact one."""
+"""Training state on disk, with orbax: saved in the background, restored from the newest intact one.
+
+All processes of a job hold the same state: one writes it, every one reads it, and all learn whether it went well. To
+orbax each is alone: its barriers would hold the others up for ten minutes where one fails.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +17,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from gating_jax.training import devices, hosts
+from gating_jax.training import hosts
 
+_FOR_EVER = 10**7  # s: orbax measures its time-outs by the clock of the day, which may jump
 _STATE, _META = "state", "meta"
 
 
@@ -32,29 +39,22 @@ class Checkpoints:
   def __init__(self, directory: Path, keep: int = 3, *, read_only: bool = False):
     self._directory = directory.absolute()
     self._read_only = read_only
-    self._manager = ocp.CheckpointManager(
-        self._directory,
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=not read_only, enable_async_checkpointing=True,
-            read_only=read_only, create=not read_only),
-        item_names=(_STATE, _META),
-    )
+    self._manager = None
+    logging.get_absl_logger().addFilter(_is_not_orbax)
+    if not read_only:
+      hosts.written(lambda: self._directory.mkdir(parents=True, exist_ok=True))
+      hosts.written(lambda: self._open(keep))
+    if not self._manager:
+      self._open(None)
 
   def save(self, step: int, state: Any) -> None:
-    """Begins to write `state`; a later save, or `close`, waits for it. A step already there is left alone.
+    """Begins to write `state`; a later save, or `wait`, waits for it. A step already there is left alone.
 
     Raises:
-      RuntimeError: orbax did not take the checkpoint.
+      OSError: this checkpoint, or one begun before, cannot be written.
+      PeerError: the same, on all but the writer.
     """
-    if step in self._manager.all_steps():
-      return
-    if jax.process_count() > 1:  # what pmap returns is of this process alone
-      state = devices.replicate(state)
-    meta = {"step": step, "crc32": _checksum(state)}
-    saved = self._manager.save(
-        step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
-    if not saved:
-      raise RuntimeError(f"checkpoint of step {step} was not written in {self._directory}")
+    hosts.written(lambda: self._save(step, state))
 
   def restore(self, like: Any, sharding: jax.sharding.Sharding) -> tuple[int, Any] | None:
     """The newest checkpoint that can be read, as `(step, state)`; None where there is none at all.
@@ -63,13 +63,14 @@ class Checkpoints:
 
     Args:
       like: a state of the same structure, or its shapes.
-      sharding: where every array goes.
+      sharding: where every array goes, of one value on all devices.
     Raises:
       CheckpointError: there are checkpoints, and none can be read. Nothing was changed.
     """
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
-    damaged = {}
-    for step in sorted(self._manager.all_steps(), reverse=True):
+    target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+    untried, damaged = set(self._manager.all_steps()), {}
+    while (step := hosts.of_writer(max(untried, default=-1))) >= 0:
+      untried.discard(step)
       restored, error = None, None
       try:
         restored = self._manager.restore(
@@ -85,7 +86,7 @@ class Checkpoints:
       if not self._read_only:
         for bad in damaged:
           self._put_aside(bad)
-      return step, restored[_STATE]
+      return step, _placed(restored[_STATE], sharding)
     if damaged:
       reasons = "\n".join(f"  step {step}: {reason}" for step, reason in damaged.items())
       raise CheckpointError(f"no checkpoint in {self._directory} can be read:\n{reasons}\n"
@@ -93,12 +94,49 @@ class Checkpoints:
     return None
 
   def wait(self) -> None:
-    """Returns when everything saved is on disk."""
-    self._manager.wait_until_finished()
+    """Returns when everything saved is on disk. Raises as `save` does."""
+    hosts.written(self._finish)
 
   def close(self) -> None:
-    self._manager.wait_until_finished()
-    self._manager.close()
+    """The same, for this process alone: others may be gone."""
+    try:
+      self._finish()
+    finally:
+      self._manager.close()
+
+  def _open(self, keep: int | None) -> None:
+    """As the one that writes, which keeps the newest so many, or for reading alone."""
+    reads, me = keep is None, jax.process_index()
+    self._manager = ocp.CheckpointManager(
+        self._directory,
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=not reads, enable_async_checkpointing=not reads,
+            async_options=None if reads else ocp.AsyncOptions(timeout_secs=_FOR_EVER), read_only=reads, create=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}")),
+        item_names=(_STATE, _META),
+    )
+
+  def _save(self, step: int, state: Any) -> None:
+    if step in self._manager.all_steps():
+      return
+    values = jax.tree.map(lambda x: np.array(x.addressable_data(0)), state)  # a copy: state may be donated
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(values), meta=ocp.args.JsonSave({"step": step, "crc32": _checksum(values)}))
+    with self._writing():
+      if not self._manager.save(step, args=items):
+        raise RuntimeError(f"orbax did not take that of step {step}")
+
+  def _finish(self) -> None:
+    with self._writing():
+      self._manager.wait_until_finished()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:  # whatever orbax and its storage raise for a full disk
+      raise OSError(f"a checkpoint cannot be written in {self._directory}: {error}") from error
 
   def _put_aside(self, step: int) -> None:
     def rename():
@@ -112,9 +150,19 @@ class Checkpoints:
     self._manager.reload()
 
 
-def _checksum(state: Any) -> int:
-  """CRC-32 of all values of a replicated tree: orbax itself does not notice flipped bits."""
+def _checksum(values: Any) -> int:
+  """CRC-32 of all values: orbax itself does not notice flipped bits."""
   crc = 0
-  for leaf in jax.tree.leaves(state):
-    crc = zlib.crc32(np.asarray(leaf.addressable_data(0)).tobytes(), crc)
+  for leaf in jax.tree.leaves(values):
+    crc = zlib.crc32(leaf.tobytes(), crc)
   return crc
+
+
+def _placed(values: Any, sharding: jax.sharding.Sharding) -> Any:
+  """Device arrays of values that are the same in every process."""
+  return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), values)
+
+
+def _is_not_orbax(record: Any) -> bool:
+  """Of log records: orbax logs, with tracebacks, what it raises as well."""
+  return "orbax" not in record.pathname

@@ -6,6 +6,8 @@ All run the same program on the same config and share a file system; process 0 w
 from __future__ import annotations
 
 import signal
+import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 AUTO = "auto"
+_PATIENCE = 20  # s, that the coordinator may start later
 
 
 class PeerError(Exception):
@@ -29,7 +32,8 @@ def connect(coordinator: str, processes: int | None = None, process: int | None 
     process: which of them this is, from 0.
   Raises:
     ValueError: they do not make a job.
-    PeerError: the coordinator was not reached within a minute, where jaxlib has not ended the process by itself.
+    PeerError: no coordinator answers for 20 s; or not all processes were there within a minute, where jaxlib has not
+      ended this one by itself.
   """
   if coordinator == AUTO:
     if (processes, process) != (None, None):
@@ -39,6 +43,8 @@ def connect(coordinator: str, processes: int | None = None, process: int | None 
   if processes is None or process is None or not 0 <= process < processes:
     raise ValueError(f"process must be in 0, ..., processes - 1, both given with a coordinator; got process {process}, "
                      f"processes {processes}")
+  if process:
+    _await(coordinator)
   _join(coordinator, processes, process)
 
 
@@ -50,6 +56,11 @@ def is_writer() -> bool:
 def any_of(said: bool) -> bool:
   """Whether any process says so; each waits for all."""
   return said if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.array(said))))
+
+
+def of_writer(number: int) -> int:
+  """What the writer says, of up to 31 bits; each waits for all."""
+  return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.array(number)))
 
 
 def written(write: Callable[[], None]) -> None:
@@ -66,6 +77,23 @@ def written(write: Callable[[], None]) -> None:
     error = raised
   if any_of(error is not None):
     raise error or PeerError("process 0 stopped; see what it says")
+
+
+def _await(coordinator: str) -> None:
+  """Returns when something listens at `host:port`; jaxlib would abort the process where nothing does."""
+  host, _, port = coordinator.rpartition(":")
+  if not host or not port.isdigit():
+    raise ValueError(f"coordinator must be auto or host:port; got {coordinator!r}")
+  until = time.monotonic() + _PATIENCE
+  while True:
+    try:
+      socket.create_connection((host, int(port)), timeout=5).close()
+      return
+    except OSError as error:
+      if time.monotonic() > until:
+        raise PeerError(f"no coordinator answers at {coordinator} for {_PATIENCE} s ({error}): is process 0 running "
+                        "there?") from None
+    time.sleep(0.2)
 
 
 def _join(*job: Any) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Journal:
     self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None if writes else True,
                      dynamic_ncols=True)
     self._total = total_steps
-    self._start = time.time()
+    self._start = time.monotonic()
 
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
     """One line, and one TensorBoard point per value, named `split/name`; nothing if there is a line already."""
@@ -49,8 +50,9 @@ class Journal:
       return
     self._written.add((step, split))
     values = {name: float(value) for name, value in values.items()}
-    self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
-    self._file.flush()
+    with _naming(self._path):
+      self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+      self._file.flush()
     for name, value in values.items():
       self._events.add_scalar(name if "/" in name else f"{split}/{name}", value, step)
 
@@ -62,24 +64,26 @@ class Journal:
     """A line for people: above the bar on a terminal, plain otherwise."""
     line = f"step {step}/{self._total}  {text}"
     if self._bar.disable:
-      print(f"[{time.time() - self._start:6.0f} s] {line}", flush=True)
+      print(f"[{time.monotonic() - self._start:6.0f} s] {line}", flush=True)
     else:
       self._bar.write(line, file=sys.stdout)
 
   def close(self) -> None:
     self._bar.close()
-    self._events.close()
-    self._file.close()
+    with _naming(self._path.parent):
+      self._events.close()
+      self._file.close()
 
 
 def write_atomically(path: Path, text: str) -> None:
   """Replaces the file whole or not at all; a kill in between leaves the old one, and a `.tmp` beside it."""
   temporary = path.with_name(path.name + TEMPORARY)
-  with temporary.open("w") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  temporary.replace(path)
+  with _naming(path):
+    with temporary.open("w") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -90,6 +94,15 @@ def write_json(path: Path, value: Any) -> None:
 def read_journal(workdir: Path) -> list[dict[str, Any]]:
   """The records written so far, each with its `step` and `split`."""
   return _readable_lines(workdir / METRICS_FILE)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+  """Names the file in errors of writing, which by themselves say no more than `No space left on device`."""
+  try:
+    yield
+  except OSError as error:
+    raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _readable_lines(path: Path) -> list[dict[str, Any]]:

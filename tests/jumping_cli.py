@@ -1,0 +1,21 @@
+"""The command of `tiny_cli.py`, on a machine whose clock jumps an hour forwards and two backwards, second by second."""
+
+import time
+
+from tiny_cli import TINY
+
+from gating_jax import cli
+from gating_jax.models import resnet
+
+_true = time.time
+JUMPS = (0, 3600, -3600)  # s
+
+
+def jumping():
+  return _true() + JUMPS[int(time.monotonic()) % len(JUMPS)]
+
+
+if __name__ == "__main__":
+  time.time = jumping
+  resnet.RESNETS["tiny"] = TINY
+  cli.main()

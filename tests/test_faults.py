@@ -1,0 +1,184 @@
+"""What a job of two processes does in bad luck: what it says, how soon it is over, what is lost, how it goes on.
+
+That of a killed process is in `test_launch.py`.
+"""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jobs
+import made_tfds
+import pytest
+import tiny
+from jobs import finished, launched, saved_state, saved_steps, wait_until
+
+pytestmark = pytest.mark.slow
+
+EPOCHS = 16
+TRAINING = jobs.TRAINING | {"optim.epochs": EPOCHS}
+STEPS = EPOCHS * jobs.STEPS_PER_EPOCH
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory):
+  """The directory of a run that nothing befell."""
+  workdir = tmp_path_factory.mktemp("runs") / "quiet"
+  status, said = finished(launched(workdir, **TRAINING))
+  assert status == 0, said
+  return workdir
+
+
+def ended(job):
+  """The status and words of a job that fails; all is over within 30 s of the first word of it, with no traceback."""
+  wait_until(lambda: "error: " in job.out.read_text() or "launch: " in job.out.read_text() or job.poll(), job)
+  since = time.monotonic()
+  status, said = finished(job)
+  seconds = time.monotonic() - since
+  print(f"over after {seconds:.1f} s, status {status}:\n{said}")
+  assert status != 0
+  assert seconds < 30
+  assert "Traceback" not in said
+  assert "Fatal Python error" not in said
+  assert not jobs.processes_of(job)
+  return status, said
+
+
+def check_it_goes_on_to_the_same_end(workdir, quiet, *, after, environment=(), out=None):
+  """The same command, now that the cause is mended."""
+  status, said = finished(launched(workdir, environment, out, **TRAINING))
+  assert status == 0, said
+  assert (f"going on from the checkpoint of step {after} " in said) == bool(after)
+  assert saved_state(workdir)[0] == STEPS
+  assert tiny.bit_equal(saved_state(workdir), saved_state(quiet))
+
+
+def test_a_coordinator_that_is_absent(tmp_path, quiet):
+  workdir, began = tmp_path / "run", time.monotonic()
+  told = subprocess.run(
+      [*jobs.PROGRAM.split(), *jobs.arguments(workdir, **TRAINING), "--coordinator=localhost:9", "--processes=2",
+       "--process=1"], capture_output=True, text=True, timeout=60, check=False, cwd=jobs.ROOT)
+  assert time.monotonic() - began < 30
+  assert told.returncode == 1
+  assert re.fullmatch(r"error: no coordinator answers at localhost:9 for 20 s \(.*\): is process 0 running there\?\n",
+                      told.stderr)
+  assert not workdir.exists()
+  check_it_goes_on_to_the_same_end(workdir, quiet, after=0)
+
+
+def test_a_coordinator_that_is_killed_before_all_are_there(tmp_path):
+  workdir = tmp_path / "run"
+  job = launched(workdir, **TRAINING)
+  wait_until(lambda: len(jobs.processes_of(job)) == 2, job)
+  subprocess.run(["kill", "-KILL", str(jobs.processes_of(job)[0])], check=True)
+  status, said = ended(job)
+  assert status == 137
+  assert "launch: a process of the job ended with status 137; ending the others" in said
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A folder on a file system of its own, and what makes that larger."""
+  folder = tmp_path / "disk"
+  folder.mkdir()
+  mount = lambda *options: subprocess.run(["mount", *options, str(folder)], capture_output=True, check=False).returncode
+  if mount("-t", "tmpfs", "-o", "size=200k", "tmpfs"):
+    pytest.skip("mounting is not allowed here")
+  yield folder, lambda: mount("-o", "remount,size=64m")
+  subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk(small_disk, quiet, tmp_path):
+  disk, enlarge = small_disk
+  workdir, out = disk / "run", tmp_path / "out"
+  status, said = ended(launched(workdir, {}, out, **TRAINING))
+  assert status == 1
+  assert re.search(rf"error: .*{workdir}.* cannot be written|error: a checkpoint cannot be written in {workdir}", said)
+  kept = saved_steps(workdir)
+  assert kept
+  assert kept[-1] < STEPS
+  assert enlarge() == 0
+  check_it_goes_on_to_the_same_end(workdir, quiet, after=kept[-1], out=out)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, quiet):
+  (tmp_path / "file").write_text("not a folder")
+  workdir, out = tmp_path / "file" / "run", tmp_path / "out"
+  status, said = ended(launched(workdir, {"RESTARTS": "2"}, out, **TRAINING))
+  assert status == 2
+  assert said.count(f"error: workdir {workdir} cannot be written: Not a directory") == 1
+  assert "starting it again" not in said
+  (tmp_path / "file").unlink()
+  check_it_goes_on_to_the_same_end(workdir, quiet, after=0, out=out)
+
+
+def test_a_termination_while_a_checkpoint_is_written(tmp_path, quiet):
+  workdir = tmp_path / "run"
+  job = launched(workdir, **TRAINING)
+  wait_until(lambda: saved_steps(workdir) and any((workdir / "checkpoints").glob("*tmp*")), job)
+  job.send_signal(signal.SIGTERM)
+  began = time.monotonic()
+  status, said = finished(job)
+  assert time.monotonic() - began < 30
+  assert status == 0
+  assert "stopped as asked; a checkpoint is saved" in said
+  assert "Traceback" not in said
+  step = saved_steps(workdir)[-1]
+  assert step < STEPS
+  assert f"step {step}/{STEPS}  stopped as asked" in said
+  check_it_goes_on_to_the_same_end(workdir, quiet, after=step)
+
+
+def test_a_clock_that_jumps(tmp_path, quiet):
+  workdir = tmp_path / "run"
+  began = time.monotonic()
+  program = f"{sys.executable} {jobs.ROOT / 'tests' / 'jumping_cli.py'}"
+  status, said = finished(launched(workdir, {"GATING_JAX": program}, **TRAINING))
+  assert status == 0, said
+  assert "Traceback" not in said
+  result = json.loads((workdir / "result.json").read_text())
+  assert 0 < result["seconds_since_last_start"] < time.monotonic() - began
+  seconds = [int(number) for number in re.findall(r"^\[ *(-?[0-9]+) s\]", said, re.MULTILINE)]
+  assert len(seconds) > 1
+  assert seconds == sorted(seconds)
+  assert 0 <= seconds[0] <= seconds[-1] < time.monotonic() - began
+  assert tiny.bit_equal(saved_state(workdir), saved_state(quiet))
+
+
+@pytest.fixture(scope="module")
+def made_set(tmp_path_factory):
+  """A folder with a small data set, and the file of its training images."""
+  folder = tmp_path_factory.mktemp("data")
+  train, test = made_tfds.images(280, (8, 8, 3)), made_tfds.images(16, (8, 8, 3), seed=1)
+  made_tfds.write(folder, list(zip(*train, strict=True)), list(zip(*test, strict=True)), shape=(8, 8, 3),
+                  name="fault_set")
+  (file,) = folder.rglob("*train.array_record*")
+  return folder, file
+
+
+@pytest.mark.parametrize("loader", ["resident", "streaming"])
+def test_a_record_that_is_damaged(tmp_path, made_set, loader):
+  folder, file = made_set
+  intact = file.read_bytes()
+  images = [place.start() for place in re.finditer(b"\x89PNG", intact)]
+  assert len(images) == 280
+  damaged = bytearray(intact)
+  damaged[images[140] + 20 : images[140] + 40] = bytes(20)
+  workdir = tmp_path / "run"
+  changes = TRAINING | {"config": "tfds_resnet20", "data.name": "fault_set", "data.data_dir": folder,
+                        "data.loader": loader, "data.std": "0.25,0.25,0.25", "data.mean": "0.5,0.5,0.5",
+                        "optim.batch_size": 56, "optim.epochs": 4}
+  file.write_bytes(damaged)
+  try:
+    status, said = ended(launched(workdir, {"RESTARTS": "2"}, **changes))
+  finally:
+    file.write_bytes(intact)
+  assert status == 2
+  assert "starting it again" not in said
+  assert re.search(rf"error: example 1[0-9]+ of split 'train' of fault_set in {folder} cannot be read "
+                   r"\(Corrupted .*\): remove the set from there and prepare it again", said)
+  status, said = finished(launched(workdir, **changes))
+  assert status == 0, said
