@@ -70,7 +70,7 @@ def saved_steps(workdir):
 
 
 def saved_state(workdir, step=None):
-  """A checkpoint of a run, by default the newest: its step and its arrays, by name."""
+  """The arrays of a checkpoint of a run, by default the newest, by name."""
   step = saved_steps(workdir)[-1] if step is None else step
   with ocp.StandardCheckpointer() as reader:
-    return step, reader.restore(workdir.absolute() / "checkpoints" / str(step) / "state")
+    return reader.restore(workdir.absolute() / "checkpoints" / str(step) / "state")

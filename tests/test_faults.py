@@ -18,16 +18,21 @@ from jobs import finished, launched, saved_state, saved_steps, wait_until
 
 pytestmark = pytest.mark.slow
 
-EPOCHS = 16
-TRAINING = jobs.TRAINING | {"optim.epochs": EPOCHS}
+EPOCHS = 8
+TRAINING = jobs.TRAINING | {"optim.epochs": EPOCHS, "log_every": 5}
 STEPS = EPOCHS * jobs.STEPS_PER_EPOCH
+
+
+def launch(workdir, out=None, settings=TRAINING, **environment):
+  """A job of two processes of one device."""
+  return launched(workdir, {"DEVICES": "1"} | environment, out, **settings)
 
 
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory):
   """The directory of a run that nothing befell."""
   workdir = tmp_path_factory.mktemp("runs") / "quiet"
-  status, said = finished(launched(workdir, **TRAINING))
+  status, said = finished(launch(workdir))
   assert status == 0, said
   return workdir
 
@@ -47,13 +52,12 @@ def ended(job):
   return status, said
 
 
-def check_it_goes_on_to_the_same_end(workdir, quiet, *, after, environment=(), out=None):
+def check_it_goes_on_to_the_same_end(workdir, quiet, *, after, out=None):
   """The same command, now that the cause is mended."""
-  status, said = finished(launched(workdir, environment, out, **TRAINING))
+  status, said = finished(launch(workdir, out))
   assert status == 0, said
   assert (f"going on from the checkpoint of step {after} " in said) == bool(after)
-  assert saved_state(workdir)[0] == STEPS
-  assert tiny.bit_equal(saved_state(workdir), saved_state(quiet))
+  assert tiny.bit_equal(saved_state(workdir, STEPS), saved_state(quiet, STEPS))
 
 
 def test_a_coordinator_that_is_absent(tmp_path, quiet):
@@ -71,7 +75,7 @@ def test_a_coordinator_that_is_absent(tmp_path, quiet):
 
 def test_a_coordinator_that_is_killed_before_all_are_there(tmp_path):
   workdir = tmp_path / "run"
-  job = launched(workdir, **TRAINING)
+  job = launch(workdir)
   wait_until(lambda: len(jobs.processes_of(job)) == 2, job)
   subprocess.run(["kill", "-KILL", str(jobs.processes_of(job)[0])], check=True)
   status, said = ended(job)
@@ -85,7 +89,7 @@ def small_disk(tmp_path):
   folder = tmp_path / "disk"
   folder.mkdir()
   mount = lambda *options: subprocess.run(["mount", *options, str(folder)], capture_output=True, check=False).returncode
-  if mount("-t", "tmpfs", "-o", "size=200k", "tmpfs"):
+  if mount("-t", "tmpfs", "-o", "size=1250k", "tmpfs"):
     pytest.skip("mounting is not allowed here")
   yield folder, lambda: mount("-o", "remount,size=64m")
   subprocess.run(["umount", "--lazy", str(folder)], check=True)
@@ -94,9 +98,9 @@ def small_disk(tmp_path):
 def test_a_full_disk(small_disk, quiet, tmp_path):
   disk, enlarge = small_disk
   workdir, out = disk / "run", tmp_path / "out"
-  status, said = ended(launched(workdir, {}, out, **TRAINING))
+  status, said = ended(launch(workdir, out))
   assert status == 1
-  assert re.search(rf"error: .*{workdir}.* cannot be written|error: a checkpoint cannot be written in {workdir}", said)
+  assert re.search(rf"error: a checkpoint cannot be written in {workdir}/checkpoints: no space left on device", said)
   kept = saved_steps(workdir)
   assert kept
   assert kept[-1] < STEPS
@@ -107,7 +111,7 @@ def test_a_full_disk(small_disk, quiet, tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path, quiet):
   (tmp_path / "file").write_text("not a folder")
   workdir, out = tmp_path / "file" / "run", tmp_path / "out"
-  status, said = ended(launched(workdir, {"RESTARTS": "2"}, out, **TRAINING))
+  status, said = ended(launch(workdir, out, RESTARTS="2"))
   assert status == 2
   assert said.count(f"error: workdir {workdir} cannot be written: Not a directory") == 1
   assert "starting it again" not in said
@@ -117,7 +121,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, quiet):
 
 def test_a_termination_while_a_checkpoint_is_written(tmp_path, quiet):
   workdir = tmp_path / "run"
-  job = launched(workdir, **TRAINING)
+  job = launch(workdir)
   wait_until(lambda: saved_steps(workdir) and any((workdir / "checkpoints").glob("*tmp*")), job)
   job.send_signal(signal.SIGTERM)
   began = time.monotonic()
@@ -136,7 +140,7 @@ def test_a_clock_that_jumps(tmp_path, quiet):
   workdir = tmp_path / "run"
   began = time.monotonic()
   program = f"{sys.executable} {jobs.ROOT / 'tests' / 'jumping_cli.py'}"
-  status, said = finished(launched(workdir, {"GATING_JAX": program}, **TRAINING))
+  status, said = finished(launch(workdir, GATING_JAX=program))
   assert status == 0, said
   assert "Traceback" not in said
   result = json.loads((workdir / "result.json").read_text())
@@ -145,7 +149,7 @@ def test_a_clock_that_jumps(tmp_path, quiet):
   assert len(seconds) > 1
   assert seconds == sorted(seconds)
   assert 0 <= seconds[0] <= seconds[-1] < time.monotonic() - began
-  assert tiny.bit_equal(saved_state(workdir), saved_state(quiet))
+  assert tiny.bit_equal(saved_state(workdir, STEPS), saved_state(quiet, STEPS))
 
 
 @pytest.fixture(scope="module")
@@ -173,12 +177,12 @@ def test_a_record_that_is_damaged(tmp_path, made_set, loader):
                         "optim.batch_size": 56, "optim.epochs": 4}
   file.write_bytes(damaged)
   try:
-    status, said = ended(launched(workdir, {"RESTARTS": "2"}, **changes))
+    status, said = ended(launch(workdir, settings=changes, RESTARTS="2"))
   finally:
     file.write_bytes(intact)
   assert status == 2
   assert "starting it again" not in said
   assert re.search(rf"error: example 1[0-9]+ of split 'train' of fault_set in {folder} cannot be read "
                    r"\(Corrupted .*\): remove the set from there and prepare it again", said)
-  status, said = finished(launched(workdir, **changes))
+  status, said = finished(launch(workdir, settings=changes))
   assert status == 0, said

@@ -7,6 +7,7 @@ orbax each is alone: its barriers would hold the others up for ten minutes where
 from __future__ import annotations
 
 import contextlib
+import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from absl import logging
 
 from gating_jax.training import hosts
 
+_SPARE = 2**20  # bytes, for what is written beside the values, by the journal too
 _FOR_EVER = 10**7  # s: orbax measures its time-outs by the clock of the day, which may jump
 _STATE, _META = "state", "meta"
 
@@ -124,6 +126,9 @@ class Checkpoints:
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(values), meta=ocp.args.JsonSave({"step": step, "crc32": _checksum(values)}))
     with self._writing():
+      needed, free = sum(x.nbytes for x in jax.tree.leaves(values)) + _SPARE, shutil.disk_usage(self._directory).free
+      if free < needed:  # before orbax finds out, which then fails in many words
+        raise OSError(f"no space left on device: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
       if not self._manager.save(step, args=items):
         raise RuntimeError(f"orbax did not take that of step {step}")
 
