@@ -26,4 +26,6 @@ def get_config(arg: str = ""):
   config.optim.epochs = 500
   config.optim.batch_size = 256
   config.loss.sparsity.coefficient = 0.5
-  return common.apply_variants(config, arg)
+  config = common.apply_variants(config, arg)
+  config.eval_every = max(1.0, config.optim.epochs / 10)
+  return config

@@ -16,4 +16,6 @@ def get_config(arg: str = ""):
   config.loss.batch_shaping.reduction = "sum"  # so few steps need the stronger pull
   config.loss.sparsity.coefficient = 2.0
   config.optim.schedule = "cosine"
-  return common.apply_variants(config, arg)
+  config = common.apply_variants(config, arg)
+  config.eval_every = max(1.0, config.optim.epochs / 10)
+  return config

@@ -18,4 +18,5 @@ def get_config(arg: str = ""):
   config.optim.batch_size = 32
   config.optim.schedule = "cosine"
   config.checkpoint_every = 1.0
+  config.eval_every = 1.0
   return common.apply_variants(config, arg)

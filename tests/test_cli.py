@@ -104,8 +104,8 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_its_files(finished):
   assert {f.name for f in finished.iterdir()} == {
-      ".lock", "config.json", "result.json", "metrics.jsonl", "gates.png", "gates.csv", "report.html", "checkpoints",
-      "tensorboard"}
+      ".lock", "config.json", "result.json", "metrics.jsonl", "histograms.jsonl", "gates.png", "gates.csv",
+      "report.html", "checkpoints", "tensorboard"}
   assert checkpoints_of(finished)[-1] == STEPS_PER_EPOCH * EPOCHS
   assert result(finished)["accuracy"] > 0.5
   assert result(finished)["step"] == STEPS_PER_EPOCH * EPOCHS
@@ -134,6 +134,8 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(finished, tmp_path, monkeyp
   assert ours[0] == theirs[0] == STEPS_PER_EPOCH * EPOCHS
   assert tiny.bit_equal(ours[1], theirs[1])
   assert result(workdir) == result(finished)
+  for name in ("histograms.jsonl", "gates.csv", "gates.png", "report.html"):
+    assert (workdir / name).read_bytes() == (finished / name).read_bytes(), name
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   seen = [(line["split"], line["step"]) for line in lines]
   assert len(seen) == len(set(seen))
@@ -208,7 +210,7 @@ def test_another_config_is_refused(finished):
         ("--config.loss.sparsity.kind=l2", "must be one of budget, l0, macs, target_rate; got 'l2'"),
         ("--config.optim.epochs=ten", "config.optim.epochs.*ten"),
         ("--config.optim.batch_size=100000", "optim.batch_size must be at most 1437, .* got 100000"),
-        ("--mode=trian", "train.evaluate"),
+        ("--mode=trian", "train.evaluate.report"),
         ("--wrokdir=elsewhere", "Did you mean: workdir"),
         ("evaluate", "unknown arguments .*evaluate"),
         ("--config=configs/digits_resnet21.py", "digits_resnet21"),

@@ -5,10 +5,9 @@ Reference: Bejnordi et al., 2020.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +16,12 @@ import ml_collections
 
 from gating_jax.data import augment, batches, resident, streaming
 from gating_jax.experiments.build import Experiment, build
+from gating_jax.experiments.image_task import Task, write_files, write_report
 from gating_jax.layers.gate import GateSettings
-from gating_jax.reports import firing, gate_table, image_report, page, table
+from gating_jax.reports import table
 from gating_jax.training import devices, diagnosis, evaluation, hosts, loop, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
-from gating_jax.training.journal import Journal, read_journal
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-  """What the labels of images mean for training, for the test and for who reads its result.
-
-  Attributes:
-    prepare: `(experiment, key, uint8 pixels) -> network input`, augmented.
-    scores: `(logits, labels) -> results` of each image, as in `steps.make_eval_step`.
-    summarise: as in `evaluation.evaluate`.
-    headline: the result in a line, its numbers by name.
-    render: the result as a table.
-    classes: how many there are of images, for what gates tell of them; None where an image has none of its own.
-    pictures: further ones, by name: `(experiment, state, file)` writes a PNG.
-  """
-
-  prepare: Callable[[Experiment, jax.Array, jax.Array], jax.Array]
-  scores: Callable[[jax.Array, jax.Array], dict[str, jax.Array]]
-  summarise: Callable[[Experiment, Mapping[str, Any], int], dict[str, float]]
-  headline: str
-  render: Callable[[Mapping[str, Any]], str]
-  classes: Callable[[Experiment], int | None] = lambda experiment: len(experiment.test.class_names)
-  pictures: Mapping[str, Callable[[Experiment, steps.TrainState, Any], None]] = dataclasses.field(default_factory=dict)
+from gating_jax.training.journal import Journal
 
 
 def _crop_and_flip(experiment: Experiment, key: jax.Array, pixels: jax.Array) -> jax.Array:
@@ -57,13 +34,11 @@ TASK = Task(
     prepare=_crop_and_flip,
     scores=steps.image_scores,
     summarise=lambda _, sums, images: evaluation.summarise(sums, images),
-    headline="test accuracy {accuracy:.4f}",
-    render=table.render)
+    rows=table.rows)
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
-  """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint, `report`
-  writes a page of it."""
+  """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint."""
   run_task(TASK, build(config), workdir, mode)
 
 
@@ -76,39 +51,22 @@ def run_task(task: Task, experiment: Experiment, workdir: Path, mode: str) -> No
 
 
 def _evaluate(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
-  step, _, result, _ = _test_newest(task, experiment, run_dir)
+  step, _, result, *_ = _test_newest(task, experiment, run_dir)
   print(f"checkpoint of step {step}")
   print(task.render(result))
 
 
 def _report(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
-  step, state, result, gates = _test_newest(task, experiment, run_dir)
-  write_report(task, experiment, run_dir, step, state, result, gates)
+  step, state, *tested = _test_newest(task, experiment, run_dir)
+  drawn = task.draw(experiment, state) if hosts.is_writer() else {}
+  hosts.written(lambda: write_report(task, experiment, run_dir, step, *tested, drawn))
   print(f"report of the checkpoint of step {step}: {run_dir.report}")
-
-
-def write_report(
-    task: Task, experiment: Experiment, run_dir: rundir.RunDir, step: int, state: steps.TrainState,
-    result: Mapping[str, Any], gates: evaluation.GateBehaviour | None,
-) -> None:
-  """Writes the run's page; `result` has `layers` where anything is gated."""
-  sections = [page.Section("Result", parts=[page.Listing(task.render(result))])]
-  if gates is not None:
-    tests = [line for line in read_journal(run_dir.path) if line["split"] == "test" and line["step"] <= step]
-    sections += image_report.gate_sections(
-        gates, result, prior=experiment.objective.prior, layers=experiment.counts.gate_layers,
-        read=experiment.test.read, class_names=experiment.test.class_names if task.classes(experiment) else None,
-        history=tests)
-  sections += [page.Section(title, parts=[page.drawn(functools.partial(draw, experiment, state), title)])
-               for title, draw in task.pictures.items()]
-  page.write(run_dir.report, f"{experiment.config.model.name} on {experiment.config.data.name}", sections,
-             f"{run_dir.path.name}, step {step}")
 
 
 def _test_newest(
     task: Task, experiment: Experiment, run_dir: rundir.RunDir
-) -> tuple[int, Any, dict[str, Any], evaluation.GateBehaviour | None]:
-  """The newest checkpoint's step and state, its result on the test images and what its gates did."""
+) -> tuple[int, Any, dict[str, Any], evaluation.ImageBehaviour, evaluation.GateBehaviour | None]:
+  """The newest checkpoint's step and state, and what `make_test` finds of it."""
   checkpoints = Checkpoints(run_dir.checkpoints, read_only=True)
   try:
     step, state = _restore(experiment, checkpoints)
@@ -116,10 +74,10 @@ def _test_newest(
     checkpoints.close()
   if not step:
     raise rundir.RunDirError(f"no checkpoint in {run_dir.checkpoints} yet")
-  result, gates = make_test(experiment, task)(state)
+  result, images, gates = make_test(experiment, task)(state)
   if gates is not None:
     result["layers"] = diagnosis.by_layer(gates.diagnosis, experiment.counts.gate_layers)
-  return step, state, result, gates
+  return step, state, result, images, gates
 
 
 def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
@@ -131,12 +89,15 @@ def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
     print(f"going on from the checkpoint of step {first_step} in {run_dir.path}")
   journal = Journal(run_dir.path, first_step, total)
   test = make_test(experiment, task)
+  layers = experiment.counts.gate_layers
 
   def evaluate(state, step):
-    result, gates = test(state)
+    result, images, gates = test(state)
     journal.write(step, "test", result)
-    journal.say(step, task.headline.format(**result))
-    return result, gates
+    if gates is not None:
+      journal.write_histograms(step, "test", evaluation.histograms(gates, layers))
+    journal.say(step, f"test {task.score[1]} {result[task.score[0]]:.4f}")
+    return result, images, gates
 
   try:
     advance = make_advance(experiment, train, first_step, task)
@@ -145,19 +106,14 @@ def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
     if step < total:
       journal.say(step, "stopped as asked; a checkpoint is saved, the same command goes on from here")
       return
-    result, gates = evaluate(state, step)
+    result, images, gates = evaluate(state, step)
+    if gates is not None:
+      result |= {"batch_shaping_reduction": experiment.objective.reduction,
+                 "layers": diagnosis.by_layer(gates.diagnosis, layers)}
+    hosts.written(lambda: write_files(task, experiment, run_dir, state, journal, step, result, images, gates))
   finally:
     journal.close()
     checkpoints.close()
-  if gates is not None:
-    layers, found = experiment.counts.gate_layers, gates.diagnosis
-    hosts.written(lambda: firing.draw(
-        run_dir.path / "gates.png", gates.logits, found.open_rates, experiment.objective.prior))
-    hosts.written(lambda: gate_table.write(run_dir.path / "gates.csv", found, layers))
-    result |= {"batch_shaping_reduction": experiment.objective.reduction, "layers": diagnosis.by_layer(found, layers)}
-  for name, draw in task.pictures.items():
-    hosts.written(functools.partial(draw, experiment, state, run_dir.path / f"{name}.png"))
-  hosts.written(lambda: write_report(task, experiment, run_dir, step, state, result, gates))
   result |= {"step": step, "seconds_since_last_start": round(time.monotonic() - started, 1)}
   run_dir.finish(result)
   print(task.render(result))
@@ -193,7 +149,7 @@ def make_advance(
 
 def make_test(
     experiment: Experiment, task: Task = TASK
-) -> Callable[[Any], tuple[dict[str, Any], evaluation.GateBehaviour | None]]:
+) -> Callable[[Any], tuple[dict[str, Any], evaluation.ImageBehaviour, evaluation.GateBehaviour | None]]:
   """`state -> evaluation.evaluate` on every test image once, with the budget where there is one; compiled at its first
   call only."""
   config = experiment.config
@@ -203,13 +159,13 @@ def make_test(
   noise_scale = GateSettings(**config.model.gate).drawn_noise_scale
 
   def test(state):
-    result, gates = evaluation.evaluate(
+    result, images, gates = evaluation.evaluate(
         lambda *batch: hosts.whole(run(state, *hosts.share(batch))),
         batches.cover(experiment.test, config.optim.batch_size), experiment.counts,
         functools.partial(task.summarise, experiment), classes=task.classes(experiment),
         noise_scale=noise_scale)
     if gates is not None and experiment.objective.prices_budget:
       result["budget"] = experiment.objective.target
-    return result, gates
+    return result, images, gates
 
   return test

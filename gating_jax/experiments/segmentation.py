@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -24,7 +24,7 @@ from gating_jax.models.segmenter import Segmenter
 from gating_jax.reports import scene_pictures, scene_table
 from gating_jax.training import devices, pixels, steps
 
-_DRAWN = 6  # test scenes
+_DRAWN = 3  # test scenes
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
@@ -70,7 +70,7 @@ def _summarise(experiment: Experiment, sums, scored: int) -> dict[str, float]:
   return pixels.summarise(sums, experiment.test.class_names) | {"head_macs": experiment.counts.macs - backbone.macs}
 
 
-def _draw(experiment: Experiment, state: steps.TrainState, file: Path | BinaryIO) -> None:
+def _draw(experiment: Experiment, state: steps.TrainState) -> dict[str, tuple[Any, str]]:
   """The first test scenes."""
   images, truth = experiment.test.read(np.arange(min(_DRAWN, len(experiment.test))))
   scores = lambda logits, labels: {"predicted": logits.argmax(-1)}
@@ -78,8 +78,9 @@ def _draw(experiment: Experiment, state: steps.TrainState, file: Path | BinaryIO
   results = jax.device_get(run(jax.device_get(state), images, truth))
   counts = experiment.counts
   macs = counts.fixed + results["macs"] if "macs" in results else np.full(len(images), counts.macs)
-  scene_pictures.draw(file, images, truth, results["predicted"], macs / counts.macs,
-                      experiment.test.class_names)
+  figure = scene_pictures.draw(images, truth, results["predicted"], macs / counts.macs, experiment.test.class_names)
+  return {"scenes.png": (figure, "Test scenes, the true class of every pixel and the predicted one; above, the "
+                                 "multiply-accumulates spent on each, in % of those of the ungated net.")}
 
 
 TASK = dataclasses.replace(
@@ -87,7 +88,8 @@ TASK = dataclasses.replace(
     prepare=lambda experiment, _, pixels: experiment.normalise(pixels),
     scores=pixels.pixel_scores,
     summarise=_summarise,
-    headline="test mean IoU {mean_iou:.4f}",
-    render=scene_table.render,
+    noun="scene",
+    score=("mean_iou", "mean IoU"),
+    rows=scene_table.rows,
     classes=lambda _: None,
-    pictures={"scenes": _draw})
+    draw=_draw)

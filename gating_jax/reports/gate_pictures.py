@@ -1,96 +1,178 @@
-"""Pictures of the gates of a network, for its report.
+"""Pictures of a net's gates for its report, narrow enough for a phone: per layer, over training, by class.
 
-Axes: K classes, G gates of the network, L layers.
+Axes: L layers, T tests during training, G gates, K classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from gating_jax.reports.lettering import plain, save
+from gating_jax.ops.priors import Prior
+from gating_jax.reports.lettering import plain
 from gating_jax.training.diagnosis import OUTCOMES
 
-_COLOURS = dict(zip(OUTCOMES, ("tab:blue", "tab:gray", "tab:orange", "tab:green"), strict=True))
+WIDTH = 5.0  # inches of every picture
+MOST_LAYERS, MOST_CLASSES, _BARS = 24, 40, 12  # that a picture shows; bars of classes
+_COLOURS = ("#4c78a8", "#b8c0cc", "#f2a541", "#2a9d6f")  # of outcomes
+_COLUMNS = 3
+_LETTERS = 8.5  # points
 
 
-def draw_layers(file: Path | BinaryIO, layers: Sequence[Mapping[str, Any]]) -> None:
-  """Writes a PNG: for each layer, what share of its gates came out how; `layers` as of `diagnosis.by_layer`."""
+def layer_names(layers: Sequence[tuple[str, int]]) -> list[str]:
+  """Number, as in TensorBoard, and name of each layer."""
+  return [f"{i:02d} {plain(name, 24)}" for i, (name, _) in enumerate(layers)]
+
+
+def shown_layers(count: int) -> np.ndarray:
+  """Numbers of the layers in a picture of panels: all, or so many evenly spaced."""
+  return np.unique(np.linspace(0, count - 1, min(count, MOST_LAYERS)).astype(int))
+
+
+def draw_outcomes(layers: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Any:
+  """Bars of gates always open, always closed, at random and conditional in each layer.
+
+  Args:
+    layers: as `training.diagnosis.by_layer` returns.
+    names: of them.
+  """
   from matplotlib.figure import Figure  # imports slowly
 
-  figure = Figure(figsize=(6.5, 1.2 + 0.24 * len(layers)), layout="constrained", dpi=110)
-  axes, left = figure.subplots(), np.zeros(len(layers))
-  for outcome, colour in _COLOURS.items():
-    share = np.array([100 * layer[outcome] / layer["gates"] for layer in layers])
-    axes.barh(np.arange(len(layers)), share, left=left, color=colour, label=outcome.replace("_", " "))
-    left += share
-  axes.set_yticks(np.arange(len(layers)), [plain(layer["layer"], 24) for layer in layers], fontsize=8)
+  figure = Figure(figsize=(WIDTH, 0.9 + 0.21 * len(layers)), layout="constrained")
+  axes = figure.subplots()
+  left = np.zeros(len(layers))
+  for outcome, colour in zip(OUTCOMES, _COLOURS, strict=True):
+    counts = np.array([layer[outcome] for layer in layers])
+    axes.barh(np.arange(len(layers)), counts, left=left, color=colour, label=outcome.replace("_", " "), height=0.8)
+    left += counts
+  axes.set_yticks(np.arange(len(layers)), names, fontsize=_LETTERS)
   axes.invert_yaxis()
-  axes.set(xlim=(0, 100), xlabel="% of the layer's gates")
-  figure.legend(loc="outside upper center", ncols=len(_COLOURS), fontsize=8, frameon=False)
-  save(figure, file)
+  axes.margins(y=0.01)
+  axes.set_xlabel("gates")
+  axes.spines[["top", "right"]].set_visible(False)
+  figure.legend(loc="outside upper center", ncols=2, frameon=False)
+  return figure
 
 
-def draw_classes(
-    file: Path | BinaryIO, rates: np.ndarray, information: np.ndarray, class_names: Sequence[str], *, most: int = 60
-) -> None:
-  """Writes a PNG: how often the most informative gates are open for images of each class.
+def draw_histograms(history: Sequence[Mapping[str, Any]], names: Sequence[str], measure: str) -> Any:
+  """A panel for each layer: a column for each test, a row for each part of [0, 1], darker where more values are.
 
   Args:
-    file: of the picture.
-    rates: `[K, G]` share of the images of each class for which each gate is open.
-    information: `[G]` bits of each gate about the class.
-    class_names: K of them.
-    most: gates drawn at most, in the order of the class that opens them most.
+    history: lines of `histograms.jsonl`, at least one.
+    names: of all layers.
+    measure: `probs` or `open_rates`.
+  """
+  figure, panels = _panels(names)
+  for number, axes in panels:
+    counts = np.array([line[f"gates/layer{number:02d}/{measure}"] for line in history], np.float64)  # [T, bins]
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axes.imshow(np.sqrt(shares.T), cmap="Greens", vmin=0, vmax=0.6, origin="lower", aspect="auto",
+                extent=(-0.5, len(history) - 0.5, 0, 1), interpolation="nearest")
+    ends = sorted({0, len(history) - 1})
+    axes.set_xticks(ends, [f"{history[i]['step']:,}" for i in ends], fontsize=_LETTERS)
+    axes.set_yticks([0, 1], ["0", "1"], fontsize=_LETTERS)
+    for label, side in zip(axes.get_xticklabels(), ("left", "right") if len(ends) == 2 else ("center",), strict=True):
+      label.set_horizontalalignment(side)
+  return figure
+
+
+def draw_cdfs(history: Sequence[Mapping[str, Any]], names: Sequence[str], prior: Prior | None) -> Any:
+  """A panel for each layer: the share of open probabilities below x, at up to four tests, and the prior's.
+
+  Args: as in `draw_histograms`; no prior is drawn where it is None.
+  """
+  from matplotlib import colormaps
+
+  figure, panels = _panels(names)
+  times = np.unique(np.linspace(0, len(history) - 1, min(len(history), 4)).astype(int))
+  tones = colormaps["viridis_r"](np.linspace(0.15, 0.95, len(times))) if len(times) > 1 else ["#2a9d6f"]
+  for number, axes in panels:
+    for tone, time in zip(tones, times, strict=True):
+      counts = np.array(history[time][f"gates/layer{number:02d}/probs"], np.float64)
+      below = np.concatenate([[0], np.cumsum(counts) / max(counts.sum(), 1)])
+      axes.plot(np.linspace(0, 1, len(below)), below, color=tone, label=f"step {history[time]['step']:,}")
+    if prior is not None:
+      x = np.linspace(0, 1, 200, dtype=np.float32)
+      axes.plot(x, np.asarray(prior.cdf(x)), color="#d1495b", linestyle="--", label=f"prior {prior.name}")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    axes.set_xticks([0, 1], ["0", "1"], fontsize=_LETTERS)
+    axes.set_yticks([0, 1], ["0", "1"], fontsize=_LETTERS)
+  figure.legend(*panels[0][1].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+  return figure
+
+
+def draw_class_map(rates: np.ndarray, gates: Sequence[str], class_names: Sequence[str]) -> Any:
+  """A row for each gate, a column for each class, darker where more images of the class open the gate.
+
+  Rows and columns that are alike stand side by side; of many classes, those are shown whose rates differ most.
+
+  Args:
+    rates: `[G, K]`, without NaN.
+    gates: G names.
+    class_names: K.
   """
   from matplotlib.figure import Figure  # imports slowly
 
-  chosen = np.argsort(-information, kind="stable")[:most]
-  chosen = chosen[np.lexsort((-rates[:, chosen].max(axis=0), rates[:, chosen].argmax(axis=0)))]
-  classes = len(class_names)
-  figure = Figure(figsize=(6.5, min(1.4 + 0.24 * classes, 14)), layout="constrained", dpi=110)
+  classes = np.sort(np.argsort(-rates.std(axis=0), kind="stable")[:MOST_CLASSES])
+  rates = rates[:, classes]
+  rows, columns = _alike(rates), _alike(rates.T)
+  figure = Figure(figsize=(WIDTH, 1.7 + 0.15 * len(rates)), layout="constrained")
   axes = figure.subplots()
-  image = axes.imshow(100 * rates[:, chosen], aspect="auto", cmap="viridis", vmin=0, vmax=100, interpolation="nearest")
-  every = max(1, -(-classes // 50))
-  axes.set_yticks(np.arange(0, classes, every), [plain(name, 16) for name in class_names[::every]], fontsize=8)
-  axes.set_xticks([])
-  axes.set_xlabel(f"the {len(chosen)} gates that tell most of the class")
-  figure.colorbar(image, label="% of images that open it", pad=0.02)
-  save(figure, file)
+  image = axes.imshow(rates[rows][:, columns], cmap="YlGnBu", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+  axes.set_xticks(np.arange(len(columns)), [plain(class_names[classes[k]], 14) for k in columns], rotation=90,
+                  fontsize=_LETTERS)
+  axes.xaxis.tick_top()
+  axes.set_yticks(np.arange(len(rows)), [gates[g] for g in rows], fontsize=7.5)
+  figure.colorbar(image, ax=axes, orientation="horizontal", label="open rate", aspect=40, pad=0.01)
+  return figure
 
 
-def draw_costs(file: Path | BinaryIO, macs: np.ndarray, correct: np.ndarray | None, *, parts: int = 5) -> None:
-  """Writes a PNG: how many multiply-accumulates images cost, and how accurate the net is on cheap and on dear ones.
+def draw_class_bars(rates: np.ndarray, titles: Sequence[str], class_names: Sequence[str]) -> Any:
+  """For each gate, bars of its open rate on each class, or on those of the highest rates.
 
   Args:
-    file: of the picture.
-    macs: `[M]` of each image, as a share of the ungated net's.
-    correct: `[M]` whether it was classified correctly; None where that means nothing.
-    parts: of equally many images, from cheap to dear.
+    rates: `[G, K]`, without NaN.
+    titles: G.
+    class_names: K.
   """
   from matplotlib.figure import Figure  # imports slowly
 
-  figure = Figure(figsize=(6.5, 2.8), layout="constrained", dpi=110)
-  spread, *scored = figure.subplots(1, 1 if correct is None else 2, squeeze=False)[0]
-  spread.hist(100 * macs, bins=40, color="tab:blue")
-  spread.set(xlabel="MACs of an image, % of the ungated net's", ylabel="images")
-  for axes in scored:
-    groups = [g for g in np.array_split(np.argsort(macs, kind="stable"), parts) if len(g)]
-    axes.plot([100 * macs[g].mean() for g in groups], [100 * correct[g].mean() for g in groups], marker="o")
-    axes.set(xlabel=f"MACs, {len(groups)} groups from cheap to dear (%)", ylabel="accuracy (%)")
-  save(figure, file)
+  shown = min(rates.shape[1], _BARS)
+  figure = Figure(figsize=(WIDTH, (0.5 + 0.16 * shown) * len(rates)), layout="constrained")
+  for axes, rate, title in zip(figure.subplots(len(rates), 1, squeeze=False).ravel(), rates, titles, strict=True):
+    classes = np.sort(np.argsort(-rate, kind="stable")[:shown])
+    axes.barh(np.arange(shown), 100 * rate[classes], color=_COLOURS[3])
+    axes.set_yticks(np.arange(shown), [plain(class_names[k], 18) for k in classes], fontsize=_LETTERS)
+    axes.invert_yaxis()
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlim(0, 100)
+    axes.spines[["top", "right"]].set_visible(False)
+  axes.set_xlabel("% of the class's images open it")
+  return figure
 
 
-def draw_histories(file: Path | BinaryIO, macs: Sequence[float], accuracies: Sequence[float]) -> None:
-  """Writes a PNG: shares of MACs and accuracies at the tests of a training, in their order, the last one marked."""
+def _panels(names: Sequence[str]) -> tuple[Any, list[tuple[int, Any]]]:
+  """A figure, and number and axes of each layer shown."""
   from matplotlib.figure import Figure  # imports slowly
 
-  figure = Figure(figsize=(6.5, 3), layout="constrained", dpi=110)
-  axes = figure.subplots()
-  axes.plot(100 * np.asarray(macs), 100 * np.asarray(accuracies), marker=".", color="tab:gray")
-  axes.plot(100 * macs[-1], 100 * accuracies[-1], marker="o", color="tab:red")
-  axes.set(xlabel="MACs, % of the ungated net's", ylabel="test accuracy (%)")
-  save(figure, file)
+  shown = shown_layers(len(names))
+  rows = -(-len(shown) // _COLUMNS)
+  figure = Figure(figsize=(WIDTH, 0.6 + 1.35 * rows), layout="constrained")
+  grid = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
+  for axes in grid[len(shown):]:
+    axes.axis("off")
+  panels = list(zip(shown.tolist(), grid, strict=False))
+  for number, axes in panels:
+    axes.set_title(names[number], fontsize=7.5)
+  return figure, panels
+
+
+def _alike(rows: np.ndarray) -> np.ndarray:
+  """An order of `[n, ...]` rows in which similar ones are neighbours."""
+  from scipy.cluster import hierarchy
+
+  if len(rows) < 3:
+    return np.arange(len(rows))
+  return hierarchy.leaves_list(hierarchy.linkage(rows, "average", optimal_ordering=True))

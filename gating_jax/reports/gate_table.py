@@ -14,15 +14,21 @@ _MEASURES = ("open_rates", "disagreement", "input_information", "class_informati
 
 
 def render(layers: Sequence[Mapping[str, Any]]) -> str:
-  """A row per layer, from what `training.diagnosis.by_layer` returns; information in bits, means over its gates."""
+  """The lines of `rows`."""
+  return "\n".join(columns(rows(layers)))
+
+
+def rows(layers: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+  """A header and a row per layer, from what `training.diagnosis.by_layer` returns; information in bits, means over
+  gates."""
   information = [name for name in _MEASURES if name.endswith("_information") and name in layers[0]]
-  rows = [["layer", "gates", "open", *(name.replace("_", " ") for name in OUTCOMES), "draws differ",
-           *(f"on {name.removesuffix('_information')}" for name in information)]]
+  found = [["layer", "gates", "open", *(name.replace("_", " ") for name in OUTCOMES), "draws differ",
+            *(f"on {name.removesuffix('_information')}" for name in information)]]
   for layer in layers:
     is_open, differ = (f"{100 * layer[name]:.1f} %" for name in ("mean_open", "disagreement"))
-    rows.append([layer["layer"], str(layer["gates"]), is_open, *(str(layer[name]) for name in OUTCOMES), differ,
-                 *(f"{layer[name]:.3f}" for name in information)])
-  return "\n".join(columns(rows))
+    found.append([layer["layer"], str(layer["gates"]), is_open, *(str(layer[name]) for name in OUTCOMES), differ,
+                  *(f"{layer[name]:.3f}" for name in information)])
+  return found
 
 
 def write(path: Path, found: Diagnosis, layers: Sequence[tuple[str, int]]) -> None:

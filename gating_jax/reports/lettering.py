@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any
 
 
 def plain(name: object, letters: int) -> str:
@@ -28,12 +28,12 @@ def columns(rows: list[list[str]]) -> list[str]:
           for row in rows]
 
 
-def save(figure, file: Path | BinaryIO) -> None:
-  """Writes a matplotlib figure, its texts drawn as they are: `$` starts no formula, and a letter may be in no font."""
+def save(figure, file: Path | IO[bytes], **options: Any) -> None:
+  """Writes a matplotlib figure as PNG, its texts as they are: `$` starts no formula, and a letter may be in no font."""
   from matplotlib.text import Text  # imports slowly
 
   for text in figure.findobj(Text):
     text.set_parse_math(False)
   with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Glyph .* missing from")
-    figure.savefig(file)
+    figure.savefig(file, **options)

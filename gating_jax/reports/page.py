@@ -15,11 +15,12 @@ from gating_jax.training.journal import write_atomically
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-  """A PNG image, and what it shows in words."""
+  """A PNG image, what it shows in words, and, if that is not one pixel for each of its own, its width in CSS pixels."""
 
   kind: ClassVar[str] = "picture"
   png: bytes
   caption: str
+  width: int | None = None
 
   @property
   def source(self) -> str:
@@ -54,11 +55,11 @@ class Section:
   parts: Sequence[Picture | Table | Listing] = ()
 
 
-def drawn(draw: Callable[[BinaryIO], None], caption: str) -> Picture:
+def drawn(draw: Callable[[BinaryIO], None], caption: str, width: int | None = None) -> Picture:
   """What `draw` writes as a PNG, as a picture."""
   file = io.BytesIO()
   draw(file)
-  return Picture(file.getvalue(), caption)
+  return Picture(file.getvalue(), caption, width)
 
 
 def render(title: str, sections: Sequence[Section], subtitle: str = "") -> str:

@@ -6,24 +6,21 @@ Axes: N scenes, H and W pixels, D colours.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 
-from gating_jax.reports.lettering import plain, save
+from gating_jax.reports.lettering import plain
 
-_NOTHING, _SIDE = "#d0d4d9", 2.2  # colour of pixels that do not count; inches of a scene
+_NOTHING, _SIDE = "#d0d4d9", 1.6  # colour of pixels that do not count; inches of a scene
 
 
 def draw(
-    path: Path | BinaryIO, images: np.ndarray, truth: np.ndarray, predicted: np.ndarray, mac_ratios: np.ndarray,
-    class_names: Sequence[str],
-) -> None:
-  """Writes a PNG, a column for each scene.
+    images: np.ndarray, truth: np.ndarray, predicted: np.ndarray, mac_ratios: np.ndarray, class_names: Sequence[str]
+) -> Any:
+  """A figure with a column for each scene.
 
   Args:
-    path: of the picture.
     images: `[N, H, W, D]` uint8, D 1 or 3.
     truth: `[N, H, W]` integers; those that are no class are drawn grey.
     predicted: the same, drawn where the truth is not known too.
@@ -40,7 +37,8 @@ def draw(
   cmap = ListedColormap([*colours, _NOTHING])
   norm = BoundaryNorm(np.arange(classes + 2) - 0.5, classes + 1)
   height = _SIDE * images.shape[1] / images.shape[2]
-  figure = Figure(figsize=(_SIDE * n + 1.8, 3 * height + 0.6), layout="constrained", dpi=110)
+  columns = max(1, round(_SIDE * n / 1.3))
+  figure = Figure(figsize=(_SIDE * n, 3 * height + 0.5 + 0.2 * -(-classes // columns)), layout="constrained", dpi=150)
   grid = figure.subplots(3, n, squeeze=False)
   for i in range(n):
     grid[0, i].imshow(images[i].squeeze(-1) if images.shape[-1] == 1 else images[i], cmap="gray", vmin=0, vmax=255)
@@ -53,5 +51,5 @@ def draw(
   for axes in grid.ravel():
     axes.set(xticks=[], yticks=[])
   handles = [Patch(color=colour, label=plain(name, 16)) for name, colour in zip(class_names, colours, strict=True)]
-  figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
-  save(figure, path)
+  figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+  return figure

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from gating_jax.reports import table
 from gating_jax.reports.lettering import plain
 
 
-def render(result: Mapping[str, float]) -> str:
-  """Lines of name and value, from what `training.evaluation.evaluate` returns with `training.pixels.summarise`."""
+def rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """Of name and value, from what `training.evaluation.evaluate` returns with `training.pixels.summarise`."""
   classes = {name.partition("/")[2]: value for name, value in result.items() if name.startswith("iou/")}
-  return table.lines([
+  return [
       ("mean IoU", f"{100 * result['mean_iou']:.2f} %  ({len(classes)} classes, {result['images']:,} scenes)"),
       ("pixels that are right", f"{100 * result['accuracy']:.2f} %"),
       *table.size_and_gates(result),
       ("MACs of the head, always run", f"{result['head_macs']:,}"),
       *((f"IoU of {plain(name, 20)}", f"{100 * value:.1f} %") for name, value in classes.items()),
-  ], result.get("layers"))
+  ]

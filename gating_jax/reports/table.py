@@ -8,10 +8,10 @@ from typing import Any
 from gating_jax.reports import gate_table
 
 
-def render(result: Mapping[str, Any]) -> str:
-  """Lines of name and value, from what `training.evaluation.evaluate` returns, and a table of its `layers`."""
-  return lines([("test accuracy", f"{100 * result['accuracy']:.2f} %  ({result['images']:,} images)"),
-                *size_and_gates(result)], result.get("layers"))
+def rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """Of name and value, from what `training.evaluation.evaluate` returns."""
+  return [("test accuracy", f"{100 * result['accuracy']:.2f} %  ({result['images']:,} images)"),
+          *size_and_gates(result)]
 
 
 def size_and_gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:

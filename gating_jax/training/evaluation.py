@@ -1,44 +1,60 @@
 """A test set's score, multiply-accumulates and what the gates do, every image counted once.
 
-Axes: M test images, B images of a batch, G gates of the network.
+Axes: M test images, B images of a batch, G gates of the network, K classes.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+from scipy import special
 
 from gating_jax.models.counts import ModelCounts
 from gating_jax.training import diagnosis
 
+FIRING = 8  # images kept of each gate
+BINS = 40  # of histograms, equal parts of [0, 1]
 _KEPT_EXAMPLES = 2048
-_TOP_IMAGES = 8
 _DECILES = range(10, 100, 10)
 
 
 @dataclasses.dataclass(frozen=True)
-class GateBehaviour:
-  """What gates did, and for which images.
+class ImageBehaviour:
+  """What the model did with each image, `[M]`; the last three are None where an image has no class of its own.
 
   Attributes:
-    diagnosis: of each gate.
-    logits: `[<= 2048, G]` of the first images.
-    class_rates: `[K, G]` share of the images of each class for which each gate is open.
-    top_images: `[<= 8, G]` places of the images with the largest logits of each gate, the largest first.
-    macs, losses: `[M]` of each image.
-    correct: `[M]` whether each was classified correctly; None where that means nothing.
+    macs: multiply-accumulates, those always spent included.
+    losses: cross-entropies.
+    correct: whether the predicted class is the true one.
+    predicted, labels: classes, as integers.
+  """
+
+  macs: np.ndarray
+  losses: np.ndarray
+  correct: np.ndarray | None
+  predicted: np.ndarray | None
+  labels: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class GateBehaviour:
+  """What gates did.
+
+  Attributes:
+    diagnosis: of them.
+    logits: `[<= 2048, G]`, of the first images.
+    class_rates: `[K, G]`, share of the images of each class for which each gate is open; NaN where there are none. None
+      where an image has no class.
+    firing: `[<= 8, G]`, the images that open each gate most surely, the largest logit first; -1 where it is closed.
   """
 
   diagnosis: diagnosis.Diagnosis
   logits: np.ndarray
-  class_rates: np.ndarray
-  top_images: np.ndarray
-  macs: np.ndarray
-  losses: np.ndarray
-  correct: np.ndarray | None
+  class_rates: np.ndarray | None
+  firing: np.ndarray
 
 
 def summarise(sums: Mapping[str, np.ndarray], images: int) -> dict[str, float]:
@@ -54,7 +70,7 @@ def evaluate(
     *,
     classes: int | None,
     noise_scale: float,
-) -> tuple[dict[str, float], GateBehaviour | None]:
+) -> tuple[dict[str, float], ImageBehaviour, GateBehaviour | None]:
   """Runs a model over a test set.
 
   Args:
@@ -65,21 +81,23 @@ def evaluate(
     classes: number of different labels; None where an image has no label of its own.
     noise_scale: of the gates in training; 0 where they are not drawn.
   Returns:
-    `(result, behaviour)`: numbers, and for a gated net what its gates did.
+    `(result, images, gates)`: numbers, what became of each image, and for a gated net what its gates did.
   """
-  sums, each, tally, logits, top, images = {}, collections.defaultdict(list), None, [], None, 0
+  sums, each, tally, firing, logits, images = {}, collections.defaultdict(list), None, None, [], 0
   for (pixels, labels), valid in batches:
     part = {name: np.asarray(values)[:valid] for name, values in run(pixels, labels).items()}
-    for name in part.keys() - {"gates", "gate_logits"}:
+    for name in part.keys() & {"macs", "cross_entropy", "correct", "predicted"}:
+      each[name].append(part[name])
+    if classes is not None:
+      each["labels"].append(np.asarray(labels)[:valid])
+    for name in part.keys() - {"gates", "gate_logits", "predicted"}:
       sums[name] = sums.get(name, 0) + np.sum(part[name], axis=0, dtype=np.float64)
     if "gates" in part:
-      for name in {"macs", "cross_entropy", "correct"} & part.keys():
-        each[name].append(part[name].astype(np.float64))
-      top = _largest(top, part["gate_logits"], images)
       probs = diagnosis.open_probs(part["gate_logits"], noise_scale)
       labels = np.zeros(valid, np.int32) if classes is None else np.asarray(labels)[:valid]
       new = diagnosis.tally(part["gates"], probs, labels, classes or 1)
       tally = new if tally is None else tally + new
+      firing = _largest(firing, part["gate_logits"], images)
       if images < _KEPT_EXAMPLES:
         logits.append(part["gate_logits"])
     images += valid
@@ -92,29 +110,35 @@ def evaluate(
       "macs": counts.macs,
       "mac_ratio": 1.0,
   }
+  each = {name: np.concatenate(parts) for name, parts in each.items()}
+  macs = counts.fixed + each["macs"].astype(np.float64) if "macs" in each else np.full(images, float(counts.macs))
+  behaviour = ImageBehaviour(macs, each["cross_entropy"].astype(np.float64),
+                             *(each.get(name) for name in ("correct", "predicted", "labels")))
   if tally is None:
-    return result, None
+    return result, behaviour, None
   found = diagnosis.diagnose(tally)
-  of_images = {name: np.concatenate(parts) for name, parts in each.items()}
-  macs, losses = counts.fixed + of_images["macs"], of_images["cross_entropy"]
-  spent = mac_spread(macs, losses)
+  spent = mac_spread(behaviour.macs, behaviour.losses)
   result |= {**spent, "mac_ratio": spent["macs"] / counts.macs, **diagnosis.summary(found)}
   if found.class_information is not None:
     result["class_information_floor"] = found.floor
-  rates = tally.opened / np.maximum(tally.examples, 1)[:, None]
-  return result, GateBehaviour(found, np.concatenate(logits)[:_KEPT_EXAMPLES], rates, top[1], macs, losses,
-                               of_images.get("correct"))
+  with np.errstate(invalid="ignore"):
+    class_rates = None if classes is None else tally.opened / tally.examples[:, None]
+  return result, behaviour, GateBehaviour(
+      found, np.concatenate(logits)[:_KEPT_EXAMPLES], class_rates, np.where(firing[0] > 0, firing[1], -1))
 
 
-def _largest(
-    so_far: tuple[np.ndarray, np.ndarray] | None, logits: np.ndarray, first: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """The largest logits of each gate and their images' places, both `[<= 8, G]`, after `[B, G]` more from a place on."""
-  places = np.broadcast_to(first + np.arange(len(logits))[:, None], logits.shape)
-  if so_far is not None:
-    logits, places = np.concatenate([so_far[0], logits]), np.concatenate([so_far[1], places])
-  order = np.argsort(-logits, axis=0, kind="stable")[:_TOP_IMAGES]
-  return np.take_along_axis(logits, order, 0), np.take_along_axis(places, order, 0)
+def histograms(gates: GateBehaviour, layers: Sequence[tuple[str, int]]) -> dict[str, np.ndarray]:
+  """`[BINS]` counts over [0, 1] for each layer: of its gates' open probabilities on the images kept, and of open rates.
+
+  Args:
+    layers: name and number of gates of each, in the order of the gates.
+  """
+  counts, end = {}, 0
+  for i, (_, size) in enumerate(layers):
+    part, end = slice(end, end + size), end + size
+    values = {"probs": special.expit(gates.logits[:, part]), "open_rates": gates.diagnosis.open_rates[part]}
+    counts |= {f"gates/layer{i:02d}/{name}": np.histogram(x, BINS, (0, 1))[0] for name, x in values.items()}
+  return counts
 
 
 def mac_spread(macs: np.ndarray, losses: np.ndarray) -> dict[str, float]:
@@ -136,3 +160,19 @@ def mac_spread(macs: np.ndarray, losses: np.ndarray) -> dict[str, float]:
       **{f"macs_p{p}": float(np.percentile(macs, p)) for p in _DECILES},
       **{f"macs_of_quarter{i}": float(np.mean(quarter)) for i, quarter in enumerate(quarters, 1)},
   }
+
+
+def _largest(
+    before: tuple[np.ndarray, np.ndarray] | None, logits: np.ndarray, first: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """The largest logits of each gate so far and the images they are of, `[<= FIRING, G]` each; of equal ones the first.
+
+  Args:
+    before: the same of earlier images.
+    logits: `[B, G]` of the images that follow, whose first is number `first`.
+  """
+  numbers = np.broadcast_to(np.arange(first, first + len(logits))[:, None], logits.shape)
+  if before is not None:
+    logits, numbers = np.concatenate([before[0], logits]), np.concatenate([before[1], numbers])
+  order = np.argsort(-logits, axis=0, kind="stable")[:FIRING]
+  return np.take_along_axis(logits, order, axis=0), np.take_along_axis(numbers, order, axis=0)

@@ -11,18 +11,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import logging
+from PIL import Image
 from tqdm import tqdm
 
 from gating_jax.training import hosts
 
 METRICS_FILE = "metrics.jsonl"
+HISTOGRAMS_FILE = "histograms.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 TEMPORARY = ".tmp"
 
 
 class Journal:
-  """Writes metrics of steps under a run directory; opened at the step training goes on from.
+  """Writes metrics and histograms of steps under a run directory; opened at the step training goes on from.
 
   Lines of later steps, left by a run that was killed after its last checkpoint, are dropped, and no (step, split) is
   written twice. Of several processes one writes.
@@ -31,14 +34,10 @@ class Journal:
   def __init__(self, workdir: Path, first_step: int, total_steps: int):
     from tensorboardX import SummaryWriter  # imports slowly
 
-    self._path = workdir / METRICS_FILE
-    kept = [line for line in _readable_lines(self._path) if line["step"] <= first_step]
-    writes = hosts.is_writer()
-    if writes:
-      write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-    self._written = {(line["step"], line["split"]) for line in kept}
-    self._file = (self._path if writes else Path(os.devnull)).open("a")
-    self._events = SummaryWriter(str(workdir / TENSORBOARD_DIR), purge_step=first_step + 1, write_to_disk=writes)
+    writes, self._path = hosts.is_writer(), workdir / TENSORBOARD_DIR
+    self._metrics = _Lines(workdir / METRICS_FILE, first_step)
+    self._histograms = _Lines(workdir / HISTOGRAMS_FILE, first_step)
+    self._events = SummaryWriter(str(self._path), purge_step=first_step + 1, write_to_disk=writes)
     self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None if writes else True,
                      dynamic_ncols=True)
     self._total = total_steps
@@ -46,15 +45,30 @@ class Journal:
 
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
     """One line, and one TensorBoard point per value, named `split/name`; nothing if there is a line already."""
-    if (step, split) in self._written:
-      return
-    self._written.add((step, split))
     values = {name: float(value) for name, value in values.items()}
-    with _naming(self._path):
-      self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
-      self._file.flush()
-    for name, value in values.items():
-      self._events.add_scalar(name if "/" in name else f"{split}/{name}", value, step)
+    if self._metrics.add(step, split, values):
+      for name, value in values.items():
+        self._events.add_scalar(name if "/" in name else f"{split}/{name}", value, step)
+
+  def write_histograms(self, step: int, split: str, counts: Mapping[str, np.ndarray]) -> None:
+    """One line, and one TensorBoard histogram per name, such as `gates/layer03/probs`; or nothing, as in `write`.
+
+    Args:
+      counts: `[bins]` integers each, how many values lie in each of so many equal parts of [0, 1].
+    """
+    if not self._histograms.add(step, split, {name: np.asarray(count).tolist() for name, count in counts.items()}):
+      return
+    for name, count in counts.items():
+      edges = np.linspace(0, 1, len(count) + 1)
+      middles = (edges[1:] + edges[:-1]) / 2
+      self._events.add_histogram_raw(
+          name, 0.0, 1.0, int(np.sum(count)), float(middles @ count), float(middles**2 @ count), edges[1:].tolist(),
+          np.asarray(count).tolist(), step)
+
+  def write_picture(self, step: int, name: str, path: Path) -> None:
+    """A picture in TensorBoard, from its file."""
+    with Image.open(path) as picture:
+      self._events.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
   def progress(self, step: int) -> None:
     """Moves the bar, on a terminal."""
@@ -70,9 +84,39 @@ class Journal:
 
   def close(self) -> None:
     self._bar.close()
-    with _naming(self._path.parent):
+    with _naming(self._path):
       self._events.close()
-      self._file.close()
+    self._metrics.close()
+    self._histograms.close()
+
+
+class _Lines:
+  """JSON lines with a step and a split, cut back to the step that training goes on from; a new file begins with its
+  first line."""
+
+  def __init__(self, path: Path, first_step: int):
+    self._path = path if hosts.is_writer() else Path(os.devnull)
+    kept = [line for line in read_lines(path) if line["step"] <= first_step]
+    if hosts.is_writer() and path.exists():
+      write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+    self._written = {(line["step"], line["split"]) for line in kept}
+    self._file = None
+
+  def add(self, step: int, split: str, values: Mapping[str, Any]) -> bool:
+    """Whether it was written: each (step, split) is once."""
+    if (step, split) in self._written:
+      return False
+    self._written.add((step, split))
+    with _naming(self._path):
+      self._file = self._file or self._path.open("a")
+      self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+      self._file.flush()
+    return True
+
+  def close(self) -> None:
+    if self._file:
+      with _naming(self._path):
+        self._file.close()
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -91,9 +135,16 @@ def write_json(path: Path, value: Any) -> None:
   write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_journal(workdir: Path) -> list[dict[str, Any]]:
-  """The records written so far, each with its `step` and `split`."""
-  return _readable_lines(workdir / METRICS_FILE)
+def read_lines(path: Path) -> list[dict[str, Any]]:
+  """The records of a journal's file, none if it is missing; a line cut short by a kill is no record."""
+  records = []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+      record = json.loads(line)
+      records.append({"step": record.pop("step"), "split": record.pop("split"), **record})
+    except (ValueError, KeyError, TypeError, AttributeError):
+      logging.warning("%s: dropped a line that is no record: %.60s", path, line)
+  return records
 
 
 @contextlib.contextmanager
@@ -103,15 +154,3 @@ def _naming(path: Path) -> Iterator[None]:
     yield
   except OSError as error:
     raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-def _readable_lines(path: Path) -> list[dict[str, Any]]:
-  """The records of a journal; a line cut short by a kill is no record."""
-  records = []
-  for line in path.read_text().splitlines() if path.exists() else []:
-    try:
-      record = json.loads(line)
-      records.append({"step": record.pop("step"), "split": record.pop("split"), **record})
-    except (ValueError, KeyError, TypeError, AttributeError):
-      logging.warning("%s: dropped a line that is no record: %.60s", path, line)
-  return records

@@ -117,9 +117,11 @@ def streamed_steps(step: Callable) -> Callable:
 
 
 def image_scores(logits: Array, labels: Array) -> dict[str, Array]:
-  """For each image, `[B]`: whether it is `correct`, and its `cross_entropy`."""
+  """For each image, `[B]`: its `predicted` class, whether that is `correct`, and its `cross_entropy`."""
+  predicted = jnp.argmax(logits, -1)
   return {
-      "correct": jnp.argmax(logits, -1) == labels,
+      "predicted": predicted,
+      "correct": predicted == labels,
       "cross_entropy": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
   }
 

@@ -1,8 +1,10 @@
+import dataclasses
 import functools
 import importlib
 import json
 import math
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import tiny_cli
 from event_files import events
 
+from gating_jax.data import sources
 from gating_jax.data.sources import DatasetNotPreparedError
 from gating_jax.experiments import classification
 from gating_jax.models import resnet
@@ -36,7 +39,7 @@ def config(monkeypatch):
 
 def test_the_settings_as_they_stand_are_right(config):
   assert classification.build(config()).settings == LoopSettings(
-      total_steps=2 * STEPS_PER_EPOCH, log_every=50, checkpoint_every=STEPS_PER_EPOCH)
+      total_steps=2 * STEPS_PER_EPOCH, log_every=50, checkpoint_every=STEPS_PER_EPOCH, eval_every=4 * STEPS_PER_EPOCH)
 
 
 @pytest.mark.parametrize(
@@ -145,9 +148,9 @@ def evaluated(made, used):
 @pytest.mark.parametrize("backend", devices.BACKENDS)
 @pytest.mark.parametrize("batch_size", [8, 24, 1000])
 def test_evaluation_does_not_depend_on_batch_and_devices(config, monkeypatch, batch_size, backend):
-  result, gates = evaluated(config(**{"optim.batch_size": batch_size, "devices.backend": backend}), jax.devices())
+  result, _, gates = evaluated(config(**{"optim.batch_size": batch_size, "devices.backend": backend}), jax.devices())
   monkeypatch.setattr(jax, "device_count", lambda: 1)
-  reference, behaviour = evaluated(config(**{"optim.batch_size": 7}), jax.devices()[:1])
+  reference, _, behaviour = evaluated(config(**{"optim.batch_size": 7}), jax.devices()[:1])
   assert result["images"] == 360
   assert 0.01 < reference["accuracy"] < 0.5
   assert np.all(np.abs(behaviour.diagnosis.open_rates - 0.5) < 0.49)
@@ -247,3 +250,32 @@ def test_a_diverging_run_stops_and_its_last_good_checkpoint_stays(config, tmp_pa
   said = capsys.readouterr().out
   assert "checkpoint of step 11" in said
   assert "nan" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gating", ["channel", "none"])
+def test_a_report_is_that_of_the_training_wherever_the_run_stands(config, tmp_path, capsys, monkeypatch, gating):
+  wicked = tuple("<script>alert(1)</script>" if k == 3 else str(k) for k in range(10))
+  load = sources.load
+  monkeypatch.setattr(sources, "load", lambda *args: dataclasses.replace(load(*args), class_names=wicked))
+  made = config(**{"model.gating": gating, "eval_every": 1.0})
+  classification.run(made, tmp_path / "run", "train")
+  report = tmp_path / "run" / "report.html"
+  written = report.read_text()
+  assert "Result</h2>" in written
+  assert "Easiest and hardest images</h2>" in written
+  assert ("Gates over training</h2>" in written) == (gating == "channel")
+  assert ("This net has no gates" in written) == (gating == "none")
+  result = json.loads((tmp_path / "run" / "result.json").read_text())
+  assert f"{100 * result['accuracy']:.2f} %" in written
+  assert "<script" not in written
+  assert (tmp_path / "run" / "histograms.jsonl").exists() == (gating == "channel")
+  report.write_text("old")
+  classification.run(made, tmp_path / "run", "report")
+  assert f"report of the checkpoint of step 22: {report}" in capsys.readouterr().out
+  assert report.read_text() == written
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "22")
+  (tmp_path / "run" / "result.json").unlink()
+  classification.run(made, tmp_path / "run", "report")
+  assert "Step 11 of 22" in report.read_text()
+  assert not (tmp_path / "run" / "result.json").exists()

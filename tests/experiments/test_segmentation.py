@@ -101,7 +101,8 @@ def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_end(config, tmp_pa
   for picture in ("scenes.png", "gates.png"):
     assert (tmp_path / picture).stat().st_size > 10_000
   report = (tmp_path / "report.html").read_text()
-  assert all(f"{title}</h2>" in report for title in ("Accuracy and cost", "Easy and hard images", "scenes"))
+  assert all(f"{title}</h2>" in report for title in (
+      "Score and multiply-accumulates", "Easiest and hardest scenes", "Some scenes"))
   assert "Gates and classes</h2>" not in report  # a scene has no class of its own
   shutil.rmtree(tmp_path / "checkpoints" / "10")
   (tmp_path / "result.json").unlink()

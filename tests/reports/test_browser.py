@@ -1,66 +1,53 @@
-"""Pages opened in a real browser: everything is loaded, nothing is said on the console, nothing is too wide."""
-
-import re
-import shutil
-import subprocess
-
 import numpy as np
 import pytest
+import report_data
+from browser import BROWSER, look_at
 
-from gating_jax.reports import image_rows, page
+from gating_jax.reports import image_report, image_rows, page
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome")]
-AUDIT = """<script>onload = () => { document.title = [
-  [...document.images].filter(i => !i.naturalWidth).length, document.images.length,
-  Math.max(0, document.documentElement.scrollWidth - innerWidth)].join(" ") }</script>"""
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")]
 
 
-def opened(html, folder):
-  """`(broken images, images, pixels too wide, what was said on the console)`."""
-  path = folder / "page.html"
-  path.write_text(html)
-  done = subprocess.run(
-      [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}",
-       "--window-size=500,900", "--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom", path.as_uri()],
-      capture_output=True, text=True, timeout=120, check=True)
-  title = re.search(r"<title>(.*?)</title>", done.stdout)[1]
-  numbers = [int(word) for word in title.split()] if re.fullmatch(r"\d+ \d+ \d+", title) else [None] * 3
-  return *numbers, re.findall(r"CONSOLE.*", done.stderr)
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("kind", ["gated", "ungated", "scenes"])
+def test_a_report_loads_and_fits(tmp_path, kind, width):
+  run = report_data.run(kind)
+  image_report.write(tmp_path / "report.html", run)
+  found = look_at(tmp_path / "report.html", width)
+  assert found["images"] == {"gated": 12, "ungated": 3, "scenes": 11}[kind]
+  assert (found["messages"], found["broken"], found["wide"], found["scrolls"]) == ([], [], [], False)
+  assert found["headings"][0] == "Result"
+  assert found["headings"] == [section.title for section in image_report.sections(run)]
 
 
-def whole_page():
+@pytest.mark.parametrize(("body", "what"), [
+    ('<img alt="gone" src="missing.png">', "broken"),
+    ('<img alt="gone" src="data:image/png;base64,AAAA">', "broken"),
+    ('<script>throw new Error("x")</script>', "messages"),
+    ('<script>console.log("x")</script>', "messages"),
+    ('<p style="width: 400px">wide</p>', "wide"),
+])
+def test_what_is_wrong_is_seen(tmp_path, body, what):
+  (tmp_path / "page.html").write_text(f"<!DOCTYPE html><body>{body}</body>")
+  found = look_at(tmp_path / "page.html")
+  assert found[what]
+  (tmp_path / "page.html").write_text("<!DOCTYPE html><body>fine</body>")
+  assert not look_at(tmp_path / "page.html")[what]
+
+
+def test_all_kinds_of_parts_load_and_fit(tmp_path):
   rows = lambda file: image_rows.draw(file, [np.zeros((8, 4, 4, 3), np.uint8)], ["a row"])
-  return page.render("A run " + "of_a_long_name" * 20, [
+  page.write(tmp_path / "page.html", "A run " + "of_a_long_name" * 20, [
       page.Section("Listing", "x" * 300, [page.Listing("y" * 400)]),
       page.Section("Table", parts=[page.Table([f"column {i}" for i in range(30)], [["1"] * 30])]),
-      page.Section("Pictures", parts=[page.drawn(rows, "Images."), page.drawn(rows, "Images.")])], "z" * 300)
-
-
-def audited(html):
-  """The page with a script of ours, which its policy would not let run."""
-  return re.sub(r"<meta http-equiv.*?>", "", html).replace("</body>", AUDIT + "</body>")
-
-
-def test_the_page_says_nothing_and_runs_no_script(tmp_path):
-  assert opened(whole_page(), tmp_path)[3] == []
-
-
-def test_every_picture_is_there_and_nothing_is_wider_than_the_window(tmp_path):
-  assert opened(audited(whole_page()), tmp_path) == (0, 2, 0, [])
-
-
-def test_the_audit_sees_what_is_wrong(tmp_path):
-  broken = whole_page().replace("data:image/png;base64,", "data:image/png;base64,AAAA", 1)
-  wide = broken.replace("<nav>", '<div style="width: 3000px">wide</div><nav>')
-  failing = audited(wide).replace("<nav>", "<script>nothing.at.all</script><nav>")
-  bad, images, too_wide, said = opened(failing, tmp_path)
-  assert (bad, images) == (1, 2)
-  assert too_wide > 2000
-  assert "nothing is not defined" in said[0]
+      page.Section("Pictures", parts=[page.drawn(rows, "Images."), page.drawn(rows, "Images.", 500)])], "z" * 300)
+  found = look_at(tmp_path / "page.html")
+  assert found["images"] == 2
+  assert (found["messages"], found["broken"], found["wide"], found["scrolls"]) == ([], [], [], False)
 
 
 def test_scripts_in_a_page_do_not_run(tmp_path):
-  *_, said = opened(whole_page().replace("<nav>", "<script>nothing.at.all</script><nav>"), tmp_path)
-  assert len(said) == 1
-  assert "Content Security Policy" in said[0]
+  html = page.render("A run", [page.Section("One")]).replace("<nav>", "<script>nothing.at.all</script><nav>")
+  (tmp_path / "page.html").write_text(html)
+  (said,) = look_at(tmp_path / "page.html")["messages"]
+  assert "Content Security Policy" in said

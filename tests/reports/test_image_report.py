@@ -1,68 +1,136 @@
+import io
+
 import numpy as np
 import pytest
+import report_data
 
-from gating_jax.ops.priors import beta
-from gating_jax.reports import image_report, page
-from gating_jax.training import diagnosis
-from gating_jax.training.evaluation import GateBehaviour
-
-M, LAYERS = 200, [("first", 2), ("second", 3)]
+from gating_jax.reports import gate_pictures, image_pictures, image_report, lettering, page
 
 
-def behaviour(rates, classes=3, correct=True):
-  """Gates that open for the first so many of the images."""
-  places = np.arange(M)
-  logits = np.asarray([rate * M - 0.5 for rate in rates]) - places[:, None]
-  labels = places % classes
-  found = diagnosis.diagnose(diagnosis.tally(logits > 0, diagnosis.open_probs(logits, 0.0), labels, classes))
-  class_rates = np.stack([(logits[labels == k] > 0).mean(axis=0) for k in range(classes)])
-  return GateBehaviour(found, logits, class_rates, np.argsort(-logits, axis=0, kind="stable")[:8], 50.0 + places % 7,
-                       np.sin(places) + 1, places % 2 == 0 if correct else None)
+def section(run, title):
+  (found,) = [s for s in image_report.sections(run) if s.title.startswith(title)]
+  return found
 
 
-def sections(seen, class_names=("a", "b", "c"), history=()):
-  asked = []
-
-  def read(places):
-    asked.append(list(places))
-    return np.zeros((len(places), 4, 4, 1), np.uint8), np.asarray(places) % 3
-
-  result = {"ungated_macs": 100, "layers": diagnosis.by_layer(seen.diagnosis, LAYERS)}
-  made = list(image_report.gate_sections(seen, result, prior=beta(0.6, 0.4), layers=LAYERS, read=read,
-                                         class_names=class_names, history=history))
-  return {section.title: section for section in made}, asked
+def captions(found):
+  return [part.caption for part in found.parts if isinstance(part, page.Picture)]
 
 
-def test_selective_gates_are_shown_with_the_images_that_open_them():
-  made, asked = sections(behaviour((0.5, 0.04, 0.0, 0.08, 1.0)))
-  assert asked[:2] == [list(range(8)), list(range(8))]  # of two gates: one is always closed, two open more often
-  assert len(made["The most selective gates"].parts) == 1
-  hardest = np.argsort(-(np.sin(np.arange(M)) + 1))[:8]
-  assert asked[-1] == list(hardest)
+@pytest.fixture
+def drawn(monkeypatch):
+  """The brightest pixel of each image, and the text, of every picture of images that is drawn."""
+  calls, draw = [], image_pictures.draw_images
+
+  def record(pixels, texts):
+    calls.append((pixels.max(axis=(1, 2, 3)).tolist(), list(texts)))
+    return draw(pixels, texts)
+
+  monkeypatch.setattr(image_pictures, "draw_images", record)
+  return calls
 
 
-def test_where_no_gate_is_selective_it_says_so():
-  made, asked = sections(behaviour((0.5, 0.3, 0.0, 0.2, 1.0)))
-  assert not made["The most selective gates"].parts
-  assert "No gate opens for under 10 %" in made["The most selective gates"].text
-  assert len(asked) == 2  # the easiest and the hardest
+def test_a_selective_gate_is_shown_with_the_images_that_open_it(drawn):
+  found = section(report_data.run(), "The most selective gates")
+  assert found.text.startswith("Of 5 gates, 1 are open for some images but fewer than 10 %. Below, 1 of them")
+  assert captions(found) == [
+      "Layer 01 stage2/conv1, gate 0: open for 3.3 % of images; 5 % of “$b$”, 5 % of “a class of a v…”."]
+  assert drawn[:1] == [([4 * 11, 4 * 7], ["a class of a v…", "$b$"])]
 
 
-@pytest.mark.parametrize(("tests", "pictures"), [(0, 1), (1, 1), (2, 2)])
-def test_a_history_is_drawn_where_there_is_one(tests, pictures):
-  history = [{"accuracy": 0.1 * i, "mac_ratio": 0.5} for i in range(tests)]
-  made, _ = sections(behaviour((0.5, 0.3, 0.0, 0.2, 1.0)), history=history)
-  assert len(made["Accuracy and cost"].parts) == pictures
+def test_where_no_gate_is_selective_those_open_least_are_shown(drawn, monkeypatch):
+  monkeypatch.setattr(report_data, "LOGITS", np.where(np.arange(5) == 3, np.float32(-5), report_data.LOGITS))
+  found = section(report_data.run(), "The most selective gates")
+  assert "0 are open for some images but fewer than 10 %. Below, the 2 that are open least" in found.text
+  assert [caption.partition(":")[0] for caption in captions(found)] == [
+      "Layer 00 stage1/conv1, gate 2", "Layer 01 stage2/conv1, gate 1"]
+  assert drawn[0][0] == [0, 12, 24, 36, 48, 60, 72, 84], "of equal logits the first images"
 
 
-def test_images_without_a_class_have_no_part_about_classes():
-  made, _ = sections(behaviour((0.5, 0.04, 0.0, 0.08, 1.0), classes=1, correct=False), class_names=None)
-  assert "Gates and classes" not in made
-  assert {"Accuracy and cost", "What gates do", "Easy and hard images"} <= made.keys()
+def test_rates_decide_the_order_of_selective_gates():
+  rates = np.array([1.0, 0.0, 0.05, 0.004, 0.5, 0.01, 0.009, 0.0999, 0.1])
+  assert image_report._selected(rates).tolist() == [5, 2, 7, 6, 3]
+  assert image_report._selected(np.array([0.3, 1.0, 0.2])).tolist() == [2, 0]
+  assert image_report._selected(np.array([0.0, 1.0])).tolist() == []
 
 
-def test_a_class_named_like_a_script_is_text():
-  made, _ = sections(behaviour((0.5, 0.04, 0.0, 0.08, 1.0)), class_names=("<script>alert(1)</script>", "b", "c"))
-  html = page.render("A run", list(made.values()))
-  assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+def test_the_easiest_and_hardest_images_have_their_class_loss_and_macs(drawn):
+  section(report_data.run(), "Easiest and hardest")
+  (easy, easy_texts), (hard, hard_texts) = drawn[-2:]
+  assert easy == [4 * i for i in range(8)]
+  assert hard == [4 * i for i in range(59, 51, -1)]
+  assert easy_texts[0] == "<script>alert(…\nright\n0 · 0.00075 M"  # gates 0, 2 and 4: 450 MACs are always spent
+  assert hard_texts[0] == "a class of a v…\n→ $b$\n59 · 0.00065 M"
+
+
+def test_what_gates_tell_of_the_class(monkeypatch):
+  seen = {}
+  bars, table = gate_pictures.draw_class_bars, gate_pictures.draw_class_map
+  monkeypatch.setattr(gate_pictures, "draw_class_bars", lambda *args: seen.update(bars=args) or bars(*args))
+  monkeypatch.setattr(gate_pictures, "draw_class_map", lambda *args: seen.update(map=args) or table(*args))
+  section(report_data.run(), "Gates and classes")
+  rates, names, classes = seen["map"]
+  assert names[0] == "00:2", "is open for class 0 alone"
+  np.testing.assert_allclose(rates[0], [1, 0, 0])
+  assert "01:1" in names
+  assert not {"00:0", "00:1"} & set(names), "are the same for all images"
+  assert seen["bars"][1][0] == "00:2: 0.89 bits, open for 33 %"  # H(1/3) less what chance adds
+  assert list(classes) == list(report_data.CLASSES)
+
+
+def test_sections_that_make_no_sense_are_left_out_or_say_so():
+  titles = lambda run: [s.title for s in image_report.sections(run)]
+  assert titles(report_data.run()) == [
+      "Result", "Score and multiply-accumulates", "Gates of each layer", "Gates over training",
+      "The most selective gates, and the images that open them", "Gates and classes", "Easiest and hardest images",
+      "Settings"]
+  assert titles(report_data.run("scenes")) == [
+      "Result", "Score and multiply-accumulates", "Some scenes", "Gates of each layer", "Gates over training",
+      "The most selective gates, and the scenes that open them", "Easiest and hardest scenes", "Settings"]
+  ungated = report_data.run("ungated")
+  assert titles(ungated) == [
+      "Result", "Score and multiply-accumulates", "Gates", "Easiest and hardest images", "Settings"]
+  assert section(ungated, "Score").text == "Every image takes the same multiply-accumulates: 1,000."
+  assert "A line that falls says" in captions(section(report_data.run(), "Score"))[-1]  # of the accuracy
+  assert "A line that rises says" in captions(section(report_data.run("scenes"), "Score"))[-1]  # of the loss
+  once = report_data.run(tests=[report_data.run().tests[-1]])
+  assert "tested once" in section(once, "Score").text
+  assert len(captions(section(once, "Score"))) == 1
+
+
+def test_the_page_escapes_what_the_data_set_says():
+  run = report_data.run()
+  html = page.render(run.title, image_report.sections(run), run.subtitle)
   assert "<script" not in html
+  assert "tiny on &lt;b&gt;" in html
+  assert "&lt;i&gt;digits" in html
+
+
+@pytest.mark.parametrize(("layers", "classes", "gates"), [(100, 1000, 60), (1, 2, 1), (30, 41, 2)])
+def test_pictures_of_many_and_few_are_as_wide_and_not_too_tall(layers, classes, gates):
+  rng = np.random.default_rng(0)
+  names = gate_pictures.layer_names([("a_very_long_name_of_a/layer", 4)] * layers)
+  counts = {f"gates/layer{i:02d}/{m}": rng.integers(0, 9, 40) for i in range(layers) for m in ("probs", "open_rates")}
+  history, rates = [{"step": 10 * i, **counts} for i in range(3)], rng.random((gates, classes))
+  texts = [f"class {i}" for i in range(classes)]
+  figures = [gate_pictures.draw_histograms(history, names, "probs"), gate_pictures.draw_cdfs(history, names, None),
+             gate_pictures.draw_class_map(rates, ["00:1"] * gates, texts),
+             gate_pictures.draw_class_bars(rates[:6], ["one"] * min(gates, 6), texts)]
+  for figure in figures:
+    width, height = figure.get_size_inches()
+    assert (width, height < 16) == (5, True)
+    lettering.save(figure, io.BytesIO())
+  assert len(figures[0].axes) == -(-min(layers, 24) // 3) * 3
+  assert len(figures[2].axes[0].get_xticklabels()) == min(classes, 40)
+
+
+def test_the_class_map_keeps_the_classes_that_differ_most():
+  rates = np.full((3, 50), 0.5)
+  rates[:, 45] = 0, 1, 0
+  figure = gate_pictures.draw_class_map(rates, ["a", "b", "c"], [f"class {i}" for i in range(50)])
+  assert "class 45" in [label.get_text() for label in figure.axes[0].get_xticklabels()]
+
+
+def test_large_images_are_made_small():
+  rng = np.random.default_rng(0)
+  figure = image_pictures.draw_images(rng.integers(0, 256, (2, 300, 600, 3), np.uint8), ["a", "b"])
+  assert [axes.images[0].get_array().shape for axes in figure.axes[:2]] == [(64, 128, 3)] * 2

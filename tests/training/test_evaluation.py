@@ -24,7 +24,8 @@ def images():
 
 def run(pixels, _, gated=True):
   at = pixels.ravel()
-  results = {"correct": CORRECT[at], "cross_entropy": at.astype(np.float32)}
+  results = {"correct": CORRECT[at], "predicted": np.where(CORRECT[at], at % 2, 1 - at % 2),
+             "cross_entropy": at.astype(np.float32)}
   if gated:
     results |= {"gates": LOGITS[at] > 0, "gate_logits": LOGITS[at], "macs": 200.0 * (LOGITS[at] > 0).sum(axis=1)}
   return results
@@ -32,7 +33,7 @@ def run(pixels, _, gated=True):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 36, 37, 38, 1000])
 def test_every_image_counts_once(batch_size):
-  result, behaviour = evaluation.evaluate(run, batches.cover(images(), batch_size), COUNTS, **GATES)
+  result, _, behaviour = evaluation.evaluate(run, batches.cover(images(), batch_size), COUNTS, **GATES)
   rates = (LOGITS > 0).mean(axis=0)
   assert 0 < CORRECT.mean() < 1
   assert np.all((rates > 0.01) & (rates < 0.99))
@@ -55,15 +56,10 @@ def test_every_image_counts_once(batch_size):
   assert len({np.mean(q) for q in quarters}) == 4
   np.testing.assert_allclose(behaviour.diagnosis.open_rates, rates, rtol=1e-12)
   np.testing.assert_array_equal(behaviour.logits, LOGITS)
-  np.testing.assert_array_equal(behaviour.top_images, np.argsort(-LOGITS, axis=0)[:8])
-  np.testing.assert_allclose(behaviour.class_rates, [(LOGITS[k::2] > 0).mean(axis=0) for k in (0, 1)])
-  np.testing.assert_array_equal(behaviour.macs, macs)
-  np.testing.assert_array_equal(behaviour.losses, np.arange(M))
-  np.testing.assert_array_equal(behaviour.correct, CORRECT)
 
 
 def test_an_ungated_net_spends_all_its_macs():
-  result, behaviour = evaluation.evaluate(
+  result, _, behaviour = evaluation.evaluate(
       lambda pixels, labels: run(pixels, labels, gated=False), batches.cover(images(), 8), COUNTS, **GATES)
   assert behaviour is None
   assert (result["macs"], result["mac_ratio"]) == (1000, 1.0)
@@ -72,13 +68,13 @@ def test_an_ungated_net_spends_all_its_macs():
 
 
 def test_results_are_plain_numbers():
-  result, _ = evaluation.evaluate(run, batches.cover(images(), 8), COUNTS, **GATES)
+  result, *_ = evaluation.evaluate(run, batches.cover(images(), 8), COUNTS, **GATES)
   assert {type(value) for value in result.values()} == {int, float}
 
 
 def test_gate_logits_are_kept_of_the_first_images(monkeypatch):
   monkeypatch.setattr(evaluation, "_KEPT_EXAMPLES", 20)
-  _, behaviour = evaluation.evaluate(run, batches.cover(images(), 8), COUNTS, **GATES)
+  _, _, behaviour = evaluation.evaluate(run, batches.cover(images(), 8), COUNTS, **GATES)
   np.testing.assert_array_equal(behaviour.logits, LOGITS[:20])
   np.testing.assert_allclose(behaviour.diagnosis.open_rates, (LOGITS > 0).mean(axis=0))
 
@@ -92,3 +88,55 @@ def test_hard_images_are_those_of_large_loss():
   backwards = mac_spread(macs, -losses)
   assert backwards["macs_of_quarter1"] == pytest.approx(935)
   assert backwards["macs_p50"] == spread["macs_p50"] == pytest.approx((104 + 910) / 2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+@pytest.mark.parametrize("classes", [2, None])
+def test_what_is_kept_of_each_image(batch_size, classes):
+  _, kept, gates = evaluation.evaluate(run, batches.cover(images(), batch_size), COUNTS, classes=classes, noise_scale=1)
+  np.testing.assert_array_equal(kept.macs, 1000 - 600 + 50 + 200 * (LOGITS > 0).sum(axis=1))
+  np.testing.assert_array_equal(kept.losses, np.arange(M))
+  np.testing.assert_array_equal(kept.correct, CORRECT)
+  np.testing.assert_array_equal(kept.predicted % 2 == np.arange(M) % 2, CORRECT)
+  if classes is None:
+    assert kept.labels is gates.class_rates is None
+    return
+  np.testing.assert_array_equal(kept.labels, np.arange(M) % 2)
+  np.testing.assert_allclose(gates.class_rates, [(LOGITS[k::2] > 0).mean(axis=0) for k in (0, 1)])
+
+
+def test_macs_of_an_ungated_net_are_those_of_the_net():
+  _, kept, _ = evaluation.evaluate(
+      lambda pixels, labels: run(pixels, labels, gated=False), batches.cover(images(), 8), COUNTS, **GATES)
+  np.testing.assert_array_equal(kept.macs, np.full(M, 1000))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+def test_the_images_that_fire_a_gate_are_those_of_its_largest_logits(monkeypatch, batch_size):
+  logits = LOGITS.copy()
+  logits[:, 0] = -1
+  logits[[30, 4, 11], 0] = 3, 5, 3
+  monkeypatch.setitem(globals(), "LOGITS", logits)
+  *_, gates = evaluation.evaluate(run, batches.cover(images(), batch_size), COUNTS, **GATES)
+  assert gates.firing[:, 0].tolist() == [4, 11, 30, -1, -1, -1, -1, -1]
+  for gate in (1, 2):
+    assert gates.firing[:, gate].tolist() == sorted(range(M), key=lambda i: -logits[i, gate])[:8]
+
+
+def test_a_class_without_images_has_no_rate():
+  *_, gates = evaluation.evaluate(run, batches.cover(images(), 8), COUNTS, classes=3, noise_scale=1)
+  assert np.isnan(gates.class_rates[2]).all()
+  assert not np.isnan(gates.class_rates[:2]).any()
+
+
+def test_histograms_of_each_layer():
+  *_, gates = evaluation.evaluate(run, batches.cover(images(), 8), COUNTS, **GATES)
+  found = evaluation.histograms(gates, (("a", 1), ("b", 1), ("c", 1)))
+  assert list(found) == [f"gates/layer0{i}/{name}" for i in range(3) for name in ("probs", "open_rates")]
+  assert {len(counts) for counts in found.values()} == {evaluation.BINS}
+  assert [int(counts.sum()) for counts in found.values()] == [M, 1] * 3
+  is_open = LOGITS > 0
+  assert len(set(is_open.sum(axis=0))) == 3
+  for i in range(3):
+    assert found[f"gates/layer0{i}/probs"][evaluation.BINS // 2 :].sum() == is_open[:, i].sum()
+    assert found[f"gates/layer0{i}/open_rates"][int(is_open[:, i].mean() * evaluation.BINS)] == 1

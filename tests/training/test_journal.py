@@ -1,11 +1,21 @@
 import json
 
+import numpy as np
 import pytest
-from event_files import events
+from event_files import events, summaries
+from PIL import Image
 from tqdm import tqdm
 
 from gating_jax.training import journal
-from gating_jax.training.journal import METRICS_FILE, TENSORBOARD_DIR, Journal, write_atomically, write_json
+from gating_jax.training.journal import (
+    HISTOGRAMS_FILE,
+    METRICS_FILE,
+    TENSORBOARD_DIR,
+    Journal,
+    read_lines,
+    write_atomically,
+    write_json,
+)
 
 
 @pytest.fixture
@@ -149,3 +159,39 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
   with pytest.raises(OSError, match="disk"):
     write_atomically(file, "new")
   assert file.read_text() == "old"
+
+
+def test_histograms_are_cut_back_as_metrics_are(tmp_path, open_journal):
+  killed = open_journal(0)
+  for step in (2, 4, 6):
+    killed.write_histograms(step, "test", {"gates/layer00/probs": np.array([step, 1])})
+  killed.write_histograms(6, "test", {"gates/layer00/probs": np.array([0, 0])})
+  killed.close()
+  resumed = open_journal(4)
+  assert [line["step"] for line in read_lines(tmp_path / HISTOGRAMS_FILE)] == [2, 4]
+  resumed.write_histograms(6, "test", {"gates/layer00/probs": np.array([60, 1])})
+  resumed.close()
+  assert [(line["step"], line["gates/layer00/probs"]) for line in read_lines(tmp_path / HISTOGRAMS_FILE)] == [
+      (2, [2, 1]), (4, [4, 1]), (6, [60, 1])]
+  shown = [(step, value.histo) for step, value in summaries(tmp_path) if value.tag == "gates/layer00/probs"]
+  step, last = shown[-1]
+  assert step == 6
+  assert (list(last.bucket), list(last.bucket_limit), last.num) == ([60, 1], [0.5, 1.0], 61)
+  assert (last.sum, last.sum_squares) == pytest.approx((60 / 4 + 3 / 4, 60 / 16 + 9 / 16))
+
+
+def test_a_run_without_histograms_has_no_file_of_them(tmp_path, open_journal):
+  one = open_journal(0)
+  one.write(1, "train", {"loss": 1})
+  one.close()
+  assert not (tmp_path / HISTOGRAMS_FILE).exists()
+  assert read_lines(tmp_path / HISTOGRAMS_FILE) == []
+
+
+def test_a_picture_is_in_tensorboard(tmp_path, open_journal):
+  Image.new("RGB", (5, 3), "red").save(tmp_path / "a.png")
+  one = open_journal(0)
+  one.write_picture(7, "pictures/a", tmp_path / "a.png")
+  one.close()
+  ((step, value),) = [(step, value) for step, value in summaries(tmp_path) if value.tag == "pictures/a"]
+  assert (step, value.image.width, value.image.height) == (7, 5, 3)

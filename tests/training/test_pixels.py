@@ -94,7 +94,7 @@ def test_padding_of_the_last_batch_does_not_count(size):
   scenes = Images(np.arange(6, dtype=np.uint8).reshape(6, 1, 1, 1), TRUTH, tuple("abcd"))
   run = jax.jit(lambda images, labels: pixels.pixel_scores(jnp.asarray(LOGITS)[images.ravel()], labels))
   counts = ModelCounts(params=1, gate_params=0, gates=0, macs=10, gate_macs=0, gated=0)
-  result, _ = evaluation.evaluate(run, batches.cover(scenes, size), counts,
+  result, *_ = evaluation.evaluate(run, batches.cover(scenes, size), counts,
                                   lambda sums, _: pixels.summarise(sums, "abcd"), classes=None, noise_scale=1.0)
   whole = jax.device_get(pixels.pixel_scores(LOGITS, TRUTH))
   expected = pixels.summarise({name: values.sum(axis=0) for name, values in whole.items()}, "abcd")

@@ -165,7 +165,7 @@ def evaluated(batch_size, used, backend="pmap"):
 @pytest.mark.parametrize("batch_size", [8, 24, 1000])
 def test_evaluation_covers_every_image_once_whatever_the_batch_and_the_devices(batch_size, backend):
   eight, one = evaluated(batch_size, jax.devices(), backend), evaluated(7, jax.devices()[:1])
-  assert eight.keys() == one.keys() == {"correct", "cross_entropy", "macs", "gates", "gate_logits"}
+  assert eight.keys() == one.keys() == {"predicted", "correct", "cross_entropy", "macs", "gates", "gate_logits"}
   assert all(len(value) == 37 for value in eight.values())
   assert 0 < one["correct"].mean() < 1
   assert np.all((one["gates"].mean(axis=0) > 0) & (one["gates"].mean(axis=0) < 1))
@@ -197,5 +197,5 @@ def test_evaluation_counts_the_macs_of_open_gates():
 
 def test_evaluation_of_an_ungated_net_has_no_gates():
   results = steps.make_eval_step(tiny.net("none"), tiny.normalise)(tiny.state(OPTIMISER, "none"), *tiny.images(5))
-  assert set(results) == {"correct", "cross_entropy"}
+  assert set(results) == {"predicted", "correct", "cross_entropy"}
   assert results["correct"].shape == results["cross_entropy"].shape == (5,)

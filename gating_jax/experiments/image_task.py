@@ -1,0 +1,94 @@
+"""What the labels of images mean to a run, and what it leaves for people: pictures, a file of gates, its report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jax
+
+from gating_jax.experiments import settings
+from gating_jax.experiments.build import Experiment
+from gating_jax.reports import firing, gate_table, image_report, lettering, table
+from gating_jax.training import evaluation, rundir, steps
+from gating_jax.training.journal import HISTOGRAMS_FILE, METRICS_FILE, Journal, read_lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What the labels of images mean for training, for the test and for who reads its result.
+
+  Attributes:
+    prepare: `(experiment, key, uint8 pixels) -> network input`, augmented.
+    scores: `(logits, labels) -> results` of each image, as in `steps.make_eval_step`.
+    summarise: as in `evaluation.evaluate`.
+    rows: the result as names and values, for people.
+    noun: what is tested.
+    score: key of the score among the result's numbers, and its name.
+    classes: how many there are of images, for what gates tell of them; None where an image has none of its own.
+    draw: `(experiment, state) -> {file name: (figure, caption)}`, further pictures.
+  """
+
+  prepare: Callable[[Experiment, jax.Array, jax.Array], jax.Array]
+  scores: Callable[[jax.Array, jax.Array], dict[str, jax.Array]]
+  summarise: Callable[[Experiment, Mapping[str, Any], int], dict[str, float]]
+  rows: Callable[[Mapping[str, Any]], list[tuple[str, str]]]
+  noun: str = "image"
+  score: tuple[str, str] = ("accuracy", "accuracy")
+  classes: Callable[[Experiment], int | None] = lambda experiment: len(experiment.test.class_names)
+  draw: Callable[[Experiment, steps.TrainState], Mapping[str, tuple[Any, str]]] = lambda *_: {}
+
+  def render(self, result: Mapping[str, Any]) -> str:
+    """The result as text."""
+    return table.lines(self.rows(result), result.get("layers"))
+
+
+def write_files(
+    task: Task, experiment: Experiment, run_dir: rundir.RunDir, state: Any, journal: Journal, step: int,
+    result: Mapping[str, Any], images: evaluation.ImageBehaviour, gates: evaluation.GateBehaviour | None,
+) -> None:
+  """Pictures, a file of gates and the report, of a run that has come to its end."""
+  drawn, names = task.draw(experiment, state), []
+  for name, (figure, _) in drawn.items():
+    lettering.save(figure, run_dir.path / name)
+    names.append(name)
+  if gates is not None:
+    firing.draw(run_dir.path / "gates.png", gates.logits, gates.diagnosis.open_rates, experiment.objective.prior)
+    gate_table.write(run_dir.path / "gates.csv", gates.diagnosis, experiment.counts.gate_layers)
+    names.append("gates.png")
+  for name in names:
+    journal.write_picture(step, f"pictures/{Path(name).stem}", run_dir.path / name)
+  write_report(task, experiment, run_dir, step, result, images, gates, drawn)
+
+
+def write_report(
+    task: Task, experiment: Experiment, run_dir: rundir.RunDir, step: int, result: Mapping[str, Any],
+    images: evaluation.ImageBehaviour, gates: evaluation.GateBehaviour | None,
+    drawn: Mapping[str, tuple[Any, str]] = MappingProxyType({}),
+) -> None:
+  """Writes `report.html` of the state of `step`; the rest is what the test found of it, and what `task.draw` drew."""
+  config, counts, total = experiment.config, experiment.counts, experiment.settings.total_steps
+  before = lambda file: [line for line in read_lines(run_dir.path / file)
+                         if line["split"] == "test" and line["step"] < step]
+  histograms = evaluation.histograms(gates, counts.gate_layers) if gates is not None else {}
+  pulled = config.loss.regulariser == "batch_shaping" and config.loss.batch_shaping.coefficient > 0
+  image_report.write(run_dir.report, image_report.ImageRun(
+      title=f"{config.model.name} on {config.data.name}",
+      subtitle=f"Step {step:,} of {total:,}. Gates: {config.model.gating}. gating_jax.",
+      noun=task.noun,
+      rows=task.rows(result),
+      score=task.score,
+      tests=[*before(METRICS_FILE), {"step": step, **result}],
+      histograms=[*before(HISTOGRAMS_FILE), {"step": step, **histograms}],
+      macs=counts.macs,
+      images=images,
+      gates=gates,
+      layers=counts.gate_layers,
+      class_names=experiment.test.class_names if task.classes(experiment) else None,
+      prior=experiment.objective.prior if pulled else None,
+      config=[(name, str(value)) for name, value in settings.flatten(config)],
+      read=lambda index: experiment.test.read(index)[0],
+      pictures=list(drawn.values())))
