@@ -13,14 +13,19 @@ from ml_collections import config_flags
 
 from gating_jax.checks import one_of
 
-MODES = ("train", "evaluate", "report")
+COMPARE = "compare"
+MODES = ("train", "evaluate", "report", COMPARE)
 EXPERIMENTS = ("classification", "continual", "long_video", "segmentation")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A config file such as configs/digits_resnet20.py; its fields can be overridden as "
     "--config.optim.learning_rate=0.05.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run directory: new, or one to go on with.")
-_MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; evaluate and report look at a run that is there.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run directory: new, or one to go on with; those to compare are separated by commas.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", MODES, "What to do; evaluate and report look at a run that is there, compare at any, without "
+    "--config.")
+_PAGE = flags.DEFINE_string("page", "comparison.html", "The page that --mode=compare writes.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Of a job of several processes: host:port of process 0, or auto on Cloud TPU or Slurm.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the job has.", lower_bound=1)
@@ -33,7 +38,7 @@ def main() -> None:
     name, equals, value = flag.partition("=")
     if name.lstrip("-") == "config":  # so that a config file can import its neighbours
       sys.path.append(str(Path((value if equals else following).partition(":")[0]).absolute().parent.parent))
-  flags.mark_flags_as_required(["config", "workdir"])
+  flags.mark_flag_as_required("workdir")
   app.run(_main, flags_parser=_parse)
 
 
@@ -70,17 +75,23 @@ def _main(argv: list[str]) -> int:
   if len(argv) > 1:
     print(f"error: unknown arguments {argv[1:]}", file=sys.stderr)
     return 2
+  if (_CONFIG.value is None) != (_MODE.value == COMPARE):
+    print(f"error: --config must be given, but not with --mode={COMPARE}", file=sys.stderr)
+    return 2
   logging.set_verbosity(logging.WARNING)
   import jax  # after the flags are checked, as what imports it
 
   from gating_jax.data.sources import DatasetNotPreparedError
-  from gating_jax.experiments import classification, continual, long_video, segmentation
+  from gating_jax.experiments import classification, compare, continual, long_video, segmentation
   from gating_jax.training import hosts
   from gating_jax.training.checkpoints import CheckpointError
   from gating_jax.training.loop import NonFiniteError
   from gating_jax.training.rundir import RunDirError
 
   try:
+    if _MODE.value == COMPARE:
+      compare.run([Path(folder) for folder in _WORKDIR.value.split(",")], Path(_PAGE.value))
+      return 0
     one_of("experiment", _CONFIG.value.experiment, EXPERIMENTS)
     if not _COORDINATOR.value and (_PROCESSES.value, _PROCESS.value) != (None, None):
       raise ValueError("coordinator must be given with processes and process; got none")

@@ -191,6 +191,22 @@ def test_a_report_is_written_anew(finished, tmp_path):
   assert {name: value for name, value in snapshot(workdir).items() if name in before} == before
 
 
+def test_runs_are_compared_without_a_config(finished, tmp_path):
+  before = snapshot(finished)
+  other = tmp_path / "finished"
+  shutil.copytree(finished, other)
+  compare = [sys.executable, "-m", "gating_jax.cli", "--mode=compare", f"--workdir={finished},{other}"]
+  done = subprocess.run(compare, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+  assert done.returncode == 0, done.stderr
+  accuracy = f"{100 * result(finished)['accuracy']:.2f} %"
+  assert re.search(rf"accuracy +{accuracy} +{accuracy}\n", done.stdout)
+  assert f"{tmp_path.name}/finished" in done.stdout
+  assert f"<td>{accuracy}</td><td>{accuracy}</td>" in (tmp_path / "comparison.html").read_text()
+  assert snapshot(finished) == before
+  code, _, err = finish(tmp_path / "new", "--mode=compare")
+  assert (code, err.strip()) == (2, "error: --config must be given, but not with --mode=compare")
+
+
 def test_another_config_is_refused(finished):
   before = snapshot(finished)
   code, out, err = finish(finished, **{"optim.momentum": 0.5})

@@ -8,9 +8,13 @@ import functools
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
+from gating_jax.reports.lettering import save
 from gating_jax.training.journal import write_atomically
+
+WIDTH = 5.0  # inches of a picture
+_DPI = 150
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,11 @@ def drawn(draw: Callable[[BinaryIO], None], caption: str, width: int | None = No
   file = io.BytesIO()
   draw(file)
   return Picture(file.getvalue(), caption, width)
+
+
+def pictured(figure: Any, caption: str) -> Picture:
+  """A matplotlib figure as a picture; one that is `WIDTH` wide fills a phone, its letters as large as the text's."""
+  return drawn(lambda file: save(figure, file, dpi=_DPI), caption, round(100 * figure.get_figwidth()))
 
 
 def render(title: str, sections: Sequence[Section], subtitle: str = "") -> str:

@@ -45,6 +45,13 @@ class RunDir:
     file = self.path / RESULT_FILE
     return _read(file) if file.exists() else None
 
+  def config(self) -> dict[str, Any]:
+    """What the run was begun with. Raises RunDirError where there is no run."""
+    file = self.path / CONFIG_FILE
+    if not file.exists():
+      raise RunDirError(f"workdir {self.path} holds no run: it has no {CONFIG_FILE}")
+    return _read(file)
+
   def finish(self, result: Mapping[str, Any]) -> None:
     """Marks the run as finished."""
     hosts.written(lambda: write_json(self.path / RESULT_FILE, dict(result)))
@@ -52,10 +59,9 @@ class RunDir:
 
 def existing_run(path: Path, config: ml_collections.ConfigDict) -> RunDir:
   """The run of `config` at `path`, to look at while it may be training. Raises RunDirError as `open_run` does."""
-  if not (path / CONFIG_FILE).exists():
-    raise RunDirError(f"workdir {path} holds no run: it has no {CONFIG_FILE}")
-  _compare(path, _read(path / CONFIG_FILE), json.loads(config.to_json()))
-  return RunDir(path)
+  run_dir = RunDir(path)
+  _compare(path, run_dir.config(), json.loads(config.to_json()))
+  return run_dir
 
 
 @contextlib.contextmanager
@@ -118,6 +124,18 @@ def run_mode(
       print(render(result))
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Nested mappings as one, names joined by dots.
+
+  >>> flatten({"optim": {"epochs": 3}, "seed": 0})
+  {'optim.epochs': 3, 'seed': 0}
+  """
+  flat = {}
+  for name, value in tree.items():
+    flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value})
+  return flat
+
+
 def _is_blank(path: Path) -> bool:
   """Whether `path` is a folder with nothing in it, but for what a start that was killed at once left there."""
   return path.is_dir() and {f.name for f in path.iterdir()} <= {_LOCK_FILE, CONFIG_FILE + TEMPORARY}
@@ -125,13 +143,16 @@ def _is_blank(path: Path) -> bool:
 
 def _read(file: Path) -> dict[str, Any]:
   try:
-    return json.loads(file.read_text())
+    found = json.loads(file.read_text())
   except ValueError as error:
     raise RunDirError(f"{file} is damaged: it must hold JSON ({error})") from None
+  if not isinstance(found, dict):
+    raise RunDirError(f"{file} is damaged: it must hold a JSON object; got {type(found).__name__}")
+  return found
 
 
 def _compare(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-  theirs, mine = _flatten(theirs), _flatten(mine)
+  theirs, mine = flatten(theirs), flatten(mine)
   lines = [
       f"  {name}: {theirs.get(name, '(absent)')!r} there, {mine.get(name, '(absent)')!r} here"
       for name in sorted(theirs.keys() | mine.keys())
@@ -141,10 +162,3 @@ def _compare(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> 
     raise RunDirError(
         f"workdir {path} holds a run of another config; name another workdir, or use its config. Difference:\n"
         + "\n".join(lines))
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat = {}
-  for name, value in tree.items():
-    flat.update(_flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value})
-  return flat

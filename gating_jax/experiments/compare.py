@@ -1,0 +1,60 @@
+"""Reads the run directories of any experiments, finished or not, and writes a page that compares them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gating_jax.reports import comparison, page
+from gating_jax.training import rundir
+from gating_jax.training.journal import METRICS_FILE, read_lines
+
+
+def run(folders: Sequence[Path], page_file: Path) -> None:
+  """Prints the comparison and writes its page.
+
+  Args:
+    folders: run directories, at least one.
+    page_file: not there yet, or the page of an earlier comparison.
+  Raises:
+    RunDirError: a folder holds no run, or a damaged one.
+    ValueError: a folder is given twice, or `page_file` holds something else.
+  """
+  runs = [_read(folder, name) for folder, name in zip(folders, names(folders), strict=True)]
+  if page_file.exists() and not _is_comparison(page_file):
+    raise ValueError(f"page must be new or the page of an earlier comparison; {page_file} is neither")
+  page.write(page_file, comparison.TITLE, comparison.sections(runs), ", ".join(run.name for run in runs))
+  print(comparison.render(runs))
+  print(f"\npage: {page_file}")
+
+
+def names(folders: Sequence[Path]) -> list[str]:
+  """The folders' own names, with as much of their paths before them as tells them apart.
+
+  >>> names([Path("/runs/a/digits"), Path("/runs/b/digits"), Path("/runs/other")])
+  ['a/digits', 'b/digits', 'other']
+  """
+  parts = [folder.resolve().parts for folder in folders]
+
+  def name(mine):
+    for depth in range(1, len(mine) + 1):
+      if sum(other[-depth:] == mine[-depth:] for other in parts) == 1:
+        return str(Path(*mine[-depth:]))
+    raise ValueError(f"workdir must name each folder once; got {Path(*mine)} twice")
+
+  return [name(mine) for mine in parts]
+
+
+def _read(folder: Path, name: str) -> comparison.Run:
+  run_dir = rundir.RunDir(folder)
+  config, result = rundir.flatten(run_dir.config()), run_dir.result()
+  if "experiment" not in config:
+    raise rundir.RunDirError(f"{folder / rundir.CONFIG_FILE} is damaged: it must tell the experiment")
+  lines = read_lines(folder / METRICS_FILE)
+  if not lines:
+    raise rundir.RunDirError(f"workdir {folder} holds nothing to compare yet: no line in {METRICS_FILE}")
+  return comparison.Run(name, config, None if result is None else rundir.flatten(result), lines)
+
+
+def _is_comparison(file: Path) -> bool:
+  return file.is_file() and f"<title>{comparison.TITLE}</title>".encode() in file.read_bytes()[:2000]
