@@ -32,6 +32,8 @@ def image_config() -> ml_collections.ConfigDict:
           "shortcut": config_dict.placeholder(str),  # None: the named network's own; A or B
           "dtype": "float32",  # or bfloat16
           "gating": "channel",  # or none, all_channels, layer
+          "group_norm": False,  # GroupNorm in place of BatchNorm; not of vgg8, vgg16, simple_cnn
+          "backward_share": 1.0,  # of layer gating: at most this share of images has one, or all where more are open
           "gate": {
               "hidden": 16,
               "initial_open": 0.85,

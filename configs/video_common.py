@@ -48,6 +48,7 @@ def video_config() -> ml_collections.ConfigDict:
           "selection": "gate",  # all, uniform, random, oracle; confidence (SCSampler), prefix (FrameExit); light
           "share": 0.5,  # of the segments that a fixed selection takes, or that FrameExit may see on average
           "skip_backward": False,  # end_to_end: none through the heavy net for segments that are not chosen
+          "backward_share": 1.0,  # of a gate: at most this share of a batch has one, or all where more are chosen
           "pooling": "max",  # of chosen segments: max, mean or attention
           "dtype": "float32",  # or bfloat16
           "gate": {

@@ -38,6 +38,7 @@ class Experiment:
   optimiser: optax.GradientTransformation
   objective: ImageObjective
   settings: loop.LoopSettings
+  full: nn.Module | None = None  # the model with the backward of everything, where its own leaves something out
 
   def normalise(self, pixels: jax.Array) -> jax.Array:
     """uint8 pixels to network input."""
@@ -95,6 +96,9 @@ def assemble(
   test = open_test()
   settings.check_channels(data, test.shape[-1])
   model = network(config.model, len(test.class_names))
+  full = None
+  if config.model.backward_share < 1:
+    full = network(ml_collections.ConfigDict({**config.model, "backward_share": 1.0}), len(test.class_names))
   counts = count(model, test.shape)
   at_training = count(model, train_shape) if train_shape else counts
   return Experiment(
@@ -102,6 +106,7 @@ def assemble(
       open_train=open_train,
       test=test,
       model=model,
+      full=full,
       counts=counts,
       optimiser=optimiser,
       objective=objective(
@@ -124,7 +129,9 @@ def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
     if model.name in VGGS:
       raise ValueError(f"model.shortcut must be None for {model.name}, which has no shortcuts; got {model.shortcut!r}")
     fields["shortcut"] = model.shortcut
-  return (vgg if model.name in VGGS else resnet)(model.name, classes, **fields)
+  if model.name in VGGS:
+    return vgg(model.name, classes, **fields)
+  return resnet(model.name, classes, group_norm=model.group_norm, backward_share=model.backward_share, **fields)
 
 
 def _opener(config: ml_collections.ConfigDict) -> Callable[..., Any]:
@@ -161,7 +168,7 @@ def check(
                     "loss.entropy.coefficient", "loss.away_from_half.coefficient", "optim.weight_decay"),
       at_least={**at_least, "seed": 0, "data.workers": 0, "optim.epochs": 1, "optim.batch_size": 1,
                 "devices.steps_per_dispatch": 1, "log_every": 1},
-      fractions=("loss.sparsity.target",),
+      fractions=("loss.sparsity.target", "model.backward_share"),
       numbers=("data.mean", "data.std"),
       rules={
           **rules,
@@ -169,3 +176,14 @@ def check(
           "optim.drops": (settings.all_numbers, "a tuple of fractions"),
           "optim.batch_size": settings.divides_over_devices(),
       })
+  _check_backward(config.model)
+
+
+def _check_backward(model: ml_collections.ConfigDict) -> None:
+  """A gradient is left out only where it is 0 exactly."""
+  skips, chain = model.backward_share < 1, model.name in VGGS
+  for holds, name, value, where in ((chain, "group_norm", False, f"model.name is {model.name!r}"),
+                                    (skips, "gating", "layer", "model.backward_share is below 1"),
+                                    (skips, "group_norm", True, "model.backward_share is below 1")):
+    if holds and model[name] != value:
+      raise ValueError(f"model.{name} must be {value!r} where {where}; got {model[name]!r}")

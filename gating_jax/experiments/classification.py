@@ -21,6 +21,7 @@ from gating_jax.layers.gate import GateSettings
 from gating_jax.reports import table
 from gating_jax.training import devices, diagnosis, evaluation, hosts, loop, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
+from gating_jax.training.dispatch import map_steps
 from gating_jax.training.journal import Journal
 
 
@@ -133,17 +134,18 @@ def make_advance(
   config = experiment.config
   k, batch = config.devices.steps_per_dispatch, config.optim.batch_size
   process = (jax.process_index(), jax.process_count())
-  step = steps.make_train_step(
-      experiment.model, experiment.optimiser, experiment.objective, functools.partial(task.prepare, experiment),
+  make_step = lambda model: steps.make_train_step(
+      model, experiment.optimiser, experiment.objective, functools.partial(task.prepare, experiment),
       seed=config.seed, axis_name=devices.AXIS)
-  mapped = lambda fn, args: devices.map_over_devices(
-      fn, args=args, results=(devices.REPLICATED, devices.REPLICATED), backend=config.devices.backend, donate=(0,))
+  mapped = lambda several, args: map_steps(
+      lambda model: several(make_step(model)), experiment.model, experiment.full, args=args,
+      backend=config.devices.backend)
   if isinstance(train, streaming.Stream):
     stream = train.batches(batch, first_step, k, experiment.settings.total_steps, process)
-    run = mapped(steps.streamed_steps(step), (devices.REPLICATED, devices.BATCH))
+    run = mapped(steps.streamed_steps, (devices.REPLICATED, devices.BATCH))
     return lambda state, _: run(state, next(stream))
   images = devices.replicate((train.pixels, train.labels))
-  run = mapped(steps.resident_steps(step), (devices.REPLICATED, devices.REPLICATED, devices.BATCH))
+  run = mapped(steps.resident_steps, (devices.REPLICATED, devices.REPLICATED, devices.BATCH))
   return lambda state, at: run(state, images, resident.indices(config.seed, at, k, batch, len(train), process))
 
 

@@ -27,6 +27,7 @@ from gating_jax.layers.segments import CONCEPTS
 from gating_jax.reports import video_table
 from gating_jax.training import devices, hosts, loop, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
+from gating_jax.training.dispatch import map_steps
 from gating_jax.training.journal import Journal
 from gating_jax.video.concepts import find_concepts
 
@@ -141,17 +142,17 @@ def _make_advance(experiment: VideoExperiment, phase: Phase, train: Any, first_s
   """`(state, step) -> (state, metrics)` over all devices."""
   config, k = experiment.config, phase.settings.steps_per_dispatch
   process = (jax.process_index(), jax.process_count())
-  step = steps.make_train_step(
-      phase.model, phase.optimiser, phase.objective, phase.prepare, seed=config.seed, axis_name=devices.AXIS)
-  mapped = lambda fn, args: devices.map_over_devices(
-      fn, args=args, results=(devices.REPLICATED, devices.REPLICATED), backend=config.devices.backend, donate=(0,))
+  make_step = lambda model: steps.make_train_step(
+      model, phase.optimiser, phase.objective, phase.prepare, seed=config.seed, axis_name=devices.AXIS)
+  mapped = lambda several, args: map_steps(
+      lambda model: several(make_step(model)), phase.model, phase.full, args=args, backend=config.devices.backend)
   if isinstance(train, VideoArrays):
     arrays = devices.replicate(video_sets.examples(train.arrays))
-    run = mapped(steps.resident_steps(step), (devices.REPLICATED, devices.REPLICATED, devices.BATCH))
+    run = mapped(steps.resident_steps, (devices.REPLICATED, devices.REPLICATED, devices.BATCH))
     indices = lambda at: resident.indices(config.seed, at, k, phase.batch_size, len(train), process)
     return lambda state, at: run(state, arrays, indices(at))
   stream = train.batches(phase.batch_size, first_step, k, phase.settings.total_steps, process)
-  run = mapped(steps.streamed_steps(step), (devices.REPLICATED, devices.BATCH))
+  run = mapped(steps.streamed_steps, (devices.REPLICATED, devices.BATCH))
   return lambda state, _: run(state, video_sets.examples(next(stream)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,7 +38,10 @@ LIGHT = "light"  # the selection that has the light net in the heavy one's place
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-  """One training: what is trained, by what, for how long. `prepare(key, inputs)` makes the model's inputs."""
+  """One training: what is trained, by what, for how long. `prepare(key, inputs)` makes the model's inputs.
+
+  `full` is the model with the backward of everything, where its own may hold too little.
+  """
 
   name: str
   model: nn.Module
@@ -47,6 +51,7 @@ class Phase:
   shapes: Any
   batch_size: int
   settings: loop.LoopSettings
+  full: nn.Module | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,16 +166,21 @@ def _training(
     optimiser = optim.frozen(optimiser, lambda path: CONCEPTS in path)
   alone = config.model.selection == LIGHT
   prepare = lambda key, inputs: video_sets.network_inputs(inputs, config, light_alone=alone)
+  full = None
   if config.training == "two_stage":
     features = lambda net: None if net is None else FeaturePool()
     prepare, shapes = (lambda key, inputs: inputs), video_sets.feature_shapes(model, shapes)
     model = model.clone(light=features(model.light), heavy=features(model.heavy))
   elif config.model.skip_backward:
-    each = selection.k_for(np.ones((1, counts.segments), bool), model.share)
-    model = model.clone(backward_capacity=training.batch_size // jax.device_count() * int(each[0]))
+    videos = training.batch_size // jax.device_count()
+    if model.selection == "gate":
+      full, capacity = model, math.ceil(config.model.backward_share * videos * counts.segments)
+    else:
+      capacity = videos * int(selection.k_for(np.ones((1, counts.segments), bool), model.share)[0])
+    model = model.clone(backward_capacity=capacity)
   return Phase(
-      name="train", model=model, optimiser=optimiser, prepare=prepare, shapes=shapes, batch_size=training.batch_size,
-      settings=loops,
+      name="train", model=model, full=full, optimiser=optimiser, prepare=prepare, shapes=shapes,
+      batch_size=training.batch_size, settings=loops,
       objective=VideoObjective(
           multi_label=train.multi_label,
           sparsity=loss.sparsity.kind if model.selection == "gate" else "none",
@@ -233,7 +243,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
                 "pretrain.epochs": 0, "pretrain.segments_per_video": 1,
                 "pretrain.batch_size": 1, "optim.epochs": 1, "optim.batch_size": 1, "devices.steps_per_dispatch": 1,
                 "log_every": 1},
-      fractions=("model.share", "loss.sparsity.target", "loss.channels.sparsity.target"),
+      fractions=("model.share", "model.backward_share", "loss.sparsity.target", "loss.channels.sparsity.target"),
       numbers=("data.mean", "data.std"),
       rules={
           "data.std": (lambda std: min(std) > 0, "a tuple of positive numbers"),
@@ -250,8 +260,10 @@ def _check_skipped_backward(config: ml_collections.ConfigDict) -> None:
     return
   for name, value, holds, rule in (
       ("training", config.training, config.training == "end_to_end", "'end_to_end'"),
-      ("model.selection", model.selection, model.selection in COUNTED, f"one of {', '.join(COUNTED)}"),
+      ("model.selection", model.selection, model.selection in (*COUNTED, "gate"),
+       f"one of {', '.join(COUNTED)}, gate"),
       ("model.heavy.group_norm", model.heavy.group_norm, model.heavy.group_norm, "True"),
+      ("model.backward_share", model.backward_share, model.selection != "gate" or model.backward_share < 1, "< 1"),
       ("model.heavy.gating", model.heavy.gating, model.heavy.gating == "none", "'none'")):
     if not holds:
       raise ValueError(f"{name} must be {rule} where model.skip_backward is set; got {value!r}")

@@ -7,6 +7,7 @@ Belongie, "Convolutional networks with adaptive inference graphs", 2018, section
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from gating_jax.checks import one_of
 from gating_jax.layers.conv import CONVOLUTIONS, ConvNorm, FactorisedConvNorm
 from gating_jax.layers.gate import GATE_NAME, ChannelGate, GateSettings, Switched, apply_gates
+from gating_jax.ops.skipping import open_backward
 from gating_jax.types import Array, Records
 
 GATINGS = ("none", "channel", "all_channels", "layer")
@@ -44,6 +46,7 @@ class _ResidualBlock(nn.Module):
   gated_input: bool = False
   dilations: tuple[int, int] = (1, 1)
   group_norm: bool = False
+  backward_share: float = 1.0
 
   def _conv(
       self, features: int, window: int, stride: int, name: str, dilation: int = 1
@@ -74,6 +77,25 @@ class _ResidualBlock(nn.Module):
   def _switch(self, h: Array, records: Records, group: int) -> Array:
     """Features between the convolutions, with the gates of their channels."""
     return apply_gates(h, records[group].gates) if self.gating in ("channel", "all_channels") else h
+
+  def _skips(self, records: Records, train: bool) -> bool:
+    """Whether the branch's backward leaves out the examples whose gate is closed."""
+    return self.gating == "layer" and bool(records) and train and self.backward_share < 1 and not self.is_initializing()
+
+  def _with_open_backward(self, convs: Sequence[nn.Module], x: Array, records: Records) -> Array:
+    """The branch, its convolutions with ReLU between, with the backward of open examples alone."""
+    if not self.group_norm:
+      raise ValueError("backward_share must be 1 without group_norm, since BatchNorm carries gradients between "
+                       f"examples; got {self.backward_share}")
+    alone = [conv.clone(parent=None, name=None) for conv in convs]
+
+    def branch(variables, x):
+      for i, (conv, own) in enumerate(zip(alone, variables, strict=True)):
+        x = conv.apply(own, nn.relu(x) if i else x, True)
+      return x
+
+    return open_backward(branch, [conv.variables for conv in convs], x, records[0].gates[:, 0],
+                         capacity=math.ceil(self.backward_share * len(x)))
 
   def _join(self, branch: Array, shortcut: Array, records: Records) -> tuple[Array, Records]:
     if self.gating == "layer" and records:
@@ -136,8 +158,11 @@ class BasicBlock(_ResidualBlock):
     inner = Switched(self.features, alone, with_input, (conv1.writer,), (conv2.reader,))
     outer = self._outer(conv2, h.shape, project, x)
     records = self._records(x, train, (inner,), outer, ((conv1, x.shape), (conv2, h.shape)))
-    h = self._switch(h, records, 0)
-    return self._join(conv2(h, train), self._shortcut(x, self.features, project, train), records)
+    if self._skips(records, train):
+      branch = self._with_open_backward((conv1, conv2), x, records)
+    else:
+      branch = conv2(self._switch(h, records, 0), train)
+    return self._join(branch, self._shortcut(x, self.features, project, train), records)
 
 
 class Bottleneck(_ResidualBlock):
@@ -164,6 +189,9 @@ class Bottleneck(_ResidualBlock):
               Switched(self.features, middle.per_output + into_last, middle.per_pair, (conv2.writer,), (conv3.reader,)))
     convs = ((conv1, x.shape), (conv2, h1.shape), (conv3, shape2))
     records = self._records(x, train, groups, self._outer(conv3, shape2, project, x), convs)
-    h2 = nn.relu(conv2(self._switch(h1, records, 0), train))
-    h2 = self._switch(h2, records, 1)
-    return self._join(conv3(h2, train), self._shortcut(x, out, project, train), records)
+    if self._skips(records, train):
+      branch = self._with_open_backward((conv1, conv2, conv3), x, records)
+    else:
+      h2 = nn.relu(conv2(self._switch(h1, records, 0), train))
+      branch = conv3(self._switch(h2, records, 1), train)
+    return self._join(branch, self._shortcut(x, out, project, train), records)

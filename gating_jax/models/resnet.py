@@ -56,6 +56,8 @@ class ResNet(nn.Module):
     gate: how gates are built and sampled.
     dtype: of the computation, float32 or bfloat16; parameters, BatchNorm statistics, gates and logits are float32.
     group_norm: GroupNorm in place of BatchNorm, but for that of gates: every example is normalised by itself.
+    backward_share: with `layer` gating and `group_norm`, at most this share of the examples have a block's gate open in
+      training, and its backward runs on no more; with more of them gradients are NaN, see `open_backward`.
     axis_name: mapped device axis over which BatchNorm takes its statistics and examples are numbered.
   """
 
@@ -74,6 +76,7 @@ class ResNet(nn.Module):
   pool: bool = True
   output_stride: int | None = None
   group_norm: bool = False
+  backward_share: float = 1.0
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
@@ -92,6 +95,7 @@ class ResNet(nn.Module):
             shortcut=self.shortcut,
             convolution=self.convolution,
             group_norm=self.group_norm,
+            backward_share=self.backward_share,
             gate=self.gate,
             dtype=self.dtype,
             axis_name=self.axis_name,

@@ -53,6 +53,8 @@ def test_the_settings_as_they_stand_are_right(config):
         ("data.pad", -1, "data.pad must be >= 0; got -1"),
         ("model.name", "resnet21", "model.name must be one of .*; got 'resnet21'. Did you mean 'resnet"),
         ("model.gating", "chanel", "model.gating must be one of all_.*; got 'chanel'. Did you mean 'channel'"),
+        ("model.backward_share", 0.5, "model.gating must be 'layer' where model.backward_share .*; got 'channel'"),
+        ("model.backward_share", 0.0, r"model.backward_share must be in \(0, 1\]; got 0.0"),
         ("model.shortcut", "C", "model.shortcut must be one of A, B; got 'C'"),
         ("model.width", 0.0, "model.width must be a positive finite number; got 0.0"),
         ("model.dtype", "float23", "model.dtype must be one of .*; got 'float23'. Did you mean 'float32'"),
@@ -279,3 +281,22 @@ def test_a_report_is_that_of_the_training_wherever_the_run_stands(config, tmp_pa
   classification.run(made, tmp_path / "run", "report")
   assert "Step 11 of 22" in report.read_text()
   assert not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("backend", devices.BACKENDS)
+def test_layers_trained_with_the_backward_of_open_images_alone_are_the_same(config, tmp_path, backend):
+  def trained(share):
+    folder = tmp_path / str(share)
+    classification.run(config(**{
+        "model.gating": "layer", "model.group_norm": True, "model.gate.initial_open": 0.5, "optim.epochs": 1,
+        "model.backward_share": share, "optim.learning_rate": 0.02, "devices.backend": backend,
+    }), folder, "train")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (train,) = [line for line in lines if line["split"] == "train"]
+    return train
+
+  full, skipped = trained(1.0), trained(0.75)
+  assert 0 < skipped.pop("in_full") < 1  # both ways are gone
+  assert skipped.keys() == full.keys()
+  np.testing.assert_allclose([skipped[name] for name in full if name != "split"],
+                             [full[name] for name in full if name != "split"], rtol=1e-4)

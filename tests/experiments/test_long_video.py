@@ -273,15 +273,22 @@ def test_concepts_stay_as_they_were_found(config, tmp_path):
 
 SKIPPED = {"training": "end_to_end", "model.selection": "uniform", "model.share": 0.25, "model.heavy.group_norm": True,
            "optim.kind": "sgd", "optim.learning_rate": 0.01, "optim.epochs": 1}
+LEARNT = {"model.selection": "gate", "model.backward_share": 0.86}
 
 
-def test_nets_trained_with_the_backward_of_chosen_segments_alone_are_the_same(config, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "capacity", "in_full"),
+    [({}, 2 * 4, None), (LEARNT, 25, 0.5), ({**LEARNT, "model.backward_share": 0.3}, 9, 1)])
+def test_nets_trained_with_the_backward_of_chosen_segments_alone_are_the_same(
+    config, tmp_path, changes, capacity, in_full):
   def trained(skip):
     folder = tmp_path / str(skip)
-    made = config(**SKIPPED, **{"model.skip_backward": skip})
+    made = config(**{**SKIPPED, **changes, "model.skip_backward": skip})
     long_video.run(made, folder, "train")
     built = video_build.build(made)
-    assert built.training.model.backward_capacity == (2 * 4 if skip else None)
+    assert built.training.model.backward_capacity == (capacity if skip else None)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("in_full") for line in lines if line["split"] == "train"] == [in_full if skip else None]
     return long_video._restore(built.training, folder, 0, read_only=True)[1].params
 
   assert tiny.relative_gap(trained(True), trained(False)) < 1e-5
@@ -290,7 +297,8 @@ def test_nets_trained_with_the_backward_of_chosen_segments_alone_are_the_same(co
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [("training", "two_stage", "training must be 'end_to_end' where model.skip_backward is set; got 'two_stage'"),
-     ("model.selection", "gate", "model.selection must be one of uniform, .* where model.skip_backward .*; got 'gate'"),
+     ("model.selection", "prefix", "model.selection must be one of uniform, .*, gate where .*; got 'prefix'"),
+     ("model.selection", "gate", "model.backward_share must be < 1 where model.skip_backward is set; got 1.0"),
      ("model.heavy.group_norm", False, "model.heavy.group_norm must be True where .*; got False"),
      ("model.heavy.gating", "channel", "model.heavy.gating must be 'none' where .*; got 'channel'")])
 def test_a_backward_that_cannot_be_skipped_exactly_is_refused(config, field, value, message):

@@ -1,0 +1,64 @@
+"""Steps that leave out the backward of closed layers end where full steps end."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from gating_jax.layers.blocks import Bottleneck
+from gating_jax.layers.gate import GateSettings
+from gating_jax.models.resnet import ResNet
+from gating_jax.training import steps
+from gating_jax.training.dispatch import or_in_full
+
+STEPS, BATCH = 6, 16
+
+
+def net(share, **fields):
+  return ResNet(**{**dict(classes=tiny.CLASSES, blocks=(2, 2), features=4, gating="layer", group_norm=True,
+                          gate=GateSettings(hidden=4, initial_open=0.5), backward_share=share), **fields})
+
+
+def step(share, **fields):
+  made = steps.make_train_step(
+      net(share, **fields), optax.sgd(0.1, 0.9), tiny.objective(sparsity="target_rate"), tiny.prepare, seed=0)
+  return jax.jit(steps.resident_steps(made))
+
+
+def trained(advance, **fields):
+  state = steps.init_state(net(1.0, **fields), optax.sgd(0.1, 0.9), 0, tiny.SHAPE)
+  start, in_full, data = state.params, [], tiny.images(64)
+  for at in range(STEPS):
+    state, metrics = advance(state, data, np.arange(at, at + BATCH)[:, None])
+    in_full.append(float(metrics.get("in_full", np.zeros(1))[0]))
+  moved = optax.tree.norm(optax.tree.sub(state.params, start))
+  return state.params, in_full, moved
+
+
+@pytest.mark.parametrize(("share", "fields"), [(0.6, {}), (0.5, {"block": Bottleneck, "shortcut": "B"})])
+def test_parameters_are_those_of_full_steps(share, fields):
+  full, _, moved = trained(step(1.0, **fields), **fields)
+  skipped, in_full, _ = trained(or_in_full(step(share, **fields), step(1.0, **fields)), **fields)
+  assert 0 < sum(in_full) < STEPS  # both ways are gone
+  assert moved > 0.1
+  assert tiny.relative_gap(skipped, full) < 1e-5
+
+
+def test_a_step_that_holds_too_little_is_not_taken():
+  skipped, *_ = trained(step(0.1))
+  assert not np.isfinite(optax.tree.norm(skipped))
+
+
+def test_a_backward_that_holds_less_costs_less():
+  def flops(share):
+    state = steps.init_state(net(1.0), optax.sgd(0.1, 0.9), 0, tiny.SHAPE)
+    lowered = step(share).lower(state, tiny.images(64), np.arange(BATCH)[:, None])
+    return lowered.compile().cost_analysis()["flops"]
+
+  assert flops(0.25) < 0.8 * flops(1.0)
+
+
+def test_batch_norm_has_no_backward_to_leave_out():
+  with pytest.raises(ValueError, match="backward_share must be 1 without group_norm, .*; got 0.5"):
+    trained(step(0.5, group_norm=False))
