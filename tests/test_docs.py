@@ -1,0 +1,89 @@
+"""What README and docs show runs as it stands; the README's commands are those of a newcomer."""
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gating_jax import cli
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+SHORT = {  # what makes a command of the README take seconds
+    "digits_resnet20": ("optim.epochs=1", "model.width=0.25"),
+    "segmentation_digits": ("optim.epochs=1", "model.width=0.25", "data.train_scenes=64", "data.test_scenes=32"),
+    "split_digits": ("optim.epochs=1", "model.width=0.1", "gates.when_full=reuse"),
+    "composed_timegate": ("optim.epochs=1", "pretrain.epochs=1", "data.train_videos=64", "data.test_videos=32",
+                          "model.heavy.width=0.1", "model.light.width=0.25"),
+}
+
+
+def blocks(page, language):
+  return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def commands(page):
+  """Each command of `gating-jax` that a page shows, as its flags `(name, value)`."""
+  lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+  split = [shlex.split(line, comments=True) for line in lines]
+  return [[flag.removeprefix("--").partition("=")[::2] for flag in words[1:]]
+          for words in split if words[:1] == ["gating-jax"]]
+
+
+def config_of(flags):
+  file, _, variant = dict(flags)["config"].partition(":")
+  return importlib.import_module(file.removesuffix(".py").replace("/", ".")).get_config(variant)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_python_blocks_run_one_after_the_other(page, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  names = {"__name__": "page"}
+  for block in blocks(page, "python"):
+    exec(compile(block, page, "exec"), names)  # noqa: S102
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_commands_name_what_is_there(page):
+  for flags in commands(page):
+    names = dict(flags)
+    assert names.get("mode", "train") in cli.MODES
+    assert names["workdir"]
+    assert ("config" in names) == (names.get("mode") != cli.COMPARE)
+    for name in names:
+      section = config_of(flags) if name.startswith("config") else {}
+      for part in name.split(".")[1:]:
+        assert part in section, name
+        section = section[part]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_are_there(page):
+  text = (ROOT / page).read_text()
+  named = re.findall(r"(?<![\w/.])((?:docs|configs|launch|tests|benchmarks|gating_jax)/[\w/]+(?:\.\w+)?)", text)
+  assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.slow
+def test_the_walk_of_a_newcomer(tmp_path):
+  """Every command of the README, in its order and in one folder, each in a small size."""
+  environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+  walked = commands("README.md")
+  assert len(walked) >= 5
+  for flags in walked:
+    short = SHORT[Path(dict(flags)["config"]).stem] if "config" in dict(flags) else ()
+    done = subprocess.run(
+        [sys.executable, "-m", "gating_jax.cli",
+         *(f"--{name}={ROOT / value if name == 'config' else value}" for name, value in flags),
+         *(f"--config.{setting}" for setting in short)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    last = dict(flags)["workdir"].split(",")[-1]
+    page = "comparison.html" if dict(flags)["mode"] == cli.COMPARE else f"{last}/report.html"
+    assert (tmp_path / page).read_text().endswith("</html>")
