@@ -84,7 +84,7 @@ class ResNet(nn.Module):
       raise ValueError(f"clips must be [N, F, H, W, D] and images must be [N, H, W, D]; got shape {x.shape}")
     x = self._stem(x.astype(self.dtype), train)
     records: Records = ()
-    for stage, (count, stride, dilation) in enumerate(zip(self.blocks, *self._resolution(x), strict=True)):
+    for stage, (count, stride, dilation) in enumerate(zip(self.blocks, *self.resolution(x), strict=True)):
       for i in range(count):
         x, new = self.block(
             features=self._channels(2**stage),
@@ -112,7 +112,7 @@ class ResNet(nn.Module):
   def _channels(self, multiple: int) -> int:
     return scaled(self.features * multiple, self.width)
 
-  def _resolution(self, x: Array) -> tuple[list[int], list[int]]:
+  def resolution(self, x: Array) -> tuple[list[int], list[int]]:
     """Stride and dilation of each stage, the latter from behind where its stride was."""
     strides = [1 if stage == 0 else 2 for stage in range(len(self.blocks))]
     if self.output_stride is None:

@@ -1,0 +1,231 @@
+"""A trained network as plain arrays, BatchNorm folded into its convolutions: what every faster program starts from.
+
+    Part = Layer   y = gates * pool(ReLU(conv x))                                    a stem, or a layer of a VGG net
+         | Block   y = ReLU(conv_k(.. gates * ReLU(conv_1 x)) + shortcut(x))         residual
+
+`run` calls one function for each part, so that a strategy is a function of a part and nothing else.
+
+Axes: N examples, H and W pixels, D input channels, U gates of a group, each of which switches `channels` adjacent ones.
+Reference: Jacob et al., 2018, section 3.2 (folding); Bejnordi et al., 2020, section 3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gating_jax.ops.relaxations import threshold_gate
+from gating_jax.types import Array
+
+Gates = tuple[Array, ...]
+_static = lambda default: dataclasses.field(default=default, metadata={"static": True})  # compiled in, not mapped over
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Conv:
+  """`[h, w, D, O]` kernel and `[O]` bias; symmetric padding, so that stride 1 keeps the resolution."""
+
+  kernel: Array
+  bias: Array
+  stride: int = _static(1)
+  dilation: int = _static(1)
+
+  def __call__(self, x: Array) -> Array:
+    """`[N, H, W, D]` to `[N, H', W', O]`."""
+    padding = [(size // 2 * self.dilation,) * 2 for size in self.kernel.shape[:2]]
+    y = lax.conv_general_dilated(x, self.kernel, (self.stride,) * 2, padding, rhs_dilation=(self.dilation,) * 2,
+                                 dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return y + self.bias
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Output channels of one convolution: first `always`, which have no gate, then `gates` times `channels`."""
+
+  gates: int
+  channels: int = 1
+  always: int = 0
+
+  @property
+  def width(self) -> int:
+    """Of the convolution's output."""
+    return self.always + self.gates * self.channels
+
+  def expand(self, gates: Array) -> Array:
+    """`[N, U]` gates to `[N, width]`, what each channel is multiplied by."""
+    each = jnp.repeat(gates, self.channels, axis=1)
+    return jnp.concatenate([jnp.ones((len(each), self.always), each.dtype), each], axis=1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Head:
+  """The gate network: mean over pixels, Dense with its BatchNorm folded, ReLU, Dense; logits of all groups."""
+
+  hidden: Array
+  hidden_bias: Array
+  logits: Array
+  logits_bias: Array
+  groups: tuple[Group, ...] = _static(())
+
+  def __call__(self, x: Array) -> Gates:
+    """`[N, H, W, D]` to the logits of each group, `[N, U]`."""
+    context = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+    logits = jax.nn.relu(context @ self.hidden + self.hidden_bias) @ self.logits + self.logits_bias
+    ends = [sum(g.gates for g in self.groups[: i + 1]) for i in range(len(self.groups))]
+    return tuple(jnp.split(logits, ends[:-1], axis=1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """A convolution, ReLU, a max pool of (window, stride, padding) or none, and gates of its channels or none."""
+
+  conv: Conv
+  head: Head | None = None
+  pool: tuple[int, int, int] | None = _static(None)
+
+  def after(self, h: Array) -> Array:
+    """What follows the convolution, gates left out."""
+    h = jax.nn.relu(h)
+    if self.pool is None:
+      return h
+    window, stride, pad = self.pool
+    spatial = lambda a, others: (others, a, a, others)
+    return lax.reduce_window(h, -jnp.inf, lax.max, spatial(window, 1), spatial(stride, 1), spatial((pad, pad), (0, 0)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Block:
+  """A residual block: convolutions with ReLU between, a shortcut, ReLU.
+
+  Attributes:
+    convs: of the branch; none where it never runs.
+    head: gates the outputs of all but the last, a group each; with `layer_gate` the branch as a whole; None: no gates.
+    project: convolution of the shortcut; else it is the input, every `pad[0]`-th pixel of it, with `pad[1]` and
+      `pad[2]` channels of zeros before and after.
+  """
+
+  convs: tuple[Conv, ...]
+  head: Head | None = None
+  project: Conv | None = None
+  layer_gate: bool = _static(False)
+  pad: tuple[int, int, int] = _static((1, 0, 0))
+
+  def shortcut(self, x: Array) -> Array:
+    """`[N, H, W, D]` to the shape of the block's output."""
+    if self.project is not None:
+      return self.project(x)
+    stride, before, after = self.pad
+    return jnp.pad(x[:, ::stride, ::stride], [(0, 0)] * 3 + [(before, after)])
+
+
+Part = Layer | Block
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Folded:
+  """A network for images in evaluation: its parts in order, then the mean over pixels and the classifier, if any."""
+
+  parts: tuple[Part, ...]
+  classifier: tuple[Array, Array] | None = None
+
+
+Runner = Callable[[Part, Array, Gates, Gates], Array]
+
+
+def run(net: Folded, x: Array, runners: Runner | Sequence[Runner] | None = None) -> tuple[Array, Gates]:
+  """The network's output and the logits of all its gates.
+
+  Args:
+    net: the network.
+    x: `[N, H, W, D]` images.
+    runners: `(part, x, gates, gates of x) -> y`, one for all parts or one for each; `masked` if None. The gates of
+      a part are a tuple, one `[N, U]` a group, empty where it has none.
+  Returns:
+    `([N, classes] or [N, D'], tuple of [N, U] logits)`, in the order of the model's records.
+  """
+  runners = runners or masked
+  runners = [runners] * len(net.parts) if callable(runners) else runners
+  found, before = (), ()
+  for part, runner in zip(net.parts, runners, strict=True):
+    logits = part.head(x) if part.head is not None else ()
+    gates = tuple(threshold_gate(z) for z in logits)
+    x = runner(part, x, gates, before)
+    found += logits
+    before = gates if isinstance(part, Layer) else ()
+  x = jnp.mean(x, axis=(1, 2))
+  if net.classifier is not None:
+    kernel, bias = net.classifier
+    x = x @ kernel + bias
+  return x, found
+
+
+def masked(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
+  """The part computed whole, closed units multiplied by 0: what every strategy must equal."""
+  groups = part.head.groups if part.head is not None else ()
+  masks = [group.expand(g)[:, None, None] for group, g in zip(groups, gates, strict=True)]
+  if isinstance(part, Layer):
+    y = part.after(part.conv(x))
+    return y * masks[0] if masks else y
+  if not part.convs:
+    return jax.nn.relu(part.shortcut(x))
+  h, *rest = part.convs
+  h = h(x)
+  for i, conv in enumerate(rest):
+    h = jax.nn.relu(h)
+    h = conv(h * masks[i] if masks and not part.layer_gate else h)
+  return jax.nn.relu((h * masks[0] if part.layer_gate and masks else h) + part.shortcut(x))
+
+
+def macs(net: Folded, input_shape: tuple[int, int, int], gates: Sequence[Any] = ()) -> Any:
+  """Multiply-accumulates per example, gate networks included.
+
+  Args:
+    net: the network.
+    input_shape: `(H, W, D)` of an image.
+    gates: `[N, U]` of every group in order, 0 or 1; none for every gate open.
+  Returns:
+    `[N]` numbers, or one number without `gates`.
+  """
+  shape, total, before, gates = tuple(input_shape), 0, None, list(gates)
+  for part in net.parts:
+    groups = part.head.groups if part.head is not None else ()
+    own = [(g, group) for g, group in zip(gates, groups, strict=False)] if gates else []
+    gates = gates[len(groups):]
+    if part.head is not None:
+      total = total + part.head.hidden.size + part.head.logits.size
+    opened = [group.always + group.channels * (g > 0).sum(-1) for g, group in own]
+    if isinstance(part, Layer):
+      shape, spent = _conv_macs(part.conv, shape, before, opened[0] if opened else None)
+      if part.pool:
+        window, stride, pad = part.pool
+        shape = (*((size + 2 * pad - window) // stride + 1 for size in shape[:2]), shape[2])
+      total, before = total + spent, opened[0] if opened else None
+      continue
+    if part.project is not None:
+      total = total + _conv_macs(part.project, shape)[1]
+    branch, inputs, before = 0, None, None
+    for i, conv in enumerate(part.convs):
+      outputs = opened[i] if opened and not part.layer_gate and i < len(opened) else None
+      shape, spent = _conv_macs(conv, shape, inputs, outputs)
+      branch, inputs = branch + spent, outputs
+    if not part.convs:
+      shape = (*(-(-size // part.pad[0]) for size in shape[:2]), shape[2] + sum(part.pad[1:]))
+    total = total + (branch * (own[0][0][:, 0] > 0) if part.layer_gate and own else branch)
+  return total + (net.classifier[0].size if net.classifier is not None else 0)
+
+
+def _conv_macs(conv: Conv, shape: tuple[int, ...], inputs: Any = None, outputs: Any = None) -> tuple[tuple, Any]:
+  h, w, i, o = conv.kernel.shape
+  height, width = (-(-size // conv.stride) for size in shape[:2])
+  return (height, width, o), h * w * height * width * (i if inputs is None else inputs) * (
+      o if outputs is None else outputs)

@@ -1,0 +1,184 @@
+"""From a Flax model and its variables to a `Folded` network.
+
+Gates that look at no image are folded away: what they close is removed, but for features that a VGG net ends with, and
+what they leave is scaled by them.
+
+Axes: D input channels, O output channels.
+Reference: Jacob et al., 2018, section 3.2; Louizos et al., 2018 (hard concrete gates).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer
+from gating_jax.layers.gate import GATE_NAME
+from gating_jax.models.resnet import ResNet
+from gating_jax.models.vgg import POOL, VGG
+from gating_jax.ops import relaxations
+from gating_jax.types import Path
+
+_EPSILON = nn.BatchNorm.epsilon
+_STEM_POOL, _VGG_POOL = (3, 2, 1), (2, 2, 0)
+
+
+def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> Folded:
+  """The network in evaluation, with the same outputs up to rounding, in float32.
+
+  Args:
+    model: a `ResNet` of images, `gating` none, channel or layer, or a `VGG`; its gates straight-through and of the
+      pooled features, or the same for all images.
+    variables: its trained values.
+  Raises:
+    ValueError: another model, or gates that are never exactly closed.
+  """
+  _check(model)
+  flat = {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(dict(variables)).items()}
+  parts = tuple((_vgg_parts if isinstance(model, VGG) else _resnet_parts)(model, flat))
+  if model.classes is None:
+    return Folded(parts)
+  return Folded(parts, tuple(jnp.asarray(flat["params", "classifier", name]) for name in ("kernel", "bias")))
+
+
+def _check(model: Any) -> None:
+  if not isinstance(model, (ResNet, VGG)):
+    raise ValueError(f"model must be a ResNet or a VGG; got a {type(model).__name__}")
+  gated = model.gating != "none"
+  rules = [("gate context", model.gate.context, not gated or model.gate.context in ("pooled", "none"),
+            "pooled or none, since others are drawn by chance"),
+           ("gate relaxation", model.gate.relaxation,
+            not gated or model.gate.context == "none" or model.gate.relaxation == "straight_through",
+            "straight_through where gates look at images, since others are never just 0 or 1")]
+  if isinstance(model, ResNet):
+    rules += [("gating", model.gating, model.gating in ("none", "channel", "layer"), "none, channel or layer"),
+              ("group_norm", model.group_norm, not model.group_norm, "False: GroupNorm cannot be folded"),
+              ("convolution", model.convolution, model.convolution == "full", "full"),
+              ("pool", model.pool, model.pool, "True")]
+  for name, value, holds, rule in rules:
+    if not holds:
+      raise ValueError(f"the model's {name} must be {rule}; got {value!r}")
+
+
+def _resnet_parts(model: ResNet, flat: Mapping[Path, np.ndarray]):
+  probe = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)  # of any size: images have 4 axes
+  stem = _conv(flat, ("stem",), stride=1 if model.stem == "cifar" else 2)
+  yield Layer(stem, pool=_STEM_POOL if model.stem == "imagenet" else None)
+  channels = stem.bias.size
+  strides, dilations = model.resolution(probe)
+  for stage, count in enumerate(model.blocks):
+    for i in range(count):
+      block = _block(model, flat, f"stage{stage + 1}_block{i + 1}", channels, strides[stage] if i == 0 else 1,
+                     (max(1, dilations[stage] // 2) if i == 0 else dilations[stage], dilations[stage]))
+      channels = channels + sum(block.pad[1:]) if block.project is None else block.project.bias.size
+      yield block
+
+
+def _block(model, flat, name: str, channels: int, stride: int, dilations: tuple[int, int]) -> Block:
+  basic = ("params", name, "conv3", "conv", "kernel") not in flat
+  names = ("conv1", "conv2") if basic else ("conv1", "conv2", "conv3")
+  strides, spread = ((stride, 1), dilations) if basic else ((1, stride, 1), (1, dilations[0], 1))
+  convs = [_conv(flat, (name, conv), s, d) for conv, s, d in zip(names, strides, spread, strict=True)]
+  out = convs[-1].bias.size
+  project = _conv(flat, (name, "project"), stride) if ("params", name, "project", "conv", "kernel") in flat else None
+  missing = 0 if project is not None else out - channels
+  shape = dict(project=project, pad=(stride if project is None else 1, missing // 2, missing - missing // 2))
+  if model.gating == "layer":
+    if not any(path[1:3] == (name, GATE_NAME) for path in flat):
+      return Block(tuple(convs), **shape)
+    head = _head(model, flat, name, (Group(1),))
+    if isinstance(head, Head):
+      return Block(tuple(convs), head, layer_gate=True, **shape)
+    scale = float(head[0][0])
+    convs = [*convs[:-1], _scaled(convs[-1], scale)] if scale > 0 else []
+    return Block(tuple(convs), **shape)
+  head = None
+  if model.gating == "channel":
+    groups = tuple(_group(model, conv.bias.size) for conv in convs[:-1])
+    head = _head(model, flat, name, groups)
+    if not isinstance(head, Head):
+      for i, scale in enumerate(head):
+        convs[i], convs[i + 1] = _scaled_away(convs[i], scale, convs[i + 1])
+      head = None
+  return Block(tuple(convs), head, **shape)
+
+
+def _vgg_parts(model: VGG, flat: Mapping[Path, np.ndarray]):
+  places = [i for i, channels in enumerate(model.chain) if channels != POOL]
+  convs = [_conv(flat, (f"layer{i + 1}", "conv"), norm=model.norm) for i in range(len(places))]
+  heads = [None] * len(convs)
+  if model.gating == "channel":
+    heads = [_head(model, flat, f"layer{i + 1}", (_group(model, conv.bias.size),)) for i, conv in enumerate(convs)]
+  for i, head in enumerate(heads):
+    if isinstance(head, list):
+      heads[i] = None
+      if i + 1 < len(convs):
+        convs[i], convs[i + 1] = _scaled_away(convs[i], head[0], convs[i + 1])
+      else:
+        convs[i] = _scaled(convs[i], head[0])
+  for place, conv, head in zip(places, convs, heads, strict=True):
+    yield Layer(conv, head, pool=_VGG_POOL if POOL in model.chain[place + 1 : place + 2] else None)
+
+
+def _group(model, channels: int) -> Group:
+  size = model.gate.channels_per_gate(channels)
+  return Group(channels // size, size)
+
+
+def _conv(flat: Mapping[Path, np.ndarray], path: Path, stride: int = 1, dilation: int = 1, norm: bool = True) -> Conv:
+  kernel = flat["params", *path, "conv", "kernel"].astype(np.float32)
+  if not norm:
+    return Conv(jnp.asarray(kernel), jnp.asarray(flat["params", *path, "conv", "bias"]), stride, dilation)
+  factor, bias = _norm(flat, (*path, "norm"))
+  return Conv(jnp.asarray(kernel * factor), jnp.asarray(bias), stride, dilation)
+
+
+def _norm(flat: Mapping[Path, np.ndarray], path: Path) -> tuple[np.ndarray, np.ndarray]:
+  """BatchNorm in evaluation as a factor and a summand of each channel."""
+  get = lambda kind, name: flat[kind, *path, name].astype(np.float64)
+  factor = get("params", "scale") / np.sqrt(get("batch_stats", "var") + _EPSILON)
+  bias = get("params", "bias") - get("batch_stats", "mean") * factor
+  return factor.astype(np.float32), bias.astype(np.float32)
+
+
+def _head(model, flat: Mapping[Path, np.ndarray], name: str, groups: tuple[Group, ...]) -> Head | list[np.ndarray]:
+  """The gate network; or, of gates that look at nothing, their values by channel, an array a group."""
+  if model.gate.context == "none":
+    logits = jnp.asarray(flat["params", name, GATE_NAME, "logits"])
+    if model.gate.relaxation == "hard_concrete":
+      gates = relaxations.hard_concrete_mean(relaxations.hard_concrete_location(logits, model.gate.temperature))
+    else:
+      gates = {"sigmoid": jax.nn.sigmoid, "straight_through": relaxations.threshold_gate}[model.gate.relaxation](logits)
+    ends = np.cumsum([group.gates for group in groups])[:-1]
+    return [np.repeat(part, group.channels) for part, group in zip(np.split(np.asarray(gates), ends), groups,
+                                                                   strict=True)]
+  get = functools.partial(_get, flat, (name, GATE_NAME, "head"))
+  factor, bias = _norm(flat, (name, GATE_NAME, "head", "norm"))
+  return Head(jnp.asarray(get("hidden", "kernel") * factor), jnp.asarray(bias), jnp.asarray(get("logits", "kernel")),
+              jnp.asarray(get("logits", "bias")), groups)
+
+
+def _get(flat: Mapping[Path, np.ndarray], path: Path, *name: str) -> np.ndarray:
+  return flat["params", *path, *name].astype(np.float32)
+
+
+def _scaled(conv: Conv, scale: np.ndarray | float) -> Conv:
+  return Conv(conv.kernel * scale, conv.bias * scale, conv.stride, conv.dilation)
+
+
+def _scaled_away(writer: Conv, scale: np.ndarray, reader: Conv) -> tuple[Conv, Conv]:
+  """Both convolutions without the channels between them whose scale is 0, the writer scaled for the others, which
+  ReLU and max pools leave as it is."""
+  (kept,) = np.nonzero(scale)
+  kept = kept if kept.size else np.arange(1)  # a convolution keeps one channel; the scale closes it
+  writer = _scaled(writer, scale)
+  return (dataclasses.replace(writer, kernel=writer.kernel[..., kept], bias=writer.bias[kept]),
+          dataclasses.replace(reader, kernel=reader.kernel[:, :, kept]))

@@ -1,0 +1,99 @@
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gating_jax.inference import folded
+from gating_jax.inference.folding import fold
+from gating_jax.layers.blocks import Bottleneck
+from gating_jax.layers.gate import GateSettings
+from gating_jax.models.counts import count
+from gating_jax.models.resnet import ResNet
+from gating_jax.models.vgg import VGG
+from gating_jax.ops.macs import executed_macs
+
+SHAPE = (9, 8, 3)
+GATE = GateSettings(hidden=3)
+STATIC = GateSettings(context="none", relaxation="hard_concrete")
+MODELS = {
+    "basic": ResNet(3, (2, 1), features=4, gating="channel", gate=GATE),
+    "ungated": ResNet(3, (1, 1), features=4),
+    "blocks": ResNet(3, (1, 1), features=4, gating="channel", gate=GateSettings(hidden=3, block=2)),
+    "layer": ResNet(3, (2, 2), features=4, gating="layer", gate=GATE),
+    "bottleneck": ResNet(3, (1, 2), Bottleneck, features=4, gating="channel", gate=GATE, shortcut="B", stem="imagenet"),
+    "dilated": ResNet(None, (1, 1, 1), features=3, gating="channel", gate=GATE, shortcut="B", output_stride=2),
+    "static": ResNet(3, (2, 1), features=4, gating="channel", gate=STATIC),
+    "static layers": ResNet(3, (3,), features=4, gating="layer", gate=STATIC),
+    "vgg": VGG(3, (4, "pool", 6, 6, "pool"), gating="channel", gate=GATE),
+    "vgg without norm": VGG(3, (4, "pool", 6), norm=False, gating="channel", gate=GATE),
+    "static vgg": VGG(3, (4, "pool", 6), gating="channel", gate=STATIC),
+}
+models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+
+
+def images(count=5, seed=0):
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(rng.normal(0, 1, (count, *SHAPE)) + rng.normal(0, 1, (count, 1, 1, 3)), jnp.float32)
+
+
+def random_variables(model, seed=1):
+  """Every unit alive, gates of either kind."""
+  rng = np.random.default_rng(seed)
+
+  def fill(path, leaf):
+    if path[-1] == "kernel":
+      return rng.normal(0, 3.0 if "gate" in path else 0.3, leaf.shape)
+    if path[-1] in ("scale", "var"):
+      return rng.uniform(0.5, 1.5, leaf.shape)
+    if path[-1] == "logits":
+      return rng.normal(0, 3.0, leaf.shape)
+    return rng.normal(0, 0.3, leaf.shape)
+
+  shapes = flax.traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images(1)))
+  return flax.traverse_util.unflatten_dict({path: jnp.asarray(fill(path, leaf), jnp.float32)
+                                            for path, leaf in shapes.items()})
+
+
+@models
+def test_the_same_outputs_gates_and_macs(model):
+  variables, x = random_variables(model), images()
+  y, records = jax.jit(model.apply)(variables, x)
+  net = fold(model, variables)
+  z, logits = jax.jit(folded.run)(net, x)
+  np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-4 * np.abs(y).max())
+  if model.gate.context == "none" and model.gating != "none":
+    assert logits == ()
+    return
+  gates = [r.gates for r in records]
+  for of_record, of_net in zip(records, logits, strict=True):
+    np.testing.assert_allclose(of_net, of_record.logits, rtol=1e-3, atol=1e-3)
+  assert not gates or 0 < np.mean(np.concatenate(gates, axis=1)) < 1
+  counts = count(model, SHAPE)
+  assert folded.macs(net, SHAPE) == counts.macs + counts.gate_macs
+  if records:
+    np.testing.assert_array_equal(folded.macs(net, SHAPE, gates), counts.fixed + executed_macs(records))
+
+
+@pytest.mark.parametrize("name", ["static", "static layers"])
+def test_what_static_gates_close_is_gone(name):
+  model = MODELS[name]
+  variables = random_variables(model)
+  _, records = model.apply(variables, images(1))
+  closed = sum(int(np.sum(np.asarray(r.gates) == 0)) for r in records)
+  assert closed > 0
+  net, counts = fold(model, variables), count(model, SHAPE)
+  assert folded.macs(net, SHAPE) == counts.fixed + executed_macs(records)[0]
+
+
+@pytest.mark.parametrize(("model", "message"), [
+    (ResNet(3, (1,), features=4, group_norm=True), "group_norm must be False"),
+    (ResNet(3, (1,), features=4, gating="all_channels"), "gating must be none, channel or layer"),
+    (ResNet(3, (1,), features=4, gating="channel", gate=GateSettings(context="random")),
+     "context must be pooled or none"),
+    (ResNet(3, (1,), features=4, gating="channel", gate=GateSettings(relaxation="sigmoid")), "relaxation must be"),
+    (flax.linen.Dense(3), "model must be a ResNet or a VGG; got a Dense"),
+])
+def test_what_cannot_be_folded_is_named(model, message):
+  with pytest.raises(ValueError, match=message):
+    fold(model, {})
