@@ -91,7 +91,7 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
     journal.close()
     checkpoints.close()
   result = continual_report.summary(experiment, learner)
-  hosts.written(lambda: continual_report.draw(experiment, learner, run_dir.path))
+  hosts.written(lambda: continual_report.draw(experiment, learner, run_dir))
   continual_report.write(experiment, learner, run_dir, step)
   result |= {"step": step, "seconds_since_last_start": round(time.monotonic() - started, 1)}
   run_dir.finish(result)

@@ -5,19 +5,18 @@ Axes: T tasks, N images, U gated units of the network.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.continual import metrics
 from gating_jax.continual.method import Learner
+from gating_jax.experiments import settings
 from gating_jax.experiments.continual_build import ContinualExperiment
 from gating_jax.reports import image_rows, page, task_pictures, task_table
-from gating_jax.reports.lettering import plain
+from gating_jax.reports.lettering import plain, save
 from gating_jax.training import hosts, rundir
 
 _LOOKED_AT = 400  # test images of each task
@@ -60,42 +59,46 @@ def _overlap(relevant: Mapping[str, np.ndarray]) -> np.ndarray:
   return metrics.gate_overlap(np.concatenate(list(relevant.values()), axis=1))
 
 
-def draw(experiment: ContinualExperiment, learner: Learner, folder: Path) -> None:
-  """Writes the pictures of the result into a folder."""
-  for name, (_, picture) in _pictures(experiment, learner).items():
-    picture(folder / f"{name}.png")
+def draw(experiment: ContinualExperiment, learner: Learner, run_dir: rundir.RunDir) -> list[str]:
+  """Writes the pictures of the result; returns the names of their files."""
+  pictures = _pictures(experiment, learner)
+  for name, (_, figure) in pictures.items():
+    save(figure, run_dir.path / f"{name}.png")
+  return [f"{name}.png" for name in pictures]
 
 
 def write(experiment: ContinualExperiment, learner: Learner, run_dir: rundir.RunDir, step: int) -> None:
   """Writes the run's page; every process of a job computes what it shows, and one writes."""
   config, result = experiment.config, summary(experiment, learner)
-  sections = [page.Section("Result", parts=[page.Listing(task_table.render(result))])]
-  sections += [page.Section(name.capitalize(), parts=[page.drawn(picture, caption)])
-               for name, (caption, picture) in _pictures(experiment, learner).items()]
+  sections = [page.Section("Result", " ".join(f"{why}." for why in task_table.reasons(result)), [
+      *(page.Table(*table) for table in task_table.tables(result)),
+      page.Table(("", ""), task_table.costs(result), numeric=False)])]
+  sections += [page.Section(name.capitalize(), parts=[
+      page.pictured(figure, caption, scrolls=figure.get_figwidth() > page.WIDTH)])
+               for name, (caption, figure) in _pictures(experiment, learner).items()]
   if experiment.method.gate_logits is not None and not experiment.method.together:
     sections.append(_one_gate_across_tasks(experiment, learner))
+  configured = [(name, str(value)) for name, value in settings.flatten(config)]
+  sections.append(page.Section("Settings", parts=[page.Table(("setting", "value"), configured, numeric=False)]))
   hosts.written(lambda: page.write(
       run_dir.report, f"{config.method} on {config.data.name}, task by task", sections,
       f"{run_dir.path.name}, step {step}, {int(learner.task)} of {len(experiment.tasks)} tasks learnt"))
 
 
-def _pictures(
-    experiment: ContinualExperiment, learner: Learner
-) -> dict[str, tuple[str, Callable[[Path | BinaryIO], None]]]:
-  """What is drawn, by name: a caption and what writes it."""
+def _pictures(experiment: ContinualExperiment, learner: Learner) -> dict[str, tuple[str, Any]]:
+  """What is drawn, by name: a caption and a figure."""
   names, table = experiment.task_names, learner.table
   pictures = {"accuracies": (
       "Accuracy on each task after each task was learnt, with the task known at the test and without.",
-      lambda file: task_pictures.draw_accuracies(
-          file, np.asarray(table.aware), np.asarray(table.agnostic), task_names=names))}
+      task_pictures.draw_accuracies(np.asarray(table.aware), np.asarray(table.agnostic), task_names=names))}
   relevant = experiment.method.holdings(learner).relevant
   if relevant:
     use = {layer: metrics.filter_use(units) for layer, units in relevant.items()}
     pictures |= {
         "filters": ("Filters that each task reuses, takes, does not use and leaves free, layer by layer.",
-                    lambda file: task_pictures.draw_filters(file, use, task_names=names)),
+                    task_pictures.draw_filters(use, task_names=names)),
         "overlap": ("Of the units that either of two tasks uses, the share that both use.",
-                    lambda file: task_pictures.draw_overlap(file, _overlap(relevant), task_names=names))}
+                    task_pictures.draw_overlap(_overlap(relevant), task_names=names))}
   return pictures
 
 
@@ -115,7 +118,7 @@ def _one_gate_across_tasks(experiment: ContinualExperiment, learner: Learner) ->
       continue
     rows = [pixels[t][np.argsort(-logits[t][:, unit], kind="stable")[:_IMAGES]] for t in users]
     labels = [f"{plain(experiment.task_names[t], 20)}\nopen: {100 * rates[t, unit]:.0f} %" for t in users]
-    parts.append(page.drawn(functools.partial(image_rows.draw, rows=rows, labels=labels), f"Unit {unit}."))
+    parts.append(page.pictured(image_rows.draw_rows(rows, labels), f"Unit {unit}."))
   return page.Section(
       "One gate across tasks", "Filters that most tasks use, and not for all images. Each task decides by a gate of "
       "its own: a row has the test images of a task that open it most.", parts)

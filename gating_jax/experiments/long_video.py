@@ -20,7 +20,7 @@ import numpy as np
 
 from gating_jax.data import resident
 from gating_jax.data.video_arrays import VideoArrays
-from gating_jax.experiments import video_sets, video_trial
+from gating_jax.experiments import video_report, video_sets, video_trial
 from gating_jax.experiments.video_build import LIGHT, Phase, VideoExperiment, build
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.layers.segments import CONCEPTS
@@ -50,7 +50,7 @@ def _evaluate(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
 
 def _report(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   step, result, behaviour = _test_newest(experiment, run_dir)
-  video_trial.write_report(experiment, result, behaviour, run_dir, step)
+  video_report.write(experiment, result, behaviour, run_dir, step)
   print(f"report of the checkpoint of step {step}: {run_dir.report}")
 
 
@@ -95,8 +95,8 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   journal = Journal(run_dir.path, total, total)
   journal.write(total, "test", _numbers(result))
   journal.close()
-  hosts.written(lambda: video_trial.draw(experiment, behaviour, run_dir.path / "timeline.png"))
-  hosts.written(lambda: video_trial.write_report(experiment, result, behaviour, run_dir, total))
+  hosts.written(lambda: video_report.draw(experiment, behaviour, run_dir))
+  hosts.written(lambda: video_report.write(experiment, result, behaviour, run_dir, total))
   result |= {"step": total, "seconds_since_last_start": round(time.monotonic() - started, 1)}
   run_dir.finish(result)
   print(video_table.render(result))

@@ -1,4 +1,4 @@
-"""What a network for long videos does on a whole set: its features, its test, its pictures.
+"""What a network for long videos does on a whole set: its features, its test, its speed.
 
 Axes: M videos, T segments, C features.
 """
@@ -9,8 +9,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,12 +21,10 @@ from gating_jax.experiments import video_sets
 from gating_jax.experiments.video_build import LIGHT, VideoExperiment
 from gating_jax.ops import compaction, selection
 from gating_jax.ops.macs import executed_macs
-from gating_jax.reports import page, segment_pictures, timeline, video_table
-from gating_jax.training import devices, hosts, rundir
+from gating_jax.training import devices, hosts
 from gating_jax.video import early_exit, metrics
 from gating_jax.video.inference import Skipping
 
-_DRAWN = 6  # videos of the picture
 Arrays = dict[str, np.ndarray]
 
 
@@ -95,44 +92,6 @@ def speed(experiment: VideoExperiment, variables: Any, *, videos: int = 8, repea
         seconds.append(time.perf_counter() - start)
   skipped, *all_segments = (len(one_by_one) / statistics.median(seconds) for seconds in times)
   return {"videos_per_second": skipped, "all_segments_videos_per_second": max(all_segments)}
-
-
-def draw(experiment: VideoExperiment, done: Arrays, path: Path | BinaryIO) -> None:
-  """The time line of the first test videos that could be read."""
-  test_set = experiment.test
-  batch = test_set.read(done["index"][:_DRAWN])
-  row = lambda arrays, name, i: arrays[name][i] if name in arrays else None
-  lines = [
-      timeline.TimeLine(
-          probs=done["probs"][i], gates=done["gates"][i], valid=done["valid"][i], title=_title(test_set, done, i),
-          thumbnails=batch["clips"][i][:, batch["clips"].shape[2] // 2] if "clips" in batch else None,
-          relevant=row(done, "relevant", i), units=row(batch, "units", i))
-      for i in range(len(batch["weight"]))]
-  if lines:
-    timeline.draw(path, lines, unit_names=test_set.unit_names)
-
-
-def write_report(
-    experiment: VideoExperiment, result: Mapping[str, Any], done: Arrays, run_dir: rundir.RunDir, step: int
-) -> None:
-  """Writes the run's page."""
-  valid = done["valid"].astype(bool)
-  correct = None if experiment.test.multi_label else np.argmax(done["logits"], axis=1) == done["label"]
-  shares = np.sum((done["gates"] > 0) & valid, axis=1) / np.maximum(valid.sum(axis=1), 1)
-  sections = [
-      page.Section("Result", parts=[page.Listing(video_table.render(result))]),
-      page.Section("Segments", parts=[page.drawn(
-          lambda file: segment_pictures.draw(file, done["probs"][valid], shares, correct),
-          "Probabilities of being chosen over all segments of the test videos, and shares chosen of each video.")]),
-      page.Section("Time lines", "What was chosen of the first test videos, and what mattered where that is known.",
-                   [page.drawn(lambda file: draw(experiment, done, file), "Bars are probabilities.")])]
-  page.write(run_dir.report, f"{experiment.config.model.selection} on {experiment.config.data.name} videos", sections,
-             f"{run_dir.path.name}, step {step}")
-
-
-def _title(test_set: VideoArrays | VideoSet, done: Arrays, i: int) -> str:
-  label, names = done["label"][i], test_set.class_names
-  return ", ".join(names[c] for c in np.flatnonzero(label)) if test_set.multi_label else names[label]
 
 
 def _score(test_set: VideoArrays | VideoSet, done: Arrays) -> dict[str, Any]:

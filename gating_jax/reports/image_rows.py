@@ -1,4 +1,4 @@
-"""A picture of rows of images, each row with a label and each image with a caption.
+"""A figure of rows of images, each row with a label and each image with a caption.
 
 Axes: K images of a row, H and W pixels, D channels.
 """
@@ -6,25 +6,22 @@ Axes: K images of a row, H and W pixels, D channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 
-from gating_jax.reports.lettering import plain, save
+from gating_jax.reports.lettering import plain
 
-_WIDTH, _LABEL, _CAPTION = 6.5, 1.35, 0.2  # inches
+_WIDTH, _LABEL, _CAPTION = 5.0, 1.25, 0.2  # inches
 _LETTERS = 12  # of a caption
 
 
-def draw(
-    file: Path | BinaryIO, rows: Sequence[np.ndarray], labels: Sequence[str],
-    captions: Sequence[Sequence[str]] | None = None,
-) -> None:
-  """Writes a PNG.
+def draw_rows(
+    rows: Sequence[np.ndarray], labels: Sequence[str], captions: Sequence[Sequence[str]] | None = None
+) -> Any:
+  """A figure as wide as a phone is.
 
   Args:
-    file: of the picture.
     rows: `[K, H, W, D]` uint8 images with D = 1 or 3, K of each row's own, at least one row.
     labels: of each row, to its left; may have several lines.
     captions: of each image, below it.
@@ -39,8 +36,8 @@ def draw(
   figure = Figure(figsize=(_WIDTH, height * len(rows)), dpi=110)
   for i, (images, label) in enumerate(zip(rows, labels, strict=True)):
     top = 1 - i / len(rows)
-    lines = [plain(line, 22) for line in label.split("\n")]
-    figure.text(0.01, top - 0.5 * side / height / len(rows), "\n".join(lines), va="center", fontsize=8)
+    lines = [plain(line, 18) for line in label.split("\n")]
+    figure.text(0.01, top - 0.5 * side / height / len(rows), "\n".join(lines), va="center", fontsize=9)
     for k, image in enumerate(images):
       axes = figure.add_axes(((_LABEL + k * side) / _WIDTH, top - side / height / len(rows),
                               0.94 * side / _WIDTH, 0.94 * side / height / len(rows)))
@@ -49,4 +46,4 @@ def draw(
       if captions:
         axes.text(0.5, -0.04, plain(captions[i][k], _LETTERS), transform=axes.transAxes, ha="center", va="top",
                   fontsize=6.5)
-  save(figure, file)
+  return figure

@@ -19,12 +19,18 @@ _DPI = 150
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-  """A PNG image, what it shows in words, and, if that is not one pixel for each of its own, its width in CSS pixels."""
+  """A PNG image and what it shows in words.
+
+  Attributes:
+    width: in CSS pixels, if that is not one for each of its own.
+    scrolls: sideways, where there is no room for it; else it shrinks.
+  """
 
   kind: ClassVar[str] = "picture"
   png: bytes
   caption: str
   width: int | None = None
+  scrolls: bool = False
 
   @property
   def source(self) -> str:
@@ -59,16 +65,22 @@ class Section:
   parts: Sequence[Picture | Table | Listing] = ()
 
 
-def drawn(draw: Callable[[BinaryIO], None], caption: str, width: int | None = None) -> Picture:
+def drawn(
+    draw: Callable[[BinaryIO], None], caption: str, width: int | None = None, *, scrolls: bool = False
+) -> Picture:
   """What `draw` writes as a PNG, as a picture."""
   file = io.BytesIO()
   draw(file)
-  return Picture(file.getvalue(), caption, width)
+  return Picture(file.getvalue(), caption, width, scrolls)
 
 
-def pictured(figure: Any, caption: str) -> Picture:
-  """A matplotlib figure as a picture; one that is `WIDTH` wide fills a phone, its letters as large as the text's."""
-  return drawn(lambda file: save(figure, file, dpi=_DPI), caption, round(100 * figure.get_figwidth()))
+def pictured(figure: Any, caption: str, *, scrolls: bool = False) -> Picture:
+  """A matplotlib figure as a picture; one that is `WIDTH` wide fills a phone, its letters as large as the text's.
+
+  A wider one is best read if it `scrolls`.
+  """
+  width = round(100 * figure.get_figwidth())
+  return drawn(lambda file: save(figure, file, dpi=_DPI), caption, width, scrolls=scrolls)
 
 
 def render(title: str, sections: Sequence[Section], subtitle: str = "") -> str:

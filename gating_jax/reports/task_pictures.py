@@ -1,4 +1,6 @@
-"""Pictures of a sequence of tasks: accuracies, the filters each task takes, and how far tasks share their units.
+"""Figures of a sequence of tasks: accuracies, the filters each task takes, and how far tasks share their units.
+
+They are as wide as a phone is, or as many tasks need.
 
 Axes: T tasks.
 Reference: Lopez-Paz and Ranzato, 2017 (the matrix of accuracies); Abati et al., 2020 (filters owned by tasks).
@@ -7,12 +9,11 @@ Reference: Lopez-Paz and Ranzato, 2017 (the matrix of accuracies); Abati et al.,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 
-from gating_jax.reports.lettering import plain, save
+from gating_jax.reports.lettering import plain
 
 _Counts = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -25,16 +26,15 @@ _PARTS = {  # from the bottom of a bar; apart in lightness too
 }
 _LETTERS = 20  # of a name at most
 _LETTER = 0.085  # inches
+_WIDTH, _CELL = 5.0, 0.42  # inches of a figure, and of a matrix's cell, at least
 
 
 def draw_accuracies(
-    path: Path | BinaryIO, aware: np.ndarray, agnostic: np.ndarray | None = None, *,
-    task_names: Sequence[str] | None = None
-) -> None:
-  """Writes a PNG: the matrix of accuracies in per cent, with the task known and, beside it, without.
+    aware: np.ndarray, agnostic: np.ndarray | None = None, *, task_names: Sequence[str] | None = None
+) -> Any:
+  """The matrix of accuracies in per cent, with the task known and, below it, without.
 
   Args:
-    path: of the picture.
     aware: `[T, T]` in [0, 1], row i after learning task i, column j on task j; NaN where undefined, drawn grey.
     agnostic: the same where the task is not known; left out if None.
     task_names: in the order of learning; their numbers from 1 if None.
@@ -42,28 +42,25 @@ def draw_accuracies(
   shown = {"task known (task-aware)": _matrix("aware", aware)}
   if agnostic is not None:
     shown["task not known (task-agnostic)"] = _matrix("agnostic", agnostic, tasks=len(aware))
-  _draw_matrices(path, shown, _names(task_names, len(aware)), "tested on task", "after learning task", "accuracy (%)")
+  return _draw_matrices(
+      shown, _names(task_names, len(aware)), "tested on task", "after learning task", "accuracy (%)")
 
 
-def draw_overlap(path: Path | BinaryIO, overlap: np.ndarray, *, task_names: Sequence[str] | None = None) -> None:
-  """Writes a PNG: how far every two tasks use the same units, in per cent.
+def draw_overlap(overlap: np.ndarray, *, task_names: Sequence[str] | None = None) -> Any:
+  """How far every two tasks use the same units, in per cent.
 
   Args:
-    path: of the picture.
     overlap: `[T, T]` in [0, 1], intersection over union; NaN where unknown, drawn grey.
     task_names: in the order of learning; their numbers from 1 if None.
   """
   shown = {"Units that two tasks share": _matrix("overlap", overlap)}
-  _draw_matrices(path, shown, _names(task_names, len(overlap)), "task", "task", "intersection over union (%)")
+  return _draw_matrices(shown, _names(task_names, len(overlap)), "task", "task", "intersection over union (%)")
 
 
-def draw_filters(
-    path: Path | BinaryIO, layers: Mapping[str, _Counts], *, task_names: Sequence[str] | None = None
-) -> None:
-  """Writes a PNG: for each layer, one bar a task of the filters it reuses, takes, does not use, and leaves free.
+def draw_filters(layers: Mapping[str, _Counts], *, task_names: Sequence[str] | None = None) -> Any:
+  """For each layer, one bar a task of the filters it reuses, takes, does not use, and leaves free.
 
   Args:
-    path: of the picture.
     layers: by name, counts `(new, reused, free)`, each `[T]`: filters used by this task first, used and owned by an
       older one, used by none so far. The bar's remaining part is owned by older tasks and not used.
     task_names: in the order of learning; their numbers from 1 if None.
@@ -77,10 +74,9 @@ def draw_filters(
   if len({p.shape for p in parts}) > 1:
     raise ValueError(f"layers must all have counts of the same tasks; got {[p.shape[1] for p in parts]} tasks")
   names = _names(task_names, parts[0].shape[1])
-  rows = -(-len(parts) // (4 if len(parts) <= 12 else 5))
-  columns = -(-len(parts) // rows)
-  width = float(np.clip(0.16 * len(names) + 0.7, 2.2, 4))
-  figure = Figure(figsize=(max(columns * width, 6), rows * 1.9 + 0.9), layout="constrained", dpi=110)
+  columns = int(min(len(parts), max(1, _WIDTH // max(0.16 * len(names) + 0.7, 1.6))))
+  rows, width = -(-len(parts) // columns), max(_WIDTH / columns, 0.16 * len(names) + 0.7)
+  figure = Figure(figsize=(columns * width, rows * 1.9 + 1.1), layout="constrained", dpi=110)
   panels = figure.subplots(rows, columns, squeeze=False)
   for axes in panels.flat[len(parts):]:
     axes.remove()
@@ -96,9 +92,9 @@ def draw_filters(
     if i % columns == 0:
       axes.set_ylabel("filters")
   handles = [Patch(color=colour) for colour in _PARTS.values()]
-  figure.legend(handles=handles, labels=list(_PARTS), loc="outside lower center", ncols=len(_PARTS), frameon=False,
-                fontsize=9, columnspacing=1.2, handlelength=1.2)
-  save(figure, path)
+  figure.legend(handles=handles, labels=list(_PARTS), loc="outside lower center", ncols=2, frameon=False, fontsize=9,
+                columnspacing=1.2, handlelength=1.2)
+  return figure
 
 
 def _draw_bars(axes, parts: np.ndarray, *, title: str) -> None:
@@ -117,25 +113,23 @@ def _draw_bars(axes, parts: np.ndarray, *, title: str) -> None:
 
 
 def _draw_matrices(
-    path: Path | BinaryIO, shown: Mapping[str, np.ndarray], names: Sequence[str], xlabel: str, ylabel: str, unit: str
-) -> None:
+    shown: Mapping[str, np.ndarray], names: Sequence[str], xlabel: str, ylabel: str, unit: str
+) -> Any:
   from matplotlib.figure import Figure  # imports slowly
 
-  cell = float(np.clip(5 / len(names), 0.42, 0.8))  # inches
-  side = max(cell * len(names), 2.8)
-  margin = 0.7 + _LETTER * max(map(len, names))
-  size = len(shown) * (side + 0.1) + margin + 0.8, side + margin + 0.1
-  figure = Figure(figsize=size, layout="compressed", dpi=110)
-  panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+  margin = 0.6 + _LETTER * max(map(len, names))
+  side = max(_CELL * len(names), _WIDTH - 0.1 - margin, 3.2)
+  figure = Figure(figsize=(side + margin + 0.1, len(shown) * (side + margin + 0.2) + 0.7), layout="compressed", dpi=110)
+  panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
   for axes, (title, values) in zip(panels, shown.items(), strict=True):
-    image = _draw_cells(axes, 100 * values, fontsize=7.5 if cell < 0.55 else 9)
+    image = _draw_cells(axes, 100 * values, fontsize=7.5 if side / len(names) < 0.55 else 10)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
     axes.set_xticks(range(len(names)), names, rotation=_rotation(names, side / len(names)))
     axes.set_yticks(range(len(names)), names)
-  panels[0].set_ylabel(ylabel)
-  figure.colorbar(image, ax=list(panels), label=unit)
-  save(figure, path)
+  figure.colorbar(image, ax=list(panels), label=unit, orientation="horizontal", aspect=40, pad=0.01)
+  return figure
 
 
 def _draw_cells(axes, percent: np.ndarray, *, fontsize: float):

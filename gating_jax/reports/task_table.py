@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gating_jax.reports import table
 from gating_jax.reports.lettering import columns, plain
 
 _SETTINGS = {"task_aware": "task-aware", "task_agnostic": "task-agnostic"}
@@ -32,39 +33,26 @@ def render(result: Mapping[str, Any]) -> str:
       mean_gate_overlap: share of units that two tasks have in common, None for a single task; may be missing.
       free_units: `(free, units)` by layer after the last task; may be missing.
   """
-  settings = [name for name in _SETTINGS if name in result]
+  settings = _settings(result)
   lines = columns([["accuracy (%)", *(cell for name in settings for cell in ("", _SETTINGS[name]))],
-                  ["task", *("when learned", "at the end") * len(settings)],
-                  *_accuracies(result, settings), *_measures(result, settings)])
-  reasons = [(name, why) for setting in settings for name, why in result[setting]["reasons"].items()]
-  lines += [f"{name.replace('_', ' ')} n/a: {why}" for name, why in dict.fromkeys(reasons)]
-  rows = _costs(result)
-  width = max(len(name) for name, _ in rows)
-  return "\n".join([*lines, "", *(f"{name:<{width}}  {value}" for name, value in rows)])
+                  ["task", *("when learned", "at the end") * len(settings)], *_scores(result, settings)])
+  return "\n".join([*lines, *reasons(result), "", table.lines(costs(result))])
 
 
-def headline(result: Mapping[str, Any]) -> str:
-  """One line."""
-  parts = [f"{_SETTINGS[name]} accuracy {100 * result[name]['average_accuracy']:.2f} %"
-           f"  forgetting {_points(result[name]['forgetting'])}" for name in _SETTINGS if name in result]
-  return "  ".join([*parts, f"{100 * result['task_aware_macs'] / result['dense_macs']:.1f} % of MACs"])
+def tables(result: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
+  """Header and rows with the task known at the test, and without: of each task and of each measure over tasks."""
+  return [([f"{_SETTINGS[name]} accuracy (%)", "when learned", "at the end"], _scores(result, [name]))
+          for name in _settings(result)]
 
 
-def _accuracies(result: Mapping[str, Any], settings: list[str]) -> list[list[str]]:
-  rows = []
-  for j, name in enumerate(result["task_names"]):
-    accuracies = [result[setting]["accuracies"] for setting in settings]
-    rows.append([plain(name, 30), *(_percent(r[i][j]) for r in accuracies for i in (j, -1))])
-  return rows
+def reasons(result: Mapping[str, Any]) -> list[str]:
+  """Why measures are undefined, a line each."""
+  found = [(name, why) for setting in _settings(result) for name, why in result[setting]["reasons"].items()]
+  return [f"{name.replace('_', ' ')} n/a: {why}" for name, why in dict.fromkeys(found)]
 
 
-def _measures(result: Mapping[str, Any], settings: list[str]) -> list[list[str]]:
-  name = lambda measure: measure.replace("_", " ") + ("" if measure == "average_accuracy" else " (points)")
-  return [[name(measure), *(cell for s in settings for cell in ("", _points(result[s][measure])))]
-          for measure in _MEASURES]
-
-
-def _costs(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+def costs(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """Rows of name and value: what images take, and what is kept."""
   rows = []
   if "task_classifier_accuracy" in result:
     rows.append(("accuracy of the task classifier", f"{100 * result['task_classifier_accuracy']:.2f} %"))
@@ -80,6 +68,35 @@ def _costs(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   rows += [(f"free units, {plain(layer, 30)}", f"{free:,} of {units:,}  ({100 * free / units:.1f} %)")
            for layer, (free, units) in result.get("free_units", {}).items()]
   return rows
+
+
+def headline(result: Mapping[str, Any]) -> str:
+  """One line."""
+  parts = [f"{_SETTINGS[name]} accuracy {100 * result[name]['average_accuracy']:.2f} %"
+           f"  forgetting {_points(result[name]['forgetting'])}" for name in _SETTINGS if name in result]
+  return "  ".join([*parts, f"{100 * result['task_aware_macs'] / result['dense_macs']:.1f} % of MACs"])
+
+
+def _settings(result: Mapping[str, Any]) -> list[str]:
+  return [name for name in _SETTINGS if name in result]
+
+
+def _scores(result: Mapping[str, Any], settings: list[str]) -> list[list[str]]:
+  return [*_accuracies(result, settings), *_measures(result, settings)]
+
+
+def _accuracies(result: Mapping[str, Any], settings: list[str]) -> list[list[str]]:
+  rows = []
+  for j, name in enumerate(result["task_names"]):
+    accuracies = [result[setting]["accuracies"] for setting in settings]
+    rows.append([plain(name, 30), *(_percent(r[i][j]) for r in accuracies for i in (j, -1))])
+  return rows
+
+
+def _measures(result: Mapping[str, Any], settings: list[str]) -> list[list[str]]:
+  name = lambda measure: measure.replace("_", " ") + ("" if measure == "average_accuracy" else " (points)")
+  return [[name(measure), *(cell for s in settings for cell in ("", _points(result[s][measure])))]
+          for measure in _MEASURES]
 
 
 def _percent(share: float | None) -> str:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from gating_jax.reports.lettering import plain, save
 
-_WIDTH = 11.0  # inches of the time axis
+WIDTH = 11.0  # inches of the time axis
 _LEFT, _RIGHT, _TOP, _LEGEND_LINE = 0.75, 0.25, 0.15, 0.24
 _HEADER, _BARS, _STRIP, _GAP, _AFTER = 0.3, 0.85, 0.2, 0.07, 0.25
 _THUMBNAIL = 1.0  # inches at most, either side
@@ -34,7 +34,7 @@ class TimeLine:
     probs: `[T]` probability that the gate opens.
     gates: `[T]`, chosen above 0.
     valid: `[T]` bool.
-    title: written above, as it is.
+    title: written above, as it is, with how many segments are chosen; neither is where it is empty.
     thumbnails: `[T, H, W, D]` uint8 centre frames, D 1 or 3; None for features.
     relevant: `[T]` bool, None where the truth is not known.
     units: `[T]` int unit action of each segment, -1 none; None where not known.
@@ -50,45 +50,60 @@ class TimeLine:
 
 
 def draw(path: Path | BinaryIO, lines: Sequence[TimeLine], *, unit_names: Sequence[str] | None = None) -> None:
-  """Writes a PNG, one video below the other: thumbnails, probabilities aligned with them, the truth.
-
-  Of a long video a thumbnail stands for a few neighbouring segments and shows the likeliest chosen one of them, or the
-  middle one; every segment has its bar.
-
-  Args:
-    path: of the picture.
-    lines: the videos, at least one.
-    unit_names: of `TimeLine.units`; their numbers if None.
-  """
-  from matplotlib.figure import Figure  # imports slowly
-
+  """Writes a PNG, one video below the other: see `figures`."""
   if not lines:
     raise ValueError("lines must hold at least one TimeLine; got none")
   lines = [_without_padding(line) for line in lines]
+  save(_figure(lines, _shown_units(lines, unit_names), WIDTH), path)
+
+
+def figures(
+    lines: Sequence[TimeLine], *, unit_names: Sequence[str] | None = None, width: float = WIDTH
+) -> list[Any]:
+  """A figure for each video: thumbnails, probabilities aligned with them, the truth.
+
+  Of a long video a thumbnail stands for a few neighbouring segments and shows the likeliest chosen one of them, or the
+  middle one; every segment has its bar. A unit has the same colour in all figures.
+
+  Args:
+    lines: the videos.
+    unit_names: of `TimeLine.units`; their numbers if None.
+    width: of the time axis, inches.
+  """
+  lines = [_without_padding(line) for line in lines]
   units = _shown_units(lines, unit_names)
+  mine = lambda line: {u: unit for u, unit in units.items() if line.units is not None and u in line.units}
+  return [_figure([line], mine(line), width) for line in lines]
+
+
+def _figure(lines: Sequence[TimeLine], units: _Units, width: float) -> Any:
+  from matplotlib.figure import Figure  # imports slowly
+
   legend = _legend_entries(lines, units)
-  legend_height = _LEGEND_LINE * (-(-len(legend) // _legend_columns(legend)) + 0.5)
-  height = _TOP + sum(map(_height, lines)) + legend_height
-  figure = Figure(figsize=(_LEFT + _WIDTH + _RIGHT, height), dpi=110)
+  columns = _legend_columns(legend, width)
+  heights = [_height(line, width) for line in lines]
+  height = _TOP + sum(heights) + _LEGEND_LINE * (-(-len(legend) // columns) + 0.5)
+  figure = Figure(figsize=(_LEFT + width + _RIGHT, height), dpi=110)
   top = height - _TOP
-  for line in lines:
-    _draw_line(_Page(figure, height, len(line.gates)), line, units, top)
-    top -= _height(line)
-  _draw_legend(figure, legend)
-  save(figure, path)
+  for line, own in zip(lines, heights, strict=True):
+    _draw_line(_Page(figure, height, width, len(line.gates)), line, units, top)
+    top -= own
+  _draw_legend(figure, legend, columns)
+  return figure
 
 
 @dataclasses.dataclass(frozen=True)
 class _Page:
-  """Places axes by inches; their x axis is time in segments."""
+  """Places axes by inches; their x axis, `width` of them, is time in segments."""
 
   figure: object
   height: float
+  width: float
   segments: int
 
   def axes(self, top: float, height: float):
-    width = self.figure.get_figwidth()
-    place = (_LEFT / width, (top - height) / self.height, _WIDTH / width, height / self.height)
+    whole = self.figure.get_figwidth()
+    place = (_LEFT / whole, (top - height) / self.height, self.width / whole, height / self.height)
     axes = self.figure.add_axes(place)
     axes.set(xlim=(0, self.segments), ylim=(0, 1), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
@@ -97,15 +112,17 @@ class _Page:
 
 def _draw_line(page: _Page, line: TimeLine, units: _Units, top: float) -> None:
   chosen = line.gates > 0
-  header = page.axes(top, _HEADER)
-  header.text(0, 0.45, plain(line.title, 90), transform=header.transAxes, color=_INK, weight="bold")
-  header.text(1, 0.45, f"{chosen.sum()} of {len(chosen)} segments chosen", transform=header.transAxes, color=_INK,
-              ha="right")
-  top -= _HEADER
+  if line.title:
+    header = page.axes(top, _HEADER)
+    letters = int(90 * page.width / WIDTH)
+    header.text(0, 0.45, plain(line.title, letters), transform=header.transAxes, color=_INK, weight="bold")
+    header.text(1, 0.45, f"{chosen.sum()} of {len(chosen)} segments chosen", transform=header.transAxes, color=_INK,
+                ha="right")
+    top -= _HEADER
   if line.thumbnails is not None:
-    size = _thumbnail_size(line.thumbnails)
-    _draw_thumbnails(page.axes(top, size[1]), line.thumbnails, line.probs, chosen, size)
-    top -= size[1] + _GAP
+    width, height = _thumbnail_size(line.thumbnails, page.width)
+    _draw_thumbnails(page.axes(top, height), line.thumbnails, line.probs, chosen, width / page.width * len(chosen))
+    top -= height + _GAP
   _draw_bars(page.axes(top, _BARS), line.probs, chosen)
   top -= _BARS + _GAP
   if line.relevant is not None:
@@ -114,12 +131,12 @@ def _draw_line(page: _Page, line: TimeLine, units: _Units, top: float) -> None:
   if line.units is not None:
     axes = page.axes(top, _STRIP)
     _draw_strip(axes, [units[u][1] if u >= 0 else _NO_UNIT for u in line.units])
-    _name_runs(axes, line.units, units)
+    _name_runs(axes, line.units, units, page.width)
 
 
-def _draw_thumbnails(axes, thumbnails: np.ndarray, probs: np.ndarray, chosen: np.ndarray, size) -> None:
+def _draw_thumbnails(axes, thumbnails: np.ndarray, probs: np.ndarray, chosen: np.ndarray, width: float) -> None:
+  """`width`: of one, in segments."""
   segments = len(thumbnails)
-  width = size[0] / _WIDTH * segments
   edges = np.linspace(0, segments, min(segments, _MOST_THUMBNAILS) + 1)
   for start, end in zip(edges, edges[1:], strict=False):
     block = np.arange(int(start), int(end))
@@ -153,21 +170,22 @@ def _draw_strip(axes, colours: Sequence) -> None:
   axes.bar(np.arange(len(colours)) + 0.5, 1, width=1.0, color=colours, linewidth=0)
 
 
-def _name_runs(axes, ids: np.ndarray, units: _Units) -> None:
+def _name_runs(axes, ids: np.ndarray, units: _Units, width: float) -> None:
   """Writes a unit's name into each of its runs that is wide enough for it."""
   starts = np.flatnonzero(np.diff(ids, prepend=-2))
   for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-    letters = int((end - start) / len(ids) * _WIDTH / 0.062)
+    letters = int((end - start) / len(ids) * width / 0.062)
     if ids[start] >= 0 and letters >= min(3, len(units[ids[start]][0])):
       axes.text((start + end) / 2, 0.45, plain(units[ids[start]][0], letters), ha="center", va="center", fontsize=7,
                 color="white")
 
 
-def _draw_legend(figure, entries: Sequence[tuple[str, object]]) -> None:
+def _draw_legend(figure, entries: Sequence[tuple[str, object]], columns: int) -> None:
   from matplotlib.patches import Patch
 
   figure.legend(handles=[Patch(color=colour) for _, colour in entries], labels=[name for name, _ in entries],
-                ncols=_legend_columns(entries), loc="lower center", frameon=False, fontsize=9, handlelength=1.2,
+                ncols=columns, loc="lower left", bbox_to_anchor=(_LEFT / figure.get_figwidth(), 0), borderaxespad=0,
+                frameon=False, fontsize=9, handlelength=1.2,
                 handleheight=0.9, labelcolor=_INK)
 
 
@@ -178,9 +196,9 @@ def _legend_entries(lines: Sequence[TimeLine], units: _Units) -> list[tuple[str,
   return entries + [(plain(name, 28), colour) for name, colour in units.values()]
 
 
-def _legend_columns(entries: Sequence[tuple[str, object]]) -> int:
+def _legend_columns(entries: Sequence[tuple[str, object]], width: float) -> int:
   widest = max(len(name) for name, _ in entries)
-  return max(1, min(len(entries), int(_WIDTH / (0.45 + 0.085 * widest))))
+  return max(1, min(len(entries), int(width / (0.45 + 0.085 * widest))))
 
 
 def _shown_units(lines: Sequence[TimeLine], unit_names: Sequence[str] | None) -> _Units:
@@ -215,18 +233,18 @@ def _representative(block: np.ndarray, probs: np.ndarray, chosen: np.ndarray) ->
   return candidates[np.argmax(probs[candidates])] if len(candidates) else block[len(block) // 2]
 
 
-def _thumbnail_size(thumbnails: np.ndarray) -> tuple[float, float]:
+def _thumbnail_size(thumbnails: np.ndarray, width: float) -> tuple[float, float]:
   """Width and height in inches, in the frames' proportion."""
   segments, rows, columns, _ = thumbnails.shape
-  room = _WIDTH / min(segments, _MOST_THUMBNAILS) * 0.92
+  room = width / min(segments, _MOST_THUMBNAILS) * 0.92
   scale = min(room / columns, _THUMBNAIL / rows, 2 * _THUMBNAIL / columns)
   return columns * scale, rows * scale
 
 
-def _height(line: TimeLine) -> float:
-  height = _HEADER + _BARS + _GAP + _AFTER
+def _height(line: TimeLine, width: float) -> float:
+  height = _HEADER * bool(line.title) + _BARS + _GAP + _AFTER
   if line.thumbnails is not None:
-    height += _thumbnail_size(line.thumbnails)[1] + _GAP
+    height += _thumbnail_size(line.thumbnails, width)[1] + _GAP
   if line.relevant is not None:
     height += _STRIP / 2 + _GAP / 2
   return height + (_STRIP + _GAP if line.units is not None else 0)

@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gating_jax.reports import table
+
 
 def render(result: Mapping[str, Any]) -> str:
   """Lines of name and value, from what `experiments.video_trial.test` returns."""
+  return table.lines(rows(result))
+
+
+def rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """The same as pairs."""
   percent = lambda name: f"{100 * result[name]:.1f} %"
   rows = [
       _score(result),
@@ -28,8 +35,7 @@ def render(result: Mapping[str, Any]) -> str:
   if "videos_per_second" in result:
     rows.append(("videos per second", f"{result['videos_per_second']:.1f}  (heavy net on all segments: "
                                       f"{result['all_segments_videos_per_second']:.1f})"))
-  width = max(len(name) for name, _ in rows)
-  return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+  return rows
 
 
 def headline(result: Mapping[str, Any]) -> str:

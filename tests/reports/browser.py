@@ -15,6 +15,7 @@ onload = () => {{
     e => !e.parentElement.closest(".scroll") && e.getBoundingClientRect().right > width + 0.5);
   document.body.dataset.found = JSON.stringify({{
     images: page.images.length,
+    widths: [...page.images].map(i => Math.round(i.getBoundingClientRect().width)),
     broken: [...page.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.alt),
     wide: out.map(e => e.tagName.toLowerCase()),
     scrolls: page.documentElement.scrollWidth > width,

@@ -1,9 +1,16 @@
+import importlib
+
 import numpy as np
 import pytest
 import report_data
 from browser import BROWSER, look_at
+from matplotlib.figure import Figure
 
+from gating_jax.experiments import continual_build, continual_report, video_build, video_report
+from gating_jax.models import segment_nets, vgg
+from gating_jax.models.resnet import ResNet
 from gating_jax.reports import image_report, image_rows, page
+from gating_jax.training import rundir
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")]
 
@@ -18,6 +25,56 @@ def test_a_report_loads_and_fits(tmp_path, kind, width):
   assert (found["messages"], found["broken"], found["wide"], found["scrolls"]) == ([], [], [], False)
   assert found["headings"][0] == "Result"
   assert found["headings"] == [section.title for section in image_report.sections(run)]
+
+
+def task_page(folder):
+  """Of a run that has learnt two tasks of a net of two layers, as far as the page can tell."""
+  config = importlib.import_module("configs.split_digits").get_config()
+  config.update_from_flattened_dict({"model.name": "tiny", "tasks.count": 2, "optim.batch_size": 64})
+  experiment = continual_build.build(config)
+  learner, tests = experiment.fresh(), np.array([[0.9, np.nan], [0.8, 0.7]])
+  memory = {**learner.memory, "relevant": np.arange(16) % 3 > np.array([[0], [1]])}
+  learner = learner.replace(task=2, memory=memory, table=learner.table._make([tests] * 5))
+  continual_report.write(experiment, learner, rundir.RunDir(folder), 10)
+
+
+def video_page(folder):
+  """Of made choices among the segments of made videos."""
+  config = importlib.import_module("configs.composed_timegate").get_config()
+  config.update_from_flattened_dict({
+      "model.light.name": "tiny", "model.heavy.name": "tiny", "data.train_videos": 32, "data.test_videos": 20,
+      "data.segments": 30, "pretrain.batch_size": 16, "optim.batch_size": 16})
+  experiment = video_build.build(config)
+  arrays, shape = experiment.test.arrays, (20, 30)
+  probs = np.random.default_rng(0).random(shape)
+  done = {name: arrays[name] for name in ("valid", "label", "relevant")} | {
+      "index": np.arange(20), "probs": probs, "gates": probs > 0.5, "logits": np.eye(16)[arrays["label"] // 2]}
+  result = {"videos": 20, "accuracy": 0.5, "all_segments_macs": 10**9, "macs": 10.0**8, "mac_ratio": 0.1, "share": 0.5,
+            "share_p10": 0.4, "share_p90": 0.6, "precision": 0.5, "recall": 0.5, "relevant_share": 0.2,
+            "unreadable": 1, "missing": 1}
+  video_report.write(experiment, result, done, rundir.RunDir(folder), 10)
+
+
+PAGES = {
+    "tasks": (task_page, 3 + 6, ["Result", "Accuracies", "Filters", "Overlap", "One gate across tasks", "Settings"]),
+    "videos": (video_page, 1 + 6, ["Result", "Segments", "Time lines", "Settings"])}
+
+
+@pytest.mark.parametrize("kind", PAGES)
+def test_pages_of_tasks_and_videos_load_and_fit(tmp_path, monkeypatch, kind):
+  monkeypatch.setitem(vgg.VGGS, "tiny", (8, vgg.POOL, 8))
+  monkeypatch.setitem(segment_nets.LIGHT_NETS, "tiny", (ResNet, dict(classes=None, blocks=(1,), features=4)))
+  monkeypatch.setitem(segment_nets.HEAVY_NETS, "tiny", (ResNet, dict(classes=None, blocks=(1,), features=4)))
+  write, images, headings = PAGES[kind]
+  write(tmp_path)
+  for width in (390, 1280):
+    found = look_at(tmp_path / "report.html", width)
+    assert (found["messages"], found["broken"], found["wide"], found["scrolls"]) == ([], [], [], False)
+    assert (found["images"], found["headings"]) == (images, headings)
+    # What is drawn wider than a phone scrolls in a box of its own, unshrunk; all else fits.
+    beyond = [w for w in found["widths"] if w > width]
+    assert beyond == ([1050] * 6 if (kind, width) == ("videos", 390) else [])
+    assert min(found["widths"]) > 330
 
 
 @pytest.mark.parametrize(("body", "what"), [
@@ -36,13 +93,20 @@ def test_what_is_wrong_is_seen(tmp_path, body, what):
 
 
 def test_all_kinds_of_parts_load_and_fit(tmp_path):
-  rows = lambda file: image_rows.draw(file, [np.zeros((8, 4, 4, 3), np.uint8)], ["a row"])
+  rows = image_rows.draw_rows([np.zeros((8, 4, 4, 3), np.uint8)], ["a row"])
+  draw = lambda file: rows.savefig(file)
+  wide = Figure(figsize=(20, 1))
   page.write(tmp_path / "page.html", "A run " + "of_a_long_name" * 20, [
       page.Section("Listing", "x" * 300, [page.Listing("y" * 400)]),
       page.Section("Table", parts=[page.Table([f"column {i}" for i in range(30)], [["1"] * 30])]),
-      page.Section("Pictures", parts=[page.drawn(rows, "Images."), page.drawn(rows, "Images.", 500)])], "z" * 300)
+      page.Section("Pictures", parts=[
+          page.drawn(draw, "Images."), page.drawn(draw, "Images.", 900), page.pictured(rows, "Images."),
+          page.pictured(wide, "Wide.", scrolls=True)])], "z" * 300)
   found = look_at(tmp_path / "page.html")
-  assert found["images"] == 2
+  assert found["images"] == 4
+  *shrunk, scrolled = found["widths"]
+  assert all(330 < width <= 390 - 2 * 14 for width in shrunk)
+  assert scrolled == 2000
   assert (found["messages"], found["broken"], found["wide"], found["scrolls"]) == ([], [], [], False)
 
 

@@ -1,10 +1,11 @@
+import io
+
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgba
-from matplotlib.figure import Figure
 from PIL import Image
 
-from gating_jax.reports import task_pictures
+from gating_jax.reports import lettering, page, task_pictures
 
 NAN = np.nan
 AWARE = np.array([[0.9, NAN, NAN], [0.7, 0.04, NAN], [0.9996, 0.5, 1.0]])
@@ -12,20 +13,13 @@ AGNOSTIC = np.array([[0.9, 0.0, 0.0], [0.5, 0.3, 0.0], [0.25, 0.125, 0.6]])
 REUSED, NEW, OLDER, FREE = task_pictures._PARTS.values()
 
 
-@pytest.fixture
-def drawn(monkeypatch, tmp_path):
-  """Draws a picture and gives its figure, as it was written."""
-  figures = []
-  write = Figure.savefig
-  monkeypatch.setattr(Figure, "savefig", lambda self, path: (figures.append(self), write(self, path)))
-
-  def draw(function, *args, **options):
-    function(tmp_path / "tasks.png", *args, **options)
-    with Image.open(tmp_path / "tasks.png") as picture:
-      assert picture.format == "PNG"
-    return figures.pop()
-
-  return draw
+def drawn(function, *args, **options):
+  """The figure, as it is written."""
+  figure = function(*args, **options)
+  file = io.BytesIO()
+  lettering.save(figure, file)
+  assert Image.open(file).format == "PNG"
+  return figure
 
 
 def panels(figure):
@@ -42,7 +36,7 @@ def labels(texts):
   return [text.get_text() for text in texts]
 
 
-def test_accuracies_stand_side_by_side_in_per_cent(drawn):
+def test_accuracies_stand_one_below_the_other_in_per_cent():
   figure = drawn(task_pictures.draw_accuracies, AWARE, AGNOSTIC, task_names=["0, 1", "2, 3", "4, 5"])
   aware, agnostic = panels(figure)
   assert aware.get_title() == "task known (task-aware)"
@@ -56,10 +50,11 @@ def test_accuracies_stand_side_by_side_in_per_cent(drawn):
     assert labels(axes.get_xticklabels()) == labels(aware.get_yticklabels()) == ["0, 1", "2, 3", "4, 5"]
     assert axes.get_xlabel() == "tested on task"
   assert aware.get_ylabel() == "after learning task"
-  assert figure.axes[-1].get_ylabel() == "accuracy (%)"
+  assert aware.get_position().y0 > agnostic.get_position().y1
+  assert figure.axes[-1].get_xlabel() == "accuracy (%)"
 
 
-def test_numbers_are_readable_on_every_colour_and_nothing_is_written_where_nothing_is_known(drawn):
+def test_numbers_are_readable_on_every_colour_and_nothing_is_written_where_nothing_is_known():
   ladder = np.append(np.linspace(0, 1, 24), NAN).reshape(5, 5)
   axes, = panels(drawn(task_pictures.draw_accuracies, ladder))
   assert len(axes.texts) == 24
@@ -71,7 +66,7 @@ def test_numbers_are_readable_on_every_colour_and_nothing_is_written_where_nothi
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 5, 10, 20])
-def test_cells_hold_their_numbers(drawn, tasks):
+def test_cells_hold_their_numbers(tasks):
   figure = drawn(task_pictures.draw_accuracies, np.full((tasks, tasks), 0.888), np.full((tasks, tasks), 0.888),
                  task_names=["m" * 40] * tasks)
   for axes in panels(figure):
@@ -89,18 +84,28 @@ def test_cells_hold_their_numbers(drawn, tasks):
   assert tasks == 1 or max(widths) < cell
 
 
-def test_overlap_is_drawn_with_its_unit(drawn):
+@pytest.mark.parametrize("tasks", [1, 2, 5])
+def test_figures_of_few_tasks_are_as_wide_as_a_phone_and_their_panels_fill_them(tasks):
+  ones, counts = np.ones((tasks, tasks)), (np.eye(tasks, dtype=int)[0], np.zeros(tasks, int), np.ones(tasks, int))
+  for figure in (drawn(task_pictures.draw_accuracies, ones, ones), drawn(task_pictures.draw_overlap, ones),
+                 drawn(task_pictures.draw_filters, {f"conv{i}": counts for i in range(3)})):
+    assert figure.get_figwidth() == pytest.approx(page.WIDTH)
+    places = [axes.get_position() for axes in panels(figure)]
+    assert max(p.x1 for p in places) - min(p.x0 for p in places) > 0.7
+
+
+def test_overlap_is_drawn_with_its_unit():
   figure = drawn(task_pictures.draw_overlap, np.array([[1, 0.125], [0.125, 1]]))
   axes, = panels(figure)
   assert numbers(axes) == {(0, 0): "100", (0, 1): "12.5", (1, 0): "12.5", (1, 1): "100"}
   assert labels(axes.get_xticklabels()) == labels(axes.get_yticklabels()) == ["1", "2"]
-  assert figure.axes[-1].get_ylabel() == "intersection over union (%)"
+  assert figure.axes[-1].get_xlabel() == "intersection over union (%)"
 
 
 COUNTS = (np.array([2, 1, 0]), np.array([0, 1, 2]), np.array([3, 2, 2]))  # of 5 units, new, reused, free
 
 
-def test_a_bar_stacks_what_a_task_reuses_takes_does_not_use_and_leaves_free(drawn):
+def test_a_bar_stacks_what_a_task_reuses_takes_does_not_use_and_leaves_free():
   axes, = panels(drawn(task_pictures.draw_filters, {"conv1": COUNTS}, task_names="abc"))
   bars = [(round(b.get_x() + b.get_width() / 2), b.get_facecolor(), b.get_y(), b.get_height()) for b in axes.patches]
   of = lambda colour: [(y, height) for _, c, y, height in sorted(bars) if c == to_rgba(colour)]
@@ -114,7 +119,7 @@ def test_a_bar_stacks_what_a_task_reuses_takes_does_not_use_and_leaves_free(draw
   assert labels(axes.get_xticklabels()) == ["a", "b", "c"]
 
 
-def test_the_legend_names_the_colours(drawn):
+def test_the_legend_names_the_colours():
   legend, = drawn(task_pictures.draw_filters, {"conv1": COUNTS}).legends
   assert [(text.get_text(), patch.get_facecolor()) for text, patch in
           zip(legend.get_texts(), legend.get_patches(), strict=True)] == [
@@ -123,7 +128,7 @@ def test_the_legend_names_the_colours(drawn):
 
 
 @pytest.mark.parametrize("layers", [1, 3, 4, 5, 7, 13, 20])
-def test_every_layer_has_its_panel_and_tasks_are_named_below_the_lowest(drawn, layers):
+def test_every_layer_has_its_panel_and_tasks_are_named_below_the_lowest(layers):
   shown = panels(drawn(task_pictures.draw_filters, {f"conv{i}": COUNTS for i in range(layers)}))
   assert [axes.get_title().split("\n")[0] for axes in shown] == [f"conv{i}" for i in range(layers)]
   for axes in shown:
@@ -132,7 +137,7 @@ def test_every_layer_has_its_panel_and_tasks_are_named_below_the_lowest(drawn, l
     assert labels(axes.get_xticklabels()) == ([""] * 3 if below else ["1", "2", "3"])
 
 
-def test_a_layer_that_has_grown_has_higher_bars(drawn):
+def test_a_layer_that_has_grown_has_higher_bars():
   grown = (np.array([4, 3]), np.array([0, 1]), np.array([0, 2]))
   axes, = panels(drawn(task_pictures.draw_filters, {"conv": grown}))
   free = [b for b in axes.patches if b.get_facecolor() == to_rgba(FREE)]
@@ -141,7 +146,7 @@ def test_a_layer_that_has_grown_has_higher_bars(drawn):
   assert axes.get_title() == "conv\n2 of 9 free"
 
 
-def test_names_are_drawn_as_they_are(drawn):
+def test_names_are_drawn_as_they_are():
   names = [r"$\frac{$", "<script>", "_x", "two\nlines", "切る", "\udcff", "", "%^{}\\", "$x$", "a" * 300]
   shown = ["$\\frac{$", "<script>", "_x", "two?lines", "切る", "?", "", "%^{}\\", "$x$", "a" * 19 + "…"]
   ten = np.eye(10)
@@ -169,22 +174,22 @@ def test_names_are_drawn_as_they_are(drawn):
     (task_pictures.draw_filters, ({"a": (COUNTS[0], COUNTS[1][:2], COUNTS[2])},),
      r"layers\['a'\] must be \(new, reused, free\), each \[T\]; got \[\(3,\), \(2,\), \(3,\)\]"),
 ])
-def test_what_cannot_be_drawn_is_named(tmp_path, function, args, message):
+def test_what_cannot_be_drawn_is_named(function, args, message):
   with pytest.raises(ValueError, match=f"^{message}$"):
-    function(tmp_path / "tasks.png", *args)
+    function(*args)
 
 
 @pytest.mark.parametrize(("counts", "dtype"), [
     ((2, 1, 0), None), ((2, 1, 0), np.uint32), ((0.5, 0, 0), None), ((2, 0, -1), None), ((NAN, 0, 0), None)])
-def test_what_are_no_counts_is_named(tmp_path, counts, dtype):
+def test_what_are_no_counts_is_named(counts, dtype):
   layer = tuple(np.array([c], dtype) for c in counts)
   values = r"new \[{}\], reused \[{}\], free \[{}\]".format(*counts)
   rule = r"layers\['a'\] must be whole counts >= 0, reused at most what older tasks took"
   with pytest.raises(ValueError, match=f"^{rule}; got {values}$"):
-    task_pictures.draw_filters(tmp_path / "tasks.png", {"a": layer})
+    task_pictures.draw_filters({"a": layer})
 
 
-def test_every_task_needs_its_name(tmp_path):
+def test_every_task_needs_its_name():
   for function, arrays in ((task_pictures.draw_accuracies, AWARE), (task_pictures.draw_filters, {"a": COUNTS})):
     with pytest.raises(ValueError, match="^task_names must name each of 3 tasks; got 2 names$"):
-      function(tmp_path / "tasks.png", arrays, task_names="ab")
+      function(arrays, task_names="ab")

@@ -86,3 +86,14 @@ def test_what_was_not_tested_is_said():
 ])
 def test_headline(result, expected):
   assert task_table.headline(result) == expected
+
+
+def test_a_table_for_each_setting_and_why_a_measure_is_missing():
+  (aware, rows), (agnostic, others) = task_table.tables(RESULT)
+  assert aware == ["task-aware accuracy (%)", "when learned", "at the end"]
+  assert rows[:3] == [["0, 1", "90.00", "90.00"], ["2, 3", "100.00", "100.00"], ["average accuracy", "", "95.00"]]
+  assert rows[-1] == ["forward transfer (points)", "", "n/a"]
+  assert agnostic[0] == "task-agnostic accuracy (%)"
+  assert others[0] == ["0, 1", "80.00", "55.56"]
+  assert task_table.reasons(RESULT) == [f"forward transfer n/a: {REASON}"]
+  assert [len(task_table.tables(without(name))) for name in ("task_agnostic", "task_aware")] == [1, 1]

@@ -1,8 +1,11 @@
+import dataclasses
+import io
+
 import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from gating_jax.reports import timeline
+from gating_jax.reports import lettering, timeline
 from gating_jax.reports.timeline import TimeLine
 
 INCH = 110
@@ -25,6 +28,12 @@ def pixels(tmp_path, lines, **options):
     return np.asarray(picture.convert("RGB")).astype(int)
 
 
+def pixels_of(figure):
+  file = io.BytesIO()
+  lettering.save(figure, file)
+  return np.asarray(Image.open(file).convert("RGB")).astype(int)
+
+
 def at_segments(picture, inches_down, segments, count=None):
   """Colours at the centres of the segments, or of `count` equal parts of the time axis."""
   count = count or segments
@@ -40,7 +49,7 @@ def test_every_segment_has_a_bar_in_the_colour_of_its_choice(tmp_path, segments)
 
 
 def test_bars_are_as_high_as_the_probabilities(tmp_path):
-  shown = TimeLine(np.array([0.0, 0.25, 0.75, 1.0, np.nan]), np.ones(5), np.ones(5, bool))
+  shown = TimeLine(np.array([0.0, 0.25, 0.75, 1.0, np.nan]), np.ones(5), np.ones(5, bool), "a title")
   picture = pixels(tmp_path, [shown])[round(0.46 * INCH):round(1.29 * INCH)]
   columns = (0.75 + 11 * (np.arange(5) + 0.5) / 5) * INCH
   height = (picture[:, columns.astype(int)] == CHOSEN).all(axis=-1).sum(axis=0) / len(picture)
@@ -64,7 +73,7 @@ def test_a_thumbnail_of_a_long_video_shows_the_likeliest_chosen_of_its_segments_
   probs, gates = np.full(segments, 0.3), np.zeros(segments)
   gates[[0, 1, 2]], probs[:4] = 1, [0.6, 0.7, 0.6, 0.9]
   shown = np.array([1, 2, *range(5, segments, 2)])
-  picture = pixels(tmp_path, [TimeLine(probs, gates, np.ones(segments, bool), thumbnails=frames)])
+  picture = pixels(tmp_path, [TimeLine(probs, gates, np.ones(segments, bool), "a title", frames)])
   values = at_segments(picture, 0.15 + 0.3 + 0.2, segments, count=24)[:, 0]
   np.testing.assert_allclose(values, np.where(gates[shown] > 0, 5 * shown, 255 - 0.3 * (255 - 5 * shown)), atol=1)
 
@@ -97,6 +106,35 @@ def test_videos_stand_one_below_the_other(tmp_path):
   assert extra == pytest.approx((0.3 + 0.85 + 0.07 + 0.25) * INCH, abs=1)
   bars = at_segments(both, extra / INCH + 0.15 + 0.3 + 0.85 * 0.95, 30)
   np.testing.assert_array_equal(bars, np.where(second.gates[:, None] > 0, CHOSEN, CLOSED))
+
+
+def test_without_a_title_nothing_is_written_above(tmp_path):
+  titled = line(5)
+  untitled = dataclasses.replace(titled, title="")
+  with_title, without = pixels(tmp_path, [titled]), pixels(tmp_path, [untitled])
+  header = round(0.3 * INCH)
+  assert len(with_title) - len(without) == header
+  np.testing.assert_array_equal(without[30:], with_title[30 + header:])
+
+
+@pytest.mark.parametrize("width", [4, 9.5])
+def test_figures_are_as_wide_as_they_are_asked_to_be(width):
+  first, second = (dataclasses.replace(line(12, seed=seed), title="") for seed in (1, 2))
+  for shown, figure in zip((first, second), timeline.figures([first, second], width=width), strict=True):
+    assert figure.get_figwidth() == width + 1
+    columns = (0.75 + width * (np.arange(12) + 0.5) / 12) * INCH
+    bars = pixels_of(figure)[round((0.15 + 0.85 * 0.95) * INCH), columns.astype(int)]
+    np.testing.assert_array_equal(bars, np.where(shown.gates[:, None] > 0, CHOSEN, CLOSED))
+
+
+def test_a_unit_has_one_colour_in_all_figures_and_each_names_its_own():
+  ids = [np.array([0, 0, 3, 3]), np.array([3, 3, 5, 5])]
+  figures = timeline.figures([dataclasses.replace(line(4), title="", units=units) for units in ids])
+  strips = [at_segments(pixels_of(figure), 0.15 + 0.85 + 0.07 + 0.17, 4) for figure in figures]
+  np.testing.assert_array_equal(strips[0][2], strips[1][0])
+  assert (strips[0][0] != strips[1][2]).any()
+  assert [[text.get_text() for text in figure.legends[0].get_texts()][2:] for figure in figures] == [
+      ["0", "3"], ["3", "5"]]
 
 
 def test_names_are_drawn_as_they_are(tmp_path):
