@@ -203,8 +203,8 @@ class Method:
   `cumulative`: task t is trained on the images of all tasks up to t. `together`: all tasks are learnt at once; every
   step sees as many images of each, those of task t at places t, T + t, 2 T + t, ..., and only the last row of the table
   is filled. `prelude`: a step `(learner, pixels, labels) -> (learner, metrics)` of what comes before the training on
-  each task. `gate_logits`: `(learner, x [N, ...], seen) -> [seen, N, U]` log-odds of all gates in the streams of the
-  tasks seen, of methods that have gates for every task.
+  each task. `gate_logits`: `(learner, x [N, ...], task) -> ` the log-odds of the gates of a task that is learnt,
+  `[N, units]` of each layer; of methods that have gates for every task.
   """
 
   init: Callable[[Array], Start]
@@ -217,7 +217,7 @@ class Method:
   cumulative: bool = False
   together: bool = False
   prelude: Callable[[Learner, Array, Array], tuple[Learner, Mapping[str, Array]]] | None = None
-  gate_logits: Callable[[Learner, Array, int], Array] | None = None
+  gate_logits: Callable[[Learner, Array, Array], tuple[Array, ...]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,7 +102,8 @@ class _Multitask:
   settings: TaskGatesSettings | None = None
 
   def method(self) -> Method:
-    return Method(self.init, self.loss, self.end_task, self.predict, holdings=self.holdings, together=True)
+    return Method(self.init, self.loss, self.end_task, self.predict, holdings=self.holdings, together=True,
+                  gate_logits=self.gate_logits if self.settings else None)
 
   @property
   def problem(self) -> Problem:
@@ -152,6 +153,12 @@ class _Multitask:
       return Holdings(params, 0.0)
     available = np.ones(self.counts.gates, bool)
     return Holdings(params, 0.0, units.used_by(learner.memory["relevant"], available, self.net.shapes()[0]))
+
+  def gate_logits(self, learner: Learner, x: Array, task: Array) -> tuple[Array, ...]:
+    own = {"params": learner.params["own"], "batch_stats": learner.batch_stats["own"]}
+    own = jax.tree.map(lambda tree: tree[task], own)
+    records = self.net.of_task(learner.params, learner.batch_stats, own, x).records
+    return tuple(record.logits for record in records)
 
   def _streams(self, learner: Learner, x: Array) -> streams.Stream:
     own = {"params": learner.params["own"], "batch_stats": learner.batch_stats["own"]}

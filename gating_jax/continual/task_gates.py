@@ -202,8 +202,10 @@ class _TaskGates:
         memory_mb=tree_megabytes((memory["frozen"], memory["relevant"])) + images,
         relevant=units.used_by(memory["relevant"], memory["available"], records))
 
-  def gate_logits(self, learner: Learner, x: Array, seen: int) -> Array:
-    return jnp.concatenate([record.logits for record in self._streams(learner, x, seen).records], axis=-1)
+  def gate_logits(self, learner: Learner, x: Array, task: Array) -> tuple[Array, ...]:
+    own = jax.tree.map(lambda tree: tree[task], learner.memory["own"])
+    records = self.net.of_task(learner.params, learner.batch_stats, own, x).records
+    return tuple(record.logits for record in records)
 
   def _task_cross_entropy(
       self, params: Tree, learner: Learner, x: Array, features: Array, labels: Array, replayed: Replay

@@ -72,7 +72,8 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
   if step:
     print(f"going on from the checkpoint of step {step} in {run_dir.path}")
   journal = Journal(run_dir.path, step, total)
-  advance, evaluate = make_advance(experiment), make_evaluate(experiment)
+  advance, evaluate, histograms = (
+      make(experiment) for make in (make_advance, make_evaluate, continual_report.make_histograms))
   try:
     for task in (t for t in experiment.stages if t >= int(learner.task)):
       run = advance(task)
@@ -84,14 +85,18 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
           return
       learner = finish_task(experiment, learner, task, evaluate)
       step += 1
+      found = continual_report.scores(learner)
+      journal.write(step, "test", found)
+      ended = range(task + 1) if experiment.method.together else [task]
+      journal.write_histograms(step, "test", {k: v for t in ended for k, v in histograms(learner, t).items()})
       checkpoints.save(step, learner)
-      aware, agnostic = (float(np.mean(np.asarray(x)[task, : task + 1])) for x in learner.table[:2])
+      aware, agnostic = (found[f"task_{name}.average_accuracy"] for name in ("aware", "agnostic"))
       journal.say(step, f"after task {task + 1}: accuracy {aware:.4f} with the task known, {agnostic:.4f} without")
+    hosts.written(lambda: continual_report.draw(experiment, learner, run_dir, journal, step))
   finally:
     journal.close()
     checkpoints.close()
   result = continual_report.summary(experiment, learner)
-  hosts.written(lambda: continual_report.draw(experiment, learner, run_dir))
   continual_report.write(experiment, learner, run_dir, step)
   result |= {"step": step, "seconds_since_last_start": round(time.monotonic() - started, 1)}
   run_dir.finish(result)

@@ -1,23 +1,26 @@
 """What a run of continual learning reports: its result, its pictures, its page.
 
-Axes: T tasks, N images, U gated units of the network.
+Axes: T tasks, N images of a task, U gated units of the network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from gating_jax.continual import metrics
 from gating_jax.continual.method import Learner
+from gating_jax.data import batches
+from gating_jax.data.sources import Images
 from gating_jax.experiments import settings
 from gating_jax.experiments.continual_build import ContinualExperiment
 from gating_jax.reports import image_rows, page, task_pictures, task_table
 from gating_jax.reports.lettering import plain, save
-from gating_jax.training import hosts, rundir
+from gating_jax.training import evaluation, hosts, rundir
+from gating_jax.training.journal import Journal
 
 _LOOKED_AT = 400  # test images of each task
 _UNITS, _IMAGES, _TASKS = 6, 8, 6  # drawn at most
@@ -49,6 +52,15 @@ def summary(experiment: ContinualExperiment, learner: Learner) -> dict[str, Any]
   return result
 
 
+def scores(learner: Learner) -> dict[str, float]:
+  """Means over the tasks learnt so far, named as in the flattened result."""
+  task = int(learner.task)
+  mean = lambda matrix: float(np.mean(np.asarray(matrix)[task - 1, :task]))
+  table = learner.table
+  return {"task_aware.average_accuracy": mean(table.aware), "task_agnostic.average_accuracy": mean(table.agnostic),
+          "task_aware_macs": mean(table.macs), "task_agnostic_macs": mean(table.agnostic_macs)}
+
+
 def _with_nulls(matrix: np.ndarray) -> list[list[float | None]]:
   """Rows for JSON, which knows no NaN."""
   return np.where(np.isnan(matrix), None, matrix).tolist()
@@ -59,12 +71,44 @@ def _overlap(relevant: Mapping[str, np.ndarray]) -> np.ndarray:
   return metrics.gate_overlap(np.concatenate(list(relevant.values()), axis=1))
 
 
-def draw(experiment: ContinualExperiment, learner: Learner, run_dir: rundir.RunDir) -> list[str]:
-  """Writes the pictures of the result; returns the names of their files."""
-  pictures = _pictures(experiment, learner)
-  for name, (_, figure) in pictures.items():
-    save(figure, run_dir.path / f"{name}.png")
-  return [f"{name}.png" for name in pictures]
+def draw(
+    experiment: ContinualExperiment, learner: Learner, run_dir: rundir.RunDir, journal: Journal, step: int
+) -> None:
+  """Writes the pictures of the result, in files and in TensorBoard."""
+  for name, (_, figure) in _pictures(experiment, learner).items():
+    path = run_dir.path / f"{name}.png"
+    save(figure, path)
+    journal.write_picture(step, f"pictures/{name}", path)
+
+
+def make_histograms(experiment: ContinualExperiment) -> Callable[[Learner, int], dict[str, np.ndarray]]:
+  """`(learner, task) -> ` counts for `Journal.write_histograms` of the gates of a task, on its first test images;
+  nothing of a method that has none. Units that the task does not use have probability 0."""
+  if experiment.method.gate_logits is None:
+    return lambda learner, task: {}
+  look = _make_look(experiment)
+
+  def histograms(learner, task):
+    _, logits = look(learner, task)
+    return evaluation.layer_histograms(logits, [np.mean(z > 0, axis=0) for z in logits], f"gates/task{task + 1:02d}")
+
+  return histograms
+
+
+def _make_look(experiment: ContinualExperiment) -> Callable[[Learner, int], tuple[np.ndarray, list[np.ndarray]]]:
+  """`(learner, task) -> ` the task's first test images and the log-odds of its gates, `[N, units]` of each layer; one
+  program for all tasks."""
+  method, problem = experiment.method, experiment.problem
+  run = jax.jit(lambda learner, pixels, task: method.gate_logits(learner, problem.normalise(pixels), task))
+
+  def look(learner, task):
+    test = experiment.tasks[task].test
+    images = Images(*test.read(np.arange(min(_LOOKED_AT, len(test)))), ())
+    parts = [[np.asarray(z)[:count] for z in run(learner, pixels, np.int32(task))]
+             for (pixels, _), count in batches.cover(images, problem.batch_size)]
+    return images.pixels, [np.concatenate(layer) for layer in zip(*parts, strict=True)]
+
+  return look
 
 
 def write(experiment: ContinualExperiment, learner: Learner, run_dir: rundir.RunDir, step: int) -> None:
@@ -76,7 +120,7 @@ def write(experiment: ContinualExperiment, learner: Learner, run_dir: rundir.Run
   sections += [page.Section(name.capitalize(), parts=[
       page.pictured(figure, caption, scrolls=figure.get_figwidth() > page.WIDTH)])
                for name, (caption, figure) in _pictures(experiment, learner).items()]
-  if experiment.method.gate_logits is not None and not experiment.method.together:
+  if experiment.method.gate_logits is not None:
     sections.append(_one_gate_across_tasks(experiment, learner))
   configured = [(name, str(value)) for name, value in settings.flatten(config)]
   sections.append(page.Section("Settings", parts=[page.Table(("setting", "value"), configured, numeric=False)]))
@@ -104,11 +148,11 @@ def _pictures(experiment: ContinualExperiment, learner: Learner) -> dict[str, tu
 
 def _one_gate_across_tasks(experiment: ContinualExperiment, learner: Learner) -> page.Section:
   """Filters that many tasks use, each by its own gate, with the test images of each task that open that gate most."""
-  learnt = int(learner.task)
-  of_images = lambda learner, x: jnp.moveaxis(experiment.method.gate_logits(learner, x, learnt), 0, 1)
-  pixels = [experiment.tasks[t].test.read(np.arange(min(_LOOKED_AT, len(experiment.tasks[t].test))))[0]
-            for t in range(learnt)]
-  logits = [experiment.problem.in_batches(of_images, learner, images)[:, t] for t, images in enumerate(pixels)]
+  learnt, look = int(learner.task), _make_look(experiment)
+  pixels, layers = zip(*(look(learner, task) for task in range(learnt)), strict=True)
+  logits = [np.concatenate(parts, axis=1) for parts in layers]
+  names = [f"{name}, unit {i}" for name, part in zip(
+      experiment.method.holdings(learner).relevant, layers[0], strict=True) for i in range(part.shape[1])]
   rates = np.stack([np.mean(z > 0, axis=0) for z in logits])
   score = np.sum(rates > 0.01, axis=0) + np.sum(rates * (1 - rates), axis=0)
   parts = []
@@ -118,7 +162,7 @@ def _one_gate_across_tasks(experiment: ContinualExperiment, learner: Learner) ->
       continue
     rows = [pixels[t][np.argsort(-logits[t][:, unit], kind="stable")[:_IMAGES]] for t in users]
     labels = [f"{plain(experiment.task_names[t], 20)}\nopen: {100 * rates[t, unit]:.0f} %" for t in users]
-    parts.append(page.pictured(image_rows.draw_rows(rows, labels), f"Unit {unit}."))
+    parts.append(page.pictured(image_rows.draw_rows(rows, labels), f"{plain(names[unit], 60)}."))
   return page.Section(
       "One gate across tasks", "Filters that most tasks use, and not for all images. Each task decides by a gate of "
       "its own: a row has the test images of a task that open it most.", parts)

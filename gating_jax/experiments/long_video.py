@@ -93,9 +93,11 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   result |= video_trial.speed(experiment, _whole(experiment, state, nets))
   total = phase.settings.total_steps
   journal = Journal(run_dir.path, total, total)
-  journal.write(total, "test", _numbers(result))
-  journal.close()
-  hosts.written(lambda: video_report.draw(experiment, behaviour, run_dir))
+  try:
+    _note(journal, total, result, behaviour)
+    hosts.written(lambda: video_report.draw(experiment, behaviour, run_dir, journal, total))
+  finally:
+    journal.close()
   hosts.written(lambda: video_report.write(experiment, result, behaviour, run_dir, total))
   result |= {"step": total, "seconds_since_last_start": round(time.monotonic() - started, 1)}
   run_dir.finish(result)
@@ -122,8 +124,8 @@ def _run_phase(
   checkpoints, journal = Checkpoints(path / rundir.CHECKPOINT_DIR), Journal(path, first_step, total)
 
   def evaluate(state, step):
-    result, _ = test(state)
-    journal.write(step, "test", _numbers(result))
+    result, behaviour = test(state)
+    _note(journal, step, result, behaviour)
     journal.say(step, video_table.headline(result))
 
   try:
@@ -183,8 +185,10 @@ def _trained_nets(experiment: VideoExperiment, path: Path) -> Any:
   return _variables(state)
 
 
-def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
-  return {name: value for name, value in result.items() if isinstance(value, (int, float))}
+def _note(journal: Journal, step: int, result: Mapping[str, Any], behaviour: video_trial.Arrays) -> None:
+  """Writes a test's numbers and histograms."""
+  journal.write(step, "test", {name: value for name, value in result.items() if isinstance(value, (int, float))})
+  journal.write_histograms(step, "test", video_report.histograms(behaviour))
 
 
 def _variables(state: steps.TrainState) -> dict[str, Any]:

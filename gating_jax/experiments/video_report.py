@@ -1,6 +1,6 @@
-"""What a run on long videos leaves for people: pictures and its page.
+"""What a run on long videos leaves for people: histograms, pictures and its page.
 
-Axes: T segments.
+Axes: M videos, T segments.
 """
 
 from __future__ import annotations
@@ -15,17 +15,32 @@ from gating_jax.experiments import settings
 from gating_jax.experiments.video_build import VideoExperiment
 from gating_jax.experiments.video_trial import Arrays
 from gating_jax.reports import lettering, page, segment_pictures, timeline, video_table
-from gating_jax.training import rundir
+from gating_jax.training import evaluation, rundir
+from gating_jax.training.journal import Journal
 
 _DRAWN = 6  # videos whose time lines are shown
 _SEGMENT = 0.4  # inches of a segment on the page, at least, as long as there is room on a desk
 
 
-def draw(experiment: VideoExperiment, done: Arrays, run_dir: rundir.RunDir) -> list[str]:
-  """Writes the pictures of what `video_trial.test` found; returns the names of their files."""
-  lettering.save(_shares(experiment, done), run_dir.path / "segments.png")
-  timeline.draw(run_dir.path / "timeline.png", _lines(experiment, done), unit_names=experiment.test.unit_names)
-  return ["segments.png", "timeline.png"]
+def draw(experiment: VideoExperiment, done: Arrays, run_dir: rundir.RunDir, journal: Journal, step: int) -> None:
+  """Writes the pictures of what `video_trial.test` found, in files and in TensorBoard."""
+  names = ("segments", "timeline")
+  shares, lines = (run_dir.path / f"{name}.png" for name in names)
+  lettering.save(_figure_of_shares(experiment, done), shares)
+  timeline.draw(lines, _lines(experiment, done), unit_names=experiment.test.unit_names)
+  for name, path in zip(names, (shares, lines), strict=True):
+    journal.write_picture(step, f"pictures/{name}", path)
+
+
+def histograms(done: Arrays) -> dict[str, np.ndarray]:
+  """Counts for `Journal.write_histograms`: of the probabilities of segments, of the shares chosen of each video, and of
+  the open probabilities of each layer of channel gates, where the heavy net has any, in the chosen segments."""
+  counts = {"gates/segments/probs": evaluation.histogram(done["probs"][done["valid"].astype(bool)]),
+            "gates/segments/shares": evaluation.histogram(_shares(done))}
+  if "channels" in done:
+    layers = done["channels"].sum(axis=0)
+    counts |= {f"gates/layer{i:02d}/probs": layer for i, layer in enumerate(layers)}
+  return counts
 
 
 def write(
@@ -37,7 +52,7 @@ def write(
   sections = [
       page.Section("Result", parts=[page.Table(("", ""), video_table.rows(result), numeric=False)]),
       page.Section("Segments", parts=[page.pictured(
-          _shares(experiment, done),
+          _figure_of_shares(experiment, done),
           "Probabilities of being chosen over all segments of the test videos, and shares chosen of each video.")]),
       page.Section(
           "Time lines", "What was chosen of the first test videos, and what mattered where that is known. Bars are the "
@@ -47,12 +62,15 @@ def write(
              f"{run_dir.path.name}, step {step}")
 
 
-def _shares(experiment: VideoExperiment, done: Arrays) -> Any:
-  """A figure of all segments and videos."""
+def _shares(done: Arrays) -> np.ndarray:
+  """`[M]`, chosen of each video's segments."""
   valid = done["valid"].astype(bool)
+  return np.sum((done["gates"] > 0) & valid, axis=1) / np.maximum(valid.sum(axis=1), 1)
+
+
+def _figure_of_shares(experiment: VideoExperiment, done: Arrays) -> Any:
   correct = None if experiment.test.multi_label else np.argmax(done["logits"], axis=1) == done["label"]
-  shares = np.sum((done["gates"] > 0) & valid, axis=1) / np.maximum(valid.sum(axis=1), 1)
-  return segment_pictures.draw_shares(done["probs"][valid], shares, correct)
+  return segment_pictures.draw_shares(done["probs"][done["valid"].astype(bool)], _shares(done), correct)
 
 
 def _time_lines(experiment: VideoExperiment, done: Arrays) -> list[page.Picture]:

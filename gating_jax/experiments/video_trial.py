@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.data import batches
@@ -21,7 +22,8 @@ from gating_jax.experiments import video_sets
 from gating_jax.experiments.video_build import LIGHT, VideoExperiment
 from gating_jax.ops import compaction, selection
 from gating_jax.ops.macs import executed_macs
-from gating_jax.training import devices, hosts
+from gating_jax.training import devices, evaluation, hosts
+from gating_jax.types import Array
 from gating_jax.video import early_exit, metrics
 from gating_jax.video.inference import Skipping
 
@@ -103,8 +105,20 @@ def _score(test_set: VideoArrays | VideoSet, done: Arrays) -> dict[str, Any]:
 
 def _outcome(experiment: VideoExperiment, variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   outputs, (record, *channels) = experiment.model.apply(variables, experiment.prepare(batch))
-  return {"logits": outputs["logits"], "gates": record.gates, "probs": record.probs,
-          "heavy_macs": _heavy_macs(experiment, channels, record.gates.shape)}
+  found = {"logits": outputs["logits"], "gates": record.gates, "probs": record.probs,
+           "heavy_macs": _heavy_macs(experiment, channels, record.gates.shape)}
+  if channels:
+    probs = [c.probs.reshape(*record.gates.shape, -1) for c in channels]
+    found["channels"] = jnp.stack([bin_counts(p, record.gates > 0) for p in probs], axis=1)
+  return found
+
+
+def bin_counts(probs: Array, chosen: Array) -> Array:
+  """`[B, BINS]` histograms over [0, 1] of probabilities `[B, T, C]` in the chosen segments `[B, T]` of each video."""
+  edges = np.linspace(0, 1, evaluation.BINS + 1, dtype=np.float32)[1:-1]
+  count = lambda here: jnp.sum(here & chosen[..., None], axis=(1, 2))
+  below = jax.lax.map(lambda edge: count(probs < edge), edges)  # one edge after the other: nothing large is kept
+  return jnp.diff(jnp.concatenate([below, count(probs <= 1)[None]]), axis=0, prepend=0).T
 
 
 def _heavy_macs(experiment: VideoExperiment, channels: Any, shape: tuple[int, int]) -> jax.Array:
@@ -137,7 +151,7 @@ def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
     records, found = _features(experiment, variables, batch, ("heavy",))
     classify = lambda k: model.apply(
         variables, found["heavy"], selection.first_k(batch["valid"], k), method="classify")
-    return {"steps": jax.numpy.stack([classify(k + 1) for k in range(segments)], axis=1),
+    return {"steps": jnp.stack([classify(k + 1) for k in range(segments)], axis=1),
             "heavy_macs": _heavy_macs(experiment, records, batch["valid"].shape)}
 
   train, done = (_over(experiment, steps, variables, videos) for videos in (experiment.train, experiment.test))

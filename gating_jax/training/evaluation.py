@@ -128,17 +128,35 @@ def evaluate(
 
 
 def histograms(gates: GateBehaviour, layers: Sequence[tuple[str, int]]) -> dict[str, np.ndarray]:
-  """`[BINS]` counts over [0, 1] for each layer: of its gates' open probabilities on the images kept, and of open rates.
+  """Those of `layer_histograms`, of the images kept and of the open rates on all.
 
   Args:
     layers: name and number of gates of each, in the order of the gates.
   """
-  counts, end = {}, 0
-  for i, (_, size) in enumerate(layers):
-    part, end = slice(end, end + size), end + size
-    values = {"probs": special.expit(gates.logits[:, part]), "open_rates": gates.diagnosis.open_rates[part]}
-    counts |= {f"gates/layer{i:02d}/{name}": np.histogram(x, BINS, (0, 1))[0] for name, x in values.items()}
+  ends = np.cumsum([size for _, size in layers])[:-1]
+  return layer_histograms(np.split(gates.logits, ends, axis=1), np.split(gates.diagnosis.open_rates, ends))
+
+
+def layer_histograms(
+    logits: Sequence[np.ndarray], open_rates: Sequence[np.ndarray], group: str = "gates"
+) -> dict[str, np.ndarray]:
+  """`[BINS]` counts over [0, 1] for each layer: of its gates' open probabilities and of their open rates.
+
+  Args:
+    logits: `[N, gates of the layer]` of each layer.
+    open_rates: `[gates of the layer]` likewise.
+    group: what their names begin with, such as `gates` for `gates/layer00/probs`.
+  """
+  counts = {}
+  for i, (z, rates) in enumerate(zip(logits, open_rates, strict=True)):
+    values = {"probs": special.expit(z), "open_rates": rates}
+    counts |= {f"{group}/layer{i:02d}/{name}": histogram(x) for name, x in values.items()}
   return counts
+
+
+def histogram(values: np.ndarray) -> np.ndarray:
+  """`[BINS]`, how many of the values lie in each of so many equal parts of [0, 1]."""
+  return np.histogram(values, BINS, (0, 1))[0]
 
 
 def mac_spread(macs: np.ndarray, losses: np.ndarray) -> dict[str, float]:

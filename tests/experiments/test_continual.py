@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from event_files import summaries
 
 from gating_jax.experiments import continual, continual_build, continual_methods
 from gating_jax.models import vgg
 from gating_jax.training import devices, rundir
 from gating_jax.training.checkpoints import Checkpoints
+from gating_jax.training.journal import read_lines
 
 
 @pytest.fixture
@@ -155,9 +157,21 @@ def test_the_result_of_a_run_and_what_becomes_of_its_directory(config, finished,
   assert result["mean_gate_overlap"] == result["gate_overlap"][0][1]
   assert {f.name for f in finished.glob("*.png")} == {"accuracies.png", "filters.png", "overlap.png"}
   assert re.search(r"average accuracy +\d+\.\d\d", printed)
+  points = [(step, value) for step, value in summaries(finished) if value.tag.startswith(("gates/", "pictures/"))]
+  per_task = result["step"] // 2
+  tags = {(step, value.tag): sum(value.histo.bucket) for step, value in points if value.WhichOneof("value") == "histo"}
+  images = [len(task.test) for task in continual_build.build(made).tasks]
+  assert tags == {(per_task * (t + 1), f"gates/task{t + 1:02d}/layer{i:02d}/{name}"): count
+                  for t in (0, 1) for i in (0, 1) for name, count in (("probs", 8 * images[t]), ("open_rates", 8))}
+  assert {(step, value.tag) for step, value in points if value.WhichOneof("value") == "image"} == {
+      (result["step"], f"pictures/{name}") for name in ("accuracies", "filters", "overlap")}
+  tests = [line for line in read_lines(finished / "metrics.jsonl") if line["split"] == "test"]
+  assert [line["task_aware.average_accuracy"] for line in tests][-1] == pytest.approx(
+      result["task_aware"]["average_accuracy"])
+  assert [line["step"] for line in tests] == [per_task, 2 * per_task]
   report = (finished / "report.html").read_text()
   assert all(f"{title}</h2>" in report for title in ("Accuracies", "Filters", "Overlap", "One gate across tasks"))
-  assert report.count("Unit ") >= 2
+  assert len(re.findall(r"<figcaption>layer\d/\S+, unit \d+\.</figcaption>", report)) >= 2
   (finished / "report.html").unlink()
   continual.run(made, finished, "report")
   assert (finished / "report.html").read_text() == report
@@ -249,6 +263,8 @@ def test_tasks_learnt_together_fill_the_last_row_and_a_stopped_run_goes_on_to_th
     assert result[setting]["forgetting"] is None
   assert np.array(result["gate_overlap"]).shape == (2, 2)
   assert {f.name for f in tmp_path.glob("*.png")} == {"accuracies.png", "filters.png", "overlap.png"}
+  tags = {value.tag for _, value in summaries(tmp_path) if value.tag.startswith("gates/")}
+  assert {tag.split("/")[1] for tag in tags} == {"task01", "task02"}
   end, learner = final_learner(made, tmp_path)
   assert end == continual_build.build(made).steps_per_task
   assert int(learner.task) == 2

@@ -8,11 +8,12 @@ import made_videos
 import numpy as np
 import pytest
 import tiny
+from event_files import summaries
 
 from gating_jax.experiments import long_video, video_build, video_sets, video_trial
 from gating_jax.models import segment_nets
 from gating_jax.models.resnet import ResNet
-from gating_jax.training import rundir
+from gating_jax.training import evaluation, rundir
 
 TINY_LIGHT = (ResNet, dict(classes=None, blocks=(1,), features=4))
 TINY_HEAVY = (ResNet, dict(classes=None, blocks=(1,), features=4, stem="small"))
@@ -111,6 +112,16 @@ def test_features_made_elsewhere_are_trained_on(config, tmp_path, multi_label):
   assert {f.name for f in (tmp_path / "run").glob("*.png")} == {"segments.png", "timeline.png"}
 
 
+def test_probabilities_in_chosen_segments_are_counted_as_numpy_counts_them():
+  rng = np.random.default_rng(0)
+  probs, chosen = rng.random((3, 4, 5)).astype(np.float32), rng.random((3, 4)) < 0.5
+  probs[0, 0], chosen[0, 0] = [0, 1, 0.5, 0.025, 0.975], True
+  counts = np.asarray(video_trial.bin_counts(probs, chosen))
+  expected = [np.histogram(p[c], evaluation.BINS, (0, 1))[0] for p, c in zip(probs, chosen, strict=True)]
+  np.testing.assert_array_equal(counts, expected)
+  assert not chosen.all()
+
+
 def read_result(path):
   return json.loads((path / "result.json").read_text())
 
@@ -137,6 +148,12 @@ def test_a_folder_of_videos_goes_through_training_evaluation_and_the_picture(con
   assert (result["videos"], result["unreadable"], result["missing"]) == (6, 1, 1)
   assert 0.25 <= result["share"] <= 1
   assert (tmp_path / "run" / "timeline.png").stat().st_size > 5000
+  last = [value for step, value in summaries(tmp_path / "run") if step == result["step"]]
+  counts = {value.tag: sum(value.histo.bucket) for value in last if value.WhichOneof("value") == "histo"}
+  chosen = round(result["share"] * 6 * 4)
+  assert counts == {"gates/segments/probs": 6 * 4, "gates/segments/shares": 6, "gates/layer00/probs": 4 * chosen}
+  assert {value.tag for value in last if value.WhichOneof("value") == "image"} == {
+      "pictures/segments", "pictures/timeline"}
   assert "Time lines</h2>" in (tmp_path / "run" / "report.html").read_text()
   capsys.readouterr()
   long_video.run(made, tmp_path / "run", "evaluate")
