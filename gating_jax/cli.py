@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from gating_jax.checks import one_of
+from gating_jax.checks import one_of, printable
 
 COMPARE = "compare"
 MODES = ("train", "evaluate", "report", COMPARE)
@@ -121,7 +121,7 @@ def _main(argv: list[str]) -> int:
 
 def _failed(error: Exception | str, status: int) -> int:
   """Says what is wrong in one line, or as many as the error has; 2 is the status of what a restart cannot mend."""
-  print(f"error: {error}", file=sys.stderr, flush=True)
+  print("error:", printable(error, keep="\n"), file=sys.stderr, flush=True)
   if _COORDINATOR.value:
     os._exit(status)  # without waiting for processes that wait for this one
   return status

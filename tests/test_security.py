@@ -3,17 +3,26 @@
 import ast
 import dataclasses
 import importlib
+import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import av
+import made_tfds
+import made_videos
+import numpy as np
 import pytest
 import tiny_cli
 
-from gating_jax.data import sources
+from gating_jax.data import sources, video_files
+from gating_jax.data.video_tables import VideoTable
+from gating_jax.data.videos import VideoFolder
 from gating_jax.experiments import classification
 from gating_jax.models import resnet
+from gating_jax.reports import comparison, task_table, video_table
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("gating_jax", "configs", "benchmarks", "docs")
@@ -98,3 +107,117 @@ def test_the_names_of_classes_do_not_choose_where_files_go(monkeypatch, tmp_path
       ".lock", "checkpoints", "config.json", "gates.csv", "gates.png", "histograms.jsonl", "metrics.jsonl",
       "report.html", "result.json", "tensorboard"}
   assert not Path("/tmp/outside_gating_jax").exists()
+
+
+def playlist(target):
+  return f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1.0,\n{target}\n#EXT-X-ENDLIST\n"
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("list.m3u8", playlist("{outside}/secret.ts")), ("list.m3u8", playlist("../outside/secret.ts")),
+    ("video.mp4", "ffconcat version 1.0\nfile 'inside.mp4'\n")])
+def test_a_video_file_makes_nothing_else_be_opened(tmp_path, name, text):
+  inside, outside = tmp_path / "inside", tmp_path / "outside"
+  made_videos.write(outside / "secret.ts", 10)
+  made_videos.write(inside / "inside.mp4", 10)
+  path = inside / name
+  path.write_text(text.replace("{outside}", str(outside)))
+  with av.open(str(path)) as container:  # FFmpeg by itself follows what the file says
+    assert sum(1 for _ in container.decode(video=0)) == 10
+  with pytest.raises(av.error.FFmpegError):
+    video_files.read_clips(path, 1, 1, (8, 8))
+  video_files.read_clips(inside / "inside.mp4", 1, 1, (8, 8))
+
+
+@pytest.mark.parametrize("name", [
+    "concat:inside.mp4|../outside/secret.mp4", "subfile,,start,0,end,0,,:../outside/secret.mp4", "http://localhost/a"])
+def test_the_name_of_a_video_is_no_address(tmp_path, monkeypatch, name):
+  made_videos.write(tmp_path / "outside" / "secret.mp4", 10)
+  made_videos.write(tmp_path / "inside" / "inside.mp4", 10)
+  monkeypatch.chdir(tmp_path / "inside")
+  if not name.startswith("http"):
+    av.open(name).close()  # FFmpeg by itself takes it for one
+  with pytest.raises(FileNotFoundError):
+    video_files.read_clips(Path(name), 1, 1, (8, 8))
+
+
+def test_a_file_of_such_a_name_is_read_as_the_file_that_it_is(tmp_path, monkeypatch):
+  made_videos.write(tmp_path / "secret.mp4", 4)
+  made_videos.write(tmp_path / "other.mp4", 10).rename(tmp_path / "concat:secret.mp4")
+  monkeypatch.chdir(tmp_path)
+  frames, _ = made_videos.shown(video_files.read_clips(Path("concat:secret.mp4"), 1, 10, (8, 8))[0])
+  assert frames.tolist() == [list(range(10))]
+
+
+@pytest.mark.parametrize("name", [
+    "cifar10'); import os; os.system('touch outside", 'cifar10"; touch outside; "', "cifar10 x", "/sets/cifar10",
+    "../x", "cifar10/..", "a/b/c", "", "cifar10\n"])
+def test_what_is_no_name_of_a_set_is_refused(tmp_path, name):
+  with pytest.raises(ValueError, match="data.name must be 'digits' or the name of a TFDS data set, .*; got "):
+    sources.load(name, "train", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a_set", "a_set/some-config.2", "a_set:1.0.0", "a_set/config:1.*.*"])
+def test_names_of_sets_are_looked_for(tmp_path, name):
+  with pytest.raises(sources.DatasetNotPreparedError, match="which TFDS does not know"):
+    sources.load(name, "train", str(tmp_path))
+
+
+def test_the_command_that_prepares_a_set_is_one_program_whatever_its_folder_is_called(tmp_path):
+  folder = tmp_path / "it's \"here\"; $(touch outside) `touch outside`\\"
+  folder.mkdir()
+  with pytest.raises(sources.DatasetNotPreparedError) as caught:
+    sources.load("cifar10", "train", str(folder))
+  (line,) = [line for line in str(caught.value).splitlines() if line.startswith("  python -c ")]
+  python, option, program = shlex.split(line)
+  assert (python, option) == ("python", "-c")
+  (call,) = [node for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Call) and node.args]
+  assert [ast.literal_eval(node) for node in (*call.args, *(k.value for k in call.keywords))] == [
+      "cifar10", str(folder), "array_record"]
+
+
+def test_reading_a_prepared_set_imports_no_module_that_it_names(tmp_path, monkeypatch):
+  folder, shape = tmp_path / "sets", (4, 4, 3)
+  train, test = ([*zip(*made_tfds.images(4, shape), strict=True)] for _ in range(2))
+  made_tfds.write(folder, train, test, shape=shape, name="named_set")
+  (folder / "named_set").rename(folder / "brought_set")  # of which TFDS knows no more than the files
+  assert len(sources.load("brought_set", "train", str(folder))) == 4
+  (tmp_path / "evil_features.py").write_text(f"open({str(tmp_path / 'outside')!r}, 'w').close()")
+  monkeypatch.syspath_prepend(tmp_path)
+  (file,) = folder.rglob("features.json")
+  features = json.loads(file.read_text())
+  features["featuresDict"]["features"]["label"]["pythonClassName"] = "evil_features.Label"
+  file.write_text(json.dumps(features))
+  with pytest.raises(sources.DatasetNotPreparedError, match="must name features of tensorflow_datasets alone, .*; got "
+                                                            "'evil_features.Label'"):
+    sources.load("brought_set", "train", str(folder))
+  assert not (tmp_path / "outside").exists()
+  monkeypatch.setattr(sources, "_check_features", lambda folder: None)
+  with pytest.raises(sources.DatasetNotPreparedError):
+    sources.load("brought_set", "train", str(folder))
+  assert (tmp_path / "outside").exists()  # which TFDS by itself would have run
+
+
+WICKED = "\x1b]0;title\x07\x1b[31mred\u202e\n"
+
+
+def test_names_of_classes_do_not_reach_the_terminal_as_they_are(tmp_path, caplog):
+  result = {"videos": 1, "mean_average_precision": 0.5, "all_segments_macs": 1.0, "macs": 1.0, "mac_ratio": 1.0,
+            "share": 1.0, "share_p10": 1.0, "share_p90": 1.0, "unreadable": 0, "missing": 0}
+  said = video_table.render(result | {"classes_left_out": [WICKED, "b"]})
+  assert said.splitlines()[-1].split("  ")[-1].strip() == "?]0;title??[31mred??, b"
+  assert all(c.isprintable() or c == "\n" for c in said)
+  aware = {"accuracies": [[0.5]], "average_accuracy": 0.5, "forgetting": None, "backward_transfer": None,
+           "forward_transfer": None, "reasons": {}}
+  said = task_table.render({"task_names": [WICKED], "task_aware": aware, "dense_macs": 1, "task_aware_macs": 1.0,
+                            "params": 1, "memory_mb": 0.0})
+  assert all(c.isprintable() or c == "\n" for c in said)
+  run = comparison.Run("a", {"experiment": "long_video", "data.table": WICKED}, {"accuracy": 0.5, "step": 1}, [])
+  said = comparison.render([run, dataclasses.replace(run, name="b", config={"experiment": "long_video"})])
+  assert "[31mred" in said
+  assert all(c.isprintable() or c == "\n" for c in said)
+  (tmp_path / "bad.mp4").write_bytes(b"no video")
+  names = (f"{WICKED}.mp4", "bad.mp4")
+  VideoFolder(VideoTable(names, np.array([0, 0]), ("a",)), tmp_path, segments=1, size=(8, 8)).read([0])
+  assert len(caplog.records) == 2
+  assert all(record.getMessage().isprintable() for record in caplog.records)

@@ -6,9 +6,12 @@ Axes: M images in a split, H and W pixels, D channels. Pixels are uint8 until th
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from tqdm import tqdm
 
 DIGITS = "digits"
 _DIGITS_TEST_SHARE = 0.2
+_NAME = re.compile(r"\w+(/[\w+-][\w.+-]*)?(:(\d+|\*)(\.(\d+|\*)){2})?", re.ASCII)  # name/config:version
 
 
 class DatasetNotPreparedError(Exception):
@@ -94,9 +98,13 @@ def open_tfds(
 
   Errors are as in `load`. For a set that TFDS cannot download by itself, the message has TFDS's own instructions.
   """
+  if not _NAME.fullmatch(name):
+    raise ValueError(f"data.name must be 'digits' or the name of a TFDS data set, such as cifar10, name/config or "
+                     f"name/config:1.0.0; got {name!r}. The folder that it is in is data.data_dir")
   import tensorflow_datasets as tfds  # slow to import, and not needed for digits
 
   folder = os.path.expanduser(data_dir or os.path.join("~", "tensorflow_datasets"))
+  _check_features(Path(folder, re.split("[/:]", name)[0]))
   try:
     source = tfds.data_source(name, split=split, data_dir=folder, download=False)
   except tfds.core.DatasetNotFoundError as error:
@@ -108,10 +116,11 @@ def open_tfds(
   except (NotImplementedError, AssertionError, FileNotFoundError, ValueError) as error:
     if isinstance(error, ValueError) and "split" in str(error).lower():
       raise ValueError(f"data split {split!r} of {name} cannot be read: {error}") from None
+    program = (f"import tensorflow_datasets as tfds; tfds.builder({json.dumps(name)}, data_dir={json.dumps(folder)}, "
+               'file_format="array_record").download_and_prepare()')
     raise DatasetNotPreparedError(
         f"data set {name!r} is not prepared in {folder} (as array_record). To download and prepare it:\n"
-        f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', data_dir='{folder}', "
-        "file_format='array_record').download_and_prepare()\"\n"
+        f"  python -c {shlex.quote(program)}\n"
         f"{_by_hand(name, folder)}"
         "or name the folder it is in: --config.data.data_dir=FOLDER"
     ) from error
@@ -140,6 +149,28 @@ class _Examples(Sequence):
     except Exception as error:  # whatever array_record and the decoders raise for damaged bytes
       raise DatasetNotPreparedError(f"example {index} of {self._name} cannot be read ({error}): remove the set from "
                                     "there and prepare it again") from error
+
+
+def _check_features(folder: Path) -> None:
+  """Refuses sets whose features are of other packages, whose modules TFDS would import and so run."""
+  for file in folder.rglob("features.json") if folder.is_dir() else ():
+    try:
+      named = _class_names(json.loads(file.read_text()))
+    except ValueError:  # which TFDS says in its own words
+      continue
+    if other := sorted(name for name in named if not name.startswith("tensorflow_datasets.")):
+      raise DatasetNotPreparedError(
+          f"{file} must name features of tensorflow_datasets alone, as reading them runs their modules; got "
+          f"{', '.join(map(repr, other))}")
+
+
+def _class_names(tree: Any) -> Iterator[str]:
+  """Of the classes in a features.json, old or new."""
+  if isinstance(tree, dict):
+    yield from (tree[key] for key in ("pythonClassName", "python_class_name", "type")
+                if isinstance(tree.get(key), str) and "." in tree[key])
+  for part in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+    yield from _class_names(part)
 
 
 def _by_hand(name: str, folder: str) -> str:

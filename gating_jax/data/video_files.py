@@ -8,6 +8,7 @@ Reference: Hussein et al., 2020 (segments of 8 frames, spread uniformly over the
 from __future__ import annotations
 
 import collections
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import numpy as np
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg")
 FEATURE_SUFFIXES = (".npy", ".npz")
+# Of files that hold all that they show: no playlist, no text that names other files, no pattern of file names.
+_CONTAINERS = "asf,avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mpeg,mpegvideo,mpegts,ogg"
 _PROBED = 16  # readable files that settle the shape of features
 _WHOLE = 0.9  # of the frames that a file says it holds: fewer decoded, and it is damaged
 
@@ -65,12 +68,12 @@ def read_clips(
     `[T, F, H, W, 3]` uint8 RGB, and `[T]` the segments' middles in seconds (NaN without a frame rate).
   Raises:
     ValueError: no video stream, no frame of it or of the segments, or fewer than 9/10 of what the file announces.
-    Exception: whatever else a damaged file makes PyAV raise, OSError and MemoryError among them.
+    Exception: whatever else a damaged file, or one that refers to others, makes PyAV raise, OSError and MemoryError
+      among them.
   """
-  import av
   from av.video.reformatter import VideoReformatter
 
-  with av.open(str(path)) as container:
+  with _open(path) as container:
     stream = _video_stream(container)
     rate = float(stream.average_rate or np.nan)
     count = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
@@ -83,7 +86,7 @@ def read_clips(
   pixels = np.zeros((len(wanted), *size, 3), np.uint8)
   resize = VideoReformatter().reformat  # one for all frames: six times as quick as a frame's own
   decoded = filled = 0
-  with av.open(str(path)) as container:
+  with _open(path) as container:
     for frame in _decode(container):
       if filled < len(wanted) and wanted[filled] == decoded:
         pixels[filled] = resize(frame, size[1], size[0], "rgb24", interpolation="BILINEAR").to_ndarray()
@@ -115,6 +118,14 @@ def read_features(path: Path) -> np.ndarray:
   if not np.isfinite(features).all():
     raise ValueError("holds NaN or infinite numbers")
   return features
+
+
+def _open(path: Path):
+  """That file and no other: a name is no address of FFmpeg's, and what the file says makes it open nothing."""
+  import av
+
+  return av.open(f"file:{os.path.abspath(path)}", container_options={
+      "protocol_whitelist": "file", "format_whitelist": _CONTAINERS})
 
 
 def _video_stream(container):

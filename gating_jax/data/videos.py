@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from gating_jax.checks import printable
 from gating_jax.data import resident, video_files
 from gating_jax.data.ahead import computed_ahead
 from gating_jax.data.video_tables import Intervals, VideoTable
@@ -156,7 +157,8 @@ class VideoSet(abc.ABC):
       for name in unreadable.keys() - self.unreadable.keys():
         self.unreadable[name] = unreadable[name]
         if os.getpid() == self._process:
-          logging.warning("video %s cannot be read and counts for nothing: %s", name, unreadable[name])
+          logging.warning("video %s cannot be read and counts for nothing: %s", printable(name),
+                          printable(unreadable[name]))
 
 
 class VideoFolder(VideoSet):
@@ -276,7 +278,7 @@ def _find(folder: str | Path, name: str, suffixes: Sequence[str]) -> Path | None
 
 def _few(names: Sequence[str]) -> str:
   more = len(names) - _NAMED
-  return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+  return printable(", ".join(names[:_NAMED])) + (f" and {more} more" if more > 0 else "")
 
 
 def _units_at(intervals: Intervals, seconds: np.ndarray) -> np.ndarray:

@@ -6,6 +6,8 @@ import warnings
 from pathlib import Path
 from typing import IO, Any
 
+from gating_jax.checks import printable
+
 
 def plain(name: object, letters: int) -> str:
   """One line of printable characters, at most `letters` of them.
@@ -13,7 +15,7 @@ def plain(name: object, letters: int) -> str:
   >>> plain("two\\nlines", 20), plain("a long name", 7)
   ('two?lines', 'a long…')
   """
-  name = "".join(c if c.isprintable() else "?" for c in str(name))
+  name = printable(name)
   return name if len(name) <= letters else name[:max(letters - 1, 0)] + "…"
 
 
@@ -23,6 +25,7 @@ def columns(rows: list[list[str]]) -> list[str]:
   >>> columns([["a", "12"], ["bcd", "3"]])
   ['a    12', 'bcd   3']
   """
+  rows = [[printable(cell) for cell in row] for row in rows]
   first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
   return ["  ".join([f"{row[0]:<{first}}", *(f"{cell:>{w}}" for cell, w in zip(row[1:], widths, strict=True))])
           for row in rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gating_jax.checks import printable
 from gating_jax.reports import gate_table
 
 
@@ -47,6 +48,7 @@ def size_and_gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def lines(rows: Sequence[tuple[str, str]], layers: Sequence[Mapping[str, Any]] | None = None) -> str:
   """Rows of name and value, the values below each other, and a table of the gates of each layer, where there are."""
+  rows = [(printable(name), printable(value)) for name, value in rows]  # which may hold names of classes
   width = max(len(name) for name, _ in rows)
   text = [f"{name:<{width}}  {value}" for name, value in rows]
   return "\n".join([*text, "", gate_table.render(layers)] if layers else text)
