@@ -16,23 +16,16 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
 from gating_jax.data import resident
 from gating_jax.data.video_arrays import VideoArrays
-from gating_jax.experiments import video_report, video_sets, video_trial
-from gating_jax.experiments.video_build import LIGHT, Phase, VideoExperiment, build
-from gating_jax.layers.gate import GATE_NAME
-from gating_jax.layers.segments import CONCEPTS
+from gating_jax.experiments import video_nets, video_report, video_sets, video_trial
+from gating_jax.experiments.video_build import Phase, VideoExperiment, build
 from gating_jax.reports import video_table
 from gating_jax.training import devices, hosts, loop, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.dispatch import map_steps
 from gating_jax.training.journal import Journal
-from gating_jax.video.concepts import find_concepts
-
-PRETRAIN_DIR = "pretrain"
-_CONCEPT_SEGMENTS = 20_000  # that concepts are found from, at most
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
@@ -60,11 +53,11 @@ def _test_newest(
   """The newest checkpoint's step, its result on the test videos, and what it did with each."""
   path = run_dir.path
   two_stage = experiment.config.training == "two_stage"
-  nets = _trained_nets(experiment, path) if two_stage and experiment.pretraining else None
-  step, state = _restore(experiment.training, path, experiment.config.seed, read_only=True)
+  nets = video_nets.trained_nets(experiment, path) if two_stage and experiment.pretraining else None
+  step, state = video_nets.restore(experiment.training, path, experiment.config.seed, read_only=True)
   if not step:
     raise rundir.RunDirError(f"no checkpoint in {path / rundir.CHECKPOINT_DIR} yet")
-  variables = _whole(experiment, state, nets)
+  variables = video_nets.whole(experiment, state, nets)
   result, behaviour = video_trial.test(experiment, variables)
   return step, result | video_trial.speed(experiment, variables), behaviour
 
@@ -73,24 +66,25 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   started, config, phase = time.monotonic(), experiment.config, experiment.training
   nets = None
   if config.pretrained:
-    nets = _trained_nets(experiment, run_dir.path)
+    nets = video_nets.trained_nets(experiment, run_dir.path)
   elif experiment.pretraining:
-    state, finished = _run_phase(experiment, experiment.pretraining, run_dir.path / PRETRAIN_DIR, experiment.train)
+    folder = run_dir.path / video_nets.PRETRAIN_DIR
+    state, finished = _run_phase(experiment, experiment.pretraining, folder, experiment.train)
     if not finished:
       return
-    nets = _variables(state)
+    nets = video_nets.of_state(state)
   train = experiment.train
-  first_step, state = _restore(phase, run_dir.path, config.seed)
+  first_step, state = video_nets.restore(phase, run_dir.path, config.seed)
   if config.training == "two_stage":
-    train = video_trial.extract_features(experiment, _nets_of(experiment, nets))
+    train = video_trial.extract_features(experiment, video_nets.nets_of(experiment, nets))
   if not first_step:
-    state = _begin(experiment, state, nets, train)
-  test = lambda state: video_trial.test(experiment, _whole(experiment, state, nets))
+    state = video_nets.begin(experiment, state, nets, train)
+  test = lambda state: video_trial.test(experiment, video_nets.whole(experiment, state, nets))
   state, finished = _run_phase(experiment, phase, run_dir.path, train, start=(first_step, state), test=test)
   if not finished:
     return
   result, behaviour = test(state)
-  result |= video_trial.speed(experiment, _whole(experiment, state, nets))
+  result |= video_trial.speed(experiment, video_nets.whole(experiment, state, nets))
   total = phase.settings.total_steps
   journal = Journal(run_dir.path, total, total)
   try:
@@ -113,7 +107,7 @@ def _run_phase(
   `start` is `(first_step, state)`, by default what `path` holds; `test` evaluates a state.
   """
   config, total = experiment.config, phase.settings.total_steps
-  first_step, state = start or _restore(phase, path, config.seed)
+  first_step, state = start or video_nets.restore(phase, path, config.seed)
   if first_step > total:
     raise rundir.RunDirError(f"{path} holds a checkpoint of step {first_step}, beyond the {total} of this config")
   if first_step == total:
@@ -158,73 +152,7 @@ def _make_advance(experiment: VideoExperiment, phase: Phase, train: Any, first_s
   return lambda state, _: run(state, video_sets.examples(next(stream)))
 
 
-def _restore(phase: Phase, path: Path, seed: int, *, read_only: bool = False) -> tuple[int, Any]:
-  """The newest checkpoint's step and state, or step 0 and a fresh state."""
-  state = steps.init_state(phase.model, phase.optimiser, seed, phase.shapes)
-  directory = path / rundir.CHECKPOINT_DIR
-  if not hosts.any_of(directory.exists()):  # before any process makes it
-    return 0, devices.replicate(state)
-  checkpoints = Checkpoints(directory, read_only=read_only)
-  try:
-    return checkpoints.restore(state, devices.replicated_sharding()) or (0, devices.replicate(state))
-  finally:
-    checkpoints.close()
-
-
-def _trained_nets(experiment: VideoExperiment, path: Path) -> Any:
-  """The variables of both nets, from this run or the one named by `pretrained`."""
-  if experiment.pretraining is None:
-    raise ValueError("pretrain.epochs must be those of the pretrained run; got 0")
-  path = Path(experiment.config.pretrained or path) / PRETRAIN_DIR
-  if not path.is_dir():
-    raise rundir.RunDirError(f"pretrained must be a run directory in which nets were trained; {path} does not exist")
-  step, state = _restore(experiment.pretraining, path, experiment.config.seed, read_only=True)
-  if step != experiment.pretraining.settings.total_steps:
-    raise rundir.RunDirError(f"{path} must hold nets trained for {experiment.pretraining.settings.total_steps} steps; "
-                             f"its newest checkpoint is of step {step}")
-  return _variables(state)
-
-
 def _note(journal: Journal, step: int, result: Mapping[str, Any], behaviour: video_trial.Arrays) -> None:
   """Writes a test's numbers and histograms."""
   journal.write(step, "test", {name: value for name, value in result.items() if isinstance(value, (int, float))})
   journal.write_histograms(step, "test", video_report.histograms(behaviour))
-
-
-def _variables(state: steps.TrainState) -> dict[str, Any]:
-  return {"params": state.params, "batch_stats": state.batch_stats}
-
-
-def _nets_of(experiment: VideoExperiment, nets: Any) -> dict[str, Any]:
-  """The trained variables under the names that the whole network gives them."""
-  if nets is None:  # those for features made elsewhere have none
-    return {}
-  alone = experiment.config.model.selection == LIGHT
-  places = {"heavy": "light" if alone else "heavy"} | ({} if experiment.model.light is None else {"light": "light"})
-  return {kind: {place: tree[name] for place, name in places.items() if name in tree} for kind, tree in nets.items()}
-
-
-def _begin(experiment: VideoExperiment, state: steps.TrainState, nets: Any, train: Any) -> steps.TrainState:
-  """A fresh state with what the first training found: nets, if they go on being trained, and concepts."""
-  params, batch_stats = dict(state.params), dict(state.batch_stats)
-  if nets is not None and experiment.config.training == "end_to_end":
-    trained = devices.replicate(_nets_of(experiment, nets))
-    params |= trained["params"]
-    batch_stats |= trained["batch_stats"]
-  if experiment.model.selection == "gate":
-    features = train if experiment.config.training == "two_stage" else video_trial.extract_features(
-        experiment, {"params": params, "batch_stats": batch_stats}, ("light",))
-    seen = features.arrays["light"][features.arrays["valid"] & (features.arrays["weight"] > 0)[:, None]]
-    seen = seen[np.random.default_rng(experiment.config.seed).permutation(len(seen))[:_CONCEPT_SEGMENTS]]
-    concepts = find_concepts(seen, experiment.config.model.gate.concepts, seed=experiment.config.seed)
-    gate = params[GATE_NAME]
-    params[GATE_NAME] = {**gate, CONCEPTS: {"kernel": devices.replicate(np.ascontiguousarray(concepts.T))}}
-  return state.replace(params=params, batch_stats=batch_stats)
-
-
-def _whole(experiment: VideoExperiment, state: steps.TrainState, nets: Any) -> dict[str, Any]:
-  """The variables of the whole network."""
-  variables = _variables(state)
-  if experiment.config.training == "end_to_end":
-    return variables
-  return variables | {kind: {**variables[kind], **tree} for kind, tree in _nets_of(experiment, nets).items()}

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from event_files import summaries
 
-from gating_jax.experiments import long_video, video_build, video_sets, video_trial
+from gating_jax.experiments import long_video, video_build, video_nets, video_sets, video_trial
 from gating_jax.models import segment_nets
 from gating_jax.models.resnet import ResNet
 from gating_jax.training import evaluation, rundir
@@ -233,7 +233,7 @@ def test_a_run_stopped_in_either_training_ends_with_the_same_parameters(config, 
 
 def newest(made, path):
   experiment = video_build.build(made)
-  step, state = long_video._restore(experiment.training, path, made.seed, read_only=True)
+  step, state = video_nets.restore(experiment.training, path, made.seed, read_only=True)
   assert step == experiment.training.settings.total_steps
   return jax.device_get(state)
 
@@ -276,11 +276,11 @@ def test_picked_segments_are_valid_and_their_own(config):
 
 def test_concepts_stay_as_they_were_found(config, tmp_path):
   experiment = video_build.build(config(**{"optim.weight_decay": 0.1}))
-  _, state = long_video._restore(experiment.training, tmp_path, 0)
-  nets = jax.device_get(long_video._restore(experiment.pretraining, tmp_path, 0)[1])
+  _, state = video_nets.restore(experiment.training, tmp_path, 0)
+  nets = jax.device_get(video_nets.restore(experiment.pretraining, tmp_path, 0)[1])
   variables = {"params": nets.params, "batch_stats": nets.batch_stats}
   train = video_trial.extract_features(experiment, variables)
-  begun = long_video._begin(experiment, state, variables, train)
+  begun = video_nets.begin(experiment, state, variables, train)
   before = np.asarray(begun.params["gate"]["concepts"]["kernel"])
   advance = long_video._make_advance(experiment, experiment.training, train, 0)
   after, _ = advance(begun, 0)
@@ -306,7 +306,7 @@ def test_nets_trained_with_the_backward_of_chosen_segments_alone_are_the_same(
     assert built.training.model.backward_capacity == (capacity if skip else None)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line.get("in_full") for line in lines if line["split"] == "train"] == [in_full if skip else None]
-    return long_video._restore(built.training, folder, 0, read_only=True)[1].params
+    return video_nets.restore(built.training, folder, 0, read_only=True)[1].params
 
   assert tiny.relative_gap(trained(True), trained(False)) < 1e-5
 
