@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -176,26 +177,59 @@ def test_the_command_that_prepares_a_set_is_one_program_whatever_its_folder_is_c
       "cifar10", str(folder), "array_record"]
 
 
-def test_reading_a_prepared_set_imports_no_module_that_it_names(tmp_path, monkeypatch):
-  folder, shape = tmp_path / "sets", (4, 4, 3)
+@pytest.fixture(scope="module")
+def named_set(tmp_path_factory):
+  """The folder of a prepared set."""
+  folder, shape = tmp_path_factory.mktemp("sets"), (4, 4, 3)
   train, test = ([*zip(*made_tfds.images(4, shape), strict=True)] for _ in range(2))
   made_tfds.write(folder, train, test, shape=shape, name="named_set")
-  (folder / "named_set").rename(folder / "brought_set")  # of which TFDS knows no more than the files
+  return folder / "named_set"
+
+
+@pytest.fixture
+def wicked_set(named_set, tmp_path, monkeypatch):
+  """A folder with a `brought_set`, which names a module that makes a file `outside` beside the folder."""
+  folder = tmp_path / "sets"
+  shutil.copytree(named_set, folder / "brought_set")  # of which TFDS knows no more than the files
   assert len(sources.load("brought_set", "train", str(folder))) == 4
   (tmp_path / "evil_features.py").write_text(f"open({str(tmp_path / 'outside')!r}, 'w').close()")
   monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.delitem(sys.modules, "evil_features", raising=False)
   (file,) = folder.rglob("features.json")
   features = json.loads(file.read_text())
   features["featuresDict"]["features"]["label"]["pythonClassName"] = "evil_features.Label"
   file.write_text(json.dumps(features))
-  with pytest.raises(sources.DatasetNotPreparedError, match="must name features of tensorflow_datasets alone, .*; got "
-                                                            "'evil_features.Label'"):
-    sources.load("brought_set", "train", str(folder))
-  assert not (tmp_path / "outside").exists()
+  return folder
+
+
+def move_to_a_link(folder):
+  (folder / "brought_set" / "1.0.0").rename(folder / "elsewhere")
+  (folder / "brought_set" / "1.0.0").symlink_to(folder / "elsewhere")
+  (folder / "brought_set" / "again").symlink_to(folder / "brought_set")
+
+
+def move_to_a_default_config_outside(folder):
+  (folder / "brought_set").rename(folder / "other")
+  (folder / "brought_set" / ".config").mkdir(parents=True)
+  (folder / "brought_set" / ".config" / "metadata.json").write_text('{"default_config_name": "../other"}')
+
+
+@pytest.mark.parametrize(("name", "hide", "message"), [
+    ("brought_set", None, "must name features of tensorflow_datasets alone, .*; got 'evil_features.Label'"),
+    ("BroughtSet", None, "must name features of tensorflow_datasets alone, .*; got 'evil_features.Label'"),
+    ("brought_set", move_to_a_link, "must name features of tensorflow_datasets alone, .*; got 'evil_features.Label'"),
+    ("brought_set", move_to_a_default_config_outside, r"must be the name of a folder beside it; got '\.\./other'")])
+def test_reading_a_prepared_set_imports_no_module_that_it_names(wicked_set, monkeypatch, name, hide, message):
+  outside = wicked_set.parent / "outside"
+  if hide:
+    hide(wicked_set)
+  with pytest.raises(sources.DatasetNotPreparedError, match=message):
+    sources.load(name, "train", str(wicked_set))
+  assert not outside.exists()
   monkeypatch.setattr(sources, "_check_features", lambda folder: None)
   with pytest.raises(sources.DatasetNotPreparedError):
-    sources.load("brought_set", "train", str(folder))
-  assert (tmp_path / "outside").exists()  # which TFDS by itself would have run
+    sources.load(name, "train", str(wicked_set))
+  assert outside.exists()  # which TFDS by itself would have run
 
 
 WICKED = "\x1b]0;title\x07\x1b[31mred\u202e\n"

@@ -104,7 +104,7 @@ def open_tfds(
   import tensorflow_datasets as tfds  # slow to import, and not needed for digits
 
   folder = os.path.expanduser(data_dir or os.path.join("~", "tensorflow_datasets"))
-  _check_features(Path(folder, re.split("[/:]", name)[0]))
+  _check_features(Path(folder, tfds.core.naming.camelcase_to_snakecase(re.split("[/:]", name)[0])))
   try:
     source = tfds.data_source(name, split=split, data_dir=folder, download=False)
   except tfds.core.DatasetNotFoundError as error:
@@ -152,16 +152,32 @@ class _Examples(Sequence):
 
 
 def _check_features(folder: Path) -> None:
-  """Refuses sets whose features are of other packages, whose modules TFDS would import and so run."""
-  for file in folder.rglob("features.json") if folder.is_dir() else ():
+  """Refuses sets whose features are of other packages, whose modules TFDS would import and so run; and those whose
+  default config would be read elsewhere."""
+  for file in _files(folder, ("features.json", "metadata.json")):
     try:
-      named = _class_names(json.loads(file.read_text()))
+      content = json.loads(file.read_text())
     except ValueError:  # which TFDS says in its own words
       continue
-    if other := sorted(name for name in named if not name.startswith("tensorflow_datasets.")):
+    if file.name == "metadata.json":
+      if isinstance(content, dict) and "/" in str(content.get("default_config_name")):
+        raise DatasetNotPreparedError(f"default_config_name in {file} must be the name of a folder beside it; got "
+                                      f"{content['default_config_name']!r}")
+      continue
+    if other := sorted(name for name in _class_names(content) if not name.startswith("tensorflow_datasets.")):
       raise DatasetNotPreparedError(
           f"{file} must name features of tensorflow_datasets alone, as reading them runs their modules; got "
           f"{', '.join(map(repr, other))}")
+
+
+def _files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+  """Of these names below a folder, through links too, each of which is followed once."""
+  seen = {folder.resolve()}
+  for place, below, files in os.walk(folder, followlinks=True):
+    yield from (Path(place, name) for name in names if name in files)
+    resolved = {name: Path(place, name).resolve() for name in below}
+    below[:] = [name for name in below if resolved[name] not in seen]
+    seen.update(resolved.values())
 
 
 def _class_names(tree: Any) -> Iterator[str]:
