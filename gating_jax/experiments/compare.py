@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from gating_jax.reports import comparison, page
 from gating_jax.training import rundir
@@ -48,12 +49,21 @@ def names(folders: Sequence[Path]) -> list[str]:
 def _read(folder: Path, name: str) -> comparison.Run:
   run_dir = rundir.RunDir(folder)
   config, result = rundir.flatten(run_dir.config()), run_dir.result()
-  if "experiment" not in config:
+  if not isinstance(config.get("experiment"), str):
     raise rundir.RunDirError(f"{folder / rundir.CONFIG_FILE} is damaged: it must tell the experiment")
+  if result is not None:
+    result = _numbers(rundir.flatten(result))
+    if "step" not in result:
+      raise rundir.RunDirError(f"{folder / rundir.RESULT_FILE} is damaged: it must tell the step")
   lines = read_lines(folder / METRICS_FILE)
   if not lines:
     raise rundir.RunDirError(f"workdir {folder} holds nothing to compare yet: no line in {METRICS_FILE}")
-  return comparison.Run(name, config, None if result is None else rundir.flatten(result), lines)
+  return comparison.Run(name, config, result, [{**_numbers(line), "split": line["split"]} for line in lines])
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+  """Those of the values that are; nothing else is compared."""
+  return {name: value for name, value in values.items() if isinstance(value, (int, float))}
 
 
 def _is_comparison(file: Path) -> bool:

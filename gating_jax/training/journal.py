@@ -123,7 +123,7 @@ def write_atomically(path: Path, text: str) -> None:
   """Replaces the file whole or not at all; a kill in between leaves the old one, and a `.tmp` beside it."""
   temporary = path.with_name(path.name + TEMPORARY)
   with _naming(path):
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8", errors="replace") as file:  # names may hold what is no character
       file.write(text)
       file.flush()
       os.fsync(file.fileno())
@@ -138,10 +138,13 @@ def write_json(path: Path, value: Any) -> None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
   """The records of a journal's file, none if it is missing; a line cut short by a kill is no record."""
   records = []
-  for line in path.read_text().splitlines() if path.exists() else []:
+  for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
     try:
       record = json.loads(line)
-      records.append({"step": record.pop("step"), "split": record.pop("split"), **record})
+      step, split = record.pop("step"), record.pop("split")
+      if not isinstance(step, int) or not isinstance(split, str):
+        raise TypeError(f"step must be an integer and split a text; got {step!r} and {split!r}")
+      records.append({"step": step, "split": split, **record})
     except (ValueError, KeyError, TypeError, AttributeError):
       logging.warning("%s: dropped a line that is no record: %.60s", path, line)
   return records

@@ -59,8 +59,11 @@ def test_names_are_as_long_as_it_takes(tmp_path, monkeypatch):
     ("config.json", '{"exp', "run/config.json is damaged: it must hold JSON"),
     ("config.json", "[1]", "run/config.json is damaged: it must hold a JSON object; got list"),
     ("config.json", "{}", "run/config.json is damaged: it must tell the experiment"),
+    ("config.json", '{"experiment": ["a"]}', "run/config.json is damaged: it must tell the experiment"),
     ("result.json", "", "run/result.json is damaged: it must hold JSON"),
+    ("result.json", '{"accuracy": 0.5}', "run/result.json is damaged: it must tell the step"),
     ("metrics.jsonl", None, "workdir .*run holds nothing to compare yet: no line in metrics.jsonl"),
+    ("metrics.jsonl", '{"step": "4", "split": "test"}\n', "workdir .*run holds nothing to compare yet"),
     ("metrics.jsonl", "no line\n", "workdir .*run holds nothing to compare yet: no line in metrics.jsonl"),
 ])
 def test_what_is_missing_or_damaged_is_named(made, tmp_path, file, text, message):
@@ -71,6 +74,18 @@ def test_what_is_missing_or_damaged_is_named(made, tmp_path, file, text, message
   with pytest.raises(RunDirError, match=message):
     compare.run([sound, folder], tmp_path / "page.html")
   assert not (tmp_path / "page.html").exists()
+
+
+def test_what_is_no_number_is_left_out(made, tmp_path, capsys):
+  folder = made("na\udcffme", accuracy="good")  # a name that is no text either
+  with (folder / "metrics.jsonl").open("ab") as file:
+    file.write(b'{"step": 5, "split": "test", "accuracy": null}\n\xff\n{"step": 7, "split": "test", "accuracy": 0.5}\n')
+  compare.run([folder], tmp_path / "page.html")
+  printed = capsys.readouterr().out
+  assert re.search(r"last step +7\n", printed)
+  assert re.search(r"MACs +10\n", printed)
+  assert "accuracy" not in printed
+  assert "<th>na?me</th>" in (tmp_path / "page.html").read_text()
 
 
 def test_only_the_page_of_an_earlier_comparison_is_replaced(made, tmp_path):
