@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
+
+_JOINERS = "\u200c\u200d"  # between letters of Persian or of Indian scripts, and parts of a picture
 
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:
@@ -21,7 +24,8 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def printable(text: object, keep: str = "") -> str:
-  """The text without what would move a terminal's cursor, recolour it or turn its letters round.
+  """The text without what would move a terminal's cursor, recolour it or turn its letters round; spaces of any kind
+  are plain ones.
 
   Args:
     text: of any origin, such as the name of a class.
@@ -30,4 +34,5 @@ def printable(text: object, keep: str = "") -> str:
   >>> printable("red \\x1b[31m\\nlines"), printable("two\\nlines\\t", keep="\\n")
   ('red ?[31m?lines', 'two\\nlines?')
   """
-  return "".join(c if c.isprintable() or c in keep else "?" for c in str(text))
+  space = lambda c: unicodedata.category(c) == "Zs"
+  return "".join(c if c.isprintable() or c in keep + _JOINERS else " " if space(c) else "?" for c in str(text))
