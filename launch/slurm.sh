@@ -9,17 +9,18 @@
 #SBATCH --signal=TERM@300
 set -euo pipefail
 
+dry_run=
+if [ "${1:-}" = --dry-run ]; then
+  dry_run=yes
+  shift
+fi
 if [ $# -eq 0 ]; then
   sed -n '2,7s/^# //p' "$0" >&2
   exit 2
 fi
-dry_run=
-if [ "$1" = --dry-run ]; then
-  dry_run=yes
-  shift
-fi
 # The command is Slurm's own copy of this file: the repository is where sbatch was called.
 repository="${SLURM_SUBMIT_DIR:-$(pwd)}"
+[ -f "$repository/launch/restarts.sh" ] || { echo "error: call it from the repository; this is $repository" >&2; exit 2; }
 # shellcheck source=launch/restarts.sh
 . "$repository/launch/restarts.sh"
 # When one process ends, the others have 30 s; they say first what they know of the failure, and srun returns the largest

@@ -151,12 +151,21 @@ def test_processes_that_make_no_job_are_refused(processes, process, message):
     hosts.connect("localhost:1", processes, process)
 
 
-@pytest.mark.parametrize("arguments", [(), ("0", "--workdir=x"), ("two", "--workdir=x"), ("2",)])
-def test_the_launcher_says_how_it_is_used(arguments):
-  told = subprocess.run(["bash", str(ROOT / "launch" / "local.sh"), *arguments], capture_output=True, text=True,
-                        check=False)
-  assert told.returncode == 2
-  assert "Usage: bash launch/local.sh [--dry-run] N" in told.stderr
+@pytest.mark.parametrize(("script", "arguments"), [
+    ("local.sh", ()), ("local.sh", ("0", "--workdir=x")), ("local.sh", ("two", "--workdir=x")), ("local.sh", ("2",)),
+    ("slurm.sh", ()), ("slurm.sh", ("--dry-run",)), ("tpu.sh", ("--dry-run",)), ("tpu.sh", ("--workdir=x",))])
+def test_a_launcher_says_how_it_is_used(script, arguments):
+  told = subprocess.run(["bash", str(ROOT / "launch" / script), *arguments], capture_output=True, text=True,
+                        check=False, env={"PATH": os.environ["PATH"]})
+  assert (told.returncode, told.stdout) == (2, "")
+  assert "Usage: " in told.stderr
+  assert f"launch/{script} [--dry-run] " in told.stderr or f"launch/{script} arguments" in told.stderr
+
+
+def test_the_launcher_for_slurm_says_where_it_must_be_called(tmp_path):
+  told = subprocess.run(["bash", str(ROOT / "launch" / "slurm.sh"), "--workdir=x"], capture_output=True, text=True,
+                        check=False, cwd=tmp_path, env={"PATH": os.environ["PATH"]})
+  assert (told.returncode, told.stderr) == (2, f"error: call it from the repository; this is {tmp_path}\n")
 
 
 @pytest.mark.parametrize(
