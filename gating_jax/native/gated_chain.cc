@@ -41,10 +41,10 @@ constexpr int kSlab = 16;                    // output channels, at least, of a 
 
 // A vector of pixels of an output plane.
 struct Vec {
-  ptrdiff_t src, dst;        // of its first pixel: in the input's planes, at the first tap, and in the output's
-  int lanes;                 // how many to write
-  const int32_t* mask;       // [LANES], 0 for what lies between the rows and becomes 0, else -1; or null
-  const ptrdiff_t* scatter;  // [LANES], where each goes, or -1; null where they stay together
+  ptrdiff_t src, dst;  // of its first pixel: in the input's planes, at the first tap, and in the output's
+  int lanes;     // how many to write
+  int mask;      // where its mask is, or -1: [LANES], 0 for what lies between the rows and becomes 0, else -1
+  int scatter;   // where its places are, or -1: [LANES] of the output's planes, or -1 for none
 };
 
 // Up to kTileRows output channels of one example.
@@ -57,6 +57,8 @@ struct Group {
   const float* weights[kTileRows];  // [I][taps]
   float bias[kTileRows];
   float* to[kTileRows];      // output planes
+  const int32_t* masks;      // of the vectors
+  const ptrdiff_t* scatters;
   bool relu;
 };
 
@@ -193,34 +195,36 @@ void clear(const Grid& g, float* planes, int count) {
 
 // Rows from..to of the output as vectors: each row by itself, the last vector moved back so as to be full; or all of
 // them with the padding between, where that makes fewer.
-void add_vectors(const Conv& conv, int from, int to, int lanes, Bands& bands, std::vector<int>& details) {
+void add_vectors(const Conv& conv, int from, int to, int lanes, Bands& bands) {
   const Grid& written = conv.written;
   const ptrdiff_t row = conv.grid.row, flat = (to - from - 1) * row + conv.cols;
-  const int by_row = (to - from) * ((conv.cols + lanes - 1) / lanes);
+  const int per_row = (conv.cols + lanes - 1) / lanes;
   const bool same_rows = written.stride == 1 && written.row == row;
-  if ((flat + lanes - 1) / lanes < by_row && (same_rows || conv.cols < lanes)) {
+  const auto scatter = [&](ptrdiff_t q, int n) {  // of n pixels from flat position q on
+    for (int i = 0; i < lanes; ++i, ++q)
+      bands.scatters.push_back(i < n && q % row < conv.cols ? written.at(int(q / row), int(q % row)) : -1);
+    return int(bands.scatters.size()) - lanes;
+  };
+  if ((flat + lanes - 1) / lanes < (to - from) * per_row && (same_rows || conv.cols < lanes)) {
     for (ptrdiff_t q = 0; q < flat; q += lanes) {
-      const int w = int(q % row), n = int(std::min<ptrdiff_t>(lanes, flat - q));
-      bands.vecs.push_back({from * row + q, same_rows ? written.at(from, 0) + q : 0, n, nullptr, nullptr});
-      details.push_back(same_rows ? (w + n > conv.cols ? 1 : 0) : 2);
-      for (int i = 0; i < lanes; ++i) {
-        const int hi = from + int((q + i) / row), wi = int((q + i) % row);
-        const bool inside = i < n && wi < conv.cols;
-        bands.masks.push_back(inside ? -1 : 0);
-        bands.scatters.push_back(inside ? written.at(hi, wi) : -1);
+      const int n = int(std::min<ptrdiff_t>(lanes, flat - q));
+      Vec vec{from * row + q, written.at(from, 0) + q, n, -1, -1};
+      if (!same_rows) {
+        vec.scatter = scatter(vec.src, n);
+      } else if (q % row + n > conv.cols) {
+        vec.mask = int(bands.masks.size());
+        for (int i = 0; i < lanes; ++i) bands.masks.push_back((q + i) % row < conv.cols ? -1 : 0);
       }
+      bands.vecs.push_back(vec);
     }
     return;
   }
   for (int h = from; h < to; ++h)
-    for (int w = 0; w < conv.cols; w += lanes) {
-      const int w0 = conv.cols < lanes ? 0 : std::min(w, conv.cols - lanes), n = std::min(lanes, conv.cols);
-      bands.vecs.push_back({h * row + w0, written.at(h, w0), n, nullptr, nullptr});
-      details.push_back(written.stride == 1 ? 0 : 2);
-      for (int i = 0; i < lanes; ++i) {
-        bands.masks.push_back(i < n ? -1 : 0);
-        bands.scatters.push_back(i < n ? written.at(h, w0 + i) : -1);
-      }
+    for (int i = 0; i < per_row; ++i) {
+      const int w = conv.cols < lanes ? 0 : std::min(i * lanes, conv.cols - lanes), n = std::min(lanes, conv.cols);
+      Vec vec{h * row + w, written.at(h, w), n, -1, -1};
+      if (written.stride > 1) vec.scatter = scatter(vec.src, n);
+      bands.vecs.push_back(vec);
     }
 }
 
@@ -233,16 +237,12 @@ Bands bands_of(const Conv& conv, int lanes, int threads) {
   bands.count = (conv.rows + height - 1) / height;
   bands.height = (conv.rows + bands.count - 1) / bands.count;
   bands.count = (conv.rows + bands.height - 1) / bands.height;
-  std::vector<int> details;  // of each vector: 1 if it needs its mask, 2 its scatter
+  bands.vecs.reserve(conv.rows * ((conv.cols + lanes - 1) / lanes));
   for (int b = 0; b < bands.count; ++b) {
     bands.first.push_back(int(bands.vecs.size()));
-    add_vectors(conv, b * bands.height, std::min(conv.rows, (b + 1) * bands.height), lanes, bands, details);
+    add_vectors(conv, b * bands.height, std::min(conv.rows, (b + 1) * bands.height), lanes, bands);
   }
   bands.first.push_back(int(bands.vecs.size()));
-  for (size_t i = 0; i < details.size(); ++i) {
-    if (details[i] == 1) bands.vecs[i].mask = &bands.masks[i * lanes];
-    if (details[i] == 2) bands.vecs[i].scatter = &bands.scatters[i * lanes];
-  }
   return bands;
 }
 
@@ -295,7 +295,7 @@ class Example {
     float* written = scratch_ + plan_.offsets[layer + 1];
     const Vec* vecs = bands.vecs.data() + bands.first[band];
     Group g{scratch_ + plan_.offsets[layer], conv.grid.plane, in.open.data(), int(in.open.size()), conv.taps(),
-            conv.offsets.data(), {}, {}, {}, conv.relu};
+            conv.offsets.data(), {}, {}, {}, bands.masks.data(), bands.scatters.data(), conv.relu};
     for (int i = 0; i < groups; ++i) {
       const int begin = first + count * i / groups, end = first + count * (i + 1) / groups;
       for (int j = begin; j < end; ++j) {
