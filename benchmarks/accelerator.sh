@@ -29,7 +29,7 @@ missing=$(lacking "$python" | tr '\n' ' ')
 if [ -n "$missing" ]; then
   if [ ! -d "${WHEELS:-}" ]; then
     echo "error: $python lacks: $missing" >&2
-    echo "Where there is a network, fetch them for this Python and machine: pip download -d wheels $missing" >&2
+    echo "Where there is a network, fetch them for this Python and machine: pip wheel -w wheels $missing" >&2
     echo "and name the folder here: WHEELS=wheels bash benchmarks/accelerator.sh ..." >&2
     exit 2
   fi

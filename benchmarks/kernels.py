@@ -1,13 +1,14 @@
 """The branch of a residual block with block-structured gates: dense, masked, dispatched, and by the Pallas kernel.
 
     python benchmarks/kernels.py [--shapes=64x16x16x256/64,1x16x16x256/64] [--dtypes=bfloat16,float32] [--repeats=15]
+    python benchmarks/kernels.py --roofline
 
 A shape is N x H x W x C / B: C channels everywhere, gates of B of them. Of every block a given share of the examples is
 open. Prints medians over interleaved repeats in one process, ratios of the faster of dense and masked to each form, the
 ratio that the roofline of the device allows, or of an H100 where the device's is not known, and the largest difference
 from float32 at full precision. A repeat is `--calls` calls in a row, so that it times the device, not dispatch. On a
 GPU the kernel's tiles are tuned first. Without one it is interpreted, in small shapes, which checks values; its times
-say nothing then. On TPUs it is left out.
+say nothing then. On TPUs it is left out. With `--roofline` nothing is run: it prints what an H100's allows.
 """
 
 import argparse
@@ -43,7 +44,11 @@ def main():
   parser.add_argument("--repeats", type=int, default=15)
   parser.add_argument("--calls", type=int, default=1 if backend == "cpu" else 20)
   parser.add_argument("--json", type=Path, help="also write the rows to this file")
+  parser.add_argument("--roofline", action="store_true", help="print what it allows, run nothing")
   args = parser.parse_args()
+  if args.roofline:
+    print_roofline(SHAPES["gpu"].split(","), args.dtypes.split(","))
+    return
 
   name, _ = peaks()
   print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, medians of {args.repeats} interleaved repeats of "
@@ -151,6 +156,19 @@ def roofline(sizes, dtype, *, share, capacity):
       "kernel": 2 * seconds(dtype, share * macs, (1 + share) * a + k),
       "dispatched": seconds(dtype, 2 * capacity * macs, capacity * (blocks * (3 * a + 2 * 4 * values) + 2 * a) + 2 * k),
   }
+
+
+def print_roofline(shapes, dtypes):
+  print(f"{REFERENCE}, by its data sheet, nothing measured\n"
+        f"{'N x H x W x C / B':<20}{'dtype':<10}{'open':>6}{'dense':>12}{'kernel':>12}{'':>8}{'dispatched':>12}")
+  for shape in shapes:
+    n, h, w, c, block = map(int, shape.replace("/", "x").split("x"))
+    for dtype in dtypes:
+      for share in SHARES:
+        found = roofline((n, h, w, c, c // block), dtype, share=share, capacity=share if n > 1 else 1.0)
+        dense, kernel, dispatched = (found[form] for form in ("dense", "kernel", "dispatched"))
+        print(f"{shape:<20}{dtype:<10}{share:6.2f}{1e6 * dense:9.1f} us{1e6 * kernel:9.1f} us{dense / kernel:6.2f} x"
+              f"{1e6 * dispatched:9.1f} us{dense / dispatched:6.2f} x")
 
 
 def line(row):
