@@ -32,7 +32,7 @@ RECIPES = {
 SMOKE = {"gated to 50 %": f"{DIGITS}:model=simple_cnn,width=0.1,budget=0.5,batch=32"}
 FULL_EPOCHS, TRAIN_IMAGES = 500, 50000
 BEFORE_RECIPES = 0.45  # of the time, at most
-OVERHEAD = 60  # seconds of a recipe for reading, compiling, testing and its report
+OVERHEAD = 90  # seconds of the first recipe for reading, compiling, testing and its report; then as measured
 MARGIN = 0.85  # of what then remains, for steps
 STEPS_A_CALL = 39  # a fifth of an epoch of 195 steps: an accelerator should not wait for the host
 GRACE = 45  # seconds to save and stop in
@@ -83,12 +83,12 @@ def measure(job, recipes, smoke):
 def train(job, recipes, args):
   """The recipes, one after the other, by the command that users have."""
   speed = {row["config"]: row["train_images_per_second"] for row in job.parts["throughput"].get("rows", [])}
-  job.before = job.end
+  job.before, overhead = job.end, OVERHEAD
   for i, (name, config) in enumerate(recipes.items()):
     share = (job.end - time.monotonic()) / (len(recipes) - i)
     epochs = 1
     if not args.smoke and config in speed:
-      epochs = int(MARGIN * (share - OVERHEAD) * speed[config] / TRAIN_IMAGES)
+      epochs = int(MARGIN * (share - overhead) * speed[config] / TRAIN_IMAGES)
       epochs = min(FULL_EPOCHS, max(1, epochs))
     workdir = job.out / f"recipe{i}"
     command = [sys.executable, "-m", "gating_jax.cli", f"--config={config},epochs={epochs}", f"--workdir={workdir}",
@@ -97,7 +97,10 @@ def train(job, recipes, args):
       command += [f"--config.data.data_dir={args.data.resolve()}",
                   f"--config.devices.steps_per_dispatch={STEPS_A_CALL}"]
     job.run(workdir.name, command, share)
-    job.parts[workdir.name] |= {"recipe": name, "epochs": epochs, **outcome(workdir)}
+    part = job.parts[workdir.name]
+    part |= {"recipe": name, "epochs": epochs, **outcome(workdir)}
+    if part["finished"] and config in speed:
+      overhead = max(20, part["seconds"] - epochs * TRAIN_IMAGES / speed[config])
 
 
 def outcome(workdir):

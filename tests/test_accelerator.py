@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -61,26 +62,34 @@ def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_others(accelerato
 
 def test_recipes_share_the_time_that_is_left_by_their_speed(accelerator, tmp_path, monkeypatch):
   job = accelerator.Job(tmp_path, 1000)
-  job.parts["throughput"] = {"rows": [{"config": "a", "train_images_per_second": 50000.0},
-                                      {"config": "b", "train_images_per_second": 1e9}]}
+  speeds = {"a": 50000.0, "b": 50000.0, "c": 1e9}
+  job.parts["throughput"] = {"rows": [{"config": name, "train_images_per_second": rate}
+                                      for name, rate in speeds.items()]}
   commands = []
 
   def run(name, command, limit):
     commands.append((command, limit))
-    job.parts[name] = {"status": 0}
+    job.parts[name] = {"status": 0, "seconds": 250}
     (tmp_path / name).mkdir()
+    if name == "recipe0":  # 50 s more than its epochs, at one a second, take
+      job.parts[name]["seconds"] = int(command[3].split("=")[-1]) + 50
+      (tmp_path / name / "result.json").write_text(json.dumps({"accuracy": 0.9, "macs": 8.0}))
+      return
     line = {"step": 1, "split": "test", "accuracy": 0.5, "macs": 7.0}
     (tmp_path / name / "metrics.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({**line, "split": "train"}))
 
   monkeypatch.setattr(job, "run", run)
   args = type("", (), {"smoke": False, "data": tmp_path})
-  accelerator.train(job, {"first": "a", "second": "b", "third": "c"}, args)
-  first, second, third = (job.parts[f"recipe{i}"] for i in range(3))
-  assert abs(commands[0][1] - 1000 / 3) < 5
-  assert first["epochs"] in (231, 232)  # 0.85 (1000 / 3 - 60) s at an epoch a second
-  assert (second["epochs"], third["epochs"]) == (500, 1)  # at most the full recipe; one where the speed is not known
-  assert f"--config=a,epochs={first['epochs']}" in commands[0][0]
-  assert (first["finished"], first["accuracy"], first["macs"], first["mac_ratio"]) == (False, 0.5, 7.0, None)
+  monkeypatch.setattr(accelerator, "OVERHEAD", 100)
+  accelerator.train(job, {"first": "a", "second": "b", "third": "c", "fourth": "d"}, args)
+  limits = [limit for _, limit in commands]
+  np.testing.assert_allclose(limits, [250, 333, 500, 1000], atol=5)  # no time passes here: more for each
+  epochs = [job.parts[f"recipe{i}"]["epochs"] for i in range(4)]
+  np.testing.assert_allclose(epochs[:2], [0.85 * (250 - 100), 0.85 * (333 - 50)], atol=3)  # then as measured
+  assert epochs[2:] == [500, 1]  # at most the full recipe; one where the speed is not known
+  assert f"--config=a,epochs={epochs[0]}" in commands[0][0]
+  outcomes = [[job.parts[f"recipe{i}"][key] for key in ("finished", "accuracy", "macs", "mac_ratio")] for i in (0, 1)]
+  assert outcomes == [[True, 0.9, 8.0, None], [False, 0.5, 7.0, None]]
 
 
 def test_peaks_are_found_by_the_kind_of_device(benchmarks):

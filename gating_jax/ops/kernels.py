@@ -3,9 +3,10 @@
 One function in three forms, for inference: *masked*, dense and multiplied by the gates, which says what is meant;
 *dispatched*, which gathers each block's examples; and *gated*, the kernel, which has no gradient.
 
-The kernel is for Triton, Pallas' backend for GPUs, which has what it needs and TPUs have not: loads at computed places,
-masked, and a closed block's loads left out with its dots. No patches are formed in memory: each tap of a window is a
-dot of shifted rows (implicit im2col). Anywhere but on a GPU it is interpreted, slowly: there, use the dispatched form.
+The kernel is for Pallas' Triton backend on GPUs, which has what it needs and TPUs have not: loads at computed places,
+masked, and a closed block's loads left out with its dots. (JAX deprecates that backend from 0.11 on; 0.12 has it.) No
+patches are formed in memory: each tap of a window is a dot of shifted rows (implicit im2col). Anywhere but on a GPU it
+is interpreted, slowly: there, use the dispatched form.
 
 Axes: N examples, H and W pixels, D input and E output channels, C hidden ones, B adjacent channels to a gate.
 Reference: Tillet et al., "Triton: an intermediate language and compiler for tiled neural network computations", 2019;
@@ -21,7 +22,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from gating_jax.ops.compaction import open_indices
 from gating_jax.types import Array
@@ -183,6 +183,7 @@ def _dispatch(branch: Branch, x: Array, gates: Array, *, capacity: int, stride: 
 
 def _gated_conv(x, kernel, bias, in_gates, out_gates, *, stride, relu, fill, precision, tiles, interpret):
   """With `fill`, closed output blocks are written as zeros; without, not at all."""
+  from jax.experimental.pallas import triton  # here, so that a JAX without it still has the other forms
   if any(value < 1 or value & (value - 1) for value in tiles[:4]):
     raise ValueError(f"tiles must be powers of two; got {tiles}")
   interpret = jax.default_backend() != "gpu" if interpret is None else interpret
@@ -199,7 +200,7 @@ def _gated_conv(x, kernel, bias, in_gates, out_gates, *, stride, relu, fill, pre
   program = functools.partial(
       _program, size=(h, w), out_width=width, window=kernel.shape[:2], stride=stride, relu=relu, fill=fill,
       tiles=(tiles.pixels, inputs, outputs), pixel_tiles=pixel_tiles, tiles_per_gate=out_tiles // out_gates.shape[1],
-      precision=precision)
+      precision=precision, load=functools.partial(triton.load, other=0.0), store=triton.store)
   y = pl.pallas_call(
       program, jax.ShapeDtypeStruct((n, height * width, e), x.dtype), grid=(n * pixel_tiles, out_tiles),
       interpret=interpret, name="gated_conv",
@@ -210,7 +211,7 @@ def _gated_conv(x, kernel, bias, in_gates, out_gates, *, stride, relu, fill, pre
 
 
 def _program(count_ref, order_ref, gates_ref, x_ref, kernel_ref, bias_ref, y_ref, *, size, out_width, window, stride,
-             relu, fill, tiles, pixel_tiles, tiles_per_gate, precision):
+             relu, fill, tiles, pixel_tiles, tiles_per_gate, precision, load, store):
   """One tile of pixels of one example, one tile of its output channels."""
   pixels, inputs, outputs = tiles
   n = lax.div(pl.program_id(0), pixel_tiles)
@@ -221,7 +222,6 @@ def _program(count_ref, order_ref, gates_ref, x_ref, kernel_ref, bias_ref, y_ref
   (h, w), (_, d, e), taps = size, kernel_ref.shape, window[0] * window[1]
   place = y_ref.at[n, pixel[:, None], channel[None, :]]
   inside = (pixel < y_ref.shape[1])[:, None] & (channel < e)[None, :]
-  load = functools.partial(triton.load, other=0.0)
 
   def add_tap(i, total):
     step, tap = lax.div(i, taps), lax.rem(i, taps)  # taps innermost: they read the same rows but for the shift
@@ -238,12 +238,12 @@ def _program(count_ref, order_ref, gates_ref, x_ref, kernel_ref, bias_ref, y_ref
     total = lax.fori_loop(0, count_ref[n] * taps, add_tap, jnp.zeros((pixels, outputs), jnp.float32))
     total += load(bias_ref.at[channel], mask=channel < e).astype(jnp.float32)[None, :]
     total = (jnp.maximum(total, 0) if relu else total) * gate
-    triton.store(place, total.astype(y_ref.dtype), mask=inside)
+    store(place, total.astype(y_ref.dtype), mask=inside)
 
   if fill:
     @pl.when(~(gate > 0))
     def _():
-      triton.store(place, jnp.zeros((pixels, outputs), y_ref.dtype), mask=inside)
+      store(place, jnp.zeros((pixels, outputs), y_ref.dtype), mask=inside)
 
 
 def _tile(name: str, channels: int, gates: Array | None, most: int, interpret: bool) -> int:
@@ -267,7 +267,7 @@ def _out_size(x: Array, stride: int) -> tuple[int, int]:
   return -(-x.shape[1] // stride), -(-x.shape[2] // stride)
 
 
-def _per_channel(gates: Array, channels: int) -> Array:  # [N, C / B] to [N, 1, 1, C]
+def _per_channel(gates: Array, channels: int) -> Array:
   return jnp.repeat(gates, channels // gates.shape[1], axis=1)[:, None, None, :]
 
 

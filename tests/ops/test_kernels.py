@@ -183,6 +183,7 @@ def test_one_convolution_gated_on_both_sides():
   np.testing.assert_allclose(y[2], np.broadcast_to(np.maximum(branch.bias2, 0), y[2].shape))  # nothing to read
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # from jax 0.11 on
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_kernel_lowers_to_triton_without_a_gpu(dtype, stride):
