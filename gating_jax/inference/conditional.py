@@ -19,9 +19,10 @@ import numpy as np
 
 from gating_jax.checks import one_of
 from gating_jax.inference import folded
-from gating_jax.inference.folded import Folded, Gates, Layer, Runner
+from gating_jax.inference.folded import Folded, Gates, Layer
 from gating_jax.inference.folding import fold
-from gating_jax.inference.strategies import STRATEGIES, Setting, groups_of
+from gating_jax.inference.kernel_strategies import STRATEGIES, why_not, worth_trying
+from gating_jax.inference.strategies import Made, Setting, groups_of
 from gating_jax.ops.relaxations import threshold_gate
 from gating_jax.types import Array
 
@@ -55,19 +56,23 @@ class Timing:
 class Conditional:
   """`[N, H, W, D]` images, any N, to `(outputs, tuple of [N, U] gate logits)`; made by `compile_conditional`."""
 
-  def __init__(self, net: Folded, names: Sequence[str], runners: Sequence[Runner], batch_size: int,
-               timings: Sequence[Timing] = ()):
-    self.net, self.strategies, self.batch_size = net, tuple(names), batch_size
-    self._timings = tuple(timings)
-    self._program = program(runners)
+  def __init__(self, net: Folded, names: Sequence[str], settings: Sequence[Setting], timings: Sequence[Timing] = ()):
+    self.strategies, self._settings, self._timings = tuple(names), tuple(settings), tuple(timings)
+    self.batch_size = settings[0].batch_size
+    made = _made(net, names, settings)
+    self._weights, self._program = _with_parts(net, made), program(made)
 
   def __call__(self, x: Array) -> tuple[Array, Gates]:
     count = len(x)
     if count == self.batch_size:
-      return self._program(self.net, x)
+      return self._program(self._weights, x)
     starts = range(0, max(1, count), self.batch_size)
-    parts = [self._program(self.net, _padded(x[i : i + self.batch_size], self.batch_size)) for i in starts]
+    parts = [self._program(self._weights, _padded(x[i : i + self.batch_size], self.batch_size)) for i in starts]
     return jax.tree.map(lambda *pieces: jnp.concatenate(pieces)[:count], *parts)
+
+  def load(self, net: Folded) -> None:
+    """Takes the weights of another network of the same shapes, without compiling again."""
+    self._weights = _with_parts(net, _made(net, self.strategies, self._settings))
 
   def report(self) -> tuple[Timing, ...]:
     """What was measured when the program was made: of each part, then of the whole network; empty but for `auto`."""
@@ -103,24 +108,28 @@ def compile_conditional(
   if calibration is not None and (np.shape(calibration)[1:] != tuple(input_shape) or not len(calibration)):
     raise ValueError(f"calibration must be [M, {', '.join(map(str, input_shape))}] with M >= 1; "
                      f"got shape {np.shape(calibration)}")
+  if reason := why_not(strategy):
+    raise ValueError(f"strategy {strategy!r} cannot run here: {reason}")
   net = model if isinstance(model, Folded) else fold(model, variables)
   gates = () if calibration is None else _gates_of(net, calibration)
-  options = _options(net, batch_size, buckets, gates)
+  settings = _settings(net, batch_size, buckets, gates)
+  options = [{name: made for name, make in STRATEGIES.items() if (strategy == name or worth_trying(name))
+              and (made := make(part, setting))} for part, setting in zip(net.parts, settings, strict=True)]
   if strategy != AUTO:
     if not any(strategy in known for known in options):
-      raise ValueError(f"strategy must fit a part of the network; none has the gates that {strategy!r} skips by")
-    names = [strategy if strategy in known else "masked" for known in options]
-    return Conditional(net, names, _pick(options, names), batch_size)
+      raise ValueError(f"strategy must fit a part of the network; {strategy!r} fits none of it, or needs calibration")
+    return Conditional(net, [strategy if strategy in known else "masked" for known in options], settings)
   ratios = _mac_ratios(net, input_shape, gates)
   batches = _batches(calibration, batch_size)
   timings = _time_parts(net, options, batches, ratios[:-1], repeats)
   names, of_whole = _choose(net, options, timings, batches, ratios[-1], repeats)
   timings = [dataclasses.replace(t, chosen=t.strategy == names[t.part]) for t in timings]
-  return Conditional(net, names, _pick(options, names), batch_size, [*timings, *of_whole])
+  return Conditional(net, names, settings, [*timings, *of_whole])
 
 
-def program(runners: Sequence[Runner] | None) -> Callable[[Folded, Array], tuple[Array, Gates]]:
-  """The network compiled, a runner for each part; `masked` for None."""
+def program(made: Sequence[Made] | None = None) -> Callable[[Folded, Array], tuple[Array, Gates]]:
+  """The network compiled, with what was made of each part; `masked` for None."""
+  runners = None if made is None else [runner for _, runner in made]
   return jax.jit(lambda net, x: folded.run(net, x, runners))
 
 
@@ -150,25 +159,31 @@ def _padded(x: Array, count: int) -> Array:
 
 
 def _gates_of(net: Folded, images: Any) -> tuple[np.ndarray, ...]:
-  run = program(None)
+  run = program()
   found = [run(net, jnp.asarray(images[i : i + 256]))[1] for i in range(0, len(images), 256)]
   return tuple(np.concatenate([np.asarray(threshold_gate(z)) for z in logits])
                for logits in zip(*found, strict=True))
 
 
-def _options(net: Folded, batch_size: int, buckets: int, gates: Sequence[np.ndarray]) -> list[dict[str, Runner]]:
-  """The strategies of each part that fit it."""
-  options, groups_before, gates = [], (), list(gates)
+def _settings(net: Folded, batch_size: int, buckets: int, gates: Sequence[np.ndarray]) -> list[Setting]:
+  """Of each part."""
+  settings, groups_before, gates = [], (), list(gates)
   for part in net.parts:
     own, gates = tuple(gates[: len(groups_of(part))]), gates[len(groups_of(part)):]
-    setting = Setting(batch_size, buckets, own, groups_before)
-    made = {name: make(part, setting) for name, make in STRATEGIES.items()}
-    options.append({name: runner for name, runner in made.items() if runner is not None})
+    settings.append(Setting(batch_size, buckets, own, groups_before))
     groups_before = groups_of(part) if isinstance(part, Layer) else ()
-  return options
+  return settings
 
 
-def _pick(options: Sequence[Mapping[str, Runner]], names: Sequence[str]) -> list[Runner]:
+def _made(net: Folded, names: Sequence[str], settings: Sequence[Setting]) -> list[Made]:
+  return [STRATEGIES[name](part, setting) for part, name, setting in zip(net.parts, names, settings, strict=True)]
+
+
+def _with_parts(net: Folded, made: Sequence[Made]) -> Folded:
+  return dataclasses.replace(net, parts=tuple(part for part, _ in made))
+
+
+def _pick(options: Sequence[Mapping[str, Made]], names: Sequence[str]) -> list[Made]:
   return [known[name] for known, name in zip(options, names, strict=True)]
 
 
@@ -192,16 +207,16 @@ def _timing(part: int | None, seconds: Mapping[str, float], mac_ratio: float, ch
                  name == chosen) for name, spent in seconds.items()]
 
 
-def _time_parts(net: Folded, options: Sequence[Mapping[str, Runner]], batches: Sequence[Array],
+def _time_parts(net: Folded, options: Sequence[Mapping[str, Made]], batches: Sequence[Array],
                 ratios: Sequence[float], repeats: int) -> list[Timing]:
   """Every strategy of every part that has a choice, on what the part sees of the batches."""
   seen = [_seen(net, x) for x in batches]
   timings = []
-  for i, (part, known) in enumerate(zip(net.parts, options, strict=True)):
+  for i, known in enumerate(options):
     if len(known) == 1:
       continue
     contenders = {name: functools.partial(_over, jax.jit(runner), [(part, *inputs[i]) for inputs in seen])
-                  for name, runner in known.items()}
+                  for name, (part, runner) in known.items()}
     seconds = {name: spent / len(batches) for name, spent in race(contenders, repeats).items()}
     timings += _timing(i, seconds, ratios[i])
   return timings
@@ -225,7 +240,7 @@ def _over(run: Callable[..., Any], calls: Sequence[tuple]) -> None:
     jax.block_until_ready(run(*args))
 
 
-def _choose(net: Folded, options: Sequence[Mapping[str, Runner]], timings: Sequence[Timing],
+def _choose(net: Folded, options: Sequence[Mapping[str, Made]], timings: Sequence[Timing],
             batches: Sequence[Array], ratio: float, repeats: int) -> tuple[list[str], list[Timing]]:
   """Each part's strategy in the fastest whole program, and what whole programs took."""
   fastest = ["masked"] * len(net.parts)
@@ -239,9 +254,10 @@ def _choose(net: Folded, options: Sequence[Mapping[str, Runner]], timings: Seque
       mixtures[name] = [name if name in known else "masked" for known in options]
   if fastest not in mixtures.values():
     mixtures["chosen"] = fastest
-  runs = {name: functools.partial(_over, program(_pick(options, names)), [(net, x) for x in batches])
-          for name, names in mixtures.items()}
-  runs["ungated"] = functools.partial(_over, program(None), [(ungated(net), x) for x in batches])
+  made = {name: _pick(options, names) for name, names in mixtures.items()}
+  runs = {name: functools.partial(_over, program(parts), [(_with_parts(net, parts), x) for x in batches])
+          for name, parts in made.items()}
+  runs["ungated"] = functools.partial(_over, program(), [(ungated(net), x) for x in batches])
   seconds = {name: spent / len(batches) for name, spent in race(runs, repeats).items()}
   best = min(mixtures, key=seconds.get)
   best = best if seconds[best] < _GAIN * seconds["masked"] else "masked"

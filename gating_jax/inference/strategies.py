@@ -4,6 +4,8 @@
     block_dispatch   the adjacent channels that a gate switches, for the examples open for it, gathered: a program for
                      each of a few counts of them
     layer_dispatch   the same for a branch with one gate
+    cluster          a few sets of channels that calibration data open together, weights gathered beforehand: an
+                     example goes to the smallest that covers what it opens
 
 Every count has a program, the largest for all: no capacity overflows.
 
@@ -39,18 +41,21 @@ class Setting:
   groups_before: tuple[Group, ...] = ()
 
 
+Made = tuple[Part, Runner] | None  # the part with its weights as the runner wants them; None where it does not fit
+
+
 def groups_of(part: Part) -> tuple[Group, ...]:
   """The groups that a part's own head gates."""
   return part.head.groups if part.head is not None else ()
 
 
-def masked(part: Part, setting: Setting) -> Runner:
+def masked(part: Part, setting: Setting) -> Made:
   """The part whole, closed units multiplied by 0."""
-  del part, setting
-  return folded.masked
+  del setting
+  return part, folded.masked
 
 
-def switch(part: Part, setting: Setting) -> Runner | None:
+def switch(part: Part, setting: Setting) -> Made:
   """Only the open channels' weights; None where no channel is gated."""
   groups = (*setting.groups_before, *groups_of(part)) if isinstance(part, Layer) else groups_of(part)
   if not groups or getattr(part, "layer_gate", False):
@@ -74,7 +79,7 @@ def switch(part: Part, setting: Setting) -> Runner | None:
 
     return lax.switch(jnp.max(jnp.stack(needed)), [branch(capacities) for capacities in programs])
 
-  return _each(of_one)
+  return part, _each(of_one)
 
 
 def _each(of_one: Runner) -> Runner:
@@ -98,14 +103,14 @@ def _compact(part: Part, x: Array, open_channels: Sequence[tuple[Array, Array]])
       return part.after(conv(x))
     mask, index = channels[0]
     return _spread(part.after(_take(conv, outputs=index)(x)) * mask, index, part.conv.bias.size)
-  h, inputs = x, None
-  for i, conv in enumerate(part.convs):
-    gated = i < len(open_channels)
-    mask, outputs = open_channels[i] if gated else (None, None)
-    h = _take(conv, inputs, outputs)(h)
-    h = jax.nn.relu(h) * mask if gated else h
-    inputs = outputs
-  return jax.nn.relu(h + part.shortcut(x))
+  convs = _subnet(part.convs, [index for _, index in open_channels])
+  return jax.nn.relu(_chain(convs, x, [mask[None] for mask, _ in open_channels]) + part.shortcut(x))
+
+
+def _subnet(convs: Sequence[Conv], channels: Sequence[Array]) -> tuple[Conv, ...]:
+  """Through these channels between the convolutions alone."""
+  ends = [None, *channels, None]
+  return tuple(_take(conv, *ends[i : i + 2]) for i, conv in enumerate(convs))
 
 
 def _take(conv: Conv, inputs: Array | None = None, outputs: Array | None = None) -> Conv:
@@ -123,7 +128,7 @@ def _spread(y: Array, index: Array, size: int) -> Array:
   return jnp.pad(y, [(0, 0)] * 3 + [(0, 1)])[..., place]
 
 
-def layer_dispatch(part: Part, setting: Setting) -> Runner | None:
+def layer_dispatch(part: Part, setting: Setting) -> Made:
   """The branch on the examples open for it, gathered; None without a gate of the whole branch."""
   if not getattr(part, "layer_gate", False) or not groups_of(part):
     return None
@@ -133,21 +138,25 @@ def layer_dispatch(part: Part, setting: Setting) -> Runner | None:
     branch = lambda x: _chain(part.convs, x)
     return jax.nn.relu(_for_open(gates[0][:, 0] > 0, (x,), branch, part.shortcut(x), setting))
 
-  return run
+  return part, run
 
 
-def block_dispatch(part: Part, setting: Setting) -> Runner | None:
+def block_dispatch(part: Part, setting: Setting) -> Made:
   """Each gate's channels on the examples open for it, gathered; None but for two convolutions whose gates switch
   several channels each."""
   if not isinstance(part, Block) or part.layer_gate or len(groups_of(part)) != 1:
     return None
   (group,) = groups_of(part)
-  return _dispatch_blocks(group, setting) if group.channels > 1 else None
+  return (part, _dispatch_blocks(group, setting)) if group.channels > 1 else None
 
 
-def _chain(convs: Sequence[Conv], x: Array) -> Array:
+def _chain(convs: Sequence[Conv], x: Array, masks: Sequence[Array] = ()) -> Array:
+  """Convolutions with ReLU between, all but the last output multiplied by `[N, C]` masks, if any."""
   for i, conv in enumerate(convs):
-    x = conv(jax.nn.relu(x) if i else x)
+    x = conv(x)
+    if i + 1 < len(convs):
+      x = jax.nn.relu(x)
+      x = x * masks[i][:, None, None] if masks else x
   return x
 
 
@@ -198,5 +207,73 @@ def _for_open(is_open: Array, inputs: tuple[Array, ...], function: Callable[...,
   return lax.switch(sum((count > size).astype(jnp.int32) for size in sizes[:-1]), [branch(k) for k in sizes])
 
 
-STRATEGIES: dict[str, Callable[[Part, Setting], Runner | None]] = {
-    "masked": masked, "switch": switch, "block_dispatch": block_dispatch, "layer_dispatch": layer_dispatch}
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Clustered(Block):
+  """Subnets, each with the channels of each group that it has."""
+
+  subnets: tuple[tuple[Conv, ...], ...] = ()
+
+
+def cluster(part: Part, setting: Setting) -> Made:
+  """Each example by the smallest of a few subnets that has all channels it opens; None without calibration data, or
+  gates of channels of a block."""
+  if not isinstance(part, Block) or part.layer_gate or not groups_of(part) or not setting.gates:
+    return None
+  groups = groups_of(part)
+  masks = [np.asarray(group.expand(jnp.asarray(g))) > 0 for group, g in zip(groups, setting.gates, strict=True)]
+  found = _unions(masks, setting.buckets - 1)
+  subnets = tuple(_subnet(part.convs, [jnp.asarray(index) for index in of_groups]) for of_groups in found)
+  made = _Clustered(**{field.name: getattr(part, field.name) for field in dataclasses.fields(part)}, subnets=subnets)
+
+  def run(part: _Clustered, x: Array, gates: Gates, before: Gates) -> Array:
+    del before
+    own = [group.expand(g) for group, g in zip(groups, gates, strict=True)]
+    y, waiting = part.shortcut(x), jnp.ones(len(x), bool)
+    for convs, of_groups in zip(part.subnets, found, strict=True):
+      covered = jnp.all(jnp.stack([jnp.sum(mask[:, index], 1) == jnp.sum(mask, 1)
+                                   for mask, index in zip(own, of_groups, strict=True)]), axis=0)
+      inputs = (x, *(mask[:, index] for mask, index in zip(own, of_groups, strict=True)))
+      y = _for_open(waiting & covered, inputs, lambda x, *m, convs=convs: _chain(convs, x, m), y, setting)
+      waiting &= ~covered
+    return jax.nn.relu(_for_open(waiting, (x, *own), lambda x, *m: _chain(part.convs, x, m), y, setting))
+
+  return made, run
+
+
+def _unions(masks: Sequence[np.ndarray], count: int) -> list[list[np.ndarray]]:
+  """The channels of each group that each of at most `count` clusters of the examples opens, fewest first.
+
+  Each is filled up to a multiple of `CHANNELS` with those most often open. Sets that are no smaller than all, and
+  those that come twice, are left out.
+  """
+  joint = np.concatenate(masks, axis=1).astype(np.float32)
+  ends = np.cumsum([mask.shape[1] for mask in masks])[:-1]
+  rank = [np.argsort(-mask.mean(0), kind="stable") for mask in masks]
+  sets = {}
+  for of_cluster in _clusters(joint, count):
+    kept = []
+    for union, order in zip(np.split(joint[of_cluster].max(0) > 0, ends), rank, strict=True):
+      size = min(union.size, max(CHANNELS, -(-union.sum() // CHANNELS) * CHANNELS))
+      kept.append(np.sort(np.concatenate([order[union[order]], order[~union[order]]])[:size]))
+    if sum(map(len, kept)) < joint.shape[1]:
+      sets[tuple(map(tuple, kept))] = kept
+  return sorted(sets.values(), key=lambda kept: sum(map(len, kept)))
+
+
+def _clusters(joint: np.ndarray, count: int) -> list[np.ndarray]:
+  """k-means from the farthest points: which examples belong to each cluster."""
+  if count < 1:
+    return []
+  centres = [joint.mean(0)]
+  for _ in range(count):
+    distance = np.min([((joint - centre) ** 2).sum(1) for centre in centres], axis=0)
+    centres.append(joint[np.argmax(distance)])
+  centres = np.stack(centres[1:])
+  for _ in range(10):
+    nearest = np.argmin(((joint[:, None] - centres) ** 2).sum(-1), axis=1)
+    centres = np.stack([joint[nearest == i].mean(0) if (nearest == i).any() else centre
+                        for i, centre in enumerate(centres)])
+  return [nearest == i for i in np.unique(nearest)]
+
+
