@@ -3,6 +3,8 @@
 See the README for a tour; every name here is documented where it is defined.
 """
 
+from gating_jax.inference.analyse import Analysis, analyse
+from gating_jax.inference.slim import slim
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.gate import ChannelGate, GateHead, GateSettings, Switched, apply_gates
 from gating_jax.layers.segments import SegmentGate, SegmentGateSettings
@@ -47,6 +49,7 @@ from gating_jax.video.concepts import find_concepts
 from gating_jax.video.inference import Skipping
 
 __all__ = [
+  "Analysis",
   "BasicBlock",
   "Bottleneck",
   "ChannelGate",
@@ -63,6 +66,7 @@ __all__ = [
   "Switched",
   "VGG",
   "VideoCounts",
+  "analyse",
   "apply_gates",
   "batch_shaping_loss",
   "beta",
@@ -95,6 +99,7 @@ __all__ = [
   "put_back",
   "relaxed_bernoulli",
   "resnet",
+  "slim",
   "sort_with_vjp",
   "straight_through_gate",
   "symmetric_beta",
