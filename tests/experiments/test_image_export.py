@@ -47,9 +47,9 @@ def test_the_export_of_a_run_scores_as_the_run_does(exported, folder, tolerance)
   test = sources.load("digits", "test")
   images = (test.pixels / 255 - np.array(loaded.card["mean"])) / np.array(loaded.card["std"])
   outputs, _ = loaded(images)
-  accuracy = np.mean(np.argmax(outputs, axis=1) == test.labels)
+  accuracy = np.mean(np.argmax(np.asarray(outputs), axis=1) == test.labels)
   assert accuracy == pytest.approx(loaded.card["accuracy"], abs=1e-9)
-  assert abs(accuracy - result["accuracy"]) <= tolerance
+  assert abs(accuracy - result["accuracy"]) <= tolerance + 1e-9
   assert loaded.card["accuracy_as_trained"] == pytest.approx(result["accuracy"], abs=1e-9)
   assert loaded.card["executed_macs_as_trained"] == pytest.approx(result["macs"], rel=1e-6)
   assert loaded.card["class_names"] == [*"0123456789"]
