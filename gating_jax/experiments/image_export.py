@@ -25,7 +25,7 @@ from gating_jax.reports.lettering import columns
 from gating_jax.training import rundir
 
 FOLDERS = ("export", "export_int8")
-CALIBRATION = 10_000  # images at most, evenly over the training set
+CALIBRATION = 2_000  # images at most, evenly over the training set
 _TIMED_BATCHES, _REPEATS = (1, 64), 30
 
 
@@ -73,14 +73,16 @@ def _batches(experiment: Experiment, images: Any, index: np.ndarray | None = Non
 
 def _score(experiment: Experiment, net: Folded) -> dict[str, float]:
   """Accuracy on the test set; MACs per image, of every unit and of the open ones."""
-  net, correct, executed, images = dequantise(net), 0, 0, 0
-  program = jax.jit(folded.run)
-  for x, labels in _batches(experiment, experiment.test):
-    spare = openings.BATCH - len(x)
-    outputs, logits = program(net, jnp.asarray(np.pad(x, ((0, spare), (0, 0), (0, 0), (0, 0)))))
-    gates = [np.asarray(z)[: len(x)] > 0 for z in logits]
-    correct += int(np.sum(np.argmax(np.asarray(outputs)[: len(x)], axis=1) == labels))
-    executed += np.broadcast_to(folded.macs(net, x.shape[1:], gates), len(x)).sum()
+  net, labels, correct, executed, images = dequantise(net), [], 0, 0, 0
+
+  def inputs():
+    for x, named in _batches(experiment, experiment.test):
+      labels.append(named)
+      yield x
+
+  for x, outputs, logits in openings.observed(net, inputs()):
+    correct += int(np.sum(np.argmax(outputs, axis=1) == labels.pop()))
+    executed += np.broadcast_to(folded.macs(net, x.shape[1:], [z > 0 for z in logits]), len(x)).sum()
     images += len(x)
   return {"accuracy": correct / images, "macs": int(folded.macs(net, x.shape[1:])),
           "executed_macs": float(executed) / images}

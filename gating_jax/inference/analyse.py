@@ -76,7 +76,7 @@ def analyse(
   net = model if isinstance(model, Folded) else fold(model, variables)
   ways = _ways([group for _, _, group, _ in places(net)], [layer for *_, layer in places(net)], buckets)
   counter, spent, images, shape = Counter(net), dict.fromkeys(ways, 0), 0, None
-  for x, logits in observed(net, calibration):
+  for x, _, logits in observed(net, calibration):
     if shape not in (None, x.shape[1:]):
       raise ValueError(f"calibration must be images of one shape, {shape}; got {x.shape[1:]}")
     shape, images = x.shape[1:], images + len(x)

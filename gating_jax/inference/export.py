@@ -27,9 +27,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from jax import export as jax_export
+from safetensors import SafetensorError
+from safetensors.numpy import load as read_tensors
+from safetensors.numpy import save as write_tensors
 
 from gating_jax.inference import folded
 from gating_jax.inference.folded import Folded
@@ -99,7 +100,7 @@ def export_model(
   weights, function = _parted(model)
   program = _program(function, weights, input_shape, batch_size, platforms)
   files = {PROGRAM: bytes(program.serialize()),
-           WEIGHTS: safetensors.numpy.save({name: np.asarray(w) for name, w in weights.items()})}
+           WEIGHTS: write_tensors({name: np.asarray(w) for name, w in weights.items()})}
   own = {
       "format": FORMAT, "jax_version": jax.__version__, "platforms": list(program.platforms),
       "input_shape": list(input_shape), "batch_size": batch_size,
@@ -120,8 +121,8 @@ def load(directory: str | os.PathLike) -> Loaded:
   card = _read_card(directory)
   data = {name: _read(directory, name, card) for name in (PROGRAM, WEIGHTS)}
   try:
-    weights = safetensors.numpy.load(data[WEIGHTS])
-  except (safetensors.SafetensorError, ValueError, KeyError) as error:
+    weights = read_tensors(data[WEIGHTS])
+  except (SafetensorError, ValueError, KeyError) as error:
     raise ExportError(f"{directory / WEIGHTS} is damaged: {error}") from None
   try:
     program = jax_export.deserialize(bytearray(data[PROGRAM]))

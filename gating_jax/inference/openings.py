@@ -80,8 +80,8 @@ class Openings:
     return np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 0)
 
 
-def observed(net: Folded, images: Any) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
-  """Batches of images with the logits of all groups, `([N, H, W, D], ([N, U], ...))`.
+def observed(net: Folded, images: Any) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]]:
+  """Batches of images, the network's outputs and the logits of all groups, `([N, H, W, D], [N, ...], ([N, U], ...))`.
 
   Args:
     net: the network.
@@ -92,7 +92,8 @@ def observed(net: Folded, images: Any) -> Iterator[tuple[np.ndarray, tuple[np.nd
   for x in batches(images):
     spare = -len(x) % BATCH if len(x) > BATCH // 2 else 0  # so that a last, smaller batch runs in the same program
     padded = np.concatenate([x, np.zeros((spare, *x.shape[1:]), x.dtype)]) if spare else x
-    yield x, tuple(np.asarray(z)[: len(x)] for z in _logits(net, jnp.asarray(padded)))
+    outputs, logits = _run(net, jnp.asarray(padded))
+    yield x, np.asarray(outputs)[: len(x)], tuple(np.asarray(z)[: len(x)] for z in logits)
 
 
 def batches(images: Any) -> Iterator[np.ndarray]:
@@ -147,11 +148,9 @@ def places(net: Folded) -> list[tuple[int, int, Group, bool]]:
 def count(net: Folded, images: Iterable[Any] | Any) -> tuple[Openings, ...]:
   """`Openings` of every group on `images`, as in `observed`."""
   counter = Counter(net)
-  for x, logits in observed(net, images):
+  for x, _, logits in observed(net, images):
     counter.add(logits, len(x))
   return counter.result()
 
 
-@jax.jit
-def _logits(net: Folded, x: jax.Array) -> folded.Gates:
-  return folded.run(net, x)[1]
+_run = jax.jit(folded.run)

@@ -12,12 +12,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from gating_jax.inference import folded
 from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer
 from gating_jax.inference.openings import Openings, observed, places
 
@@ -145,10 +142,10 @@ def disagreement(net: Folded, choices: Sequence[Choice], images: Any) -> Disagre
   small = take(net, choices)
   total, affected, changed, largest = 0, 0, 0, [0.0, 0.0]
   sums = np.zeros((2, len(choices)), np.int64)
-  for x, logits in observed(net, images):
+  for x, before, logits in observed(net, images):
     wrong = np.array([[((z > 0) & c.removed).any(1), ((z <= 0) & c.ungated).any(1)]
                       for z, c in zip(logits, choices, strict=True)]).reshape(len(choices), 2, len(x))
-    before, after = (np.asarray(_outputs_of(each, jnp.asarray(x))) for each in (net, small))
+    ((_, after, _),) = observed(small, [x])
     hit, gap = wrong.any((0, 1)), np.abs(before - after).max(axis=1)
     largest = [max(a, float(gap[at].max(initial=0.0))) for a, at in zip(largest, (hit, ~hit), strict=True)]
     total, affected, sums = total + len(x), affected + int(hit.sum()), sums + wrong.sum(2).T
@@ -249,8 +246,3 @@ def _slim_block(block: Block, own: Sequence[Choice]) -> Block:
     convs[i], convs[i + 1] = _outputs(convs[i], kept), _inputs(convs[i + 1], kept)
   head = _slim_head(block.head, own, [group for _, group in channels])
   return dataclasses.replace(block, convs=tuple(convs), head=head)
-
-
-@jax.jit
-def _outputs_of(net: Folded, x: jax.Array) -> jax.Array:
-  return folded.run(net, x)[0]

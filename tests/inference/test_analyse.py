@@ -112,5 +112,5 @@ def test_bad_calibration_is_named(analysis, calibration, message):
 
 def test_a_last_smaller_batch_runs_in_the_same_program():
   net = fold(MODEL, VARIABLES)
-  sizes = [(len(x), len(logits[0])) for x, logits in openings.observed(net, images(200))]
-  assert sizes == [(128, 128), (72, 72)]
+  sizes = [(len(x), len(y), len(logits[0])) for x, y, logits in openings.observed(net, images(200))]
+  assert sizes == [(128, 128, 128), (72, 72, 72)]
