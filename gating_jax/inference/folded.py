@@ -60,7 +60,7 @@ class Group:
   def expand(self, gates: Array) -> Array:
     """`[N, U]` gates to `[N, width]`, what each channel is multiplied by."""
     each = jnp.repeat(gates, self.channels, axis=1)
-    return jnp.concatenate([jnp.ones((len(each), self.always), each.dtype), each], axis=1)
+    return jnp.concatenate([jnp.ones((each.shape[0], self.always), each.dtype), each], axis=1)
 
 
 @jax.tree_util.register_dataclass
