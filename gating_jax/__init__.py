@@ -4,6 +4,7 @@ See the README for a tour; every name here is documented where it is defined.
 """
 
 from gating_jax.inference.analyse import Analysis, analyse
+from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.export import export_model
 from gating_jax.inference.folding import fold
 from gating_jax.inference.quantise import quantise
@@ -78,6 +79,7 @@ __all__ = [
   "capacity_for",
   "cdf_matching_loss",
   "clipped_sigmoid",
+  "compile_conditional",
   "count",
   "count_video",
   "empirical",

@@ -14,7 +14,7 @@ from ml_collections import config_flags
 from gating_jax.checks import one_of
 
 COMPARE = "compare"
-MODES = ("train", "evaluate", "report", "export", COMPARE)
+MODES = ("train", "evaluate", "report", "export", "compile", COMPARE)
 EXPERIMENTS = ("classification", "continual", "long_video", "segmentation")
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -23,8 +23,8 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run directory: new, or one to go on with; those to compare are separated by commas.")
 _MODE = flags.DEFINE_enum(
-    "mode", "train", MODES, "What to do; evaluate, report and export look at a run that is there, compare at any, "
-    "without --config.")
+    "mode", "train", MODES, "What to do; evaluate, report, export and compile look at a run that is there, compare at "
+    "any, without --config.")
 _PAGE = flags.DEFINE_string("page", "comparison.html", "The page that --mode=compare writes.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Of a job of several processes: host:port of process 0, or auto on Cloud TPU or Slurm.")

@@ -15,7 +15,7 @@ import jax
 import ml_collections
 
 from gating_jax.data import augment, batches, resident, streaming
-from gating_jax.experiments import image_export
+from gating_jax.experiments import image_compile, image_export
 from gating_jax.experiments.build import Experiment, build
 from gating_jax.experiments.image_task import Task, write_files, write_report
 from gating_jax.layers.gate import GateSettings
@@ -37,17 +37,18 @@ TASK = Task(
     scores=steps.image_scores,
     summarise=lambda _, sums, images: evaluation.summarise(sums, images),
     rows=table.rows)
+_OF_NEWEST = {"export": image_export.run, "compile": image_compile.run}  # what is made of the newest checkpoint
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint, `export`
-  writes it as files that run without this package."""
+  writes it as files that run without this package, and `compile` times what skips its closed gates."""
   experiment = build(config)
-  if mode == "export":
+  if mode in _OF_NEWEST:
     run_dir = rundir.existing_run(workdir, config)
     step, state = _newest(experiment, run_dir)
     variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
-    hosts.written(lambda: image_export.run(experiment, run_dir, step, variables))
+    hosts.written(lambda: _OF_NEWEST[mode](experiment, run_dir, step, variables))
     return
   run_task(TASK, experiment, workdir, mode)
 
