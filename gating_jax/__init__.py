@@ -3,6 +3,12 @@
 See the README for a tour; every name here is documented where it is defined.
 """
 
+from gating_jax.inference.analyse import Analysis, analyse
+from gating_jax.inference.conditional import compile_conditional
+from gating_jax.inference.export import export_model
+from gating_jax.inference.folding import fold
+from gating_jax.inference.quantise import quantise
+from gating_jax.inference.slim import slim
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.gate import ChannelGate, GateHead, GateSettings, Switched, apply_gates
 from gating_jax.layers.segments import SegmentGate, SegmentGateSettings
@@ -47,6 +53,7 @@ from gating_jax.video.concepts import find_concepts
 from gating_jax.video.inference import Skipping
 
 __all__ = [
+  "Analysis",
   "BasicBlock",
   "Bottleneck",
   "ChannelGate",
@@ -63,6 +70,7 @@ __all__ = [
   "Switched",
   "VGG",
   "VideoCounts",
+  "analyse",
   "apply_gates",
   "batch_shaping_loss",
   "beta",
@@ -71,13 +79,16 @@ __all__ = [
   "capacity_for",
   "cdf_matching_loss",
   "clipped_sigmoid",
+  "compile_conditional",
   "count",
   "count_video",
   "empirical",
   "empirical_cdf",
   "executed_macs",
   "expected_macs",
+  "export_model",
   "find_concepts",
+  "fold",
   "from_cdf",
   "gated_macs",
   "generalised_batch_shaping_loss",
@@ -93,8 +104,10 @@ __all__ = [
   "normal",
   "open_indices",
   "put_back",
+  "quantise",
   "relaxed_bernoulli",
   "resnet",
+  "slim",
   "sort_with_vjp",
   "straight_through_gate",
   "symmetric_beta",

@@ -14,7 +14,7 @@ from ml_collections import config_flags
 from gating_jax.checks import one_of, printable
 
 COMPARE = "compare"
-MODES = ("train", "evaluate", "report", COMPARE)
+MODES = ("train", "evaluate", "report", "export", "compile", COMPARE)
 EXPERIMENTS = ("classification", "continual", "long_video", "segmentation")
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -23,8 +23,8 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run directory: new, or one to go on with; those to compare are separated by commas.")
 _MODE = flags.DEFINE_enum(
-    "mode", "train", MODES, "What to do; evaluate and report look at a run that is there, compare at any, without "
-    "--config.")
+    "mode", "train", MODES, "What to do; evaluate, report, export and compile look at a run that is there, compare at "
+    "any, without --config.")
 _PAGE = flags.DEFINE_string("page", "comparison.html", "The page that --mode=compare writes.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Of a job of several processes: host:port of process 0, or auto on Cloud TPU or Slurm.")
@@ -83,6 +83,7 @@ def _main(argv: list[str]) -> int:
 
   from gating_jax.data.sources import DatasetNotPreparedError
   from gating_jax.experiments import classification, compare, continual, long_video, segmentation
+  from gating_jax.inference.export import ExportError
   from gating_jax.training import hosts
   from gating_jax.training.checkpoints import CheckpointError
   from gating_jax.training.loop import NonFiniteError
@@ -101,7 +102,7 @@ def _main(argv: list[str]) -> int:
     with contextlib.redirect_stdout(sys.stdout if hosts.is_writer() else None):
       dict(zip(EXPERIMENTS, modules, strict=True))[_CONFIG.value.experiment].run(
           _CONFIG.value, Path(_WORKDIR.value), _MODE.value)
-  except (ValueError, DatasetNotPreparedError, NonFiniteError, RunDirError, CheckpointError) as error:
+  except (ValueError, DatasetNotPreparedError, NonFiniteError, RunDirError, CheckpointError, ExportError) as error:
     return _failed(error, 2)
   except (OSError, hosts.PeerError) as error:
     return _failed(error, 1)

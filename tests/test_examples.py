@@ -3,7 +3,14 @@
 import runpy
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from gating_jax import GateSettings, ResNet, export_model, fold, quantise
+from gating_jax.inference import folded
+from gating_jax.inference.quantise import dequantise
 
 pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
@@ -43,3 +50,16 @@ def test_learned_means_follow_the_hyperprior_and_gates_their_means(main_of):
   assert abs(means.mean() - 0.30) <= 0.02
   assert abs(means.std() - 0.138) <= 0.03
   assert abs(open_rates - means).max() <= 0.02
+
+
+def test_an_export_runs_with_jax_alone(main_of, tmp_path):
+  model = ResNet(3, (1, 1), features=4, gating="channel", gate=GateSettings(hidden=3))
+  net = fold(model, model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3))))
+  for name, exported in (("float32", net), ("int8", quantise(net))):
+    path = export_model(exported, tmp_path / name, input_shape=(8, 8, 3), platforms=("cpu",))
+    images, outputs = main_of("load_exported")(path)
+    assert images.shape == (3, 8, 8, 3)
+    np.testing.assert_allclose(outputs, folded.run(dequantise(exported), images)[0], rtol=1e-4, atol=1e-5)
+  text = (EXAMPLES / "load_exported.py").read_text()
+  assert "import gating_jax" not in text
+  assert "from gating_jax" not in text

@@ -199,7 +199,7 @@ def test_what_a_restart_may_mend_is_started_again_so_many_times(tmp_path, script
 
 
 def test_shellcheck_finds_nothing_in_the_shell_scripts():
-  scripts = [*ROOT.glob("launch/*.sh"), ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"]
+  scripts = [*ROOT.glob("launch/*.sh"), *ROOT.glob("benchmarks/*.sh"), ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"]
   assert len(scripts) > 6
   done = subprocess.run([shutil.which("shellcheck"), "-x", *map(str, scripts)], capture_output=True, text=True,
                         check=False, cwd=ROOT)

@@ -15,6 +15,7 @@ import jax
 import ml_collections
 
 from gating_jax.data import augment, batches, resident, streaming
+from gating_jax.experiments import image_compile, image_export
 from gating_jax.experiments.build import Experiment, build
 from gating_jax.experiments.image_task import Task, write_files, write_report
 from gating_jax.layers.gate import GateSettings
@@ -36,11 +37,20 @@ TASK = Task(
     scores=steps.image_scores,
     summarise=lambda _, sums, images: evaluation.summarise(sums, images),
     rows=table.rows)
+_OF_NEWEST = {"export": image_export.run, "compile": image_compile.run}  # what is made of the newest checkpoint
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
-  """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint."""
-  run_task(TASK, build(config), workdir, mode)
+  """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint, `export`
+  writes it as files that run without this package, and `compile` times what skips its closed gates."""
+  experiment = build(config)
+  if mode in _OF_NEWEST:
+    run_dir = rundir.existing_run(workdir, config)
+    step, state = _newest(experiment, run_dir)
+    variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+    hosts.written(lambda: _OF_NEWEST[mode](experiment, run_dir, step, variables))
+    return
+  run_task(TASK, experiment, workdir, mode)
 
 
 def run_task(task: Task, experiment: Experiment, workdir: Path, mode: str) -> None:
@@ -68,6 +78,15 @@ def _test_newest(
     task: Task, experiment: Experiment, run_dir: rundir.RunDir
 ) -> tuple[int, Any, dict[str, Any], evaluation.ImageBehaviour, evaluation.GateBehaviour | None]:
   """The newest checkpoint's step and state, and what `make_test` finds of it."""
+  step, state = _newest(experiment, run_dir)
+  result, images, gates = make_test(experiment, task)(state)
+  if gates is not None:
+    result["layers"] = diagnosis.by_layer(gates.diagnosis, experiment.counts.gate_layers)
+  return step, state, result, images, gates
+
+
+def _newest(experiment: Experiment, run_dir: rundir.RunDir) -> tuple[int, Any]:
+  """The newest checkpoint's step and state. Raises RunDirError where there is none."""
   checkpoints = Checkpoints(run_dir.checkpoints, read_only=True)
   try:
     step, state = _restore(experiment, checkpoints)
@@ -75,10 +94,7 @@ def _test_newest(
     checkpoints.close()
   if not step:
     raise rundir.RunDirError(f"no checkpoint in {run_dir.checkpoints} yet")
-  result, images, gates = make_test(experiment, task)(state)
-  if gates is not None:
-    result["layers"] = diagnosis.by_layer(gates.diagnosis, experiment.counts.gate_layers)
-  return step, state, result, images, gates
+  return step, state
 
 
 def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:

@@ -60,7 +60,7 @@ class Group:
   def expand(self, gates: Array) -> Array:
     """`[N, U]` gates to `[N, width]`, what each channel is multiplied by."""
     each = jnp.repeat(gates, self.channels, axis=1)
-    return jnp.concatenate([jnp.ones((len(each), self.always), each.dtype), each], axis=1)
+    return jnp.concatenate([jnp.ones((each.shape[0], self.always), each.dtype), each], axis=1)
 
 
 @jax.tree_util.register_dataclass
@@ -196,20 +196,26 @@ def macs(net: Folded, input_shape: tuple[int, int, int], gates: Sequence[Any] = 
   Returns:
     `[N]` numbers, or one number without `gates`.
   """
-  shape, total, before, gates = tuple(input_shape), 0, None, list(gates)
+  total = sum(macs_by_part(net, input_shape, gates))
+  return total + (net.classifier[0].size if net.classifier is not None else 0)
+
+
+def macs_by_part(net: Folded, input_shape: tuple[int, int, int], gates: Sequence[Any] = ()) -> list[Any]:
+  """`macs` of each part, the classifier left out."""
+  shape, before, gates, found = tuple(input_shape), None, list(gates), []
   for part in net.parts:
     groups = part.head.groups if part.head is not None else ()
     own = [(g, group) for g, group in zip(gates, groups, strict=False)] if gates else []
     gates = gates[len(groups):]
-    if part.head is not None:
-      total = total + part.head.hidden.size + part.head.logits.size
+    total = part.head.hidden.size + part.head.logits.size if part.head is not None else 0
     opened = [group.always + group.channels * (g > 0).sum(-1) for g, group in own]
     if isinstance(part, Layer):
       shape, spent = _conv_macs(part.conv, shape, before, opened[0] if opened else None)
       if part.pool:
         window, stride, pad = part.pool
         shape = (*((size + 2 * pad - window) // stride + 1 for size in shape[:2]), shape[2])
-      total, before = total + spent, opened[0] if opened else None
+      before = opened[0] if opened else None
+      found.append(total + spent)
       continue
     if part.project is not None:
       total = total + _conv_macs(part.project, shape)[1]
@@ -220,8 +226,8 @@ def macs(net: Folded, input_shape: tuple[int, int, int], gates: Sequence[Any] = 
       branch, inputs = branch + spent, outputs
     if not part.convs:
       shape = (*(-(-size // part.pad[0]) for size in shape[:2]), shape[2] + sum(part.pad[1:]))
-    total = total + (branch * (own[0][0][:, 0] > 0) if part.layer_gate and own else branch)
-  return total + (net.classifier[0].size if net.classifier is not None else 0)
+    found.append(total + (branch * (own[0][0][:, 0] > 0) if part.layer_gate and own else branch))
+  return found
 
 
 def _conv_macs(conv: Conv, shape: tuple[int, ...], inputs: Any = None, outputs: Any = None) -> tuple[tuple, Any]:

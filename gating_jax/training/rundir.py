@@ -11,6 +11,7 @@ from typing import Any
 
 import ml_collections
 
+from gating_jax.checks import one_of
 from gating_jax.training import hosts
 from gating_jax.training.journal import TEMPORARY, write_json
 
@@ -111,8 +112,10 @@ def run_mode(
   """Does what `mode` asks for: `train` goes on from wherever the run directory stands, `evaluate` only looks at it, and
   `report` writes its `report.html` anew.
 
-  A finished run is not trained again; `render` shows its result.
+  A finished run is not trained again; `render` shows its result. Raises ValueError for a mode that this kind of run
+  does not have.
   """
+  one_of("mode", mode, ("train", "evaluate", "report"))
   if mode != "train":
     {"evaluate": evaluate, "report": report}[mode](existing_run(path, config))
     return

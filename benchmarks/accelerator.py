@@ -1,0 +1,195 @@
+"""All that a machine with one GPU or TPU is asked for, within a time: speed, losses, the kernel, CIFAR-10 recipes.
+
+    bash benchmarks/accelerator.sh [--data=FOLDER] [--out=runs/accelerator] [--minutes=24] [--smoke]
+
+FOLDER holds CIFAR-10 as TFDS prepares it (array_record); without it the recipes are left out. Every part is a program
+of its own, which has the device to itself; one that fails is noted, and the others go on. The recipes come last and
+share what time is left: each trains for as many whole epochs as its measured speed allows, up to the full 500. Writes
+`accelerator.json`, `accelerator.txt` and every part's output under OUT. `--smoke` is the same in its smallest form, on
+the embedded digits.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+CIFAR10, DIGITS = "configs/cifar10_resnet20.py", "configs/digits_resnet20.py"
+COMMON = "batch=256,schedule=cosine"
+RECIPES = {
+    "ungated": f"{CIFAR10}:gates=none,{COMMON}",
+    "gated to 75 %": f"{CIFAR10}:budget=0.75,{COMMON}",
+    "gated to 50 %": f"{CIFAR10}:budget=0.5,{COMMON}",
+    "gated to 25 %": f"{CIFAR10}:budget=0.25,{COMMON}",
+    "twice as wide, gated to 25 %": f"{CIFAR10}:budget=0.25,width=2,{COMMON}",
+}
+SMOKE = {"gated to 50 %": f"{DIGITS}:model=simple_cnn,width=0.1,budget=0.5,batch=32"}
+FULL_EPOCHS, TRAIN_IMAGES = 500, 50000
+BEFORE_RECIPES = 0.45  # of the time, at most
+OVERHEAD = 90  # seconds of the first recipe for reading, compiling, testing and its report; then as measured
+MARGIN = 0.85  # of what then remains, for steps
+STEPS_A_CALL = 39  # a fifth of an epoch of 195 steps: an accelerator should not wait for the host
+GRACE = 45  # seconds to save and stop in
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--data", type=Path, help="a TFDS folder with cifar10")
+  parser.add_argument("--out", type=Path, default=Path("runs/accelerator"))
+  parser.add_argument("--minutes", type=float, default=24)
+  parser.add_argument("--smoke", action="store_true")
+  args = parser.parse_args()
+  if args.minutes <= 0:
+    parser.error(f"--minutes must be above 0; got {args.minutes}")
+  if args.data and not (args.data / "cifar10").is_dir():
+    parser.error(f"--data must be a TFDS folder with cifar10 in it; got {args.data}")
+  try:
+    args.out.mkdir(parents=True)
+  except FileExistsError:
+    parser.error(f"--out must be a new folder; got {args.out}")
+
+  job = Job(args.out.resolve(), 60 * args.minutes)
+  measure(job, SMOKE if args.smoke else RECIPES, args.smoke)
+  if args.smoke or args.data:
+    train(job, SMOKE if args.smoke else RECIPES, args)
+  job.finish()
+
+
+def measure(job, recipes, smoke):
+  """Everything but the recipes."""
+  device = job.run("device", [sys.executable, "-c", DEVICE], 120)
+  count = json.loads(device.splitlines()[-1])["devices"] if device else 1
+  tiny = ["--shapes=16x8", "--repeats=1"] if smoke else []
+  job.run("throughput", benchmark("throughput", *recipes.values(), *(
+      ["--images=64", "--repeats=1", "--devices.steps_per_dispatch=2"] if smoke else
+      [f"--devices.steps_per_dispatch={STEPS_A_CALL}"])), 300, rows=True)
+  job.run("kernels", benchmark("kernels", *(
+      ["--shapes=4x4x4x32/16", "--dtypes=float32", "--repeats=1"] if smoke else [])), 240, rows=True)
+  job.run("loss", benchmark("ecdf_loss", *tiny), 120)
+  job.run("exchange", benchmark("exchange", f"--devices={count}", *tiny), 120)
+  if not smoke:
+    job.run("training_step", benchmark("training_step"), 150)
+    job.run("large", benchmark(
+        "throughput", f"{CIFAR10}:gates=none,width=4", f"{CIFAR10}:gates=channels,block=64,width=4",
+        "--optim.batch_size=1024", "--model.dtype=bfloat16", "--devices.steps_per_dispatch=8"), 240, rows=True)
+
+
+def train(job, recipes, args):
+  """The recipes, one after the other, by the command that users have."""
+  speed = {row["config"]: row["train_images_per_second"] for row in job.parts["throughput"].get("rows", [])}
+  job.before, overhead = job.end, OVERHEAD
+  for i, (name, config) in enumerate(recipes.items()):
+    share = (job.end - time.monotonic()) / (len(recipes) - i)
+    epochs = 1
+    if not args.smoke and config in speed:
+      epochs = int(MARGIN * (share - overhead) * speed[config] / TRAIN_IMAGES)
+      epochs = min(FULL_EPOCHS, max(1, epochs))
+    workdir = job.out / f"recipe{i}"
+    command = [sys.executable, "-m", "gating_jax.cli", f"--config={config},epochs={epochs}", f"--workdir={workdir}",
+               f"--config.checkpoint_every={max(1, epochs / 4)}", "--config.log_every=200"]
+    if not args.smoke:
+      command += [f"--config.data.data_dir={args.data.resolve()}",
+                  f"--config.devices.steps_per_dispatch={STEPS_A_CALL}"]
+    job.run(workdir.name, command, share)
+    part = job.parts[workdir.name]
+    part |= {"recipe": name, "epochs": epochs, **outcome(workdir)}
+    if part["finished"] and config in speed:
+      overhead = max(20, part["seconds"] - epochs * TRAIN_IMAGES / speed[config])
+
+
+def outcome(workdir):
+  """What came out of a run: its result, or of one that was cut short the last test."""
+  result, metrics = workdir / "result.json", workdir / "metrics.jsonl"
+  if result.exists():
+    found = json.loads(result.read_text())
+  else:
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    found = next((line for line in reversed(lines) if line["split"] == "test"), {})
+  return {"finished": result.exists(), **{key: found.get(key) for key in ("accuracy", "macs", "mac_ratio")}}
+
+
+def benchmark(name, *arguments):
+  return [sys.executable, str(HERE / f"{name}.py"), *arguments]
+
+
+DEVICE = """
+import jax, sys, json
+print(json.dumps({"jax": jax.__version__, "python": sys.version.split()[0], "devices": jax.device_count(),
+                  "backend": jax.default_backend(), "kind": jax.devices()[0].device_kind}))
+"""
+
+
+class Job:
+  """Programs, one after the other, each within a time; what they said and gave."""
+
+  def __init__(self, out, seconds):
+    self.out, self.parts, self.start = out, {}, time.monotonic()
+    self.end, self.before = self.start + seconds, self.start + BEFORE_RECIPES * seconds
+
+  def run(self, name, command, limit, *, rows=False):
+    """What it printed, or None if it failed or was stopped after `limit` seconds or for want of time."""
+    file, json_file, begun = self.out / f"{name}.txt", self.out / f"{name}.json", time.monotonic()
+    part = self.parts[name] = {"command": " ".join(["python", *command[1:]]) if name != "device" else None}
+    limit = min(limit, self.before - begun)
+    if limit < 5:
+      print(f"== {name}: left out, no time is left", flush=True)
+      part["status"] = "left out"
+      return None
+    print(f"== {name}, at most {limit:.0f} s", flush=True)
+    with file.open("w") as output:
+      process = subprocess.Popen(
+          [*command, *([f"--json={json_file}"] if rows else [])], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT,
+          env={**os.environ, "PYTHONPATH": str(ROOT)})
+      try:
+        part["status"] = process.wait(limit)
+      except subprocess.TimeoutExpired:
+        part["status"] = "stopped"
+        self._stop(process)
+    part["seconds"] = round(time.monotonic() - begun, 1)
+    if rows and json_file.exists():
+      part["rows"] = json.loads(json_file.read_text())
+    said = file.read_text()
+    print(said if part["status"] == 0 else f"{said[-2000:]}\n== {name}: status {part['status']}", flush=True)
+    return said if part["status"] == 0 else None
+
+  def _stop(self, process):
+    process.send_signal(signal.SIGTERM)
+    try:
+      process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+      process.kill()
+      process.wait()
+
+  def finish(self):
+    """Writes the JSON and the table; ends with status 1 if a part failed."""
+    recipes = [part for part in self.parts.values() if "recipe" in part]
+    table = [f"{'recipe':<32}{'epochs':>8}{'accuracy':>10}{'M MACs':>10}{'of ungated':>12}{'seconds':>10}"]
+    number = lambda value, scale, form: f"{value * scale:{form}}" if value is not None else "?"
+    for part in recipes:
+      table.append(
+          f"{part['recipe']:<32}{part['epochs']:>8}{number(part['accuracy'], 100, '.2f'):>10}"
+          f"{number(part['macs'], 1e-6, '.2f'):>10}{number(part['mac_ratio'], 1, '.3f'):>12}"
+          f"{part.get('seconds', 0):>10}{'' if part['finished'] else '  cut short'}")
+    said = [f"== {name}\n{(self.out / f'{name}.txt').read_text()}" for name, part in self.parts.items()
+            if "recipe" not in part and part["status"] == 0]
+    text = "\n".join([*said, *(["== recipes", *table] if recipes else ["== recipes: left out, without --data"])])
+    (self.out / "accelerator.txt").write_text(text + "\n")
+    device = (self.out / "device.txt").read_text().splitlines()
+    value = {"device": json.loads(device[-1]) if self.parts["device"]["status"] == 0 else None,
+             "seconds": round(time.monotonic() - self.start, 1), "parts": self.parts}
+    (self.out / "accelerator.json").write_text(json.dumps(value, indent=2) + "\n")
+    print("\n".join(table) if recipes else text.splitlines()[-1])
+    print(f"written: {self.out / 'accelerator.json'}, {self.out / 'accelerator.txt'}")
+    failed = [name for name, part in self.parts.items() if part["status"] != 0]
+    if failed:
+      sys.exit(f"not done: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,178 @@
+"""Time that skipping saves, against the share of MACs left open: a row for each case and share.
+
+A ratio is the baseline's median over the program's, all timed in turns; the baseline is the faster of the network that
+computes all and multiplies by its gates, and of the one without gates. How many gates are open is set exactly: a whole
+network's by the biases of their logits, an example's own by a number in its channels, which the gate network reads.
+
+    python benchmarks/conditional.py [--case=NAME ...] [--repeats=60]
+"""
+
+import argparse
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from timing import race
+
+from gating_jax.inference import folded
+from gating_jax.inference.conditional import compile_conditional, program, ungated
+from gating_jax.inference.folded import Block, Conv, Folded, Group, Head
+from gating_jax.inference.folding import fold
+from gating_jax.inference.kernel_strategies import why_not
+from gating_jax.layers.gate import GateSettings
+from gating_jax.models.resnet import resnet
+
+SHARES = (1.0, 0.5, 0.25)
+HIDDEN = 16  # of the gate networks, and how many examples can have gates of their own
+AT_MOST = 1.05  # of dense time with everything open
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+  return jnp.asarray(RNG.normal(0, (2 / max(1, np.prod(shape[:-1]))) ** 0.5, shape), jnp.float32)
+
+
+def conv(inputs, outputs):
+  return Conv(normal(3, 3, inputs, outputs), 0.1 * normal(outputs))
+
+
+def open_sets(count, share, sets):
+  """`[sets, count]`, each row with this share of ones."""
+  opened = round(share * count)
+  return np.stack([np.isin(np.arange(count), RNG.permutation(count)[:opened]) for _ in range(sets)])
+
+
+def same_for_all(head, share):
+  """The gate network with this share of each group's gates open, whatever it sees."""
+  logits = np.concatenate([open_sets(group.gates, share, 1)[0] for group in head.groups]) * 20.0 - 10.0
+  return dataclasses.replace(head, logits=jnp.zeros_like(head.logits), logits_bias=jnp.asarray(logits, jnp.float32))
+
+
+def by_example(channels, group, opened):
+  """A gate network whose i-th hidden unit is on for images of set i, see `images`, and opens row i of `opened`."""
+  hidden = jnp.eye(channels, HIDDEN)
+  return Head(hidden, jnp.full(HIDDEN, -5.0), jnp.asarray(opened * 20.0 - 10.0, jnp.float32), jnp.zeros(group.gates),
+              (group,))
+
+
+def images(batch, size, channels):
+  x = RNG.normal(0, 1, (batch, size, size, channels)).astype(np.float32)
+  for i in range(batch):
+    x[i, :, :, i % HIDDEN] += 10
+  return x
+
+
+def block(share, *, batch, size, channels, per_gate=1):
+  group = Group(channels // per_gate, per_gate)
+  head = by_example(channels, group, open_sets(group.gates, share, HIDDEN))
+  net = Folded((Block((conv(channels, channels), conv(channels, channels)), head),))
+  return net, images(batch, size, channels)
+
+
+def whole(share, *, width, batch=1):
+  model = resnet("resnet20", 10, gating="channel", width=width, gate=GateSettings(hidden=HIDDEN))
+  net = fold(model, model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
+  parts = [part if part.head is None else dataclasses.replace(part, head=same_for_all(part.head, share))
+           for part in net.parts]
+  return dataclasses.replace(net, parts=tuple(parts)), RNG.normal(0, 1, (batch, 32, 32, 3)).astype(np.float32)
+
+
+def layers(share, *, batch, size, channels):
+  """Four blocks with a gate each; alone an example opens a share of the blocks, others a share of each batch."""
+  group, parts = Group(1), []
+  for i in range(4):
+    if batch == 1:
+      opened = np.full((HIDDEN, 1), i < round(4 * share))
+    else:
+      opened = np.resize(open_sets(batch, share, 1), HIDDEN)[:, None]
+    parts.append(Block((conv(channels, channels), conv(channels, channels)),
+                       Head(jnp.zeros((channels, HIDDEN)), jnp.ones(HIDDEN), jnp.zeros((HIDDEN, 1)),
+                            jnp.full(1, 10.0 if opened[0, 0] else -10.0), (group,)) if batch == 1
+                       else by_example(channels, group, opened), layer_gate=True))
+  return Folded(tuple(parts[: 4 if batch == 1 else 1])), images(batch, size, channels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """`make(share)` gives a network and images; `limits` are the least ratios at 50 % and 25 %."""
+
+  make: object
+  strategy: str
+  limits: tuple[float, float]
+
+
+def _cases():
+  found = {}
+  for channels, size in ((64, 32), (64, 16), (128, 16), (256, 8)):
+    make = functools.partial(block, batch=1, size=size, channels=channels)
+    found[f"block N=1 C={channels} {size}x{size}"] = Case(make, "switch", (1.55, 2.3))
+  found["resnet20 width 4 N=1"] = Case(functools.partial(whole, width=4), "switch", (1.7, 2.8))
+  for batch, channels, size, per_gate in ((8, 128, 16, 32), (16, 128, 16, 32), (8, 256, 8, 64)):
+    make = functools.partial(block, batch=batch, size=size, channels=channels, per_gate=per_gate)
+    found[f"block gates N={batch} C={channels} {size}x{size}"] = Case(make, "block_dispatch", (1.6, 2.6))
+  for channels, size in ((64, 32), (128, 16), (256, 8)):
+    make = functools.partial(block, batch=8, size=size, channels=channels)
+    found[f"native N=8 C={channels} {size}x{size}"] = Case(make, "native", (1.55, 3.0))
+  found["native resnet20 N=1"] = Case(functools.partial(whole, width=1), "native", (1.35, 1.6))
+  for channels, size in ((64, 32), (128, 16)):
+    make = functools.partial(layers, batch=1, size=size, channels=channels)
+    found[f"layers N=1 C={channels} {size}x{size}"] = Case(make, "layer_dispatch", (1.75, 3.4))
+    make = functools.partial(layers, batch=16, size=size, channels=channels)
+    found[f"compaction N=16 C={channels} {size}x{size}"] = Case(make, "layer_dispatch", (1.75, 3.4))
+  return found
+
+
+CASES = _cases()
+
+
+def measure(case, share, repeats):
+  """The row's numbers: share of MACs, and each contender's milliseconds, medians and tenth percentiles."""
+  net, x = case.make(share)
+  x, shape = jnp.asarray(x), x.shape[1:]
+  dense, run = ungated(net), program()
+  _, logits = run(net, x)
+  gates = [np.asarray(z) > 0 for z in logits]
+  macs = float(np.mean(folded.macs(net, shape, gates))) / folded.macs(dense, shape)
+  make = functools.partial(compile_conditional, net, input_shape=shape, batch_size=len(x))
+  programs = {case.strategy: make(strategy=case.strategy)}
+  if share == 1:
+    programs["auto"] = make(calibration=x)
+  expected = run(net, x)[0]
+  for name, made in programs.items():
+    error = float(jnp.abs(made(x)[0] - expected).max() / jnp.abs(expected).max())
+    if not error < 1e-4:
+      raise SystemExit(f"{name} is wrong: relative error {error}")
+  contenders = {"masked": lambda: run(net, x), "ungated": lambda: run(dense, x),
+                **{name: functools.partial(made, x) for name, made in programs.items()}}
+  times = race(contenders, repeats)
+  return macs, *({name: 1e3 * float(np.percentile(found, q)) for name, found in times.items()} for q in (50, 10))
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--case", action="append", default=[], help="part of a case's name; all cases without it")
+  parser.add_argument("--repeats", type=int, default=60)
+  args = parser.parse_args()
+  print("| case | MACs | masked ms | ungated ms | program | its ms | ratio | at least | ratio of 10th percentiles |")
+  print("|---" * 9 + "|")
+  for name, case in CASES.items():
+    if args.case and not any(part in name for part in args.case):
+      continue
+    if reason := why_not(case.strategy):
+      print(f"| {name} | skipped: {reason} |", flush=True)
+      continue
+    for share in SHARES:
+      macs, times, quiet = measure(case, share, args.repeats)
+      baseline = lambda times: min(times["masked"], times["ungated"])
+      for program_name in ("auto", case.strategy) if share == 1 else (case.strategy,):
+        limit = {1.0: 1 / AT_MOST if program_name == "auto" else None, 0.5: case.limits[0], 0.25: case.limits[1]}[share]
+        spent = times[program_name]
+        print(f"| {name} | {macs:.1%} | {times['masked']:.3f} | {times['ungated']:.3f} | {program_name} | {spent:.3f} "
+              f"| {baseline(times) / spent:.2f} | {f'{limit:.2f}' if limit else ''} "
+              f"| {baseline(quiet) / quiet[program_name]:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,126 @@
+"""Images a second that nets train on and are tested on, and the share of the device's peak that is.
+
+    python benchmarks/throughput.py [--images=50000] [--repeats=5] CONFIG[:VARIANTS] [CONFIG ...] [--FIELD=VALUE ...]
+
+Each CONFIG is trained on made images of 32 x 32 from memory for some steps, by the step and dispatch that it says, in
+float32 or what `--model.dtype` says; FIELD is of all configs. A training step counts three times the ungated net's and
+the gates' MACs, as gates do not spare any in training. Prints medians.
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import jax
+import numpy as np
+from peaks import peaks
+
+from gating_jax.data import sources
+from gating_jax.experiments import classification
+from gating_jax.training import devices, steps
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("configs", nargs="+")
+  parser.add_argument("--images", type=int, default=50000)
+  parser.add_argument("--repeats", type=int, default=5)
+  parser.add_argument("--json", type=Path, help="also write the rows to this file")
+  args, fields = parser.parse_known_args()
+
+  name, _ = peaks()
+  print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}, medians of {args.repeats}; "
+        f"peak of {name or 'this device not in the table'}")
+  print(f"{'config':<76}{'dtype':<10}{'train images/s':>16}{'of peak':>9}{'test images/s':>16}{'of peak':>9}")
+  rows = []
+  for named in args.configs:
+    rows.append(measured(named, dict(field.removeprefix("--").split("=", 1) for field in fields), args))
+    print(line(rows[-1]), flush=True)
+  if args.json:
+    args.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def measured(named, fields, args):
+  """The row of one config."""
+  experiment = built(config_of(named, fields), args.images)
+  config, counts = experiment.config, experiment.counts
+  macs = counts.macs + counts.gate_macs
+  steps_a_call = config.devices.steps_per_dispatch
+  train = config.optim.batch_size * steps_a_call / training(experiment, args.repeats)
+  test = len(experiment.test) / testing(experiment, args.repeats)
+  _, known = peaks()
+  of_peak = lambda rate, macs: rate * macs / getattr(known, config.model.dtype) / jax.device_count() if known else None
+  return {"config": named, "dtype": config.model.dtype, "macs_per_image": macs, "train_images_per_second": train,
+          "train_share_of_peak": of_peak(train, 3 * macs), "test_images_per_second": test,
+          "test_share_of_peak": of_peak(test, macs)}
+
+
+def config_of(named, fields):
+  path, _, variants = named.partition(":")
+  spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config(variants)
+  for field, value in fields.items():
+    kind = type(functools.reduce(lambda section, part: section[part], field.split("."), config))
+    config.update_from_flattened_dict({field: kind(value)})
+  return config
+
+
+def built(config, images):
+  """The experiment of a config, on made images."""
+  rng = np.random.default_rng(0)
+  made = sources.Images(
+      rng.integers(0, 256, (images, 32, 32, len(config.data.mean)), dtype=np.uint8),
+      rng.integers(0, 10, images).astype(np.int32), tuple(map(str, range(10))))
+  load, size, sources.load, sources.size = sources.load, sources.size, lambda *_: made, lambda *_: images
+  try:
+    return classification.build(config)
+  finally:
+    sources.load, sources.size = load, size
+
+
+def training(experiment, repeats):
+  """Median seconds of a call of several steps; two calls are in flight, as in training."""
+  state = devices.replicate(steps.init_state(
+      experiment.model, experiment.optimiser, experiment.config.seed, experiment.test.shape))
+  advance, k = classification.make_advance(experiment, experiment.test, 0), experiment.config.devices.steps_per_dispatch
+  seconds = []
+  for call in range(repeats + 1):
+    start = time.perf_counter()
+    for half in range(2):
+      state, metrics = advance(state, (2 * call + half) * k)
+    jax.block_until_ready((state, metrics))
+    seconds.append((time.perf_counter() - start) / 2)
+  return statistics.median(seconds[1:])
+
+
+def testing(experiment, repeats):
+  """Median seconds of a pass over the test set, gates and sums included."""
+  state = devices.replicate(steps.init_state(
+      experiment.model, experiment.optimiser, experiment.config.seed, experiment.test.shape))
+  test, seconds = classification.make_test(experiment), []
+  for _ in range(min(repeats, 2) + 1):
+    start = time.perf_counter()
+    test(state)
+    seconds.append(time.perf_counter() - start)
+  return statistics.median(seconds[1:])
+
+
+def line(row):
+  share = lambda value: f"{100 * value:7.1f} %" if value is not None else f"{'?':>9}"
+  return (f"{row['config']:<76}{row['dtype']:<10}{row['train_images_per_second']:16,.0f}"
+          f"{share(row['train_share_of_peak'])}{row['test_images_per_second']:16,.0f}"
+          f"{share(row['test_share_of_peak'])}")
+
+
+if __name__ == "__main__":
+  main()

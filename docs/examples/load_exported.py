@@ -1,0 +1,37 @@
+"""Runs an exported network without gating_jax: needs `pip install jax flatbuffers`, the second to read its program.
+
+    python docs/examples/load_exported.py DIRECTORY
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+
+def read_safetensors(data):
+  size = int.from_bytes(data[:8], "little")
+  entries = {name: e for name, e in json.loads(data[8 : 8 + size]).items() if name != "__metadata__"}
+  types = {"F32": np.float32, "I8": np.int8}
+  return {name: np.frombuffer(data[8 + size :][slice(*e["data_offsets"])], types[e["dtype"]]).reshape(e["shape"])
+          for name, e in entries.items()}
+
+
+def load(directory):
+  program = jax.export.deserialize(bytearray(Path(directory, "program.stablehlo").read_bytes()))
+  weights = jax.device_put(read_safetensors(Path(directory, "weights.safetensors").read_bytes()))
+  return lambda images: jax.jit(program.call)(weights, images)
+
+
+def main(directory):
+  card = json.loads(Path(directory, "card.json").read_text())
+  images = np.random.default_rng(0).normal(size=(card["batch_size"] or 3, *card["input_shape"])).astype(np.float32)
+  outputs, _ = load(directory)(images)
+  print(f"{len(images)} images of noise are of classes {np.argmax(outputs, axis=1).tolist()}")
+  return images, outputs
+
+
+if __name__ == "__main__":
+  main(sys.argv[1])

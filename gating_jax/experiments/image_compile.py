@@ -1,0 +1,52 @@
+"""`--mode=compile`: a trained image classifier compiled to skip what is closed, and what each strategy takes.
+
+Reference: Bejnordi et al., 2020.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from gating_jax.experiments.build import Experiment
+from gating_jax.inference.conditional import compile_conditional
+from gating_jax.inference.folding import fold
+from gating_jax.reports import time_picture
+from gating_jax.training import rundir
+from gating_jax.training.journal import write_json
+
+TABLE_FILE, PICTURE_FILE = "compile.json", "compile.png"
+_BATCHES, _REPEATS = (1, 64), 20
+_CALIBRATION = 256  # images at most, evenly over the training set
+
+
+def run(experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Mapping[str, Any]) -> None:
+  """Prints the table, and writes it and its picture into the run directory.
+
+  Raises:
+    RunDirError: one of them is there.
+    ValueError: a model that cannot be folded.
+  """
+  for name in (TABLE_FILE, PICTURE_FILE):
+    if (run_dir.path / name).exists():
+      raise rundir.RunDirError(f"{run_dir.path / name} exists; rename it or take it away to compile anew")
+  net, train = fold(experiment.model, variables), experiment.open_train()
+  index = np.unique(np.linspace(0, len(train) - 1, min(_CALIBRATION, len(train))).astype(np.int64))
+  images = np.asarray(experiment.normalise(train.read(index)[0]), np.float32)
+  timings = {size: [dataclasses.asdict(timing) for timing in compile_conditional(
+      net, input_shape=images.shape[1:], batch_size=size, calibration=images, repeats=_REPEATS).report()]
+             for size in _BATCHES}
+  device = jax.devices()[0]
+  print(f"checkpoint of step {step}, timed on {device.platform}: {device.device_kind}, {platform.machine()}")
+  for size, rows in timings.items():
+    print(f"\n{size} image{'s' if size > 1 else ''} at a time\n" + time_picture.table(rows))
+  write_json(run_dir.path / TABLE_FILE, {
+      "step": step, "device": f"{device.platform}: {device.device_kind}, {platform.machine()}",
+      "timings": {str(size): rows for size, rows in timings.items()}})
+  time_picture.draw(run_dir.path / PICTURE_FILE, timings)
+  print(f"\nwritten: {run_dir.path / TABLE_FILE}, {run_dir.path / PICTURE_FILE}")

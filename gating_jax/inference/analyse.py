@@ -1,0 +1,140 @@
+"""What the gates of a trained network do on calibration images, and what each way to skip would compute.
+
+Axes: M images, N of a batch, U units of a group.
+Reference: Bejnordi et al., 2020, section 5; Herrmann et al., 2020 (blocks of channels).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gating_jax.inference import folded
+from gating_jax.inference.folded import Folded, Group
+from gating_jax.inference.folding import fold
+from gating_jax.inference.openings import Counter, Openings, observed, places
+from gating_jax.inference.slim import choose, take
+from gating_jax.ops.compaction import bucket_sizes
+
+MULTIPLE, UNION, BLOCKS = 16, 8, (16, 32, 64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+  """Of a network on calibration images.
+
+  Attributes:
+    net: the network, BatchNorm folded.
+    input_shape: `(H, W, D)` of an image.
+    images: M.
+    openings: what each group of units did.
+    macs: multiply-accumulates per image of each way to run the network, gate networks included; see `analyse`.
+  """
+
+  net: Folded
+  input_shape: tuple[int, int, int]
+  images: int
+  openings: tuple[Openings, ...]
+  macs: Mapping[str, float]
+
+  def rows(self) -> list[dict[str, Any]]:
+    """By group of units, for a table; `correlation` is the mean size of that between two different units."""
+    return [_row(o) for o in self.openings]
+
+  def mac_rows(self) -> list[dict[str, Any]]:
+    """By way to run it: MACs per image, and their ratio to the network without gates."""
+    return [{"strategy": name, "macs": value, "ratio": value / self.macs["ungated"]}
+            for name, value in self.macs.items()]
+
+
+def analyse(
+    model: Any, variables: Mapping[str, Any] | None, calibration: Any, *, buckets: int = 4
+) -> Analysis:
+  """Runs calibration images through a network and counts what its gates open.
+
+  The ways to run it, of which `Analysis.macs` has the mean over images:
+
+      ungated       every convolution whole, no gate networks
+      masked        every convolution whole, and the gate networks
+      executed      open units alone
+      slimmed       as masked, of `slim`
+      switch        a layer's open channels gathered, padded to one of `buckets` sizes, multiples of 16
+      union of 8    channels open for any of 8 images in their order
+      blocks of B   as executed, but B adjacent channels run where any of them is open
+
+  Args:
+    model: a `ResNet` or `VGG` that `fold` takes, or a network that is folded already.
+    variables: its trained values; None of one that is folded.
+    calibration: `[M, H, W, D]` float32 network inputs, or an iterable of such batches; read once, not kept.
+    buckets: how many sizes `switch` has.
+  Raises:
+    ValueError: no images, images of unlike shapes, or a model that cannot be folded.
+  """
+  net = model if isinstance(model, Folded) else fold(model, variables)
+  ways = _ways([group for _, _, group, _ in places(net)], [layer for *_, layer in places(net)], buckets)
+  counter, spent, images, shape = Counter(net), dict.fromkeys(ways, 0), 0, None
+  for x, _, logits in observed(net, calibration):
+    if shape not in (None, x.shape[1:]):
+      raise ValueError(f"calibration must be images of one shape, {shape}; got {x.shape[1:]}")
+    shape, images = x.shape[1:], images + len(x)
+    counter.add(logits, len(x))
+    gates = [z > 0 for z in logits]
+    for name, way in ways.items():
+      spent[name] += np.broadcast_to(folded.macs(net, shape, way(gates)), len(x)).sum()
+  openings = counter.result()
+  heads = sum(part.head.hidden.size + part.head.logits.size for part in net.parts if part.head is not None)
+  whole = folded.macs(net, shape)
+  small = take(net, choose(net, openings))
+  found = {name: float(total) / images for name, total in spent.items()}
+  macs = {"ungated": float(whole - heads), "masked": float(whole), "executed": found.pop("executed"),
+          "slimmed": float(folded.macs(small, shape)), **found}
+  return Analysis(net, shape, images, openings, macs)
+
+
+def _ways(groups: Sequence[Group], layers: Sequence[bool], buckets: int) -> dict[str, Any]:
+  """By name: from the gates of all groups to those units which a way to skip computes."""
+  each = lambda change: lambda gates: [g if layer else change(g, group)
+                                       for g, group, layer in zip(gates, groups, layers, strict=True)]
+  return {
+      "executed": lambda gates: gates,
+      f"switch of {buckets}": each(lambda g, group: _in_buckets(g, group, buckets)),
+      f"union of {UNION}": lambda gates: [_union(g) for g in gates],
+      **{f"blocks of {size}": each(lambda g, group, size=size: _in_blocks(g, group, size)) for size in BLOCKS},
+  }
+
+
+def _in_buckets(gates: np.ndarray, group: Group, buckets: int) -> np.ndarray:
+  if not group.gates:
+    return gates
+  sizes = np.array(bucket_sizes(group.width, buckets, multiple=MULTIPLE))
+  channels = group.always + group.channels * gates.sum(axis=1)
+  capacity = np.minimum(sizes[np.searchsorted(sizes, channels)], group.width)
+  units = -(-(capacity - group.always) // group.channels)
+  return np.arange(group.gates) < units[:, None]
+
+
+def _union(gates: np.ndarray) -> np.ndarray:
+  starts = np.arange(0, len(gates), UNION)
+  opened = np.logical_or.reduceat(gates, starts, axis=0) if gates.size else gates[starts]
+  return np.repeat(opened, UNION, axis=0)[: len(gates)]
+
+
+def _in_blocks(gates: np.ndarray, group: Group, size: int) -> np.ndarray:
+  units = max(1, size // group.channels)
+  spare = -gates.shape[1] % units
+  blocks = np.pad(gates, ((0, 0), (0, spare))).reshape(len(gates), -1, units).any(axis=2)
+  return np.repeat(blocks, units, axis=1)[:, : gates.shape[1]]
+
+
+def _row(o: Openings) -> dict[str, Any]:
+  units = o.group.gates
+  others = ~np.eye(units, dtype=bool)
+  return {
+      "part": o.part, "group": o.index, "units": units, "channels": o.group.channels, "open": float(o.open_rates.mean())
+      if units else 0.0, "always_open": int(o.always_open.sum()), "always_closed": int(o.always_closed.sum()),
+      "conditional": int(o.conditional.sum()), "open_on_all": int((o.opened == o.images).sum()),
+      "closed_on_all": int((o.opened == 0).sum()),
+      "correlation": float(np.abs(o.correlation[others]).mean()) if units > 1 else 0.0}

@@ -1,0 +1,218 @@
+"""A network as files that run without this package: a StableHLO program, its weights, and a card that describes them.
+
+    export/program.stablehlo     of `jax.export`: (weights, images) -> (outputs, logits of the gates)
+    export/weights.safetensors   the program's first argument, by name
+    export/card.json             shapes, sizes and SHA-256 of both, and what else is known of the network
+
+Weights are an argument of the program and no constants in it: the program stays small and readable, weights lie where
+any tool for safetensors finds them and are not held twice, and int8 ones go to the device as they are.
+
+Axes: N images, H and W pixels, D input channels.
+Reference: the safetensors format; StableHLO's compatibility guarantees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export as jax_export
+from safetensors import SafetensorError
+from safetensors.numpy import load as read_tensors
+from safetensors.numpy import save as write_tensors
+
+from gating_jax.inference import folded
+from gating_jax.inference.folded import Folded
+from gating_jax.inference.quantise import dequantise
+
+PROGRAM, WEIGHTS, CARD = "program.stablehlo", "weights.safetensors", "card.json"
+PLATFORMS = ("cpu", "cuda", "tpu")
+FORMAT = 1
+
+
+class ExportError(Exception):
+  """The directory cannot be written, or holds no export that is whole."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """An export: `loaded(images)` runs it on `[N, H, W, D]` float32 network inputs.
+
+  Attributes:
+    card: what `card.json` says.
+    weights: by name.
+    program: of `jax.export`.
+  """
+
+  card: Mapping[str, Any]
+  weights: Mapping[str, jax.Array]
+  program: jax_export.Exported
+  _call: Callable[..., Any] = dataclasses.field(repr=False)
+
+  def __call__(self, images: Any) -> Any:
+    """Outputs `[N, ...]`, and a tuple of the logits of each group of gates; or what an exported function returned."""
+    return self._call(dict(self.weights), jnp.asarray(images, jnp.float32))
+
+
+def export_model(
+    model: Folded | Callable[[jax.Array], Any],
+    directory: str | os.PathLike,
+    *,
+    input_shape: tuple[int, int, int],
+    batch_size: int | None = None,
+    card: Mapping[str, Any] = MappingProxyType({}),
+    platforms: Sequence[str] = PLATFORMS,
+) -> Path:
+  """Writes a network to a new directory, whole or not at all.
+
+  Args:
+    model: a network, of `fold`, `slim` or `quantise`; or any function of `[N, H, W, D]` that `jax.jit` takes, whose
+      weights are then in the program.
+    directory: that is not there yet; its parent is.
+    input_shape: `(H, W, D)`.
+    batch_size: N; None for a program that takes any N.
+    card: what to say of the network, as JSON: accuracy, classes, how to normalise images.
+    platforms: which the program is for; all can be written from any of them.
+  Returns:
+    The directory.
+  Raises:
+    ExportError: it exists, or cannot be written.
+    ValueError: a card that is no JSON or names what is written anyhow, or another bad argument.
+  """
+  directory = Path(directory)
+  if directory.exists() or directory.is_symlink():
+    raise ExportError(f"export directory must be new; {directory} exists")
+  if len(input_shape) != 3 or min(input_shape) < 1:
+    raise ValueError(f"input_shape must be (H, W, D), each >= 1; got {tuple(input_shape)}")
+  if batch_size is not None and batch_size < 1:
+    raise ValueError(f"batch_size must be >= 1, or None; got {batch_size}")
+  weights, function = _parted(model)
+  program = _program(function, weights, input_shape, batch_size, platforms)
+  files = {PROGRAM: bytes(program.serialize()),
+           WEIGHTS: write_tensors({name: np.asarray(w) for name, w in weights.items()})}
+  own = {
+      "format": FORMAT, "jax_version": jax.__version__, "platforms": list(program.platforms),
+      "input_shape": list(input_shape), "batch_size": batch_size,
+      "parameters": sum(int(np.size(w)) for w in weights.values()),
+      **({"dense_macs": int(folded.macs(model, input_shape))} if isinstance(model, Folded) else {}),
+      "files": {name: {"bytes": len(data), "sha256": _digest(data)} for name, data in files.items()}}
+  _write(directory, {**files, CARD: _card(own, card)})
+  return directory
+
+
+def load(directory: str | os.PathLike) -> Loaded:
+  """An export, checked against its card, on this process's default device.
+
+  Raises:
+    ExportError: a file is missing, cut off, changed, or not what the program takes.
+  """
+  directory = Path(directory)
+  card = _read_card(directory)
+  data = {name: _read(directory, name, card) for name in (PROGRAM, WEIGHTS)}
+  try:
+    weights = read_tensors(data[WEIGHTS])
+  except (SafetensorError, ValueError, KeyError) as error:
+    raise ExportError(f"{directory / WEIGHTS} is damaged: {error}") from None
+  try:
+    program = jax_export.deserialize(bytearray(data[PROGRAM]))
+  except Exception as error:  # whatever flatbuffers meets
+    raise ExportError(f"{directory / PROGRAM} is damaged or of another version of JAX than {jax.__version__}: "
+                      f"{error}") from None
+  wanted = jax.tree.unflatten(program.in_tree, program.in_avals)[0][0]
+  found = {name: (w.shape, str(w.dtype)) for name, w in weights.items()}
+  if found != {name: (a.shape, str(a.dtype)) for name, a in wanted.items()}:
+    raise ExportError(f"{directory / WEIGHTS} does not have the weights that {PROGRAM} takes")
+  return Loaded(card, jax.device_put(weights), program, jax.jit(program.call))
+
+
+def _parted(model: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any], jax.Array], Any]]:
+  """Weights by name, and the function of them and of images."""
+  if not isinstance(model, Folded):
+    return {}, lambda _, x: model(x)
+  leaves, structure = jax.tree_util.tree_flatten_with_path(model)
+  names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+  rebuilt = lambda weights: jax.tree.unflatten(structure, [weights[name] for name in names])
+  return ({name: leaf for name, (_, leaf) in zip(names, leaves, strict=True)},
+          lambda weights, x: folded.run(dequantise(rebuilt(weights)), x))
+
+
+def _program(function, weights, input_shape, batch_size, platforms) -> jax_export.Exported:
+  size = str(batch_size or "n")
+  shape = jax_export.symbolic_shape(", ".join((size, *map(str, input_shape))), constraints=() if batch_size else
+                                    ("n >= 1",))
+  arguments = ({name: jax.ShapeDtypeStruct(w.shape, w.dtype) for name, w in weights.items()},
+               jax.ShapeDtypeStruct(shape, jnp.float32))
+  return jax_export.export(jax.jit(function), platforms=platforms)(*arguments)
+
+
+def _card(own: Mapping[str, Any], given: Mapping[str, Any]) -> bytes:
+  if taken := own.keys() & given.keys():
+    raise ValueError(f"card must not name {', '.join(sorted(taken))}, which export_model writes")
+  try:
+    return json.dumps({**own, **given}, indent=2, allow_nan=False).encode()
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"card must be of JSON values, numbers finite; {error}") from None
+
+
+def _write(directory: Path, files: Mapping[str, bytes]) -> None:
+  """Under another name first: a directory of the right name is whole."""
+  partial = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
+  try:
+    partial.mkdir()
+    try:
+      for name, data in files.items():
+        with (partial / name).open("wb") as file:
+          file.write(data)
+          file.flush()
+          os.fsync(file.fileno())
+      partial.rename(directory)
+    except BaseException:
+      shutil.rmtree(partial, ignore_errors=True)
+      raise
+  except OSError as error:
+    raise ExportError(f"export directory {directory} cannot be written: {error.strerror}") from error
+
+
+def _read_card(directory: Path) -> dict[str, Any]:
+  data = _bytes(directory, CARD)
+  try:
+    card = json.loads(data)
+  except ValueError as error:
+    raise ExportError(f"{directory / CARD} is damaged: it must hold JSON ({error})") from None
+  files = card.get("files") if isinstance(card, dict) else None
+  if not isinstance(files, dict) or not all(
+      isinstance(files.get(name), dict) and isinstance(files[name].get("sha256"), str) for name in (PROGRAM, WEIGHTS)):
+    raise ExportError(f"{directory / CARD} is damaged: it must have the SHA-256 of {PROGRAM} and {WEIGHTS}")
+  if card.get("format") != FORMAT:
+    raise ExportError(f"{directory / CARD}: format must be {FORMAT}; got {card.get('format')!r}")
+  return card
+
+
+def _read(directory: Path, name: str, card: Mapping[str, Any]) -> bytes:
+  data, said = _bytes(directory, name), card["files"][name]
+  if _digest(data) != said["sha256"]:
+    raise ExportError(f"{directory / name} is damaged: {len(data):,} bytes that are not the {said.get('bytes')} bytes "
+                      f"of {CARD}'s SHA-256")
+  return data
+
+
+def _bytes(directory: Path, name: str) -> bytes:
+  try:
+    return (directory / name).read_bytes()
+  except OSError as error:
+    raise ExportError(f"{directory} holds no whole export: {name} cannot be read: {error.strerror}") from None
+
+
+def _digest(data: bytes) -> str:
+  return hashlib.sha256(data).hexdigest()

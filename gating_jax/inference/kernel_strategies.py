@@ -1,0 +1,88 @@
+"""Strategies by kernels of our own, and the names of all; what `strategies` says of them holds.
+
+    native   channels that are closed for an example are not computed, for any number of examples, on a CPU
+    pallas   closed blocks of channels are not computed, on a GPU; interpreted elsewhere, slowly
+
+Axes: see `strategies`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from gating_jax.inference import strategies
+from gating_jax.inference.folded import Block, Conv, Gates, Layer, Part
+from gating_jax.inference.strategies import Made, Setting, groups_of
+from gating_jax.ops import kernels
+from gating_jax.ops import native as native_kernel
+from gating_jax.types import Array
+
+
+def native(part: Part, setting: Setting) -> Made:
+  """Any part without dilation."""
+  convs = (part.conv,) if isinstance(part, Layer) else part.convs
+  if not convs or any(conv.dilation != 1 for conv in convs):
+    return None
+  turned = [dataclasses.replace(conv, kernel=native_kernel.packed(conv.kernel)) for conv in convs]
+  turned = dict(conv=turned[0]) if isinstance(part, Layer) else dict(convs=tuple(turned))
+
+  def run(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
+    own = [group.expand(g) for group, g in zip(groups_of(part), gates, strict=True)]
+    if isinstance(part, Layer):
+      inside = [group.expand(g) for group, g in zip(setting.groups_before, before, strict=True)]
+      y = _chain((part.conv,), x, [*(inside or [None]), *(own or [None])], None)
+      return dataclasses.replace(part, conv=lambda y: y).after(y)
+    between = own if own and not part.layer_gate else [None] * (len(part.convs) - 1)
+    if not (part.layer_gate and own):
+      return _chain(part.convs, x, [None, *between, None], part.shortcut(x))
+    whole = [jnp.broadcast_to(gates[0], (len(x), conv.bias.size)) for conv in part.convs]
+    return _chain(part.convs, x, [None, *whole], part.shortcut(x))
+
+  return dataclasses.replace(part, **turned), run
+
+
+def _chain(convs: tuple[Conv, ...], x: Array, gates: list[Array | None], shortcut: Array | None) -> Array:
+  return native_kernel.gated_chain(
+      x, [conv.kernel for conv in convs], [conv.bias for conv in convs], gates, shortcut,
+      strides=[conv.stride for conv in convs], layout="OIHW", implementation="native")
+
+
+def pallas(part: Part, setting: Setting) -> Made:
+  """Blocks of two convolutions whose gates switch several channels each."""
+  del setting
+  if not isinstance(part, Block) or part.layer_gate or len(groups_of(part)) != 1:
+    return None
+  (group,), (first, last) = groups_of(part), part.convs
+  if group.channels == 1 or group.always or last.stride != 1 or (first.dilation, last.dilation) != (1, 1):
+    return None
+
+  def run(part: Block, x: Array, gates: Gates, before: Gates) -> Array:
+    del before
+    first, last = part.convs
+    branch = kernels.Branch(first.kernel, first.bias, last.kernel, last.bias)
+    return jax.nn.relu(kernels.gated_branch(branch, x, gates[0], stride=first.stride) + part.shortcut(x))
+
+  return part, run
+
+
+def why_not(name: str) -> str:
+  """Why a strategy cannot run on this machine, and what would help; empty if it can."""
+  if name != "native":
+    return ""
+  if jax.default_backend() != "cpu":
+    return f"it runs on CPUs; the default backend is {jax.default_backend()}"
+  return native_kernel.why_not()
+
+
+def worth_trying(name: str) -> bool:
+  """Whether a strategy runs on this machine, and may be fast."""
+  return not why_not(name) and (name != "pallas" or jax.default_backend() == "gpu")
+
+
+STRATEGIES: dict[str, Callable[[Part, Setting], Made]] = {
+    "masked": strategies.masked, "switch": strategies.switch, "block_dispatch": strategies.block_dispatch,
+    "layer_dispatch": strategies.layer_dispatch, "cluster": strategies.cluster, "native": native, "pallas": pallas}

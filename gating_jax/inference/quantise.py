@@ -1,0 +1,69 @@
+"""Weights of 8 bits: kernels of convolutions and of the classifier as integers with a scale for each output channel.
+
+    kernel ~ values * scale,   scale = max |kernel| / 127 over an output channel
+
+Computation stays in float32: what shrinks is the file and the memory of the weights. Gate networks and biases, which
+are few, keep their bits, so that rounding reaches a gate only through what it looks at.
+
+Axes: O output channels, the last of a kernel.
+Reference: Jacob et al., 2018 (symmetric weights, a scale for each channel as in their section 2.1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gating_jax.inference.folded import Conv, Folded
+from gating_jax.types import Array
+
+_LARGEST = 127
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8:
+  """A kernel as `[..., O]` int8 values and `[O]` float32 scales."""
+
+  values: Array
+  scale: Array
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of the kernel."""
+    return self.values.shape
+
+  @property
+  def size(self) -> int:
+    """Of the kernel."""
+    return self.values.size
+
+
+def quantise(net: Folded) -> Folded:
+  """The network with `Int8` kernels; `dequantise` it to run it.
+
+  Raises:
+    ValueError: kernels that are int8 already.
+  """
+  parts = jax.tree.map(lambda leaf: dataclasses.replace(leaf, kernel=_quantise(leaf.kernel))
+                       if isinstance(leaf, Conv) else leaf, net.parts, is_leaf=lambda leaf: isinstance(leaf, Conv))
+  if net.classifier is None:
+    return Folded(parts)
+  return Folded(parts, (_quantise(net.classifier[0]), net.classifier[1]))
+
+
+def dequantise(net: Folded) -> Folded:
+  """The network in float32, of one that `quantise` made, or as it is."""
+  return jax.tree.map(lambda leaf: leaf.values.astype(jnp.float32) * leaf.scale if isinstance(leaf, Int8) else leaf,
+                      net, is_leaf=lambda leaf: isinstance(leaf, Int8))
+
+
+def _quantise(kernel: Any) -> Int8:
+  if isinstance(kernel, Int8):
+    raise ValueError("net must have kernels of float32; got Int8")
+  largest = jnp.max(jnp.abs(kernel), axis=tuple(range(kernel.ndim - 1)), initial=0.0)
+  scale = jnp.where(largest > 0, largest, _LARGEST) / _LARGEST
+  return Int8(jnp.round(kernel / scale).astype(jnp.int8), scale.astype(jnp.float32))

@@ -1,0 +1,248 @@
+"""The static part of a gated network taken for good: units never open go, those always open lose their gate.
+
+    slim(net)(x) = net(x)    where no unit taken away would have opened and none without a gate would have closed
+
+Axes: M images of the calibration, U units of a group.
+Reference: Bejnordi et al., 2020, section 5 (static units); Clopper and Pearson, 1934 (the bound on a rate).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer
+from gating_jax.inference.openings import Openings, observed, places
+
+if TYPE_CHECKING:
+  from gating_jax.inference.analyse import Analysis
+
+
+class Choice(NamedTuple):
+  """Of one group: `[U]` bool, units taken away and units whose gate is taken away."""
+
+  removed: np.ndarray
+  ungated: np.ndarray
+
+
+def slim(
+    analysis: Analysis, *, multiple: int = 16, confidence: float | None = None, max_rate: float = 0.01
+) -> Folded:
+  """The smaller network: `take(net, choose(net, openings, ...))` of an analysis.
+
+  Channels without a gate come first in their layer. A block of which no gate is left has no gate network.
+
+  Args:
+    analysis: of `analyse`, which holds the network.
+    multiple, confidence, max_rate: as in `choose`.
+  """
+  return take(analysis.net, choose(analysis.net, analysis.openings, multiple=multiple, confidence=confidence,
+                                   max_rate=max_rate))
+
+
+def choose(
+    net: Folded, openings: Sequence[Openings], *, multiple: int = 16, confidence: float | None = None,
+    max_rate: float = 0.01,
+) -> tuple[Choice, ...]:
+  """Which units are static, one `Choice` a group.
+
+  Units open on no image of the calibration are removed, those open on every image lose their gate. Of the removed,
+  those whose logits came nearest to 0 are kept until the number of channels that stay is a multiple of `multiple`.
+
+  Args:
+    net: the network.
+    openings: of its groups.
+    multiple: of channels; a layer keeps at least as many, unless its block's branch comes to a constant.
+    confidence: take only units which open, or close, on at most `max_rate` of all images with this confidence, each
+      by itself: none where the calibration has too few images, see `rate_bound`.
+    max_rate: used with `confidence` only.
+  Raises:
+    ValueError: a setting out of range, or openings of another network.
+  """
+  _check(net, openings, multiple, confidence, max_rate)
+  certain = confidence is None or (bool(openings) and rate_bound(openings[0].images, confidence) <= max_rate)
+  choices = [_choice(o, net.parts[o.part], multiple) if certain else Choice(*np.zeros((2, o.group.gates), bool))
+             for o in openings]
+  last = len(net.parts) - 1
+  for i, o in enumerate(openings):
+    part = net.parts[o.part]
+    if isinstance(part, Layer) and _reader(net, o.part) is None:  # what reads its channels needs all, in their order
+      whole = o.part == last and bool(choices[i].ungated.all())
+      choices[i] = Choice(np.zeros(o.group.gates, bool), np.full(o.group.gates, whole))
+  return tuple(choices)
+
+
+def rate_bound(images: int, confidence: float, *, events: int = 0) -> float:
+  """Upper bound of Clopper and Pearson on the rate of what happened `events` times in `images` independent ones.
+
+      1 - (1 - confidence)^(1/images)   for no event, about 3 / images at 95 %
+
+  >>> round(rate_bound(299, 0.95), 5), round(rate_bound(2000, 0.95), 5)
+  (0.00997, 0.0015)
+  """
+  return float(stats.beta.ppf(confidence, events + 1, images - events)) if events < images else 1.0
+
+
+def take(net: Folded, choices: Sequence[Choice]) -> Folded:
+  """The network without what `choose` chose; equal wherever that does not matter."""
+  if [len(c.removed) for c in choices] != [group.gates for _, _, group, _ in places(net)]:
+    raise ValueError("choices must be one for each group of the network, [U]; got "
+                     f"{[len(c.removed) for c in choices]}")
+  parts, kept, left = [], None, list(choices)
+  for part in net.parts:
+    groups = part.head.groups if part.head is not None else ()
+    own, left = left[: len(groups)], left[len(groups):]
+    if isinstance(part, Layer):
+      part, kept = _slim_layer(part, own, kept)
+    else:
+      part = _slim_block(part, own)
+    parts.append(part)
+  classifier = net.classifier
+  if classifier is not None and kept is not None:
+    classifier = (classifier[0][kept], classifier[1])
+  return Folded(tuple(parts), classifier)
+
+
+class Disagreement(NamedTuple):
+  """What new images do to units that a calibration found static; shares of images.
+
+  Attributes:
+    images: how many.
+    affected: share with any removed unit that would have opened, or unit without a gate that would have closed.
+    opened, closed: `[G]` share for which some removed unit of a group would have opened, some ungated one closed.
+    difference: largest absolute difference of outputs on affected images, and on all others, which is of rounding.
+    changed: share whose largest output is another one.
+  """
+
+  images: int
+  affected: float
+  opened: np.ndarray
+  closed: np.ndarray
+  difference: tuple[float, float]
+  changed: float
+
+  def rows(self, openings: Sequence[Openings]) -> list[Mapping[str, Any]]:
+    """By group, for a table."""
+    return [{"part": o.part, "group": o.index, "would open": opened, "would close": closed}
+            for o, opened, closed in zip(openings, self.opened.tolist(), self.closed.tolist(), strict=True)]
+
+
+def disagreement(net: Folded, choices: Sequence[Choice], images: Any) -> Disagreement:
+  """How often new data would have opened a unit that was removed, or closed one that lost its gate.
+
+  Args:
+    net: the network before.
+    choices: what `take` was given.
+    images: `[M, H, W, D]` network inputs, or an iterable of batches.
+  """
+  small = take(net, choices)
+  total, affected, changed, largest = 0, 0, 0, [0.0, 0.0]
+  sums = np.zeros((2, len(choices)), np.int64)
+  for x, before, logits in observed(net, images):
+    wrong = np.array([[((z > 0) & c.removed).any(1), ((z <= 0) & c.ungated).any(1)]
+                      for z, c in zip(logits, choices, strict=True)]).reshape(len(choices), 2, len(x))
+    ((_, after, _),) = observed(small, [x])
+    hit, gap = wrong.any((0, 1)), np.abs(before - after).max(axis=1)
+    largest = [max(a, float(gap[at].max(initial=0.0))) for a, at in zip(largest, (hit, ~hit), strict=True)]
+    total, affected, sums = total + len(x), affected + int(hit.sum()), sums + wrong.sum(2).T
+    changed += int((before.argmax(1) != after.argmax(1)).sum())
+  if not total:
+    raise ValueError("images must be at least one; got none")
+  return Disagreement(total, affected / total, *(sums / total), (largest[0], largest[1]), changed / total)
+
+
+def _check(net, openings, multiple, confidence, max_rate) -> None:
+  if multiple < 1:
+    raise ValueError(f"multiple must be >= 1; got {multiple}")
+  if confidence is not None and not 0 < confidence < 1:
+    raise ValueError(f"confidence must be above 0 and below 1, or None; got {confidence}")
+  if not 0 < max_rate <= 1:
+    raise ValueError(f"max_rate must be above 0 and at most 1; got {max_rate}")
+  if [(o.part, o.index, o.group, o.layer_gate) for o in openings] != places(net):
+    raise ValueError(f"openings must be those of the network's {len(places(net))} groups; got {len(openings)}")
+
+
+def _choice(o: Openings, part: Layer | Block, multiple: int) -> Choice:
+  never, ungated = o.opened == 0, o.opened == o.images
+  if o.layer_gate:
+    return Choice(never, ungated)
+  if isinstance(part, Block) and o.index == len(part.head.groups) - 1 and never.all() and not o.group.always:
+    return Choice(never, ungated)  # what follows sees only zeros
+  size, always = o.group.channels, o.group.always
+  needed = always + int((~never).sum()) * size
+  channels = min(max(1, -(-needed // multiple)) * multiple, o.group.width)
+  spare = -(-(channels - always) // size) - int((~never).sum())
+  nearest = np.argsort(np.where(never, -o.highest, np.inf), kind="stable")[:max(spare, 0)]
+  removed = never.copy()
+  removed[nearest] = False
+  return Choice(removed, ungated)
+
+
+def _reader(net: Folded, part: int) -> Layer | tuple | None:
+  """What reads the channels of a layer and can do with fewer."""
+  if part + 1 < len(net.parts):
+    following = net.parts[part + 1]
+    return following if isinstance(following, Layer) else None
+  return net.classifier
+
+
+def _channels(group: Group, choice: Choice) -> tuple[np.ndarray, Group]:
+  """Which channels stay, those without gates first, and what they then are."""
+  gated = ~(choice.removed | choice.ungated)
+  each = lambda units: (group.always + np.flatnonzero(units)[:, None] * group.channels
+                        + np.arange(group.channels)).reshape(-1)
+  kept = np.concatenate([np.arange(group.always), each(choice.ungated), each(gated)]).astype(np.int64)
+  return kept, Group(int(gated.sum()), group.channels, group.always + int(choice.ungated.sum()) * group.channels)
+
+
+def _outputs(conv: Conv, kept: np.ndarray) -> Conv:
+  return dataclasses.replace(conv, kernel=conv.kernel[..., kept], bias=conv.bias[kept])
+
+
+def _inputs(conv: Conv, kept: np.ndarray) -> Conv:
+  return dataclasses.replace(conv, kernel=conv.kernel[:, :, kept])
+
+
+def _slim_head(head: Head, choices: Sequence[Choice], groups: Sequence[Group]) -> Head | None:
+  gated = np.concatenate([~(c.removed | c.ungated) for c in choices])
+  if not gated.any():
+    return None
+  return dataclasses.replace(head, logits=head.logits[:, gated], logits_bias=head.logits_bias[gated],
+                             groups=tuple(groups))
+
+
+def _slim_layer(
+    layer: Layer, own: Sequence[Choice], before: np.ndarray | None
+) -> tuple[Layer, np.ndarray | None]:
+  """The layer, and which of its channels are left, in their new order; None: all as they were."""
+  conv, head, kept = layer.conv, layer.head, None
+  if before is not None:
+    conv = _inputs(conv, before)
+    head = head if head is None else dataclasses.replace(head, hidden=head.hidden[before])
+  if own:
+    kept, group = _channels(head.groups[0], own[0])
+    conv, head = _outputs(conv, kept), _slim_head(head, own, (group,))
+    kept = None if np.array_equal(kept, np.arange(layer.conv.bias.size)) else kept
+  return dataclasses.replace(layer, conv=conv, head=head), kept
+
+
+def _slim_block(block: Block, own: Sequence[Choice]) -> Block:
+  if not own:
+    return block
+  if block.layer_gate:
+    if own[0].removed.all():
+      return dataclasses.replace(block, convs=(), head=None, layer_gate=False)
+    return dataclasses.replace(block, head=None, layer_gate=False) if own[0].ungated.all() else block
+  channels = [_channels(group, choice) for group, choice in zip(block.head.groups, own, strict=True)]
+  if not channels[-1][0].size:  # the branch is the bias of its last convolution: no channel is left before it
+    channels = [(kept[:0], Group(0, group.channels)) for kept, group in channels]
+    own = [Choice(np.ones_like(c.removed), np.zeros_like(c.ungated)) for c in own]
+  convs = list(block.convs)
+  for i, (kept, _) in enumerate(channels):
+    convs[i], convs[i + 1] = _outputs(convs[i], kept), _inputs(convs[i + 1], kept)
+  head = _slim_head(block.head, own, [group for _, group in channels])
+  return dataclasses.replace(block, convs=tuple(convs), head=head)

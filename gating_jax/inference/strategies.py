@@ -1,0 +1,279 @@
+"""How one part of a folded network runs, skipping what its gates close: every strategy equals `folded.masked`.
+
+    switch           each example by itself: a program for each of a few counts of open channels, weights gathered
+    block_dispatch   the adjacent channels that a gate switches, for the examples open for it, gathered: a program for
+                     each of a few counts of them
+    layer_dispatch   the same for a branch with one gate
+    cluster          a few sets of channels that calibration data open together, weights gathered beforehand: an
+                     example goes to the smallest that covers what it opens
+
+Every count has a program, the largest for all: no capacity overflows.
+
+Axes: N examples, U gates of a group, C channels, K channels or examples that a program takes.
+Reference: Verelst and Tuytelaars, 2020 (gather, compute, scatter); Riquelme et al., 2021 (experts' static capacity).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gating_jax.inference import folded
+from gating_jax.inference.folded import Block, Conv, Gates, Group, Layer, Part, Runner
+from gating_jax.ops.compaction import bucket_sizes
+from gating_jax.types import Array
+
+CHANNELS = 16  # capacities are multiples of this, what a row of registers holds
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """Of a part: examples at a time, programs at most, gates of calibration data and groups of the part before it."""
+
+  batch_size: int
+  buckets: int
+  gates: tuple[np.ndarray, ...] = ()
+  groups_before: tuple[Group, ...] = ()
+
+
+Made = tuple[Part, Runner] | None  # the part with its weights as the runner wants them; None where it does not fit
+
+
+def groups_of(part: Part) -> tuple[Group, ...]:
+  """The groups that a part's own head gates."""
+  return part.head.groups if part.head is not None else ()
+
+
+def masked(part: Part, setting: Setting) -> Made:
+  """The part whole, closed units multiplied by 0."""
+  del setting
+  return part, folded.masked
+
+
+def switch(part: Part, setting: Setting) -> Made:
+  """Only the open channels' weights; None where no channel is gated."""
+  groups = (*setting.groups_before, *groups_of(part)) if isinstance(part, Layer) else groups_of(part)
+  if not groups or getattr(part, "layer_gate", False):
+    return None
+  sizes = [bucket_sizes(group.width, setting.buckets, multiple=CHANNELS) for group in groups]
+  count = max(len(size) for size in sizes)
+  # Where one group has fewer sizes, its last stands for the others.
+  programs = [[size[min(i, len(size) - 1)] for size in sizes] for i in range(count)]
+
+  def of_one(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
+    masks = [group.expand(g)[0] for group, g in zip(groups, (*before, *gates), strict=True)]
+    needed = [sum((jnp.sum(mask) > size).astype(jnp.int32) for size in of_group[:-1])
+              for mask, of_group in zip(masks, sizes, strict=True)]
+    order = [lax.top_k(mask, mask.size) for mask in masks]  # the open channels first, each kind in order
+
+    def branch(capacities: Sequence[int]) -> Callable[[], Array]:
+      if all(k >= group.width for k, group in zip(capacities, groups, strict=True)):
+        return lambda: folded.masked(part, x, gates, before)
+      return lambda: _compact(part, x, [(mask[:k], index[:k]) if k < mask.size else (mask, index)
+                                        for (mask, index), k in zip(order, capacities, strict=True)])
+
+    return lax.switch(jnp.max(jnp.stack(needed)), [branch(capacities) for capacities in programs])
+
+  return part, _each(of_one)
+
+
+def _each(of_one: Runner) -> Runner:
+  """A runner of one example as one of any number, one after the other."""
+  def run(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
+    if len(x) == 1:
+      return of_one(part, x, gates, before)
+    one = lambda args: of_one(part, *jax.tree.map(lambda a: a[None], args))[0]
+    return lax.map(one, (x, gates, before))
+  return run
+
+
+def _compact(part: Part, x: Array, open_channels: Sequence[tuple[Array, Array]]) -> Array:
+  """The part with some channels of each group alone, each with its gate; others count as closed."""
+  if isinstance(part, Layer):
+    conv, channels = part.conv, list(open_channels)
+    if len(channels) > len(groups_of(part)):
+      _, index = channels.pop(0)
+      conv, x = _take(conv, inputs=index), x[..., index]
+    if not channels:
+      return part.after(conv(x))
+    mask, index = channels[0]
+    return _spread(part.after(_take(conv, outputs=index)(x)) * mask, index, part.conv.bias.size)
+  convs = _subnet(part.convs, [index for _, index in open_channels])
+  return jax.nn.relu(_chain(convs, x, [mask[None] for mask, _ in open_channels]) + part.shortcut(x))
+
+
+def _subnet(convs: Sequence[Conv], channels: Sequence[Array]) -> tuple[Conv, ...]:
+  """Through these channels between the convolutions alone."""
+  ends = [None, *channels, None]
+  return tuple(_take(conv, *ends[i : i + 2]) for i, conv in enumerate(convs))
+
+
+def _take(conv: Conv, inputs: Array | None = None, outputs: Array | None = None) -> Conv:
+  kernel, bias = conv.kernel, conv.bias
+  if inputs is not None:
+    kernel = kernel[:, :, inputs]
+  if outputs is not None:
+    kernel, bias = kernel[..., outputs], bias[outputs]
+  return dataclasses.replace(conv, kernel=kernel, bias=bias)
+
+
+def _spread(y: Array, index: Array, size: int) -> Array:
+  """Channels in their places, zeros elsewhere."""
+  place = jnp.full((size,), index.size, jnp.int32).at[index].set(jnp.arange(index.size, dtype=jnp.int32))
+  return jnp.pad(y, [(0, 0)] * 3 + [(0, 1)])[..., place]
+
+
+def layer_dispatch(part: Part, setting: Setting) -> Made:
+  """The branch on the examples open for it, gathered; None without a gate of the whole branch."""
+  if not getattr(part, "layer_gate", False) or not groups_of(part):
+    return None
+
+  def run(part: Block, x: Array, gates: Gates, before: Gates) -> Array:
+    del before
+    branch = lambda x: _chain(part.convs, x)
+    return jax.nn.relu(_for_open(gates[0][:, 0] > 0, (x,), branch, part.shortcut(x), setting))
+
+  return part, run
+
+
+def block_dispatch(part: Part, setting: Setting) -> Made:
+  """Each gate's channels on the examples open for it, gathered; None but for two convolutions whose gates switch
+  several channels each."""
+  if not isinstance(part, Block) or part.layer_gate or len(groups_of(part)) != 1:
+    return None
+  (group,) = groups_of(part)
+  return (part, _dispatch_blocks(group, setting)) if group.channels > 1 else None
+
+
+def _chain(convs: Sequence[Conv], x: Array, masks: Sequence[Array] = ()) -> Array:
+  """Convolutions with ReLU between, all but the last output multiplied by `[N, C]` masks, if any."""
+  for i, conv in enumerate(convs):
+    x = conv(x)
+    if i + 1 < len(convs):
+      x = jax.nn.relu(x)
+      x = x * masks[i][:, None, None] if masks else x
+  return x
+
+
+def _dispatch_blocks(group: Group, setting: Setting) -> Runner:
+  spans = [slice(group.always + i * group.channels, group.always + (i + 1) * group.channels)
+           for i in range(group.gates)]
+
+  def some(convs: Sequence[Conv], span: slice) -> tuple[Conv, Conv]:
+    """Through these channels alone; the last bias is left out."""
+    first, last = convs
+    return (dataclasses.replace(first, kernel=first.kernel[..., span], bias=first.bias[span]),
+            dataclasses.replace(last, kernel=last.kernel[:, :, span], bias=jnp.zeros_like(last.bias)))
+
+  def run(part: Block, x: Array, gates: Gates, before: Gates) -> Array:
+    del before
+    y = part.shortcut(x) + part.convs[-1].bias
+    if group.always:
+      y = y + _chain(some(part.convs, slice(group.always)), x)
+    for unit, span in enumerate(spans):
+      y = _for_open(gates[0][:, unit] > 0, (x,), lambda x, span=span: _chain(some(part.convs, span), x), y, setting)
+    return jax.nn.relu(y)
+
+  return run
+
+
+def _for_open(is_open: Array, inputs: tuple[Array, ...], function: Callable[..., Array], y: Array,
+              setting: Setting) -> Array:
+  """y, with the function of the open examples added."""
+  total = is_open.size
+  sizes = (0, *bucket_sizes(total, setting.buckets)) if total > 1 else (0, 1)
+  column = lambda flags: flags[:, None, None, None]
+
+  def branch(k: int) -> Callable[[], Array]:
+    if k == 0:
+      return lambda: y
+    if k == total:
+      if total == 1:
+        return lambda: y + function(*inputs)
+      return lambda: y + jnp.where(column(is_open), function(*inputs), 0)
+
+    def run() -> Array:
+      taken, index = lax.top_k(is_open.astype(jnp.float32), k)
+      added = jnp.where(column(taken > 0), function(*(a[index] for a in inputs)), 0)
+      return y.at[index].add(added, unique_indices=True, mode="promise_in_bounds")
+    return run
+
+  count = jnp.sum(is_open)
+  return lax.switch(sum((count > size).astype(jnp.int32) for size in sizes[:-1]), [branch(k) for k in sizes])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Clustered(Block):
+  """Subnets, each with the channels of each group that it has."""
+
+  subnets: tuple[tuple[Conv, ...], ...] = ()
+
+
+def cluster(part: Part, setting: Setting) -> Made:
+  """Each example by the smallest of a few subnets that has all channels it opens; None without calibration data, or
+  gates of channels of a block."""
+  if not isinstance(part, Block) or part.layer_gate or not groups_of(part) or not setting.gates:
+    return None
+  groups = groups_of(part)
+  masks = [np.asarray(group.expand(jnp.asarray(g))) > 0 for group, g in zip(groups, setting.gates, strict=True)]
+  found = _unions(masks, setting.buckets - 1)
+  subnets = tuple(_subnet(part.convs, [jnp.asarray(index) for index in of_groups]) for of_groups in found)
+  made = _Clustered(**{field.name: getattr(part, field.name) for field in dataclasses.fields(part)}, subnets=subnets)
+
+  def run(part: _Clustered, x: Array, gates: Gates, before: Gates) -> Array:
+    del before
+    own = [group.expand(g) for group, g in zip(groups, gates, strict=True)]
+    y, waiting = part.shortcut(x), jnp.ones(len(x), bool)
+    for convs, of_groups in zip(part.subnets, found, strict=True):
+      covered = jnp.all(jnp.stack([jnp.sum(mask[:, index], 1) == jnp.sum(mask, 1)
+                                   for mask, index in zip(own, of_groups, strict=True)]), axis=0)
+      inputs = (x, *(mask[:, index] for mask, index in zip(own, of_groups, strict=True)))
+      y = _for_open(waiting & covered, inputs, lambda x, *m, convs=convs: _chain(convs, x, m), y, setting)
+      waiting &= ~covered
+    return jax.nn.relu(_for_open(waiting, (x, *own), lambda x, *m: _chain(part.convs, x, m), y, setting))
+
+  return made, run
+
+
+def _unions(masks: Sequence[np.ndarray], count: int) -> list[list[np.ndarray]]:
+  """The channels of each group that each of at most `count` clusters of the examples opens, fewest first.
+
+  Each is filled up to a multiple of `CHANNELS` with those most often open. Sets that are no smaller than all, and
+  those that come twice, are left out.
+  """
+  joint = np.concatenate(masks, axis=1).astype(np.float32)
+  ends = np.cumsum([mask.shape[1] for mask in masks])[:-1]
+  rank = [np.argsort(-mask.mean(0), kind="stable") for mask in masks]
+  sets = {}
+  for of_cluster in _clusters(joint, count):
+    kept = []
+    for union, order in zip(np.split(joint[of_cluster].max(0) > 0, ends), rank, strict=True):
+      size = min(union.size, max(CHANNELS, -(-union.sum() // CHANNELS) * CHANNELS))
+      kept.append(np.sort(np.concatenate([order[union[order]], order[~union[order]]])[:size]))
+    if sum(map(len, kept)) < joint.shape[1]:
+      sets[tuple(map(tuple, kept))] = kept
+  return sorted(sets.values(), key=lambda kept: sum(map(len, kept)))
+
+
+def _clusters(joint: np.ndarray, count: int) -> list[np.ndarray]:
+  """k-means from the farthest points: which examples belong to each cluster."""
+  if count < 1:
+    return []
+  centres = [joint.mean(0)]
+  for _ in range(count):
+    distance = np.min([((joint - centre) ** 2).sum(1) for centre in centres], axis=0)
+    centres.append(joint[np.argmax(distance)])
+  centres = np.stack(centres[1:])
+  for _ in range(10):
+    nearest = np.argmin(((joint[:, None] - centres) ** 2).sum(-1), axis=1)
+    centres = np.stack([joint[nearest == i].mean(0) if (nearest == i).any() else centre
+                        for i, centre in enumerate(centres)])
+  return [nearest == i for i in np.unique(nearest)]
+
+

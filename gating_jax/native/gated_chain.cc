@@ -1,0 +1,498 @@
+// A chain of convolutions on NHWC float32 images, each on the open channels of each example alone.
+//
+// Layout. Pixels lie in the lanes of the vectors, output channels in different registers. So a gate, which switches a
+// channel of one example, decides about whole vectors: the weights [O][I][taps] of an open output channel are one row,
+// read where it lies, and those of a closed input channel are stepped over. No weights are packed, however different
+// the examples' masks are. Between convolutions the open channels lie in planes, one behind the other ("compact"), with
+// the next convolution's zero padding around the pixels. Rows of a plane share their padding: what pads row h on the
+// right pads row h + 1 on the left. For a stride s a plane holds its s x s phases one after the other, so that each tap
+// reads neighbouring pixels.
+//
+// Blocking. A register tile is 6 output channels x 2 vectors of pixels, summed over all of K = open inputs x taps. For a
+// band of image rows, small enough that its inputs stay in the second-level cache, one group of 6 output channels after
+// the other takes all tiles of the band, so that the group's 6 K weights stay in the first-level cache; then the band
+// goes back to NHWC, where shortcut and ReLU are applied.
+//
+// Threads. The examples of a batch are tasks for the caller and for helpers from XLA's own pool. Fewer examples than
+// threads are cut into bands and slabs of output channels, layer after layer. Tasks are claimed by counters, so that a
+// helper that comes late, or never, costs time alone.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+using Floats = ffi::Buffer<ffi::F32>;
+
+constexpr int kTileRows = 6;
+constexpr ptrdiff_t kBandBytes = 128 << 10;  // of inputs, a quarter of the usual second-level cache
+constexpr int kBandPixels = 64;              // at least, as every band reads all weights
+constexpr int kSlab = 16;                    // output channels, at least, of a task
+
+// A vector of pixels of an output plane.
+struct Vec {
+  ptrdiff_t src, dst;  // of its first pixel: in the input's planes, at the first tap, and in the output's
+  int lanes;     // how many to write
+  int mask;      // where its mask is, or -1: [LANES], 0 for what lies between the rows and becomes 0, else -1
+  int scatter;   // where its places are, or -1: [LANES] of the output's planes, or -1 for none
+};
+
+// Up to kTileRows output channels of one example.
+struct Group {
+  const float* planes;       // of the open input channels
+  ptrdiff_t plane;           // floats from one to the next
+  const int* open;           // [channels], which they are
+  int channels, taps;
+  const ptrdiff_t* offsets;  // [taps], in a plane
+  const float* weights[kTileRows];  // [I][taps]
+  float bias[kTileRows];
+  float* to[kTileRows];      // output planes
+  const int32_t* masks;      // of the vectors
+  const ptrdiff_t* scatters;
+  bool relu;
+};
+
+struct Isa {
+  int lanes;
+  void (*convolve)(const Group&, int outputs, const Vec*, int count);
+  void (*to_planes)(const float*, ptrdiff_t, int, int, const int*, float*, ptrdiff_t);
+  void (*from_planes)(const float*, ptrdiff_t, const int*, int, int, int, int, const float*, bool, float*);
+};
+
+#if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, (__VA_ARGS__)...)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, M{(__VA_ARGS__)...})
+#endif
+
+#define ISA portable
+#define TARGET
+#define LANES 4
+#if defined(__ARM_NEON) || defined(__aarch64__)
+#define VECTORS 4  // 32 registers; vectors of 4 are NEON's
+#else
+#define VECTORS 2
+#endif
+#include "isa.inc"
+
+#if defined(__x86_64__)
+#define ISA avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define LANES 8
+#define VECTORS 2
+#include "isa.inc"
+
+#define ISA avx512
+#define TARGET __attribute__((target("avx512f")))
+#define LANES 16
+#define VECTORS 2
+#include "isa.inc"
+#endif
+
+// The widest vectors of at most `most` lanes (0: any) that this processor has.
+const Isa& best_isa(int64_t most) {
+#if defined(__x86_64__)
+  auto allowed = [&](const Isa& isa) { return most == 0 || isa.lanes <= most; };
+  if (allowed(avx512::isa) && __builtin_cpu_supports("avx512f")) return avx512::isa;
+  if (allowed(avx2::isa) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::isa;
+#endif
+  return portable::isa;
+}
+
+// How the pixels of an image, with `pad` zeros around, lie in a plane for a convolution of this stride.
+struct Grid {
+  int rows, cols, pad_rows, pad_cols, stride;
+  ptrdiff_t row, phase, plane;  // floats of a row, a phase, a plane
+
+  ptrdiff_t at(int h, int w) const {
+    h += pad_rows, w += pad_cols;
+    return (h % stride * stride + w % stride) * phase + h / stride * row + w / stride;
+  }
+};
+
+struct Conv {
+  const float *weights, *bias;
+  int in, out, window_rows, window_cols, stride, rows, cols;  // rows, cols: of the output
+  bool relu;
+  Grid grid;     // of the input
+  Grid written;  // of the output
+  std::vector<ptrdiff_t> offsets;  // of the taps
+  int taps() const { return window_rows * window_cols; }
+};
+
+// The vectors of each band of rows.
+struct Bands {
+  int height, count;
+  std::vector<Vec> vecs;
+  std::vector<int> first;  // [count + 1], in vecs
+  std::vector<int32_t> masks;
+  std::vector<ptrdiff_t> scatters;
+};
+
+// The open channels of one example, in order.
+struct Channels {
+  std::vector<int> open, place, before;  // place: in `open`, or -1; before: [channels + 1], how many are open
+  void set(const float* gates, int n) {
+    open.clear(), place.assign(n, -1), before.assign(n + 1, 0);
+    for (int c = 0; c < n; ++c) {
+      before[c] = int(open.size());
+      if (!gates || gates[c] > 0) place[c] = int(open.size()), open.push_back(c);
+    }
+    before[n] = int(open.size());
+  }
+};
+
+struct Plan {
+  const Isa* isa;
+  int examples, threads;  // threads that share one example
+  std::vector<Conv> convs;
+  std::vector<Bands> bands;         // of each convolution
+  std::vector<int> slabs;           // of each convolution, how many
+  std::vector<ptrdiff_t> offsets;   // in the scratch: of each convolution's input planes, then of the output's
+  ptrdiff_t scratch;                // floats
+  const float *x, *shortcut;
+  float* y;
+  bool relu;
+  std::vector<const float*> gates;  // [convolutions + 1] of [N, channels], or null
+};
+
+Grid grid_of(int rows, int cols, int window_rows, int window_cols, int stride, ptrdiff_t least_row, int lanes) {
+  Grid g{rows, cols, window_rows / 2, window_cols / 2, stride, 0, 0, 0};
+  const int high = (rows + 2 * g.pad_rows + stride - 1) / stride, wide = (cols + 2 * g.pad_cols + stride - 1) / stride;
+  g.row = std::max<ptrdiff_t>(stride == 1 ? cols + g.pad_cols : wide, least_row);
+  g.phase = high * g.row + 2 * g.pad_cols + 2 * lanes;  // tiles read, and drop, lanes behind the last row
+  g.plane = g.phase * stride * stride;
+  return g;
+}
+
+// Zeros around the pixels of the planes.
+void clear(const Grid& g, float* planes, int count) {
+  if (g.stride > 1) {
+    std::memset(planes, 0, sizeof(float) * g.plane * count);
+    return;
+  }
+  for (float* p = planes; count > 0; --count, p += g.plane) {
+    float* end = p + (g.rows + g.pad_rows) * g.row;
+    std::fill(p, p + g.pad_rows * g.row, 0.0f);
+    std::fill(end, end + g.pad_rows * g.row + 2 * g.pad_cols, 0.0f);
+    if (g.row > g.cols)
+      for (float* r = p + g.pad_rows * g.row; r < end; r += g.row) {
+        std::fill(r, r + g.pad_cols, 0.0f);
+        std::fill(r + g.pad_cols + g.cols, r + g.row, 0.0f);
+      }
+  }
+}
+
+// Rows from..to of the output as vectors: each row by itself, the last vector moved back so as to be full; or all of
+// them with the padding between, where that makes fewer.
+void add_vectors(const Conv& conv, int from, int to, int lanes, Bands& bands) {
+  const Grid& written = conv.written;
+  const ptrdiff_t row = conv.grid.row, flat = (to - from - 1) * row + conv.cols;
+  const int per_row = (conv.cols + lanes - 1) / lanes;
+  const bool same_rows = written.stride == 1 && written.row == row;
+  const auto scatter = [&](ptrdiff_t q, int n) {  // of n pixels from flat position q on
+    for (int i = 0; i < lanes; ++i, ++q)
+      bands.scatters.push_back(i < n && q % row < conv.cols ? written.at(int(q / row), int(q % row)) : -1);
+    return int(bands.scatters.size()) - lanes;
+  };
+  if ((flat + lanes - 1) / lanes < (to - from) * per_row && (same_rows || conv.cols < lanes)) {
+    for (ptrdiff_t q = 0; q < flat; q += lanes) {
+      const int n = int(std::min<ptrdiff_t>(lanes, flat - q));
+      Vec vec{from * row + q, written.at(from, 0) + q, n, -1, -1};
+      if (!same_rows) {
+        vec.scatter = scatter(vec.src, n);
+      } else if (q % row + n > conv.cols) {
+        vec.mask = int(bands.masks.size());
+        for (int i = 0; i < lanes; ++i) bands.masks.push_back((q + i) % row < conv.cols ? -1 : 0);
+      }
+      bands.vecs.push_back(vec);
+    }
+    return;
+  }
+  for (int h = from; h < to; ++h)
+    for (int i = 0; i < per_row; ++i) {
+      const int w = conv.cols < lanes ? 0 : std::min(i * lanes, conv.cols - lanes), n = std::min(lanes, conv.cols);
+      Vec vec{h * row + w, written.at(h, w), n, -1, -1};
+      if (written.stride > 1) vec.scatter = scatter(vec.src, n);
+      bands.vecs.push_back(vec);
+    }
+}
+
+Bands bands_of(const Conv& conv, int lanes, int threads) {
+  Bands bands;
+  const ptrdiff_t row_bytes = sizeof(float) * conv.in * conv.stride * conv.stride * conv.grid.row;
+  int height = int(std::max<ptrdiff_t>(kBandBytes / row_bytes - 2, (kBandPixels + conv.cols - 1) / conv.cols));
+  if (threads > 1) height = std::min(height, std::max(conv.rows / (2 * threads), (2 * lanes + conv.cols - 1) / conv.cols));
+  height = std::clamp(height, 1, conv.rows);
+  bands.count = (conv.rows + height - 1) / height;
+  bands.height = (conv.rows + bands.count - 1) / bands.count;
+  bands.count = (conv.rows + bands.height - 1) / bands.height;
+  bands.vecs.reserve(conv.rows * ((conv.cols + lanes - 1) / lanes));
+  for (int b = 0; b < bands.count; ++b) {
+    bands.first.push_back(int(bands.vecs.size()));
+    add_vectors(conv, b * bands.height, std::min(conv.rows, (b + 1) * bands.height), lanes, bands);
+  }
+  bands.first.push_back(int(bands.vecs.size()));
+  return bands;
+}
+
+// Work of one example, on scratch of its own: first `enter`, all of it, then each convolution, all of it.
+class Example {
+ public:
+  Example(const Plan& plan, int n, float* scratch) : plan_(plan), n_(n), scratch_(scratch), channels_(plan.gates.size()) {
+    for (size_t i = 0; i < channels_.size(); ++i) {
+      const int size = i ? plan.convs[i - 1].out : plan.convs[0].in;
+      channels_[i].set(plan.gates[i] ? plan.gates[i] + ptrdiff_t(n) * size : nullptr, size);
+    }
+  }
+
+  // Part of `parts` of: the open channels of x to planes; zeros around the planes of what lies between convolutions.
+  void enter(int part, int parts) const {
+    const Conv& conv = plan_.convs[0];
+    const Grid& g = conv.grid;
+    const auto share = [&](int total, int i) { return int(int64_t(total) * i / parts); };
+    for (size_t i = 1; i < plan_.convs.size(); ++i) {
+      const Grid& hidden = plan_.convs[i].grid;
+      const int count = int(channels_[i].open.size()), from = share(count, part);
+      clear(hidden, scratch_ + plan_.offsets[i] + from * hidden.plane, share(count, part + 1) - from);
+    }
+    const int lanes = plan_.isa->lanes, blocks = std::max(1, conv.in / lanes);
+    const int from = share(blocks, part) * lanes, to = part + 1 == parts ? conv.in : share(blocks, part + 1) * lanes;
+    const Channels& in = channels_[0];
+    float* planes = scratch_ + plan_.offsets[0];
+    clear(g, planes + in.before[from] * g.plane, in.before[to] - in.before[from]);
+    const float* x = plan_.x + ptrdiff_t(n_) * g.rows * g.cols * conv.in + from;
+    if (from == to) return;
+    for (int h = 0; h < g.rows; ++h) {
+      if ((h + g.pad_rows) % g.stride >= conv.window_rows) continue;  // no tap reads this row
+      for (int w = 0; w < std::min(g.stride, g.cols); ++w)
+        if ((w + g.pad_cols) % g.stride < conv.window_cols)
+          plan_.isa->to_planes(x + (ptrdiff_t(h) * g.cols + w) * conv.in, ptrdiff_t(g.stride) * conv.in,
+                               (g.cols - w + g.stride - 1) / g.stride, to - from, in.place.data() + from,
+                               planes + g.at(h, w), g.plane);
+    }
+  }
+
+  // A band of rows and a slab of output channels of a convolution.
+  void convolve(int layer, int task) const {
+    const Conv& conv = plan_.convs[layer];
+    const Bands& bands = plan_.bands[layer];
+    const Channels &in = channels_[layer], &out = channels_[layer + 1];
+    const int slabs = plan_.slabs[layer], band = task / slabs, slab = task % slabs, lanes = plan_.isa->lanes;
+    const int blocks = std::max(1, conv.out / lanes);
+    const int from = blocks * slab / slabs * lanes, to = slab + 1 == slabs ? conv.out : blocks * (slab + 1) / slabs * lanes;
+    const int first = out.before[from], count = out.before[to] - first, groups = (count + kTileRows - 1) / kTileRows;
+    float* written = scratch_ + plan_.offsets[layer + 1];
+    const Vec* vecs = bands.vecs.data() + bands.first[band];
+    Group g{scratch_ + plan_.offsets[layer], conv.grid.plane, in.open.data(), int(in.open.size()), conv.taps(),
+            conv.offsets.data(), {}, {}, {}, bands.masks.data(), bands.scatters.data(), conv.relu};
+    for (int i = 0; i < groups; ++i) {
+      const int begin = first + count * i / groups, end = first + count * (i + 1) / groups;
+      for (int j = begin; j < end; ++j) {
+        const ptrdiff_t o = out.open[j];
+        g.weights[j - begin] = conv.weights + o * conv.in * conv.taps();
+        g.bias[j - begin] = conv.bias[o];
+        g.to[j - begin] = written + j * conv.written.plane;
+      }
+      plan_.isa->convolve(g, end - begin, vecs, bands.first[band + 1] - bands.first[band]);
+    }
+    if (layer + 1 == int(plan_.convs.size())) leave(band, from, to);
+  }
+
+ private:
+  void leave(int band, int from, int to) const {
+    const Conv& conv = plan_.convs.back();
+    const int height = plan_.bands.back().height, end = std::min(conv.rows, (band + 1) * height);
+    for (int h = band * height; h < end; ++h) {
+      const ptrdiff_t at = (ptrdiff_t(n_) * conv.rows + h) * conv.cols * conv.out;
+      plan_.isa->from_planes(scratch_ + plan_.offsets.back() + conv.written.at(h, 0), conv.written.plane,
+                             channels_.back().place.data(), conv.cols, conv.out, from, to,
+                             plan_.shortcut ? plan_.shortcut + at : nullptr, plan_.relu, plan_.y + at);
+    }
+  }
+
+  const Plan& plan_;
+  int n_;
+  float* scratch_;
+  std::vector<Channels> channels_;
+};
+
+// Fills in what follows from the sizes.
+void lay_out(Plan& plan, int rows, int cols) {
+  const int lanes = plan.isa->lanes, count = int(plan.convs.size());
+  for (Conv& c : plan.convs) {
+    c.grid.rows = rows, c.grid.cols = cols;
+    rows = (rows + c.window_rows / 2 * 2 - c.window_rows) / c.stride + 1;
+    cols = (cols + c.window_cols / 2 * 2 - c.window_cols) / c.stride + 1;
+    c.rows = rows, c.cols = cols;
+  }
+  // Twice, since rows of equal length on both sides of a convolution let vectors run over the ends of rows.
+  for (int round = 0; round < 2; ++round)
+    for (int i = count - 1; i >= 0; --i) {
+      Conv& c = plan.convs[i];
+      ptrdiff_t least = c.cols;
+      if (i + 1 < count && plan.convs[i + 1].stride == 1) least = std::max(least, plan.convs[i + 1].grid.row);
+      if (round && i > 0 && c.stride == 1) least = std::max(least, plan.convs[i - 1].grid.row);
+      c.grid = grid_of(c.grid.rows, c.grid.cols, c.window_rows, c.window_cols, c.stride, least, lanes);
+    }
+  plan.scratch = 0;
+  for (int i = 0; i < count; ++i) {
+    Conv& c = plan.convs[i];
+    c.relu = i + 1 < count;
+    c.written = i + 1 < count ? plan.convs[i + 1].grid : grid_of(c.rows, c.cols, 1, 1, 1, c.grid.row, lanes);
+    for (int a = 0; a < c.window_rows; ++a)
+      for (int b = 0; b < c.window_cols; ++b)
+        c.offsets.push_back(c.grid.at(a - c.grid.pad_rows, b - c.grid.pad_cols));
+    plan.bands.push_back(bands_of(c, lanes, plan.threads));
+    const int wanted = plan.threads > 1 ? (2 * plan.threads + plan.bands.back().count - 1) / plan.bands.back().count : 1;
+    plan.slabs.push_back(std::clamp(wanted, 1, std::max(1, c.out / std::max(kSlab, lanes))));
+    plan.offsets.push_back(plan.scratch);
+    plan.scratch += c.grid.plane * c.in;
+  }
+  plan.offsets.push_back(plan.scratch);
+  plan.scratch += plan.convs.back().written.plane * plan.convs.back().out;
+}
+
+// Phases of tasks, one phase after the other. Whoever calls `work` claims tasks until there are none left.
+struct Team {
+  std::vector<int> tasks;  // of each phase
+  std::function<void(int phase, int task)> run;
+  std::unique_ptr<std::atomic<int>[]> claimed, done;
+  std::atomic<bool> failed{false};
+
+  void work() {
+    for (size_t phase = 0; phase < tasks.size(); ++phase) {
+      for (int task; (task = claimed[phase].fetch_add(1, std::memory_order_relaxed)) < tasks[phase];) {
+        try {
+          run(int(phase), task);
+        } catch (...) {
+          failed = true;
+        }
+        done[phase].fetch_add(1, std::memory_order_acq_rel);
+      }
+      // The tasks of others take microseconds, less than it would take to be woken.
+      for (int spins = 0; done[phase].load(std::memory_order_acquire) < tasks[phase]; ++spins)
+        if (spins > 4096) std::this_thread::yield();
+    }
+  }
+};
+
+// True if no task threw. A helper that starts after the caller has left finds nothing to claim.
+template <typename Run>
+bool in_phases(ffi::ThreadPool& pool, int threads, std::vector<int> tasks, Run run) {
+  auto team = std::make_shared<Team>();
+  team->claimed.reset(new std::atomic<int>[tasks.size()]());
+  team->done.reset(new std::atomic<int>[tasks.size()]());
+  team->run = run;
+  team->tasks = std::move(tasks);
+  const int most = *std::max_element(team->tasks.begin(), team->tasks.end());
+  for (int i = 1; i < std::min(threads, most); ++i) pool.Schedule([team] { team->work(); });
+  team->work();
+  return !team->failed;
+}
+
+// Scratch of a thread, kept for its next call: memory fresh from the system costs more than a small convolution.
+float* scratch(ptrdiff_t floats) {
+  constexpr std::align_val_t kAlign{64};
+  struct Free {
+    void operator()(float* p) const { ::operator delete[](p, kAlign); }
+  };
+  thread_local std::unique_ptr<float[], Free> memory;
+  thread_local ptrdiff_t size = 0;
+  if (size < floats) {
+    memory.reset();
+    size = 0;
+    memory.reset(static_cast<float*>(::operator new[](sizeof(float) * floats, kAlign)));
+    size = floats;
+  }
+  return memory.get();
+}
+
+bool run(Plan& plan, ffi::ThreadPool& pool, int threads) {
+  const int count = int(plan.convs.size());
+  if (plan.threads == 1)
+    return in_phases(pool, threads, {plan.examples}, [&](int, int n) {
+      const Example example(plan, n, scratch(plan.scratch));
+      example.enter(0, 1);
+      for (int i = 0; i < count; ++i)
+        for (int task = 0; task < plan.bands[i].count * plan.slabs[i]; ++task) example.convolve(i, task);
+    });
+  float* shared = scratch(plan.scratch);
+  for (int n = 0; n < plan.examples; ++n) {
+    const Example example(plan, n, shared);
+    std::vector<int> tasks = {std::clamp(plan.convs[0].in / plan.isa->lanes, 1, 2 * threads)};
+    for (int i = 0; i < count; ++i) tasks.push_back(plan.bands[i].count * plan.slabs[i]);
+    const auto step = [&](int phase, int task) {
+      if (phase == 0)
+        example.enter(task, tasks[0]);
+      else
+        example.convolve(phase - 1, task);
+    };
+    if (!in_phases(pool, threads, tasks, step)) return false;
+  }
+  return true;
+}
+
+// Arguments: x, kernels [O, I, h, w], biases, those gates that `gated` announces, the shortcut if `shortcut`.
+ffi::Error gated_chain(ffi::ThreadPool pool, Floats x, ffi::RemainingArgs rest, ffi::ResultBuffer<ffi::F32> y,
+                       ffi::Span<const int64_t> strides, ffi::Span<const int64_t> gated, int64_t relu,
+                       int64_t shortcut, int64_t isa) try {
+  const size_t count = strides.size();
+  size_t next = 0;
+  bool complete = true;
+  const auto take = [&]() -> Floats {
+    auto got = rest.get<Floats>(next++);
+    complete &= got.has_value();
+    return got.has_value() ? *got : x;
+  };
+  Plan plan;
+  plan.isa = &best_isa(isa);
+  const auto shape = x.dimensions();
+  plan.examples = int(shape[0]);
+  plan.x = x.typed_data(), plan.y = y->typed_data(), plan.relu = relu != 0;
+  for (size_t i = 0; i < count; ++i) {
+    const Floats kernel = take();
+    const auto k = kernel.dimensions();
+    Conv conv{};
+    conv.weights = kernel.typed_data(), conv.stride = int(strides[i]);
+    conv.out = int(k[0]), conv.in = int(k[1]), conv.window_rows = int(k[2]), conv.window_cols = int(k[3]);
+    plan.convs.push_back(conv);
+  }
+  for (size_t i = 0; i < count; ++i) plan.convs[i].bias = take().typed_data();
+  for (size_t i = 0; i <= count; ++i) plan.gates.push_back(gated[i] ? take().typed_data() : nullptr);
+  plan.shortcut = shortcut ? take().typed_data() : nullptr;
+  if (!complete || next != rest.size()) return ffi::Error::InvalidArgument("gated_chain: wrong number of arguments");
+  if (plan.examples == 0) return ffi::Error::Success();
+  const int threads = std::max(1, int(std::min<int64_t>(pool.num_threads(), std::thread::hardware_concurrency())));
+  plan.threads = plan.examples < threads ? threads : 1;
+  lay_out(plan, int(shape[1]), int(shape[2]));
+  return run(plan, pool, threads) ? ffi::Error::Success() : ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory");
+} catch (const std::bad_alloc&) {
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for the scratch of gated_chain");
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* gating_jax_gated_chain(XLA_FFI_CallFrame*);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gating_jax_gated_chain, gated_chain,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .RemainingArgs()
+                                  .Ret<Floats>()
+                                  .Attr<ffi::Span<const int64_t>>("strides")
+                                  .Attr<ffi::Span<const int64_t>>("gated")
+                                  .Attr<int64_t>("relu")
+                                  .Attr<int64_t>("shortcut")
+                                  .Attr<int64_t>("isa"));

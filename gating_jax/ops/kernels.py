@@ -1,0 +1,299 @@
+"""Convolutions that leave out closed blocks of channels, example by example: a Pallas kernel and its plain-JAX twins.
+
+One function in three forms, for inference: *masked*, dense and multiplied by the gates, which says what is meant;
+*dispatched*, which gathers each block's examples; and *gated*, the kernel, which has no gradient.
+
+The kernel is for Pallas' Triton backend on GPUs, which has what it needs and TPUs have not: loads at computed places,
+masked, and a closed block's loads left out with its dots. (JAX deprecates that backend from 0.11 on; 0.12 has it.) No
+patches are formed in memory: each tap of a window is a dot of shifted rows (implicit im2col). Anywhere but on a GPU it
+is interpreted, slowly: there, use the dispatched form.
+
+Axes: N examples, H and W pixels, D input and E output channels, C hidden ones, B adjacent channels to a gate.
+Reference: Tillet et al., "Triton: an intermediate language and compiler for tiled neural network computations", 2019;
+Riquelme et al., "Scaling vision with sparse mixture of experts", 2021 (dispatch with static capacity).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from gating_jax.ops.compaction import open_indices
+from gating_jax.types import Array
+
+_SMALLEST_DOT = 16  # of every side, in Triton
+
+
+class Branch(NamedTuple):
+  """What a residual block adds to its input, BatchNorm folded in.
+
+  Attributes:
+    kernel1, bias1: `[h, w, D, C]` with odd h and w, and `[C]`.
+    kernel2, bias2: `[h, w, C, E]` and `[E]`.
+  """
+
+  kernel1: Array
+  bias1: Array
+  kernel2: Array
+  bias2: Array
+
+
+class Tiles(NamedTuple):
+  """What one program of the kernel computes, in powers of two; to be tuned on a GPU, results differ by rounding.
+
+  Attributes:
+    pixels: of one example.
+    outputs, inputs: channels at most, since a gate's are whole tiles.
+    warps, stages: of Triton.
+  """
+
+  pixels: int = 64
+  outputs: int = 128
+  inputs: int = 32
+  warps: int = 4
+  stages: int = 3
+
+
+DEFAULT_TILES = Tiles()
+
+
+def gated_branch(
+    branch: Branch, x: Array, gates: Array, *, stride: int = 1, precision: lax.PrecisionLike = None,
+    tiles: Tiles = DEFAULT_TILES, interpret: bool | None = None
+) -> Array:
+  """The branch of a block with gated hidden channels, by the kernel: closed ones are not computed, written or read.
+
+      y = conv2(h) + bias2,   h = g * ReLU(conv1(x) + bias1)
+
+  Args:
+    branch: of x's dtype.
+    x: `[N, H, W, D]`, float32 or bfloat16; sums are in float32.
+    gates: `[N, C / B]`, each of B adjacent hidden channels; a block is open where its gate is above 0, and multiplied.
+    stride: of the first convolution. Both have symmetric padding.
+    precision: of the dots, as in `jax.lax.dot`; of float32 on a GPU the default is TF32, as that of XLA's convolutions.
+    tiles: see there.
+    interpret: None for interpret mode wherever there is no GPU.
+  Returns:
+    `[N, H', W', E]`, of x's dtype.
+  Raises:
+    ValueError: shapes that do not belong together, or blocks too small for a GPU's dots.
+
+  >>> branch = Branch(jnp.ones((1, 1, 2, 4)), jnp.zeros(4), jnp.ones((1, 1, 4, 1)), jnp.ones(1))
+  >>> gated_branch(branch, jnp.ones((2, 1, 1, 2)), jnp.array([[1.0, 0.0], [0.0, 0.0]])).ravel()
+  Array([5., 1.], dtype=float32)
+  """
+  branch, x, gates = _checked_branch(branch, x, gates)
+  call = functools.partial(_gated_conv, precision=precision, tiles=tiles, interpret=interpret)
+  hidden = call(x, branch.kernel1, branch.bias1, None, gates, stride=stride, relu=True, fill=False)
+  return call(hidden, branch.kernel2, branch.bias2, gates, None, stride=1, relu=False, fill=False)
+
+
+def masked_branch(
+    branch: Branch, x: Array, gates: Array, *, stride: int = 1, precision: lax.PrecisionLike = None
+) -> Array:
+  """`gated_branch` in dense convolutions, hidden channels multiplied by their gates. Arguments as there."""
+  branch, x, gates = _checked_branch(branch, x, gates)
+  hidden = masked_conv(x, branch.kernel1, branch.bias1, out_gates=gates, stride=stride, relu=True, precision=precision)
+  return masked_conv(hidden, branch.kernel2, branch.bias2, precision=precision)
+
+
+def dispatched_branch(
+    branch: Branch, x: Array, gates: Array, *, capacity: int | None = None, stride: int = 1,
+    precision: lax.PrecisionLike = None
+) -> Array:
+  """`gated_branch` in plain JAX: block by block, on the examples that open it, as a mixture of experts does.
+
+      y_n = bias2 + sum over blocks b with g_nb > 0 of conv2_b(g_nb ReLU(conv1_b(x_n) + bias1_b))
+
+  Args:
+    branch, x, gates, stride, precision: as there.
+    capacity: examples gathered and paid for per block, from 1 to N; None for N. Where more open a block, all is
+      computed by `masked_branch`, so that the result is always right.
+  """
+  branch, x, gates = _checked_branch(branch, x, gates)
+  capacity = len(x) if capacity is None else capacity
+  if not 1 <= capacity <= len(x):
+    raise ValueError(f"capacity must be from 1 to the {len(x)} examples of x; got {capacity}")
+  dispatch = functools.partial(_dispatch, capacity=capacity, stride=stride, precision=precision)
+  if capacity == len(x):
+    return dispatch(branch, x, gates)
+  masked = functools.partial(masked_branch, stride=stride, precision=precision)
+  return lax.cond(jnp.max(jnp.sum(gates > 0, axis=0)) <= capacity, dispatch, masked, branch, x, gates)
+
+
+def gated_conv(
+    x: Array, kernel: Array, bias: Array, *, in_gates: Array | None = None, out_gates: Array | None = None,
+    stride: int = 1, relu: bool = False, precision: lax.PrecisionLike = None, tiles: Tiles = DEFAULT_TILES,
+    interpret: bool | None = None
+) -> Array:
+  """One convolution by the kernel: closed input blocks are not read, closed output blocks are 0 and not computed.
+
+      y = g_out * act(conv(x) + bias),   x taken as 0 where g_in is closed, act = ReLU or identity
+
+  Args:
+    x, stride, precision, tiles, interpret: as in `gated_branch`.
+    kernel, bias: `[h, w, D, E]` with odd h and w, and `[E]`.
+    in_gates: `[N, D / B]` or None; they choose what is read and multiply nothing, as x is a gated layer's output.
+    out_gates: `[N, E / B']` or None.
+    relu: whether act is.
+  """
+  x, kernel, bias, in_gates, out_gates = _checked_conv(x, kernel, bias, in_gates, out_gates)
+  return _gated_conv(x, kernel, bias, in_gates, out_gates, stride=stride, relu=relu, fill=True, precision=precision,
+                     tiles=tiles, interpret=interpret)
+
+
+def masked_conv(
+    x: Array, kernel: Array, bias: Array, *, in_gates: Array | None = None, out_gates: Array | None = None,
+    stride: int = 1, relu: bool = False, precision: lax.PrecisionLike = None
+) -> Array:
+  """`gated_conv` in a dense convolution. Arguments as there."""
+  x, kernel, bias, in_gates, out_gates = _checked_conv(x, kernel, bias, in_gates, out_gates)
+  if in_gates is not None:
+    x = jnp.where(_per_channel(in_gates > 0, x.shape[-1]), x, 0)
+  y = _conv(x, kernel, stride, precision) + bias.astype(jnp.float32)
+  y = jnp.maximum(y, 0) if relu else y
+  if out_gates is not None:
+    y = y * _per_channel(jnp.where(out_gates > 0, out_gates, 0).astype(jnp.float32), y.shape[-1])
+  return y.astype(x.dtype)
+
+
+def _dispatch(branch: Branch, x: Array, gates: Array, *, capacity: int, stride: int, precision) -> Array:
+  blocks = gates.shape[1]
+  split = lambda a, axis: jnp.moveaxis(
+      a.reshape(*a.shape[:axis], blocks, a.shape[axis] // blocks, *a.shape[axis + 1:]), axis, 0)
+
+  def add_block(y, block):
+    kernel1, bias1, kernel2, of_examples = block
+    index, taken = open_indices(of_examples, capacity)
+    hidden = masked_conv(x[index], kernel1, bias1, out_gates=of_examples[index, None], stride=stride, relu=True,
+                         precision=precision)
+    return y.at[jnp.where(taken, index, len(x))].add(_conv(hidden, kernel2, 1, precision), mode="drop"), None
+
+  height, width = _out_size(x, stride)
+  start = jnp.broadcast_to(branch.bias2.astype(jnp.float32), (len(x), height, width, len(branch.bias2)))
+  y, _ = lax.scan(add_block, start,
+                  (split(branch.kernel1, 3), split(branch.bias1, 0), split(branch.kernel2, 2), gates.T))
+  return y.astype(x.dtype)
+
+
+def _gated_conv(x, kernel, bias, in_gates, out_gates, *, stride, relu, fill, precision, tiles, interpret):
+  """With `fill`, closed output blocks are written as zeros; without, not at all."""
+  from jax.experimental.pallas import triton  # here, so that a JAX without it still has the other forms
+  if any(value < 1 or value & (value - 1) for value in tiles[:4]):
+    raise ValueError(f"tiles must be powers of two; got {tiles}")
+  interpret = jax.default_backend() != "gpu" if interpret is None else interpret
+  (n, h, w, d), e, (height, width) = x.shape, kernel.shape[-1], _out_size(x, stride)
+  inputs = _tile("in_gates", d, in_gates, tiles.inputs, interpret)
+  outputs = _tile("out_gates", e, out_gates, tiles.outputs, interpret)
+  if out_gates is None:
+    out_gates = jnp.ones((n, 1), jnp.float32)
+  open_tiles = jnp.ones((n, pl.cdiv(d, inputs)), bool)  # of input channels; they come first in `order`
+  if in_gates is not None:
+    open_tiles = jnp.repeat(in_gates > 0, d // in_gates.shape[1] // inputs, axis=1)
+  order = jnp.argsort(~open_tiles, axis=1, stable=True).astype(jnp.int32)
+  pixel_tiles, out_tiles = pl.cdiv(height * width, tiles.pixels), pl.cdiv(e, outputs)
+  program = functools.partial(
+      _program, size=(h, w), out_width=width, window=kernel.shape[:2], stride=stride, relu=relu, fill=fill,
+      tiles=(tiles.pixels, inputs, outputs), pixel_tiles=pixel_tiles, tiles_per_gate=out_tiles // out_gates.shape[1],
+      precision=precision, load=functools.partial(triton.load, other=0.0), store=triton.store)
+  y = pl.pallas_call(
+      program, jax.ShapeDtypeStruct((n, height * width, e), x.dtype), grid=(n * pixel_tiles, out_tiles),
+      interpret=interpret, name="gated_conv",
+      compiler_params=None if interpret else triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+  )(jnp.sum(open_tiles, axis=1, dtype=jnp.int32), order, out_gates.astype(jnp.float32), x.reshape(n, h * w, d),
+    kernel.reshape(-1, d, e), bias)
+  return y.reshape(n, height, width, e)
+
+
+def _program(count_ref, order_ref, gates_ref, x_ref, kernel_ref, bias_ref, y_ref, *, size, out_width, window, stride,
+             relu, fill, tiles, pixel_tiles, tiles_per_gate, precision, load, store):
+  """One tile of pixels of one example, one tile of its output channels."""
+  pixels, inputs, outputs = tiles
+  n = lax.div(pl.program_id(0), pixel_tiles)
+  pixel = lax.rem(pl.program_id(0), pixel_tiles) * pixels + jnp.arange(pixels)
+  channel = pl.program_id(1) * outputs + jnp.arange(outputs)
+  row, column = lax.div(pixel, out_width) * stride, lax.rem(pixel, out_width) * stride
+  gate = gates_ref[n, lax.div(pl.program_id(1), tiles_per_gate)]
+  (h, w), (_, d, e), taps = size, kernel_ref.shape, window[0] * window[1]
+  place = y_ref.at[n, pixel[:, None], channel[None, :]]
+  inside = (pixel < y_ref.shape[1])[:, None] & (channel < e)[None, :]
+
+  def add_tap(i, total):
+    step, tap = lax.div(i, taps), lax.rem(i, taps)  # taps innermost: they read the same rows but for the shift
+    k = order_ref[n, step] * inputs + jnp.arange(inputs)
+    y = row + lax.div(tap, window[1]) - window[0] // 2
+    x = column + lax.rem(tap, window[1]) - window[1] // 2
+    in_image = (y >= 0) & (y < h) & (x >= 0) & (x < w) & (pixel < y_ref.shape[1])
+    rows = load(x_ref.at[n, (y * w + x)[:, None], k[None, :]], mask=in_image[:, None] & (k < d)[None, :])
+    weights = load(kernel_ref.at[tap, k[:, None], channel[None, :]], mask=(k < d)[:, None] & (channel < e)[None, :])
+    return total + jnp.dot(rows, weights, preferred_element_type=jnp.float32, precision=precision)
+
+  @pl.when(gate > 0)
+  def _():
+    total = lax.fori_loop(0, count_ref[n] * taps, add_tap, jnp.zeros((pixels, outputs), jnp.float32))
+    total += load(bias_ref.at[channel], mask=channel < e).astype(jnp.float32)[None, :]
+    total = (jnp.maximum(total, 0) if relu else total) * gate
+    store(place, total.astype(y_ref.dtype), mask=inside)
+
+  if fill:
+    @pl.when(~(gate > 0))
+    def _():
+      store(place, jnp.zeros((pixels, outputs), y_ref.dtype), mask=inside)
+
+
+def _tile(name: str, channels: int, gates: Array | None, most: int, interpret: bool) -> int:
+  """Channels to a tile: a power of two that divides the gates' blocks, or that covers ungated ones."""
+  if gates is None:
+    return min(most, max(_SMALLEST_DOT, pl.next_power_of_2(channels)))
+  block = channels // gates.shape[1]
+  tile = min(most, block & -block)
+  if tile < _SMALLEST_DOT and not interpret:
+    raise ValueError(f"{name} must have a multiple of {_SMALLEST_DOT} channels to a gate on a GPU; got {block}")
+  return tile
+
+
+def _conv(x: Array, kernel: Array, stride: int, precision: lax.PrecisionLike) -> Array:
+  y = lax.conv_general_dilated(x, kernel, (stride, stride), [(size // 2,) * 2 for size in kernel.shape[:2]],
+                               dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision)
+  return y.astype(jnp.float32)
+
+
+def _out_size(x: Array, stride: int) -> tuple[int, int]:
+  return -(-x.shape[1] // stride), -(-x.shape[2] // stride)
+
+
+def _per_channel(gates: Array, channels: int) -> Array:
+  return jnp.repeat(gates, channels // gates.shape[1], axis=1)[:, None, None, :]
+
+
+def _checked_branch(branch, x, gates):
+  branch, x, gates = jax.tree.map(jnp.asarray, (branch, x, gates))
+  _check_conv(x, branch.kernel1, branch.bias1, None, gates)
+  hidden = jax.ShapeDtypeStruct((*x.shape[:-1], len(branch.bias1)), x.dtype)
+  _check_conv(hidden, branch.kernel2, branch.bias2, gates, None)
+  return branch, x, gates
+
+
+def _checked_conv(*arrays):
+  arrays = jax.tree.map(jnp.asarray, arrays)
+  _check_conv(*arrays)
+  return arrays
+
+
+def _check_conv(x, kernel, bias, in_gates, out_gates) -> None:
+  if x.ndim != 4 or not x.size or x.dtype not in (jnp.float32, jnp.bfloat16):
+    raise ValueError(f"x must be [N, H, W, D], not empty, float32 or bfloat16; got {x.shape}, {x.dtype}")
+  if kernel.ndim != 4 or kernel.shape[2] != x.shape[-1] or not all(size % 2 for size in kernel.shape[:2]):
+    raise ValueError(f"kernel must be [h, w, D, E], h and w odd, D as in x; got {kernel.shape}, x {x.shape}")
+  if bias.shape != kernel.shape[-1:] or not kernel.dtype == bias.dtype == x.dtype:
+    raise ValueError(f"bias must be [E], kernel and bias of x's dtype; got {bias.shape}, kernel {kernel.shape}, "
+                     f"{bias.dtype}, {kernel.dtype}, x {x.dtype}")
+  for name, gates, channels in (("in_gates", in_gates, x.shape[-1]), ("out_gates", out_gates, kernel.shape[-1])):
+    if gates is not None and (gates.ndim != 2 or gates.shape[0] != x.shape[0] or not gates.size
+                              or channels % gates.shape[1]):
+      raise ValueError(f"{name} must be [N, channels / B] for x {x.shape} and {channels} channels; got {gates.shape}")

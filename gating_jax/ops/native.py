@@ -1,0 +1,226 @@
+"""Chains of gated convolutions on a CPU that compute the open channels of every example, and no others.
+
+Each example has channel masks of its own, so nothing is gathered over the batch: the native kernel (C++ in
+`gating_jax.native`, through JAX's foreign function interface) reads the open rows of the weights where they lie, and
+keeps the hidden channels of a residual branch compact between its convolutions. It is an optional extra: where it is
+absent (`why_not()` says why), or on an accelerator, the plain JAX twin below computes all channels, and masks them.
+
+Axes: N examples, H and W pixels, I and O channels. Inference only: nothing here can be differentiated.
+Reference: Verelst and Tuytelaars, 2020 (gather, compute, scatter); Georganas et al., "Anatomy of high-performance deep
+learning convolutions on SIMD architectures", 2018 (register tiles).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gating_jax.checks import one_of
+from gating_jax.native import build
+from gating_jax.types import Array
+
+IMPLEMENTATIONS = ("auto", "native", "jax")
+LAYOUTS = ("HWIO", "OIHW")
+_TARGET = "gating_jax_gated_chain"
+_LANES = 0  # of the widest vectors to use; 0 for those of the processor
+
+
+def available() -> bool:
+  """Whether the native kernel can run here; builds it in the first call of a machine where it is not built yet."""
+  return not why_not()
+
+
+def why_not() -> str:
+  """The reason why the native kernel cannot run here, and what would help; empty if it can."""
+  return _register()
+
+
+def gated_branch(
+    x: Array, kernel1: Array, bias1: Array, kernel2: Array, bias2: Array, gates: Array | None,
+    shortcut: Array | None = None, *, stride: int = 1, relu: bool = True, layout: str = "HWIO",
+    implementation: str = "auto",
+) -> Array:
+  """The branch of a gated residual block of two convolutions, and its end.
+
+      y = act(conv2(g * ReLU(conv1(x) + b1)) + b2 + shortcut),   g = 1 where gates > 0, else 0
+
+  Args: as of `gated_chain`, for two convolutions; `gates` `[N, O1]` are those between them, `stride` that of the first.
+  Returns: `[N, H', W', O2]`.
+  """
+  return gated_chain(x, (kernel1, kernel2), (bias1, bias2), (None, gates, None), shortcut, strides=(stride, 1),
+                     relu=relu, layout=layout, implementation=implementation)
+
+
+def gated_conv(
+    x: Array, kernel: Array, bias: Array, shortcut: Array | None = None, *, in_gates: Array | None = None,
+    out_gates: Array | None = None, stride: int = 1, relu: bool = False, layout: str = "HWIO",
+    implementation: str = "auto",
+) -> Array:
+  """One convolution between gated channels.
+
+      y = act(g_out * (conv(g_in * x) + b) + shortcut),   g = 1 where gates > 0, else 0
+
+  Args: as of `gated_chain`, for one convolution.
+  Returns: `[N, H', W', O]`.
+
+  >>> x, kernel = jnp.full((1, 1, 1, 2), 3.0), jnp.ones((1, 1, 2, 3))
+  >>> gated_conv(x, kernel, jnp.zeros(3), in_gates=jnp.array([[1.0, 0.0]]), out_gates=jnp.array([[1.0, 0.0, 1.0]]))
+  Array([[[[3., 0., 3.]]]], dtype=float32)
+  """
+  return gated_chain(x, (kernel,), (bias,), (in_gates, out_gates), shortcut, strides=(stride,), relu=relu,
+                     layout=layout, implementation=implementation)
+
+
+def gated_chain(
+    x: Array, kernels: Sequence[Array], biases: Sequence[Array], gates: Sequence[Array | None],
+    shortcut: Array | None = None, *, strides: Sequence[int] | None = None, relu: bool = True, layout: str = "HWIO",
+    implementation: str = "auto",
+) -> Array:
+  """Convolutions with ReLU between, each on the open channels of each example alone.
+
+      h_0 = g_0 x,   h_l = g_l ReLU(conv_l(h_(l-1)) + b_l),   y = act(g_L (conv_L(h_(L-1)) + b_L) + shortcut)
+
+  with g_l = 1 where `gates[l]` > 0, else 0. What is closed is not computed: neither NaN nor infinity in a closed
+  channel reaches y. Convolutions are padded with window // 2 zeros on either side.
+
+  Args:
+    x: `[N, H, W, I]` float32.
+    kernels: L of `[h, w, I, O]`, or `[O, I, h, w]`, see `layout`; float32.
+    biases: L of `[O]` float32.
+    gates: L + 1 of `[N, channels]`, of any real dtype: those of x, and of each convolution's output; None where all
+      channels are open.
+    shortcut: `[N, H', W', O]` of the last convolution, added before the last activation; None for none.
+    strides: L numbers; None for 1 everywhere.
+    relu: whether the last activation is ReLU, or none.
+    layout: `"HWIO"`, or `"OIHW"` for kernels that `packed` has turned, which is how the native kernel reads them. Under
+      `jit`, kernels that are constants are turned once, when the program is compiled; those that are arguments, in
+      every call.
+    implementation: `"auto"` is the native kernel where there is one and the default backend is a CPU, else the JAX
+      twin; `"native"` and `"jax"` insist.
+  Returns:
+    `[N, H', W', O]` float32.
+  Raises:
+    ValueError: arguments that do not fit each other.
+    RuntimeError: `implementation="native"` where there is none, with the reason.
+    TypeError: on differentiation.
+  Inside `shard_map` or `pmap` every device computes its own examples; `vmap` is not supported: add to N.
+  """
+  strides = tuple(strides or (1,) * len(kernels))
+  gates = tuple(gates)
+  kernels = tuple(map(jnp.asarray, kernels))
+  one_of("layout", layout, LAYOUTS)
+  one_of("implementation", implementation, IMPLEMENTATIONS)
+  _check_rank(kernels)
+  if layout == "HWIO":
+    kernels = tuple(map(packed, kernels))
+  _check(x, kernels, biases, gates, shortcut, strides)
+  if implementation == "native" and not available():
+    raise RuntimeError(f"the native kernel is not available: {why_not()}")
+  native = implementation == "native" or (
+      implementation == "auto" and jax.default_backend() == "cpu" and available())
+  arrays = (x, kernels, tuple(biases), gates, shortcut)
+  return _not_differentiable(_native if native else _in_jax, strides, relu, arrays)
+
+
+def packed(kernel: Array) -> Array:
+  """`[h, w, I, O]` as `[O, I, h, w]`, for `layout="OIHW"`."""
+  return jnp.transpose(kernel, (3, 2, 0, 1))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _not_differentiable(compute, strides, relu, arrays):
+  return compute(strides, relu, *arrays)
+
+
+@_not_differentiable.defjvp
+def _refuse(compute, strides, relu, primals, tangents):
+  raise TypeError("gated_chain, gated_branch and gated_conv are for inference and have no derivatives; train with "
+                  "gating_jax.layers, which multiply by the gates")
+
+
+def _in_jax(strides, relu, x, kernels, biases, gates, shortcut):
+  """The twin: everything is computed, and what is closed replaced by zeros."""
+  x, last = _closed(x, gates[0]), len(kernels) - 1
+  for i, (kernel, bias, gate, stride) in enumerate(zip(kernels, biases, gates[1:], strides, strict=True)):
+    pads = [(size // 2,) * 2 for size in kernel.shape[2:]]
+    x = lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "OIHW", "NHWC"))
+    x = _closed(x + bias, gate)
+    if i == last and shortcut is not None:
+      x += shortcut
+    x = jax.nn.relu(x) if i < last or relu else x
+  return x
+
+
+def _closed(x: Array, gates: Array | None) -> Array:
+  return x if gates is None else jnp.where(gates[:, None, None, :] > 0, x, 0)
+
+
+def _native(strides, relu, x, kernels, biases, gates, shortcut):
+  gated = [gate is not None for gate in gates]
+  open_where = [gate.astype(jnp.float32) for gate in gates if gate is not None]
+  call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(_shape(x, kernels, strides), jnp.float32))
+  return call(x, *kernels, *biases, *open_where, *([] if shortcut is None else [shortcut]),
+              strides=np.array(strides, np.int64), gated=np.array(gated, np.int64), relu=np.int64(relu),
+              shortcut=np.int64(shortcut is not None), isa=np.int64(_LANES))
+
+
+def _shape(x, kernels, strides) -> tuple[int, ...]:
+  """Of the output."""
+  sizes = x.shape[1:3]
+  for kernel, stride in zip(kernels, strides, strict=True):
+    sizes = [(size + window // 2 * 2 - window) // stride + 1
+             for size, window in zip(sizes, kernel.shape[2:], strict=True)]
+  return (x.shape[0], *sizes, kernels[-1].shape[0])
+
+
+def _check_rank(kernels) -> None:
+  if not kernels or any(kernel.ndim != 4 for kernel in kernels):
+    raise ValueError(f"kernels must be one or more of four axes; got shapes {[kernel.shape for kernel in kernels]}")
+
+
+def _check(x, kernels, biases, gates, shortcut, strides) -> None:
+  """Of kernels `[O, I, h, w]`."""
+  if jnp.ndim(x) != 4:
+    raise ValueError(f"x must be [N, H, W, I]; got shape {jnp.shape(x)}")
+  count = len(kernels)
+  if (len(biases), len(gates), len(strides)) != (count, count + 1, count):
+    raise ValueError(f"{count} kernels need as many biases and strides, and one more of gates (or None each); got "
+                     f"{len(biases)} biases, {len(gates)} gates, {len(strides)} strides")
+  if any(not isinstance(stride, int) or stride < 1 for stride in strides):
+    raise ValueError(f"strides must be integers >= 1; got {strides}")
+  channels = (x.shape[3], *(kernel.shape[0] for kernel in kernels))
+  if (inputs := tuple(kernel.shape[1] for kernel in kernels)) != channels[:-1]:
+    raise ValueError(f"kernels must take the channels that x, then each kernel, gives, {channels[:-1]}; got {inputs}")
+  if min(*x.shape[1:], *channels, *(size for kernel in kernels for size in kernel.shape)) < 1:
+    raise ValueError(f"x and kernels must not be empty; got {x.shape}, {[kernel.shape for kernel in kernels]}")
+  out = _shape(x, kernels, strides)
+  if min(out[1:]) < 1:
+    raise ValueError(f"x must be at least as large as the windows; got {x.shape}, {[k.shape for k in kernels]}")
+  for i, (bias, size) in enumerate(zip(biases, channels[1:], strict=True)):
+    if jnp.shape(bias) != (size,):
+      raise ValueError(f"biases[{i}] must be [{size}]; got shape {jnp.shape(bias)}")
+  for i, (gate, size) in enumerate(zip(gates, channels, strict=True)):
+    if gate is not None and jnp.shape(gate) != (x.shape[0], size):
+      raise ValueError(f"gates[{i}] must be [{x.shape[0]}, {size}] or None; got shape {jnp.shape(gate)}")
+  if shortcut is not None and jnp.shape(shortcut) != out:
+    raise ValueError(f"shortcut must have the output's shape {out}; got {jnp.shape(shortcut)}")
+  arrays = {"x": x, "kernels": kernels, "biases": biases, "shortcut": shortcut}
+  if other := {name: str(leaf.dtype) for name, tree in arrays.items() for leaf in jax.tree.leaves(tree)
+               if leaf.dtype != jnp.float32}:
+    raise ValueError(f"x, kernels, biases and shortcut must be float32; got {other}")
+
+
+@functools.cache
+def _register() -> str:
+  """Makes the kernel known to JAX, once; the reason, if that cannot be."""
+  try:
+    library = build.load()
+  except build.NotBuilt as error:
+    return str(error)
+  jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library.gating_jax_gated_chain), platform="cpu")
+  return ""

@@ -1,0 +1,57 @@
+"""What strategies of skipping take: a table, and a picture of time against MACs.
+
+A row is a mapping with the fields of `gating_jax.inference.conditional.Timing`.
+Reference: Verelst and Tuytelaars, 2020 (time against MACs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from gating_jax.reports.lettering import columns, save
+
+Rows = Sequence[Mapping[str, Any]]
+_MARKS = "os^Dvph*X"
+_COLOURS = ("#5b6770", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a6d3b")
+
+
+def table(rows: Rows) -> str:
+  """Lines for people; what runs is marked by a star.
+
+  >>> print(table([{"part": None, "strategy": "masked", "mac_ratio": 0.5, "seconds": 0.002, "time_ratio": 1.0,
+  ...               "efficiency": 0.5, "chosen": True}]))
+  part   strategy   MACs    ms   time  efficiency
+  whole  masked *  0.500  2.00  1.000        0.50
+  """
+  head = ["part", "strategy", "MACs", "ms", "time", "efficiency"]
+  return "\n".join(columns([head, *([
+      "whole" if row["part"] is None else str(row["part"] + 1), row["strategy"] + (" *" if row["chosen"] else ""),
+      f"{row['mac_ratio']:.3f}", f"{1e3 * row['seconds']:.2f}", f"{row['time_ratio']:.3f}", f"{row['efficiency']:.2f}",
+  ] for row in rows)]))
+
+
+def draw(path: Path | BinaryIO, timings: Mapping[int, Rows]) -> None:
+  """Writes a PNG: a panel for each number of images at a time, time against MACs, both of those of computing all.
+
+  A small mark is a part, a large one the whole network; on the diagonal all that MACs save is saved in time.
+  """
+  from matplotlib.figure import Figure  # imports slowly
+
+  figure = Figure(figsize=(5.2 * len(timings), 4.6), dpi=120, layout="constrained")
+  names = list(dict.fromkeys(row["strategy"] for rows in timings.values() for row in rows))
+  for axes, (size, rows) in zip(figure.subplots(1, len(timings), squeeze=False)[0], timings.items(), strict=True):
+    for i, name in enumerate(names):
+      shown = [row for row in rows if row["strategy"] == name]
+      axes.scatter([row["mac_ratio"] for row in shown], [row["time_ratio"] for row in shown],
+                   [110 if row["part"] is None else 28 for row in shown], color=_COLOURS[i % len(_COLOURS)],
+                   marker=_MARKS[i % len(_MARKS)], edgecolors="white", linewidths=0.5, label=name)
+    top = 1.05 * max([1.0, *(row["mac_ratio"] for row in rows), *(min(row["time_ratio"], 2.0) for row in rows)])
+    axes.plot([0, top], [0, top], color="#aab4be", linewidth=1, zorder=0)
+    axes.axhline(1, color="#aab4be", linewidth=1, linestyle="--", zorder=0)
+    axes.set(xlim=(0, top), ylim=(0, top), xlabel="MACs left open, of all", ylabel="time, of computing all",
+             title=f"{size} image{'s' if size > 1 else ''} at a time")
+  if names:
+    figure.axes[-1].legend(fontsize=8)
+  save(figure, path)

@@ -1,0 +1,38 @@
+import importlib
+import json
+
+import pytest
+import tiny_cli
+from PIL import Image
+
+from gating_jax.experiments import classification, image_compile
+from gating_jax.models import resnet
+from gating_jax.training import rundir
+
+
+def test_a_run_is_compiled_and_what_was_measured_is_kept(tmp_path, capsys, monkeypatch):
+  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+  monkeypatch.setattr(image_compile, "_REPEATS", 1)
+  monkeypatch.setattr(image_compile, "_BATCHES", (1, 3))
+  config = importlib.import_module("configs.digits_resnet20").get_config()
+  config.update_from_flattened_dict({"model.name": "tiny", "optim.epochs": 1})
+  classification.run(config, tmp_path / "run", "train")
+  before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.json")}
+  capsys.readouterr()
+  classification.run(config, tmp_path / "run", "compile")
+  said = capsys.readouterr().out
+  found = json.loads((tmp_path / "run" / "compile.json").read_text())
+  assert found["step"] == 11
+  assert found["timings"].keys() == {"1", "3"}
+  for rows in found["timings"].values():
+    assert {"masked", "switch", "cluster"} <= {row["strategy"] for row in rows if row["part"] == 1}
+    assert {"masked", "ungated"} <= {row["strategy"] for row in rows if row["part"] is None}
+    assert sum(row["chosen"] for row in rows if row["part"] is None) == 1
+    for row in rows:
+      assert row["efficiency"] == pytest.approx(row["mac_ratio"] / row["time_ratio"])
+      assert f"{1e3 * row['seconds']:.2f}" in said
+  with Image.open(tmp_path / "run" / "compile.png") as picture:
+    assert picture.width > picture.height > 300
+  assert all(path.read_bytes() == content for path, content in before.items())
+  with pytest.raises(rundir.RunDirError, match=r"compile\.json exists; rename it"):
+    classification.run(config, tmp_path / "run", "compile")

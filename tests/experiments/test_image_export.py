@@ -1,0 +1,87 @@
+import contextlib
+import importlib
+import io
+import json
+
+import numpy as np
+import pytest
+import tiny_cli
+
+from gating_jax.data import sources
+from gating_jax.experiments import classification, image_export
+from gating_jax.inference.export import load
+from gating_jax.models import resnet
+from gating_jax.training import rundir
+
+
+def said(config, workdir, mode):
+  with contextlib.redirect_stdout(io.StringIO()) as out:
+    classification.run(config, workdir, mode)
+  return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def config():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+    made = importlib.import_module("configs.digits_resnet20").get_config()
+    made.update_from_flattened_dict({"model.name": "tiny", "optim.epochs": 2, "optim.learning_rate": 0.05})
+    yield made.lock()
+
+
+@pytest.fixture(scope="module")
+def exported(config, tmp_path_factory):
+  """A finished run with its exports, and what was said of them."""
+  workdir = tmp_path_factory.mktemp("runs") / "run"
+  said(config, workdir, "train")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(image_export, "_REPEATS", 2)
+    return workdir, said(config, workdir, "export")
+
+
+@pytest.mark.parametrize(("folder", "tolerance"), [("export", 0), ("export_int8", 0.05)])
+def test_the_export_of_a_run_scores_as_the_run_does(exported, folder, tolerance):
+  workdir, _ = exported
+  result = json.loads((workdir / "result.json").read_text())
+  loaded = load(workdir / folder)
+  test = sources.load("digits", "test")
+  images = (test.pixels / 255 - np.array(loaded.card["mean"])) / np.array(loaded.card["std"])
+  outputs, _ = loaded(images)
+  accuracy = np.mean(np.argmax(np.asarray(outputs), axis=1) == test.labels)
+  assert accuracy == pytest.approx(loaded.card["accuracy"], abs=1e-9)
+  assert abs(accuracy - result["accuracy"]) <= tolerance + 1e-9
+  assert loaded.card["accuracy_as_trained"] == pytest.approx(result["accuracy"], abs=1e-9)
+  assert loaded.card["executed_macs_as_trained"] == pytest.approx(result["macs"], rel=1e-6)
+  assert loaded.card["class_names"] == [*"0123456789"]
+  assert (loaded.card["step"], loaded.card["calibration_images"], loaded.card["test_images"]) == (22, 1437, 360)
+  assert loaded.card["config"]["model"]["name"] == "tiny"
+  assert set(loaded.card["milliseconds"]) == {"1", "64"}
+
+
+def test_what_is_said(exported):
+  workdir, text = exported
+  for words in ("checkpoint of step 22, calibrated on 1,437 training images", "stage1_block1/conv1", "union of 8",
+                "of 360 test images a static unit would have moved", "slimmed, int8", f"{workdir / 'export_int8'}"):
+    assert words in text
+  size = (workdir / "export_int8" / "weights.safetensors").stat().st_size
+  assert f"{size:,}" in text
+
+
+def test_an_export_is_not_written_over(exported, config):
+  workdir, _ = exported
+  before = (workdir / "export" / "card.json").read_bytes()
+  with pytest.raises(rundir.RunDirError, match="export exists; rename it"):
+    said(config, workdir, "export")
+  assert (workdir / "export" / "card.json").read_bytes() == before
+
+
+def test_a_run_without_a_checkpoint_is_named(config, tmp_path):
+  with rundir.open_run(tmp_path / "run", config):
+    pass
+  with pytest.raises(rundir.RunDirError, match="no checkpoint in"):
+    said(config, tmp_path / "run", "export")
+
+
+def test_other_kinds_of_runs_name_the_modes_they_have(config, tmp_path):
+  with pytest.raises(ValueError, match="mode must be one of evaluate, report, train; got 'export'"):
+    rundir.run_mode(tmp_path, config, "export", train=None, evaluate=None, report=None, render=None)

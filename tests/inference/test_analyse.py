@@ -1,0 +1,116 @@
+import numpy as np
+import pytest
+from test_folding import MODELS, SHAPE, images, random_variables
+
+from gating_jax.inference import folded, openings
+from gating_jax.inference.analyse import _in_blocks, _in_buckets, _union, analyse
+from gating_jax.inference.folded import Group
+from gating_jax.inference.folding import fold
+
+MODEL = MODELS["basic"]
+VARIABLES = random_variables(MODEL)
+
+
+@pytest.fixture(scope="module")
+def gates():
+  """Of 150 images, `[150, U]` of each group."""
+  return [np.asarray(z) > 0 for z in folded.run(fold(MODEL, VARIABLES), images(150))[1]]
+
+
+@pytest.fixture(scope="module")
+def analysis():
+  return analyse(MODEL, VARIABLES, np.asarray(images(150)))
+
+
+def test_openings_are_those_of_all_images(analysis, gates):
+  logits = folded.run(analysis.net, images(150))[1]
+  assert analysis.images == 150
+  assert [o.part for o in analysis.openings] == [1, 2, 3]
+  for o, g, z in zip(analysis.openings, gates, logits, strict=True):
+    np.testing.assert_array_equal(o.opened, g.sum(axis=0))
+    np.testing.assert_array_equal(o.together, [[np.sum(a & b) for a in g.T] for b in g.T])
+    np.testing.assert_allclose(o.highest, z.max(axis=0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(o.lowest, z.min(axis=0), rtol=1e-4, atol=1e-4)
+    rates = g.mean(axis=0)
+    np.testing.assert_array_equal(o.always_open, rates > 0.99)
+    np.testing.assert_array_equal(o.always_closed, rates < 0.01)
+    np.testing.assert_array_equal(o.conditional, (rates >= 0.01) & (rates <= 0.99))
+
+
+def test_correlation_is_pearsons(analysis, gates):
+  o, g = next((o, g) for o, g in zip(analysis.openings, gates, strict=True) if o.conditional.sum() > 1)
+  varies = o.conditional
+  np.testing.assert_allclose(o.correlation[np.ix_(varies, varies)], np.corrcoef(g[:, varies].T), atol=1e-12)
+  assert not o.correlation[:, (o.opened == 0) | (o.opened == o.images)].any()
+
+
+def test_batches_say_the_same_as_one_array(analysis):
+  x = np.asarray(images(150))
+  other = analyse(analysis.net, None, (x[i : i + 40] for i in range(0, 150, 40)))
+  for a, b in zip(analysis.openings, other.openings, strict=True):
+    np.testing.assert_array_equal(a.together, b.together)
+  assert other.macs == pytest.approx(analysis.macs)
+
+
+def test_macs_of_each_way(analysis, gates):
+  net, macs = analysis.net, analysis.macs
+  heads = sum(p.head.hidden.size + p.head.logits.size for p in net.parts if p.head)
+  assert macs["masked"] == folded.macs(net, SHAPE) == macs["ungated"] + heads
+  assert macs["executed"] == pytest.approx(folded.macs(net, SHAPE, gates).mean())
+  assert macs["switch of 4"] == macs["masked"]  # no layer has more than 16 channels
+  whole = [np.repeat(g.any(axis=1, keepdims=True), g.shape[1], axis=1) for g in gates]
+  assert macs["blocks of 16"] == pytest.approx(folded.macs(net, SHAPE, whole).mean())
+  union = [np.concatenate([np.repeat(g[i : i + 8].any(axis=0)[None], len(g[i : i + 8]), axis=0)
+                           for s in (0, 128) for i in range(s, min(s + 128, 150), 8)]) for g in gates]
+  assert macs["union of 8"] == pytest.approx(folded.macs(net, SHAPE, union).mean())
+  assert macs["executed"] < macs["union of 8"] < macs["masked"]
+  assert analysis.mac_rows()[0] == {"strategy": "ungated", "macs": macs["ungated"], "ratio": 1.0}
+
+
+def test_capacities_are_the_smallest_buckets_that_hold_the_open_channels():
+  opened = np.arange(64) < np.array([0, 16, 17, 33, 64])[:, None]
+  assert _in_buckets(opened, Group(64), 4).sum(axis=1).tolist() == [16, 16, 32, 48, 64]
+  assert _in_buckets(opened, Group(64), 2).sum(axis=1).tolist() == [32, 32, 32, 64, 64]
+  blocks = np.arange(8) < np.array([0, 2, 3])[:, None]
+  assert _in_buckets(blocks, Group(8, channels=8, always=4), 4).sum(axis=1).tolist() == [4, 4, 4]  # 32 + 4 channels
+  assert _in_blocks(opened[:, :20], Group(20), 16).sum(axis=1).tolist() == [0, 16, 20, 20, 20]
+  one = np.eye(9, 3, dtype=bool)
+  assert _union(one).tolist() == [[True] * 3] * 8 + [[False] * 3]
+
+
+def test_layer_gates_run_or_do_not_in_every_way():
+  analysis = analyse(MODELS["layer"], random_variables(MODELS["layer"]), images(24))
+  assert analysis.macs["switch of 4"] == analysis.macs["executed"] == analysis.macs["blocks of 32"]
+  assert all(o.layer_gate for o in analysis.openings)
+
+
+def test_rows(analysis):
+  row = analysis.rows()[0]
+  o = analysis.openings[0]
+  assert row["units"] == 4
+  assert row["open"] == pytest.approx(o.open_rates.mean())
+  assert row["always_open"] + row["always_closed"] + row["conditional"] == 4
+  assert (row["open_on_all"], row["closed_on_all"]) == ((o.opened == 150).sum(), (o.opened == 0).sum())
+
+
+def test_a_net_without_gates_has_macs_only():
+  analysis = analyse(MODELS["ungated"], random_variables(MODELS["ungated"]), images(3))
+  assert analysis.rows() == []
+  assert len(set(analysis.macs.values())) == 1
+
+
+@pytest.mark.parametrize(("calibration", "message"), [
+    (np.zeros((0, *SHAPE), np.float32), "at least one image; got shape"),
+    (iter(()), "at least one image; got none"),
+    (np.zeros(SHAPE, np.float32), r"images must be \[M, H, W, D\]"),
+    ([np.zeros((1, 9, 8, 3)), np.zeros((1, 8, 8, 3))], "images of one shape"),
+])
+def test_bad_calibration_is_named(analysis, calibration, message):
+  with pytest.raises(ValueError, match=message):
+    analyse(analysis.net, None, calibration)
+
+
+def test_a_last_smaller_batch_runs_in_the_same_program():
+  net = fold(MODEL, VARIABLES)
+  sizes = [(len(x), len(y), len(logits[0])) for x, y, logits in openings.observed(net, images(200))]
+  assert sizes == [(128, 128, 128), (72, 72, 72)]

@@ -1,0 +1,204 @@
+"""Every strategy equals `folded.masked`, whatever is open, on any number of images."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gating_jax.inference import conditional, folded
+from gating_jax.inference.conditional import compile_conditional
+from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer
+from gating_jax.inference.kernel_strategies import STRATEGIES, why_not, worth_trying
+
+SHAPE = (5, 4, 3)
+FEATURES = 6
+
+
+def normal(rng, *shape):
+  return jnp.asarray(rng.normal(0, 1 / np.sqrt(max(1, np.prod(shape[:-1]))), shape), jnp.float32)
+
+
+def conv(rng, inputs, outputs, window=3, stride=1):
+  return Conv(normal(rng, window, window, inputs, outputs), 0.3 * normal(rng, outputs), stride)
+
+
+def head(rng, inputs, *groups):
+  """Gates of which any number may be open for an image."""
+  total = sum(group.gates for group in groups)
+  return Head(3 * normal(rng, inputs, 8), normal(rng, 8), 3 * normal(rng, 8, total), normal(rng, total), groups)
+
+
+def basic(rng, group, stride=1):
+  return Block((conv(rng, FEATURES, group.width, stride=stride), conv(rng, group.width, FEATURES)),
+               head(rng, FEATURES, group), pad=(stride, 0, 0))
+
+
+def net(kind, seed=0):
+  """A small network of one kind of gates; 34 channels make three capacities of `switch`."""
+  rng = np.random.default_rng(seed)
+  stem = Layer(conv(rng, 3, FEATURES))
+  parts = {
+      "channels": lambda: [stem, basic(rng, Group(34)), basic(rng, Group(20), stride=2)],
+      "always": lambda: [stem, basic(rng, Group(30, always=4)), basic(rng, Group(3, 5, always=2))],
+      "blocks": lambda: [stem, basic(rng, Group(3, 8)), basic(rng, Group(4, 2), stride=2)],
+      "layers": lambda: [stem, *(dataclasses.replace(basic(rng, Group(5)), head=head(rng, FEATURES, Group(1)),
+                                                     layer_gate=True) for _ in range(3))],
+      "bottleneck": lambda: [stem, Block(
+          (conv(rng, FEATURES, 34, 1), conv(rng, 34, 18, stride=2), conv(rng, 18, 9, 1)),
+          head(rng, FEATURES, Group(34), Group(9, 2)), conv(rng, FEATURES, 9, 1, 2))],
+      "chain": lambda: [Layer(conv(rng, 3, 34), head(rng, 3, Group(34)), (2, 2, 0)),
+                        Layer(conv(rng, 34, 20), head(rng, 34, Group(10, 2))), Layer(conv(rng, 20, FEATURES))],
+  }[kind]()
+  outputs = parts[-1].conv.bias.size if isinstance(parts[-1], Layer) else parts[-1].convs[-1].bias.size
+  return Folded(tuple(parts), (normal(rng, outputs, 4), normal(rng, 4)))
+
+
+KINDS = {
+    "channels": ("switch", "cluster", "native"),
+    "always": ("switch", "block_dispatch", "cluster", "native"),
+    "blocks": ("switch", "block_dispatch", "cluster", "native", "pallas"),
+    "layers": ("layer_dispatch", "native"),
+    "bottleneck": ("switch", "cluster", "native"),
+    "chain": ("switch", "native"),
+}
+cases = pytest.mark.parametrize(("kind", "strategy"), [
+    pytest.param(k, s, marks=pytest.mark.skipif(bool(why_not(s)), reason=why_not(s)))
+    for k, known in KINDS.items() for s in known])
+
+
+def images(count, seed=0):
+  rng = np.random.default_rng(seed)
+  return (rng.normal(0, 1, (count, *SHAPE)) + rng.normal(0, 2, (count, 1, 1, 3))).astype(np.float32)
+
+
+def compiled(kind, strategy, batch_size=1, **changes):
+  changes = {"calibration": images(3, seed=5) if strategy == "cluster" else None, **changes}
+  return compile_conditional(net(kind), input_shape=SHAPE, batch_size=batch_size, strategy=strategy, **changes)
+
+
+def check(run, x, of):
+  """The program's outputs are those of the reference; returns the gates.
+
+  Images with a logit so near 0 that rounding may open its gate are left out.
+  """
+  y, logits = run(x)
+  expected, reference = jax.jit(folded.run)(of, x)
+  assert y.shape == expected.shape
+  clear = np.all([np.all(np.abs(z) > 1e-5 * np.abs(z).max(initial=0), axis=1) for z in reference], axis=0)
+  assert clear.sum() >= len(x) - 1
+  for actual, desired in ((y, expected), *zip(logits, reference, strict=True)):
+    scale = np.abs(desired).max(initial=0)
+    np.testing.assert_allclose(actual[clear], desired[clear], rtol=1e-5, atol=1e-5 * scale)
+  return [np.asarray(z) > 0 for z in reference]
+
+
+def with_bias(of, bias):
+  """The network with this summand to all gate logits."""
+  moved = lambda part: part if part.head is None else dataclasses.replace(
+      part, head=dataclasses.replace(part.head, logits_bias=part.head.logits_bias + bias))
+  return dataclasses.replace(of, parts=tuple(moved(part) for part in of.parts))
+
+
+@cases
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_equal_to_computing_everything(kind, strategy, batch_size):
+  run = compiled(kind, strategy, batch_size)
+  assert strategy in run.strategies
+  gates = check(run, images(7), net(kind))
+  assert 0.1 < np.mean(np.concatenate(gates, axis=1)) < 0.9
+  assert any(len(np.unique(g.sum(1))) > 1 for g in gates)
+
+
+@cases
+def test_equal_on_fuzzed_gates(kind, strategy):
+  """One program, whose weights are arguments: all open, all closed, and what is between."""
+  run = compiled(kind, strategy, 3)
+  seen = set()
+
+  @settings(max_examples=10, deadline=None)
+  @given(st.integers(0, 10**6), st.sampled_from([-100.0, -2.0, 0.0, 2.0, 100.0]), st.integers(0, 7))
+  def fuzz(seed, bias, count):
+    other = with_bias(net(kind, seed), bias)
+    run.load(other)
+    seen.update(bool(v) for g in check(run, images(count, seed), other) for v in (g.all(), ~g.any()) if g.size)
+
+  fuzz()
+  assert seen == {True, False}
+
+
+def test_what_is_closed_is_not_computed():
+  """Weights of closed channels and branches that are not finite do no harm where they are skipped."""
+  for kind, strategy in (("channels", "switch"), ("blocks", "block_dispatch"), ("layers", "layer_dispatch")):
+    run = compiled(kind, strategy)
+    closed = with_bias(net(kind), -1e4)
+    spoilt = dataclasses.replace(closed, parts=tuple(
+        part if isinstance(part, Layer) else dataclasses.replace(part, convs=tuple(
+            dataclasses.replace(c, kernel=c.kernel.at[..., -1 if i == 0 else slice(None)].set(
+                jnp.nan if i == 0 or kind != "channels" else c.kernel)) for i, c in enumerate(part.convs)))
+        for part in closed.parts))
+    x = images(1)
+    expected, _ = folded.run(closed, x)
+    run.load(spoilt)
+    np.testing.assert_allclose(run(x)[0], expected, rtol=2e-5, atol=2e-5, err_msg=strategy)
+    assert np.isnan(folded.run(spoilt, x)[0]).all()
+
+
+@pytest.mark.parametrize("kind", ["blocks", "layers"])
+def test_auto_reports_what_it_measured_and_takes_the_fastest(kind):
+  run = compiled(kind, "auto", 2, calibration=images(9), repeats=2)
+  check(run, images(5), net(kind))
+  timings = run.report()
+  known = {"masked", *(name for name in KINDS[kind] if worth_trying(name))}
+  parts = [i for i, part in enumerate(net(kind).parts) if part.head is not None]
+  assert {(t.part, t.strategy) for t in timings if t.part in parts} == {(i, s) for i in parts for s in known}
+  for t in timings:
+    assert t.seconds > 0
+    assert t.efficiency == pytest.approx(t.mac_ratio / t.time_ratio)
+    assert 0 < t.mac_ratio < 1.5
+    if t.part is not None:
+      assert t.chosen == (run.strategies[t.part] == t.strategy)
+  whole = {t.strategy: t for t in timings if t.part is None}
+  assert {"ungated", *known} <= whole.keys()
+  assert sum(t.chosen for t in whole.values()) == 1
+  (chosen,) = (t for t in whole.values() if t.chosen)
+  assert chosen.time_ratio <= 1
+
+
+def test_auto_falls_back_where_skipping_loses(monkeypatch):
+  """By a made-up clock, in which each strategy but one is slow."""
+  for fast in ("masked", "block_dispatch"):
+    monkeypatch.setattr(conditional, "race", lambda runs, _, fast=fast: {
+        name: 1.0 if name == fast else 2.0 for name in runs})
+    run = compiled("blocks", "auto", 2, calibration=images(3))
+    assert run.strategies == ("masked", fast, fast)
+
+
+def test_an_absent_kernel_is_named(monkeypatch):
+  monkeypatch.setattr(conditional, "why_not", lambda name: "no compiler" if name == "native" else "")
+  with pytest.raises(ValueError, match="strategy 'native' cannot run here: no compiler"):
+    compiled("channels", "native")
+  monkeypatch.setattr(conditional, "worth_trying", lambda name: name != "native")
+  run = compiled("channels", "auto", calibration=images(3), repeats=1)
+  assert "native" not in {t.strategy for t in run.report()}
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"strategy": "swich"}, "strategy must be one of .*; got 'swich'. Did you mean 'switch'"),
+    ({"strategy": "layer_dispatch"}, "strategy must fit a part of the network; 'layer_dispatch' fits"),
+    ({"batch_size": 0}, "batch_size must be >= 1; got 0"),
+    ({"buckets": 0}, "buckets must be >= 1; got 0"),
+    ({"repeats": 0}, "repeats must be >= 1; got 0"),
+    ({}, "calibration must be given for strategy 'auto'; got None"),
+    ({"calibration": images(2)[:, 1:]}, r"calibration must be \[M, 5, 4, 3\] with M >= 1; got shape \(2, 4, 4, 3\)"),
+])
+def test_a_wrong_argument_is_named(changes, message):
+  with pytest.raises(ValueError, match=message):
+    compile_conditional(net("channels"), **{"input_shape": SHAPE, "batch_size": 1, **changes})
+
+
+def test_every_strategy_is_tried():
+  assert {"masked", *(s for known in KINDS.values() for s in known)} == STRATEGIES.keys()

@@ -1,0 +1,149 @@
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_folding import MODELS, SHAPE, images, random_variables
+
+from gating_jax.inference import export, folded
+from gating_jax.inference.analyse import analyse
+from gating_jax.inference.export import ExportError, export_model, load
+from gating_jax.inference.quantise import dequantise, quantise
+from gating_jax.inference.slim import slim
+
+run = jax.jit(folded.run)
+
+
+@pytest.fixture(scope="module")
+def net():
+  return slim(analyse(MODELS["basic"], random_variables(MODELS["basic"]), images(20)), multiple=1)
+
+
+@pytest.fixture
+def exported(net, tmp_path):
+  return export_model(net, tmp_path / "net", input_shape=SHAPE, platforms=("cpu",), card={"accuracy": 0.5})
+
+
+def assert_same(found, wanted):
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_loaded_computes_the_same_for_any_number_of_images(net, tmp_path):
+  path = export_model(net, tmp_path / "net", input_shape=SHAPE, card={"accuracy": 0.5, "class_names": ["a", "b", "c"]})
+  loaded = load(path)
+  for count in (1, 5):
+    assert_same(loaded(np.asarray(images(count))), run(net, images(count)))
+  card = json.loads((path / "card.json").read_text())
+  assert card == loaded.card
+  assert card["platforms"] == ["cpu", "cuda", "tpu"]
+  assert (card["input_shape"], card["batch_size"], card["class_names"]) == ([*SHAPE], None, ["a", "b", "c"])
+  assert card["dense_macs"] == folded.macs(net, SHAPE)
+  assert card["parameters"] == sum(x.size for x in jax.tree.leaves(net))
+  for name, said in card["files"].items():
+    data = (path / name).read_bytes()
+    assert said == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+  assert {file.name for file in path.iterdir()} == {"card.json", *card["files"]}
+  assert [file.name for file in tmp_path.iterdir()] == ["net"]
+
+
+def test_weights_are_no_part_of_the_program(exported, net):
+  loaded = load(exported)
+  doubled = {name: 2 * w if name.startswith("classifier") else w for name, w in loaded.weights.items()}
+  outputs, _ = loaded.program.call(doubled, images(2))
+  np.testing.assert_allclose(outputs, 2 * run(net, images(2))[0], rtol=1e-5, atol=1e-5)
+  assert "parts.0.conv.kernel" in loaded.weights
+
+
+def test_int8_weights_stay_int8_in_the_file_and_in_the_argument(net, tmp_path):
+  small = quantise(net)
+  path = export_model(small, tmp_path / "net", input_shape=SHAPE, platforms=("cpu",))
+  loaded = load(path)
+  assert loaded.weights["parts.0.conv.kernel.values"].dtype == jnp.int8
+  assert_same(loaded(images(3)), run(dequantise(small), images(3)))
+
+
+def test_a_function_is_exported_for_its_number_of_images(net, tmp_path):
+  function = jax.jit(lambda x: {"out": folded.run(net, x)[0]})
+  path = export_model(function, tmp_path / "net", input_shape=SHAPE, batch_size=2, platforms=("cpu",))
+  loaded = load(path)
+  assert loaded.card["batch_size"] == 2
+  assert loaded.weights == {}
+  assert_same(loaded(images(2))["out"], run(net, images(2))[0])
+  with pytest.raises(ValueError, match="[Ss]hape"):
+    loaded(images(3))
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda d: (d / "weights.safetensors").unlink(), "holds no whole export: weights.safetensors cannot be read"),
+    (lambda d: (d / "card.json").unlink(), "holds no whole export: card.json cannot be read"),
+    (lambda d: (d / "card.json").write_text("{"), "card.json is damaged: it must hold JSON"),
+    (lambda d: (d / "card.json").write_text("[]"), "card.json is damaged: it must have the SHA-256"),
+    (lambda d: edit(d, lambda card: card.update(format=2)), "format must be 1; got 2"),
+    (lambda d: cut(d / "weights.safetensors"), "weights.safetensors is damaged"),
+    (lambda d: cut(d / "program.stablehlo"), "program.stablehlo is damaged"),
+    (lambda d: (cut(d / "weights.safetensors"), sign(d, "weights.safetensors")), "weights.safetensors is damaged"),
+    (lambda d: ((d / "program.stablehlo").write_bytes(b"no program"), sign(d, "program.stablehlo")),
+     "program.stablehlo is damaged or of another version"),
+    (lambda d: ((d / "weights.safetensors").write_bytes(export.write_tensors({"a": np.zeros(2)})),
+                sign(d, "weights.safetensors")), "does not have the weights that program.stablehlo takes"),
+])
+def test_what_is_missing_or_damaged_is_named(exported, damage, message):
+  damage(exported)
+  with pytest.raises(ExportError, match=message):
+    load(exported)
+
+
+def edit(directory, change):
+  card = json.loads((directory / "card.json").read_text())
+  change(card)
+  (directory / "card.json").write_text(json.dumps(card))
+
+
+def cut(file):
+  file.write_bytes(file.read_bytes()[:-100])
+
+
+def sign(directory, name):
+  digest = hashlib.sha256((directory / name).read_bytes()).hexdigest()
+  edit(directory, lambda card: card["files"][name].update(sha256=digest))
+
+
+def test_nothing_is_overwritten(net, tmp_path):
+  (tmp_path / "net").mkdir()
+  with pytest.raises(ExportError, match="must be new; .*net exists"):
+    export_model(net, tmp_path / "net", input_shape=SHAPE)
+  assert list((tmp_path / "net").iterdir()) == []
+
+
+def test_nothing_is_left_of_an_export_that_fails(net, tmp_path, monkeypatch):
+  fsync, calls = export.os.fsync, []
+
+  def full(descriptor):
+    calls.append(descriptor)
+    if len(calls) == 2:
+      raise OSError(28, "No space left on device")
+    fsync(descriptor)
+
+  monkeypatch.setattr(export.os, "fsync", full)
+  with pytest.raises(ExportError, match="cannot be written: No space left on device"):
+    export_model(net, tmp_path / "net", input_shape=SHAPE, platforms=("cpu",))
+  assert len(calls) == 2
+  assert list(tmp_path.iterdir()) == []
+  with pytest.raises(ExportError, match="cannot be written: No such file"):
+    export_model(net, tmp_path / "missing" / "net", input_shape=SHAPE, platforms=("cpu",))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"input_shape": (9, 8)}, r"input_shape must be \(H, W, D\)"),
+    ({"batch_size": 0}, "batch_size must be >= 1, or None; got 0"),
+    ({"card": {"files": {}}}, "card must not name files"),
+    ({"card": {"accuracy": float("nan")}}, "card must be of JSON values"),
+    ({"card": {"accuracy": object()}}, "card must be of JSON values"),
+])
+def test_bad_arguments_are_named(net, tmp_path, options, message):
+  with pytest.raises(ValueError, match=message):
+    export_model(net, tmp_path / "net", **{"input_shape": SHAPE, "platforms": ("cpu",), **options})
+  assert list(tmp_path.iterdir()) == []

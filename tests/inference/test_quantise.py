@@ -1,0 +1,50 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_folding import MODELS, SHAPE, images, random_variables
+
+from gating_jax.inference import folded
+from gating_jax.inference.folded import Conv, Folded, Layer
+from gating_jax.inference.folding import fold
+from gating_jax.inference.quantise import Int8, dequantise, quantise
+
+run = jax.jit(folded.run)
+
+
+def test_values_and_scales_by_hand():
+  kernel = jnp.array([[1.27, 0.0], [-0.64, 0.0], [0.004, 0.0]]).reshape(1, 1, 3, 2)
+  net = quantise(Folded((Layer(Conv(kernel, jnp.array([0.3, 0.7]))),)))
+  conv = net.parts[0].conv
+  assert conv.kernel.values.dtype == jnp.int8
+  assert conv.kernel.values[0, 0].tolist() == [[127, 0], [-64, 0], [0, 0]]
+  np.testing.assert_allclose(conv.kernel.scale, [0.01, 1.0], rtol=1e-6)
+  np.testing.assert_array_equal(conv.bias, np.float32([0.3, 0.7]))
+  np.testing.assert_allclose(dequantise(net).parts[0].conv.kernel[0, 0, :, 0], [1.27, -0.64, 0.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "vgg"])
+def test_no_weight_moves_by_more_than_half_a_step_and_gate_networks_not_at_all(name):
+  net = fold(MODELS[name], random_variables(MODELS[name]))
+  small = quantise(net)
+  leaf = lambda x: isinstance(x, Int8)
+  for before, after in zip(jax.tree.leaves(net), jax.tree.leaves(small, is_leaf=leaf), strict=True):
+    if isinstance(after, Int8):
+      steps = np.abs(after.values * after.scale - before) / after.scale
+      assert 0.01 < steps.max() < 0.501
+      assert np.abs(after.values).max(axis=tuple(range(before.ndim - 1))).min() == 127
+    else:
+      np.testing.assert_array_equal(before, after)
+  assert sum(map(leaf, jax.tree.leaves(small, is_leaf=leaf))) == sum(
+      len(getattr(p, "convs", (1,))) + (getattr(p, "project", None) is not None) for p in net.parts) + 1
+  assert folded.macs(small, SHAPE) == folded.macs(net, SHAPE)
+  y, z = run(net, images(3))[0], run(dequantise(small), images(3))[0]
+  assert 0 < np.abs(y - z).max() < 0.2 * np.abs(y).max()
+
+
+def test_an_empty_kernel_and_a_net_without_classifier():
+  net = quantise(Folded((Layer(Conv(jnp.zeros((1, 1, 0, 2)), jnp.ones(2))),)))
+  assert net.classifier is None
+  assert dequantise(net).parts[0].conv.kernel.shape == (1, 1, 0, 2)
+  with pytest.raises(ValueError, match="net must have kernels of float32; got Int8"):
+    quantise(net)

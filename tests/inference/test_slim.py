@@ -1,0 +1,196 @@
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_folding import MODELS, SHAPE, images, random_variables
+
+from gating_jax.inference import folded, openings, slim
+from gating_jax.inference.analyse import analyse
+from gating_jax.inference.folded import Block, Folded, Group, Head, Layer
+from gating_jax.inference.folding import fold
+
+GATED = ("basic", "blocks", "layer", "bottleneck", "vgg", "vgg without norm")
+CLOSED, OPEN = -1e3, 1e3
+NETS = {name: fold(MODELS[name], random_variables(MODELS[name])) for name in GATED}
+
+
+def forced(net, biases):
+  """The net with `biases`, one array a head, added to its gates' logits."""
+  parts, left = [], list(biases)
+  for part in net.parts:
+    if part.head is not None:
+      head = dataclasses.replace(part.head, logits_bias=part.head.logits_bias + jnp.float32(left.pop(0)))
+      part = dataclasses.replace(part, head=head)
+    parts.append(part)
+  return Folded(tuple(parts), net.classifier)
+
+
+def heads(net):
+  return [part.head for part in net.parts if part.head is not None]
+
+
+def everywhere(net, bias):
+  return forced(net, [np.full(head.logits_bias.shape, bias) for head in heads(net)])
+
+
+def equal_where_it_must(net, choices, x):
+  """Compares outputs where no static unit did otherwise; returns on which images one did."""
+  y, logits = folded.run(net, x)
+  z, _ = folded.run(slim.take(net, choices), x)
+  wrong = [((g > 0) & c.removed | (g <= 0) & c.ungated).any(axis=1) for g, c in zip(logits, choices, strict=True)]
+  wrong = np.any(wrong, axis=0)
+  np.testing.assert_allclose(z[~wrong], y[~wrong], rtol=1e-4, atol=1e-5 * np.abs(y).max())
+  return wrong
+
+
+@pytest.mark.slow
+@given(st.data())
+@settings(max_examples=15, deadline=None)
+def test_equal_on_every_image_where_nothing_static_moves(data):
+  net = NETS[data.draw(st.sampled_from(GATED))]
+  bias = st.sampled_from([CLOSED, 0.0, 0.0, OPEN])
+  mixed = [data.draw(st.lists(bias, min_size=h.logits_bias.size, max_size=h.logits_bias.size)) for h in heads(net)]
+  net = data.draw(st.sampled_from([forced(net, mixed), everywhere(net, CLOSED), everywhere(net, OPEN)]))
+  found = openings.count(net, images(12))
+  choices = slim.choose(net, found, multiple=data.draw(st.sampled_from([1, 2, 3, 16])))
+  assert not equal_where_it_must(net, choices, images(12)).any()
+  equal_where_it_must(net, choices, images(6, seed=data.draw(st.integers(1, 3))))
+  assert folded.macs(slim.take(net, choices), SHAPE) <= folded.macs(net, SHAPE)
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
+  opened = everywhere(NETS[name], OPEN)
+  small = slim.take(opened, slim.choose(opened, openings.count(opened, images(4))))
+  assert heads(small) == []
+  assert folded.macs(small, SHAPE) == folded.macs(opened, SHAPE) - sum(
+      h.hidden.size + h.logits.size for h in heads(opened))
+  closed = everywhere(NETS[name], CLOSED)
+  small = slim.take(closed, slim.choose(closed, openings.count(closed, images(4))))
+  pairs = zip(closed.parts, small.parts, strict=True)
+  blocks = [(old, new) for old, new in pairs if isinstance(old, Block) and old.head]
+  for old, new in blocks:
+    assert new.head is None
+    assert new.convs == () if old.layer_gate else new.convs[-1].kernel.shape[2] == 0
+    assert folded.macs(Folded((new,)), (8, 8, 4)) <= (new.project.kernel.size * 64 if new.project else 0)
+  np.testing.assert_allclose(folded.run(small, images(4))[0], folded.run(closed, images(4))[0], rtol=1e-4, atol=1e-5)
+
+
+def counted(opened, images, highest, group=None, *, part=1):
+  u = len(opened)
+  return openings.Openings(part, 0, group or Group(u), False, images, np.array(opened), np.zeros((u, u), int),
+                           np.array(highest, np.float32), np.full(u, -9, np.float32))
+
+
+def one_block(group):
+  conv = lambda i, o: folded.Conv(jnp.zeros((1, 1, i, o)), jnp.zeros(o))
+  head = Head(jnp.zeros((2, 3)), jnp.zeros(3), jnp.zeros((3, group.gates)), jnp.zeros(group.gates), (group,))
+  return Folded((Layer(conv(3, 2)), Block((conv(2, group.width), conv(group.width, 2)), head)))
+
+
+def test_kept_are_rounded_up_by_those_nearest_to_opening():
+  net = one_block(Group(6))
+  found = counted([0, 5, 0, 10, 0, 0], 10, [-3.0, 1.0, -1.0, 2.0, -2.0, -4.0])
+  (choice,) = slim.choose(net, [found], multiple=4)
+  assert choice.removed.tolist() == [True, False, False, False, False, True]
+  assert choice.ungated.tolist() == [False, False, False, True, False, False]
+  small = slim.take(net, [choice])
+  assert small.parts[1].head.groups == (Group(3, always=1),)
+  (choice,) = slim.choose(net, [found], multiple=1)
+  assert choice.removed.tolist() == [True, False, True, False, True, True]
+
+
+def test_units_of_several_channels_and_channels_without_gate_are_rounded_in_channels():
+  group = Group(4, channels=2, always=2)
+  found = counted([0, 3, 0, 0], 10, [-3.0, 1.0, -1.0, -2.0], group)
+  (choice,) = slim.choose(one_block(group), [found], multiple=6)  # 2 + 2 open channels, so that 2 more stay
+  assert choice.removed.tolist() == [True, False, False, True]
+  assert slim.take(one_block(group), [choice]).parts[1].convs[0].bias.size == 6
+
+
+def test_order_is_ungated_first_and_logits_follow():
+  net = NETS["basic"]
+  net = forced(net, [[0, OPEN, CLOSED, 0], *([0] * h.logits_bias.size for h in heads(net)[1:])])
+  part = next(p for p in net.parts if p.head is not None)
+  choice = slim.Choice(np.array([0, 0, 1, 0], bool), np.array([0, 1, 0, 0], bool))
+  none = [slim.Choice(*np.zeros((2, h.logits_bias.size), bool)) for h in heads(net)[1:]]
+  small = next(p for p in slim.take(net, [choice, *none]).parts if p.head is not None)
+  np.testing.assert_array_equal(small.convs[0].bias, part.convs[0].bias[jnp.array([1, 0, 3])])
+  np.testing.assert_array_equal(small.convs[1].kernel, part.convs[1].kernel[:, :, jnp.array([1, 0, 3])])
+  np.testing.assert_array_equal(small.head.logits, part.head.logits[:, jnp.array([0, 3])])
+
+
+def test_slimming_twice_changes_nothing_more():
+  analysis = analyse(NETS["bottleneck"], None, images(20))
+  once = slim.slim(analysis, multiple=2)
+  twice = slim.slim(analyse(once, None, images(20)), multiple=2)
+  assert folded.macs(once, SHAPE) < folded.macs(analysis.net, SHAPE)
+  assert folded.macs(twice, SHAPE) == folded.macs(once, SHAPE)
+
+
+def test_features_of_a_vgg_keep_their_channels_and_order():
+  net = everywhere(Folded(NETS["vgg"].parts), CLOSED)
+  choices = slim.choose(net, openings.count(net, images(4)), multiple=1)
+  assert not choices[-1].removed.any()
+  assert choices[0].removed.any()
+  assert folded.run(slim.take(net, choices), images(4))[0].shape == folded.run(net, images(4))[0].shape
+
+
+def test_disagreement_counts_what_new_images_move():
+  net, x = NETS["basic"], images(40, seed=3)
+  middle = -np.median(np.asarray(folded.run(net, x)[1][0]), axis=0)
+  net = forced(net, [middle, *([0] * h.logits_bias.size for h in heads(net)[1:])])
+  logits = np.asarray(folded.run(net, x)[1][0])
+  opens, closes = logits[:, 0] > 0, logits[:, 3] <= 0
+  assert 0 < opens.mean() < 1
+  none = [slim.Choice(*np.zeros((2, h.logits_bias.size), bool)) for h in heads(net)[1:]]
+  wrong = [slim.Choice(np.array([1, 0, 0, 0], bool), np.array([0, 0, 0, 1], bool)), *none]
+  found = slim.disagreement(net, wrong, x)
+  assert found.images == 40
+  assert found.affected == np.mean(opens | closes)
+  assert found.opened.tolist() == [opens.mean(), *[0.0] * len(none)]
+  assert found.closed.tolist() == [closes.mean(), *[0.0] * len(none)]
+  y, z = folded.run(net, x)[0], folded.run(slim.take(net, wrong), x)[0]
+  gap = np.abs(np.asarray(y - z)).max(axis=1)
+  np.testing.assert_allclose(found.difference[0], gap[opens | closes].max(), rtol=1e-4)
+  assert found.difference[1] < 1e-4 < found.difference[0]
+  assert found.changed == np.mean(np.argmax(y, 1) != np.argmax(z, 1))
+  assert found.rows(openings.count(net, x))[0] == {
+      "part": 1, "group": 0, "would open": opens.mean(), "would close": closes.mean()}
+
+
+def test_confidence_takes_nothing_on_too_few_images():
+  net = one_block(Group(2))
+  choose = lambda images, **options: slim.choose(net, [counted([0, images], images, [-1, 1])], multiple=1, **options)
+  assert choose(298, confidence=0.95)[0].removed.tolist() == [False, False]
+  assert choose(299, confidence=0.95)[0].removed.tolist() == [True, False]
+  assert choose(298, confidence=0.95)[0].ungated.tolist() == [False, False]
+  assert choose(60, confidence=0.95, max_rate=0.05)[0].ungated.tolist() == [False, True]
+  assert choose(10)[0].removed.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("images", [1, 30, 299, 5000])
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+def test_rate_bound_is_the_rule_of_three(images, confidence):
+  assert slim.rate_bound(images, confidence) == pytest.approx(1 - (1 - confidence) ** (1 / images), rel=1e-9)
+  assert slim.rate_bound(images, confidence, events=images) == 1.0
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"multiple": 0}, "multiple must be >= 1; got 0"),
+    ({"confidence": 1.0}, "confidence must be above 0 and below 1, or None; got 1.0"),
+    ({"max_rate": 0.0}, "max_rate must be above 0 and at most 1; got 0.0"),
+])
+def test_bad_settings_are_named(options, message):
+  with pytest.raises(ValueError, match=message):
+    slim.choose(one_block(Group(2)), [counted([0, 1], 2, [-1, 1])], **options)
+
+
+def test_choices_and_openings_of_another_network_are_refused():
+  with pytest.raises(ValueError, match="openings must be those of the network's 1 groups"):
+    slim.choose(one_block(Group(3)), [counted([0, 1], 2, [-1, 1])])
+  with pytest.raises(ValueError, match="choices must be one for each group"):
+    slim.take(one_block(Group(3)), [])
