@@ -31,7 +31,7 @@ def image_config() -> ml_collections.ConfigDict:
           "width": 1.0,  # of every channel count, such as 0.25 or 20
           "shortcut": config_dict.placeholder(str),  # None: the named network's own; A or B
           "dtype": "float32",  # or bfloat16
-          "gating": "channel",  # or none, all_channels, layer
+          "gating": "channel",  # or none, all_channels, layer; of classifiers also exits
           "group_norm": False,  # GroupNorm in place of BatchNorm; not of vgg8, vgg16, simple_cnn
           "backward_share": 1.0,  # of layer gating: at most this share of images has one, or all where more are open
           "gate": {
@@ -43,11 +43,13 @@ def image_config() -> ml_collections.ConfigDict:
               "relaxation": "straight_through",  # or hard_concrete, sigmoid
               "block": 1,  # adjacent channels that share a gate, for hardware: 8, 16, 64 or 128
           },
+          "exits": {"threshold": 0.3},  # of the entropy of an exit, as a share of the largest: below it an image leaves
       },
       "loss": {
           "regulariser": "batch_shaping",  # with sparsity; or sparsity alone, entropy, away_from_half, none
           "entropy": {"coefficient": 0.5},  # asks that each gate be open for half of a batch
           "away_from_half": {"coefficient": 0.5},  # asks that open probabilities differ from 1/2
+          "exit_weights": (1.0,),  # of exits before the last, whose own is 1; one number is for all
           "batch_shaping": {
               "coefficient": 0.75,  # at the start
               "end": 0.2,  # linear to 0 at this fraction
@@ -101,6 +103,7 @@ _GATES = {  # what is gated and what that needs; `--config.model` and `--config.
         "loss.regulariser": "sparsity", "loss.sparsity.kind": "target_rate", "loss.sparsity.target": 0.6,
         "loss.sparsity.coefficient": 1.0, "loss.sparsity.start": 0.0, "loss.sparsity.full": 0.0,
     },
+    "exits": {"model.gating": "exits", "loss.regulariser": "none"},  # BranchyNet, Teerapittayanon et al., 2016
 }
 _VARIANTS = {
     "gates": _GATES,

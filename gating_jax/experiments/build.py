@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -17,13 +18,15 @@ from gating_jax.experiments import settings
 from gating_jax.layers.blocks import GATINGS, SHORTCUTS
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.counts import ModelCounts, count
+from gating_jax.models.early_exit import EarlyExitNet
 from gating_jax.models.resnet import RESNETS, resnet
 from gating_jax.models.vgg import VGGS, vgg
 from gating_jax.ops.priors import beta
 from gating_jax.training import devices, loop, optim, schedules
-from gating_jax.training.objectives import REDUCTIONS, REGULARISERS, SPARSITIES, ImageObjective
+from gating_jax.training.objectives import REDUCTIONS, REGULARISERS, SPARSITIES, ExitObjective, ImageObjective
 
 LOADERS = ("resident", "streaming")
+EXITS = "exits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +51,16 @@ class Experiment:
 def build(config: ml_collections.ConfigDict) -> Experiment:
   """Checks every setting, then opens the data. Raises ValueError naming the field, or `DatasetNotPreparedError`."""
   data = config.data
-  check(config, choices={"data.loader": LOADERS, "model.name": (*RESNETS, *VGGS)},
-        at_least={"data.pad": 0, "data.image_size": 0})
-  read = _opener(config)
+  check(config, choices={"data.loader": LOADERS, "model.name": (*RESNETS, *VGGS), "model.gating": (*GATINGS, EXITS)},
+        at_least={"data.pad": 0, "data.image_size": 0}, numbers=("loss.exit_weights",),
+        rules={"model.exits.threshold": (lambda v: 0 < v < 1, "in (0, 1)")})
+  read, objective = _opener(config), ImageObjective
+  if config.model.gating == EXITS:
+    objective = functools.partial(ExitObjective, exit_weights=config.loss.exit_weights)
   return assemble(
       config, lambda: sources.size(data.name, data.train_split, data.data_dir),
       open_train=lambda: read(data.train_split, training=True),
-      open_test=lambda: read(data.test_split, training=False), network=network)
+      open_test=lambda: read(data.test_split, training=False), network=network, objective=objective)
 
 
 def assemble(
@@ -64,7 +70,7 @@ def assemble(
     open_train: Callable[[], Any],
     open_test: Callable[[], Any],
     network: Callable[[ml_collections.ConfigDict, int], nn.Module],
-    objective: type[ImageObjective] = ImageObjective,
+    objective: Callable[..., ImageObjective] = ImageObjective,
     train_shape: tuple[int, int, int] | None = None,
 ) -> Experiment:
   """An experiment of checked settings.
@@ -131,7 +137,16 @@ def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
     fields["shortcut"] = model.shortcut
   if model.name in VGGS:
     return vgg(model.name, classes, **fields)
-  return resnet(model.name, classes, group_norm=model.group_norm, backward_share=model.backward_share, **fields)
+  fields |= dict(group_norm=model.group_norm, backward_share=model.backward_share)
+  if model.gating == EXITS:
+    return resnet(model.name, classes, kind=EarlyExitNet, threshold=model.exits.threshold,
+                  **{**fields, "gating": "none"})
+  return resnet(model.name, classes, **fields)
+
+
+def drawn_noise_scale(model: ml_collections.ConfigDict) -> float:
+  """Of the gates in training; 0 where none is drawn."""
+  return 0.0 if model.gating == EXITS else GateSettings(**model.gate).drawn_noise_scale
 
 
 def _opener(config: ml_collections.ConfigDict) -> Callable[..., Any]:
@@ -145,11 +160,10 @@ def _opener(config: ml_collections.ConfigDict) -> Callable[..., Any]:
 
 def check(
     config: ml_collections.ConfigDict, *, choices: Mapping[str, Collection[str]], at_least: Mapping[str, int],
-    rules: Mapping[str, settings.Rule] = MappingProxyType({}),
+    rules: Mapping[str, settings.Rule] = MappingProxyType({}), numbers: Collection[str] = (),
 ) -> None:
   """Checks every setting; arguments as in `settings.check`, for those fields that not every config of images has."""
   choices = {
-      **choices,
       "model.dtype": settings.DTYPES,
       "model.gating": GATINGS,
       "loss.regulariser": REGULARISERS,
@@ -157,6 +171,7 @@ def check(
       "loss.sparsity.kind": SPARSITIES,
       "optim.schedule": schedules.LEARNING_RATES,
       "devices.backend": devices.BACKENDS,
+      **choices,
   }
   if config.model.shortcut is not None:
     choices["model.shortcut"] = SHORTCUTS
@@ -169,21 +184,29 @@ def check(
       at_least={**at_least, "seed": 0, "data.workers": 0, "optim.epochs": 1, "optim.batch_size": 1,
                 "devices.steps_per_dispatch": 1, "log_every": 1},
       fractions=("loss.sparsity.target", "model.backward_share"),
-      numbers=("data.mean", "data.std"),
+      numbers=("data.mean", "data.std", *numbers),
       rules={
           **rules,
           "data.std": (lambda std: min(std) > 0, "a tuple of positive numbers"),
           "optim.drops": (settings.all_numbers, "a tuple of fractions"),
           "optim.batch_size": settings.divides_over_devices(),
       })
-  _check_backward(config.model)
+  _check_together(config)
 
 
-def _check_backward(model: ml_collections.ConfigDict) -> None:
-  """A gradient is left out only where it is 0 exactly."""
-  skips, chain = model.backward_share < 1, model.name in VGGS
-  for holds, name, value, where in ((chain, "group_norm", False, f"model.name is {model.name!r}"),
-                                    (skips, "gating", "layer", "model.backward_share is below 1"),
-                                    (skips, "group_norm", True, "model.backward_share is below 1")):
-    if holds and model[name] != value:
-      raise ValueError(f"model.{name} must be {value!r} where {where}; got {model[name]!r}")
+def _check_together(config: ml_collections.ConfigDict) -> None:
+  """What one setting asks of another: a gradient is left out only where it is 0 exactly, and what a rival has."""
+  model, loss = config.model, config.loss
+  skips, chain, exits = model.backward_share < 1, model.name in VGGS, model.gating == EXITS
+  for holds, name, found, value, where in (
+      (chain, "model.group_norm", model.group_norm, False, f"model.name is {model.name!r}"),
+      (skips, "model.gating", model.gating, "layer", "model.backward_share is below 1"),
+      (skips, "model.group_norm", model.group_norm, True, "model.backward_share is below 1"),
+      (exits, "loss.regulariser", loss.regulariser, "none", f"model.gating is {model.gating!r}")):
+    if holds and found != value:
+      raise ValueError(f"{name} must be {value!r} where {where}; got {found!r}")
+  if exits and chain:
+    raise ValueError(f"model.name must be a residual network where model.gating is {EXITS!r}; got {model.name!r}")
+  if exits and len(loss.exit_weights) not in (1, before_last := len(RESNETS[model.name][2]) - 1):
+    raise ValueError(f"loss.exit_weights must hold 1 number, or one for each of {before_last} exits before the last; "
+                     f"got {loss.exit_weights}")

@@ -15,9 +15,8 @@ import jax
 import ml_collections
 
 from gating_jax.data import augment, batches, resident, streaming
-from gating_jax.experiments.build import Experiment, build
+from gating_jax.experiments.build import Experiment, build, drawn_noise_scale
 from gating_jax.experiments.image_task import Task, write_files, write_report
-from gating_jax.layers.gate import GateSettings
 from gating_jax.reports import table
 from gating_jax.training import devices, diagnosis, evaluation, hosts, loop, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
@@ -158,7 +157,7 @@ def make_test(
   run = devices.map_over_devices(
       steps.make_eval_step(experiment.model, experiment.normalise, task.scores),
       args=(devices.REPLICATED, devices.BATCH, devices.BATCH), results=devices.BATCH, backend=config.devices.backend)
-  noise_scale = GateSettings(**config.model.gate).drawn_noise_scale
+  noise_scale = drawn_noise_scale(config.model)
 
   def test(state):
     result, images, gates = evaluation.evaluate(
