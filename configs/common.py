@@ -31,7 +31,7 @@ def image_config() -> ml_collections.ConfigDict:
           "width": 1.0,  # of every channel count, such as 0.25 or 20
           "shortcut": config_dict.placeholder(str),  # None: the named network's own; A or B
           "dtype": "float32",  # or bfloat16
-          "gating": "channel",  # or none, all_channels, layer; of classifiers also exits
+          "gating": "channel",  # or none, all_channels, layer; of classifiers also exits, experts
           "group_norm": False,  # GroupNorm in place of BatchNorm; not of vgg8, vgg16, simple_cnn
           "backward_share": 1.0,  # of layer gating: at most this share of images has one, or all where more are open
           "gate": {
@@ -44,10 +44,12 @@ def image_config() -> ml_collections.ConfigDict:
               "block": 1,  # adjacent channels that share a gate, for hardware: 8, 16, 64 or 128
           },
           "exits": {"threshold": 0.3},  # of the entropy of an exit, as a share of the largest: below it an image leaves
+          "experts": {"count": 4, "top_k": config_dict.placeholder(int)},  # how many count for an image; None: all
       },
       "loss": {
-          "regulariser": "batch_shaping",  # with sparsity; or sparsity alone, entropy, away_from_half, none
+          "regulariser": "batch_shaping",  # with sparsity; or sparsity alone, entropy, away_from_half, balance, none
           "entropy": {"coefficient": 0.5},  # asks that each gate be open for half of a batch
+          "balance": {"coefficient": 0.01},  # asks that images be spread evenly over experts
           "away_from_half": {"coefficient": 0.5},  # asks that open probabilities differ from 1/2
           "exit_weights": (1.0,),  # of exits before the last, whose own is 1; one number is for all
           "batch_shaping": {
@@ -104,6 +106,10 @@ _GATES = {  # what is gated and what that needs; `--config.model` and `--config.
         "loss.sparsity.coefficient": 1.0, "loss.sparsity.start": 0.0, "loss.sparsity.full": 0.0,
     },
     "exits": {"model.gating": "exits", "loss.regulariser": "none"},  # BranchyNet, Teerapittayanon et al., 2016
+    "experts": {"model.gating": "experts", "loss.regulariser": "none"},  # Jacobs et al., 1991
+    "sparse_experts": {  # Shazeer et al., 2017; Fedus et al., 2022
+        "model.gating": "experts", "model.experts.top_k": 1, "loss.regulariser": "balance",
+    },
 }
 _VARIANTS = {
     "gates": _GATES,

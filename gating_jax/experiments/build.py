@@ -19,6 +19,7 @@ from gating_jax.layers.blocks import GATINGS, SHORTCUTS
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.counts import ModelCounts, count
 from gating_jax.models.early_exit import EarlyExitNet
+from gating_jax.models.expert_net import ExpertNet
 from gating_jax.models.resnet import RESNETS, resnet
 from gating_jax.models.vgg import VGGS, vgg
 from gating_jax.ops.priors import beta
@@ -26,7 +27,7 @@ from gating_jax.training import devices, loop, optim, schedules
 from gating_jax.training.objectives import REDUCTIONS, REGULARISERS, SPARSITIES, ExitObjective, ImageObjective
 
 LOADERS = ("resident", "streaming")
-EXITS = "exits"
+EXITS, EXPERTS = RIVALS = ("exits", "experts")  # gatings of whole classifiers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +52,11 @@ class Experiment:
 def build(config: ml_collections.ConfigDict) -> Experiment:
   """Checks every setting, then opens the data. Raises ValueError naming the field, or `DatasetNotPreparedError`."""
   data = config.data
-  check(config, choices={"data.loader": LOADERS, "model.name": (*RESNETS, *VGGS), "model.gating": (*GATINGS, EXITS)},
-        at_least={"data.pad": 0, "data.image_size": 0}, numbers=("loss.exit_weights",),
-        rules={"model.exits.threshold": (lambda v: 0 < v < 1, "in (0, 1)")})
+  check(config, choices={"data.loader": LOADERS, "model.name": (*RESNETS, *VGGS), "model.gating": (*GATINGS, *RIVALS)},
+        at_least={"data.pad": 0, "data.image_size": 0, "model.experts.count": 2}, numbers=("loss.exit_weights",),
+        rules={"model.exits.threshold": (lambda v: 0 < v < 1, "in (0, 1)"),
+               "model.experts.top_k": (lambda v: v is None or 1 <= v <= config.model.experts.count,
+                                       "None or in 1 .. model.experts.count")})
   read, objective = _opener(config), ImageObjective
   if config.model.gating == EXITS:
     objective = functools.partial(ExitObjective, exit_weights=config.loss.exit_weights)
@@ -141,12 +144,15 @@ def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
   if model.gating == EXITS:
     return resnet(model.name, classes, kind=EarlyExitNet, threshold=model.exits.threshold,
                   **{**fields, "gating": "none"})
+  if model.gating == EXPERTS:
+    return resnet(model.name, classes, kind=ExpertNet, experts=model.experts.count, top_k=model.experts.top_k,
+                  **{**fields, "gating": "none"})
   return resnet(model.name, classes, **fields)
 
 
 def drawn_noise_scale(model: ml_collections.ConfigDict) -> float:
   """Of the gates in training; 0 where none is drawn."""
-  return 0.0 if model.gating == EXITS else GateSettings(**model.gate).drawn_noise_scale
+  return 0.0 if model.gating in RIVALS else GateSettings(**model.gate).drawn_noise_scale
 
 
 def _opener(config: ml_collections.ConfigDict) -> Callable[..., Any]:
@@ -180,7 +186,8 @@ def check(
       choices=choices,
       positive=("model.width", "optim.learning_rate", "optim.gate_multiplier", "optim.drop_factor", "checkpoint_every"),
       not_negative=("eval_every", "loss.batch_shaping.coefficient", "loss.sparsity.coefficient",
-                    "loss.entropy.coefficient", "loss.away_from_half.coefficient", "optim.weight_decay"),
+                    "loss.entropy.coefficient", "loss.away_from_half.coefficient", "loss.balance.coefficient",
+                    "optim.weight_decay"),
       at_least={**at_least, "seed": 0, "data.workers": 0, "optim.epochs": 1, "optim.batch_size": 1,
                 "devices.steps_per_dispatch": 1, "log_every": 1},
       fractions=("loss.sparsity.target", "model.backward_share"),
@@ -197,16 +204,20 @@ def check(
 def _check_together(config: ml_collections.ConfigDict) -> None:
   """What one setting asks of another: a gradient is left out only where it is 0 exactly, and what a rival has."""
   model, loss = config.model, config.loss
-  skips, chain, exits = model.backward_share < 1, model.name in VGGS, model.gating == EXITS
+  skips, chain, exits, experts = model.backward_share < 1, model.name in VGGS, *(model.gating == r for r in RIVALS)
   for holds, name, found, value, where in (
       (chain, "model.group_norm", model.group_norm, False, f"model.name is {model.name!r}"),
       (skips, "model.gating", model.gating, "layer", "model.backward_share is below 1"),
       (skips, "model.group_norm", model.group_norm, True, "model.backward_share is below 1"),
-      (exits, "loss.regulariser", loss.regulariser, "none", f"model.gating is {model.gating!r}")):
+      (exits, "loss.regulariser", loss.regulariser, "none", f"model.gating is {model.gating!r}"),
+      (experts and loss.regulariser != "balance", "loss.regulariser", loss.regulariser, "none",
+       f"model.gating is {model.gating!r}, if not 'balance',"),
+      (loss.regulariser == "balance", "model.gating", model.gating, EXPERTS, "loss.regulariser is 'balance'")):
     if holds and found != value:
       raise ValueError(f"{name} must be {value!r} where {where}; got {found!r}")
-  if exits and chain:
-    raise ValueError(f"model.name must be a residual network where model.gating is {EXITS!r}; got {model.name!r}")
+  if chain and model.gating in RIVALS:
+    raise ValueError(f"model.name must be a residual network where model.gating is {model.gating!r}; "
+                     f"got {model.name!r}")
   if exits and len(loss.exit_weights) not in (1, before_last := len(RESNETS[model.name][2]) - 1):
     raise ValueError(f"loss.exit_weights must hold 1 number, or one for each of {before_last} exits before the last; "
                      f"got {loss.exit_weights}")

@@ -22,7 +22,7 @@ from gating_jax.types import Array, Records
 
 REDUCTIONS = ("layer_mean", "mean", "sum")
 SPARSITIES = ("l0", "macs", "budget", "target_rate")
-REGULARISERS = ("batch_shaping", "sparsity", "entropy", "away_from_half", "none")
+REGULARISERS = ("batch_shaping", "sparsity", "entropy", "away_from_half", "balance", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,9 @@ class ImageObjective:
     batch_shaping_coefficient, sparsity_coefficient: gamma_t and rho_t, from step to number.
     fixed_macs: MACs per example that no gate switches, for `budget`.
     regulariser: `batch_shaping`, with sparsity; `sparsity` alone; `entropy`, which asks that gates be open for half of
-      the examples; `away_from_half`, that probabilities differ from 1/2; `none`.
-    coefficient: of `entropy` and `away_from_half`, the same at every step.
+      the examples; `away_from_half`, that probabilities differ from 1/2; `balance`, that examples are spread evenly
+      over experts; `none`.
+    coefficient: of `entropy`, `away_from_half` and `balance`, the same at every step.
   """
 
   prior: Prior
@@ -113,6 +114,8 @@ class ImageObjective:
       yield "entropy", self.coefficient, penalties.entropy_loss(probs, axis_name=axis_name)
     if self.regulariser == "away_from_half":
       yield "away_from_half", self.coefficient, penalties.indecision_loss(probs)
+    if self.regulariser == "balance":
+      yield "balance", self.coefficient, penalties.balance_loss(records, axis_name=axis_name)
     if self.regulariser == "batch_shaping":
       yield "batch_shaping", self.batch_shaping_coefficient(step), _reduced(per_gate, records, self.reduction)
     if self.regulariser in ("batch_shaping", "sparsity"):

@@ -65,7 +65,30 @@ def test_a_run_with_exits_spends_less_on_some_images_and_goes_on_from_a_checkpoi
   assert tiny.bit_equal(final_params(made, tmp_path), params)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("variants", ["gates=experts", "gates=sparse_experts"])
+def test_a_run_with_experts_counts_those_that_count(config, tmp_path, variants):
+  made = config(variants, **{"model.experts.count": 3, "log_every": 11, "eval_every": 0.0})
+  classification.run(made, tmp_path, "train")
+  result = json.loads((tmp_path / "result.json").read_text())
+  counts = classification.build(made).counts
+  count = 3 if variants == "gates=experts" else 1
+  assert result["macs"] == result["macs_min"] == result["macs_max"] == counts.fixed + count * counts.gated // 3
+  assert result["mean_open"] == pytest.approx(count / 3)
+  (layer,) = result["layers"]
+  assert (layer["layer"], layer["gates"], layer["disagreement"]) == ("stage2", 3, 0)
+  first, last = lines(tmp_path, "train")
+  assert last["cross_entropy"] < first["cross_entropy"]
+  assert ("balance" in last) == (count == 1)
+  if count == 1:
+    assert 0.9 < last["balance"] < 2.5
+    assert last["loss"] == pytest.approx(last["cross_entropy"] + 0.01 * last["balance"], rel=1e-5)
+
+
 @pytest.mark.parametrize(("variants", "changes", "message"), [
+    ("gates=experts", {"model.experts.top_k": 5}, r"model.experts.top_k must be None or in 1 .. .*; got 5"),
+    ("gates=experts,regulariser=sparsity", {}, "loss.regulariser must be 'none' where model.gating is 'experts', if"),
+    ("gates=channels,regulariser=balance", {}, "model.gating must be 'experts' where loss.regulariser is 'balance'"),
     ("gates=exits", {"loss.exit_weights": (1.0, 1.0)}, "loss.exit_weights must hold 1 number, or one for each of 1 "),
     ("gates=exits", {"model.name": "vgg8"}, "model.name must be a residual network where model.gating is 'exits'"),
 ])
