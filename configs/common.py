@@ -43,6 +43,12 @@ def image_config() -> ml_collections.ConfigDict:
               "relaxation": "straight_through",  # or hard_concrete, sigmoid
               "block": 1,  # adjacent channels that share a gate, for hardware: 8, 16, 64 or 128
           },
+          "noise": {  # of gates in training, from model.gate.noise_scale
+              "final": config_dict.placeholder(float),  # to this; None: it stays
+              "start": 0.0,  # up to this fraction as it is,
+              "full": 0.5,  # linear to the final one at this
+          },
+          "init_from": config_dict.placeholder(str),  # folder of an ungated run whose parameters to start from
           "exits": {"threshold": 0.3},  # of the entropy of an exit, as a share of the largest: below it an image leaves
           "experts": {"count": 4, "top_k": config_dict.placeholder(int)},  # how many count for an image; None: all
       },
@@ -117,6 +123,8 @@ _VARIANTS = {
     "gating": ("model.gating", str),
     "width": ("model.width", float),
     "block": ("model.gate.block", int),
+    "noise": ("model.gate.noise_scale", float),
+    "noise_to": ("model.noise.final", float),
     "epochs": ("optim.epochs", int),
     "batch": ("optim.batch_size", int),
     "schedule": ("optim.schedule", str),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -42,11 +43,19 @@ class Experiment:
   optimiser: optax.GradientTransformation
   objective: ImageObjective
   settings: loop.LoopSettings
+  noise_scale: Callable[[jax.Array], jax.Array] | None = None  # of gates, from step to number; None: the model's own
   full: nn.Module | None = None  # the model with the backward of everything, where its own leaves something out
 
   def normalise(self, pixels: jax.Array) -> jax.Array:
     """uint8 pixels to network input."""
     return augment.normalise(pixels, self.config.data.mean, self.config.data.std)
+
+  def drawn_noise_scale(self, step: int) -> float:
+    """Of the gates in training, at a step; 0 where none is drawn."""
+    if self.noise_scale is not None:
+      return float(self.noise_scale(step))
+    model = self.config.model
+    return 0.0 if model.gating in RIVALS else GateSettings(**model.gate).drawn_noise_scale
 
 
 def build(config: ml_collections.ConfigDict) -> Experiment:
@@ -102,6 +111,9 @@ def assemble(
   coefficients = dict(
       batch_shaping_coefficient=schedules.fade_out(shaping.coefficient, shaping.end, total),
       sparsity_coefficient=schedules.fade_in(sparsity.coefficient, sparsity.start, sparsity.full, total))
+  noise = config.model.noise
+  noise_scale = None if noise.final is None else schedules.ramp(
+      config.model.gate.noise_scale, noise.final, noise.start, noise.full, total)
   test = open_test()
   settings.check_channels(data, test.shape[-1])
   model = network(config.model, len(test.class_names))
@@ -116,6 +128,7 @@ def assemble(
       test=test,
       model=model,
       full=full,
+      noise_scale=noise_scale,
       counts=counts,
       optimiser=optimiser,
       objective=objective(
@@ -148,11 +161,6 @@ def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
     return resnet(model.name, classes, kind=ExpertNet, experts=model.experts.count, top_k=model.experts.top_k,
                   **{**fields, "gating": "none"})
   return resnet(model.name, classes, **fields)
-
-
-def drawn_noise_scale(model: ml_collections.ConfigDict) -> float:
-  """Of the gates in training; 0 where none is drawn."""
-  return 0.0 if model.gating in RIVALS else GateSettings(**model.gate).drawn_noise_scale
 
 
 def _opener(config: ml_collections.ConfigDict) -> Callable[..., Any]:
@@ -194,6 +202,7 @@ def check(
       numbers=("data.mean", "data.std", *numbers),
       rules={
           **rules,
+          "model.noise.final": (lambda v: v is None or 0 <= v < math.inf, "None or a finite number >= 0"),
           "data.std": (lambda std: min(std) > 0, "a tuple of positive numbers"),
           "optim.drops": (settings.all_numbers, "a tuple of fractions"),
           "optim.batch_size": settings.divides_over_devices(),
@@ -215,6 +224,9 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
       (loss.regulariser == "balance", "model.gating", model.gating, EXPERTS, "loss.regulariser is 'balance'")):
     if holds and found != value:
       raise ValueError(f"{name} must be {value!r} where {where}; got {found!r}")
+  if model.noise.final is not None and (
+      model.gating in ("none", *RIVALS) or model.gate.context == "random" or model.gate.relaxation == "sigmoid"):
+    raise ValueError(f"model.noise.final must be None where no gates draw noise of that scale; got {model.noise.final}")
   if chain and model.gating in RIVALS:
     raise ValueError(f"model.name must be a residual network where model.gating is {model.gating!r}; "
                      f"got {model.name!r}")

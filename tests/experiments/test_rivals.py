@@ -4,13 +4,16 @@ import importlib
 import json
 import shutil
 
+import jax
+import numpy as np
 import pytest
 import tiny
+from flax import traverse_util
 
-from gating_jax.experiments import classification
+from gating_jax.experiments import classification, pretrained
 from gating_jax.layers.blocks import BasicBlock
 from gating_jax.models import resnet
-from gating_jax.training import devices, steps
+from gating_jax.training import devices, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
 
 
@@ -96,3 +99,63 @@ def test_settings_that_do_not_belong_together_are_named(config, variants, change
   made = config(variants, **changes)
   with pytest.raises(ValueError, match=message):
     classification.build(made)
+
+
+def started(made, workdir):
+  """The state that a run begins with, and its parameters once it has ended."""
+  built = classification.build(made)
+  state = steps.init_state(built.model, built.optimiser, made.seed, built.test.shape)
+  return jax.device_get(pretrained.start(built, state)), state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variants", ["gates=channels,noise_to=0.0", "gates=exits"])
+def test_a_late_start_takes_all_but_gates_from_an_ungated_run(config, tmp_path, capsys, variants):
+  plain = config("gates=none", **{"optim.epochs": 1, "eval_every": 0.0})
+  classification.run(plain, tmp_path / "plain", "train")
+  built = classification.build(plain)
+  checkpoints = Checkpoints(tmp_path / "plain" / "checkpoints", read_only=True)
+  _, trained = checkpoints.restore(
+      steps.init_state(built.model, built.optimiser, 0, built.test.shape), devices.replicated_sharding())
+  checkpoints.close()
+  made = config(variants, **{"optim.epochs": 1, "model.init_from": str(tmp_path / "plain"), "optim.learning_rate": 1e-9,
+                             "eval_every": 0.0})
+  began, fresh = started(made, tmp_path)
+  extra = 0
+  for collection in ("params", "batch_stats"):
+    flat = [traverse_util.flatten_dict(getattr(s, collection)) for s in (began, trained, fresh)]
+    assert flat[0].keys() == flat[2].keys() > flat[1].keys()
+    for path, value in flat[0].items():
+      extra += path not in flat[1]
+      np.testing.assert_array_equal(value, (flat[1] if path in flat[1] else flat[2])[path])
+  assert extra > 4
+  assert began.step == 0
+  classification.run(made, tmp_path / "run", "train")
+  assert "starting from the parameters of step 11 in" in capsys.readouterr().out
+  params = final_params(made, tmp_path / "run")  # they hardly moved
+  assert tiny.relative_gap(params, began.params) < 1e-4 < tiny.relative_gap(fresh.params, began.params)
+  for other, message in (({"model.width": 2.0}, "with model.width=2.0; that of .*plain has 1.0"),
+                         ({"model.shortcut": "B"}, "stage2_block1/.* has shape .* here and None in")):
+    wrong = config(variants, **{"model.init_from": str(tmp_path / "plain"), **other})
+    with pytest.raises(ValueError, match=f"model.init_from must name a run .*{message}"):
+      classification.run(wrong, tmp_path / "wrong", "train")
+  nowhere = config(variants, **{"model.init_from": str(tmp_path / "nowhere")})
+  with pytest.raises(rundir.RunDirError, match="nowhere holds no run"):
+    classification.run(nowhere, tmp_path / "wrong2", "train")
+  gated = config(variants, **{"model.init_from": str(tmp_path / "run")})
+  with pytest.raises(ValueError, match="model.init_from must name a run with model.gating='none'; that of"):
+    classification.run(gated, tmp_path / "wrong3", "train")
+
+
+@pytest.mark.parametrize(("variants", "at_start", "at_end"), [
+    ("gates=channels,noise=0.5", 0.5, 0.5), ("gates=channels,noise_to=0.25", 1.0, 0.25), ("gates=exits", 0, 0),
+    ("gates=sparse_experts", 0, 0), ("gates=random", 1.0, 1.0)])
+def test_gates_are_judged_by_the_noise_of_their_step(config, variants, at_start, at_end):
+  built = classification.build(config(variants))
+  assert (built.drawn_noise_scale(0), built.drawn_noise_scale(11)) == (at_start, at_end)
+
+
+@pytest.mark.parametrize("variants", ["gates=none,noise_to=0", "gates=random,noise_to=0", "gates=exits,noise_to=0"])
+def test_noise_that_nothing_draws_cannot_change(config, variants):
+  with pytest.raises(ValueError, match="model.noise.final must be None where no gates draw noise of that scale; got 0"):
+    classification.build(config(variants))
