@@ -117,7 +117,7 @@ def videos(made):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in FILES if not name.endswith("_timegate")])
+@pytest.mark.parametrize("name", FILES)
 def test_a_config_takes_two_steps(name, config):
   made = config(name)
   parts = {"classification": lambda: images(made, classification), "segmentation": lambda: images(made, segmentation),
