@@ -31,7 +31,7 @@ def image_config() -> ml_collections.ConfigDict:
           "width": 1.0,  # of every channel count, such as 0.25 or 20
           "shortcut": config_dict.placeholder(str),  # None: the named network's own; A or B
           "dtype": "float32",  # or bfloat16
-          "gating": "channel",  # or none, all_channels, layer
+          "gating": "channel",  # or none, all_channels, layer; of classifiers also exits, experts
           "group_norm": False,  # GroupNorm in place of BatchNorm; not of vgg8, vgg16, simple_cnn
           "backward_share": 1.0,  # of layer gating: at most this share of images has one, or all where more are open
           "gate": {
@@ -43,11 +43,21 @@ def image_config() -> ml_collections.ConfigDict:
               "relaxation": "straight_through",  # or hard_concrete, sigmoid
               "block": 1,  # adjacent channels that share a gate, for hardware: 8, 16, 64 or 128
           },
+          "noise": {  # of gates in training, from model.gate.noise_scale
+              "final": config_dict.placeholder(float),  # to this; None: it stays
+              "start": 0.0,  # up to this fraction as it is,
+              "full": 0.5,  # linear to the final one at this
+          },
+          "init_from": config_dict.placeholder(str),  # folder of an ungated run whose parameters to start from
+          "exits": {"threshold": 0.3},  # of the entropy of an exit, as a share of the largest: below it an image leaves
+          "experts": {"count": 4, "top_k": config_dict.placeholder(int)},  # how many count for an image; None: all
       },
       "loss": {
-          "regulariser": "batch_shaping",  # with sparsity; or sparsity alone, entropy, away_from_half, none
+          "regulariser": "batch_shaping",  # with sparsity; or sparsity alone, entropy, away_from_half, balance, none
           "entropy": {"coefficient": 0.5},  # asks that each gate be open for half of a batch
+          "balance": {"coefficient": 0.01},  # asks that images be spread evenly over experts
           "away_from_half": {"coefficient": 0.5},  # asks that open probabilities differ from 1/2
+          "exit_weights": (1.0,),  # of exits before the last, whose own is 1; one number is for all
           "batch_shaping": {
               "coefficient": 0.75,  # at the start
               "end": 0.2,  # linear to 0 at this fraction
@@ -101,6 +111,11 @@ _GATES = {  # what is gated and what that needs; `--config.model` and `--config.
         "loss.regulariser": "sparsity", "loss.sparsity.kind": "target_rate", "loss.sparsity.target": 0.6,
         "loss.sparsity.coefficient": 1.0, "loss.sparsity.start": 0.0, "loss.sparsity.full": 0.0,
     },
+    "exits": {"model.gating": "exits", "loss.regulariser": "none"},  # BranchyNet, Teerapittayanon et al., 2016
+    "experts": {"model.gating": "experts", "loss.regulariser": "none"},  # Jacobs et al., 1991
+    "sparse_experts": {  # Shazeer et al., 2017; Fedus et al., 2022
+        "model.gating": "experts", "model.experts.top_k": 1, "loss.regulariser": "balance",
+    },
 }
 _VARIANTS = {
     "gates": _GATES,
@@ -108,6 +123,8 @@ _VARIANTS = {
     "gating": ("model.gating", str),
     "width": ("model.width", float),
     "block": ("model.gate.block", int),
+    "noise": ("model.gate.noise_scale", float),
+    "noise_to": ("model.noise.final", float),
     "epochs": ("optim.epochs", int),
     "batch": ("optim.batch_size", int),
     "schedule": ("optim.schedule", str),

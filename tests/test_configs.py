@@ -9,8 +9,8 @@ from gating_jax.checks import one_of
 from gating_jax.experiments import continual_methods
 from gating_jax.training import objectives, schedules, segment_objectives
 
-NOT_RUN = ("__init__", "video_common", "continual_common", "segmentation_common")
-FILES = sorted(f.stem for f in (Path(__file__).parent.parent / "configs").glob("*_*.py") if f.stem not in NOT_RUN)
+NOT_RUN = ("__init__", "common", "video_common", "continual_common", "segmentation_common")
+FILES = sorted(f.stem for f in (Path(__file__).parent.parent / "configs").glob("*.py") if f.stem not in NOT_RUN)
 
 
 @pytest.mark.parametrize("name", FILES)

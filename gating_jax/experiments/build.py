@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -17,13 +19,16 @@ from gating_jax.experiments import settings
 from gating_jax.layers.blocks import GATINGS, SHORTCUTS
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.counts import ModelCounts, count
+from gating_jax.models.early_exit import EarlyExitNet
+from gating_jax.models.expert_net import ExpertNet
 from gating_jax.models.resnet import RESNETS, resnet
 from gating_jax.models.vgg import VGGS, vgg
 from gating_jax.ops.priors import beta
 from gating_jax.training import devices, loop, optim, schedules
-from gating_jax.training.objectives import REDUCTIONS, REGULARISERS, SPARSITIES, ImageObjective
+from gating_jax.training.objectives import REDUCTIONS, REGULARISERS, SPARSITIES, ExitObjective, ImageObjective
 
 LOADERS = ("resident", "streaming")
+EXITS, EXPERTS = RIVALS = ("exits", "experts")  # gatings of whole classifiers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,23 +43,36 @@ class Experiment:
   optimiser: optax.GradientTransformation
   objective: ImageObjective
   settings: loop.LoopSettings
+  noise_scale: Callable[[jax.Array], jax.Array] | None = None  # of gates, from step to number; None: the model's own
   full: nn.Module | None = None  # the model with the backward of everything, where its own leaves something out
 
   def normalise(self, pixels: jax.Array) -> jax.Array:
     """uint8 pixels to network input."""
     return augment.normalise(pixels, self.config.data.mean, self.config.data.std)
 
+  def drawn_noise_scale(self, step: int) -> float:
+    """Of the gates in training, at a step; 0 where none is drawn."""
+    if self.noise_scale is not None:
+      return float(self.noise_scale(step))
+    model = self.config.model
+    return 0.0 if model.gating in RIVALS else GateSettings(**model.gate).drawn_noise_scale
+
 
 def build(config: ml_collections.ConfigDict) -> Experiment:
   """Checks every setting, then opens the data. Raises ValueError naming the field, or `DatasetNotPreparedError`."""
   data = config.data
-  check(config, choices={"data.loader": LOADERS, "model.name": (*RESNETS, *VGGS)},
-        at_least={"data.pad": 0, "data.image_size": 0})
-  read = _opener(config)
+  check(config, choices={"data.loader": LOADERS, "model.name": (*RESNETS, *VGGS), "model.gating": (*GATINGS, *RIVALS)},
+        at_least={"data.pad": 0, "data.image_size": 0, "model.experts.count": 2}, numbers=("loss.exit_weights",),
+        rules={"model.exits.threshold": (lambda v: 0 < v < 1, "in (0, 1)"),
+               "model.experts.top_k": (lambda v: v is None or 1 <= v <= config.model.experts.count,
+                                       "None or in 1 .. model.experts.count")})
+  read, objective = _opener(config), ImageObjective
+  if config.model.gating == EXITS:
+    objective = functools.partial(ExitObjective, exit_weights=config.loss.exit_weights)
   return assemble(
       config, lambda: sources.size(data.name, data.train_split, data.data_dir),
       open_train=lambda: read(data.train_split, training=True),
-      open_test=lambda: read(data.test_split, training=False), network=network)
+      open_test=lambda: read(data.test_split, training=False), network=network, objective=objective)
 
 
 def assemble(
@@ -64,7 +82,7 @@ def assemble(
     open_train: Callable[[], Any],
     open_test: Callable[[], Any],
     network: Callable[[ml_collections.ConfigDict, int], nn.Module],
-    objective: type[ImageObjective] = ImageObjective,
+    objective: Callable[..., ImageObjective] = ImageObjective,
     train_shape: tuple[int, int, int] | None = None,
 ) -> Experiment:
   """An experiment of checked settings.
@@ -93,6 +111,9 @@ def assemble(
   coefficients = dict(
       batch_shaping_coefficient=schedules.fade_out(shaping.coefficient, shaping.end, total),
       sparsity_coefficient=schedules.fade_in(sparsity.coefficient, sparsity.start, sparsity.full, total))
+  noise = config.model.noise
+  noise_scale = None if noise.final is None else schedules.ramp(
+      config.model.gate.noise_scale, noise.final, noise.start, noise.full, total)
   test = open_test()
   settings.check_channels(data, test.shape[-1])
   model = network(config.model, len(test.class_names))
@@ -107,6 +128,7 @@ def assemble(
       test=test,
       model=model,
       full=full,
+      noise_scale=noise_scale,
       counts=counts,
       optimiser=optimiser,
       objective=objective(
@@ -131,7 +153,14 @@ def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
     fields["shortcut"] = model.shortcut
   if model.name in VGGS:
     return vgg(model.name, classes, **fields)
-  return resnet(model.name, classes, group_norm=model.group_norm, backward_share=model.backward_share, **fields)
+  fields |= dict(group_norm=model.group_norm, backward_share=model.backward_share)
+  if model.gating == EXITS:
+    return resnet(model.name, classes, kind=EarlyExitNet, threshold=model.exits.threshold,
+                  **{**fields, "gating": "none"})
+  if model.gating == EXPERTS:
+    return resnet(model.name, classes, kind=ExpertNet, experts=model.experts.count, top_k=model.experts.top_k,
+                  **{**fields, "gating": "none"})
+  return resnet(model.name, classes, **fields)
 
 
 def _opener(config: ml_collections.ConfigDict) -> Callable[..., Any]:
@@ -145,11 +174,10 @@ def _opener(config: ml_collections.ConfigDict) -> Callable[..., Any]:
 
 def check(
     config: ml_collections.ConfigDict, *, choices: Mapping[str, Collection[str]], at_least: Mapping[str, int],
-    rules: Mapping[str, settings.Rule] = MappingProxyType({}),
+    rules: Mapping[str, settings.Rule] = MappingProxyType({}), numbers: Collection[str] = (),
 ) -> None:
   """Checks every setting; arguments as in `settings.check`, for those fields that not every config of images has."""
   choices = {
-      **choices,
       "model.dtype": settings.DTYPES,
       "model.gating": GATINGS,
       "loss.regulariser": REGULARISERS,
@@ -157,6 +185,7 @@ def check(
       "loss.sparsity.kind": SPARSITIES,
       "optim.schedule": schedules.LEARNING_RATES,
       "devices.backend": devices.BACKENDS,
+      **choices,
   }
   if config.model.shortcut is not None:
     choices["model.shortcut"] = SHORTCUTS
@@ -165,25 +194,42 @@ def check(
       choices=choices,
       positive=("model.width", "optim.learning_rate", "optim.gate_multiplier", "optim.drop_factor", "checkpoint_every"),
       not_negative=("eval_every", "loss.batch_shaping.coefficient", "loss.sparsity.coefficient",
-                    "loss.entropy.coefficient", "loss.away_from_half.coefficient", "optim.weight_decay"),
+                    "loss.entropy.coefficient", "loss.away_from_half.coefficient", "loss.balance.coefficient",
+                    "optim.weight_decay"),
       at_least={**at_least, "seed": 0, "data.workers": 0, "optim.epochs": 1, "optim.batch_size": 1,
                 "devices.steps_per_dispatch": 1, "log_every": 1},
       fractions=("loss.sparsity.target", "model.backward_share"),
-      numbers=("data.mean", "data.std"),
+      numbers=("data.mean", "data.std", *numbers),
       rules={
           **rules,
+          "model.noise.final": (lambda v: v is None or 0 <= v < math.inf, "None or a finite number >= 0"),
           "data.std": (lambda std: min(std) > 0, "a tuple of positive numbers"),
           "optim.drops": (settings.all_numbers, "a tuple of fractions"),
           "optim.batch_size": settings.divides_over_devices(),
       })
-  _check_backward(config.model)
+  _check_together(config)
 
 
-def _check_backward(model: ml_collections.ConfigDict) -> None:
-  """A gradient is left out only where it is 0 exactly."""
-  skips, chain = model.backward_share < 1, model.name in VGGS
-  for holds, name, value, where in ((chain, "group_norm", False, f"model.name is {model.name!r}"),
-                                    (skips, "gating", "layer", "model.backward_share is below 1"),
-                                    (skips, "group_norm", True, "model.backward_share is below 1")):
-    if holds and model[name] != value:
-      raise ValueError(f"model.{name} must be {value!r} where {where}; got {model[name]!r}")
+def _check_together(config: ml_collections.ConfigDict) -> None:
+  """What one setting asks of another: a gradient is left out only where it is 0 exactly, and what a rival has."""
+  model, loss = config.model, config.loss
+  skips, chain, exits, experts = model.backward_share < 1, model.name in VGGS, *(model.gating == r for r in RIVALS)
+  for holds, name, found, value, where in (
+      (chain, "model.group_norm", model.group_norm, False, f"model.name is {model.name!r}"),
+      (skips, "model.gating", model.gating, "layer", "model.backward_share is below 1"),
+      (skips, "model.group_norm", model.group_norm, True, "model.backward_share is below 1"),
+      (exits, "loss.regulariser", loss.regulariser, "none", f"model.gating is {model.gating!r}"),
+      (experts and loss.regulariser != "balance", "loss.regulariser", loss.regulariser, "none",
+       f"model.gating is {model.gating!r}, if not 'balance',"),
+      (loss.regulariser == "balance", "model.gating", model.gating, EXPERTS, "loss.regulariser is 'balance'")):
+    if holds and found != value:
+      raise ValueError(f"{name} must be {value!r} where {where}; got {found!r}")
+  if model.noise.final is not None and (
+      model.gating in ("none", *RIVALS) or model.gate.context == "random" or model.gate.relaxation == "sigmoid"):
+    raise ValueError(f"model.noise.final must be None where no gates draw noise of that scale; got {model.noise.final}")
+  if chain and model.gating in RIVALS:
+    raise ValueError(f"model.name must be a residual network where model.gating is {model.gating!r}; "
+                     f"got {model.name!r}")
+  if exits and len(loss.exit_weights) not in (1, before_last := len(RESNETS[model.name][2]) - 1):
+    raise ValueError(f"loss.exit_weights must hold 1 number, or one for each of {before_last} exits before the last; "
+                     f"got {loss.exit_weights}")

@@ -15,10 +15,9 @@ import jax
 import ml_collections
 
 from gating_jax.data import augment, batches, resident, streaming
-from gating_jax.experiments import image_compile, image_export
+from gating_jax.experiments import image_compile, image_export, pretrained
 from gating_jax.experiments.build import Experiment, build
 from gating_jax.experiments.image_task import Task, write_files, write_report
-from gating_jax.layers.gate import GateSettings
 from gating_jax.reports import table
 from gating_jax.training import devices, diagnosis, evaluation, hosts, loop, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
@@ -50,6 +49,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
     variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
     hosts.written(lambda: _OF_NEWEST[mode](experiment, run_dir, step, variables))
     return
+  if mode == "train" and config.model.init_from is not None:
+    pretrained.check(config)
   run_task(TASK, experiment, workdir, mode)
 
 
@@ -104,6 +105,8 @@ def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
   first_step, state = _restore(experiment, checkpoints)
   if first_step:
     print(f"going on from the checkpoint of step {first_step} in {run_dir.path}")
+  elif experiment.config.model.init_from is not None:
+    state = pretrained.start(experiment, state)
   journal = Journal(run_dir.path, first_step, total)
   test = make_test(experiment, task)
   layers = experiment.counts.gate_layers
@@ -152,7 +155,7 @@ def make_advance(
   process = (jax.process_index(), jax.process_count())
   make_step = lambda model: steps.make_train_step(
       model, experiment.optimiser, experiment.objective, functools.partial(task.prepare, experiment),
-      seed=config.seed, axis_name=devices.AXIS)
+      seed=config.seed, axis_name=devices.AXIS, noise_scale=experiment.noise_scale)
   mapped = lambda several, args: map_steps(
       lambda model: several(make_step(model)), experiment.model, experiment.full, args=args,
       backend=config.devices.backend)
@@ -174,14 +177,13 @@ def make_test(
   run = devices.map_over_devices(
       steps.make_eval_step(experiment.model, experiment.normalise, task.scores),
       args=(devices.REPLICATED, devices.BATCH, devices.BATCH), results=devices.BATCH, backend=config.devices.backend)
-  noise_scale = GateSettings(**config.model.gate).drawn_noise_scale
 
   def test(state):
     result, images, gates = evaluation.evaluate(
         lambda *batch: hosts.whole(run(state, *hosts.share(batch))),
         batches.cover(experiment.test, config.optim.batch_size), experiment.counts,
         functools.partial(task.summarise, experiment), classes=task.classes(experiment),
-        noise_scale=noise_scale)
+        noise_scale=experiment.drawn_noise_scale(int(state.step)))
     if gates is not None and experiment.objective.prices_budget:
       result["budget"] = experiment.objective.target
     return result, images, gates

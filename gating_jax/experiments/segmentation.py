@@ -41,6 +41,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
       at_least={"data.train_scenes": 1, "data.test_scenes": 1, "data.digits": 1, "model.head": 1},
       rules={
           "data.size": side,
+          "model.init_from": (lambda v: v is None, "None for segmentation"),
           "data.crop": (lambda v: v is None or side[0](v) and v[0] <= data.size[0] and v[1] <= data.size[1],
                         "None or a tuple of height and width, each >= 8 and at most data.size"),
       })

@@ -13,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from gating_jax.checks import one_of
 from gating_jax.ops import collectives, relaxations
@@ -28,13 +29,27 @@ from gating_jax.types import Array, GateRecord, Path, Records
 GATE_NAME = "gate"  # every gate module is called this inside its block
 LOGITS = ("head", "logits")  # path, inside the gate, of the layer that makes its logits
 GATE_RNG = "gate"  # the name of the PRNG stream for the gates' noise
+NOISE = "noise"  # the collection that sets the noise of gates for one pass, see `noise_scales`
 CONTEXTS = ("pooled", "none", "random")
+_SCALE = "scale"
 RELAXATIONS = ("straight_through", "hard_concrete", "sigmoid")
 
 
 def is_gate_path(path: Sequence[str]) -> bool:
   """True for the path of a gate network's module or parameter."""
   return GATE_NAME in path
+
+
+def noise_scales(params: Mapping[str, Any], scale: float | Array) -> dict[str, Any]:
+  """The collection `noise`, by which every gate takes `scale` in place of its settings' `noise_scale`.
+
+  So that it may be traced: `model.apply({"params": params, NOISE: noise_scales(params, scale)}, x, train=True, ...)`.
+
+  >>> noise_scales({"block1": {"conv": 0, "gate": {"logits": 0}}}, 0.25)
+  {'block1': {'gate': {'scale': 0.25}}}
+  """
+  paths = (path for path in traverse_util.flatten_dict(params) if is_gate_path(path))
+  return traverse_util.unflatten_dict({(*path[: path.index(GATE_NAME) + 1], _SCALE): scale for path in paths})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +195,8 @@ class ChannelGate(nn.Module):
       sample, at_rest = relaxations.hard_concrete, relaxations.hard_concrete_mean
     if not train:
       return at_rest(logits)
-    return self._drawn(lambda key, row: sample(key, row, s.temperature, noise_scale=s.noise_scale), logits, train)
+    scale = self.get_variable(NOISE, _SCALE, s.noise_scale)
+    return self._drawn(lambda key, row: sample(key, row, s.temperature, noise_scale=scale), logits, train)
 
   def _drawn(self, sample: Callable[[Array, Array], Array], logits: Array, train: bool) -> Array:
     """Each example's `sample(key, logits)`. Evaluation has no key: its draws are the same in every batch."""

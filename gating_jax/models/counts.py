@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from gating_jax.layers.gate import is_gate_path
-from gating_jax.ops.macs import conv_macs, gated_macs
-from gating_jax.types import GateRecord, Path, Records
+from gating_jax.layers.tally import Call, kernel_calls
+from gating_jax.ops.macs import gated_macs
+from gating_jax.types import GateRecord, Records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,32 +91,14 @@ def _name(record: GateRecord) -> str:
   return "/".join((record.writers[0] if record.writers else record.gate)[:-1])
 
 
-class _Call(NamedTuple):
-  """Of a layer that multiplies: its path, its MACs, and the input channels of a convolution's filter, else 0."""
-
-  path: Path
-  macs: int
-  inputs: int
-
-
-def _trace(model: nn.Module, input_shape: Any) -> tuple[list[_Call], Records, Any]:
+def _trace(model: nn.Module, input_shape: Any) -> tuple[list[Call], Records, Any]:
   """All such calls, and the records and variables as shapes."""
-  calls = []
-
-  def tally(next_fun, args, kwargs, context):
-    y, module = next_fun(*args, **kwargs), context.module
-    if isinstance(module, (nn.Conv, nn.Dense)) and context.method_name == "__call__":
-      kernel = module.get_variable("params", "kernel").shape
-      calls.append(_Call(module.path, conv_macs(kernel, y.shape), kernel[-2] if isinstance(module, nn.Conv) else 0))
-    if isinstance(module, nn.DenseGeneral):
-      calls.append(_Call(module.path, math.prod(module.get_variable("params", "kernel").shape), 0))
-    return y
-
   def init(x):
-    with nn.intercept_methods(tally):
-      (_, records), variables = model.init_with_output(jax.random.key(0), x)
+    (_, records), variables = model.init_with_output(jax.random.key(0), x)
     return records, variables
 
   inputs = jax.tree.map(lambda shape: jax.ShapeDtypeStruct((1, *shape), jnp.float32), input_shape,
                         is_leaf=lambda x: isinstance(x, tuple))
-  return calls, *jax.eval_shape(init, inputs)
+  with kernel_calls() as calls:
+    records, variables = jax.eval_shape(init, inputs)
+  return calls, records, variables

@@ -80,34 +80,42 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
-    if x.ndim not in (4, 5):
-      raise ValueError(f"clips must be [N, F, H, W, D] and images must be [N, H, W, D]; got shape {x.shape}")
-    x = self._stem(x.astype(self.dtype), train)
+    x, records = self._stem(x, train), ()
+    for stage, (stride, dilation) in enumerate(zip(*self.resolution(x), strict=True)):
+      x, new = self._stage(x, train, stage, stride, dilation)
+      records += new
+    return (x if not self.pool else self._head(x)), records
+
+  def _stage(self, x: Array, train: bool, stage: int, stride: int, dilation: int) -> tuple[Array, Records]:
+    """The blocks of one stage, of which 0 is the first."""
     records: Records = ()
-    for stage, (count, stride, dilation) in enumerate(zip(self.blocks, *self.resolution(x), strict=True)):
-      for i in range(count):
-        x, new = self.block(
-            features=self._channels(2**stage),
-            stride=stride if i == 0 else 1,
-            dilations=(max(1, dilation // 2) if i == 0 else dilation, dilation),
-            gating=self.gating,
-            gated_input=bool(records) and self.gating == "all_channels",
-            shortcut=self.shortcut,
-            convolution=self.convolution,
-            group_norm=self.group_norm,
-            backward_share=self.backward_share,
-            gate=self.gate,
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-            name=f"stage{stage + 1}_block{i + 1}",
-        )(x, train)
-        records += new
-    if not self.pool:
-      return x, records
+    for number in range(self.blocks[stage]):
+      x, new = self._block(stage, number, stride, dilation)(x, train)
+      records += new
+    return x, records
+
+  def _block(self, stage: int, number: int, stride: int, dilation: int, **where) -> nn.Module:
+    """Block `number` of a stage; `where` is the parent of one that is not this network's own."""
+    return self.block(
+        features=self._channels(2**stage),
+        stride=1 if number else stride,
+        dilations=(dilation if number else max(1, dilation // 2), dilation),
+        gating=self.gating,
+        gated_input=stage + number > 0 and self.gating == "all_channels",
+        shortcut=self.shortcut,
+        convolution=self.convolution,
+        group_norm=self.group_norm,
+        backward_share=self.backward_share,
+        gate=self.gate,
+        dtype=self.dtype,
+        axis_name=self.axis_name,
+        **{"name": f"stage{stage + 1}_block{number + 1}", **where},
+    )
+
+  def _head(self, x: Array) -> Array:
+    """Logits of the last feature map, or its pooled features."""
     x = jnp.mean(x.astype(jnp.float32), axis=tuple(range(1, x.ndim - 1)))
-    if self.classes is None:
-      return x, records
-    return nn.Dense(self.classes, name="classifier")(x), records
+    return x if self.classes is None else nn.Dense(self.classes, name="classifier")(x)
 
   def _channels(self, multiple: int) -> int:
     return scaled(self.features * multiple, self.width)
@@ -131,6 +139,9 @@ class ResNet(nn.Module):
     return strides, dilations
 
   def _stem(self, x: Array, train: bool) -> Array:
+    if x.ndim not in (4, 5):
+      raise ValueError(f"clips must be [N, F, H, W, D] and images must be [N, H, W, D]; got shape {x.shape}")
+    x = x.astype(self.dtype)
     one_of("stem", self.stem, _STEMS)
     one_of("convolution", self.convolution, CONVOLUTIONS)
     axes = x.ndim - 2
@@ -142,13 +153,14 @@ class ResNet(nn.Module):
     return nn.max_pool(x, (3,) * axes, (2,) * axes, ((1, 1),) * axes) if pool else x
 
 
-def resnet(name: str, classes: int | None, **settings) -> ResNet:
+def resnet(name: str, classes: int | None, *, kind: type[ResNet] = ResNet, **settings) -> ResNet:
   """A named network: resnet20, 32, 44, 56, 110 (CIFAR), 18, 34, 50, 101 (ImageNet).
 
   Args:
     name: one of `RESNETS`.
     classes: number of outputs, or None; see `ResNet`.
-    **settings: any other field of `ResNet`, in place of the named network's.
+    kind: `ResNet` or what extends it, such as `EarlyExitNet`.
+    **settings: any other field of that, in place of the named network's.
   Raises:
     ValueError: no such name, or a width that is not positive.
 
@@ -160,4 +172,4 @@ def resnet(name: str, classes: int | None, **settings) -> ResNet:
     raise ValueError(f"width must be > 0; got {settings['width']}")
   stem, block, blocks, features, shortcut = RESNETS[name]
   named = dict(stem=stem, block=block, blocks=blocks, features=features, shortcut=shortcut)
-  return ResNet(classes=classes, **{**named, **settings})
+  return kind(classes=classes, **{**named, **settings})

@@ -79,6 +79,32 @@ def indecision_loss(probs: Sequence[Array]) -> Array:
   return l0_loss([4 * p * (1 - p) for p in _nonempty(probs)])
 
 
+def balance_loss(records: Records, *, axis_name: Hashable | None = None) -> Array:
+  """How unevenly examples are spread over experts, summed over records; 1 each where evenly, and C at most.
+
+      loss = C sum_c f_c P_c,   f_c = share of the open gates that are c's, P_c = mean_n p_nc
+
+  Only the P have a gradient.
+
+  Args:
+    records: their `probs` add up to 1 over the C units.
+    axis_name: as in `batch_shaping_loss`; means are over the whole batch.
+
+  >>> from gating_jax.types import GateRecord
+  >>> gates = jnp.array([[0.5, 0.0], [0.75, 0.0]])
+  >>> balance_loss([GateRecord(None, jnp.array([[0.5, 0.5], [0.75, 0.25]]), gates)])
+  Array(1.25, dtype=float32)
+
+  Reference: Fedus et al., 2022, section 2.2.
+  """
+  total = 0.0
+  for record in _nonempty(records):
+    share = collectives.batch_mean((record.gates > 0).astype(record.probs.dtype), axis_name)
+    probs = collectives.batch_mean(record.probs, axis_name)
+    total += probs.shape[-1] * jnp.sum(share / jnp.sum(share) * probs)
+  return total
+
+
 def mac_loss(records: Records) -> Array:
   """Expected share of the gated multiply-accumulates: `l0_loss` with every gate weighted by what it costs.
 

@@ -22,7 +22,7 @@ from gating_jax.types import Array, Records
 
 REDUCTIONS = ("layer_mean", "mean", "sum")
 SPARSITIES = ("l0", "macs", "budget", "target_rate")
-REGULARISERS = ("batch_shaping", "sparsity", "entropy", "away_from_half", "none")
+REGULARISERS = ("batch_shaping", "sparsity", "entropy", "away_from_half", "balance", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,9 @@ class ImageObjective:
     batch_shaping_coefficient, sparsity_coefficient: gamma_t and rho_t, from step to number.
     fixed_macs: MACs per example that no gate switches, for `budget`.
     regulariser: `batch_shaping`, with sparsity; `sparsity` alone; `entropy`, which asks that gates be open for half of
-      the examples; `away_from_half`, that probabilities differ from 1/2; `none`.
-    coefficient: of `entropy` and `away_from_half`, the same at every step.
+      the examples; `away_from_half`, that probabilities differ from 1/2; `balance`, that examples are spread evenly
+      over experts; `none`.
+    coefficient: of `entropy`, `away_from_half` and `balance`, the same at every step.
   """
 
   prior: Prior
@@ -113,6 +114,8 @@ class ImageObjective:
       yield "entropy", self.coefficient, penalties.entropy_loss(probs, axis_name=axis_name)
     if self.regulariser == "away_from_half":
       yield "away_from_half", self.coefficient, penalties.indecision_loss(probs)
+    if self.regulariser == "balance":
+      yield "balance", self.coefficient, penalties.balance_loss(records, axis_name=axis_name)
     if self.regulariser == "batch_shaping":
       yield "batch_shaping", self.batch_shaping_coefficient(step), _reduced(per_gate, records, self.reduction)
     if self.regulariser in ("batch_shaping", "sparsity"):
@@ -131,6 +134,38 @@ class ImageObjective:
     if self.sparsity == "budget":
       return penalties.mac_budget_loss(records, self.fixed_macs, self.target, axis_name=axis_name)
     return penalties.target_rate_loss([r.gates for r in records], self.target, axis_name=axis_name)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitObjective(ImageObjective):
+  """`ImageObjective` of the logits of all exits, `[N, X + 1, classes]`: the weighted sum of their cross-entropies.
+
+  Attributes:
+    exit_weights: of each exit before the last, whose own is 1; one number is for all.
+
+  Reference: Teerapittayanon et al., 2016 (BranchyNet), section 3.
+  """
+
+  exit_weights: tuple[float, ...] = (1.0,)
+
+  def __call__(
+      self, logits: Array, labels: Array, records: Records, step: Array, axis_name: Hashable | None = None
+  ) -> tuple[Array, Mapping[str, Array]]:
+    """As of `ImageObjective`, with the accuracy of each exit before the last."""
+    total, terms = super().__call__(logits, labels, records, step, axis_name)
+    accuracies = jnp.mean(jnp.argmax(logits, -1) == labels[:, None], axis=0)
+    return total, {**terms, **{f"exits/accuracy{i}": a for i, a in enumerate(accuracies[:-1], start=1)}}
+
+  def fit(self, logits: Array, labels: Array, axis_name: Hashable | None = None) -> tuple[Array, Array]:
+    """The weighted sum, and the accuracy of the last exit."""
+    exits = logits.shape[1] - 1
+    if len(self.exit_weights) not in (1, exits):
+      raise ValueError(f"exit_weights must hold 1 number, or one for each of {exits} exits before the last; "
+                       f"got {self.exit_weights}")
+    weights = jnp.append(jnp.broadcast_to(jnp.asarray(self.exit_weights), exits), 1.0)
+    labels = jnp.broadcast_to(labels[:, None], logits.shape[:2])
+    cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels), axis=0)
+    return jnp.sum(weights * cross_entropy), jnp.mean(jnp.argmax(logits[:, -1], -1) == labels[:, -1])
 
 
 def batch_shaping_term(

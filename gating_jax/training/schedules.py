@@ -21,13 +21,19 @@ def fade_out(coefficient: float, end: float, total_steps: int) -> optax.Schedule
 
 def fade_in(coefficient: float, start: float, full: float, total_steps: int) -> optax.Schedule:
   """0 up to the fraction `start`, linear to `coefficient` at the fraction `full`, constant after."""
+  return ramp(0.0, coefficient, start, full, total_steps)
+
+
+def ramp(first: float, last: float, start: float, full: float, total_steps: int) -> optax.Schedule:
+  """`first` up to the fraction `start`, linear to `last` at the fraction `full`, constant after; `last` from the start
+  where `full` is 0."""
   _check_fractions(start=start, full=full)
   if not start <= full:
     raise ValueError(f"start must be <= full; got start {start}, full {full}")
   if full == 0:
-    return optax.constant_schedule(coefficient)
+    return optax.constant_schedule(last)
   begin = round(start * total_steps)
-  return optax.linear_schedule(0.0, coefficient, max(1, round(full * total_steps) - begin), transition_begin=begin)
+  return optax.linear_schedule(first, last, max(1, round(full * total_steps) - begin), transition_begin=begin)
 
 
 def learning_rate(

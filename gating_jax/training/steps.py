@@ -15,7 +15,7 @@ import optax
 from flax import struct
 from jax import lax
 
-from gating_jax.layers.gate import GATE_RNG
+from gating_jax.layers.gate import GATE_RNG, NOISE, noise_scales
 from gating_jax.ops.collectives import mean_over_devices
 from gating_jax.ops.macs import executed_macs
 from gating_jax.types import Array
@@ -56,13 +56,14 @@ def make_train_step(
     *,
     seed: int,
     axis_name: Hashable | None = None,
+    noise_scale: Callable[[Array], Array] | None = None,
 ) -> Callable:
   """One step: `(state, inputs, targets) -> (state, metrics)`.
 
   `inputs` and `targets` are trees of arrays `[B, ...]`, this device's share, such as uint8 pixels and labels.
   `prepare(key, inputs)` augments and normalises; `objective(outputs, targets, records, step, axis_name)` returns the
   loss and named terms. Metrics are scalars over the whole batch. All randomness is a function of `seed` and
-  `state.step`.
+  `state.step`. `noise_scale`, from step to number, is in place of the model's own for all its gates.
   """
 
   def step(state: TrainState, inputs: Any, targets: Any) -> tuple[TrainState, dict[str, Array]]:
@@ -72,11 +73,15 @@ def make_train_step(
 
     def loss(params):
       variables = {"params": params, "batch_stats": state.batch_stats}
+      if noise_scale is not None:
+        variables[NOISE] = noise_scales(params, noise_scale(state.step))
       (outputs, records), updates = model.apply(variables, prepared, train=True, mutable=["batch_stats"], rngs=rngs)
       total, terms = objective(outputs, targets, records, state.step, axis_name)
       metrics = {"loss": total, **terms}
       for i, record in enumerate(records):
         metrics[f"gate_rate/layer{i:02d}"] = jnp.mean(record.gates > 0)
+      if noise_scale is not None:
+        metrics["gates/noise_scale"] = jnp.asarray(noise_scale(state.step), jnp.float32)
       return total, (metrics, updates.get("batch_stats", {}))
 
     grads, (metrics, batch_stats) = jax.grad(loss, has_aux=True)(state.params)

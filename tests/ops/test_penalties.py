@@ -5,6 +5,7 @@ import pytest
 
 from gating_jax.ops.macs import executed_macs, gated_macs
 from gating_jax.ops.penalties import (
+  balance_loss,
   entropy_loss,
   indecision_loss,
   l0_loss,
@@ -125,3 +126,18 @@ def test_an_ungated_model_is_an_error(loss):
   message = r"^a gate penalty needs at least one gated layer; got none: is the model ungated\?$"
   with pytest.raises(ValueError, match=message):
     loss(())
+
+
+def test_experts_are_balanced_at_one_and_worst_where_one_has_all():
+  def loss(probs, gates):
+    return float(balance_loss([GateRecord(None, jnp.array(probs), jnp.array(gates))]))
+
+  even, one = [[0.25] * 4] * 4, [[1.0, 0, 0, 0]] * 4
+  assert loss(even, np.eye(4)) == 1
+  assert loss(one, one) == 4
+  assert loss(even, one) == 1  # the share alone is no imbalance that a gradient could mend
+  tilted = jnp.array([[0.7, 0.1, 0.1, 0.1]] * 4)
+  gradient = jax.grad(lambda p: balance_loss([GateRecord(None, p, jnp.array(one))]))(tilted)
+  np.testing.assert_allclose(gradient, [[1, 0, 0, 0]] * 4)
+  twice = balance_loss([GateRecord(None, tilted, jnp.array(one))] * 2)
+  assert float(twice) == pytest.approx(2 * 4 * 0.7)

@@ -7,7 +7,7 @@ from scipy import special, stats
 
 from gating_jax.ops.priors import beta
 from gating_jax.training import objectives
-from gating_jax.training.objectives import ImageObjective, batch_shaping_term
+from gating_jax.training.objectives import ExitObjective, ImageObjective, batch_shaping_term
 from gating_jax.types import GateRecord
 
 N, CLASSES, UNITS = 6, 3, (2, 4)
@@ -182,3 +182,19 @@ def test_batch_shaping_takes_each_layers_mean_by_default():
 def test_wrong_names_are_refused_with_near_matches(settings, message):
   with pytest.raises(ValueError, match=message):
     objective(**settings)
+
+
+@pytest.mark.parametrize("weights", [(0.25,), (0.25, 2.0)])
+def test_all_exits_are_fitted_at_once_with_their_weights(weights):
+  answers = RANDOM.normal(size=(N, 3, CLASSES)).astype(np.float32)
+  plain = objective(regulariser="none")
+  fitted = ExitObjective(**vars(plain), exit_weights=weights)
+  each = [plain(answers[:, i], LABELS, (), STEP)[1] for i in range(3)]
+  total, terms = fitted(answers, LABELS, records(), STEP)
+  expected = [float(e["cross_entropy"]) for e in each] @ np.array([weights[0], weights[-1], 1.0])
+  assert float(total) == pytest.approx(expected, rel=1e-6)
+  assert terms["accuracy"] == each[2]["accuracy"]
+  assert [terms["exits/accuracy1"], terms["exits/accuracy2"]] == [e["accuracy"] for e in each[:2]]
+  assert float(terms["mac_ratio"]) == pytest.approx(watched_by_hand()["mac_ratio"], rel=1e-6)
+  with pytest.raises(ValueError, match="exit_weights must hold 1 number, or one for each of 1 exits before the last"):
+    ExitObjective(**vars(plain), exit_weights=(1.0, 1.0))(answers[:, 1:], LABELS, (), STEP)

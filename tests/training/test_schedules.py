@@ -90,3 +90,9 @@ def test_warm_up_does_not_move_the_drops_or_the_end():
 def test_bad_fractions_and_names_are_refused(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+def test_a_ramp_falls_or_rises_between_two_values():
+  assert values(schedules.ramp(1.0, 0.25, 0.2, 0.6, 10), 0, 2, 3, 4, 6, 10) == pytest.approx(
+      [1, 1, 0.8125, 0.625, 0.25, 0.25])
+  assert values(schedules.ramp(1.0, 0.25, 0.0, 0.0, 10), 0, 9) == [0.25, 0.25]

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -199,3 +200,37 @@ def test_evaluation_of_an_ungated_net_has_no_gates():
   results = steps.make_eval_step(tiny.net("none"), tiny.normalise)(tiny.state(OPTIMISER, "none"), *tiny.images(5))
   assert set(results) == {"predicted", "correct", "cross_entropy"}
   assert results["correct"].shape == results["cross_entropy"].shape == (5,)
+
+
+def noisy(schedule, net=None):
+  return jax.jit(steps.make_train_step(net or tiny.net(), OPTIMISER, tiny.objective(), tiny.prepare, seed=0,
+                                       noise_scale=schedule))
+
+
+def test_a_scheduled_noise_scale_is_that_of_the_settings_at_each_step_and_compiles_once():
+  state, batch = tiny.state(OPTIMISER), tiny.images(BATCH_SIZE)
+  step, rates = noisy(optax.linear_schedule(4.0, 0.0, 4)), []
+  for at in range(5):
+    following, metrics = step(state, *batch)
+    scale = 4.0 - at
+    net = tiny.net().clone(gate=dataclasses.replace(tiny.net().gate, noise_scale=scale))
+    expected, values = noisy(None, net)(state, *batch)
+    assert float(metrics["gates/noise_scale"]) == scale
+    rates.append(float(metrics["gate_rate/layer00"]))
+    assert rates[-1] == float(values["gate_rate/layer00"])
+    assert tiny.relative_gap(following.params, expected.params) < 1e-6
+    assert "gates/noise_scale" not in values
+    state = following
+  assert len(set(rates)) > 1
+  assert step._cache_size() == 1
+
+
+def test_the_schedule_goes_on_where_a_restart_finds_it():
+  state, batch = tiny.state(OPTIMISER), tiny.images(BATCH_SIZE)
+  step = noisy(optax.linear_schedule(4.0, 0.0, 4))
+  halfway, _ = step(*[state, *batch])
+  kept = jax.tree.map(np.array, halfway)
+  end, _ = step(halfway, *batch)
+  again, metrics = noisy(optax.linear_schedule(4.0, 0.0, 4))(kept, *batch)
+  assert float(metrics["gates/noise_scale"]) == 3
+  assert tiny.bit_equal(again, end)

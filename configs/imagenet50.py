@@ -1,0 +1,29 @@
+"""ResNet18 on a set of 50 classes of ImageNet at 64 x 64, channel gates with batch-shaping and L0.
+
+    gating-jax --config=configs/imagenet50.py --workdir=runs/imagenet50 --mode=train
+    gating-jax --config=configs/imagenet50.py:epochs=5,width=0.25,gates=none --workdir=runs/ungated --mode=train
+
+`data.name` is any TFDS set of such images, by the name of its folder; here the first 50 classes of Tiny ImageNet. The
+recipe of Bejnordi et al., ICLR 2020, for ImageNet is not known; this one is ours, the schedules of the gates' losses
+those of CIFAR-10. The same streaming loader and bfloat16 as in configs/imagenet_resnet18.py; the set fits on a device
+as well, `--config.data.loader=resident`, then without `--config.data.crop_area`.
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ""):
+  config = common.image_config()
+  config.data.name = "tiny_imagenet50"
+  config.data.loader = "streaming"
+  config.data.crop_area = 0.25
+  config.data.mean = (0.485, 0.456, 0.406)
+  config.data.std = (0.229, 0.224, 0.225)
+  config.data.flip = True
+  config.model.name = "resnet18"
+  config.model.dtype = "bfloat16"
+  config.optim.epochs = 100
+  config.optim.batch_size = 128
+  config = common.apply_variants(config, arg)
+  config.eval_every = max(1.0, config.optim.epochs / 10)
+  return config

@@ -1,0 +1,74 @@
+"""Several networks for the same task, and a gate that says how much each one's answer counts for an example.
+
+Axes: N examples, E experts.
+Reference: Jacobs et al., "Adaptive mixtures of local experts", 1991; Shazeer et al., "Outrageously large neural
+networks: the sparsely-gated mixture-of-experts layer", 2017; Fedus et al., "Switch transformers", 2022 (the softmax
+before the choice, so that one expert alone still has a gradient).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gating_jax.layers.gate import GATE_NAME, GateHead, GateSettings
+from gating_jax.layers.tally import kernel_calls
+from gating_jax.types import Array, GateRecord, Records
+
+
+class Experts(nn.Module):
+  """A mixture of experts, `[N, ..., D]` to `(y, records)`:
+
+      y = sum_e g_e expert_e(x),   p = softmax(head(x)),   g = p, or 0 where p_e is not among the `top_k` largest
+
+  All experts compute all examples; the record says which count. Its `probs` are p and its `gates` g. Where all experts
+  count its `logits` are the log-odds of p, else how far an expert's logit is above the middle between the last that
+  counts and the first that does not. Gates are never drawn.
+
+  Attributes:
+    experts: modules called as `expert(x, train)` that return outputs of one shape at the same number of MACs.
+    top_k: how many count for an example; None for all.
+    gate: of the head, its `hidden`.
+    axis_name: mapped device axis over which the head's BatchNorm takes its statistics.
+  """
+
+  experts: tuple[nn.Module, ...]
+  top_k: int | None = None
+  gate: GateSettings = GateSettings()
+  axis_name: Hashable | None = None
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
+    count = len(self.experts)
+    if self.top_k is not None and not 1 <= self.top_k <= count:
+      raise ValueError(f"top_k must be None or in 1 .. {count}, the number of experts; got {self.top_k}")
+    scores = GateHead(count, self.gate, self.axis_name, name=GATE_NAME)(x, train)
+    logits, gates = mixture(scores, self.top_k)
+    y, macs = 0, []
+    for e, expert in enumerate(self.experts):
+      with kernel_calls() as calls:
+        own = expert(x, train)
+      macs.append(sum(call.macs for call in calls))
+      y += gates[:, e].reshape(-1, *[1] * (own.ndim - 1)).astype(own.dtype) * own
+    if len(set(macs)) > 1:
+      raise ValueError(f"experts must all take the same multiply-accumulates; got {macs}")
+    return y, (GateRecord(logits, jax.nn.softmax(scores), gates, macs[0], gate=(*self.path, GATE_NAME)),)
+
+
+def mixture(scores: Array, top_k: int | None) -> tuple[Array, Array]:
+  """`(logits, gates)` of `Experts`, `[N, E]` each, from the head's scores `[N, E]`.
+
+  >>> logits, gates = mixture(jnp.array([[0.0, 2.0, 1.0]]), 1)
+  >>> logits, gates.round(3)
+  (Array([[-1.5,  0.5, -0.5]], dtype=float32), Array([[0.   , 0.665, 0.   ]], dtype=float32))
+  """
+  count, probs = scores.shape[-1], jax.nn.softmax(scores)
+  if top_k is None or top_k == count:
+    others = jnp.where(jnp.eye(count, dtype=bool), -jnp.inf, scores[..., None, :])
+    return scores - jax.nn.logsumexp(others, axis=-1), probs
+  best, index = jax.lax.top_k(scores, top_k + 1)
+  chosen = jax.nn.one_hot(index[..., :top_k], count, dtype=scores.dtype).sum(-2)
+  return scores - (best[..., top_k - 1, None] + best[..., top_k, None]) / 2, chosen * probs

@@ -1,0 +1,52 @@
+"""A residual network whose last stage is a mixture of experts.
+
+Axes: N examples, D channels.
+Reference: Jacobs et al., 1991; Shazeer et al., 2017; see `layers.experts`.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+
+from gating_jax.layers.experts import Experts
+from gating_jax.models.resnet import ResNet
+from gating_jax.types import Array, Records
+
+
+class ExpertNet(ResNet):
+  """`[N, H, W, D]` images or clips to `([N, classes] float32 logits, records)`: one record, of the experts.
+
+  Each expert is a last stage of its own; all have the same input, the feature map of the stages before.
+
+  Attributes:
+    experts: how many.
+    top_k: how many of them count for an example; None for all.
+
+  >>> from gating_jax.models.counts import count
+  >>> from gating_jax.models.resnet import resnet
+  >>> count(resnet("resnet20", 10, kind=ExpertNet, experts=3), (32, 32, 3)).gate_layers
+  (('stage3', 3),)
+  """
+
+  experts: int = 4
+  top_k: int | None = None
+
+  def _stage(self, x: Array, train: bool, stage: int, stride: int, dilation: int) -> tuple[Array, Records]:
+    if self.gating != "none":
+      raise ValueError(f"gating must be none in a network of experts; got {self.gating!r}")
+    if stage + 1 < len(self.blocks):
+      return super()._stage(x, train, stage, stride, dilation)
+    block = lambda number: self._block(stage, number, stride, dilation, parent=None, name=None)
+    experts = tuple(Chain(tuple(block(i) for i in range(self.blocks[stage])), parent=None) for _ in range(self.experts))
+    return Experts(experts, self.top_k, self.gate, self.axis_name, name=f"stage{stage + 1}")(x, train)
+
+
+class Chain(nn.Module):
+  """Ungated blocks one after the other, each called as `block(x, train)` and returning `(y, ())`."""
+
+  blocks: tuple[nn.Module, ...]
+
+  def __call__(self, x: Array, train: bool) -> Array:
+    for block in self.blocks:
+      x, _ = block(x, train)
+    return x

@@ -1,0 +1,108 @@
+"""When an example leaves a network early: at the first exit that is sure of its class.
+
+Sure is a low entropy of the softmax, as a share of the largest, so that thresholds do not depend on the number of
+classes.
+
+Axes: N examples, X exits before the last, K classes.
+Reference: Teerapittayanon, McDanel and Kung, "BranchyNet: fast inference via early exiting from deep neural networks",
+2016.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gating_jax.types import Array
+
+_EPS = 1e-6  # of entropies: float32 tells no more of them near 0 and 1
+
+
+def entropy_share(logits: Array) -> Array:
+  """Entropy of the softmax over the last axis, in [0, 1]: `-sum_k p_k log p_k / log K`.
+
+  >>> entropy_share(jnp.array([[0.0, 0.0], [0.0, 9.0]])).round(4)
+  Array([1.    , 0.0018], dtype=float32)
+
+  Raises:
+    ValueError: fewer than two classes.
+  """
+  if logits.shape[-1] < 2:
+    raise ValueError(f"logits must have two classes or more; got shape {logits.shape}")
+  log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+  return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1) / math.log(logits.shape[-1])
+
+
+def stay_logits(exits: Array, threshold: float) -> Array:
+  """How unsure every exit so far is, `[N, X]`: above 0 where the network runs on after an exit.
+
+      stay_i = min_(j <= i) logit(u_j) - logit(threshold),   u_j = entropy_share(exits_j)
+
+  Another threshold adds a constant, so that these tell what any threshold would do, see `threshold_for_budget`.
+
+  Args:
+    exits: `[N, X, K]` logits of the exits before the last, in their order.
+    threshold: of the entropy's share, in (0, 1): an exit of less entropy is taken.
+
+  >>> stay_logits(jnp.array([[[0.0, 1.0], [0.0, 9.0], [0.0, 0.0]]]), 0.5).round(2)
+  Array([[ 1.66, -6.33, -6.33]], dtype=float32)
+  """
+  share = jnp.clip(entropy_share(exits), _EPS, 1 - _EPS)
+  return lax.cummin(jnp.log(share) - jnp.log1p(-share), axis=1) - _log_odds(threshold)
+
+
+def first_sure(answers: Array, stay: Array) -> Array:
+  """The answer of the exit at which each example leaves, `[N, K]`.
+
+  Args:
+    answers: `[N, X + 1, K]` of all exits, with the network's own as the last.
+    stay: `[N, X]`, above 0 where the network runs on; once it is not, it stays so.
+  """
+  at = jnp.sum(stay > 0, axis=1)
+  return jnp.take_along_axis(answers, at[:, None, None], axis=1)[:, 0]
+
+
+def threshold_for_budget(stay: np.ndarray, macs: Sequence[int], fixed: int, *, threshold: float, share: float) -> float:
+  """The lowest threshold, so the most examples that run on, with mean MACs of at most `share` of all; on examples that
+  were not trained on.
+
+  The mean grows as the threshold falls, and jumps only where an example's least entropy so far is passed: the search
+  over those is exact.
+
+  Args:
+    stay: `[N, X]` of `stay_logits`.
+    macs: X, what runs after each exit up to the next.
+    fixed: what runs for every example.
+    threshold: that `stay` was made with.
+    share: in (0, 1], of `fixed + sum(macs)`.
+  Raises:
+    ValueError: what runs for every example is already more, or the shapes do not belong together.
+
+  >>> stay = np.array([[3.0, 2.0], [1.0, -1.0], [-2.0, -4.0]])
+  >>> print(f"{threshold_for_budget(stay, [10, 20], 10, threshold=0.5, share=0.5):.4f}")
+  0.8176
+  """
+  stay, macs = np.asarray(stay, np.float64), np.asarray(macs, np.float64)
+  if stay.ndim != 2 or not stay.size or macs.shape != stay.shape[1:]:
+    raise ValueError(f"stay must be [N, X] for X macs; got shapes {stay.shape} and {macs.shape}")
+  total = fixed + macs.sum()
+  if not fixed <= share * total:
+    raise ValueError(f"share must be at least {fixed / total:.4g}, what runs before the first exit; got {share}")
+  levels, where = np.unique(stay, return_inverse=True)
+  saved = np.bincount(where.ravel(), np.broadcast_to(macs / len(stay), stay.shape).ravel())
+  spent = total - np.concatenate([[0.0], np.cumsum(saved)])  # where so many of the lowest levels leave
+  leave = int(np.argmax(spent <= share * total * (1 + 1e-9)))
+  padded = np.concatenate([[levels[0] - 2], levels, [levels[-1] + 2]])
+  between = (padded[leave] + padded[leave + 1]) / 2  # apart from both, whatever rounding there is
+  return float(1 / (1 + np.exp(-between - _log_odds(threshold))))
+
+
+def _log_odds(threshold: float) -> float:
+  if not 0 < threshold < 1:
+    raise ValueError(f"threshold must be in (0, 1), a share of the largest entropy; got {threshold}")
+  return math.log(threshold) - math.log1p(-threshold)

@@ -1,0 +1,110 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gating_jax.models.counts import count
+from gating_jax.models.early_exit import EarlyExitNet
+from gating_jax.models.resnet import resnet
+from gating_jax.ops import exits
+from gating_jax.ops.macs import executed_macs, gated_macs
+
+SHAPE, CLASSES = (8, 8, 3), 5
+SMALL = dict(blocks=(1, 1, 1), features=4)
+
+
+def net(threshold=0.5, **fields):
+  return resnet("resnet20", CLASSES, kind=EarlyExitNet, threshold=threshold, **{**SMALL, **fields})
+
+
+@functools.cache
+def trained():
+  """Variables whose exits are sure of some images and not of others."""
+  x = jax.random.normal(jax.random.key(1), (24, *SHAPE)) * jnp.linspace(0.1, 3, 24)[:, None, None, None]
+  variables = jax.jit(net().init)(jax.random.key(0), x)
+  for name, scale in (("exit1", 2), ("exit2", 20)):
+    dense = variables["params"][name]["classifier"]
+    dense["kernel"] = scale * dense["kernel"]
+  return variables, x
+
+
+@functools.cache
+def run(threshold, train=False):
+  variables, x = trained()
+  out = jax.jit(lambda v: net(threshold).apply(v, x, train, mutable=["batch_stats"] if train else False))(variables)
+  return out[0] if train else out
+
+
+def test_units_cost_what_follows_up_to_the_next_exit():
+  counts = count(net(), SHAPE)
+  exit_macs = lambda side, i, o: 9 * i * o * (side // 2) ** 2 + o * CLASSES
+  stage = lambda side, i, o: 9 * side**2 * (i * o + o * o)  # shortcuts are free
+  second, third = stage(4, 4, 8) + exit_macs(4, 8, 16), stage(2, 8, 16) + 16 * CLASSES
+  _, records = jax.eval_shape(net().init_with_output, jax.random.key(0), jnp.zeros((1, *SHAPE)))[0]
+  assert [r.macs_per_unit for r in records] == [second, third]
+  plain = count(resnet("resnet20", CLASSES, **SMALL), SHAPE)
+  assert counts.macs == plain.macs + exit_macs(8, 4, 8) + exit_macs(4, 8, 16)
+  assert counts.gated == second + third
+  assert (counts.gates, counts.gate_params, counts.gate_layers) == (2, 0, (("exit1", 1), ("exit2", 1)))
+
+
+def test_of_resnet20_the_exits_cost_little():
+  counts = count(resnet("resnet20", 10, kind=EarlyExitNet), (32, 32, 3))
+  assert counts.macs - 40_551_040 == 9 * 16 * 32 * 256 + 320 + 9 * 32 * 64 * 64 + 640
+
+
+def test_an_image_has_the_answer_of_its_exit_and_later_gates_are_closed():
+  answers, _ = run(0.5, train=True)
+  assert answers.shape == (24, 3, CLASSES)
+  y, records = run(0.5)
+  left = np.concatenate([r.gates for r in records], axis=1)
+  assert {tuple(row) for row in left} == {(0, 0), (1, 0), (1, 1)}
+  np.testing.assert_array_equal(np.concatenate([r.logits for r in records], axis=1) > 0, left)
+  never, everything = run(1e-9)
+  always, nothing = run(1 - 1e-9)
+  assert all((r.gates == 1).all() for r in everything)
+  assert all((r.gates == 0).all() for r in nothing)
+  np.testing.assert_array_equal(y[left.sum(axis=1) == 2], never[left.sum(axis=1) == 2])
+  np.testing.assert_array_equal(y[left.sum(axis=1) == 0], always[left.sum(axis=1) == 0])
+  assert not np.array_equal(never, always)
+  first, second = (r.macs_per_unit for r in records)
+  np.testing.assert_array_equal(executed_macs(records), left @ np.array([first, second]))
+  assert gated_macs(records) == first + second
+
+
+def test_where_no_image_leaves_it_is_the_plain_network_of_the_same_parameters():
+  variables, x = trained()
+  plain = resnet("resnet20", CLASSES, **SMALL)
+  theirs = jax.tree.structure(jax.eval_shape(plain.init, jax.random.key(0), x)["params"])
+  own = {c: {k: v for k, v in tree.items() if not k.startswith("exit")} for c, tree in variables.items()}
+  assert jax.tree.structure(own["params"]) == theirs
+  y, records = plain.apply(own, x)
+  assert records == ()
+  np.testing.assert_allclose(run(1e-9)[0], y, rtol=1e-5, atol=1e-6)
+
+
+def test_every_parameter_is_trained_and_none_by_the_records():
+  variables, x = trained()
+  apply = lambda p: net().apply({**variables, "params": p}, x, True, mutable=["batch_stats"])[0]
+  grads = jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(apply(p)[0]))))(variables["params"])
+  assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+  silent = jax.jit(jax.grad(lambda p: sum(jnp.sum(r.probs + r.logits) for r in apply(p)[1])))(variables["params"])
+  assert all((g == 0).all() for g in jax.tree.leaves(silent))
+
+
+def test_a_budget_is_met_by_the_threshold_found_for_it():
+  _, records = run(0.5)
+  stay = np.concatenate([r.logits for r in records], axis=1)
+  counts, macs = count(net(), SHAPE), [r.macs_per_unit for r in records]
+  found = exits.threshold_for_budget(stay, macs, counts.fixed, threshold=0.5, share=0.8)
+  spent = counts.fixed + np.mean(executed_macs(run(found)[1]))
+  assert 0.8 - sum(macs) / 24 / counts.macs < spent / counts.macs <= 0.8
+
+
+@pytest.mark.parametrize(("fields", "shape"), [
+    ({"gating": "channel"}, SHAPE), ({"classes": None}, SHAPE), ({"blocks": (2,)}, SHAPE), ({}, (4, *SHAPE))])
+def test_what_cannot_have_exits_is_refused(fields, shape):
+  with pytest.raises(ValueError, match="a network with exits must have classes, two stages, gating='none' and images"):
+    jax.eval_shape(net().clone(**fields).init, jax.random.key(0), jnp.zeros((1, *shape)))

@@ -1,0 +1,138 @@
+"""Every config, made tiny, builds, has the shapes of its counts, and takes two steps on made data."""
+
+import csv
+import importlib
+import types
+
+import jax
+import made_videos
+import numpy as np
+import pytest
+from test_configs import FILES
+
+from gating_jax.data import sources
+from gating_jax.experiments import classification, continual, continual_build, long_video, segmentation, video_build
+from gating_jax.layers.blocks import BasicBlock
+from gating_jax.models import resnet, segment_nets, vgg
+from gating_jax.models.resnet import ResNet
+from gating_jax.training import devices, steps
+
+RANDOM = np.random.default_rng(0)
+BATCH = 8
+
+
+class Source(list):
+  """Examples as TFDS gives them, with what it tells of them."""
+
+  def __init__(self, examples, shape, names):
+    super().__init__(examples)
+    features = {"image": types.SimpleNamespace(shape=shape), "label": types.SimpleNamespace(names=names)}
+    self.dataset_info = types.SimpleNamespace(features=features)
+
+
+def source(name, split, *_):
+  """Images of the set's channels, classes and, where they differ in it, sizes."""
+  if name == "cityscapes":
+    labels = RANDOM.choice([7, 26, 0], (16, 12, 16, 1)).astype(np.uint8)
+    return [{"image_left": np.repeat(label * 5, 3, axis=-1), "segmentation_label": label} for label in labels]
+  depth, classes = 1 if "mnist" in name else 3, {"imagenet2012": 1000, "tiny_imagenet50": 50}.get(name, 10)
+  sides = (9, 12) if name == "imagenet2012" else (8, 8)
+  image = lambda i: RANDOM.integers(0, 256, (sides[i % 2], sides[-1 - i % 2], depth), dtype=np.uint8)
+  examples = [{"image": image(i), "label": i % classes} for i in range(20 * classes if classes < 1000 else 40)]
+  side = None if name == "imagenet2012" else 8
+  return Source(examples, (side, side, depth), [str(c) for c in range(classes)])
+
+
+@pytest.fixture
+def config(monkeypatch, tmp_path):
+  """`name -> config`, its networks of one or two blocks, its data made."""
+  monkeypatch.setattr(sources, "open_tfds", source)
+  monkeypatch.setitem(resnet.RESNETS, "tiny", ("cifar", BasicBlock, (1, 1), 4, "B"))
+  monkeypatch.setitem(vgg.VGGS, "tiny_chain", (4, vgg.POOL, 4))
+  for nets, stem in ((segment_nets.LIGHT_NETS, "cifar"), (segment_nets.HEAVY_NETS, "small")):
+    monkeypatch.setitem(nets, "tiny", (ResNet, dict(classes=None, blocks=(1,), features=4, stem=stem)))
+
+  def make(name):
+    made = importlib.import_module(f"configs.{name}").get_config()
+    chain = made.experiment == "continual" and made.model.name in vgg.VGGS
+    changes = {"optim.batch_size": BATCH, "optim.epochs": 1}
+    if made.experiment == "long_video":
+      changes |= {"training": "end_to_end", "optim.epochs": 2, "data.train_videos": 8, "data.test_videos": 8,
+                  "data.segments": 14, "data.workers": 0, "pretrain.batch_size": BATCH,
+                  "model.gate.concepts": 4, "model.gate.hidden": 4}
+      if made.model.light.name != "features":
+        changes |= {"model.light.name": "tiny", "model.heavy.name": "tiny", "model.heavy.stem": None}
+      changes |= video_files(tmp_path, made.data.name)
+    else:
+      changes |= {"model.name": "tiny_chain" if chain else "tiny", "model.width": 1.0}
+    if made.experiment == "segmentation":
+      changes |= {"data.size": (12, 16), "data.train_scenes": 16, "data.test_scenes": 8, "data.workers": 0,
+                  "data.crop": made.data.crop and (8, 8), "model.head": 8}
+    if made.experiment == "continual":
+      changes |= {"tasks.count": 2, "optim.eval_batch_size": BATCH, "gates.threshold": 0.5, "router.steps": 2}
+    if made.experiment == "classification" and made.data.image_size:
+      changes |= {"data.image_size": 8, "data.workers": 0}
+    made.lock()
+    made.update_from_flattened_dict(changes)
+    return made
+
+  return make
+
+
+def video_files(folder, kind):
+  """Eight videos, or features of them, and their tables; none for those that are composed."""
+  if kind == "composed":
+    return {}
+  names = [f"video{i}{'.mp4' if kind == 'videos' else ''}" for i in range(8)]
+  for name in names:
+    if kind == "videos":
+      made_videos.write(folder / name, 14, size=(16, 24))
+    else:
+      np.save(folder / f"{name}.npy", RANDOM.normal(size=(6, 5)).astype(np.float32))
+  with (folder / "labels.csv").open("w", newline="") as file:
+    csv.writer(file).writerows([("video", "label"), *((name, "ab"[i % 2]) for i, name in enumerate(names))])
+  (folder / "split.txt").write_text("".join(f"{name}\n" for name in names))
+  tables = {"table": folder / "labels.csv", "train_split": folder / "split.txt", "test_split": folder / "split.txt"}
+  sizes = {"data.size": 8, "data.frames": 4, "data.segments": 3} if kind == "videos" else {}
+  return {"data.folder": str(folder), **{f"data.{name}": str(path) for name, path in tables.items()}, **sizes}
+
+
+def images(made, module):
+  built = module.build(made)
+  fresh = lambda: steps.init_state(built.model, built.optimiser, made.seed, built.test.shape)
+  return fresh, classification.make_advance(built, built.open_train(), 0, module.TASK), (
+      built.counts.params + built.counts.gate_params)
+
+
+def tasks(made):
+  built = continual_build.build(made)
+  return built.fresh, continual.make_advance(built)(0), None
+
+
+def videos(made):
+  built = video_build.build(made)
+  phase = built.training
+  fresh = lambda: steps.init_state(phase.model, phase.optimiser, made.seed, phase.shapes)
+  return fresh, long_video._make_advance(built, phase, built.train, 0), None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_a_config_takes_two_steps(name, config):
+  made = config(name)
+  parts = {"classification": lambda: images(made, classification), "segmentation": lambda: images(made, segmentation),
+           "continual": lambda: tasks(made), "long_video": lambda: videos(made)}
+  fresh, advance, params = parts[made.experiment]()
+  abstract = jax.eval_shape(fresh)
+  sizes = [leaf.size for leaf in jax.tree.leaves(abstract.params)]
+  assert params is None or sum(sizes) == params
+  began = jax.device_get(fresh())
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), began) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
+  state = devices.replicate(began)
+  for step in range(2):
+    state, metrics = advance(state, step)
+    assert np.isfinite(np.asarray(metrics["loss"])).all()
+  assert int(state.step) == 2
+  moved = [not np.array_equal(a, b) for a, b in zip(
+      jax.tree.leaves(began.params), jax.tree.leaves(jax.device_get(state.params)), strict=True)]
+  assert sum(moved) > len(moved) / 2
