@@ -18,7 +18,7 @@ if [ "$installed" != "$wanted ${EXTRAS:-}" ] && [ "$installed" != "$wanted [dev]
   pins=(-c requirements.txt)
   .venv/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || pins=()
   .venv/bin/python -m pip install --quiet --disable-pip-version-check ${pins[@]+"${pins[@]}"} -e ".${EXTRAS:-}"
-  .venv/bin/python -m gating_jax.native.build  # where there is a C++ compiler; says so where there is none
+  .venv/bin/python -c 'from gating_jax.native import build; build.main()'  # where there is a C++ compiler
   echo "$wanted ${EXTRAS:-}" > .venv/installed
 fi
 # shellcheck source=/dev/null

@@ -1,6 +1,6 @@
 """Builds the native CPU kernels with the machine's C++ compiler, and loads them.
 
-    python -m gating_jax.native.build      (launch/setup.sh runs it after the installation)
+    python -c 'from gating_jax.native import build; build.main()'      (launch/setup.sh runs it after the installation)
 
 Not an extension of the package's wheel, since the headers it needs come with jax itself: a build in isolation, as pip
 makes it, would have to fetch a second jaxlib, and could get another version than the one that loads the result. So it
@@ -20,7 +20,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -114,7 +113,3 @@ def main() -> None:
     print(f"native kernels: {library()}")
   except NotBuilt as error:
     print(f"native kernels: none ({error}); everything runs without them, in plain JAX")
-
-
-if __name__ == "__main__":
-  sys.exit(main())

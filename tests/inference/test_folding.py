@@ -9,6 +9,8 @@ from gating_jax.inference.folding import fold
 from gating_jax.layers.blocks import Bottleneck
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.counts import count
+from gating_jax.models.early_exit import EarlyExitNet
+from gating_jax.models.expert_net import ExpertNet
 from gating_jax.models.resnet import ResNet
 from gating_jax.models.vgg import VGG
 from gating_jax.ops.macs import executed_macs
@@ -93,6 +95,8 @@ def test_what_static_gates_close_is_gone(name):
      "context must be pooled or none"),
     (ResNet(3, (1,), features=4, gating="channel", gate=GateSettings(relaxation="sigmoid")), "relaxation must be"),
     (flax.linen.Dense(3), "model must be a ResNet or a VGG; got a Dense"),
+    (EarlyExitNet(3, (1, 1), features=4), "model must be a ResNet or a VGG; got a EarlyExitNet"),
+    (ExpertNet(3, (1, 1), features=4), "model must be a ResNet or a VGG; got a ExpertNet"),
 ])
 def test_what_cannot_be_folded_is_named(model, message):
   with pytest.raises(ValueError, match=message):
