@@ -184,7 +184,8 @@ def test_a_dry_run_prints_what_would_be_done(script, environment, expected):
   assert told.stdout.endswith("# if it fails, again from its newest checkpoint, at most 3 times\n")
 
 
-@pytest.mark.parametrize(("restarts", "status", "runs"), [(0, 1, 1), (2, 1, 3), (2, 2, 1), (2, 127, 1), (2, 143, 3), (2, 0, 1)])
+@pytest.mark.parametrize(
+    ("restarts", "status", "runs"), [(0, 1, 1), (2, 1, 3), (2, 2, 1), (2, 127, 1), (2, 143, 3), (2, 0, 1)])
 @pytest.mark.parametrize(("script", "program"), [("slurm.sh", "srun"), ("tpu.sh", "gcloud")])
 def test_what_a_restart_may_mend_is_started_again_so_many_times(tmp_path, script, program, restarts, status, runs):
   (tmp_path / program).write_text(f"#!/bin/sh\necho run >> {tmp_path}/runs\nexit {status}\n")
