@@ -195,3 +195,8 @@ def test_a_picture_is_in_tensorboard(tmp_path, open_journal):
   one.close()
   ((step, value),) = [(step, value) for step, value in summaries(tmp_path) if value.tag == "pictures/a"]
   assert (step, value.image.width, value.image.height) == (7, 5, 3)
+
+
+def test_what_is_no_character_is_written_as_a_question_mark(tmp_path):
+  journal.write_atomically(tmp_path / "page.html", "n\udcffé")
+  assert (tmp_path / "page.html").read_bytes() == "n?é".encode()
