@@ -44,12 +44,12 @@ def load() -> ctypes.CDLL:
     NotBuilt: switched off, no compiler, or a compiler that fails.
   """
   try:
-    return ctypes.CDLL(str(library()))
+    return ctypes.CDLL(str(built()))
   except OSError as error:
     raise NotBuilt(f"the native library could not be loaded: {error}") from error
 
 
-def library() -> Path:
+def built() -> Path:
   """The library's file, built if it is not there."""
   if os.environ.get(SWITCH, "1") == "0":
     raise NotBuilt(f"switched off by {SWITCH}=0")
@@ -110,6 +110,6 @@ def main() -> None:
   """Builds, and says so, or why not; never fails, since everything runs without."""
   try:
     load()
-    print(f"native kernels: {library()}")
+    print(f"native kernels: {built()}")
   except NotBuilt as error:
     print(f"native kernels: none ({error}); everything runs without them, in plain JAX")

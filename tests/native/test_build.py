@@ -56,7 +56,7 @@ def test_no_compiler(cache, monkeypatch):
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(cache, compiler):
   compiler.write_text("#!/bin/sh\n[ $1 = --version ] || { echo 'no such header' >&2; exit 1; }\n")
   with pytest.raises(build.NotBuilt, match="failed: no such header"):
-    build.library()
+    build.built()
   assert not list((cache / "gating_jax").iterdir())
 
 
@@ -68,23 +68,23 @@ def test_what_cannot_be_loaded_is_said(cache, compiler):
 def test_a_folder_that_cannot_be_written(cache, compiler):
   cache.write_text("a file")
   with pytest.raises(build.NotBuilt, match="cannot be written"):
-    build.library()
+    build.built()
 
 
 def test_built_once_and_again_when_a_source_changes(cache, compiler, monkeypatch, tmp_path):
-  first = build.library()
+  first = build.built()
   text = first.read_text()
-  assert build.library() == first
+  assert build.built() == first
   assert first.read_text() == text
   assert list((cache / "gating_jax").iterdir()) == [first]
   changed = tmp_path / "gated_chain.cc"
   changed.write_text("other")
   monkeypatch.setattr(build, "SOURCES", (changed, *build.SOURCES[1:]))
-  assert build.library() != first
+  assert build.built() != first
 
 
 def test_processes_at_once_leave_one_whole_file(cache, compiler):
-  program = "from gating_jax.native import build; print(build.library())"
+  program = "from gating_jax.native import build; print(build.built())"
   runs = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True,
                            env={**os.environ, "PYTHONPATH": str(ROOT)}) for _ in range(3)]
   names = {run.communicate(timeout=120)[0].strip() for run in runs}
