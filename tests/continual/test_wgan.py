@@ -19,7 +19,7 @@ SETTINGS = WganSettings(critic_steps=2, learning_rate=1e-3, average=0.9)
 
 
 class Pair(nn.Module):
-  """A generator of images of two pixels."""
+  """A generator of images of two pixels, wide enough that training succeeds from every seed."""
 
   shape = (1, 2, 1)
   latent = 2
@@ -27,15 +27,15 @@ class Pair(nn.Module):
 
   @nn.compact
   def __call__(self, z, labels, train=False):
-    h = nn.leaky_relu(nn.Dense(16)(z))
-    return jnp.tanh(nn.Dense(2)(nn.leaky_relu(nn.Dense(16)(h)))).reshape(-1, *self.shape), ()
+    h = nn.leaky_relu(nn.Dense(64)(z))
+    return jnp.tanh(nn.Dense(2)(nn.leaky_relu(nn.Dense(64)(h)))).reshape(-1, *self.shape), ()
 
 
 class PairCritic(nn.Module):
   @nn.compact
   def __call__(self, x, labels):
-    h = nn.leaky_relu(nn.Dense(16)(x.reshape(-1, 2)))
-    return nn.Dense(1)(nn.leaky_relu(nn.Dense(16)(h)))[:, 0]
+    h = nn.leaky_relu(nn.Dense(64)(x.reshape(-1, 2)))
+    return nn.Dense(1)(nn.leaky_relu(nn.Dense(64)(h)))[:, 0]
 
 
 PAIR = Pair(), PairCritic()
