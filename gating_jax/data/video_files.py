@@ -124,8 +124,11 @@ def _open(path: Path):
   """That file and no other: a name is no address of FFmpeg's, and what the file says makes it open nothing."""
   import av
 
-  return av.open(f"file:{os.path.abspath(path)}", container_options={
-      "protocol_whitelist": "file", "format_whitelist": _CONTAINERS})
+  try:
+    return av.open(f"file:{os.path.abspath(path)}", container_options={
+        "protocol_whitelist": "file", "format_whitelist": _CONTAINERS})
+  except av.error.ArgumentError as error:  # what FFmpeg says of a format that is not in the list
+    raise ValueError(f"must be of a container that holds all it shows, one of {_CONTAINERS}") from error
 
 
 def _video_stream(container):

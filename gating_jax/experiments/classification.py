@@ -45,7 +45,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   experiment = build(config)
   if mode in _OF_NEWEST:
     run_dir = rundir.existing_run(workdir, config)
-    step, state = _newest(experiment, run_dir)
+    step, state = newest(experiment, run_dir)
     variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
     hosts.written(lambda: _OF_NEWEST[mode](experiment, run_dir, step, variables))
     return
@@ -79,14 +79,14 @@ def _test_newest(
     task: Task, experiment: Experiment, run_dir: rundir.RunDir
 ) -> tuple[int, Any, dict[str, Any], evaluation.ImageBehaviour, evaluation.GateBehaviour | None]:
   """The newest checkpoint's step and state, and what `make_test` finds of it."""
-  step, state = _newest(experiment, run_dir)
+  step, state = newest(experiment, run_dir)
   result, images, gates = make_test(experiment, task)(state)
   if gates is not None:
     result["layers"] = diagnosis.by_layer(gates.diagnosis, experiment.counts.gate_layers)
   return step, state, result, images, gates
 
 
-def _newest(experiment: Experiment, run_dir: rundir.RunDir) -> tuple[int, Any]:
+def newest(experiment: Experiment, run_dir: rundir.RunDir) -> tuple[int, Any]:
   """The newest checkpoint's step and state. Raises RunDirError where there is none."""
   checkpoints = Checkpoints(run_dir.checkpoints, read_only=True)
   try:

@@ -25,7 +25,7 @@ def check(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """
   theirs = config.copy_and_resolve_references()
   with theirs.unlocked():
-    theirs.update(_tuples(rundir.RunDir(Path(config.model.init_from)).config()))
+    theirs.update(with_tuples(rundir.RunDir(Path(config.model.init_from)).config()))
   for name, mine in (("experiment", config.experiment), ("model.gating", "none"), ("model.name", config.model.name),
                      ("model.width", config.model.width), ("model.group_norm", config.model.group_norm)):
     found = dict(rundir.flatten(theirs.to_dict()))[name]
@@ -70,7 +70,7 @@ def _merged(mine: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path) ->
   return traverse_util.unflatten_dict({**mine, **theirs})
 
 
-def _tuples(tree: Mapping[str, Any]) -> dict[str, Any]:
+def with_tuples(tree: Mapping[str, Any]) -> dict[str, Any]:
   """With tuples for the lists that JSON makes of them."""
-  return {name: _tuples(v) if isinstance(v, Mapping) else tuple(v) if isinstance(v, list) else v
+  return {name: with_tuples(v) if isinstance(v, Mapping) else tuple(v) if isinstance(v, list) else v
           for name, v in tree.items()}

@@ -120,7 +120,7 @@ def _measures() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
     return cell
 
   percent = lambda share: f"{100 * share:z.2f} %"
-  ratio = lambda part, whole: f"{100 * part / whole:.1f} %"
+  ratio = lambda part, whole: f"{100 * part / whole:.1f} %" if whole else None
   count = lambda number, gates: f"{number:,.0f} of {gates:,.0f}"
   whole = lambda number: f"{number:,.0f}"
   return {

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import pytest
@@ -47,6 +48,12 @@ def test_results_stand_side_by_side():
   assert found["last step"] == ["40", "40", "90"]
   assert "mean IoU" not in found
   assert "forgetting, task known" not in found  # of one task: not defined
+
+
+def test_a_share_of_nothing_is_left_out():
+  run = task_run("a")
+  found = tables([dataclasses.replace(run, result=TASKS | {"dense_macs": 0}), run])["Results"]
+  assert found["share, task known"] == ["–", "33.3 %"]
 
 
 def test_a_run_that_goes_on_shows_its_newest_test():

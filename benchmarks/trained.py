@@ -1,0 +1,203 @@
+"""A trained gated network against the ungated one, here, in PyTorch and in onnxruntime: accuracy, MACs, milliseconds.
+
+    python benchmarks/trained.py --gated=RUN --ungated=RUN [--batch=1,64] [--repeats=20] [--data_dir=DIR]
+
+The runs are directories of `--mode=train`. Every program is timed on the same test images, in turns in one process, on
+as many threads as there are cores; a row has medians and tenth percentiles, and how many times faster than XLA's
+ungated network it is. PyTorch and onnxruntime (`pip install torch onnx onnxruntime`) are left out where they are not
+installed; both get the ungated network with its BatchNorm folded, as ours is. Each program's accuracy is its own, over
+the whole test set.
+"""
+
+import argparse
+import copy
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from timing import race
+
+from gating_jax.experiments import classification, pretrained
+from gating_jax.experiments.build import build
+from gating_jax.inference import folded
+from gating_jax.inference.conditional import compile_conditional, program
+from gating_jax.inference.folded import Layer
+from gating_jax.inference.folding import fold
+from gating_jax.inference.kernel_strategies import why_not
+from gating_jax.training import rundir
+
+try:
+  import onnxruntime
+  import torch
+except ImportError:
+  torch = None
+
+BATCHES_TIMED = 8
+CALIBRATION = 256
+THREADS = len(os.sched_getaffinity(0))
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--gated", type=Path, required=True)
+  parser.add_argument("--ungated", type=Path, required=True)
+  parser.add_argument("--batch", default="1,64")
+  parser.add_argument("--repeats", type=int, default=20, help=f"of each of {BATCHES_TIMED} batches")
+  parser.add_argument("--data_dir", help="TFDS folder, where it is not that of the runs")
+  args = parser.parse_args()
+  (gated, experiment), (ungated, _) = (load(path, args.data_dir) for path in (args.gated, args.ungated))
+  images, labels = read(experiment, experiment.test, np.arange(len(experiment.test)))
+  train = experiment.open_train()
+  calibration, _ = read(experiment, train, np.linspace(0, len(train) - 1, CALIBRATION).astype(int))
+  spent = {"gated": macs(gated, images), "ungated": macs(ungated, images)}
+  print("| N | net | program | accuracy | MACs | ms | ms, tenth percentile | times faster |")
+  print("|---" * 8 + "|")
+  for size in map(int, args.batch.split(",")):
+    contenders = programs(gated, ungated, size, calibration)
+    starts = np.linspace(0, len(images) - size, BATCHES_TIMED).astype(int)
+    times = {name: [] for name in contenders}
+    for start in starts:
+      found = race({name: bind(images[start : start + size]) for name, bind in contenders.items()}, args.repeats)
+      for name, seconds in found.items():
+        times[name] += seconds
+    baseline = np.median(times["ungated", "XLA"])
+    for (net, name), bind in contenders.items():
+      median, quiet = (np.percentile(times[net, name], q) for q in (50, 10))
+      print(f"| {size} | {net} | {name} | {accuracy(bind, images, labels, size):.2%} | {spent[net]:,.0f} "
+            f"| {1e3 * median:.3f} | {1e3 * quiet:.3f} | {baseline / median:.2f} |", flush=True)
+
+
+def load(path, data_dir):
+  """The folded network of a run's newest checkpoint, and its experiment."""
+  run_dir = rundir.RunDir(path)
+  config = ml_collections.ConfigDict(pretrained.with_tuples(run_dir.config()))
+  if data_dir is not None:
+    config.data.data_dir = data_dir
+  experiment = build(config)
+  _, state = classification.newest(experiment, run_dir)
+  return fold(experiment.model, {"params": state.params, "batch_stats": state.batch_stats}), experiment
+
+
+def read(experiment, source, index):
+  """Network inputs and labels."""
+  pixels, labels = source.read(index)
+  return np.asarray(experiment.normalise(pixels), np.float32), np.asarray(labels)
+
+
+def programs(gated, ungated, size, calibration):
+  """`(net, program)` to a function that takes `[size, H, W, D]` images and gives one that returns their logits."""
+  run, shape = program(), calibration.shape[1:]
+  make = functools.partial(compile_conditional, input_shape=shape, batch_size=size)
+  auto = make(gated, calibration=calibration)
+  print(f"<!-- auto, N = {size}: {', '.join(auto.strategies)} -->")
+  ours = {("ungated", "XLA"): functools.partial(run, ungated), ("gated", "masked"): functools.partial(run, gated),
+          ("gated", "auto"): auto}
+  if size == 1:
+    ours["gated", "switch"] = make(gated, strategy="switch")
+  if not why_not("native"):
+    ours |= {(name, "native"): make(net, strategy="native") for name, net in (("gated", gated), ("ungated", ungated))}
+
+  def bind(made, x):
+    x = jnp.asarray(x)
+    return lambda: made(x)[0]
+
+  found = {key: functools.partial(bind, made) for key, made in ours.items()}
+  return found if torch is None else found | elsewhere(ungated, shape)
+
+
+def elsewhere(net, shape):
+  """The ungated network in PyTorch, with channels before and after pixels, and in onnxruntime."""
+  torch.set_num_threads(THREADS)
+  model = Net(net).eval()
+  with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+    torch.onnx.export(model, (torch.zeros(1, shape[2], *shape[:2]),), file.name, input_names=["x"],
+                      dynamic_axes={"x": {0: "n"}}, dynamo=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    session = onnxruntime.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])
+  channels_first = lambda x: np.ascontiguousarray(np.moveaxis(x, -1, 1))
+
+  def in_torch(layout, x):
+    x = torch.from_numpy(channels_first(x)).to(memory_format=layout)
+    here = copy.deepcopy(model).to(memory_format=layout)
+
+    @torch.inference_mode()
+    def run():
+      return here(x).numpy()
+    return run
+
+  def in_onnxruntime(x):
+    x = channels_first(x)
+    return lambda: session.run(None, {"x": x})[0]
+
+  return {("ungated", "PyTorch, NCHW"): functools.partial(in_torch, torch.contiguous_format),
+          ("ungated", "PyTorch, NHWC"): functools.partial(in_torch, torch.channels_last),
+          ("ungated", "onnxruntime"): in_onnxruntime}
+
+
+class Net(torch.nn.Module if torch else object):
+  """A folded network without gates."""
+
+  def __init__(self, net):
+    super().__init__()
+    self.net, self.arrays = net, {}
+    for leaf in jax.tree.leaves(net):
+      array = np.asarray(leaf)
+      array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
+      self.register_parameter(f"w{len(self.arrays)}", torch.nn.Parameter(torch.from_numpy(array.copy()), False))
+      self.arrays[id(leaf)] = f"w{len(self.arrays)}"
+
+  def weight(self, leaf):
+    return getattr(self, self.arrays[id(leaf)])
+
+  def conv(self, conv, x):
+    padding = [size // 2 for size in conv.kernel.shape[:2]]
+    return torch.nn.functional.conv2d(x, self.weight(conv.kernel), self.weight(conv.bias), conv.stride, padding)
+
+  def shortcut(self, block, x):
+    if block.project is not None:
+      return self.conv(block.project, x)
+    stride, before, after = block.pad
+    return x if block.pad == (1, 0, 0) else torch.nn.functional.pad(x[:, :, ::stride, ::stride],
+                                                                    (0, 0, 0, 0, before, after))
+
+  def forward(self, x):
+    for part in self.net.parts:
+      if isinstance(part, Layer):
+        x = torch.relu(self.conv(part.conv, x))
+        if part.pool is not None:
+          x = torch.nn.functional.max_pool2d(x, *part.pool)
+        continue
+      y = x
+      for i, conv in enumerate(part.convs):
+        y = self.conv(conv, torch.relu(y) if i else y)
+      x = torch.relu(y + self.shortcut(part, x))
+    kernel, bias = self.net.classifier
+    return x.mean((2, 3)) @ self.weight(kernel) + self.weight(bias)
+
+
+def accuracy(bind, images, labels, size):
+  """Over all images; the last batch reaches back so as to be full."""
+  right = np.zeros(len(images), bool)
+  for start in [*range(0, len(images) - size, size), len(images) - size]:
+    at = slice(start, start + size)
+    right[at] = np.argmax(bind(images[at])(), axis=1) == labels[at]
+  return right.mean()
+
+
+def macs(net, images):
+  """Executed per image, the mean."""
+  run, counts = program(), []
+  for i in range(0, len(images), 250):
+    gates = [np.asarray(z) > 0 for z in run(net, images[i : i + 250])[1]]
+    counts.append(np.broadcast_to(folded.macs(net, images.shape[1:], gates), len(images[i : i + 250])))
+  return np.concatenate(counts).mean()
+
+
+if __name__ == "__main__":
+  main()
