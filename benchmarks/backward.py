@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from timing import race
 
 from gating_jax.models.segment_net import SegmentNet
 from gating_jax.models.segment_nets import heavy_net
+from gating_jax.timing import race
 from gating_jax.training import steps
 
 CLASSES = 10

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from timing import race
 
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.resnet import resnet
+from gating_jax.timing import race
 from gating_jax.training import steps
 
 CLASSES, EIGHTHS = 10, 8

@@ -14,7 +14,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from timing import race
 
 from gating_jax.inference import folded
 from gating_jax.inference.conditional import compile_conditional, program, ungated
@@ -23,6 +22,7 @@ from gating_jax.inference.folding import fold
 from gating_jax.inference.kernel_strategies import why_not
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.resnet import resnet
+from gating_jax.timing import race
 
 SHARES = (1.0, 0.5, 0.25)
 HIDDEN = 16  # of the gate networks, and how many examples can have gates of their own

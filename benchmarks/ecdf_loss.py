@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import special
-from timing import race
 
 from gating_jax.ops import ranking
 from gating_jax.ops.ecdf import batch_shaping_loss
 from gating_jax.ops.priors import beta
+from gating_jax.timing import race
 
 A, B = 0.6, 0.4
 SHAPES = "256x336,256x2048,256x7552,1024x2048"

@@ -19,10 +19,10 @@ import jax
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from timing import race
 
 from gating_jax.ops.ecdf import EXCHANGES, batch_shaping_loss
 from gating_jax.ops.priors import beta
+from gating_jax.timing import race
 
 AXIS = "devices"
 

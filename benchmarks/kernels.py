@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from peaks import REFERENCE, peaks
-from timing import race
 
 from gating_jax.ops import kernels
 from gating_jax.ops.kernels import Branch, Tiles
+from gating_jax.timing import race
 
 SHARES = (1.0, 0.5, 0.25)
 SHAPES = {"gpu": "64x32x32x128/64,64x16x16x256/64,64x8x8x512/128,1x16x16x256/64", "cpu": "4x6x6x64/16"}

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from timing import race
 
 from gating_jax.ops import native
+from gating_jax.timing import race
 
 try:
   import onnx

@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from timing import race
 
 from gating_jax.data import augment
 from gating_jax.layers.gate import GATE_NAME
@@ -28,6 +27,7 @@ from gating_jax.models.segment_net import SegmentNet
 from gating_jax.models.segment_nets import heavy_net, light_net
 from gating_jax.models.video_counts import count_video
 from gating_jax.ops.compaction import bucket_sizes
+from gating_jax.timing import race
 from gating_jax.video.inference import Skipping
 
 CLASSES, MEAN, STD = 10, (0.5,) * 3, (0.5,) * 3

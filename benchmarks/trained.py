@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from timing import race
 
 from gating_jax.experiments import classification, pretrained
 from gating_jax.experiments.build import build
@@ -29,6 +28,7 @@ from gating_jax.inference.conditional import compile_conditional, program
 from gating_jax.inference.folded import Layer
 from gating_jax.inference.folding import fold
 from gating_jax.inference.kernel_strategies import why_not
+from gating_jax.timing import race
 from gating_jax.training import rundir
 
 try:

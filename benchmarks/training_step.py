@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from timing import race
 
 from configs import cifar10_resnet20
 from gating_jax.data import sources
 from gating_jax.experiments import classification
 from gating_jax.models.resnet import resnet
 from gating_jax.ops.priors import beta
+from gating_jax.timing import race
 from gating_jax.training import devices, steps
 from gating_jax.training.objectives import batch_shaping_term
 from gating_jax.types import GateRecord

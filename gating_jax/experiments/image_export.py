@@ -5,9 +5,9 @@ Reference: Bejnordi et al., 2020.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,6 +22,7 @@ from gating_jax.inference.folded import Folded
 from gating_jax.inference.quantise import dequantise, quantise
 from gating_jax.inference.slim import Disagreement, choose, disagreement, rate_bound, take
 from gating_jax.reports.lettering import columns
+from gating_jax.timing import race
 from gating_jax.training import rundir
 
 FOLDERS = ("export", "export_int8")
@@ -93,13 +94,10 @@ def _milliseconds(nets: Mapping[str, Folded], shape: tuple[int, int, int]) -> di
   program = jax.jit(lambda net, x: folded.run(dequantise(net), x))
   found = {name: {} for name in nets}
   for size in _TIMED_BATCHES:
-    x, seconds = jnp.zeros((size, *shape), jnp.float32), {name: [] for name in nets}
-    for name, net in [*nets.items()] * (_REPEATS + 2):
-      start = time.perf_counter()
-      jax.block_until_ready(program(net, x))
-      seconds[name].append(time.perf_counter() - start)
-    for name, all_of_them in seconds.items():
-      found[name][str(size)] = round(1000 * statistics.median(all_of_them[2:]), 3)
+    x = jnp.zeros((size, *shape), jnp.float32)
+    seconds = race({name: functools.partial(program, net, x) for name, net in nets.items()}, _REPEATS)
+    for name, spent in seconds.items():
+      found[name][str(size)] = round(1000 * statistics.median(spent), 3)
   return found
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from gating_jax.inference.folding import fold
 from gating_jax.inference.kernel_strategies import STRATEGIES, why_not, worth_trying
 from gating_jax.inference.strategies import Made, Setting, groups_of
 from gating_jax.ops.relaxations import threshold_gate
+from gating_jax.timing import race
 from gating_jax.types import Array
 
 AUTO = "auto"
@@ -133,19 +133,6 @@ def program(made: Sequence[Made] | None = None) -> Callable[[Folded, Array], tup
   return jax.jit(lambda net, x: folded.run(net, x, runners))
 
 
-def race(contenders: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-  """Median seconds of calls taken in turns, so that drifts of the machine hit all alike; after a warm-up."""
-  for run in contenders.values():
-    jax.block_until_ready(run())
-  times = {name: [] for name in contenders}
-  for _ in range(repeats):
-    for name, run in contenders.items():
-      start = time.perf_counter()
-      jax.block_until_ready(run())
-      times[name].append(time.perf_counter() - start)
-  return {name: statistics.median(found) for name, found in times.items()}
-
-
 def ungated(net: Folded) -> Folded:
   """The network with its gate networks left out: every unit open."""
   return dataclasses.replace(net, parts=tuple(
@@ -217,7 +204,7 @@ def _time_parts(net: Folded, options: Sequence[Mapping[str, Made]], batches: Seq
       continue
     contenders = {name: functools.partial(_over, jax.jit(runner), [(part, *inputs[i]) for inputs in seen])
                   for name, (part, runner) in known.items()}
-    seconds = {name: spent / len(batches) for name, spent in race(contenders, repeats).items()}
+    seconds = {name: statistics.median(spent) / len(batches) for name, spent in race(contenders, repeats).items()}
     timings += _timing(i, seconds, ratios[i])
   return timings
 
@@ -258,7 +245,7 @@ def _choose(net: Folded, options: Sequence[Mapping[str, Made]], timings: Sequenc
   runs = {name: functools.partial(_over, program(parts), [(_with_parts(net, parts), x) for x in batches])
           for name, parts in made.items()}
   runs["ungated"] = functools.partial(_over, program(), [(ungated(net), x) for x in batches])
-  seconds = {name: spent / len(batches) for name, spent in race(runs, repeats).items()}
+  seconds = {name: statistics.median(spent) / len(batches) for name, spent in race(runs, repeats).items()}
   best = min(mixtures, key=seconds.get)
   best = best if seconds[best] < _GAIN * seconds["masked"] else "masked"
   return mixtures[best], _timing(None, seconds, ratio, best)

@@ -53,7 +53,7 @@ def test_results_stand_side_by_side():
 def test_a_share_of_nothing_is_left_out():
   run = task_run("a")
   found = tables([dataclasses.replace(run, result=TASKS | {"dense_macs": 0}), run])["Results"]
-  assert found["share, task known"] == ["–", "33.3 %"]
+  assert found["share, task known"] == ["–", "25.0 %"]
 
 
 def test_a_run_that_goes_on_shows_its_newest_test():
