@@ -10,7 +10,6 @@ the whole test set.
 """
 
 import argparse
-import copy
 import functools
 import os
 import tempfile
@@ -113,9 +112,10 @@ def programs(gated, ungated, size, calibration):
 def elsewhere(net, shape):
   """The ungated network in PyTorch, with channels before and after pixels, and in onnxruntime."""
   torch.set_num_threads(THREADS)
-  model = Net(net).eval()
+  before, after = torch.contiguous_format, torch.channels_last
+  nets = {layout: jax.tree.map(functools.partial(to_torch, layout=layout), net) for layout in (before, after)}
   with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
-    torch.onnx.export(model, (torch.zeros(1, shape[2], *shape[:2]),), file.name, input_names=["x"],
+    torch.onnx.export(Module(nets[before]), (torch.zeros(1, shape[2], *shape[:2]),), file.name, input_names=["x"],
                       dynamic_axes={"x": {0: "n"}}, dynamo=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
@@ -124,61 +124,55 @@ def elsewhere(net, shape):
 
   def in_torch(layout, x):
     x = torch.from_numpy(channels_first(x)).to(memory_format=layout)
-    here = copy.deepcopy(model).to(memory_format=layout)
-
-    @torch.inference_mode()
-    def run():
-      return here(x).numpy()
-    return run
+    return torch.inference_mode()(lambda: forward(nets[layout], x).numpy())
 
   def in_onnxruntime(x):
     x = channels_first(x)
     return lambda: session.run(None, {"x": x})[0]
 
-  return {("ungated", "PyTorch, NCHW"): functools.partial(in_torch, torch.contiguous_format),
-          ("ungated", "PyTorch, NHWC"): functools.partial(in_torch, torch.channels_last),
-          ("ungated", "onnxruntime"): in_onnxruntime}
+  return {("ungated", "PyTorch, NCHW"): functools.partial(in_torch, before),
+          ("ungated", "PyTorch, NHWC"): functools.partial(in_torch, after), ("ungated", "onnxruntime"): in_onnxruntime}
 
 
-class Net(torch.nn.Module if torch else object):
-  """A folded network without gates."""
+def to_torch(array, layout):
+  if array.ndim != 4:
+    return torch.from_numpy(np.array(array))
+  return torch.from_numpy(np.ascontiguousarray(np.transpose(array, (3, 2, 0, 1)))).to(memory_format=layout)
+
+
+def forward(net, x):
+  """A folded network of such arrays, without gates, on `[N, D, H, W]`."""
+  for part in net.parts:
+    if isinstance(part, Layer):
+      x = torch.relu(conv(part.conv, x))
+      x = x if part.pool is None else torch.nn.functional.max_pool2d(x, *part.pool)
+      continue
+    y = x
+    for i, each in enumerate(part.convs):
+      y = conv(each, torch.relu(y) if i else y)
+    if part.project is not None:
+      x = conv(part.project, x)
+    elif part.pad != (1, 0, 0):
+      stride, before, after = part.pad
+      x = torch.nn.functional.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, before, after))
+    x = torch.relu(y + x)
+  kernel, bias = net.classifier
+  return x.mean((2, 3)) @ kernel + bias
+
+
+def conv(conv, x):
+  return torch.nn.functional.conv2d(x, conv.kernel, conv.bias, conv.stride, [n // 2 for n in conv.kernel.shape[2:]])
+
+
+class Module(torch.nn.Module if torch else object):
+  """`forward` of a network."""
 
   def __init__(self, net):
     super().__init__()
-    self.net, self.arrays = net, {}
-    for leaf in jax.tree.leaves(net):
-      array = np.asarray(leaf)
-      array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
-      self.register_parameter(f"w{len(self.arrays)}", torch.nn.Parameter(torch.from_numpy(array.copy()), False))
-      self.arrays[id(leaf)] = f"w{len(self.arrays)}"
-
-  def weight(self, leaf):
-    return getattr(self, self.arrays[id(leaf)])
-
-  def conv(self, conv, x):
-    padding = [size // 2 for size in conv.kernel.shape[:2]]
-    return torch.nn.functional.conv2d(x, self.weight(conv.kernel), self.weight(conv.bias), conv.stride, padding)
-
-  def shortcut(self, block, x):
-    if block.project is not None:
-      return self.conv(block.project, x)
-    stride, before, after = block.pad
-    return x if block.pad == (1, 0, 0) else torch.nn.functional.pad(x[:, :, ::stride, ::stride],
-                                                                    (0, 0, 0, 0, before, after))
+    self.net = net
 
   def forward(self, x):
-    for part in self.net.parts:
-      if isinstance(part, Layer):
-        x = torch.relu(self.conv(part.conv, x))
-        if part.pool is not None:
-          x = torch.nn.functional.max_pool2d(x, *part.pool)
-        continue
-      y = x
-      for i, conv in enumerate(part.convs):
-        y = self.conv(conv, torch.relu(y) if i else y)
-      x = torch.relu(y + self.shortcut(part, x))
-    kernel, bias = self.net.classifier
-    return x.mean((2, 3)) @ self.weight(kernel) + self.weight(bias)
+    return forward(self.net, x)
 
 
 def accuracy(bind, images, labels, size):

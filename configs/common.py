@@ -27,7 +27,7 @@ def image_config() -> ml_collections.ConfigDict:
           "flip": False,
       },
       "model": {
-          "name": "resnet20",  # 20, 32, 44, 56, 110; 18, 34, 50, 101 for large images; vgg8, vgg16, simple_cnn
+          "name": "resnet20",  # 8, 14, 20, 32, 44, 56, 110; 18, 34, 50, 101 for large images; vgg8, vgg16, simple_cnn
           "width": 1.0,  # of every channel count, such as 0.25 or 20
           "shortcut": config_dict.placeholder(str),  # None: the named network's own; A or B
           "dtype": "float32",  # or bfloat16

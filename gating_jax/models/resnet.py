@@ -19,7 +19,7 @@ from gating_jax.layers.gate import GateSettings
 from gating_jax.types import Array, Records
 
 # name: (stem, block, blocks per stage, channels of the first stage, shortcut)
-_CIFAR = {f"resnet{6 * n + 2}": ("cifar", BasicBlock, (n, n, n), 16, "A") for n in (3, 5, 7, 9, 18)}
+_CIFAR = {f"resnet{6 * n + 2}": ("cifar", BasicBlock, (n, n, n), 16, "A") for n in (1, 2, 3, 5, 7, 9, 18)}
 _IMAGENET = {
     "resnet18": ("imagenet", BasicBlock, (2, 2, 2, 2), 64, "B"),
     "resnet34": ("imagenet", BasicBlock, (3, 4, 6, 3), 64, "B"),
@@ -154,7 +154,7 @@ class ResNet(nn.Module):
 
 
 def resnet(name: str, classes: int | None, *, kind: type[ResNet] = ResNet, **settings) -> ResNet:
-  """A named network: resnet20, 32, 44, 56, 110 (CIFAR), 18, 34, 50, 101 (ImageNet).
+  """A named network: resnet8, 14, 20, 32, 44, 56, 110 (CIFAR), 18, 34, 50, 101 (ImageNet).
 
   Args:
     name: one of `RESNETS`.

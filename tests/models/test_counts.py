@@ -12,6 +12,7 @@ from gating_jax.models.vgg import VGGS, vgg
 # Dense MACs, parameters, gates, gate MACs, gate parameters, from shared/spec/batch_shaping.md.
 TABLE = {
     "resnet20": (40_551_040, 269_722, 336, 9_984, 10_608),
+    "resnet8": (12_239_488, 75_290, 112, 2_816, 3_024),
     "resnet32": (68_862_592, 464_154, 560, 17_152, 18_192),
     "resnet56": (125_485_696, 853_018, 1_008, 31_488, 33_360),
     "resnet18": (1_814_073_344, 11_689_512, 1_920, 54_272, 56_448),
@@ -20,7 +21,7 @@ TABLE = {
 }
 CIFAR = {"classes": 10, "input_shape": (32, 32, 3)}
 IMAGENET = {"classes": 1000, "input_shape": (224, 224, 3)}
-SETTINGS = {"resnet20": CIFAR, "resnet32": CIFAR, "resnet56": CIFAR,
+SETTINGS = {"resnet8": CIFAR, "resnet20": CIFAR, "resnet32": CIFAR, "resnet56": CIFAR,
             "resnet18": IMAGENET, "resnet34": IMAGENET, "resnet50": IMAGENET}
 
 
