@@ -172,7 +172,7 @@ def test_auto_falls_back_where_skipping_loses(monkeypatch):
   """By a made-up clock, in which each strategy but one is slow."""
   for fast in ("masked", "block_dispatch"):
     monkeypatch.setattr(conditional, "race", lambda runs, _, fast=fast: {
-        name: 1.0 if name == fast else 2.0 for name in runs})
+        name: [1.0 if name == fast else 2.0] for name in runs})
     run = compiled("blocks", "auto", 2, calibration=images(3))
     assert run.strategies == ("masked", fast, fast)
 
