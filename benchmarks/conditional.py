@@ -67,7 +67,7 @@ def images(batch, size, channels):
 def block(share, *, batch, size, channels, per_gate=1):
   group = Group(channels // per_gate, per_gate)
   head = by_example(channels, group, open_sets(group.gates, share, HIDDEN))
-  net = Folded((Block((conv(channels, channels), conv(channels, channels)), head),))
+  net = Folded((Block((conv(channels, channels), conv(channels, channels)), head),), pooled=False)
   return net, images(batch, size, channels)
 
 
@@ -91,7 +91,7 @@ def layers(share, *, batch, size, channels):
                        Head(jnp.zeros((channels, HIDDEN)), jnp.ones(HIDDEN), jnp.zeros((HIDDEN, 1)),
                             jnp.full(1, 10.0 if opened[0, 0] else -10.0), (group,)) if batch == 1
                        else by_example(channels, group, opened), layer_gate=True))
-  return Folded(tuple(parts[: 4 if batch == 1 else 1])), images(batch, size, channels)
+  return Folded(tuple(parts[: 4 if batch == 1 else 1]), pooled=False), images(batch, size, channels)
 
 
 @dataclasses.dataclass(frozen=True)

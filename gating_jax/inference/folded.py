@@ -133,10 +133,14 @@ Part = Layer | Block
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Folded:
-  """A network for images in evaluation: its parts in order, then the mean over pixels and the classifier, if any."""
+  """A network for images in evaluation: its parts in order, then the mean over pixels and the classifier, if any.
+
+  Without `pooled` it ends with the last feature map.
+  """
 
   parts: tuple[Part, ...]
   classifier: tuple[Array, Array] | None = None
+  pooled: bool = _static(True)
 
 
 Runner = Callable[[Part, Array, Gates, Gates], Array]
@@ -151,7 +155,7 @@ def run(net: Folded, x: Array, runners: Runner | Sequence[Runner] | None = None)
     runners: `(part, x, gates, gates of x) -> y`, one for all parts or one for each; `masked` if None. The gates of
       a part are a tuple, one `[N, U]` a group, empty where it has none.
   Returns:
-    `([N, classes] or [N, D'], tuple of [N, U] logits)`, in the order of the model's records.
+    `([N, classes], [N, D'] or [N, H', W', D'], tuple of [N, U] logits)`, in the order of the model's records.
   """
   runners = runners or masked
   runners = [runners] * len(net.parts) if callable(runners) else runners
@@ -162,6 +166,8 @@ def run(net: Folded, x: Array, runners: Runner | Sequence[Runner] | None = None)
     x = runner(part, x, gates, before)
     found += logits
     before = gates if isinstance(part, Layer) else ()
+  if not net.pooled:
+    return x, found
   x = jnp.mean(x, axis=(1, 2))
   if net.classifier is not None:
     kernel, bias = net.classifier

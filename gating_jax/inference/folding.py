@@ -44,6 +44,8 @@ def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> Folded:
   _check(model)
   flat = {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(dict(variables)).items()}
   parts = tuple((_vgg_parts if isinstance(model, VGG) else _resnet_parts)(model, flat))
+  if isinstance(model, ResNet) and not model.pool:
+    return Folded(parts, pooled=False)
   if model.classes is None:
     return Folded(parts)
   return Folded(parts, tuple(jnp.asarray(flat["params", "classifier", name]) for name in ("kernel", "bias")))
@@ -61,8 +63,7 @@ def _check(model: Any) -> None:
   if isinstance(model, ResNet):
     rules += [("gating", model.gating, model.gating in ("none", "channel", "layer"), "none, channel or layer"),
               ("group_norm", model.group_norm, not model.group_norm, "False: GroupNorm cannot be folded"),
-              ("convolution", model.convolution, model.convolution == "full", "full"),
-              ("pool", model.pool, model.pool, "True")]
+              ("convolution", model.convolution, model.convolution == "full", "full")]
   for name, value, holds, rule in rules:
     if not holds:
       raise ValueError(f"the model's {name} must be {rule}; got {value!r}")

@@ -51,8 +51,8 @@ def quantise(net: Folded) -> Folded:
   parts = jax.tree.map(lambda leaf: dataclasses.replace(leaf, kernel=_quantise(leaf.kernel))
                        if isinstance(leaf, Conv) else leaf, net.parts, is_leaf=lambda leaf: isinstance(leaf, Conv))
   if net.classifier is None:
-    return Folded(parts)
-  return Folded(parts, (_quantise(net.classifier[0]), net.classifier[1]))
+    return dataclasses.replace(net, parts=parts)
+  return dataclasses.replace(net, parts=parts, classifier=(_quantise(net.classifier[0]), net.classifier[1]))
 
 
 def dequantise(net: Folded) -> Folded:

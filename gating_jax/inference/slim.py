@@ -104,7 +104,7 @@ def take(net: Folded, choices: Sequence[Choice]) -> Folded:
   classifier = net.classifier
   if classifier is not None and kept is not None:
     classifier = (classifier[0][kept], classifier[1])
-  return Folded(tuple(parts), classifier)
+  return dataclasses.replace(net, parts=tuple(parts), classifier=classifier)
 
 
 class Disagreement(NamedTuple):

@@ -25,6 +25,7 @@ MODELS = {
     "layer": ResNet(3, (2, 2), features=4, gating="layer", gate=GATE),
     "bottleneck": ResNet(3, (1, 2), Bottleneck, features=4, gating="channel", gate=GATE, shortcut="B", stem="imagenet"),
     "dilated": ResNet(None, (1, 1, 1), features=3, gating="channel", gate=GATE, shortcut="B", output_stride=2),
+    "feature map": ResNet(None, (1, 2), features=4, pool=False, gating="channel", gate=GATE),
     "static": ResNet(3, (2, 1), features=4, gating="channel", gate=STATIC),
     "static layers": ResNet(3, (3,), features=4, gating="layer", gate=STATIC),
     "vgg": VGG(3, (4, "pool", 6, 6, "pool"), gating="channel", gate=GATE),
