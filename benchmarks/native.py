@@ -122,6 +122,7 @@ def onnx_run(x, layers):
   model = h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=9)
   options = onnxruntime.SessionOptions()
   options.intra_op_num_threads = len(os.sched_getaffinity(0))
+  options.add_session_config_entry("session.force_spinning_stop", "1")  # else its threads slow down whoever comes next
   session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
   return lambda: session.run(None, {"x0": x})[0]
 

@@ -119,6 +119,7 @@ def elsewhere(net, shape):
                       dynamic_axes={"x": {0: "n"}}, dynamo=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # else they slow down whoever comes next
     session = onnxruntime.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])
   channels_first = lambda x: np.ascontiguousarray(np.moveaxis(x, -1, 1))
 

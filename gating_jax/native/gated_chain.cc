@@ -8,10 +8,10 @@
 // right pads row h + 1 on the left. For a stride s a plane holds its s x s phases one after the other, so that each tap
 // reads neighbouring pixels.
 //
-// Blocking. A register tile is 6 output channels x 2 vectors of pixels, summed over all of K = open inputs x taps. For a
-// band of image rows, small enough that its inputs stay in the second-level cache, one group of 6 output channels after
-// the other takes all tiles of the band, so that the group's 6 K weights stay in the first-level cache; then the band
-// goes back to NHWC, where shortcut and ReLU are applied.
+// Blocking. A register tile is R output channels x a few vectors of pixels (R = 6 x 2 with 16 registers), summed over all
+// of K = open inputs x taps. For a band of image rows, small enough that its inputs stay in the second-level cache, one
+// group of R output channels after the other takes all tiles of the band, so that the group's R K weights stay in the
+// first-level cache; then the band goes back to NHWC, where shortcut and ReLU are applied.
 //
 // Threads. The examples of a batch are tasks for the caller and for helpers from XLA's own pool. Fewer examples than
 // threads are cut into bands and slabs of output channels, layer after layer. Tasks are claimed by counters, so that a
@@ -34,7 +34,7 @@ namespace {
 namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 
-constexpr int kTileRows = 6;
+constexpr int kMostRows = 8;  // output channels of a register tile
 constexpr ptrdiff_t kBandBytes = 128 << 10;  // of inputs, a quarter of the usual second-level cache
 constexpr int kBandPixels = 64;              // at least, as every band reads all weights
 constexpr int kSlab = 16;                    // output channels, at least, of a task
@@ -47,23 +47,25 @@ struct Vec {
   int scatter;   // where its places are, or -1: [LANES] of the output's planes, or -1 for none
 };
 
-// Up to kTileRows output channels of one example.
+// Up to kMostRows output channels of one example.
 struct Group {
   const float* planes;       // of the open input channels
   ptrdiff_t plane;           // floats from one to the next
   const int* open;           // [channels], which they are
   int channels, taps;
   const ptrdiff_t* offsets;  // [taps], in a plane
-  const float* weights[kTileRows];  // [I][taps]
-  float bias[kTileRows];
-  float* to[kTileRows];      // output planes
+  const float* weights[kMostRows];  // [I][taps]
+  float bias[kMostRows];
+  float* to[kMostRows];      // output planes
   const int32_t* masks;      // of the vectors
   const ptrdiff_t* scatters;
+  ptrdiff_t src_row, dst_row;  // floats from one row to the next, where a vector is a pair of rows; else src_row is 0
   bool relu;
 };
 
 struct Isa {
-  int lanes;
+  int lanes, rows;
+  bool pairs;  // whether a vector can be loaded from two places
   void (*convolve)(const Group&, int outputs, const Vec*, int count);
   void (*to_planes)(const float*, ptrdiff_t, int, int, const int*, float*, ptrdiff_t);
   void (*from_planes)(const float*, ptrdiff_t, const int*, int, int, int, int, const float*, bool, float*);
@@ -71,13 +73,16 @@ struct Isa {
 
 #if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, (__VA_ARGS__)...)
+#define PAIRS true
 #else
+#define PAIRS false
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, M{(__VA_ARGS__)...})
 #endif
 
 #define ISA portable
 #define TARGET
 #define LANES 4
+#define ROWS 6
 #if defined(__ARM_NEON) || defined(__aarch64__)
 #define VECTORS 4  // 32 registers; vectors of 4 are NEON's
 #else
@@ -89,13 +94,15 @@ struct Isa {
 #define ISA avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #define LANES 8
+#define ROWS 6
 #define VECTORS 2
 #include "isa.inc"
 
 #define ISA avx512
 #define TARGET __attribute__((target("avx512f")))
 #define LANES 16
-#define VECTORS 2
+#define ROWS 8
+#define VECTORS 3
 #include "isa.inc"
 #endif
 
@@ -123,7 +130,7 @@ struct Grid {
 struct Conv {
   const float *weights, *bias;
   int in, out, window_rows, window_cols, stride, rows, cols;  // rows, cols: of the output
-  bool relu;
+  bool relu, pairs;  // pairs: of rows, each half a vector long, are its vectors
   Grid grid;     // of the input
   Grid written;  // of the output
   std::vector<ptrdiff_t> offsets;  // of the taps
@@ -193,10 +200,15 @@ void clear(const Grid& g, float* planes, int count) {
   }
 }
 
-// Rows from..to of the output as vectors: each row by itself, the last vector moved back so as to be full; or all of
-// them with the padding between, where that makes fewer.
+// Rows from..to of the output as vectors: pairs of rows; or each row by itself, the last vector moved back so as to be
+// full; or all of them with the padding between, where that makes fewer.
 void add_vectors(const Conv& conv, int from, int to, int lanes, Bands& bands) {
   const Grid& written = conv.written;
+  if (conv.pairs) {
+    for (int h = from; h < to; h += 2)
+      bands.vecs.push_back({h * conv.grid.row, written.at(h, 0), h + 1 < to ? lanes : conv.cols, -1, -1});
+    return;
+  }
   const ptrdiff_t row = conv.grid.row, flat = (to - from - 1) * row + conv.cols;
   const int per_row = (conv.cols + lanes - 1) / lanes;
   const bool same_rows = written.stride == 1 && written.row == row;
@@ -232,7 +244,7 @@ Bands bands_of(const Conv& conv, int lanes, int threads) {
   Bands bands;
   const ptrdiff_t row_bytes = sizeof(float) * conv.in * conv.stride * conv.stride * conv.grid.row;
   int height = int(std::max<ptrdiff_t>(kBandBytes / row_bytes - 2, (kBandPixels + conv.cols - 1) / conv.cols));
-  if (threads > 1) height = std::min(height, std::max(conv.rows / (2 * threads), (2 * lanes + conv.cols - 1) / conv.cols));
+  if (threads > 1) height = std::min(height, std::max(conv.rows / (2 * threads), (kBandPixels + conv.cols - 1) / conv.cols));
   height = std::clamp(height, 1, conv.rows);
   bands.count = (conv.rows + height - 1) / height;
   bands.height = (conv.rows + bands.count - 1) / bands.count;
@@ -289,13 +301,14 @@ class Example {
     const Bands& bands = plan_.bands[layer];
     const Channels &in = channels_[layer], &out = channels_[layer + 1];
     const int slabs = plan_.slabs[layer], band = task / slabs, slab = task % slabs, lanes = plan_.isa->lanes;
-    const int blocks = std::max(1, conv.out / lanes);
+    const int rows = plan_.isa->rows, blocks = std::max(1, conv.out / lanes);
     const int from = blocks * slab / slabs * lanes, to = slab + 1 == slabs ? conv.out : blocks * (slab + 1) / slabs * lanes;
-    const int first = out.before[from], count = out.before[to] - first, groups = (count + kTileRows - 1) / kTileRows;
+    const int first = out.before[from], count = out.before[to] - first, groups = (count + rows - 1) / rows;
     float* written = scratch_ + plan_.offsets[layer + 1];
     const Vec* vecs = bands.vecs.data() + bands.first[band];
     Group g{scratch_ + plan_.offsets[layer], conv.grid.plane, in.open.data(), int(in.open.size()), conv.taps(),
-            conv.offsets.data(), {}, {}, {}, bands.masks.data(), bands.scatters.data(), conv.relu};
+            conv.offsets.data(), {}, {}, {}, bands.masks.data(), bands.scatters.data(),
+            conv.pairs ? conv.grid.row : 0, conv.written.row, conv.relu};
     for (int i = 0; i < groups; ++i) {
       const int begin = first + count * i / groups, end = first + count * (i + 1) / groups;
       for (int j = begin; j < end; ++j) {
@@ -353,6 +366,7 @@ void lay_out(Plan& plan, int rows, int cols) {
     for (int a = 0; a < c.window_rows; ++a)
       for (int b = 0; b < c.window_cols; ++b)
         c.offsets.push_back(c.grid.at(a - c.grid.pad_rows, b - c.grid.pad_cols));
+    c.pairs = plan.isa->pairs && 2 * c.cols == lanes && c.taps() == 9 && c.written.stride == 1;
     plan.bands.push_back(bands_of(c, lanes, plan.threads));
     const int wanted = plan.threads > 1 ? (2 * plan.threads + plan.bands.back().count - 1) / plan.bands.back().count : 1;
     plan.slabs.push_back(std::clamp(wanted, 1, std::max(1, c.out / std::max(kSlab, lanes))));
