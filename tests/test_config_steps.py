@@ -8,13 +8,13 @@ import jax
 import made_videos
 import numpy as np
 import pytest
+import tiny_cli
 from test_configs import FILES
 
 from gating_jax.data import sources
 from gating_jax.experiments import classification, continual, continual_build, long_video, segmentation, video_build
 from gating_jax.layers.blocks import BasicBlock
 from gating_jax.models import resnet, segment_nets, vgg
-from gating_jax.models.resnet import ResNet
 from gating_jax.training import devices, steps
 
 RANDOM = np.random.default_rng(0)
@@ -49,8 +49,8 @@ def config(monkeypatch, tmp_path):
   monkeypatch.setattr(sources, "open_tfds", source)
   monkeypatch.setitem(resnet.RESNETS, "tiny", ("cifar", BasicBlock, (1, 1), 4, "B"))
   monkeypatch.setitem(vgg.VGGS, "tiny_chain", (4, vgg.POOL, 4))
-  for nets, stem in ((segment_nets.LIGHT_NETS, "cifar"), (segment_nets.HEAVY_NETS, "small")):
-    monkeypatch.setitem(nets, "tiny", (ResNet, dict(classes=None, blocks=(1,), features=4, stem=stem)))
+  monkeypatch.setitem(segment_nets.LIGHT_NETS, "tiny", tiny_cli.TINY_LIGHT)
+  monkeypatch.setitem(segment_nets.HEAVY_NETS, "tiny", tiny_cli.TINY_HEAVY)
 
   def make(name):
     made = importlib.import_module(f"configs.{name}").get_config()

@@ -50,7 +50,8 @@ PROGRAMMES = {
         "model.name": "tiny", "data.size": "(16, 16)", "data.train_scenes": 40, "data.test_scenes": 8,
         "optim.batch_size": 8, "optim.epochs": 1},
     "composed_timegate": {  # both nets, gate and classifier; large or Adam's steps would multiply rounding
-        "data.train_videos": 40, "data.test_videos": 8, "model.gate.concepts": 4, "training": "end_to_end",
+        "model.light.name": "tiny", "model.heavy.name": "tiny", "data.train_videos": 40, "data.test_videos": 8,
+        "model.gate.concepts": 4, "training": "end_to_end",
         "pretrain.epochs": 0, "optim.kind": "sgd", "optim.learning_rate": 5e-4, "optim.batch_size": 8,
         "optim.epochs": 1},
     "split_digits": {
@@ -108,7 +109,7 @@ def test_two_processes_learn_tasks_as_one_does(tmp_path):
 
 @pytest.mark.slow
 def test_when_a_process_is_killed_the_others_end_and_the_job_goes_on_to_the_same_end(tmp_path):
-  changes = TRAINING | {"optim.epochs": 16, "checkpoint_every": 5}
+  changes = TRAINING | {"optim.epochs": 8, "checkpoint_every": 3}
   quiet, disturbed = tmp_path / "quiet", tmp_path / "disturbed"
   status, said = finished(launched(quiet, **changes))
   assert status == 0, said
@@ -126,7 +127,7 @@ def test_when_a_process_is_killed_the_others_end_and_the_job_goes_on_to_the_same
   assert "status 137; starting it again, from its newest checkpoint (1 of 1)" in said
   assert "Traceback" not in said
   assert "going on from the checkpoint of step" in said
-  assert saved_steps(disturbed)[-1] == 16 * STEPS_PER_EPOCH
+  assert saved_steps(disturbed)[-1] == 8 * STEPS_PER_EPOCH
   assert tiny.bit_equal(saved_state(disturbed), saved_state(quiet))
 
 

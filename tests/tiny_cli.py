@@ -1,11 +1,15 @@
-"""The command `gating-jax`, with one more, very small network to name: `--config.model.name=tiny`."""
+"""The command `gating-jax`, with very small networks to name: `--config.model.name=tiny`, of videos both by that."""
 
 from gating_jax import cli
 from gating_jax.layers.blocks import BasicBlock
-from gating_jax.models import resnet
+from gating_jax.models import resnet, segment_nets
+from gating_jax.models.resnet import ResNet
 
 TINY = ("cifar", BasicBlock, (1,), 8, "A")
+TINY_LIGHT, TINY_HEAVY = (
+    (ResNet, dict(classes=None, blocks=(1,), features=4, stem=stem)) for stem in ("cifar", "small"))
 
 if __name__ == "__main__":
   resnet.RESNETS["tiny"] = TINY
+  segment_nets.LIGHT_NETS["tiny"], segment_nets.HEAVY_NETS["tiny"] = TINY_LIGHT, TINY_HEAVY
   cli.main()
