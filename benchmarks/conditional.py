@@ -1,9 +1,10 @@
 """Time that skipping saves, against the share of MACs left open: a row for each case and share.
 
 A ratio is the baseline's median over the program's, all timed in turns, each turn after a call that is not timed, which
-finds the caches as the program before left them; the baseline is the faster of the network that
-computes all and multiplies by its gates, and of the one without gates. How many gates are open is set exactly: a whole
-network's by the biases of their logits, an example's own by a number in its channels, which the gate network reads.
+finds the caches as the program before left them; the baseline is the faster of the network that computes all and
+multiplies by its gates, and of the one without gates. `narrow` is a block of the open channels alone, without gates:
+the best that the same convolutions allow. How many gates are open is set exactly: a whole network's by the biases of
+their logits, an example's own by a number in its channels, which the gate network reads.
 
     python benchmarks/conditional.py [--case=NAME ...] [--repeats=60]
 """
@@ -75,6 +76,12 @@ def block(share, *, batch, size, channels, per_gate=1):
   return net, images(batch, size, channels)
 
 
+def narrow(share, channels):
+  """The block with this share of the hidden channels, without gates."""
+  hidden = round(share * channels)
+  return Folded((Block((conv(channels, hidden), conv(hidden, channels))),), pooled=False)
+
+
 def whole(share, *, width, batch=1):
   model = resnet("resnet20", 10, gating="channel", width=width, gate=GateSettings(hidden=HIDDEN))
   net = fold(model, model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
@@ -100,18 +107,22 @@ def layers(share, *, batch, size, channels):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """`make(share)` gives a network and images; `limits` are the least ratios at 50 % and 25 %."""
+  """`make(share)` gives a network and images; `limits` are the least ratios at 50 % and 25 %.
+
+  `channels` are those of a block whose open ones alone are timed as well.
+  """
 
   make: object
   strategy: str
   limits: tuple[float, float]
+  channels: int | None = None
 
 
 def _cases():
   found = {}
   for channels, size in ((64, 32), (64, 16), (128, 16), (256, 8)):
     make = functools.partial(block, batch=1, size=size, channels=channels)
-    found[f"block N=1 C={channels} {size}x{size}"] = Case(make, "switch", (1.55, 2.3))
+    found[f"block N=1 C={channels} {size}x{size}"] = Case(make, "switch", (1.55, 2.3), channels)
   found["resnet20 width 4 N=1"] = Case(functools.partial(whole, width=4), "switch", (1.7, 2.8))
   for batch, channels, size, per_gate in ((8, 128, 16, 32), (8, 128, 16, 64), (16, 128, 16, 64), (64, 128, 16, 64),
                                           (8, 256, 8, 128), (64, 256, 8, 128), (16, 256, 16, 128)):
@@ -151,6 +162,8 @@ def measure(case, share, repeats):
       raise SystemExit(f"{name} is wrong: relative error {error}")
   contenders = {"masked": lambda: run(net, x), "ungated": lambda: run(dense, x),
                 **{name: functools.partial(made, x) for name, made in programs.items()}}
+  if case.channels:
+    contenders["narrow"] = functools.partial(run, narrow(share, case.channels), x)
   times = race(contenders, repeats, settle=True)
   return macs, *({name: 1e3 * float(np.percentile(found, q)) for name, found in times.items()} for q in (50, 10))
 
@@ -160,8 +173,9 @@ def main():
   parser.add_argument("--case", action="append", default=[], help="part of a case's name; all cases without it")
   parser.add_argument("--repeats", type=int, default=60)
   args = parser.parse_args()
-  print("| case | MACs | masked ms | ungated ms | program | its ms | ratio | at least | ratio of 10th percentiles |")
-  print("|---" * 9 + "|")
+  print("| case | MACs | masked ms | ungated ms | narrow ms | program | its ms | ratio | at least "
+        "| ratio of 10th percentiles |")
+  print("|---" * 10 + "|")
   for name, case in CASES.items():
     if args.case and not any(part in name for part in args.case):
       continue
@@ -173,8 +187,9 @@ def main():
       baseline = lambda times: min(times["masked"], times["ungated"])
       for program_name in ("auto", case.strategy) if share == 1 else (case.strategy,):
         limit = {1.0: 1 / AT_MOST if program_name == "auto" else None, 0.5: case.limits[0], 0.25: case.limits[1]}[share]
-        spent = times[program_name]
-        print(f"| {name} | {macs:.1%} | {times['masked']:.3f} | {times['ungated']:.3f} | {program_name} | {spent:.3f} "
+        spent, alone = times[program_name], f"{times['narrow']:.3f}" if case.channels else ""
+        print(f"| {name} | {macs:.1%} | {times['masked']:.3f} | {times['ungated']:.3f} "
+              f"| {alone} | {program_name} | {spent:.3f} "
               f"| {baseline(times) / spent:.2f} | {f'{limit:.2f}' if limit else ''} "
               f"| {baseline(quiet) / quiet[program_name]:.2f} |", flush=True)
 

@@ -69,13 +69,13 @@ def switch(part: Part, setting: Setting) -> Made:
     masks = [group.expand(g)[0] for group, g in zip(groups, (*before, *gates), strict=True)]
     needed = [sum((jnp.sum(mask) > size).astype(jnp.int32) for size in of_group[:-1])
               for mask, of_group in zip(masks, sizes, strict=True)]
-    order = [lax.top_k(mask, mask.size) for mask in masks]  # the open channels first, each kind in order
 
     def branch(capacities: Sequence[int]) -> Callable[[], Array]:
       if all(k >= group.width for k, group in zip(capacities, groups, strict=True)):
         return lambda: folded.masked(part, x, gates, before)
-      return lambda: _compact(part, x, [(mask[:k], index[:k]) if k < mask.size else (mask, index)
-                                        for (mask, index), k in zip(order, capacities, strict=True)])
+      # The open channels first, each kind in order; in the branch, as sorting fewer is quicker.
+      return lambda: _compact(part, x, [lax.top_k(mask, min(k, mask.size))
+                                        for mask, k in zip(masks, capacities, strict=True)])
 
     return lax.switch(jnp.max(jnp.stack(needed)), [branch(capacities) for capacities in programs])
 
