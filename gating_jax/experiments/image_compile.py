@@ -6,6 +6,7 @@ Reference: Bejnordi et al., 2020.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import platform
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,9 @@ import numpy as np
 
 from gating_jax.experiments.build import Experiment
 from gating_jax.inference.conditional import compile_conditional
+from gating_jax.inference.exiting import compile_exits, fold_exits
 from gating_jax.inference.folding import fold
+from gating_jax.models.early_exit import EarlyExitNet
 from gating_jax.reports import time_picture
 from gating_jax.training import rundir
 from gating_jax.training.journal import write_json
@@ -35,11 +38,15 @@ def run(experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Ma
   for name in (TABLE_FILE, PICTURE_FILE):
     if (run_dir.path / name).exists():
       raise rundir.RunDirError(f"{run_dir.path / name} exists; rename it or take it away to compile anew")
-  net, train = fold(experiment.model, variables), experiment.open_train()
+  if isinstance(experiment.model, EarlyExitNet):
+    compiled = functools.partial(compile_exits, fold_exits(experiment.model, variables))
+  else:
+    compiled = functools.partial(compile_conditional, fold(experiment.model, variables))
+  train = experiment.open_train()
   index = np.unique(np.linspace(0, len(train) - 1, min(_CALIBRATION, len(train))).astype(np.int64))
   images = np.asarray(experiment.normalise(train.read(index)[0]), np.float32)
-  timings = {size: [dataclasses.asdict(timing) for timing in compile_conditional(
-      net, input_shape=images.shape[1:], batch_size=size, calibration=images, repeats=_REPEATS).report()]
+  timings = {size: [dataclasses.asdict(timing) for timing in compiled(
+      input_shape=images.shape[1:], batch_size=size, calibration=images, repeats=_REPEATS).report()]
              for size in _BATCHES}
   device = jax.devices()[0]
   print(f"checkpoint of step {step}, timed on {device.platform}: {device.device_kind}, {platform.machine()}")

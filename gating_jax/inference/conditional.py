@@ -27,7 +27,7 @@ from gating_jax.timing import race
 from gating_jax.types import Array
 
 AUTO = "auto"
-_GAIN = 0.97  # of the time of the program it replaces: what a strategy must stay under to be taken
+GAIN = 0.97  # of the time of the program it replaces: what a strategy must stay under to be taken
 _SAMPLES = 4  # batches of calibration data that are timed
 
 
@@ -63,12 +63,7 @@ class Conditional:
     self._weights, self._program = _with_parts(net, made), program(made)
 
   def __call__(self, x: Array) -> tuple[Array, Gates]:
-    count = len(x)
-    if count == self.batch_size:
-      return self._program(self._weights, x)
-    starts = range(0, max(1, count), self.batch_size)
-    parts = [self._program(self._weights, _padded(x[i : i + self.batch_size], self.batch_size)) for i in starts]
-    return jax.tree.map(lambda *pieces: jnp.concatenate(pieces)[:count], *parts)
+    return in_batches(functools.partial(self._program, self._weights), x, self.batch_size)
 
   def load(self, net: Folded) -> None:
     """Takes the weights of another network of the same shapes, without compiling again."""
@@ -100,14 +95,9 @@ def compile_conditional(
     ValueError: an unknown strategy, a network without the gates it takes, or values out of range.
   """
   one_of("strategy", strategy, (AUTO, *STRATEGIES))
-  for name, value in (("batch_size", batch_size), ("buckets", buckets), ("repeats", repeats)):
-    if value < 1:
-      raise ValueError(f"{name} must be >= 1; got {value}")
+  check_arguments(input_shape, batch_size, buckets, calibration, repeats)
   if calibration is None and strategy == AUTO:
     raise ValueError(f"calibration must be given for strategy {strategy!r}; got None")
-  if calibration is not None and (np.shape(calibration)[1:] != tuple(input_shape) or not len(calibration)):
-    raise ValueError(f"calibration must be [M, {', '.join(map(str, input_shape))}] with M >= 1; "
-                     f"got shape {np.shape(calibration)}")
   if reason := why_not(strategy):
     raise ValueError(f"strategy {strategy!r} cannot run here: {reason}")
   net = model if isinstance(model, Folded) else fold(model, variables)
@@ -120,11 +110,22 @@ def compile_conditional(
       raise ValueError(f"strategy must fit a part of the network; {strategy!r} fits none of it, or needs calibration")
     return Conditional(net, [strategy if strategy in known else "masked" for known in options], settings)
   ratios = _mac_ratios(net, input_shape, gates)
-  batches = _batches(calibration, batch_size)
+  batches = spread_batches(calibration, batch_size)
   timings = _time_parts(net, options, batches, ratios[:-1], repeats)
   names, of_whole = _choose(net, options, timings, batches, ratios[-1], repeats)
   timings = [dataclasses.replace(t, chosen=t.strategy == names[t.part]) for t in timings]
   return Conditional(net, names, settings, [*timings, *of_whole])
+
+
+def check_arguments(input_shape: tuple[int, int, int], batch_size: int, buckets: int, calibration: Any,
+                    repeats: int) -> None:
+  """Raises ValueError naming the first that is out of range."""
+  for name, value in (("batch_size", batch_size), ("buckets", buckets), ("repeats", repeats)):
+    if value < 1:
+      raise ValueError(f"{name} must be >= 1; got {value}")
+  if calibration is not None and (np.shape(calibration)[1:] != tuple(input_shape) or not len(calibration)):
+    raise ValueError(f"calibration must be [M, {', '.join(map(str, input_shape))}] with M >= 1; "
+                     f"got shape {np.shape(calibration)}")
 
 
 def program(made: Sequence[Made] | None = None) -> Callable[[Folded, Array], tuple[Array, Gates]]:
@@ -138,6 +139,14 @@ def ungated(net: Folded) -> Folded:
   return dataclasses.replace(net, parts=tuple(
       dataclasses.replace(part, head=None, **({} if isinstance(part, Layer) else {"layer_gate": False}))
       for part in net.parts))
+
+
+def in_batches(run: Callable[[Array], Any], x: Array, size: int) -> Any:
+  """What `run`, which takes `size` examples, makes of any number of them."""
+  if len(x) == size:
+    return run(x)
+  parts = [run(_padded(x[i : i + size], size)) for i in range(0, max(1, len(x)), size)]
+  return jax.tree.map(lambda *pieces: jnp.concatenate(pieces)[: len(x)], *parts)
 
 
 def _padded(x: Array, count: int) -> Array:
@@ -174,7 +183,7 @@ def _pick(options: Sequence[Mapping[str, Made]], names: Sequence[str]) -> list[M
   return [known[name] for known, name in zip(options, names, strict=True)]
 
 
-def _batches(images: Any, batch_size: int) -> list[Array]:
+def spread_batches(images: Any, batch_size: int) -> list[Array]:
   """A few batches that are spread over the images, which are repeated where they are too few."""
   count = min(_SAMPLES, -(-len(images) // batch_size))
   index = np.linspace(0, len(images), count * batch_size, endpoint=False).astype(int)
@@ -189,7 +198,8 @@ def _mac_ratios(net: Folded, input_shape: tuple[int, int, int], gates: Sequence[
   return [*of_parts, float(np.mean(folded.macs(net, input_shape, gates))) / folded.macs(dense, input_shape)]
 
 
-def _timing(part: int | None, seconds: Mapping[str, float], mac_ratio: float, chosen: str = "") -> list[Timing]:
+def rows(part: int | None, seconds: Mapping[str, float], mac_ratio: float, chosen: str = "") -> list[Timing]:
+  """A `Timing` for each strategy, by name, `masked` among them."""
   return [Timing(part, name, mac_ratio, spent, spent / seconds["masked"], mac_ratio * seconds["masked"] / spent,
                  name == chosen) for name, spent in seconds.items()]
 
@@ -202,10 +212,10 @@ def _time_parts(net: Folded, options: Sequence[Mapping[str, Made]], batches: Seq
   for i, known in enumerate(options):
     if len(known) == 1:
       continue
-    contenders = {name: functools.partial(_over, jax.jit(runner), [(part, *inputs[i]) for inputs in seen])
+    contenders = {name: functools.partial(run_over, jax.jit(runner), [(part, *inputs[i]) for inputs in seen])
                   for name, (part, runner) in known.items()}
     seconds = {name: statistics.median(spent) / len(batches) for name, spent in race(contenders, repeats).items()}
-    timings += _timing(i, seconds, ratios[i])
+    timings += rows(i, seconds, ratios[i])
   return timings
 
 
@@ -222,7 +232,8 @@ def _seen(net: Folded, x: Array) -> list[tuple[Array, Gates, Gates]]:
   return seen
 
 
-def _over(run: Callable[..., Any], calls: Sequence[tuple]) -> None:
+def run_over(run: Callable[..., Any], calls: Sequence[tuple]) -> None:
+  """Calls, one after the other's end."""
   for args in calls:
     jax.block_until_ready(run(*args))
 
@@ -233,7 +244,7 @@ def _choose(net: Folded, options: Sequence[Mapping[str, Made]], timings: Sequenc
   fastest = ["masked"] * len(net.parts)
   for i in range(len(net.parts)):
     of_part = [t for t in timings if t.part == i]
-    if of_part and (best := min(of_part, key=lambda t: t.seconds)).time_ratio < _GAIN:
+    if of_part and (best := min(of_part, key=lambda t: t.seconds)).time_ratio < GAIN:
       fastest[i] = best.strategy
   mixtures = {"masked": ["masked"] * len(net.parts)}
   for name in STRATEGIES:
@@ -242,10 +253,10 @@ def _choose(net: Folded, options: Sequence[Mapping[str, Made]], timings: Sequenc
   if fastest not in mixtures.values():
     mixtures["chosen"] = fastest
   made = {name: _pick(options, names) for name, names in mixtures.items()}
-  runs = {name: functools.partial(_over, program(parts), [(_with_parts(net, parts), x) for x in batches])
+  runs = {name: functools.partial(run_over, program(parts), [(_with_parts(net, parts), x) for x in batches])
           for name, parts in made.items()}
-  runs["ungated"] = functools.partial(_over, program(), [(ungated(net), x) for x in batches])
+  runs["ungated"] = functools.partial(run_over, program(), [(ungated(net), x) for x in batches])
   seconds = {name: statistics.median(spent) / len(batches) for name, spent in race(runs, repeats).items()}
   best = min(mixtures, key=seconds.get)
-  best = best if seconds[best] < _GAIN * seconds["masked"] else "masked"
-  return mixtures[best], _timing(None, seconds, ratio, best)
+  best = best if seconds[best] < GAIN * seconds["masked"] else "masked"
+  return mixtures[best], rows(None, seconds, ratio, best)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer
+from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer, Part
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.models.resnet import ResNet
 from gating_jax.models.vgg import POOL, VGG
@@ -42,13 +42,17 @@ def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> Folded:
     ValueError: another model, or gates that are never exactly closed.
   """
   _check(model)
-  flat = {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(dict(variables)).items()}
+  flat = _flat(variables)
   parts = tuple((_vgg_parts if isinstance(model, VGG) else _resnet_parts)(model, flat))
   if isinstance(model, ResNet) and not model.pool:
     return Folded(parts, pooled=False)
   if model.classes is None:
     return Folded(parts)
   return Folded(parts, tuple(jnp.asarray(flat["params", "classifier", name]) for name in ("kernel", "bias")))
+
+
+def _flat(variables: Mapping[str, Any]) -> dict[Path, np.ndarray]:
+  return {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(dict(variables)).items()}
 
 
 def _check(model: Any) -> None:
@@ -71,7 +75,7 @@ def _check(model: Any) -> None:
 
 def _resnet_parts(model: ResNet, flat: Mapping[Path, np.ndarray]):
   probe = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)  # of any size: images have 4 axes
-  stem = _conv(flat, ("stem",), stride=1 if model.stem == "cifar" else 2)
+  stem = fold_conv(flat, ("stem",), stride=1 if model.stem == "cifar" else 2)
   yield Layer(stem, pool=_STEM_POOL if model.stem == "imagenet" else None)
   channels = stem.bias.size
   strides, dilations = model.resolution(probe)
@@ -87,9 +91,10 @@ def _block(model, flat, name: str, channels: int, stride: int, dilations: tuple[
   basic = ("params", name, "conv3", "conv", "kernel") not in flat
   names = ("conv1", "conv2") if basic else ("conv1", "conv2", "conv3")
   strides, spread = ((stride, 1), dilations) if basic else ((1, stride, 1), (1, dilations[0], 1))
-  convs = [_conv(flat, (name, conv), s, d) for conv, s, d in zip(names, strides, spread, strict=True)]
+  convs = [fold_conv(flat, (name, conv), s, d) for conv, s, d in zip(names, strides, spread, strict=True)]
   out = convs[-1].bias.size
-  project = _conv(flat, (name, "project"), stride) if ("params", name, "project", "conv", "kernel") in flat else None
+  projects = ("params", name, "project", "conv", "kernel") in flat
+  project = fold_conv(flat, (name, "project"), stride) if projects else None
   missing = 0 if project is not None else out - channels
   shape = dict(project=project, pad=(stride if project is None else 1, missing // 2, missing - missing // 2))
   if model.gating == "layer":
@@ -114,7 +119,7 @@ def _block(model, flat, name: str, channels: int, stride: int, dilations: tuple[
 
 def _vgg_parts(model: VGG, flat: Mapping[Path, np.ndarray]):
   places = [i for i, channels in enumerate(model.chain) if channels != POOL]
-  convs = [_conv(flat, (f"layer{i + 1}", "conv"), norm=model.norm) for i in range(len(places))]
+  convs = [fold_conv(flat, (f"layer{i + 1}", "conv"), norm=model.norm) for i in range(len(places))]
   heads = [None] * len(convs)
   if model.gating == "channel":
     heads = [_head(model, flat, f"layer{i + 1}", (_group(model, conv.bias.size),)) for i, conv in enumerate(convs)]
@@ -134,7 +139,21 @@ def _group(model, channels: int) -> Group:
   return Group(channels // size, size)
 
 
-def _conv(flat: Mapping[Path, np.ndarray], path: Path, stride: int = 1, dilation: int = 1, norm: bool = True) -> Conv:
+def fold_stages(
+    model: ResNet, variables: Mapping[str, Any]
+) -> tuple[list[tuple[Part, ...]], dict[Path, np.ndarray]]:
+  """The parts of each stage, the stem with the first; and the variables by path."""
+  flat = _flat(variables)
+  stem, *blocks = _resnet_parts(model, flat)
+  ends = np.cumsum(model.blocks)
+  stages = [tuple(blocks[end - count : end]) for end, count in zip(ends, model.blocks, strict=True)]
+  return [(stem, *stages[0]), *stages[1:]], flat
+
+
+def fold_conv(
+    flat: Mapping[Path, np.ndarray], path: Path, stride: int = 1, dilation: int = 1, norm: bool = True
+) -> Conv:
+  """The convolution of a `ConvNorm`, its BatchNorm, if any, folded into it."""
   kernel = flat["params", *path, "conv", "kernel"].astype(np.float32)
   if not norm:
     return Conv(jnp.asarray(kernel), jnp.asarray(flat["params", *path, "conv", "bias"]), stride, dilation)

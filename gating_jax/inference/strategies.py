@@ -136,7 +136,7 @@ def layer_dispatch(part: Part, setting: Setting) -> Made:
   def run(part: Block, x: Array, gates: Gates, before: Gates) -> Array:
     del before
     branch = lambda x: _chain(part.convs, x)
-    return jax.nn.relu(_for_open(gates[0][:, 0] > 0, (x,), branch, part.shortcut(x), setting))
+    return jax.nn.relu(for_open(gates[0][:, 0] > 0, (x,), branch, part.shortcut(x), setting.buckets))
 
   return part, run
 
@@ -176,18 +176,19 @@ def _dispatch_blocks(group: Group, setting: Setting) -> Runner:
     if group.always:
       y = y + _chain(some(part.convs, slice(group.always)), x)
     for unit, span in enumerate(spans):
-      y = _for_open(gates[0][:, unit] > 0, (x,), lambda x, span=span: _chain(some(part.convs, span), x), y, setting)
+      y = for_open(gates[0][:, unit] > 0, (x,), lambda x, span=span: _chain(some(part.convs, span), x), y,
+                   setting.buckets)
     return jax.nn.relu(y)
 
   return run
 
 
-def _for_open(is_open: Array, inputs: tuple[Array, ...], function: Callable[..., Array], y: Array,
-              setting: Setting) -> Array:
-  """y, with the function of the open examples added."""
+def for_open(is_open: Array, inputs: tuple[Array, ...], function: Callable[..., Array], y: Array,
+             buckets: int) -> Array:
+  """y `[N, ...]`, with the function of the open examples added: a program for each of a few counts of them."""
   total = is_open.size
-  sizes = (0, *bucket_sizes(total, setting.buckets)) if total > 1 else (0, 1)
-  column = lambda flags: flags[:, None, None, None]
+  sizes = (0, *bucket_sizes(total, buckets)) if total > 1 else (0, 1)
+  column = lambda flags: jnp.expand_dims(flags, range(1, y.ndim))
 
   def branch(k: int) -> Callable[[], Array]:
     if k == 0:
@@ -234,9 +235,10 @@ def cluster(part: Part, setting: Setting) -> Made:
       covered = jnp.all(jnp.stack([jnp.sum(mask[:, index], 1) == jnp.sum(mask, 1)
                                    for mask, index in zip(own, of_groups, strict=True)]), axis=0)
       inputs = (x, *(mask[:, index] for mask, index in zip(own, of_groups, strict=True)))
-      y = _for_open(waiting & covered, inputs, lambda x, *m, convs=convs: _chain(convs, x, m), y, setting)
+      y = for_open(waiting & covered, inputs, lambda x, *m, convs=convs: _chain(convs, x, m), y,
+                   setting.buckets)
       waiting &= ~covered
-    return jax.nn.relu(_for_open(waiting, (x, *own), lambda x, *m: _chain(part.convs, x, m), y, setting))
+    return jax.nn.relu(for_open(waiting, (x, *own), lambda x, *m: _chain(part.convs, x, m), y, setting.buckets))
 
   return made, run
 
