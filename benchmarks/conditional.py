@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gating_jax.inference import folded
+from gating_jax.inference import exiting, folded
 from gating_jax.inference.conditional import compile_conditional, program, ungated
-from gating_jax.inference.folded import Block, Conv, Folded, Group, Head
+from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer
 from gating_jax.inference.folding import fold
 from gating_jax.inference.kernel_strategies import why_not
 from gating_jax.layers.gate import GateSettings
@@ -105,6 +105,18 @@ def layers(share, *, batch, size, channels):
   return Folded(tuple(parts[: 4 if batch == 1 else 1]), pooled=False), images(batch, size, channels)
 
 
+def leaving(share, *, batch, size, channels):
+  """Eight blocks, and an exit after the first at which as many images leave as make this share."""
+  blocks = [Block((conv(channels, channels), conv(channels, channels))) for _ in range(8)]
+  stages = Folded((blocks[0],), pooled=False), Folded(tuple(blocks[1:]), (normal(channels, 10), normal(10)))
+  net = exiting.ExitNet(stages, (Folded((Layer(conv(channels, 16)),), (normal(16, 10), normal(10))),), 0.5)
+  x = images(batch, size, channels)
+  stay = np.sort(np.asarray(exiting.run(net, jnp.asarray(x))[1][:, 0]))
+  goes_on = round(batch * (share * 8 - 1) / 7)
+  between = stay[0] - 1 if goes_on == batch else stay[batch - goes_on - 1 : batch - goes_on + 1].mean()
+  return dataclasses.replace(net, threshold=float(1 / (1 + np.exp(-between)))), x
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
   """`make(share)` gives a network and images; `limits` are the least ratios at 50 % and 25 %.
@@ -137,6 +149,8 @@ def _cases():
     found[f"layers N=1 C={channels} {size}x{size}"] = Case(make, "layer_dispatch", (1.75, 3.4))
     make = functools.partial(layers, batch=16, size=size, channels=channels)
     found[f"compaction N=16 C={channels} {size}x{size}"] = Case(make, "layer_dispatch", (1.75, 3.4))
+    make = functools.partial(leaving, batch=64, size=size, channels=channels)
+    found[f"early exit N=64 C={channels} {size}x{size}"] = Case(make, exiting.EXIT_DISPATCH, (1.75, 3.4))
   return found
 
 
@@ -146,13 +160,18 @@ CASES = _cases()
 def measure(case, share, repeats):
   """The row's numbers: share of MACs, and each contender's milliseconds, medians and tenth percentiles."""
   net, x = case.make(share)
-  x, shape = jnp.asarray(x), x.shape[1:]
-  dense, run = ungated(net), program()
-  _, logits = run(net, x)
-  gates = [np.asarray(z) > 0 for z in logits]
-  macs = float(np.mean(folded.macs(net, shape, gates))) / folded.macs(dense, shape)
-  make = functools.partial(compile_conditional, net, input_shape=shape, batch_size=len(x))
-  programs = {case.strategy: make(strategy=case.strategy)}
+  x, shape, dense_run = jnp.asarray(x), x.shape[1:], program()
+  if isinstance(net, exiting.ExitNet):
+    run, dense = exiting.program(), Folded(sum((s.parts for s in net.stages), ()), net.stages[-1].classifier)
+    spent = exiting.macs(net, shape, run(net, x)[1])
+    make = functools.partial(exiting.compile_exits, net, input_shape=shape, batch_size=len(x))
+    programs = {case.strategy: make()}
+  else:
+    run, dense = dense_run, ungated(net)
+    spent = folded.macs(net, shape, [np.asarray(z) > 0 for z in run(net, x)[1]])
+    make = functools.partial(compile_conditional, net, input_shape=shape, batch_size=len(x))
+    programs = {case.strategy: make(strategy=case.strategy)}
+  macs = float(np.mean(spent)) / folded.macs(dense, shape)
   if share == 1:
     programs["auto"] = make(calibration=x)
   expected = run(net, x)[0]
@@ -160,10 +179,10 @@ def measure(case, share, repeats):
     error = float(jnp.abs(made(x)[0] - expected).max() / jnp.abs(expected).max())
     if not error < 1e-4:
       raise SystemExit(f"{name} is wrong: relative error {error}")
-  contenders = {"masked": lambda: run(net, x), "ungated": lambda: run(dense, x),
+  contenders = {"masked": lambda: run(net, x), "ungated": lambda: dense_run(dense, x),
                 **{name: functools.partial(made, x) for name, made in programs.items()}}
   if case.channels:
-    contenders["narrow"] = functools.partial(run, narrow(share, case.channels), x)
+    contenders["narrow"] = functools.partial(dense_run, narrow(share, case.channels), x)
   times = race(contenders, repeats, settle=True)
   return macs, *({name: 1e3 * float(np.percentile(found, q)) for name, found in times.items()} for q in (50, 10))
 

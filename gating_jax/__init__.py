@@ -5,6 +5,7 @@ See the README for a tour; every name here is documented where it is defined.
 
 from gating_jax.inference.analyse import Analysis, analyse
 from gating_jax.inference.conditional import compile_conditional
+from gating_jax.inference.exiting import compile_exits
 from gating_jax.inference.export import export_model
 from gating_jax.inference.folding import fold
 from gating_jax.inference.quantise import quantise
@@ -80,6 +81,7 @@ __all__ = [
   "cdf_matching_loss",
   "clipped_sigmoid",
   "compile_conditional",
+  "compile_exits",
   "count",
   "count_video",
   "empirical",
