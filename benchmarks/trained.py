@@ -12,8 +12,12 @@ the whole test set.
 import argparse
 import functools
 import os
+import sys
 import tempfile
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else PyTorch's threads slow down whoever comes next
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +35,14 @@ from gating_jax.timing import race
 from gating_jax.training import rundir
 
 try:
-  import onnxruntime
   import torch
 except ImportError:
   torch = None
+try:
+  import onnx  # noqa: F401  # PyTorch's export needs it
+  import onnxruntime
+except ImportError:
+  onnxruntime = None
 
 BATCHES_TIMED = 8
 CALIBRATION = 256
@@ -49,7 +57,10 @@ def main():
   parser.add_argument("--repeats", type=int, default=20, help=f"of each of {BATCHES_TIMED} batches")
   parser.add_argument("--data_dir", help="TFDS folder, where it is not that of the runs")
   args = parser.parse_args()
-  (gated, experiment), (ungated, _) = (load(path, args.data_dir) for path in (args.gated, args.ungated))
+  (gated, experiment), (ungated, other) = (load(path, args.data_dir) for path in (args.gated, args.ungated))
+  for name, value in experiment.config.data.items():
+    if value != other.config.data[name]:
+      sys.exit(f"both runs must have the same data.{name}; got {value!r} and {other.config.data[name]!r}")
   images, labels = read(experiment, experiment.test, np.arange(len(experiment.test)))
   train = experiment.open_train()
   calibration, _ = read(experiment, train, np.linspace(0, len(train) - 1, CALIBRATION).astype(int))
@@ -61,7 +72,8 @@ def main():
     starts = np.linspace(0, len(images) - size, BATCHES_TIMED).astype(int)
     times = {name: [] for name in contenders}
     for start in starts:
-      found = race({name: bind(images[start : start + size]) for name, bind in contenders.items()}, args.repeats)
+      found = race({name: bind(images[start : start + size]) for name, bind in contenders.items()}, args.repeats,
+                   settle=True)
       for name, seconds in found.items():
         times[name] += seconds
     baseline = np.median(times["ungated", "XLA"])
@@ -93,9 +105,8 @@ def programs(gated, ungated, size, calibration):
   run, shape = program(), calibration.shape[1:]
   make = functools.partial(compile_conditional, input_shape=shape, batch_size=size)
   auto = make(gated, calibration=calibration)
-  print(f"<!-- auto, N = {size}: {', '.join(auto.strategies)} -->")
   ours = {("ungated", "XLA"): functools.partial(run, ungated), ("gated", "masked"): functools.partial(run, gated),
-          ("gated", "auto"): auto}
+          ("gated", f"auto ({', '.join(sorted(set(auto.strategies)))})"): auto}
   if size == 1:
     ours["gated", "switch"] = make(gated, strategy="switch")
   if not why_not("native"):
@@ -114,6 +125,10 @@ def elsewhere(net, shape):
   torch.set_num_threads(THREADS)
   before, after = torch.contiguous_format, torch.channels_last
   nets = {layout: jax.tree.map(functools.partial(to_torch, layout=layout), net) for layout in (before, after)}
+  found = {("ungated", f"PyTorch, {name}"): functools.partial(in_torch, nets[layout], layout)
+           for name, layout in (("NCHW", before), ("NHWC", after))}
+  if onnxruntime is None:
+    return found
   with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
     torch.onnx.export(Module(nets[before]), (torch.zeros(1, shape[2], *shape[:2]),), file.name, input_names=["x"],
                       dynamic_axes={"x": {0: "n"}}, dynamo=False)
@@ -121,18 +136,21 @@ def elsewhere(net, shape):
     options.intra_op_num_threads = THREADS
     options.add_session_config_entry("session.force_spinning_stop", "1")  # else they slow down whoever comes next
     session = onnxruntime.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])
-  channels_first = lambda x: np.ascontiguousarray(np.moveaxis(x, -1, 1))
-
-  def in_torch(layout, x):
-    x = torch.from_numpy(channels_first(x)).to(memory_format=layout)
-    return torch.inference_mode()(lambda: forward(nets[layout], x).numpy())
 
   def in_onnxruntime(x):
     x = channels_first(x)
     return lambda: session.run(None, {"x": x})[0]
 
-  return {("ungated", "PyTorch, NCHW"): functools.partial(in_torch, before),
-          ("ungated", "PyTorch, NHWC"): functools.partial(in_torch, after), ("ungated", "onnxruntime"): in_onnxruntime}
+  return found | {("ungated", "onnxruntime"): in_onnxruntime}
+
+
+def in_torch(net, layout, x):
+  x = torch.from_numpy(channels_first(x)).to(memory_format=layout)
+  return torch.inference_mode()(lambda: forward(net, x).numpy())
+
+
+def channels_first(x):
+  return np.ascontiguousarray(np.moveaxis(x, -1, 1))
 
 
 def to_torch(array, layout):
@@ -162,6 +180,7 @@ def forward(net, x):
 
 
 def conv(conv, x):
+  assert conv.dilation == 1
   return torch.nn.functional.conv2d(x, conv.kernel, conv.bias, conv.stride, [n // 2 for n in conv.kernel.shape[2:]])
 
 
