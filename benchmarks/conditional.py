@@ -166,10 +166,10 @@ def measure(case, share, repeats):
   net, x = case.make(share)
   x, shape, dense_run = jnp.asarray(x), x.shape[1:], program()
   if isinstance(net, exiting.ExitNet):
-    run, dense = exiting.program(), Folded(sum((s.parts for s in net.stages), ()), net.stages[-1].classifier)
+    run, dense = exiting.program(), exiting.without_exits(net)
     spent = exiting.macs(net, shape, run(net, x)[1])
     make = functools.partial(exiting.compile_exits, net, input_shape=shape, batch_size=len(x))
-    programs = {case.strategy: make()}
+    programs = {case.strategy: make(strategy=case.strategy)}
   else:
     run, dense = dense_run, ungated(net)
     spent = folded.macs(net, shape, [np.asarray(z) > 0 for z in run(net, x)[1]])

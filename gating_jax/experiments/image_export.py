@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from gating_jax.experiments.build import Experiment
 from gating_jax.inference import export, folded, openings
 from gating_jax.inference.analyse import Analysis, analyse
+from gating_jax.inference.conditional import Conditional, compile_conditional
 from gating_jax.inference.folded import Folded
 from gating_jax.inference.quantise import dequantise, quantise
 from gating_jax.inference.slim import Disagreement, choose, disagreement, rate_bound, take
@@ -25,13 +27,14 @@ from gating_jax.reports.lettering import columns
 from gating_jax.timing import race
 from gating_jax.training import rundir
 
-FOLDERS = ("export", "export_int8")
+FOLDERS = ("export", "export_int8", "export_conditional")
 CALIBRATION = 2_000  # images at most, evenly over the training set
 _TIMED_BATCHES, _REPEATS = (1, 64), 30
 
 
 def run(experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Mapping[str, Any]) -> None:
-  """Writes both exports, of float32 and of int8 weights, into the run directory, and says what they are.
+  """Writes the exports into the run directory, of float32 and of int8 weights, and of a program that skips what is
+  closed, for one image at a time, where anything is gated; and says what they are.
 
   Raises:
     RunDirError: one of them is there.
@@ -54,14 +57,35 @@ def run(experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Ma
   table = [["net", "test accuracy", "MACs per image", "executed", "weights, bytes", "program, bytes",
             *(f"ms ({size})" for size in _TIMED_BATCHES)]]
   milliseconds = _milliseconds(nets, analysis.input_shape)
-  for folder, name in zip(FOLDERS, list(nets)[1:], strict=True):
+  for folder, name in zip(FOLDERS[:2], list(nets)[1:], strict=True):
     card = _card(experiment, run_dir, step, scores, name, moved, analysis)
     path = export.export_model(nets[name], run_dir.path / folder, input_shape=analysis.input_shape,
                                card=card | {"milliseconds": milliseconds[name]})
     table.append(_score_row(name, scores[name], export.load(path).card))
   table.insert(1, _score_row("trained", scores["trained"], {"milliseconds": milliseconds["trained"]}))
+  if skipping := _skipping(small, analysis.input_shape):
+    card = _card(experiment, run_dir, step, scores, "slimmed", moved, analysis)
+    spent = {"1": _median_of(skipping, jnp.zeros((1, *analysis.input_shape), jnp.float32))}
+    path = export.export_model(skipping, run_dir.path / FOLDERS[2], input_shape=analysis.input_shape,
+                               card=card | {"strategies": skipping.strategies, "milliseconds": spent})
+    table.append(_score_row("slimmed, skipping", scores["slimmed"], export.load(path).card))
   print("\n".join(columns(table)))
-  print(f"\nwritten: {', '.join(str(run_dir.path / folder) for folder in FOLDERS)}")
+  written = [str(run_dir.path / folder) for folder in FOLDERS if (run_dir.path / folder).exists()]
+  print(f"\nwritten: {', '.join(written)}")
+
+
+def _skipping(net: Folded, shape: tuple[int, int, int]) -> Conditional | None:
+  """One image at a time, what is closed left out, by plain JAX, which programs hold; None without gates."""
+  gated = [part for part in net.parts if part.head is not None]
+  if not gated:
+    return None
+  strategy = "layer_dispatch" if getattr(gated[0], "layer_gate", False) else "switch"
+  return compile_conditional(net, input_shape=shape, batch_size=1, strategy=strategy)
+
+
+def _median_of(run: Conditional, x: jax.Array) -> float:
+  """Milliseconds of a call."""
+  return round(1000 * statistics.median(race({"": functools.partial(run, x)}, _REPEATS)[""]), 3)
 
 
 def _batches(experiment: Experiment, images: Any, index: np.ndarray | None = None) -> Iterator[tuple[Any, Any]]:
@@ -139,4 +163,4 @@ def _score_row(name: str, score: Mapping[str, float], card: Mapping[str, Any]) -
   files = card.get("files")
   sizes = [f"{files[file]['bytes']:,}" if files else "" for file in (export.WEIGHTS, export.PROGRAM)]
   return [name, f"{100 * score['accuracy']:.2f} %", f"{score['macs']:,}", f"{score['executed_macs']:,.0f}", *sizes,
-          *(f"{card['milliseconds'][str(size)]:.2f}" for size in _TIMED_BATCHES)]
+          *(f"{card['milliseconds'].get(str(size), math.nan):.2f}" for size in _TIMED_BATCHES)]

@@ -36,7 +36,8 @@ class Timing:
   """Of a part, or of the whole network (`part` None), by one strategy.
 
   Attributes:
-    strategy: its name; of the network also `chosen`, the mixture of the parts' fastest, and `ungated`.
+    strategy: its name; of the network also `chosen`, the mixture of the parts' fastest, and `ungated`; of one with
+      early exits `masked`, `exit_dispatch` and `ungated`.
     mac_ratio: MACs that calibration data leave open, of all.
     seconds: of a call.
     time_ratio: `seconds` of those of `masked`.
@@ -54,20 +55,26 @@ class Timing:
 
 
 class Conditional:
-  """`[N, H, W, D]` images, any N, to `(outputs, tuple of [N, U] gate logits)`; made by `compile_conditional`."""
+  """`[N, H, W, D]` images, any N, to `(outputs, tuple of [N, U] gate logits)`; made by `compile_conditional`.
+
+  Attributes:
+    strategies: of each part, by name.
+    batch_size: images that the program takes.
+    weights, program: what is called, `program(weights, images)`.
+  """
 
   def __init__(self, net: Folded, names: Sequence[str], settings: Sequence[Setting], timings: Sequence[Timing] = ()):
     self.strategies, self._settings, self._timings = tuple(names), tuple(settings), tuple(timings)
     self.batch_size = settings[0].batch_size
     made = _made(net, names, settings)
-    self._weights, self._program = _with_parts(net, made), program(made)
+    self.weights, self.program = _with_parts(net, made), program(made)
 
   def __call__(self, x: Array) -> tuple[Array, Gates]:
-    return in_batches(functools.partial(self._program, self._weights), x, self.batch_size)
+    return in_batches(functools.partial(self.program, self.weights), x, self.batch_size)
 
   def load(self, net: Folded) -> None:
     """Takes the weights of another network of the same shapes, without compiling again."""
-    self._weights = _with_parts(net, _made(net, self.strategies, self._settings))
+    self.weights = _with_parts(net, _made(net, self.strategies, self._settings))
 
   def report(self) -> tuple[Timing, ...]:
     """What was measured when the program was made: of each part, then of the whole network; empty but for `auto`."""
@@ -95,9 +102,7 @@ def compile_conditional(
     ValueError: an unknown strategy, a network without the gates it takes, or values out of range.
   """
   one_of("strategy", strategy, (AUTO, *STRATEGIES))
-  check_arguments(input_shape, batch_size, buckets, calibration, repeats)
-  if calibration is None and strategy == AUTO:
-    raise ValueError(f"calibration must be given for strategy {strategy!r}; got None")
+  check_arguments(strategy, input_shape, batch_size, buckets, calibration, repeats)
   if reason := why_not(strategy):
     raise ValueError(f"strategy {strategy!r} cannot run here: {reason}")
   net = model if isinstance(model, Folded) else fold(model, variables)
@@ -117,12 +122,14 @@ def compile_conditional(
   return Conditional(net, names, settings, [*timings, *of_whole])
 
 
-def check_arguments(input_shape: tuple[int, int, int], batch_size: int, buckets: int, calibration: Any,
+def check_arguments(strategy: str, input_shape: tuple[int, int, int], batch_size: int, buckets: int, calibration: Any,
                     repeats: int) -> None:
-  """Raises ValueError naming the first that is out of range."""
+  """Raises ValueError naming the first that is out of range, or missing."""
   for name, value in (("batch_size", batch_size), ("buckets", buckets), ("repeats", repeats)):
     if value < 1:
       raise ValueError(f"{name} must be >= 1; got {value}")
+  if calibration is None and strategy == AUTO:
+    raise ValueError(f"calibration must be given for strategy {strategy!r}; got None")
   if calibration is not None and (np.shape(calibration)[1:] != tuple(input_shape) or not len(calibration)):
     raise ValueError(f"calibration must be [M, {', '.join(map(str, input_shape))}] with M >= 1; "
                      f"got shape {np.shape(calibration)}")

@@ -14,15 +14,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gating_jax.checks import one_of
 from gating_jax.inference import folded
 from gating_jax.inference.conditional import (
+  AUTO,
   GAIN,
   Timing,
   check_arguments,
@@ -32,7 +34,7 @@ from gating_jax.inference.conditional import (
   spread_batches,
 )
 from gating_jax.inference.folded import Folded, Layer
-from gating_jax.inference.folding import fold_conv, fold_stages
+from gating_jax.inference.folding import check, fold_conv, fold_stages
 from gating_jax.inference.strategies import for_open
 from gating_jax.models.early_exit import EarlyExitNet
 from gating_jax.ops import exits
@@ -59,18 +61,28 @@ class ExitNet:
 
 
 class Exiting:
-  """`[N, H, W, D]` images, any N, to `([N, K] logits, [N, X])` as of `run`; made by `compile_exits`."""
+  """`[N, H, W, D]` images, any N, to `(logits, stay)` as of `run`; made by `compile_exits`.
 
-  def __init__(self, net: ExitNet, batch_size: int, buckets: int | None, timings: tuple[Timing, ...] = ()):
-    self.batch_size, self._net, self._timings = batch_size, net, timings
-    self.strategy = MASKED if buckets is None else EXIT_DISPATCH
-    self._program = program(buckets)
+  Attributes:
+    strategy: `exit_dispatch`, or `masked` where everything is computed for all.
+    batch_size: images that the program takes.
+    weights, program: what is called, `program(weights, images)`.
+  """
+
+  def __init__(self, net: ExitNet, strategy: str, batch_size: int, buckets: int, timings: Sequence[Timing] = ()):
+    self.strategy, self.batch_size, self.weights, self._timings = strategy, batch_size, net, tuple(timings)
+    self.program = program(buckets if strategy == EXIT_DISPATCH else None)
 
   def __call__(self, x: Array) -> tuple[Array, Array]:
-    return in_batches(functools.partial(self._program, self._net), x, self.batch_size)
+    return in_batches(functools.partial(self.program, self.weights), x, self.batch_size)
+
+  def load(self, net: ExitNet) -> None:
+    """Takes the weights of another network of the same shapes, without compiling again."""
+    self.weights = net
 
   def report(self) -> tuple[Timing, ...]:
-    """What both ways took when the program was made; empty without calibration images."""
+    """What was measured when the program was made, of `ungated`, the network without exits, too; empty but for
+    `auto`."""
     return self._timings
 
 
@@ -78,11 +90,9 @@ def fold_exits(model: EarlyExitNet, variables: Mapping[str, Any]) -> ExitNet:
   """The network in evaluation, BatchNorm folded into its convolutions, in float32.
 
   Raises:
-    ValueError: another model, or GroupNorm, which cannot be folded.
+    ValueError: another model, or one of which something cannot be folded.
   """
-  if not isinstance(model, EarlyExitNet) or model.group_norm:
-    raise ValueError(f"model must be an EarlyExitNet without GroupNorm; got a {type(model).__name__}"
-                     + (" with it" if getattr(model, "group_norm", False) else ""))
+  check(model, (EarlyExitNet,))
   stages, flat = fold_stages(model, variables)
   classifier = lambda *path: tuple(jnp.asarray(flat["params", *path, name]) for name in ("kernel", "bias"))
   return ExitNet(
@@ -98,37 +108,37 @@ def run(net: ExitNet, x: Array, buckets: int | None = None) -> tuple[Array, Arra
   Args:
     net: the network.
     x: `[N, H, W, D]` images.
-    buckets: numbers of images at most that there is a program for after each exit; None: all is computed for all.
+    buckets: numbers of images at most that there is a program for after each exit, and again for each of these after
+      the next; None: all is computed for all.
   Returns:
     `[N, K]`, and `[N, X]` as of `ops.exits.stay_logits`, above 0 where an image goes on; where it has left before, the
     exit at which it did stands for the later ones.
   """
-  classes = net.stages[-1].classifier[1].size
-  packed = _from(net, 0, x, jnp.full(len(x), jnp.inf), buckets)
-  return packed[:, :classes], packed[:, classes:]
+  logits, stay = _from(net, 0, x, jnp.full(len(x), jnp.inf), buckets)
+  return logits, jnp.stack(stay, axis=1)
 
 
-def program(buckets: int | None = None) -> Any:
-  """`run`, compiled, as a function of a network and images."""
+def program(buckets: int | None = None) -> Callable[[ExitNet, Array], tuple[Array, Array]]:
+  """`run`, compiled."""
   return jax.jit(functools.partial(run, buckets=buckets))
 
 
-def _from(net: ExitNet, stage: int, x: Array, least: Array, buckets: int | None) -> Array:
-  """From a stage on: logits, then how unsure each exit to come is, `[n, K + exits]`, by `least` `[n]` at most."""
+def _from(net: ExitNet, stage: int, x: Array, least: Array, buckets: int | None) -> tuple[Array, list[Array]]:
+  """From a stage on: `[n, K]` logits, and of each exit to come `[n]` how unsure it is, by `least` at most."""
   x, _ = folded.run(net.stages[stage], x)
   if stage == len(net.exits):
-    return x
+    return x, []
   answer, _ = folded.run(net.exits[stage], x)
   stay = jnp.minimum(least, exits.stay_logits(answer[:, None], net.threshold)[:, 0])
-  later = jnp.repeat(stay[:, None], len(net.exits) - stage - 1, axis=1)
-  left, goes_on = jnp.concatenate([answer, later], axis=1), (stay > 0)[:, None]
+  goes_on = stay > 0
+  left = answer, [stay] * (len(net.exits) - stage - 1)
   rest = lambda x, stay: _from(net, stage + 1, x, stay, buckets)
+  choose = lambda there, here: jnp.where(jnp.expand_dims(goes_on, range(1, here.ndim)), there, here)
   if buckets is None:
-    y = jnp.where(goes_on, rest(x, stay), left)
+    logits, later = jax.tree.map(choose, rest(x, stay), left)
   else:
-    y = for_open(stay > 0, (x, stay), rest, jnp.where(goes_on, 0, left), buckets)
-  classes = answer.shape[1]
-  return jnp.concatenate([y[:, :classes], stay[:, None], y[:, classes:]], axis=1)
+    logits, later = for_open(goes_on, (x, stay), rest, jax.tree.map(functools.partial(choose, 0.0), left), buckets)
+  return logits, [stay, *later]
 
 
 def macs(net: ExitNet, input_shape: tuple[int, int, int], stay: Any = None) -> Any:
@@ -147,33 +157,40 @@ def macs(net: ExitNet, input_shape: tuple[int, int, int], stay: Any = None) -> A
 
 def compile_exits(
     model: Any, variables: Mapping[str, Any] | None = None, *, input_shape: tuple[int, int, int], batch_size: int,
-    buckets: int = 4, calibration: Any = None, repeats: int = 20,
+    strategy: str = AUTO, buckets: int = 4, calibration: Any = None, repeats: int = 20,
 ) -> Exiting:
   """A program that gathers, after each exit, the images that stay; it equals computing everything for all.
 
-  With calibration images both ways are timed on this machine, and the faster is taken.
+  `auto` times both ways on this machine, and takes the faster.
 
   Args:
     model, variables: what `fold_exits` takes; or an `ExitNet` alone.
     input_shape: `(H, W, D)` of an image.
     batch_size: of the program; other numbers of images are cut and padded to it.
+    strategy: `auto`, `exit_dispatch` or `masked`.
     buckets: numbers of images at most that there is a program for after each exit.
-    calibration: `[M, H, W, D]`, M >= 1, images like those to come, or None.
+    calibration: `[M, H, W, D]`, M >= 1, images like those to come; `auto` needs them.
     repeats: calls of each program that are timed.
   Raises:
-    ValueError: another model, or values out of range.
+    ValueError: another model, an unknown strategy, or values out of range.
   """
-  check_arguments(input_shape, batch_size, buckets, calibration, repeats)
+  one_of("strategy", strategy, (AUTO, MASKED, EXIT_DISPATCH))
+  check_arguments(strategy, input_shape, batch_size, buckets, calibration, repeats)
   net = model if isinstance(model, ExitNet) else fold_exits(model, variables)
-  if calibration is None:
-    return Exiting(net, batch_size, buckets)
+  if strategy != AUTO:
+    return Exiting(net, strategy, batch_size, buckets)
   batches = spread_batches(calibration, batch_size)
-  ways = {MASKED: program(), EXIT_DISPATCH: program(buckets)}
-  seconds = {name: statistics.median(spent) / len(batches) for name, spent in race(
-      {name: functools.partial(run_over, way, [(net, x) for x in batches]) for name, way in ways.items()},
-      repeats).items()}
-  stay = np.concatenate([np.asarray(ways[MASKED](net, x)[1]) for x in batches])
+  plain = without_exits(net)
+  runs = {MASKED: (program(), net), EXIT_DISPATCH: (program(buckets), net), "ungated": (jax.jit(folded.run), plain)}
+  times = race({name: functools.partial(run_over, way, [(of, x) for x in batches]) for name, (way, of) in runs.items()},
+               repeats)
+  seconds = {name: statistics.median(spent) / len(batches) for name, spent in times.items()}
+  stay = np.concatenate([np.asarray(runs[MASKED][0](net, x)[1]) for x in batches])
   chosen = EXIT_DISPATCH if seconds[EXIT_DISPATCH] < GAIN * seconds[MASKED] else MASKED
-  ratio = float(np.mean(macs(net, input_shape, stay))) / macs(net, input_shape)
-  return Exiting(net, batch_size, buckets if chosen == EXIT_DISPATCH else None,
-                 tuple(rows(None, seconds, ratio, chosen)))
+  ratio = float(np.mean(macs(net, input_shape, stay))) / int(folded.macs(plain, input_shape))
+  return Exiting(net, chosen, batch_size, buckets, rows(None, seconds, ratio, chosen))
+
+
+def without_exits(net: ExitNet) -> Folded:
+  """The network that every image goes through."""
+  return Folded(sum((stage.parts for stage in net.stages), ()), net.stages[-1].classifier)

@@ -33,6 +33,8 @@ from safetensors.numpy import load as read_tensors
 from safetensors.numpy import save as write_tensors
 
 from gating_jax.inference import folded
+from gating_jax.inference.conditional import Conditional
+from gating_jax.inference.exiting import Exiting
 from gating_jax.inference.folded import Folded
 from gating_jax.inference.quantise import dequantise
 
@@ -66,7 +68,7 @@ class Loaded:
 
 
 def export_model(
-    model: Folded | Callable[[jax.Array], Any],
+    model: Folded | Conditional | Exiting | Callable[[jax.Array], Any],
     directory: str | os.PathLike,
     *,
     input_shape: tuple[int, int, int],
@@ -77,11 +79,12 @@ def export_model(
   """Writes a network to a new directory, whole or not at all.
 
   Args:
-    model: a network, of `fold`, `slim` or `quantise`; or any function of `[N, H, W, D]` that `jax.jit` takes, whose
-      weights are then in the program.
+    model: a network, of `fold`, `slim` or `quantise`; a program of `compile_conditional` or `compile_exits`, without
+      the strategy `native`, whose kernel no program holds; or any function of `[N, H, W, D]` that `jax.jit` takes,
+      whose weights are then in the program.
     directory: that is not there yet; its parent is.
     input_shape: `(H, W, D)`.
-    batch_size: N; None for a program that takes any N.
+    batch_size: N; None for a program that takes any N, or as many as a compiled one does.
     card: what to say of the network, as JSON: accuracy, classes, how to normalise images.
     platforms: which the program is for; all can be written from any of them.
   Returns:
@@ -97,6 +100,13 @@ def export_model(
     raise ValueError(f"input_shape must be (H, W, D), each >= 1; got {tuple(input_shape)}")
   if batch_size is not None and batch_size < 1:
     raise ValueError(f"batch_size must be >= 1, or None; got {batch_size}")
+  if isinstance(model, (Conditional, Exiting)):
+    if batch_size not in (None, model.batch_size):
+      raise ValueError(f"batch_size must be None or {model.batch_size}, that of the compiled model; got {batch_size}")
+    if "native" in getattr(model, "strategies", ()):
+      raise ValueError("model must be compiled without the strategy native, whose kernel no program holds; "
+                       f"got {model.strategies}")
+    batch_size = model.batch_size
   weights, function = _parted(model)
   program = _program(function, weights, input_shape, batch_size, platforms)
   files = {PROGRAM: bytes(program.serialize()),
@@ -138,13 +148,17 @@ def load(directory: str | os.PathLike) -> Loaded:
 
 def _parted(model: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any], jax.Array], Any]]:
   """Weights by name, and the function of them and of images."""
-  if not isinstance(model, Folded):
+  if isinstance(model, Folded):
+    tree, run = model, lambda net, x: folded.run(dequantise(net), x)
+  elif isinstance(model, (Conditional, Exiting)):
+    tree, run = model.weights, model.program
+  else:
     return {}, lambda _, x: model(x)
-  leaves, structure = jax.tree_util.tree_flatten_with_path(model)
+  leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
   names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
   rebuilt = lambda weights: jax.tree.unflatten(structure, [weights[name] for name in names])
   return ({name: leaf for name, (_, leaf) in zip(names, leaves, strict=True)},
-          lambda weights, x: folded.run(dequantise(rebuilt(weights)), x))
+          lambda weights, x: run(rebuilt(weights), x))
 
 
 def _program(function, weights, input_shape, batch_size, platforms) -> jax_export.Exported:

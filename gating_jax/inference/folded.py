@@ -155,7 +155,8 @@ def run(net: Folded, x: Array, runners: Runner | Sequence[Runner] | None = None)
     runners: `(part, x, gates, gates of x) -> y`, one for all parts or one for each; `masked` if None. The gates of
       a part are a tuple, one `[N, U]` a group, empty where it has none.
   Returns:
-    `([N, classes], [N, D'] or [N, H', W', D'], tuple of [N, U] logits)`, in the order of the model's records.
+    `(outputs, tuple of [N, U] logits)`, the latter in the order of the model's records; outputs are `[N, classes]`,
+    without a classifier `[N, D']`, and without pooling `[N, H', W', D']`.
   """
   runners = runners or masked
   runners = [runners] * len(net.parts) if callable(runners) else runners

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -41,7 +41,7 @@ def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> Folded:
   Raises:
     ValueError: another model, or gates that are never exactly closed.
   """
-  _check(model)
+  check(model)
   flat = _flat(variables)
   parts = tuple((_vgg_parts if isinstance(model, VGG) else _resnet_parts)(model, flat))
   if isinstance(model, ResNet) and not model.pool:
@@ -55,9 +55,11 @@ def _flat(variables: Mapping[str, Any]) -> dict[Path, np.ndarray]:
   return {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(dict(variables)).items()}
 
 
-def _check(model: Any) -> None:
-  if type(model) not in (ResNet, VGG):  # a subclass has more than would be folded
-    raise ValueError(f"model must be a ResNet or a VGG; got a {type(model).__name__}")
+def check(model: Any, kinds: Sequence[type] = (ResNet, VGG)) -> None:
+  """Raises ValueError unless a model is just of one of the kinds, and what it is made of can be folded."""
+  if type(model) not in kinds:  # a subclass has more than would be folded
+    raise ValueError(f"model must be {' or '.join(f'a {kind.__name__}' for kind in kinds)}; "
+                     f"got a {type(model).__name__}")
   gated = model.gating != "none"
   rules = [("gate context", model.gate.context, not gated or model.gate.context in ("pooled", "none"),
             "pooled or none, since others are drawn by chance"),

@@ -35,7 +35,7 @@ def native(part: Part, setting: Setting) -> Made:
     if isinstance(part, Layer):
       inside = [group.expand(g) for group, g in zip(setting.groups_before, before, strict=True)]
       y = _chain((part.conv,), x, [*(inside or [None]), *(own or [None])], None)
-      return dataclasses.replace(part, conv=lambda y: y).after(y)
+      return part.after(y)
     between = own if own and not part.layer_gate else [None] * (len(part.convs) - 1)
     if not (part.layer_gate and own):
       return _chain(part.convs, x, [None, *between, None], part.shortcut(x))

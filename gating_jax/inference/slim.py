@@ -146,10 +146,10 @@ def disagreement(net: Folded, choices: Sequence[Choice], images: Any) -> Disagre
     wrong = np.array([[((z > 0) & c.removed).any(1), ((z <= 0) & c.ungated).any(1)]
                       for z, c in zip(logits, choices, strict=True)]).reshape(len(choices), 2, len(x))
     ((_, after, _),) = observed(small, [x])
-    hit, gap = wrong.any((0, 1)), np.abs(before - after).max(axis=1)
+    hit, gap = wrong.any((0, 1)), np.abs(before - after).reshape(len(x), -1).max(axis=1, initial=0.0)
     largest = [max(a, float(gap[at].max(initial=0.0))) for a, at in zip(largest, (hit, ~hit), strict=True)]
     total, affected, sums = total + len(x), affected + int(hit.sum()), sums + wrong.sum(2).T
-    changed += int((before.argmax(1) != after.argmax(1)).sum())
+    changed += int((before.argmax(1) != after.argmax(1)).sum()) if net.classifier is not None else 0
   if not total:
     raise ValueError("images must be at least one; got none")
   return Disagreement(total, affected / total, *(sums / total), (largest[0], largest[1]), changed / total)

@@ -16,7 +16,9 @@ Reference: Verelst and Tuytelaars, 2020 (gather, compute, scatter); Riquelme et 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -183,25 +185,28 @@ def _dispatch_blocks(group: Group, setting: Setting) -> Runner:
   return run
 
 
-def for_open(is_open: Array, inputs: tuple[Array, ...], function: Callable[..., Array], y: Array,
-             buckets: int) -> Array:
-  """y `[N, ...]`, with the function of the open examples added: a program for each of a few counts of them."""
+def for_open(is_open: Array, inputs: tuple[Array, ...], function: Callable[..., Array], y: Any,
+             buckets: int) -> Any:
+  """y, arrays `[N, ...]`, with the function of the open examples added: a program for each of a few counts of them."""
   total = is_open.size
   sizes = (0, *bucket_sizes(total, buckets)) if total > 1 else (0, 1)
-  column = lambda flags: jnp.expand_dims(flags, range(1, y.ndim))
+  add = functools.partial(jax.tree.map, jnp.add)
+  where = lambda flags, tree: jax.tree.map(
+      lambda a: jnp.where(jnp.expand_dims(flags, range(1, a.ndim)), a, 0), tree)
 
-  def branch(k: int) -> Callable[[], Array]:
+  def branch(k: int) -> Callable[[], Any]:
     if k == 0:
       return lambda: y
     if k == total:
       if total == 1:
-        return lambda: y + function(*inputs)
-      return lambda: y + jnp.where(column(is_open), function(*inputs), 0)
+        return lambda: add(y, function(*inputs))
+      return lambda: add(y, where(is_open, function(*inputs)))
 
-    def run() -> Array:
+    def run() -> Any:
       taken, index = lax.top_k(is_open.astype(jnp.float32), k)
-      added = jnp.where(column(taken > 0), function(*(a[index] for a in inputs)), 0)
-      return y.at[index].add(added, unique_indices=True, mode="promise_in_bounds")
+      added = where(taken > 0, function(*(a[index] for a in inputs)))
+      put = lambda a, b: a.at[index].add(b, unique_indices=True, mode="promise_in_bounds")
+      return jax.tree.map(put, y, added)
     return run
 
   count = jnp.sum(is_open)

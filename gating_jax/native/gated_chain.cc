@@ -11,7 +11,7 @@
 // Blocking. A register tile is R output channels x a few vectors of pixels (R = 6 x 2 with 16 registers), summed over all
 // of K = open inputs x taps. For a band of image rows, small enough that its inputs stay in the second-level cache, one
 // group of R output channels after the other takes all tiles of the band, so that the group's R K weights stay in the
-// first-level cache; then the band goes back to NHWC, where shortcut and ReLU are applied.
+// first-level cache, or of wide layers in the second; then the band goes back to NHWC, where shortcut and ReLU are applied.
 //
 // Threads. The examples of a batch are tasks for the caller and for helpers from XLA's own pool. Fewer examples than
 // threads are cut into bands and slabs of output channels, layer after layer. Tasks are claimed by counters, so that a
@@ -59,8 +59,8 @@ struct Group {
   float* to[kMostRows];      // output planes
   const int32_t* masks;      // of the vectors
   const ptrdiff_t* scatters;
-  ptrdiff_t src_row, dst_row;  // floats from one row to the next, where a vector is a pair of rows; else src_row is 0
-  bool relu;
+  ptrdiff_t src_row, dst_row;  // floats from one row of the input's planes, and of the output's, to the next
+  bool relu, pairs;            // pairs: of rows are the vectors
 };
 
 struct Isa {
@@ -248,6 +248,7 @@ Bands bands_of(const Conv& conv, int lanes, int threads) {
   height = std::clamp(height, 1, conv.rows);
   bands.count = (conv.rows + height - 1) / height;
   bands.height = (conv.rows + bands.count - 1) / bands.count;
+  if (conv.pairs) bands.height += bands.height % 2;
   bands.count = (conv.rows + bands.height - 1) / bands.height;
   bands.vecs.reserve(conv.rows * ((conv.cols + lanes - 1) / lanes));
   for (int b = 0; b < bands.count; ++b) {
@@ -308,7 +309,7 @@ class Example {
     const Vec* vecs = bands.vecs.data() + bands.first[band];
     Group g{scratch_ + plan_.offsets[layer], conv.grid.plane, in.open.data(), int(in.open.size()), conv.taps(),
             conv.offsets.data(), {}, {}, {}, bands.masks.data(), bands.scatters.data(),
-            conv.pairs ? conv.grid.row : 0, conv.written.row, conv.relu};
+            conv.grid.row, conv.written.row, conv.relu, conv.pairs};
     for (int i = 0; i < groups; ++i) {
       const int begin = first + count * i / groups, end = first + count * (i + 1) / groups;
       for (int j = begin; j < end; ++j) {
@@ -410,7 +411,11 @@ bool in_phases(ffi::ThreadPool& pool, int threads, std::vector<int> tasks, Run r
   team->run = run;
   team->tasks = std::move(tasks);
   const int most = *std::max_element(team->tasks.begin(), team->tasks.end());
-  for (int i = 1; i < std::min(threads, most); ++i) pool.Schedule([team] { team->work(); });
+  try {
+    for (int i = 1; i < std::min(threads, most); ++i) pool.Schedule([team] { team->work(); });
+  } catch (...) {
+    // The caller does all that no helper does.
+  }
   team->work();
   return !team->failed;
 }

@@ -58,6 +58,19 @@ def test_the_export_of_a_run_scores_as_the_run_does(exported, folder, tolerance)
   assert set(loaded.card["milliseconds"]) == {"1", "64"}
 
 
+def test_the_export_that_skips_takes_one_image_and_answers_alike(exported):
+  workdir, text = exported
+  skips, whole = load(workdir / "export_conditional"), load(workdir / "export")
+  assert skips.card["batch_size"] == 1
+  assert "switch" in skips.card["strategies"]
+  assert set(skips.card["milliseconds"]) == {"1"}
+  assert skips.weights.keys() == whole.weights.keys()
+  images = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype(np.float32)
+  for image in images:
+    np.testing.assert_allclose(skips(image[None])[0], whole(image[None])[0], rtol=1e-4, atol=1e-4)
+  assert "slimmed, skipping" in text
+
+
 def test_what_is_said(exported):
   workdir, text = exported
   for words in ("checkpoint of step 22, calibrated on 1,437 training images", "stage1_block1/conv1", "union of 8",

@@ -33,14 +33,13 @@ def answers(x, threshold=MODEL.threshold):
 
 def compiled(batch_size, threshold=MODEL.threshold, **changes):
   net = dataclasses.replace(fold_exits(MODEL, VARIABLES), threshold=threshold)
-  return compile_exits(net, input_shape=SHAPE, batch_size=batch_size, **changes)
+  return compile_exits(net, input_shape=SHAPE, batch_size=batch_size, **{"strategy": EXIT_DISPATCH, **changes})
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
 @pytest.mark.parametrize("buckets", [1, 3])
 def test_the_answers_are_those_of_the_model_for_any_number_of_images(batch_size, buckets):
   run = compiled(batch_size, buckets=buckets)
-  assert run.strategy == EXIT_DISPATCH
   for number in (0, 1, 7, 16):
     x = images(number, seed=number)
     logits, stay = run(x)
@@ -81,20 +80,32 @@ def test_multiply_accumulates_are_those_that_the_model_counts():
 
 
 def test_what_both_ways_took_is_reported_and_the_faster_runs():
-  run = compiled(4, calibration=images(9), repeats=2)
-  masked, gathered = run.report()
-  assert (masked.strategy, gathered.strategy) == (MASKED, EXIT_DISPATCH)
-  assert 0 < masked.mac_ratio == gathered.mac_ratio < 1
+  run = compiled(4, strategy="auto", calibration=images(9), repeats=2)
+  masked, gathered, ungated = run.report()
+  assert (masked.strategy, gathered.strategy, ungated.strategy) == (MASKED, EXIT_DISPATCH, "ungated")
+  assert 0 < masked.mac_ratio == gathered.mac_ratio == ungated.mac_ratio
   assert [t.chosen for t in run.report()] == [run.strategy == t.strategy for t in run.report()]
   assert gathered.time_ratio == gathered.seconds / masked.seconds
 
 
 def test_wrong_arguments_are_named():
-  with pytest.raises(ValueError, match="model must be an EarlyExitNet without GroupNorm; got a ResNet"):
+  with pytest.raises(ValueError, match="model must be a EarlyExitNet; got a ResNet"):
     fold_exits(ResNet(4, (1,), features=4), {})
-  with pytest.raises(ValueError, match="got a EarlyExitNet with it"):
+  with pytest.raises(ValueError, match="group_norm must be False: GroupNorm cannot be folded; got True"):
     fold_exits(EarlyExitNet(4, (1, 1), features=4, group_norm=True), {})
   with pytest.raises(ValueError, match="buckets must be >= 1; got 0"):
     compiled(2, buckets=0)
-  with pytest.raises(ValueError, match="calibration must be"):
+  with pytest.raises(ValueError, match=r"calibration must be \[M, 8, 7, 3\]"):
     compiled(2, calibration=jnp.zeros((3, 1, 1, 1)))
+  with pytest.raises(ValueError, match="calibration must be given for strategy 'auto'; got None"):
+    compiled(2, strategy="auto")
+  with pytest.raises(ValueError, match="strategy must be one of .*; got 'switch'"):
+    compiled(2, strategy="switch")
+
+
+def test_weights_of_another_network_are_taken():
+  run, other = compiled(3), random_variables(MODEL, seed=2)
+  run.load(dataclasses.replace(fold_exits(MODEL, other)))
+  x = images(3)
+  expected, _ = jax.jit(MODEL.apply)(other, x)
+  np.testing.assert_allclose(run(x)[0], expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())

@@ -9,9 +9,14 @@ from test_folding import MODELS, SHAPE, images, random_variables
 
 from gating_jax.inference import export, folded
 from gating_jax.inference.analyse import analyse
+from gating_jax.inference.conditional import compile_conditional
+from gating_jax.inference.exiting import compile_exits
 from gating_jax.inference.export import ExportError, export_model, load
+from gating_jax.inference.folding import fold
+from gating_jax.inference.kernel_strategies import why_not
 from gating_jax.inference.quantise import dequantise, quantise
 from gating_jax.inference.slim import slim
+from gating_jax.models.early_exit import EarlyExitNet
 
 run = jax.jit(folded.run)
 
@@ -63,6 +68,34 @@ def test_int8_weights_stay_int8_in_the_file_and_in_the_argument(net, tmp_path):
   loaded = load(path)
   assert loaded.weights["parts.0.conv.kernel.values"].dtype == jnp.int8
   assert_same(loaded(images(3)), run(dequantise(small), images(3)))
+
+
+@pytest.mark.parametrize(("name", "strategy"), [("basic", "switch"), ("layer", "layer_dispatch")])
+def test_a_program_that_skips_is_exported_with_its_weights_beside_it(name, strategy, tmp_path):
+  of = fold(MODELS[name], random_variables(MODELS[name]))
+  made = compile_conditional(of, input_shape=SHAPE, batch_size=2, strategy=strategy)
+  loaded = load(export_model(made, tmp_path / "net", input_shape=SHAPE))
+  assert loaded.card["batch_size"] == 2
+  assert "parts.0.conv.kernel" in loaded.weights
+  assert_same(loaded(images(2)), run(of, images(2)))
+  with pytest.raises(ValueError, match="batch_size must be None or 2, that of the compiled model; got 3"):
+    export_model(made, tmp_path / "other", input_shape=SHAPE, batch_size=3)
+
+
+def test_a_program_with_exits_is_exported(tmp_path):
+  model = EarlyExitNet(3, (1, 1), features=4, threshold=0.9)
+  made = compile_exits(model, random_variables(model), input_shape=SHAPE, batch_size=4, strategy="exit_dispatch")
+  loaded = load(export_model(made, tmp_path / "net", input_shape=SHAPE))
+  assert "stages.0.parts.0.conv.kernel" in loaded.weights
+  assert_same(loaded(images(4)), made(images(4)))
+
+
+@pytest.mark.skipif(bool(why_not("native")), reason=why_not("native"))
+def test_a_program_of_the_native_kernel_is_refused(tmp_path):
+  of = fold(MODELS["basic"], random_variables(MODELS["basic"]))
+  made = compile_conditional(of, input_shape=SHAPE, batch_size=1, strategy="native")
+  with pytest.raises(ValueError, match="model must be compiled without the strategy native"):
+    export_model(made, tmp_path / "net", input_shape=SHAPE)
 
 
 def test_a_function_is_exported_for_its_number_of_images(net, tmp_path):

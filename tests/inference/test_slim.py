@@ -160,6 +160,9 @@ def test_disagreement_counts_what_new_images_move():
   assert found.changed == np.mean(np.argmax(y, 1) != np.argmax(z, 1))
   assert found.rows(openings.count(net, x))[0] == {
       "part": 1, "group": 0, "would open": opens.mean(), "would close": closes.mean()}
+  feature_map = slim.disagreement(dataclasses.replace(net, classifier=None, pooled=False), wrong, x)
+  assert (feature_map.affected, feature_map.changed) == (found.affected, 0)
+  assert feature_map.difference[1] < 1e-4 < feature_map.difference[0]
 
 
 def test_confidence_takes_nothing_on_too_few_images():

@@ -15,7 +15,7 @@ from gating_jax.ops import native
 
 needs_native = pytest.mark.skipif(not native.available(), reason=native.why_not() or "there")
 both = pytest.mark.parametrize("implementation", ["jax", pytest.param("native", marks=needs_native)])
-LANES = (0, 4)  # the processor's vectors, and the portable ones
+LANES = (0, 8, 4)  # the processor's vectors, at most so wide ones, and the portable ones
 
 # x of two channels, an ascending image of 3 x 3 and ones; what the sum over a 3 x 3 window is, by hand.
 IMAGE = jnp.stack([jnp.arange(9.0).reshape(1, 3, 3), jnp.ones((1, 3, 3))], -1)
@@ -127,6 +127,19 @@ def test_any_chain_agrees_with_its_twin(data, length, examples, stride, sizes, s
     ((7, 7), (130, 70, 130), 1), ((4, 4), (32, 100, 32), 1)])
 def test_residual_branches_agree_with_their_twin(sizes, channels, stride, examples):
   compare(made(1, sizes, channels, (3, 3), examples, (None, 0.5, None), True, stride), LANES)
+
+
+@needs_native
+@pytest.mark.parametrize("examples", [1, 9])
+@pytest.mark.parametrize("lanes", [16, 8, 4])
+@pytest.mark.parametrize("window", [(3, 3), (1, 9), (9, 1)])
+@pytest.mark.parametrize(("rows", "stride"), [(1, 1), (7, 1), (9, 1), (41, 1), (15, 2)])
+def test_rows_of_half_a_vector_agree_with_their_twin(rows, stride, window, lanes, examples):
+  x, kernels, *rest, strides = made(5, (rows, stride * lanes // 2), (7, 19, 6), (3, 3), examples, (None, 0.5, None),
+                                    True, stride)
+  if window != (3, 3):
+    kernels = [kernel.reshape(*window, *kernel.shape[2:]) for kernel in kernels]
+  compare((x, kernels, *rest, strides), (0, lanes))
 
 
 @needs_native
