@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -160,7 +159,7 @@ def _moved_lines(analysis: Analysis, moved: Disagreement) -> list[str]:
 
 
 def _score_row(name: str, score: Mapping[str, float], card: Mapping[str, Any]) -> list[str]:
-  files = card.get("files")
+  files, spent = card.get("files"), card["milliseconds"]
   sizes = [f"{files[file]['bytes']:,}" if files else "" for file in (export.WEIGHTS, export.PROGRAM)]
   return [name, f"{100 * score['accuracy']:.2f} %", f"{score['macs']:,}", f"{score['executed_macs']:,.0f}", *sizes,
-          *(f"{card['milliseconds'].get(str(size), math.nan):.2f}" for size in _TIMED_BATCHES)]
+          *(f"{spent[str(size)]:.2f}" if str(size) in spent else "" for size in _TIMED_BATCHES)]
