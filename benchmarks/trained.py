@@ -5,8 +5,8 @@
 The runs are directories of `--mode=train`. Every program is timed on the same test images, in turns in one process, on
 as many threads as there are cores; a row has medians and tenth percentiles, and how many times faster than XLA's
 ungated network it is. PyTorch and onnxruntime (`pip install torch onnx onnxruntime`) are left out where they are not
-installed; both get the ungated network with its BatchNorm folded, as ours is. Each program's accuracy is its own, over
-the whole test set.
+installed; both get the ungated network with its BatchNorm folded, as ours is. With `OMP_WAIT_POLICY=PASSIVE` PyTorch is
+slower at one image and faster at 64. Each program's accuracy is its own, over the whole test set.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else PyTorch's threads slow down whoever comes next
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
