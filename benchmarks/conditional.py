@@ -168,13 +168,13 @@ def measure(case, share, repeats):
   if isinstance(net, exiting.ExitNet):
     run, dense = exiting.program(), exiting.without_exits(net)
     spent = exiting.macs(net, shape, run(net, x)[1])
-    make = functools.partial(exiting.compile_exits, net, input_shape=shape, batch_size=len(x))
-    programs = {case.strategy: make(strategy=case.strategy)}
+    compiled = exiting.compile_exits
   else:
     run, dense = dense_run, ungated(net)
     spent = folded.macs(net, shape, [np.asarray(z) > 0 for z in run(net, x)[1]])
-    make = functools.partial(compile_conditional, net, input_shape=shape, batch_size=len(x))
-    programs = {case.strategy: make(strategy=case.strategy)}
+    compiled = compile_conditional
+  make = functools.partial(compiled, net, input_shape=shape, batch_size=len(x))
+  programs = {case.strategy: make(strategy=case.strategy)}
   macs = float(np.mean(spent)) / folded.macs(dense, shape)
   if share == 1:
     programs["auto"] = make(calibration=x)

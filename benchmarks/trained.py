@@ -25,7 +25,7 @@ import numpy as np
 
 from gating_jax.experiments import classification, pretrained
 from gating_jax.experiments.build import build
-from gating_jax.inference import folded
+from gating_jax.inference import folded, openings
 from gating_jax.inference.conditional import compile_conditional, program
 from gating_jax.inference.folded import Layer
 from gating_jax.inference.folding import fold
@@ -205,11 +205,8 @@ def accuracy(bind, images, labels, size):
 
 def macs(net, images):
   """Executed per image, the mean."""
-  run, counts = program(), []
-  for i in range(0, len(images), 250):
-    gates = [np.asarray(z) > 0 for z in run(net, images[i : i + 250])[1]]
-    counts.append(np.broadcast_to(folded.macs(net, images.shape[1:], gates), len(images[i : i + 250])))
-  return np.concatenate(counts).mean()
+  return np.concatenate([np.broadcast_to(folded.macs(net, x.shape[1:], [z > 0 for z in logits]), len(x))
+                         for x, _, logits in openings.observed(net, images)]).mean()
 
 
 if __name__ == "__main__":

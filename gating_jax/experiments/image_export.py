@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -64,7 +64,8 @@ def run(experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Ma
   table.insert(1, _score_row("trained", scores["trained"], {"milliseconds": milliseconds["trained"]}))
   if skipping := _skipping(small, analysis.input_shape):
     card = _card(experiment, run_dir, step, scores, "slimmed", moved, analysis)
-    spent = {"1": _median_of(skipping, jnp.zeros((1, *analysis.input_shape), jnp.float32))}
+    x = jnp.zeros((1, *analysis.input_shape), jnp.float32)
+    spent = {"1": _medians({"slimmed, skipping": functools.partial(skipping, x)})["slimmed, skipping"]}
     path = export.export_model(skipping, run_dir.path / FOLDERS[2], input_shape=analysis.input_shape,
                                card=card | {"strategies": skipping.strategies, "milliseconds": spent})
     table.append(_score_row("slimmed, skipping", scores["slimmed"], export.load(path).card))
@@ -82,9 +83,9 @@ def _skipping(net: Folded, shape: tuple[int, int, int]) -> Conditional | None:
   return compile_conditional(net, input_shape=shape, batch_size=1, strategy=strategy)
 
 
-def _median_of(run: Conditional, x: jax.Array) -> float:
-  """Milliseconds of a call."""
-  return round(1000 * statistics.median(race({"": functools.partial(run, x)}, _REPEATS)[""]), 3)
+def _medians(runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+  """Milliseconds of a call, by name, taken in turns."""
+  return {name: round(1000 * statistics.median(spent), 3) for name, spent in race(runs, _REPEATS).items()}
 
 
 def _batches(experiment: Experiment, images: Any, index: np.ndarray | None = None) -> Iterator[tuple[Any, Any]]:
@@ -118,9 +119,8 @@ def _milliseconds(nets: Mapping[str, Folded], shape: tuple[int, int, int]) -> di
   found = {name: {} for name in nets}
   for size in _TIMED_BATCHES:
     x = jnp.zeros((size, *shape), jnp.float32)
-    seconds = race({name: functools.partial(program, net, x) for name, net in nets.items()}, _REPEATS)
-    for name, spent in seconds.items():
-      found[name][str(size)] = round(1000 * statistics.median(spent), 3)
+    for name, spent in _medians({name: functools.partial(program, net, x) for name, net in nets.items()}).items():
+      found[name][str(size)] = spent
   return found
 
 
