@@ -145,7 +145,7 @@ class Job:
     with file.open("w") as output:
       process = subprocess.Popen(
           [*command, *([f"--json={json_file}"] if rows else [])], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT,
-          env={**os.environ, "PYTHONPATH": str(ROOT)})
+          env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
       try:
         part["status"] = process.wait(limit)
       except subprocess.TimeoutExpired:

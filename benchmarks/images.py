@@ -1,0 +1,221 @@
+"""Tables of CIFAR-10 with ResNets: what keeps gates honest, accuracy against MACs, and what brings gates there.
+
+    python benchmarks/images.py TABLE [--data=FOLDER] [--out=runs/images] [--epochs=30] [--seeds=0,1] [--jobs=1]
+        [--only=REGEX] [--minutes=N] [--FIELD=VALUE ...]
+
+TABLE: `ablation`, resnet8 with every regulariser; `budgets`, ungated nets of several widths, gated channels, static
+channels and gated layers; `levers`, single changes of one gated net. Every run is one of `gating_jax.cli`, as many at
+a time as JOBS; FIELD is of all of them. One that starts late from an ungated run shares its epochs with that: half are
+the ungated run's. The same command goes on where it was stopped, and finished runs are not taken again; after N minutes
+it stops what runs. Prints the table of what is finished, and writes it to OUT/TABLE.md with OUT/TABLE.json.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+CONFIG = "configs/cifar10_resnet20.py"
+OUTCOMES = ("always_open", "always_closed", "random_dropout", "conditional")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Variants and fields of a config; `late` runs start from an ungated one of the same net."""
+
+  variants: str
+  fields: tuple[str, ...] = ()
+  late: bool = False
+
+
+UNGATED = {f"ungated, width {w:g}": Run(f"gates=none,width={w:g}") for w in (0.25, 0.35, 0.5, 0.71, 1)}
+LATE = ("model.gate.initial_open=0.95", "optim.learning_rate=0.05", "loss.sparsity.start=0.0", "loss.sparsity.full=0.5")
+
+
+def gated(width, budget, *fields, late=True, variants="noise=0.25"):
+  fields = (*(LATE if late else ()), *fields)
+  return Run(",".join(filter(None, (f"width={width:g},budget={budget:g}", variants))), fields, late)
+
+
+TABLES = {
+    "ablation": {
+        "none": Run("model=resnet8,regulariser=none"),
+        "entropy": Run("model=resnet8,regulariser=entropy"),
+        "away from 1/2": Run("model=resnet8,regulariser=away_from_half"),
+        "L0 alone": Run("model=resnet8,regulariser=sparsity"),
+        "batch-shaping and L0": Run("model=resnet8,regulariser=batch_shaping"),
+    },
+    "budgets": {
+        **UNGATED,
+        "gated, width 1, to 50 %": gated(1, 0.5),
+        "gated, width 1, to 25 %": gated(1, 0.25),
+        "gated, width 1, to 12.5 %": gated(1, 0.125),
+        "static, width 1, to 25 %": Run("gates=static,budget=0.25"),
+        "static, width 1, to 12.5 %": Run("gates=static,budget=0.125"),
+        "layers, width 1, to 50 %": Run("gates=layers,budget=0.5"),
+    },
+    "levers": {
+        **{name: UNGATED[name] for name in ("ungated, width 0.35", "ungated, width 0.5", "ungated, width 0.71")},
+        "early, noise 1": gated(1, 0.25, late=False, variants=""),
+        "early": gated(1, 0.25, late=False),
+        "late": gated(1, 0.25),
+        "late, noise 0": gated(1, 0.25, variants="noise=0"),
+        "late, no batch-shaping": gated(1, 0.25, variants="noise=0.25,bas=0"),
+        "late, learning rate 0.1": gated(1, 0.25, "optim.learning_rate=0.1"),
+        "late, width 1.41": gated(1.41, 0.125),
+    },
+}
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("table", choices=TABLES)
+  parser.add_argument("--data", type=Path, help="a TFDS folder with cifar10")
+  parser.add_argument("--out", type=Path, default=Path("runs/images"))
+  parser.add_argument("--epochs", type=int, default=30)
+  parser.add_argument("--seeds", default="0,1")
+  parser.add_argument("--jobs", type=int, default=1)
+  parser.add_argument("--only", default="", help="of the names of rows")
+  parser.add_argument("--minutes", type=float, default=math.inf)
+  args, fields = parser.parse_known_args()
+  if strange := [f for f in fields if not re.fullmatch(r"--[a-z_.]+=.+", f)]:
+    parser.error(f"an option must be one of those above, or --FIELD=VALUE of the config; got {strange[0]!r}")
+  runs = {name: run for name, run in TABLES[args.table].items() if re.search(args.only, name)}
+  seeds = [int(seed) for seed in args.seeds.split(",")]
+  if not runs:
+    parser.error(f"--only must match a row of {args.table}; got {args.only!r}")
+
+  job = Job(args, [f"--config.{field.removeprefix('--')}" for field in fields])
+  results = job.run(runs, seeds)
+  rows = [row(name, [results[name, seed] for seed in seeds if results[name, seed]]) for name in runs]
+  rows = compared([r for r in rows if r["seeds"]])
+  text = (outcome_table if args.table == "ablation" else mac_table)(rows)
+  print(text)
+  (args.out / f"{args.table}.json").write_text(json.dumps(rows, indent=2) + "\n")
+  (args.out / f"{args.table}.md").write_text(text + "\n")
+  if missing := [f"{name} of seed {seed}" for (name, seed), result in results.items() if not result]:
+    sys.exit(f"not finished: {', '.join(missing)}")
+
+
+class Job:
+  """Runs of the command, some at a time, each with its own folder and output."""
+
+  def __init__(self, args, fields):
+    self.args, self.fields, self.end = args, fields, time.monotonic() + 60 * args.minutes
+    self.lock = threading.Lock()
+    self.env = dict(os.environ)
+    if args.jobs > 1:  # they share the device's memory
+      self.env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+  def run(self, runs, seeds):
+    """The result of each name and seed; None where there is none."""
+    late = sorted({width(run) for run in runs.values() if run.late})
+    with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
+      # Those that others wait for come first, so that no worker waits for one that has none.
+      starts = {(w, seed): pool.submit(self._one, f"start, width {w}", seed, Run(f"gates=none,width={w}"), halves=True)
+                for seed in seeds for w in late}
+      found = {(name, seed): pool.submit(self._one, name, seed, run, starts.get((width(run), seed)))
+               for seed in seeds for name, run in runs.items()}
+      return {key: future.result() for key, future in found.items()}
+
+  def _one(self, name, seed, run, start=None, halves=False):
+    folder, fields = self._folder(name, seed), list(run.fields)
+    epochs = self.args.epochs
+    if run.late or halves:
+      epochs = epochs - epochs // 2 if run.late else epochs // 2
+    if run.late:
+      if start.result() is None:
+        return None
+      fields.append(f"model.init_from={self._folder(f'start, width {width(run)}', seed)}")
+    command = [
+        sys.executable, "-m", "gating_jax.cli", f"--config={CONFIG}:{run.variants},schedule=cosine,epochs={epochs}",
+        f"--workdir={folder}", f"--config.seed={seed}", "--config.eval_every=0", "--config.checkpoint_every=10",
+        *(f"--config.{field}" for field in fields), *self.fields]
+    if self.args.data:
+      command.append(f"--config.data.data_dir={self.args.data.resolve()}")
+    if not (folder / "result.json").exists() and time.monotonic() < self.end:
+      self._call(folder, command)
+    done = (folder / "result.json").exists()
+    with self.lock:
+      print(f"{'done' if done else 'NOT DONE'}: {name}, seed {seed}", flush=True)
+    return json.loads((folder / "result.json").read_text()) if done else None
+
+  def _call(self, folder, command):
+    folder.mkdir(parents=True, exist_ok=True)
+    with Path(f"{folder}.txt").open("a") as output:
+      print(*command, file=output, flush=True)
+      process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=self.env)
+      left = self.end - time.monotonic()
+      try:
+        process.wait(None if left == math.inf else max(0, left))
+      except subprocess.TimeoutExpired:
+        process.terminate()  # it saves where it stands
+        process.wait()
+
+  def _folder(self, name, seed):
+    name = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+    return (self.args.out / self.args.table / f"{name}-{seed}").resolve()
+
+
+def width(run):
+  return dict(item.split("=") for item in run.variants.split(",")).get("width", "1")
+
+
+def row(name, results):
+  """Means over seeds, and the accuracies themselves."""
+  mean = lambda key: statistics.fmean(r[key] for r in results) if results and key in results[0] else None
+  return {"name": name, "seeds": len(results), "accuracies": [r["accuracy"] for r in results],
+          **{key: mean(key) for key in ("accuracy", "macs", "mac_ratio", "gates", "mean_open", *OUTCOMES,
+                                        "disagreement", "input_information", "class_information",
+                                        "seconds_since_last_start")}}
+
+
+def compared(rows):
+  """With `gain` over an ungated net of equal MACs, between whose widths accuracy goes linearly with log MACs."""
+  curve = sorted((math.log(r["macs"]), r["accuracy"]) for r in rows if r["name"].startswith("ungated"))
+  for r in rows:
+    at, r["gain"] = math.log(r["macs"]), None
+    for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
+      if x0 <= at <= x1 and not r["name"].startswith("ungated"):
+        r["gain"] = r["accuracy"] - (y0 + (y1 - y0) * (at - x0) / (x1 - x0))
+  return rows
+
+
+def mac_table(rows):
+  """Accuracy against MACs."""
+  lines = ["| net | accuracy of each seed | mean | M MACs | of its ungated net | against ungated of equal MACs |",
+           "|---" * 6 + "|"]
+  for r in rows:
+    gain = "" if r["gain"] is None else f"{100 * r['gain']:+.2f}"
+    lines.append(f"| {r['name']} | {percents(r['accuracies'])} | {100 * r['accuracy']:.2f} | {r['macs'] / 1e6:.2f} | "
+                 f"{100 * r['mac_ratio']:.1f} % | {gain} |")
+  return "\n".join(lines)
+
+
+def outcome_table(rows):
+  """What became of the gates."""
+  lines = ["| regulariser | accuracy of each seed | MACs | always open | always closed | random dropout | conditional "
+           "| two draws differ | bits about the input | about the class |", "|---" * 10 + "|"]
+  for r in rows:
+    shares = " | ".join(f"{100 * r[o] / r['gates']:.0f} %" for o in OUTCOMES)
+    lines.append(f"| {r['name']} | {percents(r['accuracies'])} | {100 * r['mac_ratio']:.1f} % | {shares} | "
+                 f"{100 * r['disagreement']:.0f} % | {r['input_information']:.3f} | {r['class_information']:.3f} |")
+  return "\n".join(lines)
+
+
+def percents(values):
+  return ", ".join(f"{100 * value:.2f}" for value in values)
+
+
+if __name__ == "__main__":
+  main()
