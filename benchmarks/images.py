@@ -1,13 +1,13 @@
 """Tables of CIFAR-10 with ResNets: what keeps gates honest, accuracy against MACs, and what brings gates there.
 
-    python benchmarks/images.py TABLE [--data=FOLDER] [--out=runs/images] [--epochs=30] [--seeds=0,1] [--jobs=1]
-        [--only=REGEX] [--minutes=N] [--FIELD=VALUE ...]
+    python benchmarks/images.py TABLE [--data=FOLDER] [--out=runs/images] [--model=resnet20] [--epochs=30]
+        [--seeds=0,1] [--jobs=1] [--only=REGEX] [--minutes=N] [--FIELD=VALUE ...]
 
-TABLE: `ablation`, resnet8 with every regulariser; `budgets`, ungated nets of several widths, gated channels, static
-channels and gated layers; `levers`, single changes of one gated net. Every run is one of `gating_jax.cli`, as many at
-a time as JOBS; FIELD is of all of them. One that starts late from an ungated run shares its epochs with that: half are
-the ungated run's. The same command goes on where it was stopped, and finished runs are not taken again; after N minutes
-it stops what runs. Prints the table of what is finished, and writes it to OUT/TABLE.md with OUT/TABLE.json.
+TABLE: `ablation`, every regulariser; `budgets`, ungated nets of several widths, gated channels, static channels and
+gated layers; `levers`, single changes of one gated net. Every run is one of `gating_jax.cli`, as many at a time as
+JOBS; FIELD is of all of them. One that starts late from an ungated run shares its epochs with that: half are the
+ungated run's. The same command goes on where it was stopped, and finished runs are not taken again; after N minutes it
+stops what runs. Prints the table of what is finished, and writes it to OUT/TABLE-MODEL.md and .json.
 """
 
 import argparse
@@ -38,22 +38,23 @@ class Run:
   late: bool = False
 
 
-UNGATED = {f"ungated, width {w:g}": Run(f"gates=none,width={w:g}") for w in (0.25, 0.35, 0.5, 0.71, 1)}
+UNGATED = {f"ungated, width {w:g}": Run(f"gates=none,width={w:g}") for w in (0.35, 0.5, 0.71, 1)}
 LATE = ("model.gate.initial_open=0.95", "optim.learning_rate=0.05", "loss.sparsity.start=0.0", "loss.sparsity.full=0.5")
+EARLY = ("optim.gate_multiplier=5",)
 
 
-def gated(width, budget, *fields, late=True, variants="noise=0.25"):
-  fields = (*(LATE if late else ()), *fields)
+def gated(width, budget, *fields, late=False, variants="noise=0.25"):
+  fields = (*(LATE if late else EARLY), *fields)
   return Run(",".join(filter(None, (f"width={width:g},budget={budget:g}", variants))), fields, late)
 
 
 TABLES = {
     "ablation": {
-        "none": Run("model=resnet8,regulariser=none"),
-        "entropy": Run("model=resnet8,regulariser=entropy"),
-        "away from 1/2": Run("model=resnet8,regulariser=away_from_half"),
-        "L0 alone": Run("model=resnet8,regulariser=sparsity"),
-        "batch-shaping and L0": Run("model=resnet8,regulariser=batch_shaping"),
+        "none": Run("regulariser=none"),
+        "entropy": Run("regulariser=entropy"),
+        "away from 1/2": Run("regulariser=away_from_half"),
+        "L0 alone": Run("regulariser=sparsity"),
+        "batch-shaping and L0": Run("regulariser=batch_shaping"),
     },
     "budgets": {
         **UNGATED,
@@ -61,8 +62,7 @@ TABLES = {
         "gated, width 1, to 25 %": gated(1, 0.25),
         "gated, width 1, to 12.5 %": gated(1, 0.125),
         "static, width 1, to 25 %": Run("gates=static,budget=0.25"),
-        "static, width 1, to 12.5 %": Run("gates=static,budget=0.125"),
-        "layers, width 1, to 50 %": Run("gates=layers,budget=0.5"),
+        "layers, width 0.5, to 60 %": Run("gates=layers,width=0.5,budget=0.6"),
     },
     "levers": {
         **{name: UNGATED[name] for name in ("ungated, width 0.35", "ungated, width 0.5", "ungated, width 0.71")},
@@ -82,6 +82,7 @@ def main():
   parser.add_argument("table", choices=TABLES)
   parser.add_argument("--data", type=Path, help="a TFDS folder with cifar10")
   parser.add_argument("--out", type=Path, default=Path("runs/images"))
+  parser.add_argument("--model", default="resnet20")
   parser.add_argument("--epochs", type=int, default=30)
   parser.add_argument("--seeds", default="0,1")
   parser.add_argument("--jobs", type=int, default=1)
@@ -101,8 +102,8 @@ def main():
   rows = compared([r for r in rows if r["seeds"]])
   text = (outcome_table if args.table == "ablation" else mac_table)(rows)
   print(text)
-  (args.out / f"{args.table}.json").write_text(json.dumps(rows, indent=2) + "\n")
-  (args.out / f"{args.table}.md").write_text(text + "\n")
+  (args.out / f"{args.table}-{args.model}.json").write_text(json.dumps(rows, indent=2) + "\n")
+  (args.out / f"{args.table}-{args.model}.md").write_text(text + "\n")
   if missing := [f"{name} of seed {seed}" for (name, seed), result in results.items() if not result]:
     sys.exit(f"not finished: {', '.join(missing)}")
 
@@ -137,9 +138,10 @@ class Job:
       if start.result() is None:
         return None
       fields.append(f"model.init_from={self._folder(f'start, width {width(run)}', seed)}")
+    variants = f"model={self.args.model},{run.variants},schedule=cosine,epochs={epochs}"
     command = [
-        sys.executable, "-m", "gating_jax.cli", f"--config={CONFIG}:{run.variants},schedule=cosine,epochs={epochs}",
-        f"--workdir={folder}", f"--config.seed={seed}", "--config.eval_every=0", "--config.checkpoint_every=10",
+        sys.executable, "-m", "gating_jax.cli", f"--config={CONFIG}:{variants}", f"--workdir={folder}",
+        f"--config.seed={seed}", "--config.eval_every=0", "--config.checkpoint_every=10",
         *(f"--config.{field}" for field in fields), *self.fields]
     if self.args.data:
       command.append(f"--config.data.data_dir={self.args.data.resolve()}")
@@ -164,7 +166,7 @@ class Job:
 
   def _folder(self, name, seed):
     name = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
-    return (self.args.out / self.args.table / f"{name}-{seed}").resolve()
+    return (self.args.out / f"{self.args.table}-{self.args.model}" / f"{name}-{seed}").resolve()
 
 
 def width(run):

@@ -6,7 +6,8 @@
 A shape is N x H x W x C / B: C channels everywhere, gates of B of them. Of every block a given share of the examples is
 open. Prints medians over interleaved repeats in one process, ratios of the faster of dense and masked to each form, the
 ratio that the roofline of the device allows, or of an H100 where the device's is not known, and the largest difference
-from float32 at full precision. A repeat is `--calls` calls in a row, so that it times the device, not dispatch. On a
+from float32 at full precision. A repeat is one program of `--calls` calls, each on what the last one gave and with the
+gates of other examples, so that it times the device and neither dispatch nor what a loop has only once to do. On a
 GPU the kernel's tiles are tuned first. Without one it is interpreted, in small shapes, which checks values; its times
 say nothing then. On TPUs it is left out. With `--roofline` nothing is run: it prints what an H100's allows.
 """
@@ -83,7 +84,7 @@ def compared(shape, dtype, share, *, repeats, calls):
   compiled = {name: jax.jit(form).lower(branch, x, gates).compile() for name, form in forms.items()}
   exact = jax.jit(functools.partial(kernels.masked_branch, precision="highest"))(
       *jax.tree.map(lambda a: a.astype(jnp.float32), (branch, x, gates)))
-  times = race({name: in_a_row(form, calls, branch, x, gates) for name, form in compiled.items()}, repeats)
+  times = race({name: in_a_row(form, calls, branch, x, gates) for name, form in forms.items()}, repeats)
   medians = {name: statistics.median(values) / calls for name, values in times.items()}
   base = min(medians["dense"], medians["masked"])
   expected = roofline(sizes, dtype, share=float(np.mean(gates)), capacity=capacity / len(x))
@@ -115,19 +116,22 @@ def problem(shape, dtype, share):
   return branch, draw(1, n, h, w, c), gates.T if n > 1 else gates, (n, h, w, c, blocks)
 
 
-def in_a_row(form, calls, *args):
-  """A function that makes so many calls and returns what the last one gives, which is the last to be ready."""
-  args = jax.device_put(args)
-  return lambda: [form(*args) for _ in range(calls)][-1]
+def in_a_row(form, calls, branch, x, gates):
+  """A function that runs a compiled program of so many calls."""
+  every = jnp.stack([jnp.roll(gates, i, axis=0) for i in range(calls)])
+  args = jax.device_put((branch, x, every))
+  several = lambda branch, x, every: jax.lax.scan(lambda x, gates: (form(branch, x, gates), None), x, every)[0]
+  compiled = jax.jit(several).lower(*args).compile()
+  return lambda: compiled(*args)
 
 
 def tuned(branch, x, gates, calls):
   """The fastest of `TILES` that this GPU takes."""
   contenders = {}
   for tiles in TILES:
-    form = jax.jit(functools.partial(kernels.gated_branch, tiles=tiles))
+    form = functools.partial(kernels.gated_branch, tiles=tiles)
     try:
-      contenders[tiles] = in_a_row(form.lower(branch, x, gates).compile(), calls, branch, x, gates)
+      contenders[tiles] = in_a_row(form, calls, branch, x, gates)
       jax.block_until_ready(contenders[tiles]())
     except jax.errors.JaxRuntimeError as error:  # such as too much shared memory
       contenders.pop(tiles, None)

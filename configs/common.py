@@ -95,6 +95,19 @@ def image_config() -> ml_collections.ConfigDict:
   })
 
 
+def imagenet_config() -> ml_collections.ConfigDict:
+  """What configs of photographs share: ImageNet's colours, the streaming loader, ResNet18 in bfloat16."""
+  config = image_config()
+  config.data.loader = "streaming"
+  config.data.mean = (0.485, 0.456, 0.406)
+  config.data.std = (0.229, 0.224, 0.225)
+  config.data.flip = True
+  config.model.name = "resnet18"
+  config.model.dtype = "bfloat16"
+  config.optim.epochs = 100
+  return config
+
+
 _GATES = {  # what is gated and what that needs; `--config.model` and `--config.loss` change single fields after it
     "none": {"model.gating": "none"},
     "channels": {"model.gating": "channel"},

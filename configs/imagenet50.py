@@ -13,16 +13,9 @@ from configs import common
 
 
 def get_config(arg: str = ""):
-  config = common.image_config()
+  config = common.imagenet_config()
   config.data.name = "tiny_imagenet50"
-  config.data.loader = "streaming"
   config.data.crop_area = 0.25
-  config.data.mean = (0.485, 0.456, 0.406)
-  config.data.std = (0.229, 0.224, 0.225)
-  config.data.flip = True
-  config.model.name = "resnet18"
-  config.model.dtype = "bfloat16"
-  config.optim.epochs = 100
   config.optim.batch_size = 128
   config = common.apply_variants(config, arg)
   config.eval_every = max(1.0, config.optim.epochs / 10)

@@ -14,19 +14,12 @@ from configs import common
 
 
 def get_config(arg: str = ""):
-  config = common.image_config()
+  config = common.imagenet_config()
   config.data.name = "imagenet2012"
   config.data.test_split = "validation"
-  config.data.loader = "streaming"
   config.data.image_size = 224
   config.data.crop_area = 0.08
   config.data.workers = 8
-  config.data.mean = (0.485, 0.456, 0.406)
-  config.data.std = (0.229, 0.224, 0.225)
-  config.data.flip = True
-  config.model.name = "resnet18"
-  config.model.dtype = "bfloat16"
-  config.optim.epochs = 100
   config.optim.batch_size = 256
   config.optim.weight_decay = 1e-4
   config.optim.warmup = 0.05
