@@ -38,7 +38,7 @@ class Run:
   late: bool = False
 
 
-UNGATED = {f"ungated, width {w:g}": Run(f"gates=none,width={w:g}") for w in (0.35, 0.5, 0.71, 1)}
+UNGATED = {f"ungated, width {w:g}": Run(f"gates=none,width={w:g}") for w in (0.25, 0.35, 0.5, 0.71, 1)}
 LATE = ("model.gate.initial_open=0.95", "optim.learning_rate=0.05", "loss.sparsity.start=0.0", "loss.sparsity.full=0.5")
 EARLY = ("optim.gate_multiplier=5",)
 
@@ -61,6 +61,8 @@ TABLES = {
         "gated, width 1, to 50 %": gated(1, 0.5),
         "gated, width 1, to 25 %": gated(1, 0.25),
         "gated, width 1, to 12.5 %": gated(1, 0.125),
+        "gated, width 0.35, inner 4, to 26 %": gated(0.35, 0.26, variants="inner=4,noise=0.25"),
+        "gated, width 0.25, inner 4, to 28 %": gated(0.25, 0.28, variants="inner=4,noise=0.25"),
         "static, width 1, to 25 %": Run("gates=static,budget=0.25"),
         "layers, width 0.5, to 60 %": Run("gates=layers,width=0.5,budget=0.6"),
     },

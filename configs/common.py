@@ -29,6 +29,7 @@ def image_config() -> ml_collections.ConfigDict:
       "model": {
           "name": "resnet20",  # 8, 14, 20, 32, 44, 56, 110; 18, 34, 50, 101 for large images; vgg8, vgg16, simple_cnn
           "width": 1.0,  # of every channel count, such as 0.25 or 20
+          "inner_width": 1.0,  # of the channels between a residual block's convolutions, which gates choose from
           "shortcut": config_dict.placeholder(str),  # None: the named network's own; A or B
           "dtype": "float32",  # or bfloat16
           "gating": "channel",  # or none, all_channels, layer; of classifiers also exits, experts
@@ -135,6 +136,7 @@ _VARIANTS = {
     "model": ("model.name", str),
     "gating": ("model.gating", str),
     "width": ("model.width", float),
+    "inner": ("model.inner_width", float),
     "block": ("model.gate.block", int),
     "noise": ("model.gate.noise_scale", float),
     "noise_to": ("model.noise.final", float),

@@ -153,7 +153,7 @@ def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
     fields["shortcut"] = model.shortcut
   if model.name in VGGS:
     return vgg(model.name, classes, **fields)
-  fields |= dict(group_norm=model.group_norm, backward_share=model.backward_share)
+  fields |= dict(group_norm=model.group_norm, backward_share=model.backward_share, inner_width=model.inner_width)
   if model.gating == EXITS:
     return resnet(model.name, classes, kind=EarlyExitNet, threshold=model.exits.threshold,
                   **{**fields, "gating": "none"})
@@ -192,7 +192,8 @@ def check(
   settings.check(
       config,
       choices=choices,
-      positive=("model.width", "optim.learning_rate", "optim.gate_multiplier", "optim.drop_factor", "checkpoint_every"),
+      positive=("model.width", "model.inner_width", "optim.learning_rate", "optim.gate_multiplier", "optim.drop_factor",
+                "checkpoint_every"),
       not_negative=("eval_every", "loss.batch_shaping.coefficient", "loss.sparsity.coefficient",
                     "loss.entropy.coefficient", "loss.away_from_half.coefficient", "loss.balance.coefficient",
                     "optim.weight_decay"),
@@ -215,6 +216,7 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
   model, loss = config.model, config.loss
   skips, chain, exits, experts = model.backward_share < 1, model.name in VGGS, *(model.gating == r for r in RIVALS)
   for holds, name, found, value, where in (
+      (chain, "model.inner_width", model.inner_width, 1.0, f"model.name is {model.name!r}"),
       (chain, "model.group_norm", model.group_norm, False, f"model.name is {model.name!r}"),
       (skips, "model.gating", model.gating, "layer", "model.backward_share is below 1"),
       (skips, "model.group_norm", model.group_norm, True, "model.backward_share is below 1"),

@@ -27,7 +27,8 @@ def check(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   with theirs.unlocked():
     theirs.update(with_tuples(rundir.RunDir(Path(config.model.init_from)).config()))
   for name, mine in (("experiment", config.experiment), ("model.gating", "none"), ("model.name", config.model.name),
-                     ("model.width", config.model.width), ("model.group_norm", config.model.group_norm)):
+                     ("model.width", config.model.width), ("model.inner_width", config.model.inner_width),
+                     ("model.group_norm", config.model.group_norm)):
     found = dict(rundir.flatten(theirs.to_dict()))[name]
     if found != mine:
       raise ValueError(f"model.init_from must name a run with {name}={mine!r}; that of {config.model.init_from} has "

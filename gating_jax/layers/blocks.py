@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from gating_jax.checks import one_of
-from gating_jax.layers.conv import CONVOLUTIONS, ConvNorm, FactorisedConvNorm
+from gating_jax.layers.conv import CONVOLUTIONS, ConvNorm, FactorisedConvNorm, scaled
 from gating_jax.layers.gate import GATE_NAME, ChannelGate, GateSettings, Switched, apply_gates
 from gating_jax.ops.skipping import open_backward
 from gating_jax.types import Array, Records
@@ -31,8 +31,8 @@ class _ResidualBlock(nn.Module):
 
       y = ReLU(g * branch(x) + x),   g = gate(x) in {0, 1}
 
-  of a block that keeps the shape of x; the others always run. `dilations`, of images only, are those of the window that
-  has the stride, and of windows after it.
+  of a block that keeps the shape of x; the others always run. `inner_width` multiplies the channels between the
+  convolutions. `dilations`, of images only, are those of the window that has the stride, and of windows after it.
   """
 
   features: int
@@ -47,6 +47,7 @@ class _ResidualBlock(nn.Module):
   dilations: tuple[int, int] = (1, 1)
   group_norm: bool = False
   backward_share: float = 1.0
+  inner_width: float = 1.0
 
   def _conv(
       self, features: int, window: int, stride: int, name: str, dilation: int = 1
@@ -139,7 +140,7 @@ class _ResidualBlock(nn.Module):
 class BasicBlock(_ResidualBlock):
   """Two 3x3(x3) convolutions; the gate switches the output channels of the first, per example.
 
-      y = ReLU(BN2(conv2(g * ReLU(BN1(conv1 x)))) + shortcut(x)),   g = gate(x) in {0, 1}^features
+      y = ReLU(BN2(conv2(g * ReLU(BN1(conv1 x)))) + shortcut(x)),   g = gate(x) in {0, 1}^inner
 
   and with `gating="all_channels"` those of y too. `[N, H, W, D]` to `([N, H', W', features], records)`, or the same
   with frames.
@@ -149,13 +150,14 @@ class BasicBlock(_ResidualBlock):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
-    conv1 = self._conv(self.features, 3, self.stride, "conv1", self.dilations[0])
+    width = scaled(self.features, self.inner_width)
+    conv1 = self._conv(width, 3, self.stride, "conv1", self.dilations[0])
     conv2 = self._conv(self.features, 3, 1, "conv2", self.dilations[1])
     project = self._project(x, self.features)
     h = nn.relu(conv1(x, train))
     (alone, with_input), after = self._macs_into(conv1, x), conv2.macs(h.shape)
     alone += after.per_input + (self.features * after.per_pair if self.gating != "all_channels" else 0)
-    inner = Switched(self.features, alone, with_input, (conv1.writer,), (conv2.reader,))
+    inner = Switched(width, alone, with_input, (conv1.writer,), (conv2.reader,))
     outer = self._outer(conv2, h.shape, project, x)
     records = self._records(x, train, (inner,), outer, ((conv1, x.shape), (conv2, h.shape)))
     if self._skips(records, train):
@@ -177,16 +179,17 @@ class Bottleneck(_ResidualBlock):
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
     out = self.expansion * self.features
-    conv1 = self._conv(self.features, 1, 1, "conv1")
-    conv2 = self._conv(self.features, 3, self.stride, "conv2", self.dilations[0])
+    width = scaled(self.features, self.inner_width)
+    conv1 = self._conv(width, 1, 1, "conv1")
+    conv2 = self._conv(width, 3, self.stride, "conv2", self.dilations[0])
     conv3 = self._conv(out, 1, 1, "conv3")
     project = self._project(x, out)
     h1 = nn.relu(conv1(x, train))
-    shape2 = (x.shape[0], *(-(-size // self.stride) for size in x.shape[1:-1]), self.features)
+    shape2 = (x.shape[0], *(-(-size // self.stride) for size in x.shape[1:-1]), width)
     (alone, with_input), middle, last = self._macs_into(conv1, x), conv2.macs(h1.shape), conv3.macs(shape2)
     into_last = last.per_input + (out * last.per_pair if self.gating != "all_channels" else 0)
-    groups = (Switched(self.features, alone + middle.per_input, with_input, (conv1.writer,), (conv2.reader,)),
-              Switched(self.features, middle.per_output + into_last, middle.per_pair, (conv2.writer,), (conv3.reader,)))
+    groups = (Switched(width, alone + middle.per_input, with_input, (conv1.writer,), (conv2.reader,)),
+              Switched(width, middle.per_output + into_last, middle.per_pair, (conv2.writer,), (conv3.reader,)))
     convs = ((conv1, x.shape), (conv2, h1.shape), (conv3, shape2))
     records = self._records(x, train, groups, self._outer(conv3, shape2, project, x), convs)
     if self._skips(records, train):

@@ -47,6 +47,7 @@ class ResNet(nn.Module):
     block: `BasicBlock` or `Bottleneck`.
     features: channels of the first stage, before `width`.
     width: multiplies every channel count; each is rounded to the nearest integer, at least 1.
+    inner_width: multiplies the channels between the convolutions of a block once more, which gates choose from.
     stem: `cifar`, a 3x3 convolution; `small`, the same with stride 2; `clip`, 7x7 with stride 2; `imagenet`, 7x7 with
       stride 2 and a max pool. Over a clip's frames: 3, 3, 3 and 7 without a stride, and the max pool has stride 2.
     convolution: `full`, or for clips `factorised`: every window over space, then over time, (2+1)-D.
@@ -77,6 +78,7 @@ class ResNet(nn.Module):
   output_stride: int | None = None
   group_norm: bool = False
   backward_share: float = 1.0
+  inner_width: float = 1.0
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
@@ -106,6 +108,7 @@ class ResNet(nn.Module):
         convolution=self.convolution,
         group_norm=self.group_norm,
         backward_share=self.backward_share,
+        inner_width=self.inner_width,
         gate=self.gate,
         dtype=self.dtype,
         axis_name=self.axis_name,

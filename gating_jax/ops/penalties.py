@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import jax.numpy as jnp
+from jax import lax
 from jax.scipy.special import entr
 
 from gating_jax.ops import collectives
-from gating_jax.ops.macs import expected_macs, gated_macs
+from gating_jax.ops.macs import executed_macs, expected_macs, gated_macs
 from gating_jax.types import Array, Records
 
 
@@ -116,9 +117,12 @@ def mac_loss(records: Records) -> Array:
 def mac_budget_loss(
     records: Records, fixed_macs: int, budget: float | Array, *, axis_name: Hashable | None = None
 ) -> Array:
-  """Squared excess of the expected MACs over a budget, both as a share of the ungated MACs; 0 below the budget.
+  """Squared excess of the MACs that the gates spend over a budget, both as a share of the ungated MACs; 0 below it.
 
-      loss = max(0, (fixed + mean_n E[gated MACs]) / (fixed + all gated MACs) - budget)^2
+      loss = max(0, (fixed + mean_n gated MACs) / (fixed + all gated MACs) - budget)^2
+
+  Its value is of the gates as they are; its gradient that of the expected MACs, as if the two were equal. They differ
+  where noise of another scale than 1 is drawn, for which open probabilities are not those of the gates.
 
   Args:
     records: the records of one forward pass.
@@ -126,7 +130,9 @@ def mac_budget_loss(
     budget: share in (0, 1].
     axis_name: as in `batch_shaping_loss`; the mean is over the whole batch.
   """
-  mean = collectives.batch_mean(expected_macs(_nonempty(records)), axis_name)
+  expected, executed = (collectives.batch_mean(macs(_nonempty(records)), axis_name)
+                        for macs in (expected_macs, executed_macs))
+  mean = expected + lax.stop_gradient(executed - expected)
   share = (float(fixed_macs) + mean) / float(fixed_macs + gated_macs(records))
   return jnp.square(jnp.maximum(share - budget, 0))
 
