@@ -40,11 +40,11 @@ class Run:
 
 UNGATED = {f"ungated, width {w:g}": Run(f"gates=none,width={w:g}") for w in (0.25, 0.35, 0.5, 0.71, 1)}
 LATE = ("model.gate.initial_open=0.95", "optim.learning_rate=0.05", "loss.sparsity.start=0.0", "loss.sparsity.full=0.5")
-EARLY = ("optim.gate_multiplier=5",)
+QUICK = "optim.gate_multiplier=5"
 
 
 def gated(width, budget, *fields, late=False, variants="noise=0.25"):
-  fields = (*(LATE if late else EARLY), *fields)
+  fields = (*(LATE if late else ()), *fields)
   return Run(",".join(filter(None, (f"width={width:g},budget={budget:g}", variants))), fields, late)
 
 
@@ -58,29 +58,30 @@ TABLES = {
     },
     "budgets": {
         **UNGATED,
-        "gated, width 1, to 50 %": gated(1, 0.5),
-        "gated, width 1, to 25 %": gated(1, 0.25),
-        "gated, width 1, to 12.5 %": gated(1, 0.125),
-        "gated, width 0.35, inner 4, to 26 %": gated(0.35, 0.26, variants="inner=4,noise=0.25"),
-        "gated, width 0.25, inner 4, to 28 %": gated(0.25, 0.28, variants="inner=4,noise=0.25"),
+        "gated, width 1, to 50 %": gated(1, 0.5, QUICK),
+        "gated, width 1, to 25 %": gated(1, 0.25, QUICK),
+        "gated, width 1, to 12.5 %": gated(1, 0.125, QUICK),
+        "gated, width 0.35, inner 4, to 26 %": gated(0.35, 0.26, QUICK, variants="inner=4,noise=0.25"),
+        "gated, width 0.25, inner 4, to 28 %": gated(0.25, 0.28, QUICK, variants="inner=4,noise=0.25"),
         "static, width 1, to 25 %": Run("gates=static,budget=0.25"),
         "layers, width 0.5, to 60 %": Run("gates=layers,width=0.5,budget=0.6"),
     },
     "levers": {
         **{name: UNGATED[name] for name in ("ungated, width 0.35", "ungated, width 0.5", "ungated, width 0.71")},
-        "early, noise 1": gated(1, 0.25, late=False, variants=""),
-        "early": gated(1, 0.25, late=False),
-        "late": gated(1, 0.25),
-        "late, noise 0": gated(1, 0.25, variants="noise=0"),
-        "late, no batch-shaping": gated(1, 0.25, variants="noise=0.25,bas=0"),
-        "late, learning rate 0.1": gated(1, 0.25, "optim.learning_rate=0.1"),
-        "late, width 1.41": gated(1.41, 0.125),
+        "early, noise 1": gated(1, 0.25, variants=""),
+        "early": gated(1, 0.25),
+        "late": gated(1, 0.25, late=True),
+        "late, noise 0": gated(1, 0.25, late=True, variants="noise=0"),
+        "late, no batch-shaping": gated(1, 0.25, late=True, variants="noise=0.25,bas=0"),
+        "late, learning rate 0.1": gated(1, 0.25, "optim.learning_rate=0.1", late=True),
+        "late, width 1.41": gated(1.41, 0.125, late=True),
     },
 }
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
   parser.add_argument("table", choices=TABLES)
   parser.add_argument("--data", type=Path, help="a TFDS folder with cifar10")
   parser.add_argument("--out", type=Path, default=Path("runs/images"))

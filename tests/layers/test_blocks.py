@@ -138,6 +138,13 @@ def test_macs_of_a_bottleneck_by_hand():
       (1, 4, 3, 8), [((1, 2), 35 * 3, 0), ((1, 2), 12 * 8, 9 * 12)])
 
 
+def test_a_block_wider_inside_has_gates_to_choose_from_and_keeps_its_shapes():
+  assert macs_of(BasicBlock, (2, 8, 8, 5), features=6, stride=2, inner_width=2.5) == (
+      (2, 4, 4, 6), [((2, 15), 9 * 16 * 5 + 9 * 16 * 6, 0)])
+  assert macs_of(Bottleneck, (2, 8, 8, 16), features=6, stride=2, inner_width=0.5) == (
+      (2, 4, 4, 24), [((2, 3), 64 * 16, 0), ((2, 3), 16 * 24, 9 * 16)])
+
+
 def test_macs_with_gated_outputs_by_hand():
   basic = dict(features=6, stride=2, gating="all_channels")
   assert macs_of(BasicBlock, (2, 8, 8, 5), **basic)[1] == [((2, 6), 9 * 16 * 5, 0), ((2, 6), 16 * 5, 9 * 16)]

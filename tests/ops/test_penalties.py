@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,12 +81,21 @@ def test_mac_loss_weighs_gates_by_their_cost():
   np.testing.assert_allclose(mac_loss((dear, cheap)), 0.9, rtol=1e-6)
 
 
-def test_mac_budget_loss_by_hand():
-  share = (32 + EXPECTED) / (32 + ALL_GATED)
-  records = records_of(FIRST, SECOND)
-  np.testing.assert_allclose(mac_budget_loss(records, 32, 0.5), (share - 0.5) ** 2, rtol=1e-5)
+def drawn(first, second):
+  """The records with gates that are open where their probability is at least a half."""
+  return tuple(dataclasses.replace(r, gates=(r.probs >= 0.5).astype(r.probs.dtype)) for r in records_of(first, second))
+
+
+def test_mac_budget_loss_is_of_the_gates_and_its_gradient_of_their_probabilities():
+  spent = (10 * 1 + 4 * 1 * 2 + 7 * 2 + 10 * 2 + 4 * 2 * 1 + 7 * 1) / 2  # open units 1 and 2, 2 and 1
+  share, whole = (32 + spent) / (32 + ALL_GATED), 32 + ALL_GATED
+  assert abs(spent - EXPECTED) > 5
+  loss, gradient = jax.value_and_grad(lambda p: mac_budget_loss(drawn(p, SECOND), 32, 0.5))(FIRST)
+  np.testing.assert_allclose(loss, (share - 0.5) ** 2, rtol=1e-5)
+  per_unit = np.array([[10 + 4 * 1], [10 + 4 * 0.5]]) / 2 / whole  # with the expected units of the second
+  np.testing.assert_allclose(gradient, np.broadcast_to(2 * (share - 0.5) * per_unit, (2, 3)), rtol=1e-5)
   for budget in (share + 0.01, 1.0):
-    loss, gradient = jax.value_and_grad(lambda p, b=budget: mac_budget_loss(records_of(p, SECOND), 32, b))(FIRST)
+    loss, gradient = jax.value_and_grad(lambda p, b=budget: mac_budget_loss(drawn(p, SECOND), 32, b))(FIRST)
     np.testing.assert_array_equal(loss, 0)
     np.testing.assert_array_equal(gradient, np.zeros_like(FIRST))
 
@@ -95,8 +106,7 @@ def test_mac_budget_loss_by_hand():
     lambda p: entropy_loss([p[:, :3] ** 2, p[:, 3:] ** 2]),
     lambda p: indecision_loss([p[:, :3], p[:, 3:]]),
     lambda p: mac_loss(records_of(p[:, :3], p[:, 3:])),
-    lambda p: mac_budget_loss(records_of(p[:, :3], p[:, 3:]), 32, 0.2),
-], ids=["l0", "target rate", "entropy", "indecision", "mac", "mac budget"])
+], ids=["l0", "target rate", "entropy", "indecision", "mac"])
 def test_gradients_are_the_finite_differences_and_jit_and_vmap_agree(loss, central_differences):
   p = np.random.default_rng(0).uniform(0.2, 0.8, (2, 4, 5))
   gradient = jax.jit(jax.grad(loss))(p[0])
@@ -111,7 +121,7 @@ def test_the_budget_and_the_target_are_over_all_devices():
   losses = {
       "entropy": lambda p, axis: entropy_loss([p ** 2], axis_name=axis),
       "target": lambda p, axis: target_rate_loss([p], 0.7, axis_name=axis),
-      "budget": lambda p, axis: mac_budget_loss(records_of(p[:, :3], p[:, 3:]), 10, 0.3, axis_name=axis),
+      "budget": lambda p, axis: mac_budget_loss(drawn(p[:, :3], p[:, 3:]), 10, 0.3, axis_name=axis),
   }
   for loss in losses.values():
     spread = jax.pmap(lambda p, loss=loss: loss(p, "d"), axis_name="d")(p.reshape(8, 2, 5))

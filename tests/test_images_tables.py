@@ -1,0 +1,97 @@
+"""`benchmarks/images.py`: which runs a table is made of, in what order, and what it says of them."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def images(monkeypatch):
+  monkeypatch.syspath_prepend(ROOT / "benchmarks")
+  monkeypatch.delitem(sys.modules, "images", raising=False)
+  import images
+  return images
+
+
+@pytest.fixture
+def taken(images, monkeypatch):
+  """The commands that were run; each leaves a result that tells its width."""
+  commands = []
+
+  def call(_, folder, command):
+    commands.append(command)
+    folder.mkdir(parents=True)
+    wide = float(next(c for c in command if c.startswith("--config=")).partition("width=")[2].partition(",")[0])
+    result = {"accuracy": 0.5 + wide / 10, "macs": 100 * wide, "mac_ratio": 1.0, "seconds_since_last_start": 2.0}
+    (folder / "result.json").write_text(json.dumps(result))
+
+  monkeypatch.setattr(images.Job, "_call", call)
+  return commands
+
+
+def run(images, monkeypatch, *arguments):
+  monkeypatch.setattr(sys, "argv", ["images.py", *arguments])
+  images.main()
+
+
+def test_every_run_of_every_table_is_a_config(images, monkeypatch):
+  import throughput
+  for table in images.TABLES.values():
+    for name, one in table.items():
+      config = throughput.config_of(f"{images.CONFIG}:model=resnet8,{one.variants}", dict(
+          field.split("=", 1) for field in one.fields))
+      assert str(config.model.width) in f"{float(images.width(one))}"
+      assert (config.model.gating == "none") == name.startswith("ungated")
+
+
+def test_a_late_run_starts_from_half_of_the_epochs_without_gates(images, taken, monkeypatch, tmp_path, capsys):
+  arguments = ["levers", f"--out={tmp_path}", "--only=^late$|^early$", "--epochs=5", "--seeds=3", "--model=resnet8",
+               "--optim.batch_size=64"]
+  run(images, monkeypatch, *arguments)
+  start, *gated = taken
+  early, late = sorted(gated, key=lambda command: any("init_from" in part for part in command))
+  config = lambda command: next(part for part in command if part.startswith("--config="))
+  assert config(start).endswith(":model=resnet8,gates=none,width=1,schedule=cosine,epochs=2")
+  assert config(early).endswith("schedule=cosine,epochs=5")
+  assert config(late).endswith("schedule=cosine,epochs=3")
+  folder = next(part for part in start if part.startswith("--workdir=")).partition("=")[2]
+  assert f"--config.model.init_from={folder}" in late
+  assert all({"--config.seed=3", "--config.optim.batch_size=64"} <= set(command) for command in taken)
+  first = (tmp_path / "levers-resnet8.md").read_text()
+  assert "| late | 60.00 | 60.00 |" in first
+  assert first.strip() in capsys.readouterr().out
+
+  run(images, monkeypatch, *arguments)  # all is there
+  assert len(taken) == 3
+  assert (tmp_path / "levers-resnet8.md").read_text() == first
+
+
+def test_without_time_nothing_is_begun_and_what_is_missing_is_named(images, taken, monkeypatch, tmp_path):
+  with pytest.raises(SystemExit, match="not finished: ungated, width 0.5 of seed 0, ungated, width 0.5 of seed 1"):
+    run(images, monkeypatch, "budgets", f"--out={tmp_path}", "--only=^ungated, width 0.5", "--minutes=0")
+  assert taken == []
+  assert json.loads((tmp_path / "budgets-resnet20.json").read_text()) == []
+
+
+@pytest.mark.parametrize("arguments", [["--only=no such row"], ["fields"], ["--seed"]])
+def test_arguments_that_mean_nothing_are_errors(images, taken, monkeypatch, tmp_path, capsys, arguments):
+  with pytest.raises(SystemExit):
+    run(images, monkeypatch, "budgets", f"--out={tmp_path}", *arguments)
+  assert repr(arguments[0].removeprefix("--only=")) in capsys.readouterr().err
+
+
+def test_gains_are_over_ungated_nets_of_equal_macs(images):
+  made = lambda name, macs, accuracy: {"name": name, "macs": macs, "accuracy": accuracy}
+  rows = images.compared([
+      made("ungated, width 1", 400.0, 0.9), made("ungated, width 0.5", 100.0, 0.8), made("gated", 200.0, 0.87),
+      made("gated to nothing", 50.0, 0.8)])
+  assert [row["gain"] for row in rows[:2]] == [None, None]
+  np.testing.assert_allclose(rows[2]["gain"], 0.87 - 0.85, rtol=1e-9)  # half-way in log MACs
+  assert rows[3]["gain"] is None
+  assert math.log(200) - math.log(100) == pytest.approx(math.log(400) - math.log(200))
