@@ -48,6 +48,11 @@ def gated(width, budget, *fields, late=False, variants="noise=0.25"):
   return Run(",".join(filter(None, (f"width={width:g},budget={budget:g}", variants))), fields, late)
 
 
+def wide_inside(width, budget):
+  fading = ("model.noise.start=0.5", "model.noise.full=0.9")
+  return gated(width, budget, QUICK, *fading, variants="inner=4,noise=0.25,noise_to=0")
+
+
 TABLES = {
     "ablation": {
         "none": Run("regulariser=none"),
@@ -61,8 +66,8 @@ TABLES = {
         "gated, width 1, to 50 %": gated(1, 0.5, QUICK),
         "gated, width 1, to 25 %": gated(1, 0.25, QUICK),
         "gated, width 1, to 12.5 %": gated(1, 0.125, QUICK),
-        "gated, width 0.35, inner 4, to 26 %": gated(0.35, 0.26, QUICK, variants="inner=4,noise=0.25"),
-        "gated, width 0.25, inner 4, to 28 %": gated(0.25, 0.28, QUICK, variants="inner=4,noise=0.25"),
+        "gated, width 0.35, inner 4, to 26 %": wide_inside(0.35, 0.26),
+        "gated, width 0.25, inner 4, to 28 %": wide_inside(0.25, 0.28),
         "static, width 1, to 25 %": Run("gates=static,budget=0.25"),
         "layers, width 0.5, to 60 %": Run("gates=layers,width=0.5,budget=0.6"),
     },
