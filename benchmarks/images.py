@@ -6,8 +6,9 @@
 TABLE: `ablation`, every regulariser; `budgets`, ungated nets of several widths, gated channels, static channels and
 gated layers; `levers`, single changes of one gated net. Every run is one of `gating_jax.cli`, as many at a time as
 JOBS; FIELD is of all of them. One that starts late from an ungated run shares its epochs with that: half are the
-ungated run's. The same command goes on where it was stopped, and finished runs are not taken again; after N minutes it
-stops what runs. Prints the table of what is finished, and writes it to OUT/TABLE-MODEL.md and .json.
+ungated run's. The same command goes on where it was stopped, and takes the results of finished runs of the same config;
+after N minutes, or at Ctrl-C or SIGTERM, what runs is stopped and can go on later. Prints the table of what is
+finished, and writes it to OUT/TABLE-MODEL.md and .json; seconds are those since a run's last start.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/cifar10_resnet20.py"
+OURS = ("seed", "eval_every", "checkpoint_every", "data.data_dir", "model.init_from")  # fields that runs differ in
 OUTCOMES = ("always_open", "always_closed", "random_dropout", "conditional")
 
 
@@ -99,13 +102,19 @@ def main():
   args, fields = parser.parse_known_args()
   if strange := [f for f in fields if not re.fullmatch(r"--[a-z_.]+=.+", f)]:
     parser.error(f"an option must be one of those above, or --FIELD=VALUE of the config; got {strange[0]!r}")
+  fields = [field.removeprefix("--") for field in fields]
+  if ours := [field for field in fields if field.partition("=")[0] in OURS]:
+    parser.error(f"FIELD must not be one of {', '.join(OURS)}, which every run has its own of; got {ours[0]!r}")
+  if args.epochs < 2:
+    parser.error(f"--epochs must be >= 2; got {args.epochs}")
   runs = {name: run for name, run in TABLES[args.table].items() if re.search(args.only, name)}
   seeds = [int(seed) for seed in args.seeds.split(",")]
   if not runs:
     parser.error(f"--only must match a row of {args.table}; got {args.only!r}")
 
-  job = Job(args, [f"--config.{field.removeprefix('--')}" for field in fields])
-  results = job.run(runs, seeds)
+  args.out.mkdir(parents=True, exist_ok=True)
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+  results = Job(args, [f"--config.{field}" for field in fields]).run(runs, seeds)
   rows = [row(name, [results[name, seed] for seed in seeds if results[name, seed]]) for name in runs]
   rows = compared([r for r in rows if r["seeds"]])
   text = (outcome_table if args.table == "ablation" else mac_table)(rows)
@@ -121,7 +130,7 @@ class Job:
 
   def __init__(self, args, fields):
     self.args, self.fields, self.end = args, fields, time.monotonic() + 60 * args.minutes
-    self.lock = threading.Lock()
+    self.lock, self.running = threading.Lock(), set()
     self.env = dict(os.environ)
     if args.jobs > 1:  # they share the device's memory
       self.env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -135,7 +144,14 @@ class Job:
                 for seed in seeds for w in late}
       found = {(name, seed): pool.submit(self._one, name, seed, run, starts.get((width(run), seed)))
                for seed in seeds for name, run in runs.items()}
-      return {key: future.result() for key, future in found.items()}
+      try:
+        return {key: future.result() for key, future in found.items()}
+      except BaseException:  # Ctrl-C too: what runs is asked to stop, nothing is begun
+        self.end = 0
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(self.running):
+          process.terminate()
+        raise
 
   def _one(self, name, seed, run, start=None, halves=False):
     folder, fields = self._folder(name, seed), list(run.fields)
@@ -153,24 +169,26 @@ class Job:
         *(f"--config.{field}" for field in fields), *self.fields]
     if self.args.data:
       command.append(f"--config.data.data_dir={self.args.data.resolve()}")
-    if not (folder / "result.json").exists() and time.monotonic() < self.end:
-      self._call(folder, command)
-    done = (folder / "result.json").exists()
+    done = time.monotonic() < self.end and self._call(folder, command) and (folder / "result.json").exists()
     with self.lock:
-      print(f"{'done' if done else 'NOT DONE'}: {name}, seed {seed}", flush=True)
+      print(f"done: {name}, seed {seed}" if done else f"NOT DONE: {name}, seed {seed}; see {folder}.txt", flush=True)
     return json.loads((folder / "result.json").read_text()) if done else None
 
   def _call(self, folder, command):
-    folder.mkdir(parents=True, exist_ok=True)
+    """Whether it ended well: a finished run of this config is left alone, one of another is an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{folder}.txt").open("a") as output:
       print(*command, file=output, flush=True)
       process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=self.env)
+      self.running.add(process)
       left = self.end - time.monotonic()
       try:
         process.wait(None if left == math.inf else max(0, left))
       except subprocess.TimeoutExpired:
         process.terminate()  # it saves where it stands
         process.wait()
+      self.running.discard(process)
+    return process.returncode == 0
 
   def _folder(self, name, seed):
     name = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
@@ -203,23 +221,24 @@ def compared(rows):
 
 def mac_table(rows):
   """Accuracy against MACs."""
-  lines = ["| net | accuracy of each seed | mean | M MACs | of its ungated net | against ungated of equal MACs |",
-           "|---" * 6 + "|"]
+  lines = ["| net | accuracy of each seed | mean | M MACs | of its ungated net | against ungated of equal MACs | s |",
+           "|---" * 7 + "|"]
   for r in rows:
     gain = "" if r["gain"] is None else f"{100 * r['gain']:+.2f}"
     lines.append(f"| {r['name']} | {percents(r['accuracies'])} | {100 * r['accuracy']:.2f} | {r['macs'] / 1e6:.2f} | "
-                 f"{100 * r['mac_ratio']:.1f} % | {gain} |")
+                 f"{100 * r['mac_ratio']:.1f} % | {gain} | {r['seconds_since_last_start']:.0f} |")
   return "\n".join(lines)
 
 
 def outcome_table(rows):
   """What became of the gates."""
   lines = ["| regulariser | accuracy of each seed | MACs | always open | always closed | random dropout | conditional "
-           "| two draws differ | bits about the input | about the class |", "|---" * 10 + "|"]
+           "| two draws differ | bits about the input | about the class | s a run |", "|---" * 11 + "|"]
   for r in rows:
     shares = " | ".join(f"{100 * r[o] / r['gates']:.0f} %" for o in OUTCOMES)
     lines.append(f"| {r['name']} | {percents(r['accuracies'])} | {100 * r['mac_ratio']:.1f} % | {shares} | "
-                 f"{100 * r['disagreement']:.0f} % | {r['input_information']:.3f} | {r['class_information']:.3f} |")
+                 f"{100 * r['disagreement']:.0f} % | {r['input_information']:.3f} | {r['class_information']:.3f} | "
+                 f"{r['seconds_since_last_start']:.0f} |")
   return "\n".join(lines)
 
 

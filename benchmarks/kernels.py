@@ -7,9 +7,9 @@ A shape is N x H x W x C / B: C channels everywhere, gates of B of them. Of ever
 open. Prints medians over interleaved repeats in one process, ratios of the faster of dense and masked to each form, the
 ratio that the roofline of the device allows, or of an H100 where the device's is not known, and the largest difference
 from float32 at full precision. A repeat is one program of `--calls` calls, each on what the last one gave and with the
-gates of other examples, so that it times the device and neither dispatch nor what a loop has only once to do. On a
-GPU the kernel's tiles are tuned first. Without one it is interpreted, in small shapes, which checks values; its times
-say nothing then. On TPUs it is left out. With `--roofline` nothing is run: it prints what an H100's allows.
+gates of the examples moved on by one, so that it times the device, and neither dispatch nor what a loop has to do only
+once. On a GPU the kernel's tiles are tuned first. Without one it is interpreted, in small shapes, which checks values;
+its times say nothing then. On TPUs it is left out. With `--roofline` nothing is run: it prints what an H100's allows.
 """
 
 import argparse

@@ -7,7 +7,7 @@ authors: the prior, gates on single channels, noise. From independent re-impleme
 schedules, coefficient and corners of the batch-shaping term, corners of the L0 term. Ours: the L0 coefficient (theirs
 is not known), the initial open rate, and the reduction over gates (`layer_mean`; re-implementations sum).
 Variants, joined by commas after a colon: `gating=none`, `epochs=10`, `batch=128`, `l0=2.0`, `budget=0.5`, `bas=0`,
-`width=2`, `inner=4` (wider blocks alone), `schedule=cosine`, `model=vgg8`, `block=8`, `noise=0.25`, `noise_to=0`; and
+`width=2`, `inner=4` (blocks wider inside), `schedule=cosine`, `model=vgg8`, `block=8`, `noise=0.25`, `noise_to=0`; and
 `gates=`, what is gated: `none`, `channels`, `layers` as in ConvNet-AIG, `static` channels by L0 regularisation,
 `random` ones, `exits` after each stage as in BranchyNet, `experts` and `sparse_experts` in place of the last stage; and
 `regulariser=`, what keeps gates honest: `batch_shaping` with L0, `sparsity` (L0 alone), and what the authors say failed

@@ -1,8 +1,11 @@
 """`benchmarks/images.py`: which runs a table is made of, in what order, and what it says of them."""
 
+import _thread
+import argparse
 import json
-import math
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +29,14 @@ def taken(images, monkeypatch):
 
   def call(_, folder, command):
     commands.append(command)
-    folder.mkdir(parents=True)
-    wide = float(next(c for c in command if c.startswith("--config=")).partition("width=")[2].partition(",")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    wide = float(command[3].partition("width=")[2].partition(",")[0] or 1)
     result = {"accuracy": 0.5 + wide / 10, "macs": 100 * wide, "mac_ratio": 1.0, "seconds_since_last_start": 2.0}
+    if "regulariser" in command[3]:
+      result |= {"gates": 8, "mean_open": 0.5, "always_open": 2, "always_closed": 0, "random_dropout": 0,
+                 "conditional": 6, "disagreement": 0.25, "input_information": 0.5, "class_information": 0.125}
     (folder / "result.json").write_text(json.dumps(result))
+    return True
 
   monkeypatch.setattr(images.Job, "_call", call)
   return commands
@@ -46,7 +53,7 @@ def test_every_run_of_every_table_is_a_config(images, monkeypatch):
     for name, one in table.items():
       config = throughput.config_of(f"{images.CONFIG}:model=resnet8,{one.variants}", dict(
           field.split("=", 1) for field in one.fields))
-      assert str(config.model.width) in f"{float(images.width(one))}"
+      assert config.model.width == float(images.width(one))
       assert (config.model.gating == "none") == name.startswith("ungated")
 
 
@@ -67,23 +74,59 @@ def test_a_late_run_starts_from_half_of_the_epochs_without_gates(images, taken, 
   assert "| late | 60.00 | 60.00 |" in first
   assert first.strip() in capsys.readouterr().out
 
-  run(images, monkeypatch, *arguments)  # all is there
-  assert len(taken) == 3
-  assert (tmp_path / "levers-resnet8.md").read_text() == first
+  run(images, monkeypatch, *arguments)  # the command itself knows what is finished, and of which config
+  assert taken[3:] == taken[:3]
+
+
+def test_outcomes_are_shares_of_the_gates(images, taken, monkeypatch, tmp_path):
+  run(images, monkeypatch, "ablation", f"--out={tmp_path}", "--only=^L0", "--seeds=0")
+  row = "| L0 alone | 60.00 | 100.0 % | 25 % | 0 % | 0 % | 75 % | 25 % | 0.500 | 0.125 | 2 |"
+  assert (tmp_path / "ablation-resnet20.md").read_text().splitlines()[-1] == row
 
 
 def test_without_time_nothing_is_begun_and_what_is_missing_is_named(images, taken, monkeypatch, tmp_path):
+  out = tmp_path / "not" / "made"
   with pytest.raises(SystemExit, match="not finished: ungated, width 0.5 of seed 0, ungated, width 0.5 of seed 1"):
-    run(images, monkeypatch, "budgets", f"--out={tmp_path}", "--only=^ungated, width 0.5", "--minutes=0")
+    run(images, monkeypatch, "budgets", f"--out={out}", "--only=^ungated, width 0.5", "--minutes=0")
   assert taken == []
-  assert json.loads((tmp_path / "budgets-resnet20.json").read_text()) == []
+  assert json.loads((out / "budgets-resnet20.json").read_text()) == []
 
 
-@pytest.mark.parametrize("arguments", [["--only=no such row"], ["fields"], ["--seed"]])
+def job(images, out, minutes):
+  return images.Job(argparse.Namespace(out=out, minutes=minutes, jobs=1, table="budgets", model="resnet8"), [])
+
+
+def test_a_run_that_fails_or_takes_too_long_is_not_done(images, tmp_path):
+  python = lambda code: [sys.executable, "-c", code]
+  assert job(images, tmp_path, 1)._call(tmp_path / "good", python("print('all is well')"))
+  assert "all is well" in (tmp_path / "good.txt").read_text()
+  assert not job(images, tmp_path, 1)._call(tmp_path / "bad", python("raise SystemExit(3)"))
+  started = time.monotonic()
+  assert not job(images, tmp_path, 0.01)._call(tmp_path / "long", python("import time; time.sleep(60)"))
+  assert time.monotonic() - started < 30
+
+
+def test_an_interruption_begins_nothing_more(images, monkeypatch, tmp_path):
+  begun = []
+
+  def call(self, folder, command):
+    begun.append(folder)
+    time.sleep(0.3)
+
+  monkeypatch.setattr(images.Job, "_call", call)
+  args = argparse.Namespace(out=tmp_path, minutes=1, jobs=1, table="levers", model="resnet8", epochs=2, data=None)
+  threading.Timer(0.5, _thread.interrupt_main).start()
+  with pytest.raises(KeyboardInterrupt):
+    images.Job(args, []).run(images.TABLES["levers"], [0, 1])
+  assert 1 <= len(begun) <= 10  # of 24
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--only=no such row"], ["fields"], ["--seed"], ["--seed=3"], ["--data.data_dir=x"], ["--epochs=1"]])
 def test_arguments_that_mean_nothing_are_errors(images, taken, monkeypatch, tmp_path, capsys, arguments):
   with pytest.raises(SystemExit):
     run(images, monkeypatch, "budgets", f"--out={tmp_path}", *arguments)
-  assert repr(arguments[0].removeprefix("--only=")) in capsys.readouterr().err
+  assert arguments[0].removeprefix("--only=").removeprefix("--").partition("=")[0] in capsys.readouterr().err
 
 
 def test_gains_are_over_ungated_nets_of_equal_macs(images):
@@ -94,4 +137,3 @@ def test_gains_are_over_ungated_nets_of_equal_macs(images):
   assert [row["gain"] for row in rows[:2]] == [None, None]
   np.testing.assert_allclose(rows[2]["gain"], 0.87 - 0.85, rtol=1e-9)  # half-way in log MACs
   assert rows[3]["gain"] is None
-  assert math.log(200) - math.log(100) == pytest.approx(math.log(400) - math.log(200))

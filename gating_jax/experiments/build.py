@@ -229,6 +229,10 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
   if model.noise.final is not None and (
       model.gating in ("none", *RIVALS) or model.gate.context == "random" or model.gate.relaxation == "sigmoid"):
     raise ValueError(f"model.noise.final must be None where no gates draw noise of that scale; got {model.noise.final}")
+  if (model.gate.relaxation == "sigmoid" and loss.sparsity.kind == "budget"
+      and loss.regulariser in ("batch_shaping", "sparsity") and model.gating not in ("none", *RIVALS)):
+    raise ValueError("model.gate.relaxation must not be 'sigmoid' where loss.sparsity.kind is 'budget', since such "
+                     "gates are never closed; got 'sigmoid'")
   if chain and model.gating in RIVALS:
     raise ValueError(f"model.name must be a residual network where model.gating is {model.gating!r}; "
                      f"got {model.name!r}")

@@ -140,7 +140,7 @@ class _ResidualBlock(nn.Module):
 class BasicBlock(_ResidualBlock):
   """Two 3x3(x3) convolutions; the gate switches the output channels of the first, per example.
 
-      y = ReLU(BN2(conv2(g * ReLU(BN1(conv1 x)))) + shortcut(x)),   g = gate(x) in {0, 1}^inner
+      y = ReLU(BN2(conv2(g * ReLU(BN1(conv1 x)))) + shortcut(x)),   g = gate(x) in {0, 1}^(inner_width features)
 
   and with `gating="all_channels"` those of y too. `[N, H, W, D]` to `([N, H', W', features], records)`, or the same
   with frames.

@@ -165,14 +165,15 @@ def resnet(name: str, classes: int | None, *, kind: type[ResNet] = ResNet, **set
     kind: `ResNet` or what extends it, such as `EarlyExitNet`.
     **settings: any other field of that, in place of the named network's.
   Raises:
-    ValueError: no such name, or a width that is not positive.
+    ValueError: no such name, or a width or inner width that is not positive.
 
   >>> resnet("resnet20", classes=10, gating="channel").blocks
   (3, 3, 3)
   """
   one_of("model name", name, RESNETS)
-  if not settings.get("width", 1) > 0:
-    raise ValueError(f"width must be > 0; got {settings['width']}")
+  for field in ("width", "inner_width"):
+    if not settings.get(field, 1) > 0:
+      raise ValueError(f"{field} must be > 0; got {settings[field]}")
   stem, block, blocks, features, shortcut = RESNETS[name]
   named = dict(stem=stem, block=block, blocks=blocks, features=features, shortcut=shortcut)
   return kind(classes=classes, **{**named, **settings})

@@ -121,8 +121,9 @@ def mac_budget_loss(
 
       loss = max(0, (fixed + mean_n gated MACs) / (fixed + all gated MACs) - budget)^2
 
-  Its value is of the gates as they are; its gradient that of the expected MACs, as if the two were equal. They differ
-  where noise of another scale than 1 is drawn, for which open probabilities are not those of the gates.
+  Its value is of the gates as they are; its gradient that of the expected MACs, as if the two were equal. On average
+  they are for noise of scale 1; with another, a unit's probability is not the one with which its gate is drawn. Where
+  gates are never closed, as those of `sigmoid`, the value is of all MACs.
 
   Args:
     records: the records of one forward pass.

@@ -21,6 +21,7 @@ STATIC = GateSettings(context="none", relaxation="hard_concrete")
 MODELS = {
     "basic": ResNet(3, (2, 1), features=4, gating="channel", gate=GATE),
     "ungated": ResNet(3, (1, 1), features=4),
+    "wide inside": ResNet(3, (1, 1), features=3, inner_width=2.0, gating="channel", gate=GATE),
     "blocks": ResNet(3, (1, 1), features=4, gating="channel", gate=GateSettings(hidden=3, block=2)),
     "layer": ResNet(3, (2, 2), features=4, gating="layer", gate=GATE),
     "bottleneck": ResNet(3, (1, 2), Bottleneck, features=4, gating="channel", gate=GATE, shortcut="B", stem="imagenet"),
