@@ -247,7 +247,7 @@ def _program(count_ref, order_ref, gates_ref, x_ref, kernel_ref, bias_ref, y_ref
 
 
 def _open_first(open_tiles: Array) -> Array:
-  """`[N, T]` numbers of the tiles, open ones first. All pairs are compared: a sort takes a GPU as long as the dots."""
+  """`[N, T]` numbers of the tiles, open ones first. Compares all pairs, which fuses; a sort is kernels of its own."""
   number = jnp.arange(open_tiles.shape[1], dtype=jnp.int32)
   key = jnp.where(open_tiles, number, number + len(number))
   rank = jnp.sum(key[:, :, None] > key[:, None, :], axis=2)
