@@ -3,6 +3,7 @@
 import _thread
 import argparse
 import json
+import signal
 import sys
 import threading
 import time
@@ -115,9 +116,13 @@ def test_an_interruption_begins_nothing_more(images, monkeypatch, tmp_path):
 
   monkeypatch.setattr(images.Job, "_call", call)
   args = argparse.Namespace(out=tmp_path, minutes=1, jobs=1, table="levers", model="resnet8", epochs=2, data=None)
-  threading.Timer(0.5, _thread.interrupt_main).start()
-  with pytest.raises(KeyboardInterrupt):
-    images.Job(args, []).run(images.TABLES["levers"], [0, 1])
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore it
+  try:
+    threading.Timer(0.5, _thread.interrupt_main).start()
+    with pytest.raises(KeyboardInterrupt):
+      images.Job(args, []).run(images.TABLES["levers"], [0, 1])
+  finally:
+    signal.signal(signal.SIGINT, before)
   assert 1 <= len(begun) <= 10  # of 24
 
 

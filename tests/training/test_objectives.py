@@ -54,7 +54,7 @@ def sparsity_by_hand(kind):
   gated = 2 * 100 + 4 * 30
   expected = 100 * open_probs[0] + 30 * open_probs[1]
   return {"l0": sum(open_probs) / 6, "macs": expected / gated,
-          "budget": max(0, (FIXED + expected) / (FIXED + gated) - TARGET) ** 2,
+          "budget": max(0, watched_by_hand()["mac_ratio"] - TARGET) ** 2,
           "target_rate": np.sum((rates - TARGET) ** 2)}[kind]
 
 
