@@ -27,9 +27,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from gating_jax.training.diagnosis import OUTCOMES
+
 CONFIG = "configs/cifar10_resnet20.py"
 OURS = ("seed", "eval_every", "checkpoint_every", "data.data_dir", "model.init_from")  # fields that runs differ in
-OUTCOMES = ("always_open", "always_closed", "random_dropout", "conditional")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,12 +140,13 @@ class Job:
 
   def run(self, runs, seeds):
     """The result of each name and seed; None where there is none."""
-    late = sorted({width(run) for run in runs.values() if run.late})
+    late, half = sorted({width(run) for run in runs.values() if run.late}), self.args.epochs // 2
     with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
       # Those that others wait for come first, so that no worker waits for one that has none.
-      starts = {(w, seed): pool.submit(self._one, f"start, width {w}", seed, Run(f"gates=none,width={w}"), halves=True)
+      starts = {(w, seed): pool.submit(self._one, f"start, width {w}", seed, Run(f"gates=none,width={w}"), half)
                 for seed in seeds for w in late}
-      found = {(name, seed): pool.submit(self._one, name, seed, run, starts.get((width(run), seed)))
+      found = {(name, seed): pool.submit(self._one, name, seed, run, self.args.epochs - half * run.late,
+                                         starts[width(run), seed] if run.late else None)
                for seed in seeds for name, run in runs.items()}
       try:
         return {key: future.result() for key, future in found.items()}
@@ -153,12 +157,9 @@ class Job:
           process.terminate()
         raise
 
-  def _one(self, name, seed, run, start=None, halves=False):
+  def _one(self, name, seed, run, epochs, start=None):
     folder, fields = self._folder(name, seed), list(run.fields)
-    epochs = self.args.epochs
-    if run.late or halves:
-      epochs = epochs - epochs // 2 if run.late else epochs // 2
-    if run.late:
+    if start:
       if start.result() is None:
         return None
       fields.append(f"model.init_from={self._folder(f'start, width {width(run)}', seed)}")

@@ -25,7 +25,7 @@ from gating_jax.models.resnet import RESNETS, resnet
 from gating_jax.models.vgg import VGGS, vgg
 from gating_jax.ops.priors import beta
 from gating_jax.training import devices, loop, optim, schedules
-from gating_jax.training.objectives import REDUCTIONS, REGULARISERS, SPARSITIES, ExitObjective, ImageObjective
+from gating_jax.training.objectives import PRICED, REDUCTIONS, REGULARISERS, SPARSITIES, ExitObjective, ImageObjective
 
 LOADERS = ("resident", "streaming")
 EXITS, EXPERTS = RIVALS = ("exits", "experts")  # gatings of whole classifiers
@@ -230,7 +230,7 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
       model.gating in ("none", *RIVALS) or model.gate.context == "random" or model.gate.relaxation == "sigmoid"):
     raise ValueError(f"model.noise.final must be None where no gates draw noise of that scale; got {model.noise.final}")
   if (model.gate.relaxation == "sigmoid" and loss.sparsity.kind == "budget"
-      and loss.regulariser in ("batch_shaping", "sparsity") and model.gating not in ("none", *RIVALS)):
+      and loss.regulariser in PRICED and model.gating not in ("none", *RIVALS)):
     raise ValueError("model.gate.relaxation must not be 'sigmoid' where loss.sparsity.kind is 'budget', since such "
                      "gates are never closed; got 'sigmoid'")
   if chain and model.gating in RIVALS:

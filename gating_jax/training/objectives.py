@@ -22,6 +22,7 @@ from gating_jax.types import Array, Records
 
 REDUCTIONS = ("layer_mean", "mean", "sum")
 SPARSITIES = ("l0", "macs", "budget", "target_rate")
+PRICED = ("batch_shaping", "sparsity")  # regularisers with a term of sparsity
 REGULARISERS = ("batch_shaping", "sparsity", "entropy", "away_from_half", "balance", "none")
 
 
@@ -118,13 +119,13 @@ class ImageObjective:
       yield "balance", self.coefficient, penalties.balance_loss(records, axis_name=axis_name)
     if self.regulariser == "batch_shaping":
       yield "batch_shaping", self.batch_shaping_coefficient(step), _reduced(per_gate, records, self.reduction)
-    if self.regulariser in ("batch_shaping", "sparsity"):
+    if self.regulariser in PRICED:
       yield self.sparsity, self.sparsity_coefficient(step), self._sparsity_term(records, axis_name)
 
   @property
   def prices_budget(self) -> bool:
     """Whether `target` is a budget."""
-    return self.sparsity == "budget" and self.regulariser in ("batch_shaping", "sparsity")
+    return self.sparsity == "budget" and self.regulariser in PRICED
 
   def _sparsity_term(self, records: Records, axis_name) -> Array:
     if self.sparsity == "l0":
