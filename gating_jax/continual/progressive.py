@@ -30,7 +30,7 @@ from gating_jax.continual.method import (
   TaskData,
   tree_size,
 )
-from gating_jax.models.columns import Column
+from gating_jax.models.columns import Column, column_macs, output_shapes
 from gating_jax.types import Array
 
 Tree = Any
@@ -80,7 +80,7 @@ class _Progressive:
       return self._put(before, j, outputs), logits
 
     _, logits = lax.scan(one, self._none(len(x)), jnp.arange(seen))
-    macs = [self.column.macs(self.problem.shape, j) for j in range(seen)]
+    macs = [column_macs(self.column, self.problem.shape, j) for j in range(seen)]
     layers, heads = (np.array(column, np.float32) for column in zip(*macs, strict=True))
     every = lambda total: jnp.broadcast_to(total, logits.shape[:-1])
     aware = every((np.cumsum(layers) + heads)[:, None])
@@ -98,7 +98,7 @@ class _Progressive:
     """What a column sees before which there is none; at least one place, of zeros, where there is one task."""
     places = max(1, self.problem.tasks - 1)
     return tuple(jnp.zeros((places, examples, *shape), self.column.dtype)
-                 for shape in self.column.output_shapes(self.problem.shape))
+                 for shape in output_shapes(self.column, self.problem.shape))
 
   def _run(self, columns: Tree, j: Array, x: Array, before: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
     """Logits and layers of column j in evaluation; `before` is zeros for columns from j on."""

@@ -114,9 +114,10 @@ def _hat(config, problem):
 
 def _progressive(config, problem):
   model = config.model
-  net = column(model.name, problem.classes, width=model.width, norm=model.norm, dtype=settings.DTYPES[model.dtype],
-               axis_name=problem.axis_name, **config.progressive)
-  return progressive(net, problem)
+  _check_norm(model)
+  kind = dict(norm=model.norm) if model.name in VGGS else dict(stem="cifar")
+  return progressive(column(model.name, problem.classes, width=model.width, dtype=settings.DTYPES[model.dtype],
+                            axis_name=problem.axis_name, **kind, **config.progressive), problem)
 
 
 def _multitask_gates(config, problem):
@@ -186,10 +187,14 @@ def network(
   """The network of the config, with this many outputs, gated or not, `wider` times as wide; `gate` adds to the gates'
   settings."""
   model = config.model
+  _check_norm(model)
   fields = dict(width=model.width * wider, dtype=settings.DTYPES[model.dtype], axis_name=problem.axis_name,
                 gate=GateSettings(**model.gate, **gate))
-  if model.name not in VGGS and not model.norm:
-    raise ValueError(f"model.norm must be True for {model.name}, which has BatchNorm; got False")
   if model.name in VGGS:
     return vgg(model.name, classes, norm=model.norm, gating="channel" if gated else "none", **fields)
   return resnet(model.name, classes, stem="cifar", gating="all_channels" if gated else "none", **fields)
+
+
+def _check_norm(model: ml_collections.ConfigDict) -> None:
+  if model.name not in VGGS and not model.norm:
+    raise ValueError(f"model.norm must be True for {model.name}, which has BatchNorm; got False")

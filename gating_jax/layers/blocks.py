@@ -57,6 +57,14 @@ class _ResidualBlock(nn.Module):
     spread = {} if dilation == 1 else {"dilation": dilation}
     return conv(features, window, stride, self.dtype, self.axis_name, name=name, group_norm=self.group_norm, **spread)
 
+  def _with(self, beside: Array | None, x: Array) -> Array:
+    """What the first convolution takes: the block's input, and channels beside it that the shortcut does not see."""
+    if beside is None:
+      return x
+    if self.gating != "none":
+      raise ValueError(f"channels beside a block's input need gating 'none'; got {self.gating!r}")
+    return jnp.concatenate([x, beside], axis=-1)
+
   def _records(self, x: Array, train: bool, inner: tuple[Switched, ...], outer: Switched, convs: Sequence) -> Records:
     """`convs` are the convolutions of the branch, each with the shape of its input."""
     one_of("gating", self.gating, GATINGS)
@@ -143,18 +151,18 @@ class BasicBlock(_ResidualBlock):
       y = ReLU(BN2(conv2(g * ReLU(BN1(conv1 x)))) + shortcut(x)),   g = gate(x) in {0, 1}^(inner_width features)
 
   and with `gating="all_channels"` those of y too. `[N, H, W, D]` to `([N, H', W', features], records)`, or the same
-  with frames.
+  with frames. `beside`, `[N, H, W, E]`, are more channels for conv1 alone, of a block without gates.
   """
 
   expansion = 1
 
   @nn.compact
-  def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
+  def __call__(self, x: Array, train: bool = False, beside: Array | None = None) -> tuple[Array, Records]:
     width = scaled(self.features, self.inner_width)
     conv1 = self._conv(width, 3, self.stride, "conv1", self.dilations[0])
     conv2 = self._conv(self.features, 3, 1, "conv2", self.dilations[1])
     project = self._project(x, self.features)
-    h = nn.relu(conv1(x, train))
+    h = nn.relu(conv1(self._with(beside, x), train))
     (alone, with_input), after = self._macs_into(conv1, x), conv2.macs(h.shape)
     alone += after.per_input + (self.features * after.per_pair if self.gating != "all_channels" else 0)
     inner = Switched(width, alone, with_input, (conv1.writer,), (conv2.reader,))
@@ -171,20 +179,20 @@ class Bottleneck(_ResidualBlock):
   """1x1, 3x3 (with the stride), 1x1; gates switch the outputs of the first two, from one shared hidden layer.
 
   With `gating="all_channels"` those of the block too. `[N, H, W, D]` to `([N, H', W', 4 * features], records)`, or the
-  same with frames.
+  same with frames. `beside` as of `BasicBlock`.
   """
 
   expansion = 4
 
   @nn.compact
-  def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
+  def __call__(self, x: Array, train: bool = False, beside: Array | None = None) -> tuple[Array, Records]:
     out = self.expansion * self.features
     width = scaled(self.features, self.inner_width)
     conv1 = self._conv(width, 1, 1, "conv1")
     conv2 = self._conv(width, 3, self.stride, "conv2", self.dilations[0])
     conv3 = self._conv(out, 1, 1, "conv3")
     project = self._project(x, out)
-    h1 = nn.relu(conv1(x, train))
+    h1 = nn.relu(conv1(self._with(beside, x), train))
     shape2 = (x.shape[0], *(-(-size // self.stride) for size in x.shape[1:-1]), width)
     (alone, with_input), middle, last = self._macs_into(conv1, x), conv2.macs(h1.shape), conv3.macs(shape2)
     into_last = last.per_input + (out * last.per_pair if self.gating != "all_channels" else 0)

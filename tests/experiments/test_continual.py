@@ -79,7 +79,7 @@ def test_settings_of_generators_are_named_with_their_section(config, changes, me
     [
         ({"gates.when_full": "grow"}, "method gates: gates.when_full=grow needs a chain, .*; got .*resnet20"),
         ({"model.norm": False}, "method gates: model.norm must be True for resnet20, which has BatchNorm; got False"),
-        ({"method": "progressive"}, "method progressive: model name of columns must be one of .*; got 'resnet20'"),
+        ({"method": "progressive", "model.norm": False}, "method progressive: model.norm must be True for resnet20"),
     ])
 def test_what_residual_nets_cannot_be_is_refused(config, changes, message):
   with pytest.raises(ValueError, match=message):

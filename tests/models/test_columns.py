@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gating_jax.models.columns import Column, column
+from gating_jax.models.columns import ChainColumn, ResNetColumn, column, column_macs, output_shapes
 from gating_jax.models.vgg import POOL, VGG
 
 CHAIN, SHAPE, CLASSES, BEFORE, N = (2, POOL, 3), (4, 4, 1), 2, 2, 5
 
 
 def net(**settings):
-  return Column(classes=CLASSES, chain=CHAIN, **settings)
+  return ChainColumn(classes=CLASSES, chain=CHAIN, **settings)
 
 
 def random(*shape, seed=0):
@@ -23,7 +23,7 @@ def random(*shape, seed=0):
 def before(columns=BEFORE):
   """Outputs of so many older columns, in the first places, and zeros."""
   filled = (np.arange(BEFORE) < columns)[:, None, None, None, None]
-  shapes = net().output_shapes(SHAPE)
+  shapes = output_shapes(net(), SHAPE)
   return tuple(jnp.abs(random(BEFORE, N, *shape, seed=i)) * filled for i, shape in enumerate(shapes))
 
 
@@ -75,16 +75,16 @@ def test_a_first_column_is_a_plain_chain():
 
 
 def test_output_shapes_are_those_of_the_outputs():
-  assert net().output_shapes(SHAPE) == ((2, 2, 2), (2, 2, 3))
+  assert output_shapes(net(), SHAPE) == ((2, 2, 2), (2, 2, 3))
   assert [h.shape[1:] for h in run(2)[1]] == [(2, 2, 2), (2, 2, 3)]
-  assert net(width=2.0).output_shapes((5, 7, 3)) == ((2, 3, 4), (2, 3, 6))
+  assert output_shapes(net(width=2.0), (5, 7, 3)) == ((2, 3, 4), (2, 3, 6))
 
 
 def test_macs_by_hand():
   alone = 16 * 9 * 1 * 2  # the first layer, on 4 x 4 pixels; the second is on 2 x 2
-  assert net().macs(SHAPE, 0) == (alone + 4 * 9 * 2 * 3, 3 * 2)
-  assert net().macs(SHAPE, 1) == (alone + 4 * (9 * 4 * 3 + 1 * 2 * 2), 1 * 3 * 3 + 6 * 2)
-  assert net().macs(SHAPE, 2) == (alone + 4 * (9 * 4 * 3 + 2 * 2 * 2), 2 * 3 * 3 + 6 * 2)
+  assert column_macs(net(), SHAPE, 0) == (alone + 4 * 9 * 2 * 3, 3 * 2)
+  assert column_macs(net(), SHAPE, 1) == (alone + 4 * (9 * 4 * 3 + 1 * 2 * 2), 1 * 3 * 3 + 6 * 2)
+  assert column_macs(net(), SHAPE, 2) == (alone + 4 * (9 * 4 * 3 + 2 * 2 * 2), 2 * 3 * 3 + 6 * 2)
 
 
 def test_alphas_start_where_they_are_told():
@@ -92,9 +92,12 @@ def test_alphas_start_where_they_are_told():
   assert alphas.tolist() == [0.25, 0.25]
 
 
-def test_residual_nets_are_refused():
-  with pytest.raises(ValueError, match="^model name of columns must be one of simple_cnn, vgg16, vgg8; got 'resnet18'"):
-    column("resnet18", 2)
+def test_names_are_those_of_chains_and_residual_nets():
+  assert isinstance(column("vgg8", 2), ChainColumn)
+  assert isinstance(column("resnet18", 2), ResNetColumn)
+  message = "^model name of columns must be one of resnet101, .*, vgg8; got 'resnet19'. Did you mean 'resnet18'"
+  with pytest.raises(ValueError, match=message):
+    column("resnet19", 2)
 
 
 @pytest.mark.parametrize(("classes", "last"), [(2, (("classifier",),)), (None, ())])
