@@ -64,7 +64,8 @@ class SharedNet:
     """For the task whose own part is given; `training`: keywords of `apply` of a Flax module."""
     own = dict(params["own"])
     head = own.pop("head")
-    variables = {"params": merge(params["shared"], own["net"]), "batch_stats": merge(*batch_stats.values())}
+    variables = {"params": merge(params["shared"], own["net"]),
+                 "batch_stats": merge(batch_stats["shared"], batch_stats["own"])}
     if training:
       (features, records), new = self.model.apply(variables, x, mutable=["batch_stats"], **training)
       batch_stats = self._split(new.get("batch_stats", {}))

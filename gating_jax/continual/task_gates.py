@@ -31,6 +31,7 @@ from gating_jax.continual.method import (
   Holdings,
   Learner,
   Method,
+  Network,
   Prediction,
   Problem,
   Start,
@@ -38,7 +39,7 @@ from gating_jax.continual.method import (
   tree_megabytes,
   tree_size,
 )
-from gating_jax.continual.rehearsal import Rehearsal, Replay, make_prelude
+from gating_jax.continual.rehearsal import Rehearsal, make_prelude
 from gating_jax.layers.gate import GATE_RNG
 from gating_jax.models.counts import ModelCounts
 from gating_jax.types import Array
@@ -80,6 +81,7 @@ class FullLayerError(ValueError):
 def task_gates(
     model: nn.Module, problem: Problem, counts: ModelCounts, settings: TaskGatesSettings,
     rehearsal: Rehearsal | None = None, router_settings: router.RouterSettings | None = None,
+    network: Network | None = None,
 ) -> Method:
   """The method.
 
@@ -91,9 +93,16 @@ def task_gates(
     rehearsal: of the classifier of tasks, for when the task is unknown; None for none: then the class with the highest
       probability of all heads is taken.
     router_settings: of that classifier.
+    network: of all classes, to be the classifier of tasks in place of one of all streams' features. It learns from
+      every batch and what is rehearsed with it; where the task is unknown it chooses the task, only that task's stream
+      runs, and the class is the likeliest by both together.
+  Raises:
+    ValueError: a network without rehearsal.
   """
   net = streams.SharedNet(model, problem, settings.own_norms)
-  gates = _TaskGates(net, counts, settings, rehearsal, router_settings)
+  if network is not None and rehearsal is None:
+    raise ValueError("a network that tells tasks apart needs images of earlier ones; got no rehearsal")
+  gates = _TaskGates(net, counts, settings, rehearsal, router_settings, network)
   return Method(gates.init, gates.loss, gates.end_task, gates.predict, update=gates.update, holdings=gates.holdings,
                 prelude=make_prelude(rehearsal, problem), gate_logits=gates.gate_logits)
 
@@ -104,7 +113,8 @@ class _TaskGates:
 
   Memory: `available` `[U]`, the units that may be used; `own`, every task's parameters and statistics, `[T, ...]`;
   `frozen`, for each shared parameter, whether it is, as a whole or by its last axis; `relevant` `[T, U]`. With a
-  classifier of tasks there are parameters `router` and a memory `rehearsal` as well.
+  classifier of tasks there are parameters `router` and a memory `rehearsal` as well; if that is a network, statistics
+  `router` too.
   """
 
   net: streams.SharedNet
@@ -112,6 +122,7 @@ class _TaskGates:
   settings: TaskGatesSettings
   rehearsal: Rehearsal | None
   router: router.RouterSettings | None
+  network: Network | None
 
   @property
   def problem(self) -> Problem:
@@ -129,31 +140,42 @@ class _TaskGates:
         "available": available,
     }
     if self.rehearsal is not None:
-      params["router"] = router.init(keys[1], self.problem.tasks, features, self.router.hidden)
       memory["rehearsal"] = self.rehearsal.init(keys[2])
+    if self.network is not None:
+      params["router"], batch_stats["router"] = self.network.init(keys[1])
+    elif self.rehearsal is not None:
+      params["router"] = router.init(keys[1], self.problem.tasks, features, self.router.hidden)
     return Start(params, batch_stats, memory)
 
   def loss(self, params: Tree, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
     noise, drawing = jax.random.split(batch.key)
-    x = batch.x
+    x, labels, streamed = batch.x, batch.labels, batch.x
     if self.rehearsal is not None:
       replayed = self.rehearsal.replay(learner.memory["rehearsal"], batch, learner.task, drawing)
-      x = replay.mix(x, replayed.x)
+      x, labels = (replay.mix(*pair) for pair in ((x, replayed.x), (labels, replayed.labels)))
+      streamed = x if self.network is None else batch.x
     logits, features, records, batch_stats = self.net.apply(
-        params, learner.batch_stats, x, train=True, rngs={GATE_RNG: noise})
-    if self.rehearsal is not None:
+        params, learner.batch_stats, streamed, train=True, rngs={GATE_RNG: noise})
+    if len(streamed) > len(batch.x):
       (logits, records), _ = replay.part((logits, records), len(batch.x), len(replayed.x))
     terms = streams.head_terms(logits, batch.labels, learner.task, self.problem)
     terms["sparsity"] = units.open_share(records, learner.memory["available"])
     total = terms["cross_entropy"] + self.settings.price(batch.epoch) * terms["sparsity"]
     if self.rehearsal is not None:
-      terms["task_cross_entropy"] = self._task_cross_entropy(params, learner, x, features, batch.labels, replayed)
-      total += terms["task_cross_entropy"]
+      if self.network is None:
+        name, each = "task_cross_entropy", self._task_cross_entropy(params, learner, x, features, labels)
+      else:
+        of_all, batch_stats["router"] = self.network.train_logits(
+            params["router"], learner.batch_stats["router"], x, noise)
+        name, each = "class_cross_entropy", self.network.cross_entropy(of_all, labels, learner.task)
+      of_batch, of_replay = map(jnp.mean, replay.part(each, len(batch.x), len(replayed.x)))
+      terms[name] = replayed.batch_weight * of_batch + (1 - replayed.batch_weight) * of_replay
+      total += terms[name]
     return total, (terms, batch_stats)
 
   def update(self, updates: Tree, grads: Tree, learner: Learner) -> tuple[Tree, Tree]:
     updates = dict(updates)
-    if "router" in updates:
+    if "router" in updates and self.network is None:
       updates["router"] = router.of_seen(updates["router"], learner.task + 1)
     if self.settings.protect_updates:
       still = lambda u, frozen: jnp.where(frozen, 0, u)
@@ -178,7 +200,7 @@ class _TaskGates:
         "relevant": memory["relevant"].at[task].set(relevant),
         "available": jnp.asarray(available)}
     learner = learner.replace(params={**learner.params, "shared": shared, "own": fresh["own"]}, memory=memory,
-                              batch_stats={"shared": learner.batch_stats["shared"], "own": fresh_stats["own"]})
+                              batch_stats={**learner.batch_stats, "own": fresh_stats["own"]})
     return learner if self.rehearsal is None else self._rehearse(learner, data, key)
 
   def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
@@ -186,18 +208,26 @@ class _TaskGates:
     macs = streams.macs(stream, self.counts, self.problem.classes)
     if self.rehearsal is None:
       return streams.prediction(self.problem, stream.logits, task, macs, macs.sum(0))
-    features = jnp.moveaxis(stream.features, 0, 1)
-    chosen = jnp.argmax(router.scores(learner.params["router"], features), axis=-1)
-    scores = jnp.where((jnp.arange(seen)[:, None] == chosen)[..., None], jax.nn.log_softmax(stream.logits), -jnp.inf)
-    extra = float(router.macs(seen, features.shape[-1], self.router.hidden))
-    return streams.prediction(self.problem, stream.logits, task, macs, macs.sum(0) + extra, scores)
+    scores = jax.nn.log_softmax(stream.logits)
+    if self.network is None:
+      features = jnp.moveaxis(stream.features, 0, 1)
+      chosen = jnp.argmax(router.scores(learner.params["router"], features), axis=-1)
+      agnostic_macs = macs.sum(0) + float(router.macs(seen, features.shape[-1], self.router.hidden))
+    else:
+      of_all = self.network.logits(learner.params["router"], learner.batch_stats["router"], x)
+      of_all = jax.nn.log_softmax(of_all[:, : seen * self.problem.classes]).reshape(len(x), seen, -1).swapaxes(0, 1)
+      chosen = jnp.argmax(jax.nn.logsumexp(of_all, axis=-1), axis=0)
+      scores += of_all
+      agnostic_macs = jnp.take_along_axis(macs, chosen[None], axis=0)[0] + self.network.macs
+    scores = jnp.where((jnp.arange(seen)[:, None] == chosen)[..., None], scores, -jnp.inf)
+    return streams.prediction(self.problem, stream.logits, task, macs, agnostic_macs, scores)
 
   def holdings(self, learner: Learner) -> Holdings:
     learnt, memory, records = int(learner.task), learner.memory, self.net.shapes()[0]
     own, shared = jax.tree.map(lambda x: x[:learnt], memory["own"]), learner.params["shared"]
     images = self.rehearsal.megabytes(memory["rehearsal"], learnt) if self.rehearsal is not None else 0.0
     return Holdings(
-        params=tree_size((shared, own["params"], learner.params.get("router"))) - units.waiting(
+        params=tree_size((own["params"], {k: v for k, v in learner.params.items() if k != "own"})) - units.waiting(
             shared, records, np.asarray(memory["available"])),
         memory_mb=tree_megabytes((memory["frozen"], memory["relevant"])) + images,
         relevant=units.used_by(memory["relevant"], memory["available"], records))
@@ -207,30 +237,27 @@ class _TaskGates:
     records = self.net.of_task(learner.params, learner.batch_stats, own, x).records
     return tuple(record.logits for record in records)
 
-  def _task_cross_entropy(
-      self, params: Tree, learner: Learner, x: Array, features: Array, labels: Array, replayed: Replay
-  ) -> Array:
-    """Of the classifier of tasks on `x`, a batch and what is replayed with it; it moves nothing of earlier tasks."""
+  def _task_cross_entropy(self, params: Tree, learner: Learner, x: Array, features: Array, labels: Array) -> Array:
+    """`[N]`, of the classifier of tasks on `x` and its features; it moves nothing of earlier tasks."""
     def earlier(task, features):
       own = jax.tree.map(lambda tree: tree[task], learner.memory["own"])
       return features.at[:, task].set(self.net.of_task(learner.params, learner.batch_stats, own, x).features)
 
     of_all = jnp.zeros((len(x), self.problem.tasks, features.shape[-1]))
     of_all = lax.fori_loop(0, learner.task, earlier, of_all).at[:, learner.task].set(features)
-    tasks = replay.mix(labels, replayed.labels) // self.problem.classes
-    each = router.cross_entropy(params["router"], of_all, tasks, learner.task + 1)
-    of_batch, of_replay = map(jnp.mean, replay.part(each, len(labels), len(replayed.labels)))
-    return replayed.batch_weight * of_batch + (1 - replayed.batch_weight) * of_replay
+    return router.cross_entropy(params["router"], of_all, labels // self.problem.classes, learner.task + 1)
 
   def _rehearse(self, learner: Learner, data: TaskData, key: Array) -> Learner:
-    """Trains the classifier of tasks on images of all tasks so far."""
+    """Keeps what is to be rehearsed; a classifier of the streams' features is trained on images of all tasks so far."""
     memory, task = learner.memory, int(learner.task)
     keys = jax.random.split(key, 3)
+    kept = self.rehearsal.keep(memory["rehearsal"], data, task, keys[2])
+    if self.network is not None:
+      return learner.replace(memory={**memory, "rehearsal": kept})
     pixels, labels = self.rehearsal.recall(memory["rehearsal"], data, task, keys[0])
     features = self.problem.in_batches(
         lambda learner, x: jnp.moveaxis(self._streams(learner, x, task + 1).features, 0, 1), learner, pixels)
     trained = router.train(learner.params["router"], features, labels // self.problem.classes, keys[1], self.router)
-    kept = self.rehearsal.keep(memory["rehearsal"], data, task, keys[2])
     return learner.replace(params={**learner.params, "router": trained}, memory={**memory, "rehearsal": kept})
 
   def _fresh(self, key: Array, available: Array) -> tuple[Tree, Tree]:

@@ -53,7 +53,8 @@ def _task_gates(config, problem):
   model = network(config, problem, classes=None, gated=True, wider=gates.allocated(problem.tasks))
   fields = dict(config.router)
   rehearsal = REHEARSALS[fields.pop("rehearsal")](config, problem)
-  return task_gates(model, problem, counts, gates, rehearsal, RouterSettings(**fields))
+  of_its_own = _classifier(config, problem, "seen") if fields.pop("network") else None
+  return task_gates(model, problem, counts, gates, rehearsal, RouterSettings(**fields), of_its_own)
 
 
 def _generative(config, problem):
@@ -132,11 +133,13 @@ def _multitask_norms(config, problem):
 
 def _plain(make, scope="own"):
   """The builder of a method that trains one ungated network with an output for every class."""
-  def build(config, problem):
-    model = network(config, problem, classes=problem.all_classes, gated=False)
-    return make(config, Network(model, problem, count(model, problem.shape).macs, scope))
+  return lambda config, problem: make(config, _classifier(config, problem, scope))
 
-  return build
+
+def _classifier(config, problem, scope):
+  """An ungated network with an output for every class."""
+  model = network(config, problem, classes=problem.all_classes, gated=False)
+  return Network(model, problem, count(model, problem.shape).macs, scope)
 
 
 REHEARSALS = {

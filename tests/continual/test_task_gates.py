@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from gating_jax.continual import rehearsal, router, steps
-from gating_jax.continual.method import Batch, Learner, Problem, Table, TaskData
+from gating_jax.continual.method import Batch, Learner, Network, Problem, Table, TaskData
 from gating_jax.continual.rehearsal import episodic
 from gating_jax.continual.replay import ReplaySettings
 from gating_jax.continual.router import RouterSettings
@@ -30,8 +30,12 @@ MODELS = {
     "vgg": VGG(None, (8, 8, POOL), gating="channel", gate=GATE),
     "resnet": ResNet(None, (1, 1), features=8, shortcut="B", gating="all_channels", gate=GATE),
 }
+PLAIN = VGG(6, (4, POOL))
 PROBLEM = Problem(tasks=TASKS, classes=2, shape=SHAPE, batch_size=32,
                   normalise=lambda x: x.astype(jnp.float32) / 128 - 1)
+
+
+NETWORK = Network(PLAIN, PROBLEM, count(PLAIN, SHAPE).macs, "seen")
 
 
 def data(task, count=64, seed=0):
@@ -48,11 +52,11 @@ def data(task, count=64, seed=0):
 class Run:
   """A method on the three tasks, as the experiment runs it, on one device."""
 
-  def __init__(self, name, remembering=None, classifier=None, **settings):
+  def __init__(self, name, remembering=None, classifier=None, network=None, **settings):
     model = MODELS[name]
     # The threshold gives up units that test images would open.
     gates = TaskGatesSettings(**{"sparsity": 0.5, "patience": 0.0, "when_full": "reuse", "threshold": 0.9, **settings})
-    self.method = task_gates(model, PROBLEM, count(model, SHAPE), gates, remembering, classifier)
+    self.method = task_gates(model, PROBLEM, count(model, SHAPE), gates, remembering, classifier, network)
     self.optimiser = optim.sgd(optax.constant_schedule(0.1), momentum=0.9, weight_decay=1e-2)
     self.step = jax.jit(steps.make_step(self.method, self.optimiser, lambda key, x: PROBLEM.normalise(x), seed=0,
                                         steps_per_epoch=4))
@@ -208,6 +212,59 @@ def test_the_task_is_told_from_the_streams_and_costs_all_of_them():
   assert np.mean(right) > 0.6  # chance is a third
 
 
+def test_a_network_tells_the_task_and_only_the_stream_of_that_task_runs():
+  run = Run("vgg", episodic(PROBLEM, ReplaySettings(30, 32)), network=NETWORK)
+  run.learn(0, count=40)
+  logits = run.logits(0, 256)
+  for task in range(1, TASKS):
+    run.learn(task, count=40)
+  np.testing.assert_array_equal(run.logits(0, 256), logits)
+  right = []
+  for task in range(TASKS):
+    x = PROBLEM.normalise(data(task, 128, seed=99)[0])
+    p = run.predict(run.learner, x, task, TASKS)
+    of_all = NETWORK.logits(run.learner.params["router"], run.learner.batch_stats["router"], x)
+    chosen = np.argmax(jax.nn.softmax(of_all).reshape(-1, TASKS, 2).sum(-1), axis=-1)
+    own = chosen == task
+    together = jax.nn.log_softmax(p.aware) + jax.nn.log_softmax(of_all)[:, 2 * task : 2 * task + 2]
+    np.testing.assert_allclose(p.agnostic[own, 2 * task : 2 * task + 2], together[own], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(np.isfinite(p.agnostic), np.repeat(np.eye(TASKS)[chosen] == 1, 2, axis=1))
+    np.testing.assert_allclose(p.agnostic_macs[own], p.macs[own] + NETWORK.macs)
+    right.append(own.mean())
+  assert np.mean(right) > 0.6
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.2])
+def test_the_loss_of_a_network_by_hand_and_streams_see_nothing_rehearsed(weight):
+  new = data(1, 32, seed=6)
+  batch = Batch(PROBLEM.normalise(new[0]), jnp.asarray(new[1]), jax.random.key(3), 0.0)
+
+  def results(old):
+    replayed = rehearsal.Replay(PROBLEM.normalise(old[0]), jnp.asarray(old[1]), weight)
+    made = dataclasses.replace(episodic(PROBLEM, ReplaySettings(30, 16)), replay=lambda *_: replayed)
+    run = Run("simple_cnn", made, network=NETWORK)
+    learner = run.learner.replace(task=jnp.int32(1))
+    return learner, replayed, jax.grad(run.method.loss, has_aux=True)(learner.params, learner, batch)
+
+  learner, replayed, (grads, (terms, stats)) = results(data(0, 16, seed=5))
+  x = np.concatenate([np.reshape(batch.x, (16, 2, *SHAPE)), replayed.x[:, None]], axis=1).reshape(-1, *SHAPE)
+  of_all, expected_stats = NETWORK.train_logits(
+      learner.params["router"], learner.batch_stats["router"], x, jax.random.key(0))
+  labels = np.concatenate([np.reshape(batch.labels, (16, 2)), replayed.labels[:, None]], axis=1)
+  each = -jax.nn.log_softmax(of_all[:, :4])[np.arange(48), labels.ravel()].reshape(16, 3)  # four classes are seen
+  expected = weight * each[:, :2].mean() + (1 - weight) * each[:, 2].mean()
+  assert float(terms["class_cross_entropy"]) == pytest.approx(float(expected), rel=1e-5)
+  assert tiny.relative_gap(stats["router"], expected_stats) < 1e-5
+  *_, (others, _) = results(data(0, 16, seed=7))
+  assert tiny.bit_equal((others["own"], others["shared"]), (grads["own"], grads["shared"]))
+  assert not tiny.bit_equal(others["router"], grads["router"])
+
+
+def test_a_network_without_rehearsal_is_an_error():
+  with pytest.raises(ValueError, match="a network that tells tasks apart needs images of earlier ones; got no"):
+    Run("vgg", network=NETWORK)
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.2])
 def test_the_loss_of_the_classifier_of_tasks_by_hand(weight):
   """Earlier streams are seen in evaluation, the task's own in training; the batch counts by its weight."""
@@ -284,15 +341,16 @@ def test_settings_are_checked(field, value, message):
     TaskGatesSettings(**{"sparsity": 0.5, "patience": 0.0, field: value})
 
 
-@pytest.mark.parametrize("rehearsed", [False, True])
-def test_two_devices_take_the_step_of_one(rehearsed):
+@pytest.mark.parametrize(("rehearsed", "network"), [(False, None), (True, None), (True, NETWORK)])
+def test_two_devices_take_the_step_of_one(rehearsed, network):
   settings = RouterSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2) if rehearsed else None
   remembering = lambda problem: episodic(problem, ReplaySettings(30, 32)) if rehearsed else None
-  run = Run("vgg", remembering(PROBLEM), settings)
+  run = Run("vgg", remembering(PROBLEM), settings, network)
   model = MODELS["vgg"].clone(axis_name=devices.AXIS)
   problem = dataclasses.replace(PROBLEM, axis_name=devices.AXIS)
   method = task_gates(model, problem, count(model, SHAPE), TaskGatesSettings(sparsity=0.5, patience=0.0),
-                      remembering(problem), settings)
+                      remembering(problem), settings, network and dataclasses.replace(
+                          network, model=PLAIN.clone(axis_name=devices.AXIS), problem=problem))
   step = steps.make_step(method, run.optimiser, lambda key, x: PROBLEM.normalise(x), seed=0, steps_per_epoch=4,
                          axis_name=devices.AXIS)
   spread = devices.map_over_devices(

@@ -79,6 +79,7 @@ def test_settings_of_generators_are_named_with_their_section(config, changes, me
     [
         ({"gates.when_full": "grow"}, "method gates: gates.when_full=grow needs a chain, .*; got .*resnet20"),
         ({"model.norm": False}, "method gates: model.norm must be True for resnet20, which has BatchNorm; got False"),
+        ({"router.network": True, "router.rehearsal": "none"}, "method gates: a network that tells tasks apart needs"),
         ({"method": "progressive", "model.norm": False}, "method progressive: model.norm must be True for resnet20"),
     ])
 def test_what_residual_nets_cannot_be_is_refused(config, changes, message):
