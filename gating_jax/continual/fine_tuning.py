@@ -8,7 +8,9 @@ from gating_jax.continual.method import Method, Network, Start
 def fine_tuning(network: Network, *, joint: bool = False) -> Method:
   """Cross-entropy on one task after the other, and nothing against forgetting: the lower bound.
 
-  With `joint`, task t is trained on the images of all tasks up to t: the upper bound.
+      theta_t = argmin over theta, from theta_{t-1}, of the mean of CE over the images of task t
+
+  With `joint`, over those of all tasks up to t: the upper bound, where steps suffice to see them all as often.
   """
   return Method(
       init=lambda key: Start(*network.init(key), ()),

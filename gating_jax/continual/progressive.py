@@ -1,5 +1,7 @@
 """Progressive networks: a column for every task, which looks at the older ones; these are frozen for good.
 
+    h_i = f(W h_{i-1} + U ReLU(V [alpha_j h_{i-1}^j]_j)),   j over the columns before; which layers: models/columns.py
+
 Nothing is forgotten, and nothing tells which task an image is of: when that is unknown, the class with the highest
 probability of all heads is taken.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 DIGITS = "digits"
@@ -57,33 +58,45 @@ class Images:
     return map(fn, items)
 
 
-def load(name: str, split: str, data_dir: str | None = None) -> Images:
+def load(name: str, split: str, data_dir: str | None = None, size: int = 0) -> Images:
   """Reads a whole split into memory.
 
   Args:
     name: `digits` (1,797 images of 8 x 8, needs no files) or a TFDS name such as `cifar10`.
     split: `train` or `test` for digits, a fixed, class-balanced fifth being the latter; for TFDS any split expression.
     data_dir: the TFDS folder; None for TFDS's default, `~/tensorflow_datasets`.
+    size: images are resized to so many pixels each way; 0 leaves them.
   Raises:
     DatasetNotPreparedError: the set is not in `data_dir`; the message holds the command that prepares it.
     ValueError: an unknown split, a set without `image` and `label`, or images of different sizes.
   """
+  fit = lambda image: resize(image, (size, size)) if size else image
   if name == DIGITS:
-    return _digits(split)
+    digits = _digits(split)
+    return dataclasses.replace(digits, pixels=np.stack([fit(image) for image in digits.pixels]))
   source = open_tfds(name, split, data_dir)
-  first = source[0]["image"]
+  first = fit(source[0]["image"])
   pixels = np.empty((len(source), *first.shape), np.uint8)
   labels = np.empty(len(source), np.int32)
   for i in tqdm(range(len(source)), desc=f"reading {name} {split}", unit="image", disable=None, leave=False):
     example = source[i]
-    if example["image"].shape != first.shape:
-      raise ValueError(
-          f"{name} has images of different sizes ({first.shape} and {example['image'].shape}); "
-          "use the streaming loader: --config.data.loader=streaming")
-    pixels[i], labels[i] = example["image"], example["label"]
+    image = fit(example["image"])
+    if image.shape != first.shape:
+      raise ValueError(f"{name} has images of different sizes ({first.shape} and {image.shape}); set data.image_size, "
+                       "and in image classification the loader that heeds it: --config.data.loader=streaming")
+    pixels[i], labels[i] = image, example["label"]
   if labels.min() < 0 or labels.max() >= len(class_names(source)):
     raise ValueError(f"data split {split!r} of {name} has images without a label; use another, such as 'validation'")
   return Images(pixels, labels, class_names(source))
+
+
+def resize(
+    image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> np.ndarray:
+  """`[H, W, D]` uint8, or its part `(left, top, right, bottom)`, to height and width `size`: bilinear, antialiased."""
+  grey = image.shape[-1] == 1
+  picture = Image.fromarray(image[..., 0] if grey else image)
+  resized = np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR, box=box))
+  return resized[..., None] if grey else resized
 
 
 def size(name: str, split: str, data_dir: str | None = None) -> int:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from gating_jax.data import resident, sources
 from gating_jax.data.ahead import computed_ahead
@@ -126,7 +125,7 @@ def random_resized_crop(
     w, h = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
     if 0 < w <= width and 0 < h <= height:
       left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-      return _resize(image, (left, top, left + w, top + h), size)
+      return sources.resize(image, size, (left, top, left + w, top + h))
   return central_crop(image, size)
 
 
@@ -136,11 +135,4 @@ def central_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   scale = min(height / size[0], width / size[1]) * _EVAL_SHARE
   h, w = scale * size[0], scale * size[1]
   left, top = (width - w) / 2, (height - h) / 2
-  return _resize(image, (left, top, left + w, top + h), size)
-
-
-def _resize(image: np.ndarray, box: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:
-  grey = image.shape[-1] == 1
-  picture = Image.fromarray(image[..., 0] if grey else image)
-  resized = np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=box))
-  return resized[..., None] if grey else resized
+  return sources.resize(image, size, (left, top, left + w, top + h))

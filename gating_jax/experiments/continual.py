@@ -85,13 +85,14 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
           return
       learner = finish_task(experiment, learner, task, evaluate)
       step += 1
-      found = continual_report.scores(learner)
-      journal.write(step, "test", found)
+      found, free = continual_report.scores(learner), continual_report.free_units(experiment, learner)
+      journal.write(step, "test", found | {f"free_units/{layer}": float(count) for layer, (count, _) in free.items()})
       ended = range(task + 1) if experiment.method.together else [task]
       journal.write_histograms(step, "test", {k: v for t in ended for k, v in histograms(learner, t).items()})
       checkpoints.save(step, learner)
       aware, agnostic = (found[f"task_{name}.average_accuracy"] for name in ("aware", "agnostic"))
-      journal.say(step, f"after task {task + 1}: accuracy {aware:.4f} with the task known, {agnostic:.4f} without")
+      journal.say(step, f"after task {task + 1}: accuracy {aware:.4f} with the task known, {agnostic:.4f} without" +
+                  "".join(f"\n  free units, {layer}: {count} of {units}" for layer, (count, units) in free.items()))
     hosts.written(lambda: continual_report.draw(experiment, learner, run_dir, journal, step))
   finally:
     journal.close()

@@ -7,7 +7,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 import optax
 
 from gating_jax.continual.method import Learner, Method, Problem, Table
@@ -93,7 +92,7 @@ def build(config: ml_collections.ConfigDict) -> ContinualExperiment:
   """Checks every setting, then reads the data. Raises ValueError naming the field, or `DatasetNotPreparedError`."""
   data, training = config.data, config.optim
   _check(config)
-  train, test = (_resized(sources.load(data.name, split, data.data_dir), data.image_size)
+  train, test = (sources.load(data.name, split, data.data_dir, data.image_size)
                  for split in (data.train_split, data.test_split))
   sequence = tasks.make_tasks(
       train, test, classes_per_task=config.tasks.classes_per_task, count=config.tasks.count,
@@ -123,16 +122,6 @@ def build(config: ml_collections.ConfigDict) -> ContinualExperiment:
   dense = continual_methods.network(config, problem, classes=problem.classes, gated=False)
   return ContinualExperiment(config, sequence, problem, method, count(dense, problem.shape).macs,
                              reduced_macs(dense, problem.shape), optimiser, per_epoch)
-
-
-def _resized(images: sources.Images, size: int) -> sources.Images:
-  """Images of `size` x `size` pixels, antialiased; 0 leaves them."""
-  if not size or images.shape[:2] == (size, size):
-    return images
-  resize = jax.jit(lambda x: jnp.round(jax.image.resize(
-      x.astype(jnp.float32), (len(x), size, size, x.shape[-1]), "linear", antialias=True)).astype(jnp.uint8))
-  parts = [np.asarray(resize(images.pixels[i : i + 1000])) for i in range(0, len(images), 1000)]
-  return dataclasses.replace(images, pixels=np.concatenate(parts))
 
 
 def _check(config: ml_collections.ConfigDict) -> None:

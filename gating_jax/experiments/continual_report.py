@@ -43,13 +43,24 @@ def summary(experiment: ContinualExperiment, learner: Learner) -> dict[str, Any]
       "task_aware_macs": float(table["macs"][-1].mean()),
       "task_agnostic_macs": float(table["agnostic_macs"][-1].mean()),
       "params": held.params,
-      "memory_mb": held.memory_mb}
+      "memory_mb": held.memory_mb + _kept_images(experiment, learnt)}
   if held.relevant:
-    free = {layer: metrics.filter_use(units[:learnt]).free for layer, units in held.relevant.items()}
-    result["free_units"] = {layer: (int(count[-1]), held.relevant[layer].shape[1]) for layer, count in free.items()}
+    result["free_units"] = free_units(experiment, learner)
     overlap = _overlap(held.relevant)[:learnt, :learnt]
     result |= {"gate_overlap": overlap.tolist(), "mean_gate_overlap": metrics.mean_overlap(overlap)}
   return result
+
+
+def free_units(experiment: ContinualExperiment, learner: Learner) -> dict[str, tuple[int, int]]:
+  """By layer, the units that no task learnt so far needs, and all there are; nothing where tasks own no units."""
+  return {layer: (int(metrics.filter_use(units[: int(learner.task)]).free[-1]), units.shape[1])
+          for layer, units in experiment.method.holdings(learner).relevant.items()}
+
+
+def _kept_images(experiment: ContinualExperiment, learnt: int) -> float:
+  """10**6 bytes of earlier tasks' images that a method trains on again, all of them."""
+  earlier = experiment.tasks[: learnt - 1] if experiment.method.cumulative else ()
+  return sum(task.train.pixels.nbytes for task in earlier) / 1e6
 
 
 def scores(learner: Learner) -> dict[str, float]:

@@ -136,6 +136,18 @@ def test_frozen_filters_stay_and_the_others_begin_anew():
   assert (kernel()[..., later] != first[..., later]).all()
 
 
+def test_a_unit_is_relevant_by_the_share_of_held_out_images_that_open_it():
+  run = Run("vgg", threshold=0.4)
+  for i in range(STEPS):
+    run.learner, _ = run.step(run.learner, *data(0, seed=i), np.int32(0))
+  held_out, learner = data(0, 16, seed=1000), run.learner
+  rates = lambda pixels: np.concatenate([r.gates for r in SharedNet(MODELS["vgg"], PROBLEM).apply(
+      learner.params, learner.batch_stats, PROBLEM.normalise(pixels)).records], axis=-1).mean(0)
+  assert (rates(held_out[0]) != rates(data(0)[0])).any()
+  ended = run.method.end_task(learner, TaskData(*data(0), *held_out), jax.random.key(1, impl="rbg"))
+  np.testing.assert_array_equal(ended.memory["relevant"][0], rates(held_out[0]) > 0.4)
+
+
 def test_what_no_gate_switches_is_frozen_after_the_first_task():
   *_, run, middle = learnt("resnet")
   stem = lambda learner: learner.params["shared"]["stem"]["conv"]["kernel"]
@@ -208,6 +220,7 @@ def test_the_task_is_told_from_the_streams_and_costs_all_of_them():
     own = chosen // 2 == task
     np.testing.assert_array_equal(chosen[own] % 2, np.argmax(p.aware, axis=1)[own])
     assert (np.asarray(p.agnostic_macs) > 2 * np.asarray(p.macs)).all()
+    assert (np.asarray(p.agnostic_macs) < TASKS * count(MODELS["vgg"], SHAPE).macs + router.macs(TASKS, 8, 16)).all()
     right.append(own.mean())
   assert np.mean(right) > 0.6  # chance is a third
 

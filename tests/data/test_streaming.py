@@ -81,6 +81,15 @@ def test_images_of_different_sizes_are_brought_to_one(uneven):
   assert (np.sort(a.ravel()) != np.sort(c.ravel())).any(), "each epoch crops anew"
 
 
+def test_resident_images_of_different_sizes_are_brought_to_one(uneven):
+  train = "uneven_set", "train", str(uneven)
+  read, source = sources.load(*train, size=8), sources.open_tfds(*train)
+  assert read.shape == (8, 8, 3)
+  means = [source[i]["image"].mean() for i in range(4)]
+  np.testing.assert_allclose(read.pixels.mean(axis=(1, 2, 3)), means, atol=8)
+  assert np.ptp(means) > 1
+
+
 def test_evaluation_covers_a_stream_exactly_once_without_cropping_at_random(uneven):
   stream = streaming.open_stream("uneven_set", "test", str(uneven), image_size=8)
   once = list(batches.cover(stream, 3))
@@ -121,7 +130,7 @@ def test_bad_settings_are_named(uneven, arguments, message):
 
 
 def test_uneven_images_are_refused_by_the_resident_loader(uneven):
-  with pytest.raises(ValueError, match="use the streaming loader"):
+  with pytest.raises(ValueError, match="; set data.image_size, and in image classification"):
     sources.load("uneven_set", "train", str(uneven))
 
 

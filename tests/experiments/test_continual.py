@@ -105,15 +105,18 @@ def cut_back(workdir, step):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_within_a_task_and_between_tasks_to_the_same_end(config, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("network", [False, True])
+def test_a_run_goes_on_within_a_task_and_between_tasks_to_the_same_end(
+    network, config, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(continual, "Checkpoints", functools.partial(Checkpoints, keep=100))
-  made = config()
+  made = config(**{"router.network": network})
   continual.run(made, tmp_path / "whole", "train")
   end, learner = final_learner(made, tmp_path / "whole")
   result = json.loads((tmp_path / "whole" / "result.json").read_text())
   per_task = continual_build.build(made).steps_per_task
   assert end == 2 * per_task
-  for first in (2, per_task, end - 1):  # within task 1; between the tasks; all steps of task 2 taken
+  # Within task 1; between the tasks; all steps of task 2 taken. Or within task 2, with images in the memory.
+  for first in (per_task + 2,) if network else (2, per_task, end - 1):
     workdir = tmp_path / str(first)
     shutil.copytree(tmp_path / "whole", workdir)
     cut_back(workdir, first)
@@ -170,6 +173,11 @@ def test_the_result_of_a_run_and_what_becomes_of_its_directory(config, finished,
   assert [line["task_aware.average_accuracy"] for line in tests][-1] == pytest.approx(
       result["task_aware"]["average_accuracy"])
   assert [line["step"] for line in tests] == [per_task, 2 * per_task]
+  free = [[line[f"free_units/layer{i}/conv/conv"] for i in (1, 2)] for line in tests]
+  assert free[1] == [count for count, _ in result["free_units"].values()]
+  assert (np.subtract(*free) >= 0).all()
+  assert max(free[0]) > 0
+  assert f"  free units, layer2/conv/conv: {free[0][1]:.0f} of 8\n" in printed
   report = (finished / "report.html").read_text()
   assert all(f"{title}</h2>" in report for title in ("Accuracies", "Filters", "Overlap", "One gate across tasks"))
   assert len(re.findall(r"<figcaption>layer\d/\S+, unit \d+\.</figcaption>", report)) >= 2
@@ -202,7 +210,7 @@ def test_every_method_learns_two_tasks(method, config, tmp_path):
   first, second = accuracies[1] if together else np.diag(accuracies)
   assert first > 0.8
   assert second > 0.6
-  keep_nothing = ("fine_tuning", "joint", "progressive", *(m for m in continual_methods.METHODS if "multitask" in m))
+  keep_nothing = ("fine_tuning", "progressive", *(m for m in continual_methods.METHODS if "multitask" in m))
   assert (result["memory_mb"] > 0) == (method not in keep_nothing)
 
 
