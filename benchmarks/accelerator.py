@@ -43,6 +43,7 @@ def main():
   parser.add_argument("--data", type=Path, help="a TFDS folder with cifar10")
   parser.add_argument("--out", type=Path, default=Path("runs/accelerator"))
   parser.add_argument("--minutes", type=float, default=24)
+  parser.add_argument("--elapsed", type=float, default=0, help="seconds that the command has taken so far")
   parser.add_argument("--smoke", action="store_true")
   args = parser.parse_args()
   if args.minutes <= 0:
@@ -54,7 +55,7 @@ def main():
   except FileExistsError:
     parser.error(f"--out must be a new folder; got {args.out}")
 
-  job = Job(args.out.resolve(), 60 * args.minutes)
+  job = Job(args.out.resolve(), 60 * args.minutes, args.elapsed)
   measure(job, SMOKE if args.smoke else RECIPES, args.smoke)
   if args.smoke or args.data:
     train(job, SMOKE if args.smoke else RECIPES, args)
@@ -71,10 +72,11 @@ def measure(job, recipes, smoke):
       [f"--devices.steps_per_dispatch={STEPS_A_CALL}"])), 300, rows=True)
   job.run("kernels", benchmark("kernels", *(
       ["--shapes=4x4x4x32/16", "--dtypes=float32", "--repeats=1"] if smoke else [])), 240, rows=True)
-  job.run("loss", benchmark("ecdf_loss", *tiny), 120)
-  job.run("exchange", benchmark("exchange", f"--devices={count}", *tiny), 120)
+  job.run("loss", benchmark("ecdf_loss", *tiny), 180, rows=True)
+  job.run("exchange", benchmark("exchange", f"--devices={count}", *tiny), 120, rows=True)
+  job.run("training_step", benchmark("training_step", *(
+      ["--model=resnet8", "--batch=8", "--repeats=1"] if smoke else [])), 150, rows=True)
   if not smoke:
-    job.run("training_step", benchmark("training_step"), 150)
     job.run("large", benchmark(
         "throughput", f"{CIFAR10}:gates=none,width=4", f"{CIFAR10}:gates=channels,block=64,width=4",
         "--optim.batch_size=1024", "--model.dtype=bfloat16", "--devices.steps_per_dispatch=8"), 240, rows=True)
@@ -128,9 +130,11 @@ print(json.dumps({"jax": jax.__version__, "python": sys.version.split()[0], "dev
 class Job:
   """Programs, one after the other, each within a time; what they said and gave."""
 
-  def __init__(self, out, seconds):
-    self.out, self.parts, self.start = out, {}, time.monotonic()
-    self.end, self.before = self.start + seconds, self.start + BEFORE_RECIPES * seconds
+  def __init__(self, out, seconds, elapsed=0):
+    """`seconds` are those of the whole command, of which `elapsed` are over."""
+    now = time.monotonic()
+    self.out, self.parts, self.start = out, {}, now - elapsed
+    self.end, self.before = self.start + seconds, now + BEFORE_RECIPES * (seconds - elapsed)
 
   def run(self, name, command, limit, *, rows=False):
     """What it printed, or None if it failed or was stopped after `limit` seconds or for want of time."""
@@ -180,8 +184,10 @@ class Job:
             if "recipe" not in part and part["status"] == 0]
     text = "\n".join([*said, *(["== recipes", *table] if recipes else ["== recipes: left out, without --data"])])
     (self.out / "accelerator.txt").write_text(text + "\n")
-    device = (self.out / "device.txt").read_text().splitlines()
-    value = {"device": json.loads(device[-1]) if self.parts["device"]["status"] == 0 else None,
+    device = None
+    if self.parts["device"]["status"] == 0:
+      device = json.loads((self.out / "device.txt").read_text().splitlines()[-1])
+    value = {"device": device,
              "seconds": round(time.monotonic() - self.start, 1), "parts": self.parts}
     (self.out / "accelerator.json").write_text(json.dumps(value, indent=2) + "\n")
     print("\n".join(table) if recipes else text.splitlines()[-1])

@@ -43,4 +43,4 @@ if [ -n "$missing" ]; then
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-index --find-links "$wheels" "${packages[@]}"
   python="$venv/bin/python"
 fi
-exec "$python" "$here/benchmarks/accelerator.py" "$@"
+exec "$python" "$here/benchmarks/accelerator.py" "--elapsed=$SECONDS" "$@"

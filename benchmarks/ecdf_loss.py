@@ -1,6 +1,6 @@
-"""Time of the batch-shaping loss with its gradient: ours, plain autodiff, and the authors' PyTorch.
+"""Time of the batch-shaping loss with its gradient: ours with either sort, plain autodiff, and the authors' PyTorch.
 
-    python benchmarks/ecdf_loss.py [--authors=PATH] [--shapes=256x336,256x2048] [--repeats=15]
+    python benchmarks/ecdf_loss.py [--authors=PATH] [--shapes=256x336,256x2048] [--repeats=15] [--json=FILE]
 
 PATH is a checkout of github.com/Qualcomm-AI-research/batchshaping, timed where torch is installed as well. Prints
 medians over interleaved repeats in one process, ratios to ours, and the largest difference from our results: of the
@@ -9,10 +9,12 @@ loss as a mean over gates, and of the gradient in the logits in the sum form, wh
 
 import argparse
 import importlib.util
+import json
 import os
 import statistics
 import sys
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -30,6 +32,7 @@ A, B = 0.6, 0.4
 SHAPES = "256x336,256x2048,256x7552,1024x2048"
 LIMITS = {"plain autodiff": 15, "authors": 10}  # on CPU, for the shape below
 LIMITED_SHAPE = (256, 2048)
+SORTS = {"compare-exchange network": ranking._network_argsort, "XLA's sort": ranking._library_argsort}
 
 
 def main():
@@ -37,17 +40,21 @@ def main():
   parser.add_argument("--authors", type=Path, help="a checkout of github.com/Qualcomm-AI-research/batchshaping")
   parser.add_argument("--shapes", default=SHAPES, help="batch x gates, with commas between")
   parser.add_argument("--repeats", type=int, default=15)
+  parser.add_argument("--json", type=Path, help="also write the rows to this file")
   args = parser.parse_args()
 
-  makers = {"ours": ours, "plain autodiff": plain_autodiff}
+  makers = {"ours": ours, "ours, other sort": ours_with_the_other_sort, "plain autodiff": plain_autodiff}
   print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, "
         f"Beta({A}, {B}), float32, medians of {args.repeats} interleaved repeats")
   if available(args.authors):
     import torch
     makers["authors"] = authors
     print(f"authors' code on cpu, torch {torch.__version__}, {torch.get_num_threads()} threads")
+  rows = []
   for shape in args.shapes.split(","):
-    compare(tuple(map(int, shape.split("x"))), makers, args.repeats)
+    rows += compare(tuple(map(int, shape.split("x"))), makers, args.repeats)
+    if args.json:  # after every shape: what is there stays, should a later one take too long
+      args.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 def available(path):
@@ -63,18 +70,24 @@ def available(path):
 
 
 def compare(shape, makers, repeats):
-  """Prints the lines of one shape."""
+  """Prints the lines of one shape; returns them, one row per contender."""
   logits = distinct_logits(*shape)
   contenders = {name: make(logits) for name, make in makers.items()}
   gaps = differences(contenders, logits)
   times = {name: statistics.median(values) for name, values in race(contenders, repeats, settle=True).items()}
-  print(f"\n{shape[0]} x {shape[1]}, ours sorts by {sort_strategy(shape)}")
-  print(f"{'':<16}{'median':>12}{'/ ours':>8}{'gap, value':>13}{'gap, gradient':>15}")
+  chosen = sort_strategy(shape)
+  sorts = {"ours": chosen, "ours, other sort": other_sort(chosen)}
+  print(f"\n{shape[0]} x {shape[1]}, ours sorts by {chosen}, the other sort is {sorts['ours, other sort']}")
+  print(f"{'':<18}{'median':>12}{'/ ours':>8}{'gap, value':>13}{'gap, gradient':>15}")
+  rows = []
   for name, seconds in times.items():
     limited = shape == LIMITED_SHAPE and jax.default_backend() == "cpu" and name in LIMITS
     value, gradient = gaps[name]
-    print(f"{name:<16}{1e3 * seconds:9.2f} ms{seconds / times['ours']:8.1f}{value:13.1e}{gradient:15.1e}"
-          + (f"   (limit {LIMITS[name]})" if limited else ""))
+    print(f"{name:<18}{1e3 * seconds:9.2f} ms{seconds / times['ours']:8.1f}{value:13.1e}{gradient:15.1e}"
+          + (f"   (limit {LIMITS[name]})" if limited else ""), flush=True)
+    rows.append({"shape": "x".join(map(str, shape)), "form": name, "sort": sorts.get(name), "seconds": seconds,
+                 "times_ours": seconds / times["ours"], "value_gap": value, "gradient_gap": gradient})
+  return rows
 
 
 def distinct_logits(n, c):
@@ -88,6 +101,15 @@ def ours(logits):
   function = jax.jit(jax.value_and_grad(lambda z: batch_shaping_loss(z, beta(A, B)).sum()))
   logits = jnp.asarray(logits)
   return lambda: function(logits)
+
+
+def ours_with_the_other_sort(logits):
+  """`ours` with that of `ranking.argsort`'s two ways that it would not take here."""
+  other = other_sort(sort_strategy(logits.shape))
+  run = ours(logits)
+  with mock.patch.object(ranking, "argsort", SORTS[other]):
+    run()  # which traces and compiles
+  return run
 
 
 def plain_autodiff(logits):
@@ -126,16 +148,21 @@ def differences(contenders, logits):
 
   def comparable(name):
     value, gradient = (np.asarray(part, np.float64) for part in contenders[name]())
-    return value / c, n * gradient * (1 if name == "ours" else p * (1 - p))
+    return value / c, n * gradient * (1 if name.startswith("ours") else p * (1 - p))
 
   ours = comparable("ours")
-  return {name: [np.max(np.abs(a - b)) for a, b in zip(comparable(name), ours, strict=True)] for name in contenders}
+  gaps = lambda theirs: [float(np.max(np.abs(a - b))) for a, b in zip(theirs, ours, strict=True)]
+  return {name: gaps(comparable(name)) for name in contenders}
 
 
 def sort_strategy(shape):
   """Which of `ranking.argsort`'s two ways runs here, read from the program it compiles to."""
   program = jax.jit(ranking.argsort).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).as_text()
   return "XLA's sort" if "stablehlo.sort" in program else "compare-exchange network"
+
+
+def other_sort(chosen):
+  return next(name for name in SORTS if name != chosen)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """The two ways in which devices share a batch in `batch_shaping_loss`: time and traffic of value and gradient.
 
-    python benchmarks/exchange.py [--devices=8,2] [--shapes=256x336,256x2048] [--repeats=15]
+    python benchmarks/exchange.py [--devices=8,2] [--shapes=256x336,256x2048] [--repeats=15] [--json=FILE]
 
 Prints medians over interleaved repeats in one process. On CPU, devices are virtual and share the cores, so the times
 add up the work of all of them and show nothing of a network.
 """
 
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -32,19 +33,25 @@ def main():
   parser.add_argument("--devices", default="8,2", help="how many, with commas between")
   parser.add_argument("--shapes", default="256x336,256x2048", help="whole batch x gates, with commas between")
   parser.add_argument("--repeats", type=int, default=15)
+  parser.add_argument("--json", type=Path, help="also write the rows to this file")
   args = parser.parse_args()
 
   print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, float32, value and gradient, "
         f"medians of {args.repeats} interleaved repeats")
   print(f"{'devices':>7}{'shape':>12}{'exchange':>14}{'median':>12}{'/ gather':>10}{'sent per device':>20}")
+  rows = []
   for devices in map(int, args.devices.split(",")):
     for shape in args.shapes.split(","):
       n, c = map(int, shape.split("x"))
       times = race({exchange: value_and_gradient(exchange, devices, n, c) for exchange in EXCHANGES}, args.repeats)
       medians = {exchange: statistics.median(values) for exchange, values in times.items()}
       for exchange, seconds in medians.items():
-        print(f"{devices:>7}{shape:>12}{exchange:>14}{1e3 * seconds:9.2f} ms{seconds / medians['gather']:10.2f}"
-              f"{traffic(exchange, devices, n, c) / 1e3:17.1f} kB")
+        ratio, sent = seconds / medians["gather"], traffic(exchange, devices, n, c)
+        print(f"{devices:>7}{shape:>12}{exchange:>14}{1e3 * seconds:9.2f} ms{ratio:10.2f}{sent / 1e3:17.1f} kB")
+        rows.append({"devices": devices, "shape": shape, "exchange": exchange, "seconds": seconds,
+                     "times_gather": ratio, "bytes_sent_per_device": sent})
+  if args.json:
+    args.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 def value_and_gradient(exchange, devices, n, c):

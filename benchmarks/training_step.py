@@ -1,11 +1,12 @@
 """What gating costs in training: step times of gated and ungated nets, the batch-shaping term, the import.
 
-    python benchmarks/training_step.py [--batch=128] [--model=resnet20] [--repeats=15]
+    python benchmarks/training_step.py [--batch=128] [--model=resnet20] [--repeats=15] [--json=FILE]
 
 Prints medians over interleaved repeats in one process, and ratios; uses all cores as virtual devices on CPU.
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -39,6 +40,7 @@ def main():
   parser.add_argument("--batch", type=int, default=128)
   parser.add_argument("--model", default="resnet20")
   parser.add_argument("--repeats", type=int, default=15)
+  parser.add_argument("--json", type=Path, help="also write the rows to this file")
   args = parser.parse_args()
 
   rng = np.random.default_rng(0)
@@ -52,15 +54,21 @@ def main():
       "batch-shaping term": shaping_term(args),
   }
   times = race(contenders, args.repeats)
-  ungated, gated, term = (statistics.median(times[name]) for name in contenders)
+  medians = {name: statistics.median(values) for name, values in times.items()}
+  ungated, gated, term = medians.values()
   print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}, {args.model}, "
         f"batch {args.batch}, medians of {args.repeats} interleaved repeats")
-  for name, values in times.items():
-    print(f"{name:<22}{1e3 * statistics.median(values):10.1f} ms   (fastest {1e3 * min(values):.1f})")
+  for name, median in medians.items():
+    print(f"{name:<22}{1e3 * median:10.1f} ms   (fastest {1e3 * min(times[name]):.1f})")
   print(f"{'gated / ungated':<22}{gated / ungated:10.3f}      (limit 1.15)")
   print(f"{'term / gated step':<22}{term / gated:10.3f}      (limit 0.03)")
-  ours, base = imports("import gating_jax", "import jax, flax.linen")
+  ours, base = imports("import gating_jax", "import jax, flax.linen", repeats=min(7, args.repeats))
   print(f"{'import / jax, flax':<22}{ours / base:10.3f}      (limit 1.5; {ours:.2f} s, {base:.2f} s)")
+  rows = [*({"form": name, "seconds": median, "fastest": min(times[name]), "times_ungated": median / ungated}
+            for name, median in medians.items()),
+          {"form": "import", "seconds": ours, "times_jax_and_flax": ours / base}]
+  if args.json:
+    args.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 def training(args, images, gating):
@@ -103,7 +111,7 @@ def shaping_term(args):
   return lambda: mapped(logits, np.arange(args.batch))
 
 
-def imports(*statements, repeats=7):
+def imports(*statements, repeats):
   """Median seconds of each statement in a fresh interpreter, taken in turns."""
   times = {statement: [] for statement in statements}
   for _ in range(repeats):

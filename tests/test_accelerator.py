@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gating_jax.ops.ecdf import EXCHANGES
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -58,6 +60,19 @@ def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_others(accelerato
   assert {name: part["status"] for name, part in written["parts"].items()} == {
       "device": 0, "fails": 1, "sleeps": "stopped", "rows": 0, "late": "left out"}
   assert written["parts"]["rows"]["rows"] == [1, 2]
+
+
+def test_the_time_that_making_the_environment_took_counts(accelerator, tmp_path, capsys):
+  begun = time.monotonic()
+  job = accelerator.Job(tmp_path, 1000, elapsed=400)
+  np.testing.assert_allclose([job.end - begun, job.before - begun], [600, 0.45 * 600], atol=1)
+  late = accelerator.Job(tmp_path, 60, elapsed=58)
+  assert late.run("device", [sys.executable, "-c", "print('never')"], 120) is None
+  with pytest.raises(SystemExit, match="not done: device"):
+    late.finish()
+  written = json.loads((tmp_path / "accelerator.json").read_text())
+  assert written["device"] is None
+  assert 58 <= written["seconds"] < 60
 
 
 def test_recipes_share_the_time_that_is_left_by_their_speed(accelerator, tmp_path, monkeypatch):
@@ -127,12 +142,21 @@ def test_the_smallest_form_goes_through(tmp_path):
   assert done.returncode == 0, done.stdout + done.stderr
   written = json.loads((out / "accelerator.json").read_text())
   parts = written["parts"]
-  assert list(parts) == ["device", "throughput", "kernels", "loss", "exchange", "recipe0"]
+  assert list(parts) == ["device", "throughput", "kernels", "loss", "exchange", "training_step", "recipe0"]
   assert {part["status"] for part in parts.values()} == {0}
   assert parts["throughput"]["rows"][0]["train_images_per_second"] > 0
   forms = [row["form"] for row in parts["kernels"]["rows"]]
   assert forms == ["dense", "masked", "dispatched", "kernel"] * 3
   assert all(row["gap"] < 1e-5 for row in parts["kernels"]["rows"] if row["form"] == "kernel")
+  loss = {row["form"]: row for row in parts["loss"]["rows"]}
+  assert list(loss)[:3] == ["ours", "ours, other sort", "plain autodiff"]
+  assert {loss[form]["sort"] for form in list(loss)[:2]} == {"compare-exchange network", "XLA's sort"}
+  assert all(row["seconds"] > 0 and row["value_gap"] < 1e-5 for row in loss.values())
+  assert [row["exchange"] for row in parts["exchange"]["rows"]] == list(EXCHANGES)
+  assert all(row["seconds"] > 0 for row in parts["exchange"]["rows"])
+  steps = {row["form"]: row["seconds"] for row in parts["training_step"]["rows"]}
+  assert list(steps) == ["ungated step", "gated step", "batch-shaping term", "import"]
+  assert min(steps.values()) > 0
   recipe = parts["recipe0"]
   result = json.loads((out / "recipe0" / "result.json").read_text())
   assert (recipe["finished"], recipe["accuracy"], recipe["macs"]) == (True, result["accuracy"], result["macs"])
