@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 from gating_jax.training.diagnosis import OUTCOMES
 
 CONFIG = "configs/cifar10_resnet20.py"
+QUARTERS = tuple(f"macs_of_quarter{i}" for i in (1, 2, 3, 4))  # of the test images, from easy to hard
 OURS = ("seed", "eval_every", "checkpoint_every", "data.data_dir", "model.init_from")  # fields that runs differ in
 
 
@@ -204,8 +205,8 @@ def row(name, results):
   """Means over seeds, and the accuracies themselves."""
   mean = lambda key: statistics.fmean(r[key] for r in results) if results and key in results[0] else None
   return {"name": name, "seeds": len(results), "accuracies": [r["accuracy"] for r in results],
-          **{key: mean(key) for key in ("accuracy", "macs", "mac_ratio", "gates", "mean_open", *OUTCOMES,
-                                        "disagreement", "input_information", "class_information",
+          **{key: mean(key) for key in ("accuracy", "macs", "macs_std", *QUARTERS, "mac_ratio", "gates", "mean_open",
+                                        *OUTCOMES, "disagreement", "input_information", "class_information",
                                         "seconds_since_last_start")}}
 
 
@@ -222,24 +223,34 @@ def compared(rows):
 
 def mac_table(rows):
   """Accuracy against MACs."""
-  lines = ["| net | accuracy of each seed | mean | M MACs | of its ungated net | against ungated of equal MACs | s |",
-           "|---" * 7 + "|"]
+  lines = ["| net | accuracy of each seed | mean | M MACs | of its ungated net | against ungated of equal MACs "
+           "| deviation over images | easy to hard quarter | s |", "|---" * 9 + "|"]
   for r in rows:
     gain = "" if r["gain"] is None else f"{100 * r['gain']:+.2f}"
     lines.append(f"| {r['name']} | {percents(r['accuracies'])} | {100 * r['accuracy']:.2f} | {r['macs'] / 1e6:.2f} | "
-                 f"{100 * r['mac_ratio']:.1f} % | {gain} | {r['seconds_since_last_start']:.0f} |")
+                 f"{100 * r['mac_ratio']:.1f} % | {gain} | {spread(r)} | {r['seconds_since_last_start']:.0f} |")
   return "\n".join(lines)
+
+
+def spread(r):
+  """Two cells: the deviation of MACs over images, and their means over the easiest and the hardest quarter, as shares
+  of the mean over all. Empty where every image takes the same."""
+  share = lambda key: f"{100 * r[key] / r['macs']:.1f} %"
+  if not r["macs_std"]:
+    return " | "
+  return f"{share('macs_std')} | {share(QUARTERS[0])} → {share(QUARTERS[-1])}"
 
 
 def outcome_table(rows):
   """What became of the gates."""
   lines = ["| regulariser | accuracy of each seed | MACs | always open | always closed | random dropout | conditional "
-           "| two draws differ | bits about the input | about the class | s a run |", "|---" * 11 + "|"]
+           "| two draws differ | bits about the input | about the class | deviation over images | easy to hard quarter "
+           "| s a run |", "|---" * 13 + "|"]
   for r in rows:
     shares = " | ".join(f"{100 * r[o] / r['gates']:.0f} %" for o in OUTCOMES)
     lines.append(f"| {r['name']} | {percents(r['accuracies'])} | {100 * r['mac_ratio']:.1f} % | {shares} | "
                  f"{100 * r['disagreement']:.0f} % | {r['input_information']:.3f} | {r['class_information']:.3f} | "
-                 f"{r['seconds_since_last_start']:.0f} |")
+                 f"{spread(r)} | {r['seconds_since_last_start']:.0f} |")
   return "\n".join(lines)
 
 

@@ -35,7 +35,8 @@ def taken(images, monkeypatch):
     result = {"accuracy": 0.5 + wide / 10, "macs": 100 * wide, "mac_ratio": 1.0, "seconds_since_last_start": 2.0}
     if "regulariser" in command[3]:
       result |= {"gates": 8, "mean_open": 0.5, "always_open": 2, "always_closed": 0, "random_dropout": 0,
-                 "conditional": 6, "disagreement": 0.25, "input_information": 0.5, "class_information": 0.125}
+                 "conditional": 6, "disagreement": 0.25, "input_information": 0.5, "class_information": 0.125,
+                 "macs_std": 8.0, "macs_of_quarter1": 90.0, "macs_of_quarter4": 115.0}
     (folder / "result.json").write_text(json.dumps(result))
     return True
 
@@ -81,8 +82,24 @@ def test_a_late_run_starts_from_half_of_the_epochs_without_gates(images, taken, 
 
 def test_outcomes_are_shares_of_the_gates(images, taken, monkeypatch, tmp_path):
   run(images, monkeypatch, "ablation", f"--out={tmp_path}", "--only=^L0", "--seeds=0")
-  row = "| L0 alone | 60.00 | 100.0 % | 25 % | 0 % | 0 % | 75 % | 25 % | 0.500 | 0.125 | 2 |"
+  row = "| L0 alone | 60.00 | 100.0 % | 25 % | 0 % | 0 % | 75 % | 25 % | 0.500 | 0.125 | 8.0 % | 90.0 % → 115.0 % | 2 |"
   assert (tmp_path / "ablation-resnet20.md").read_text().splitlines()[-1] == row
+
+
+def test_rows_tell_how_macs_differ_between_images(images):
+  result = {"accuracy": 0.5, "macs": 200.0, "mac_ratio": 0.5, "seconds_since_last_start": 2.0}
+  quarters = lambda *macs: {f"macs_of_quarter{i}": m for i, m in enumerate(macs, 1)}
+  gated = [result | {"macs_std": 10.0} | quarters(180.0, 190.0, 210.0, 220.0),
+           result | {"macs_std": 20.0} | quarters(170.0, 190.0, 210.0, 230.0)]
+  rows = images.compared([images.row("gated", gated), images.row("ungated, width 1", [result])])
+  assert rows[0]["macs_std"] == 15
+  assert [rows[0][f"macs_of_quarter{i}"] for i in (1, 2, 3, 4)] == [175, 190, 210, 225]
+  assert rows[1]["macs_std"] is None
+  head, _, *lines = images.mac_table(rows).splitlines()
+  cells = lambda line: [cell.strip() for cell in line.split("|")[1:-1]]
+  columns = [cells(head).index(name) for name in ("deviation over images", "easy to hard quarter")]
+  assert [[cells(line)[i] for i in columns] for line in lines] == [["7.5 %", "87.5 % → 112.5 %"], ["", ""]]
+  assert {len(cells(line)) for line in (head, *lines)} == {9}
 
 
 def test_without_time_nothing_is_begun_and_what_is_missing_is_named(images, taken, monkeypatch, tmp_path):
