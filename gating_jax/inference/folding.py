@@ -1,7 +1,7 @@
 """From a Flax model and its variables to a `Folded` network.
 
-Gates that look at no image are folded away: what they close is removed, but for features that a VGG net ends with, and
-what they leave is scaled by them.
+Gates that look at no image are folded away: what they close is removed, but for features that a VGG net without a
+classifier ends with, and what they leave is scaled by them.
 
 Axes: D input channels, O output channels.
 Reference: Jacob et al., 2018, section 3.2; Louizos et al., 2018 (hard concrete gates).
@@ -48,7 +48,10 @@ def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> Folded:
     return Folded(parts, pooled=False)
   if model.classes is None:
     return Folded(parts)
-  return Folded(parts, tuple(jnp.asarray(flat["params", "classifier", name]) for name in ("kernel", "bias")))
+  kernel, bias = (jnp.asarray(flat["params", "classifier", name]) for name in ("kernel", "bias"))
+  if isinstance(model, VGG) and model.gating == "channel" and parts[-1].head is None:
+    parts, kernel = _without_closed_features(parts, kernel)
+  return Folded(parts, (kernel, bias))
 
 
 def _flat(variables: Mapping[str, Any]) -> dict[Path, np.ndarray]:
@@ -136,6 +139,17 @@ def _vgg_parts(model: VGG, flat: Mapping[Path, np.ndarray]):
     yield Layer(conv, head, pool=_VGG_POOL if POOL in model.chain[place + 1 : place + 2] else None)
 
 
+def _without_closed_features(parts: tuple[Layer, ...], classifier: jax.Array) -> tuple[tuple[Layer, ...], jax.Array]:
+  """The layers and the classifier's kernel without what static gates have closed in the last layer, whose channels no
+  other convolution reads."""
+  *before, last = parts
+  conv = last.conv
+  closed = np.all(np.asarray(conv.kernel) == 0, axis=(0, 1, 2)) & (np.asarray(conv.bias) == 0)
+  kept = _at_least_one(~closed)
+  conv = dataclasses.replace(conv, kernel=conv.kernel[..., kept], bias=conv.bias[kept])
+  return (*before, dataclasses.replace(last, conv=conv)), classifier[kept]
+
+
 def _group(model, channels: int) -> Group:
   size = model.gate.channels_per_gate(channels)
   return Group(channels // size, size)
@@ -199,8 +213,13 @@ def _scaled(conv: Conv, scale: np.ndarray | float) -> Conv:
 def _scaled_away(writer: Conv, scale: np.ndarray, reader: Conv) -> tuple[Conv, Conv]:
   """Both convolutions without the channels between them whose scale is 0, the writer scaled for the others, which
   ReLU and max pools leave as it is."""
-  (kept,) = np.nonzero(scale)
-  kept = kept if kept.size else np.arange(1)  # a convolution keeps one channel; the scale closes it
+  kept = _at_least_one(scale)
   writer = _scaled(writer, scale)
   return (dataclasses.replace(writer, kernel=writer.kernel[..., kept], bias=writer.bias[kept]),
           dataclasses.replace(reader, kernel=reader.kernel[:, :, kept]))
+
+
+def _at_least_one(scale: np.ndarray) -> np.ndarray:
+  """Indices of what is not 0; a convolution keeps one channel, which the scale closes."""
+  (kept,) = np.nonzero(scale)
+  return kept if kept.size else np.arange(1)

@@ -90,6 +90,40 @@ def test_what_static_gates_close_is_gone(name):
   assert folded.macs(net, SHAPE) == counts.fixed + executed_macs(records)[0]
 
 
+@pytest.mark.parametrize("closed", [([1, 3], [0, 4]), ([], [5]), ([0, 1, 2, 3], []), ([2], [0, 1, 2, 3, 4, 5])])
+def test_what_static_gates_close_in_a_chain_is_gone(closed):
+  """Also the last layer's, of which the classifier alone is the reader; of a layer that is all closed one channel is
+  left, which is 0."""
+  model = MODELS["static vgg"]
+  variables, x = random_variables(model), images()
+  widths = (4, 6)
+  for i, (width, places) in enumerate(zip(widths, closed, strict=True), start=1):
+    logits = np.full(width, 9.0, np.float32)
+    logits[places] = -9
+    assert variables["params"][f"layer{i}"]["gate"]["logits"].shape == (width,)
+    variables["params"][f"layer{i}"]["gate"]["logits"] = jnp.asarray(logits)
+  y, records = model.apply(variables, x)
+  assert [list(np.flatnonzero(np.asarray(r.gates)[0] == 0)) for r in records] == [list(places) for places in closed]
+  net = fold(model, variables)
+  np.testing.assert_allclose(folded.run(net, x)[0], y, rtol=1e-4, atol=1e-5)
+  first, second = (max(1, width - len(places)) for width, places in zip(widths, closed, strict=True))
+  shapes = [part.conv.kernel.shape for part in net.parts]
+  assert (*shapes, net.classifier[0].shape) == ((3, 3, 3, first), (3, 3, first, second), (second, 3))
+  height, width, _ = SHAPE
+  assert folded.macs(net, SHAPE) == (
+      9 * height * width * 3 * first + 9 * (height // 2) * (width // 2) * first * second + 3 * second)
+
+
+@pytest.mark.parametrize("features", [None, 3])
+def test_only_features_that_a_chain_itself_ends_with_stay(features):
+  model = VGG(features, (4, 6), gating="channel", gate=STATIC)
+  variables = random_variables(model)
+  variables["params"]["layer2"]["gate"]["logits"] = jnp.asarray([9.0, -9, 9, -9, 9, 9], jnp.float32)
+  net = fold(model, variables)
+  assert net.parts[-1].conv.bias.size == (6 if features is None else 4)
+  np.testing.assert_allclose(folded.run(net, images())[0], model.apply(variables, images())[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("model", "message"), [
     (ResNet(3, (1,), features=4, group_norm=True), "group_norm must be False"),
     (ResNet(3, (1,), features=4, gating="all_channels"), "gating must be none, channel or layer"),
