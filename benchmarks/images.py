@@ -64,8 +64,11 @@ TABLES = {
     "ablation": {
         "none": Run("regulariser=none"),
         "entropy": Run("regulariser=entropy"),
+        "entropy of each decision": Run("regulariser=decision_entropy"),
         "away from 1/2": Run("regulariser=away_from_half"),
+        "away from 1/2, begun there": Run("regulariser=away_from_half", ("model.gate.initial_open=0.5",)),
         "L0 alone": Run("regulariser=sparsity"),
+        "L0 alone, ten times": Run("regulariser=sparsity,l0=5"),
         "batch-shaping and L0": Run("regulariser=batch_shaping"),
     },
     "budgets": {

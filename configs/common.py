@@ -54,8 +54,10 @@ def image_config() -> ml_collections.ConfigDict:
           "experts": {"count": 4, "top_k": config_dict.placeholder(int)},  # how many count for an image; None: all
       },
       "loss": {
-          "regulariser": "batch_shaping",  # with sparsity; or sparsity alone, entropy, away_from_half, balance, none
+          # batch_shaping, with sparsity; or sparsity alone, entropy, decision_entropy, away_from_half, balance, none
+          "regulariser": "batch_shaping",
           "entropy": {"coefficient": 0.5},  # asks that each gate be open for half of a batch
+          "decision_entropy": {"coefficient": 0.5},  # asks that each be open with probability 1/2, for every image
           "balance": {"coefficient": 0.01},  # asks that images be spread evenly over experts
           "away_from_half": {"coefficient": 0.5},  # asks that open probabilities differ from 1/2
           "exit_weights": (1.0,),  # of exits before the last, whose own is 1; one number is for all

@@ -65,10 +65,27 @@ def entropy_loss(probs: Sequence[Array], *, axis_name: Hashable | None = None) -
   >>> print(f"{entropy_loss([jnp.array([[0.0, 1.0], [1.0, 1.0]])]):.4f}")
   0.5000
   """
-  mean = jnp.concatenate([collectives.batch_mean(p, axis_name) for p in _nonempty(probs)])
-  eps = jnp.finfo(mean.dtype).eps  # the slope of the entropy is infinite at 0 and 1
-  mean = jnp.clip(mean, eps, 1 - eps)
-  return 1 - jnp.mean(entr(mean) + entr(1 - mean)) / jnp.log(2.0)
+  return _certainty(jnp.concatenate([collectives.batch_mean(p, axis_name) for p in _nonempty(probs)]))
+
+
+def decision_entropy_loss(probs: Sequence[Array]) -> Array:
+  """What each single decision lacks of the largest entropy, in bits, averaged over examples and all gates.
+
+      loss = mean_nc (1 - H(p_nc))
+
+  0 where every gate is open with probability 1/2 for every input: then it tells nothing of them.
+
+  >>> print(f"{decision_entropy_loss([jnp.array([[0.0, 0.5], [1.0, 0.5]])]):.4f}")
+  0.5000
+  """
+  return _certainty(jnp.concatenate(_nonempty(probs), axis=-1))
+
+
+def _certainty(probs: Array) -> Array:
+  """`1 - H(p)` in bits, on average."""
+  eps = jnp.finfo(probs.dtype).eps  # the slope of the entropy is infinite at 0 and 1
+  probs = jnp.clip(probs, eps, 1 - eps)
+  return 1 - jnp.mean(entr(probs) + entr(1 - probs)) / jnp.log(2.0)
 
 
 def indecision_loss(probs: Sequence[Array]) -> Array:

@@ -23,7 +23,7 @@ from gating_jax.types import Array, Records
 REDUCTIONS = ("layer_mean", "mean", "sum")
 SPARSITIES = ("l0", "macs", "budget", "target_rate")
 PRICED = ("batch_shaping", "sparsity")  # regularisers with a term of sparsity
-REGULARISERS = ("batch_shaping", "sparsity", "entropy", "away_from_half", "balance", "none")
+REGULARISERS = ("batch_shaping", "sparsity", "entropy", "decision_entropy", "away_from_half", "balance", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +40,9 @@ class ImageObjective:
     batch_shaping_coefficient, sparsity_coefficient: gamma_t and rho_t, from step to number.
     fixed_macs: MACs per example that no gate switches, for `budget`.
     regulariser: `batch_shaping`, with sparsity; `sparsity` alone; `entropy`, which asks that gates be open for half of
-      the examples; `away_from_half`, that probabilities differ from 1/2; `balance`, that examples are spread evenly
-      over experts; `none`.
-    coefficient: of `entropy`, `away_from_half` and `balance`, the same at every step.
+      the examples; `decision_entropy`, that each be open with probability 1/2; `away_from_half`, that probabilities
+      differ from that; `balance`, that examples are spread evenly over experts; `none`.
+    coefficient: of any but the first two, the same at every step.
   """
 
   prior: Prior
@@ -113,6 +113,8 @@ class ImageObjective:
     probs = [r.probs for r in records]
     if self.regulariser == "entropy":
       yield "entropy", self.coefficient, penalties.entropy_loss(probs, axis_name=axis_name)
+    if self.regulariser == "decision_entropy":
+      yield "decision_entropy", self.coefficient, penalties.decision_entropy_loss(probs)
     if self.regulariser == "away_from_half":
       yield "away_from_half", self.coefficient, penalties.indecision_loss(probs)
     if self.regulariser == "balance":

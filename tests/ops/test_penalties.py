@@ -8,6 +8,7 @@ import pytest
 from gating_jax.ops.macs import executed_macs, gated_macs
 from gating_jax.ops.penalties import (
   balance_loss,
+  decision_entropy_loss,
   entropy_loss,
   indecision_loss,
   l0_loss,
@@ -56,6 +57,12 @@ def test_entropy_loss_is_of_each_gates_mean_and_does_not_see_how_it_comes_about(
   np.testing.assert_allclose(entropy_loss(layers), (1 + 0 + (1 - quarter) + 0) / 4, rtol=1e-5)
 
 
+def test_decision_entropy_loss_is_of_each_example():
+  layers = [np.array([[0.0, 0.5, 0.25]] * 2, np.float32), np.array([[1.0], [0.0]], np.float32)]
+  quarter = 0.25 * np.log2(4) + 0.75 * np.log2(4 / 3)
+  np.testing.assert_allclose(decision_entropy_loss(layers), (2 * (1 + 0 + (1 - quarter)) + 2) / 8, rtol=1e-5)
+
+
 def test_indecision_loss_is_of_each_example():
   np.testing.assert_allclose(indecision_loss([np.array([[0.5, 0.25], [1.0, 0.25]])]), (1 + 0 + 0.75 * 2) / 4)
   np.testing.assert_array_equal(indecision_loss([np.array([[1.0], [0.0]])]), 0)
@@ -63,7 +70,7 @@ def test_indecision_loss_is_of_each_example():
 
 @pytest.mark.parametrize("logit", [-110.0, 110.0])
 def test_saturated_gates_have_a_finite_pull(logit):
-  for loss in (entropy_loss, indecision_loss):
+  for loss in (entropy_loss, decision_entropy_loss, indecision_loss):
     value, slope = jax.value_and_grad(lambda z, loss=loss: loss([jax.nn.sigmoid(z)]))(jnp.full((3, 2), logit))
     assert np.isfinite(value)
     assert np.isfinite(slope).all()

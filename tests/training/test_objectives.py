@@ -88,6 +88,8 @@ def entropy_by_hand():
     ("none", {}),
     ("sparsity", {"l0": (1.4, sparsity_by_hand("l0"))}),
     ("entropy", {"entropy": (0.3, entropy_by_hand())}),
+    ("decision_entropy", {"decision_entropy": (
+        0.3, np.mean([1 - stats.entropy([p, 1 - p], base=2) for p in np.hstack(PROBS).ravel()]))}),
     ("away_from_half", {"away_from_half": (0.3, np.mean(4 * np.hstack(PROBS) * (1 - np.hstack(PROBS))))}),
 ])
 def test_other_regularisers_stand_alone(regulariser, values):
