@@ -91,7 +91,7 @@ def continual_config() -> ml_collections.ConfigDict:
           "examples": 500,
       },
       "si": {
-          "strength": 1.0,  # c, without 1/2
+          "strength": 10.0,  # c, without 1/2
           "damping": 0.1,  # xi, a squared change of a parameter
       },
       "lwf": {

@@ -116,7 +116,7 @@ def test_a_run_goes_on_within_a_task_and_between_tasks_to_the_same_end(
   per_task = continual_build.build(made).steps_per_task
   assert end == 2 * per_task
   # Within task 1; between the tasks; all steps of task 2 taken. Or within task 2, with images in the memory.
-  for first in (per_task + 2,) if network else (2, per_task, end - 1):
+  for first in (per_task + 1,) if network else (2, per_task, end - 1):
     workdir = tmp_path / str(first)
     shutil.copytree(tmp_path / "whole", workdir)
     cut_back(workdir, first)
@@ -176,7 +176,6 @@ def test_the_result_of_a_run_and_what_becomes_of_its_directory(config, finished,
   free = [[line[f"free_units/layer{i}/conv/conv"] for i in (1, 2)] for line in tests]
   assert free[1] == [count for count, _ in result["free_units"].values()]
   assert (np.subtract(*free) >= 0).all()
-  assert max(free[0]) > 0
   assert f"  free units, layer2/conv/conv: {free[0][1]:.0f} of 8\n" in printed
   report = (finished / "report.html").read_text()
   assert all(f"{title}</h2>" in report for title in ("Accuracies", "Filters", "Overlap", "One gate across tasks"))
