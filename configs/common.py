@@ -18,7 +18,7 @@ def image_config() -> ml_collections.ConfigDict:
           "train_split": "train",
           "test_split": "test",
           "loader": "resident",  # resident: whole set on the device; streaming: what does not fit
-          "image_size": 0,  # streaming: images are resized to this; 0: they are of one size already
+          "image_size": 0,  # images are resized to this; 0: they are of one size already
           "crop_area": config_dict.placeholder(float),  # streaming: least share of a random crop; None: no crop
           "workers": 0,  # streaming: processes that decode; 0: threads of this one
           "mean": (0.5,),

@@ -93,9 +93,10 @@ def task_gates(
     rehearsal: of the classifier of tasks, for when the task is unknown; None for none: then the class with the highest
       probability of all heads is taken.
     router_settings: of that classifier.
-    network: of all classes, to be the classifier of tasks in place of one of all streams' features. It learns from
-      every batch and what is rehearsed with it; where the task is unknown it chooses the task, only that task's stream
-      runs, and the class is the likeliest by both together.
+    network: of all classes, q(c|x), to be the classifier of tasks in place of one of all streams' features. It is
+      trained beside the streams, under one bound on the gradient's norm, on what is rehearsed and, with its weight, on
+      the batch, both in one pass. Where the task is unknown, t* = argmax_t sum_{c in t} q(c|x), and the class is that
+      of the largest log q(c|x) + log p_t*(c|x), so that one stream alone is needed, and counted.
   Raises:
     ValueError: a network without rehearsal.
   """

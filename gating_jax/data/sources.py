@@ -58,19 +58,19 @@ class Images:
     return map(fn, items)
 
 
-def load(name: str, split: str, data_dir: str | None = None, size: int = 0) -> Images:
+def load(name: str, split: str, data_dir: str | None = None, image_size: int = 0) -> Images:
   """Reads a whole split into memory.
 
   Args:
     name: `digits` (1,797 images of 8 x 8, needs no files) or a TFDS name such as `cifar10`.
     split: `train` or `test` for digits, a fixed, class-balanced fifth being the latter; for TFDS any split expression.
     data_dir: the TFDS folder; None for TFDS's default, `~/tensorflow_datasets`.
-    size: images are resized to so many pixels each way; 0 leaves them.
+    image_size: images are resized to so many pixels each way; 0 leaves them.
   Raises:
     DatasetNotPreparedError: the set is not in `data_dir`; the message holds the command that prepares it.
     ValueError: an unknown split, a set without `image` and `label`, or images of different sizes.
   """
-  fit = lambda image: resize(image, (size, size)) if size else image
+  fit = lambda image: resize(image, (image_size, image_size)) if image_size else image
   if name == DIGITS:
     digits = _digits(split)
     return dataclasses.replace(digits, pixels=np.stack([fit(image) for image in digits.pixels]))
@@ -82,8 +82,7 @@ def load(name: str, split: str, data_dir: str | None = None, size: int = 0) -> I
     example = source[i]
     image = fit(example["image"])
     if image.shape != first.shape:
-      raise ValueError(f"{name} has images of different sizes ({first.shape} and {image.shape}); set data.image_size, "
-                       "and in image classification the loader that heeds it: --config.data.loader=streaming")
+      raise ValueError(f"{name} has images of different sizes ({first.shape} and {image.shape}); set data.image_size")
     pixels[i], labels[i] = image, example["label"]
   if labels.min() < 0 or labels.max() >= len(class_names(source)):
     raise ValueError(f"data split {split!r} of {name} has images without a label; use another, such as 'validation'")
@@ -92,7 +91,8 @@ def load(name: str, split: str, data_dir: str | None = None, size: int = 0) -> I
 
 def resize(
     image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> np.ndarray:
-  """`[H, W, D]` uint8, or its part `(left, top, right, bottom)`, to height and width `size`: bilinear, antialiased."""
+  """`[H, W, D]` uint8, D 1, 3 or 4, or its part `(left, top, right, bottom)`, to height and width `size`: bilinear,
+  antialiased."""
   grey = image.shape[-1] == 1
   picture = Image.fromarray(image[..., 0] if grey else image)
   resized = np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR, box=box))

@@ -166,7 +166,7 @@ def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
 def _opener(config: ml_collections.ConfigDict) -> Callable[..., Any]:
   data = config.data
   if data.loader == "resident":
-    return lambda split, training: sources.load(data.name, split, data.data_dir)
+    return lambda split, training: sources.load(data.name, split, data.data_dir, data.image_size)
   return lambda split, training: streaming.open_stream(
       data.name, split, data.data_dir, image_size=data.image_size, seed=config.seed, workers=data.workers,
       crop_area=data.crop_area if training else None)

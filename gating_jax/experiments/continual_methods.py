@@ -53,8 +53,8 @@ def _task_gates(config, problem):
   model = network(config, problem, classes=None, gated=True, wider=gates.allocated(problem.tasks))
   fields = dict(config.router)
   rehearsal = REHEARSALS[fields.pop("rehearsal")](config, problem)
-  of_its_own = _classifier(config, problem, "seen") if fields.pop("network") else None
-  return task_gates(model, problem, counts, gates, rehearsal, RouterSettings(**fields), of_its_own)
+  router = _classifier(config, problem, "seen") if fields.pop("network") else None
+  return task_gates(model, problem, counts, gates, rehearsal, RouterSettings(**fields), router)
 
 
 def _generative(config, problem):

@@ -140,8 +140,8 @@ def _vgg_parts(model: VGG, flat: Mapping[Path, np.ndarray]):
 
 
 def _without_closed_features(parts: tuple[Layer, ...], classifier: jax.Array) -> tuple[tuple[Layer, ...], jax.Array]:
-  """The layers and the classifier's kernel without what static gates have closed in the last layer, whose channels no
-  other convolution reads."""
+  """The layers and the classifier's kernel without the channels of the last layer that are 0 for every input, such as
+  those that static gates have closed; no other convolution reads them."""
   *before, last = parts
   conv = last.conv
   closed = np.all(np.asarray(conv.kernel) == 0, axis=(0, 1, 2)) & (np.asarray(conv.bias) == 0)

@@ -137,15 +137,15 @@ def test_frozen_filters_stay_and_the_others_begin_anew():
 
 
 def test_a_unit_is_relevant_by_the_share_of_held_out_images_that_open_it():
-  run = Run("vgg", threshold=0.4)
+  run = Run("vgg", threshold=0.5)
   for i in range(STEPS):
     run.learner, _ = run.step(run.learner, *data(0, seed=i), np.int32(0))
   held_out, learner = data(0, 16, seed=1000), run.learner
   rates = lambda pixels: np.concatenate([r.gates for r in SharedNet(MODELS["vgg"], PROBLEM).apply(
       learner.params, learner.batch_stats, PROBLEM.normalise(pixels)).records], axis=-1).mean(0)
-  assert (rates(held_out[0]) != rates(data(0)[0])).any()
+  assert ((rates(held_out[0]) > 0.5) != (rates(data(0)[0]) > 0.5)).any()
   ended = run.method.end_task(learner, TaskData(*data(0), *held_out), jax.random.key(1, impl="rbg"))
-  np.testing.assert_array_equal(ended.memory["relevant"][0], rates(held_out[0]) > 0.4)
+  np.testing.assert_array_equal(ended.memory["relevant"][0], rates(held_out[0]) > 0.5)
 
 
 def test_what_no_gate_switches_is_frozen_after_the_first_task():
@@ -242,7 +242,8 @@ def test_a_network_tells_the_task_and_only_the_stream_of_that_task_runs():
     together = jax.nn.log_softmax(p.aware) + jax.nn.log_softmax(of_all)[:, 2 * task : 2 * task + 2]
     np.testing.assert_allclose(p.agnostic[own, 2 * task : 2 * task + 2], together[own], rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(np.isfinite(p.agnostic), np.repeat(np.eye(TASKS)[chosen] == 1, 2, axis=1))
-    np.testing.assert_allclose(p.agnostic_macs[own], p.macs[own] + NETWORK.macs)
+    macs = np.stack([run.predict(run.learner, x, t, TASKS).macs for t in range(TASKS)])
+    np.testing.assert_allclose(p.agnostic_macs, macs[chosen, np.arange(128)] + NETWORK.macs)
     right.append(own.mean())
   assert np.mean(right) > 0.6
 
@@ -369,9 +370,11 @@ def test_two_devices_take_the_step_of_one(rehearsed, network):
   spread = devices.map_over_devices(
       step, args=(devices.REPLICATED, devices.BATCH, devices.BATCH, devices.REPLICATED),
       results=(devices.REPLICATED, devices.REPLICATED), devices=jax.devices()[:2])
-  pixels, labels = data(0)
-  alone, metrics = run.step(run.learner, pixels, labels, np.int32(0))
-  both, same = spread(run.learner, pixels, labels, np.int32(0))
+  run.learn(0)
+  pixels, labels = data(1)
+  alone, metrics = run.step(run.learner, pixels, labels, np.int32(STEPS))
+  both, same = spread(run.learner, pixels, labels, np.int32(STEPS))
   assert float(metrics["cross_entropy"]) == pytest.approx(float(same["cross_entropy"]), rel=1e-5)
   assert tiny.relative_gap(both.params, alone.params) < 1e-5
+  assert tiny.relative_gap(both.batch_stats, alone.batch_stats) < 1e-5
   assert not tiny.bit_equal(alone.params, run.learner.params)

@@ -83,11 +83,24 @@ def test_images_of_different_sizes_are_brought_to_one(uneven):
 
 def test_resident_images_of_different_sizes_are_brought_to_one(uneven):
   train = "uneven_set", "train", str(uneven)
-  read, source = sources.load(*train, size=8), sources.open_tfds(*train)
+  read, source = sources.load(*train, image_size=8), sources.open_tfds(*train)
   assert read.shape == (8, 8, 3)
-  means = [source[i]["image"].mean() for i in range(4)]
-  np.testing.assert_allclose(read.pixels.mean(axis=(1, 2, 3)), means, atol=8)
-  assert np.ptp(means) > 1
+  for pixels, example in zip(read.pixels, map(source.__getitem__, range(4)), strict=True):
+    rows, columns = (np.array_split(np.arange(n), 2) for n in example["image"].shape[:2])
+    parts = [[example["image"][np.ix_(i, j)].mean() for j in columns] for i in rows]
+    np.testing.assert_allclose(pixels.reshape(2, 4, 2, 4, 3).mean(axis=(1, 3, 4)), parts, atol=8)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_resizing_halves_an_image_of_even_blocks_exactly(depth):
+  small = np.arange(4 * 4 * depth, dtype=np.uint8).reshape(4, 4, depth)
+  large = small.repeat(32, axis=0).repeat(32, axis=1)
+  middle = np.s_[4:-4:8, 4:-4:8]  # away from the edges of blocks
+  np.testing.assert_array_equal(sources.resize(large, (32, 32))[middle], small.repeat(8, 0).repeat(8, 1)[middle])
+
+
+def test_embedded_digits_are_resized_as_well():
+  assert sources.load("digits", "test", image_size=4).shape == (4, 4, 1)
 
 
 def test_evaluation_covers_a_stream_exactly_once_without_cropping_at_random(uneven):
@@ -130,7 +143,7 @@ def test_bad_settings_are_named(uneven, arguments, message):
 
 
 def test_uneven_images_are_refused_by_the_resident_loader(uneven):
-  with pytest.raises(ValueError, match="; set data.image_size, and in image classification"):
+  with pytest.raises(ValueError, match=r"\); set data.image_size$"):
     sources.load("uneven_set", "train", str(uneven))
 
 
