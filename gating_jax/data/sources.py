@@ -73,7 +73,7 @@ def load(name: str, split: str, data_dir: str | None = None, image_size: int = 0
   fit = lambda image: resize(image, (image_size, image_size)) if image_size else image
   if name == DIGITS:
     digits = _digits(split)
-    return dataclasses.replace(digits, pixels=np.stack([fit(image) for image in digits.pixels]))
+    return dataclasses.replace(digits, pixels=np.stack(list(map(fit, digits.pixels)))) if image_size else digits
   source = open_tfds(name, split, data_dir)
   first = fit(source[0]["image"])
   pixels = np.empty((len(source), *first.shape), np.uint8)

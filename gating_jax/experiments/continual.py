@@ -85,7 +85,8 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
           return
       learner = finish_task(experiment, learner, task, evaluate)
       step += 1
-      found, free = continual_report.scores(learner), continual_report.free_units(experiment, learner)
+      found = continual_report.scores(learner)
+      free = continual_report.free_units(experiment.method.holdings(learner), int(learner.task))
       journal.write(step, "test", found | {f"free_units/{layer}": float(count) for layer, (count, _) in free.items()})
       ended = range(task + 1) if experiment.method.together else [task]
       journal.write_histograms(step, "test", {k: v for t in ended for k, v in histograms(learner, t).items()})

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from gating_jax.continual import metrics
-from gating_jax.continual.method import Learner
+from gating_jax.continual.method import Holdings, Learner
 from gating_jax.data import batches
 from gating_jax.data.sources import Images
 from gating_jax.experiments import settings
@@ -45,16 +45,16 @@ def summary(experiment: ContinualExperiment, learner: Learner) -> dict[str, Any]
       "params": held.params,
       "memory_mb": held.memory_mb + _kept_images(experiment, learnt)}
   if held.relevant:
-    result["free_units"] = free_units(experiment, learner)
+    result["free_units"] = free_units(held, learnt)
     overlap = _overlap(held.relevant)[:learnt, :learnt]
     result |= {"gate_overlap": overlap.tolist(), "mean_gate_overlap": metrics.mean_overlap(overlap)}
   return result
 
 
-def free_units(experiment: ContinualExperiment, learner: Learner) -> dict[str, tuple[int, int]]:
+def free_units(held: Holdings, learnt: int) -> dict[str, tuple[int, int]]:
   """By layer, the units that no task learnt so far needs, and all there are; nothing where tasks own no units."""
-  return {layer: (int(metrics.filter_use(units[: int(learner.task)]).free[-1]), units.shape[1])
-          for layer, units in experiment.method.holdings(learner).relevant.items()}
+  return {layer: (int(metrics.filter_use(units[:learnt]).free[-1]), units.shape[1])
+          for layer, units in held.relevant.items()}
 
 
 def _kept_images(experiment: ContinualExperiment, learnt: int) -> float:
