@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax import lax
 
 from gating_jax.continual import streams
@@ -89,8 +90,12 @@ class _Progressive:
     return streams.prediction(self.problem, logits, task, aware, every(layers.sum() + heads.sum())[0])
 
   def holdings(self, learner: Learner) -> Holdings:
-    columns = jax.tree.map(lambda x: x[: int(learner.task)], learner.memory["params"])
-    return Holdings(tree_size(columns), 0.0)
+    """Of adapters the places of columns before which there are, 0 + 1 + ... of them, not those left at zero."""
+    learnt, places = int(learner.task), max(1, self.problem.tasks - 1)
+    adapters = sum(leaf.size for path, leaf in traverse_util.flatten_dict(learner.params).items()
+                   if any("adapter" in name for name in path))
+    used = learnt * (tree_size(learner.params) - adapters) + learnt * (learnt - 1) // 2 * (adapters // places)
+    return Holdings(used, 0.0)
 
   def _fresh(self, key: Array) -> dict[str, Tree]:
     variables = self.column.init(key, jnp.zeros((1, *self.problem.shape)), self._none(1))

@@ -55,7 +55,8 @@ class TaskGatesSettings(units.ProtectionSettings):
   Attributes:
     when_full: what happens where a layer has no free unit for the next task: `error`; `reuse` of the old ones alone; or
       `grow`, by the share `growth` of its first width.
-    growth: see `allocated`; what a layer has not grown to yet is shut.
+    growth: see `allocated`; what a layer has not grown to yet is shut. What no gate switches, the stem of a residual
+      net, has its last width from the start.
     own_norms: BatchNorm for every task, the third protection.
   """
 
@@ -88,7 +89,7 @@ def task_gates(
   Args:
     model: from images to `([N, F] features, records)`, its records naming their writers.
     problem: what it learns.
-    counts: of the model, before any growth.
+    counts: of the model, as wide as it may grow.
     settings: see there.
     rehearsal: of the classifier of tasks, for when the task is unknown; None for none: then the class with the highest
       probability of all heads is taken.

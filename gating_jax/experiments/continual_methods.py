@@ -46,15 +46,11 @@ def build(config: ml_collections.ConfigDict, problem: Problem) -> Method:
 
 def _task_gates(config, problem):
   gates = TaskGatesSettings(**config.gates)
-  if gates.when_full == "grow" and config.model.name not in VGGS:
-    raise ValueError(f"gates.when_full=grow needs a chain, one of {', '.join(sorted(VGGS))}, of which every layer is "
-                     f"gated; got model.name {config.model.name!r}")
-  counts = count(network(config, problem, classes=None, gated=True), problem.shape)
   model = network(config, problem, classes=None, gated=True, wider=gates.allocated(problem.tasks))
   fields = dict(config.router)
   rehearsal = REHEARSALS[fields.pop("rehearsal")](config, problem)
   router = _classifier(config, problem, "seen") if fields.pop("network") else None
-  return task_gates(model, problem, counts, gates, rehearsal, RouterSettings(**fields), router)
+  return task_gates(model, problem, count(model, problem.shape), gates, rehearsal, RouterSettings(**fields), router)
 
 
 def _generative(config, problem):

@@ -67,6 +67,17 @@ def test_older_columns_are_frozen_and_the_shapes_of_a_learner_are_for_good(kind)
     assert toys.same_shapes(after(kind, tasks), after(kind, 0))
 
 
+def test_parameters_are_of_the_columns_there_are_and_of_adapters_for_those_before_them(kind):
+  def size(before):
+    """Of a column made for so many before it."""
+    shapes = jax.eval_shape(lambda x: method(kind, tasks=before + 1).init(x).params, jax.random.key(0))
+    adapters = [name for name in shapes if "adapter" in name]
+    return sum(x.size for x in jax.tree.leaves(shapes if before else {k: shapes[k] for k in {*shapes} - {*adapters}}))
+
+  for tasks in (1, 2, 3):
+    assert method(kind).holdings(after(kind, tasks)).params == sum(size(before) for before in range(tasks))
+
+
 def test_a_column_looks_at_the_older_ones_and_they_not_at_it(kind):
   def changed(task):
     learner = after(kind, 2)

@@ -173,22 +173,25 @@ def test_a_full_layer_is_an_error_that_names_it():
     run.learn(0)
 
 
-def test_a_full_layer_grows_and_nothing_is_forgotten():
-  """Eight units are made, of which four are there at first; two more come with every task that leaves none free."""
-  run = Run("vgg", when_full="grow", growth=0.5, threshold=0.0, sparsity=0.0)
+# Units that are made by layer, and the parameters of a filter of each, a projection's included.
+@pytest.mark.parametrize(("name", "made", "filters"), [
+    ("vgg", [8, 8], [9, 9 * 8]), ("resnet", [8, 8, 16, 16], [9 * 8, 9 * 8, 9 * 8, 9 * 16 + 8])])
+def test_a_full_layer_grows_and_nothing_is_forgotten(name, made, filters):
+  """Half of the units made are there at first; a quarter more come with every task that leaves none free."""
+  run, made = Run(name, when_full="grow", growth=0.5, threshold=0.0, sparsity=0.0), np.array(made)
   open_units, params, shares, logits = [], [], [], None
   for task in range(TASKS):
     run.learn(task)
     shares.append(float(run.metrics["sparsity"]))
     open_units.append([units.shape[1] for units in run.method.holdings(run.learner).relevant.values()])
     params.append(run.method.holdings(run.learner).params)
-    relevant = np.asarray(run.learner.memory["relevant"])[task]
-    assert not relevant[4 + 2 * task : 8].any()
+    there = np.concatenate([np.arange(n) < n * (2 + task) // 4 for n in made])
+    assert not np.asarray(run.learner.memory["relevant"])[task][~there].any()
     logits = run.logits(0, 256) if logits is None else logits
-  assert open_units == [[6, 6], [8, 8], [8, 8]]
-  assert shares[0] > 0.5  # of the four units that are there, not of eight
+  assert open_units == [(made * 3 // 4).tolist(), made.tolist(), made.tolist()]
+  assert shares[0] > 0.5  # of the units that are there, not of all that are made
   own = sum(x.size for x in jax.tree.leaves(run.learner.params["own"]))
-  assert np.diff(params).tolist() == [own + 9 * 2 * (1 + 8), own]
+  assert np.diff(params).tolist() == [own + made // 4 @ filters, own]
   np.testing.assert_array_equal(run.logits(0, 256), logits)
 
 

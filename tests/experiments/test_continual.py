@@ -77,7 +77,6 @@ def test_settings_of_generators_are_named_with_their_section(config, changes, me
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gates.when_full": "grow"}, "method gates: gates.when_full=grow needs a chain, .*; got .*resnet20"),
         ({"model.norm": False}, "method gates: model.norm must be True for resnet20, which has BatchNorm; got False"),
         ({"router.network": True, "router.rehearsal": "none"}, "method gates: a network that tells tasks apart needs"),
         ({"method": "progressive", "model.norm": False}, "method progressive: model.norm must be True for resnet20"),
@@ -190,6 +189,19 @@ def test_the_result_of_a_run_and_what_becomes_of_its_directory(config, finished,
   assert "holds a finished run of this config; nothing was trained" in capsys.readouterr().out
   with pytest.raises(rundir.RunDirError, match="holds a run of another config"):
     continual.run(config(seed=1), finished, "train")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"model.name": "resnet8", "model.width": 0.25}])
+def test_a_run_grows_where_the_first_task_takes_all_there_is(changes, config, tmp_path):
+  made = config(**{"gates.when_full": "grow", "gates.growth": 0.5, "gates.threshold": 0.0, "gates.sparsity": 0.0,
+                   "model.gate.initial_open": 0.9, **changes})
+  continual.run(made, tmp_path, "train")
+  tests = [line for line in read_lines(tmp_path / "metrics.jsonl") if line["split"] == "test"]
+  free = [[line[name] for name in line if name.startswith("free_units/")] for line in tests]
+  assert max(free[0]) > 0  # some layer was full and has grown
+  aware = np.array(strict_json(tmp_path / "result.json")["task_aware"]["accuracies"], float)
+  assert aware[1, 0] == aware[0, 0]
 
 
 @pytest.mark.slow
