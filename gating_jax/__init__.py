@@ -9,7 +9,7 @@ from gating_jax.inference.exiting import compile_exits
 from gating_jax.inference.export import export_model
 from gating_jax.inference.folding import fold
 from gating_jax.inference.quantise import quantise
-from gating_jax.inference.slim import slim
+from gating_jax.inference.slim import disagreement, slim, static_units
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.gate import ChannelGate, GateHead, GateSettings, Switched, apply_gates
 from gating_jax.layers.segments import SegmentGate, SegmentGateSettings
@@ -84,6 +84,7 @@ __all__ = [
   "compile_exits",
   "count",
   "count_video",
+  "disagreement",
   "empirical",
   "empirical_cdf",
   "executed_macs",
@@ -111,6 +112,7 @@ __all__ = [
   "resnet",
   "slim",
   "sort_with_vjp",
+  "static_units",
   "straight_through_gate",
   "symmetric_beta",
   "target_rate_loss",

@@ -115,7 +115,8 @@ def _main(argv: list[str]) -> int:
       raise
     return _failed(f"a fault of the program:\n{traceback.format_exc()}", 1)
   except KeyboardInterrupt:
-    print("interrupted; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
+    goes_on = "goes on from the newest checkpoint, if there is one" if _MODE.value == "train" else "begins anew"
+    print(f"interrupted; the same command {goes_on}", file=sys.stderr)
     return 130
   return 0
 

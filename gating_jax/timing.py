@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 
 Name = TypeVar("Name", bound=Hashable)
+
+
+def device() -> str:
+  """What times are of: platform, kind of device and, of a CPU, its name and how many cores this process may use.
+
+  The name is Linux's; elsewhere it is the architecture.
+  """
+  found = jax.devices()[0]
+  if found.platform != "cpu":
+    return f"{found.platform}: {found.device_kind}"
+  try:
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+             if line.startswith("model name")]
+  except OSError:
+    names = []
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  return f"cpu: {', '.join([*names[:1], platform.machine()])}, {cores} core{'' if cores == 1 else 's'}"
 
 
 def race(

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from gating_jax import timing
 from gating_jax.experiments.build import Experiment
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.exiting import compile_exits, fold_exits
@@ -32,12 +33,15 @@ def run(experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Ma
   """Prints the table, and writes it and its picture into the run directory.
 
   Raises:
-    RunDirError: one of them is there.
+    RunDirError: one of them is there, or is being written.
     ValueError: a model that cannot be folded.
   """
-  for name in (TABLE_FILE, PICTURE_FILE):
-    if (run_dir.path / name).exists():
-      raise rundir.RunDirError(f"{run_dir.path / name} exists; rename it or take it away to compile anew")
+  with rundir.staged(run_dir.path, (TABLE_FILE, PICTURE_FILE)) as folder:
+    _write(experiment, folder, step, variables)
+  print(f"\nwritten: {run_dir.path / TABLE_FILE}, {run_dir.path / PICTURE_FILE}")
+
+
+def _write(experiment: Experiment, folder: Path, step: int, variables: Mapping[str, Any]) -> None:
   if isinstance(experiment.model, EarlyExitNet):
     compiled = functools.partial(compile_exits, fold_exits(experiment.model, variables))
   else:
@@ -45,15 +49,13 @@ def run(experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Ma
   train = experiment.open_train()
   index = np.unique(np.linspace(0, len(train) - 1, min(_CALIBRATION, len(train))).astype(np.int64))
   images = np.asarray(experiment.normalise(train.read(index)[0]), np.float32)
-  timings = {size: [dataclasses.asdict(timing) for timing in compiled(
+  timings = {size: [dataclasses.asdict(row) for row in compiled(
       input_shape=images.shape[1:], batch_size=size, calibration=images, repeats=_REPEATS).report()]
              for size in _BATCHES}
-  device = jax.devices()[0]
-  print(f"checkpoint of step {step}, timed on {device.platform}: {device.device_kind}, {platform.machine()}")
+  print(f"checkpoint of step {step}, timed on {timing.device()}")
   for size, rows in timings.items():
     print(f"\n{size} image{'s' if size > 1 else ''} at a time\n" + time_picture.table(rows))
-  write_json(run_dir.path / TABLE_FILE, {
-      "step": step, "device": f"{device.platform}: {device.device_kind}, {platform.machine()}",
+  write_json(folder / TABLE_FILE, {
+      "step": step, "device": timing.device(), "jax_version": jax.__version__,
       "timings": {str(size): rows for size, rows in timings.items()}})
-  time_picture.draw(run_dir.path / PICTURE_FILE, timings)
-  print(f"\nwritten: {run_dir.path / TABLE_FILE}, {run_dir.path / PICTURE_FILE}")
+  time_picture.draw(folder / PICTURE_FILE, timings)

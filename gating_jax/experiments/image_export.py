@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import itertools
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,76 +17,101 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.experiments.build import Experiment
-from gating_jax.inference import export, folded, openings
+from gating_jax.inference import exiting, export, folded, openings
 from gating_jax.inference.analyse import Analysis, analyse
-from gating_jax.inference.conditional import Conditional, compile_conditional
+from gating_jax.inference.conditional import compile_conditional, run_over
 from gating_jax.inference.folded import Folded
+from gating_jax.inference.kernel_strategies import EXPORTABLE
 from gating_jax.inference.quantise import dequantise, quantise
-from gating_jax.inference.slim import Disagreement, choose, disagreement, rate_bound, take
+from gating_jax.inference.slim import Disagreement, disagreement, rate_bound, static_units, take
+from gating_jax.models.early_exit import EarlyExitNet
 from gating_jax.reports.lettering import columns
-from gating_jax.timing import race
+from gating_jax.timing import device, race
 from gating_jax.training import rundir
+from gating_jax.types import Array
 
 FOLDERS = ("export", "export_int8", "export_conditional")
 CALIBRATION = 2_000  # images at most, evenly over the training set
-_TIMED_BATCHES, _REPEATS = (1, 64), 30
+_TIMED_BATCHES, _TIMED_IMAGES, _REPEATS = (1, 64), 64, 30
+_SKIPPING = "slimmed, skipping"
 
 
 def run(experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Mapping[str, Any]) -> None:
-  """Writes the exports into the run directory, of float32 and of int8 weights, and of a program that skips what is
-  closed, for one image at a time, where anything is gated; and says what they are.
+  """Writes the exports into the run directory, all or none, and says what they are: of float32 and of int8 weights,
+  and, where it is faster for one image at a time, of a program that skips what is closed. Of a net with early exits one
+  is written, for one image at a time.
 
   Raises:
-    RunDirError: one of them is there.
+    RunDirError: one of them is there, or is being written.
     ValueError: a model that cannot be folded.
   """
-  for name in FOLDERS:
-    if (run_dir.path / name).exists():
-      raise rundir.RunDirError(f"{run_dir.path / name} exists; rename it or take it away to export anew")
-  train = experiment.open_train()
-  index = np.unique(np.linspace(0, len(train) - 1, min(CALIBRATION, len(train))).astype(np.int64))
-  analysis = analyse(experiment.model, variables, (x for x, _ in _batches(experiment, train, index)))
-  net, choices = analysis.net, choose(analysis.net, analysis.openings)
-  small = take(net, choices)
-  moved = disagreement(net, choices, (x for x, _ in _batches(experiment, experiment.test)))
-  nets = {"trained": net, "slimmed": small, "slimmed, int8": quantise(small)}
-  scores = {name: _score(experiment, each) for name, each in nets.items()}
-  print(f"checkpoint of step {step}, calibrated on {analysis.images:,} training images\n")
-  print("\n".join(_analysis_lines(analysis, [name for name, _ in experiment.counts.gate_layers])))
-  print("\n".join(["", *_moved_lines(analysis, moved), ""]))
-  table = [["net", "test accuracy", "MACs per image", "executed", "weights, bytes", "program, bytes",
-            *(f"ms ({size})" for size in _TIMED_BATCHES)]]
-  milliseconds = _milliseconds(nets, analysis.input_shape)
-  for folder, name in zip(FOLDERS[:2], list(nets)[1:], strict=True):
-    card = _card(experiment, run_dir, step, scores, name, moved, analysis)
-    path = export.export_model(nets[name], run_dir.path / folder, input_shape=analysis.input_shape,
-                               card=card | {"milliseconds": milliseconds[name]})
-    table.append(_score_row(name, scores[name], export.load(path).card))
-  table.insert(1, _score_row("trained", scores["trained"], {"milliseconds": milliseconds["trained"]}))
-  if skipping := _skipping(small, analysis.input_shape):
-    card = _card(experiment, run_dir, step, scores, "slimmed", moved, analysis)
-    x = jnp.zeros((1, *analysis.input_shape), jnp.float32)
-    spent = {"1": _medians({"slimmed, skipping": functools.partial(skipping, x)})["slimmed, skipping"]}
-    path = export.export_model(skipping, run_dir.path / FOLDERS[2], input_shape=analysis.input_shape,
-                               card=card | {"strategies": skipping.strategies, "milliseconds": spent})
-    table.append(_score_row("slimmed, skipping", scores["slimmed"], export.load(path).card))
-  print("\n".join(columns(table)))
-  written = [str(run_dir.path / folder) for folder in FOLDERS if (run_dir.path / folder).exists()]
+  with rundir.staged(run_dir.path, FOLDERS) as folder:
+    write = _write_exits if isinstance(experiment.model, EarlyExitNet) else _write
+    write(experiment, folder, {"config": run_dir.config(), "step": step}, variables)
+    written = [str(run_dir.path / name) for name in FOLDERS if (folder / name).exists()]
   print(f"\nwritten: {', '.join(written)}")
 
 
-def _skipping(net: Folded, shape: tuple[int, int, int]) -> Conditional | None:
-  """One image at a time, what is closed left out, by plain JAX, which programs hold; None without gates."""
-  gated = [part for part in net.parts if part.head is not None]
-  if not gated:
-    return None
-  strategy = "layer_dispatch" if getattr(gated[0], "layer_gate", False) else "switch"
-  return compile_conditional(net, input_shape=shape, batch_size=1, strategy=strategy)
+def _write(experiment: Experiment, folder: Path, origin: Mapping[str, Any], variables: Mapping[str, Any]) -> None:
+  train = experiment.open_train()
+  index = np.unique(np.linspace(0, len(train) - 1, min(CALIBRATION, len(train))).astype(np.int64))
+  analysis = analyse(experiment.model, variables, (x for x, _ in _batches(experiment, train, index)))
+  net, choices, shape = analysis.net, static_units(analysis.net, analysis.openings), analysis.input_shape
+  small = take(net, choices)
+  moved = disagreement(net, choices, (x for x, _ in _batches(experiment, experiment.test)))
+  models = {"trained": net, "slimmed": small, "slimmed, int8": quantise(small)}
+  scores = {name: _score(experiment, each) for name, each in models.items()}
+  print(f"checkpoint of step {origin['step']}, calibrated on {analysis.images:,} training images\n")
+  print("\n".join(_analysis_lines(analysis, [name for name, _ in experiment.counts.gate_layers])))
+  print("\n".join(["", *_moved_lines(analysis, moved), ""]))
+  skipping = compile_conditional(small, input_shape=shape, batch_size=1, candidates=EXPORTABLE, repeats=_REPEATS,
+                                 calibration=_inputs(experiment, train, index[:: -(-len(index) // _TIMED_IMAGES)]))
+  programs = {name: functools.partial(jax.jit(lambda net, x: folded.run(dequantise(net), x)), each)
+              for name, each in models.items()}
+  if set(skipping.strategies) != {"masked"}:
+    models[_SKIPPING], programs[_SKIPPING] = skipping, skipping
+    scores[_SKIPPING] = scores["slimmed"] | {"accuracy": _accuracy(experiment, lambda x: skipping(x)[0])}
+  milliseconds = _milliseconds(programs, _inputs(experiment, experiment.test))
+  table = [_head(), _row("trained", scores["trained"], {"milliseconds": milliseconds.pop("trained")})]
+  for name, (of, spent) in zip(FOLDERS, milliseconds.items(), strict=False):
+    card = _card(experiment, origin, scores[of]) | {
+        "weights": "int8" if "int8" in of else "float32", "accuracy_as_trained": scores["trained"]["accuracy"],
+        "executed_macs_as_trained": scores["trained"]["executed_macs"], "calibration_images": analysis.images,
+        "test_images": moved.images, "test_images_affected": moved.affected, "milliseconds": spent,
+        **({"strategies": skipping.strategies} if of == _SKIPPING else {})}
+    path = export.export_model(models[of], folder / name, input_shape=shape, card=card)
+    table.append(_row(of, scores[of], export.load(path).card))
+  print("\n".join(columns(table)))
+  if analysis.openings and _SKIPPING not in models:
+    print("For one image at a time computing everything is as fast as skipping here: no program that skips is written.")
 
 
-def _medians(runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-  """Milliseconds of a call, by name, taken in turns."""
-  return {name: round(1000 * statistics.median(spent), 3) for name, spent in race(runs, _REPEATS).items()}
+def _write_exits(experiment: Experiment, folder: Path, origin: Mapping[str, Any], variables: Mapping[str, Any]) -> None:
+  train, test = experiment.open_train(), experiment.test
+  net, shape = exiting.fold_exits(experiment.model, variables), test.shape
+  index = np.unique(np.linspace(0, len(train) - 1, min(_TIMED_IMAGES, len(train))).astype(np.int64))
+  made = exiting.compile_exits(net, input_shape=shape, batch_size=1, calibration=_inputs(experiment, train, index),
+                               repeats=_REPEATS)
+  spent = []
+
+  def answer(x: Array) -> Array:
+    logits, stay = made(x)
+    spent.append(exiting.macs(net, shape, stay))
+    return logits
+
+  score = {"accuracy": _accuracy(experiment, answer), "macs": int(exiting.macs(net, shape)),
+           "executed_macs": float(np.mean(np.concatenate(spent)))}
+  (milliseconds,) = _milliseconds({"exits": made}, _inputs(experiment, test), sizes=(1,)).values()
+  card = _card(experiment, origin, score) | {"strategies": [made.strategy], "milliseconds": milliseconds}
+  path = export.export_model(made, folder / FOLDERS[0], input_shape=shape, card=card)
+  print(f"checkpoint of step {origin['step']}\n")
+  print("\n".join(columns([_head(), _row(made.strategy, score, export.load(path).card)])))
+
+
+def _inputs(experiment: Experiment, images: Any, index: np.ndarray | None = None) -> np.ndarray:
+  """Network inputs, by default of as many images as are timed, the first again where there are fewer."""
+  index = np.arange(_TIMED_IMAGES) % len(images) if index is None else index
+  return np.asarray(experiment.normalise(images.read(index)[0]), np.float32)
 
 
 def _batches(experiment: Experiment, images: Any, index: np.ndarray | None = None) -> Iterator[tuple[Any, Any]]:
@@ -113,26 +139,31 @@ def _score(experiment: Experiment, net: Folded) -> dict[str, float]:
           "executed_macs": float(executed) / images}
 
 
-def _milliseconds(nets: Mapping[str, Folded], shape: tuple[int, int, int]) -> dict[str, dict[str, float]]:
-  """Medians over calls of the programs that exports hold, the nets' by turns, by batch size."""
-  program = jax.jit(lambda net, x: folded.run(dequantise(net), x))
-  found = {name: {} for name in nets}
-  for size in _TIMED_BATCHES:
-    x = jnp.zeros((size, *shape), jnp.float32)
-    for name, spent in _medians({name: functools.partial(program, net, x) for name, net in nets.items()}).items():
-      found[name][str(size)] = spent
+def _accuracy(experiment: Experiment, answer: Callable[[np.ndarray], Any]) -> float:
+  """Of the outputs for all test images."""
+  right = sum(int(np.sum(np.argmax(np.asarray(answer(x)), axis=1) == labels))
+              for x, labels in _batches(experiment, experiment.test))
+  return right / len(experiment.test)
+
+
+def _milliseconds(
+    programs: Mapping[str, Callable[[Any], Any]], images: np.ndarray, sizes: Sequence[int] = _TIMED_BATCHES
+) -> dict[str, dict[str, float]]:
+  """Medians over calls on these images, all programs by turns, by batch size; one that skips for one image alone."""
+  found = {name: {} for name in programs}
+  for size in sizes:
+    batches = [(jnp.asarray(images[i : i + size]),) for i in range(0, len(images), max(size, len(images) // 8))]
+    runs = {name: functools.partial(run_over, run, batches) for name, run in programs.items()
+            if size == 1 or name != _SKIPPING}
+    for name, spent in race(runs, _REPEATS).items():
+      found[name][str(size)] = round(1000 * statistics.median(spent) / len(batches), 3)
   return found
 
 
-def _card(experiment, run_dir, step, scores, name, moved: Disagreement, analysis: Analysis) -> dict[str, Any]:
-  data, device = experiment.config.data, jax.devices()[0]
-  return {
-      "config": run_dir.config(), "step": step, "weights": "int8" if "int8" in name else "float32",
-      **scores[name], "accuracy_as_trained": scores["trained"]["accuracy"],
-      "executed_macs_as_trained": scores["trained"]["executed_macs"],
-      "mean": list(data.mean), "std": list(data.std), "class_names": list(experiment.test.class_names),
-      "calibration_images": analysis.images, "test_images": moved.images, "test_images_affected": moved.affected,
-      "device": f"{device.platform}: {device.device_kind}"}
+def _card(experiment: Experiment, origin: Mapping[str, Any], score: Mapping[str, float]) -> dict[str, Any]:
+  data = experiment.config.data
+  return {**origin, **score, "mean": list(data.mean), "std": list(data.std),
+          "class_names": list(experiment.test.class_names), "device": device()}
 
 
 def _analysis_lines(analysis: Analysis, names: list[str]) -> list[str]:
@@ -158,7 +189,12 @@ def _moved_lines(analysis: Analysis, moved: Disagreement) -> list[str]:
       f"{100 * moved.changed:.2f} % of images are classified otherwise."]
 
 
-def _score_row(name: str, score: Mapping[str, float], card: Mapping[str, Any]) -> list[str]:
+def _head() -> list[str]:
+  return ["net", "test accuracy", "MACs per image", "executed", "weights, bytes", "program, bytes",
+          *(f"ms ({size})" for size in _TIMED_BATCHES)]
+
+
+def _row(name: str, score: Mapping[str, float], card: Mapping[str, Any]) -> list[str]:
   files, spent = card.get("files"), card["milliseconds"]
   sizes = [f"{files[file]['bytes']:,}" if files else "" for file in (export.WEIGHTS, export.PROGRAM)]
   return [name, f"{100 * score['accuracy']:.2f} %", f"{score['macs']:,}", f"{score['executed_macs']:,.0f}", *sizes,

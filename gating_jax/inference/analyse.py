@@ -16,7 +16,8 @@ from gating_jax.inference import folded
 from gating_jax.inference.folded import Folded, Group
 from gating_jax.inference.folding import fold
 from gating_jax.inference.openings import Counter, Openings, observed, places
-from gating_jax.inference.slim import choose, take
+from gating_jax.inference.quantise import check_float
+from gating_jax.inference.slim import static_units, take
 from gating_jax.ops.compaction import bucket_sizes
 
 MULTIPLE, UNION, BLOCKS = 16, 8, (16, 32, 64)
@@ -71,9 +72,10 @@ def analyse(
     calibration: `[M, H, W, D]` float32 network inputs, or an iterable of such batches; read once, not kept.
     buckets: how many sizes `switch` has.
   Raises:
-    ValueError: no images, images of unlike shapes, or a model that cannot be folded.
+    ValueError: no images, images of unlike shapes or not finite, or a model that cannot be folded.
   """
   net = model if isinstance(model, Folded) else fold(model, variables)
+  check_float(net)
   ways = _ways([group for _, _, group, _ in places(net)], [layer for *_, layer in places(net)], buckets)
   counter, spent, images, shape = Counter(net), dict.fromkeys(ways, 0), 0, None
   for x, _, logits in observed(net, calibration):
@@ -87,7 +89,7 @@ def analyse(
   openings = counter.result()
   heads = sum(part.head.hidden.size + part.head.logits.size for part in net.parts if part.head is not None)
   whole = folded.macs(net, shape)
-  small = take(net, choose(net, openings))
+  small = take(net, static_units(net, openings))
   found = {name: float(total) / images for name, total in spent.items()}
   macs = {"ungated": float(whole - heads), "masked": float(whole), "executed": found.pop("executed"),
           "slimmed": float(folded.macs(small, shape)), **found}

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.checks import one_of
-from gating_jax.inference import folded
+from gating_jax.inference import folded, inputs
 from gating_jax.inference.folded import Folded, Gates, Layer
 from gating_jax.inference.folding import fold
 from gating_jax.inference.kernel_strategies import STRATEGIES, why_not, worth_trying
+from gating_jax.inference.quantise import check_float
 from gating_jax.inference.strategies import Made, Setting, groups_of
 from gating_jax.ops.relaxations import threshold_gate
 from gating_jax.timing import race
@@ -28,6 +30,7 @@ from gating_jax.types import Array
 
 AUTO = "auto"
 GAIN = 0.97  # of the time of the program it replaces: what a strategy must stay under to be taken
+OPEN_LIMIT = 1.05
 _SAMPLES = 4  # batches of calibration data that are timed
 
 
@@ -43,6 +46,8 @@ class Timing:
     time_ratio: `seconds` of those of `masked`.
     efficiency: `mac_ratio / time_ratio`; 1 where all MACs that were saved have saved time.
     chosen: whether it is what runs.
+    open_ratio: of the network: seconds of a call with every unit open, or no image leaving at an exit, of the faster
+      of `masked` then and `ungated`; None of a part.
   """
 
   part: int | None
@@ -52,6 +57,7 @@ class Timing:
   time_ratio: float
   efficiency: float
   chosen: bool
+  open_ratio: float | None = None
 
 
 class Conditional:
@@ -59,21 +65,30 @@ class Conditional:
 
   Attributes:
     strategies: of each part, by name.
+    input_shape: `(H, W, D)` of an image.
     batch_size: images that the program takes.
     weights, program: what is called, `program(weights, images)`.
   """
 
-  def __init__(self, net: Folded, names: Sequence[str], settings: Sequence[Setting], timings: Sequence[Timing] = ()):
+  def __init__(self, net: Folded, input_shape: tuple[int, int, int], batch_size: int, names: Sequence[str],
+               settings: Sequence[Setting], timings: Sequence[Timing] = ()):
     self.strategies, self._settings, self._timings = tuple(names), tuple(settings), tuple(timings)
-    self.batch_size = settings[0].batch_size
+    self.input_shape, self.batch_size, self._shapes = input_shape, batch_size, inputs.shapes_of(net)
     made = _made(net, names, settings)
     self.weights, self.program = _with_parts(net, made), program(made)
 
   def __call__(self, x: Array) -> tuple[Array, Gates]:
+    """Raises ValueError for images of another shape, or in integers. One that is not finite has NaN for outputs."""
+    x = inputs.images("images", x, self.input_shape)
     return in_batches(functools.partial(self.program, self.weights), x, self.batch_size)
 
   def load(self, net: Folded) -> None:
-    """Takes the weights of another network of the same shapes, without compiling again."""
+    """Takes the weights of another network, without compiling again.
+
+    Raises:
+      ValueError: a network of other shapes or groups of gates.
+    """
+    inputs.alike("net", net, self._shapes)
     self.weights = _with_parts(net, _made(net, self.strategies, self._settings))
 
   def report(self) -> tuple[Timing, ...]:
@@ -84,11 +99,12 @@ class Conditional:
 def compile_conditional(
     model: Any, variables: Mapping[str, Any] | None = None, *, input_shape: tuple[int, int, int], batch_size: int,
     strategy: str = AUTO, buckets: int = 4, calibration: Any = None, repeats: int = 20,
+    candidates: Collection[str] | None = None, open_limit: float = OPEN_LIMIT,
 ) -> Conditional:
   """A program of a gated network that skips what is closed, and equals computing everything.
 
   `auto` times every strategy of every part on this machine, takes the fastest, and then compares the whole program with
-  that of each strategy alone: where skipping loses it computes everything.
+  that of each strategy alone: where skipping loses, or costs too much with everything open, it computes everything.
 
   Args:
     model, variables: what `fold` takes; or a `Folded` network alone.
@@ -98,47 +114,69 @@ def compile_conditional(
     buckets: programs at most for different numbers of what is open.
     calibration: `[M, H, W, D]`, M >= 1, images like those to come; `auto` needs them.
     repeats: calls of each program that are timed.
+    candidates: strategies that `auto` may take beside `masked`, such as `EXPORTABLE`; None for all that run here.
+    open_limit: how many times as long as computing everything, gates or none, a call of what `auto` takes may be with
+      every unit open; see `Timing.open_ratio`.
   Raises:
     ValueError: an unknown strategy, a network without the gates it takes, or values out of range.
   """
   one_of("strategy", strategy, (AUTO, *STRATEGIES))
-  check_arguments(strategy, input_shape, batch_size, buckets, calibration, repeats)
+  for name in candidates or ():
+    one_of("candidates", name, STRATEGIES)
+  if not open_limit > 0:
+    raise ValueError(f"open_limit must be > 0; got {open_limit}")
+  input_shape = inputs.image_shape(input_shape)
+  calibration = check_arguments(strategy, input_shape, batch_size, buckets, calibration, repeats)
   if reason := why_not(strategy):
     raise ValueError(f"strategy {strategy!r} cannot run here: {reason}")
   net = model if isinstance(model, Folded) else fold(model, variables)
+  check_float(net)
   gates = () if calibration is None else _gates_of(net, calibration)
-  settings = _settings(net, batch_size, buckets, gates)
-  options = [{name: made for name, make in STRATEGIES.items() if (strategy == name or worth_trying(name))
-              and (made := make(part, setting))} for part, setting in zip(net.parts, settings, strict=True)]
+  settings = _settings(net, buckets, gates)
+  tried = {name: make for name, make in STRATEGIES.items() if name in ("masked", strategy) or (
+      worth_trying(name) and (candidates is None or name in candidates))}
+  options = [{name: made for name, make in tried.items() if (made := make(part, setting))}
+             for part, setting in zip(net.parts, settings, strict=True)]
   if strategy != AUTO:
     if not any(strategy in known for known in options):
       raise ValueError(f"strategy must fit a part of the network; {strategy!r} fits none of it, or needs calibration")
-    return Conditional(net, [strategy if strategy in known else "masked" for known in options], settings)
+    names = [strategy if strategy in known else "masked" for known in options]
+    return Conditional(net, input_shape, batch_size, names, settings)
   ratios = _mac_ratios(net, input_shape, gates)
   batches = spread_batches(calibration, batch_size)
   timings = _time_parts(net, options, batches, ratios[:-1], repeats)
-  names, of_whole = _choose(net, options, timings, batches, ratios[-1], repeats)
+  names, of_whole = _choose(net, options, timings, batches, ratios[-1], repeats, open_limit)
   timings = [dataclasses.replace(t, chosen=t.strategy == names[t.part]) for t in timings]
-  return Conditional(net, names, settings, [*timings, *of_whole])
+  return Conditional(net, input_shape, batch_size, names, settings, [*timings, *of_whole])
 
 
 def check_arguments(strategy: str, input_shape: tuple[int, int, int], batch_size: int, buckets: int, calibration: Any,
-                    repeats: int) -> None:
-  """Raises ValueError naming the first that is out of range, or missing."""
-  for name, value in (("batch_size", batch_size), ("buckets", buckets), ("repeats", repeats)):
-    if value < 1:
-      raise ValueError(f"{name} must be >= 1; got {value}")
-  if calibration is None and strategy == AUTO:
-    raise ValueError(f"calibration must be given for strategy {strategy!r}; got None")
-  if calibration is not None and (np.shape(calibration)[1:] != tuple(input_shape) or not len(calibration)):
-    raise ValueError(f"calibration must be [M, {', '.join(map(str, input_shape))}] with M >= 1; "
-                     f"got shape {np.shape(calibration)}")
+                    repeats: int) -> np.ndarray | None:
+  """The calibration images. Raises ValueError naming the first argument that is out of range, or missing."""
+  inputs.at_least_one(batch_size=batch_size, buckets=buckets, repeats=repeats)
+  if calibration is None:
+    if strategy == AUTO:
+      raise ValueError(f"calibration must be given for strategy {strategy!r}; got None")
+    return None
+  calibration = inputs.finite("calibration", inputs.images("calibration", calibration, input_shape))
+  if not len(calibration):
+    raise ValueError("calibration must hold at least one image; got none")
+  return calibration
 
 
 def program(made: Sequence[Made] | None = None) -> Callable[[Folded, Array], tuple[Array, Gates]]:
-  """The network compiled, with what was made of each part; `masked` for None."""
+  """The network compiled, with what was made of each part; `masked` for None.
+
+  Outputs of an image that is not finite are NaN: its gates would be closed, and what is closed may not be computed.
+  """
   runners = None if made is None else [runner for _, runner in made]
-  return jax.jit(lambda net, x: folded.run(net, x, runners))
+
+  def run(net: Folded, x: Array) -> tuple[Array, Gates]:
+    y, logits = folded.run(net, x, runners)
+    sound = jnp.isfinite(jnp.sum(x, axis=(1, 2, 3)))
+    return jnp.where(jnp.expand_dims(sound, range(1, y.ndim)), y, jnp.nan), logits
+
+  return jax.jit(run)
 
 
 def ungated(net: Folded) -> Folded:
@@ -146,6 +184,14 @@ def ungated(net: Folded) -> Folded:
   return dataclasses.replace(net, parts=tuple(
       dataclasses.replace(part, head=None, **({} if isinstance(part, Layer) else {"layer_gate": False}))
       for part in net.parts))
+
+
+def opened(net: Folded) -> Folded:
+  """The network with gate networks that open every unit for every image."""
+  always = lambda head: dataclasses.replace(
+      head, logits=jnp.zeros_like(head.logits), logits_bias=jnp.ones_like(head.logits_bias))
+  return dataclasses.replace(net, parts=tuple(
+      part if part.head is None else dataclasses.replace(part, head=always(part.head)) for part in net.parts))
 
 
 def in_batches(run: Callable[[Array], Any], x: Array, size: int) -> Any:
@@ -168,12 +214,12 @@ def _gates_of(net: Folded, images: Any) -> tuple[np.ndarray, ...]:
                for logits in zip(*found, strict=True))
 
 
-def _settings(net: Folded, batch_size: int, buckets: int, gates: Sequence[np.ndarray]) -> list[Setting]:
+def _settings(net: Folded, buckets: int, gates: Sequence[np.ndarray]) -> list[Setting]:
   """Of each part."""
   settings, groups_before, gates = [], (), list(gates)
   for part in net.parts:
     own, gates = tuple(gates[: len(groups_of(part))]), gates[len(groups_of(part)):]
-    settings.append(Setting(batch_size, buckets, own, groups_before))
+    settings.append(Setting(buckets, own, groups_before))
     groups_before = groups_of(part) if isinstance(part, Layer) else ()
   return settings
 
@@ -205,10 +251,30 @@ def _mac_ratios(net: Folded, input_shape: tuple[int, int, int], gates: Sequence[
   return [*of_parts, float(np.mean(folded.macs(net, input_shape, gates))) / folded.macs(dense, input_shape)]
 
 
-def rows(part: int | None, seconds: Mapping[str, float], mac_ratio: float, chosen: str = "") -> list[Timing]:
+def rows(part: int | None, seconds: Mapping[str, float], mac_ratio: float, chosen: str = "",
+         open_ratios: Mapping[str, float] = MappingProxyType({})) -> list[Timing]:
   """A `Timing` for each strategy, by name, `masked` among them."""
   return [Timing(part, name, mac_ratio, spent, spent / seconds["masked"], mac_ratio * seconds["masked"] / spent,
-                 name == chosen) for name, spent in seconds.items()]
+                 name == chosen, open_ratios.get(name)) for name, spent in seconds.items()]
+
+
+def fastest(
+    times: Mapping[tuple[str, bool], Sequence[float]], batches: int, open_limit: float
+) -> tuple[str, dict[str, float], dict[str, float]]:
+  """The strategy to take; seconds of a call of each, and its `Timing.open_ratio`, `ungated` included.
+
+  Args:
+    times: of a run over all batches, by strategy and whether everything was open; of `ungated` not so, and of
+      `masked` both.
+    batches: how many.
+    open_limit: of `compile_conditional`.
+  """
+  seconds, open_seconds = ({name: statistics.median(spent) / batches for (name, wide), spent in times.items()
+                            if wide == opening} for opening in (False, True))
+  dense = min(open_seconds["masked"], seconds["ungated"])
+  ratios = {name: spent / dense for name, spent in {**open_seconds, "ungated": seconds["ungated"]}.items()}
+  best = min((name for name in open_seconds if ratios[name] <= open_limit), key=seconds.get, default="masked")
+  return best if seconds[best] < GAIN * seconds["masked"] else "masked", seconds, ratios
 
 
 def _time_parts(net: Folded, options: Sequence[Mapping[str, Made]], batches: Sequence[Array],
@@ -246,24 +312,25 @@ def run_over(run: Callable[..., Any], calls: Sequence[tuple]) -> None:
 
 
 def _choose(net: Folded, options: Sequence[Mapping[str, Made]], timings: Sequence[Timing],
-            batches: Sequence[Array], ratio: float, repeats: int) -> tuple[list[str], list[Timing]]:
+            batches: Sequence[Array], ratio: float, repeats: int, open_limit: float) -> tuple[list[str], list[Timing]]:
   """Each part's strategy in the fastest whole program, and what whole programs took."""
-  fastest = ["masked"] * len(net.parts)
+  of_parts = ["masked"] * len(net.parts)
   for i in range(len(net.parts)):
     of_part = [t for t in timings if t.part == i]
     if of_part and (best := min(of_part, key=lambda t: t.seconds)).time_ratio < GAIN:
-      fastest[i] = best.strategy
+      of_parts[i] = best.strategy
   mixtures = {"masked": ["masked"] * len(net.parts)}
   for name in STRATEGIES:
     if any(name in known for known in options):
       mixtures[name] = [name if name in known else "masked" for known in options]
-  if fastest not in mixtures.values():
-    mixtures["chosen"] = fastest
+  if of_parts not in mixtures.values():
+    mixtures["chosen"] = of_parts
   made = {name: _pick(options, names) for name, names in mixtures.items()}
-  runs = {name: functools.partial(run_over, program(parts), [(_with_parts(net, parts), x) for x in batches])
-          for name, parts in made.items()}
-  runs["ungated"] = functools.partial(run_over, program(), [(ungated(net), x) for x in batches])
-  seconds = {name: statistics.median(spent) / len(batches) for name, spent in race(runs, repeats).items()}
-  best = min(mixtures, key=seconds.get)
-  best = best if seconds[best] < GAIN * seconds["masked"] else "masked"
-  return mixtures[best], rows(None, seconds, ratio, best)
+  runs = {}
+  for name, parts in made.items():
+    run, own = program(parts), _with_parts(net, parts)
+    for wide, weights in ((False, own), (True, opened(own))):
+      runs[name, wide] = functools.partial(run_over, run, [(weights, x) for x in batches])
+  runs["ungated", False] = functools.partial(run_over, program(), [(ungated(net), x) for x in batches])
+  best, seconds, open_ratios = fastest(race(runs, repeats), len(batches), open_limit)
+  return mixtures[best], rows(None, seconds, ratio, best, open_ratios)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.checks import one_of
-from gating_jax.inference import folded
+from gating_jax.inference import folded, inputs
 from gating_jax.inference.conditional import (
   AUTO,
-  GAIN,
+  OPEN_LIMIT,
   Timing,
   check_arguments,
+  fastest,
   in_batches,
   rows,
   run_over,
@@ -42,6 +42,7 @@ from gating_jax.timing import race
 from gating_jax.types import Array
 
 MASKED, EXIT_DISPATCH = "masked", "exit_dispatch"
+_NEVER = 1e-12  # a threshold below every entropy
 
 
 @jax.tree_util.register_dataclass
@@ -65,19 +66,29 @@ class Exiting:
 
   Attributes:
     strategy: `exit_dispatch`, or `masked` where everything is computed for all.
+    input_shape: `(H, W, D)` of an image.
     batch_size: images that the program takes.
     weights, program: what is called, `program(weights, images)`.
   """
 
-  def __init__(self, net: ExitNet, strategy: str, batch_size: int, buckets: int, timings: Sequence[Timing] = ()):
-    self.strategy, self.batch_size, self.weights, self._timings = strategy, batch_size, net, tuple(timings)
+  def __init__(self, net: ExitNet, input_shape: tuple[int, int, int], batch_size: int, strategy: str, buckets: int,
+               timings: Sequence[Timing] = ()):
+    self.input_shape, self.batch_size, self.strategy = input_shape, batch_size, strategy
+    self.weights, self._shapes, self._timings = net, inputs.shapes_of(net), tuple(timings)
     self.program = program(buckets if strategy == EXIT_DISPATCH else None)
 
   def __call__(self, x: Array) -> tuple[Array, Array]:
+    """Raises ValueError for images of another shape, or in integers."""
+    x = inputs.images("images", x, self.input_shape)
     return in_batches(functools.partial(self.program, self.weights), x, self.batch_size)
 
   def load(self, net: ExitNet) -> None:
-    """Takes the weights of another network of the same shapes, without compiling again."""
+    """Takes the weights of another network, without compiling again.
+
+    Raises:
+      ValueError: a network of other shapes, parts or another threshold.
+    """
+    inputs.alike("net", net, self._shapes)
     self.weights = net
 
   def report(self) -> tuple[Timing, ...]:
@@ -157,11 +168,11 @@ def macs(net: ExitNet, input_shape: tuple[int, int, int], stay: Any = None) -> A
 
 def compile_exits(
     model: Any, variables: Mapping[str, Any] | None = None, *, input_shape: tuple[int, int, int], batch_size: int,
-    strategy: str = AUTO, buckets: int = 4, calibration: Any = None, repeats: int = 20,
+    strategy: str = AUTO, buckets: int = 4, calibration: Any = None, repeats: int = 20, open_limit: float = OPEN_LIMIT,
 ) -> Exiting:
   """A program that gathers, after each exit, the images that stay; it equals computing everything for all.
 
-  `auto` times both ways on this machine, and takes the faster.
+  `auto` times both ways on this machine, and takes the faster, if it is not too slow where no image leaves.
 
   Args:
     model, variables: what `fold_exits` takes; or an `ExitNet` alone.
@@ -171,24 +182,27 @@ def compile_exits(
     buckets: numbers of images at most that there is a program for after each exit.
     calibration: `[M, H, W, D]`, M >= 1, images like those to come; `auto` needs them.
     repeats: calls of each program that are timed.
+    open_limit: as of `compile_conditional`.
   Raises:
     ValueError: another model, an unknown strategy, or values out of range.
   """
   one_of("strategy", strategy, (AUTO, MASKED, EXIT_DISPATCH))
-  check_arguments(strategy, input_shape, batch_size, buckets, calibration, repeats)
+  input_shape = inputs.image_shape(input_shape)
+  calibration = check_arguments(strategy, input_shape, batch_size, buckets, calibration, repeats)
   net = model if isinstance(model, ExitNet) else fold_exits(model, variables)
   if strategy != AUTO:
-    return Exiting(net, strategy, batch_size, buckets)
+    return Exiting(net, input_shape, batch_size, strategy, buckets)
   batches = spread_batches(calibration, batch_size)
-  plain = without_exits(net)
-  runs = {MASKED: (program(), net), EXIT_DISPATCH: (program(buckets), net), "ungated": (jax.jit(folded.run), plain)}
+  plain, staying = without_exits(net), dataclasses.replace(net, threshold=_NEVER)
+  ways = {MASKED: program(), EXIT_DISPATCH: program(buckets)}
+  runs = {**{(name, all_stay): (way, staying if all_stay else net) for name, way in ways.items()
+             for all_stay in (False, True)}, ("ungated", False): (jax.jit(folded.run), plain)}
   times = race({name: functools.partial(run_over, way, [(of, x) for x in batches]) for name, (way, of) in runs.items()},
                repeats)
-  seconds = {name: statistics.median(spent) / len(batches) for name, spent in times.items()}
-  stay = np.concatenate([np.asarray(runs[MASKED][0](net, x)[1]) for x in batches])
-  chosen = EXIT_DISPATCH if seconds[EXIT_DISPATCH] < GAIN * seconds[MASKED] else MASKED
+  chosen, seconds, open_ratios = fastest(times, len(batches), open_limit)
+  stay = np.concatenate([np.asarray(ways[MASKED](net, x)[1]) for x in batches])
   ratio = float(np.mean(macs(net, input_shape, stay))) / int(folded.macs(plain, input_shape))
-  return Exiting(net, chosen, batch_size, buckets, rows(None, seconds, ratio, chosen))
+  return Exiting(net, input_shape, batch_size, chosen, buckets, rows(None, seconds, ratio, chosen, open_ratios))
 
 
 def without_exits(net: ExitNet) -> Folded:

@@ -32,10 +32,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as read_tensors
 from safetensors.numpy import save as write_tensors
 
-from gating_jax.inference import folded
+from gating_jax.checks import one_of
+from gating_jax.inference import folded, inputs
 from gating_jax.inference.conditional import Conditional
 from gating_jax.inference.exiting import Exiting
 from gating_jax.inference.folded import Folded
+from gating_jax.inference.kernel_strategies import EXPORTABLE
 from gating_jax.inference.quantise import dequantise
 
 PROGRAM, WEIGHTS, CARD = "program.stablehlo", "weights.safetensors", "card.json"
@@ -63,8 +65,15 @@ class Loaded:
   _call: Callable[..., Any] = dataclasses.field(repr=False)
 
   def __call__(self, images: Any) -> Any:
-    """Outputs `[N, ...]`, and a tuple of the logits of each group of gates; or what an exported function returned."""
-    return self._call(dict(self.weights), jnp.asarray(images, jnp.float32))
+    """Outputs `[N, ...]`, and a tuple of the logits of each group of gates; or what an exported function returned.
+
+    Raises:
+      ValueError: images of another shape or number than the program takes, or in integers.
+    """
+    x, size = inputs.images("images", images, self.card.get("input_shape")), self.card.get("batch_size")
+    if size not in (None, len(x)):
+      raise ValueError(f"images must be {size}, the batch_size of the export; got {len(x)}")
+    return self._call(dict(self.weights), x)
 
 
 def export_model(
@@ -79,9 +88,9 @@ def export_model(
   """Writes a network to a new directory, whole or not at all.
 
   Args:
-    model: a network, of `fold`, `slim` or `quantise`; a program of `compile_conditional` or `compile_exits`, without
-      the strategy `native`, whose kernel no program holds; or any function of `[N, H, W, D]` that `jax.jit` takes,
-      whose weights are then in the program.
+    model: a network, of `fold`, `slim` or `quantise`; a program of `compile_conditional`, of strategies among
+      `EXPORTABLE`, or of `compile_exits`; or any function of `[N, H, W, D]` that `jax.jit` takes, whose weights are
+      then in the program.
     directory: that is not there yet; its parent is.
     input_shape: `(H, W, D)`.
     batch_size: N; None for a program that takes any N, or as many as a compiled one does.
@@ -96,16 +105,19 @@ def export_model(
   directory = Path(directory)
   if directory.exists() or directory.is_symlink():
     raise ExportError(f"export directory must be new; {directory} exists")
-  if len(input_shape) != 3 or min(input_shape) < 1:
-    raise ValueError(f"input_shape must be (H, W, D), each >= 1; got {tuple(input_shape)}")
-  if batch_size is not None and batch_size < 1:
-    raise ValueError(f"batch_size must be >= 1, or None; got {batch_size}")
+  input_shape = inputs.image_shape(input_shape)
+  if batch_size is not None:
+    inputs.at_least_one(batch_size=batch_size)
+  for name in platforms:
+    one_of("platforms", name, (*PLATFORMS, "rocm"))
   if isinstance(model, (Conditional, Exiting)):
     if batch_size not in (None, model.batch_size):
       raise ValueError(f"batch_size must be None or {model.batch_size}, that of the compiled model; got {batch_size}")
-    if "native" in getattr(model, "strategies", ()):
-      raise ValueError("model must be compiled without the strategy native, whose kernel no program holds; "
-                       f"got {model.strategies}")
+    if input_shape != model.input_shape:
+      raise ValueError(f"input_shape must be {model.input_shape}, that of the compiled model; got {input_shape}")
+    if own := set(getattr(model, "strategies", ())) - set(EXPORTABLE):
+      raise ValueError(f"model must be compiled without {', '.join(sorted(own))}, a kernel of one kind of device; "
+                       f"compile_conditional(..., candidates=EXPORTABLE) does")
     batch_size = model.batch_size
   weights, function = _parted(model)
   program = _program(function, weights, input_shape, batch_size, platforms)
@@ -191,11 +203,21 @@ def _write(directory: Path, files: Mapping[str, bytes]) -> None:
           file.flush()
           os.fsync(file.fileno())
       partial.rename(directory)
+      _sync(directory.parent)
     except BaseException:
       shutil.rmtree(partial, ignore_errors=True)
       raise
   except OSError as error:
     raise ExportError(f"export directory {directory} cannot be written: {error.strerror}") from error
+
+
+def _sync(directory: Path) -> None:
+  """Makes what was renamed in a directory last."""
+  handle = os.open(directory, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
 
 
 def _read_card(directory: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> Folded:
       pooled features, or the same for all images.
     variables: its trained values.
   Raises:
-    ValueError: another model, or gates that are never exactly closed.
+    ValueError: another model, gates that are never exactly closed, or variables of another model.
   """
   check(model)
   flat = _flat(variables)
@@ -54,15 +54,21 @@ def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> Folded:
   return Folded(parts, (kernel, bias))
 
 
-def _flat(variables: Mapping[str, Any]) -> dict[Path, np.ndarray]:
-  return {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(dict(variables)).items()}
+class _Variables(dict[Path, np.ndarray]):
+  """By path; what is missing is named."""
+
+  def __missing__(self, path: Path) -> np.ndarray:
+    raise ValueError(f"variables must be those of the model, with {'/'.join(path)}; got {len(self)} others")
+
+
+def _flat(variables: Mapping[str, Any]) -> _Variables:
+  return _Variables({path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(dict(variables)).items()})
 
 
 def check(model: Any, kinds: Sequence[type] = (ResNet, VGG)) -> None:
   """Raises ValueError unless a model is just of one of the kinds, and what it is made of can be folded."""
   if type(model) not in kinds:  # a subclass has more than would be folded
-    raise ValueError(f"model must be {' or '.join(f'a {kind.__name__}' for kind in kinds)}; "
-                     f"got a {type(model).__name__}")
+    raise ValueError(f"model must be {' or '.join(kind.__name__ for kind in kinds)}; got {type(model).__name__}")
   gated = model.gating != "none"
   rules = [("gate context", model.gate.context, not gated or model.gate.context in ("pooled", "none"),
             "pooled or none, since others are drawn by chance"),

@@ -83,6 +83,7 @@ def worth_trying(name: str) -> bool:
   return not why_not(name) and (name != "pallas" or jax.default_backend() == "gpu")
 
 
+EXPORTABLE = ("masked", "switch", "block_dispatch", "layer_dispatch", "cluster")  # of plain JAX, for any platform
 STRATEGIES: dict[str, Callable[[Part, Setting], Made]] = {
     "masked": strategies.masked, "switch": strategies.switch, "block_dispatch": strategies.block_dispatch,
     "layer_dispatch": strategies.layer_dispatch, "cluster": strategies.cluster, "native": native, "pallas": pallas}

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gating_jax.inference import folded
+from gating_jax.inference import folded, inputs
 from gating_jax.inference.folded import Block, Folded, Group
 from gating_jax.training.diagnosis import ALWAYS_CLOSED, ALWAYS_OPEN
 
@@ -87,7 +87,7 @@ def observed(net: Folded, images: Any) -> Iterator[tuple[np.ndarray, np.ndarray,
     net: the network.
     images: `[M, H, W, D]` float32 network inputs, or an iterable of such batches.
   Raises:
-    ValueError: images of another rank.
+    ValueError: images of another rank, in integers, or not finite.
   """
   for x in batches(images):
     spare = -len(x) % BATCH if len(x) > BATCH // 2 else 0  # so that a last, smaller batch runs in the same program
@@ -102,9 +102,9 @@ def batches(images: Any) -> Iterator[np.ndarray]:
   if hasattr(images, "shape"):
     pieces = (images[start : start + BATCH] for start in range(0, max(len(images), 1), BATCH))
   for x in pieces:
-    x = np.asarray(x, np.float32)
-    if x.ndim != 4 or not len(x):
-      raise ValueError(f"images must be [M, H, W, D] or batches of such, at least one image; got shape {x.shape}")
+    x = inputs.finite("images", inputs.images("images", x))
+    if not len(x):
+      raise ValueError("images must be at least one image; got none")
     yield x
 
 

@@ -61,6 +61,12 @@ def dequantise(net: Folded) -> Folded:
                       net, is_leaf=lambda leaf: isinstance(leaf, Int8))
 
 
+def check_float(net: Any) -> None:
+  """Raises ValueError for a network with int8 kernels."""
+  if any(isinstance(leaf, Int8) for leaf in jax.tree.leaves(net, is_leaf=lambda leaf: isinstance(leaf, Int8))):
+    raise ValueError("net must have kernels of float32, as dequantise makes them; got Int8")
+
+
 def _quantise(kernel: Any) -> Int8:
   if isinstance(kernel, Int8):
     raise ValueError("net must have kernels of float32; got Int8")

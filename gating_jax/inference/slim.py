@@ -32,19 +32,19 @@ class Choice(NamedTuple):
 def slim(
     analysis: Analysis, *, multiple: int = 16, confidence: float | None = None, max_rate: float = 0.01
 ) -> Folded:
-  """The smaller network: `take(net, choose(net, openings, ...))` of an analysis.
+  """The smaller network: `take(net, static_units(net, openings, ...))` of an analysis.
 
   Channels without a gate come first in their layer. A block of which no gate is left has no gate network.
 
   Args:
     analysis: of `analyse`, which holds the network.
-    multiple, confidence, max_rate: as in `choose`.
+    multiple, confidence, max_rate: as in `static_units`.
   """
-  return take(analysis.net, choose(analysis.net, analysis.openings, multiple=multiple, confidence=confidence,
-                                   max_rate=max_rate))
+  return take(analysis.net, static_units(analysis.net, analysis.openings, multiple=multiple, confidence=confidence,
+                                         max_rate=max_rate))
 
 
-def choose(
+def static_units(
     net: Folded, openings: Sequence[Openings], *, multiple: int = 16, confidence: float | None = None,
     max_rate: float = 0.01,
 ) -> tuple[Choice, ...]:
@@ -88,7 +88,7 @@ def rate_bound(images: int, confidence: float, *, events: int = 0) -> float:
 
 
 def take(net: Folded, choices: Sequence[Choice]) -> Folded:
-  """The network without what `choose` chose; equal wherever that does not matter."""
+  """The network without what `static_units` chose; equal wherever that does not matter."""
   if [len(c.removed) for c in choices] != [group.gates for _, _, group, _ in places(net)]:
     raise ValueError("choices must be one for each group of the network, [U]; got "
                      f"{[len(c.removed) for c in choices]}")

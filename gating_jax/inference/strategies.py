@@ -35,9 +35,8 @@ CHANNELS = 16  # capacities are multiples of this, what a row of registers holds
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """Of a part: examples at a time, programs at most, gates of calibration data and groups of the part before it."""
+  """Of a part: programs at most, gates of calibration data and groups of the part before it."""
 
-  batch_size: int
   buckets: int
   gates: tuple[np.ndarray, ...] = ()
   groups_before: tuple[Group, ...] = ()

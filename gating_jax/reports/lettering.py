@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 from typing import IO, Any
 
 from gating_jax.checks import printable
+from gating_jax.training.journal import write_atomically
 
 
 def plain(name: object, letters: int) -> str:
@@ -32,11 +34,16 @@ def columns(rows: list[list[str]]) -> list[str]:
 
 
 def save(figure, file: Path | IO[bytes], **options: Any) -> None:
-  """Writes a matplotlib figure as PNG, its texts as they are: `$` starts no formula, and a letter may be in no font."""
+  """Writes a matplotlib figure as PNG, its texts as they are: `$` starts no formula, and a letter may be in no font.
+
+  A file by its path is whole or not there.
+  """
   from matplotlib.text import Text  # imports slowly
 
   for text in figure.findobj(Text):
     text.set_parse_math(False)
   with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Glyph .* missing from")
-    figure.savefig(file, **options)
+    figure.savefig(content := io.BytesIO() if isinstance(file, Path) else file, **options)
+  if isinstance(file, Path):
+    write_atomically(file, content.getvalue())

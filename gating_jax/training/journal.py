@@ -119,12 +119,14 @@ class _Lines:
         self._file.close()
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
   """Replaces the file whole or not at all; a kill in between leaves the old one, and a `.tmp` beside it."""
   temporary = path.with_name(path.name + TEMPORARY)
+  if isinstance(content, str):
+    content = content.encode("utf-8", errors="replace")  # names may hold what is no character
   with _naming(path):
-    with temporary.open("w", encoding="utf-8", errors="replace") as file:  # names may hold what is no character
-      file.write(text)
+    with temporary.open("wb") as file:
+      file.write(content)
       file.flush()
       os.fsync(file.fileno())
     temporary.replace(path)

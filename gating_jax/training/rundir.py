@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-from collections.abc import Callable, Iterator, Mapping
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from gating_jax.training.journal import TEMPORARY, write_json
 
 CONFIG_FILE, RESULT_FILE, REPORT_FILE, CHECKPOINT_DIR, _LOCK_FILE = (
     "config.json", "result.json", "report.html", "checkpoints", ".lock")
+_STAGED = ".staged"
 
 
 class RunDirError(Exception):
@@ -103,6 +106,47 @@ def _locked(path: Path, mine: Mapping[str, Any]) -> Iterator[None]:
     else:
       write_json(file, mine)
     yield
+
+
+@contextlib.contextmanager
+def staged(path: Path, names: Sequence[str]) -> Iterator[Path]:
+  """A folder to write files and folders of these names in; when the block ends they are in `path`, all of them or none.
+
+  What of them the block has not made is left out. A kill half-way leaves nothing under these names, and the next call
+  clears away what it left; one that comes while they are being moved is made good by the next call.
+
+  Raises:
+    RunDirError: one of them is in `path`; or another process is writing them.
+  """
+  aside = path / _STAGED
+  whole, made = aside / "whole", aside / "made"
+  made.mkdir(parents=True, exist_ok=True)
+  handle = os.open(aside, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise RunDirError(f"{path} is being written to by another process") from None
+    try:
+      if whole.exists():
+        _move(made, path)
+      for name in names:
+        if (path / name).exists():
+          raise RunDirError(f"{path / name} exists; rename it or take it away to make it anew")
+      shutil.rmtree(made)
+      made.mkdir()
+      yield made
+      whole.touch()
+      _move(made, path)
+    finally:
+      shutil.rmtree(aside)
+  finally:
+    os.close(handle)
+
+
+def _move(source: Path, target: Path) -> None:
+  for file in source.iterdir():
+    file.rename(target / file.name)
 
 
 def run_mode(

@@ -28,6 +28,7 @@ def test_a_run_is_compiled_and_what_was_measured_is_kept(tmp_path, capsys, monke
     assert {"masked", "switch", "cluster"} <= {row["strategy"] for row in rows if row["part"] == 1}
     assert {"masked", "ungated"} <= {row["strategy"] for row in rows if row["part"] is None}
     assert sum(row["chosen"] for row in rows if row["part"] is None) == 1
+    assert all((row["open_ratio"] is None) == (row["part"] is not None) for row in rows)
     for row in rows:
       assert row["efficiency"] == pytest.approx(row["mac_ratio"] / row["time_ratio"])
       assert f"{1e3 * row['seconds']:.2f}" in said

@@ -2,6 +2,8 @@ import contextlib
 import importlib
 import io
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import tiny_cli
 
 from gating_jax.data import sources
 from gating_jax.experiments import classification, image_export
+from gating_jax.inference import conditional
 from gating_jax.inference.export import load
 from gating_jax.models import resnet
 from gating_jax.training import rundir
@@ -37,7 +40,13 @@ def exported(config, tmp_path_factory):
   said(config, workdir, "train")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(image_export, "_REPEATS", 2)
+    patch.setattr(conditional, "race", fastest("switch"))
     return workdir, said(config, workdir, "export")
+
+
+def fastest(strategy):
+  """A race by a made-up clock, in which this strategy takes half of what others take."""
+  return lambda runs, _: {name: [0.5 if strategy in (name, name[0]) else 1.0] for name in runs}
 
 
 @pytest.mark.parametrize(("folder", "tolerance"), [("export", 0), ("export_int8", 0.05)])
@@ -69,7 +78,31 @@ def test_the_export_that_skips_takes_one_image_and_answers_alike(exported):
   images = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype(np.float32)
   for image in images:
     np.testing.assert_allclose(skips(image[None])[0], whole(image[None])[0], rtol=1e-4, atol=1e-4)
-  assert "slimmed, skipping" in text
+  assert skips.card["accuracy"] == pytest.approx(whole.card["accuracy"], abs=1 / 360)
+  assert re.search(r"slimmed, skipping +\d+\.\d\d %", text)
+
+
+def test_where_skipping_is_no_faster_no_program_that_skips_is_written(exported, config, tmp_path, monkeypatch):
+  monkeypatch.setattr(image_export, "_REPEATS", 1)
+  monkeypatch.setattr(conditional, "race", fastest("masked"))
+  shutil.copytree(exported[0], tmp_path / "run", ignore=shutil.ignore_patterns("export*"))
+  text = said(config, tmp_path / "run", "export")
+  assert {path.name for path in (tmp_path / "run").glob("*export*")} == {"export", "export_int8"}
+  assert "computing everything is as fast as skipping here" in text
+
+
+@pytest.mark.slow
+def test_a_net_with_early_exits_is_exported_for_one_image(tmp_path, monkeypatch):
+  monkeypatch.setattr(image_export, "_REPEATS", 1)
+  config = importlib.import_module("configs.digits_resnet20").get_config("gates=exits")
+  config.update_from_flattened_dict({"model.name": "resnet8", "model.width": 0.25, "optim.epochs": 1})
+  said(config, tmp_path / "run", "train")
+  said(config, tmp_path / "run", "export")
+  result, loaded = json.loads((tmp_path / "run" / "result.json").read_text()), load(tmp_path / "run" / "export")
+  assert loaded.card["batch_size"] == 1
+  assert loaded.card["accuracy"] == pytest.approx(result["accuracy"], abs=1 / 360 + 1e-9)
+  assert loaded.card["executed_macs"] == pytest.approx(result["macs"], rel=1e-2)
+  assert loaded(np.zeros((1, 8, 8, 1), np.float32))[0].shape == (1, 10)
 
 
 def test_what_is_said(exported):
@@ -84,7 +117,7 @@ def test_what_is_said(exported):
 def test_an_export_is_not_written_over(exported, config):
   workdir, _ = exported
   before = (workdir / "export" / "card.json").read_bytes()
-  with pytest.raises(rundir.RunDirError, match="export exists; rename it"):
+  with pytest.raises(rundir.RunDirError, match=r"export\w* exists; rename it"):
     said(config, workdir, "export")
   assert (workdir / "export" / "card.json").read_bytes() == before
 

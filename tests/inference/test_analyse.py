@@ -100,9 +100,11 @@ def test_a_net_without_gates_has_macs_only():
 
 
 @pytest.mark.parametrize(("calibration", "message"), [
-    (np.zeros((0, *SHAPE), np.float32), "at least one image; got shape"),
+    (np.zeros((0, *SHAPE), np.float32), "at least one image; got none"),
     (iter(()), "at least one image; got none"),
-    (np.zeros(SHAPE, np.float32), r"images must be \[M, H, W, D\]"),
+    (np.zeros(SHAPE, np.float32), r"images must be \[N, H, W, D\]; got shape"),
+    (np.zeros((2, *SHAPE), np.uint8), "images must be network inputs in floating point, .*; got uint8"),
+    (np.full((2, *SHAPE), np.nan, np.float32), "images must be finite; image 0 is not"),
     ([np.zeros((1, 9, 8, 3)), np.zeros((1, 8, 8, 3))], "images of one shape"),
 ])
 def test_bad_calibration_is_named(analysis, calibration, message):

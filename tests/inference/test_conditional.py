@@ -13,6 +13,7 @@ from gating_jax.inference import conditional, folded
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer
 from gating_jax.inference.kernel_strategies import STRATEGIES, why_not, worth_trying
+from gating_jax.inference.quantise import quantise
 
 SHAPE = (5, 4, 3)
 FEATURES = 6
@@ -114,9 +115,10 @@ def test_equal_to_computing_everything(kind, strategy, batch_size):
 
 
 @cases
-def test_equal_on_fuzzed_gates(kind, strategy):
+@pytest.mark.parametrize(("batch_size", "buckets"), [(3, 4), (1, 2)])
+def test_equal_on_fuzzed_gates(kind, strategy, batch_size, buckets):
   """One program, whose weights are arguments: all open, all closed, and what is between."""
-  run = compiled(kind, strategy, 3)
+  run = compiled(kind, strategy, batch_size, buckets=buckets)
   seen = set()
 
   @settings(max_examples=10, deadline=None)
@@ -168,13 +170,91 @@ def test_auto_reports_what_it_measured_and_takes_the_fastest(kind):
   assert chosen.time_ratio <= 1
 
 
+def clock(seconds, when_open=1.0):
+  """A race by a made-up clock: seconds of each strategy, 2 of others, and of `masked` and `ungated` with all open 1."""
+  def race(runs, _):
+    def spent(name):
+      strategy, wide = name if isinstance(name, tuple) else (name, False)
+      if wide or strategy == "ungated":
+        return 1.0 if strategy in ("masked", "ungated") else when_open
+      return seconds.get(strategy, 2.0)
+    return {name: [spent(name)] for name in runs}
+  return race
+
+
 def test_auto_falls_back_where_skipping_loses(monkeypatch):
-  """By a made-up clock, in which each strategy but one is slow."""
   for fast in ("masked", "block_dispatch"):
-    monkeypatch.setattr(conditional, "race", lambda runs, _, fast=fast: {
-        name: [1.0 if name == fast else 2.0] for name in runs})
+    monkeypatch.setattr(conditional, "race", clock({fast: 1.0}))
     run = compiled("blocks", "auto", 2, calibration=images(3))
     assert run.strategies == ("masked", fast, fast)
+
+
+@pytest.mark.parametrize(("when_open", "limit", "strategy"), [
+    (1.04, {}, "block_dispatch"), (1.06, {}, "masked"), (1.06, {"open_limit": 1.1}, "block_dispatch")])
+def test_auto_takes_nothing_that_is_slow_with_everything_open(when_open, limit, strategy, monkeypatch):
+  monkeypatch.setattr(conditional, "race", clock({"masked": 1.0, "block_dispatch": 0.5}, when_open))
+  run = compiled("blocks", "auto", 2, calibration=images(3), **limit)
+  assert run.strategies[1:] == (strategy, strategy)
+  ratios = {t.strategy: t.open_ratio for t in run.report() if t.part is None}
+  assert (ratios["masked"], ratios["ungated"], ratios["block_dispatch"]) == (1.0, 1.0, when_open)
+  assert all(t.open_ratio is None for t in run.report() if t.part is not None)
+
+
+def test_with_everything_open_is_timed_with_everything_open():
+  _, logits = folded.run(conditional.opened(net("bottleneck")), images(5))
+  assert all((z > 0).all() for z in logits)
+
+
+def test_auto_takes_from_the_candidates_alone():
+  run = compiled("blocks", "auto", 2, calibration=images(3), repeats=1, candidates=("block_dispatch",))
+  assert {t.strategy for t in run.report()} == {"masked", "block_dispatch", "ungated"}
+
+
+@cases
+def test_an_image_that_is_no_number_has_no_answer_and_changes_no_other(kind, strategy):
+  run, x = compiled(kind, strategy, 3), images(3)
+  whole = np.asarray(run(x)[0])
+  for value in (np.nan, np.inf):
+    spoilt = x.copy()
+    spoilt[1, 2, 2, 0] = value
+    y = np.asarray(run(spoilt)[0])
+    assert np.isnan(y[1]).all()
+    np.testing.assert_allclose(y[[0, 2]], whole[[0, 2]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("other", "message"), [
+    (lambda: dataclasses.replace(net("channels"), parts=net("channels").parts[:2]), "parts and groups of gates"),
+    (lambda: net("layers"), "parts and groups of gates"),
+    (lambda: dataclasses.replace(net("channels"), classifier=(jnp.zeros((6, 5)), jnp.zeros(5))),
+     r"the shapes of the network that was compiled, at classifier.0 float32 \(6, 4\); got float32 \(6, 5\)"),
+])
+def test_a_network_of_other_shapes_is_not_loaded(other, message):
+  run = compiled("channels", "switch")
+  with pytest.raises(ValueError, match=message):
+    run.load(other())
+
+
+def test_a_network_with_other_groups_of_the_same_convolutions_is_not_loaded():
+  rng = np.random.default_rng(0)
+  of = lambda group: Folded((Layer(conv(rng, 3, FEATURES)), basic(rng, group)))
+  run = compile_conditional(of(Group(34)), input_shape=SHAPE, batch_size=1, strategy="switch")
+  with pytest.raises(ValueError, match="groups of gates"):
+    run.load(of(Group(30, always=4)))
+
+
+@pytest.mark.parametrize(("x", "message"), [
+    (np.zeros((2, 5, 5, 3), np.float32), r"images must be \[N, 5, 4, 3\]; got shape \(2, 5, 5, 3\)"),
+    (np.zeros((5, 4, 3), np.float32), r"images must be \[N, 5, 4, 3\]; got shape \(5, 4, 3\)"),
+    (np.zeros((2, *SHAPE), np.uint8), "images must be network inputs in floating point, .*; got uint8"),
+])
+def test_wrong_images_are_named(x, message):
+  with pytest.raises(ValueError, match=message):
+    compiled("channels", "switch")(x)
+
+
+def test_images_of_other_floating_point_types_are_taken():
+  run, x = compiled("channels", "switch"), images(2)
+  np.testing.assert_array_equal(run(x.astype(np.float64))[0], run(x)[0])
 
 
 def test_an_absent_kernel_is_named(monkeypatch):
@@ -189,15 +269,27 @@ def test_an_absent_kernel_is_named(monkeypatch):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"strategy": "swich"}, "strategy must be one of .*; got 'swich'. Did you mean 'switch'"),
     ({"strategy": "layer_dispatch"}, "strategy must fit a part of the network; 'layer_dispatch' fits"),
-    ({"batch_size": 0}, "batch_size must be >= 1; got 0"),
-    ({"buckets": 0}, "buckets must be >= 1; got 0"),
-    ({"repeats": 0}, "repeats must be >= 1; got 0"),
+    ({"batch_size": 0}, "batch_size must be >= 1, a whole number; got 0"),
+    ({"batch_size": 2.5}, "batch_size must be >= 1, a whole number; got 2.5"),
+    ({"input_shape": (0, -1, 7)}, r"input_shape must be \(H, W, D\), whole numbers >= 1; got \(0, -1, 7\)"),
+    ({"input_shape": (7, 9)}, r"input_shape must be \(H, W, D\), whole numbers >= 1; got \(7, 9\)"),
+    ({"open_limit": 0.0}, "open_limit must be > 0; got 0.0"),
+    ({"candidates": ("swich",)}, "candidates must be one of .*; got 'swich'. Did you mean 'switch'"),
+    ({"buckets": 0}, "buckets must be >= 1, a whole number; got 0"),
+    ({"repeats": 0}, "repeats must be >= 1, a whole number; got 0"),
     ({}, "calibration must be given for strategy 'auto'; got None"),
-    ({"calibration": images(2)[:, 1:]}, r"calibration must be \[M, 5, 4, 3\] with M >= 1; got shape \(2, 4, 4, 3\)"),
+    ({"calibration": images(2)[:, 1:]}, r"calibration must be \[N, 5, 4, 3\]; got shape \(2, 4, 4, 3\)"),
+    ({"calibration": images(0)}, "calibration must hold at least one image; got none"),
+    ({"calibration": np.full((2, *SHAPE), np.nan, np.float32)}, "calibration must be finite; image 0 is not"),
 ])
 def test_a_wrong_argument_is_named(changes, message):
   with pytest.raises(ValueError, match=message):
     compile_conditional(net("channels"), **{"input_shape": SHAPE, "batch_size": 1, **changes})
+
+
+def test_int8_kernels_are_refused():
+  with pytest.raises(ValueError, match="net must have kernels of float32, .*; got Int8"):
+    compile_conditional(quantise(net("channels")), input_shape=SHAPE, batch_size=1, strategy="switch")
 
 
 def test_every_strategy_is_tried():

@@ -86,21 +86,27 @@ def test_what_both_ways_took_is_reported_and_the_faster_runs():
   assert 0 < masked.mac_ratio == gathered.mac_ratio == ungated.mac_ratio
   assert [t.chosen for t in run.report()] == [run.strategy == t.strategy for t in run.report()]
   assert gathered.time_ratio == gathered.seconds / masked.seconds
+  assert min(t.open_ratio for t in run.report()) == 1
 
 
 def test_wrong_arguments_are_named():
-  with pytest.raises(ValueError, match="model must be a EarlyExitNet; got a ResNet"):
+  with pytest.raises(ValueError, match="model must be EarlyExitNet; got ResNet"):
     fold_exits(ResNet(4, (1,), features=4), {})
   with pytest.raises(ValueError, match="group_norm must be False: GroupNorm cannot be folded; got True"):
     fold_exits(EarlyExitNet(4, (1, 1), features=4, group_norm=True), {})
-  with pytest.raises(ValueError, match="buckets must be >= 1; got 0"):
+  with pytest.raises(ValueError, match="buckets must be >= 1, a whole number; got 0"):
     compiled(2, buckets=0)
-  with pytest.raises(ValueError, match=r"calibration must be \[M, 8, 7, 3\]"):
+  with pytest.raises(ValueError, match=r"calibration must be \[N, 8, 7, 3\]"):
     compiled(2, calibration=jnp.zeros((3, 1, 1, 1)))
   with pytest.raises(ValueError, match="calibration must be given for strategy 'auto'; got None"):
     compiled(2, strategy="auto")
   with pytest.raises(ValueError, match="strategy must be one of .*; got 'switch'"):
     compiled(2, strategy="switch")
+
+
+def test_a_network_with_another_threshold_is_not_loaded():
+  with pytest.raises(ValueError, match="net must have the parts"):
+    compiled(3).load(dataclasses.replace(fold_exits(MODEL, VARIABLES), threshold=0.5))
 
 
 def test_weights_of_another_network_are_taken():

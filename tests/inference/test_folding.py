@@ -130,10 +130,18 @@ def test_only_features_that_a_chain_itself_ends_with_stay(features):
     (ResNet(3, (1,), features=4, gating="channel", gate=GateSettings(context="random")),
      "context must be pooled or none"),
     (ResNet(3, (1,), features=4, gating="channel", gate=GateSettings(relaxation="sigmoid")), "relaxation must be"),
-    (flax.linen.Dense(3), "model must be a ResNet or a VGG; got a Dense"),
-    (EarlyExitNet(3, (1, 1), features=4), "model must be a ResNet or a VGG; got a EarlyExitNet"),
-    (ExpertNet(3, (1, 1), features=4), "model must be a ResNet or a VGG; got a ExpertNet"),
+    (flax.linen.Dense(3), "model must be ResNet or VGG; got Dense"),
+    (EarlyExitNet(3, (1, 1), features=4), "model must be ResNet or VGG; got EarlyExitNet"),
+    (ExpertNet(3, (1, 1), features=4), "model must be ResNet or VGG; got ExpertNet"),
 ])
 def test_what_cannot_be_folded_is_named(model, message):
   with pytest.raises(ValueError, match=message):
     fold(model, {})
+
+
+def test_variables_of_another_model_are_named():
+  model = ResNet(3, (1,), features=4)
+  with pytest.raises(ValueError, match="variables must be those of the model, with params/.*; got 0 others"):
+    fold(model, {})
+  with pytest.raises(ValueError, match="variables must be those of the model, with params/stage1_block2/"):
+    fold(ResNet(3, (2,), features=4), random_variables(model))

@@ -55,7 +55,7 @@ def test_equal_on_every_image_where_nothing_static_moves(data):
   mixed = [data.draw(st.lists(bias, min_size=h.logits_bias.size, max_size=h.logits_bias.size)) for h in heads(net)]
   net = data.draw(st.sampled_from([forced(net, mixed), everywhere(net, CLOSED), everywhere(net, OPEN)]))
   found = openings.count(net, images(12))
-  choices = slim.choose(net, found, multiple=data.draw(st.sampled_from([1, 2, 3, 16])))
+  choices = slim.static_units(net, found, multiple=data.draw(st.sampled_from([1, 2, 3, 16])))
   assert not equal_where_it_must(net, choices, images(12)).any()
   equal_where_it_must(net, choices, images(6, seed=data.draw(st.integers(1, 3))))
   assert folded.macs(slim.take(net, choices), SHAPE) <= folded.macs(net, SHAPE)
@@ -64,12 +64,12 @@ def test_equal_on_every_image_where_nothing_static_moves(data):
 @pytest.mark.parametrize("name", GATED)
 def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
   opened = everywhere(NETS[name], OPEN)
-  small = slim.take(opened, slim.choose(opened, openings.count(opened, images(4))))
+  small = slim.take(opened, slim.static_units(opened, openings.count(opened, images(4))))
   assert heads(small) == []
   assert folded.macs(small, SHAPE) == folded.macs(opened, SHAPE) - sum(
       h.hidden.size + h.logits.size for h in heads(opened))
   closed = everywhere(NETS[name], CLOSED)
-  small = slim.take(closed, slim.choose(closed, openings.count(closed, images(4))))
+  small = slim.take(closed, slim.static_units(closed, openings.count(closed, images(4))))
   pairs = zip(closed.parts, small.parts, strict=True)
   blocks = [(old, new) for old, new in pairs if isinstance(old, Block) and old.head]
   for old, new in blocks:
@@ -94,19 +94,19 @@ def one_block(group):
 def test_kept_are_rounded_up_by_those_nearest_to_opening():
   net = one_block(Group(6))
   found = counted([0, 5, 0, 10, 0, 0], 10, [-3.0, 1.0, -1.0, 2.0, -2.0, -4.0])
-  (choice,) = slim.choose(net, [found], multiple=4)
+  (choice,) = slim.static_units(net, [found], multiple=4)
   assert choice.removed.tolist() == [True, False, False, False, False, True]
   assert choice.ungated.tolist() == [False, False, False, True, False, False]
   small = slim.take(net, [choice])
   assert small.parts[1].head.groups == (Group(3, always=1),)
-  (choice,) = slim.choose(net, [found], multiple=1)
+  (choice,) = slim.static_units(net, [found], multiple=1)
   assert choice.removed.tolist() == [True, False, True, False, True, True]
 
 
 def test_units_of_several_channels_and_channels_without_gate_are_rounded_in_channels():
   group = Group(4, channels=2, always=2)
   found = counted([0, 3, 0, 0], 10, [-3.0, 1.0, -1.0, -2.0], group)
-  (choice,) = slim.choose(one_block(group), [found], multiple=6)  # 2 + 2 open channels, so that 2 more stay
+  (choice,) = slim.static_units(one_block(group), [found], multiple=6)  # 2 + 2 open channels, so that 2 more stay
   assert choice.removed.tolist() == [True, False, False, True]
   assert slim.take(one_block(group), [choice]).parts[1].convs[0].bias.size == 6
 
@@ -133,7 +133,7 @@ def test_slimming_twice_changes_nothing_more():
 
 def test_features_of_a_vgg_keep_their_channels_and_order():
   net = everywhere(Folded(NETS["vgg"].parts), CLOSED)
-  choices = slim.choose(net, openings.count(net, images(4)), multiple=1)
+  choices = slim.static_units(net, openings.count(net, images(4)), multiple=1)
   assert not choices[-1].removed.any()
   assert choices[0].removed.any()
   assert folded.run(slim.take(net, choices), images(4))[0].shape == folded.run(net, images(4))[0].shape
@@ -167,7 +167,8 @@ def test_disagreement_counts_what_new_images_move():
 
 def test_confidence_takes_nothing_on_too_few_images():
   net = one_block(Group(2))
-  choose = lambda images, **options: slim.choose(net, [counted([0, images], images, [-1, 1])], multiple=1, **options)
+  choose = lambda images, **options: slim.static_units(
+      net, [counted([0, images], images, [-1, 1])], multiple=1, **options)
   assert choose(298, confidence=0.95)[0].removed.tolist() == [False, False]
   assert choose(299, confidence=0.95)[0].removed.tolist() == [True, False]
   assert choose(298, confidence=0.95)[0].ungated.tolist() == [False, False]
@@ -189,11 +190,11 @@ def test_rate_bound_is_the_rule_of_three(images, confidence):
 ])
 def test_bad_settings_are_named(options, message):
   with pytest.raises(ValueError, match=message):
-    slim.choose(one_block(Group(2)), [counted([0, 1], 2, [-1, 1])], **options)
+    slim.static_units(one_block(Group(2)), [counted([0, 1], 2, [-1, 1])], **options)
 
 
 def test_choices_and_openings_of_another_network_are_refused():
   with pytest.raises(ValueError, match="openings must be those of the network's 1 groups"):
-    slim.choose(one_block(Group(3)), [counted([0, 1], 2, [-1, 1])])
+    slim.static_units(one_block(Group(3)), [counted([0, 1], 2, [-1, 1])])
   with pytest.raises(ValueError, match="choices must be one for each group"):
     slim.take(one_block(Group(3)), [])

@@ -7,7 +7,7 @@ import sys
 import ml_collections
 import pytest
 
-from gating_jax.training.rundir import CONFIG_FILE, RunDirError, existing_run, open_run, run_mode
+from gating_jax.training.rundir import CONFIG_FILE, RunDirError, existing_run, open_run, run_mode, staged
 
 
 def config(**changes):
@@ -197,3 +197,65 @@ def test_only_training_opens_the_run(tmp_path):
   for mode in modes:
     run_mode(tmp_path / "run", config(), mode, **modes, render=str)
   assert called == [(mode, tmp_path / "run") for mode in modes]
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from gating_jax.training import rundir
+die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[2] == "moving":
+  rundir._move = lambda source, target: ((source / "a").rename(target / "a"), die())
+with rundir.staged(Path(sys.argv[1]), ("a", "b")) as folder:
+  (folder / "a").write_text("first")
+  if sys.argv[2] == "writing":
+    die()
+  (folder / "b").mkdir()
+  (folder / "b" / "c").write_text("second")
+"""
+
+
+def write_both(path):
+  with staged(path, ("a", "b")) as folder:
+    (folder / "a").write_text("new")
+    (folder / "b").mkdir()
+
+
+def killed(path, when):
+  return subprocess.run([sys.executable, "-c", _KILLED, str(path), when], check=False).returncode
+
+
+def test_staged_files_are_all_there_or_none_after_a_kill(tmp_path):
+  assert killed(tmp_path, "writing") == -9
+  assert [f.name for f in tmp_path.iterdir()] == [".staged"]
+  write_both(tmp_path)
+  assert {f.name for f in tmp_path.iterdir()} == {"a", "b"}
+  assert (tmp_path / "a").read_text() == "new"
+
+
+def test_a_kill_while_staged_files_are_moved_is_made_good(tmp_path):
+  assert killed(tmp_path, "moving") == -9
+  with pytest.raises(RunDirError, match="a exists; rename it or take it away to make it anew"):
+    write_both(tmp_path)
+  assert {f.name for f in tmp_path.iterdir()} == {"a", "b"}
+  assert ((tmp_path / "a").read_text(), (tmp_path / "b" / "c").read_text()) == ("first", "second")
+
+
+def test_staged_files_of_a_block_that_fails_are_gone(tmp_path):
+  def interrupted():
+    with staged(tmp_path, ("a",)) as folder:
+      (folder / "a").write_text("new")
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    interrupted()
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_staged_files_overwrite_nothing_and_are_written_by_one_process(tmp_path):
+  with staged(tmp_path, ("a",)), pytest.raises(RunDirError, match="is being written to by another process"):
+    write_both(tmp_path)
+  (tmp_path / "b").write_text("old")
+  with pytest.raises(RunDirError, match="b exists; rename it"):
+    write_both(tmp_path)
+  assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("b", "old")]
