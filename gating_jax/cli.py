@@ -116,8 +116,9 @@ def _main(argv: list[str]) -> int:
     return _failed(f"a fault of the program:\n{traceback.format_exc()}", 1)
   except KeyboardInterrupt:
     goes_on = "goes on from the newest checkpoint, if there is one" if _MODE.value == "train" else "begins anew"
-    print(f"interrupted; the same command {goes_on}", file=sys.stderr)
-    return 130
+    print(f"interrupted; the same command {goes_on}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(130)  # at once: what is still being computed can crash the interpreter's own end
   return 0
 
 

@@ -137,7 +137,7 @@ def layer_dispatch(part: Part, setting: Setting) -> Made:
   def run(part: Block, x: Array, gates: Gates, before: Gates) -> Array:
     del before
     branch = lambda x: _chain(part.convs, x)
-    return jax.nn.relu(for_open(gates[0][:, 0] > 0, (x,), branch, part.shortcut(x), setting.buckets))
+    return for_open(gates[0][:, 0] > 0, (x,), branch, part.shortcut(x), setting.buckets, after=jax.nn.relu)
 
   return part, run
 
@@ -185,17 +185,20 @@ def _dispatch_blocks(group: Group, setting: Setting) -> Runner:
 
 
 def for_open(is_open: Array, inputs: tuple[Array, ...], function: Callable[..., Array], y: Any,
-             buckets: int) -> Any:
-  """y, arrays `[N, ...]`, with the function of the open examples added: a program for each of a few counts of them."""
+             buckets: int, after: Callable[[Array], Array] = lambda y: y) -> Any:
+  """y, arrays `[N, ...]`, with the function of the open examples added: a program for each of a few counts of them.
+
+  `after` is what is done to each element then; within the programs, so that no pass over y is needed for it alone.
+  """
   total = is_open.size
   sizes = (0, *bucket_sizes(total, buckets)) if total > 1 else (0, 1)
-  add = functools.partial(jax.tree.map, jnp.add)
+  add = functools.partial(jax.tree.map, lambda a, b: after(a + b))
   where = lambda flags, tree: jax.tree.map(
       lambda a: jnp.where(jnp.expand_dims(flags, range(1, a.ndim)), a, 0), tree)
 
   def branch(k: int) -> Callable[[], Any]:
     if k == 0:
-      return lambda: y
+      return lambda: jax.tree.map(after, y)
     if k == total:
       if total == 1:
         return lambda: add(y, function(*inputs))
@@ -204,7 +207,7 @@ def for_open(is_open: Array, inputs: tuple[Array, ...], function: Callable[..., 
     def run() -> Any:
       taken, index = lax.top_k(is_open.astype(jnp.float32), k)
       added = where(taken > 0, function(*(a[index] for a in inputs)))
-      put = lambda a, b: a.at[index].add(b, unique_indices=True, mode="promise_in_bounds")
+      put = lambda a, b: after(a).at[index].set(after(a[index] + b), unique_indices=True, mode="promise_in_bounds")
       return jax.tree.map(put, y, added)
     return run
 
@@ -242,7 +245,8 @@ def cluster(part: Part, setting: Setting) -> Made:
       y = for_open(waiting & covered, inputs, lambda x, *m, convs=convs: _chain(convs, x, m), y,
                    setting.buckets)
       waiting &= ~covered
-    return jax.nn.relu(for_open(waiting, (x, *own), lambda x, *m: _chain(part.convs, x, m), y, setting.buckets))
+    return for_open(waiting, (x, *own), lambda x, *m: _chain(part.convs, x, m), y, setting.buckets,
+                    after=jax.nn.relu)
 
   return made, run
 

@@ -134,9 +134,11 @@ def mac_loss(records: Records) -> Array:
 def mac_budget_loss(
     records: Records, fixed_macs: int, budget: float | Array, *, axis_name: Hashable | None = None
 ) -> Array:
-  """Squared excess of the MACs that the gates spend over a budget, both as a share of the ungated MACs; 0 below it.
+  """Squared difference of the MACs that the gates spend from a budget, both as a share of the ungated MACs.
 
-      loss = max(0, (fixed + mean_n gated MACs) / (fixed + all gated MACs) - budget)^2
+      loss = ((fixed + mean_n gated MACs) / (fixed + all gated MACs) - budget)^2
+
+  Below the budget it opens gates: what closed too much early in training would stay closed otherwise.
 
   Its value is of the gates as they are; its gradient that of the expected MACs, as if the two were equal. On average
   they are for noise of scale 1; with another, a unit's probability is not the one with which its gate is drawn. Where
@@ -152,7 +154,7 @@ def mac_budget_loss(
                         for macs in (expected_macs, executed_macs))
   mean = expected + lax.stop_gradient(executed - expected)
   share = (float(fixed_macs) + mean) / float(fixed_macs + gated_macs(records))
-  return jnp.square(jnp.maximum(share - budget, 0))
+  return jnp.square(share - budget)
 
 
 def _nonempty(layers: Sequence) -> Sequence:

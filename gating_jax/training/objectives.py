@@ -34,8 +34,8 @@ class ImageObjective:
     prior: what each gate's open probability should follow over the batch.
     reduction: of the batch-shaping loss over gates: `layer_mean`, mean over a layer's gates and sum over layers;
       `mean` or `sum` over all gates of the network.
-    sparsity: `l0`, mean open probability; `macs`, the same weighted by cost; `budget`, squared excess of the MAC share
-      over `target`; `target_rate`, squared gap of each gate's rate to `target`.
+    sparsity: `l0`, mean open probability; `macs`, the same weighted by cost; `budget`, squared gap of the MAC share to
+      `target`; `target_rate`, squared gap of each gate's rate to `target`.
     target: share in (0, 1], for `budget` and `target_rate`.
     batch_shaping_coefficient, sparsity_coefficient: gamma_t and rho_t, from step to number.
     fixed_macs: MACs per example that no gate switches, for `budget`.
