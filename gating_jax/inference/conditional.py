@@ -78,7 +78,7 @@ class Conditional:
     self.weights, self.program = _with_parts(net, made), program(made)
 
   def __call__(self, x: Array) -> tuple[Array, Gates]:
-    """Raises ValueError for images of another shape, or in integers. One that is not finite has NaN for outputs."""
+    """Pooled outputs of an image that is not finite are NaN. Raises ValueError for another shape, or integers."""
     x = inputs.images("images", x, self.input_shape)
     return in_batches(functools.partial(self.program, self.weights), x, self.batch_size)
 
@@ -167,14 +167,16 @@ def check_arguments(strategy: str, input_shape: tuple[int, int, int], batch_size
 def program(made: Sequence[Made] | None = None) -> Callable[[Folded, Array], tuple[Array, Gates]]:
   """The network compiled, with what was made of each part; `masked` for None.
 
-  Outputs of an image that is not finite are NaN: its gates would be closed, and what is closed may not be computed.
+  Pooled outputs are NaN where a logit is: gates are closed there, and what is closed may or may not be computed.
   """
   runners = None if made is None else [runner for _, runner in made]
 
   def run(net: Folded, x: Array) -> tuple[Array, Gates]:
     y, logits = folded.run(net, x, runners)
-    sound = jnp.isfinite(jnp.sum(x, axis=(1, 2, 3)))
-    return jnp.where(jnp.expand_dims(sound, range(1, y.ndim)), y, jnp.nan), logits
+    if net.pooled and logits:
+      lost = functools.reduce(jnp.logical_or, (jnp.any(jnp.isnan(z), axis=1, keepdims=True) for z in logits))
+      y = jnp.where(lost, jnp.nan, y)
+    return y, logits
 
   return jax.jit(run)
 
@@ -219,7 +221,7 @@ def _settings(net: Folded, buckets: int, gates: Sequence[np.ndarray]) -> list[Se
   settings, groups_before, gates = [], (), list(gates)
   for part in net.parts:
     own, gates = tuple(gates[: len(groups_of(part))]), gates[len(groups_of(part)):]
-    settings.append(Setting(buckets, own, groups_before))
+    settings.append(Setting(buckets, own, groups_before, rectified=bool(settings)))
     groups_before = groups_of(part) if isinstance(part, Layer) else ()
   return settings
 

@@ -75,9 +75,10 @@ class Head:
   groups: tuple[Group, ...] = _static(())
 
   def __call__(self, x: Array) -> Gates:
-    """`[N, H, W, D]` to the logits of each group, `[N, U]`."""
-    context = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+    """`[N, H, W, D]` to the logits of each group, `[N, U]`; NaN for an example that is not finite."""
+    context = pooled(x.astype(jnp.float32))
     logits = jax.nn.relu(context @ self.hidden + self.hidden_bias) @ self.logits + self.logits_bias
+    logits += 0 * jnp.sum(context, axis=1, keepdims=True)
     ends = [sum(g.gates for g in self.groups[: i + 1]) for i in range(len(self.groups))]
     return tuple(jnp.split(logits, ends[:-1], axis=1))
 
@@ -169,11 +170,18 @@ def run(net: Folded, x: Array, runners: Runner | Sequence[Runner] | None = None)
     before = gates if isinstance(part, Layer) else ()
   if not net.pooled:
     return x, found
-  x = jnp.mean(x, axis=(1, 2))
+  x = pooled(x)
   if net.classifier is not None:
     kernel, bias = net.classifier
     x = x @ kernel + bias
   return x, found
+
+
+def pooled(x: Array) -> Array:
+  """The mean over pixels, `[N, H, W, D]` to `[N, D]`, as a product, which XLA does several times as fast on a CPU."""
+  n, h, w, d = x.shape
+  each = jnp.full((n, 1, h * w), 1 / (h * w), x.dtype)
+  return lax.dot_general(each, x.reshape(n, h * w, d), (((2,), (1,)), ((0,), (0,))), precision="highest")[:, 0]
 
 
 def masked(part: Part, x: Array, gates: Gates, before: Gates) -> Array:

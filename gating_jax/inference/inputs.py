@@ -32,7 +32,7 @@ def images(name: str, x: Any, shape: Sequence[int] | None = None) -> Array:
     raise ValueError(f"{name} must be [{wanted}]; got shape {tuple(x.shape)}")
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(f"{name} must be network inputs in floating point, normalised as in training; got {x.dtype}")
-  return x.astype(jnp.float32)
+  return x if x.dtype == jnp.float32 else x.astype(jnp.float32)  # which would copy float32 as well
 
 
 def finite(name: str, x: Any) -> np.ndarray:

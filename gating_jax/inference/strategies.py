@@ -35,11 +35,13 @@ CHANNELS = 16  # capacities are multiples of this, what a row of registers holds
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """Of a part: programs at most, gates of calibration data and groups of the part before it."""
+  """Of a part: programs at most, gates of calibration data, groups of the part before it, and whether its input is
+  never below 0, as that of all parts but the first."""
 
   buckets: int
   gates: tuple[np.ndarray, ...] = ()
   groups_before: tuple[Group, ...] = ()
+  rectified: bool = False
 
 
 Made = tuple[Part, Runner] | None  # the part with its weights as the runner wants them; None where it does not fit
@@ -117,9 +119,9 @@ def _subnet(convs: Sequence[Conv], channels: Sequence[Array]) -> tuple[Conv, ...
 def _take(conv: Conv, inputs: Array | None = None, outputs: Array | None = None) -> Conv:
   kernel, bias = conv.kernel, conv.bias
   if inputs is not None:
-    kernel = kernel[:, :, inputs]
+    kernel = kernel.at[:, :, inputs].get(mode="promise_in_bounds")
   if outputs is not None:
-    kernel, bias = kernel[..., outputs], bias[outputs]
+    kernel, bias = (a.at[..., outputs].get(mode="promise_in_bounds") for a in (kernel, bias))
   return dataclasses.replace(conv, kernel=kernel, bias=bias)
 
 
@@ -137,7 +139,8 @@ def layer_dispatch(part: Part, setting: Setting) -> Made:
   def run(part: Block, x: Array, gates: Gates, before: Gates) -> Array:
     del before
     branch = lambda x: _chain(part.convs, x)
-    return for_open(gates[0][:, 0] > 0, (x,), branch, part.shortcut(x), setting.buckets, after=jax.nn.relu)
+    return for_open(gates[0][:, 0] > 0, (x,), branch, part.shortcut(x), setting.buckets, after=jax.nn.relu,
+                    closed=(lambda y: y) if setting.rectified else jax.nn.relu)
 
   return part, run
 
@@ -184,12 +187,22 @@ def _dispatch_blocks(group: Group, setting: Setting) -> Runner:
   return run
 
 
-def for_open(is_open: Array, inputs: tuple[Array, ...], function: Callable[..., Array], y: Any,
-             buckets: int, after: Callable[[Array], Array] = lambda y: y) -> Any:
+def for_open(
+    is_open: Array, inputs: tuple[Array, ...], function: Callable[..., Any], y: Any, buckets: int,
+    after: Callable[[Array], Array] = lambda y: y, closed: Callable[[Array], Array] | None = None,
+) -> Any:
   """y, arrays `[N, ...]`, with the function of the open examples added: a program for each of a few counts of them.
 
-  `after` is what is done to each element then; within the programs, so that no pass over y is needed for it alone.
+  Args:
+    is_open: `[N]` bool.
+    inputs: of the function, arrays `[N, ...]`.
+    function: to arrays like y.
+    y: the array, or a tree of arrays.
+    buckets: programs at most.
+    after: what is done to each element then; in the programs, so that it needs no pass over y of its own.
+    closed: the same for closed examples, where it comes to less.
   """
+  closed = closed or after
   total = is_open.size
   sizes = (0, *bucket_sizes(total, buckets)) if total > 1 else (0, 1)
   add = functools.partial(jax.tree.map, lambda a, b: after(a + b))
@@ -198,7 +211,7 @@ def for_open(is_open: Array, inputs: tuple[Array, ...], function: Callable[..., 
 
   def branch(k: int) -> Callable[[], Any]:
     if k == 0:
-      return lambda: jax.tree.map(after, y)
+      return lambda: jax.tree.map(closed, y)
     if k == total:
       if total == 1:
         return lambda: add(y, function(*inputs))
@@ -207,7 +220,7 @@ def for_open(is_open: Array, inputs: tuple[Array, ...], function: Callable[..., 
     def run() -> Any:
       taken, index = lax.top_k(is_open.astype(jnp.float32), k)
       added = where(taken > 0, function(*(a[index] for a in inputs)))
-      put = lambda a, b: after(a).at[index].set(after(a[index] + b), unique_indices=True, mode="promise_in_bounds")
+      put = lambda a, b: closed(a).at[index].set(after(a[index] + b), unique_indices=True, mode="promise_in_bounds")
       return jax.tree.map(put, y, added)
     return run
 
