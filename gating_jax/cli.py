@@ -117,7 +117,8 @@ def _main(argv: list[str]) -> int:
   except KeyboardInterrupt:
     goes_on = "goes on from the newest checkpoint, if there is one" if _MODE.value == "train" else "begins anew"
     print(f"interrupted; the same command {goes_on}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+      sys.stdout.flush()
     os._exit(130)  # at once: what is still being computed can crash the interpreter's own end
   return 0
 

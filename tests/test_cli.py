@@ -247,3 +247,23 @@ def test_a_workdir_is_asked_for():
   done = run()
   assert done.returncode != 0
   assert "workdir" in done.stderr
+
+
+_INTERRUPTED = """
+from gating_jax import cli
+from gating_jax.experiments import classification
+def interrupted(*_):
+  print("before")
+  raise KeyboardInterrupt
+classification.run = interrupted
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("mode", "said"), [
+    ("train", "goes on from the newest checkpoint, if there is one"), ("export", "begins anew")])
+def test_ctrl_c_says_what_the_same_command_does_next(mode, said, tmp_path):
+  done = subprocess.run(command(f"--workdir={tmp_path}", f"--mode={mode}", program=("-c", _INTERRUPTED)),
+                        env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+  assert (done.returncode, done.stdout) == (130, "before\n")
+  assert done.stderr == f"interrupted; the same command {said}\n"

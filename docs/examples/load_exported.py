@@ -11,17 +11,13 @@ import jax
 import numpy as np
 
 
-def read_safetensors(data):
-  size = int.from_bytes(data[:8], "little")
-  entries = {name: e for name, e in json.loads(data[8 : 8 + size]).items() if name != "__metadata__"}
-  types = {"F32": np.float32, "I8": np.int8}
-  return {name: np.frombuffer(data[8 + size :][slice(*e["data_offsets"])], types[e["dtype"]]).reshape(e["shape"])
-          for name, e in entries.items()}
-
-
 def load(directory):
   program = jax.export.deserialize(bytearray(Path(directory, "program.stablehlo").read_bytes()))
-  weights = jax.device_put(read_safetensors(Path(directory, "weights.safetensors").read_bytes()))
+  data = Path(directory, "weights.safetensors").read_bytes()
+  start = 8 + int.from_bytes(data[:8], "little")
+  array = lambda dtype, shape, data_offsets: np.frombuffer(
+      data[start:][slice(*data_offsets)], {"F32": np.float32, "I8": np.int8}[dtype]).reshape(shape)
+  weights = jax.device_put({name: array(**entry) for name, entry in json.loads(data[8:start]).items()})
   return lambda images: jax.jit(program.call)(weights, images)
 
 

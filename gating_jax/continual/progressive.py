@@ -90,7 +90,7 @@ class _Progressive:
     return streams.prediction(self.problem, logits, task, aware, every(layers.sum() + heads.sum())[0])
 
   def holdings(self, learner: Learner) -> Holdings:
-    """Of adapters the places of columns before which there are, 0 + 1 + ... of them, not those left at zero."""
+    """Adapters are made with a place for every other column; of column j the j that are used are counted."""
     learnt, places = int(learner.task), max(1, self.problem.tasks - 1)
     adapters = sum(leaf.size for path, leaf in traverse_util.flatten_dict(learner.params).items()
                    if any("adapter" in name for name in path))

@@ -19,6 +19,7 @@ from gating_jax.experiments.build import Experiment
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.exiting import compile_exits, fold_exits
 from gating_jax.inference.folding import fold
+from gating_jax.inference.inputs import spread
 from gating_jax.models.early_exit import EarlyExitNet
 from gating_jax.reports import time_picture
 from gating_jax.training import rundir
@@ -47,8 +48,7 @@ def _write(experiment: Experiment, folder: Path, step: int, variables: Mapping[s
   else:
     compiled = functools.partial(compile_conditional, fold(experiment.model, variables))
   train = experiment.open_train()
-  index = np.unique(np.linspace(0, len(train) - 1, min(_CALIBRATION, len(train))).astype(np.int64))
-  images = np.asarray(experiment.normalise(train.read(index)[0]), np.float32)
+  images = np.asarray(experiment.normalise(train.read(spread(len(train), _CALIBRATION))[0]), np.float32)
   timings = {size: [dataclasses.asdict(row) for row in compiled(
       input_shape=images.shape[1:], batch_size=size, calibration=images, repeats=_REPEATS).report()]
              for size in _BATCHES}

@@ -21,6 +21,7 @@ from gating_jax.inference import exiting, export, folded, openings
 from gating_jax.inference.analyse import Analysis, analyse
 from gating_jax.inference.conditional import compile_conditional, run_over
 from gating_jax.inference.folded import Folded
+from gating_jax.inference.inputs import spread
 from gating_jax.inference.kernel_strategies import EXPORTABLE
 from gating_jax.inference.quantise import dequantise, quantise
 from gating_jax.inference.slim import Disagreement, disagreement, rate_bound, static_units, take
@@ -30,10 +31,10 @@ from gating_jax.timing import device, race
 from gating_jax.training import rundir
 from gating_jax.types import Array
 
-FOLDERS = ("export", "export_int8", "export_conditional")
+_TRAINED, _SLIMMED, _INT8, _SKIPPING = "trained", "slimmed", "slimmed, int8", "slimmed, skipping"
+FOLDERS = {_SLIMMED: "export", _INT8: "export_int8", _SKIPPING: "export_conditional"}
 CALIBRATION = 2_000  # images at most, evenly over the training set
 _TIMED_BATCHES, _TIMED_IMAGES, _REPEATS = (1, 64), 64, 30
-_SKIPPING = "slimmed, skipping"
 
 
 def run(experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Mapping[str, Any]) -> None:
@@ -45,42 +46,44 @@ def run(experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Ma
     RunDirError: one of them is there, or is being written.
     ValueError: a model that cannot be folded.
   """
-  with rundir.staged(run_dir.path, FOLDERS) as folder:
+  with rundir.staged(run_dir.path, tuple(FOLDERS.values())) as folder:
     write = _write_exits if isinstance(experiment.model, EarlyExitNet) else _write
     write(experiment, folder, {"config": run_dir.config(), "step": step}, variables)
-    written = [str(run_dir.path / name) for name in FOLDERS if (folder / name).exists()]
+    written = [str(run_dir.path / name) for name in FOLDERS.values() if (folder / name).exists()]
   print(f"\nwritten: {', '.join(written)}")
 
 
 def _write(experiment: Experiment, folder: Path, origin: Mapping[str, Any], variables: Mapping[str, Any]) -> None:
   train = experiment.open_train()
-  index = np.unique(np.linspace(0, len(train) - 1, min(CALIBRATION, len(train))).astype(np.int64))
+  index = spread(len(train), CALIBRATION)
   analysis = analyse(experiment.model, variables, (x for x, _ in _batches(experiment, train, index)))
   net, choices, shape = analysis.net, static_units(analysis.net, analysis.openings), analysis.input_shape
   small = take(net, choices)
   moved = disagreement(net, choices, (x for x, _ in _batches(experiment, experiment.test)))
-  models = {"trained": net, "slimmed": small, "slimmed, int8": quantise(small)}
+  models = {_TRAINED: net, _SLIMMED: small, _INT8: quantise(small)}
   scores = {name: _score(experiment, each) for name, each in models.items()}
   print(f"checkpoint of step {origin['step']}, calibrated on {analysis.images:,} training images\n")
   print("\n".join(_analysis_lines(analysis, [name for name, _ in experiment.counts.gate_layers])))
   print("\n".join(["", *_moved_lines(analysis, moved), ""]))
   skipping = compile_conditional(small, input_shape=shape, batch_size=1, candidates=EXPORTABLE, repeats=_REPEATS,
-                                 calibration=_inputs(experiment, train, index[:: -(-len(index) // _TIMED_IMAGES)]))
+                                 calibration=_inputs(experiment, train, spread(len(train), _TIMED_IMAGES)))
   programs = {name: functools.partial(jax.jit(lambda net, x: folded.run(dequantise(net), x)), each)
               for name, each in models.items()}
   if set(skipping.strategies) != {"masked"}:
     models[_SKIPPING], programs[_SKIPPING] = skipping, skipping
-    scores[_SKIPPING] = scores["slimmed"] | {"accuracy": _accuracy(experiment, lambda x: skipping(x)[0])}
+    scores[_SKIPPING] = scores[_SLIMMED] | {"accuracy": _accuracy(experiment, lambda x: skipping(x)[0])}
   milliseconds = _milliseconds(programs, _inputs(experiment, experiment.test))
-  table = [_head(), _row("trained", scores["trained"], {"milliseconds": milliseconds.pop("trained")})]
-  for name, (of, spent) in zip(FOLDERS, milliseconds.items(), strict=False):
-    card = _card(experiment, origin, scores[of]) | {
-        "weights": "int8" if "int8" in of else "float32", "accuracy_as_trained": scores["trained"]["accuracy"],
-        "executed_macs_as_trained": scores["trained"]["executed_macs"], "calibration_images": analysis.images,
-        "test_images": moved.images, "test_images_affected": moved.affected, "milliseconds": spent,
-        **({"strategies": skipping.strategies} if of == _SKIPPING else {})}
-    path = export.export_model(models[of], folder / name, input_shape=shape, card=card)
-    table.append(_row(of, scores[of], export.load(path).card))
+  table = [_head(), _row(_TRAINED, scores[_TRAINED], {"milliseconds": milliseconds[_TRAINED]})]
+  for name, model in models.items():
+    if name == _TRAINED:
+      continue
+    card = _card(experiment, origin, scores[name]) | {
+        "weights": "int8" if name == _INT8 else "float32", "accuracy_as_trained": scores[_TRAINED]["accuracy"],
+        "executed_macs_as_trained": scores[_TRAINED]["executed_macs"], "calibration_images": analysis.images,
+        "test_images": moved.images, "test_images_affected": moved.affected, "milliseconds": milliseconds[name],
+        **({"strategies": skipping.strategies} if name == _SKIPPING else {})}
+    path = export.export_model(model, folder / FOLDERS[name], input_shape=shape, card=card)
+    table.append(_row(name, scores[name], export.load(path).card))
   print("\n".join(columns(table)))
   if analysis.openings and _SKIPPING not in models:
     print("For one image at a time computing everything is as fast as skipping here: no program that skips is written.")
@@ -89,9 +92,8 @@ def _write(experiment: Experiment, folder: Path, origin: Mapping[str, Any], vari
 def _write_exits(experiment: Experiment, folder: Path, origin: Mapping[str, Any], variables: Mapping[str, Any]) -> None:
   train, test = experiment.open_train(), experiment.test
   net, shape = exiting.fold_exits(experiment.model, variables), test.shape
-  index = np.unique(np.linspace(0, len(train) - 1, min(_TIMED_IMAGES, len(train))).astype(np.int64))
-  made = exiting.compile_exits(net, input_shape=shape, batch_size=1, calibration=_inputs(experiment, train, index),
-                               repeats=_REPEATS)
+  made = exiting.compile_exits(net, input_shape=shape, batch_size=1, repeats=_REPEATS,
+                               calibration=_inputs(experiment, train, spread(len(train), _TIMED_IMAGES)))
   spent = []
 
   def answer(x: Array) -> Array:
@@ -103,7 +105,7 @@ def _write_exits(experiment: Experiment, folder: Path, origin: Mapping[str, Any]
            "executed_macs": float(np.mean(np.concatenate(spent)))}
   (milliseconds,) = _milliseconds({"exits": made}, _inputs(experiment, test), sizes=(1,)).values()
   card = _card(experiment, origin, score) | {"strategies": [made.strategy], "milliseconds": milliseconds}
-  path = export.export_model(made, folder / FOLDERS[0], input_shape=shape, card=card)
+  path = export.export_model(made, folder / FOLDERS[_SLIMMED], input_shape=shape, card=card)
   print(f"checkpoint of step {origin['step']}\n")
   print("\n".join(columns([_head(), _row(made.strategy, score, export.load(path).card)])))
 

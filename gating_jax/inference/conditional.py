@@ -73,12 +73,16 @@ class Conditional:
   def __init__(self, net: Folded, input_shape: tuple[int, int, int], batch_size: int, names: Sequence[str],
                settings: Sequence[Setting], timings: Sequence[Timing] = ()):
     self.strategies, self._settings, self._timings = tuple(names), tuple(settings), tuple(timings)
-    self.input_shape, self.batch_size, self._shapes = input_shape, batch_size, inputs.shapes_of(net)
+    self.input_shape, self.batch_size, self._shapes = input_shape, batch_size, folded.shapes_of(net)
     made = _made(net, names, settings)
     self.weights, self.program = _with_parts(net, made), program(made)
 
   def __call__(self, x: Array) -> tuple[Array, Gates]:
-    """Pooled outputs of an image that is not finite are NaN. Raises ValueError for another shape, or integers."""
+    """Of a gated network that pools, an image that is not finite has NaN for outputs.
+
+    Raises:
+      ValueError: images of another shape, or in integers.
+    """
     x = inputs.images("images", x, self.input_shape)
     return in_batches(functools.partial(self.program, self.weights), x, self.batch_size)
 
@@ -88,7 +92,7 @@ class Conditional:
     Raises:
       ValueError: a network of other shapes or groups of gates.
     """
-    inputs.alike("net", net, self._shapes)
+    folded.check_alike(net, self._shapes)
     self.weights = _with_parts(net, _made(net, self.strategies, self._settings))
 
   def report(self) -> tuple[Timing, ...]:
@@ -116,7 +120,7 @@ def compile_conditional(
     repeats: calls of each program that are timed.
     candidates: strategies that `auto` may take beside `masked`, such as `EXPORTABLE`; None for all that run here.
     open_limit: how many times as long as computing everything, gates or none, a call of what `auto` takes may be with
-      every unit open; see `Timing.open_ratio`.
+      every unit open, unless `masked` itself is longer; see `Timing.open_ratio`.
   Raises:
     ValueError: an unknown strategy, a network without the gates it takes, or values out of range.
   """
@@ -134,7 +138,7 @@ def compile_conditional(
   gates = () if calibration is None else _gates_of(net, calibration)
   settings = _settings(net, buckets, gates)
   tried = {name: make for name, make in STRATEGIES.items() if name in ("masked", strategy) or (
-      worth_trying(name) and (candidates is None or name in candidates))}
+      strategy == AUTO and worth_trying(name) and (candidates is None or name in candidates))}
   options = [{name: made for name, make in tried.items() if (made := make(part, setting))}
              for part, setting in zip(net.parts, settings, strict=True)]
   if strategy != AUTO:
@@ -219,9 +223,9 @@ def _gates_of(net: Folded, images: Any) -> tuple[np.ndarray, ...]:
 def _settings(net: Folded, buckets: int, gates: Sequence[np.ndarray]) -> list[Setting]:
   """Of each part."""
   settings, groups_before, gates = [], (), list(gates)
-  for part in net.parts:
+  for i, part in enumerate(net.parts):
     own, gates = tuple(gates[: len(groups_of(part))]), gates[len(groups_of(part)):]
-    settings.append(Setting(buckets, own, groups_before, rectified=bool(settings)))
+    settings.append(Setting(buckets, own, groups_before, rectified=i > 0))
     groups_before = groups_of(part) if isinstance(part, Layer) else ()
   return settings
 
@@ -266,8 +270,8 @@ def fastest(
   """The strategy to take; seconds of a call of each, and its `Timing.open_ratio`, `ungated` included.
 
   Args:
-    times: of a run over all batches, by strategy and whether everything was open; of `ungated` not so, and of
-      `masked` both.
+    times: of a run over all batches, by strategy, and whether everything was open: of `ungated` (False) alone, of
+      others both.
     batches: how many.
     open_limit: of `compile_conditional`.
   """
@@ -275,7 +279,8 @@ def fastest(
                             if wide == opening} for opening in (False, True))
   dense = min(open_seconds["masked"], seconds["ungated"])
   ratios = {name: spent / dense for name, spent in {**open_seconds, "ungated": seconds["ungated"]}.items()}
-  best = min((name for name in open_seconds if ratios[name] <= open_limit), key=seconds.get, default="masked")
+  limit = max(open_limit, ratios["masked"])  # what is taken otherwise is within no other
+  best = min((name for name in open_seconds if ratios[name] <= limit), key=seconds.get)
   return best if seconds[best] < GAIN * seconds["masked"] else "masked", seconds, ratios
 
 
@@ -287,7 +292,7 @@ def _time_parts(net: Folded, options: Sequence[Mapping[str, Made]], batches: Seq
   for i, known in enumerate(options):
     if len(known) == 1:
       continue
-    contenders = {name: functools.partial(run_over, jax.jit(runner), [(part, *inputs[i]) for inputs in seen])
+    contenders = {name: functools.partial(run_over, jax.jit(runner), [(part, *of_batch[i]) for of_batch in seen])
                   for name, (part, runner) in known.items()}
     seconds = {name: statistics.median(spent) / len(batches) for name, spent in race(contenders, repeats).items()}
     timings += rows(i, seconds, ratios[i])

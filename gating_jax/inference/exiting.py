@@ -74,7 +74,7 @@ class Exiting:
   def __init__(self, net: ExitNet, input_shape: tuple[int, int, int], batch_size: int, strategy: str, buckets: int,
                timings: Sequence[Timing] = ()):
     self.input_shape, self.batch_size, self.strategy = input_shape, batch_size, strategy
-    self.weights, self._shapes, self._timings = net, inputs.shapes_of(net), tuple(timings)
+    self.weights, self._shapes, self._timings = net, folded.shapes_of(net), tuple(timings)
     self.program = program(buckets if strategy == EXIT_DISPATCH else None)
 
   def __call__(self, x: Array) -> tuple[Array, Array]:
@@ -88,7 +88,7 @@ class Exiting:
     Raises:
       ValueError: a network of other shapes, parts or another threshold.
     """
-    inputs.alike("net", net, self._shapes)
+    folded.check_alike(net, self._shapes)
     self.weights = net
 
   def report(self) -> tuple[Timing, ...]:

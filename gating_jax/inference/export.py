@@ -42,6 +42,7 @@ from gating_jax.inference.quantise import dequantise
 
 PROGRAM, WEIGHTS, CARD = "program.stablehlo", "weights.safetensors", "card.json"
 PLATFORMS = ("cpu", "cuda", "tpu")
+_KNOWN_PLATFORMS = (*PLATFORMS, "rocm")
 FORMAT = 1
 
 
@@ -109,7 +110,7 @@ def export_model(
   if batch_size is not None:
     inputs.at_least_one(batch_size=batch_size)
   for name in platforms:
-    one_of("platforms", name, (*PLATFORMS, "rocm"))
+    one_of("platforms", name, _KNOWN_PLATFORMS)
   if isinstance(model, (Conditional, Exiting)):
     if batch_size not in (None, model.batch_size):
       raise ValueError(f"batch_size must be None or {model.batch_size}, that of the compiled model; got {batch_size}")

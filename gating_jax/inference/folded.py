@@ -78,7 +78,7 @@ class Head:
     """`[N, H, W, D]` to the logits of each group, `[N, U]`; NaN for an example that is not finite."""
     context = pooled(x.astype(jnp.float32))
     logits = jax.nn.relu(context @ self.hidden + self.hidden_bias) @ self.logits + self.logits_bias
-    logits += 0 * jnp.sum(context, axis=1, keepdims=True)
+    logits += 0 * jnp.sum(context, axis=1, keepdims=True)  # NaN, where ReLU has hidden what is not finite
     ends = [sum(g.gates for g in self.groups[: i + 1]) for i in range(len(self.groups))]
     return tuple(jnp.split(logits, ends[:-1], axis=1))
 
@@ -178,10 +178,14 @@ def run(net: Folded, x: Array, runners: Runner | Sequence[Runner] | None = None)
 
 
 def pooled(x: Array) -> Array:
-  """The mean over pixels, `[N, H, W, D]` to `[N, D]`, as a product, which XLA does several times as fast on a CPU."""
+  """The mean over pixels, `[N, H, W, D]` to `[N, D]`.
+
+  Of one image as a product, which XLA does several times as fast on a CPU; of more it joins a sum to what makes x.
+  """
   n, h, w, d = x.shape
-  each = jnp.full((n, 1, h * w), 1 / (h * w), x.dtype)
-  return lax.dot_general(each, x.reshape(n, h * w, d), (((2,), (1,)), ((0,), (0,))), precision="highest")[:, 0]
+  if n != 1:
+    return jnp.mean(x, axis=(1, 2))
+  return jnp.dot(jnp.full((1, h * w), 1 / (h * w), x.dtype), x.reshape(h * w, d), precision="highest")
 
 
 def masked(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
@@ -250,3 +254,21 @@ def _conv_macs(conv: Conv, shape: tuple[int, ...], inputs: Any = None, outputs: 
   height, width = (-(-size // conv.stride) for size in shape[:2])
   return (height, width, o), h * w * height * width * (i if inputs is None else inputs) * (
       o if outputs is None else outputs)
+
+
+def shapes_of(net: Any) -> Any:
+  """The same tree with `jax.ShapeDtypeStruct` for arrays."""
+  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), net)
+
+
+def check_alike(net: Any, like: Any) -> None:
+  """Raises ValueError unless a network differs from another, of which `like` has the shapes, in its weights alone."""
+  shapes = shapes_of(net)
+  if jax.tree.structure(shapes) != jax.tree.structure(like):
+    raise ValueError("net must have the parts and settings (groups of gates, strides, threshold) of the network that "
+                     "was compiled; got others")
+  for (path, found), wanted in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(like), strict=True):
+    if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+      where = jax.tree_util.keystr(path, simple=True, separator=".")
+      raise ValueError(f"net must have the shapes of the network that was compiled, at {where} {wanted.dtype} "
+                       f"{wanted.shape}; got {found.dtype} {found.shape}")

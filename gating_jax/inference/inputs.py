@@ -9,7 +9,6 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -32,7 +31,7 @@ def images(name: str, x: Any, shape: Sequence[int] | None = None) -> Array:
     raise ValueError(f"{name} must be [{wanted}]; got shape {tuple(x.shape)}")
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(f"{name} must be network inputs in floating point, normalised as in training; got {x.dtype}")
-  return x if x.dtype == jnp.float32 else x.astype(jnp.float32)  # which would copy float32 as well
+  return x if x.dtype == jnp.float32 else x.astype(jnp.float32)
 
 
 def finite(name: str, x: Any) -> np.ndarray:
@@ -40,7 +39,7 @@ def finite(name: str, x: Any) -> np.ndarray:
   x = np.asarray(x)
   good = np.isfinite(x).all(axis=(1, 2, 3))
   if not good.all():
-    raise ValueError(f"{name} must be finite; image {int(np.argmin(good))} is not")
+    raise ValueError(f"{name} must be finite; number {int(np.argmin(good))} of these {len(x)} is not")
   return x
 
 
@@ -58,22 +57,14 @@ def image_shape(shape: Any) -> tuple[int, int, int]:
 def at_least_one(**values: Any) -> None:
   """Raises ValueError naming the first that is no whole number from 1 on."""
   for name, value in values.items():
-    if not isinstance(value, (int, np.integer)) or value < 1:
+    try:
+      good = operator.index(value) >= 1
+    except TypeError:
+      good = False
+    if not good:
       raise ValueError(f"{name} must be >= 1, a whole number; got {value!r}")
 
 
-def alike(name: str, tree: Any, like: Any) -> None:
-  """Raises ValueError unless a network has the parts, groups of gates and shapes of another, of `shapes_of`."""
-  shapes = shapes_of(tree)
-  if jax.tree.structure(shapes) != jax.tree.structure(like):
-    raise ValueError(f"{name} must have the parts and groups of gates of the network that was compiled; got others")
-  for (path, found), wanted in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(like), strict=True):
-    if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
-      where = jax.tree_util.keystr(path, simple=True, separator=".")
-      raise ValueError(f"{name} must have the shapes of the network that was compiled, at {where} {wanted.dtype} "
-                       f"{wanted.shape}; got {found.dtype} {found.shape}")
-
-
-def shapes_of(tree: Any) -> Any:
-  """The same tree of `jax.ShapeDtypeStruct`."""
-  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), tree)
+def spread(count: int, most: int) -> np.ndarray:
+  """Indices of at most so many of `count` images, evenly over all."""
+  return np.unique(np.linspace(0, count - 1, min(most, count)).astype(np.int64))

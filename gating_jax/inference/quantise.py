@@ -48,6 +48,7 @@ def quantise(net: Folded) -> Folded:
   Raises:
     ValueError: kernels that are int8 already.
   """
+  check_float(net)
   parts = jax.tree.map(lambda leaf: dataclasses.replace(leaf, kernel=_quantise(leaf.kernel))
                        if isinstance(leaf, Conv) else leaf, net.parts, is_leaf=lambda leaf: isinstance(leaf, Conv))
   if net.classifier is None:
@@ -68,8 +69,6 @@ def check_float(net: Any) -> None:
 
 
 def _quantise(kernel: Any) -> Int8:
-  if isinstance(kernel, Int8):
-    raise ValueError("net must have kernels of float32; got Int8")
   largest = jnp.max(jnp.abs(kernel), axis=tuple(range(kernel.ndim - 1)), initial=0.0)
   scale = jnp.where(largest > 0, largest, _LARGEST) / _LARGEST
   return Int8(jnp.round(kernel / scale).astype(jnp.int8), scale.astype(jnp.float32))

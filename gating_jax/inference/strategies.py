@@ -36,7 +36,7 @@ CHANNELS = 16  # capacities are multiples of this, what a row of registers holds
 @dataclasses.dataclass(frozen=True)
 class Setting:
   """Of a part: programs at most, gates of calibration data, groups of the part before it, and whether its input is
-  never below 0, as that of all parts but the first."""
+  never below 0, as that of all parts but the first is."""
 
   buckets: int
   gates: tuple[np.ndarray, ...] = ()
@@ -101,7 +101,7 @@ def _compact(part: Part, x: Array, open_channels: Sequence[tuple[Array, Array]])
     conv, channels = part.conv, list(open_channels)
     if len(channels) > len(groups_of(part)):
       _, index = channels.pop(0)
-      conv, x = _take(conv, inputs=index), x[..., index]
+      conv, x = _take(conv, inputs=index), x.at[..., index].get(mode="promise_in_bounds")
     if not channels:
       return part.after(conv(x))
     mask, index = channels[0]
@@ -140,7 +140,7 @@ def layer_dispatch(part: Part, setting: Setting) -> Made:
     del before
     branch = lambda x: _chain(part.convs, x)
     return for_open(gates[0][:, 0] > 0, (x,), branch, part.shortcut(x), setting.buckets, after=jax.nn.relu,
-                    closed=(lambda y: y) if setting.rectified else jax.nn.relu)
+                    closed=(lambda y: y) if setting.rectified and part.project is None else jax.nn.relu)
 
   return part, run
 
@@ -200,7 +200,7 @@ def for_open(
     y: the array, or a tree of arrays.
     buckets: programs at most.
     after: what is done to each element then; in the programs, so that it needs no pass over y of its own.
-    closed: the same for closed examples, where it comes to less.
+    closed: something cheaper that does the same to y; `after` if None.
   """
   closed = closed or after
   total = is_open.size

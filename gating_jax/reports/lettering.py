@@ -44,6 +44,9 @@ def save(figure, file: Path | IO[bytes], **options: Any) -> None:
     text.set_parse_math(False)
   with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Glyph .* missing from")
-    figure.savefig(content := io.BytesIO() if isinstance(file, Path) else file, **options)
+    content = io.BytesIO()
+    figure.savefig(content, **options)
   if isinstance(file, Path):
     write_atomically(file, content.getvalue())
+  else:
+    file.write(content.getvalue())

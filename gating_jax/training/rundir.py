@@ -112,41 +112,50 @@ def _locked(path: Path, mine: Mapping[str, Any]) -> Iterator[None]:
 def staged(path: Path, names: Sequence[str]) -> Iterator[Path]:
   """A folder to write files and folders of these names in; when the block ends they are in `path`, all of them or none.
 
-  What of them the block has not made is left out. A kill half-way leaves nothing under these names, and the next call
-  clears away what it left; one that comes while they are being moved is made good by the next call.
+  What of them the block has not made is left out. What an end half-way leaves, the next call, whatever its names,
+  clears away or, if all was written, moves into place.
 
+  Args:
+    path: a directory.
+    names: of what will be there.
   Raises:
-    RunDirError: one of them is in `path`; or another process is writing them.
+    RunDirError: one of them is in `path`; or another process is writing there in this way.
   """
   aside = path / _STAGED
-  whole, made = aside / "whole", aside / "made"
-  made.mkdir(parents=True, exist_ok=True)
-  handle = os.open(aside, os.O_RDONLY)
+  handle = os.open(path, os.O_RDONLY)
   try:
     try:
       fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       raise RunDirError(f"{path} is being written to by another process") from None
+    if (aside / "whole").exists():
+      _move(aside, path)
+    _check_free(path, names)
+    shutil.rmtree(aside, ignore_errors=True)
+    (aside / "made").mkdir(parents=True)
     try:
-      if whole.exists():
-        _move(made, path)
-      for name in names:
-        if (path / name).exists():
-          raise RunDirError(f"{path / name} exists; rename it or take it away to make it anew")
-      shutil.rmtree(made)
-      made.mkdir()
-      yield made
-      whole.touch()
-      _move(made, path)
-    finally:
+      yield aside / "made"
+    except BaseException:
       shutil.rmtree(aside)
+      raise
+    (aside / "whole").touch()
+    _move(aside, path)
   finally:
     os.close(handle)
 
 
-def _move(source: Path, target: Path) -> None:
-  for file in source.iterdir():
-    file.rename(target / file.name)
+def _move(aside: Path, path: Path) -> None:
+  files = list((aside / "made").iterdir()) if (aside / "made").exists() else []
+  _check_free(path, [file.name for file in files])
+  for file in files:
+    file.rename(path / file.name)
+  shutil.rmtree(aside)
+
+
+def _check_free(path: Path, names: Sequence[str]) -> None:
+  for name in names:
+    if (path / name).exists():
+      raise RunDirError(f"{path / name} exists; rename it or take it away to make it anew")
 
 
 def run_mode(

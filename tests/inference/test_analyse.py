@@ -104,7 +104,7 @@ def test_a_net_without_gates_has_macs_only():
     (iter(()), "at least one image; got none"),
     (np.zeros(SHAPE, np.float32), r"images must be \[N, H, W, D\]; got shape"),
     (np.zeros((2, *SHAPE), np.uint8), "images must be network inputs in floating point, .*; got uint8"),
-    (np.full((2, *SHAPE), np.nan, np.float32), "images must be finite; image 0 is not"),
+    (np.full((2, *SHAPE), np.nan, np.float32), "images must be finite; number 0 of these 2 is not"),
     ([np.zeros((1, 9, 8, 3)), np.zeros((1, 8, 8, 3))], "images of one shape"),
 ])
 def test_bad_calibration_is_named(analysis, calibration, message):

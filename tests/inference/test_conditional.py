@@ -48,6 +48,11 @@ def net(kind, seed=0):
       "blocks": lambda: [stem, basic(rng, Group(3, 8)), basic(rng, Group(4, 2), stride=2)],
       "layers": lambda: [stem, *(dataclasses.replace(basic(rng, Group(5)), head=head(rng, FEATURES, Group(1)),
                                                      layer_gate=True) for _ in range(3))],
+      # The first part, whose input may be below 0, and one whose shortcut may.
+      "first layers": lambda: [
+          Block((conv(rng, 3, 5), conv(rng, 5, 3)), head(rng, 3, Group(1)), layer_gate=True),
+          Block((conv(rng, 3, 5), conv(rng, 5, FEATURES)), head(rng, 3, Group(1)), conv(rng, 3, FEATURES, 1),
+                layer_gate=True)],
       "bottleneck": lambda: [stem, Block(
           (conv(rng, FEATURES, 34, 1), conv(rng, 34, 18, stride=2), conv(rng, 18, 9, 1)),
           head(rng, FEATURES, Group(34), Group(9, 2)), conv(rng, FEATURES, 9, 1, 2))],
@@ -63,6 +68,7 @@ KINDS = {
     "always": ("switch", "block_dispatch", "cluster", "native"),
     "blocks": ("switch", "block_dispatch", "cluster", "native", "pallas"),
     "layers": ("layer_dispatch", "native"),
+    "first layers": ("layer_dispatch", "native"),
     "bottleneck": ("switch", "cluster", "native"),
     "chain": ("switch", "native"),
 }
@@ -200,9 +206,28 @@ def test_auto_takes_nothing_that_is_slow_with_everything_open(when_open, limit, 
   assert all(t.open_ratio is None for t in run.report() if t.part is not None)
 
 
-def test_with_everything_open_is_timed_with_everything_open():
-  _, logits = folded.run(conditional.opened(net("bottleneck")), images(5))
-  assert all((z > 0).all() for z in logits)
+def test_with_everything_open_is_timed_with_everything_open(monkeypatch):
+  raced = {}
+  monkeypatch.setattr(conditional, "race", lambda runs, _: raced.update(runs) or {name: [1.0] for name in runs})
+  compiled("blocks", "auto", 2, calibration=images(9))
+  whole = {name: run for name, run in raced.items() if isinstance(name, tuple) and name[0] != "ungated"}
+  assert {wide for _, wide in whole} == {True, False}
+  for (_, wide), run in whole.items():
+    program, calls = run.args
+    logits = [z for call in calls for z in program(*call)[1]]
+    assert all((z > 0).all() for z in logits) == wide
+
+
+@pytest.mark.parametrize(("masked", "limit", "taken"), [
+    (1.1, 1.05, "switch"), (1.0, 1.05, "masked"), (1.0, 1.1, "switch")])
+def test_what_runs_is_never_slower_with_everything_open_than_what_it_replaces(masked, limit, taken):
+  """Gate networks that cost a tenth are in every strategy."""
+  times = {("masked", False): [1.0], ("masked", True): [masked], ("switch", False): [0.5], ("switch", True): [1.08],
+           ("ungated", False): [1.0]}
+  chosen, seconds, ratios = conditional.fastest(times, 1, limit)
+  assert chosen == taken
+  assert (seconds, ratios) == ({"masked": 1.0, "switch": 0.5, "ungated": 1.0},
+                               {"masked": masked, "switch": 1.08, "ungated": 1.0})
 
 
 def test_auto_takes_from_the_candidates_alone():
@@ -223,8 +248,8 @@ def test_an_image_that_is_no_number_has_no_answer_and_changes_no_other(kind, str
 
 
 @pytest.mark.parametrize(("other", "message"), [
-    (lambda: dataclasses.replace(net("channels"), parts=net("channels").parts[:2]), "parts and groups of gates"),
-    (lambda: net("layers"), "parts and groups of gates"),
+    (lambda: dataclasses.replace(net("channels"), parts=net("channels").parts[:2]), "parts and settings"),
+    (lambda: net("layers"), "parts and settings"),
     (lambda: dataclasses.replace(net("channels"), classifier=(jnp.zeros((6, 5)), jnp.zeros(5))),
      r"the shapes of the network that was compiled, at classifier.0 float32 \(6, 4\); got float32 \(6, 5\)"),
 ])
@@ -280,7 +305,7 @@ def test_an_absent_kernel_is_named(monkeypatch):
     ({}, "calibration must be given for strategy 'auto'; got None"),
     ({"calibration": images(2)[:, 1:]}, r"calibration must be \[N, 5, 4, 3\]; got shape \(2, 4, 4, 3\)"),
     ({"calibration": images(0)}, "calibration must hold at least one image; got none"),
-    ({"calibration": np.full((2, *SHAPE), np.nan, np.float32)}, "calibration must be finite; image 0 is not"),
+    ({"calibration": np.full((2, *SHAPE), np.nan, np.float32)}, "calibration must be finite; number 0 of these 2 is"),
 ])
 def test_a_wrong_argument_is_named(changes, message):
   with pytest.raises(ValueError, match=message):

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import ml_collections
 import pytest
@@ -205,7 +206,7 @@ from pathlib import Path
 from gating_jax.training import rundir
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "moving":
-  rundir._move = lambda source, target: ((source / "a").rename(target / "a"), die())
+  rundir._move = lambda aside, path: ((aside / "made" / "a").rename(path / "a"), die())
 with rundir.staged(Path(sys.argv[1]), ("a", "b")) as folder:
   (folder / "a").write_text("first")
   if sys.argv[2] == "writing":
@@ -239,6 +240,33 @@ def test_a_kill_while_staged_files_are_moved_is_made_good(tmp_path):
     write_both(tmp_path)
   assert {f.name for f in tmp_path.iterdir()} == {"a", "b"}
   assert ((tmp_path / "a").read_text(), (tmp_path / "b" / "c").read_text()) == ("first", "second")
+
+
+def test_what_was_moved_late_does_not_make_what_is_written_next_whole(tmp_path):
+  assert killed(tmp_path, "moving") == -9
+  (tmp_path / "a").rename(tmp_path / "mine")
+  with staged(tmp_path, ("d",)):
+    assert not (tmp_path / ".staged" / "whole").exists()
+  assert {f.name for f in tmp_path.iterdir()} == {"mine", "b"}
+
+
+def test_an_end_while_staged_files_are_moved_loses_nothing(tmp_path, monkeypatch):
+  rename, moved = Path.rename, []
+
+  def once(file, target):
+    if moved:
+      raise KeyboardInterrupt
+    moved.append(target.name)
+    return rename(file, target)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Path, "rename", once)
+    with pytest.raises(KeyboardInterrupt):
+      write_both(tmp_path)
+  assert {f.name for f in tmp_path.iterdir()} == {".staged", *moved}
+  with pytest.raises(RunDirError, match=r"\w exists; rename it"):
+    write_both(tmp_path)
+  assert {f.name for f in tmp_path.iterdir()} == {"a", "b"}
 
 
 def test_staged_files_of_a_block_that_fails_are_gone(tmp_path):
