@@ -1,4 +1,4 @@
-"""`--mode=compile`: a trained image classifier compiled to skip what is closed, and what each strategy takes.
+"""`--mode=compile`: a trained net for images compiled to skip what is closed, and what each strategy takes.
 
 Reference: Bejnordi et al., 2020.
 """
@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
 from gating_jax import timing
 from gating_jax.experiments.build import Experiment
-from gating_jax.inference.conditional import compile_conditional
-from gating_jax.inference.exiting import compile_exits, fold_exits
+from gating_jax.inference.conditional import Conditional, compile_conditional
+from gating_jax.inference.exiting import Exiting, compile_exits, fold_exits
 from gating_jax.inference.folding import fold
 from gating_jax.inference.inputs import spread
 from gating_jax.models.early_exit import EarlyExitNet
+from gating_jax.models.segmenter import Segmenter
 from gating_jax.reports import time_picture
 from gating_jax.training import rundir
 from gating_jax.training.journal import write_json
@@ -42,11 +44,17 @@ def run(experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Ma
   print(f"\nwritten: {run_dir.path / TABLE_FILE}, {run_dir.path / PICTURE_FILE}")
 
 
+def _compiler(model: nn.Module, variables: Mapping[str, Any]) -> Callable[..., Conditional | Exiting]:
+  """What makes a program of the net; of one for segmentation, of its backbone, where all its gates are."""
+  if isinstance(model, EarlyExitNet):
+    return functools.partial(compile_exits, fold_exits(model, variables))
+  if isinstance(model, Segmenter):
+    model, variables = model.backbone, {kind: tree["backbone"] for kind, tree in variables.items()}
+  return functools.partial(compile_conditional, fold(model, variables))
+
+
 def _write(experiment: Experiment, folder: Path, step: int, variables: Mapping[str, Any]) -> None:
-  if isinstance(experiment.model, EarlyExitNet):
-    compiled = functools.partial(compile_exits, fold_exits(experiment.model, variables))
-  else:
-    compiled = functools.partial(compile_conditional, fold(experiment.model, variables))
+  compiled = _compiler(experiment.model, variables)
   train = experiment.open_train()
   images = np.asarray(experiment.normalise(train.read(spread(len(train), _CALIBRATION))[0]), np.float32)
   timings = {size: [dataclasses.asdict(row) for row in compiled(
