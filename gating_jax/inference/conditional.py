@@ -28,7 +28,7 @@ from gating_jax.ops.relaxations import threshold_gate
 from gating_jax.timing import race
 from gating_jax.types import Array
 
-AUTO = "auto"
+AUTO, UNGATED = "auto", "ungated"
 GAIN = 0.97  # of the time of the program it replaces: what a strategy must stay under to be taken
 OPEN_LIMIT = 1.05
 _SAMPLES = 4  # batches of calibration data that are timed
@@ -41,7 +41,7 @@ class Timing:
   Attributes:
     strategy: its name; of the network also `chosen`, the mixture of the parts' fastest, and `ungated`; of one with
       early exits `masked`, `exit_dispatch` and `ungated`.
-    mac_ratio: MACs that calibration data leave open, of all.
+    mac_ratio: MACs that calibration data leave open, of all; 1 of `ungated`.
     seconds: of a call.
     time_ratio: `seconds` of those of `masked`.
     efficiency: `mac_ratio / time_ratio`; 1 where all MACs that were saved have saved time.
@@ -252,7 +252,7 @@ def spread_batches(images: Any, batch_size: int) -> list[Array]:
 def _mac_ratios(net: Folded, input_shape: tuple[int, int, int], gates: Sequence[np.ndarray]) -> list[float]:
   """MACs left open of all MACs: of each part and of the network, gate networks included in the former alone."""
   dense = ungated(net)
-  of_parts = [float(np.mean(spent)) / whole for spent, whole in zip(
+  of_parts = [float(np.mean(spent)) / whole if whole else 1.0 for spent, whole in zip(
       folded.macs_by_part(net, input_shape, gates), folded.macs_by_part(dense, input_shape), strict=True)]
   return [*of_parts, float(np.mean(folded.macs(net, input_shape, gates))) / folded.macs(dense, input_shape)]
 
@@ -260,8 +260,12 @@ def _mac_ratios(net: Folded, input_shape: tuple[int, int, int], gates: Sequence[
 def rows(part: int | None, seconds: Mapping[str, float], mac_ratio: float, chosen: str = "",
          open_ratios: Mapping[str, float] = MappingProxyType({})) -> list[Timing]:
   """A `Timing` for each strategy, by name, `masked` among them."""
-  return [Timing(part, name, mac_ratio, spent, spent / seconds["masked"], mac_ratio * seconds["masked"] / spent,
-                 name == chosen, open_ratios.get(name)) for name, spent in seconds.items()]
+  found = []
+  for name, spent in seconds.items():
+    share, time_ratio = 1.0 if name == UNGATED else mac_ratio, spent / seconds["masked"]
+    found.append(Timing(
+        part, name, share, spent, time_ratio, share / time_ratio, name == chosen, open_ratios.get(name)))
+  return found
 
 
 def fastest(
@@ -277,8 +281,8 @@ def fastest(
   """
   seconds, open_seconds = ({name: statistics.median(spent) / batches for (name, wide), spent in times.items()
                             if wide == opening} for opening in (False, True))
-  dense = min(open_seconds["masked"], seconds["ungated"])
-  ratios = {name: spent / dense for name, spent in {**open_seconds, "ungated": seconds["ungated"]}.items()}
+  dense = min(open_seconds["masked"], seconds[UNGATED])
+  ratios = {name: spent / dense for name, spent in {**open_seconds, UNGATED: seconds[UNGATED]}.items()}
   limit = max(open_limit, ratios["masked"])  # what is taken otherwise is within no other
   best = min((name for name in open_seconds if ratios[name] <= limit), key=seconds.get)
   return best if seconds[best] < GAIN * seconds["masked"] else "masked", seconds, ratios
@@ -338,6 +342,6 @@ def _choose(net: Folded, options: Sequence[Mapping[str, Made]], timings: Sequenc
     run, own = program(parts), _with_parts(net, parts)
     for wide, weights in ((False, own), (True, opened(own))):
       runs[name, wide] = functools.partial(run_over, run, [(weights, x) for x in batches])
-  runs["ungated", False] = functools.partial(run_over, program(), [(ungated(net), x) for x in batches])
+  runs[UNGATED, False] = functools.partial(run_over, program(), [(ungated(net), x) for x in batches])
   best, seconds, open_ratios = fastest(race(runs, repeats), len(batches), open_limit)
   return mixtures[best], rows(None, seconds, ratio, best, open_ratios)

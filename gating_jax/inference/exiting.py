@@ -25,6 +25,7 @@ from gating_jax.inference import folded, inputs
 from gating_jax.inference.conditional import (
   AUTO,
   OPEN_LIMIT,
+  UNGATED,
   Timing,
   check_arguments,
   fastest,
@@ -196,7 +197,7 @@ def compile_exits(
   plain, staying = without_exits(net), dataclasses.replace(net, threshold=_NEVER)
   ways = {MASKED: program(), EXIT_DISPATCH: program(buckets)}
   runs = {**{(name, all_stay): (way, staying if all_stay else net) for name, way in ways.items()
-             for all_stay in (False, True)}, ("ungated", False): (jax.jit(folded.run), plain)}
+             for all_stay in (False, True)}, (UNGATED, False): (jax.jit(folded.run), plain)}
   times = race({name: functools.partial(run_over, way, [(of, x) for x in batches]) for name, (way, of) in runs.items()},
                repeats)
   chosen, seconds, open_ratios = fastest(times, len(batches), open_limit)

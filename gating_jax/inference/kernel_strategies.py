@@ -23,9 +23,9 @@ from gating_jax.types import Array
 
 
 def native(part: Part, setting: Setting) -> Made:
-  """Any part without dilation."""
+  """Any part that computes something, without dilation."""
   convs = (part.conv,) if isinstance(part, Layer) else part.convs
-  if not convs or any(conv.dilation != 1 for conv in convs):
+  if not convs or any(conv.dilation != 1 or not conv.kernel.size for conv in convs):
     return None
   turned = [dataclasses.replace(conv, kernel=native_kernel.packed(conv.kernel)) for conv in convs]
   turned = dict(conv=turned[0]) if isinstance(part, Layer) else dict(convs=tuple(turned))
@@ -52,12 +52,14 @@ def _chain(convs: tuple[Conv, ...], x: Array, gates: list[Array | None], shortcu
 
 
 def pallas(part: Part, setting: Setting) -> Made:
-  """Blocks of two convolutions whose gates switch several channels each."""
+  """Blocks of two convolutions whose gates switch several channels each, on a GPU a multiple of 16."""
   del setting
   if not isinstance(part, Block) or part.layer_gate or len(groups_of(part)) != 1:
     return None
   (group,), (first, last) = groups_of(part), part.convs
   if group.channels == 1 or group.always or last.stride != 1 or (first.dilation, last.dilation) != (1, 1):
+    return None
+  if jax.default_backend() == "gpu" and group.channels % 16:
     return None
 
   def run(part: Block, x: Array, gates: Gates, before: Gates) -> Array:

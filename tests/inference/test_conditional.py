@@ -14,6 +14,7 @@ from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer
 from gating_jax.inference.kernel_strategies import STRATEGIES, why_not, worth_trying
 from gating_jax.inference.quantise import quantise
+from gating_jax.inference.strategies import Setting
 
 SHAPE = (5, 4, 3)
 FEATURES = 6
@@ -53,6 +54,9 @@ def net(kind, seed=0):
           Block((conv(rng, 3, 5), conv(rng, 5, 3)), head(rng, 3, Group(1)), layer_gate=True),
           Block((conv(rng, 3, 5), conv(rng, 5, FEATURES)), head(rng, 3, Group(1)), conv(rng, 3, FEATURES, 1),
                 layer_gate=True)],
+      # As `slim` leaves a block of which no unit ever opens, and `fold` one whose gate is always closed.
+      "dead branches": lambda: [stem, Block((conv(rng, FEATURES, 0), conv(rng, 0, FEATURES))), Block(()),
+                                basic(rng, Group(34))],
       "bottleneck": lambda: [stem, Block(
           (conv(rng, FEATURES, 34, 1), conv(rng, 34, 18, stride=2), conv(rng, 18, 9, 1)),
           head(rng, FEATURES, Group(34), Group(9, 2)), conv(rng, FEATURES, 9, 1, 2))],
@@ -69,6 +73,7 @@ KINDS = {
     "blocks": ("switch", "block_dispatch", "cluster", "native", "pallas"),
     "layers": ("layer_dispatch", "native"),
     "first layers": ("layer_dispatch", "native"),
+    "dead branches": ("switch", "cluster", "native"),
     "bottleneck": ("switch", "cluster", "native"),
     "chain": ("switch", "native"),
 }
@@ -153,6 +158,19 @@ def test_what_is_closed_is_not_computed():
     run.load(spoilt)
     np.testing.assert_allclose(run(x)[0], expected, rtol=2e-5, atol=2e-5, err_msg=strategy)
     assert np.isnan(folded.run(spoilt, x)[0]).all()
+
+
+def test_auto_takes_a_net_of_which_slimming_has_left_dead_branches():
+  run = compiled("dead branches", "auto", 2, calibration=images(9), repeats=1)
+  check(run, images(5), net("dead branches"))
+  assert all(t.mac_ratio == 1 for t in run.report() if t.part in (1, 2))
+
+
+def test_blocks_that_the_kernel_for_gpus_cannot_take_are_left_out(monkeypatch):
+  (block,) = (part for part in net("blocks").parts if isinstance(part, Block) and part.head.groups[0].channels == 8)
+  assert STRATEGIES["pallas"](block, Setting(4)) is not None
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert STRATEGIES["pallas"](block, Setting(4)) is None
 
 
 @pytest.mark.parametrize("kind", ["blocks", "layers"])
