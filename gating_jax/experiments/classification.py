@@ -36,14 +36,14 @@ TASK = Task(
     scores=steps.image_scores,
     summarise=lambda _, sums, images: evaluation.summarise(sums, images),
     rows=table.rows)
-OF_NEWEST = {"export": image_export.run, "compile": image_compile.run}  # what is made of the newest checkpoint
+_OF_NEWEST = {"export": image_export.run, "compile": image_compile.run}  # what is made of the newest checkpoint
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint, `export`
   writes it as files that run without this package, and `compile` times what skips its closed gates."""
   experiment = build(config)
-  if mode in OF_NEWEST:
+  if mode in _OF_NEWEST:
     make_of_newest(mode, experiment, workdir)
     return
   if mode == "train" and config.model.init_from is not None:
@@ -52,11 +52,11 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
 
 
 def make_of_newest(mode: str, experiment: Experiment, workdir: Path) -> None:
-  """What `OF_NEWEST` has under this name."""
+  """`export` or `compile`, of the newest checkpoint."""
   run_dir = rundir.existing_run(workdir, experiment.config)
   step, state = newest(experiment, run_dir)
   variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
-  hosts.written(lambda: OF_NEWEST[mode](experiment, run_dir, step, variables))
+  hosts.written(lambda: _OF_NEWEST[mode](experiment, run_dir, step, variables))
 
 
 def run_task(task: Task, experiment: Experiment, workdir: Path, mode: str) -> None:

@@ -19,12 +19,13 @@ import numpy as np
 from gating_jax.experiments.build import Experiment
 from gating_jax.inference import exiting, export, folded, openings
 from gating_jax.inference.analyse import Analysis, analyse
-from gating_jax.inference.conditional import compile_conditional, run_over
+from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import Folded
 from gating_jax.inference.inputs import spread
 from gating_jax.inference.kernel_strategies import EXPORTABLE
 from gating_jax.inference.quantise import dequantise, quantise
 from gating_jax.inference.slim import Disagreement, disagreement, rate_bound, static_units, take
+from gating_jax.inference.timings import run_over
 from gating_jax.models.early_exit import EarlyExitNet
 from gating_jax.reports.lettering import columns
 from gating_jax.timing import device, race

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -24,40 +23,21 @@ from gating_jax.inference.folding import fold
 from gating_jax.inference.kernel_strategies import STRATEGIES, why_not, worth_trying
 from gating_jax.inference.quantise import check_float
 from gating_jax.inference.strategies import Made, Setting, groups_of
+from gating_jax.inference.timings import (
+  GAIN,
+  OPEN_LIMIT,
+  UNGATED,
+  Timing,
+  fastest,
+  rows,
+  run_over,
+  spread_batches,
+)
 from gating_jax.ops.relaxations import threshold_gate
 from gating_jax.timing import race
 from gating_jax.types import Array
 
-AUTO, UNGATED = "auto", "ungated"
-GAIN = 0.97  # of the time of the program it replaces: what a strategy must stay under to be taken
-OPEN_LIMIT = 1.05
-_SAMPLES = 4  # batches of calibration data that are timed
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-  """Of a part, or of the whole network (`part` None), by one strategy.
-
-  Attributes:
-    strategy: its name; of the network also `chosen`, the mixture of the parts' fastest, and `ungated`; of one with
-      early exits `masked`, `exit_dispatch` and `ungated`.
-    mac_ratio: MACs that calibration data leave open, of all; 1 of `ungated`.
-    seconds: of a call.
-    time_ratio: `seconds` of those of `masked`.
-    efficiency: `mac_ratio / time_ratio`; 1 where all MACs that were saved have saved time.
-    chosen: whether it is what runs.
-    open_ratio: of the network: seconds of a call with every unit open, or no image leaving at an exit, of the faster
-      of `masked` then and `ungated`; None of a part.
-  """
-
-  part: int | None
-  strategy: str
-  mac_ratio: float
-  seconds: float
-  time_ratio: float
-  efficiency: float
-  chosen: bool
-  open_ratio: float | None = None
+AUTO = "auto"
 
 
 class Conditional:
@@ -242,50 +222,12 @@ def _pick(options: Sequence[Mapping[str, Made]], names: Sequence[str]) -> list[M
   return [known[name] for known, name in zip(options, names, strict=True)]
 
 
-def spread_batches(images: Any, batch_size: int) -> list[Array]:
-  """A few batches that are spread over the images, which are repeated where they are too few."""
-  count = min(_SAMPLES, -(-len(images) // batch_size))
-  index = np.linspace(0, len(images), count * batch_size, endpoint=False).astype(int)
-  return [jnp.asarray(images[part]) for part in index.reshape(batch_size, count).T]
-
-
 def _mac_ratios(net: Folded, input_shape: tuple[int, int, int], gates: Sequence[np.ndarray]) -> list[float]:
   """MACs left open of all MACs: of each part and of the network, gate networks included in the former alone."""
   dense = ungated(net)
   of_parts = [float(np.mean(spent)) / whole if whole else 1.0 for spent, whole in zip(
       folded.macs_by_part(net, input_shape, gates), folded.macs_by_part(dense, input_shape), strict=True)]
   return [*of_parts, float(np.mean(folded.macs(net, input_shape, gates))) / folded.macs(dense, input_shape)]
-
-
-def rows(part: int | None, seconds: Mapping[str, float], mac_ratio: float, chosen: str = "",
-         open_ratios: Mapping[str, float] = MappingProxyType({})) -> list[Timing]:
-  """A `Timing` for each strategy, by name, `masked` among them."""
-  found = []
-  for name, spent in seconds.items():
-    share, time_ratio = 1.0 if name == UNGATED else mac_ratio, spent / seconds["masked"]
-    found.append(Timing(
-        part, name, share, spent, time_ratio, share / time_ratio, name == chosen, open_ratios.get(name)))
-  return found
-
-
-def fastest(
-    times: Mapping[tuple[str, bool], Sequence[float]], batches: int, open_limit: float
-) -> tuple[str, dict[str, float], dict[str, float]]:
-  """The strategy to take; seconds of a call of each, and its `Timing.open_ratio`, `ungated` included.
-
-  Args:
-    times: of a run over all batches, by strategy, and whether everything was open: of `ungated` (False) alone, of
-      others both.
-    batches: how many.
-    open_limit: of `compile_conditional`.
-  """
-  seconds, open_seconds = ({name: statistics.median(spent) / batches for (name, wide), spent in times.items()
-                            if wide == opening} for opening in (False, True))
-  dense = min(open_seconds["masked"], seconds[UNGATED])
-  ratios = {name: spent / dense for name, spent in {**open_seconds, UNGATED: seconds[UNGATED]}.items()}
-  limit = max(open_limit, ratios["masked"])  # what is taken otherwise is within no other
-  best = min((name for name in open_seconds if ratios[name] <= limit), key=seconds.get)
-  return best if seconds[best] < GAIN * seconds["masked"] else "masked", seconds, ratios
 
 
 def _time_parts(net: Folded, options: Sequence[Mapping[str, Made]], batches: Sequence[Array],
@@ -314,12 +256,6 @@ def _seen(net: Folded, x: Array) -> list[tuple[Array, Gates, Gates]]:
 
   folded.run(net, x, spy)
   return seen
-
-
-def run_over(run: Callable[..., Any], calls: Sequence[tuple]) -> None:
-  """Calls, one after the other's end."""
-  for args in calls:
-    jax.block_until_ready(run(*args))
 
 
 def _choose(net: Folded, options: Sequence[Mapping[str, Made]], timings: Sequence[Timing],

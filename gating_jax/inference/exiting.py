@@ -22,21 +22,19 @@ import numpy as np
 
 from gating_jax.checks import one_of
 from gating_jax.inference import folded, inputs
-from gating_jax.inference.conditional import (
-  AUTO,
+from gating_jax.inference.conditional import AUTO, check_arguments, in_batches
+from gating_jax.inference.folded import Folded, Layer
+from gating_jax.inference.folding import check, fold_conv, fold_stages
+from gating_jax.inference.strategies import for_open
+from gating_jax.inference.timings import (
   OPEN_LIMIT,
   UNGATED,
   Timing,
-  check_arguments,
   fastest,
-  in_batches,
   rows,
   run_over,
   spread_batches,
 )
-from gating_jax.inference.folded import Folded, Layer
-from gating_jax.inference.folding import check, fold_conv, fold_stages
-from gating_jax.inference.strategies import for_open
 from gating_jax.models.early_exit import EarlyExitNet
 from gating_jax.ops import exits
 from gating_jax.timing import race

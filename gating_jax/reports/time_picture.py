@@ -1,6 +1,6 @@
 """What strategies of skipping take: a table, and a picture of time against MACs.
 
-A row is a mapping with the fields of `gating_jax.inference.conditional.Timing`.
+A row is a mapping with the fields of `gating_jax.inference.timings.Timing`.
 Reference: Verelst and Tuytelaars, 2020 (time against MACs).
 """
 

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ml_collections
 
@@ -96,16 +96,21 @@ def _locked(path: Path, mine: Mapping[str, Any]) -> Iterator[None]:
   except OSError as error:
     raise RunDirError(f"workdir {path} cannot be written: {error.strerror}") from error
   with lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise RunDirError(f"workdir {path} is in use by another process") from None
+    _hold(lock, f"workdir {path} is in use by another process")
     run_dir = RunDir(path)
     if file.exists() and run_dir.has_progress():
       _compare(path, _read(file), mine)
     else:
       write_json(file, mine)
     yield
+
+
+def _hold(file: IO[str] | int, message: str) -> None:
+  """Locks an open file or directory until it is closed. Raises RunDirError where another process holds it."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    raise RunDirError(message) from None
 
 
 @contextlib.contextmanager
@@ -124,10 +129,7 @@ def staged(path: Path, names: Sequence[str]) -> Iterator[Path]:
   aside = path / _STAGED
   handle = os.open(path, os.O_RDONLY)
   try:
-    try:
-      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise RunDirError(f"{path} is being written to by another process") from None
+    _hold(handle, f"{path} is being written to by another process")
     if (aside / "whole").exists():
       _move(aside, path)
     _check_free(path, names)

@@ -1,0 +1,93 @@
+"""What ways to run a network took on calibration images, and which of them to take.
+
+Axes: N images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gating_jax.types import Array
+
+UNGATED = "ungated"
+GAIN = 0.97  # of the time of the program it replaces: what a strategy must stay under to be taken
+OPEN_LIMIT = 1.05
+_SAMPLES = 4  # batches of calibration data that are timed
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+  """Of a part, or of the whole network (`part` None), by one strategy.
+
+  Attributes:
+    strategy: its name; of the network also `chosen`, the mixture of the parts' fastest, and `ungated`; of one with
+      early exits `masked`, `exit_dispatch` and `ungated`.
+    mac_ratio: MACs that calibration data leave open, of all; 1 of `ungated`.
+    seconds: of a call.
+    time_ratio: `seconds` of those of `masked`.
+    efficiency: `mac_ratio / time_ratio`; 1 where all MACs that were saved have saved time.
+    chosen: whether it is what runs.
+    open_ratio: of the network: seconds of a call with every unit open, or no image leaving at an exit, of the faster
+      of `masked` then and `ungated`; None of a part.
+  """
+
+  part: int | None
+  strategy: str
+  mac_ratio: float
+  seconds: float
+  time_ratio: float
+  efficiency: float
+  chosen: bool
+  open_ratio: float | None = None
+
+
+def rows(part: int | None, seconds: Mapping[str, float], mac_ratio: float, chosen: str = "",
+         open_ratios: Mapping[str, float] = MappingProxyType({})) -> list[Timing]:
+  """A `Timing` for each strategy, by name, `masked` among them."""
+  found = []
+  for name, spent in seconds.items():
+    share, time_ratio = 1.0 if name == UNGATED else mac_ratio, spent / seconds["masked"]
+    found.append(Timing(
+        part, name, share, spent, time_ratio, share / time_ratio, name == chosen, open_ratios.get(name)))
+  return found
+
+
+def fastest(
+    times: Mapping[tuple[str, bool], Sequence[float]], batches: int, open_limit: float
+) -> tuple[str, dict[str, float], dict[str, float]]:
+  """The strategy to take; seconds of a call of each, and its `Timing.open_ratio`, `ungated` included.
+
+  Args:
+    times: of a run over all batches, by strategy, and whether everything was open: of `ungated` (False) alone, of
+      others both.
+    batches: how many.
+    open_limit: of `compile_conditional`.
+  """
+  seconds, open_seconds = ({name: statistics.median(spent) / batches for (name, wide), spent in times.items()
+                            if wide == opening} for opening in (False, True))
+  dense = min(open_seconds["masked"], seconds[UNGATED])
+  ratios = {name: spent / dense for name, spent in {**open_seconds, UNGATED: seconds[UNGATED]}.items()}
+  limit = max(open_limit, ratios["masked"])  # what is taken otherwise is within no other
+  best = min((name for name in open_seconds if ratios[name] <= limit), key=seconds.get)
+  return best if seconds[best] < GAIN * seconds["masked"] else "masked", seconds, ratios
+
+
+def spread_batches(images: Any, batch_size: int) -> list[Array]:
+  """A few batches that are spread over the images, which are repeated where they are too few."""
+  count = min(_SAMPLES, -(-len(images) // batch_size))
+  index = np.linspace(0, len(images), count * batch_size, endpoint=False).astype(int)
+  return [jnp.asarray(images[part]) for part in index.reshape(batch_size, count).T]
+
+
+def run_over(run: Callable[..., Any], calls: Sequence[tuple]) -> None:
+  """Calls, one after the other's end."""
+  for args in calls:
+    jax.block_until_ready(run(*args))
