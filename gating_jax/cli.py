@@ -51,7 +51,7 @@ def _parse(argv: list[str]) -> list[str]:
     message = lines[-1] if any(line.startswith("Traceback") for line in lines) else " ".join(lines)
   except (AttributeError, KeyError, TypeError) as error:  # a field that the config does not have
     message = _unknown_field(argv) or str(error)
-  print(f"error: {message}", file=sys.stderr)
+  _say(f"error: {message}")
   sys.exit(2)
 
 
@@ -73,10 +73,10 @@ def _unknown_field(argv: list[str]) -> str | None:
 
 def _main(argv: list[str]) -> int:
   if len(argv) > 1:
-    print(f"error: unknown arguments {argv[1:]}", file=sys.stderr)
+    _say(f"error: unknown arguments {argv[1:]}")
     return 2
   if (_CONFIG.value is None) != (_MODE.value == COMPARE):
-    print(f"error: --config must be given, but not with --mode={COMPARE}", file=sys.stderr)
+    _say(f"error: --config must be given, but not with --mode={COMPARE}")
     return 2
   logging.set_verbosity(logging.WARNING)
   import jax  # after the flags are checked, as what imports it
@@ -116,7 +116,7 @@ def _main(argv: list[str]) -> int:
     return _failed(f"a fault of the program:\n{traceback.format_exc()}", 1)
   except KeyboardInterrupt:
     goes_on = "goes on from the newest checkpoint, if there is one" if _MODE.value == "train" else "begins anew"
-    print(f"interrupted; the same command {goes_on}", file=sys.stderr, flush=True)
+    _say(f"interrupted; the same command {goes_on}")
     with contextlib.suppress(OSError):
       sys.stdout.flush()
     os._exit(130)  # at once: what is still being computed can crash the interpreter's own end
@@ -125,10 +125,16 @@ def _main(argv: list[str]) -> int:
 
 def _failed(error: Exception | str, status: int) -> int:
   """Says what is wrong in one line, or as many as the error has; 2 is the status of what a restart cannot mend."""
-  print("error:", printable(error, keep="\n"), file=sys.stderr, flush=True)
+  _say("error: " + printable(error, keep="\n"))
   if _COORDINATOR.value:
     os._exit(status)  # without waiting for processes that wait for this one
   return status
+
+
+def _say(text: str) -> None:
+  """Writes a line to stderr by one call, so that the processes of a job do not write into each other's lines."""
+  sys.stderr.write(f"{text}\n")
+  sys.stderr.flush()
 
 
 if __name__ == "__main__":
