@@ -113,6 +113,20 @@ class Prediction(NamedTuple):
   agnostic_macs: Array
 
 
+class TaskNet(NamedTuple):
+  """What runs for one task.
+
+  Attributes:
+    model: from images to `([N, F] features, records)`.
+    variables: of the model.
+    classifier: kernel `[F, C]` and bias `[C]` on the features.
+  """
+
+  model: nn.Module
+  variables: Mapping[str, Any]
+  classifier: tuple[Array, Array]
+
+
 class TaskData(NamedTuple):
   """A task's images as arrays: `pixels` uint8 `[M, H, W, D]`, `labels` `[M]`, and those held out of its training."""
 
@@ -203,8 +217,8 @@ class Method:
   `cumulative`: task t is trained on the images of all tasks up to t. `together`: all tasks are learnt at once; every
   step sees as many images of each, those of task t at places t, T + t, 2 T + t, ..., and only the last row of the table
   is filled. `prelude`: a step `(learner, pixels, labels) -> (learner, metrics)` of what comes before the training on
-  each task. `gate_logits`: `(learner, x [N, ...], task) -> ` the log-odds of the gates of a task that is learnt,
-  `[N, units]` of each layer; of methods that have gates for every task.
+  each task. `task_net`: `(learner, task) -> ` the gated net of a task that is learnt; of methods that have gates for
+  every task.
   """
 
   init: Callable[[Array], Start]
@@ -217,7 +231,7 @@ class Method:
   cumulative: bool = False
   together: bool = False
   prelude: Callable[[Learner, Array, Array], tuple[Learner, Mapping[str, Array]]] | None = None
-  gate_logits: Callable[[Learner, Array, Array], tuple[Array, ...]] | None = None
+  task_net: Callable[[Learner, Array], TaskNet] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,7 @@ from gating_jax.continual.method import (
   Problem,
   Start,
   TaskData,
+  TaskNet,
   tree_size,
 )
 from gating_jax.continual.task_gates import TaskGatesSettings
@@ -103,7 +104,7 @@ class _Multitask:
 
   def method(self) -> Method:
     return Method(self.init, self.loss, self.end_task, self.predict, holdings=self.holdings, together=True,
-                  gate_logits=self.gate_logits if self.settings else None)
+                  task_net=self.task_net if self.settings else None)
 
   @property
   def problem(self) -> Problem:
@@ -154,11 +155,9 @@ class _Multitask:
     available = np.ones(self.counts.gates, bool)
     return Holdings(params, 0.0, units.used_by(learner.memory["relevant"], available, self.net.shapes()[0]))
 
-  def gate_logits(self, learner: Learner, x: Array, task: Array) -> tuple[Array, ...]:
+  def task_net(self, learner: Learner, task: Array) -> TaskNet:
     own = {"params": learner.params["own"], "batch_stats": learner.batch_stats["own"]}
-    own = jax.tree.map(lambda tree: tree[task], own)
-    records = self.net.of_task(learner.params, learner.batch_stats, own, x).records
-    return tuple(record.logits for record in records)
+    return self.net.net_of(learner.params, learner.batch_stats, own, task)
 
   def _streams(self, learner: Learner, x: Array) -> streams.Stream:
     own = {"params": learner.params["own"], "batch_stats": learner.batch_stats["own"]}

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
-from gating_jax.continual.method import Prediction, Problem
+from gating_jax.continual.method import Prediction, Problem, TaskNet
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.models.counts import ModelCounts
 from gating_jax.ops.macs import executed_macs
@@ -62,16 +62,13 @@ class SharedNet:
 
   def apply(self, params: Tree, batch_stats: Tree, x: Array, **training) -> Stream:
     """For the task whose own part is given; `training`: keywords of `apply` of a Flax module."""
-    own = dict(params["own"])
-    head = own.pop("head")
-    variables = {"params": merge(params["shared"], own["net"]),
-                 "batch_stats": merge(batch_stats["shared"], batch_stats["own"])}
+    _, variables, (kernel, bias) = self._net(params, batch_stats)
     if training:
       (features, records), new = self.model.apply(variables, x, mutable=["batch_stats"], **training)
       batch_stats = self._split(new.get("batch_stats", {}))
     else:
       features, records = self.model.apply(variables, x)
-    return Stream(features @ head["kernel"] + head["bias"], features, records, batch_stats)
+    return Stream(features @ kernel + bias, features, records, batch_stats)
 
   def side_by_side(self, params: Tree, batch_stats: Tree, own: Tree, x: Array) -> Stream:
     """One after the other for all tasks of `own`, `{"params", "batch_stats"}`, each of its arrays stacked."""
@@ -81,6 +78,17 @@ class SharedNet:
   def of_task(self, params: Tree, batch_stats: Tree, own: Tree, x: Array) -> Stream:
     """In evaluation, for a task whose own part is `own`, `{"params", "batch_stats"}`."""
     return self.apply({**params, "own": own["params"]}, {**batch_stats, "own": own["batch_stats"]}, x)
+
+  def net_of(self, params: Tree, batch_stats: Tree, owns: Tree, task: Array) -> TaskNet:
+    """What runs for one of the tasks whose own parts are `owns`, `{"params", "batch_stats"}`, each array stacked."""
+    own = jax.tree.map(lambda tree: tree[task], owns)
+    return self._net({**params, "own": own["params"]}, {**batch_stats, "own": own["batch_stats"]})
+
+  def _net(self, params: Tree, batch_stats: Tree) -> TaskNet:
+    own = params["own"]
+    variables = {"params": merge(params["shared"], own["net"]),
+                 "batch_stats": merge(batch_stats["shared"], batch_stats["own"])}
+    return TaskNet(self.model, variables, (own["head"]["kernel"], own["head"]["bias"]))
 
   def shapes(self) -> tuple[Records, int]:
     """Records and number of features, as shapes."""

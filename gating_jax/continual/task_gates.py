@@ -36,6 +36,7 @@ from gating_jax.continual.method import (
   Problem,
   Start,
   TaskData,
+  TaskNet,
   tree_megabytes,
   tree_size,
 )
@@ -106,7 +107,7 @@ def task_gates(
     raise ValueError("a network that tells tasks apart needs images of earlier ones; got no rehearsal")
   gates = _TaskGates(net, counts, settings, rehearsal, router_settings, network)
   return Method(gates.init, gates.loss, gates.end_task, gates.predict, update=gates.update, holdings=gates.holdings,
-                prelude=make_prelude(rehearsal, problem), gate_logits=gates.gate_logits)
+                prelude=make_prelude(rehearsal, problem), task_net=gates.task_net)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,10 +235,8 @@ class _TaskGates:
         memory_mb=tree_megabytes((memory["frozen"], memory["relevant"])) + images,
         relevant=units.used_by(memory["relevant"], memory["available"], records))
 
-  def gate_logits(self, learner: Learner, x: Array, task: Array) -> tuple[Array, ...]:
-    own = jax.tree.map(lambda tree: tree[task], learner.memory["own"])
-    records = self.net.of_task(learner.params, learner.batch_stats, own, x).records
-    return tuple(record.logits for record in records)
+  def task_net(self, learner: Learner, task: Array) -> TaskNet:
+    return self.net.net_of(learner.params, learner.batch_stats, learner.memory["own"], task)
 
   def _task_cross_entropy(self, params: Tree, learner: Learner, x: Array, features: Array, labels: Array) -> Array:
     """`[N]`, of the classifier of tasks on `x` and its features; it moves nothing of earlier tasks."""

@@ -36,35 +36,30 @@ TASK = Task(
     scores=steps.image_scores,
     summarise=lambda _, sums, images: evaluation.summarise(sums, images),
     rows=table.rows)
-_OF_NEWEST = {"export": image_export.run, "compile": image_compile.run}  # what is made of the newest checkpoint
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint, `export`
   writes it as files that run without this package, and `compile` times what skips its closed gates."""
   experiment = build(config)
-  if mode in _OF_NEWEST:
-    make_of_newest(mode, experiment, workdir)
-    return
   if mode == "train" and config.model.init_from is not None:
     pretrained.check(config)
-  run_task(TASK, experiment, workdir, mode)
+  run_task(TASK, experiment, workdir, mode, export=image_export.run, compile=image_compile.run)
 
 
-def make_of_newest(mode: str, experiment: Experiment, workdir: Path) -> None:
-  """`export` or `compile`, of the newest checkpoint."""
-  run_dir = rundir.existing_run(workdir, experiment.config)
-  step, state = newest(experiment, run_dir)
-  variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
-  hosts.written(lambda: _OF_NEWEST[mode](experiment, run_dir, step, variables))
-
-
-def run_task(task: Task, experiment: Experiment, workdir: Path, mode: str) -> None:
-  """The same for any task."""
+def run_task(task: Task, experiment: Experiment, workdir: Path, mode: str, **of_newest: Callable[..., None]) -> None:
+  """The same for any task; `of_newest` are its modes that write something of the newest checkpoint."""
   rundir.run_mode(workdir, experiment.config, mode, render=task.render,
                   train=functools.partial(_train, task, experiment),
                   evaluate=functools.partial(_evaluate, task, experiment),
-                  report=functools.partial(_report, task, experiment))
+                  report=functools.partial(_report, task, experiment),
+                  **{name: functools.partial(_make, make, experiment) for name, make in of_newest.items()})
+
+
+def _make(make: Callable[..., None], experiment: Experiment, run_dir: rundir.RunDir) -> None:
+  step, state = newest(experiment, run_dir)
+  variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+  hosts.written(lambda: make(experiment, run_dir, step, variables))
 
 
 def _evaluate(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:

@@ -20,7 +20,7 @@ from gating_jax.continual import steps
 from gating_jax.continual.method import Learner, TaskData
 from gating_jax.data import batches, resident, tasks
 from gating_jax.data.sources import Images
-from gating_jax.experiments import continual_report
+from gating_jax.experiments import continual_report, task_compile
 from gating_jax.experiments.continual_build import ContinualExperiment, build
 from gating_jax.reports import task_table
 from gating_jax.training import devices, hosts, loop, rundir
@@ -29,10 +29,12 @@ from gating_jax.training.journal import Journal
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
-  """`train` learns all tasks from wherever the run directory stands; `evaluate` tests its newest checkpoint."""
+  """`train` learns all tasks from wherever the run directory stands; `evaluate` tests its newest checkpoint, and
+  `compile` times what skips closed gates."""
   experiment = build(config)
   rundir.run_mode(workdir, config, mode, render=task_table.render, train=functools.partial(_train, experiment),
-                  evaluate=functools.partial(_evaluate, experiment), report=functools.partial(_report, experiment))
+                  evaluate=functools.partial(_evaluate, experiment), report=functools.partial(_report, experiment),
+                  compile=functools.partial(_compile, experiment))
 
 
 def _evaluate(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
@@ -51,6 +53,11 @@ def _report(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
   step, learner = _restore_learnt(experiment, run_dir)
   continual_report.write(experiment, learner, run_dir, step)
   print(f"report of the checkpoint of step {step}: {run_dir.report}")
+
+
+def _compile(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
+  step, learner = _restore_learnt(experiment, run_dir)
+  hosts.written(lambda: task_compile.run(experiment, run_dir, step, learner))
 
 
 def _restore_learnt(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> tuple[int, Learner]:

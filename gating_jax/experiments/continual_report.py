@@ -95,7 +95,7 @@ def draw(
 def make_histograms(experiment: ContinualExperiment) -> Callable[[Learner, int], dict[str, np.ndarray]]:
   """`(learner, task) -> ` counts for `Journal.write_histograms` of the gates of a task, on its first test images;
   nothing of a method that has none. Units that the task does not use have probability 0."""
-  if experiment.method.gate_logits is None:
+  if experiment.method.task_net is None:
     return lambda learner, task: {}
   look = _make_look(experiment)
 
@@ -110,7 +110,12 @@ def _make_look(experiment: ContinualExperiment) -> Callable[[Learner, int], tupl
   """`(learner, task) -> ` the task's first test images and the log-odds of its gates, `[N, units]` of each layer; one
   program for all tasks."""
   method, problem = experiment.method, experiment.problem
-  run = jax.jit(lambda learner, pixels, task: method.gate_logits(learner, problem.normalise(pixels), task))
+
+  @jax.jit
+  def run(learner, pixels, task):
+    net = method.task_net(learner, task)
+    _, records = net.model.apply(net.variables, problem.normalise(pixels))
+    return tuple(record.logits for record in records)
 
   def look(learner, task):
     test = experiment.tasks[task].test
@@ -131,7 +136,7 @@ def write(experiment: ContinualExperiment, learner: Learner, run_dir: rundir.Run
   sections += [page.Section(name.capitalize(), parts=[
       page.pictured(figure, caption, scrolls=figure.get_figwidth() > page.WIDTH)])
                for name, (caption, figure) in _pictures(experiment, learner).items()]
-  if experiment.method.gate_logits is not None:
+  if experiment.method.task_net is not None:
     sections.append(_one_gate_across_tasks(experiment, learner))
   configured = [(name, str(value)) for name, value in settings.flatten(config)]
   sections.append(page.Section("Settings", parts=[page.Table(("setting", "value"), configured, numeric=False)]))

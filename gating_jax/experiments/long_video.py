@@ -19,7 +19,7 @@ import ml_collections
 
 from gating_jax.data import resident
 from gating_jax.data.video_arrays import VideoArrays
-from gating_jax.experiments import video_nets, video_report, video_sets, video_trial
+from gating_jax.experiments import video_nets, video_report, video_sets, video_speed, video_trial
 from gating_jax.experiments.video_build import Phase, VideoExperiment, build
 from gating_jax.reports import video_table
 from gating_jax.training import devices, hosts, loop, rundir, steps
@@ -29,10 +29,12 @@ from gating_jax.training.journal import Journal
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
-  """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint."""
+  """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint, and
+  `compile` times what skips the segments that are not chosen."""
   experiment = build(config)
   rundir.run_mode(workdir, config, mode, render=video_table.render, train=functools.partial(_train, experiment),
-                  evaluate=functools.partial(_evaluate, experiment), report=functools.partial(_report, experiment))
+                  evaluate=functools.partial(_evaluate, experiment), report=functools.partial(_report, experiment),
+                  compile=functools.partial(_compile, experiment))
 
 
 def _evaluate(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
@@ -47,19 +49,29 @@ def _report(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   print(f"report of the checkpoint of step {step}: {run_dir.report}")
 
 
+def _compile(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
+  step, variables = _newest(experiment, run_dir)
+  hosts.written(lambda: video_speed.run(experiment, run_dir, step, variables))
+
+
 def _test_newest(
     experiment: VideoExperiment, run_dir: rundir.RunDir
 ) -> tuple[int, dict[str, Any], video_trial.Arrays]:
   """The newest checkpoint's step, its result on the test videos, and what it did with each."""
+  step, variables = _newest(experiment, run_dir)
+  result, behaviour = video_trial.test(experiment, variables)
+  return step, result | video_speed.speed(experiment, variables), behaviour
+
+
+def _newest(experiment: VideoExperiment, run_dir: rundir.RunDir) -> tuple[int, Any]:
+  """The newest checkpoint's step and the variables of the whole network. Raises RunDirError where there is none."""
   path = run_dir.path
   two_stage = experiment.config.training == "two_stage"
   nets = video_nets.trained_nets(experiment, path) if two_stage and experiment.pretraining else None
   step, state = video_nets.restore(experiment.training, path, experiment.config.seed, read_only=True)
   if not step:
     raise rundir.RunDirError(f"no checkpoint in {path / rundir.CHECKPOINT_DIR} yet")
-  variables = video_nets.whole(experiment, state, nets)
-  result, behaviour = video_trial.test(experiment, variables)
-  return step, result | video_trial.speed(experiment, variables), behaviour
+  return step, video_nets.whole(experiment, state, nets)
 
 
 def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
@@ -84,7 +96,7 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   if not finished:
     return
   result, behaviour = test(state)
-  result |= video_trial.speed(experiment, video_nets.whole(experiment, state, nets))
+  result |= video_speed.speed(experiment, video_nets.whole(experiment, state, nets))
   total = phase.settings.total_steps
   journal = Journal(run_dir.path, total, total)
   try:

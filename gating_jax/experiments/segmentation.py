@@ -16,7 +16,7 @@ import numpy as np
 
 from gating_jax.data import scenes
 from gating_jax.experiments import build as images
-from gating_jax.experiments import classification
+from gating_jax.experiments import classification, image_compile
 from gating_jax.experiments.build import Experiment
 from gating_jax.models.counts import count
 from gating_jax.models.resnet import RESNETS
@@ -30,11 +30,7 @@ _DRAWN = 3  # test scenes
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint, and
   `compile` times what skips its closed gates."""
-  experiment = build(config)
-  if mode == "compile":
-    classification.make_of_newest(mode, experiment, workdir)
-  else:
-    classification.run_task(TASK, experiment, workdir, mode)
+  classification.run_task(TASK, build(config), workdir, mode, compile=image_compile.run)
 
 
 def build(config: ml_collections.ConfigDict) -> Experiment:

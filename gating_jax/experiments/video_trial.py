@@ -1,4 +1,4 @@
-"""What a network for long videos does on a whole set: its features, its test, its speed.
+"""What a network for long videos does on a whole set: its features, its test.
 
 Axes: M videos, T segments, C features.
 """
@@ -6,8 +6,6 @@ Axes: M videos, T segments, C features.
 from __future__ import annotations
 
 import dataclasses
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,13 +17,12 @@ from gating_jax.data import batches
 from gating_jax.data.video_arrays import VideoArrays
 from gating_jax.data.videos import VideoSet
 from gating_jax.experiments import video_sets
-from gating_jax.experiments.video_build import LIGHT, VideoExperiment
-from gating_jax.ops import compaction, selection
+from gating_jax.experiments.video_build import VideoExperiment
+from gating_jax.ops import selection
 from gating_jax.ops.macs import executed_macs
 from gating_jax.training import devices, evaluation, hosts
 from gating_jax.types import Array
 from gating_jax.video import early_exit, metrics
-from gating_jax.video.inference import Skipping
 
 Arrays = dict[str, np.ndarray]
 
@@ -48,7 +45,7 @@ def test(experiment: VideoExperiment, variables: Any) -> tuple[dict[str, Any], A
   if config.model.selection == "prefix":
     done = _exit_early(experiment, variables)
   else:
-    done = _over(experiment, lambda v, batch: _outcome(experiment, v, batch), variables, test_set)
+    done = _over(experiment, lambda v, batch: outcome(experiment, v, batch), variables, test_set)
   read = done["weight"] > 0
   done = {name: values[read] for name, values in done.items()} | {"index": np.flatnonzero(read)}
   if not read.any():
@@ -66,36 +63,6 @@ def test(experiment: VideoExperiment, variables: Any) -> tuple[dict[str, Any], A
   return result, done
 
 
-def speed(experiment: VideoExperiment, variables: Any, *, videos: int = 8, repeats: int = 5) -> dict[str, float]:
-  """Videos per second on one device: closed segments skipped, light net and gate included; and the heavy net on all
-  segments, all videos at once or one after the other, whichever is quicker. From medians of interleaved repeats.
-
-  Nothing for early exits, which are not batched, nor where no heavy net runs.
-  """
-  if experiment.config.model.selection in ("prefix", LIGHT) or not experiment.counts.heavy.params:
-    return {}
-  model, variables = experiment.model.clone(axis_name=None), jax.device_get(variables)
-  batch = experiment.test.read(np.arange(min(videos, len(experiment.test))))
-  inputs = {name: values for name, values in batch.items() if name in video_sets.INPUTS}
-  sizes = compaction.bucket_sizes(experiment.counts.segments, min(8, experiment.counts.segments))
-  skipping = Skipping(model, variables, capacities=sizes, prepare=experiment.prepare)
-  dense = model.clone(selection="all", light=None, light_head=False)
-  whole = jax.jit(lambda variables, inputs: dense.apply(variables, experiment.prepare(inputs))[0])
-  on_device = jax.device_put(variables)
-  one_by_one = [{name: x[i : i + 1] for name, x in inputs.items()} for i in range(len(inputs["valid"]))]
-  rivals = (lambda: skipping(inputs).outputs, lambda: whole(on_device, inputs),
-            lambda: [whole(on_device, one) for one in one_by_one])
-  times = [[] for _ in rivals]
-  for repeat in range(repeats + 1):  # the first compiles
-    for run, seconds in zip(rivals, times, strict=True):
-      start = time.perf_counter()
-      jax.block_until_ready(run())
-      if repeat:
-        seconds.append(time.perf_counter() - start)
-  skipped, *all_segments = (len(one_by_one) / statistics.median(seconds) for seconds in times)
-  return {"videos_per_second": skipped, "all_segments_videos_per_second": max(all_segments)}
-
-
 def _score(test_set: VideoArrays | VideoSet, done: Arrays) -> dict[str, Any]:
   if not test_set.multi_label:
     return {"accuracy": float(np.mean(np.argmax(done["logits"], axis=1) == done["label"]))}
@@ -103,7 +70,8 @@ def _score(test_set: VideoArrays | VideoSet, done: Arrays) -> dict[str, Any]:
   return {"mean_average_precision": score.mean, "classes_left_out": list(score.left_out)}
 
 
-def _outcome(experiment: VideoExperiment, variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def outcome(experiment: VideoExperiment, variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """What the network does with each video of a batch."""
   outputs, (record, *channels) = experiment.model.apply(variables, experiment.prepare(batch))
   found = {"logits": outputs["logits"], "gates": record.gates, "probs": record.probs,
            "heavy_macs": _heavy_macs(experiment, channels, record.gates.shape)}

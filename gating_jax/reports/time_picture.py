@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gating_jax.reports.lettering import columns, save
+from gating_jax.reports.lettering import columns, plain, save
 
 Rows = Sequence[Mapping[str, Any]]
 _MARKS = "os^Dvph*X"
@@ -33,16 +33,18 @@ def table(rows: Rows) -> str:
   ] for row in rows)]))
 
 
-def draw(path: Path | BinaryIO, timings: Mapping[int, Rows]) -> None:
-  """Writes a PNG: a panel for each number of images at a time, time against MACs, both of those of computing all.
+def draw(path: Path | BinaryIO, timings: Mapping[str, Rows]) -> None:
+  """Writes a PNG: a panel for each title, two beside each other, time against MACs, both of those of computing all.
 
   A small mark is a part, a large one the whole network; on the diagonal all that MACs save is saved in time.
   """
   from matplotlib.figure import Figure  # imports slowly
 
-  figure = Figure(figsize=(5.2 * len(timings), 4.6), dpi=120, layout="constrained")
+  down = -(-len(timings) // 2)
+  figure = Figure(figsize=(10.4, 4.6 * down), dpi=120, layout="constrained")
   names = list(dict.fromkeys(row["strategy"] for rows in timings.values() for row in rows))
-  for axes, (size, rows) in zip(figure.subplots(1, len(timings), squeeze=False)[0], timings.items(), strict=True):
+  for place, (title, rows) in enumerate(timings.items(), 1):
+    axes = figure.add_subplot(down, 2, place)
     for i, name in enumerate(names):
       shown = [row for row in rows if row["strategy"] == name]
       axes.scatter([row["mac_ratio"] for row in shown], [row["time_ratio"] for row in shown],
@@ -52,7 +54,7 @@ def draw(path: Path | BinaryIO, timings: Mapping[int, Rows]) -> None:
     axes.plot([0, top], [0, top], color="#aab4be", linewidth=1, zorder=0)
     axes.axhline(1, color="#aab4be", linewidth=1, linestyle="--", zorder=0)
     axes.set(xlim=(0, top), ylim=(0, top), xlabel="MACs left open, of all", ylabel="time, of computing all",
-             title=f"{size} image{'s' if size > 1 else ''} at a time")
+             title=plain(title, 60))
   if names:
     figure.axes[-1].legend(fontsize=8)
   save(figure, path)

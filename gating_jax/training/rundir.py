@@ -162,17 +162,17 @@ def _check_free(path: Path, names: Sequence[str]) -> None:
 
 def run_mode(
     path: Path, config: ml_collections.ConfigDict, mode: str, *, train: Callable[[RunDir], None],
-    evaluate: Callable[[RunDir], None], report: Callable[[RunDir], None], render: Callable[[Mapping[str, Any]], str],
+    render: Callable[[Mapping[str, Any]], str], **others: Callable[[RunDir], None],
 ) -> None:
-  """Does what `mode` asks for: `train` goes on from wherever the run directory stands, `evaluate` only looks at it, and
-  `report` writes its `report.html` anew.
+  """Does what `mode` asks for: `train` goes on from wherever the run directory stands, the others look at one that is
+  there.
 
   A finished run is not trained again; `render` shows its result. Raises ValueError for a mode that this kind of run
   does not have.
   """
-  one_of("mode", mode, ("train", "evaluate", "report"))
+  one_of("mode", mode, ("train", *others))
   if mode != "train":
-    {"evaluate": evaluate, "report": report}[mode](existing_run(path, config))
+    others[mode](existing_run(path, config))
     return
   with open_run(path, config) as run_dir:
     if (result := run_dir.result()) is None:

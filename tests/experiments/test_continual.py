@@ -11,7 +11,8 @@ import pytest
 import tiny
 from event_files import summaries
 
-from gating_jax.experiments import continual, continual_build, continual_methods
+from gating_jax.experiments import continual, continual_build, continual_methods, task_compile, time_table
+from gating_jax.inference import folded
 from gating_jax.models import vgg
 from gating_jax.training import devices, rundir
 from gating_jax.training.checkpoints import Checkpoints
@@ -298,6 +299,41 @@ def test_tasks_learnt_together_fill_the_last_row_and_a_stopped_run_goes_on_to_th
     again, resumed = final_learner(made, tmp_path)
     assert again == end
     assert tiny.bit_equal(resumed, learner)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gates", "multitask_gates"])
+def test_the_net_of_each_task_is_compiled(method, config, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(time_table, "_REPEATS", 1)
+  monkeypatch.setattr(time_table, "_BATCHES", (1, 3))
+  made = config(**{"method": method, "model.gate.initial_open": 0.5, "gates.threshold": 0.0, "gates.sparsity": 0.0})
+  continual.run(made, tmp_path / "run", "train")
+  continual.run(made, tmp_path / "run", "compile")
+  said = capsys.readouterr().out
+  found = json.loads((tmp_path / "run" / "compile.json").read_text())
+  assert list(found["timings"]) == [f"task {t}, {names}: {size} at a time" for t, names in ((1, "0, 1"), (2, "2, 3"))
+                                    for size in ("1 image", "3 images")]
+  for title, rows in found["timings"].items():
+    assert f"\n{title}\n" in said
+    assert {"masked", "switch"} <= {row["strategy"] for row in rows if row["part"] == 1}
+    assert {"masked", "ungated"} <= {row["strategy"] for row in rows if row["part"] is None}
+  assert (tmp_path / "run" / "compile.png").stat().st_size > 10_000
+  experiment = continual_build.build(made)
+  _, learner = final_learner(made, tmp_path / "run")
+  for task in range(2):
+    net = task_compile.folded_net(experiment, learner, task)
+    x = experiment.problem.normalise(experiment.tasks[task].test.read(slice(32))[0])
+    logits, gates = folded.run(net, x)
+    aware = experiment.method.predict(learner, x, task, 2).aware
+    assert np.ptp(aware) > 0.1
+    np.testing.assert_allclose(logits, aware, rtol=1e-4, atol=1e-5)
+    assert 0 < np.mean(np.concatenate(gates, axis=1) > 0) < 1
+
+
+def test_what_has_no_gates_is_not_compiled(config, tmp_path):
+  experiment = continual_build.build(config(method="ewc"))
+  with pytest.raises(ValueError, match="method must have gates for every task to be compiled, .*; got 'ewc'"):
+    task_compile.run(experiment, rundir.RunDir(tmp_path), 1, experiment.fresh())
 
 
 def test_no_task_learnt_is_said(config, tmp_path):

@@ -5,15 +5,15 @@ import pytest
 import tiny_cli
 from PIL import Image
 
-from gating_jax.experiments import classification, image_compile
+from gating_jax.experiments import classification, time_table
 from gating_jax.models import resnet
 from gating_jax.training import rundir
 
 
 def test_a_run_is_compiled_and_what_was_measured_is_kept(tmp_path, capsys, monkeypatch):
   monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
-  monkeypatch.setattr(image_compile, "_REPEATS", 1)
-  monkeypatch.setattr(image_compile, "_BATCHES", (1, 3))
+  monkeypatch.setattr(time_table, "_REPEATS", 1)
+  monkeypatch.setattr(time_table, "_BATCHES", (1, 3))
   config = importlib.import_module("configs.digits_resnet20").get_config()
   config.update_from_flattened_dict({"model.name": "tiny", "optim.epochs": 1})
   classification.run(config, tmp_path / "run", "train")
@@ -23,7 +23,7 @@ def test_a_run_is_compiled_and_what_was_measured_is_kept(tmp_path, capsys, monke
   said = capsys.readouterr().out
   found = json.loads((tmp_path / "run" / "compile.json").read_text())
   assert found["step"] == 11
-  assert found["timings"].keys() == {"1", "3"}
+  assert found["timings"].keys() == {"1 image at a time", "3 images at a time"}
   for rows in found["timings"].values():
     assert {"masked", "switch", "cluster"} <= {row["strategy"] for row in rows if row["part"] == 1}
     assert {"masked", "ungated"} <= {row["strategy"] for row in rows if row["part"] is None}

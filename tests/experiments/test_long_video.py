@@ -10,10 +10,11 @@ import pytest
 import tiny
 from event_files import summaries
 
-from gating_jax.experiments import long_video, video_build, video_nets, video_sets, video_trial
+from gating_jax.experiments import long_video, video_build, video_nets, video_sets, video_speed, video_trial
 from gating_jax.models import segment_nets
 from gating_jax.models.resnet import ResNet
 from gating_jax.training import evaluation, rundir
+from gating_jax.video.inference import Skipping
 
 TINY_LIGHT = (ResNet, dict(classes=None, blocks=(1,), features=4))
 TINY_HEAVY = (ResNet, dict(classes=None, blocks=(1,), features=4, stem="small"))
@@ -174,7 +175,7 @@ def test_a_folder_of_videos_goes_through_training_evaluation_and_the_picture(con
         {"model.selection": "confidence", "loss.light": 1.0},
     ],
 )
-def test_a_run_trains_evaluates_and_is_not_repeated(config, tmp_path, capsys, changes):
+def test_a_run_trains_evaluates_and_is_not_repeated(config, tmp_path, capsys, monkeypatch, changes):
   made = config(**changes)
   long_video.run(made, tmp_path / "run", "train")
   result = read_result(tmp_path / "run")
@@ -194,6 +195,31 @@ def test_a_run_trains_evaluates_and_is_not_repeated(config, tmp_path, capsys, ch
   said = capsys.readouterr().out
   assert "checkpoint of step 4" in said
   assert re.search(rf"test accuracy +{100 * result['accuracy']:.2f} %", said)
+  monkeypatch.setattr(video_speed, "_REPEATS", 1)
+  monkeypatch.setattr(video_speed, "_BATCHES", (1, 20))
+  if selection in ("light", "prefix"):
+    with pytest.raises(ValueError, match=f"model must choose segments for a heavy net .*; got .* {selection!r}"):
+      long_video.run(made, tmp_path / "run", "compile")
+    return
+  long_video.run(made, tmp_path / "run", "compile")
+  found = json.loads((tmp_path / "run" / "compile.json").read_text())["timings"]
+  assert list(found) == ["1 video at a time", "20 videos at a time"]
+  for rows in found.values():
+    assert {row["strategy"]: row["mac_ratio"] == 1 for row in rows} == {
+        "masked": False, "segments": False, "ungated": True}
+    assert all(row["part"] is None and row["open_ratio"] > 0 for row in rows)
+  assert found["20 videos at a time"][0]["mac_ratio"] == pytest.approx(result["mac_ratio"], rel=1e-5)
+  assert (tmp_path / "run" / "compile.png").stat().st_size > 10_000
+
+
+def test_everything_open_is_every_segment(config):
+  experiment = video_build.build(config())
+  model, inputs = experiment.model.clone(axis_name=None), video_speed._read(experiment, 2)
+  variables = model.init(jax.random.key(0), experiment.prepare(inputs))
+  variables["params"]["gate"]["logits"]["bias"] -= 10.0
+  chosen = [Skipping(model, v, capacities=(8,), prepare=experiment.prepare)(inputs).chosen
+            for v in (variables, video_speed._opened(model, variables))]
+  assert chosen[0] < chosen[1] == inputs["valid"].sum()
 
 
 class Stopping:

@@ -10,7 +10,7 @@ import tiny
 import tiny_cli
 
 from gating_jax.data import sources
-from gating_jax.experiments import image_compile, segmentation
+from gating_jax.experiments import segmentation, time_table
 from gating_jax.models import resnet
 from gating_jax.models.counts import count
 from gating_jax.training import devices, steps
@@ -118,15 +118,15 @@ def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_end(config, tmp_pa
 
 @pytest.mark.slow
 def test_the_backbone_of_a_run_is_compiled(config, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(image_compile, "_REPEATS", 1)
-  monkeypatch.setattr(image_compile, "_BATCHES", (1, 3))
+  monkeypatch.setattr(time_table, "_REPEATS", 1)
+  monkeypatch.setattr(time_table, "_BATCHES", (1, 3))
   made = config()
   segmentation.run(made, tmp_path / "run", "train")
   segmentation.run(made, tmp_path / "run", "compile")
   found = json.loads((tmp_path / "run" / "compile.json").read_text())
-  assert found["timings"].keys() == {"1", "3"}
+  assert found["timings"].keys() == {"1 image at a time", "3 images at a time"}
   for rows in found["timings"].values():
     assert {"masked", "switch"} <= {row["strategy"] for row in rows if row["part"] == 1}
   assert "compile.png" in capsys.readouterr().out
-  with pytest.raises(ValueError, match="mode must be one of evaluate, report, train; got 'export'"):
+  with pytest.raises(ValueError, match="mode must be one of compile, evaluate, report, train; got 'export'"):
     segmentation.run(made, tmp_path / "run", "export")

@@ -1,0 +1,50 @@
+"""`--mode=compile` of continual learning: the net of each task compiled to skip what its gates close.
+
+Reference: Abati et al., 2020.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from gating_jax.continual.method import Learner
+from gating_jax.experiments import time_table
+from gating_jax.experiments.continual_build import ContinualExperiment
+from gating_jax.inference.conditional import compile_conditional
+from gating_jax.inference.folded import Folded
+from gating_jax.inference.folding import fold
+from gating_jax.inference.inputs import spread
+from gating_jax.inference.timings import Timing
+from gating_jax.training import rundir
+
+
+def run(experiment: ContinualExperiment, run_dir: rundir.RunDir, step: int, learner: Learner) -> None:
+  """Writes the tables of every task learnt, the task known, calibrated on its training images.
+
+  Raises:
+    RunDirError: they are there, or are being written.
+    ValueError: a method whose tasks have no gates, or a model that cannot be folded.
+  """
+  if experiment.method.task_net is None:
+    raise ValueError("method must have gates for every task to be compiled, such as 'gates'; "
+                     f"got {experiment.config.method!r}")
+  time_table.write(run_dir, step, _tables(experiment, learner))
+
+
+def _tables(experiment: ContinualExperiment, learner: Learner) -> Iterator[tuple[str, Sequence[Timing]]]:
+  for task in range(int(learner.task)):
+    net, train = folded_net(experiment, learner, task), experiment.tasks[task].train
+    images = np.asarray(experiment.problem.normalise(train.read(spread(len(train), time_table.CALIBRATION))[0]))
+    for title, rows in time_table.of_images(functools.partial(compile_conditional, net), images):
+      yield f"task {task + 1}, {experiment.task_names[task]}: {title}", rows
+
+
+def folded_net(experiment: ContinualExperiment, learner: Learner, task: int) -> Folded:
+  """What runs for a task that is learnt. Raises ValueError for a model that cannot be folded."""
+  net = experiment.method.task_net(jax.device_get(learner), task)
+  return dataclasses.replace(fold(net.model, net.variables), classifier=net.classifier)

@@ -1,0 +1,65 @@
+"""What `--mode=compile` leaves in a run directory: what each way to run its net takes, as a table and a picture.
+
+Axes: M images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from gating_jax import timing
+from gating_jax.inference.conditional import Conditional
+from gating_jax.inference.exiting import Exiting
+from gating_jax.inference.timings import Timing
+from gating_jax.reports import time_picture
+from gating_jax.training import rundir
+from gating_jax.training.journal import write_json
+
+TABLE_FILE, PICTURE_FILE = "compile.json", "compile.png"
+CALIBRATION = 256  # images at most
+_BATCHES, _REPEATS = (1, 64), 20
+
+
+def write(run_dir: rundir.RunDir, step: int, tables: Iterable[tuple[str, Sequence[Timing]]]) -> None:
+  """Prints tables as they are measured, and writes all and their picture into the run directory, or nothing.
+
+  Args:
+    run_dir: of the run.
+    step: of the checkpoint that they are of.
+    tables: pairs of a title and its rows.
+  Raises:
+    RunDirError: a file is there, or is being written.
+  """
+  found = {}
+  with rundir.staged(run_dir.path, (TABLE_FILE, PICTURE_FILE)) as folder:
+    print(f"checkpoint of step {step}, timed on {timing.device()}")
+    for title, rows in tables:
+      found[title] = [dataclasses.asdict(row) for row in rows]
+      print(f"\n{title}\n" + time_picture.table(found[title]))
+    write_json(folder / TABLE_FILE, {
+        "step": step, "device": timing.device(), "jax_version": jax.__version__, "timings": found})
+    time_picture.draw(folder / PICTURE_FILE, found)
+  print(f"\nwritten: {run_dir.path / TABLE_FILE}, {run_dir.path / PICTURE_FILE}")
+
+
+def of_images(
+    compiled: Callable[..., Conditional | Exiting], images: np.ndarray
+) -> Iterator[tuple[str, Sequence[Timing]]]:
+  """Tables of a net for images: of one, and of a batch.
+
+  Args:
+    compiled: `compile_conditional` or `compile_exits` of the net.
+    images: `[M, H, W, D]`, the calibration.
+  """
+  for size in _BATCHES:
+    yield title(size, "image"), compiled(
+        input_shape=images.shape[1:], batch_size=size, calibration=images, repeats=_REPEATS).report()
+
+
+def title(count: int, noun: str) -> str:
+  """`64 images at a time` and the like."""
+  return f"{count} {noun}{'' if count == 1 else 's'} at a time"

@@ -1,0 +1,128 @@
+"""What skipped segments save in time: the speed in a run's result, and `--mode=compile`.
+
+Axes: B videos, T segments.
+Reference: Hussein et al., 2020.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from gating_jax.experiments import time_table, video_sets, video_trial
+from gating_jax.experiments.video_build import LIGHT, VideoExperiment
+from gating_jax.inference.timings import OPEN_LIMIT, UNGATED, Timing, fastest, rows
+from gating_jax.layers.gate import GATE_NAME
+from gating_jax.models.segment_net import Inputs, SegmentNet
+from gating_jax.ops import compaction
+from gating_jax.timing import race
+from gating_jax.training import rundir
+from gating_jax.video.inference import Skipping
+
+MASKED, SEGMENTS = "masked", "segments"
+_ALWAYS = 1e4  # added to a gate's log-odds
+_BATCHES, _REPEATS = (1, 8), 20
+Run = Callable[[], Any]
+
+
+def run(experiment: VideoExperiment, run_dir: rundir.RunDir, step: int, variables: Mapping[str, Any]) -> None:
+  """Writes the tables, of test videos.
+
+  Raises:
+    RunDirError: they are there, or are being written.
+    ValueError: a run that skips no segments of a heavy net in batches.
+  """
+  if not _skips(experiment):
+    raise ValueError("model must choose segments for a heavy net before it runs to be compiled; got "
+                     f"model.selection {experiment.config.model.selection!r}")
+  time_table.write(run_dir, step, _tables(experiment, variables))
+
+
+def speed(experiment: VideoExperiment, variables: Any, *, videos: int = 8, repeats: int = 5) -> dict[str, float]:
+  """Videos per second on one device: closed segments skipped, light net and gate included; and the heavy net on all
+  segments, all videos at once or one after the other, whichever is quicker. From medians of interleaved repeats.
+
+  Nothing for early exits, which are not batched, nor where no heavy net runs.
+  """
+  if not _skips(experiment):
+    return {}
+  inputs = _read(experiment, videos)
+  count, nets = len(inputs["valid"]), (experiment.model.clone(axis_name=None), jax.device_get(variables))
+  times = race({SEGMENTS: _skipping(experiment, *nets, inputs), **_all_segments(experiment, *nets, inputs)}, repeats)
+  skipped, *everything = (count / statistics.median(seconds) for seconds in times.values())
+  return {"videos_per_second": skipped, "all_segments_videos_per_second": max(everything)}
+
+
+def _tables(experiment: VideoExperiment, variables: Any) -> Iterator[tuple[str, Sequence[Timing]]]:
+  for count in _BATCHES:
+    inputs = _read(experiment, count)
+    yield time_table.title(len(inputs["valid"]), "video"), timings(experiment, variables, inputs, repeats=_REPEATS)
+
+
+def timings(experiment: VideoExperiment, variables: Any, inputs: Inputs, *, repeats: int) -> list[Timing]:
+  """Of a batch: `segments`, which skips; `masked`, the same with the heavy net on all; and `ungated`, that alone."""
+  model, variables = experiment.model.clone(axis_name=None), jax.device_get(variables)
+  runs = {}
+  for opened, net in ((False, (model, variables)), (True, (model.clone(share=1.0), _opened(model, variables)))):
+    runs[SEGMENTS, opened] = _skipping(experiment, *net, inputs)
+    runs[MASKED, opened] = _masked(experiment, *net, inputs)
+  everything = _all_segments(experiment, model, variables, inputs)
+  times = race(runs | {(name, False): of_all for name, of_all in everything.items()}, repeats)
+  quickest = min(everything, key=lambda name: statistics.median(times[name, False]))
+  times = {name: times[name] for name in runs} | {(UNGATED, False): times[quickest, False]}
+  best, seconds, open_ratios = fastest(times, 1, OPEN_LIMIT)
+  return rows(None, seconds, _mac_ratio(experiment, model, variables, inputs), best, open_ratios)
+
+
+def _skips(experiment: VideoExperiment) -> bool:
+  return experiment.config.model.selection not in ("prefix", LIGHT) and bool(experiment.counts.heavy.params)
+
+
+def _read(experiment: VideoExperiment, videos: int) -> Inputs:
+  """The first test videos."""
+  batch = experiment.test.read(np.arange(min(videos, len(experiment.test))))
+  return {name: values for name, values in batch.items() if name in video_sets.INPUTS}
+
+
+def _skipping(experiment: VideoExperiment, model: SegmentNet, variables: Any, inputs: Inputs) -> Run:
+  sizes = compaction.bucket_sizes(experiment.counts.segments, min(8, experiment.counts.segments))
+  skipping = Skipping(model, variables, capacities=sizes, prepare=experiment.prepare)
+  return lambda: skipping(inputs).outputs
+
+
+def _masked(experiment: VideoExperiment, model: SegmentNet, variables: Any, inputs: Inputs) -> Run:
+  whole = jax.jit(lambda variables, inputs: model.apply(variables, experiment.prepare(inputs))[0])
+  on_device = jax.device_put(variables)
+  return lambda: whole(on_device, inputs)
+
+
+def _all_segments(experiment: VideoExperiment, model: SegmentNet, variables: Any, inputs: Inputs) -> dict[str, Run]:
+  """The heavy net on all segments, without light net and gate: all videos at once, and one after the other."""
+  dense = model.clone(selection="all", light=None, light_head=False)
+  one_by_one = [_masked(experiment, dense, variables, {name: x[i : i + 1] for name, x in inputs.items()})
+                for i in range(len(inputs["valid"]))]
+  return {"at once": _masked(experiment, dense, variables, inputs), "one by one": lambda: [run() for run in one_by_one]}
+
+
+def _opened(model: SegmentNet, variables: Mapping[str, Any]) -> Mapping[str, Any]:
+  """With the bias of a learned gate at which every segment is chosen."""
+  if model.selection != "gate":
+    return variables
+  gate = variables["params"][GATE_NAME]
+  bias = gate["logits"]["bias"] + _ALWAYS
+  gate = {**gate, "logits": {**gate["logits"], "bias": bias}}
+  return {**variables, "params": {**variables["params"], GATE_NAME: gate}}
+
+
+def _mac_ratio(experiment: VideoExperiment, model: SegmentNet, variables: Any, inputs: Inputs) -> float:
+  """MACs of light net, gate, chosen segments and classifier, of the heavy net's on all segments and the classifier."""
+  outcome = jax.jit(lambda variables, inputs: video_trial.outcome(
+      dataclasses.replace(experiment, model=model), variables, inputs))
+  done = jax.device_get(outcome(variables, inputs))
+  spent = experiment.counts.per_video(done["gates"], inputs["valid"], done["heavy_macs"])
+  return float(spent.mean()) / experiment.reference.all_valid(inputs["valid"])
