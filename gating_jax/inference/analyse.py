@@ -7,7 +7,7 @@ Reference: Bejnordi et al., 2020, section 5; Herrmann et al., 2020 (blocks of ch
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,7 @@ def analyse(
   """
   net = model if isinstance(model, Folded) else fold(model, variables)
   check_float(net)
-  ways = _ways([group for _, _, group, _ in places(net)], [layer for *_, layer in places(net)], buckets)
+  ways = _ways(net, buckets)
   counter, spent, images, shape = Counter(net), dict.fromkeys(ways, 0), 0, None
   for x, _, logits in observed(net, calibration):
     if shape not in (None, x.shape[1:]):
@@ -96,13 +96,17 @@ def analyse(
   return Analysis(net, shape, images, openings, macs)
 
 
-def _ways(groups: Sequence[Group], layers: Sequence[bool], buckets: int) -> dict[str, Any]:
+def _ways(net: Folded, buckets: int) -> dict[str, Any]:
   """By name: from the gates of all groups to those units which a way to skip computes."""
+  groups, layers = [group for _, _, group, _ in places(net)], [layer for *_, layer in places(net)]
+  outer = [i == len(folded.groups_of(net.parts[part])) for part, i, *_ in places(net)]
   each = lambda change: lambda gates: [g if layer else change(g, group)
                                        for g, group, layer in zip(gates, groups, layers, strict=True)]
+  switched = each(lambda g, group: _in_buckets(g, group, buckets))
   return {
       "executed": lambda gates: gates,
-      f"switch of {buckets}": each(lambda g, group: _in_buckets(g, group, buckets)),
+      f"switch of {buckets}": lambda gates: [
+          np.ones_like(g) if whole else g for g, whole in zip(switched(gates), outer, strict=True)],
       f"union of {UNION}": lambda gates: [_union(g) for g in gates],
       **{f"blocks of {size}": each(lambda g, group, size=size: _in_blocks(g, group, size)) for size in BLOCKS},
   }

@@ -22,7 +22,7 @@ from gating_jax.inference.folded import Folded, Gates, Layer
 from gating_jax.inference.folding import fold
 from gating_jax.inference.kernel_strategies import STRATEGIES, why_not, worth_trying
 from gating_jax.inference.quantise import check_float
-from gating_jax.inference.strategies import Made, Setting, groups_of
+from gating_jax.inference.strategies import Made, Setting
 from gating_jax.inference.timings import (
   GAIN,
   OPEN_LIMIT,
@@ -38,6 +38,7 @@ from gating_jax.timing import race
 from gating_jax.types import Array
 
 AUTO = "auto"
+_NO_GATES = {"layer_gate": False, "output_gate": False}  # of a block
 
 
 class Conditional:
@@ -168,7 +169,7 @@ def program(made: Sequence[Made] | None = None) -> Callable[[Folded, Array], tup
 def ungated(net: Folded) -> Folded:
   """The network with its gate networks left out: every unit open."""
   return dataclasses.replace(net, parts=tuple(
-      dataclasses.replace(part, head=None, **({} if isinstance(part, Layer) else {"layer_gate": False}))
+      dataclasses.replace(part, head=None, **({} if isinstance(part, Layer) else _NO_GATES))
       for part in net.parts))
 
 
@@ -204,9 +205,10 @@ def _settings(net: Folded, buckets: int, gates: Sequence[np.ndarray]) -> list[Se
   """Of each part."""
   settings, groups_before, gates = [], (), list(gates)
   for i, part in enumerate(net.parts):
-    own, gates = tuple(gates[: len(groups_of(part))]), gates[len(groups_of(part)):]
+    groups = part.head.groups if part.head is not None else ()
+    own, gates = tuple(gates[: len(groups)]), gates[len(groups):]
     settings.append(Setting(buckets, own, groups_before, rectified=i > 0))
-    groups_before = groups_of(part) if isinstance(part, Layer) else ()
+    groups_before = groups if isinstance(part, Layer) else groups[-1:] if folded.gates_output(part) else ()
   return settings
 
 

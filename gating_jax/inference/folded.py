@@ -1,7 +1,7 @@
 """A trained network as plain arrays, BatchNorm folded into its convolutions: what every faster program starts from.
 
     Part = Layer   y = gates * pool(ReLU(conv x))                                    a stem, or a layer of a VGG net
-         | Block   y = ReLU(conv_k(.. gates * ReLU(conv_1 x)) + shortcut(x))         residual
+         | Block   y = ReLU(conv_k(.. gates * ReLU(conv_1 x)) + shortcut(x))         residual, or gates * that
 
 `run` calls one function for each part, so that a strategy is a function of a part and nothing else.
 
@@ -109,7 +109,8 @@ class Block:
 
   Attributes:
     convs: of the branch; none where it never runs.
-    head: gates the outputs of all but the last, a group each; with `layer_gate` the branch as a whole; None: no gates.
+    head: gates the outputs of all but the last, a group each; with `output_gate` those of the block as well, by the
+      last group; with `layer_gate` the branch as a whole; None: no gates.
     project: convolution of the shortcut; else it is the input, every `pad[0]`-th pixel of it, with `pad[1]` and
       `pad[2]` channels of zeros before and after.
   """
@@ -118,6 +119,7 @@ class Block:
   head: Head | None = None
   project: Conv | None = None
   layer_gate: bool = _static(False)
+  output_gate: bool = _static(False)
   pad: tuple[int, int, int] = _static((1, 0, 0))
 
   def shortcut(self, x: Array) -> Array:
@@ -129,6 +131,17 @@ class Block:
 
 
 Part = Layer | Block
+
+
+def groups_of(part: Part) -> tuple[Group, ...]:
+  """The groups that a part's own head gates, but for that of a block's output: first among its groups."""
+  groups = part.head.groups if part.head is not None else ()
+  return groups[:-1] if gates_output(part) else groups
+
+
+def gates_output(part: Part) -> bool:
+  """Whether it is a block whose output has gates, the last of its groups."""
+  return isinstance(part, Block) and part.output_gate
 
 
 @jax.tree_util.register_dataclass
@@ -154,7 +167,8 @@ def run(net: Folded, x: Array, runners: Runner | Sequence[Runner] | None = None)
     net: the network.
     x: `[N, H, W, D]` images.
     runners: `(part, x, gates, gates of x) -> y`, one for all parts or one for each; `masked` if None. The gates of
-      a part are a tuple, one `[N, U]` a group, empty where it has none.
+      a part are a tuple, one `[N, U]` a group, empty where it has none. What comes out is multiplied by the gates of a
+      block's output, which a runner may leave alone.
   Returns:
     `(outputs, tuple of [N, U] logits)`, the latter in the order of the model's records; outputs are `[N, classes]`,
     without a classifier `[N, D']`, and without pooling `[N, H', W', D']`.
@@ -168,6 +182,9 @@ def run(net: Folded, x: Array, runners: Runner | Sequence[Runner] | None = None)
     x = runner(part, x, gates, before)
     found += logits
     before = gates if isinstance(part, Layer) else ()
+    if gates_output(part):
+      before = gates[-1:]
+      x = x * part.head.groups[-1].expand(gates[-1])[:, None, None]
   if not net.pooled:
     return x, found
   x = pooled(x)
@@ -190,8 +207,7 @@ def pooled(x: Array) -> Array:
 
 def masked(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
   """The part computed whole, closed units multiplied by 0: what every strategy must equal."""
-  groups = part.head.groups if part.head is not None else ()
-  masks = [group.expand(g)[:, None, None] for group, g in zip(groups, gates, strict=True)]
+  masks = [group.expand(g)[:, None, None] for group, g in zip(groups_of(part), gates, strict=False)]
   if isinstance(part, Layer):
     y = part.after(part.conv(x))
     return y * masks[0] if masks else y
@@ -236,9 +252,10 @@ def macs_by_part(net: Folded, input_shape: tuple[int, int, int], gates: Sequence
       before = opened[0] if opened else None
       found.append(total + spent)
       continue
+    inputs, before = before, opened[-1] if opened and part.output_gate else None
     if part.project is not None:
-      total = total + _conv_macs(part.project, shape)[1]
-    branch, inputs, before = 0, None, None
+      total = total + _conv_macs(part.project, shape, None, before)[1]  # of all inputs, as the records count it
+    branch = 0
     for i, conv in enumerate(part.convs):
       outputs = opened[i] if opened and not part.layer_gate and i < len(opened) else None
       shape, spent = _conv_macs(conv, shape, inputs, outputs)

@@ -76,7 +76,8 @@ def check(model: Any, kinds: Sequence[type] = (ResNet, VGG)) -> None:
             not gated or model.gate.context == "none" or model.gate.relaxation == "straight_through",
             "straight_through where gates look at images, since others are never just 0 or 1")]
   if isinstance(model, ResNet):
-    rules += [("gating", model.gating, model.gating in ("none", "channel", "layer"), "none, channel or layer"),
+    rules += [("gate context", model.gate.context, model.gating != "all_channels" or model.gate.context == "pooled",
+               "pooled where the outputs of blocks are gated"),
               ("group_norm", model.group_norm, not model.group_norm, "False: GroupNorm cannot be folded"),
               ("convolution", model.convolution, model.convolution == "full", "full")]
   for name, value, holds, rule in rules:
@@ -118,6 +119,9 @@ def _block(model, flat, name: str, channels: int, stride: int, dilations: tuple[
     convs = [*convs[:-1], _scaled(convs[-1], scale)] if scale > 0 else []
     return Block(tuple(convs), **shape)
   head = None
+  if model.gating == "all_channels":
+    groups = tuple(_group(model, conv.bias.size) for conv in convs)
+    return Block(tuple(convs), _head(model, flat, name, groups), output_gate=True, **shape)
   if model.gating == "channel":
     groups = tuple(_group(model, conv.bias.size) for conv in convs[:-1])
     head = _head(model, flat, name, groups)

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.inference import strategies
-from gating_jax.inference.folded import Block, Conv, Gates, Layer, Part
-from gating_jax.inference.strategies import Made, Setting, groups_of
+from gating_jax.inference.folded import Block, Conv, Gates, Layer, Part, gates_output, groups_of
+from gating_jax.inference.strategies import Made, Setting
 from gating_jax.ops import kernels
 from gating_jax.ops import native as native_kernel
 from gating_jax.types import Array
@@ -31,14 +31,15 @@ def native(part: Part, setting: Setting) -> Made:
   turned = dict(conv=turned[0]) if isinstance(part, Layer) else dict(convs=tuple(turned))
 
   def run(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
-    own = [group.expand(g) for group, g in zip(groups_of(part), gates, strict=True)]
+    own = [group.expand(g) for group, g in zip(groups_of(part), gates, strict=False)]
+    inside = [group.expand(g) for group, g in zip(setting.groups_before, before, strict=True)] or [None]
     if isinstance(part, Layer):
-      inside = [group.expand(g) for group, g in zip(setting.groups_before, before, strict=True)]
-      y = _chain((part.conv,), x, [*(inside or [None]), *(own or [None])], None)
+      y = _chain((part.conv,), x, [*inside, *(own or [None])], None)
       return part.after(y)
     between = own if own and not part.layer_gate else [None] * (len(part.convs) - 1)
     if not (part.layer_gate and own):
-      return _chain(part.convs, x, [None, *between, None], part.shortcut(x))
+      outer = part.head.groups[-1].expand(gates[-1]) if gates_output(part) else None
+      return _chain(part.convs, x, [*inside, *between, outer], part.shortcut(x))
     whole = [jnp.broadcast_to(gates[0], (len(x), conv.bias.size)) for conv in part.convs]
     return _chain(part.convs, x, [None, *whole], part.shortcut(x))
 

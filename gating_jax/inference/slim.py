@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer
+from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer, gates_output, groups_of
 from gating_jax.inference.openings import Openings, observed, places
 
 if TYPE_CHECKING:
@@ -70,7 +70,9 @@ def static_units(
   last = len(net.parts) - 1
   for i, o in enumerate(openings):
     part = net.parts[o.part]
-    if isinstance(part, Layer) and _reader(net, o.part) is None:  # what reads its channels needs all, in their order
+    if gates_output(part) and o.index == len(part.head.groups) - 1:  # shortcuts need all, in their order
+      choices[i] = Choice(*np.zeros((2, o.group.gates), bool))
+    if isinstance(part, Layer) and _reader(net, o.part) is None:  # so does what reads its channels
       whole = o.part == last and bool(choices[i].ungated.all())
       choices[i] = Choice(np.zeros(o.group.gates, bool), np.full(o.group.gates, whole))
   return tuple(choices)
@@ -170,7 +172,7 @@ def _choice(o: Openings, part: Layer | Block, multiple: int) -> Choice:
   never, ungated = o.opened == 0, o.opened == o.images
   if o.layer_gate:
     return Choice(never, ungated)
-  if isinstance(part, Block) and o.index == len(part.head.groups) - 1 and never.all() and not o.group.always:
+  if isinstance(part, Block) and o.index == len(groups_of(part)) - 1 and never.all() and not o.group.always:
     return Choice(never, ungated)  # what follows sees only zeros
   size, always = o.group.channels, o.group.always
   needed = always + int((~never).sum()) * size
@@ -237,12 +239,14 @@ def _slim_block(block: Block, own: Sequence[Choice]) -> Block:
     if own[0].removed.all():
       return dataclasses.replace(block, convs=(), head=None, layer_gate=False)
     return dataclasses.replace(block, head=None, layer_gate=False) if own[0].ungated.all() else block
-  channels = [_channels(group, choice) for group, choice in zip(block.head.groups, own, strict=True)]
+  own, outer = own[: len(groups_of(block))], own[len(groups_of(block)):]
+  channels = [_channels(group, choice) for group, choice in zip(groups_of(block), own, strict=True)]
   if not channels[-1][0].size:  # the branch is the bias of its last convolution: no channel is left before it
     channels = [(kept[:0], Group(0, group.channels)) for kept, group in channels]
     own = [Choice(np.ones_like(c.removed), np.zeros_like(c.ungated)) for c in own]
   convs = list(block.convs)
   for i, (kept, _) in enumerate(channels):
     convs[i], convs[i + 1] = _outputs(convs[i], kept), _inputs(convs[i + 1], kept)
-  head = _slim_head(block.head, own, [group for _, group in channels])
+  outer_groups = block.head.groups[len(own):]
+  head = _slim_head(block.head, [*own, *outer], [*(group for _, group in channels), *outer_groups])
   return dataclasses.replace(block, convs=tuple(convs), head=head)

@@ -26,7 +26,7 @@ import numpy as np
 from jax import lax
 
 from gating_jax.inference import folded
-from gating_jax.inference.folded import Block, Conv, Gates, Group, Layer, Part, Runner
+from gating_jax.inference.folded import Block, Conv, Gates, Group, Layer, Part, Runner, groups_of
 from gating_jax.ops.compaction import bucket_sizes
 from gating_jax.types import Array
 
@@ -47,11 +47,6 @@ class Setting:
 Made = tuple[Part, Runner] | None  # the part with its weights as the runner wants them; None where it does not fit
 
 
-def groups_of(part: Part) -> tuple[Group, ...]:
-  """The groups that a part's own head gates."""
-  return part.head.groups if part.head is not None else ()
-
-
 def masked(part: Part, setting: Setting) -> Made:
   """The part whole, closed units multiplied by 0."""
   del setting
@@ -60,7 +55,8 @@ def masked(part: Part, setting: Setting) -> Made:
 
 def switch(part: Part, setting: Setting) -> Made:
   """Only the open channels' weights; None where no channel is gated."""
-  groups = (*setting.groups_before, *groups_of(part)) if isinstance(part, Layer) else groups_of(part)
+  inputs = setting.groups_before if isinstance(part, Layer) else ()
+  groups = (*inputs, *groups_of(part))
   if not groups or getattr(part, "layer_gate", False):
     return None
   sizes = [bucket_sizes(group.width, setting.buckets, multiple=CHANNELS) for group in groups]
@@ -69,7 +65,7 @@ def switch(part: Part, setting: Setting) -> Made:
   programs = [[size[min(i, len(size) - 1)] for size in sizes] for i in range(count)]
 
   def of_one(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
-    masks = [group.expand(g)[0] for group, g in zip(groups, (*before, *gates), strict=True)]
+    masks = [group.expand(g)[0] for group, g in zip(groups, (*before[: len(inputs)], *gates), strict=False)]
     needed = [sum((jnp.sum(mask) > size).astype(jnp.int32) for size in of_group[:-1])
               for mask, of_group in zip(masks, sizes, strict=True)]
 
@@ -242,14 +238,14 @@ def cluster(part: Part, setting: Setting) -> Made:
   if not isinstance(part, Block) or part.layer_gate or not groups_of(part) or not setting.gates:
     return None
   groups = groups_of(part)
-  masks = [np.asarray(group.expand(jnp.asarray(g))) > 0 for group, g in zip(groups, setting.gates, strict=True)]
+  masks = [np.asarray(group.expand(jnp.asarray(g))) > 0 for group, g in zip(groups, setting.gates, strict=False)]
   found = _unions(masks, setting.buckets - 1)
   subnets = tuple(_subnet(part.convs, [jnp.asarray(index) for index in of_groups]) for of_groups in found)
   made = _Clustered(**{field.name: getattr(part, field.name) for field in dataclasses.fields(part)}, subnets=subnets)
 
   def run(part: _Clustered, x: Array, gates: Gates, before: Gates) -> Array:
     del before
-    own = [group.expand(g) for group, g in zip(groups, gates, strict=True)]
+    own = [group.expand(g) for group, g in zip(groups, gates, strict=False)]
     y, waiting = part.shortcut(x), jnp.ones(len(x), bool)
     for convs, of_groups in zip(part.subnets, found, strict=True):
       covered = jnp.all(jnp.stack([jnp.sum(mask[:, index], 1) == jnp.sum(mask, 1)

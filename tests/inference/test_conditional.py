@@ -39,6 +39,13 @@ def basic(rng, group, stride=1):
                head(rng, FEATURES, group), pad=(stride, 0, 0))
 
 
+def gated_output(rng, group, stride=1):
+  """With gates of what it ends with, which the next one reads by both ways."""
+  block = basic(rng, group, stride)
+  return dataclasses.replace(block, head=head(rng, FEATURES, group, Group(FEATURES)), output_gate=True,
+                             project=conv(rng, FEATURES, FEATURES, 1, stride))
+
+
 def net(kind, seed=0):
   """A small network of one kind of gates; 34 channels make three capacities of `switch`."""
   rng = np.random.default_rng(seed)
@@ -60,6 +67,8 @@ def net(kind, seed=0):
       "bottleneck": lambda: [stem, Block(
           (conv(rng, FEATURES, 34, 1), conv(rng, 34, 18, stride=2), conv(rng, 18, 9, 1)),
           head(rng, FEATURES, Group(34), Group(9, 2)), conv(rng, FEATURES, 9, 1, 2))],
+      "outputs": lambda: [stem, gated_output(rng, Group(34)), gated_output(rng, Group(20), stride=2),
+                          gated_output(rng, Group(3, 8))],
       "chain": lambda: [Layer(conv(rng, 3, 34), head(rng, 3, Group(34)), (2, 2, 0)),
                         Layer(conv(rng, 34, 20), head(rng, 34, Group(10, 2))), Layer(conv(rng, 20, FEATURES))],
   }[kind]()
@@ -75,6 +84,7 @@ KINDS = {
     "first layers": ("layer_dispatch", "native"),
     "dead branches": ("switch", "cluster", "native"),
     "bottleneck": ("switch", "cluster", "native"),
+    "outputs": ("switch", "block_dispatch", "cluster", "native", "pallas"),
     "chain": ("switch", "native"),
 }
 cases = pytest.mark.parametrize(("kind", "strategy"), [

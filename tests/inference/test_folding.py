@@ -27,6 +27,8 @@ MODELS = {
     "bottleneck": ResNet(3, (1, 2), Bottleneck, features=4, gating="channel", gate=GATE, shortcut="B", stem="imagenet"),
     "dilated": ResNet(None, (1, 1, 1), features=3, gating="channel", gate=GATE, shortcut="B", output_stride=2),
     "feature map": ResNet(None, (1, 2), features=4, pool=False, gating="channel", gate=GATE),
+    "outputs": ResNet(None, (2, 1), features=4, gating="all_channels", gate=GATE, shortcut="B"),
+    "bottleneck outputs": ResNet(3, (1, 1), Bottleneck, features=2, gating="all_channels", gate=GATE, shortcut="B"),
     "static": ResNet(3, (2, 1), features=4, gating="channel", gate=STATIC),
     "static layers": ResNet(3, (3,), features=4, gating="layer", gate=STATIC),
     "vgg": VGG(3, (4, "pool", 6, 6, "pool"), gating="channel", gate=GATE),
@@ -126,7 +128,7 @@ def test_only_features_that_a_chain_itself_ends_with_stay(features):
 
 @pytest.mark.parametrize(("model", "message"), [
     (ResNet(3, (1,), features=4, group_norm=True), "group_norm must be False"),
-    (ResNet(3, (1,), features=4, gating="all_channels"), "gating must be none, channel or layer"),
+    (ResNet(3, (1,), features=4, gating="all_channels", gate=STATIC), "context must be pooled where the outputs"),
     (ResNet(3, (1,), features=4, gating="channel", gate=GateSettings(context="random")),
      "context must be pooled or none"),
     (ResNet(3, (1,), features=4, gating="channel", gate=GateSettings(relaxation="sigmoid")), "relaxation must be"),

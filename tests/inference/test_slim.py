@@ -13,8 +13,9 @@ from gating_jax.inference.folded import Block, Folded, Group, Head, Layer
 from gating_jax.inference.folding import fold
 
 GATED = ("basic", "blocks", "layer", "bottleneck", "vgg", "vgg without norm")
+OUTPUTS = ("outputs", "bottleneck outputs")
 CLOSED, OPEN = -1e3, 1e3
-NETS = {name: fold(MODELS[name], random_variables(MODELS[name])) for name in GATED}
+NETS = {name: fold(MODELS[name], random_variables(MODELS[name])) for name in (*GATED, *OUTPUTS)}
 
 
 def forced(net, biases):
@@ -50,7 +51,7 @@ def equal_where_it_must(net, choices, x):
 @given(st.data())
 @settings(max_examples=15, deadline=None)
 def test_equal_on_every_image_where_nothing_static_moves(data):
-  net = NETS[data.draw(st.sampled_from(GATED))]
+  net = NETS[data.draw(st.sampled_from(tuple(NETS)))]
   bias = st.sampled_from([CLOSED, 0.0, 0.0, OPEN])
   mixed = [data.draw(st.lists(bias, min_size=h.logits_bias.size, max_size=h.logits_bias.size)) for h in heads(net)]
   net = data.draw(st.sampled_from([forced(net, mixed), everywhere(net, CLOSED), everywhere(net, OPEN)]))
@@ -77,6 +78,19 @@ def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
     assert new.convs == () if old.layer_gate else new.convs[-1].kernel.shape[2] == 0
     assert folded.macs(Folded((new,)), (8, 8, 4)) <= (new.project.kernel.size * 64 if new.project else 0)
   np.testing.assert_allclose(folded.run(small, images(4))[0], folded.run(closed, images(4))[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_channels_that_shortcuts_read_stay_and_keep_their_gates(name):
+  for bias in (OPEN, CLOSED):
+    net = everywhere(NETS[name], bias)
+    small = slim.take(net, slim.static_units(net, openings.count(net, images(4)), multiple=1))
+    assert len(heads(small)) == len(heads(net)) > 1
+    for old, new in zip(heads(net), heads(small), strict=True):
+      *inner, outer = new.groups
+      assert outer == old.groups[-1]
+      assert all(group.gates == 0 for group in inner)
+    assert folded.macs(small, SHAPE) < folded.macs(net, SHAPE)
 
 
 def counted(opened, images, highest, group=None, *, part=1):
