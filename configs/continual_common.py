@@ -56,7 +56,8 @@ def continual_config() -> ml_collections.ConfigDict:
       "router": {  # the classifier of tasks, for when the task is unknown
           "rehearsal": "episodic",  # or generative, gated_generative, masked_generative, none
           "network": False,  # an ungated one of all classes, in place of a layer on all streams' features
-          "hidden": 64,  # of that layer, as all below
+          "distillation": 2.0,  # how much that network teaches the stream of the task being learnt
+          "hidden": 64,  # of the layer, as all below
           "steps": 2000,  # after each task, by itself
           "batch_size": 256,
           "learning_rate": 1e-3,

@@ -22,7 +22,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from gating_jax.checks import one_of
 from gating_jax.continual import replay, router, streams, units
@@ -41,6 +40,7 @@ from gating_jax.continual.method import (
   tree_size,
 )
 from gating_jax.continual.rehearsal import Rehearsal, make_prelude
+from gating_jax.continual.task_classifiers import OfFeatures, OfNetwork, TaskClassifier
 from gating_jax.layers.gate import GATE_RNG
 from gating_jax.models.counts import ModelCounts
 from gating_jax.types import Array
@@ -83,7 +83,7 @@ class FullLayerError(ValueError):
 def task_gates(
     model: nn.Module, problem: Problem, counts: ModelCounts, settings: TaskGatesSettings,
     rehearsal: Rehearsal | None = None, router_settings: router.RouterSettings | None = None,
-    network: Network | None = None,
+    network: Network | None = None, distillation: float = 0.0,
 ) -> Method:
   """The method.
 
@@ -95,17 +95,21 @@ def task_gates(
     rehearsal: of the classifier of tasks, for when the task is unknown; None for none: then the class with the highest
       probability of all heads is taken.
     router_settings: of that classifier.
-    network: of all classes, q(c|x), to be the classifier of tasks in place of one of all streams' features. It is
-      trained beside the streams, under one bound on the gradient's norm, on what is rehearsed and, with its weight, on
-      the batch, both in one pass. Where the task is unknown, t* = argmax_t sum_{c in t} q(c|x), and the class is that
-      of the largest log q(c|x) + log p_t*(c|x), so that one stream alone is needed, and counted.
+    network: of all classes, to be the classifier of tasks in place of one of all streams' features; see
+      `task_classifiers.OfNetwork`. It is trained beside the streams, under one bound on the gradient's norm.
+    distillation: w, how much such a network teaches the stream of the task being learnt.
   Raises:
-    ValueError: a network without rehearsal.
+    ValueError: a network without rehearsal, or a negative `distillation`.
   """
   net = streams.SharedNet(model, problem, settings.own_norms)
   if network is not None and rehearsal is None:
     raise ValueError("a network that tells tasks apart needs images of earlier ones; got no rehearsal")
-  gates = _TaskGates(net, counts, settings, rehearsal, router_settings, network)
+  classifier = None
+  if network is not None:
+    classifier = OfNetwork(net, counts, rehearsal, network, distillation)
+  elif rehearsal is not None:
+    classifier = OfFeatures(net, counts, rehearsal, router_settings)
+  gates = _TaskGates(net, counts, settings, classifier)
   return Method(gates.init, gates.loss, gates.end_task, gates.predict, update=gates.update, holdings=gates.holdings,
                 prelude=make_prelude(rehearsal, problem), task_net=gates.task_net)
 
@@ -116,23 +120,20 @@ class _TaskGates:
 
   Memory: `available` `[U]`, the units that may be used; `own`, every task's parameters and statistics, `[T, ...]`;
   `frozen`, for each shared parameter, whether it is, as a whole or by its last axis; `relevant` `[T, U]`. With a
-  classifier of tasks there are parameters `router` and a memory `rehearsal` as well; if that is a network, statistics
-  `router` too.
+  classifier of tasks there are its parameters and statistics, `router`, and a memory `rehearsal` as well.
   """
 
   net: streams.SharedNet
   counts: ModelCounts
   settings: TaskGatesSettings
-  rehearsal: Rehearsal | None
-  router: router.RouterSettings | None
-  network: Network | None
+  classifier: TaskClassifier | None
 
   @property
   def problem(self) -> Problem:
     return self.net.problem
 
   def init(self, key: Array) -> Start:
-    records, features = self.net.shapes()
+    records, _ = self.net.shapes()
     available = units.first_units(records, self.settings.allocated(self.problem.tasks))
     keys = jax.random.split(key, 3)
     params, batch_stats = self._fresh(keys[0], available)
@@ -142,44 +143,33 @@ class _TaskGates:
         "relevant": jnp.zeros((self.problem.tasks, len(available)), bool),
         "available": available,
     }
-    if self.rehearsal is not None:
-      memory["rehearsal"] = self.rehearsal.init(keys[2])
-    if self.network is not None:
-      params["router"], batch_stats["router"] = self.network.init(keys[1])
-    elif self.rehearsal is not None:
-      params["router"] = router.init(keys[1], self.problem.tasks, features, self.router.hidden)
+    if self.classifier is not None:
+      memory["rehearsal"] = self.classifier.rehearsal.init(keys[2])
+      params["router"], batch_stats["router"] = self.classifier.init(keys[1])
     return Start(params, batch_stats, memory)
 
   def loss(self, params: Tree, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
     noise, drawing = jax.random.split(batch.key)
-    x, labels, streamed = batch.x, batch.labels, batch.x
-    if self.rehearsal is not None:
-      replayed = self.rehearsal.replay(learner.memory["rehearsal"], batch, learner.task, drawing)
-      x, labels = (replay.mix(*pair) for pair in ((x, replayed.x), (labels, replayed.labels)))
-      streamed = x if self.network is None else batch.x
-    logits, features, records, batch_stats = self.net.apply(
-        params, learner.batch_stats, streamed, train=True, rngs={GATE_RNG: noise})
-    if len(streamed) > len(batch.x):
+    x = batch.x
+    if self.classifier is not None:
+      replayed = self.classifier.rehearsal.replay(learner.memory["rehearsal"], batch, learner.task, drawing)
+      x = self.classifier.streamed(batch, replayed)
+    stream = self.net.apply(params, learner.batch_stats, x, train=True, rngs={GATE_RNG: noise})
+    logits, records, batch_stats = stream.logits, stream.records, stream.batch_stats
+    if len(x) > len(batch.x):
       (logits, records), _ = replay.part((logits, records), len(batch.x), len(replayed.x))
     terms = streams.head_terms(logits, batch.labels, learner.task, self.problem)
     terms["sparsity"] = units.open_share(records, learner.memory["available"])
     total = terms["cross_entropy"] + self.settings.price(batch.epoch) * terms["sparsity"]
-    if self.rehearsal is not None:
-      if self.network is None:
-        name, each = "task_cross_entropy", self._task_cross_entropy(params, learner, x, features, labels)
-      else:
-        of_all, batch_stats["router"] = self.network.train_logits(
-            params["router"], learner.batch_stats["router"], x, noise)
-        name, each = "class_cross_entropy", self.network.cross_entropy(of_all, labels, learner.task)
-      of_batch, of_replay = map(jnp.mean, replay.part(each, len(batch.x), len(replayed.x)))
-      terms[name] = replayed.batch_weight * of_batch + (1 - replayed.batch_weight) * of_replay
-      total += terms[name]
+    if self.classifier is not None:
+      told = self.classifier.loss(params, learner, batch, replayed, stream, noise)
+      total, terms, batch_stats = total + told.total, terms | told.terms, {**batch_stats, "router": told.batch_stats}
     return total, (terms, batch_stats)
 
   def update(self, updates: Tree, grads: Tree, learner: Learner) -> tuple[Tree, Tree]:
     updates = dict(updates)
-    if "router" in updates and self.network is None:
-      updates["router"] = router.of_seen(updates["router"], learner.task + 1)
+    if self.classifier is not None:
+      updates["router"] = self.classifier.update(updates["router"], learner.task)
     if self.settings.protect_updates:
       still = lambda u, frozen: jnp.where(frozen, 0, u)
       updates["shared"] = jax.tree.map(still, updates["shared"], learner.memory["frozen"])
@@ -204,31 +194,24 @@ class _TaskGates:
         "available": jnp.asarray(available)}
     learner = learner.replace(params={**learner.params, "shared": shared, "own": fresh["own"]}, memory=memory,
                               batch_stats={**learner.batch_stats, "own": fresh_stats["own"]})
-    return learner if self.rehearsal is None else self._rehearse(learner, data, key)
+    return learner if self.classifier is None else self._rehearse(learner, data, key)
 
   def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
     stream = self._streams(learner, x, seen)
     macs = streams.macs(stream, self.counts, self.problem.classes)
-    if self.rehearsal is None:
+    if self.classifier is None:
       return streams.prediction(self.problem, stream.logits, task, macs, macs.sum(0))
-    scores = jax.nn.log_softmax(stream.logits)
-    if self.network is None:
-      features = jnp.moveaxis(stream.features, 0, 1)
-      chosen = jnp.argmax(router.scores(learner.params["router"], features), axis=-1)
-      agnostic_macs = macs.sum(0) + float(router.macs(seen, features.shape[-1], self.router.hidden))
-    else:
-      of_all = self.network.logits(learner.params["router"], learner.batch_stats["router"], x)
-      of_all = jax.nn.log_softmax(of_all[:, : seen * self.problem.classes]).reshape(len(x), seen, -1).swapaxes(0, 1)
-      chosen = jnp.argmax(jax.nn.logsumexp(of_all, axis=-1), axis=0)
-      scores += of_all
-      agnostic_macs = jnp.take_along_axis(macs, chosen[None], axis=0)[0] + self.network.macs
-    scores = jnp.where((jnp.arange(seen)[:, None] == chosen)[..., None], scores, -jnp.inf)
-    return streams.prediction(self.problem, stream.logits, task, macs, agnostic_macs, scores)
+    told = self.classifier.tell(learner, x, stream)
+    chosen = (jnp.arange(seen)[:, None] == told.task)[..., None]
+    scores = jnp.where(chosen, jax.nn.log_softmax(stream.logits) + told.scores, -jnp.inf)
+    return streams.prediction(self.problem, stream.logits, task, macs, told.macs, scores)
 
   def holdings(self, learner: Learner) -> Holdings:
     learnt, memory, records = int(learner.task), learner.memory, self.net.shapes()[0]
     own, shared = jax.tree.map(lambda x: x[:learnt], memory["own"]), learner.params["shared"]
-    images = self.rehearsal.megabytes(memory["rehearsal"], learnt) if self.rehearsal is not None else 0.0
+    images = 0.0
+    if self.classifier is not None:
+      images = self.classifier.rehearsal.megabytes(memory["rehearsal"], learnt)
     return Holdings(
         params=tree_size((own["params"], {k: v for k, v in learner.params.items() if k != "own"})) - units.waiting(
             shared, records, np.asarray(memory["available"])),
@@ -238,27 +221,12 @@ class _TaskGates:
   def task_net(self, learner: Learner, task: Array) -> TaskNet:
     return self.net.net_of(learner.params, learner.batch_stats, learner.memory["own"], task)
 
-  def _task_cross_entropy(self, params: Tree, learner: Learner, x: Array, features: Array, labels: Array) -> Array:
-    """`[N]`, of the classifier of tasks on `x` and its features; it moves nothing of earlier tasks."""
-    def earlier(task, features):
-      own = jax.tree.map(lambda tree: tree[task], learner.memory["own"])
-      return features.at[:, task].set(self.net.of_task(learner.params, learner.batch_stats, own, x).features)
-
-    of_all = jnp.zeros((len(x), self.problem.tasks, features.shape[-1]))
-    of_all = lax.fori_loop(0, learner.task, earlier, of_all).at[:, learner.task].set(features)
-    return router.cross_entropy(params["router"], of_all, labels // self.problem.classes, learner.task + 1)
-
   def _rehearse(self, learner: Learner, data: TaskData, key: Array) -> Learner:
-    """Keeps what is to be rehearsed; a classifier of the streams' features is trained on images of all tasks so far."""
+    """Ends the training of the classifier of tasks, and keeps what is to be rehearsed."""
     memory, task = learner.memory, int(learner.task)
-    keys = jax.random.split(key, 3)
-    kept = self.rehearsal.keep(memory["rehearsal"], data, task, keys[2])
-    if self.network is not None:
-      return learner.replace(memory={**memory, "rehearsal": kept})
-    pixels, labels = self.rehearsal.recall(memory["rehearsal"], data, task, keys[0])
-    features = self.problem.in_batches(
-        lambda learner, x: jnp.moveaxis(self._streams(learner, x, task + 1).features, 0, 1), learner, pixels)
-    trained = router.train(learner.params["router"], features, labels // self.problem.classes, keys[1], self.router)
+    of_classifier, keeping = jax.random.split(key)
+    trained = self.classifier.end_task(learner, data, of_classifier)
+    kept = self.classifier.rehearsal.keep(memory["rehearsal"], data, task, keeping)
     return learner.replace(params={**learner.params, "router": trained}, memory={**memory, "rehearsal": kept})
 
   def _fresh(self, key: Array, available: Array) -> tuple[Tree, Tree]:

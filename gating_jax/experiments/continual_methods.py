@@ -49,8 +49,10 @@ def _task_gates(config, problem):
   model = network(config, problem, classes=None, gated=True, wider=gates.allocated(problem.tasks))
   fields = dict(config.router)
   rehearsal = REHEARSALS[fields.pop("rehearsal")](config, problem)
-  router = _classifier(config, problem, "seen") if fields.pop("network") else None
-  return task_gates(model, problem, count(model, problem.shape), gates, rehearsal, RouterSettings(**fields), router)
+  of_all = _classifier(config, problem, "seen") if fields.pop("network") else None
+  distillation = fields.pop("distillation")
+  return task_gates(model, problem, count(model, problem.shape), gates, rehearsal, RouterSettings(**fields), of_all,
+                    distillation)
 
 
 def _generative(config, problem):

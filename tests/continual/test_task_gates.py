@@ -52,11 +52,12 @@ def data(task, count=64, seed=0):
 class Run:
   """A method on the three tasks, as the experiment runs it, on one device."""
 
-  def __init__(self, name, remembering=None, classifier=None, network=None, **settings):
+  def __init__(self, name, remembering=None, classifier=None, network=None, distillation=0.0, **settings):
     model = MODELS[name]
     # The threshold gives up units that test images would open.
     gates = TaskGatesSettings(**{"sparsity": 0.5, "patience": 0.0, "when_full": "reuse", "threshold": 0.9, **settings})
-    self.method = task_gates(model, PROBLEM, count(model, SHAPE), gates, remembering, classifier, network)
+    self.method = task_gates(model, PROBLEM, count(model, SHAPE), gates, remembering, classifier, network,
+                             distillation)
     self.optimiser = optim.sgd(optax.constant_schedule(0.1), momentum=0.9, weight_decay=1e-2)
     self.step = jax.jit(steps.make_step(self.method, self.optimiser, lambda key, x: PROBLEM.normalise(x), seed=0,
                                         steps_per_epoch=4))
@@ -275,6 +276,33 @@ def test_the_loss_of_a_network_by_hand_and_streams_see_nothing_rehearsed(weight)
   *_, (others, _) = results(data(0, 16, seed=7))
   assert tiny.bit_equal((others["own"], others["shared"]), (grads["own"], grads["shared"]))
   assert not tiny.bit_equal(others["router"], grads["router"])
+
+
+def test_a_network_teaches_the_stream_and_learns_nothing_from_it():
+  new, old = data(1, 32, seed=6), data(0, 16, seed=5)
+  batch = Batch(PROBLEM.normalise(new[0]), jnp.asarray(new[1]), jax.random.key(3), 0.0)
+  replayed = rehearsal.Replay(PROBLEM.normalise(old[0]), jnp.asarray(old[1]), 0.5)
+  made = dataclasses.replace(episodic(PROBLEM, ReplaySettings(30, 16)), replay=lambda *_: replayed)
+  found = {}
+  for weight in (0.0, 3.0):
+    run = Run("simple_cnn", made, network=NETWORK, distillation=weight)
+    learner = run.learner.replace(task=jnp.int32(1))
+    found[weight] = jax.value_and_grad(run.method.loss, has_aux=True)(learner.params, learner, batch)
+  ((without, (terms, _)), alone), ((total, (same, _)), taught) = found.values()
+  assert terms == same
+  assert float(total - without) == pytest.approx(3 * float(terms["distillation"]), rel=1e-4)
+  assert tiny.bit_equal(alone["router"], taught["router"])
+  assert not tiny.bit_equal(alone["own"], taught["own"])
+  net = SharedNet(MODELS["simple_cnn"], PROBLEM)
+  stream = net.apply(learner.params, learner.batch_stats, batch.x, train=True,
+                     rngs={GATE_RNG: jax.random.split(batch.key)[0]})
+  x = np.concatenate([np.reshape(batch.x, (16, 2, *SHAPE)), replayed.x[:, None]], axis=1).reshape(-1, *SHAPE)
+  of_all, _ = NETWORK.train_logits(learner.params["router"], learner.batch_stats["router"], x, jax.random.key(0))
+  teacher = np.reshape(of_all, (16, 3, 6))[:, :2].reshape(32, 6)[:, 2:4]  # of the batch, the classes of task 1
+  expected = -np.mean(np.sum(jax.nn.softmax(teacher / 2) * jax.nn.log_softmax(stream.logits / 2), axis=1))
+  assert float(terms["distillation"]) == pytest.approx(float(expected), rel=1e-4)
+  with pytest.raises(ValueError, match="distillation must be >= 0; got -1"):
+    Run("simple_cnn", made, network=NETWORK, distillation=-1.0)
 
 
 def test_a_network_without_rehearsal_is_an_error():
