@@ -31,7 +31,8 @@ class Replay(NamedTuple):
   Attributes:
     x: `[R, H, W, D]` network input.
     labels: `[R]` places in the order of classes.
-    batch_weight: how much the batch itself counts in the loss of the classifier of tasks; these images count the rest.
+    batch_weight: how much the batch itself must count beside these images, which count the rest, for all classes so
+      far to count the same.
   """
 
   x: Array

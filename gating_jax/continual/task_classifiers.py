@@ -1,10 +1,10 @@
 """What tells tasks apart when the task is unknown: a layer on the features of all streams, or a network of all classes.
 
-Either is trained beside the stream of the task being learnt, on the batch and what is rehearsed with it, by a mean over
-both parts of which the batch counts `Replay.batch_weight`. Its parameters are called `router`.
+Either is trained beside the stream of the task being learnt, on the batch and what is rehearsed with it. Its parameters
+are called `router`.
 
 Axes: N images, B of a batch, R rehearsed, T tasks, S <= T seen, C classes of a task, F features of a stream.
-Reference: Abati et al., 2020, section 3.4; Zhang et al., "Deep mutual learning", 2018 (two nets that learn at once).
+Reference: Abati et al., 2020, section 3.4; Menon et al., "Long-tail learning via logit adjustment", 2021.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class OfFeatures:
     of_all = jnp.zeros((len(x), self.net.problem.tasks, stream.features.shape[-1]))
     of_all = lax.fori_loop(0, learner.task, earlier, of_all).at[:, learner.task].set(stream.features)
     each = router.cross_entropy(params["router"], of_all, labels // self.net.problem.classes, learner.task + 1)
-    loss = _weighted(each, batch, replayed)
+    loss = _weighted(each, batch, replayed, replayed.batch_weight)
     return Loss(loss, {"task_cross_entropy": loss}, {})
 
   def update(self, updates: Tree, task: Array) -> Tree:
@@ -111,6 +111,8 @@ class OfNetwork:
       class = argmax_(c in t*) log q(c|x) + log p_t*(c|x)
       loss  = CE(q, c) + w CE(softmax(q_t / 2), softmax(p_t / 2)),   of logits of the task t being learnt, on its batch
 
+  Of the first term every image counts the same, and q is shifted in training by the logarithm of how much more often a
+  class comes than it would if batch and rehearsed images counted so that all classes come as often; at the test all do.
   The second term teaches the stream, and not the network, which has all tasks to learn from.
   """
 
@@ -136,7 +138,11 @@ class OfNetwork:
     """Of batch and rehearsed images in one pass."""
     x, labels = _mixed(batch, replayed)
     of_all, batch_stats = self.network.train_logits(params["router"], learner.batch_stats["router"], x, key)
-    loss = _weighted(self.network.cross_entropy(of_all, labels, learner.task), batch, replayed)
+    weight = replayed.batch_weight
+    even = jnp.where((weight > 0) & (weight < 1), len(batch.x) / len(x), weight)
+    of_class = jnp.arange(of_all.shape[1]) // self.network.problem.classes
+    shift = jnp.where(of_class == learner.task, _log_ratio(even, weight), _log_ratio(1 - even, 1 - weight))
+    loss = _weighted(self.network.cross_entropy(of_all + shift, labels, learner.task), batch, replayed, even)
     of_batch, _ = replay.part(of_all, len(batch.x), len(replayed.x))
     classes = stream.logits.shape[-1]
     taught = lax.stop_gradient(lax.dynamic_slice_in_dim(of_batch, learner.task * classes, classes, axis=1))
@@ -170,7 +176,12 @@ def _mixed(batch: Batch, replayed: Replay) -> tuple[Array, Array]:
   return tuple(replay.mix(*pair) for pair in ((batch.x, replayed.x), (batch.labels, replayed.labels)))
 
 
-def _weighted(each: Array, batch: Batch, replayed: Replay) -> Array:
-  """The mean of `[B + R]` losses, mixed, by the weights of both parts."""
+def _weighted(each: Array, batch: Batch, replayed: Replay, weight: Array) -> Array:
+  """The mean of `[B + R]` losses, mixed, of which the batch's count `weight`."""
   of_batch, of_replay = map(jnp.mean, replay.part(each, len(batch.x), len(replayed.x)))
-  return replayed.batch_weight * of_batch + (1 - replayed.batch_weight) * of_replay
+  return weight * of_batch + (1 - weight) * of_replay
+
+
+def _log_ratio(share: Array, fair: Array) -> Array:
+  """0 where there is nothing to share."""
+  return jnp.log(jnp.where(fair > 0, share / jnp.where(fair > 0, fair, 1), 1))

@@ -269,8 +269,10 @@ def test_the_loss_of_a_network_by_hand_and_streams_see_nothing_rehearsed(weight)
   of_all, expected_stats = NETWORK.train_logits(
       learner.params["router"], learner.batch_stats["router"], x, jax.random.key(0))
   labels = np.concatenate([np.reshape(batch.labels, (16, 2)), replayed.labels[:, None]], axis=1)
-  each = -jax.nn.log_softmax(of_all[:, :4])[np.arange(48), labels.ravel()].reshape(16, 3)  # four classes are seen
-  expected = weight * each[:, :2].mean() + (1 - weight) * each[:, 2].mean()
+  # Four classes are seen. Of the batch, two images in three: with 0.2 in place of 2/3 all classes would count the same.
+  even, shift = (2 / 3, np.log([1 / 3 / 0.8, 2 / 3 / 0.2]).repeat(2)) if weight else (0.0, 0.0)
+  each = -jax.nn.log_softmax(of_all[:, :4] + shift)[np.arange(48), labels.ravel()].reshape(16, 3)
+  expected = even * each[:, :2].mean() + (1 - even) * each[:, 2].mean()
   assert float(terms["class_cross_entropy"]) == pytest.approx(float(expected), rel=1e-5)
   assert tiny.relative_gap(stats["router"], expected_stats) < 1e-5
   *_, (others, _) = results(data(0, 16, seed=7))
