@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gating_jax.inference import exiting, folded
+from gating_jax.inference import exiting, folded_macs
 from gating_jax.inference.conditional import compile_conditional, program, ungated
 from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer
 from gating_jax.inference.folding import fold
@@ -171,11 +171,11 @@ def measure(case, share, repeats):
     compiled = exiting.compile_exits
   else:
     run, dense = dense_run, ungated(net)
-    spent = folded.macs(net, shape, [np.asarray(z) > 0 for z in run(net, x)[1]])
+    spent = folded_macs.macs(net, shape, [np.asarray(z) > 0 for z in run(net, x)[1]])
     compiled = compile_conditional
   make = functools.partial(compiled, net, input_shape=shape, batch_size=len(x))
   programs = {case.strategy: make(strategy=case.strategy)}
-  macs = float(np.mean(spent)) / folded.macs(dense, shape)
+  macs = float(np.mean(spent)) / folded_macs.macs(dense, shape)
   if share == 1:
     programs["auto"] = make(calibration=x)
   expected = run(net, x)[0]

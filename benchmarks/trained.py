@@ -25,7 +25,7 @@ import numpy as np
 
 from gating_jax.experiments import classification, pretrained
 from gating_jax.experiments.build import build
-from gating_jax.inference import folded, openings
+from gating_jax.inference import folded_macs, openings
 from gating_jax.inference.conditional import compile_conditional, program
 from gating_jax.inference.folded import Layer
 from gating_jax.inference.folding import fold
@@ -205,7 +205,7 @@ def accuracy(bind, images, labels, size):
 
 def macs(net, images):
   """Executed per image, the mean."""
-  return np.concatenate([np.broadcast_to(folded.macs(net, x.shape[1:], [z > 0 for z in logits]), len(x))
+  return np.concatenate([np.broadcast_to(folded_macs.macs(net, x.shape[1:], [z > 0 for z in logits]), len(x))
                          for x, _, logits in openings.observed(net, images)]).mean()
 
 

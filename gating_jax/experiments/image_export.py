@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.experiments.build import Experiment
-from gating_jax.inference import exiting, export, folded, openings
+from gating_jax.inference import exiting, export, folded, folded_macs, openings
 from gating_jax.inference.analyse import Analysis, analyse
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import Folded
@@ -136,9 +136,9 @@ def _score(experiment: Experiment, net: Folded) -> dict[str, float]:
 
   for x, outputs, logits in openings.observed(net, inputs()):
     correct += int(np.sum(np.argmax(outputs, axis=1) == labels.pop()))
-    executed += np.broadcast_to(folded.macs(net, x.shape[1:], [z > 0 for z in logits]), len(x)).sum()
+    executed += np.broadcast_to(folded_macs.macs(net, x.shape[1:], [z > 0 for z in logits]), len(x)).sum()
     images += len(x)
-  return {"accuracy": correct / images, "macs": int(folded.macs(net, x.shape[1:])),
+  return {"accuracy": correct / images, "macs": int(folded_macs.macs(net, x.shape[1:])),
           "executed_macs": float(executed) / images}
 
 

@@ -76,7 +76,7 @@ def timings(experiment: VideoExperiment, variables: Any, inputs: Inputs, *, repe
   quickest = min(everything, key=lambda name: statistics.median(times[name, False]))
   times = {name: times[name] for name in runs} | {(UNGATED, False): times[quickest, False]}
   best, seconds, open_ratios = fastest(times, 1, OPEN_LIMIT)
-  return rows(None, seconds, _mac_ratio(experiment, model, variables, inputs), best, open_ratios)
+  return rows(None, seconds, *_mac_ratios(experiment, model, variables, inputs), best, open_ratios)
 
 
 def _skips(experiment: VideoExperiment) -> bool:
@@ -90,9 +90,12 @@ def _read(experiment: VideoExperiment, videos: int) -> Inputs:
 
 
 def _skipping(experiment: VideoExperiment, model: SegmentNet, variables: Any, inputs: Inputs) -> Run:
-  sizes = compaction.bucket_sizes(experiment.counts.segments, min(8, experiment.counts.segments))
-  skipping = Skipping(model, variables, capacities=sizes, prepare=experiment.prepare)
+  skipping = Skipping(model, variables, capacities=_capacities(experiment), prepare=experiment.prepare)
   return lambda: skipping(inputs).outputs
+
+
+def _capacities(experiment: VideoExperiment) -> Sequence[int]:
+  return compaction.bucket_sizes(experiment.counts.segments, min(8, experiment.counts.segments))
 
 
 def _masked(experiment: VideoExperiment, model: SegmentNet, variables: Any, inputs: Inputs) -> Run:
@@ -119,10 +122,18 @@ def _opened(model: SegmentNet, variables: Mapping[str, Any]) -> Mapping[str, Any
   return {**variables, "params": {**variables["params"], GATE_NAME: gate}}
 
 
-def _mac_ratio(experiment: VideoExperiment, model: SegmentNet, variables: Any, inputs: Inputs) -> float:
-  """MACs of light net, gate, chosen segments and classifier, of the heavy net's on all segments and the classifier."""
+def _mac_ratios(
+    experiment: VideoExperiment, model: SegmentNet, variables: Any, inputs: Inputs
+) -> tuple[float, dict[str, float]]:
+  """MACs of light net, gate, chosen segments and classifier, of the heavy net's on all segments and the classifier;
+  and what is computed, of the heavy net on segments that are not chosen or there as well."""
   outcome = jax.jit(lambda variables, inputs: video_trial.outcome(
       dataclasses.replace(experiment, model=model), variables, inputs))
   done = jax.device_get(outcome(variables, inputs))
-  spent = experiment.counts.per_video(done["gates"], inputs["valid"], done["heavy_macs"])
-  return float(spent.mean()) / experiment.reference.all_valid(inputs["valid"])
+  spent = lambda gates, heavy: float(experiment.counts.per_video(gates, inputs["valid"], heavy).mean())
+  shape, heavy = inputs["valid"].shape, experiment.counts.heavy.macs
+  dense, masked = experiment.reference.all_valid(inputs["valid"]), spent(np.ones(shape), np.full(shape, float(heavy)))
+  skipping = Skipping(model, variables, capacities=_capacities(experiment), prepare=experiment.prepare)
+  left_out = shape[1] - skipping(inputs).computed / shape[0]
+  return (spent(done["gates"], done["heavy_macs"]) / dense,
+          {MASKED: masked / dense, SEGMENTS: (masked - left_out * heavy) / dense})

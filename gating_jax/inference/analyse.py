@@ -7,20 +7,21 @@ Reference: Bejnordi et al., 2020, section 5; Herrmann et al., 2020 (blocks of ch
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from gating_jax.inference import folded
+from gating_jax.inference import folded_macs
+from gating_jax.inference.computed import account
 from gating_jax.inference.folded import Folded, Group
 from gating_jax.inference.folding import fold
 from gating_jax.inference.openings import Counter, Openings, observed, places
 from gating_jax.inference.quantise import check_float
 from gating_jax.inference.slim import static_units, take
-from gating_jax.ops.compaction import bucket_sizes
+from gating_jax.inference.strategies import settings_of, switch
 
-MULTIPLE, UNION, BLOCKS = 16, 8, (16, 32, 64)
+UNION, BLOCKS = 8, (16, 32, 64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,8 @@ def analyse(
       masked        every convolution whole, and the gate networks
       executed      open units alone
       slimmed       as masked, of `slim`
-      switch        a layer's open channels gathered, padded to one of `buckets` sizes, multiples of 16
+      switch        each image by itself, the open channels of a layer or block gathered, padded to one of `buckets`
+                    sizes, multiples of 16; branches of one gate run or not
       union of 8    channels open for any of 8 images in their order
       blocks of B   as executed, but B adjacent channels run where any of them is open
 
@@ -76,50 +78,45 @@ def analyse(
   """
   net = model if isinstance(model, Folded) else fold(model, variables)
   check_float(net)
-  ways = _ways(net, buckets)
-  counter, spent, images, shape = Counter(net), dict.fromkeys(ways, 0), 0, None
+  executed, switched, ways = "executed", f"switch of {buckets}", _ways(net)
+  counter, spent, images, shape = Counter(net), dict.fromkeys((executed, switched, *ways), 0), 0, None
   for x, _, logits in observed(net, calibration):
     if shape not in (None, x.shape[1:]):
       raise ValueError(f"calibration must be images of one shape, {shape}; got {x.shape[1:]}")
     shape, images = x.shape[1:], images + len(x)
     counter.add(logits, len(x))
     gates = [z > 0 for z in logits]
-    for name, way in ways.items():
-      spent[name] += np.broadcast_to(folded.macs(net, shape, way(gates)), len(x)).sum()
+    for name, way in ((executed, lambda gates: gates), *ways.items()):
+      spent[name] += np.broadcast_to(folded_macs.macs(net, shape, way(gates)), len(x)).sum()
+    spent[switched] += len(x) * _switched(net, buckets, shape, gates, len(x))
   openings = counter.result()
   heads = sum(part.head.hidden.size + part.head.logits.size for part in net.parts if part.head is not None)
-  whole = folded.macs(net, shape)
+  whole = folded_macs.macs(net, shape)
   small = take(net, static_units(net, openings))
   found = {name: float(total) / images for name, total in spent.items()}
-  macs = {"ungated": float(whole - heads), "masked": float(whole), "executed": found.pop("executed"),
-          "slimmed": float(folded.macs(small, shape)), **found}
+  macs = {"ungated": float(whole - heads), "masked": float(whole), executed: found.pop(executed),
+          "slimmed": float(folded_macs.macs(small, shape)), **found}
   return Analysis(net, shape, images, openings, macs)
 
 
-def _ways(net: Folded, buckets: int) -> dict[str, Any]:
+def _ways(net: Folded) -> dict[str, Any]:
   """By name: from the gates of all groups to those units which a way to skip computes."""
   groups, layers = [group for _, _, group, _ in places(net)], [layer for *_, layer in places(net)]
-  outer = [i == len(folded.groups_of(net.parts[part])) for part, i, *_ in places(net)]
   each = lambda change: lambda gates: [g if layer else change(g, group)
                                        for g, group, layer in zip(gates, groups, layers, strict=True)]
-  switched = each(lambda g, group: _in_buckets(g, group, buckets))
   return {
-      "executed": lambda gates: gates,
-      f"switch of {buckets}": lambda gates: [
-          np.ones_like(g) if whole else g for g, whole in zip(switched(gates), outer, strict=True)],
       f"union of {UNION}": lambda gates: [_union(g) for g in gates],
       **{f"blocks of {size}": each(lambda g, group, size=size: _in_blocks(g, group, size)) for size in BLOCKS},
   }
 
 
-def _in_buckets(gates: np.ndarray, group: Group, buckets: int) -> np.ndarray:
-  if not group.gates:
-    return gates
-  sizes = np.array(bucket_sizes(group.width, buckets, multiple=MULTIPLE))
-  channels = group.always + group.channels * gates.sum(axis=1)
-  capacity = np.minimum(sizes[np.searchsorted(sizes, channels)], group.width)
-  units = -(-(capacity - group.always) // group.channels)
-  return np.arange(group.gates) < units[:, None]
+def _switched(net: Folded, buckets: int, shape: tuple[int, int, int], gates: Sequence[np.ndarray], count: int) -> float:
+  """MACs per image by `switch` where it fits; `native` computes what is open, so of a layer the branch or nothing."""
+  settings = settings_of(net, buckets, gates)
+  names = ["switch" if switch(part, setting) else "native" if getattr(part, "layer_gate", False) else "masked"
+           for part, setting in zip(net.parts, settings, strict=True)]
+  found = account(net, [[name] for name in names], settings, shape, np.arange(count)[None])
+  return found.of_program(names)
 
 
 def _union(gates: np.ndarray) -> np.ndarray:

@@ -18,11 +18,12 @@ import numpy as np
 
 from gating_jax.checks import one_of
 from gating_jax.inference import folded, inputs
+from gating_jax.inference.computed import Account, account
 from gating_jax.inference.folded import Folded, Gates, Layer
 from gating_jax.inference.folding import fold
 from gating_jax.inference.kernel_strategies import STRATEGIES, why_not, worth_trying
 from gating_jax.inference.quantise import check_float
-from gating_jax.inference.strategies import Made, Setting
+from gating_jax.inference.strategies import Made, Setting, settings_of
 from gating_jax.inference.timings import (
   GAIN,
   OPEN_LIMIT,
@@ -32,6 +33,7 @@ from gating_jax.inference.timings import (
   rows,
   run_over,
   spread_batches,
+  spread_indices,
 )
 from gating_jax.ops.relaxations import threshold_gate
 from gating_jax.timing import race
@@ -117,7 +119,7 @@ def compile_conditional(
   net = model if isinstance(model, Folded) else fold(model, variables)
   check_float(net)
   gates = () if calibration is None else _gates_of(net, calibration)
-  settings = _settings(net, buckets, gates)
+  settings = settings_of(net, buckets, gates)
   tried = {name: make for name, make in STRATEGIES.items() if name in ("masked", strategy) or (
       strategy == AUTO and worth_trying(name) and (candidates is None or name in candidates))}
   options = [{name: made for name, make in tried.items() if (made := make(part, setting))}
@@ -127,10 +129,10 @@ def compile_conditional(
       raise ValueError(f"strategy must fit a part of the network; {strategy!r} fits none of it, or needs calibration")
     names = [strategy if strategy in known else "masked" for known in options]
     return Conditional(net, input_shape, batch_size, names, settings)
-  ratios = _mac_ratios(net, input_shape, gates)
+  macs = account(net, options, settings, input_shape, spread_indices(len(calibration), batch_size))
   batches = spread_batches(calibration, batch_size)
-  timings = _time_parts(net, options, batches, ratios[:-1], repeats)
-  names, of_whole = _choose(net, options, timings, batches, ratios[-1], repeats, open_limit)
+  timings = _time_parts(net, options, batches, macs, repeats)
+  names, of_whole = _choose(net, options, timings, batches, macs, repeats, open_limit)
   timings = [dataclasses.replace(t, chosen=t.strategy == names[t.part]) for t in timings]
   return Conditional(net, input_shape, batch_size, names, settings, [*timings, *of_whole])
 
@@ -201,17 +203,6 @@ def _gates_of(net: Folded, images: Any) -> tuple[np.ndarray, ...]:
                for logits in zip(*found, strict=True))
 
 
-def _settings(net: Folded, buckets: int, gates: Sequence[np.ndarray]) -> list[Setting]:
-  """Of each part."""
-  settings, groups_before, gates = [], (), list(gates)
-  for i, part in enumerate(net.parts):
-    groups = part.head.groups if part.head is not None else ()
-    own, gates = tuple(gates[: len(groups)]), gates[len(groups):]
-    settings.append(Setting(buckets, own, groups_before, rectified=i > 0))
-    groups_before = groups if isinstance(part, Layer) else groups[-1:] if folded.gates_output(part) else ()
-  return settings
-
-
 def _made(net: Folded, names: Sequence[str], settings: Sequence[Setting]) -> list[Made]:
   return [STRATEGIES[name](part, setting) for part, name, setting in zip(net.parts, names, settings, strict=True)]
 
@@ -224,16 +215,8 @@ def _pick(options: Sequence[Mapping[str, Made]], names: Sequence[str]) -> list[M
   return [known[name] for known, name in zip(options, names, strict=True)]
 
 
-def _mac_ratios(net: Folded, input_shape: tuple[int, int, int], gates: Sequence[np.ndarray]) -> list[float]:
-  """MACs left open of all MACs: of each part and of the network, gate networks included in the former alone."""
-  dense = ungated(net)
-  of_parts = [float(np.mean(spent)) / whole if whole else 1.0 for spent, whole in zip(
-      folded.macs_by_part(net, input_shape, gates), folded.macs_by_part(dense, input_shape), strict=True)]
-  return [*of_parts, float(np.mean(folded.macs(net, input_shape, gates))) / folded.macs(dense, input_shape)]
-
-
 def _time_parts(net: Folded, options: Sequence[Mapping[str, Made]], batches: Sequence[Array],
-                ratios: Sequence[float], repeats: int) -> list[Timing]:
+                macs: Account, repeats: int) -> list[Timing]:
   """Every strategy of every part that has a choice, on what the part sees of the batches."""
   seen = [_seen(net, x) for x in batches]
   timings = []
@@ -243,7 +226,7 @@ def _time_parts(net: Folded, options: Sequence[Mapping[str, Made]], batches: Seq
     contenders = {name: functools.partial(run_over, jax.jit(runner), [(part, *of_batch[i]) for of_batch in seen])
                   for name, (part, runner) in known.items()}
     seconds = {name: statistics.median(spent) / len(batches) for name, spent in race(contenders, repeats).items()}
-    timings += rows(i, seconds, ratios[i])
+    timings += rows(i, seconds, *macs.of_part(i))
   return timings
 
 
@@ -261,7 +244,7 @@ def _seen(net: Folded, x: Array) -> list[tuple[Array, Gates, Gates]]:
 
 
 def _choose(net: Folded, options: Sequence[Mapping[str, Made]], timings: Sequence[Timing],
-            batches: Sequence[Array], ratio: float, repeats: int, open_limit: float) -> tuple[list[str], list[Timing]]:
+            batches: Sequence[Array], macs: Account, repeats: int, open_limit: float) -> tuple[list[str], list[Timing]]:
   """Each part's strategy in the fastest whole program, and what whole programs took."""
   of_parts = ["masked"] * len(net.parts)
   for i in range(len(net.parts)):
@@ -282,4 +265,4 @@ def _choose(net: Folded, options: Sequence[Mapping[str, Made]], timings: Sequenc
       runs[name, wide] = functools.partial(run_over, run, [(weights, x) for x in batches])
   runs[UNGATED, False] = functools.partial(run_over, program(), [(ungated(net), x) for x in batches])
   best, seconds, open_ratios = fastest(race(runs, repeats), len(batches), open_limit)
-  return mixtures[best], rows(None, seconds, ratio, best, open_ratios)
+  return mixtures[best], rows(None, seconds, *macs.of_net(mixtures), best, open_ratios)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.checks import one_of
-from gating_jax.inference import folded, inputs
+from gating_jax.inference import folded, folded_macs, inputs
 from gating_jax.inference.conditional import AUTO, check_arguments, in_batches
 from gating_jax.inference.folded import Folded, Layer
 from gating_jax.inference.folding import check, fold_conv, fold_stages
-from gating_jax.inference.strategies import for_open
+from gating_jax.inference.strategies import example_sizes, for_open
 from gating_jax.inference.timings import (
   OPEN_LIMIT,
   UNGATED,
@@ -153,16 +154,36 @@ def _from(net: ExitNet, stage: int, x: Array, least: Array, buckets: int | None)
 
 def macs(net: ExitNet, input_shape: tuple[int, int, int], stay: Any = None) -> Any:
   """Multiply-accumulates of each image with these `[N, X]` of `run`; without, of one that goes through all."""
-  shape, goes_on, total = (1, *input_shape), 1, 0
-  for i, stage in enumerate(net.stages):
-    spent = int(folded.macs(stage, shape[1:]))
-    if i < len(net.exits):
-      shape = jax.eval_shape(folded.run, stage, jax.ShapeDtypeStruct(shape, jnp.float32))[0].shape
-      spent += int(folded.macs(net.exits[i], shape[1:]))
+  goes_on, total = 1, 0
+  for i, spent in enumerate(_stage_macs(net, input_shape)):
     total = total + goes_on * spent
     if stay is not None and i < len(net.exits):
       goes_on = goes_on * (np.asarray(stay)[:, i] > 0)
   return total
+
+
+def gathered_macs(net: ExitNet, input_shape: tuple[int, int, int], stay: np.ndarray, buckets: int) -> float:
+  """What `exit_dispatch` computes per image of a batch with these `[N, X]`, padding included."""
+  taken, goes_on, total = len(stay), np.ones(len(stay), bool), 0
+  for i, spent in enumerate(_stage_macs(net, input_shape)):
+    total += taken * spent
+    if i < len(net.exits):
+      goes_on &= stay[:, i] > 0
+      sizes = example_sizes(taken, buckets) if taken else (0,)
+      taken = sizes[np.searchsorted(sizes, goes_on.sum())]
+  return total / len(stay)
+
+
+def _stage_macs(net: ExitNet, input_shape: tuple[int, int, int]) -> list[int]:
+  """Of each stage with the exit that follows it."""
+  shape, found = (1, *input_shape), []
+  for i, stage in enumerate(net.stages):
+    spent = int(folded_macs.macs(stage, shape[1:]))
+    if i < len(net.exits):
+      shape = jax.eval_shape(folded.run, stage, jax.ShapeDtypeStruct(shape, jnp.float32))[0].shape
+      spent += int(folded_macs.macs(net.exits[i], shape[1:]))
+    found.append(spent)
+  return found
 
 
 def compile_exits(
@@ -200,8 +221,13 @@ def compile_exits(
                repeats)
   chosen, seconds, open_ratios = fastest(times, len(batches), open_limit)
   stay = np.concatenate([np.asarray(ways[MASKED](net, x)[1]) for x in batches])
-  ratio = float(np.mean(macs(net, input_shape, stay))) / int(folded.macs(plain, input_shape))
-  return Exiting(net, input_shape, batch_size, chosen, buckets, rows(None, seconds, ratio, chosen, open_ratios))
+  dense = int(folded_macs.macs(plain, input_shape))
+  ratio = float(np.mean(macs(net, input_shape, stay))) / dense
+  computed = {MASKED: macs(net, input_shape) / dense, EXIT_DISPATCH: statistics.mean(
+      gathered_macs(net, input_shape, stay[i : i + batch_size], buckets)
+      for i in range(0, len(stay), batch_size)) / dense}
+  return Exiting(net, input_shape, batch_size, chosen, buckets,
+                 rows(None, seconds, ratio, computed, chosen, open_ratios))
 
 
 def without_exits(net: ExitNet) -> Folded:

@@ -221,58 +221,6 @@ def masked(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
   return jax.nn.relu((h * masks[0] if part.layer_gate and masks else h) + part.shortcut(x))
 
 
-def macs(net: Folded, input_shape: tuple[int, int, int], gates: Sequence[Any] = ()) -> Any:
-  """Multiply-accumulates per example, gate networks included.
-
-  Args:
-    net: the network.
-    input_shape: `(H, W, D)` of an image.
-    gates: `[N, U]` of every group in order, 0 or 1; none for every gate open.
-  Returns:
-    `[N]` numbers, or one number without `gates`.
-  """
-  total = sum(macs_by_part(net, input_shape, gates))
-  return total + (net.classifier[0].size if net.classifier is not None else 0)
-
-
-def macs_by_part(net: Folded, input_shape: tuple[int, int, int], gates: Sequence[Any] = ()) -> list[Any]:
-  """`macs` of each part, the classifier left out."""
-  shape, before, gates, found = tuple(input_shape), None, list(gates), []
-  for part in net.parts:
-    groups = part.head.groups if part.head is not None else ()
-    own = [(g, group) for g, group in zip(gates, groups, strict=False)] if gates else []
-    gates = gates[len(groups):]
-    total = part.head.hidden.size + part.head.logits.size if part.head is not None else 0
-    opened = [group.always + group.channels * (g > 0).sum(-1) for g, group in own]
-    if isinstance(part, Layer):
-      shape, spent = _conv_macs(part.conv, shape, before, opened[0] if opened else None)
-      if part.pool:
-        window, stride, pad = part.pool
-        shape = (*((size + 2 * pad - window) // stride + 1 for size in shape[:2]), shape[2])
-      before = opened[0] if opened else None
-      found.append(total + spent)
-      continue
-    inputs, before = before, opened[-1] if opened and part.output_gate else None
-    if part.project is not None:
-      total = total + _conv_macs(part.project, shape, None, before)[1]  # of all inputs, as the records count it
-    branch = 0
-    for i, conv in enumerate(part.convs):
-      outputs = opened[i] if opened and not part.layer_gate and i < len(opened) else None
-      shape, spent = _conv_macs(conv, shape, inputs, outputs)
-      branch, inputs = branch + spent, outputs
-    if not part.convs:
-      shape = (*(-(-size // part.pad[0]) for size in shape[:2]), shape[2] + sum(part.pad[1:]))
-    found.append(total + (branch * (own[0][0][:, 0] > 0) if part.layer_gate and own else branch))
-  return found
-
-
-def _conv_macs(conv: Conv, shape: tuple[int, ...], inputs: Any = None, outputs: Any = None) -> tuple[tuple, Any]:
-  h, w, i, o = conv.kernel.shape
-  height, width = (-(-size // conv.stride) for size in shape[:2])
-  return (height, width, o), h * w * height * width * (i if inputs is None else inputs) * (
-      o if outputs is None else outputs)
-
-
 def shapes_of(net: Any) -> Any:
   """The same tree with `jax.ShapeDtypeStruct` for arrays."""
   return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), net)

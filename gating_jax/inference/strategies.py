@@ -26,11 +26,10 @@ import numpy as np
 from jax import lax
 
 from gating_jax.inference import folded
-from gating_jax.inference.folded import Block, Conv, Gates, Group, Layer, Part, Runner, groups_of
+from gating_jax.inference.clusters import CHANNELS, covered, unions
+from gating_jax.inference.folded import Block, Conv, Folded, Gates, Group, Layer, Part, Runner, groups_of
 from gating_jax.ops.compaction import bucket_sizes
 from gating_jax.types import Array
-
-CHANNELS = 16  # capacities are multiples of this, what a row of registers holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +41,17 @@ class Setting:
   gates: tuple[np.ndarray, ...] = ()
   groups_before: tuple[Group, ...] = ()
   rectified: bool = False
+
+
+def settings_of(net: Folded, buckets: int, gates: Sequence[np.ndarray] = ()) -> list[Setting]:
+  """Of each part; `gates` `[M, U]` of every group of the network in order, or none."""
+  settings, groups_before, gates = [], (), list(gates)
+  for i, part in enumerate(net.parts):
+    groups = part.head.groups if part.head is not None else ()
+    own, gates = tuple(gates[: len(groups)]), gates[len(groups):]
+    settings.append(Setting(buckets, own, groups_before, rectified=i > 0))
+    groups_before = groups if isinstance(part, Layer) else groups[-1:] if folded.gates_output(part) else ()
+  return settings
 
 
 Made = tuple[Part, Runner] | None  # the part with its weights as the runner wants them; None where it does not fit
@@ -59,10 +69,8 @@ def switch(part: Part, setting: Setting) -> Made:
   groups = (*inputs, *groups_of(part))
   if not groups or getattr(part, "layer_gate", False):
     return None
-  sizes = [bucket_sizes(group.width, setting.buckets, multiple=CHANNELS) for group in groups]
-  count = max(len(size) for size in sizes)
-  # Where one group has fewer sizes, its last stands for the others.
-  programs = [[size[min(i, len(size) - 1)] for size in sizes] for i in range(count)]
+  sizes = capacities(groups, setting.buckets)
+  programs = list(zip(*sizes, strict=True))
 
   def of_one(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
     masks = [group.expand(g)[0] for group, g in zip(groups, (*before[: len(inputs)], *gates), strict=False)]
@@ -79,6 +87,14 @@ def switch(part: Part, setting: Setting) -> Made:
     return lax.switch(jnp.max(jnp.stack(needed)), [branch(capacities) for capacities in programs])
 
   return part, _each(of_one)
+
+
+def capacities(groups: Sequence[Group], buckets: int) -> list[tuple[int, ...]]:
+  """Channels that the programs of `switch` take of each group, fewest first, a number for each program."""
+  sizes = [bucket_sizes(group.width, buckets, multiple=CHANNELS) for group in groups]
+  count = max(len(size) for size in sizes)
+  # Where one group has fewer sizes, its last stands for the others.
+  return [size + size[-1:] * (count - len(size)) for size in sizes]
 
 
 def _each(of_one: Runner) -> Runner:
@@ -199,8 +215,7 @@ def for_open(
     closed: something cheaper that does the same to y; `after` if None.
   """
   closed = closed or after
-  total = is_open.size
-  sizes = (0, *bucket_sizes(total, buckets)) if total > 1 else (0, 1)
+  total, sizes = is_open.size, example_sizes(is_open.size, buckets)
   add = functools.partial(jax.tree.map, lambda a, b: after(a + b))
   where = lambda flags, tree: jax.tree.map(
       lambda a: jnp.where(jnp.expand_dims(flags, range(1, a.ndim)), a, 0), tree)
@@ -224,6 +239,11 @@ def for_open(
   return lax.switch(sum((count > size).astype(jnp.int32) for size in sizes[:-1]), [branch(k) for k in sizes])
 
 
+def example_sizes(total: int, buckets: int) -> tuple[int, ...]:
+  """Open examples that the programs of `for_open` take, of so many."""
+  return (0, *bucket_sizes(total, buckets)) if total > 1 else (0, 1)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Clustered(Block):
@@ -238,8 +258,7 @@ def cluster(part: Part, setting: Setting) -> Made:
   if not isinstance(part, Block) or part.layer_gate or not groups_of(part) or not setting.gates:
     return None
   groups = groups_of(part)
-  masks = [np.asarray(group.expand(jnp.asarray(g))) > 0 for group, g in zip(groups, setting.gates, strict=False)]
-  found = _unions(masks, setting.buckets - 1)
+  found = unions(groups, setting.gates[: len(groups)], setting.buckets - 1)
   subnets = tuple(_subnet(part.convs, [jnp.asarray(index) for index in of_groups]) for of_groups in found)
   made = _Clustered(**{field.name: getattr(part, field.name) for field in dataclasses.fields(part)}, subnets=subnets)
 
@@ -248,51 +267,11 @@ def cluster(part: Part, setting: Setting) -> Made:
     own = [group.expand(g) for group, g in zip(groups, gates, strict=False)]
     y, waiting = part.shortcut(x), jnp.ones(len(x), bool)
     for convs, of_groups in zip(part.subnets, found, strict=True):
-      covered = jnp.all(jnp.stack([jnp.sum(mask[:, index], 1) == jnp.sum(mask, 1)
-                                   for mask, index in zip(own, of_groups, strict=True)]), axis=0)
+      taken = waiting & covered(own, of_groups)
       inputs = (x, *(mask[:, index] for mask, index in zip(own, of_groups, strict=True)))
-      y = for_open(waiting & covered, inputs, lambda x, *m, convs=convs: _chain(convs, x, m), y,
-                   setting.buckets)
-      waiting &= ~covered
+      y = for_open(taken, inputs, lambda x, *m, convs=convs: _chain(convs, x, m), y, setting.buckets)
+      waiting &= ~taken
     return for_open(waiting, (x, *own), lambda x, *m: _chain(part.convs, x, m), y, setting.buckets,
                     after=jax.nn.relu)
 
   return made, run
-
-
-def _unions(masks: Sequence[np.ndarray], count: int) -> list[list[np.ndarray]]:
-  """The channels of each group that each of at most `count` clusters of the examples opens, fewest first.
-
-  Each is filled up to a multiple of `CHANNELS` with those most often open. Sets that are no smaller than all, and
-  those that come twice, are left out.
-  """
-  joint = np.concatenate(masks, axis=1).astype(np.float32)
-  ends = np.cumsum([mask.shape[1] for mask in masks])[:-1]
-  rank = [np.argsort(-mask.mean(0), kind="stable") for mask in masks]
-  sets = {}
-  for of_cluster in _clusters(joint, count):
-    kept = []
-    for union, order in zip(np.split(joint[of_cluster].max(0) > 0, ends), rank, strict=True):
-      size = min(union.size, max(CHANNELS, -(-union.sum() // CHANNELS) * CHANNELS))
-      kept.append(np.sort(np.concatenate([order[union[order]], order[~union[order]]])[:size]))
-    if sum(map(len, kept)) < joint.shape[1]:
-      sets[tuple(map(tuple, kept))] = kept
-  return sorted(sets.values(), key=lambda kept: sum(map(len, kept)))
-
-
-def _clusters(joint: np.ndarray, count: int) -> list[np.ndarray]:
-  """k-means from the farthest points: which examples belong to each cluster."""
-  if count < 1:
-    return []
-  centres = [joint.mean(0)]
-  for _ in range(count):
-    distance = np.min([((joint - centre) ** 2).sum(1) for centre in centres], axis=0)
-    centres.append(joint[np.argmax(distance)])
-  centres = np.stack(centres[1:])
-  for _ in range(10):
-    nearest = np.argmin(((joint[:, None] - centres) ** 2).sum(-1), axis=1)
-    centres = np.stack([joint[nearest == i].mean(0) if (nearest == i).any() else centre
-                        for i, centre in enumerate(centres)])
-  return [nearest == i for i in np.unique(nearest)]
-
-

@@ -31,6 +31,8 @@ class Timing:
     strategy: its name; of the network also `chosen`, the mixture of the parts' fastest, and `ungated`; of one with
       early exits `masked`, `exit_dispatch` and `ungated`.
     mac_ratio: MACs that calibration data leave open, of all; 1 of `ungated`.
+    computed_ratio: MACs that the strategy computes for them, of all: with what it pads, and gate networks; 1 of
+      `ungated`.
     seconds: of a call.
     time_ratio: `seconds` of those of `masked`.
     efficiency: `mac_ratio / time_ratio`; 1 where all MACs that were saved have saved time.
@@ -42,6 +44,7 @@ class Timing:
   part: int | None
   strategy: str
   mac_ratio: float
+  computed_ratio: float
   seconds: float
   time_ratio: float
   efficiency: float
@@ -49,14 +52,15 @@ class Timing:
   open_ratio: float | None = None
 
 
-def rows(part: int | None, seconds: Mapping[str, float], mac_ratio: float, chosen: str = "",
-         open_ratios: Mapping[str, float] = MappingProxyType({})) -> list[Timing]:
-  """A `Timing` for each strategy, by name, `masked` among them."""
+def rows(part: int | None, seconds: Mapping[str, float], mac_ratio: float, computed: Mapping[str, float],
+         chosen: str = "", open_ratios: Mapping[str, float] = MappingProxyType({})) -> list[Timing]:
+  """A `Timing` for each strategy, by name, `masked` among them; `computed` are ratios, but for that of `ungated`."""
   found = []
   for name, spent in seconds.items():
-    share, time_ratio = 1.0 if name == UNGATED else mac_ratio, spent / seconds["masked"]
+    share, of_all = (1.0, 1.0) if name == UNGATED else (mac_ratio, computed[name])
+    time_ratio = spent / seconds["masked"]
     found.append(Timing(
-        part, name, share, spent, time_ratio, share / time_ratio, name == chosen, open_ratios.get(name)))
+        part, name, share, of_all, spent, time_ratio, share / time_ratio, name == chosen, open_ratios.get(name)))
   return found
 
 
@@ -82,9 +86,13 @@ def fastest(
 
 def spread_batches(images: Any, batch_size: int) -> list[Array]:
   """A few batches that are spread over the images, which are repeated where they are too few."""
-  count = min(_SAMPLES, -(-len(images) // batch_size))
-  index = np.linspace(0, len(images), count * batch_size, endpoint=False).astype(int)
-  return [jnp.asarray(images[part]) for part in index.reshape(batch_size, count).T]
+  return [jnp.asarray(images[index]) for index in spread_indices(len(images), batch_size)]
+
+
+def spread_indices(images: int, batch_size: int) -> np.ndarray:
+  """`[batches, N]`, of so many images."""
+  count = min(_SAMPLES, -(-images // batch_size))
+  return np.linspace(0, images, count * batch_size, endpoint=False).astype(int).reshape(batch_size, count).T
 
 
 def run_over(run: Callable[..., Any], calls: Sequence[tuple]) -> None:

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from test_folding import MODELS, SHAPE, images, random_variables
 
-from gating_jax.inference import folded, openings
-from gating_jax.inference.analyse import _in_blocks, _in_buckets, _union, analyse
+from gating_jax.inference import folded, folded_macs, openings
+from gating_jax.inference.analyse import _in_blocks, _union, analyse
 from gating_jax.inference.folded import Group
 from gating_jax.inference.folding import fold
 
@@ -55,24 +55,20 @@ def test_batches_say_the_same_as_one_array(analysis):
 def test_macs_of_each_way(analysis, gates):
   net, macs = analysis.net, analysis.macs
   heads = sum(p.head.hidden.size + p.head.logits.size for p in net.parts if p.head)
-  assert macs["masked"] == folded.macs(net, SHAPE) == macs["ungated"] + heads
-  assert macs["executed"] == pytest.approx(folded.macs(net, SHAPE, gates).mean())
+  assert macs["masked"] == folded_macs.macs(net, SHAPE) == macs["ungated"] + heads
+  assert macs["executed"] == pytest.approx(folded_macs.macs(net, SHAPE, gates).mean())
   assert macs["switch of 4"] == macs["masked"]  # no layer has more than 16 channels
   whole = [np.repeat(g.any(axis=1, keepdims=True), g.shape[1], axis=1) for g in gates]
-  assert macs["blocks of 16"] == pytest.approx(folded.macs(net, SHAPE, whole).mean())
+  assert macs["blocks of 16"] == pytest.approx(folded_macs.macs(net, SHAPE, whole).mean())
   union = [np.concatenate([np.repeat(g[i : i + 8].any(axis=0)[None], len(g[i : i + 8]), axis=0)
                            for s in (0, 128) for i in range(s, min(s + 128, 150), 8)]) for g in gates]
-  assert macs["union of 8"] == pytest.approx(folded.macs(net, SHAPE, union).mean())
+  assert macs["union of 8"] == pytest.approx(folded_macs.macs(net, SHAPE, union).mean())
   assert macs["executed"] < macs["union of 8"] < macs["masked"]
   assert analysis.mac_rows()[0] == {"strategy": "ungated", "macs": macs["ungated"], "ratio": 1.0}
 
 
-def test_capacities_are_the_smallest_buckets_that_hold_the_open_channels():
+def test_units_of_blocks_and_unions():
   opened = np.arange(64) < np.array([0, 16, 17, 33, 64])[:, None]
-  assert _in_buckets(opened, Group(64), 4).sum(axis=1).tolist() == [16, 16, 32, 48, 64]
-  assert _in_buckets(opened, Group(64), 2).sum(axis=1).tolist() == [32, 32, 32, 64, 64]
-  blocks = np.arange(8) < np.array([0, 2, 3])[:, None]
-  assert _in_buckets(blocks, Group(8, channels=8, always=4), 4).sum(axis=1).tolist() == [4, 4, 4]  # 32 + 4 channels
   assert _in_blocks(opened[:, :20], Group(20), 16).sum(axis=1).tolist() == [0, 16, 20, 20, 20]
   one = np.eye(9, 3, dtype=bool)
   assert _union(one).tolist() == [[True] * 3] * 8 + [[False] * 3]

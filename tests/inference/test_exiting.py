@@ -85,6 +85,8 @@ def test_what_both_ways_took_is_reported_and_the_faster_runs():
   masked, gathered, ungated = run.report()
   assert (masked.strategy, gathered.strategy, ungated.strategy) == (MASKED, EXIT_DISPATCH, "ungated")
   assert 0 < masked.mac_ratio == gathered.mac_ratio != ungated.mac_ratio == 1
+  assert masked.computed_ratio > gathered.computed_ratio >= gathered.mac_ratio
+  assert masked.computed_ratio > 1 == ungated.computed_ratio
   assert [t.chosen for t in run.report()] == [run.strategy == t.strategy for t in run.report()]
   assert gathered.time_ratio == gathered.seconds / masked.seconds
   assert min(masked.open_ratio, ungated.open_ratio) == 1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_folding import MODELS, SHAPE, images, random_variables
 
-from gating_jax.inference import export, folded
+from gating_jax.inference import export, folded, folded_macs
 from gating_jax.inference.analyse import analyse
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.exiting import compile_exits
@@ -45,7 +45,7 @@ def test_what_is_loaded_computes_the_same_for_any_number_of_images(net, tmp_path
   assert card == loaded.card
   assert card["platforms"] == ["cpu", "cuda", "tpu"]
   assert (card["input_shape"], card["batch_size"], card["class_names"]) == ([*SHAPE], None, ["a", "b", "c"])
-  assert card["dense_macs"] == folded.macs(net, SHAPE)
+  assert card["dense_macs"] == folded_macs.macs(net, SHAPE)
   assert card["parameters"] == sum(x.size for x in jax.tree.leaves(net))
   for name, said in card["files"].items():
     data = (path / name).read_bytes()

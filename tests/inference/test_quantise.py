@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_folding import MODELS, SHAPE, images, random_variables
 
-from gating_jax.inference import folded
+from gating_jax.inference import folded, folded_macs
 from gating_jax.inference.folded import Conv, Folded, Layer
 from gating_jax.inference.folding import fold
 from gating_jax.inference.quantise import Int8, dequantise, quantise
@@ -37,7 +37,7 @@ def test_no_weight_moves_by_more_than_half_a_step_and_gate_networks_not_at_all(n
       np.testing.assert_array_equal(before, after)
   assert sum(map(leaf, jax.tree.leaves(small, is_leaf=leaf))) == sum(
       len(getattr(p, "convs", (1,))) + (getattr(p, "project", None) is not None) for p in net.parts) + 1
-  assert folded.macs(small, SHAPE) == folded.macs(net, SHAPE)
+  assert folded_macs.macs(small, SHAPE) == folded_macs.macs(net, SHAPE)
   y, z = run(net, images(3))[0], run(dequantise(small), images(3))[0]
   assert 0 < np.abs(y - z).max() < 0.2 * np.abs(y).max()
 
