@@ -114,13 +114,8 @@ class Prediction(NamedTuple):
 
 
 class TaskNet(NamedTuple):
-  """What runs for one task.
-
-  Attributes:
-    model: from images to `([N, F] features, records)`.
-    variables: of the model.
-    classifier: kernel `[F, C]` and bias `[C]` on the features.
-  """
+  """What runs for one task: the model, from images to `([N, F] features, records)`, its variables, and the classifier
+  on the features, kernel `[F, C]` and bias `[C]`."""
 
   model: nn.Module
   variables: Mapping[str, Any]

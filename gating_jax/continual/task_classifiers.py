@@ -30,16 +30,16 @@ TEMPERATURE = 2.0  # of what a network teaches
 
 
 class Loss(NamedTuple):
-  """What is added to a stream's loss; its terms, and the new running statistics of the classifier."""
+  """What is added to a stream's loss; its terms, and `{"router": new running statistics}` of a classifier with any."""
 
   total: Array
   terms: Mapping[str, Array]
-  batch_stats: Tree
+  batch_stats: Mapping[str, Tree]
 
 
 class Told(NamedTuple):
-  """The task of each image, `[N]`; scores to add to each stream's, `[S, N, C]`; MACs of classifier and streams, `[N]`.
-  """
+  """The task of each image, `[N]`; scores to add to each stream's, `[S, N, C]` or 0; MACs of classifier and streams,
+  `[N]`."""
 
   task: Array
   scores: Array
@@ -55,8 +55,8 @@ class OfFeatures:
   rehearsal: Rehearsal
   settings: router.RouterSettings
 
-  def init(self, key: Array) -> tuple[Tree, Tree]:
-    """Parameters and statistics."""
+  def init(self, key: Array) -> tuple[Tree, Mapping[str, Tree]]:
+    """Parameters, and statistics as of `Loss`."""
     _, features = self.net.shapes()
     return router.init(key, self.net.problem.tasks, features, self.settings.hidden), {}
 
@@ -111,8 +111,8 @@ class OfNetwork:
       class = argmax_(c in t*) log q(c|x) + log p_t*(c|x)
       loss  = CE(q, c) + w CE(softmax(q_t / 2), softmax(p_t / 2)),   of logits of the task t being learnt, on its batch
 
-  Of the first term every image counts the same, and q is shifted in training by the logarithm of how much more often a
-  class comes than it would if batch and rehearsed images counted so that all classes come as often; at the test all do.
+  Of the first term every image counts the same (where the batch has no weight, every rehearsed one), and q is shifted
+  in training by the logarithm of how much more often a class comes than it would if all came as often, as in the test.
   The second term teaches the stream, and not the network, which has all tasks to learn from.
   """
 
@@ -122,13 +122,10 @@ class OfNetwork:
   network: Network
   distillation: float
 
-  def __post_init__(self):
-    if not self.distillation >= 0:
-      raise ValueError(f"distillation must be >= 0; got {self.distillation}")
-
-  def init(self, key: Array) -> tuple[Tree, Tree]:
-    """Parameters and statistics."""
-    return self.network.init(key)
+  def init(self, key: Array) -> tuple[Tree, Mapping[str, Tree]]:
+    """Parameters, and statistics as of `Loss`."""
+    params, batch_stats = self.network.init(key)
+    return params, {"router": batch_stats}
 
   def streamed(self, batch: Batch, replayed: Replay) -> Array:
     """What the stream of the task sees in a step: nothing rehearsed."""
@@ -149,7 +146,7 @@ class OfNetwork:
     distillation = jnp.mean(optax.softmax_cross_entropy(
         stream.logits / TEMPERATURE, jax.nn.softmax(taught / TEMPERATURE)))
     return Loss(loss + self.distillation * distillation,
-                {"class_cross_entropy": loss, "distillation": distillation}, batch_stats)
+                {"class_cross_entropy": loss, "distillation": distillation}, {"router": batch_stats})
 
   def update(self, updates: Tree, task: Array) -> Tree:
     """What of a step's updates is taken: all."""

@@ -99,8 +99,11 @@ def task_gates(
       `task_classifiers.OfNetwork`. It is trained beside the streams, under one bound on the gradient's norm.
     distillation: w, how much such a network teaches the stream of the task being learnt.
   Raises:
-    ValueError: a network without rehearsal, or a negative `distillation`.
+    ValueError: a network without rehearsal, rehearsal without a network or `router_settings`, or a negative
+      `distillation`.
   """
+  if not distillation >= 0:
+    raise ValueError(f"distillation must be >= 0; got {distillation}")
   net = streams.SharedNet(model, problem, settings.own_norms)
   if network is not None and rehearsal is None:
     raise ValueError("a network that tells tasks apart needs images of earlier ones; got no rehearsal")
@@ -108,6 +111,8 @@ def task_gates(
   if network is not None:
     classifier = OfNetwork(net, counts, rehearsal, network, distillation)
   elif rehearsal is not None:
+    if router_settings is None:
+      raise ValueError("router_settings must be given with rehearsal but no network; got None")
     classifier = OfFeatures(net, counts, rehearsal, router_settings)
   gates = _TaskGates(net, counts, settings, classifier)
   return Method(gates.init, gates.loss, gates.end_task, gates.predict, update=gates.update, holdings=gates.holdings,
@@ -145,7 +150,8 @@ class _TaskGates:
     }
     if self.classifier is not None:
       memory["rehearsal"] = self.classifier.rehearsal.init(keys[2])
-      params["router"], batch_stats["router"] = self.classifier.init(keys[1])
+      params["router"], of_classifier = self.classifier.init(keys[1])
+      batch_stats |= of_classifier
     return Start(params, batch_stats, memory)
 
   def loss(self, params: Tree, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
@@ -162,8 +168,8 @@ class _TaskGates:
     terms["sparsity"] = units.open_share(records, learner.memory["available"])
     total = terms["cross_entropy"] + self.settings.price(batch.epoch) * terms["sparsity"]
     if self.classifier is not None:
-      told = self.classifier.loss(params, learner, batch, replayed, stream, noise)
-      total, terms, batch_stats = total + told.total, terms | told.terms, {**batch_stats, "router": told.batch_stats}
+      more = self.classifier.loss(params, learner, batch, replayed, stream, noise)
+      total, terms, batch_stats = total + more.total, terms | more.terms, batch_stats | more.batch_stats
     return total, (terms, batch_stats)
 
   def update(self, updates: Tree, grads: Tree, learner: Learner) -> tuple[Tree, Tree]:

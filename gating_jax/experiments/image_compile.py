@@ -10,14 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import numpy as np
 
 from gating_jax.experiments import time_table
 from gating_jax.experiments.build import Experiment
 from gating_jax.inference.conditional import Conditional, compile_conditional
 from gating_jax.inference.exiting import Exiting, compile_exits, fold_exits
 from gating_jax.inference.folding import fold
-from gating_jax.inference.inputs import spread
 from gating_jax.models.early_exit import EarlyExitNet
 from gating_jax.models.segmenter import Segmenter
 from gating_jax.training import rundir
@@ -31,8 +29,7 @@ def run(experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Ma
     ValueError: a model that cannot be folded.
   """
   compiled = _compiler(experiment.model, variables)
-  train = experiment.open_train()
-  images = np.asarray(experiment.normalise(train.read(spread(len(train), time_table.CALIBRATION))[0]), np.float32)
+  images = time_table.calibration(experiment.open_train(), experiment.normalise)
   time_table.write(run_dir, step, time_table.of_images(compiled, images))
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.experiments.build import Experiment
+from gating_jax.experiments.time_table import calibration
 from gating_jax.inference import exiting, export, folded, folded_macs, openings
 from gating_jax.inference.analyse import Analysis, analyse
 from gating_jax.inference.conditional import compile_conditional
@@ -67,13 +68,13 @@ def _write(experiment: Experiment, folder: Path, origin: Mapping[str, Any], vari
   print("\n".join(_analysis_lines(analysis, [name for name, _ in experiment.counts.gate_layers])))
   print("\n".join(["", *_moved_lines(analysis, moved), ""]))
   skipping = compile_conditional(small, input_shape=shape, batch_size=1, candidates=EXPORTABLE, repeats=_REPEATS,
-                                 calibration=_inputs(experiment, train, spread(len(train), _TIMED_IMAGES)))
+                                 calibration=calibration(train, experiment.normalise, _TIMED_IMAGES))
   programs = {name: functools.partial(jax.jit(lambda net, x: folded.run(dequantise(net), x)), each)
               for name, each in models.items()}
   if set(skipping.strategies) != {"masked"}:
     models[_SKIPPING], programs[_SKIPPING] = skipping, skipping
     scores[_SKIPPING] = scores[_SLIMMED] | {"accuracy": _accuracy(experiment, lambda x: skipping(x)[0])}
-  milliseconds = _milliseconds(programs, _inputs(experiment, experiment.test))
+  milliseconds = _milliseconds(programs, _timed_inputs(experiment))
   table = [_head(), _row(_TRAINED, scores[_TRAINED], {"milliseconds": milliseconds[_TRAINED]})]
   for name, model in models.items():
     if name == _TRAINED:
@@ -94,7 +95,7 @@ def _write_exits(experiment: Experiment, folder: Path, origin: Mapping[str, Any]
   train, test = experiment.open_train(), experiment.test
   net, shape = exiting.fold_exits(experiment.model, variables), test.shape
   made = exiting.compile_exits(net, input_shape=shape, batch_size=1, repeats=_REPEATS,
-                               calibration=_inputs(experiment, train, spread(len(train), _TIMED_IMAGES)))
+                               calibration=calibration(train, experiment.normalise, _TIMED_IMAGES))
   spent = []
 
   def answer(x: Array) -> Array:
@@ -104,17 +105,17 @@ def _write_exits(experiment: Experiment, folder: Path, origin: Mapping[str, Any]
 
   score = {"accuracy": _accuracy(experiment, answer), "macs": int(exiting.macs(net, shape)),
            "executed_macs": float(np.mean(np.concatenate(spent)))}
-  (milliseconds,) = _milliseconds({"exits": made}, _inputs(experiment, test), sizes=(1,)).values()
+  (milliseconds,) = _milliseconds({"exits": made}, _timed_inputs(experiment), sizes=(1,)).values()
   card = _card(experiment, origin, score) | {"strategies": [made.strategy], "milliseconds": milliseconds}
   path = export.export_model(made, folder / FOLDERS[_SLIMMED], input_shape=shape, card=card)
   print(f"checkpoint of step {origin['step']}\n")
   print("\n".join(columns([_head(), _row(made.strategy, score, export.load(path).card)])))
 
 
-def _inputs(experiment: Experiment, images: Any, index: np.ndarray | None = None) -> np.ndarray:
-  """Network inputs, by default of as many images as are timed, the first again where there are fewer."""
-  index = np.arange(_TIMED_IMAGES) % len(images) if index is None else index
-  return np.asarray(experiment.normalise(images.read(index)[0]), np.float32)
+def _timed_inputs(experiment: Experiment) -> np.ndarray:
+  """Network inputs of the test images that are timed, the first again where there are fewer."""
+  index = np.arange(_TIMED_IMAGES) % len(experiment.test)
+  return np.asarray(experiment.normalise(experiment.test.read(index)[0]), np.float32)
 
 
 def _batches(experiment: Experiment, images: Any, index: np.ndarray | None = None) -> Iterator[tuple[Any, Any]]:

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Iterator, Sequence
 
 import jax
-import numpy as np
 
 from gating_jax.continual.method import Learner
 from gating_jax.experiments import time_table
@@ -18,7 +17,6 @@ from gating_jax.experiments.continual_build import ContinualExperiment
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import Folded
 from gating_jax.inference.folding import fold
-from gating_jax.inference.inputs import spread
 from gating_jax.inference.timings import Timing
 from gating_jax.training import rundir
 
@@ -28,23 +26,23 @@ def run(experiment: ContinualExperiment, run_dir: rundir.RunDir, step: int, lear
 
   Raises:
     RunDirError: they are there, or are being written.
-    ValueError: a method whose tasks have no gates, or a model that cannot be folded.
+    ValueError: a method whose tasks have no such gates, or a model that cannot be folded.
   """
   if experiment.method.task_net is None:
-    raise ValueError("method must have gates for every task to be compiled, such as 'gates'; "
-                     f"got {experiment.config.method!r}")
-  time_table.write(run_dir, step, _tables(experiment, learner))
+    raise ValueError("method must be one whose tasks have gates that look at images, as 'gates' and 'multitask_gates', "
+                     f"to be compiled; got {experiment.config.method!r}")
+  time_table.write(run_dir, step, _tables(experiment, jax.device_get(learner)))
 
 
 def _tables(experiment: ContinualExperiment, learner: Learner) -> Iterator[tuple[str, Sequence[Timing]]]:
   for task in range(int(learner.task)):
-    net, train = folded_net(experiment, learner, task), experiment.tasks[task].train
-    images = np.asarray(experiment.problem.normalise(train.read(spread(len(train), time_table.CALIBRATION))[0]))
-    for title, rows in time_table.of_images(functools.partial(compile_conditional, net), images):
+    compiled = functools.partial(compile_conditional, folded_net(experiment, learner, task))
+    images = time_table.calibration(experiment.tasks[task].train, experiment.problem.normalise)
+    for title, rows in time_table.of_images(compiled, images):
       yield f"task {task + 1}, {experiment.task_names[task]}: {title}", rows
 
 
 def folded_net(experiment: ContinualExperiment, learner: Learner, task: int) -> Folded:
   """What runs for a task that is learnt. Raises ValueError for a model that cannot be folded."""
-  net = experiment.method.task_net(jax.device_get(learner), task)
+  net = experiment.method.task_net(learner, task)
   return dataclasses.replace(fold(net.model, net.variables), classifier=net.classifier)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,13 +15,14 @@ import numpy as np
 from gating_jax import timing
 from gating_jax.inference.conditional import Conditional
 from gating_jax.inference.exiting import Exiting
+from gating_jax.inference.inputs import spread
 from gating_jax.inference.timings import Timing
 from gating_jax.reports import time_picture
 from gating_jax.training import rundir
 from gating_jax.training.journal import write_json
 
 TABLE_FILE, PICTURE_FILE = "compile.json", "compile.png"
-CALIBRATION = 256  # images at most
+_CALIBRATION = 256  # images at most
 _BATCHES, _REPEATS = (1, 64), 20
 
 
@@ -44,6 +46,13 @@ def write(run_dir: rundir.RunDir, step: int, tables: Iterable[tuple[str, Sequenc
         "step": step, "device": timing.device(), "jax_version": jax.__version__, "timings": found})
     time_picture.draw(folder / PICTURE_FILE, found)
   print(f"\nwritten: {run_dir.path / TABLE_FILE}, {run_dir.path / PICTURE_FILE}")
+
+
+def calibration(
+    images: Any, normalise: Callable[[np.ndarray], jax.Array], count: int = _CALIBRATION
+) -> np.ndarray:
+  """`[M, H, W, D]` network inputs of at most `count` images, evenly over a set."""
+  return np.asarray(normalise(images.read(spread(len(images), count))[0]), np.float32)
 
 
 def of_images(

@@ -38,8 +38,9 @@ def run(experiment: VideoExperiment, run_dir: rundir.RunDir, step: int, variable
     ValueError: a run that skips no segments of a heavy net in batches.
   """
   if not _skips(experiment):
-    raise ValueError("model must choose segments for a heavy net before it runs to be compiled; got "
-                     f"model.selection {experiment.config.model.selection!r}")
+    raise ValueError("model must have a heavy net, and choose its segments before it runs, to be compiled; got "
+                     f"model.heavy.name {experiment.config.model.heavy.name!r}, model.selection "
+                     f"{experiment.config.model.selection!r}")
   time_table.write(run_dir, step, _tables(experiment, variables))
 
 
@@ -130,10 +131,12 @@ def _mac_ratios(
   outcome = jax.jit(lambda variables, inputs: video_trial.outcome(
       dataclasses.replace(experiment, model=model), variables, inputs))
   done = jax.device_get(outcome(variables, inputs))
-  spent = lambda gates, heavy: float(experiment.counts.per_video(gates, inputs["valid"], heavy).mean())
-  shape, heavy = inputs["valid"].shape, experiment.counts.heavy.macs
-  dense, masked = experiment.reference.all_valid(inputs["valid"]), spent(np.ones(shape), np.full(shape, float(heavy)))
-  skipping = Skipping(model, variables, capacities=_capacities(experiment), prepare=experiment.prepare)
-  left_out = shape[1] - skipping(inputs).computed / shape[0]
+  counts, reference, shape = experiment.counts, experiment.reference, inputs["valid"].shape
+  spent = lambda gates, heavy: float(counts.per_video(gates, inputs["valid"], heavy).mean())
+  dense, heavy = reference.all_valid(inputs["valid"]), float(counts.heavy.macs + counts.heavy.gate_macs)
+  masked = spent(np.ones(shape), np.full(shape, heavy))
+  sizes = tuple(sorted({min(size, done["gates"].size) for size in _capacities(experiment)}))
+  taken = sum(compaction.pieces_for(int(np.sum(done["gates"] > 0)), sizes)) / shape[0]
   return (spent(done["gates"], done["heavy_macs"]) / dense,
-          {MASKED: masked / dense, SEGMENTS: (masked - left_out * heavy) / dense})
+          {MASKED: masked / dense, SEGMENTS: (masked - (shape[1] - taken) * heavy) / dense,
+           UNGATED: (reference.classifier + shape[1] * reference.heavy.macs) / dense})

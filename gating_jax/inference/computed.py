@@ -27,31 +27,35 @@ class Account:
 
   Attributes:
     dense: of each part without gates.
-    opened: of each part, what is left open, and its gate network.
-    computed: of each part and strategy, what is computed, and its gate network.
+    opened: of each part, what is left open.
+    computed: of each part and strategy, what is computed.
+    heads: of each part's gate network.
     classifier: of the classifier.
   """
 
   dense: Sequence[float]
   opened: Sequence[float]
   computed: Sequence[Mapping[str, float]]
+  heads: Sequence[int]
   classifier: int
 
   def of_part(self, part: int) -> tuple[float, dict[str, float]]:
-    """What is left open and what each strategy computes, of all MACs of the part; 1 for a part without any."""
+    """What is left open and what each strategy computes, of all MACs of the part, its gate network left out; 1 for a
+    part without any."""
     dense = self.dense[part]
     return (self.opened[part] / dense if dense else 1.0,
             {name: spent / dense if dense else 1.0 for name, spent in self.computed[part].items()})
 
   def of_net(self, programs: Mapping[str, Sequence[str]]) -> tuple[float, dict[str, float]]:
-    """The same of whole programs, by name, from the strategies of their parts."""
+    """The same of whole programs, by name, from the strategies of their parts; with gate networks."""
     dense = sum(self.dense) + self.classifier
-    return ((sum(self.opened) + self.classifier) / dense,
+    return ((sum(self.opened) + sum(self.heads) + self.classifier) / dense,
             {name: self.of_program(names) / dense for name, names in programs.items()})
 
   def of_program(self, names: Sequence[str]) -> float:
     """What a whole program computes, from the strategies of its parts."""
-    return self.classifier + sum(known[name] for known, name in zip(self.computed, names, strict=True))
+    of_parts = sum(known[name] for known, name in zip(self.computed, names, strict=True))
+    return of_parts + sum(self.heads) + self.classifier
 
 
 def account(
@@ -66,18 +70,18 @@ def account(
     shape: `(H, W, D)` of an image.
     indices: `[batches, N]`, the images that each batch has.
   """
-  gates = [g for setting in settings for g in setting.gates]
-  opened = [float(np.mean(spent)) for spent in macs_by_part(net, shape, gates)]
+  heads = [head_macs(part) for part in net.parts]
+  gates = [g[indices.ravel()] for setting in settings for g in setting.gates]
+  opened = [float(np.mean(macs)) - head for macs, head in zip(macs_by_part(net, shape, gates), heads, strict=True)]
   dense, computed, before = [], [], ()
   for part, names, setting in zip(net.parts, known, settings, strict=True):
     of_batch = lambda name, index, part=part, setting=setting, shape=shape, before=before: spent(
         name, part, setting, shape, [g[index] for g in setting.gates], [g[index] for g in before], len(index))
-    computed.append({name: head_macs(part) + sum(of_batch(name, index) for index in indices) / indices.size
-                     for name in names})
+    computed.append({name: sum(of_batch(name, index) for index in indices) / indices.size for name in names})
     shape, macs = part_macs(part, shape)
     dense.append(macs)
     before = setting.gates if isinstance(part, Layer) else setting.gates[-1:] if gates_output(part) else ()
-  return Account(dense, opened, computed, net.classifier[0].size if net.classifier is not None else 0)
+  return Account(dense, opened, computed, heads, net.classifier[0].size if net.classifier is not None else 0)
 
 
 def spent(strategy: str, part: Part, setting: Setting, shape: Shape, gates: Gates, before: Gates, count: int) -> float:
@@ -100,9 +104,14 @@ def _masked(part: Part, setting: Setting, shape: Shape, gates: Gates, before: Ga
 
 
 def _native(part: Part, setting: Setting, shape: Shape, gates: Gates, before: Gates, count: int) -> float:
-  inputs = [open_channels(group, g) for group, g in zip(setting.groups_before, before, strict=True)]
   opened = opened_of(part, gates)
-  return np.sum(np.broadcast_to(part_macs(part, shape, *inputs, opened=opened)[1], count))
+  inputs = [open_channels(group, g) for group, g in zip(setting.groups_before, before, strict=True)]
+  if isinstance(part, Layer):
+    return np.sum(np.broadcast_to(part_macs(part, shape, *inputs, opened=opened)[1], count))
+  # The projection is computed whole, and so is the input of a branch of one gate.
+  branch = dataclasses.replace(part, project=None)
+  spent = part_macs(branch, shape, *([] if part.layer_gate else inputs), opened=opened)[1]
+  return np.sum(np.broadcast_to(spent, count)) + count * part_macs(dataclasses.replace(part, convs=()), shape)[1]
 
 
 def _pallas(part: Part, setting: Setting, shape: Shape, gates: Gates, before: Gates, count: int) -> float:

@@ -176,9 +176,11 @@ def ungated(net: Folded) -> Folded:
 
 
 def opened(net: Folded) -> Folded:
-  """The network with gate networks that open every unit for every image."""
-  always = lambda head: dataclasses.replace(
-      head, logits=jnp.zeros_like(head.logits), logits_bias=jnp.ones_like(head.logits_bias))
+  """The network with gate networks that open every unit for every image, but for those that no image can open."""
+  def always(head: folded.Head) -> folded.Head:
+    shut = ~jnp.any(head.logits, axis=0) & (head.logits_bias <= 0)
+    return dataclasses.replace(head, logits=jnp.zeros_like(head.logits), logits_bias=jnp.where(shut, -1.0, 1.0))
+
   return dataclasses.replace(net, parts=tuple(
       part if part.head is None else dataclasses.replace(part, head=always(part.head)) for part in net.parts))
 

@@ -20,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from gating_jax.checks import one_of
 from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer, Part
+from gating_jax.layers.blocks import GATINGS
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.models.resnet import ResNet
 from gating_jax.models.vgg import POOL, VGG
@@ -35,8 +37,8 @@ def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> Folded:
   """The network in evaluation, with the same outputs up to rounding, in float32.
 
   Args:
-    model: a `ResNet` of images, `gating` none, channel or layer, or a `VGG`; its gates straight-through and of the
-      pooled features, or the same for all images.
+    model: a `ResNet` of images or a `VGG`; its gates straight-through and of the pooled features, or the same for all
+      images, if the outputs of blocks have none.
     variables: its trained values.
   Raises:
     ValueError: another model, gates that are never exactly closed, or variables of another model.
@@ -69,6 +71,7 @@ def check(model: Any, kinds: Sequence[type] = (ResNet, VGG)) -> None:
   """Raises ValueError unless a model is just of one of the kinds, and what it is made of can be folded."""
   if type(model) not in kinds:  # a subclass has more than would be folded
     raise ValueError(f"model must be {' or '.join(kind.__name__ for kind in kinds)}; got {type(model).__name__}")
+  one_of("gating", model.gating, GATINGS)
   gated = model.gating != "none"
   rules = [("gate context", model.gate.context, not gated or model.gate.context in ("pooled", "none"),
             "pooled or none, since others are drawn by chance"),

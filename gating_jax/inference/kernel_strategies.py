@@ -16,14 +16,14 @@ import jax.numpy as jnp
 
 from gating_jax.inference import strategies
 from gating_jax.inference.folded import Block, Conv, Gates, Layer, Part, gates_output, groups_of
-from gating_jax.inference.strategies import Made, Setting
+from gating_jax.inference.strategies import Made, Setting, is_dead
 from gating_jax.ops import kernels
 from gating_jax.ops import native as native_kernel
 from gating_jax.types import Array
 
 
 def native(part: Part, setting: Setting) -> Made:
-  """Any part that computes something, without dilation."""
+  """Any part that computes something, without dilation; a shortcut's projection is left to XLA."""
   convs = (part.conv,) if isinstance(part, Layer) else part.convs
   if not convs or any(conv.dilation != 1 or not conv.kernel.size for conv in convs):
     return None
@@ -55,7 +55,7 @@ def _chain(convs: tuple[Conv, ...], x: Array, gates: list[Array | None], shortcu
 def pallas(part: Part, setting: Setting) -> Made:
   """Blocks of two convolutions whose gates switch several channels each, on a GPU a multiple of 16."""
   del setting
-  if not isinstance(part, Block) or part.layer_gate or len(groups_of(part)) != 1:
+  if not isinstance(part, Block) or part.layer_gate or len(groups_of(part)) != 1 or is_dead(part):
     return None
   (group,), (first, last) = groups_of(part), part.convs
   if group.channels == 1 or group.always or last.stride != 1 or (first.dilation, last.dilation) != (1, 1):

@@ -240,6 +240,8 @@ def _slim_block(block: Block, own: Sequence[Choice]) -> Block:
       return dataclasses.replace(block, convs=(), head=None, layer_gate=False)
     return dataclasses.replace(block, head=None, layer_gate=False) if own[0].ungated.all() else block
   own, outer = own[: len(groups_of(block))], own[len(groups_of(block)):]
+  if any(choice.removed.any() or choice.ungated.any() for choice in outer):
+    raise ValueError("choices must leave the gates of a block's output as they are; got one that does not")
   channels = [_channels(group, choice) for group, choice in zip(groups_of(block), own, strict=True)]
   if not channels[-1][0].size:  # the branch is the bias of its last convolution: no channel is left before it
     channels = [(kept[:0], Group(0, group.channels)) for kept, group in channels]

@@ -34,8 +34,8 @@ from gating_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """Of a part: programs at most, gates of calibration data, groups of the part before it, and whether its input is
-  never below 0, as that of all parts but the first is."""
+  """Of a part: programs at most, gates of calibration data, groups of the channels of its input, and whether that is
+  never below 0, as of all parts but the first."""
 
   buckets: int
   gates: tuple[np.ndarray, ...] = ()
@@ -67,7 +67,7 @@ def switch(part: Part, setting: Setting) -> Made:
   """Only the open channels' weights; None where no channel is gated."""
   inputs = setting.groups_before if isinstance(part, Layer) else ()
   groups = (*inputs, *groups_of(part))
-  if not groups or getattr(part, "layer_gate", False):
+  if not groups or getattr(part, "layer_gate", False) or is_dead(part):
     return None
   sizes = capacities(groups, setting.buckets)
   programs = list(zip(*sizes, strict=True))
@@ -87,6 +87,11 @@ def switch(part: Part, setting: Setting) -> Made:
     return lax.switch(jnp.max(jnp.stack(needed)), [branch(capacities) for capacities in programs])
 
   return part, _each(of_one)
+
+
+def is_dead(part: Part) -> bool:
+  """Whether a group has no channels, as `slim` leaves a branch of which no unit ever opens."""
+  return any(group.width == 0 for group in groups_of(part))
 
 
 def capacities(groups: Sequence[Group], buckets: int) -> list[tuple[int, ...]]:
@@ -160,7 +165,7 @@ def layer_dispatch(part: Part, setting: Setting) -> Made:
 def block_dispatch(part: Part, setting: Setting) -> Made:
   """Each gate's channels on the examples open for it, gathered; None but for two convolutions whose gates switch
   several channels each."""
-  if not isinstance(part, Block) or part.layer_gate or len(groups_of(part)) != 1:
+  if not isinstance(part, Block) or part.layer_gate or len(groups_of(part)) != 1 or is_dead(part):
     return None
   (group,) = groups_of(part)
   return (part, _dispatch_blocks(group, setting)) if group.channels > 1 else None
@@ -255,7 +260,7 @@ class _Clustered(Block):
 def cluster(part: Part, setting: Setting) -> Made:
   """Each example by the smallest of a few subnets that has all channels it opens; None without calibration data, or
   gates of channels of a block."""
-  if not isinstance(part, Block) or part.layer_gate or not groups_of(part) or not setting.gates:
+  if not isinstance(part, Block) or part.layer_gate or not groups_of(part) or not setting.gates or is_dead(part):
     return None
   groups = groups_of(part)
   found = unions(groups, setting.gates[: len(groups)], setting.buckets - 1)

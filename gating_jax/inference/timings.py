@@ -29,10 +29,9 @@ class Timing:
 
   Attributes:
     strategy: its name; of the network also `chosen`, the mixture of the parts' fastest, and `ungated`; of one with
-      early exits `masked`, `exit_dispatch` and `ungated`.
-    mac_ratio: MACs that calibration data leave open, of all; 1 of `ungated`.
-    computed_ratio: MACs that the strategy computes for them, of all: with what it pads, and gate networks; 1 of
-      `ungated`.
+      early exits `masked`, `exit_dispatch` and `ungated`, of one that chooses segments `segments` for the second.
+    mac_ratio: MACs that the timed examples leave open, of all; of the network with its gate networks; 1 of `ungated`.
+    computed_ratio: MACs that the strategy computes for them, in the same way, with all that it pads.
     seconds: of a call.
     time_ratio: `seconds` of those of `masked`.
     efficiency: `mac_ratio / time_ratio`; 1 where all MACs that were saved have saved time.
@@ -54,13 +53,12 @@ class Timing:
 
 def rows(part: int | None, seconds: Mapping[str, float], mac_ratio: float, computed: Mapping[str, float],
          chosen: str = "", open_ratios: Mapping[str, float] = MappingProxyType({})) -> list[Timing]:
-  """A `Timing` for each strategy, by name, `masked` among them; `computed` are ratios, but for that of `ungated`."""
+  """A `Timing` for each strategy, by name, `masked` among them; `computed` are ratios, 1 by default."""
   found = []
   for name, spent in seconds.items():
-    share, of_all = (1.0, 1.0) if name == UNGATED else (mac_ratio, computed[name])
-    time_ratio = spent / seconds["masked"]
-    found.append(Timing(
-        part, name, share, of_all, spent, time_ratio, share / time_ratio, name == chosen, open_ratios.get(name)))
+    share, time_ratio = 1.0 if name == UNGATED else mac_ratio, spent / seconds["masked"]
+    found.append(Timing(part, name, share, computed.get(name, 1.0), spent, time_ratio, share / time_ratio,
+                        name == chosen, open_ratios.get(name)))
   return found
 
 

@@ -75,6 +75,11 @@ def decision_entropy_loss(probs: Sequence[Array]) -> Array:
 
   0 where every gate is open with probability 1/2 for every input: then it tells nothing of them.
 
+  Args:
+    probs: of each layer, `[N, C]` open probabilities.
+  Returns:
+    A scalar in [0, 1], in bits.
+
   >>> print(f"{decision_entropy_loss([jnp.array([[0.0, 0.5], [1.0, 0.5]])]):.4f}")
   0.5000
   """

@@ -307,6 +307,11 @@ def test_a_network_teaches_the_stream_and_learns_nothing_from_it():
     Run("simple_cnn", made, network=NETWORK, distillation=-1.0)
 
 
+def test_rehearsal_without_anything_to_rehearse_is_an_error():
+  with pytest.raises(ValueError, match="router_settings must be given with rehearsal but no network; got None"):
+    Run("vgg", episodic(PROBLEM, ReplaySettings(30, 32)))
+
+
 def test_a_network_without_rehearsal_is_an_error():
   with pytest.raises(ValueError, match="a network that tells tasks apart needs images of earlier ones; got no"):
     Run("vgg", network=NETWORK)

@@ -198,7 +198,7 @@ def test_a_run_trains_evaluates_and_is_not_repeated(config, tmp_path, capsys, mo
   monkeypatch.setattr(video_speed, "_REPEATS", 1)
   monkeypatch.setattr(video_speed, "_BATCHES", (1, 20))
   if selection in ("light", "prefix"):
-    with pytest.raises(ValueError, match=f"model must choose segments for a heavy net .*; got .* {selection!r}"):
+    with pytest.raises(ValueError, match=f"model must have a heavy net, and choose its segments .* {selection!r}"):
       long_video.run(made, tmp_path / "run", "compile")
     return
   long_video.run(made, tmp_path / "run", "compile")
@@ -209,6 +209,10 @@ def test_a_run_trains_evaluates_and_is_not_repeated(config, tmp_path, capsys, mo
         "masked": False, "segments": False, "ungated": True}
     assert all(row["part"] is None and row["open_ratio"] > 0 for row in rows)
   assert found["20 videos at a time"][0]["mac_ratio"] == pytest.approx(result["mac_ratio"], rel=1e-5)
+  for rows in found.values():
+    computed = {row["strategy"]: row["computed_ratio"] for row in rows}
+    assert rows[0]["mac_ratio"] <= computed["segments"] * 1.0001 <= computed["masked"] * 1.0002
+    assert computed["ungated"] < computed["masked"]
   assert (tmp_path / "run" / "compile.png").stat().st_size > 10_000
 
 

@@ -8,8 +8,9 @@ from test_conditional import KINDS, SHAPE, images, net
 from gating_jax.inference import conditional, folded, folded_macs
 from gating_jax.inference.computed import account, spent
 from gating_jax.inference.folded import Group
-from gating_jax.inference.kernel_strategies import EXPORTABLE, STRATEGIES
+from gating_jax.inference.kernel_strategies import EXPORTABLE, STRATEGIES, why_not
 from gating_jax.inference.strategies import capacities, settings_of
+from gating_jax.ops import native
 
 CASES = [(kind, strategy) for kind, known in KINDS.items() for strategy in ("masked", *known) if strategy in EXPORTABLE]
 
@@ -47,16 +48,36 @@ def test_it_is_what_the_convolutions_are_given(kind, strategy, count, monkeypatc
   assert compared
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "outputs"])
-def test_native_computes_what_is_open(kind):
+@pytest.mark.skipif(bool(why_not("native")), reason=why_not("native"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_native_computes_what_is_open_and_shortcuts_whole(kind, monkeypatch):
   of, settings, seen = prepared(kind, 5)
-  gates = [np.asarray(g) for _, own, _ in seen for g in own]
-  opened = folded_macs.macs_by_part(of, SHAPE, gates)
-  shape = SHAPE
-  for part, setting, (_, own, before), macs in zip(of.parts, settings, seen, opened, strict=True):
-    expected = np.sum(np.broadcast_to(macs - folded_macs.head_macs(part), 5))
-    assert spent("native", part, setting, shape, own, before, 5) == expected
+  given, chain, convolve = [], native.gated_chain, folded.Conv.__call__
+
+  def counting_chain(x, kernels, biases, gates, *args, strides, **kwargs):
+    size = np.array(x.shape[1:3])
+    opened = [np.full(len(x), len(of_channels)) if gate is None else (np.asarray(gate) > 0).sum(1) for gate, of_channels
+              in zip(gates, [np.zeros(x.shape[3]), *biases], strict=True)]
+    for i, kernel in enumerate(kernels):  # [O, I, h, w]
+      size = -(-size // strides[i])
+      given.append(np.prod(kernel.shape[2:]) * np.prod(size) * np.sum(opened[i] * opened[i + 1]))
+    return chain(x, kernels, biases, gates, *args, strides=strides, **kwargs)
+
+  def counting(conv, x):
+    given.append((y := convolve(conv, x)).size * np.prod(conv.kernel.shape[:3]))
+    return y
+
+  monkeypatch.setattr(native, "gated_chain", counting_chain)
+  monkeypatch.setattr(folded.Conv, "__call__", counting)
+  shape, compared = SHAPE, 0
+  for part, setting, (x, gates, before) in zip(of.parts, settings, seen, strict=True):
+    if (made := STRATEGIES["native"](part, setting)) is not None:
+      given.clear()
+      made[1](made[0], x, gates, before)
+      assert spent("native", part, setting, shape, gates, before, 5) == sum(given)
+      compared += 1
     shape, _ = folded_macs.part_macs(part, shape)
+  assert compared
 
 
 def test_capacities_of_groups_that_switch_together():
@@ -69,12 +90,13 @@ def test_ratios_of_parts_and_of_whole_programs():
   of, settings, _ = prepared("blocks", 4)
   known = [[name for name in ("masked", "native", "pallas") if STRATEGIES[name](part, setting) or name == "native"]
            for part, setting in zip(of.parts, settings, strict=True)]
-  found = account(of, known, settings, SHAPE, np.arange(6).reshape(2, 3))
+  indices = np.array([[0, 2], [3, 5]])  # of six
+  found = account(of, known, settings, SHAPE, indices)
   heads = [folded_macs.head_macs(part) for part in of.parts]
   dense = folded_macs.macs_by_part(conditional.ungated(of), SHAPE)
   assert found.dense == dense
   opened, computed = found.of_part(1)
-  assert computed["masked"] == pytest.approx(1 + heads[1] / dense[1])
+  assert computed["masked"] == 1
   assert computed["native"] == computed["pallas"] == pytest.approx(opened)
   assert opened < computed["masked"]
   classifier = of.classifier[0].size
@@ -83,5 +105,5 @@ def test_ratios_of_parts_and_of_whole_programs():
   assert computed["masked"] == pytest.approx((total + sum(heads)) / total)
   saved = found.computed[1]["masked"] - found.computed[1]["native"]
   assert computed["mixed"] == pytest.approx(computed["masked"] - saved / total)
-  gates = [setting.gates[0] for setting in settings[1:]]
+  gates = [setting.gates[0][indices.ravel()] for setting in settings[1:]]
   assert opened == pytest.approx(folded_macs.macs(of, SHAPE, gates).mean() / total)

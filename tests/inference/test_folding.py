@@ -128,6 +128,7 @@ def test_only_features_that_a_chain_itself_ends_with_stay(features):
 
 @pytest.mark.parametrize(("model", "message"), [
     (ResNet(3, (1,), features=4, group_norm=True), "group_norm must be False"),
+    (ResNet(3, (1,), features=4, gating="chanel"), "gating must be one of .*; got 'chanel'. Did you mean 'channel'"),
     (ResNet(3, (1,), features=4, gating="all_channels", gate=STATIC), "context must be pooled where the outputs"),
     (ResNet(3, (1,), features=4, gating="channel", gate=GateSettings(context="random")),
      "context must be pooled or none"),

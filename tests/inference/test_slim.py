@@ -9,6 +9,7 @@ from test_folding import MODELS, SHAPE, images, random_variables
 
 from gating_jax.inference import folded, folded_macs, openings, slim
 from gating_jax.inference.analyse import analyse
+from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import Block, Folded, Group, Head, Layer
 from gating_jax.inference.folding import fold
 
@@ -91,6 +92,18 @@ def test_channels_that_shortcuts_read_stay_and_keep_their_gates(name):
       assert outer == old.groups[-1]
       assert all(group.gates == 0 for group in inner)
     assert folded_macs.macs(small, SHAPE) < folded_macs.macs(net, SHAPE)
+    run = compile_conditional(small, input_shape=SHAPE, batch_size=2, calibration=images(4), repeats=1)
+    np.testing.assert_allclose(run(images(3))[0], folded.run(net, images(3))[0], rtol=1e-4, atol=1e-4)
+    macs = analyse(small, None, images(4)).macs
+    assert macs["executed"] <= macs["switch of 4"] <= macs["masked"]
+
+
+def test_gates_of_a_blocks_output_cannot_be_taken():
+  net = NETS["outputs"]
+  choices = [slim.Choice(*np.zeros((2, group.gates), bool)) for _, _, group, _ in openings.places(net)]
+  choices[1].removed[0] = True
+  with pytest.raises(ValueError, match="must leave the gates of a block's output as they are"):
+    slim.take(net, choices)
 
 
 def counted(opened, images, highest, group=None, *, part=1):
