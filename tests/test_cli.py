@@ -4,6 +4,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -100,6 +101,19 @@ def finished(tmp_path_factory):
   assert code == 0, err
   assert "test accuracy" in out
   return workdir
+
+
+def test_what_stops_a_process_is_written_in_one_call(tmp_path):
+  """So that the processes of a job do not write into each other's lines, whatever the buffering."""
+  (tmp_path / "file").touch()
+  ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps each write apart
+  with ours, theirs:
+    process = subprocess.run(command(f"--workdir={tmp_path / 'file' / 'run'}"), check=False, cwd=ROOT, timeout=300,
+                             env=ENVIRONMENT | {"PYTHONUNBUFFERED": "1"}, stderr=theirs)
+    theirs.close()
+    written = [call.decode() for call in iter(lambda: ours.recv(10_000), b"")]
+  assert process.returncode == 2
+  assert f"error: workdir {tmp_path}/file/run cannot be written: Not a directory\n" in written
 
 
 def test_a_run_leaves_its_files(finished):
