@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_folding import random_variables
 
 from gating_jax.inference import exiting
@@ -50,6 +52,35 @@ def test_the_answers_are_those_of_the_model_for_any_number_of_images(batch_size,
       np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
       assert np.array_equal(stay > 0, goes_on)
   assert 0 < goes_on[:, 1].sum() < goes_on[:, 0].sum() < 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("batch_size", "buckets"), [(1, 2), (4, 3)])
+def test_equal_to_computing_everything_on_fuzzed_nets(batch_size, buckets):
+  """One program, whose weights are arguments: exits that are sure of all, of none, and of some."""
+  run, seen = compiled(batch_size, buckets=buckets), set()
+
+  @settings(max_examples=15, deadline=None)
+  @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.03, 0.3, 100.0]), st.sampled_from([0.0, 0.03, 100.0]),
+         st.integers(0, 9))
+  def fuzz(seed, first, second, number):
+    variables = random_variables(MODEL, seed)
+    for exit_, scale in (("exit1", first), ("exit2", second)):
+      for leaf in variables["params"][exit_]["classifier"]:
+        variables["params"][exit_]["classifier"][leaf] *= scale
+    net, x = fold_exits(MODEL, variables), images(number, seed)
+    run.load(net)
+    logits, stay = run(x)
+    expected, reference = exiting.program()(net, x)
+    assert (logits.shape, stay.shape) == (expected.shape, reference.shape)
+    clear = np.all(np.abs(reference) > 1e-3, axis=1)  # rounding sends no image the other way
+    scale = np.abs(expected).max(initial=0)
+    np.testing.assert_allclose(logits[clear], expected[clear], rtol=1e-4, atol=1e-4 * scale)
+    assert np.array_equal(stay[clear] > 0, reference[clear] > 0)
+    seen.update((np.asarray(reference) > 0).sum(axis=1).tolist())
+
+  fuzz()
+  assert seen == {0, 1, 2}
 
 
 @pytest.mark.parametrize(("threshold", "goes_on"), [(1e-5, True), (1 - 1e-5, False)])
