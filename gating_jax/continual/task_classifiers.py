@@ -18,11 +18,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from gating_jax.continual import replay, router, streams
+from gating_jax.continual import replay, router
 from gating_jax.continual.method import Batch, Learner, Network, TaskData
 from gating_jax.continual.rehearsal import Rehearsal, Replay
 from gating_jax.continual.streams import SharedNet, Stream
-from gating_jax.models.counts import ModelCounts
 from gating_jax.types import Array
 
 Tree = Any
@@ -51,7 +50,6 @@ class OfFeatures:
   """`router` on the pooled features of all streams, which all run."""
 
   net: SharedNet
-  counts: ModelCounts
   rehearsal: Rehearsal
   settings: router.RouterSettings
 
@@ -95,13 +93,12 @@ class OfFeatures:
     features = problem.in_batches(features, learner, pixels)
     return router.train(learner.params["router"], features, labels // problem.classes, training, self.settings)
 
-  def tell(self, learner: Learner, x: Array, stream: Stream) -> Told:
-    """Of images and all their streams."""
+  def tell(self, learner: Learner, x: Array, stream: Stream, macs: Array) -> Told:
+    """Of images and all their streams, which take `[S, N]` MACs."""
     features = jnp.moveaxis(stream.features, 0, 1)
     _, seen, width = features.shape
     task = jnp.argmax(router.scores(learner.params["router"], features), axis=-1)
-    macs = streams.macs(stream, self.counts, self.net.problem.classes).sum(0)
-    return Told(task, jnp.zeros(()), macs + float(router.macs(seen, width, self.settings.hidden)))
+    return Told(task, jnp.zeros(()), macs.sum(0) + float(router.macs(seen, width, self.settings.hidden)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +113,6 @@ class OfNetwork:
   The second term teaches the stream, and not the network, which has all tasks to learn from.
   """
 
-  net: SharedNet
-  counts: ModelCounts
   rehearsal: Rehearsal
   network: Network
   distillation: float
@@ -156,13 +151,12 @@ class OfNetwork:
     """Its parameters after a task: as they are."""
     return learner.params["router"]
 
-  def tell(self, learner: Learner, x: Array, stream: Stream) -> Told:
-    """Of images and all their streams."""
+  def tell(self, learner: Learner, x: Array, stream: Stream, macs: Array) -> Told:
+    """Of images and all their streams, which take `[S, N]` MACs."""
     seen, _, classes = stream.logits.shape
     of_all = self.network.logits(learner.params["router"], learner.batch_stats["router"], x)[:, : seen * classes]
     scores = jax.nn.log_softmax(of_all).reshape(len(x), seen, classes).swapaxes(0, 1)
     task = jnp.argmax(jax.nn.logsumexp(scores, axis=-1), axis=0)
-    macs = streams.macs(stream, self.counts, classes)
     return Told(task, scores, jnp.take_along_axis(macs, task[None], axis=0)[0] + self.network.macs)
 
 

@@ -109,11 +109,11 @@ def task_gates(
     raise ValueError("a network that tells tasks apart needs images of earlier ones; got no rehearsal")
   classifier = None
   if network is not None:
-    classifier = OfNetwork(net, counts, rehearsal, network, distillation)
+    classifier = OfNetwork(rehearsal, network, distillation)
   elif rehearsal is not None:
     if router_settings is None:
       raise ValueError("router_settings must be given with rehearsal but no network; got None")
-    classifier = OfFeatures(net, counts, rehearsal, router_settings)
+    classifier = OfFeatures(net, rehearsal, router_settings)
   gates = _TaskGates(net, counts, settings, classifier)
   return Method(gates.init, gates.loss, gates.end_task, gates.predict, update=gates.update, holdings=gates.holdings,
                 prelude=make_prelude(rehearsal, problem), task_net=gates.task_net)
@@ -207,7 +207,7 @@ class _TaskGates:
     macs = streams.macs(stream, self.counts, self.problem.classes)
     if self.classifier is None:
       return streams.prediction(self.problem, stream.logits, task, macs, macs.sum(0))
-    told = self.classifier.tell(learner, x, stream)
+    told = self.classifier.tell(learner, x, stream, macs)
     chosen = (jnp.arange(seen)[:, None] == told.task)[..., None]
     scores = jnp.where(chosen, jax.nn.log_softmax(stream.logits) + told.scores, -jnp.inf)
     return streams.prediction(self.problem, stream.logits, task, macs, told.macs, scores)

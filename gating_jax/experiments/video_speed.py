@@ -7,6 +7,7 @@ Reference: Hussein et al., 2020.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -71,7 +72,7 @@ def timings(experiment: VideoExperiment, variables: Any, inputs: Inputs, *, repe
   runs = {}
   for opened, net in ((False, (model, variables)), (True, (model.clone(share=1.0), _opened(model, variables)))):
     runs[SEGMENTS, opened] = _skipping(experiment, *net, inputs)
-    runs[MASKED, opened] = _masked(experiment, *net, inputs)
+    runs[MASKED, opened] = functools.partial(_masked(experiment, *net), inputs)
   everything = _all_segments(experiment, model, variables, inputs)
   times = race(runs | {(name, False): of_all for name, of_all in everything.items()}, repeats)
   quickest = min(everything, key=lambda name: statistics.median(times[name, False]))
@@ -99,18 +100,16 @@ def _capacities(experiment: VideoExperiment) -> Sequence[int]:
   return compaction.bucket_sizes(experiment.counts.segments, min(8, experiment.counts.segments))
 
 
-def _masked(experiment: VideoExperiment, model: SegmentNet, variables: Any, inputs: Inputs) -> Run:
+def _masked(experiment: VideoExperiment, model: SegmentNet, variables: Any) -> Callable[[Inputs], Any]:
   whole = jax.jit(lambda variables, inputs: model.apply(variables, experiment.prepare(inputs))[0])
-  on_device = jax.device_put(variables)
-  return lambda: whole(on_device, inputs)
+  return functools.partial(whole, jax.device_put(variables))
 
 
 def _all_segments(experiment: VideoExperiment, model: SegmentNet, variables: Any, inputs: Inputs) -> dict[str, Run]:
   """The heavy net on all segments, without light net and gate: all videos at once, and one after the other."""
-  dense = model.clone(selection="all", light=None, light_head=False)
-  one_by_one = [_masked(experiment, dense, variables, {name: x[i : i + 1] for name, x in inputs.items()})
-                for i in range(len(inputs["valid"]))]
-  return {"at once": _masked(experiment, dense, variables, inputs), "one by one": lambda: [run() for run in one_by_one]}
+  whole = _masked(experiment, model.clone(selection="all", light=None, light_head=False), variables)
+  one_by_one = [{name: x[i : i + 1] for name, x in inputs.items()} for i in range(len(inputs["valid"]))]
+  return {"at once": lambda: whole(inputs), "one by one": lambda: [whole(one) for one in one_by_one]}
 
 
 def _opened(model: SegmentNet, variables: Mapping[str, Any]) -> Mapping[str, Any]:

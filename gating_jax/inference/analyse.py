@@ -90,7 +90,7 @@ def analyse(
       spent[name] += np.broadcast_to(folded_macs.macs(net, shape, way(gates)), len(x)).sum()
     spent[switched] += len(x) * _switched(net, buckets, shape, gates, len(x))
   openings = counter.result()
-  heads = sum(part.head.hidden.size + part.head.logits.size for part in net.parts if part.head is not None)
+  heads = sum(map(folded_macs.head_macs, net.parts))
   whole = folded_macs.macs(net, shape)
   small = take(net, static_units(net, openings))
   found = {name: float(total) / images for name, total in spent.items()}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gating_jax.inference.clusters import covered, unions
-from gating_jax.inference.folded import Block, Folded, Layer, Part, gates_output, groups_of
+from gating_jax.inference.folded import Block, Folded, Layer, Part, gates_output, groups_of, handed_on
 from gating_jax.inference.folded_macs import head_macs, macs_by_part, open_channels, opened_of, part_macs
 from gating_jax.inference.strategies import Setting, capacities, example_sizes
 
@@ -80,7 +80,7 @@ def account(
     computed.append({name: sum(of_batch(name, index) for index in indices) / indices.size for name in names})
     shape, macs = part_macs(part, shape)
     dense.append(macs)
-    before = setting.gates if isinstance(part, Layer) else setting.gates[-1:] if gates_output(part) else ()
+    before = handed_on(part, setting.gates)
   return Account(dense, opened, computed, heads, net.classifier[0].size if net.classifier is not None else 0)
 
 

@@ -144,6 +144,11 @@ def gates_output(part: Part) -> bool:
   return isinstance(part, Block) and part.output_gate
 
 
+def handed_on(part: Part, of_groups: Sequence[Any]) -> Sequence[Any]:
+  """Of what a part has for each of its groups, that of its output's channels; nothing where these have no gates."""
+  return of_groups if isinstance(part, Layer) else of_groups[-1:] if part.output_gate else ()
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Folded:
@@ -181,9 +186,8 @@ def run(net: Folded, x: Array, runners: Runner | Sequence[Runner] | None = None)
     gates = tuple(threshold_gate(z) for z in logits)
     x = runner(part, x, gates, before)
     found += logits
-    before = gates if isinstance(part, Layer) else ()
+    before = handed_on(part, gates)
     if gates_output(part):
-      before = gates[-1:]
       x = x * part.head.groups[-1].expand(gates[-1])[:, None, None]
   if not net.pooled:
     return x, found

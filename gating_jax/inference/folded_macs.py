@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gating_jax.inference.folded import Block, Conv, Folded, Group, Layer, Part
+from gating_jax.inference.folded import Block, Conv, Folded, Group, Layer, Part, handed_on
 
 
 def macs(net: Folded, input_shape: tuple[int, int, int], gates: Sequence[Any] = ()) -> Any:
@@ -28,13 +28,13 @@ def macs(net: Folded, input_shape: tuple[int, int, int], gates: Sequence[Any] = 
 
 def macs_by_part(net: Folded, input_shape: tuple[int, int, int], gates: Sequence[Any] = ()) -> list[Any]:
   """`macs` of each part, the classifier left out."""
-  shape, before, gates, found = tuple(input_shape), None, list(gates), []
+  shape, inputs, gates, found = tuple(input_shape), (), list(gates), []
   for part in net.parts:
     count = len(part.head.groups) if part.head is not None else 0
     opened, gates = opened_of(part, gates[:count]) if gates else [], gates[count:]
-    shape, spent = part_macs(part, shape, before, opened=opened)
+    shape, spent = part_macs(part, shape, *inputs, opened=opened)
     found.append(head_macs(part) + spent)
-    before = opened[-1] if opened and (isinstance(part, Layer) or part.output_gate) else None
+    inputs = handed_on(part, opened)
   return found
 
 

@@ -50,7 +50,7 @@ def settings_of(net: Folded, buckets: int, gates: Sequence[np.ndarray] = ()) -> 
     groups = part.head.groups if part.head is not None else ()
     own, gates = tuple(gates[: len(groups)]), gates[len(groups):]
     settings.append(Setting(buckets, own, groups_before, rectified=i > 0))
-    groups_before = groups if isinstance(part, Layer) else groups[-1:] if folded.gates_output(part) else ()
+    groups_before = folded.handed_on(part, groups)
   return settings
 
 
