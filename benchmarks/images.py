@@ -4,11 +4,12 @@
         [--seeds=0,1] [--jobs=1] [--only=REGEX] [--minutes=N] [--FIELD=VALUE ...]
 
 TABLE: `ablation`, every regulariser; `budgets`, ungated nets of several widths, gated channels, static channels and
-gated layers; `levers`, single changes of one gated net. Every run is one of `gating_jax.cli`, as many at a time as
-JOBS; FIELD is of all of them. One that starts late from an ungated run shares its epochs with that: half are the
-ungated run's. The same command goes on where it was stopped, and takes the results of finished runs of the same config;
-after N minutes, or at Ctrl-C or SIGTERM, what runs is stopped and can go on later. Prints the table of what is
-finished, and writes it to OUT/TABLE-MODEL.md and .json; seconds are those since a run's last start.
+gated layers; `levers`, single changes of one gated net; `inside`, of one whose blocks are wide inside. Every run is one
+of `gating_jax.cli`, as many at a time as JOBS; FIELD is of all of them. One that starts late from an ungated run shares
+its epochs with that: half are the ungated run's. The same command goes on where it was stopped, and takes the results
+of finished runs of the same config; after N minutes, or at Ctrl-C or SIGTERM, what runs is stopped and can go on later.
+Prints the table of what is finished, and writes it to OUT/TABLE-MODEL.md and .json; seconds are those since a run's
+last start.
 """
 
 import argparse
@@ -55,9 +56,10 @@ def gated(width, budget, *fields, late=False, variants="noise=0.25"):
   return Run(",".join(filter(None, (f"width={width:g},budget={budget:g}", variants))), fields, late)
 
 
-def wide_inside(width, budget):
+def wide_inside(width, inner, budget, *fields):
+  """Blocks `inner` times as wide inside, of which the budget leaves the MACs of an ungated net of this width."""
   fading = ("model.noise.start=0.5", "model.noise.full=0.9")
-  return gated(width, budget, QUICK, *fading, variants="inner=4,noise=0.25,noise_to=0")
+  return gated(width, budget, QUICK, *fading, *fields, variants=f"inner={inner},noise=0.25,noise_to=0")
 
 
 TABLES = {
@@ -76,8 +78,12 @@ TABLES = {
         "gated, width 1, to 50 %": gated(1, 0.5, QUICK),
         "gated, width 1, to 25 %": gated(1, 0.25, QUICK),
         "gated, width 1, to 12.5 %": gated(1, 0.125, QUICK),
-        "gated, width 0.35, inner 4, to 26 %": wide_inside(0.35, 0.26),
-        "gated, width 0.25, inner 4, to 28 %": wide_inside(0.25, 0.28),
+        "gated, width 0.5, inner 4, to 26.5 %": wide_inside(0.5, 4, 0.265),
+        "gated, width 0.35, inner 4, to 27 %": wide_inside(0.35, 4, 0.27),
+        "gated, width 0.25, inner 4, to 28 %": wide_inside(0.25, 4, 0.28),
+        "gated, width 0.5, inner 8, to 13.5 %": wide_inside(0.5, 8, 0.135),
+        "gated, width 0.35, inner 8, to 14 %": wide_inside(0.35, 8, 0.14),
+        "gated, width 0.25, inner 8, to 14.5 %": wide_inside(0.25, 8, 0.145),
         "static, width 1, to 25 %": Run("gates=static,budget=0.25"),
         "layers, width 0.5, to 60 %": Run("gates=layers,width=0.5,budget=0.6"),
     },
@@ -90,6 +96,19 @@ TABLES = {
         "late, no batch-shaping": gated(1, 0.25, late=True, variants="noise=0.25,bas=0"),
         "late, learning rate 0.1": gated(1, 0.25, "optim.learning_rate=0.1", late=True),
         "late, width 1.41": gated(1.41, 0.125, late=True),
+    },
+    "inside": {
+        **{name: UNGATED[name] for name in ("ungated, width 0.25", "ungated, width 0.35")},
+        "as in budgets": wide_inside(0.25, 4, 0.28),
+        "inner 8": wide_inside(0.25, 8, 0.145),
+        "closed early": wide_inside(0.25, 4, 0.28, "loss.sparsity.start=0.0", "loss.sparsity.full=0.2"),
+        "shaped to the end": wide_inside(
+            0.25, 4, 0.28, "loss.batch_shaping.end=1.0", "loss.batch_shaping.a=0.3", "loss.batch_shaping.b=0.77"),
+        "not shaped": wide_inside(0.25, 4, 0.28, "loss.batch_shaping.coefficient=0.0"),
+        "noise fades early": wide_inside(0.25, 4, 0.28, "model.noise.start=0.1", "model.noise.full=0.5"),
+        "gates no faster": wide_inside(0.25, 4, 0.28, "optim.gate_multiplier=1.0"),
+        "gates of 64 hidden units": wide_inside(0.25, 4, 0.28, "model.gate.hidden=64"),
+        "blocks of 4": wide_inside(0.25, 4, 0.28, "model.gate.block=4"),
     },
 }
 
