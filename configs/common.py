@@ -25,6 +25,7 @@ def image_config() -> ml_collections.ConfigDict:
           "std": (0.5,),
           "pad": 0,  # random crop: largest shift in pixels
           "flip": False,
+          "cutout": 0,  # pixels: width of a square at a random place that is set to the mean
       },
       "model": {
           "name": "resnet20",  # 8, 14, 20, 32, 44, 56, 110; 18, 34, 50, 101 for large images; vgg8, vgg16, simple_cnn
@@ -87,6 +88,7 @@ def image_config() -> ml_collections.ConfigDict:
           "momentum": 0.9,
           "weight_decay": 5e-4,  # 0 for gate parameters whatever stands here
           "gate_multiplier": 1.0,  # how much faster gate parameters learn
+          "norm_average": 0.0,  # over this last fraction BatchNorm's statistics are the mean over steps, not over ten
       },
       "devices": {
           "backend": "pmap",  # or shard_map

@@ -1,4 +1,4 @@
-"""From uint8 pixels to network input, inside the step: crop, flip, normalise.
+"""From uint8 pixels to network input, inside the step: crop, flip, normalise, cut out.
 
 Axes: B images, H and W pixels, D channels.
 """
@@ -55,3 +55,25 @@ def crop_and_flip(key: Array, pixels: Array, *, pad: int, flip: bool, axis_name:
     return jnp.where(flip & jax.random.bernoulli(mirror), image[:, ::-1], image)
 
   return jax.vmap(one)(example_keys(key, pixels.shape[0], axis_name), padded)
+
+
+def cut_out(key: Array, x: Array, *, size: int, axis_name: Hashable | None = None) -> Array:
+  """Sets a square of each image to 0, the mean of normalised pixels; its centre may lie anywhere in the image.
+
+  Args:
+    key, axis_name: as in `crop_and_flip`.
+    x: `[B, H, W, D]`.
+    size: width of the square in pixels, of which what lies outside is lost; 0 for none.
+
+  Reference: DeVries and Taylor, "Improved regularization of convolutional neural networks with cutout", 2017.
+  """
+  if not size:
+    return x
+  shape = jnp.array(x.shape[1:3])
+
+  def one(key, image):
+    first = jax.random.randint(key, (2,), 0, shape) - size // 2
+    rows, columns = ((first[i] <= at) & (at < first[i] + size) for i, at in enumerate(map(jnp.arange, image.shape[:2])))
+    return jnp.where((rows[:, None] & columns)[..., None], 0, image)
+
+  return jax.vmap(one)(example_keys(key, x.shape[0], axis_name), x)

@@ -24,15 +24,18 @@ from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.dispatch import map_steps
 from gating_jax.training.journal import Journal
 
+_CUT_OUT = 1  # its keys, apart from those of crops
 
-def _crop_and_flip(experiment: Experiment, key: jax.Array, pixels: jax.Array) -> jax.Array:
+
+def _augment(experiment: Experiment, key: jax.Array, pixels: jax.Array) -> jax.Array:
   data = experiment.config.data
   pixels = augment.crop_and_flip(key, pixels, pad=data.pad, flip=data.flip, axis_name=devices.AXIS)
-  return experiment.normalise(pixels)
+  return augment.cut_out(
+      jax.random.fold_in(key, _CUT_OUT), experiment.normalise(pixels), size=data.cutout, axis_name=devices.AXIS)
 
 
 TASK = Task(
-    prepare=_crop_and_flip,
+    prepare=_augment,
     scores=steps.image_scores,
     summarise=lambda _, sums, images: evaluation.summarise(sums, images),
     rows=table.rows)
@@ -155,7 +158,8 @@ def make_advance(
   process = (jax.process_index(), jax.process_count())
   make_step = lambda model: steps.make_train_step(
       model, experiment.optimiser, experiment.objective, functools.partial(task.prepare, experiment),
-      seed=config.seed, axis_name=devices.AXIS, noise_scale=experiment.noise_scale)
+      seed=config.seed, axis_name=devices.AXIS, noise_scale=experiment.noise_scale,
+      norm_rate=experiment.norm_rate)
   mapped = lambda several, args: map_steps(
       lambda model: several(make_step(model)), experiment.model, experiment.full, args=args,
       backend=config.devices.backend)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gating_jax.data.augment import crop_and_flip, normalise
+from gating_jax.data.augment import crop_and_flip, cut_out, normalise
 
 PAD, SIZE, BATCH = 2, (5, 4, 3), 400
 
@@ -73,6 +73,28 @@ def test_the_draw_does_not_depend_on_the_number_of_devices():
   )(pixels.reshape(8, 2, *SIZE)).reshape(pixels.shape)
   np.testing.assert_array_equal(spread("d"), alone)
   assert np.any(spread(None) != alone)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 20])
+def test_a_square_around_any_pixel_is_cut_out(size):
+  x = images().astype(np.float32)
+  result = np.asarray(jax.jit(lambda key, x: cut_out(key, x, size=size))(jax.random.key(0), x))
+  h, w, _ = SIZE
+  at = lambda centre, length: np.isin(np.arange(length), centre - size // 2 + np.arange(size))
+  squares = {tuple((at(row, h)[:, None] & at(column, w)).ravel()) for row in range(h) for column in range(w)}
+  gone = result == 0
+  assert (gone == gone[..., :1]).all()
+  assert {tuple(mask.ravel()) for mask in gone[..., 0]} == squares  # each of them, and nothing else
+  np.testing.assert_array_equal(result[~gone], x[~gone])
+
+
+def test_nothing_is_cut_out_of_size_0_and_draws_do_not_depend_on_the_number_of_devices():
+  x = images(16).astype(np.float32)
+  assert cut_out(jax.random.key(0), x, size=0) is x
+  cut = lambda key, x, axis_name=None: cut_out(key, x, size=2, axis_name=axis_name)
+  several = jax.pmap(lambda key, x: cut(key, x, "devices"), "devices", in_axes=(None, 0))
+  np.testing.assert_array_equal(
+      several(jax.random.key(0), x.reshape(8, 2, *SIZE)).reshape(x.shape), cut(jax.random.key(0), x))
 
 
 def test_normalise_by_hand():
