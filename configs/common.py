@@ -88,7 +88,6 @@ def image_config() -> ml_collections.ConfigDict:
           "momentum": 0.9,
           "weight_decay": 5e-4,  # 0 for gate parameters whatever stands here
           "gate_multiplier": 1.0,  # how much faster gate parameters learn
-          "norm_average": 0.0,  # over this last fraction BatchNorm's statistics are the mean over steps, not over ten
       },
       "devices": {
           "backend": "pmap",  # or shard_map

@@ -17,7 +17,6 @@ import optax
 from gating_jax.data import augment, sources, streaming
 from gating_jax.experiments import settings
 from gating_jax.layers.blocks import GATINGS, SHORTCUTS
-from gating_jax.layers.conv import NORM_MOMENTUM
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.counts import ModelCounts, count
 from gating_jax.models.early_exit import EarlyExitNet
@@ -45,7 +44,6 @@ class Experiment:
   objective: ImageObjective
   settings: loop.LoopSettings
   noise_scale: Callable[[jax.Array], jax.Array] | None = None  # of gates, from step to number; None: the model's own
-  norm_rate: Callable[[jax.Array], jax.Array] | None = None  # as `noise_scale`, of BatchNorm's running statistics
   full: nn.Module | None = None  # the model with the backward of everything, where its own leaves something out
 
   def normalise(self, pixels: jax.Array) -> jax.Array:
@@ -117,8 +115,6 @@ def assemble(
   noise = config.model.noise
   noise_scale = None if noise.final is None else schedules.ramp(
       config.model.gate.noise_scale, noise.final, noise.start, noise.full, total)
-  norm_rate = None if not training.norm_average else schedules.averaging(
-      training.norm_average, 1 - NORM_MOMENTUM, total)
   test = open_test()
   settings.check_channels(data, test.shape[-1])
   model = network(config.model, len(test.class_names))
@@ -134,7 +130,6 @@ def assemble(
       model=model,
       full=full,
       noise_scale=noise_scale,
-      norm_rate=norm_rate,
       counts=counts,
       optimiser=optimiser,
       objective=objective(
@@ -212,7 +207,6 @@ def check(
           "model.noise.final": (lambda v: v is None or 0 <= v < math.inf, "None or a finite number >= 0"),
           "data.std": (lambda std: min(std) > 0, "a tuple of positive numbers"),
           "optim.drops": (settings.all_numbers, "a tuple of fractions"),
-          "optim.norm_average": (lambda v: 0 <= v <= 1, "a fraction of training, in [0, 1]"),
           "optim.batch_size": settings.divides_over_devices(),
       })
   _check_together(config)

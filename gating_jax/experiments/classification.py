@@ -158,8 +158,7 @@ def make_advance(
   process = (jax.process_index(), jax.process_count())
   make_step = lambda model: steps.make_train_step(
       model, experiment.optimiser, experiment.objective, functools.partial(task.prepare, experiment),
-      seed=config.seed, axis_name=devices.AXIS, noise_scale=experiment.noise_scale,
-      norm_rate=experiment.norm_rate)
+      seed=config.seed, axis_name=devices.AXIS, noise_scale=experiment.noise_scale)
   mapped = lambda several, args: map_steps(
       lambda model: several(make_step(model)), experiment.model, experiment.full, args=args,
       backend=config.devices.backend)

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from gating_jax.ops.windows import convolve_clips, convolve_depthwise
 from gating_jax.types import Array, Path
 
-NORM_MOMENTUM = 0.9  # of BatchNorm's running statistics
 _GROUP = 16  # channels, at most: Wu and He, 2018, table 3
 
 
@@ -71,7 +70,7 @@ class ConvNorm(nn.Module):
       group = math.gcd(_GROUP, self.features)
       return nn.GroupNorm(num_groups=None, group_size=group, dtype=self.dtype, name="norm")(x)
     return nn.BatchNorm(
-        use_running_average=not train, momentum=NORM_MOMENTUM, dtype=self.dtype, axis_name=self.axis_name, name="norm"
+        use_running_average=not train, momentum=0.9, dtype=self.dtype, axis_name=self.axis_name, name="norm"
     )(x)
 
   @property

@@ -23,7 +23,6 @@ import numpy as np
 from flax import traverse_util
 
 from gating_jax.checks import one_of
-from gating_jax.layers.conv import NORM_MOMENTUM
 from gating_jax.ops import collectives, relaxations
 from gating_jax.types import Array, GateRecord, Path, Records
 
@@ -131,7 +130,7 @@ class GateHead(nn.Module):
     x = x.astype(jnp.float32)
     context = jnp.mean(x, axis=tuple(range(1, x.ndim - 1)))
     h = nn.Dense(s.hidden, use_bias=False, name="hidden")(context)
-    h = nn.BatchNorm(use_running_average=not train, momentum=NORM_MOMENTUM, axis_name=self.axis_name, name="norm")(h)
+    h = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name, name="norm")(h)
     bias = nn.initializers.constant(s.initial_logit)
     return nn.Dense(self.units, bias_init=bias, name="logits")(nn.relu(h))
 

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.checks import one_of
-from gating_jax.layers.conv import NORM_MOMENTUM
 from gating_jax.layers.gate import GATE_RNG, GateSettings
 from gating_jax.ops import collectives, relaxations, selection
 from gating_jax.types import Array, GateRecord
@@ -74,8 +73,8 @@ class SegmentGate(nn.Module):
   def __call__(self, x: Array, valid: Array, train: bool = False) -> GateRecord:
     s, g = self.settings, self.settings.gate
     similarity = nn.Dense(s.concepts, use_bias=False, name=CONCEPTS)(x.astype(jnp.float32))
-    norm = nn.BatchNorm(use_running_average=not train, momentum=NORM_MOMENTUM, axis_name=self.axis_name, name="norm")
-    h = nn.Dense(g.hidden, name="project")(nn.relu(norm(similarity)))
+    h = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name, name="norm")(similarity)
+    h = nn.Dense(g.hidden, name="project")(nn.relu(h))
     if s.context == "attention":
       h += Attention(name="context")(h, valid)
     elif s.context == "convolution":

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.checks import one_of
-from gating_jax.layers.conv import NORM_MOMENTUM
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.layers.segments import POLICIES, Dropout, Policy, SegmentGate, SegmentGateSettings, certain, pool
 from gating_jax.ops import selection
@@ -134,7 +133,7 @@ class Classifier(nn.Module):
     h = pool(features, gates, self.pooling, scores)
     h = Dropout(_DROPOUT, self.axis_name, name="dropout1")(h, train)
     h = nn.Dense(_HIDDEN, name="hidden")(h)
-    h = nn.BatchNorm(use_running_average=not train, momentum=NORM_MOMENTUM, axis_name=self.axis_name, name="norm")(h)
+    h = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name, name="norm")(h)
     h = Dropout(_DROPOUT, self.axis_name, name="dropout2")(nn.leaky_relu(h, _LEAK), train)
     return nn.Dense(self.classes, name="logits")(h)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 
-import jax.numpy as jnp
 import optax
 
 from gating_jax.checks import one_of
@@ -35,14 +34,6 @@ def ramp(first: float, last: float, start: float, full: float, total_steps: int)
     return optax.constant_schedule(last)
   begin = round(start * total_steps)
   return optax.linear_schedule(first, last, max(1, round(full * total_steps) - begin), transition_begin=begin)
-
-
-def averaging(share: float, before: float, total_steps: int) -> optax.Schedule:
-  """The rate at which running values follow: `before`, and over the last `share` of training 1 / k at the k-th step,
-  which makes them the mean over these steps; never more than `before`."""
-  _check_fractions(share=share)
-  begin = total_steps - round(share * total_steps)
-  return lambda step: jnp.minimum(before, 1 / jnp.maximum(1, step - begin + 1))
 
 
 def learning_rate(

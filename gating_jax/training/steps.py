@@ -15,7 +15,6 @@ import optax
 from flax import struct
 from jax import lax
 
-from gating_jax.layers.conv import NORM_MOMENTUM
 from gating_jax.layers.gate import GATE_RNG, NOISE, noise_scales
 from gating_jax.ops.collectives import mean_over_devices
 from gating_jax.ops.macs import executed_macs
@@ -58,15 +57,13 @@ def make_train_step(
     seed: int,
     axis_name: Hashable | None = None,
     noise_scale: Callable[[Array], Array] | None = None,
-    norm_rate: Callable[[Array], Array] | None = None,
 ) -> Callable:
   """One step: `(state, inputs, targets) -> (state, metrics)`.
 
   `inputs` and `targets` are trees of arrays `[B, ...]`, this device's share, such as uint8 pixels and labels.
   `prepare(key, inputs)` augments and normalises; `objective(outputs, targets, records, step, axis_name)` returns the
   loss and named terms. Metrics are scalars over the whole batch. All randomness is a function of `seed` and
-  `state.step`. `noise_scale`, from step to number, is in place of the model's own for all its gates; so is `norm_rate`,
-  by which BatchNorm's running statistics move to the batch's.
+  `state.step`. `noise_scale`, from step to number, is in place of the model's own for all its gates.
   """
 
   def step(state: TrainState, inputs: Any, targets: Any) -> tuple[TrainState, dict[str, Array]]:
@@ -92,17 +89,10 @@ def make_train_step(
     metrics["gradient_norm"] = optax.tree.norm(grads)
     updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    if norm_rate is not None:
-      batch_stats = moved(state.batch_stats, batch_stats, norm_rate(state.step))
     metrics["state_norm"] = optax.tree.norm((params, batch_stats))
     return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
   return step
-
-
-def moved(before: Any, after: Any, rate: Array) -> Any:
-  """The running statistics `before` a step, moved by `rate` to those of the batch; `after`, by the layers' own rate."""
-  return jax.tree.map(lambda old, new: old + rate / (1 - NORM_MOMENTUM) * (new - old), before, after)
 
 
 def resident_steps(step: Callable) -> Callable:

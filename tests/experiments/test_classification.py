@@ -59,7 +59,6 @@ def test_the_settings_as_they_stand_are_right(config):
         ("model.shortcut", "C", "model.shortcut must be one of A, B; got 'C'"),
         ("model.width", 0.0, "model.width must be a positive finite number; got 0.0"),
         ("model.inner_width", -1.0, "model.inner_width must be a positive finite number; got -1.0"),
-        ("optim.norm_average", 1.5, "optim.norm_average must be a fraction of training, in [0, 1]; got 1.5"),
         ("model.dtype", "float23", "model.dtype must be one of .*; got 'float23'. Did you mean 'float32'"),
         ("model.gate.initial_open", 1.0, r"gate initial_open must be in \(0, 1\); got 1.0"),
         ("model.exits.threshold", 1.0, r"model.exits.threshold must be in \(0, 1\); got 1.0"),

@@ -83,7 +83,6 @@ def test_warm_up_does_not_move_the_drops_or_the_end():
         (lambda: schedules.learning_rate("step", 1, 10, warmup=5), "warmup must be .*; got 5"),
         (lambda: schedules.learning_rate("step", 1, 10, drops=(0.5, 60)), r"drops\[1\] must be .*; got 60"),
         (lambda: schedules.learning_rate("step", 1, 10, drops=(float("nan"),)), r"drops\[0\] must be .*; got nan"),
-        (lambda: schedules.averaging(1.5, 0.1, 10), "share must be a fraction of training, .*; got 1.5"),
         (lambda: schedules.learning_rate("step", 0, 10), "learning_rate must be > 0; got 0"),
         (lambda: schedules.learning_rate("cosin", 1, 10), "must be one of cosine, step; .*Did you mean 'cosine'"),
     ],
@@ -97,13 +96,3 @@ def test_a_ramp_falls_or_rises_between_two_values():
   assert values(schedules.ramp(1.0, 0.25, 0.2, 0.6, 10), 0, 2, 3, 4, 6, 10) == pytest.approx(
       [1, 1, 0.8125, 0.625, 0.25, 0.25])
   assert values(schedules.ramp(1.0, 0.25, 0.0, 0.0, 10), 0, 9) == [0.25, 0.25]
-
-
-def test_averaging_gives_every_step_of_the_last_part_the_same_weight():
-  rate = schedules.averaging(0.5, 0.1, 80)
-  assert values(rate, 0, 39, 40, 49, 50, 79) == pytest.approx([0.1, 0.1, 0.1, 0.1, 1 / 11, 1 / 40])
-  assert values(schedules.averaging(0.0, 0.1, 80), 0, 79, 80) == pytest.approx([0.1] * 3)
-  weights = np.array([float(rate(step)) for step in range(80)])
-  left = np.array([weights[step] * np.prod(1 - weights[step + 1:]) for step in range(80)])
-  np.testing.assert_allclose(left[50:], 1 / 40, rtol=1e-5)
-  np.testing.assert_allclose(left.sum() + np.prod(1 - weights), 1, rtol=1e-6)

@@ -234,21 +234,3 @@ def test_the_schedule_goes_on_where_a_restart_finds_it():
   again, metrics = noisy(optax.linear_schedule(4.0, 0.0, 4))(kept, *batch)
   assert float(metrics["gates/noise_scale"]) == 3
   assert tiny.bit_equal(again, end)
-
-
-def test_running_statistics_move_at_the_given_rate():
-  state, batch = tiny.state(OPTIMISER), tiny.images(BATCH_SIZE)
-  make = lambda rate: jax.jit(steps.make_train_step(
-      tiny.net(), optax.set_to_zero(), tiny.objective(), tiny.prepare, seed=0, norm_rate=rate))
-  at = lambda rate: make(rate)(state, *batch)[0].batch_stats
-  assert tiny.bit_equal(at(lambda _: 0.0), state.batch_stats)
-  own = at(None)
-  assert tiny.relative_gap(at(lambda _: 0.1), own) < 1e-6
-  # The mean over steps, at 1 / k, of a net that stays as it is.
-  run, mean, seen = make(lambda step: 1 / (step + 1.0)), state, []
-  for _ in range(4):
-    seen.append(make(lambda _: 1.0)(mean, *batch)[0].batch_stats)
-    mean, _ = run(mean, *batch)
-  assert not tiny.bit_equal(seen[0], seen[1])  # draws differ
-  expected = jax.tree.map(lambda *stats: sum(stats) / 4, *seen)
-  assert tiny.relative_gap(mean.batch_stats, expected) < 1e-5
