@@ -212,8 +212,8 @@ class Method:
   `cumulative`: task t is trained on the images of all tasks up to t. `together`: all tasks are learnt at once; every
   step sees as many images of each, those of task t at places t, T + t, 2 T + t, ..., and only the last row of the table
   is filled. `prelude`: a step `(learner, pixels, labels) -> (learner, metrics)` of what comes before the training on
-  each task. `task_net`: `(learner, task) -> ` the gated net of a task that is learnt; of methods that have gates for
-  every task.
+  each task. `check_room`: raises a ValueError where the next task cannot be learnt. `task_net`: `(learner, task) -> `
+  the gated net of a task that is learnt; of methods that have gates for every task.
   """
 
   init: Callable[[Array], Start]
@@ -226,6 +226,7 @@ class Method:
   cumulative: bool = False
   together: bool = False
   prelude: Callable[[Learner, Array, Array], tuple[Learner, Mapping[str, Array]]] | None = None
+  check_room: Callable[[Learner], None] = lambda learner: None
   task_net: Callable[[Learner, Array], TaskNet] | None = None
 
 

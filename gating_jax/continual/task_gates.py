@@ -116,7 +116,7 @@ def task_gates(
     classifier = OfFeatures(net, rehearsal, router_settings)
   gates = _TaskGates(net, counts, settings, classifier)
   return Method(gates.init, gates.loss, gates.end_task, gates.predict, update=gates.update, holdings=gates.holdings,
-                prelude=make_prelude(rehearsal, problem), task_net=gates.task_net)
+                check_room=gates.check_room, prelude=make_prelude(rehearsal, problem), task_net=gates.task_net)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,16 +256,20 @@ class _TaskGates:
     records, available = self.net.shapes()[0], np.asarray(memory["available"])
     used = np.asarray(memory["relevant"]).any(0) | relevant
     full = units.full_layers(records, used, available)
-    if task + 1 == self.problem.tasks or not full or self.settings.when_full == "reuse":
+    if task + 1 == self.problem.tasks or self.settings.when_full != "grow":
       return available
-    if self.settings.when_full == "grow":
-      more = units.grown(records, available, full, growth=self.settings.growth,
-                         allocated=self.settings.allocated(self.problem.tasks))
-      full = units.full_layers(records, used, more)
-      if not full:
-        return more
+    return units.grown(records, available, full, growth=self.settings.growth,
+                       allocated=self.settings.allocated(self.problem.tasks))
+
+  def check_room(self, learner: Learner) -> None:
+    """Raises FullLayerError where the next task would find no free unit in some layer, unless it may do without."""
+    records, task = self.net.shapes()[0], int(learner.task)
+    full = units.full_layers(records, *(np.asarray(x) for x in (
+        learner.memory["relevant"].any(0), learner.memory["available"])))
+    if task == self.problem.tasks or not full or self.settings.when_full == "reuse":
+      return
     names = ", ".join(units.layer_name(records[i]) for i in full)
     raise FullLayerError(
-        f"after task {task + 1} of {self.problem.tasks} no unit is free for the next one in {names}; a larger "
+        f"after task {task} of {self.problem.tasks} no unit is free for the next one in {names}; a larger "
         "model.width or gates.sparsity, a lower gates.patience or a higher gates.threshold leave more; "
         "gates.when_full=grow adds some, and gates.when_full=reuse goes on with the old ones (in a new workdir)")

@@ -83,6 +83,7 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
       make(experiment) for make in (make_advance, make_evaluate, continual_report.make_histograms))
   try:
     for task in (t for t in experiment.stages if t >= int(learner.task)):
+      experiment.method.check_room(learner)
       run = advance(task)
       for phase in experiment.phases(task):
         if step < phase.total_steps:

@@ -94,9 +94,8 @@ def build(config: ml_collections.ConfigDict) -> ContinualExperiment:
   _check(config)
   train, test = (sources.load(data.name, split, data.data_dir, data.image_size)
                  for split in (data.train_split, data.test_split))
-  sequence = tasks.make_tasks(
-      train, test, classes_per_task=config.tasks.classes_per_task, count=config.tasks.count,
-      order_seed=config.tasks.order_seed, validation=config.tasks.validation)
+  with settings.named("tasks"):
+    sequence = tasks.make_tasks(train, test, **config.tasks)
   settings.check_channels(data, test.shape[-1])
   smallest = min(len(task.train) for task in sequence)
   if training.batch_size > smallest:
@@ -112,13 +111,13 @@ def build(config: ml_collections.ConfigDict) -> ContinualExperiment:
     raise ValueError(f"generator.batch_size times generator.critic_steps must be at most {smallest}, the training "
                      f"images of the smallest task; got {size}")
   per_epoch = smallest // training.batch_size
-  rate = schedules.learning_rate(training.schedule, training.learning_rate, training.epochs * per_epoch,
-                                 warmup=training.warmup, drops=training.drops, factor=training.drop_factor)
-  optimiser = optax.chain(
-      optax.clip_by_global_norm(training.clip),
-      optim.sgd(rate, momentum=training.momentum, weight_decay=training.weight_decay,
-                # HAT's masks are parameters of gates as well, whose pace it sets itself.
-                gate_multiplier=1.0 if config.method == "hat" else training.gate_multiplier))
+  with settings.named("optim"):
+    rate = schedules.learning_rate(training.schedule, training.learning_rate, training.epochs * per_epoch,
+                                   warmup=training.warmup, drops=training.drops, factor=training.drop_factor)
+    sgd = optim.sgd(rate, momentum=training.momentum, weight_decay=training.weight_decay,
+                    # HAT's masks are parameters of gates as well, whose pace it sets itself.
+                    gate_multiplier=1.0 if config.method == "hat" else training.gate_multiplier)
+  optimiser = optax.chain(optax.clip_by_global_norm(training.clip), sgd)
   dense = continual_methods.network(config, problem, classes=problem.classes, gated=False)
   return ContinualExperiment(config, sequence, problem, method, count(dense, problem.shape).macs,
                              reduced_macs(dense, problem.shape), optimiser, per_epoch)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import functools
 
 import flax.linen as nn
 import ml_collections
@@ -45,25 +44,25 @@ def build(config: ml_collections.ConfigDict, problem: Problem) -> Method:
 
 
 def _task_gates(config, problem):
-  gates = TaskGatesSettings(**config.gates)
+  gates = _made(TaskGatesSettings, config, "gates")
   model = network(config, problem, classes=None, gated=True, wider=gates.allocated(problem.tasks))
-  fields = dict(config.router)
-  rehearsal = REHEARSALS[fields.pop("rehearsal")](config, problem)
-  of_all = _classifier(config, problem, "seen") if fields.pop("network") else None
-  distillation = fields.pop("distillation")
-  return task_gates(model, problem, count(model, problem.shape), gates, rehearsal, RouterSettings(**fields), of_all,
-                    distillation)
+  rehearsal = REHEARSALS[config.router.rehearsal](config, problem)
+  of_all = _classifier(config, problem, "seen") if config.router.network else None
+  router = _made(RouterSettings, config, "router", without=("rehearsal", "network", "distillation"))
+  return task_gates(model, problem, count(model, problem.shape), gates, rehearsal, router, of_all,
+                    config.router.distillation)
 
 
 def _generative(config, problem):
-  own = {name: config.generator[name] for name in ("latent", "width", "images")}
-  return generative(problem, _wgan(config), seed=config.seed, replayed=config.replay.batch_size, **own)
+  own, wgan = {name: config.generator[name] for name in ("latent", "width", "images")}, _wgan(config)
+  with settings.named("generator"):
+    return generative(problem, wgan, seed=config.seed, replayed=config.replay.batch_size, **own)
 
 
 def _gated_generative(config, problem):
   fields = dict(config.generator.gates)
   gate = {name: fields.pop(name) for name in ("initial_open", "noise_scale")}
-  with _named("generator.gates"):
+  with settings.named("generator.gates"):
     generator = _generator(config, problem, GateSettings(**{**config.model.gate, **gate}))
     protection = gated(generator, problem.tasks, ProtectionSettings(**fields))
   return _shared_generative(config, problem, generator, protection)
@@ -72,27 +71,27 @@ def _gated_generative(config, problem):
 def _masked_generative(config, problem):
   fields = {name: config.dgm[name] for name in ("steepness", "sparsity")}
   generator = _generator(config, problem, GateSettings(context="none", relaxation="sigmoid"))
-  with _named("dgm"):
+  with settings.named("dgm"):
     protection = masked(generator, problem.tasks, steps=config.generator.steps, **fields)
   return _shared_generative(config, problem, generator, protection)
 
 
-def _dgm(config, net):
-  return dgm(net, _masked_generative(config, net.problem), real=config.dgm.real)
+def _dgm(config, problem):
+  net, rehearsal = _classifier(config, problem, "seen"), _masked_generative(config, problem)
+  with settings.named("dgm"):
+    return dgm(net, rehearsal, real=config.dgm.real)
 
 
-@contextlib.contextmanager
-def _named(section: str) -> Iterator[None]:
-  """Errors of settings say which section of the config they are of."""
-  try:
-    yield
-  except ValueError as error:
-    raise ValueError(f"{section}: {error}") from error
+def _made(make, config, section, *args, without=()):
+  """`make(*args, **config[section])`, but for what stands there for others."""
+  with settings.named(section):
+    return make(*args, **{name: value for name, value in config[section].items() if name not in without})
 
 
 def _wgan(config):
   names = ("critic_steps", "penalty", "learning_rate", "average")
-  return WganSettings(**{name: config.generator[name] for name in names})
+  with settings.named("generator"):
+    return WganSettings(**{name: config.generator[name] for name in names})
 
 
 def _generator(config, problem, gate):
@@ -102,13 +101,15 @@ def _generator(config, problem, gate):
 
 
 def _shared_generative(config, problem, generator, protection):
-  return shared_generative(problem, generator, _wgan(config), protection, images=config.generator.images,
-                           replayed=config.replay.batch_size, seed=config.seed)
+  wgan = _wgan(config)
+  with settings.named("generator"):
+    return shared_generative(problem, generator, wgan, protection, images=config.generator.images,
+                             replayed=config.replay.batch_size, seed=config.seed)
 
 
 def _hat(config, problem):
   model = network(config, problem, classes=None, gated=True, context="none", relaxation="sigmoid")
-  return hat(model, problem, count(model, problem.shape), **config.hat)
+  return _made(hat, config, "hat", model, problem, count(model, problem.shape))
 
 
 def _progressive(config, problem):
@@ -121,7 +122,7 @@ def _progressive(config, problem):
 
 def _multitask_gates(config, problem):
   model = network(config, problem, classes=None, gated=True)
-  return multitask_gates(model, problem, count(model, problem.shape), TaskGatesSettings(**config.gates))
+  return multitask_gates(model, problem, count(model, problem.shape), _made(TaskGatesSettings, config, "gates"))
 
 
 def _multitask_norms(config, problem):
@@ -129,9 +130,14 @@ def _multitask_norms(config, problem):
   return multitask_norms(model, problem, count(model, problem.shape))
 
 
-def _plain(make, scope="own"):
-  """The builder of a method that trains one ungated network with an output for every class."""
-  return lambda config, problem: make(config, _classifier(config, problem, scope))
+def _plain(make, scope="own", section=None):
+  """The builder of a method that trains one ungated network with an output for every class; `section` holds its
+  settings."""
+  def build(config, problem):
+    net = _classifier(config, problem, scope)
+    return _made(make, config, section, net) if section else make(net)
+
+  return build
 
 
 def _classifier(config, problem, scope):
@@ -142,43 +148,46 @@ def _classifier(config, problem, scope):
 
 REHEARSALS = {
     "none": lambda config, problem: None,
-    "episodic": lambda config, problem: episodic(problem, ReplaySettings(**config.replay)),
+    "episodic": lambda config, problem: episodic(problem, _made(ReplaySettings, config, "replay")),
     "generative": _generative,
     "gated_generative": _gated_generative,
     "masked_generative": _masked_generative,
 }
 
 
-def _replay(make, section=None):
-  """The builder of such a method with an episodic memory; `section` holds its own settings."""
-  return _plain(lambda config, net: make(net, ReplaySettings(**config.replay), **(config[section] if section else {})),
-                scope="seen")
+def _replay(make, scope="seen", section=None):
+  """The builder of such a method with an episodic memory."""
+  def build(config, problem):
+    given = _classifier(config, problem, scope), _made(ReplaySettings, config, "replay")
+    return _made(make, config, section, *given) if section else make(*given)
+
+  return build
 
 
 def _icarl(config, problem):
   model = icarl.Headed(network(config, problem, classes=None, gated=False), problem.all_classes)
   net = Network(model, problem, count(model, problem.shape).macs, "seen")
-  return icarl.icarl(net, ReplaySettings(**config.replay))
+  return icarl.icarl(net, _made(ReplaySettings, config, "replay"))
 
 
 METHODS = {
     "gates": _task_gates,
     "hat": _hat,
     "progressive": _progressive,
-    "fine_tuning": _plain(lambda config, net: fine_tuning(net)),
-    "joint": _plain(lambda config, net: fine_tuning(net, joint=True), scope="seen"),
-    "ewc": _plain(lambda config, net: ewc(net, **config.ewc)),
-    "online_ewc": _plain(lambda config, net: online_ewc(net, **config.online_ewc)),
-    "si": _plain(lambda config, net: si(net, **config.si)),
-    "lwf": _plain(lambda config, net: lwf(net, **config.lwf)),
+    "fine_tuning": _plain(fine_tuning),
+    "joint": _plain(functools.partial(fine_tuning, joint=True), "seen"),
+    "ewc": _plain(ewc, section="ewc"),
+    "online_ewc": _plain(online_ewc, section="online_ewc"),
+    "si": _plain(si, section="si"),
+    "lwf": _plain(lwf, section="lwf"),
     "er": _replay(experience_replay.er),
-    "derpp": _replay(derpp.derpp, "derpp"),
-    "agem": _replay(agem.agem),
+    "derpp": _replay(derpp.derpp, section="derpp"),
+    "agem": _replay(agem.agem, "own"),  # as its authors have it, who know the task
     "icarl": _icarl,
     "multitask_gates": _multitask_gates,
     "multitask_norms": _multitask_norms,
-    "multitask_trunk": _plain(lambda config, net: multitask_trunk(net)),
-    "dgm": _plain(_dgm, scope="seen"),
+    "multitask_trunk": _plain(multitask_trunk),
+    "dgm": _dgm,
 }
 
 

@@ -147,18 +147,18 @@ def write(experiment: ContinualExperiment, learner: Learner, run_dir: rundir.Run
 
 def _pictures(experiment: ContinualExperiment, learner: Learner) -> dict[str, tuple[str, Any]]:
   """What is drawn, by name: a caption and a figure."""
-  names, table = experiment.task_names, learner.table
+  names, learnt, table = experiment.task_names, int(learner.task), learner.table
   pictures = {"accuracies": (
       "Accuracy on each task after each task was learnt, with the task known at the test and without.",
       task_pictures.draw_accuracies(np.asarray(table.aware), np.asarray(table.agnostic), task_names=names))}
-  relevant = experiment.method.holdings(learner).relevant
+  relevant = {layer: units[:learnt] for layer, units in experiment.method.holdings(learner).relevant.items()}
   if relevant:
     use = {layer: metrics.filter_use(units) for layer, units in relevant.items()}
     pictures |= {
         "filters": ("Filters that each task reuses, takes, does not use and leaves free, layer by layer.",
-                    task_pictures.draw_filters(use, task_names=names)),
+                    task_pictures.draw_filters(use, task_names=names[:learnt])),
         "overlap": ("Of the units that either of two tasks uses, the share that both use.",
-                    task_pictures.draw_overlap(_overlap(relevant), task_names=names))}
+                    task_pictures.draw_overlap(_overlap(relevant), task_names=names[:learnt]))}
   return pictures
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -40,6 +41,15 @@ def check(
   for name, (holds, rule) in (*every, *rules.items()):
     if not holds(fields[name]):
       raise ValueError(f"{name} must be {rule}; got {fields[name]!r}")
+
+
+@contextlib.contextmanager
+def named(section: str) -> Iterator[None]:
+  """Errors of settings say which section of the config they are of."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f"{section}: {error}") from error
 
 
 def all_numbers(values: Any) -> bool:

@@ -14,6 +14,7 @@ from event_files import summaries
 from gating_jax.experiments import continual, continual_build, continual_methods, task_compile, time_table
 from gating_jax.inference import folded
 from gating_jax.models import vgg
+from gating_jax.reports import task_pictures
 from gating_jax.training import devices, rundir
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import read_lines
@@ -41,16 +42,21 @@ def config(monkeypatch):
     [
         ("method", "gate", "method must be one of .*; got 'gate'. Did you mean 'gates'"),
         ("model.name", "simple_cn", "model.name must be one of .*; got 'simple_cn'. Did you mean 'simple_cnn'"),
-        ("tasks.classes_per_task", 3, "classes_per_task must divide the 10 classes; got 3"),
-        ("tasks.count", 6, "count must be at most 5, the tasks of 2 classes, or 0; got 6"),
-        ("tasks.validation", 1.0, r"validation must be a share in \(0, 1\); got 1.0"),
+        ("tasks.classes_per_task", 3, "^tasks: classes_per_task must divide the 10 classes; got 3"),
+        ("tasks.count", 6, "^tasks: count must be at most 5, the tasks of 2 classes, or 0; got 6"),
+        ("tasks.validation", 1.0, r"^tasks: validation must be a share in \(0, 1\); got 1.0"),
         ("optim.batch_size", 12, "optim.batch_size must be a multiple of the 8 devices; got 12"),
         ("optim.batch_size", 1024, "optim.batch_size must be at most .*, the training images of the smallest task"),
         ("optim.eval_batch_size", 12, "optim.eval_batch_size must be a multiple of the 8 devices; got 12"),
         ("optim.clip", 0.0, "optim.clip must be a positive finite number; got 0.0"),
-        ("gates.threshold", 1.0, r"threshold must be a share in \[0, 1\); got 1.0"),
-        ("gates.sparsity", -1.0, "sparsity must be >= 0; got -1.0"),
-        ("gates.when_full", "grwo", "when_full must be one of .*; got 'grwo'"),
+        ("optim.momentum", 1.5, r"^optim: momentum must be .*; got 1.5"),
+        ("optim.warmup", 1.5, r"^optim: warmup must be .*; got 1.5"),
+        ("gates.threshold", 1.0, r"^method gates: gates: threshold must be a share in \[0, 1\); got 1.0"),
+        ("gates.sparsity", -1.0, "^method gates: gates: sparsity must be >= 0; got -1.0"),
+        ("router.learning_rate", 0.0, "^method gates: router: learning_rate must be > 0; got 0.0"),
+        ("router.batch_size", 0, "^method gates: router: batch_size must be >= 1; got 0"),
+        ("replay.images", 0, "^method gates: replay: images must be >= 1; got 0"),
+        ("gates.when_full", "grwo", "^method gates: gates: when_full must be one of .*; got 'grwo'"),
         ("router.rehearsal", "episodes", "router.rehearsal must be one of .*; got 'episodes'. Did you mean 'episodic'"),
         ("generator.steps", 0, "generator.steps must be >= 1; got 0"),
         ("generator.gates.sparsity", -1.0, "generator.gates.sparsity must be .* >= 0; got -1.0"),
@@ -69,8 +75,16 @@ def test_what_cannot_be_is_refused_before_anything_is_compiled(config, field, va
         ({"router.rehearsal": "gated_generative", "generator.gates.initial_open": 1.0},
          r"method gates: generator.gates: gate initial_open must be in \(0, 1\); got 1.0"),
         ({"method": "dgm", "dgm.steepness": 0.0}, "method dgm: dgm: steepness must be >= 1; got 0.0"),
+        ({"method": "dgm", "dgm.real": -1.0}, "method dgm: dgm: real must be .*; got -1.0"),
+        ({"router.rehearsal": "generative", "generator.critic_steps": 0},
+         "method gates: generator: critic_steps must be >= 1; got 0"),
+        ({"method": "hat", "hat.steepness": 0.0}, "method hat: hat: steepness must be .*; got 0.0"),
+        ({"method": "ewc", "ewc.strength": -1.0}, "method ewc: ewc: strength must be .*; got -1.0"),
+        ({"method": "lwf", "lwf.temperature": 0.0}, "method lwf: lwf: temperature must be .*; got 0.0"),
+        ({"method": "derpp", "derpp.alpha": -1.0}, "method derpp: derpp: alpha must be .*; got -1.0"),
+        ({"method": "er", "replay.images": 0}, "method er: replay: images must be >= 1; got 0"),
     ])
-def test_settings_of_generators_are_named_with_their_section(config, changes, message):
+def test_settings_of_methods_are_named_with_their_section(config, changes, message):
   with pytest.raises(ValueError, match=message):
     continual_build.build(config(**changes))
 
@@ -203,6 +217,43 @@ def test_a_run_grows_where_the_first_task_takes_all_there_is(changes, config, tm
   assert max(free[0]) > 0  # some layer was full and has grown
   aware = np.array(strict_json(tmp_path / "result.json")["task_aware"]["accuracies"], float)
   assert aware[1, 0] == aware[0, 0]
+
+
+@pytest.mark.slow
+def test_a_full_layer_ends_a_run_that_keeps_and_shows_what_it_has_learnt(config, tmp_path, monkeypatch):
+  made = config(**{"gates.when_full": "error", "gates.threshold": 0.0, "gates.sparsity": 0.0,
+                   "model.gate.initial_open": 0.9})
+  for _ in range(2):  # the same command says the same
+    with pytest.raises(ValueError, match="after task 1 of 2 no unit is free for the next one in layer1/conv/conv"):
+      continual.run(made, tmp_path, "train")
+  tests = [line for line in read_lines(tmp_path / "metrics.jsonl") if line["split"] == "test"]
+  assert [line["step"] for line in tests] == [continual_build.build(made).steps_per_task]
+  assert tests[0]["task_aware.average_accuracy"] > 0
+  assert tests[0]["free_units/layer1/conv/conv"] == 0
+  drawn = {}
+  for name in ("draw_filters", "draw_overlap"):
+    draw = getattr(task_pictures, name)
+    monkeypatch.setattr(task_pictures, name, lambda values, task_names, name=name, draw=draw: (
+        drawn.update({name: (values, task_names)}) or draw(values, task_names=task_names)))
+  continual.run(made, tmp_path, "report")
+  use, names = drawn["draw_filters"]
+  assert names == ["0, 1"]
+  assert {len(layer.free) for layer in use.values()} == {1}
+  assert drawn["draw_overlap"][0].shape == (1, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["si", "hat", "derpp"])
+def test_what_other_methods_remember_is_part_of_the_checkpoint(method, config, tmp_path, monkeypatch):
+  monkeypatch.setattr(continual, "Checkpoints", functools.partial(Checkpoints, keep=100))
+  made = config(method=method, checkpoint_every=1)
+  continual.run(made, tmp_path, "train")
+  end, learner = final_learner(made, tmp_path)
+  cut_back(tmp_path, continual_build.build(made).steps_per_task + 2)  # within the second task
+  continual.run(made, tmp_path, "train")
+  again, resumed = final_learner(made, tmp_path)
+  assert again == end
+  assert tiny.bit_equal(resumed, learner)
 
 
 @pytest.mark.slow
