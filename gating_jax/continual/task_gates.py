@@ -253,11 +253,11 @@ class _TaskGates:
 
   def _make_room(self, memory: Mapping[str, Any], relevant: np.ndarray, task: int) -> np.ndarray:
     """The units of the next task: those of this one, and more in a layer that is full, if it may grow."""
-    records, available = self.net.shapes()[0], np.asarray(memory["available"])
-    used = np.asarray(memory["relevant"]).any(0) | relevant
-    full = units.full_layers(records, used, available)
+    available = np.asarray(memory["available"])
     if task + 1 == self.problem.tasks or self.settings.when_full != "grow":
       return available
+    records, used = self.net.shapes()[0], np.asarray(memory["relevant"]).any(0) | relevant
+    full = units.full_layers(records, used, available)
     return units.grown(records, available, full, growth=self.settings.growth,
                        allocated=self.settings.allocated(self.problem.tasks))
 
