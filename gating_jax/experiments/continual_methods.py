@@ -130,12 +130,14 @@ def _multitask_norms(config, problem):
   return multitask_norms(model, problem, count(model, problem.shape))
 
 
-def _plain(make, scope="own", section=None):
-  """The builder of a method that trains one ungated network with an output for every class; `section` holds its
-  settings."""
+def _plain(make, scope="own", section=None, memory=False):
+  """The builder of a method that trains one ungated network with an output for every class, and has an episodic
+  `memory` or none; `section` holds its settings."""
   def build(config, problem):
-    net = _classifier(config, problem, scope)
-    return _made(make, config, section, net) if section else make(net)
+    given = [_classifier(config, problem, scope)]
+    if memory:
+      given.append(_made(ReplaySettings, config, "replay"))
+    return _made(make, config, section, *given) if section else make(*given)
 
   return build
 
@@ -155,15 +157,6 @@ REHEARSALS = {
 }
 
 
-def _replay(make, scope="seen", section=None):
-  """The builder of such a method with an episodic memory."""
-  def build(config, problem):
-    given = _classifier(config, problem, scope), _made(ReplaySettings, config, "replay")
-    return _made(make, config, section, *given) if section else make(*given)
-
-  return build
-
-
 def _icarl(config, problem):
   model = icarl.Headed(network(config, problem, classes=None, gated=False), problem.all_classes)
   net = Network(model, problem, count(model, problem.shape).macs, "seen")
@@ -180,9 +173,9 @@ METHODS = {
     "online_ewc": _plain(online_ewc, section="online_ewc"),
     "si": _plain(si, section="si"),
     "lwf": _plain(lwf, section="lwf"),
-    "er": _replay(experience_replay.er),
-    "derpp": _replay(derpp.derpp, section="derpp"),
-    "agem": _replay(agem.agem, "own"),  # as its authors have it, who know the task
+    "er": _plain(experience_replay.er, "seen", memory=True),
+    "derpp": _plain(derpp.derpp, "seen", "derpp", memory=True),
+    "agem": _plain(agem.agem, memory=True),  # as its authors have it, who know the task
     "icarl": _icarl,
     "multitask_gates": _multitask_gates,
     "multitask_norms": _multitask_norms,
