@@ -184,7 +184,7 @@ class _Hat:
 
   def init(self, key: Array) -> Start:
     params, batch_stats = self._fresh(key)
-    records, _ = self.net.shapes()
+    records, _ = self.net.shapes
     own = {"params": params["own"], "batch_stats": batch_stats["own"]}
     return Start(params, batch_stats, {"own": streams.stack(own, self.net.problem.tasks),
                                        "used": jnp.zeros(sum(r.gates.shape[-1] for r in records))})
@@ -202,7 +202,7 @@ class _Hat:
 
   def update(self, updates: Tree, grads: Tree, learner: Learner) -> tuple[Tree, Tree]:
     # Not the gradient: momentum of the steps before, and weight decay, would move what it no longer moves.
-    free = plasticity(updates["shared"], self.net.shapes()[0], learner.memory["used"], jnp.float32(learner.task > 0))
+    free = plasticity(updates["shared"], self.net.shapes[0], learner.memory["used"], jnp.float32(learner.task > 0))
     updates = {**updates, "shared": jax.tree.map(jnp.multiply, updates["shared"], free)}
     return limited(updates, learner.params), learner.memory
 
@@ -225,7 +225,7 @@ class _Hat:
     return streams.prediction(self.net.problem, stream.logits, task, macs, macs.sum(0))
 
   def holdings(self, learner: Learner) -> Holdings:
-    learnt, records = int(learner.task), self.net.shapes()[0]
+    learnt, records = int(learner.task), self.net.shapes[0]
     own = jax.tree.map(lambda x: x[:learnt], learner.memory["own"]["params"])
     masks = jax.vmap(lambda own: embeddings(own["net"], records))(learner.memory["own"]["params"]) > 0
     return Holdings(tree_size((learner.params["shared"], own)), tree_megabytes(learner.memory["used"]),

@@ -153,7 +153,7 @@ class _Multitask:
     if not self.settings:
       return Holdings(params, 0.0)
     available = np.ones(self.counts.gates, bool)
-    return Holdings(params, 0.0, units.used_by(learner.memory["relevant"], available, self.net.shapes()[0]))
+    return Holdings(params, 0.0, units.used_by(learner.memory["relevant"], available, self.net.shapes[0]))
 
   def task_net(self, learner: Learner, task: Array) -> TaskNet:
     own = {"params": learner.params["own"], "batch_stats": learner.batch_stats["own"]}

@@ -9,6 +9,7 @@ Reference: Abati et al., 2020; Serra et al., 2018 (one head per task).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -54,7 +55,7 @@ class SharedNet:
     """Parameters and statistics that no task has touched, in their parts."""
     network, head = jax.random.split(key)
     variables = self.model.init(network, jnp.zeros((1, *self.problem.shape)))
-    _, features = self.shapes()
+    _, features = self.shapes
     kernel = nn.initializers.lecun_normal()(head, (features, self.problem.classes))
     params = self._split(variables["params"])
     own = {"net": params["own"], "head": {"kernel": kernel, "bias": jnp.zeros(self.problem.classes)}}
@@ -90,6 +91,7 @@ class SharedNet:
                  "batch_stats": merge(batch_stats["shared"], batch_stats["own"])}
     return TaskNet(self.model, variables, (own["head"]["kernel"], own["head"]["bias"]))
 
+  @functools.cached_property
   def shapes(self) -> tuple[Records, int]:
     """Records and number of features, as shapes."""
     x = jax.ShapeDtypeStruct((1, *self.problem.shape), jnp.float32)

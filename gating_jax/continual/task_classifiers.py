@@ -55,7 +55,7 @@ class OfFeatures:
 
   def init(self, key: Array) -> tuple[Tree, Mapping[str, Tree]]:
     """Parameters, and statistics as of `Loss`."""
-    _, features = self.net.shapes()
+    _, features = self.net.shapes
     return router.init(key, self.net.problem.tasks, features, self.settings.hidden), {}
 
   def streamed(self, batch: Batch, replayed: Replay) -> Array:

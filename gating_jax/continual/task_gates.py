@@ -138,7 +138,7 @@ class _TaskGates:
     return self.net.problem
 
   def init(self, key: Array) -> Start:
-    records, _ = self.net.shapes()
+    records, _ = self.net.shapes
     available = units.first_units(records, self.settings.allocated(self.problem.tasks))
     keys = jax.random.split(key, 3)
     params, batch_stats = self._fresh(keys[0], available)
@@ -183,7 +183,7 @@ class _TaskGates:
 
   def end_task(self, learner: Learner, data: TaskData, key: Array) -> Learner:
     task, memory = int(learner.task), learner.memory
-    records, _ = self.net.shapes()
+    records, _ = self.net.shapes
     relevant = self._open_rates(learner, data.validation_pixels) > self.settings.threshold
     available = self._make_room(memory, relevant, task)
     own = learner.params["own"]
@@ -213,7 +213,7 @@ class _TaskGates:
     return streams.prediction(self.problem, stream.logits, task, macs, told.macs, scores)
 
   def holdings(self, learner: Learner) -> Holdings:
-    learnt, memory, records = int(learner.task), learner.memory, self.net.shapes()[0]
+    learnt, memory, records = int(learner.task), learner.memory, self.net.shapes[0]
     own, shared = jax.tree.map(lambda x: x[:learnt], memory["own"]), learner.params["shared"]
     images = 0.0
     if self.classifier is not None:
@@ -238,7 +238,7 @@ class _TaskGates:
   def _fresh(self, key: Array, available: Array) -> tuple[Tree, Tree]:
     """What the next task begins with; it can use the available units."""
     params, batch_stats = self.net.fresh(key)
-    net = units.shut(params["own"]["net"], self.net.shapes()[0], available)
+    net = units.shut(params["own"]["net"], self.net.shapes[0], available)
     return {**params, "own": {**params["own"], "net": net}}, batch_stats
 
   def _streams(self, learner: Learner, x: Array, seen: int) -> streams.Stream:
@@ -256,14 +256,14 @@ class _TaskGates:
     available = np.asarray(memory["available"])
     if task + 1 == self.problem.tasks or self.settings.when_full != "grow":
       return available
-    records, used = self.net.shapes()[0], np.asarray(memory["relevant"]).any(0) | relevant
+    records, used = self.net.shapes[0], np.asarray(memory["relevant"]).any(0) | relevant
     full = units.full_layers(records, used, available)
     return units.grown(records, available, full, growth=self.settings.growth,
                        allocated=self.settings.allocated(self.problem.tasks))
 
   def check_room(self, learner: Learner) -> None:
     """Raises FullLayerError where the next task would find no free unit in some layer, unless it may do without."""
-    records, task = self.net.shapes()[0], int(learner.task)
+    records, task = self.net.shapes[0], int(learner.task)
     full = units.full_layers(records, *(np.asarray(x) for x in (
         learner.memory["relevant"].any(0), learner.memory["available"])))
     if task == self.problem.tasks or not full or self.settings.when_full == "reuse":

@@ -99,7 +99,7 @@ def test_the_loss_is_the_sum_of_what_tasks_have_alone(kind):
 def test_open_gates_cost_after_the_patience_and_every_task_pays_for_its_own():
   made, data = method("gates", sparsity=2.0, patience=1.5), both_tasks(16)
   learner = tiny_tasks.learner(made)
-  records = streams.SharedNet(model("gates"), tiny_tasks.problem()).shapes()[0]
+  records = streams.SharedNet(model("gates"), tiny_tasks.problem()).shapes[0]
   net = learner.params["own"]["net"]
   none = units.shut(jax.tree.map(lambda x: x[1], net), records, np.zeros(10, bool))
   learner = learner.replace(params={**learner.params, "own": {
@@ -135,7 +135,7 @@ def test_all_tasks_are_learnt_and_nothing_changes_shape(kind):
 def test_units_are_relevant_to_the_tasks_whose_gates_open_on_their_own_images():
   made, data = method("gates", threshold=0.0), both_tasks(8)
   learner = tiny_tasks.learner(made)
-  records = streams.SharedNet(model("gates"), tiny_tasks.problem()).shapes()[0]
+  records = streams.SharedNet(model("gates"), tiny_tasks.problem()).shapes[0]
   kept = np.array([[1, 1, 1, 0, 1, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 0, 1, 1, 0, 0]], bool)
   net = learner.params["own"]["net"]
   for t in range(TASKS):

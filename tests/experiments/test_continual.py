@@ -11,7 +11,14 @@ import pytest
 import tiny
 from event_files import summaries
 
-from gating_jax.experiments import continual, continual_build, continual_methods, task_compile, time_table
+from gating_jax.experiments import (
+    continual,
+    continual_build,
+    continual_methods,
+    continual_report,
+    task_compile,
+    time_table,
+)
 from gating_jax.inference import folded
 from gating_jax.models import vgg
 from gating_jax.reports import task_pictures
@@ -35,6 +42,14 @@ def config(monkeypatch):
     return made
 
   return make
+
+
+@pytest.fixture
+def resumable(monkeypatch):
+  """Runs keep every checkpoint, and draw no reports, which take a third of their time."""
+  monkeypatch.setattr(continual, "Checkpoints", functools.partial(Checkpoints, keep=100))
+  monkeypatch.setattr(continual_report, "draw", lambda *_: None)
+  monkeypatch.setattr(continual_report, "write", lambda *_: None)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +136,7 @@ def cut_back(workdir, step):
 @pytest.mark.slow
 @pytest.mark.parametrize("network", [False, True])
 def test_a_run_goes_on_within_a_task_and_between_tasks_to_the_same_end(
-    network, config, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(continual, "Checkpoints", functools.partial(Checkpoints, keep=100))
+    network, config, tmp_path, capsys, resumable):
   made = config(**{"router.network": network})
   continual.run(made, tmp_path / "whole", "train")
   end, learner = final_learner(made, tmp_path / "whole")
@@ -244,8 +258,7 @@ def test_a_full_layer_ends_a_run_that_keeps_and_shows_what_it_has_learnt(config,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["si", "hat", "derpp"])
-def test_what_other_methods_remember_is_part_of_the_checkpoint(method, config, tmp_path, monkeypatch):
-  monkeypatch.setattr(continual, "Checkpoints", functools.partial(Checkpoints, keep=100))
+def test_what_other_methods_remember_is_part_of_the_checkpoint(method, config, tmp_path, resumable):
   made = config(method=method, checkpoint_every=1)
   continual.run(made, tmp_path, "train")
   end, learner = final_learner(made, tmp_path)
@@ -281,8 +294,7 @@ def test_every_method_learns_two_tasks(method, config, tmp_path):
 @pytest.mark.parametrize(("method", "rehearsal"), [("gates", "generative"), ("gates", "gated_generative"),
                                                    ("dgm", "none")])
 def test_a_run_with_generators_goes_on_within_their_training_to_the_same_end(
-    config, tmp_path, capsys, monkeypatch, method, rehearsal):
-  monkeypatch.setattr(continual, "Checkpoints", functools.partial(Checkpoints, keep=100))
+    config, tmp_path, capsys, resumable, method, rehearsal):
   made = config(**{"method": method, "router.rehearsal": rehearsal, "generator.steps": 4, "generator.batch_size": 16,
                    "generator.width": 2, "generator.images": 10})
   continual.run(made, tmp_path, "train")
