@@ -16,6 +16,7 @@ from gating_jax import timing
 from gating_jax.inference.conditional import Conditional
 from gating_jax.inference.exiting import Exiting
 from gating_jax.inference.inputs import spread
+from gating_jax.inference.kernel_strategies import why_not
 from gating_jax.inference.timings import Timing
 from gating_jax.reports import time_picture
 from gating_jax.training import rundir
@@ -39,6 +40,8 @@ def write(run_dir: rundir.RunDir, step: int, tables: Iterable[tuple[str, Sequenc
   found = {}
   with rundir.staged(run_dir.path, (TABLE_FILE, PICTURE_FILE)) as folder:
     print(f"checkpoint of step {step}, timed on {timing.device()}")
+    if reason := why_not("native"):
+      print(f"the strategy native is not tried: {reason}")
     for title, rows in tables:
       found[title] = [dataclasses.asdict(row) for row in rows]
       print(f"\n{title}\n" + time_picture.table(found[title]))

@@ -16,6 +16,7 @@ from gating_jax.inference import folded_macs
 from gating_jax.inference.computed import account
 from gating_jax.inference.folded import Folded, Group
 from gating_jax.inference.folding import fold
+from gating_jax.inference.inputs import at_least_one
 from gating_jax.inference.openings import Counter, Openings, observed, places
 from gating_jax.inference.quantise import check_float
 from gating_jax.inference.slim import static_units, take
@@ -78,11 +79,10 @@ def analyse(
   """
   net = model if isinstance(model, Folded) else fold(model, variables)
   check_float(net)
+  at_least_one(buckets=buckets)
   executed, switched, ways = "executed", f"switch of {buckets}", _ways(net)
-  counter, spent, images, shape = Counter(net), dict.fromkeys((executed, switched, *ways), 0), 0, None
+  counter, spent, images = Counter(net), dict.fromkeys((executed, switched, *ways), 0), 0
   for x, _, logits in observed(net, calibration):
-    if shape not in (None, x.shape[1:]):
-      raise ValueError(f"calibration must be images of one shape, {shape}; got {x.shape[1:]}")
     shape, images = x.shape[1:], images + len(x)
     counter.add(logits, len(x))
     gates = [z > 0 for z in logits]
@@ -112,10 +112,10 @@ def _ways(net: Folded) -> dict[str, Any]:
 
 def _switched(net: Folded, buckets: int, shape: tuple[int, int, int], gates: Sequence[np.ndarray], count: int) -> float:
   """MACs per image by `switch` where it fits; `native` computes what is open, so of a layer the branch or nothing."""
-  settings = settings_of(net, buckets, gates)
+  settings = settings_of(net, buckets)
   names = ["switch" if switch(part, setting) else "native" if getattr(part, "layer_gate", False) else "masked"
            for part, setting in zip(net.parts, settings, strict=True)]
-  found = account(net, [[name] for name in names], settings, shape, np.arange(count)[None])
+  found = account(net, [[name] for name in names], settings, shape, [gates], count)
   return found.of_program(names)
 
 

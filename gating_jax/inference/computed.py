@@ -59,28 +59,33 @@ class Account:
 
 
 def account(
-    net: Folded, known: Sequence[Sequence[str]], settings: Sequence[Setting], shape: Shape, indices: np.ndarray
+    net: Folded, known: Sequence[Sequence[str]], settings: Sequence[Setting], shape: Shape, batches: Sequence[Gates],
+    size: int
 ) -> Account:
-  """Of the network on calibration images, of which the settings hold the gates.
+  """Of the network on some batches of images.
 
   Args:
     net: the network.
     known: the strategies of each part.
     settings: of each part.
     shape: `(H, W, D)` of an image.
-    indices: `[batches, N]`, the images that each batch has.
+    batches: of each batch, `[N, U]` of every group of the network in order.
+    size: N.
   """
   heads = [head_macs(part) for part in net.parts]
-  gates = [g[indices.ravel()] for setting in settings for g in setting.gates]
+  gates = [np.concatenate(of_group) for of_group in zip(*batches, strict=True)]
   opened = [float(np.mean(macs)) - head for macs, head in zip(macs_by_part(net, shape, gates), heads, strict=True)]
-  dense, computed, before = [], [], ()
+  dense, computed = [], []
+  left, before = list(batches), [()] * len(batches)  # of each batch: gates from this part on, and of its input
   for part, names, setting in zip(net.parts, known, settings, strict=True):
-    of_batch = lambda name, index, part=part, setting=setting, shape=shape, before=before: spent(
-        name, part, setting, shape, [g[index] for g in setting.gates], [g[index] for g in before], len(index))
-    computed.append({name: sum(of_batch(name, index) for index in indices) / indices.size for name in names})
+    count = len(part.head.groups) if part.head is not None else 0
+    own, left = [gates[:count] for gates in left], [gates[count:] for gates in left]
+    computed.append({name: sum(spent(name, part, setting, shape, *of_batch, size)
+                               for of_batch in zip(own, before, strict=True)) / (size * len(batches))
+                     for name in names})
     shape, macs = part_macs(part, shape)
     dense.append(macs)
-    before = handed_on(part, setting.gates)
+    before = [handed_on(part, gates) for gates in own]
   return Account(dense, opened, computed, heads, net.classifier[0].size if net.classifier is not None else 0)
 
 

@@ -33,7 +33,6 @@ from gating_jax.inference.timings import (
   rows,
   run_over,
   spread_batches,
-  spread_indices,
 )
 from gating_jax.ops.relaxations import threshold_gate
 from gating_jax.timing import race
@@ -99,7 +98,8 @@ def compile_conditional(
     batch_size: of the program; other numbers of images are cut and padded to it.
     strategy: `auto`, or one of `STRATEGIES`, for each part that it knows; others compute everything.
     buckets: programs at most for different numbers of what is open.
-    calibration: `[M, H, W, D]`, M >= 1, images like those to come; `auto` needs them.
+    calibration: `[M, H, W, D]`, M >= 1, images like those to come. `auto` needs them: what is fitted to images is to
+      every second, and what is timed is four batches, or as many as hold 16 images, of the others.
     repeats: calls of each program that are timed.
     candidates: strategies that `auto` may take beside `masked`, such as `EXPORTABLE`; None for all that run here.
     open_limit: how many times as long as computing everything, gates or none, a call of what `auto` takes may be with
@@ -118,8 +118,12 @@ def compile_conditional(
     raise ValueError(f"strategy {strategy!r} cannot run here: {reason}")
   net = model if isinstance(model, Folded) else fold(model, variables)
   check_float(net)
-  gates = () if calibration is None else _gates_of(net, calibration)
-  settings = settings_of(net, buckets, gates)
+  folded.check_channels(net, input_shape[2])
+  # What is fitted to some images is judged on others, where there are more than one.
+  fitted = judged = calibration
+  if strategy == AUTO and len(calibration) > 1:
+    fitted, judged = calibration[::2], calibration[1::2]
+  settings = settings_of(net, buckets, () if fitted is None else _gates_of(net, fitted))
   tried = {name: make for name, make in STRATEGIES.items() if name in ("masked", strategy) or (
       strategy == AUTO and worth_trying(name) and (candidates is None or name in candidates))}
   options = [{name: made for name, make in tried.items() if (made := make(part, setting))}
@@ -129,8 +133,8 @@ def compile_conditional(
       raise ValueError(f"strategy must fit a part of the network; {strategy!r} fits none of it, or needs calibration")
     names = [strategy if strategy in known else "masked" for known in options]
     return Conditional(net, input_shape, batch_size, names, settings)
-  macs = account(net, options, settings, input_shape, spread_indices(len(calibration), batch_size))
-  batches = spread_batches(calibration, batch_size)
+  batches = spread_batches(judged, batch_size)
+  macs = account(net, options, settings, input_shape, [_gates_of(net, x) for x in batches], batch_size)
   timings = _time_parts(net, options, batches, macs, repeats)
   names, of_whole = _choose(net, options, timings, batches, macs, repeats, open_limit)
   timings = [dataclasses.replace(t, chosen=t.strategy == names[t.part]) for t in timings]

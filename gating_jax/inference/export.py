@@ -120,6 +120,8 @@ def export_model(
       raise ValueError(f"model must be compiled without {', '.join(sorted(own))}, a kernel of one kind of device; "
                        f"compile_conditional(..., candidates=EXPORTABLE) does")
     batch_size = model.batch_size
+  if isinstance(model, Folded):
+    folded.check_channels(model, input_shape[2])
   weights, function = _parted(model)
   program = _program(function, weights, input_shape, batch_size, platforms)
   files = {PROGRAM: bytes(program.serialize()),

@@ -230,6 +230,14 @@ def shapes_of(net: Any) -> Any:
   return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), net)
 
 
+def check_channels(net: Folded, channels: int) -> None:
+  """Raises ValueError unless the network takes images of so many channels."""
+  first = net.parts[0]
+  conv = first.conv if isinstance(first, Layer) else next(iter(first.convs), first.project)
+  if conv is not None and conv.kernel.shape[2] != channels:
+    raise ValueError(f"images must have {conv.kernel.shape[2]} channels, as the network takes them; got {channels}")
+
+
 def check_alike(net: Any, like: Any) -> None:
   """Raises ValueError unless a network differs from another, of which `like` has the shapes, in its weights alone."""
   shapes = shapes_of(net)

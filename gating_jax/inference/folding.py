@@ -39,12 +39,12 @@ def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> Folded:
   Args:
     model: a `ResNet` of images or a `VGG`; its gates straight-through and of the pooled features, or the same for all
       images, if the outputs of blocks have none.
-    variables: its trained values.
+    variables: its trained values, `params` and `batch_stats`.
   Raises:
     ValueError: another model, gates that are never exactly closed, or variables of another model.
   """
   check(model)
-  flat = _flat(variables)
+  flat = _flat(model, variables)
   parts = tuple((_vgg_parts if isinstance(model, VGG) else _resnet_parts)(model, flat))
   if isinstance(model, ResNet) and not model.pool:
     return Folded(parts, pooled=False)
@@ -56,15 +56,26 @@ def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> Folded:
   return Folded(parts, (kernel, bias))
 
 
-class _Variables(dict[Path, np.ndarray]):
-  """By path; what is missing is named."""
+def _flat(model: nn.Module, variables: Mapping[str, Any]) -> dict[Path, np.ndarray]:
+  """By path. Raises ValueError naming the first that is not as the model's own are."""
+  flat = {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(dict(variables or {})).items()
+          if path[0] in ("params", "batch_stats")}
+  first = flat.get(("params", *(("layer1", "conv") if isinstance(model, VGG) else ("stem",)), "conv", "kernel"))
+  wanted = _shapes(model, 3 if first is None else first.shape[2])
+  for path in sorted(wanted.keys() | flat.keys()):
+    got = flat[path].shape if path in flat else "none"
+    if got != wanted.get(path, "none"):
+      raise ValueError(f"variables must be those of the model, with {'/'.join(path)} of shape "
+                       f"{wanted.get(path, 'none')}; got {got}")
+  return flat
 
-  def __missing__(self, path: Path) -> np.ndarray:
-    raise ValueError(f"variables must be those of the model, with {'/'.join(path)}; got {len(self)} others")
 
-
-def _flat(variables: Mapping[str, Any]) -> _Variables:
-  return _Variables({path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(dict(variables)).items()})
+@functools.lru_cache(maxsize=8)
+def _shapes(model: nn.Module, channels: int) -> dict[Path, tuple[int, ...]]:
+  """Of a model's variables, by path."""
+  images = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)  # of any size that pools leave something of
+  made = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
+  return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(dict(made)).items()}
 
 
 def check(model: Any, kinds: Sequence[type] = (ResNet, VGG)) -> None:
@@ -172,7 +183,7 @@ def fold_stages(
     model: ResNet, variables: Mapping[str, Any]
 ) -> tuple[list[tuple[Part, ...]], dict[Path, np.ndarray]]:
   """The parts of each stage, the stem with the first; and the variables by path."""
-  flat = _flat(variables)
+  flat = _flat(model, variables)
   stem, *blocks = _resnet_parts(model, flat)
   ends = np.cumsum(model.blocks)
   stages = [tuple(blocks[end - count : end]) for end, count in zip(ends, model.blocks, strict=True)]

@@ -87,9 +87,10 @@ def observed(net: Folded, images: Any) -> Iterator[tuple[np.ndarray, np.ndarray,
     net: the network.
     images: `[M, H, W, D]` float32 network inputs, or an iterable of such batches.
   Raises:
-    ValueError: images of another rank, in integers, or not finite.
+    ValueError: none, of another rank, of unlike shapes, in integers, or not finite.
   """
   for x in batches(images):
+    folded.check_channels(net, x.shape[3])
     spare = -len(x) % BATCH if len(x) > BATCH // 2 else 0  # so that a last, smaller batch runs in the same program
     padded = np.concatenate([x, np.zeros((spare, *x.shape[1:]), x.dtype)]) if spare else x
     outputs, logits = _run(net, jnp.asarray(padded))
@@ -97,15 +98,22 @@ def observed(net: Folded, images: Any) -> Iterator[tuple[np.ndarray, np.ndarray,
 
 
 def batches(images: Any) -> Iterator[np.ndarray]:
-  """`BATCH` images at a time; batches of an iterable as they come."""
-  pieces = images
+  """`BATCH` images at a time, and what is left, however many at a time an iterable has."""
+  pieces, waiting = images, None
   if hasattr(images, "shape"):
     pieces = (images[start : start + BATCH] for start in range(0, max(len(images), 1), BATCH))
   for x in pieces:
     x = inputs.finite("images", inputs.images("images", x))
+    if waiting is not None and x.shape[1:] != waiting.shape[1:]:
+      raise ValueError(f"images must be of one shape, {waiting.shape[1:]}; got {x.shape[1:]}")
     if not len(x):
       raise ValueError("images must be at least one image; got none")
-    yield x
+    waiting = x if waiting is None or not len(waiting) else np.concatenate([waiting, x])
+    while len(waiting) >= BATCH:
+      yield waiting[:BATCH]
+      waiting = waiting[BATCH:]
+  if waiting is not None and len(waiting):
+    yield waiting
 
 
 class Counter:

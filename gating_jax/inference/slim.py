@@ -16,6 +16,7 @@ import numpy as np
 from scipy import stats
 
 from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer, gates_output, groups_of
+from gating_jax.inference.inputs import at_least_one
 from gating_jax.inference.openings import Openings, observed, places
 
 if TYPE_CHECKING:
@@ -158,8 +159,7 @@ def disagreement(net: Folded, choices: Sequence[Choice], images: Any) -> Disagre
 
 
 def _check(net, openings, multiple, confidence, max_rate) -> None:
-  if multiple < 1:
-    raise ValueError(f"multiple must be >= 1; got {multiple}")
+  at_least_one(multiple=multiple)
   if confidence is not None and not 0 < confidence < 1:
     raise ValueError(f"confidence must be above 0 and below 1, or None; got {confidence}")
   if not 0 < max_rate <= 1:

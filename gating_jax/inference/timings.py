@@ -20,7 +20,7 @@ from gating_jax.types import Array
 UNGATED = "ungated"
 GAIN = 0.97  # of the time of the program it replaces: what a strategy must stay under to be taken
 OPEN_LIMIT = 1.05
-_SAMPLES = 4  # batches of calibration data that are timed
+_BATCHES, _IMAGES = 4, 16  # so many batches of calibration data are timed, or as many as hold so many images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +84,9 @@ def fastest(
 
 def spread_batches(images: Any, batch_size: int) -> list[Array]:
   """A few batches that are spread over the images, which are repeated where they are too few."""
-  return [jnp.asarray(images[index]) for index in spread_indices(len(images), batch_size)]
-
-
-def spread_indices(images: int, batch_size: int) -> np.ndarray:
-  """`[batches, N]`, of so many images."""
-  count = min(_SAMPLES, -(-images // batch_size))
-  return np.linspace(0, images, count * batch_size, endpoint=False).astype(int).reshape(batch_size, count).T
+  count = min(max(_BATCHES, -(-_IMAGES // batch_size)), -(-len(images) // batch_size))
+  index = np.linspace(0, len(images), count * batch_size, endpoint=False).astype(int)
+  return [jnp.asarray(images[i]) for i in index.reshape(batch_size, count).T]
 
 
 def run_over(run: Callable[..., Any], calls: Sequence[tuple]) -> None:

@@ -13,6 +13,7 @@ learning convolutions on SIMD architectures", 2018 (register tiles).
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -110,9 +111,10 @@ def gated_chain(
     TypeError: on differentiation.
   Inside `shard_map` or `pmap` every device computes its own examples; `vmap` is not supported: add to N.
   """
-  strides = tuple(strides or (1,) * len(kernels))
-  gates = tuple(gates)
-  kernels = tuple(map(jnp.asarray, kernels))
+  strides = _strides((1,) * len(kernels) if strides is None else strides)
+  array = lambda a: None if a is None else jnp.asarray(a)
+  x, shortcut = array(x), array(shortcut)
+  kernels, biases, gates = (tuple(map(array, arrays)) for arrays in (kernels, biases, gates))
   one_of("layout", layout, LAYOUTS)
   one_of("implementation", implementation, IMPLEMENTATIONS)
   _check_rank(kernels)
@@ -123,7 +125,7 @@ def gated_chain(
     raise RuntimeError(f"the native kernel is not available: {why_not()}")
   native = implementation == "native" or (
       implementation == "auto" and jax.default_backend() == "cpu" and available())
-  arrays = (x, kernels, tuple(biases), gates, shortcut)
+  arrays = (x, kernels, biases, gates, shortcut)
   return _not_differentiable(_native if native else _in_jax, strides, relu, arrays)
 
 
@@ -178,6 +180,16 @@ def _shape(x, kernels, strides) -> tuple[int, ...]:
   return (x.shape[0], *sizes, kernels[-1].shape[0])
 
 
+def _strides(strides) -> tuple[int, ...]:
+  try:
+    found = tuple(map(operator.index, strides))
+  except TypeError:
+    found = (0,)
+  if min(found, default=1) < 1:
+    raise ValueError(f"strides must be integers >= 1; got {strides}")
+  return found
+
+
 def _check_rank(kernels) -> None:
   if not kernels or any(kernel.ndim != 4 for kernel in kernels):
     raise ValueError(f"kernels must be one or more of four axes; got shapes {[kernel.shape for kernel in kernels]}")
@@ -191,8 +203,6 @@ def _check(x, kernels, biases, gates, shortcut, strides) -> None:
   if (len(biases), len(gates), len(strides)) != (count, count + 1, count):
     raise ValueError(f"{count} kernels need as many biases and strides, and one more of gates (or None each); got "
                      f"{len(biases)} biases, {len(gates)} gates, {len(strides)} strides")
-  if any(not isinstance(stride, int) or stride < 1 for stride in strides):
-    raise ValueError(f"strides must be integers >= 1; got {strides}")
   channels = (x.shape[3], *(kernel.shape[0] for kernel in kernels))
   if (inputs := tuple(kernel.shape[1] for kernel in kernels)) != channels[:-1]:
     raise ValueError(f"kernels must take the channels that x, then each kernel, gives, {channels[:-1]}; got {inputs}")

@@ -44,9 +44,10 @@ def test_correlation_is_pearsons(analysis, gates):
   assert not o.correlation[:, (o.opened == 0) | (o.opened == o.images)].any()
 
 
-def test_batches_say_the_same_as_one_array(analysis):
+@pytest.mark.parametrize("size", [40, 12, 1])
+def test_batches_say_the_same_as_one_array(size, analysis):
   x = np.asarray(images(150))
-  other = analyse(analysis.net, None, (x[i : i + 40] for i in range(0, 150, 40)))
+  other = analyse(analysis.net, None, (x[i : i + size] for i in range(0, 150, size)))
   for a, b in zip(analysis.openings, other.openings, strict=True):
     np.testing.assert_array_equal(a.together, b.together)
   assert other.macs == pytest.approx(analysis.macs)
@@ -101,7 +102,8 @@ def test_a_net_without_gates_has_macs_only():
     (np.zeros(SHAPE, np.float32), r"images must be \[N, H, W, D\]; got shape"),
     (np.zeros((2, *SHAPE), np.uint8), "images must be network inputs in floating point, .*; got uint8"),
     (np.full((2, *SHAPE), np.nan, np.float32), "images must be finite; number 0 of these 2 is not"),
-    ([np.zeros((1, 9, 8, 3)), np.zeros((1, 8, 8, 3))], "images of one shape"),
+    (np.zeros((2, 9, 8, 1), np.float32), "images must have 3 channels, as the network takes them; got 1"),
+    ([np.zeros((1, 9, 8, 3)), np.zeros((1, 8, 8, 3))], "images must be of one shape"),
 ])
 def test_bad_calibration_is_named(analysis, calibration, message):
   with pytest.raises(ValueError, match=message):

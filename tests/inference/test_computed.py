@@ -90,8 +90,9 @@ def test_ratios_of_parts_and_of_whole_programs():
   of, settings, _ = prepared("blocks", 4)
   known = [[name for name in ("masked", "native", "pallas") if STRATEGIES[name](part, setting) or name == "native"]
            for part, setting in zip(of.parts, settings, strict=True)]
-  indices = np.array([[0, 2], [3, 5]])  # of six
-  found = account(of, known, settings, SHAPE, indices)
+  gates = conditional._gates_of(of, images(6, seed=5))
+  indices = np.array([[0, 2], [3, 5]])
+  found = account(of, known, settings, SHAPE, [[g[index] for g in gates] for index in indices], 2)
   heads = [folded_macs.head_macs(part) for part in of.parts]
   dense = folded_macs.macs_by_part(conditional.ungated(of), SHAPE)
   assert found.dense == dense

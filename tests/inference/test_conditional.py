@@ -339,6 +339,7 @@ def test_an_absent_kernel_is_named(monkeypatch):
     ({"batch_size": 2.5}, "batch_size must be >= 1, a whole number; got 2.5"),
     ({"input_shape": (0, -1, 7)}, r"input_shape must be \(H, W, D\), whole numbers >= 1; got \(0, -1, 7\)"),
     ({"input_shape": (7, 9)}, r"input_shape must be \(H, W, D\), whole numbers >= 1; got \(7, 9\)"),
+    ({"input_shape": (5, 4, 1), "strategy": "switch"}, "images must have 3 channels, as the network takes them; got 1"),
     ({"open_limit": 0.0}, "open_limit must be > 0; got 0.0"),
     ({"candidates": ("swich",)}, "candidates must be one of .*; got 'swich'. Did you mean 'switch'"),
     ({"buckets": 0}, "buckets must be >= 1, a whole number; got 0"),

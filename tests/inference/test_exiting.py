@@ -129,6 +129,10 @@ def test_wrong_arguments_are_named():
     fold_exits(ResNet(4, (1,), features=4), {})
   with pytest.raises(ValueError, match="group_norm must be False: GroupNorm cannot be folded; got True"):
     fold_exits(EarlyExitNet(4, (1, 1), features=4, group_norm=True), {})
+  with pytest.raises(ValueError, match="open_limit must be > 0; got 0"):
+    compile_exits(MODEL, VARIABLES, input_shape=SHAPE, batch_size=1, strategy="masked", open_limit=0)
+  with pytest.raises(ValueError, match="images must have 3 channels, as the network takes them; got 2"):
+    compile_exits(MODEL, VARIABLES, input_shape=(8, 7, 2), batch_size=1, strategy="masked")
   with pytest.raises(ValueError, match="buckets must be >= 1, a whole number; got 0"):
     compiled(2, buckets=0)
   with pytest.raises(ValueError, match=r"calibration must be \[N, 8, 7, 3\]"):

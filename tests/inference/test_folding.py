@@ -144,7 +144,15 @@ def test_what_cannot_be_folded_is_named(model, message):
 
 def test_variables_of_another_model_are_named():
   model = ResNet(3, (1,), features=4)
-  with pytest.raises(ValueError, match="variables must be those of the model, with params/.*; got 0 others"):
-    fold(model, {})
-  with pytest.raises(ValueError, match="variables must be those of the model, with params/stage1_block2/"):
-    fold(ResNet(3, (2,), features=4), random_variables(model))
+  for missing in ({}, None):
+    with pytest.raises(ValueError, match=r"variables must be those of the model, with .* of shape \(4,\); got none"):
+      fold(model, missing)
+  for other, message in (
+      (ResNet(3, (2,), features=4), r"batch_stats/stage1_block2/conv1/norm/mean of shape \(4,\); got none"),
+      (ResNet(3, (1,), features=8), r"batch_stats/stage1_block1/conv1/norm/mean of shape \(8,\); got \(4,\)"),
+      (ResNet(3, (1,), features=4, gating="layer"), r"batch_stats/stage1_block1/gate/head/norm/mean of shape \(16,\)"),
+  ):
+    with pytest.raises(ValueError, match=f"variables must be those of the model, with {message}"):
+      fold(other, random_variables(model))
+  with pytest.raises(ValueError, match=r"gate/head/norm/mean of shape none; got \(16,\)"):
+    fold(model, random_variables(ResNet(3, (1,), features=4, gating="channel")))

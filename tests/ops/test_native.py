@@ -193,6 +193,7 @@ def test_arguments_that_do_not_fit_are_refused():
       r"gates\[1\] must be \[1, 2\]": lambda: native.gated_conv(x, kernel, bias, out_gates=jnp.ones(2)),
       "shortcut must have": lambda: native.gated_conv(x, kernel, bias, x, stride=2),
       "strides must be": lambda: native.gated_conv(x, kernel, bias, stride=0),
+      "strides must be .*; got 2$": lambda: native.gated_chain(x, [kernel], [bias], [None, None], strides=2),
       "as many biases": lambda: native.gated_chain(x, [kernel], [bias], [None]),
       "must be float32": lambda: native.gated_conv(x.astype(jnp.bfloat16), kernel, bias),
       "layout must be one of": lambda: native.gated_conv(x, kernel, bias, layout="IOHW"),
@@ -200,6 +201,14 @@ def test_arguments_that_do_not_fit_are_refused():
   }.items():
     with pytest.raises(ValueError, match=message):
       call()
+
+
+@both
+def test_lists_and_numbers_of_numpy_are_taken(implementation):
+  expected = native.gated_conv(IMAGE, ONES, jnp.zeros(2), out_gates=jnp.ones((1, 2)), stride=2)
+  y = native.gated_conv(np.asarray(IMAGE), np.asarray(ONES), np.zeros(2, np.float32), out_gates=[[1, 1]],
+                        stride=np.int64(2), implementation=implementation)
+  np.testing.assert_array_equal(y, expected)
 
 
 @both
