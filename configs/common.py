@@ -158,10 +158,11 @@ _VARIANTS = {
 def apply_variants(
     config: ml_collections.ConfigDict, arg: str | None, variants: Mapping[str, Any] | None = None
 ) -> ml_collections.ConfigDict:
-  """`epochs=10,gates=layers` and the like, in their order: short names for what runs differ in most, each of one field
-  or, where its values are listed or a function makes them, of several."""
+  """`epochs=10,gates=layers` and the like: short names for what runs differ in most, each of one field or, where its
+  values are listed or a function makes them, of several. In their order, but first `gates`, which others change."""
   variants = variants or _VARIANTS
-  for item in filter(None, (arg or "").split(",")):
+  items = [item for item in (arg or "").split(",") if item]
+  for item in sorted(items, key=lambda item: not item.startswith("gates=")):
     name, found, value = item.partition("=")
     if not found or name not in variants:
       raise ValueError(f"a variant must be one of {sorted(variants)} as name=value; got {item!r}")

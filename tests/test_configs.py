@@ -56,6 +56,9 @@ def test_a_variant_may_stand_for_several_fields_and_later_ones_change_them():
 def test_a_budget_is_a_share_to_train_to():
   sparsity = importlib.import_module("configs.cifar10_resnet20").get_config("budget=0.25").loss.sparsity
   assert (sparsity.kind, sparsity.target, sparsity.coefficient) == ("budget", 0.25, 50)
+  for static in ("budget=0.25,gates=static", "gates=static,budget=0.25"):
+    loss = importlib.import_module("configs.cifar10_resnet20").get_config(static).loss
+    assert (loss.regulariser, loss.sparsity.kind, loss.sparsity.coefficient) == ("sparsity", "budget", 50)
   later = importlib.import_module("configs.cifar10_resnet20").get_config("budget=0.75,l0=100").loss.sparsity
   assert (later.kind, later.target, later.coefficient) == ("budget", 0.75, 100)
 

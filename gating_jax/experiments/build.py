@@ -122,6 +122,9 @@ def assemble(
   if config.model.backward_share < 1:
     full = network(ml_collections.ConfigDict({**config.model, "backward_share": 1.0}), len(test.class_names))
   counts = count(model, test.shape)
+  if sparsity.kind == "budget" and sparsity.target <= (never := counts.fixed / counts.macs):
+    raise ValueError(f"loss.sparsity.target must be above {never:.3f}, the share of the ungated MACs that always runs; "
+                     f"got {sparsity.target}")
   at_training = count(model, train_shape) if train_shape else counts
   return Experiment(
       config=config,
@@ -230,10 +233,13 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
   if model.noise.final is not None and (
       model.gating in ("none", *RIVALS) or model.gate.context == "random" or model.gate.relaxation == "sigmoid"):
     raise ValueError(f"model.noise.final must be None where no gates draw noise of that scale; got {model.noise.final}")
-  if (model.gate.relaxation == "sigmoid" and loss.sparsity.kind == "budget"
-      and loss.regulariser in PRICED and model.gating not in ("none", *RIVALS)):
-    raise ValueError("model.gate.relaxation must not be 'sigmoid' where loss.sparsity.kind is 'budget', since such "
-                     "gates are never closed; got 'sigmoid'")
+  if loss.sparsity.kind == "budget":
+    for name, value, never in (("model.gate.relaxation", model.gate.relaxation, ("sigmoid",)),
+                               ("model.gating", model.gating, ("none", *RIVALS)),
+                               ("loss.regulariser", loss.regulariser, set(REGULARISERS) - set(PRICED))):
+      if value in never:
+        raise ValueError(f"{name} must be another where loss.sparsity.kind is 'budget', since nothing would be held to "
+                         f"that; got {value!r}")
   if chain and model.gating in RIVALS:
     raise ValueError(f"model.name must be a residual network where model.gating is {model.gating!r}; "
                      f"got {model.name!r}")

@@ -93,7 +93,11 @@ def test_a_run_with_experts_counts_those_that_count(config, tmp_path, variants):
     ("gates=experts,regulariser=sparsity", {}, "loss.regulariser must be 'none' where model.gating is 'experts', if"),
     ("gates=channels,regulariser=balance", {}, "model.gating must be 'experts' where loss.regulariser is 'balance'"),
     ("gates=exits", {"loss.exit_weights": (1.0, 1.0)}, "loss.exit_weights must hold 1 number, or one for each of 1 "),
-    ("budget=0.5", {"model.gate.relaxation": "sigmoid"}, "model.gate.relaxation must not be 'sigmoid' where .*budget"),
+    ("budget=0.5", {"model.gate.relaxation": "sigmoid"}, "model.gate.relaxation must be another where .*budget"),
+    ("budget=0.5,gates=exits", {}, "model.gating must be another where loss.sparsity.kind is 'budget'.*; got 'exits'"),
+    ("gates=random,budget=0.5", {}, "loss.regulariser must be another where .* is 'budget'.*; got 'none'"),
+    ("budget=0.01", {}, r"loss.sparsity.target must be above 0\.\d+, the share of .* that always runs; got 0.01"),
+    ("budget=0.5,regulariser=entropy", {}, "loss.regulariser must be another where .*; got 'entropy'"),
     ("gates=channels,inner=2", {"model.name": "vgg8"}, "model.inner_width must be 1.0 where model.name is 'vgg8'"),
     ("gates=exits", {"model.name": "vgg8"}, "model.name must be a residual network where model.gating is 'exits'"),
 ])
