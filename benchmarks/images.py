@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from gating_jax.training.diagnosis import OUTCOMES
+from gating_jax.training.journal import read_lines
 
 CONFIG = "configs/cifar10_resnet20.py"
 QUARTERS = tuple(f"macs_of_quarter{i}" for i in (1, 2, 3, 4))  # of the test images, from easy to hard
@@ -56,10 +57,11 @@ def gated(width, budget, *fields, late=False, variants="noise=0.25"):
   return Run(",".join(filter(None, (f"width={width:g},budget={budget:g}", variants))), fields, late)
 
 
-def wide_inside(width, inner, budget, *fields):
+def wide_inside(width, inner, budget, *fields, gates="channels"):
   """Blocks `inner` times as wide inside, of which the budget leaves the MACs of an ungated net of this width."""
   fading = ("model.noise.start=0.5", "model.noise.full=0.9")
-  return gated(width, budget, QUICK, *fading, *fields, variants=f"inner={inner},noise=0.25,noise_to=0")
+  run = gated(width, budget, QUICK, *fading, *fields, variants=f"inner={inner},noise=0.25,noise_to=0")
+  return dataclasses.replace(run, variants=f"gates={gates},{run.variants}")
 
 
 TABLES = {
@@ -104,6 +106,12 @@ TABLES = {
         "closed early": wide_inside(0.25, 4, 0.28, "loss.sparsity.start=0.0", "loss.sparsity.full=0.2"),
         "shaped to the end": wide_inside(
             0.25, 4, 0.28, "loss.batch_shaping.end=1.0", "loss.batch_shaping.a=0.3", "loss.batch_shaping.b=0.77"),
+        "shaped, summed over gates": wide_inside(0.25, 4, 0.28, "loss.batch_shaping.reduction=sum"),
+        "shaped to a mean of 28 %": wide_inside(
+            0.25, 4, 0.28, "loss.batch_shaping.a=0.28", "loss.batch_shaping.b=0.72"),
+        "begun at 1/2": wide_inside(0.25, 4, 0.28, "model.gate.initial_open=0.5"),
+        "begun at 0.95": wide_inside(0.25, 4, 0.28, "model.gate.initial_open=0.95"),
+        "static": wide_inside(0.25, 4, 0.28, gates="static"),
         "not shaped": wide_inside(0.25, 4, 0.28, "loss.batch_shaping.coefficient=0.0"),
         "noise fades early": wide_inside(0.25, 4, 0.28, "model.noise.start=0.1", "model.noise.full=0.5"),
         "gates no faster": wide_inside(0.25, 4, 0.28, "optim.gate_multiplier=1.0"),
@@ -196,7 +204,7 @@ class Job:
     done = time.monotonic() < self.end and self._call(folder, command) and (folder / "result.json").exists()
     with self.lock:
       print(f"done: {name}, seed {seed}" if done else f"NOT DONE: {name}, seed {seed}; see {folder}.txt", flush=True)
-    return json.loads((folder / "result.json").read_text()) if done else None
+    return json.loads((folder / "result.json").read_text()) | {"training": training_accuracy(folder)} if done else None
 
   def _call(self, folder, command):
     """Whether it ended well: a finished run of this config is left alone, one of another is an error."""
@@ -223,13 +231,21 @@ def width(run):
   return dict(item.split("=") for item in run.variants.split(",")).get("width", "1")
 
 
+def training_accuracy(folder):
+  """Mean over the last twentieth of the training's steps; None of a run without such lines."""
+  lines = [line for line in read_lines(folder / "metrics.jsonl") if line["split"] == "train"]
+  last = [line["accuracy"] for line in lines if line["step"] > 0.95 * lines[-1]["step"]]
+  return statistics.fmean(last) if last else None
+
+
 def row(name, results):
   """Means over seeds, and the accuracies themselves."""
   mean = lambda key: statistics.fmean(r[key] for r in results) if results and key in results[0] else None
   return {"name": name, "seeds": len(results), "accuracies": [r["accuracy"] for r in results],
-          **{key: mean(key) for key in ("accuracy", "macs", "macs_std", *QUARTERS, "mac_ratio", "gates", "mean_open",
-                                        *OUTCOMES, "disagreement", "input_information", "class_information",
-                                        "seconds_since_last_start")}}
+          "training": [r["training"] for r in results if r.get("training") is not None],
+          **{key: mean(key) for key in (
+              "accuracy", "params", "gate_params", "macs", "macs_std", *QUARTERS, "mac_ratio", "gates", "mean_open",
+              *OUTCOMES, "disagreement", "input_information", "class_information", "seconds_since_last_start")}}
 
 
 def compared(rows):
@@ -245,12 +261,14 @@ def compared(rows):
 
 def mac_table(rows):
   """Accuracy against MACs."""
-  lines = ["| net | accuracy of each seed | mean | M MACs | of its ungated net | against ungated of equal MACs "
-           "| deviation over images | easy to hard quarter | s |", "|---" * 9 + "|"]
+  lines = ["| net | accuracy of each seed | mean | in training | parameters | M MACs | of its ungated net "
+           "| against ungated of equal MACs | deviation over images | easy to hard quarter "
+           "| always open, closed, conditional | s |", "|---" * 12 + "|"]
   for r in rows:
     gain = "" if r["gain"] is None else f"{100 * r['gain']:+.2f}"
-    lines.append(f"| {r['name']} | {percents(r['accuracies'])} | {100 * r['accuracy']:.2f} | {r['macs'] / 1e6:.2f} | "
-                 f"{100 * r['mac_ratio']:.1f} % | {gain} | {spread(r)} | {r['seconds_since_last_start']:.0f} |")
+    lines.append(f"| {r['name']} | {percents(r['accuracies'])} | {100 * r['accuracy']:.2f} | {percents(r['training'])} "
+                 f"| {r['params'] + r['gate_params']:,.0f} | {r['macs'] / 1e6:.2f} | {100 * r['mac_ratio']:.1f} % "
+                 f"| {gain} | {spread(r)} | {outcomes(r)} | {r['seconds_since_last_start']:.0f} |")
   return "\n".join(lines)
 
 
@@ -261,6 +279,14 @@ def spread(r):
   if not r["macs_std"]:
     return " | "
   return f"{share('macs_std')} | {share(QUARTERS[0])} → {share(QUARTERS[-1])}"
+
+
+def outcomes(r):
+  """Numbers of gates, rounded means over seeds; empty without gates."""
+  if not r["gates"]:
+    return ""
+  opened, closed, _, conditional = (round(r[o]) for o in OUTCOMES)
+  return f"{opened}, {closed}, {conditional} of {r['gates']:.0f}"
 
 
 def outcome_table(rows):

@@ -32,7 +32,11 @@ def taken(images, monkeypatch):
     commands.append(command)
     folder.mkdir(parents=True, exist_ok=True)
     wide = float(command[3].partition("width=")[2].partition(",")[0] or 1)
-    result = {"accuracy": 0.5 + wide / 10, "macs": 100 * wide, "mac_ratio": 1.0, "seconds_since_last_start": 2.0}
+    result = {"accuracy": 0.5 + wide / 10, "params": 3000, "gate_params": 500, "macs": 100 * wide, "mac_ratio": 1.0,
+              "seconds_since_last_start": 2.0}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (
+        {"step": 90, "split": "train", "accuracy": 0.25}, {"step": 96, "split": "train", "accuracy": 0.5},
+        {"step": 100, "split": "train", "accuracy": 0.75}, {"step": 100, "split": "test", "accuracy": 0.125})))
     if "regulariser" in command[3]:
       result |= {"gates": 8, "mean_open": 0.5, "always_open": 2, "always_closed": 0, "random_dropout": 0,
                  "conditional": 6, "disagreement": 0.25, "input_information": 0.5, "class_information": 0.125,
@@ -73,7 +77,7 @@ def test_a_late_run_starts_from_half_of_the_epochs_without_gates(images, taken, 
   assert f"--config.model.init_from={folder}" in late
   assert all({"--config.seed=3", "--config.optim.batch_size=64"} <= set(command) for command in taken)
   first = (tmp_path / "levers-resnet8.md").read_text()
-  assert "| late | 60.00 | 60.00 |" in first
+  assert "| late | 60.00 | 60.00 | 62.50 | 3,500 |" in first
   assert first.strip() in capsys.readouterr().out
 
   run(images, monkeypatch, *arguments)  # the command itself knows what is finished, and of which config
@@ -87,19 +91,23 @@ def test_outcomes_are_shares_of_the_gates(images, taken, monkeypatch, tmp_path):
 
 
 def test_rows_tell_how_macs_differ_between_images(images):
-  result = {"accuracy": 0.5, "macs": 200.0, "mac_ratio": 0.5, "seconds_since_last_start": 2.0}
+  result = {"accuracy": 0.5, "params": 3000, "gate_params": 500, "macs": 200.0, "mac_ratio": 0.5,
+            "seconds_since_last_start": 2.0}
   quarters = lambda *macs: {f"macs_of_quarter{i}": m for i, m in enumerate(macs, 1)}
-  gated = [result | {"macs_std": 10.0} | quarters(180.0, 190.0, 210.0, 220.0),
-           result | {"macs_std": 20.0} | quarters(170.0, 190.0, 210.0, 230.0)]
+  gates = dict(zip(images.OUTCOMES, (2, 1, 0, 5), strict=True), gates=8)
+  gated = [result | gates | {"macs_std": 10.0} | quarters(180.0, 190.0, 210.0, 220.0),
+           result | gates | {"macs_std": 20.0} | quarters(170.0, 190.0, 210.0, 230.0)]
   rows = images.compared([images.row("gated", gated), images.row("ungated, width 1", [result])])
   assert rows[0]["macs_std"] == 15
   assert [rows[0][f"macs_of_quarter{i}"] for i in (1, 2, 3, 4)] == [175, 190, 210, 225]
   assert rows[1]["macs_std"] is None
   head, _, *lines = images.mac_table(rows).splitlines()
   cells = lambda line: [cell.strip() for cell in line.split("|")[1:-1]]
-  columns = [cells(head).index(name) for name in ("deviation over images", "easy to hard quarter")]
-  assert [[cells(line)[i] for i in columns] for line in lines] == [["7.5 %", "87.5 % → 112.5 %"], ["", ""]]
-  assert {len(cells(line)) for line in (head, *lines)} == {9}
+  columns = [cells(head).index(name) for name in ("deviation over images", "easy to hard quarter",
+                                                  "always open, closed, conditional")]
+  assert [[cells(line)[i] for i in columns] for line in lines] == [
+      ["7.5 %", "87.5 % → 112.5 %", "2, 1, 5 of 8"], ["", "", ""]]
+  assert {len(cells(line)) for line in (head, *lines)} == {12}
 
 
 def test_without_time_nothing_is_begun_and_what_is_missing_is_named(images, taken, monkeypatch, tmp_path):
