@@ -97,7 +97,7 @@ def evaluate(
       labels = np.zeros(valid, np.int32) if classes is None else np.asarray(labels)[:valid]
       new = diagnosis.tally(part["gates"], probs, labels, classes or 1)
       tally = new if tally is None else tally + new
-      firing = _largest(firing, part["gate_logits"], images)
+      firing = _largest(firing, np.where(part["gates"] > 0, part["gate_logits"], -np.inf), images)
       if images < _KEPT_EXAMPLES:
         logits.append(part["gate_logits"])
     images += valid
@@ -124,7 +124,7 @@ def evaluate(
   with np.errstate(invalid="ignore"):
     class_rates = None if classes is None else tally.opened / tally.examples[:, None]
   return result, behaviour, GateBehaviour(
-      found, np.concatenate(logits)[:_KEPT_EXAMPLES], class_rates, np.where(firing[0] > 0, firing[1], -1))
+      found, np.concatenate(logits)[:_KEPT_EXAMPLES], class_rates, np.where(firing[0] > -np.inf, firing[1], -1))
 
 
 def histograms(gates: GateBehaviour, layers: Sequence[tuple[str, int]]) -> dict[str, np.ndarray]:

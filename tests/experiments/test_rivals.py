@@ -88,6 +88,22 @@ def test_a_run_with_experts_counts_those_that_count(config, tmp_path, variants):
     assert last["loss"] == pytest.approx(last["cross_entropy"] + 0.01 * last["balance"], rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("gates", "term"), [("static", "l0"), ("layers", "target_rate"), ("random", None)])
+def test_a_run_of_other_gates_is_what_they_are(config, tmp_path, gates, term):
+  classification.run(config(f"gates={gates}", **{"optim.epochs": 1, "eval_every": 0.0}), tmp_path, "train")
+  result, last = json.loads((tmp_path / "result.json").read_text()), lines(tmp_path, "train")[-1]
+  assert {"l0", "target_rate", "batch_shaping"} & set(last) == ({term} if term else set())
+  assert np.isfinite(last["loss"])
+  assert result["gates"] == (1 if gates == "layers" else 12)  # of a block that keeps the shape; of all channels
+  if gates == "static":
+    assert result["macs_std"] == 0
+    assert abs(result["input_information"]) < 1e-9
+  if gates == "random":
+    assert result["random_dropout"] == 12
+    assert result["mean_open"] == pytest.approx(0.5, abs=0.1)
+
+
 @pytest.mark.parametrize(("variants", "changes", "message"), [
     ("gates=experts", {"model.experts.top_k": 5}, r"model.experts.top_k must be None or in 1 .. .*; got 5"),
     ("gates=experts,regulariser=sparsity", {}, "loss.regulariser must be 'none' where model.gating is 'experts', if"),
