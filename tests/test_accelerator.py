@@ -36,8 +36,8 @@ def test_every_recipe_is_a_config(accelerator):
   assert len(found) == 5
   assert {config.devices.steps_per_dispatch for config in found.values()} == {39}
   assert [config.model.gating for config in found.values()] == ["none"] + ["channel"] * 4
-  assert [config.loss.sparsity.target for config in list(found.values())[1:]] == [0.75, 0.5, 0.25, 0.25]
-  assert list(found.values())[-1].model.width == 2
+  assert [config.loss.sparsity.target for config in list(found.values())[1:]] == [0.75, 0.5, 0.25, 0.26]
+  assert [config.model.inner_width for config in found.values()] == [1, 1, 1, 1, 4]
 
 
 def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_others(accelerator, tmp_path, capsys):

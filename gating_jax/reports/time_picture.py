@@ -37,7 +37,8 @@ def table(rows: Rows) -> str:
 def draw(path: Path | BinaryIO, timings: Mapping[str, Rows]) -> None:
   """Writes a PNG: a panel for each title, two beside each other, time against MACs, both of those of computing all.
 
-  A small mark is a part, a large one the whole network; on the diagonal all that MACs save is saved in time.
+  A small mark is a part, a large one the whole network; on the diagonal all that MACs save is saved in time. What takes
+  more than twice the time is on the upper edge.
   """
   from matplotlib.figure import Figure  # imports slowly
 
@@ -46,12 +47,12 @@ def draw(path: Path | BinaryIO, timings: Mapping[str, Rows]) -> None:
   names = list(dict.fromkeys(row["strategy"] for rows in timings.values() for row in rows))
   for place, (title, rows) in enumerate(timings.items(), 1):
     axes = figure.add_subplot(down, 2, place)
+    top = 1.05 * max([1.0, *(row["mac_ratio"] for row in rows), *(min(row["time_ratio"], 2.0) for row in rows)])
     for i, name in enumerate(names):
       shown = [row for row in rows if row["strategy"] == name]
-      axes.scatter([row["mac_ratio"] for row in shown], [row["time_ratio"] for row in shown],
+      axes.scatter([row["mac_ratio"] for row in shown], [min(row["time_ratio"], top) for row in shown],
                    [110 if row["part"] is None else 28 for row in shown], color=_COLOURS[i % len(_COLOURS)],
-                   marker=_MARKS[i % len(_MARKS)], edgecolors="white", linewidths=0.5, label=name)
-    top = 1.05 * max([1.0, *(row["mac_ratio"] for row in rows), *(min(row["time_ratio"], 2.0) for row in rows)])
+                   marker=_MARKS[i % len(_MARKS)], edgecolors="white", linewidths=0.5, label=name, clip_on=False)
     axes.plot([0, top], [0, top], color="#aab4be", linewidth=1, zorder=0)
     axes.axhline(1, color="#aab4be", linewidth=1, linestyle="--", zorder=0)
     axes.set(xlim=(0, top), ylim=(0, top), xlabel="MACs left open, of all", ylabel="time, of computing all",
