@@ -47,10 +47,10 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
                         "None or a tuple of height and width, each >= 8 and at most data.size"),
       })
   if data.name == scenes.MADE:
-    make = lambda split, count: scenes.digit_scenes(
-        split, scenes=count, size=data.size, most=data.digits, seed=config.seed)
-    return images.assemble(
-        config, lambda: data.train_scenes, open_train=lambda: make("train", data.train_scenes),
+    make = lambda split, count, **seed: scenes.digit_scenes(
+        split, scenes=count, size=data.size, most=data.digits, **seed)
+    return images.assemble(  # the same test set for all seeds, so that these can be compared
+        config, lambda: data.train_scenes, open_train=lambda: make("train", data.train_scenes, seed=config.seed),
         open_test=lambda: make("test", data.test_scenes), network=network, objective=pixels.PixelObjective)
   opened = lambda split, **training: scenes.open_scenes(
       data.name, split, data.data_dir, size=data.size, seed=config.seed, workers=data.workers, **training)

@@ -49,6 +49,13 @@ def test_a_wrong_setting_is_named_before_a_directory_is_made(config, tmp_path, f
   assert not (tmp_path / "run").exists()
 
 
+def test_seeds_train_on_other_scenes_and_are_tested_on_the_same(config):
+  first, second = (segmentation.build(config(seed=seed)) for seed in (0, 1))
+  read = lambda images: images.read(np.arange(5))[0]
+  np.testing.assert_array_equal(read(first.test), read(second.test))
+  assert not np.array_equal(read(first.open_train()), read(second.open_train()))
+
+
 @pytest.mark.parametrize("crop", [None, (16, 24)])
 def test_the_budget_is_of_what_is_trained_on_and_the_score_of_whole_scenes(config, monkeypatch, crop):
   monkeypatch.setattr(sources, "open_tfds", lambda *_: [None] * 8)
