@@ -263,7 +263,7 @@ def mac_table(rows):
   """Accuracy against MACs."""
   lines = ["| net | accuracy of each seed | mean | in training | parameters | M MACs | of its ungated net "
            "| against ungated of equal MACs | deviation over images | easy to hard quarter "
-           "| always open, closed, conditional | s |", "|---" * 12 + "|"]
+           "| always open, closed, random, conditional | s |", "|---" * 12 + "|"]
   for r in rows:
     gain = "" if r["gain"] is None else f"{100 * r['gain']:+.2f}"
     lines.append(f"| {r['name']} | {percents(r['accuracies'])} | {100 * r['accuracy']:.2f} | {percents(r['training'])} "
@@ -285,8 +285,7 @@ def outcomes(r):
   """Numbers of gates, rounded means over seeds; empty without gates."""
   if not r["gates"]:
     return ""
-  opened, closed, _, conditional = (round(r[o]) for o in OUTCOMES)
-  return f"{opened}, {closed}, {conditional} of {r['gates']:.0f}"
+  return f"{', '.join(f'{r[o]:.0f}' for o in OUTCOMES)} of {r['gates']:.0f}"
 
 
 def outcome_table(rows):

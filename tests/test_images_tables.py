@@ -104,9 +104,9 @@ def test_rows_tell_how_macs_differ_between_images(images):
   head, _, *lines = images.mac_table(rows).splitlines()
   cells = lambda line: [cell.strip() for cell in line.split("|")[1:-1]]
   columns = [cells(head).index(name) for name in ("deviation over images", "easy to hard quarter",
-                                                  "always open, closed, conditional")]
+                                                  "always open, closed, random, conditional")]
   assert [[cells(line)[i] for i in columns] for line in lines] == [
-      ["7.5 %", "87.5 % → 112.5 %", "2, 1, 5 of 8"], ["", "", ""]]
+      ["7.5 %", "87.5 % → 112.5 %", "2, 1, 0, 5 of 8"], ["", "", ""]]
   assert {len(cells(line)) for line in (head, *lines)} == {12}
 
 

@@ -40,8 +40,6 @@ def write(run_dir: rundir.RunDir, step: int, tables: Iterable[tuple[str, Sequenc
   found = {}
   with rundir.staged(run_dir.path, (TABLE_FILE, PICTURE_FILE)) as folder:
     print(f"checkpoint of step {step}, timed on {timing.device()}")
-    if reason := why_not("native"):
-      print(f"the strategy native is not tried: {reason}")
     for title, rows in tables:
       found[title] = [dataclasses.asdict(row) for row in rows]
       print(f"\n{title}\n" + time_picture.table(found[title]))
@@ -68,8 +66,10 @@ def of_images(
     images: `[M, H, W, D]`, the calibration.
   """
   for size in _BATCHES:
-    yield title(size, "image"), compiled(
-        input_shape=images.shape[1:], batch_size=size, calibration=images, repeats=_REPEATS).report()
+    made = compiled(input_shape=images.shape[1:], batch_size=size, calibration=images, repeats=_REPEATS)
+    if isinstance(made, Conditional) and (reason := why_not("native")):
+      print(f"\nthe strategy native is not tried: {reason}")
+    yield title(size, "image"), made.report()
 
 
 def title(count: int, noun: str) -> str:

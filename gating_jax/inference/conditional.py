@@ -69,7 +69,7 @@ class Conditional:
     return in_batches(functools.partial(self.program, self.weights), x, self.batch_size)
 
   def load(self, net: Folded) -> None:
-    """Takes the weights of another network, without compiling again.
+    """Takes the weights of another network, without compiling or timing again: what skipping saves may be another then.
 
     Raises:
       ValueError: a network of other shapes or groups of gates.

@@ -70,7 +70,6 @@ def _flat(model: nn.Module, variables: Mapping[str, Any]) -> dict[Path, np.ndarr
   return flat
 
 
-@functools.lru_cache(maxsize=8)
 def _shapes(model: nn.Module, channels: int) -> dict[Path, tuple[int, ...]]:
   """Of a model's variables, by path."""
   images = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)  # of any size that pools leave something of

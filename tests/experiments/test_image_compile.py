@@ -1,13 +1,36 @@
 import importlib
 import json
 
+import numpy as np
 import pytest
 import tiny_cli
 from PIL import Image
 
 from gating_jax.experiments import classification, time_table
+from gating_jax.inference.conditional import Conditional
+from gating_jax.inference.exiting import Exiting
 from gating_jax.models import resnet
+from gating_jax.reports import time_picture
 from gating_jax.training import rundir
+
+
+def test_an_absent_kernel_is_named_with_the_tables_that_lack_it(monkeypatch, capsys):
+  monkeypatch.setattr(time_table, "why_not", lambda name: f"no compiler for {name}")
+  for kind, said in ((Conditional, True), (Exiting, False)):  # a program with exits has no such strategy
+    made = kind.__new__(kind)
+    made.report = lambda: ()
+    list(time_table.of_images(lambda made=made, **_: made, np.zeros((2, 8, 8, 1), np.float32)))
+    assert ("the strategy native is not tried: no compiler for native" in capsys.readouterr().out) == said
+
+
+def test_what_takes_long_is_on_the_edge_of_the_picture(tmp_path, monkeypatch):
+  figures = []
+  monkeypatch.setattr(time_picture, "save", lambda figure, path: figures.append(figure))
+  row = {"part": 1, "strategy": "masked", "mac_ratio": 0.5, "time_ratio": 1.0}
+  time_picture.draw(tmp_path / "picture.png", {"a table": [row, row | {"strategy": "switch", "time_ratio": 5.0}]})
+  (axes,) = figures[0].axes
+  heights = [float(points.get_offsets()[0, 1]) for points in axes.collections]
+  assert heights == pytest.approx([1.0, axes.get_ylim()[1]])
 
 
 def test_a_run_is_compiled_and_what_was_measured_is_kept(tmp_path, capsys, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gating_jax.inference import conditional, folded
+from gating_jax.inference import conditional, folded, timings
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer
 from gating_jax.inference.kernel_strategies import STRATEGIES, why_not, worth_trying
@@ -215,6 +215,37 @@ def clock(seconds, when_open=1.0):
       return seconds.get(strategy, 2.0)
     return {name: [spent(name)] for name in runs}
   return race
+
+
+def test_strategies_are_timed_on_other_images_than_they_are_fitted_to(monkeypatch):
+  seen = {"fitted": [], "timed": []}
+
+  def settings_of(net, buckets, gates):
+    seen["fitted"].append(len(gates[0]))
+    return of_net(net, buckets, gates)
+
+  def spread_batches(images, size):
+    seen["timed"].append(np.asarray(images))
+    return spread(images, size)
+
+  of_net, spread = conditional.settings_of, conditional.spread_batches
+  monkeypatch.setattr(conditional, "settings_of", settings_of)
+  monkeypatch.setattr(conditional, "spread_batches", spread_batches)
+  x = images(9)
+  for count in (9, 1):
+    compiled("blocks", "auto", 2, calibration=x[:count], repeats=1, candidates=("block_dispatch",))
+  assert seen["fitted"] == [5, 1]
+  np.testing.assert_array_equal(seen["timed"][0], x[1::2])
+  np.testing.assert_array_equal(seen["timed"][1], x[:1])
+
+
+@pytest.mark.parametrize(("size", "batches"), [(1, 16), (2, 8), (8, 4), (64, 2)])
+def test_four_batches_are_timed_or_as_many_as_hold_16_images(size, batches):
+  x = np.arange(128, dtype=np.float32).reshape(128, 1, 1, 1)
+  found = timings.spread_batches(x, size)
+  assert [len(batch) for batch in found] == [size] * batches
+  assert len(np.unique(np.concatenate(found))) == size * batches
+  assert len(timings.spread_batches(x[:3], 1)) == 3
 
 
 def test_auto_falls_back_where_skipping_loses(monkeypatch):

@@ -123,6 +123,16 @@ def test_the_images_that_fire_a_gate_are_those_of_its_largest_logits(monkeypatch
     assert gates.firing[:, gate].tolist() == sorted(range(M), key=lambda i: -logits[i, gate])[:8]
 
 
+def test_a_gate_fires_where_it_is_open_whatever_its_logit():
+  def shifted(pixels, labels):
+    return {**(found := run(pixels, labels)), "gate_logits": found["gate_logits"] - 100}
+
+  *_, gates = evaluation.evaluate(shifted, batches.cover(images(), 8), COUNTS, **GATES)
+  for gate in range(3):
+    opened = np.flatnonzero(LOGITS[:, gate] > 0)
+    assert gates.firing[:, gate].tolist() == sorted(opened, key=lambda i: -LOGITS[i, gate])[:8]
+
+
 def test_a_class_without_images_has_no_rate():
   *_, gates = evaluation.evaluate(run, batches.cover(images(), 8), COUNTS, classes=3, noise_scale=1)
   assert np.isnan(gates.class_rates[2]).all()
