@@ -5,8 +5,8 @@
 A case is examples x channels x pixels of a side, and x2 where the first branch halves the side, as a stage of a network
 begins. Every program is a stack of `--depth` branches with their shortcuts, so that what one call costs the host counts
 once; every example has a mask of its own with exactly the share of the hidden channels open, which is the share of the
-MACs. `dense` and `masked` are XLA's, without
-gates and with the hidden channels multiplied by them; a speed-up is over the faster of the two. `ort` is onnxruntime
+MACs. `dense` and `masked` are XLA's, without gates and with the hidden channels multiplied by them; a speed-up is over
+the faster of the two. `ort` is onnxruntime
 (`pip install onnxruntime onnx`), without gates, in its own layout, on as many threads as there are cores. Times are
 quantiles over repeats of all contenders in turns in one process: 0.5 the median; a low one, on a machine that others
 use too.

@@ -110,10 +110,8 @@ def compile_conditional(
   one_of("strategy", strategy, (AUTO, *STRATEGIES))
   for name in candidates or ():
     one_of("candidates", name, STRATEGIES)
-  if not open_limit > 0:
-    raise ValueError(f"open_limit must be > 0; got {open_limit}")
   input_shape = inputs.image_shape(input_shape)
-  calibration = check_arguments(strategy, input_shape, batch_size, buckets, calibration, repeats)
+  calibration = check_arguments(strategy, input_shape, batch_size, buckets, calibration, repeats, open_limit)
   if reason := why_not(strategy):
     raise ValueError(f"strategy {strategy!r} cannot run here: {reason}")
   net = model if isinstance(model, Folded) else fold(model, variables)
@@ -142,9 +140,11 @@ def compile_conditional(
 
 
 def check_arguments(strategy: str, input_shape: tuple[int, int, int], batch_size: int, buckets: int, calibration: Any,
-                    repeats: int) -> np.ndarray | None:
+                    repeats: int, open_limit: float) -> np.ndarray | None:
   """The calibration images. Raises ValueError naming the first argument that is out of range, or missing."""
   inputs.at_least_one(batch_size=batch_size, buckets=buckets, repeats=repeats)
+  if not open_limit > 0:
+    raise ValueError(f"open_limit must be > 0; got {open_limit}")
   if calibration is None:
     if strategy == AUTO:
       raise ValueError(f"calibration must be given for strategy {strategy!r}; got None")

@@ -208,9 +208,7 @@ def compile_exits(
   """
   one_of("strategy", strategy, (AUTO, MASKED, EXIT_DISPATCH))
   input_shape = inputs.image_shape(input_shape)
-  calibration = check_arguments(strategy, input_shape, batch_size, buckets, calibration, repeats)
-  if not open_limit > 0:
-    raise ValueError(f"open_limit must be > 0; got {open_limit}")
+  calibration = check_arguments(strategy, input_shape, batch_size, buckets, calibration, repeats, open_limit)
   net = model if isinstance(model, ExitNet) else fold_exits(model, variables)
   folded.check_channels(net.stages[0], input_shape[2])
   if strategy != AUTO:
