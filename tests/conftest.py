@@ -1,18 +1,23 @@
-"""What all tests share: eight virtual devices, a compilation cache, float64 on request."""
+"""What all tests share: eight virtual devices, quick compilation, a compilation cache, float64 on request."""
 
 import os
-from pathlib import Path
+import time
 
-ROOT = Path(__file__).parent.parent
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-# Compiling takes most of the time, and twice as long with all optimisations; set to 0 for the programs that users run.
+import pytest
+
+from tests.helpers import ROOT
+
+# Compiling takes most of the time, and three times as long as this for the programs that users run, which
+# `bash tests/run.sh --optimised` tests.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Every program is kept: many are small, and loading one takes a tenth of compiling it.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax  # noqa: E402
-import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 # The same examples in every run, so that a failure is the change's; HYPOTHESIS_PROFILE=search looks for new ones.
@@ -20,12 +25,48 @@ settings.register_profile("project", deadline=None, max_examples=25, derandomize
 settings.register_profile("search", deadline=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "project"))
 
+MOST_MEMORY_MAPS = 20_000  # Linux grants a process 65,530; one test has needed 15,000
+MOST_MEMORY = 2 << 30  # bytes, and so much more each time, as little of it goes back to the system
+_MEMORY = pytest.StashKey[int]()
+LEAST_SECONDS = 0.2  # of a test that may have compiled much
 
-@pytest.fixture(autouse=True, scope="module")
-def _forget_compiled_programs():
-  """Thousands of programs in one process exceed the memory maps that Linux grants it, and crash it."""
+
+def pytest_collection_modifyitems(items):
+  """Tests on real data belong to the slow tier."""
+  for item in items:
+    if item.get_closest_marker("real_data"):
+      item.add_marker("slow")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+  """Records the seconds of the set-up on its own: the first test to use a shared run waits for it."""
+  if call.when == "setup":
+    item.user_properties.append(("setup_seconds", call.duration))
+  return (yield)
+
+
+def memory():
+  """This process's memory in bytes and the number of its memory maps; 0 where the system does not tell."""
+  try:
+    with open("/proc/self/statm") as sizes, open("/proc/self/maps", "rb") as maps:
+      return int(sizes.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"), sum(1 for _ in maps)
+  except FileNotFoundError:
+    return 0, 0
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_programs(request):
+  """Each compiled program holds memory and memory maps, which run out after some thousands."""
+  began = time.monotonic()
   yield
-  jax.clear_caches()
+  if time.monotonic() - began < LEAST_SECONDS:
+    return
+  size, maps = memory()
+  most = request.config.stash.get(_MEMORY, MOST_MEMORY)
+  if size > most or maps > MOST_MEMORY_MAPS:
+    jax.clear_caches()
+    request.config.stash[_MEMORY] = max(most, memory()[0] + MOST_MEMORY // 4)
 
 
 @pytest.fixture

@@ -5,14 +5,12 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gating_jax.ops.ecdf import EXCHANGES
-
-ROOT = Path(__file__).parent.parent
+from tests.helpers import ROOT
 
 
 @pytest.fixture
@@ -40,6 +38,7 @@ def test_every_recipe_is_a_config(accelerator):
   assert [config.model.inner_width for config in found.values()] == [1, 1, 1, 1, 4]
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_others(accelerator, tmp_path, capsys):
   job = accelerator.Job(tmp_path, 60)
   run = lambda name, program, limit=30, **options: job.run(name, [sys.executable, "-c", program], limit, **options)

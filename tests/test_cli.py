@@ -1,5 +1,4 @@
 import json
-import os
 import random
 import re
 import shutil
@@ -8,24 +7,21 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import pytest
-import tiny
-import tiny_cli
 
 from gating_jax.experiments import classification
 from gating_jax.models import resnet
 from gating_jax.training import devices, steps
 from gating_jax.training.checkpoints import Checkpoints
+from tests.helpers import ROOT, environment, tiny, tiny_cli
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
 STEPS_PER_EPOCH, EPOCHS = 11, 40
 TRAINING = {"model.name": "tiny", "optim.epochs": EPOCHS, "optim.learning_rate": 0.05}
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+ENVIRONMENT = environment(devices=1)
 
 
 def command(*arguments, program=("-m", "gating_jax.cli")):
@@ -42,7 +38,7 @@ def start(workdir, *arguments, **changes):
   settings = [f"--config.{name}={value}" for name, value in (TRAINING | changes).items()]
   with workdir.with_suffix(".out").open("w") as out, workdir.with_suffix(".err").open("w") as err:
     return subprocess.Popen(
-        command(*settings, f"--workdir={workdir}", *arguments, program=(str(ROOT / "tests" / "tiny_cli.py"),)),
+        command(*settings, f"--workdir={workdir}", *arguments, program=(tiny_cli.__file__,)),
         env=ENVIRONMENT, stdout=out, stderr=err)
 
 
@@ -229,38 +225,6 @@ def test_another_config_is_refused(finished):
   assert "optim.momentum: 0.9 there, 0.5 here" in err
   assert "Traceback" not in err
   assert snapshot(finished) == before
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("--config.optim.lerning_rate=1", "got 'lerning_rate'. Did you mean 'learning_rate'"),
-        ("--config.modle.gating=none", "got 'modle'. Did you mean 'model'"),
-        ("--config.model.gating=chanel", "model.gating must be one of .*; got 'chanel'. Did you mean 'channel'"),
-        ("--config.loss.sparsity.kind=l2", "must be one of budget, l0, macs, target_rate; got 'l2'"),
-        ("--config.optim.epochs=ten", "config.optim.epochs.*ten"),
-        ("--config.optim.batch_size=100000", "optim.batch_size must be at most 1437, .* got 100000"),
-        ("--mode=trian", "train.evaluate.report"),
-        ("--wrokdir=elsewhere", "Did you mean: workdir"),
-        ("evaluate", "unknown arguments .*evaluate"),
-        ("--config=configs/digits_resnet21.py", "digits_resnet21"),
-        ("--config=configs/digits_resnet20.py:epoch=3", "a variant must be one of .*'epochs'.*; got 'epoch=3'"),
-    ],
-)
-def test_a_wrong_argument_is_named_before_anything_is_compiled(argument, message, tmp_path):
-  done = run(f"--workdir={tmp_path / 'new'}", argument, JAX_LOG_COMPILES="1")
-  assert done.returncode != 0
-  said = done.stdout + done.stderr
-  assert re.search(message, said), said
-  assert "Traceback" not in said
-  assert "Finished XLA compilation" not in said
-  assert not (tmp_path / "new").exists()
-
-
-def test_a_workdir_is_asked_for():
-  done = run()
-  assert done.returncode != 0
-  assert "workdir" in done.stderr
 
 
 _INTERRUPTED = """

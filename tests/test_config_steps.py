@@ -5,17 +5,16 @@ import importlib
 import types
 
 import jax
-import made_videos
 import numpy as np
 import pytest
-import tiny_cli
-from test_configs import FILES
 
 from gating_jax.data import sources
 from gating_jax.experiments import classification, continual, continual_build, long_video, segmentation, video_build
 from gating_jax.layers.blocks import BasicBlock
 from gating_jax.models import resnet, segment_nets, vgg
 from gating_jax.training import devices, steps
+from tests.helpers import made_videos, tiny_cli
+from tests.helpers.config_files import FILES
 
 RANDOM = np.random.default_rng(0)
 BATCH = 8

@@ -1,16 +1,13 @@
 """Every config file builds; its variants and defaults are what its header says."""
 
 import importlib
-from pathlib import Path
 
 import pytest
 
 from gating_jax.checks import one_of
 from gating_jax.experiments import continual_methods
 from gating_jax.training import objectives, schedules, segment_objectives
-
-NOT_RUN = ("__init__", "common", "video_common", "continual_common", "segmentation_common")
-FILES = sorted(f.stem for f in (Path(__file__).parent.parent / "configs").glob("*.py") if f.stem not in NOT_RUN)
+from tests.helpers.config_files import FILES
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -1,7 +1,6 @@
 """What README and docs show runs as it stands; the README's commands are those of a newcomer."""
 
 import importlib
-import os
 import re
 import shlex
 import subprocess
@@ -11,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from gating_jax import cli
+from tests.helpers import ROOT, environment
 
-ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+TRAINS = tuple(f"docs/{name}.md" for name in ("extend", "gate_your_model", "inference", "loss", "videos"))  # for long
 SHORT = {  # what makes a command of the README take seconds
     "digits_resnet20": ("optim.epochs=1", "model.width=0.25"),
     "segmentation_digits": ("optim.epochs=1", "model.width=0.25", "data.train_scenes=64", "data.test_scenes=32"),
@@ -40,7 +40,8 @@ def config_of(flags):
   return importlib.import_module(file.removesuffix(".py").replace("/", ".")).get_config(variant)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+@pytest.mark.parametrize("page", [
+    pytest.param(page, marks=pytest.mark.slow if page in TRAINS else ()) for page in PAGES if blocks(page, "python")])
 def test_python_blocks_run_one_after_the_other(page, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   names = {"__name__": "page"}
@@ -73,7 +74,6 @@ def test_files_that_a_page_names_are_there(page):
 @pytest.mark.slow
 def test_the_walk_of_a_newcomer(tmp_path):
   """Every command of the README, in its order and in one folder, each in a small size."""
-  environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
   walked = commands("README.md")
   assert len(walked) >= 5
   for flags in walked:
@@ -82,7 +82,7 @@ def test_the_walk_of_a_newcomer(tmp_path):
         [sys.executable, "-m", "gating_jax.cli",
          *(f"--{name}={ROOT / value if name == 'config' else value}" for name, value in flags),
          *(f"--config.{setting}" for setting in short)],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        cwd=tmp_path, env=environment(devices=1), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     last = dict(flags)["workdir"].split(",")[-1]
     page = "comparison.html" if dict(flags)["mode"] == cli.COMPARE else f"{last}/report.html"

@@ -10,11 +10,10 @@ import subprocess
 import sys
 import time
 
-import jobs
-import made_tfds
 import pytest
-import tiny
-from jobs import finished, launched, saved_state, saved_steps, wait_until
+
+from tests.helpers import jobs, made_tfds, tiny
+from tests.helpers.jobs import finished, launched, saved_state, saved_steps, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -139,7 +138,7 @@ def test_a_termination_while_a_checkpoint_is_written(tmp_path, quiet):
 def test_a_clock_that_jumps(tmp_path, quiet):
   workdir = tmp_path / "run"
   began = time.monotonic()
-  program = f"{sys.executable} {jobs.ROOT / 'tests' / 'jumping_cli.py'}"
+  program = f"{sys.executable} {jobs.ROOT / 'tests' / 'helpers' / 'jumping_cli.py'}"
   status, said = finished(launch(workdir, GATING_JAX=program))
   assert status == 0, said
   assert "Traceback" not in said

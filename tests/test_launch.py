@@ -4,14 +4,18 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 import tomllib
 from pathlib import Path
 
+import jax
 import pytest
-import tiny
-from jobs import (
+
+from gating_jax.training import hosts
+from tests.helpers import tiny
+from tests.helpers.jobs import (
   ROOT,
   STEPS_PER_EPOCH,
   TRAINING,
@@ -24,8 +28,6 @@ from jobs import (
   saved_steps,
   wait_until,
 )
-
-from gating_jax.training import hosts
 
 
 @pytest.mark.slow
@@ -62,7 +64,7 @@ PROGRAMMES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", PROGRAMMES)
-def test_two_processes_of_four_devices_train_what_one_of_eight_does_in_each_programme(tmp_path, config):
+def test_two_processes_of_four_devices_train_each_programme_as_one_of_eight(tmp_path, config):
   changes = {"config": config, **PROGRAMMES[config]}
   status, said = finished(launched(tmp_path / "two", **changes))
   assert status == 0, said
@@ -72,6 +74,13 @@ def test_two_processes_of_four_devices_train_what_one_of_eight_does_in_each_prog
   two, one = (saved_state(tmp_path / run, step)["params"] for run in ("two", "one"))
   print(f"{config}: {tiny.relative_gap(two, one):.1e}")
   assert tiny.relative_gap(two, one) < 1e-5
+  if config == "split_digits":
+    two, one = (json.loads((tmp_path / run / "result.json").read_text()) for run in ("two", "one"))
+    for kind in ("task_aware", "task_agnostic"):
+      assert two[kind]["accuracies"][0] == pytest.approx(one[kind]["accuracies"][0], abs=0.03)
+      assert two[kind]["accuracies"][1] == pytest.approx(one[kind]["accuracies"][1], abs=0.03)
+    assert two["task_aware_macs"] == pytest.approx(one["task_aware_macs"], rel=0.02)
+    assert two["free_units"] == one["free_units"]
 
 
 @pytest.mark.slow
@@ -90,21 +99,6 @@ def test_a_job_of_two_processes_is_finished_by_one_on_as_many_devices_or_fewer(t
   alone(*arguments(tmp_path / "whole", **changes))
   ours, theirs = (saved_state(run, 4 * STEPS_PER_EPOCH) for run in (begun, tmp_path / "whole"))
   assert tiny.relative_gap(ours["params"], theirs["params"]) < 1e-4  # rounding, of 20 steps
-
-
-@pytest.mark.slow
-def test_two_processes_learn_tasks_as_one_does(tmp_path):
-  changes = {"config": "split_digits", "model.width": 0.05, "tasks.count": 2, "optim.epochs": 1, "router.steps": 20,
-             "gates.when_full": "reuse"}
-  status, said = finished(launched(tmp_path / "two", {"DEVICES": "1"}, **changes))
-  assert status == 0, said
-  alone(*arguments(tmp_path / "one", **changes), devices=2)
-  two, one = (json.loads((tmp_path / run / "result.json").read_text()) for run in ("two", "one"))
-  for kind in ("task_aware", "task_agnostic"):
-    assert two[kind]["accuracies"][0] == pytest.approx(one[kind]["accuracies"][0], abs=0.03)
-    assert two[kind]["accuracies"][1] == pytest.approx(one[kind]["accuracies"][1], abs=0.03)
-  assert two["task_aware_macs"] == pytest.approx(one["task_aware_macs"], rel=0.02)
-  assert two["free_units"] == one["free_units"]
 
 
 @pytest.mark.slow
@@ -150,6 +144,41 @@ def test_a_job_that_cannot_begin_ends_on_all_with_the_reason_of_one(tmp_path):
 def test_processes_that_make_no_job_are_refused(processes, process, message):
   with pytest.raises(ValueError, match=message):
     hosts.connect("localhost:1", processes, process)
+
+
+@pytest.mark.parametrize("coordinator", ["localhost", "localhost:", ":1", "localhost:http"])
+def test_a_coordinator_without_host_or_port_is_refused(coordinator):
+  with pytest.raises(ValueError, match=f"coordinator must be auto or host:port; got '{coordinator}'"):
+    hosts.connect(coordinator, 2, 1)
+
+
+def test_a_coordinator_that_does_not_listen_is_waited_for_and_named(monkeypatch):
+  monkeypatch.setattr(hosts, "_PATIENCE", 0)
+  with pytest.raises(hosts.PeerError, match="no coordinator answers at localhost:9 for 0 s .*: is process 0 running"):
+    hosts.connect("localhost:9", 2, 1)
+
+
+def test_a_process_joins_the_job_of_a_coordinator_that_listens(monkeypatch):
+  joined = []
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *job, **_: joined.append(job))
+  with socket.create_server(("localhost", 0)) as server:
+    coordinator = f"localhost:{server.getsockname()[1]}"
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+      hosts.connect(coordinator, 2, 1)
+      hosts.connect("auto", None, None)
+    finally:
+      signal.signal(signal.SIGTERM, before)
+  assert joined == [(coordinator, 2, 1), ()]
+
+
+def test_processes_that_do_not_find_each_other_are_an_error_of_the_job(monkeypatch):
+  def fail(*_, **__):
+    raise RuntimeError("timed out")
+
+  monkeypatch.setattr(jax.distributed, "initialize", fail)
+  with pytest.raises(hosts.PeerError, match="the processes of the job did not find each other: timed out"):
+    hosts.connect("localhost:1", 2, 0)
 
 
 @pytest.mark.parametrize(("script", "arguments"), [

@@ -12,11 +12,8 @@ import sys
 from pathlib import Path
 
 import av
-import made_tfds
-import made_videos
 import numpy as np
 import pytest
-import tiny_cli
 
 from gating_jax.data import sources, video_files
 from gating_jax.data.video_tables import VideoTable
@@ -24,8 +21,8 @@ from gating_jax.data.videos import VideoFolder
 from gating_jax.experiments import classification
 from gating_jax.models import resnet
 from gating_jax.reports import comparison, task_table, video_table
+from tests.helpers import ROOT, made_tfds, made_videos, tiny_cli
 
-ROOT = Path(__file__).parent.parent
 FOLDERS = ("gating_jax", "configs", "benchmarks", "docs")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 UNSAFE_MODULES = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "yaml", "tarfile", "zipfile"}
@@ -164,7 +161,7 @@ def test_names_of_sets_are_looked_for(tmp_path, name):
     sources.load(name, "train", str(tmp_path))
 
 
-def test_the_command_that_prepares_a_set_is_one_program_whatever_its_folder_is_called(tmp_path):
+def test_the_command_that_prepares_a_set_quotes_any_folder_name(tmp_path):
   folder = tmp_path / "it's \"here\"; $(touch outside) `touch outside`\\"
   folder.mkdir()
   with pytest.raises(sources.DatasetNotPreparedError) as caught:

@@ -2,12 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import toy
 
 from gating_jax.continual.agem import agem, project
 from gating_jax.continual.method import Batch
 from gating_jax.continual.replay import ReplaySettings
 from gating_jax.ops.collectives import mean_over_devices
+from tests.helpers import toy
 
 REHEARSAL = ReplaySettings(images=8, batch_size=8)
 GRADIENT = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[3.0]])}

@@ -2,11 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy
 
 from gating_jax.continual.derpp import derpp, squared_gap
 from gating_jax.continual.method import Batch
 from gating_jax.continual.replay import ReplaySettings
+from tests.helpers import toy
 
 REHEARSAL = ReplaySettings(images=1, batch_size=4)
 STORED = np.array([[2.0, -1.0, 0.5, 9.0, 9.0, 9.0]])

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy
 
 from gating_jax.continual import dgm, hat, masked_generator, shared_generator, wgan
 from gating_jax.continual.method import Batch, Problem
 from gating_jax.continual.rehearsal import Rehearsal, Replay
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.generator import Generator
+from tests.helpers import toy
 
 SHAPE, STEPS, STEEPNESS = (16, 16, 1), 8, 400.0
 PROBLEM = Problem(tasks=2, classes=2, shape=SHAPE, normalise=lambda x: x / 255.0)
@@ -59,6 +59,7 @@ def learnt(protected=True):
   return recalled, memory
 
 
+@pytest.mark.slow
 def test_saturated_masks_keep_images_to_the_bit_and_without_protection_they_change():
   (first, both), memory = learnt()
   masks = np.asarray(memory["protection"]["masks"])
@@ -70,7 +71,7 @@ def test_saturated_masks_keep_images_to_the_bit_and_without_protection_they_chan
   assert np.mean(both[0][:20] != first[0]) > 0.5
 
 
-def test_updates_are_protected_by_the_largest_mask_and_embeddings_move_faster_within_limits():
+def test_the_largest_mask_protects_updates_and_embeddings_move_within_limits():
   params = params_with([0] * 7 + [5.9], [0] * 4)
   used = jnp.zeros((2, UNITS)).at[0, 0].set(1).at[1, 1].set(0.25).at[0, 8].set(1)
   change = masked().training({"masks": used}, 0)["update"]

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from gating_jax.continual import gated_generator, shared_generator, wgan
 from gating_jax.continual.method import Problem
 from gating_jax.continual.units import ProtectionSettings, by_record
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.generator import Generator
+from tests.helpers import tiny
 
 SHAPE, TASKS, IMAGES = (16, 16, 1), 3, 40
 PROBLEM = Problem(tasks=TASKS, classes=2, shape=SHAPE, normalise=lambda x: x / 255.0)
@@ -65,6 +65,7 @@ def shared(memory):
   return shared_generator.split(memory["training"].average, RECORDS)["shared"]
 
 
+@pytest.mark.slow
 def test_nothing_that_was_generated_is_ever_generated_otherwise():
   _, memories, recalled = learnt()
   for task, (pixels, labels) in enumerate(recalled):
@@ -99,7 +100,7 @@ def test_frozen_filters_stay_and_the_others_begin_anew():
   assert tiny.bit_equal(memories[0]["training"].average, memories[0]["training"].generator)
 
 
-def test_what_goes_along_with_a_batch_is_of_all_classes_so_far_and_old_images_stay_as_they_were():
+def test_a_batch_is_joined_by_all_classes_so_far_and_old_images_stay():
   method, memories, _ = learnt()
   memory = memories[0]
   later, _ = jax.jit(method.prelude)(memory, *images(1))
@@ -122,7 +123,7 @@ def test_what_each_task_has_for_itself_is_kept_and_starts_fresh():
   assert not tiny.bit_equal(kept["params"]["pixels"], parts[0]["pixels"])
 
 
-def test_relevant_are_units_whose_gates_open_often_enough_and_the_gates_of_the_others_are_shut():
+def test_units_whose_gates_open_often_are_relevant_and_other_gates_are_shut():
   params = fresh()
   head = params["params"]["map1"]["gate"]["head"]["logits"]
   head["kernel"] = jnp.zeros_like(head["kernel"])

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_tasks as toys
 from scipy import special
 
 from gating_jax.continual import hat, streams
@@ -17,6 +16,7 @@ from gating_jax.layers.gate import GateSettings
 from gating_jax.models.counts import count
 from gating_jax.models.resnet import ResNet
 from gating_jax.models.vgg import VGG
+from tests.helpers import tiny_tasks as toys
 
 S_MAX, PRICE = 400.0, 0.75
 MASKS = GateSettings(context="none", relaxation="sigmoid")
@@ -74,7 +74,7 @@ def test_a_weight_is_as_free_as_the_freer_of_its_two_ends():
   np.testing.assert_array_equal(free["layer2"]["conv"]["conv"]["bias"], [0.5, 1, 0])
 
 
-def test_what_no_mask_switches_is_used_by_every_task_and_a_shortcut_protects_its_whole_input():
+def test_unmasked_units_serve_every_task_and_a_shortcut_protects_its_input():
   records, convolutions = shapes(
       ResNet(classes=None, blocks=(1, 1), features=2, gating="all_channels", shortcut="B", gate=MASKS))
   used = np.zeros(12)

@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy
 
 from gating_jax.continual.icarl import Headed, class_means, herd, icarl, nearest_mean, sigmoid_losses
 from gating_jax.continual.replay import EMPTY, ReplaySettings
+from tests.helpers import toy
 
 
 def network():

@@ -1,4 +1,3 @@
-import conflicting
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 from gating_jax.continual.fine_tuning import fine_tuning
 from gating_jax.continual.lwf import lwf, old_heads_cross_entropy
 from gating_jax.continual.method import Batch
+from tests.helpers import conflicting
 
 NET = conflicting.network()
 
@@ -49,7 +49,7 @@ def test_only_old_heads_matter(task):
   np.testing.assert_allclose(grads, expected, atol=1e-6)
 
 
-def test_gradient_is_zero_where_the_student_says_what_the_teacher_says_and_the_loss_is_least_there():
+def test_the_loss_is_least_and_flat_where_student_and_teacher_agree():
   teacher = random_logits(0)
   value = lambda z: jnp.sum(old_heads_cross_entropy(z, teacher, 2, classes=2, temperature=2.0))
   shifted = teacher + jnp.repeat(jnp.array([5.0, -3.0, 1.0]), 2)  # a constant for each head changes no softmax
@@ -60,7 +60,7 @@ def test_gradient_is_zero_where_the_student_says_what_the_teacher_says_and_the_l
   assert float(value(random_logits(1))) > float(value(teacher)) + 0.1
 
 
-def test_a_fresh_student_feels_no_pull_unless_its_statistics_differ_from_the_teachers():
+def test_a_fresh_student_has_no_gradient_unless_its_statistics_differ():
   """With BatchNorm the student sees the batch's statistics, the teacher its own: then the gradient is not zero."""
   largest = {}
   for norm in (False, True):
@@ -77,7 +77,7 @@ def test_first_task_has_nothing_to_keep():
   assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(grads))
 
 
-def test_teacher_is_the_learner_at_the_end_of_the_last_task_and_frozen_until_the_end_of_the_next():
+def test_the_teacher_is_the_learner_after_the_last_task_and_stays_frozen():
   net = conflicting.network(norm=True)
   method, optimiser = make(net), optax.sgd(0.1)
   state, data = conflicting.learner(method, optimiser), conflicting.task(0)

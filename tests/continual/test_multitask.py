@@ -5,9 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
-import tiny_tasks
-from tiny_tasks import CLASSES, SHAPE, TASKS
 
 from gating_jax.continual import metrics, streams, units
 from gating_jax.continual.method import Batch, Network, TaskData
@@ -18,6 +15,8 @@ from gating_jax.layers.gate import GateSettings
 from gating_jax.models.counts import count
 from gating_jax.models.vgg import POOL, VGG
 from gating_jax.training import devices
+from tests.helpers import tiny, tiny_tasks
+from tests.helpers.tiny_tasks import CLASSES, SHAPE, TASKS
 
 CHAIN = (4, POOL, 6)
 KINDS = ("gates", "norms", "trunk")

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_tasks as toys
 
 from gating_jax.continual.method import Batch
 from gating_jax.continual.progressive import progressive
 from gating_jax.models.columns import ChainColumn, ResNetColumn
+from tests.helpers import tiny_tasks as toys
 
 COLUMNS = {
     "chain": (ChainColumn, dict(chain=(3, "pool", 4))),
@@ -21,7 +21,7 @@ FIRST_ADAPTER = {"chain": "adapter2", "resnet": "stage1_block1_adapter"}
 STEM = {"chain": ("layer1", "conv", "conv", "kernel"), "resnet": ("stem", "conv", "kernel")}
 
 
-@pytest.fixture(params=COLUMNS)
+@pytest.fixture(params=["chain", pytest.param("resnet", marks=pytest.mark.slow)])
 def kind(request):
   return request.param
 
@@ -67,7 +67,7 @@ def test_older_columns_are_frozen_and_the_shapes_of_a_learner_are_for_good(kind)
     assert toys.same_shapes(after(kind, tasks), after(kind, 0))
 
 
-def test_parameters_are_of_the_columns_there_are_and_of_adapters_for_those_before_them(kind):
+def test_parameters_are_those_of_the_columns_and_of_adapters_to_earlier_ones(kind):
   def size(before):
     """Of a column made for so many before it."""
     shapes = jax.eval_shape(lambda x: method(kind, tasks=before + 1).init(x).params, jax.random.key(0))

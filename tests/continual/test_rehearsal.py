@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from gating_jax.continual import rehearsal, wgan
 from gating_jax.continual.method import Batch, Problem, TaskData
 from gating_jax.continual.replay import ReplaySettings
+from tests.helpers import tiny
 
 SHAPE = (8, 8, 1)
 PROBLEM = Problem(tasks=3, classes=2, shape=SHAPE, normalise=lambda x: x / 255.0)

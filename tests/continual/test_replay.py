@@ -147,7 +147,7 @@ def test_a_draw_must_divide_over_the_devices():
     jax.vmap(lambda _: draw(), axis_name="d")(jnp.zeros(2))
 
 
-def test_replayed_images_are_changed_as_in_training_and_the_batch_stands_in_for_an_empty_memory():
+def test_replayed_images_are_augmented_and_the_batch_replaces_an_empty_memory():
   problem = Problem(1, 2, SHAPE, lambda pixels: pixels / 10, augment=lambda key, pixels: pixels + 1)
   x = jnp.stack([jnp.full(SHAPE, value) for value in (0.5, 0.25)])
   batch = Batch(x, jnp.array([1, 0]), None, 0.0)

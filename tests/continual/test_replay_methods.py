@@ -3,8 +3,6 @@
 import jax
 import numpy as np
 import pytest
-import toy
-from tiny import relative_gap
 
 from gating_jax.continual import replay
 from gating_jax.continual.agem import agem
@@ -12,6 +10,8 @@ from gating_jax.continual.derpp import derpp
 from gating_jax.continual.experience_replay import er
 from gating_jax.continual.fine_tuning import fine_tuning
 from gating_jax.continual.icarl import Headed, icarl
+from tests.helpers import toy
+from tests.helpers.tiny import relative_gap
 
 REHEARSAL = replay.ReplaySettings(images=9, batch_size=8)
 METHODS = {

@@ -1,4 +1,3 @@
-import conflicting
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +8,7 @@ from gating_jax.continual.anchors import weighted_distance
 from gating_jax.continual.fine_tuning import fine_tuning
 from gating_jax.continual.method import Batch
 from gating_jax.continual.synaptic_intelligence import si
+from tests.helpers import conflicting
 
 NET = conflicting.network()
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
+from flax import traverse_util
 
 from gating_jax.continual import rehearsal, router, steps
 from gating_jax.continual.method import Batch, Learner, Network, Problem, Table, TaskData
@@ -17,11 +18,15 @@ from gating_jax.continual.replay import ReplaySettings
 from gating_jax.continual.router import RouterSettings
 from gating_jax.continual.streams import SharedNet
 from gating_jax.continual.task_gates import FullLayerError, TaskGatesSettings, task_gates
+from gating_jax.continual.units import freeze
 from gating_jax.layers.gate import GATE_RNG, GateSettings
 from gating_jax.models.counts import count
 from gating_jax.models.resnet import ResNet
 from gating_jax.models.vgg import POOL, VGG
 from gating_jax.training import devices, optim
+from gating_jax.types import GateRecord
+from tests.helpers import tiny
+from tests.helpers.matrix import in_turn
 
 SHAPE, TASKS, STEPS = (6, 6, 1), 3, 12
 GATE = GateSettings(hidden=4, initial_open=0.6)
@@ -102,7 +107,7 @@ def learnt(name, **changes):
 
 
 @pytest.mark.parametrize("batch_size", [1, 256])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["simple_cnn", "vgg", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_nothing_is_forgotten_to_the_last_bit(name, batch_size):
   before, after, run, middle = learnt(name)
   assert len(np.unique(before[batch_size], axis=0)) > 1
@@ -111,9 +116,11 @@ def test_nothing_is_forgotten_to_the_last_bit(name, batch_size):
   assert any(jax.tree.leaves(moved))
 
 
-@pytest.mark.parametrize("protection", ["protect_updates", "shut_gates", "own_norms"])
-@pytest.mark.parametrize("name", MODELS)
-def test_every_protection_is_needed(name, protection):
+@pytest.mark.parametrize(("protection", "name"), [
+    *in_turn([("protect_updates",), ("shut_gates",), ("own_norms",)], ("simple_cnn",), ("vgg",)),
+    *(pytest.param(protection, "resnet", marks=pytest.mark.slow)
+      for protection in ("protect_updates", "shut_gates", "own_norms"))])
+def test_every_protection_is_needed(protection, name):
   before, after, *_ = learnt(name, **{protection: False})
   assert not np.array_equal(after[256], before[256])
 
@@ -147,6 +154,7 @@ def test_a_unit_is_relevant_by_the_share_of_held_out_images_that_open_it():
   np.testing.assert_array_equal(ended.memory["relevant"][0], rates(held_out[0]) > 0.5)
 
 
+@pytest.mark.slow
 def test_what_no_gate_switches_is_frozen_after_the_first_task():
   *_, run, middle = learnt("resnet")
   stem = lambda learner: learner.params["shared"]["stem"]["conv"]["kernel"]
@@ -176,7 +184,8 @@ def test_a_full_layer_is_an_error_that_names_it():
 
 # Units that are made by layer, and the parameters of a filter of each, a projection's included.
 @pytest.mark.parametrize(("name", "made", "filters"), [
-    ("vgg", [8, 8], [9, 9 * 8]), ("resnet", [8, 8, 16, 16], [9 * 8, 9 * 8, 9 * 8, 9 * 16 + 8])])
+    ("vgg", [8, 8], [9, 9 * 8]),
+    pytest.param("resnet", [8, 8, 16, 16], [9 * 8, 9 * 8, 9 * 8, 9 * 16 + 8], marks=pytest.mark.slow)])
 def test_a_full_layer_grows_and_nothing_is_forgotten(name, made, filters):
   """Half of the units made are there at first; a quarter more come with every task that leaves none free."""
   run, made = Run(name, when_full="grow", growth=0.5, threshold=0.0, sparsity=0.0), np.array(made)
@@ -200,12 +209,13 @@ def test_sparsity_is_on_hard_gates_and_waits_for_the_patience():
   run = Run("vgg", sparsity=2.0, patience=1.5)
   for epoch, price in ((1.25, 0.0), (1.5, 2.0)):
     batch = Batch(PROBLEM.normalise(data(0)[0]), data(0)[1], jax.random.key(0), epoch)
-    total, (terms, _) = run.method.loss(run.learner.params, run.learner, batch)
+    total, (terms, _) = jax.jit(run.method.loss)(run.learner.params, run.learner, batch)
     gates = float(terms["sparsity"]) * 2 * 8 * 64  # two layers of 8 units, 64 images
     assert gates == pytest.approx(round(gates), abs=1e-2)
     assert float(total) == pytest.approx(float(terms["cross_entropy"] + price * terms["sparsity"]))
 
 
+@pytest.mark.slow
 def test_the_task_is_told_from_the_streams_and_costs_all_of_them():
   run = Run("vgg", episodic(PROBLEM, ReplaySettings(30, 32)),
             RouterSettings(hidden=16, steps=400, batch_size=32, learning_rate=1e-2))
@@ -229,6 +239,7 @@ def test_the_task_is_told_from_the_streams_and_costs_all_of_them():
   assert np.mean(right) > 0.6  # chance is a third
 
 
+@pytest.mark.slow
 def test_a_network_tells_the_task_and_only_the_stream_of_that_task_runs():
   run = Run("vgg", episodic(PROBLEM, ReplaySettings(30, 32)), network=NETWORK)
   run.learn(0, count=40)
@@ -240,7 +251,7 @@ def test_a_network_tells_the_task_and_only_the_stream_of_that_task_runs():
   for task in range(TASKS):
     x = PROBLEM.normalise(data(task, 128, seed=99)[0])
     p = run.predict(run.learner, x, task, TASKS)
-    of_all = NETWORK.logits(run.learner.params["router"], run.learner.batch_stats["router"], x)
+    of_all = jax.jit(NETWORK.logits)(run.learner.params["router"], run.learner.batch_stats["router"], x)
     chosen = np.argmax(jax.nn.softmax(of_all).reshape(-1, TASKS, 2).sum(-1), axis=-1)
     own = chosen == task
     together = jax.nn.log_softmax(p.aware) + jax.nn.log_softmax(of_all)[:, 2 * task : 2 * task + 2]
@@ -262,11 +273,11 @@ def test_the_loss_of_a_network_by_hand_and_streams_see_nothing_rehearsed(weight)
     made = dataclasses.replace(episodic(PROBLEM, ReplaySettings(30, 16)), replay=lambda *_: replayed)
     run = Run("simple_cnn", made, network=NETWORK)
     learner = run.learner.replace(task=jnp.int32(1))
-    return learner, replayed, jax.grad(run.method.loss, has_aux=True)(learner.params, learner, batch)
+    return learner, replayed, jax.jit(jax.grad(run.method.loss, has_aux=True))(learner.params, learner, batch)
 
   learner, replayed, (grads, (terms, stats)) = results(data(0, 16, seed=5))
   x = np.concatenate([np.reshape(batch.x, (16, 2, *SHAPE)), replayed.x[:, None]], axis=1).reshape(-1, *SHAPE)
-  of_all, expected_stats = NETWORK.train_logits(
+  of_all, expected_stats = jax.jit(NETWORK.train_logits)(
       learner.params["router"], learner.batch_stats["router"], x, jax.random.key(0))
   labels = np.concatenate([np.reshape(batch.labels, (16, 2)), replayed.labels[:, None]], axis=1)
   # Four classes are seen. Of the batch, two images in three: with 0.2 in place of 2/3 all classes would count the same.
@@ -280,6 +291,7 @@ def test_the_loss_of_a_network_by_hand_and_streams_see_nothing_rehearsed(weight)
   assert not tiny.bit_equal(others["router"], grads["router"])
 
 
+@pytest.mark.slow
 def test_a_network_teaches_the_stream_and_learns_nothing_from_it():
   new, old = data(1, 32, seed=6), data(0, 16, seed=5)
   batch = Batch(PROBLEM.normalise(new[0]), jnp.asarray(new[1]), jax.random.key(3), 0.0)
@@ -289,7 +301,7 @@ def test_a_network_teaches_the_stream_and_learns_nothing_from_it():
   for weight in (0.0, 3.0):
     run = Run("simple_cnn", made, network=NETWORK, distillation=weight)
     learner = run.learner.replace(task=jnp.int32(1))
-    found[weight] = jax.value_and_grad(run.method.loss, has_aux=True)(learner.params, learner, batch)
+    found[weight] = jax.jit(jax.value_and_grad(run.method.loss, has_aux=True))(learner.params, learner, batch)
   ((without, (terms, _)), alone), ((total, (same, _)), taught) = found.values()
   assert terms == same
   assert float(total - without) == pytest.approx(3 * float(terms["distillation"]), rel=1e-4)
@@ -299,7 +311,8 @@ def test_a_network_teaches_the_stream_and_learns_nothing_from_it():
   stream = net.apply(learner.params, learner.batch_stats, batch.x, train=True,
                      rngs={GATE_RNG: jax.random.split(batch.key)[0]})
   x = np.concatenate([np.reshape(batch.x, (16, 2, *SHAPE)), replayed.x[:, None]], axis=1).reshape(-1, *SHAPE)
-  of_all, _ = NETWORK.train_logits(learner.params["router"], learner.batch_stats["router"], x, jax.random.key(0))
+  of_all, _ = jax.jit(NETWORK.train_logits)(
+      learner.params["router"], learner.batch_stats["router"], x, jax.random.key(0))
   teacher = np.reshape(of_all, (16, 3, 6))[:, :2].reshape(32, 6)[:, 2:4]  # of the batch, the classes of task 1
   expected = -np.mean(np.sum(jax.nn.softmax(teacher / 2) * jax.nn.log_softmax(stream.logits / 2), axis=1))
   assert float(terms["distillation"]) == pytest.approx(float(expected), rel=1e-4)
@@ -317,7 +330,7 @@ def test_a_network_without_rehearsal_is_an_error():
     Run("vgg", network=NETWORK)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.2])
+@pytest.mark.parametrize("weight", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
 def test_the_loss_of_the_classifier_of_tasks_by_hand(weight):
   """Earlier streams are seen in evaluation, the task's own in training; the batch counts by its weight."""
   old, new = data(0, 16, seed=5), data(1, 32, seed=6)
@@ -327,7 +340,7 @@ def test_the_loss_of_the_classifier_of_tasks_by_hand(weight):
   run.learn(0)
   learner, net = run.learner, SharedNet(MODELS["simple_cnn"], PROBLEM)
   batch = Batch(PROBLEM.normalise(new[0]), jnp.asarray(new[1]), jax.random.key(3), 0.0)
-  _, (terms, _) = run.method.loss(learner.params, learner, batch)
+  _, (terms, _) = jax.jit(run.method.loss)(learner.params, learner, batch)
   # Two of the batch go with each that is replayed.
   x = np.concatenate([np.reshape(batch.x, (16, 2, *SHAPE)), replayed.x[:, None]], axis=1).reshape(-1, *SHAPE)
   trained = net.apply(learner.params, learner.batch_stats, x, train=True,
@@ -362,10 +375,11 @@ def test_the_classifier_of_tasks_is_trained_with_the_task_and_sees_every_stream(
   run.learn(0)
   pixels, labels = data(1)
   batch = Batch(PROBLEM.normalise(pixels), labels, jax.random.key(0), 0.0)
-  grads, (terms, _) = jax.grad(run.method.loss, has_aux=True)(run.learner.params, run.learner, batch)
+  grad = jax.jit(jax.grad(run.method.loss, has_aux=True))
+  grads, (terms, _) = grad(run.learner.params, run.learner, batch)
   assert 0 < terms["task_cross_entropy"] < 5
   without = {**run.learner.params, "router": jax.tree.map(jnp.zeros_like, run.learner.params["router"])}
-  blind, (even, _) = jax.grad(run.method.loss, has_aux=True)(without, run.learner, batch)
+  blind, (even, _) = grad(without, run.learner, batch)
   assert even["task_cross_entropy"] == pytest.approx(np.log(2))  # as unsure of two tasks as can be
   gate = lambda tree: tree["own"]["net"]["layer2"]["gate"]["head"]["logits"]["kernel"]
   assert not np.allclose(gate(grads), gate(blind))  # it moves the gates of the task
@@ -393,7 +407,8 @@ def test_settings_are_checked(field, value, message):
     TaskGatesSettings(**{"sparsity": 0.5, "patience": 0.0, field: value})
 
 
-@pytest.mark.parametrize(("rehearsed", "network"), [(False, None), (True, None), (True, NETWORK)])
+@pytest.mark.parametrize(("rehearsed", "network"), [
+    (False, None), pytest.param(True, None, marks=pytest.mark.slow), (True, NETWORK)])
 def test_two_devices_take_the_step_of_one(rehearsed, network):
   settings = RouterSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2) if rehearsed else None
   remembering = lambda problem: episodic(problem, ReplaySettings(30, 32)) if rehearsed else None
@@ -416,3 +431,30 @@ def test_two_devices_take_the_step_of_one(rehearsed, network):
   assert tiny.relative_gap(both.params, alone.params) < 1e-5
   assert tiny.relative_gap(both.batch_stats, alone.batch_stats) < 1e-5
   assert not tiny.bit_equal(alone.params, run.learner.params)
+
+
+def test_updates_of_frozen_filters_are_0_and_all_others_stay():
+  settings = TaskGatesSettings(sparsity=0.0, patience=0.0)
+  method = task_gates(MODELS["vgg"], PROBLEM, None, settings)
+  frozen = {"kernel": np.array([True, False]), "bias": np.array(False)}
+  updates = {"shared": {"kernel": np.full((3, 2), 0.5), "bias": np.ones(4)}, "own": 7.0}
+  kept, _ = method.update(updates, None, SimpleNamespace(memory={"frozen": frozen}))
+  np.testing.assert_array_equal(kept["shared"]["kernel"], [[0, 0.5]] * 3)
+  np.testing.assert_array_equal(kept["shared"]["bias"], np.ones(4))
+  assert kept["own"] == 7.0
+
+
+def test_filters_of_every_task_so_far_are_frozen_and_what_no_gate_switches():
+  gates = np.zeros((1, 3))
+  records = [GateRecord(gates, gates, gates, 1, writers=(("conv",),))]
+  before = {"conv": {"kernel": np.array([True, False, False])}, "stem": {"kernel": np.array(False)}}
+  frozen = freeze(before, records, np.array([False, True, False]))
+  assert frozen["conv"]["kernel"].tolist() == [True, True, False]
+  assert bool(frozen["stem"]["kernel"])
+
+
+@pytest.mark.parametrize(("own_norms", "shared"), [(True, {"conv"}), (False, {"conv", "norm"})])
+def test_every_task_has_its_own_norms_unless_they_are_to_be_shared(own_norms, shared):
+  net = SharedNet(MODELS["vgg"], PROBLEM, own_norms)
+  params, _ = jax.eval_shape(net.fresh, jax.random.key(0))
+  assert {path[-2] for path in traverse_util.flatten_dict(params["shared"])} == shared

@@ -24,7 +24,7 @@ def test_summary_by_hand():
       forward_transfer=None, reasons={"forward_transfer": NOTHING_TO_TEST})
 
 
-def test_forward_transfer_is_the_lead_over_a_random_net_just_before_a_task_is_learned():
+def test_forward_transfer_is_the_lead_over_a_random_net_before_a_task():
   summary = metrics.summarise(FULL, baseline=np.array([0.3, 0.4, 0.6]))
   assert summary.forward_transfer == pytest.approx((0.6 - 0.4 + 0.5 - 0.6) / 2)
   assert summary.reasons == {}

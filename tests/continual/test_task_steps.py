@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import toy
 
 from gating_jax.continual import steps
 from gating_jax.continual.method import Method, Start
+from tests.helpers import toy
 
 
 @pytest.mark.parametrize("steps_per_epoch", [1, 2, 41, 83])

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 
 from gating_jax.continual import wgan
 from gating_jax.continual.wgan import WganSettings
@@ -14,6 +13,7 @@ from gating_jax.layers.gate import GateSettings
 from gating_jax.models.generator import Critic, Generator
 from gating_jax.training import devices, steps
 from gating_jax.training.devices import BATCH, REPLICATED
+from tests.helpers import tiny
 
 SETTINGS = WganSettings(critic_steps=2, learning_rate=1e-3, average=0.9)
 
@@ -91,6 +91,7 @@ def after(state, first, last, seed=0):
   return state
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_continues_to_the_bit(tmp_path):
   whole, half = after(start(), 0, 4), after(start(), 0, 2)
   np.savez(tmp_path / "half.npz", *jax.tree.leaves(jax.device_get(half)))
@@ -167,6 +168,7 @@ gated_images = functools.partial(images, shape=(8, 8, 1))
 alone = functools.cache(lambda: jax.jit(gated_step()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", devices.BACKENDS)
 def test_eight_devices_equal_one(backend):
   spread = devices.map_over_devices(gated_step(devices.AXIS), args=(REPLICATED, BATCH, BATCH),

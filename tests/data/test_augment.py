@@ -51,7 +51,7 @@ def test_every_result_is_a_crop_of_the_padded_image_and_all_crops_occur(pad, fli
     assert abs(np.corrcoef(top, mirrored)[0, 1]) < 0.25
 
 
-def test_equal_images_are_changed_independently_and_another_key_changes_them_otherwise():
+def test_equal_images_are_augmented_independently_and_by_the_key():
   pixels = np.repeat(images(1), 20, 0)
   first, second = (crop_and_flip(jax.random.key(seed), pixels, pad=PAD, flip=True) for seed in (0, 1))
   assert len(np.unique(first, axis=0)) > 10
@@ -66,7 +66,7 @@ def test_nothing_is_done_without_pad_and_flip():
 
 def test_the_draw_does_not_depend_on_the_number_of_devices():
   pixels, key = images(16), jax.random.key(3)
-  alone = crop_and_flip(key, pixels, pad=PAD, flip=True)
+  alone = jax.jit(lambda x: crop_and_flip(key, x, pad=PAD, flip=True))(pixels)
   assert np.any(alone != pixels)
   spread = lambda axis_name: jax.pmap(
       lambda x: crop_and_flip(key, x, pad=PAD, flip=True, axis_name=axis_name), axis_name="d"
@@ -88,7 +88,7 @@ def test_a_square_around_any_pixel_is_cut_out(size):
   np.testing.assert_array_equal(result[~gone], x[~gone])
 
 
-def test_nothing_is_cut_out_of_size_0_and_draws_do_not_depend_on_the_number_of_devices():
+def test_size_0_cuts_nothing_out_and_draws_do_not_depend_on_devices():
   x = images(16).astype(np.float32)
   assert cut_out(jax.random.key(0), x, size=0) is x
   cut = lambda key, x, axis_name=None: cut_out(key, x, size=2, axis_name=axis_name)

@@ -127,7 +127,7 @@ def test_what_must_be_downloaded_by_hand_is_said(tmp_path):
 
 
 def test_a_set_of_classified_images_has_no_scenes(tmp_path):
-  import made_tfds
+  from tests.helpers import made_tfds
 
   images = list(zip(*made_tfds.images(3, (8, 8, 3)), strict=True))
   made_tfds.write(tmp_path, images, images, shape=(8, 8, 3), name="no_scenes")

@@ -1,10 +1,10 @@
 import itertools
 
-import made_tfds
 import numpy as np
 import pytest
 
 from gating_jax.data import batches, resident, sources, streaming
+from tests.helpers import made_tfds
 
 SHAPE = (12, 10, 3)
 

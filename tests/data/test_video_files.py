@@ -1,6 +1,5 @@
 import sys
 
-import made_videos
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,6 +7,7 @@ from hypothesis import strategies as st
 
 from gating_jax.data import video_files
 from gating_jax.data.video_files import read_clips, read_features, segment_starts
+from tests.helpers import made_videos
 
 SOME = st.integers(1, 70)
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-from made_tables import refused, write
 
 from gating_jax.data.video_layouts import read_breakfast, read_charades, read_multithumos
+from tests.helpers.made_tables import refused, write
 
 BREAKFAST = {
     "P03/cam01/P03_cereals.avi": "", "P03/stereo/P03_tea_ch0.avi": "", "P03/stereo/P03_tea_ch1.avi": "",

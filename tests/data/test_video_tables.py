@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-from made_tables import refused, write
 
 from gating_jax.data.video_tables import VideoTable, read_table
+from tests.helpers.made_tables import refused, write
 
 
 def test_a_table_and_its_splits_agree_on_the_classes(tmp_path):

@@ -1,4 +1,3 @@
-import made_videos
 import numpy as np
 import pytest
 from absl import logging
@@ -6,6 +5,7 @@ from absl import logging
 from gating_jax.data import resident
 from gating_jax.data.video_tables import VideoTable
 from gating_jax.data.videos import FeatureFolder, VideoFolder
+from tests.helpers import made_videos
 
 NAMES = tuple(f"v{i}" for i in range(7))
 CLIPS = dict(segments=3, frames=2, size=(8, 8))
@@ -184,7 +184,7 @@ def test_fixed_segments_in_training_are_those_of_evaluation(folder):
   same({key: array[:, 0] for key, array in batch.items()}, videos.read(resident.batch_indices(5, 2, 4, 7)))
 
 
-def test_jitter_moves_segments_within_their_parts_and_differs_between_steps_and_places(folder):
+def test_jitter_moves_segments_within_their_parts_and_differs_by_step_and_place(folder):
   same_video = VideoFolder(table(("v6",) * 4), folder, segments=3, frames=2, size=(8, 8), seed=5, jitter=True)
   starts = np.concatenate([
       made_videos.shown(batch["clips"])[0][:, 0, :, 0] for batch in same_video.batches(4, 0, 1, 20)])

@@ -9,23 +9,24 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import tiny_cli
-from event_files import events
 
 from gating_jax.data import sources
 from gating_jax.data.sources import DatasetNotPreparedError
-from gating_jax.experiments import classification
+from gating_jax.experiments import classification, image_task, pretrained, time_table
 from gating_jax.models import resnet
 from gating_jax.training import devices, diagnosis, rundir, steps
 from gating_jax.training.loop import LoopSettings, NonFiniteError
+from tests.helpers import jobs, tiny, tiny_cli
+from tests.helpers.event_files import events
+from tests.helpers.runs import said
 
 STEPS_PER_EPOCH = 1437 // 128
+LONG = {"optim.epochs": 6, "eval_every": 2.5, "log_every": 20, "optim.warmup": 0.1}  # long enough to learn something
 
 
-@pytest.fixture
-def config(monkeypatch):
+@pytest.fixture(scope="module")
+def config():
   """`(**changes) -> config` of the quickstart, with a net of one block."""
-  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
 
   def make(**changes):
     made = importlib.import_module("configs.digits_resnet20").get_config()
@@ -34,7 +35,17 @@ def config(monkeypatch):
     made.update_from_flattened_dict(changes)
     return made
 
-  return make
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+    yield make
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+  """`(config, directory, what it printed)` of a run with a budget; a test that changes the directory copies it."""
+  made = config(**LONG, **{"devices.backend": "shard_map", "loss.sparsity.kind": "budget"})
+  workdir = tmp_path_factory.mktemp("finished") / "run"
+  return made, workdir, said(classification, made, workdir, "train")
 
 
 def test_the_settings_as_they_stand_are_right(config):
@@ -194,41 +205,119 @@ def check_gates(result, train, workdir):
     assert shown[f"{split}/mac_ratio", last["step"]] == pytest.approx(line["mac_ratio"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"devices.backend": "shard_map", "devices.steps_per_dispatch": 4, "loss.sparsity.kind": "budget"},
-        {"model.gating": "none", "model.dtype": "bfloat16"},
-    ],
-)
-def test_a_run_trains_evaluates_and_is_not_repeated(config, tmp_path, capsys, changes):
-  made = config(**changes, **{"optim.epochs": 6, "eval_every": 2.5, "log_every": 20, "optim.warmup": 0.1})
-  classification.run(made, tmp_path / "run", "train")
-  total = 68 if "devices.steps_per_dispatch" in changes else 66
-  result = json.loads((tmp_path / "run" / "result.json").read_text())
+@pytest.fixture(scope="module")
+def ungated(config, tmp_path_factory):
+  """`(config, directory, what it printed)` of a run without gates in bfloat16."""
+  made = config(**LONG, **{"model.gating": "none", "model.dtype": "bfloat16"})
+  workdir = tmp_path_factory.mktemp("ungated") / "run"
+  return made, workdir, said(classification, made, workdir, "train")
+
+
+def check_run(made, workdir, printed, total):
+  """What every finished run leaves and prints; returns its result and its training lines."""
+  result = json.loads((workdir / "result.json").read_text())
   assert result["step"] == total
   assert result["accuracy"] > 0.3
-  train, test = ([line for line in lines(tmp_path / "run") if line["split"] == split] for split in ("train", "test"))
+  train, test = ([line for line in lines(workdir) if line["split"] == split] for split in ("train", "test"))
   assert [line["step"] for line in train][-1] == total
   assert [line["step"] for line in test] == [28, 56, total]
   for name in ("accuracy", "cross_entropy", "macs", "mac_ratio", "images"):
     assert test[-1][name] == result[name]
   assert train[-1]["loss"] < train[0]["loss"]
-  gated = "model.gating" not in changes
+  gated = made.model.gating != "none"
   for name in ("gates.png", "gates.csv"):
-    assert (tmp_path / "run" / name).exists() == gated
-  if gated:
-    check_gates(result, train, tmp_path / "run")
+    assert (workdir / name).exists() == gated
   assert ("gates" in result) == ("budget" in result) == ("layers" in result) == gated
-  said = capsys.readouterr().out
-  assert f"{100 * result['accuracy']:.2f} %" in said
-  classification.run(made, tmp_path / "run", "train")
-  assert "nothing was trained or changed" in capsys.readouterr().out
-  classification.run(made, tmp_path / "run", "evaluate")
-  said = capsys.readouterr().out
-  assert f"checkpoint of step {total}" in said
-  assert re.search(rf"test accuracy +{100 * result['accuracy']:.2f} %", said)
+  assert f"{100 * result['accuracy']:.2f} %" in printed
+  return result, train
+
+
+def check_modes(made, workdir, total):
+  """A finished run is not repeated, and its evaluation prints the same accuracy."""
+  result = json.loads((workdir / "result.json").read_text())
+  assert "nothing was trained or changed" in said(classification, made, workdir, "train")
+  printed = said(classification, made, workdir, "evaluate")
+  assert f"checkpoint of step {total}" in printed
+  assert re.search(rf"test accuracy +{100 * result['accuracy']:.2f} %", printed)
+
+
+def test_a_gated_run_leaves_what_it_measured(finished):
+  made, workdir, printed = finished
+  result, train = check_run(made, workdir, printed, total=66)
+  check_gates(result, train, workdir)
+
+
+@pytest.mark.slow
+def test_a_gated_run_of_four_steps_a_dispatch_leaves_what_it_measured(config, tmp_path):
+  made = config(**LONG, **{"devices.steps_per_dispatch": 4, "devices.backend": "shard_map",
+                           "loss.sparsity.kind": "budget"})
+  printed = said(classification, made, tmp_path / "run", "train")
+  result, train = check_run(made, tmp_path / "run", printed, total=68)
+  check_gates(result, train, tmp_path / "run")
+
+
+def test_a_finished_run_is_not_repeated_and_evaluates_to_its_result(finished):
+  made, workdir, _ = finished
+  check_modes(made, workdir, total=66)
+
+
+def test_an_ungated_run_in_bfloat16_leaves_what_it_measured(ungated):
+  made, workdir, printed = ungated
+  check_run(made, workdir, printed, total=66)
+  check_modes(made, workdir, total=66)
+
+
+def test_gates_are_added_to_the_net_of_an_ungated_run(config, ungated, capsys):
+  made = config(**{"model.dtype": "bfloat16", "model.init_from": str(ungated[1])})
+  pretrained.check(made)
+  built = classification.build(made)
+  fresh = steps.init_state(built.model, built.optimiser, made.seed, built.test.shape)
+  began = pretrained.start(built, fresh)
+  assert "starting from the parameters of step 66 in" in capsys.readouterr().out
+  block, new = (state.params["stage1_block1"] for state in (began, fresh))
+  assert not np.array_equal(block["conv1"]["conv"]["kernel"], new["conv1"]["conv"]["kernel"])
+  np.testing.assert_array_equal(block["gate"]["head"]["logits"]["bias"], new["gate"]["head"]["logits"]["bias"])
+  wider = config(**{"model.dtype": "bfloat16", "model.init_from": str(ungated[1]), "model.width": 2.0})
+  with pytest.raises(ValueError, match="model.init_from must name a run .*with model.width=2.0"):
+    classification.run(wider, ungated[1].parent / "wider", "train")
+
+
+def test_where_a_step_may_hold_too_little_there_is_one_that_holds_all(config):
+  settings = {"model.gating": "layer", "model.group_norm": True}
+  assert classification.build(config(**settings)).full is None
+  built = classification.build(config(**settings, **{"model.backward_share": 0.75}))
+  assert built.full.backward_share == 1.0
+
+
+def test_a_run_cut_back_to_an_earlier_checkpoint_ends_with_the_same_parameters(finished, tmp_path, monkeypatch):
+  made, workdir, _ = finished
+  copy = shutil.copytree(workdir, tmp_path / "run")
+  shutil.rmtree(copy / "checkpoints" / "66")
+  (copy / "result.json").unlink()
+  monkeypatch.setattr(image_task, "write_report", lambda *_, **__: None)
+  assert "going on from the checkpoint of step 55" in said(classification, made, copy, "train")
+  assert tiny.bit_equal(jobs.saved_state(copy), jobs.saved_state(workdir))
+
+
+@pytest.fixture(scope="module")
+def compiled(finished, tmp_path_factory):
+  """What was measured of programs that skip, and what was printed of it."""
+  made, workdir, _ = finished
+  copy = shutil.copytree(workdir, tmp_path_factory.mktemp("compiled") / "run")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(time_table, "_REPEATS", 1)
+    patch.setattr(time_table, "_BATCHES", (3,))
+    printed = said(classification, made, copy, "compile")
+  return json.loads((copy / "compile.json").read_text()), printed
+
+
+def test_a_run_is_compiled_and_the_fastest_program_chosen(compiled):
+  found, printed = compiled
+  assert found["step"] == 66
+  rows = found["timings"]["3 images at a time"]
+  assert {"masked", "switch"} <= {row["strategy"] for row in rows if row["part"] == 1}
+  assert sum(row["chosen"] for row in rows if row["part"] is None) == 1
+  assert all(f"{1e3 * row['seconds']:.2f}" in printed for row in rows)
 
 
 def test_evaluation_of_a_run_without_a_checkpoint_is_refused(config, tmp_path):
@@ -288,6 +377,7 @@ def test_a_report_is_that_of_the_training_wherever_the_run_stands(config, tmp_pa
   assert not (tmp_path / "run" / "result.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", devices.BACKENDS)
 def test_layers_trained_with_the_backward_of_open_images_alone_are_the_same(config, tmp_path, backend):
   def trained(share):

@@ -4,20 +4,23 @@ import importlib
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-import tiny
-from event_files import summaries
 
+from gating_jax.continual.method import Learner, Table
+from gating_jax.data.sources import Images
 from gating_jax.experiments import (
-    continual,
-    continual_build,
-    continual_methods,
-    continual_report,
-    task_compile,
-    time_table,
+  continual,
+  continual_build,
+  continual_methods,
+  continual_report,
+  task_compile,
+  time_table,
 )
 from gating_jax.inference import folded
 from gating_jax.models import vgg
@@ -25,12 +28,14 @@ from gating_jax.reports import task_pictures
 from gating_jax.training import devices, rundir
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import read_lines
+from tests.helpers import tiny
+from tests.helpers.event_files import summaries
+from tests.helpers.runs import said
 
 
-@pytest.fixture
-def config(monkeypatch):
+@pytest.fixture(scope="module")
+def config():
   """`(**changes) -> config` of two tasks of digits, with a net of two layers."""
-  monkeypatch.setitem(vgg.VGGS, "tiny", (8, vgg.POOL, 8))
 
   def make(**changes):
     made = importlib.import_module("configs.split_digits").get_config()
@@ -41,7 +46,9 @@ def config(monkeypatch):
     made.update_from_flattened_dict(changes)
     return made
 
-  return make
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(vgg.VGGS, "tiny", (8, vgg.POOL, 8))
+    yield make
 
 
 @pytest.fixture
@@ -164,17 +171,15 @@ def strict_json(path):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-  """The run directory of a finished run."""
-  return tmp_path_factory.mktemp("continual") / "run"
+def finished(config, tmp_path_factory):
+  """`(config, directory, what it printed)` of a finished run; a test that changes the directory copies it."""
+  workdir = tmp_path_factory.mktemp("finished") / "run"
+  return config(), workdir, said(continual, config(), workdir, "train")
 
 
-@pytest.mark.slow
-def test_the_result_of_a_run_and_what_becomes_of_its_directory(config, finished, capsys):
-  made = config()
-  continual.run(made, finished, "train")
-  printed = capsys.readouterr().out
-  result = strict_json(finished / "result.json")
+def test_a_run_leaves_what_it_measured_and_forgets_nothing(finished):
+  made, workdir, printed = finished
+  result = strict_json(workdir / "result.json")
   assert result["task_names"] == ["0, 1", "2, 3"]
   aware, agnostic = (np.array(result[name]["accuracies"]) for name in ("task_aware", "task_agnostic"))
   assert aware[0, 1] is None
@@ -187,9 +192,9 @@ def test_the_result_of_a_run_and_what_becomes_of_its_directory(config, finished,
   assert result["dense_macs"] == 9 * 8 * 64 + 9 * 8 * 8 * 16 + 8 * 2
   assert result["dense_macs_reduced"] == 9 * 8 * 64 + 9 * 8 * 16
   assert result["mean_gate_overlap"] == result["gate_overlap"][0][1]
-  assert {f.name for f in finished.glob("*.png")} == {"accuracies.png", "filters.png", "overlap.png"}
+  assert {f.name for f in workdir.glob("*.png")} == {"accuracies.png", "filters.png", "overlap.png"}
   assert re.search(r"average accuracy +\d+\.\d\d", printed)
-  points = [(step, value) for step, value in summaries(finished) if value.tag.startswith(("gates/", "pictures/"))]
+  points = [(step, value) for step, value in summaries(workdir) if value.tag.startswith(("gates/", "pictures/"))]
   per_task = result["step"] // 2
   tags = {(step, value.tag): sum(value.histo.bucket) for step, value in points if value.WhichOneof("value") == "histo"}
   images = [len(task.test) for task in continual_build.build(made).tasks]
@@ -197,7 +202,7 @@ def test_the_result_of_a_run_and_what_becomes_of_its_directory(config, finished,
                   for t in (0, 1) for i in (0, 1) for name, count in (("probs", 8 * images[t]), ("open_rates", 8))}
   assert {(step, value.tag) for step, value in points if value.WhichOneof("value") == "image"} == {
       (result["step"], f"pictures/{name}") for name in ("accuracies", "filters", "overlap")}
-  tests = [line for line in read_lines(finished / "metrics.jsonl") if line["split"] == "test"]
+  tests = [line for line in read_lines(workdir / "metrics.jsonl") if line["split"] == "test"]
   assert [line["task_aware.average_accuracy"] for line in tests][-1] == pytest.approx(
       result["task_aware"]["average_accuracy"])
   assert [line["step"] for line in tests] == [per_task, 2 * per_task]
@@ -205,19 +210,80 @@ def test_the_result_of_a_run_and_what_becomes_of_its_directory(config, finished,
   assert free[1] == [count for count, _ in result["free_units"].values()]
   assert (np.subtract(*free) >= 0).all()
   assert f"  free units, layer2/conv/conv: {free[0][1]:.0f} of 8\n" in printed
-  report = (finished / "report.html").read_text()
+  report = (workdir / "report.html").read_text()
   assert all(f"{title}</h2>" in report for title in ("Accuracies", "Filters", "Overlap", "One gate across tasks"))
   assert len(re.findall(r"<figcaption>layer\d/\S+, unit \d+\.</figcaption>", report)) >= 2
-  (finished / "report.html").unlink()
-  continual.run(made, finished, "report")
-  assert (finished / "report.html").read_text() == report
-  continual.run(made, finished, "evaluate")
-  evaluated = capsys.readouterr().out
-  assert evaluated.split("average accuracy")[1] in printed
-  continual.run(made, finished, "train")
-  assert "holds a finished run of this config; nothing was trained" in capsys.readouterr().out
+
+
+def test_a_report_is_written_again(finished, tmp_path):
+  made, workdir, _ = finished
+  shutil.copytree(workdir, tmp_path / "run")
+  (tmp_path / "run" / "report.html").unlink()
+  said(continual, made, tmp_path / "run", "report")
+  assert (tmp_path / "run" / "report.html").read_text() == (workdir / "report.html").read_text()
+
+
+def test_a_finished_run_is_evaluated_again_and_not_repeated(config, finished):
+  made, workdir, printed = finished
+  assert said(continual, made, workdir, "evaluate").split("average accuracy")[1] in printed
+  assert "holds a finished run of this config; nothing was trained" in said(continual, made, workdir, "train")
   with pytest.raises(rundir.RunDirError, match="holds a run of another config"):
-    continual.run(config(seed=1), finished, "train")
+    continual.run(config(seed=1), workdir, "train")
+
+
+@pytest.fixture(scope="module")
+def compiled(finished, tmp_path_factory):
+  """What was measured of the programs of a run's tasks."""
+  made, workdir, _ = finished
+  copy = shutil.copytree(workdir, tmp_path_factory.mktemp("compiled") / "run")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(time_table, "_REPEATS", 1)
+    patch.setattr(time_table, "_BATCHES", (3,))
+    said(continual, made, copy, "compile")
+  return json.loads((copy / "compile.json").read_text())
+
+
+def test_each_tasks_net_is_compiled(compiled):
+  assert list(compiled["timings"]) == ["task 1, 0, 1: 3 images at a time", "task 2, 2, 3: 3 images at a time"]
+  for rows in compiled["timings"].values():
+    assert {"masked", "ungated"} <= {row["strategy"] for row in rows if row["part"] is None}
+
+
+def test_a_run_cut_back_to_an_earlier_checkpoint_ends_with_the_same_learner(finished, tmp_path, monkeypatch):
+  made, workdir, _ = finished
+  monkeypatch.setattr(continual_report, "draw", lambda *_: None)
+  monkeypatch.setattr(continual_report, "write", lambda *_: None)
+  copy = shutil.copytree(workdir, tmp_path / "run")
+  steps = sorted(int(folder.name) for folder in (copy / "checkpoints").iterdir())
+  cut_back(copy, steps[-2])
+  assert f"going on from the checkpoint of step {steps[-2]}" in said(continual, made, copy, "train")
+  (step, resumed), (end, learner) = final_learner(made, copy), final_learner(made, workdir)
+  assert step == end == steps[-1]
+  assert tiny.bit_equal(resumed, learner)
+
+
+@pytest.mark.parametrize("method", ["er", "hat", "multitask_gates", "multitask_norms"])
+def test_what_a_method_holds_is_counted(method, config):
+  experiment = continual_build.build(config(method=method))
+  learner = jax.jit(experiment.fresh)()
+  held = experiment.method.holdings(learner)
+  assert held.params > 0
+  assert (held.memory_mb > 0) == (method in ("er", "hat"))
+  if method == "multitask_gates":
+    assert jax.tree.leaves(experiment.method.task_net(learner, 0).variables)
+
+
+@pytest.mark.parametrize("changes", [
+    *({"method": method} for method in continual_methods.METHODS), {"router.network": True, "model.name": "resnet8"},
+    {"router.rehearsal": "generative"}, {"router.rehearsal": "gated_generative"},
+    {"method": "progressive", "model.name": "resnet8"}])
+def test_every_method_is_built_and_predicts(changes, config):
+  experiment = continual_build.build(config(**changes, **{"generator.width": 2, "generator.batch_size": 16}))
+  learner = jax.eval_shape(experiment.fresh)
+  assert jax.tree.leaves(learner.params)
+  x = jax.ShapeDtypeStruct((4, *experiment.problem.shape), jnp.float32)
+  found = jax.eval_shape(lambda learner, x: experiment.method.predict(learner, x, 1, 2), learner, x)
+  assert found.agnostic.shape[0] == found.macs.shape[0] == 4
 
 
 @pytest.mark.slow
@@ -333,7 +399,7 @@ def test_batches_of_tasks_learnt_together_hold_as_much_of_each(config):
 
 
 @pytest.mark.slow
-def test_tasks_learnt_together_fill_the_last_row_and_a_stopped_run_goes_on_to_the_same_end(
+def test_tasks_learnt_together_fill_the_last_row_and_resume_to_the_same_end(
     config, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(continual, "Checkpoints", functools.partial(Checkpoints, keep=100))
   made = config(method="multitask_gates")
@@ -405,3 +471,16 @@ def test_no_task_learnt_is_said(config, tmp_path):
     pass
   with pytest.raises(rundir.RunDirError, match="no task is learnt"):
     continual.run(made, tmp_path, "evaluate")
+
+
+def test_every_task_begins_with_a_fresh_optimiser():
+  optimiser, params = optax.sgd(0.1, momentum=0.9), {"w": jnp.ones(2)}
+  images = Images(np.zeros((2, 1, 1, 1), np.uint8), np.zeros(2, np.int32), ())
+  kept = SimpleNamespace(together=False, end_task=lambda learner, data, key: learner)
+  experiment = SimpleNamespace(method=kept, optimiser=optimiser, key=jax.random.key,
+                               tasks=[SimpleNamespace(train=images, validation=images)])
+  moving = jax.tree.map(lambda x: x + 5, optimiser.init(params))
+  learner = Learner(jnp.int32(7), jnp.int32(0), params, {}, moving, {}, Table(*[jnp.zeros((1, 1))] * 5))
+  ended = continual.finish_task(experiment, learner, 0, lambda *_: dict.fromkeys(Table._fields, 0.5))
+  assert tiny.bit_equal(ended.opt_state, optimiser.init(params))
+  assert (int(ended.step), int(ended.task)) == (8, 1)

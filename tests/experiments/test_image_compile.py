@@ -3,7 +3,6 @@ import json
 
 import numpy as np
 import pytest
-import tiny_cli
 from PIL import Image
 
 from gating_jax.experiments import classification, time_table
@@ -12,6 +11,7 @@ from gating_jax.inference.exiting import Exiting
 from gating_jax.models import resnet
 from gating_jax.reports import time_picture
 from gating_jax.training import rundir
+from tests.helpers import tiny_cli
 
 
 def test_an_absent_kernel_is_named_with_the_tables_that_lack_it(monkeypatch, capsys):
@@ -33,6 +33,7 @@ def test_what_takes_long_is_on_the_edge_of_the_picture(tmp_path, monkeypatch):
   assert heights == pytest.approx([1.0, axes.get_ylim()[1]])
 
 
+@pytest.mark.slow
 def test_a_run_is_compiled_and_what_was_measured_is_kept(tmp_path, capsys, monkeypatch):
   monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
   monkeypatch.setattr(time_table, "_REPEATS", 1)

@@ -7,20 +7,15 @@ import shutil
 
 import numpy as np
 import pytest
-import tiny_cli
 
 from gating_jax.data import sources
 from gating_jax.experiments import classification, image_export
 from gating_jax.inference import conditional
 from gating_jax.inference.export import load
 from gating_jax.models import resnet
-from gating_jax.training import rundir
-
-
-def said(config, workdir, mode):
-  with contextlib.redirect_stdout(io.StringIO()) as out:
-    classification.run(config, workdir, mode)
-  return out.getvalue()
+from gating_jax.training import rundir, steps
+from tests.helpers import tiny_cli
+from tests.helpers.runs import said
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +32,11 @@ def config():
 def exported(config, tmp_path_factory):
   """A finished run with its exports, and what was said of them."""
   workdir = tmp_path_factory.mktemp("runs") / "run"
-  said(config, workdir, "train")
+  said(classification, config, workdir, "train")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(image_export, "_REPEATS", 2)
     patch.setattr(conditional, "race", fastest("switch"))
-    return workdir, said(config, workdir, "export")
+    return workdir, said(classification, config, workdir, "export")
 
 
 def fastest(strategy):
@@ -86,7 +81,7 @@ def test_where_skipping_is_no_faster_no_program_that_skips_is_written(exported, 
   monkeypatch.setattr(image_export, "_REPEATS", 1)
   monkeypatch.setattr(conditional, "race", fastest("masked"))
   shutil.copytree(exported[0], tmp_path / "run", ignore=shutil.ignore_patterns("export*"))
-  text = said(config, tmp_path / "run", "export")
+  text = said(classification, config, tmp_path / "run", "export")
   assert {path.name for path in (tmp_path / "run").glob("*export*")} == {"export", "export_int8"}
   assert "computing everything is as fast as skipping here" in text
 
@@ -96,12 +91,34 @@ def test_a_net_with_early_exits_is_exported_for_one_image(tmp_path, monkeypatch)
   monkeypatch.setattr(image_export, "_REPEATS", 1)
   config = importlib.import_module("configs.digits_resnet20").get_config("gates=exits")
   config.update_from_flattened_dict({"model.name": "resnet8", "model.width": 0.25, "optim.epochs": 1})
-  said(config, tmp_path / "run", "train")
-  said(config, tmp_path / "run", "export")
+  said(classification, config, tmp_path / "run", "train")
+  said(classification, config, tmp_path / "run", "export")
   result, loaded = json.loads((tmp_path / "run" / "result.json").read_text()), load(tmp_path / "run" / "export")
   assert loaded.card["batch_size"] == 1
   assert loaded.card["accuracy"] == pytest.approx(result["accuracy"], abs=1 / 360 + 1e-9)
   assert loaded.card["executed_macs"] == pytest.approx(result["macs"], rel=1e-2)
+  assert loaded(np.zeros((1, 8, 8, 1), np.float32))[0].shape == (1, 10)
+
+
+@pytest.fixture(scope="module")
+def exported_exits(tmp_path_factory):
+  """The export of a net with early exits that is not trained."""
+  folder = tmp_path_factory.mktemp("exits")
+  config = importlib.import_module("configs.digits_resnet20").get_config("gates=exits")
+  config.update_from_flattened_dict({"model.name": "resnet8", "model.width": 0.25, "optim.epochs": 1})
+  experiment = classification.build(config)
+  state = steps.init_state(experiment.model, experiment.optimiser, 0, experiment.test.shape)
+  with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+    patch.setattr(image_export, "_REPEATS", 1)
+    image_export._write_exits(experiment, folder, {"step": 0}, {
+        "params": state.params, "batch_stats": state.batch_stats})
+  return folder
+
+
+def test_a_net_with_exits_is_exported_for_one_image(exported_exits):
+  loaded = load(exported_exits / "export")
+  assert loaded.card["batch_size"] == 1
+  assert 0 < loaded.card["executed_macs"] <= loaded.card["macs"]
   assert loaded(np.zeros((1, 8, 8, 1), np.float32))[0].shape == (1, 10)
 
 
@@ -118,7 +135,7 @@ def test_an_export_is_not_written_over(exported, config):
   workdir, _ = exported
   before = (workdir / "export" / "card.json").read_bytes()
   with pytest.raises(rundir.RunDirError, match=r"export\w* exists; rename it"):
-    said(config, workdir, "export")
+    said(classification, config, workdir, "export")
   assert (workdir / "export" / "card.json").read_bytes() == before
 
 
@@ -126,7 +143,7 @@ def test_a_run_without_a_checkpoint_is_named(config, tmp_path):
   with rundir.open_run(tmp_path / "run", config):
     pass
   with pytest.raises(rundir.RunDirError, match="no checkpoint in"):
-    said(config, tmp_path / "run", "export")
+    said(classification, config, tmp_path / "run", "export")
 
 
 def test_other_kinds_of_runs_name_the_modes_they_have(config, tmp_path):

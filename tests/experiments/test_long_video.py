@@ -2,29 +2,28 @@ import csv
 import importlib
 import json
 import re
+import shutil
 
 import jax
-import made_videos
 import numpy as np
 import pytest
-import tiny
-from event_files import summaries
 
 from gating_jax.experiments import long_video, video_build, video_nets, video_sets, video_speed, video_trial
 from gating_jax.models import segment_nets
 from gating_jax.models.resnet import ResNet
 from gating_jax.training import evaluation, rundir
 from gating_jax.video.inference import Skipping
+from tests.helpers import made_videos, tiny
+from tests.helpers.event_files import summaries
+from tests.helpers.runs import Stopping, said
 
 TINY_LIGHT = (ResNet, dict(classes=None, blocks=(1,), features=4))
 TINY_HEAVY = (ResNet, dict(classes=None, blocks=(1,), features=4, stem="small"))
 
 
-@pytest.fixture
-def config(monkeypatch):
+@pytest.fixture(scope="module")
+def config():
   """`(name, **changes) -> config`, with nets of one block."""
-  monkeypatch.setitem(segment_nets.LIGHT_NETS, "tiny", TINY_LIGHT)
-  monkeypatch.setitem(segment_nets.HEAVY_NETS, "tiny", TINY_HEAVY)
 
   def make(name="composed_timegate", **changes):
     made = importlib.import_module(f"configs.{name}").get_config()
@@ -37,7 +36,21 @@ def config(monkeypatch):
     made.update_from_flattened_dict(changes)
     return made
 
-  return make
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(segment_nets.LIGHT_NETS, "tiny", TINY_LIGHT)
+    patch.setitem(segment_nets.HEAVY_NETS, "tiny", TINY_HEAVY)
+    yield make
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+  """`(config, directory)` of a finished run; a test that changes the directory copies it."""
+  folder = tmp_path_factory.mktemp("finished")
+  folder_of_features(folder, np.random.default_rng(0))
+  np.save(folder / "video17.npy", np.full((2, 5), np.nan, np.float32))
+  made, workdir = config("features_timegate", eval_every=1.0, **feature_settings(folder)), folder / "run"
+  said(long_video, made, workdir, "train")
+  return made, workdir
 
 
 @pytest.mark.parametrize(
@@ -163,6 +176,123 @@ def test_a_folder_of_videos_goes_through_training_evaluation_and_the_picture(con
   assert re.search(r"videos that could not be read +1", said)
 
 
+def check_run(made, workdir, steps=4, videos=20):
+  """What every finished run leaves; it is not repeated, and its evaluation prints the same accuracy."""
+  result = read_result(workdir)
+  assert result["step"] == steps
+  last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+  assert (last["step"], last["split"], last["accuracy"]) == (steps, "test", result["accuracy"])
+  assert result["videos"] == videos
+  assert "nothing was trained or changed" in said(long_video, made, workdir, "train")
+  printed = said(long_video, made, workdir, "evaluate")
+  assert f"checkpoint of step {steps}" in printed
+  assert re.search(rf"test accuracy +{100 * result['accuracy']:.2f} %", printed)
+
+
+def test_a_run_leaves_what_it_measured(finished):
+  made, workdir = finished
+  check_run(made, workdir, steps=2, videos=15)
+  result = read_result(workdir)
+  assert result["unreadable"] == 1
+  assert 0 < result["share"] <= 1
+  assert result["mac_ratio"] == pytest.approx(result["macs"] / result["all_segments_macs"])
+  assert {path.name for path in workdir.glob("*.png")} == {"segments.png", "timeline.png"}
+
+
+def test_a_report_is_written_again(finished, tmp_path):
+  made, workdir = finished
+  shutil.copytree(workdir, tmp_path / "run")
+  (tmp_path / "run" / "report.html").unlink()
+  said(long_video, made, tmp_path / "run", "report")
+  old, new = (re.sub(r"[\d.]+ +\(heavy net on all segments: [\d.]+\)", "", (path / "report.html").read_text())
+              for path in (workdir, tmp_path / "run"))  # but for the videos per second
+  assert new == old
+
+
+def test_segments_are_seen_one_by_one_until_the_classifier_is_sure(config, tmp_path):
+  folder_of_features(tmp_path, np.random.default_rng(0), multi_label=True)
+  made = config("features_timegate", **feature_settings(tmp_path), **{"model.selection": "prefix"})
+  printed = said(long_video, made, tmp_path / "run", "train")
+  result = read_result(tmp_path / "run")
+  assert result["videos"] == 16
+  assert 0 < result["share"] <= 1
+  assert re.search(rf"mean average precision +{result['mean_average_precision']:.4f}", printed) or (
+      f"{100 * result['mean_average_precision']:.2f} %" in printed)
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_parameters(finished, tmp_path, monkeypatch):
+  made, workdir = finished
+  with monkeypatch.context() as patch:
+    patch.setattr(long_video.loop, "StopRequest", lambda: Stopping(1))
+    assert "stopped as asked" in said(long_video, made, tmp_path / "run", "train")
+  assert "going on from the checkpoint of step 1" in said(long_video, made, tmp_path / "run", "train")
+  assert tiny.bit_equal(newest(made, tmp_path / "run"), newest(made, workdir))
+
+
+@pytest.fixture(scope="module")
+def pretrained(config, tmp_path_factory):
+  """`(config, directory)` of a run whose nets are trained, and that goes no further yet."""
+  made = config(**{"data.train_videos": 16, "data.test_videos": 8})
+  experiment = video_build.build(made)
+  with rundir.open_run(tmp_path_factory.mktemp("pretrained") / "run", made) as run_dir:
+    _, finished = long_video._run_phase(
+        experiment, experiment.pretraining, run_dir.path / video_nets.PRETRAIN_DIR, experiment.train)
+  assert finished
+  return made, run_dir.path
+
+
+def test_nets_that_were_trained_can_be_taken_for_another_run(config, pretrained):
+  made, workdir = pretrained
+  other = made.copy_and_resolve_references()
+  other.pretrained = str(workdir)
+  experiment = video_build.build(other)
+  nets = video_nets.trained_nets(experiment, workdir.parent)
+  step, state = video_nets.restore(experiment.pretraining, workdir / video_nets.PRETRAIN_DIR, 0, read_only=True)
+  assert step == 1
+  assert tiny.bit_equal(nets["params"], state.params)
+  assert set(video_nets.nets_of(experiment, nets)["params"]) == {"light", "heavy"}
+  end_to_end = video_build.build(config(training="end_to_end", **{"model.selection": "uniform"}))
+  _, state = video_nets.restore(end_to_end.training, workdir.parent / "none", 0)
+  begun = video_nets.begin(end_to_end, state, nets, None)
+  assert tiny.bit_equal(begun.params["heavy"], video_nets.nets_of(end_to_end, nets)["params"]["heavy"])
+  other.pretrain.epochs = 2
+  with pytest.raises(rundir.RunDirError, match="must hold nets trained for 2 steps; .* of step 1"):
+    video_nets.trained_nets(video_build.build(other), workdir.parent)
+
+
+@pytest.fixture(scope="module")
+def two_stage(pretrained):
+  """What the run of `pretrained` prints when it goes on to its end."""
+  made, workdir = pretrained
+  return said(long_video, made, workdir, "train")
+
+
+def test_a_run_goes_on_after_its_nets_are_trained(pretrained, two_stage):
+  _, workdir = pretrained
+  assert read_result(workdir)["step"] == 2
+  assert re.search(r"test accuracy +\d+\.\d\d %", two_stage)
+
+
+@pytest.fixture(scope="module")
+def compiled(config, tmp_path_factory):
+  """What was measured of programs of a net that is not trained."""
+  experiment = video_build.build(config(training="end_to_end"))
+  variables = jax.jit(experiment.model.clone(axis_name=None).init)(
+      jax.random.key(0), experiment.prepare(video_speed._read(experiment, 2)))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(video_speed, "_REPEATS", 1)
+    patch.setattr(video_speed, "_BATCHES", (2,))
+    with rundir.open_run(tmp_path_factory.mktemp("compiled") / "run", experiment.config) as run_dir:
+      video_speed.run(experiment, run_dir, 0, variables)
+  return json.loads((run_dir.path / "compile.json").read_text())
+
+
+def test_programs_that_skip_segments_are_measured_beside_those_that_do_not(compiled):
+  (rows,) = compiled["timings"].values()
+  assert {"masked", "segments", "ungated"} == {row["strategy"] for row in rows}
+  assert all(row["open_ratio"] > 0 for row in rows)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
@@ -175,26 +305,16 @@ def test_a_folder_of_videos_goes_through_training_evaluation_and_the_picture(con
         {"model.selection": "confidence", "loss.light": 1.0},
     ],
 )
-def test_a_run_trains_evaluates_and_is_not_repeated(config, tmp_path, capsys, monkeypatch, changes):
+def test_a_run_trains_evaluates_and_is_compiled(config, tmp_path, monkeypatch, changes):
   made = config(**changes)
   long_video.run(made, tmp_path / "run", "train")
+  check_run(made, tmp_path / "run")
   result = read_result(tmp_path / "run")
-  assert result["step"] == 4
-  last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-  assert (last["step"], last["split"], last["accuracy"]) == (4, "test", result["accuracy"])
-  assert result["videos"] == 20
   selection, counts = changes.get("model.selection", "gate"), video_build.build(made).counts
   if selection == "light":
     assert result["macs"] == counts.all_segments < result["all_segments_macs"] / 2
   elif selection == "confidence":
     assert result["share"] == pytest.approx(0.5)
-  capsys.readouterr()
-  long_video.run(made, tmp_path / "run", "train")
-  assert "nothing was trained or changed" in capsys.readouterr().out
-  long_video.run(made, tmp_path / "run", "evaluate")
-  said = capsys.readouterr().out
-  assert "checkpoint of step 4" in said
-  assert re.search(rf"test accuracy +{100 * result['accuracy']:.2f} %", said)
   monkeypatch.setattr(video_speed, "_REPEATS", 1)
   monkeypatch.setattr(video_speed, "_BATCHES", (1, 20))
   if selection in ("light", "prefix"):
@@ -216,6 +336,7 @@ def test_a_run_trains_evaluates_and_is_not_repeated(config, tmp_path, capsys, mo
   assert (tmp_path / "run" / "compile.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_everything_open_is_every_segment(config):
   experiment = video_build.build(config())
   model, inputs = experiment.model.clone(axis_name=None), video_speed._read(experiment, 2)
@@ -224,24 +345,6 @@ def test_everything_open_is_every_segment(config):
   chosen = [Skipping(model, v, capacities=(8,), prepare=experiment.prepare)(inputs).chosen
             for v in (variables, video_speed._opened(model, variables))]
   assert chosen[0] < chosen[1] == inputs["valid"].sum()
-
-
-class Stopping:
-  """In place of `StopRequest`: asks to stop after some steps."""
-
-  def __init__(self, steps):
-    self._left = steps
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    pass
-
-  @property
-  def requested(self):
-    self._left -= 1
-    return self._left < 0
 
 
 @pytest.mark.slow
@@ -304,6 +407,7 @@ def test_picked_segments_are_valid_and_their_own(config):
   np.testing.assert_array_equal(np.ravel(picked["light"]), np.ravel(index + np.array([[0], [5]])))
 
 
+@pytest.mark.slow
 def test_concepts_stay_as_they_were_found(config, tmp_path):
   experiment = video_build.build(config(**{"optim.weight_decay": 0.1}))
   _, state = video_nets.restore(experiment.training, tmp_path, 0)
@@ -323,6 +427,7 @@ SKIPPED = {"training": "end_to_end", "model.selection": "uniform", "model.share"
 LEARNT = {"model.selection": "gate", "model.backward_share": 0.86}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "capacity", "in_full"),
     [({}, 2 * 4, None), (LEARNT, 25, 0.5), ({**LEARNT, "model.backward_share": 0.3}, 9, 1)])
@@ -339,6 +444,13 @@ def test_nets_trained_with_the_backward_of_chosen_segments_alone_are_the_same(
     return video_nets.restore(built.training, folder, 0, read_only=True)[1].params
 
   assert tiny.relative_gap(trained(True), trained(False)) < 1e-5
+
+
+@pytest.mark.parametrize(("changes", "capacity"), [
+    ({}, 2 * 4), (LEARNT, 25), ({**LEARNT, "model.backward_share": 0.3}, 9)])
+def test_the_backward_holds_the_segments_that_may_be_chosen(config, changes, capacity):
+  built = video_build.build(config(**{**SKIPPED, **changes, "model.skip_backward": True}))
+  assert built.training.model.backward_capacity == capacity
 
 
 @pytest.mark.parametrize(

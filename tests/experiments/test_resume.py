@@ -4,16 +4,15 @@ import importlib
 import json
 import shutil
 
-import made_tfds
 import pytest
-import tiny
-import tiny_cli
 
-from gating_jax.experiments import classification
+from gating_jax.experiments import classification, image_task
 from gating_jax.experiments.build import LOADERS
 from gating_jax.models import resnet
 from gating_jax.training import devices, steps
 from gating_jax.training.checkpoints import Checkpoints
+from tests.helpers import made_tfds, tiny, tiny_cli
+from tests.helpers.runs import Stopping, said
 
 SHAPE = (8, 8, 3)
 
@@ -34,6 +33,19 @@ def final_state(config, workdir):
     return checkpoints.restore(like, devices.replicated_sharding())
   finally:
     checkpoints.close()
+
+
+def test_a_streamed_run_that_was_stopped_goes_on(data_dir, tmp_path, monkeypatch):
+  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+  monkeypatch.setattr(image_task, "write_report", lambda *_, **__: None)
+  config = importlib.import_module("configs.tfds_resnet20").get_config("epochs=1,batch=16")
+  config.update_from_flattened_dict({"data.name": "resume_set", "data.data_dir": str(data_dir),
+                                     "data.loader": "streaming", "model.name": "tiny", "model.gating": "none"})
+  with monkeypatch.context() as patch:
+    patch.setattr(classification.loop, "StopRequest", lambda: Stopping(1))
+    assert "stopped as asked" in said(classification, config, tmp_path, "train")
+  assert "going on from the checkpoint of step 1" in said(classification, config, tmp_path, "train")
+  assert final_state(config, tmp_path)[0] == 2
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import tiny
 from flax import traverse_util
 
 from gating_jax.experiments import classification, pretrained
@@ -15,6 +14,7 @@ from gating_jax.layers.blocks import BasicBlock
 from gating_jax.models import resnet
 from gating_jax.training import devices, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
+from tests.helpers import tiny
 
 
 @pytest.fixture

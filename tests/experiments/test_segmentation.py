@@ -6,8 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-import tiny
-import tiny_cli
 
 from gating_jax.data import sources
 from gating_jax.experiments import segmentation, time_table
@@ -15,12 +13,12 @@ from gating_jax.models import resnet
 from gating_jax.models.counts import count
 from gating_jax.training import devices, steps
 from gating_jax.training.checkpoints import Checkpoints
+from tests.helpers import tiny, tiny_cli
+from tests.helpers.runs import said
 
 
-@pytest.fixture
-def config(monkeypatch):
-  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
-
+@pytest.fixture(scope="module")
+def config():
   def make(name="digits", **changes):
     made = importlib.import_module(f"configs.segmentation_{name}").get_config()
     made.update_from_flattened_dict({
@@ -30,7 +28,28 @@ def config(monkeypatch):
     made.update_from_flattened_dict(changes)
     return made
 
-  return make
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+    yield make
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+  """`(config, directory)` of a finished run of one epoch."""
+  made, workdir = config(**{"optim.epochs": 1}), tmp_path_factory.mktemp("finished") / "run"
+  said(segmentation, made, workdir, "train")
+  return made, workdir
+
+
+def test_a_run_leaves_what_it_measured(finished):
+  made, workdir = finished
+  result, built = json.loads((workdir / "result.json").read_text()), segmentation.build(made)
+  assert (result["step"], result["images"]) == (5, 11)
+  assert result["head_macs"] == built.counts.macs - count(built.model.backbone.clone(), built.test.shape).macs > 0
+  assert 0 < result["mean_iou"] < result["accuracy"] < 1
+  assert (workdir / "scenes.png").stat().st_size > 10_000
+  assert f"mean IoU {100 * result['mean_iou']:.2f} %" in " ".join(
+      said(segmentation, made, workdir, "evaluate").split())
 
 
 @pytest.mark.parametrize(("field", "value", "message"), [

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
-from test_folding import MODELS, SHAPE, images, random_variables
 
 from gating_jax.inference import folded, folded_macs, openings
 from gating_jax.inference.analyse import _in_blocks, _union, analyse
 from gating_jax.inference.folded import Group
 from gating_jax.inference.folding import fold
+from tests.helpers.gated_models import MODELS, SHAPE, images, random_variables
 
 MODEL = MODELS["basic"]
 VARIABLES = random_variables(MODEL)

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from test_conditional import KINDS, SHAPE, images, net
 
 from gating_jax.inference import conditional, folded, folded_macs
 from gating_jax.inference.computed import account, spent
@@ -11,6 +10,8 @@ from gating_jax.inference.folded import Group
 from gating_jax.inference.kernel_strategies import EXPORTABLE, STRATEGIES, why_not
 from gating_jax.inference.strategies import capacities, settings_of
 from gating_jax.ops import native
+from tests.helpers.folded_nets import KINDS, SHAPE, images, net
+from tests.helpers.matrix import in_turn
 
 CASES = [(kind, strategy) for kind, known in KINDS.items() for strategy in ("masked", *known) if strategy in EXPORTABLE]
 
@@ -22,8 +23,7 @@ def prepared(kind, count, buckets=3):
   return of, settings_of(of, buckets, gates), conditional._seen(of, images(count))
 
 
-@pytest.mark.parametrize("count", [1, 5])
-@pytest.mark.parametrize(("kind", "strategy"), CASES)
+@pytest.mark.parametrize(("kind", "strategy", "count"), in_turn(CASES, (1,), (5,)))
 def test_it_is_what_the_convolutions_are_given(kind, strategy, count, monkeypatch):
   of, settings, seen = prepared(kind, count)
   given = []

@@ -6,95 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gating_jax.inference import conditional, folded, timings
 from gating_jax.inference.conditional import compile_conditional
-from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer
+from gating_jax.inference.folded import Block, Folded, Group, Layer
 from gating_jax.inference.kernel_strategies import STRATEGIES, why_not, worth_trying
 from gating_jax.inference.quantise import quantise
-from gating_jax.inference.strategies import Setting
+from gating_jax.inference.strategies import Setting, for_open
+from tests.helpers.folded_nets import FEATURES, KINDS, SHAPE, basic, conv, images, net
+from tests.helpers.matrix import in_turn
 
-SHAPE = (5, 4, 3)
-FEATURES = 6
-
-
-def normal(rng, *shape):
-  return jnp.asarray(rng.normal(0, 1 / np.sqrt(max(1, np.prod(shape[:-1]))), shape), jnp.float32)
-
-
-def conv(rng, inputs, outputs, window=3, stride=1):
-  return Conv(normal(rng, window, window, inputs, outputs), 0.3 * normal(rng, outputs), stride)
-
-
-def head(rng, inputs, *groups):
-  """Gates of which any number may be open for an image."""
-  total = sum(group.gates for group in groups)
-  return Head(3 * normal(rng, inputs, 8), normal(rng, 8), 3 * normal(rng, 8, total), normal(rng, total), groups)
-
-
-def basic(rng, group, stride=1):
-  return Block((conv(rng, FEATURES, group.width, stride=stride), conv(rng, group.width, FEATURES)),
-               head(rng, FEATURES, group), pad=(stride, 0, 0))
-
-
-def gated_output(rng, group, stride=1):
-  """With gates of what it ends with, which the next one reads by both ways."""
-  block = basic(rng, group, stride)
-  return dataclasses.replace(block, head=head(rng, FEATURES, group, Group(FEATURES)), output_gate=True,
-                             project=conv(rng, FEATURES, FEATURES, 1, stride))
-
-
-def net(kind, seed=0):
-  """A small network of one kind of gates; 34 channels make three capacities of `switch`."""
-  rng = np.random.default_rng(seed)
-  stem = Layer(conv(rng, 3, FEATURES))
-  parts = {
-      "channels": lambda: [stem, basic(rng, Group(34)), basic(rng, Group(20), stride=2)],
-      "always": lambda: [stem, basic(rng, Group(30, always=4)), basic(rng, Group(3, 5, always=2))],
-      "blocks": lambda: [stem, basic(rng, Group(3, 8)), basic(rng, Group(4, 2), stride=2)],
-      "layers": lambda: [stem, *(dataclasses.replace(basic(rng, Group(5)), head=head(rng, FEATURES, Group(1)),
-                                                     layer_gate=True) for _ in range(3))],
-      # The first part, whose input may be below 0, and one whose shortcut may.
-      "first layers": lambda: [
-          Block((conv(rng, 3, 5), conv(rng, 5, 3)), head(rng, 3, Group(1)), layer_gate=True),
-          Block((conv(rng, 3, 5), conv(rng, 5, FEATURES)), head(rng, 3, Group(1)), conv(rng, 3, FEATURES, 1),
-                layer_gate=True)],
-      # As `slim` leaves a block of which no unit ever opens, and `fold` one whose gate is always closed.
-      "dead branches": lambda: [stem, Block((conv(rng, FEATURES, 0), conv(rng, 0, FEATURES))), Block(()),
-                                basic(rng, Group(34))],
-      "bottleneck": lambda: [stem, Block(
-          (conv(rng, FEATURES, 34, 1), conv(rng, 34, 18, stride=2), conv(rng, 18, 9, 1)),
-          head(rng, FEATURES, Group(34), Group(9, 2)), conv(rng, FEATURES, 9, 1, 2))],
-      "outputs": lambda: [stem, gated_output(rng, Group(34)), gated_output(rng, Group(20), stride=2),
-                          gated_output(rng, Group(3, 8))],
-      "chain": lambda: [Layer(conv(rng, 3, 34), head(rng, 3, Group(34)), (2, 2, 0)),
-                        Layer(conv(rng, 34, 20), head(rng, 34, Group(10, 2))), Layer(conv(rng, 20, FEATURES))],
-  }[kind]()
-  outputs = parts[-1].conv.bias.size if isinstance(parts[-1], Layer) else parts[-1].convs[-1].bias.size
-  return Folded(tuple(parts), (normal(rng, outputs, 4), normal(rng, 4)))
-
-
-KINDS = {
-    "channels": ("switch", "cluster", "native"),
-    "always": ("switch", "block_dispatch", "cluster", "native"),
-    "blocks": ("switch", "block_dispatch", "cluster", "native", "pallas"),
-    "layers": ("layer_dispatch", "native"),
-    "first layers": ("layer_dispatch", "native"),
-    "dead branches": ("switch", "cluster", "native"),
-    "bottleneck": ("switch", "cluster", "native"),
-    "outputs": ("switch", "block_dispatch", "cluster", "native", "pallas"),
-    "chain": ("switch", "native"),
-}
-cases = pytest.mark.parametrize(("kind", "strategy"), [
-    pytest.param(k, s, marks=pytest.mark.skipif(bool(why_not(s)), reason=why_not(s)))
-    for k, known in KINDS.items() for s in known])
-
-
-def images(count, seed=0):
-  rng = np.random.default_rng(seed)
-  return (rng.normal(0, 1, (count, *SHAPE)) + rng.normal(0, 2, (count, 1, 1, 3))).astype(np.float32)
+CASES = [pytest.param(kind, strategy, marks=pytest.mark.skipif(bool(why_not(strategy)), reason=why_not(strategy)))
+         for kind, known in KINDS.items() for strategy in known]
+cases = pytest.mark.parametrize(("kind", "strategy"), CASES)
 
 
 def compiled(kind, strategy, batch_size=1, **changes):
@@ -125,8 +51,7 @@ def with_bias(of, bias):
   return dataclasses.replace(of, parts=tuple(moved(part) for part in of.parts))
 
 
-@cases
-@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize(("kind", "strategy", "batch_size"), in_turn(CASES, (1,), (5,)))
 def test_equal_to_computing_everything(kind, strategy, batch_size):
   run = compiled(kind, strategy, batch_size)
   assert strategy in run.strategies
@@ -135,15 +60,16 @@ def test_equal_to_computing_everything(kind, strategy, batch_size):
   assert any(len(np.unique(g.sum(1))) > 1 for g in gates)
 
 
-@cases
-@pytest.mark.parametrize(("batch_size", "buckets"), [(3, 4), (1, 2)])
+@pytest.mark.parametrize(("kind", "strategy", "batch_size", "buckets"), in_turn(CASES, (3, 4), (1, 2)))
 def test_equal_on_fuzzed_gates(kind, strategy, batch_size, buckets):
   """One program, whose weights are arguments: all open, all closed, and what is between."""
   run = compiled(kind, strategy, batch_size, buckets=buckets)
   seen = set()
 
   @settings(max_examples=10, deadline=None)
-  @given(st.integers(0, 10**6), st.sampled_from([-100.0, -2.0, 0.0, 2.0, 100.0]), st.integers(0, 7))
+  @example(0, -100.0, 4)
+  @example(0, 100.0, 4)
+  @given(st.integers(0, 10**6), st.sampled_from([-100.0, -2.0, 0.0, 2.0, 100.0]), st.sampled_from([0, 1, 4, 7]))
   def fuzz(seed, bias, count):
     other = with_bias(net(kind, seed), bias)
     run.load(other)
@@ -164,10 +90,10 @@ def test_what_is_closed_is_not_computed():
                 jnp.nan if i == 0 or kind != "channels" else c.kernel)) for i, c in enumerate(part.convs)))
         for part in closed.parts))
     x = images(1)
-    expected, _ = folded.run(closed, x)
+    expected, _ = jax.jit(folded.run)(closed, x)
     run.load(spoilt)
     np.testing.assert_allclose(run(x)[0], expected, rtol=2e-5, atol=2e-5, err_msg=strategy)
-    assert np.isnan(folded.run(spoilt, x)[0]).all()
+    assert np.isnan(jax.jit(folded.run)(spoilt, x)[0]).all()
 
 
 def test_auto_takes_a_net_of_which_slimming_has_left_dead_branches():
@@ -183,7 +109,7 @@ def test_blocks_that_the_kernel_for_gpus_cannot_take_are_left_out(monkeypatch):
   assert STRATEGIES["pallas"](block, Setting(4)) is None
 
 
-@pytest.mark.parametrize("kind", ["blocks", "layers"])
+@pytest.mark.parametrize("kind", [pytest.param("blocks", marks=pytest.mark.slow), "layers"])
 def test_auto_reports_what_it_measured_and_takes_the_fastest(kind):
   run = compiled(kind, "auto", 2, calibration=images(9), repeats=2)
   check(run, images(5), net(kind))
@@ -392,3 +318,11 @@ def test_int8_kernels_are_refused():
 
 def test_every_strategy_is_tried():
   assert {"masked", *(s for known in KINDS.values() for s in known)} == STRATEGIES.keys()
+
+
+def test_the_program_for_any_number_of_open_examples_holds_them_all():
+  x = jnp.arange(1.0, 9.0)
+  run = jax.jit(lambda is_open: for_open(is_open, (x,), lambda x: 10 * x, x, 4))
+  for count in range(9):
+    is_open = np.arange(8) >= 8 - count
+    np.testing.assert_array_equal(run(is_open), np.where(is_open, 11 * x, x))

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_folding import random_variables
 
 from gating_jax.inference import exiting
 from gating_jax.inference.exiting import EXIT_DISPATCH, MASKED, compile_exits, fold_exits, macs
 from gating_jax.models.counts import count
 from gating_jax.models.early_exit import EarlyExitNet
 from gating_jax.models.resnet import ResNet
+from tests.helpers.gated_models import random_variables
 
 SHAPE = (8, 7, 3)
 MODEL = EarlyExitNet(4, (1, 2, 1), features=4, threshold=0.7)

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_folding import MODELS, SHAPE, images, random_variables
 
 from gating_jax.inference import export, folded, folded_macs
 from gating_jax.inference.analyse import analyse
@@ -17,6 +16,7 @@ from gating_jax.inference.kernel_strategies import why_not
 from gating_jax.inference.quantise import dequantise, quantise
 from gating_jax.inference.slim import slim
 from gating_jax.models.early_exit import EarlyExitNet
+from tests.helpers.gated_models import MODELS, SHAPE, images, random_variables
 
 run = jax.jit(folded.run)
 
@@ -184,3 +184,12 @@ def test_bad_arguments_are_named(net, tmp_path, options, message):
   with pytest.raises(ValueError, match=message):
     export_model(net, tmp_path / "net", **{"input_shape": SHAPE, "platforms": ("cpu",), **options})
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "program.stablehlo"])
+def test_a_file_of_the_right_size_that_was_changed_is_not_loaded(exported, name):
+  data = bytearray((exported / name).read_bytes())
+  data[-1] ^= 1
+  (exported / name).write_bytes(data)
+  with pytest.raises(ExportError, match=f"{name} is damaged: .* bytes that are not the .* bytes of"):
+    load(exported)

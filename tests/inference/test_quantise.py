@@ -2,12 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_folding import MODELS, SHAPE, images, random_variables
 
 from gating_jax.inference import folded, folded_macs
 from gating_jax.inference.folded import Conv, Folded, Layer
 from gating_jax.inference.folding import fold
 from gating_jax.inference.quantise import Int8, dequantise, quantise
+from tests.helpers.gated_models import MODELS, SHAPE, images, random_variables
 
 run = jax.jit(folded.run)
 

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_folding import MODELS, SHAPE, images, random_variables
 
 from gating_jax.inference import folded, folded_macs, openings, slim
 from gating_jax.inference.analyse import analyse
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import Block, Folded, Group, Head, Layer
 from gating_jax.inference.folding import fold
+from tests.helpers.gated_models import MODELS, SHAPE, images, random_variables
 
 GATED = ("basic", "blocks", "layer", "bottleneck", "vgg", "vgg without norm")
 OUTPUTS = ("outputs", "bottleneck outputs")
@@ -81,6 +81,7 @@ def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
   np.testing.assert_allclose(folded.run(small, images(4))[0], folded.run(closed, images(4))[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_channels_that_shortcuts_read_stay_and_keep_their_gates(name):
   for bias in (OPEN, CLOSED):

@@ -155,7 +155,7 @@ def test_macs_with_gated_outputs_by_hand():
 
 
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
-def test_gated_outputs_are_those_of_the_ungated_block_where_open_and_zero_where_closed(block):
+def test_gated_outputs_equal_the_ungated_block_where_open_and_0_where_closed(block):
   x = image(2, 5, 5, 3)
   gated, ungated = (block(2, stride=2, gating=gating) for gating in ("all_channels", "none"))
   variables = variables_of(gated, x, plain_norms=True)
@@ -191,7 +191,7 @@ def test_a_layer_gate_skips_the_whole_block_of_an_image(block, gates, groups):
     (BasicBlock, (2, 8, 8, 4), dict(features=6, shortcut="A"), []),
     (Bottleneck, (2, 8, 8, 6), dict(features=6), []),
 ])
-def test_a_layer_gate_is_of_blocks_that_keep_the_shape_and_costs_all_their_convolutions(
+def test_a_layer_gate_needs_equal_shapes_and_counts_all_convolutions(
     block, shape, settings, expected):
   assert macs_of(block, shape, gating="layer", **settings)[1] == expected
 
@@ -199,13 +199,14 @@ def test_a_layer_gate_is_of_blocks_that_keep_the_shape_and_costs_all_their_convo
 def test_records_name_what_writes_and_reads_their_channels():
   x = image(1, 6, 6, 3)
   basic = dict(features=2, stride=2, gating="all_channels")
-  inner, outer = BasicBlock(**basic).init_with_output(jax.random.key(0), x)[0][1]
+  records = lambda block, x: jax.jit(block.init_with_output)(jax.random.key(0), x)[0][1]
+  inner, outer = records(BasicBlock(**basic), x)
   assert (inner.writers, inner.readers) == ((("conv1", "conv"),), (("conv2", "conv"),))
   assert (outer.writers, outer.readers) == ((("conv2", "conv"), ("project", "conv")), ())
-  first, second, last = Bottleneck(**basic).init_with_output(jax.random.key(0), x)[0][1]
+  first, second, last = records(Bottleneck(**basic), x)
   assert [r.writers[0][0] for r in (first, second, last)] == ["conv1", "conv2", "conv3"]
   clips = jnp.zeros((1, 2, 4, 4, 3))
-  inner, _ = BasicBlock(**basic, convolution="factorised").init_with_output(jax.random.key(0), clips)[0][1]
+  inner, _ = records(BasicBlock(**basic, convolution="factorised"), clips)
   assert (inner.writers, inner.readers) == ((("conv1", "time", "conv"),), (("conv2", "space", "conv"),))
 
 

@@ -58,7 +58,7 @@ def test_images_and_clips_are_convolved_the_same_on_every_platform(monkeypatch, 
   np.testing.assert_allclose(apply(module, variables, x), by_hand(x, variables, stride), rtol=1e-4, atol=1e-5)
 
 
-def test_the_platform_chooses_the_form_of_a_clips_convolution_and_leaves_images_alone(monkeypatch):
+def test_the_platform_chooses_the_form_of_clip_convolutions_alone(monkeypatch):
   def ranks(x, **settings):
     module = ConvNorm(3, 3, **settings)
     program = jax.make_jaxpr(lambda v, x: module.apply(v, x, False))(filled(module, x), x)

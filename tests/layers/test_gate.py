@@ -144,7 +144,7 @@ def test_a_sigmoid_gate_is_its_probability_in_training_and_evaluation_without_a_
     np.testing.assert_allclose(gates, np.broadcast_to(special.expit(np.linspace(-2, 2, 5)), (6, 5)), rtol=1e-5)
 
 
-def test_hard_concrete_gates_close_for_good_and_open_as_often_as_their_probability_says():
+def test_hard_concrete_gates_close_permanently_and_open_at_their_probability():
   settings = GateSettings(context="none", relaxation="hard_concrete", initial_open=0.3)
   gate, x = two_groups(settings=settings), features(500, 5)
   fresh = gate.init(jax.random.key(0), x)["params"]["logits"]

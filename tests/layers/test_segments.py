@@ -80,7 +80,7 @@ def logits_by_hand(context, variables, x):
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_logits_are_those_of_each_video_alone_whatever_the_padding_and_the_other_videos(context):
+def test_logits_do_not_depend_on_padding_or_on_other_videos(context):
   x, valid, module = normal(B, T, C), padded(*LENGTHS), gate(context)
   variables = init(module, x, valid)
   record = evaluate(module, variables, x, valid)

@@ -110,7 +110,7 @@ def test_gate_macs_by_hand():
   assert c.gates == 16 + 32
 
 
-def test_convolutions_and_dense_layers_of_any_module_are_counted_each_time_they_are_called():
+def test_convolutions_and_dense_layers_are_counted_at_each_call():
   class Net(nn.Module):
     @nn.compact
     def __call__(self, x):

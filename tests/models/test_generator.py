@@ -165,7 +165,7 @@ def test_the_macs_of_open_channels():
   dense, last = 6 * 4 * 4 * 8, 32 * 32 * 9 * 2 * 1
   assert sizes.macs == dense + 8 * 8 * 9 * 8 * 4 + 16 * 16 * 9 * 4 * 2 + last == sizes.gated
   assert count(Generator((32, 32, 1), latent=6, width=2), (6,)).macs == sizes.macs
-  _, records = generator.apply(variables, z)
+  _, records = jax.jit(generator.apply)(variables, z)
   assert [r.writers for r in records] == [((f"map{i}", "filters"),) for i in (1, 2, 3)]
   a, b, c = (np.sum(r.gates, axis=-1) for r in records)
   by_hand = 6 * 16 * a + 8 * 8 * 9 * a * b + 16 * 16 * 9 * b * c + 32 * 32 * 9 * c

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from scipy import special
 
 from gating_jax.layers.gate import GATE_NAME, GATE_RNG, ChannelGate, GateSettings, Switched, is_gate_path
@@ -15,6 +14,7 @@ from gating_jax.layers.segments import POOLINGS, SegmentGateSettings
 from gating_jax.models.segment_net import SELECTIONS, SegmentClassifier, SegmentNet
 from gating_jax.models.segment_nets import FeaturePool
 from gating_jax.ops import selection as choices
+from tests.helpers import tiny
 
 AXIS = "devices"
 B, T, C, D, CLASSES = 4, 6, 5, 7, 3

@@ -49,7 +49,7 @@ def test_parts_by_hand(context, macs):
   assert counts.all_segments == T * (FIXED + D * HEAVY) + HEAVY * 512 + 512 * CLASSES
 
 
-def test_the_light_head_is_part_of_the_selector_and_attentions_scores_of_the_classifier():
+def test_the_light_head_counts_as_selector_and_attention_scores_as_classifier():
   plain = count_video(net("uniform", light=False), SHAPES)
   assert (plain.light, plain.selector, plain.classifier) == (NOTHING, 0, HEAVY * 512 + 512 * CLASSES)
   head = count_video(net("confidence", pooling="attention"), SHAPES)

@@ -4,13 +4,12 @@ import os
 import stat
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from gating_jax.native import build
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 FAKE = """#!/bin/sh
 [ "$1" = --version ] && { echo fake; exit; }
 for last; do :; done
@@ -83,6 +82,7 @@ def test_built_once_and_again_when_a_source_changes(cache, compiler, monkeypatch
   assert build.built() != first
 
 
+@pytest.mark.slow
 def test_processes_at_once_leave_one_whole_file(cache, compiler):
   program = "from gating_jax.native import build; print(build.built())"
   runs = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True,

@@ -28,6 +28,9 @@ GOLDEN = [
     (beta(2, 6), 0.394319465485171, [0.0566119553, -0.2495216115, 0.0000049875, 1.1531822432]),
     (uniform(), 0.0425, [0.2, -0.2, 0.3, 0.0]),
 ]
+# One program each: without jit, every operation on a new shape is compiled on its own.
+matching, shaping = (
+    jax.jit(loss, static_argnames=("prior", "axis")) for loss in (cdf_matching_loss, batch_shaping_loss))
 golden = pytest.mark.parametrize(("prior", "loss", "slope"), GOLDEN, ids=[g[0].name for g in GOLDEN])
 
 
@@ -65,10 +68,10 @@ def test_golden_values_in_float64(prior, loss, slope, x64):
   np.testing.assert_allclose(gradient, slope * PROBS * (1 - PROBS), atol=1e-7)
 
 
-def test_the_loss_of_an_exactly_placed_batch_is_zero_and_that_of_one_value_is_by_hand():
-  np.testing.assert_allclose(cdf_matching_loss(jnp.array([0.75, 0.25, 0.5]), uniform()), 0, atol=1e-12)
-  np.testing.assert_allclose(cdf_matching_loss(jnp.array([0.9]), uniform()), 0.16, rtol=1e-6)
-  np.testing.assert_allclose(batch_shaping_loss(jnp.log(jnp.array([9.0])), uniform()), 0.16, rtol=1e-6)
+def test_an_exactly_placed_batch_has_no_loss_and_one_value_that_by_hand():
+  np.testing.assert_allclose(matching(jnp.array([0.75, 0.25, 0.5]), uniform()), 0, atol=1e-12)
+  np.testing.assert_allclose(matching(jnp.array([0.9]), uniform()), 0.16, rtol=1e-6)
+  np.testing.assert_allclose(shaping(jnp.log(jnp.array([9.0])), uniform()), 0.16, rtol=1e-6)
 
 
 def test_constant_gates_at_batch_256(library_sort):
@@ -96,6 +99,7 @@ def test_the_noise_floor_by_hand():
   np.testing.assert_allclose([noise_floor(1), noise_floor(256)], [1 / 12, 0.000649], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_plain_gradient_steps_spread_narrow_gates_over_the_prior():
   means = np.array([-3.0, 0.0, 3.0])
   start = np.random.default_rng(0).normal(means, 0.1, (256, 3)).astype(np.float32)
@@ -149,7 +153,7 @@ def test_the_axis_only_moves_the_batch():
   expected = np.mean((special.expit(np.sort(x, 0)) - np.arange(1, 5).reshape(4, 1, 1) / 5) ** 2, 0)
   assert np.ptp(expected) > 1e-3
   for axis, moved in ((0, x), (1, np.moveaxis(x, 0, 1)), (-1, np.moveaxis(x, 0, -1))):
-    np.testing.assert_allclose(batch_shaping_loss(moved, uniform(), axis=axis), expected, rtol=1e-5)
+    np.testing.assert_allclose(shaping(moved, uniform(), axis=axis), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("prior", [beta(0.6, 0.4), beta(0.05, 50), uniform()], ids=lambda p: p.name)
@@ -296,8 +300,8 @@ def test_weights_by_hand_and_one_weight_for_each_value():
   x, weights = jnp.array([[0.9, 0.3], [0.2, 0.3]]), jnp.array([[1.0, 2.0], [2.0, 0.5]])
   levels = np.array([[(3 - 0.5 + 0.5) / 4, (2 - 1 + 0.5) / 3.5], [(2 - 1 + 0.5) / 4, (2.5 - 0.25 + 0.5) / 3.5]])
   right = (weights * (x - levels) ** 2).sum(0) / weights.sum(0)
-  np.testing.assert_allclose(cdf_matching_loss(x, uniform(), weights=weights), right, rtol=1e-6)
-  swapped = cdf_matching_loss(x.T, uniform(), axis=1, weights=weights.T)
+  np.testing.assert_allclose(matching(x, uniform(), weights=weights), right, rtol=1e-6)
+  swapped = matching(x.T, uniform(), axis=1, weights=weights.T)
   np.testing.assert_allclose(swapped, right, rtol=1e-6)
 
 
@@ -316,8 +320,9 @@ def test_what_is_left_out_has_no_part_in_the_gradient_of_learned_parameters():
   def loss(width, x, weights):
     log_normal = Prior("log-normal", lambda x: jax.scipy.stats.norm.cdf(jnp.log(x) / width), lambda x: x)
     return cdf_matching_loss(x, log_normal, weights=weights)
-  gradient = jax.grad(loss)(0.7, x, jnp.array([1.0, 1.0, 0.0, 1.0]))
-  np.testing.assert_allclose(gradient, jax.grad(loss)(0.7, x[jnp.array([0, 1, 3])], None), rtol=1e-5)
+  gradient = jax.jit(jax.grad(loss))
+  np.testing.assert_allclose(gradient(0.7, x, jnp.array([1.0, 1.0, 0.0, 1.0])),
+                             gradient(0.7, x[jnp.array([0, 1, 3])], None), rtol=1e-5)
 
 
 def test_ties_among_many_have_exact_levels():
@@ -341,9 +346,9 @@ def test_generalised_loss_is_finite_for_every_finite_mean():
 def test_nan_is_never_a_number_whatever_the_prior_makes_of_it():
   x = jnp.array([0.3, jnp.nan, 2.0])
   blind = Prior("blind", lambda x: jnp.where(x > 0, 1 - jnp.exp(-x), 0.0), lambda x: x)
-  assert np.isnan(cdf_matching_loss(x, blind))
-  assert np.isnan(cdf_matching_loss(jnp.ones(3), empirical(x)))
-  np.testing.assert_array_equal(np.isnan(empirical_cdf(jnp.stack([x, jnp.ones(3)], 1))), [[True, False]] * 3)
+  assert np.isnan(matching(x, blind))
+  assert np.isnan(matching(jnp.ones(3), empirical(x)))
+  np.testing.assert_array_equal(np.isnan(jax.jit(empirical_cdf)(jnp.stack([x, jnp.ones(3)], 1))), [[True, False]] * 3)
   with pytest.raises(ValueError, match=r"^x must hold at least one example along axis 0; got shape \(0, 2\)$"):
     empirical_cdf(jnp.zeros((0, 2)))
 
@@ -365,7 +370,7 @@ def test_weights_that_do_not_fit_are_named():
     batch_shaping_loss(jnp.zeros((4, 3)), uniform(), exchange="gathr")
 
 
-def test_whole_columns_that_tie_have_the_value_of_every_order_and_the_gradient_of_the_mean_level():
+def test_tied_columns_have_the_value_of_any_order_and_the_mean_levels_gradient():
   value, gradient = jax.value_and_grad(lambda x: cdf_matching_loss(x, uniform()))(jnp.full(4, 0.3))
   np.testing.assert_allclose(value, np.mean((0.3 - np.arange(1, 5) / 5) ** 2), rtol=1e-6)
   np.testing.assert_allclose(gradient, [2 / 4 * (0.3 - 0.5)] * 4, rtol=1e-6)
@@ -409,10 +414,11 @@ def both_losses(name):
   return jax.jit(jax.value_and_grad(total), static_argnums=2)
 
 
-@pytest.mark.parametrize("name", ANY_PRIOR)
+@pytest.mark.parametrize("name", [  # differentiating betainc takes long to compile
+    pytest.param(name, marks=pytest.mark.slow if name == "learnable beta" else ()) for name in ANY_PRIOR])
 @given(form=st.sampled_from([(1, jnp.float32, 0), (2, jnp.bfloat16, 0), (6, jnp.float32, 0), (13, jnp.float32, 1)]),
        data=st.data())
-def test_every_finite_input_has_a_finite_loss_and_gradient_that_move_with_the_examples(name, form, data):
+def test_finite_inputs_have_a_finite_loss_and_a_gradient_that_follows_examples(name, form, data):
   n, dtype, axis = form
   value = st.sampled_from(EXTREMES) | st.floats(-5, 5, width=32)
   x = jnp.array(data.draw(st.lists(value, min_size=2 * n, max_size=2 * n)), dtype).reshape(n, 2)

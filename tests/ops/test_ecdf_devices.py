@@ -1,16 +1,20 @@
 import functools
-import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from spread_loss import (
+
+from gating_jax.ops import collectives
+from gating_jax.ops.ecdf import EXCHANGES, cdf_matching_loss, empirical_cdf
+from gating_jax.ops.ranking import sort_with_vjp
+from gating_jax.ops.samples import empirical
+from tests.helpers import ROOT, environment
+from tests.helpers.spread_loss import (
   AXIS,
   TWO_AXES,
   by_pmap,
@@ -24,11 +28,6 @@ from spread_loss import (
   target_rate,
   weighted,
 )
-
-from gating_jax.ops import collectives
-from gating_jax.ops.ecdf import EXCHANGES, cdf_matching_loss, empirical_cdf
-from gating_jax.ops.ranking import sort_with_vjp
-from gating_jax.ops.samples import empirical
 
 DEVICES = 8
 SPREADABLE = [weighted, learned_beta, learned_relaxed_bernoulli, reference_samples]
@@ -182,14 +181,11 @@ def test_two_processes_and_one_give_the_same_value_and_gradient(tmp_path):
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
-  script = Path(__file__).parent / "two_processes.py"
-  environment = os.environ | {
-      "PYTHONPATH": str(script.parents[2]), "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+  script = ROOT / "tests" / "helpers" / "two_processes.py"
   files = [tmp_path / f"{i}.npz" for i in range(2)]
   processes = [
-      subprocess.Popen([sys.executable, script, str(port), str(i), file], env=environment, stdout=subprocess.PIPE,
-                       stderr=subprocess.STDOUT, text=True)
+      subprocess.Popen([sys.executable, script, str(port), str(i), file], env=environment(devices=2),
+                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
       for i, file in enumerate(files)]
   try:
     for process in processes:

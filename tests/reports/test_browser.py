@@ -2,8 +2,6 @@ import importlib
 
 import numpy as np
 import pytest
-import report_data
-from browser import BROWSER, look_at
 from matplotlib.figure import Figure
 
 from gating_jax.experiments import continual_build, continual_report, video_build, video_report
@@ -11,6 +9,8 @@ from gating_jax.models import segment_nets, vgg
 from gating_jax.models.resnet import ResNet
 from gating_jax.reports import image_report, image_rows, page
 from gating_jax.training import rundir
+from tests.helpers import report_data
+from tests.helpers.browser import BROWSER, look_at
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")]
 

@@ -2,9 +2,9 @@ import io
 
 import numpy as np
 import pytest
-import report_data
 
 from gating_jax.reports import gate_pictures, image_pictures, image_report, lettering, page
+from tests.helpers import report_data
 
 
 def section(run, title):
@@ -77,7 +77,13 @@ def test_what_gates_tell_of_the_class(monkeypatch):
   assert list(classes) == list(report_data.CLASSES)
 
 
-def test_sections_that_make_no_sense_are_left_out_or_say_so():
+@pytest.fixture
+def unsaved(monkeypatch):
+  """Pictures have a caption but no pixels, which take most of the time."""
+  monkeypatch.setattr(page, "drawn", lambda draw, caption, *args, **kwargs: page.Picture(b"", caption))
+
+
+def test_sections_that_make_no_sense_are_left_out_or_say_so(unsaved):
   titles = lambda run: [s.title for s in image_report.sections(run)]
   assert titles(report_data.run()) == [
       "Result", "Score and multiply-accumulates", "Gates of each layer", "Gates over training",

@@ -54,7 +54,7 @@ def test_accuracies_stand_one_below_the_other_in_per_cent():
   assert figure.axes[-1].get_xlabel() == "accuracy (%)"
 
 
-def test_numbers_are_readable_on_every_colour_and_nothing_is_written_where_nothing_is_known():
+def test_numbers_are_readable_on_every_colour_and_unknown_cells_are_empty():
   ladder = np.append(np.linspace(0, 1, 24), NAN).reshape(5, 5)
   axes, = panels(drawn(task_pictures.draw_accuracies, ladder))
   assert len(axes.texts) == 24

@@ -67,7 +67,7 @@ def test_chosen_thumbnails_are_bright_and_others_dimmed(tmp_path, colours):
   np.testing.assert_allclose(values, np.repeat(expected[:, None], 3, axis=1), atol=2)
 
 
-def test_a_thumbnail_of_a_long_video_shows_the_likeliest_chosen_of_its_segments_or_the_middle_one(tmp_path):
+def test_a_long_videos_thumbnail_shows_its_likeliest_chosen_or_middle_segment(tmp_path):
   segments = 48
   frames = np.broadcast_to(np.arange(0, 240, 5, dtype=np.uint8)[:, None, None, None], (segments, 8, 8, 1))
   probs, gates = np.full(segments, 0.3), np.zeros(segments)

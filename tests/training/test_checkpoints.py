@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from absl import logging
 
 from gating_jax.training import devices
 from gating_jax.training.checkpoints import CheckpointError, Checkpoints
+from tests.helpers import tiny
 
 # A restore that fails leaves coroutines of orbax behind, which complain when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

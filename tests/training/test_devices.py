@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 from jax import lax
 
 from gating_jax.data import augment
 from gating_jax.ops import collectives
 from gating_jax.training import devices
 from gating_jax.training.devices import BATCH, REPLICATED
+from tests.helpers import tiny
 
 backends = pytest.mark.parametrize("backend", devices.BACKENDS)
 STEPS = 3
@@ -58,7 +58,7 @@ def test_gradients_on_eight_devices_equal_those_on_one(backend):
 
 
 @backends
-def test_gradients_differ_when_the_gather_forgets_the_other_devices_in_its_backward_pass(backend, monkeypatch):
+def test_gradients_differ_when_the_gathers_backward_forgets_other_devices(backend, monkeypatch):
   @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
   def gather(x, axis_name):
     return lax.all_gather(x, axis_name, axis=0, tiled=True)

@@ -2,20 +2,20 @@ import json
 
 import numpy as np
 import pytest
-from event_files import events, summaries
 from PIL import Image
 from tqdm import tqdm
 
 from gating_jax.training import journal
 from gating_jax.training.journal import (
-    HISTOGRAMS_FILE,
-    METRICS_FILE,
-    TENSORBOARD_DIR,
-    Journal,
-    read_lines,
-    write_atomically,
-    write_json,
+  HISTOGRAMS_FILE,
+  METRICS_FILE,
+  TENSORBOARD_DIR,
+  Journal,
+  read_lines,
+  write_atomically,
+  write_json,
 )
+from tests.helpers.event_files import events, summaries
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@ import jax
 import numpy as np
 import optax
 import pytest
-import tiny
 from flax import traverse_util
 
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.training import optim
+from tests.helpers import tiny
 
 
 @pytest.fixture(scope="module")

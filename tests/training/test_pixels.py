@@ -3,7 +3,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 from sklearn import metrics
 
 from gating_jax.data import batches
@@ -11,6 +10,7 @@ from gating_jax.data.sources import Images
 from gating_jax.models.counts import ModelCounts
 from gating_jax.training import evaluation, pixels
 from gating_jax.training.pixels import IGNORED, PixelObjective
+from tests.helpers import tiny
 
 RANDOM = np.random.default_rng(0)
 K = 4
@@ -73,7 +73,7 @@ def test_nothing_to_learn_from_is_a_loss_of_zero():
   assert np.all(gradient == 0)
 
 
-def test_devices_with_unlike_numbers_of_ignored_pixels_have_the_loss_of_the_whole_batch():
+def test_devices_with_unequal_ignored_pixels_give_the_whole_batchs_loss():
   truth = TRUTH.copy()
   truth[:2] = IGNORED
   truth[2, :4] = IGNORED

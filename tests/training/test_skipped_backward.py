@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import optax
 import pytest
-import tiny
 
 from gating_jax.layers.blocks import Bottleneck
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.resnet import ResNet
 from gating_jax.training import steps
 from gating_jax.training.dispatch import or_in_full
+from tests.helpers import tiny
 
 STEPS, BATCH = 6, 16
 
@@ -36,6 +36,7 @@ def trained(advance, **fields):
   return state.params, in_full, moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "fields"), [(0.6, {}), (0.5, {"block": Bottleneck, "shortcut": "B"})])
 def test_parameters_are_those_of_full_steps(share, fields):
   full, _, moved = trained(step(1.0, **fields), **fields)
@@ -50,6 +51,7 @@ def test_a_step_that_holds_too_little_is_not_taken():
   assert not np.isfinite(optax.tree.norm(skipped))
 
 
+@pytest.mark.slow
 def test_a_backward_that_holds_less_costs_less():
   def flops(share):
     state = steps.init_state(net(1.0), optax.sgd(0.1, 0.9), 0, tiny.SHAPE)
@@ -62,3 +64,13 @@ def test_a_backward_that_holds_less_costs_less():
 def test_batch_norm_has_no_backward_to_leave_out():
   with pytest.raises(ValueError, match="backward_share must be 1 without group_norm, .*; got 0.5"):
     trained(step(0.5, group_norm=False))
+
+
+def test_a_step_whose_gradient_is_not_a_number_is_taken_again_in_full():
+  skipping = lambda state, norm: (state + 1, {"gradient_norm": np.array([norm])})
+  full = lambda state, norm: (state + 10, {"gradient_norm": np.array([1.0])})
+  run = or_in_full(skipping, full)
+  (kept, fits), (repeated, missed) = run(0, 0.5), run(0, np.nan)
+  assert (kept, repeated) == (1, 10)
+  assert (fits["in_full"], missed["in_full"]) == (0, 1)
+  assert missed["gradient_norm"] == 1.0

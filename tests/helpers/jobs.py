@@ -4,12 +4,12 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import orbax.checkpoint as ocp
 
-ROOT = Path(__file__).parent.parent
-PROGRAM = f"{sys.executable} {ROOT / 'tests' / 'tiny_cli.py'}"
+from tests.helpers import ROOT, environment
+
+PROGRAM = f"{sys.executable} {ROOT / 'tests' / 'helpers' / 'tiny_cli.py'}"
 STEPS_PER_EPOCH = 5
 TRAINING = {"model.name": "tiny", "optim.batch_size": 280, "optim.epochs": 1, "optim.learning_rate": 0.05}
 
@@ -19,14 +19,14 @@ def arguments(workdir, config="digits_resnet20", **changes):
   return [f"--config={ROOT / 'configs' / config}.py", *settings, f"--workdir={workdir}"]
 
 
-def launched(workdir, environment=(), out=None, **changes):
+def launched(workdir, variables=(), out=None, **changes):
   """A started job of two processes of four devices; what it prints is in `out`, by default `workdir`'s neighbour."""
   out = out or workdir.with_suffix(".out")
   with out.open("w") as file:
     job = subprocess.Popen(
         ["bash", str(ROOT / "launch" / "local.sh"), "2", *arguments(workdir, **changes)], stdout=file,
         stderr=subprocess.STDOUT, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "DEVICES": "4", "GATING_JAX": PROGRAM, **dict(environment)})
+        env={**os.environ, "PYTHONPATH": str(ROOT), "DEVICES": "4", "GATING_JAX": PROGRAM, **dict(variables)})
   job.out = out
   return job
 
@@ -49,11 +49,11 @@ def wait_until(holds, job):
     time.sleep(0.001)
 
 
-def alone(*arguments, devices=8):
+def alone(*arguments, devices=8, optimised=False):
   """What one process of so many devices prints."""
   done = subprocess.run(
       [*PROGRAM.split(), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-      env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"})
+      env=environment(devices, optimised=optimised))
   assert done.returncode == 0, done.stderr
   return done.stdout
 

@@ -2,10 +2,9 @@
 
 import time
 
-from tiny_cli import TINY
-
 from gating_jax import cli
 from gating_jax.models import resnet
+from tests.helpers.tiny_cli import TINY
 
 _true = time.time
 JUMPS = (0, 3600, -3600)  # s

@@ -8,9 +8,9 @@ import sys
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from spread_loss import AXIS, by_pmap, by_shard_map, fixed_prior, problem
 
 from gating_jax.ops.ecdf import EXCHANGES
+from tests.helpers.spread_loss import AXIS, by_pmap, by_shard_map, fixed_prior, problem
 
 
 def main(port, process, path):
