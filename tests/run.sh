@@ -1,10 +1,31 @@
 #!/usr/bin/env bash
 # Style, layering and tests, doctests included. Sets up a virtual environment in .venv first.
-# Usage: bash tests/run.sh [pytest arguments]. GATING_JAX_DATA_DIR names a TFDS folder for the tests on real data.
+# Usage: bash tests/run.sh [--slow] [--optimised] [pytest arguments]
+#   no option    what every change must pass: ten minutes at most on two cores, the installation included
+#   --slow       the other tier, after that one: soaks, kills, many processes, the browser, real data, long fuzzes and
+#                mutations; GATING_JAX_DATA_DIR names a TFDS folder for the tests on real data
+#   --optimised  the programs that users run: with all of XLA's optimisations, which take longer to compile
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-EXTRAS="[dev]" . launch/setup.sh
 
-ruff check .
-lint-imports --no-logo
-python -m pytest -n logical --maxprocesses=8 --dist loadfile "$@"
+tier=fast
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --slow) tier=slow ;;
+    --optimised)
+      export JAX_DISABLE_MOST_OPTIMIZATIONS=0
+      export XLA_FLAGS="${XLA_FLAGS:---xla_force_host_platform_device_count=8}" ;;
+    *) break ;;
+  esac
+  shift
+done
+
+EXTRAS="[dev]" . launch/setup.sh
+if [ "$tier" = fast ]; then
+  ruff check .
+  lint-imports --no-logo
+  python -m pytest -n logical --maxprocesses=8 --dist loadfile -m "not slow" --junit-xml=.cache/fast.xml "$@"
+else
+  python -m pytest -n logical --maxprocesses=8 --dist loadfile -m slow "$@"
+  [ $# -gt 0 ] || python tests/mutations.py
+fi

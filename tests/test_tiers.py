@@ -1,0 +1,61 @@
+"""The order of this folder: two tiers, short names, helpers in one place."""
+
+import re
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.helpers import ROOT, environment
+
+RECORD = ROOT / ".cache" / "fast.xml"  # which `bash tests/run.sh` writes
+CALL_LIMIT = 5.0  # s
+SETUP_LIMIT = 15.0  # s, of a run that many tests share
+
+
+def over_limit(record):
+  """`{node id: seconds}` of the tests of a JUnit record that take longer than they may."""
+  found = {}
+  for case in ElementTree.parse(record).iter("testcase"):
+    properties = {p.get("name"): p.get("value") for p in case.iter("property")}
+    setup = float(properties.get("setup_seconds", 0))
+    call = float(case.get("time")) - setup
+    if call > CALL_LIMIT or setup > SETUP_LIMIT:
+      file = case.get("classname").replace(".", "/")
+      found[f"{file}.py::{case.get('name')}"] = setup + call
+  return found
+
+
+def test_a_test_over_the_limit_is_named(tmp_path):
+  record = tmp_path / "record.xml"
+  case = '<testcase classname="tests.ops.test_macs" name="{}" time="{}">{}</testcase>'
+  setup = '<properties><property name="setup_seconds" value="{}" /></properties>'
+  record.write_text("<testsuites>" + "".join([
+      case.format("quick", 4.9, ""), case.format("long", 5.1, ""), case.format("shared", 14.0, setup.format(13.0)),
+      case.format("long_shared", 17.0, setup.format(16.0))]) + "</testsuites>")
+  assert list(over_limit(record)) == ["tests/ops/test_macs.py::long", "tests/ops/test_macs.py::long_shared"]
+
+
+@pytest.mark.slow
+def test_whatever_takes_more_than_five_seconds_is_marked_slow(tmp_path):
+  assert RECORD.exists(), "the fast tier leaves a record of its times: run bash tests/run.sh first"
+  suspects = over_limit(RECORD)
+  if suspects:  # the machine may have been busy: each has a second chance, alone, nothing compiled before
+    again = tmp_path / "again.xml"
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:xdist", f"--junit-xml={again}", *suspects], cwd=ROOT, check=False,
+        env=environment(devices=8, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "programs")), stdout=subprocess.DEVNULL)
+    suspects = over_limit(again)
+  assert not suspects, f"mark as slow, or make quicker (seconds): {suspects}"
+
+
+def test_no_test_imports_another():
+  for file in (ROOT / "tests").rglob("*.py"):
+    imported = re.findall(r"^\s*(?:from|import) (tests\.(?!helpers)\S+|test_\S+)", file.read_text(), re.MULTILINE)
+    assert not imported, f"{file}: what several tests need belongs into tests/helpers"
+
+
+def test_names_of_tests_have_at_most_80_characters():
+  for file in (ROOT / "tests").rglob("test_*.py"):
+    assert re.findall(r"^def (test_\w{76,})", file.read_text(), re.MULTILINE) == [], file
