@@ -1,0 +1,615 @@
+"""Shows that the fast tests notice faults: mutants, each a line of the package changed.
+
+    python tests/mutations.py [--only NAME,...] [--jobs 2]
+
+Every worker has a copy of the repository. A mutant is written into the copy of its file, the
+tests named with it run, and the file is put back. It is killed where a test fails. The script ends
+with 1 where a mutant survives, where its run is an error, or where its old text is no longer in
+its file exactly once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "gating_jax"
+COPIED = (
+  PACKAGE, "configs", "tests", "docs", "launch", "benchmarks", "pyproject.toml", "README.md")
+FAST = "not slow and not real_data"
+TIMEOUT = 300  # seconds
+KILLED, SURVIVED, ERROR = "killed", "survived", "error"
+
+
+class Mutant(NamedTuple):
+  """A fault: `old`, which is once in `file` of the package, becomes `new`.
+
+  Attributes:
+    tests: files or single tests under `tests`, with spaces between them.
+  """
+
+  name: str
+  file: str
+  old: str
+  new: str
+  tests: str
+
+
+class Result(NamedTuple):
+  """What became of a mutant: `said` is the test that killed it, or what went wrong."""
+
+  mutant: Mutant
+  outcome: str
+  said: str
+  seconds: float
+
+
+# The loss, its ranks and priors.
+LOSSES = [
+  Mutant(
+    "psum_left_out",
+    "ops/collectives.py",
+    "return lax.all_gather(x, axis_name, axis=0, tiled=True)",
+    "return lax.dynamic_update_slice_in_dim(lax.all_gather(lax.stop_gradient(x), axis_name, "
+    "tiled=True), x, lax.axis_index(axis_name) * len(x), 0)",
+    "ops/test_ecdf_devices.py::"
+    "test_eight_devices_and_one_give_the_same_value_and_gradient",
+  ),
+  Mutant(
+    "unsort_by_the_permutation",
+    "ops/ranking.py",
+    "return flat.reshape(-1, n).T.reshape(values.shape)",
+    "return take(values, source)",
+    "ops/test_ranking.py",
+  ),
+  Mutant(
+    "loss_without_tie_rule",
+    "ops/ecdf.py",
+    "shared = lax.cond(jnp.any(tied), _level_of_run, lambda level, *_: level, level, tied, before, "
+    "in_order, total)",
+    "shared = level",
+    "ops/test_ecdf.py::test_equal_gates_move_together",
+  ),
+  Mutant(
+    "sort_without_tie_rule",
+    "ops/ranking.py",
+    "shared = lax.cond(jnp.any(tied), mean_over_ties, lambda values, _: values, cotangent, tied)",
+    "shared = cotangent",
+    "ops/test_ranking.py",
+  ),
+  Mutant(
+    "loss_weights_ignored",
+    "ops/ecdf.py",
+    "share = weights / jnp.where(total == 0, 1, total)",
+    "share = 1 / n",
+    "ops/test_ecdf.py::test_weights_by_hand_and_one_weight_for_each_value",
+  ),
+  Mutant(
+    "levels_over_n",
+    "ops/ecdf.py",
+    "level = (before + (in_order + 1) / 2) / (total + 1)",
+    "level = (before + (in_order + 1) / 2) / total",
+    "ops/test_ecdf.py::test_golden_values_on_probabilities",
+  ),
+  Mutant(
+    "noise_floor_of_n",
+    "ops/ecdf.py",
+    "return 1 / (6 * (n + 1))",
+    "return 1 / (6 * n)",
+    "ops/test_ecdf.py::test_the_noise_floor_by_hand",
+  ),
+  Mutant(
+    "beta_pdf_without_minus_one",
+    "ops/priors.py",
+    "density = jnp.exp((p - 1) * jnp.log(inside)",
+    "density = jnp.exp(p * jnp.log(inside)",
+    "ops/test_priors.py::test_the_natural_axis_agrees_with_scipy",
+  ),
+  Mutant(
+    "concrete_cdf_mirrored",
+    "ops/priors.py",
+    "return _positive(t) * z - (jnp.log(m) - jnp.log1p(-m))",
+    "return _positive(t) * z + (jnp.log(m) - jnp.log1p(-m))",
+    "ops/test_prior_families.py::test_the_relaxed_bernoulli_is_the_binary_concrete",
+  ),
+  Mutant(
+    "devices_draw_alike",
+    "ops/collectives.py",
+    "first = 0 if axis_name is None else lax.axis_index(axis_name) * n",
+    "first = 0",
+    "ops/test_collectives.py",
+  ),
+]
+
+# Gates, and what they cost.
+GATES = [
+  Mutant(
+    "one_draw_for_the_batch",
+    "layers/gate.py",
+    "return jax.vmap(sample)(keys, logits)",
+    "return jax.vmap(sample, (None, 0))(keys[0], logits)",
+    "layers/test_gate.py::test_training_draws_gates_from_its_key",
+  ),
+  Mutant(
+    "no_straight_through_gradient",
+    "ops/relaxations.py",
+    "return threshold_gate(noisy_logits) + (soft - jax.lax.stop_gradient(soft))",
+    "return threshold_gate(noisy_logits)",
+    "ops/test_relaxations.py",
+  ),
+  Mutant(
+    "l0_sign_flipped",
+    "training/objectives.py",
+    "return penalties.l0_loss([r.probs for r in records])",
+    "return -penalties.l0_loss([r.probs for r in records])",
+    "training/test_objectives.py::test_total_is_cross_entropy_and_weighted_terms",
+  ),
+  Mutant(
+    "budget_on_excess_only",
+    "ops/penalties.py",
+    "return jnp.square(share - budget)",
+    "return jnp.square(jnp.maximum(share - budget, 0))",
+    "ops/test_penalties.py",
+  ),
+  Mutant(
+    "pairs_counted_once",
+    "ops/macs.py",
+    "total = total + open_units[i - 1] * open_units[i] * float(record.macs_per_pair)",
+    "total = total + open_units[i] * float(record.macs_per_pair)",
+    "ops/test_macs.py",
+  ),
+  Mutant(
+    "top_k_of_one_more",
+    "ops/selection.py",
+    "return (valid & (rank < _column(k))).astype(jnp.float32)",
+    "return (valid & (rank <= _column(k))).astype(jnp.float32)",
+    "ops/test_selection.py",
+  ),
+  Mutant(
+    "an_exit_taken_back",
+    "ops/exits.py",
+    "return lax.cummin(jnp.log(share) - jnp.log1p(-share), axis=1) - _log_odds(threshold)",
+    "return jnp.log(share) - jnp.log1p(-share) - _log_odds(threshold)",
+    "ops/test_exits.py",
+  ),
+  Mutant(
+    "skipped_backward_unguarded",
+    "ops/skipping.py",
+    "fits = jnp.sum(gates > 0) <= capacity",
+    "fits = True",
+    "ops/test_skipping.py",
+  ),
+]
+
+# Training, evaluation, and what a run directory holds.
+TRAINING = [
+  Mutant(
+    "gates_decay",
+    "training/optim.py",
+    "{path: not is_gate_path(path) for path in flat}",
+    "{path: True for path in flat}",
+    "training/test_optim.py",
+  ),
+  Mutant(
+    "drops_late_by_the_warm_up",
+    "training/schedules.py",
+    "round(d * total_steps) - warm for d in drops",
+    "round(d * total_steps) for d in drops",
+    "training/test_schedules.py",
+  ),
+  Mutant(
+    "all_crops_but_the_last",
+    "data/augment.py",
+    "top, left = jax.random.randint(where, (2,), 0, 2 * pad + 1)",
+    "top, left = jax.random.randint(where, (2,), 0, 2 * pad)",
+    "data/test_augment.py",
+  ),
+  Mutant(
+    "union_counts_twice",
+    "training/pixels.py",
+    "either = confusion.sum(axis=0) + confusion.sum(axis=1) - both",
+    "either = confusion.sum(axis=0) + confusion.sum(axis=1)",
+    "training/test_pixels.py::test_a_class_in_truth_or_prediction_alone_has_iou_zero",
+  ),
+  Mutant(
+    "damaged_checkpoint_accepted",
+    "training/checkpoints.py",
+    'if _checksum(restored[_STATE]) != restored[_META]["crc32"]:',
+    "if False:",
+    "training/test_checkpoints.py::"
+    "test_a_damaged_checkpoint_is_passed_over_and_training_can_go_on",
+  ),
+  Mutant(
+    "half_written_checkpoint_accepted",
+    "training/checkpoints.py",
+    "error = raised",
+    "restored = {_STATE: target}",
+    "training/test_checkpoints.py::"
+    "test_a_damaged_checkpoint_is_passed_over_and_training_can_go_on",
+  ),
+  Mutant(
+    "resume_one_step_late",
+    "training/loop.py",
+    "k, step = settings.steps_per_dispatch, first_step",
+    "k, step = settings.steps_per_dispatch, first_step + (first_step > 0)",
+    "training/test_loop.py::test_training_goes_on_from_its_first_step",
+  ),
+  Mutant(
+    "nan_goes_on",
+    "training/loop.py",
+    "not math.isfinite(value[offset])]",
+    "math.isinf(value[offset])]",
+    "training/test_loop.py::test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved",
+  ),
+  Mutant(
+    "padding_counts_in_evaluation",
+    "training/evaluation.py",
+    "images += valid",
+    "images += len(pixels)",
+    "training/test_evaluation.py",
+  ),
+  Mutant(
+    "last_batch_counts_whole",
+    "data/batches.py",
+    "return examples.read(filled), len(index)",
+    "return examples.read(filled), len(filled)",
+    "data/test_batches.py",
+  ),
+  Mutant(
+    "another_config_goes_on",
+    "training/rundir.py",
+    "_compare(path, _read(file), mine)",
+    "write_json(file, mine)",
+    "training/test_rundir.py::test_another_config_is_refused_with_the_difference",
+  ),
+  Mutant(
+    "run_directory_not_locked",
+    "training/rundir.py",
+    "fcntl.LOCK_EX | fcntl.LOCK_NB",
+    "fcntl.LOCK_SH | fcntl.LOCK_NB",
+    "training/test_rundir.py::test_a_run_is_held_while_open_and_let_go_after",
+  ),
+  Mutant(
+    "journal_repeats_steps",
+    "training/journal.py",
+    'kept = [line for line in read_lines(path) if line["step"] <= first_step]',
+    "kept = read_lines(path)",
+    "training/test_journal.py",
+  ),
+  Mutant(
+    "journal_writes_twice",
+    "training/journal.py",
+    "self._written.add((step, split))",
+    "pass",
+    "training/test_journal.py",
+  ),
+]
+
+# Continual learning.
+CONTINUAL = [
+  Mutant(
+    "frozen_filters_move",
+    "continual/task_gates.py",
+    "still = lambda u, frozen: jnp.where(frozen, 0, u)",
+    "still = lambda u, frozen: u",
+    "continual/test_task_gates.py::test_updates_of_frozen_filters_are_0_and_all_others_stay",
+  ),
+  Mutant(
+    "frozen_only_if_frozen_before",
+    "continual/units.py",
+    "flat[*writer, name] |= units",
+    "flat[*writer, name] &= units",
+    "continual/test_task_gates.py::"
+    "test_filters_of_every_task_so_far_are_frozen_and_what_no_gate_switches",
+  ),
+  Mutant(
+    "norms_shared_by_tasks",
+    "continual/streams.py",
+    "return not self.own_norms and not is_gate_path(path)",
+    "return not is_gate_path(path)",
+    "continual/test_task_gates.py::test_every_task_has_its_own_norms_unless_they_are_to_be_shared",
+  ),
+  Mutant(
+    "momentum_of_the_last_task",
+    "experiments/continual.py",
+    "opt_state=experiment.optimiser.init(learner.params))",
+    "opt_state=learner.opt_state)",
+    "experiments/test_continual.py::test_every_task_begins_with_a_fresh_optimiser",
+  ),
+  Mutant(
+    "fisher_not_squared",
+    "continual/ewc.py",
+    "return jax.tree.map(lambda t, g: t + g**2, total, grads), None",
+    "return jax.tree.map(lambda t, g: t + g, total, grads), None",
+    "continual/test_ewc.py::test_fisher_of_softmax_regression_in_closed_form",
+  ),
+  Mutant(
+    "path_integral_not_divided",
+    "continual/synaptic_intelligence.py",
+    "old + jnp.maximum(path, 0) / ((p - a) ** 2 + damping)",
+    "old + jnp.maximum(path, 0)",
+    "continual/test_synaptic_intelligence.py::test_importance_by_hand_and_never_below_zero",
+  ),
+  Mutant(
+    "agem_without_projection",
+    "continual/agem.py",
+    "share = jnp.where(along < 0, along / jnp.where(square > 0, square, 1.0), 0.0)",
+    "share = 0.0 * along",
+    "continual/test_agem.py::test_projection_by_hand",
+  ),
+  Mutant(
+    "replay_keeps_the_newest_tasks",
+    "continual/replay.py",
+    "chosen = even_choice(offered[1], slots)",
+    "chosen = np.arange(len(offered[1]))[-slots:]",
+    "continual/test_replay.py",
+  ),
+  Mutant(
+    "replay_keeps_the_newest_images",
+    "continual/replay.py",
+    "np.random.default_rng(np.asarray(jax.random.key_data(key))).permutation(len(labels))",
+    "np.arange(len(labels))[::-1]",
+    "continual/test_replay.py",
+  ),
+  Mutant(
+    "lwf_without_temperature",
+    "continual/lwf.py",
+    "heads = lambda x: x.reshape(len(x), -1, classes) / temperature",
+    "heads = lambda x: x.reshape(len(x), -1, classes)",
+    "continual/test_lwf.py::test_value_by_hand",
+  ),
+  Mutant(
+    "hat_frees_by_the_other_end",
+    "continual/hat.py",
+    "return 1 - jnp.minimum(a_out, a_in[..., None])",
+    "return 1 - jnp.maximum(a_out, a_in[..., None])",
+    "continual/test_hat.py::test_a_weight_is_as_free_as_the_freer_of_its_two_ends",
+  ),
+  Mutant(
+    "icarl_classes_without_a_mean",
+    "continual/icarl.py",
+    "return jnp.where(has_mean, -distance, -jnp.inf)",
+    "return -distance",
+    "continual/test_icarl.py::test_means_and_scores_by_hand",
+  ),
+]
+
+# Inference, export and videos.
+INFERENCE = [
+  Mutant(
+    "bucket_one_short",
+    "ops/compaction.py",
+    "return min(size for size in sizes if size >= count)",
+    "return min(size for size in sizes if size >= count - 1)",
+    "ops/test_compaction.py",
+  ),
+  Mutant(
+    "program_one_short",
+    "inference/strategies.py",
+    "return lax.switch(sum((count > size).astype(jnp.int32) for size in sizes[:-1])",
+    "return lax.switch(sum((count > size + 1).astype(jnp.int32) for size in sizes[:-1])",
+    "inference/test_conditional.py::"
+    "test_the_program_for_any_number_of_open_examples_holds_them_all",
+  ),
+  Mutant(
+    "overflow_dropped",
+    "ops/kernels.py",
+    "return lax.cond(jnp.max(jnp.sum(gates > 0, axis=0)) <= capacity, dispatch, masked, branch, x, "
+    "gates)",
+    "return dispatch(branch, x, gates)",
+    "ops/test_kernels.py::test_a_dispatch_of_too_little_capacity_is_masked_and_right",
+  ),
+  Mutant(
+    "folded_without_norm_bias",
+    "inference/folding.py",
+    'bias = get("params", "bias") - get("batch_stats", "mean") * factor',
+    'bias = -get("batch_stats", "mean") * factor',
+    "inference/test_folding.py::test_the_same_outputs_gates_and_macs[basic]",
+  ),
+  Mutant(
+    "bias_of_closed_channels",
+    "ops/native.py",
+    "x = _closed(x + bias, gate)",
+    "x = _closed(x, gate) + bias",
+    "ops/test_native.py::test_a_branch_by_hand",
+  ),
+  Mutant(
+    "int8_scale_of_zeros",
+    "inference/quantise.py",
+    "scale = jnp.where(largest > 0, largest, _LARGEST) / _LARGEST",
+    "scale = largest / _LARGEST",
+    "inference/test_quantise.py::test_values_and_scales_by_hand",
+  ),
+  Mutant(
+    "changed_export_loaded",
+    "inference/export.py",
+    'if _digest(data) != said["sha256"]:',
+    "if False:",
+    "inference/test_export.py::"
+    "test_a_file_of_the_right_size_that_was_changed_is_not_loaded",
+  ),
+  Mutant(
+    "segment_mask_one_long",
+    "data/videos.py",
+    "np.arange(self._segments) < own, (rows",
+    "np.arange(self._segments) <= own, (rows",
+    "data/test_videos.py::"
+    "test_features_are_spread_over_longer_videos_and_repeated_over_shorter_ones",
+  ),
+  Mutant(
+    "nan_file_counts",
+    "data/video_files.py",
+    "if not np.isfinite(features).all():",
+    "if False:",
+    "data/test_videos.py::test_features_that_cannot_be_used_count_for_nothing_with_the_reason",
+  ),
+  Mutant(
+    "unsure_at_the_threshold",
+    "video/early_exit.py",
+    "sure = _highest_so_far(step_logits, valid_counts, multi_label) >= threshold",
+    "sure = _highest_so_far(step_logits, valid_counts, multi_label) > threshold",
+    "video/test_video_early_exit.py",
+  ),
+]
+
+MUTANTS = [*LOSSES, *GATES, *TRAINING, *CONTINUAL, *INFERENCE]
+
+
+def main() -> None:
+  """Runs the mutants and prints a table of them."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--only", default="", metavar="NAME,...", help="these mutants alone")
+  parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+  arguments = parser.parse_args()
+  began = time.monotonic()
+  mutants = sorted(chosen(arguments.only), key=lambda mutant: mutant.tests)
+  if stale := [mutant.name for mutant in mutants if not is_fresh(mutant)]:
+    sys.exit(f"stale, as the old text is not in its file exactly once: {', '.join(stale)}")
+  with tempfile.TemporaryDirectory() as folder:
+    copies = [made_copy(Path(folder, str(i))) for i in range(arguments.jobs)]
+    if said := failures_without_mutants(copies, mutants):
+      sys.exit(f"the tests must pass without a mutant:\n{said}")
+    print(f"{time.monotonic() - began:.0f} s: the tests pass without a mutant", flush=True)
+    results = run_all(copies, mutants)
+  print(table(results))
+  count = [result.outcome for result in results].count
+  errors = f", {count(ERROR)} errors" if count(ERROR) else ""
+  print(f"{time.monotonic() - began:.0f} s")
+  print(f"{count(KILLED)} killed, {count(SURVIVED)} survived{errors}")
+  sys.exit(count(KILLED) < len(results))
+
+
+def chosen(names: str) -> list[Mutant]:
+  """The mutants of these names, all if there are none. Ends the script at an unknown name."""
+  wanted = names.split(",") if names else [mutant.name for mutant in MUTANTS]
+  if unknown := set(wanted) - {mutant.name for mutant in MUTANTS}:
+    sys.exit(f"there is no mutant {', '.join(sorted(unknown))}")
+  return [mutant for mutant in MUTANTS if mutant.name in wanted]
+
+
+def is_fresh(mutant: Mutant) -> bool:
+  """Whether the mutant still fits the package."""
+  return (ROOT / PACKAGE / mutant.file).read_text().count(mutant.old) == 1
+
+
+def made_copy(folder: Path) -> Path:
+  """Copies what the tests need, and checks that the copy is what they import."""
+  folder.mkdir()
+  for name in COPIED:
+    copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+    copy(ROOT / name, folder / name)
+  found = run_python(folder, "-c", f"import {PACKAGE}; print({PACKAGE}.__file__)").stdout.strip()
+  if Path(found).parent != folder / PACKAGE:
+    sys.exit(f"tests in {folder} would import {found}")
+  return folder
+
+
+def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+  """Runs Python in a copy. What the compiler made of unchanged programs is that of the original."""
+  environment = os.environ | {
+    "PYTHONPATH": str(folder),
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+  }
+  return subprocess.run(
+    [sys.executable, *arguments], cwd=folder, env=environment, timeout=TIMEOUT, text=True,
+    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+
+
+def run_tests(folder: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[str]:
+  """Runs those of the fast tests in a copy, up to the first that fails."""
+  options = ("-x", "-q", "-rfE", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", FAST)
+  return run_python(folder, "-m", "pytest", *options, *[f"tests/{test}" for test in tests])
+
+
+def failures_without_mutants(copies: Sequence[Path], mutants: Sequence[Mutant]) -> str:
+  """What pytest says of the tests of all mutants in the package as it is, if not all pass."""
+  tests = sorted(set(" ".join(mutant.tests for mutant in mutants).split()))
+  files = sorted({file_of(test) for test in tests})
+
+  def failures(copy: Path) -> str:
+    own = files[copies.index(copy) :: len(copies)]
+    share = [test for test in tests if file_of(test) in own]
+    run = run_tests(copy, share) if share else None
+    return run.stdout if run and run.returncode else ""
+
+  with concurrent.futures.ThreadPoolExecutor(len(copies)) as pool:
+    return "".join(pool.map(failures, copies))
+
+
+def file_of(test: str) -> str:
+  """The file that a test is in."""
+  return test.partition("::")[0]
+
+
+def run_all(copies: Sequence[Path], mutants: Sequence[Mutant]) -> list[Result]:
+  """Runs each mutant in a copy that is free, and says at once what became of it."""
+  free = queue.SimpleQueue()
+  for copy in copies:
+    free.put(copy)
+
+  def run(mutant: Mutant) -> Result:
+    copy = free.get()
+    try:
+      result = run_mutant(copy, mutant)
+    finally:
+      free.put(copy)
+    print(f"{result.outcome:8}  {mutant.name}", flush=True)
+    return result
+
+  with concurrent.futures.ThreadPoolExecutor(len(copies)) as pool:
+    return list(pool.map(run, mutants))
+
+
+def run_mutant(folder: Path, mutant: Mutant) -> Result:
+  """Runs the mutant's tests with its fault in the copy, and puts the file back."""
+  began, file = time.monotonic(), folder / PACKAGE / mutant.file
+  right = file.read_text()
+  file.write_text(right.replace(mutant.old, mutant.new))
+  try:
+    run = run_tests(folder, mutant.tests.split())
+    outcome, said = judged(run.returncode, run.stdout)
+  except subprocess.TimeoutExpired:
+    outcome, said = ERROR, f"no end within {TIMEOUT} s"
+  finally:
+    file.write_text(right)
+  return Result(mutant, outcome, said, time.monotonic() - began)
+
+
+def judged(status: int, output: str) -> tuple[str, str]:
+  """The outcome and the test that failed; an error of fixtures or imports is no failure."""
+  failed = re.search(r"^FAILED (.+?)(?: - .*)?$", output, re.MULTILINE)
+  if status == 1 and failed:
+    return KILLED, failed[1].removeprefix("tests/")
+  if status == 0:
+    return SURVIVED, "no test failed"
+  lines = output.splitlines()
+  said = [line for line in lines if line.startswith("ERROR ")] or lines[-1:]
+  return ERROR, f"pytest ended with {status}: {' '.join(said)}"
+
+
+def table(results: Sequence[Result]) -> str:
+  """The results in columns."""
+  rows = [("mutant", "file", "killed by", "seconds")]
+  for result in results:
+    said = result.said if result.outcome == KILLED else f"{result.outcome.upper()}: {result.said}"
+    rows.append((result.mutant.name, result.mutant.file, said, f"{result.seconds:.1f}"))
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+           for row in rows]
+  return "\n".join(line.rstrip() for line in lines)
+
+
+if __name__ == "__main__":
+  main()
