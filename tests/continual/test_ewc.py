@@ -129,6 +129,7 @@ def test_forgets_less_than_fine_tuning_and_keeps_its_shapes(make):
   assert shapes[0] == shapes[1] == shapes[2]
 
 
+@pytest.mark.slow
 def test_two_devices_do_as_one():
   states = []
   for name, count in ((None, 1), (devices.AXIS, 2)):

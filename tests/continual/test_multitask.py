@@ -75,7 +75,7 @@ def test_a_head_of_the_trunk_learns_from_its_own_images_alone():
   assert tiny.relative_gap(after[:, :CLASSES], before[:, :CLASSES]) > 0.01
 
 
-@pytest.mark.parametrize("kind", ["norms", "trunk"])
+@pytest.mark.parametrize("kind", [pytest.param("norms", marks=pytest.mark.slow), "trunk"])
 def test_the_loss_is_the_sum_of_what_tasks_have_alone(kind):
   made, data = method(kind, norm=kind == "norms"), both_tasks(16)
   learner = tiny_tasks.learner(made)

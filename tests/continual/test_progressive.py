@@ -137,7 +137,8 @@ OWN, SEEN = 432 + 16 * 2 * 81 + 4 * (162 + 324 + 18), 16 * 81 + 4 * 162
 RESNET_MACS = [OWN, OWN + SEEN + 2 * 16 * 9, OWN + SEEN + 2 * 16 * 18], [12, 36 + 24, 72 + 24]
 
 
-@pytest.mark.parametrize(("kind", "macs"), [("chain", CHAIN_MACS), ("resnet", RESNET_MACS)])
+@pytest.mark.parametrize(("kind", "macs"), [
+    ("chain", CHAIN_MACS), pytest.param("resnet", RESNET_MACS, marks=pytest.mark.slow)])
 def test_macs_are_of_all_columns_that_have_to_run(kind, macs):
   x, (layers, heads) = batch().x, macs
   p = [jax.jit(method(kind).predict, static_argnums=3)(after(kind, 3), x, task, 3) for task in range(3)]

@@ -263,7 +263,7 @@ def test_a_network_tells_the_task_and_only_the_stream_of_that_task_runs():
   assert np.mean(right) > 0.6
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.2])
+@pytest.mark.parametrize("weight", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
 def test_the_loss_of_a_network_by_hand_and_streams_see_nothing_rehearsed(weight):
   new = data(1, 32, seed=6)
   batch = Batch(PROBLEM.normalise(new[0]), jnp.asarray(new[1]), jax.random.key(3), 0.0)

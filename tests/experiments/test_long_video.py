@@ -267,6 +267,7 @@ def two_stage(pretrained):
   return said(long_video, made, workdir, "train")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_its_nets_are_trained(pretrained, two_stage):
   _, workdir = pretrained
   assert read_result(workdir)["step"] == 2

@@ -11,7 +11,7 @@ from gating_jax.inference.kernel_strategies import EXPORTABLE, STRATEGIES, why_n
 from gating_jax.inference.strategies import capacities, settings_of
 from gating_jax.ops import native
 from tests.helpers.folded_nets import KINDS, SHAPE, images, net
-from tests.helpers.matrix import in_turn
+from tests.helpers.matrix import in_turn, thinned
 
 CASES = [(kind, strategy) for kind, known in KINDS.items() for strategy in ("masked", *known) if strategy in EXPORTABLE]
 
@@ -23,7 +23,7 @@ def prepared(kind, count, buckets=3):
   return of, settings_of(of, buckets, gates), conditional._seen(of, images(count))
 
 
-@pytest.mark.parametrize(("kind", "strategy", "count"), in_turn(CASES, (1,), (5,)))
+@pytest.mark.parametrize(("kind", "strategy", "count"), in_turn(thinned(CASES, 2), (1,), (5,)))
 def test_it_is_what_the_convolutions_are_given(kind, strategy, count, monkeypatch):
   of, settings, seen = prepared(kind, count)
   given = []

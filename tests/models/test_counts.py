@@ -124,8 +124,8 @@ def test_convolutions_and_dense_layers_are_counted_at_each_call():
   assert reduced_macs(Net(), (6, 5, 2)) == 2 * 9 * 4 * 12 + 4 * 12
 
 
-BACKBONES = [pytest.param(name, marks=[pytest.mark.slow] if name in ("resnet56", "resnet110", "resnet101") else [])
-             for name in (*RESNETS, *VGGS)]
+DEEP = ("resnet34", "resnet56", "resnet110", "resnet101")
+BACKBONES = [pytest.param(name, marks=[pytest.mark.slow] if name in DEEP else []) for name in (*RESNETS, *VGGS)]
 
 
 @pytest.mark.parametrize("name", BACKBONES)

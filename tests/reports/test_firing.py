@@ -6,7 +6,8 @@ from gating_jax.ops.priors import beta
 from gating_jax.reports import firing
 
 
-@pytest.mark.parametrize(("examples", "gates"), [(200, 70), (50, 1), (1, 5), (1, 1), (2048, 336)])
+@pytest.mark.parametrize(("examples", "gates"), [
+    (200, 70), (1, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((50, 1), (1, 5), (2048, 336)))])
 def test_a_picture_is_written(tmp_path, examples, gates):
   logits = np.random.default_rng(0).normal(size=(examples, gates)).astype(np.float32)
   firing.draw(tmp_path / "gates.png", logits, (logits > 0).mean(axis=0), beta(0.6, 0.4))

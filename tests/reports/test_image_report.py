@@ -111,7 +111,8 @@ def test_the_page_escapes_what_the_data_set_says():
   assert "&lt;i&gt;digits" in html
 
 
-@pytest.mark.parametrize(("layers", "classes", "gates"), [(100, 1000, 60), (1, 2, 1), (30, 41, 2)])
+@pytest.mark.parametrize(("layers", "classes", "gates"), [
+    pytest.param(100, 1000, 60, marks=pytest.mark.slow), (1, 2, 1), (30, 41, 2)])
 def test_pictures_of_many_and_few_are_as_wide_and_not_too_tall(layers, classes, gates):
   rng = np.random.default_rng(0)
   names = gate_pictures.layer_names([("a_very_long_name_of_a/layer", 4)] * layers)

@@ -117,6 +117,7 @@ def test_what_is_watched_is_over_all_devices():
     np.testing.assert_allclose(terms[name], [value] * 2, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_floor_is_the_mean_for_draws_from_the_prior():
   logits = special.logit(np.random.default_rng(3).beta(0.6, 0.4, (32, 4000)).clip(1e-6, 1 - 1e-6)).astype(np.float32)
   drawn = (GateRecord(jnp.asarray(logits), jnp.asarray(special.expit(logits)), jnp.asarray(logits > 0), 1),)

@@ -46,6 +46,7 @@ def test_parameters_are_those_of_full_steps(share, fields):
   assert tiny.relative_gap(skipped, full) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_step_that_holds_too_little_is_not_taken():
   skipped, *_ = trained(step(0.1))
   assert not np.isfinite(optax.tree.norm(skipped))

@@ -12,6 +12,7 @@ from gating_jax.layers.segments import SegmentGateSettings
 from gating_jax.models.resnet import ResNet
 from gating_jax.models.segment_net import SegmentNet
 from gating_jax.video.inference import Skipping
+from tests.helpers.matrix import in_turn
 
 SEGMENTS, CLIP = 4, (2, 4, 4, 1)
 CLOSE = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
@@ -102,8 +103,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("lengths", [(4,), (1,), (3, 4, 1)])
+@pytest.mark.parametrize(("name", "lengths"), in_turn([(name,) for name in MODELS], ((4,),), ((1,),), ((3, 4, 1),)))
 def test_skipping_gives_what_the_whole_network_gives(name, lengths):
   inputs = batch(lengths)
   assert_same(MODELS[name], skipping(MODELS[name])(inputs), inputs)
