@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from gating_jax.continual.agem import agem, project
 from gating_jax.continual.method import Batch
@@ -72,6 +73,7 @@ def test_the_gradient_no_longer_raises_the_loss_on_what_is_remembered():
   jax.tree.map(np.testing.assert_array_equal, method.gradient(agreeing, learner, batch(1)), agreeing)
 
 
+@pytest.mark.slow
 def test_the_reference_is_of_the_images_of_all_devices():
   method = agem(toy.network("devices"), REHEARSAL)
   learner = toy.end_task(method, toy.start(agem(toy.network(), REHEARSAL)), toy.images(0))

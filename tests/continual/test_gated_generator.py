@@ -75,7 +75,8 @@ def test_nothing_that_was_generated_is_ever_generated_otherwise():
   assert not tiny.bit_equal(shared(memories[-1]), shared(memories[0]))
 
 
-@pytest.mark.parametrize("removed", [pytest.param("protect_updates", marks=pytest.mark.slow), "shut_gates"])
+@pytest.mark.slow
+@pytest.mark.parametrize("removed", ["protect_updates", "shut_gates"])
 def test_every_protection_is_needed(removed):
   _, memories, recalled = learnt(**{removed: False})
   relevant = np.asarray(memories[0]["protection"]["relevant"])[0]

@@ -330,7 +330,8 @@ def test_a_network_without_rehearsal_is_an_error():
     Run("vgg", network=NETWORK)
 
 
-@pytest.mark.parametrize("weight", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
+@pytest.mark.slow
+@pytest.mark.parametrize("weight", [0.0, 0.2])
 def test_the_loss_of_the_classifier_of_tasks_by_hand(weight):
   """Earlier streams are seen in evaluation, the task's own in training; the batch counts by its weight."""
   old, new = data(0, 16, seed=5), data(1, 32, seed=6)

@@ -113,6 +113,7 @@ def compare(arguments, lanes, relu=True, run=native.gated_chain):
 SHARES = st.sampled_from([None, 0.0, 0.25, 0.5, 1.0])
 
 
+@pytest.mark.slow
 @needs_native
 @given(data=st.data(), length=st.integers(1, 3), examples=st.integers(0, 4), stride=st.integers(1, 3),
        sizes=st.tuples(st.integers(1, 19), st.integers(1, 19)), shortcut=st.booleans(), relu=st.booleans())
