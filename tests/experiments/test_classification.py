@@ -12,11 +12,11 @@ import pytest
 
 from gating_jax.data import sources
 from gating_jax.data.sources import DatasetNotPreparedError
-from gating_jax.experiments import classification, image_task, pretrained, time_table
+from gating_jax.experiments import classification, image_task, pretrained
 from gating_jax.models import resnet
 from gating_jax.training import devices, diagnosis, rundir, steps
 from gating_jax.training.loop import LoopSettings, NonFiniteError
-from tests.helpers import jobs, tiny, tiny_cli
+from tests.helpers import jobs, runs, tiny, tiny_cli
 from tests.helpers.event_files import events
 from tests.helpers.runs import said
 
@@ -301,14 +301,7 @@ def test_a_run_cut_back_to_an_earlier_checkpoint_ends_with_the_same_parameters(f
 
 @pytest.fixture(scope="module")
 def compiled(finished, tmp_path_factory):
-  """What was measured of programs that skip, and what was printed of it."""
-  made, workdir, _ = finished
-  copy = shutil.copytree(workdir, tmp_path_factory.mktemp("compiled") / "run")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(time_table, "_REPEATS", 1)
-    patch.setattr(time_table, "_BATCHES", (3,))
-    printed = said(classification, made, copy, "compile")
-  return json.loads((copy / "compile.json").read_text()), printed
+  return runs.compiled(classification, finished, tmp_path_factory.mktemp("compiled"))
 
 
 def test_a_run_is_compiled_and_the_fastest_program_chosen(compiled):

@@ -28,7 +28,7 @@ from gating_jax.reports import task_pictures
 from gating_jax.training import devices, rundir
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import read_lines
-from tests.helpers import tiny
+from tests.helpers import runs, tiny
 from tests.helpers.event_files import summaries
 from tests.helpers.runs import said
 
@@ -233,19 +233,13 @@ def test_a_finished_run_is_evaluated_again_and_not_repeated(config, finished):
 
 @pytest.fixture(scope="module")
 def compiled(finished, tmp_path_factory):
-  """What was measured of the programs of a run's tasks."""
-  made, workdir, _ = finished
-  copy = shutil.copytree(workdir, tmp_path_factory.mktemp("compiled") / "run")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(time_table, "_REPEATS", 1)
-    patch.setattr(time_table, "_BATCHES", (3,))
-    said(continual, made, copy, "compile")
-  return json.loads((copy / "compile.json").read_text())
+  return runs.compiled(continual, finished, tmp_path_factory.mktemp("compiled"))
 
 
 def test_each_tasks_net_is_compiled(compiled):
-  assert list(compiled["timings"]) == ["task 1, 0, 1: 3 images at a time", "task 2, 2, 3: 3 images at a time"]
-  for rows in compiled["timings"].values():
+  found, _ = compiled
+  assert list(found["timings"]) == ["task 1, 0, 1: 3 images at a time", "task 2, 2, 3: 3 images at a time"]
+  for rows in found["timings"].values():
     assert {"masked", "ungated"} <= {row["strategy"] for row in rows if row["part"] is None}
 
 

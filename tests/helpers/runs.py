@@ -2,6 +2,12 @@
 
 import contextlib
 import io
+import json
+import shutil
+
+import pytest
+
+from gating_jax.experiments import time_table
 
 
 def said(programme, config, workdir, mode):
@@ -9,6 +15,17 @@ def said(programme, config, workdir, mode):
   with contextlib.redirect_stdout(io.StringIO()) as out:
     programme.run(config, workdir, mode)
   return out.getvalue()
+
+
+def compiled(programme, finished, folder):
+  """`(what was measured of programs that skip, what was printed)` of a copy of a finished run, in little time."""
+  made, workdir, _ = finished
+  copy = shutil.copytree(workdir, folder / "run")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(time_table, "_REPEATS", 1)
+    patch.setattr(time_table, "_BATCHES", (3,))
+    printed = said(programme, made, copy, "compile")
+  return json.loads((copy / "compile.json").read_text()), printed
 
 
 class Stopping:
