@@ -1,5 +1,6 @@
 """What all tests share: eight virtual devices, quick compilation, a compilation cache, float64 on request."""
 
+import ctypes
 import os
 import time
 
@@ -26,8 +27,8 @@ settings.register_profile("search", deadline=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "project"))
 
 MOST_MEMORY_MAPS = 20_000  # Linux grants a process 65,530; one test has needed 15,000
-MOST_MEMORY = 3 << 29  # bytes; after each time a quarter more, as little of it goes back to the system
-_MEMORY = pytest.StashKey[int]()
+MOST_MEMORY = 2 << 30  # bytes
+_C_LIBRARY = ctypes.CDLL(None)
 LEAST_SECONDS = 0.2  # of a test that may have compiled much
 
 
@@ -56,17 +57,17 @@ def memory():
 
 
 @pytest.fixture(autouse=True)
-def _forget_compiled_programs(request):
+def _forget_compiled_programs():
   """Each compiled program holds memory and memory maps, which run out after some thousands."""
   began = time.monotonic()
   yield
   if time.monotonic() - began < LEAST_SECONDS:
     return
   size, maps = memory()
-  most = request.config.stash.get(_MEMORY, MOST_MEMORY)
-  if size > most or maps > MOST_MEMORY_MAPS:
+  if size > MOST_MEMORY or maps > MOST_MEMORY_MAPS:
     jax.clear_caches()
-    request.config.stash[_MEMORY] = max(most, memory()[0] + MOST_MEMORY // 4)
+    if hasattr(_C_LIBRARY, "malloc_trim"):  # glibc would keep the memory
+      _C_LIBRARY.malloc_trim(0)
 
 
 @pytest.fixture
