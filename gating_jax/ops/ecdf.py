@@ -16,7 +16,8 @@ from jax import lax
 
 from gating_jax.checks import one_of
 from gating_jax.ops import collectives, ranking
-from gating_jax.ops.priors import Prior, as_float
+from gating_jax.ops.precision import as_float
+from gating_jax.ops.priors import Prior
 from gating_jax.types import Array
 
 EXCHANGES = ("gather", "all_to_all")

@@ -24,6 +24,7 @@ from jax import lax
 from jax.scipy.special import ndtr
 
 from gating_jax.ops import beta_cdf
+from gating_jax.ops.precision import as_float
 from gating_jax.types import Array
 
 _SMALLEST, _LARGEST = 0.05, 10_000  # of Beta's a, b: below, tails reach logits whose sigmoid underflows in float64
@@ -204,11 +205,6 @@ def from_cdf(
     raise ValueError(f"logit_cdf and logit_pdf must come together; got {logit_cdf} and {logit_pdf}")
   pair = lambda f, slope: lambda x: _with_tangent(f(lax.stop_gradient(x)), slope(x), x)
   return Prior(name, pair(cdf, pdf), pdf, logit_cdf and pair(logit_cdf, logit_pdf), logit_pdf, shape)
-
-
-def as_float(x: Array) -> Array:
-  """`x` as floating-point values of at least 32 bits, in which priors and losses compute."""
-  return jnp.asarray(x, jnp.result_type(x, jnp.float32))
 
 
 @functools.lru_cache(maxsize=64)

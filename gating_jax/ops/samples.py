@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from gating_jax.ops import collectives
-from gating_jax.ops.priors import Prior, as_float
+from gating_jax.ops.precision import as_float
+from gating_jax.ops.priors import Prior
 from gating_jax.types import Array
 
 

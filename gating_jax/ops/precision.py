@@ -1,0 +1,36 @@
+"""Floating-point types that do not depend on JAX's settings.
+
+JAX's own promotion does: with `jax_enable_x64` a NumPy float64 number turns float32 into float64, and with
+`jax_numpy_dtype_promotion='strict'` two types that meet are an error.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from gating_jax.types import Array
+
+
+def as_float(x: Array) -> Array:
+  """Returns `x` in floating point of at least 32 bits, in which priors and losses compute.
+
+  bfloat16, float16, integers, truth values and Python's numbers become float32; float64 stays.
+
+  >>> as_float(jnp.arange(2)).dtype, as_float(jnp.ones(2, jnp.bfloat16)).dtype
+  (dtype('float32'), dtype('float32'))
+  """
+  x = jnp.asarray(x)
+  if jnp.issubdtype(x.dtype, jnp.complexfloating) or (x.dtype == jnp.float64 and not x.weak_type):
+    return x
+  return x.astype(jnp.float32)
+
+
+def float_dtype(x: Array) -> np.dtype:
+  """Returns the type of `x` where that is a floating one, else float32, in which integers and truth values count.
+
+  >>> float_dtype(jnp.ones(2, jnp.bfloat16)), float_dtype(jnp.arange(2))
+  (dtype(bfloat16), dtype('float32'))
+  """
+  dtype = jnp.result_type(x)
+  return dtype if jnp.issubdtype(dtype, jnp.floating) else np.dtype(np.float32)
