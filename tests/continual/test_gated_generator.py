@@ -61,13 +61,18 @@ def learnt(**changes):
   return method, memories[1:], recalled
 
 
+@pytest.fixture(scope="module")
+def rehearsed():
+  return learnt()
+
+
 def shared(memory):
   return shared_generator.split(memory["training"].average, RECORDS)["shared"]
 
 
 @pytest.mark.slow
-def test_nothing_that_was_generated_is_ever_generated_otherwise():
-  _, memories, recalled = learnt()
+def test_nothing_that_was_generated_is_ever_generated_otherwise(rehearsed):
+  _, memories, recalled = rehearsed
   for task, (pixels, labels) in enumerate(recalled):
     assert np.bincount(labels).tolist() == [IMAGES // 2] * 2 * (task + 1)
     assert len(np.unique(pixels, axis=0)) > len(pixels) / 2
@@ -84,8 +89,8 @@ def test_every_protection_is_needed(removed):
   assert np.any(recalled[-1][0][:IMAGES] != recalled[0][0])
 
 
-def test_frozen_filters_stay_and_the_others_begin_anew():
-  method, memories, _ = learnt()
+def test_frozen_filters_stay_and_the_others_begin_anew(rehearsed):
+  method, memories, _ = rehearsed
   before, after = shared(memories[0]), shared(memories[1])
   protection = memories[0]["protection"]
   relevant = by_record(np.asarray(protection["relevant"][0]), RECORDS)
@@ -101,8 +106,8 @@ def test_frozen_filters_stay_and_the_others_begin_anew():
   assert tiny.bit_equal(memories[0]["training"].average, memories[0]["training"].generator)
 
 
-def test_a_batch_is_joined_by_all_classes_so_far_and_old_images_stay():
-  method, memories, _ = learnt()
+def test_a_batch_is_joined_by_all_classes_so_far_and_old_images_stay(rehearsed):
+  method, memories, _ = rehearsed
   memory = memories[0]
   later, _ = jax.jit(method.prelude)(memory, *images(1))
   one, two = (jax.jit(method.replay)(m, None, 1, jax.random.key(3)) for m in (memory, later))
@@ -114,8 +119,8 @@ def test_a_batch_is_joined_by_all_classes_so_far_and_old_images_stay():
   assert (one.x.shape, one.batch_weight) == ((12, *SHAPE), 0.0)
 
 
-def test_what_each_task_has_for_itself_is_kept_and_starts_fresh():
-  method, memories, _ = learnt()
+def test_what_each_task_has_for_itself_is_kept_and_starts_fresh(rehearsed):
+  method, memories, _ = rehearsed
   parts = [shared_generator.split(m["training"].average, RECORDS)["own"] for m in memories]
   assert set(parts[0]) == {"pixels", "map1", "map2"}
   assert set(parts[0]["map1"]) == set(parts[0]["map2"]) == {"gate"}
@@ -148,8 +153,8 @@ def test_open_gates_cost_their_share_after_the_patience():
     np.testing.assert_allclose(gates.training(state, step)["records_loss"](records), price * np.mean(shares), rtol=1e-6)
 
 
-def test_it_needs_the_filters_once_and_the_rest_of_every_task_learnt():
-  method, memories, _ = learnt()
+def test_it_needs_the_filters_once_and_the_rest_of_every_task_learnt(rehearsed):
+  method, memories, _ = rehearsed
   size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
   filters = 4 * ((4 + 2) * 16 * 8 + 16 * 8 + 9 * 8 * 4 + 4)
   own = size(shared_generator.split(memories[0]["training"].average, RECORDS)["own"])
