@@ -153,8 +153,8 @@ def test_a_coordinator_without_host_or_port_is_refused(coordinator):
 
 
 def test_a_coordinator_that_does_not_listen_is_waited_for_and_named(monkeypatch):
-  monkeypatch.setattr(hosts, "_PATIENCE", 0)
-  with pytest.raises(hosts.PeerError, match="no coordinator answers at localhost:9 for 0 s .*: is process 0 running"):
+  monkeypatch.setattr(hosts, "_PATIENCE", 0.1)
+  with pytest.raises(hosts.PeerError, match="no coordinator answers at localhost:9 for 0.1 s .*: is process 0 running"):
     hosts.connect("localhost:9", 2, 1)
 
 

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
 from gating_jax.continual import dgm, hat, masked_generator, shared_generator, wgan
 from gating_jax.continual.method import Batch, Problem
 from gating_jax.continual.rehearsal import Rehearsal, Replay
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.generator import Generator
-from tests.helpers import toy
+from tests.helpers import tiny, toy
 
 SHAPE, STEPS, STEEPNESS = (16, 16, 1), 8, 400.0
 PROBLEM = Problem(tasks=2, classes=2, shape=SHAPE, normalise=lambda x: x / 255.0)
@@ -96,6 +97,14 @@ def test_the_slope_rises_over_the_training_and_a_mask_costs_what_it_takes():
     sigmoid = lambda x: 1 / (1 + np.exp(-x))
     taken = (4 * sigmoid(0.01 * s) + 4 * sigmoid(-0.01 * s)) / 8
     np.testing.assert_allclose(training["records_loss"](records), 0.5 * taken, rtol=1e-5)
+
+
+def test_a_finished_task_keeps_its_mask_at_the_full_slope_and_what_is_its_own():
+  params = params_with([0.01] * 8, [-0.01] * 4)
+  state, own = masked().finish({"masks": jnp.zeros((2, UNITS))}, 1, params, {}, KEY)
+  expected = [special.expit(0.01 * STEEPNESS)] * 8 + [special.expit(-0.01 * STEEPNESS)] * 4
+  np.testing.assert_allclose(state["masks"], [[0] * UNITS, expected], rtol=1e-5)
+  assert tiny.bit_equal(own, params["own"])
 
 
 def perfect():

@@ -8,7 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from gating_jax.experiments import long_video, video_build, video_nets, video_sets, video_speed, video_trial
+from gating_jax.experiments import (
+  long_video,
+  video_build,
+  video_nets,
+  video_report,
+  video_sets,
+  video_speed,
+  video_trial,
+)
 from gating_jax.models import segment_nets
 from gating_jax.models.resnet import ResNet
 from gating_jax.training import evaluation, rundir
@@ -134,6 +142,16 @@ def test_probabilities_in_chosen_segments_are_counted_as_numpy_counts_them():
   expected = [np.histogram(p[c], evaluation.BINS, (0, 1))[0] for p, c in zip(probs, chosen, strict=True)]
   np.testing.assert_array_equal(counts, expected)
   assert not chosen.all()
+
+
+def test_histograms_are_of_valid_segments_and_of_each_layer_of_channel_gates():
+  valid = np.array([[True, True, False]])
+  done = {"probs": np.array([[0.99, 0.01, 0.5]]), "gates": np.array([[1.0, 0.0, 1.0]]), "valid": valid,
+          "channels": np.stack([np.full((2, evaluation.BINS), layer) for layer in range(2)], axis=1)}
+  counts = video_report.histograms(done)
+  assert counts["gates/segments/probs"].sum() == 2
+  for layer, count in enumerate((0, 2)):
+    assert counts[f"gates/layer{layer:02d}/probs"].tolist() == [count] * evaluation.BINS
 
 
 def read_result(path):

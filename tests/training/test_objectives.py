@@ -84,12 +84,19 @@ def entropy_by_hand():
   return np.mean([1 - stats.entropy([p, 1 - p], base=2) for p in means])
 
 
+def balance_by_hand():
+  layers = zip(GATES, PROBS, strict=True)
+  return sum(probs.shape[1] * np.sum(gates.mean(axis=0) / gates.mean(axis=0).sum() * probs.mean(axis=0))
+             for gates, probs in layers)
+
+
 @pytest.mark.parametrize(("regulariser", "values"), [
     ("none", {}),
     ("sparsity", {"l0": (1.4, sparsity_by_hand("l0"))}),
     ("entropy", {"entropy": (0.3, entropy_by_hand())}),
     ("decision_entropy", {"decision_entropy": (
         0.3, np.mean([1 - stats.entropy([p, 1 - p], base=2) for p in np.hstack(PROBS).ravel()]))}),
+    ("balance", {"balance": (0.3, balance_by_hand())}),
     ("away_from_half", {"away_from_half": (0.3, np.mean(4 * np.hstack(PROBS) * (1 - np.hstack(PROBS))))}),
 ])
 def test_other_regularisers_stand_alone(regulariser, values):

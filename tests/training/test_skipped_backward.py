@@ -1,11 +1,12 @@
 """Steps that leave out the backward of closed layers end where full steps end."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from gating_jax.layers.blocks import Bottleneck
+from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.resnet import ResNet
 from gating_jax.training import steps
@@ -44,6 +45,23 @@ def test_parameters_are_those_of_full_steps(share, fields):
   assert 0 < sum(in_full) < STEPS  # both ways are gone
   assert moved > 0.1
   assert tiny.relative_gap(skipped, full) < 1e-5
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_a_block_that_leaves_out_closed_examples_has_the_gradient_of_the_whole(block):
+  x = np.random.default_rng(0).normal(size=(8, 4, 4, 4 * block.expansion)).astype(np.float32)
+  settings, keys = GateSettings(hidden=4, initial_open=0.5), {"params": jax.random.key(0), "gate": jax.random.key(1)}
+  of_share = lambda share: block(4, gating="layer", group_norm=True, gate=settings, backward_share=share)
+  variables = jax.jit(of_share(1.0).init)(keys, x)
+
+  def output(share, variables):
+    (y, (record,)), _ = of_share(share).apply(variables, x, train=True, rngs=keys, mutable="batch_stats")
+    return jnp.sum(y ** 2), record.gates
+
+  gradient = jax.jit(jax.grad(output, argnums=1, has_aux=True), static_argnums=0)
+  (whole, gates), (skipped, _) = gradient(1.0, variables), gradient(0.99, variables)
+  assert 0 < gates.sum() < 8
+  assert tiny.relative_gap(skipped, whole) < 1e-5
 
 
 @pytest.mark.slow
