@@ -49,6 +49,7 @@ from gating_jax.ops.relaxations import (
   threshold_gate,
 )
 from gating_jax.ops.samples import empirical
+from gating_jax.training.devices import value_and_grad_over_devices
 from gating_jax.types import GateRecord
 from gating_jax.video.concepts import find_concepts
 from gating_jax.video.inference import Skipping
@@ -118,5 +119,6 @@ __all__ = [
   "target_rate_loss",
   "threshold_gate",
   "uniform",
+  "value_and_grad_over_devices",
   "vgg",
 ]

@@ -17,7 +17,7 @@ import optax
 
 from gating_jax.continual import replay
 from gating_jax.continual.method import Batch, Learner, Method, Network, Start, TaskData
-from gating_jax.ops.collectives import mean_over_devices
+from gating_jax.training.devices import value_and_grad_over_devices
 from gating_jax.types import Array
 
 
@@ -32,8 +32,8 @@ def agem(network: Network, rehearsal: replay.ReplaySettings) -> Method:
     noise, drawing = jax.random.split(batch.key)
     x, labels, _, filled = replay.draw_inputs(learner.memory, drawing, batch, problem, rehearsal.batch_size)
     remembered = batch._replace(x=x, labels=labels, key=noise)
-    reference = jax.grad(lambda params: network.loss(params, learner, remembered)[0])(learner.params)
-    reference = mean_over_devices(reference, problem.axis_name)
+    loss = lambda params: network.loss(params, learner, remembered)[0]
+    _, reference = value_and_grad_over_devices(loss, problem.axis_name)(learner.params)
     return jax.tree.map(lambda g, p: jnp.where(filled, p, g), grads, project(grads, reference))
 
   def end_task(learner: Learner, data: TaskData, key: Array) -> Learner:

@@ -13,6 +13,7 @@ import optax
 
 from gating_jax.continual.method import Batch, Learner, Method
 from gating_jax.ops.collectives import mean_over_devices
+from gating_jax.training.devices import value_and_grad_over_devices
 from gating_jax.types import Array
 
 _AUGMENT, _METHOD = range(2)
@@ -42,8 +43,9 @@ def make_step(
         key=jax.random.fold_in(key, _METHOD),
         epoch=epochs + place / steps_per_epoch,
         place=place / max(1, steps_per_epoch - 1))
-    grads, (terms, batch_stats) = jax.grad(_with_total(method.loss), has_aux=True)(learner.params, learner, batch)
-    grads, metrics = mean_over_devices((grads, terms), axis_name)
+    differentiate = value_and_grad_over_devices(_with_total(method.loss), axis_name, has_aux=True)
+    (_, (terms, batch_stats)), grads = differentiate(learner.params, learner, batch)
+    metrics = mean_over_devices(terms, axis_name)
     grads = method.gradient(grads, learner, batch)
     metrics["gradient_norm"] = optax.tree.norm(grads)
     updates, opt_state = optimiser.update(grads, learner.opt_state, learner.params)

@@ -21,6 +21,7 @@ from jax import lax
 
 from gating_jax.layers.gate import GATE_RNG
 from gating_jax.ops.collectives import example_keys, mean_over_devices
+from gating_jax.training.devices import value_and_grad_over_devices
 from gating_jax.types import Array, Records
 
 LATENT_STREAM, GATE_STREAM, MIX_STREAM = range(3)
@@ -176,7 +177,8 @@ class _Training:
       score = lambda images: self.critic.apply({"params": params}, images, labels)
       return critic_loss(score, real, fake, mix, penalty=self.settings.penalty)
 
-    grads, metrics = mean_over_devices(jax.grad(loss, has_aux=True)(state.critic), self.axis_name)
+    (_, metrics), grads = value_and_grad_over_devices(loss, self.axis_name, has_aux=True)(state.critic)
+    metrics = mean_over_devices(metrics, self.axis_name)
     updates, opt = self.settings.adam().update(grads, state.critic_opt, state.critic)
     return state.replace(critic=optax.apply_updates(state.critic, updates), critic_opt=opt), metrics
 
@@ -187,7 +189,8 @@ class _Training:
       total = adversarial if self.records_loss is None else adversarial + self.records_loss(records)
       return total, ({"generator_loss": total}, batch_stats)
 
-    grads, (metrics, batch_stats) = mean_over_devices(jax.grad(loss, has_aux=True)(state.generator), self.axis_name)
+    (_, found), grads = value_and_grad_over_devices(loss, self.axis_name, has_aux=True)(state.generator)
+    metrics, batch_stats = mean_over_devices(found, self.axis_name)
     grads = self.gradient(grads, state.generator)
     updates, opt = self.settings.adam().update(grads, state.generator_opt, state.generator)
     params = optax.apply_updates(state.generator, self.update(updates, state.generator))

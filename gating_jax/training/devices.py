@@ -7,14 +7,17 @@ caller, as they would on one device: no leading device axis.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gating_jax.checks import one_of
+from gating_jax.ops.collectives import mean_over_devices
 
 AXIS = "batch"
 REPLICATED = "replicated"
@@ -33,7 +36,7 @@ def map_over_devices(
 ) -> Callable:
   """Runs `fn` on every device, with `AXIS` as the name of the device axis for its collectives.
 
-  Inside, gradients are local: average them with `lax.pmean(grads, AXIS)`, as under pmap, with either backend.
+  Inside, gradients are local with either backend: `value_and_grad_over_devices(loss, AXIS)` averages them.
 
   Args:
     fn: a pure function of arrays.
@@ -67,7 +70,7 @@ def map_over_devices(
     finish = _join_batch
   else:
     specs = {REPLICATED: PartitionSpec(), BATCH: PartitionSpec(AXIS)}
-    # check_vma would sum gradients over devices by itself; without it they are local, as under pmap.
+    # With check_vma gradients by hand would come summed over devices; without it they are local, as under pmap.
     mapped = jax.jit(
         jax.shard_map(
             fn,
@@ -90,6 +93,64 @@ def map_over_devices(
 
   run.compiled = mapped  # for tests that count compilations
   return run
+
+
+def value_and_grad_over_devices(
+    loss: Callable, axis_name: Hashable | None, *, argnums: int | Sequence[int] = 0, has_aux: bool = False
+) -> Callable:
+  """Differentiates the mean over devices of `loss`, inside `pmap`, or `shard_map` in either mode.
+
+      L = mean_d loss_d,   gradient = mean_d of each device's own gradient of loss_d
+
+  The same code gives the gradient of the whole batch everywhere. By hand it depends on the mode: under pmap and
+  `check_vma=False` a device's gradient is its own and has to be averaged; under shard_map's default,
+  `check_vma=True`, JAX has summed it over devices already, and averaging it leaves a step D times as long.
+
+  Args:
+    loss: a function whose first result, or whose only one, is a scalar: the mean over this device's examples. Terms
+      of the whole batch, such as `batch_shaping_loss(..., axis_name=axis_name)`, may be part of it.
+    axis_name: the mapped axis, or axes, over which the batch is spread; None for one device.
+    argnums: as in `jax.value_and_grad`; these arguments must be the same on all devices.
+    has_aux: whether `loss` returns `(scalar, aux)`.
+  Returns:
+    a function of `loss`'s arguments. As of `jax.value_and_grad`, it returns `(value, gradient)`, the same on all
+    devices, or `((value, aux), gradient)`, in which `aux` is each device's own.
+
+  >>> local = lambda w, x: jnp.mean((w - x) ** 2)
+  >>> over_devices = jax.vmap(value_and_grad_over_devices(local, "batch"), (None, 0), axis_name="batch")
+  >>> value, gradient = over_devices(1.0, jnp.array([[3.0], [5.0]]))  # one example on each of two devices
+  >>> print(value, gradient)
+  [10. 10.] [-6. -6.]
+  """
+  if axis_name is None:
+    return jax.value_and_grad(loss, argnums, has_aux)
+  positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+  def on_this_device(*args, **kwargs):
+    out = loss(*args, **kwargs)
+    # A loss that is averaged already would send each device a part of its gradient only.
+    return (_own_copy(out[0], axis_name), out[1]) if has_aux else _own_copy(out, axis_name)
+
+  differentiate = jax.value_and_grad(on_this_device, argnums, has_aux)
+
+  def over_devices(*args, **kwargs):
+    args = list(args)
+    for position in positions:
+      args[position] = _own_copy(args[position], axis_name)
+    value, gradient = differentiate(*args, **kwargs)
+    if has_aux:
+      value, aux = value
+      value, gradient = mean_over_devices((value, gradient), axis_name)
+      return (value, aux), gradient
+    return mean_over_devices((value, gradient), axis_name)
+
+  return over_devices
+
+
+def _own_copy(tree: Any, axis_name: Hashable) -> Any:
+  """The same values, which JAX takes for ones that differ between devices: then it sums no gradient over them."""
+  never = lax.axis_index(axis_name) < 0
+  return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), tree)
 
 
 def device_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -18,6 +18,7 @@ from jax import lax
 from gating_jax.layers.gate import GATE_RNG, NOISE, noise_scales
 from gating_jax.ops.collectives import mean_over_devices
 from gating_jax.ops.macs import executed_macs
+from gating_jax.training.devices import value_and_grad_over_devices
 from gating_jax.types import Array
 
 DROPOUT_RNG = "dropout"  # the name of Flax's own PRNG stream for it
@@ -84,8 +85,9 @@ def make_train_step(
         metrics["gates/noise_scale"] = jnp.asarray(noise_scale(state.step), jnp.float32)
       return total, (metrics, updates.get("batch_stats", {}))
 
-    grads, (metrics, batch_stats) = jax.grad(loss, has_aux=True)(state.params)
-    grads, metrics = mean_over_devices((grads, metrics), axis_name)
+    differentiate = value_and_grad_over_devices(loss, axis_name, has_aux=True)
+    (_, (metrics, batch_stats)), grads = differentiate(state.params)
+    metrics = mean_over_devices(metrics, axis_name)
     metrics["gradient_norm"] = optax.tree.norm(grads)
     updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

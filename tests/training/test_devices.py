@@ -6,7 +6,9 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 
+from gating_jax import batch_shaping_loss, beta, value_and_grad_over_devices
 from gating_jax.data import augment
 from gating_jax.ops import collectives
 from gating_jax.training import devices
@@ -165,3 +167,104 @@ def test_replicate_puts_a_copy_on_every_device():
   tree = devices.replicate({"a": np.arange(3)})
   assert tree["a"].sharding.device_set == set(jax.devices())
   assert [shard.data.tolist() for shard in tree["a"].addressable_shards] == [[0, 1, 2]] * 8
+
+
+def spread(fn, way, axes=devices.AXIS):
+  """`fn(replicated, batch)` on eight devices, by one of the ways that JAX has; what it returns is the same on all."""
+  if way in ("pmap", "vmap"):
+    mapped = (jax.pmap if way == "pmap" else jax.vmap)(fn, axis_name=axes, in_axes=(None, 0))
+    mapped = mapped if way == "pmap" else jax.jit(mapped)
+    return lambda params, batch: jax.tree.map(
+        lambda x: x[0], mapped(params, jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch)))
+  shape = 8 if isinstance(axes, str) else (2, 4)
+  return jax.jit(jax.shard_map(
+      fn, mesh=Mesh(np.array(jax.devices()).reshape(shape), axes), in_specs=(PartitionSpec(), PartitionSpec(axes)),
+      out_specs=PartitionSpec(), check_vma=way == "shard_map, check_vma=True"))
+
+
+WAYS = ("pmap", "vmap", "shard_map, check_vma=False", "shard_map, check_vma=True")
+ways = pytest.mark.parametrize("way", WAYS)
+
+
+def fit(params, batch, axis_name=None, already_averaged=False):
+  """A loss with a part of this device's examples and one of the whole batch."""
+  logits = batch["x"] @ params["w"] + params["b"]
+  shaping = jnp.sum(batch_shaping_loss(logits, beta(0.6, 0.4), axis_name=axis_name))
+  total = jnp.mean(jnp.square(logits - batch["y"])) + 10 * shaping
+  return collectives.mean_over_devices(total, axis_name) if already_averaged else total
+
+
+def fit_problem():
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  return {"w": normal(4, 3), "b": normal(3)}, {"x": normal(16, 4) + np.linspace(-1, 1, 16)[:, None], "y": normal(16, 3)}
+
+
+@functools.cache
+def right_gradient():
+  return jax.jit(jax.value_and_grad(fit))(*fit_problem())
+
+
+def assert_alike(found, right):
+  np.testing.assert_allclose(found[0], right[0], rtol=1e-6)
+  assert tiny.relative_gap(found[1], right[1]) < 1e-6
+
+
+@ways
+@pytest.mark.parametrize("already_averaged", [False, True])
+def test_the_gradient_over_devices_is_that_of_one_device_in_every_mode(way, already_averaged):
+  local = functools.partial(fit, axis_name=devices.AXIS, already_averaged=already_averaged)
+  found = spread(value_and_grad_over_devices(local, devices.AXIS), way)(*fit_problem())
+  assert_alike(found, right_gradient())
+
+
+def test_by_hand_the_gradient_of_one_mode_is_wrong_in_the_other():
+  """The reason for the helper; where this fails, JAX has changed its convention."""
+  local = jax.value_and_grad(functools.partial(fit, axis_name=devices.AXIS))
+  by_hand = lambda params, batch: lax.pmean(local(params, batch), devices.AXIS)
+  right = right_gradient()
+  assert_alike(spread(by_hand, "shard_map, check_vma=False")(*fit_problem()), right)
+  value, gradient = spread(by_hand, "shard_map, check_vma=True")(*fit_problem())
+  assert_alike((value, jax.tree.map(lambda g: g / 8, gradient)), right)
+
+
+@pytest.mark.parametrize("way", WAYS[2:])
+def test_the_gradient_is_right_where_jax_takes_parameters_for_different_on_each_device(way):
+  differentiate = value_and_grad_over_devices(functools.partial(fit, axis_name=devices.AXIS), devices.AXIS)
+  vary = lambda params: jax.tree.map(lambda w: w + 0 * lax.axis_index(devices.AXIS), params)
+  found = spread(lambda params, batch: differentiate(vary(params), batch), way)(*fit_problem())
+  assert_alike(found, right_gradient())
+
+
+@pytest.mark.parametrize("way", WAYS[2:])
+def test_the_batch_may_be_spread_over_two_axes(way):
+  axes = ("hosts", "devices")
+  found = spread(value_and_grad_over_devices(functools.partial(fit, axis_name=axes), axes), way, axes)(*fit_problem())
+  assert_alike(found, right_gradient())
+
+
+@pytest.mark.parametrize("way", ["one device", *WAYS[2:]])
+def test_aux_is_each_devices_own_and_several_arguments_have_gradients(way):
+  axis_name = None if way == "one device" else devices.AXIS
+
+  def loss(w, batch, b, *, axis_name):
+    return fit({"w": w, "b": b}, batch, axis_name), jnp.sum(batch["x"])
+
+  def both(params, batch):
+    differentiate = value_and_grad_over_devices(loss, axis_name, argnums=(0, 2), has_aux=True)
+    (value, aux), (w, b) = differentiate(params["w"], batch, params["b"], axis_name=axis_name)
+    return (value, {"w": w, "b": b}), aux if axis_name is None else lax.psum(aux, axis_name)
+
+  params, batch = fit_problem()
+  found, aux = (both if axis_name is None else spread(both, way))(params, batch)
+  assert_alike(found, right_gradient())
+  np.testing.assert_allclose(aux, batch["x"].sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("way", [pytest.param(WAYS[2], marks=pytest.mark.slow), WAYS[3]])
+def test_a_training_step_is_that_of_one_device_under_shard_map_in_both_modes(way):
+  step = tiny.train_step(OPTIMISER, axis_name=devices.AXIS)
+  state, metrics = spread(lambda state, batch: step(state, *batch), way)(tiny.state(OPTIMISER), tiny.images(32))
+  one = trained("pmap", 1)[1]
+  assert tiny.relative_gap(state.opt_state[0], one[0].opt_state[0]) < 1e-6
+  np.testing.assert_allclose(metrics["gradient_norm"], one[1]["gradient_norm"], rtol=1e-6)
