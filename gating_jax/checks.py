@@ -6,6 +6,7 @@ import difflib
 import unicodedata
 from collections.abc import Iterable
 
+_CLOSE = 0.7  # twice the letters that two names share in their order, of the letters of both
 _JOINERS = "\u200c\u200d"  # between letters of Persian or of Indian scripts, and parts of a picture
 
 
@@ -18,9 +19,18 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
   """
   choices = sorted(choices)
   if value not in choices:
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f". Did you mean {near[0]!r}?" if near else ""
+    close = near(str(value), choices)
+    hint = f". Did you mean {close[0]!r}?" if close else ""
     raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{hint}")
+
+
+def near(name: str, choices: Iterable[str], count: int = 1) -> list[str]:
+  """The choices, at most `count`, that differ from a name by a slip or two; the nearest first.
+
+  >>> near("chanel", ("none", "channel")), near("widht", ("none", "channel"))
+  (['channel'], [])
+  """
+  return difflib.get_close_matches(name, list(choices), n=count, cutoff=_CLOSE)
 
 
 def printable(text: object, keep: str = "") -> str:

@@ -5,47 +5,144 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import textwrap
 import traceback
-from pathlib import Path
+from importlib import metadata
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from gating_jax.checks import one_of, printable
+from gating_jax import config_files
+from gating_jax.checks import near, one_of, printable
+from gating_jax.paths import user_path
+from gating_jax.terminal import prepare_streams
 
 COMPARE = "compare"
 MODES = ("train", "evaluate", "report", "export", "compile", COMPARE)
 EXPERIMENTS = ("classification", "continual", "long_video", "segmentation")
 
+_BARE = """\
+gating-jax trains networks that decide, per input, what they compute, and shows what they learnt.
+An example, about two minutes:  gating-jax --config=configs/digits_resnet20.py --workdir=runs/digits
+More examples, all modes, configs and flags:  gating-jax --help"""
+_HELP = """\
+gating-jax trains networks that decide, per input, what they compute, and shows what they learnt.
+
+Examples, one for each programme. No downloads are needed: the data ship with scikit-learn.
+  gating-jax --config=configs/digits_resnet20.py --workdir=runs/digits        images
+  gating-jax --config=configs/segmentation_digits.py --workdir=runs/scenes    a class for every pixel
+  gating-jax --config=configs/split_digits.py --workdir=runs/split_digits     tasks, one after the other
+  gating-jax --config=configs/composed_timegate.py --workdir=runs/timegate    segments of long videos
+The same command resumes a run that was stopped. Then, of a run that is there:
+  gating-jax --workdir=runs/digits --mode=compile
+
+Modes:
+  --mode=train     trains to the end, from wherever the run directory stands; the default
+  --mode=evaluate  tests the newest checkpoint
+  --mode=report    writes report.html of the newest checkpoint
+  --mode=compile   times programs that skip what gates close
+  --mode=export    writes files that run without this package; of image classifiers
+  --mode=compare   writes a page that compares runs: --workdir=runs/digits,runs/scenes --mode=compare
+
+Configs, by path, or by a name or its beginning: --config=digits is configs/digits_resnet20.py.
+{configs}
+Variants stand after a colon: --config=digits:epochs=3,gates=none. A field is set by its name:
+--config.optim.learning_rate=0.05. The files are in {folder}
+
+Flags:
+{flags}
+  --version: The versions of this package, Python and JAX.
+  --helpfull: The flags of libraries as well."""
+
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A config file such as configs/digits_resnet20.py; its fields can be overridden as "
-    "--config.optim.learning_rate=0.05.", lock_config=True)
+    "config", None, "A config file or its name, as above; only --mode=train needs it, others read that of the run.",
+    lock_config=True)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The run directory: new, or one to go on with; those to compare are separated by commas.")
-_MODE = flags.DEFINE_enum(
-    "mode", "train", MODES, "What to do; evaluate, report, export and compile look at a run that is there, compare at "
-    "any, without --config.")
+    "workdir", None, "The run directory: a new one, or one to resume; those to compare are separated by commas.")
+_MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do, as above.")
 _PAGE = flags.DEFINE_string("page", "comparison.html", "The page that --mode=compare writes.")
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "Of a job of several processes: host:port of process 0, or auto on Cloud TPU or Slurm.")
+    "coordinator", None, "For a job of several processes: host:port of process 0, or auto on Cloud TPU or Slurm.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the job has.", lower_bound=1)
 _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
 
 
 def main() -> None:
   """Entry point."""
-  for flag, following in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=True):
-    name, equals, value = flag.partition("=")
-    if name.lstrip("-") == "config":  # so that a config file can import its neighbours
-      sys.path.append(str(Path((value if equals else following).partition(":")[0]).absolute().parent.parent))
-  flags.mark_flag_as_required("workdir")
+  prepare_streams()
+  given = sys.argv[1:]
+  if not given:
+    _say(_BARE)
+    sys.exit(2)
+  if any(argument in ("-h", "-help", "--help", "-?", "--helpshort") for argument in given):
+    print(_help())
+    sys.exit(0)
+  if any(argument in ("-version", "--version") for argument in given):
+    print(_version())
+    sys.exit(0)
+  try:
+    sys.argv[1:] = _find_config(flags.FLAGS.read_flags_from_files(given, force_gnu=False))
+  except (ValueError, flags.Error) as error:
+    _say(f"error: {error}")
+    sys.exit(2)
   app.run(_main, flags_parser=_parse)
+
+
+def _help() -> str:
+  configs, own = [], []
+  for name, said in config_files.packaged().items():
+    configs.append(f"  {name:<24}{textwrap.shorten(said, 74, placeholder=' ...')}")
+  for flag in _own_flags():
+    own.append(textwrap.fill(f"--{flag.name}: {flag.help}", 100, initial_indent="  ", subsequent_indent="      "))
+  return _HELP.format(configs="\n".join(configs), folder=config_files.folder(), flags="\n".join(own))
+
+
+def _own_flags() -> list[flags.Flag]:
+  """Those of this file, in its order; libraries have others."""
+  return flags.FLAGS.flags_by_module_dict()[flags.FLAGS.find_module_defining_flag(_WORKDIR.name)]
+
+
+def _version() -> str:
+  def of(package):
+    try:
+      return metadata.version(package)
+    except metadata.PackageNotFoundError:  # a checkout that is not installed
+      return "0 (not installed)"
+
+  return f"gating-jax {of('gating-jax')}, Python {sys.version.split()[0]}, JAX {of('jax')}"
+
+
+def _find_config(given: list[str]) -> list[str]:
+  """The arguments with the path of the config's file where its name stands, and its neighbours importable.
+
+  Raises ValueError where there is no such config, or its file gives none.
+  """
+  arguments = list(given)
+  for i, argument in enumerate(given):
+    if argument == "--":
+      break
+    name, equals, value = argument.partition("=")
+    if name not in ("-config", "--config"):
+      continue
+    if not equals and i + 1 == len(given):
+      raise ValueError("--config must have a value, such as --config=digits")
+    name, colon, variant = (value if equals else given[i + 1]).partition(":")
+    path = config_files.locate(name)
+    config_files.import_shared(path)
+    config_files.check(path, variant if colon else None)
+    if equals:
+      arguments[i] = f"--config={path}{colon}{variant}"
+    else:
+      arguments[i + 1] = f"{path}{colon}{variant}"
+  return arguments
 
 
 def _parse(argv: list[str]) -> list[str]:
   """absl's parsing, with one line for whatever is wrong."""
   try:
     return flags.FLAGS(argv)
+  except flags.UnrecognizedFlagError as error:
+    message = _unknown_flag(error.flagname)
   except flags.Error as error:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = lines[-1] if any(line.startswith("Traceback") for line in lines) else " ".join(lines)
@@ -53,6 +150,15 @@ def _parse(argv: list[str]) -> list[str]:
     message = _unknown_field(argv) or str(error)
   _say(f"error: {message}")
   sys.exit(2)
+
+
+def _unknown_flag(name: str) -> str:
+  """What to say of a flag that there is not."""
+  first, dot, rest = name.partition(".")
+  if first == "config":
+    return f"--{name} changes a field of --config, which is not given"
+  close = near(first, [*(flag.name for flag in _own_flags()), "help", "version"])
+  return f"there is no flag --{name}" + (f". Did you mean --{close[0]}{dot}{rest}?" if close else "; see --help")
 
 
 def _unknown_field(argv: list[str]) -> str | None:
@@ -71,18 +177,34 @@ def _unknown_field(argv: list[str]) -> str | None:
   return None
 
 
-def _main(argv: list[str]) -> int:
+def _misused(argv: list[str]) -> str | None:
+  """What is wrong with flags that are each right."""
   if len(argv) > 1:
-    _say(f"error: unknown arguments {argv[1:]}")
-    return 2
-  if (_CONFIG.value is None) != (_MODE.value == COMPARE):
-    _say(f"error: --config must be given, but not with --mode={COMPARE}")
+    hint = ""
+    with contextlib.suppress(ValueError):
+      config_files.locate(argv[1].partition(":")[0])
+      hint = f". Did you mean --config={argv[1]}?"
+    if argv[1] in MODES:
+      hint = f". Did you mean --mode={argv[1]}?"
+    return f"unknown arguments {argv[1:]}{hint}"
+  if not _WORKDIR.value:
+    return "--workdir must be given, such as --workdir=runs/digits"
+  if _CONFIG.value is not None and _MODE.value == COMPARE:
+    return f"--config must not be given with --mode={COMPARE}, which reads those of the runs"
+  if _CONFIG.value is None and _MODE.value == "train":
+    return "--config must be given to train, such as --config=digits"
+  return None
+
+
+def _main(argv: list[str]) -> int:
+  if message := _misused(argv):
+    _say(f"error: {message}")
     return 2
   logging.set_verbosity(logging.WARNING)
   import jax  # after the flags are checked, as what imports it
 
   from gating_jax.data.sources import DatasetNotPreparedError
-  from gating_jax.experiments import classification, compare, continual, long_video, segmentation
+  from gating_jax.experiments import classification, compare, continual, long_video, segmentation, settings
   from gating_jax.inference.export import ExportError
   from gating_jax.training import hosts
   from gating_jax.training.checkpoints import CheckpointError
@@ -91,17 +213,19 @@ def _main(argv: list[str]) -> int:
 
   try:
     if _MODE.value == COMPARE:
-      compare.run([Path(folder) for folder in _WORKDIR.value.split(",")], Path(_PAGE.value))
+      compare.run(compare.folders(_WORKDIR.value), user_path(_PAGE.value))
       return 0
-    one_of("experiment", _CONFIG.value.experiment, EXPERIMENTS)
+    workdir, config = user_path(_WORKDIR.value), _CONFIG.value
+    if config is None:
+      config = settings.config_of(workdir)
+    one_of("experiment", config.experiment, EXPERIMENTS)
     if not _COORDINATOR.value and (_PROCESSES.value, _PROCESS.value) != (None, None):
       raise ValueError("coordinator must be given with processes and process; got none")
     if _COORDINATOR.value:
       hosts.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     modules = (classification, continual, long_video, segmentation)
     with contextlib.redirect_stdout(sys.stdout if hosts.is_writer() else None):
-      dict(zip(EXPERIMENTS, modules, strict=True))[_CONFIG.value.experiment].run(
-          _CONFIG.value, Path(_WORKDIR.value), _MODE.value)
+      dict(zip(EXPERIMENTS, modules, strict=True))[config.experiment].run(config, workdir, _MODE.value)
   except (ValueError, DatasetNotPreparedError, NonFiniteError, RunDirError, CheckpointError, ExportError) as error:
     return _failed(error, 2)
   except (OSError, hosts.PeerError) as error:

@@ -1,26 +1,31 @@
 #!/usr/bin/env bash
 # Runs gating-jax as one job of N processes on this machine, as N hosts would. If one fails, the others are ended within
 # half a minute, and with RESTARTS the job goes on from its newest checkpoint. Ctrl-C or SIGTERM stops all at one step.
-# Usage: bash launch/local.sh [--dry-run] N arguments of gating-jax
+# Usage: bash launch/local.sh [--help] [--dry-run] N arguments of gating-jax
 # RESTARTS: how often a job that failed is started again (default 0); not where that cannot help (status 2).
 # DEVICES: virtual devices of each process, on CPU (default: as many as XLA_FLAGS says, or one).
 # GATING_JAX: the command (default: gating-jax of .venv).
 set -uo pipefail
 
 usage() {
-  sed -n '2,7s/^# //p' "$0" >&2
-  exit 2
+  sed -n '2,7s/^# //p' "$0"
 }
 
-dry_run=
-if [ "${1:-}" = --dry-run ]; then
-  dry_run=yes
-  shift
+# --help, -h and --dry-run may stand anywhere; gating-jax takes the rest.
+dry_run='' arguments=()
+for argument in "$@"; do
+  case "$argument" in
+    -h | --help) usage; exit ;;
+    --dry-run) dry_run=yes ;;
+    *) arguments+=("$argument") ;;
+  esac
+done
+processes=${arguments[0]:-}
+arguments=("${arguments[@]:1}")
+if [[ ! "$processes" =~ ^[1-9][0-9]*$ ]] || [ ${#arguments[@]} -eq 0 ]; then
+  usage >&2
+  exit 2
 fi
-processes=${1:-}
-[[ "$processes" =~ ^[1-9][0-9]*$ ]] || usage
-shift
-[ $# -gt 0 ] || usage
 here="$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=launch/restarts.sh
 . "$here/restarts.sh"
@@ -36,7 +41,6 @@ command_of() {  # port, process
   command=("${program[@]}" "${arguments[@]}" "--coordinator=localhost:$1" "--processes=$processes" "--process=$2")
 }
 
-arguments=("$@")
 if [ "$dry_run" ]; then
   for ((i = 0; i < processes; i++)); do
     command_of PORT "$i"

@@ -3,6 +3,11 @@
 # A restart cannot mend status 2 of gating-jax, wrong arguments or data that are not there, nor the shell's 126 and 127, a
 # command that cannot be run or is not there.
 
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+  sed -n '2,4s/^# //p' "$0"
+  echo "Usage: . launch/restarts.sh"
+  exit
+fi
 [[ "${RESTARTS:-0}" =~ ^[0-9]+$ ]] || { echo "error: RESTARTS must be a number >= 0; got $RESTARTS" >&2; exit 2; }
 stopping=  # set it, in a trap, when no restart is wanted any more
 

@@ -2,6 +2,11 @@
 # Sourced from the repository's root: makes .venv with the pinned packages and this one, if needed, and activates it.
 # PYTHON names the interpreter (default: python3); EXTRAS the extra packages, such as [dev]. Needs `set -e`.
 
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+  sed -n '2,3s/^# //p' "$0"
+  echo "Usage: . launch/setup.sh"
+  exit
+fi
 python=${PYTHON:-python3}
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   echo "error: Python 3.11 or newer is needed; $python is $("$python" --version 2>&1). Set PYTHON=/path/to/python3.11" >&2

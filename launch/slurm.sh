@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One job of gating-jax on several nodes of a Slurm cluster, one process for each node.
 # Usage: sbatch --nodes=N [other options of sbatch] launch/slurm.sh arguments of gating-jax
-#        bash launch/slurm.sh --dry-run arguments of gating-jax
+#        bash launch/slurm.sh --help, or --dry-run and arguments of gating-jax
 # Call it from the repository, with .venv in it, on a file system that all nodes share, as must be the run directory.
 # RESTARTS: how often a job that failed is started again (default 0); not where that cannot help (status 2).
 # Slurm tells JAX who is who (--coordinator=auto). A job whose node was lost is for Slurm to repeat: sbatch --requeue.
@@ -9,13 +9,21 @@
 #SBATCH --signal=TERM@300
 set -euo pipefail
 
-dry_run=
-if [ "${1:-}" = --dry-run ]; then
-  dry_run=yes
-  shift
-fi
-if [ $# -eq 0 ]; then
-  sed -n '2,7s/^# //p' "$0" >&2
+usage() {
+  sed -n '2,7s/^# //p' "$0"
+}
+
+# --help, -h and --dry-run may stand anywhere; gating-jax takes the rest.
+dry_run='' arguments=()
+for argument in "$@"; do
+  case "$argument" in
+    -h | --help) usage; exit ;;
+    --dry-run) dry_run=yes ;;
+    *) arguments+=("$argument") ;;
+  esac
+done
+if [ ${#arguments[@]} -eq 0 ]; then
+  usage >&2
   exit 2
 fi
 # The command is Slurm's own copy of this file: the repository is where sbatch was called.
@@ -25,7 +33,7 @@ repository="${SLURM_SUBMIT_DIR:-$(pwd)}"
 . "$repository/launch/restarts.sh"
 # When one process ends, the others have 30 s; they say first what they know of the failure, and srun returns the largest
 # status. --signal above lets a job save before its time is over.
-command=(srun --kill-on-bad-exit=0 --wait=30 "$repository/.venv/bin/gating-jax" "$@" --coordinator=auto)
+command=(srun --kill-on-bad-exit=0 --wait=30 "$repository/.venv/bin/gating-jax" "${arguments[@]}" --coordinator=auto)
 if [ "$dry_run" ]; then
   printf '%q ' "${command[@]}"
   echo

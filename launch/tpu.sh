@@ -1,24 +1,32 @@
 #!/usr/bin/env bash
 # One job of gating-jax on all workers of a Cloud TPU VM or pod slice, on which the repository and .venv are already.
-# Usage: NAME=tpu ZONE=us-central2-b bash launch/tpu.sh [--dry-run] arguments of gating-jax
+# Usage: NAME=tpu ZONE=us-central2-b bash launch/tpu.sh [--help] [--dry-run] arguments of gating-jax
 # Needs gcloud, logged in. The run directory must be one that all workers see: a mounted bucket or file share.
 # FOLDER: of the repository on the workers (default: gating_jax, in the home folder).
 # RESTARTS: how often a job that failed is started again (default 0); not where that cannot help (status 2). A slice
 # that was taken away is not made anew.
 set -euo pipefail
 
-dry_run=
-if [ "${1:-}" = --dry-run ]; then
-  dry_run=yes
-  shift
-fi
-if [ $# -eq 0 ] || [ -z "${NAME:-}" ] || [ -z "${ZONE:-}" ]; then
-  sed -n '2,7s/^# //p' "$0" >&2
+usage() {
+  sed -n '2,7s/^# //p' "$0"
+}
+
+# --help, -h and --dry-run may stand anywhere; gating-jax takes the rest.
+dry_run='' arguments=()
+for argument in "$@"; do
+  case "$argument" in
+    -h | --help) usage; exit ;;
+    --dry-run) dry_run=yes ;;
+    *) arguments+=("$argument") ;;
+  esac
+done
+if [ ${#arguments[@]} -eq 0 ] || [ -z "${NAME:-}" ] || [ -z "${ZONE:-}" ]; then
+  usage >&2
   exit 2
 fi
 # shellcheck source=launch/restarts.sh
 . "$(dirname "${BASH_SOURCE[0]}")/restarts.sh"
-printf -v remote '%q ' .venv/bin/gating-jax "$@" --coordinator=auto
+printf -v remote '%q ' .venv/bin/gating-jax "${arguments[@]}" --coordinator=auto
 command=(gcloud compute tpus tpu-vm ssh "$NAME" "--zone=$ZONE" --worker=all
          "--command=cd $(printf %q "${FOLDER:-gating_jax}") && exec $remote")
 if [ "$dry_run" ]; then

@@ -1,11 +1,15 @@
 """What the command says and returns, within this process; `test_cli.py` has what needs processes of its own."""
 
+import importlib
 import re
 import shutil
+import tomllib
 
 import jax
 import pytest
 
+from gating_jax import cli, config_files
+from gating_jax.experiments import classification
 from gating_jax.models import resnet
 from tests.helpers import ROOT, tiny_cli
 from tests.helpers.command import run_command
@@ -23,9 +27,18 @@ CONFIG = f"--config={ROOT / 'configs' / 'digits_resnet20.py'}"
         ("--config.optim.epochs=ten", "config.optim.epochs.*ten"),
         ("--config.optim.batch_size=100000", "optim.batch_size must be at most 1437, .* got 100000"),
         ("--mode=trian", "train.evaluate.report"),
-        ("--wrokdir=elsewhere", "Did you mean: workdir"),
-        ("evaluate", "unknown arguments .*evaluate"),
-        ("--config=configs/digits_resnet21.py", "digits_resnet21"),
+        ("--wrokdir=elsewhere", r"no flag --wrokdir. Did you mean --workdir\?"),
+        ("--config.modle=1", "got 'modle'. Did you mean 'model'"),
+        ("--unheard_of=elsewhere", "no flag --unheard_of; see --help"),
+        ("evaluate", r"unknown arguments .*evaluate.*Did you mean --mode=evaluate\?"),
+        ("digits", r"unknown arguments .*digits.*Did you mean --config=digits\?"),
+        ("--config=configs/digits_resnet21.py",
+         "got 'configs/digits_resnet21.py'. Did you mean configs/digits_resnet20.py"),
+        ("--config=digts", "got 'digts'. Did you mean digits_resnet20 or"),
+        ("--config=split", "'split' could be split_cifar10 or"),
+        ("--config=unheard_of", "one of cifar10_resnet20, .*, videos_timegate; got 'unheard_of'\n"),
+        ("--config=gating_jax/data", "must be a file; gating_jax/data is a folder"),
+        ("--config", "--config must have a value"),
         ("--config=configs/digits_resnet20.py:epoch=3", "a variant must be one of .*'epochs'.*; got 'epoch=3'"),
     ],
 )
@@ -40,16 +53,80 @@ def test_a_wrong_argument_is_named_before_anything_is_compiled(argument, message
   assert not (tmp_path / "new").exists()
 
 
-def test_a_workdir_is_asked_for():
-  status, said = run_command(CONFIG)
-  assert status != 0
-  assert "workdir" in said
+@pytest.mark.parametrize("arguments", [(CONFIG,), (CONFIG, "--workdir=")])
+def test_a_workdir_is_asked_for(arguments):
+  assert run_command(*arguments) == (2, "error: --workdir must be given, such as --workdir=runs/digits\n")
 
 
-def test_a_config_is_asked_for_but_not_to_compare(tmp_path):
-  for arguments in ([f"--workdir={tmp_path}"], [CONFIG, f"--workdir={tmp_path}", "--mode=compare"]):
-    status, said = run_command(*arguments)
-    assert (status, said) == (2, "error: --config must be given, but not with --mode=compare\n")
+def test_a_config_is_asked_for_to_train_and_refused_to_compare(tmp_path):
+  workdir = f"--workdir={tmp_path}"
+  assert run_command(workdir) == (2, "error: --config must be given to train, such as --config=digits\n")
+  status, said = run_command(CONFIG, workdir, "--mode=compare")
+  assert status == 2
+  assert "--config must not be given with --mode=compare" in said
+  status, said = run_command("--config.optim.epochs=3", workdir, "--mode=evaluate")
+  assert status == 2
+  assert "--config.optim.epochs changes a field of --config, which is not given" in said
+
+
+def test_the_bare_command_says_in_three_lines_where_to_begin():
+  status, said = run_command()
+  assert status == 2
+  assert said.count("\n") == 3
+  assert all(word in said for word in ("--config=configs/digits_resnet20.py", "--workdir=", "--help"))
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("-h",), (CONFIG, "--workdir=x", "--help")])
+def test_help_has_an_example_of_each_programme_all_modes_configs_and_flags(arguments):
+  status, said = run_command(*arguments)
+  assert status == 0
+  for name in config_files.packaged():
+    assert re.search(rf"^  {name} +\S", said, re.MULTILINE)
+  examples = re.findall(r"gating-jax --config=configs/(\w+)\.py --workdir=", said)
+  named = {importlib.import_module(f"configs.{name}").get_config().experiment for name in examples}
+  assert named == set(cli.EXPERIMENTS)
+  assert all(f"--mode={mode}" in said for mode in cli.MODES)
+  assert "--coordinator: " in said
+
+
+def test_the_version_is_that_of_the_project():
+  status, said = run_command("--version")
+  version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+  assert (status, said.split(",")[0]) == (0, f"gating-jax {version}")
+
+
+@pytest.mark.parametrize("mode", ["evaluate", "report", "compile", "export"])
+def test_a_mode_that_looks_at_a_run_reads_its_config(mode, tmp_path, monkeypatch):
+  config, asked = importlib.import_module("configs.digits_resnet20").get_config(), []
+  (tmp_path / "config.json").write_text(config.to_json())
+  monkeypatch.setattr(classification, "run", lambda *arguments: asked.append(arguments))
+  assert run_command(f"--workdir={tmp_path}", f"--mode={mode}") == (0, "")
+  assert [(found.to_dict(), *rest) for found, *rest in asked] == [(config.to_dict(), tmp_path, mode)]
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("{", "is damaged: it must hold JSON"), ("{}", "is damaged: it must tell the experiment")])
+def test_a_run_whose_config_is_damaged_is_named(content, message, tmp_path):
+  (tmp_path / "config.json").write_text(content)
+  status, said = run_command(f"--workdir={tmp_path}", "--mode=evaluate")
+  assert status == 2
+  assert f"{tmp_path / 'config.json'} {message}" in said
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("import unheard_of\ndef get_config(arg=''): pass", "line 1: ModuleNotFoundError: No module named 'unheard_of'"),
+    ("def get_config(arg=''):\n  return 1 / 0", "line 2: ZeroDivisionError"),
+    ("def get_config(arg='')", "SyntaxError"),
+    ("def get_config(arg=''): pass", "get_config must return a ConfigDict; got NoneType"),
+    ("def get_config(arg=''): raise ValueError('unheard of')", ": unheard of"),
+    ("", "has no attribute 'get_config'")])
+def test_what_is_wrong_with_a_config_file_is_said_in_a_line(text, message, tmp_path):
+  (tmp_path / "mine.py").write_text(text)
+  status, said = run_command(f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / 'run'}")
+  assert status == 2
+  assert f"config {tmp_path / 'mine.py'}" in said
+  assert message in said
+  assert said.count("\n") == 1
 
 
 def test_a_run_is_trained_looked_at_and_compared(tmp_path, monkeypatch):
@@ -60,10 +137,10 @@ def test_a_run_is_trained_looked_at_and_compared(tmp_path, monkeypatch):
   status, said = run_command(*command)
   assert status == 0, said
   accuracy = re.search(r"test accuracy +(\d+\.\d\d %)", said)[1]
-  for mode in ("train", "evaluate", "report"):
-    status, said = run_command(*command, f"--mode={mode}")
+  for arguments in (command, (command[1], "--mode=evaluate"), (command[1], "--mode=report")):
+    status, said = run_command(*arguments)
     assert status == 0, said
-    assert accuracy in said or mode == "report"
+    assert accuracy in said or arguments[-1] == "--mode=report"
   shutil.copytree(tmp_path / "run", tmp_path / "copy")
   status, said = run_command(f"--workdir={tmp_path / 'run'},{tmp_path / 'copy'}", "--mode=compare")
   assert status == 0, said

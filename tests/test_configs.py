@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 from gating_jax.checks import one_of
-from gating_jax.experiments import continual_methods
+from gating_jax.experiments import continual_methods, settings
 from gating_jax.training import objectives, schedules, segment_objectives
 from tests.helpers.config_files import FILES
 
@@ -22,6 +22,15 @@ def test_config_builds_and_names_known_choices(name):
   shaping = config.loss.channels.batch_shaping if videos else config.loss.batch_shaping
   one_of("reduction", shaping.reduction, objectives.REDUCTIONS)
   one_of("kind", config.loss.sparsity.kind, (segment_objectives if videos else objectives).SPARSITIES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_config_is_the_same_after_a_run_directory_has_kept_it(name, tmp_path):
+  config = importlib.import_module(f"configs.{name}").get_config("")
+  (tmp_path / "config.json").write_text(config.to_json())
+  kept = settings.config_of(tmp_path)
+  assert [(field, type(value), value) for field, value in settings.flatten(kept)] == [
+      (field, type(value), value) for field, value in settings.flatten(config.lock())]
 
 
 def test_full_recipe_has_the_numbers_of_the_paper():

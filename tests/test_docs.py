@@ -56,7 +56,7 @@ def test_commands_name_what_is_there(page):
     names = dict(flags)
     assert names.get("mode", "train") in cli.MODES
     assert names["workdir"]
-    assert ("config" in names) == (names.get("mode") != cli.COMPARE)
+    assert ("config" in names) == (names.get("mode", "train") == "train")
     for name in names:
       section = config_of(flags) if name.startswith("config") else {}
       for part in name.split(".")[1:]:

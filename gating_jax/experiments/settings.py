@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,9 +13,25 @@ import jax.numpy as jnp
 import ml_collections
 
 from gating_jax.checks import one_of
+from gating_jax.training import rundir
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 Rule = tuple[Callable[[Any], bool], str]
+
+
+def config_of(workdir: Path) -> ml_collections.ConfigDict:
+  """The config that a run directory was begun with. Raises RunDirError where there is no run, or a damaged one."""
+  fields = rundir.RunDir(workdir).config()
+  if not isinstance(fields.get("experiment"), str):
+    raise rundir.RunDirError(f"{workdir / rundir.CONFIG_FILE} is damaged: it must tell the experiment")
+  return ml_collections.ConfigDict(_tuples(fields)).lock()
+
+
+def _tuples(value: Any) -> Any:
+  """With tuples where JSON has lists; configs have no others."""
+  if isinstance(value, dict):
+    return {name: _tuples(part) for name, part in value.items()}
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def check(

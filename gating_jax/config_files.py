@@ -1,0 +1,132 @@
+"""Config files by path or by short name, wherever the package is installed.
+
+The folder `configs` stands at the top of the repository, to be read and copied; a wheel has it as `gating_jax/configs`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+import ml_collections
+
+from gating_jax.checks import near
+
+_PACKAGE = "configs"  # by this name config files import what they share
+
+
+def folder() -> Path:
+  """The folder of the configs that come with the package."""
+  here = Path(__file__).parent
+  installed = here / _PACKAGE
+  return installed if installed.is_dir() else here.parent / _PACKAGE
+
+
+def packaged() -> dict[str, str]:
+  """The first line of what each of these configs says of itself, by name; without what they share."""
+  found = {}
+  for name in _names(folder()):
+    tree = ast.parse((folder() / f"{name}.py").read_text(encoding="utf-8"))
+    found[name] = (ast.get_docstring(tree) or "").partition("\n")[0]
+  return found
+
+
+def locate(given: str) -> Path:
+  """The file of a config.
+
+  Args:
+    given: a path; or the name of a packaged config, `digits_resnet20`, or the beginning of one alone, `digits`.
+  Raises:
+    ValueError: there is no such file, or the name could be that of several.
+  """
+  path = Path(given)
+  if path.is_file():
+    return path
+  if path.is_dir() and str(path.parent) != ".":
+    raise ValueError(f"config must be a file; {given} is a folder")
+  names = _names(folder())
+  if str(path.parent) in (".", _PACKAGE):  # configs/NAME.py, as the docs write it, is found from any folder
+    name = path.name.removesuffix(".py")
+    found = [name] if name in names else [other for other in names if other.startswith(f"{name}_")]
+    if len(found) == 1:
+      return folder() / f"{found[0]}.py"
+    if found:
+      raise ValueError(f"config must be one name; {given!r} could be {' or '.join(found)}")
+  if close := _near(path, names):
+    raise ValueError(f"config must be a file or a name that --help lists; got {given!r}. "
+                     f"Did you mean {' or '.join(close)}?")
+  raise ValueError(f"config must be a file, or one of {', '.join(names)}; got {given!r}")
+
+
+def _names(where: Path) -> list[str]:
+  """Of the config files in a folder."""
+  files = sorted(where.glob("*.py"))
+  return [file.stem for file in files if b"def get_config(" in file.read_bytes()]
+
+
+def _near(path: Path, names: list[str]) -> list[str]:
+  """What may have been meant: files of the same folder, written as the path is, or packaged configs."""
+  name = path.name.removesuffix(".py")
+  beside = []
+  if path.suffix == ".py" and path.parent.is_dir():
+    beside = near(name, _names(path.parent), count=3)
+  close = beside or near(name, names, count=3)
+  if not close:  # a part of a name
+    close = [other for other in names if near(name, other.split("_"))]
+  if path.suffix == ".py" and (beside or str(path.parent) in (".", _PACKAGE)):
+    parent = path.parent if beside else Path(_PACKAGE)
+    close = [str(parent / f"{other}.py") for other in close]
+  return close
+
+
+def import_shared(path: Path) -> None:
+  """Lets a config file import its neighbours, and `configs` what the package's own share, wherever it lies."""
+  above = path.absolute().parent.parent
+  sys.path.append(str(above))
+  if _PACKAGE in sys.modules:
+    return
+  places = [str(above / _PACKAGE), str(folder())]
+  spec = importlib.util.spec_from_file_location(
+      _PACKAGE, folder() / "__init__.py", submodule_search_locations=places)
+  sys.modules[_PACKAGE] = importlib.util.module_from_spec(spec)
+
+
+def check(path: Path, variant: str | None) -> ml_collections.ConfigDict:
+  """The config that a file describes.
+
+  Args:
+    path: of the file.
+    variant: its argument, such as `epochs=3`; None for none.
+  Raises:
+    ValueError: the file cannot be run, or gives no config; the message says why, in one line.
+  """
+  try:
+    config = _run(path).get_config(*(() if variant is None else (variant,)))
+  except ValueError as error:
+    raise ValueError(f"config {path}: {error}") from error
+  except Exception as error:  # whatever is written there
+    raise ValueError(f"config {path}{_line(path, error)}: {type(error).__name__}: {error}") from error
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ValueError(f"config {path}: get_config must return a ConfigDict; got {type(config).__name__}")
+  if not isinstance(config.get("experiment"), str):
+    raise ValueError(f"config {path}: the field experiment must name one; got {config.get('experiment')!r}")
+  return config
+
+
+def _run(path: Path) -> ModuleType:
+  spec = importlib.util.spec_from_file_location("config_file", path)
+  if spec is None:
+    raise ValueError("a config file must end with .py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def _line(path: Path, error: Exception) -> str:
+  """Where in the file an error came from."""
+  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+  return f", line {lines[-1]}" if lines else ""

@@ -1,0 +1,81 @@
+"""Config files are found by path and by name, in the repository and where the package is installed."""
+
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from gating_jax import config_files
+from tests.helpers import ROOT
+from tests.helpers.config_files import FILES
+
+
+@pytest.mark.parametrize(("given", "name"), [
+    ("digits", "digits_resnet20"), ("digits_resnet20", "digits_resnet20"), ("digits_resnet20.py", "digits_resnet20"),
+    ("configs/digits_resnet20.py", "digits_resnet20"), ("composed", "composed_timegate"),
+    ("split_mnist", "split_mnist"), ("imagenet", "imagenet_resnet18")])
+def test_a_config_is_found_by_its_name_or_its_beginning_from_any_folder(given, name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "digits").mkdir()  # a run directory, say
+  assert config_files.locate(given) == ROOT / "configs" / f"{name}.py"
+
+
+def test_a_file_comes_before_a_packaged_config_of_its_name(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "digits_resnet20.py").touch()
+  assert config_files.locate("digits_resnet20.py").absolute() == tmp_path / "digits_resnet20.py"
+
+
+@pytest.mark.parametrize("given", ["elsewhere/digits_resnet20.py", "digits/"])
+def test_a_path_that_leads_nowhere_is_refused(given, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "digits").mkdir()
+  if given == "digits/":
+    assert config_files.locate(given).stem == "digits_resnet20"
+    return
+  with pytest.raises(ValueError, match=f"got '{given}'"):
+    config_files.locate(given)
+
+
+def test_what_configs_share_is_no_config_itself():
+  assert list(config_files.packaged()) == FILES
+  assert all(config_files.packaged().values())
+
+
+def test_the_wheel_has_all_packages_and_the_configs_once():
+  setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+  there = {".".join(file.parent.relative_to(ROOT).parts) for file in ROOT.glob("gating_jax/**/__init__.py")}
+  assert set(setuptools["packages"]) == there | {"gating_jax.configs"}
+  assert setuptools["package-dir"] == {"gating_jax.configs": "configs"}
+  assert not (ROOT / "gating_jax" / "configs").exists()
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+  """A folder with the package as a wheel has it: the configs within."""
+  folder = tmp_path_factory.mktemp("site")
+  shutil.copytree(ROOT / "gating_jax", folder / "gating_jax", ignore=shutil.ignore_patterns("__pycache__"))
+  shutil.copytree(ROOT / "configs", folder / "gating_jax" / "configs", ignore=shutil.ignore_patterns("__pycache__"))
+  return folder
+
+
+_COMMAND = "import sys; from gating_jax import cli; sys.argv[0] = 'gating-jax'; cli.main()"
+
+
+@pytest.mark.parametrize("kind", [
+    "copied", pytest.param("packaged", marks=pytest.mark.slow),
+    pytest.param("copied to a folder named configs", marks=pytest.mark.slow)])
+def test_an_installed_package_finds_its_configs_and_what_a_copy_of_one_imports(kind, installed, tmp_path):
+  config = "digits:epochs=0"
+  if kind != "packaged":
+    folder = tmp_path / ("mine" if kind == "copied" else "configs")
+    folder.mkdir()
+    shutil.copy(ROOT / "configs" / "digits_resnet20.py", folder / "changed.py")
+    config = f"{folder.name}/changed.py:epochs=0"
+  done = subprocess.run(
+      [sys.executable, "-c", _COMMAND, f"--config={config}", "--workdir=run"], cwd=tmp_path, capture_output=True,
+      text=True, check=False, timeout=120, env={"PYTHONPATH": str(installed), "PATH": ""})
+  assert (done.returncode, done.stdout) == (2, "")
+  assert done.stderr == "error: optim.epochs must be >= 1; got 0\n"
