@@ -33,10 +33,18 @@ LEAST_SECONDS = 0.2  # of a test that may have compiled much
 
 
 def pytest_collection_modifyitems(items):
-  """Tests on real data belong to the slow tier."""
+  """Tests on real data belong to the slow tier, and of a test that is marked `thin(k)` all but every k-th case."""
   for item in items:
-    if item.get_closest_marker("real_data"):
+    thin = item.get_closest_marker("thin")
+    if item.get_closest_marker("real_data") or (thin and place(item) % thin.args[0]):
       item.add_marker("slow")
+
+
+def place(item):
+  """The place of a case in its list, or the sum of its places in several lists, which pairs their values in turn."""
+  lists = [mark.args[0] for mark in item.iter_markers("parametrize")]
+  names = [arguments.split(",")[0] if isinstance(arguments, str) else arguments[0] for arguments in lists]
+  return sum(item.callspec.indices[name] for name in names)
 
 
 @pytest.hookimpl(wrapper=True)

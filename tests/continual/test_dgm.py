@@ -124,6 +124,7 @@ def method(real=0.0):
   return dgm.dgm(toy.network(), perfect(), real=real)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("real", [0.0, 0.5])
 def test_remembered_images_keep_all_classes_alive(real):
   learner = toy.learn(method(real))

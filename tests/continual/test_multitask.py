@@ -109,6 +109,7 @@ def test_open_gates_cost_after_the_patience_and_every_task_pays_for_its_own():
     assert float(total) == pytest.approx(TASKS * float(terms["cross_entropy"] + price * terms["sparsity"]), rel=1e-6)
 
 
+@pytest.mark.thin(3)
 @every_kind
 def test_all_tasks_are_learnt_and_nothing_changes_shape(kind):
   made, data = method(kind), both_tasks()
@@ -156,6 +157,7 @@ def test_units_are_relevant_to_the_tasks_whose_gates_open_on_their_own_images():
   assert macs == [3 * per_unit + 3 * 1 * per_pair, 2 * per_unit + 2 * 2 * per_pair]
 
 
+@pytest.mark.thin(3)
 @every_kind
 def test_two_devices_take_the_step_of_one(kind):
   made, spread = method(kind), method(kind, devices.AXIS)

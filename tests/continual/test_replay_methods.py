@@ -47,6 +47,7 @@ def test_memory_holds_its_share_of_every_class_and_no_shape_changes(name):
   assert shares == [[5, 4, 0, 0, 0, 0], [3, 2, 2, 2, 0, 0], [2, 2, 2, 1, 1, 1]]
 
 
+@pytest.mark.thin(2)
 @every
 def test_two_devices_as_one(name):
   alone, spread = METHODS[name](network(name)), METHODS[name](toy.at_device_axis(network(name)))

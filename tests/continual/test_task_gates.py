@@ -26,7 +26,6 @@ from gating_jax.models.vgg import POOL, VGG
 from gating_jax.training import devices, optim
 from gating_jax.types import GateRecord
 from tests.helpers import tiny
-from tests.helpers.matrix import in_turn
 
 SHAPE, TASKS, STEPS = (6, 6, 1), 3, 12
 GATE = GateSettings(hidden=4, initial_open=0.6)
@@ -106,6 +105,7 @@ def learnt(name, **changes):
   return before, after, run, middle
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("batch_size", [1, 256])
 @pytest.mark.parametrize("name", ["simple_cnn", "vgg", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_nothing_is_forgotten_to_the_last_bit(name, batch_size):
@@ -116,10 +116,9 @@ def test_nothing_is_forgotten_to_the_last_bit(name, batch_size):
   assert any(jax.tree.leaves(moved))
 
 
-@pytest.mark.parametrize(("protection", "name"), [
-    *in_turn([("protect_updates",), ("shut_gates",), ("own_norms",)], ("simple_cnn",), ("vgg",)),
-    *(pytest.param(protection, "resnet", marks=pytest.mark.slow)
-      for protection in ("protect_updates", "shut_gates", "own_norms"))])
+@pytest.mark.thin(2)
+@pytest.mark.parametrize("protection", ["protect_updates", "shut_gates", "own_norms"])
+@pytest.mark.parametrize("name", ["simple_cnn", "vgg", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_every_protection_is_needed(protection, name):
   before, after, *_ = learnt(name, **{protection: False})
   assert not np.array_equal(after[256], before[256])
@@ -408,6 +407,7 @@ def test_settings_are_checked(field, value, message):
     TaskGatesSettings(**{"sparsity": 0.5, "patience": 0.0, field: value})
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("rehearsed", "network"), [
     (False, None), pytest.param(True, None, marks=pytest.mark.slow), (True, NETWORK)])
 def test_two_devices_take_the_step_of_one(rehearsed, network):

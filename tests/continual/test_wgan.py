@@ -240,6 +240,7 @@ def test_the_generator_runs_with_a_view_of_its_parameters():
   assert tiny.relative_gap(moved(new, halved), moved(expected, start())) < 0.02
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (32, 32, 3)])
 def test_sizes_of_images(shape):
   generator, critic = Generator(shape, latent=6, width=2, classes=3), Critic(width=2, classes=3)

@@ -6,7 +6,6 @@ from configs import common, imagenet_resnet18
 from gating_jax.experiments.build import network
 from gating_jax.models.counts import count
 from gating_jax.training import devices
-from tests.helpers.matrix import in_turn
 
 # name: image shape, MACs of the first convolution and of a classifier of 10, which grow with width and not its square
 SHAPES = {
@@ -25,6 +24,7 @@ def model(**fields):
   return network(config, 10)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", SHAPES)
 def test_backbones_of_every_width_have_the_macs_and_gates_that_follow_from_width_one(name):
   shape, first, classifier = SHAPES[name]
@@ -43,8 +43,9 @@ GATED_CHANNELS = {
 }
 
 
-@pytest.mark.parametrize(("name", "block"), in_turn(
-    [(name,) for name in GATED_CHANNELS], *((block,) for block in (1, 8, 16, 64, 128))))
+@pytest.mark.thin(5)
+@pytest.mark.parametrize("name", list(GATED_CHANNELS))
+@pytest.mark.parametrize("block", [1, 8, 16, 64, 128])
 def test_blocks_of_channels_share_a_gate(name, block):
   net = model(name=name, **{"gate.block": block})
   x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)

@@ -163,6 +163,7 @@ def evaluated(made, used):
     return classification.make_test(built)(devices.replicate(mixed_state(), used))
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("backend", devices.BACKENDS)
 @pytest.mark.parametrize("batch_size", [8, 24, 1000])
 def test_evaluation_does_not_depend_on_batch_and_devices(config, monkeypatch, batch_size, backend):

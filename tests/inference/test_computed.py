@@ -11,7 +11,6 @@ from gating_jax.inference.kernel_strategies import EXPORTABLE, STRATEGIES, why_n
 from gating_jax.inference.strategies import capacities, settings_of
 from gating_jax.ops import native
 from tests.helpers.folded_nets import KINDS, SHAPE, images, net
-from tests.helpers.matrix import in_turn, thinned
 
 CASES = [(kind, strategy) for kind, known in KINDS.items() for strategy in ("masked", *known) if strategy in EXPORTABLE]
 
@@ -23,7 +22,9 @@ def prepared(kind, count, buckets=3):
   return of, settings_of(of, buckets, gates), conditional._seen(of, images(count))
 
 
-@pytest.mark.parametrize(("kind", "strategy", "count"), in_turn(thinned(CASES, 2), (1,), (5,)))
+@pytest.mark.thin(7)
+@pytest.mark.parametrize(("kind", "strategy"), CASES)
+@pytest.mark.parametrize("count", [1, 5])
 def test_it_is_what_the_convolutions_are_given(kind, strategy, count, monkeypatch):
   of, settings, seen = prepared(kind, count)
   given = []
@@ -48,6 +49,7 @@ def test_it_is_what_the_convolutions_are_given(kind, strategy, count, monkeypatc
   assert compared
 
 
+@pytest.mark.thin(2)
 @pytest.mark.skipif(bool(why_not("native")), reason=why_not("native"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_native_computes_what_is_open_and_shortcuts_whole(kind, monkeypatch):

@@ -16,7 +16,6 @@ from gating_jax.inference.kernel_strategies import STRATEGIES, why_not, worth_tr
 from gating_jax.inference.quantise import quantise
 from gating_jax.inference.strategies import Setting, for_open
 from tests.helpers.folded_nets import FEATURES, KINDS, SHAPE, basic, conv, images, net
-from tests.helpers.matrix import in_turn, thinned
 
 CASES = [pytest.param(kind, strategy, marks=pytest.mark.skipif(bool(why_not(strategy)), reason=why_not(strategy)))
          for kind, known in KINDS.items() for strategy in known]
@@ -51,7 +50,9 @@ def with_bias(of, bias):
   return dataclasses.replace(of, parts=tuple(moved(part) for part in of.parts))
 
 
-@pytest.mark.parametrize(("kind", "strategy", "batch_size"), in_turn(CASES, (1,), (5,)))
+@pytest.mark.thin(2)
+@pytest.mark.parametrize(("kind", "strategy"), CASES)
+@pytest.mark.parametrize("batch_size", [1, 5])
 def test_equal_to_computing_everything(kind, strategy, batch_size):
   run = compiled(kind, strategy, batch_size)
   assert strategy in run.strategies
@@ -60,7 +61,9 @@ def test_equal_to_computing_everything(kind, strategy, batch_size):
   assert any(len(np.unique(g.sum(1))) > 1 for g in gates)
 
 
-@pytest.mark.parametrize(("kind", "strategy", "batch_size", "buckets"), in_turn(thinned(CASES, 2), (3, 4), (1, 2)))
+@pytest.mark.thin(7)
+@pytest.mark.parametrize(("kind", "strategy"), CASES)
+@pytest.mark.parametrize(("batch_size", "buckets"), [(3, 4), (1, 2)])
 def test_equal_on_fuzzed_gates(kind, strategy, batch_size, buckets):
   """One program, whose weights are arguments: all open, all closed, and what is between."""
   run = compiled(kind, strategy, batch_size, buckets=buckets)
@@ -233,6 +236,7 @@ def test_auto_takes_from_the_candidates_alone(monkeypatch):
   assert {t.strategy for t in run.report()} == {"masked", "block_dispatch", "ungated"}
 
 
+@pytest.mark.thin(3)
 @cases
 def test_an_image_that_is_no_number_has_no_answer_and_changes_no_other(kind, strategy):
   run, x = compiled(kind, strategy, 3), images(3)

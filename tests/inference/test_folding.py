@@ -18,6 +18,7 @@ from tests.helpers.gated_models import MODELS, SHAPE, STATIC, images, random_var
 models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
 
+@pytest.mark.thin(2)
 @models
 def test_the_same_outputs_gates_and_macs(model):
   variables, x = random_variables(model), images()

@@ -23,6 +23,7 @@ def test_values_and_scales_by_hand():
   np.testing.assert_allclose(dequantise(net).parts[0].conv.kernel[0, 0, :, 0], [1.27, -0.64, 0.0], rtol=1e-6)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ["bottleneck", "vgg"])
 def test_no_weight_moves_by_more_than_half_a_step_and_gate_networks_not_at_all(name):
   net = fold(MODELS[name], random_variables(MODELS[name]))

@@ -63,6 +63,7 @@ def test_equal_on_every_image_where_nothing_static_moves(data):
   assert folded_macs.macs(slim.take(net, choices), SHAPE) <= folded_macs.macs(net, SHAPE)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", GATED)
 def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
   opened = everywhere(NETS[name], OPEN)

@@ -62,6 +62,7 @@ def without_input_channel(flat, conv, channel):
   return {**flat, path: flat[path].at[..., channel, :].set(0)}
 
 
+@pytest.mark.thin(3)
 @cases
 @pytest.mark.parametrize("stride", [1, 2])
 def test_closing_a_gate_is_dropping_one_channel_of_the_ungated_block(block, convolution, gates, touched, stride):
@@ -103,6 +104,7 @@ def brute_force(block, variables, touched, gates):
   return total
 
 
+@pytest.mark.thin(3)
 @cases
 @pytest.mark.parametrize("stride", [1, 2])
 def test_macs_are_those_of_the_open_channels(block, convolution, gates, touched, stride):

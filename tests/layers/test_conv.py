@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from gating_jax.layers.conv import ConvMacs, ConvNorm, FactorisedConvNorm, scaled
-from tests.helpers.matrix import in_turn
 
 XLA = {2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
 
@@ -141,8 +140,9 @@ def test_taps_of_a_dilated_window_are_pixels_apart(depthwise):
   np.testing.assert_allclose(apply(module, variables, x), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("features", "group", "conv"), in_turn(
-    [(32, 16), (10, 2), (3, 1)], (ConvNorm,), (FactorisedConvNorm,)))
+@pytest.mark.thin(3)
+@pytest.mark.parametrize(("features", "group"), [(32, 16), (10, 2), (3, 1)])
+@pytest.mark.parametrize("conv", [ConvNorm, FactorisedConvNorm])
 def test_group_norm_normalises_each_example_by_itself(conv, features, group):
   x = np.random.default_rng(0).normal(size=(3, 4, 5, 6, 2)).astype(np.float32)
   module = conv(features, 3, group_norm=True)

@@ -53,6 +53,7 @@ def nested(flat):
   return flax.traverse_util.unflatten_dict(flat)
 
 
+@pytest.mark.thin(3)
 @tiny
 def test_with_all_gates_open_the_gated_net_is_the_ungated_one_and_costs_the_same(settings):
   gated, plain = (ResNet(3, gating=gating, **settings) for gating in ("channel", "none"))

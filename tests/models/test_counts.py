@@ -30,6 +30,7 @@ def counts_of(name, gating, *, classes, input_shape, **settings):
   return count(resnet(name, classes, gating=gating, **settings), input_shape)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", TABLE)
 def test_the_table_of_known_sizes(name):
   c = counts_of(name, "channel", **SETTINGS[name])
@@ -44,6 +45,7 @@ def test_the_gates_of_resnet8_by_hand():
   assert TABLE["resnet8"][2:] == (switched, macs, macs + norms + switched)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(("depth", "params"), [
     (8, 75_290), (14, 172_506), (20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018), (110, 1_727_962)])
 def test_every_depth_for_small_images_has_the_size_that_follows_from_its_blocks(depth, params):
@@ -128,6 +130,7 @@ DEEP = ("resnet34", "resnet56", "resnet110", "resnet101")
 BACKBONES = [pytest.param(name, marks=[pytest.mark.slow] if name in DEEP else []) for name in (*RESNETS, *VGGS)]
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", BACKBONES)
 def test_xla_counts_the_multiplications_of_every_backbone_within_two_percent(name, monkeypatch):
   """XLA leaves out products with the zeros of padding, 20 % of vgg8's, so that here the padding is done before. It adds

@@ -98,6 +98,7 @@ def test_a_net_has_as_many_layers_as_its_name_says(name):
   assert (net.stem, net.shortcut) == (("imagenet", "B") if len(net.blocks) == 4 else ("cifar", "A"))
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(("name", "size", "gates"), [
     ("resnet44", 32, 7 * (16 + 32 + 64)),
     ("resnet110", 32, 18 * (16 + 32 + 64)),

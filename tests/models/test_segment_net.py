@@ -15,7 +15,6 @@ from gating_jax.models.segment_net import SELECTIONS, SegmentClassifier, Segment
 from gating_jax.models.segment_nets import FeaturePool
 from gating_jax.ops import selection as choices
 from tests.helpers import tiny
-from tests.helpers.matrix import in_turn
 
 AXIS = "devices"
 B, T, C, D, CLASSES = 4, 6, 5, 7, 3
@@ -125,6 +124,7 @@ def test_only_the_chosen_segments_are_classified(selection):
   assert (np.abs(evaluate(model, opened)[0]["logits"] - outputs["logits"]).max(1) > 1e-2).all()
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("selection", ["gate", "confidence", "uniform"])
 def test_its_parts_make_the_whole(selection):
   model, inputs = net(selection, light_head=True, pooling="attention"), videos()
@@ -220,8 +220,9 @@ class Plain(nn.Module):
     return nn.Dense(4, name="out")(nn.tanh(nn.Dense(5, name="hidden")(x))), ()
 
 
-@pytest.mark.parametrize(("selection", "capacity", "pooling"), in_turn(
-    [("uniform", 8), ("uniform", 11), ("gate", B * T)], *((pooling,) for pooling in POOLINGS)))
+@pytest.mark.thin(3)
+@pytest.mark.parametrize(("selection", "capacity"), [("uniform", 8), ("uniform", 11), ("gate", B * T)])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_the_heavy_nets_backward_may_run_on_the_chosen_segments_alone(selection, capacity, pooling):
   inputs = videos()
 

@@ -42,6 +42,7 @@ def test_light_nets_give_features_of_frames(name):
   assert (y.shape[0], y.ndim, y.dtype, records) == (3, 2, jnp.float32, ())
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", sorted(set(HEAVY_NETS) - {"features", "i3d"}))
 def test_heavy_nets_give_features_of_clips(name):
   net = heavy_net(name, width=0.125, dtype=jnp.bfloat16, axis_name="devices", stem="small")
@@ -50,6 +51,7 @@ def test_heavy_nets_give_features_of_clips(name):
   assert (y.shape[0], y.ndim, y.dtype, records) == (2, 2, jnp.float32, ())
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(("name", "layers"), [
     ("resnet3d10", 10), ("resnet3d18", 18), ("resnet3d34", 34), ("resnet3d50", 50), ("resnet3d101", 101),
     ("r2plus1d10", 10), ("r2plus1d18", 18),
@@ -64,6 +66,7 @@ def test_a_net_has_as_many_layers_as_its_name_says_and_all_its_gates(name, layer
   assert ("space" in variables["params"]["stem"]) == name.startswith("r2plus1d")
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(("net", "shape"), [
     (light_net("mobilenet_small", width=0.5), (16, 15, 1)),
     (light_net("mobilenet", width=0.25), (32, 33, 3)),

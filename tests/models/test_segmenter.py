@@ -45,6 +45,7 @@ def test_enlarging_is_linear_between_the_centres_of_pixels():
                              rtol=1e-6)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 @pytest.mark.parametrize(("output_stride", "every"), [(2, 2), (1, 4)])
 def test_a_finer_map_has_that_of_the_named_net_among_its_pixels(block, output_stride, every):
@@ -58,6 +59,7 @@ def test_a_finer_map_has_that_of_the_named_net_among_its_pixels(block, output_st
   np.testing.assert_allclose(got[:, ::every, ::every] / scale, expected / scale, atol=1e-5)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("name", "output_stride", "side"), [
     ("resnet50", None, 3), ("resnet50", 16, 6), ("resnet50", 8, 12), ("resnet18", 31, 6), ("resnet20", 2, 48),
 ])

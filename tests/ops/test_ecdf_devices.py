@@ -91,6 +91,7 @@ def test_eight_devices_and_one_give_the_same_value_and_gradient(way, exchange):
   assert_equal(WAYS[way](*problem(), fixed_prior, exchange), expected(fixed_prior))
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("term", SPREADABLE)
 @pmap_and_check_vma
 @exchanges

@@ -86,6 +86,7 @@ def test_values_by_hand(form, gates):
   np.testing.assert_allclose(y.ravel(), VALUES[gates], rtol=1e-6)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_values_are_those_of_loops(form, shape):

@@ -6,6 +6,7 @@ from gating_jax.ops.priors import beta
 from gating_jax.reports import firing
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("examples", "gates"), [
     (200, 70), (1, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((50, 1), (1, 5), (2048, 336)))])
 def test_a_picture_is_written(tmp_path, examples, gates):

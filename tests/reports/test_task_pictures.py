@@ -65,6 +65,7 @@ def test_numbers_are_readable_on_every_colour_and_unknown_cells_are_empty():
     assert (high + 0.05) / (low + 0.05) > 4.2, value
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("tasks", [1, 2, 5, 10, 20])
 def test_cells_hold_their_numbers(tasks):
   figure = drawn(task_pictures.draw_accuracies, np.full((tasks, tasks), 0.888), np.full((tasks, tasks), 0.888),
@@ -127,6 +128,7 @@ def test_the_legend_names_the_colours():
               ("older tasks', not used", to_rgba(OLDER)), ("free", to_rgba(FREE))]
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("layers", [1, 3, 4, 5, 7, 13, 20])
 def test_every_layer_has_its_panel_and_tasks_are_named_below_the_lowest(layers):
   shown = panels(drawn(task_pictures.draw_filters, {f"conv{i}": COUNTS for i in range(layers)}))

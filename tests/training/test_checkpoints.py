@@ -11,7 +11,6 @@ from absl import logging
 from gating_jax.training import devices
 from gating_jax.training.checkpoints import CheckpointError, Checkpoints
 from tests.helpers import tiny
-from tests.helpers.matrix import thinned
 
 # A restore that fails leaves coroutines of orbax behind, which complain when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -154,7 +153,8 @@ DAMAGES = [halve_largest, empty_largest, empty_every_file, flip_bits_of_values, 
            remove_array_manifest, empty_state, remove_state, remove_everything]
 
 
-@pytest.mark.parametrize("damage", thinned([(damage,) for damage in DAMAGES], 3))
+@pytest.mark.thin(3)
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_and_training_can_go_on(damage, open_checkpoints, tmp_path, warnings):
   saved(open_checkpoints, [10, 20])
   damage(tmp_path / "checkpoints" / "20")

@@ -80,6 +80,7 @@ def shaping_by_hand():
   return (w * (stats.beta(0.6, 0.4).cdf(p) - level) ** 2).sum() / w.sum()
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("multi_label", [False, True])
 @pytest.mark.parametrize("sparsity", ["none", "mean", "target"])
 def test_total_is_classification_and_weighted_terms(sparsity, multi_label):

@@ -162,6 +162,7 @@ def evaluated(batch_size, used, backend="pmap"):
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+@pytest.mark.thin(3)
 @backends
 @pytest.mark.parametrize("batch_size", [8, 24, 1000])
 def test_evaluation_covers_every_image_once_whatever_the_batch_and_the_devices(batch_size, backend):

@@ -12,7 +12,6 @@ from gating_jax.layers.segments import SegmentGateSettings
 from gating_jax.models.resnet import ResNet
 from gating_jax.models.segment_net import SegmentNet
 from gating_jax.video.inference import Skipping
-from tests.helpers.matrix import in_turn
 
 SEGMENTS, CLIP = 4, (2, 4, 4, 1)
 CLOSE = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
@@ -103,7 +102,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize(("name", "lengths"), in_turn([(name,) for name in MODELS], ((4,),), ((1,),), ((3, 4, 1),)))
+@pytest.mark.thin(5)
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("lengths", [(4,), (1,), (3, 4, 1)])
 def test_skipping_gives_what_the_whole_network_gives(name, lengths):
   inputs = batch(lengths)
   assert_same(MODELS[name], skipping(MODELS[name])(inputs), inputs)
@@ -160,6 +161,7 @@ def test_the_heavy_net_is_given_chosen_clips_only_as_pixels_and_once_per_capacit
   assert len(traced) == 4
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(("capacities", "expected"), [
     ((12,), 8), ((8,), 8), ((100, 3), 8), ((5, 100), 5), ((1, 4, 5, 6, 9), 4), ((3,), 6), ((1,), 4), ((3, 1), 4)])
 def test_chosen_segments_are_made_up_of_any_capacities(capacities, expected):
