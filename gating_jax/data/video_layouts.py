@@ -16,6 +16,7 @@ import numpy as np
 
 from gating_jax.checks import one_of
 from gating_jax.data.video_tables import VideoTable, bad_line, csv_rows, encode_labels, text_lines
+from gating_jax.paths import user_path
 
 SPLITS = ("train", "test")
 BREAKFAST_TEST_PERSONS = range(47, 55)
@@ -49,7 +50,8 @@ def read_breakfast(
   """
   one_of("split", split, SPLITS)
   recordings = {}
-  for path in sorted(Path(folder).rglob("*")):
+  folder = user_path(folder)
+  for path in sorted(folder.rglob("*")):
     name = path.relative_to(folder)
     recording = _recording(name) if path.suffix.lower() in _BREAKFAST_FILES else None
     if recording:
@@ -63,7 +65,7 @@ def read_breakfast(
   class_names = tuple(sorted({activity for *_, activity in recordings}))
   labels = encode_labels([[activity] for *_, activity in chosen], class_names, multi_label=False)
   table = VideoTable(tuple(chosen.values()), labels, class_names)
-  return table if segmentation is None else _with_segmentation(table, Path(segmentation), list(chosen))
+  return table if segmentation is None else _with_segmentation(table, user_path(segmentation), list(chosen))
 
 
 def read_charades(folder: str | Path, split: str) -> VideoTable:
@@ -82,14 +84,14 @@ def read_charades(folder: str | Path, split: str) -> VideoTable:
   """
   one_of("split", split, SPLITS)
   codes = {}
-  path = Path(folder) / "Charades_v1_classes.txt"
+  path = user_path(folder) / "Charades_v1_classes.txt"
   for line, text in text_lines(path):
     code, _, name = text.partition(" ")
     if not re.fullmatch(r"c\d{3}", code) or not name.strip() or code in codes:
       raise bad_line(path, line, "be a new class such as 'c000 Holding some clothes'", text)
     codes[code] = name.strip()
   index = {code: i for i, code in enumerate(codes)}
-  path = Path(folder) / f"Charades_v1_{split}.csv"
+  path = user_path(folder) / f"Charades_v1_{split}.csv"
   units, seconds = {}, []
   for line, row in csv_rows(path, ("id", "actions", "length")):
     if not row["id"] or row["id"] in units:
@@ -116,7 +118,7 @@ def read_multithumos(folder: str | Path, split: str) -> VideoTable:
     ValueError: naming file, line, rule and content.
   """
   one_of("split", split, SPLITS)
-  path = Path(folder) / "class_list.txt"
+  path = user_path(folder) / "class_list.txt"
   class_names = []
   for line, text in text_lines(path):
     name = text.split()[-1]
@@ -126,7 +128,7 @@ def read_multithumos(folder: str | Path, split: str) -> VideoTable:
   prefix = {"train": "video_validation_", "test": "video_test_"}
   units = {}
   for i, name in enumerate(class_names):
-    path = Path(folder) / "annotations" / f"{name}.txt"
+    path = user_path(folder) / "annotations" / f"{name}.txt"
     for line, text in text_lines(path):
       video, start, end = _interval(path, line, text)
       if not video.startswith(tuple(prefix.values())):

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gating_jax.paths import user_path
+
 Intervals = tuple[tuple[float, float, int], ...]
 
 
@@ -98,7 +100,7 @@ def encode_labels(labels: Sequence[Sequence[str]], class_names: Sequence[str], m
 def text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
   """`(number, text)` of each line of a text file that is not blank, without the spaces around it."""
   try:
-    text = Path(path).read_text(encoding="utf-8-sig")
+    text = user_path(path).read_text(encoding="utf-8-sig")
   except UnicodeDecodeError as error:
     raise ValueError(f"{path}: must be UTF-8 text; {error}") from None
   for number, line in enumerate(text.splitlines(), 1):
@@ -108,7 +110,7 @@ def text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 def csv_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
   """`(line, {column: field})` of each row of a CSV file whose header has all of `columns`."""
-  with open(path, encoding="utf-8-sig", newline="") as file:
+  with open(user_path(path), encoding="utf-8-sig", newline="") as file:
     try:
       reader = csv.DictReader(file, strict=True)
       if not set(columns) <= set(reader.fieldnames or ()):

@@ -24,6 +24,7 @@ from gating_jax.checks import printable
 from gating_jax.data import resident, video_files
 from gating_jax.data.ahead import computed_ahead
 from gating_jax.data.video_tables import Intervals, VideoTable
+from gating_jax.paths import user_path
 
 Batch = dict[str, np.ndarray]
 
@@ -273,7 +274,7 @@ def _inside(name: str) -> str:
 def _find(folder: str | Path, name: str, suffixes: Sequence[str]) -> Path | None:
   if "" not in suffixes and name.lower().endswith(video_files.VIDEO_SUFFIXES):
     name = str(PurePosixPath(name).with_suffix(""))
-  return next((path for suffix in suffixes if (path := Path(folder, name + suffix)).is_file()), None)
+  return next((path for suffix in suffixes if (path := Path(user_path(folder), name + suffix)).is_file()), None)
 
 
 def _few(names: Sequence[str]) -> str:

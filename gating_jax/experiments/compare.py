@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gating_jax.paths import user_path
 from gating_jax.reports import comparison, page
 from gating_jax.training import rundir
 from gating_jax.training.journal import METRICS_FILE, read_lines
@@ -27,6 +28,18 @@ def run(folders: Sequence[Path], page_file: Path) -> None:
   page.write(page_file, comparison.TITLE, comparison.sections(runs), ", ".join(run.name for run in runs))
   print(comparison.render(runs))
   print(f"\npage: {page_file}")
+
+
+def folders(text: str) -> list[Path]:
+  """The folders that a text names, separated by commas; a comma may stand in a name where there is such a folder."""
+  found, parts = [], text.split(",")
+  while parts:
+    # The longest name that is there, else what stands before the first comma.
+    ends = [end for end in range(len(parts), 1, -1) if user_path(",".join(parts[:end])).is_dir()]
+    end = ends[0] if ends else 1
+    found.append(user_path(",".join(parts[:end])))
+    del parts[:end]
+  return found
 
 
 def names(folders: Sequence[Path]) -> list[str]:

@@ -12,6 +12,7 @@ from flax import traverse_util
 
 from gating_jax.experiments.build import Experiment, build
 from gating_jax.layers.gate import is_gate_path
+from gating_jax.paths import user_path
 from gating_jax.training import devices, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
 
@@ -25,7 +26,7 @@ def check(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """
   theirs = config.copy_and_resolve_references()
   with theirs.unlocked():
-    theirs.update(with_tuples(rundir.RunDir(Path(config.model.init_from)).config()))
+    theirs.update(with_tuples(rundir.RunDir(user_path(config.model.init_from)).config()))
   for name, mine in (("experiment", config.experiment), ("model.gating", "none"), ("model.name", config.model.name),
                      ("model.width", config.model.width), ("model.inner_width", config.model.inner_width),
                      ("model.group_norm", config.model.group_norm)):
@@ -43,7 +44,7 @@ def start(experiment: Experiment, state: steps.TrainState) -> steps.TrainState:
     RunDirError: it has none.
     ValueError: a parameter has no place here, or what is not of a gate or of an exit has none there.
   """
-  folder = Path(experiment.config.model.init_from)
+  folder = user_path(experiment.config.model.init_from)
   theirs = build(check(experiment.config))
   like = jax.eval_shape(
       lambda: steps.init_state(theirs.model, theirs.optimiser, theirs.config.seed, theirs.test.shape))

@@ -14,6 +14,7 @@ from gating_jax.experiments import video_trial
 from gating_jax.experiments.video_build import LIGHT, Phase, VideoExperiment
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.layers.segments import CONCEPTS
+from gating_jax.paths import user_path
 from gating_jax.training import devices, hosts, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.video.concepts import find_concepts
@@ -39,7 +40,7 @@ def trained_nets(experiment: VideoExperiment, path: Path) -> Any:
   """The variables of both nets, from this run or the one named by `pretrained`."""
   if experiment.pretraining is None:
     raise ValueError("pretrain.epochs must be those of the pretrained run; got 0")
-  path = Path(experiment.config.pretrained or path) / PRETRAIN_DIR
+  path = user_path(experiment.config.pretrained or path) / PRETRAIN_DIR
   if not path.is_dir():
     raise rundir.RunDirError(f"pretrained must be a run directory in which nets were trained; {path} does not exist")
   step, state = restore(experiment.pretraining, path, experiment.config.seed, read_only=True)

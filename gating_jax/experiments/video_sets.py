@@ -18,6 +18,7 @@ from gating_jax.data.video_arrays import VideoArrays
 from gating_jax.data.videos import FeatureFolder, VideoFolder, VideoSet
 from gating_jax.models.segment_net import SegmentNet
 from gating_jax.ops.collectives import example_keys
+from gating_jax.paths import user_path
 from gating_jax.types import Array
 
 SETS = (composed.NAME, "videos", "features")
@@ -36,11 +37,20 @@ def open_set(config: ml_collections.ConfigDict, split: str) -> VideoArrays | Vid
   for field in ("table", "folder"):
     if not data[field] and not (field == "table" and data.layout == "breakfast"):
       raise ValueError(f"data.{field} must be set for {data.name}; got {data[field]!r}")
+  data = _expanded(data)
   table = _table(data, data[f"{split}_split"])
   how = dict(segments=data.segments, seed=config.seed, jitter=data.jitter and split == "train", workers=data.workers)
   if data.name == "videos":
     return VideoFolder(table, data.folder, frames=data.frames, size=(data.size, data.size), **how)
   return FeatureFolder(table, data.folder, data.heavy_folder, **how)
+
+
+def _expanded(data: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """With `~` in paths expanded."""
+  given = ["table", "folder", "heavy_folder"]
+  if data.layout == "csv":
+    given += ["train_split", "test_split"]
+  return ml_collections.ConfigDict({**data, **{name: str(user_path(data[name])) for name in given if data[name]}})
 
 
 def _table(data: ml_collections.ConfigDict, split: str) -> video_tables.VideoTable:

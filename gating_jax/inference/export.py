@@ -39,6 +39,7 @@ from gating_jax.inference.exiting import Exiting
 from gating_jax.inference.folded import Folded
 from gating_jax.inference.kernel_strategies import EXPORTABLE
 from gating_jax.inference.quantise import dequantise
+from gating_jax.paths import user_path
 
 PROGRAM, WEIGHTS, CARD = "program.stablehlo", "weights.safetensors", "card.json"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -103,7 +104,7 @@ def export_model(
     ExportError: it exists, or cannot be written.
     ValueError: a card that is no JSON or names what is written anyhow, or another bad argument.
   """
-  directory = Path(directory)
+  directory = user_path(directory)
   if directory.exists() or directory.is_symlink():
     raise ExportError(f"export directory must be new; {directory} exists")
   input_shape = inputs.image_shape(input_shape)
@@ -142,7 +143,7 @@ def load(directory: str | os.PathLike) -> Loaded:
   Raises:
     ExportError: a file is missing, cut off, changed, or not what the program takes.
   """
-  directory = Path(directory)
+  directory = user_path(directory)
   card = _read_card(directory)
   data = {name: _read(directory, name, card) for name in (PROGRAM, WEIGHTS)}
   try:

@@ -7,6 +7,7 @@ orbax each is alone: its barriers would hold the others up for ten minutes where
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from gating_jax.paths import HANDLES, check_storable, user_path
 from gating_jax.training import hosts
 
 _SPARE = 2**20  # bytes, for what is written beside the values, by the journal too
@@ -36,14 +38,18 @@ class Checkpoints:
     directory: created if missing; half-written checkpoints of a killed run in it are removed.
     keep: how many of the newest stay.
     read_only: nothing in the directory is changed, so that a run may be writing to it.
+  Raises:
+    ValueError: a directory in which checkpoints cannot be written, see `paths.check_storable`.
   """
 
   def __init__(self, directory: Path, keep: int = 3, *, read_only: bool = False):
-    self._directory = directory.absolute()
+    self._directory = user_path(directory).absolute()
     self._read_only = read_only
-    self._manager = None
+    self._manager = self._handle = None
+    self._address = str(self._directory)
     logging.get_absl_logger().addFilter(_is_not_orbax)
     if not read_only:
+      check_storable("directory", self._directory)
       hosts.written(lambda: self._directory.mkdir(parents=True, exist_ok=True))
       hosts.written(lambda: self._open(keep))
     if not self._manager:
@@ -82,7 +88,7 @@ class Checkpoints:
       except Exception as raised:  # whatever orbax and its storage raise for a damaged file
         error = raised
       if hosts.any_of(error is not None):
-        damaged[step] = (str(error).splitlines() or [type(error).__name__])[0] if error else "not by another process"
+        damaged[step] = self._first_line(error) if error else "not by another process"
         logging.warning("checkpoint of step %d cannot be read, trying the one before: %s", step, damaged[step])
         continue
       if not self._read_only:
@@ -105,12 +111,19 @@ class Checkpoints:
       self._finish()
     finally:
       self._manager.close()
+      if self._handle is not None:
+        os.close(self._handle)
+        self._handle = None
 
   def _open(self, keep: int | None) -> None:
     """As the one that writes, which keeps the newest so many, or for reading alone."""
     reads, me = keep is None, jax.process_index()
+    if self._handle is None and HANDLES.is_dir() and self._directory.is_dir():
+      # Orbax and TensorStore take [ ] * ? for patterns and a backslash for a slash, and fail where a name is no UTF-8.
+      self._handle = os.open(self._directory, os.O_RDONLY)
+      self._address = str(HANDLES / str(self._handle))
     self._manager = ocp.CheckpointManager(
-        self._directory,
+        self._address,
         options=ocp.CheckpointManagerOptions(
             max_to_keep=keep, cleanup_tmp_directories=not reads, enable_async_checkpointing=not reads,
             async_options=None if reads else ocp.AsyncOptions(timeout_secs=_FOR_EVER), read_only=reads, create=False,
@@ -141,7 +154,12 @@ class Checkpoints:
     try:
       yield
     except Exception as error:  # whatever orbax and its storage raise for a full disk
-      raise OSError(f"a checkpoint cannot be written in {self._directory}: {error}") from error
+      raise OSError(f"a checkpoint cannot be written in {self._directory}: {self._first_line(error)}") from error
+
+  def _first_line(self, error: Exception) -> str:
+    """Of what an error says, with the directory by its own name."""
+    first, *_ = str(error).splitlines() or [type(error).__name__]
+    return first.replace(self._address, str(self._directory))
 
   def _put_aside(self, step: int) -> None:
     def rename():

@@ -14,7 +14,8 @@ from typing import IO, Any
 import ml_collections
 
 from gating_jax.checks import one_of
-from gating_jax.training import hosts
+from gating_jax.paths import check_storable, user_path
+from gating_jax.training import hosts, provenance
 from gating_jax.training.journal import TEMPORARY, write_json
 
 CONFIG_FILE, RESULT_FILE, REPORT_FILE, CHECKPOINT_DIR, _LOCK_FILE = (
@@ -63,8 +64,8 @@ class RunDir:
 
 def existing_run(path: Path, config: ml_collections.ConfigDict) -> RunDir:
   """The run of `config` at `path`, to look at while it may be training. Raises RunDirError as `open_run` does."""
-  run_dir = RunDir(path)
-  _compare(path, run_dir.config(), json.loads(config.to_json()))
+  run_dir = RunDir(user_path(path))
+  _compare(run_dir.path, run_dir.config(), json.loads(config.to_json()))
   return run_dir
 
 
@@ -76,9 +77,12 @@ def open_run(path: Path, config: ml_collections.ConfigDict) -> Iterator[RunDir]:
     path: a directory; made, with its parents, if missing.
     config: written into a new directory, or over that of a run that has saved nothing yet; else compared.
   Raises:
+    ValueError: a path below which checkpoints cannot be written, see `paths.check_storable`.
     RunDirError: the directory holds another config's run (the message shows the difference), or something that is no
       run; is in use by another process; or cannot be written.
   """
+  path = user_path(path)
+  check_storable("workdir", path)
   with contextlib.ExitStack() as held:
     hosts.written(lambda: held.enter_context(_locked(path, json.loads(config.to_json()))))
     yield RunDir(path)
@@ -176,6 +180,7 @@ def run_mode(
     return
   with open_run(path, config) as run_dir:
     if (result := run_dir.result()) is None:
+      hosts.written(lambda: provenance.record_start(run_dir.path))
       train(run_dir)
     else:
       print(f"{path} holds a finished run of this config; nothing was trained or changed. Its result:")
@@ -210,11 +215,12 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _compare(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+  """Raises a RunDirError where configs differ; a field that is None and one that an older config lacks are the same."""
   theirs, mine = flatten(theirs), flatten(mine)
   lines = [
       f"  {name}: {theirs.get(name, '(absent)')!r} there, {mine.get(name, '(absent)')!r} here"
       for name in sorted(theirs.keys() | mine.keys())
-      if theirs.get(name, "(absent)") != mine.get(name, "(absent)")
+      if theirs.get(name) != mine.get(name)
   ]
   if lines:
     raise RunDirError(

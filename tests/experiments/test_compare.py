@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,18 @@ def test_one_run_is_enough_and_need_not_be_finished(made, tmp_path, capsys):
   printed = capsys.readouterr().out
   assert re.search(r"state +not finished", printed)
   assert re.search(r"accuracy +25\.00 %", printed)
+
+
+def test_folders_are_separated_by_commas_unless_one_with_the_comma_is_there(tmp_path, monkeypatch):
+  for name in ("here/lr=0.1,wd=0", "here/a", "home/b,c"):
+    (tmp_path / name).mkdir(parents=True)
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  monkeypatch.chdir(tmp_path / "here")
+  assert compare.folders("a") == [Path("a")]
+  assert compare.folders("lr=0.1,wd=0") == [Path("lr=0.1,wd=0")]
+  assert compare.folders("a,lr=0.1,wd=0,~/b,c,a") == [
+      Path("a"), Path("lr=0.1,wd=0"), tmp_path / "home" / "b,c", Path("a")]
+  assert compare.folders("missing,a") == [Path("missing"), Path("a")]
 
 
 def test_names_are_as_long_as_it_takes(tmp_path, monkeypatch):

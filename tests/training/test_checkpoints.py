@@ -1,6 +1,8 @@
+import contextlib
 import gc
 import os
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +53,8 @@ def warnings(monkeypatch):
   return seen
 
 
-def saved(open_checkpoints, steps, **settings):
-  checkpoints = open_checkpoints(**settings)
+def saved(open_checkpoints, steps, name="checkpoints", **settings):
+  checkpoints = open_checkpoints(name, **settings)
   for step in steps:
     checkpoints.save(step, state(step))
   checkpoints.close()
@@ -86,6 +88,60 @@ def test_a_step_already_there_is_left_alone(open_checkpoints):
   checkpoints.save(1, state(2))
   checkpoints.wait()
   assert tiny.bit_equal(restored(checkpoints)[1], state(1))
+
+
+NAMES = ("lr[0.1]", "*?", "{a,b}|#%41", "line\nbreak\t", " ~x:$HOME'\"", "ü\u2028", os.fsdecode(b"\xff"), "x__lock")
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_a_folder_may_have_any_name_that_the_file_system_takes(open_checkpoints, tmp_path, name):
+  saved(open_checkpoints, [1, 2], name=f"{name}/checkpoints", keep=1)
+  for reading in (False, True):
+    step, found = restored(open_checkpoints(f"{name}/checkpoints", read_only=reading))
+    assert step == 2
+    assert tiny.bit_equal(found, state(2))
+  assert [f.name for f in tmp_path.iterdir()] == [name]
+  assert [f.name for f in (tmp_path / name / "checkpoints").iterdir()] == ["2"]
+
+
+def test_a_folder_that_looks_like_a_pattern_for_its_neighbour_is_taken_for_itself(open_checkpoints, tmp_path):
+  saved(open_checkpoints, [2], name="seed1")
+  (tmp_path / "seed1" / "2" / "state").rename(tmp_path / "seed1" / "2" / "state.orbax-checkpoint-tmp")
+  (tmp_path / "seed1" / "2").rename(tmp_path / "seed1" / "2.orbax-checkpoint-tmp")
+  saved(open_checkpoints, [2], name="seed?")
+  assert restored(open_checkpoints("seed?"))[0] == 2
+
+
+def test_a_folder_with_a_backslash_is_refused_before_anything_is_made(tmp_path):
+  with pytest.raises(ValueError, match=r"directory must have no \\ in its path.*takes for another.*got '.*a\\\\b'"):
+    Checkpoints(tmp_path / "a\\b")
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_wrong_names_the_folder_as_it_was_given(open_checkpoints, tmp_path, warnings):
+  saved(open_checkpoints, [1], name="lr[0.1]")
+  empty_every_file(tmp_path / "lr[0.1]" / "1")
+  with pytest.raises(CheckpointError) as raised:
+    restored(open_checkpoints("lr[0.1]"))
+  assert "/proc/" not in str(raised.value)
+  assert str(tmp_path / "lr[0.1]") in str(raised.value)
+
+
+def test_closed_checkpoints_hold_no_handle_of_their_folder(tmp_path):
+  checkpoints = Checkpoints(tmp_path / "one")
+  assert handles_below(tmp_path)
+  checkpoints.close()
+  checkpoints.close()
+  assert not handles_below(tmp_path)
+
+
+def handles_below(folder):
+  """Of this process, the open files and folders that lie in a folder."""
+  links = []
+  for link in Path("/proc/self/fd").iterdir():
+    with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+      links.append(link.readlink())
+  return [target for target in links if target.is_relative_to(folder)]
 
 
 def test_a_half_written_checkpoint_is_removed_and_the_one_before_used(open_checkpoints, tmp_path):

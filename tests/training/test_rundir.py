@@ -44,6 +44,25 @@ def test_a_new_run_holds_its_config(tmp_path):
         "seed": 0, "optim": {"learning_rate": 0.1, "drops": [0.5, 0.75]}}
 
 
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  with open_run(Path("~/lr[0.1]"), config()) as run:
+    assert run.path == tmp_path / "lr[0.1]"
+  assert existing_run(Path("~/lr[0.1]"), config()).path == tmp_path / "lr[0.1]"
+
+
+def test_a_backslash_in_a_path_is_refused_by_name_before_anything_is_made(tmp_path, monkeypatch):
+  with pytest.raises(ValueError, match=r"workdir must have no \\ in its path.*got '.*a\\\\b'"), \
+      open_run(tmp_path / "a\\b", config()):
+    pass
+  assert list(tmp_path.iterdir()) == []
+  (tmp_path / "c\\d").mkdir()
+  monkeypatch.chdir(tmp_path / "c\\d")
+  with pytest.raises(ValueError, match="workdir must have no"), open_run(Path("run"), config()):
+    pass
+  assert list((tmp_path / "c\\d").iterdir()) == []
+
+
 def test_an_empty_folder_becomes_a_run(tmp_path):
   with open_run(tmp_path, config()):
     assert (tmp_path / CONFIG_FILE).exists()
