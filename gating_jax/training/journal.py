@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 from PIL import Image
-from tqdm import tqdm
 
+from gating_jax.terminal import is_open, progress_bar
 from gating_jax.training import hosts
 
 METRICS_FILE = "metrics.jsonl"
@@ -37,9 +37,9 @@ class Journal:
     writes, self._path = hosts.is_writer(), workdir / TENSORBOARD_DIR
     self._metrics = _Lines(workdir / METRICS_FILE, first_step)
     self._histograms = _Lines(workdir / HISTOGRAMS_FILE, first_step)
-    self._events = SummaryWriter(str(self._path), purge_step=first_step + 1, write_to_disk=writes)
-    self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None if writes else True,
-                     dynamic_ncols=True)
+    # tensorboardX takes what stands before a colon, as in s3:, for a kind of storage, unless a slash comes first.
+    self._events = SummaryWriter(str(self._path.absolute()), purge_step=first_step + 1, write_to_disk=writes)
+    self._bar = progress_bar(total=total_steps, initial=first_step, unit="step", hidden=not writes, dynamic_ncols=True)
     self._total = total_steps
     self._start = time.monotonic()
 
@@ -78,9 +78,10 @@ class Journal:
     """A line for people: above the bar on a terminal, plain otherwise."""
     line = f"step {step}/{self._total}  {text}"
     if self._bar.disable:
-      print(f"[{time.monotonic() - self._start:6.0f} s] {line}", flush=True)
-    else:
+      line = f"[{time.monotonic() - self._start:6.0f} s] {line}"
+    if is_open(sys.stdout):
       self._bar.write(line, file=sys.stdout)
+      sys.stdout.flush()
 
   def close(self) -> None:
     self._bar.close()
@@ -140,7 +141,9 @@ def write_json(path: Path, value: Any) -> None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
   """The records of a journal's file, none if it is missing; a line cut short by a kill is no record."""
   records = []
-  for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
+  for line in path.read_text("utf-8", "replace").split("\n") if path.exists() else []:
+    if not line:
+      continue
     try:
       record = json.loads(line)
       step, split = record.pop("step"), record.pop("split")

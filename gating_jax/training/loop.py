@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
+import threading
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
@@ -22,16 +23,22 @@ class NonFiniteError(Exception):
 
 
 class StopRequest:
-  """Turns SIGTERM and Ctrl-C, within a `with` block on the main thread, into a flag that the loop looks at.
+  """Turns SIGTERM and Ctrl-C, within a `with` block, into a flag that the loop looks at.
 
-  A second Ctrl-C interrupts at once.
+  A second Ctrl-C interrupts at once. Python handles signals on the main thread alone: on another one, as in a server,
+  whoever started that thread handles them, and nothing is changed here.
   """
 
   def __init__(self):
     self.requested = False
+    self._previous = {}
 
   def __enter__(self) -> StopRequest:
-    self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGTERM, signal.SIGINT):
+        # A handler that was not set from Python is seen as None, and could not be put back.
+        if signal.getsignal(number) is not None:
+          self._previous[number] = signal.signal(number, self._request)
     return self
 
   def __exit__(self, *_: object) -> None:

@@ -1,10 +1,14 @@
+import io
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from tqdm import tqdm
 
+from gating_jax import terminal
 from gating_jax.training import journal
 from gating_jax.training.journal import (
   HISTOGRAMS_FILE,
@@ -124,12 +128,12 @@ def test_plain_lines_where_there_is_no_terminal(open_journal, capfd):
 def test_a_bar_on_a_terminal(tmp_path, capfd, monkeypatch):
   bars = []
 
-  def bar_on_terminal(**settings):
-    assert settings.pop("disable") is None  # tqdm's own check of the terminal
-    bars.append(tqdm(disable=False, **settings))
+  def kept(**settings):
+    bars.append(tqdm(**settings))
     return bars[-1]
 
-  monkeypatch.setattr(journal, "tqdm", bar_on_terminal)
+  monkeypatch.setattr(terminal, "is_terminal", lambda stream: True)
+  monkeypatch.setattr(terminal, "tqdm", kept)
   one = Journal(tmp_path, 4, 10)
   one.progress(7)
   one.progress(7)
@@ -139,6 +143,37 @@ def test_a_bar_on_a_terminal(tmp_path, capfd, monkeypatch):
   out, err = capfd.readouterr()
   assert "step 7/10  loss 1.25\n" in out
   assert "7/10" in err
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["none", "closed"])
+def test_journals_work_without_standard_streams(tmp_path, monkeypatch, closed):
+  stream = io.StringIO()
+  stream.close()
+  for name in ("stdout", "stderr"):
+    monkeypatch.setattr(sys, name, stream if closed else None)
+  for folder in ("one", "two"):  # a bar that failed would keep the lock from the next
+    one = Journal(tmp_path / folder, 0, 10)
+    one.progress(3)
+    one.say(3, "loss 1.25")
+    one.write(3, "train", {"loss": 1.25})
+    one.close()
+    assert lines(tmp_path / folder) == [{"step": 3, "split": "train", "loss": 1.25}]
+
+
+def test_lines_go_nowhere_where_stdout_is_gone_and_the_bar_is_not(tmp_path, monkeypatch):
+  monkeypatch.setattr(terminal, "is_terminal", lambda stream: True)
+  monkeypatch.setattr(sys, "stdout", None)
+  one = Journal(tmp_path, 0, 10)
+  one.say(3, "loss 1.25")
+  one.close()
+
+
+def test_events_of_a_folder_with_a_colon_in_its_name_lie_in_it(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  one = Journal(Path("s3:"), 0, 10)
+  one.write(2, "train", {"loss": 1.5})
+  one.close()
+  assert events(tmp_path / "s3:")
 
 
 def test_atomic_writes_leave_one_file(tmp_path):

@@ -1,7 +1,9 @@
+import asyncio
 import json
 import math
 import os
 import signal
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -213,6 +215,32 @@ def test_signals_do_as_before_outside_the_loop(number):
     send(number)
     assert stop.requested
   assert signal.getsignal(number) == previous
+
+
+def test_training_on_another_thread_leaves_signals_alone(tmp_path):
+  before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+  with futures.ThreadPoolExecutor(1) as threads:
+    state, step = threads.submit(Run(tmp_path), total=2).result()
+  assert (float(state["w"]), step) == (1, 2)
+  assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_training_goes_within_a_running_event_loop_as_in_a_notebook(tmp_path):
+  async def cell():
+    return Run(tmp_path)(total=2, checkpoint_every=1)
+
+  state, step = asyncio.run(cell())
+  assert (float(state["w"]), step) == (1, 2)
+  assert Run(tmp_path).saved() == sums(1, 2)
+
+
+def test_a_handler_that_python_cannot_put_back_is_left_alone(monkeypatch):
+  set_anew = []
+  monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGTERM else signal.SIG_DFL)
+  monkeypatch.setattr(signal, "signal", lambda number, handler: set_anew.append(number))
+  with StopRequest():
+    pass
+  assert set_anew == [signal.SIGINT, signal.SIGINT]
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
