@@ -17,7 +17,7 @@ import numpy as np
 
 from gating_jax.types import Array
 
-UNGATED = "ungated"
+MASKED, UNGATED = "masked", "ungated"
 GAIN = 0.97  # of the time of the program it replaces: what a strategy must stay under to be taken
 OPEN_LIMIT = 1.05
 _BATCHES, _IMAGES = 4, 16  # so many batches of calibration data are timed, or as many as hold so many images

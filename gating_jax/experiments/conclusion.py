@@ -1,0 +1,71 @@
+"""What every mode ends with: in a few lines what was made, the numbers that matter, and the next command."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gating_jax.checks import printable
+from gating_jax.inference.timings import MASKED, UNGATED
+
+_LINES = 12
+NEXT = {  # by mode, what it does
+    "compile": "times programs that skip what is closed; some minutes",
+    "export": "writes files that run without this package; some minutes",
+    "evaluate": "tests the newest checkpoint",
+    "report": "writes the page of the newest checkpoint"}
+
+
+def text(done: str, rows: Sequence[tuple[str, str]], then: Sequence[str] = ()) -> str:
+  """The lines, twelve at most, after an empty one.
+
+  Args:
+    done: a sentence that says what was made.
+    rows: names and values, the most important first; of too many the last are left out.
+    then: what may be done next.
+  """
+  kept = [(printable(name), printable(value)) for name, value in rows][: _LINES - 1 - len(then)]
+  width = max((len(name) for name, _ in kept), default=0)
+  lines = [printable(done), *(f"  {name:<{width}}  {value}" for name, value in kept)]
+  for i, line in enumerate(then):
+    lines.append(("next: " if i == 0 else "      ") + printable(line))
+  return "\n".join(["", *lines])
+
+
+def command(path: Path, mode: str) -> str:
+  """The call of a mode for a run directory, and what it does."""
+  return f"gating-jax --workdir={shlex.quote(str(path))} --mode={mode}    ({NEXT[mode]})"
+
+
+def gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """What images cost and what gates do, of the result of a run on images."""
+  rows = []
+  if "mac_ratio" in result:
+    ratio = f"{100 * result['mac_ratio']:.1f} % of the ungated net's, gate networks included"
+    rows.append(("MACs per image", f"{result['macs']:,.0f}, {ratio}"))
+  if "gates" in result:
+    rows.append(("gates", f"{result['conditional']} of {result['gates']} conditional, {result['always_open']} always open, "
+                          f"{result['always_closed']} always closed"))
+  return rows
+
+
+def times(timings: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str]]:
+  """For each table of `--mode=compile`, what runs and how fast it is.
+
+  Args:
+    timings: by title, rows with the fields of `inference.timings.Timing`.
+  """
+  found = []
+  for title, rows in timings.items():
+    whole = {row["strategy"]: row for row in rows if row["part"] is None}
+    chosen = [row for row in whole.values() if row["chosen"]]
+    if not chosen or UNGATED not in whole:
+      continue
+    (row,) = chosen
+    way = "computing everything" if row["strategy"] == MASKED else f"skipping ({row['strategy']})"
+    faster = whole[UNGATED]["seconds"] / row["seconds"]
+    found.append((title, f"{1e3 * row['seconds']:.2f} ms by {way}; ungated {1e3 * whole[UNGATED]['seconds']:.2f} ms, "
+                         f"{faster:.2f} x"))
+  return found

@@ -1,0 +1,105 @@
+"""What a command says while it works: what it does, how far it is, and about how long the rest takes."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from gating_jax.terminal import is_open
+
+Advance = Callable[[int, int], None]  # of pieces done, and of all
+_EVERY = 10.0  # seconds between two lines of the same piece of work
+_PACE = 3.0  # seconds of training after which the time of the rest is estimated
+
+
+def lasting(seconds: float) -> str:
+  """A time for people.
+
+  >>> lasting(0.2), lasting(75), lasting(4000)
+  ('1 s', '1 min 15 s', '1 h 7 min')
+  """
+  whole = max(1, round(seconds))
+  if whole < 60:
+    return f"{whole} s"
+  if whole < 3600:
+    return f"{whole // 60} min" + (f" {whole % 60} s" if whole % 60 else "")
+  return f"{whole // 3600} h" + (f" {whole % 3600 // 60} min" if whole % 3600 >= 60 else "")
+
+
+def say(text: str) -> None:
+  """Prints a line at once, where there is anything to print to."""
+  if is_open(sys.stdout):
+    print(text, flush=True)
+
+
+@contextlib.contextmanager
+def working(what: str, about: str = "", tell: Callable[[str], None] = say) -> Iterator[Advance]:
+  """Says what begins and about how long it takes, and every ten seconds, until the block ends, how far it is.
+
+  Args:
+    what: is done in the block.
+    about: how long it takes, such as `about a minute`.
+    tell: takes a line.
+  Yields:
+    A function to call with the pieces that are done and the number of all: the lines then say what time is left.
+  """
+  started, ended, pieces = time.monotonic(), threading.Event(), [(0, 0)]
+
+  def tick():
+    while not ended.wait(_EVERY):
+      tell("  " + _how_far(time.monotonic() - started, *pieces[-1]))
+
+  tell(f"{what} ({about}) ..." if about else f"{what} ...")
+  ticker = threading.Thread(target=tick, daemon=True)
+  ticker.start()
+  try:
+    yield lambda done, total: pieces.append((done, total))
+  finally:
+    ended.set()
+    ticker.join()
+
+
+def _how_far(spent: float, done: int, total: int) -> str:
+  if not done:
+    return f"{lasting(spent)} so far"
+  left = spent * (total - done) / done
+  return f"{done} of {total} after {lasting(spent)}" + (f", about {lasting(left)} to go" if done < total else "")
+
+
+class Pace:
+  """Says of a training that its step is being compiled, and, when a few seconds of steps show it, how long it takes.
+
+  Of trainings that follow each other, as of tasks, one serves for all.
+  """
+
+  def __init__(self, tell: Callable[[int, str], None], total_steps: int):
+    self._tell, self._total = tell, total_steps
+    self._calls, self._from, self._told = 0, (0.0, 0), False
+
+  def __call__(self, advance: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
+    """`advance`, `(state, step) -> ...`, with these lines."""
+    def paced(state, step):
+      self._calls += 1
+      if self._calls == 1:
+        tell = lambda text: self._tell(step, text)
+        with working("compiling the training step", "up to a minute or two on a CPU, once", tell):
+          return advance(state, step)
+      self._estimate(step)
+      return advance(state, step)
+
+    return paced
+
+  def _estimate(self, step: int) -> None:
+    now = time.monotonic()
+    if self._calls == 3:  # before that, what is compiled takes more than the steps
+      self._from = now, step
+    start, first = self._from
+    if self._calls > 3 and not self._told and now - start > _PACE:
+      self._told = True
+      left = (now - start) * (self._total - step) / (step - first)
+      if left > _PACE:
+        self._tell(step, f"about {lasting(left)} of training to go")
