@@ -113,8 +113,8 @@ LOSSES = [
   Mutant(
     "beta_pdf_without_minus_one",
     "ops/priors.py",
-    "density = jnp.exp((p - 1) * jnp.log(inside)",
-    "density = jnp.exp(p * jnp.log(inside)",
+    "return jnp.exp((p - 1) * jnp.log(inside)",
+    "return jnp.exp(p * jnp.log(inside)",
     "ops/test_priors.py::test_the_natural_axis_agrees_with_scipy",
   ),
   Mutant(

@@ -6,6 +6,8 @@ for a, b < 1. The losses on gates therefore work in z throughout.
 Parameters are numbers, or arrays with one entry per column of the batch (any shape that broadcasts to one example's),
 constant or traced: a loss has gradients in them, so they can be learned. What is out of range raises a ValueError where
 it is known, and makes NaN where it is traced (Beta loses precision outside its range before that).
+
+Functions of a prior are methods of small values, or functions of a module, so that priors can be pickled.
 References: Bejnordi et al., 2020, section 3 (Beta prior); Maddison et al., 2017 (relaxed Bernoulli).
 """
 
@@ -23,7 +25,8 @@ import numpy as np
 from jax import lax
 from jax.scipy.special import ndtr
 
-from gating_jax.ops import beta_cdf
+from gating_jax.ops import arguments, beta_cdf
+from gating_jax.ops.arguments import aligned
 from gating_jax.ops.precision import as_float
 from gating_jax.types import Array
 
@@ -31,13 +34,15 @@ _SMALLEST, _LARGEST = 0.05, 10_000  # of Beta's a, b: below, tails reach logits 
 _FAR = 40.0  # standard deviations, beyond which Normal's CDF and slope are 0 or 1 in float64
 
 Function = Callable[[Array], Array]
+Parameter = float | Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Prior:
   """A distribution on the real line or on [0, 1]. Losses call its functions with the batch axis first.
 
-  Two priors are equal if they are one object: keep it, where it is a static argument of a jitted function.
+  Two priors are equal if they are one object: keep it, where it is a static argument of a jitted function. A prior can
+  be copied, and pickled where its parameters are known and its functions are not local ones of your own.
 
   Attributes:
     name: shown in pictures and journals, such as `beta(0.6, 0.4)`.
@@ -47,6 +52,8 @@ class Prior:
     logit_cdf: z -> F(sigmoid(z)), differentiable. None where the support is not [0, 1].
     logit_pdf: z -> dF(sigmoid(z))/dz. None where the support is not [0, 1].
     shape: that of the parameters, `()` where one prior serves all columns.
+  Raises:
+    TypeError: a field that is no function where one belongs, or a shape that is no tuple.
   """
 
   name: str
@@ -55,6 +62,16 @@ class Prior:
   logit_cdf: Function | None = None
   logit_pdf: Function | None = None
   shape: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    arguments.instance("a prior's name", self.name, str, "a text")
+    arguments.instance("a prior's shape", self.shape, tuple, "a tuple of whole numbers")
+    _check_functions(self.cdf, self.pdf, self.logit_cdf, self.logit_pdf)
+
+
+def check_prior(name: str, value: object) -> None:
+  """Raises a TypeError unless `value` is a `Prior`."""
+  arguments.instance(name, value, Prior, "a Prior, such as beta(0.6, 0.4)")
 
 
 def beta(a: float | Array, b: float | Array) -> Prior:
@@ -69,7 +86,7 @@ def beta(a: float | Array, b: float | Array) -> Prior:
   Args:
     a, b: in [0.05, 10000].
   Raises:
-    ValueError: a or b is not in that range.
+    ValueError: a or b is not in that range, or no number.
 
   >>> prior = beta(0.6, 0.4)
   >>> print(f"{prior.cdf(jnp.array(0.5)):.4f} {prior.logit_pdf(jnp.array(0.0)):.4f}")
@@ -78,10 +95,10 @@ def beta(a: float | Array, b: float | Array) -> Prior:
   -0.4791
   """
   in_range = f"in [{_SMALLEST}, {_LARGEST}]", lambda v: (v >= _SMALLEST) & (v <= _LARGEST)
-  a, b = _checked("beta", "a", a, *in_range), _checked("beta", "b", b, *in_range)
-  if isinstance(a, numbers.Real) and isinstance(b, numbers.Real):
-    return _fixed_beta(float(a), float(b))
-  return _learnable_beta(a, b)
+  a, b = arguments.parameter("beta's a", a, *in_range), arguments.parameter("beta's b", b, *in_range)
+  if isinstance(a, float) and isinstance(b, float):
+    return _fixed_beta(a, b)
+  return _prior("beta", _LearnableBeta(a, b), a, b)
 
 
 def symmetric_beta(a: float | Array) -> Prior:
@@ -90,12 +107,12 @@ def symmetric_beta(a: float | Array) -> Prior:
   Args:
     a: in [0.05, 0.95].
   Raises:
-    ValueError: a is not in that range.
+    ValueError: a is not in that range, or no number.
 
   >>> symmetric_beta(0.6).name
   'beta(0.6, 0.4)'
   """
-  a = _checked("symmetric_beta", "a", a, "in [0.05, 0.95]", lambda v: (v >= _SMALLEST) & (v <= 0.95))
+  a = arguments.parameter("symmetric_beta's a", a, "in [0.05, 0.95]", lambda v: (v >= _SMALLEST) & (v <= 0.95))
   return beta(a, 1 - a)
 
 
@@ -106,33 +123,15 @@ def relaxed_bernoulli(mean: float | Array, temperature: float | Array) -> Prior:
     mean: in (0, 1), the probability that x > 1/2. (The expectation tends to it as the temperature falls.)
     temperature: positive; below 1 the mass gathers at 0 and 1.
   Raises:
-    ValueError: an argument out of range.
+    ValueError: an argument out of range, or no number.
   Reference: Maddison et al., 2017.
 
   >>> print(relaxed_bernoulli(0.3, 0.5).cdf(jnp.array(0.5)).round(4))
   0.7
   """
-  mean = _checked("relaxed_bernoulli", "mean", mean, "in (0, 1)", lambda v: (v > 0) & (v < 1))
-  temperature = _checked("relaxed_bernoulli", "temperature", temperature, "positive", lambda v: v > 0)
-
-  def argument(z):
-    m, t = _cast(z.dtype, mean, temperature)
-    return _positive(t) * z - (jnp.log(m) - jnp.log1p(-m))
-
-  def logit_cdf(z):
-    return jax.nn.sigmoid(argument(as_float(z)))
-
-  def logit_pdf(z):
-    u = argument(as_float(z))
-    return _cast(u.dtype, temperature)[0] * jax.nn.sigmoid(u) * jax.nn.sigmoid(-u)
-
-  def pdf(x):
-    inside = _inside_unit_interval(x)
-    density = logit_pdf(jnp.log(inside) - jnp.log1p(-inside)) / (inside * (1 - inside))
-    return jnp.where((x < 0) | (x > 1), 0.0, density)
-
-  return Prior(_name("relaxed_bernoulli", mean, temperature), _on_unit_interval(logit_cdf, pdf), pdf,
-               logit_cdf, logit_pdf, _shape("relaxed_bernoulli", mean, temperature))
+  mean = arguments.parameter("relaxed_bernoulli's mean", mean, "in (0, 1)", lambda v: (v > 0) & (v < 1))
+  temperature = arguments.parameter("relaxed_bernoulli's temperature", temperature, "positive", _is_positive)
+  return _prior("relaxed_bernoulli", _RelaxedBernoulli(mean, temperature), mean, temperature)
 
 
 def normal(mean: float | Array = 0.0, std: float | Array = 1.0) -> Prior:
@@ -142,25 +141,15 @@ def normal(mean: float | Array = 0.0, std: float | Array = 1.0) -> Prior:
     mean: its expectation.
     std: its standard deviation, positive.
   Raises:
-    ValueError: an argument out of range.
+    ValueError: an argument out of range, or no number.
 
   >>> print(f"{normal(1.0, 2.0).cdf(jnp.array(3.0)):.4f}")
   0.8413
   """
-  mean = _checked("normal", "mean", mean, "finite", np.isfinite)
-  std = _checked("normal", "std", std, "positive", lambda v: v > 0)
-
-  def standardise(x):
-    x = as_float(x)
-    m, s = _cast(x.dtype, mean, std)
-    s = _positive(s)
-    return jnp.clip(x - m, -_FAR * s, _FAR * s) / s
-
-  def pdf(x):
-    u = standardise(x)
-    return jnp.exp(-jnp.square(u) / 2) / (math.sqrt(2 * math.pi) * _cast(u.dtype, std)[0])
-
-  return Prior(_name("normal", mean, std), lambda x: ndtr(standardise(x)), pdf, shape=_shape("normal", mean, std))
+  mean = arguments.parameter("normal's mean", mean, "finite", np.isfinite)
+  std = arguments.parameter("normal's std", std, "positive", _is_positive)
+  family = _Normal(mean, std)
+  return Prior(_name("normal", mean, std), family.cdf, family.pdf, shape=_shape("normal", mean, std))
 
 
 @functools.lru_cache(maxsize=1)
@@ -170,14 +159,8 @@ def uniform() -> Prior:
   >>> uniform().cdf(jnp.array([-1.0, 0.25, 2.0]))
   Array([0.  , 0.25, 1.  ], dtype=float32)
   """
-  def pdf(x):
-    return jnp.where((x >= 0) & (x <= 1), 1.0, 0.0).astype(jnp.result_type(x, jnp.bfloat16))
-
-  def logit_pdf(z):
-    return jax.nn.sigmoid(z) * jax.nn.sigmoid(-z)
-
-  cdf = _with_slope(lambda x: jnp.clip(x, 0, 1), pdf)
-  return Prior("uniform", cdf, pdf, _with_slope(jax.nn.sigmoid, logit_pdf), logit_pdf)
+  return Prior("uniform", _Sloped(_uniform_cdf, _uniform_pdf), _uniform_pdf,
+               _Sloped(_uniform_logit_cdf, _uniform_logit_pdf), _uniform_logit_pdf)
 
 
 def from_cdf(
@@ -195,6 +178,7 @@ def from_cdf(
     logit_cdf, logit_pdf: the same on the logit axis, if the support is [0, 1] and the prior is for gates.
     shape: that of the parameters, if they differ from column to column.
   Raises:
+    TypeError: one of them is no function.
     ValueError: one of `logit_cdf` and `logit_pdf` is missing.
 
   >>> exponential = from_cdf(lambda x: 1 - jnp.exp(-x), lambda x: jnp.exp(-x), name="exponential")
@@ -202,50 +186,178 @@ def from_cdf(
   1.0
   """
   if (logit_cdf is None) != (logit_pdf is None):
-    raise ValueError(f"logit_cdf and logit_pdf must come together; got {logit_cdf} and {logit_pdf}")
-  pair = lambda f, slope: lambda x: _with_tangent(f(lax.stop_gradient(x)), slope(x), x)
-  return Prior(name, pair(cdf, pdf), pdf, logit_cdf and pair(logit_cdf, logit_pdf), logit_pdf, shape)
+    raise ValueError(f"logit_cdf and logit_pdf must come together; got {arguments.shown(logit_cdf)} and "
+                     f"{arguments.shown(logit_pdf)}")
+  _check_functions(cdf, pdf, logit_cdf, logit_pdf)
+  logit_pair = None if logit_cdf is None else _Pair(logit_cdf, logit_pdf)
+  return Prior(name, _Pair(cdf, pdf), pdf, logit_pair, logit_pdf, shape)
 
 
 @functools.lru_cache(maxsize=64)
 def _fixed_beta(a: float, b: float) -> Prior:
-  log_norm = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
-  table = beta_cdf.table(a, b, log_norm)
-  slope = lambda z: jnp.exp(a * jax.nn.log_sigmoid(z) + b * jax.nn.log_sigmoid(-z) - log_norm)
-  return _beta_prior(a, b, _with_slope(table, slope), slope, lambda dtype: log_norm)
+  return _prior("beta", _FixedBeta(a, b), a, b)
 
 
-def _learnable_beta(a, b) -> Prior:
-  on_logits = lambda function: lambda z: function(as_float(z), *_cast(as_float(z).dtype, a, b))
-  log_norm = lambda dtype: beta_cdf.log_beta(*_cast(dtype, a, b))
-  return _beta_prior(a, b, on_logits(beta_cdf.cdf), on_logits(beta_cdf.density), log_norm)
+@functools.lru_cache(maxsize=64)
+def _beta_table(a: float, b: float) -> Function:
+  """The CDF on the logit axis. Kept here and not in the prior, where it would be pickled."""
+  return beta_cdf.table(a, b, _log_beta(a, b))
 
 
-def _beta_prior(a, b, logit_cdf, logit_pdf, log_norm) -> Prior:
-  def pdf(x):
+def _log_beta(a: float, b: float) -> float:
+  return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _OnUnitInterval:
+  """A distribution on [0, 1]: subclasses have `logit_cdf`, `logit_pdf` and `_density`, that on (0, 1)."""
+
+  def cdf(self, x):
+    """x -> F(x); at 0 and 1 themselves, which have no logit, the slope is the pdf's."""
     inside = _inside_unit_interval(x)
-    p, q = _cast(inside.dtype, a, b)
-    density = jnp.exp((p - 1) * jnp.log(inside) + (q - 1) * jnp.log1p(-inside) - log_norm(inside.dtype))
+    x = jnp.asarray(x, inside.dtype)
+    value = self.logit_cdf(_logit(inside))
+    x = jnp.broadcast_to(x, value.shape)
+    edge = _with_tangent(jnp.where(x <= 0, 0.0, 1.0).astype(inside.dtype), self.pdf(x), x)
+    return jnp.where((x <= 0) | (x >= 1), edge, value)
+
+  def pdf(self, x):
+    """x -> f(x)."""
+    density = self._density(_inside_unit_interval(x))
+    x = jnp.broadcast_to(as_float(x), density.shape)
     return jnp.where((x < 0) | (x > 1), 0.0, density)
 
-  return Prior(_name("beta", a, b), _on_unit_interval(logit_cdf, pdf), pdf, logit_cdf, logit_pdf, _shape("beta", a, b))
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Beta(_OnUnitInterval):
+  a: Parameter
+  b: Parameter
+
+  def _density(self, inside):
+    inside, p, q = aligned(inside, self.a, self.b)
+    log_norm = self._log_norm(p, q)
+    return jnp.exp((p - 1) * jnp.log(inside) + (q - 1) * jnp.log1p(-inside) - log_norm)
 
 
-def _on_unit_interval(logit_cdf: Function, pdf: Function) -> Function:
-  """x -> F(x); at 0 and 1 themselves, which have no logit, the slope is the pdf's."""
-  def cdf(x):
-    inside = _inside_unit_interval(x)
-    edge = _with_tangent(jnp.where(x <= 0, 0.0, 1.0).astype(inside.dtype), pdf(x), jnp.asarray(x, inside.dtype))
-    return jnp.where((x <= 0) | (x >= 1), edge, logit_cdf(jnp.log(inside) - jnp.log1p(-inside)))
+class _FixedBeta(_Beta):
+  def logit_cdf(self, z):
+    return _with_slope(_beta_table(self.a, self.b), self.logit_pdf, as_float(z))
 
-  return cdf
+  def logit_pdf(self, z):
+    z = as_float(z)
+    return jnp.exp(self.a * jax.nn.log_sigmoid(z) + self.b * jax.nn.log_sigmoid(-z) - self._log_norm(self.a, self.b))
+
+  def _log_norm(self, a, b):
+    return _log_beta(a, b)
 
 
-def _with_slope(function: Function, slope: Function) -> Function:
-  """`function` with `slope` as its derivative; neither may close over traced values."""
-  wrapped = jax.custom_jvp(function)
-  wrapped.defjvps(lambda tangent, _, x: slope(x) * tangent)
-  return wrapped
+class _LearnableBeta(_Beta):
+  def logit_cdf(self, z):
+    return beta_cdf.cdf(*self._arrays(z))
+
+  def logit_pdf(self, z):
+    return beta_cdf.density(*self._arrays(z))
+
+  def _arrays(self, z):
+    z, *parameters = aligned(as_float(z), self.a, self.b)
+    return z, *(jnp.asarray(p, z.dtype) for p in parameters)
+
+  def _log_norm(self, a, b):
+    dtype = jnp.result_type(*(p for p in (a, b) if not isinstance(p, float)))
+    return beta_cdf.log_beta(jnp.asarray(a, dtype), jnp.asarray(b, dtype))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _RelaxedBernoulli(_OnUnitInterval):
+  mean: Parameter
+  temperature: Parameter
+
+  def logit_cdf(self, z):
+    return jax.nn.sigmoid(self._argument(*aligned(as_float(z), self.mean, self.temperature)))
+
+  def logit_pdf(self, z):
+    z, m, t = aligned(as_float(z), self.mean, self.temperature)
+    u = self._argument(z, m, t)
+    return t * jax.nn.sigmoid(u) * jax.nn.sigmoid(-u)
+
+  def _argument(self, z, m, t):
+    return _positive(t) * z - (jnp.log(m) - jnp.log1p(-m))
+
+  def _density(self, inside):
+    density = self.logit_pdf(_logit(inside))
+    return density / jnp.broadcast_to(inside * (1 - inside), density.shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Normal:
+  mean: Parameter
+  std: Parameter
+
+  def cdf(self, x):
+    """x -> F(x)."""
+    return ndtr(self._standardised(x)[0])
+
+  def pdf(self, x):
+    """x -> f(x)."""
+    u, std = self._standardised(x)
+    return jnp.exp(-jnp.square(u) / 2) / (math.sqrt(2 * math.pi) * std)
+
+  def _standardised(self, x):
+    x, m, s = aligned(as_float(x), self.mean, self.std)
+    positive = _positive(s)
+    return jnp.clip(x - m, -_FAR * positive, _FAR * positive) / positive, s
+
+
+def _uniform_cdf(x: Array) -> Array:
+  return jnp.clip(x, 0, 1)
+
+
+def _uniform_pdf(x: Array) -> Array:
+  x = as_float(x)
+  return jnp.where((x >= 0) & (x <= 1), 1.0, 0.0).astype(x.dtype)
+
+
+def _uniform_logit_cdf(z: Array) -> Array:
+  return jax.nn.sigmoid(z)
+
+
+def _uniform_logit_pdf(z: Array) -> Array:
+  z = as_float(z)
+  return jax.nn.sigmoid(z) * jax.nn.sigmoid(-z)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Sloped:
+  """`function` of floating-point values, with `slope` as its derivative; neither may close over traced values."""
+
+  function: Function
+  slope: Function
+
+  def __call__(self, x):
+    return _with_slope(self.function, self.slope, as_float(x))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Pair:
+  """`function` with `slope` as its derivative; both may close over traced values, through which gradients go too."""
+
+  function: Function
+  slope: Function
+
+  def __call__(self, x):
+    return _with_tangent(self.function(lax.stop_gradient(x)), self.slope(x), x)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _with_slope(function: Function, slope: Function, x: Array) -> Array:
+  """`function(x)`, whose derivative is `slope`; neither may close over traced values."""
+  return function(x)
+
+
+@_with_slope.defjvp
+def _with_slope_jvp(function, slope, primals, tangents):
+  (x,), (tangent,) = primals, tangents
+  return function(x), slope(x) * tangent
 
 
 @jax.custom_jvp
@@ -264,31 +376,35 @@ def _with_tangent_jvp(primals, tangents):
 def _inside_unit_interval(x: Array) -> Array:
   """Moves 0 and 1, where logits and densities may be infinite, one rounding error inwards; NaN stays."""
   x = as_float(x)
-  margin = jnp.finfo(x.dtype).epsneg
-  return jnp.where(x <= 0, margin, jnp.clip(x, jnp.finfo(x.dtype).tiny, 1 - margin))
+  limits = jnp.finfo(x.dtype)
+  margin = float(limits.epsneg)
+  return jnp.where(x <= 0, margin, jnp.clip(x, float(limits.tiny), 1 - margin))
 
 
-def _cast(dtype, *parameters) -> list:
-  """Arrays in x's type; numbers as they are, since they take part in any."""
-  return [p if isinstance(p, numbers.Real) else jnp.asarray(p, dtype) for p in parameters]
+def _logit(inside: Array) -> Array:
+  return jnp.log(inside) - jnp.log1p(-inside)
 
 
-def _checked(prior: str, name: str, value, rule: str, holds: Callable[[np.ndarray], np.ndarray]):
-  """`value` as a number or an array; ValueError where it is known and breaks the rule."""
-  if isinstance(value, jax.core.Tracer):
-    return value
-  try:
-    known = np.asarray(value, np.float64)
-  except (TypeError, ValueError):
-    known = np.nan
-  if not np.all(holds(known)):
-    raise ValueError(f"{prior}'s {name} must be {rule}; got {value!r}")
-  return value if isinstance(value, numbers.Real) else jnp.asarray(value)
+def _is_positive(value: np.ndarray) -> np.ndarray:
+  return (value > 0) & np.isfinite(value)
 
 
 def _positive(parameter):
   """NaN where a traced parameter, which could not be checked, has been learned out of range."""
   return jnp.where(parameter > 0, parameter, jnp.nan)
+
+
+def _check_functions(cdf: object, pdf: object, logit_cdf: object, logit_pdf: object) -> None:
+  for name, value in (("cdf", cdf), ("pdf", pdf)):
+    arguments.function(name, value)
+  for name, value in (("logit_cdf", logit_cdf), ("logit_pdf", logit_pdf)):
+    if value is not None:
+      arguments.function(name, value, "a function or None")
+
+
+def _prior(prior: str, family: _OnUnitInterval, *parameters: Parameter) -> Prior:
+  return Prior(_name(prior, *parameters), family.cdf, family.pdf, family.logit_cdf, family.logit_pdf,
+               _shape(prior, *parameters))
 
 
 def _name(prior: str, *parameters) -> str:

@@ -1,14 +1,21 @@
 """From log-odds to gates: noisy, relaxed and hard.
 
-Axes: any shape; every function is elementwise. `logits` are log-odds that a unit is open.
+Axes: any shape, no element included; every function is elementwise. `logits` are log-odds that a unit is open: real
+numbers, whole ones taken as float32. A temperature or a noise scale is a number, or an array that broadcasts to them.
 Reference: Maddison et al., 2017 (concrete distribution); Louizos et al., 2018 (hard concrete).
 """
 
 from __future__ import annotations
 
+import math
+import numbers
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from gating_jax.ops import arguments
+from gating_jax.ops.precision import as_float, float_dtype
 from gating_jax.types import Array
 
 DEFAULT_TEMPERATURE = 2 / 3
@@ -30,6 +37,9 @@ def straight_through_gate(
     noise_scale: multiplies the noise; 0 gives `threshold_gate` with a gradient.
   Returns:
     exactly 0.0 or 1.0, shape and dtype of `logits`.
+  Raises:
+    ValueError: a temperature or a noise scale that is known and out of range.
+    TypeError: `key` is no PRNG key, or `logits` no real numbers.
 
   >>> straight_through_gate(jax.random.key(0), jnp.array([-20.0, 20.0]))
   Array([0., 1.], dtype=float32)
@@ -41,7 +51,7 @@ def straight_through_gate(
 
 def straight_through(noisy_logits: Array, temperature: float | Array = DEFAULT_TEMPERATURE) -> Array:
   """Steps at 0, with the gradient of `sigmoid(noisy_logits / temperature)`; the noise is the caller's."""
-  _check_temperature(temperature)
+  noisy_logits, temperature = arguments.aligned(_as_logits(noisy_logits), _checked_temperature(temperature))
   soft = jax.nn.sigmoid(noisy_logits / temperature)
   # hard + 0: adding the hard-soft difference to soft instead would round away from 0 and 1.
   return threshold_gate(noisy_logits) + (soft - jax.lax.stop_gradient(soft))
@@ -51,8 +61,8 @@ def binary_concrete(
     key: Array, logits: Array, temperature: float | Array = DEFAULT_TEMPERATURE, *, noise_scale: float | Array = 1.0
 ) -> Array:
   """Relaxed gates in (0, 1): `sigmoid((logit + noise) / temperature)`. P(gate > 1/2) = sigmoid(logit)."""
-  _check_temperature(temperature)
-  return jax.nn.sigmoid(_add_logistic(key, logits, noise_scale) / temperature)
+  noisy, temperature = arguments.aligned(_add_logistic(key, logits, noise_scale), _checked_temperature(temperature))
+  return jax.nn.sigmoid(noisy / temperature)
 
 
 def hard_concrete(
@@ -82,8 +92,7 @@ def hard_concrete_open_prob(
   >>> print(f"{hard_concrete_open_prob(0.0):.4f}")
   0.8318
   """
-  low, high = _check_stretch(stretch)
-  return jax.nn.sigmoid(logits - temperature * jnp.log(-low / high))
+  return jax.nn.sigmoid(_moved(logits, temperature, stretch, -1))
 
 
 def hard_concrete_location(
@@ -97,14 +106,13 @@ def hard_concrete_location(
   >>> print(f"{hard_concrete_open_prob(hard_concrete_location(0.0)):.4f}")
   0.5000
   """
-  low, high = _check_stretch(stretch)
-  return open_logits + temperature * jnp.log(-low / high)
+  return _moved(open_logits, temperature, stretch, 1)
 
 
 def hard_concrete_mean(logits: Array, *, stretch: tuple[float, float] = HARD_CONCRETE_STRETCH) -> Array:
   """The noise-free gate used in evaluation: `clip(low + (high - low) * sigmoid(logit), 0, 1)`."""
   low, high = _check_stretch(stretch)
-  return jnp.clip(low + (high - low) * jax.nn.sigmoid(logits), 0, 1)
+  return jnp.clip(low + (high - low) * jax.nn.sigmoid(_as_logits(logits)), 0, 1)
 
 
 def clipped_sigmoid(logits: Array, *, slope: float = 0.25) -> Array:
@@ -113,7 +121,8 @@ def clipped_sigmoid(logits: Array, *, slope: float = 0.25) -> Array:
   >>> clipped_sigmoid(jnp.array([-3.0, 0.0, 1.0, 3.0]))
   Array([0.  , 0.5 , 0.75, 1.  ], dtype=float32)
   """
-  return jnp.clip(0.5 + slope * logits, 0, 1)
+  arguments.number("slope", slope, "> 0", lambda v: v > 0)
+  return jnp.clip(0.5 + float(slope) * _as_logits(logits), 0, 1)
 
 
 def threshold_gate(logits: Array) -> Array:
@@ -122,7 +131,8 @@ def threshold_gate(logits: Array) -> Array:
   >>> threshold_gate(jnp.array([-1.0, 0.0, 2.0]))
   Array([0., 0., 1.], dtype=float32)
   """
-  return jax.lax.stop_gradient((jnp.asarray(logits) > 0).astype(jnp.result_type(logits, 0.0)))
+  logits = _as_logits(logits)
+  return jax.lax.stop_gradient((logits > 0).astype(logits.dtype))
 
 
 def _add_logistic(key: Array, logits: Array, noise_scale: float | Array) -> Array:
@@ -130,18 +140,34 @@ def _add_logistic(key: Array, logits: Array, noise_scale: float | Array) -> Arra
 
   Drawn and added in float32 at least: a bfloat16 u has 8 bits, so that nothing below P(open) = 0.8 % would ever open.
   """
-  dtype = jnp.result_type(logits, 0.0)
-  noise = jax.random.logistic(key, jnp.shape(logits), jnp.promote_types(dtype, jnp.float32))
-  return (logits + noise_scale * noise).astype(dtype)
+  arguments.prng_key("key", key)
+  logits = _as_logits(logits)
+  noise_scale = arguments.parameter("noise_scale", noise_scale, "a finite number", np.isfinite)
+  wide, noise_scale = arguments.aligned(as_float(logits), noise_scale)
+  noise = jax.random.logistic(key, wide.shape, wide.dtype)
+  return (wide + noise_scale * noise).astype(logits.dtype)
 
 
-def _check_temperature(temperature: float | Array) -> None:
-  if isinstance(temperature, (int, float)) and not temperature > 0:
-    raise ValueError(f"temperature must be > 0; got {temperature}")
+def _as_logits(logits: Array) -> Array:
+  """In their own floating-point type, or in float32."""
+  arguments.real_array("logits", logits)
+  return jnp.asarray(logits, float_dtype(logits))
+
+
+def _checked_temperature(temperature: float | Array) -> float | Array:
+  return arguments.parameter("temperature", temperature, "> 0", lambda v: v > 0)
+
+
+def _moved(logits: Array, temperature: float | Array, stretch: tuple[float, float], sign: int) -> Array:
+  """Logits moved by the distance between a gate that is above 1/2 and one that is above 0."""
+  low, high = _check_stretch(stretch)
+  logits, temperature = arguments.aligned(_as_logits(logits), _checked_temperature(temperature))
+  return logits + sign * temperature * math.log(-low / high)
 
 
 def _check_stretch(stretch: tuple[float, float]) -> tuple[float, float]:
-  low, high = stretch
+  pair = stretch if isinstance(stretch, (tuple, list)) and len(stretch) == 2 else (0, 0)
+  low, high = (float(v) if isinstance(v, numbers.Real) else math.nan for v in pair)
   if not (low < 0 and high > 1):
-    raise ValueError(f"stretch must be (low, high) with low < 0 and high > 1; got {stretch}")
+    raise ValueError(f"stretch must be (low, high) with low < 0 and high > 1; got {arguments.shown(stretch)}")
   return low, high

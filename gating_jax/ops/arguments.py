@@ -1,0 +1,158 @@
+"""Checks of arguments: an error in one line that names the argument, the rule and the value."""
+
+from __future__ import annotations
+
+import numbers
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gating_jax.ops.precision import same_rank
+from gating_jax.types import Array
+
+_NO_NUMBERS = "OSUcmM"  # NumPy's kinds of types that hold no real number
+_LONGEST, _MOST = 60, 8  # letters, and elements of an array, that are shown as they are
+
+
+def shown(value: object) -> str:
+  """A value in one short line: a large array by its type and shape, anything else that is long by its class.
+
+  >>> shown(0.6), shown(dict), shown(np.zeros((6, 4)))
+  ('0.6', 'the class dict', 'float64[6,4]')
+  """
+  if isinstance(value, type):
+    return f"the class {value.__name__}"
+  if _is_array(value) and (isinstance(value, jax.core.Tracer) or np.size(value) > _MOST):
+    return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+  if callable(value) and hasattr(value, "__qualname__"):
+    return f"the function {value.__qualname__}"
+  text = " ".join(repr(value).split())
+  return text if len(text) <= _LONGEST else f"an object of class {type(value).__name__}"
+
+
+def instance(name: str, value: object, kind: type | tuple[type, ...], rule: str) -> None:
+  """Raises a TypeError unless `value` is an instance of `kind`.
+
+  >>> instance("settings", {"hidden": 4}, int, "a whole number")
+  Traceback (most recent call last):
+  TypeError: settings must be a whole number; got {'hidden': 4}
+  """
+  if not isinstance(value, kind):
+    raise TypeError(f"{name} must be {rule}; got {shown(value)}")
+
+
+def function(name: str, value: object, rule: str = "a function") -> None:
+  """Raises a TypeError unless `value` can be called."""
+  if not callable(value):
+    raise TypeError(f"{name} must be {rule}; got {shown(value)}")
+
+
+def number(name: str, value: Any, rule: str, holds: Callable[[Any], bool]) -> None:
+  """Raises a TypeError unless `value` is a real number known now, a ValueError unless the rule holds for it."""
+  if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    raise TypeError(f"{name} must be a number {rule}; got {shown(value)}")
+  if not holds(value):
+    raise ValueError(f"{name} must be {rule}; got {value}")
+
+
+def whole_number(name: str, value: Any, least: int = 1) -> None:
+  """Raises a TypeError unless `value` is a whole number, a ValueError unless it is at least `least`."""
+  try:
+    known = operator.index(value)
+  except TypeError:
+    raise TypeError(f"{name} must be a whole number >= {least}; got {shown(value)}") from None
+  if isinstance(value, bool):
+    raise TypeError(f"{name} must be a whole number >= {least}; got {value}")
+  if known < least:
+    raise ValueError(f"{name} must be >= {least}; got {value}")
+
+
+def parameter(name: str, value: Any, rule: str, holds: Callable[[Any], Any]) -> Any:
+  """`value` as a number or an array; a ValueError where it is known and breaks the rule.
+
+  Args:
+    name: of the argument.
+    value: a real number, a list of them, or an array, which may be traced.
+    rule: in words.
+    holds: from float64 values to whether each is as it must be.
+  """
+  if isinstance(value, jax.core.Tracer):
+    return value
+  try:
+    known = np.asarray(value)
+  except (TypeError, ValueError):  # such as rows of unequal lengths
+    known = np.asarray(None)
+  known = np.nan if known.dtype.kind in _NO_NUMBERS else known.astype(np.float64)
+  if not np.all(holds(known)):
+    raise ValueError(f"{name} must be {rule}; got {shown(value)}")
+  return float(value) if isinstance(value, numbers.Real) else jnp.asarray(value)
+
+
+def real_array(name: str, value: Any, axes: str = "") -> None:
+  """Raises a TypeError unless `value` is a real number or an array of them.
+
+  Args:
+    name: of the argument.
+    value: anything; a list of numbers counts as an array.
+    axes: those of the array, such as `[N, C]`, for the message and for the number of them; empty for any.
+  Raises:
+    TypeError: another kind of value.
+    ValueError: another number of axes.
+  """
+  what = f"an {axes} array of real numbers" if axes else "an array of real numbers"
+  is_row = isinstance(value, (list, tuple)) and all(_is_scalar(v) for v in value)
+  if not (_is_array(value) and _is_real(value.dtype) or _is_scalar(value) or is_row):
+    raise TypeError(f"{name} must be {what}; got {shown(value)}")
+  if axes and np.ndim(value) != axes.count(",") + 1:
+    raise ValueError(f"{name} must be {axes}; got shape {np.shape(value)}")
+
+
+def items(name: str, values: Any, what: str) -> tuple[Any, ...]:
+  """The values of a list, a tuple or any other iterable but an array, a mapping or a text, which raise a TypeError.
+
+  >>> items("probs", np.zeros((6, 4)), "one [N, C] array per layer")
+  Traceback (most recent call last):
+  TypeError: probs must be a list of one [N, C] array per layer; got float64[6,4]
+  """
+  if _is_array(values) or _is_text(values) or isinstance(values, Mapping) or not isinstance(values, Iterable):
+    raise TypeError(f"{name} must be a list of {what}; got {shown(values)}")
+  return tuple(values)
+
+
+def prng_key(name: str, key: Any) -> None:
+  """Raises a TypeError unless `key` is a PRNG key of `jax.random`."""
+  dtype = getattr(key, "dtype", None)
+  if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32):
+    raise TypeError(f"{name} must be a PRNG key, such as jax.random.key(0); got {shown(key)}")
+
+
+def aligned(x: Array, *parameters: Any) -> tuple[Any, ...]:
+  """`x` and its parameters, ready for elementwise operations: numbers as they are, which take part in any type, and
+  arrays in x's type, all of one rank."""
+  arrays = [jnp.asarray(p, x.dtype) for p in parameters if not _is_scalar(p)]
+  x, *arrays = same_rank(x, *arrays)
+  lifted = iter(arrays)
+  return x, *(float(p) if _is_scalar(p) else next(lifted) for p in parameters)
+
+
+def _is_array(value: object) -> bool:
+  return hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, type)
+
+
+def _is_real(dtype: Any) -> bool:
+  try:
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
+  except TypeError:  # of another library
+    return False
+
+
+def _is_scalar(value: object) -> bool:
+  return isinstance(value, numbers.Real)
+
+
+def _is_text(value: object) -> bool:
+  return isinstance(value, (str, bytes))
