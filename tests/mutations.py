@@ -187,7 +187,7 @@ GATES = [
   Mutant(
     "skipped_backward_unguarded",
     "ops/skipping.py",
-    "fits = jnp.sum(gates > 0) <= capacity",
+    "fits = jnp.sum(as_float(gates) > 0) <= capacity",
     "fits = True",
     "ops/test_skipping.py",
   ),
@@ -270,7 +270,7 @@ TRAINING = [
   Mutant(
     "another_config_goes_on",
     "training/rundir.py",
-    "_compare(path, _read(file), mine)",
+    "_compare(path, run_dir.config(), mine)",
     "write_json(file, mine)",
     "training/test_rundir.py::test_another_config_is_refused_with_the_difference",
   ),
@@ -421,8 +421,8 @@ INFERENCE = [
   Mutant(
     "bias_of_closed_channels",
     "ops/native.py",
-    "x = _closed(x + bias, gate)",
-    "x = _closed(x, gate) + bias",
+    "x = _closed(x + bias[None, None, None], gate)",
+    "x = _closed(x, gate) + bias[None, None, None]",
     "ops/test_native.py::test_a_branch_by_hand",
   ),
   Mutant(

@@ -41,7 +41,7 @@ class Conv:
     padding = [(size // 2 * self.dilation,) * 2 for size in self.kernel.shape[:2]]
     y = lax.conv_general_dilated(x, self.kernel, (self.stride,) * 2, padding, rhs_dilation=(self.dilation,) * 2,
                                  dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return y + self.bias
+    return y + self.bias[None, None, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,8 @@ class Head:
   def __call__(self, x: Array) -> Gates:
     """`[N, H, W, D]` to the logits of each group, `[N, U]`; NaN for an example that is not finite."""
     context = pooled(x.astype(jnp.float32))
-    logits = jax.nn.relu(context @ self.hidden + self.hidden_bias) @ self.logits + self.logits_bias
+    hidden = jax.nn.relu(context @ self.hidden + self.hidden_bias[None])
+    logits = hidden @ self.logits + self.logits_bias[None]
     logits += 0 * jnp.sum(context, axis=1, keepdims=True)  # NaN, where ReLU has hidden what is not finite
     ends = [sum(g.gates for g in self.groups[: i + 1]) for i in range(len(self.groups))]
     return tuple(jnp.split(logits, ends[:-1], axis=1))
@@ -194,7 +195,7 @@ def run(net: Folded, x: Array, runners: Runner | Sequence[Runner] | None = None)
   x = pooled(x)
   if net.classifier is not None:
     kernel, bias = net.classifier
-    x = x @ kernel + bias
+    x = x @ kernel + bias[None]
   return x, found
 
 

@@ -57,8 +57,8 @@ def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> Folded:
 
 
 def _flat(model: nn.Module, variables: Mapping[str, Any]) -> dict[Path, np.ndarray]:
-  """By path. Raises ValueError naming the first that is not as the model's own are."""
-  flat = {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(dict(variables or {})).items()
+  """In float32, by path. Raises ValueError naming the first that is not as the model's own are."""
+  flat = {path: np.asarray(leaf, np.float32) for path, leaf in traverse_util.flatten_dict(dict(variables or {})).items()
           if path[0] in ("params", "batch_stats")}
   first = flat.get(("params", *(("layer1", "conv") if isinstance(model, VGG) else ("stem",)), "conv", "kernel"))
   wanted = _shapes(model, 3 if first is None else first.shape[2])
@@ -193,7 +193,7 @@ def fold_conv(
     flat: Mapping[Path, np.ndarray], path: Path, stride: int = 1, dilation: int = 1, norm: bool = True
 ) -> Conv:
   """The convolution of a `ConvNorm`, its BatchNorm, if any, folded into it."""
-  kernel = flat["params", *path, "conv", "kernel"].astype(np.float32)
+  kernel = flat["params", *path, "conv", "kernel"]
   if not norm:
     return Conv(jnp.asarray(kernel), jnp.asarray(flat["params", *path, "conv", "bias"]), stride, dilation)
   factor, bias = _norm(flat, (*path, "norm"))
@@ -226,11 +226,13 @@ def _head(model, flat: Mapping[Path, np.ndarray], name: str, groups: tuple[Group
 
 
 def _get(flat: Mapping[Path, np.ndarray], path: Path, *name: str) -> np.ndarray:
-  return flat["params", *path, *name].astype(np.float32)
+  return flat["params", *path, *name]
 
 
 def _scaled(conv: Conv, scale: np.ndarray | float) -> Conv:
-  return Conv(conv.kernel * scale, conv.bias * scale, conv.stride, conv.dilation)
+  """The convolution with its output channels multiplied by `[O]` numbers, or by one."""
+  scale = jnp.broadcast_to(jnp.asarray(scale, conv.bias.dtype), conv.bias.shape)
+  return Conv(conv.kernel * scale[None, None, None], conv.bias * scale, conv.stride, conv.dilation)
 
 
 def _scaled_away(writer: Conv, scale: np.ndarray, reader: Conv) -> tuple[Conv, Conv]:

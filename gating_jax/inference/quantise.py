@@ -58,8 +58,8 @@ def quantise(net: Folded) -> Folded:
 
 def dequantise(net: Folded) -> Folded:
   """The network in float32, of one that `quantise` made, or as it is."""
-  return jax.tree.map(lambda leaf: leaf.values.astype(jnp.float32) * leaf.scale if isinstance(leaf, Int8) else leaf,
-                      net, is_leaf=lambda leaf: isinstance(leaf, Int8))
+  return jax.tree.map(lambda leaf: _dequantise(leaf) if isinstance(leaf, Int8) else leaf, net,
+                      is_leaf=lambda leaf: isinstance(leaf, Int8))
 
 
 def check_float(net: Any) -> None:
@@ -69,6 +69,11 @@ def check_float(net: Any) -> None:
 
 
 def _quantise(kernel: Any) -> Int8:
-  largest = jnp.max(jnp.abs(kernel), axis=tuple(range(kernel.ndim - 1)), initial=0.0)
+  largest = jnp.max(jnp.abs(kernel), axis=tuple(range(kernel.ndim - 1)), keepdims=True, initial=0)
   scale = jnp.where(largest > 0, largest, _LARGEST) / _LARGEST
-  return Int8(jnp.round(kernel / scale).astype(jnp.int8), scale.astype(jnp.float32))
+  return Int8(jnp.round(kernel / scale).astype(jnp.int8), scale.ravel().astype(jnp.float32))
+
+
+def _dequantise(kernel: Int8) -> Array:
+  scale = kernel.scale.reshape([1] * (kernel.values.ndim - 1) + [-1])
+  return kernel.values.astype(jnp.float32) * scale

@@ -122,7 +122,8 @@ def _compact(part: Part, x: Array, open_channels: Sequence[tuple[Array, Array]])
     if not channels:
       return part.after(conv(x))
     mask, index = channels[0]
-    return _spread(part.after(_take(conv, outputs=index)(x)) * mask, index, part.conv.bias.size)
+    y = part.after(_take(conv, outputs=index)(x)) * mask[None, None, None]
+    return _spread(y, index, part.conv.bias.size)
   convs = _subnet(part.convs, [index for _, index in open_channels])
   return jax.nn.relu(_chain(convs, x, [mask[None] for mask, _ in open_channels]) + part.shortcut(x))
 
@@ -193,7 +194,7 @@ def _dispatch_blocks(group: Group, setting: Setting) -> Runner:
 
   def run(part: Block, x: Array, gates: Gates, before: Gates) -> Array:
     del before
-    y = part.shortcut(x) + part.convs[-1].bias
+    y = part.shortcut(x) + part.convs[-1].bias[None, None, None]
     if group.always:
       y = y + _chain(some(part.convs, slice(group.always)), x)
     for unit, span in enumerate(spans):

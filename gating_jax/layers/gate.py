@@ -179,13 +179,17 @@ class ChannelGate(nn.Module):
     if s.context == "pooled":
       return GateHead(units, s, self.axis_name, name="head")(x, train)
     start = nn.initializers.constant(s.initial_logit)
-    logits = self.param("logits", start, (units,)) if s.context == "none" else jnp.full(units, s.initial_logit)
+    if s.context == "none":
+      logits = self.param("logits", start, (units,), jnp.float32)
+    else:
+      logits = jnp.full(units, s.initial_logit, jnp.float32)
     return jnp.broadcast_to(logits, (x.shape[0], units))
 
   def _gates(self, logits: Array, train: bool) -> Array:
     s = self.settings
     if s.context == "random":
-      draw = lambda key, row: jax.random.bernoulli(key, s.initial_open, row.shape).astype(row.dtype)
+      rate = jnp.float32(s.initial_open)  # whose type is that of the draw
+      draw = lambda key, row: jax.random.bernoulli(key, rate, row.shape).astype(row.dtype)
       return self._drawn(draw, logits, train)
     if s.relaxation == "sigmoid":
       return jax.nn.sigmoid(logits)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from gating_jax.checks import one_of
 from gating_jax.layers.gate import GATE_RNG, GateSettings
 from gating_jax.ops import collectives, relaxations, selection
+from gating_jax.ops.precision import as_float
 from gating_jax.types import Array, GateRecord
 
 CONTEXTS = ("none", "attention", "convolution")
@@ -78,7 +79,8 @@ class SegmentGate(nn.Module):
     if s.context == "attention":
       h += Attention(name="context")(h, valid)
     elif s.context == "convolution":
-      h += nn.Conv(g.hidden, (_WINDOW,), feature_group_count=g.hidden, name="context")(h * valid[..., None])
+      seen = h * valid[..., None].astype(h.dtype)
+      h += nn.Conv(g.hidden, (_WINDOW,), feature_group_count=g.hidden, name="context")(seen)
     h = nn.relu(nn.Dense(g.hidden, name="hidden")(h))
     bias = nn.initializers.constant(g.initial_logit)
     logits = nn.Dense(1, bias_init=bias, name="logits")(h)[..., 0]
@@ -131,19 +133,24 @@ class Policy(nn.Module):
       key = self.make_rng(GATE_RNG) if train else jax.random.key(0)
       gates = selection.random_k(key, valid, k, axis_name=self.axis_name if train else None)
     elif self.policy == "prefix":
-      keys = collectives.example_keys(self.make_rng(GATE_RNG), *valid.shape[:1], self.axis_name) if train else None
-      gates = selection.first_k(valid, jax.vmap(lambda key, n: jax.random.randint(key, (), 1, n + 1))(
-          keys, jnp.sum(valid, axis=1)) if train else k)
+      gates = selection.first_k(valid, self._drawn_k(valid) if train else k)
     elif relevant is None:
       raise ValueError("relevant must be given for the oracle, which knows it; got None")
     else:
       gates = selection.top_k(relevant.astype(jnp.float32), valid, k)
     return certain(gates, self.macs_per_unit)
 
+  def _drawn_k(self, valid: Array) -> Array:
+    """`[B]` numbers from 1 to each video's valid segments."""
+    keys = collectives.example_keys(self.make_rng(GATE_RNG), valid.shape[0], self.axis_name)
+    draw = lambda key, most: jax.random.randint(key, (), 1, most + 1, jnp.int32)
+    return jax.vmap(draw)(keys, jnp.sum(valid, axis=1, dtype=jnp.int32))
+
 
 def certain(gates: Array, macs_per_unit: int) -> GateRecord:
   """The record of gates that were not drawn: their probabilities are 0 and 1."""
-  return GateRecord(jnp.where(gates > 0, jnp.inf, -jnp.inf), gates, gates, macs_per_unit)
+  logits = jnp.where(gates > 0, jnp.full_like(gates, jnp.inf), -jnp.inf)
+  return GateRecord(logits, gates, gates, macs_per_unit)
 
 
 def pool(features: Array, gates: Array, kind: str, scores: Array | None = None) -> Array:
@@ -155,18 +162,19 @@ def pool(features: Array, gates: Array, kind: str, scores: Array | None = None) 
     kind: `max`, `mean` or `attention`.
     scores: `[B, T]` logits of the attention.
   Returns:
-    `[B, C]`.
+    `[B, C]`, of float32 at least.
 
   >>> pool(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[1.0, 1.0, 0.0]]), "mean")
   Array([[2.]], dtype=float32)
   """
   one_of("pooling", kind, POOLINGS)
-  open_ = (gates > 0)[..., None]
-  weights = gates[..., None]
+  features = as_float(features)
+  weights = gates[..., None].astype(features.dtype)
+  open_ = weights > 0
   if kind == "max":
     return jnp.max(jnp.where(open_, features * weights, -jnp.inf), axis=1)
   if kind == "attention":
-    scores = scores[..., None]
+    scores = scores[..., None].astype(features.dtype)
     top = jnp.max(jnp.where(open_, scores, -jnp.inf), axis=1, keepdims=True)
     # Of closed segments, which only their gates' gradients see, kept from overflowing.
     weights = weights * jnp.exp(jnp.where(open_ | (scores < top), scores - top, 0))
@@ -184,5 +192,6 @@ class Dropout(nn.Module):
     if not train or not self.rate:
       return x
     keys = collectives.example_keys(self.make_rng("dropout"), x.shape[0], self.axis_name)
-    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x.shape[1:]))(keys)
+    probability = jnp.float32(1 - self.rate)  # whose type is that of the draw
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, probability, x.shape[1:]))(keys)
     return jnp.where(kept, x / (1 - self.rate), 0)

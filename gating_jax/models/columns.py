@@ -116,8 +116,9 @@ class Adapter(nn.Module):
   @nn.compact
   def __call__(self, before: Array) -> Array:
     columns, channels = before.shape[0], before.shape[-1]
-    alpha = self.param("alpha", nn.initializers.constant(self.alpha), (columns,))
-    kernel = self.param("kernel", nn.initializers.he_normal(batch_axis=0), (columns, channels, channels))
+    alpha = self.param("alpha", nn.initializers.constant(self.alpha), (columns,), jnp.float32)
+    kernel = self.param(
+        "kernel", nn.initializers.he_normal(batch_axis=0), (columns, channels, channels), jnp.float32)
     return nn.relu(jnp.einsum("j...d,jde->...e", before, (alpha[:, None, None] * kernel).astype(before.dtype)))
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gating_jax.ops.precision import float_dtype
 from gating_jax.types import Array
 
 
@@ -45,7 +46,8 @@ def exchange_columns(x: Array, axis_name: Hashable) -> Array:
 
 def batch_mean(x: Array, axis_name: Hashable | None) -> Array:
   """Mean over axis 0 of the whole batch, shards of equal size."""
-  mean = jnp.mean(x, axis=0)
+  x = jnp.asarray(x)
+  mean = jnp.mean(x.astype(float_dtype(x)), axis=0)
   return mean if axis_name is None else lax.pmean(mean, axis_name)
 
 
@@ -57,4 +59,4 @@ def mean_over_devices(tree: Any, axis_name: Hashable | None) -> Any:
 def example_keys(key: Array, n: int, axis_name: Hashable | None) -> Array:
   """One key per example, `[n]`, that depends on the example's place in the whole batch and not on how it is spread."""
   first = 0 if axis_name is None else lax.axis_index(axis_name) * n
-  return jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(n))
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(n, dtype=jnp.int32))

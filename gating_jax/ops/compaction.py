@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
+from gating_jax.ops.precision import as_float
 from gating_jax.types import Array
 
 
@@ -34,7 +35,7 @@ def open_indices(gates: Array, capacity: int) -> tuple[Array, Array]:
     raise ValueError(f"gates must be [N] with N >= 1; got shape {jnp.shape(gates)}")
   if capacity < 1:
     raise ValueError(f"capacity must be >= 1; got {capacity}")
-  is_open = jnp.asarray(gates) > 0
+  is_open = as_float(gates) > 0
   (index,) = jnp.nonzero(is_open, size=capacity, fill_value=0)
   return index.astype(jnp.int32), jnp.arange(capacity) < jnp.sum(is_open)
 

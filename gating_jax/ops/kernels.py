@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -156,7 +157,7 @@ def masked_conv(
   x, kernel, bias, in_gates, out_gates = _checked_conv(x, kernel, bias, in_gates, out_gates)
   if in_gates is not None:
     x = jnp.where(_per_channel(in_gates > 0, x.shape[-1]), x, 0)
-  y = _conv(x, kernel, stride, precision) + bias.astype(jnp.float32)
+  y = _conv(x, kernel, stride, precision) + bias.astype(jnp.float32)[None, None, None]
   y = jnp.maximum(y, 0) if relu else y
   if out_gates is not None:
     y = y * _per_channel(jnp.where(out_gates > 0, out_gates, 0).astype(jnp.float32), y.shape[-1])
@@ -214,20 +215,20 @@ def _program(count_ref, order_ref, gates_ref, x_ref, kernel_ref, bias_ref, y_ref
              relu, fill, tiles, pixel_tiles, tiles_per_gate, precision, load, store):
   """One tile of pixels of one example, one tile of its output channels."""
   pixels, inputs, outputs = tiles
-  n = lax.div(pl.program_id(0), pixel_tiles)
-  pixel = lax.rem(pl.program_id(0), pixel_tiles) * pixels + jnp.arange(pixels)
-  channel = pl.program_id(1) * outputs + jnp.arange(outputs)
-  row, column = lax.div(pixel, out_width) * stride, lax.rem(pixel, out_width) * stride
-  gate = gates_ref[n, lax.div(pl.program_id(1), tiles_per_gate)]
+  n = _quotient(pl.program_id(0), pixel_tiles)
+  pixel = _remainder(pl.program_id(0), pixel_tiles) * pixels + jnp.arange(pixels, dtype=jnp.int32)
+  channel = pl.program_id(1) * outputs + jnp.arange(outputs, dtype=jnp.int32)
+  row, column = _quotient(pixel, out_width) * stride, _remainder(pixel, out_width) * stride
+  gate = gates_ref[n, _quotient(pl.program_id(1), tiles_per_gate)]
   (h, w), (_, d, e), taps = size, kernel_ref.shape, window[0] * window[1]
   place = y_ref.at[n, pixel[:, None], channel[None, :]]
   inside = (pixel < y_ref.shape[1])[:, None] & (channel < e)[None, :]
 
   def add_tap(i, total):
-    step, tap = lax.div(i, taps), lax.rem(i, taps)  # taps innermost: they read the same rows but for the shift
-    k = order_ref[n, step] * inputs + jnp.arange(inputs)
-    y = row + lax.div(tap, window[1]) - window[0] // 2
-    x = column + lax.rem(tap, window[1]) - window[1] // 2
+    step, tap = _quotient(i, taps), _remainder(i, taps)  # taps innermost: they read the same rows but for the shift
+    k = order_ref[n, step] * inputs + jnp.arange(inputs, dtype=jnp.int32)
+    y = row + _quotient(tap, window[1]) - window[0] // 2
+    x = column + _remainder(tap, window[1]) - window[1] // 2
     in_image = (y >= 0) & (y < h) & (x >= 0) & (x < w) & (pixel < y_ref.shape[1])
     rows = load(x_ref.at[n, (y * w + x)[:, None], k[None, :]], mask=in_image[:, None] & (k < d)[None, :])
     weights = load(kernel_ref.at[tap, k[:, None], channel[None, :]], mask=(k < d)[:, None] & (channel < e)[None, :])
@@ -246,12 +247,21 @@ def _program(count_ref, order_ref, gates_ref, x_ref, kernel_ref, bias_ref, y_ref
       store(place, jnp.zeros((pixels, outputs), y_ref.dtype), mask=inside)
 
 
+def _quotient(number: Array, by: int) -> Array:
+  """Of int32 numbers from 0 on, for which `//` would compute the signs as well."""
+  return lax.div(number, np.int32(by))
+
+
+def _remainder(number: Array, by: int) -> Array:
+  return lax.rem(number, np.int32(by))
+
+
 def _open_first(open_tiles: Array) -> Array:
   """`[N, T]` numbers of the tiles, open ones first. Compares all pairs, which fuses; a sort is kernels of its own."""
   number = jnp.arange(open_tiles.shape[1], dtype=jnp.int32)
   key = jnp.where(open_tiles, number, number + len(number))
-  rank = jnp.sum(key[:, :, None] > key[:, None, :], axis=2)
-  return jnp.sum(jnp.where(rank[:, :, None] == number, number[:, None], 0), axis=1, dtype=jnp.int32)
+  rank = jnp.sum(key[:, :, None] > key[:, None, :], axis=2, dtype=jnp.int32)
+  return jnp.sum(jnp.where(rank[:, :, None] == number[None, None], number[:, None], 0), axis=1, dtype=jnp.int32)
 
 
 def _tile(name: str, channels: int, gates: Array | None, most: int, interpret: bool) -> int:
@@ -280,17 +290,19 @@ def _per_channel(gates: Array, channels: int) -> Array:
 
 
 def _checked_branch(branch, x, gates):
-  branch, x, gates = jax.tree.map(jnp.asarray, (branch, x, gates))
+  branch, x = jax.tree.map(jnp.asarray, (branch, x))
+  gates = jnp.asarray(gates, jnp.float32)
   _check_conv(x, branch.kernel1, branch.bias1, None, gates)
   hidden = jax.ShapeDtypeStruct((*x.shape[:-1], len(branch.bias1)), x.dtype)
   _check_conv(hidden, branch.kernel2, branch.bias2, gates, None)
   return branch, x, gates
 
 
-def _checked_conv(*arrays):
-  arrays = jax.tree.map(jnp.asarray, arrays)
-  _check_conv(*arrays)
-  return arrays
+def _checked_conv(x, kernel, bias, *gates):
+  arrays = jax.tree.map(jnp.asarray, (x, kernel, bias))
+  gates = [None if g is None else jnp.asarray(g, jnp.float32) for g in gates]
+  _check_conv(*arrays, *gates)
+  return *arrays, *gates
 
 
 def _check_conv(x, kernel, bias, in_gates, out_gates) -> None:

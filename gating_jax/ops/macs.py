@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from gating_jax.ops.precision import float_dtype
 from gating_jax.types import Array, Records
 
 
@@ -39,7 +40,7 @@ def executed_macs(records: Records) -> Array:
     ValueError: no records, or the first one claims pairs with one before it.
   """
   _check(records)
-  return _macs(records, [(r.gates > 0).astype(r.gates.dtype).sum(-1) for r in records])
+  return _macs(records, [_open_units(r.gates) for r in records])
 
 
 def expected_macs(records: Records) -> Array:
@@ -54,6 +55,12 @@ def gated_macs(records: Records) -> int:
   units = [r.gates.shape[-1] for r in records]
   single = sum(u * r.macs_per_unit for u, r in zip(units, records, strict=True))
   return single + sum(units[i - 1] * units[i] * r.macs_per_pair for i, r in enumerate(records) if r.macs_per_pair)
+
+
+def _open_units(gates: Array) -> Array:
+  """`[N]`, in the gates' own type, which may be NumPy's float64."""
+  gates = gates.astype(float_dtype(gates))
+  return (gates > 0).astype(gates.dtype).sum(-1)
 
 
 def _macs(records: Records, open_units: Sequence[Array]) -> Array:

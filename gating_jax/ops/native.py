@@ -114,7 +114,8 @@ def gated_chain(
   strides = _strides((1,) * len(kernels) if strides is None else strides)
   array = lambda a: None if a is None else jnp.asarray(a)
   x, shortcut = array(x), array(shortcut)
-  kernels, biases, gates = (tuple(map(array, arrays)) for arrays in (kernels, biases, gates))
+  kernels, biases = (tuple(map(array, arrays)) for arrays in (kernels, biases))
+  gates = tuple(None if g is None else jnp.asarray(g, jnp.float32) for g in gates)
   one_of("layout", layout, LAYOUTS)
   one_of("implementation", implementation, IMPLEMENTATIONS)
   _check_rank(kernels)
@@ -151,7 +152,7 @@ def _in_jax(strides, relu, x, kernels, biases, gates, shortcut):
   for i, (kernel, bias, gate, stride) in enumerate(zip(kernels, biases, gates[1:], strides, strict=True)):
     pads = [(size // 2,) * 2 for size in kernel.shape[2:]]
     x = lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "OIHW", "NHWC"))
-    x = _closed(x + bias, gate)
+    x = _closed(x + bias[None, None, None], gate)
     if i == last and shortcut is not None:
       x += shortcut
     x = jax.nn.relu(x) if i < last or relu else x
@@ -164,7 +165,7 @@ def _closed(x: Array, gates: Array | None) -> Array:
 
 def _native(strides, relu, x, kernels, biases, gates, shortcut):
   gated = [gate is not None for gate in gates]
-  open_where = [gate.astype(jnp.float32) for gate in gates if gate is not None]
+  open_where = [gate for gate in gates if gate is not None]
   call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(_shape(x, kernels, strides), jnp.float32))
   return call(x, *kernels, *biases, *open_where, *([] if shortcut is None else [shortcut]),
               strides=np.array(strides, np.int64), gated=np.array(gated, np.int64), relu=np.int64(relu),

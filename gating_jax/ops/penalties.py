@@ -30,7 +30,7 @@ def l0_loss(probs: Sequence[Array]) -> Array:
   Reference: Louizos et al., 2018; Bejnordi et al., 2020.
   """
   gates = sum(p.shape[-1] for p in _nonempty(probs))
-  return sum(jnp.sum(jnp.mean(p, axis=0)) for p in probs) / gates
+  return sum(jnp.sum(collectives.batch_mean(p, None)) for p in probs) / gates
 
 
 def target_rate_loss(gates: Sequence[Array], target: float | Array, *, axis_name: Hashable | None = None) -> Array:
@@ -48,7 +48,8 @@ def target_rate_loss(gates: Sequence[Array], target: float | Array, *, axis_name
 
   Reference: Veit and Belongie, 2018 (ConvNet-AIG).
   """
-  return sum(jnp.sum(jnp.square(collectives.batch_mean(g, axis_name) - target)) for g in _nonempty(gates))
+  means = [collectives.batch_mean(g, axis_name) for g in _nonempty(gates)]
+  return sum(jnp.sum(jnp.square(mean - jnp.asarray(target, mean.dtype))) for mean in means)
 
 
 def entropy_loss(probs: Sequence[Array], *, axis_name: Hashable | None = None) -> Array:
@@ -122,7 +123,8 @@ def balance_loss(records: Records, *, axis_name: Hashable | None = None) -> Arra
   """
   total = 0.0
   for record in _nonempty(records):
-    share = collectives.batch_mean((record.gates > 0).astype(record.probs.dtype), axis_name)
+    gates = record.gates.astype(record.probs.dtype)
+    share = collectives.batch_mean((gates > 0).astype(gates.dtype), axis_name)
     probs = collectives.batch_mean(record.probs, axis_name)
     total += probs.shape[-1] * jnp.sum(share / jnp.sum(share) * probs)
   return total
@@ -159,6 +161,7 @@ def mac_budget_loss(
                         for macs in (expected_macs, executed_macs))
   mean = expected + lax.stop_gradient(executed - expected)
   share = (float(fixed_macs) + mean) / float(fixed_macs + gated_macs(records))
+  budget = jnp.asarray(budget, share.dtype)
   return jnp.square(share - budget)
 
 

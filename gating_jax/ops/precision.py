@@ -1,7 +1,8 @@
-"""Floating-point types that do not depend on JAX's settings.
+"""Types and ranks that do not depend on JAX's settings.
 
-JAX's own promotion does: with `jax_enable_x64` a NumPy float64 number turns float32 into float64, and with
-`jax_numpy_dtype_promotion='strict'` two types that meet are an error.
+Those of JAX's own promotion do. With `jax_enable_x64` a NumPy float64 number turns float32 into float64. With
+`jax_numpy_dtype_promotion='strict'` two types that meet are an error, as are two ranks with
+`jax_numpy_rank_promotion='raise'`.
 """
 
 from __future__ import annotations
@@ -32,5 +33,14 @@ def float_dtype(x: Array) -> np.dtype:
   >>> float_dtype(jnp.ones(2, jnp.bfloat16)), float_dtype(jnp.arange(2))
   (dtype(bfloat16), dtype('float32'))
   """
-  dtype = jnp.result_type(x)
-  return dtype if jnp.issubdtype(dtype, jnp.floating) else np.dtype(np.float32)
+  return x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else np.dtype(np.float32)
+
+
+def same_rank(*arrays: Array) -> tuple[Array, ...]:
+  """Returns the arrays with axes of length 1 in front, where they have fewer than another of them.
+
+  >>> [x.shape for x in same_rank(jnp.ones((2, 3)), jnp.ones(3), 0.5)]
+  [(2, 3), (1, 3), (1, 1)]
+  """
+  rank = max(jnp.ndim(x) for x in arrays)
+  return tuple(jnp.reshape(x, (1,) * (rank - jnp.ndim(x)) + jnp.shape(x)) for x in arrays)

@@ -52,7 +52,7 @@ def top_k(scores: Array, valid: Array, k: int | Array) -> Array:
   Array([[0., 1., 1., 0.]], dtype=float32)
   """
   order = jnp.lexsort((-jax.lax.stop_gradient(scores), ~valid), axis=1)
-  rank = jnp.argsort(order, axis=1)
+  rank = jnp.argsort(order, axis=1).astype(jnp.int32)
   return (valid & (rank < _column(k))).astype(jnp.float32)
 
 
@@ -63,9 +63,9 @@ def uniform_k(valid: Array, k: int | Array) -> Array:
   Array([[0., 0., 1., 0., 0., 0., 1., 0.],
          [1., 0., 1., 0., 0., 0., 0., 0.]], dtype=float32)
   """
-  length = jnp.maximum(jnp.sum(valid, axis=1, keepdims=True), 1)
+  length = jnp.maximum(jnp.sum(valid, axis=1, keepdims=True, dtype=jnp.int32), 1)
   k = jnp.minimum(_column(k), length)
-  place = jnp.cumsum(valid, axis=1) - 1
+  place = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
   # (i + 1/2) n / k < x for ceil(k x / n - 1/2) whole numbers i >= 0; a segment is chosen where that number grows.
   centres_before = lambda x: -((length - 2 * k * x) // (2 * length))
   return (valid & (centres_before(place + 1) > centres_before(place))).astype(jnp.float32)
@@ -75,7 +75,7 @@ def random_k(key: Array, valid: Array, k: int | Array, *, axis_name: Hashable | 
   """k different segments of each video, every set of k equally likely; the draw belongs to the video's place in the
   whole batch, however that is spread over the devices of `axis_name`."""
   batch, segments = valid.shape
-  draw = lambda key: jax.random.uniform(key, (segments,))
+  draw = lambda key: jax.random.uniform(key, (segments,), jnp.float32)
   return top_k(jax.vmap(draw)(example_keys(key, batch, axis_name)), valid, k)
 
 
@@ -139,7 +139,7 @@ def frame_exit_order(segments: int) -> np.ndarray:
 def _column(k: int | Array) -> Array:
   if isinstance(k, int):
     _checked(k)
-  return jnp.asarray(k)[..., None]
+  return jnp.reshape(jnp.asarray(k, jnp.int32), (-1, 1))
 
 
 def _checked(number: int, name: str = "k") -> int:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.ops.compaction import open_indices, put_back
+from gating_jax.ops.precision import as_float
 from gating_jax.types import Array
 
 
@@ -70,7 +71,7 @@ def _open_backward_bwd(f, capacity, residuals, ct):
   index, taken = open_indices(gates, capacity)
   _, pull = jax.vjp(f, variables, x[index])
   of_variables, of_x = pull(jnp.where(taken.reshape(-1, *[1] * (ct.ndim - 1)), ct[index], 0))
-  fits = jnp.sum(gates > 0) <= capacity
+  fits = jnp.sum(as_float(gates) > 0) <= capacity
   checked = lambda tree: jax.tree.map(lambda g: jnp.where(fits, g, jnp.nan), tree)
   return checked(of_variables), checked(put_back(of_x, index, taken, len(x))), jnp.zeros_like(gates)
 

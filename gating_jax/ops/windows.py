@@ -89,7 +89,8 @@ def convolve_doubled(x: Array, kernel: Array) -> Array:
          [ 4., 14., 22., 20.]], dtype=float32)
   """
   n, height, width, channels = x.shape
-  kernel = jnp.einsum("aip,bjq,ijck->pqcabk", _READ_ON_DOUBLED, _READ_ON_DOUBLED, kernel)
+  reads = jnp.asarray(_READ_ON_DOUBLED, kernel.dtype)
+  kernel = jnp.einsum("aip,bjq,ijck->pqcabk", reads, reads, kernel)
   y = convolve_images(x, kernel.reshape(3, 3, channels, -1), (1, 1), ((1, 1), (1, 1)))
   y = y.reshape(n, height, width, 2, 2, -1)
   return jnp.swapaxes(y, 2, 3).reshape(n, 2 * height, 2 * width, -1)
@@ -116,7 +117,7 @@ def convolve_depthwise(x: Array, kernel: Array, strides: Sequence[int], padding:
   for i in range(kernel.shape[0]):
     rows = _every(x, 1, i, strides[0], size[0])
     for j in range(kernel.shape[1]):
-      y = y + _every(rows, 2, j, strides[1], size[1]) * kernel[i, j]
+      y = y + _every(rows, 2, j, strides[1], size[1]) * kernel[i : i + 1, j : j + 1]
   return y
 
 
