@@ -38,6 +38,7 @@ from gating_jax.continual.method import (
 from gating_jax.continual.task_gates import TaskGatesSettings
 from gating_jax.layers.gate import GATE_RNG
 from gating_jax.models.counts import ModelCounts
+from gating_jax.training.closing import CLOSED, closed_share
 from gating_jax.types import Array
 
 Tree = Any
@@ -124,6 +125,7 @@ class _Multitask:
       if not self.settings:
         return terms["cross_entropy"], terms, stream.batch_stats["own"]
       terms["sparsity"] = units.open_share(stream.records, np.ones(self.counts.gates, bool))
+      terms[CLOSED] = closed_share(stream.records, axis_name=self.problem.axis_name)
       total = terms["cross_entropy"] + self.settings.price(batch.epoch) * terms["sparsity"]
       return total, terms, stream.batch_stats["own"]
 

@@ -43,6 +43,7 @@ from gating_jax.continual.rehearsal import Rehearsal, make_prelude
 from gating_jax.continual.task_classifiers import OfFeatures, OfNetwork, TaskClassifier
 from gating_jax.layers.gate import GATE_RNG
 from gating_jax.models.counts import ModelCounts
+from gating_jax.training.closing import CLOSED, closed_share
 from gating_jax.types import Array
 
 WHEN_FULL = ("error", "reuse", "grow")
@@ -165,7 +166,9 @@ class _TaskGates:
     if len(x) > len(batch.x):
       (logits, records), _ = replay.part((logits, records), len(batch.x), len(replayed.x))
     terms = streams.head_terms(logits, batch.labels, learner.task, self.problem)
-    terms["sparsity"] = units.open_share(records, learner.memory["available"])
+    available = learner.memory["available"]
+    terms["sparsity"] = units.open_share(records, available)
+    terms[CLOSED] = closed_share(records, axis_name=self.problem.axis_name, of=available)
     total = terms["cross_entropy"] + self.settings.price(batch.epoch) * terms["sparsity"]
     if self.classifier is not None:
       more = self.classifier.loss(params, learner, batch, replayed, stream, noise)

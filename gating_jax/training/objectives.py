@@ -18,6 +18,7 @@ from gating_jax.ops import collectives, penalties
 from gating_jax.ops.ecdf import batch_shaping_loss
 from gating_jax.ops.macs import executed_macs, gated_macs
 from gating_jax.ops.priors import Prior
+from gating_jax.training.closing import CLOSED, closed_share
 from gating_jax.types import Array, Records
 
 REDUCTIONS = ("layer_mean", "mean", "sum")
@@ -88,8 +89,8 @@ class ImageObjective:
     """What the gates add, and its terms before their coefficients; 0 and none where nothing is gated.
 
     Whatever the regulariser, with them come: `mac_ratio`, the share of the ungated MACs that the gates of this pass
-    spend, gate networks left out; and `gates/batch_shaping_mean` over all gates, beside `gates/batch_shaping_floor`,
-    what it is on average for independent draws from the prior.
+    spend, gate networks left out; `gates/closed`, see `closed_share`; and `gates/batch_shaping_mean` over all gates,
+    beside `gates/batch_shaping_floor`, what it is on average for independent draws from the prior.
     """
     if not records:
       return 0.0, {}
@@ -102,6 +103,7 @@ class ImageObjective:
     return total, {
         **terms,
         "mac_ratio": spent / float(self.fixed_macs + gated_macs(records)),
+        CLOSED: closed_share(records, axis_name=axis_name),
         "gates/batch_shaping_mean": jnp.mean(per_gate),
         "gates/batch_shaping_floor": jnp.asarray(1 / (6 * (examples + 1))),
     }

@@ -92,7 +92,7 @@ def test_total_is_classification_and_weighted_terms(sparsity, multi_label):
   share = mean_by_hand(PREDICTED["segments"] > 0, SEEN)
   price = {"none": 0, "mean": share, "target": (share - TARGET) ** 2}[sparsity]
   expected = {"classification": classification, "light": light, "share": share, "batch_shaping": shaping_by_hand(),
-              "batch_shaping_coefficient": GAMMA}
+              "batch_shaping_coefficient": GAMMA, "gates/segments_closed": 0}
   if sparsity != "none":
     expected |= {sparsity: price, f"{sparsity}_coefficient": RHO}
   if not multi_label:

@@ -1,0 +1,83 @@
+import importlib
+import re
+
+import pytest
+
+from gating_jax.experiments import gate_watch
+from gating_jax.training.closing import CLOSED
+from gating_jax.training.segment_objectives import SEGMENTS_CLOSED
+
+CHANNELS = f"channels_{CLOSED}"
+
+
+def config_of(name, variant="", **changes):
+  config = importlib.import_module(f"configs.{name}").get_config(variant)
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def warned(watch, metric, share):
+  """What is said where this fraction of gates is closed from some step on."""
+  watch(50, {metric: 0.0})
+  return watch(100, {metric: share})
+
+
+def check_named(text, config):
+  """Every setting that a warning names is in the config."""
+  names = re.findall(r"\b(?:loss|optim|gates)\.[a-z_.]*[a-z]", text)
+  assert names, text
+  for name in names:
+    section = config
+    for part in name.split("."):
+      assert part in section, name
+      section = section[part]
+
+
+@pytest.mark.parametrize("name", ["digits_resnet20", "segmentation_digits"])
+@pytest.mark.parametrize("variant", [
+    "", "gates=layers", "l0=3.0", "budget=0.5", "regulariser=sparsity", "regulariser=entropy", "regulariser=none"])
+def test_most_gates_of_images_and_scenes_closed_is_said(name, variant):
+  config = config_of(name, variant)
+  text = warned(gate_watch.of_images(config), CLOSED, 0.6)
+  check_named(text, config)
+  if variant == "l0=3.0":
+    assert "lower loss.sparsity.coefficient (now 3)" in text
+  assert warned(gate_watch.of_images(config), CLOSED, 0.4) is None
+
+
+@pytest.mark.parametrize(("variant", "share"), [
+    ("gates=none", 1.0), ("gates=random", 1.0), ("gates=exits", 1.0), ("gates=static", 0.95), ("budget=0.2", 0.75)])
+def test_pruning_that_is_wanted_is_no_fault(variant, share):
+  assert warned(gate_watch.of_images(config_of("digits_resnet20", variant)), CLOSED, share) is None
+
+
+@pytest.mark.parametrize(("variant", "share"), [("gates=static", 1.0), ("budget=0.2", 0.9)])
+def test_pruning_beyond_what_is_wanted_is_said(variant, share):
+  config = config_of("digits_resnet20", variant)
+  check_named(warned(gate_watch.of_images(config), CLOSED, share), config)
+
+
+def test_experts_that_no_image_reaches_are_said():
+  config = config_of("digits_resnet20", "gates=sparse_experts")
+  text = warned(gate_watch.of_images(config), CLOSED, 0.75)
+  assert "75% of the experts" in text
+  check_named(text, config)
+
+
+def test_filters_left_for_later_tasks_are_no_fault_but_none_at_all_is():
+  config = config_of("split_digits")
+  assert warned(gate_watch.of_tasks(), CLOSED, 0.98) is None
+  check_named(warned(gate_watch.of_tasks(), CLOSED, 1.0), config)
+
+
+def test_segments_and_channels_of_videos_that_close_are_said():
+  config = config_of("composed_timegate", **{"model.heavy.gating": "channel"})
+  for metric in (SEGMENTS_CLOSED, CHANNELS):
+    check_named(warned(gate_watch.of_videos(config), metric, 0.9), config)
+    assert warned(gate_watch.of_videos(config), metric, 0.1) is None
+
+
+def test_segments_chosen_by_a_rule_and_ungated_nets_are_not_watched():
+  watch = gate_watch.of_videos(config_of("composed_timegate", "selection=uniform"))
+  assert warned(watch, SEGMENTS_CLOSED, 1.0) is None
+  assert warned(watch, CHANNELS, 1.0) is None

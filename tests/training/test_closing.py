@@ -1,0 +1,71 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gating_jax import closed_share
+from gating_jax.training.closing import CLOSED, ClosingWatch, Limit
+from gating_jax.types import GateRecord
+
+LIMIT = Limit(CLOSED, 0.5, "lower loss.sparsity.coefficient")
+
+
+def record(open_for, probs, examples=200):
+  """A layer whose gates are open for so many of the examples, with these probabilities for all."""
+  gates = np.arange(examples)[:, None] < np.asarray(open_for)
+  return GateRecord(None, jnp.broadcast_to(jnp.asarray(probs), gates.shape), jnp.asarray(gates, jnp.float32))
+
+
+@pytest.mark.parametrize(("open_for", "prob", "closed"), [
+    (0, 0.001, 1.0),
+    (1, 0.01, 1.0),
+    (2, 0.01, 0.0),  # of 1 % of the examples
+    (0, 0.2, 0.0),  # only not drawn
+    (100, 0.5, 0.0),
+    (200, 0.99, 0.0),
+])
+def test_a_gate_is_closed_where_hardly_an_example_has_it_open_or_could_have(open_for, prob, closed):
+  assert closed_share([record([open_for], [prob])]) == closed
+
+
+def test_the_share_is_of_all_gates_of_the_network_or_of_those_that_count():
+  records = [record([0, 200, 0], [0.0, 1.0, 0.0]), record([200], [1.0])]
+  assert closed_share(records) == 0.5
+  assert closed_share(records, of=jnp.array([True, True, False, True])) == pytest.approx(1 / 3)
+  assert closed_share(records, of=jnp.zeros(4, bool)) == 0
+
+
+def test_a_net_without_gates_is_refused():
+  with pytest.raises(ValueError, match="records must hold at least one gated layer; got none"):
+    closed_share(())
+
+
+def said(shares, limits=(LIMIT,), every=50):
+  watch = ClosingWatch(limits)
+  means = [share if isinstance(share, dict) else {CLOSED: share} for share in shares]
+  return [watch(every * i, m) for i, m in enumerate(means, start=1)]
+
+
+def test_gates_that_stay_closed_are_said_once_with_what_to_change():
+  first, second, *later = said([0.2, 0.8, 0.9, 0.2, 0.9, 0.9])
+  assert first is None
+  assert second == (
+      "warning: 80% of the gates are closed for all examples, and closed gates hardly learn. If this is not wanted: "
+      "lower loss.sparsity.coefficient. See docs/gate_your_model.md.")
+  assert later == [None] * 4
+
+
+@pytest.mark.parametrize("shares", [[0.0] * 5, [0.5] * 5, [{"loss": 1.0}] * 3])
+def test_open_gates_are_no_fault(shares):
+  assert not any(said(shares))
+
+
+def test_gates_that_close_for_a_moment_are_no_fault():
+  assert not any(said([0.9, 0.9, 0.2] * 20, every=5))
+  assert [i for i, text in enumerate(said([0.2] + [0.9] * 9, every=5)) if text] == [4]  # after twenty steps
+
+
+def test_of_several_kinds_of_gates_each_has_a_limit():
+  limits = LIMIT, Limit("channels", 0.9, "raise that", "channels")
+  assert not any(said([{CLOSED: 0.1, "channels": 0.8}] * 3, limits))
+  assert "95% of the channels" in said([{CLOSED: 0.1, "channels": 0.95}], limits)[0]
+  assert not any(said([{CLOSED: 0.9, "channels": 0.1}, {CLOSED: 0.1, "channels": 0.95}] * 9, limits, every=10))
