@@ -49,6 +49,7 @@ from gating_jax.ops.relaxations import (
   threshold_gate,
 )
 from gating_jax.ops.samples import empirical
+from gating_jax.training.closing import closed_share
 from gating_jax.training.devices import value_and_grad_over_devices
 from gating_jax.types import GateRecord
 from gating_jax.video.concepts import find_concepts
@@ -81,6 +82,7 @@ __all__ = [
   "capacity_for",
   "cdf_matching_loss",
   "clipped_sigmoid",
+  "closed_share",
   "compile_conditional",
   "compile_exits",
   "count",

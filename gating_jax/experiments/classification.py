@@ -15,7 +15,7 @@ import jax
 import ml_collections
 
 from gating_jax.data import augment, batches, resident, streaming
-from gating_jax.experiments import image_compile, image_export, pretrained
+from gating_jax.experiments import gate_watch, image_compile, image_export, pretrained
 from gating_jax.experiments.build import Experiment, build
 from gating_jax.experiments.image_task import Task, write_files, write_report
 from gating_jax.reports import table
@@ -125,7 +125,7 @@ def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
   try:
     advance = make_advance(experiment, train, first_step, task)
     state, step = loop.train(state, first_step, advance, settings=experiment.settings, checkpoints=checkpoints,
-                             journal=journal, evaluate=evaluate)
+                             journal=journal, evaluate=evaluate, watch=gate_watch.of_images(experiment.config))
     if step < total:
       journal.say(step, "stopped as asked; a checkpoint is saved, the same command goes on from here")
       return

@@ -20,7 +20,7 @@ from gating_jax.continual import steps
 from gating_jax.continual.method import Learner, TaskData
 from gating_jax.data import batches, resident, tasks
 from gating_jax.data.sources import Images
-from gating_jax.experiments import continual_report, task_compile
+from gating_jax.experiments import continual_report, gate_watch, task_compile
 from gating_jax.experiments.continual_build import ContinualExperiment, build
 from gating_jax.reports import task_table
 from gating_jax.training import devices, hosts, loop, rundir
@@ -78,7 +78,7 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
   step, learner = _restore(experiment, checkpoints)
   if step:
     print(f"going on from the checkpoint of step {step} in {run_dir.path}")
-  journal = Journal(run_dir.path, step, total)
+  journal, watch = Journal(run_dir.path, step, total), gate_watch.of_tasks()
   advance, evaluate, histograms = (
       make(experiment) for make in (make_advance, make_evaluate, continual_report.make_histograms))
   try:
@@ -87,7 +87,8 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
       run = advance(task)
       for phase in experiment.phases(task):
         if step < phase.total_steps:
-          learner, step = loop.train(learner, step, run, settings=phase, checkpoints=checkpoints, journal=journal)
+          learner, step = loop.train(
+              learner, step, run, settings=phase, checkpoints=checkpoints, journal=journal, watch=watch)
         if step < phase.total_steps:
           journal.say(step, "stopped as asked; a checkpoint is saved, the same command goes on from here")
           return

@@ -19,7 +19,7 @@ import ml_collections
 
 from gating_jax.data import resident
 from gating_jax.data.video_arrays import VideoArrays
-from gating_jax.experiments import video_nets, video_report, video_sets, video_speed, video_trial
+from gating_jax.experiments import gate_watch, video_nets, video_report, video_sets, video_speed, video_trial
 from gating_jax.experiments.video_build import Phase, VideoExperiment, build
 from gating_jax.reports import video_table
 from gating_jax.training import devices, hosts, loop, rundir, steps
@@ -137,7 +137,7 @@ def _run_phase(
   try:
     state, step = loop.train(
         state, first_step, _make_advance(experiment, phase, train, first_step), settings=phase.settings,
-        checkpoints=checkpoints, journal=journal, evaluate=evaluate if test else None)
+        checkpoints=checkpoints, journal=journal, evaluate=evaluate if test else None, watch=gate_watch.of_videos(config))
     if step < total:
       journal.say(step, "stopped as asked; a checkpoint is saved, the same command goes on from here")
   finally:

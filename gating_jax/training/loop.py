@@ -88,6 +88,7 @@ def train(
     checkpoints: Checkpoints,
     journal: Journal,
     evaluate: Callable[[Any, int], None] | None = None,
+    watch: Callable[[int, Mapping[str, float]], str | None] = lambda step, means: None,
 ) -> tuple[Any, int]:
   """Trains from `first_step` to the end, or to a SIGTERM or Ctrl-C; a checkpoint is on disk for where it stopped.
 
@@ -99,6 +100,7 @@ def train(
     checkpoints: where states go.
     journal: where metrics go: the mean over the steps since the last line.
     evaluate: `(state, step)`, called every `eval_every` steps but not at the end.
+    watch: `(step, means)`, what the log says after the line of these means, such as a warning; None for nothing.
   Returns:
     `(state, step)`; `step < settings.total_steps` if it was asked to stop.
   Raises:
@@ -132,6 +134,8 @@ def train(
         since_log.clear()
         journal.write(step, "train", means)
         journal.say(step, _headline(means))
+        if (said := watch(step, means)) is not None:
+          journal.say(step, said)
       if evaluate and settings.eval_every and _due(step, k, settings.eval_every) and step < settings.total_steps:
         evaluate(state, step)  # before the checkpoint: a restart from there does not come back to it
       if _due(step, k, settings.checkpoint_every) and step < settings.total_steps:
