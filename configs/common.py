@@ -17,6 +17,8 @@ def image_config() -> ml_collections.ConfigDict:
           "data_dir": config_dict.placeholder(str),  # None: ~/tensorflow_datasets
           "train_split": "train",
           "test_split": "test",
+          "image_feature": config_dict.placeholder(str),  # of TFDS; None: image
+          "label_feature": config_dict.placeholder(str),  # of TFDS; None: label
           "loader": "resident",  # resident: whole set on the device; streaming: what does not fit
           "image_size": 0,  # images are resized to this; 0: they are of one size already
           "crop_area": config_dict.placeholder(float),  # streaming: least share of a random crop; None: no crop

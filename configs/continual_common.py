@@ -16,6 +16,8 @@ def continual_config() -> ml_collections.ConfigDict:
           "data_dir": config_dict.placeholder(str),  # None: ~/tensorflow_datasets
           "train_split": "train",
           "test_split": "test",
+          "image_feature": config_dict.placeholder(str),  # of TFDS; None: image
+          "label_feature": config_dict.placeholder(str),  # of TFDS; None: label
           "image_size": 0,  # images are resized to this; 0: as they are
           "mean": (0.5,),
           "std": (0.5,),

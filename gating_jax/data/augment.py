@@ -22,8 +22,10 @@ def normalise(pixels: Array, mean: Sequence[float], std: Sequence[float]) -> Arr
     pixels: `[B, H, W, D]`.
     mean, std: D numbers, or one for all channels, in units of the full scale.
   Raises:
-    ValueError: another number of channels.
+    ValueError: pixels of another type, which would be scaled as if they were of this; another number of channels.
   """
+  if pixels.dtype != jnp.uint8:
+    raise ValueError(f"pixels must be uint8, as gating_jax.data.pictures.to_uint8 makes them; got {pixels.dtype}")
   for name, value in (("mean", mean), ("std", std)):
     if len(value) not in (1, pixels.shape[-1]):
       raise ValueError(f"{name} must hold 1 or {pixels.shape[-1]} numbers, one per channel; got {tuple(value)}")

@@ -11,14 +11,14 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
-from gating_jax.data import sources, streaming
+from gating_jax.data import features, sources, streaming
 from gating_jax.data.sources import Images
 
 MADE, CITYSCAPES = "digit_scenes", "cityscapes"
 NAMES = (MADE, CITYSCAPES)
 IGNORED = 255
 
-_FEATURES = ("image_left", "segmentation_label")
+_FEATURES = {"image_left": features.Picture, "segmentation_label": features.PixelClasses}
 _INK = 64  # least brightness of a digit's pixel
 _NOISE = 16  # standard deviation of a pixel's brightness
 _STREET = {  # name: Cityscapes' own number of it

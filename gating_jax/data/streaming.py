@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gating_jax.data import resident, sources
+from gating_jax.data import features, resident, sources
 from gating_jax.data.ahead import computed_ahead
 
 _EVAL_SHARE = 0.875  # of the shorter side, kept by the central crop: 224 of 256
@@ -24,12 +24,13 @@ class Stream:
   """One split, on disk.
 
   Attributes:
-    source: random access to `{'image': uint8 [h, w, D], 'label': int}`.
+    source: random access to examples, of which `image` is uint8 `[h, w, D]` and `label` an int.
     class_names: one per class.
     shape: `(H, W, D)` that every image is brought to.
     seed: of the order and of random crops.
     crop_area: in training, smallest share of an image's area that a random resized crop keeps; None for no crop.
     workers: processes that decode; 0 for threads of this one.
+    image, label: names of the features that hold them.
   """
 
   source: Sequence[dict[str, Any]]
@@ -38,6 +39,8 @@ class Stream:
   seed: int = 0
   crop_area: float | None = None
   workers: int = 0
+  image: str = sources.IMAGE
+  label: str = sources.LABEL
 
   def __len__(self) -> int:
     return len(self.source)
@@ -69,14 +72,14 @@ class Stream:
   def read_one(self, index: int, seed: tuple[int, ...] | None) -> tuple[np.ndarray, np.ndarray | np.int32]:
     """Image and label number `index`, of the sizes that all have: augmented by `seed`, or for evaluation as it is."""
     example = self.source[int(index)]
-    if not 0 <= example["label"] < len(self.class_names):
+    if not 0 <= example[self.label] < len(self.class_names):
       raise ValueError("the data split has images without a label; use another, such as 'validation'")
-    image, size = example["image"], self.shape[:2]
+    image, size = example[self.image], self.shape[:2]
     if seed is not None and self.crop_area is not None:
       image = random_resized_crop(image, size, self.crop_area, np.random.default_rng(seed))
     elif image.shape[:2] != size:
       image = central_crop(image, size)
-    return image, np.int32(example["label"])
+    return image, np.int32(example[self.label])
 
 
 def open_stream(
@@ -88,13 +91,15 @@ def open_stream(
     seed: int = 0,
     crop_area: float | None = None,
     workers: int = 0,
+    image: str = sources.IMAGE,
+    label: str = sources.LABEL,
 ) -> Stream:
   """Opens a TFDS image-classification set; errors are as in `sources.load`.
 
   Args:
     name, split, data_dir: as in `sources.load`; the digits need no stream.
     image_size: side that images are brought to; 0 for sets whose images are all of one size.
-    seed, crop_area, workers: see `Stream`.
+    seed, crop_area, workers, image, label: see `Stream`.
   Raises:
     ValueError: images of unknown size and no `image_size`.
   """
@@ -102,13 +107,14 @@ def open_stream(
     raise ValueError("data.loader must be 'resident' for digits: they are not on disk; got 'streaming'")
   if crop_area is not None and not 0 < crop_area <= 1:
     raise ValueError(f"data.crop_area must be in (0, 1]; got {crop_area}")
-  source = sources.open_tfds(name, split, data_dir)
-  height, width, depth = source.dataset_info.features["image"].shape
+  source = sources.open_tfds(name, split, data_dir, {image: features.Picture, label: features.ImageClass})
+  height, width, depth = source.shape
   if image_size:
     height = width = image_size
   if height is None or width is None:
     raise ValueError(f"data.image_size must be set: images of {name} differ in size; got {image_size}")
-  return Stream(source, sources.class_names(source), (height, width, depth), seed, crop_area, workers)
+  return Stream(
+      source, source.class_names, (height, width, depth), seed, crop_area, workers, image=image, label=label)
 
 
 def random_resized_crop(

@@ -92,7 +92,8 @@ def build(config: ml_collections.ConfigDict) -> ContinualExperiment:
   """Checks every setting, then reads the data. Raises ValueError naming the field, or `DatasetNotPreparedError`."""
   data, training = config.data, config.optim
   _check(config)
-  train, test = (sources.load(data.name, split, data.data_dir, data.image_size)
+  names = settings.feature_names(data)
+  train, test = (sources.load(data.name, split, data.data_dir, data.image_size, **names)
                  for split in (data.train_split, data.test_split))
   with settings.named("tasks"):
     sequence = tasks.make_tasks(train, test, **config.tasks)

@@ -82,6 +82,11 @@ def check_channels(data: ml_collections.ConfigDict, channels: int) -> None:
                        f"got {tuple(data[name])}")
 
 
+def feature_names(data: ml_collections.ConfigDict) -> dict[str, str]:
+  """Returns `image` and `label`, the names of a TFDS set's features; older configs have no fields for them."""
+  return {"image": data.get("image_feature") or "image", "label": data.get("label_feature") or "label"}
+
+
 def divides_over_devices() -> Rule:
   """The rule of a batch size."""
   return lambda size: size % jax.device_count() == 0, f"a multiple of the {jax.device_count()} devices"

@@ -115,3 +115,9 @@ def test_another_number_of_channels_is_an_error(mean, std, name, value):
   message = f"{name} must hold 1 or 3 numbers, one per channel; got {value}"
   with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
     normalise(np.zeros((1, 2, 2, 3), np.uint8), mean, std)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16, np.int32, bool])
+def test_pixels_of_another_type_than_uint8_are_refused(dtype):
+  with pytest.raises(ValueError, match=f"pixels must be uint8, as .*to_uint8 makes them; got {np.dtype(dtype)}"):
+    jax.eval_shape(lambda x: normalise(x, (0.5,), (0.5,)), jax.ShapeDtypeStruct((1, 2, 2, 3), dtype))

@@ -91,12 +91,19 @@ def test_resident_images_of_different_sizes_are_brought_to_one(uneven):
     np.testing.assert_allclose(pixels.reshape(2, 4, 2, 4, 3).mean(axis=(1, 3, 4)), parts, atol=8)
 
 
-@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
 def test_resizing_halves_an_image_of_even_blocks_exactly(depth):
   small = np.arange(4 * 4 * depth, dtype=np.uint8).reshape(4, 4, depth)
   large = small.repeat(32, axis=0).repeat(32, axis=1)
   middle = np.s_[4:-4:8, 4:-4:8]  # away from the edges of blocks
   np.testing.assert_array_equal(sources.resize(large, (32, 32))[middle], small.repeat(8, 0).repeat(8, 1)[middle])
+
+
+def test_channels_are_resized_on_their_own():
+  image = np.random.default_rng(0).integers(0, 256, (9, 7, 4), np.uint8)
+  image[..., 3] = 0  # no transparency, under which Pillow would make all black
+  alone = [sources.resize(image[..., [channel]], (4, 4)) for channel in range(4)]
+  np.testing.assert_array_equal(sources.resize(image, (4, 4)), np.concatenate(alone, axis=-1))
 
 
 def test_embedded_digits_are_resized_as_well():

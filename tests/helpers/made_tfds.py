@@ -15,26 +15,34 @@ def images(count, shape, seed=0):
   return (noise + 120 * labels[:, None, None, None]).astype(np.uint8), labels
 
 
+def encoded(image, kind="PNG", **options):
+  """A picture's file, as TFDS takes it; arrays of images need TensorFlow."""
+  file = io.BytesIO()
+  picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+  picture.save(file, kind, **options)
+  file.seek(0)
+  return file
+
+
 def write(data_dir, train, test, *, shape, name="made_set"):
   """Prepares the set as array_record; `train` and `test` are lists of (image, label)."""
+  features = {"image": tfds.features.Image(shape=shape), "label": tfds.features.ClassLabel(names=["dark", "light"])}
+  files = lambda examples: [{"image": encoded(image), "label": int(label)} for image, label in examples]
+  write_splits(data_dir, features, {"train": files(train), "test": files(test)}, name=name)
+
+
+def write_splits(data_dir, features, splits, *, name):
+  """Prepares a set of any features, `splits` being lists of examples by name."""
 
   def info(self):
-    features = {"image": tfds.features.Image(shape=shape), "label": tfds.features.ClassLabel(names=["dark", "light"])}
     return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-  def generate(self, examples):
-    for i, (image, label) in enumerate(examples):
-      file = io.BytesIO()
-      Image.fromarray(image).save(file, "PNG")
-      file.seek(0)
-      yield i, {"image": file, "label": int(label)}
 
   members = {
       "name": name,
       "VERSION": tfds.core.Version("1.0.0"),
       "_info": info,
-      "_split_generators": lambda self, _: {"train": generate(self, train), "test": generate(self, test)},
-      "_generate_examples": generate,
+      "_split_generators": lambda self, _: {split: enumerate(examples) for split, examples in splits.items()},
+      "_generate_examples": None,
       "__module__": __name__,
   }
   builder = type("MadeSet", (tfds.core.GeneratorBasedBuilder,), members)

@@ -1,0 +1,229 @@
+"""Features of a TFDS set as this package reads them: pictures, classes of images, classes of pixels.
+
+A reader is made of a feature, and refuses one that it cannot read before any example is read. Its `decode` turns what
+is stored into numbers and fails on damaged files alone. Its `convert` turns these into what is trained on, and refuses
+values that break a rule. Messages are one line: the feature, its type, what is accepted, and the setting that chooses
+another.
+
+Axes: H and W pixels, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from gating_jax.checks import printable
+from gating_jax.data import pictures
+
+SAMPLE = 16  # pictures of a split that its scale is checked on
+UNLABELLED = -1
+
+_MOST_GAPS = 1000  # numbers below the largest label that no image has
+_NAMED = 8  # of them in a message
+
+
+def describe(feature: Any) -> str:
+  """Describes a feature's type on one line, such as `Scalar of float32` or `Sequence of ClassLabel of int64`."""
+  from tensorflow_datasets import features as types  # slow to import
+
+  kind = type(feature).__name__
+  if isinstance(feature, types.FeaturesDict):
+    return f"{kind} of {', '.join(feature)}"
+  if isinstance(feature, types.Sequence):
+    return f"{kind} of {describe(feature.feature)}"
+  shape = f", shape {feature.shape}" if feature.shape else ""
+  return f"{kind} of {np.dtype(feature.np_dtype).name}{shape}"
+
+
+class Picture:
+  """Reads a picture as uint8 `[H, W, D]`.
+
+  Attributes:
+    shape: `(H, W, D)`; None for a size that differs between images.
+    encoded: whether examples hold files.
+  """
+
+  def __init__(self, feature: Any, name: str):
+    from tensorflow_datasets import features as types
+
+    self._name, self.shape = name, feature.shape
+    self.encoded = isinstance(feature, types.Image)
+    self._dtype = np.dtype(feature.np_dtype) if self.encoded or isinstance(feature, types.Tensor) else None
+    known = self._dtype is not None and self._dtype.kind in "biuf" and len(self.shape) == 3 and self.shape[-1]
+    if not known or (self.encoded and self.shape[-1] not in pictures.MODES):
+      raise ValueError(
+          f"{name} must be an Image of 1, 3 or 4 channels, or a Tensor of numbers with shape (H, W, channels); it is "
+          f"{describe(feature)}. data.image_feature chooses another")
+
+  def decode(self, value: Any) -> np.ndarray:
+    """Decodes a file, or takes an array as it is."""
+    if not self.encoded:
+      return np.asarray(value)
+    if self._dtype != np.float32:
+      return pictures.decode(value, self.shape[-1])
+    # TFDS keeps the four bytes of a float as the four channels of a PNG.
+    return np.ascontiguousarray(pictures.decode(value, 4)).view(np.float32)
+
+  def convert(self, pixels: np.ndarray) -> np.ndarray:
+    """Converts a decoded picture to uint8, by the rule of `data/pictures.py`."""
+    for own, wanted in zip(pixels.shape, self.shape, strict=True):
+      if wanted not in (None, own):
+        raise ValueError(f"{self._name} must have shape {self.shape}; got {pixels.shape}")
+    return pictures.to_uint8(pixels, self._name)
+
+  def has_scale(self, value: Any) -> bool:
+    """Whether a stored picture's values may be of another scale than its type's: all but uint8 and bool."""
+    return pictures.is_deep(value) if self.encoded else self._dtype.kind in "iuf" and self._dtype != np.uint8
+
+  def check_scale(self, decoded: Sequence[np.ndarray]) -> None:
+    """Refuses pictures that do not use the scale of their type: those of 12 bits in a uint16 would be black.
+
+    Args:
+      decoded: pictures that `has_scale` is true of.
+    Raises:
+      ValueError: values are outside their scale; or they are whole numbers, and all are darker than half of white.
+    """
+    ranges = [[pixels.min(), pixels.max()] for pixels in decoded if pixels.size]
+    if not ranges:
+      return
+    seen = np.array(ranges)
+    pictures.to_uint8(seen, self._name)
+    top = pictures.white(seen.dtype)
+    if seen.dtype.kind in "iu" and seen.max() <= top / 2:
+      raise ValueError(
+          f"{self._name} of {seen.dtype} must reach the upper half of its scale, in which {top} is white; got "
+          f"{pictures.span(seen)} in {len(seen)} images, which would be too dark. Prepare the set with uint8 images, "
+          "or choose another feature by data.image_feature")
+
+
+class PixelClasses:
+  """Reads a class for every pixel as uint8 `[H, W, 1]`; the numbers stay as they are."""
+
+  def __init__(self, feature: Any, name: str):
+    from tensorflow_datasets import features as types
+
+    self._name = name
+    self.encoded = isinstance(feature, types.Image)
+    known = self.encoded or isinstance(feature, types.Tensor)
+    if not known or len(feature.shape) != 3 or feature.shape[-1] != 1 or np.dtype(feature.np_dtype).kind not in "biu":
+      raise ValueError(f"{name} must be an Image or a Tensor of whole numbers with shape (H, W, 1); it is "
+                       f"{describe(feature)}")
+
+  def decode(self, value: Any) -> np.ndarray:
+    """Decodes a file, or takes an array as it is."""
+    return pictures.decode_numbers(value) if self.encoded else np.asarray(value)
+
+  def convert(self, classes: np.ndarray) -> np.ndarray:
+    """Checks decoded classes."""
+    if classes.shape[-1] != 1:
+      raise ValueError(f"{self._name} must have one channel; got shape {classes.shape}")
+    if classes.size and not 0 <= classes.min() <= classes.max() <= 255:
+      raise ValueError(f"{self._name} must hold classes in 0 .. 255; got {pictures.span(classes)}")
+    return classes.astype(np.uint8)
+
+
+class ImageClass:
+  """Reads the class of an image as an int, `UNLABELLED` where it has none.
+
+  A ClassLabel has names, and -1 where there is no label. Whole numbers are classes from 0 to the largest, named by
+  themselves, and texts are classes in their sorted order. Negative numbers and empty texts are no classes, and refused.
+
+  Attributes:
+    class_names: one per class; None until `learn` has seen the labels.
+  """
+
+  encoded = False
+
+  def __init__(self, feature: Any, name: str):
+    from tensorflow_datasets import features as types
+
+    self._name, self._type = name, describe(feature)
+    self.class_names: tuple[str, ...] | None = None
+    self._places: dict[bytes, int] = {}  # of texts
+    single = isinstance(feature, types.Tensor) and feature.shape == ()
+    kind = np.dtype(feature.np_dtype).kind if single else ""
+    self._texts = kind in "OSU" and single
+    if isinstance(feature, types.ClassLabel) and feature.num_classes:
+      self.class_names = tuple(feature.names)
+    elif kind not in "biuOSU" or not single:
+      raise ValueError(
+          f"{name} must hold one class per image, as a ClassLabel, a whole number or a text; it is {self._type}. "
+          "data.label_feature chooses another")
+    self._learnt = self.class_names is None
+
+  def decode(self, value: Any) -> Any:
+    """Takes a label as it is."""
+    return value
+
+  def convert(self, value: Any) -> int:
+    """Returns the class of a label."""
+    if not self._learnt:
+      return int(value) if 0 <= value < len(self.class_names) else UNLABELLED
+    label = self._label(value)
+    if label is None:
+      raise ValueError(f"{self._name} must be a whole number from 0 or a text; got {value!r}, so that the image has no "
+                       "class. Use another split, or choose another feature by data.label_feature")
+    return self._places[label] if self._texts else label
+
+  def learn(self, labels: Mapping[str, Iterable[Any]]) -> None:
+    """Counts and names the classes.
+
+    Args:
+      labels: the values of all images, by split, so that all splits agree.
+    Raises:
+      ValueError: there are none, or numbers that count no classes.
+    """
+    counted = {split: self._count(values) for split, values in labels.items()}
+    for split, (_, without) in counted.items():
+      if without:
+        logging.warning("%s: %d images of split %r have no class (%s)", self._name, without, split,
+                        "an empty text or none" if self._texts else "a negative number or none")
+    seen = sorted({label for found, _ in counted.values() for label in found})
+    if not seen:
+      raise ValueError(f"{self._name} must hold a class per image; it is {self._type}, and all are "
+                       f"{'empty' if self._texts else 'negative'} or none. data.label_feature chooses another")
+    if self._texts:
+      self._places = {label: i for i, label in enumerate(seen)}
+      self.class_names = tuple(label.decode("utf-8", "backslashreplace") for label in seen)
+    else:
+      self._check_gaps(seen)
+      self.class_names = tuple(map(str, range(seen[-1] + 1)))
+    logging.info("%s is %s, read as %d classes: %s", self._name, self._type, len(self.class_names),
+                 printable(_few(self.class_names)))
+
+  def _count(self, values: Iterable[Any]) -> tuple[set, int]:
+    """The classes among labels, and how many labels are none."""
+    found, without = set(), 0
+    for label in map(self._label, values):
+      if label is None:
+        without += 1
+      else:
+        found.add(label)
+    return found, without
+
+  def _label(self, value: Any) -> bytes | int | None:
+    """The value as it is counted; None where it is no class."""
+    if value is None:
+      return None
+    if self._texts:
+      return (value.encode() if isinstance(value, str) else bytes(value)) or None
+    return int(value) if value >= 0 else None
+
+  def _check_gaps(self, seen: Sequence[int]) -> None:
+    gaps = seen[-1] + 1 - len(seen)
+    if gaps > _MOST_GAPS:
+      raise ValueError(
+          f"{self._name} must number classes from 0 with at most {_MOST_GAPS} gaps, or be a ClassLabel or a text; it "
+          f"is {self._type}, {len(seen)} numbers from {seen[0]} to {seen[-1]}. data.label_feature chooses another")
+    if gaps:
+      missing = [str(number) for number in sorted(set(range(seen[-1])) - set(seen))]
+      logging.warning("%s: no image has class %s, of %d", self._name, _few(missing), seen[-1] + 1)
+
+
+def _few(names: Sequence[str]) -> str:
+  more = len(names) - _NAMED
+  return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
