@@ -20,7 +20,7 @@ def lasting(seconds: float) -> str:
   """A time for people.
 
   >>> lasting(0.2), lasting(75), lasting(4000)
-  ('1 s', '1 min 15 s', '1 h 7 min')
+  ('1 s', '1 min 15 s', '1 h 6 min')
   """
   whole = max(1, round(seconds))
   if whole < 60:

@@ -32,18 +32,21 @@ def device() -> str:
 
 
 def race(
-    contenders: Mapping[Name, Callable[[], Any]], repeats: int, *, settle: bool = False
+    contenders: Mapping[Name, Callable[[], Any]], repeats: int, *, settle: bool = False,
+    on_start: Callable[[], None] = lambda: None,
 ) -> dict[Name, list[float]]:
   """Seconds of each contender's calls, taken in turns after a warm-up, until their results are there.
 
   Args:
     contenders: by name.
     repeats: calls of each.
+    on_start: called after the first call of each, which takes longest where the contender is compiled then.
     settle: every turn begins with a call that is not timed, which finds the caches and the memory pool as another
       contender left them.
   """
   for run in contenders.values():
     jax.block_until_ready(run())
+    on_start()
   times = {name: [] for name in contenders}
   for _ in range(repeats):
     for name, run in contenders.items():

@@ -11,11 +11,9 @@ from gating_jax.checks import printable
 from gating_jax.inference.timings import MASKED, UNGATED
 
 _LINES = 12
-NEXT = {  # by mode, what it does
-    "compile": "times programs that skip what is closed; some minutes",
-    "export": "writes files that run without this package; some minutes",
-    "evaluate": "tests the newest checkpoint",
-    "report": "writes the page of the newest checkpoint"}
+_NEXT = {  # by mode, what it leaves in the run directory, and what it does
+    "compile": ("compile.json", "times programs that skip what is closed; some minutes"),
+    "export": ("export", "writes files that run without this package; some minutes")}
 
 
 def text(done: str, rows: Sequence[tuple[str, str]], then: Sequence[str] = ()) -> str:
@@ -34,9 +32,15 @@ def text(done: str, rows: Sequence[tuple[str, str]], then: Sequence[str] = ()) -
   return "\n".join(["", *lines])
 
 
-def command(path: Path, mode: str) -> str:
-  """The call of a mode for a run directory, and what it does."""
-  return f"gating-jax --workdir={shlex.quote(str(path))} --mode={mode}    ({NEXT[mode]})"
+def following(path: Path, modes: Sequence[str]) -> list[str]:
+  """The commands that may follow for a run: those of these modes that were not called yet, or a comparison."""
+  run = f"gating-jax --workdir={shlex.quote(str(path))}"
+  found = []
+  for mode in modes:
+    made, does = _NEXT[mode]
+    if not (path / made).exists():
+      found.append(f"{run} --mode={mode}    ({does})")
+  return found or [f"{run},ANOTHER_RUN --mode=compare    (one page for several runs)"]
 
 
 def gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -46,8 +50,8 @@ def gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     ratio = f"{100 * result['mac_ratio']:.1f} % of the ungated net's, gate networks included"
     rows.append(("MACs per image", f"{result['macs']:,.0f}, {ratio}"))
   if "gates" in result:
-    rows.append(("gates", f"{result['conditional']} of {result['gates']} conditional, {result['always_open']} always open, "
-                          f"{result['always_closed']} always closed"))
+    static = f"{result['always_open']} always open, {result['always_closed']} always closed"
+    rows.append(("gates", f"{result['conditional']} of {result['gates']} conditional, {static}"))
   return rows
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from gating_jax.inference.timings import OPEN_LIMIT, UNGATED, Timing, fastest, r
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.models.segment_net import Inputs, SegmentNet
 from gating_jax.ops import compaction
+from gating_jax.progress import Advance, working
 from gating_jax.timing import race
 from gating_jax.training import rundir
 from gating_jax.video.inference import Skipping
@@ -38,7 +40,7 @@ def run(experiment: VideoExperiment, run_dir: rundir.RunDir, step: int, variable
     RunDirError: they are there, or are being written.
     ValueError: a run that skips no segments of a heavy net in batches.
   """
-  if not _skips(experiment):
+  if not skips(experiment):
     raise ValueError("model must have a heavy net, and choose its segments before it runs, to be compiled; got "
                      f"model.heavy.name {experiment.config.model.heavy.name!r}, model.selection "
                      f"{experiment.config.model.selection!r}")
@@ -51,7 +53,7 @@ def speed(experiment: VideoExperiment, variables: Any, *, videos: int = 8, repea
 
   Nothing for early exits, which are not batched, nor where no heavy net runs.
   """
-  if not _skips(experiment):
+  if not skips(experiment):
     return {}
   inputs = _read(experiment, videos)
   count, nets = len(inputs["valid"]), (experiment.model.clone(axis_name=None), jax.device_get(variables))
@@ -63,10 +65,16 @@ def speed(experiment: VideoExperiment, variables: Any, *, videos: int = 8, repea
 def _tables(experiment: VideoExperiment, variables: Any) -> Iterator[tuple[str, Sequence[Timing]]]:
   for count in _BATCHES:
     inputs = _read(experiment, count)
-    yield time_table.title(len(inputs["valid"]), "video"), timings(experiment, variables, inputs, repeats=_REPEATS)
+    title = time_table.title(len(inputs["valid"]), "video")
+    with working(f"compiling and timing each way to run {title}", "up to a few minutes") as progress:
+      rows = timings(experiment, variables, inputs, repeats=_REPEATS, progress=progress)
+    yield title, rows
 
 
-def timings(experiment: VideoExperiment, variables: Any, inputs: Inputs, *, repeats: int) -> list[Timing]:
+def timings(
+    experiment: VideoExperiment, variables: Any, inputs: Inputs, *, repeats: int,
+    progress: Advance = lambda done, total: None
+) -> list[Timing]:
   """Of a batch: `segments`, which skips; `masked`, the same with the heavy net on all; and `ungated`, that alone."""
   model, variables = experiment.model.clone(axis_name=None), jax.device_get(variables)
   runs = {}
@@ -74,14 +82,16 @@ def timings(experiment: VideoExperiment, variables: Any, inputs: Inputs, *, repe
     runs[SEGMENTS, opened] = _skipping(experiment, *net, inputs)
     runs[MASKED, opened] = functools.partial(_masked(experiment, *net), inputs)
   everything = _all_segments(experiment, model, variables, inputs)
-  times = race(runs | {(name, False): of_all for name, of_all in everything.items()}, repeats)
+  contenders, done = runs | {(name, False): of_all for name, of_all in everything.items()}, itertools.count(1)
+  times = race(contenders, repeats, on_start=lambda: progress(next(done), len(contenders)))
   quickest = min(everything, key=lambda name: statistics.median(times[name, False]))
   times = {name: times[name] for name in runs} | {(UNGATED, False): times[quickest, False]}
   best, seconds, open_ratios = fastest(times, 1, OPEN_LIMIT)
   return rows(None, seconds, *_mac_ratios(experiment, model, variables, inputs), best, open_ratios)
 
 
-def _skips(experiment: VideoExperiment) -> bool:
+def skips(experiment: VideoExperiment) -> bool:
+  """Whether segments of a heavy net are skipped in batches."""
   return experiment.config.model.selection not in ("prefix", LIGHT) and bool(experiment.counts.heavy.params)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -86,6 +87,7 @@ def compile_conditional(
     model: Any, variables: Mapping[str, Any] | None = None, *, input_shape: tuple[int, int, int], batch_size: int,
     strategy: str = AUTO, buckets: int = 4, calibration: Any = None, repeats: int = 20,
     candidates: Collection[str] | None = None, open_limit: float = OPEN_LIMIT,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Conditional:
   """A program of a gated network that skips what is closed, and equals computing everything.
 
@@ -104,6 +106,7 @@ def compile_conditional(
     candidates: strategies that `auto` may take beside `masked`, such as `EXPORTABLE`; None for all that run here.
     open_limit: how many times as long as computing everything, gates or none, a call of what `auto` takes may be with
       every unit open, unless `masked` itself is longer; see `Timing.open_ratio`.
+    progress: called with how many programs `auto` has compiled, and how many it compiles.
   Raises:
     ValueError: an unknown strategy, a network without the gates it takes, or values out of range.
   """
@@ -133,8 +136,13 @@ def compile_conditional(
     return Conditional(net, input_shape, batch_size, names, settings)
   batches = spread_batches(judged, batch_size)
   macs = account(net, options, settings, input_shape, [_gates_of(net, x) for x in batches], batch_size)
-  timings = _time_parts(net, options, batches, macs, repeats)
-  names, of_whole = _choose(net, options, timings, batches, macs, repeats, open_limit)
+  # A program for each choice of a part; for each of the whole network two, one with all open; and the ungated network.
+  of_parts = sum(len(known) for known in options if len(known) > 1)
+  of_nets = 2 * (1 + len({name for known in options for name in known})) + 1
+  done = itertools.count(1)
+  compiled = lambda: progress(next(done), of_parts + of_nets)
+  timings = _time_parts(net, options, batches, macs, repeats, compiled)
+  names, of_whole = _choose(net, options, timings, batches, macs, repeats, open_limit, compiled)
   timings = [dataclasses.replace(t, chosen=t.strategy == names[t.part]) for t in timings]
   return Conditional(net, input_shape, batch_size, names, settings, [*timings, *of_whole])
 
@@ -183,7 +191,8 @@ def opened(net: Folded) -> Folded:
   """The network with gate networks that open every unit for every image, but for those that no image can open."""
   def always(head: folded.Head) -> folded.Head:
     shut = ~jnp.any(head.logits, axis=0) & (head.logits_bias <= 0)
-    return dataclasses.replace(head, logits=jnp.zeros_like(head.logits), logits_bias=jnp.where(shut, -1.0, 1.0))
+    bias = jnp.where(shut, -1, jnp.ones_like(head.logits_bias))
+    return dataclasses.replace(head, logits=jnp.zeros_like(head.logits), logits_bias=bias)
 
   return dataclasses.replace(net, parts=tuple(
       part if part.head is None else dataclasses.replace(part, head=always(part.head)) for part in net.parts))
@@ -222,7 +231,7 @@ def _pick(options: Sequence[Mapping[str, Made]], names: Sequence[str]) -> list[M
 
 
 def _time_parts(net: Folded, options: Sequence[Mapping[str, Made]], batches: Sequence[Array],
-                macs: Account, repeats: int) -> list[Timing]:
+                macs: Account, repeats: int, compiled: Callable[[], None]) -> list[Timing]:
   """Every strategy of every part that has a choice, on what the part sees of the batches."""
   seen = [_seen(net, x) for x in batches]
   timings = []
@@ -231,7 +240,8 @@ def _time_parts(net: Folded, options: Sequence[Mapping[str, Made]], batches: Seq
       continue
     contenders = {name: functools.partial(run_over, jax.jit(runner), [(part, *of_batch[i]) for of_batch in seen])
                   for name, (part, runner) in known.items()}
-    seconds = {name: statistics.median(spent) / len(batches) for name, spent in race(contenders, repeats).items()}
+    times = race(contenders, repeats, on_start=compiled)
+    seconds = {name: statistics.median(spent) / len(batches) for name, spent in times.items()}
     timings += rows(i, seconds, *macs.of_part(i))
   return timings
 
@@ -250,7 +260,8 @@ def _seen(net: Folded, x: Array) -> list[tuple[Array, Gates, Gates]]:
 
 
 def _choose(net: Folded, options: Sequence[Mapping[str, Made]], timings: Sequence[Timing],
-            batches: Sequence[Array], macs: Account, repeats: int, open_limit: float) -> tuple[list[str], list[Timing]]:
+            batches: Sequence[Array], macs: Account, repeats: int, open_limit: float,
+            compiled: Callable[[], None]) -> tuple[list[str], list[Timing]]:
   """Each part's strategy in the fastest whole program, and what whole programs took."""
   of_parts = ["masked"] * len(net.parts)
   for i in range(len(net.parts)):
@@ -270,5 +281,5 @@ def _choose(net: Folded, options: Sequence[Mapping[str, Made]], timings: Sequenc
     for wide, weights in ((False, own), (True, opened(own))):
       runs[name, wide] = functools.partial(run_over, run, [(weights, x) for x in batches])
   runs[UNGATED, False] = functools.partial(run_over, program(), [(ungated(net), x) for x in batches])
-  best, seconds, open_ratios = fastest(race(runs, repeats), len(batches), open_limit)
+  best, seconds, open_ratios = fastest(race(runs, repeats, on_start=compiled), len(batches), open_limit)
   return mixtures[best], rows(None, seconds, *macs.of_net(mixtures), best, open_ratios)

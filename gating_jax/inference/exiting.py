@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -125,7 +126,7 @@ def run(net: ExitNet, x: Array, buckets: int | None = None) -> tuple[Array, Arra
     `[N, K]`, and `[N, X]` as of `ops.exits.stay_logits`, above 0 where an image goes on; where it has left before, the
     exit at which it did stands for the later ones.
   """
-  logits, stay = _from(net, 0, x, jnp.full(len(x), jnp.inf), buckets)
+  logits, stay = _from(net, 0, x, jnp.full(len(x), jnp.inf, jnp.float32), buckets)
   return logits, jnp.stack(stay, axis=1)
 
 
@@ -189,6 +190,7 @@ def _stage_macs(net: ExitNet, input_shape: tuple[int, int, int]) -> list[int]:
 def compile_exits(
     model: Any, variables: Mapping[str, Any] | None = None, *, input_shape: tuple[int, int, int], batch_size: int,
     strategy: str = AUTO, buckets: int = 4, calibration: Any = None, repeats: int = 20, open_limit: float = OPEN_LIMIT,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Exiting:
   """A program that gathers, after each exit, the images that stay; it equals computing everything for all.
 
@@ -202,7 +204,7 @@ def compile_exits(
     buckets: numbers of images at most that there is a program for after each exit.
     calibration: `[M, H, W, D]`, M >= 1, images like those to come; `auto` needs them.
     repeats: calls of each program that are timed.
-    open_limit: as of `compile_conditional`.
+    open_limit, progress: as of `compile_conditional`.
   Raises:
     ValueError: another model, an unknown strategy, or values out of range.
   """
@@ -218,8 +220,9 @@ def compile_exits(
   ways = {MASKED: program(), EXIT_DISPATCH: program(buckets)}
   runs = {**{(name, all_stay): (way, staying if all_stay else net) for name, way in ways.items()
              for all_stay in (False, True)}, (UNGATED, False): (jax.jit(folded.run), plain)}
+  done = itertools.count(1)
   times = race({name: functools.partial(run_over, way, [(of, x) for x in batches]) for name, (way, of) in runs.items()},
-               repeats)
+               repeats, on_start=lambda: progress(next(done), len(runs)))
   chosen, seconds, open_ratios = fastest(times, len(batches), open_limit)
   stay = np.concatenate([np.asarray(ways[MASKED](net, x)[1]) for x in batches])
   dense = int(folded_macs.macs(plain, input_shape))

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 
 _ACCURACIES = {
-    "accuracy": "accuracy", "light_accuracy": "accuracy of the light net", "heavy_accuracy": "accuracy of the heavy net"}
+    "accuracy": "accuracy",
+    "light_accuracy": "accuracy of the light net",
+    "heavy_accuracy": "accuracy of the heavy net"}
 _COSTS = {"mac_ratio": "MACs", "channels_mac_ratio": "MACs of the heavy net", "share": "segments chosen"}
 _TERMS = {
     "cross_entropy": "cross-entropy", "batch_shaping": "batch-shaping", "l0": "L0", "macs": "price of MACs",

@@ -136,7 +136,7 @@ def test_auto_reports_what_it_measured_and_takes_the_fastest(kind):
 
 def clock(seconds, when_open=1.0):
   """A race by a made-up clock: seconds of each strategy, 2 of others, and of `masked` and `ungated` with all open 1."""
-  def race(runs, _):
+  def race(runs, _, **__):
     def spent(name):
       strategy, wide = name if isinstance(name, tuple) else (name, False)
       if wide or strategy == "ungated":
@@ -161,8 +161,15 @@ def test_strategies_are_timed_on_other_images_than_they_are_fitted_to(monkeypatc
   monkeypatch.setattr(conditional, "settings_of", settings_of)
   monkeypatch.setattr(conditional, "spread_batches", spread_batches)
   x = images(9)
+  told = []
   for count in (9, 1):
-    compiled("blocks", "auto", 2, calibration=x[:count], repeats=1, candidates=("block_dispatch",))
+    compiled("blocks", "auto", 2, calibration=x[:count], repeats=1, candidates=("block_dispatch",),
+             progress=lambda *counts: told.append(counts))
+    done, (total, *totals) = zip(*told, strict=True)
+    assert done == (*range(1, len(told) + 1),)
+    assert set(totals) == {total}
+    assert 0 <= total - len(told) <= 2  # a mixture of both strategies may be compiled as well
+    told.clear()
   assert seen["fitted"] == [5, 1]
   np.testing.assert_array_equal(seen["timed"][0], x[1::2])
   np.testing.assert_array_equal(seen["timed"][1], x[:1])
@@ -197,7 +204,7 @@ def test_auto_takes_nothing_that_is_slow_with_everything_open(when_open, limit, 
 
 def test_with_everything_open_is_timed_with_everything_open(monkeypatch):
   raced = {}
-  monkeypatch.setattr(conditional, "race", lambda runs, _: raced.update(runs) or {name: [1.0] for name in runs})
+  monkeypatch.setattr(conditional, "race", lambda runs, _, **__: raced.update(runs) or {name: [1.0] for name in runs})
   compiled("blocks", "auto", 2, calibration=images(9))
   whole = {name: run for name, run in raced.items() if isinstance(name, tuple) and name[0] != "ungated"}
   assert {wide for _, wide in whole} == {True, False}

@@ -1,0 +1,48 @@
+from pathlib import Path
+
+import pytest
+
+from gating_jax.experiments import conclusion
+
+
+def test_a_conclusion_has_at_most_twelve_lines_and_keeps_the_next_command():
+  rows = [(f"row {i}", str(i)) for i in range(30)]
+  lines = conclusion.text("Done.", rows, ["one", "two"]).splitlines()
+  assert lines[:3] == ["", "Done.", "  row 0  0"]
+  assert lines[-2:] == ["next: one", "      two"]
+  assert len(lines) == 1 + 12
+
+
+def test_the_next_command_is_what_was_not_called_yet(tmp_path):
+  run = tmp_path / "a run"
+  run.mkdir()
+  both = conclusion.following(run, ["compile", "export"])
+  assert [line.partition("    (")[0] for line in both] == [
+      f"gating-jax --workdir='{run}' --mode={mode}" for mode in ("compile", "export")]
+  (run / "compile.json").touch()
+  assert conclusion.following(run, ["compile", "export"]) == both[1:]
+  (run / "export").mkdir()
+  (line,) = conclusion.following(run, ["compile", "export"])
+  assert "--mode=compare" in line
+
+
+def row(strategy, seconds, chosen=False, part=None):
+  return {"part": part, "strategy": strategy, "seconds": seconds, "chosen": chosen}
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [
+    ("switch", "1.00 ms by skipping (switch); ungated 2.50 ms, 2.50 x"),
+    ("masked", "2.00 ms by computing everything; ungated 2.50 ms, 1.25 x")])
+def test_times_are_of_the_whole_network_that_runs(chosen, expected):
+  rows = [row("switch", 0.5, True, part=1), *(row(name, seconds, name == chosen) for name, seconds in (
+      ("masked", 0.002), ("switch", 0.001), ("ungated", 0.0025)))]
+  assert conclusion.times({"1 image at a time": rows}) == [("1 image at a time", expected)]
+
+
+def test_the_numbers_of_images_are_macs_and_gates():
+  result = {"mac_ratio": 0.5, "macs": 1000.4, "gates": 10, "conditional": 7, "always_open": 2, "always_closed": 1}
+  assert conclusion.gates(result) == [
+      ("MACs per image", "1,000, 50.0 % of the ungated net's, gate networks included"),
+      ("gates", "7 of 10 conditional, 2 always open, 1 always closed")]
+  assert conclusion.gates({}) == []
+  assert conclusion.following(Path("run"), [])[0].startswith("gating-jax --workdir=run,ANOTHER_RUN --mode=compare")

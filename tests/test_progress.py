@@ -1,0 +1,57 @@
+"""What a command says while it works."""
+
+import re
+import threading
+
+import pytest
+
+from gating_jax import progress
+
+
+def test_work_says_what_begins_how_far_it_is_and_what_is_left(monkeypatch):
+  monkeypatch.setattr(progress, "_EVERY", 0.01)
+  said, twice = [], threading.Event()
+
+  def tell(line):
+    said.append(line)
+    if line.startswith("  2 of 8"):
+      twice.set()
+
+  with progress.working("timing programs", "some minutes", tell) as advance:
+    advance(2, 8)
+    assert twice.wait(30)
+  assert said[0] == "timing programs (some minutes) ..."
+  assert re.fullmatch(r"  2 of 8 after \d+ s, about \d+ s to go", said[-1])
+  silent = len(said)
+  assert not threading.Event().wait(0.05)
+  assert len(said) == silent
+
+
+def test_work_of_unknown_size_says_for_how_long_it_goes_on():
+  assert progress._how_far(75, 0, 0) == "1 min 15 s so far"
+  assert progress._how_far(30, 3, 4) == "3 of 4 after 30 s, about 10 s to go"
+  assert progress._how_far(30, 4, 4) == "4 of 4 after 30 s"
+
+
+def test_work_that_fails_says_no_more(monkeypatch):
+  monkeypatch.setattr(progress, "_EVERY", 0.01)
+  said = []
+  with pytest.raises(KeyError), progress.working("work", tell=said.append):
+    raise KeyError
+  silent = len(said)
+  threading.Event().wait(0.05)
+  assert len(said) == silent
+
+
+def test_a_training_says_that_it_compiles_and_once_how_long_it_takes(monkeypatch):
+  clock = iter(range(0, 1000, 2))  # seconds, at each call but the first
+  said = []
+  pace = progress.Pace(lambda step, line: said.append((step, line)), total_steps=200)
+  monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+  steps = iter(range(0, 200, 10))
+  for task in range(2):  # the second takes over where the first ends
+    advance = pace(lambda state, step: state + step)
+    for step in [next(steps) for _ in range(10)]:
+      assert advance(task, step) == task + step
+  assert said[0] == (0, "compiling the training step (up to a minute or two on a CPU, once) ...")
+  assert said[1:] == [(40, "about 32 s of training to go")]
