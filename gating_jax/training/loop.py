@@ -16,6 +16,7 @@ import numpy as np
 from gating_jax.training import hosts
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal
+from gating_jax.training.wording import headline
 
 
 class NonFiniteError(Exception):
@@ -133,7 +134,7 @@ def train(
         means = {name: float(np.mean([v[name] for v in since_log])) for name in since_log[0]}
         since_log.clear()
         journal.write(step, "train", means)
-        journal.say(step, _headline(means))
+        journal.say(step, headline(means))
         if (said := watch(step, means)) is not None:
           journal.say(step, said)
       if evaluate and settings.eval_every and _due(step, k, settings.eval_every) and step < settings.total_steps:
@@ -162,8 +163,3 @@ def _check_finite(step: int, values: Mapping[str, np.ndarray]) -> None:
       raise NonFiniteError(
           f"{name} is {values[name][offset]} at step {step + offset + 1} (not finite: {', '.join(bad)}); nothing of "
           "that step or later was saved. A lower optim.learning_rate may help.")
-
-
-def _headline(means: Mapping[str, float]) -> str:
-  return "  ".join(f"{name} {value:.4g}" for name, value in means.items()
-                   if "/" not in name and not name.endswith("_coefficient"))
