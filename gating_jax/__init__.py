@@ -3,10 +3,11 @@
 See the README for a tour; every name here is documented where it is defined.
 """
 
+from gating_jax.experiments.loading import load_run
 from gating_jax.inference.analyse import Analysis, analyse
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.exiting import compile_exits
-from gating_jax.inference.export import export_model
+from gating_jax.inference.export import export_model, load_exported
 from gating_jax.inference.folding import fold
 from gating_jax.inference.quantise import quantise
 from gating_jax.inference.slim import disagreement, slim, static_units
@@ -104,6 +105,8 @@ __all__ = [
   "heavy_net",
   "l0_loss",
   "light_net",
+  "load_exported",
+  "load_run",
   "mac_budget_loss",
   "mac_loss",
   "noise_floor",

@@ -1,5 +1,6 @@
 """The examples train, and what they measure on held-out data is what they claim."""
 
+import importlib
 import runpy
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 from gating_jax import GateSettings, ResNet, export_model, fold, quantise
+from gating_jax.experiments import classification
 from gating_jax.inference import folded
 from gating_jax.inference.quantise import dequantise
+from tests.helpers.runs import said
 
 pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
@@ -63,3 +66,9 @@ def test_an_export_runs_with_jax_alone(main_of, tmp_path):
   text = (EXAMPLES / "load_exported.py").read_text()
   assert "import gating_jax" not in text
   assert "from gating_jax" not in text
+
+
+def test_a_run_is_loaded_and_answers(main_of, tmp_path):
+  made = importlib.import_module("configs.digits_resnet20").get_config("epochs=1,model=simple_cnn,width=0.25")
+  said(classification, made, tmp_path / "run", "train")
+  assert main_of("load_run")(tmp_path / "run").shape == (64,)

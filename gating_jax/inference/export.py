@@ -137,7 +137,7 @@ def export_model(
   return directory
 
 
-def load(directory: str | os.PathLike) -> Loaded:
+def load_exported(directory: str | os.PathLike) -> Loaded:
   """An export, checked against its card, on this process's default device.
 
   Raises:

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from gating_jax.data import sources
+from gating_jax import load_run
+from gating_jax.data import augment, sources
 from gating_jax.data.sources import DatasetNotPreparedError
 from gating_jax.experiments import classification, image_task, pretrained
 from gating_jax.models import resnet
@@ -18,6 +19,7 @@ from gating_jax.training import devices, diagnosis, rundir, steps
 from gating_jax.training.loop import LoopSettings, NonFiniteError
 from tests.helpers import jobs, runs, tiny, tiny_cli
 from tests.helpers.event_files import events
+from tests.helpers.loaded import loaded
 from tests.helpers.runs import said
 
 STEPS_PER_EPOCH = 1437 // 128
@@ -298,6 +300,23 @@ def test_a_run_cut_back_to_an_earlier_checkpoint_ends_with_the_same_parameters(f
   monkeypatch.setattr(image_task, "write_report", lambda *_, **__: None)
   assert "going on from the checkpoint of step 55" in said(classification, made, copy, "train")
   assert tiny.bit_equal(jobs.saved_state(copy), jobs.saved_state(workdir))
+
+
+def test_a_run_is_loaded_in_one_call(finished, tmp_path):
+  made, workdir, _ = finished
+  model, variables, read = loaded(workdir)
+  pixels, labels = classification.build(made).test.read(np.arange(360))
+  images = augment.normalise(pixels, read.data.mean, read.data.std)
+  logits, records = jax.jit(model.apply)(variables, images)
+  score = json.loads((workdir / "result.json").read_text())["accuracy"]
+  assert np.mean(np.argmax(logits, axis=1) == labels) == pytest.approx(score, abs=2 / 360)
+  assert records[0].gates.shape[0] == 360
+  model.apply(variables, images[:2], train=True, mutable=["batch_stats"], rngs={"gate": jax.random.key(0)})
+  with pytest.raises(rundir.RunDirError, match="holds no run"):
+    load_run(tmp_path)
+  shutil.copy(workdir / "config.json", tmp_path)
+  with pytest.raises(rundir.RunDirError, match="no checkpoint in .* yet"):
+    load_run(tmp_path)
 
 
 @pytest.fixture(scope="module")

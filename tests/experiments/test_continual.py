@@ -30,6 +30,7 @@ from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import read_lines
 from tests.helpers import runs, tiny
 from tests.helpers.event_files import summaries
+from tests.helpers.loaded import loaded
 from tests.helpers.runs import said
 
 
@@ -229,6 +230,19 @@ def test_a_finished_run_is_evaluated_again_and_not_repeated(config, finished):
   assert "holds a finished run of this config; nothing was trained" in said(continual, made, workdir, "train")
   with pytest.raises(rundir.RunDirError, match="holds a run of another config"):
     continual.run(config(seed=1), workdir, "train")
+
+
+def test_a_run_is_loaded_in_one_call(finished):
+  made, workdir, _ = finished
+  method, learner, _ = loaded(workdir)
+  built, score = continual_build.build(made), strict_json(workdir / "result.json")["task_aware"]["accuracies"]
+  predict = jax.jit(functools.partial(method.predict, seen=2))
+  for task in range(2):
+    test = built.tasks[task].test
+    pixels, labels = test.read(np.arange(len(test)))
+    found = predict(learner, built.problem.normalise(pixels), np.int32(task))
+    right = np.argmax(found.aware, axis=-1) == labels - task * built.problem.classes
+    assert np.mean(right) == pytest.approx(score[1][task], abs=2 / len(test))
 
 
 @pytest.fixture(scope="module")

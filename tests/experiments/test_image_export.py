@@ -11,7 +11,7 @@ import pytest
 from gating_jax.data import sources
 from gating_jax.experiments import classification, image_export
 from gating_jax.inference import conditional
-from gating_jax.inference.export import load
+from gating_jax.inference.export import load_exported
 from gating_jax.models import resnet
 from gating_jax.training import rundir, steps
 from tests.helpers import tiny_cli
@@ -41,14 +41,14 @@ def exported(config, tmp_path_factory):
 
 def fastest(strategy):
   """A race by a made-up clock, in which this strategy takes half of what others take."""
-  return lambda runs, _: {name: [0.5 if strategy in (name, name[0]) else 1.0] for name in runs}
+  return lambda runs, _, **__: {name: [0.5 if strategy in (name, name[0]) else 1.0] for name in runs}
 
 
 @pytest.mark.parametrize(("folder", "tolerance"), [("export", 0), ("export_int8", 0.05)])
 def test_the_export_of_a_run_scores_as_the_run_does(exported, folder, tolerance):
   workdir, _ = exported
   result = json.loads((workdir / "result.json").read_text())
-  loaded = load(workdir / folder)
+  loaded = load_exported(workdir / folder)
   test = sources.load("digits", "test")
   images = (test.pixels / 255 - np.array(loaded.card["mean"])) / np.array(loaded.card["std"])
   outputs, _ = loaded(images)
@@ -65,7 +65,7 @@ def test_the_export_of_a_run_scores_as_the_run_does(exported, folder, tolerance)
 
 def test_the_export_that_skips_takes_one_image_and_answers_alike(exported):
   workdir, text = exported
-  skips, whole = load(workdir / "export_conditional"), load(workdir / "export")
+  skips, whole = load_exported(workdir / "export_conditional"), load_exported(workdir / "export")
   assert skips.card["batch_size"] == 1
   assert "switch" in skips.card["strategies"]
   assert set(skips.card["milliseconds"]) == {"1"}
@@ -93,7 +93,7 @@ def test_a_net_with_early_exits_is_exported_for_one_image(tmp_path, monkeypatch)
   config.update_from_flattened_dict({"model.name": "resnet8", "model.width": 0.25, "optim.epochs": 1})
   said(classification, config, tmp_path / "run", "train")
   said(classification, config, tmp_path / "run", "export")
-  result, loaded = json.loads((tmp_path / "run" / "result.json").read_text()), load(tmp_path / "run" / "export")
+  result, loaded = json.loads((tmp_path / "run" / "result.json").read_text()), load_exported(tmp_path / "run" / "export")
   assert loaded.card["batch_size"] == 1
   assert loaded.card["accuracy"] == pytest.approx(result["accuracy"], abs=1 / 360 + 1e-9)
   assert loaded.card["executed_macs"] == pytest.approx(result["macs"], rel=1e-2)
@@ -116,7 +116,7 @@ def exported_exits(tmp_path_factory):
 
 
 def test_a_net_with_exits_is_exported_for_one_image(exported_exits):
-  loaded = load(exported_exits / "export")
+  loaded = load_exported(exported_exits / "export")
   assert loaded.card["batch_size"] == 1
   assert 0 < loaded.card["executed_macs"] <= loaded.card["macs"]
   assert loaded(np.zeros((1, 8, 8, 1), np.float32))[0].shape == (1, 10)

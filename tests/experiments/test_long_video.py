@@ -23,6 +23,7 @@ from gating_jax.training import evaluation, rundir
 from gating_jax.video.inference import Skipping
 from tests.helpers import made_videos, tiny
 from tests.helpers.event_files import summaries
+from tests.helpers.loaded import loaded
 from tests.helpers.runs import Stopping, said
 
 TINY_LIGHT = (ResNet, dict(classes=None, blocks=(1,), features=4))
@@ -215,6 +216,17 @@ def test_a_run_leaves_what_it_measured(finished):
   assert 0 < result["share"] <= 1
   assert result["mac_ratio"] == pytest.approx(result["macs"] / result["all_segments_macs"])
   assert {path.name for path in workdir.glob("*.png")} == {"segments.png", "timeline.png"}
+
+
+@pytest.mark.slow
+def test_a_run_is_loaded_in_one_call(finished):
+  made, workdir = finished
+  model, variables, _ = loaded(workdir)
+  built, score = video_build.build(made), json.loads((workdir / "result.json").read_text())["accuracy"]
+  batch = built.test.read(np.arange(len(built.test)))
+  outputs, _ = jax.jit(model.apply)(variables, built.prepare(batch))
+  right = np.argmax(outputs["logits"], axis=1) == batch["label"]
+  assert np.mean(right[batch["weight"] > 0]) == pytest.approx(score, abs=0.1)
 
 
 def test_a_report_is_written_again(finished, tmp_path):

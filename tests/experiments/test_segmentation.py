@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from gating_jax.models.counts import count
 from gating_jax.training import devices, steps
 from gating_jax.training.checkpoints import Checkpoints
 from tests.helpers import tiny, tiny_cli
+from tests.helpers.loaded import loaded
 from tests.helpers.runs import said
 
 
@@ -50,6 +52,16 @@ def test_a_run_leaves_what_it_measured(finished):
   assert (workdir / "scenes.png").stat().st_size > 10_000
   assert f"mean IoU {100 * result['mean_iou']:.2f} %" in " ".join(
       said(segmentation, made, workdir, "evaluate").split())
+
+
+@pytest.mark.slow
+def test_a_run_is_loaded_in_one_call(finished):
+  made, workdir = finished
+  model, variables, _ = loaded(workdir)
+  built, score = segmentation.build(made), json.loads((workdir / "result.json").read_text())["accuracy"]
+  pixels, labels = built.test.read(np.arange(11))
+  logits, _ = jax.jit(model.apply)(variables, built.normalise(pixels))
+  assert np.mean(np.argmax(logits, axis=-1) == labels) == pytest.approx(score, abs=0.01)
 
 
 @pytest.mark.parametrize(("field", "value", "message"), [

@@ -10,7 +10,7 @@ from gating_jax.inference import export, folded, folded_macs
 from gating_jax.inference.analyse import analyse
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.exiting import compile_exits
-from gating_jax.inference.export import ExportError, export_model, load
+from gating_jax.inference.export import ExportError, export_model, load_exported
 from gating_jax.inference.folding import fold
 from gating_jax.inference.kernel_strategies import why_not
 from gating_jax.inference.quantise import dequantise, quantise
@@ -38,7 +38,7 @@ def assert_same(found, wanted):
 
 def test_what_is_loaded_computes_the_same_for_any_number_of_images(net, tmp_path):
   path = export_model(net, tmp_path / "net", input_shape=SHAPE, card={"accuracy": 0.5, "class_names": ["a", "b", "c"]})
-  loaded = load(path)
+  loaded = load_exported(path)
   for count in (1, 5):
     assert_same(loaded(np.asarray(images(count))), run(net, images(count)))
   card = json.loads((path / "card.json").read_text())
@@ -55,7 +55,7 @@ def test_what_is_loaded_computes_the_same_for_any_number_of_images(net, tmp_path
 
 
 def test_weights_are_no_part_of_the_program(exported, net):
-  loaded = load(exported)
+  loaded = load_exported(exported)
   doubled = {name: 2 * w if name.startswith("classifier") else w for name, w in loaded.weights.items()}
   outputs, _ = loaded.program.call(doubled, images(2))
   np.testing.assert_allclose(outputs, 2 * run(net, images(2))[0], rtol=1e-5, atol=1e-5)
@@ -65,7 +65,7 @@ def test_weights_are_no_part_of_the_program(exported, net):
 def test_int8_weights_stay_int8_in_the_file_and_in_the_argument(net, tmp_path):
   small = quantise(net)
   path = export_model(small, tmp_path / "net", input_shape=SHAPE, platforms=("cpu",))
-  loaded = load(path)
+  loaded = load_exported(path)
   assert loaded.weights["parts.0.conv.kernel.values"].dtype == jnp.int8
   assert_same(loaded(images(3)), run(dequantise(small), images(3)))
 
@@ -74,7 +74,7 @@ def test_int8_weights_stay_int8_in_the_file_and_in_the_argument(net, tmp_path):
 def test_a_program_that_skips_is_exported_with_its_weights_beside_it(name, strategy, tmp_path):
   of = fold(MODELS[name], random_variables(MODELS[name]))
   made = compile_conditional(of, input_shape=SHAPE, batch_size=2, strategy=strategy)
-  loaded = load(export_model(made, tmp_path / "net", input_shape=SHAPE))
+  loaded = load_exported(export_model(made, tmp_path / "net", input_shape=SHAPE))
   assert loaded.card["batch_size"] == 2
   assert "parts.0.conv.kernel" in loaded.weights
   assert_same(loaded(images(2)), run(of, images(2)))
@@ -85,7 +85,7 @@ def test_a_program_that_skips_is_exported_with_its_weights_beside_it(name, strat
 def test_a_program_with_exits_is_exported(tmp_path):
   model = EarlyExitNet(3, (1, 1), features=4, threshold=0.9)
   made = compile_exits(model, random_variables(model), input_shape=SHAPE, batch_size=4, strategy="exit_dispatch")
-  loaded = load(export_model(made, tmp_path / "net", input_shape=SHAPE))
+  loaded = load_exported(export_model(made, tmp_path / "net", input_shape=SHAPE))
   assert "stages.0.parts.0.conv.kernel" in loaded.weights
   assert_same(loaded(images(4)), made(images(4)))
 
@@ -101,7 +101,7 @@ def test_a_program_of_the_native_kernel_is_refused(tmp_path):
 def test_a_function_is_exported_for_its_number_of_images(net, tmp_path):
   function = jax.jit(lambda x: {"out": folded.run(net, x)[0]})
   path = export_model(function, tmp_path / "net", input_shape=SHAPE, batch_size=2, platforms=("cpu",))
-  loaded = load(path)
+  loaded = load_exported(path)
   assert loaded.card["batch_size"] == 2
   assert loaded.weights == {}
   assert_same(loaded(images(2))["out"], run(net, images(2))[0])
@@ -128,7 +128,7 @@ def test_a_function_is_exported_for_its_number_of_images(net, tmp_path):
 def test_what_is_missing_or_damaged_is_named(exported, damage, message):
   damage(exported)
   with pytest.raises(ExportError, match=message):
-    load(exported)
+    load_exported(exported)
 
 
 def edit(directory, change):
@@ -192,4 +192,4 @@ def test_a_file_of_the_right_size_that_was_changed_is_not_loaded(exported, name)
   data[-1] ^= 1
   (exported / name).write_bytes(data)
   with pytest.raises(ExportError, match=f"{name} is damaged: .* bytes that are not the .* bytes of"):
-    load(exported)
+    load_exported(exported)

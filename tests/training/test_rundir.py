@@ -8,6 +8,7 @@ from pathlib import Path
 import ml_collections
 import pytest
 
+from gating_jax.training.journal import write_json
 from gating_jax.training.rundir import CONFIG_FILE, RunDirError, existing_run, open_run, run_mode, staged
 
 
@@ -61,6 +62,22 @@ def test_a_backslash_in_a_path_is_refused_by_name_before_anything_is_made(tmp_pa
   with pytest.raises(ValueError, match="workdir must have no"), open_run(Path("run"), config()):
     pass
   assert list((tmp_path / "c\\d").iterdir()) == []
+
+
+def test_a_run_of_before_a_field_is_continued_by_a_config_that_leaves_it_as_it_was(tmp_path):
+  old, new = {"experiment": "classification", "data": {"name": "digits"}}, {"image_feature": None, "label_feature": None}
+  write_json(tmp_path / CONFIG_FILE, old)
+  (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+  made = ml_collections.ConfigDict(old)
+  with open_run(tmp_path, made) as run:  # as of a config file that is as old
+    assert run.config()["data"] == {"name": "digits", **new}
+  made.data.update(new)
+  with open_run(tmp_path, made):
+    pass
+  assert json.loads((tmp_path / CONFIG_FILE).read_text()) == old
+  made.data.label_feature = "coarse_label"
+  with pytest.raises(RunDirError, match="data.label_feature: None there, 'coarse_label' here"), open_run(tmp_path, made):
+    pass
 
 
 def test_an_empty_folder_becomes_a_run(tmp_path):

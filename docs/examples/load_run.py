@@ -1,0 +1,30 @@
+"""What a trained image classifier answers, and what it computes, for images of its test set.
+
+    gating-jax --config=digits --workdir=runs/digits
+    python docs/examples/load_run.py runs/digits
+"""
+
+import sys
+
+import jax
+import numpy as np
+
+from gating_jax import executed_macs, gated_macs, load_run
+from gating_jax.data import augment, sources
+
+
+def main(workdir):
+  model, variables, config = load_run(workdir)
+  test = sources.load(config.data.name, config.data.test_split, config.data.data_dir, config.data.image_size)
+  pixels, labels = test.read(np.arange(min(64, len(test))))
+  logits, records = jax.jit(model.apply)(variables, augment.normalise(pixels, config.data.mean, config.data.std))
+  right = np.argmax(logits, axis=1) == labels
+  print(f"{right.sum()} of {len(right)} images right")
+  if records:
+    part = executed_macs(records) / gated_macs(records)  # [64], of what gates can close
+    print(f"{part.mean():.1%} of the gated computation, from {part.min():.1%} to {part.max():.1%} of an image")
+  return right
+
+
+if __name__ == "__main__":
+  main(sys.argv[1])
