@@ -15,12 +15,13 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from gating_jax.checks import one_of
-from gating_jax.data.video_tables import VideoTable, bad_line, csv_rows, encode_labels, text_lines
+from gating_jax.data.video_tables import BLANKS, VideoTable, bad_line, csv_rows, encode_labels, text_lines
 from gating_jax.paths import user_path
 
 SPLITS = ("train", "test")
 BREAKFAST_TEST_PERSONS = range(47, 55)
 _BREAKFAST_FPS = 15
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _BREAKFAST_FILES = {".avi", ".mp4", ".mkv", ".npy", ".npz"}
 
 
@@ -86,21 +87,21 @@ def read_charades(folder: str | Path, split: str) -> VideoTable:
   codes = {}
   path = user_path(folder) / "Charades_v1_classes.txt"
   for line, text in text_lines(path):
-    code, _, name = text.partition(" ")
-    if not re.fullmatch(r"c\d{3}", code) or not name.strip() or code in codes:
+    match = re.fullmatch(r"(c\d{3})[ \t]+(.+)", text, re.ASCII)
+    if not match or match[1] in codes:
       raise bad_line(path, line, "be a new class such as 'c000 Holding some clothes'", text)
-    codes[code] = name.strip()
+    codes[match[1]] = match[2]
   index = {code: i for i, code in enumerate(codes)}
   path = user_path(folder) / f"Charades_v1_{split}.csv"
   units, seconds = {}, []
   for line, row in csv_rows(path, ("id", "actions", "length")):
     if not row["id"] or row["id"] in units:
       raise bad_line(path, line, "name each video once", row["id"])
-    actions = [_interval(path, line, action) for action in row["actions"].split(";") if action.strip()]
+    actions = [_interval(path, line, action) for action in row["actions"].split(";") if action.strip(BLANKS)]
     if not {code for code, *_ in actions} <= set(codes):
       raise bad_line(path, line, "name classes of Charades_v1_classes.txt", row["actions"])
     units[row["id"]] = tuple((start, end, index[code]) for code, start, end in actions)
-    seconds.append(float(row["length"]) if re.fullmatch(r"[\d.]+", row["length"]) else np.nan)
+    seconds.append(_length(path, line, row["length"]))
   return _multi_label_table(units, tuple(codes.values()), np.array(seconds))
 
 
@@ -121,10 +122,10 @@ def read_multithumos(folder: str | Path, split: str) -> VideoTable:
   path = user_path(folder) / "class_list.txt"
   class_names = []
   for line, text in text_lines(path):
-    name = text.split()[-1]
-    if text.split() != [str(len(class_names) + 1), name] or Path(name).name != name:
+    number, *names = _fields(text)
+    if number != str(len(class_names) + 1) or len(names) != 1 or Path(names[0]).name != names[0]:
       raise bad_line(path, line, f"be the number {len(class_names) + 1} and a class", text)
-    class_names.append(name)
+    class_names.append(names[0])
   prefix = {"train": "video_validation_", "test": "video_test_"}
   units = {}
   for i, name in enumerate(class_names):
@@ -148,15 +149,27 @@ def _multi_label_table(units: dict[str, tuple], class_names: tuple[str, ...], se
       tuple(units), labels, class_names, tuple(tuple(intervals) for intervals in units.values()), class_names, seconds)
 
 
+def _fields(text: str) -> list[str]:
+  return re.split(f"[{BLANKS}]+", text.strip(BLANKS))
+
+
 def _interval(path: Path, line: int, text: str) -> tuple[str, float, float]:
-  fields = text.split()
-  try:
-    name, start, end = fields[0], *map(float, fields[1:])
-  except (IndexError, ValueError):
-    name, start, end = "", np.nan, np.nan
-  if not np.isfinite([start, end]).all():
+  fields = _fields(text)
+  if len(fields) != 3 or not all(_NUMBER.fullmatch(field) for field in fields[1:]):
     raise bad_line(path, line, "hold a name, a start and an end in seconds", text)
-  return name, start, end
+  start, end = map(float, fields[1:])
+  if not 0 <= start < end < np.inf:
+    raise bad_line(path, line, "hold an interval that starts at 0 s or later and ends after its start", text)
+  return fields[0], start, end
+
+
+def _length(path: Path, line: int, text: str) -> float:
+  """Seconds, NaN where nothing stands."""
+  if not text:
+    return np.nan
+  if not _NUMBER.fullmatch(text) or not 0 < float(text) < np.inf:
+    raise bad_line(path, line, "give the video's length in seconds, or nothing", text)
+  return float(text)
 
 
 def _recording(path: PurePath) -> tuple[str, str, str] | None:
@@ -184,8 +197,10 @@ def _with_segmentation(table: VideoTable, folder: Path, recordings: list[tuple[s
 def _read_segmentation(path: Path) -> list[tuple[float, float, str]]:
   lines = []
   for line, text in text_lines(path):
-    match = re.fullmatch(r"(\d+)-(\d+)\s+(\S+)", text)
+    match = re.fullmatch(r"(\d{1,9})-(\d{1,9})[ \t]+([^ \t]+)", text, re.ASCII)
     if not match:
       raise bad_line(path, line, "be frames and a unit action, such as '1-30 SIL'", text)
+    if not 1 <= int(match[1]) <= int(match[2]):
+      raise bad_line(path, line, "hold frames from 1, of which the last is not before the first", text)
     lines.append(((int(match[1]) - 1) / _BREAKFAST_FPS, int(match[2]) / _BREAKFAST_FPS, match[3]))
   return lines

@@ -1,5 +1,8 @@
 """What a set of videos contains: names, labels and, where known, unit actions; and our own plain format of it.
 
+Text files are UTF-8, with or without a byte-order mark. Lines end at LF, CRLF or CR alone, and spaces and tabs alone
+surround a field: every other character, such as U+2028 or a form feed, is part of a name.
+
 Axes: M videos. The published sets' own formats are read by `data/video_layouts.py`.
 """
 
@@ -15,6 +18,7 @@ import numpy as np
 from gating_jax.paths import user_path
 
 Intervals = tuple[tuple[float, float, int], ...]
+BLANKS = " \t"  # that may surround a field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +60,8 @@ class VideoTable:
 def read_table(table: str | Path, split: str | Path | None = None) -> VideoTable:
   """Reads a label table and a split file.
 
-  The table is a CSV file with the columns `video` and `label`; others are ignored. A name may have folders and may
+  The table is a CSV file with the columns `video` and `label`; others are ignored, and so are blanks around a field and
+  empty fields after the last column. A name may have folders and may
   leave out the file's suffix. Several labels stand in one field, separated by `;`, and make the set multi-label, where
   an empty field means none. A split file holds one of the table's names a line. The class list is that of the whole
   table, sorted, so that all splits agree.
@@ -75,7 +80,7 @@ def read_table(table: str | Path, split: str | Path | None = None) -> VideoTable
       raise bad_line(table, line, "name each video once", row["video"])
     rows[row["video"]] = (line, row["label"])
   multi_label = any(";" in label for _, label in rows.values())
-  labels = {name: [part.strip() for part in label.split(";") if part.strip()] for name, (_, label) in rows.items()}
+  labels = {name: _parts(label) for name, (_, label) in rows.items()}
   for name, (line, label) in rows.items():
     if not multi_label and not labels[name]:
       raise bad_line(table, line, "give the video a label", label)
@@ -98,28 +103,40 @@ def encode_labels(labels: Sequence[Sequence[str]], class_names: Sequence[str], m
 
 
 def text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-  """`(number, text)` of each line of a text file that is not blank, without the spaces around it."""
+  """`(number, text)` of each line of a text file that is not blank, without the spaces and tabs around it."""
   try:
-    text = user_path(path).read_text(encoding="utf-8-sig")
+    with open(user_path(path), encoding="utf-8-sig") as file:  # which takes CRLF and CR for LF, and no other character
+      for number, line in enumerate(file, 1):
+        text = line.removesuffix("\n").strip(BLANKS)
+        if "\0" in text:
+          raise bad_line(path, number, "be text, without NUL", text)
+        if text:
+          yield number, text
   except UnicodeDecodeError as error:
     raise ValueError(f"{path}: must be UTF-8 text; {error}") from None
-  for number, line in enumerate(text.splitlines(), 1):
-    if line.strip():
-      yield number, line.strip()
 
 
 def csv_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-  """`(line, {column: field})` of each row of a CSV file whose header has all of `columns`."""
+  """`(line, {column: field})` of each row of a CSV file whose header has all of `columns`, each once.
+
+  Spaces and tabs around a field and empty fields after the last column are ignored, and so are rows of empty fields.
+  """
   with open(user_path(path), encoding="utf-8-sig", newline="") as file:
+    reader = csv.reader(file, strict=True, skipinitialspace=True)
     try:
-      reader = csv.DictReader(file, strict=True)
-      if not set(columns) <= set(reader.fieldnames or ()):
-        raise bad_line(path, 1, f"have the columns {','.join(columns)}", ",".join(reader.fieldnames or ()))
+      header = [name.strip(BLANKS) for name in next(reader, [])]
+      if any(header.count(column) != 1 for column in columns):
+        raise bad_line(path, 1, f"have the columns {','.join(columns)}", ",".join(header))
       for row in reader:
-        if any(row[column] is None for column in columns):
-          raise bad_line(path, reader.line_num, f"have {len(reader.fieldnames)} fields",
-                         ",".join(value for value in row.values() if value is not None))
-        yield reader.line_num, {column: row[column].strip() for column in columns}
+        fields = [field.strip(BLANKS) for field in row]
+        if not any(fields):
+          continue
+        if any(field.startswith("\t") and '"' in field for field in row):
+          raise bad_line(path, reader.line_num, "have no tab before a quote, which then quotes nothing", ",".join(row))
+        missing = any(header.index(column) >= len(fields) for column in columns)
+        if missing or any(fields[len(header) :]):
+          raise bad_line(path, reader.line_num, f"have {len(header)} fields", ",".join(row))
+        yield reader.line_num, {column: fields[header.index(column)] for column in columns}
     except UnicodeDecodeError as error:
       raise ValueError(f"{path}: must be UTF-8 text; {error}") from None
     except csv.Error as error:
@@ -129,6 +146,11 @@ def csv_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, di
 def bad_line(path: str | Path, line: int, rule: str, content: str) -> ValueError:
   """The error for a line of a file that breaks a rule."""
   return ValueError(f"{path}, line {line}: must {rule}; got {content[:80]!r}")
+
+
+def _parts(label: str) -> list[str]:
+  parts = [part.strip(BLANKS) for part in label.split(";")]
+  return [part for part in parts if part]
 
 
 def _read_split(path: str | Path, known: dict[str, list[str]], table: str | Path) -> tuple[str, ...]:

@@ -45,6 +45,25 @@ def test_breakfast_segmentations_may_lie_beside_the_videos(tmp_path):
   assert read_breakfast(tmp_path, "train", segmentation=tmp_path).units == (((0.0, 2.0, 0),),)
 
 
+@pytest.mark.parametrize("frames", ["30-1", "0-30"])
+def test_frames_of_breakfast_are_from_1_to_one_not_before(tmp_path, frames):
+  write(tmp_path, {"P03/cam01/P03_cereals.avi": "", "P03/cam01/P03_cereals.txt": f"7-7 SIL\n{frames} SIL\n"})
+  with refused("P03_cereals.txt, line 2: must hold frames from 1, of which the last is not before the first; "
+               f"got '{frames} SIL'"):
+    read_breakfast(tmp_path, "train", segmentation=tmp_path)
+
+
+def test_names_in_published_tables_may_have_any_character(tmp_path):
+  unit = "take\u2028bowl\x85"
+  write(tmp_path, {"P03/cam01/P03_cereals.avi": "", "P03/cam01/P03_cereals.txt": f"1-30\t{unit}\r\n"})
+  assert read_breakfast(tmp_path, "train", segmentation=tmp_path).unit_names == (unit,)
+  write(tmp_path, CHARADES | {"Charades_v1_classes.txt": "\ufeffc000\tHolding\u2028some\fclothes\nc001 b\nc002 c\n"})
+  assert read_charades(tmp_path, "train").class_names == ("Holding\u2028some\fclothes", "b", "c")
+  write(tmp_path, THUMOS | {"class_list.txt": "1\tBase\x1cball\n", "annotations/Base\x1cball.txt":
+                            "video_test_1\x85 1 2\n"})
+  assert read_multithumos(tmp_path, "test").names == ("video_test_1\x85",)
+
+
 def test_what_is_wrong_with_breakfast_is_named(tmp_path):
   write(tmp_path, {"P03/cam01/P03_cereals.avi": "", "s/P03_cam01_P03_cereals.txt": "1-30 SIL\n31 take_bowl\n"})
   with refused("P03_cam01_P03_cereals.txt, line 2: must be frames and a unit action, such as '1-30 SIL'; "
@@ -85,6 +104,15 @@ def test_charades_is_multi_label_with_an_interval_for_each_action(tmp_path):
     ("Charades_v1_train.csv", "id,actions,length\n1,c000 1 2;c001 1,3\n",
      "line 2: must hold a name, a start and an end in seconds; got 'c001 1'"),
     ("Charades_v1_train.csv", "id,actions,length\n1,c000 1 nan,3\n", "got 'c000 1 nan'"),
+    ("Charades_v1_train.csv", "id,actions,length\n1,c000 1 2;c001 5.0 2.0,9\n", "Charades_v1_train.csv, line 2: must "
+     "hold an interval that starts at 0 s or later and ends after its start; got 'c001 5.0 2.0'"),
+    ("Charades_v1_train.csv", "id,actions,length\n1,c000 3 3,9\n", "ends after its start; got 'c000 3 3'"),
+    ("Charades_v1_train.csv", "id,actions,length\n1,c000 -1 3,9\n", "starts at 0 s or later"),
+    ("Charades_v1_train.csv", "id,actions,length\n1,c000 1 1e999,9\n", "ends after its start; got 'c000 1 1e999'"),
+    ("Charades_v1_train.csv", "id,actions,length\n1,c000 1 1_000,9\n", "must hold a name, a start and an end"),
+    ("Charades_v1_train.csv", "id,actions,length\n1,c000 1 2,1.2.3\n",
+     "line 2: must give the video's length in seconds, or nothing; got '1.2.3'"),
+    ("Charades_v1_train.csv", "id,actions,length\n1,c000 1 2,0\n", "must give the video's length in seconds"),
     ("Charades_v1_train.csv", "id,actions\n1,c000 1 2\n", "line 1: must have the columns id,actions,length"),
     ("Charades_v1_train.csv", "id,actions,length\n1,,3\n1,,3\n", "line 3: must name each video once; got '1'"),
     ("Charades_v1_train.csv", "id,actions,length\n", "must hold at least one video"),
@@ -116,6 +144,8 @@ def test_multithumos_gathers_each_videos_classes(tmp_path):
     ("class_list.txt", "1 ../secret\n", "must be the number 1 and a class; got '1 ../secret'"),
     ("annotations/Run.txt", "video_validation_1 1.0\n",
      "Run.txt, line 1: must hold a name, a start and an end in seconds; got 'video_validation_1 1.0'"),
+    ("annotations/Run.txt", "video_validation_1 2.0 1.0\n", "Run.txt, line 1: must hold an interval that starts at 0 s "
+     "or later and ends after its start; got 'video_validation_1 2.0 1.0'"),
     ("annotations/Run.txt", "another_1 1.0 2.0\n",
      "Run.txt, line 1: must name a video of video_validation_ or video_test_; got 'another_1 1.0 2.0'"),
 ])

@@ -25,7 +25,52 @@ def test_several_labels_anywhere_in_the_table_make_it_multi_label(tmp_path):
   assert (table.labels.tolist(), table.labels.dtype) == ([[0, 1], [0, 0]], np.float32)
 
 
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\f", "\v", "\x1c", "\x1e", "\u00a0", "\ufeff"])
+def test_no_character_but_line_feed_and_carriage_return_ends_a_line(tmp_path, character):
+  names = f"a{character}b", f"a{character}"
+  write(tmp_path, {"all.csv": f"video,label\n{names[0]},x{character}\n{names[1]},y\n", "split.txt": "\n".join(names)})
+  table = read_table(tmp_path / "all.csv", tmp_path / "split.txt")
+  assert (table.names, table.class_names) == (names, (f"x{character}", "y"))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_files_of_every_system_are_read_alike(tmp_path, end, mark):
+  (tmp_path / "all.csv").write_bytes(end.join([f"{mark}video,label", "a,x", "", "b,y", ""]).encode())
+  (tmp_path / "split.txt").write_bytes(end.join([f"{mark}b", "", "a"]).encode())
+  table = read_table(tmp_path / "all.csv", tmp_path / "split.txt")
+  assert (table.names, table.labels.tolist(), table.class_names) == (("b", "a"), [1, 0], ("x", "y"))
+
+
+@pytest.mark.parametrize("text", [
+    "video, label\na, x\nb, y\n",
+    " video ,\tlabel\t\n a\t,x\nb ,  y  \n",
+    "label, video\nx, a\ny, b\n",
+    "video,label,\na,x,\nb,y,\n",
+    "video,label\na,x,,\nb,y\n,,\n  ,\n",
+    '"video", "label"\n"a", "x"\n"b", "y"\n',
+    "video,label,note\na,x\nb,y,z\n",
+])
+def test_blanks_quotes_and_empty_fields_change_nothing(tmp_path, text):
+  write(tmp_path, {"all.csv": text})
+  table = read_table(tmp_path / "all.csv")
+  assert (table.names, table.labels.tolist(), table.class_names) == (("a", "b"), [0, 1], ("x", "y"))
+
+
+def test_a_quoted_name_may_have_commas_and_quotes(tmp_path):
+  write(tmp_path, {"all.csv": 'video,label\n"a, ""b""", x\nc, "y, z"\n', "split.txt": 'a, "b"\n'})
+  table = read_table(tmp_path / "all.csv", tmp_path / "split.txt")
+  assert (table.names, table.class_names) == (('a, "b"',), ("x", "y, z"))
+
+
 @pytest.mark.parametrize(("table", "split", "message"), [
+    ("video,label\na,x,y\n", "", "all.csv, line 2: must have 2 fields; got 'a,x,y'"),
+    ("video,label,label\na,x,y\n", "", "line 1: must have the columns video,label; got 'video,label,label'"),
+    ("video;label\na;x\n", "", "line 1: must have the columns video,label; got 'video;label'"),
+    ('video,label\na,\t"x"\n', "", "line 2: must have no tab before a quote"),
+    ('video,label\n"a" b,x\n', "", "line 2: must be CSV"),
+    ("video,label\n1,a\n", "1\0\n", "split.txt, line 1: must be text, without NUL; got '1\\x00'"),
+    ("video,label\n1,a\n", "1,\n", "split.txt, line 1: must name a video of"),
     ("name,label\n1,a\n", "", "all.csv, line 1: must have the columns video,label; got 'name,label'"),
     ("", "", "all.csv, line 1: must have the columns video,label; got ''"),
     ("video,label\n1,a\n2\n", "", "all.csv, line 3: must have 2 fields; got '2'"),
