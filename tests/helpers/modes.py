@@ -1,0 +1,53 @@
+"""Modes of JAX in which a function must give the same as without: values, types and shapes.
+
+Projects turn them on for other reasons: an optimiser needs float64, or they look for mistakes of
+their own.
+"""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@contextlib.contextmanager
+def strict():
+  with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+    yield
+
+
+MODES = {"x64": lambda: jax.enable_x64(True), "strict": strict}
+
+
+def together(calls):
+  """Returns one function that gives the results of several, by name."""
+  return lambda *args: {name: call(*args) for name, call in calls.items()}
+
+
+def computed(calls, *args):
+  """Returns the values that functions have, by name."""
+  return jax.tree.map(np.asarray, jax.jit(together(calls))(*args))
+
+
+def traced(calls, *args):
+  """Returns the shapes and types that functions have, by name: where modes refuse, they do so here."""
+  return jax.eval_shape(together(calls), *args)
+
+
+def assert_same(found, usual):
+  """Asserts that results have the same types, shapes and, up to rounding, values, if any."""
+  assert jax.tree.structure(found) == jax.tree.structure(usual)
+  pairs = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(usual), strict=True)
+  for (path, leaf), wanted in pairs:
+    name = jax.tree_util.keystr(path)
+    assert (leaf.dtype, leaf.shape) == (wanted.dtype, wanted.shape), name
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      continue
+    if not jnp.issubdtype(wanted.dtype, jnp.floating):
+      np.testing.assert_array_equal(leaf, wanted, name)
+      continue
+    rounding = 4 * float(jnp.finfo(wanted.dtype).eps) + 1e-6
+    leaf, wanted = leaf.astype(np.float64), wanted.astype(np.float64)
+    size = np.max(np.abs(wanted), initial=0, where=np.isfinite(wanted))
+    np.testing.assert_allclose(leaf, wanted, rtol=rounding, atol=rounding * size, err_msg=name)

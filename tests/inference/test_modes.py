@@ -1,0 +1,111 @@
+"""Networks of inference in every mode of JAX: folded, quantised, compiled, with early exits, exported."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gating_jax.inference import conditional, exiting, export, folded, folding, openings, quantise, slim
+from gating_jax.inference.analyse import analyse
+from gating_jax.models.early_exit import EarlyExitNet
+from tests.helpers import folded_nets, gated_models
+from tests.helpers.modes import MODES, assert_same
+
+EXITS = EarlyExitNet(3, (1, 1), features=4)
+STRATEGIES = [(kind, name) for kind, names in folded_nets.KINDS.items() for name in names]
+
+
+def numbers(tree):
+  return jax.tree.map(np.asarray, tree)
+
+
+def fold(model):
+  """The network, and what it gives."""
+  net = folding.fold(model, gated_models.random_variables(model))
+  return net, jax.jit(folded.run)(net, gated_models.images())
+
+
+def small_model(name):
+  return lambda: fold(gated_models.MODELS[name])
+
+
+@jax.jit
+def both_ways(net):
+  small = quantise.quantise(net)
+  return small, quantise.dequantise(small)
+
+
+def quantised():
+  return both_ways(folded_nets.net("chain"))
+
+
+def with_exits():
+  net = exiting.fold_exits(EXITS, gated_models.random_variables(EXITS))
+  images = gated_models.images()
+  return net, exiting.program()(net, images), exiting.program(2)(net, images)
+
+
+def analysed():
+  images = folded_nets.images(6)
+  analysis = analyse(folded_nets.net("blocks"), None, images)
+  small = slim.slim(analysis, multiple=1)
+  opened = conditional.opened(analysis.net)
+  return dict(analysis.macs), small, opened, [o.opened for o in openings.count(analysis.net, images)]
+
+
+def compiled(kind, strategy):
+  images = folded_nets.images(6)
+  run = conditional.compile_conditional(
+    folded_nets.net(kind), input_shape=folded_nets.SHAPE, batch_size=4, strategy=strategy, calibration=images)
+  return run(images)
+
+
+CALLS = {
+  "static gates": small_model("static"),
+  "quantised": quantised,
+  "analysed": analysed,
+  **{name: small_model(name) for name in ("static layers", "static vgg", "vgg without norm", "bottleneck outputs")},
+  "exits": with_exits,
+  **{f"{kind}, {name}": functools.partial(compiled, kind, name) for kind, name in STRATEGIES},
+}
+FAST = ("static gates", "quantised", "blocks, switch")
+
+
+@functools.cache
+def usual(name):
+  return numbers(CALLS[name]())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", [
+  pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CALLS])
+def test_networks_of_inference_are_the_same_in_every_mode(name, mode):
+  without = usual(name)
+  with MODES[mode]():
+    assert_same(numbers(CALLS[name]()), without)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_parameters_of_float64_are_folded_to_float32(mode):
+  model = gated_models.MODELS["static"]
+  variables = gated_models.random_variables(model)
+  with MODES[mode]():
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
+    net = folding.fold(model, wide)
+    assert {leaf.dtype for leaf in jax.tree.leaves(net)} == {np.dtype(np.float32)}
+    assert_same(numbers(net), numbers(folding.fold(model, variables)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_an_export_is_the_same_in_every_mode(mode, tmp_path):
+  images = jnp.asarray(folded_nets.images(3))
+  net = folded_nets.net("channels")
+  export.export_model(net, tmp_path / "usual", input_shape=folded_nets.SHAPE)
+  without = numbers(export.load(tmp_path / "usual")(images))
+  with MODES[mode]():
+    export.export_model(net, tmp_path / "mode", input_shape=folded_nets.SHAPE)
+    for name in ("usual", "mode"):
+      assert_same(numbers(export.load(tmp_path / name)(images)), without)
