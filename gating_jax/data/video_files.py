@@ -1,6 +1,11 @@
 """Segments of one video: which frames they are, decoded with PyAV, or rows of an array of features.
 
-Axes: T segments, F frames each, H and W pixels. What cannot be read raises; `data/videos.py` turns that into weight 0.
+A video is read as a player shows it: by presentation time, each frame until the next one, so that segments are spread
+over time whatever the frame rate does; without the frames that an edit list hides; upright, as the display matrix says.
+Frames keep their stored colours: alpha is ignored, fields stay woven and HDR is not tone mapped.
+
+Axes: T segments, F frames each, H and W pixels, N frames of a video. A file that cannot be read raises;
+`data/videos.py` turns that into weight 0.
 
 Reference: Hussein et al., 2020 (segments of 8 frames, spread uniformly over the video).
 """
@@ -9,8 +14,9 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,12 +24,19 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpe
 FEATURE_SUFFIXES = (".npy", ".npz")
 # Of files that hold all that they show: no playlist, no text that names other files, no pattern of file names.
 _CONTAINERS = "asf,avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mpeg,mpegvideo,mpegts,ogg"
+_MP4, _MATROSKA, _AVI = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"  # FFmpeg's names of formats
+_LIMITS = {"max_pixels": str(8192 * 4320)}  # of a frame, those of cinema; a damaged header announces any number
+_BOXES = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")  # of .mp4 files, on the way to counts
+_COUNTS = {b"stsz": 8, b"trun": 4}  # boxes that say how many samples there are, and after how many bytes
+_DENSEST = 64  # samples a byte, more than any codec of sound has
+_SPLICE = 10.0  # seconds from packet to packet that are no pause but another clock, as for FFmpeg's own tools
+_ROUNDING = 1e-3  # seconds, to which Matroska rounds times
 _PROBED = 16  # readable files that settle the shape of features
-_WHOLE = 0.9  # of the frames that a file says it holds: fewer decoded, and it is damaged
+_WHOLE = 0.9  # of what a file says it holds: less decoded, and it is damaged
 
 
 def segment_starts(frames: int, segments: int, length: int, rng: np.random.Generator | None = None) -> np.ndarray:
-  """First frames of segments spread uniformly over a video; they overlap where it is short.
+  """First frames of segments spread uniformly over a video of constant rate; they overlap where it is short.
 
       start_i = floor(i (frames - length) / (segments - 1)),   or, with a generator, a random frame of the i-th of
       `segments` equal parts of all possible starts
@@ -47,10 +60,53 @@ def segment_starts(frames: int, segments: int, length: int, rng: np.random.Gener
   return np.arange(segments) * last // (segments - 1) if segments > 1 else np.array([last // 2])
 
 
+def timed_starts(
+    times: np.ndarray,
+    end: float,
+    segments: int,
+    length: int,
+    rng: np.random.Generator | None = None,
+    *,
+    rounding: float = 0.0,
+) -> np.ndarray:
+  """First frames of segments spread uniformly over the time of a video; they overlap where it is short.
+
+  A segment begins with the frame that is shown at
+
+      time_i = times[0] + i (times[last] - times[0]) / (segments - 1),   last = N - length,
+
+  or, with a generator, at a random time of the i-th of `segments` equal parts of the time in which a segment may begin,
+  up to the end of frame `last`. At a constant rate these are the frames of `segment_starts`.
+
+  Args:
+    times: `[N]`, ascending, when each frame is first shown.
+    end: when the last one is no longer shown.
+    segments: T.
+    length: F, frames of a segment.
+    rng: draws the starts; None for the fixed ones.
+    rounding: how far a time may be off, in the unit of `times`.
+  Returns:
+    `[T]` integers.
+
+  >>> timed_starts(np.array([0.0, 1.0, 2.0, 3.0, 3.1, 3.2, 3.3, 3.4]), 3.5, segments=3, length=2).tolist()
+  [0, 1, 6]
+  """
+  last = max(len(times) - length, 0)
+  if rng is not None:
+    stop = times[last + 1] if last + 1 < len(times) else end
+    parts = (np.arange(segments) + rng.random(segments)) / segments
+    starts = times[0] + parts * (stop - times[0])
+  elif segments > 1:
+    starts = np.linspace(times[0], times[last], segments) + rounding
+  else:
+    starts = np.array([times[0] + (times[last] - times[0]) / 2 + rounding])
+  return (np.searchsorted(times, starts, side="right") - 1).clip(0, last)
+
+
 def require_av() -> None:
-  """Raises, with what to do, unless PyAV is installed."""
+  """Raises, with what to do, unless PyAV is installed, in a version that tells which frames a file lists."""
   try:
-    import av  # noqa: F401
+    from av import index  # noqa: F401
   except ImportError as error:
     raise ValueError(f"reading videos needs PyAV: pip install 'gating-jax[video]' ({error})") from error
 
@@ -58,11 +114,15 @@ def require_av() -> None:
 def read_clips(
     path: Path, segments: int, length: int, size: tuple[int, int], rng: np.random.Generator | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Decodes a video's segments, each frame resized bilinearly; the last frame is repeated where the video is short.
+  """Decodes a video's segments, each frame upright and resized bilinearly.
+
+  A segment is the frame that a player shows at its start and those that follow; the last frame is repeated where the
+  video is short. Time 0 is that of the file in .mp4, .mov, .mkv and .webm, and the first frame elsewhere. Cover
+  pictures are no videos; of several video streams the one that FFmpeg finds best is read, as players do.
 
   Args:
     path: of a file with a video stream; other streams are passed over.
-    segments, length, rng: as in `segment_starts`.
+    segments, length, rng: as in `timed_starts`.
     size: `(H, W)`.
   Returns:
     `[T, F, H, W, 3]` uint8 RGB, and `[T]` the segments' middles in seconds (NaN without a frame rate).
@@ -71,31 +131,22 @@ def read_clips(
     Exception: whatever else a damaged file, or one that refers to others, makes PyAV raise, OSError and MemoryError
       among them.
   """
-  from av.video.reformatter import VideoReformatter
-
+  _check_counts(path)
   with _open(path) as container:
-    stream = _video_stream(container)
-    rate = float(stream.average_rate or np.nan)
-    count = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
-    promised = max(count, stream.frames)
-  if not count:
-    raise ValueError("holds no frame")
-  starts = segment_starts(count, segments, length, rng)
-  frames = starts[:, None] + np.arange(length)
-  wanted, place = np.unique(frames, return_inverse=True)
-  pixels = np.zeros((len(wanted), *size, 3), np.uint8)
-  resize = VideoReformatter().reformat  # one for all frames: six times as quick as a frame's own
-  decoded = filled = 0
-  with _open(path) as container:
-    for frame in _decode(container):
-      if filled < len(wanted) and wanted[filled] == decoded:
-        pixels[filled] = resize(frame, size[1], size[0], "rgb24", interpolation="BILINEAR").to_ndarray()
-        filled += 1
-      decoded += 1
-  if decoded < _WHOLE * promised or not filled:
-    raise ValueError(f"only {decoded} of {promised} frames can be decoded")
-  pixels[filled:] = pixels[filled - 1]
-  return pixels[place.reshape(frames.shape)], (starts + length / 2) / rate
+    film = _list_frames(container, _video_stream(container))
+  starts, shown = _decode_segments(path, film, segments, length, size, rng)
+  if _is_by_fields(film, shown):
+    film = film._replace(times=film.times[::2], announced=film.announced // 2)
+    starts, shown = _decode_segments(path, film, segments, length, size, rng)
+  if shown.intact < _WHOLE * film.announced or not shown.pixels:
+    raise ValueError(f"only {shown.intact} of {film.announced} frames can be decoded")
+  frames = np.array([shown.firsts[start] for start in starts])[:, None] + np.arange(length)
+  wanted, place = np.unique(frames.clip(max=max(shown.pixels)), return_inverse=True)
+  clips = np.stack([shown.pixels[frame] for frame in wanted])[place.reshape(frames.shape)]
+  ends = np.append(film.times[1:], film.end)
+  stops = ends[(starts + length - 1).clip(max=len(ends) - 1)]
+  middles = (film.times[starts].clip(min=film.zero) + stops) / 2 - film.zero
+  return clips, middles * film.tick
 
 
 def read_features(path: Path) -> np.ndarray:
@@ -120,35 +171,6 @@ def read_features(path: Path) -> np.ndarray:
   return features
 
 
-def _open(path: Path):
-  """That file and no other: a name is no address of FFmpeg's, and what the file says makes it open nothing."""
-  import av
-
-  try:
-    return av.open(f"file:{os.path.abspath(path)}", container_options={
-        "protocol_whitelist": "file", "format_whitelist": _CONTAINERS})
-  except av.error.ArgumentError as error:  # what FFmpeg says of a format that is not in the list
-    raise ValueError(f"must be of a container that holds all it shows, one of {_CONTAINERS}") from error
-
-
-def _video_stream(container):
-  stream = container.streams.best("video")
-  if stream is None:
-    raise ValueError("holds no video stream")
-  return stream
-
-
-def _decode(container):
-  """Frames in order of display; damaged packets are passed over."""
-  import av
-
-  for packet in container.demux(_video_stream(container)):
-    try:
-      yield from packet.decode()
-    except av.error.InvalidDataError:
-      continue
-
-
 def common_shape(files: Sequence[Path]) -> tuple[int, ...]:
   """The shape `[...]` that most of the first readable files have."""
   shapes, why = [], ""
@@ -162,3 +184,264 @@ def common_shape(files: Sequence[Path]) -> tuple[int, ...]:
   if not shapes:
     raise ValueError(f"the folder must hold features that can be read; {why}")
   return collections.Counter(shapes).most_common(1)[0][0]
+
+
+class _Packet(NamedTuple):
+  """A packet without its data; times in ticks."""
+
+  pts: int | None
+  dts: int | None
+  duration: int
+  is_keyframe: bool
+  is_discard: bool
+
+
+class _Film(NamedTuple):
+  """The frames that a player shows, as the packets of the file list them.
+
+  Attributes:
+    times: `[N]`, ascending, when each is first shown, in ticks.
+    end: tick at which the last one is no longer shown.
+    zero: tick at which the video begins.
+    tick: seconds; NaN without a frame rate.
+    counted: whether decoded frames are told apart by their number, since they carry no times.
+    announced: how many frames the file should hold.
+  """
+
+  times: np.ndarray
+  end: float
+  zero: float
+  tick: float
+  counted: bool
+  announced: int
+
+
+def _check_counts(path: Path) -> None:
+  """Raises where an .mp4 file announces more samples than it can hold; FFmpeg would make room for all of them."""
+  size = os.path.getsize(path)
+  regions = [(0, size)]
+  with open(path, "rb") as file:
+    while regions:
+      start, end = regions.pop()
+      while start + 8 <= end:
+        file.seek(start)
+        head = file.read(32)
+        length, kind, body = int.from_bytes(head[:4], "big"), head[4:8], 8
+        if length == 1:
+          length, body = int.from_bytes(head[8:16], "big"), 16
+        if length == 0:
+          length = end - start
+        if length < body:
+          break
+        if kind in _BOXES:
+          regions.append((start + body, min(start + length, end)))
+        elif kind in _COUNTS:
+          place = body + _COUNTS[kind]
+          samples = int.from_bytes(head[place : place + 4], "big")
+          if samples > _DENSEST * size:
+            raise ValueError(f"announces {samples} samples in a file of {size} bytes")
+        start += length
+
+
+def _open(path: Path):
+  """That file and no other: a name is no address of FFmpeg's, and what the file says makes it open nothing."""
+  import av
+
+  file, allowed = f"file:{os.path.abspath(path)}", {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
+  try:
+    return av.open(file, options=_LIMITS, container_options=allowed)
+  except UnicodeDecodeError:  # of a title, say, in another encoding; nothing of it is used
+    return av.open(file, options=_LIMITS, container_options=allowed, metadata_errors="replace")
+  except av.error.ArgumentError as error:  # what FFmpeg says of a format that is not in the list
+    raise ValueError(f"must be of a container that holds all it shows, one of {_CONTAINERS}") from error
+
+
+def _video_stream(container):
+  """The stream that players choose; a cover picture or a track of thumbnails is none."""
+  from av.stream import Disposition
+
+  pictures = Disposition.attached_pic | Disposition.timed_thumbnails
+  streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
+  if not streams:
+    raise ValueError("holds no video stream")
+  best = container.streams.best("video")
+  stream = best if best in streams else streams[0]
+  if stream.codec_context is None:
+    raise ValueError("holds a video stream of a codec that PyAV does not know")
+  stream.codec_context.options = _LIMITS
+  return stream
+
+
+def _list_frames(container, stream) -> _Film:
+  """Lists the frames that a player shows; none is decoded."""
+  listed = len(stream.index_entries)
+  packets, reached = [], 0.0
+  for packet in container.demux():
+    if packet.pts is not None and packet.time_base:
+      reached = max(reached, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+    if packet.stream is stream and packet.size:
+      packets.append(_Packet(packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe, packet.is_discard))
+  shown = _shown(packets)
+  if not shown:
+    raise ValueError("holds no frame")
+  if container.format.name not in (_MP4, _AVI) or listed < len(packets):  # their index names all frames
+    _check_length(container, reached)
+  film = _times_of(container, stream, shown)
+  lost = len(_shown([entry for entry in stream.index_entries if entry.size])) - len(shown)
+  return film._replace(announced=len(film.times) + max(lost, 0))
+
+
+def _shown(entries: Sequence) -> list:
+  """Packets or index entries whose frames are shown: from the first key frame on, without those that edits hide."""
+  first = next((i for i, entry in enumerate(entries) if entry.is_keyframe), 0)
+  return [entry for entry in entries[first:] if not entry.is_discard]
+
+
+def _check_length(container, reached: float) -> None:
+  """Raises where a file ends long before the time in its header."""
+  from av.format import Flags
+
+  guessed = container.format.flags & (Flags.ts_discont | Flags.no_timestamps).value
+  if guessed or not container.duration:
+    return
+  announced = container.duration * 1e-6
+  if reached < _WHOLE * announced:
+    raise ValueError(f"ends after {reached:.2f} s of the {announced:.2f} s that it announces")
+
+
+def _times_of(container, stream, packets: Sequence[_Packet]) -> _Film:
+  """When the frames of these packets are shown; `announced` is yet to be found."""
+  # AVI has no presentation times; its frames follow each other as the decoding times do.
+  by_decoding = container.format.name == _AVI
+  stamps = [packet.dts if by_decoding else packet.pts for packet in packets]
+  timed = [i for i, stamp in enumerate(stamps) if stamp is not None]
+  # Second fields may have no time of their own; where more packets have none, nothing can be said but their order.
+  if 2 * len(timed) < len(packets) or not stream.time_base or _clock_jumps(container, stream, packets):
+    rate = float(stream.average_rate or np.nan)
+    times = np.arange(len(packets), dtype=float)
+    return _Film(times, end=len(times), zero=0, tick=1 / rate, counted=True, announced=0)
+  timed.sort(key=lambda i: stamps[i])
+  times = np.array([stamps[i] for i in timed], float)
+  if container.format.name == _MP4:  # frames that end before time 0 are hidden
+    times = times[max(np.searchsorted(times, 0, side="right") - 1, 0) :]
+  length = packets[timed[-1]].duration or (times[-1] - times[-2] if len(times) > 1 else 0)
+  zero = 0 if container.format.name in (_MP4, _MATROSKA) else times[0]
+  return _Film(times, times[-1] + length, zero, float(stream.time_base), by_decoding, announced=0)
+
+
+def _clock_jumps(container, stream, packets: Sequence[_Packet]) -> bool:
+  """Whether the packets carry no times of one clock: a raw stream, or pieces of films one behind the other."""
+  from av.format import Flags
+
+  if container.format.flags & Flags.no_timestamps.value:
+    return True
+  if not container.format.flags & Flags.ts_discont.value:
+    return False
+  steps = np.diff([packet.dts for packet in packets if packet.dts is not None]) * float(stream.time_base)
+  return bool(((steps < 0) | (steps > _SPLICE)).any())
+
+
+class _Shown(NamedTuple):
+  """Decoded frames of segments.
+
+  Attributes:
+    pixels: `[H, W, 3]` by the number of the frame; none where decoding ends before the segments begin.
+    firsts: the number of a segment's first frame, by start.
+    times: in ticks, of all frames.
+    intact: how many frames were decoded without a fault.
+    interlaced: whether the last frame consists of two fields.
+  """
+
+  pixels: dict[int, np.ndarray]
+  firsts: dict[int, int]
+  times: list[float]
+  intact: int
+  interlaced: bool
+
+
+def _decode_segments(
+    path: Path, film: _Film, segments: int, length: int, size: tuple[int, int], rng: np.random.Generator | None
+) -> tuple[np.ndarray, _Shown]:
+  """Chooses the segments and decodes them: `[T]` starts, each the first of `film.times` that its segment shows."""
+  from av.video.reformatter import VideoReformatter
+
+  # By up to a tick if that is short; a long one, such as a frame's, is exact up to floating point.
+  rounding = min(1.0, _ROUNDING / film.tick) if film.tick > 0 else _ROUNDING
+  starts = timed_starts(film.times, film.end, segments, length, rng, rounding=rounding)
+  waiting = collections.deque(np.unique(starts))
+  resize = VideoReformatter().reformat  # one for all frames: six times as quick as a frame's own
+  pixels, firsts, times, intact = {}, {}, [], 0
+  until, previous = 0, None
+  with _open(path) as container:
+    for number, (time, frame) in enumerate(_timed_frames(container, film)):
+      # Each frame is shown until the next one comes, with which those segments are known that begin with it.
+      while waiting and film.times[waiting[0]] < time:
+        firsts[waiting[0]] = max(number - 1, 0)
+        until = firsts[waiting.popleft()] + length
+      if previous is not None and number - 1 < until:
+        pixels[number - 1] = _upright(resize, previous, size)
+      if frame is not None:
+        times.append(time)
+        intact += not frame.is_corrupt
+        previous = frame
+  if not times or times[-1] < film.times[starts.min()]:
+    pixels = {}
+  return starts, _Shown(pixels, firsts, times, intact, previous is not None and previous.interlaced_frame)
+
+
+def _is_by_fields(film: _Film, shown: _Shown) -> bool:
+  """Whether two packets make a frame, one for each field, as in films of some cameras."""
+  firsts = film.times[::2]
+  whole = len(np.intersect1d(shown.times, firsts)) >= _WHOLE * len(firsts)
+  return shown.interlaced and whole and len(shown.times) < _WHOLE * len(film.times)
+
+
+def _timed_frames(container, film: _Film) -> Iterator[tuple[float, Any]]:
+  """Decoded frames in the order in which they are shown, with the tick of each; at last None, at infinity."""
+  number, latest = 0, film.times[0]
+  for frame in _decode(container):
+    if film.counted:
+      latest = film.times[min(number, len(film.times) - 1)]
+    elif frame.pts is not None and frame.pts < film.times[0]:
+      continue
+    elif frame.pts is not None:
+      latest = max(latest, frame.pts)
+    number += 1
+    yield latest, frame
+  yield np.inf, None
+
+
+def _decode(container) -> Iterator[Any]:
+  """Frames in order of display; damaged packets are passed over."""
+  import av
+
+  for packet in container.demux(_video_stream(container)):
+    try:
+      yield from packet.decode()
+    except av.error.FFmpegError:  # each decoder has its own error for what it cannot decode
+      continue
+
+
+def _upright(resize: Callable, frame, size: tuple[int, int]) -> np.ndarray:
+  """Resizes a frame and turns it as its display matrix says: by quarters, mirrored or not."""
+  height, width = size
+  matrix = _display_matrix(frame)
+  transposed = abs(matrix[0, 1]) + abs(matrix[1, 0]) > abs(matrix[0, 0]) + abs(matrix[1, 1])
+  if transposed:
+    height, width = width, height
+  pixels = resize(frame, width, height, "rgb24", interpolation="BILINEAR").to_ndarray()
+  if transposed:
+    pixels, matrix = pixels.swapaxes(0, 1), matrix[::-1]
+  return pixels[:: -1 if matrix[1, 1] < 0 else 1, :: -1 if matrix[0, 0] < 0 else 1]
+
+
+def _display_matrix(frame) -> np.ndarray:
+  """`[2, 2]`, by which (x, y) of a stored picture is multiplied from the left to be shown; y points down."""
+  from av.sidedata.sidedata import Type
+
+  try:
+    stored = frame.side_data.get(Type.DISPLAYMATRIX)
+  except ValueError:  # PyAV 18 and other side data that it has no name for
+    turn = np.deg2rad(-frame.rotation)
+    return np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+  return np.eye(2) if stored is None else np.frombuffer(stored, np.int32).reshape(3, 3)[:2, :2].astype(float)

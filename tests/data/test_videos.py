@@ -90,6 +90,16 @@ def test_units_are_those_at_the_middle_of_a_segment_the_shortest_of_several(fold
   assert batch["units"].dtype == np.int32
 
 
+def test_units_of_a_variable_frame_rate_are_those_of_the_times_shown(tmp_path):
+  times = np.concatenate([np.arange(6) / 2, 3 + np.arange(9) / 12])  # six frames in 3 s, then nine in 0.75 s
+  made_videos.write(tmp_path / "v0.mkv", 15, times=times, rate=30)
+  units = ((0.0, 1.2, 0), (1.2, 2.4, 1), (2.4, 9.0, 2))
+  given = table(("v0",), units=(units,), unit_names=("u",) * 3)
+  batch = VideoFolder(given, tmp_path, segments=4, frames=1, size=(8, 8)).read([0])
+  assert made_videos.shown(batch["clips"])[0][0, :, 0].tolist() == [0, 2, 4, 14]
+  assert batch["units"].tolist() == [[0, 1, 1, 2]]  # at 0.25, 1.25, 2.25 and 3.71 s
+
+
 def test_missing_files_are_named_counted_and_left_out(folder, warnings):
   names = (*NAMES[:3], *(f"gone{i}" for i in range(7)), *NAMES[3:])
   videos = VideoFolder(table(names), folder, **CLIPS)
