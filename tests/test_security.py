@@ -103,7 +103,7 @@ def test_the_names_of_classes_do_not_choose_where_files_go(monkeypatch, tmp_path
   assert [path.name for path in (tmp_path / "a").iterdir()] == ["run"]
   assert {path.name for path in (tmp_path / "a" / "run").iterdir()} == {
       ".lock", "checkpoints", "config.json", "gates.csv", "gates.png", "histograms.jsonl", "metrics.jsonl",
-      "report.html", "result.json", "tensorboard"}
+      "provenance.json", "report.html", "result.json", "tensorboard"}
   assert not Path("/tmp/outside_gating_jax").exists()
 
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gating_jax.experiments import conclusion, surroundings
 from gating_jax.paths import user_path
-from gating_jax.reports import comparison, page
-from gating_jax.training import rundir
+from gating_jax.reports import comparison, opening, page
+from gating_jax.training import provenance, rundir
 from gating_jax.training.journal import METRICS_FILE, read_lines
 
 
@@ -25,9 +26,14 @@ def run(folders: Sequence[Path], page_file: Path) -> None:
   runs = [_read(folder, name) for folder, name in zip(folders, names(folders), strict=True)]
   if page_file.exists() and not _is_comparison(page_file):
     raise ValueError(f"page must be new or the page of an earlier comparison; {page_file} is neither")
-  page.write(page_file, comparison.TITLE, comparison.sections(runs), ", ".join(run.name for run in runs))
+  begin, sections = comparison.content(runs)
+  sections.append(_about(folders, runs))
+  page.write(page_file, comparison.TITLE, sections, ", ".join(run.name for run in runs), begin)
   print(comparison.render(runs))
   print(f"\npage: {page_file}")
+  rows = [(run.name, _summary(run)) for run in runs]
+  print(conclusion.text(f"Compared {len(runs)} runs.", [("page", str(page_file)), *rows],
+                        [f"open {page_file} in a browser"]))
 
 
 def folders(text: str) -> list[Path]:
@@ -71,7 +77,25 @@ def _read(folder: Path, name: str) -> comparison.Run:
   lines = read_lines(folder / METRICS_FILE)
   if not lines:
     raise rundir.RunDirError(f"workdir {folder} holds nothing to compare yet: no line in {METRICS_FILE}")
-  return comparison.Run(name, config, result, [{**_numbers(line), "split": line["split"]} for line in lines])
+  return comparison.Run(name, config, result, [{**_numbers(line), "split": line["split"]} for line in lines],
+                        surroundings.is_ungated(config), surroundings.read_times(folder))
+
+
+def _about(folders: Sequence[Path], runs: Sequence[comparison.Run]) -> page.Section:
+  """When and by which command the page was written, and the runs were started."""
+  return opening.about_several(
+      {run.name: (provenance.read_starts(folder), run.config.get("seed"))
+       for folder, run in zip(folders, runs, strict=True)}, provenance.describe())
+
+
+def _summary(run: comparison.Run) -> str:
+  """What a run has reached, in a line."""
+  if run.result is None:
+    return "not finished"
+  names = {"accuracy": "accuracy", "mean_iou": "mean IoU", "mean_average_precision": "mean average precision",
+           "task_aware.average_accuracy": "accuracy, task known", "mac_ratio": "MACs of the ungated net"}
+  found = [f"{words} {100 * run.result[name]:.2f} %" for name, words in names.items() if name in run.result]
+  return ", ".join(found)
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

@@ -15,9 +15,9 @@ from gating_jax.continual import metrics
 from gating_jax.continual.method import Holdings, Learner
 from gating_jax.data import batches
 from gating_jax.data.sources import Images
-from gating_jax.experiments import settings
+from gating_jax.experiments import settings, surroundings
 from gating_jax.experiments.continual_build import ContinualExperiment
-from gating_jax.reports import image_rows, page, task_pictures, task_table
+from gating_jax.reports import glossary, image_rows, opening, page, task_pictures, task_table, times
 from gating_jax.reports.lettering import plain, save
 from gating_jax.training import evaluation, hosts, rundir
 from gating_jax.training.journal import Journal
@@ -127,22 +127,77 @@ def _make_look(experiment: ContinualExperiment) -> Callable[[Learner, int], tupl
   return look
 
 
-def write(experiment: ContinualExperiment, learner: Learner, run_dir: rundir.RunDir, step: int) -> None:
-  """Writes the run's page; every process of a job computes what it shows, and one writes."""
+def write(
+    experiment: ContinualExperiment, learner: Learner, run_dir: rundir.RunDir, step: int, notice: str = ""
+) -> None:
+  """Writes the run's page; every process of a job computes what it shows, and one writes.
+
+  Args:
+    experiment: of the run.
+    learner: that has learnt a task, or more.
+    run_dir: of the run.
+    step: of the learner.
+    notice: what the page says before all else, such as that the run has failed.
+  """
   config, result = experiment.config, summary(experiment, learner)
+  around = surroundings.read(run_dir, config, surroundings.TASKS)
+  pictures = {name: page.pictured(figure, caption, scrolls=figure.get_figwidth() > page.WIDTH, terms=_TERMS[name])
+              for name, (caption, figure) in _pictures(experiment, learner).items()}
+  shown = "filters" if "filters" in pictures else "accuracies"  # at the top
   sections = [page.Section("Result", " ".join(f"{why}." for why in task_table.reasons(result)), [
-      *(page.Table(*table) for table in task_table.tables(result)),
-      page.Table(("", ""), task_table.costs(result), numeric=False)])]
-  sections += [page.Section(name.capitalize(), parts=[
-      page.pictured(figure, caption, scrolls=figure.get_figwidth() > page.WIDTH)])
-               for name, (caption, figure) in _pictures(experiment, learner).items()]
+      *(page.Table(*table, terms=_COLUMNS + _measures(table)) for table in task_table.tables(result)),
+      glossary.defined(task_table.costs(result))])]
+  sections += [page.Section(name.capitalize(), parts=[picture]) for name, picture in pictures.items() if name != shown]
   if experiment.method.task_net is not None:
     sections.append(_one_gate_across_tasks(experiment, learner))
   configured = [(name, str(value)) for name, value in settings.flatten(config)]
-  sections.append(page.Section("Settings", parts=[page.Table(("setting", "value"), configured, numeric=False)]))
+  sections += [times.section(around.times), opening.settings(configured), opening.about(around)]
+  begin = page.Opening(_numbers(result, around), pictures[shown],
+                       opening.why_no_baseline(around, surroundings.TASKS.how), notice)
   hosts.written(lambda: page.write(
       run_dir.report, f"{config.method} on {config.data.name}, task by task", sections,
-      f"{run_dir.path.name}, step {step}, {int(learner.task)} of {len(experiment.tasks)} tasks learnt"))
+      f"{run_dir.path.name}, step {step:,}, {int(learner.task)} of {len(experiment.tasks)} tasks learnt", begin))
+
+
+_COLUMNS = (
+    ("when learned", "accuracy on the task's test images just after it was learned, in %"),
+    ("at the end", "the same after the last task learnt"))
+_TASK = "classes that are learned at once; tasks stand in the order of learning"
+_TERMS = {
+    "accuracies": (
+        ("tested on task", "the task that the test images are of"),
+        ("after learning task", "the last task that was learned before this test"),
+        ("accuracy", "fraction of the task's test images whose most likely class is the true one, in %")),
+    "filters": (
+        ("task", _TASK), ("filters", "gated units of the layer"),
+        ("reused from older tasks", "the task uses them, an older one has taken them"),
+        ("new with this task", "the task has taken them, and keeps them from change"),
+        ("older tasks', not used", "of no use to the task: its gates close them, and they are not computed"),
+        ("free", "left for tasks to come")),
+    "overlap": (
+        ("task", _TASK),
+        ("intersection over union", "units that both tasks use, in % of those that either uses")),
+}
+
+
+def _measures(table: tuple[list[str], list[list[str]]]) -> tuple[tuple[str, str], ...]:
+  """Definitions of the first column, and of the rows of a table that are no tasks."""
+  (first, *_), rows = table
+  knows = "knows" if first.startswith("task-aware") else "must infer"
+  known = (first, f"of each task's test images, in %, by a network that {knows} the task of an image")
+  return (known, *((name, glossary.MEASURES[name]) for name, *_ in rows if name in glossary.MEASURES))
+
+
+def _numbers(result: Mapping[str, Any], around: opening.Surroundings) -> list[page.Number]:
+  """The large ones: with the task known."""
+  aware, macs, dense = result["task_aware"]["average_accuracy"], result["task_aware_macs"], result["dense_macs"]
+  count = len(result["task_names"])
+  agnostic = 100 * result["task_agnostic"]["average_accuracy"]
+  score = opening.score(
+      "accuracy, task known", aware, "task_aware.average_accuracy", around,
+      f"Fraction of test images whose class is right, the task known; mean over the {count} tasks learnt. With "
+      f"the task unknown: {agnostic:.2f} %.")
+  return [score, opening.macs(macs / dense, macs, dense, "image", around), opening.time("image", around)]
 
 
 def _pictures(experiment: ContinualExperiment, learner: Learner) -> dict[str, tuple[str, Any]]:
@@ -178,7 +233,8 @@ def _one_gate_across_tasks(experiment: ContinualExperiment, learner: Learner) ->
       continue
     rows = [pixels[t][np.argsort(-logits[t][:, unit], kind="stable")[:_IMAGES]] for t in users]
     labels = [f"{plain(experiment.task_names[t], 20)}\nopen: {100 * rates[t, unit]:.0f} %" for t in users]
-    parts.append(page.pictured(image_rows.draw_rows(rows, labels), f"{plain(names[unit], 60)}."))
+    parts.append(page.pictured(image_rows.draw_rows(rows, labels), f"{plain(names[unit], 60)}.", photo=True))
   return page.Section(
       "One gate across tasks", "Filters that most tasks use, and not for all images. Each task decides by a gate of "
-      "its own: a row has the test images of a task that open it most.", parts)
+      "its own: a row has the test images of a task that open it most, and for how many of the task's test images it "
+      "is open, in %.", parts)

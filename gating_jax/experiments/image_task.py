@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import jax
 
-from gating_jax.experiments import settings
+from gating_jax.experiments import conclusion, image_compile, settings, surroundings
 from gating_jax.experiments.build import Experiment
 from gating_jax.reports import firing, gate_table, image_report, lettering, table
 from gating_jax.training import evaluation, rundir, steps
@@ -45,6 +46,33 @@ class Task:
     """The result as text."""
     return table.lines(self.rows(result), result.get("layers"))
 
+  def title(self, experiment: Experiment) -> str:
+    """What is trained."""
+    model = experiment.config.model
+    gates = {"none": "without gates", "exits": "with early exits", "experts": "with experts"}
+    return f"{model.name} {gates.get(model.gating, f'with {model.gating} gates')} on {experiment.config.data.name}"
+
+
+def conclude(task: Task, experiment: Experiment, path: Path, result: Mapping[str, Any], done: str) -> str:
+  """What a mode that tests the net ends with.
+
+  Args:
+    task: of the run.
+    experiment: of the run.
+    path: of the run directory.
+    result: of the test.
+    done: the beginning of a sentence about the net.
+  """
+  rows = [task.rows(result)[0], *conclusion.gates(result), ("run directory:", str(path))]
+  report = path / rundir.REPORT_FILE
+  if report.exists():
+    rows.append(("page", f"{report}, for a browser"))
+  modes = []
+  with contextlib.suppress(ValueError):
+    image_compile.check(experiment.model)
+    modes = ["compile", "export"] if experiment.config.experiment == "classification" else ["compile"]
+  return conclusion.text(f"{done} {task.title(experiment)}.", rows, conclusion.following(path, modes))
+
 
 def write_files(
     task: Task, experiment: Experiment, run_dir: rundir.RunDir, state: Any, journal: Journal, step: int,
@@ -67,9 +95,10 @@ def write_files(
 def write_report(
     task: Task, experiment: Experiment, run_dir: rundir.RunDir, step: int, result: Mapping[str, Any],
     images: evaluation.ImageBehaviour, gates: evaluation.GateBehaviour | None,
-    drawn: Mapping[str, tuple[Any, str]] = MappingProxyType({}),
+    drawn: Mapping[str, tuple[Any, str]] = MappingProxyType({}), notice: str = "",
 ) -> None:
-  """Writes `report.html` of the state of `step`; the rest is what the test found of it, and what `task.draw` drew."""
+  """Writes `report.html` of the state of `step`; the rest is what the test found of it, what `task.draw` drew, and what
+  the page says before all else."""
   config, counts, total = experiment.config, experiment.counts, experiment.settings.total_steps
   before = lambda file: [line for line in read_lines(run_dir.path / file)
                          if line["split"] == "test" and line["step"] < step]
@@ -77,7 +106,7 @@ def write_report(
   pulled = config.loss.regulariser == "batch_shaping" and config.loss.batch_shaping.coefficient > 0
   image_report.write(run_dir.report, image_report.ImageRun(
       title=f"{config.model.name} on {config.data.name}",
-      subtitle=f"Step {step:,} of {total:,}. Gates: {config.model.gating}. gating_jax.",
+      subtitle=f"{run_dir.path.name}, step {step:,} of {total:,}, gates: {config.model.gating}",
       noun=task.noun,
       rows=task.rows(result),
       score=task.score,
@@ -91,4 +120,7 @@ def write_report(
       prior=experiment.objective.prior if pulled else None,
       config=[(name, str(value)) for name, value in settings.flatten(config)],
       read=lambda index: experiment.test.read(index)[0],
-      pictures=list(drawn.values())))
+      pictures=list(drawn.values()),
+      around=surroundings.read(run_dir, config, surroundings.IMAGES),
+      how=surroundings.IMAGES.how,
+      notice=notice))

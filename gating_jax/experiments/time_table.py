@@ -13,16 +13,18 @@ import jax
 import numpy as np
 
 from gating_jax import timing
+from gating_jax.experiments import conclusion, surroundings
 from gating_jax.inference.conditional import Conditional
 from gating_jax.inference.exiting import Exiting
 from gating_jax.inference.inputs import spread
 from gating_jax.inference.kernel_strategies import why_not
 from gating_jax.inference.timings import Timing
+from gating_jax.progress import working
 from gating_jax.reports import time_picture
 from gating_jax.training import rundir
 from gating_jax.training.journal import write_json
 
-TABLE_FILE, PICTURE_FILE = "compile.json", "compile.png"
+TABLE_FILE, PICTURE_FILE = surroundings.TIMES_FILE, "compile.png"
 _CALIBRATION = 256  # images at most
 _BATCHES, _REPEATS = (1, 64), 20
 
@@ -39,13 +41,18 @@ def write(run_dir: rundir.RunDir, step: int, tables: Iterable[tuple[str, Sequenc
   """
   found = {}
   with rundir.staged(run_dir.path, (TABLE_FILE, PICTURE_FILE)) as folder:
-    print(f"checkpoint of step {step}, timed on {timing.device()}")
+    print(f"checkpoint of step {step}, timed on {timing.device()}: some minutes", flush=True)
     for title, rows in tables:
       found[title] = [dataclasses.asdict(row) for row in rows]
       print(f"\n{title}\n" + time_picture.table(found[title]))
     write_json(folder / TABLE_FILE, {
         "step": step, "device": timing.device(), "jax_version": jax.__version__, "timings": found})
     time_picture.draw(folder / PICTURE_FILE, found)
+  surroundings.refresh_times(run_dir.path)
+  modes = ["export"] if run_dir.config().get("experiment") == "classification" else []
+  print(conclusion.text(f"Timed the checkpoint of step {step:,}: median milliseconds of a call.", [
+      *conclusion.times(found), ("run directory:", str(run_dir.path)),
+      ("tables", f"{run_dir.path / TABLE_FILE}; a picture is beside it")], conclusion.following(run_dir.path, modes)))
   print(f"\nwritten: {run_dir.path / TABLE_FILE}, {run_dir.path / PICTURE_FILE}")
 
 
@@ -66,7 +73,9 @@ def of_images(
     images: `[M, H, W, D]`, the calibration.
   """
   for size in _BATCHES:
-    made = compiled(input_shape=images.shape[1:], batch_size=size, calibration=images, repeats=_REPEATS)
+    with working(f"compiling and timing each way to run {title(size, 'image')}") as progress:
+      made = compiled(input_shape=images.shape[1:], batch_size=size, calibration=images, repeats=_REPEATS,
+                      progress=progress)
     if isinstance(made, Conditional) and (reason := why_not("native")):
       print(f"\nthe strategy native is not tried: {reason}")
     yield title(size, "image"), made.report()

@@ -12,18 +12,27 @@ import numpy as np
 
 from gating_jax.ops.priors import Prior
 from gating_jax.reports.lettering import plain
-from gating_jax.training.diagnosis import OUTCOMES
+from gating_jax.training.diagnosis import OUTCOMES, Diagnosis
 
 WIDTH = 5.0  # inches of every picture
 MOST_LAYERS, MOST_CLASSES, _BARS = 24, 40, 12  # that a picture shows; bars of classes
-_COLOURS = ("#4c78a8", "#b8c0cc", "#f2a541", "#2a9d6f")  # of outcomes
+_TALLEST, _NAMED = 7.0, 36  # inches of bars of layers, and how many of these have a name
+_KINDS = (  # of gates, and their colours, which differ in lightness too
+    ("< 1 % (always closed)", "#c3cad3"), ("1 to 25 % (conditional)", "#b7e4c7"), ("25 to 50 % (cond.)", "#74c69d"),
+    ("50 to 75 % (cond.)", "#40916c"), ("75 to 99 % (cond.)", "#1b4332"), ("> 99 % (always open)", "#4c78a8"),
+    ("random, by noise", "#f2a541"))
+_GREEN = "#2a9d6f"
 _COLUMNS = 3
 _LETTERS = 8.5  # points
 
 
 def layer_names(layers: Sequence[tuple[str, int]]) -> list[str]:
-  """Number, as in TensorBoard, and name of each layer."""
-  return [f"{i:02d} {plain(name, 24)}" for i, (name, _) in enumerate(layers)]
+  """Number, as in TensorBoard, and name of each layer, without a first folder that all are in."""
+  names = [name for name, _ in layers]
+  first = {name.partition("/")[0] for name in names}
+  if len(first) == 1 and len(names) > 1 and all("/" in name for name in names):
+    names = [name.partition("/")[2] for name in names]
+  return [f"{i:02d} {plain(name, 24)}" for i, name in enumerate(names)]
 
 
 def shown_layers(count: int) -> np.ndarray:
@@ -31,29 +40,47 @@ def shown_layers(count: int) -> np.ndarray:
   return np.unique(np.linspace(0, count - 1, min(count, MOST_LAYERS)).astype(int))
 
 
-def draw_outcomes(layers: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Any:
-  """Bars of gates always open, always closed, at random and conditional in each layer.
+def draw_outcomes(found: Diagnosis, sizes: Sequence[int], names: Sequence[str]) -> Any:
+  """Bars of what the gates of each layer do, in per cent of the layer's; conditional ones by how often they are open.
+
+  Of many layers every few have a name.
 
   Args:
-    layers: as `training.diagnosis.by_layer` returns.
-    names: of them.
+    found: of all gates.
+    sizes: gates of each layer.
+    names: of each layer.
   """
   from matplotlib.figure import Figure  # imports slowly
 
-  figure = Figure(figsize=(WIDTH, 0.9 + 0.21 * len(layers)), layout="constrained")
+  count, kinds, whole = len(sizes), _kinds(found), np.maximum(sizes, 1)
+  figure = Figure(figsize=(WIDTH, 1.7 + min(0.24 * count, _TALLEST)), layout="constrained")
   axes = figure.subplots()
-  left = np.zeros(len(layers))
-  for outcome, colour in zip(OUTCOMES, _COLOURS, strict=True):
-    counts = np.array([layer[outcome] for layer in layers])
-    axes.barh(np.arange(len(layers)), counts, left=left, color=colour, label=outcome.replace("_", " "), height=0.8)
-    left += counts
-  axes.set_yticks(np.arange(len(layers)), names, fontsize=_LETTERS)
+  left = np.zeros(count)
+  for kind, (name, colour) in enumerate(_KINDS):
+    parts = np.split(kinds == kind, np.cumsum(sizes)[:-1])
+    counts = np.array([np.count_nonzero(part) for part in parts])
+    label = f"{name}: {counts.sum():,}"
+    axes.barh(np.arange(count), 100 * counts / whole, left=left, color=colour, label=label, height=0.82)
+    left += 100 * counts / whole
+  every = -(-count // _NAMED)
+  axes.set_yticks(np.arange(0, count, every), names[::every], fontsize=_LETTERS)
   axes.invert_yaxis()
   axes.margins(y=0.01)
-  axes.set_xlabel("gates")
+  axes.set_xlim(0, 100)
+  axes.set_xlabel("gates of the layer (%)")
+  axes.set_ylabel("layer, the first on top")
   axes.spines[["top", "right"]].set_visible(False)
-  figure.legend(loc="outside upper center", ncols=2, frameon=False)
+  figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9, columnspacing=1.2,
+                title=f"What {len(kinds):,} gates do: open for", alignment="left")
   return figure
+
+
+def _kinds(found: Diagnosis) -> np.ndarray:
+  """`[G]` positions in `_KINDS`."""
+  bins = np.digitize(found.open_rates, (0.25, 0.5, 0.75)) + 1
+  outcomes = [OUTCOMES[outcome] for outcome in found.outcomes]
+  others = {"always_closed": 0, "always_open": 5, "random_dropout": 6}
+  return np.array([others.get(outcome, place) for outcome, place in zip(outcomes, bins, strict=True)], int)
 
 
 def draw_histograms(history: Sequence[Mapping[str, Any]], names: Sequence[str], measure: str) -> Any:
@@ -64,7 +91,8 @@ def draw_histograms(history: Sequence[Mapping[str, Any]], names: Sequence[str], 
     names: of all layers.
     measure: `probs` or `open_rates`.
   """
-  figure, panels = _panels(names)
+  what = {"probs": "probability", "open_rates": "open rate"}[measure]
+  figure, panels = _panels(names, "test at step", what)
   for number, axes in panels:
     counts = np.array([line[f"gates/layer{number:02d}/{measure}"] for line in history], np.float64)  # [T, bins]
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -85,9 +113,9 @@ def draw_cdfs(history: Sequence[Mapping[str, Any]], names: Sequence[str], prior:
   """
   from matplotlib import colormaps
 
-  figure, panels = _panels(names)
+  figure, panels = _panels(names, "probability", "below it")
   times = np.unique(np.linspace(0, len(history) - 1, min(len(history), 4)).astype(int))
-  tones = colormaps["viridis_r"](np.linspace(0.15, 0.95, len(times))) if len(times) > 1 else ["#2a9d6f"]
+  tones = colormaps["viridis_r"](np.linspace(0.15, 0.95, len(times))) if len(times) > 1 else [_GREEN]
   for number, axes in panels:
     for tone, time in zip(tones, times, strict=True):
       counts = np.array(history[time][f"gates/layer{number:02d}/probs"], np.float64)
@@ -125,7 +153,11 @@ def draw_class_map(rates: np.ndarray, gates: Sequence[str], class_names: Sequenc
                   fontsize=_LETTERS)
   axes.xaxis.tick_top()
   axes.set_yticks(np.arange(len(rows)), [gates[g] for g in rows], fontsize=7.5)
-  figure.colorbar(image, ax=axes, orientation="horizontal", label="open rate", aspect=40, pad=0.01)
+  axes.set_ylabel("gate (layer:number)")
+  axes.set_xlabel("class")
+  axes.xaxis.set_label_position("top")
+  figure.colorbar(image, ax=axes, orientation="horizontal", aspect=40, pad=0.01,
+                  label="images of the class that open the gate (fraction)")
   return figure
 
 
@@ -143,29 +175,32 @@ def draw_class_bars(rates: np.ndarray, titles: Sequence[str], class_names: Seque
   figure = Figure(figsize=(WIDTH, (0.5 + 0.16 * shown) * len(rates)), layout="constrained")
   for axes, rate, title in zip(figure.subplots(len(rates), 1, squeeze=False).ravel(), rates, titles, strict=True):
     classes = np.sort(np.argsort(-rate, kind="stable")[:shown])
-    axes.barh(np.arange(shown), 100 * rate[classes], color=_COLOURS[3])
+    axes.barh(np.arange(shown), 100 * rate[classes], color=_GREEN)
     axes.set_yticks(np.arange(shown), [plain(class_names[k], 18) for k in classes], fontsize=_LETTERS)
     axes.invert_yaxis()
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlim(0, 100)
+    axes.set_ylabel("class", fontsize=_LETTERS)
     axes.spines[["top", "right"]].set_visible(False)
-  axes.set_xlabel("% of the class's images open it")
+  axes.set_xlabel("images of the class that open the gate (%)")
   return figure
 
 
-def _panels(names: Sequence[str]) -> tuple[Any, list[tuple[int, Any]]]:
-  """A figure, and number and axes of each layer shown."""
+def _panels(names: Sequence[str], xlabel: str, ylabel: str) -> tuple[Any, list[tuple[int, Any]]]:
+  """A figure, and number and axes of each layer shown; every panel has its labels."""
   from matplotlib.figure import Figure  # imports slowly
 
   shown = shown_layers(len(names))
   rows = -(-len(shown) // _COLUMNS)
-  figure = Figure(figsize=(WIDTH, 0.6 + 1.35 * rows), layout="constrained")
+  figure = Figure(figsize=(WIDTH, 0.6 + 1.55 * rows), layout="constrained")
   grid = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
   for axes in grid[len(shown):]:
     axes.axis("off")
   panels = list(zip(shown.tolist(), grid, strict=False))
   for number, axes in panels:
     axes.set_title(names[number], fontsize=7.5)
+    axes.set_xlabel(xlabel, fontsize=_LETTERS, labelpad=-6)
+    axes.set_ylabel(ylabel, fontsize=_LETTERS, labelpad=-4)
   return figure, panels
 
 

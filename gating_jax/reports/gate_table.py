@@ -13,6 +13,24 @@ from gating_jax.training.diagnosis import OUTCOMES, Diagnosis
 _MEASURES = ("open_rates", "disagreement", "input_information", "class_information")
 
 
+# What the page calls a column, and a sentence that defines it, by the header of `rows`.
+TITLES = {
+    "layer": ("layer", "number and name of the gated layer, the first on top"),
+    "gates": ("gates", "how many units of the layer have a gate"),
+    "open": ("open (%)", "open gates of an example, mean over gates and the test set"),
+    "always open": ("always open", "gates that are open for more than 99 % of the test set"),
+    "always closed": ("always closed", "gates that are open for less than 1 % of the test set"),
+    "random dropout": ("random", "gates that noise decides in training, as in dropout, and not the input"),
+    "conditional": ("conditional", "gates that the input decides"),
+    "draws differ": ("draws differ (%)", "examples on which two draws of the training's noise would open a gate once "
+                                         "and close it once, mean over gates"),
+    "on input": ("information on the input (bits)", "mutual information of a gate drawn with that noise and the input, "
+                                                    "mean over gates; 1 at most"),
+    "on class": ("information on the class (bits)", "mutual information of a gate and the class, mean over gates, what "
+                                                    "chance adds taken off"),
+}
+
+
 def render(layers: Sequence[Mapping[str, Any]]) -> str:
   """The lines of `rows`."""
   return "\n".join(columns(rows(layers)))

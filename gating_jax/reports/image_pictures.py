@@ -47,14 +47,15 @@ def draw_training(steps: Sequence[int], scores: Sequence[float], mac_ratios: Seq
   figure = Figure(figsize=(WIDTH, 3.6 if gated else 2.4), layout="constrained")
   top, *below = np.atleast_1d(figure.subplots(1 + gated, 1, sharex=True))
   top.plot(steps, 100 * np.asarray(scores), color=_BLUE, marker="o", markersize=4)
-  top.set_ylabel(f"{score_name}, %")
+  top.set_ylabel(f"{score_name} (%)")
   for axes in below:
     axes.plot(steps, 100 * np.asarray(mac_ratios), color=_GREEN, marker="o", markersize=4)
-    axes.set_ylabel("MACs, %")
+    axes.set_ylabel("MACs (% of ungated)")
+    axes.ticklabel_format(axis="y", useOffset=False)
   for axes in (top, *below):
     axes.grid(alpha=0.3)
   (*_, last) = (top, *below)
-  last.set_xlabel("step")
+  last.set_xlabel("training step")
   return figure
 
 
@@ -67,27 +68,41 @@ def draw_path(steps: Sequence[int], scores: Sequence[float], mac_ratios: Sequenc
   x, y = 100 * np.asarray(mac_ratios), 100 * np.asarray(scores)
   axes.plot(x, y, color="#b8c0cc", linewidth=1, zorder=1)
   points = axes.scatter(x, y, c=steps, cmap="viridis_r", zorder=2)
-  axes.set(xlabel="MACs, % of the ungated net's", ylabel=f"{score_name}, %")
+  axes.set(xlabel="MACs (% of the ungated network's)", ylabel=f"{score_name} (%)")
+  axes.ticklabel_format(useOffset=False)
   axes.grid(alpha=0.3)
-  figure.colorbar(points, ax=axes, label="step")
+  figure.colorbar(points, ax=axes, label="training step")
   return figure
 
 
-def draw_groups(macs: Sequence[float], values: Sequence[float], value_name: str) -> Any:
-  """A value of equally many images each, ordered by what is spent on them.
+def draw_quarters(macs: np.ndarray, quarters: Sequence[np.ndarray], noun: str) -> Any:
+  """What is spent on images that are easy and hard: the mean of each quarter, and a bar from its 10th percentile to its
+  90th.
 
   Args:
-    macs: mean of each group.
-    values: the same.
+    macs: `[N]` of each image.
+    quarters: numbers of the images of each, the easiest first.
+    noun: what an image is.
   """
   from matplotlib.figure import Figure  # imports slowly
 
-  figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
+  figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
   axes = figure.subplots()
-  axes.plot(np.asarray(macs) / 1e6, values, color=_GREEN, marker="o", markersize=5)
-  axes.set(xlabel="millions of MACs an image, mean of the group", ylabel=value_name)
-  axes.margins(y=0.15)
-  axes.grid(alpha=0.3)
+  places = np.arange(len(quarters))
+  low, high = np.transpose([np.percentile(macs[quarter], (10, 90)) for quarter in quarters]) / 1e6
+  means = [macs[quarter].mean() / 1e6 for quarter in quarters]
+  axes.vlines(places, low, high, color="#b8c0cc", linewidth=7)
+  axes.plot(places, means, color=_GREEN, marker="o", markersize=6)
+  for place, mean in zip(places, means, strict=True):
+    axes.annotate(f"{mean:.4g}", (place, mean), xytext=(9, 0), textcoords="offset points", fontsize=9, va="center")
+  names = [f"quarter {i}" for i in range(1, len(quarters) + 1)]
+  names[0] += "\n(easiest)"
+  names[-1] += "\n(hardest)" if len(names) > 1 else ""
+  axes.set_xticks(places, names)
+  axes.set(xlabel=f"quarters of the test {noun}s, by loss", ylabel=f"MACs per {noun} (millions)")
+  axes.margins(x=0.15, y=0.15)
+  axes.grid(axis="y", alpha=0.3)
+  axes.spines[["top", "right"]].set_visible(False)
   return figure
 
 

@@ -1,15 +1,19 @@
-"""A picture of how segments were chosen, narrow enough for a phone.
+"""Pictures of how segments were chosen, narrow enough for a phone.
 
-Axes: S valid segments of all videos, M videos.
+Axes: S valid segments of all videos, M videos, T segments of a video.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from gating_jax.reports.lettering import plain
+
 _WIDTH, _BINS = 5.0, 20  # inches; of histograms
+_CHOSEN, _CLOSED, _RELEVANT = "#e4572e", "#c3cad3", "#2e9e6b"
 
 
 def draw_shares(probs: np.ndarray, shares: np.ndarray, correct: np.ndarray | None = None) -> Any:
@@ -25,7 +29,7 @@ def draw_shares(probs: np.ndarray, shares: np.ndarray, correct: np.ndarray | Non
   figure, bins = Figure(figsize=(_WIDTH, 4.2), layout="constrained"), np.linspace(0, 1, _BINS + 1)
   segments, videos = figure.subplots(2, 1, sharex=True)
   segments.hist(probs, bins=bins, color="tab:green")
-  segments.set(xlabel="probability of a segment", ylabel="segments")
+  segments.set(xlabel="probability that a segment is chosen", ylabel="segments")
   segments.tick_params(labelbottom=True)
   if correct is None:
     videos.hist(shares, bins=bins, color="tab:blue")
@@ -33,7 +37,46 @@ def draw_shares(probs: np.ndarray, shares: np.ndarray, correct: np.ndarray | Non
     videos.hist([shares[correct], shares[~correct]], bins=bins, stacked=True, color=["tab:blue", "tab:orange"],
                 label=["classified correctly", "wrongly"])
     videos.legend(frameon=False)
-  videos.set(xlabel="share of a video's segments chosen", ylabel="videos")
+  videos.set(xlabel="chosen segments of a video (fraction)", ylabel="videos")
   for axes in (segments, videos):
     axes.spines[["top", "right"]].set_visible(False)
   return figure
+
+
+def draw_choices(
+    gates: Sequence[np.ndarray], names: Sequence[str], relevant: Sequence[np.ndarray] | None = None
+) -> Any:
+  """A row for each video, from its begin to its end: chosen segments in colour, and below them those that matter.
+
+  Args:
+    gates: `[T]` whether each segment is chosen, of each video, T its own.
+    names: of the videos.
+    relevant: `[T]` whether each segment matters; None where that is not known.
+  """
+  from matplotlib.figure import Figure  # imports slowly
+  from matplotlib.patches import Patch
+
+  count = len(gates)
+  figure = Figure(figsize=(_WIDTH, 1.0 + 0.3 * count), layout="constrained")
+  axes = figure.subplots()
+  for row, chosen in enumerate(gates):
+    colours = [_CHOSEN if gate else _CLOSED for gate in chosen]
+    _draw_row(axes, row - 0.4, 0.55 if relevant is not None else 0.8, colours)
+    if relevant is not None:
+      _draw_row(axes, row + 0.2, 0.2, [_RELEVANT if matters else "white" for matters in relevant[row]])
+  axes.set(xlim=(0, 1), ylim=(count - 0.4, -0.6), xlabel="time (fraction of the video)", ylabel="test video")
+  axes.set_yticks(range(count), [plain(name, 24) for name in names], fontsize=8.5)
+  axes.tick_params(axis="y", length=0)
+  axes.spines[:].set_visible(False)
+  handles = [Patch(color=_CHOSEN, label="chosen"), Patch(color=_CLOSED, label="not chosen")]
+  if relevant is not None:
+    handles.append(Patch(color=_RELEVANT, label="matters for the label"))
+  figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, fontsize=9)
+  return figure
+
+
+def _draw_row(axes: Any, top: float, height: float, colours: Sequence[str]) -> None:
+  """A box for each segment, all of the same width."""
+  width = 1 / len(colours)
+  axes.bar(np.arange(len(colours)) * width, height, width=0.92 * width, bottom=top, color=colours, align="edge",
+           linewidth=0)

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from gating_jax.reports.lettering import columns, plain, save
 
+WIDTH = 5.0  # inches of a panel
 Rows = Sequence[Mapping[str, Any]]
 _MARKS = "os^Dvph*X"
 _COLOURS = ("#5b6770", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a6d3b")
@@ -35,28 +36,34 @@ def table(rows: Rows) -> str:
 
 
 def draw(path: Path | BinaryIO, timings: Mapping[str, Rows]) -> None:
-  """Writes a PNG: a panel for each title, two beside each other, time against MACs, both of those of computing all.
+  """Writes the figure of two columns as a PNG."""
+  save(figure(timings, columns=2), path)
+
+
+def figure(timings: Mapping[str, Rows], *, columns: int) -> Any:
+  """A panel for each title: time against MACs, both in per cent of those of computing all.
 
   A small mark is a part, a large one the whole network; on the diagonal all that MACs save is saved in time. What takes
   more than twice the time is on the upper edge.
   """
   from matplotlib.figure import Figure  # imports slowly
 
-  down = -(-len(timings) // 2)
-  figure = Figure(figsize=(10.4, 4.6 * down), dpi=120, layout="constrained")
+  down = -(-len(timings) // columns)
+  figure = Figure(figsize=(WIDTH * columns, 4.6 * down), dpi=120, layout="constrained")
   names = list(dict.fromkeys(row["strategy"] for rows in timings.values() for row in rows))
   for place, (title, rows) in enumerate(timings.items(), 1):
-    axes = figure.add_subplot(down, 2, place)
-    top = 1.05 * max([1.0, *(row["mac_ratio"] for row in rows), *(min(row["time_ratio"], 2.0) for row in rows)])
+    axes = figure.add_subplot(down, columns, place)
+    ratios = [row["mac_ratio"] for row in rows] + [min(row["time_ratio"], 2.0) for row in rows]
+    top = 105 * max([1.0, *ratios])
     for i, name in enumerate(names):
       shown = [row for row in rows if row["strategy"] == name]
-      axes.scatter([row["mac_ratio"] for row in shown], [min(row["time_ratio"], top) for row in shown],
+      axes.scatter([100 * row["mac_ratio"] for row in shown], [min(100 * row["time_ratio"], top) for row in shown],
                    [110 if row["part"] is None else 28 for row in shown], color=_COLOURS[i % len(_COLOURS)],
                    marker=_MARKS[i % len(_MARKS)], edgecolors="white", linewidths=0.5, label=name, clip_on=False)
     axes.plot([0, top], [0, top], color="#aab4be", linewidth=1, zorder=0)
-    axes.axhline(1, color="#aab4be", linewidth=1, linestyle="--", zorder=0)
-    axes.set(xlim=(0, top), ylim=(0, top), xlabel="MACs left open, of all", ylabel="time, of computing all",
+    axes.axhline(100, color="#aab4be", linewidth=1, linestyle="--", zorder=0)
+    axes.set(xlim=(0, top), ylim=(0, top), xlabel="MACs left open (% of all)", ylabel="time (% of computing all)",
              title=plain(title, 60))
   if names:
     figure.axes[-1].legend(fontsize=8)
-  save(figure, path)
+  return figure

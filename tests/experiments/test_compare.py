@@ -31,7 +31,7 @@ def test_runs_are_read_printed_and_written(made, tmp_path, capsys):
   assert re.search(r"accuracy +75\.00 % +50\.00 %", printed)
   assert re.search(r"optim\.epochs +3 +5", printed)
   assert f"page: {tmp_path / 'page.html'}" in printed
-  for text in ("<td>75.00 %</td><td>50.00 %</td>", "<th>first/run</th><th>second/run</th>",
+  for text in ("<td>75.00 %</td><td>50.00 %</td>", '<th scope="col">first/run</th><th scope="col">second/run</th>',
                "<td>optim.epochs</td><td>3</td><td>5</td>"):
     assert text in html
 
@@ -98,14 +98,14 @@ def test_what_is_no_number_is_left_out(made, tmp_path, capsys):
   assert re.search(r"last step +7\n", printed)
   assert re.search(r"MACs +10\n", printed)
   assert "accuracy" not in printed
-  assert "<th>run</th>" in (tmp_path / "page.html").read_text()
+  assert '<th scope="col">run</th>' in (tmp_path / "page.html").read_text()
 
 
 def test_only_the_page_of_an_earlier_comparison_is_replaced(made, tmp_path):
   folder, page = made(), tmp_path / "page.html"
-  compare.run([folder, made("second")], page)
+  compare.run([folder, made("other_run")], page)
   compare.run([folder], page)
-  assert "second" not in page.read_text()
+  assert "other_run" not in page.read_text()
   page.write_text("<title>My thesis</title>")
   with pytest.raises(ValueError, match="page must be new or the page of an earlier comparison; .*page.html is neither"):
     compare.run([folder], page)

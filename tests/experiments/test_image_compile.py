@@ -30,7 +30,7 @@ def test_what_takes_long_is_on_the_edge_of_the_picture(tmp_path, monkeypatch):
   time_picture.draw(tmp_path / "picture.png", {"a table": [row, row | {"strategy": "switch", "time_ratio": 5.0}]})
   (axes,) = figures[0].axes
   heights = [float(points.get_offsets()[0, 1]) for points in axes.collections]
-  assert heights == pytest.approx([1.0, axes.get_ylim()[1]])
+  assert heights == pytest.approx([100.0, axes.get_ylim()[1]])
 
 
 @pytest.mark.slow

@@ -28,12 +28,16 @@ def cells(rows):
 
 
 def tables(runs):
-  return {section.title: cells(part.rows) for section in comparison.sections(runs) for part in section.parts
+  return {section.title: cells(part.rows) for section in comparison.content(runs)[1] for part in section.parts
           if isinstance(part, page.Table)}
 
 
 def pictures(runs, title):
-  return [part.caption for section in comparison.sections(runs) if section.title == title for part in section.parts]
+  """What is drawn, up to the first colon or point of its caption."""
+  begin, sections = comparison.content(runs)
+  first = [begin.picture] if begin.picture and title == "Score and cost" else []
+  found = first + [part for section in sections if section.title == title for part in section.parts]
+  return [part.caption.partition(". ")[0].rstrip(".") + "." for part in found]
 
 
 def test_results_stand_side_by_side():
@@ -69,7 +73,7 @@ def test_only_settings_that_differ_are_listed():
   runs = [image_run("a"), image_run("b", **{"optim.epochs": 4, "new": None}), image_run("c")]
   assert tables(runs)["Configs"] == {"optim.epochs": ["3", "4", "3"], "new": ["–", "None", "–"]}
   assert "Configs" not in tables(runs[:1])
-  same = comparison.sections([runs[0], runs[2]])[1]
+  same = comparison.content([runs[0], runs[2]])[1][1]
   assert (same.text, same.parts) == ("The configs do not differ.", [])
 
 
@@ -102,12 +106,13 @@ def figures(monkeypatch):
   """Those drawn."""
   found = []
   pictured = page.pictured
-  monkeypatch.setattr(page, "pictured", lambda figure, caption: found.append(figure) or pictured(figure, caption))
+  monkeypatch.setattr(
+      page, "pictured", lambda figure, *args, **named: found.append(figure) or pictured(figure, *args, **named))
   return found
 
 
 def test_every_run_is_named_in_the_picture_at_its_place(figures):
-  comparison.sections([image_run("$a$"), image_run("b", RESULT | {"accuracy": 0.8, "macs": 2000.0})])
+  comparison.content([image_run("$a$"), image_run("b", RESULT | {"accuracy": 0.8, "macs": 2000.0})])
   (figure,) = figures
   lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
   assert lines == {"$a$": [[1000, 90]], "b": [[2000, 80]]}
@@ -126,7 +131,49 @@ def test_the_terminal_has_the_same_tables():
 
 def test_a_run_named_like_a_script_is_text():
   runs = [image_run("<script>alert(1)</script>"), image_run("b", **{"data.name": "<script>alert(2)</script>"})]
-  html = page.render(comparison.TITLE, comparison.sections(runs), runs[0].name)
-  assert html.count("&lt;script&gt;alert(1)") == 3  # subtitle and two tables
+  begin, sections = comparison.content(runs)
+  html = page.render(comparison.TITLE, sections, runs[0].name, begin)
+  assert html.count("&lt;script&gt;alert(1)") == 5  # subtitle, which runs, the point's text and two tables
   assert "&lt;script&gt;alert(2)" in html
   assert "<script" not in html
+
+
+UNGATED = RESULT | {"accuracy": 0.95, "macs": 2000.0}
+
+
+def family():
+  """A gated run between two ungated ones."""
+  small = image_run("small", RESULT | {"accuracy": 0.85, "macs": 500.0}, **{"model.gating": "none", "model.width": 0.5})
+  return [image_run("gated", **{"model.gating": "channel", "model.width": 1.0}),
+          *(dataclasses.replace(run, ungated=True) for run in (
+              image_run("large", UNGATED, **{"model.gating": "none", "model.width": 1.0}), small))]
+
+
+def test_ungated_runs_are_joined_by_a_line_in_the_order_of_their_macs(figures):
+  comparison.content(family())
+  (line,) = [line for line in figures[0].axes[0].lines if line.get_label() == "ungated networks"]
+  assert line.get_xydata().tolist() == [[500, 85], [2000, 95]]
+  assert [text.get_text() for text in figures[0].axes[0].texts] == ["gated", "large", "small"]
+
+
+def test_a_point_says_how_the_config_of_its_run_differs():
+  gated, large, small = comparison.content(family())[0].picture.points
+  assert gated.name == "gated"
+  assert gated.lines == ["accuracy: 90.00 %", "MACs: 1 k", "model.gating: channel", "model.width: 1.0"]
+  assert small.lines[2:] == ["model.gating: none", "model.width: 0.5"]
+  assert small.left < gated.left < large.left
+  assert large.top < gated.top < small.top
+  assert all(0 < place < 100 for point in (gated, large, small) for place in (point.left, point.top))
+
+
+def test_the_best_gated_run_stands_next_to_the_best_ungated_one():
+  begin = comparison.content(family())[0]
+  assert [(number.value, number.baseline) for number in begin.numbers] == [
+      ("90.00 %", "ungated: 95.00 %"), ("50.0 %", "ungated: 100 %, 2 k per image"),
+      ("–", "not measured, nor is the ungated network")]
+  assert begin.text == ("The numbers are of gated, the gated run with the highest accuracy, next to large, the best "
+                        "ungated one.")
+  alone = comparison.content([image_run("a"), image_run("b")])[0]
+  assert "None of these runs is ungated, so there is no baseline" in alone.text
+  assert alone.numbers[0].baseline == "ungated: none among these runs"
+  assert comparison.content(family()[1:])[0].numbers == []

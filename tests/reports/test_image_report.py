@@ -3,7 +3,7 @@ import io
 import numpy as np
 import pytest
 
-from gating_jax.reports import gate_pictures, image_pictures, image_report, lettering, page
+from gating_jax.reports import gate_pictures, image_pictures, image_report, lettering, opening, page
 from tests.helpers import report_data
 
 
@@ -31,7 +31,8 @@ def drawn(monkeypatch):
 
 def test_a_selective_gate_is_shown_with_the_images_that_open_it(drawn):
   found = section(report_data.run(), "The most selective gates")
-  assert found.text.startswith("Of 5 gates, 1 are open for some images but fewer than 10 %. Below, 1 of them")
+  assert found.text.startswith("Of 5 gates, 1 are open for some images but fewer than 10 %. Below, those of each layer "
+                               "that are open least, 1 gates of 1 layer, layer by layer")
   assert captions(found) == [
       "Layer 01 stage2/conv1, gate 0: open for 3.3 % of images; 5 % of “$b$”, 5 % of “a class of a v…”."]
   assert drawn[:1] == [([4 * 11, 4 * 7], ["a class of a v…", "$b$"])]
@@ -40,17 +41,27 @@ def test_a_selective_gate_is_shown_with_the_images_that_open_it(drawn):
 def test_where_no_gate_is_selective_those_open_least_are_shown(drawn, monkeypatch):
   monkeypatch.setattr(report_data, "LOGITS", np.where(np.arange(5) == 3, np.float32(-5), report_data.LOGITS))
   found = section(report_data.run(), "The most selective gates")
-  assert "0 are open for some images but fewer than 10 %. Below, the 2 that are open least" in found.text
+  assert "0 are open for some images but fewer than 10 %. Below, those of each layer" in found.text
   assert [caption.partition(":")[0] for caption in captions(found)] == [
       "Layer 00 stage1/conv1, gate 2", "Layer 01 stage2/conv1, gate 1"]
   assert drawn[0][0] == [0, 12, 24, 36, 48, 60, 72, 84], "of equal logits the first images"
 
 
-def test_rates_decide_the_order_of_selective_gates():
+def test_gates_of_a_layer_that_are_open_least_are_shown_but_rare_ones_last():
   rates = np.array([1.0, 0.0, 0.05, 0.004, 0.5, 0.01, 0.009, 0.0999, 0.1])
-  assert image_report._selected(rates).tolist() == [5, 2, 7, 6, 3]
-  assert image_report._selected(np.array([0.3, 1.0, 0.2])).tolist() == [2, 0]
-  assert image_report._selected(np.array([0.0, 1.0])).tolist() == []
+  of_one_layer = lambda rates, shown: image_report._selected(np.array(rates), [len(rates)])[:shown].tolist()
+  assert of_one_layer(rates, 9) == [2, 3, 5, 6, 7]
+  assert of_one_layer([0.3, 1.0, 0.2], 9) == [0, 2]
+  assert of_one_layer([0.0, 1.0], 9) == []
+
+
+def test_selective_gates_of_several_layers_are_shown():
+  found = image_report._selected(np.r_[np.full(40, 0.02), np.full(40, 0.05), 0.5, np.full(3, 0.09)], [40, 40, 1, 3])
+  assert found.tolist() == [0, 1, 2, 3, 4, 40, 41, 42, 43, 81, 82, 83]
+  many = image_report._selected(np.full(50, 0.05), [1] * 50)
+  assert (len(many), many[0], many[-1]) == (12, 0, 49)
+  rare = image_report._selected(np.r_[0.001, np.full(20, 0.05)], [21])
+  assert 0 not in rare
 
 
 def test_the_easiest_and_hardest_images_have_their_class_loss_and_macs(drawn):
@@ -88,19 +99,47 @@ def test_sections_that_make_no_sense_are_left_out_or_say_so(unsaved):
   assert titles(report_data.run()) == [
       "Result", "Score and multiply-accumulates", "Gates of each layer", "Gates over training",
       "The most selective gates, and the images that open them", "Gates and classes", "Easiest and hardest images",
-      "Settings"]
+      "Time", "Settings", "About this run"]
   assert titles(report_data.run("scenes")) == [
       "Result", "Score and multiply-accumulates", "Some scenes", "Gates of each layer", "Gates over training",
-      "The most selective gates, and the scenes that open them", "Easiest and hardest scenes", "Settings"]
+      "The most selective gates, and the scenes that open them", "Easiest and hardest scenes", "Time", "Settings",
+      "About this run"]
   ungated = report_data.run("ungated")
   assert titles(ungated) == [
-      "Result", "Score and multiply-accumulates", "Gates", "Easiest and hardest images", "Settings"]
+      "Result", "Score and multiply-accumulates", "Easiest and hardest images", "Time", "Settings", "About this run"]
+  assert "This network has no gates" in image_report.begin(ungated).text
   assert section(ungated, "Score").text == "Every image takes the same multiply-accumulates: 1,000."
-  assert "A line that falls says" in captions(section(report_data.run(), "Score"))[-1]  # of the accuracy
-  assert "A line that rises says" in captions(section(report_data.run("scenes"), "Score"))[-1]  # of the loss
   once = report_data.run(tests=[report_data.run().tests[-1]])
   assert "tested once" in section(once, "Score").text
   assert len(captions(section(once, "Score"))) == 1
+
+
+def test_easy_and_hard_are_quarters_by_loss_wherever_they_stand(unsaved):
+  run = report_data.run()
+  result = run.tests[-1]
+  easy, hard = (result[f"macs_of_quarter{quarter}"] for quarter in (1, 4))
+  said = (f"The hardest quarter of images takes {100 * (1 - hard / easy):.1f} % fewer MACs than the easiest "
+          f"({hard:.3g} and {easy:.3g}).")
+  assert hard < easy
+  assert section(run, "Score").text.startswith(said)
+  assert said in section(run, "Easiest and hardest").text
+  assert [run.images.macs[quarter].mean() for quarter in image_report._quarters(run)] == [
+      result[f"macs_of_quarter{i}"] for i in range(1, 5)]
+
+
+def test_large_numbers_stand_next_to_the_ungated_baseline():
+  around = opening.Surroundings(baseline=opening.Baseline("dense", {"accuracy": 0.75}))
+  run = report_data.run(how="gates=none", around=around)
+  begin = image_report.begin(run)
+  accuracy, macs, time = begin.numbers
+  assert (accuracy.value, accuracy.baseline) == ("66.67 %", "ungated: 75.00 %")
+  assert "The ungated baseline is the run “dense”; this one is 8.33 points below it." in accuracy.meaning
+  assert (macs.value, macs.baseline) == ("62.2 %", "ungated: 100 %, 1 k per image")
+  assert (time.value, time.baseline) == ("–", "not measured, nor is the ungated network")
+  assert begin.text == ""
+  without = image_report.begin(report_data.run(how="gates=none"))
+  assert without.numbers[0].baseline == "ungated: no baseline found"
+  assert without.text.startswith("No ungated baseline: next to this run directory lies no finished run")
 
 
 def test_the_page_escapes_what_the_data_set_says():

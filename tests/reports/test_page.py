@@ -24,7 +24,7 @@ def test_the_page_holds_its_parts_in_their_order():
   places = [html.index(text) for text in ("A run</h1>", "of today", "One</h2>", "a text", ">accuracy<", ">0.9<",
                                           "Two</h2>", "data:image/png", "a line</figcaption>")]
   assert places == sorted(places)
-  assert re.findall(r'href="#(part\d)"', html) == re.findall(r'section id="(part\d)"', html) == ["part1", "part2"]
+  assert html.count("<details>") == 2
 
 
 def test_a_picture_is_the_figure_it_was_made_of():
@@ -47,7 +47,7 @@ def test_every_text_is_escaped():
 def test_nothing_is_fetched():
   html = page.render("A run", [page.Section("One", parts=[page.drawn(tiny_figure, "a line")])])
   loaded = re.findall(r'(?:src|href)="([^"]*)"', html)
-  assert len(loaded) == 3
+  assert len(loaded) == 2
   assert all(address.startswith(("data:", "#")) for address in loaded)
   assert "url(" not in html
   assert "@import" not in html
@@ -61,3 +61,38 @@ def test_the_page_is_replaced_whole(tmp_path, monkeypatch):
     page.write(path, "second", [])
   assert "first</h1>" in path.read_text()
   assert [f.name for f in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_numbers_and_a_picture_open_the_page():
+  number = page.Number("Accuracy", "96 %", "ungated: 98 %", "Of test images.", "measure it")
+  picture = page.drawn(tiny_figure, "what gates did")
+  html = page.render("A run", [page.Section("One")], opening=page.Opening([number], picture, "a text", "it failed"))
+  places = [html.index(text) for text in (
+      "it failed</p>", "A run</h1>", "Accuracy</p>", "96 %</p>", "ungated: 98 %</p>", "Of test images.</p>",
+      "measure it<", "a text</p>", "what gates did<", "One</h2>")]
+  assert places == sorted(places)
+
+
+def test_a_place_is_filled_again_and_nothing_else_changes(tmp_path):
+  file = tmp_path / "page.html"
+  number = lambda value: page.Number("Time", value, "ungated: 2 ms", "Of a call.", place="time")
+  section = lambda text: page.Section("Times", text, place="times")
+  write = lambda *found: page.write(file, "A run", [section(found[1]), page.Section("Last")],
+                                    opening=page.Opening([number(found[0])]))
+  write("3 ms", "new")
+  wanted = file.read_text()
+  write("none", WICKED)
+  assert page.fill(file, [number("3 ms"), section("new")])
+  assert file.read_text() == wanted
+  assert page.fill(file, [number("3 ms"), section("new")])
+  assert file.read_text() == wanted
+
+
+def test_a_page_without_the_places_is_left_as_it_is(tmp_path):
+  file = tmp_path / "page.html"
+  parts = [page.Number("Time", "1 ms", "", "", place="time")]
+  assert not page.fill(file, parts)
+  for text in ("", "<!--place time-->", page.render("<!--place time--><!--place time-->", [])):
+    file.write_text(text)
+    assert not page.fill(file, parts)
+    assert file.read_text() == text

@@ -1,0 +1,149 @@
+"""Reads what a run's page says beyond its own result: an ungated baseline, times, where the run comes from.
+
+All of it is optional: an old, copied or damaged directory lacks some, and its page is written all the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from gating_jax.paths import user_path
+from gating_jax.reports import page, times
+from gating_jax.reports.opening import Baseline, Surroundings
+from gating_jax.training import hosts, provenance, rundir
+
+TIMES_FILE = "compile.json"
+_MOST_NEIGHBOURS = 500  # directories that are looked at
+_ALWAYS_IGNORED = ("seed", "devices.", "log_every", "eval_every", "checkpoint_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """How the ungated baseline of a kind of run is recognised.
+
+  Attributes:
+    noun: what an example is.
+    field: the config's field that says what is gated.
+    ungated: its values of an ungated network, the best baseline first.
+    ignored: further fields, or sections that end with a dot, in which a baseline may differ.
+    how: to train one, for people.
+  """
+
+  noun: str
+  field: str
+  ungated: tuple[str, ...]
+  ignored: tuple[str, ...]
+  how: str
+
+
+IMAGES = Kind(
+    "image", "model.gating", ("none",),
+    ("model.gate.", "model.noise.", "model.exits.", "model.experts.", "model.backward_share", "model.init_from",
+     "loss.", "optim.gate_multiplier", "data.workers", "data.loader"), "the variant gates=none of its config")
+VIDEOS = Kind(
+    "video", "model.selection", ("all",),
+    ("model.gate.", "model.share", "model.context", "loss.", "optim.epochs", "optim.gate_multiplier", "data.workers"),
+    "the variant selection=all of its config")
+TASKS = Kind(
+    "image", "method", ("joint", "multitask_trunk", "fine_tuning"),
+    ("gates.", "hat.", "progressive.", "router.", "generator.", "ewc.", "online_ewc.", "si.", "lwf.", "replay.",
+     "derpp.", "dgm.", "model.gate.", "optim.gate_multiplier"),
+    "the variant method=joint of its config, which learns all tasks together, or method=fine_tuning")
+
+
+KINDS = {"classification": IMAGES, "segmentation": IMAGES, "continual": TASKS, "long_video": VIDEOS}
+
+
+def is_ungated(config: Mapping[str, Any]) -> bool:
+  """Whether a flat config is of a network without gates."""
+  kind = KINDS.get(config.get("experiment"))
+  return kind is not None and config.get(kind.field) in kind.ungated
+
+
+def read(run_dir: rundir.RunDir, config: ml_collections.ConfigDict, kind: Kind) -> Surroundings:
+  """What there is of a run; nothing but the run itself on processes that do not write."""
+  mine = rundir.flatten(json.loads(config.to_json()))
+  ungated = is_ungated(mine)
+  around = Surroundings(ungated=ungated, seed=mine.get("seed"), workdir=str(run_dir.path))
+  if not hosts.is_writer():
+    return around
+  return dataclasses.replace(
+      around, baseline=None if ungated else find_baseline(run_dir.path, mine, kind), times=read_times(run_dir.path),
+      starts=provenance.read_starts(run_dir.path), report=provenance.describe())
+
+
+def read_times(path: Path) -> times.Times | None:
+  """What `--mode=compile` left in the run directory `path`; None where it left nothing, or a damaged file."""
+  return times.parsed(_read_json(path / TIMES_FILE))
+
+
+def refresh_times(path: Path) -> bool:
+  """Writes what `--mode=compile` has just left into the run's page. Returns whether there is a page to write it in."""
+  found = read_times(path)
+  noun = "image" if found is None else found.noun
+  return page.fill(path / rundir.REPORT_FILE, [times.number(found, noun, str(path)), times.section(found)])
+
+
+def find_baseline(path: Path, mine: Mapping[str, Any], kind: Kind) -> Baseline | None:
+  """The ungated run that a run started from, or a finished neighbour of the same config without gates.
+
+  Args:
+    path: the run directory.
+    mine: its config, flat.
+    kind: what the run is of.
+  """
+  start = mine.get("model.init_from")
+  if isinstance(start, str) and (found := _read_baseline(user_path(start))):
+    return found
+  candidates = []
+  for folder in _neighbours(path):
+    theirs = _read_json(folder / rundir.CONFIG_FILE)
+    if not isinstance(theirs, dict):
+      continue
+    theirs = rundir.flatten(theirs)
+    if theirs.get(kind.field) in kind.ungated and _same(mine, theirs, kind):
+      rank = kind.ungated.index(theirs[kind.field]), theirs.get("seed") != mine.get("seed"), folder.name
+      candidates.append((rank, folder))
+  for _, folder in sorted(candidates):
+    if found := _read_baseline(folder):
+      return found
+  return None
+
+
+def _neighbours(path: Path) -> list[Path]:
+  """Other directories in the same folder, in the order of their names."""
+  path = path.resolve()
+  try:
+    folders = [folder for folder in path.parent.iterdir() if folder != path and (folder / rundir.CONFIG_FILE).is_file()]
+  except OSError:
+    return []
+  return sorted(folders)[:_MOST_NEIGHBOURS]
+
+
+def _same(mine: Mapping[str, Any], theirs: Mapping[str, Any], kind: Kind) -> bool:
+  """Whether two configs differ in nothing but gates; a field that an older one lacks is None there."""
+  ignored = (kind.field, *kind.ignored, *_ALWAYS_IGNORED)
+  names = [name for name in {**mine, **theirs} if not name.startswith(ignored)]
+  return all(mine.get(name) == theirs.get(name) for name in names)
+
+
+def _read_baseline(folder: Path) -> Baseline | None:
+  """A finished run as a baseline; None where it is not finished, or damaged."""
+  result = _read_json(folder / rundir.RESULT_FILE)
+  if not isinstance(result, dict):
+    return None
+  return Baseline(folder.name, rundir.flatten(result))
+
+
+def _read_json(file: Path) -> Any:
+  """What the file holds; None where it is missing or damaged."""
+  try:
+    return json.loads(file.read_text("utf-8", "replace"))
+  except (OSError, ValueError, RecursionError):
+    return None

@@ -1,0 +1,189 @@
+"""The large numbers of a run's page next to those of its ungated baseline, and what is said about the run itself.
+
+Nothing is read here; see `experiments.surroundings`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gating_jax.reports import glossary, page
+from gating_jax.reports.lettering import plain
+from gating_jax.reports.times import Times, number
+
+_NOT_RECORDED = "not recorded"
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+  """An ungated run to compare with.
+
+  Attributes:
+    name: of its run directory.
+    numbers: its result, flat.
+  """
+
+  name: str
+  numbers: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+  """What a page says beyond the result that it is about.
+
+  Attributes:
+    baseline: the ungated run to compare with; None where there is none.
+    ungated: whether the run is such a baseline itself.
+    times: what `--mode=compile` measured; None before.
+    starts: of the run, as `training.provenance` describes them; none of an old run.
+    report: the same of the process that writes the page; None leaves it out.
+    seed: of the run.
+    workdir: its directory, as it was given.
+  """
+
+  baseline: Baseline | None = None
+  ungated: bool = False
+  times: Times | None = None
+  starts: Sequence[Mapping[str, Any]] = ()
+  report: Mapping[str, Any] | None = None
+  seed: int | None = None
+  workdir: str = ""
+
+
+def score(name: str, value: float, key: str, around: Surroundings, meaning: str) -> page.Number:
+  """The score of a run.
+
+  Args:
+    name: of the score.
+    value: in [0, 1].
+    key: where it stands in the baseline's numbers.
+    around: the run's surroundings.
+    meaning: a sentence that defines it.
+  """
+  baseline = _baseline(key, around)
+  if baseline is None:
+    compared = "this run is ungated: a baseline itself" if around.ungated else "ungated: no baseline found"
+  else:
+    gap = 100 * (value - baseline)
+    compared = f"ungated: {100 * baseline:.2f} %"
+    meaning += (f" The ungated baseline is the run “{plain(around.baseline.name, 60)}”; this one is {abs(gap):.2f} "
+                f"points {'above' if gap >= 0 else 'below'} it.")
+  return page.Number(name[:1].upper() + name[1:], f"{100 * value:.2f} %", compared, meaning)
+
+
+def macs(ratio: float, executed: float, dense: float, noun: str, around: Surroundings) -> page.Number:
+  """The fraction of MACs that a run spends.
+
+  Args:
+    ratio: of the baseline's.
+    executed, dense: MACs of one example, of this network and of the ungated one.
+    noun: what an example is.
+    around: the run's surroundings.
+  """
+  baseline = "this run is ungated" if around.ungated else "ungated: 100 %"
+  return page.Number(
+      "MACs", f"{100 * ratio:.1f} %", f"{baseline}, {short(dense)} per {noun}",
+      f"Multiply-accumulate operations per {noun}, {short(executed)}, in % of those of the ungated network; mean over "
+      "the test set, gate networks included.")
+
+
+def time(noun: str, around: Surroundings) -> page.Number:
+  """Milliseconds of an example."""
+  return number(around.times, noun, around.workdir)
+
+
+def short(count: float) -> str:
+  """A large count in three digits.
+
+  >>> short(40_551_040), short(999), short(1_234)
+  ('40.6 M', '999', '1.23 k')
+  """
+  for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    if count >= size:
+      return f"{count / size:.3g} {letter}"
+  return f"{count:.3g}"
+
+
+def about(around: Surroundings) -> page.Section:
+  """Where the run comes from, and who wrote the page when."""
+  starts = list(around.starts)
+  first = starts[0] if starts else {}
+  rows = [
+      ("started", _text(first.get("date"))),
+      ("command", _text(first.get("command"))),
+      ("commit", _text(first.get("commit"), "not recorded (the package is not run from a checkout)" if starts else "")),
+      ("versions", _versions(first.get("versions"))),
+      ("seed", _text(around.seed)),
+      ("hardware", _hardware(first)),
+      ("run directory", _text(around.workdir)),
+  ]
+  for i, start in enumerate(starts[1:], 1):
+    rows.append((f"resumed ({i})", f"{_text(start.get('date'))}, {_hardware(start)}"))
+  if around.report is not None:
+    rows += [("page written", _text(around.report.get("date"))), ("by", _text(around.report.get("command"))),
+             ("with commit", _text(around.report.get("commit"))), ("on", _hardware(around.report))]
+  text = "" if starts else "This run directory does not say when, by which command and on what it was started."
+  return page.Section("About this run", text, [page.Table(("what", "value"), rows, numeric=False, terms=_ABOUT)])
+
+
+def about_several(
+    runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], Any]], report: Mapping[str, Any]
+) -> page.Section:
+  """Where several runs come from, and who wrote the page when.
+
+  Args:
+    runs: starts and seed of each, by name.
+    report: the process that writes the page.
+  """
+  rows = []
+  for name, (starts, seed) in runs.items():
+    first = starts[0] if starts else {}
+    rows.append([name, _text(first.get("date")), _text(first.get("command")), _text(first.get("commit")), _text(seed),
+                 _hardware(first), _versions(first.get("versions"))])
+  rows.append(["this page", _text(report.get("date")), _text(report.get("command")), _text(report.get("commit")), "–",
+               _hardware(report), _versions(report.get("versions"))])
+  header = ("run", "started", "command", "commit", "seed", "hardware", "versions")
+  return page.Section("About these runs", "", [page.Table(header, rows, numeric=False, terms=_ABOUT)])
+
+
+_ABOUT = (("started", "the date of the first start, in UTC"),
+          ("commit", "of the code; “dirty” where files differ from it"),
+          ("hardware", "what JAX computed on, and how many devices and processes there were"))
+
+
+def _baseline(key: str, around: Surroundings) -> float | None:
+  """The baseline's number, if there is one."""
+  found = None if around.baseline is None else around.baseline.numbers.get(key)
+  return found if isinstance(found, (int, float)) else None
+
+
+def why_no_baseline(around: Surroundings, how: str) -> str:
+  """What to do where no baseline was found; empty where there is one, or none is needed."""
+  if around.ungated or around.baseline is not None:
+    return ""
+  return ("No ungated baseline: next to this run directory lies no finished run of the same config without gates. "
+          f"Train one there ({how}), then write this page again (mode report).")
+
+
+def _text(value: Any, absent: str = "") -> str:
+  return plain(value, 500) if value not in (None, "") else absent or _NOT_RECORDED
+
+
+def _versions(versions: Any) -> str:
+  if not isinstance(versions, Mapping) or not versions:
+    return _NOT_RECORDED
+  return plain(", ".join(f"{name} {version}" for name, version in versions.items()), 500)
+
+
+def _hardware(start: Mapping[str, Any]) -> str:
+  if not start.get("hardware"):
+    return _NOT_RECORDED
+  devices, processes = start.get("devices"), start.get("processes")
+  return plain(f"{start['hardware']}; devices: {devices}, processes: {processes}", 500)
+
+
+def settings(rows: Sequence[tuple[str, str]]) -> page.Section:
+  """The config of a run."""
+  return page.Section("Settings", parts=[glossary.settings(rows)])

@@ -1,0 +1,150 @@
+"""What `--mode=compile` measured of a run, for its page: milliseconds of an example, and each way to run the network.
+
+A row is a mapping with the fields of `gating_jax.inference.timings.Timing`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gating_jax.reports import page, time_picture
+from gating_jax.reports.lettering import plain
+
+_PLACE, _SECTION = "time", "times"  # in a page
+_UNGATED = "ungated"
+_TITLE = re.compile(r"(?:^|: )(\d+) (image|video)s? at a time$")
+_WAYS = {
+    _UNGATED: "the network without gates, all units computed: the baseline",
+    "masked": "every unit is computed, and closed ones are multiplied by zero: no time is saved",
+    "chosen": "each part by the way that is quickest for it; this is what the compiled program does",
+    "segments": "the heavy network runs on chosen segments only",
+    "exit_dispatch": "images leave at the exits, and what is left is computed for the others",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+  """What was measured.
+
+  Attributes:
+    step: of the checkpoint.
+    device: that it was measured on.
+    timings: rows by title, `1 image at a time` and the like; those of a task begin with its name.
+  """
+
+  step: int
+  device: str
+  timings: Mapping[str, Sequence[Mapping[str, Any]]]
+
+  @property
+  def noun(self) -> str:
+    """What an example is."""
+    found = [match[2] for title in self.timings if (match := _TITLE.search(title))]
+    return found[0] if found else "example"
+
+
+def parsed(found: Any) -> Times | None:
+  """The contents of the file as times; None where it is damaged."""
+  try:
+    times = Times(int(found["step"]), str(found["device"]), {
+        str(title): [_row(row) for row in rows] for title, rows in found["timings"].items()})
+  except (KeyError, TypeError, ValueError, AttributeError):
+    return None
+  return times
+
+
+def number(times: Times | None, noun: str, workdir: str = "") -> page.Number:
+  """The mean over tables of one example at a time, of the way that runs."""
+  name = f"Milliseconds per {noun}"
+  pairs = [] if times is None else _of_one(times)
+  if not pairs:
+    return page.Number(
+        name, "–", "not measured, nor is the ungated network",
+        f"Time of one {noun} with closed units skipped. This measures it and writes it here:",
+        f"gating-jax --mode=compile --workdir={shlex.quote(workdir)}", _PLACE)
+  mine, dense = (statistics.fmean(values) for values in zip(*pairs, strict=True))
+  over = f", mean over {len(pairs)} tasks" if len(pairs) > 1 else ""
+  return page.Number(
+      name, f"{milliseconds(mine)} ms", f"ungated: {milliseconds(dense)} ms",
+      f"Median time of a call with one {noun} in the compiled program that skips closed units{over}, next to the "
+      f"network without gates in the same process, on {plain(times.device, 120)}.", place=_PLACE)
+
+
+def section(times: Times | None) -> page.Section:
+  """The times of each way to run the network, as far as they are measured."""
+  title = "Time"
+  if times is None:
+    return page.Section(title, "The network is not compiled yet. gating-jax --mode=compile measures what each way to "
+                        "skip closed units takes, and writes it here.", place=_SECTION)
+  rows = [cells for name, found in times.timings.items() for cells in _cells(name, found)]
+  ways = {row["strategy"] for found in times.timings.values() for row in found if row["part"] is None}
+  table = page.Table(
+      ("inputs", "way to run it", "time of a call (ms)", "of ungated (%)", "computed MACs (%)", "all open (%)"), rows,
+      terms=[("inputs", "how many examples a call has"),
+             ("way to run it", "how closed units are skipped; ✓ is what the compiled program does"),
+             ("time of a call", "median over repeated calls, all ways in turns, in milliseconds"),
+             ("of ungated", "the same, in % of the network without gates"),
+             ("computed MACs", "multiply-accumulates that are computed, padding included, in % of all"),
+             ("all open", "time if every unit of every input were open, in % of the quicker of masked and ungated: the "
+                          "worst case"),
+             *((way, _WAYS[way]) for way in _WAYS if way in ways)])
+  figure = page.pictured(
+      time_picture.figure(times.timings, columns=1),
+      "Time against MACs of each way to run each part of the network (small) and the whole (large), both in % of "
+      "computing everything.",
+      terms=[("MACs left open", "multiply-accumulates of open units, in % of all"),
+             ("time", "in % of computing everything (masked); below the dashed line time is saved, on the diagonal as "
+                      "much as MACs")])
+  return page.Section(title, f"The checkpoint of step {times.step:,}, on {plain(times.device, 120)}.", [table, figure],
+                      place=_SECTION)
+
+
+def milliseconds(seconds: float) -> str:
+  """Three digits.
+
+  >>> milliseconds(0.00123456), milliseconds(1.5)
+  ('1.23', '1500')
+  """
+  value = 1000 * seconds
+  return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _of_one(times: Times) -> list[tuple[float, float]]:
+  """Seconds of what runs, and of the ungated network, of each table of one example at a time."""
+  pairs = []
+  for title, rows in times.timings.items():
+    found, whole = _TITLE.search(title), [row for row in rows if row["part"] is None]
+    if found is None or found[1] != "1":
+      continue
+    mine = [row["seconds"] for row in whole if row["chosen"]]
+    dense = [row["seconds"] for row in whole if row["strategy"] == _UNGATED]
+    if mine and dense:
+      pairs.append((mine[0], dense[0]))
+  return pairs
+
+
+def _cells(title: str, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+  """A row of the page's table for each way to run the whole network."""
+  whole = [row for row in rows if row["part"] is None]
+  dense = [row["seconds"] for row in whole if row["strategy"] == _UNGATED]
+  cells = []
+  for row in whole:
+    of_dense = f"{100 * row['seconds'] / dense[0]:.0f}" if dense and dense[0] else "–"
+    is_open = row.get("open_ratio")
+    cells.append([plain(title, 60), plain(row["strategy"], 30) + (" ✓" if row["chosen"] else ""),
+                  milliseconds(row["seconds"]), of_dense, f"{100 * row['computed_ratio']:.1f}",
+                  "–" if is_open is None else f"{100 * is_open:.0f}"])
+  return cells
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+  """A row with what the page shows. Raises KeyError, TypeError or ValueError where something is missing."""
+  is_open = row.get("open_ratio")
+  return {"part": row["part"] if row["part"] is None else int(row["part"]), "strategy": str(row["strategy"]),
+          **{name: float(row[name]) for name in ("mac_ratio", "computed_ratio", "seconds", "time_ratio")},
+          "chosen": bool(row["chosen"]), "open_ratio": None if is_open is None else float(is_open)}

@@ -1,0 +1,88 @@
+"""Where a run comes from: when, by which command, with which code and on which machine it was started.
+
+A run that is resumed has several starts. The file is for people; nothing depends on it, and an old run has none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gating_jax import timing
+from gating_jax.training.journal import write_json
+
+FILE = "provenance.json"
+_PACKAGES = ("gating-jax", "jax", "jaxlib", "flax", "optax", "numpy")
+_MOST_STARTS = 50  # kept, the first and the newest
+
+
+def record_start(path: Path) -> None:
+  """Adds a start, now and by this process, to those of the run directory `path`.
+
+  A file that cannot be written is left out, since a run is worth more than its provenance.
+  """
+  starts = [*read_starts(path), describe()]
+  if len(starts) > _MOST_STARTS:
+    starts = [starts[0], *starts[1 - _MOST_STARTS:]]
+  with contextlib.suppress(OSError):
+    write_json(path / FILE, {"starts": starts})
+
+
+def read_starts(path: Path) -> list[dict[str, Any]]:
+  """The starts of the run directory `path`, oldest first; none where the file is missing or damaged."""
+  try:
+    starts = json.loads((path / FILE).read_text("utf-8", "replace"))["starts"]
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    return []
+  if not isinstance(starts, list):
+    return []
+  return [start for start in starts if isinstance(start, dict)]
+
+
+def describe() -> dict[str, Any]:
+  """This process as a start: date, command, commit, versions, hardware and devices."""
+  program = Path(sys.argv[0]).name
+  return {
+      "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+      "command": shlex.join(["gating-jax" if program == "cli.py" else program, *sys.argv[1:]]),
+      "commit": _commit(),
+      "versions": {"python": platform.python_version(), **_versions(_PACKAGES)},
+      "hardware": timing.device(),
+      "devices": jax.device_count(),
+      "processes": jax.process_count(),
+  }
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+  """Versions of the packages that are installed."""
+  found = {}
+  for package in packages:
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found
+
+
+def _commit() -> str | None:
+  """The commit that this package is checked out at, marked where files differ from it; None where it is installed."""
+  root = Path(__file__).parents[2]
+  if not (root / ".git").exists():  # else git would name the commit of a project that this is installed in
+    return None
+  command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+  except (OSError, subprocess.SubprocessError):
+    return None
+  return done.stdout.strip() or None
