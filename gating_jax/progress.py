@@ -6,13 +6,13 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gating_jax.terminal import is_open
 
 Advance = Callable[[int, int], None]  # of pieces done, and of all
-_EVERY = 10.0  # seconds between two lines of the same piece of work
+_AFTER, _EVERY = 1.0, 10.0  # seconds until the first line of a piece of work, and between those that follow
 _PACE = 3.0  # seconds of training after which the time of the rest is estimated
 
 
@@ -38,7 +38,9 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def working(what: str, about: str = "", tell: Callable[[str], None] = say) -> Iterator[Advance]:
-  """Says what begins and about how long it takes, and every ten seconds, until the block ends, how far it is.
+  """Says what is done and about how long it takes, and every ten seconds, until the block ends, how far it is.
+
+  What is done within a second is done in silence.
 
   Args:
     what: is done in the block.
@@ -47,27 +49,33 @@ def working(what: str, about: str = "", tell: Callable[[str], None] = say) -> It
   Yields:
     A function to call with the pieces that are done and the number of all: the lines then say what time is left.
   """
-  started, ended, pieces = time.monotonic(), threading.Event(), [(0, 0)]
+  started, ended, pieces = time.monotonic(), threading.Event(), []
 
   def tick():
+    if ended.wait(_AFTER):
+      return
+    tell(f"{what} ({about}) ..." if about else f"{what} ...")
     while not ended.wait(_EVERY):
-      tell("  " + _how_far(time.monotonic() - started, *pieces[-1]))
+      tell("  " + _how_far(time.monotonic() - started, pieces))
 
-  tell(f"{what} ({about}) ..." if about else f"{what} ...")
   ticker = threading.Thread(target=tick, daemon=True)
   ticker.start()
   try:
-    yield lambda done, total: pieces.append((done, total))
+    yield lambda done, total: pieces.append((time.monotonic() - started, done, total))
   finally:
     ended.set()
     ticker.join()
 
 
-def _how_far(spent: float, done: int, total: int) -> str:
-  if not done:
+def _how_far(spent: float, pieces: Sequence[tuple[float, int, int]]) -> str:
+  """A line after so many seconds; pieces have the seconds at which they were done, their number and that of all."""
+  if not pieces:
     return f"{lasting(spent)} so far"
-  left = spent * (total - done) / done
-  return f"{done} of {total} after {lasting(spent)}" + (f", about {lasting(left)} to go" if done < total else "")
+  (begun, first, _), (_, done, total) = pieces[0], pieces[-1]
+  line = f"{done} of {total} after {lasting(spent)}"
+  if first < done < total:  # what came before the first piece says nothing of the others
+    line += f", about {lasting((spent - begun) * (total - done) / (done - first))} to go"
+  return line
 
 
 class Pace:

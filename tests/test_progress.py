@@ -1,5 +1,6 @@
 """What a command says while it works."""
 
+import contextlib
 import re
 import threading
 
@@ -8,8 +9,13 @@ import pytest
 from gating_jax import progress
 
 
-def test_work_says_what_begins_how_far_it_is_and_what_is_left(monkeypatch):
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+  monkeypatch.setattr(progress, "_AFTER", 0.0)
   monkeypatch.setattr(progress, "_EVERY", 0.01)
+
+
+def test_work_says_what_is_done_how_far_it_is_and_what_is_left():
   said, twice = [], threading.Event()
 
   def tell(line):
@@ -18,6 +24,7 @@ def test_work_says_what_begins_how_far_it_is_and_what_is_left(monkeypatch):
       twice.set()
 
   with progress.working("timing programs", "some minutes", tell) as advance:
+    advance(1, 8)
     advance(2, 8)
     assert twice.wait(30)
   assert said[0] == "timing programs (some minutes) ..."
@@ -28,13 +35,21 @@ def test_work_says_what_begins_how_far_it_is_and_what_is_left(monkeypatch):
 
 
 def test_work_of_unknown_size_says_for_how_long_it_goes_on():
-  assert progress._how_far(75, 0, 0) == "1 min 15 s so far"
-  assert progress._how_far(30, 3, 4) == "3 of 4 after 30 s, about 10 s to go"
-  assert progress._how_far(30, 4, 4) == "4 of 4 after 30 s"
+  assert progress._how_far(75, []) == "1 min 15 s so far"
+  assert progress._how_far(60, [(50, 1, 4)]) == "1 of 4 after 1 min"
+  assert progress._how_far(60, [(50, 1, 4), (58, 2, 4)]) == "2 of 4 after 1 min, about 20 s to go"
+  assert progress._how_far(60, [(50, 1, 4), (58, 4, 4)]) == "4 of 4 after 1 min"
 
 
-def test_work_that_fails_says_no_more(monkeypatch):
-  monkeypatch.setattr(progress, "_EVERY", 0.01)
+def test_work_of_a_moment_is_silent(monkeypatch):
+  monkeypatch.setattr(progress, "_AFTER", 30.0)
+  said = []
+  with progress.working("work", tell=said.append):
+    pass
+  assert said == []
+
+
+def test_work_that_fails_says_no_more():
   said = []
   with pytest.raises(KeyError), progress.working("work", tell=said.append):
     raise KeyError
@@ -48,10 +63,10 @@ def test_a_training_says_that_it_compiles_and_once_how_long_it_takes(monkeypatch
   said = []
   pace = progress.Pace(lambda step, line: said.append((step, line)), total_steps=200)
   monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+  monkeypatch.setattr(progress, "working", lambda *_: contextlib.nullcontext(said.append("compiling")))
   steps = iter(range(0, 200, 10))
   for task in range(2):  # the second takes over where the first ends
     advance = pace(lambda state, step: state + step)
     for step in [next(steps) for _ in range(10)]:
       assert advance(task, step) == task + step
-  assert said[0] == (0, "compiling the training step (up to a minute or two on a CPU, once) ...")
-  assert said[1:] == [(40, "about 32 s of training to go")]
+  assert said == ["compiling", (40, "about 32 s of training to go")]

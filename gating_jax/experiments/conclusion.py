@@ -50,8 +50,9 @@ def gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     ratio = f"{100 * result['mac_ratio']:.1f} % of the ungated net's, gate networks included"
     rows.append(("MACs per image", f"{result['macs']:,.0f}, {ratio}"))
   if "gates" in result:
-    static = f"{result['always_open']} always open, {result['always_closed']} always closed"
-    rows.append(("gates", f"{result['conditional']} of {result['gates']} conditional, {static}"))
+    kinds = ("conditional", "always_open", "always_closed", "random_dropout")
+    counts = [f"{result[kind]} {kind.replace('_', ' ')}" for kind in kinds]
+    rows.append(("gates", f"{result['gates']}: {', '.join(counts)}"))
   return rows
 
 

@@ -107,7 +107,7 @@ def test_a_line_is_the_mean_since_the_last_one(tmp_path):
 
 def test_the_line_for_people_leaves_out_layers_and_coefficients(tmp_path, capfd):
   Run(tmp_path)(total=1)
-  assert "step 1/1  cross_entropy 1  gradient_norm 1  loss 1  state_norm 1\n" in capfd.readouterr().out
+  assert "step 1/1  loss 1 (cross-entropy 1), open gates 100.0 %\n" in capfd.readouterr().out
 
 
 def test_evaluation_is_due_in_between_but_not_at_the_end(tmp_path):
