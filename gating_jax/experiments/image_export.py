@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import functools
 import itertools
+import shlex
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from gating_jax.experiments import conclusion, surroundings, time_table
 from gating_jax.experiments.build import Experiment
-from gating_jax.experiments.time_table import calibration
 from gating_jax.inference import exiting, export, folded, folded_macs, openings
 from gating_jax.inference.analyse import Analysis, analyse
 from gating_jax.inference.conditional import compile_conditional
@@ -26,8 +26,9 @@ from gating_jax.inference.inputs import spread
 from gating_jax.inference.kernel_strategies import EXPORTABLE
 from gating_jax.inference.quantise import dequantise, quantise
 from gating_jax.inference.slim import Disagreement, disagreement, rate_bound, static_units, take
-from gating_jax.inference.timings import run_over
+from gating_jax.inference.timings import MASKED, run_over, spread_batches
 from gating_jax.models.early_exit import EarlyExitNet
+from gating_jax.progress import Advance, working
 from gating_jax.reports.lettering import columns
 from gating_jax.timing import device, race
 from gating_jax.training import rundir
@@ -36,7 +37,7 @@ from gating_jax.types import Array
 _TRAINED, _SLIMMED, _INT8, _SKIPPING = "trained", "slimmed", "slimmed, int8", "slimmed, skipping"
 FOLDERS = {_SLIMMED: "export", _INT8: "export_int8", _SKIPPING: "export_conditional"}
 CALIBRATION = 2_000  # images at most, evenly over the training set
-_TIMED_BATCHES, _TIMED_IMAGES, _REPEATS = (1, 64), 64, 30
+_TIMED_BATCHES, _REPEATS = (1, 64), 20  # as of --mode=compile, which times the same images: so both agree
 
 
 def run(experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Mapping[str, Any]) -> None:
@@ -50,31 +51,58 @@ def run(experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Ma
   """
   with rundir.staged(run_dir.path, tuple(FOLDERS.values())) as folder:
     write = _write_exits if isinstance(experiment.model, EarlyExitNet) else _write
-    write(experiment, folder, {"config": run_dir.config(), "step": step}, variables)
-    written = [str(run_dir.path / name) for name in FOLDERS.values() if (folder / name).exists()]
-  print(f"\nwritten: {', '.join(written)}")
+    trained = write(experiment, folder, {"config": run_dir.config(), "step": step}, variables)
+    cards = {name: export.load_exported(folder / name).card for name in FOLDERS.values() if (folder / name).exists()}
+  paths = [str(run_dir.path / name) for name in cards]
+  print(f"\nwritten: {', '.join(paths)}")
+  rows = [(path, _summary(card)) for path, card in zip(paths, cards.values(), strict=True)]
+  rows += _as_compiled(run_dir, step, trained)
+  then = [f"python docs/examples/load_exported.py {shlex.quote(paths[0])}    (runs it without this package)"]
+  print(conclusion.text(f"Exported the checkpoint of step {step:,}, its times on {device()}.", rows,
+                        [*then, *conclusion.following(run_dir.path, ["compile"])]))
 
 
-def _write(experiment: Experiment, folder: Path, origin: Mapping[str, Any], variables: Mapping[str, Any]) -> None:
+def _summary(card: Mapping[str, Any]) -> str:
+  """An export in a line."""
+  times = [f"{spent:.2f} ms" + ("" if size == "1" else f" for {size} images")
+           for size, spent in card["milliseconds"].items()]
+  return f"{100 * card['accuracy']:.2f} %, {card['executed_macs']:,.0f} MACs per image, {', '.join(times)}"
+
+
+def _as_compiled(run_dir: rundir.RunDir, step: int, trained: float) -> list[tuple[str, str]]:
+  """What one image takes in the trained net, everything computed: here, and where `--mode=compile` timed it."""
+  here, times = f"{trained:.2f} ms", surroundings.read_times(run_dir.path)
+  rows = [] if times is None or times.step != step else times.timings.get(time_table.title(1, "image"), [])
+  there = [row["seconds"] for row in rows if row["part"] is None and row["strategy"] == MASKED]
+  return [("trained net", here + "".join(f"; {1e3 * seconds:.2f} ms by --mode=compile" for seconds in there))]
+
+
+def _write(experiment: Experiment, folder: Path, origin: Mapping[str, Any], variables: Mapping[str, Any]) -> float:
+  """Writes the exports, and returns the milliseconds that one image takes in the trained net."""
   train = experiment.open_train()
   index = spread(len(train), CALIBRATION)
-  analysis = analyse(experiment.model, variables, (x for x, _ in _batches(experiment, train, index)))
+  with working(f"looking at what gates do on {len(index):,} training images", "up to a minute"):
+    analysis = analyse(experiment.model, variables, (x for x, _ in _batches(experiment, train, index)))
   net, choices, shape = analysis.net, static_units(analysis.net, analysis.openings), analysis.input_shape
   small = take(net, choices)
-  moved = disagreement(net, choices, (x for x, _ in _batches(experiment, experiment.test)))
-  models = {_TRAINED: net, _SLIMMED: small, _INT8: quantise(small)}
-  scores = {name: _score(experiment, each) for name, each in models.items()}
-  print(f"checkpoint of step {origin['step']}, calibrated on {analysis.images:,} training images\n")
+  with working(f"testing the net as trained, slimmed and in int8 on {len(experiment.test):,} images", "up to a minute"):
+    moved = disagreement(net, choices, (x for x, _ in _batches(experiment, experiment.test)))
+    models = {_TRAINED: net, _SLIMMED: small, _INT8: quantise(small)}
+    scores = {name: _score(experiment, each) for name, each in models.items()}
+  print(f"\ncheckpoint of step {origin['step']}, calibrated on {analysis.images:,} training images\n")
   print("\n".join(_analysis_lines(analysis, [name for name, _ in experiment.counts.gate_layers])))
   print("\n".join(["", *_moved_lines(analysis, moved), ""]))
-  skipping = compile_conditional(small, input_shape=shape, batch_size=1, candidates=EXPORTABLE, repeats=_REPEATS,
-                                 calibration=calibration(train, experiment.normalise, _TIMED_IMAGES))
+  images = time_table.calibration(train, experiment.normalise)
+  with working("compiling and timing programs that skip, for one image at a time", "some minutes") as progress:
+    skipping = compile_conditional(small, input_shape=shape, batch_size=1, candidates=EXPORTABLE, repeats=_REPEATS,
+                                   calibration=images, progress=progress)
   programs = {name: functools.partial(jax.jit(lambda net, x: folded.run(dequantise(net), x)), each)
               for name, each in models.items()}
   if set(skipping.strategies) != {"masked"}:
     models[_SKIPPING], programs[_SKIPPING] = skipping, skipping
     scores[_SKIPPING] = scores[_SLIMMED] | {"accuracy": _accuracy(experiment, lambda x: skipping(x)[0])}
-  milliseconds = _milliseconds(programs, _timed_inputs(experiment))
+  with working("timing the nets, one image and many at a time", "up to a minute") as progress:
+    milliseconds = _milliseconds(programs, images[1::2] if len(images) > 1 else images, progress)
   table = [_head(), _row(_TRAINED, scores[_TRAINED], {"milliseconds": milliseconds[_TRAINED]})]
   for name, model in models.items():
     if name == _TRAINED:
@@ -84,38 +112,44 @@ def _write(experiment: Experiment, folder: Path, origin: Mapping[str, Any], vari
         "executed_macs_as_trained": scores[_TRAINED]["executed_macs"], "calibration_images": analysis.images,
         "test_images": moved.images, "test_images_affected": moved.affected, "milliseconds": milliseconds[name],
         **({"strategies": skipping.strategies} if name == _SKIPPING else {})}
-    path = export.export_model(model, folder / FOLDERS[name], input_shape=shape, card=card)
-    table.append(_row(name, scores[name], export.load(path).card))
+    with working(f"writing the net, {name}", "up to half a minute"):
+      path = export.export_model(model, folder / FOLDERS[name], input_shape=shape, card=card)
+    table.append(_row(name, scores[name], export.load_exported(path).card))
   print("\n".join(columns(table)))
   if analysis.openings and _SKIPPING not in models:
     print("For one image at a time computing everything is as fast as skipping here: no program that skips is written.")
+  return milliseconds[_TRAINED]["1"]
 
 
-def _write_exits(experiment: Experiment, folder: Path, origin: Mapping[str, Any], variables: Mapping[str, Any]) -> None:
+def _write_exits(
+    experiment: Experiment, folder: Path, origin: Mapping[str, Any], variables: Mapping[str, Any]
+) -> float:
+  """As `_write`."""
   train, test = experiment.open_train(), experiment.test
   net, shape = exiting.fold_exits(experiment.model, variables), test.shape
-  made = exiting.compile_exits(net, input_shape=shape, batch_size=1, repeats=_REPEATS,
-                               calibration=calibration(train, experiment.normalise, _TIMED_IMAGES))
-  spent = []
+  images, spent = time_table.calibration(train, experiment.normalise), []
+  with working("compiling and timing programs that leave at exits, for one image", "a minute or two") as progress:
+    made = exiting.compile_exits(net, input_shape=shape, batch_size=1, repeats=_REPEATS, calibration=images,
+                                 progress=progress)
 
   def answer(x: Array) -> Array:
     logits, stay = made(x)
     spent.append(exiting.macs(net, shape, stay))
     return logits
 
-  score = {"accuracy": _accuracy(experiment, answer), "macs": int(exiting.macs(net, shape)),
+  with working(f"testing the program on {len(test):,} images, one at a time", "up to a minute"):
+    accuracy = _accuracy(experiment, answer)
+  score = {"accuracy": accuracy, "macs": int(exiting.macs(net, shape)),
            "executed_macs": float(np.mean(np.concatenate(spent)))}
-  (milliseconds,) = _milliseconds({"exits": made}, _timed_inputs(experiment), sizes=(1,)).values()
+  whole = functools.partial(exiting.program(), net)
+  times = _milliseconds({"exits": made, MASKED: whole}, images, sizes=(1,))
+  milliseconds = times["exits"]
   card = _card(experiment, origin, score) | {"strategies": [made.strategy], "milliseconds": milliseconds}
-  path = export.export_model(made, folder / FOLDERS[_SLIMMED], input_shape=shape, card=card)
-  print(f"checkpoint of step {origin['step']}\n")
-  print("\n".join(columns([_head(), _row(made.strategy, score, export.load(path).card)])))
-
-
-def _timed_inputs(experiment: Experiment) -> np.ndarray:
-  """Network inputs of the test images that are timed, the first again where there are fewer."""
-  index = np.arange(_TIMED_IMAGES) % len(experiment.test)
-  return np.asarray(experiment.normalise(experiment.test.read(index)[0]), np.float32)
+  with working("writing the net", "up to half a minute"):
+    path = export.export_model(made, folder / FOLDERS[_SLIMMED], input_shape=shape, card=card)
+  print(f"\ncheckpoint of step {origin['step']}\n")
+  print("\n".join(columns([_head(), _row(made.strategy, score, export.load_exported(path).card)])))
+  return times[MASKED]["1"]
 
 
 def _batches(experiment: Experiment, images: Any, index: np.ndarray | None = None) -> Iterator[tuple[Any, Any]]:
@@ -151,15 +185,16 @@ def _accuracy(experiment: Experiment, answer: Callable[[np.ndarray], Any]) -> fl
 
 
 def _milliseconds(
-    programs: Mapping[str, Callable[[Any], Any]], images: np.ndarray, sizes: Sequence[int] = _TIMED_BATCHES
+    programs: Mapping[str, Callable[[Any], Any]], images: np.ndarray, progress: Advance = lambda done, total: None,
+    sizes: Sequence[int] = _TIMED_BATCHES
 ) -> dict[str, dict[str, float]]:
   """Medians over calls on these images, all programs by turns, by batch size; one that skips for one image alone."""
-  found = {name: {} for name in programs}
+  found, done = {name: {} for name in programs}, itertools.count(1)
   for size in sizes:
-    batches = [(jnp.asarray(images[i : i + size]),) for i in range(0, len(images), max(size, len(images) // 8))]
+    batches = [(x,) for x in spread_batches(images, size)]
     runs = {name: functools.partial(run_over, run, batches) for name, run in programs.items()
             if size == 1 or name != _SKIPPING}
-    for name, spent in race(runs, _REPEATS).items():
+    for name, spent in race(runs, _REPEATS, on_start=lambda: progress(next(done), len(sizes) * len(programs))).items():
       found[name][str(size)] = round(1000 * statistics.median(spent) / len(batches), 3)
   return found
 

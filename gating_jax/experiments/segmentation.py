@@ -21,6 +21,7 @@ from gating_jax.experiments.build import Experiment
 from gating_jax.models.counts import count
 from gating_jax.models.resnet import RESNETS
 from gating_jax.models.segmenter import Segmenter
+from gating_jax.progress import working
 from gating_jax.reports import scene_pictures, scene_table
 from gating_jax.training import devices, pixels, steps
 
@@ -30,7 +31,9 @@ _DRAWN = 3  # test scenes
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint, and
   `compile` times what skips its closed gates."""
-  classification.run_task(TASK, build(config), workdir, mode, compile=image_compile.run)
+  with working("opening the data", "minutes for large sets"):
+    experiment = build(config)
+  classification.run_task(TASK, experiment, workdir, mode, compile=image_compile.run)
 
 
 def build(config: ml_collections.ConfigDict) -> Experiment:
