@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gating_jax import config_files
 from gating_jax.experiments import conclusion, surroundings, time_table
 from gating_jax.experiments.build import Experiment
 from gating_jax.inference import exiting, export, folded, folded_macs, openings
@@ -57,9 +58,8 @@ def run(experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Ma
   print(f"\nwritten: {', '.join(paths)}")
   rows = [(path, _summary(card)) for path, card in zip(paths, cards.values(), strict=True)]
   rows += _as_compiled(run_dir, step, trained)
-  then = [f"python docs/examples/load_exported.py {shlex.quote(paths[0])}    (runs it without this package)"]
   print(conclusion.text(f"Exported the checkpoint of step {step:,}, its times on {device()}.", rows,
-                        [*then, *conclusion.following(run_dir.path, ["compile"])]))
+                        [_load_command(paths[0]), *conclusion.following(run_dir.path, ["compile"])]))
 
 
 def _summary(card: Mapping[str, Any]) -> str:
@@ -67,6 +67,14 @@ def _summary(card: Mapping[str, Any]) -> str:
   times = [f"{spent:.2f} ms" + ("" if size == "1" else f" for {size} images")
            for size, spent in card["milliseconds"].items()]
   return f"{100 * card['accuracy']:.2f} %, {card['executed_macs']:,.0f} MACs per image, {', '.join(times)}"
+
+
+def _load_command(path: str) -> str:
+  """A command that runs an export: without this package by the example of the repository, where that is at hand."""
+  example = config_files.folder().parent / "docs" / "examples" / "load_exported.py"
+  if example.is_file():
+    return f"python {shlex.quote(str(example))} {shlex.quote(path)}    (runs it without this package)"
+  return f"python -c {shlex.quote(f'import gating_jax; print(gating_jax.load_exported({path!r}))')}    (loads it)"
 
 
 def _as_compiled(run_dir: rundir.RunDir, step: int, trained: float) -> list[tuple[str, str]]:
