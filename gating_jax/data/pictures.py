@@ -24,6 +24,8 @@ from PIL import Image
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")  # others may start programs to be read
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of Pillow, by channels
 
+MOST_PIXELS = 1 << 26  # of a file; 8,192 x 8,192
+
 _PNG_BIT_DEPTH = 24  # place of that byte in a file
 _WHITE = 255
 
@@ -79,7 +81,7 @@ def span(pixels: np.ndarray) -> str:
 
 def is_deep(encoded: bytes) -> bool:
   """Whether a picture's file has more than 8 bits a channel, as its header says."""
-  with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
+  with _opened(encoded) as picture:
     return _is_deep(picture, encoded)
 
 
@@ -97,7 +99,7 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
   Raises:
     Exception: whatever Pillow raises for damaged files.
   """
-  with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
+  with _opened(encoded) as picture:
     deep = _is_deep(picture, encoded)
     if picture.mode[0] in "IF":  # one channel of 16 or 32 bits
       grey = np.asarray(picture)
@@ -114,9 +116,17 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
 
 def decode_numbers(encoded: bytes) -> np.ndarray:
   """Decodes a file whose numbers are no brightness, such as classes: `[H, W, D]`, places in a palette as they are."""
-  with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
+  with _opened(encoded) as picture:
     numbers = np.asarray(picture)
   return numbers.reshape(*numbers.shape[:2], -1)
+
+
+def _opened(encoded: bytes) -> Image.Image:
+  """The picture, of which only the header is read; that may claim more pixels than there is memory for."""
+  picture = Image.open(io.BytesIO(encoded), formats=FORMATS)
+  if picture.width * picture.height > MOST_PIXELS:
+    raise ValueError(f"a picture must have at most {MOST_PIXELS} pixels; got {picture.width} x {picture.height}")
+  return picture
 
 
 def _is_deep(picture: Image.Image, encoded: bytes) -> bool:

@@ -102,6 +102,8 @@ def read_charades(folder: str | Path, split: str) -> VideoTable:
       raise bad_line(path, line, "name classes of Charades_v1_classes.txt", row["actions"])
     units[row["id"]] = tuple((start, end, index[code]) for code, start, end in actions)
     seconds.append(_length(path, line, row["length"]))
+  if not units:
+    raise ValueError(f"{path}: must hold at least one video; it is empty")
   return _multi_label_table(units, tuple(codes.values()), np.array(seconds))
 
 
@@ -136,12 +138,12 @@ def read_multithumos(folder: str | Path, split: str) -> VideoTable:
         raise bad_line(path, line, f"name a video of {' or '.join(prefix.values())}", text)
       if video.startswith(prefix[split]):
         units.setdefault(video, []).append((start, end, i))
+  if not units:
+    raise ValueError(f"{user_path(folder)} must hold at least one video of the {split} split; it has none")
   return _multi_label_table(dict(sorted(units.items())), tuple(class_names), None)
 
 
 def _multi_label_table(units: dict[str, tuple], class_names: tuple[str, ...], seconds: np.ndarray | None) -> VideoTable:
-  if not units:
-    raise ValueError("the split must hold at least one video; it is empty")
   labels = np.zeros((len(units), len(class_names)), np.float32)
   for row, intervals in zip(labels, units.values(), strict=True):
     row[[unit for *_, unit in intervals]] = 1

@@ -130,3 +130,9 @@ def test_a_file_that_would_start_a_program_is_not_read():
   Image.fromarray(BYTES).save(file, "EPS")  # which Ghostscript reads
   with pytest.raises(Image.UnidentifiedImageError):
     pictures.decode(file.getvalue(), 3)
+
+
+def test_a_file_of_too_many_pixels_is_refused_before_memory_is_taken():
+  file = encoded(Image.new("1", (8193, 8193))).getvalue()
+  with refused("a picture must have at most 67108864 pixels; got 8193 x 8193"):
+    pictures.decode(file, 3)

@@ -1,0 +1,230 @@
+"""Mutated pictures and tables are read right or named in one line: no crash, no hang, no memory without bound."""
+
+import csv
+import io
+import re
+import resource
+import time
+import types
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from gating_jax.data import features, pictures, sources, streaming
+from gating_jax.data.sources import DatasetNotPreparedError
+from gating_jax.data.video_layouts import read_breakfast, read_charades, read_multithumos
+from gating_jax.data.video_tables import read_table
+from tests.helpers.made_tables import write
+from tests.helpers.made_tfds import encoded
+
+FEW, ALL = 500, 2000
+MOST_SECONDS, MOST_MEMORY = 10, 1 << 30  # of one file; of all
+counts = pytest.mark.parametrize("count", [FEW, pytest.param(ALL, marks=pytest.mark.slow)])
+
+EXTREMES = (b"\x00" * 4, b"\xff" * 4, b"\x7f\xff\xff\xff", b"\x00\x00\xff\xff", b"\x80\x00\x00\x00")
+CHARACTERS = tuple(character.encode() for character in "\u2028\u2029\x85\f\v\x1c\ufeff\u00a0\u0663")
+BLANKS = (b" ", b"\t", b",", b", ", b" ,", b"\r")
+PIECES = (*CHARACTERS, *BLANKS, b"\n", b"\0", b";", b'"', b'""', b"-", b"nan", b"1e999", b"_", b"..", b"\xff", b"\xc3")
+
+
+def mutated(data, random, pieces):
+  """One to three changes: bytes flipped, cut off, deleted, repeated, moved or brought in."""
+  for _ in range(random.integers(1, 4)):
+    first = random.integers(0, len(data) + 1)
+    last = min(first + random.integers(12), len(data))
+    part = data[first:last]
+    kind = random.integers(7)
+    if kind == 0 and part:
+      place = random.integers(first, last)
+      data = data[:place] + bytes([data[place] ^ 1 << random.integers(8)]) + data[place + 1 :]
+    elif kind == 1:
+      data = data[:last]
+    elif kind == 2:
+      data = data[:first] + data[last:]
+    elif kind == 3:
+      data = data[:last] + part + data[last:]
+    elif kind == 4:
+      data = part + data[:first] + data[last:]
+    elif kind == 5:
+      data = data[:first] + pieces[random.integers(len(pieces))] + data[first:]
+    else:
+      piece = pieces[random.integers(len(pieces))]
+      data = data[:first] + piece + data[first + len(piece) :]
+  return data
+
+
+def renamed(texts, random):
+  """The same character brought into a word, wherever the word stands in these files."""
+  words = sorted(set(re.findall(rb"\w\w+", b" ".join(texts.values()))))
+  word, character = (choices[random.integers(len(choices))] for choices in (words, CHARACTERS))
+  return {name: text.replace(word, word[:1] + character + word[1:]) for name, text in texts.items()}
+
+
+def turned(text, random):
+  """Two numbers that follow each other, in the other order."""
+  pairs = list(re.finditer(rb"([\d.]+)([ \t-]+)([\d.]+)", text))
+  if not pairs:
+    return text
+  pair = pairs[random.integers(len(pairs))]
+  return text[: pair.start()] + pair[3] + pair[2] + pair[1] + text[pair.end() :]
+
+
+def padded(text, random):
+  """Blanks or separators at the beginning or the end of a line."""
+  lines = text.split(b"\n")
+  place, blank = random.integers(len(lines)), BLANKS[random.integers(len(BLANKS))]
+  lines[place] = blank + lines[place] if random.integers(2) else lines[place] + blank
+  return b"\n".join(lines)
+
+
+def changed(texts, random):
+  """The files of a table, by name, after one kind of change."""
+  name, kind = sorted(texts)[random.integers(len(texts))], random.integers(4)
+  if kind == 0:
+    return renamed(texts, random)
+  change = (turned, padded, lambda text, random: mutated(text, random, PIECES))[kind - 1]
+  return texts | {name: change(texts[name], random)}
+
+
+def watched(read, *errors):
+  """What `read()` returns, or the error of these kinds that it raises, on one line; within the time."""
+  began = time.monotonic()
+  try:
+    found = read()
+  except errors as error:
+    found = error
+  assert time.monotonic() - began < MOST_SECONDS
+  assert not isinstance(found, Exception) or str(found).isprintable()  # which a new line is not
+  return found
+
+
+@pytest.fixture
+def bounded_memory():
+  most = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  before = most()
+  yield
+  assert most() - before < MOST_MEMORY
+
+
+def files():
+  """Pictures of every kind and mode."""
+  colours = np.random.default_rng(0).integers(0, 256, (12, 9, 3), np.uint8)
+  picture, grey = Image.fromarray(colours), Image.fromarray(colours[..., 0])
+  deep = Image.fromarray(colours[..., 0].astype(np.uint16) * 257)
+  made = [(picture, kind) for kind in pictures.FORMATS]
+  made += [(grey, "PNG"), (grey, "JPEG"), (deep, "PNG"), (deep, "TIFF"), (picture.convert("RGBA"), "PNG")]
+  made += [(picture.quantize(), "PNG"), (grey.convert("1"), "PNG"), (picture.convert("CMYK"), "JPEG")]
+  return [encoded(picture, kind).getvalue() for picture, kind in made]
+
+
+class OneFile:
+  """A TFDS source of one example."""
+
+  split, dataset_info = "train", types.SimpleNamespace()
+
+  def __init__(self, file):
+    self.file = file
+
+  def __len__(self):
+    return 1
+
+  def __getitem__(self, index):
+    return {"image": self.file, "label": 0}
+
+
+def read_picture(file):
+  """The picture as it is read, and as training sees it."""
+  readers = {
+      "image": features.Picture(tfds.features.Image(), "feature 'image' of a_set"),
+      "label": features.ImageClass(tfds.features.ClassLabel(num_classes=1), "feature 'label' of a_set")}
+  source = sources.Examples(OneFile(file), "a_set", readers)
+  stream = streaming.Stream(source, source.class_names, (8, 8, 3), crop_area=0.5)
+  return source[0]["image"], stream.read_one(0, (1, 2))[0], stream.read_one(0, None)[0]
+
+
+@counts
+def test_mutated_pictures_are_read_as_they_look_or_named(count, bounded_memory):
+  kinds, read = files(), 0
+  for i in range(count):
+    random = np.random.default_rng((1, i))
+    file = mutated(kinds[i % len(kinds)], random, EXTREMES)
+    found = watched(lambda file=file: read_picture(file), DatasetNotPreparedError, ValueError)
+    if isinstance(found, Exception):
+      assert "a_set" in str(found)
+      continue
+    read += 1
+    whole, *parts = found
+    assert [part.shape for part in parts] == [(8, 8, 3)] * 2
+    assert {part.dtype for part in found} == {np.dtype(np.uint8)}
+    with Image.open(io.BytesIO(file)) as picture:
+      if not pictures.is_deep(file):
+        np.testing.assert_array_equal(whole, picture.convert("RGBA").convert("RGB"))
+  assert 0.1 * count < read < 0.9 * count
+
+
+def made_tables():
+  """By the function that reads them: files, and which of them are changed."""
+  charades = {
+      "Charades_v1_classes.txt": "c000 Holding some clothes\nc001 Putting clothes, somewhere\n",
+      "Charades_v1_train.csv": 'id,script,actions,length\n46GP8,"He said, ""so""",c001 11.90 21.20;c000 0 12.6,24.83\n'
+                               "N11GT,line,,18.33\nXXXXX,line,c001 0.00 3.00,\n"}
+  thumos = {
+      "class_list.txt": "1 BaseballPitch\n2 Run\n",
+      "annotations/BaseballPitch.txt": "video_validation_0000266 72.80 76.40\nvideo_test_0000002\t1 2\n",
+      "annotations/Run.txt": "video_validation_0000266 1.00 2.00\nvideo_validation_0000100 3.5 4.0\n"}
+  return {
+      read_csv: {"all.csv": 'video,label,note\na/1.mp4,tea,x\n2,coffee,"y, z"\n3,tea,\n\n4,juice\n',
+                 "split.txt": "3\n\na/1.mp4\n4\n"},
+      lambda folder: read_charades(folder, "train"): charades,
+      lambda folder: read_multithumos(folder, "train"): thumos,
+      lambda folder: read_breakfast(folder, "train", segmentation=folder): {
+          "P03/cam01/P03_cereals.txt": "1-30 SIL  \n31-150 take_bowl\n151-151 SIL\n"},
+  }
+
+
+def read_csv(folder):
+  """Our own format; what is read is what Python's reader finds in the file."""
+  table = read_table(folder / "all.csv", folder / "split.txt")
+  text = (folder / "all.csv").read_bytes().decode("utf-8-sig")
+  header, *rows = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
+  video, label = ([name.strip(" \t") for name in header].index(name) for name in ("video", "label"))
+  labels = {row[video].strip(" \t"): row[label].strip(" \t") for row in rows if len(row) > max(video, label)}
+  assert not any(any(row[len(header) :]) for row in rows)
+  split = (folder / "split.txt").read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+  assert table.names == tuple(line.strip(" \t") for line in split.split("\n") if line.strip(" \t"))
+  if not table.multi_label:
+    assert [table.class_names[c] for c in table.labels] == [labels[name].strip("; \t") for name in table.names]
+  return table
+
+
+def check_table(table):
+  assert len(set(table.names)) == len(table.names) == len(table.labels) > 0
+  assert all(table.names)
+  assert len(set(table.class_names)) == len(table.class_names) or table.unit_names
+  if not table.multi_label:
+    assert 0 <= table.labels.min() <= table.labels.max() < len(table.class_names)
+  for intervals in table.units or ():
+    for start, end, unit in intervals:
+      assert 0 <= start < end < np.inf
+      assert 0 <= unit < len(table.unit_names)
+
+
+@counts
+def test_mutated_tables_are_read_as_they_stand_or_named(count, tmp_path, bounded_memory):
+  kinds, read = list(made_tables().items()), 0
+  for i in range(count):
+    random = np.random.default_rng((2, i))
+    reader, texts = kinds[i % len(kinds)]
+    folder = write(tmp_path / str(i), {"P03/cam01/P03_cereals.avi": ""})
+    for name, text in changed({name: text.encode() for name, text in texts.items()}, random).items():
+      (folder / name).parent.mkdir(exist_ok=True)
+      (folder / name).write_bytes(text)
+    found = watched(lambda read=reader, folder=folder: read(folder), ValueError, FileNotFoundError)
+    if isinstance(found, Exception):
+      assert str(folder) in str(found)
+    else:
+      read += 1
+      check_table(found)
+  assert 0.1 * count < read < 0.9 * count
