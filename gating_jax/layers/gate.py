@@ -23,7 +23,7 @@ import numpy as np
 from flax import traverse_util
 
 from gating_jax.checks import one_of
-from gating_jax.ops import collectives, relaxations
+from gating_jax.ops import arguments, collectives, relaxations
 from gating_jax.types import Array, GateRecord, Path, Records
 
 GATE_NAME = "gate"  # every gate module is called this inside its block
@@ -78,16 +78,11 @@ class GateSettings:
   block: int = 1
 
   def __post_init__(self):
-    rules = {
-        "hidden": (self.hidden >= 1, ">= 1"),
-        "initial_open": (0 < self.initial_open < 1, "in (0, 1)"),
-        "temperature": (self.temperature > 0, "> 0"),
-        "noise_scale": (self.noise_scale >= 0, ">= 0"),
-        "block": (self.block >= 1, ">= 1"),
-    }
-    for name, (holds, rule) in rules.items():
-      if not holds:
-        raise ValueError(f"gate {name} must be {rule}; got {getattr(self, name)}")
+    arguments.whole_number("gate hidden", self.hidden)
+    arguments.whole_number("gate block", self.block)
+    arguments.number("gate initial_open", self.initial_open, "in (0, 1)", lambda v: 0 < v < 1)
+    arguments.number("gate temperature", self.temperature, "> 0", lambda v: 0 < v < math.inf)
+    arguments.number("gate noise_scale", self.noise_scale, ">= 0", lambda v: 0 <= v < math.inf)
     one_of("gate context", self.context, CONTEXTS)
     one_of("gate relaxation", self.relaxation, RELAXATIONS)
     if self.context == "random" and self.relaxation != "straight_through":
@@ -114,10 +109,16 @@ class GateSettings:
     return size
 
 
+def check_gate_settings(name: str, settings: object) -> None:
+  """Raises a TypeError unless `settings` are `GateSettings`."""
+  arguments.instance(name, settings, GateSettings, "GateSettings, such as GateSettings(hidden=16)")
+
+
 class GateHead(nn.Module):
   """Pooled features to one logit per unit: mean over pixels, Dense, BatchNorm, ReLU, Dense. Computes in float32.
 
-  `[N, H, W, D]` or `[N, D]` to `[N, units]`.
+  `[N, H, W, D]` or `[N, D]` to `[N, units]`. In training a batch without an example is a ValueError: its mean is NaN,
+  which BatchNorm would keep.
   """
 
   units: int
@@ -127,12 +128,23 @@ class GateHead(nn.Module):
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     s = self.settings
+    check_gate_settings("settings", s)
+    arguments.whole_number("units", self.units)
+    check_examples(x, train)
     x = x.astype(jnp.float32)
     context = jnp.mean(x, axis=tuple(range(1, x.ndim - 1)))
     h = nn.Dense(s.hidden, use_bias=False, name="hidden")(context)
     h = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name, name="norm")(h)
     bias = nn.initializers.constant(s.initial_logit)
     return nn.Dense(self.units, bias_init=bias, name="logits")(nn.relu(h))
+
+
+def check_examples(x: Array, train: bool) -> None:
+  """Raises a TypeError or ValueError unless x is `[N, ..., D]` real features; in training N is at least 1."""
+  arguments.real_array("x", x)
+  if np.ndim(x) < 2 or (train and x.shape[0] == 0):
+    rule = "[N, ..., D], in training with at least one example"
+    raise ValueError(f"x must be {rule}; got shape {np.shape(x)}")
 
 
 class Switched(NamedTuple):
@@ -159,6 +171,8 @@ class ChannelGate(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Records:
+    self._check()
+    check_examples(x, train)
     sizes = [self.settings.channels_per_gate(group.channels) for group in self.groups]
     units = [group.channels // size for group, size in zip(self.groups, sizes, strict=True)]
     logits = self._logits(x, sum(units), train)
@@ -166,6 +180,17 @@ class ChannelGate(nn.Module):
     parts = [jnp.split(a, np.cumsum(units)[:-1], axis=-1) for a in (logits, probs, gates)]
     return tuple(GateRecord(*part, *macs, *group[3:], self.path)
                  for *part, macs, group in zip(*parts, self._macs(sizes, x.shape[-1]), self.groups, strict=True))
+
+  def _check(self):
+    what = "a tuple of Switched, one per group of channels"
+    if isinstance(self.groups, Switched) or not isinstance(self.groups, tuple) or not self.groups:
+      raise TypeError(f"groups must be {what}; got {arguments.shown(self.groups)}")
+    for i, group in enumerate(self.groups):
+      arguments.instance(f"groups[{i}]", group, Switched, "Switched, such as Switched(channels=32, macs_per_channel=0)")
+      arguments.whole_number(f"groups[{i}].channels", group.channels)
+      arguments.number(f"groups[{i}].macs_per_channel", group.macs_per_channel, ">= 0", lambda v: v >= 0)
+      arguments.number(f"groups[{i}].macs_per_pair", group.macs_per_pair, ">= 0", lambda v: v >= 0)
+    check_gate_settings("settings", self.settings)
 
   def _macs(self, sizes: list[int], inputs: int) -> list[tuple[int, int]]:
     """What one gate of each group costs, alone and with one of the group before; before the first is the input."""
@@ -217,11 +242,16 @@ def apply_gates(x: Array, gates: Array) -> Array:
 
   Raises:
     ValueError: the shapes do not belong together.
+    TypeError: one of them is no array, such as a `GateRecord` in place of its `gates`.
 
   >>> apply_gates(jnp.ones((1, 1, 1, 4)), jnp.array([[1.0, 0.0]])).ravel()
   Array([1., 1., 0., 0.], dtype=float32)
   """
-  if gates.ndim != 2 or x.ndim < 2 or gates.shape[0] != x.shape[0] or x.shape[-1] % gates.shape[1]:
+  arguments.real_array("x", x)
+  arguments.real_array("gates", gates)
+  x, gates = jnp.asarray(x), jnp.asarray(gates)
+  units = gates.shape[-1] if gates.ndim == 2 else 0
+  if units == 0 or x.ndim < 2 or gates.shape[0] != x.shape[0] or x.shape[-1] % units:
     raise ValueError("gates must be [N, C / b] for x's N examples and C channels, b of them to a gate; "
                      f"got gates {gates.shape}, x {x.shape}")
   gates = jnp.repeat(gates, x.shape[-1] // gates.shape[1], axis=1)

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.checks import one_of
-from gating_jax.layers.gate import GATE_RNG, GateSettings
-from gating_jax.ops import collectives, relaxations, selection
+from gating_jax.layers.gate import GATE_RNG, GateSettings, check_examples, check_gate_settings
+from gating_jax.ops import arguments, collectives, relaxations, selection
 from gating_jax.ops.precision import as_float
 from gating_jax.types import Array, GateRecord
 
@@ -52,8 +52,8 @@ class SegmentGateSettings:
   def __post_init__(self):
     one_of("gate context", self.context, CONTEXTS)
     one_of("gate relaxation", self.relaxation, RELAXATIONS)
-    if self.concepts < 1:
-      raise ValueError(f"gate concepts must be >= 1; got {self.concepts}")
+    arguments.whole_number("gate concepts", self.concepts)
+    check_gate_settings("gate", self.gate)
 
 
 class SegmentGate(nn.Module):
@@ -72,7 +72,13 @@ class SegmentGate(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, valid: Array, train: bool = False) -> GateRecord:
+    rule = "SegmentGateSettings, such as SegmentGateSettings(concepts=128)"
+    arguments.instance("settings", self.settings, SegmentGateSettings, rule)
     s, g = self.settings, self.settings.gate
+    check_examples(x, train)
+    arguments.real_array("valid", valid)
+    if x.ndim != 3 or valid.shape != x.shape[:2]:
+      raise ValueError(f"x must be [B, T, C] and valid [B, T]; got x {x.shape}, valid {valid.shape}")
     similarity = nn.Dense(s.concepts, use_bias=False, name=CONCEPTS)(x.astype(jnp.float32))
     h = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name, name="norm")(similarity)
     h = nn.Dense(g.hidden, name="project")(nn.relu(h))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,12 +28,15 @@ def shown(value: object) -> str:
   """
   if isinstance(value, type):
     return f"the class {value.__name__}"
-  if _is_array(value) and (isinstance(value, jax.core.Tracer) or np.size(value) > _MOST):
-    return f"{value.dtype}[{','.join(map(str, value.shape))}]"
   if callable(value) and hasattr(value, "__qualname__"):
     return f"the function {value.__qualname__}"
-  text = " ".join(repr(value).split())
-  return text if len(text) <= _LONGEST else f"an object of class {type(value).__name__}"
+  is_traced = isinstance(value, jax.core.Tracer)
+  text = "" if _is_array(value) and (is_traced or math.prod(value.shape) > _MOST) else " ".join(repr(value).split())
+  if text and len(text) <= _LONGEST:
+    return text
+  if _is_array(value):
+    return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+  return f"an object of class {type(value).__name__}"
 
 
 def instance(name: str, value: object, kind: type | tuple[type, ...], rule: str) -> None:
@@ -52,7 +57,12 @@ def function(name: str, value: object, rule: str = "a function") -> None:
 
 
 def number(name: str, value: Any, rule: str, holds: Callable[[Any], bool]) -> None:
-  """Raises a TypeError unless `value` is a real number known now, a ValueError unless the rule holds for it."""
+  """Raises a TypeError unless `value` is a real number known now, a ValueError unless the rule holds for it.
+
+  What is computed of sizes not known yet, as in `jax.export`, is taken.
+  """
+  if jax.export.is_symbolic_dim(value):
+    return
   if not isinstance(value, numbers.Real) or isinstance(value, bool):
     raise TypeError(f"{name} must be a number {rule}; got {shown(value)}")
   if not holds(value):
@@ -121,6 +131,15 @@ def items(name: str, values: Any, what: str) -> tuple[Any, ...]:
   if _is_array(values) or _is_text(values) or isinstance(values, Mapping) or not isinstance(values, Iterable):
     raise TypeError(f"{name} must be a list of {what}; got {shown(values)}")
   return tuple(values)
+
+
+def within_reach(name: str, shape: tuple[int, ...]) -> None:
+  """Raises a ValueError where an array has 2**31 elements or more, which 32-bit indices do not reach.
+
+  A shape with a size that is not known yet, as in `jax.export`, is taken.
+  """
+  if all(isinstance(size, int) for size in shape) and math.prod(shape) >= 2**31:
+    raise ValueError(f"{name} must have fewer than 2**31 elements, the reach of 32-bit indices; got shape {shape}")
 
 
 def prng_key(name: str, key: Any) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
+from gating_jax.ops import arguments
 from gating_jax.ops.precision import as_float
 from gating_jax.types import Array
 
@@ -31,10 +32,11 @@ def open_indices(gates: Array, capacity: int) -> tuple[Array, Array]:
   >>> open_indices(jnp.array([0.0, 1.0, 0.0, 1.0]), 3)
   (Array([1, 3, 0], dtype=int32), Array([ True,  True, False], dtype=bool))
   """
+  arguments.real_array("gates", gates)
   if jnp.ndim(gates) != 1 or not jnp.size(gates):
     raise ValueError(f"gates must be [N] with N >= 1; got shape {jnp.shape(gates)}")
-  if capacity < 1:
-    raise ValueError(f"capacity must be >= 1; got {capacity}")
+  arguments.within_reach("gates", jnp.shape(gates))
+  arguments.whole_number("capacity", capacity)
   is_open = as_float(gates) > 0
   (index,) = jnp.nonzero(is_open, size=capacity, fill_value=0)
   return index.astype(jnp.int32), jnp.arange(capacity) < jnp.sum(is_open)
@@ -55,6 +57,9 @@ def put_back(values: Array, index: Array, taken: Array, size: int) -> Array:
   >>> put_back(jnp.array([5.0, 7.0, 9.0]), jnp.array([1, 3, 0]), jnp.array([True, True, False]), 4)
   Array([0., 5., 0., 7.], dtype=float32)
   """
+  for name, array in (("values", values), ("index", index), ("taken", taken)):
+    arguments.real_array(name, array)
+  arguments.whole_number("size", size, 0)
   values = jnp.asarray(values)
   if not values.shape[:1] == jnp.shape(index) == jnp.shape(taken):
     raise ValueError("values must be [capacity, ...] with index and taken [capacity]; "
@@ -68,6 +73,12 @@ def capacity_for(count: int, sizes: Sequence[int]) -> int:
   >>> capacity_for(5, (2, 4, 6, 8))
   6
   """
+  arguments.whole_number("count", count, 0)
+  sizes = arguments.items("sizes", sizes, "whole numbers >= 1")
+  if not sizes:
+    raise ValueError("sizes must hold at least one number; got none")
+  for size in sizes:
+    arguments.whole_number("each of sizes", size)
   if count > max(sizes):
     raise ValueError(f"count must be at most the largest of sizes, {max(sizes)}; got {count}")
   return min(size for size in sizes if size >= count)
@@ -99,7 +110,6 @@ def bucket_sizes(total: int, buckets: int, *, multiple: int = 1) -> tuple[int, .
   ((3, 5, 8, 10), (4, 8, 12))
   """
   for name, value in (("total", total), ("buckets", buckets), ("multiple", multiple)):
-    if value < 1:
-      raise ValueError(f"{name} must be >= 1; got {value}")
+    arguments.whole_number(name, value)
   shares = (-(-total * i // buckets) for i in range(1, buckets + 1))
   return tuple(sorted({-(-share // multiple) * multiple for share in shares}))

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from gating_jax.checks import one_of
-from gating_jax.ops import collectives, ranking
+from gating_jax.ops import arguments, collectives, ranking
 from gating_jax.ops.precision import as_float
-from gating_jax.ops.priors import Prior
+from gating_jax.ops.priors import Prior, check_prior
 from gating_jax.types import Array
 
 EXCHANGES = ("gather", "all_to_all")
@@ -33,7 +33,8 @@ def empirical_cdf(x: Array, axis: int = 0) -> Array:
   Returns:
     float, in (0, 1), same shape, original order; NaN in a column that holds one.
   Raises:
-    ValueError: `axis` is not an axis of `x`, or there is no value along it.
+    ValueError: `axis` is not an axis of `x`, there is no value along it, or `x` holds 2**31 values or more.
+    TypeError: `x` is no array of real numbers.
 
   >>> empirical_cdf(jnp.array([0.7, 0.1, 0.4, 0.1]))
   Array([0.8, 0.3, 0.6, 0.3], dtype=float32)
@@ -42,7 +43,7 @@ def empirical_cdf(x: Array, axis: int = 0) -> Array:
   x = lax.stop_gradient(jnp.moveaxis(x, axis, 0))
   source, tied = ranking.argsort(x)
   first, last = ranking.tie_bounds(tied)
-  place = ((first + last) / 2 + 1).astype(x.dtype) / (source.shape[0] + 1)
+  place = ((first + last) / 2 + 1).astype(x.dtype) / jnp.asarray(x.shape[0] + 1, x.dtype)
   place = jnp.where(jnp.isnan(x).any(axis=0), jnp.nan, ranking.unsort(place, source))
   return jnp.moveaxis(place, 0, axis)
 
@@ -69,7 +70,8 @@ def batch_shaping_loss(
   `noise_floor(N)`.
 
   Args:
-    logits: `[N, C]` gate log-odds, or any shape; columns along `axis` are independent gates.
+    logits: `[N, C]` gate log-odds, or any shape; columns along `axis` are independent gates. The loss is computed in
+      float32, or in float64 where they are; integers and truth values count as float32.
     prior: a `Prior` on [0, 1]; parameters that are arrays hold one entry per column.
     axis: the batch axis.
     axis_name: the mapped device axis, or axes, over which the batch is spread; the loss and its gradient are those of
@@ -84,9 +86,10 @@ def batch_shaping_loss(
     or a weight is negative.
   Raises:
     ValueError: the prior has no logit axis, its parameters or `weights` do not fit, `axis` is not an axis of `logits`,
-      N is 0, or `exchange` is unknown.
-    TypeError: forward-mode differentiation (`jax.jvp`, `jax.jacfwd`), for which there is no rule; reverse mode and
-      `jax.hessian` work. Around a `jit` the message is JAX's own.
+      N is 0, the whole batch has 2**31 logits or more, or `exchange` is unknown.
+    TypeError: an argument of another kind, such as a number for a prior; or forward-mode differentiation (`jax.jvp`,
+      `jax.jacfwd`), for which there is no rule; reverse mode and `jax.hessian` work. Around a `jit` the message is
+      JAX's own.
 
   >>> from gating_jax.ops.priors import beta
   >>> p = jnp.array([0.7, 0.1, 0.95, 0.4])
@@ -95,6 +98,7 @@ def batch_shaping_loss(
 
   Reference: Bejnordi et al., 2020, section 3.
   """
+  check_prior("prior", prior)
   if prior.logit_cdf is None:
     raise ValueError(f"prior must have a logit axis, that is, live on [0, 1]; got {prior.name}; use cdf_matching_loss")
   return _gap(logits, prior, prior.logit_cdf, "logits", axis, axis_name, weights, exchange)
@@ -124,6 +128,7 @@ def cdf_matching_loss(
   >>> print(f"{losses[0]:.2f} {losses[1]:.2f}")
   0.00 0.30
   """
+  check_prior("prior", prior)
   return _gap(x, prior, prior.cdf, "x", axis, axis_name, weights, exchange)
 
 
@@ -152,6 +157,10 @@ def generalised_batch_shaping_loss(
   >>> print(gates.shape, means.shape)
   (3,) ()
   """
+  arguments.real_array("mean_logits", mean_logits)
+  arguments.function("prior", prior, "a function of means, such as symmetric_beta")
+  check_prior("hyperprior", hyperprior)
+  mean_logits = as_float(mean_logits)
   mean = jnp.clip(jax.nn.sigmoid(mean_logits), _LEAST_MEAN, 1 - _LEAST_MEAN)
   return batch_shaping_loss(logits, prior(mean), **options), batch_shaping_loss(mean_logits, hyperprior)
 
@@ -162,6 +171,7 @@ def noise_floor(n: int) -> float:
   >>> round(noise_floor(256), 6)
   0.000649
   """
+  arguments.whole_number("n", n)
   return 1 / (6 * (n + 1))
 
 
@@ -180,7 +190,7 @@ def _gap(x, prior, cdf, name, axis, axis_name, weights, exchange):
   values = cdf(x)
   if values.shape != x.shape:
     raise ValueError(f"prior's cdf must be elementwise; got {values.shape} from {x.shape}, with {prior.name}")
-  values = jnp.where(jnp.isnan(x), jnp.nan, values)  # whatever the cdf makes of it
+  values = jnp.where(jnp.isnan(x), jnp.nan, values.astype(x.dtype))  # whatever the cdf makes of it
   over_devices = lambda share: [
       v if v is None else share(v.reshape(v.shape[0], -1)) for v in (lax.stop_gradient(x), values, weights)]
   if axis_name is None:
@@ -203,10 +213,12 @@ def _mean_square_gap_fwd(keys, values, weights):
   n = keys.shape[0]
   source, tied = ranking.argsort(keys)
   if weights is None:
-    before = jnp.arange(n, dtype=values.dtype)[:, None] + 0 * source  # makes it vary over devices, for shard_map
-    in_order, total, share = jnp.ones_like(before), n, 1 / n
+    # 0 times an array that varies over devices: `shard_map` asks that this one does.
+    before = jnp.arange(n, dtype=values.dtype)[:, None] + 0 * source.astype(values.dtype)
+    in_order, total = jnp.ones_like(before), jnp.asarray(n, values.dtype)
+    share = 1 / total
   else:
-    in_order, total = ranking.take(weights, source), jnp.sum(weights, axis=0)
+    in_order, total = ranking.take(weights, source), jnp.sum(weights, axis=0, keepdims=True)
     before = jnp.cumsum(in_order, axis=0) - in_order
     share = weights / jnp.where(total == 0, 1, total)
   level = (before + (in_order + 1) / 2) / (total + 1)
@@ -229,7 +241,7 @@ def _level_of_run(level, tied, before, in_order, total):
 # Place i, where the element s(i) went, has the level e_i. The levels are constants, and un-sorting them un-sorts the
 # gradient: dL/dF_s(i) = 2/N (F_s(i) - e_i). Tied elements have the mean of their levels, hence equal gradients.
 def _mean_square_gap_bwd(gradient, cotangent):
-  return None, gradient * cotangent, None
+  return None, gradient * cotangent[None], None
 
 
 _mean_square_gap.defvjp(_mean_square_gap_fwd, _mean_square_gap_bwd)
@@ -237,6 +249,7 @@ _mean_square_gap.defvjp(_mean_square_gap_fwd, _mean_square_gap_bwd)
 
 def _batch(x, axis, name):
   """`x` as floating-point values, whole, and `axis` counted from the front."""
+  arguments.real_array(name, x)
   x = collectives.whole_batch(as_float(x))
   axis = ranking.check_axis(x, axis)
   if x.shape[axis] == 0:
@@ -246,6 +259,7 @@ def _batch(x, axis, name):
 
 def _whole_weights(weights, x, whole_shape, name, axis):
   """`weights` in the shape of x, whose batch axis is the first; NaN where negative, no gradient."""
+  arguments.real_array("weights", weights)
   weights = collectives.whole_batch(lax.stop_gradient(jnp.asarray(weights, x.dtype)))
   if weights.shape == whole_shape:
     weights = jnp.moveaxis(weights, axis, 0)

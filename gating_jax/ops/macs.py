@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from gating_jax.ops import arguments
 from gating_jax.ops.precision import float_dtype
-from gating_jax.types import Array, Records
+from gating_jax.types import Array, GateRecord, Records
 
 
 def conv_macs(kernel_shape: Sequence[int], output_shape: Sequence[int]) -> int:
@@ -37,21 +38,22 @@ def executed_macs(records: Records) -> Array:
   Returns:
     `[N]`. Exact to the unit below 2**24 for float32 gates, and beyond for numpy float64 ones.
   Raises:
-    ValueError: no records, or the first one claims pairs with one before it.
+    ValueError: no records, the first one claims pairs with one before it, or records of several batches.
+    TypeError: `records` is no list of `GateRecord`.
   """
-  _check(records)
+  records = checked_records(records, "gates")
   return _macs(records, [_open_units(r.gates) for r in records])
 
 
 def expected_macs(records: Records) -> Array:
   """`executed_macs` at the units' probabilities of being open, `[N]`; pairs as if both were independent."""
-  _check(records)
+  records = checked_records(records, "probs")
   return _macs(records, [r.probs.sum(-1) for r in records])
 
 
 def gated_macs(records: Records) -> int:
   """MACs per example with every gate open."""
-  _check(records)
+  records = checked_records(records)
   units = [r.gates.shape[-1] for r in records]
   single = sum(u * r.macs_per_unit for u, r in zip(units, records, strict=True))
   return single + sum(units[i - 1] * units[i] * r.macs_per_pair for i, r in enumerate(records) if r.macs_per_pair)
@@ -72,9 +74,25 @@ def _macs(records: Records, open_units: Sequence[Array]) -> Array:
   return total
 
 
-def _check(records: Records) -> None:
+def checked_records(records: Records, *fields: str) -> Records:
+  """The records as a tuple.
+
+  Args:
+    records: of one forward pass.
+    fields: names of those of their arrays that must have one shape but for the last axis.
+  Raises:
+    ValueError, TypeError: as of `executed_macs`.
+  """
+  records = arguments.items("records", records, "one GateRecord per gated layer")
+  for i, record in enumerate(records):
+    arguments.instance(f"records[{i}]", record, GateRecord, "a GateRecord")
+  for field in fields:
+    shapes = [getattr(record, field).shape for record in records]
+    if len({shape[:-1] for shape in shapes}) > 1:
+      raise ValueError(f"records must be of one batch, that of one forward pass; got {field} of shapes {shapes}")
   if not records:
     raise ValueError("records must hold at least one GateRecord; got none: is the model ungated?")
   if records[0].macs_per_pair:
     raise ValueError("the first record's macs_per_pair must be 0, no record is before it; "
                      f"got {records[0].macs_per_pair}")
+  return records

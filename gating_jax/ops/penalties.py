@@ -1,6 +1,7 @@
 """Terms that ask for fewer open gates, or for gates that are open and closed.
 
-Axes: N examples, C gates of one layer. All are dimensionless scalars, differentiable in the probabilities.
+Axes: N examples, at least 1, C gates of one layer. All are dimensionless scalars, differentiable in the probabilities.
+All raise a ValueError where no layer is given or a layer has no example, and a TypeError for what is no list of layers.
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.scipy.special import entr
 
-from gating_jax.ops import collectives
-from gating_jax.ops.macs import executed_macs, expected_macs, gated_macs
+from gating_jax.ops import arguments, collectives
+from gating_jax.ops.macs import checked_records, executed_macs, expected_macs, gated_macs
 from gating_jax.types import Array, Records
 
 
@@ -29,7 +31,8 @@ def l0_loss(probs: Sequence[Array]) -> Array:
 
   Reference: Louizos et al., 2018; Bejnordi et al., 2020.
   """
-  gates = sum(p.shape[-1] for p in _nonempty(probs))
+  probs = _checked_layers("probs", probs)
+  gates = sum(p.shape[-1] for p in probs)
   return sum(jnp.sum(collectives.batch_mean(p, None)) for p in probs) / gates
 
 
@@ -48,7 +51,8 @@ def target_rate_loss(gates: Sequence[Array], target: float | Array, *, axis_name
 
   Reference: Veit and Belongie, 2018 (ConvNet-AIG).
   """
-  means = [collectives.batch_mean(g, axis_name) for g in _nonempty(gates)]
+  target = arguments.parameter("target", target, "in [0, 1]", lambda v: (v >= 0) & (v <= 1))
+  means = [collectives.batch_mean(g, axis_name) for g in _checked_layers("gates", gates)]
   return sum(jnp.sum(jnp.square(mean - jnp.asarray(target, mean.dtype))) for mean in means)
 
 
@@ -66,7 +70,7 @@ def entropy_loss(probs: Sequence[Array], *, axis_name: Hashable | None = None) -
   >>> print(f"{entropy_loss([jnp.array([[0.0, 1.0], [1.0, 1.0]])]):.4f}")
   0.5000
   """
-  return _certainty(jnp.concatenate([collectives.batch_mean(p, axis_name) for p in _nonempty(probs)]))
+  return _certainty(jnp.concatenate([collectives.batch_mean(p, axis_name) for p in _checked_layers("probs", probs)]))
 
 
 def decision_entropy_loss(probs: Sequence[Array]) -> Array:
@@ -84,7 +88,7 @@ def decision_entropy_loss(probs: Sequence[Array]) -> Array:
   >>> print(f"{decision_entropy_loss([jnp.array([[0.0, 0.5], [1.0, 0.5]])]):.4f}")
   0.5000
   """
-  return _certainty(jnp.concatenate(_nonempty(probs), axis=-1))
+  return _certainty(jnp.concatenate(_checked_layers("probs", probs), axis=-1))
 
 
 def _certainty(probs: Array) -> Array:
@@ -100,7 +104,7 @@ def indecision_loss(probs: Sequence[Array]) -> Array:
   >>> indecision_loss([jnp.array([[0.5, 1.0]]), jnp.array([[0.0, 0.5]])])
   Array(0.5, dtype=float32)
   """
-  return l0_loss([4 * p * (1 - p) for p in _nonempty(probs)])
+  return l0_loss([4 * p * (1 - p) for p in _checked_layers("probs", probs)])
 
 
 def balance_loss(records: Records, *, axis_name: Hashable | None = None) -> Array:
@@ -122,7 +126,7 @@ def balance_loss(records: Records, *, axis_name: Hashable | None = None) -> Arra
   Reference: Fedus et al., 2022, section 2.2.
   """
   total = 0.0
-  for record in _nonempty(records):
+  for record in checked_records(records):
     gates = record.gates.astype(record.probs.dtype)
     share = collectives.batch_mean((gates > 0).astype(gates.dtype), axis_name)
     probs = collectives.batch_mean(record.probs, axis_name)
@@ -135,7 +139,7 @@ def mac_loss(records: Records) -> Array:
 
   Products of two layers' gates are taken at the product of their probabilities.
   """
-  return jnp.mean(expected_macs(_nonempty(records))) / float(gated_macs(records))
+  return jnp.mean(expected_macs(_with_examples(records))) / float(gated_macs(records))
 
 
 def mac_budget_loss(
@@ -157,12 +161,34 @@ def mac_budget_loss(
     budget: share in (0, 1].
     axis_name: as in `batch_shaping_loss`; the mean is over the whole batch.
   """
-  expected, executed = (collectives.batch_mean(macs(_nonempty(records)), axis_name)
-                        for macs in (expected_macs, executed_macs))
+  arguments.number("fixed_macs", fixed_macs, ">= 0", lambda v: v >= 0)
+  budget = arguments.parameter("budget", budget, "in (0, 1]", lambda v: (v > 0) & (v <= 1))
+  records = _with_examples(records)
+  expected = collectives.batch_mean(expected_macs(records), axis_name)
+  executed = collectives.batch_mean(executed_macs(records), axis_name)
   mean = expected + lax.stop_gradient(executed - expected)
   share = (float(fixed_macs) + mean) / float(fixed_macs + gated_macs(records))
   budget = jnp.asarray(budget, share.dtype)
   return jnp.square(share - budget)
+
+
+def _checked_layers(name: str, layers: Sequence[Array]) -> tuple[Array, ...]:
+  """The layers as a tuple of arrays `[N, C]`."""
+  layers = _nonempty(arguments.items(name, layers, "one [N, C] array per layer"))
+  for i, layer in enumerate(layers):
+    arguments.real_array(f"{name}[{i}]", layer)
+    if np.ndim(layer) < 2 or np.shape(layer)[0] == 0:
+      raise ValueError(f"{name}[{i}] must be [N, C] with N >= 1; got shape {np.shape(layer)}")
+  return layers
+
+
+def _with_examples(records: Records) -> Records:
+  """The records as a tuple, of at least one example each."""
+  records = _nonempty(arguments.items("records", records, "one GateRecord per gated layer"))
+  for record in checked_records(records):
+    if record.gates.shape[0] == 0:
+      raise ValueError(f"records must be of at least one example; got gates of shape {record.gates.shape}")
+  return records
 
 
 def _nonempty(layers: Sequence) -> Sequence:

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gating_jax.ops import collectives
+from gating_jax.ops import arguments, collectives
+from gating_jax.ops.precision import as_float
 from gating_jax.types import Array
 
 # Longer networks take too long to compile: their size grows with the square of the logarithm.
@@ -53,7 +54,7 @@ def sort_with_vjp(x: Array, axis: int = 0) -> Array:
   Returns:
     values in ascending order, same shape and dtype.
   Raises:
-    ValueError: `axis` is not an axis of `x`, or `x` is not of a floating type.
+    ValueError: `axis` is not an axis of `x`, `x` is not of a floating type, or holds 2**31 values or more.
     TypeError: forward-mode differentiation, for which there is no rule.
 
   >>> sort_with_vjp(jnp.array([0.7, 0.1, 0.4]))
@@ -61,6 +62,7 @@ def sort_with_vjp(x: Array, axis: int = 0) -> Array:
   >>> jax.grad(lambda x: sort_with_vjp(x) @ jnp.array([1.0, 2.0, 3.0]))(jnp.array([0.7, 0.1, 0.4]))
   Array([3., 1., 2.], dtype=float32)
   """
+  arguments.real_array("x", x)
   x = jnp.asarray(x)
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(f"x must be of a floating type, to have a gradient; got {x.dtype}")
@@ -75,8 +77,15 @@ def argsort(x: Array) -> tuple[Array, Array]:
 
   On CPU a compare-exchange network in plain array operations, which XLA vectorises over the other axes: its own sort
   there takes one column after the other. Elsewhere XLA's sort, which is native to GPU and TPU, where each pass of the
-  network would go through main memory. Both give the same order for values without NaN.
+  network would go through main memory. Both give the same order for values without NaN. XLA's too where a size is not
+  known yet, as in `jax.export` with symbolic shapes.
+
+  Raises:
+    ValueError: 2**31 values or more, beyond the reach of 32-bit indices.
   """
+  arguments.within_reach("what is ranked, of all devices,", x.shape)
+  if not all(isinstance(size, int) for size in x.shape):
+    return _library_argsort(x)
   if not 0 < x.size <= _NETWORK_MAX_LENGTH * math.prod(x.shape[1:]) or jnp.finfo(x.dtype).bits > 32:
     return _library_argsort(x)
   return lax.platform_dependent(x, cpu=_network_argsort, default=_library_argsort)
@@ -84,6 +93,7 @@ def argsort(x: Array) -> tuple[Array, Array]:
 
 def check_axis(x: Array, axis: int) -> int:
   """`axis` counted from the front; ValueError where `x` has no such axis."""
+  arguments.instance("axis", axis, (int, np.integer), "a whole number")
   if not -x.ndim <= axis < x.ndim:
     raise ValueError(f"axis must name an axis of the input; got axis {axis}, shape {x.shape}")
   return axis % x.ndim
@@ -91,15 +101,15 @@ def check_axis(x: Array, axis: int) -> int:
 
 def take(values: Array, source: Array) -> Array:
   """Puts `values` in the order `source` (axis 0)."""
-  columns = jnp.indices(source.shape, sparse=True)[1:]
-  return values.at[(source, *columns)].get(unique_indices=True, mode="promise_in_bounds")
+  return values.at[(source, *_columns(source))].get(unique_indices=True, mode="promise_in_bounds")
 
 
 def unsort(values: Array, source: Array) -> Array:
   """Puts `values`, in sorted order, back where `source` says they came from (axis 0): the transpose of `take`."""
   n, *columns = source.shape
   by_column = lambda v: v.reshape(n, -1).T  # one after the other, so that the scatter stays near
-  index = by_column(source) + n * jnp.arange(math.prod(columns), dtype=source.dtype)[:, None]
+  first = jnp.asarray(n, source.dtype) * jnp.arange(math.prod(columns), dtype=source.dtype)
+  index = by_column(source) + first[:, None]
   flat = jnp.zeros(values.size, values.dtype).at[index.ravel()].set(
       by_column(values).ravel(), unique_indices=True, mode="promise_in_bounds")
   return flat.reshape(-1, n).T.reshape(values.shape)
@@ -118,10 +128,17 @@ def tie_bounds(tied: Array) -> tuple[Array, Array]:
 def mean_over_ties(values: Array, tied: Array) -> Array:
   """Gives each place the mean of `values` over the run of equal values it belongs to."""
   first, last = tie_bounds(tied)
-  run = (first, *jnp.indices(values.shape, sparse=True)[1:])
+  run = (first, *_columns(first))
   # Sums within each run alone: differences of running sums would lose small values behind large ones.
-  total = jnp.zeros(values.shape, jnp.promote_types(values.dtype, jnp.float32)).at[run].add(values)
-  return (total[run] / (last - first + 1)).astype(values.dtype)
+  wide = as_float(values)
+  total = jnp.zeros_like(wide).at[run].add(wide)
+  return (total[run] / (last - first + 1).astype(wide.dtype)).astype(values.dtype)
+
+
+def _columns(source):
+  """Indices of all axes but the first, which broadcast to those of the first; sizes may be symbolic."""
+  sizes = lambda axis: [size if i == axis else 1 for i, size in enumerate(source.shape)]
+  return [lax.broadcasted_iota(source.dtype, sizes(axis), axis) for axis in range(1, source.ndim)]
 
 
 @jax.custom_vjp

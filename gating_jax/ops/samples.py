@@ -5,6 +5,7 @@ Axes: M samples.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Hashable
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gating_jax.ops import collectives
+from gating_jax.ops.arguments import real_array
 from gating_jax.ops.precision import as_float
 from gating_jax.ops.priors import Prior
 from gating_jax.types import Array
@@ -39,38 +41,51 @@ def empirical(samples: Array, *, axis_name: Hashable | None = None) -> Prior:
   >>> print(empirical(jnp.array([3.0, 1.0, 2.0])).cdf(jnp.array([1.0, 1.5, 3.0])))
   [0.25  0.375 0.75 ]
   """
+  real_array("samples", samples)
   samples = as_float(samples)
   if samples.ndim == 0 or samples.shape[0] == 0:
     raise ValueError(f"samples must hold at least one value along axis 0; got shape {samples.shape}")
   samples = collectives.whole_batch(samples) if axis_name is None else collectives.gather_batch(samples, axis_name)
-  ordered = jnp.sort(samples, axis=0)
-  m, *columns = ordered.shape
+  family = _Empirical(jnp.sort(samples, axis=0))
+  m, *columns = samples.shape
+  return Prior(f"empirical({m} samples)", family.cdf, family.pdf, shape=tuple(columns))
 
-  def cdf(x):
-    shape = jnp.broadcast_shapes(jnp.shape(x), tuple(columns))
-    by_column = jnp.broadcast_to(as_float(x), shape).reshape(-1, math.prod(columns))
-    return jax.vmap(_interpolated_level, in_axes=1, out_axes=1)(ordered.reshape(m, -1), by_column).reshape(shape)
 
-  def pdf(x):
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Empirical:
+  """The distribution of sorted samples, `[M, ...]`; a value of its own, so that it can be pickled."""
+
+  ordered: Array
+
+  def cdf(self, x):
+    """x -> F(x)."""
     x = as_float(x)
-    return jax.jvp(cdf, (x,), (jnp.ones_like(x),))[1]
+    m, *columns = self.ordered.shape
+    shape = jnp.broadcast_shapes(x.shape, tuple(columns))
+    by_column = jnp.broadcast_to(x, shape).reshape(-1, math.prod(columns))
+    samples = self.ordered.astype(x.dtype).reshape(m, -1)
+    return jax.vmap(_interpolated_level, in_axes=1, out_axes=1)(samples, by_column).reshape(shape)
 
-  return Prior(f"empirical({m} samples)", cdf, pdf, shape=tuple(columns))
+  def pdf(self, x):
+    """x -> f(x)."""
+    x = as_float(x)
+    return jax.jvp(self.cdf, (x,), (jnp.ones_like(x),))[1]
 
 
 def _interpolated_level(ordered: Array, x: Array) -> Array:
   """The empirical CDF of `ordered` `[M]`, interpolated, at x `[R]`."""
   m, tiny = ordered.shape[0], jnp.finfo(x.dtype).tiny
-  upto = jnp.searchsorted(ordered, x, side="right")
-  below = jnp.searchsorted(ordered, x, side="left")
+  method = "scan" if isinstance(m, int) else "sort"  # the former takes as many steps as M has bits
+  upto = jnp.searchsorted(ordered, x, side="right", method=method)
+  below = jnp.searchsorted(ordered, x, side="left", method=method)
   left, right = ordered[jnp.maximum(upto - 1, 0)], ordered[jnp.minimum(upto, m - 1)]
   inside = (upto > 0) & (upto < m)
   # Halved, differences of finite values do not overflow.
   between = jnp.where(inside, x / 2 - left / 2, 0) / jnp.where(inside, jnp.maximum(right / 2 - left / 2, tiny), 1)
-  on_step = jnp.where(upto > below, (upto - below - 1) / 2, 0.0)
+  on_step = jnp.maximum(upto - below - 1, 0).astype(x.dtype) / 2
   scale = lax.stop_gradient(jnp.maximum(ordered[-1] / 8 - ordered[0] / 8, tiny))
   tail = lambda distance: jnp.exp(-jnp.maximum(distance / scale, 0.0))
-  inner = upto + between - on_step
+  inner = upto.astype(x.dtype) + between - on_step
   lower, upper = tail(ordered[0] / 2 - x / 2), m + 1 - tail(x / 2 - ordered[-1] / 2) - on_step
   level = jnp.where(upto == 0, lower, jnp.where(upto == m, upper, inner))
   return jnp.where(jnp.isnan(ordered[-1]), jnp.nan, level / (m + 1))  # NaN sorts last

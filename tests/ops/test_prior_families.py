@@ -1,5 +1,7 @@
 """Priors with arrays of parameters and learned ones, relaxed Bernoulli, Normal, samples, any pair of functions."""
 
+import copy
+import pickle
 import re
 
 import jax
@@ -11,7 +13,7 @@ from scipy import special, stats
 
 from gating_jax.ops import beta_cdf
 from gating_jax.ops.ecdf import batch_shaping_loss, cdf_matching_loss
-from gating_jax.ops.priors import beta, from_cdf, normal, relaxed_bernoulli, symmetric_beta, uniform
+from gating_jax.ops.priors import Prior, beta, from_cdf, normal, relaxed_bernoulli, symmetric_beta, uniform
 from gating_jax.ops.samples import empirical
 
 
@@ -257,12 +259,60 @@ def test_a_pair_on_the_logit_axis_serves_gates():
     from_cdf(uniform().cdf, uniform().pdf, logit_cdf=logistic)
 
 
+def doubled(x):
+  return 2 * x
+
+
+def two(x):
+  return jnp.full_like(x, 2)
+
+
+KINDS = {
+    "beta": beta(0.6, 0.4),
+    "beta of arrays": beta(np.array([0.6, 3.0]), 0.4),
+    "symmetric_beta": symmetric_beta(0.3),
+    "relaxed_bernoulli": relaxed_bernoulli(0.3, 0.5),
+    "uniform": uniform(),
+    "normal": normal(np.array([0.0, 1.0]), 2.0),
+    "empirical": empirical(np.arange(6.0).reshape(3, 2)),
+    "from_cdf": from_cdf(doubled, two, name="half", logit_cdf=doubled, logit_pdf=two),
+}
+
+
+@pytest.mark.parametrize("prior", KINDS.values(), ids=KINDS)
+def test_a_prior_can_be_copied_and_pickled(prior):
+  x = jnp.array([[-0.5, 0.0], [0.3, 0.7], [1.0, 2.5]])
+  copied = pickle.loads(pickle.dumps(copy.deepcopy(copy.copy(prior))))
+  assert (copied.name, copied.shape) == (prior.name, prior.shape)
+  names = ["cdf", "pdf"] + ["logit_cdf", "logit_pdf"] * (prior.logit_cdf is not None)
+  values = lambda prior: jax.jit(lambda x: [getattr(prior, name)(x) for name in names])(x)
+  np.testing.assert_array_equal(values(copied), values(prior))
+  assert callable(pickle.loads(pickle.dumps(prior.cdf)))
+  if prior.logit_cdf is None:
+    assert copied.logit_cdf is copied.logit_pdf is None
+
+
+@pytest.mark.parametrize(("prior", "dtype"), [(beta(0.6, 0.4), jnp.bfloat16), (beta(np.full(2, 0.6), 0.4), jnp.int32),
+                                              (uniform(), jnp.bfloat16), (normal(), jnp.float16)])
+def test_a_prior_computes_in_float32_at_least(prior, dtype):
+  functions = [f for f in (prior.cdf, prior.pdf, prior.logit_cdf, prior.logit_pdf) if f is not None]
+  values = jax.eval_shape(lambda x: [f(x) for f in functions], jax.ShapeDtypeStruct((3, 2), dtype))
+  assert {value.dtype for value in values} == {np.dtype(np.float32)}
+
+
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: symmetric_beta(0.96), "symmetric_beta's a must be in [0.05, 0.95]; got 0.96"),
     (lambda: relaxed_bernoulli(1.0, 0.5), "relaxed_bernoulli's mean must be in (0, 1); got 1.0"),
     (lambda: relaxed_bernoulli(0.5, 0.0), "relaxed_bernoulli's temperature must be positive; got 0.0"),
     (lambda: normal(0.0, -1.0), "normal's std must be positive; got -1.0"),
     (lambda: normal(np.inf, 1.0), "normal's mean must be finite; got inf"),
+    (lambda: normal(0.0, np.inf), "normal's std must be positive; got inf"),
+    (lambda: normal("0", 1.0), "normal's mean must be finite; got '0'"),
+    (lambda: normal(0.0, 1j), "normal's std must be positive; got 1j"),
+    (lambda: symmetric_beta(beta), "symmetric_beta's a must be in [0.05, 0.95]; got the function beta"),
+    (lambda: relaxed_bernoulli([0.5, "0.5"], 1.0),
+     "relaxed_bernoulli's mean must be in (0, 1); got [0.5, '0.5']"),
+    (lambda: beta(np.zeros((3, 4)), 1.0), "beta's a must be in [0.05, 10000]; got float64[3,4]"),
     (lambda: beta(np.ones(2), np.ones(3)),
      "beta's parameters must have shapes that broadcast together; got [(2,), (3,)]"),
     (lambda: empirical(jnp.zeros((0, 2))), "samples must hold at least one value along axis 0; got shape (0, 2)"),
@@ -276,4 +326,17 @@ def test_a_pair_on_the_logit_axis_serves_gates():
 ])
 def test_bad_parameters_are_named(make, message):
   with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    make()
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: from_cdf(0.5, two), "cdf must be a function; got 0.5"),
+    (lambda: from_cdf(doubled, uniform()), "pdf must be a function; got an object of class Prior"),
+    (lambda: from_cdf(doubled, two, logit_cdf="z", logit_pdf=two), "logit_cdf must be a function or None; got 'z'"),
+    (lambda: from_cdf(doubled, two, shape=2), "a prior's shape must be a tuple of whole numbers; got 2"),
+    (lambda: from_cdf(doubled, two, name=two), "a prior's name must be a text; got the function two"),
+    (lambda: Prior("half", doubled, None), "pdf must be a function; got None"),
+])
+def test_what_makes_no_prior_is_named(make, message):
+  with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
     make()
