@@ -24,6 +24,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +40,7 @@ from gating_jax.inference.exiting import Exiting
 from gating_jax.inference.folded import Folded
 from gating_jax.inference.kernel_strategies import EXPORTABLE
 from gating_jax.inference.quantise import dequantise
+from gating_jax.ops import arguments
 from gating_jax.paths import user_path
 
 PROGRAM, WEIGHTS, CARD = "program.stablehlo", "weights.safetensors", "card.json"
@@ -103,13 +105,21 @@ def export_model(
   Raises:
     ExportError: it exists, or cannot be written.
     ValueError: a card that is no JSON or names what is written anyhow, or another bad argument.
+    TypeError: a model that is not folded, or an argument of another kind.
   """
+  arguments.instance("directory", directory, (str, os.PathLike), "a path")
+  arguments.instance("card", card, Mapping, "a mapping of names to JSON values")
+  if isinstance(model, nn.Module):
+    raise TypeError(f"model must be folded first, by fold(model, variables); got {arguments.shown(model)}")
+  if not isinstance(model, (Folded, Conditional, Exiting)):
+    arguments.function("model", model, "a folded or compiled network, or a function of images")
   directory = user_path(directory)
   if directory.exists() or directory.is_symlink():
     raise ExportError(f"export directory must be new; {directory} exists")
   input_shape = inputs.image_shape(input_shape)
   if batch_size is not None:
     inputs.at_least_one(batch_size=batch_size)
+  platforms = arguments.items("platforms", platforms, f"names among {', '.join(_KNOWN_PLATFORMS)}")
   for name in platforms:
     one_of("platforms", name, _KNOWN_PLATFORMS)
   if isinstance(model, (Conditional, Exiting)):

@@ -27,6 +27,7 @@ from gating_jax.layers.gate import GATE_NAME
 from gating_jax.models.resnet import ResNet
 from gating_jax.models.vgg import POOL, VGG
 from gating_jax.ops import relaxations
+from gating_jax.ops.arguments import instance, shown
 from gating_jax.types import Path
 
 _EPSILON = nn.BatchNorm.epsilon
@@ -42,6 +43,7 @@ def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> Folded:
     variables: its trained values, `params` and `batch_stats`.
   Raises:
     ValueError: another model, gates that are never exactly closed, or variables of another model.
+    TypeError: variables that are no mapping.
   """
   check(model)
   flat = _flat(model, variables)
@@ -58,6 +60,8 @@ def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> Folded:
 
 def _flat(model: nn.Module, variables: Mapping[str, Any]) -> dict[Path, np.ndarray]:
   """In float32, by path. Raises ValueError naming the first that is not as the model's own are."""
+  if variables is not None:
+    instance("variables", variables, Mapping, "a mapping with params and batch_stats")
   flat = {path: np.asarray(leaf, np.float32) for path, leaf in traverse_util.flatten_dict(dict(variables or {})).items()
           if path[0] in ("params", "batch_stats")}
   first = flat.get(("params", *(("layer1", "conv") if isinstance(model, VGG) else ("stem",)), "conv", "kernel"))
@@ -80,7 +84,8 @@ def _shapes(model: nn.Module, channels: int) -> dict[Path, tuple[int, ...]]:
 def check(model: Any, kinds: Sequence[type] = (ResNet, VGG)) -> None:
   """Raises ValueError unless a model is just of one of the kinds, and what it is made of can be folded."""
   if type(model) not in kinds:  # a subclass has more than would be folded
-    raise ValueError(f"model must be {' or '.join(kind.__name__ for kind in kinds)}; got {type(model).__name__}")
+    got = shown(model) if isinstance(model, type) else type(model).__name__
+    raise ValueError(f"model must be {' or '.join(kind.__name__ for kind in kinds)}; got {got}")
   one_of("gating", model.gating, GATINGS)
   gated = model.gating != "none"
   rules = [("gate context", model.gate.context, not gated or model.gate.context in ("pooled", "none"),

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.inference.folded import Conv, Folded
+from gating_jax.ops.arguments import instance
 from gating_jax.types import Array
 
 _LARGEST = 127
@@ -47,7 +48,9 @@ def quantise(net: Folded) -> Folded:
 
   Raises:
     ValueError: kernels that are int8 already.
+    TypeError: a network that is not folded.
   """
+  check_folded(net)
   check_float(net)
   parts = jax.tree.map(lambda leaf: dataclasses.replace(leaf, kernel=_quantise(leaf.kernel))
                        if isinstance(leaf, Conv) else leaf, net.parts, is_leaf=lambda leaf: isinstance(leaf, Conv))
@@ -60,6 +63,11 @@ def dequantise(net: Folded) -> Folded:
   """The network in float32, of one that `quantise` made, or as it is."""
   return jax.tree.map(lambda leaf: _dequantise(leaf) if isinstance(leaf, Int8) else leaf, net,
                       is_leaf=lambda leaf: isinstance(leaf, Int8))
+
+
+def check_folded(net: Any) -> None:
+  """Raises a TypeError for what is no `Folded` network."""
+  instance("net", net, Folded, "a folded network, which fold(model, variables) makes")
 
 
 def check_float(net: Any) -> None:

@@ -18,6 +18,8 @@ from scipy import stats
 from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer, gates_output, groups_of
 from gating_jax.inference.inputs import at_least_one
 from gating_jax.inference.openings import Openings, observed, places
+from gating_jax.inference.quantise import check_folded
+from gating_jax.ops import arguments
 
 if TYPE_CHECKING:
   from gating_jax.inference.analyse import Analysis
@@ -40,7 +42,12 @@ def slim(
   Args:
     analysis: of `analyse`, which holds the network.
     multiple, confidence, max_rate: as in `static_units`.
+  Raises:
+    ValueError, TypeError: as there; or no analysis.
   """
+  if not (hasattr(analysis, "net") and hasattr(analysis, "openings")):
+    raise TypeError(f"analysis must be an Analysis, which analyse(model, variables, images) makes; "
+                    f"got {arguments.shown(analysis)}")
   return take(analysis.net, static_units(analysis.net, analysis.openings, multiple=multiple, confidence=confidence,
                                          max_rate=max_rate))
 
@@ -92,6 +99,10 @@ def rate_bound(images: int, confidence: float, *, events: int = 0) -> float:
 
 def take(net: Folded, choices: Sequence[Choice]) -> Folded:
   """The network without what `static_units` chose; equal wherever that does not matter."""
+  check_folded(net)
+  choices = arguments.items("choices", choices, "one Choice a group, as of static_units")
+  for i, choice in enumerate(choices):
+    arguments.instance(f"choices[{i}]", choice, Choice, "a Choice, as of static_units")
   if [len(c.removed) for c in choices] != [group.gates for _, _, group, _ in places(net)]:
     raise ValueError("choices must be one for each group of the network, [U]; got "
                      f"{[len(c.removed) for c in choices]}")
@@ -159,11 +170,13 @@ def disagreement(net: Folded, choices: Sequence[Choice], images: Any) -> Disagre
 
 
 def _check(net, openings, multiple, confidence, max_rate) -> None:
+  check_folded(net)
   at_least_one(multiple=multiple)
-  if confidence is not None and not 0 < confidence < 1:
-    raise ValueError(f"confidence must be above 0 and below 1, or None; got {confidence}")
-  if not 0 < max_rate <= 1:
-    raise ValueError(f"max_rate must be above 0 and at most 1; got {max_rate}")
+  if confidence is not None:
+    arguments.number("confidence", confidence, "above 0 and below 1, or None", lambda v: 0 < v < 1)
+  arguments.number("max_rate", max_rate, "above 0 and at most 1", lambda v: 0 < v <= 1)
+  for i, opening in enumerate(arguments.items("openings", openings, "one Openings a group, as of analyse")):
+    arguments.instance(f"openings[{i}]", opening, Openings, "Openings, as of analyse")
   if [(o.part, o.index, o.group, o.layer_gate) for o in openings] != places(net):
     raise ValueError(f"openings must be those of the network's {len(places(net))} groups; got {len(openings)}")
 

@@ -13,6 +13,7 @@ from flax import traverse_util
 
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.layers.tally import Call, kernel_calls
+from gating_jax.ops import arguments
 from gating_jax.ops.macs import gated_macs
 from gating_jax.types import GateRecord, Records
 
@@ -51,6 +52,9 @@ def count(model: nn.Module, input_shape: Any) -> ModelCounts:
     model: a module called as `model(x)` that returns `(y, records)`.
     input_shape: of one example, `(H, W, D)` of an image or `(F, H, W, D)` of a clip; or a tree of such tuples, for a
       model that takes a tree of arrays.
+
+  Raises:
+    TypeError: no module, one that returns something else, or a shape of another kind.
 
   >>> from gating_jax.models.resnet import resnet
   >>> count(resnet("resnet20", classes=10), (32, 32, 3)).macs
@@ -93,9 +97,17 @@ def _name(record: GateRecord) -> str:
 
 def _trace(model: nn.Module, input_shape: Any) -> tuple[list[Call], Records, Any]:
   """All such calls, and the records and variables as shapes."""
+  arguments.instance("model", model, nn.Module, "a network, such as resnet('resnet20', classes=10)")
+  for shape in jax.tree.leaves(input_shape, is_leaf=lambda x: isinstance(x, tuple)):
+    arguments.instance("input_shape", shape, tuple, "a tuple of whole numbers, such as (32, 32, 3), or a tree of them")
+    for size in shape:
+      arguments.whole_number("each of input_shape", size)
+
   def init(x):
-    (_, records), variables = model.init_with_output(jax.random.key(0), x)
-    return records, variables
+    out, variables = model.init_with_output(jax.random.key(0), x)
+    if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], (tuple, list))):
+      raise TypeError(f"model must return (y, records), as gated networks do; got {arguments.shown(out)}")
+    return out[1], variables
 
   inputs = jax.tree.map(lambda shape: jax.ShapeDtypeStruct((1, *shape), jnp.float32), input_shape,
                         is_leaf=lambda x: isinstance(x, tuple))

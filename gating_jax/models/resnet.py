@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from gating_jax.checks import one_of
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.conv import CONVOLUTIONS, scaled
-from gating_jax.layers.gate import GateSettings
+from gating_jax.layers.gate import GateSettings, check_gate_settings
+from gating_jax.ops import arguments
 from gating_jax.types import Array, Records
 
 # name: (stem, block, blocks per stage, channels of the first stage, shortcut)
@@ -82,11 +83,23 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
+    self._check(x)
     x, records = self._stem(x, train), ()
     for stage, (stride, dilation) in enumerate(zip(*self.resolution(x), strict=True)):
       x, new = self._stage(x, train, stage, stride, dilation)
       records += new
     return (x if not self.pool else self._head(x)), records
+
+  def _check(self, x: Array):
+    arguments.real_array("x", x)
+    check_gate_settings("gate", self.gate)
+    if self.classes is not None:
+      arguments.whole_number("classes", self.classes)
+    for count in arguments.items("blocks", self.blocks, "numbers of blocks per stage"):
+      arguments.whole_number("each of blocks", count, 0)
+    arguments.whole_number("features", self.features)
+    arguments.number("width", self.width, "> 0", lambda v: v > 0)
+    arguments.number("inner_width", self.inner_width, "> 0", lambda v: v > 0)
 
   def _stage(self, x: Array, train: bool, stage: int, stride: int, dilation: int) -> tuple[Array, Records]:
     """The blocks of one stage, of which 0 is the first."""
@@ -166,14 +179,17 @@ def resnet(name: str, classes: int | None, *, kind: type[ResNet] = ResNet, **set
     **settings: any other field of that, in place of the named network's.
   Raises:
     ValueError: no such name, or a width or inner width that is not positive.
+    TypeError: classes, a width or gate settings of another kind.
 
   >>> resnet("resnet20", classes=10, gating="channel").blocks
   (3, 3, 3)
   """
   one_of("model name", name, RESNETS)
+  if classes is not None:
+    arguments.whole_number("classes", classes)
   for field in ("width", "inner_width"):
-    if not settings.get(field, 1) > 0:
-      raise ValueError(f"{field} must be > 0; got {settings[field]}")
+    arguments.number(field, settings.get(field, 1), "> 0", lambda v: v > 0)
+  check_gate_settings("gate", settings.get("gate", GateSettings()))
   stem, block, blocks, features, shortcut = RESNETS[name]
   named = dict(stem=stem, block=block, blocks=blocks, features=features, shortcut=shortcut)
   return kind(classes=classes, **{**named, **settings})

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from gating_jax.checks import one_of
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.layers.segments import POLICIES, Dropout, Policy, SegmentGate, SegmentGateSettings, certain, pool
-from gating_jax.ops import selection
+from gating_jax.ops import arguments, selection
 from gating_jax.ops.skipping import open_backward
 from gating_jax.types import Array, GateRecord, Records
 
@@ -63,6 +63,11 @@ class SegmentNet(nn.Module):
 
   def setup(self):
     one_of("selection", self.selection, SELECTIONS)
+    arguments.whole_number("classes", self.classes)
+    arguments.instance("heavy", self.heavy, nn.Module, "a network, such as heavy_net('r2plus1d18')")
+    if self.light is not None:
+      arguments.instance("light", self.light, nn.Module, "a network, such as light_net('mobilenet'), or None")
+    arguments.instance("gate", self.gate, SegmentGateSettings, "SegmentGateSettings")
     if self.light is None and (self.light_head or self.selection in ("gate", "confidence")):
       raise ValueError(f"light must be a net where the selection is {self.selection!r} or it has a head; got None")
     if self.selection == "gate":
@@ -85,6 +90,10 @@ class SegmentNet(nn.Module):
 
   def choose(self, inputs: Inputs, train: bool = False) -> tuple[GateRecord, Outputs]:
     """The segments' record, and what the light net's own head says; `inputs["heavy"]` is not looked at."""
+    arguments.instance("inputs", inputs, Mapping, "a mapping with arrays heavy, valid and, for a light net, light")
+    for name in ("valid", *(("light",) if self.light is not None else ())):
+      if name not in inputs:
+        raise ValueError(f"inputs must have {name!r}; got {', '.join(inputs)}")
     valid, outputs = inputs["valid"].astype(bool), {}
     if self.light is not None:
       seen = inputs["light"]

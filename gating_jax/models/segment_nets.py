@@ -16,10 +16,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from gating_jax.checks import one_of
-from gating_jax.layers.gate import GateSettings
+from gating_jax.layers.gate import GateSettings, check_gate_settings
 from gating_jax.models.inflated import I3D, InflatedInception
 from gating_jax.models.mobilenet import MobileNet
 from gating_jax.models.resnet import RESNETS, ResNet
+from gating_jax.ops import arguments
 from gating_jax.types import Array, Records
 
 
@@ -117,8 +118,9 @@ def heavy_net(
 
 def _build(what: str, table: dict[str, Any], name: str, **settings) -> nn.Module:
   one_of(what, name, table)
-  if not settings["width"] > 0:
-    raise ValueError(f"width must be > 0; got {settings['width']}")
+  arguments.number("width", settings["width"], "> 0", lambda v: v > 0)
+  if settings.get("gate") is not None:
+    check_gate_settings("gate", settings["gate"])
   module, named = table[name]
   known = {field.name for field in dataclasses.fields(module)}
   for setting, unset in (("width", 1), ("stem", None), ("gating", "none"), ("group_norm", False)):

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from gating_jax.checks import one_of
 from gating_jax.layers.conv import ConvNorm, scaled
-from gating_jax.layers.gate import GATE_NAME, ChannelGate, GateSettings, Switched, apply_gates
+from gating_jax.layers.gate import GATE_NAME, ChannelGate, GateSettings, Switched, apply_gates, check_gate_settings
+from gating_jax.ops import arguments
 from gating_jax.ops.windows import max_pool
 from gating_jax.types import Array, Path, Records
 
@@ -53,8 +54,10 @@ class VGG(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
+    arguments.real_array("images", x)
     if x.ndim != 4:
       raise ValueError(f"images must be [N, H, W, D]; got shape {x.shape}")
+    check_gate_settings("gate", self.gate)
     one_of("gating", self.gating, GATINGS)
     x, records = x.astype(self.dtype), ()
     convs = [i for i, channels in enumerate(self.chain) if channels != POOL]
@@ -122,7 +125,12 @@ def vgg(name: str, classes: int | None, **settings) -> VGG:
   (100, 'pool', 100, 'pool', 100)
 
   Raises:
-    ValueError: an unknown name.
+    ValueError: an unknown name, or a width that is not positive.
+    TypeError: classes, a width or gate settings of another kind.
   """
   one_of("model name", name, VGGS)
+  if classes is not None:
+    arguments.whole_number("classes", classes)
+  arguments.number("width", settings.get("width", 1), "> 0", lambda v: v > 0)
+  check_gate_settings("gate", settings.get("gate", GateSettings()))
   return VGG(classes=classes, chain=VGGS[name], **settings)

@@ -12,6 +12,7 @@ import numpy as np
 
 from gating_jax.models.counts import ModelCounts, count
 from gating_jax.models.segment_net import SegmentNet
+from gating_jax.ops import arguments
 
 NOTHING = ModelCounts(params=0, gate_params=0, gates=0, macs=0, gate_macs=0, gated=0)
 
@@ -64,7 +65,13 @@ def count_video(
     model: whose nets return `(features, records)`.
     shapes: of a video's inputs: `heavy` `(T, ...)`, `valid` `(T,)` and, where there is a light net, `light`.
     made_elsewhere: MACs per segment that inputs of the light and of the heavy net cost, where they are features.
+  Raises:
+    TypeError: another network, or a shape that is missing.
   """
+  arguments.instance("model", model, SegmentNet, "a SegmentNet")
+  arguments.instance("shapes", shapes, Mapping, "a mapping of names to shapes")
+  for name in ("heavy", "valid", *(("light",) if model.light is not None else ())):
+    arguments.instance(f"shapes[{name!r}]", shapes.get(name), tuple, "a tuple of whole numbers")
   segments = shapes["valid"][0]
   heavy = count(model.heavy.clone(parent=None), shapes["heavy"][1:])
   light = NOTHING if model.light is None else count(model.light.clone(parent=None), shapes["light"][1:])

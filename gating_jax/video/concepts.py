@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from gating_jax.ops import arguments
+
 
 def find_concepts(features: np.ndarray, k: int, *, seed: int) -> np.ndarray:
   """The centroids of k clusters of features (k-means from one k-means++ start).
@@ -22,6 +24,7 @@ def find_concepts(features: np.ndarray, k: int, *, seed: int) -> np.ndarray:
     `[k, C]` float32.
   Raises:
     ValueError: too few distinct rows, or a row that is not finite, with its index.
+    TypeError: features that are no numbers, or k that is no whole one.
 
   >>> rows = np.array([[0.0, 0.0], [0.0, 2.0], [9.0, 9.0]])
   >>> sorted(find_concepts(rows, 2, seed=0).tolist())
@@ -30,7 +33,10 @@ def find_concepts(features: np.ndarray, k: int, *, seed: int) -> np.ndarray:
   from sklearn.cluster import KMeans  # imports slowly
 
   # float64, so that the order in which threads add does not show in the float32 answer
-  features = np.asarray(features, np.float64)
+  features = np.asarray(features)
+  arguments.real_array("features", features)
+  arguments.whole_number("k", k, 0)
+  features = features.astype(np.float64)
   if features.ndim != 2:
     raise ValueError(f"features must be [n, C]; got shape {features.shape}")
   if len(bad := np.flatnonzero(~np.isfinite(features).all(axis=1))):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gating_jax.models.segment_net import Inputs, Outputs, SegmentNet
+from gating_jax.ops import arguments
 from gating_jax.ops.compaction import open_indices, pieces_for, put_back
 from gating_jax.types import Array, GateRecord, Records
 
@@ -62,7 +63,11 @@ class Skipping:
       prepare: from a batch's arrays, all `[B, T, ...]`, to the model's inputs, each segment by itself (normalised, its
         centre frame taken). Runs inside the programs, in the second for the chosen segments alone.
     """
-    if not capacities or min(capacities) < 1:
+    arguments.instance("model", model, SegmentNet, "a SegmentNet")
+    arguments.instance("variables", variables, Mapping, "a mapping with params and batch_stats")
+    arguments.function("prepare", prepare)
+    capacities = arguments.items("capacities", capacities, "numbers >= 1")
+    if not capacities or any(not isinstance(capacity, int) or capacity < 1 for capacity in capacities):
       raise ValueError(f"capacities must be numbers >= 1, at least one; got {capacities}")
     self._variables = jax.device_put(variables)
     self._capacities = tuple(capacities)
@@ -87,6 +92,9 @@ class Skipping:
 
   def _checked(self, inputs: Inputs) -> tuple[Inputs, tuple[int, ...]]:
     """The inputs on the device, and the capacities for as many segments."""
+    arguments.instance("inputs", inputs, Mapping, "a mapping with arrays heavy, valid and, for a light net, light")
+    if "valid" not in inputs:
+      raise ValueError(f"inputs must have 'valid'; got {', '.join(inputs)}")
     inputs = jax.device_put(dict(inputs))
     videos, segments = inputs["valid"].shape
     if other := {name: x.shape for name, x in inputs.items() if x.shape[:2] != (videos, segments)}:
