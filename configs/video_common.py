@@ -28,6 +28,7 @@ def video_config() -> ml_collections.ConfigDict:
           "test_split": "test",
           "folder": config_dict.placeholder(str),  # of the videos, or of the features that the gate sees
           "heavy_folder": config_dict.placeholder(str),  # features that the classifier sees; None: the same
+          "at_most": config_dict.placeholder(int),  # videos of a split, evenly over its table; None: all
           "light_macs": 0,  # that making the features of a segment cost, where it is known
           "heavy_macs": 0,
           "workers": 0,  # processes that decode; 0: threads of this one

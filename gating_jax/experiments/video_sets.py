@@ -39,6 +39,8 @@ def open_set(config: ml_collections.ConfigDict, split: str) -> VideoArrays | Vid
       raise ValueError(f"data.{field} must be set for {data.name}; got {data[field]!r}")
   data = _expanded(data)
   table = _table(data, data[f"{split}_split"])
+  if data.get("at_most"):
+    table = table.take(np.linspace(0, len(table) - 1, min(data.at_most, len(table))).astype(int))
   how = dict(segments=data.segments, seed=config.seed, jitter=data.jitter and split == "train", workers=data.workers)
   if data.name == "videos":
     return VideoFolder(table, data.folder, frames=data.frames, size=(data.size, data.size), **how)

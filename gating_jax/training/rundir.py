@@ -22,10 +22,6 @@ CONFIG_FILE, RESULT_FILE, REPORT_FILE, CHECKPOINT_DIR, _LOCK_FILE = (
     "config.json", "result.json", "report.html", "checkpoints", ".lock")
 _STAGED = ".staged"
 
-# Fields that configs of each kind of experiment did not have from the beginning, with what their absence meant.
-_FEATURES = {"data.image_feature": None, "data.label_feature": None}
-NEWER_FIELDS = {"classification": _FEATURES, "continual": _FEATURES}
-
 
 class RunDirError(Exception):
   """The directory cannot be used for this run; nothing in it was changed."""
@@ -55,11 +51,11 @@ class RunDir:
     return _read(file) if file.exists() else None
 
   def config(self) -> dict[str, Any]:
-    """What the run was begun with, with fields that are newer than it. Raises RunDirError where there is no run."""
+    """What the run was begun with. Raises RunDirError where there is no run."""
     file = self.path / CONFIG_FILE
     if not file.exists():
       raise RunDirError(f"workdir {self.path} holds no run: it has no {CONFIG_FILE}")
-    return _with_newer_fields(_read(file))
+    return _read(file)
 
   def finish(self, result: Mapping[str, Any]) -> None:
     """Marks the run as finished."""
@@ -93,7 +89,7 @@ def open_run(path: Path, config: ml_collections.ConfigDict) -> Iterator[RunDir]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, mine: dict[str, Any]) -> Iterator[None]:
+def _locked(path: Path, mine: Mapping[str, Any]) -> Iterator[None]:
   """Holds the directory, with this config written or found in it."""
   file = path / CONFIG_FILE
   if path.exists() and not file.exists() and not _is_blank(path):
@@ -218,23 +214,9 @@ def _read(file: Path) -> dict[str, Any]:
   return found
 
 
-def _with_newer_fields(config: dict[str, Any]) -> dict[str, Any]:
-  """The same config, in which fields that its version did not have are set."""
-  for name, value in NEWER_FIELDS.get(str(config.get("experiment")), {}).items():
-    *sections, field = name.split(".")
-    section = config
-    for each in sections:
-      section = section.get(each)
-      if not isinstance(section, dict):
-        break
-    else:
-      section.setdefault(field, value)
-  return config
-
-
-def _compare(path: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
+def _compare(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
   """Raises a RunDirError where configs differ; a field that is None and one that an older config lacks are the same."""
-  theirs, mine = flatten(_with_newer_fields(theirs)), flatten(_with_newer_fields(mine))
+  theirs, mine = flatten(theirs), flatten(mine)
   lines = [
       f"  {name}: {theirs.get(name, '(absent)')!r} there, {mine.get(name, '(absent)')!r} here"
       for name in sorted(theirs.keys() | mine.keys())

@@ -354,6 +354,9 @@ def test_a_diverging_run_stops_and_its_last_good_checkpoint_stays(config, tmp_pa
     classification.run(made, tmp_path / "run", "train")
   assert [f.name for f in (tmp_path / "run" / "checkpoints").iterdir()] == ["11"]
   assert not (tmp_path / "run" / "result.json").exists()
+  page = (tmp_path / "run" / "report.html").read_text()
+  assert "This run failed and is not finished: " in page
+  assert "step 11 of" in page
   capsys.readouterr()
   classification.run(made, tmp_path / "run", "evaluate")
   said = capsys.readouterr().out

@@ -314,6 +314,10 @@ def test_a_full_layer_ends_a_run_that_keeps_and_shows_what_it_has_learnt(config,
   for _ in range(2):  # the same command says the same
     with pytest.raises(ValueError, match="after task 1 of 2 no unit is free for the next one in layer1/conv/conv"):
       continual.run(made, tmp_path, "train")
+    page = (tmp_path / "report.html").read_text()
+    assert "This run failed and is not finished: after task 1 of 2 no unit is free" in page
+    assert "average accuracy" in page
+    (tmp_path / "report.html").unlink()
   tests = [line for line in read_lines(tmp_path / "metrics.jsonl") if line["split"] == "test"]
   assert [line["step"] for line in tests] == [continual_build.build(made).steps_per_task]
   assert tests[0]["task_aware.average_accuracy"] > 0

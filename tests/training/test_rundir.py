@@ -8,7 +8,6 @@ from pathlib import Path
 import ml_collections
 import pytest
 
-from gating_jax.training.journal import write_json
 from gating_jax.training.rundir import CONFIG_FILE, RunDirError, existing_run, open_run, run_mode, staged
 
 
@@ -62,22 +61,6 @@ def test_a_backslash_in_a_path_is_refused_by_name_before_anything_is_made(tmp_pa
   with pytest.raises(ValueError, match="workdir must have no"), open_run(Path("run"), config()):
     pass
   assert list((tmp_path / "c\\d").iterdir()) == []
-
-
-def test_a_run_of_before_a_field_is_continued_by_a_config_that_leaves_it_as_it_was(tmp_path):
-  old, new = {"experiment": "classification", "data": {"name": "digits"}}, {"image_feature": None, "label_feature": None}
-  write_json(tmp_path / CONFIG_FILE, old)
-  (tmp_path / "checkpoints" / "1").mkdir(parents=True)
-  made = ml_collections.ConfigDict(old)
-  with open_run(tmp_path, made) as run:  # as of a config file that is as old
-    assert run.config()["data"] == {"name": "digits", **new}
-  made.data.update(new)
-  with open_run(tmp_path, made):
-    pass
-  assert json.loads((tmp_path / CONFIG_FILE).read_text()) == old
-  made.data.label_feature = "coarse_label"
-  with pytest.raises(RunDirError, match="data.label_feature: None there, 'coarse_label' here"), open_run(tmp_path, made):
-    pass
 
 
 def test_an_empty_folder_becomes_a_run(tmp_path):
@@ -146,6 +129,17 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
   with pytest.raises(RunDirError, match="holds a run of another config"):
     existing_run(tmp_path, other)
   assert snapshot(tmp_path) == before
+
+
+def test_a_field_that_is_none_is_that_of_an_older_config_without_it(tmp_path):
+  make_run(tmp_path)
+  other = config()
+  other.data = ml_collections.ConfigDict({"label_feature": ml_collections.config_dict.placeholder(str)})
+  with open_run(tmp_path, other):
+    pass
+  other.data.label_feature = "coarse_label"
+  with pytest.raises(RunDirError, match=r"data.label_feature: '\(absent\)' there, 'coarse_label' here"):
+    existing_run(tmp_path, other)
 
 
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):
