@@ -155,4 +155,5 @@ def test_processes_without_a_coordinator_and_a_folder_that_is_a_file_are_named(t
   status, said = run_command(CONFIG, f"--workdir={tmp_path / 'run'}", "--processes=2")
   assert (status, said) == (2, "error: coordinator must be given with processes and process; got none\n")
   status, said = run_command(CONFIG, f"--workdir={tmp_path / 'file' / 'run'}")
-  assert (status, said) == (2, f"error: workdir {tmp_path}/file/run cannot be written: Not a directory\n")
+  assert (status, said.splitlines()[-1]) == (
+      2, f"error: workdir {tmp_path}/file/run cannot be written: Not a directory")  # after what takes long
