@@ -7,7 +7,7 @@ Reference: Bejnordi et al., 2020, section 5; Herrmann et al., 2020 (blocks of ch
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from gating_jax.inference.openings import Counter, Openings, observed, places
 from gating_jax.inference.quantise import check_float
 from gating_jax.inference.slim import static_units, take
 from gating_jax.inference.strategies import settings_of, switch
+from gating_jax.ops import arguments
 
 UNION, BLOCKS = 8, (16, 32, 64)
 
@@ -80,6 +81,7 @@ def analyse(
   net = model if isinstance(model, Folded) else fold(model, variables)
   check_float(net)
   at_least_one(buckets=buckets)
+  arguments.instance("calibration", calibration, Iterable, "images, or an iterable of batches of them")
   executed, switched, ways = "executed", f"switch of {buckets}", _ways(net)
   counter, spent, images = Counter(net), dict.fromkeys((executed, switched, *ways), 0), 0
   for x, _, logits in observed(net, calibration):

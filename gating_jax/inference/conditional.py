@@ -35,6 +35,7 @@ from gating_jax.inference.timings import (
   run_over,
   spread_batches,
 )
+from gating_jax.ops import arguments
 from gating_jax.ops.relaxations import threshold_gate
 from gating_jax.timing import race
 from gating_jax.types import Array
@@ -151,8 +152,7 @@ def check_arguments(strategy: str, input_shape: tuple[int, int, int], batch_size
                     repeats: int, open_limit: float) -> np.ndarray | None:
   """The calibration images. Raises ValueError naming the first argument that is out of range, or missing."""
   inputs.at_least_one(batch_size=batch_size, buckets=buckets, repeats=repeats)
-  if not open_limit > 0:
-    raise ValueError(f"open_limit must be > 0; got {open_limit}")
+  arguments.number("open_limit", open_limit, "> 0", lambda v: v > 0)
   if calibration is None:
     if strategy == AUTO:
       raise ValueError(f"calibration must be given for strategy {strategy!r}; got None")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gating_jax.ops import collectives
-from gating_jax.ops.arguments import real_array
+from gating_jax.ops.arguments import real_array, within_reach
 from gating_jax.ops.precision import as_float
 from gating_jax.ops.priors import Prior
 from gating_jax.types import Array
@@ -35,7 +35,8 @@ def empirical(samples: Array, *, axis_name: Hashable | None = None) -> Prior:
     samples: `[M]`, one reference for all columns, or `[M, ...]`, one for each; real values.
     axis_name: the mapped device axis, or axes, over which the samples are spread.
   Raises:
-    ValueError: there is no sample.
+    ValueError: there is no sample, or 2**31 of them or more.
+    TypeError: samples that are no real numbers.
   Reference: Anderson, 1962 (the two-sample criterion).
 
   >>> print(empirical(jnp.array([3.0, 1.0, 2.0])).cdf(jnp.array([1.0, 1.5, 3.0])))
@@ -45,6 +46,7 @@ def empirical(samples: Array, *, axis_name: Hashable | None = None) -> Prior:
   samples = as_float(samples)
   if samples.ndim == 0 or samples.shape[0] == 0:
     raise ValueError(f"samples must hold at least one value along axis 0; got shape {samples.shape}")
+  within_reach("samples of a column", samples.shape[:1])
   samples = collectives.whole_batch(samples) if axis_name is None else collectives.gather_batch(samples, axis_name)
   family = _Empirical(jnp.sort(samples, axis=0))
   m, *columns = samples.shape
@@ -75,9 +77,12 @@ class _Empirical:
 def _interpolated_level(ordered: Array, x: Array) -> Array:
   """The empirical CDF of `ordered` `[M]`, interpolated, at x `[R]`."""
   m, tiny = ordered.shape[0], jnp.finfo(x.dtype).tiny
-  method = "scan" if isinstance(m, int) else "sort"  # the former takes as many steps as M has bits
-  upto = jnp.searchsorted(ordered, x, side="right", method=method)
-  below = jnp.searchsorted(ordered, x, side="left", method=method)
+  if isinstance(m, int):
+    upto = jnp.searchsorted(ordered, x, side="right")
+    below = jnp.searchsorted(ordered, x, side="left")
+  else:  # not known yet, as in `jax.export`; a search takes as many steps as M has bits
+    upto = jnp.sum(ordered[:, None] <= x[None], axis=0, dtype=jnp.int32)
+    below = jnp.sum(ordered[:, None] < x[None], axis=0, dtype=jnp.int32)
   left, right = ordered[jnp.maximum(upto - 1, 0)], ordered[jnp.minimum(upto, m - 1)]
   inside = (upto > 0) & (upto < m)
   # Halved, differences of finite values do not overflow.

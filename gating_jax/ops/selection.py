@@ -9,12 +9,14 @@ Reference: Hussein et al., 2020 (TimeGate); Korbar et al., 2019 (SCSampler, top 
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gating_jax.ops import arguments
 from gating_jax.ops.collectives import example_keys
 from gating_jax.types import Array
 
@@ -106,6 +108,7 @@ def k_for(valid: Array, share: float) -> Array:
   >>> k_for(jnp.array([[True] * 5, [True] * 2 + [False] * 3]), 0.3), k_for(jnp.ones((1, 5), bool), 3)
   (Array([2, 1], dtype=int32), Array([3], dtype=int32))
   """
+  arguments.instance("share", share, numbers.Real, "in (0, 1], or an int number of segments")
   lengths = np.arange(valid.shape[1] + 1)
   if isinstance(share, int):
     counts = np.full(len(lengths), _checked(share))
@@ -137,12 +140,12 @@ def frame_exit_order(segments: int) -> np.ndarray:
 
 
 def _column(k: int | Array) -> Array:
+  arguments.real_array("k", k)
   if isinstance(k, int):
     _checked(k)
   return jnp.reshape(jnp.asarray(k, jnp.int32), (-1, 1))
 
 
 def _checked(number: int, name: str = "k") -> int:
-  if number < 1:
-    raise ValueError(f"{name} must be >= 1; got {number}")
+  arguments.whole_number(name, number)
   return number

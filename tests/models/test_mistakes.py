@@ -147,10 +147,12 @@ INFERENCE = {
     "a network that is not folded, to quantise": (
         lambda: gj.quantise(FOLDABLE), TypeError,
         "net must be a folded network, which fold(model, variables) makes; got an object of class ResNet"),
+    "variables of another network": (
+        lambda: gj.analyse(gj.ResNet(2, (1,), features=4), {}, 8), ValueError, "variables must be those of the model"),
     "a network for an analysis": (
         lambda: gj.slim(FOLDABLE), TypeError, "analysis must be an Analysis, which analyse(model, variables, images) "),
     "a network that is not folded, for static units": (
-        lambda: gj.static_units(FOLDABLE, ()), TypeError, "net must be a folded network, which fold(model, variables) "),
+        lambda: gj.static_units(FOLDABLE, ()), TypeError, "net must be a folded network, which fold("),
     "a network that is not folded, for disagreement": (
         lambda: gj.disagreement(FOLDABLE, (), IMAGES), TypeError, "net must be a folded network, which fold(model, "),
     "a network that is not folded, to export": (

@@ -9,7 +9,7 @@ import pytest
 from scipy import special
 
 import gating_jax as gj
-from gating_jax.ops import arguments, penalties
+from gating_jax.ops import arguments, penalties, selection
 
 Z, KEY, PRIOR = jnp.linspace(-2, 2, 8).reshape(4, 2), jax.random.key(0), gj.beta(0.6, 0.4)
 RECORD = gj.GateRecord(Z, jax.nn.sigmoid(Z), gj.threshold_gate(Z), 3)
@@ -135,6 +135,11 @@ LAYERS = {
     "one size for sizes": (
         lambda: gj.capacity_for(3, 4), TypeError, "sizes must be a list of whole numbers >= 1; got 4"),
     "no sizes": (lambda: gj.capacity_for(3, ()), ValueError, "sizes must hold at least one number; got none"),
+    "text for the number of segments": (
+        lambda: selection.top_k(Z, Z > 0, "2"), TypeError, "k must be an array of real numbers; got '2'"),
+    "text for the share of segments": (
+        lambda: selection.k_for(Z > 0, "0.3"), TypeError,
+        "share must be in (0, 1], or an int number of segments; got '0.3'"),
     "text for buckets": (lambda: gj.bucket_sizes(8, "4"), TypeError, "buckets must be a whole number >= 1; got '4'"),
 }
 
