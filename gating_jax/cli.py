@@ -15,7 +15,7 @@ from ml_collections import config_flags
 from gating_jax import config_files
 from gating_jax.checks import near, one_of, printable
 from gating_jax.paths import user_path
-from gating_jax.terminal import prepare_streams
+from gating_jax.terminal import is_terminal, prepare_streams
 
 COMPARE = "compare"
 MODES = ("train", "evaluate", "report", "export", "compile", COMPARE)
@@ -60,6 +60,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run directory: a new one, or one to resume; those to compare are separated by commas.")
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do, as above.")
+_SMOKE = flags.DEFINE_bool(
+    "smoke", False, "Trains on little data for a few steps, to see within a minute that a config works from end to "
+    "end; in a run directory of its own.")
 _PAGE = flags.DEFINE_string("page", "comparison.html", "The page that --mode=compare writes.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "For a job of several processes: host:port of process 0, or auto on Cloud TPU or Slurm.")
@@ -191,6 +194,8 @@ def _misused(argv: list[str]) -> str | None:
     return "--workdir must be given, such as --workdir=runs/digits"
   if _CONFIG.value is not None and _MODE.value == COMPARE:
     return f"--config must not be given with --mode={COMPARE}, which reads those of the runs"
+  if _SMOKE.value and _MODE.value != "train":
+    return f"--smoke goes with --mode=train; got --mode={_MODE.value}, which takes a run as it is"
   if _CONFIG.value is None and _MODE.value == "train":
     return "--config must be given to train, such as --config=digits"
   return None
@@ -201,10 +206,12 @@ def _main(argv: list[str]) -> int:
     _say(f"error: {message}")
     return 2
   logging.set_verbosity(logging.WARNING)
+  if is_terminal(sys.stderr):
+    _say("loading, a few seconds ...")
   import jax  # after the flags are checked, as what imports it
 
   from gating_jax.data.sources import DatasetNotPreparedError
-  from gating_jax.experiments import classification, compare, continual, long_video, segmentation, settings
+  from gating_jax.experiments import classification, compare, continual, long_video, segmentation, settings, smoke
   from gating_jax.inference.export import ExportError
   from gating_jax.training import hosts
   from gating_jax.training.checkpoints import CheckpointError
@@ -219,6 +226,8 @@ def _main(argv: list[str]) -> int:
     if config is None:
       config = settings.config_of(workdir)
     one_of("experiment", config.experiment, EXPERIMENTS)
+    if _SMOKE.value:
+      config = smoke.shrink(config)
     if not _COORDINATOR.value and (_PROCESSES.value, _PROCESS.value) != (None, None):
       raise ValueError("coordinator must be given with processes and process; got none")
     if _COORDINATOR.value:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import jax
 import ml_collections
 
 from gating_jax.data import augment, batches, resident, streaming
-from gating_jax.experiments import gate_watch, image_compile, image_export, pretrained
+from gating_jax.experiments import failing, gate_watch, image_compile, image_export, pretrained
 from gating_jax.experiments.build import Experiment, build
-from gating_jax.experiments.image_task import Task, write_files, write_report
+from gating_jax.experiments.image_task import Task, conclude, write_files, write_report
+from gating_jax.progress import Pace, lasting, working
 from gating_jax.reports import table
 from gating_jax.training import devices, diagnosis, evaluation, hosts, loop, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
@@ -44,7 +45,8 @@ TASK = Task(
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint, `export`
   writes it as files that run without this package, and `compile` times what skips its closed gates."""
-  experiment = build(config)
+  with working("opening the data", "minutes for large sets"):
+    experiment = build(config)
   if mode == "train" and config.model.init_from is not None:
     pretrained.check(config)
   run_task(TASK, experiment, workdir, mode, export=image_export.run, compile=image_compile.run)
@@ -52,11 +54,16 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
 
 def run_task(task: Task, experiment: Experiment, workdir: Path, mode: str, **of_newest: Callable[..., None]) -> None:
   """The same for any task; `of_newest` are its modes that write something of the newest checkpoint."""
-  rundir.run_mode(workdir, experiment.config, mode, render=task.render,
-                  train=functools.partial(_train, task, experiment),
-                  evaluate=functools.partial(_evaluate, task, experiment),
-                  report=functools.partial(_report, task, experiment),
-                  **{name: functools.partial(_make, make, experiment) for name, make in of_newest.items()})
+  failing.run_mode(workdir, experiment.config, mode,
+                   render=functools.partial(_render_finished, task, experiment, workdir),
+                   train=functools.partial(_train, task, experiment),
+                   evaluate=functools.partial(_evaluate, task, experiment),
+                   report=functools.partial(_report, task, experiment),
+                   **{name: functools.partial(_make, make, experiment) for name, make in of_newest.items()})
+
+
+def _render_finished(task: Task, experiment: Experiment, path: Path, result: Mapping[str, Any]) -> str:
+  return f"{task.render(result)}\n{conclude(task, experiment, path, result, 'A finished run of')}"
 
 
 def _make(make: Callable[..., None], experiment: Experiment, run_dir: rundir.RunDir) -> None:
@@ -69,13 +76,16 @@ def _evaluate(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> Non
   step, _, result, *_ = _test_newest(task, experiment, run_dir)
   print(f"checkpoint of step {step}")
   print(task.render(result))
+  print(conclude(task, experiment, run_dir.path, result, f"Tested the checkpoint of step {step:,} of"))
 
 
-def _report(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
+def _report(task: Task, experiment: Experiment, run_dir: rundir.RunDir, notice: str = "") -> None:
   step, state, *tested = _test_newest(task, experiment, run_dir)
-  drawn = task.draw(experiment, state) if hosts.is_writer() else {}
-  hosts.written(lambda: write_report(task, experiment, run_dir, step, *tested, drawn))
+  with working("drawing the report", "about half a minute"):
+    drawn = task.draw(experiment, state) if hosts.is_writer() else {}
+    hosts.written(lambda: write_report(task, experiment, run_dir, step, *tested, drawn, notice))
   print(f"report of the checkpoint of step {step}: {run_dir.report}")
+  print(conclude(task, experiment, run_dir.path, tested[0], f"Wrote the page of the checkpoint of step {step:,} of"))
 
 
 def _test_newest(
@@ -83,7 +93,8 @@ def _test_newest(
 ) -> tuple[int, Any, dict[str, Any], evaluation.ImageBehaviour, evaluation.GateBehaviour | None]:
   """The newest checkpoint's step and state, and what `make_test` finds of it."""
   step, state = newest(experiment, run_dir)
-  result, images, gates = make_test(experiment, task)(state)
+  with working(f"testing on {len(experiment.test):,} {task.noun}s", "the program is compiled first, up to a minute"):
+    result, images, gates = make_test(experiment, task)(state)
   if gates is not None:
     result["layers"] = diagnosis.by_layer(gates.diagnosis, experiment.counts.gate_layers)
   return step, state, result, images, gates
@@ -91,11 +102,12 @@ def _test_newest(
 
 def newest(experiment: Experiment, run_dir: rundir.RunDir) -> tuple[int, Any]:
   """The newest checkpoint's step and state. Raises RunDirError where there is none."""
-  checkpoints = Checkpoints(run_dir.checkpoints, read_only=True)
-  try:
-    step, state = _restore(experiment, checkpoints)
-  finally:
-    checkpoints.close()
+  with working("loading the newest checkpoint"):
+    checkpoints = Checkpoints(run_dir.checkpoints, read_only=True)
+    try:
+      step, state = _restore(experiment, checkpoints)
+    finally:
+      checkpoints.close()
   if not step:
     raise rundir.RunDirError(f"no checkpoint in {run_dir.checkpoints} yet")
   return step, state
@@ -103,27 +115,30 @@ def newest(experiment: Experiment, run_dir: rundir.RunDir) -> tuple[int, Any]:
 
 def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
   started, total = time.monotonic(), experiment.settings.total_steps
-  train = experiment.open_train()
-  checkpoints = Checkpoints(run_dir.checkpoints)
-  first_step, state = _restore(experiment, checkpoints)
+  with working("opening the data and making the network", "up to half a minute, more for large sets"):
+    train = experiment.open_train()
+    checkpoints = Checkpoints(run_dir.checkpoints)
+    first_step, state = _restore(experiment, checkpoints)
   if first_step:
     print(f"going on from the checkpoint of step {first_step} in {run_dir.path}")
   elif experiment.config.model.init_from is not None:
     state = pretrained.start(experiment, state)
   journal = Journal(run_dir.path, first_step, total)
   test = make_test(experiment, task)
-  layers = experiment.counts.gate_layers
+  layers, pace = experiment.counts.gate_layers, Pace(journal.say, total)
+  journal.say(first_step, f"{task.title(experiment)}, tested on {len(experiment.test):,} {task.noun}s")
 
   def evaluate(state, step):
-    result, images, gates = test(state)
+    with working(f"testing on {len(experiment.test):,} {task.noun}s", tell=functools.partial(journal.say, step)):
+      result, images, gates = test(state)
     journal.write(step, "test", result)
     if gates is not None:
       journal.write_histograms(step, "test", evaluation.histograms(gates, layers))
-    journal.say(step, f"test {task.score[1]} {result[task.score[0]]:.4f}")
+    journal.say(step, f"test {task.score[1]} {100 * result[task.score[0]]:.2f} %")
     return result, images, gates
 
   try:
-    advance = make_advance(experiment, train, first_step, task)
+    advance = pace(make_advance(experiment, train, first_step, task))
     state, step = loop.train(state, first_step, advance, settings=experiment.settings, checkpoints=checkpoints,
                              journal=journal, evaluate=evaluate, watch=gate_watch.of_images(experiment.config))
     if step < total:
@@ -133,14 +148,15 @@ def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
     if gates is not None:
       result |= {"batch_shaping_reduction": experiment.objective.reduction,
                  "layers": diagnosis.by_layer(gates.diagnosis, layers)}
-    hosts.written(lambda: write_files(task, experiment, run_dir, state, journal, step, result, images, gates))
+    with working("drawing the report", "about half a minute", functools.partial(journal.say, step)):
+      hosts.written(lambda: write_files(task, experiment, run_dir, state, journal, step, result, images, gates))
   finally:
     journal.close()
     checkpoints.close()
   result |= {"step": step, "seconds_since_last_start": round(time.monotonic() - started, 1)}
   run_dir.finish(result)
   print(task.render(result))
-  print(f"run directory: {run_dir.path}")
+  print(conclude(task, experiment, run_dir.path, result, f"Trained for {lasting(time.monotonic() - started)}:"))
 
 
 def _restore(experiment: Experiment, checkpoints: Checkpoints) -> tuple[int, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from gating_jax.continual import steps
 from gating_jax.continual.method import Learner, TaskData
 from gating_jax.data import batches, resident, tasks
 from gating_jax.data.sources import Images
-from gating_jax.experiments import continual_report, gate_watch, task_compile
+from gating_jax.experiments import conclusion, continual_report, failing, gate_watch, task_compile
 from gating_jax.experiments.continual_build import ContinualExperiment, build
+from gating_jax.progress import Pace, lasting, working
 from gating_jax.reports import task_table
 from gating_jax.training import devices, hosts, loop, rundir
 from gating_jax.training.checkpoints import Checkpoints
@@ -31,42 +32,75 @@ from gating_jax.training.journal import Journal
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   """`train` learns all tasks from wherever the run directory stands; `evaluate` tests its newest checkpoint, and
   `compile` times what skips closed gates."""
-  experiment = build(config)
-  rundir.run_mode(workdir, config, mode, render=task_table.render, train=functools.partial(_train, experiment),
-                  evaluate=functools.partial(_evaluate, experiment), report=functools.partial(_report, experiment),
-                  compile=functools.partial(_compile, experiment))
+  with working("opening the data", "minutes for large sets"):
+    experiment = build(config)
+  failing.run_mode(workdir, config, mode, render=functools.partial(_render_finished, experiment, workdir),
+                   train=functools.partial(_train, experiment),
+                   evaluate=functools.partial(_evaluate, experiment), report=functools.partial(_report, experiment),
+                   compile=functools.partial(_compile, experiment))
 
 
 def _evaluate(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
   """Tests what the newest checkpoint holds on all tasks it has learnt."""
-  step, learner = _restore_learnt(experiment, run_dir)
+  step, learner = newest(experiment, run_dir)
   print(f"checkpoint of step {step}")
+  done = f"Tested the checkpoint of step {step:,} of"
   if step % experiment.steps_per_task:
     print("a task is being learnt; the results are those of the tasks before it, when the last of them ended")
   else:
-    learner = test_tasks(learner, make_evaluate(experiment), int(learner.task))
-  print(task_table.render(continual_report.summary(experiment, learner)))
+    with working(f"testing on the images of {int(learner.task)} tasks", "programs are compiled first, up to a minute"):
+      learner = test_tasks(learner, make_evaluate(experiment), int(learner.task))
+  result = continual_report.summary(experiment, learner)
+  print(task_table.render(result))
+  print(_conclude(experiment, run_dir.path, result, done))
 
 
-def _report(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
+def _report(experiment: ContinualExperiment, run_dir: rundir.RunDir, notice: str = "") -> None:
   """Writes the page of what the newest checkpoint holds, with the tests that followed each task."""
-  step, learner = _restore_learnt(experiment, run_dir)
-  continual_report.write(experiment, learner, run_dir, step)
+  step, learner = newest(experiment, run_dir)
+  with working("drawing the report", "up to a minute"):
+    continual_report.write(experiment, learner, run_dir, step, notice)
+  result = continual_report.summary(experiment, learner)
   print(f"report of the checkpoint of step {step}: {run_dir.report}")
+  print(_conclude(experiment, run_dir.path, result, f"Wrote the page of the checkpoint of step {step:,} of"))
 
 
 def _compile(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
-  step, learner = _restore_learnt(experiment, run_dir)
+  step, learner = newest(experiment, run_dir)
   hosts.written(lambda: task_compile.run(experiment, run_dir, step, learner))
 
 
-def _restore_learnt(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> tuple[int, Learner]:
-  """The newest checkpoint's step and learner, of a run that has learnt a task."""
-  checkpoints = Checkpoints(run_dir.checkpoints, read_only=True)
-  try:
-    step, learner = _restore(experiment, checkpoints)
-  finally:
-    checkpoints.close()
+def _render_finished(experiment: ContinualExperiment, path: Path, result: Mapping[str, Any]) -> str:
+  return f"{task_table.render(result)}\n{_conclude(experiment, path, result, 'A finished run of')}"
+
+
+def _conclude(experiment: ContinualExperiment, path: Path, result: Mapping[str, Any], done: str) -> str:
+  """What a mode that tests the learner ends with."""
+  config, learnt = experiment.config, len(result["task_names"])
+  rows = []
+  for name, words in (("task_aware", "task known"), ("task_agnostic", "task unknown")):
+    if name in result:
+      forgotten, accuracy = result[name]["forgetting"], result[name]["average_accuracy"]
+      rows.append((f"accuracy, {words}", f"{100 * accuracy:.2f} %, mean of {learnt} tasks" + (
+          "" if forgotten is None else f"; forgotten: {100 * forgotten:z.2f} points")))
+  macs, dense = result["task_aware_macs"], result["dense_macs"]
+  rows.append(("MACs per image, task known", f"{macs:,.0f}, {100 * macs / dense:.1f} % of the net without gates"))
+  rows.append(("run directory:", str(path)))
+  if (path / rundir.REPORT_FILE).exists():
+    rows.append(("page", f"{path / rundir.REPORT_FILE}, for a browser"))
+  modes = [] if experiment.method.task_net is None else ["compile"]
+  of = f"{config.method} on {config.data.name}, {learnt} of {len(experiment.tasks)} tasks"
+  return conclusion.text(f"{done} {of}.", rows, conclusion.following(path, modes))
+
+
+def newest(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> tuple[int, Learner]:
+  """The newest checkpoint's step and learner. Raises RunDirError where no task is learnt yet."""
+  with working("loading the newest checkpoint"):
+    checkpoints = Checkpoints(run_dir.checkpoints, read_only=True)
+    try:
+      step, learner = _restore(experiment, checkpoints)
+    finally:
+      checkpoints.close()
   if not int(learner.task):
     raise rundir.RunDirError(f"no task is learnt in {run_dir.checkpoints} yet")
   return step, learner
@@ -74,17 +108,21 @@ def _restore_learnt(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> 
 
 def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
   started, total = time.monotonic(), experiment.total_steps
-  checkpoints = Checkpoints(run_dir.checkpoints)
-  step, learner = _restore(experiment, checkpoints)
+  with working("making the network", "up to half a minute"):
+    checkpoints = Checkpoints(run_dir.checkpoints)
+    step, learner = _restore(experiment, checkpoints)
   if step:
     print(f"going on from the checkpoint of step {step} in {run_dir.path}")
   journal, watch = Journal(run_dir.path, step, total), gate_watch.of_tasks()
   advance, evaluate, histograms = (
       make(experiment) for make in (make_advance, make_evaluate, continual_report.make_histograms))
+  pace = Pace(journal.say, total)
+  config, tell = experiment.config, lambda text: journal.say(step, text)
+  journal.say(step, f"{config.method} on {config.data.name}, {len(experiment.tasks)} tasks")
   try:
     for task in (t for t in experiment.stages if t >= int(learner.task)):
       experiment.method.check_room(learner)
-      run = advance(task)
+      run = pace(advance(task))
       for phase in experiment.phases(task):
         if step < phase.total_steps:
           learner, step = loop.train(
@@ -92,7 +130,9 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
         if step < phase.total_steps:
           journal.say(step, "stopped as asked; a checkpoint is saved, the same command goes on from here")
           return
-      learner = finish_task(experiment, learner, task, evaluate)
+      with working(f"ending task {task + 1} of {len(experiment.tasks)} and testing on all tasks so far",
+                   "up to a minute", tell):
+        learner = finish_task(experiment, learner, task, evaluate)
       step += 1
       found = continual_report.scores(learner)
       free = continual_report.free_units(experiment.method.holdings(learner), int(learner.task))
@@ -101,18 +141,21 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
       journal.write_histograms(step, "test", {k: v for t in ended for k, v in histograms(learner, t).items()})
       checkpoints.save(step, learner)
       aware, agnostic = (found[f"task_{name}.average_accuracy"] for name in ("aware", "agnostic"))
-      journal.say(step, f"after task {task + 1}: accuracy {aware:.4f} with the task known, {agnostic:.4f} without" +
+      journal.say(step, f"after task {task + 1}: accuracy {100 * aware:.2f} % with the task known, "
+                  f"{100 * agnostic:.2f} % without" +
                   "".join(f"\n  free units, {layer}: {count} of {units}" for layer, (count, units) in free.items()))
-    hosts.written(lambda: continual_report.draw(experiment, learner, run_dir, journal, step))
+    with working("drawing pictures", "up to a minute", tell):
+      hosts.written(lambda: continual_report.draw(experiment, learner, run_dir, journal, step))
   finally:
     journal.close()
     checkpoints.close()
   result = continual_report.summary(experiment, learner)
-  continual_report.write(experiment, learner, run_dir, step)
+  with working("writing the report", "up to a minute"):
+    continual_report.write(experiment, learner, run_dir, step)
   result |= {"step": step, "seconds_since_last_start": round(time.monotonic() - started, 1)}
   run_dir.finish(result)
   print(task_table.render(result))
-  print(f"run directory: {run_dir.path}")
+  print(_conclude(experiment, run_dir.path, result, f"Trained for {lasting(time.monotonic() - started)}:"))
 
 
 def _restore(experiment: ContinualExperiment, checkpoints: Checkpoints) -> tuple[int, Learner]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,18 @@ import ml_collections
 
 from gating_jax.data import resident
 from gating_jax.data.video_arrays import VideoArrays
-from gating_jax.experiments import gate_watch, video_nets, video_report, video_sets, video_speed, video_trial
+from gating_jax.experiments import (
+  conclusion,
+  failing,
+  gate_watch,
+  video_nets,
+  video_report,
+  video_sets,
+  video_speed,
+  video_trial,
+)
 from gating_jax.experiments.video_build import Phase, VideoExperiment, build
+from gating_jax.progress import Pace, lasting, say, working
 from gating_jax.reports import video_table
 from gating_jax.training import devices, hosts, loop, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
@@ -31,26 +41,55 @@ from gating_jax.training.journal import Journal
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint, and
   `compile` times what skips the segments that are not chosen."""
-  experiment = build(config)
-  rundir.run_mode(workdir, config, mode, render=video_table.render, train=functools.partial(_train, experiment),
-                  evaluate=functools.partial(_evaluate, experiment), report=functools.partial(_report, experiment),
-                  compile=functools.partial(_compile, experiment))
+  with working("opening the data", "minutes for large sets"):
+    experiment = build(config)
+  failing.run_mode(workdir, config, mode, render=functools.partial(_render_finished, experiment, workdir),
+                   train=functools.partial(_train, experiment),
+                   evaluate=functools.partial(_evaluate, experiment), report=functools.partial(_report, experiment),
+                   compile=functools.partial(_compile, experiment))
 
 
 def _evaluate(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   step, result, _ = _test_newest(experiment, run_dir)
   print(f"checkpoint of step {step}")
   print(video_table.render(result))
+  print(_conclude(experiment, run_dir.path, result, f"Tested the checkpoint of step {step:,} of"))
 
 
-def _report(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
+def _render_finished(experiment: VideoExperiment, path: Path, result: Mapping[str, Any]) -> str:
+  return f"{video_table.render(result)}\n{_conclude(experiment, path, result, 'A finished run of')}"
+
+
+def _conclude(experiment: VideoExperiment, path: Path, result: Mapping[str, Any], done: str) -> str:
+  """What a mode that tests the network ends with."""
+  ratio = f"{100 * result['mac_ratio']:.1f} %"
+  rows = [video_table.rows(result)[0],
+          ("MACs per video", f"{result['macs']:,.0f}, {ratio} of the heavy net on all segments"),
+          ("segments chosen", f"{100 * result['share']:.1f} %")]
+  if "videos_per_second" in result:
+    rows.append(("videos per second", f"{result['videos_per_second']:.1f}; the heavy net on all segments: "
+                                      f"{result['all_segments_videos_per_second']:.1f}"))
+  rows.append(("run directory:", str(path)))
+  if (path / rundir.REPORT_FILE).exists():
+    rows.append(("page", f"{path / rundir.REPORT_FILE}, for a browser"))
+  modes = ["compile"] if video_speed.skips(experiment) else []
+  return conclusion.text(f"{done} {_title(experiment)}.", rows, conclusion.following(path, modes))
+
+
+def _title(experiment: VideoExperiment) -> str:
+  return f"segments of {experiment.config.data.name} videos, chosen by {experiment.config.model.selection}"
+
+
+def _report(experiment: VideoExperiment, run_dir: rundir.RunDir, notice: str = "") -> None:
   step, result, behaviour = _test_newest(experiment, run_dir)
-  video_report.write(experiment, result, behaviour, run_dir, step)
+  with working("drawing the report", "up to a minute"):
+    video_report.write(experiment, result, behaviour, run_dir, step, notice)
   print(f"report of the checkpoint of step {step}: {run_dir.report}")
+  print(_conclude(experiment, run_dir.path, result, f"Wrote the page of the checkpoint of step {step:,} of"))
 
 
 def _compile(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
-  step, variables = _newest(experiment, run_dir)
+  step, variables = newest(experiment, run_dir)
   hosts.written(lambda: video_speed.run(experiment, run_dir, step, variables))
 
 
@@ -58,17 +97,31 @@ def _test_newest(
     experiment: VideoExperiment, run_dir: rundir.RunDir
 ) -> tuple[int, dict[str, Any], video_trial.Arrays]:
   """The newest checkpoint's step, its result on the test videos, and what it did with each."""
-  step, variables = _newest(experiment, run_dir)
-  result, behaviour = video_trial.test(experiment, variables)
-  return step, result | video_speed.speed(experiment, variables), behaviour
+  step, variables = newest(experiment, run_dir)
+  result, behaviour = _test(experiment, variables)
+  return step, result | _speed(experiment, variables), behaviour
 
 
-def _newest(experiment: VideoExperiment, run_dir: rundir.RunDir) -> tuple[int, Any]:
+def _test(
+    experiment: VideoExperiment, variables: Any, tell: Callable[[str], None] = say
+) -> tuple[dict[str, Any], video_trial.Arrays]:
+  about = "programs are compiled first, up to a minute"
+  with working(f"testing on {len(experiment.test):,} videos", about, tell):
+    return video_trial.test(experiment, variables)
+
+
+def _speed(experiment: VideoExperiment, variables: Any) -> dict[str, float]:
+  with working("timing the skipping of segments", "up to a minute"):
+    return video_speed.speed(experiment, variables)
+
+
+def newest(experiment: VideoExperiment, run_dir: rundir.RunDir) -> tuple[int, Any]:
   """The newest checkpoint's step and the variables of the whole network. Raises RunDirError where there is none."""
   path = run_dir.path
   two_stage = experiment.config.training == "two_stage"
   nets = video_nets.trained_nets(experiment, path) if two_stage and experiment.pretraining else None
-  step, state = video_nets.restore(experiment.training, path, experiment.config.seed, read_only=True)
+  with working("loading the newest checkpoint"):
+    step, state = video_nets.restore(experiment.training, path, experiment.config.seed, read_only=True)
   if not step:
     raise rundir.RunDirError(f"no checkpoint in {path / rundir.CHECKPOINT_DIR} yet")
   return step, video_nets.whole(experiment, state, nets)
@@ -88,15 +141,17 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   train = experiment.train
   first_step, state = video_nets.restore(phase, run_dir.path, config.seed)
   if config.training == "two_stage":
-    train = video_trial.extract_features(experiment, video_nets.nets_of(experiment, nets))
+    with working(f"computing the features of {len(train):,} training videos", "minutes for large sets"):
+      train = video_trial.extract_features(experiment, video_nets.nets_of(experiment, nets))
   if not first_step:
-    state = video_nets.begin(experiment, state, nets, train)
-  test = lambda state: video_trial.test(experiment, video_nets.whole(experiment, state, nets))
+    with working("finding the concepts that gates start from", "up to a minute"):
+      state = video_nets.begin(experiment, state, nets, train)
+  test = lambda state, tell=say: _test(experiment, video_nets.whole(experiment, state, nets), tell)
   state, finished = _run_phase(experiment, phase, run_dir.path, train, start=(first_step, state), test=test)
   if not finished:
     return
   result, behaviour = test(state)
-  result |= video_speed.speed(experiment, video_nets.whole(experiment, state, nets))
+  result |= _speed(experiment, video_nets.whole(experiment, state, nets))
   total = phase.settings.total_steps
   journal = Journal(run_dir.path, total, total)
   try:
@@ -108,7 +163,7 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   result |= {"step": total, "seconds_since_last_start": round(time.monotonic() - started, 1)}
   run_dir.finish(result)
   print(video_table.render(result))
-  print(f"run directory: {run_dir.path}")
+  print(_conclude(experiment, run_dir.path, result, f"Trained for {lasting(time.monotonic() - started)}:"))
 
 
 def _run_phase(
@@ -128,16 +183,19 @@ def _run_phase(
     print(f"going on from the checkpoint of step {first_step} in {path}")
   path.mkdir(exist_ok=True)
   checkpoints, journal = Checkpoints(path / rundir.CHECKPOINT_DIR), Journal(path, first_step, total)
+  pace = Pace(journal.say, total)
+  journal.say(first_step, _title(experiment) if test else "training both nets on single segments first")
 
   def evaluate(state, step):
-    result, behaviour = test(state)
+    result, behaviour = test(state, functools.partial(journal.say, step))
     _note(journal, step, result, behaviour)
     journal.say(step, video_table.headline(result))
 
   try:
     state, step = loop.train(
-        state, first_step, _make_advance(experiment, phase, train, first_step), settings=phase.settings,
-        checkpoints=checkpoints, journal=journal, evaluate=evaluate if test else None, watch=gate_watch.of_videos(config))
+        state, first_step, pace(_make_advance(experiment, phase, train, first_step)), settings=phase.settings,
+        checkpoints=checkpoints, journal=journal, evaluate=evaluate if test else None,
+        watch=gate_watch.of_videos(config))
     if step < total:
       journal.say(step, "stopped as asked; a checkpoint is saved, the same command goes on from here")
   finally:
