@@ -13,6 +13,7 @@ from collections.abc import Hashable, Mapping, Sequence
 import jax.numpy as jnp
 
 from gating_jax.ops import collectives
+from gating_jax.ops.macs import checked_records
 from gating_jax.types import Array, Records
 
 CLOSED = "gates/closed"  # the metric that training logs
@@ -34,15 +35,15 @@ def closed_share(records: Records, *, axis_name: Hashable | None = None, of: Arr
   Returns:
     a scalar in [0, 1].
   Raises:
-    ValueError: no records given.
+    ValueError: no records, or records of several batches.
+    TypeError: `records` is no list of `GateRecord`.
 
   >>> from gating_jax.types import GateRecord
   >>> gates = jnp.array([[0.0, 1.0], [0.0, 0.0]])
   >>> closed_share([GateRecord(None, jnp.array([[0.01, 0.9], [0.02, 0.1]]), gates)])
   Array(0.5, dtype=float32)
   """
-  if not records:
-    raise ValueError("records must hold at least one gated layer; got none: is the model ungated?")
+  records = checked_records(records, "gates", "probs")
   closed = []
   for record in records:
     rates = collectives.batch_mean(record.gates.astype(jnp.float32), axis_name)

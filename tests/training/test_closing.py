@@ -35,8 +35,13 @@ def test_the_share_is_of_all_gates_of_the_network_or_of_those_that_count():
 
 
 def test_a_net_without_gates_is_refused():
-  with pytest.raises(ValueError, match="records must hold at least one gated layer; got none"):
+  with pytest.raises(ValueError, match="records must hold at least one GateRecord; got none: is the model ungated"):
     closed_share(())
+
+
+def test_a_record_that_is_in_no_list_is_named():
+  with pytest.raises(TypeError, match="records must .*GateRecord"):
+    closed_share(record([0], [0.5]))
 
 
 def said(shares, limits=(LIMIT,), every=50):

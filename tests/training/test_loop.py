@@ -2,6 +2,7 @@ import asyncio
 import json
 import math
 import os
+import re
 import signal
 from concurrent import futures
 
@@ -36,7 +37,7 @@ class Run:
     w = state["w"] + (math.nan if bad else float(numbers.sum()))
     return {"w": w}, {name: jnp.asarray(values) for name, values in metrics.items()}
 
-  def __call__(self, total=12, evaluate=True, start=None, **settings):
+  def __call__(self, total=12, evaluate=True, start=None, watch=lambda step, means: None, **settings):
     checkpoints = Checkpoints(self.folder / "checkpoints", keep=100)
     journal = Journal(self.folder, self.first_step, total)
     state = {"w": devices.replicate(jnp.float32(0))} if start is None else start
@@ -44,7 +45,7 @@ class Run:
       return loop.train(
           state, self.first_step, self.advance,
           settings=LoopSettings(total_steps=total, steps_per_dispatch=self.k, **settings),
-          checkpoints=checkpoints, journal=journal,
+          checkpoints=checkpoints, journal=journal, watch=watch,
           evaluate=(lambda state, step: self.evaluated.append((step, float(state["w"])))) if evaluate else None)
     finally:
       journal.close()
@@ -108,6 +109,22 @@ def test_a_line_is_the_mean_since_the_last_one(tmp_path):
 def test_the_line_for_people_leaves_out_layers_and_coefficients(tmp_path, capfd):
   Run(tmp_path)(total=1)
   assert "step 1/1  loss 1 (cross-entropy 1), open gates 100.0 %\n" in capfd.readouterr().out
+
+
+def test_what_the_watch_finds_in_a_line_is_said_after_it(tmp_path, capfd):
+  watched = []
+
+  def watch(step, means):
+    watched.append((step, means["loss"]))
+    return "warning: so it is" if step == 4 else None
+
+  Run(tmp_path)(total=6, log_every=2, watch=watch)
+  assert watched == [(2, 1.5), (4, 3.5), (6, 5.5)]
+  said = [re.sub(r"^.*?(?=step)", "", line) for line in capfd.readouterr().out.splitlines()]
+  at = said.index("step 4/6  warning: so it is")
+  assert said[at - 1].startswith("step 4/6  ")
+  assert said[at + 1].startswith("step 6/6  ")
+  assert len([line for line in said if "warning" in line]) == 1
 
 
 def test_evaluation_is_due_in_between_but_not_at_the_end(tmp_path):
