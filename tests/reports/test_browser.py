@@ -1,4 +1,5 @@
 import importlib
+import re
 
 import numpy as np
 import pytest
@@ -7,24 +8,64 @@ from matplotlib.figure import Figure
 from gating_jax.experiments import continual_build, continual_report, video_build, video_report
 from gating_jax.models import segment_nets, vgg
 from gating_jax.models.resnet import ResNet
-from gating_jax.reports import image_report, image_rows, page
+from gating_jax.reports import comparison, image_report, image_rows, page
 from gating_jax.training import rundir
 from tests.helpers import report_data
-from tests.helpers.browser import BROWSER, look_at
+from tests.helpers.browser import BROWSER, look_at, printed
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")]
 
 
-@pytest.mark.parametrize("width", [390, 1280])
+WIDTHS = (390, 800, 1400)
+FINE = {"messages": [], "broken": [], "nameless": 0, "wide": [], "scrolls": False, "faint": []}
+
+
+def check(file, width):
+  """What the browser finds of a page at a width, which is fine in light and dark."""
+  found, dark = look_at(file, width), look_at(file, width, dark=True)
+  assert {name: found[name] for name in FINE} == FINE
+  assert {name: dark[name] for name in FINE} == FINE
+  assert (found["dark"], dark["dark"]) == (False, True)
+  return found
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("kind", ["gated", "ungated", "scenes"])
 def test_a_report_loads_and_fits(tmp_path, kind, width):
   run = report_data.run(kind)
   image_report.write(tmp_path / "report.html", run)
-  found = look_at(tmp_path / "report.html", width)
+  found = check(tmp_path / "report.html", width)
   assert found["images"] == {"gated": 12, "ungated": 3, "scenes": 11}[kind]
-  assert (found["messages"], found["broken"], found["wide"], found["scrolls"]) == ([], [], [], False)
-  assert found["headings"][0] == "Result"
   assert found["headings"] == [section.title for section in image_report.sections(run)]
+  assert found["headings"][0] == "Result"
+  assert found["shut"] == len(found["headings"])
+  assert [number.endswith("%") for number in found["numbers"]] == [True, True, False]
+  assert found["height"] < {390: 2600, 800: 1800, 1400: 1600}[width], "what is folded is short"
+
+
+def test_a_printed_page_has_what_is_folded(tmp_path):
+  picture = page.pictured(image_rows.draw_rows([np.zeros((8, 4, 4, 3), np.uint8)], ["a row"]), "Images.")
+
+  def pages(count):
+    page.write(tmp_path / "page.html", "A run", [page.Section(f"Part {i}", parts=[picture] * 4) for i in range(count)])
+    return len(re.findall(rb"/Type\s*/Page\b", printed(tmp_path / "page.html")))
+
+  assert pages(1) == 1
+  assert pages(9) >= 3
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_comparison_loads_and_fits(tmp_path, width):
+  run = lambda name, accuracy, macs, gating: comparison.Run(
+      name, {"experiment": "classification", "model.gating": gating}, {"step": 9, "accuracy": accuracy, "macs": macs},
+      [{"step": step, "split": "test", "accuracy": accuracy} for step in (1, 9)], gating == "none")
+  runs = [run("gated", 0.9, 5e6, "channel"), run("a_name_that_is_as_long_as_it_can_be_" * 3, 0.95, 9e6, "none"),
+          *(run(f"ungated{i}", 0.9 - i / 30, 1e6 * i, "none") for i in (1, 3))]
+  begin, sections = comparison.content(runs)
+  page.write(tmp_path / "page.html", comparison.TITLE, sections, "some runs", begin)
+  found = check(tmp_path / "page.html", width)
+  assert found["headings"] == ["Results", "Configs", "During training"]
+  assert found["images"] == 2
 
 
 def task_page(folder):
@@ -55,9 +96,10 @@ def video_page(folder):
   video_report.write(experiment, result, done, rundir.RunDir(folder), 10)
 
 
+LAST = ["Time", "Settings", "About this run"]
 PAGES = {
-    "tasks": (task_page, 3 + 6, ["Result", "Accuracies", "Filters", "Overlap", "One gate across tasks", "Settings"]),
-    "videos": (video_page, 1 + 6, ["Result", "Segments", "Time lines", "Settings"])}
+    "tasks": (task_page, 3 + 6, ["Result", "Accuracies", "Overlap", "One gate across tasks", *LAST]),
+    "videos": (video_page, 2 + 6, ["Result", "Segments", "Time lines", *LAST])}
 
 
 @pytest.mark.parametrize("kind", PAGES)
@@ -67,14 +109,14 @@ def test_pages_of_tasks_and_videos_load_and_fit(tmp_path, monkeypatch, kind):
   monkeypatch.setitem(segment_nets.HEAVY_NETS, "tiny", (ResNet, dict(classes=None, blocks=(1,), features=4)))
   write, images, headings = PAGES[kind]
   write(tmp_path)
-  for width in (390, 1280):
-    found = look_at(tmp_path / "report.html", width)
-    assert (found["messages"], found["broken"], found["wide"], found["scrolls"]) == ([], [], [], False)
+  for width in WIDTHS:
+    found = check(tmp_path / "report.html", width)
     assert (found["images"], found["headings"]) == (images, headings)
     # What is drawn wider than a phone scrolls in a box of its own, unshrunk; all else fits.
     beyond = [w for w in found["widths"] if w > width]
-    assert beyond == ([1050] * 6 if (kind, width) == ("videos", 390) else [])
+    assert beyond == ([1050] * 6 if kind == "videos" and width < 1050 else [])
     assert min(found["widths"]) > 330
+    assert len(found["numbers"]) == 3
 
 
 @pytest.mark.parametrize(("body", "what"), [
@@ -83,6 +125,8 @@ def test_pages_of_tasks_and_videos_load_and_fit(tmp_path, monkeypatch, kind):
     ('<script>throw new Error("x")</script>', "messages"),
     ('<script>console.log("x")</script>', "messages"),
     ('<p style="width: 400px">wide</p>', "wide"),
+    ('<p style="color: #aaa">faint</p>', "faint"),
+    ('<img src="data:image/gif;base64,R0lGODlhAQABAAAAACw=">', "nameless"),
 ])
 def test_what_is_wrong_is_seen(tmp_path, body, what):
   (tmp_path / "page.html").write_text(f"<!DOCTYPE html><body>{body}</body>")
@@ -111,7 +155,7 @@ def test_all_kinds_of_parts_load_and_fit(tmp_path):
 
 
 def test_scripts_in_a_page_do_not_run(tmp_path):
-  html = page.render("A run", [page.Section("One")]).replace("<nav>", "<script>nothing.at.all</script><nav>")
+  html = page.render("A run", [page.Section("One")]).replace("<main>", "<script>nothing.at.all</script><main>")
   (tmp_path / "page.html").write_text(html)
   (said,) = look_at(tmp_path / "page.html")["messages"]
   assert "Content Security Policy" in said
