@@ -6,6 +6,7 @@ The folder `configs` stands at the top of the repository, to be read and copied;
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import sys
 import traceback
@@ -17,6 +18,12 @@ import ml_collections
 from gating_jax.checks import near
 
 _PACKAGE = "configs"  # by this name config files import what they share
+_BASES = {  # where the fields of each kind of experiment are listed
+    "classification": ("common", "image_config"),
+    "segmentation": ("segmentation_common", "segmentation_config"),
+    "continual": ("continual_common", "continual_config"),
+    "long_video": ("video_common", "video_config"),
+}
 
 
 def folder() -> Path:
@@ -93,6 +100,19 @@ def import_shared(path: Path) -> None:
   spec = importlib.util.spec_from_file_location(
       _PACKAGE, folder() / "__init__.py", submodule_search_locations=places)
   sys.modules[_PACKAGE] = importlib.util.module_from_spec(spec)
+
+
+def base(experiment: str) -> ml_collections.ConfigDict | None:
+  """Every field of a config of this kind with its default; None of another kind, or where `configs` is not ours."""
+  if experiment not in _BASES:
+    return None
+  module, function = _BASES[experiment]
+  if _PACKAGE not in sys.modules:
+    import_shared(folder() / f"{module}.py")
+  try:
+    return getattr(importlib.import_module(f"{_PACKAGE}.{module}"), function)()
+  except (ImportError, AttributeError):  # another package of this name
+    return None
 
 
 def check(path: Path, variant: str | None) -> ml_collections.ConfigDict:

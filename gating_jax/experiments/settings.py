@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from gating_jax import config_files
 from gating_jax.checks import one_of
 from gating_jax.training import rundir
 
@@ -21,10 +22,33 @@ Rule = tuple[Callable[[Any], bool], str]
 
 def config_of(workdir: Path) -> ml_collections.ConfigDict:
   """The config that a run directory was begun with. Raises RunDirError where there is no run, or a damaged one."""
-  fields = rundir.RunDir(workdir).config()
+  file, fields = workdir / rundir.CONFIG_FILE, rundir.RunDir(workdir).config()
   if not isinstance(fields.get("experiment"), str):
-    raise rundir.RunDirError(f"{workdir / rundir.CONFIG_FILE} is damaged: it must tell the experiment")
+    raise rundir.RunDirError(f"{file} is damaged: it must tell the experiment")
+  base = config_files.base(fields["experiment"])
+  if base is not None:
+    _check_fields(file, base, fields)
   return ml_collections.ConfigDict(_tuples(fields)).lock()
+
+
+def _check_fields(file: Path, base: ml_collections.ConfigDict, fields: Mapping[str, Any], prefix: str = "") -> None:
+  """Raises a RunDirError unless a config that was read has the fields of `base`, of their types.
+
+  One that is None where nothing else is set may be absent: it is newer than the run.
+  """
+  for name, default in base.items():
+    value, kind = fields.get(name), base.get_type(name)
+    if kind is tuple:
+      kind = list
+    section = isinstance(default, ml_collections.ConfigDict)
+    if section and isinstance(value, Mapping):
+      _check_fields(file, default, value, f"{prefix}{name}.")
+      continue
+    fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    if section or not fits and not (value is None and default is None):
+      found = repr(value) if name in fields else "no such field"
+      wanted = "a section" if section else f"of type {kind.__name__}"
+      raise rundir.RunDirError(f"{file} is damaged: {prefix}{name} must be {wanted}; it has {found:.80}")
 
 
 def _tuples(value: Any) -> Any:
