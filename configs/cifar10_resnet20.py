@@ -8,9 +8,9 @@ schedules, coefficient and corners of the batch-shaping term, corners of the L0 
 is not known), the initial open rate, and the reduction over gates (`layer_mean`; re-implementations sum).
 Variants, joined by commas after a colon: `gating=none`, `epochs=10`, `batch=128`, `l0=2.0`, `budget=0.5`, `bas=0`,
 `width=2`, `inner=4` (blocks wider inside), `schedule=cosine`, `model=vgg8`, `block=8`, `noise=0.25`, `noise_to=0`; and
-`gates=`, what is gated: `none`, `channels`, `layers` as in ConvNet-AIG, `static` channels by L0 regularisation,
+`gates=`, what is gated: `none`, `channel`, `layer` as in ConvNet-AIG, `static` channels by L0 regularisation,
 `random` ones, `exits` after each stage as in BranchyNet, `experts` and `sparse_experts` in place of the last stage. A
-`budget` is of `channels`, `static` ones and `layers`. And `regulariser=`, what keeps gates honest: `batch_shaping` with
+`budget` is of `channel`, `static` and `layer`. And `regulariser=`, what keeps gates honest: `batch_shaping` with
 L0, `sparsity` (L0 alone), and what the authors say failed as well, `entropy`, `decision_entropy`, `away_from_half`,
 `none`.
 """

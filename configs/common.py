@@ -116,7 +116,7 @@ def imagenet_config() -> ml_collections.ConfigDict:
 
 _GATES = {  # what is gated and what that needs; `--config.model` and `--config.loss` change single fields after it
     "none": {"model.gating": "none"},
-    "channels": {"model.gating": "channel"},
+    "channel": {"model.gating": "channel"},
     "static": {  # L0 regularisation, Louizos et al., 2018: channels that close do so for all images
         "model.gating": "channel", "model.gate.context": "none", "model.gate.relaxation": "hard_concrete",
         "loss.regulariser": "sparsity", "loss.sparsity.kind": "l0",
@@ -125,7 +125,7 @@ _GATES = {  # what is gated and what that needs; `--config.model` and `--config.
         "model.gating": "channel", "model.gate.context": "random", "model.gate.initial_open": 0.5,
         "loss.regulariser": "none",
     },
-    "layers": {  # ConvNet-AIG, Veit and Belongie, 2018
+    "layer": {  # ConvNet-AIG, Veit and Belongie, 2018
         "model.gating": "layer", "model.gate.temperature": 1.0, "model.gate.initial_open": 0.87,
         "loss.regulariser": "sparsity", "loss.sparsity.kind": "target_rate", "loss.sparsity.target": 0.6,
         "loss.sparsity.coefficient": 1.0, "loss.sparsity.start": 0.0, "loss.sparsity.full": 0.0,
@@ -157,15 +157,19 @@ _VARIANTS = {
 }
 
 
+_EARLIER = {"gates=channels": "channel", "gates=layers": "layer"}  # names that variants had
+
+
 def apply_variants(
     config: ml_collections.ConfigDict, arg: str | None, variants: Mapping[str, Any] | None = None
 ) -> ml_collections.ConfigDict:
-  """`epochs=10,gates=layers` and the like: short names for what runs differ in most, each of one field or, where its
+  """`epochs=10,gates=layer` and the like: short names for what runs differ in most, each of one field or, where its
   values are listed or a function makes them, of several. In their order, but first `gates`, which others change."""
   variants = variants or _VARIANTS
   items = [item for item in (arg or "").split(",") if item]
   for item in sorted(items, key=lambda item: not item.startswith("gates=")):
     name, found, value = item.partition("=")
+    value = _EARLIER.get(item, value)
     if not found or name not in variants:
       raise ValueError(f"a variant must be one of {sorted(variants)} as name=value; got {item!r}")
     if callable(variants[name]):

@@ -51,12 +51,19 @@ def test_variants_change_their_field():
 
 
 def test_a_variant_may_stand_for_several_fields_and_later_ones_change_them():
-  config = importlib.import_module("configs.cifar10_resnet20").get_config("gates=layers,l0=2.5")
+  config = importlib.import_module("configs.cifar10_resnet20").get_config("gates=layer,l0=2.5")
   sparsity = config.loss.sparsity
   assert (config.model.gating, config.model.gate.initial_open, config.loss.regulariser) == ("layer", 0.87, "sparsity")
   assert (sparsity.kind, sparsity.target, sparsity.coefficient, sparsity.full) == ("target_rate", 0.6, 2.5, 0)
-  with pytest.raises(ValueError, match="the variant gates must be one of .*; got 'layer'"):
-    importlib.import_module("configs.cifar10_resnet20").get_config("gates=layer")
+  with pytest.raises(ValueError, match="the variant gates must be one of .*; got 'blocks'"):
+    importlib.import_module("configs.cifar10_resnet20").get_config("gates=blocks")
+
+
+@pytest.mark.parametrize(("earlier", "name"), [("channels", "channel"), ("layers", "layer")])
+def test_variants_of_gates_are_named_as_the_field_and_by_their_earlier_names(earlier, name):
+  get_config = importlib.import_module("configs.cifar10_resnet20").get_config
+  assert get_config(f"gates={name}").model.gating == name
+  assert get_config(f"gates={earlier}").to_dict() == get_config(f"gates={name}").to_dict()
 
 
 def test_a_budget_is_a_share_to_train_to():

@@ -89,11 +89,11 @@ def test_a_chain_is_built_by_the_same_settings_as_a_residual_network():
 
 
 @pytest.mark.parametrize(("variants", "gates", "params"), [
-    ("gates=none", 0, 0), ("gates=channels", 336, 10_608), ("gates=channels,block=16", 21, 5_253),
+    ("gates=none", 0, 0), ("gates=channel", 336, 10_608), ("gates=channel,block=16", 21, 5_253),
     ("gates=static", 336, 336), ("gates=static,model=vgg8", 1_728, 1_728), ("gates=random", 336, 0),
-    ("gates=layers", 7, 16 * (3 * 16 + 2 * 32 + 2 * 64) + 7 * 49),
+    ("gates=layer", 7, 16 * (3 * 16 + 2 * 32 + 2 * 64) + 7 * 49),
     ("gates=experts", 4, 16 * 32 + 32 + 4 * 17), ("gates=exits", 2, 0), ("gates=exits,model=resnet18", 3, 0),
-    ("gates=layers,model=resnet50", 12, 16 * (2 * 256 + 3 * 512 + 5 * 1024 + 2 * 2048) + 12 * 49),
+    ("gates=layer,model=resnet50", 12, 16 * (2 * 256 + 3 * 512 + 5 * 1024 + 2 * 2048) + 12 * 49),
 ])
 def test_what_is_gated_is_one_variant(variants, gates, params):
   config = common.apply_variants(common.image_config(), variants)

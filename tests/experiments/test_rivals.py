@@ -107,14 +107,14 @@ def test_a_run_of_other_gates_is_what_they_are(config, tmp_path, gates, term):
 @pytest.mark.parametrize(("variants", "changes", "message"), [
     ("gates=experts", {"model.experts.top_k": 5}, r"model.experts.top_k must be None or in 1 .. .*; got 5"),
     ("gates=experts,regulariser=sparsity", {}, "loss.regulariser must be 'none' where model.gating is 'experts', if"),
-    ("gates=channels,regulariser=balance", {}, "model.gating must be 'experts' where loss.regulariser is 'balance'"),
+    ("gates=channel,regulariser=balance", {}, "model.gating must be 'experts' where loss.regulariser is 'balance'"),
     ("gates=exits", {"loss.exit_weights": (1.0, 1.0)}, "loss.exit_weights must hold 1 number, or one for each of 1 "),
     ("budget=0.5", {"model.gate.relaxation": "sigmoid"}, "model.gate.relaxation must be another where .*budget"),
     ("budget=0.5,gates=exits", {}, "model.gating must be another where loss.sparsity.kind is 'budget'.*; got 'exits'"),
     ("gates=random,budget=0.5", {}, "loss.regulariser must be another where .* is 'budget'.*; got 'none'"),
     ("budget=0.01", {}, r"loss.sparsity.target must be above 0\.\d+, the share of .* that always runs; got 0.01"),
     ("budget=0.5,regulariser=entropy", {}, "loss.regulariser must be another where .*; got 'entropy'"),
-    ("gates=channels,inner=2", {"model.name": "vgg8"}, "model.inner_width must be 1.0 where model.name is 'vgg8'"),
+    ("gates=channel,inner=2", {"model.name": "vgg8"}, "model.inner_width must be 1.0 where model.name is 'vgg8'"),
     ("gates=exits", {"model.name": "vgg8"}, "model.name must be a residual network where model.gating is 'exits'"),
 ])
 def test_settings_that_do_not_belong_together_are_named(config, variants, changes, message):
@@ -131,7 +131,7 @@ def started(made, workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variants", ["gates=channels,noise_to=0.0", "gates=exits"])
+@pytest.mark.parametrize("variants", ["gates=channel,noise_to=0.0", "gates=exits"])
 def test_a_late_start_takes_all_but_gates_from_an_ungated_run(config, tmp_path, capsys, variants):
   plain = config("gates=none", **{"optim.epochs": 1, "eval_every": 0.0})
   classification.run(plain, tmp_path / "plain", "train")
@@ -170,7 +170,7 @@ def test_a_late_start_takes_all_but_gates_from_an_ungated_run(config, tmp_path, 
 
 
 @pytest.mark.parametrize(("variants", "at_start", "at_end"), [
-    ("gates=channels,noise=0.5", 0.5, 0.5), ("gates=channels,noise_to=0.25", 1.0, 0.25), ("gates=exits", 0, 0),
+    ("gates=channel,noise=0.5", 0.5, 0.5), ("gates=channel,noise_to=0.25", 1.0, 0.25), ("gates=exits", 0, 0),
     ("gates=sparse_experts", 0, 0), ("gates=random", 1.0, 1.0)])
 def test_gates_are_judged_by_the_noise_of_their_step(config, variants, at_start, at_end):
   built = classification.build(config(variants))
