@@ -163,12 +163,15 @@ class VideoSet(abc.ABC):
 
 
 class VideoFolder(VideoSet):
-  """A folder of video files, decoded with PyAV from the first frame on; the input is `clips` `[T, F, H, W, 3]` uint8.
+  """A folder of video files, decoded with PyAV; the input is `clips` `[T, F, H, W, 3]` uint8.
+
+  They are read as a player shows them: by presentation time, upright, without what edit lists hide
+  (`data/video_files.py`).
 
   Args:
     table: whose names are files in `folder`, with or without their suffix.
     folder: of the videos.
-    segments: T, spread uniformly over the video; they overlap where it is short.
+    segments: T, spread uniformly over the time of the video; they overlap where it is short.
     frames: F, successive frames of a segment.
     size: `(H, W)` that frames are brought to, bilinearly.
     seed: of the order and of the jitter.

@@ -373,7 +373,7 @@ def test_a_film_that_ends_before_the_time_it_announces_is_refused(tmp_path, name
     read_clips(path, 2, 2, (8, 8))
 
 
-def test_a_count_that_no_file_of_the_size_can_hold_is_refused_before_room_is_made_for_it(tmp_path):
+def test_a_count_of_samples_that_no_file_of_its_size_can_hold_is_refused(tmp_path):
   path = made_videos.write(tmp_path / "a.mp4", 6, options={"movflags": "frag_keyframe+empty_moov"})
   data = bytearray(path.read_bytes())
   place = data.index(b"trun") + 8

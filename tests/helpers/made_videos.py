@@ -138,10 +138,10 @@ def set_display_matrix(path, matrix):
 
 
 def boxes(data):
-  """The boxes of an .mp4 file, or of the body of one of its boxes: pairs of a name and the whole box."""
+  """The boxes of an .mp4 file, damaged or not, or of the body of one of its boxes: pairs of a name and the whole box."""
   found = []
   while data:
-    length = int.from_bytes(data[:4], "big")
+    length = max(int.from_bytes(data[:4], "big"), 8)
     found.append((data[4:8], data[:length]))
     data = data[length:]
   return found
