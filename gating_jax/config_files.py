@@ -16,6 +16,7 @@ from types import ModuleType
 import ml_collections
 
 from gating_jax.checks import near
+from gating_jax.paths import user_path
 
 _PACKAGE = "configs"  # by this name config files import what they share
 _BASES = {  # where the fields of each kind of experiment are listed
@@ -50,7 +51,7 @@ def locate(given: str) -> Path:
   Raises:
     ValueError: there is no such file, or the name could be that of several.
   """
-  path = Path(given)
+  path = user_path(given)
   if path.is_file():
     return path
   if path.is_dir() and str(path.parent) != ".":

@@ -28,6 +28,12 @@ def test_a_file_comes_before_a_packaged_config_of_its_name(tmp_path, monkeypatch
   assert config_files.locate("digits_resnet20.py").absolute() == tmp_path / "digits_resnet20.py"
 
 
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "own[1].py").touch()
+  assert config_files.locate("~/own[1].py") == tmp_path / "own[1].py"
+
+
 @pytest.mark.parametrize("given", ["elsewhere/digits_resnet20.py", "digits/"])
 def test_a_path_that_leads_nowhere_is_refused(given, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
