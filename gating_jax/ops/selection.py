@@ -18,6 +18,7 @@ import numpy as np
 
 from gating_jax.ops import arguments
 from gating_jax.ops.collectives import example_keys
+from gating_jax.ops.precision import float_dtype
 from gating_jax.types import Array
 
 
@@ -31,12 +32,12 @@ def keep_best(gates: Array, logits: Array, valid: Array) -> Array:
     logits: `[B, T]`; of equal ones the earliest is best, and NaN is worse than any number.
     valid: `[B, T]` bool.
   Returns:
-    `[B, T]`, dtype of `gates`.
+    `[B, T]`, dtype of `gates`; float32 of truth values.
 
   >>> keep_best(jnp.zeros((1, 3)), jnp.array([[-2.0, -1.0, 5.0]]), jnp.array([[True, True, False]]))
   Array([[0., 1., 0.]], dtype=float32)
   """
-  gates = jnp.where(valid, gates, 0)
+  gates = jnp.where(valid, gates.astype(float_dtype(gates)), 0)
   nothing = ~jnp.any(gates > 0, axis=1, keepdims=True)
   return gates + jnp.where(nothing, top_k(logits, valid, 1), 0).astype(gates.dtype)
 

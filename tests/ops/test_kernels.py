@@ -68,8 +68,9 @@ def compiled(form, stride):
 # One example of 1 x 2 pixels, the second -1 times the first; two hidden blocks of two channels, by hand:
 # h of the blocks at pixel 0 is ReLU(2 - 1, 2 + 1), ReLU(4 - 1, -2 + 1) = (1, 3), (3, 0), at pixel 1 (0, 0), (0, 3);
 # y adds 1 h1 + 10 h2 + 100 h3 + 1000 h4 to 0.5.
-HAND = Branch(jnp.array([[[[2.0, 2, 4, -2]]]]), jnp.array([-1.0, 1, -1, 1]),
-              jnp.array([[[[1.0], [10], [100], [1000]]]]), jnp.array([0.5]))
+array = functools.partial(jnp.array, dtype=jnp.float32)
+HAND = Branch(array([[[[2.0, 2, 4, -2]]]]), array([-1.0, 1, -1, 1]),
+              array([[[[1.0], [10], [100], [1000]]]]), array([0.5]))
 VALUES = {
     (0.0, 0.0): (0.5, 0.5),
     (1.0, 0.0): (31.5, 0.5),
@@ -82,7 +83,7 @@ VALUES = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("gates", VALUES)
 def test_values_by_hand(form, gates):
-  y = compiled(form, 1)(HAND, jnp.array([[[[1.0], [-1.0]]]]), jnp.array([gates]))
+  y = compiled(form, 1)(HAND, array([[[[1.0], [-1.0]]]]), array([gates]))
   np.testing.assert_allclose(y.ravel(), VALUES[gates], rtol=1e-6)
 
 

@@ -173,6 +173,7 @@ PENALTIES = {
 }
 SELECTION = {
   "repair": lambda x: gradient(lambda x: selection.keep_best(x * (x > 2).astype(x.dtype), x, VALID))(x),
+  "repair of truth values": lambda x: selection.keep_best(x > 2, x, VALID),
   "best": lambda x: selection.top_k(x, VALID, 2),
   "best, some for each": lambda x: selection.top_k(x, VALID, np.arange(N)),
   "uniform": lambda x: (selection.uniform_k(VALID, 2), selection.uniform_k(VALID, np.arange(1, N + 1))),

@@ -18,10 +18,13 @@ both = pytest.mark.parametrize("implementation", ["jax", pytest.param("native", 
 LANES = (0, 8, 4)  # the processor's vectors, at most so wide ones, and the portable ones
 
 # x of two channels, an ascending image of 3 x 3 and ones; what the sum over a 3 x 3 window is, by hand.
-IMAGE = jnp.stack([jnp.arange(9.0).reshape(1, 3, 3), jnp.ones((1, 3, 3))], -1)
+# What the kernel takes, in every mode of JAX.
+zeros, ones, full, array = (
+  functools.partial(make, dtype=jnp.float32) for make in (jnp.zeros, jnp.ones, jnp.full, jnp.array))
+IMAGE = jnp.stack([jnp.arange(9, dtype=jnp.float32).reshape(1, 3, 3), ones((1, 3, 3))], -1)
 SUMS = [[8, 15, 12], [21, 36, 27], [20, 33, 24]]
 COUNTS = [[4, 6, 4], [6, 9, 6], [4, 6, 4]]
-ONES = jnp.ones((3, 3, 2, 2))
+ONES = ones((3, 3, 2, 2))
 TABLE = {
     "open": ({}, [np.add(SUMS, COUNTS), np.add(SUMS, COUNTS)]),
     "closed input": ({"in_gates": [[1, 0]]}, [SUMS, SUMS]),
@@ -37,14 +40,14 @@ TABLE = {
 def test_values_by_hand(case, implementation):
   settings, expected = TABLE[case]
   settings = {name: jnp.array(value) if "gates" in name else value for name, value in settings.items()}
-  y = native.gated_conv(IMAGE, ONES, jnp.zeros(2), implementation=implementation, **settings)
+  y = native.gated_conv(IMAGE, ONES, zeros(2), implementation=implementation, **settings)
   np.testing.assert_array_equal(y[0], np.moveaxis(np.array(expected), 0, -1))
 
 
 @both
 def test_bias_shortcut_and_relu(implementation):
-  x, kernel = jnp.array([1.0, -2.0]).reshape(1, 1, 2, 1), jnp.array([1.0, 3.0]).reshape(1, 1, 1, 2)
-  run = functools.partial(native.gated_conv, x, kernel, jnp.array([0.5, 1.0]), jnp.full((1, 1, 2, 2), -2.0),
+  x, kernel = array([1.0, -2.0]).reshape(1, 1, 2, 1), array([1.0, 3.0]).reshape(1, 1, 1, 2)
+  run = functools.partial(native.gated_conv, x, kernel, array([0.5, 1.0]), full((1, 1, 2, 2), -2.0),
                           implementation=implementation)
   np.testing.assert_array_equal(run()[0, 0], [[-0.5, 2], [-3.5, -7]])
   np.testing.assert_array_equal(run(relu=True)[0, 0], [[0, 2], [0, 0]])
@@ -53,29 +56,29 @@ def test_bias_shortcut_and_relu(implementation):
 
 @both
 def test_a_branch_by_hand(implementation):
-  x = jnp.array([[[[1.0]]], [[[-1.0]]]])  # two examples of one pixel
-  kernel1, kernel2 = jnp.zeros((3, 3, 1, 2)).at[1, 1, 0].set([2, -3]), jnp.zeros((3, 3, 2, 1)).at[1, 1, :, 0].set(1)
-  run = functools.partial(native.gated_branch, x, kernel1, jnp.array([0.0, 1]), kernel2, jnp.array([10.0]),
+  x = array([[[[1.0]]], [[[-1.0]]]])  # two examples of one pixel
+  kernel1, kernel2 = zeros((3, 3, 1, 2)).at[1, 1, 0].set(array([2, -3])), zeros((3, 3, 2, 1)).at[1, 1, :, 0].set(1.0)
+  run = functools.partial(native.gated_branch, x, kernel1, array([0.0, 1]), kernel2, array([10.0]),
                           implementation=implementation)
   # hidden (2, -2) and (-2, 4) before ReLU
   assert run(None).ravel().tolist() == [12, 14]
   assert run(jnp.array([[0, 1], [1, 0]])).ravel().tolist() == [10, 10]
-  assert run(jnp.array([[1, 0], [0, 1]]), jnp.full((2, 1, 1, 1), -13.0), relu=False).ravel().tolist() == [-1, 1]
+  assert run(jnp.array([[1, 0], [0, 1]]), full((2, 1, 1, 1), -13.0), relu=False).ravel().tolist() == [-1, 1]
 
 
 @both
 def test_nothing_of_closed_channels_is_seen(implementation):
   x = IMAGE.at[..., 1].set(jnp.nan)
-  y = native.gated_branch(x[..., :1], ONES[:, :, :1].at[..., 1].set(jnp.nan), jnp.zeros(2), ONES, jnp.zeros(2),
+  y = native.gated_branch(x[..., :1], ONES[:, :, :1].at[..., 1].set(jnp.nan), zeros(2), ONES, zeros(2),
                           jnp.array([[1, 0]]), implementation=implementation)
   assert y[0, 1, 1].tolist() == [np.sum(SUMS)] * 2
-  closed = native.gated_conv(x, ONES, jnp.zeros(2), in_gates=jnp.array([[1, 0]]), implementation=implementation)
+  closed = native.gated_conv(x, ONES, zeros(2), in_gates=jnp.array([[1, 0]]), implementation=implementation)
   np.testing.assert_array_equal(closed[0, ..., 0], SUMS)
 
 
 @both
 def test_nan_of_open_channels_is_kept(implementation):
-  y = native.gated_conv(IMAGE.at[0, 0, 0, 0].set(jnp.nan), ONES, jnp.zeros(2), relu=True,
+  y = native.gated_conv(IMAGE.at[0, 0, 0, 0].set(jnp.nan), ONES, zeros(2), relu=True,
                         implementation=implementation)
   assert np.isnan(y[0, :2, :2]).all()
   assert np.isfinite(y[0, 2]).all()
@@ -187,13 +190,13 @@ def test_concurrent_calls_do_not_disturb_each_other():
 
 
 def test_arguments_that_do_not_fit_are_refused():
-  x, kernel, bias = IMAGE, ONES, jnp.zeros(2)
+  x, kernel, bias = IMAGE, ONES, zeros(2)
   for message, call in {
       "x must be": lambda: native.gated_conv(x[0], kernel, bias),
       "of four axes": lambda: native.gated_conv(x, kernel[0], bias),
-      r"takes?.* channels .* \(2,\); got \(3,\)": lambda: native.gated_conv(x, jnp.ones((3, 3, 3, 2)), bias),
-      r"biases\[0\] must be \[2\]": lambda: native.gated_conv(x, kernel, jnp.zeros(3)),
-      r"gates\[1\] must be \[1, 2\]": lambda: native.gated_conv(x, kernel, bias, out_gates=jnp.ones(2)),
+      r"takes?.* channels .* \(2,\); got \(3,\)": lambda: native.gated_conv(x, ones((3, 3, 3, 2)), bias),
+      r"biases\[0\] must be \[2\]": lambda: native.gated_conv(x, kernel, zeros(3)),
+      r"gates\[1\] must be \[1, 2\]": lambda: native.gated_conv(x, kernel, bias, out_gates=ones(2)),
       "shortcut must have": lambda: native.gated_conv(x, kernel, bias, x, stride=2),
       "strides must be": lambda: native.gated_conv(x, kernel, bias, stride=0),
       "strides must be .*; got 2$": lambda: native.gated_chain(x, [kernel], [bias], [None, None], strides=2),
@@ -208,7 +211,7 @@ def test_arguments_that_do_not_fit_are_refused():
 
 @both
 def test_lists_and_numbers_of_numpy_are_taken(implementation):
-  expected = native.gated_conv(IMAGE, ONES, jnp.zeros(2), out_gates=jnp.ones((1, 2)), stride=2)
+  expected = native.gated_conv(IMAGE, ONES, zeros(2), out_gates=ones((1, 2)), stride=2)
   y = native.gated_conv(np.asarray(IMAGE), np.asarray(ONES), np.zeros(2, np.float32), out_gates=[[1, 1]],
                         stride=np.int64(2), implementation=implementation)
   np.testing.assert_array_equal(y, expected)
@@ -216,7 +219,7 @@ def test_lists_and_numbers_of_numpy_are_taken(implementation):
 
 @both
 def test_derivatives_are_refused(implementation):
-  run = lambda x: native.gated_conv(x, ONES, jnp.zeros(2), implementation=implementation).sum()
+  run = lambda x: native.gated_conv(x, ONES, zeros(2), implementation=implementation).sum()
   with pytest.raises(TypeError, match="for inference and have no derivatives"):
     jax.grad(run)(IMAGE)
 
@@ -224,6 +227,6 @@ def test_derivatives_are_refused(implementation):
 def test_without_the_kernel_all_runs_in_jax(monkeypatch):
   monkeypatch.setattr(native, "_register", lambda: "no compiler")
   assert not native.available()
-  assert native.gated_conv(IMAGE, ONES, jnp.zeros(2))[0, 1, 1, 0] == 45
+  assert native.gated_conv(IMAGE, ONES, zeros(2))[0, 1, 1, 0] == 45
   with pytest.raises(RuntimeError, match="native kernel is not available: no compiler"):
-    native.gated_conv(IMAGE, ONES, jnp.zeros(2), implementation="native")
+    native.gated_conv(IMAGE, ONES, zeros(2), implementation="native")

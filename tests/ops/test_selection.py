@@ -18,14 +18,14 @@ POLICIES = {
     "uniform": selection.uniform_k,
     "random": lambda valid, k: selection.random_k(jax.random.key(3), valid, k),
     "first": selection.first_k,
-    "top": lambda valid, k: selection.top_k(jnp.sin(7.0 * jnp.arange(valid.size).reshape(valid.shape)), valid, k),
+    "top": lambda valid, k: selection.top_k(jnp.sin(jnp.linspace(0, 50, valid.size).reshape(valid.shape)), valid, k),
 }
 COMPILED = {name: jax.jit(policy) for name, policy in POLICIES.items()}
 keep_best, top_k, uniform_k = jax.jit(selection.keep_best), jax.jit(selection.top_k), jax.jit(selection.uniform_k)
 
 
 def padded(*lengths, segments=SEGMENTS):
-  return jnp.arange(segments) < jnp.array(lengths)[:, None]
+  return jnp.asarray(np.arange(segments) < np.array(lengths)[:, None])
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -18,7 +18,7 @@ def mlp(weights, x):
 
 def centred(weights, x):
   """Its examples depend on each other, as under BatchNorm in training."""
-  return mlp(weights, x - jnp.mean(x, axis=0))
+  return mlp(weights, x - jnp.mean(x, axis=0, keepdims=True))
 
 
 def problem(n=6):
