@@ -18,7 +18,7 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
   ValueError: model.gating must be one of channel, none; got 'chanel'. Did you mean 'channel'?
   """
   choices = sorted(choices)
-  if value not in choices:
+  if not isinstance(value, str) or value not in choices:
     close = near(str(value), choices)
     hint = f". Did you mean {close[0]!r}?" if close else ""
     raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{hint}")

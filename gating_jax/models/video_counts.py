@@ -50,7 +50,11 @@ class VideoCounts:
       gates: `[M, T]`, chosen where above 0.
       valid: `[M, T]` bool.
       heavy_macs: `[M, T]`, what the heavy net spends on each segment.
+    Raises:
+      ValueError: gates or masks of another number of segments.
     """
+    if np.shape(gates) != np.shape(valid) or np.shape(valid)[1:] != (self.segments,):
+      raise ValueError(f"gates and valid must be [M, {self.segments}]; got {np.shape(gates)} and {np.shape(valid)}")
     share = np.sum(valid, axis=1) / self.segments
     heavy = np.sum(np.where(gates > 0, heavy_macs, 0.0), axis=1)
     return share * (self.segments * self.light.macs + self.selector) + heavy + self.classifier

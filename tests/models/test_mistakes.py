@@ -136,6 +136,11 @@ COUNTS = {
     "shapes without a mask": (
         lambda: gj.count_video(VIDEO_NET, {"heavy": (3, 4)}), TypeError,
         "shapes['valid'] must be a tuple of whole numbers; got None"),
+    "gates of other videos": (
+        lambda: gj.VideoCounts(3, None, None, 1, 1).per_video(np.ones((2, 4)), np.ones((2, 3)), np.ones((2, 3))),
+        ValueError, "gates and valid must be [M, 3]; got (2, 4) and (2, 3)"),
+    "an array for a name": (
+        lambda: gj.vgg(np.ones(2), 3), ValueError, "model name must be one of simple_cnn, vgg16, vgg8; got array("),
     "a network of images for videos": (
         lambda: gj.count_video(FOLDABLE, {}), TypeError, "model must be a SegmentNet; got an object of class "),
 }
