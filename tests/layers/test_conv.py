@@ -30,13 +30,13 @@ def filled(module, x):
 
 def by_hand(x, variables, stride, *, groups=1):
   """Convolution and norm, by XLA's own convolution."""
-  p, statistics = variables["params"], variables["batch_stats"]["norm"]
-  kernel = p["conv"]["kernel"]
+  norm = jax.tree.map(np.asarray, {**variables["batch_stats"]["norm"], **variables["params"]["norm"]})
+  kernel = variables["params"]["conv"]["kernel"]
   padding = [(w // 2, w // 2) for w in kernel.shape[:-2]]
   x = jax.lax.conv_general_dilated(
       x, kernel, stride, padding, dimension_numbers=XLA[x.ndim - 2], feature_group_count=groups)
-  x = (x - statistics["mean"]) / np.sqrt(statistics["var"] + 1e-5)
-  return x * p["norm"]["scale"] + p["norm"]["bias"]
+  x = (np.asarray(x) - norm["mean"]) / np.sqrt(norm["var"] + np.float32(1e-5))
+  return x * norm["scale"] + norm["bias"]
 
 
 def part(variables, name):
@@ -133,7 +133,7 @@ def test_taps_of_a_dilated_window_are_pixels_apart(depthwise):
   module = ConvNorm(4, 3, 1, depthwise=depthwise, dilation=3)
   variables = filled(module, x)
   kernel = variables["params"]["conv"]["kernel"]
-  spread = jnp.zeros((7, 7, *kernel.shape[2:])).at[::3, ::3].set(kernel)
+  spread = jnp.zeros((7, 7, *kernel.shape[2:]), kernel.dtype).at[::3, ::3].set(kernel)
   wide = {**variables, "params": {**variables["params"], "conv": {"kernel": spread}}}
   expected = by_hand(x, wide, (1, 1), groups=4 if depthwise else 1)
   assert expected.shape == x.shape

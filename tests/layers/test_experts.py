@@ -54,7 +54,7 @@ def test_where_all_count_logits_are_log_odds_of_the_weights(top_k):
   logits, gates = mixture(SCORES, top_k)
   np.testing.assert_allclose(gates, special.softmax(SCORES.astype(np.float64), axis=1), rtol=1e-5)
   np.testing.assert_allclose(special.expit(logits), gates, rtol=1e-5)
-  logits, gates = mixture(jnp.array([[110.0, -110.0]]), top_k if top_k is None else 2)
+  logits, gates = mixture(jnp.array([[110, -110]], jnp.float32), top_k if top_k is None else 2)
   assert np.isfinite(logits).all()
   assert gates.tolist() == [[1, 0]]
 
