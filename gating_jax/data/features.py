@@ -35,6 +35,8 @@ def describe(feature: Any) -> str:
     return f"{kind} of {', '.join(feature)}"
   if isinstance(feature, types.Sequence):
     return f"{kind} of {describe(feature.feature)}"
+  if isinstance(feature, types.Text):
+    return kind
   shape = f", shape {feature.shape}" if feature.shape else ""
   return f"{kind} of {np.dtype(feature.np_dtype).name}{shape}"
 
@@ -192,8 +194,8 @@ class ImageClass:
     else:
       self._check_gaps(seen)
       self.class_names = tuple(map(str, range(seen[-1] + 1)))
-    logging.info("%s is %s, read as %d classes: %s", self._name, self._type, len(self.class_names),
-                 printable(_few(self.class_names)))
+    logging.warning("%s is %s, read as %d classes: %s", self._name, self._type, len(self.class_names),
+                    printable(_few(self.class_names)))
 
   def _count(self, values: Iterable[Any]) -> tuple[set, int]:
     """The classes among labels, and how many labels are none."""

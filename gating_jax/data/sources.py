@@ -265,8 +265,10 @@ def _check_features(folder: Path) -> None:
   for file in _files(folder, ("features.json", "metadata.json")):
     try:
       content = json.loads(file.read_text())
-    except (ValueError, RecursionError):  # which TFDS says in its own words
+    except ValueError:  # which TFDS says in its own words
       continue
+    except RecursionError:
+      raise DatasetNotPreparedError(f"{file} must be nested less deeply, as TFDS writes it") from None
     if file.name == "metadata.json":
       if isinstance(content, dict) and "/" in str(content.get("default_config_name")):
         raise DatasetNotPreparedError(f"default_config_name in {file} must be the name of a folder beside it; got "

@@ -1,5 +1,3 @@
-import logging
-
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -109,7 +107,7 @@ def test_one_image_outside_the_scale_is_named(tmp_path):
 @pytest.mark.parametrize(("feature", "said"), [
     (tensor("uint8", (4, 4)), "Tensor of uint8, shape (4, 4)"),
     (tensor("uint8", (2, 4, 4, 3)), "Tensor of uint8, shape (2, 4, 4, 3)"),
-    (TYPES.Text(), "Text of object"),
+    (TYPES.Text(), "Text"),
     (TYPES.Sequence(TYPES.Image(shape=(4, 4, 3))), "Sequence of Image of uint8, shape (4, 4, 3)"),
     (TYPES.FeaturesDict({"left": TYPES.Image(), "right": TYPES.Image()}), "FeaturesDict of left, right"),
 ])
@@ -165,10 +163,9 @@ def test_labels_are_counted_once_for_all_splits(tmp_path, monkeypatch):
   assert sorted(counted) == ["test", "train"]
 
 
-def test_gaps_between_labels_are_said(tmp_path, caplog):
+def test_classes_that_are_counted_and_gaps_between_them_are_said(tmp_path, caplog):
   name = made(tmp_path, PIXEL, TYPES.Scalar(dtype=np.int64), labelled([0, 2, 5]))
-  with caplog.at_level(logging.INFO, "absl"):
-    images = sources.load(name, "train", tmp_path)
+  images = sources.load(name, "train", tmp_path)
   assert (read(images)[1], len(images.class_names)) == ([0, 2, 5], 6)
   said = [record.getMessage() for record in caplog.records if name in record.getMessage()]
   assert f"feature 'label' of {name}: no image has class 1, 3, 4, of 6" in said
@@ -251,3 +248,20 @@ def test_classes_of_pixels_that_are_none_are_refused():
     file.convert(file.decode(encoded(np.zeros((2, 2, 3), np.uint8)).getvalue()))
   with pytest.raises(ValueError, match=r"with shape \(H, W, 1\); it is Image of uint8, shape \(None, None, 3\)"):
     features.PixelClasses(TYPES.Image(), "classes")
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("[" * 100_000, "features.json must be nested less deeply, as TFDS writes it"),
+    ("3", "cannot be opened: TypeError: argument of type 'int'"),
+])
+def test_a_damaged_description_of_a_set_is_named_on_one_line(tmp_path, text, message):
+  name = made(tmp_path, PIXEL, LABELS, labelled([0, 1]))
+  (file,) = tmp_path.rglob("features.json")
+  copy = tmp_path / name / "1.0.0"
+  copy.rename(tmp_path / "moved")
+  (tmp_path / f"{name}_copy").mkdir()
+  (tmp_path / "moved").rename(tmp_path / f"{name}_copy" / "1.0.0")  # of which TFDS knows no more than the files
+  (tmp_path / f"{name}_copy" / "1.0.0" / file.name).write_text(text)
+  with pytest.raises(DatasetNotPreparedError, match=message) as caught:
+    sources.load(f"{name}_copy", "train", tmp_path)
+  assert len(str(caught.value).splitlines()) == 1
