@@ -85,7 +85,7 @@ def test_all_gates_closed_leave_the_shortcut_and_a_constant(block, gates, groups
   last = groups[-1][2]
   norm, statistics = variables["params"][last]["norm"], variables["batch_stats"][last]["norm"]
   constant = norm["bias"] - norm["scale"] * statistics["mean"] / np.sqrt(statistics["var"] + 1e-5)
-  np.testing.assert_allclose(y, np.maximum(x + constant, 0), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(y, np.maximum(np.asarray(x) + np.asarray(constant), 0), rtol=1e-4, atol=1e-5)
 
 
 @blocks

@@ -16,7 +16,7 @@ def test_gather_batch_has_the_examples_in_device_order():
 
 
 def test_gather_batch_sums_the_cotangents_of_all_devices():
-  x = jnp.zeros((DEVICES, 2))
+  x = jnp.zeros((DEVICES, 2), jnp.float32)
   cotangents = jnp.asarray(np.random.default_rng(0).integers(0, 9, (DEVICES, 2 * DEVICES)), jnp.float32)
   pull = lambda x, ct: jax.vjp(lambda x: collectives.gather_batch(x, AXIS), x)[1](ct)[0]
   expected = np.asarray(cotangents).sum(0).reshape(DEVICES, 2)
@@ -33,7 +33,7 @@ def test_exchange_columns_gives_each_device_its_share_of_the_columns():
 def test_exchange_columns_sends_cotangents_back():
   pull = lambda x, ct: jax.vjp(lambda x: collectives.exchange_columns(x, AXIS), x)[1](ct)[0]
   cotangents = np.random.default_rng(0).normal(size=(DEVICES, 16, 2)).astype(np.float32)
-  back = jax.pmap(pull, axis_name=AXIS)(jnp.zeros((DEVICES, 2, 10)), cotangents)
+  back = jax.pmap(pull, axis_name=AXIS)(jnp.zeros((DEVICES, 2, 10), jnp.float32), cotangents)
   np.testing.assert_array_equal(back.reshape(16, 10), np.concatenate(cotangents, axis=1)[:, :10])
 
 

@@ -70,7 +70,8 @@ def test_the_gradient_is_that_of_the_relaxed_gate(temperature, noise_scale):
       gate: jax.grad(lambda z, gate=gate: gate(key, z, temperature, noise_scale=noise_scale).sum())(LOGITS)
       for gate in (relaxations.straight_through_gate, relaxations.binary_concrete)
   }
-  soft = special.expit((LOGITS + noise_scale * np.asarray(jax.random.logistic(key, LOGITS.shape))) / temperature)
+  noise = np.asarray(jax.random.logistic(key, LOGITS.shape, jnp.float32))
+  soft = special.expit((LOGITS + noise_scale * noise) / temperature)
   for slope in slopes.values():
     np.testing.assert_allclose(slope, soft * (1 - soft) / temperature, rtol=1e-5, atol=1e-7)
 
@@ -83,10 +84,10 @@ def test_the_straight_through_slope_at_zero_is_a_quarter_over_the_temperature():
 
 @pytest.mark.parametrize("logit", [110.0, 1e4])
 def test_saturated_logits_give_sure_gates_and_finite_gradients(logit):
-  logits = jnp.array([-logit, logit])
+  logits = jnp.array([-logit, logit], jnp.float32)
   value, pullback = jax.vjp(lambda z: relaxations.straight_through_gate(jax.random.key(0), z), logits)
   np.testing.assert_array_equal(value, [0, 1])
-  np.testing.assert_array_equal(pullback(jnp.ones(2))[0], [0, 0])
+  np.testing.assert_array_equal(pullback(jnp.ones_like(value))[0], [0, 0])
 
 
 def test_binary_concrete_exceeds_a_half_with_the_sigmoid_of_its_logit():
