@@ -129,6 +129,14 @@ def test_what_is_wrong_with_a_config_file_is_said_in_a_line(text, message, tmp_p
   assert said.count("\n") == 1
 
 
+def check_concluded(said, number):
+  """The last lines have the number that matters and the next command, and are few."""
+  last = said.rstrip("\n").split("\n\n")[-1]
+  assert last.count("\n") < 12
+  assert number in last
+  assert "\nnext: " in last
+
+
 def test_a_run_is_trained_looked_at_and_compared(tmp_path, monkeypatch):
   monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
   monkeypatch.chdir(tmp_path)
@@ -137,13 +145,16 @@ def test_a_run_is_trained_looked_at_and_compared(tmp_path, monkeypatch):
   status, said = run_command(*command)
   assert status == 0, said
   accuracy = re.search(r"test accuracy +(\d+\.\d\d %)", said)[1]
+  check_concluded(said, accuracy)
   for arguments in (command, (command[1], "--mode=evaluate"), (command[1], "--mode=report")):
     status, said = run_command(*arguments)
     assert status == 0, said
+    check_concluded(said, accuracy)
     assert accuracy in said or arguments[-1] == "--mode=report"
   shutil.copytree(tmp_path / "run", tmp_path / "copy")
   status, said = run_command(f"--workdir={tmp_path / 'run'},{tmp_path / 'copy'}", "--mode=compare")
   assert status == 0, said
+  check_concluded(said, f"accuracy {accuracy}")
   assert f"<td>{accuracy}</td><td>{accuracy}</td>" in (tmp_path / "comparison.html").read_text()
   status, said = run_command(*command, "--config.seed=1")
   assert status == 2

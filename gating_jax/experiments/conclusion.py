@@ -69,7 +69,8 @@ def times(timings: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str,
     if not chosen or UNGATED not in whole:
       continue
     (row,) = chosen
-    way = "computing everything" if row["strategy"] == MASKED else f"skipping ({row['strategy']})"
+    ways = {MASKED: "computing everything", "chosen": "skipping, each part in its fastest way"}
+    way = ways.get(row["strategy"], f"skipping ({row['strategy']})")
     faster = whole[UNGATED]["seconds"] / row["seconds"]
     found.append((title, f"{1e3 * row['seconds']:.2f} ms by {way}; ungated {1e3 * whole[UNGATED]['seconds']:.2f} ms, "
                          f"{faster:.2f} x"))
