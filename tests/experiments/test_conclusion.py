@@ -41,7 +41,8 @@ def test_times_are_of_the_whole_network_that_runs(chosen, expected):
 
 
 def test_the_numbers_of_images_are_macs_and_gates():
-  result = {"mac_ratio": 0.5, "macs": 1000.4, "gates": 10, "conditional": 7, "always_open": 2, "always_closed": 1, "random_dropout": 0}
+  result = {"mac_ratio": 0.5, "macs": 1000.4, "gates": 10, "conditional": 7, "always_open": 2, "always_closed": 1,
+            "random_dropout": 0}
   assert conclusion.gates(result) == [
       ("MACs per image", "1,000, 50.0 % of the ungated net's, gate networks included"),
       ("gates", "10: 7 conditional, 2 always open, 1 always closed, 0 random dropout")]
