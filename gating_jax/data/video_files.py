@@ -134,10 +134,12 @@ def read_clips(
   _check_counts(path)
   with _open(path) as container:
     film = _list_frames(container, _video_stream(container))
-  starts, shown = _decode_segments(path, film, segments, length, size, rng)
+  starts = _choose_starts(film, segments, length, rng)
+  shown = _decode_segments(path, film, starts, length=length, size=size)
   if _is_by_fields(film, shown):
     film = film._replace(times=film.times[::2], announced=film.announced // 2)
-    starts, shown = _decode_segments(path, film, segments, length, size, rng)
+    starts = _choose_starts(film, segments, length, rng)
+    shown = _decode_segments(path, film, starts, length=length, size=size)
   if shown.intact < _WHOLE * film.announced or not shown.pixels:
     raise ValueError(f"only {shown.intact} of {film.announced} frames can be decoded")
   frames = np.array([shown.firsts[start] for start in starts])[:, None] + np.arange(length)
@@ -359,15 +361,19 @@ class _Shown(NamedTuple):
   interlaced: bool
 
 
-def _decode_segments(
-    path: Path, film: _Film, segments: int, length: int, size: tuple[int, int], rng: np.random.Generator | None
-) -> tuple[np.ndarray, _Shown]:
-  """Chooses the segments and decodes them: `[T]` starts, each the first of `film.times` that its segment shows."""
-  from av.video.reformatter import VideoReformatter
-
+def _choose_starts(film: _Film, segments: int, length: int, rng: np.random.Generator | None) -> np.ndarray:
+  """Returns `[T]` starts of segments, each an index of `film.times`."""
   # By up to a tick if that is short; a long one, such as a frame's, is exact up to floating point.
   rounding = min(1.0, _ROUNDING / film.tick) if film.tick > 0 else _ROUNDING
-  starts = timed_starts(film.times, film.end, segments, length, rng, rounding=rounding)
+  return timed_starts(film.times, film.end, segments, length, rng, rounding=rounding)
+
+
+def _decode_segments(
+    path: Path, film: _Film, starts: np.ndarray, *, length: int, size: tuple[int, int]
+) -> _Shown:
+  """Decodes the whole film and keeps the frames of segments, each of which begins at one of the starts."""
+  from av.video.reformatter import VideoReformatter
+
   waiting = collections.deque(np.unique(starts))
   resize = VideoReformatter().reformat  # one for all frames: six times as quick as a frame's own
   pixels, firsts, times, intact = {}, {}, [], 0
@@ -386,7 +392,8 @@ def _decode_segments(
         previous = frame
   if not times or times[-1] < film.times[starts.min()]:
     pixels = {}
-  return starts, _Shown(pixels, firsts, times, intact, previous is not None and previous.interlaced_frame)
+  interlaced = previous is not None and previous.interlaced_frame
+  return _Shown(pixels, firsts, times, intact, interlaced)
 
 
 def _is_by_fields(film: _Film, shown: _Shown) -> bool:

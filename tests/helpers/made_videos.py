@@ -138,7 +138,7 @@ def set_display_matrix(path, matrix):
 
 
 def boxes(data):
-  """The boxes of an .mp4 file, damaged or not, or of the body of one of its boxes: pairs of a name and the whole box."""
+  """The boxes of an .mp4 file, damaged or not, or of a box of it: pairs of a name and the whole box."""
   found = []
   while data:
     length = max(int.from_bytes(data[:4], "big"), 8)

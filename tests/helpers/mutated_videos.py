@@ -1,0 +1,151 @@
+"""Mutated video files, read and compared with what a plain decoder shows; also as a process of its own.
+
+    python -m tests.helpers.mutated_videos FOLDER FIRST LAST
+
+reads the mutants of seeds FIRST to LAST - 1, and dies where one makes a decoder crash or takes more than 10 seconds.
+"""
+
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+
+from gating_jax.data.video_files import read_clips
+from tests.helpers import made_videos
+
+MOST_SECONDS, MOST_MEMORY = 10, 1 << 30  # of one file; of all, beyond what the process has before
+_FRAMES = 20
+_FRAGMENTS = {"movflags": "frag_keyframe+empty_moov"}
+_WHOLE = {
+    "plain.mp4": dict(audio=True, encoder={"bf": "2", "b-adapt": "0"}),
+    "first.mp4": dict(options={"movflags": "faststart"}),
+    "fragments.mp4": dict(options=_FRAGMENTS),
+    "mpeg4.mov": dict(codec="mpeg4"),
+    "variable.mkv": dict(times=np.cumsum(np.arange(_FRAMES) % 4 + 1) / 10),
+    "vp9.webm": dict(codec="libvpx-vp9", encoder={"deadline": "realtime"}),
+    "mpeg4.avi": dict(codec="mpeg4"),
+    "pictures.avi": dict(codec="mjpeg"),
+    "mpeg2.mpg": dict(codec="mpeg2video", rate=25, encoder={"bf": "2"}),
+    "flash.flv": dict(),
+}
+
+
+class Whole(NamedTuple):
+  """A video before it is mutated: its data, and what it shows, to the reader and to a plain decoder."""
+
+  data: bytes
+  clips: np.ndarray
+  middles: np.ndarray
+  played: np.ndarray
+
+
+def write_whole(folder):
+  """The videos that are mutated, by name: each container, and what may be in one."""
+  for name, settings in _WHOLE.items():
+    made_videos.write(folder / name, _FRAMES, **settings)
+  made_videos.set_display_matrix(made_videos.write(folder / "turned.mp4", _FRAMES), [[0, 1], [-1, 0]])
+  edited = made_videos.write(folder / "edited.mp4", _FRAMES, encoder={"bf": "0", "sc_threshold": "0"})
+  made_videos.set_edits(edited, [(9, 3), (5, 14)])
+  return {path.name: Whole(path.read_bytes(), *_read(path), _play(path)) for path in sorted(folder.iterdir())}
+
+
+def _read(path):
+  return read_clips(path, 3, 2, (8, 8))
+
+
+def _play(path):
+  """The times of all frames, in seconds, and how bright they are, `[N, 2]`; None where a decoder gives up."""
+  try:
+    with av.open(str(path), metadata_errors="replace") as container:
+      frames = [(frame.time, frame.to_ndarray(format="rgb24").mean()) for frame in container.decode(video=0)]
+      return np.array(frames, float)  # NaN without a time
+  except Exception:  # of any kind that PyAV may raise
+    return None
+
+
+def mutate(data, random):
+  """One or two changes: bytes or bits flipped, the end cut off, boxes or blocks swapped, deleted, repeated, zeroed."""
+  for _ in range(random.integers(1, 3)):
+    first, last = sorted(random.integers(len(data) + 1, size=2))
+    kind = random.integers(7)
+    if kind < 2:
+      data = _with_bytes_flipped(data, random, of_headers=kind == 1)
+    elif kind == 2:
+      data = data[:last]
+    elif kind == 3:
+      data = _with_parts_swapped(data, random)
+    elif kind == 4:
+      data = data[:first] + data[last:]
+    elif kind == 5:
+      data = data[:last] + data[first:last] + data[last:]
+    else:
+      data = data[:first] + bytes(last - first) + data[last:]
+  return data
+
+
+def _with_bytes_flipped(data, random, of_headers):
+  data = bytearray(data)
+  width = min(1500, len(data)) if of_headers else len(data)
+  start = random.choice([0, len(data) - width])  # headers stand at the beginning or at the end
+  for place in start + random.integers(width, size=random.integers(1, 20)) if width else ():
+    data[place] = random.choice([0, 127, 255, data[place] ^ 1 << random.integers(8), random.integers(256)])
+  return bytes(data)
+
+
+def _with_parts_swapped(data, random):
+  parts = [box for _, box in made_videos.boxes(data) if box] if data[4:8] == b"ftyp" else []
+  if len(parts) < 2:
+    edges = np.sort(random.integers(len(data) + 1, size=4))
+    parts = [data[start:stop] for start, stop in zip([0, *edges], [*edges, len(data)], strict=True)]
+  one, other = random.choice(len(parts), 2, replace=False)
+  parts[one], parts[other] = parts[other], parts[one]
+  return b"".join(parts)
+
+
+def check(seed, whole, folder):
+  """Reads a mutant and says how it went; raises unless it was read right or refused in one line.
+
+  A mutant that still shows the same to a plain decoder must be read as the whole video.
+  """
+  random = np.random.default_rng(seed)
+  name = random.choice(list(whole))
+  path = folder / f"mutant{Path(name).suffix}"
+  path.write_bytes(mutate(whole[name].data, random))
+  began, refusal = time.monotonic(), None
+  try:
+    clips, middles = _read(path)
+  except Exception as error:
+    refusal = str(error)
+  assert time.monotonic() - began < MOST_SECONDS, f"seed {seed}, {name}"
+  if refusal is not None:
+    assert len(refusal.splitlines()) == 1, f"seed {seed}, {name}: {refusal}"
+    return f"refused: {refusal}"
+  assert (clips.shape, clips.dtype) == (whole[name].clips.shape, np.uint8), f"seed {seed}, {name}"
+  assert np.all(np.diff(middles) >= 0) or np.isnan(middles).all(), f"seed {seed}, {name}: {middles}"
+  played, expected = _play(path), whole[name].played
+  if played is None or played.shape != expected.shape or not np.allclose(played, expected, rtol=0, atol=1e-3):
+    return "read"
+  np.testing.assert_allclose(clips.astype(int), whole[name].clips, atol=1, err_msg=f"seed {seed}, {name}")
+  np.testing.assert_allclose(middles, whole[name].middles, atol=0.06, err_msg=f"seed {seed}, {name}")
+  return "read as before"
+
+
+def main(folder, first, last):
+  signal.alarm(30)
+  whole = write_whole(folder / "whole")
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  for seed in range(first, last):
+    print(seed, end=" ", flush=True)
+    signal.alarm(MOST_SECONDS)
+    print(check(seed, whole, folder), flush=True)
+  grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+  assert grown < MOST_MEMORY, f"{grown} bytes"
+
+
+if __name__ == "__main__":
+  main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
