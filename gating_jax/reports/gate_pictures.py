@@ -94,7 +94,7 @@ def draw_histograms(history: Sequence[Mapping[str, Any]], names: Sequence[str], 
   what = {"probs": "probability", "open_rates": "open rate"}[measure]
   figure, panels = _panels(names, "test at step", what)
   for number, axes in panels:
-    counts = np.array([line[f"gates/layer{number:02d}/{measure}"] for line in history], np.float64)  # [T, bins]
+    counts = np.array([_of_layer(line, number, measure) for line in history], np.float64)  # [T, bins]
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axes.imshow(np.sqrt(shares.T), cmap="Greens", vmin=0, vmax=0.6, origin="lower", aspect="auto",
                 extent=(-0.5, len(history) - 0.5, 0, 1), interpolation="nearest")
@@ -118,7 +118,7 @@ def draw_cdfs(history: Sequence[Mapping[str, Any]], names: Sequence[str], prior:
   tones = colormaps["viridis_r"](np.linspace(0.15, 0.95, len(times))) if len(times) > 1 else [_GREEN]
   for number, axes in panels:
     for tone, time in zip(tones, times, strict=True):
-      counts = np.array(history[time][f"gates/layer{number:02d}/probs"], np.float64)
+      counts = np.array(_of_layer(history[time], number, "probs"), np.float64)
       below = np.concatenate([[0], np.cumsum(counts) / max(counts.sum(), 1)])
       axes.plot(np.linspace(0, 1, len(below)), below, color=tone, label=f"step {history[time]['step']:,}")
     if prior is not None:
@@ -184,6 +184,11 @@ def draw_class_bars(rates: np.ndarray, titles: Sequence[str], class_names: Seque
     axes.spines[["top", "right"]].set_visible(False)
   axes.set_xlabel("images of the class that open the gate (%)")
   return figure
+
+
+def _of_layer(line: Mapping[str, Any], number: int, measure: str) -> Sequence[int]:
+  """A layer's counts: they stand in the order of the layers, by whatever name the run has given these."""
+  return [counts for name, counts in line.items() if name.endswith(f"/{measure}")][number]
 
 
 def _panels(names: Sequence[str], xlabel: str, ylabel: str) -> tuple[Any, list[tuple[int, Any]]]:
