@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterable
 
 _CLOSE = 0.7  # twice the letters that two names share in their order, of the letters of both
+_LONGEST = 200  # letters of a value that is shown as it is
 _JOINERS = "\u200c\u200d"  # between letters of Persian or of Indian scripts, and parts of a picture
 
 
@@ -21,7 +22,9 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
   if not isinstance(value, str) or value not in choices:
     close = near(str(value), choices)
     hint = f". Did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{hint}")
+    text = " ".join(repr(value).split())
+    text = text if len(text) <= _LONGEST else f"an object of class {type(value).__name__}"
+    raise ValueError(f"{name} must be one of {', '.join(choices)}; got {text}{hint}")
 
 
 def near(name: str, choices: Iterable[str], count: int = 1) -> list[str]:

@@ -151,7 +151,8 @@ def _add_logistic(key: Array, logits: Array, noise_scale: float | Array) -> Arra
 def _as_logits(logits: Array) -> Array:
   """In their own floating-point type, or in float32."""
   arguments.real_array("logits", logits)
-  return jnp.asarray(logits, float_dtype(logits))
+  logits = jnp.asarray(logits)
+  return logits.astype(float_dtype(logits))
 
 
 def _checked_temperature(temperature: float | Array) -> float | Array:

@@ -36,6 +36,7 @@ def find_concepts(features: np.ndarray, k: int, *, seed: int) -> np.ndarray:
   features = np.asarray(features)
   arguments.real_array("features", features)
   arguments.whole_number("k", k, 0)
+  arguments.whole_number("seed", seed, 0)
   features = features.astype(np.float64)
   if features.ndim != 2:
     raise ValueError(f"features must be [n, C]; got shape {features.shape}")

@@ -212,6 +212,14 @@ def test_whole_numbers_count_as_reals():
     np.testing.assert_array_equal(value, right)
 
 
+def test_one_number_has_a_gate():
+  for gate in (gj.threshold_gate, gj.hard_concrete_mean, gj.hard_concrete_open_prob, gj.clipped_sigmoid,
+               lambda x: gj.straight_through_gate(KEY, x)):
+    for logit in (0.5, 3, np.float64(0.5)):
+      assert gate(logit).shape == ()
+      np.testing.assert_array_equal(gate(logit), gate(jnp.float32(logit)))
+
+
 def test_a_value_is_shown_in_one_short_line():
   for value in (np.zeros((3, 3)), {"a": list(range(100))}, "long " * 100, "two\nlines", RECORD, dict, len, None):
     text = arguments.shown(value)
