@@ -131,6 +131,11 @@ COUNTS = {
         lambda: gj.count(FOLDABLE, 32), TypeError, "input_shape must be a tuple of whole numbers, such as (32, 32, 3)"),
     "images for a shape": (
         lambda: gj.count(FOLDABLE, IMAGES), TypeError, "input_shape must be a tuple of whole numbers, such as (32, "),
+    "no shape": (
+        lambda: gj.count(FOLDABLE, None), TypeError, "input_shape must be a tuple of whole numbers, such as (32, "),
+    "settings for a context": (
+        lambda: gj.GateSettings(context=np.ones((9, 9))), ValueError,
+        "gate context must be one of none, pooled, random; got an object of class ndarray"),
     "a network without records": (
         lambda: gj.count(OnlyOutputs(), (3,)), TypeError, "model must return (y, records), as gated networks do; got "),
     "shapes without a mask": (
@@ -183,6 +188,8 @@ INFERENCE = {
         "inputs must have 'valid'; got heavy"),
     "text for features": (
         lambda: gj.find_concepts(["a", "b"], 1, seed=0), TypeError, "features must be an array of real numbers; got "),
+    "a half for the seed of concepts": (
+        lambda: gj.find_concepts(np.eye(3), 2, seed=0.5), TypeError, "seed must be a whole number >= 0; got 0.5"),
     "text for the number of concepts": (
         lambda: gj.find_concepts(np.eye(3), "2", seed=0), TypeError, "k must be a whole number >= 0; got '2'"),
 }
