@@ -15,7 +15,7 @@ import ml_collections
 
 from gating_jax.paths import user_path
 from gating_jax.reports import page, times
-from gating_jax.reports.opening import Baseline, Surroundings
+from gating_jax.reports.opening import Baseline, Surroundings, example
 from gating_jax.training import hosts, provenance, rundir
 
 TIMES_FILE = "compile.json"
@@ -85,8 +85,8 @@ def read_times(path: Path) -> times.Times | None:
 
 def refresh_times(path: Path) -> bool:
   """Writes what `--mode=compile` has just left into the run's page. Returns whether there is a page to write it in."""
-  found = read_times(path)
-  noun = "image" if found is None else found.noun
+  config, found = _read_json(path / rundir.CONFIG_FILE), read_times(path)
+  noun = example(config.get("experiment") if isinstance(config, dict) else None)
   return page.fill(path / rundir.REPORT_FILE, [times.number(found, noun, str(path)), times.section(found)])
 
 

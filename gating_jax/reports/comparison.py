@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from gating_jax.reports import page
 from gating_jax.reports.lettering import columns, plain
-from gating_jax.reports.opening import short
+from gating_jax.reports.opening import example, short
 from gating_jax.reports.times import Times, number
 
 TITLE = "Comparison of runs"
@@ -171,7 +171,7 @@ def _numbers(runs: Sequence[Run]) -> list[page.Number]:
   if pair is None:
     return []
   score, mine, theirs = pair.score, pair.gated.numbers, pair.ungated.numbers if pair.ungated else None
-  noun, none = _example(pair.gated), "ungated: none among these runs"
+  noun, none = example(pair.gated.experiment), "ungated: none among these runs"
   name = f"{score.label[:1].upper()}{score.label[1:]}"
   if theirs is None:
     spent = page.Number(f"MACs per {noun}", short(mine[score.macs]), none, _MACS)
@@ -191,17 +191,13 @@ _MACS = "Multiply-accumulate operations, mean over the test set, gate networks i
 
 def _time(gated: Run, ungated: Run | None) -> page.Number:
   """Milliseconds of an example, next to the ungated run's, or else to its own network without gates."""
-  noun = _example(gated)
+  noun = example(gated.experiment)
   found = dataclasses.replace(number(gated.times, noun), command="", place="")
   if gated.times is None:
     return dataclasses.replace(found, meaning=f"Time of one {noun}, as --mode=compile of a run measures it.")
   if ungated is None or ungated.times is None:
     return found
   return dataclasses.replace(found, baseline=f"ungated: {number(ungated.times, noun).value}")
-
-
-def _example(run: Run) -> str:
-  return {"long_video": "video", "segmentation": "scene"}.get(run.experiment, "image")
 
 
 def _results(runs: Sequence[Run]) -> list[list[str]]:
@@ -290,7 +286,7 @@ def _cost(
     if len(points) <= _NAMED:
       axes.annotate(plain(runs[i].name, 24), point, xytext=(8, 7), textcoords="offset points", fontsize=8.5,
                     bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1})
-  noun = _example(runs[next(iter(points))])
+  noun = example(experiment)
   article = "an" if noun == "image" else "a"
   _label(figure, axes, f"MACs of {article} {noun}", f"{score.label} (%)", margin=0.18)
   line = " The line joins the ungated networks." if len(family) > 1 else ""

@@ -27,7 +27,7 @@ _LETTERS = 8.5  # points
 
 
 def layer_names(layers: Sequence[tuple[str, int]]) -> list[str]:
-  """Number, as in TensorBoard, and name of each layer, without a first folder that all are in."""
+  """Number and name of each layer, without a first folder that all are in."""
   names = [name for name, _ in layers]
   first = {name.partition("/")[0] for name in names}
   if len(first) == 1 and len(names) > 1 and all("/" in name for name in names):

@@ -173,7 +173,7 @@ def _outcomes(run: ImageRun) -> page.Picture:
       gate_pictures.draw_outcomes(run.gates.diagnosis, sizes, names),
       f"What the gates of each layer do: for how many of the {len(run.images.macs):,} test {run.noun}s they are open.",
       [("gates of the layer", "all gates of a layer are 100 %"),
-       ("conditional", f"from 1 to 99 %: the {run.noun} decides. This is what gates are for; those open least save most"),
+       ("conditional", f"from 1 to 99 %: the {run.noun} decides, as gates are meant to; those open least save most"),
        ("always closed", "these units can be removed"),
        ("always open", "these units are never saved"),
        ("random", f"noise decides in training, as in dropout, and not the {run.noun}")])

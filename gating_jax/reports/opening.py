@@ -94,6 +94,15 @@ def time(noun: str, around: Surroundings) -> page.Number:
   return number(around.times, noun, around.workdir)
 
 
+def example(experiment: Any) -> str:
+  """What a kind of experiment calls an example.
+
+  >>> example("segmentation")
+  'scene'
+  """
+  return {"long_video": "video", "segmentation": "scene"}.get(experiment, "image")
+
+
 def short(count: float) -> str:
   """A large count in three digits.
 

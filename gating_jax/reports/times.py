@@ -41,12 +41,6 @@ class Times:
   device: str
   timings: Mapping[str, Sequence[Mapping[str, Any]]]
 
-  @property
-  def noun(self) -> str:
-    """What an example is."""
-    found = [match[2] for title in self.timings if (match := _TITLE.search(title))]
-    return found[0] if found else "example"
-
 
 def parsed(found: Any) -> Times | None:
   """The contents of the file as times; None where it is damaged."""
