@@ -3,9 +3,12 @@ import re
 
 import pytest
 
-from gating_jax.experiments import gate_watch
+from gating_jax.experiments import classification, continual, gate_watch, long_video, segmentation
+from gating_jax.models import resnet, segment_nets, vgg
 from gating_jax.training.closing import CLOSED
 from gating_jax.training.segment_objectives import SEGMENTS_CLOSED
+from tests.helpers import tiny_cli
+from tests.helpers.runs import said
 
 CHANNELS = f"channels_{CLOSED}"
 
@@ -35,7 +38,7 @@ def check_named(text, config):
 
 @pytest.mark.parametrize("name", ["digits_resnet20", "segmentation_digits"])
 @pytest.mark.parametrize("variant", [
-    "", "gates=layers", "l0=3.0", "budget=0.5", "regulariser=sparsity", "regulariser=entropy", "regulariser=none"])
+    "", "gates=layer", "l0=3.0", "budget=0.5", "regulariser=sparsity", "regulariser=entropy", "regulariser=none"])
 def test_most_gates_of_images_and_scenes_closed_is_said(name, variant):
   config = config_of(name, variant)
   text = warned(gate_watch.of_images(config), CLOSED, 0.6)
@@ -81,3 +84,52 @@ def test_segments_chosen_by_a_rule_and_ungated_nets_are_not_watched():
   watch = gate_watch.of_videos(config_of("composed_timegate", "selection=uniform"))
   assert warned(watch, SEGMENTS_CLOSED, 1.0) is None
   assert warned(watch, CHANNELS, 1.0) is None
+
+
+@pytest.fixture
+def small(monkeypatch):
+  """`(name, **changes) -> (programme, config)` with nets of a block, or of two layers, and a line every ten steps."""
+  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+  monkeypatch.setitem(vgg.VGGS, "tiny_chain", (8, vgg.POOL, 8))
+  monkeypatch.setitem(segment_nets.LIGHT_NETS, "tiny", tiny_cli.TINY_LIGHT)
+  monkeypatch.setitem(segment_nets.HEAVY_NETS, "tiny", tiny_cli.TINY_HEAVY)
+  sizes = {
+      "digits_resnet20": {"model.name": "tiny", "optim.epochs": 8},
+      "segmentation_digits": {
+          "model.name": "tiny", "data.size": (16, 16), "data.train_scenes": 256, "data.test_scenes": 8,
+          "optim.epochs": 8},
+      "split_digits": {
+          "model.name": "tiny_chain", "tasks.count": 2, "optim.epochs": 20, "optim.batch_size": 64,
+          "gates.patience": 0.0, "gates.when_full": "reuse", "router.steps": 5},
+      "composed_timegate": {
+          "model.light.name": "tiny", "model.heavy.name": "tiny", "model.gate.concepts": 4, "model.gate.hidden": 8,
+          "data.train_videos": 32, "data.test_videos": 8, "pretrain.epochs": 1, "pretrain.batch_size": 16,
+          "optim.epochs": 60, "optim.batch_size": 16},
+  }
+  programmes = {"digits_resnet20": classification, "segmentation_digits": segmentation, "split_digits": continual,
+                "composed_timegate": long_video}
+
+  def make(name, **changes):
+    return programmes[name], config_of(name, log_every=10, **sizes[name], **changes)
+
+  return make
+
+
+AT_ONCE = {"loss.sparsity.coefficient": 300.0, "loss.sparsity.start": 0.0, "loss.sparsity.full": 0.0,
+           "loss.batch_shaping.coefficient": 0.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "price", "wanted"), [
+    ("digits_resnet20", AT_ONCE, {"model.gate.context": "none", "loss.sparsity.coefficient": 1.0}),
+    ("segmentation_digits", AT_ONCE, {}),
+    ("split_digits", {"gates.sparsity": 1000.0}, {"gates.sparsity": 1.0}),
+    ("composed_timegate", {**AT_ONCE, "loss.sparsity.kind": "mean"}, {}),
+])
+def test_a_training_says_once_that_its_gates_close(small, tmp_path, name, price, wanted):
+  lines = said(*small(name, **price), tmp_path / "closing", "train").splitlines()
+  warnings = [i for i, line in enumerate(lines) if "warning: " in line]
+  assert len(warnings) == 1
+  assert "closed for all examples" in lines[warnings[0]]
+  assert any(re.search(r"step \d+/", line) for line in lines[warnings[0] + 1 :])  # while it goes on
+  assert "warning: " not in said(*small(name, **wanted), tmp_path / "open", "train")
