@@ -36,7 +36,7 @@ LOSSES = {
     "a list of arrays for logits": (
         lambda: gj.batch_shaping_loss([Z, Z], PRIOR), TypeError, "logits must be an array of real numbers; got "),
     "complex logits": (
-        lambda: gj.batch_shaping_loss(Z * 1j, PRIOR), TypeError,
+        lambda: gj.batch_shaping_loss(Z.astype(jnp.complex64), PRIOR), TypeError,
         "logits must be an array of real numbers; got "),
     "text for logits": (
         lambda: gj.batch_shaping_loss("logits", PRIOR), TypeError,
