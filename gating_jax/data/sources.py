@@ -70,7 +70,7 @@ class Images:
 
 
 def load(
-    name: str, split: str, data_dir: str | None = None, image_size: int = 0, *, image: str = IMAGE, label: str = LABEL
+    name: str, split: str, data_dir: str | None = None, image_size: int = 0, image: str = IMAGE, label: str = LABEL
 ) -> Images:
   """Reads a whole split into memory. Pictures of other types become uint8 as `data/pictures.py` says.
 
@@ -114,9 +114,7 @@ def resize(
   return np.stack([fit(image[..., channel]) for channel in range(image.shape[-1])], axis=-1)
 
 
-def size(
-    name: str, split: str, data_dir: str | None = None, *, image: str = IMAGE, label: str = LABEL
-) -> int:
+def size(name: str, split: str, data_dir: str | None = None, image: str = IMAGE, label: str = LABEL) -> int:
   """Number of images of a split, without reading them; arguments and errors are as in `load`."""
   features = {image: tfds_features.Picture, label: tfds_features.ImageClass}
   return len(_digits(split) if name == DIGITS else open_tfds(name, split, data_dir, features))

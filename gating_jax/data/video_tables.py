@@ -61,10 +61,9 @@ def read_table(table: str | Path, split: str | Path | None = None) -> VideoTable
   """Reads a label table and a split file.
 
   The table is a CSV file with the columns `video` and `label`; others are ignored, and so are blanks around a field and
-  empty fields after the last column. A name may have folders and may
-  leave out the file's suffix. Several labels stand in one field, separated by `;`, and make the set multi-label, where
-  an empty field means none. A split file holds one of the table's names a line. The class list is that of the whole
-  table, sorted, so that all splits agree.
+  empty fields after the last column. A name may have folders and may leave out the file's suffix. Several labels stand
+  in one field, separated by `;`, and make the set multi-label, where an empty field means none. A split file holds one
+  of the table's names a line. The class list is that of the whole table, sorted, so that all splits agree.
 
   Args:
     table: the CSV file.

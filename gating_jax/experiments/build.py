@@ -71,7 +71,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   if config.model.gating == EXITS:
     objective = functools.partial(ExitObjective, exit_weights=config.loss.exit_weights)
   return assemble(
-      config, lambda: sources.size(data.name, data.train_split, data.data_dir, **settings.feature_names(data)),
+      config, lambda: sources.size(data.name, data.train_split, data.data_dir, *settings.feature_names(data)),
       open_train=lambda: read(data.train_split, training=True),
       open_test=lambda: read(data.test_split, training=False), network=network, objective=objective)
 
@@ -168,12 +168,13 @@ def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
 
 
 def _opener(config: ml_collections.ConfigDict) -> Callable[..., Any]:
-  data, names = config.data, settings.feature_names(config.data)
+  data = config.data
+  image, label = settings.feature_names(data)
   if data.loader == "resident":
-    return lambda split, training: sources.load(data.name, split, data.data_dir, data.image_size, **names)
+    return lambda split, training: sources.load(data.name, split, data.data_dir, data.image_size, image, label)
   return lambda split, training: streaming.open_stream(
       data.name, split, data.data_dir, image_size=data.image_size, seed=config.seed, workers=data.workers,
-      crop_area=data.crop_area if training else None, **names)
+      crop_area=data.crop_area if training else None, image=image, label=label)
 
 
 def check(

@@ -93,7 +93,7 @@ def build(config: ml_collections.ConfigDict) -> ContinualExperiment:
   data, training = config.data, config.optim
   _check(config)
   names = settings.feature_names(data)
-  train, test = (sources.load(data.name, split, data.data_dir, data.image_size, **names)
+  train, test = (sources.load(data.name, split, data.data_dir, data.image_size, *names)
                  for split in (data.train_split, data.test_split))
   with settings.named("tasks"):
     sequence = tasks.make_tasks(train, test, **config.tasks)

@@ -106,9 +106,9 @@ def check_channels(data: ml_collections.ConfigDict, channels: int) -> None:
                        f"got {tuple(data[name])}")
 
 
-def feature_names(data: ml_collections.ConfigDict) -> dict[str, str]:
-  """Returns `image` and `label`, the names of a TFDS set's features; older configs have no fields for them."""
-  return {"image": data.get("image_feature") or "image", "label": data.get("label_feature") or "label"}
+def feature_names(data: ml_collections.ConfigDict) -> tuple[str, str]:
+  """Returns the names of the image and the label in a TFDS set; older configs have no fields for them."""
+  return data.get("image_feature") or "image", data.get("label_feature") or "label"
 
 
 def divides_over_devices() -> Rule:
