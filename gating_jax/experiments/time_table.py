@@ -50,10 +50,9 @@ def write(run_dir: rundir.RunDir, step: int, tables: Iterable[tuple[str, Sequenc
     time_picture.draw(folder / PICTURE_FILE, found)
   surroundings.refresh_times(run_dir.path)
   modes = ["export"] if run_dir.config().get("experiment") == "classification" else []
-  print(conclusion.text(f"Timed the checkpoint of step {step:,}: median milliseconds of a call.", [
-      *conclusion.times(found), ("run directory:", str(run_dir.path)),
-      ("tables", f"{run_dir.path / TABLE_FILE}; a picture is beside it")], conclusion.following(run_dir.path, modes)))
-  print(f"\nwritten: {run_dir.path / TABLE_FILE}, {run_dir.path / PICTURE_FILE}")
+  made = ("made", f"{run_dir.path / TABLE_FILE}, {PICTURE_FILE}")
+  print(conclusion.text(f"Timed the checkpoint of step {step:,}: median milliseconds of a call.",
+                        [made, *conclusion.times(found)], conclusion.following(run_dir.path, modes)))
 
 
 def calibration(
