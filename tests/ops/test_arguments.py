@@ -11,7 +11,7 @@ from scipy import special
 import gating_jax as gj
 from gating_jax.ops import arguments, penalties, selection
 
-Z, KEY, PRIOR = jnp.linspace(-2, 2, 8).reshape(4, 2), jax.random.key(0), gj.beta(0.6, 0.4)
+Z, KEY, PRIOR = jnp.linspace(-2, 2, 8, dtype=jnp.float32).reshape(4, 2), jax.random.key(0), gj.beta(0.6, 0.4)
 RECORD = gj.GateRecord(Z, jax.nn.sigmoid(Z), gj.threshold_gate(Z), 3)
 OTHER = gj.GateRecord(Z[:3], Z[:3], Z[:3], 3)
 NONE = jnp.zeros((0, 2))
@@ -56,7 +56,7 @@ LOSSES = {
         lambda: gj.noise_floor(Z), TypeError, "n must be a whole number >= 1; got "),
     "no examples": (lambda: gj.noise_floor(0), ValueError, "n must be >= 1; got 0"),
     "whole numbers to sort": (
-        lambda: gj.sort_with_vjp(jnp.arange(3)), ValueError,
+        lambda: gj.sort_with_vjp(jnp.arange(3, dtype=jnp.int32)), ValueError,
         "x must be of a floating type, to have a gradient; got int32"),
     "text to sort": (
         lambda: gj.sort_with_vjp("x"), TypeError, "x must be an array of real numbers; got 'x'"),
