@@ -197,7 +197,8 @@ def test_help_of_a_launcher_starts_nothing(script, arguments, option, tmp_path):
     ("local.sh", ("2", "--workdir=x", "--dry-run"), "--workdir=x --coordinator=localhost:PORT --processes=2"),
     ("slurm.sh", ("--workdir=x", "--dry-run"), "--workdir=x --coordinator=auto"),
     ("tpu.sh", ("--workdir=x", "--dry-run"), "--workdir=x"),
-    ("quickstart.sh", ("elsewhere", "--dry-run"), "gating-jax --config=configs/digits_resnet20.py --workdir=elsewhere")])
+    ("quickstart.sh", ("elsewhere", "--dry-run"),
+     "gating-jax --config=configs/digits_resnet20.py --workdir=elsewhere")])
 def test_a_dry_run_may_be_asked_for_anywhere(script, arguments, expected):
   told = subprocess.run(["bash", str(ROOT / "launch" / script), *arguments], capture_output=True, text=True, check=True,
                         cwd=ROOT, env={"PATH": os.environ["PATH"], "NAME": "pod", "ZONE": "z", "GATING_JAX": "false"})
@@ -272,7 +273,8 @@ def test_the_container_file_copies_what_is_there_and_what_its_installation_needs
   assert installed
   assert set(installed) <= set(copied)
   project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-  assert {"pyproject.toml", project["readme"], *project["license-files"], "gating_jax", "configs"} <= set(copied[: copied.index("configs") + 1])
+  needed = {"pyproject.toml", project["readme"], *project["license-files"], "gating_jax", "configs"}
+  assert needed <= set(copied[: copied.index("configs") + 1])
   assert json.loads(" ".join(steps[-1][1:])) == ["gating-jax"]
   assert "gating-jax" in project["scripts"]
   (user,) = (step[1] for step in steps if step[0] == "USER")
