@@ -17,6 +17,7 @@ from gating_jax.data import batches
 from gating_jax.data.sources import Images
 from gating_jax.experiments import settings, surroundings
 from gating_jax.experiments.continual_build import ContinualExperiment
+from gating_jax.models.counts import layer_names
 from gating_jax.reports import glossary, image_rows, opening, page, task_pictures, task_table, times
 from gating_jax.reports.lettering import plain, save
 from gating_jax.training import evaluation, hosts, rundir
@@ -97,11 +98,17 @@ def make_histograms(experiment: ContinualExperiment) -> Callable[[Learner, int],
   nothing of a method that has none. Units that the task does not use have probability 0."""
   if experiment.method.task_net is None:
     return lambda learner, task: {}
-  look = _make_look(experiment)
+  look, image = _make_look(experiment), jax.ShapeDtypeStruct((1, *experiment.problem.shape), np.float32)
+
+  def records_of(learner, x):
+    net = experiment.method.task_net(learner, 0)
+    return net.model.apply(net.variables, x)[1]
 
   def histograms(learner, task):
     _, logits = look(learner, task)
-    return evaluation.layer_histograms(logits, [np.mean(z > 0, axis=0) for z in logits], f"gates/task{task + 1:02d}")
+    names = layer_names(jax.eval_shape(records_of, learner, image))
+    rates = [np.mean(z > 0, axis=0) for z in logits]
+    return evaluation.layer_histograms(names, logits, rates, f"gates/task{task + 1:02d}")
 
   return histograms
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -92,6 +93,16 @@ def write_files(
   write_report(task, experiment, run_dir, step, result, images, gates, drawn)
 
 
+def _numbered(names: Sequence[str], line: Mapping[str, Any]) -> dict[str, Any]:
+  """A line of `histograms.jsonl` with each layer's place for its name, as it is drawn, and as older runs have it."""
+  renamed = {}
+  for key, value in line.items():
+    group, _, rest = key.partition("/")
+    layer, _, measure = rest.rpartition("/")
+    renamed[f"{group}/layer{names.index(layer):02d}/{measure}" if layer in names else key] = value
+  return renamed
+
+
 def write_report(
     task: Task, experiment: Experiment, run_dir: rundir.RunDir, step: int, result: Mapping[str, Any],
     images: evaluation.ImageBehaviour, gates: evaluation.GateBehaviour | None,
@@ -103,6 +114,7 @@ def write_report(
   before = lambda file: [line for line in read_lines(run_dir.path / file)
                          if line["split"] == "test" and line["step"] < step]
   histograms = evaluation.histograms(gates, counts.gate_layers) if gates is not None else {}
+  numbered = functools.partial(_numbered, [name for name, _ in counts.gate_layers])
   pulled = config.loss.regulariser == "batch_shaping" and config.loss.batch_shaping.coefficient > 0
   image_report.write(run_dir.report, image_report.ImageRun(
       title=f"{config.model.name} on {config.data.name}",
@@ -111,7 +123,7 @@ def write_report(
       rows=task.rows(result),
       score=task.score,
       tests=[*before(METRICS_FILE), {"step": step, **result}],
-      histograms=[*before(HISTOGRAMS_FILE), {"step": step, **histograms}],
+      histograms=[*map(numbered, [*before(HISTOGRAMS_FILE), {"step": step, **histograms}])],
       macs=counts.macs,
       images=images,
       gates=gates,

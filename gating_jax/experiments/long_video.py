@@ -155,7 +155,7 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   total = phase.settings.total_steps
   journal = Journal(run_dir.path, total, total)
   try:
-    _note(journal, total, result, behaviour)
+    _note(experiment, journal, total, result, behaviour)
     hosts.written(lambda: video_report.draw(experiment, behaviour, run_dir, journal, total))
   finally:
     journal.close()
@@ -188,7 +188,7 @@ def _run_phase(
 
   def evaluate(state, step):
     result, behaviour = test(state, functools.partial(journal.say, step))
-    _note(journal, step, result, behaviour)
+    _note(experiment, journal, step, result, behaviour)
     journal.say(step, video_table.headline(result))
 
   try:
@@ -222,7 +222,9 @@ def _make_advance(experiment: VideoExperiment, phase: Phase, train: Any, first_s
   return lambda state, _: run(state, video_sets.examples(next(stream)))
 
 
-def _note(journal: Journal, step: int, result: Mapping[str, Any], behaviour: video_trial.Arrays) -> None:
+def _note(
+    experiment: VideoExperiment, journal: Journal, step: int, result: Mapping[str, Any], behaviour: video_trial.Arrays
+) -> None:
   """Writes a test's numbers and histograms."""
   journal.write(step, "test", {name: value for name, value in result.items() if isinstance(value, (int, float))})
-  journal.write_histograms(step, "test", video_report.histograms(behaviour))
+  journal.write_histograms(step, "test", video_report.histograms(experiment, behaviour))

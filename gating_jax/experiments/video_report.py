@@ -33,14 +33,15 @@ def draw(experiment: VideoExperiment, done: Arrays, run_dir: rundir.RunDir, jour
     journal.write_picture(step, f"pictures/{name}", path)
 
 
-def histograms(done: Arrays) -> dict[str, np.ndarray]:
+def histograms(experiment: VideoExperiment, done: Arrays) -> dict[str, np.ndarray]:
   """Counts for `Journal.write_histograms`: of the probabilities of segments, of the shares chosen of each video, and of
   the open probabilities of each layer of channel gates, where the heavy net has any, in the chosen segments."""
   counts = {"gates/segments/probs": evaluation.histogram(done["probs"][done["valid"].astype(bool)]),
             "gates/segments/shares": evaluation.histogram(_shares(done))}
   if "channels" in done:
     layers = done["channels"].sum(axis=0)
-    counts |= {f"gates/layer{i:02d}/probs": layer for i, layer in enumerate(layers)}
+    names = [name for name, _ in experiment.counts.heavy.gate_layers]
+    counts |= {f"gates/heavy/{name}/probs": layer for name, layer in zip(names, layers, strict=True)}
   return counts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -73,7 +74,7 @@ def count(model: nn.Module, input_shape: Any) -> ModelCounts:
       macs=macs[False],
       gate_macs=macs[True],
       gated=gated_macs(records) if records else 0,
-      gate_layers=tuple((_name(r), r.gates.shape[-1]) for r in records),
+      gate_layers=tuple(zip(layer_names(records), [r.gates.shape[-1] for r in records], strict=True)),
   )
 
 
@@ -90,15 +91,24 @@ def reduced_macs(model: nn.Module, input_shape: Any) -> int:
   return sum(call.macs // call.inputs for call in calls if call.inputs and not is_gate_path(call.path))
 
 
-def _name(record: GateRecord) -> str:
-  """Of the layer whose outputs are gated, or of the block that is."""
-  return "/".join((record.writers[0] if record.writers else record.gate)[:-1])
+def layer_names(records: Sequence[GateRecord]) -> tuple[str, ...]:
+  """The name of each gated layer, in metrics, reports and files: the path of the module whose outputs are gated.
+
+  One that a record does not tell, or that another has, is `layer` and its place, from 0.
+  """
+  names = []
+  for i, record in enumerate(records):
+    path = record.writers[0] if record.writers else record.gate
+    name = "/".join(path[:-1] or path)
+    names.append(name if name and name not in names else f"layer{i:02d}")
+  return tuple(names)
 
 
 def _trace(model: nn.Module, input_shape: Any) -> tuple[list[Call], Records, Any]:
   """All such calls, and the records and variables as shapes."""
   arguments.instance("model", model, nn.Module, "a network, such as resnet('resnet20', classes=10)")
-  for shape in jax.tree.leaves(input_shape, is_leaf=lambda x: isinstance(x, tuple)):
+  shapes = jax.tree.leaves(input_shape, is_leaf=lambda x: isinstance(x, tuple))
+  for shape in shapes or [input_shape]:
     arguments.instance("input_shape", shape, tuple, "a tuple of whole numbers, such as (32, 32, 3), or a tree of them")
     for size in shape:
       arguments.whole_number("each of input_shape", size)

@@ -133,24 +133,26 @@ def histograms(gates: GateBehaviour, layers: Sequence[tuple[str, int]]) -> dict[
   Args:
     layers: name and number of gates of each, in the order of the gates.
   """
-  ends = np.cumsum([size for _, size in layers])[:-1]
-  return layer_histograms(np.split(gates.logits, ends, axis=1), np.split(gates.diagnosis.open_rates, ends))
+  names, sizes = zip(*layers, strict=True)
+  ends = np.cumsum(sizes)[:-1]
+  return layer_histograms(names, np.split(gates.logits, ends, axis=1), np.split(gates.diagnosis.open_rates, ends))
 
 
 def layer_histograms(
-    logits: Sequence[np.ndarray], open_rates: Sequence[np.ndarray], group: str = "gates"
+    names: Sequence[str], logits: Sequence[np.ndarray], open_rates: Sequence[np.ndarray], group: str = "gates"
 ) -> dict[str, np.ndarray]:
   """`[BINS]` counts over [0, 1] for each layer: of its gates' open probabilities and of their open rates.
 
   Args:
+    names: of the layers, as `counts.layer_names` has them.
     logits: `[N, gates of the layer]` of each layer.
     open_rates: `[gates of the layer]` likewise.
-    group: what their names begin with, such as `gates` for `gates/layer00/probs`.
+    group: what their names begin with, such as `gates` for `gates/stage1_block1/conv1/probs`.
   """
   counts = {}
-  for i, (z, rates) in enumerate(zip(logits, open_rates, strict=True)):
+  for layer, z, rates in zip(names, logits, open_rates, strict=True):
     values = {"probs": special.expit(z), "open_rates": rates}
-    counts |= {f"{group}/layer{i:02d}/{name}": histogram(x) for name, x in values.items()}
+    counts |= {f"{group}/{layer}/{name}": histogram(x) for name, x in values.items()}
   return counts
 
 

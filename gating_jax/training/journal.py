@@ -51,7 +51,8 @@ class Journal:
         self._events.add_scalar(name if "/" in name else f"{split}/{name}", value, step)
 
   def write_histograms(self, step: int, split: str, counts: Mapping[str, np.ndarray]) -> None:
-    """One line, and one TensorBoard histogram per name, such as `gates/layer03/probs`; or nothing, as in `write`.
+    """One line, and one TensorBoard histogram per name, such as `gates/stage1_block1/conv1/probs`; or nothing, as in
+    `write`.
 
     Args:
       counts: `[bins]` integers each, how many values lie in each of so many equal parts of [0, 1].

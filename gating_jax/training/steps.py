@@ -16,6 +16,7 @@ from flax import struct
 from jax import lax
 
 from gating_jax.layers.gate import GATE_RNG, NOISE, noise_scales
+from gating_jax.models.counts import layer_names
 from gating_jax.ops.collectives import mean_over_devices
 from gating_jax.ops.macs import executed_macs
 from gating_jax.training.devices import value_and_grad_over_devices
@@ -79,8 +80,8 @@ def make_train_step(
       (outputs, records), updates = model.apply(variables, prepared, train=True, mutable=["batch_stats"], rngs=rngs)
       total, terms = objective(outputs, targets, records, state.step, axis_name)
       metrics = {"loss": total, **terms}
-      for i, record in enumerate(records):
-        metrics[f"gate_rate/layer{i:02d}"] = jnp.mean(record.gates > 0)
+      for name, record in zip(layer_names(records), records, strict=True):
+        metrics[f"gate_rate/{name}"] = jnp.mean(record.gates > 0)
       if noise_scale is not None:
         metrics["gates/noise_scale"] = jnp.asarray(noise_scale(state.step), jnp.float32)
       return total, (metrics, updates.get("batch_stats", {}))

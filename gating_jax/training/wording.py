@@ -26,7 +26,7 @@ def headline(means: Mapping[str, float]) -> str:
     means: of a step's metrics, by name: fractions but for the losses; terms of the loss are before their coefficients.
 
   >>> headline({"loss": 0.8125, "cross_entropy": 0.5, "batch_shaping": 0.25, "batch_shaping_coefficient": 0.75,
-  ...           "accuracy": 0.875, "mac_ratio": 0.5312, "gate_rate/layer00": 0.5, "gradient_norm": 2.0})
+  ...           "accuracy": 0.875, "mac_ratio": 0.5312, "gate_rate/layer1/conv": 0.5, "gradient_norm": 2.0})
   'accuracy 87.5 %, loss 0.8125 (cross-entropy 0.5, batch-shaping 0.25), MACs 53.1 %, open gates 50.0 %'
   """
   percents = lambda words: [f"{word} {_percent(means[name])}" for name, word in words.items() if name in means]

@@ -202,7 +202,7 @@ def check_gates(result, train, workdir):
   last = train[-1]
   assert last["gates/batch_shaping_floor"] == pytest.approx(1 / (6 * 129))
   assert last["gates/batch_shaping_mean"] == pytest.approx(last["batch_shaping"] / 8, rel=1e-5)  # summed over 8 gates
-  for tag in ("gates/batch_shaping_mean", "gates/batch_shaping_floor", "gate_rate/layer00"):
+  for tag in ("gates/batch_shaping_mean", "gates/batch_shaping_floor", "gate_rate/stage1_block1/conv1"):
     assert shown[tag, last["step"]] == pytest.approx(last[tag])
   for split, line in (("train", last), ("test", result)):
     assert shown[f"{split}/mac_ratio", last["step"]] == pytest.approx(line["mac_ratio"])
@@ -317,6 +317,13 @@ def test_a_run_is_loaded_in_one_call(finished, tmp_path):
   shutil.copy(workdir / "config.json", tmp_path)
   with pytest.raises(rundir.RunDirError, match="no checkpoint in .* yet"):
     load_run(tmp_path)
+
+
+def test_histograms_are_drawn_of_lines_that_name_layers_and_of_those_that_number_them():
+  older = {"step": 2, "gates/layer00/probs": [1], "gates/layer01/open_rates": [2]}
+  line = {"step": 2, "gates/stage1_block1/conv1/probs": [1], "gates/stage1_block2/conv1/open_rates": [2]}
+  names = ["stage1_block1/conv1", "stage1_block2/conv1"]
+  assert image_task._numbered(names, line) == image_task._numbered(names, older) == older
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from gating_jax.models.counts import ModelCounts, count, reduced_macs
+from gating_jax.models.counts import ModelCounts, count, layer_names, reduced_macs
 from gating_jax.models.resnet import RESNETS, resnet
 from gating_jax.models.vgg import VGGS, vgg
+from gating_jax.types import GateRecord
 
 # Dense MACs, parameters, gates, gate MACs, gate parameters, as the project's specification has them; but for resnet8,
 # which it leaves out: its three blocks are added up by hand below.
@@ -148,3 +149,11 @@ def test_xla_counts_the_multiplications_of_every_backbone_within_two_percent(nam
   monkeypatch.setattr(lax, "conv_general_dilated", padded)
   analysis = jax.jit(lambda v, x: net.apply(v, x)[0]).lower(variables, x).cost_analysis()
   assert 1 < analysis["flops"] / 2 / count(net, shape).macs < 1.02
+
+
+def test_layers_are_named_by_the_module_whose_outputs_are_gated_and_else_by_their_place():
+  gate = jnp.zeros((2, 3))
+  of = lambda **paths: GateRecord(gate, gate, gate, **paths)
+  records = [of(writers=(("block1", "conv1", "conv"),)), of(gate=("block2", "gate")), of(gate=("gate",)), of(),
+             of(gate=("block2", "gate"))]
+  assert layer_names(records) == ("block1/conv1", "block2", "gate", "layer03", "layer04")

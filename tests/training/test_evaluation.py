@@ -142,11 +142,11 @@ def test_a_class_without_images_has_no_rate():
 def test_histograms_of_each_layer():
   *_, gates = evaluation.evaluate(run, batches.cover(images(), 8), COUNTS, **GATES)
   found = evaluation.histograms(gates, (("a", 1), ("b", 1), ("c", 1)))
-  assert list(found) == [f"gates/layer0{i}/{name}" for i in range(3) for name in ("probs", "open_rates")]
+  assert list(found) == [f"gates/{layer}/{name}" for layer in "abc" for name in ("probs", "open_rates")]
   assert {len(counts) for counts in found.values()} == {evaluation.BINS}
   assert [int(counts.sum()) for counts in found.values()] == [M, 1] * 3
   is_open = LOGITS > 0
   assert len(set(is_open.sum(axis=0))) == 3
-  for i in range(3):
-    assert found[f"gates/layer0{i}/probs"][evaluation.BINS // 2 :].sum() == is_open[:, i].sum()
-    assert found[f"gates/layer0{i}/open_rates"][int(is_open[:, i].mean() * evaluation.BINS)] == 1
+  for i, layer in enumerate("abc"):
+    assert found[f"gates/{layer}/probs"][evaluation.BINS // 2 :].sum() == is_open[:, i].sum()
+    assert found[f"gates/{layer}/open_rates"][int(is_open[:, i].mean() * evaluation.BINS)] == 1

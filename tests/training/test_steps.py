@@ -111,10 +111,10 @@ def test_metrics_of_a_gated_net_are_over_the_whole_batch():
   _, metrics = after(start(), 0, 4)
   by_hand = metrics["cross_entropy"] + 0.75 * metrics["batch_shaping"] + 0.5 * metrics["l0"]
   np.testing.assert_allclose(metrics["loss"], by_hand, rtol=1e-6)
-  open_gates = metrics["gate_rate/layer00"] * BATCH_SIZE * 4
+  open_gates = metrics["gate_rate/stage1_block1/conv1"] * BATCH_SIZE * 4
   np.testing.assert_allclose(open_gates, np.round(open_gates), atol=1e-4)
   assert np.all((open_gates > 0) & (open_gates < BATCH_SIZE * 4))
-  share = metrics["gate_rate/layer00"] * 6 * 6 * 9 * (4 + 4) * 4
+  share = metrics["gate_rate/stage1_block1/conv1"] * 6 * 6 * 9 * (4 + 4) * 4
   np.testing.assert_allclose(metrics["mac_ratio"], (100 + share) / (100 + 6 * 6 * 9 * (4 + 4) * 4), rtol=1e-5)
   np.testing.assert_allclose(metrics["accuracy"] * BATCH_SIZE, np.round(metrics["accuracy"] * BATCH_SIZE), atol=1e-5)
 
@@ -217,8 +217,8 @@ def test_a_scheduled_noise_scale_equals_the_settings_and_compiles_once():
     net = tiny.net().clone(gate=dataclasses.replace(tiny.net().gate, noise_scale=scale))
     expected, values = noisy(None, net)(state, *batch)
     assert float(metrics["gates/noise_scale"]) == scale
-    rates.append(float(metrics["gate_rate/layer00"]))
-    assert rates[-1] == float(values["gate_rate/layer00"])
+    rates.append(float(metrics["gate_rate/stage1_block1/conv1"]))
+    assert rates[-1] == float(values["gate_rate/stage1_block1/conv1"])
     assert tiny.relative_gap(following.params, expected.params) < 1e-6
     assert "gates/noise_scale" not in values
     state = following
