@@ -45,5 +45,6 @@ def write_splits(data_dir, features, splits, *, name):
       "_generate_examples": None,
       "__module__": __name__,
   }
-  builder = type("MadeSet", (tfds.core.GeneratorBasedBuilder,), members)
+  with tfds.core.registered.skip_registration():  # a process may make several sets of one name
+    builder = type("MadeSet", (tfds.core.GeneratorBasedBuilder,), members)
   builder(data_dir=str(data_dir), file_format="array_record").download_and_prepare()

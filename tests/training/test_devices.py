@@ -229,7 +229,7 @@ def test_by_hand_the_gradient_of_one_mode_is_wrong_in_the_other():
 
 
 @pytest.mark.parametrize("way", WAYS[2:])
-def test_the_gradient_is_right_where_jax_takes_parameters_for_different_on_each_device(way):
+def test_the_gradient_is_right_where_parameters_are_typed_as_varying(way):
   differentiate = value_and_grad_over_devices(functools.partial(fit, axis_name=devices.AXIS), devices.AXIS)
   vary = lambda params: jax.tree.map(lambda w: w + 0 * lax.axis_index(devices.AXIS), params)
   found = spread(lambda params, batch: differentiate(vary(params), batch), way)(*fit_problem())
