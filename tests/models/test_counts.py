@@ -151,7 +151,7 @@ def test_xla_counts_the_multiplications_of_every_backbone_within_two_percent(nam
   assert 1 < analysis["flops"] / 2 / count(net, shape).macs < 1.02
 
 
-def test_layers_are_named_by_the_module_whose_outputs_are_gated_and_else_by_their_place():
+def test_layers_are_named_by_the_module_that_is_gated_and_else_by_their_place():
   gate = jnp.zeros((2, 3))
   of = lambda **paths: GateRecord(gate, gate, gate, **paths)
   records = [of(writers=(("block1", "conv1", "conv"),)), of(gate=("block2", "gate")), of(gate=("gate",)), of(),
