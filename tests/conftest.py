@@ -42,9 +42,12 @@ def pytest_collection_modifyitems(items):
 
 def place(item):
   """The place of a case in its list, or the sum of its places in several lists, which pairs their values in turn."""
-  lists = [mark.args[0] for mark in item.iter_markers("parametrize")]
-  names = [arguments.split(",")[0] if isinstance(arguments, str) else arguments[0] for arguments in lists]
-  return sum(item.callspec.indices[name] for name in names)
+  number = next(iter(item.callspec.indices.values()))  # among the cases of all lists together
+  places = 0
+  for mark in reversed(list(item.iter_markers("parametrize"))):  # the list above the others changes fastest
+    number, at = divmod(number, len(mark.args[1]))
+    places += at
+  return places
 
 
 @pytest.hookimpl(wrapper=True)

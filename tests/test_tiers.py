@@ -69,6 +69,13 @@ def test_whatever_takes_more_than_five_seconds_is_marked_slow(tmp_path):
   assert not suspects, f"mark as slow, or make quicker (seconds): {suspects}"
 
 
+@pytest.mark.thin(2)
+@pytest.mark.parametrize("first", [0, 1, 2])
+@pytest.mark.parametrize("second", [0, 1])
+def test_of_many_cases_every_kth_is_fast_and_lists_are_paired_in_turn(request, first, second):
+  assert (request.node.get_closest_marker("slow") is not None) == bool((first + second) % 2)
+
+
 def test_no_test_imports_another():
   for file in (ROOT / "tests").rglob("*.py"):
     imported = re.findall(r"^\s*(?:from|import) (tests\.(?!helpers)\S+|test_\S+)", file.read_text(), re.MULTILINE)

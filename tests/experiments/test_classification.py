@@ -319,7 +319,7 @@ def test_a_run_is_loaded_in_one_call(finished, tmp_path):
     load_run(tmp_path)
 
 
-def test_histograms_are_drawn_of_lines_that_name_layers_and_of_those_that_number_them():
+def test_histograms_are_drawn_whether_lines_name_layers_or_number_them():
   older = {"step": 2, "gates/layer00/probs": [1], "gates/layer01/open_rates": [2]}
   line = {"step": 2, "gates/stage1_block1/conv1/probs": [1], "gates/stage1_block2/conv1/open_rates": [2]}
   names = ["stage1_block1/conv1", "stage1_block2/conv1"]
