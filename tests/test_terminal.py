@@ -18,6 +18,7 @@ sys.exit(open("/dev/null").fileno())
 """
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
 def test_no_file_takes_the_number_of_a_closed_stream(closed):
   words = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", OPENS_A_FILE]
