@@ -6,10 +6,12 @@ The folder `configs` stands at the top of the repository, to be read and copied;
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import importlib.util
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -104,16 +106,27 @@ def import_shared(path: Path) -> None:
 
 
 def base(experiment: str) -> ml_collections.ConfigDict | None:
-  """Every field of a config of this kind with its default; None of another kind, or where `configs` is not ours."""
+  """Every field of a config of this kind with its default; None of another kind."""
   if experiment not in _BASES:
     return None
   module, function = _BASES[experiment]
-  if _PACKAGE not in sys.modules:
-    import_shared(folder() / f"{module}.py")
-  try:
+  with _own_package():
     return getattr(importlib.import_module(f"{_PACKAGE}.{module}"), function)()
-  except (ImportError, AttributeError):  # another package of this name
-    return None
+
+
+@contextlib.contextmanager
+def _own_package() -> Iterator[None]:
+  """Within, `configs` is the package's own folder; afterwards it is what it was, such as one of the caller."""
+  names = lambda: [name for name in sys.modules if name.partition(".")[0] == _PACKAGE]
+  theirs, path = {name: sys.modules.pop(name) for name in names()}, list(sys.path)
+  import_shared(folder() / "__init__.py")
+  try:
+    yield
+  finally:
+    for name in names():
+      del sys.modules[name]
+    sys.modules.update(theirs)
+    sys.path[:] = path
 
 
 def check(path: Path, variant: str | None) -> ml_collections.ConfigDict:

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import types
 
 import pytest
 
@@ -85,3 +86,12 @@ def test_an_installed_package_finds_its_configs_and_what_a_copy_of_one_imports(k
       text=True, check=False, timeout=120, env={"PYTHONPATH": str(installed), "PATH": ""})
   assert done.returncode == 2
   assert done.stderr == "error: optim.epochs must be >= 1; got 0\n"
+
+
+def test_the_fields_of_configs_leave_a_package_of_the_caller_alone(monkeypatch):
+  theirs, path = types.ModuleType("configs"), list(sys.path)
+  monkeypatch.setitem(sys.modules, "configs", theirs)
+  assert "optim" in config_files.base("classification")
+  assert sys.modules["configs"] is theirs
+  assert "configs.common" not in sys.modules
+  assert sys.path == path

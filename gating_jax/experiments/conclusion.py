@@ -33,14 +33,17 @@ def text(done: str, rows: Sequence[tuple[str, str]], then: Sequence[str] = ()) -
 
 
 def following(path: Path, modes: Sequence[str]) -> list[str]:
-  """The commands that may follow for a run: those of these modes that were not called yet, or a comparison."""
+  """The commands that may follow for a run: those of these modes that were not called yet, or a comparison.
+
+  What a command does is its comment, so that the line can be copied into a shell.
+  """
   run = f"gating-jax --workdir={shlex.quote(str(path))}"
   found = []
   for mode in modes:
     made, does = _NEXT[mode]
     if not (path / made).exists():
-      found.append(f"{run} --mode={mode}    ({does})")
-  return found or [f"{run},ANOTHER_RUN --mode=compare    (one page for several runs)"]
+      found.append(f"{run} --mode={mode}    # {does}")
+  return found or [f"{run},ANOTHER_RUN --mode=compare    # one page for several runs"]
 
 
 def gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:

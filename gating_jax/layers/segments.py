@@ -200,4 +200,4 @@ class Dropout(nn.Module):
     keys = collectives.example_keys(self.make_rng("dropout"), x.shape[0], self.axis_name)
     probability = jnp.float32(1 - self.rate)  # whose type is that of the draw
     kept = jax.vmap(lambda key: jax.random.bernoulli(key, probability, x.shape[1:]))(keys)
-    return jnp.where(kept, x / (1 - self.rate), 0)
+    return jnp.where(kept, x / float(1 - self.rate), 0)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from gating_jax.ops import arguments
 from gating_jax.ops.precision import float_dtype
 from gating_jax.types import Array, GateRecord, Records
@@ -48,7 +50,7 @@ def executed_macs(records: Records) -> Array:
 def expected_macs(records: Records) -> Array:
   """`executed_macs` at the units' probabilities of being open, `[N]`; pairs as if both were independent."""
   records = checked_records(records, "probs")
-  return _macs(records, [r.probs.sum(-1) for r in records])
+  return _macs(records, [_wide(r.probs).sum(-1) for r in records])
 
 
 def gated_macs(records: Records) -> int:
@@ -60,9 +62,14 @@ def gated_macs(records: Records) -> int:
 
 
 def _open_units(gates: Array) -> Array:
-  """`[N]`, in the gates' own type, which may be NumPy's float64."""
-  gates = gates.astype(float_dtype(gates))
+  """`[N]`."""
+  gates = _wide(gates)
   return (gates > 0).astype(gates.dtype).sum(-1)
+
+
+def _wide(x: Array) -> Array:
+  """In float32, or float64 if it is that, as NumPy's arrays may be: MACs exceed what 16 bits can count."""
+  return x.astype(np.promote_types(float_dtype(x), np.float32))
 
 
 def _macs(records: Records, open_units: Sequence[Array]) -> Array:
@@ -86,6 +93,8 @@ def checked_records(records: Records, *fields: str) -> Records:
   records = arguments.items("records", records, "one GateRecord per gated layer")
   for i, record in enumerate(records):
     arguments.instance(f"records[{i}]", record, GateRecord, "a GateRecord")
+    for field in fields:
+      arguments.real_array(f"records[{i}].{field}", getattr(record, field))
   for field in fields:
     shapes = [getattr(record, field).shape for record in records]
     if len({shape[:-1] for shape in shapes}) > 1:

@@ -15,6 +15,7 @@ from jax.scipy.special import entr
 
 from gating_jax.ops import arguments, collectives
 from gating_jax.ops.macs import checked_records, executed_macs, expected_macs, gated_macs
+from gating_jax.ops.precision import as_float
 from gating_jax.types import Array, Records
 
 
@@ -126,7 +127,7 @@ def balance_loss(records: Records, *, axis_name: Hashable | None = None) -> Arra
   Reference: Fedus et al., 2022, section 2.2.
   """
   total = 0.0
-  for record in checked_records(records):
+  for record in _with_examples(records):
     gates = record.gates.astype(record.probs.dtype)
     share = collectives.batch_mean((gates > 0).astype(gates.dtype), axis_name)
     probs = collectives.batch_mean(record.probs, axis_name)
@@ -173,13 +174,13 @@ def mac_budget_loss(
 
 
 def _checked_layers(name: str, layers: Sequence[Array]) -> tuple[Array, ...]:
-  """The layers as a tuple of arrays `[N, C]`."""
+  """The layers as a tuple of arrays `[N, C]`, all of a type that takes part in sums over layers."""
   layers = _nonempty(arguments.items(name, layers, "one [N, C] array per layer"))
   for i, layer in enumerate(layers):
     arguments.real_array(f"{name}[{i}]", layer)
     if np.ndim(layer) < 2 or np.shape(layer)[0] == 0:
       raise ValueError(f"{name}[{i}] must be [N, C] with N >= 1; got shape {np.shape(layer)}")
-  return layers
+  return tuple(as_float(layer) for layer in layers)
 
 
 def _with_examples(records: Records) -> Records:

@@ -18,7 +18,7 @@ import numpy as np
 
 from gating_jax.ops import arguments
 from gating_jax.ops.collectives import example_keys
-from gating_jax.ops.precision import float_dtype
+from gating_jax.ops.precision import as_float, float_dtype
 from gating_jax.types import Array
 
 
@@ -54,7 +54,7 @@ def top_k(scores: Array, valid: Array, k: int | Array) -> Array:
   >>> top_k(jnp.array([[0.1, 0.9, 0.5, 2.0]]), jnp.array([[True, True, True, False]]), 2)
   Array([[0., 1., 1., 0.]], dtype=float32)
   """
-  order = jnp.lexsort((-jax.lax.stop_gradient(scores), ~valid), axis=1)
+  order = jnp.lexsort((-jax.lax.stop_gradient(as_float(scores)), ~valid), axis=1)
   rank = jnp.argsort(order, axis=1).astype(jnp.int32)
   return (valid & (rank < _column(k))).astype(jnp.float32)
 

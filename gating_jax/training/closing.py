@@ -35,7 +35,7 @@ def closed_share(records: Records, *, axis_name: Hashable | None = None, of: Arr
   Returns:
     a scalar in [0, 1].
   Raises:
-    ValueError: no records, or records of several batches.
+    ValueError: no records, records of several batches, or another number of gates in `of`.
     TypeError: `records` is no list of `GateRecord`.
 
   >>> from gating_jax.types import GateRecord
@@ -52,7 +52,9 @@ def closed_share(records: Records, *, axis_name: Hashable | None = None, of: Arr
   closed = jnp.concatenate(closed).astype(jnp.float32)
   if of is None:
     return jnp.mean(closed)
-  of = of.astype(jnp.float32)
+  of = jnp.asarray(of, jnp.float32)
+  if of.shape != closed.shape:
+    raise ValueError(f"of must be [G], a truth value for each of the {closed.size} gates; got shape {of.shape}")
   return jnp.sum(closed * of) / jnp.maximum(jnp.sum(of), 1)
 
 

@@ -1,3 +1,4 @@
+import shlex
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ def test_the_next_command_is_what_was_not_called_yet(tmp_path):
   run = tmp_path / "a run"
   run.mkdir()
   both = conclusion.following(run, ["compile", "export"])
-  assert [line.partition("    (")[0] for line in both] == [
-      f"gating-jax --workdir='{run}' --mode={mode}" for mode in ("compile", "export")]
+  assert [shlex.split(line, comments=True) for line in both] == [
+      ["gating-jax", f"--workdir={run}", f"--mode={mode}"] for mode in ("compile", "export")]
   (run / "compile.json").touch()
   assert conclusion.following(run, ["compile", "export"]) == both[1:]
   (run / "export").mkdir()

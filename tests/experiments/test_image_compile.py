@@ -60,7 +60,7 @@ def test_a_run_is_compiled_and_what_was_measured_is_kept(tmp_path, capsys, monke
   assert last[0].startswith("Timed the checkpoint of step 11")
   assert [line.split("  ")[1].strip() for line in last[1:4]] == ["made", "1 image at a time", "3 images at a time"]
   assert last[4:] == [f"next: gating-jax --workdir={tmp_path / 'run'} --mode=export"
-                      "    (writes files that run without this package; some minutes)"]
+                      "    # writes files that run without this package; some minutes"]
   with Image.open(tmp_path / "run" / "compile.png") as picture:
     assert picture.width > picture.height > 300
   assert all(path.read_bytes() == content for path, content in before.items())

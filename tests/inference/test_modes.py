@@ -105,8 +105,8 @@ def test_an_export_is_the_same_in_every_mode(mode, tmp_path):
   images = jnp.asarray(folded_nets.images(3))
   net = folded_nets.net("channels")
   export.export_model(net, tmp_path / "usual", input_shape=folded_nets.SHAPE)
-  without = numbers(export.load(tmp_path / "usual")(images))
+  without = numbers(export.load_exported(tmp_path / "usual")(images))
   with MODES[mode]():
     export.export_model(net, tmp_path / "mode", input_shape=folded_nets.SHAPE)
     for name in ("usual", "mode"):
-      assert_same(numbers(export.load(tmp_path / name)(images)), without)
+      assert_same(numbers(export.load_exported(tmp_path / name)(images)), without)

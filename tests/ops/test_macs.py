@@ -111,3 +111,17 @@ def test_a_first_record_with_pairs_is_an_error():
   for function in (executed_macs, gated_macs):
     with pytest.raises(ValueError, match=r"^the first record's macs_per_pair must be 0, .*; got 9$"):
       function((record([ALL], 1, 9), record([ALL])))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_macs_of_gates_in_half_precision_are_counted_in_full(dtype):
+  gates = jnp.ones((2, 300), dtype)  # more than bfloat16 counts, at a price that float16 does not hold
+  half = (GateRecord(gates, gates, gates, 27_648),)
+  np.testing.assert_array_equal(executed_macs(half), [300 * 27_648] * 2)
+  np.testing.assert_array_equal(expected_macs(half), [300 * 27_648] * 2)
+
+
+def test_a_record_without_what_is_counted_is_refused():
+  gates = jnp.ones((2, 3))
+  with pytest.raises(TypeError, match=r"records\[0\].probs must be an array of real numbers; got None"):
+    expected_macs((GateRecord(gates, None, gates, 5),))

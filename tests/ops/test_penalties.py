@@ -156,3 +156,18 @@ def test_experts_are_balanced_at_one_and_worst_where_one_has_all():
   np.testing.assert_allclose(gradient, [[1, 0, 0, 0]] * 4)
   twice = balance_loss([GateRecord(None, tilted, jnp.array(one))] * 2)
   assert float(twice) == pytest.approx(2 * 4 * 0.7)
+
+
+@pytest.mark.parametrize("loss", [
+    l0_loss, decision_entropy_loss, entropy_loss, indecision_loss, lambda gates: target_rate_loss(gates, 0.5)])
+def test_layers_may_be_of_different_types(loss):
+  layers = [jnp.array([[0.5, 1.0]]), jnp.array([[0.5]], jnp.bfloat16), jnp.array([[1, 0]])]
+  expected = loss([jnp.asarray(layer, jnp.float32) for layer in layers])
+  with jax.numpy_dtype_promotion("strict"):
+    np.testing.assert_allclose(loss(layers), expected, rtol=1e-6)
+
+
+def test_experts_of_no_example_have_no_balance():
+  gates = jnp.zeros((0, 2))
+  with pytest.raises(ValueError, match="records must be of at least one example"):
+    balance_loss((GateRecord(gates, gates, gates),))

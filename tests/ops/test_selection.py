@@ -196,3 +196,10 @@ def test_first_k_is_in_the_order_of_each_videos_own_length(valid, k):
 def test_a_wrong_number_is_named(call, message):
   with pytest.raises(ValueError, match=f"^{message}$"):
     call()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, bool])
+def test_the_best_are_the_best_where_scores_are_whole_numbers_or_truth_values(dtype):
+  scores = jnp.asarray(np.array([[0, 0, 1, 0], [1, 0, 0, 0]], dtype))
+  chosen = selection.top_k(scores, jnp.ones((2, 4), bool), 1)
+  np.testing.assert_array_equal(chosen, scores.astype(jnp.float32))

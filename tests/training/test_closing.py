@@ -74,3 +74,10 @@ def test_of_several_kinds_of_gates_each_has_a_limit():
   assert not any(said([{CLOSED: 0.1, "channels": 0.8}] * 3, limits))
   assert "95% of the channels" in said([{CLOSED: 0.1, "channels": 0.95}], limits)[0]
   assert not any(said([{CLOSED: 0.9, "channels": 0.1}, {CLOSED: 0.1, "channels": 0.95}] * 9, limits, every=10))
+
+
+def test_the_gates_that_count_may_be_a_list_and_must_be_all_gates():
+  records = [record([0, 200], [0.0, 1.0])]
+  assert closed_share(records, of=[True, False]) == 1
+  with pytest.raises(ValueError, match=r"of must be \[G\], a truth value for each of the 2 gates; got shape \(3,\)"):
+    closed_share(records, of=[True, False, True])
