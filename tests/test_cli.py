@@ -15,7 +15,7 @@ from gating_jax.experiments import classification
 from gating_jax.models import resnet
 from gating_jax.training import devices, steps
 from gating_jax.training.checkpoints import Checkpoints
-from tests.helpers import ROOT, environment, tiny, tiny_cli
+from tests.helpers import ROOT, environment, pages, tiny, tiny_cli
 
 pytestmark = pytest.mark.slow
 
@@ -115,7 +115,7 @@ def test_what_stops_a_process_is_written_in_one_call(tmp_path):
 def test_a_run_leaves_its_files(finished):
   assert {f.name for f in finished.iterdir()} == {
       ".lock", "config.json", "result.json", "metrics.jsonl", "histograms.jsonl", "gates.png", "gates.csv",
-      "report.html", "checkpoints", "tensorboard"}
+      "report.html", "checkpoints", "tensorboard", "provenance.json"}
   assert checkpoints_of(finished)[-1] == STEPS_PER_EPOCH * EPOCHS
   assert result(finished)["accuracy"] > 0.5
   assert result(finished)["step"] == STEPS_PER_EPOCH * EPOCHS
@@ -144,8 +144,9 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(finished, tmp_path, monkeyp
   assert ours[0] == theirs[0] == STEPS_PER_EPOCH * EPOCHS
   assert tiny.bit_equal(ours[1], theirs[1])
   assert result(workdir) == result(finished)
-  for name in ("histograms.jsonl", "gates.csv", "gates.png", "report.html"):
+  for name in ("histograms.jsonl", "gates.csv", "gates.png"):
     assert (workdir / name).read_bytes() == (finished / name).read_bytes(), name
+  assert pages.lasting(workdir) == pages.lasting(finished)
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   seen = [(line["split"], line["step"]) for line in lines]
   assert len(seen) == len(set(seen))

@@ -182,6 +182,6 @@ def test_a_record_that_is_damaged(tmp_path, made_set, loader):
   assert status == 2
   assert "starting it again" not in said
   assert re.search(rf"error: example 1[0-9]+ of split 'train' of fault_set in {folder} cannot be read "
-                   r"\(Corrupted .*\): remove the set from there and prepare it again", said)
+                   r"\(\w+: Corrupted .*\): remove the set from there and prepare it again", said)
   status, said = finished(launch(workdir, settings=changes))
   assert status == 0, said

@@ -427,7 +427,7 @@ def test_tasks_learnt_together_fill_the_last_row_and_resume_to_the_same_end(
     assert result[setting]["forgetting"] is None
   assert np.array(result["gate_overlap"]).shape == (2, 2)
   assert {f.name for f in tmp_path.glob("*.png")} == {"accuracies.png", "filters.png", "overlap.png"}
-  tags = {value.tag for _, value in summaries(tmp_path) if value.tag.startswith("gates/")}
+  tags = {value.tag for _, value in summaries(tmp_path) if value.tag.startswith("gates/task")}
   assert {tag.split("/")[1] for tag in tags} == {"task01", "task02"}
   end, learner = final_learner(made, tmp_path)
   assert end == continual_build.build(made).steps_per_task
