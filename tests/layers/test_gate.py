@@ -60,7 +60,8 @@ def test_a_head_is_pool_dense_norm_relu_dense():
   head = GateHead(2, GateSettings(hidden=3))
   x = features(4, 2, 2, 5)
   variables = init(head, x)
-  p, stats = variables["params"], {"norm": {"mean": jnp.array([0.1, 0, -0.2]), "var": jnp.array([1.0, 2.0, 0.5])}}
+  p = jax.tree.map(np.asarray, variables["params"])
+  stats = {"norm": {"mean": np.array([0.1, 0, -0.2], np.float32), "var": np.array([1.0, 2.0, 0.5], np.float32)}}
   logits = head.apply({"params": p, "batch_stats": stats}, x)
   hidden = np.mean(x, (1, 2)) @ p["hidden"]["kernel"]
   hidden = np.maximum((hidden - stats["norm"]["mean"]) / np.sqrt(stats["norm"]["var"] + 1e-5), 0)

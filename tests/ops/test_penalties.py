@@ -161,7 +161,7 @@ def test_experts_are_balanced_at_one_and_worst_where_one_has_all():
 @pytest.mark.parametrize("loss", [
     l0_loss, decision_entropy_loss, entropy_loss, indecision_loss, lambda gates: target_rate_loss(gates, 0.5)])
 def test_layers_may_be_of_different_types(loss):
-  layers = [jnp.array([[0.5, 1.0]]), jnp.array([[0.5]], jnp.bfloat16), jnp.array([[1, 0]])]
+  layers = [jnp.array([[0.5, 1.0]], jnp.float32), jnp.array([[0.5]], jnp.bfloat16), jnp.array([[1, 0]])]
   expected = loss([jnp.asarray(layer, jnp.float32) for layer in layers])
   with jax.numpy_dtype_promotion("strict"):
     np.testing.assert_allclose(loss(layers), expected, rtol=1e-6)
