@@ -63,7 +63,7 @@ def test_a_head_is_pool_dense_norm_relu_dense():
   p = jax.tree.map(np.asarray, variables["params"])
   stats = {"norm": {"mean": np.array([0.1, 0, -0.2], np.float32), "var": np.array([1.0, 2.0, 0.5], np.float32)}}
   logits = head.apply({"params": p, "batch_stats": stats}, x)
-  hidden = np.mean(x, (1, 2)) @ p["hidden"]["kernel"]
+  hidden = np.mean(np.asarray(x), (1, 2)) @ p["hidden"]["kernel"]
   hidden = np.maximum((hidden - stats["norm"]["mean"]) / np.sqrt(stats["norm"]["var"] + 1e-5), 0)
   assert 0 < np.mean(hidden == 0) < 1
   np.testing.assert_allclose(logits, hidden @ p["logits"]["kernel"] + p["logits"]["bias"], rtol=1e-5, atol=1e-6)
