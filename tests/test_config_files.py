@@ -89,9 +89,10 @@ def test_an_installed_package_finds_its_configs_and_what_a_copy_of_one_imports(k
 
 
 def test_the_fields_of_configs_leave_a_package_of_the_caller_alone(monkeypatch):
-  theirs, path = types.ModuleType("configs"), list(sys.path)
-  monkeypatch.setitem(sys.modules, "configs", theirs)
+  theirs = {name: types.ModuleType(name) for name in ("configs", "configs.common")}
+  for name, module in theirs.items():
+    monkeypatch.setitem(sys.modules, name, module)
+  path = list(sys.path)
   assert "optim" in config_files.base("classification")
-  assert sys.modules["configs"] is theirs
-  assert "configs.common" not in sys.modules
+  assert {name: sys.modules[name] for name in theirs} == theirs
   assert sys.path == path
