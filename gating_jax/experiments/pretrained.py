@@ -10,6 +10,7 @@ import jax
 import ml_collections
 from flax import traverse_util
 
+from gating_jax.experiments import settings
 from gating_jax.experiments.build import Experiment, build
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.paths import user_path
@@ -26,7 +27,7 @@ def check(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """
   theirs = config.copy_and_resolve_references()
   with theirs.unlocked():
-    theirs.update(with_tuples(rundir.RunDir(user_path(config.model.init_from)).config()))
+    theirs.update(settings.with_tuples(rundir.RunDir(user_path(config.model.init_from)).config()))
   for name, mine in (("experiment", config.experiment), ("model.gating", "none"), ("model.name", config.model.name),
                      ("model.width", config.model.width), ("model.inner_width", config.model.inner_width),
                      ("model.group_norm", config.model.group_norm)):
@@ -70,9 +71,3 @@ def _merged(mine: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path) ->
       raise ValueError(f"model.init_from must name a run of the same network; {'/'.join(path)} has shape {here} here "
                        f"and {there} in {folder}")
   return traverse_util.unflatten_dict({**mine, **theirs})
-
-
-def with_tuples(tree: Mapping[str, Any]) -> dict[str, Any]:
-  """With tuples for the lists that JSON makes of them."""
-  return {name: with_tuples(v) if isinstance(v, Mapping) else tuple(v) if isinstance(v, list) else v
-          for name, v in tree.items()}

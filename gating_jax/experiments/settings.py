@@ -28,7 +28,7 @@ def config_of(workdir: Path) -> ml_collections.ConfigDict:
   base = config_files.base(fields["experiment"])
   if base is not None:
     _check_fields(file, base, fields)
-  return ml_collections.ConfigDict(_tuples(fields)).lock()
+  return ml_collections.ConfigDict(with_tuples(fields)).lock()
 
 
 def _check_fields(file: Path, base: ml_collections.ConfigDict, fields: Mapping[str, Any], prefix: str = "") -> None:
@@ -51,11 +51,11 @@ def _check_fields(file: Path, base: ml_collections.ConfigDict, fields: Mapping[s
       raise rundir.RunDirError(f"{file} is damaged: {prefix}{name} must be {wanted}; it has {found:.80}")
 
 
-def _tuples(value: Any) -> Any:
+def with_tuples(value: Any) -> Any:
   """With tuples where JSON has lists; configs have no others."""
   if isinstance(value, dict):
-    return {name: _tuples(part) for name, part in value.items()}
-  return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    return {name: with_tuples(part) for name, part in value.items()}
+  return tuple(map(with_tuples, value)) if isinstance(value, list) else value
 
 
 def check(
