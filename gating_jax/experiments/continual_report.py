@@ -15,7 +15,7 @@ from gating_jax.continual import metrics
 from gating_jax.continual.method import Holdings, Learner
 from gating_jax.data import batches
 from gating_jax.data.sources import Images
-from gating_jax.experiments import settings, surroundings
+from gating_jax.experiments import surroundings
 from gating_jax.experiments.continual_build import ContinualExperiment
 from gating_jax.models.counts import layer_names
 from gating_jax.reports import glossary, image_rows, opening, page, task_pictures, task_table, times
@@ -157,7 +157,7 @@ def write(
   sections += [page.Section(name.capitalize(), parts=[picture]) for name, picture in pictures.items() if name != shown]
   if experiment.method.task_net is not None:
     sections.append(_one_gate_across_tasks(experiment, learner))
-  configured = [(name, str(value)) for name, value in settings.flatten(config)]
+  configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
   sections += [times.section(around.times), opening.settings(configured), opening.about(around)]
   begin = page.Opening(_numbers(result, around), pictures[shown],
                        opening.why_no_baseline(around, surroundings.TASKS.how), notice)

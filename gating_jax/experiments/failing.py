@@ -11,7 +11,6 @@ import ml_collections
 from absl import logging
 
 from gating_jax.checks import printable
-from gating_jax.experiments import settings
 from gating_jax.reports import opening, page
 from gating_jax.training import rundir
 from gating_jax.training.rundir import RunDir
@@ -57,7 +56,7 @@ def _report_failure(
   try:
     report(run_dir, notice=notice)
   except Exception as other:
-    configured = [(name, str(value)) for name, value in settings.flatten(config)]
+    configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
     text = f"No checkpoint could be tested: {printable((str(other).splitlines() or [type(other).__name__])[0])}"
     try:
       page.write(run_dir.report, str(config.experiment), [opening.settings(configured)], run_dir.path.name,

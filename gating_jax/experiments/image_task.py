@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from gating_jax.experiments import conclusion, image_compile, settings, surroundings
+from gating_jax.experiments import conclusion, image_compile, surroundings
 from gating_jax.experiments.build import Experiment
 from gating_jax.reports import firing, gate_table, image_report, lettering, table
 from gating_jax.training import evaluation, rundir, steps
@@ -130,7 +130,7 @@ def write_report(
       layers=counts.gate_layers,
       class_names=experiment.test.class_names if task.classes(experiment) else None,
       prior=experiment.objective.prior if pulled else None,
-      config=[(name, str(value)) for name, value in settings.flatten(config)],
+      config=[(name, str(value)) for name, value in rundir.flatten(config).items()],
       read=lambda index: experiment.test.read(index)[0],
       pictures=list(drawn.values()),
       around=surroundings.read(run_dir, config, surroundings.IMAGES),

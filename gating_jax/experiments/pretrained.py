@@ -31,7 +31,7 @@ def check(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   for name, mine in (("experiment", config.experiment), ("model.gating", "none"), ("model.name", config.model.name),
                      ("model.width", config.model.width), ("model.inner_width", config.model.inner_width),
                      ("model.group_norm", config.model.group_norm)):
-    found = dict(rundir.flatten(theirs.to_dict()))[name]
+    found = rundir.flatten(theirs)[name]
     if found != mine:
       raise ValueError(f"model.init_from must name a run with {name}={mine!r}; that of {config.model.init_from} has "
                        f"{found!r}")

@@ -70,7 +70,7 @@ def check(
     rules: Mapping[str, Rule],
 ) -> None:
   """Raises a ValueError that names the first field, such as `optim.batch_size`, which breaks its rule."""
-  fields = dict(flatten(config))
+  fields = rundir.flatten(config)
   for name, allowed in choices.items():
     one_of(name, fields[name], allowed)
   every: list[tuple[str, Rule]] = []
@@ -119,12 +119,3 @@ def divides_over_devices() -> Rule:
 def total_steps(epochs: int, steps_per_epoch: int, per_dispatch: int) -> int:
   """Steps of a training, whole dispatches."""
   return math.ceil(epochs * steps_per_epoch / per_dispatch) * per_dispatch
-
-
-def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-  """`("optim.batch_size", 128)` and so on."""
-  for name, value in config.items():
-    if isinstance(value, ml_collections.ConfigDict):
-      yield from flatten(value, f"{prefix}{name}.")
-    else:
-      yield prefix + name, value

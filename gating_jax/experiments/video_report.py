@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gating_jax.experiments import settings, surroundings
+from gating_jax.experiments import surroundings
 from gating_jax.experiments.video_build import VideoExperiment
 from gating_jax.experiments.video_trial import Arrays
 from gating_jax.reports import glossary, lettering, opening, page, segment_pictures, timeline, times, video_table
@@ -51,7 +51,7 @@ def write(
 ) -> None:
   """Writes the run's page; `notice` is what it says before all else."""
   config, around = experiment.config, surroundings.read(run_dir, experiment.config, surroundings.VIDEOS)
-  configured = [(name, str(value)) for name, value in settings.flatten(config)]
+  configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
   sections = [
       page.Section("Result", parts=[glossary.defined(video_table.rows(result))]),
       page.Section("Segments", parts=[page.pictured(

@@ -187,15 +187,18 @@ def run_mode(
       print(render(result))
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Nested mappings as one, names joined by dots.
+def flatten(tree: Mapping[str, Any] | ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
+  """Nested mappings or configs as one mapping, names joined by dots.
 
   >>> flatten({"optim": {"epochs": 3}, "seed": 0})
   {'optim.epochs': 3, 'seed': 0}
   """
   flat = {}
   for name, value in tree.items():
-    flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value})
+    if isinstance(value, (Mapping, ml_collections.ConfigDict)):
+      flat.update(flatten(value, f"{prefix}{name}."))
+    else:
+      flat[prefix + name] = value
   return flat
 
 
