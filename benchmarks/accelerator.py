@@ -79,7 +79,7 @@ def measure(job, recipes, smoke):
       ["--model=resnet8", "--batch=8", "--repeats=1"] if smoke else [])), 150, rows=True)
   if not smoke:
     job.run("large", benchmark(
-        "throughput", f"{CIFAR10}:gates=none,width=4", f"{CIFAR10}:gates=channels,block=64,width=4",
+        "throughput", f"{CIFAR10}:gates=none,width=4", f"{CIFAR10}:gates=channel,block=64,width=4",
         "--optim.batch_size=1024", "--model.dtype=bfloat16", "--devices.steps_per_dispatch=8"), 240, rows=True)
 
 

@@ -87,7 +87,7 @@ TABLES = {
         "gated, width 0.35, inner 8, to 14 %": wide_inside(0.35, 8, 0.14),
         "gated, width 0.25, inner 8, to 14.5 %": wide_inside(0.25, 8, 0.145),
         "static, width 1, to 25 %": Run("gates=static,budget=0.25"),
-        "layers, width 0.5, to 60 %": Run("gates=layers,width=0.5,budget=0.6"),
+        "layers, width 0.5, to 60 %": Run("gates=layer,width=0.5,budget=0.6"),
     },
     "levers": {
         **{name: UNGATED[name] for name in ("ungated, width 0.35", "ungated, width 0.5", "ungated, width 0.71")},
