@@ -18,7 +18,14 @@ from gating_jax.paths import user_path
 from gating_jax.terminal import is_terminal, prepare_streams
 
 COMPARE = "compare"
-MODES = ("train", "evaluate", "report", "export", "compile", COMPARE)
+MODES = {  # and what each does
+    "train": "trains to the end, from wherever the run directory stands; the default",
+    "evaluate": "tests the newest checkpoint",
+    "report": "writes report.html of the newest checkpoint",
+    "compile": "times programs that skip what gates close",
+    "export": "writes files that run without this package; of image classifiers",
+    COMPARE: "writes a page that compares runs: --workdir=runs/digits,runs/scenes --mode=compare",
+}
 EXPERIMENTS = ("classification", "continual", "long_video", "segmentation")
 
 _BARE = """\
@@ -37,14 +44,9 @@ The same command resumes a run that was stopped. Then, of a run that is there:
   gating-jax --workdir=runs/digits --mode=compile
 
 Modes:
-  --mode=train     trains to the end, from wherever the run directory stands; the default
-  --mode=evaluate  tests the newest checkpoint
-  --mode=report    writes report.html of the newest checkpoint
-  --mode=compile   times programs that skip what gates close
-  --mode=export    writes files that run without this package; of image classifiers
-  --mode=compare   writes a page that compares runs: --workdir=runs/digits,runs/scenes --mode=compare
+{modes}
 
-Configs, by path, or by a name or its beginning: --config=digits is configs/digits_resnet20.py.
+Configs, by path, by name, or by how one name alone begins: --config=digits is configs/digits_resnet20.py.
 {configs}
 Variants stand after a colon: --config=digits:epochs=3,gates=none. A field is set by its name:
 --config.optim.learning_rate=0.05. The files are in {folder}
@@ -54,16 +56,27 @@ Flags:
   --version: The versions of this package, Python and JAX.
   --helpfull: The flags of libraries as well."""
 
+
+class _ConfigParser(flags.ArgumentParser):
+  """Reads a value of --config. That of ml_collections ends a path at its first colon, and knows no names."""
+
+  def parse(self, given):
+    try:
+      return config_files.load(given).lock()
+    except ValueError as error:
+      raise flags.Error(str(error)) from error  # absl would put the flag and its value before a ValueError
+
+
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A config file or its name, as above; only --mode=train needs it, others read that of the run.",
-    lock_config=True)
+    "config", None, "A config file or its name, as above; only --mode=train needs it, others read that of the run.")
+flags.FLAGS[_CONFIG.name].parser = _ConfigParser()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run directory: a new one, or one to resume; those to compare are separated by commas.")
-_MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do, as above.")
+_MODE = flags.DEFINE_string("mode", "train", "What to do, as above.")
 _SMOKE = flags.DEFINE_bool(
     "smoke", False, "Trains on little data for a few steps, to see within a minute that a config works from end to "
     "end; in a run directory of its own.")
-_PAGE = flags.DEFINE_string("page", "comparison.html", "The page that --mode=compare writes.")
+_PAGE = flags.DEFINE_string("page", None, "The page that --mode=compare writes, by default comparison.html.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "For a job of several processes: host:port of process 0, or auto on Cloud TPU or Slurm.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the job has.", lower_bound=1)
@@ -83,21 +96,18 @@ def main() -> None:
   if any(argument in ("-version", "--version") for argument in given):
     print(_version())
     sys.exit(0)
-  try:
-    sys.argv[1:] = _find_config(flags.FLAGS.read_flags_from_files(given, force_gnu=False))
-  except (ValueError, flags.Error) as error:
-    _say(f"error: {error}")
-    sys.exit(2)
   app.run(_main, flags_parser=_parse)
 
 
 def _help() -> str:
+  modes = [f"  --mode={name:<8}  {does}" for name, does in MODES.items()]
   configs, own = [], []
   for name, said in config_files.packaged().items():
     configs.append(f"  {name:<24}{textwrap.shorten(said, 74, placeholder=' ...')}")
   for flag in _own_flags():
     own.append(textwrap.fill(f"--{flag.name}: {flag.help}", 100, initial_indent="  ", subsequent_indent="      "))
-  return _HELP.format(configs="\n".join(configs), folder=config_files.folder(), flags="\n".join(own))
+  return _HELP.format(
+      modes="\n".join(modes), configs="\n".join(configs), folder=config_files.folder(), flags="\n".join(own))
 
 
 def _own_flags() -> list[flags.Flag]:
@@ -115,31 +125,6 @@ def _version() -> str:
   return f"gating-jax {of('gating-jax')}, Python {sys.version.split()[0]}, JAX {of('jax')}"
 
 
-def _find_config(given: list[str]) -> list[str]:
-  """The arguments with the path of the config's file where its name stands, and its neighbours importable.
-
-  Raises ValueError where there is no such config, or its file gives none.
-  """
-  arguments = list(given)
-  for i, argument in enumerate(given):
-    if argument == "--":
-      break
-    name, equals, value = argument.partition("=")
-    if name not in ("-config", "--config"):
-      continue
-    if not equals and i + 1 == len(given):
-      raise ValueError("--config must have a value, such as --config=digits")
-    name, colon, variant = (value if equals else given[i + 1]).partition(":")
-    path = config_files.locate(name)
-    config_files.import_shared(path)
-    config_files.check(path, variant if colon else None)
-    if equals:
-      arguments[i] = f"--config={path}{colon}{variant}"
-    else:
-      arguments[i + 1] = f"{path}{colon}{variant}"
-  return arguments
-
-
 def _parse(argv: list[str]) -> list[str]:
   """absl's parsing, with one line for whatever is wrong."""
   try:
@@ -147,8 +132,7 @@ def _parse(argv: list[str]) -> list[str]:
   except flags.UnrecognizedFlagError as error:
     message = _unknown_flag(error.flagname)
   except flags.Error as error:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    message = lines[-1] if any(line.startswith("Traceback") for line in lines) else " ".join(lines)
+    message = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
   except (AttributeError, KeyError, TypeError) as error:  # a field that the config does not have
     message = _unknown_field(argv) or str(error)
   _say(f"error: {message}")
@@ -185,15 +169,25 @@ def _misused(argv: list[str]) -> str | None:
   if len(argv) > 1:
     hint = ""
     with contextlib.suppress(ValueError):
-      config_files.locate(argv[1].partition(":")[0])
+      config_files.find(argv[1])
       hint = f". Did you mean --config={argv[1]}?"
     if argv[1] in MODES:
       hint = f". Did you mean --mode={argv[1]}?"
     return f"unknown arguments {argv[1:]}{hint}"
+  try:
+    one_of("--mode", _MODE.value, MODES)
+  except ValueError as error:
+    return str(error)
   if not _WORKDIR.value:
     return "--workdir must be given, such as --workdir=runs/digits"
-  if _CONFIG.value is not None and _MODE.value == COMPARE:
-    return f"--config must not be given with --mode={COMPARE}, which reads those of the runs"
+  if _MODE.value == COMPARE:
+    if _CONFIG.value is not None:
+      return f"--config must not be given with --mode={COMPARE}, which reads those of the runs"
+    for flag in (_COORDINATOR, _PROCESSES, _PROCESS):
+      if flag.value is not None:
+        return f"--{flag.name} must not be given with --mode={COMPARE}, which is one process; got {flag.value}"
+  elif _PAGE.value is not None:
+    return f"--page goes with --mode={COMPARE}; got --mode={_MODE.value}, whose page is report.html of the run"
   if _SMOKE.value and _MODE.value != "train":
     return f"--smoke goes with --mode=train; got --mode={_MODE.value}, which takes a run as it is"
   if _CONFIG.value is None and _MODE.value == "train":
@@ -220,7 +214,7 @@ def _main(argv: list[str]) -> int:
 
   try:
     if _MODE.value == COMPARE:
-      compare.run(compare.folders(_WORKDIR.value), user_path(_PAGE.value))
+      compare.run(compare.folders(_WORKDIR.value), user_path(_PAGE.value or "comparison.html"))
       return 0
     workdir, config = user_path(_WORKDIR.value), _CONFIG.value
     if config is None:

@@ -9,6 +9,7 @@ import ast
 import contextlib
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -45,23 +46,52 @@ def packaged() -> dict[str, str]:
   return found
 
 
+def load(given: str) -> ml_collections.ConfigDict:
+  """The config that is asked for: a path or name as of `locate`, and a variant after a colon, `digits:epochs=3`.
+
+  Its file may import its neighbours, and does so from now on.
+
+  Raises:
+    ValueError: there is no such config, or its file gives none.
+  """
+  path, variant = find(given)
+  import_shared(path)
+  return check(path, variant)
+
+
+def find(given: str) -> tuple[Path, str | None]:
+  """The file of what is asked for, and the variant; None for none.
+
+  A colon may stand in a path: the longest beginning that is a file is the path. Raises ValueError as `locate` does.
+  """
+  parts = given.split(":")
+  for end in range(len(parts), 0, -1):
+    path = user_path(":".join(parts[:end]))
+    if os.path.isfile(path):  # of a Path the same fails where a variant is longer than a name of a file can be
+      return path, ":".join(parts[end:]) if end < len(parts) else None
+  # No file: all of the path, if that can be told by its end, is what the error names.
+  file, ends, _ = given.partition(".py:")
+  name = file + ".py" if ends else given if given.endswith(".py") else parts[0]
+  return locate(name), given[len(name) + 1 :] if len(given) > len(name) else None
+
+
 def locate(given: str) -> Path:
   """The file of a config.
 
   Args:
-    given: a path; or the name of a packaged config, `digits_resnet20`, or the beginning of one alone, `digits`.
+    given: a path; or the name of a packaged config, `digits_resnet20`; or the beginning of one name alone, `dig`.
   Raises:
-    ValueError: there is no such file, or the name could be that of several.
+    ValueError: there is no such file, or several names begin so.
   """
   path = user_path(given)
-  if path.is_file():
+  if os.path.isfile(path):
     return path
-  if path.is_dir() and str(path.parent) != ".":
+  if os.path.isdir(path) and str(path.parent) != ".":
     raise ValueError(f"config must be a file; {given} is a folder")
   names = _names(folder())
   if str(path.parent) in (".", _PACKAGE):  # configs/NAME.py, as the docs write it, is found from any folder
     name = path.name.removesuffix(".py")
-    found = [name] if name in names else [other for other in names if other.startswith(f"{name}_")]
+    found = [name] if name in names else [other for other in names if name and other.startswith(name)]
     if len(found) == 1:
       return folder() / f"{found[0]}.py"
     if found:

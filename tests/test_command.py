@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shlex
 import shutil
 import tomllib
 
@@ -11,6 +12,7 @@ import pytest
 from gating_jax import cli, config_files
 from gating_jax.experiments import classification
 from gating_jax.models import resnet
+from gating_jax.training import provenance
 from tests.helpers import ROOT, tiny_cli
 from tests.helpers.command import run_command
 
@@ -26,7 +28,8 @@ CONFIG = f"--config={ROOT / 'configs' / 'digits_resnet20.py'}"
         ("--config.loss.sparsity.kind=l2", "must be one of budget, l0, macs, target_rate; got 'l2'"),
         ("--config.optim.epochs=ten", "config.optim.epochs.*ten"),
         ("--config.optim.batch_size=100000", "optim.batch_size must be at most 1437, .* got 100000"),
-        ("--mode=trian", "train.evaluate.report"),
+        ("--mode=trian", r"--mode must be one of .*report.*; got 'trian'. Did you mean 'train'\?"),
+        ("--page=mine.html", "--page goes with --mode=compare; got --mode=train"),
         ("--wrokdir=elsewhere", r"no flag --wrokdir. Did you mean --workdir\?"),
         ("--config.modle=1", "got 'modle'. Did you mean 'model'"),
         ("--unheard_of=elsewhere", "no flag --unheard_of; see --help"),
@@ -36,9 +39,11 @@ CONFIG = f"--config={ROOT / 'configs' / 'digits_resnet20.py'}"
          "got 'configs/digits_resnet21.py'. Did you mean configs/digits_resnet20.py"),
         ("--config=digts", "got 'digts'. Did you mean digits_resnet20 or"),
         ("--config=split", "'split' could be split_cifar10 or"),
+        ("--config=imagenet", "'imagenet' could be imagenet50 or imagenet_resnet18"),
+        ("--config=elsewhere:1/mine.py:epochs=3", "got 'elsewhere:1/mine.py'"),
         ("--config=unheard_of", "one of cifar10_resnet20, .*, videos_timegate; got 'unheard_of'\n"),
         ("--config=gating_jax/data", "must be a file; gating_jax/data is a folder"),
-        ("--config", "--config must have a value"),
+        ("--config", "Missing value for flag --config"),
         ("--config=configs/digits_resnet20.py:epoch=3", "a variant must be one of .*'epochs'.*; got 'epoch=3'"),
     ],
 )
@@ -64,6 +69,8 @@ def test_a_config_is_asked_for_to_train_and_refused_to_compare(tmp_path):
   status, said = run_command(CONFIG, workdir, "--mode=compare")
   assert status == 2
   assert "--config must not be given with --mode=compare" in said
+  assert run_command(workdir, "--mode=compare", "--processes=2") == (
+      2, "error: --processes must not be given with --mode=compare, which is one process; got 2\n")
   status, said = run_command("--config.optim.epochs=3", workdir, "--mode=evaluate")
   assert status == 2
   assert "--config.optim.epochs changes a field of --config, which is not given" in said
@@ -140,10 +147,12 @@ def check_concluded(said, number):
 def test_a_run_is_trained_looked_at_and_compared(tmp_path, monkeypatch):
   monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
   monkeypatch.chdir(tmp_path)
-  command = (CONFIG, f"--workdir={tmp_path / 'run'}", "--config.model.name=tiny", "--config.model.gating=none",
-             "--config.optim.epochs=1")
+  command = ("--config=digits", f"--workdir={tmp_path / 'run'}", "--config.model.name=tiny",
+             "--config.model.gating=none", "--config.optim.epochs=1")
   status, said = run_command(*command)
   assert status == 0, said
+  (start,) = provenance.read_starts(tmp_path / "run")
+  assert shlex.split(start["command"]) == ["gating-jax", *command]
   accuracy = re.search(r"test accuracy +(\d+\.\d\d %)", said)[1]
   check_concluded(said, accuracy)
   for arguments in (command, (command[1], "--mode=evaluate"), (command[1], "--mode=report")):

@@ -16,7 +16,7 @@ from tests.helpers.config_files import FILES
 @pytest.mark.parametrize(("given", "name"), [
     ("digits", "digits_resnet20"), ("digits_resnet20", "digits_resnet20"), ("digits_resnet20.py", "digits_resnet20"),
     ("configs/digits_resnet20.py", "digits_resnet20"), ("composed", "composed_timegate"),
-    ("split_mnist", "split_mnist"), ("imagenet", "imagenet_resnet18")])
+    ("split_mnist", "split_mnist"), ("imagenet_", "imagenet_resnet18"), ("dig", "digits_resnet20")])
 def test_a_config_is_found_by_its_name_or_its_beginning_from_any_folder(given, name, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "digits").mkdir()  # a run directory, say
@@ -33,6 +33,20 @@ def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
   monkeypatch.setenv("HOME", str(tmp_path))
   (tmp_path / "own[1].py").touch()
   assert config_files.locate("~/own[1].py") == tmp_path / "own[1].py"
+
+
+@pytest.mark.parametrize(("given", "file", "variant"), [
+    ("lr:0.1/a:b.py", "lr:0.1/a:b.py", None), ("lr:0.1/a:b.py:epochs=3,x=1:2", "lr:0.1/a:b.py", "epochs=3,x=1:2"),
+    ("lr:0.1/a", "lr:0.1/a", None), ("lr:0.1/a:", "lr:0.1/a", ""),
+    ("digits:seed=" + "1" * 300, None, "seed=" + "1" * 300)])
+def test_a_colon_may_stand_in_a_path_and_a_variant_follows_the_longest(given, file, variant, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "lr:0.1").mkdir()
+  (tmp_path / "lr:0.1" / "a").touch()
+  (tmp_path / "lr:0.1" / "a:b.py").touch()
+  expected = tmp_path / file if file else ROOT / "configs" / "digits_resnet20.py"
+  path, found = config_files.find(given)
+  assert (path.absolute(), found) == (expected, variant)
 
 
 @pytest.mark.parametrize("given", ["elsewhere/digits_resnet20.py", "digits/"])
