@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -52,16 +53,32 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
 
 def describe() -> dict[str, Any]:
   """This process as a start: date, command, commit, versions, hardware and devices."""
-  program = Path(sys.argv[0]).name
   return {
       "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-      "command": shlex.join(["gating-jax" if program == "cli.py" else program, *sys.argv[1:]]),
+      "command": _command(),
       "commit": _commit(),
       "versions": {"python": platform.python_version(), **_versions(_PACKAGES)},
       "hardware": timing.device(),
       "devices": jax.device_count(),
       "processes": jax.process_count(),
   }
+
+
+def _command() -> str:
+  """What was typed to start this process, for a shell to run again."""
+  typed = sys.orig_argv
+  if Path(sys.argv[0]).name in ("gating-jax", "cli.py"):  # whose path is that of this installation
+    typed = ["gating-jax", *sys.argv[1:]]
+  return " ".join(map(_quoted, typed))
+
+
+def _quoted(argument: str) -> str:
+  """For a shell; bytes that are no letters stand as numbers, since a page or a terminal would not keep them."""
+  if argument.isprintable():
+    return shlex.quote(argument)
+  escaped = (f"\\x{byte:02x}" if byte < 32 or byte > 126 or byte in b"\\'" else chr(byte)
+             for byte in os.fsencode(argument))
+  return f"$'{''.join(escaped)}'"
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:

@@ -100,11 +100,11 @@ def test_missing_and_damaged_times_are_no_times(tmp_path, text):
 
 def test_starts_are_kept_in_their_order_and_old_runs_have_none(tmp_path, monkeypatch):
   assert provenance.read_starts(tmp_path) == []
-  monkeypatch.setattr("sys.argv", ["/a/folder/cli.py", "--config=a b.py"])
+  monkeypatch.setattr("sys.argv", ["/a/folder/cli.py", "--config=a b.py", "--workdir=it's\udcff\n"])
   for _ in range(2):
     provenance.record_start(tmp_path)
   first, second = provenance.read_starts(tmp_path)
-  assert first["command"] == second["command"] == "gating-jax '--config=a b.py'"
+  assert first["command"] == second["command"] == r"gating-jax '--config=a b.py' $'--workdir=it\x27s\xff\x0a'"
   assert first.keys() == {"date", "command", "commit", "versions", "hardware", "devices", "processes"}
   assert first["date"].endswith("+00:00")
   assert {"python", "jax", "numpy"} <= first["versions"].keys()
