@@ -13,12 +13,15 @@ Reference: Hussein et al., 2020 (segments of 8 frames, spread uniformly over the
 from __future__ import annotations
 
 import collections
+import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from numpy.lib import format as npy
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg")
 FEATURE_SUFFIXES = (".npy", ".npz")
@@ -32,7 +35,13 @@ _DENSEST = 64  # samples a byte, more than any codec of sound has
 _SPLICE = 10.0  # seconds from packet to packet that are no pause but another clock, as for FFmpeg's own tools
 _ROUNDING = 1e-3  # seconds, to which Matroska rounds times
 _PROBED = 16  # readable files that settle the shape of features
+_ZIP = b"PK\3\4"  # with which a `.npz` file begins
 _WHOLE = 0.9  # of what a file says it holds: less decoded, and it is damaged
+
+# Held while NumPy parses a header, with `ast.literal_eval`. CPython before 3.12 counts the depth of that recursion once
+# for all threads (python/cpython#106905): two that parse at a time may both fail on good files.
+_PARSING = threading.Lock()
+_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
 def segment_starts(frames: int, segments: int, length: int, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -159,18 +168,38 @@ def read_features(path: Path) -> np.ndarray:
     OSError: a file that cannot be read.
   """
   with open(path, "rb") as file:
-    features = np.load(file, allow_pickle=False)
-    if isinstance(features, np.lib.npyio.NpzFile):
-      if len(features.files) != 1:
-        raise ValueError(f"must hold one array; got {sorted(features.files)}")
-      features = features[features.files[0]]
-  if features.dtype.kind not in "fiu" or features.ndim < 2 or not features.size:
-    raise ValueError(f"must hold real numbers [T, ...]; got {features.dtype} {features.shape}")
+    read = _read_only_member if file.peek(len(_ZIP)).startswith(_ZIP) else _read_array
+    features = read(file)
   with np.errstate(over="ignore"):
     features = features.astype(np.float32)
   if not np.isfinite(features).all():
     raise ValueError("holds NaN or infinite numbers")
   return features
+
+
+def _read_only_member(file: BinaryIO) -> np.ndarray:
+  """Reads the array of a `.npz` file of one."""
+  with np.load(file, allow_pickle=False) as archive:  # which opens none of the arrays
+    if len(archive.files) != 1:
+      raise ValueError(f"must hold one array; got {sorted(archive.files)}")
+    (name,) = archive.zip.namelist()
+    with archive.zip.open(name) as member:
+      return _read_array(member)
+
+
+def _read_array(file: BinaryIO) -> np.ndarray:
+  """Reads the numbers of a `.npy` file, of any real type; threads read at the same time, and parse one by one."""
+  version = npy.read_magic(file)
+  if version not in _HEADERS:
+    raise ValueError(f"must be a .npy file of version 1.0 or 2.0; got {version[0]}.{version[1]}")
+  with _PARSING:
+    shape, by_columns, dtype = _HEADERS[version](file)
+  if dtype.kind not in "fiu" or len(shape) < 2 or min(shape) < 1:
+    raise ValueError(f"must hold real numbers [T, ...]; got {dtype} {shape}")
+  content, count = file.read(), math.prod(shape)
+  if len(content) < count * dtype.itemsize:
+    raise ValueError(f"must hold {count} numbers of {dtype}; it ends after {len(content) // dtype.itemsize}")
+  return np.frombuffer(content, dtype, count).reshape(shape, order="F" if by_columns else "C")
 
 
 def common_shape(files: Sequence[Path]) -> tuple[int, ...]:
