@@ -55,7 +55,7 @@ def expected_macs(records: Records) -> Array:
 
 def gated_macs(records: Records) -> int:
   """MACs per example with every gate open."""
-  records = checked_records(records)
+  records = checked_records(records, "gates")
   units = [r.gates.shape[-1] for r in records]
   single = sum(u * r.macs_per_unit for u, r in zip(units, records, strict=True))
   return single + sum(units[i - 1] * units[i] * r.macs_per_pair for i, r in enumerate(records) if r.macs_per_pair)
@@ -81,12 +81,13 @@ def _macs(records: Records, open_units: Sequence[Array]) -> Array:
   return total
 
 
-def checked_records(records: Records, *fields: str) -> Records:
+def checked_records(records: Records, *fields: str, with_examples: bool = False) -> Records:
   """The records as a tuple.
 
   Args:
     records: of one forward pass.
     fields: names of those of their arrays that must have one shape but for the last axis.
+    with_examples: whether there must be an example, as for a mean over them.
   Raises:
     ValueError, TypeError: as of `executed_macs`.
   """
@@ -94,7 +95,7 @@ def checked_records(records: Records, *fields: str) -> Records:
   for i, record in enumerate(records):
     arguments.instance(f"records[{i}]", record, GateRecord, "a GateRecord")
     for field in fields:
-      arguments.real_array(f"records[{i}].{field}", getattr(record, field))
+      arguments.real_array(f"records[{i}].{field}", getattr(record, field), "[N, C]")
   for field in fields:
     shapes = [getattr(record, field).shape for record in records]
     if len({shape[:-1] for shape in shapes}) > 1:
@@ -104,4 +105,8 @@ def checked_records(records: Records, *fields: str) -> Records:
   if records[0].macs_per_pair:
     raise ValueError("the first record's macs_per_pair must be 0, no record is before it; "
                      f"got {records[0].macs_per_pair}")
+  for field in fields:
+    shape = getattr(records[0], field).shape
+    if with_examples and shape[0] == 0:
+      raise ValueError(f"records must be of at least one example; got {field} of shape {shape}")
   return records

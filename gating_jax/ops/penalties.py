@@ -127,7 +127,7 @@ def balance_loss(records: Records, *, axis_name: Hashable | None = None) -> Arra
   Reference: Fedus et al., 2022, section 2.2.
   """
   total = 0.0
-  for record in _with_examples(records):
+  for record in checked_records(records, "gates", "probs", with_examples=True):
     gates = record.gates.astype(record.probs.dtype)
     share = collectives.batch_mean((gates > 0).astype(gates.dtype), axis_name)
     probs = collectives.batch_mean(record.probs, axis_name)
@@ -140,7 +140,8 @@ def mac_loss(records: Records) -> Array:
 
   Products of two layers' gates are taken at the product of their probabilities.
   """
-  return jnp.mean(expected_macs(_with_examples(records))) / float(gated_macs(records))
+  records = checked_records(records, "probs", with_examples=True)
+  return jnp.mean(expected_macs(records)) / float(gated_macs(records))
 
 
 def mac_budget_loss(
@@ -164,7 +165,7 @@ def mac_budget_loss(
   """
   arguments.number("fixed_macs", fixed_macs, ">= 0", lambda v: v >= 0)
   budget = arguments.parameter("budget", budget, "in (0, 1]", lambda v: (v > 0) & (v <= 1))
-  records = _with_examples(records)
+  records = checked_records(records, "gates", "probs", with_examples=True)
   expected = collectives.batch_mean(expected_macs(records), axis_name)
   executed = collectives.batch_mean(executed_macs(records), axis_name)
   mean = expected + lax.stop_gradient(executed - expected)
@@ -175,24 +176,11 @@ def mac_budget_loss(
 
 def _checked_layers(name: str, layers: Sequence[Array]) -> tuple[Array, ...]:
   """The layers as a tuple of arrays `[N, C]`, all of a type that takes part in sums over layers."""
-  layers = _nonempty(arguments.items(name, layers, "one [N, C] array per layer"))
+  layers = arguments.items(name, layers, "one [N, C] array per layer")
+  if not layers:
+    raise ValueError(f"{name} must hold at least one layer; got none: is the model ungated?")
   for i, layer in enumerate(layers):
     arguments.real_array(f"{name}[{i}]", layer)
     if np.ndim(layer) < 2 or np.shape(layer)[0] == 0:
       raise ValueError(f"{name}[{i}] must be [N, C] with N >= 1; got shape {np.shape(layer)}")
   return tuple(as_float(layer) for layer in layers)
-
-
-def _with_examples(records: Records) -> Records:
-  """The records as a tuple, of at least one example each."""
-  records = _nonempty(arguments.items("records", records, "one GateRecord per gated layer"))
-  for record in checked_records(records):
-    if record.gates.shape[0] == 0:
-      raise ValueError(f"records must be of at least one example; got gates of shape {record.gates.shape}")
-  return records
-
-
-def _nonempty(layers: Sequence) -> Sequence:
-  if not layers:
-    raise ValueError("a gate penalty needs at least one gated layer; got none: is the model ungated?")
-  return layers

@@ -35,7 +35,7 @@ def closed_share(records: Records, *, axis_name: Hashable | None = None, of: Arr
   Returns:
     a scalar in [0, 1].
   Raises:
-    ValueError: no records, records of several batches, or another number of gates in `of`.
+    ValueError: no records, records of no example or of several batches, or another number of gates in `of`.
     TypeError: `records` is no list of `GateRecord`.
 
   >>> from gating_jax.types import GateRecord
@@ -43,7 +43,7 @@ def closed_share(records: Records, *, axis_name: Hashable | None = None, of: Arr
   >>> closed_share([GateRecord(None, jnp.array([[0.01, 0.9], [0.02, 0.1]]), gates)])
   Array(0.5, dtype=float32)
   """
-  records = checked_records(records, "gates", "probs")
+  records = checked_records(records, "gates", "probs", with_examples=True)
   closed = []
   for record in records:
     rates = collectives.batch_mean(record.gates.astype(jnp.float32), axis_name)

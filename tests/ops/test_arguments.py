@@ -15,6 +15,7 @@ Z, KEY, PRIOR = jnp.linspace(-2, 2, 8, dtype=jnp.float32).reshape(4, 2), jax.ran
 RECORD = gj.GateRecord(Z, jax.nn.sigmoid(Z), gj.threshold_gate(Z), 3)
 OTHER = gj.GateRecord(Z[:3], Z[:3], Z[:3], 3)
 NONE = jnp.zeros((0, 2))
+NOTHING = gj.GateRecord(NONE, NONE, NONE, 1)
 
 LOSSES = {
     "a number for the prior": (
@@ -122,8 +123,20 @@ LAYERS = {
     "records of several batches, with a budget": (
         lambda: gj.mac_budget_loss([RECORD, OTHER], 1, 0.5), ValueError, "records must be of one batch"),
     "records without an example": (
-        lambda: gj.mac_loss([gj.GateRecord(NONE, NONE, NONE, 1)]), ValueError,
+        lambda: gj.mac_loss([NOTHING]), ValueError,
+        "records must be of at least one example; got probs of shape (0, 2)"),
+    "records without an example, of experts": (
+        lambda: penalties.balance_loss([NOTHING]), ValueError,
         "records must be of at least one example; got gates of shape (0, 2)"),
+    "records without an example, with a budget": (
+        lambda: gj.mac_budget_loss([NOTHING], 1, 0.5), ValueError,
+        "records must be of at least one example; got gates of shape (0, 2)"),
+    "records without an example, closed or not": (
+        lambda: gj.closed_share([NOTHING]), ValueError,
+        "records must be of at least one example; got gates of shape (0, 2)"),
+    "a list for a record's gates": (
+        lambda: gj.gated_macs([gj.GateRecord(Z, Z, [1.0, 0.0], 1)]), ValueError,
+        "records[0].gates must be [N, C]; got shape (2,)"),
     "a budget in MACs": (
         lambda: gj.mac_budget_loss([RECORD], 1, 10_000), ValueError, "budget must be in (0, 1]; got 10000"),
     "text for the MACs": (
