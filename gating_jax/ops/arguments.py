@@ -70,7 +70,12 @@ def number(name: str, value: Any, rule: str, holds: Callable[[Any], bool]) -> No
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> None:
-  """Raises a TypeError unless `value` is a whole number, a ValueError unless it is at least `least`."""
+  """Raises a TypeError unless `value` is a whole number, a ValueError unless it is at least `least`.
+
+  A size that is not known yet, as in `jax.export`, is taken.
+  """
+  if jax.export.is_symbolic_dim(value):
+    return
   try:
     known = operator.index(value)
   except TypeError:

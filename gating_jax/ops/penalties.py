@@ -15,7 +15,7 @@ from jax.scipy.special import entr
 
 from gating_jax.ops import arguments, collectives
 from gating_jax.ops.macs import checked_records, executed_macs, expected_macs, gated_macs
-from gating_jax.ops.precision import as_float
+from gating_jax.ops.precision import as_float, number_as
 from gating_jax.types import Array, Records
 
 
@@ -141,7 +141,8 @@ def mac_loss(records: Records) -> Array:
   Products of two layers' gates are taken at the product of their probabilities.
   """
   records = checked_records(records, "probs", with_examples=True)
-  return jnp.mean(expected_macs(records)) / float(gated_macs(records))
+  mean = jnp.mean(expected_macs(records))
+  return mean / number_as(gated_macs(records), like=mean)
 
 
 def mac_budget_loss(
@@ -169,7 +170,7 @@ def mac_budget_loss(
   expected = collectives.batch_mean(expected_macs(records), axis_name)
   executed = collectives.batch_mean(executed_macs(records), axis_name)
   mean = expected + lax.stop_gradient(executed - expected)
-  share = (float(fixed_macs) + mean) / float(fixed_macs + gated_macs(records))
+  share = (number_as(fixed_macs, like=mean) + mean) / number_as(fixed_macs + gated_macs(records), like=mean)
   budget = jnp.asarray(budget, share.dtype)
   return jnp.square(share - budget)
 

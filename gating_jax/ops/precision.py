@@ -7,6 +7,8 @@ Those of JAX's own promotion do. With `jax_enable_x64` a NumPy float64 number tu
 
 from __future__ import annotations
 
+import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -34,6 +36,16 @@ def float_dtype(x: Array) -> np.dtype:
   (dtype(bfloat16), dtype('float32'))
   """
   return x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else np.dtype(np.float32)
+
+
+def number_as(number: int | float, like: Array) -> Array:
+  """Returns a number in the floating type of an array; also one computed of sizes not known yet, as in `jax.export`.
+
+  >>> number_as(2**40, like=jnp.ones(2, jnp.float32))
+  Array(1.0995116e+12, dtype=float32)
+  """
+  known = number if jax.export.is_symbolic_dim(number) else float(number)
+  return jnp.asarray(known, float_dtype(like))
 
 
 def same_rank(*arrays: Array) -> tuple[Array, ...]:

@@ -7,6 +7,7 @@ import pytest
 from jax import export
 
 import gating_jax as gj
+from gating_jax.ops import penalties
 
 Z = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
 PRIOR, KEY = gj.beta(0.6, 0.4), jax.random.key(0)
@@ -20,15 +21,45 @@ def record(x):
   return gj.GateRecord(x, jax.nn.sigmoid(x), gj.threshold_gate(x), 3)
 
 
+def learned(family):
+  """The loss to priors whose means are those of the batch."""
+  return gradient(lambda x: gj.batch_shaping_loss(x, family(0.2 + 0.6 * jnp.mean(jax.nn.sigmoid(x), axis=0))))
+
+
+def both_terms(x):
+  gates, means = gj.generalised_batch_shaping_loss(
+      x, jnp.mean(x, axis=0), gj.symmetric_beta, PRIOR, weights=jnp.abs(x[:, 0]))
+  return gates + means
+
+
+def every_penalty(x):
+  probs, records = [jax.nn.sigmoid(x)], [record(x)]
+  return [
+      gj.l0_loss(probs), gj.target_rate_loss(probs, 0.5), penalties.entropy_loss(probs),
+      penalties.decision_entropy_loss(probs), penalties.indecision_loss(probs), penalties.balance_loss(records),
+      gj.mac_loss(records), gj.mac_budget_loss(records, x.size, 0.5), gj.closed_share(records)]
+
+
+def put_back(x):
+  index, taken = gj.open_indices(x[:, 0], 2)
+  return gj.put_back(x[index], index, taken, x.shape[0])
+
+
 FUNCTIONS = {
     "loss": (gradient(lambda x: gj.batch_shaping_loss(x, PRIOR)), "n, c"),
+    "loss of one gate": (gradient(lambda x: gj.batch_shaping_loss(x, PRIOR, weights=x > 0)), "n"),
     "loss with weights": (gradient(lambda x: gj.batch_shaping_loss(x, PRIOR, weights=jnp.abs(x))), "n, c"),
+    "loss of some rows": (gradient(lambda x: gj.batch_shaping_loss(x, PRIOR, weights=x[:, 0] > 0)), "n, c"),
+    "learned beta": (learned(gj.symmetric_beta), "n, c"),
+    "learned concrete": (learned(lambda mean: gj.relaxed_bernoulli(mean, 0.4)), "n, c"),
+    "generalised loss": (gradient(both_terms), "n, c"),
     "loss over columns": (gradient(lambda x: gj.cdf_matching_loss(x, gj.normal(), axis=1)), "n, c"),
     "loss to samples": (gradient(lambda x: gj.cdf_matching_loss(x, gj.empirical(x[1:] - 1))), "n, 2"),
     "sort": (gradient(lambda x: gj.sort_with_vjp(x) ** 2), "n, c"),
     "ranks": (gj.empirical_cdf, "n, c"),
     "gates": (lambda x: gj.straight_through_gate(KEY, x), "n, 2"),
-    "penalties": (lambda x: (gj.l0_loss([jax.nn.sigmoid(x)]), gj.mac_loss([record(x)])), "n, 2"),
+    "penalties": (every_penalty, "n, c"),
+    "compaction": (put_back, "n, c"),
 }
 QUICK = ("loss", "penalties")
 
@@ -39,7 +70,8 @@ def test_a_function_is_exported_for_any_number_of_examples(name):
   function, sizes = FUNCTIONS[name]
   shape = jax.ShapeDtypeStruct(export.symbolic_shape(sizes, constraints=("n >= 2",)), jnp.float32)
   exported = export.export(jax.jit(function))(shape)
-  for x in (Z, Z[:2], np.round(Z)):
+  z = Z if "c" in sizes or "2" in sizes else Z[:, 0]
+  for x in (z, z[:2], np.round(z)):
     for got, right in zip(*map(jax.tree.leaves, (exported.call(x), jax.jit(function)(x))), strict=True):
       np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-6)
 
