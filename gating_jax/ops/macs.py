@@ -95,7 +95,10 @@ def checked_records(records: Records, *fields: str, with_examples: bool = False)
   for i, record in enumerate(records):
     arguments.instance(f"records[{i}]", record, GateRecord, "a GateRecord")
     for field in fields:
-      arguments.real_array(f"records[{i}].{field}", getattr(record, field), "[N, C]")
+      values = getattr(record, field)
+      # Records of tasks side by side have an axis more in front.
+      one = values[(0,) * (np.ndim(values) - 2)] if np.ndim(values) > 2 else values
+      arguments.real_array(f"records[{i}].{field}", one, "[N, C]")
   for field in fields:
     shapes = [getattr(record, field).shape for record in records]
     if len({shape[:-1] for shape in shapes}) > 1:
