@@ -8,7 +8,7 @@ from typing import Any
 
 from gating_jax.experiments import conclusion, surroundings
 from gating_jax.paths import user_path
-from gating_jax.reports import comparison, opening, page
+from gating_jax.reports import compared_runs, comparison, opening, page
 from gating_jax.training import provenance, rundir
 from gating_jax.training.journal import METRICS_FILE, read_lines
 
@@ -65,7 +65,7 @@ def names(folders: Sequence[Path]) -> list[str]:
   return [name(mine) for mine in parts]
 
 
-def _read(folder: Path, name: str) -> comparison.Run:
+def _read(folder: Path, name: str) -> compared_runs.Run:
   run_dir = rundir.RunDir(folder)
   config, result = rundir.flatten(run_dir.config()), run_dir.result()
   if not isinstance(config.get("experiment"), str):
@@ -77,18 +77,20 @@ def _read(folder: Path, name: str) -> comparison.Run:
   lines = read_lines(folder / METRICS_FILE)
   if not lines:
     raise rundir.RunDirError(f"workdir {folder} holds nothing to compare yet: no line in {METRICS_FILE}")
-  return comparison.Run(name, config, result, [{**_numbers(line), "split": line["split"]} for line in lines],
-                        surroundings.is_ungated(config), surroundings.read_times(folder))
+  numbers = [{**_numbers(line), "split": line["split"]} for line in lines]
+  return compared_runs.Run(
+      name, config, result, numbers, ungated=surroundings.is_ungated(config), times=surroundings.read_times(folder),
+      tested=surroundings.tested_on(config))
 
 
-def _about(folders: Sequence[Path], runs: Sequence[comparison.Run]) -> page.Section:
+def _about(folders: Sequence[Path], runs: Sequence[compared_runs.Run]) -> page.Section:
   """When and by which command the page was written, and the runs were started."""
   return opening.about_several(
       {run.name: (provenance.read_starts(folder), run.config.get("seed"))
        for folder, run in zip(folders, runs, strict=True)}, provenance.describe())
 
 
-def _summary(run: comparison.Run) -> str:
+def _summary(run: compared_runs.Run) -> str:
   """What a run has reached, in a line."""
   if run.result is None:
     return "not finished"

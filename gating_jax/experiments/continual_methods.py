@@ -163,9 +163,13 @@ def _icarl(config, problem):
   return icarl.icarl(net, _made(ReplaySettings, config, "replay"))
 
 
-METHODS = {
+GATED = {  # whose network chooses units by gates; all others compute every unit for every image
     "gates": _task_gates,
     "hat": _hat,
+    "multitask_gates": _multitask_gates,
+}
+METHODS = {
+    **GATED,
     "progressive": _progressive,
     "fine_tuning": _plain(fine_tuning),
     "joint": _plain(functools.partial(fine_tuning, joint=True), "seen"),
@@ -177,7 +181,6 @@ METHODS = {
     "derpp": _plain(derpp.derpp, "seen", "derpp", memory=True),
     "agem": _plain(agem.agem, memory=True),  # as its authors have it, who know the task
     "icarl": _icarl,
-    "multitask_gates": _multitask_gates,
     "multitask_norms": _multitask_norms,
     "multitask_trunk": _plain(multitask_trunk),
     "dgm": _dgm,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,51 +25,80 @@ _ALWAYS_IGNORED = ("seed", "devices.", "log_every", "eval_every", "checkpoint_ev
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """How the ungated baseline of a kind of run is recognised.
+  """How runs of a kind are compared with ungated ones.
 
   Attributes:
-    noun: what an example is.
     field: the config's field that says what is gated.
-    ungated: its values of an ungated network, the best baseline first.
+    baselines: its values of ungated networks that pages compare with, the best baseline first.
+    ungated: whether a flat config is of a network that computes the same for every example.
     ignored: further fields, or sections that end with a dot, in which a baseline may differ.
     how: to train one, for people.
+    tested: fields that say what a run is tested on.
   """
 
-  noun: str
   field: str
-  ungated: tuple[str, ...]
+  baselines: tuple[str, ...]
+  ungated: Callable[[Mapping[str, Any]], bool]
   ignored: tuple[str, ...]
   how: str
+  tested: tuple[str, ...]
 
 
+def _has_no_task_gates(config: Mapping[str, Any]) -> bool:
+  from gating_jax.experiments import continual_methods  # imports slowly
+
+  method = str(config.get("method"))
+  return method in continual_methods.METHODS and method not in continual_methods.GATED
+
+
+def _chooses_nothing(config: Mapping[str, Any]) -> bool:
+  """Whether segments of a video are taken without a look at it, and the heavy net has no gates."""
+  return config.get("model.selection") in _BLIND and config.get("model.heavy.gating", "none") == "none"
+
+
+_BLIND = ("all", "uniform", "random", "light")
+_IMAGE_SET = ("data.name", "data.test_split", "data.image_feature", "data.label_feature")
 IMAGES = Kind(
-    "image", "model.gating", ("none",),
+    "model.gating", ("none",), lambda config: config.get("model.gating") == "none",
     ("model.gate.", "model.noise.", "model.exits.", "model.experts.", "model.backward_share", "model.init_from",
-     "loss.", "optim.gate_multiplier", "data.workers", "data.loader"), "the variant gates=none of its config")
+     "loss.", "optim.gate_multiplier", "data.workers", "data.loader"), "the variant gates=none of its config",
+    _IMAGE_SET)
+SCENES = dataclasses.replace(
+    IMAGES, tested=("data.name", "data.test_split", "data.size", "data.digits", "data.test_scenes"))
 VIDEOS = Kind(
-    "video", "model.selection", ("all",),
-    ("model.gate.", "model.share", "model.context", "loss.", "optim.epochs", "optim.gate_multiplier", "data.workers"),
-    "the variant selection=all of its config")
+    "model.selection", ("all",), _chooses_nothing,
+    ("model.gate.", "model.share", "model.context", "model.heavy.gating", "model.heavy.gate.", "loss.", "optim.epochs",
+     "optim.gate_multiplier", "data.workers"), "the variant selection=all of its config",
+    ("data.name", "data.test_split", "data.layout", "data.table", "data.folder", "data.segments", "data.test_videos",
+     "data.at_most"))
 TASKS = Kind(
-    "image", "method", ("joint", "multitask_trunk", "fine_tuning"),
+    "method", ("joint", "multitask_trunk", "fine_tuning"), _has_no_task_gates,
     ("gates.", "hat.", "progressive.", "router.", "generator.", "ewc.", "online_ewc.", "si.", "lwf.", "replay.",
      "derpp.", "dgm.", "model.gate.", "optim.gate_multiplier"),
-    "the variant method=joint of its config, which learns all tasks together, or method=fine_tuning")
+    "the variant method=joint of its config, which learns all tasks together, or method=fine_tuning",
+    (*_IMAGE_SET, "tasks.classes_per_task", "tasks.count", "tasks.order_seed"))
 
 
-KINDS = {"classification": IMAGES, "segmentation": IMAGES, "continual": TASKS, "long_video": VIDEOS}
+KINDS = {"classification": IMAGES, "segmentation": SCENES, "continual": TASKS, "long_video": VIDEOS}
 
 
 def is_ungated(config: Mapping[str, Any]) -> bool:
-  """Whether a flat config is of a network without gates."""
-  kind = KINDS.get(config.get("experiment"))
-  return kind is not None and config.get(kind.field) in kind.ungated
+  """Whether a flat config is of a network that computes the same for every example."""
+  kind = KINDS.get(str(config.get("experiment")))
+  return kind is not None and kind.ungated(config)
+
+
+def tested_on(config: Mapping[str, Any]) -> dict[str, str]:
+  """The fields of a flat config that say what its run learns and is tested on, but for those that are None."""
+  kind = KINDS.get(str(config.get("experiment")))
+  names = ("experiment", *(kind.tested if kind else ()))
+  return {name: str(config[name]) for name in names if config.get(name) is not None}
 
 
 def read(run_dir: rundir.RunDir, config: ml_collections.ConfigDict, kind: Kind) -> Surroundings:
   """What there is of a run; nothing but the run itself on processes that do not write."""
   mine = rundir.flatten(json.loads(config.to_json()))
-  ungated = is_ungated(mine)
+  ungated = _is_baseline(mine, kind)
   around = Surroundings(ungated=ungated, seed=mine.get("seed"), workdir=str(run_dir.path))
   if not hosts.is_writer():
     return around
@@ -93,27 +122,40 @@ def refresh_times(path: Path) -> bool:
 def find_baseline(path: Path, mine: Mapping[str, Any], kind: Kind) -> Baseline | None:
   """The ungated run that a run started from, or a finished neighbour of the same config without gates.
 
+  A start that is gated, or was tested on something else, is no baseline.
+
   Args:
     path: the run directory.
     mine: its config, flat.
     kind: what the run is of.
   """
   start = mine.get("model.init_from")
-  if isinstance(start, str) and (found := _read_baseline(user_path(start))):
-    return found
+  if isinstance(start, str):
+    folder = user_path(start)
+    theirs = _read_config(folder)
+    if is_ungated(theirs) and tested_on(theirs) == tested_on(mine) and (found := _read_baseline(folder)):
+      return found
   candidates = []
   for folder in _neighbours(path):
-    theirs = _read_json(folder / rundir.CONFIG_FILE)
-    if not isinstance(theirs, dict):
-      continue
-    theirs = rundir.flatten(theirs)
-    if theirs.get(kind.field) in kind.ungated and _same(mine, theirs, kind):
-      rank = kind.ungated.index(theirs[kind.field]), theirs.get("seed") != mine.get("seed"), folder.name
+    theirs = _read_config(folder)
+    if _is_baseline(theirs, kind) and _same(mine, theirs, kind):
+      rank = kind.baselines.index(theirs[kind.field]), theirs.get("seed") != mine.get("seed"), folder.name
       candidates.append((rank, folder))
   for _, folder in sorted(candidates):
     if found := _read_baseline(folder):
       return found
   return None
+
+
+def _is_baseline(config: Mapping[str, Any], kind: Kind) -> bool:
+  """Whether pages compare with the run of a flat config."""
+  return config.get(kind.field) in kind.baselines and kind.ungated(config)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+  """The flat config of a run; nothing where there is none."""
+  found = _read_json(folder / rundir.CONFIG_FILE)
+  return rundir.flatten(found) if isinstance(found, dict) else {}
 
 
 def _neighbours(path: Path) -> list[Path]:

@@ -1,11 +1,14 @@
+import functools
 import json
 
 import pytest
 
-from gating_jax.experiments import surroundings
+from configs import split_digits
+from gating_jax.experiments import continual_methods, surroundings
 from gating_jax.reports import page, times
 from gating_jax.training import provenance
 from gating_jax.training.rundir import flatten
+from tests.helpers import tiny_tasks
 
 CONFIG = {"experiment": "classification", "seed": 0, "model": {"name": "tiny", "gating": "channel", "init_from": None,
                                                               "gate": {"hidden": 16}}, "optim": {"epochs": 3}}
@@ -60,6 +63,13 @@ def test_the_ungated_run_that_a_run_started_from_is_its_baseline(made, tmp_path)
   assert baseline_of(made("lost", DONE, **{"model.init_from": str(tmp_path / "gone")})) == "dense"
 
 
+@pytest.mark.parametrize("theirs", [{"model.gating": "channel"}, {**NONE, "data.test_split": "train"},
+                                    {**NONE, "data.name": "letters"}, {**NONE, "experiment": "segmentation"}])
+def test_a_start_that_is_gated_or_tested_on_something_else_is_no_baseline(made, theirs):
+  start = made("start", DONE, **theirs)
+  assert baseline_of(made("mine", DONE, **{"model.init_from": str(start)})) is None
+
+
 def test_a_baseline_of_an_older_version_may_lack_fields_that_are_none(made):
   made("older", DONE, **NONE)
   assert baseline_of(made("mine", DONE, **{"data.new": None})) == "older"
@@ -67,11 +77,34 @@ def test_a_baseline_of_an_older_version_may_lack_fields_that_are_none(made):
 
 
 @pytest.mark.parametrize(("experiment", "field", "gated", "ungated"), [
-    ("classification", "model.gating", "layer", "none"), ("segmentation", "model.gating", "channel", "none"),
-    ("continual", "method", "gates", "joint"), ("long_video", "model.selection", "uniform", "all")])
-def test_every_programme_has_an_ungated_kind(experiment, field, gated, ungated):
-  assert surroundings.is_ungated({"experiment": experiment, field: ungated})
-  assert not surroundings.is_ungated({"experiment": experiment, field: gated})
+    ("classification", "model.gating", ("layer", "exits"), ("none",)),
+    ("segmentation", "model.gating", ("channel",), ("none",)),
+    ("long_video", "model.selection", ("gate", "confidence", "prefix", "oracle"),
+     ("all", "uniform", "random", "light"))])
+def test_a_network_is_ungated_that_computes_the_same_for_all(experiment, field, gated, ungated):
+  is_ungated = lambda value, **more: surroundings.is_ungated({"experiment": experiment, field: value, **more})
+  assert [value for value in (*gated, *ungated) if is_ungated(value)] == list(ungated)
+  if experiment == "long_video":
+    assert not is_ungated("all", **{"model.heavy.gating": "channel"})
+
+
+def test_methods_whose_network_is_built_without_gates_are_ungated(monkeypatch):
+  """The first network that a method makes is the one that answers."""
+  class Made(Exception):
+    pass
+
+  def network(*_, gated, **__):
+    raise Made(gated)
+
+  monkeypatch.setattr(continual_methods, "network", network)
+  monkeypatch.setattr(continual_methods, "column", functools.partial(network, gated=False))
+  config = split_digits.get_config()
+  for method in continual_methods.METHODS:
+    config.method = method
+    with pytest.raises(Made) as made:
+      continual_methods.build(config, tiny_tasks.problem())
+    assert surroundings.is_ungated({"experiment": "continual", "method": method}) != made.value.args[0], method
+  assert not surroundings.is_ungated({"experiment": "continual", "method": "of a newer version"})
 
 
 def test_measured_times_are_written_into_the_page_that_is_there(tmp_path, monkeypatch):

@@ -4,13 +4,20 @@ import re
 import pytest
 
 from gating_jax.reports import comparison, page
-from gating_jax.reports.comparison import Run
+from gating_jax.reports.compared_runs import Run
+from gating_jax.reports.times import Times
 
 RESULT = {"step": 40, "accuracy": 0.9, "macs": 1000.0, "mac_ratio": 0.5, "params": 5000, "gate_params": 70, "gates": 8,
           "conditional": 5, "always_open": 2, "always_closed": 1, "random_dropout": 0, "seconds_since_last_start": 12.3}
 TASKS = {"step": 90, "task_aware.average_accuracy": 0.99, "task_agnostic.average_accuracy": 0.6,
          "task_aware.forgetting": None, "task_aware_macs": 250.0, "task_agnostic_macs": 750.0, "dense_macs": 1000,
          "params": 300}
+
+
+@pytest.fixture(autouse=True)
+def unsaved(monkeypatch):
+  """Pictures have a caption but no pixels, which take most of the time."""
+  monkeypatch.setattr(page, "drawn", lambda draw, caption, *args, **kwargs: page.Picture(b"", caption))
 
 
 def image_run(name, result=RESULT, lines=(), **config):
@@ -91,6 +98,26 @@ def test_each_kind_of_experiment_and_score_has_its_picture():
       "Continual: accuracy, task unknown against multiply-accumulates."]
 
 
+def test_runs_on_different_test_sets_share_no_picture_and_no_numbers():
+  on = lambda run, split: dataclasses.replace(run, tested={"data.name": "digits", "data.test_split": split})
+  dense = dataclasses.replace(image_run("dense", RESULT | {"accuracy": 0.95, "macs": 2000.0}), ungated=True)
+  runs = [on(image_run("x"), "a"), on(dense, "b"), on(image_run("y", RESULT | {"accuracy": 0.8}), "b")]
+  begin, (results, _, costs) = comparison.content(runs)
+  names = [f"classification on digits (data.test_split {split})" for split in "ba"]
+  assert [(number.name, number.value, number.baseline) for number in begin.numbers[::3]] == [
+      (f"Accuracy, {names[0]}", "80.00 %", "ungated: 95.00 %"),
+      (f"Accuracy, {names[1]}", "90.00 %", "ungated: none among these runs")]
+  said = f"These runs learn 2 different things: {', '.join(names)}. Scores are compared within each of these alone."
+  assert begin.text.startswith(said)
+  assert f"Those of {names[1]} are of x, the gated run with the highest accuracy. None of its runs is ungated" in (
+      begin.text)
+  assert [[point.name for point in picture.points] for picture in (begin.picture, *costs.parts)] == [
+      ["dense", "y"], ["x"]]
+  assert costs.parts[0].caption.startswith(f"C{names[1][1:]}: accuracy against")
+  assert cells(results.parts[0].rows)["tested on"] == ["digits"] * 3
+  assert comparison.render(runs).endswith(said.replace(", ".join(names), ", ".join(names[::-1])))
+
+
 def test_courses_need_more_than_one_point():
   assert pictures([image_run("a"), image_run("b")], "During training") == []
   longer = [{"step": 40, "split": "train", "cross_entropy": 0.3}]
@@ -164,6 +191,23 @@ def test_a_point_says_how_the_config_of_its_run_differs():
   assert small.left < gated.left < large.left
   assert large.top < gated.top < small.top
   assert all(0 < place < 100 for point in (gated, large, small) for place in (point.left, point.top))
+
+
+def times(step, device="a cpu", seconds=0.002):
+  row = {"part": None, "strategy": "masked", "chosen": True, "seconds": seconds}
+  return Times(step, device, {"1 image at a time": [row, row | {"strategy": "ungated", "chosen": False}]})
+
+
+@pytest.mark.parametrize(("mine", "theirs", "shown"), [
+    (times(40), times(40, seconds=0.004), ("2 ms", "ungated: 4 ms")),
+    (times(40), times(40, "another cpu", 0.004), ("2 ms", "ungated: 2 ms")),  # its own network without gates
+    (times(40), times(39, seconds=0.004), ("2 ms", "ungated: 2 ms")),
+    (times(39), times(40), ("–", "not measured, nor is the ungated network"))])
+def test_times_of_another_step_or_machine_stand_next_to_no_score(mine, theirs, shown):
+  gated, dense, _ = family()
+  runs = [dataclasses.replace(gated, times=mine), dataclasses.replace(dense, times=theirs)]
+  number = comparison.content(runs)[0].numbers[-1]
+  assert (number.value, number.baseline) == shown
 
 
 def test_the_best_gated_run_stands_next_to_the_best_ungated_one():
