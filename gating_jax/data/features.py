@@ -22,6 +22,7 @@ from gating_jax.data import pictures
 SAMPLE = 16  # pictures of a split that its scale is checked on
 UNLABELLED = -1
 
+_HALF, _DARK = 127, 16  # levels of uint8: half of white, and what no eye tells from black
 _MOST_GAPS = 1000  # numbers below the largest label that no image has
 _NAMED = 8  # of them in a message
 
@@ -77,29 +78,32 @@ class Picture:
         raise ValueError(f"{self._name} must have shape {self.shape}; got {pixels.shape}")
     return pictures.to_uint8(pixels, self._name)
 
-  def has_scale(self, value: Any) -> bool:
-    """Whether a stored picture's values may be of another scale than its type's: all but uint8 and bool."""
-    return pictures.is_deep(value) if self.encoded else self._dtype.kind in "iuf" and self._dtype != np.uint8
+  def check_scale(self, decoded: Iterable[np.ndarray]) -> None:
+    """Refuses pictures that do not use the scale of their type, and would be black, or nearly.
 
-  def check_scale(self, decoded: Sequence[np.ndarray]) -> None:
-    """Refuses pictures that do not use the scale of their type: those of 12 bits in a uint16 would be black.
+    Such are those of 12 bits in a uint16, and those of uint8 in which 1 is white, or 16. All-black ones are of any
+    scale.
 
     Args:
-      decoded: pictures that `has_scale` is true of.
+      decoded: some of the set, enough that not all are dark.
     Raises:
-      ValueError: values are outside their scale; or they are whole numbers, and all are darker than half of white.
+      ValueError: values are outside their scale; or none reaches half of white where they are whole numbers other than
+        uint8, or more than a sixteenth where they are of another type.
     """
-    ranges = [[pixels.min(), pixels.max()] for pixels in decoded if pixels.size]
-    if not ranges:
-      return
-    seen = np.array(ranges)
-    pictures.to_uint8(seen, self._name)
-    top = pictures.white(seen.dtype)
-    if seen.dtype.kind in "iu" and seen.max() <= top / 2:
-      raise ValueError(
-          f"{self._name} of {seen.dtype} must reach the upper half of its scale, in which {top} is white; got "
-          f"{pictures.span(seen)} in {len(seen)} images, which would be too dark. Prepare the set with uint8 images, "
-          "or choose another feature by data.image_feature")
+    ranges: dict[np.dtype, list] = {}
+    for pixels in decoded:
+      if pixels.size:
+        ranges.setdefault(pixels.dtype, []).append([pixels.min(), pixels.max()])
+    for found in ranges.values():
+      seen = np.array(found)
+      brightest = pictures.to_uint8(seen, self._name).max()
+      wide = seen.dtype.kind in "iu" and seen.dtype != np.uint8
+      if seen.any() and brightest <= (_HALF if wide else _DARK):
+        part = "the upper half of its scale" if wide else "more than a sixteenth of its scale"
+        raise ValueError(
+            f"{self._name} of {seen.dtype} must reach {part}, in which {pictures.white(seen.dtype)} is white; got "
+            f"{pictures.span(seen)} in {len(seen)} images, which would be too dark. Prepare the set with images of "
+            "uint8 whose white is 255, or choose another feature by data.image_feature")
 
 
 class PixelClasses:

@@ -30,6 +30,10 @@ _PNG_BIT_DEPTH = 24  # place of that byte in a file
 _WHITE = 255
 
 
+class TooLargeError(ValueError):
+  """A picture has more pixels than are read, as one that was made to fill the memory has."""
+
+
 def white(dtype: np.dtype) -> int:
   """Returns the value of this type that becomes 255.
 
@@ -79,12 +83,6 @@ def span(pixels: np.ndarray) -> str:
   return f"values from {pixels.min():.6g} to {pixels.max():.6g}"
 
 
-def is_deep(encoded: bytes) -> bool:
-  """Whether a picture's file has more than 8 bits a channel, as its header says."""
-  with _opened(encoded) as picture:
-    return _is_deep(picture, encoded)
-
-
 def decode(encoded: bytes, channels: int) -> np.ndarray:
   """Decodes a picture's file to so many channels.
 
@@ -97,6 +95,7 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
   Returns:
     `[H, W, D]` uint8, or the file's own type if it is deeper, such as uint16.
   Raises:
+    TooLargeError: more than `MOST_PIXELS`; nothing but the header is read then.
     Exception: whatever Pillow raises for damaged files.
   """
   with _opened(encoded) as picture:
@@ -123,9 +122,13 @@ def decode_numbers(encoded: bytes) -> np.ndarray:
 
 def _opened(encoded: bytes) -> Image.Image:
   """The picture, of which only the header is read; that may claim more pixels than there is memory for."""
-  picture = Image.open(io.BytesIO(encoded), formats=FORMATS)
+  rule = f"a picture must have at most {MOST_PIXELS} pixels"
+  try:
+    picture = Image.open(io.BytesIO(encoded), formats=FORMATS)
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # of still more; it says how many
+    raise TooLargeError(f"{rule}; {error}") from None
   if picture.width * picture.height > MOST_PIXELS:
-    raise ValueError(f"a picture must have at most {MOST_PIXELS} pixels; got {picture.width} x {picture.height}")
+    raise TooLargeError(f"{rule}; got {picture.width} x {picture.height}")
   return picture
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from gating_jax.data import features as tfds_features
+from gating_jax.data import pictures
 from gating_jax.paths import is_text, user_path
 from gating_jax.terminal import progress_bar
 
@@ -187,7 +188,7 @@ class Examples(Sequence):
     self.class_names: tuple[str, ...] = ()
     for feature, reader in readers.items():
       if isinstance(reader, tfds_features.Picture):
-        self._check_scale(feature, reader)
+        reader.check_scale(self._some_decoded(feature, reader))
       if isinstance(reader, tfds_features.ImageClass):
         self.class_names = self._learn_classes(feature, reader)
 
@@ -214,18 +215,19 @@ class Examples(Sequence):
       yield
     except IndexError:
       raise
+    except pictures.TooLargeError as error:
+      raise ValueError(f"example {index} of split {split!r} of {self._name}: {error}. Prepare the set with a smaller "
+                       "one, or use a split without it") from None
     except Exception as error:  # whatever array_record and the decoders raise for damaged bytes
       raise DatasetNotPreparedError(
           f"example {index} of split {split!r} of {self._name} cannot be read ({_said(error)}): remove the set from "
           "there and prepare it again") from error
 
-  def _check_scale(self, feature: str, reader: tfds_features.Picture) -> None:
-    decoded = []
+  def _some_decoded(self, feature: str, reader: tfds_features.Picture) -> Iterator[np.ndarray]:
     for index in np.unique(np.linspace(0, len(self) - 1, tfds_features.SAMPLE, dtype=int)):
       with self._reading(self._source.split, index):
-        value = self._source[index][feature]
-        decoded += [reader.decode(value)] if reader.has_scale(value) else []
-    reader.check_scale(decoded)
+        pixels = reader.decode(self._source[index][feature])
+      yield pixels
 
   def _learn_classes(self, feature: str, reader: tfds_features.ImageClass) -> tuple[str, ...]:
     if reader.class_names is None:

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from gating_jax.data import features, sources, streaming
 from gating_jax.data.sources import DatasetNotPreparedError
@@ -32,7 +33,7 @@ def made(folder, image, label, examples, **splits):
 
 def labelled(labels):
   """Examples whose image tells which label they had."""
-  return [(np.full((1, 1, 1), i, np.uint8), label) for i, label in enumerate(labels)]
+  return [(np.full((1, 1, 1), 100 + i, np.uint8), label) for i, label in enumerate(labels)]
 
 
 def read(images):
@@ -85,6 +86,10 @@ def test_floats_in_a_file_are_read_from_its_four_channels():
      "32767"),
     ("uint16", 4095, "feature 'image' of {} of uint16 must reach the upper half of its scale, in which 65535 is white; "
      "got values from 0 to 4095 in 4 images, which would be too dark."),
+    ("uint8", 16, "feature 'image' of {} of uint8 must reach more than a sixteenth of its scale, in which 255 is "
+     "white; got values from 0 to 16 in 4 images, which would be too dark."),
+    ("float32", 1 / 255, "feature 'image' of {} of float32 must reach more than a sixteenth of its scale, in which 1 "
+     "is white; got values from 0 to 0.00392157 in 4 images, which would be too dark."),
     ("int64", 1, "feature 'image' of {} of int64 must reach the upper half of its scale, in which 255 is white; got "
      "values from 0 to 1 in 4 images, which would be too dark."),
 ])
@@ -94,6 +99,19 @@ def test_images_of_another_scale_are_refused_before_training(tmp_path, loader, d
   with refused(message.format(name)) as caught:
     loader(name, "train", tmp_path)
   assert len(str(caught.value).splitlines()) == 1
+
+
+def test_files_of_pictures_whose_white_is_1_are_refused(tmp_path, loader):
+  masks = [encoded((image[..., 0] > 0.4).astype(np.uint8)) for image in RAMP]
+  name = made(tmp_path, TYPES.Image(shape=(4, 4, 1)), LABELS, [(mask, 0) for mask in masks])
+  with refused("of uint8 must reach more than a sixteenth of its scale, in which 255 is white; got values from 0 to 1"):
+    loader(name, "train", tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "white"), [("uint8", 17), ("uint16", 32896), ("uint8", 0), ("uint16", 0)])
+def test_dark_images_of_the_scale_and_black_ones_are_taken(dtype, white):
+  feature, images = scaled(dtype, white)
+  features.Picture(feature, "image").check_scale(images)
 
 
 def test_one_image_outside_the_scale_is_named(tmp_path):
@@ -131,6 +149,14 @@ def test_a_damaged_picture_is_named_with_its_example(tmp_path, loader):
   with pytest.raises(DatasetNotPreparedError, match="example 0 of split 'train' of .* cannot be read") as caught:
     loader(name, "train", tmp_path).read(np.arange(1))
   assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_picture_of_too_many_pixels_is_named_with_what_to_do(tmp_path):
+  image = encoded(Image.new("1", (8193, 8193)))
+  name = made(tmp_path, TYPES.Image(shape=(None, None, 1)), LABELS, [(image, 0)])
+  with refused(f"example 0 of split 'train' of {name} in {tmp_path}: a picture must have at most 67108864 pixels; got "
+               "8193 x 8193. Prepare the set with a smaller one, or use a split without it"):
+    sources.load(name, "train", tmp_path)
 
 
 @pytest.mark.parametrize(("feature", "labels", "classes", "names"), [
