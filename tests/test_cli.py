@@ -115,7 +115,7 @@ def test_what_stops_a_process_is_written_in_one_call(tmp_path):
 def test_a_run_leaves_its_files(finished):
   assert {f.name for f in finished.iterdir()} == {
       ".lock", "config.json", "result.json", "metrics.jsonl", "histograms.jsonl", "gates.png", "gates.csv",
-      "report.html", "checkpoints", "tensorboard", "provenance.json"}
+      "report.html", "checkpoints", "tensorboard", "provenance.json", "data.json"}
   assert checkpoints_of(finished)[-1] == STEPS_PER_EPOCH * EPOCHS
   assert result(finished)["accuracy"] > 0.5
   assert result(finished)["step"] == STEPS_PER_EPOCH * EPOCHS

@@ -102,7 +102,7 @@ def test_the_names_of_classes_do_not_choose_where_files_go(monkeypatch, tmp_path
   assert [path.name for path in tmp_path.iterdir()] == ["a"]
   assert [path.name for path in (tmp_path / "a").iterdir()] == ["run"]
   assert {path.name for path in (tmp_path / "a" / "run").iterdir()} == {
-      ".lock", "checkpoints", "config.json", "gates.csv", "gates.png", "histograms.jsonl", "metrics.jsonl",
+      ".lock", "checkpoints", "config.json", "data.json", "gates.csv", "gates.png", "histograms.jsonl", "metrics.jsonl",
       "provenance.json", "report.html", "result.json", "tensorboard"}
   assert not Path("/tmp/outside_gating_jax").exists()
 

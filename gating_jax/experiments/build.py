@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -16,6 +16,7 @@ import optax
 
 from gating_jax.data import augment, sources, streaming
 from gating_jax.experiments import settings
+from gating_jax.experiments.outlines import Outline
 from gating_jax.layers.blocks import GATINGS, SHORTCUTS
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.counts import ModelCounts, count
@@ -58,8 +59,11 @@ class Experiment:
     return 0.0 if model.gating in RIVALS else GateSettings(**model.gate).drawn_noise_scale
 
 
-def build(config: ml_collections.ConfigDict) -> Experiment:
-  """Checks every setting, then opens the data. Raises ValueError naming the field, or `DatasetNotPreparedError`."""
+def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = None) -> Experiment:
+  """Checks every setting, then opens the data. Raises ValueError naming the field, or `DatasetNotPreparedError`.
+
+  `known` are outlines of the training and the test set, in place of opening them.
+  """
   data = config.data
   check(config, choices={"data.loader": LOADERS, "model.name": (*RESNETS, *VGGS), "model.gating": (*GATINGS, *RIVALS)},
         at_least={"data.pad": 0, "data.cutout": 0, "data.image_size": 0, "model.experts.count": 2},
@@ -73,7 +77,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   return assemble(
       config, lambda: sources.size(data.name, data.train_split, data.data_dir, *settings.feature_names(data)),
       open_train=lambda: read(data.train_split, training=True),
-      open_test=lambda: read(data.test_split, training=False), network=network, objective=objective)
+      open_test=lambda: read(data.test_split, training=False), network=network, objective=objective, known=known)
 
 
 def assemble(
@@ -85,6 +89,7 @@ def assemble(
     network: Callable[[ml_collections.ConfigDict, int], nn.Module],
     objective: Callable[..., ImageObjective] = ImageObjective,
     train_shape: tuple[int, int, int] | None = None,
+    known: Sequence[Outline] | None = None,
 ) -> Experiment:
   """An experiment of checked settings.
 
@@ -95,10 +100,11 @@ def assemble(
     network: `(config.model, classes)` to the model.
     objective: what it minimises.
     train_shape: `(H, W, D)` of what the model is trained on, if that is not a test image's.
+    known: outlines of the training and the test set, which are then not opened here.
   """
   data, training, loss, dispatch = config.data, config.optim, config.loss, config.devices.steps_per_dispatch
   prior = beta(loss.batch_shaping.a, loss.batch_shaping.b)
-  examples = size()
+  examples = len(known[0]) if known else size()
   if training.batch_size > examples:
     raise ValueError(f"optim.batch_size must be at most {examples}, the number of training images; "
                      f"got {training.batch_size}")
@@ -115,7 +121,7 @@ def assemble(
   noise = config.model.noise
   noise_scale = None if noise.final is None else schedules.ramp(
       config.model.gate.noise_scale, noise.final, noise.start, noise.full, total)
-  test = open_test()
+  test = known[-1] if known else open_test()
   settings.check_channels(data, test.shape[-1])
   model = network(config.model, len(test.class_names))
   full = None

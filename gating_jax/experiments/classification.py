@@ -15,7 +15,7 @@ import jax
 import ml_collections
 
 from gating_jax.data import augment, batches, resident, streaming
-from gating_jax.experiments import failing, gate_watch, image_compile, image_export, pretrained
+from gating_jax.experiments import failing, gate_watch, image_compile, image_export, outlines, pretrained
 from gating_jax.experiments.build import Experiment, build
 from gating_jax.experiments.image_task import Task, conclude, write_files, write_report
 from gating_jax.progress import Pace, lasting, working
@@ -117,6 +117,7 @@ def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
   started, total = time.monotonic(), experiment.settings.total_steps
   with working("opening the data and making the network", "up to half a minute, more for large sets"):
     train = experiment.open_train()
+    outlines.write(run_dir.path, [train, experiment.test])
     checkpoints = Checkpoints(run_dir.checkpoints)
     first_step, state = _restore(experiment, checkpoints)
   if first_step:

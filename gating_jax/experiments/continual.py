@@ -20,7 +20,7 @@ from gating_jax.continual import steps
 from gating_jax.continual.method import Learner, TaskData
 from gating_jax.data import batches, resident, tasks
 from gating_jax.data.sources import Images
-from gating_jax.experiments import conclusion, continual_report, failing, gate_watch, task_compile
+from gating_jax.experiments import conclusion, continual_report, failing, gate_watch, outlines, task_compile
 from gating_jax.experiments.continual_build import ContinualExperiment, build
 from gating_jax.progress import Pace, lasting, working
 from gating_jax.reports import task_table
@@ -108,6 +108,7 @@ def newest(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> tuple[int
 
 def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
   started, total = time.monotonic(), experiment.total_steps
+  outlines.write(run_dir.path, [task.train for task in experiment.tasks])
   with working("making the network", "up to half a minute"):
     checkpoints = Checkpoints(run_dir.checkpoints)
     step, learner = _restore(experiment, checkpoints)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import optax
 from gating_jax.continual.method import Learner, Method, Problem, Table
 from gating_jax.data import augment, sources, tasks
 from gating_jax.experiments import continual_methods, settings
+from gating_jax.experiments.outlines import Outline
 from gating_jax.models.counts import count, reduced_macs
 from gating_jax.models.resnet import RESNETS
 from gating_jax.models.vgg import VGGS
@@ -88,22 +90,25 @@ class ContinualExperiment:
     return init(self.key(0))
 
 
-def build(config: ml_collections.ConfigDict) -> ContinualExperiment:
-  """Checks every setting, then reads the data. Raises ValueError naming the field, or `DatasetNotPreparedError`."""
+def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = None) -> ContinualExperiment:
+  """Checks every setting, then reads the data. Raises ValueError naming the field, or `DatasetNotPreparedError`.
+
+  `known` are outlines of the tasks' training sets, in place of reading them.
+  """
   data, training = config.data, config.optim
   _check(config)
-  names = settings.feature_names(data)
-  train, test = (sources.load(data.name, split, data.data_dir, data.image_size, *names)
-                 for split in (data.train_split, data.test_split))
-  with settings.named("tasks"):
-    sequence = tasks.make_tasks(train, test, **config.tasks)
-  settings.check_channels(data, test.shape[-1])
+  if known is None:
+    sequence = _read_tasks(config)
+  else:
+    sequence = tuple(tasks.Task(train=each, validation=each, test=each) for each in known)
+  shape = sequence[0].train.shape
+  settings.check_channels(data, shape[-1])
   smallest = min(len(task.train) for task in sequence)
   if training.batch_size > smallest:
     raise ValueError(f"optim.batch_size must be at most {smallest}, the training images of the smallest task; "
                      f"got {training.batch_size}")
   problem = Problem(
-      tasks=len(sequence), classes=config.tasks.classes_per_task, shape=test.shape, axis_name=devices.AXIS,
+      tasks=len(sequence), classes=config.tasks.classes_per_task, shape=shape, axis_name=devices.AXIS,
       normalise=lambda pixels: augment.normalise(pixels, data.mean, data.std), batch_size=training.eval_batch_size,
       augment=lambda key, pixels: augment.crop_and_flip(
           key, pixels, pad=data.pad, flip=data.flip, axis_name=devices.AXIS))
@@ -122,6 +127,15 @@ def build(config: ml_collections.ConfigDict) -> ContinualExperiment:
   dense = continual_methods.network(config, problem, classes=problem.classes, gated=False)
   return ContinualExperiment(config, sequence, problem, method, count(dense, problem.shape).macs,
                              reduced_macs(dense, problem.shape), optimiser, per_epoch)
+
+
+def _read_tasks(config: ml_collections.ConfigDict) -> tuple[tasks.Task, ...]:
+  data = config.data
+  names = settings.feature_names(data)
+  train, test = (sources.load(data.name, split, data.data_dir, data.image_size, *names)
+                 for split in (data.train_split, data.test_split))
+  with settings.named("tasks"):
+    return tasks.make_tasks(train, test, **config.tasks)
 
 
 def _check(config: ml_collections.ConfigDict) -> None:

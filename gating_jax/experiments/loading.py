@@ -31,7 +31,8 @@ def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, ml_collections.Confi
   Raises:
     RunDirError: there is no run, or it has no checkpoint yet.
     CheckpointError: no checkpoint can be read.
-    DatasetNotPreparedError: the data are not where the config says; classes and shapes are theirs.
+    DatasetNotPreparedError: a run of an earlier version, which does not keep the classes and shapes of its data, and
+      the data are not where the config says.
     ValueError: a config that this version cannot read, naming the field.
   """
   from gating_jax.experiments import (  # these import slowly, and most who import the package do without
@@ -40,6 +41,7 @@ def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, ml_collections.Confi
     continual,
     continual_build,
     long_video,
+    outlines,
     segmentation,
     settings,
     video_build,
@@ -51,7 +53,7 @@ def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, ml_collections.Confi
   kinds = {"classification": build.build, "segmentation": segmentation.build, "continual": continual_build.build,
            "long_video": video_build.build}
   settings.one_of("experiment", config.experiment, kinds)
-  experiment = kinds[config.experiment](config)
+  experiment = kinds[config.experiment](config, outlines.read(run_dir.path))
   if config.experiment == "continual":
     _, learner = continual.newest(experiment, run_dir)
     return experiment.method, jax.device_get(learner), config

@@ -23,6 +23,7 @@ from gating_jax.experiments import (
   conclusion,
   failing,
   gate_watch,
+  outlines,
   video_nets,
   video_report,
   video_sets,
@@ -129,6 +130,7 @@ def newest(experiment: VideoExperiment, run_dir: rundir.RunDir) -> tuple[int, An
 
 def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   started, config, phase = time.monotonic(), experiment.config, experiment.training
+  outlines.write(run_dir.path, [experiment.train, experiment.test])
   nets = None
   if config.pretrained:
     nets = video_nets.trained_nets(experiment, run_dir.path)

@@ -6,6 +6,7 @@ Reference: Zhao et al., 2017 (PSPNet); Bejnordi et al., 2020, section 4.2.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from gating_jax.data import scenes
 from gating_jax.experiments import build as images
 from gating_jax.experiments import classification, image_compile
 from gating_jax.experiments.build import Experiment
+from gating_jax.experiments.outlines import Outline
 from gating_jax.models.counts import count
 from gating_jax.models.resnet import RESNETS
 from gating_jax.models.segmenter import Segmenter
@@ -36,8 +38,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   classification.run_task(TASK, experiment, workdir, mode, compile=image_compile.run)
 
 
-def build(config: ml_collections.ConfigDict) -> Experiment:
-  """Checks every setting, then opens the data. Raises ValueError naming the field, or `DatasetNotPreparedError`."""
+def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = None) -> Experiment:
+  """Checks every setting, then opens the data; errors and arguments as of `experiments.build.build`."""
   data = config.data
   side = (lambda v: isinstance(v, tuple) and len(v) == 2 and min(v) >= 8, "a tuple of height and width, each >= 8")
   images.check(
@@ -54,13 +56,13 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
         split, scenes=count, size=data.size, most=data.digits, **seed)
     return images.assemble(  # the same test set for all seeds, so that these can be compared
         config, lambda: data.train_scenes, open_train=lambda: make("train", data.train_scenes, seed=config.seed),
-        open_test=lambda: make("test", data.test_scenes), network=network, objective=pixels.PixelObjective)
+        open_test=lambda: make("test", data.test_scenes), network=network, objective=pixels.PixelObjective, known=known)
   opened = lambda split, **training: scenes.open_scenes(
       data.name, split, data.data_dir, size=data.size, seed=config.seed, workers=data.workers, **training)
-  train = opened(data.train_split, crop=data.crop, flip=data.flip)
+  open_train = lambda: opened(data.train_split, crop=data.crop, flip=data.flip)
   return images.assemble(
-      config, lambda: len(train), open_train=lambda: train, open_test=lambda: opened(data.test_split),
-      network=network, objective=pixels.PixelObjective, train_shape=train.shape)
+      config, lambda: len(open_train()), open_train=open_train, open_test=lambda: opened(data.test_split),
+      network=network, objective=pixels.PixelObjective, train_shape=(*(data.crop or data.size), 3), known=known)
 
 
 def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:

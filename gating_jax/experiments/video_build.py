@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ from gating_jax.checks import one_of
 from gating_jax.data.video_arrays import VideoArrays
 from gating_jax.data.videos import VideoSet
 from gating_jax.experiments import settings, video_sets
+from gating_jax.experiments.outlines import Outline
 from gating_jax.layers.blocks import GATINGS
 from gating_jax.layers.gate import GateSettings
 from gating_jax.layers.segments import CONCEPTS, CONTEXTS, POOLINGS, RELAXATIONS, SegmentGateSettings
@@ -83,10 +84,16 @@ class VideoExperiment:
     return video_sets.network_inputs(inputs, self.config, light_alone=self.config.model.selection == LIGHT)
 
 
-def build(config: ml_collections.ConfigDict) -> VideoExperiment:
-  """Checks every setting, then opens the data. Raises ValueError naming the field."""
+def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = None) -> VideoExperiment:
+  """Checks every setting, then opens the data. Raises ValueError naming the field.
+
+  `known` are outlines of the training and the test set, in place of opening them.
+  """
   _check(config)
-  train, test = (video_sets.open_set(config, split) for split in ("train", "test"))
+  if known:
+    train, test = known[0], known[-1]
+  else:
+    train, test = (video_sets.open_set(config, split) for split in ("train", "test"))
   if config.model.selection == "oracle" and "relevant" not in train.shapes:
     raise ValueError("model.selection must not be 'oracle' here: the data do not tell which segments matter")
   if config.pretrain.epochs and config.pretrain.target == "units" and "units" not in train.shapes:

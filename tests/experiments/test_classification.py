@@ -315,6 +315,12 @@ def test_a_run_is_loaded_in_one_call(finished, tmp_path):
   with pytest.raises(rundir.RunDirError, match="holds no run"):
     load_run(tmp_path)
   shutil.copy(workdir / "config.json", tmp_path)
+  for content in ("{", '{"sets": []}', '{"sets": [{"examples": 1, "class_names": 3}]}',
+                  '{"sets": [{"examples": 1, "class_names": ["a"], "shape": [8, "8", 1]}]}'):
+    (tmp_path / "data.json").write_text(content)
+    with pytest.raises(rundir.RunDirError, match=f"{tmp_path}/data.json is damaged"):
+      load_run(tmp_path)
+  (tmp_path / "data.json").unlink()  # as of an earlier version
   with pytest.raises(rundir.RunDirError, match="no checkpoint in .* yet"):
     load_run(tmp_path)
 
