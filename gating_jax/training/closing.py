@@ -76,32 +76,34 @@ class Limit:
 
 
 class ClosingWatch:
-  """Warns once, while a network trains, that its gates close for good.
+  """Warns, once for each limit, while a network trains, that its gates close for good.
 
   Called at each log line, with the means over the steps since the last one. Over twenty steps more gates than a limit
-  allows must be closed on average: gates that close for a moment open again.
+  allows must be closed on average: gates that close for a moment open again. Where a training is resumed, it is shown
+  the earlier lines again, and goes on as if the training had never stopped.
   """
 
   def __init__(self, limits: Sequence[Limit]):
     self._limits = limits
     self._since = {}  # of a limit that is exceeded, the step from which on
     self._last_step = 0
-    self._warned = False
+    self._warned = set()
 
-  def __call__(self, step: int, means: Mapping[str, float]) -> str | None:
-    """The warning, or None."""
-    warning = None
+  def __call__(self, step: int, means: Mapping[str, float]) -> list[str]:
+    """The warnings that a line gives rise to; none where it was shown before."""
+    if step <= self._last_step:
+      return []
+    warnings = []
     for limit in self._limits:
       closed = means.get(limit.metric, 0.0)
       if closed <= limit.most:
         self._since.pop(limit, None)
       elif step - self._since.setdefault(limit, self._last_step) >= _LASTING:
-        warning = warning or _warning(limit, closed)
+        if limit not in self._warned:
+          warnings.append(_warning(limit, closed))
+        self._warned.add(limit)
     self._last_step = step
-    if self._warned:
-      return None
-    self._warned = warning is not None
-    return warning
+    return warnings
 
 
 def _warning(limit: Limit, closed: float) -> str:

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,19 @@ class Journal:
 
   Lines of later steps, left by a run that was killed after its last checkpoint, are dropped, and no (step, split) is
   written twice. Of several processes one writes.
+
+  Attributes:
+    past: the lines of training up to the first step, as pairs of a step and the line's numbers.
   """
 
   def __init__(self, workdir: Path, first_step: int, total_steps: int):
     from tensorboardX import SummaryWriter  # imports slowly
 
     writes, self._path = hosts.is_writer(), workdir / TENSORBOARD_DIR
-    self._metrics = _Lines(workdir / METRICS_FILE, first_step)
-    self._histograms = _Lines(workdir / HISTOGRAMS_FILE, first_step)
+    metrics, histograms = (_cut_back(workdir / name, first_step) for name in (METRICS_FILE, HISTOGRAMS_FILE))
+    self.past = [(line["step"], numbers(line)) for line in metrics if line["split"] == "train"]
+    self._metrics = _Lines(workdir / METRICS_FILE, metrics)
+    self._histograms = _Lines(workdir / HISTOGRAMS_FILE, histograms)
     # tensorboardX takes what stands before a colon, as in s3:, for a kind of storage, unless a slash comes first.
     self._events = SummaryWriter(str(self._path.absolute()), purge_step=first_step + 1, write_to_disk=writes)
     self._bar = progress_bar(total=total_steps, initial=first_step, unit="step", hidden=not writes, dynamic_ncols=True)
@@ -93,15 +98,11 @@ class Journal:
 
 
 class _Lines:
-  """JSON lines with a step and a split, cut back to the step that training goes on from; a new file begins with its
-  first line."""
+  """JSON lines with a step and a split, after those that are there; a new file begins with its first line."""
 
-  def __init__(self, path: Path, first_step: int):
+  def __init__(self, path: Path, there: Sequence[Mapping[str, Any]]):
     self._path = path if hosts.is_writer() else Path(os.devnull)
-    kept = [line for line in read_lines(path) if line["step"] <= first_step]
-    if hosts.is_writer() and path.exists():
-      write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-    self._written = {(line["step"], line["split"]) for line in kept}
+    self._written = {(line["step"], line["split"]) for line in there}
     self._file = None
 
   def add(self, step: int, split: str, values: Mapping[str, Any]) -> bool:
@@ -119,6 +120,14 @@ class _Lines:
     if self._file:
       with _naming(self._path):
         self._file.close()
+
+
+def _cut_back(path: Path, step: int) -> list[dict[str, Any]]:
+  """Cuts a journal's file back to the step that training goes on from, and returns its records."""
+  kept = [line for line in read_lines(path) if line["step"] <= step]
+  if hosts.is_writer() and path.exists():
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+  return kept
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -154,6 +163,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError, AttributeError):
       logging.warning("%s: dropped a line that is no record: %.60s", path, line)
   return records
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+  """Those of the values that are."""
+  return {name: value for name, value in values.items() if isinstance(value, (int, float))}
 
 
 @contextlib.contextmanager

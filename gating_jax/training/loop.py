@@ -6,7 +6,7 @@ import dataclasses
 import math
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -89,7 +89,7 @@ def train(
     checkpoints: Checkpoints,
     journal: Journal,
     evaluate: Callable[[Any, int], None] | None = None,
-    watch: Callable[[int, Mapping[str, float]], str | None] = lambda step, means: None,
+    watch: Callable[[int, Mapping[str, float]], Sequence[str]] = lambda step, means: (),
 ) -> tuple[Any, int]:
   """Trains from `first_step` to the end, or to a SIGTERM or Ctrl-C; a checkpoint is on disk for where it stopped.
 
@@ -101,7 +101,8 @@ def train(
     checkpoints: where states go.
     journal: where metrics go: the mean over the steps since the last line.
     evaluate: `(state, step)`, called every `eval_every` steps but not at the end.
-    watch: `(step, means)`, what the log says after the line of these means, such as a warning; None for nothing.
+    watch: `(step, means)`, what the log says after the line of these means, such as warnings. It is first called with
+      the lines that the journal has of a run that is resumed, of which nothing is said again.
   Returns:
     `(state, step)`; `step < settings.total_steps` if it was asked to stop.
   Raises:
@@ -109,6 +110,8 @@ def train(
   """
   k, step = settings.steps_per_dispatch, first_step
   pending, since_log = None, []
+  for earlier, means in journal.past:
+    watch(earlier, means)
 
   def settle():
     """Checks the metrics of the call before this one, so that the device is never waited for needlessly."""
@@ -135,8 +138,8 @@ def train(
         since_log.clear()
         journal.write(step, "train", means)
         journal.say(step, headline(means))
-        if (said := watch(step, means)) is not None:
-          journal.say(step, said)
+        for warning in watch(step, means):
+          journal.say(step, warning)
       if evaluate and settings.eval_every and _due(step, k, settings.eval_every) and step < settings.total_steps:
         evaluate(state, step)  # before the checkpoint: a restart from there does not come back to it
       if _due(step, k, settings.checkpoint_every) and step < settings.total_steps:

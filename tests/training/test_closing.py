@@ -1,3 +1,5 @@
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -44,19 +46,37 @@ def test_a_record_that_is_in_no_list_is_named():
     closed_share(record([0], [0.5]))
 
 
+CHANNELS = Limit("channels", 0.9, "raise that", "channels")
+
+
+def lines(shares, every=50):
+  """Steps and means, as of a log."""
+  means = [share if isinstance(share, dict) else {CLOSED: share} for share in shares]
+  return [(every * i, m) for i, m in enumerate(means, start=1)]
+
+
 def said(shares, limits=(LIMIT,), every=50):
   watch = ClosingWatch(limits)
-  means = [share if isinstance(share, dict) else {CLOSED: share} for share in shares]
-  return [watch(every * i, m) for i, m in enumerate(means, start=1)]
+  return [watch(*line) for line in lines(shares, every)]
 
 
 def test_gates_that_stay_closed_are_said_once_with_what_to_change():
-  first, second, *later = said([0.2, 0.8, 0.9, 0.2, 0.9, 0.9])
-  assert first is None
-  assert second == (
+  assert said([0.2, 0.8, 0.9, 0.2, 0.9, 0.9]) == [[], [
       "warning: 80% of the gates are closed for all examples, and closed gates hardly learn. If this is not wanted: "
-      "lower loss.sparsity.coefficient. See docs/gate_your_model.md.")
-  assert later == [None] * 4
+      "lower loss.sparsity.coefficient. See docs/gate_your_model.md."], [], [], [], []]
+
+
+def test_a_watch_that_is_shown_earlier_lines_again_goes_on_as_if_never_stopped():
+  shares = [{CLOSED: a, "channels": b} for a, b in [(0.2, 0.2), (0.8, 0.2), (0.8, 0.95), (0.8, 0.95), (0.2, 0.95)] * 2]
+  log = lines(shares, every=10)
+  expected = said(shares, (LIMIT, CHANNELS), every=10)
+  assert [i for i, warnings in enumerate(expected) if warnings] == [2, 3]
+  for stop in range(len(log)):
+    watch = ClosingWatch((LIMIT, CHANNELS))
+    for line in log[:stop]:
+      watch(*line)
+    assert not any(watch(*line) for line in log[:stop])  # as before each phase of a task
+    assert [watch(*line) for line in log[stop:]] == expected[stop:]
 
 
 @pytest.mark.parametrize("shares", [[0.0] * 5, [0.5] * 5, [{"loss": 1.0}] * 3])
@@ -70,9 +90,12 @@ def test_gates_that_close_for_a_moment_are_no_fault():
 
 
 def test_of_several_kinds_of_gates_each_has_a_limit():
-  limits = LIMIT, Limit("channels", 0.9, "raise that", "channels")
+  limits = LIMIT, CHANNELS
   assert not any(said([{CLOSED: 0.1, "channels": 0.8}] * 3, limits))
-  assert "95% of the channels" in said([{CLOSED: 0.1, "channels": 0.95}], limits)[0]
+  ((warning,),) = said([{CLOSED: 0.1, "channels": 0.95}], limits)
+  assert "95% of the channels" in warning
+  (both,) = said([{CLOSED: 0.8, "channels": 0.95}], limits)
+  assert [re.search(r"of the (\w+)", warning)[1] for warning in both] == ["gates", "channels"]
   assert not any(said([{CLOSED: 0.9, "channels": 0.1}, {CLOSED: 0.1, "channels": 0.95}] * 9, limits, every=10))
 
 

@@ -64,6 +64,7 @@ def test_lines_of_later_steps_are_dropped_when_training_goes_on(tmp_path, open_j
   killed.close()
   resumed = open_journal(4)
   assert [line["step"] for line in lines(tmp_path)] == [2, 4]
+  assert [(step, values["loss"]) for step, values in resumed.past] == [(2, 2), (4, 4)]
   resumed.write(6, "train", {"loss": 60})
   resumed.close()
   assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(2, 2), (4, 4), (6, 60)]
@@ -90,9 +91,9 @@ def test_a_last_line_cut_short_is_dropped(tmp_path, open_journal):
 
 @pytest.mark.parametrize("bad", ["", "12", "[]", "nonsense", '{"split": "train"}', '{"step": 1}', '{"step": "1"'])
 def test_lines_that_are_no_record_are_dropped(tmp_path, open_journal, bad):
-  good = '{"step": 1, "split": "train", "loss": 2.0}'
+  good = '{"step": 1, "split": "train", "loss": 2.0, "note": "no number"}'
   (tmp_path / METRICS_FILE).write_text(f"{bad}\n{good}\n{bad}\n")
-  open_journal(4)
+  assert open_journal(4).past == [(1, {"step": 1, "loss": 2.0})]
   assert (tmp_path / METRICS_FILE).read_text() == good + "\n"
 
 

@@ -37,7 +37,7 @@ class Run:
     w = state["w"] + (math.nan if bad else float(numbers.sum()))
     return {"w": w}, {name: jnp.asarray(values) for name, values in metrics.items()}
 
-  def __call__(self, total=12, evaluate=True, start=None, watch=lambda step, means: None, **settings):
+  def __call__(self, total=12, evaluate=True, start=None, watch=lambda step, means: (), **settings):
     checkpoints = Checkpoints(self.folder / "checkpoints", keep=100)
     journal = Journal(self.folder, self.first_step, total)
     state = {"w": devices.replicate(jnp.float32(0))} if start is None else start
@@ -116,7 +116,7 @@ def test_what_the_watch_finds_in_a_line_is_said_after_it(tmp_path, capfd):
 
   def watch(step, means):
     watched.append((step, means["loss"]))
-    return "warning: so it is" if step == 4 else None
+    return ["warning: so it is"] if step == 4 else []
 
   Run(tmp_path)(total=6, log_every=2, watch=watch)
   assert watched == [(2, 1.5), (4, 3.5), (6, 5.5)]
@@ -125,6 +125,10 @@ def test_what_the_watch_finds_in_a_line_is_said_after_it(tmp_path, capfd):
   assert said[at - 1].startswith("step 4/6  ")
   assert said[at + 1].startswith("step 6/6  ")
   assert len([line for line in said if "warning" in line]) == 1
+  watched.clear()
+  Run(tmp_path, first_step=6)(total=8, log_every=2, watch=watch)
+  assert watched == [(2, 1.5), (4, 3.5), (6, 5.5), (8, 7.5)]  # what the journal has, then what follows
+  assert "warning" not in capfd.readouterr().out
 
 
 def test_evaluation_is_due_in_between_but_not_at_the_end(tmp_path):
