@@ -55,8 +55,8 @@ def expected_macs(records: Records) -> Array:
 
 def gated_macs(records: Records) -> int:
   """MACs per example with every gate open."""
-  records = checked_records(records, "gates")
-  units = [r.gates.shape[-1] for r in records]
+  records = checked_records(records)
+  units = [np.shape(r.gates)[-1] for r in records]  # which may be of batches of their own, images and segments
   single = sum(u * r.macs_per_unit for u, r in zip(units, records, strict=True))
   return single + sum(units[i - 1] * units[i] * r.macs_per_pair for i, r in enumerate(records) if r.macs_per_pair)
 
@@ -95,10 +95,10 @@ def checked_records(records: Records, *fields: str, with_examples: bool = False)
   for i, record in enumerate(records):
     arguments.instance(f"records[{i}]", record, GateRecord, "a GateRecord")
     for field in fields:
-      values = getattr(record, field)
-      # Records of tasks side by side have an axis more in front.
-      one = values[(0,) * (np.ndim(values) - 2)] if np.ndim(values) > 2 else values
-      arguments.real_array(f"records[{i}].{field}", one, "[N, C]")
+      name, values = f"records[{i}].{field}", getattr(record, field)
+      arguments.real_array(name, values)
+      if np.ndim(values) < 2:  # those of several tasks have an axis more in front
+        raise ValueError(f"{name} must be [N, C]; got shape {np.shape(values)}")
   for field in fields:
     shapes = [getattr(record, field).shape for record in records]
     if len({shape[:-1] for shape in shapes}) > 1:
@@ -110,6 +110,6 @@ def checked_records(records: Records, *fields: str, with_examples: bool = False)
                      f"got {records[0].macs_per_pair}")
   for field in fields:
     shape = getattr(records[0], field).shape
-    if with_examples and shape[0] == 0:
+    if with_examples and shape[-2] == 0:
       raise ValueError(f"records must be of at least one example; got {field} of shape {shape}")
   return records

@@ -35,7 +35,7 @@ def empirical(samples: Array, *, axis_name: Hashable | None = None) -> Prior:
     samples: `[M]`, one reference for all columns, or `[M, ...]`, one for each; real values.
     axis_name: the mapped device axis, or axes, over which the samples are spread.
   Raises:
-    ValueError: there is no sample, or 2**31 of them or more.
+    ValueError: there is no sample, or 2**31 of them or more on all devices together.
     TypeError: samples that are no real numbers.
   Reference: Anderson, 1962 (the two-sample criterion).
 
@@ -46,8 +46,8 @@ def empirical(samples: Array, *, axis_name: Hashable | None = None) -> Prior:
   samples = as_float(samples)
   if samples.ndim == 0 or samples.shape[0] == 0:
     raise ValueError(f"samples must hold at least one value along axis 0; got shape {samples.shape}")
-  within_reach("samples of a column", samples.shape[:1])
   samples = collectives.whole_batch(samples) if axis_name is None else collectives.gather_batch(samples, axis_name)
+  within_reach("samples of a column, of all devices,", samples.shape[:1])
   family = _Empirical(jnp.sort(samples, axis=0))
   m, *columns = samples.shape
   return Prior(f"empirical({m} samples)", family.cdf, family.pdf, shape=tuple(columns))

@@ -135,7 +135,7 @@ LAYERS = {
         lambda: gj.closed_share([NOTHING]), ValueError,
         "records must be of at least one example; got gates of shape (0, 2)"),
     "a list for a record's gates": (
-        lambda: gj.gated_macs([gj.GateRecord(Z, Z, [1.0, 0.0], 1)]), ValueError,
+        lambda: gj.executed_macs([gj.GateRecord(Z, Z, [1.0, 0.0], 1)]), ValueError,
         "records[0].gates must be [N, C]; got shape (2,)"),
     "a budget in MACs": (
         lambda: gj.mac_budget_loss([RECORD], 1, 10_000), ValueError, "budget must be in (0, 1]; got 10000"),
@@ -176,6 +176,13 @@ def test_more_elements_than_32_bits_count_are_refused(function):
   assert jax.eval_shape(function, jax.ShapeDtypeStruct((2**16, 2**15 - 1), jnp.float32))
   with pytest.raises(ValueError, match=r"must have fewer than 2\*\*31 elements, .*; got shape \("):
     jax.eval_shape(function, HUGE)
+
+
+def test_samples_of_all_devices_are_counted_together():
+  over_devices = jax.vmap(lambda x: gj.cdf_matching_loss(x[:2], gj.empirical(x, axis_name="d")), axis_name="d")
+  assert jax.eval_shape(over_devices, jax.ShapeDtypeStruct((8, 2**28 - 1), jnp.float32)).shape == (8,)
+  with pytest.raises(ValueError, match=r"^samples .*, of all devices, .* 2\*\*31 .*; got shape \(2147483648,\)"):
+    jax.eval_shape(over_devices, jax.ShapeDtypeStruct((8, 2**28), jnp.float32))
 
 
 def test_what_looks_at_each_element_alone_takes_any_number_of_them():

@@ -123,5 +123,5 @@ def test_macs_of_gates_in_half_precision_are_counted_in_full(dtype):
 
 def test_a_record_without_what_is_counted_is_refused():
   gates = jnp.ones((2, 3))
-  with pytest.raises(TypeError, match=r"records\[0\].probs must be an \[N, C\] array of real numbers; got None"):
+  with pytest.raises(TypeError, match=r"records\[0\].probs must be an array of real numbers; got None"):
     expected_macs((GateRecord(gates, None, gates, 5),))
