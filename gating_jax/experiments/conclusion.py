@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gating_jax.checks import printable
+from gating_jax.experiments import surroundings
 from gating_jax.inference.timings import MASKED, UNGATED
+from gating_jax.training import rundir
 
 _LINES = 12
-_NEXT = {  # by mode, what it leaves in the run directory, and what it does
-    "compile": ("compile.json", "times programs that skip what is closed; some minutes"),
-    "export": ("export", "writes files that run without this package; some minutes")}
+_NEXT = {  # by mode, what it does
+    "compile": "times programs that skip what is closed; some minutes",
+    "export": "writes files that run without this package; some minutes",
+    "report": "writes the page of the newest checkpoint"}
 
 
 def text(done: str, rows: Sequence[tuple[str, str]], then: Sequence[str] = ()) -> str:
@@ -33,17 +36,36 @@ def text(done: str, rows: Sequence[tuple[str, str]], then: Sequence[str] = ()) -
 
 
 def following(path: Path, modes: Sequence[str]) -> list[str]:
-  """The commands that may follow for a run: those of these modes that were not called yet, or a comparison.
+  """The commands that may follow for a run: those of these modes that have not done their work, or a comparison.
 
   What a command does is its comment, so that the line can be copied into a shell.
   """
   run = f"gating-jax --workdir={shlex.quote(str(path))}"
-  found = []
-  for mode in modes:
-    made, does = _NEXT[mode]
-    if not (path / made).exists():
-      found.append(f"{run} --mode={mode}    # {does}")
+  found = [f"{run} --mode={mode}    # {_NEXT[mode]}" for mode in modes if not _is_done(path, mode)]
   return found or [f"{run},ANOTHER_RUN --mode=compare    # one page for several runs"]
+
+
+def _is_done(path: Path, mode: str) -> bool:
+  """Whether there is an export, or times of the newest checkpoint; a page is always written again."""
+  if mode == "compile":
+    times = surroundings.read_times(path)
+    return times is not None and times.of(_newest_step(path))
+  return mode == "export" and (path / "export").exists()
+
+
+def _newest_step(path: Path) -> int | None:
+  """The step of the newest checkpoint; None where there is none."""
+  steps = [int(folder.name) for folder in path.glob(f"{rundir.CHECKPOINT_DIR}/*") if folder.name.isdecimal()]
+  return max(steps, default=None)
+
+
+def refusal(check: Callable[[Any], None], of: Any) -> str:
+  """Why a mode's `check` refuses something; empty where it does not."""
+  try:
+    check(of)
+  except ValueError as error:
+    return str(error)
+  return ""
 
 
 def gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -15,10 +15,10 @@ from gating_jax.continual import metrics
 from gating_jax.continual.method import Holdings, Learner
 from gating_jax.data import batches
 from gating_jax.data.sources import Images
-from gating_jax.experiments import surroundings
+from gating_jax.experiments import conclusion, surroundings, task_compile
 from gating_jax.experiments.continual_build import ContinualExperiment
 from gating_jax.models.counts import layer_names
-from gating_jax.reports import glossary, image_rows, opening, page, task_pictures, task_table, times
+from gating_jax.reports import glossary, image_rows, opening, page, task_pictures, task_table
 from gating_jax.reports.lettering import plain, save
 from gating_jax.training import evaluation, hosts, rundir
 from gating_jax.training.journal import Journal
@@ -147,7 +147,8 @@ def write(
     notice: what the page says before all else, such as that the run has failed.
   """
   config, result = experiment.config, summary(experiment, learner)
-  around = surroundings.read(run_dir, config, surroundings.TASKS)
+  around = surroundings.read(run_dir, config, surroundings.TASKS, step=step,
+                             not_compiled=conclusion.refusal(task_compile.check, experiment))
   pictures = {name: page.pictured(figure, caption, scrolls=figure.get_figwidth() > page.WIDTH, terms=_TERMS[name])
               for name, (caption, figure) in _pictures(experiment, learner).items()}
   shown = "filters" if "filters" in pictures else "accuracies"  # at the top
@@ -158,7 +159,7 @@ def write(
   if experiment.method.task_net is not None:
     sections.append(_one_gate_across_tasks(experiment, learner))
   configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
-  sections += [times.section(around.times), opening.settings(configured), opening.about(around)]
+  sections += [opening.times_section("image", around), opening.settings(configured), opening.about(around)]
   begin = page.Opening(_numbers(result, around), pictures[shown],
                        opening.why_no_baseline(around, surroundings.TASKS.how), notice)
   hosts.written(lambda: page.write(

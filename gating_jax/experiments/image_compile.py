@@ -28,27 +28,35 @@ def run(experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Ma
 
   Raises:
     RunDirError: they are there, or are being written.
-    ValueError: a model that cannot be folded.
+    ValueError: as of `check`.
   """
+  check(experiment.model)
   compiled = _compiler(experiment.model, variables)
   images = time_table.calibration(experiment.open_train(), experiment.normalise)
-  time_table.write(run_dir, step, time_table.of_images(compiled, images))
+  time_table.write(run_dir, step, time_table.of_images(compiled, images), pixels=images.shape[1:3])
 
 
 def check(model: nn.Module) -> None:
-  """Raises ValueError unless the net has gates or exits that a program can skip by."""
-  if isinstance(model, Segmenter):
-    model = model.backbone
-  exits = isinstance(model, EarlyExitNet)
-  folding.check(model, (EarlyExitNet,) if exits else (ResNet, VGG))
-  if model.gating == "none" and not exits:
-    raise ValueError("model.gating must be one that skips something; got 'none'")
+  """Raises ValueError for a model that cannot be folded."""
+  model = _timed(model)
+  folding.check(model, (EarlyExitNet,) if isinstance(model, EarlyExitNet) else (ResNet, VGG))
+
+
+def skips(model: nn.Module) -> bool:
+  """Whether the net has gates or exits; without, there are times to compare with, but nothing is skipped."""
+  model = _timed(model)
+  return isinstance(model, EarlyExitNet) or model.gating != "none"
+
+
+def _timed(model: nn.Module) -> nn.Module:
+  """The part that is compiled: of a net for segmentation its backbone, where all its gates are."""
+  return model.backbone if isinstance(model, Segmenter) else model
 
 
 def _compiler(model: nn.Module, variables: Mapping[str, Any]) -> Callable[..., Conditional | Exiting]:
-  """What makes a program of the net; of one for segmentation, of its backbone, where all its gates are."""
+  """What makes a program of the net, or of the part of it that is compiled."""
   if isinstance(model, EarlyExitNet):
     return functools.partial(compile_exits, fold_exits(model, variables))
   if isinstance(model, Segmenter):
-    model, variables = model.backbone, {kind: tree["backbone"] for kind, tree in variables.items()}
-  return functools.partial(compile_conditional, folding.fold(model, variables))
+    variables = {kind: tree["backbone"] for kind, tree in variables.items()}
+  return functools.partial(compile_conditional, folding.fold(_timed(model), variables))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -69,8 +68,7 @@ def conclude(task: Task, experiment: Experiment, path: Path, result: Mapping[str
   if report.exists():
     rows.append(("page", f"{report}, for a browser"))
   modes = []
-  with contextlib.suppress(ValueError):
-    image_compile.check(experiment.model)
+  if not conclusion.refusal(image_compile.check, experiment.model) and image_compile.skips(experiment.model):
     modes = ["compile", "export"] if experiment.config.experiment == "classification" else ["compile"]
   return conclusion.text(f"{done} {task.title(experiment)}.", rows, conclusion.following(path, modes))
 
@@ -111,6 +109,7 @@ def write_report(
   """Writes `report.html` of the state of `step`; the rest is what the test found of it, what `task.draw` drew, and what
   the page says before all else."""
   config, counts, total = experiment.config, experiment.counts, experiment.settings.total_steps
+  kind = surroundings.KINDS[config.experiment]
   before = lambda file: [line for line in read_lines(run_dir.path / file)
                          if line["split"] == "test" and line["step"] < step]
   histograms = evaluation.histograms(gates, counts.gate_layers) if gates is not None else {}
@@ -133,6 +132,7 @@ def write_report(
       config=[(name, str(value)) for name, value in rundir.flatten(config).items()],
       read=lambda index: experiment.test.read(index)[0],
       pictures=list(drawn.values()),
-      around=surroundings.read(run_dir, config, surroundings.IMAGES),
-      how=surroundings.IMAGES.how,
+      around=surroundings.read(run_dir, config, kind, step=step,
+                               not_compiled=conclusion.refusal(image_compile.check, experiment.model)),
+      how=kind.how,
       notice=notice))

@@ -95,11 +95,21 @@ def tested_on(config: Mapping[str, Any]) -> dict[str, str]:
   return {name: str(config[name]) for name in names if config.get(name) is not None}
 
 
-def read(run_dir: rundir.RunDir, config: ml_collections.ConfigDict, kind: Kind) -> Surroundings:
-  """What there is of a run; nothing but the run itself on processes that do not write."""
+def read(
+    run_dir: rundir.RunDir, config: ml_collections.ConfigDict, kind: Kind, *, step: int, not_compiled: str = ""
+) -> Surroundings:
+  """What there is of a run; nothing but the run itself on processes that do not write.
+
+  Args:
+    run_dir, config: of the run.
+    kind: what it is of.
+    step: that the page is about.
+    not_compiled: why `--mode=compile` refuses the run; empty where it does not.
+  """
   mine = rundir.flatten(json.loads(config.to_json()))
   ungated = _is_baseline(mine, kind)
-  around = Surroundings(ungated=ungated, seed=mine.get("seed"), workdir=str(run_dir.path))
+  around = Surroundings(ungated=ungated, step=step, not_compiled=not_compiled, seed=mine.get("seed"),
+                        workdir=str(run_dir.path))
   if not hosts.is_writer():
     return around
   return dataclasses.replace(
@@ -113,10 +123,13 @@ def read_times(path: Path) -> times.Times | None:
 
 
 def refresh_times(path: Path) -> bool:
-  """Writes what `--mode=compile` has just left into the run's page. Returns whether there is a page to write it in."""
-  config, found = _read_json(path / rundir.CONFIG_FILE), read_times(path)
-  noun = example(config.get("experiment") if isinstance(config, dict) else None)
-  return page.fill(path / rundir.REPORT_FILE, [times.number(found, noun, str(path)), times.section(found)])
+  """Writes what `--mode=compile` has just left into the run's page. Returns whether there is a page of that step."""
+  found = read_times(path)
+  if found is None:
+    return False
+  noun = example(_read_config(path).get("experiment"))
+  return page.fill(path / rundir.REPORT_FILE, [
+      times.number(found, noun, step=found.step, workdir=str(path)), times.section(found, noun, step=found.step)])
 
 
 def find_baseline(path: Path, mine: Mapping[str, Any], kind: Kind) -> Baseline | None:

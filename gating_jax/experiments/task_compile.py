@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from gating_jax.continual.method import Learner
-from gating_jax.experiments import time_table
+from gating_jax.experiments import continual_methods, time_table
 from gating_jax.experiments.continual_build import ContinualExperiment
+from gating_jax.inference import folding
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import Folded
-from gating_jax.inference.folding import fold
 from gating_jax.inference.timings import Timing
 from gating_jax.training import rundir
 
@@ -26,12 +26,18 @@ def run(experiment: ContinualExperiment, run_dir: rundir.RunDir, step: int, lear
 
   Raises:
     RunDirError: they are there, or are being written.
-    ValueError: a method whose tasks have no such gates, or a model that cannot be folded.
+    ValueError: as of `check`.
   """
+  check(experiment)
+  time_table.write(run_dir, step, _tables(experiment, jax.device_get(learner)))
+
+
+def check(experiment: ContinualExperiment) -> None:
+  """Raises ValueError for a method whose tasks have no gates that look at images, or a model that cannot be folded."""
   if experiment.method.task_net is None:
     raise ValueError("method must be one whose tasks have gates that look at images, as 'gates' and 'multitask_gates', "
                      f"to be compiled; got {experiment.config.method!r}")
-  time_table.write(run_dir, step, _tables(experiment, jax.device_get(learner)))
+  folding.check(continual_methods.network(experiment.config, experiment.problem, classes=None, gated=True))
 
 
 def _tables(experiment: ContinualExperiment, learner: Learner) -> Iterator[tuple[str, Sequence[Timing]]]:
@@ -45,4 +51,4 @@ def _tables(experiment: ContinualExperiment, learner: Learner) -> Iterator[tuple
 def folded_net(experiment: ContinualExperiment, learner: Learner, task: int) -> Folded:
   """What runs for a task that is learnt. Raises ValueError for a model that cannot be folded."""
   net = experiment.method.task_net(learner, task)
-  return dataclasses.replace(fold(net.model, net.variables), classifier=net.classifier)
+  return dataclasses.replace(folding.fold(net.model, net.variables), classifier=net.classifier)

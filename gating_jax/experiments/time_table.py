@@ -5,8 +5,10 @@ Axes: M images.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,30 +31,48 @@ _CALIBRATION = 256  # images at most
 _BATCHES, _REPEATS = (1, 64), 20
 
 
-def write(run_dir: rundir.RunDir, step: int, tables: Iterable[tuple[str, Sequence[Timing]]]) -> None:
+def write(
+    run_dir: rundir.RunDir, step: int, tables: Iterable[tuple[str, Sequence[Timing]]], *,
+    pixels: Sequence[int] | None = None
+) -> None:
   """Prints tables as they are measured, and writes all and their picture into the run directory, or nothing.
 
   Args:
     run_dir: of the run.
     step: of the checkpoint that they are of.
     tables: pairs of a title and its rows.
+    pixels: height and width of the images, for a page that says what was timed.
   Raises:
-    RunDirError: a file is there, or is being written.
+    RunDirError: files of this checkpoint are there, or are being written.
   """
   found = {}
-  with rundir.staged(run_dir.path, (TABLE_FILE, PICTURE_FILE)) as folder:
+  with _staged(run_dir.path, step) as folder:
     print(f"checkpoint of step {step}, timed on {timing.device()}: some minutes", flush=True)
     for title, rows in tables:
       found[title] = [dataclasses.asdict(row) for row in rows]
       print(f"\n{title}\n" + time_picture.table(found[title]))
     write_json(folder / TABLE_FILE, {
-        "step": step, "device": timing.device(), "jax_version": jax.__version__, "timings": found})
+        "step": step, "device": timing.device(), "jax_version": jax.__version__,
+        "pixels": None if pixels is None else list(pixels), "timings": found})
     time_picture.draw(folder / PICTURE_FILE, found)
-  surroundings.refresh_times(run_dir.path)
-  modes = ["export"] if run_dir.config().get("experiment") == "classification" else []
+  has_page = surroundings.refresh_times(run_dir.path)
+  modes = [] if has_page or not run_dir.report.exists() else ["report"]
+  modes += ["export"] if run_dir.config().get("experiment") == "classification" else []
   made = ("made", f"{run_dir.path / TABLE_FILE}, {PICTURE_FILE}")
   print(conclusion.text(f"Timed the checkpoint of step {step:,}: median milliseconds of a call.",
                         [made, *conclusion.times(found)], conclusion.following(run_dir.path, modes)))
+
+
+@contextlib.contextmanager
+def _staged(path: Path, step: int) -> Iterator[Path]:
+  """As `rundir.staged`; files of another checkpoint stay, under names that tell its step."""
+  names, found = (TABLE_FILE, PICTURE_FILE), surroundings.read_times(path)
+  is_other = found is not None and found.step != step
+  with rundir.staged(path, () if is_other else names) as folder:
+    yield folder
+    for file in (path / name for name in names if is_other):
+      if file.exists():
+        file.rename(file.with_stem(f"{file.stem}_of_step_{found.step}"))
 
 
 def calibration(

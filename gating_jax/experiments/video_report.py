@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gating_jax.experiments import surroundings
+from gating_jax.experiments import conclusion, surroundings, video_speed
 from gating_jax.experiments.video_build import VideoExperiment
 from gating_jax.experiments.video_trial import Arrays
 from gating_jax.reports import glossary, lettering, opening, page, segment_pictures, timeline, times, video_table
@@ -50,7 +50,9 @@ def write(
     notice: str = "",
 ) -> None:
   """Writes the run's page; `notice` is what it says before all else."""
-  config, around = experiment.config, surroundings.read(run_dir, experiment.config, surroundings.VIDEOS)
+  config = experiment.config
+  around = surroundings.read(run_dir, config, surroundings.VIDEOS, step=step,
+                             not_compiled=conclusion.refusal(video_speed.check, experiment))
   configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
   sections = [
       page.Section("Result", parts=[glossary.defined(video_table.rows(result))]),
@@ -64,7 +66,7 @@ def write(
       page.Section(
           "Time lines", "What was chosen of the first test videos, and what mattered where that is known.",
           _time_lines(experiment, done)),
-      times.section(around.times), opening.settings(configured), opening.about(around)]
+      opening.times_section("video", around), opening.settings(configured), opening.about(around)]
   page.write(run_dir.report, f"{config.model.selection} on {config.data.name} videos", sections,
              f"{run_dir.path.name}, step {step:,}", _begin(experiment, result, done, around, notice))
 
@@ -79,7 +81,7 @@ def _begin(
              "mean_average_precision": "Mean over classes of the average precision on {} test videos."}[key]
   numbers = [opening.score(f"test {name}", result[key], key, around, meaning.format(f"{result['videos']:,}")),
              opening.macs(result["mac_ratio"], result["macs"], result["all_segments_macs"], "video", around),
-             opening.time("video", around) if around.times else _speed(result, around)]
+             opening.time("video", around) if around.times and around.times.of(around.step) else _speed(result, around)]
   return page.Opening(numbers, _choices(experiment, done),
                       opening.why_no_baseline(around, surroundings.VIDEOS.how), notice)
 

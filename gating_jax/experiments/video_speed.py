@@ -38,13 +38,18 @@ def run(experiment: VideoExperiment, run_dir: rundir.RunDir, step: int, variable
 
   Raises:
     RunDirError: they are there, or are being written.
-    ValueError: a run that skips no segments of a heavy net in batches.
+    ValueError: as of `check`.
   """
+  check(experiment)
+  time_table.write(run_dir, step, _tables(experiment, variables))
+
+
+def check(experiment: VideoExperiment) -> None:
+  """Raises ValueError for a run that skips no segments of a heavy net in batches."""
   if not skips(experiment):
     raise ValueError("model must have a heavy net, and choose its segments before it runs, to be compiled; got "
                      f"model.heavy.name {experiment.config.model.heavy.name!r}, model.selection "
                      f"{experiment.config.model.selection!r}")
-  time_table.write(run_dir, step, _tables(experiment, variables))
 
 
 def speed(experiment: VideoExperiment, variables: Any, *, videos: int = 8, repeats: int = 5) -> dict[str, float]:

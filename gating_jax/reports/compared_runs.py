@@ -51,8 +51,8 @@ class Run:
   @property
   def tested_times(self) -> Times | None:
     """The times, if they are of the step that the numbers are of."""
-    own = self.times is not None and self.times.step == self.numbers.get("step")
-    return self.times if own else None
+    step = self.numbers.get("step")
+    return self.times if self.times and step is not None and self.times.of(step) else None
 
   @property
   def step(self) -> int:

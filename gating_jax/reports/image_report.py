@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gating_jax.ops.priors import Prior
-from gating_jax.reports import gate_pictures, gate_table, glossary, image_pictures, opening, page, times
+from gating_jax.reports import gate_pictures, gate_table, glossary, image_pictures, opening, page
 from gating_jax.reports.lettering import plain, save
 from gating_jax.training.diagnosis import ALWAYS_CLOSED, by_layer
 from gating_jax.training.evaluation import GateBehaviour, ImageBehaviour
@@ -107,7 +107,7 @@ def sections(run: ImageRun) -> list[page.Section]:
     found += [_by_layer(run), _over_training(run), _selective(run)]
     if run.gates.class_rates is not None and run.gates.diagnosis.class_information is not None:
       found += [_classes(run)]
-  return [*found, _extremes(run), times.section(run.around.times), opening.settings(run.config),
+  return [*found, _extremes(run), opening.times_section(run.noun, run.around), opening.settings(run.config),
           opening.about(run.around)]
 
 

@@ -9,9 +9,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gating_jax.reports import glossary, page
+from gating_jax.reports import glossary, page, times
 from gating_jax.reports.lettering import plain
-from gating_jax.reports.times import Times, number
+from gating_jax.reports.times import Times
 
 _NOT_RECORDED = "not recorded"
 
@@ -36,7 +36,9 @@ class Surroundings:
   Attributes:
     baseline: the ungated run to compare with; None where there is none.
     ungated: whether the run is such a baseline itself.
-    times: what `--mode=compile` measured; None before.
+    step: that the page is about; None where it tells no step.
+    times: what `--mode=compile` measured, of whatever step; None before.
+    not_compiled: why that mode refuses the run; empty where it does not.
     starts: of the run, as `training.provenance` describes them; none of an old run.
     report: the same of the process that writes the page; None leaves it out.
     seed: of the run.
@@ -45,7 +47,9 @@ class Surroundings:
 
   baseline: Baseline | None = None
   ungated: bool = False
+  step: int | None = None
   times: Times | None = None
+  not_compiled: str = ""
   starts: Sequence[Mapping[str, Any]] = ()
   report: Mapping[str, Any] | None = None
   seed: int | None = None
@@ -91,7 +95,13 @@ def macs(ratio: float, executed: float, dense: float, noun: str, around: Surroun
 
 def time(noun: str, around: Surroundings) -> page.Number:
   """Milliseconds of an example."""
-  return number(around.times, noun, around.workdir)
+  return times.number(
+      around.times, noun, step=around.step, workdir=around.workdir, refused=around.not_compiled)
+
+
+def times_section(noun: str, around: Surroundings) -> page.Section:
+  """The times of each way to run the network."""
+  return times.section(around.times, noun, step=around.step, refused=around.not_compiled)
 
 
 def example(experiment: Any) -> str:

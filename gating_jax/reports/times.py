@@ -15,7 +15,6 @@ from typing import Any
 from gating_jax.reports import page, time_picture
 from gating_jax.reports.lettering import plain
 
-_PLACE, _SECTION = "time", "times"  # in a page
 _UNGATED = "ungated"
 _TITLE = re.compile(r"(?:^|: )(\d+) (image|video)s? at a time$")
 _WAYS = {
@@ -35,46 +34,71 @@ class Times:
     step: of the checkpoint.
     device: that it was measured on.
     timings: rows by title, `1 image at a time` and the like; those of a task begin with its name.
+    pixels: height and width of the images that were timed; None where that was not recorded.
   """
 
   step: int
   device: str
   timings: Mapping[str, Sequence[Mapping[str, Any]]]
+  pixels: tuple[int, int] | None = None
+
+  def of(self, step: int | None) -> bool:
+    """Whether they may stand next to numbers of this step; None stands for any."""
+    return step is None or self.step == step
 
 
 def parsed(found: Any) -> Times | None:
-  """The contents of the file as times; None where it is damaged."""
+  """The contents of the file as times; None where it is damaged, or has none."""
   try:
     times = Times(int(found["step"]), str(found["device"]), {
-        str(title): [_row(row) for row in rows] for title, rows in found["timings"].items()})
+        str(title): [_row(row) for row in rows] for title, rows in found["timings"].items()},
+        _pixels(found.get("pixels")))
   except (KeyError, TypeError, ValueError, AttributeError):
     return None
-  return times
+  return times if times.timings else None
 
 
-def number(times: Times | None, noun: str, workdir: str = "") -> page.Number:
-  """The mean over tables of one example at a time, of the way that runs."""
-  name = f"Milliseconds per {noun}"
-  pairs = [] if times is None else _of_one(times)
-  if not pairs:
+def number(
+    times: Times | None, noun: str, *, step: int | None = None, workdir: str = "", refused: str = ""
+) -> page.Number:
+  """The mean over tables of one example at a time, of the way that runs.
+
+  Args:
+    times: what was measured; None before.
+    noun: what an example is.
+    step: that the page is about, next to which no times of another step stand; None if these are to stand there.
+    workdir: the run directory.
+    refused: why `--mode=compile` refuses the run; empty where it does not.
+  """
+  what, place = _timed(noun, times), _place("time", step)
+  name = "Milliseconds of the backbone" if noun == "scene" else f"Milliseconds per {noun}"
+  pairs = _of_one(times) if times is not None and times.of(step) else []
+  if pairs:
+    mine, dense = (statistics.fmean(values) for values in zip(*pairs, strict=True))
+    over = f", mean over {len(pairs)} tasks" if len(pairs) > 1 else ""
     return page.Number(
-        name, "–", "not measured, nor is the ungated network",
-        f"Time of one {noun} with closed units skipped. This measures it and writes it here:",
-        f"gating-jax --mode=compile --workdir={shlex.quote(workdir)}", _PLACE)
-  mine, dense = (statistics.fmean(values) for values in zip(*pairs, strict=True))
-  over = f", mean over {len(pairs)} tasks" if len(pairs) > 1 else ""
+        name, f"{milliseconds(mine)} ms", f"ungated: {milliseconds(dense)} ms",
+        f"Median time of a call with {what} in the compiled program that skips closed units{over}, next to the "
+        f"network without gates in the same process, on {plain(times.device, 120)}.", place=place)
+  if refused:
+    return page.Number(name, "–", "not measured", f"--mode=compile cannot time this run: {refused}.", place=place)
+  found = "not measured, nor is the ungated network"
+  if times is not None and not times.of(step):
+    found = f"measured at step {times.step:,}, not at step {step:,} as all else here"
   return page.Number(
-      name, f"{milliseconds(mine)} ms", f"ungated: {milliseconds(dense)} ms",
-      f"Median time of a call with one {noun} in the compiled program that skips closed units{over}, next to the "
-      f"network without gates in the same process, on {plain(times.device, 120)}.", place=_PLACE)
+      name, "–", found, f"Time of {what} with closed units skipped. This measures it and writes it here:",
+      f"gating-jax --mode=compile --workdir={shlex.quote(workdir)}", place)
 
 
-def section(times: Times | None) -> page.Section:
-  """The times of each way to run the network, as far as they are measured."""
-  title = "Time"
+def section(times: Times | None, noun: str, *, step: int | None = None, refused: str = "") -> page.Section:
+  """The times of each way to run the network, as far as they are measured; arguments as of `number`."""
+  title, place = "Time", _place("times", step)
   if times is None:
-    return page.Section(title, "The network is not compiled yet. gating-jax --mode=compile measures what each way to "
-                        "skip closed units takes, and writes it here.", place=_SECTION)
+    text = ("The network is not compiled yet. gating-jax --mode=compile measures what each way to skip closed units "
+            "takes, and writes it here.")
+    if refused:
+      text = f"gating-jax --mode=compile cannot time this run: {refused}."
+    return page.Section(title, text, place=place)
   rows = [cells for name, found in times.timings.items() for cells in _cells(name, found)]
   ways = {row["strategy"] for found in times.timings.values() for row in found if row["part"] is None}
   table = page.Table(
@@ -94,8 +118,25 @@ def section(times: Times | None) -> page.Section:
       terms=[("MACs left open", "multiply-accumulates of open units, in % of all"),
              ("time", "in % of computing everything (masked); below the dashed line time is saved, on the diagonal as "
                       "much as MACs")])
-  return page.Section(title, f"The checkpoint of step {times.step:,}, on {plain(times.device, 120)}.", [table, figure],
-                      place=_SECTION)
+  text = f"The checkpoint of step {times.step:,}, on {plain(times.device, 120)}."
+  if not times.of(step):
+    text += f" All else on this page is of step {step:,}: these times are not of the network that it describes."
+  if noun == "scene":
+    text += f" A call has {_timed(noun, times).removeprefix('one ')}, or several."
+  return page.Section(title, text, [table, figure], place=place)
+
+
+def _place(name: str, step: int | None) -> str:
+  """Where times of a step are written into a page: one of another step has no such place."""
+  return name if step is None else f"{name} of step {step}"
+
+
+def _timed(noun: str, times: Times | None) -> str:
+  """What the input of a call is; of segmentation a training image, and not all of the network runs."""
+  if noun != "scene":
+    return f"one {noun}"
+  size = "" if times is None or times.pixels is None else " of {} x {} pixels".format(*times.pixels)
+  return f"one training image{size}, by the backbone without the head,"
 
 
 def milliseconds(seconds: float) -> str:
@@ -134,6 +175,13 @@ def _cells(title: str, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
                   milliseconds(row["seconds"]), of_dense, f"{100 * row['computed_ratio']:.1f}",
                   "–" if is_open is None else f"{100 * is_open:.0f}"])
   return cells
+
+
+def _pixels(found: Any) -> tuple[int, int] | None:
+  if found is None:
+    return None
+  height, width = found
+  return int(height), int(width)
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:

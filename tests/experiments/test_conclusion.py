@@ -20,8 +20,11 @@ def test_the_next_command_is_what_was_not_called_yet(tmp_path):
   both = conclusion.following(run, ["compile", "export"])
   assert [shlex.split(line, comments=True) for line in both] == [
       ["gating-jax", f"--workdir={run}", f"--mode={mode}"] for mode in ("compile", "export")]
-  (run / "compile.json").touch()
-  assert conclusion.following(run, ["compile", "export"]) == both[1:]
+  for newest, left in ((7, both[1:]), (8, both)):  # times of an older checkpoint are none of the newest
+    (run / "checkpoints" / str(newest)).mkdir(parents=True)
+    (run / "compile.json").write_text('{"step": 7, "device": "a cpu", "timings": {"1 image at a time": []}}')
+    assert conclusion.following(run, ["compile", "export"]) == left
+  (run / "compile.json").write_text('{"step": 8, "device": "a cpu", "timings": {"1 image at a time": []}}')
   (run / "export").mkdir()
   (line,) = conclusion.following(run, ["compile", "export"])
   assert "--mode=compare" in line

@@ -1,11 +1,12 @@
-import importlib
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from gating_jax.experiments import classification, time_table
+from configs import digits_resnet20
+from gating_jax.experiments import classification, image_task, surroundings, time_table
 from gating_jax.inference.conditional import Conditional
 from gating_jax.inference.exiting import Exiting
 from gating_jax.models import resnet
@@ -33,12 +34,42 @@ def test_what_takes_long_is_on_the_edge_of_the_picture(tmp_path, monkeypatch):
   assert heights == pytest.approx([100.0, axes.get_ylim()[1]])
 
 
+def test_times_of_an_older_checkpoint_are_put_aside_and_those_of_the_same_stay(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(time_picture, "draw", lambda path, _: path.write_bytes(b"a picture"))
+  (tmp_path / "config.json").write_text('{"experiment": "segmentation"}')
+  (tmp_path / "report.html").write_text("a page of an older checkpoint")
+  monkeypatch.setattr(surroundings, "refresh_times", lambda _: False)
+  tables = [("1 image at a time", [])]
+  write = lambda step: time_table.write(rundir.RunDir(tmp_path), step, tables, pixels=(8, 12))
+  write(7)
+  write(9)
+  steps = {file.name: json.loads(file.read_text())["step"] for file in tmp_path.glob("compile*.json")}
+  assert steps == {"compile.json": 9, "compile_of_step_7.json": 7}
+  assert {file.name for file in tmp_path.glob("*.png")} == {"compile.png", "compile_of_step_7.png"}
+  assert "--mode=report    # writes the page of the newest checkpoint" in capsys.readouterr().out
+  with pytest.raises(rundir.RunDirError, match=r"compile\.json exists; rename it"):
+    write(9)
+
+
+@pytest.mark.parametrize(("gates", "refused"), [
+    ("experts", "model must be ResNet or VGG; got ExpertNet"), ("none", "")])
+def test_the_page_of_what_is_not_compiled_says_why(tmp_path, monkeypatch, gates, refused):
+  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+  pages = []
+  monkeypatch.setattr(image_task.image_report, "write", lambda _, run: pages.append(run))
+  built = classification.build(digits_resnet20.get_config(f"gates={gates},model=tiny"))
+  task = dataclasses.replace(classification.TASK, rows=lambda _: [("a row", "1")])
+  image_task.write_report(task, built, rundir.RunDir(tmp_path), 3, {}, None, None)
+  assert (pages[0].around.step, pages[0].around.not_compiled) == (3, refused)
+  assert "mode=compile" not in image_task.conclude(task, built, tmp_path, {}, "Tested")
+
+
 @pytest.mark.slow
 def test_a_run_is_compiled_and_what_was_measured_is_kept(tmp_path, capsys, monkeypatch):
   monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
   monkeypatch.setattr(time_table, "_REPEATS", 1)
   monkeypatch.setattr(time_table, "_BATCHES", (1, 3))
-  config = importlib.import_module("configs.digits_resnet20").get_config()
+  config = digits_resnet20.get_config()
   config.update_from_flattened_dict({"model.name": "tiny", "optim.epochs": 1})
   classification.run(config, tmp_path / "run", "train")
   before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.json")}

@@ -5,7 +5,7 @@ import pytest
 
 from configs import split_digits
 from gating_jax.experiments import continual_methods, surroundings
-from gating_jax.reports import page, times
+from gating_jax.reports import opening, page
 from gating_jax.training import provenance
 from gating_jax.training.rundir import flatten
 from tests.helpers import tiny_tasks
@@ -107,15 +107,23 @@ def test_methods_whose_network_is_built_without_gates_are_ungated(monkeypatch):
   assert not surroundings.is_ungated({"experiment": "continual", "method": "of a newer version"})
 
 
-def test_measured_times_are_written_into_the_page_that_is_there(tmp_path, monkeypatch):
+def test_measured_times_are_written_into_the_page_of_their_step(tmp_path, monkeypatch):
   monkeypatch.setattr(page, "pictured", lambda figure, caption, **_: page.Picture(b"", caption))
-  page.write(tmp_path / "report.html", "A run", [times.section(None)], "",
-             page.Opening([times.number(None, "image", "a run")]))
-  before = (tmp_path / "report.html").read_text()
-  assert "gating-jax --mode=compile --workdir=&#39;a run&#39;" in before
+  file = tmp_path / "report.html"
+
+  def page_of(step):
+    around = opening.Surroundings(step=step, workdir="a run")
+    begin = page.Opening([opening.time("image", around)])
+    page.write(file, "A run", [opening.times_section("image", around)], "", begin)
+    return file.read_text()
+
   (tmp_path / "compile.json").write_text(json.dumps(TIMES))
+  older = page_of(6)
+  assert not surroundings.refresh_times(tmp_path)
+  assert file.read_text() == older
+  assert "gating-jax --mode=compile --workdir=&#39;a run&#39;" in page_of(7)
   assert surroundings.refresh_times(tmp_path)
-  html = (tmp_path / "report.html").read_text()
+  html = file.read_text()
   assert '<p class="value">2 ms</p>' in html
   assert "ungated: 4 ms" in html
   assert "The checkpoint of step 7, on a machine." in html
@@ -123,6 +131,7 @@ def test_measured_times_are_written_into_the_page_that_is_there(tmp_path, monkey
 
 
 @pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"step": 1, "device": "a", "timings": [1]}',
+                                  '{"step": 1, "device": "a", "timings": {}}',
                                   '{"step": 1, "device": "a", "timings": {"a": [{"part": 0}]}}'])
 def test_missing_and_damaged_times_are_no_times(tmp_path, text):
   if text is not None:

@@ -1,6 +1,6 @@
 import pytest
 
-from gating_jax.reports import glossary, opening, scene_table, table, task_table, times, video_table
+from gating_jax.reports import glossary, opening, page, scene_table, table, task_table, times, video_table
 
 START = {"date": "2026-01-02T03:04:05+00:00", "command": "gating-jax --config=a.py", "commit": "abc-dirty",
          "versions": {"jax": "1.2"}, "hardware": "a machine", "devices": 8, "processes": 2}
@@ -44,6 +44,35 @@ def test_the_time_of_tasks_is_the_mean_over_tasks_of_single_images():
   found = times.number(times.parsed({"step": 1, "device": "d", "timings": tables}), "image")
   assert (found.value, found.baseline) == ("2 ms", "ungated: 4 ms")
   assert "mean over 2 tasks" in found.meaning
+
+
+def one_image(step, pixels=None):
+  rows = [row(0.001, "switch", chosen=True), row(0.002, "ungated")]
+  return times.parsed({"step": step, "device": "d", "pixels": pixels, "timings": {"1 image at a time": rows}})
+
+
+def test_times_of_another_step_are_said_to_be(monkeypatch):
+  monkeypatch.setattr(page, "pictured", lambda figure, caption, **_: page.Picture(b"", caption))
+  around = opening.Surroundings(step=2, times=one_image(1), workdir="a")
+  shown = opening.time("image", around)
+  assert (shown.value, shown.baseline) == ("–", "measured at step 1, not at step 2 as all else here")
+  assert shown.command == "gating-jax --mode=compile --workdir=a"
+  assert "All else on this page is of step 2: these times are not" in opening.times_section("image", around).text
+  assert opening.time("image", opening.Surroundings(step=1, times=one_image(1))).value == "1 ms"
+
+
+def test_a_mode_that_refuses_the_run_is_not_advised():
+  around = opening.Surroundings(step=2, not_compiled="model must be ResNet; got ExpertNet", workdir="a")
+  shown = opening.time("image", around)
+  said = "--mode=compile cannot time this run: model must be ResNet; got ExpertNet."
+  assert (shown.value, shown.command, shown.meaning) == ("–", "", said)
+  assert opening.times_section("image", around).text == f"gating-jax {said}"
+
+
+def test_times_of_scenes_are_said_to_be_of_the_backbone_on_training_images():
+  shown = opening.time("scene", opening.Surroundings(step=1, times=one_image(1, [8, 12])))
+  assert (shown.name, shown.value) == ("Milliseconds of the backbone", "1 ms")
+  assert "a call with one training image of 8 x 12 pixels, by the backbone without the head, in the" in shown.meaning
 
 
 RESULT = dict(accuracy=0.5, mean_iou=0.5, images=3, params=3, gate_params=1, ungated_macs=10, macs=5.0, mac_ratio=0.5,
