@@ -1,7 +1,9 @@
-"""A run that fails half-way leaves the page of what it has, which says so in its first line."""
+"""A run that fails half-way leaves the page of what it has, whose first line says so until the run is finished."""
 
 from __future__ import annotations
 
+import datetime
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,11 @@ from absl import logging
 from gating_jax.checks import printable
 from gating_jax.reports import opening, page
 from gating_jax.training import rundir
+from gating_jax.training.hosts import PeerError
+from gating_jax.training.journal import TENSORBOARD_DIR, write_json
 from gating_jax.training.rundir import RunDir
+
+FILE = "failure.json"
 
 
 def run_mode(
@@ -26,7 +32,7 @@ def run_mode(
     render: Callable[[Mapping[str, Any]], str],
     **others: Callable[[RunDir], None],
 ) -> None:
-  """`rundir.run_mode`, and where `train` fails, the page of its newest checkpoint.
+  """`rundir.run_mode`; where `train` fails, a note of it in the run directory and the page of the newest checkpoint.
 
   The error goes on to the caller. Of several processes, which would wait for each other, none writes this page.
 
@@ -38,28 +44,64 @@ def run_mode(
     try:
       train(run_dir)
     except Exception as error:
-      begun = run_dir.has_progress() or not isinstance(error, (ValueError, rundir.RunDirError))
-      if begun and jax.process_count() == 1:
-        _report_failure(run_dir, config, report, error)
+      if _has_begun(run_dir) and not isinstance(error, PeerError):
+        failure = {"date": _now(), "reason": _first_line(error)}
+        _record(run_dir, failure)
+        if jax.process_count() == 1:
+          _report_failure(run_dir, config, report, _said(failure))
       raise
 
-  rundir.run_mode(path, config, mode, train=train_or_report, report=report, render=render, **others)
+  rundir.run_mode(path, config, mode, train=train_or_report, render=render, **others,
+                  report=lambda run_dir: report(run_dir, notice=notice(run_dir)))
+
+
+def notice(run_dir: RunDir) -> str:
+  """What the page of a run says first: that it has failed and is not finished; empty where that is not so."""
+  if (run_dir.path / rundir.RESULT_FILE).exists():
+    return ""
+  try:
+    return _said(json.loads((run_dir.path / FILE).read_text("utf-8", "replace")))
+  except (OSError, ValueError, TypeError, KeyError):  # no failure, or a damaged note of one
+    return ""
+
+
+def _said(failure: Mapping[str, Any]) -> str:
+  return f"This run failed and is not finished: {printable(failure['reason'])} ({printable(failure['date'])})"
+
+
+def _has_begun(run_dir: RunDir) -> bool:
+  """Whether a training has opened its journal, which it does just before its first step."""
+  journals = [run_dir.path / TENSORBOARD_DIR, *run_dir.path.glob(f"*/{TENSORBOARD_DIR}")]
+  return any(folder.exists() for folder in journals)
+
+
+def _record(run_dir: RunDir, failure: Mapping[str, str]) -> None:
+  """Notes the failure, over that of an earlier start."""
+  try:
+    write_json(run_dir.path / FILE, dict(failure))
+  except OSError as error:  # such as a full disk, which the failure itself may be about
+    logging.warning("the failure could not be noted: %s", error)
 
 
 def _report_failure(
-    run_dir: RunDir, config: ml_collections.ConfigDict, report: Callable[..., None], error: Exception
+    run_dir: RunDir, config: ml_collections.ConfigDict, report: Callable[..., None], said: str
 ) -> None:
   """Writes the page of the newest checkpoint; where there is none, or it cannot be tested, one without numbers."""
-  reason = (str(error).splitlines() or [type(error).__name__])[0]
-  notice = f"This run failed and is not finished: {printable(reason)}"
   print("the run failed; its report is written as far as it came", flush=True)
   try:
-    report(run_dir, notice=notice)
-  except Exception as other:
+    report(run_dir, notice=said)
+  except Exception as error:
     configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
-    text = f"No checkpoint could be tested: {printable((str(other).splitlines() or [type(other).__name__])[0])}"
+    begin = page.Opening(text=f"No checkpoint could be tested: {_first_line(error)}", notice=said)
     try:
-      page.write(run_dir.report, str(config.experiment), [opening.settings(configured)], run_dir.path.name,
-                 page.Opening(text=text, notice=notice))
-    except Exception as last:  # such as a full disk, which the error itself may be about
+      page.write(run_dir.report, str(config.experiment), [opening.settings(configured)], run_dir.path.name, begin)
+    except Exception as last:  # such as a full disk, which the failure itself may be about
       logging.warning("no report could be written of the run that failed: %s", last)
+
+
+def _now() -> str:
+  return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _first_line(error: Exception) -> str:
+  return printable((str(error).splitlines() or [type(error).__name__])[0])
