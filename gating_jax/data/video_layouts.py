@@ -125,8 +125,9 @@ def read_multithumos(folder: str | Path, split: str) -> VideoTable:
   class_names = []
   for line, text in text_lines(path):
     number, *names = _fields(text)
-    if number != str(len(class_names) + 1) or len(names) != 1 or Path(names[0]).name != names[0]:
-      raise bad_line(path, line, f"be the number {len(class_names) + 1} and a class", text)
+    single = len(names) == 1 and Path(names[0]).name == names[0]
+    if number != str(len(class_names) + 1) or not single or names[0] in class_names:
+      raise bad_line(path, line, f"be the number {len(class_names) + 1} and a new class", text)
     class_names.append(names[0])
   prefix = {"train": "video_validation_", "test": "video_test_"}
   units = {}

@@ -8,8 +8,8 @@ Axes: M videos. The published sets' own formats are read by `data/video_layouts.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +19,10 @@ from gating_jax.paths import user_path
 
 Intervals = tuple[tuple[float, float, int], ...]
 BLANKS = " \t"  # that may surround a field
+# Of a CSV file, with what ends it: quoted, with two quotes for each one in it, or else taken as it stands, quotes in it
+# as well. `*+` gives nothing back, so that no file takes long.
+_FIELD = re.compile(
+    r'''[ \t]*+(?:"(?P<quoted>[^"]*+(?:""[^"]*+)*+)"[ \t]*+|(?P<plain>(?!")[^,\n]*+))(?P<end>,|\n|\Z)''')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,26 +124,39 @@ def csv_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, di
 
   Spaces and tabs around a field and empty fields after the last column are ignored, and so are rows of empty fields.
   """
-  with open(user_path(path), encoding="utf-8-sig", newline="") as file:
-    reader = csv.reader(file, strict=True, skipinitialspace=True)
-    try:
-      header = [name.strip(BLANKS) for name in next(reader, [])]
-      if any(header.count(column) != 1 for column in columns):
-        raise bad_line(path, 1, f"have the columns {','.join(columns)}", ",".join(header))
-      for row in reader:
-        fields = [field.strip(BLANKS) for field in row]
-        if not any(fields):
-          continue
-        if any(field.startswith("\t") and '"' in field for field in row):
-          raise bad_line(path, reader.line_num, "have no tab before a quote, which then quotes nothing", ",".join(row))
-        missing = any(header.index(column) >= len(fields) for column in columns)
-        if missing or any(fields[len(header) :]):
-          raise bad_line(path, reader.line_num, f"have {len(header)} fields", ",".join(row))
-        yield reader.line_num, {column: fields[header.index(column)] for column in columns}
-    except UnicodeDecodeError as error:
-      raise ValueError(f"{path}: must be UTF-8 text; {error}") from None
-    except csv.Error as error:
-      raise ValueError(f"{path}, line {reader.line_num}: must be CSV; {error}") from None
+  try:
+    text = user_path(path).read_text(encoding="utf-8-sig")  # which makes LF of CRLF and CR
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path}: must be UTF-8 text; {error}") from None
+  rows = _csv_fields(path, text)
+  _, header = next(rows, (1, []))
+  if any(header.count(column) != 1 for column in columns):
+    raise bad_line(path, 1, f"have the columns {','.join(columns)}", ",".join(header))
+  places = {column: header.index(column) for column in columns}
+  for line, fields in rows:
+    if not any(fields):
+      continue
+    if max(places.values()) >= len(fields) or any(fields[len(header) :]):
+      raise bad_line(path, line, f"have {len(header)} fields", ",".join(fields))
+    yield line, {column: fields[place] for column, place in places.items()}
+
+
+def _csv_fields(path: str | Path, text: str) -> Iterator[tuple[int, list[str]]]:
+  """`(line, fields)` of each row, which begins in that line; blanks around fields and their quotes are left out."""
+  start, place, line, fields = 0, 0, 1, []
+  while place < len(text) or fields:
+    match = _FIELD.match(text, place)
+    if match is None:
+      raise bad_line(path, line, "end a quoted field by its quote, and a comma or the line behind it", text[place:])
+    fields.append((match["plain"] or (match["quoted"] or "").replace('""', '"')).strip(BLANKS))
+    place = match.end()
+    if match["end"] == ",":
+      continue
+    if any("\0" in field for field in fields):
+      raise bad_line(path, line, "be text, without NUL", ",".join(fields))
+    yield line, fields
+    line += text.count("\n", start, place)
+    start, fields = place, []
 
 
 def bad_line(path: str | Path, line: int, rule: str, content: str) -> ValueError:

@@ -16,6 +16,7 @@ from gating_jax.data import features, pictures, sources, streaming
 from gating_jax.data.sources import DatasetNotPreparedError
 from gating_jax.data.video_layouts import read_breakfast, read_charades, read_multithumos
 from gating_jax.data.video_tables import read_table
+from tests.helpers import expected_tables
 from tests.helpers.made_tables import write
 from tests.helpers.made_tfds import encoded
 
@@ -173,93 +174,54 @@ def test_mutated_pictures_are_read_as_they_look_or_named(count, bounded_memory):
 
 
 def made_tables():
-  """By the function that reads them: files, and which of them are changed."""
+  """By what reads them: what they say, and the files, of which some are changed."""
   charades = {
       "Charades_v1_classes.txt": "c000 Holding some clothes\nc001 Putting clothes, somewhere\n",
       "Charades_v1_train.csv": 'id,script,actions,length\n46GP8,"He said, ""so""",c001 11.90 21.20;c000 0 12.6,24.83\n'
-                               "N11GT,line,,18.33\nXXXXX,line,c001 0.00 3.00,\n"}
+                               "N11GT,line,,18.33\nXXXXX,line,c001 0.00 3.00; ;,\n"}
   thumos = {
       "class_list.txt": "1 BaseballPitch\n2 Run\n",
       "annotations/BaseballPitch.txt": "video_validation_0000266 72.80 76.40\nvideo_test_0000002\t1 2\n",
       "annotations/Run.txt": "video_validation_0000266 1.00 2.00\nvideo_validation_0000100 3.5 4.0\n"}
-  return {
-      read_csv: {"all.csv": 'video,label,note\na/1.mp4,tea,x\n2,coffee,"y, z"\n3,tea,\n\n4,juice\n',
-                 "split.txt": "3\n\na/1.mp4\n4\n"},
-      lambda folder: read_charades(folder, "train"): charades,
-      lambda folder: read_multithumos(folder, "train"): thumos,
-      lambda folder: read_breakfast(folder, "train", segmentation=folder): {
-          "P03/cam01/P03_cereals.txt": "1-30 SIL  \n31-150 take_bowl\n151-151 SIL\n"},
-  }
+  own = {"all.csv": 'video,label,note\na/1.mp4,tea,x\n2,coffee,"y, z"\n3 ,"tea",\n\n4,\t"juice" \n',
+         "split.txt": "3\n\na/1.mp4\n4\n"}
+  segmentation = {"P03/cam01/P03_cereals.txt": "1-30 SIL  \n31-150 take_bowl\n151-151 SIL\n"}
+  return [
+      (lambda folder: read_table(folder / "all.csv", folder / "split.txt"), expected_tables.own_format, own),
+      (lambda folder: read_charades(folder, "train"), expected_tables.charades, charades),
+      (lambda folder: read_multithumos(folder, "train"), expected_tables.multithumos, thumos),
+      (lambda folder: read_breakfast(folder, "train", segmentation=folder), expected_tables.breakfast, segmentation)]
 
 
-def expected_csv(folder):
-  """Names and labels of our own format by Python's reader, or None where a file breaks a rule."""
-  strip = lambda fields: [field.strip(" \t") for field in fields]
+@pytest.mark.parametrize("text", [
+    "a,b\n", '"a","b ""c"""\n\n, d', 'a "b", "c\n"\n', '"a" b\n', '"a', "a,\t b\t,", '"","a"""b"\n', ""])
+def test_the_csv_of_the_fuzz_is_that_of_python(text):
   try:
-    table, split = ((folder / name).read_bytes().decode("utf-8-sig") for name in ("all.csv", "split.txt"))
-    rows = list(csv.reader(io.StringIO(table, newline=""), strict=True, skipinitialspace=True))
-  except (UnicodeDecodeError, csv.Error):
-    return None
-  if any(field.startswith("\t") and '"' in field for row in rows[1:] for field in row):
-    return None
-  header, *rows = map(strip, rows or [[]])
-  if header.count("video") != 1 or header.count("label") != 1:
-    return None
-  video, label = header.index("video"), header.index("label")
-  rows = [row for row in rows if any(row)]
-  if any(len(row) <= max(video, label) or any(row[len(header) :]) or not row[video] for row in rows):
-    return None
-  labels = {row[video]: strip(row[label].split(";")) for row in rows}
-  names = [name for name in strip(re.split("\r\n|\r|\n", split)) if name]
-  multi_label = any(";" in row[label] for row in rows)
-  if len(labels) < len(rows) or not (multi_label or all(map(any, labels.values()))):
-    return None
-  if not names or len(set(names)) < len(names) or not set(names) <= set(labels) or "\0" in split:
-    return None
-  return {name: {part for part in labels[name] if part} for name in names}
-
-
-def read_csv(folder):
-  """Our own format; what is read, and whether it is, is what Python's reader finds."""
-  expected = expected_csv(folder)
-  try:
-    table = read_table(folder / "all.csv", folder / "split.txt")
-  except ValueError:
-    if expected is not None:
-      raise AssertionError(f"refused, and has {expected}") from None
-    raise
-  classes = np.array(table.class_names)
-  rows = table.labels > 0 if table.multi_label else table.labels[:, None] == np.arange(len(classes))
-  assert expected == {name: set(classes[row]) for name, row in zip(table.names, rows, strict=True)}
-  return table
-
-
-def check_table(table):
-  assert len(set(table.names)) == len(table.names) == len(table.labels) > 0
-  assert all(table.names)
-  assert len(set(table.class_names)) == len(table.class_names) or table.unit_names
-  if not table.multi_label:
-    assert 0 <= table.labels.min() <= table.labels.max() < len(table.class_names)
-  for intervals in table.units or ():
-    for start, end, unit in intervals:
-      assert 0 <= start < end < np.inf
-      assert 0 <= unit < len(table.unit_names)
+    rows = list(csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True))
+  except csv.Error:
+    with pytest.raises(expected_tables.Broken):
+      expected_tables.csv_fields(text)
+    return
+  fields = lambda rows: [[field.strip(" \t") for field in row] for row in rows if any(row)]
+  assert fields(expected_tables.csv_fields(text)) == fields(rows)
 
 
 @counts
 def test_mutated_tables_are_read_as_they_stand_or_named(count, tmp_path, bounded_memory):
-  kinds, read = list(made_tables().items()), 0
+  kinds, read = made_tables(), 0
   for i in range(count):
     random = np.random.default_rng((2, i))
-    reader, texts = kinds[i % len(kinds)]
+    reader, said, texts = kinds[i % len(kinds)]
     folder = write(tmp_path / str(i), {"P03/cam01/P03_cereals.avi": ""})
     for name, text in changed({name: text.encode() for name, text in texts.items()}, random).items():
       (folder / name).parent.mkdir(exist_ok=True)
       (folder / name).write_bytes(text)
     found = watched(lambda read=reader, folder=folder: read(folder), ValueError, FileNotFoundError)
+    expected = said(folder)
     if isinstance(found, Exception):
       assert str(folder) in str(found)
+      assert expected is None, f"refused: {found}"
     else:
       read += 1
-      check_table(found)
+      assert expected_tables.described(found) == expected
   assert 0.1 * count < read < 0.9 * count

@@ -140,8 +140,9 @@ def test_multithumos_gathers_each_videos_classes(tmp_path):
 
 
 @pytest.mark.parametrize(("file", "text", "message"), [
-    ("class_list.txt", "1 BaseballPitch\n3 Run\n", "line 2: must be the number 2 and a class; got '3 Run'"),
-    ("class_list.txt", "1 ../secret\n", "must be the number 1 and a class; got '1 ../secret'"),
+    ("class_list.txt", "1 BaseballPitch\n3 Run\n", "line 2: must be the number 2 and a new class; got '3 Run'"),
+    ("class_list.txt", "1 Run\n2 Run\n", "line 2: must be the number 2 and a new class; got '2 Run'"),
+    ("class_list.txt", "1 ../secret\n", "must be the number 1 and a new class; got '1 ../secret'"),
     ("annotations/Run.txt", "video_validation_1 1.0\n",
      "Run.txt, line 1: must hold a name, a start and an end in seconds; got 'video_validation_1 1.0'"),
     ("annotations/Run.txt", "video_validation_1 2.0 1.0\n", "Run.txt, line 1: must hold an interval that starts at 0 s "

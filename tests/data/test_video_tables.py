@@ -49,6 +49,7 @@ def test_files_of_every_system_are_read_alike(tmp_path, end, mark):
     "video,label,\na,x,\nb,y,\n",
     "video,label\na,x,,\nb,y\n,,\n  ,\n",
     '"video", "label"\n"a", "x"\n"b", "y"\n',
+    '"video" ,\t"label"\t\n \t"a"\t , "x" \n\t"b" ,"y"',
     "video,label,note\na,x\nb,y,z\n",
 ])
 def test_blanks_quotes_and_empty_fields_change_nothing(tmp_path, text):
@@ -58,17 +59,19 @@ def test_blanks_quotes_and_empty_fields_change_nothing(tmp_path, text):
 
 
 def test_a_quoted_name_may_have_commas_and_quotes(tmp_path):
-  write(tmp_path, {"all.csv": 'video,label\n"a, ""b""", x\nc, "y, z"\n', "split.txt": 'a, "b"\n'})
+  write(tmp_path, {"all.csv": 'video,label\n"a, ""b""", x\nc 12", "y, z"\n"",\n', "split.txt": 'a, "b"\nc 12"\n'})
   table = read_table(tmp_path / "all.csv", tmp_path / "split.txt")
-  assert (table.names, table.class_names) == (('a, "b"',), ("x", "y, z"))
+  assert (table.names, table.class_names) == (('a, "b"', 'c 12"'), ("x", "y, z"))
 
 
 @pytest.mark.parametrize(("table", "split", "message"), [
     ("video,label\na,x,y\n", "", "all.csv, line 2: must have 2 fields; got 'a,x,y'"),
     ("video,label,label\na,x,y\n", "", "line 1: must have the columns video,label; got 'video,label,label'"),
     ("video;label\na;x\n", "", "line 1: must have the columns video,label; got 'video;label'"),
-    ('video,label\na,\t"x"\n', "", "line 2: must have no tab before a quote"),
-    ('video,label\n"a" b,x\n', "", "line 2: must be CSV"),
+    ('video,label\n"a" b,x\n', "", "line 2: must end a quoted field by its quote, and a comma or the line behind it; "
+     "got '\"a\" b,x\\n'"),
+    ('video,label,note\na,x,"two\nlines"\nb\n', "", "line 4: must have 3 fields; got 'b'"),
+    ("video,label\na,x\nb\0,x\n", "", "line 3: must be text, without NUL; got 'b\\x00,x'"),
     ("video,label\n1,a\n", "1\0\n", "split.txt, line 1: must be text, without NUL; got '1\\x00'"),
     ("video,label\n1,a\n", "1,\n", "split.txt, line 1: must name a video of"),
     ("name,label\n1,a\n", "", "all.csv, line 1: must have the columns video,label; got 'name,label'"),
@@ -78,7 +81,7 @@ def test_a_quoted_name_may_have_commas_and_quotes(tmp_path):
     ("video,label\n,a\n", "", "all.csv, line 2: must name a video; got ''"),
     ("video,label\n1,a\n1,b\n", "", "all.csv, line 3: must name each video once; got '1'"),
     ("video,label\n", "", "all.csv: must hold at least one video with a label; it has none"),
-    ('video,label\n"1,a\n', "", "must be CSV"),
+    ('video,label\n"1,a\n2,b\n', "", "line 2: must end a quoted field by its quote"),
     ("video,label\n1,a\n", "1\n2\n", "split.txt, line 2: must name a video of"),
     ("video,label\n1,a\n", "1\n\n1\n", "split.txt, line 3: must name each video once; got '1'"),
     ("video,label\n1,a\n", "\n", "split.txt: must name at least one video; it is empty"),
