@@ -83,7 +83,7 @@ class ContinualExperiment:
     @jax.jit
     def init(key):
       start = self.method.init(key)
-      table = Table(*(jnp.full((len(self.tasks),) * 2, jnp.nan) for _ in Table._fields))
+      table = Table(*(jnp.full((len(self.tasks),) * 2, jnp.nan, jnp.float32) for _ in Table._fields))
       return Learner(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), *start[:2],
                      self.optimiser.init(start.params), start.memory, table)
 

@@ -171,11 +171,42 @@ def strict_json(path):
   return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{path} holds {name}"))
 
 
+def list_programs(patch):
+  """A list that has an entry more whenever a training step is traced, to be compiled."""
+  programs, make_step = [], continual.steps.make_step
+
+  def listed(*args, **settings):
+    step = make_step(*args, **settings)
+
+    def traced(*args):
+      programs.append(step)
+      return step(*args)
+
+    return traced
+
+  patch.setattr(continual.steps, "make_step", listed)
+  return programs
+
+
 @pytest.fixture(scope="module")
-def finished(config, tmp_path_factory):
+def programs():
+  """What was traced in the training of `finished`."""
+  return []
+
+
+@pytest.fixture(scope="module")
+def finished(config, programs, tmp_path_factory):
   """`(config, directory, what it printed)` of a finished run; a test that changes the directory copies it."""
   workdir = tmp_path_factory.mktemp("finished") / "run"
-  return config(), workdir, said(continual, config(), workdir, "train")
+  with pytest.MonkeyPatch.context() as patch:
+    traced = list_programs(patch)
+    printed = said(continual, config(), workdir, "train")
+  programs += traced
+  return config(), workdir, printed
+
+
+def test_the_training_step_is_one_program_for_all_tasks(finished, programs):
+  assert len(programs) == 1
 
 
 def test_a_run_leaves_what_it_measured_and_forgets_nothing(finished):
@@ -291,6 +322,7 @@ def test_every_method_is_built_and_predicts(changes, config):
   experiment = continual_build.build(config(**changes, **{"generator.width": 2, "generator.batch_size": 16}))
   learner = jax.eval_shape(experiment.fresh)
   assert jax.tree.leaves(learner.params)
+  assert not any(leaf.weak_type for leaf in jax.tree.leaves(learner))  # else the second task's would be other types
   x = jax.ShapeDtypeStruct((4, *experiment.problem.shape), jnp.float32)
   found = jax.eval_shape(lambda learner, x: experiment.method.predict(learner, x, 1, 2), learner, x)
   assert found.agnostic.shape[0] == found.macs.shape[0] == 4
@@ -351,14 +383,16 @@ def test_what_other_methods_remember_is_part_of_the_checkpoint(method, config, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [m for m in continual_methods.METHODS if m != "gates"])
-def test_every_method_learns_two_tasks(method, config, tmp_path):
+def test_every_method_learns_two_tasks(method, config, tmp_path, monkeypatch):
   """Better than chance with the task known, and finite; what each does against forgetting is tested with it."""
   epochs = 40 if method == "hat" else 8  # its embeddings hold the gradient's norm at the clip, so weights learn slowly
   made = config(method=method, **{"optim.epochs": epochs, "optim.learning_rate": 0.05, "checkpoint_every": 100,
                                   "hat.sparsity": 0.0, "dgm.real": 0.5, "generator.steps": 50,
                                   "generator.batch_size": 16, "generator.width": 4, "generator.images": 20,
                                   "gates.sparsity": 0.0})
+  programs = list_programs(monkeypatch)
   continual.run(made, tmp_path, "train")
+  assert len(programs) == 1
   result = json.loads((tmp_path / "result.json").read_text())
   accuracies = np.array(result["task_aware"]["accuracies"], float)
   together = continual_build.build(made).method.together
