@@ -6,6 +6,7 @@ import os
 import sys
 from typing import Any
 
+from absl import logging
 from tqdm import tqdm
 
 
@@ -37,6 +38,19 @@ def is_open(stream: Any) -> bool:
 def is_terminal(stream: Any) -> bool:
   """Whether the stream is open and someone reads it as it is written."""
   return is_open(stream) and hasattr(stream, "isatty") and stream.isatty()
+
+
+@logging.skip_log_prefix  # the line that it is logged from is that of its caller
+def warn(text: str, *parts: Any) -> None:
+  """Logs a warning, `text % parts`, of what goes on nevertheless; without stderr, only other handlers may have it.
+
+  The handlers of absl and of Python itself take stderr for granted, and raise where it is None or closed.
+  """
+  try:
+    logging.warning(text, *parts)
+  except (AttributeError, OSError, ValueError):
+    if is_open(sys.stderr):
+      raise
 
 
 def progress_bar(*items: Any, hidden: bool = False, **settings: Any) -> tqdm:

@@ -1,11 +1,13 @@
 import io
+import logging
 import os
 import subprocess
 import sys
 
+import absl.logging
 import pytest
 
-from gating_jax.terminal import is_terminal, progress_bar
+from gating_jax.terminal import is_terminal, progress_bar, warn
 from tests.helpers import ROOT
 
 # Opens the streams, then a file, and says which number the file has, by its exit status.
@@ -32,9 +34,14 @@ def test_texts_that_the_encoding_lacks_are_written_nevertheless():
   assert (done.returncode, done.stdout) == (0, "\\udcff \\xfc\n")
 
 
+def closed_stream():
+  stream = io.StringIO()
+  stream.close()
+  return stream
+
+
 def test_no_stream_or_a_closed_one_is_no_terminal():
-  closed = io.StringIO()
-  closed.close()
+  closed = closed_stream()
   assert not any(map(is_terminal, (None, closed, io.StringIO(), object())))
 
 
@@ -42,3 +49,17 @@ def test_bars_without_stderr_show_nothing_and_count(monkeypatch):
   monkeypatch.setattr(sys, "stderr", None)
   for _ in range(2):
     assert list(progress_bar(range(3), desc="reading")) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("handler", [logging.StreamHandler, absl.logging.get_absl_handler], ids=["Python", "absl"])
+def test_warnings_without_stderr_end_nothing(monkeypatch, handler):
+  for stream in (None, closed_stream(), io.StringIO()):
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(logging.root, "handlers", [handler()])
+    warn("%d of %d", 1, 2)
+  assert "1 of 2\n" in stream.getvalue()
+
+
+def test_warnings_are_of_the_line_that_they_come_from(caplog):
+  warn("%d of %d", 1, 2)
+  assert [(record.getMessage(), record.filename) for record in caplog.records] == [("1 of 2", "test_terminal.py")]

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from gating_jax.checks import printable
 from gating_jax.data import pictures
+from gating_jax.terminal import warn
 
 SAMPLE = 16  # pictures of a split that its scale is checked on
 UNLABELLED = -1
@@ -186,8 +186,8 @@ class ImageClass:
     counted = {split: self._count(values) for split, values in labels.items()}
     for split, (_, without) in counted.items():
       if without:
-        logging.warning("%s: %d images of split %r have no class (%s)", self._name, without, split,
-                        "an empty text or none" if self._texts else "a negative number or none")
+        warn("%s: %d images of split %r have no class (%s)", self._name, without, split,
+             "an empty text or none" if self._texts else "a negative number or none")
     seen = sorted({label for found, _ in counted.values() for label in found})
     if not seen:
       raise ValueError(f"{self._name} must hold a class per image; it is {self._type}, and all are "
@@ -198,8 +198,8 @@ class ImageClass:
     else:
       self._check_gaps(seen)
       self.class_names = tuple(map(str, range(seen[-1] + 1)))
-    logging.warning("%s is %s, read as %d classes: %s", self._name, self._type, len(self.class_names),
-                    printable(_few(self.class_names)))
+    warn("%s is %s, read as %d classes: %s", self._name, self._type, len(self.class_names),
+         printable(_few(self.class_names)))
 
   def _count(self, values: Iterable[Any]) -> tuple[set, int]:
     """The classes among labels, and how many labels are none."""
@@ -227,7 +227,7 @@ class ImageClass:
           f"is {self._type}, {len(seen)} numbers from {seen[0]} to {seen[-1]}. data.label_feature chooses another")
     if gaps:
       missing = [str(number) for number in sorted(set(range(seen[-1])) - set(seen))]
-      logging.warning("%s: no image has class %s, of %d", self._name, _few(missing), seen[-1] + 1)
+      warn("%s: no image has class %s, of %d", self._name, _few(missing), seen[-1] + 1)
 
 
 def _few(names: Sequence[str]) -> str:

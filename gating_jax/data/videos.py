@@ -18,13 +18,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from gating_jax.checks import printable
 from gating_jax.data import resident, video_files
 from gating_jax.data.ahead import computed_ahead
 from gating_jax.data.video_tables import Intervals, VideoTable
 from gating_jax.paths import user_path
+from gating_jax.terminal import warn
 
 Batch = dict[str, np.ndarray]
 
@@ -56,8 +56,7 @@ class VideoSet(abc.ABC):
     if len(self.missing) == len(files):
       raise ValueError(f"the folder must hold videos of the table; none of {_few(self.missing)} is there")
     if self.missing:
-      logging.warning("%d of %d videos have no file and are left out: %s", len(self.missing), len(files),
-                      _few(self.missing))
+      warn("%d of %d videos have no file and are left out: %s", len(self.missing), len(files), _few(self.missing))
     self.table = table.take([i for i, file in enumerate(files) if file is not None])
     self.unreadable: dict[str, str] = {}
     self._files = [file for file in files if file is not None]
@@ -158,8 +157,7 @@ class VideoSet(abc.ABC):
       for name in unreadable.keys() - self.unreadable.keys():
         self.unreadable[name] = unreadable[name]
         if os.getpid() == self._process:
-          logging.warning("video %s cannot be read and counts for nothing: %s", printable(name),
-                          printable(unreadable[name]))
+          warn("video %s cannot be read and counts for nothing: %s", printable(name), printable(unreadable[name]))
 
 
 class VideoFolder(VideoSet):

@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 import ml_collections
-from absl import logging
 
 from gating_jax.checks import printable
 from gating_jax.reports import opening, page
+from gating_jax.terminal import warn
 from gating_jax.training import rundir
 from gating_jax.training.hosts import PeerError
 from gating_jax.training.journal import TENSORBOARD_DIR, write_json
@@ -80,7 +80,7 @@ def _record(run_dir: RunDir, failure: Mapping[str, str]) -> None:
   try:
     write_json(run_dir.path / FILE, dict(failure))
   except OSError as error:  # such as a full disk, which the failure itself may be about
-    logging.warning("the failure could not be noted: %s", error)
+    warn("the failure could not be noted: %s", error)
 
 
 def _report_failure(
@@ -96,7 +96,7 @@ def _report_failure(
     try:
       page.write(run_dir.report, str(config.experiment), [opening.settings(configured)], run_dir.path.name, begin)
     except Exception as last:  # such as a full disk, which the failure itself may be about
-      logging.warning("no report could be written of the run that failed: %s", last)
+      warn("no report could be written of the run that failed: %s", last)
 
 
 def _now() -> str:

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from gating_jax.paths import HANDLES, check_storable, user_path
+from gating_jax.terminal import warn
 from gating_jax.training import hosts
 
 _SPARE = 2**20  # bytes, for what is written beside the values, by the journal too
@@ -89,7 +90,7 @@ class Checkpoints:
         error = raised
       if hosts.any_of(error is not None):
         damaged[step] = self._first_line(error) if error else "not by another process"
-        logging.warning("checkpoint of step %d cannot be read, trying the one before: %s", step, damaged[step])
+        warn("checkpoint of step %d cannot be read, trying the one before: %s", step, damaged[step])
         continue
       if not self._read_only:
         for bad in damaged:
@@ -167,7 +168,7 @@ class Checkpoints:
       while (aside := self._directory.with_name(f"{self._directory.name}-damaged-{step}-{number}")).exists():
         number += 1
       (self._directory / str(step)).rename(aside)
-      logging.warning("moved the damaged checkpoint of step %d to %s", step, aside)
+      warn("moved the damaged checkpoint of step %d to %s", step, aside)
 
     hosts.written(rename)
     self._manager.reload()

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import logging
 from PIL import Image
 
-from gating_jax.terminal import is_open, progress_bar
+from gating_jax.terminal import is_open, progress_bar, warn
 from gating_jax.training import hosts
 
 METRICS_FILE = "metrics.jsonl"
@@ -161,7 +160,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         raise TypeError(f"step must be an integer and split a text; got {step!r} and {split!r}")
       records.append({"step": step, "split": split, **record})
     except (ValueError, KeyError, TypeError, AttributeError):
-      logging.warning("%s: dropped a line that is no record: %.60s", path, line)
+      warn("%s: dropped a line that is no record: %.60s", path, line)
   return records
 
 

@@ -1,3 +1,7 @@
+import io
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from absl import logging
@@ -282,6 +286,19 @@ def test_features_that_cannot_be_used_count_for_nothing_with_the_reason(features
   assert videos.unreadable["v4"] == "must hold real numbers [T, ...]; got object (1, 1)"
   assert set(videos.unreadable) == set(NAMES[1:])
   assert len(warnings) == 6
+
+
+def test_a_thread_without_stderr_reads_on_after_a_file_that_cannot_be_read(features, monkeypatch):
+  (features / "light" / "v3.npy").write_bytes(b"nothing")
+  stream = io.StringIO()
+  stream.close()
+  monkeypatch.setattr(sys, "stderr", stream)
+  monkeypatch.setattr(logging.get_absl_logger(), "handlers", [logging.get_absl_handler()])
+  with ThreadPoolExecutor(1) as thread:
+    videos = thread.submit(open_features, features).result()
+    batches = thread.submit(lambda: list(videos.batches(7, 0, 1, 2))).result()
+  assert [(batch["label"].shape[0], batch["weight"].sum()) for batch in batches] == [(7, 6)] * 2
+  assert set(videos.unreadable) == {"v3"}
 
 
 def test_a_video_with_only_one_of_its_features_is_missing(features, warnings):

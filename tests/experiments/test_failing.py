@@ -81,7 +81,7 @@ def test_what_keeps_the_page_from_being_written_does_not_hide_the_error(tmp_path
 
   monkeypatch.setattr(failing.page, "write", full)
   monkeypatch.setattr(failing, "write_json", full)
-  monkeypatch.setattr(failing.logging, "warning", lambda *_: None)
+  monkeypatch.setattr(failing, "warn", lambda *_: None)
   with pytest.raises(OSError, match="a checkpoint cannot be written"):
     run(tmp_path, OSError("a checkpoint cannot be written"), full)
 
