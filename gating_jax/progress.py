@@ -6,13 +6,14 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gating_jax.terminal import is_open
 
 Advance = Callable[[int, int], None]  # of pieces done, and of all
 _AFTER, _EVERY = 1.0, 10.0  # seconds until the first line of a piece of work, and between those that follow
+TRAINING = "training step"  # a program of a training, as people are told of it
 _PACE = 3.0  # seconds of training after which the time of the rest is estimated
 
 
@@ -79,35 +80,56 @@ def _how_far(spent: float, pieces: Sequence[tuple[float, int, int]]) -> str:
 
 
 class Pace:
-  """Says of a training that its step is being compiled, and, when a few seconds of steps show it, how long it takes.
+  """Says of a training that its step is compiled and, when a few seconds of steps show it, how long it takes.
 
-  Of trainings that follow each other, as of tasks, one serves for all.
+  Of trainings that follow each other, as of tasks, one serves for all. Each of their programs is compiled and takes its
+  own time.
+
+  Args:
+    tell: takes a step and a line.
+    total_steps: of all trainings.
+    others: `step -> ` how many of the steps from this one on are of programs that are not `TRAINING`, by program.
   """
 
-  def __init__(self, tell: Callable[[int, str], None], total_steps: int):
-    self._tell, self._total = tell, total_steps
-    self._calls, self._from, self._told = 0, (0.0, 0), False
+  def __init__(
+      self, tell: Callable[[int, str], None], total_steps: int,
+      others: Callable[[int], Mapping[str, int]] = lambda step: {},
+  ):
+    self._tell, self._total, self._others = tell, total_steps, others
+    self._compiled, self._told = set(), False
+    self._seconds = {}  # of a step, by program
 
-  def __call__(self, advance: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
-    """`advance`, `(state, step) -> ...`, with these lines."""
+  def __call__(self, advance: Callable[[Any, int], Any], program: str = TRAINING) -> Callable[[Any, int], Any]:
+    """`advance`, `(state, step) -> ...`, with these lines; `program` is the name of what it runs."""
+    calls, begun = 0, (0.0, 0)
+
     def paced(state, step):
-      self._calls += 1
-      if self._calls == 1:
+      nonlocal calls, begun
+      calls += 1
+      if program not in self._compiled:
+        self._compiled.add(program)
         tell = lambda text: self._tell(step, text)
-        with working("compiling the training step", "up to a minute or two on a CPU, once", tell):
+        with working(f"compiling the {program}", "up to a minute or two on a CPU, once", tell):
           return advance(state, step)
-      self._estimate(step)
+      now = time.monotonic()
+      if calls == 3:  # before that, what is compiled takes more than the steps
+        begun = now, step
+      elif calls > 3:
+        spent, steps = now - begun[0], step - begun[1]
+        self._seconds[program] = spent / steps
+        if spent > _PACE:
+          self._estimate(step)
       return advance(state, step)
 
     return paced
 
   def _estimate(self, step: int) -> None:
-    now = time.monotonic()
-    if self._calls == 3:  # before that, what is compiled takes more than the steps
-      self._from = now, step
-    start, first = self._from
-    if self._calls > 3 and not self._told and now - start > _PACE:
-      self._told = True
-      left = (now - start) * (self._total - step) / (step - first)
-      if left > _PACE:
-        self._tell(step, f"about {lasting(left)} of training to go")
+    """Says once how long the rest takes, as soon as a step of each program in it has been timed."""
+    left = dict(self._others(step))
+    left[TRAINING] = self._total - step - sum(left.values())
+    if self._told or any(steps and program not in self._seconds for program, steps in left.items()):
+      return
+    self._told = True
+    seconds = sum(steps * self._seconds[program] for program, steps in left.items() if steps)
+    if seconds > _PACE:
+      self._tell(step, f"about {lasting(seconds)} of training to go")

@@ -70,3 +70,26 @@ def test_a_training_says_that_it_compiles_and_once_how_long_it_takes(monkeypatch
     for step in [next(steps) for _ in range(10)]:
       assert advance(task, step) == task + step
   assert said == ["compiling", (40, "about 32 s of training to go")]
+
+
+def test_each_program_of_a_training_is_compiled_and_takes_its_own_time(monkeypatch):
+  said, clock = [], [0.0]
+  generators_left = lambda step: {"generator step": 10 * (2 - step // 20) - min(step % 20, 10)}
+  pace = progress.Pace(lambda step, line: said.append((step, line)), 40, generators_left)
+  monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+  monkeypatch.setattr(progress, "working", lambda what, *_: contextlib.nullcontext(said.append(what)))
+
+  def train(program, seconds, steps):
+    def advance(state, step):
+      clock[0] += seconds
+
+    paced = pace(advance, program)
+    for step in steps:
+      paced(None, step)
+
+  for first in (0, 20):
+    train("generator step", 1.0, range(first, first + 10))
+    train(progress.TRAINING, 5.0, range(first + 10, first + 20))
+  ahead = progress.lasting(17 * 5.0 + 10 * 1.0)  # from step 13 on
+  compiled = ["compiling the generator step", "compiling the training step"]
+  assert said == [*compiled, (13, f"about {ahead} of training to go")]

@@ -22,11 +22,13 @@ from gating_jax.data import batches, resident, tasks
 from gating_jax.data.sources import Images
 from gating_jax.experiments import conclusion, continual_report, failing, gate_watch, outlines, task_compile
 from gating_jax.experiments.continual_build import ContinualExperiment, build
-from gating_jax.progress import Pace, lasting, working
+from gating_jax.progress import TRAINING, Pace, lasting, working
 from gating_jax.reports import task_table
 from gating_jax.training import devices, hosts, loop, rundir
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal
+
+_PRELUDE = "generator's training step"  # as people are told of it: nothing else comes before the training on a task
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
@@ -115,48 +117,68 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
   if step:
     print(f"going on from the checkpoint of step {step} in {run_dir.path}")
   journal, watch = Journal(run_dir.path, step, total), gate_watch.of_tasks()
-  advance, evaluate, histograms = (
-      make(experiment) for make in (make_advance, make_evaluate, continual_report.make_histograms))
-  pace = Pace(journal.say, total)
+  advance, end_stage = make_advance(experiment), _make_end_stage(experiment, journal)
+  pace = Pace(journal.say, total, lambda step: {_PRELUDE: _prelude_steps_left(experiment, step)})
   config, tell = experiment.config, lambda text: journal.say(step, text)
   journal.say(step, f"{config.method} on {config.data.name}, {len(experiment.tasks)} tasks")
   try:
     for task in (t for t in experiment.stages if t >= int(learner.task)):
       experiment.method.check_room(learner)
-      run = pace(advance(task))
+      run, first = advance(task), experiment.first_step(task) + experiment.prelude_steps
       for phase in experiment.phases(task):
+        program = TRAINING if phase.total_steps > first else _PRELUDE
         if step < phase.total_steps:
           learner, step = loop.train(
-              learner, step, run, settings=phase, checkpoints=checkpoints, journal=journal, watch=watch)
+              learner, step, pace(run, program), settings=phase, checkpoints=checkpoints, journal=journal, watch=watch)
         if step < phase.total_steps:
           journal.say(step, "stopped as asked; a checkpoint is saved, the same command goes on from here")
           return
-      with working(f"ending task {task + 1} of {len(experiment.tasks)} and testing on all tasks so far",
-                   "up to a minute", tell):
-        learner = finish_task(experiment, learner, task, evaluate)
-      step += 1
-      found = continual_report.scores(learner)
-      free = continual_report.free_units(experiment.method.holdings(learner), int(learner.task))
-      journal.write(step, "test", found | {f"free_units/{layer}": float(count) for layer, (count, _) in free.items()})
-      ended = range(task + 1) if experiment.method.together else [task]
-      journal.write_histograms(step, "test", {k: v for t in ended for k, v in histograms(learner, t).items()})
+      learner, step = end_stage(learner, task, step)
       checkpoints.save(step, learner)
-      aware, agnostic = (found[f"task_{name}.average_accuracy"] for name in ("aware", "agnostic"))
-      journal.say(step, f"after task {task + 1}: accuracy {100 * aware:.2f} % with the task known, "
-                  f"{100 * agnostic:.2f} % without" +
-                  "".join(f"\n  free units, {layer}: {count} of {units}" for layer, (count, units) in free.items()))
     with working("drawing pictures", "up to a minute", tell):
       hosts.written(lambda: continual_report.draw(experiment, learner, run_dir, journal, step))
   finally:
     journal.close()
     checkpoints.close()
-  result = continual_report.summary(experiment, learner)
   with working("writing the report", "up to a minute"):
+    result = continual_report.summary(experiment, learner)
     continual_report.write(experiment, learner, run_dir, step)
   result |= {"step": step, "seconds_since_last_start": round(time.monotonic() - started, 1)}
   run_dir.finish(result)
   print(task_table.render(result))
   print(_conclude(experiment, run_dir.path, result, f"Trained for {lasting(time.monotonic() - started)}:"))
+
+
+def _prelude_steps_left(experiment: ContinualExperiment, step: int) -> int:
+  """Of the preludes of all stages, the steps from this one on."""
+  ended, within = divmod(step, experiment.steps_per_task)
+  return experiment.prelude_steps * (len(experiment.stages) - ended) - min(within, experiment.prelude_steps)
+
+
+def _make_end_stage(
+    experiment: ContinualExperiment, journal: Journal
+) -> Callable[[Learner, int, int], tuple[Learner, int]]:
+  """`(learner, task, step) -> (learner, step)`: the last step of the stage that ends with a task, and its test."""
+  evaluate, histograms = make_evaluate(experiment), continual_report.make_histograms(experiment)
+
+  def end_stage(learner, task, step):
+    with working(f"ending task {task + 1} of {len(experiment.tasks)} and testing on all tasks so far", "up to a minute",
+                 functools.partial(journal.say, step)):
+      learner = finish_task(experiment, learner, task, evaluate)
+      ended = range(task + 1) if experiment.method.together else [task]
+      counts = {name: values for t in ended for name, values in histograms(learner, t).items()}
+      free = continual_report.free_units(experiment.method.holdings(learner), task + 1)
+    step += 1
+    found = continual_report.scores(learner)
+    journal.write(step, "test", found | {f"free_units/{layer}": float(count) for layer, (count, _) in free.items()})
+    journal.write_histograms(step, "test", counts)
+    aware, agnostic = (found[f"task_{name}.average_accuracy"] for name in ("aware", "agnostic"))
+    journal.say(step, f"after task {task + 1}: accuracy {100 * aware:.2f} % with the task known, "
+                f"{100 * agnostic:.2f} % without" +
+                "".join(f"\n  free units, {layer}: {count} of {units}" for layer, (count, units) in free.items()))
+    return learner, step
+
+  return end_stage
 
 
 def _restore(experiment: ContinualExperiment, checkpoints: Checkpoints) -> tuple[int, Learner]:

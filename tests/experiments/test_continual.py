@@ -532,3 +532,9 @@ def test_every_task_begins_with_a_fresh_optimiser():
   ended = continual.finish_task(experiment, learner, 0, lambda *_: dict.fromkeys(Table._fields, 0.5))
   assert tiny.bit_equal(ended.opt_state, optimiser.init(params))
   assert (int(ended.step), int(ended.task)) == (8, 1)
+
+
+def test_steps_of_generators_that_are_left_are_those_of_this_task_and_the_next():
+  experiment = SimpleNamespace(steps_per_task=20, prelude_steps=10, stages=range(2))
+  left = {step: continual._prelude_steps_left(experiment, step) for step in (0, 4, 10, 19, 20, 25, 39)}
+  assert left == {0: 20, 4: 16, 10: 10, 19: 10, 20: 10, 25: 5, 39: 0}
