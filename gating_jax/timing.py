@@ -1,4 +1,4 @@
-"""How times are compared: contenders in turns, so that drifts of the machine hit all alike."""
+"""How times are compared, and what contenders are called: in turns, so that drifts of the machine hit all alike."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+
+# Ways to run a whole network: all computed, closed units too; all, without gates; each part in its fastest way; a heavy
+# net on chosen segments alone; images that leave at exits.
+MASKED, UNGATED, CHOSEN, SEGMENTS, EXIT_DISPATCH = "masked", "ungated", "chosen", "segments", "exit_dispatch"
 
 Name = TypeVar("Name", bound=Hashable)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gating_jax.checks import printable
 from gating_jax.experiments import surroundings
-from gating_jax.inference.timings import MASKED, UNGATED
+from gating_jax.timing import CHOSEN, MASKED, UNGATED
 from gating_jax.training import rundir
 
 _LINES = 12
@@ -40,7 +39,7 @@ def following(path: Path, modes: Sequence[str]) -> list[str]:
 
   What a command does is its comment, so that the line can be copied into a shell.
   """
-  run = f"gating-jax --workdir={shlex.quote(str(path))}"
+  run = f"gating-jax --workdir={quoted(str(path))}"
   found = [f"{run} --mode={mode}    # {_NEXT[mode]}" for mode in modes if not _is_done(path, mode)]
   return found or [f"{run},ANOTHER_RUN --mode=compare    # one page for several runs"]
 
@@ -94,7 +93,7 @@ def times(timings: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str,
     if not chosen or UNGATED not in whole:
       continue
     (row,) = chosen
-    ways = {MASKED: "computing everything", "chosen": "skipping, each part in its fastest way"}
+    ways = {MASKED: "computing everything", CHOSEN: "skipping, each part in its fastest way"}
     way = ways.get(row["strategy"], f"skipping ({row['strategy']})")
     faster = whole[UNGATED]["seconds"] / row["seconds"]
     found.append((title, f"{1e3 * row['seconds']:.2f} ms by {way}; ungated {1e3 * whole[UNGATED]['seconds']:.2f} ms, "

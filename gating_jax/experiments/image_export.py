@@ -27,11 +27,12 @@ from gating_jax.inference.inputs import spread
 from gating_jax.inference.kernel_strategies import EXPORTABLE
 from gating_jax.inference.quantise import dequantise, quantise
 from gating_jax.inference.slim import Disagreement, disagreement, rate_bound, static_units, take
-from gating_jax.inference.timings import MASKED, run_over, spread_batches
+from gating_jax.inference.timings import run_over, spread_batches
 from gating_jax.models.early_exit import EarlyExitNet
 from gating_jax.progress import Advance, working
 from gating_jax.reports.lettering import columns
-from gating_jax.timing import device, race
+from gating_jax.reports.times import title
+from gating_jax.timing import MASKED, device, race
 from gating_jax.training import rundir
 from gating_jax.types import Array
 
@@ -80,14 +81,15 @@ def _load_command(path: str) -> str:
 def _as_compiled(run_dir: rundir.RunDir, step: int, trained: float) -> list[tuple[str, str]]:
   """What one image takes in the trained net, everything computed: here, and where `--mode=compile` timed it."""
   here, times = f"{trained:.2f} ms", surroundings.read_times(run_dir.path)
-  rows = [] if times is None or times.step != step else times.timings.get(time_table.title(1, "image"), [])
+  rows = [] if times is None or times.step != step else times.timings.get(title(1, "image"), [])
   there = [row["seconds"] for row in rows if row["part"] is None and row["strategy"] == MASKED]
   return [("trained net", here + "".join(f"; {1e3 * seconds:.2f} ms by --mode=compile" for seconds in there))]
 
 
 def _write(experiment: Experiment, folder: Path, origin: Mapping[str, Any], variables: Mapping[str, Any]) -> float:
   """Writes the exports, and returns the milliseconds that one image takes in the trained net."""
-  train = experiment.open_train()
+  with working("opening the training data", "minutes for large sets"):
+    train = experiment.open_train()
   index = spread(len(train), CALIBRATION)
   with working(f"looking at what gates do on {len(index):,} training images", "up to a minute"):
     analysis = analyse(experiment.model, variables, (x for x, _ in _batches(experiment, train, index)))
@@ -100,15 +102,16 @@ def _write(experiment: Experiment, folder: Path, origin: Mapping[str, Any], vari
   print(f"\ncheckpoint of step {origin['step']}, calibrated on {analysis.images:,} training images\n")
   print("\n".join(_analysis_lines(analysis, [name for name, _ in experiment.counts.gate_layers])))
   print("\n".join(["", *_moved_lines(analysis, moved), ""]))
-  images = time_table.calibration(train, experiment.normalise)
   with working("compiling and timing programs that skip, for one image at a time", "some minutes") as progress:
+    images = time_table.calibration(train, experiment.normalise)
     skipping = compile_conditional(small, input_shape=shape, batch_size=1, candidates=EXPORTABLE, repeats=_REPEATS,
                                    calibration=images, progress=progress)
   programs = {name: functools.partial(jax.jit(lambda net, x: folded.run(dequantise(net), x)), each)
               for name, each in models.items()}
-  if set(skipping.strategies) != {"masked"}:
+  if set(skipping.strategies) != {MASKED}:
     models[_SKIPPING], programs[_SKIPPING] = skipping, skipping
-    scores[_SKIPPING] = scores[_SLIMMED] | {"accuracy": _accuracy(experiment, lambda x: skipping(x)[0])}
+    with working(f"testing the net that skips on {len(experiment.test):,} images, one at a time", "up to a minute"):
+      scores[_SKIPPING] = scores[_SLIMMED] | {"accuracy": _accuracy(experiment, lambda x: skipping(x)[0])}
   with working("timing the nets, one image and many at a time", "up to a minute") as progress:
     milliseconds = _milliseconds(programs, images[1::2] if len(images) > 1 else images, progress)
   table = [_head(), _row(_TRAINED, scores[_TRAINED], {"milliseconds": milliseconds[_TRAINED]})]
@@ -122,7 +125,7 @@ def _write(experiment: Experiment, folder: Path, origin: Mapping[str, Any], vari
         **({"strategies": skipping.strategies} if name == _SKIPPING else {})}
     with working(f"writing the net, {name}", "up to half a minute"):
       path = export.export_model(model, folder / FOLDERS[name], input_shape=shape, card=card)
-    table.append(_row(name, scores[name], export.load_exported(path).card))
+      table.append(_row(name, scores[name], export.load_exported(path).card))
   print("\n".join(columns(table)))
   if analysis.openings and _SKIPPING not in models:
     print("For one image at a time computing everything is as fast as skipping here: no program that skips is written.")
@@ -133,9 +136,10 @@ def _write_exits(
     experiment: Experiment, folder: Path, origin: Mapping[str, Any], variables: Mapping[str, Any]
 ) -> float:
   """As `_write`."""
-  train, test = experiment.open_train(), experiment.test
+  with working("opening the training data", "minutes for large sets"):
+    train, test = experiment.open_train(), experiment.test
+    images, spent = time_table.calibration(train, experiment.normalise), []
   net, shape = exiting.fold_exits(experiment.model, variables), test.shape
-  images, spent = time_table.calibration(train, experiment.normalise), []
   with working("compiling and timing programs that leave at exits, for one image", "a minute or two") as progress:
     made = exiting.compile_exits(net, input_shape=shape, batch_size=1, repeats=_REPEATS, calibration=images,
                                  progress=progress)
@@ -150,7 +154,8 @@ def _write_exits(
   score = {"accuracy": accuracy, "macs": int(exiting.macs(net, shape)),
            "executed_macs": float(np.mean(np.concatenate(spent)))}
   whole = functools.partial(exiting.program(), net)
-  times = _milliseconds({"exits": made, MASKED: whole}, images, sizes=(1,))
+  with working("timing the program and the net, one image at a time", "up to a minute") as progress:
+    times = _milliseconds({"exits": made, MASKED: whole}, images, progress, sizes=(1,))
   milliseconds = times["exits"]
   card = _card(experiment, origin, score) | {"strategies": [made.strategy], "milliseconds": milliseconds}
   with working("writing the net", "up to half a minute"):
@@ -197,12 +202,12 @@ def _milliseconds(
     sizes: Sequence[int] = _TIMED_BATCHES
 ) -> dict[str, dict[str, float]]:
   """Medians over calls on these images, all programs by turns, by batch size; one that skips for one image alone."""
-  found, done = {name: {} for name in programs}, itertools.count(1)
-  for size in sizes:
+  timed = {size: [name for name in programs if size == 1 or name != _SKIPPING] for size in sizes}
+  found, done, total = {name: {} for name in programs}, itertools.count(1), sum(map(len, timed.values()))
+  for size, names in timed.items():
     batches = [(x,) for x in spread_batches(images, size)]
-    runs = {name: functools.partial(run_over, run, batches) for name, run in programs.items()
-            if size == 1 or name != _SKIPPING}
-    for name, spent in race(runs, _REPEATS, on_start=lambda: progress(next(done), len(sizes) * len(programs))).items():
+    runs = {name: functools.partial(run_over, programs[name], batches) for name in names}
+    for name, spent in race(runs, _REPEATS, on_start=lambda: progress(next(done), total)).items():
       found[name][str(size)] = round(1000 * statistics.median(spent) / len(batches), 3)
   return found
 

@@ -23,6 +23,7 @@ from gating_jax.inference.kernel_strategies import why_not
 from gating_jax.inference.timings import Timing
 from gating_jax.progress import working
 from gating_jax.reports import time_picture
+from gating_jax.reports.times import title
 from gating_jax.training import rundir
 from gating_jax.training.journal import write_json
 
@@ -98,8 +99,3 @@ def of_images(
     if isinstance(made, Conditional) and (reason := why_not("native")):
       print(f"\nthe strategy native is not tried: {reason}")
     yield title(size, "image"), made.report()
-
-
-def title(count: int, noun: str) -> str:
-  """`64 images at a time` and the like."""
-  return f"{count} {noun}{'' if count == 1 else 's'} at a time"

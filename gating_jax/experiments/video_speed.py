@@ -18,16 +18,16 @@ import numpy as np
 
 from gating_jax.experiments import time_table, video_sets, video_trial
 from gating_jax.experiments.video_build import LIGHT, VideoExperiment
-from gating_jax.inference.timings import OPEN_LIMIT, UNGATED, Timing, fastest, rows
+from gating_jax.inference.timings import OPEN_LIMIT, Timing, fastest, rows
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.models.segment_net import Inputs, SegmentNet
 from gating_jax.ops import compaction
 from gating_jax.progress import Advance, working
-from gating_jax.timing import race
+from gating_jax.reports.times import title
+from gating_jax.timing import MASKED, SEGMENTS, UNGATED, race
 from gating_jax.training import rundir
 from gating_jax.video.inference import Skipping
 
-MASKED, SEGMENTS = "masked", "segments"
 _ALWAYS = 1e4  # added to a gate's log-odds
 _BATCHES, _REPEATS = (1, 8), 20
 Run = Callable[[], Any]
@@ -70,10 +70,10 @@ def speed(experiment: VideoExperiment, variables: Any, *, videos: int = 8, repea
 def _tables(experiment: VideoExperiment, variables: Any) -> Iterator[tuple[str, Sequence[Timing]]]:
   for count in _BATCHES:
     inputs = _read(experiment, count)
-    title = time_table.title(len(inputs["valid"]), "video")
-    with working(f"compiling and timing each way to run {title}", "up to a few minutes") as progress:
+    name = title(len(inputs["valid"]), "video")
+    with working(f"compiling and timing each way to run {name}", "up to a few minutes") as progress:
       rows = timings(experiment, variables, inputs, repeats=_REPEATS, progress=progress)
-    yield title, rows
+    yield name, rows
 
 
 def timings(

@@ -30,7 +30,6 @@ from gating_jax.inference.folding import check, fold_conv, fold_stages
 from gating_jax.inference.strategies import example_sizes, for_open
 from gating_jax.inference.timings import (
   OPEN_LIMIT,
-  UNGATED,
   Timing,
   fastest,
   rows,
@@ -39,10 +38,9 @@ from gating_jax.inference.timings import (
 )
 from gating_jax.models.early_exit import EarlyExitNet
 from gating_jax.ops import exits
-from gating_jax.timing import race
+from gating_jax.timing import EXIT_DISPATCH, MASKED, UNGATED, race
 from gating_jax.types import Array
 
-MASKED, EXIT_DISPATCH = "masked", "exit_dispatch"
 _NEVER = 1e-12  # a threshold below every entropy
 
 

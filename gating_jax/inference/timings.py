@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gating_jax.timing import MASKED, UNGATED
 from gating_jax.types import Array
 
-MASKED, UNGATED = "masked", "ungated"
 GAIN = 0.97  # of the time of the program it replaces: what a strategy must stay under to be taken
 OPEN_LIMIT = 1.05
 _BATCHES, _IMAGES = 4, 16  # so many batches of calibration data are timed, or as many as hold so many images
@@ -56,7 +56,7 @@ def rows(part: int | None, seconds: Mapping[str, float], mac_ratio: float, compu
   """A `Timing` for each strategy, by name, `masked` among them; `computed` are ratios, 1 by default."""
   found = []
   for name, spent in seconds.items():
-    share, time_ratio = 1.0 if name == UNGATED else mac_ratio, spent / seconds["masked"]
+    share, time_ratio = 1.0 if name == UNGATED else mac_ratio, spent / seconds[MASKED]
     found.append(Timing(part, name, share, computed.get(name, 1.0), spent, time_ratio, share / time_ratio,
                         name == chosen, open_ratios.get(name)))
   return found
@@ -75,11 +75,11 @@ def fastest(
   """
   seconds, open_seconds = ({name: statistics.median(spent) / batches for (name, wide), spent in times.items()
                             if wide == opening} for opening in (False, True))
-  dense = min(open_seconds["masked"], seconds[UNGATED])
+  dense = min(open_seconds[MASKED], seconds[UNGATED])
   ratios = {name: spent / dense for name, spent in {**open_seconds, UNGATED: seconds[UNGATED]}.items()}
-  limit = max(open_limit, ratios["masked"])  # what is taken otherwise is within no other
+  limit = max(open_limit, ratios[MASKED])  # what is taken otherwise is within no other
   best = min((name for name in open_seconds if ratios[name] <= limit), key=seconds.get)
-  return best if seconds[best] < GAIN * seconds["masked"] else "masked", seconds, ratios
+  return best if seconds[best] < GAIN * seconds[MASKED] else MASKED, seconds, ratios
 
 
 def spread_batches(images: Any, batch_size: int) -> list[Array]:

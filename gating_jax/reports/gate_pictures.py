@@ -12,9 +12,9 @@ import numpy as np
 
 from gating_jax.ops.priors import Prior
 from gating_jax.reports.lettering import plain
+from gating_jax.reports.page import WIDTH
 from gating_jax.training.diagnosis import OUTCOMES, Diagnosis
 
-WIDTH = 5.0  # inches of every picture
 MOST_LAYERS, MOST_CLASSES, _BARS = 24, 40, 12  # that a picture shows; bars of classes
 _TALLEST, _NAMED = 7.0, 36  # inches of bars of layers, and how many of these have a name
 _KINDS = (  # of gates, and their colours, which differ in lightness too

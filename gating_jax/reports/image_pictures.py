@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from gating_jax.reports.gate_pictures import WIDTH
+from gating_jax.reports.page import WIDTH
 
 _COLUMNS = 4
 _SIDE = 128  # pixels of an image shown, at most

@@ -15,14 +15,13 @@ import numpy as np
 
 from gating_jax.ops.priors import Prior
 from gating_jax.reports import gate_pictures, gate_table, glossary, image_pictures, opening, page
-from gating_jax.reports.lettering import plain, save
+from gating_jax.reports.lettering import plain
 from gating_jax.training.diagnosis import ALWAYS_CLOSED, by_layer
 from gating_jax.training.evaluation import GateBehaviour, ImageBehaviour
 
 SELECTIVE = 0.1  # of images, at most, open a selective gate
 _SELECTIVE_SHOWN, _INFORMED_SHOWN, _MAPPED = 12, 6, 60  # gates
 _EXTREMES = 8  # easiest images, and hardest
-_DPI, _CSS_WIDTH = 150, 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +111,7 @@ def sections(run: ImageRun) -> list[page.Section]:
 
 
 def _picture(figure: Any, caption: str, terms: page.Terms = (), *, photo: bool = False) -> page.Picture:
-  return page.drawn(lambda file: save(figure, file, dpi=_DPI), caption, _CSS_WIDTH, terms=terms, photo=photo)
+  return page.pictured(figure, caption, terms=terms, photo=photo)
 
 
 def _score(run: ImageRun) -> page.Section:

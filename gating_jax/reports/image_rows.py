@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from gating_jax.reports.lettering import plain
+from gating_jax.reports.page import WIDTH
 
-_WIDTH, _LABEL, _CAPTION = 5.0, 1.25, 0.2  # inches
+_LABEL, _CAPTION = 1.25, 0.2  # inches
 _LETTERS = 12  # of a caption
 
 
@@ -31,16 +32,16 @@ def draw_rows(
   if not rows:
     raise ValueError("rows must hold at least one row of images; got none")
   columns = max(max(map(len, rows)), 1)
-  side = min((_WIDTH - _LABEL) / columns, 1.2)
+  side = min((WIDTH - _LABEL) / columns, 1.2)
   height = side + (_CAPTION if captions else 0.06)
-  figure = Figure(figsize=(_WIDTH, height * len(rows)), dpi=110)
+  figure = Figure(figsize=(WIDTH, height * len(rows)), dpi=110)
   for i, (images, label) in enumerate(zip(rows, labels, strict=True)):
     top = 1 - i / len(rows)
     lines = [plain(line, 18) for line in label.split("\n")]
     figure.text(0.01, top - 0.5 * side / height / len(rows), "\n".join(lines), va="center", fontsize=9)
     for k, image in enumerate(images):
-      axes = figure.add_axes(((_LABEL + k * side) / _WIDTH, top - side / height / len(rows),
-                              0.94 * side / _WIDTH, 0.94 * side / height / len(rows)))
+      axes = figure.add_axes(((_LABEL + k * side) / WIDTH, top - side / height / len(rows),
+                              0.94 * side / WIDTH, 0.94 * side / height / len(rows)))
       axes.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
       axes.set_axis_off()
       if captions:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from gating_jax.reports.lettering import plain
+from gating_jax.reports.page import WIDTH
 
-_WIDTH, _BINS = 5.0, 20  # inches; of histograms
+_BINS = 20  # of histograms
 _CHOSEN, _CLOSED, _RELEVANT = "#e4572e", "#c3cad3", "#2e9e6b"
 
 
@@ -26,7 +27,7 @@ def draw_shares(probs: np.ndarray, shares: np.ndarray, correct: np.ndarray | Non
   """
   from matplotlib.figure import Figure  # imports slowly
 
-  figure, bins = Figure(figsize=(_WIDTH, 4.2), layout="constrained"), np.linspace(0, 1, _BINS + 1)
+  figure, bins = Figure(figsize=(WIDTH, 4.2), layout="constrained"), np.linspace(0, 1, _BINS + 1)
   segments, videos = figure.subplots(2, 1, sharex=True)
   segments.hist(probs, bins=bins, color="tab:green")
   segments.set(xlabel="probability that a segment is chosen", ylabel="segments")
@@ -57,7 +58,7 @@ def draw_choices(
   from matplotlib.patches import Patch
 
   count = len(gates)
-  figure = Figure(figsize=(_WIDTH, 1.0 + 0.3 * count), layout="constrained")
+  figure = Figure(figsize=(WIDTH, 1.0 + 0.3 * count), layout="constrained")
   axes = figure.subplots()
   for row, chosen in enumerate(gates):
     colours = [_CHOSEN if gate else _CLOSED for gate in chosen]

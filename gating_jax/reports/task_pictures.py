@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gating_jax.reports.lettering import plain
+from gating_jax.reports.page import WIDTH
 
 _Counts = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -26,7 +27,7 @@ _PARTS = {  # from the bottom of a bar; apart in lightness too
 }
 _LETTERS = 20  # of a name at most
 _LETTER = 0.085  # inches
-_WIDTH, _CELL = 5.0, 0.42  # inches of a figure, and of a matrix's cell, at least
+_CELL = 0.42  # inches of a matrix's cell, at least
 
 
 def draw_accuracies(
@@ -74,8 +75,8 @@ def draw_filters(layers: Mapping[str, _Counts], *, task_names: Sequence[str] | N
   if len({p.shape for p in parts}) > 1:
     raise ValueError(f"layers must all have counts of the same tasks; got {[p.shape[1] for p in parts]} tasks")
   names = _names(task_names, parts[0].shape[1])
-  columns = int(min(len(parts), max(1, _WIDTH // max(0.16 * len(names) + 0.7, 1.6))))
-  rows, width = -(-len(parts) // columns), max(_WIDTH / columns, 0.16 * len(names) + 0.7)
+  columns = int(min(len(parts), max(1, WIDTH // max(0.16 * len(names) + 0.7, 1.6))))
+  rows, width = -(-len(parts) // columns), max(WIDTH / columns, 0.16 * len(names) + 0.7)
   figure = Figure(figsize=(columns * width, rows * 1.9 + 1.1), layout="constrained", dpi=110)
   panels = figure.subplots(rows, columns, squeeze=False)
   for axes in panels.flat[len(parts):]:
@@ -118,7 +119,7 @@ def _draw_matrices(
   from matplotlib.figure import Figure  # imports slowly
 
   margin = 0.6 + _LETTER * max(map(len, names))
-  side = max(_CELL * len(names), _WIDTH - 0.1 - margin, 3.2)
+  side = max(_CELL * len(names), WIDTH - 0.1 - margin, 3.2)
   figure = Figure(figsize=(side + margin + 0.1, len(shown) * (side + margin + 0.2) + 0.7), layout="compressed", dpi=110)
   panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
   for axes, (title, values) in zip(panels, shown.items(), strict=True):

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gating_jax.reports.lettering import columns, plain, save
+from gating_jax.reports.page import WIDTH
 
-WIDTH = 5.0  # inches of a panel
 Rows = Sequence[Mapping[str, Any]]
 _MARKS = "os^Dvph*X"
 _COLOURS = ("#5b6770", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a6d3b")

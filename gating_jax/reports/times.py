@@ -14,15 +14,15 @@ from typing import Any
 
 from gating_jax.reports import page, time_picture
 from gating_jax.reports.lettering import plain
+from gating_jax.timing import CHOSEN, EXIT_DISPATCH, MASKED, SEGMENTS, UNGATED
 
-_UNGATED = "ungated"
 _TITLE = re.compile(r"(?:^|: )(\d+) (image|video)s? at a time$")
 _WAYS = {
-    _UNGATED: "the network without gates, all units computed: the baseline",
-    "masked": "every unit is computed, and closed ones are multiplied by zero: no time is saved",
-    "chosen": "each part by the way that is quickest for it; this is what the compiled program does",
-    "segments": "the heavy network runs on chosen segments only",
-    "exit_dispatch": "images leave at the exits, and what is left is computed for the others",
+    UNGATED: "the network without gates, all units computed: the baseline",
+    MASKED: "every unit is computed, and closed ones are multiplied by zero: no time is saved",
+    CHOSEN: "each part by the way that is quickest for it; this is what the compiled program does",
+    SEGMENTS: "the heavy network runs on chosen segments only",
+    EXIT_DISPATCH: "images leave at the exits, and what is left is computed for the others",
 }
 
 
@@ -56,6 +56,11 @@ def parsed(found: Any) -> Times | None:
   except (KeyError, TypeError, ValueError, AttributeError):
     return None
   return times if times.timings else None
+
+
+def title(count: int, noun: str) -> str:
+  """What a table of times is called, as `number` finds it: `64 images at a time` and the like."""
+  return f"{count} {noun}{'' if count == 1 else 's'} at a time"
 
 
 def number(
@@ -92,13 +97,13 @@ def number(
 
 def section(times: Times | None, noun: str, *, step: int | None = None, refused: str = "") -> page.Section:
   """The times of each way to run the network, as far as they are measured; arguments as of `number`."""
-  title, place = "Time", _place("times", step)
+  heading, place = "Time", _place("times", step)
   if times is None:
     text = ("The network is not compiled yet. gating-jax --mode=compile measures what each way to skip closed units "
             "takes, and writes it here.")
     if refused:
       text = f"gating-jax --mode=compile cannot time this run: {refused}."
-    return page.Section(title, text, place=place)
+    return page.Section(heading, text, place=place)
   rows = [cells for name, found in times.timings.items() for cells in _cells(name, found)]
   ways = {row["strategy"] for found in times.timings.values() for row in found if row["part"] is None}
   table = page.Table(
@@ -122,8 +127,8 @@ def section(times: Times | None, noun: str, *, step: int | None = None, refused:
   if not times.of(step):
     text += f" All else on this page is of step {step:,}: these times are not of the network that it describes."
   if noun == "scene":
-    text += f" A call has {_timed(noun, times).removeprefix('one ')}, or several."
-  return page.Section(title, text, [table, figure], place=place)
+    text += f" Of the network the backbone is timed, without the head, on training images{_size(times)}."
+  return page.Section(heading, text, [table, figure], place=place)
 
 
 def _place(name: str, step: int | None) -> str:
@@ -135,8 +140,11 @@ def _timed(noun: str, times: Times | None) -> str:
   """What the input of a call is; of segmentation a training image, and not all of the network runs."""
   if noun != "scene":
     return f"one {noun}"
-  size = "" if times is None or times.pixels is None else " of {} x {} pixels".format(*times.pixels)
-  return f"one training image{size}, by the backbone without the head,"
+  return f"one training image{_size(times)}, by the backbone without the head,"
+
+
+def _size(times: Times | None) -> str:
+  return "" if times is None or times.pixels is None else " of {} x {} pixels".format(*times.pixels)
 
 
 def milliseconds(seconds: float) -> str:
@@ -157,7 +165,7 @@ def _of_one(times: Times) -> list[tuple[float, float]]:
     if found is None or found[1] != "1":
       continue
     mine = [row["seconds"] for row in whole if row["chosen"]]
-    dense = [row["seconds"] for row in whole if row["strategy"] == _UNGATED]
+    dense = [row["seconds"] for row in whole if row["strategy"] == UNGATED]
     if mine and dense:
       pairs.append((mine[0], dense[0]))
   return pairs
@@ -166,7 +174,7 @@ def _of_one(times: Times) -> list[tuple[float, float]]:
 def _cells(title: str, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
   """A row of the page's table for each way to run the whole network."""
   whole = [row for row in rows if row["part"] is None]
-  dense = [row["seconds"] for row in whole if row["strategy"] == _UNGATED]
+  dense = [row["seconds"] for row in whole if row["strategy"] == UNGATED]
   cells = []
   for row in whole:
     of_dense = f"{100 * row['seconds'] / dense[0]:.0f}" if dense and dense[0] else "–"
