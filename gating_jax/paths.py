@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 # Under its number here, on Linux, an open folder has a name in which nothing can be taken for a pattern or a separator.
@@ -23,6 +24,21 @@ def user_path(path: str | os.PathLike) -> Path:
 def is_text(path: str | os.PathLike) -> bool:
   """Whether the path is UTF-8: file systems take any bytes, which Python keeps as surrogates."""
   return not any("\ud800" <= character <= "\udfff" for character in os.fspath(path))
+
+
+def quoted(argument: str) -> str:
+  """The argument of a command for a shell. Bytes that are no letters stand as numbers: no terminal or page keeps them.
+
+  >>> print(quoted("lr[0.1]"), quoted("a\\n"))
+  'lr[0.1]' $'a\\x0a'
+  """
+  if argument.isprintable():
+    return shlex.quote(argument)
+  letters = []
+  for byte in os.fsencode(argument):
+    plain = 32 <= byte < 127 and byte not in b"\\'"
+    letters.append(chr(byte) if plain else f"\\x{byte:02x}")
+  return f"$'{''.join(letters)}'"
 
 
 def check_storable(name: str, path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from gating_jax.checks import printable
 from gating_jax.experiments import surroundings
+from gating_jax.paths import quoted
 from gating_jax.timing import CHOSEN, MASKED, UNGATED
 from gating_jax.training import rundir
 

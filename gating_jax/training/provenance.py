@@ -9,9 +9,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
-import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +19,7 @@ from typing import Any
 import jax
 
 from gating_jax import timing
+from gating_jax.paths import quoted
 from gating_jax.training.journal import write_json
 
 FILE = "provenance.json"
@@ -69,16 +68,7 @@ def _command() -> str:
   typed = sys.orig_argv
   if Path(sys.argv[0]).name in ("gating-jax", "cli.py"):  # whose path is that of this installation
     typed = ["gating-jax", *sys.argv[1:]]
-  return " ".join(map(_quoted, typed))
-
-
-def _quoted(argument: str) -> str:
-  """For a shell; bytes that are no letters stand as numbers, since a page or a terminal would not keep them."""
-  if argument.isprintable():
-    return shlex.quote(argument)
-  escaped = (f"\\x{byte:02x}" if byte < 32 or byte > 126 or byte in b"\\'" else chr(byte)
-             for byte in os.fsencode(argument))
-  return f"$'{''.join(escaped)}'"
+  return " ".join(map(quoted, typed))
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:
