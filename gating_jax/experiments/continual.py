@@ -90,7 +90,7 @@ def _conclude(experiment: ContinualExperiment, path: Path, result: Mapping[str, 
   rows.append(("run directory:", str(path)))
   if (path / rundir.REPORT_FILE).exists():
     rows.append(("page", f"{path / rundir.REPORT_FILE}, for a browser"))
-  modes = [] if experiment.method.task_net is None else ["compile"]
+  modes = [] if conclusion.refusal(task_compile.check, experiment) else ["compile"]
   of = f"{config.method} on {config.data.name}, {learnt} of {len(experiment.tasks)} tasks"
   return conclusion.text(f"{done} {of}.", rows, conclusion.following(path, modes))
 
