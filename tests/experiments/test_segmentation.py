@@ -166,5 +166,8 @@ def test_the_backbone_of_a_run_is_compiled(config, tmp_path, capsys, monkeypatch
   for rows in found["timings"].values():
     assert {"masked", "switch"} <= {row["strategy"] for row in rows if row["part"] == 1}
   assert "compile.png" in capsys.readouterr().out
+  page = (tmp_path / "run" / "report.html").read_text()
+  assert "Milliseconds of the backbone" in page
+  assert "the backbone is timed, without the head, on training images of 12 x 16 pixels." in page
   with pytest.raises(ValueError, match="mode must be one of compile, evaluate, report, train; got 'export'"):
     segmentation.run(made, tmp_path / "run", "export")
