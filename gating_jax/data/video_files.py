@@ -26,7 +26,7 @@ from numpy.lib import format as npy
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg")
 FEATURE_SUFFIXES = (".npy", ".npz")
 # Of files that hold all that they show: no playlist, no text that names other files, no pattern of file names.
-_CONTAINERS = "asf,avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mpeg,mpegvideo,mpegts,ogg"
+_CONTAINERS = "asf,avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mpeg,mpegvideo,mpegts,ogg,m4v,h264,hevc"
 _MP4, _MATROSKA, _AVI = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"  # FFmpeg's names of formats
 _LIMITS = {"max_pixels": str(8192 * 4320)}  # of a frame, those of cinema; a damaged header announces any number
 _BOXES = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")  # of .mp4 files, on the way to counts
@@ -348,7 +348,8 @@ def _times_of(container, stream, packets: Sequence[_Packet]) -> _Film:
   timed = [i for i, stamp in enumerate(stamps) if stamp is not None]
   # Second fields may have no time of their own; where more packets have none, nothing can be said but their order.
   if 2 * len(timed) < len(packets) or not stream.time_base or _clock_jumps(container, stream, packets):
-    rate = float(stream.average_rate or np.nan)
+    # The average is the demuxer's, which says 25 of every raw stream; the guess heeds what the codec says.
+    rate = float(stream.guessed_rate or stream.average_rate or np.nan)
     times = np.arange(len(packets), dtype=float)
     return _Film(times, end=len(times), zero=0, tick=1 / rate, counted=True, announced=0)
   timed.sort(key=lambda i: stamps[i])

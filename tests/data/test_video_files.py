@@ -345,6 +345,14 @@ def test_any_format_of_pixels_is_read(tmp_path, codec, pixels):
   assert error <= 4
 
 
+@pytest.mark.parametrize(("name", "codec", "rate"), [("a.h264", "libx264", 10), ("a.m2v", "mpeg2video", 30)])
+def test_raw_streams_have_the_rate_that_their_codec_says(tmp_path, name, codec, rate):
+  path = made_videos.write(tmp_path / name, 20, codec=codec, rate=rate)
+  clips, middles = read_clips(path, 3, 2, (8, 8))
+  assert made_videos.shown(clips)[0].tolist() == [[0, 1], [9, 10], [18, 19]]
+  np.testing.assert_allclose(middles, np.array([1, 10, 19]) / rate)
+
+
 def test_interlaced_frames_are_read_woven(tmp_path):
   path = made_videos.write(tmp_path / "a.mkv", 6, encoder={"x264-params": "interlaced=1"}, pixels="yuv420p")
   assert made_videos.shown(read_clips(path, 2, 2, (8, 8))[0])[0].tolist() == [[0, 1], [4, 5]]
