@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _CLOSE = 0.7  # twice the letters that two names share in their order, of the letters of both
 _LONGEST = 200  # letters of a value that is shown as it is
@@ -34,6 +34,16 @@ def near(name: str, choices: Iterable[str], count: int = 1) -> list[str]:
   (['channel'], [])
   """
   return difflib.get_close_matches(name, list(choices), n=count, cutoff=_CLOSE)
+
+
+def few(names: Sequence[str], most: int = 8) -> str:
+  """The first of many names on one line, and how many more there are.
+
+  >>> few(["cat", "dog", "cow"], most=2)
+  'cat, dog and 1 more'
+  """
+  more = len(names) - most
+  return printable(", ".join(names[:most])) + (f" and {more} more" if more > 0 else "")
 
 
 def printable(text: object, keep: str = "") -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gating_jax.checks import printable
+from gating_jax.checks import few
 from gating_jax.data import pictures
 from gating_jax.terminal import warn
 
@@ -24,7 +24,6 @@ UNLABELLED = -1
 
 _HALF, _DARK = 127, 16  # levels of uint8: half of white, and what no eye tells from black
 _MOST_GAPS = 1000  # numbers below the largest label that no image has
-_NAMED = 8  # of them in a message
 
 
 def describe(feature: Any) -> str:
@@ -198,8 +197,7 @@ class ImageClass:
     else:
       self._check_gaps(seen)
       self.class_names = tuple(map(str, range(seen[-1] + 1)))
-    warn("%s is %s, read as %d classes: %s", self._name, self._type, len(self.class_names),
-         printable(_few(self.class_names)))
+    warn("%s is %s, read as %d classes: %s", self._name, self._type, len(self.class_names), few(self.class_names))
 
   def _count(self, values: Iterable[Any]) -> tuple[set, int]:
     """The classes among labels, and how many labels are none."""
@@ -227,9 +225,4 @@ class ImageClass:
           f"is {self._type}, {len(seen)} numbers from {seen[0]} to {seen[-1]}. data.label_feature chooses another")
     if gaps:
       missing = [str(number) for number in sorted(set(range(seen[-1])) - set(seen))]
-      warn("%s: no image has class %s, of %d", self._name, _few(missing), seen[-1] + 1)
-
-
-def _few(names: Sequence[str]) -> str:
-  more = len(names) - _NAMED
-  return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+      warn("%s: no image has class %s, of %d", self._name, few(missing), seen[-1] + 1)

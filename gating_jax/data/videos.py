@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from gating_jax.checks import printable
+from gating_jax.checks import few, printable
 from gating_jax.data import resident, video_files
 from gating_jax.data.ahead import computed_ahead
 from gating_jax.data.video_tables import Intervals, VideoTable
@@ -28,7 +28,6 @@ from gating_jax.terminal import warn
 
 Batch = dict[str, np.ndarray]
 
-_NAMED = 5  # missing files that a warning names
 _AHEAD = 2  # results of `map`, which may be whole batches of videos
 _NOTING = threading.Lock()
 
@@ -54,9 +53,9 @@ class VideoSet(abc.ABC):
     files = [find(_inside(name)) for name in table.names]
     self.missing = tuple(name for name, file in zip(table.names, files, strict=True) if file is None)
     if len(self.missing) == len(files):
-      raise ValueError(f"the folder must hold videos of the table; none of {_few(self.missing)} is there")
+      raise ValueError(f"the folder must hold videos of the table; none of {few(self.missing)} is there")
     if self.missing:
-      warn("%d of %d videos have no file and are left out: %s", len(self.missing), len(files), _few(self.missing))
+      warn("%d of %d videos have no file and are left out: %s", len(self.missing), len(files), few(self.missing))
     self.table = table.take([i for i, file in enumerate(files) if file is not None])
     self.unreadable: dict[str, str] = {}
     self._files = [file for file in files if file is not None]
@@ -276,11 +275,6 @@ def _find(folder: str | Path, name: str, suffixes: Sequence[str]) -> Path | None
   if "" not in suffixes and name.lower().endswith(video_files.VIDEO_SUFFIXES):
     name = str(PurePosixPath(name).with_suffix(""))
   return next((path for suffix in suffixes if (path := Path(user_path(folder), name + suffix)).is_file()), None)
-
-
-def _few(names: Sequence[str]) -> str:
-  more = len(names) - _NAMED
-  return printable(", ".join(names[:_NAMED])) + (f" and {more} more" if more > 0 else "")
 
 
 def _units_at(intervals: Intervals, seconds: np.ndarray) -> np.ndarray:
