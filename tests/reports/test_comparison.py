@@ -16,8 +16,8 @@ TASKS = {"step": 90, "task_aware.average_accuracy": 0.99, "task_agnostic.average
 
 @pytest.fixture(autouse=True)
 def unsaved(monkeypatch):
-  """Pictures have a caption but no pixels, which take most of the time."""
-  monkeypatch.setattr(page, "drawn", lambda draw, caption, *args, **kwargs: page.Picture(b"", caption))
+  """Pictures without pixels, which take most of the time."""
+  monkeypatch.setattr(page, "drawn", lambda draw, *args, **named: page.Picture(b"", *args, **named))
 
 
 def image_run(name, result=RESULT, lines=(), **config):

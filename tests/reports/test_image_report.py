@@ -7,6 +7,12 @@ from gating_jax.reports import gate_pictures, image_pictures, image_report, lett
 from tests.helpers import report_data
 
 
+@pytest.fixture(autouse=True)
+def unsaved(monkeypatch):
+  """Pictures without pixels, which take most of the time."""
+  monkeypatch.setattr(page, "drawn", lambda draw, *args, **named: page.Picture(b"", *args, **named))
+
+
 def section(run, title):
   (found,) = [s for s in image_report.sections(run) if s.title.startswith(title)]
   return found
@@ -88,13 +94,7 @@ def test_what_gates_tell_of_the_class(monkeypatch):
   assert list(classes) == list(report_data.CLASSES)
 
 
-@pytest.fixture
-def unsaved(monkeypatch):
-  """Pictures have a caption but no pixels, which take most of the time."""
-  monkeypatch.setattr(page, "drawn", lambda draw, caption, *args, **kwargs: page.Picture(b"", caption))
-
-
-def test_sections_that_make_no_sense_are_left_out_or_say_so(unsaved):
+def test_sections_that_make_no_sense_are_left_out_or_say_so():
   titles = lambda run: [s.title for s in image_report.sections(run)]
   assert titles(report_data.run()) == [
       "Result", "Score and multiply-accumulates", "Gates of each layer", "Gates over training",
@@ -114,7 +114,7 @@ def test_sections_that_make_no_sense_are_left_out_or_say_so(unsaved):
   assert len(captions(section(once, "Score"))) == 1
 
 
-def test_easy_and_hard_are_quarters_by_loss_wherever_they_stand(unsaved):
+def test_easy_and_hard_are_quarters_by_loss_wherever_they_stand():
   run = report_data.run()
   result = run.tests[-1]
   easy, hard = (result[f"macs_of_quarter{quarter}"] for quarter in (1, 4))
