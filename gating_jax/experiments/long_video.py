@@ -120,8 +120,8 @@ def newest(experiment: VideoExperiment, run_dir: rundir.RunDir) -> tuple[int, An
   """The newest checkpoint's step and the variables of the whole network. Raises RunDirError where there is none."""
   path = run_dir.path
   two_stage = experiment.config.training == "two_stage"
-  nets = video_nets.trained_nets(experiment, path) if two_stage and experiment.pretraining else None
   with working("loading the newest checkpoint"):
+    nets = video_nets.trained_nets(experiment, path) if two_stage and experiment.pretraining else None
     step, state = video_nets.restore(experiment.training, path, experiment.config.seed, read_only=True)
   if not step:
     raise rundir.RunDirError(f"no checkpoint in {path / rundir.CHECKPOINT_DIR} yet")
@@ -133,7 +133,8 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   outlines.write(run_dir.path, [experiment.train, experiment.test])
   nets = None
   if config.pretrained:
-    nets = video_nets.trained_nets(experiment, run_dir.path)
+    with working("loading the trained nets"):
+      nets = video_nets.trained_nets(experiment, run_dir.path)
   elif experiment.pretraining:
     folder = run_dir.path / video_nets.PRETRAIN_DIR
     state, finished = _run_phase(experiment, experiment.pretraining, folder, experiment.train)
@@ -141,7 +142,7 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
       return
     nets = video_nets.of_state(state)
   train = experiment.train
-  first_step, state = video_nets.restore(phase, run_dir.path, config.seed)
+  first_step, state = _restore(phase, run_dir.path, config.seed)
   if config.training == "two_stage":
     with working(f"computing the features of {len(train):,} training videos", "minutes for large sets"):
       train = video_trial.extract_features(experiment, video_nets.nets_of(experiment, nets))
@@ -155,17 +156,24 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   result, behaviour = test(state)
   result |= _speed(experiment, video_nets.whole(experiment, state, nets))
   total = phase.settings.total_steps
-  journal = Journal(run_dir.path, total, total)
-  try:
-    _note(experiment, journal, total, result, behaviour)
-    hosts.written(lambda: video_report.draw(experiment, behaviour, run_dir, journal, total))
-  finally:
-    journal.close()
-  hosts.written(lambda: video_report.write(experiment, result, behaviour, run_dir, total))
+  with working("drawing the report", "up to a minute"):
+    journal = Journal(run_dir.path, total, total)
+    try:
+      _note(experiment, journal, total, result, behaviour)
+      hosts.written(lambda: video_report.draw(experiment, behaviour, run_dir, journal, total))
+    finally:
+      journal.close()
+    hosts.written(lambda: video_report.write(experiment, result, behaviour, run_dir, total))
   result |= {"step": total, "seconds_since_last_start": round(time.monotonic() - started, 1)}
   run_dir.finish(result)
   print(video_table.render(result))
   print(_conclude(experiment, run_dir.path, result, f"Trained for {lasting(time.monotonic() - started)}:"))
+
+
+def _restore(phase: Phase, path: Path, seed: int) -> tuple[int, Any]:
+  """The step and the state that a phase goes on from."""
+  with working("making the networks", "up to half a minute"):
+    return video_nets.restore(phase, path, seed)
 
 
 def _run_phase(
@@ -176,7 +184,7 @@ def _run_phase(
   `start` is `(first_step, state)`, by default what `path` holds; `test` evaluates a state.
   """
   config, total = experiment.config, phase.settings.total_steps
-  first_step, state = start or video_nets.restore(phase, path, config.seed)
+  first_step, state = start or _restore(phase, path, config.seed)
   if first_step > total:
     raise rundir.RunDirError(f"{path} holds a checkpoint of step {first_step}, beyond the {total} of this config")
   if first_step == total:

@@ -31,7 +31,7 @@ from gating_jax.training.journal import read_lines
 from tests.helpers import pages, runs, tiny
 from tests.helpers.event_files import summaries
 from tests.helpers.loaded import loaded
-from tests.helpers.runs import said
+from tests.helpers.runs import announced, said
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +200,7 @@ def finished(config, programs, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("finished") / "run"
   with pytest.MonkeyPatch.context() as patch:
     traced = list_programs(patch)
+    announced(patch)
     printed = said(continual, config(), workdir, "train")
   programs += traced
   return config(), workdir, printed
@@ -226,6 +227,9 @@ def test_a_run_leaves_what_it_measured_and_forgets_nothing(finished):
   assert result["mean_gate_overlap"] == result["gate_overlap"][0][1]
   assert {f.name for f in workdir.glob("*.png")} == {"accuracies.png", "filters.png", "overlap.png"}
   assert re.search(r"average accuracy +\d+\.\d\d", printed)
+  for what in ("making the network", "compiling the training step", "drawing pictures", "writing the report",
+               "ending task 2 of 2 and testing on all tasks so far"):
+    assert f"{what} (" in printed
   points = [(step, value) for step, value in summaries(workdir) if value.tag.startswith(("gates/", "pictures/"))]
   per_task = result["step"] // 2
   tags = {(step, value.tag): sum(value.histo.bucket) for step, value in points if value.WhichOneof("value") == "histo"}
@@ -402,6 +406,8 @@ def test_every_method_learns_two_tasks(method, config, tmp_path, monkeypatch):
   assert second > 0.6
   keep_nothing = ("fine_tuning", "progressive", *(m for m in continual_methods.METHODS if "multitask" in m))
   assert (result["memory_mb"] > 0) == (method not in keep_nothing)
+  refused = "--mode=compile cannot time this run: method must be one whose tasks have gates"
+  assert (refused in (tmp_path / "report.html").read_text()) == (method != "multitask_gates")
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from gating_jax.inference.export import load_exported
 from gating_jax.models import resnet
 from gating_jax.training import rundir, steps
 from tests.helpers import tiny_cli
-from tests.helpers.runs import said
+from tests.helpers.runs import announced, said
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,7 @@ def exported(config, tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(image_export, "_REPEATS", 2)
     patch.setattr(conditional, "race", fastest("switch"))
+    announced(patch)
     return workdir, said(classification, config, workdir, "export")
 
 
@@ -103,29 +104,44 @@ def test_a_net_with_early_exits_is_exported_for_one_image(tmp_path, monkeypatch)
 
 @pytest.fixture(scope="module")
 def exported_exits(tmp_path_factory):
-  """The export of a net with early exits that is not trained."""
+  """The export of a net with early exits that is not trained, and what was said of it."""
   folder = tmp_path_factory.mktemp("exits")
   config = importlib.import_module("configs.digits_resnet20").get_config("gates=exits")
   config.update_from_flattened_dict({"model.name": "resnet8", "model.width": 0.25, "optim.epochs": 1})
   experiment = classification.build(config)
   state = steps.init_state(experiment.model, experiment.optimiser, 0, experiment.test.shape)
-  with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+  with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
     patch.setattr(image_export, "_REPEATS", 1)
+    announced(patch)
     image_export._write_exits(experiment, folder, {"step": 0}, {
         "params": state.params, "batch_stats": state.batch_stats})
-  return folder
+  return folder, out.getvalue()
 
 
 def test_a_net_with_exits_is_exported_for_one_image(exported_exits):
-  loaded = load_exported(exported_exits / "export")
+  folder, text = exported_exits
+  loaded = load_exported(folder / "export")
   assert loaded.card["batch_size"] == 1
   assert 0 < loaded.card["executed_macs"] <= loaded.card["macs"]
   assert loaded(np.zeros((1, 8, 8, 1), np.float32))[0].shape == (1, 10)
+  assert "testing the program on 360 images, one at a time (" in text
+  assert "timing the program and the net, one image at a time (" in text
+
+
+def test_the_program_that_skips_is_not_counted_where_it_is_not_timed(monkeypatch):
+  monkeypatch.setattr(image_export, "_REPEATS", 1)
+  pieces, images = [], np.zeros((64, 1, 1, 1), np.float32)
+  programs = dict.fromkeys(("trained", "slimmed", "slimmed, skipping"), lambda x: x)
+  found = image_export._milliseconds(programs, images, lambda done, total: pieces.append((done, total)))
+  assert {name: set(times) for name, times in found.items()} == {
+      "trained": {"1", "64"}, "slimmed": {"1", "64"}, "slimmed, skipping": {"1"}}
+  assert pieces == [(done, 5) for done in range(1, 6)]
 
 
 def test_what_is_said(exported):
   workdir, text = exported
   for words in ("checkpoint of step 22, calibrated on 1,437 training images", "stage1_block1/conv1", "union of 8",
+                "testing the net that skips on 360 images, one at a time (",
                 "of 360 test images a static unit would have moved", "slimmed, int8", f"{workdir / 'export_int8'}"):
     assert words in text
   size = (workdir / "export_int8" / "weights.safetensors").stat().st_size

@@ -25,7 +25,7 @@ from gating_jax.video.inference import Skipping
 from tests.helpers import made_videos, pages, tiny
 from tests.helpers.event_files import summaries
 from tests.helpers.loaded import loaded
-from tests.helpers.runs import Stopping, said
+from tests.helpers.runs import Stopping, announced, said
 
 TINY_LIGHT = (ResNet, dict(classes=None, blocks=(1,), features=4))
 TINY_HEAVY = (ResNet, dict(classes=None, blocks=(1,), features=4, stem="small"))
@@ -59,8 +59,17 @@ def finished(config, tmp_path_factory):
   folder_of_features(folder, np.random.default_rng(0))
   np.save(folder / "video17.npy", np.full((2, 5), np.nan, np.float32))
   made, workdir = config("features_timegate", eval_every=1.0, **feature_settings(folder)), folder / "run"
-  said(long_video, made, workdir, "train")
+  with pytest.MonkeyPatch.context() as patch:
+    announced(patch)
+    (folder / "printed.txt").write_text(said(long_video, made, workdir, "train"))
   return made, workdir
+
+
+def test_whatever_takes_long_says_what_it_does(finished):
+  printed = (finished[1].parent / "printed.txt").read_text()
+  for what in ("opening the data", "making the networks", "finding the concepts that gates start from",
+               "compiling the training step", "timing the skipping of segments", "drawing the report"):
+    assert f"{what} (" in printed
 
 
 @pytest.mark.parametrize(
@@ -351,6 +360,7 @@ def test_a_run_trains_evaluates_and_is_compiled(config, tmp_path, monkeypatch, c
   if selection in ("light", "prefix"):
     with pytest.raises(ValueError, match=f"model must have a heavy net, and choose its segments .* {selection!r}"):
       long_video.run(made, tmp_path / "run", "compile")
+    assert "--mode=compile cannot time this run: model must have" in (tmp_path / "run" / "report.html").read_text()
     return
   long_video.run(made, tmp_path / "run", "compile")
   found = json.loads((tmp_path / "run" / "compile.json").read_text())["timings"]

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from gating_jax import progress
 from gating_jax.experiments import time_table
 
 
@@ -15,6 +16,11 @@ def said(programme, config, workdir, mode):
   with contextlib.redirect_stdout(io.StringIO()) as out:
     programme.run(config, workdir, mode)
   return out.getvalue()
+
+
+def announced(patch):
+  """From here on what takes long is announced however little it takes, so that `said` has all of it."""
+  patch.setattr(progress, "_AFTER", 0.0)
 
 
 def compiled(programme, finished, folder):
