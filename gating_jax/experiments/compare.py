@@ -8,6 +8,7 @@ from typing import Any
 
 from gating_jax.experiments import conclusion, surroundings
 from gating_jax.paths import user_path
+from gating_jax.progress import working
 from gating_jax.reports import compared_runs, comparison, opening, page
 from gating_jax.training import provenance, rundir
 from gating_jax.training.journal import METRICS_FILE, read_lines
@@ -23,12 +24,13 @@ def run(folders: Sequence[Path], page_file: Path) -> None:
     RunDirError: a folder holds no run, or a damaged one.
     ValueError: a folder is given twice, or `page_file` holds something else.
   """
-  runs = [_read(folder, name) for folder, name in zip(folders, names(folders), strict=True)]
-  if page_file.exists() and not _is_comparison(page_file):
-    raise ValueError(f"page must be new or the page of an earlier comparison; {page_file} is neither")
-  begin, sections = comparison.content(runs)
-  sections.append(_about(folders, runs))
-  page.write(page_file, comparison.TITLE, sections, ", ".join(run.name for run in runs), begin)
+  with working("reading the runs and drawing the comparison", "up to a minute"):
+    runs = [_read(folder, name) for folder, name in zip(folders, names(folders), strict=True)]
+    if page_file.exists() and not _is_comparison(page_file):
+      raise ValueError(f"page must be new or the page of an earlier comparison; {page_file} is neither")
+    begin, sections = comparison.content(runs)
+    sections.append(_about(folders, runs))
+    page.write(page_file, comparison.TITLE, sections, ", ".join(run.name for run in runs), begin)
   print(comparison.render(runs))
   print(f"\npage: {page_file}")
   rows = [(run.name, _summary(run)) for run in runs]

@@ -20,6 +20,7 @@ from gating_jax.models.early_exit import EarlyExitNet
 from gating_jax.models.resnet import ResNet
 from gating_jax.models.segmenter import Segmenter
 from gating_jax.models.vgg import VGG
+from gating_jax.progress import working
 from gating_jax.training import rundir
 
 
@@ -32,7 +33,8 @@ def run(experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Ma
   """
   check(experiment.model)
   compiled = _compiler(experiment.model, variables)
-  images = time_table.calibration(experiment.open_train(), experiment.normalise)
+  with working("opening the training data", "minutes for large sets"):
+    images = time_table.calibration(experiment.open_train(), experiment.normalise)
   time_table.write(run_dir, step, time_table.of_images(compiled, images), pixels=images.shape[1:3])
 
 

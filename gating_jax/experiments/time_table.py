@@ -55,7 +55,8 @@ def write(
     write_json(folder / TABLE_FILE, {
         "step": step, "device": timing.device(), "jax_version": jax.__version__,
         "pixels": None if pixels is None else list(pixels), "timings": found})
-    time_picture.draw(folder / PICTURE_FILE, found)
+    with working("drawing the times", "a few seconds"):
+      time_picture.draw(folder / PICTURE_FILE, found)
   has_page = surroundings.refresh_times(run_dir.path)
   modes = [] if has_page or not run_dir.report.exists() else ["report"]
   modes += ["export"] if run_dir.config().get("experiment") == "classification" else []
@@ -93,7 +94,7 @@ def of_images(
     images: `[M, H, W, D]`, the calibration.
   """
   for size in _BATCHES:
-    with working(f"compiling and timing each way to run {title(size, 'image')}") as progress:
+    with working(f"compiling and timing each way to run {title(size, 'image')}", "up to a few minutes") as progress:
       made = compiled(input_shape=images.shape[1:], batch_size=size, calibration=images, repeats=_REPEATS,
                       progress=progress)
     if isinstance(made, Conditional) and (reason := why_not("native")):

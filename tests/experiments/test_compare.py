@@ -6,6 +6,7 @@ import pytest
 
 from gating_jax.experiments import compare
 from gating_jax.training.rundir import RunDirError
+from tests.helpers.runs import announced
 
 LINE = {"step": 4, "split": "train", "cross_entropy": 0.5}
 
@@ -24,13 +25,15 @@ def made(tmp_path):
   return make
 
 
-def test_runs_are_read_printed_and_written(made, tmp_path, capsys):
+def test_runs_are_read_printed_and_written(made, tmp_path, capsys, monkeypatch):
+  announced(monkeypatch)
   folders = [made("first/run"), made("second/run", 0.5, optim={"epochs": 5})]
   compare.run(folders, tmp_path / "page.html")
   printed, html = capsys.readouterr().out, (tmp_path / "page.html").read_text()
   assert re.search(r"accuracy +75\.00 % +50\.00 %", printed)
   assert re.search(r"optim\.epochs +3 +5", printed)
   assert f"page: {tmp_path / 'page.html'}" in printed
+  assert "drawing the comparison (" in printed
   for text in ("<td>75.00 %</td><td>50.00 %</td>", '<th scope="col">first/run</th><th scope="col">second/run</th>',
                "<td>optim.epochs</td><td>3</td><td>5</td>"):
     assert text in html

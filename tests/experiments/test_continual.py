@@ -288,7 +288,8 @@ def compiled(finished, tmp_path_factory):
 
 
 def test_each_tasks_net_is_compiled(compiled):
-  found, _ = compiled
+  found, printed = compiled
+  assert "drawing the times (" in printed
   assert list(found["timings"]) == ["task 1, 0, 1: 3 images at a time", "task 2, 2, 3: 3 images at a time"]
   for rows in found["timings"].values():
     assert {"masked", "ungated"} <= {row["strategy"] for row in rows if row["part"] is None}

@@ -30,6 +30,7 @@ def compiled(programme, finished, folder):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(time_table, "_REPEATS", 1)
     patch.setattr(time_table, "_BATCHES", (3,))
+    announced(patch)
     printed = said(programme, made, copy, "compile")
   return json.loads((copy / "compile.json").read_text()), printed
 
