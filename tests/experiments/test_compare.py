@@ -27,10 +27,12 @@ def made(tmp_path):
 
 def test_runs_are_read_printed_and_written(made, tmp_path, capsys, monkeypatch):
   announced(monkeypatch)
-  folders = [made("first/run"), made("second/run", 0.5, optim={"epochs": 5})]
+  digits = {"data": {"name": "digits"}}
+  folders = [made("first/run", **digits), made("second/run", 0.5, optim={"epochs": 5}, **digits)]
   compare.run(folders, tmp_path / "page.html")
   printed, html = capsys.readouterr().out, (tmp_path / "page.html").read_text()
   assert re.search(r"accuracy +75\.00 % +50\.00 %", printed)
+  assert re.search(r"tested on +digits +digits", printed)
   assert re.search(r"optim\.epochs +3 +5", printed)
   assert f"page: {tmp_path / 'page.html'}" in printed
   assert "drawing the comparison (" in printed
