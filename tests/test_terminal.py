@@ -1,6 +1,7 @@
 import io
 import logging
 import os
+import re
 import subprocess
 import sys
 
@@ -63,3 +64,13 @@ def test_warnings_without_stderr_end_nothing(monkeypatch, handler):
 def test_warnings_are_of_the_line_that_they_come_from(caplog):
   warn("%d of %d", 1, 2)
   assert [(record.getMessage(), record.filename) for record in caplog.records] == [("1 of 2", "test_terminal.py")]
+
+
+@pytest.mark.parametrize(("call", "homes"), [
+    (r"^\s+print\(", {"cli.py", "progress.py", "native/build.py"}),
+    (r"logging\.(warning|error|info)\(", {"terminal.py"}),
+])
+def test_lines_and_warnings_have_one_home_each_which_heeds_closed_streams(call, homes):
+  package = ROOT / "gating_jax"
+  sources = {str(path.relative_to(package)): path.read_text() for path in package.rglob("*.py")}
+  assert {name for name, text in sources.items() if re.search(call, text, re.MULTILINE)} == homes

@@ -18,7 +18,7 @@ from gating_jax.data import augment, batches, resident, streaming
 from gating_jax.experiments import failing, gate_watch, image_compile, image_export, outlines, pretrained
 from gating_jax.experiments.build import Experiment, build
 from gating_jax.experiments.image_task import Task, conclude, write_files, write_report
-from gating_jax.progress import Pace, lasting, working
+from gating_jax.progress import Pace, lasting, say, working
 from gating_jax.reports import table
 from gating_jax.training import devices, diagnosis, evaluation, hosts, loop, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
@@ -74,9 +74,9 @@ def _make(make: Callable[..., None], experiment: Experiment, run_dir: rundir.Run
 
 def _evaluate(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
   step, _, result, *_ = _test_newest(task, experiment, run_dir)
-  print(f"checkpoint of step {step}")
-  print(task.render(result))
-  print(conclude(task, experiment, run_dir.path, result, f"Tested the checkpoint of step {step:,} of"))
+  say(f"checkpoint of step {step}")
+  say(task.render(result))
+  say(conclude(task, experiment, run_dir.path, result, f"Tested the checkpoint of step {step:,} of"))
 
 
 def _report(task: Task, experiment: Experiment, run_dir: rundir.RunDir, notice: str = "") -> None:
@@ -84,8 +84,8 @@ def _report(task: Task, experiment: Experiment, run_dir: rundir.RunDir, notice: 
   with working("drawing the report", "about half a minute"):
     drawn = task.draw(experiment, state) if hosts.is_writer() else {}
     hosts.written(lambda: write_report(task, experiment, run_dir, step, *tested, drawn, notice))
-  print(f"report of the checkpoint of step {step}: {run_dir.report}")
-  print(conclude(task, experiment, run_dir.path, tested[0], f"Wrote the page of the checkpoint of step {step:,} of"))
+  say(f"report of the checkpoint of step {step}: {run_dir.report}")
+  say(conclude(task, experiment, run_dir.path, tested[0], f"Wrote the page of the checkpoint of step {step:,} of"))
 
 
 def _test_newest(
@@ -121,7 +121,7 @@ def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
     checkpoints = Checkpoints(run_dir.checkpoints)
     first_step, state = _restore(experiment, checkpoints)
   if first_step:
-    print(f"going on from the checkpoint of step {first_step} in {run_dir.path}")
+    say(f"going on from the checkpoint of step {first_step} in {run_dir.path}")
   elif experiment.config.model.init_from is not None:
     state = pretrained.start(experiment, state)
   journal = Journal(run_dir.path, first_step, total)
@@ -156,8 +156,8 @@ def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
     checkpoints.close()
   result |= {"step": step, "seconds_since_last_start": round(time.monotonic() - started, 1)}
   run_dir.finish(result)
-  print(task.render(result))
-  print(conclude(task, experiment, run_dir.path, result, f"Trained for {lasting(time.monotonic() - started)}:"))
+  say(task.render(result))
+  say(conclude(task, experiment, run_dir.path, result, f"Trained for {lasting(time.monotonic() - started)}:"))
 
 
 def _restore(experiment: Experiment, checkpoints: Checkpoints) -> tuple[int, Any]:

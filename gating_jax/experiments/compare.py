@@ -8,7 +8,7 @@ from typing import Any
 
 from gating_jax.experiments import conclusion, surroundings
 from gating_jax.paths import user_path
-from gating_jax.progress import working
+from gating_jax.progress import say, working
 from gating_jax.reports import compared_runs, comparison, opening, page
 from gating_jax.training import provenance, rundir
 from gating_jax.training.journal import METRICS_FILE, read_lines
@@ -31,11 +31,11 @@ def run(folders: Sequence[Path], page_file: Path) -> None:
     begin, sections = comparison.content(runs)
     sections.append(_about(folders, runs))
     page.write(page_file, comparison.TITLE, sections, ", ".join(run.name for run in runs), begin)
-  print(comparison.render(runs))
-  print(f"\npage: {page_file}")
+  say(comparison.render(runs))
+  say(f"\npage: {page_file}")
   rows = [(run.name, _summary(run)) for run in runs]
-  print(conclusion.text(f"Compared {len(runs)} runs.", [("page", str(page_file)), *rows],
-                        [f"open {page_file} in a browser"]))
+  say(conclusion.text(f"Compared {len(runs)} runs.", [("page", str(page_file)), *rows],
+                      [f"open {page_file} in a browser"]))
 
 
 def folders(text: str) -> list[Path]:

@@ -22,7 +22,7 @@ from gating_jax.data import batches, resident, tasks
 from gating_jax.data.sources import Images
 from gating_jax.experiments import conclusion, continual_report, failing, gate_watch, outlines, task_compile
 from gating_jax.experiments.continual_build import ContinualExperiment, build
-from gating_jax.progress import TRAINING, Pace, lasting, working
+from gating_jax.progress import TRAINING, Pace, lasting, say, working
 from gating_jax.reports import task_table
 from gating_jax.training import devices, hosts, loop, rundir
 from gating_jax.training.checkpoints import Checkpoints
@@ -45,16 +45,16 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
 def _evaluate(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
   """Tests what the newest checkpoint holds on all tasks it has learnt."""
   step, learner = newest(experiment, run_dir)
-  print(f"checkpoint of step {step}")
+  say(f"checkpoint of step {step}")
   done = f"Tested the checkpoint of step {step:,} of"
   if step % experiment.steps_per_task:
-    print("a task is being learnt; the results are those of the tasks before it, when the last of them ended")
+    say("a task is being learnt; the results are those of the tasks before it, when the last of them ended")
   else:
     with working(f"testing on the images of {int(learner.task)} tasks", "programs are compiled first, up to a minute"):
       learner = test_tasks(learner, make_evaluate(experiment), int(learner.task))
   result = continual_report.summary(experiment, learner)
-  print(task_table.render(result))
-  print(_conclude(experiment, run_dir.path, result, done))
+  say(task_table.render(result))
+  say(_conclude(experiment, run_dir.path, result, done))
 
 
 def _report(experiment: ContinualExperiment, run_dir: rundir.RunDir, notice: str = "") -> None:
@@ -63,8 +63,8 @@ def _report(experiment: ContinualExperiment, run_dir: rundir.RunDir, notice: str
   with working("drawing the report", "up to a minute"):
     continual_report.write(experiment, learner, run_dir, step, notice)
   result = continual_report.summary(experiment, learner)
-  print(f"report of the checkpoint of step {step}: {run_dir.report}")
-  print(_conclude(experiment, run_dir.path, result, f"Wrote the page of the checkpoint of step {step:,} of"))
+  say(f"report of the checkpoint of step {step}: {run_dir.report}")
+  say(_conclude(experiment, run_dir.path, result, f"Wrote the page of the checkpoint of step {step:,} of"))
 
 
 def _compile(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
@@ -115,7 +115,7 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
     checkpoints = Checkpoints(run_dir.checkpoints)
     step, learner = _restore(experiment, checkpoints)
   if step:
-    print(f"going on from the checkpoint of step {step} in {run_dir.path}")
+    say(f"going on from the checkpoint of step {step} in {run_dir.path}")
   journal, watch = Journal(run_dir.path, step, total), gate_watch.of_tasks()
   advance, end_stage = make_advance(experiment), _make_end_stage(experiment, journal)
   pace = Pace(journal.say, total, lambda step: {_PRELUDE: _prelude_steps_left(experiment, step)})
@@ -145,8 +145,8 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
     continual_report.write(experiment, learner, run_dir, step)
   result |= {"step": step, "seconds_since_last_start": round(time.monotonic() - started, 1)}
   run_dir.finish(result)
-  print(task_table.render(result))
-  print(_conclude(experiment, run_dir.path, result, f"Trained for {lasting(time.monotonic() - started)}:"))
+  say(task_table.render(result))
+  say(_conclude(experiment, run_dir.path, result, f"Trained for {lasting(time.monotonic() - started)}:"))
 
 
 def _prelude_steps_left(experiment: ContinualExperiment, step: int) -> int:

@@ -12,6 +12,7 @@ import jax
 import ml_collections
 
 from gating_jax.checks import printable
+from gating_jax.progress import say
 from gating_jax.reports import opening, page
 from gating_jax.terminal import warn
 from gating_jax.training import rundir
@@ -87,7 +88,7 @@ def _report_failure(
     run_dir: RunDir, config: ml_collections.ConfigDict, report: Callable[..., None], said: str
 ) -> None:
   """Writes the page of the newest checkpoint; where there is none, or it cannot be tested, one without numbers."""
-  print("the run failed; its report is written as far as it came", flush=True)
+  say("the run failed; its report is written as far as it came")
   try:
     report(run_dir, notice=said)
   except Exception as error:

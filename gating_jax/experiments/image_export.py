@@ -29,7 +29,7 @@ from gating_jax.inference.quantise import dequantise, quantise
 from gating_jax.inference.slim import Disagreement, disagreement, rate_bound, static_units, take
 from gating_jax.inference.timings import run_over, spread_batches
 from gating_jax.models.early_exit import EarlyExitNet
-from gating_jax.progress import Advance, working
+from gating_jax.progress import Advance, say, working
 from gating_jax.reports.lettering import columns
 from gating_jax.reports.times import title
 from gating_jax.timing import MASKED, device, race
@@ -56,11 +56,11 @@ def run(experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Ma
     trained = write(experiment, folder, {"config": run_dir.config(), "step": step}, variables)
     cards = {name: export.load_exported(folder / name).card for name in FOLDERS.values() if (folder / name).exists()}
   paths = [str(run_dir.path / name) for name in cards]
-  print(f"\nwritten: {', '.join(paths)}")
+  say(f"\nwritten: {', '.join(paths)}")
   rows = [(path, _summary(card)) for path, card in zip(paths, cards.values(), strict=True)]
   rows += _as_compiled(run_dir, step, trained)
-  print(conclusion.text(f"Exported the checkpoint of step {step:,}, its times on {device()}.", rows,
-                        [_load_command(paths[0]), *conclusion.following(run_dir.path, ["compile"])]))
+  say(conclusion.text(f"Exported the checkpoint of step {step:,}, its times on {device()}.", rows,
+                      [_load_command(paths[0]), *conclusion.following(run_dir.path, ["compile"])]))
 
 
 def _summary(card: Mapping[str, Any]) -> str:
@@ -99,9 +99,9 @@ def _write(experiment: Experiment, folder: Path, origin: Mapping[str, Any], vari
     moved = disagreement(net, choices, (x for x, _ in _batches(experiment, experiment.test)))
     models = {_TRAINED: net, _SLIMMED: small, _INT8: quantise(small)}
     scores = {name: _score(experiment, each) for name, each in models.items()}
-  print(f"\ncheckpoint of step {origin['step']}, calibrated on {analysis.images:,} training images\n")
-  print("\n".join(_analysis_lines(analysis, [name for name, _ in experiment.counts.gate_layers])))
-  print("\n".join(["", *_moved_lines(analysis, moved), ""]))
+  say(f"\ncheckpoint of step {origin['step']}, calibrated on {analysis.images:,} training images\n")
+  say("\n".join(_analysis_lines(analysis, [name for name, _ in experiment.counts.gate_layers])))
+  say("\n".join(["", *_moved_lines(analysis, moved), ""]))
   with working("compiling and timing programs that skip, for one image at a time", "some minutes") as progress:
     images = time_table.calibration(train, experiment.normalise)
     skipping = compile_conditional(small, input_shape=shape, batch_size=1, candidates=EXPORTABLE, repeats=_REPEATS,
@@ -126,9 +126,9 @@ def _write(experiment: Experiment, folder: Path, origin: Mapping[str, Any], vari
     with working(f"writing the net, {name}", "up to half a minute"):
       path = export.export_model(model, folder / FOLDERS[name], input_shape=shape, card=card)
       table.append(_row(name, scores[name], export.load_exported(path).card))
-  print("\n".join(columns(table)))
+  say("\n".join(columns(table)))
   if analysis.openings and _SKIPPING not in models:
-    print("For one image at a time computing everything is as fast as skipping here: no program that skips is written.")
+    say("For one image at a time computing everything is as fast as skipping here: no program that skips is written.")
   return milliseconds[_TRAINED]["1"]
 
 
@@ -160,8 +160,8 @@ def _write_exits(
   card = _card(experiment, origin, score) | {"strategies": [made.strategy], "milliseconds": milliseconds}
   with working("writing the net", "up to half a minute"):
     path = export.export_model(made, folder / FOLDERS[_SLIMMED], input_shape=shape, card=card)
-  print(f"\ncheckpoint of step {origin['step']}\n")
-  print("\n".join(columns([_head(), _row(made.strategy, score, export.load_exported(path).card)])))
+  say(f"\ncheckpoint of step {origin['step']}\n")
+  say("\n".join(columns([_head(), _row(made.strategy, score, export.load_exported(path).card)])))
   return times[MASKED]["1"]
 
 

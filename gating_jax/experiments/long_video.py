@@ -52,9 +52,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
 
 def _evaluate(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   step, result, _ = _test_newest(experiment, run_dir)
-  print(f"checkpoint of step {step}")
-  print(video_table.render(result))
-  print(_conclude(experiment, run_dir.path, result, f"Tested the checkpoint of step {step:,} of"))
+  say(f"checkpoint of step {step}")
+  say(video_table.render(result))
+  say(_conclude(experiment, run_dir.path, result, f"Tested the checkpoint of step {step:,} of"))
 
 
 def _render_finished(experiment: VideoExperiment, path: Path, result: Mapping[str, Any]) -> str:
@@ -85,8 +85,8 @@ def _report(experiment: VideoExperiment, run_dir: rundir.RunDir, notice: str = "
   step, result, behaviour = _test_newest(experiment, run_dir)
   with working("drawing the report", "up to a minute"):
     video_report.write(experiment, result, behaviour, run_dir, step, notice)
-  print(f"report of the checkpoint of step {step}: {run_dir.report}")
-  print(_conclude(experiment, run_dir.path, result, f"Wrote the page of the checkpoint of step {step:,} of"))
+  say(f"report of the checkpoint of step {step}: {run_dir.report}")
+  say(_conclude(experiment, run_dir.path, result, f"Wrote the page of the checkpoint of step {step:,} of"))
 
 
 def _compile(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
@@ -166,8 +166,8 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
     hosts.written(lambda: video_report.write(experiment, result, behaviour, run_dir, total))
   result |= {"step": total, "seconds_since_last_start": round(time.monotonic() - started, 1)}
   run_dir.finish(result)
-  print(video_table.render(result))
-  print(_conclude(experiment, run_dir.path, result, f"Trained for {lasting(time.monotonic() - started)}:"))
+  say(video_table.render(result))
+  say(_conclude(experiment, run_dir.path, result, f"Trained for {lasting(time.monotonic() - started)}:"))
 
 
 def _restore(phase: Phase, path: Path, seed: int) -> tuple[int, Any]:
@@ -190,7 +190,7 @@ def _run_phase(
   if first_step == total:
     return state, True
   if first_step:
-    print(f"going on from the checkpoint of step {first_step} in {path}")
+    say(f"going on from the checkpoint of step {first_step} in {path}")
   path.mkdir(exist_ok=True)
   checkpoints, journal = Checkpoints(path / rundir.CHECKPOINT_DIR), Journal(path, first_step, total)
   pace = Pace(journal.say, total)

@@ -14,6 +14,7 @@ from gating_jax.experiments import settings
 from gating_jax.experiments.build import Experiment, build
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.paths import user_path
+from gating_jax.progress import say
 from gating_jax.training import devices, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
 
@@ -57,7 +58,7 @@ def start(experiment: Experiment, state: steps.TrainState) -> steps.TrainState:
   if found is None:
     raise rundir.RunDirError(f"model.init_from must name a run with a checkpoint; {folder} has none yet")
   step, trained = found
-  print(f"starting from the parameters of step {step} in {folder}")
+  say(f"starting from the parameters of step {step} in {folder}")
   return state.replace(params=_merged(state.params, trained.params, folder),
                        batch_stats=_merged(state.batch_stats, trained.batch_stats, folder))
 

@@ -21,7 +21,7 @@ from gating_jax.inference.exiting import Exiting
 from gating_jax.inference.inputs import spread
 from gating_jax.inference.kernel_strategies import why_not
 from gating_jax.inference.timings import Timing
-from gating_jax.progress import working
+from gating_jax.progress import say, working
 from gating_jax.reports import time_picture
 from gating_jax.reports.times import title
 from gating_jax.training import rundir
@@ -48,10 +48,10 @@ def write(
   """
   found = {}
   with _staged(run_dir.path, step) as folder:
-    print(f"checkpoint of step {step}, timed on {timing.device()}: some minutes", flush=True)
+    say(f"checkpoint of step {step}, timed on {timing.device()}: some minutes")
     for title, rows in tables:
       found[title] = [dataclasses.asdict(row) for row in rows]
-      print(f"\n{title}\n" + time_picture.table(found[title]))
+      say(f"\n{title}\n" + time_picture.table(found[title]))
     write_json(folder / TABLE_FILE, {
         "step": step, "device": timing.device(), "jax_version": jax.__version__,
         "pixels": None if pixels is None else list(pixels), "timings": found})
@@ -61,8 +61,8 @@ def write(
   modes = [] if has_page or not run_dir.report.exists() else ["report"]
   modes += ["export"] if run_dir.config().get("experiment") == "classification" else []
   made = ("made", f"{run_dir.path / TABLE_FILE}, {PICTURE_FILE}")
-  print(conclusion.text(f"Timed the checkpoint of step {step:,}: median milliseconds of a call.",
-                        [made, *conclusion.times(found)], conclusion.following(run_dir.path, modes)))
+  say(conclusion.text(f"Timed the checkpoint of step {step:,}: median milliseconds of a call.",
+                      [made, *conclusion.times(found)], conclusion.following(run_dir.path, modes)))
 
 
 @contextlib.contextmanager
@@ -98,5 +98,5 @@ def of_images(
       made = compiled(input_shape=images.shape[1:], batch_size=size, calibration=images, repeats=_REPEATS,
                       progress=progress)
     if isinstance(made, Conditional) and (reason := why_not("native")):
-      print(f"\nthe strategy native is not tried: {reason}")
+      say(f"\nthe strategy native is not tried: {reason}")
     yield title(size, "image"), made.report()

@@ -15,6 +15,7 @@ import ml_collections
 
 from gating_jax.checks import one_of
 from gating_jax.paths import check_storable, user_path
+from gating_jax.progress import say
 from gating_jax.training import hosts, provenance
 from gating_jax.training.journal import TEMPORARY, write_json
 
@@ -183,8 +184,8 @@ def run_mode(
       hosts.written(lambda: provenance.record_start(run_dir.path))
       train(run_dir)
     else:
-      print(f"{path} holds a finished run of this config; nothing was trained or changed. Its result:")
-      print(render(result))
+      say(f"{path} holds a finished run of this config; nothing was trained or changed. Its result:")
+      say(render(result))
 
 
 def flatten(tree: Mapping[str, Any] | ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
