@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from gating_jax.progress import working
 from gating_jax.training import devices
 
 
@@ -38,12 +39,22 @@ def or_in_full(skipping: Callable, full: Callable) -> Callable:
   gradients are NaN where it does not hold what is open, see `open_backward`. Which one counts is a function of the
   arguments alone, so that a restart repeats it. The metric `in_full` is 1 where the second does.
   """
+  compiled = False
+
+  def in_full(state, *batch):
+    """The first call, in the midst of a training, compiles."""
+    nonlocal compiled
+    if compiled:
+      return full(state, *batch)
+    compiled = True
+    with working("compiling the training step with its whole backward", "up to a minute or two on a CPU, once"):
+      return full(state, *batch)
 
   def run(state: Any, *batch: Any) -> tuple[Any, dict[str, Any]]:
     after, metrics = skipping(state, *batch)
     missed = not np.isfinite(jax.device_get(metrics["gradient_norm"])).all()
     if missed:
-      after, metrics = full(state, *batch)
+      after, metrics = in_full(state, *batch)
     return after, {**metrics, "in_full": np.full(metrics["gradient_norm"].shape, missed, np.float32)}
 
   return run

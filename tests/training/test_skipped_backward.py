@@ -1,5 +1,7 @@
 """Steps that leave out the backward of closed layers end where full steps end."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from gating_jax.models.resnet import ResNet
 from gating_jax.training import steps
 from gating_jax.training.dispatch import or_in_full
 from tests.helpers import tiny
+from tests.helpers.runs import announced
 
 STEPS, BATCH = 6, 16
 
@@ -85,11 +88,17 @@ def test_batch_norm_has_no_backward_to_leave_out():
     trained(step(0.5, group_norm=False))
 
 
-def test_a_step_whose_gradient_is_not_a_number_is_taken_again_in_full():
+def test_a_step_whose_gradient_is_not_a_number_is_taken_again_in_full(monkeypatch, capsys):
   skipping = lambda state, norm: (state + 1, {"gradient_norm": np.array([norm])})
-  full = lambda state, norm: (state + 10, {"gradient_norm": np.array([1.0])})
+
+  def full(state, norm):
+    time.sleep(0.1)  # longer than a line takes
+    return state + 10, {"gradient_norm": np.array([1.0])}
+
+  announced(monkeypatch)
   run = or_in_full(skipping, full)
-  (kept, fits), (repeated, missed) = run(0, 0.5), run(0, np.nan)
+  (kept, fits), (repeated, missed), _ = run(0, 0.5), run(0, np.nan), run(0, np.nan)
+  assert capsys.readouterr().out.count("compiling the training step with its whole backward (") == 1
   assert (kept, repeated) == (1, 10)
   assert (fits["in_full"], missed["in_full"]) == (0, 1)
   assert missed["gradient_norm"] == 1.0
