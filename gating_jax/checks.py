@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 import unicodedata
 from collections.abc import Iterable, Sequence
 
+import jax
+
 _CLOSE = 0.7  # twice the letters that two names share in their order, of the letters of both
-_LONGEST = 200  # letters of a value that is shown as it is
+_LONGEST, _MOST = 60, 8  # letters, and elements of an array, that are shown as they are
 _JOINERS = "\u200c\u200d"  # between letters of Persian or of Indian scripts, and parts of a picture
 
 
@@ -22,9 +25,38 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
   if not isinstance(value, str) or value not in choices:
     close = near(str(value), choices)
     hint = f". Did you mean {close[0]!r}?" if close else ""
-    text = " ".join(repr(value).split())
-    text = text if len(text) <= _LONGEST else f"an object of class {type(value).__name__}"
-    raise ValueError(f"{name} must be one of {', '.join(choices)}; got {text}{hint}")
+    raise ValueError(f"{name} must be one of {', '.join(choices)}; got {shown(value)}{hint}")
+
+
+def shown(value: object) -> str:
+  """A value in one short line: a text by its beginning, a large array by its type and shape, what else is long by its
+  class.
+
+  >>> import numpy as np
+  >>> shown(0.6), shown(dict), shown("letters " * 20), shown(np.zeros((6, 4)))
+  ('0.6', 'the class dict', "'letters letters letters letters letters letters le'...", 'float64[6,4]')
+  """
+  if isinstance(value, type):
+    return f"the class {value.__name__}"
+  if callable(value) and hasattr(value, "__qualname__"):
+    return f"the function {value.__qualname__}"
+  if is_array(value) and (isinstance(value, jax.core.Tracer) or math.prod(value.shape) > _MOST):
+    return _type_and_shape(value)
+  text = " ".join(repr(value).split())
+  if len(text) <= _LONGEST:
+    return text
+  if isinstance(value, str):
+    return f"{' '.join(value.split())[: _LONGEST - 10]!r}..."
+  return _type_and_shape(value) if is_array(value) else f"an object of class {type(value).__name__}"
+
+
+def is_array(value: object) -> bool:
+  """Whether a value is an array of NumPy, JAX or another library."""
+  return hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, type)
+
+
+def _type_and_shape(array) -> str:
+  return f"{array.dtype}[{','.join(map(str, array.shape))}]"
 
 
 def near(name: str, choices: Iterable[str], count: int = 1) -> list[str]:

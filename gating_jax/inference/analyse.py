@@ -16,7 +16,6 @@ from gating_jax.inference import folded_macs
 from gating_jax.inference.computed import account
 from gating_jax.inference.folded import Folded, Group
 from gating_jax.inference.folding import fold
-from gating_jax.inference.inputs import at_least_one
 from gating_jax.inference.openings import Counter, Openings, observed, places
 from gating_jax.inference.quantise import check_float
 from gating_jax.inference.slim import static_units, take
@@ -80,7 +79,7 @@ def analyse(
   """
   net = model if isinstance(model, Folded) else fold(model, variables)
   check_float(net)
-  at_least_one(buckets=buckets)
+  arguments.whole_number("buckets", buckets)
   arguments.instance("calibration", calibration, Iterable, "images, or an iterable of batches of them")
   executed, switched, ways = "executed", f"switch of {buckets}", _ways(net)
   counter, spent, images = Counter(net), dict.fromkeys((executed, switched, *ways), 0), 0

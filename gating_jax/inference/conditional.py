@@ -150,8 +150,9 @@ def compile_conditional(
 
 def check_arguments(strategy: str, input_shape: tuple[int, int, int], batch_size: int, buckets: int, calibration: Any,
                     repeats: int, open_limit: float) -> np.ndarray | None:
-  """The calibration images. Raises ValueError naming the first argument that is out of range, or missing."""
-  inputs.at_least_one(batch_size=batch_size, buckets=buckets, repeats=repeats)
+  """The calibration images. Raises TypeError or ValueError naming the first argument that is wrong, or missing."""
+  for name, value in (("batch_size", batch_size), ("buckets", buckets), ("repeats", repeats)):
+    arguments.whole_number(name, value)
   arguments.number("open_limit", open_limit, "> 0", lambda v: v > 0)
   if calibration is None:
     if strategy == AUTO:

@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as read_tensors
 from safetensors.numpy import save as write_tensors
 
-from gating_jax.checks import one_of
+from gating_jax.checks import one_of, shown
 from gating_jax.inference import folded, folded_macs, inputs
 from gating_jax.inference.conditional import Conditional
 from gating_jax.inference.exiting import Exiting
@@ -110,7 +110,7 @@ def export_model(
   arguments.instance("directory", directory, (str, os.PathLike), "a path")
   arguments.instance("card", card, Mapping, "a mapping of names to JSON values")
   if isinstance(model, nn.Module):
-    raise TypeError(f"model must be folded first, by fold(model, variables); got {arguments.shown(model)}")
+    raise TypeError(f"model must be folded first, by fold(model, variables); got {shown(model)}")
   if not isinstance(model, (Folded, Conditional, Exiting)):
     arguments.function("model", model, "a folded or compiled network, or a function of images")
   directory = user_path(directory)
@@ -118,7 +118,7 @@ def export_model(
     raise ExportError(f"export directory must be new; {directory} exists")
   input_shape = inputs.image_shape(input_shape)
   if batch_size is not None:
-    inputs.at_least_one(batch_size=batch_size)
+    arguments.whole_number("batch_size", batch_size)
   platforms = arguments.items("platforms", platforms, f"names among {', '.join(_KNOWN_PLATFORMS)}")
   for name in platforms:
     one_of("platforms", name, _KNOWN_PLATFORMS)

@@ -54,17 +54,6 @@ def image_shape(shape: Any) -> tuple[int, int, int]:
   return sizes
 
 
-def at_least_one(**values: Any) -> None:
-  """Raises ValueError naming the first that is no whole number from 1 on."""
-  for name, value in values.items():
-    try:
-      good = operator.index(value) >= 1
-    except TypeError:
-      good = False
-    if not good:
-      raise ValueError(f"{name} must be >= 1, a whole number; got {value!r}")
-
-
 def spread(count: int, most: int) -> np.ndarray:
   """Indices of at most so many of `count` images, evenly over all."""
   return np.unique(np.linspace(0, count - 1, min(most, count)).astype(np.int64))

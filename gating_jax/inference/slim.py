@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from gating_jax.checks import shown
 from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer, gates_output, groups_of
-from gating_jax.inference.inputs import at_least_one
 from gating_jax.inference.openings import Openings, observed, places
 from gating_jax.inference.quantise import check_folded
 from gating_jax.ops import arguments
@@ -47,7 +47,7 @@ def slim(
   """
   if not (hasattr(analysis, "net") and hasattr(analysis, "openings")):
     raise TypeError(f"analysis must be an Analysis, which analyse(model, variables, images) makes; "
-                    f"got {arguments.shown(analysis)}")
+                    f"got {shown(analysis)}")
   return take(analysis.net, static_units(analysis.net, analysis.openings, multiple=multiple, confidence=confidence,
                                          max_rate=max_rate))
 
@@ -171,7 +171,7 @@ def disagreement(net: Folded, choices: Sequence[Choice], images: Any) -> Disagre
 
 def _check(net, openings, multiple, confidence, max_rate) -> None:
   check_folded(net)
-  at_least_one(multiple=multiple)
+  arguments.whole_number("multiple", multiple)
   if confidence is not None:
     arguments.number("confidence", confidence, "above 0 and below 1, or None", lambda v: 0 < v < 1)
   arguments.number("max_rate", max_rate, "above 0 and at most 1", lambda v: 0 < v <= 1)

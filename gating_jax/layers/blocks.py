@@ -14,8 +14,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from gating_jax.checks import one_of
-from gating_jax.layers.conv import CONVOLUTIONS, ConvNorm, FactorisedConvNorm, scaled
+from gating_jax.layers.conv import CONVOLUTIONS, ConvNorm, FactorisedConvNorm, check_maps, scaled
 from gating_jax.layers.gate import GATE_NAME, ChannelGate, GateSettings, Switched, apply_gates
+from gating_jax.ops import arguments
 from gating_jax.ops.skipping import open_backward
 from gating_jax.types import Array, Records
 
@@ -49,10 +50,19 @@ class _ResidualBlock(nn.Module):
   backward_share: float = 1.0
   inner_width: float = 1.0
 
+  def _check(self, x: Array) -> None:
+    check_maps(x)
+    one_of("gating", self.gating, GATINGS)
+    one_of("shortcut", self.shortcut, SHORTCUTS)
+    one_of("convolution", self.convolution, CONVOLUTIONS)
+    arguments.whole_number("features", self.features)
+    arguments.whole_number("stride", self.stride)
+    arguments.number("inner_width", self.inner_width, "> 0", lambda v: 0 < v < math.inf)
+    arguments.number("backward_share", self.backward_share, "in (0, 1]", lambda v: 0 < v <= 1)
+
   def _conv(
       self, features: int, window: int, stride: int, name: str, dilation: int = 1
   ) -> ConvNorm | FactorisedConvNorm:
-    one_of("convolution", self.convolution, CONVOLUTIONS)
     conv = CONVOLUTIONS[self.convolution] if window > 1 else ConvNorm
     spread = {} if dilation == 1 else {"dilation": dilation}
     return conv(features, window, stride, self.dtype, self.axis_name, name=name, group_norm=self.group_norm, **spread)
@@ -63,11 +73,13 @@ class _ResidualBlock(nn.Module):
       return x
     if self.gating != "none":
       raise ValueError(f"channels beside a block's input need gating 'none'; got {self.gating!r}")
+    arguments.real_array("beside", beside)
+    if jnp.shape(beside)[:-1] != x.shape[:-1]:
+      raise ValueError(f"beside must be of x's examples and pixels, {x.shape[:-1]}; got shape {jnp.shape(beside)}")
     return jnp.concatenate([x, beside], axis=-1)
 
   def _records(self, x: Array, train: bool, inner: tuple[Switched, ...], outer: Switched, convs: Sequence) -> Records:
     """`convs` are the convolutions of the branch, each with the shape of its input."""
-    one_of("gating", self.gating, GATINGS)
     groups = {"none": (), "channel": inner, "all_channels": (*inner, outer), "layer": self._layer(x, outer, convs)}
     if not groups[self.gating]:
       return ()
@@ -128,7 +140,6 @@ class _ResidualBlock(nn.Module):
 
   def _project(self, x: Array, features: int) -> ConvNorm | None:
     """The convolution of the shortcut, where it needs one."""
-    one_of("shortcut", self.shortcut, SHORTCUTS)
     if self.shortcut == "A" or (self.stride == 1 and x.shape[-1] == features):
       return None
     return self._conv(features, 1, self.stride, "project")
@@ -158,6 +169,7 @@ class BasicBlock(_ResidualBlock):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False, beside: Array | None = None) -> tuple[Array, Records]:
+    self._check(x)
     width = scaled(self.features, self.inner_width)
     conv1 = self._conv(width, 3, self.stride, "conv1", self.dilations[0])
     conv2 = self._conv(self.features, 3, 1, "conv2", self.dilations[1])
@@ -186,6 +198,7 @@ class Bottleneck(_ResidualBlock):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False, beside: Array | None = None) -> tuple[Array, Records]:
+    self._check(x)
     out = self.expansion * self.features
     width = scaled(self.features, self.inner_width)
     conv1 = self._conv(width, 1, 1, "conv1")

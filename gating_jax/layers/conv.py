@@ -15,10 +15,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gating_jax.ops import arguments
 from gating_jax.ops.windows import convolve_clips, convolve_depthwise
 from gating_jax.types import Array, Path
 
 _GROUP = 16  # channels, at most: Wu and He, 2018, table 3
+
+
+def check_maps(x: Array) -> None:
+  """Raises a TypeError or a ValueError unless x are feature maps of images or clips."""
+  arguments.real_array("x", x)
+  if jnp.ndim(x) not in (4, 5):
+    raise ValueError(f"x must be [N, H, W, D] or [N, F, H, W, D]; got shape {jnp.shape(x)}")
 
 
 class ConvMacs(NamedTuple):
@@ -50,7 +58,10 @@ class ConvNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
-    window, stride = (_per_axis(value, x.ndim - 2) for value in (self.window, self.stride))
+    check_maps(x)
+    arguments.whole_number("features", self.features)
+    arguments.whole_number("dilation", self.dilation)
+    window, stride = _per_axis("window", self.window, x.ndim - 2), _per_axis("stride", self.stride, x.ndim - 2)
     x = nn.Conv(
         self.features,
         window,
@@ -82,7 +93,8 @@ class ConvNorm(nn.Module):
 
   def macs(self, x_shape: Sequence[int]) -> ConvMacs:
     """Of one channel's worth of this convolution on an input of this shape."""
-    window, stride = (_per_axis(value, len(x_shape) - 2) for value in (self.window, self.stride))
+    axes = len(x_shape) - 2
+    window, stride = _per_axis("window", self.window, axes), _per_axis("stride", self.stride, axes)
     outputs = math.prod(-(-size // s) for size, s in zip(x_shape[1:-1], stride, strict=True))
     macs = math.prod(window) * outputs
     return ConvMacs(macs, 0, 0) if self.depthwise else ConvMacs(0, 0, macs)
@@ -105,6 +117,8 @@ class FactorisedConvNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
+    check_maps(x)
+    arguments.whole_number("features", self.features)
     if x.ndim != 5:
       raise ValueError(f"a factorised convolution needs clips [N, F, H, W, D]; got shape {x.shape}")
     space, time = self._parts(x.shape[-1])
@@ -122,7 +136,7 @@ class FactorisedConvNorm(nn.Module):
 
   def macs(self, x_shape: Sequence[int]) -> ConvMacs:
     """As `ConvNorm.macs`; no pair of an input and an output channel has a cost of its own."""
-    (t, *pixels), stride = _per_axis(self.window, 3), _per_axis(self.stride, 3)
+    (t, *pixels), stride = _per_axis("window", self.window, 3), _per_axis("stride", self.stride, 3)
     middle = self._middle(x_shape[-1])
     frames, *area = x_shape[1:-1]
     area = math.prod(-(-size // s) for size, s in zip(area, stride[1:], strict=True))
@@ -132,14 +146,14 @@ class FactorisedConvNorm(nn.Module):
         per_pair=0)
 
   def _parts(self, inputs: int) -> tuple[ConvNorm, ConvNorm]:
-    window, stride = _per_axis(self.window, 3), _per_axis(self.stride, 3)
+    window, stride = _per_axis("window", self.window, 3), _per_axis("stride", self.stride, 3)
     shared = dict(dtype=self.dtype, axis_name=self.axis_name, group_norm=self.group_norm)
     space = ConvNorm(self._middle(inputs), (1, *window[1:]), (1, *stride[1:]), name="space", **shared)
     time = ConvNorm(self.features, (window[0], 1, 1), (stride[0], 1, 1), name="time", **shared)
     return space, time
 
   def _middle(self, inputs: int) -> int:
-    t, *pixels = _per_axis(self.window, 3)
+    t, *pixels = _per_axis("window", self.window, 3)
     a = math.prod(pixels)
     return max(1, t * a * inputs * self.features // (a * inputs + t * self.features))
 
@@ -152,8 +166,13 @@ def scaled(channels: int, width: float) -> int:
   return max(1, round(channels * width))
 
 
-def _per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
-  return (value,) * axes if isinstance(value, int) else tuple(value)
+def _per_axis(name: str, value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+  sizes = tuple(value) if isinstance(value, (tuple, list)) else (value,) * axes
+  for size in sizes:
+    arguments.whole_number(name, size)
+  if len(sizes) != axes:
+    raise ValueError(f"{name} must be a whole number, or one for each of {axes} axes; got {value}")
+  return sizes
 
 
 def _quickest(axes: int, depthwise: bool) -> Callable | None:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from gating_jax.layers.gate import GATE_NAME, GateHead, GateSettings
 from gating_jax.layers.tally import kernel_calls
+from gating_jax.ops import arguments
 from gating_jax.types import Array, GateRecord, Records
 
 
@@ -43,8 +44,6 @@ class Experts(nn.Module):
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
     count = len(self.experts)
-    if self.top_k is not None and not 1 <= self.top_k <= count:
-      raise ValueError(f"top_k must be None or in 1 .. {count}, the number of experts; got {self.top_k}")
     scores = GateHead(count, self.gate, self.axis_name, name=GATE_NAME)(x, train)
     logits, gates = mixture(scores, self.top_k)
     y, macs = 0, []
@@ -65,7 +64,12 @@ def mixture(scores: Array, top_k: int | None) -> tuple[Array, Array]:
   >>> logits, gates.round(3)
   (Array([[-1.5,  0.5, -0.5]], dtype=float32), Array([[0.   , 0.665, 0.   ]], dtype=float32))
   """
+  arguments.real_array("scores", scores, "[N, E]")
   count, probs = scores.shape[-1], jax.nn.softmax(scores)
+  if top_k is not None:
+    arguments.whole_number("top_k", top_k, 0)
+    if not 1 <= top_k <= count:
+      raise ValueError(f"top_k must be None or in 1 .. {count}, the number of experts; got {top_k}")
   if top_k is None or top_k == count:
     others = jnp.where(jnp.eye(count, dtype=bool), -jnp.inf, scores[..., None, :])
     return scores - jax.nn.logsumexp(others, axis=-1), probs

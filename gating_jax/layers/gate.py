@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from gating_jax.checks import one_of
+from gating_jax.checks import one_of, shown
 from gating_jax.ops import arguments, collectives, relaxations
+from gating_jax.ops.precision import float_dtype
 from gating_jax.types import Array, GateRecord, Path, Records
 
 GATE_NAME = "gate"  # every gate module is called this inside its block
@@ -48,6 +49,7 @@ def noise_scales(params: Mapping[str, Any], scale: float | Array) -> dict[str, A
   >>> noise_scales({"block1": {"conv": 0, "gate": {"logits": 0}}}, 0.25)
   {'block1': {'gate': {'scale': 0.25}}}
   """
+  arguments.instance("params", params, Mapping, "a tree of parameters")
   paths = (path for path in traverse_util.flatten_dict(params) if is_gate_path(path))
   return traverse_util.unflatten_dict({(*path[: path.index(GATE_NAME) + 1], _SCALE): scale for path in paths})
 
@@ -184,7 +186,7 @@ class ChannelGate(nn.Module):
   def _check(self):
     what = "a tuple of Switched, one per group of channels"
     if isinstance(self.groups, Switched) or not isinstance(self.groups, tuple) or not self.groups:
-      raise TypeError(f"groups must be {what}; got {arguments.shown(self.groups)}")
+      raise TypeError(f"groups must be {what}; got {shown(self.groups)}")
     for i, group in enumerate(self.groups):
       arguments.instance(f"groups[{i}]", group, Switched, "Switched, such as Switched(channels=32, macs_per_channel=0)")
       arguments.whole_number(f"groups[{i}].channels", group.channels)
@@ -240,6 +242,8 @@ class ChannelGate(nn.Module):
 def apply_gates(x: Array, gates: Array) -> Array:
   """Switches channels: `[N, H, W, C]` features times `[N, C / b]` gates, each of which has b adjacent channels.
 
+  In the type of the features; in float32 where they are whole numbers, which relaxed gates do not leave whole.
+
   Raises:
     ValueError: the shapes do not belong together.
     TypeError: one of them is no array, such as a `GateRecord` in place of its `gates`.
@@ -250,6 +254,7 @@ def apply_gates(x: Array, gates: Array) -> Array:
   arguments.real_array("x", x)
   arguments.real_array("gates", gates)
   x, gates = jnp.asarray(x), jnp.asarray(gates)
+  x = x.astype(float_dtype(x))
   units = gates.shape[-1] if gates.ndim == 2 else 0
   if units == 0 or x.ndim < 2 or gates.shape[0] != x.shape[0] or x.shape[-1] % units:
     raise ValueError("gates must be [N, C / b] for x's N examples and C channels, b of them to a gate; "

@@ -14,6 +14,7 @@ from collections.abc import Hashable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gating_jax.checks import one_of
 from gating_jax.layers.gate import GATE_RNG, GateSettings, check_examples, check_gate_settings
@@ -76,7 +77,7 @@ class SegmentGate(nn.Module):
     arguments.instance("settings", self.settings, SegmentGateSettings, rule)
     s, g = self.settings, self.settings.gate
     check_examples(x, train)
-    arguments.real_array("valid", valid)
+    arguments.real_array("valid", valid, "[B, T]")
     if x.ndim != 3 or valid.shape != x.shape[:2]:
       raise ValueError(f"x must be [B, T, C] and valid [B, T]; got x {x.shape}, valid {valid.shape}")
     similarity = nn.Dense(s.concepts, use_bias=False, name=CONCEPTS)(x.astype(jnp.float32))
@@ -131,6 +132,7 @@ class Policy(nn.Module):
   def __call__(self, valid: Array, relevant: Array | None = None, train: bool = False) -> GateRecord:
     one_of("policy", self.policy, POLICIES)
     k = selection.k_for(valid, self.share)
+    valid = jnp.asarray(valid)
     if self.policy == "all":
       gates = valid.astype(jnp.float32)
     elif self.policy == "uniform":
@@ -143,6 +145,7 @@ class Policy(nn.Module):
     elif relevant is None:
       raise ValueError("relevant must be given for the oracle, which knows it; got None")
     else:
+      (relevant,) = arguments.one_shape("[B, T]", relevant=relevant)
       gates = selection.top_k(relevant.astype(jnp.float32), valid, k)
     return certain(gates, self.macs_per_unit)
 
@@ -155,6 +158,8 @@ class Policy(nn.Module):
 
 def certain(gates: Array, macs_per_unit: int) -> GateRecord:
   """The record of gates that were not drawn: their probabilities are 0 and 1."""
+  arguments.real_array("gates", gates)
+  gates = jnp.asarray(gates)
   logits = jnp.where(gates > 0, jnp.full_like(gates, jnp.inf), -jnp.inf)
   return GateRecord(logits, gates, gates, macs_per_unit)
 
@@ -174,12 +179,17 @@ def pool(features: Array, gates: Array, kind: str, scores: Array | None = None) 
   Array([[2.]], dtype=float32)
   """
   one_of("pooling", kind, POOLINGS)
+  arguments.real_array("features", features, "[B, T, C]")
+  arguments.real_array("gates", gates, "[B, T]")
+  if np.shape(features)[:2] != np.shape(gates):
+    raise ValueError(f"gates must be [B, T] for features [B, T, C]; got {np.shape(gates)}, {np.shape(features)}")
   features = as_float(features)
-  weights = gates[..., None].astype(features.dtype)
+  weights = jnp.asarray(gates)[..., None].astype(features.dtype)
   open_ = weights > 0
   if kind == "max":
     return jnp.max(jnp.where(open_, features * weights, -jnp.inf), axis=1)
   if kind == "attention":
+    gates, scores = arguments.one_shape("[B, T]", gates=gates, scores=scores)
     scores = scores[..., None].astype(features.dtype)
     top = jnp.max(jnp.where(open_, scores, -jnp.inf), axis=1, keepdims=True)
     # Of closed segments, which only their gates' gradients see, kept from overflowing.
@@ -195,6 +205,8 @@ class Dropout(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
+    arguments.number("rate", self.rate, "in [0, 1)", lambda v: 0 <= v < 1)
+    check_examples(x, train)
     if not train or not self.rate:
       return x
     keys = collectives.example_keys(self.make_rng("dropout"), x.shape[0], self.axis_name)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from gating_jax.checks import shown
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.layers.tally import Call, kernel_calls
 from gating_jax.ops import arguments
@@ -116,7 +117,7 @@ def _trace(model: nn.Module, input_shape: Any) -> tuple[list[Call], Records, Any
   def init(x):
     out, variables = model.init_with_output(jax.random.key(0), x)
     if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], (tuple, list))):
-      raise TypeError(f"model must return (y, records), as gated networks do; got {arguments.shown(out)}")
+      raise TypeError(f"model must return (y, records), as gated networks do; got {shown(out)}")
     return out[1], variables
 
   inputs = jax.tree.map(lambda shape: jax.ShapeDtypeStruct((1, *shape), jnp.float32), input_shape,

@@ -15,6 +15,7 @@ from collections.abc import Hashable, Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gating_jax.checks import one_of
 from gating_jax.layers.gate import GATE_NAME
@@ -80,6 +81,7 @@ class SegmentNet(nn.Module):
 
   def __call__(self, inputs: Inputs, train: bool = False) -> tuple[Outputs, Records]:
     record, outputs = self.choose(inputs, train)
+    _check_input(inputs, "heavy")
     clips = inputs["heavy"].reshape(-1, *inputs["heavy"].shape[2:])
     if train and self.backward_capacity is not None:
       features, records = self._encode_with_open_backward(clips, record.gates.reshape(-1)), ()
@@ -92,9 +94,8 @@ class SegmentNet(nn.Module):
     """The segments' record, and what the light net's own head says; `inputs["heavy"]` is not looked at."""
     arguments.instance("inputs", inputs, Mapping, "a mapping with arrays heavy, valid and, for a light net, light")
     for name in ("valid", *(("light",) if self.light is not None else ())):
-      if name not in inputs:
-        raise ValueError(f"inputs must have {name!r}; got {', '.join(inputs)}")
-    valid, outputs = inputs["valid"].astype(bool), {}
+      _check_input(inputs, name)
+    valid, outputs = jnp.asarray(inputs["valid"]).astype(bool), {}
     if self.light is not None:
       seen = inputs["light"]
       seen, _ = self.light(seen.reshape(-1, *seen.shape[2:]), train)
@@ -124,6 +125,17 @@ class SegmentNet(nn.Module):
   def classify(self, features: Array, gates: Array) -> Array:
     """`[B, T, C]` features of the chosen segments, anything finite in place of the others, to `[B, classes]`."""
     return self.classifier(features, gates)
+
+
+def _check_input(inputs: Inputs, name: str) -> None:
+  """Raises a TypeError or a ValueError unless there is an array `[B, T, ...]` of this name, like `valid`."""
+  if name not in inputs:
+    raise ValueError(f"inputs must have {name!r}; got {', '.join(inputs)}")
+  what = f"inputs[{name!r}]"
+  arguments.real_array(what, inputs[name], "[B, T]" if name == "valid" else "")
+  shape = np.shape(inputs["valid"])
+  if np.shape(inputs[name])[:2] != shape:
+    raise ValueError(f"{what} must be [B, T, ...] like valid, {shape}; got shape {np.shape(inputs[name])}")
 
 
 class Classifier(nn.Module):

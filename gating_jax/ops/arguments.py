@@ -13,31 +13,11 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from gating_jax.checks import is_array, shown
 from gating_jax.ops.precision import same_rank
 from gating_jax.types import Array
 
 _NO_NUMBERS = "OSUcmM"  # NumPy's kinds of types that hold no real number
-_LONGEST, _MOST = 60, 8  # letters, and elements of an array, that are shown as they are
-
-
-def shown(value: object) -> str:
-  """A value in one short line: a large array by its type and shape, anything else that is long by its class.
-
-  >>> shown(0.6), shown(dict), shown(np.zeros((6, 4)))
-  ('0.6', 'the class dict', 'float64[6,4]')
-  """
-  if isinstance(value, type):
-    return f"the class {value.__name__}"
-  if callable(value) and hasattr(value, "__qualname__"):
-    return f"the function {value.__qualname__}"
-  is_traced = isinstance(value, jax.core.Tracer)
-  text = "" if _is_array(value) and (is_traced or math.prod(value.shape) > _MOST) else " ".join(repr(value).split())
-  if text and len(text) <= _LONGEST:
-    return text
-  if _is_array(value):
-    return f"{value.dtype}[{','.join(map(str, value.shape))}]"
-  return f"an object of class {type(value).__name__}"
-
 
 def instance(name: str, value: object, kind: type | tuple[type, ...], rule: str) -> None:
   """Raises a TypeError unless `value` is an instance of `kind`.
@@ -87,7 +67,7 @@ def whole_number(name: str, value: Any, least: int = 1) -> None:
 
 
 def parameter(name: str, value: Any, rule: str, holds: Callable[[Any], Any]) -> Any:
-  """`value` as a number or an array; a ValueError where it is known and breaks the rule.
+  """`value` as a number or an array; a TypeError where it is none, a ValueError where it is known and breaks the rule.
 
   Args:
     name: of the argument.
@@ -101,8 +81,9 @@ def parameter(name: str, value: Any, rule: str, holds: Callable[[Any], Any]) -> 
     known = np.asarray(value)
   except (TypeError, ValueError):  # such as rows of unequal lengths
     known = np.asarray(None)
-  known = np.nan if known.dtype.kind in _NO_NUMBERS else known.astype(np.float64)
-  if not np.all(holds(known)):
+  if known.dtype.kind in _NO_NUMBERS:
+    raise TypeError(f"{name} must be {rule}; got {shown(value)}")
+  if not np.all(holds(known.astype(np.float64))):
     raise ValueError(f"{name} must be {rule}; got {shown(value)}")
   return float(value) if isinstance(value, numbers.Real) else jnp.asarray(value)
 
@@ -120,10 +101,25 @@ def real_array(name: str, value: Any, axes: str = "") -> None:
   """
   what = f"an {axes} array of real numbers" if axes else "an array of real numbers"
   is_row = isinstance(value, (list, tuple)) and all(_is_scalar(v) for v in value)
-  if not (_is_array(value) and _is_real(value.dtype) or _is_scalar(value) or is_row):
+  if not (is_array(value) and _is_real(value.dtype) or _is_scalar(value) or is_row):
     raise TypeError(f"{name} must be {what}; got {shown(value)}")
   if axes and np.ndim(value) != axes.count(",") + 1:
     raise ValueError(f"{name} must be {axes}; got shape {np.shape(value)}")
+
+
+def one_shape(axes: str, **arrays: Any) -> tuple[Array, ...]:
+  """Arrays of real numbers that must have one shape, of these axes.
+
+  >>> one_shape("[B, T]", gates=np.ones((2, 3)), valid=np.ones((2, 4)))
+  Traceback (most recent call last):
+  ValueError: gates, valid must be [B, T] of one shape; got (2, 3), (2, 4)
+  """
+  for name, value in arrays.items():
+    real_array(name, value, axes)
+  shapes = [np.shape(value) for value in arrays.values()]
+  if len(set(shapes)) > 1:
+    raise ValueError(f"{', '.join(arrays)} must be {axes} of one shape; got {', '.join(map(str, shapes))}")
+  return tuple(map(jnp.asarray, arrays.values()))
 
 
 def items(name: str, values: Any, what: str) -> tuple[Any, ...]:
@@ -133,7 +129,7 @@ def items(name: str, values: Any, what: str) -> tuple[Any, ...]:
   Traceback (most recent call last):
   TypeError: probs must be a list of one [N, C] array per layer; got float64[6,4]
   """
-  if _is_array(values) or _is_text(values) or isinstance(values, Mapping) or not isinstance(values, Iterable):
+  if is_array(values) or _is_text(values) or isinstance(values, Mapping) or not isinstance(values, Iterable):
     raise TypeError(f"{name} must be a list of {what}; got {shown(values)}")
   return tuple(values)
 
@@ -161,10 +157,6 @@ def aligned(x: Array, *parameters: Any) -> tuple[Any, ...]:
   x, *arrays = same_rank(x, *arrays)
   lifted = iter(arrays)
   return x, *(float(p) if _is_scalar(p) else next(lifted) for p in parameters)
-
-
-def _is_array(value: object) -> bool:
-  return hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, type)
 
 
 def _is_real(dtype: Any) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
+from gating_jax.checks import shown
 from gating_jax.ops import arguments
 from gating_jax.ops.precision import as_float
 from gating_jax.types import Array
@@ -60,10 +61,13 @@ def put_back(values: Array, index: Array, taken: Array, size: int) -> Array:
   for name, array in (("values", values), ("index", index), ("taken", taken)):
     arguments.real_array(name, array)
   arguments.whole_number("size", size, 0)
-  values = jnp.asarray(values)
-  if not values.shape[:1] == jnp.shape(index) == jnp.shape(taken):
+  values, index, taken = map(jnp.asarray, (values, index, taken))
+  if not values.shape[:1] == index.shape == taken.shape:
     raise ValueError("values must be [capacity, ...] with index and taken [capacity]; "
-                     f"got {values.shape}, {jnp.shape(index)}, {jnp.shape(taken)}")
+                     f"got {values.shape}, {index.shape}, {taken.shape}")
+  if not jnp.issubdtype(index.dtype, jnp.integer):
+    raise TypeError(f"index must be whole numbers; got {shown(index)}")
+  taken = taken.astype(bool)
   return jnp.zeros((size, *values.shape[1:]), values.dtype).at[jnp.where(taken, index, size)].add(values, mode="drop")
 
 
@@ -74,11 +78,7 @@ def capacity_for(count: int, sizes: Sequence[int]) -> int:
   6
   """
   arguments.whole_number("count", count, 0)
-  sizes = arguments.items("sizes", sizes, "whole numbers >= 1")
-  if not sizes:
-    raise ValueError("sizes must hold at least one number; got none")
-  for size in sizes:
-    arguments.whole_number("each of sizes", size)
+  sizes = _checked_sizes(sizes)
   if count > max(sizes):
     raise ValueError(f"count must be at most the largest of sizes, {max(sizes)}; got {count}")
   return min(size for size in sizes if size >= count)
@@ -94,6 +94,8 @@ def pieces_for(count: int, sizes: Sequence[int]) -> tuple[int, ...]:
   >>> pieces_for(19, (2, 4, 8))
   (8, 8, 4)
   """
+  arguments.whole_number("count", count, 0)
+  sizes = _checked_sizes(sizes)
   filled, rest = divmod(count, max(sizes))
   return (max(sizes),) * filled + ((capacity_for(rest, sizes),) if rest or not filled else ())
 
@@ -113,3 +115,12 @@ def bucket_sizes(total: int, buckets: int, *, multiple: int = 1) -> tuple[int, .
     arguments.whole_number(name, value)
   shares = (-(-total * i // buckets) for i in range(1, buckets + 1))
   return tuple(sorted({-(-share // multiple) * multiple for share in shares}))
+
+
+def _checked_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+  sizes = arguments.items("sizes", sizes, "whole numbers >= 1")
+  if not sizes:
+    raise ValueError("sizes must hold at least one number; got none")
+  for size in sizes:
+    arguments.whole_number("each of sizes", size)
+  return sizes

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gating_jax.ops import arguments
 from gating_jax.types import Array
 
 _EPS = 1e-6  # of entropies: float32 tells no more of them near 0 and 1
@@ -31,8 +32,11 @@ def entropy_share(logits: Array) -> Array:
 
   Raises:
     ValueError: fewer than two classes.
+    TypeError: `logits` is no array of real numbers.
   """
-  if logits.shape[-1] < 2:
+  arguments.real_array("logits", logits)
+  logits = jnp.asarray(logits)
+  if logits.ndim < 1 or logits.shape[-1] < 2:
     raise ValueError(f"logits must have two classes or more; got shape {logits.shape}")
   log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
   return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1) / math.log(logits.shape[-1])
@@ -52,6 +56,7 @@ def stay_logits(exits: Array, threshold: float) -> Array:
   >>> stay_logits(jnp.array([[[0.0, 1.0], [0.0, 9.0], [0.0, 0.0]]]), 0.5).round(2)
   Array([[ 1.66, -6.33, -6.33]], dtype=float32)
   """
+  arguments.real_array("exits", exits, "[N, X, K]")
   share = jnp.clip(entropy_share(exits), _EPS, 1 - _EPS)
   return lax.cummin(jnp.log(share) - jnp.log1p(-share), axis=1) - _log_odds(threshold)
 
@@ -63,6 +68,11 @@ def first_sure(answers: Array, stay: Array) -> Array:
     answers: `[N, X + 1, K]` of all exits, with the network's own as the last.
     stay: `[N, X]`, above 0 where the network runs on; once it is not, it stays so.
   """
+  arguments.real_array("answers", answers, "[N, X + 1, K]")
+  arguments.real_array("stay", stay, "[N, X]")
+  (n, exits), (videos, every) = jnp.shape(stay), jnp.shape(answers)[:2]
+  if n != videos or every != exits + 1:
+    raise ValueError(f"answers must be [N, X + 1, K] for stay [N, X]; got {jnp.shape(answers)}, {jnp.shape(stay)}")
   at = jnp.sum(stay > 0, axis=1)
   return jnp.take_along_axis(answers, at[:, None, None], axis=1)[:, 0]
 
@@ -87,8 +97,12 @@ def threshold_for_budget(stay: np.ndarray, macs: Sequence[int], fixed: int, *, t
   >>> print(f"{threshold_for_budget(stay, [10, 20], 10, threshold=0.5, share=0.5):.4f}")
   0.8176
   """
+  arguments.real_array("stay", stay, "[N, X]")
+  arguments.real_array("macs", macs, "[X]")
+  arguments.number("fixed", fixed, ">= 0", lambda v: v >= 0)
+  arguments.number("share", share, "in (0, 1]", lambda v: 0 < v <= 1)
   stay, macs = np.asarray(stay, np.float64), np.asarray(macs, np.float64)
-  if stay.ndim != 2 or not stay.size or macs.shape != stay.shape[1:]:
+  if not stay.size or macs.shape != stay.shape[1:]:
     raise ValueError(f"stay must be [N, X] for X macs; got shapes {stay.shape} and {macs.shape}")
   total = fixed + macs.sum()
   if not fixed <= share * total:
@@ -103,6 +117,5 @@ def threshold_for_budget(stay: np.ndarray, macs: Sequence[int], fixed: int, *, t
 
 
 def _log_odds(threshold: float) -> float:
-  if not 0 < threshold < 1:
-    raise ValueError(f"threshold must be in (0, 1), a share of the largest entropy; got {threshold}")
+  arguments.number("threshold", threshold, "in (0, 1), a share of the largest entropy", lambda v: 0 < v < 1)
   return math.log(threshold) - math.log1p(-threshold)

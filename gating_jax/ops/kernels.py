@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
+from gating_jax.ops import arguments
 from gating_jax.ops.compaction import open_indices
 from gating_jax.types import Array
 
@@ -119,6 +120,7 @@ def dispatched_branch(
   """
   branch, x, gates = _checked_branch(branch, x, gates)
   capacity = len(x) if capacity is None else capacity
+  arguments.whole_number("capacity", capacity, 0)
   if not 1 <= capacity <= len(x):
     raise ValueError(f"capacity must be from 1 to the {len(x)} examples of x; got {capacity}")
   dispatch = functools.partial(_dispatch, capacity=capacity, stride=stride, precision=precision)
@@ -290,6 +292,9 @@ def _per_channel(gates: Array, channels: int) -> Array:
 
 
 def _checked_branch(branch, x, gates):
+  arguments.instance("branch", branch, Branch, "a Branch, of the kernels and biases of two convolutions")
+  for name, array in (("x", x), ("gates", gates)):
+    arguments.real_array(name, array)
   branch, x = jax.tree.map(jnp.asarray, (branch, x))
   gates = jnp.asarray(gates, jnp.float32)
   _check_conv(x, branch.kernel1, branch.bias1, None, gates)
@@ -299,6 +304,8 @@ def _checked_branch(branch, x, gates):
 
 
 def _checked_conv(x, kernel, bias, *gates):
+  for name, array in (("x", x), ("kernel", kernel), ("bias", bias)):
+    arguments.real_array(name, array)
   arrays = jax.tree.map(jnp.asarray, (x, kernel, bias))
   gates = [None if g is None else jnp.asarray(g, jnp.float32) for g in gates]
   _check_conv(*arrays, *gates)

@@ -27,6 +27,9 @@ def conv_macs(kernel_shape: Sequence[int], output_shape: Sequence[int]) -> int:
   >>> conv_macs((3, 3, 16, 32), (1, 8, 8, 32))
   294912
   """
+  for name, shape in (("kernel_shape", kernel_shape), ("output_shape", output_shape)):
+    for size in arguments.items(name, shape, "sizes"):
+      arguments.whole_number(f"each of {name}", size, 0)
   return math.prod(kernel_shape) * math.prod(output_shape[1:-1])
 
 
@@ -94,6 +97,8 @@ def checked_records(records: Records, *fields: str, with_examples: bool = False)
   records = arguments.items("records", records, "one GateRecord per gated layer")
   for i, record in enumerate(records):
     arguments.instance(f"records[{i}]", record, GateRecord, "a GateRecord")
+    for cost in ("macs_per_unit", "macs_per_pair"):
+      arguments.number(f"records[{i}].{cost}", getattr(record, cost), ">= 0", lambda v: v >= 0)
     for field in fields:
       name, values = f"records[{i}].{field}", getattr(record, field)
       arguments.real_array(name, values)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gating_jax.checks import one_of
+from gating_jax.checks import one_of, shown
 from gating_jax.native import build
 from gating_jax.types import Array
 
@@ -108,14 +108,14 @@ def gated_chain(
   Raises:
     ValueError: arguments that do not fit each other.
     RuntimeError: `implementation="native"` where there is none, with the reason.
-    TypeError: on differentiation.
+    TypeError: what is no array of real numbers, and on differentiation.
   Inside `shard_map` or `pmap` every device computes its own examples; `vmap` is not supported: add to N.
   """
   strides = _strides((1,) * len(kernels) if strides is None else strides)
-  array = lambda a: None if a is None else jnp.asarray(a)
-  x, shortcut = array(x), array(shortcut)
-  kernels, biases = (tuple(map(array, arrays)) for arrays in (kernels, biases))
-  gates = tuple(None if g is None else jnp.asarray(g, jnp.float32) for g in gates)
+  x, shortcut = _array("x", x), _array("shortcut", shortcut)
+  kernels = tuple(_array(f"kernels[{i}]", kernel) for i, kernel in enumerate(kernels))
+  biases = tuple(_array(f"biases[{i}]", bias) for i, bias in enumerate(biases))
+  gates = tuple(_array(f"gates[{i}]", gate, jnp.float32) for i, gate in enumerate(gates))
   one_of("layout", layout, LAYOUTS)
   one_of("implementation", implementation, IMPLEMENTATIONS)
   _check_rank(kernels)
@@ -128,6 +128,15 @@ def gated_chain(
       implementation == "auto" and jax.default_backend() == "cpu" and available())
   arrays = (x, kernels, biases, gates, shortcut)
   return _not_differentiable(_native if native else _in_jax, strides, relu, arrays)
+
+
+def _array(name: str, value: Array | None, dtype: jnp.dtype | None = None) -> Array | None:
+  if value is None:
+    return None
+  try:
+    return jnp.asarray(value, dtype)
+  except (TypeError, ValueError):  # such as a text, or rows of unequal lengths
+    raise TypeError(f"{name} must be an array of real numbers; got {shown(value)}") from None
 
 
 def packed(kernel: Array) -> Array:
@@ -192,8 +201,8 @@ def _strides(strides) -> tuple[int, ...]:
 
 
 def _check_rank(kernels) -> None:
-  if not kernels or any(kernel.ndim != 4 for kernel in kernels):
-    raise ValueError(f"kernels must be one or more of four axes; got shapes {[kernel.shape for kernel in kernels]}")
+  if not kernels or any(jnp.ndim(kernel) != 4 for kernel in kernels):
+    raise ValueError(f"kernels must be one or more of four axes; got shapes {list(map(jnp.shape, kernels))}")
 
 
 def _check(x, kernels, biases, gates, shortcut, strides) -> None:

@@ -25,6 +25,7 @@ import numpy as np
 from jax import lax
 from jax.scipy.special import ndtr
 
+from gating_jax.checks import shown
 from gating_jax.ops import arguments, beta_cdf
 from gating_jax.ops.arguments import aligned
 from gating_jax.ops.precision import as_float
@@ -86,7 +87,8 @@ def beta(a: float | Array, b: float | Array) -> Prior:
   Args:
     a, b: in [0.05, 10000].
   Raises:
-    ValueError: a or b is not in that range, or no number.
+    ValueError: a or b is not in that range.
+    TypeError: a or b is no number.
 
   >>> prior = beta(0.6, 0.4)
   >>> print(f"{prior.cdf(jnp.array(0.5)):.4f} {prior.logit_pdf(jnp.array(0.0)):.4f}")
@@ -107,7 +109,8 @@ def symmetric_beta(a: float | Array) -> Prior:
   Args:
     a: in [0.05, 0.95].
   Raises:
-    ValueError: a is not in that range, or no number.
+    ValueError: a is not in that range.
+    TypeError: a is no number.
 
   >>> symmetric_beta(0.6).name
   'beta(0.6, 0.4)'
@@ -123,7 +126,8 @@ def relaxed_bernoulli(mean: float | Array, temperature: float | Array) -> Prior:
     mean: in (0, 1), the probability that x > 1/2. (The expectation tends to it as the temperature falls.)
     temperature: positive; below 1 the mass gathers at 0 and 1.
   Raises:
-    ValueError: an argument out of range, or no number.
+    ValueError: an argument out of range.
+    TypeError: an argument that is no number.
   Reference: Maddison et al., 2017.
 
   >>> print(relaxed_bernoulli(0.3, 0.5).cdf(jnp.array(0.5)).round(4))
@@ -141,7 +145,8 @@ def normal(mean: float | Array = 0.0, std: float | Array = 1.0) -> Prior:
     mean: its expectation.
     std: its standard deviation, positive.
   Raises:
-    ValueError: an argument out of range, or no number.
+    ValueError: an argument out of range.
+    TypeError: an argument that is no number.
 
   >>> print(f"{normal(1.0, 2.0).cdf(jnp.array(3.0)):.4f}")
   0.8413
@@ -186,8 +191,8 @@ def from_cdf(
   1.0
   """
   if (logit_cdf is None) != (logit_pdf is None):
-    raise ValueError(f"logit_cdf and logit_pdf must come together; got {arguments.shown(logit_cdf)} and "
-                     f"{arguments.shown(logit_pdf)}")
+    raise ValueError(f"logit_cdf and logit_pdf must come together; got {shown(logit_cdf)} and "
+                     f"{shown(logit_pdf)}")
   _check_functions(cdf, pdf, logit_cdf, logit_pdf)
   logit_pair = None if logit_cdf is None else _Pair(logit_cdf, logit_pdf)
   return Prior(name, _Pair(cdf, pdf), pdf, logit_pair, logit_pdf, shape)

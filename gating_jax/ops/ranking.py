@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gating_jax.checks import shown
 from gating_jax.ops import arguments, collectives
 from gating_jax.ops.precision import as_float
 from gating_jax.types import Array
@@ -54,8 +55,8 @@ def sort_with_vjp(x: Array, axis: int = 0) -> Array:
   Returns:
     values in ascending order, same shape and dtype.
   Raises:
-    ValueError: `axis` is not an axis of `x`, `x` is not of a floating type, or holds 2**31 values or more.
-    TypeError: forward-mode differentiation, for which there is no rule.
+    ValueError: `axis` is not an axis of `x`, or `x` holds 2**31 values or more.
+    TypeError: `x` is not of a floating type; or forward-mode differentiation, for which there is no rule.
 
   >>> sort_with_vjp(jnp.array([0.7, 0.1, 0.4]))
   Array([0.1, 0.4, 0.7], dtype=float32)
@@ -65,7 +66,7 @@ def sort_with_vjp(x: Array, axis: int = 0) -> Array:
   arguments.real_array("x", x)
   x = jnp.asarray(x)
   if not jnp.issubdtype(x.dtype, jnp.floating):
-    raise ValueError(f"x must be of a floating type, to have a gradient; got {x.dtype}")
+    raise TypeError(f"x must be of a floating type, to have a gradient; got {x.dtype}")
   axis = check_axis(x, axis)
   x = collectives.whole_batch(x)
   return jnp.moveaxis(_sort_first_axis(jnp.moveaxis(x, axis, 0)), 0, axis)
@@ -93,7 +94,9 @@ def argsort(x: Array) -> tuple[Array, Array]:
 
 def check_axis(x: Array, axis: int) -> int:
   """`axis` counted from the front; ValueError where `x` has no such axis."""
-  arguments.instance("axis", axis, (int, np.integer), "a whole number")
+  is_whole = isinstance(axis, (int, np.integer)) and not isinstance(axis, bool)
+  if not is_whole:
+    raise TypeError(f"axis must be a whole number; got {shown(axis)}")
   if not -x.ndim <= axis < x.ndim:
     raise ValueError(f"axis must name an axis of the input; got axis {axis}, shape {x.shape}")
   return axis % x.ndim

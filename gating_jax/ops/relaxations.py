@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gating_jax.checks import shown
 from gating_jax.ops import arguments
 from gating_jax.ops.precision import as_float, float_dtype
 from gating_jax.types import Array
@@ -39,7 +40,7 @@ def straight_through_gate(
     exactly 0.0 or 1.0, shape and dtype of `logits`.
   Raises:
     ValueError: a temperature or a noise scale that is known and out of range.
-    TypeError: `key` is no PRNG key, or `logits` no real numbers.
+    TypeError: `key` is no PRNG key, or another argument no real numbers.
 
   >>> straight_through_gate(jax.random.key(0), jnp.array([-20.0, 20.0]))
   Array([0., 1.], dtype=float32)
@@ -167,8 +168,11 @@ def _moved(logits: Array, temperature: float | Array, stretch: tuple[float, floa
 
 
 def _check_stretch(stretch: tuple[float, float]) -> tuple[float, float]:
-  pair = stretch if isinstance(stretch, (tuple, list)) and len(stretch) == 2 else (0, 0)
-  low, high = (float(v) if isinstance(v, numbers.Real) else math.nan for v in pair)
+  rule = "(low, high) with low < 0 and high > 1"
+  is_pair = isinstance(stretch, (tuple, list)) and len(stretch) == 2
+  if not is_pair or not all(isinstance(v, numbers.Real) for v in stretch):
+    raise TypeError(f"stretch must be {rule}; got {shown(stretch)}")
+  low, high = map(float, stretch)
   if not (low < 0 and high > 1):
-    raise ValueError(f"stretch must be (low, high) with low < 0 and high > 1; got {arguments.shown(stretch)}")
+    raise ValueError(f"stretch must be {rule}; got {shown(stretch)}")
   return low, high

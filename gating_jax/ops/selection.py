@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gating_jax.checks import shown
 from gating_jax.ops import arguments
 from gating_jax.ops.collectives import example_keys
 from gating_jax.ops.precision import as_float, float_dtype
@@ -32,11 +33,12 @@ def keep_best(gates: Array, logits: Array, valid: Array) -> Array:
     logits: `[B, T]`; of equal ones the earliest is best, and NaN is worse than any number.
     valid: `[B, T]` bool.
   Returns:
-    `[B, T]`, dtype of `gates`; float32 of truth values.
+    `[B, T]`, dtype of `gates`; float32 of whole numbers and truth values.
 
   >>> keep_best(jnp.zeros((1, 3)), jnp.array([[-2.0, -1.0, 5.0]]), jnp.array([[True, True, False]]))
   Array([[0., 1., 0.]], dtype=float32)
   """
+  gates, logits, valid = arguments.one_shape("[B, T]", gates=gates, logits=logits, valid=valid)
   gates = jnp.where(valid, gates.astype(float_dtype(gates)), 0)
   nothing = ~jnp.any(gates > 0, axis=1, keepdims=True)
   return gates + jnp.where(nothing, top_k(logits, valid, 1), 0).astype(gates.dtype)
@@ -54,9 +56,11 @@ def top_k(scores: Array, valid: Array, k: int | Array) -> Array:
   >>> top_k(jnp.array([[0.1, 0.9, 0.5, 2.0]]), jnp.array([[True, True, True, False]]), 2)
   Array([[0., 1., 1., 0.]], dtype=float32)
   """
+  scores, valid = arguments.one_shape("[B, T]", scores=scores, valid=valid)
+  valid = valid.astype(bool)
   order = jnp.lexsort((-jax.lax.stop_gradient(as_float(scores)), ~valid), axis=1)
   rank = jnp.argsort(order, axis=1).astype(jnp.int32)
-  return (valid & (rank < _column(k))).astype(jnp.float32)
+  return (valid & (rank < _column(k, len(valid)))).astype(jnp.float32)
 
 
 def uniform_k(valid: Array, k: int | Array) -> Array:
@@ -66,8 +70,9 @@ def uniform_k(valid: Array, k: int | Array) -> Array:
   Array([[0., 0., 1., 0., 0., 0., 1., 0.],
          [1., 0., 1., 0., 0., 0., 0., 0.]], dtype=float32)
   """
+  valid = _checked_valid(valid)
   length = jnp.maximum(jnp.sum(valid, axis=1, keepdims=True, dtype=jnp.int32), 1)
-  k = jnp.minimum(_column(k), length)
+  k = jnp.minimum(_column(k, len(valid)), length)
   place = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
   # (i + 1/2) n / k < x for ceil(k x / n - 1/2) whole numbers i >= 0; a segment is chosen where that number grows.
   centres_before = lambda x: -((length - 2 * k * x) // (2 * length))
@@ -77,7 +82,8 @@ def uniform_k(valid: Array, k: int | Array) -> Array:
 def random_k(key: Array, valid: Array, k: int | Array, *, axis_name: Hashable | None = None) -> Array:
   """k different segments of each video, every set of k equally likely; the draw belongs to the video's place in the
   whole batch, however that is spread over the devices of `axis_name`."""
-  batch, segments = valid.shape
+  arguments.prng_key("key", key)
+  batch, segments = _checked_valid(valid).shape
   draw = lambda key: jax.random.uniform(key, (segments,), jnp.float32)
   return top_k(jax.vmap(draw)(example_keys(key, batch, axis_name)), valid, k)
 
@@ -89,7 +95,8 @@ def first_k(valid: Array, k: int | Array) -> Array:
   Array([[1., 0., 1., 0., 0.],
          [1., 1., 0., 0., 0.]], dtype=float32)
   """
-  segments = valid.shape[1]
+  valid = _checked_valid(valid)
+  segments = _known_segments(valid)
   ranks = np.zeros((segments + 1, segments), np.float32)  # of each place, by length
   for length in range(1, segments + 1):
     ranks[length, frame_exit_order(length)] = np.arange(length)
@@ -109,9 +116,11 @@ def k_for(valid: Array, share: float) -> Array:
   >>> k_for(jnp.array([[True] * 5, [True] * 2 + [False] * 3]), 0.3), k_for(jnp.ones((1, 5), bool), 3)
   (Array([2, 1], dtype=int32), Array([3], dtype=int32))
   """
-  arguments.instance("share", share, numbers.Real, "in (0, 1], or an int number of segments")
-  lengths = np.arange(valid.shape[1] + 1)
-  if isinstance(share, int):
+  if isinstance(share, bool) or not isinstance(share, numbers.Real):
+    raise TypeError(f"share must be in (0, 1], or an int number of segments; got {shown(share)}")
+  valid = _checked_valid(valid)
+  lengths = np.arange(_known_segments(valid) + 1)
+  if isinstance(share, numbers.Integral):
     counts = np.full(len(lengths), _checked(share))
   elif 0 < share <= 1:
     counts = np.ceil(np.round(share * lengths, 9))  # 0.07 * 100 is a little above 7
@@ -140,11 +149,30 @@ def frame_exit_order(segments: int) -> np.ndarray:
   return np.array(order, np.int32)
 
 
-def _column(k: int | Array) -> Array:
-  arguments.real_array("k", k)
-  if isinstance(k, int):
+def _column(k: int | Array, videos: int) -> Array:
+  """`[B, 1]`, or `[1, 1]` of one number for all."""
+  if isinstance(k, numbers.Real):
     _checked(k)
-  return jnp.reshape(jnp.asarray(k, jnp.int32), (-1, 1))
+  arguments.real_array("k", k)
+  k = jnp.asarray(k)
+  if not jnp.issubdtype(k.dtype, jnp.integer):
+    raise TypeError(f"k must be a whole number, or an array [B] of them; got {shown(k)}")
+  if k.shape not in ((), (videos,)):
+    raise ValueError(f"k must be a whole number, or [B] of them, for {videos} videos; got shape {k.shape}")
+  return jnp.reshape(k.astype(jnp.int32), (-1, 1))
+
+
+def _checked_valid(valid: Array) -> Array:
+  arguments.real_array("valid", valid, "[B, T]")
+  return jnp.asarray(valid).astype(bool)
+
+
+def _known_segments(valid: Array) -> int:
+  """T, of which a table is made; it cannot be a size that is not known yet, as in `jax.export`."""
+  segments = valid.shape[1]
+  if not isinstance(segments, int):
+    raise ValueError(f"valid must have a number of segments that is known; got shape {valid.shape}")
+  return segments
 
 
 def _checked(number: int, name: str = "k") -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gating_jax.ops import arguments
 from gating_jax.ops.compaction import open_indices, put_back
 from gating_jax.ops.precision import as_float
 from gating_jax.types import Array
@@ -42,12 +43,17 @@ def open_backward(f: Callable[[Any, Array], Array], variables: Any, x: Array, ga
     `[N, ...]`.
   Raises:
     ValueError: gates that do not belong to x, or a capacity out of range.
+    TypeError: an argument of another kind.
 
   >>> half = lambda w: jnp.sum(jnp.array([1.0, 0.0]) * open_backward(
   ...     lambda w, x: jnp.sin(w * x), w, jnp.array([1.0, 2.0]), jnp.array([1.0, 0.0]), capacity=1))
   >>> jax.grad(half)(0.0)
   Array(1., dtype=float32, weak_type=True)
   """
+  arguments.function("f", f)
+  arguments.real_array("x", x)
+  arguments.real_array("gates", gates)
+  arguments.whole_number("capacity", capacity, 0)
   if jnp.ndim(x) < 1 or jnp.shape(gates) != jnp.shape(x)[:1]:
     raise ValueError(f"gates must be [N] for x's N examples; got gates {jnp.shape(gates)}, x {jnp.shape(x)}")
   if not 1 <= capacity <= len(x):

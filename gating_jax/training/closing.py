@@ -12,13 +12,13 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import jax.numpy as jnp
 
-from gating_jax.ops import collectives
+from gating_jax.ops import arguments, collectives
 from gating_jax.ops.macs import checked_records
 from gating_jax.types import Array, Records
 
 CLOSED = "gates/closed"  # the metric that training logs
 _LASTING = 20  # steps
-_LEAST_RATE = 0.01  # of examples for which a gate is open
+LEAST_RATE = 0.01  # of examples for which a gate is open
 _LEAST_PROB = 0.1  # a gate that may well be drawn open in the next batch is not closed
 
 
@@ -48,10 +48,11 @@ def closed_share(records: Records, *, axis_name: Hashable | None = None, of: Arr
   for record in records:
     rates = collectives.batch_mean(record.gates.astype(jnp.float32), axis_name)
     probs = collectives.batch_mean(record.probs.astype(jnp.float32), axis_name)
-    closed.append((rates < _LEAST_RATE) & (probs < _LEAST_PROB))
+    closed.append((rates < LEAST_RATE) & (probs < _LEAST_PROB))
   closed = jnp.concatenate(closed).astype(jnp.float32)
   if of is None:
     return jnp.mean(closed)
+  arguments.real_array("of", of)
   of = jnp.asarray(of, jnp.float32)
   if of.shape != closed.shape:
     raise ValueError(f"of must be [G], a truth value for each of the {closed.size} gates; got shape {of.shape}")

@@ -16,12 +16,12 @@ from gating_jax.checks import one_of
 from gating_jax.ops import collectives
 from gating_jax.ops.ecdf import batch_shaping_loss
 from gating_jax.ops.priors import Prior
+from gating_jax.training.closing import LEAST_RATE
 from gating_jax.training.objectives import ImageObjective
 from gating_jax.types import Array, Records
 
 SPARSITIES = ("none", "mean", "target")
 SEGMENTS_CLOSED = "gates/segments_closed"  # metric: 1 where the gate opens no segment by itself, else 0
-_LEAST_PROB = 0.01
 Terms = Mapping[str, Array]
 
 
@@ -84,8 +84,8 @@ class VideoObjective:
       price = terms["share"] if self.sparsity == "mean" else jnp.square(terms["share"] - self.target)
       terms |= {self.sparsity: price, f"{self.sparsity}_coefficient": rho}
       total += rho * price
-    # One segment of every video runs whatever the gate says, so that probabilities tell.
-    terms[SEGMENTS_CLOSED] = (mean(segments.probs, seen) < _LEAST_PROB).astype(total.dtype)
+    # One segment of every video runs whatever the gate says, so that probabilities tell its own rate.
+    terms[SEGMENTS_CLOSED] = (mean(segments.probs, seen) < LEAST_RATE).astype(total.dtype)
     gamma, shaping = self.batch_shaping_coefficient(step), self._shaping(segments.logits, seen, axis_name)
     terms |= {"batch_shaping": shaping, "batch_shaping_coefficient": gamma}
     total += gamma * shaping

@@ -174,7 +174,7 @@ def test_nothing_is_left_of_an_export_that_fails(net, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("options", "message"), [
     ({"input_shape": (9, 8)}, r"input_shape must be \(H, W, D\)"),
     ({"input_shape": (9, 8, 1)}, "images must have 3 channels, as the network takes them; got 1"),
-    ({"batch_size": 0}, "batch_size must be >= 1, a whole number; got 0"),
+    ({"batch_size": 0}, "batch_size must be >= 1; got 0"),
     ({"platforms": ("gpu",)}, "platforms must be one of cpu, cuda, rocm, tpu; got 'gpu'"),
     ({"card": {"files": {}}}, "card must not name files"),
     ({"card": {"accuracy": float("nan")}}, "card must be of JSON values"),

@@ -213,13 +213,13 @@ def test_rate_bound_is_the_rule_of_three(images, confidence):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"multiple": 0}, "multiple must be >= 1, a whole number; got 0"),
-    ({"multiple": 2.5}, "multiple must be >= 1, a whole number; got 2.5"),
+    ({"multiple": 0}, "multiple must be >= 1; got 0"),
+    ({"multiple": 2.5}, "multiple must be a whole number >= 1; got 2.5"),
     ({"confidence": 1.0}, "confidence must be above 0 and below 1, or None; got 1.0"),
     ({"max_rate": 0.0}, "max_rate must be above 0 and at most 1; got 0.0"),
 ])
 def test_bad_settings_are_named(options, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises((TypeError, ValueError), match=message):
     slim.static_units(one_block(Group(2)), [counted([0, 1], 2, [-1, 1])], **options)
 
 

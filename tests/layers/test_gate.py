@@ -230,6 +230,9 @@ def test_apply_gates_switches_channels_per_example():
       np.testing.assert_allclose(switched[n, :, :, c], x[n, :, :, c] * gates[n, c], rtol=1e-6)
   assert apply_gates(x.astype(jnp.bfloat16), gates).dtype == jnp.bfloat16
   np.testing.assert_array_equal(apply_gates(jnp.ones((2, 4)), gates), gates)
+  whole = apply_gates(jnp.full((1, 2), 3), np.array([[0.5, 0.0]], np.float32))
+  assert whole.dtype == jnp.float32
+  np.testing.assert_array_equal(whole, [[1.5, 0]])
   np.testing.assert_array_equal(apply_gates(jnp.ones((1, 6)), np.array([[1.0, 0.5]])), [[1, 1, 1, 0.5, 0.5, 0.5]])
 
 

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 
 import gating_jax as gj
+from gating_jax.layers.conv import ConvNorm
+from gating_jax.layers.experts import mixture
 from gating_jax.layers.gate import GateHead
+from gating_jax.layers.segments import Dropout, pool
 
 KEY, IMAGES, VIDEOS, VALID = jax.random.key(0), jnp.ones((2, 4, 4, 3)), jnp.ones((2, 3, 4)), jnp.ones((2, 3), bool)
 GROUPS = (gj.Switched(4, 10),)
@@ -122,6 +125,24 @@ NETWORKS = {
         lambda: init(VIDEO_NET, {"heavy": VIDEOS}), ValueError, "inputs must have 'valid'; got heavy"),
     "an array for videos": (
         lambda: init(VIDEO_NET, VIDEOS), TypeError, "inputs must be a mapping with arrays heavy, valid and, "),
+    "lists for a mask of videos": (
+        lambda: VIDEO_NET.init(KEY, {"heavy": VIDEOS, "valid": [[True]]}), TypeError,
+        "inputs['valid'] must be an [B, T] array of real numbers; got [[True]]"),
+    "lists for videos": (
+        lambda: VIDEO_NET.init(KEY, {"heavy": [[0.5]], "valid": VALID}), TypeError,
+        "inputs['heavy'] must be an array of real numbers; got [[0.5]]"),
+    "lists for a block": (
+        lambda: gj.BasicBlock(4).init(KEY, [[1.0]]), TypeError, "x must be an array of real numbers; got [[1.0]]"),
+    "half a stride": (
+        lambda: init(gj.Bottleneck(4, stride=0.5), IMAGES), TypeError, "stride must be a whole number >= 1; got 0.5"),
+    "half a window": (
+        lambda: init(ConvNorm(4, 1.5), IMAGES, False), TypeError, "window must be a whole number >= 1; got 1.5"),
+    "text for the experts that count": (
+        lambda: mixture(VIDEOS[0], "1"), TypeError, "top_k must be a whole number >= 0; got '1'"),
+    "lists to pool": (
+        lambda: pool([[1.0]], VALID, "mean"), TypeError, "features must be an [B, T, C] array of real numbers; got "),
+    "all of a feature dropped": (
+        lambda: init(Dropout(1.0), IMAGES), ValueError, "rate must be in [0, 1); got 1.0"),
 }
 COUNTS = {
     "the class for a network": (
@@ -135,7 +156,7 @@ COUNTS = {
         lambda: gj.count(FOLDABLE, None), TypeError, "input_shape must be a tuple of whole numbers, such as (32, "),
     "settings for a context": (
         lambda: gj.GateSettings(context=np.ones((9, 9))), ValueError,
-        "gate context must be one of none, pooled, random; got an object of class ndarray"),
+        "gate context must be one of none, pooled, random; got float64[9,9]"),
     "a network without records": (
         lambda: gj.count(OnlyOutputs(), (3,)), TypeError, "model must return (y, records), as gated networks do; got "),
     "shapes without a mask": (

@@ -9,7 +9,8 @@ import pytest
 from scipy import special
 
 import gating_jax as gj
-from gating_jax.ops import arguments, penalties, selection
+from gating_jax.checks import shown
+from gating_jax.ops import compaction, exits, macs, penalties, selection, skipping
 
 Z, KEY, PRIOR = jnp.linspace(-2, 2, 8, dtype=jnp.float32).reshape(4, 2), jax.random.key(0), gj.beta(0.6, 0.4)
 RECORD = gj.GateRecord(Z, jax.nn.sigmoid(Z), gj.threshold_gate(Z), 3)
@@ -57,7 +58,7 @@ LOSSES = {
         lambda: gj.noise_floor(Z), TypeError, "n must be a whole number >= 1; got "),
     "no examples": (lambda: gj.noise_floor(0), ValueError, "n must be >= 1; got 0"),
     "whole numbers to sort": (
-        lambda: gj.sort_with_vjp(jnp.arange(3, dtype=jnp.int32)), ValueError,
+        lambda: gj.sort_with_vjp(jnp.arange(3, dtype=jnp.int32)), TypeError,
         "x must be of a floating type, to have a gradient; got int32"),
     "text to sort": (
         lambda: gj.sort_with_vjp("x"), TypeError, "x must be an array of real numbers; got 'x'"),
@@ -75,20 +76,20 @@ GATES = {
     "a key for logits": (
         lambda: gj.hard_concrete(KEY, KEY), TypeError, "logits must be an array of real numbers; got "),
     "text for the temperature": (
-        lambda: gj.straight_through_gate(KEY, Z, "cold"), ValueError, "temperature must be > 0; got 'cold'"),
+        lambda: gj.straight_through_gate(KEY, Z, "cold"), TypeError, "temperature must be > 0; got 'cold'"),
     "an array of temperatures, one of them 0": (
         lambda: gj.binary_concrete(KEY, Z, np.array([1.0, 0.0])), ValueError,
         "temperature must be > 0; got array([1., 0.])"),
     "a temperature of 0 for a probability": (
         lambda: gj.hard_concrete_open_prob(Z, 0.0), ValueError, "temperature must be > 0; got 0.0"),
     "text for the noise": (
-        lambda: gj.straight_through_gate(KEY, Z, noise_scale="loud"), ValueError,
+        lambda: gj.straight_through_gate(KEY, Z, noise_scale="loud"), TypeError,
         "noise_scale must be a finite number; got 'loud'"),
     "one number for the stretch": (
-        lambda: gj.hard_concrete_mean(Z, stretch=1.1), ValueError,
+        lambda: gj.hard_concrete_mean(Z, stretch=1.1), TypeError,
         "stretch must be (low, high) with low < 0 and high > 1; got 1.1"),
     "text in the stretch": (
-        lambda: gj.hard_concrete_mean(Z, stretch=("-0.1", 1.1)), ValueError,
+        lambda: gj.hard_concrete_mean(Z, stretch=("-0.1", 1.1)), TypeError,
         "stretch must be (low, high) with low < 0 and high > 1; got ('-0.1', 1.1)"),
     "a slope of 0": (lambda: gj.clipped_sigmoid(Z, slope=0.0), ValueError, "slope must be > 0; got 0.0"),
     "a record for logits of evaluation": (
@@ -150,6 +151,45 @@ LAYERS = {
     "no sizes": (lambda: gj.capacity_for(3, ()), ValueError, "sizes must hold at least one number; got none"),
     "text for the number of segments": (
         lambda: selection.top_k(Z, Z > 0, "2"), TypeError, "k must be an array of real numbers; got '2'"),
+    "half a segment": (
+        lambda: selection.top_k(Z, Z > 0, 2.5), TypeError, "k must be a whole number >= 1; got 2.5"),
+    "halves of segments": (
+        lambda: selection.uniform_k(Z > 0, Z[:, 0]), TypeError,
+        "k must be a whole number, or an array [B] of them; got "),
+    "numbers of segments of other videos": (
+        lambda: selection.first_k(Z > 0, np.array([1, 2])), ValueError,
+        "k must be a whole number, or [B] of them, for 4 videos; got shape (2,)"),
+    "a list for gates of segments": (
+        lambda: selection.keep_best([[1.0, 0.0]] * 4, Z, Z > 0), TypeError,
+        "gates must be an [B, T] array of real numbers; got [[1.0, 0.0]"),
+    "scores of other segments": (
+        lambda: selection.top_k(Z[:, :1], Z > 0, 1), ValueError,
+        "scores, valid must be [B, T] of one shape; got (4, 1), (4, 2)"),
+    "a list for valid segments": (
+        lambda: selection.k_for([[True]], 0.5), TypeError,
+        "valid must be an [B, T] array of real numbers; got [[True]]"),
+    "a list of rows for the entropy": (
+        lambda: exits.entropy_share([[0.0, 1.0]]), TypeError,
+        "logits must be an array of real numbers; got [[0.0, 1.0]]"),
+    "text for the threshold": (
+        lambda: exits.stay_logits(Z[None], "0.5"), TypeError,
+        "threshold must be a number in (0, 1), a share of the largest entropy; got '0.5'"),
+    "exits that do not belong to the answers": (
+        lambda: exits.first_sure(Z[None], Z), ValueError,
+        "answers must be [N, X + 1, K] for stay [N, X]; got (1, 4, 2), (4, 2)"),
+    "text for the MACs of a record": (
+        lambda: gj.gated_macs([gj.GateRecord(Z, Z, Z, "3")]), TypeError,
+        "records[0].macs_per_unit must be a number >= 0; got '3'"),
+    "a size for a shape": (lambda: macs.conv_macs(3, (1, 3)), TypeError, "kernel_shape must be a list of sizes; got 3"),
+    "text for the gates that count": (
+        lambda: gj.closed_share([RECORD], of="all"), TypeError, "of must be an array of real numbers; got 'all'"),
+    "places that are no whole numbers": (
+        lambda: gj.put_back(Z, Z[:, 0], Z[:, 0], 4), TypeError, "index must be whole numbers; got "),
+    "half of a capacity": (
+        lambda: skipping.open_backward(lambda _, x: x, (), Z, Z[:, 0], capacity=1.5), TypeError,
+        "capacity must be a whole number >= 0; got 1.5"),
+    "sizes that are one size": (
+        lambda: compaction.pieces_for(3, 4), TypeError, "sizes must be a list of whole numbers >= 1; got 4"),
     "text for the share of segments": (
         lambda: selection.k_for(Z > 0, "0.3"), TypeError,
         "share must be in (0, 1], or an int number of segments; got '0.3'"),
@@ -242,6 +282,6 @@ def test_one_number_has_a_gate():
 
 def test_a_value_is_shown_in_one_short_line():
   for value in (np.zeros((3, 3)), {"a": list(range(100))}, "long " * 100, "two\nlines", RECORD, dict, len, None):
-    text = arguments.shown(value)
+    text = shown(value)
     assert len(text) <= 62
     assert "\n" not in text

@@ -199,7 +199,7 @@ def test_unsort_puts_values_back():
 
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool_])
 def test_integers_are_refused(dtype):
-  with pytest.raises(ValueError, match=rf"^x must be of a floating type, to have a gradient; got {jnp.dtype(dtype)}$"):
+  with pytest.raises(TypeError, match=rf"^x must be of a floating type, to have a gradient; got {jnp.dtype(dtype)}$"):
     sort_with_vjp(jnp.zeros(3, dtype))
 
 
