@@ -28,7 +28,6 @@ from gating_jax.inference.strategies import Made, Setting, settings_of
 from gating_jax.inference.timings import (
   GAIN,
   OPEN_LIMIT,
-  UNGATED,
   Timing,
   fastest,
   rows,
@@ -37,7 +36,7 @@ from gating_jax.inference.timings import (
 )
 from gating_jax.ops import arguments
 from gating_jax.ops.relaxations import threshold_gate
-from gating_jax.timing import race
+from gating_jax.timing import CHOSEN, MASKED, UNGATED, race
 from gating_jax.types import Array
 
 AUTO = "auto"
@@ -126,14 +125,14 @@ def compile_conditional(
   if strategy == AUTO and len(calibration) > 1:
     fitted, judged = calibration[::2], calibration[1::2]
   settings = settings_of(net, buckets, () if fitted is None else _gates_of(net, fitted))
-  tried = {name: make for name, make in STRATEGIES.items() if name in ("masked", strategy) or (
+  tried = {name: make for name, make in STRATEGIES.items() if name in (MASKED, strategy) or (
       strategy == AUTO and worth_trying(name) and (candidates is None or name in candidates))}
   options = [{name: made for name, make in tried.items() if (made := make(part, setting))}
              for part, setting in zip(net.parts, settings, strict=True)]
   if strategy != AUTO:
     if not any(strategy in known for known in options):
       raise ValueError(f"strategy must fit a part of the network; {strategy!r} fits none of it, or needs calibration")
-    names = [strategy if strategy in known else "masked" for known in options]
+    names = [strategy if strategy in known else MASKED for known in options]
     return Conditional(net, input_shape, batch_size, names, settings)
   batches = spread_batches(judged, batch_size)
   macs = account(net, options, settings, input_shape, [_gates_of(net, x) for x in batches], batch_size)
@@ -264,17 +263,17 @@ def _choose(net: Folded, options: Sequence[Mapping[str, Made]], timings: Sequenc
             batches: Sequence[Array], macs: Account, repeats: int, open_limit: float,
             compiled: Callable[[], None]) -> tuple[list[str], list[Timing]]:
   """Each part's strategy in the fastest whole program, and what whole programs took."""
-  of_parts = ["masked"] * len(net.parts)
+  of_parts = [MASKED] * len(net.parts)
   for i in range(len(net.parts)):
     of_part = [t for t in timings if t.part == i]
     if of_part and (best := min(of_part, key=lambda t: t.seconds)).time_ratio < GAIN:
       of_parts[i] = best.strategy
-  mixtures = {"masked": ["masked"] * len(net.parts)}
+  mixtures = {MASKED: [MASKED] * len(net.parts)}
   for name in STRATEGIES:
     if any(name in known for known in options):
-      mixtures[name] = [name if name in known else "masked" for known in options]
+      mixtures[name] = [name if name in known else MASKED for known in options]
   if of_parts not in mixtures.values():
-    mixtures["chosen"] = of_parts
+    mixtures[CHOSEN] = of_parts
   made = {name: _pick(options, names) for name, names in mixtures.items()}
   runs = {}
   for name, parts in made.items():
