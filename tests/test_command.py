@@ -1,16 +1,18 @@
 """What the command says and returns, within this process; `test_cli.py` has what needs processes of its own."""
 
 import importlib
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import tomllib
 
 import jax
 import pytest
 
 from gating_jax import cli, config_files
-from gating_jax.experiments import classification
+from gating_jax.experiments import classification, time_table
 from gating_jax.models import resnet
 from gating_jax.training import provenance
 from tests.helpers import ROOT, tiny_cli
@@ -168,6 +170,31 @@ def test_a_run_is_trained_looked_at_and_compared(tmp_path, monkeypatch):
   status, said = run_command(*command, "--config.seed=1")
   assert status == 2
   assert "holds a run of another config" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lr[0.1] *?'\"<b>&$x", os.fsdecode(b"\xff:a,b\n")])
+def test_every_mode_works_in_a_folder_of_any_name(name, tmp_path, monkeypatch):
+  monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+  monkeypatch.setattr(time_table, "_REPEATS", 1)
+  monkeypatch.setattr(time_table, "_BATCHES", (3,))
+  folder = tmp_path / name
+  folder.mkdir()
+  monkeypatch.chdir(folder)
+  shutil.copy(ROOT / "configs" / "digits_resnet20.py", folder / "my:config.py")
+  train = (f"--config={folder / 'my:config.py'}:epochs=1", "--config.model.name=tiny")
+  run, other = (f"--workdir={folder / each}" for each in ("run", "other"))
+  for arguments in ((*train, run), (run, "--mode=evaluate"), (run, "--mode=report"), (run, "--mode=compile"),
+                    (run, "--mode=export"), (*train, "--config.model.gating=none", other),
+                    (f"{run},{folder / 'other'}", "--mode=compare")):
+    status, said = run_command(*arguments)
+    assert status == 0, said
+    if arguments[-1] == "--mode=evaluate":  # the next command names the folder, for a shell
+      named = re.search("next: gating-jax (--workdir=.*) --mode=compile", said)[1]
+      printed = subprocess.run(["bash", "-c", f"printf %s {named}"], capture_output=True, check=True).stdout
+      assert os.fsdecode(printed) == run
+  for made in ("comparison.html", "run/report.html", "run/compile.json", "run/export"):
+    assert (folder / made).exists()
 
 
 def test_processes_without_a_coordinator_and_a_folder_that_is_a_file_are_named(tmp_path):
