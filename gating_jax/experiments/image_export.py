@@ -29,6 +29,7 @@ from gating_jax.inference.quantise import dequantise, quantise
 from gating_jax.inference.slim import Disagreement, disagreement, rate_bound, static_units, take
 from gating_jax.inference.timings import run_over, spread_batches
 from gating_jax.models.early_exit import EarlyExitNet
+from gating_jax.paths import quoted
 from gating_jax.progress import Advance, say, working
 from gating_jax.reports.lettering import columns
 from gating_jax.reports.times import title
@@ -74,7 +75,7 @@ def _load_command(path: str) -> str:
   """A command that runs an export: without this package by the example of the repository, where that is at hand."""
   example = config_files.folder().parent / "docs" / "examples" / "load_exported.py"
   if example.is_file():
-    return f"python {shlex.quote(str(example))} {shlex.quote(path)}    (runs it without this package)"
+    return f"python {quoted(str(example))} {quoted(path)}    (runs it without this package)"
   return f"python -c {shlex.quote(f'import gating_jax; print(gating_jax.load_exported({path!r}))')}    (loads it)"
 
 
