@@ -180,8 +180,8 @@ GATES = [
   Mutant(
     "top_k_of_one_more",
     "ops/selection.py",
-    "return (valid & (rank < _column(k))).astype(jnp.float32)",
-    "return (valid & (rank <= _column(k))).astype(jnp.float32)",
+    "return (valid & (rank < _column(k, len(valid)))).astype(jnp.float32)",
+    "return (valid & (rank <= _column(k, len(valid)))).astype(jnp.float32)",
     "ops/test_selection.py",
   ),
   Mutant(
@@ -302,6 +302,20 @@ TRAINING = [
     "pass",
     "training/test_journal.py",
   ),
+  Mutant(
+    "one_warning_silences_others",
+    "training/closing.py",
+    "if limit not in self._warned:",
+    "if not self._warned:",
+    "training/test_closing.py::test_of_several_kinds_of_gates_each_has_a_limit",
+  ),
+  Mutant(
+    "resumed_watch_forgets",
+    "training/loop.py",
+    "for earlier, means in journal.past:",
+    "for earlier, means in ():",
+    "training/test_loop.py::test_what_the_watch_finds_in_a_line_is_said_after_it",
+  ),
 ]
 
 # Continual learning.
@@ -334,6 +348,13 @@ CONTINUAL = [
     "opt_state=experiment.optimiser.init(learner.params))",
     "opt_state=learner.opt_state)",
     "experiments/test_continual.py::test_every_task_begins_with_a_fresh_optimiser",
+  ),
+  Mutant(
+    "second_task_compiles_again",
+    "experiments/continual_build.py",
+    "* 2, jnp.nan, jnp.float32)",
+    "* 2, jnp.nan)",
+    "experiments/test_continual.py::test_the_training_step_is_one_program_for_all_tasks",
   ),
   Mutant(
     "fisher_not_squared",
