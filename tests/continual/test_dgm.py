@@ -135,6 +135,7 @@ def test_remembered_images_keep_all_classes_alive(real):
   assert shapes(toy.start(method())) == shapes(learner)
 
 
+@pytest.mark.slow
 def test_real_images_have_their_share_of_the_loss():
   learner, data = toy.start(method()).replace(task=jnp.int32(2)), toy.images(2)
   other = toy.images(2, seed=5)

@@ -118,6 +118,7 @@ def test_online_fisher_decays_and_its_anchor_is_the_latest(decay):
   jax.tree.map(lambda n, p: np.testing.assert_array_equal(n[0], p), new["anchor"], state.params)
 
 
+@pytest.mark.slow
 @both
 def test_forgets_less_than_fine_tuning_and_keeps_its_shapes(make):
   _, free = conflicting.learn(fine_tuning(NET), NET)

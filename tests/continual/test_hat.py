@@ -175,6 +175,7 @@ def test_saturated_masks_keep_the_first_task_while_the_second_is_learnt(norm):
   assert np.abs(forgotten - before).max() > 0.1
 
 
+@pytest.mark.slow
 def test_masking_the_gradient_in_place_of_the_update_would_move_what_is_protected():
   state = after_one_task()
   state = state.replace(memory={**state.memory, "used": jnp.ones(10)})
@@ -230,6 +231,7 @@ def test_macs_count_every_unit_whose_mask_is_not_exactly_0():
   np.testing.assert_array_equal(p.agnostic_macs, p.macs)
 
 
+@pytest.mark.slow
 def test_two_devices_learn_as_one():
   data, axis = toys.task(0), "devices"
   one, _ = jax.jit(toys.step(method()))(toys.learner(method()), data.pixels, data.labels, 0)

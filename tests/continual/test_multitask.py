@@ -56,6 +56,7 @@ def gradients(method, learner):
   return [of(learner.params, batch_of(d)) for d in (data, data._replace(pixels=changed))]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", ["gates", "norms"])
 def test_a_task_s_own_parts_learn_from_its_own_images_alone(kind):
   made = method(kind)
@@ -95,6 +96,7 @@ def test_the_loss_is_the_sum_of_what_tasks_have_alone(kind):
   assert float(terms["cross_entropy"]) == pytest.approx(np.mean(expected), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_open_gates_cost_after_the_patience_and_every_task_pays_for_its_own():
   made, data = method("gates", sparsity=2.0, patience=1.5), both_tasks(16)
   learner = tiny_tasks.learner(made)
@@ -157,7 +159,7 @@ def test_units_are_relevant_to_the_tasks_whose_gates_open_on_their_own_images():
   assert macs == [3 * per_unit + 3 * 1 * per_pair, 2 * per_unit + 2 * 2 * per_pair]
 
 
-@pytest.mark.thin(3)
+@pytest.mark.slow
 @every_kind
 def test_two_devices_take_the_step_of_one(kind):
   made, spread = method(kind), method(kind, devices.AXIS)

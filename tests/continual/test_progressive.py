@@ -161,6 +161,7 @@ def test_a_single_task_has_one_column(kind):
   assert toys.accuracy(method(kind, 1), learner, 0, 1) == 1
 
 
+@pytest.mark.slow
 def test_two_devices_learn_as_one(kind):
   data, axis = toys.task(1), "devices"
   learner = after(kind, 1)

@@ -47,6 +47,7 @@ def trained(method, memory, task, steps=2):
   return memory
 
 
+@pytest.mark.slow
 def test_generators_are_kept_task_by_task_and_all_that_is_recalled_is_generated():
   method = generative()
   memory, recalled = method.init(KEY), []
@@ -103,6 +104,7 @@ def test_generated_replay_holds_every_task_up_to_this_one_and_none_of_the_batch(
   np.testing.assert_array_equal(replayed.x.mean((1, 2, 3)) > 0.5, replayed.labels // 2 == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [
     lambda problem: rehearsal.episodic(problem, ReplaySettings(12, 8)),
     lambda problem: generative(problem, replayed=8)])

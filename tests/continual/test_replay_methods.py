@@ -47,7 +47,7 @@ def test_memory_holds_its_share_of_every_class_and_no_shape_changes(name):
   assert shares == [[5, 4, 0, 0, 0, 0], [3, 2, 2, 2, 0, 0], [2, 2, 2, 1, 1, 1]]
 
 
-@pytest.mark.thin(2)
+@pytest.mark.slow
 @every
 def test_two_devices_as_one(name):
   alone, spread = METHODS[name](network(name)), METHODS[name](toy.at_device_axis(network(name)))
@@ -66,6 +66,7 @@ def fine_tuned():
   return toy.accuracies(method, toy.learn(method))
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", ["er", "derpp", "icarl"])
 def test_replay_remembers_what_fine_tuning_forgets(name, fine_tuned):
   method = METHODS[name](network(name))

@@ -94,6 +94,7 @@ def test_penalty_by_hand():
                              rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_forgets_less_than_fine_tuning_and_keeps_its_shapes():
   method = make()
   _, free = conflicting.learn(fine_tuning(NET), NET)

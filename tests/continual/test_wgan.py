@@ -54,6 +54,7 @@ def images(count, shape=(1, 2, 1), classes=3, seed=0):
   return pixels.astype(np.uint8), rng.integers(0, classes, count).astype(np.int32)
 
 
+@pytest.mark.slow
 def test_it_learns_how_two_pixels_belong_together():
   left = np.arange(60, 201, 4)
   pixels = np.stack([left, 230 - left // 2], axis=-1).astype(np.uint8).reshape(-1, 1, 2, 1)
@@ -185,6 +186,7 @@ def test_eight_devices_equal_one(backend):
     assert gap < moved / 20, (part, gap, moved)
 
 
+@pytest.mark.slow
 def test_a_gated_generator_learns_its_gates_and_samples_without_noise():
   state, fresh = gated_start(), gated_start()
   for at in range(3):

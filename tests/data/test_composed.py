@@ -175,6 +175,7 @@ def test_noise_has_the_spread_it_says(train):
   assert np.sqrt((corner**2).mean() * 2) == pytest.approx(24, rel=0.05)
 
 
+@pytest.mark.slow
 def test_context_is_needed_and_motion_too(train):
   """One segment tells little, four less than half, all of them everything, and centre frames the scene alone."""
   probe = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "composed_probe.py"))["accuracy"]

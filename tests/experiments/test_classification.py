@@ -264,6 +264,7 @@ def test_a_finished_run_is_not_repeated_and_evaluates_to_its_result(finished):
   check_modes(made, workdir, total=66)
 
 
+@pytest.mark.slow
 def test_an_ungated_run_in_bfloat16_leaves_what_it_measured(ungated):
   made, workdir, printed = ungated
   check_run(made, workdir, printed, total=66)

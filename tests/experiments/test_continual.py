@@ -295,6 +295,7 @@ def test_each_tasks_net_is_compiled(compiled):
     assert {"masked", "ungated"} <= {row["strategy"] for row in rows if row["part"] is None}
 
 
+@pytest.mark.slow
 def test_a_run_cut_back_to_an_earlier_checkpoint_ends_with_the_same_learner(finished, tmp_path, monkeypatch):
   made, workdir, _ = finished
   monkeypatch.setattr(continual_report, "draw", lambda *_: None)

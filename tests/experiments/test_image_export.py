@@ -45,6 +45,7 @@ def fastest(strategy):
   return lambda runs, _, **__: {name: [0.5 if strategy in (name, name[0]) else 1.0] for name in runs}
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("folder", "tolerance"), [("export", 0), ("export_int8", 0.05)])
 def test_the_export_of_a_run_scores_as_the_run_does(exported, folder, tolerance):
   workdir, _ = exported

@@ -259,6 +259,7 @@ def test_segments_are_seen_one_by_one_until_the_classifier_is_sure(config, tmp_p
   assert f"mean average precision {100 * result['mean_average_precision']:.2f} %" in " ".join(printed.split())
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_parameters(finished, tmp_path, monkeypatch):
   made, workdir = finished
   with monkeypatch.context() as patch:
@@ -280,6 +281,7 @@ def pretrained(config, tmp_path_factory):
   return made, run_dir.path
 
 
+@pytest.mark.slow
 def test_nets_that_were_trained_can_be_taken_for_another_run(config, pretrained):
   made, workdir = pretrained
   other = made.copy_and_resolve_references()

@@ -35,6 +35,7 @@ def final_state(config, workdir):
     checkpoints.close()
 
 
+@pytest.mark.slow
 def test_a_streamed_run_that_was_stopped_goes_on(data_dir, tmp_path, monkeypatch):
   monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
   monkeypatch.setattr(image_task, "write_report", lambda *_, **__: None)

@@ -22,7 +22,7 @@ def prepared(kind, count, buckets=3):
   return of, settings_of(of, buckets, gates), conditional._seen(of, images(count))
 
 
-@pytest.mark.thin(7)
+@pytest.mark.thin(14)
 @pytest.mark.parametrize(("kind", "strategy"), CASES)
 @pytest.mark.parametrize("count", [1, 5])
 def test_it_is_what_the_convolutions_are_given(kind, strategy, count, monkeypatch):

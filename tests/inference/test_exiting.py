@@ -84,6 +84,7 @@ def test_equal_to_computing_everything_on_fuzzed_nets(batch_size, buckets):
   assert seen == {0, 1, 2}
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("threshold", "goes_on"), [(1e-5, True), (1 - 1e-5, False)])
 def test_all_go_on_or_all_leave_at_the_first_exit(threshold, goes_on):
   x = images(6)

@@ -118,7 +118,7 @@ def usual(of, group):
   return of(ALL[group])
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("group", ALL)
 def test_layers_have_the_same_types_in_every_mode(group, mode):

@@ -16,6 +16,7 @@ def net(**fields):
   return resnet("resnet20", 5, kind=ExpertNet, **{**SMALL, "experts": 3, **fields})
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("block", [{}, {"block": Bottleneck, "shortcut": "B"}])
 def test_each_expert_is_a_last_stage(block):
   plain, mixed = (count(n, SHAPE) for n in (resnet("resnet20", 5, **SMALL, **block), net(**block)))

@@ -143,6 +143,7 @@ def gated():
   return generator, variables, z
 
 
+@pytest.mark.slow
 def test_a_closed_channel_is_as_one_without_a_filter():
   generator, variables, z = gated()
   apply = jax.jit(generator.apply)

@@ -28,6 +28,7 @@ def filled(net, shape):
       {path: fill(path, leaf) for path, leaf in flax.traverse_util.flatten_dict(shapes).items()})
 
 
+@pytest.mark.slow
 def test_published_sizes():
   """torchvision's GoogLeNet, the same modules for images, less its classifier; I3D's table from it by hand."""
   net = InflatedInception()
@@ -37,6 +38,7 @@ def test_published_sizes():
   assert count(net, (16, 32, 32, 3)).params == images + 9 * 2 * windows + 49 * 6 * 3 * 64
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("shape", [(2, 4, 5, 3), (2, 3, 4, 5, 3)])
 def test_a_module_is_four_branches_side_by_side(shape):
   x = normal(*shape)
@@ -95,6 +97,7 @@ def centre(net, variables, x, name):
   return y if x.ndim == 4 else y[:, y.shape[1] // 2]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("net", "frames", "name"), [
     (InflatedInception(TINY, width=0.5), 64, "stage2_module1"),
     (ResNet(None, blocks=(1, 1), features=2), 25, "stage2_block1"),

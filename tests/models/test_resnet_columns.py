@@ -106,6 +106,7 @@ def plain_variables(block):
   return flax.traverse_util.unflatten_dict(flat)
 
 
+@pytest.mark.thin(2)
 def test_a_first_column_is_a_plain_residual_net(block):
   model = ResNet(CLASSES, block=block, **FIELDS)
   plain = plain_variables(block)

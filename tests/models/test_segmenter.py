@@ -91,6 +91,7 @@ def test_macs_of_backbone_and_head_by_hand(output_stride, sides):
   assert counts.macs - count(net, (16, 16, 1)).macs == head
 
 
+@pytest.mark.slow
 def test_logits_of_every_pixel_depend_on_the_whole_scene():
   model = Segmenter(backbone(gating="channel"), classes=3, features=6)
   x = jnp.asarray(RANDOM.normal(size=(2, 12, 20, 1)), jnp.float32)

@@ -93,7 +93,7 @@ def test_a_step_already_there_is_left_alone(open_checkpoints):
 NAMES = ("lr[0.1]", "*?", "{a,b}|#%41", "line\nbreak\t", " ~x:$HOME'\"", "ü\u2028", os.fsdecode(b"\xff"), "x__lock")
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_a_folder_may_have_any_name_that_the_file_system_takes(open_checkpoints, tmp_path, name):
   saved(open_checkpoints, [1, 2], name=f"{name}/checkpoints", keep=1)

@@ -49,6 +49,7 @@ def gradient(run):
   return run[1][0].opt_state[0]
 
 
+@pytest.mark.thin(2)
 @backends
 def test_gradients_on_eight_devices_equal_those_on_one(backend):
   eight, one = trained(backend, 8), trained(backend, 1)
@@ -243,6 +244,7 @@ def test_the_batch_may_be_spread_over_two_axes(way):
   assert_alike(found, right_gradient())
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("way", ["one device", *WAYS[2:]])
 def test_aux_is_each_devices_own_and_several_arguments_have_gradients(way):
   axis_name = None if way == "one device" else devices.AXIS

@@ -149,6 +149,7 @@ def test_a_batch_without_weight_costs_nothing():
   assert not any(np.asarray(slope).any() for slope in jax.tree.leaves(slopes))
 
 
+@pytest.mark.slow
 def test_devices_agree_with_one():
   """Gradients averaged over devices, whose weights differ and are all 0 on one, are those of the whole batch."""
   both = objective(channels=channels("target_rate"))

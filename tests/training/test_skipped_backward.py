@@ -50,6 +50,7 @@ def test_parameters_are_those_of_full_steps(share, fields):
   assert tiny.relative_gap(skipped, full) < 1e-5
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 def test_a_block_that_leaves_out_closed_examples_has_the_gradient_of_the_whole(block):
   x = np.random.default_rng(0).normal(size=(8, 4, 4, 4 * block.expansion)).astype(np.float32)

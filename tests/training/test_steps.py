@@ -197,6 +197,7 @@ def test_evaluation_counts_the_macs_of_open_gates():
   assert gated_macs(records) == 4 * per_gate
 
 
+@pytest.mark.slow
 def test_evaluation_of_an_ungated_net_has_no_gates():
   results = steps.make_eval_step(tiny.net("none"), tiny.normalise)(tiny.state(OPTIMISER, "none"), *tiny.images(5))
   assert set(results) == {"predicted", "correct", "cross_entropy"}
@@ -208,6 +209,7 @@ def noisy(schedule, net=None):
                                        noise_scale=schedule))
 
 
+@pytest.mark.slow
 def test_a_scheduled_noise_scale_equals_the_settings_and_compiles_once():
   state, batch = tiny.state(OPTIMISER), tiny.images(BATCH_SIZE)
   step, rates = noisy(optax.linear_schedule(4.0, 0.0, 2)), []
@@ -226,6 +228,7 @@ def test_a_scheduled_noise_scale_equals_the_settings_and_compiles_once():
   assert step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_the_schedule_goes_on_where_a_restart_finds_it():
   state, batch = tiny.state(OPTIMISER), tiny.images(BATCH_SIZE)
   step = noisy(optax.linear_schedule(4.0, 0.0, 4))

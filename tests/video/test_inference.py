@@ -131,6 +131,7 @@ def test_all_closed_leaves_one_a_video_and_all_open_the_valid_ones(bias, chosen)
   assert_same(model, result, inputs, values)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", ["gate", "confidence", "uniform"])
 def test_a_video_alone_and_in_any_order_is_as_in_its_batch(name):
   inputs, run = batch([3, 4, 1]), skipping(MODELS[name])
