@@ -121,9 +121,9 @@ class _Lines:
         self._file.close()
 
 
-def _cut_back(path: Path, step: int) -> list[dict[str, Any]]:
+def _cut_back(path: Path, first_step: int) -> list[dict[str, Any]]:
   """Cuts a journal's file back to the step that training goes on from, and returns its records."""
-  kept = [line for line in read_lines(path) if line["step"] <= step]
+  kept = [line for line in read_lines(path) if line["step"] <= first_step]
   if hosts.is_writer() and path.exists():
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
   return kept
