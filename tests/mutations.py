@@ -180,8 +180,8 @@ GATES = [
   Mutant(
     "top_k_of_one_more",
     "ops/selection.py",
-    "return (valid & (rank < _column(k, len(valid)))).astype(jnp.float32)",
-    "return (valid & (rank <= _column(k, len(valid)))).astype(jnp.float32)",
+    "return (valid & (rank < _column(k, valid.shape[0]))).astype(jnp.float32)",
+    "return (valid & (rank <= _column(k, valid.shape[0]))).astype(jnp.float32)",
     "ops/test_selection.py",
   ),
   Mutant(

@@ -60,7 +60,7 @@ def top_k(scores: Array, valid: Array, k: int | Array) -> Array:
   valid = valid.astype(bool)
   order = jnp.lexsort((-jax.lax.stop_gradient(as_float(scores)), ~valid), axis=1)
   rank = jnp.argsort(order, axis=1).astype(jnp.int32)
-  return (valid & (rank < _column(k, len(valid)))).astype(jnp.float32)
+  return (valid & (rank < _column(k, valid.shape[0]))).astype(jnp.float32)
 
 
 def uniform_k(valid: Array, k: int | Array) -> Array:
@@ -72,7 +72,7 @@ def uniform_k(valid: Array, k: int | Array) -> Array:
   """
   valid = _checked_valid(valid)
   length = jnp.maximum(jnp.sum(valid, axis=1, keepdims=True, dtype=jnp.int32), 1)
-  k = jnp.minimum(_column(k, len(valid)), length)
+  k = jnp.minimum(_column(k, valid.shape[0]), length)
   place = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
   # (i + 1/2) n / k < x for ceil(k x / n - 1/2) whole numbers i >= 0; a segment is chosen where that number grows.
   centres_before = lambda x: -((length - 2 * k * x) // (2 * length))

@@ -7,7 +7,7 @@ import pytest
 from jax import export
 
 import gating_jax as gj
-from gating_jax.ops import penalties
+from gating_jax.ops import penalties, selection
 
 Z = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
 PRIOR, KEY = gj.beta(0.6, 0.4), jax.random.key(0)
@@ -45,6 +45,13 @@ def put_back(x):
   return gj.put_back(x[index], index, taken, x.shape[0])
 
 
+def choices(x):
+  valid = x > -9
+  return [
+      selection.top_k(x, valid, 1), selection.uniform_k(valid, jnp.ones(x.shape[0], jnp.int32)),
+      selection.keep_best(x, x, valid), selection.random_k(KEY, valid, 1)]
+
+
 FUNCTIONS = {
     "loss": (gradient(lambda x: gj.batch_shaping_loss(x, PRIOR)), "n, c"),
     "loss of one gate": (gradient(lambda x: gj.batch_shaping_loss(x, PRIOR, weights=x > 0)), "n"),
@@ -60,6 +67,7 @@ FUNCTIONS = {
     "gates": (lambda x: gj.straight_through_gate(KEY, x), "n, 2"),
     "penalties": (every_penalty, "n, c"),
     "compaction": (put_back, "n, c"),
+    "choices of segments": (choices, "n, c"),
 }
 QUICK = ("loss", "penalties")
 
@@ -74,6 +82,13 @@ def test_a_function_is_exported_for_any_number_of_examples(name):
   for x in (z, z[:2], np.round(z)):
     for got, right in zip(*map(jax.tree.leaves, (exported.call(x), jax.jit(function)(x))), strict=True):
       np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-6)
+
+
+def test_a_choice_by_a_table_needs_a_known_number_of_segments():
+  shape = jax.ShapeDtypeStruct(export.symbolic_shape("n, t"), jnp.float32)
+  for choose in (lambda x: selection.k_for(x > 0, 0.5), lambda x: selection.first_k(x > 0, 1)):
+    with pytest.raises(ValueError, match=r"^valid must have a number of segments that is known; got shape \(n, t\)"):
+      export.export(jax.jit(choose))(shape)
 
 
 def test_parameters_of_one_column_do_not_fit_columns_not_known_yet():
