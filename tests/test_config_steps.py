@@ -1,6 +1,5 @@
 """Every config, made tiny, builds, has the shapes of its counts, and takes two steps on made data."""
 
-import csv
 import importlib
 
 import jax
@@ -12,8 +11,9 @@ from gating_jax.experiments import classification, continual, continual_build, l
 from gating_jax.layers.blocks import BasicBlock
 from gating_jax.models import resnet, segment_nets, vgg
 from gating_jax.training import devices, steps
-from tests.helpers import made_videos, tiny_cli
+from tests.helpers import tiny_cli
 from tests.helpers.config_files import FILES
+from tests.helpers.stand_ins import video_files
 
 RANDOM = np.random.default_rng(0)
 BATCH = 8
@@ -60,6 +60,8 @@ def config(monkeypatch, tmp_path):
       if made.model.light.name != "features":
         changes |= {"model.light.name": "tiny", "model.heavy.name": "tiny", "model.heavy.stem": None}
       changes |= video_files(tmp_path, made.data.name)
+      if made.data.name == "videos":
+        changes |= {"data.size": 8, "data.frames": 4, "data.segments": 3}
     else:
       changes |= {"model.name": "tiny_chain" if chain else "tiny", "model.width": 1.0}
     if made.experiment == "segmentation":
@@ -74,24 +76,6 @@ def config(monkeypatch, tmp_path):
     return made
 
   return make
-
-
-def video_files(folder, kind):
-  """Eight videos, or features of them, and their tables; none for those that are composed."""
-  if kind == "composed":
-    return {}
-  names = [f"video{i}{'.mp4' if kind == 'videos' else ''}" for i in range(8)]
-  for name in names:
-    if kind == "videos":
-      made_videos.write(folder / name, 14, size=(16, 24))
-    else:
-      np.save(folder / f"{name}.npy", RANDOM.normal(size=(6, 5)).astype(np.float32))
-  with (folder / "labels.csv").open("w", newline="") as file:
-    csv.writer(file).writerows([("video", "label"), *((name, "ab"[i % 2]) for i, name in enumerate(names))])
-  (folder / "split.txt").write_text("".join(f"{name}\n" for name in names))
-  tables = {"table": folder / "labels.csv", "train_split": folder / "split.txt", "test_split": folder / "split.txt"}
-  sizes = {"data.size": 8, "data.frames": 4, "data.segments": 3} if kind == "videos" else {}
-  return {"data.folder": str(folder), **{f"data.{name}": str(path) for name, path in tables.items()}, **sizes}
 
 
 def images(made, module):
