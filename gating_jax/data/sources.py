@@ -196,6 +196,8 @@ class Examples(Sequence):
     return len(self._source)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
+    if not -len(self) <= index < len(self):
+      raise IndexError(f"index must be of one of {len(self)} examples; got {index}")
     with self._reading(self._source.split, index):
       example = self._source[index]
       decoded = {feature: reader.decode(example[feature]) for feature, reader in self._readers.items()}
@@ -213,8 +215,6 @@ class Examples(Sequence):
   def _reading(self, split: str, index: int) -> Iterator[None]:
     try:
       yield
-    except IndexError:
-      raise
     except pictures.TooLargeError as error:
       raise ValueError(f"example {index} of split {split!r} of {self._name}: {error}. Prepare the set with a smaller "
                        "one, or use a split without it") from None

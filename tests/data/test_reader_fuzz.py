@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import re
 import resource
 import time
@@ -141,14 +142,31 @@ class OneFile:
     return {"image": self.file, "label": 0}
 
 
-def read_picture(file):
-  """The picture as it is read, and as training sees it."""
+def opened(file):
+  """A set of this picture."""
   readers = {
       "image": features.Picture(tfds.features.Image(), "feature 'image' of a_set"),
       "label": features.ImageClass(tfds.features.ClassLabel(num_classes=1), "feature 'label' of a_set")}
-  source = sources.Examples(OneFile(file), "a_set", readers)
+  return sources.Examples(OneFile(file), "a_set", readers)
+
+
+def read_picture(file):
+  """The picture as it is read, and as training sees it."""
+  source = opened(file)
   stream = streaming.Stream(source, source.class_names, (8, 8, 3), crop_area=0.5)
   return source[0]["image"], stream.read_one(0, (1, 2))[0], stream.read_one(0, None)[0]
+
+
+def test_an_index_error_of_a_decoder_is_of_the_file_and_not_the_end_of_the_set(monkeypatch):
+  source = opened(files()[0])
+  assert len(list(itertools.islice(source, 2))) == 1
+
+  def decode(*_):
+    raise IndexError("pop from empty list")
+
+  monkeypatch.setattr(pictures, "decode", decode)
+  with pytest.raises(DatasetNotPreparedError, match="example 0 .* cannot be read .IndexError: pop from empty list"):
+    list(itertools.islice(source, 2))
 
 
 @counts
