@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gating_jax.models.segment_net import SegmentNet
-from gating_jax.models.segment_nets import heavy_net
+from gating_jax.models.timegate import SegmentNet
+from gating_jax.models.video_backbones import heavy_net
 from gating_jax.timing import race
 from gating_jax.training import steps
 

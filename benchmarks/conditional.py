@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gating_jax.inference import exiting, folded_macs
-from gating_jax.inference.conditional import compile_conditional, program, ungated
+from gating_jax.inference import exits, folded_macs
+from gating_jax.inference.compiled import compile_conditional, program, ungated
 from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer
 from gating_jax.inference.folding import fold
 from gating_jax.inference.kernel_strategies import why_not
@@ -114,9 +114,9 @@ def leaving(share, *, batch, size, channels):
   """Eight blocks, and an exit after the first at which as many images leave as make this share."""
   blocks = [Block((conv(channels, channels), conv(channels, channels))) for _ in range(8)]
   stages = Folded((blocks[0],), pooled=False), Folded(tuple(blocks[1:]), (normal(channels, 10), normal(10)))
-  net = exiting.ExitNet(stages, (Folded((Layer(conv(channels, 16)),), (normal(16, 10), normal(10))),), 0.5)
+  net = exits.ExitNet(stages, (Folded((Layer(conv(channels, 16)),), (normal(16, 10), normal(10))),), 0.5)
   x = images(batch, size, channels)
-  stay = np.sort(np.asarray(exiting.run(net, jnp.asarray(x))[1][:, 0]))
+  stay = np.sort(np.asarray(exits.run(net, jnp.asarray(x))[1][:, 0]))
   goes_on = round(batch * (share * 8 - 1) / 7)
   between = stay[0] - 1 if goes_on == batch else stay[batch - goes_on - 1 : batch - goes_on + 1].mean()
   return dataclasses.replace(net, threshold=float(1 / (1 + np.exp(-between)))), x
@@ -155,7 +155,7 @@ def _cases():
     make = functools.partial(layers, batch=16, size=size, channels=channels)
     found[f"compaction N=16 C={channels} {size}x{size}"] = Case(make, "layer_dispatch", (1.75, 3.4))
     make = functools.partial(leaving, batch=64, size=size, channels=channels)
-    found[f"early exit N=64 C={channels} {size}x{size}"] = Case(make, exiting.EXIT_DISPATCH, (1.75, 3.4))
+    found[f"early exit N=64 C={channels} {size}x{size}"] = Case(make, exits.EXIT_DISPATCH, (1.75, 3.4))
   return found
 
 
@@ -166,14 +166,14 @@ def measure(case, share, repeats):
   """The row's numbers: share of MACs, and each contender's milliseconds, medians and tenth percentiles."""
   net, x = case.make(share)
   usual, calibration = case.make(0.5)
-  if share == 1 and isinstance(net, exiting.ExitNet):  # the same network, whose threshold is part of the program
-    stay = exiting.run(usual, jnp.asarray(calibration))[1][:, 0]
+  if share == 1 and isinstance(net, exits.ExitNet):  # the same network, whose threshold is part of the program
+    stay = exits.run(usual, jnp.asarray(calibration))[1][:, 0]
     net, x = usual, np.repeat(calibration[[int(jnp.argmax(stay))]], len(x), axis=0)
   x, shape, dense_run = jnp.asarray(x), x.shape[1:], program()
-  if isinstance(net, exiting.ExitNet):
-    run, dense = exiting.program(), exiting.without_exits(net)
-    spent = exiting.macs(net, shape, run(net, x)[1])
-    compiled = exiting.compile_exits
+  if isinstance(net, exits.ExitNet):
+    run, dense = exits.program(), exits.without_exits(net)
+    spent = exits.macs(net, shape, run(net, x)[1])
+    compiled = exits.compile_exits
   else:
     run, dense = dense_run, ungated(net)
     spent = folded_macs.macs(net, shape, [np.asarray(z) > 0 for z in run(net, x)[1]])

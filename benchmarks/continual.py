@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 from absl import flags
 
-from gating_jax.experiments import continual
-from gating_jax.experiments.continual_methods import METHODS
+from gating_jax.continual import run as continual_run
+from gating_jax.continual.choices import METHODS
 
 
 def main():
@@ -79,7 +79,7 @@ def run(args, method, seed):
   workdir.parent.mkdir(parents=True, exist_ok=True)
   with workdir.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log):
     # A finished run is left alone, and one of another config refused.
-    continual.run(configured(args, {"method": method, "seed": seed}), workdir, "train")
+    continual_run.run(configured(args, {"method": method, "seed": seed}), workdir, "train")
   if not (workdir / "result.json").exists():
     raise SystemExit(f"stopped in {workdir}; the same command goes on from there")
   return json.loads((workdir / "result.json").read_text())

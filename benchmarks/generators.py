@@ -18,8 +18,8 @@ import numpy as np
 from absl import flags
 from sklearn.svm import SVC
 
+from gating_jax.continual import build, choices
 from gating_jax.data import tasks
-from gating_jax.experiments import continual_build, continual_methods
 
 _JUDGE_IMAGES = 10_000  # at most
 
@@ -43,14 +43,14 @@ def main():
 
 def experiment_of(args, kind, seed):
   fields = {"method": "gates", "seed": seed, "router.rehearsal": kind}
-  return continual_build.build(continual.configured(args, fields))
+  return build.build(continual.configured(args, fields))
 
 
 def report(kind, seed, experiment, judge):
   """Trains the generators of all tasks and prints a line."""
   start, config = time.perf_counter(), experiment.config
   problem, count = dataclasses.replace(experiment.problem, axis_name=None), config.generator.images
-  rehearsal = continual_methods.REHEARSALS[kind](config, problem)
+  rehearsal = choices.REHEARSALS[kind](config, problem)
   memory, key = rehearsal.init(experiment.key(0)), experiment.key(1)
   then, right = [], lambda pixels, labels: np.mean(judge(pixels) == labels)
   for task in range(problem.tasks):

@@ -30,7 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gating_jax.training.diagnosis import OUTCOMES
+from gating_jax.analysis.outcomes import OUTCOMES
 from gating_jax.training.journal import read_lines
 
 CONFIG = "configs/cifar10_resnet20.py"

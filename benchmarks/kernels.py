@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from peaks import REFERENCE, peaks
 
-from gating_jax.ops import kernels
-from gating_jax.ops.kernels import Branch, Tiles
+from gating_jax.ops import pallas_kernels
+from gating_jax.ops.pallas_kernels import Branch, Tiles
 from gating_jax.timing import race
 
 SHARES = (1.0, 0.5, 0.25)
@@ -74,15 +74,15 @@ def compared(shape, dtype, share, *, repeats, calls):
   branch, x, gates, sizes = problem(shape, dtype, share)
   capacity = max(1, int(np.max(np.sum(gates > 0, axis=0))))
   forms = {
-      "dense": lambda branch, x, gates: kernels.masked_branch(branch, x, jnp.ones_like(gates)),
-      "masked": kernels.masked_branch,
-      "dispatched": functools.partial(kernels.dispatched_branch, capacity=capacity),
+      "dense": lambda branch, x, gates: pallas_kernels.masked_branch(branch, x, jnp.ones_like(gates)),
+      "masked": pallas_kernels.masked_branch,
+      "dispatched": functools.partial(pallas_kernels.dispatched_branch, capacity=capacity),
   }
-  tiles = tuned(branch, x, gates, calls) if jax.default_backend() == "gpu" else kernels.DEFAULT_TILES
+  tiles = tuned(branch, x, gates, calls) if jax.default_backend() == "gpu" else pallas_kernels.DEFAULT_TILES
   if jax.default_backend() != "tpu":
-    forms["kernel"] = functools.partial(kernels.gated_branch, tiles=tiles)
+    forms["kernel"] = functools.partial(pallas_kernels.gated_branch, tiles=tiles)
   compiled = {name: jax.jit(form).lower(branch, x, gates).compile() for name, form in forms.items()}
-  exact = jax.jit(functools.partial(kernels.masked_branch, precision="highest"))(
+  exact = jax.jit(functools.partial(pallas_kernels.masked_branch, precision="highest"))(
       *jax.tree.map(lambda a: a.astype(jnp.float32), (branch, x, gates)))
   times = race({name: in_a_row(form, calls, branch, x, gates) for name, form in forms.items()}, repeats)
   medians = {name: statistics.median(values) / calls for name, values in times.items()}
@@ -129,7 +129,7 @@ def tuned(branch, x, gates, calls):
   """The fastest of `TILES` that this GPU takes."""
   contenders = {}
   for tiles in TILES:
-    form = functools.partial(kernels.gated_branch, tiles=tiles)
+    form = functools.partial(pallas_kernels.gated_branch, tiles=tiles)
     try:
       contenders[tiles] = in_a_row(form, calls, branch, x, gates)
       jax.block_until_ready(contenders[tiles]())

@@ -20,7 +20,8 @@ import jax
 from absl import flags
 
 from configs import composed_timegate
-from gating_jax.experiments import long_video, video_trial
+from gating_jax.video import evaluate
+from gating_jax.video import run as video_run
 
 SHORT = {"optim.epochs": 60}  # what needs no learned gate
 ROWS = {  # name: changes of the config
@@ -48,7 +49,7 @@ def main():
   parser.add_argument("--rows", default=",".join(ROWS))
   args = parser.parse_args()
   flags.FLAGS.mark_as_parsed()
-  video_trial.extract_features = remembered(video_trial.extract_features)
+  evaluate.extract_features = remembered(evaluate.extract_features)
   folder = args.runs / f"{args.heavy}-{args.seed}"
   print(f"{args.heavy}, seed {args.seed}, {jax.device_count()} devices\n{'row':<14}{'accuracy':>9}{'MACs':>8}"
         f"{'chosen':>8}{'precision':>10}{'recall':>8}{'seconds':>9}", flush=True)
@@ -68,7 +69,7 @@ def run(folder, row, args):
     with (folder / f"{row}.log").open("a") as log:
       output, sys.stdout = sys.stdout, log
       try:
-        long_video.run(config, folder / row, "train")
+        video_run.run(config, folder / row, "train")
       finally:
         sys.stdout = output
   return json.loads((folder / row / "result.json").read_text())

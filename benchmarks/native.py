@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gating_jax.ops import native
+from gating_jax.ops import native_kernels
 from gating_jax.timing import race
 
 try:
@@ -45,8 +45,8 @@ def main():
   parser.add_argument("--repeats", type=int, default=50)
   parser.add_argument("--quantile", type=float, default=0.5)
   args = parser.parse_args()
-  if not native.available():
-    sys.exit(f"no native kernel: {native.why_not()}")
+  if not native_kernels.available():
+    sys.exit(f"no native kernel: {native_kernels.why_not()}")
   shares = [float(share) for share in args.shares.split(",")]
   print(f"{len(os.sched_getaffinity(0))} cores, jax {jax.__version__}, float32, {args.depth} branches, microseconds "
         f"of a branch, quantile {args.quantile} of {args.repeats} interleaved repeats")
@@ -94,7 +94,7 @@ def stack(layers, strides, branch):
 
 def native_branch(*arguments):
   *arguments, stride = arguments
-  return native.gated_branch(*arguments, stride=stride, implementation="native")
+  return native_kernels.gated_branch(*arguments, stride=stride, implementation="native")
 
 
 def in_xla_masked(x, kernel1, bias1, kernel2, bias2, gates, shortcut, stride):

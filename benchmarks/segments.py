@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.data import augment
+from gating_jax.inference.segments import Skipping
 from gating_jax.layers.gate import GATE_NAME
-from gating_jax.models.segment_net import SegmentNet
-from gating_jax.models.segment_nets import heavy_net, light_net
+from gating_jax.models.timegate import SegmentNet
+from gating_jax.models.video_backbones import heavy_net, light_net
 from gating_jax.models.video_counts import count_video
 from gating_jax.ops.compaction import bucket_sizes
 from gating_jax.timing import race
-from gating_jax.video.inference import Skipping
 
 CLASSES, MEAN, STD = 10, (0.5,) * 3, (0.5,) * 3
 LIMITS = {0.5: 0.8, 0.25: 0.7}

@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from configs import cifar10_resnet20
 from gating_jax import cdf_matching_loss, noise_floor, normal
-from gating_jax.data import augment, resident, sources
+from gating_jax.data import augment, tfds
+from gating_jax.data import images as in_memory
 from gating_jax.training import optim, schedules, steps
 
 VARIANTS = ("batchnorm", "shaped", "nothing")
@@ -59,8 +60,8 @@ class ConvNet(nn.Module):
 
 def main():
   args = parse()
-  train = sources.load("cifar10", f"train[:{args.train_images}]", args.data_dir)
-  test = sources.load("cifar10", "test", args.data_dir)
+  train = tfds.load("cifar10", f"train[:{args.train_images}]", args.data_dir)
+  test = tfds.load("cifar10", "test", args.data_dir)
   print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {len(train)} images, {args.epochs} epochs, "
         f"batch {args.batch}, {args.batch * args.positions} values of a channel per step")
   trainers = {variant: Trainer(variant, train, args) for variant in VARIANTS}
@@ -98,7 +99,7 @@ def choose(trainer, args):
     return pairs[0]
   images = trainer.images
   fit = len(images) - max(1, len(images) // (10 * TEST_BATCH)) * TEST_BATCH
-  held_out = sources.Images(images.pixels[fit:], images.labels[fit:], images.class_names)
+  held_out = tfds.Images(images.pixels[fit:], images.labels[fit:], images.class_names)
   scores = {pair: trainer.score(*pair, 0, fit, held_out)[0] for pair in pairs}
   print(f"{trainer.variant}, validation: "
         + ", ".join(f"lr {lr:g} coefficient {c:g} {score:.2%}" for (lr, c), score in scores.items()))
@@ -121,7 +122,7 @@ class Trainer:
     state = steps.init_state(self.model, self._optimiser(lr), seed, self.images.shape)
     seconds = []
     for step in tqdm(range(self.total), desc=f"{self.variant} lr {lr:g} seed {seed}", disable=None, leave=False):
-      index = resident.batch_indices(seed, step, self.args.batch, examples)
+      index = in_memory.batch_indices(seed, step, self.args.batch, examples)
       start = time.perf_counter()
       state = jax.block_until_ready(self.train_step(state, index, lr, coefficient, seed))
       seconds.append(time.perf_counter() - start)

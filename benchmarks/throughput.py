@@ -23,8 +23,8 @@ import jax
 import numpy as np
 from peaks import peaks
 
-from gating_jax.data import sources
-from gating_jax.experiments import classification
+from gating_jax.data import tfds
+from gating_jax.images import classification
 from gating_jax.training import devices, steps
 
 
@@ -78,14 +78,14 @@ def config_of(named, fields):
 def built(config, images):
   """The experiment of a config, on made images."""
   rng = np.random.default_rng(0)
-  made = sources.Images(
+  made = tfds.Images(
       rng.integers(0, 256, (images, 32, 32, len(config.data.mean)), dtype=np.uint8),
       rng.integers(0, 10, images).astype(np.int32), tuple(map(str, range(10))))
-  load, size, sources.load, sources.size = sources.load, sources.size, lambda *_: made, lambda *_: images
+  load, size, tfds.load, tfds.size = tfds.load, tfds.size, lambda *_: made, lambda *_: images
   try:
     return classification.build(config)
   finally:
-    sources.load, sources.size = load, size
+    tfds.load, tfds.size = load, size
 
 
 def training(experiment, repeats):

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from gating_jax.experiments import classification, pretrained
-from gating_jax.experiments.build import build
-from gating_jax.inference import folded_macs, openings
-from gating_jax.inference.conditional import compile_conditional, program
+from gating_jax.images import classification, pretrained
+from gating_jax.images.build import build
+from gating_jax.inference import folded_macs, gate_statistics
+from gating_jax.inference.compiled import compile_conditional, program
 from gating_jax.inference.folded import Layer
 from gating_jax.inference.folding import fold
 from gating_jax.inference.kernel_strategies import why_not
@@ -206,7 +206,7 @@ def accuracy(bind, images, labels, size):
 def macs(net, images):
   """Executed per image, the mean."""
   return np.concatenate([np.broadcast_to(folded_macs.macs(net, x.shape[1:], [z > 0 for z in logits]), len(x))
-                         for x, _, logits in openings.observed(net, images)]).mean()
+                         for x, _, logits in gate_statistics.observed(net, images)]).mean()
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import cifar10_resnet20
-from gating_jax.data import sources
-from gating_jax.experiments import classification
+from gating_jax.data import tfds
+from gating_jax.images import classification
 from gating_jax.models.resnet import resnet
 from gating_jax.ops.priors import beta
 from gating_jax.timing import race
@@ -44,7 +44,7 @@ def main():
   args = parser.parse_args()
 
   rng = np.random.default_rng(0)
-  images = sources.Images(
+  images = tfds.Images(
       rng.integers(0, 256, (IMAGES, 32, 32, 3), dtype=np.uint8),
       rng.integers(0, 10, IMAGES).astype(np.int32),
       tuple(map(str, range(10))))
@@ -75,9 +75,9 @@ def training(args, images, gating):
   """A function that takes one training step."""
   config = cifar10_resnet20.get_config(f"batch={args.batch},gating={gating},epochs=1000")
   config.model.name = args.model
-  load, size, sources.load, sources.size = sources.load, sources.size, lambda *_: images, lambda *_: len(images)
+  load, size, tfds.load, tfds.size = tfds.load, tfds.size, lambda *_: images, lambda *_: len(images)
   experiment = classification.build(config)
-  sources.load, sources.size = load, size
+  tfds.load, tfds.size = load, size
   state = devices.replicate(
       steps.init_state(experiment.model, experiment.optimiser, config.seed, images.shape))
   advance, step = classification.make_advance(experiment, images, 0), 0

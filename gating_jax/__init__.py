@@ -3,22 +3,23 @@
 See the README for a tour; every name here is documented where it is defined.
 """
 
-from gating_jax.experiments.loading import load_run
 from gating_jax.inference.analyse import Analysis, analyse
-from gating_jax.inference.conditional import compile_conditional
-from gating_jax.inference.exiting import compile_exits
+from gating_jax.inference.compiled import compile_conditional
+from gating_jax.inference.exits import compile_exits
 from gating_jax.inference.export import export_model, load_exported
 from gating_jax.inference.folding import fold
 from gating_jax.inference.quantise import quantise
+from gating_jax.inference.segments import Skipping
 from gating_jax.inference.slim import disagreement, slim, static_units
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.gate import ChannelGate, GateHead, GateSettings, Switched, apply_gates
-from gating_jax.layers.segments import SegmentGate, SegmentGateSettings
-from gating_jax.models.counts import ModelCounts, count
+from gating_jax.layers.segment_gate import SegmentGate, SegmentGateSettings
+from gating_jax.loading import load_run
 from gating_jax.models.resnet import ResNet, resnet
-from gating_jax.models.segment_net import SegmentNet
-from gating_jax.models.segment_nets import heavy_net, light_net
+from gating_jax.models.summary import ModelCounts, count
+from gating_jax.models.timegate import SegmentNet
 from gating_jax.models.vgg import VGG, vgg
+from gating_jax.models.video_backbones import heavy_net, light_net
 from gating_jax.models.video_counts import VideoCounts, count_video
 from gating_jax.ops.compaction import bucket_sizes, capacity_for, open_indices, put_back
 from gating_jax.ops.ecdf import (
@@ -28,6 +29,7 @@ from gating_jax.ops.ecdf import (
   generalised_batch_shaping_loss,
   noise_floor,
 )
+from gating_jax.ops.empirical import empirical
 from gating_jax.ops.macs import executed_macs, expected_macs, gated_macs
 from gating_jax.ops.penalties import l0_loss, mac_budget_loss, mac_loss, target_rate_loss
 from gating_jax.ops.priors import (
@@ -49,12 +51,10 @@ from gating_jax.ops.relaxations import (
   straight_through_gate,
   threshold_gate,
 )
-from gating_jax.ops.samples import empirical
 from gating_jax.training.closing import closed_share
 from gating_jax.training.devices import value_and_grad_over_devices
 from gating_jax.types import GateRecord
 from gating_jax.video.concepts import find_concepts
-from gating_jax.video.inference import Skipping
 
 __all__ = [
   "Analysis",

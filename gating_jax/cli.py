@@ -204,13 +204,16 @@ def _main(argv: list[str]) -> int:
     _say("loading, a few seconds ...")
   import jax  # after the flags are checked, as what imports it
 
-  from gating_jax.data.sources import DatasetNotPreparedError
-  from gating_jax.experiments import classification, compare, continual, long_video, segmentation, settings, smoke
+  from gating_jax.continual import run as continual_run
+  from gating_jax.data.tfds import DatasetNotPreparedError
+  from gating_jax.images import classification, segmentation
   from gating_jax.inference.export import ExportError
-  from gating_jax.training import hosts
+  from gating_jax.reports import compare
+  from gating_jax.training import hosts, settings, smoke
   from gating_jax.training.checkpoints import CheckpointError
   from gating_jax.training.loop import NonFiniteError
   from gating_jax.training.rundir import RunDirError
+  from gating_jax.video import run as video_run
 
   try:
     if _MODE.value == COMPARE:
@@ -226,7 +229,7 @@ def _main(argv: list[str]) -> int:
       raise ValueError("coordinator must be given with processes and process; got none")
     if _COORDINATOR.value:
       hosts.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    modules = (classification, continual, long_video, segmentation)
+    modules = (classification, continual_run, video_run, segmentation)
     with contextlib.redirect_stdout(sys.stdout if hosts.is_writer() else None):
       dict(zip(EXPERIMENTS, modules, strict=True))[config.experiment].run(config, workdir, _MODE.value)
   except (ValueError, DatasetNotPreparedError, NonFiniteError, RunDirError, CheckpointError, ExportError) as error:

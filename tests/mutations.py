@@ -186,17 +186,17 @@ GATES = [
   ),
   Mutant(
     "an_exit_taken_back",
-    "ops/exits.py",
+    "ops/confidence.py",
     "return lax.cummin(jnp.log(share) - jnp.log1p(-share), axis=1) - _log_odds(threshold)",
     "return jnp.log(share) - jnp.log1p(-share) - _log_odds(threshold)",
-    "ops/test_exits.py",
+    "ops/test_confidence.py",
   ),
   Mutant(
     "skipped_backward_unguarded",
-    "ops/skipping.py",
+    "ops/sparse_backward.py",
     "fits = jnp.sum(as_float(gates) > 0) <= capacity",
     "fits = True",
-    "ops/test_skipping.py",
+    "ops/test_sparse_backward.py",
   ),
 ]
 
@@ -225,10 +225,10 @@ TRAINING = [
   ),
   Mutant(
     "union_counts_twice",
-    "training/pixels.py",
+    "images/pixels.py",
     "either = confusion.sum(axis=0) + confusion.sum(axis=1) - both",
     "either = confusion.sum(axis=0) + confusion.sum(axis=1)",
-    "training/test_pixels.py::test_a_class_in_truth_or_prediction_alone_has_iou_zero",
+    "images/test_pixels.py::test_a_class_in_truth_or_prediction_alone_has_iou_zero",
   ),
   Mutant(
     "damaged_checkpoint_accepted",
@@ -322,95 +322,95 @@ TRAINING = [
 CONTINUAL = [
   Mutant(
     "frozen_filters_move",
-    "continual/task_gates.py",
+    "continual/methods/task_gates.py",
     "still = lambda u, frozen: jnp.where(frozen, 0, u)",
     "still = lambda u, frozen: u",
-    "continual/test_task_gates.py::test_updates_of_frozen_filters_are_0_and_all_others_stay",
+    "continual/methods/test_task_gates.py::test_updates_of_frozen_filters_are_0_and_all_others_stay",
   ),
   Mutant(
     "frozen_only_if_frozen_before",
     "continual/units.py",
     "flat[*writer, name] |= units",
     "flat[*writer, name] &= units",
-    "continual/test_task_gates.py::"
+    "continual/methods/test_task_gates.py::"
     "test_filters_of_every_task_so_far_are_frozen_and_what_no_gate_switches",
   ),
   Mutant(
     "norms_shared_by_tasks",
-    "continual/streams.py",
+    "continual/shared_net.py",
     "return not self.own_norms and not is_gate_path(path)",
     "return not is_gate_path(path)",
-    "continual/test_task_gates.py::test_every_task_has_its_own_norms_unless_they_are_to_be_shared",
+    "continual/methods/test_task_gates.py::test_every_task_has_its_own_norms_unless_they_are_to_be_shared",
   ),
   Mutant(
     "momentum_of_the_last_task",
-    "experiments/continual.py",
+    "continual/run.py",
     "opt_state=experiment.optimiser.init(learner.params))",
     "opt_state=learner.opt_state)",
-    "experiments/test_continual.py::test_every_task_begins_with_a_fresh_optimiser",
+    "continual/test_run.py::test_every_task_begins_with_a_fresh_optimiser",
   ),
   Mutant(
     "second_task_compiles_again",
-    "experiments/continual_build.py",
+    "continual/build.py",
     "* 2, jnp.nan, jnp.float32)",
     "* 2, jnp.nan)",
-    "experiments/test_continual.py::test_the_training_step_is_one_program_for_all_tasks",
+    "continual/test_run.py::test_the_training_step_is_one_program_for_all_tasks",
   ),
   Mutant(
     "fisher_not_squared",
-    "continual/ewc.py",
+    "continual/methods/ewc.py",
     "return jax.tree.map(lambda t, g: t + g**2, total, grads), None",
     "return jax.tree.map(lambda t, g: t + g, total, grads), None",
-    "continual/test_ewc.py::test_fisher_of_softmax_regression_in_closed_form",
+    "continual/methods/test_ewc.py::test_fisher_of_softmax_regression_in_closed_form",
   ),
   Mutant(
     "path_integral_not_divided",
-    "continual/synaptic_intelligence.py",
+    "continual/methods/si.py",
     "old + jnp.maximum(path, 0) / ((p - a) ** 2 + damping)",
     "old + jnp.maximum(path, 0)",
-    "continual/test_synaptic_intelligence.py::test_importance_by_hand_and_never_below_zero",
+    "continual/methods/test_si.py::test_importance_by_hand_and_never_below_zero",
   ),
   Mutant(
     "agem_without_projection",
-    "continual/agem.py",
+    "continual/methods/agem.py",
     "share = jnp.where(along < 0, along / jnp.where(square > 0, square, 1.0), 0.0)",
     "share = 0.0 * along",
-    "continual/test_agem.py::test_projection_by_hand",
+    "continual/methods/test_agem.py::test_projection_by_hand",
   ),
   Mutant(
     "replay_keeps_the_newest_tasks",
-    "continual/replay.py",
+    "continual/memory.py",
     "chosen = even_choice(offered[1], slots)",
     "chosen = np.arange(len(offered[1]))[-slots:]",
-    "continual/test_replay.py",
+    "continual/test_memory.py",
   ),
   Mutant(
     "replay_keeps_the_newest_images",
-    "continual/replay.py",
+    "continual/memory.py",
     "np.random.default_rng(np.asarray(jax.random.key_data(key))).permutation(len(labels))",
     "np.arange(len(labels))[::-1]",
-    "continual/test_replay.py",
+    "continual/test_memory.py",
   ),
   Mutant(
     "lwf_without_temperature",
-    "continual/lwf.py",
+    "continual/methods/lwf.py",
     "heads = lambda x: x.reshape(len(x), -1, classes) / temperature",
     "heads = lambda x: x.reshape(len(x), -1, classes)",
-    "continual/test_lwf.py::test_value_by_hand",
+    "continual/methods/test_lwf.py::test_value_by_hand",
   ),
   Mutant(
     "hat_frees_by_the_other_end",
-    "continual/hat.py",
+    "continual/methods/hat.py",
     "return 1 - jnp.minimum(a_out, a_in[..., None])",
     "return 1 - jnp.maximum(a_out, a_in[..., None])",
-    "continual/test_hat.py::test_a_weight_is_as_free_as_the_freer_of_its_two_ends",
+    "continual/methods/test_hat.py::test_a_weight_is_as_free_as_the_freer_of_its_two_ends",
   ),
   Mutant(
     "icarl_classes_without_a_mean",
-    "continual/icarl.py",
+    "continual/methods/icarl.py",
     "return jnp.where(has_mean, -distance, -jnp.inf)",
     "return -distance",
-    "continual/test_icarl.py::test_means_and_scores_by_hand",
+    "continual/methods/test_icarl.py::test_means_and_scores_by_hand",
   ),
 ]
 
@@ -428,16 +428,16 @@ INFERENCE = [
     "inference/strategies.py",
     "return lax.switch(sum((count > size).astype(jnp.int32) for size in sizes[:-1])",
     "return lax.switch(sum((count > size + 1).astype(jnp.int32) for size in sizes[:-1])",
-    "inference/test_conditional.py::"
+    "inference/test_compiled.py::"
     "test_the_program_for_any_number_of_open_examples_holds_them_all",
   ),
   Mutant(
     "overflow_dropped",
-    "ops/kernels.py",
+    "ops/pallas_kernels.py",
     "return lax.cond(jnp.max(jnp.sum(gates > 0, axis=0)) <= capacity, dispatch, masked, branch, x, "
     "gates)",
     "return dispatch(branch, x, gates)",
-    "ops/test_kernels.py::test_a_dispatch_of_too_little_capacity_is_masked_and_right",
+    "ops/test_pallas_kernels.py::test_a_dispatch_of_too_little_capacity_is_masked_and_right",
   ),
   Mutant(
     "folded_without_norm_bias",
@@ -448,10 +448,10 @@ INFERENCE = [
   ),
   Mutant(
     "bias_of_closed_channels",
-    "ops/native.py",
+    "ops/native_kernels.py",
     "x = _closed(x + bias[None, None, None], gate)",
     "x = _closed(x, gate) + bias[None, None, None]",
-    "ops/test_native.py::test_a_branch_by_hand",
+    "ops/test_native_kernels.py::test_a_branch_by_hand",
   ),
   Mutant(
     "int8_scale_of_zeros",
@@ -523,7 +523,7 @@ INFERENCE = [
     "video/early_exit.py",
     "sure = _highest_so_far(step_logits, valid_counts, multi_label) >= threshold",
     "sure = _highest_so_far(step_logits, valid_counts, multi_label) > threshold",
-    "video/test_video_early_exit.py",
+    "video/test_early_exit.py",
   ),
 ]
 

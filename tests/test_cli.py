@@ -11,7 +11,7 @@ import time
 import jax
 import pytest
 
-from gating_jax.experiments import classification
+from gating_jax.images import classification
 from gating_jax.models import resnet
 from gating_jax.training import devices, steps
 from gating_jax.training.checkpoints import Checkpoints
@@ -230,7 +230,7 @@ def test_another_config_is_refused(finished):
 
 _INTERRUPTED = """
 from gating_jax import cli
-from gating_jax.experiments import classification
+from gating_jax.images import classification
 def interrupted(*_):
   print("before")
   raise KeyboardInterrupt

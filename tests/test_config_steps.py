@@ -6,11 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from gating_jax.data import sources
-from gating_jax.experiments import classification, continual, continual_build, long_video, segmentation, video_build
+from gating_jax.continual import build as continual_build
+from gating_jax.continual import run as continual_run
+from gating_jax.data import tfds
+from gating_jax.images import classification, segmentation
 from gating_jax.layers.blocks import BasicBlock
-from gating_jax.models import resnet, segment_nets, vgg
+from gating_jax.models import resnet, vgg, video_backbones
 from gating_jax.training import devices, steps
+from gating_jax.video import build as video_build
+from gating_jax.video import run as video_run
 from tests.helpers import tiny_cli
 from tests.helpers.config_files import FILES
 from tests.helpers.stand_ins import video_files
@@ -43,11 +47,11 @@ def source(name, split, *_):
 @pytest.fixture
 def config(monkeypatch, tmp_path):
   """`name -> config`, its networks of one or two blocks, its data made."""
-  monkeypatch.setattr(sources, "open_tfds", source)
+  monkeypatch.setattr(tfds, "open_tfds", source)
   monkeypatch.setitem(resnet.RESNETS, "tiny", ("cifar", BasicBlock, (1, 1), 4, "B"))
   monkeypatch.setitem(vgg.VGGS, "tiny_chain", (4, vgg.POOL, 4))
-  monkeypatch.setitem(segment_nets.LIGHT_NETS, "tiny", tiny_cli.TINY_LIGHT)
-  monkeypatch.setitem(segment_nets.HEAVY_NETS, "tiny", tiny_cli.TINY_HEAVY)
+  monkeypatch.setitem(video_backbones.LIGHT_NETS, "tiny", tiny_cli.TINY_LIGHT)
+  monkeypatch.setitem(video_backbones.HEAVY_NETS, "tiny", tiny_cli.TINY_HEAVY)
 
   def make(name):
     made = importlib.import_module(f"configs.{name}").get_config()
@@ -87,14 +91,14 @@ def images(made, module):
 
 def tasks(made):
   built = continual_build.build(made)
-  return built.fresh, continual.make_advance(built)(0), None
+  return built.fresh, continual_run.make_advance(built)(0), None
 
 
 def videos(made):
   built = video_build.build(made)
   phase = built.training
   fresh = lambda: steps.init_state(phase.model, phase.optimiser, made.seed, phase.shapes)
-  return fresh, long_video._make_advance(built, phase, built.train, 0), None
+  return fresh, video_run._make_advance(built, phase, built.train, 0), None
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gating_jax import GateSettings, ResNet, export_model, fold, quantise
-from gating_jax.experiments import classification
+from gating_jax.images import classification
 from gating_jax.inference import folded
 from gating_jax.inference.quantise import dequantise
 from tests.helpers.runs import said

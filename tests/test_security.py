@@ -15,10 +15,10 @@ import av
 import numpy as np
 import pytest
 
-from gating_jax.data import sources, video_files
+from gating_jax.data import tfds, video_files
 from gating_jax.data.video_tables import VideoTable
 from gating_jax.data.videos import VideoFolder
-from gating_jax.experiments import classification
+from gating_jax.images import classification
 from gating_jax.models import resnet
 from gating_jax.reports import comparison, task_table, video_table
 from tests.helpers import ROOT, made_tfds, made_videos, tiny_cli
@@ -85,15 +85,15 @@ def test_the_text_of_an_override_is_not_run(tmp_path, override):
 def test_the_name_of_a_set_does_not_leave_the_folder_of_sets(tmp_path, name):
   folder = tmp_path / "sets"
   folder.mkdir()
-  with pytest.raises((ValueError, sources.DatasetNotPreparedError)):
-    sources.load(name, "train", str(folder))
+  with pytest.raises((ValueError, tfds.DatasetNotPreparedError)):
+    tfds.load(name, "train", str(folder))
   assert [path.name for path in tmp_path.rglob("*")] == ["sets"]
 
 
 @pytest.mark.slow
 def test_the_names_of_classes_do_not_choose_where_files_go(monkeypatch, tmp_path):
-  names, load = (*PATHS, *"fghij"), sources.load
-  monkeypatch.setattr(sources, "load", lambda *args: dataclasses.replace(load(*args), class_names=names))
+  names, load = (*PATHS, *"fghij"), tfds.load
+  monkeypatch.setattr(tfds, "load", lambda *args: dataclasses.replace(load(*args), class_names=names))
   monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
   monkeypatch.chdir(tmp_path)
   config = importlib.import_module("configs.digits_resnet20").get_config()
@@ -152,20 +152,20 @@ def test_a_file_of_such_a_name_is_read_as_the_file_that_it_is(tmp_path, monkeypa
     "../x", "cifar10/..", "a/b/c", "", "cifar10\n"])
 def test_what_is_no_name_of_a_set_is_refused(tmp_path, name):
   with pytest.raises(ValueError, match="data.name must be 'digits' or the name of a TFDS data set, .*; got "):
-    sources.load(name, "train", str(tmp_path))
+    tfds.load(name, "train", str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["a_set", "a_set/some-config.2", "a_set:1.0.0", "a_set/config:1.*.*"])
 def test_names_of_sets_are_looked_for(tmp_path, name):
-  with pytest.raises(sources.DatasetNotPreparedError, match="which TFDS does not know"):
-    sources.load(name, "train", str(tmp_path))
+  with pytest.raises(tfds.DatasetNotPreparedError, match="which TFDS does not know"):
+    tfds.load(name, "train", str(tmp_path))
 
 
 def test_the_command_that_prepares_a_set_quotes_any_folder_name(tmp_path):
   folder = tmp_path / "it's \"here\"; $(touch outside) `touch outside`\\"
   folder.mkdir()
-  with pytest.raises(sources.DatasetNotPreparedError) as caught:
-    sources.load("cifar10", "train", str(folder))
+  with pytest.raises(tfds.DatasetNotPreparedError) as caught:
+    tfds.load("cifar10", "train", str(folder))
   (line,) = [line for line in str(caught.value).splitlines() if line.startswith("  python -c ")]
   python, option, program = shlex.split(line)
   assert (python, option) == ("python", "-c")
@@ -188,7 +188,7 @@ def wicked_set(named_set, tmp_path, monkeypatch):
   """A folder with a `brought_set`, which names a module that makes a file `outside` beside the folder."""
   folder = tmp_path / "sets"
   shutil.copytree(named_set, folder / "brought_set")  # of which TFDS knows no more than the files
-  assert len(sources.load("brought_set", "train", str(folder))) == 4
+  assert len(tfds.load("brought_set", "train", str(folder))) == 4
   (tmp_path / "evil_features.py").write_text(f"open({str(tmp_path / 'outside')!r}, 'w').close()")
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.delitem(sys.modules, "evil_features", raising=False)
@@ -220,12 +220,12 @@ def test_reading_a_prepared_set_imports_no_module_that_it_names(wicked_set, monk
   outside = wicked_set.parent / "outside"
   if hide:
     hide(wicked_set)
-  with pytest.raises(sources.DatasetNotPreparedError, match=message):
-    sources.load(name, "train", str(wicked_set))
+  with pytest.raises(tfds.DatasetNotPreparedError, match=message):
+    tfds.load(name, "train", str(wicked_set))
   assert not outside.exists()
-  monkeypatch.setattr(sources, "_check_features", lambda folder: None)
-  with pytest.raises(sources.DatasetNotPreparedError):
-    sources.load(name, "train", str(wicked_set))
+  monkeypatch.setattr(tfds, "_check_features", lambda folder: None)
+  with pytest.raises(tfds.DatasetNotPreparedError):
+    tfds.load(name, "train", str(wicked_set))
   assert outside.exists()  # which TFDS by itself would have run
 
 

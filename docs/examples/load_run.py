@@ -10,15 +10,15 @@ import jax
 import numpy as np
 
 from gating_jax import executed_macs, gated_macs, load_run
-from gating_jax.data import augment, sources
-from gating_jax.experiments import settings
+from gating_jax.data import augment, tfds
+from gating_jax.training import settings
 
 
 def main(workdir):
   model, variables, config = load_run(workdir)
   data = config.data
   names = settings.feature_names(data)
-  test = sources.load(data.name, data.test_split, data.data_dir, data.image_size, *names)
+  test = tfds.load(data.name, data.test_split, data.data_dir, data.image_size, *names)
   pixels, labels = test.read(np.arange(min(64, len(test))))
   logits, records = jax.jit(model.apply)(variables, augment.normalise(pixels, data.mean, data.std))
   right = np.argmax(logits, axis=1) == labels

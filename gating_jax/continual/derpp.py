@@ -20,12 +20,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gating_jax.continual import replay
+from gating_jax.continual import memory
 from gating_jax.continual.method import Batch, Learner, Method, Network, Start, TaskData
 from gating_jax.types import Array
 
 
-def derpp(network: Network, rehearsal: replay.ReplaySettings, *, alpha: float, beta: float) -> Method:
+def derpp(network: Network, rehearsal: memory.ReplaySettings, *, alpha: float, beta: float) -> Method:
   """The method; its memory is a `replay.Memory` with logits `[S, K]`.
 
   Args:
@@ -40,11 +40,11 @@ def derpp(network: Network, rehearsal: replay.ReplaySettings, *, alpha: float, b
 
   def init(key: Array) -> Start:
     logits = jnp.zeros((rehearsal.images, problem.all_classes))
-    return Start(*network.init(key), replay.empty(rehearsal.images, problem.shape, logits))
+    return Start(*network.init(key), memory.empty(rehearsal.images, problem.shape, logits))
 
   def loss(params: Any, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
     noise, one, other = jax.random.split(batch.key, 3)
-    drawn = lambda key: replay.draw_inputs(learner.memory, key, batch, problem, rehearsal.batch_size)
+    drawn = lambda key: memory.draw_inputs(learner.memory, key, batch, problem, rehearsal.batch_size)
     (x1, labels1, stored, filled), (x2, labels2, _, _) = drawn(one), drawn(other)
     logits, batch_stats = network.train_logits(
         params, learner.batch_stats, jnp.concatenate([batch.x, x1, x2]), noise)
@@ -60,7 +60,7 @@ def derpp(network: Network, rehearsal: replay.ReplaySettings, *, alpha: float, b
   def end_task(learner: Learner, data: TaskData, key: Array) -> Learner:
     logits = problem.in_batches(
         lambda learner, x: network.logits(learner.params, learner.batch_stats, x), learner, data.pixels)
-    return learner.replace(memory=replay.share(learner.memory, data.pixels, data.labels, key, logits))
+    return learner.replace(memory=memory.share(learner.memory, data.pixels, data.labels, key, logits))
 
   return Method(init, loss, end_task, network.predict)
 

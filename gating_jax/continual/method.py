@@ -26,7 +26,7 @@ import optax
 from flax import struct
 
 from gating_jax.data import batches
-from gating_jax.data.sources import Images
+from gating_jax.data.tfds import Images
 from gating_jax.layers.gate import GATE_RNG
 from gating_jax.types import Array
 

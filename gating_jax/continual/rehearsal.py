@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gating_jax.continual import replay, streams, wgan
+from gating_jax.continual import memory as replay_memory
+from gating_jax.continual import shared_net
+from gating_jax.continual.generators import wgan
 from gating_jax.continual.method import Batch, Learner, Problem, TaskData, tree_megabytes
 from gating_jax.models.generator import Critic, Generator
 from gating_jax.ops.collectives import example_keys
@@ -56,33 +58,33 @@ class Rehearsal:
   """
 
   init: Callable[[Array], Memory]
-  replay: Callable[[Memory, Batch, Array, Array], Replay]
+  replay_memory: Callable[[Memory, Batch, Array, Array], Replay]
   recall: Callable[[Memory, TaskData, int, Array], tuple[np.ndarray, np.ndarray]]
   keep: Callable[[Memory, TaskData, int, Array], Memory]
   megabytes: Callable[[Memory, int], float]
   prelude: Callable[[Memory, Array, Array], tuple[Memory, Mapping[str, Array]]] | None = None
 
 
-def episodic(problem: Problem, settings: replay.ReplaySettings) -> Rehearsal:
+def episodic(problem: Problem, settings: replay_memory.ReplaySettings) -> Rehearsal:
   """Keeps so many images of earlier tasks, every class the same number; the task that ends is recalled whole."""
   if settings.images < problem.all_classes:
     raise ValueError(f"replay.images must be at least {problem.all_classes}, one of every class; got {settings.images}")
 
   def replayed(memory, batch, task, key):
-    x, labels, _, _ = replay.draw_inputs(memory["episodes"], key, batch, problem, settings.batch_size)
+    x, labels, _, _ = replay_memory.draw_inputs(memory["episodes"], key, batch, problem, settings.batch_size)
     return Replay(x, labels, 1 / (task + 1))
 
   def recall(memory, data, task, key):
-    kept = np.asarray(memory["episodes"].labels) != replay.EMPTY
+    kept = np.asarray(memory["episodes"].labels) != replay_memory.EMPTY
     join = lambda old, new: np.concatenate([np.asarray(old)[kept], np.asarray(new)])
     return join(memory["episodes"].pixels, data.pixels), join(memory["episodes"].labels, data.labels)
 
   return Rehearsal(
-      init=lambda key: {"episodes": replay.empty(settings.images, problem.shape)},
+      init=lambda key: {"episodes": replay_memory.empty(settings.images, problem.shape)},
       replay=replayed,
       recall=recall,
       keep=lambda memory, data, task, key: {
-          "episodes": replay.share(memory["episodes"], data.pixels, data.labels, key)},
+          "episodes": replay_memory.share(memory["episodes"], data.pixels, data.labels, key)},
       megabytes=lambda memory, learnt: tree_megabytes(memory))
 
 
@@ -109,10 +111,10 @@ def generative(
 
   def init(key):
     state = fresh()
-    return {"generators": streams.stack(state.average, problem.tasks), "training": state}
+    return {"generators": shared_net.stack(state.average, problem.tasks), "training": state}
 
   def with_this(memory, task):
-    return streams.put(memory["generators"], task, memory["training"].average)
+    return shared_net.put(memory["generators"], task, memory["training"].average)
 
   def keep(memory, data, task, key):
     return {"generators": with_this(memory, task), "training": fresh()}

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gating_jax.data import sources
+from gating_jax.data import tfds
 from gating_jax.data.video_arrays import VideoArrays
 
 NAME = "composed"
@@ -57,7 +57,7 @@ def composed(split: str, *, videos: int, segments: int = 16, seed: int = 0) -> V
     raise ValueError(f"videos must be >= 1; got {videos}")
   if not segments >= MIN_SEGMENTS:
     raise ValueError(f"segments must be >= {MIN_SEGMENTS}, the length of the longest activity; got {segments}")
-  digits = sources.load(sources.DIGITS, split)
+  digits = tfds.load(tfds.DIGITS, split)
   rng = np.random.default_rng((seed, split == "test"))
   labels = rng.permutation(np.arange(videos) % len(CLASS_NAMES)).astype(np.int32)
   scripts = [_script(rng, int(label), segments) for label in labels]
@@ -92,7 +92,7 @@ def _unit(digit: int, motion: int) -> int:
   return len(_MOTIONS) * digit + int(motion)
 
 
-def _render(rng: np.random.Generator, digits: sources.Images, units: np.ndarray) -> np.ndarray:
+def _render(rng: np.random.Generator, digits: tfds.Images, units: np.ndarray) -> np.ndarray:
   """uint8 `[n, F, H, W]`: a digit image of each unit's class, in the middle of its motion in the centre frame."""
   classes, motion = np.divmod(units, len(_MOTIONS))
   clutter = units < 0

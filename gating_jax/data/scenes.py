@@ -11,8 +11,8 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
-from gating_jax.data import features, sources, streaming
-from gating_jax.data.sources import Images
+from gating_jax.data import features, streaming, tfds
+from gating_jax.data.tfds import Images
 
 MADE, CITYSCAPES = "digit_scenes", "cityscapes"
 NAMES = (MADE, CITYSCAPES)
@@ -46,7 +46,7 @@ def digit_scenes(split: str, *, scenes: int, size: tuple[int, int], most: int, s
   >>> made.pixels.shape, made.labels.shape, made.class_names[:3]
   ((2, 24, 32, 1), (2, 24, 32), ('background', '0', '1'))
   """
-  digits = sources.load(sources.DIGITS, split)
+  digits = tfds.load(tfds.DIGITS, split)
   side = digits.shape[0]
   for name, value, least in (("scenes", scenes, 1), ("size", min(size), side), ("most", most, 1)):
     if value < least:
@@ -105,7 +105,7 @@ def open_scenes(
     crop: H and W of the random parts seen in training; None for the whole.
     size, flip, seed, workers: see `Scenes` and `Stream`.
   """
-  source = sources.open_tfds(name, split, data_dir, _FEATURES)
+  source = tfds.open_tfds(name, split, data_dir, _FEATURES)
   return Scenes(source, tuple(_STREET), (*(crop or size), 3), seed, workers=workers, size=size, flip=flip)
 
 

@@ -1,7 +1,7 @@
 """Images read from disk while training goes on, with grain: for sets that do not fit on the device.
 
 Axes: M images in the set, b images of this process per step, K steps per call, H and W pixels, D channels.
-The order is that of `data/resident.py`, a function of (seed, step) alone, so a restart needs no state and may use
+The order is that of `data/images.py`, a function of (seed, step) alone, so a restart needs no state and may use
 another number of workers.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gating_jax.data import features, resident, sources
+from gating_jax.data import features, images, tfds
 from gating_jax.data.ahead import computed_ahead
 
 _EVAL_SHARE = 0.875  # of the shorter side, kept by the central crop: 224 of 256
@@ -39,8 +39,8 @@ class Stream:
   seed: int = 0
   crop_area: float | None = None
   workers: int = 0
-  image: str = sources.IMAGE
-  label: str = sources.LABEL
+  image: str = tfds.IMAGE
+  label: str = tfds.LABEL
 
   def __len__(self) -> int:
     return len(self.source)
@@ -51,7 +51,7 @@ class Stream:
     """`(pixels [b, K, H, W, D] uint8, labels [b, K] int32)` for each `k` steps; arguments as in `resident.indices`."""
 
     def read(step):
-      index = resident.indices(self.seed, step, k, batch_size, len(self), process)
+      index = images.indices(self.seed, step, k, batch_size, len(self), process)
       first = process[0] * len(index)
       flat = [self.read_one(i, (self.seed, step + place % k, first + place // k))  # as on any number of processes
               for place, i in enumerate(index.ravel())]
@@ -91,8 +91,8 @@ def open_stream(
     seed: int = 0,
     crop_area: float | None = None,
     workers: int = 0,
-    image: str = sources.IMAGE,
-    label: str = sources.LABEL,
+    image: str = tfds.IMAGE,
+    label: str = tfds.LABEL,
 ) -> Stream:
   """Opens a TFDS image-classification set; errors are as in `sources.load`.
 
@@ -103,11 +103,11 @@ def open_stream(
   Raises:
     ValueError: images of unknown size and no `image_size`.
   """
-  if name == sources.DIGITS:
+  if name == tfds.DIGITS:
     raise ValueError("data.loader must be 'resident' for digits: they are not on disk; got 'streaming'")
   if crop_area is not None and not 0 < crop_area <= 1:
     raise ValueError(f"data.crop_area must be in (0, 1]; got {crop_area}")
-  source = sources.open_tfds(name, split, data_dir, {image: features.Picture, label: features.ImageClass})
+  source = tfds.open_tfds(name, split, data_dir, {image: features.Picture, label: features.ImageClass})
   height, width, depth = source.shape
   if image_size:
     height = width = image_size
@@ -131,7 +131,7 @@ def random_resized_crop(
     w, h = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
     if 0 < w <= width and 0 < h <= height:
       left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-      return sources.resize(image, size, (left, top, left + w, top + h))
+      return tfds.resize(image, size, (left, top, left + w, top + h))
   return central_crop(image, size)
 
 
@@ -141,4 +141,4 @@ def central_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   scale = min(height / size[0], width / size[1]) * _EVAL_SHARE
   h, w = scale * size[0], scale * size[1]
   left, top = (width - w) / 2, (height - h) / 2
-  return sources.resize(image, size, (left, top, left + w, top + h))
+  return tfds.resize(image, size, (left, top, left + w, top + h))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gating_jax.data.sources import Images
+from gating_jax.data.tfds import Images
 
 
 @dataclasses.dataclass(frozen=True)

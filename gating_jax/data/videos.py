@@ -1,7 +1,7 @@
 """Sets of videos read from disk while training goes on: files decoded with PyAV, or files of features.
 
 Axes: B videos of a batch, b of this process, K steps per call, T segments, F frames each, H and W pixels.
-The order is that of `data/resident.py`, a function of (seed, step) alone, so a restart needs no state and may use
+The order is that of `data/images.py`, a function of (seed, step) alone, so a restart needs no state and may use
 another number of workers. A file that cannot be read never stops a run: its video has weight 0 and is named once.
 
 Reference: Hussein et al., 2020.
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from gating_jax.checks import few, printable
-from gating_jax.data import resident, video_files
+from gating_jax.data import images, video_files
 from gating_jax.data.ahead import computed_ahead
 from gating_jax.data.video_tables import Intervals, VideoTable
 from gating_jax.paths import user_path
@@ -102,11 +102,11 @@ class VideoSet(abc.ABC):
       self, batch_size: int, first_step: int, k: int, total_steps: int, process: tuple[int, int] = (0, 1)
   ) -> Iterator[Batch]:
     """A batch `[b, K, ...]` for each `k` steps; arguments as in `resident.indices`."""
-    rows = len(resident.indices(self._seed, first_step, 1, batch_size, len(self), process))
+    rows = len(images.indices(self._seed, first_step, 1, batch_size, len(self), process))
 
     def read(n):
       step, row = first_step + n // rows, n % rows
-      index = resident.indices(self._seed, step, 1, batch_size, len(self), process)[row, 0]
+      index = images.indices(self._seed, step, 1, batch_size, len(self), process)[row, 0]
       return self._read_one(int(index), (self._seed, step, process[0] * rows + row))
 
     calls = len(range(first_step, total_steps, k))

@@ -16,7 +16,7 @@ from gating_jax.inference import folded_macs
 from gating_jax.inference.computed import account
 from gating_jax.inference.folded import Folded, Group
 from gating_jax.inference.folding import fold
-from gating_jax.inference.openings import Counter, Openings, observed, places
+from gating_jax.inference.gate_statistics import Counter, Openings, observed, places
 from gating_jax.inference.quantise import check_float
 from gating_jax.inference.slim import static_units, take
 from gating_jax.inference.strategies import settings_of, switch

@@ -35,8 +35,8 @@ from safetensors.numpy import save as write_tensors
 
 from gating_jax.checks import one_of, shown
 from gating_jax.inference import folded, folded_macs, inputs
-from gating_jax.inference.conditional import Conditional
-from gating_jax.inference.exiting import Exiting
+from gating_jax.inference.compiled import Conditional
+from gating_jax.inference.exits import Exiting
 from gating_jax.inference.folded import Folded
 from gating_jax.inference.kernel_strategies import EXPORTABLE
 from gating_jax.inference.quantise import dequantise

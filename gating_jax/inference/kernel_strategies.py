@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from gating_jax.inference import strategies
 from gating_jax.inference.folded import Block, Conv, Gates, Layer, Part, gates_output, groups_of
 from gating_jax.inference.strategies import Made, Setting, is_dead
-from gating_jax.ops import kernels
-from gating_jax.ops import native as native_kernel
+from gating_jax.ops import native_kernels as native_kernel
+from gating_jax.ops import pallas_kernels
 from gating_jax.types import Array
 
 
@@ -66,8 +66,8 @@ def pallas(part: Part, setting: Setting) -> Made:
   def run(part: Block, x: Array, gates: Gates, before: Gates) -> Array:
     del before
     first, last = part.convs
-    branch = kernels.Branch(first.kernel, first.bias, last.kernel, last.bias)
-    return jax.nn.relu(kernels.gated_branch(branch, x, gates[0], stride=first.stride) + part.shortcut(x))
+    branch = pallas_kernels.Branch(first.kernel, first.bias, last.kernel, last.bias)
+    return jax.nn.relu(pallas_kernels.gated_branch(branch, x, gates[0], stride=first.stride) + part.shortcut(x))
 
   return part, run
 

@@ -17,7 +17,7 @@ from scipy import stats
 
 from gating_jax.checks import shown
 from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer, gates_output, groups_of
-from gating_jax.inference.openings import Openings, observed, places
+from gating_jax.inference.gate_statistics import Openings, observed, places
 from gating_jax.inference.quantise import check_folded
 from gating_jax.ops import arguments
 

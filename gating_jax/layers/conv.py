@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.ops import arguments
-from gating_jax.ops.windows import convolve_clips, convolve_depthwise
+from gating_jax.ops.cpu_convs import convolve_clips, convolve_depthwise
 from gating_jax.types import Array, Path
 
 _GROUP = 16  # channels, at most: Wu and He, 2018, table 3

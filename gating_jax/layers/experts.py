@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.layers.gate import GATE_NAME, GateHead, GateSettings
-from gating_jax.layers.tally import kernel_calls
+from gating_jax.layers.mac_trace import kernel_calls
 from gating_jax.ops import arguments
 from gating_jax.types import Array, GateRecord, Records
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from gating_jax.checks import one_of
 from gating_jax.layers.conv import scaled
 from gating_jax.layers.gate import GateSettings
-from gating_jax.layers.tally import kernel_calls
+from gating_jax.layers.mac_trace import kernel_calls
 from gating_jax.models.resnet import RESNETS, ResNet, resnet
 from gating_jax.models.vgg import POOL, VGGS, VGGLayer
 from gating_jax.types import Array

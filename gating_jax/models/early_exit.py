@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.layers.conv import ConvNorm
-from gating_jax.layers.tally import kernel_calls
+from gating_jax.layers.mac_trace import kernel_calls
 from gating_jax.models.resnet import ResNet
-from gating_jax.ops import exits
+from gating_jax.ops import confidence
 from gating_jax.ops.relaxations import threshold_gate
 from gating_jax.types import Array, GateRecord, Records
 
@@ -33,7 +33,7 @@ class EarlyExitNet(ResNet):
   Attributes:
     threshold: share of the largest entropy, in (0, 1), below which an exit is taken.
 
-  >>> from gating_jax.models.counts import count
+  >>> from gating_jax.models.summary import count
   >>> from gating_jax.models.resnet import resnet
   >>> count(resnet("resnet20", 10, kind=EarlyExitNet), (32, 32, 3)).gate_layers
   (('exit1', 1), ('exit2', 1))
@@ -54,11 +54,11 @@ class EarlyExitNet(ResNet):
         answers.append(self._head(x) if last else self._exit(stage + 1)(x, train))
       macs.append(sum(call.macs for call in calls))
     answers = jnp.stack(answers, axis=1)
-    stay = exits.stay_logits(jax.lax.stop_gradient(answers[:, :-1]), self.threshold)
+    stay = confidence.stay_logits(jax.lax.stop_gradient(answers[:, :-1]), self.threshold)
     records = tuple(
         GateRecord(part, jax.nn.sigmoid(part), threshold_gate(part), cost, gate=(*self.path, f"exit{i}", "classifier"))
         for i, (part, cost) in enumerate(zip(jnp.split(stay, stay.shape[1], axis=1), macs[1:], strict=True), start=1))
-    return (answers if train else exits.first_sure(answers, stay)), records
+    return (answers if train else confidence.first_sure(answers, stay)), records
 
   def _exit(self, number: int) -> nn.Module:
     return Exit(self.classes, self._channels(2**number), self.dtype, self.axis_name, self.group_norm,

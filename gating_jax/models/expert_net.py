@@ -22,7 +22,7 @@ class ExpertNet(ResNet):
     experts: how many.
     top_k: how many of them count for an example; None for all.
 
-  >>> from gating_jax.models.counts import count
+  >>> from gating_jax.models.summary import count
   >>> from gating_jax.models.resnet import resnet
   >>> count(resnet("resnet20", 10, kind=ExpertNet, experts=3), (32, 32, 3)).gate_layers
   (('stage3', 3),)

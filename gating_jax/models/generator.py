@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from gating_jax.checks import one_of
 from gating_jax.layers.gate import GATE_NAME, ChannelGate, GateSettings, Switched, apply_gates
-from gating_jax.ops.windows import convolve_doubled, convolve_images
+from gating_jax.ops.cpu_convs import convolve_doubled, convolve_images
 from gating_jax.types import Array, Path, Records
 
 GATINGS = ("none", "channel")

@@ -32,7 +32,7 @@ class Segmenter(nn.Module):
     dtype: of the head's computation, float32 or bfloat16.
     axis_name: mapped device axis over which BatchNorm takes its statistics.
 
-  >>> from gating_jax.models.counts import count
+  >>> from gating_jax.models.summary import count
   >>> from gating_jax.models.resnet import resnet
   >>> model = Segmenter(resnet("resnet20", None, pool=False, output_stride=2), classes=11, features=32)
   >>> count(model, (32, 32, 1)).macs

@@ -15,7 +15,7 @@ from gating_jax.checks import one_of
 from gating_jax.layers.conv import ConvNorm, scaled
 from gating_jax.layers.gate import GATE_NAME, ChannelGate, GateSettings, Switched, apply_gates, check_gate_settings
 from gating_jax.ops import arguments
-from gating_jax.ops.windows import max_pool
+from gating_jax.ops.cpu_convs import max_pool
 from gating_jax.types import Array, Path, Records
 
 POOL = "pool"

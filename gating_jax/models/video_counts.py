@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gating_jax.models.counts import ModelCounts, count
-from gating_jax.models.segment_net import SegmentNet
+from gating_jax.models.summary import ModelCounts, count
+from gating_jax.models.timegate import SegmentNet
 from gating_jax.ops import arguments
 
 NOTHING = ModelCounts(params=0, gate_params=0, gates=0, macs=0, gate_macs=0, gated=0)

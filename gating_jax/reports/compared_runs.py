@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gating_jax.reports.lettering import plain
+from gating_jax.reports.text import plain
 from gating_jax.reports.times import Times
 
 MISSING = "–"

@@ -1,6 +1,6 @@
 """Several runs side by side: what they score and cost, where their configs differ, how they learnt.
 
-Nothing is read here; see `experiments.compare`.
+Nothing is read here; see `reports.compare`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from gating_jax.reports import comparison_pictures, page
 from gating_jax.reports.compared_runs import MISSING, SCORES, Group, Run, Score, differences, groups
-from gating_jax.reports.lettering import columns, plain
 from gating_jax.reports.opening import example, short
+from gating_jax.reports.text import columns, plain
 from gating_jax.reports.times import number
 
 TITLE = "Comparison of runs"

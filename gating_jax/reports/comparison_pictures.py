@@ -12,8 +12,8 @@ from typing import Any
 
 from gating_jax.reports import page
 from gating_jax.reports.compared_runs import SCORES, Group, Run, Score, differences
-from gating_jax.reports.lettering import plain
 from gating_jax.reports.opening import example, short
+from gating_jax.reports.text import plain
 
 _COLOURS = ("#4c78a8", "#e4572e", "#2a9d6f", "#b279a2", "#f2a541", "#7a5195", "#17a3b8", "#9d6b53")
 _MARKERS = "os^Dvp*"

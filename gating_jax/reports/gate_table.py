@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gating_jax.reports.lettering import columns
-from gating_jax.training.diagnosis import OUTCOMES, Diagnosis
+from gating_jax.analysis.outcomes import OUTCOMES, Diagnosis
+from gating_jax.reports.text import columns
 
 _MEASURES = ("open_rates", "disagreement", "input_information", "class_information")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from gating_jax.reports.lettering import plain
 from gating_jax.reports.page import WIDTH
+from gating_jax.reports.text import plain
 
 _LABEL, _CAPTION = 1.25, 0.2  # inches
 _LETTERS = 12  # of a caption

@@ -1,6 +1,6 @@
 """The large numbers of a run's page next to those of its ungated baseline, and what is said about the run itself.
 
-Nothing is read here; see `experiments.surroundings`.
+Nothing is read here; see `reports.surroundings`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gating_jax.reports import glossary, page, times
-from gating_jax.reports.lettering import plain
+from gating_jax.reports.text import plain
 from gating_jax.reports.times import Times
 
 _NOT_RECORDED = "not recorded"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
-from gating_jax.reports.lettering import save
+from gating_jax.reports.text import save
 from gating_jax.training.journal import write_atomically
 
 WIDTH = 5.0  # inches of a picture

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gating_jax.reports.lettering import plain
+from gating_jax.reports.text import plain
 
 _NOTHING, _SIDE = "#d0d4d9", 1.6  # colour of pixels that do not count; inches of a scene
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gating_jax.reports import table
-from gating_jax.reports.lettering import plain
+from gating_jax.reports import tables
+from gating_jax.reports.text import plain
 
 
 def rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -15,7 +15,7 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   return [
       ("mean IoU", f"{100 * result['mean_iou']:.2f} %  ({len(classes)} classes, {result['images']:,} scenes)"),
       ("pixels that are right", f"{100 * result['accuracy']:.2f} %"),
-      *table.size_and_gates(result),
+      *tables.size_and_gates(result),
       ("MACs of the head, always run", f"{result['head_macs']:,}"),
       *((f"IoU of {plain(name, 20)}", f"{100 * value:.1f} %") for name, value in classes.items()),
   ]

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from gating_jax.reports.lettering import plain
 from gating_jax.reports.page import WIDTH
+from gating_jax.reports.text import plain
 
 _BINS = 20  # of histograms
 _CHOSEN, _CLOSED, _RELEVANT = "#e4572e", "#c3cad3", "#2e9e6b"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gating_jax.reports import table
-from gating_jax.reports.lettering import columns, plain
+from gating_jax.reports import tables as report_tables
+from gating_jax.reports.text import columns, plain
 
 _SETTINGS = {"task_aware": "task-aware", "task_agnostic": "task-agnostic"}
 _MEASURES = ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")
@@ -36,7 +36,7 @@ def render(result: Mapping[str, Any]) -> str:
   settings = _settings(result)
   lines = columns([["accuracy (%)", *(cell for name in settings for cell in ("", _SETTINGS[name]))],
                   ["task", *("when learned", "at the end") * len(settings)], *_scores(result, settings)])
-  return "\n".join([*lines, *reasons(result), "", table.lines(costs(result))])
+  return "\n".join([*lines, *reasons(result), "", report_tables.lines(costs(result))])
 
 
 def tables(result: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gating_jax.reports.lettering import plain, save
+from gating_jax.reports.text import plain, save
 
 WIDTH = 11.0  # inches of the time axis
 _LEFT, _RIGHT, _TOP, _LEGEND_LINE = 0.75, 0.25, 0.15, 0.24

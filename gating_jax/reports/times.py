@@ -12,8 +12,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gating_jax.reports import page, time_picture
-from gating_jax.reports.lettering import plain
+from gating_jax.reports import page
+from gating_jax.reports import timings as time_pictures
+from gating_jax.reports.text import plain
 from gating_jax.timing import CHOSEN, EXIT_DISPATCH, MASKED, SEGMENTS, UNGATED
 
 _TITLE = re.compile(r"(?:^|: )(\d+) (image|video)s? at a time$")
@@ -117,7 +118,7 @@ def section(times: Times | None, noun: str, *, step: int | None = None, refused:
                           "worst case"),
              *((way, _WAYS[way]) for way in _WAYS if way in ways)])
   figure = page.pictured(
-      time_picture.figure(times.timings, columns=1),
+      time_pictures.figure(times.timings, columns=1),
       "Time against MACs of each way to run each part of the network (small) and the whole (large), both in % of "
       "computing everything.",
       terms=[("MACs left open", "multiply-accumulates of open units, in % of all"),

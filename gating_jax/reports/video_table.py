@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gating_jax.reports import table
+from gating_jax.reports import tables
 
 
 def render(result: Mapping[str, Any]) -> str:
-  """Lines of name and value, from what `experiments.video_trial.test` returns."""
-  return table.lines(rows(result))
+  """Lines of name and value, from what `video.evaluate.test` returns."""
+  return tables.lines(rows(result))
 
 
 def rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from gating_jax.ops.macs import checked_records
 from gating_jax.types import Array, Records
 
 CLOSED = "gates/closed"  # the metric that training logs
+SEGMENTS_CLOSED = "gates/segments_closed"  # metric: 1 where the gate opens no segment by itself, else 0
 _LASTING = 20  # steps
 LEAST_RATE = 0.01  # of examples for which a gate is open
 _LEAST_PROB = 0.1  # a gate that may well be drawn open in the next batch is not closed

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 from scipy import special
 
-from gating_jax.models.counts import ModelCounts
-from gating_jax.training import diagnosis
+from gating_jax.analysis import outcomes as gate_outcomes
+from gating_jax.models.summary import ModelCounts
 
 FIRING = 8  # images kept of each gate
 BINS = 40  # of histograms, equal parts of [0, 1]
@@ -51,7 +51,7 @@ class GateBehaviour:
     firing: `[<= 8, G]`, the images that open each gate most surely, the largest logit first; -1 where it is closed.
   """
 
-  diagnosis: diagnosis.Diagnosis
+  gate_outcomes: gate_outcomes.Diagnosis
   logits: np.ndarray
   class_rates: np.ndarray | None
   firing: np.ndarray
@@ -93,9 +93,9 @@ def evaluate(
     for name in part.keys() - {"gates", "gate_logits", "predicted"}:
       sums[name] = sums.get(name, 0) + np.sum(part[name], axis=0, dtype=np.float64)
     if "gates" in part:
-      probs = diagnosis.open_probs(part["gate_logits"], noise_scale)
+      probs = gate_outcomes.open_probs(part["gate_logits"], noise_scale)
       labels = np.zeros(valid, np.int32) if classes is None else np.asarray(labels)[:valid]
-      new = diagnosis.tally(part["gates"], probs, labels, classes or 1)
+      new = gate_outcomes.tally(part["gates"], probs, labels, classes or 1)
       tally = new if tally is None else tally + new
       firing = _largest(firing, np.where(part["gates"] > 0, part["gate_logits"], -np.inf), images)
       if images < _KEPT_EXAMPLES:
@@ -116,9 +116,9 @@ def evaluate(
                              *(each.get(name) for name in ("correct", "predicted", "labels")))
   if tally is None:
     return result, behaviour, None
-  found = diagnosis.diagnose(tally)
+  found = gate_outcomes.diagnose(tally)
   spent = mac_spread(behaviour.macs, behaviour.losses)
-  result |= {**spent, "mac_ratio": spent["macs"] / counts.macs, **diagnosis.summary(found)}
+  result |= {**spent, "mac_ratio": spent["macs"] / counts.macs, **gate_outcomes.summary(found)}
   if found.class_information is not None:
     result["class_information_floor"] = found.floor
   with np.errstate(invalid="ignore"):

@@ -191,3 +191,14 @@ def _reduced(per_gate: Array, records: Records, reduction: str) -> Array:
     return jnp.mean(per_gate)
   weights = jnp.concatenate([jnp.full(r.logits.shape[-1], 1 / r.logits.shape[-1]) for r in records])
   return jnp.sum(per_gate * weights)
+
+
+def weighted_mean(values: Array, weights: Array, axis_name: Hashable | None = None) -> Array:
+  """Weighted mean over the whole batch, however spread over the devices of `axis_name`; 0 where nothing has weight.
+
+  >>> weighted_mean(jnp.array([1.0, 3.0, 8.0]), jnp.array([1.0, 1.0, 0.0]))
+  Array(2., dtype=float32)
+  """
+  mean = lambda x: collectives.batch_mean(x.ravel(), axis_name)
+  total = mean(weights)
+  return mean(values * weights) / jnp.where(total > 0, total, 1)

@@ -16,7 +16,7 @@ from flax import struct
 from jax import lax
 
 from gating_jax.layers.gate import GATE_RNG, NOISE, noise_scales
-from gating_jax.models.counts import layer_names
+from gating_jax.models.summary import layer_names
 from gating_jax.ops.collectives import mean_over_devices
 from gating_jax.ops.macs import executed_macs
 from gating_jax.training.devices import value_and_grad_over_devices

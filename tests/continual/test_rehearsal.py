@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gating_jax.continual import rehearsal, wgan
+from gating_jax.continual import rehearsal
+from gating_jax.continual.generators import wgan
+from gating_jax.continual.memory import ReplaySettings
 from gating_jax.continual.method import Batch, Problem, TaskData
-from gating_jax.continual.replay import ReplaySettings
 from tests.helpers import tiny
 
 SHAPE = (8, 8, 1)

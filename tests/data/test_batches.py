@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gating_jax.data.batches import cover
-from gating_jax.data.sources import Images
+from gating_jax.data.tfds import Images
 
 
 def numbered(count):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gating_jax.data import composed as module
-from gating_jax.data import sources
+from gating_jax.data import tfds
 from gating_jax.data.composed import CLASS_NAMES, FRAMES, SIZE, UNIT_NAMES, composed, motions
 
 CENTRE = 4
@@ -126,7 +126,7 @@ def find(frame, pictures):
 @pytest.mark.parametrize(("split", "other"), [("train", "test"), ("test", "train")])
 def test_clips_show_the_splits_own_digits_in_the_middle_of_their_motion(split, other, without_noise):
   load = lambda name: {image.tobytes(): label for image, label in zip(
-      *(lambda d: (d.pixels[..., 0], d.labels))(sources.load(sources.DIGITS, name)), strict=True)}
+      *(lambda d: (d.pixels[..., 0], d.labels))(tfds.load(tfds.DIGITS, name)), strict=True)}
   own, others = load(split), load(other)
   assert not own.keys() & others.keys()
   scrambled = {bytes(sorted(image)) for image in own}

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from configs import video_common
-from gating_jax.data import sources
+from gating_jax.data import tfds
 from gating_jax.data.video_layouts import read_breakfast
-from gating_jax.experiments import video_sets
+from gating_jax.video import sets
 from tests.helpers import made_tfds, made_videos
 
 # Each stands for itself: none is a pattern, a kind of storage, a number of a frame or the beginning of an option.
@@ -42,7 +42,7 @@ def test_videos_are_read_in_a_folder_of_any_name_below_the_home_folder(home, nam
   (home / name).mkdir()
   write_videos(home / name)
   for folder in (f"~/{name}", str(home / name)):
-    opened = video_sets.open_set(config_of(kind, folder), "train")
+    opened = sets.open_set(config_of(kind, folder), "train")
     assert opened.read([0])["weight"].tolist() == [1], opened.unreadable
 
 
@@ -60,11 +60,11 @@ def test_prepared_sets_are_read_in_a_folder_of_any_name_below_the_home_folder(ho
   for name in NAMES:
     (home / "first").rename(home / name)
     for folder in (f"~/{name}", str(home / name)):
-      read = sources.load("made_set", "train", folder)
+      read = tfds.load("made_set", "train", folder)
       assert sorted(read.pixels.sum(axis=(1, 2, 3))) == sorted(images.sum(axis=(1, 2, 3)))
     (home / name).rename(home / "first")
 
 
 def test_a_folder_of_prepared_sets_that_is_no_text_is_refused(home):
   with pytest.raises(ValueError, match=r"data.data_dir must be UTF-8 text.*got '.*\\udcff'"):
-    sources.load("made_set", "train", f"~/{os.fsdecode(bytes([255]))}")
+    tfds.load("made_set", "train", f"~/{os.fsdecode(bytes([255]))}")

@@ -3,15 +3,16 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from gating_jax.data import features, sources, streaming
-from gating_jax.data.sources import DatasetNotPreparedError
+from gating_jax.data import features, streaming
+from gating_jax.data import tfds as tfds_sets
+from gating_jax.data.tfds import DatasetNotPreparedError
 from tests.helpers import made_tfds
 from tests.helpers.made_tables import refused
 from tests.helpers.made_tfds import encoded
 
 TYPES = tfds.features
 RAMP = np.linspace(0, 1, 4 * 4 * 4 * 3).reshape(4, 4, 4, 3)  # four images, of brightness 0 to 1
-LOADERS = {"resident": sources.load, "streaming": streaming.open_stream}
+LOADERS = {"resident": tfds_sets.load, "streaming": streaming.open_stream}
 SETS = iter(range(100))
 
 
@@ -119,7 +120,7 @@ def test_one_image_outside_the_scale_is_named(tmp_path):
   images[2] = 1.5  # not among those that the scale is checked on
   name = made(tmp_path, tensor("float32", (1, 1, 1)), LABELS, [(image, 0) for image in images])
   with pytest.raises(ValueError, match=r"example \d+ of split 'train' of .*: feature 'image' of .* must be in \[0, 1"):
-    sources.load(name, "train", tmp_path)
+    tfds_sets.load(name, "train", tmp_path)
 
 
 @pytest.mark.parametrize(("feature", "said"), [
@@ -156,7 +157,7 @@ def test_a_picture_of_too_many_pixels_is_named_with_what_to_do(tmp_path):
   name = made(tmp_path, TYPES.Image(shape=(None, None, 1)), LABELS, [(image, 0)])
   with refused(f"example 0 of split 'train' of {name} in {tmp_path}: a picture must have at most 67108864 pixels; got "
                "8193 x 8193. Prepare the set with a smaller one, or use a split without it"):
-    sources.load(name, "train", tmp_path)
+    tfds_sets.load(name, "train", tmp_path)
 
 
 @pytest.mark.parametrize(("feature", "labels", "classes", "names"), [
@@ -183,15 +184,15 @@ def test_all_splits_agree_on_the_classes(tmp_path, loader):
 def test_labels_are_counted_once_for_all_splits(tmp_path, monkeypatch):
   name = made(tmp_path, PIXEL, TYPES.Text(), labelled(["b", "c"]), test=labelled(["a", "c"]))
   counted = []
-  monkeypatch.setattr(sources.Examples, "_labels", lambda self, split, _: counted.append(split) or [b"a", b"b", b"c"])
+  monkeypatch.setattr(tfds_sets.Examples, "_labels", lambda self, split, _: counted.append(split) or [b"a", b"b", b"c"])
   for split in ("train", "test", "train"):
-    sources.load(name, split, tmp_path)
+    tfds_sets.load(name, split, tmp_path)
   assert sorted(counted) == ["test", "train"]
 
 
 def test_classes_that_are_counted_and_gaps_between_them_are_said(tmp_path, caplog):
   name = made(tmp_path, PIXEL, TYPES.Scalar(dtype=np.int64), labelled([0, 2, 5]))
-  images = sources.load(name, "train", tmp_path)
+  images = tfds_sets.load(name, "train", tmp_path)
   assert (read(images)[1], len(images.class_names)) == ([0, 2, 5], 6)
   said = [record.getMessage() for record in caplog.records if name in record.getMessage()]
   assert f"feature 'label' of {name}: no image has class 1, 3, 4, of 6" in said
@@ -249,7 +250,7 @@ def test_other_features_are_chosen_by_name(tmp_path, loader):
   made_tfds.write_splits(tmp_path, of, {"train": examples}, name=name)
   images = loader(name, "train", tmp_path, image="picture", label="kind")
   assert (read(images)[1], images.class_names) == ([0, 1], ("cat", "dog"))
-  assert sources.size(name, "train", tmp_path, image="picture", label="kind") == 2
+  assert tfds_sets.size(name, "train", tmp_path, image="picture", label="kind") == 2
   with pytest.raises(ValueError, match=rf"a set of image and label; {name} has no \['image', 'label'\]. "
                      "data.image_feature and data.label_feature choose from kind, other, picture"):
     loader(name, "train", tmp_path)
@@ -289,5 +290,5 @@ def test_a_damaged_description_of_a_set_is_named_on_one_line(tmp_path, text, mes
   (tmp_path / "moved").rename(tmp_path / f"{name}_copy" / "1.0.0")  # of which TFDS knows no more than the files
   (tmp_path / f"{name}_copy" / "1.0.0" / file.name).write_text(text)
   with pytest.raises(DatasetNotPreparedError, match=message) as caught:
-    sources.load(f"{name}_copy", "train", tmp_path)
+    tfds_sets.load(f"{name}_copy", "train", tmp_path)
   assert len(str(caught.value).splitlines()) == 1

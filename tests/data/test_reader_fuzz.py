@@ -13,8 +13,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from gating_jax.data import features, pictures, sources, streaming
-from gating_jax.data.sources import DatasetNotPreparedError
+from gating_jax.data import features, pictures, streaming
+from gating_jax.data import tfds as tfds_sets
+from gating_jax.data.tfds import DatasetNotPreparedError
 from gating_jax.data.video_layouts import read_breakfast, read_charades, read_multithumos
 from gating_jax.data.video_tables import read_table
 from tests.helpers import expected_tables
@@ -147,7 +148,7 @@ def opened(file):
   readers = {
       "image": features.Picture(tfds.features.Image(), "feature 'image' of a_set"),
       "label": features.ImageClass(tfds.features.ClassLabel(num_classes=1), "feature 'label' of a_set")}
-  return sources.Examples(OneFile(file), "a_set", readers)
+  return tfds_sets.Examples(OneFile(file), "a_set", readers)
 
 
 def read_picture(file):

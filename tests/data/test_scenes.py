@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
-from gating_jax.data import resident, scenes, sources
+from gating_jax.data import images as in_memory
+from gating_jax.data import scenes, tfds
 from gating_jax.data.scenes import IGNORED, digit_scenes, open_scenes
-from gating_jax.data.sources import DatasetNotPreparedError, Images
+from gating_jax.data.tfds import DatasetNotPreparedError, Images
 
 
 @pytest.fixture
@@ -11,7 +12,7 @@ def blocks(monkeypatch):
   """Digits without a shape of their own: whole squares, brighter the higher the class; no noise."""
   brightness = np.repeat(20 * np.arange(10) + 64, 64).reshape(10, 8, 8, 1).astype(np.uint8)
   made = Images(brightness, np.arange(10, dtype=np.int32), tuple("0123456789"))
-  monkeypatch.setattr(sources, "load", lambda *_: made)
+  monkeypatch.setattr(tfds, "load", lambda *_: made)
   monkeypatch.setattr(scenes, "_NOISE", 0)
 
 
@@ -41,7 +42,7 @@ def test_scenes_depend_on_the_seed_alone_and_splits_share_no_digit(monkeypatch):
   np.testing.assert_array_equal(train.pixels, again.pixels)
   np.testing.assert_array_equal(train.labels, again.labels)
   assert np.mean(train.pixels != other.pixels) > 0.1
-  images = {split: {image.tobytes() for image in sources.load("digits", split).pixels} for split in ("train", "test")}
+  images = {split: {image.tobytes() for image in tfds.load("digits", split).pixels} for split in ("train", "test")}
   seen = lambda made: {image.tobytes() for image in made.pixels}
   assert seen(train) <= images["train"]
   assert seen(test) <= images["test"]
@@ -69,7 +70,7 @@ def street(count, size=(32, 48)):
 @pytest.fixture
 def opened(monkeypatch):
   made = street(7)
-  monkeypatch.setattr(sources, "open_tfds", lambda *_: made)
+  monkeypatch.setattr(tfds, "open_tfds", lambda *_: made)
   return made, lambda **settings: open_scenes("cityscapes", "train", **dict(size=(32, 48)) | settings)
 
 
@@ -95,7 +96,7 @@ def test_training_sees_random_parts_half_of_them_mirrored_with_their_labels(open
   for step, (images, labels) in enumerate(batches):
     assert (images.shape, labels.shape) == ((7, 1, 8, 16, 3), (7, 1, 8, 16))
     np.testing.assert_array_equal(labels, scenes.train_classes(images[..., 0]))
-    for image, number in zip(images[:, 0, ..., 0], resident.batch_indices(3, step, 7, 7), strict=True):
+    for image, number in zip(images[:, 0, ..., 0], in_memory.batch_indices(3, step, 7, 7), strict=True):
       whole = made[number]["segmentation_label"][..., 0]
       parts = np.lib.stride_tricks.sliding_window_view(whole, (8, 16))
       found = [(parts == part).all(axis=(2, 3)) for part in (image, image[:, ::-1])]

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from gating_jax.data.sources import Images
 from gating_jax.data.tasks import join, make_tasks
+from gating_jax.data.tfds import Images
 
 
 def images(per_class=20, classes=6, seed=0):

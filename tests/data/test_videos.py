@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from absl import logging
 
-from gating_jax.data import resident
+from gating_jax.data import images
 from gating_jax.data.video_tables import VideoTable
 from gating_jax.data.videos import FeatureFolder, VideoFolder
 from tests.helpers import made_videos
@@ -184,7 +184,7 @@ def test_batches_are_the_same_after_a_restart_and_follow_the_resident_order(fold
   whole = list(videos.batches(4, 0, 1, 7))
   assert len(whole) == 7
   for step, batch in enumerate(whole):
-    index = resident.batch_indices(5, step, 4, 7)
+    index = images.batch_indices(5, step, 4, 7)
     np.testing.assert_array_equal(batch["label"][:, 0], index % 3)
     assert batch["clips"].shape == (4, 1, 3, 2, 8, 8, 3)
   again = VideoFolder(table(), folder, **CLIPS, seed=5, jitter=True, workers=workers)
@@ -196,7 +196,7 @@ def test_batches_are_the_same_after_a_restart_and_follow_the_resident_order(fold
 def test_fixed_segments_in_training_are_those_of_evaluation(folder):
   videos = VideoFolder(table(), folder, **CLIPS, seed=5)
   batch = next(videos.batches(4, 2, 1, 3))
-  same({key: array[:, 0] for key, array in batch.items()}, videos.read(resident.batch_indices(5, 2, 4, 7)))
+  same({key: array[:, 0] for key, array in batch.items()}, videos.read(images.batch_indices(5, 2, 4, 7)))
 
 
 def test_jitter_moves_segments_within_their_parts_and_differs_by_step_and_place(folder):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gating_jax.continual import steps
+from gating_jax.continual import training
 from gating_jax.continual.method import Learner, Network, Problem, Table, TaskData
 
 TASKS, CLASSES, SHAPE = 2, 2, (2, 2, 1)
@@ -48,7 +48,7 @@ def learner(method, optimiser, seed=0):
 
 def step(method, net, optimiser):
   """`(learner, pixels, labels, first_step) -> (learner, metrics)`."""
-  return steps.make_step(method, optimiser, lambda key, pixels: net.problem.normalise(pixels), seed=0,
+  return training.make_step(method, optimiser, lambda key, pixels: net.problem.normalise(pixels), seed=0,
                          steps_per_epoch=1, axis_name=net.problem.axis_name)
 
 

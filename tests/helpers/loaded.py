@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from gating_jax import load_run
-from gating_jax.data import scenes, sources, streaming
-from gating_jax.experiments import video_sets
+from gating_jax.data import scenes, streaming, tfds
+from gating_jax.video import sets
 
-READERS = ((sources, "load"), (sources, "size"), (streaming, "open_stream"), (scenes, "digit_scenes"),
-           (scenes, "open_scenes"), (video_sets, "open_set"))
+READERS = ((tfds, "load"), (tfds, "size"), (streaming, "open_stream"), (scenes, "digit_scenes"),
+           (scenes, "open_scenes"), (sets, "open_set"))
 
 
 def loaded(workdir):

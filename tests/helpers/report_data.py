@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 from matplotlib.figure import Figure
 
-from gating_jax.models.counts import ModelCounts
+from gating_jax.images.report import ImageRun
+from gating_jax.models.summary import ModelCounts
 from gating_jax.ops.priors import beta
-from gating_jax.reports.image_report import ImageRun
 from gating_jax.training import evaluation
 
 M, CLASSES = 60, ("<script>alert(1)</script>", "$b$", "a class of a very long name, longer than anybody reads")

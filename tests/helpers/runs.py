@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from gating_jax import progress
-from gating_jax.experiments import time_table
+from gating_jax.reports import compile_report
 
 
 def said(programme, config, workdir, mode):
@@ -28,8 +28,8 @@ def compiled(programme, finished, folder):
   made, workdir, _ = finished
   copy = shutil.copytree(workdir, folder / "run")
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(time_table, "_REPEATS", 1)
-    patch.setattr(time_table, "_BATCHES", (3,))
+    patch.setattr(compile_report, "_REPEATS", 1)
+    patch.setattr(compile_report, "_BATCHES", (3,))
     announced(patch)
     printed = said(programme, made, copy, "compile")
   return json.loads((copy / "compile.json").read_text()), printed

@@ -6,7 +6,7 @@ import functools
 import numpy as np
 import tensorflow_datasets as tfds
 
-from gating_jax.data import sources
+from gating_jax.data import tfds as tfds_sets
 from tests.helpers import made_tfds, made_videos
 
 SIZES = {  # of images by set: height, width and channels, classes, and how many there are of each
@@ -19,7 +19,7 @@ SCENES = 40
 
 def stand_in(monkeypatch, folder):
   """Lets every set of TFDS be opened, its examples made in `folder` when it is first."""
-  opened = sources.open_tfds
+  opened = tfds_sets.open_tfds
 
   @functools.cache
   def write(name):
@@ -36,7 +36,7 @@ def stand_in(monkeypatch, folder):
     made_tfds.write_splits(folder, features, splits, name=made)
     return made
 
-  monkeypatch.setattr(sources, "open_tfds", lambda name, split, _, *features: opened(
+  monkeypatch.setattr(tfds_sets, "open_tfds", lambda name, split, _, *features: opened(
       write(name), split, str(folder), *features))
 
 

@@ -2,7 +2,7 @@
 
 from gating_jax import cli
 from gating_jax.layers.blocks import BasicBlock
-from gating_jax.models import resnet, segment_nets
+from gating_jax.models import resnet, video_backbones
 from gating_jax.models.resnet import ResNet
 
 TINY = ("cifar", BasicBlock, (1,), 8, "A")
@@ -11,5 +11,5 @@ TINY_LIGHT, TINY_HEAVY = (
 
 if __name__ == "__main__":
   resnet.RESNETS["tiny"] = TINY
-  segment_nets.LIGHT_NETS["tiny"], segment_nets.HEAVY_NETS["tiny"] = TINY_LIGHT, TINY_HEAVY
+  video_backbones.LIGHT_NETS["tiny"], video_backbones.HEAVY_NETS["tiny"] = TINY_LIGHT, TINY_HEAVY
   cli.main()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gating_jax.continual import steps
+from gating_jax.continual import training
 from gating_jax.continual.method import Learner, Problem, Table, TaskData
 
 TASKS, CLASSES, SHAPE = 2, 2, (4, 4, 1)
@@ -38,7 +38,7 @@ def learner(method, number=0, seed=0):
 
 
 def step(method, axis_name=None, rate=0.1, steps_per_epoch=10):
-  return steps.make_step(method, optimiser(rate), lambda key, pixels: problem().normalise(pixels), seed=0,
+  return training.make_step(method, optimiser(rate), lambda key, pixels: problem().normalise(pixels), seed=0,
                          steps_per_epoch=steps_per_epoch, axis_name=axis_name)
 
 

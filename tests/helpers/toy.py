@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from gating_jax.continual.method import Learner, Network, Problem, TaskData
-from gating_jax.continual.steps import make_step
+from gating_jax.continual.training import make_step
 from gating_jax.training import devices
 
 TASKS, CLASSES, SHAPE = 3, 2, (4, 4, 1)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gating_jax.inference import folded, folded_macs, openings
+from gating_jax.inference import folded, folded_macs, gate_statistics
 from gating_jax.inference.analyse import _in_blocks, _union, analyse
 from gating_jax.inference.folded import Group
 from gating_jax.inference.folding import fold
@@ -112,5 +112,5 @@ def test_bad_calibration_is_named(analysis, calibration, message):
 
 def test_a_last_smaller_batch_runs_in_the_same_program():
   net = fold(MODEL, VARIABLES)
-  sizes = [(len(x), len(y), len(logits[0])) for x, y, logits in openings.observed(net, images(200))]
+  sizes = [(len(x), len(y), len(logits[0])) for x, y, logits in gate_statistics.observed(net, images(200))]
   assert sizes == [(128, 128, 128), (72, 72, 72)]

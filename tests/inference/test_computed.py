@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from gating_jax.inference import conditional, folded, folded_macs
+from gating_jax.inference import compiled, folded, folded_macs
 from gating_jax.inference.computed import account, spent
 from gating_jax.inference.folded import Group
 from gating_jax.inference.kernel_strategies import EXPORTABLE, STRATEGIES, why_not
 from gating_jax.inference.strategies import capacities, settings_of
-from gating_jax.ops import native
+from gating_jax.ops import native_kernels
 from tests.helpers.folded_nets import KINDS, SHAPE, images, net
 
 CASES = [(kind, strategy) for kind, known in KINDS.items() for strategy in ("masked", *known) if strategy in EXPORTABLE]
@@ -18,8 +18,8 @@ CASES = [(kind, strategy) for kind, known in KINDS.items() for strategy in ("mas
 def prepared(kind, count, buckets=3):
   """The network, its settings from calibration images, and its gates and what every part sees for a batch."""
   of = net(kind)
-  gates = conditional._gates_of(of, images(6, seed=5))
-  return of, settings_of(of, buckets, gates), conditional._seen(of, images(count))
+  gates = compiled._gates_of(of, images(6, seed=5))
+  return of, settings_of(of, buckets, gates), compiled._seen(of, images(count))
 
 
 @pytest.mark.thin(14)
@@ -54,7 +54,7 @@ def test_it_is_what_the_convolutions_are_given(kind, strategy, count, monkeypatc
 @pytest.mark.parametrize("kind", KINDS)
 def test_native_computes_what_is_open_and_shortcuts_whole(kind, monkeypatch):
   of, settings, seen = prepared(kind, 5)
-  given, chain, convolve = [], native.gated_chain, folded.Conv.__call__
+  given, chain, convolve = [], native_kernels.gated_chain, folded.Conv.__call__
 
   def counting_chain(x, kernels, biases, gates, *args, strides, **kwargs):
     size = np.array(x.shape[1:3])
@@ -69,7 +69,7 @@ def test_native_computes_what_is_open_and_shortcuts_whole(kind, monkeypatch):
     given.append((y := convolve(conv, x)).size * np.prod(conv.kernel.shape[:3]))
     return y
 
-  monkeypatch.setattr(native, "gated_chain", counting_chain)
+  monkeypatch.setattr(native_kernels, "gated_chain", counting_chain)
   monkeypatch.setattr(folded.Conv, "__call__", counting)
   shape, compared = SHAPE, 0
   for part, setting, (x, gates, before) in zip(of.parts, settings, seen, strict=True):
@@ -92,11 +92,11 @@ def test_ratios_of_parts_and_of_whole_programs():
   of, settings, _ = prepared("blocks", 4)
   known = [[name for name in ("masked", "native", "pallas") if STRATEGIES[name](part, setting) or name == "native"]
            for part, setting in zip(of.parts, settings, strict=True)]
-  gates = conditional._gates_of(of, images(6, seed=5))
+  gates = compiled._gates_of(of, images(6, seed=5))
   indices = np.array([[0, 2], [3, 5]])
   found = account(of, known, settings, SHAPE, [[g[index] for g in gates] for index in indices], 2)
   heads = [folded_macs.head_macs(part) for part in of.parts]
-  dense = folded_macs.macs_by_part(conditional.ungated(of), SHAPE)
+  dense = folded_macs.macs_by_part(compiled.ungated(of), SHAPE)
   assert found.dense == dense
   opened, computed = found.of_part(1)
   assert computed["masked"] == 1

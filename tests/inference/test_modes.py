@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gating_jax.inference import conditional, exiting, export, folded, folding, openings, quantise, slim
+from gating_jax.inference import compiled as compiled_nets
+from gating_jax.inference import exits, export, folded, folding, gate_statistics, quantise, slim
 from gating_jax.inference.analyse import analyse
 from gating_jax.models.early_exit import EarlyExitNet
 from tests.helpers import folded_nets, gated_models
@@ -42,22 +43,22 @@ def quantised():
 
 
 def with_exits():
-  net = exiting.fold_exits(EXITS, gated_models.random_variables(EXITS))
+  net = exits.fold_exits(EXITS, gated_models.random_variables(EXITS))
   images = gated_models.images()
-  return net, exiting.program()(net, images), exiting.program(2)(net, images)
+  return net, exits.program()(net, images), exits.program(2)(net, images)
 
 
 def analysed():
   images = folded_nets.images(6)
   analysis = analyse(folded_nets.net("blocks"), None, images)
   small = slim.slim(analysis, multiple=1)
-  opened = conditional.opened(analysis.net)
-  return dict(analysis.macs), small, opened, [o.opened for o in openings.count(analysis.net, images)]
+  opened = compiled_nets.opened(analysis.net)
+  return dict(analysis.macs), small, opened, [o.opened for o in gate_statistics.count(analysis.net, images)]
 
 
 def compiled(kind, strategy):
   images = folded_nets.images(6)
-  run = conditional.compile_conditional(
+  run = compiled_nets.compile_conditional(
     folded_nets.net(kind), input_shape=folded_nets.SHAPE, batch_size=4, strategy=strategy, calibration=images)
   return run(images)
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gating_jax.inference import folded, folded_macs, openings, slim
+from gating_jax.inference import folded, folded_macs, gate_statistics, slim
 from gating_jax.inference.analyse import analyse
-from gating_jax.inference.conditional import compile_conditional
+from gating_jax.inference.compiled import compile_conditional
 from gating_jax.inference.folded import Block, Folded, Group, Head, Layer
 from gating_jax.inference.folding import fold
 from tests.helpers.gated_models import MODELS, SHAPE, images, random_variables
@@ -56,7 +56,7 @@ def test_equal_on_every_image_where_nothing_static_moves(data):
   bias = st.sampled_from([CLOSED, 0.0, 0.0, OPEN])
   mixed = [data.draw(st.lists(bias, min_size=h.logits_bias.size, max_size=h.logits_bias.size)) for h in heads(net)]
   net = data.draw(st.sampled_from([forced(net, mixed), everywhere(net, CLOSED), everywhere(net, OPEN)]))
-  found = openings.count(net, images(12))
+  found = gate_statistics.count(net, images(12))
   choices = slim.static_units(net, found, multiple=data.draw(st.sampled_from([1, 2, 3, 16])))
   assert not equal_where_it_must(net, choices, images(12)).any()
   equal_where_it_must(net, choices, images(6, seed=data.draw(st.integers(1, 3))))
@@ -67,12 +67,12 @@ def test_equal_on_every_image_where_nothing_static_moves(data):
 @pytest.mark.parametrize("name", GATED)
 def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
   opened = everywhere(NETS[name], OPEN)
-  small = slim.take(opened, slim.static_units(opened, openings.count(opened, images(4))))
+  small = slim.take(opened, slim.static_units(opened, gate_statistics.count(opened, images(4))))
   assert heads(small) == []
   assert folded_macs.macs(small, SHAPE) == folded_macs.macs(opened, SHAPE) - sum(
       h.hidden.size + h.logits.size for h in heads(opened))
   closed = everywhere(NETS[name], CLOSED)
-  small = slim.take(closed, slim.static_units(closed, openings.count(closed, images(4))))
+  small = slim.take(closed, slim.static_units(closed, gate_statistics.count(closed, images(4))))
   pairs = zip(closed.parts, small.parts, strict=True)
   blocks = [(old, new) for old, new in pairs if isinstance(old, Block) and old.head]
   for old, new in blocks:
@@ -87,7 +87,7 @@ def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
 def test_channels_that_shortcuts_read_stay_and_keep_their_gates(name):
   for bias in (OPEN, CLOSED):
     net = everywhere(NETS[name], bias)
-    small = slim.take(net, slim.static_units(net, openings.count(net, images(4)), multiple=1))
+    small = slim.take(net, slim.static_units(net, gate_statistics.count(net, images(4)), multiple=1))
     assert len(heads(small)) == len(heads(net)) > 1
     for old, new in zip(heads(net), heads(small), strict=True):
       *inner, outer = new.groups
@@ -102,7 +102,7 @@ def test_channels_that_shortcuts_read_stay_and_keep_their_gates(name):
 
 def test_gates_of_a_blocks_output_cannot_be_taken():
   net = NETS["outputs"]
-  choices = [slim.Choice(*np.zeros((2, group.gates), bool)) for _, _, group, _ in openings.places(net)]
+  choices = [slim.Choice(*np.zeros((2, group.gates), bool)) for _, _, group, _ in gate_statistics.places(net)]
   choices[1].removed[0] = True
   with pytest.raises(ValueError, match="must leave the gates of a block's output as they are"):
     slim.take(net, choices)
@@ -110,7 +110,7 @@ def test_gates_of_a_blocks_output_cannot_be_taken():
 
 def counted(opened, images, highest, group=None, *, part=1):
   u = len(opened)
-  return openings.Openings(part, 0, group or Group(u), False, images, np.array(opened), np.zeros((u, u), int),
+  return gate_statistics.Openings(part, 0, group or Group(u), False, images, np.array(opened), np.zeros((u, u), int),
                            np.array(highest, np.float32), np.full(u, -9, np.float32))
 
 
@@ -162,7 +162,7 @@ def test_slimming_twice_changes_nothing_more():
 
 def test_features_of_a_vgg_keep_their_channels_and_order():
   net = everywhere(Folded(NETS["vgg"].parts), CLOSED)
-  choices = slim.static_units(net, openings.count(net, images(4)), multiple=1)
+  choices = slim.static_units(net, gate_statistics.count(net, images(4)), multiple=1)
   assert not choices[-1].removed.any()
   assert choices[0].removed.any()
   assert folded.run(slim.take(net, choices), images(4))[0].shape == folded.run(net, images(4))[0].shape
@@ -187,7 +187,7 @@ def test_disagreement_counts_what_new_images_move():
   np.testing.assert_allclose(found.difference[0], gap[opens | closes].max(), rtol=1e-4)
   assert found.difference[1] < 1e-4 < found.difference[0]
   assert found.changed == np.mean(np.argmax(y, 1) != np.argmax(z, 1))
-  assert found.rows(openings.count(net, x))[0] == {
+  assert found.rows(gate_statistics.count(net, x))[0] == {
       "part": 1, "group": 0, "would open": opens.mean(), "would close": closes.mean()}
   feature_map = slim.disagreement(dataclasses.replace(net, classifier=None, pooled=False), wrong, x)
   assert (feature_map.affected, feature_map.changed) == (found.affected, 0)

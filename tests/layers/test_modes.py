@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gating_jax.layers import segments
+from gating_jax.layers import segment_gate
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.conv import ConvNorm, FactorisedConvNorm
 from gating_jax.layers.experts import Experts
@@ -58,7 +58,7 @@ def resnet(**settings):
 
 
 def policy(name, *relevant):
-  return passes(segments.Policy(name, 0.5), VALID, *relevant)
+  return passes(segment_gate.Policy(name, 0.5), VALID, *relevant)
 
 
 class Expert(ConvNorm):
@@ -79,17 +79,24 @@ CHANNELS = {
   "noise": passes(ChannelGate(GROUPS, GATE, name="gate"), IMAGES, state={NOISE: {"scale": np.float32(0.5)}}),
 }
 SEGMENTS = {
-  **{context: passes(segments.SegmentGate(segments.SegmentGateSettings(8, context)), VIDEOS, VALID)
-     for context in segments.CONTEXTS},
-  **{relaxation: passes(segments.SegmentGate(segments.SegmentGateSettings(8, "none", relaxation)), VIDEOS, VALID)
-     for relaxation in segments.RELAXATIONS},
+  **{
+    context: passes(segment_gate.SegmentGate(segment_gate.SegmentGateSettings(8, context)), VIDEOS, VALID)
+    for context in segment_gate.CONTEXTS
+  },
+  **{
+    relaxation: passes(segment_gate.SegmentGate(segment_gate.SegmentGateSettings(8, "none", relaxation)), VIDEOS, VALID)
+    for relaxation in segment_gate.RELAXATIONS
+  },
   **{name: policy(name) for name in ("all", "uniform", "random", "prefix")},
   "oracle": policy("oracle", np.broadcast_to(RELEVANT, VALID.shape)),
-  "dropout": passes(segments.Dropout(0.5), IMAGES),
-  **{f"pool, {kind}": functools.partial(segments.pool, VIDEOS, VALID.astype(np.float32), kind, VIDEOS[..., 0])
-     for kind in segments.POOLINGS},
-  "pool, bfloat16": lambda: segments.pool(
-    VIDEOS.astype(jnp.bfloat16), VALID.astype(np.float32), "attention", VIDEOS[..., 0]),
+  "dropout": passes(segment_gate.Dropout(0.5), IMAGES),
+  **{
+    f"pool, {kind}": functools.partial(segment_gate.pool, VIDEOS, VALID.astype(np.float32), kind, VIDEOS[..., 0])
+    for kind in segment_gate.POOLINGS
+  },
+  "pool, bfloat16": lambda: segment_gate.pool(
+    VIDEOS.astype(jnp.bfloat16), VALID.astype(np.float32), "attention", VIDEOS[..., 0]
+  ),
 }
 BLOCKS = {
   "gates of bfloat16 features": lambda: apply_gates(IMAGES.astype(jnp.bfloat16), IMAGES[:, 0, 0, :2] > 0),

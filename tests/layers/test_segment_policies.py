@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gating_jax.layers.gate import GATE_RNG
-from gating_jax.layers.segments import POLICIES, Policy
+from gating_jax.layers.segment_gate import POLICIES, Policy
 from gating_jax.ops.selection import frame_exit_order
 
 AXIS = "devices"

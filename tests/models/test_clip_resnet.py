@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from gating_jax.layers.blocks import Bottleneck
-from gating_jax.models.counts import count
 from gating_jax.models.resnet import ResNet, resnet
+from gating_jax.models.summary import count
 from gating_jax.ops.macs import executed_macs
 
 OPEN = 1e4

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gating_jax.models.counts import count
 from gating_jax.models.early_exit import EarlyExitNet
 from gating_jax.models.resnet import resnet
-from gating_jax.ops import exits
+from gating_jax.models.summary import count
+from gating_jax.ops import confidence
 from gating_jax.ops.macs import executed_macs, gated_macs
 
 SHAPE, CLASSES = (8, 8, 3), 5
@@ -98,7 +98,7 @@ def test_a_budget_is_met_by_the_threshold_found_for_it():
   _, records = run(0.5)
   stay = np.concatenate([r.logits for r in records], axis=1)
   counts, macs = count(net(), SHAPE), [r.macs_per_unit for r in records]
-  found = exits.threshold_for_budget(stay, macs, counts.fixed, threshold=0.5, share=0.8)
+  found = confidence.threshold_for_budget(stay, macs, counts.fixed, threshold=0.5, share=0.8)
   spent = counts.fixed + np.mean(executed_macs(run(found)[1]))
   assert 0.8 - sum(macs) / 24 / counts.macs < spent / counts.macs <= 0.8
 

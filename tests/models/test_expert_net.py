@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from gating_jax.layers.blocks import Bottleneck
-from gating_jax.models.counts import count
 from gating_jax.models.expert_net import ExpertNet
 from gating_jax.models.resnet import resnet
+from gating_jax.models.summary import count
 
 SHAPE = (8, 8, 3)
 SMALL = dict(blocks=(1, 2), features=4)

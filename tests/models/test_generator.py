@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from gating_jax.layers.gate import GATE_RNG, GateSettings
-from gating_jax.models.counts import count
 from gating_jax.models.generator import Critic, Generator
+from gating_jax.models.summary import count
 from gating_jax.ops.macs import executed_macs
 
 

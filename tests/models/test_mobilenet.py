@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gating_jax.models.counts import count
 from gating_jax.models.mobilenet import InvertedResidual, MobileNet
+from gating_jax.models.summary import count
 
 TINY = dict(stages=((1, 4, 1, 1), (3, 6, 2, 2)), stem=4, stem_stride=1, head=5)
 

@@ -8,8 +8,8 @@ import pytest
 
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.models.columns import ResNetColumn, column, column_macs, output_shapes
-from gating_jax.models.counts import count
 from gating_jax.models.resnet import ResNet, resnet
+from gating_jax.models.summary import count
 
 SHAPE, CLASSES, BEFORE, N = (6, 6, 1), 2, 2, 5
 FIELDS = dict(blocks=(1, 2), features=2, shortcut="B")

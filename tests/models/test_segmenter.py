@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
-from gating_jax.models.counts import count
 from gating_jax.models.resnet import ResNet, resnet
 from gating_jax.models.segmenter import Segmenter, enlarge, grid_means
+from gating_jax.models.summary import count
 from gating_jax.ops.macs import gated_macs
 
 RANDOM = np.random.default_rng(0)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from gating_jax.layers.gate import GateSettings
-from gating_jax.models.counts import count, reduced_macs
 from gating_jax.models.resnet import resnet
+from gating_jax.models.summary import count, reduced_macs
 from gating_jax.models.vgg import POOL, VGG, vgg
 from gating_jax.ops.macs import executed_macs
 

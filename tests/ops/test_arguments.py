@@ -10,7 +10,7 @@ from scipy import special
 
 import gating_jax as gj
 from gating_jax.checks import shown
-from gating_jax.ops import compaction, exits, macs, penalties, selection, skipping
+from gating_jax.ops import compaction, confidence, macs, penalties, selection, sparse_backward
 
 Z, KEY, PRIOR = jnp.linspace(-2, 2, 8, dtype=jnp.float32).reshape(4, 2), jax.random.key(0), gj.beta(0.6, 0.4)
 RECORD = gj.GateRecord(Z, jax.nn.sigmoid(Z), gj.threshold_gate(Z), 3)
@@ -169,13 +169,13 @@ LAYERS = {
         lambda: selection.k_for([[True]], 0.5), TypeError,
         "valid must be an [B, T] array of real numbers; got [[True]]"),
     "a list of rows for the entropy": (
-        lambda: exits.entropy_share([[0.0, 1.0]]), TypeError,
+        lambda: confidence.entropy_share([[0.0, 1.0]]), TypeError,
         "logits must be an array of real numbers; got [[0.0, 1.0]]"),
     "text for the threshold": (
-        lambda: exits.stay_logits(Z[None], "0.5"), TypeError,
+        lambda: confidence.stay_logits(Z[None], "0.5"), TypeError,
         "threshold must be a number in (0, 1), a share of the largest entropy; got '0.5'"),
     "exits that do not belong to the answers": (
-        lambda: exits.first_sure(Z[None], Z), ValueError,
+        lambda: confidence.first_sure(Z[None], Z), ValueError,
         "answers must be [N, X + 1, K] for stay [N, X]; got (1, 4, 2), (4, 2)"),
     "text for the MACs of a record": (
         lambda: gj.gated_macs([gj.GateRecord(Z, Z, Z, "3")]), TypeError,
@@ -186,7 +186,7 @@ LAYERS = {
     "places that are no whole numbers": (
         lambda: gj.put_back(Z, Z[:, 0], Z[:, 0], 4), TypeError, "index must be whole numbers; got "),
     "half of a capacity": (
-        lambda: skipping.open_backward(lambda _, x: x, (), Z, Z[:, 0], capacity=1.5), TypeError,
+        lambda: sparse_backward.open_backward(lambda _, x: x, (), Z, Z[:, 0], capacity=1.5), TypeError,
         "capacity must be a whole number >= 0; got 1.5"),
     "sizes that are one size": (
         lambda: compaction.pieces_for(3, 4), TypeError, "sizes must be a list of whole numbers >= 1; got 4"),

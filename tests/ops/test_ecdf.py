@@ -17,8 +17,8 @@ from gating_jax.ops.ecdf import (
   generalised_batch_shaping_loss,
   noise_floor,
 )
+from gating_jax.ops.empirical import empirical
 from gating_jax.ops.priors import Prior, beta, normal, relaxed_bernoulli, uniform
-from gating_jax.ops.samples import empirical
 
 # Sum form and d/dp of p = [0.7, 0.1, 0.95, 0.4] as one gate, worked out with SciPy's `betainc` in float64.
 PROBS = np.array([0.7, 0.1, 0.95, 0.4])

@@ -10,19 +10,19 @@ import pytest
 
 from gating_jax.ops import (
   compaction,
+  confidence,
+  cpu_convs,
   ecdf,
-  exits,
-  kernels,
+  empirical,
   macs,
-  native,
+  native_kernels,
+  pallas_kernels,
   penalties,
   priors,
   ranking,
   relaxations,
-  samples,
   selection,
-  skipping,
-  windows,
+  sparse_backward,
 )
 from gating_jax.types import GateRecord
 from tests.helpers import spread_loss
@@ -90,15 +90,15 @@ LOSSES = {
   "relaxed Bernoulli": shaped(priors.relaxed_bernoulli(SIX_TENTHS, HALF)),
   "relaxed Bernoulli, one for each": shaped(priors.relaxed_bernoulli(EACH, EACH)),
   "custom": matched(EXPONENTIAL, jnp.exp),
-  "samples": matched(samples.empirical(LOGITS)),
-  "samples of one column": matched(samples.empirical(LOGITS[:, 0])),
+  "samples": matched(empirical.empirical(LOGITS)),
+  "samples of one column": matched(empirical.empirical(LOGITS[:, 0])),
 }
 PARAMETERS = {
   "beta": learned(lambda each: priors.beta(each, SIX_TENTHS)),
   "symmetric beta": learned(priors.symmetric_beta),
   "relaxed Bernoulli": learned(lambda each: priors.relaxed_bernoulli(each, HALF)),
   "normal": learned(lambda each: priors.normal(each, HALF), lambda x: x),
-  "samples": gradient(lambda x: ecdf.cdf_matching_loss(x[:3], samples.empirical(x[3:]))),
+  "samples": gradient(lambda x: ecdf.cdf_matching_loss(x[:3], empirical.empirical(x[3:]))),
   "generalised": lambda x: gradient(lambda x, means: sum(map(jnp.sum, (
     ecdf.generalised_batch_shaping_loss(
       x, means, lambda mean: priors.relaxed_bernoulli(mean, HALF), BETA)))), (0, 1))(x, x[0]),
@@ -110,7 +110,7 @@ PRIORS = {
   "normal": densities(priors.normal(EACH)),
   "uniform": densities(priors.uniform()),
   "custom": densities(EXPONENTIAL),
-  "samples": densities(samples.empirical(LOGITS)),
+  "samples": densities(empirical.empirical(LOGITS)),
   "ranks": lambda x: (ecdf.empirical_cdf(x), ecdf.empirical_cdf(jnp.round(x), 1)),
   "sort": lambda x: gradient(lambda x: ranking.sort_with_vjp(x) ** 2)(x),
   "sort of ties": lambda x: gradient(lambda x: ranking.sort_with_vjp(jnp.round(x), 1) ** 2)(x),
@@ -180,11 +180,11 @@ SELECTION = {
   "random": lambda x: selection.random_k(jax.random.key(0), VALID, 2),
   "first": lambda x: (selection.first_k(VALID, 2), selection.first_k(VALID, np.arange(N))),
   "number": lambda x: (selection.k_for(VALID, 0.3), selection.k_for(VALID, 2)),
-  "exits": lambda x: (exits.entropy_share(x), exits.stay_logits(x.reshape(3, 2, C), HALF)),
-  "first sure": lambda x: exits.first_sure(x.reshape(3, 2, C), x[:3, :1]),
+  "exits": lambda x: (confidence.entropy_share(x), confidence.stay_logits(x.reshape(3, 2, C), HALF)),
+  "first sure": lambda x: confidence.first_sure(x.reshape(3, 2, C), x[:3, :1]),
   "open units": lambda x: compaction.open_indices(x[:, 0], 3),
   "put back": lambda x: compaction.put_back(x[:3], *compaction.open_indices(x[:, 0], 3), N),
-  "open backward": gradient(lambda x: x[:, :1] * skipping.open_backward(
+  "open backward": gradient(lambda x: x[:, :1] * sparse_backward.open_backward(
     lambda scale, x: scale * x, x[0, 0], x, (x[:, 0] > 0).astype(x.dtype), capacity=N)),
 }
 
@@ -198,24 +198,24 @@ def kernel(x, *shape):
 
 
 def branch(x):
-  return kernels.Branch(kernel(x, 3, 3, 4, 4), x[0], kernel(x, 1, 1, 4, 2), x[0, :2])
+  return pallas_kernels.Branch(kernel(x, 3, 3, 4, 4), x[0], kernel(x, 1, 1, 4, 2), x[0, :2])
 
 
 ONE = ((1, 1), (1, 1))
 WINDOWS = {
-  "clips": lambda x: windows.convolve_clips(
+  "clips": lambda x: cpu_convs.convolve_clips(
     images(x)[:, :, None], kernel(x, 3, 1, 3, 4, 2), (1, 1, 1), ((1, 1), (0, 0), (1, 1))),
-  "images": lambda x: windows.convolve_images(images(x), kernel(x, 3, 3, 4, 2), (2, 2), ONE),
-  "doubled": lambda x: windows.convolve_doubled(images(x), kernel(x, 3, 3, 4, 2)),
-  "depthwise": lambda x: windows.convolve_depthwise(images(x), kernel(x, 3, 3, 1, 4), (1, 1), ONE),
-  "pool": lambda x: windows.max_pool(images(x), (3, 3), (2, 2)),
+  "images": lambda x: cpu_convs.convolve_images(images(x), kernel(x, 3, 3, 4, 2), (2, 2), ONE),
+  "doubled": lambda x: cpu_convs.convolve_doubled(images(x), kernel(x, 3, 3, 4, 2)),
+  "depthwise": lambda x: cpu_convs.convolve_depthwise(images(x), kernel(x, 3, 3, 1, 4), (1, 1), ONE),
+  "pool": lambda x: cpu_convs.max_pool(images(x), (3, 3), (2, 2)),
 }
 BRANCHES = {
   name: lambda x, way=way: way(branch(x), images(x), x[:2, :2] > 0)
   for name, way in {
-    "masked": kernels.masked_branch,
-    "dispatched": functools.partial(kernels.dispatched_branch, capacity=1),
-    "gated": kernels.gated_branch,
+    "masked": pallas_kernels.masked_branch,
+    "dispatched": functools.partial(pallas_kernels.dispatched_branch, capacity=1),
+    "gated": pallas_kernels.gated_branch,
   }.items()
 }
 
@@ -223,11 +223,11 @@ BRANCHES = {
 def chain(x, implementation):
   kernels_, biases = (kernel(x, 3, 3, 4, 4), kernel(x, 1, 1, 4, 2)), (x[0], x[0, :2])
   gates = (x[:2], x[2:4] > 0, None)
-  return native.gated_chain(images(x), kernels_, biases, gates, implementation=implementation)
+  return native_kernels.gated_chain(images(x), kernels_, biases, gates, implementation=implementation)
 
 
 CHAINS = {"twin": lambda x: chain(x, "jax")}
-if native.available():
+if native_kernels.available():
   CHAINS["native"] = lambda x: chain(x, "native")
 
 HALVES = (jnp.bfloat16, jnp.float16)

@@ -13,8 +13,8 @@ from scipy import special, stats
 
 from gating_jax.ops import beta_cdf
 from gating_jax.ops.ecdf import batch_shaping_loss, cdf_matching_loss
+from gating_jax.ops.empirical import empirical
 from gating_jax.ops.priors import Prior, beta, from_cdf, normal, relaxed_bernoulli, symmetric_beta, uniform
-from gating_jax.ops.samples import empirical
 
 
 def exact_beta(z, a, b):

@@ -5,11 +5,15 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from gating_jax.experiments import continual_build, continual_report, video_build, video_report
-from gating_jax.models import segment_nets, vgg
+from gating_jax.continual import build as continual_build
+from gating_jax.continual import report as continual_report
+from gating_jax.images import report as image_report
+from gating_jax.models import vgg, video_backbones
 from gating_jax.models.resnet import ResNet
-from gating_jax.reports import comparison, image_report, image_rows, page
+from gating_jax.reports import comparison, image_rows, page
 from gating_jax.training import rundir
+from gating_jax.video import build as video_build
+from gating_jax.video import report as video_report
 from tests.helpers import report_data
 from tests.helpers.browser import BROWSER, look_at, printed
 
@@ -105,8 +109,8 @@ PAGES = {
 @pytest.mark.parametrize("kind", PAGES)
 def test_pages_of_tasks_and_videos_load_and_fit(tmp_path, monkeypatch, kind):
   monkeypatch.setitem(vgg.VGGS, "tiny", (8, vgg.POOL, 8))
-  monkeypatch.setitem(segment_nets.LIGHT_NETS, "tiny", (ResNet, dict(classes=None, blocks=(1,), features=4)))
-  monkeypatch.setitem(segment_nets.HEAVY_NETS, "tiny", (ResNet, dict(classes=None, blocks=(1,), features=4)))
+  monkeypatch.setitem(video_backbones.LIGHT_NETS, "tiny", (ResNet, dict(classes=None, blocks=(1,), features=4)))
+  monkeypatch.setitem(video_backbones.HEAVY_NETS, "tiny", (ResNet, dict(classes=None, blocks=(1,), features=4)))
   write, images, headings = PAGES[kind]
   write(tmp_path)
   for width in WIDTHS:

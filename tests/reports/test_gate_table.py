@@ -2,18 +2,18 @@ import csv
 
 import numpy as np
 
+from gating_jax.analysis import outcomes
 from gating_jax.reports import gate_table
-from gating_jax.training import diagnosis
 
 LAYERS = (("stage1_block1/conv1", 2), ("stage2", 1))
-FOUND = diagnosis.Diagnosis(
+FOUND = outcomes.Diagnosis(
     open_rates=np.array([1.0, 0.5, 0.0]), disagreement=np.array([0.0, 0.25, 0.5]),
     input_information=np.array([0.0, 0.5, 0.0]), class_information=np.array([0.0, 0.125, 0.0]),
     outcomes=np.array([0, 3, 2]), floor=0.01)
 
 
 def test_a_row_for_each_layer():
-  head, first, second = gate_table.render(diagnosis.by_layer(FOUND, LAYERS)).splitlines()
+  head, first, second = gate_table.render(outcomes.by_layer(FOUND, LAYERS)).splitlines()
   assert len(head) == len(first) == len(second)
   assert first.split() == ["stage1_block1/conv1", "2", "75.0", "%", "1", "0", "0", "1", "12.5", "%", "0.250", "0.062"]
   assert second.split() == ["stage2", "1", "0.0", "%", "0", "0", "1", "0", "50.0", "%", "0.000", "0.000"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gating_jax.reports import image_rows, lettering, page
+from gating_jax.reports import image_rows, page, text
 
 
 def rows(*counts, channels=3):
@@ -17,7 +17,7 @@ def test_rows_of_any_length_are_drawn(counts, channels):
   file, captions = io.BytesIO(), [["$x$ <script>\n"] * count for count in counts]
   figure = image_rows.draw_rows(rows(*counts, channels=channels), ["two\nlines"] * len(counts), captions)
   assert figure.get_figwidth() == page.WIDTH
-  lettering.save(figure, file)
+  text.save(figure, file)
   picture = np.asarray(Image.open(file).convert("L"))
   assert (picture == 200).mean() > 0.02
 

@@ -1,6 +1,7 @@
 import pytest
 
-from gating_jax.reports import glossary, opening, page, scene_table, table, task_table, times, video_table
+from gating_jax.reports import glossary, opening, page, scene_table, task_table, times, video_table
+from gating_jax.reports import tables as report_tables
 
 START = {"date": "2026-01-02T03:04:05+00:00", "command": "gating-jax --config=a.py", "commit": "abc-dirty",
          "versions": {"jax": "1.2"}, "hardware": "a machine", "devices": 8, "processes": 2}
@@ -87,7 +88,7 @@ TASKS = dict(task_classifier_accuracy=0.5, dense_macs=10, dense_macs_reduced=5, 
 
 
 def test_every_row_of_every_result_is_defined():
-  rows = [*table.rows(RESULT), *scene_table.rows(RESULT | {"iou/a": 0.5}), *video_table.rows(VIDEO),
+  rows = [*report_tables.rows(RESULT), *scene_table.rows(RESULT | {"iou/a": 0.5}), *video_table.rows(VIDEO),
           *video_table.rows({"mean_average_precision": 0.5} | {k: v for k, v in VIDEO.items() if k != "accuracy"}),
           *task_table.costs(TASKS)]
   assert [name for name, _ in rows if not glossary.meaning(name)] == []

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gating_jax.reports import lettering, scene_pictures, scene_table
+from gating_jax.reports import scene_pictures, scene_table, text
 
 NAMES = ("background", "road", "$sky$")
 
@@ -13,7 +13,7 @@ def draw(path, count=2, colours=1, change=0):
   truth = rng.choice([0, 1, 2, 255], (count, 10, 16)).astype(np.uint8)
   predicted = rng.integers(0, 3, (count, 10, 16))
   predicted[0, 0] = (predicted[0, 0] + change) % 3
-  lettering.save(scene_pictures.draw(images, truth, predicted, rng.random(count), NAMES), path)
+  text.save(scene_pictures.draw(images, truth, predicted, rng.random(count), NAMES), path)
   with Image.open(path) as picture:
     assert picture.format == "PNG"
     return picture.size, np.asarray(picture.convert("RGB"))

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from gating_jax.reports import lettering, timeline
+from gating_jax.reports import text as report_text
+from gating_jax.reports import timeline
 from gating_jax.reports.timeline import TimeLine
 
 INCH = 110
@@ -30,7 +31,7 @@ def pixels(tmp_path, lines, **options):
 
 def pixels_of(figure):
   file = io.BytesIO()
-  lettering.save(figure, file)
+  report_text.save(figure, file)
   return np.asarray(Image.open(file).convert("RGB")).astype(int)
 
 

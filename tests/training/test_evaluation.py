@@ -4,8 +4,8 @@ from scipy import special, stats
 from sklearn.metrics import mutual_info_score
 
 from gating_jax.data import batches
-from gating_jax.data.sources import Images
-from gating_jax.models.counts import ModelCounts
+from gating_jax.data.tfds import Images
+from gating_jax.models.summary import ModelCounts
 from gating_jax.training import evaluation
 from gating_jax.training.evaluation import mac_spread
 

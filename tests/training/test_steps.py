@@ -7,8 +7,9 @@ import numpy as np
 import optax
 import pytest
 
-from gating_jax.data import batches, resident
-from gating_jax.data.sources import Images
+from gating_jax.data import batches
+from gating_jax.data import images as in_memory
+from gating_jax.data.tfds import Images
 from gating_jax.ops.macs import gated_macs
 from gating_jax.training import devices, steps
 from gating_jax.training.devices import BATCH, REPLICATED
@@ -40,7 +41,7 @@ def dispatch(k, backend="pmap", gating="channel"):
       steps.resident_steps(tiny.train_step(OPTIMISER, gating=gating, axis_name=devices.AXIS)),
       args=(REPLICATED, REPLICATED, BATCH), results=(REPLICATED, REPLICATED), backend=backend)
   images = devices.replicate(tiny.images(EXAMPLES))
-  return lambda state, at: run(state, images, resident.indices(0, at, k, BATCH_SIZE, EXAMPLES))
+  return lambda state, at: run(state, images, in_memory.indices(0, at, k, BATCH_SIZE, EXAMPLES))
 
 
 @functools.cache

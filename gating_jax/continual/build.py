@@ -1,0 +1,170 @@
+"""From a config of continual learning to its parts, every setting checked before anything is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from gating_jax.continual import choices
+from gating_jax.continual.method import Learner, Method, Problem, Table
+from gating_jax.data import augment, tasks, tfds
+from gating_jax.models.resnet import RESNETS
+from gating_jax.models.summary import count, reduced_macs
+from gating_jax.models.vgg import VGGS
+from gating_jax.training import devices, loop, optim, schedules, settings
+from gating_jax.training.outlines import Outline
+
+
+@dataclasses.dataclass(frozen=True)
+class ContinualExperiment:
+  """What a config describes; `dense_macs` are of the network without gates, with the head of one task."""
+
+  config: ml_collections.ConfigDict
+  tasks: tuple[tasks.Task, ...]
+  problem: Problem
+  method: Method
+  dense_macs: int
+  dense_macs_reduced: int
+  optimiser: optax.GradientTransformation
+  steps_per_epoch: int
+
+  @property
+  def prelude_steps(self) -> int:
+    """Steps of what comes before the training on a task."""
+    return self.config.generator.steps if self.method.prelude else 0
+
+  @property
+  def prelude_batch_size(self) -> int:
+    """Images of one of them."""
+    return self.config.generator.batch_size * self.config.generator.critic_steps
+
+  @property
+  def stages(self) -> range:
+    """The last task of each stage of learning: every task, or where all are learnt together the last one."""
+    return range(len(self.tasks))[-1 if self.method.together else 0 :]
+
+  @property
+  def steps_per_task(self) -> int:
+    """Steps of the prelude and the training of a stage, and one for its end."""
+    return self.prelude_steps + self.steps_per_epoch * self.config.optim.epochs + 1
+
+  @property
+  def total_steps(self) -> int:
+    return self.steps_per_task * len(self.stages)
+
+  def first_step(self, task: int) -> int:
+    """Of the stage that ends with this task."""
+    return self.steps_per_task * self.stages.index(task)
+
+  @property
+  def task_names(self) -> list[str]:
+    """The classes of each task."""
+    names, c = self.tasks[0].train.class_names, self.problem.classes
+    return [", ".join(names[t * c : (t + 1) * c]) for t in range(len(self.tasks))]
+
+  def phases(self, task: int) -> list[loop.LoopSettings]:
+    """Of the prelude and the training of the stage that ends with this task."""
+    first = self.first_step(task)
+    ends = [first + self.prelude_steps] * bool(self.prelude_steps) + [first + self.steps_per_task - 1]
+    return [loop.LoopSettings(end, log_every=self.config.log_every, checkpoint_every=self.config.checkpoint_every)
+            for end in ends]
+
+  def key(self, purpose: int) -> jax.Array:
+    """A key of the run that no training step uses."""
+    return jax.random.fold_in(jax.random.key(self.config.seed, impl="rbg"), purpose)
+
+  def fresh(self) -> Learner:
+    """A learner that has learnt nothing."""
+    @jax.jit
+    def init(key):
+      start = self.method.init(key)
+      table = Table(*(jnp.full((len(self.tasks),) * 2, jnp.nan, jnp.float32) for _ in Table._fields))
+      return Learner(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), *start[:2],
+                     self.optimiser.init(start.params), start.memory, table)
+
+    return init(self.key(0))
+
+
+def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = None) -> ContinualExperiment:
+  """Checks every setting, then reads the data. Raises ValueError naming the field, or `DatasetNotPreparedError`.
+
+  `known` are outlines of the tasks' training sets, in place of reading them.
+  """
+  data, training = config.data, config.optim
+  _check(config)
+  if known is None:
+    sequence = _read_tasks(config)
+  else:
+    sequence = tuple(tasks.Task(train=each, validation=each, test=each) for each in known)
+  shape = sequence[0].train.shape
+  settings.check_channels(data, shape[-1])
+  smallest = min(len(task.train) for task in sequence)
+  if training.batch_size > smallest:
+    raise ValueError(f"optim.batch_size must be at most {smallest}, the training images of the smallest task; "
+                     f"got {training.batch_size}")
+  problem = Problem(
+      tasks=len(sequence), classes=config.tasks.classes_per_task, shape=shape, axis_name=devices.AXIS,
+      normalise=lambda pixels: augment.normalise(pixels, data.mean, data.std), batch_size=training.eval_batch_size,
+      augment=lambda key, pixels: augment.crop_and_flip(
+          key, pixels, pad=data.pad, flip=data.flip, axis_name=devices.AXIS))
+  method = choices.build(config, problem)
+  if method.prelude and (size := config.generator.batch_size * config.generator.critic_steps) > smallest:
+    raise ValueError(f"generator.batch_size times generator.critic_steps must be at most {smallest}, the training "
+                     f"images of the smallest task; got {size}")
+  per_epoch = smallest // training.batch_size
+  with settings.named("optim"):
+    rate = schedules.learning_rate(training.schedule, training.learning_rate, training.epochs * per_epoch,
+                                   warmup=training.warmup, drops=training.drops, factor=training.drop_factor)
+    sgd = optim.sgd(rate, momentum=training.momentum, weight_decay=training.weight_decay,
+                    # HAT's masks are parameters of gates as well, whose pace it sets itself.
+                    gate_multiplier=1.0 if config.method == "hat" else training.gate_multiplier)
+  optimiser = optax.chain(optax.clip_by_global_norm(training.clip), sgd)
+  dense = choices.network(config, problem, classes=problem.classes, gated=False)
+  return ContinualExperiment(config, sequence, problem, method, count(dense, problem.shape).macs,
+                             reduced_macs(dense, problem.shape), optimiser, per_epoch)
+
+
+def _read_tasks(config: ml_collections.ConfigDict) -> tuple[tasks.Task, ...]:
+  data = config.data
+  names = settings.feature_names(data)
+  train, test = (tfds.load(data.name, split, data.data_dir, data.image_size, *names)
+                 for split in (data.train_split, data.test_split))
+  with settings.named("tasks"):
+    return tasks.make_tasks(train, test, **config.tasks)
+
+
+def _check(config: ml_collections.ConfigDict) -> None:
+  settings.check(
+      config,
+      choices={
+          "method": choices.METHODS,
+          "model.name": (*VGGS, *RESNETS),
+          "model.dtype": settings.DTYPES,
+          "router.rehearsal": choices.REHEARSALS,
+          "optim.schedule": schedules.LEARNING_RATES,
+          "devices.backend": devices.BACKENDS,
+      },
+      positive=("model.width", "optim.learning_rate", "optim.gate_multiplier", "optim.drop_factor", "optim.clip"),
+      not_negative=("optim.weight_decay", "generator.gates.noise_scale", "generator.gates.sparsity",
+                    "generator.gates.patience"),
+      at_least={"seed": 0, "data.pad": 0, "data.image_size": 0, "tasks.classes_per_task": 1, "tasks.count": 0,
+                "replay.batch_size": 1, "generator.steps": 1, "generator.batch_size": 1,
+                "generator.latent": 1, "generator.width": 1,
+                "optim.epochs": 1, "optim.batch_size": 1, "optim.eval_batch_size": 1, "log_every": 1,
+                "checkpoint_every": 1},
+      numbers=("data.mean", "data.std"),
+      rules={
+          "data.std": (lambda std: min(std) > 0, "a tuple of positive numbers"),
+          "optim.drops": (settings.all_numbers, "a tuple of fractions"),
+          "replay.batch_size": settings.divides_over_devices(),
+          "optim.batch_size": settings.divides_over_devices(),
+          "optim.eval_batch_size": settings.divides_over_devices(),
+          "generator.batch_size": settings.divides_over_devices(),
+          "generator.gates.threshold": (lambda share: 0 <= share < 1, "a share in [0, 1)"),
+          "tasks.order_seed": (lambda seed: seed is None or seed >= 0, "None or >= 0"),
+      })

@@ -1,0 +1,55 @@
+"""`--mode=compile` of continual learning: the net of each task compiled to skip what its gates close.
+
+Reference: Abati et al., 2020.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+
+from gating_jax.continual import choices
+from gating_jax.continual.build import ContinualExperiment
+from gating_jax.continual.method import Learner
+from gating_jax.inference import folding
+from gating_jax.inference.compiled import compile_conditional
+from gating_jax.inference.folded import Folded
+from gating_jax.inference.timings import Timing
+from gating_jax.reports import compile_report
+from gating_jax.training import rundir
+
+
+def run(experiment: ContinualExperiment, run_dir: rundir.RunDir, step: int, learner: Learner) -> None:
+  """Writes the tables of every task learnt, the task known, calibrated on its training images.
+
+  Raises:
+    RunDirError: they are there, or are being written.
+    ValueError: as of `check`.
+  """
+  check(experiment)
+  compile_report.write(run_dir, step, _tables(experiment, jax.device_get(learner)))
+
+
+def check(experiment: ContinualExperiment) -> None:
+  """Raises ValueError for a method whose tasks have no gates that look at images, or a model that cannot be folded."""
+  if experiment.method.task_net is None:
+    raise ValueError("method must be one whose tasks have gates that look at images, as 'gates' and 'multitask_gates', "
+                     f"to be compiled; got {experiment.config.method!r}")
+  folding.check(choices.network(experiment.config, experiment.problem, classes=None, gated=True))
+
+
+def _tables(experiment: ContinualExperiment, learner: Learner) -> Iterator[tuple[str, Sequence[Timing]]]:
+  for task in range(int(learner.task)):
+    compiled = functools.partial(compile_conditional, folded_net(experiment, learner, task))
+    images = compile_report.calibration(experiment.tasks[task].train, experiment.problem.normalise)
+    for title, rows in compile_report.of_images(compiled, images):
+      yield f"task {task + 1}, {experiment.task_names[task]}: {title}", rows
+
+
+def folded_net(experiment: ContinualExperiment, learner: Learner, task: int) -> Folded:
+  """What runs for a task that is learnt. Raises ValueError for a model that cannot be folded."""
+  net = experiment.method.task_net(learner, task)
+  return dataclasses.replace(folding.fold(net.model, net.variables), classifier=net.classifier)

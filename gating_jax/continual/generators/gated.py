@@ -1,0 +1,71 @@
+"""Gates per task in one generator of images, with nothing forgotten: task-gated networks, from latents to pixels.
+
+After a task a unit is relevant if its gate opened often enough, over many fresh latents. The gates of the others are
+shut for good and the filters of relevant units frozen, by masking their updates; all other filters begin anew. Then the
+images of the task are the same, bit for bit, whatever is learnt later. A task may use the filters of those before it,
+and where a layer has none left it uses nothing else.
+
+Axes: U gated units of the generator.
+Reference: Abati et al., 2020, section 3.2, of classifiers.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gating_jax.continual import shared_net, units
+from gating_jax.continual.generators import shared as shared_generator
+from gating_jax.continual.generators import wgan
+from gating_jax.models.generator import Generator
+from gating_jax.types import Array
+
+_PROBES, _PROBE_BATCHES = 250, 40  # latents that show which gates a task opens, in so many batches
+Tree = Any
+
+
+def gated(generator: Generator, tasks: int, gates: units.ProtectionSettings) -> shared_generator.Protection:
+  """The protection; its patience is in steps.
+
+  Its state: `frozen`, for each shared parameter, whether it is by its last axis; `relevant` `[T, U]`.
+  """
+  records = shared_generator.records(generator)
+
+  def init(shared):
+    return {"frozen": units.nothing_frozen(shared, records),
+            "relevant": jnp.zeros((tasks, sum(r.gates.shape[-1] for r in records)), bool)}
+
+  def begin(state, shared, fresh, key):
+    return {**fresh, "shared": units.begin_anew(state["frozen"], shared, fresh["shared"])}
+
+  def training(state, step):
+    available = np.ones(state["relevant"].shape[1], bool)
+    free = jax.tree.map(jnp.logical_not, state["frozen"]) if gates.protect_updates else {}
+    return {"update": lambda updates, params: shared_generator.slowed(updates, free),
+            "records_loss": lambda records: gates.price(step) * units.open_share(records, available)}
+
+  def finish(state, task, params, batch_stats, key):
+    variables = {"params": shared_net.merge(params["shared"], params["own"]), "batch_stats": batch_stats}
+    relevant = open_rates(generator, variables, key) > gates.threshold
+    own = units.shut(params["own"], records, relevant) if gates.shut_gates else params["own"]
+    return {"frozen": units.freeze(state["frozen"], records, relevant),
+            "relevant": state["relevant"].at[task].set(relevant)}, own
+
+  return shared_generator.Protection(init, begin, training, finish)
+
+
+def open_rates(generator: Generator, variables: Tree, key: Array) -> np.ndarray:
+  """`[U]`, the share of latents, as many of each class, for which each gate opens."""
+  counts = sum(np.asarray(_opened(generator, variables, jax.random.fold_in(key, i))) for i in range(_PROBE_BATCHES))
+  return counts / (_PROBES * _PROBE_BATCHES)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _opened(generator: Generator, variables: Tree, key: Array) -> Array:
+  labels = jnp.arange(_PROBES) % generator.classes
+  _, records = generator.apply(variables, wgan.latents(key, _PROBES, generator.latent), labels)
+  return jnp.sum(units.joined(records), axis=0)

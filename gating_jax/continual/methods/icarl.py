@@ -1,0 +1,141 @@
+"""iCaRL: the nearest mean of exemplars decides, in features learnt by sigmoid outputs and distillation.
+
+    L = mean over images of  sum_{c of this task} BCE(s_c, [c = y])  +  sum_{c of earlier tasks} BCE(s_c, s*_c)
+
+over the batch and the exemplars drawn with it, s* the sigmoid outputs at the end of the task before. After a task the
+exemplars of a class are chosen by herding: each brings the mean of those so far closest to that of the class,
+
+    p_k = argmin_x |mu - (f(x) + sum_{j < k} f(p_j)) / k|
+
+and an image has the class whose exemplars' mean is nearest to its features f, of norm 1. The head is for training only.
+
+Axes: N or M images, S slots, K classes, C of a task, F features.
+Reference: Rebuffi et al., "iCaRL: Incremental classifier and representation learning", 2017.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gating_jax.continual import memory
+from gating_jax.continual.method import Batch, Learner, Method, Network, Prediction, Start, TaskData
+from gating_jax.types import Array, Records
+
+
+class Headed(nn.Module):
+  """A network of features, `[N, H, W, D]` images to `([N, F], records)`, with a linear head of `classes` logits."""
+
+  body: nn.Module
+  classes: int
+
+  def setup(self):
+    self.head = nn.Dense(self.classes)
+
+  def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
+    features, records = self.body(x, train)
+    return self.head(features), records
+
+  def unit_features(self, x: Array) -> Array:
+    """`[N, F]` of norm 1, in evaluation."""
+    return _unit(self.body(x)[0])
+
+
+def icarl(network: Network, rehearsal: memory.ReplaySettings) -> Method:
+  """The method, of a network whose model is `Headed`.
+
+  Memory: `exemplars`, a `replay.Memory`; `means` `[K, F]`, of the exemplars of each class; `has_mean` `[K]`; `teacher`,
+  parameters and statistics after the last task.
+  """
+  problem, model = network.problem, network.model
+  if rehearsal.images < problem.all_classes:
+    raise ValueError(f"images must be at least {problem.all_classes}, an exemplar of every class; "
+                     f"got {rehearsal.images}")
+
+  def features(learner: Learner, x: Array) -> Array:
+    return model.apply({"params": learner.params, "batch_stats": learner.batch_stats}, x, method="unit_features")
+
+  def init(key: Array) -> Start:
+    params, batch_stats = network.init(key)
+    return Start(params, batch_stats, {
+        "exemplars": memory.empty(rehearsal.images, problem.shape),
+        "means": jnp.zeros((problem.all_classes, params["head"]["kernel"].shape[0])),
+        "has_mean": jnp.zeros(problem.all_classes, bool),
+        "teacher": {"params": params, "batch_stats": batch_stats},
+    })
+
+  def loss(params: Any, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
+    noise, drawing = jax.random.split(batch.key)
+    x, labels, _, _ = memory.draw_inputs(
+        learner.memory["exemplars"], drawing, batch, problem, rehearsal.batch_size)
+    x, labels = jnp.concatenate([batch.x, x]), jnp.concatenate([batch.labels, labels])
+    logits, batch_stats = network.train_logits(params, learner.batch_stats, x, noise)
+    teacher = network.logits(**learner.memory["teacher"], x=x)
+    new, old = sigmoid_losses(logits, teacher, labels, learner.task, problem.classes)
+    return new + old, ({"cross_entropy": new, "distillation": old}, batch_stats)
+
+  def end_task(learner: Learner, data: TaskData, key: Array) -> Learner:
+    labels, of_images = np.asarray(data.labels), problem.in_batches(features, learner, data.pixels)
+    each = -(-rehearsal.images // ((int(learner.task) + 1) * problem.classes))
+    places = [np.flatnonzero(labels == c) for c in np.unique(labels)]
+    order = np.concatenate([p[herd(of_images[p], each)] for p in places])
+    exemplars = memory.keep_first(learner.memory["exemplars"], np.asarray(data.pixels)[order], labels[order])
+    means, has_mean = class_means(
+        problem.in_batches(features, learner, exemplars.pixels), exemplars.labels, problem.all_classes)
+    teacher = {"params": learner.params, "batch_stats": learner.batch_stats}
+    return learner.replace(memory={"exemplars": exemplars, "means": means, "has_mean": has_mean, "teacher": teacher})
+
+  def predict(learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
+    scores = nearest_mean(features(learner, x), learner.memory["means"], learner.memory["has_mean"])
+    return network.prediction(scores, task, seen)
+
+  return Method(init, loss, end_task, predict)
+
+
+def sigmoid_losses(logits: Array, teacher: Array, labels: Array, task: Array, classes: int) -> tuple[Array, Array]:
+  """Means over images of the two sums of the loss, from `[N, K]` logits of the network and of the last task's."""
+  of_class = jnp.arange(logits.shape[1]) // classes
+  mean_sum = lambda target, counted: jnp.mean(
+      jnp.sum(optax.sigmoid_binary_cross_entropy(logits, target), axis=-1, where=counted))
+  return (mean_sum(jax.nn.one_hot(labels, logits.shape[1]), of_class == task),
+          mean_sum(jax.nn.sigmoid(teacher), of_class < task))
+
+
+def herd(features: np.ndarray, count: int) -> np.ndarray:
+  """Places of at most `count` of the M images of a class, `[M, F]`, whose running mean stays closest to that of all.
+
+  >>> herd(np.array([[0.0], [4.0], [5.0], [11.0]]), 3).tolist()
+  [2, 1, 3]
+  """
+  features = np.asarray(features, np.float64)
+  mean, total, chosen = features.mean(axis=0), np.zeros(features.shape[1]), []
+  left = np.ones(len(features), bool)
+  square = np.sum(features**2, axis=1)
+  for k in range(1, min(count, len(features)) + 1):
+    gap = square - 2 * features @ (k * mean - total)  # |k mu - total - f|^2, but for what is the same for all
+    chosen.append(int(np.argmin(np.where(left, gap, np.inf))))
+    left[chosen[-1]] = False
+    total += features[chosen[-1]]
+  return np.array(chosen)
+
+
+def class_means(features: Array, labels: Array, classes: int) -> tuple[Array, Array]:
+  """`[K, F]` means of `[S, F]` features, of norm 1, and `[K]`, whether there is any; slots of label -1 do not count."""
+  member = jax.nn.one_hot(labels, classes)
+  return _unit(member.T @ features), jnp.any(member > 0, axis=0)
+
+
+def nearest_mean(features: Array, means: Array, has_mean: Array) -> Array:
+  """`[N, K]` scores: minus the squared distance to each mean, minus infinity where there is none."""
+  distance = jnp.sum(jnp.square(features[:, None] - means), axis=-1)
+  return jnp.where(has_mean, -distance, -jnp.inf)
+
+
+def _unit(x: Array) -> Array:
+  return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

@@ -1,0 +1,116 @@
+"""Progressive networks: a column for every task, which looks at the older ones; these are frozen for good.
+
+    h_i = f(W h_{i-1} + U ReLU(V [alpha_j h_{i-1}^j]_j)),   j over the columns before; which layers: models/columns.py
+
+Nothing is forgotten, and nothing tells which task an image is of: when that is unknown, the class with the highest
+probability of all heads is taken.
+
+Axes: N examples, T tasks, C classes of a task, J = T - 1 columns before the last.
+Reference: Rusu et al., "Progressive neural networks", 2016.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax import lax
+
+from gating_jax.continual import shared_net
+from gating_jax.continual.method import (
+  Batch,
+  Holdings,
+  Learner,
+  Method,
+  Prediction,
+  Problem,
+  Start,
+  TaskData,
+  tree_size,
+)
+from gating_jax.models.columns import Column, column_macs, output_shapes
+from gating_jax.types import Array
+
+Tree = Any
+
+
+def progressive(column: Column, problem: Problem) -> Method:
+  """The method, of as many such columns as there are tasks."""
+  return _Progressive(column, problem).method()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Progressive:
+  """The functions of the method, over the parameters and statistics of the column that is being trained.
+
+  Memory: `{"params", "batch_stats"}` of every task's column, `[T, ...]`.
+  """
+
+  column: Column
+  problem: Problem
+
+  def method(self) -> Method:
+    return Method(self.init, self.loss, self.end_task, self.predict, holdings=self.holdings)
+
+  def init(self, key: Array) -> Start:
+    column = self._fresh(key)
+    return Start(column["params"], column["batch_stats"], shared_net.stack(column, self.problem.tasks))
+
+  def loss(self, params: Tree, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
+    before = self._none(len(batch.x))
+
+    def fill(j, before):
+      return self._put(before, j, self._run(learner.memory, j, batch.x, before)[1])
+
+    before = lax.fori_loop(0, jnp.minimum(learner.task, self.problem.tasks - 1), fill, before)
+    (logits, _), new = self.column.apply(
+        {"params": params, "batch_stats": learner.batch_stats}, batch.x, before, train=True, mutable=["batch_stats"])
+    terms = shared_net.head_terms(logits, batch.labels, learner.task, self.problem)
+    return terms["cross_entropy"], (terms, new.get("batch_stats", {}))
+
+  def end_task(self, learner: Learner, data: TaskData, key: Array) -> Learner:
+    column, fresh = {"params": learner.params, "batch_stats": learner.batch_stats}, self._fresh(key)
+    return learner.replace(**fresh, memory=shared_net.put(learner.memory, int(learner.task), column))
+
+  def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
+    def one(before, j):
+      logits, outputs = self._run(learner.memory, j, x, before)
+      return self._put(before, j, outputs), logits
+
+    _, logits = lax.scan(one, self._none(len(x)), jnp.arange(seen))
+    macs = [column_macs(self.column, self.problem.shape, j) for j in range(seen)]
+    layers, heads = (np.array(column, np.float32) for column in zip(*macs, strict=True))
+    every = lambda total: jnp.broadcast_to(total, logits.shape[:-1])
+    aware = every((np.cumsum(layers) + heads)[:, None])
+    return shared_net.prediction(self.problem, logits, task, aware, every(layers.sum() + heads.sum())[0])
+
+  def holdings(self, learner: Learner) -> Holdings:
+    """Adapters are made with a place for every other column; of column j the j that are used are counted."""
+    learnt, places = int(learner.task), max(1, self.problem.tasks - 1)
+    adapters = sum(leaf.size for path, leaf in traverse_util.flatten_dict(learner.params).items()
+                   if any("adapter" in name for name in path))
+    used = learnt * (tree_size(learner.params) - adapters) + learnt * (learnt - 1) // 2 * (adapters // places)
+    return Holdings(used, 0.0)
+
+  def _fresh(self, key: Array) -> dict[str, Tree]:
+    variables = self.column.init(key, jnp.zeros((1, *self.problem.shape)), self._none(1))
+    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+  def _none(self, examples: int) -> tuple[Array, ...]:
+    """What a column sees before which there is none; at least one place, of zeros, where there is one task."""
+    places = max(1, self.problem.tasks - 1)
+    return tuple(jnp.zeros((places, examples, *shape), self.column.dtype)
+                 for shape in output_shapes(self.column, self.problem.shape))
+
+  def _run(self, columns: Tree, j: Array, x: Array, before: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+    """Logits and layers of column j in evaluation; `before` is zeros for columns from j on."""
+    return self.column.apply(jax.tree.map(lambda tree: tree[j], columns), x, before)
+
+  def _put(self, before: tuple[Array, ...], j: Array, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
+    """`before` with these of column j; those of the last column, which none comes after, are in nobody's way."""
+    return tuple(b.at[j].set(o, mode="drop") for b, o in zip(before, outputs, strict=True))

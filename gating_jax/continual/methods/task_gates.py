@@ -1,0 +1,279 @@
+"""Task-gated networks: one gate network per task chooses filters, and those that a task needs never change again.
+
+The convolutions are shared. All else (gate networks, BatchNorm, head) every task has for itself. After a task:
+
+1. A unit is relevant if its gate opened often enough on the task's validation images. The gates of the others are shut
+   for good, so that no test image of the task can ever open a filter that is no longer the task's.
+2. The filters of relevant units are frozen, by masking their updates; all other filters begin anew.
+
+Then the task's logits are the same, bit for bit, whatever is learnt later.
+
+Axes: N examples, T tasks, C classes of a task, F features, U gated units of the network.
+Reference: Abati et al., "Conditional channel gated networks for task-aware continual learning", CVPR 2020.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gating_jax.checks import one_of
+from gating_jax.continual import memory as replay_memory
+from gating_jax.continual import router, shared_net, units
+from gating_jax.continual.method import (
+  Batch,
+  Holdings,
+  Learner,
+  Method,
+  Network,
+  Prediction,
+  Problem,
+  Start,
+  TaskData,
+  TaskNet,
+  tree_megabytes,
+  tree_size,
+)
+from gating_jax.continual.rehearsal import Rehearsal, make_prelude
+from gating_jax.continual.task_inference import OfFeatures, OfNetwork, TaskClassifier
+from gating_jax.layers.gate import GATE_RNG
+from gating_jax.models.summary import ModelCounts
+from gating_jax.training.closing import CLOSED, closed_share
+from gating_jax.types import Array
+
+WHEN_FULL = ("error", "reuse", "grow")
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskGatesSettings(units.ProtectionSettings):
+  """How tasks are gated and protected: patience in epochs, relevance on validation images.
+
+  Attributes:
+    when_full: what happens where a layer has no free unit for the next task: `error`; `reuse` of the old ones alone; or
+      `grow`, by the share `growth` of its first width.
+    growth: see `allocated`; what a layer has not grown to yet is shut. What no gate switches, the stem of a residual
+      net, has its last width from the start.
+    own_norms: BatchNorm for every task, the third protection.
+  """
+
+  when_full: str = "error"
+  growth: float = 0.25
+  own_norms: bool = True
+
+  def __post_init__(self):
+    super().__post_init__()
+    one_of("when_full", self.when_full, WHEN_FULL)
+    if not self.growth >= 0:
+      raise ValueError(f"growth must be >= 0; got {self.growth}")
+
+  def allocated(self, tasks: int) -> float:
+    """How many times as wide as it begins the network must be made."""
+    return 1 + self.growth * (tasks - 1) if self.when_full == "grow" else 1.0
+
+
+class FullLayerError(ValueError):
+  """A layer has no unit left for the next task; the message names it and the settings that help."""
+
+
+def task_gates(
+    model: nn.Module, problem: Problem, counts: ModelCounts, settings: TaskGatesSettings,
+    rehearsal: Rehearsal | None = None, router_settings: router.RouterSettings | None = None,
+    network: Network | None = None, distillation: float = 0.0,
+) -> Method:
+  """The method.
+
+  Args:
+    model: from images to `([N, F] features, records)`, its records naming their writers.
+    problem: what it learns.
+    counts: of the model, as wide as it may grow.
+    settings: see there.
+    rehearsal: of the classifier of tasks, for when the task is unknown; None for none: then the class with the highest
+      probability of all heads is taken.
+    router_settings: of that classifier.
+    network: of all classes, to be the classifier of tasks in place of one of all streams' features; see
+      `task_classifiers.OfNetwork`. It is trained beside the streams, under one bound on the gradient's norm.
+    distillation: w, how much such a network teaches the stream of the task being learnt.
+  Raises:
+    ValueError: a network without rehearsal, rehearsal without a network or `router_settings`, or a negative
+      `distillation`.
+  """
+  if not distillation >= 0:
+    raise ValueError(f"distillation must be >= 0; got {distillation}")
+  net = shared_net.SharedNet(model, problem, settings.own_norms)
+  if network is not None and rehearsal is None:
+    raise ValueError("a network that tells tasks apart needs images of earlier ones; got no rehearsal")
+  classifier = None
+  if network is not None:
+    classifier = OfNetwork(rehearsal, network, distillation)
+  elif rehearsal is not None:
+    if router_settings is None:
+      raise ValueError("router_settings must be given with rehearsal but no network; got None")
+    classifier = OfFeatures(net, rehearsal, router_settings)
+  gates = _TaskGates(net, counts, settings, classifier)
+  return Method(gates.init, gates.loss, gates.end_task, gates.predict, update=gates.update, holdings=gates.holdings,
+                check_room=gates.check_room, prelude=make_prelude(rehearsal, problem), task_net=gates.task_net)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TaskGates:
+  """The functions of the method, over parameters `{"shared", "own"}` and statistics of the same two parts.
+
+  Memory: `available` `[U]`, the units that may be used; `own`, every task's parameters and statistics, `[T, ...]`;
+  `frozen`, for each shared parameter, whether it is, as a whole or by its last axis; `relevant` `[T, U]`. With a
+  classifier of tasks there are its parameters and statistics, `router`, and a memory `rehearsal` as well.
+  """
+
+  net: shared_net.SharedNet
+  counts: ModelCounts
+  settings: TaskGatesSettings
+  classifier: TaskClassifier | None
+
+  @property
+  def problem(self) -> Problem:
+    return self.net.problem
+
+  def init(self, key: Array) -> Start:
+    records, _ = self.net.shapes
+    available = units.first_units(records, self.settings.allocated(self.problem.tasks))
+    keys = jax.random.split(key, 3)
+    params, batch_stats = self._fresh(keys[0], available)
+    memory = {
+        "own": shared_net.stack({"params": params["own"], "batch_stats": batch_stats["own"]}, self.problem.tasks),
+        "frozen": units.nothing_frozen(params["shared"], records),
+        "relevant": jnp.zeros((self.problem.tasks, len(available)), bool),
+        "available": available,
+    }
+    if self.classifier is not None:
+      memory["rehearsal"] = self.classifier.rehearsal.init(keys[2])
+      params["router"], of_classifier = self.classifier.init(keys[1])
+      batch_stats |= of_classifier
+    return Start(params, batch_stats, memory)
+
+  def loss(self, params: Tree, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
+    noise, drawing = jax.random.split(batch.key)
+    x = batch.x
+    if self.classifier is not None:
+      replayed = self.classifier.rehearsal.replay(learner.memory["rehearsal"], batch, learner.task, drawing)
+      x = self.classifier.streamed(batch, replayed)
+    stream = self.net.apply(params, learner.batch_stats, x, train=True, rngs={GATE_RNG: noise})
+    logits, records, batch_stats = stream.logits, stream.records, stream.batch_stats
+    if len(x) > len(batch.x):
+      (logits, records), _ = replay_memory.part((logits, records), len(batch.x), len(replayed.x))
+    terms = shared_net.head_terms(logits, batch.labels, learner.task, self.problem)
+    available = learner.memory["available"]
+    terms["sparsity"] = units.open_share(records, available)
+    terms[CLOSED] = closed_share(records, axis_name=self.problem.axis_name, of=available)
+    total = terms["cross_entropy"] + self.settings.price(batch.epoch) * terms["sparsity"]
+    if self.classifier is not None:
+      more = self.classifier.loss(params, learner, batch, replayed, stream, noise)
+      total, terms, batch_stats = total + more.total, terms | more.terms, batch_stats | more.batch_stats
+    return total, (terms, batch_stats)
+
+  def update(self, updates: Tree, grads: Tree, learner: Learner) -> tuple[Tree, Tree]:
+    updates = dict(updates)
+    if self.classifier is not None:
+      updates["router"] = self.classifier.update(updates["router"], learner.task)
+    if self.settings.protect_updates:
+      still = lambda u, frozen: jnp.where(frozen, 0, u)
+      updates["shared"] = jax.tree.map(still, updates["shared"], learner.memory["frozen"])
+    return updates, learner.memory
+
+  def end_task(self, learner: Learner, data: TaskData, key: Array) -> Learner:
+    task, memory = int(learner.task), learner.memory
+    records, _ = self.net.shapes
+    relevant = self._open_rates(learner, data.validation_pixels) > self.settings.threshold
+    available = self._make_room(memory, relevant, task)
+    own = learner.params["own"]
+    if self.settings.shut_gates:
+      own = {**own, "net": units.shut(own["net"], records, relevant)}
+    frozen = units.freeze(memory["frozen"], records, relevant)
+    own_key, key = jax.random.split(key)
+    fresh, fresh_stats = self._fresh(own_key, available)
+    shared = units.begin_anew(frozen, learner.params["shared"], fresh["shared"])
+    memory = memory | {
+        "own": shared_net.put(memory["own"], task, {"params": own, "batch_stats": learner.batch_stats["own"]}),
+        "frozen": frozen,
+        "relevant": memory["relevant"].at[task].set(relevant),
+        "available": jnp.asarray(available)}
+    learner = learner.replace(params={**learner.params, "shared": shared, "own": fresh["own"]}, memory=memory,
+                              batch_stats={**learner.batch_stats, "own": fresh_stats["own"]})
+    return learner if self.classifier is None else self._rehearse(learner, data, key)
+
+  def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
+    stream = self._streams(learner, x, seen)
+    macs = shared_net.macs(stream, self.counts, self.problem.classes)
+    if self.classifier is None:
+      return shared_net.prediction(self.problem, stream.logits, task, macs, macs.sum(0))
+    told = self.classifier.tell(learner, x, stream, macs)
+    chosen = (jnp.arange(seen)[:, None] == told.task)[..., None]
+    scores = jnp.where(chosen, jax.nn.log_softmax(stream.logits) + told.scores, -jnp.inf)
+    return shared_net.prediction(self.problem, stream.logits, task, macs, told.macs, scores)
+
+  def holdings(self, learner: Learner) -> Holdings:
+    learnt, memory, records = int(learner.task), learner.memory, self.net.shapes[0]
+    own, shared = jax.tree.map(lambda x: x[:learnt], memory["own"]), learner.params["shared"]
+    images = 0.0
+    if self.classifier is not None:
+      images = self.classifier.rehearsal.megabytes(memory["rehearsal"], learnt)
+    return Holdings(
+        params=tree_size((own["params"], {k: v for k, v in learner.params.items() if k != "own"})) - units.waiting(
+            shared, records, np.asarray(memory["available"])),
+        memory_mb=tree_megabytes((memory["frozen"], memory["relevant"])) + images,
+        relevant=units.used_by(memory["relevant"], memory["available"], records))
+
+  def task_net(self, learner: Learner, task: Array) -> TaskNet:
+    return self.net.net_of(learner.params, learner.batch_stats, learner.memory["own"], task)
+
+  def _rehearse(self, learner: Learner, data: TaskData, key: Array) -> Learner:
+    """Ends the training of the classifier of tasks, and keeps what is to be rehearsed."""
+    memory, task = learner.memory, int(learner.task)
+    of_classifier, keeping = jax.random.split(key)
+    trained = self.classifier.end_task(learner, data, of_classifier)
+    kept = self.classifier.rehearsal.keep(memory["rehearsal"], data, task, keeping)
+    return learner.replace(params={**learner.params, "router": trained}, memory={**memory, "rehearsal": kept})
+
+  def _fresh(self, key: Array, available: Array) -> tuple[Tree, Tree]:
+    """What the next task begins with; it can use the available units."""
+    params, batch_stats = self.net.fresh(key)
+    net = units.shut(params["own"]["net"], self.net.shapes[0], available)
+    return {**params, "own": {**params["own"], "net": net}}, batch_stats
+
+  def _streams(self, learner: Learner, x: Array, seen: int) -> shared_net.Stream:
+    """All tasks learnt, side by side."""
+    own = jax.tree.map(lambda tree: tree[:seen], learner.memory["own"])
+    return self.net.side_by_side(learner.params, learner.batch_stats, own, x)
+
+  def _open_rates(self, learner: Learner, pixels: Array) -> np.ndarray:
+    """`[U]`, the share of images for which each gate of the task being learnt opens."""
+    gates = lambda learner, x: units.joined(self.net.apply(learner.params, learner.batch_stats, x).records)
+    return self.problem.in_batches(gates, learner, pixels).mean(axis=0, dtype=np.float64)
+
+  def _make_room(self, memory: Mapping[str, Any], relevant: np.ndarray, task: int) -> np.ndarray:
+    """The units of the next task: those of this one, and more in a layer that is full, if it may grow."""
+    available = np.asarray(memory["available"])
+    if task + 1 == self.problem.tasks or self.settings.when_full != "grow":
+      return available
+    records, used = self.net.shapes[0], np.asarray(memory["relevant"]).any(0) | relevant
+    full = units.full_layers(records, used, available)
+    return units.grown(records, available, full, growth=self.settings.growth,
+                       allocated=self.settings.allocated(self.problem.tasks))
+
+  def check_room(self, learner: Learner) -> None:
+    """Raises FullLayerError where the next task would find no free unit in some layer, unless it may do without."""
+    records, task = self.net.shapes[0], int(learner.task)
+    full = units.full_layers(records, *(np.asarray(x) for x in (
+        learner.memory["relevant"].any(0), learner.memory["available"])))
+    if task == self.problem.tasks or not full or self.settings.when_full == "reuse":
+      return
+    names = ", ".join(units.layer_name(records[i]) for i in full)
+    raise FullLayerError(
+        f"after task {task} of {self.problem.tasks} no unit is free for the next one in {names}; a larger "
+        "model.width or gates.sparsity, a lower gates.patience or a higher gates.threshold leave more; "
+        "gates.when_full=grow adds some, and gates.when_full=reuse goes on with the old ones (in a new workdir)")

@@ -1,0 +1,163 @@
+"""A network whose convolutions all tasks share; the rest (gates, BatchNorm), and a head, every task has for itself.
+
+Parameters and statistics are trees of two parts, `{"shared", "own"}`; those of every task's own are kept `[T, ...]`.
+
+Axes: N examples, T tasks, C classes of a task, F features, U gated units of the network.
+Reference: Abati et al., 2020; Serra et al., 2018 (one head per task).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+
+from gating_jax.continual.method import Prediction, Problem, TaskNet
+from gating_jax.layers.gate import is_gate_path
+from gating_jax.models.summary import ModelCounts
+from gating_jax.ops.macs import executed_macs
+from gating_jax.types import Array, Records
+
+Tree = Any
+
+
+class Stream(NamedTuple):
+  """What the network makes of images for one task: `[N, C]`, `[N, F]`, the gates and the new running statistics."""
+
+  logits: Array
+  features: Array
+  records: Records
+  batch_stats: Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedNet:
+  """The network.
+
+  Attributes:
+    model: from images to `([N, F] features, records)`, its records naming their writers.
+    problem: what it learns.
+    own_norms: whether every task has its own BatchNorm.
+  """
+
+  model: nn.Module
+  problem: Problem
+  own_norms: bool = True
+
+  def fresh(self, key: Array) -> tuple[Tree, Tree]:
+    """Parameters and statistics that no task has touched, in their parts."""
+    network, head = jax.random.split(key)
+    variables = self.model.init(network, jnp.zeros((1, *self.problem.shape)))
+    _, features = self.shapes
+    kernel = nn.initializers.lecun_normal()(head, (features, self.problem.classes))
+    params = self._split(variables["params"])
+    own = {"net": params["own"], "head": {"kernel": kernel, "bias": jnp.zeros(self.problem.classes)}}
+    return {"shared": params["shared"], "own": own}, self._split(variables.get("batch_stats", {}))
+
+  def apply(self, params: Tree, batch_stats: Tree, x: Array, **training) -> Stream:
+    """For the task whose own part is given; `training`: keywords of `apply` of a Flax module."""
+    _, variables, (kernel, bias) = self._net(params, batch_stats)
+    if training:
+      (features, records), new = self.model.apply(variables, x, mutable=["batch_stats"], **training)
+      batch_stats = self._split(new.get("batch_stats", {}))
+    else:
+      features, records = self.model.apply(variables, x)
+    return Stream(features @ kernel + bias, features, records, batch_stats)
+
+  def side_by_side(self, params: Tree, batch_stats: Tree, own: Tree, x: Array) -> Stream:
+    """One after the other for all tasks of `own`, `{"params", "batch_stats"}`, each of its arrays stacked."""
+    # One program, however many: vmap's rounds otherwise with their number.
+    return jax.lax.map(lambda own: self.of_task(params, batch_stats, own, x), own)
+
+  def of_task(self, params: Tree, batch_stats: Tree, own: Tree, x: Array) -> Stream:
+    """In evaluation, for a task whose own part is `own`, `{"params", "batch_stats"}`."""
+    return self.apply({**params, "own": own["params"]}, {**batch_stats, "own": own["batch_stats"]}, x)
+
+  def net_of(self, params: Tree, batch_stats: Tree, owns: Tree, task: Array) -> TaskNet:
+    """What runs for one of the tasks whose own parts are `owns`, `{"params", "batch_stats"}`, each array stacked."""
+    own = jax.tree.map(lambda tree: tree[task], owns)
+    return self._net({**params, "own": own["params"]}, {**batch_stats, "own": own["batch_stats"]})
+
+  def _net(self, params: Tree, batch_stats: Tree) -> TaskNet:
+    own = params["own"]
+    variables = {"params": merge(params["shared"], own["net"]),
+                 "batch_stats": merge(batch_stats["shared"], batch_stats["own"])}
+    return TaskNet(self.model, variables, (own["head"]["kernel"], own["head"]["bias"]))
+
+  @functools.cached_property
+  def shapes(self) -> tuple[Records, int]:
+    """Records and number of features, as shapes."""
+    x = jax.ShapeDtypeStruct((1, *self.problem.shape), jnp.float32)
+    (features, records), _ = jax.eval_shape(lambda x: self.model.init_with_output(jax.random.key(0), x), x)
+    return records, features.shape[-1]
+
+  def _split(self, tree: Tree) -> dict[str, Tree]:
+    """What all tasks share, the convolutions, and what each has for itself, all else."""
+    flat = traverse_util.flatten_dict(tree)
+
+    def is_shared(path):
+      kernel = flat.get((*path[:-1], "kernel"))
+      if kernel is not None:
+        return kernel.ndim > 2
+      return not self.own_norms and not is_gate_path(path)
+
+    return split(tree, is_shared)
+
+
+def split(tree: Tree, is_shared: Callable[[Sequence[str]], bool]) -> dict[str, Tree]:
+  """`{"shared", "own"}`, by the paths of the leaves."""
+  flat = traverse_util.flatten_dict(tree)
+  part = lambda shared: traverse_util.unflatten_dict(
+      {path: leaf for path, leaf in flat.items() if is_shared(path) == shared})
+  return {"shared": part(True), "own": part(False)}
+
+
+def merge(shared: Tree, own: Tree) -> Tree:
+  """The inverse of `split`."""
+  return traverse_util.unflatten_dict(traverse_util.flatten_dict(shared) | traverse_util.flatten_dict(own))
+
+
+def stack(trees: Tree, tasks: int) -> Tree:
+  """Room for every task: each array T times."""
+  return jax.tree.map(lambda x: jnp.broadcast_to(x, (tasks, *x.shape)), trees)
+
+
+def put(stacked: Tree, task: int, tree: Tree) -> Tree:
+  """`stacked` with the tree of one task in its place."""
+  return jax.tree.map(lambda all_tasks, x: all_tasks.at[task].set(x), stacked, tree)
+
+
+def head_terms(logits: Array, labels: Array, task: Array, problem: Problem) -> dict[str, Array]:
+  """`cross_entropy` and `accuracy` of one task's head, `[N, C]`, on images of that task."""
+  own = labels - task * problem.classes
+  return {"cross_entropy": jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, own)),
+          "accuracy": jnp.mean(jnp.argmax(logits, -1) == own)}
+
+
+def macs(stream: Stream, counts: ModelCounts, classes: int) -> Array:
+  """`[..., N]`, of each image and stream, with a head of so many classes; `counts` are of the model."""
+  fixed = jnp.full(stream.logits.shape[:-1], float(counts.fixed + stream.features.shape[-1] * classes))
+  return fixed + executed_macs(stream.records) if stream.records else fixed
+
+
+def prediction(
+    problem: Problem, logits: Array, task: Array, macs: Array, agnostic_macs: Array, scores: Array | None = None,
+) -> Prediction:
+  """From the heads of all tasks so far, `[seen, N, C]`, and what each takes, `[seen, N]`.
+
+  Args:
+    scores: `[seen, N, C]` of all classes, the task unknown; by default the log-probabilities of each head.
+  """
+  scores = jax.nn.log_softmax(logits) if scores is None else scores
+  scores = jnp.moveaxis(scores, 0, 1).reshape(logits.shape[1], -1)
+  missing = problem.all_classes - scores.shape[1]
+  agnostic = jnp.pad(scores, ((0, 0), (0, missing)), constant_values=-jnp.inf)
+  return Prediction(jnp.take(logits, task, axis=0), agnostic, jnp.take(macs, task, axis=0), agnostic_macs)
+

@@ -1,0 +1,64 @@
+"""`--mode=compile`: a trained net for images compiled to skip what is closed, and what each strategy takes.
+
+Reference: Bejnordi et al., 2020.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from gating_jax.images.build import Experiment
+from gating_jax.inference import folding
+from gating_jax.inference.compiled import Conditional, compile_conditional
+from gating_jax.inference.exits import Exiting, compile_exits, fold_exits
+from gating_jax.models.early_exit import EarlyExitNet
+from gating_jax.models.resnet import ResNet
+from gating_jax.models.segmenter import Segmenter
+from gating_jax.models.vgg import VGG
+from gating_jax.progress import working
+from gating_jax.reports import compile_report
+from gating_jax.training import rundir
+
+
+def run(experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Mapping[str, Any]) -> None:
+  """Writes the tables, calibrated on training images.
+
+  Raises:
+    RunDirError: they are there, or are being written.
+    ValueError: as of `check`.
+  """
+  check(experiment.model)
+  compiled = _compiler(experiment.model, variables)
+  with working("opening the training data", "minutes for large sets"):
+    images = compile_report.calibration(experiment.open_train(), experiment.normalise)
+  compile_report.write(run_dir, step, compile_report.of_images(compiled, images), pixels=images.shape[1:3])
+
+
+def check(model: nn.Module) -> None:
+  """Raises ValueError for a model that cannot be folded."""
+  model = _timed(model)
+  folding.check(model, (EarlyExitNet,) if isinstance(model, EarlyExitNet) else (ResNet, VGG))
+
+
+def skips(model: nn.Module) -> bool:
+  """Whether the net has gates or exits; without, there are times to compare with, but nothing is skipped."""
+  model = _timed(model)
+  return isinstance(model, EarlyExitNet) or model.gating != "none"
+
+
+def _timed(model: nn.Module) -> nn.Module:
+  """The part that is compiled: of a net for segmentation its backbone, where all its gates are."""
+  return model.backbone if isinstance(model, Segmenter) else model
+
+
+def _compiler(model: nn.Module, variables: Mapping[str, Any]) -> Callable[..., Conditional | Exiting]:
+  """What makes a program of the net, or of the part of it that is compiled."""
+  if isinstance(model, EarlyExitNet):
+    return functools.partial(compile_exits, fold_exits(model, variables))
+  if isinstance(model, Segmenter):
+    variables = {kind: tree["backbone"] for kind, tree in variables.items()}
+  return functools.partial(compile_conditional, folding.fold(_timed(model), variables))

@@ -1,0 +1,91 @@
+"""Classes of pixels: their objective, and their score over a whole set. Pixels labelled `IGNORED` do not count.
+
+Axes: N examples, H and W pixels, K classes.
+Reference: Everingham et al., "The Pascal visual object classes challenge", 2015 (intersection over union).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gating_jax.data.scenes import IGNORED
+from gating_jax.training.objectives import ImageObjective, weighted_mean
+from gating_jax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelObjective(ImageObjective):
+  """`ImageObjective` of logits `[N, H, W, K]` and labels `[N, H, W]`: means are over all pixels that count."""
+
+  def fit(self, logits: Array, labels: Array, axis_name: Hashable | None = None) -> tuple[Array, Array]:
+    """Cross-entropy and accuracy."""
+    cross_entropy, correct, counted = _pixels(logits, labels)
+    return weighted_mean(cross_entropy, counted, axis_name), weighted_mean(correct, counted, axis_name)
+
+
+def pixel_scores(logits: Array, labels: Array) -> dict[str, Array]:
+  """For each example: `cross_entropy` `[N]`, the sum over its pixels, and `confusion` `[N, K, K]`."""
+  cross_entropy, _, counted = _pixels(logits, labels)
+  return {"cross_entropy": jnp.sum(cross_entropy * counted, axis=(1, 2)),
+          "confusion": confusion(jnp.argmax(logits, -1), labels, logits.shape[-1])}
+
+
+def confusion(predicted: Array, labels: Array, classes: int) -> Array:
+  """`[N, K, K]` int32: how many pixels of each true class, the row, were given each class, the column.
+
+  Args:
+    predicted: `[N, H, W]` integers below `classes`.
+    labels: the same, or `IGNORED`.
+    classes: K.
+
+  >>> confusion(jnp.array([[[0, 1, 1]]]), jnp.array([[[0, 0, 255]]]), 2)[0].tolist()
+  [[1, 1], [0, 0]]
+  """
+  labels = labels.astype(jnp.int32)
+  pair = jnp.where(labels == IGNORED, classes**2, labels * classes + predicted)
+  count = lambda values: jnp.bincount(values.ravel(), length=classes**2 + 1)[:-1]
+  return jax.vmap(count)(pair).reshape(-1, classes, classes)
+
+
+def intersection_over_union(confusion: np.ndarray) -> np.ndarray:
+  """`[K]`: pixels that both truth and prediction give a class, over those that either does; NaN where neither does.
+
+  Args:
+    confusion: `[K, K]`, summed over a whole set.
+
+  >>> intersection_over_union(np.array([[3, 1, 0], [2, 4, 0], [0, 0, 0]]))
+  array([0.5       , 0.57142857,        nan])
+  """
+  both = np.diag(confusion).astype(np.float64)
+  either = confusion.sum(axis=0) + confusion.sum(axis=1) - both
+  return np.where(either > 0, both / np.maximum(either, 1), np.nan)
+
+
+def summarise(sums: Mapping[str, np.ndarray], class_names: Sequence[str]) -> dict[str, float]:
+  """A set's numbers from the sums over its examples of what `pixel_scores` returns.
+
+  `mean_iou` is the mean over classes that occur in truth or prediction; the others have no `iou/...` of their own.
+  """
+  pixels = max(float(sums["confusion"].sum()), 1.0)
+  iou = intersection_over_union(sums["confusion"])
+  present = ~np.isnan(iou)
+  return {
+      "mean_iou": float(np.mean(iou[present])) if present.any() else 0.0,
+      "accuracy": float(np.trace(sums["confusion"])) / pixels,
+      "cross_entropy": float(sums["cross_entropy"]) / pixels,
+      **{f"iou/{name}": float(value) for name, value in zip(class_names, iou, strict=True) if not np.isnan(value)},
+  }
+
+
+def _pixels(logits: Array, labels: Array) -> tuple[Array, Array, Array]:
+  """`[N, H, W]` each: cross-entropy, whether it is right, and 1 for those that count."""
+  counted = labels != IGNORED
+  labels = jnp.where(counted, labels, 0).astype(jnp.int32)
+  cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  return cross_entropy, jnp.argmax(logits, -1) == labels, counted.astype(logits.dtype)

@@ -1,0 +1,237 @@
+"""A network with early exits as one program that goes on with the images that no exit was sure of, gathered.
+
+    stage 1 -> exit 1 -> those it is not sure of: stage 2 -> exit 2 -> those it is not sure of: stage 3 -> ..
+
+After an exit the program takes the smallest of a few numbers of images that holds all that stay; the largest is all.
+
+Axes: N images, H and W pixels, D channels, X exits before the last, K classes.
+Reference: Teerapittayanon, McDanel and Kung, "BranchyNet: fast inference via early exiting from deep neural networks",
+2016.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gating_jax.checks import one_of
+from gating_jax.inference import folded, folded_macs, inputs
+from gating_jax.inference.compiled import AUTO, check_arguments, in_batches
+from gating_jax.inference.folded import Folded, Layer
+from gating_jax.inference.folding import check, fold_conv, fold_stages
+from gating_jax.inference.strategies import example_sizes, for_open
+from gating_jax.inference.timings import (
+  OPEN_LIMIT,
+  Timing,
+  fastest,
+  rows,
+  run_over,
+  spread_batches,
+)
+from gating_jax.models.early_exit import EarlyExitNet
+from gating_jax.ops import confidence
+from gating_jax.timing import EXIT_DISPATCH, MASKED, UNGATED, race
+from gating_jax.types import Array
+
+_NEVER = 1e-12  # a threshold below every entropy
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExitNet:
+  """Stages that end with a feature map, the last with logits; after each but the last an exit, which takes that map.
+
+  Attributes:
+    stages: X + 1 networks.
+    exits: X networks, each to `[N, K]` logits.
+    threshold: of an exit's entropy, as a share of the largest: below it an image leaves.
+  """
+
+  stages: tuple[Folded, ...]
+  confidence: tuple[Folded, ...]
+  threshold: float = dataclasses.field(metadata={"static": True})
+
+
+class Exiting:
+  """`[N, H, W, D]` images, any N, to `(logits, stay)` as of `run`; made by `compile_exits`.
+
+  Attributes:
+    strategy: `exit_dispatch`, or `masked` where everything is computed for all.
+    input_shape: `(H, W, D)` of an image.
+    batch_size: images that the program takes.
+    weights, program: what is called, `program(weights, images)`.
+  """
+
+  def __init__(self, net: ExitNet, input_shape: tuple[int, int, int], batch_size: int, strategy: str, buckets: int,
+               timings: Sequence[Timing] = ()):
+    self.input_shape, self.batch_size, self.strategy = input_shape, batch_size, strategy
+    self.weights, self._shapes, self._timings = net, folded.shapes_of(net), tuple(timings)
+    self.program = program(buckets if strategy == EXIT_DISPATCH else None)
+
+  def __call__(self, x: Array) -> tuple[Array, Array]:
+    """Raises ValueError for images of another shape, or in integers."""
+    x = inputs.images("images", x, self.input_shape)
+    return in_batches(functools.partial(self.program, self.weights), x, self.batch_size)
+
+  def load(self, net: ExitNet) -> None:
+    """Takes the weights of another network, without compiling again.
+
+    Raises:
+      ValueError: a network of other shapes, parts or another threshold.
+    """
+    folded.check_alike(net, self._shapes)
+    self.weights = net
+
+  def report(self) -> tuple[Timing, ...]:
+    """What was measured when the program was made, of `ungated`, the network without exits, too; empty but for
+    `auto`."""
+    return self._timings
+
+
+def fold_exits(model: EarlyExitNet, variables: Mapping[str, Any]) -> ExitNet:
+  """The network in evaluation, BatchNorm folded into its convolutions, in float32.
+
+  Raises:
+    ValueError: another model, or one of which something cannot be folded.
+  """
+  check(model, (EarlyExitNet,))
+  stages, flat = fold_stages(model, variables)
+  classifier = lambda *path: tuple(jnp.asarray(flat["params", *path, name]) for name in ("kernel", "bias"))
+  return ExitNet(
+      stages=(*(Folded(parts, pooled=False) for parts in stages[:-1]), Folded(stages[-1], classifier("classifier"))),
+      exits=tuple(Folded((Layer(fold_conv(flat, (name, "conv"), stride=2)),), classifier(name, "classifier"))
+                  for name in (f"exit{i + 1}" for i in range(len(stages) - 1))),
+      threshold=model.threshold)
+
+
+def run(net: ExitNet, x: Array, buckets: int | None = None) -> tuple[Array, Array]:
+  """The logits of the exit at which each image leaves, and how unsure every exit was.
+
+  Args:
+    net: the network.
+    x: `[N, H, W, D]` images.
+    buckets: numbers of images at most that there is a program for after each exit, and again for each of these after
+      the next; None: all is computed for all.
+  Returns:
+    `[N, K]`, and `[N, X]` as of `ops.exits.stay_logits`, above 0 where an image goes on; where it has left before, the
+    exit at which it did stands for the later ones.
+  """
+  logits, stay = _from(net, 0, x, jnp.full(len(x), jnp.inf, jnp.float32), buckets)
+  return logits, jnp.stack(stay, axis=1)
+
+
+def program(buckets: int | None = None) -> Callable[[ExitNet, Array], tuple[Array, Array]]:
+  """`run`, compiled."""
+  return jax.jit(functools.partial(run, buckets=buckets))
+
+
+def _from(net: ExitNet, stage: int, x: Array, least: Array, buckets: int | None) -> tuple[Array, list[Array]]:
+  """From a stage on: `[n, K]` logits, and of each exit to come `[n]` how unsure it is, by `least` at most."""
+  x, _ = folded.run(net.stages[stage], x)
+  if stage == len(net.exits):
+    return x, []
+  answer, _ = folded.run(net.exits[stage], x)
+  stay = jnp.minimum(least, confidence.stay_logits(answer[:, None], net.threshold)[:, 0])
+  goes_on = stay > 0
+  left = answer, [stay] * (len(net.exits) - stage - 1)
+  rest = lambda x, stay: _from(net, stage + 1, x, stay, buckets)
+  choose = lambda there, here: jnp.where(jnp.expand_dims(goes_on, range(1, here.ndim)), there, here)
+  if buckets is None:
+    logits, later = jax.tree.map(choose, rest(x, stay), left)
+  else:
+    logits, later = for_open(goes_on, (x, stay), rest, jax.tree.map(functools.partial(choose, 0.0), left), buckets)
+  return logits, [stay, *later]
+
+
+def macs(net: ExitNet, input_shape: tuple[int, int, int], stay: Any = None) -> Any:
+  """Multiply-accumulates of each image with these `[N, X]` of `run`; without, of one that goes through all."""
+  goes_on, total = 1, 0
+  for i, spent in enumerate(_stage_macs(net, input_shape)):
+    total = total + goes_on * spent
+    if stay is not None and i < len(net.exits):
+      goes_on = goes_on * (np.asarray(stay)[:, i] > 0)
+  return total
+
+
+def gathered_macs(net: ExitNet, input_shape: tuple[int, int, int], stay: np.ndarray, buckets: int) -> float:
+  """What `exit_dispatch` computes per image of a batch with these `[N, X]`, padding included."""
+  taken, goes_on, total = len(stay), np.ones(len(stay), bool), 0
+  for i, spent in enumerate(_stage_macs(net, input_shape)):
+    total += taken * spent
+    if i < len(net.exits):
+      goes_on &= stay[:, i] > 0
+      sizes = example_sizes(taken, buckets) if taken else (0,)
+      taken = sizes[np.searchsorted(sizes, goes_on.sum())]
+  return total / len(stay)
+
+
+def _stage_macs(net: ExitNet, input_shape: tuple[int, int, int]) -> list[int]:
+  """Of each stage with the exit that follows it."""
+  shape, found = (1, *input_shape), []
+  for i, stage in enumerate(net.stages):
+    spent = int(folded_macs.macs(stage, shape[1:]))
+    if i < len(net.exits):
+      shape = jax.eval_shape(folded.run, stage, jax.ShapeDtypeStruct(shape, jnp.float32))[0].shape
+      spent += int(folded_macs.macs(net.exits[i], shape[1:]))
+    found.append(spent)
+  return found
+
+
+def compile_exits(
+    model: Any, variables: Mapping[str, Any] | None = None, *, input_shape: tuple[int, int, int], batch_size: int,
+    strategy: str = AUTO, buckets: int = 4, calibration: Any = None, repeats: int = 20, open_limit: float = OPEN_LIMIT,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Exiting:
+  """A program that gathers, after each exit, the images that stay; it equals computing everything for all.
+
+  `auto` times both ways on this machine, and takes the faster, if it is not too slow where no image leaves.
+
+  Args:
+    model, variables: what `fold_exits` takes; or an `ExitNet` alone.
+    input_shape: `(H, W, D)` of an image.
+    batch_size: of the program; other numbers of images are cut and padded to it.
+    strategy: `auto`, `exit_dispatch` or `masked`.
+    buckets: numbers of images at most that there is a program for after each exit.
+    calibration: `[M, H, W, D]`, M >= 1, images like those to come; `auto` needs them.
+    repeats: calls of each program that are timed.
+    open_limit, progress: as of `compile_conditional`.
+  Raises:
+    ValueError: another model, an unknown strategy, or values out of range.
+  """
+  one_of("strategy", strategy, (AUTO, MASKED, EXIT_DISPATCH))
+  input_shape = inputs.image_shape(input_shape)
+  calibration = check_arguments(strategy, input_shape, batch_size, buckets, calibration, repeats, open_limit)
+  net = model if isinstance(model, ExitNet) else fold_exits(model, variables)
+  folded.check_channels(net.stages[0], input_shape[2])
+  if strategy != AUTO:
+    return Exiting(net, input_shape, batch_size, strategy, buckets)
+  batches = spread_batches(calibration, batch_size)
+  plain, staying = without_exits(net), dataclasses.replace(net, threshold=_NEVER)
+  ways = {MASKED: program(), EXIT_DISPATCH: program(buckets)}
+  runs = {**{(name, all_stay): (way, staying if all_stay else net) for name, way in ways.items()
+             for all_stay in (False, True)}, (UNGATED, False): (jax.jit(folded.run), plain)}
+  done = itertools.count(1)
+  times = race({name: functools.partial(run_over, way, [(of, x) for x in batches]) for name, (way, of) in runs.items()},
+               repeats, on_start=lambda: progress(next(done), len(runs)))
+  chosen, seconds, open_ratios = fastest(times, len(batches), open_limit)
+  stay = np.concatenate([np.asarray(ways[MASKED](net, x)[1]) for x in batches])
+  dense = int(folded_macs.macs(plain, input_shape))
+  ratio = float(np.mean(macs(net, input_shape, stay))) / dense
+  computed = {MASKED: macs(net, input_shape) / dense, EXIT_DISPATCH: statistics.mean(
+      gathered_macs(net, input_shape, stay[i : i + batch_size], buckets)
+      for i in range(0, len(stay), batch_size)) / dense}
+  return Exiting(net, input_shape, batch_size, chosen, buckets,
+                 rows(None, seconds, ratio, computed, chosen, open_ratios))
+
+
+def without_exits(net: ExitNet) -> Folded:
+  """The network that every image goes through."""
+  return Folded(sum((stage.parts for stage in net.stages), ()), net.stages[-1].classifier)

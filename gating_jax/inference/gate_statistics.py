@@ -1,0 +1,164 @@
+"""How often the units of a network open on images, and together with which others, as sums over batches.
+
+Memory is that of one batch and of `[U, U]` counts for each group, however many images there are.
+
+Axes: M images, N of a batch, U units of a group, G groups of the network in the order of its gates.
+Reference: Bejnordi et al., 2020, section 5 (always open, always closed, conditional).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gating_jax.analysis.outcomes import ALWAYS_CLOSED, ALWAYS_OPEN
+from gating_jax.inference import folded, inputs
+from gating_jax.inference.folded import Block, Folded, Group
+
+BATCH = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Openings:
+  """Of one group of units.
+
+  Attributes:
+    part, index: which of the network's parts, and which group of that part.
+    group: the group.
+    layer_gate: whether its one unit is the branch of a block, and not channels.
+    images: M.
+    opened: `[U]` on how many of them each unit is open.
+    together: `[U, U]` on how many both are.
+    highest, lowest: `[U]` the largest and the smallest logit seen.
+  """
+
+  part: int
+  index: int
+  group: Group
+  layer_gate: bool
+  images: int
+  opened: np.ndarray
+  together: np.ndarray
+  highest: np.ndarray
+  lowest: np.ndarray
+
+  @property
+  def open_rates(self) -> np.ndarray:
+    """`[U]` share of images."""
+    return self.opened / self.images
+
+  @property
+  def always_open(self) -> np.ndarray:
+    """`[U]` open on more than 99 % of images."""
+    return self.open_rates > ALWAYS_OPEN
+
+  @property
+  def always_closed(self) -> np.ndarray:
+    """`[U]` open on less than 1 % of images."""
+    return self.open_rates < ALWAYS_CLOSED
+
+  @property
+  def conditional(self) -> np.ndarray:
+    """`[U]` neither of the two."""
+    return ~(self.always_open | self.always_closed)
+
+  @property
+  def correlation(self) -> np.ndarray:
+    """`[U, U]` Pearson's, of open and closed as 1 and 0; 0 where a unit never changes.
+
+        (P(both) - P(i) P(j)) / sqrt(P(i) (1 - P(i)) P(j) (1 - P(j)))
+    """
+    rates = self.open_rates
+    deviation = np.sqrt(rates * (1 - rates))
+    scale = deviation[:, None] * deviation
+    covariance = self.together / self.images - rates[:, None] * rates
+    return np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 0)
+
+
+def observed(net: Folded, images: Any) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]]:
+  """Batches of images, the network's outputs and the logits of all groups, `([N, H, W, D], [N, ...], ([N, U], ...))`.
+
+  Args:
+    net: the network.
+    images: `[M, H, W, D]` float32 network inputs, or an iterable of such batches.
+  Raises:
+    ValueError: none, of another rank, of unlike shapes, in integers, or not finite.
+  """
+  for x in batches(images):
+    folded.check_channels(net, x.shape[3])
+    spare = -len(x) % BATCH if len(x) > BATCH // 2 else 0  # so that a last, smaller batch runs in the same program
+    padded = np.concatenate([x, np.zeros((spare, *x.shape[1:]), x.dtype)]) if spare else x
+    outputs, logits = _run(net, jnp.asarray(padded))
+    yield x, np.asarray(outputs)[: len(x)], tuple(np.asarray(z)[: len(x)] for z in logits)
+
+
+def batches(images: Any) -> Iterator[np.ndarray]:
+  """`BATCH` images at a time, and what is left, however many at a time an iterable has."""
+  pieces, waiting = images, None
+  if hasattr(images, "shape"):
+    pieces = (images[start : start + BATCH] for start in range(0, max(len(images), 1), BATCH))
+  for x in pieces:
+    x = inputs.finite("images", inputs.images("images", x))
+    if waiting is not None and x.shape[1:] != waiting.shape[1:]:
+      raise ValueError(f"images must be of one shape, {waiting.shape[1:]}; got {x.shape[1:]}")
+    if not len(x):
+      raise ValueError("images must be at least one image; got none")
+    waiting = x if waiting is None or not len(waiting) else np.concatenate([waiting, x])
+    while len(waiting) >= BATCH:
+      yield waiting[:BATCH]
+      waiting = waiting[BATCH:]
+  if waiting is not None and len(waiting):
+    yield waiting
+
+
+class Counter:
+  """Sums up `Openings` batch by batch."""
+
+  def __init__(self, net: Folded):
+    self._places = places(net)
+    self._images = 0
+    units = [group.gates for _, _, group, _ in self._places]
+    self._opened = [np.zeros(u, np.int64) for u in units]
+    self._together = [np.zeros((u, u), np.int64) for u in units]
+    self._highest = [np.full(u, -np.inf, np.float32) for u in units]
+    self._lowest = [np.full(u, np.inf, np.float32) for u in units]
+
+  def add(self, logits: tuple[np.ndarray, ...], images: int) -> None:
+    """The logits of a batch, `[N, U]` for each group, and N."""
+    self._images += images
+    for i, z in enumerate(logits):
+      gates = (z > 0).astype(np.float32)  # float32, so that the product is quick; exact up to 2**24 images a batch
+      self._opened[i] += gates.sum(axis=0).astype(np.int64)
+      self._together[i] += (gates.T @ gates).astype(np.int64)
+      self._highest[i] = np.maximum(self._highest[i], z.max(axis=0))
+      self._lowest[i] = np.minimum(self._lowest[i], z.min(axis=0))
+
+  def result(self) -> tuple[Openings, ...]:
+    """Of each group. Raises ValueError where nothing was added."""
+    if not self._images:
+      raise ValueError("calibration must have at least one image; got none")
+    return tuple(
+        Openings(*place, self._images, *sums) for place, *sums in zip(
+            self._places, self._opened, self._together, self._highest, self._lowest, strict=True))
+
+
+def places(net: Folded) -> list[tuple[int, int, Group, bool]]:
+  """`(part, index, group, whether it gates a branch)` of every group, in the order of the network's gates."""
+  return [(i, j, group, isinstance(part, Block) and part.layer_gate)
+          for i, part in enumerate(net.parts) if part.head is not None for j, group in enumerate(part.head.groups)]
+
+
+def count(net: Folded, images: Iterable[Any] | Any) -> tuple[Openings, ...]:
+  """`Openings` of every group on `images`, as in `observed`."""
+  counter = Counter(net)
+  for x, _, logits in observed(net, images):
+    counter.add(logits, len(x))
+  return counter.result()
+
+
+_run = jax.jit(folded.run)

@@ -1,0 +1,138 @@
+"""Inception networks for clips of frames, and the step from a network for images to its twin for clips.
+
+Axes: N examples, F frames, H and W pixels, D channels, C features.
+Reference: Carreira and Zisserman, "Quo vadis, action recognition? A new model and the Kinetics dataset", 2017.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gating_jax.checks import one_of
+from gating_jax.layers.conv import ConvNorm, scaled
+from gating_jax.ops.cpu_convs import max_pool
+from gating_jax.types import Array, Records
+
+# Per module: channels of the 1x1 branch, of the two 1x1-3x3 branches, of the pooling branch.
+I3D = (
+    ((64, 96, 128, 16, 32, 32), (128, 128, 192, 32, 96, 64)),
+    ((192, 96, 208, 16, 48, 64), (160, 112, 224, 24, 64, 64), (128, 128, 256, 24, 64, 64), (112, 144, 288, 32, 64, 64),
+     (256, 160, 320, 32, 128, 128)),
+    ((256, 160, 320, 32, 128, 128), (384, 192, 384, 48, 128, 128)),
+)
+_STEMS = ("imagenet", "small")
+
+
+class InflatedInception(nn.Module):
+  """`[N, F, H, W, D]` clips or `[N, H, W, D]` images of any size to `([N, C] float32 features, ())`.
+
+  Attributes:
+    stages: the modules of each stage, as `InceptionModule.channels`; before each stage but the first, a 3x3x3 max pool
+      with stride 2 (I3D's last one is 2x2x2).
+    width: multiplies every channel count; each is rounded to the nearest integer, at least 1.
+    stem: `imagenet`, 7x7x7 with stride 2, 1x1x1 and 3x3x3, with a 1x3x3 max pool of stride (1, 2, 2) before and after
+      these two; `small`, 3x3x3 with stride (1, 2, 2).
+    dtype: of the computation, float32 or bfloat16; parameters, BatchNorm statistics and features are float32.
+    axis_name: mapped device axis over which BatchNorm takes its statistics.
+  """
+
+  stages: tuple[tuple[tuple[int, ...], ...], ...] = I3D
+  width: float = 1.0
+  stem: str = "imagenet"
+  dtype: jnp.dtype = jnp.float32
+  axis_name: Hashable | None = None
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
+    if x.ndim not in (4, 5):
+      raise ValueError(f"clips must be [N, F, H, W, D] and images [N, H, W, D]; got shape {x.shape}")
+    x = self._stem(x.astype(self.dtype), train)
+    axes = x.ndim - 2
+    for stage, modules in enumerate(self.stages):
+      if stage > 0:
+        x = max_pool(x, (3,) * axes, (2,) * axes)
+      for i, channels in enumerate(modules):
+        channels = tuple(scaled(c, self.width) for c in channels)
+        name = f"stage{stage + 1}_module{i + 1}"
+        x = InceptionModule(channels, self.dtype, self.axis_name, name=name)(x, train)
+    return jnp.mean(x.astype(jnp.float32), axis=tuple(range(1, x.ndim - 1))), ()
+
+  def _stem(self, x: Array, train: bool) -> Array:
+    one_of("stem", self.stem, _STEMS)
+    axes = x.ndim - 2
+    half = (1, 2, 2)[-axes:]
+
+    def conv(x, i, features, window, stride):
+      features = scaled(features, self.width)
+      return nn.relu(ConvNorm(features, window, stride, self.dtype, self.axis_name, name=f"stem{i}")(x, train))
+
+    if self.stem == "small":
+      return conv(x, 1, 64, 3, half)
+    x = max_pool(conv(x, 1, 64, 7, 2), (1, 3, 3)[-axes:], half)
+    return max_pool(conv(conv(x, 2, 64, 1, 1), 3, 192, 3, 1), (1, 3, 3)[-axes:], half)
+
+
+class InceptionModule(nn.Module):
+  """Four branches side by side: 1x1x1; twice 1x1x1 then 3x3x3; 3x3x3 max pool then 1x1x1.
+
+  Attributes:
+    channels: of the first branch, of the second's two convolutions, of the third's two, of the last.
+
+  `[N, F, H, W, D]` to `[N, F, H, W, C]`, C the sum over branches; the same without frames.
+  """
+
+  channels: tuple[int, int, int, int, int, int]
+  dtype: jnp.dtype = jnp.float32
+  axis_name: Hashable | None = None
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> Array:
+    def conv(x, features, window, name):
+      return nn.relu(ConvNorm(features, window, 1, self.dtype, self.axis_name, name=name)(x, train))
+
+    one, reduce2, two, reduce3, three, four = self.channels
+    axes = x.ndim - 2
+    return jnp.concatenate([
+        conv(x, one, 1, "branch1"),
+        conv(conv(x, reduce2, 1, "branch2_reduce"), two, 3, "branch2"),
+        conv(conv(x, reduce3, 1, "branch3_reduce"), three, 3, "branch3"),
+        conv(max_pool(x, (3,) * axes, (1,) * axes), four, 1, "branch4"),
+    ], axis=-1)
+
+
+def inflate(images: Any, clips: Any) -> Any:
+  """Variables of a network for clips that answers a still clip as the network for images answers its frame.
+
+      kernel[t] = kernel_2d / T   for each of the T temporal taps; everything else is the same
+
+  Exact wherever no window reaches over the first or last frame.
+
+  Args:
+    images: variables, or parameters, of the network for images.
+    clips: the same tree of its twin for clips; only shapes are read, so that `jax.eval_shape` of `init` will do.
+  Returns:
+    A tree like `clips`.
+  Raises:
+    ValueError: the trees are not those of twins.
+
+  >>> inflate({"kernel": jnp.array([[6.0]])}, {"kernel": jnp.zeros((3, 1, 1))})["kernel"].ravel()
+  Array([2., 2., 2.], dtype=float32)
+  """
+  if jax.tree.structure(images) != jax.tree.structure(clips):
+    raise ValueError(f"images and clips must hold the same names; got {jax.tree.structure(images)} and "
+                     f"{jax.tree.structure(clips)}")
+  return jax.tree_util.tree_map_with_path(_inflate, images, clips)
+
+
+def _inflate(path, image: Array, clip: Array) -> Array:
+  if image.shape == clip.shape:
+    return image
+  if image.shape != clip.shape[1:]:
+    raise ValueError(f"{jax.tree_util.keystr(path)} must have the same shape in clips, or one axis more in front; "
+                     f"got {image.shape} in images, {clip.shape} in clips")
+  return jnp.broadcast_to(image / clip.shape[0], clip.shape)

@@ -1,0 +1,178 @@
+"""Long videos: a light net looks at every segment, a selector chooses, a heavy net sees the chosen ones.
+
+Inputs are a dict: `light` `[B, T, ...]`, what the light net takes of each segment (its centre frame); `heavy`
+`[B, T, ...]`, what the heavy net takes (its clip); `valid` `[B, T]`, False where a shorter video was filled up; for the
+`oracle`, `relevant` `[B, T]`.
+
+Axes: B videos, T segments, C features.
+Reference: Hussein et al., 2020 (TimeGate); Ghodrati et al., 2021 (FrameExit); Korbar et al., 2019 (SCSampler).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gating_jax.checks import one_of
+from gating_jax.layers.gate import GATE_NAME
+from gating_jax.layers.segment_gate import POLICIES, Dropout, Policy, SegmentGate, SegmentGateSettings, certain, pool
+from gating_jax.ops import arguments, selection
+from gating_jax.ops.sparse_backward import open_backward
+from gating_jax.types import Array, GateRecord, Records
+
+SELECTIONS = ("gate", "confidence", *POLICIES)
+_HIDDEN, _DROPOUT, _LEAK = 512, 0.25, 0.2
+
+Inputs = Mapping[str, Array]
+Outputs = Mapping[str, Array]
+
+
+class SegmentNet(nn.Module):
+  """`(outputs, records)` of a batch of videos.
+
+  `outputs["logits"]` is `[B, classes]`; `outputs["light_logits"]` `[B, T, classes]`, where the light net has a head.
+  The first record is that of the segments, `[B, T]`; those of the heavy net's channels, `[B * T, ...]`, follow.
+
+  Attributes:
+    classes: number of outputs.
+    light, heavy: modules of `[N, ...] -> ([N, C], records)`; `light` may be None where nothing asks it.
+    selection: `gate`, learned; `confidence`, the light net's largest class probability; or one of `POLICIES`.
+    share: of the segments that a fixed selection takes.
+    light_head: whether the light net classifies every segment by itself, too.
+    pooling: over chosen segments: `max`, `mean` or `attention`.
+    gate: settings of the learned gate.
+    macs_per_segment: what the heavy net costs.
+    backward_capacity: at most so many chosen segments are in a batch of training, and the heavy net's backward runs on
+      no more; see `open_backward`. None: on all. The heavy net must treat clips by themselves and have no gates.
+  """
+
+  classes: int
+  light: nn.Module | None
+  heavy: nn.Module
+  selection: str = "gate"
+  share: float = 1.0
+  light_head: bool = False
+  pooling: str = "max"
+  gate: SegmentGateSettings = SegmentGateSettings()
+  macs_per_segment: int = 0
+  axis_name: Hashable | None = None
+  backward_capacity: int | None = None
+
+  def setup(self):
+    one_of("selection", self.selection, SELECTIONS)
+    arguments.whole_number("classes", self.classes)
+    arguments.instance("heavy", self.heavy, nn.Module, "a network, such as heavy_net('r2plus1d18')")
+    if self.light is not None:
+      arguments.instance("light", self.light, nn.Module, "a network, such as light_net('mobilenet'), or None")
+    arguments.instance("gate", self.gate, SegmentGateSettings, "SegmentGateSettings")
+    if self.light is None and (self.light_head or self.selection in ("gate", "confidence")):
+      raise ValueError(f"light must be a net where the selection is {self.selection!r} or it has a head; got None")
+    if self.selection == "gate":
+      self.selector = SegmentGate(self.gate, self.macs_per_segment, self.axis_name, name=GATE_NAME)
+    elif self.selection in POLICIES:
+      self.selector = Policy(self.selection, self.share, self.macs_per_segment, self.axis_name)
+    if self.light_head or self.selection == "confidence":
+      self.light_classifier = nn.Dense(self.classes)
+    self.classifier = Classifier(self.classes, self.pooling, self.axis_name)
+
+  def __call__(self, inputs: Inputs, train: bool = False) -> tuple[Outputs, Records]:
+    record, outputs = self.choose(inputs, train)
+    _check_input(inputs, "heavy")
+    clips = inputs["heavy"].reshape(-1, *inputs["heavy"].shape[2:])
+    if train and self.backward_capacity is not None:
+      features, records = self._encode_with_open_backward(clips, record.gates.reshape(-1)), ()
+    else:
+      features, records = self.encode(clips, train)
+    features = features.reshape(*record.gates.shape, -1)
+    return {**outputs, "logits": self.classifier(features, record.gates, train)}, (record, *records)
+
+  def choose(self, inputs: Inputs, train: bool = False) -> tuple[GateRecord, Outputs]:
+    """The segments' record, and what the light net's own head says; `inputs["heavy"]` is not looked at."""
+    arguments.instance("inputs", inputs, Mapping, "a mapping with arrays heavy, valid and, for a light net, light")
+    for name in ("valid", *(("light",) if self.light is not None else ())):
+      _check_input(inputs, name)
+    valid, outputs = jnp.asarray(inputs["valid"]).astype(bool), {}
+    if self.light is not None:
+      seen = inputs["light"]
+      seen, _ = self.light(seen.reshape(-1, *seen.shape[2:]), train)
+      seen = seen.reshape(*valid.shape, -1)
+      if self.light_head or self.selection == "confidence":
+        outputs["light_logits"] = self.light_classifier(seen)
+    if self.selection == "gate":
+      return self.selector(seen, valid, train), outputs
+    if self.selection == "confidence":
+      confidence = jnp.max(jax.nn.softmax(outputs["light_logits"]), axis=-1)
+      gates = selection.top_k(confidence, valid, selection.k_for(valid, self.share))
+      return certain(gates, self.macs_per_segment), outputs
+    return self.selector(valid, inputs.get("relevant"), train), outputs
+
+  def encode(self, clips: Array, train: bool = False) -> tuple[Array, Records]:
+    """The heavy net's features of single segments, `[N, ...]` to `[N, C]`, and its channels' records."""
+    return self.heavy(clips, train)
+
+  def _encode_with_open_backward(self, clips: Array, gates: Array) -> Array:
+    variables, heavy = self.heavy.variables, self.heavy.clone(parent=None, name=None)
+    if other := variables.keys() - {"params"}:
+      raise ValueError(f"heavy must treat every clip by itself where backward_capacity is given, with group_norm and "
+                       f"without gates; got a net with {sorted(other)}")
+    return open_backward(lambda v, x: heavy.apply(v, x, True)[0], variables, clips, gates,
+                         capacity=self.backward_capacity)
+
+  def classify(self, features: Array, gates: Array) -> Array:
+    """`[B, T, C]` features of the chosen segments, anything finite in place of the others, to `[B, classes]`."""
+    return self.classifier(features, gates)
+
+
+def _check_input(inputs: Inputs, name: str) -> None:
+  """Raises a TypeError or a ValueError unless there is an array `[B, T, ...]` of this name, like `valid`."""
+  if name not in inputs:
+    raise ValueError(f"inputs must have {name!r}; got {', '.join(inputs)}")
+  what = f"inputs[{name!r}]"
+  arguments.real_array(what, inputs[name], "[B, T]" if name == "valid" else "")
+  shape = np.shape(inputs["valid"])
+  if np.shape(inputs[name])[:2] != shape:
+    raise ValueError(f"{what} must be [B, T, ...] like valid, {shape}; got shape {np.shape(inputs[name])}")
+
+
+class Classifier(nn.Module):
+  """Pools chosen segments, then Dropout, Dense, BatchNorm, LeakyReLU, Dropout, Dense.
+
+  Reference: the head of Hussein et al., 2019 (Timeception's code).
+  """
+
+  classes: int
+  pooling: str = "max"
+  axis_name: Hashable | None = None
+
+  @nn.compact
+  def __call__(self, features: Array, gates: Array, train: bool = False) -> Array:
+    scores = nn.Dense(1, name="scores")(features)[..., 0] if self.pooling == "attention" else None
+    h = pool(features, gates, self.pooling, scores)
+    h = Dropout(_DROPOUT, self.axis_name, name="dropout1")(h, train)
+    h = nn.Dense(_HIDDEN, name="hidden")(h)
+    h = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name, name="norm")(h)
+    h = Dropout(_DROPOUT, self.axis_name, name="dropout2")(nn.leaky_relu(h, _LEAK), train)
+    return nn.Dense(self.classes, name="logits")(h)
+
+
+class SegmentClassifier(nn.Module):
+  """Both nets as classifiers of single segments, to train them before they are asked to work together.
+
+  `{"light": [N, ...], "heavy": [N, ...]}` to `(outputs, records)`: outputs `light` and `heavy` are logits
+  `[N, targets]`; what else the inputs hold is handed on.
+  """
+
+  targets: int
+  light: nn.Module
+  heavy: nn.Module
+
+  @nn.compact
+  def __call__(self, inputs: Inputs, train: bool = False) -> tuple[Outputs, Records]:
+    light, _ = self.light(inputs["light"], train)
+    heavy, records = self.heavy(inputs["heavy"], train)
+    return {**inputs, "light": nn.Dense(self.targets, name="light_head")(light),
+            "heavy": nn.Dense(self.targets, name="heavy_head")(heavy)}, records

@@ -1,0 +1,101 @@
+"""What `--mode=compile` leaves in a run directory: what each way to run its net takes, as a table and a picture.
+
+Axes: M images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gating_jax import timing
+from gating_jax.inference.compiled import Conditional
+from gating_jax.inference.exits import Exiting
+from gating_jax.inference.inputs import spread
+from gating_jax.inference.kernel_strategies import why_not
+from gating_jax.inference.timings import Timing
+from gating_jax.progress import say, working
+from gating_jax.reports import conclusion, surroundings, timings
+from gating_jax.reports.times import title
+from gating_jax.training import rundir
+from gating_jax.training.journal import write_json
+
+TABLE_FILE, PICTURE_FILE = surroundings.TIMES_FILE, "compile.png"
+_CALIBRATION = 256  # images at most
+_BATCHES, _REPEATS = (1, 64), 20
+
+
+def write(
+    run_dir: rundir.RunDir, step: int, tables: Iterable[tuple[str, Sequence[Timing]]], *,
+    pixels: Sequence[int] | None = None
+) -> None:
+  """Prints tables as they are measured, and writes all and their picture into the run directory, or nothing.
+
+  Args:
+    run_dir: of the run.
+    step: of the checkpoint that they are of.
+    tables: pairs of a title and its rows.
+    pixels: height and width of the images, for a page that says what was timed.
+  Raises:
+    RunDirError: files of this checkpoint are there, or are being written.
+  """
+  found = {}
+  with _staged(run_dir.path, step) as folder:
+    say(f"checkpoint of step {step}, timed on {timing.device()}: some minutes")
+    for title, rows in tables:
+      found[title] = [dataclasses.asdict(row) for row in rows]
+      say(f"\n{title}\n" + timings.table(found[title]))
+    write_json(folder / TABLE_FILE, {
+        "step": step, "device": timing.device(), "jax_version": jax.__version__,
+        "pixels": None if pixels is None else list(pixels), "timings": found})
+    with working("drawing the times", "a few seconds"):
+      timings.draw(folder / PICTURE_FILE, found)
+  has_page = surroundings.refresh_times(run_dir.path)
+  modes = [] if has_page or not run_dir.report.exists() else ["report"]
+  modes += ["export"] if run_dir.config().get("experiment") == "classification" else []
+  made = ("made", f"{run_dir.path / TABLE_FILE}, {PICTURE_FILE}")
+  say(conclusion.text(f"Timed the checkpoint of step {step:,}: median milliseconds of a call.",
+                      [made, *conclusion.times(found)], conclusion.following(run_dir.path, modes)))
+
+
+@contextlib.contextmanager
+def _staged(path: Path, step: int) -> Iterator[Path]:
+  """As `rundir.staged`; files of another checkpoint stay, under names that tell its step."""
+  names, found = (TABLE_FILE, PICTURE_FILE), surroundings.read_times(path)
+  is_other = found is not None and found.step != step
+  with rundir.staged(path, () if is_other else names) as folder:
+    yield folder
+    for file in (path / name for name in names if is_other):
+      if file.exists():
+        file.rename(file.with_stem(f"{file.stem}_of_step_{found.step}"))
+
+
+def calibration(
+    images: Any, normalise: Callable[[np.ndarray], jax.Array], count: int = _CALIBRATION
+) -> np.ndarray:
+  """`[M, H, W, D]` network inputs of at most `count` images, evenly over a set."""
+  return np.asarray(normalise(images.read(spread(len(images), count))[0]), np.float32)
+
+
+def of_images(
+    compiled: Callable[..., Conditional | Exiting], images: np.ndarray
+) -> Iterator[tuple[str, Sequence[Timing]]]:
+  """Tables of a net for images: of one, and of a batch.
+
+  Args:
+    compiled: `compile_conditional` or `compile_exits` of the net.
+    images: `[M, H, W, D]`, the calibration.
+  """
+  for size in _BATCHES:
+    with working(f"compiling and timing each way to run {title(size, 'image')}", "up to a few minutes") as progress:
+      made = compiled(input_shape=images.shape[1:], batch_size=size, calibration=images, repeats=_REPEATS,
+                      progress=progress)
+    if isinstance(made, Conditional) and (reason := why_not("native")):
+      say(f"\nthe strategy native is not tried: {reason}")
+    yield title(size, "image"), made.report()

@@ -1,0 +1,102 @@
+"""What every mode ends with: in a few lines what was made, the numbers that matter, and the next command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gating_jax.checks import printable
+from gating_jax.paths import quoted
+from gating_jax.reports import surroundings
+from gating_jax.timing import CHOSEN, MASKED, UNGATED
+from gating_jax.training import rundir
+
+_LINES = 12
+_NEXT = {  # by mode, what it does
+    "compile": "times programs that skip what is closed; some minutes",
+    "export": "writes files that run without this package; some minutes",
+    "report": "writes the page of the newest checkpoint"}
+
+
+def text(done: str, rows: Sequence[tuple[str, str]], then: Sequence[str] = ()) -> str:
+  """The lines, twelve at most, after an empty one.
+
+  Args:
+    done: a sentence that says what was made.
+    rows: names and values, the most important first; of too many the last are left out.
+    then: what may be done next.
+  """
+  kept = [(printable(name), printable(value)) for name, value in rows][: _LINES - 1 - len(then)]
+  width = max((len(name) for name, _ in kept), default=0)
+  lines = [printable(done), *(f"  {name:<{width}}  {value}" for name, value in kept)]
+  for i, line in enumerate(then):
+    lines.append(("next: " if i == 0 else "      ") + printable(line))
+  return "\n".join(["", *lines])
+
+
+def following(path: Path, modes: Sequence[str]) -> list[str]:
+  """The commands that may follow for a run: those of these modes that have not done their work, or a comparison.
+
+  What a command does is its comment, so that the line can be copied into a shell.
+  """
+  run = f"gating-jax --workdir={quoted(str(path))}"
+  found = [f"{run} --mode={mode}    # {_NEXT[mode]}" for mode in modes if not _is_done(path, mode)]
+  return found or [f"{run},ANOTHER_RUN --mode=compare    # one page for several runs"]
+
+
+def _is_done(path: Path, mode: str) -> bool:
+  """Whether there is an export, or times of the newest checkpoint; a page is always written again."""
+  if mode == "compile":
+    times = surroundings.read_times(path)
+    return times is not None and times.of(_newest_step(path))
+  return mode == "export" and (path / "export").exists()
+
+
+def _newest_step(path: Path) -> int | None:
+  """The step of the newest checkpoint; None where there is none."""
+  steps = [int(folder.name) for folder in path.glob(f"{rundir.CHECKPOINT_DIR}/*") if folder.name.isdecimal()]
+  return max(steps, default=None)
+
+
+def refusal(check: Callable[[Any], None], of: Any) -> str:
+  """Why a mode's `check` refuses something; empty where it does not."""
+  try:
+    check(of)
+  except ValueError as error:
+    return str(error)
+  return ""
+
+
+def gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """What images cost and what gates do, of the result of a run on images."""
+  rows = []
+  if "mac_ratio" in result:
+    ratio = f"{100 * result['mac_ratio']:.1f} % of the ungated net's, gate networks included"
+    rows.append(("MACs per image", f"{result['macs']:,.0f}, {ratio}"))
+  if "gates" in result:
+    kinds = ("conditional", "always_open", "always_closed", "random_dropout")
+    counts = [f"{result[kind]} {kind.replace('_', ' ')}" for kind in kinds]
+    rows.append(("gates", f"{result['gates']}: {', '.join(counts)}"))
+  return rows
+
+
+def times(timings: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str]]:
+  """For each table of `--mode=compile`, what runs and how fast it is.
+
+  Args:
+    timings: by title, rows with the fields of `inference.timings.Timing`.
+  """
+  found = []
+  for title, rows in timings.items():
+    whole = {row["strategy"]: row for row in rows if row["part"] is None}
+    chosen = [row for row in whole.values() if row["chosen"]]
+    if not chosen or UNGATED not in whole:
+      continue
+    (row,) = chosen
+    ways = {MASKED: "computing everything", CHOSEN: "skipping, each part in its fastest way"}
+    way = ways.get(row["strategy"], f"skipping ({row['strategy']})")
+    faster = whole[UNGATED]["seconds"] / row["seconds"]
+    found.append((title, f"{1e3 * row['seconds']:.2f} ms by {way}; ungated {1e3 * whole[UNGATED]['seconds']:.2f} ms, "
+                         f"{faster:.2f} x"))
+  return found

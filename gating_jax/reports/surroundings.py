@@ -1,0 +1,217 @@
+"""Reads what a run's page says beyond its own result: an ungated baseline, times, where the run comes from.
+
+All of it is optional: an old, copied or damaged directory lacks some, and its page is written all the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from gating_jax.paths import user_path
+from gating_jax.reports import page, times
+from gating_jax.reports.opening import Baseline, Surroundings, example
+from gating_jax.training import hosts, provenance, rundir
+
+TIMES_FILE = "compile.json"
+_MOST_NEIGHBOURS = 500  # directories that are looked at
+_ALWAYS_IGNORED = ("seed", "devices.", "log_every", "eval_every", "checkpoint_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """How runs of a kind are compared with ungated ones.
+
+  Attributes:
+    field: the config's field that says what is gated.
+    baselines: its values of ungated networks that pages compare with, the best baseline first.
+    ungated: whether a flat config is of a network that computes the same for every example.
+    ignored: further fields, or sections that end with a dot, in which a baseline may differ.
+    how: to train one, for people.
+    tested: fields that say what a run is tested on.
+  """
+
+  field: str
+  baselines: tuple[str, ...]
+  ungated: Callable[[Mapping[str, Any]], bool]
+  ignored: tuple[str, ...]
+  how: str
+  tested: tuple[str, ...]
+
+
+def _has_no_task_gates(config: Mapping[str, Any]) -> bool:
+  return config.get("method") in _UNGATED_METHODS
+
+
+def _chooses_nothing(config: Mapping[str, Any]) -> bool:
+  """Whether segments of a video are taken without a look at it, and the heavy net has no gates."""
+  return config.get("model.selection") in _BLIND and config.get("model.heavy.gating", "none") == "none"
+
+
+_UNGATED_METHODS = (
+  "progressive",
+  "fine_tuning",
+  "joint",
+  "ewc",
+  "online_ewc",
+  "si",
+  "lwf",
+  "er",
+  "derpp",
+  "agem",
+  "icarl",
+  "multitask_norms",
+  "multitask_trunk",
+  "dgm",
+)
+_BLIND = ("all", "uniform", "random", "light")
+_IMAGE_SET = ("data.name", "data.test_split", "data.image_feature", "data.label_feature")
+IMAGES = Kind(
+    "model.gating", ("none",), lambda config: config.get("model.gating") == "none",
+    ("model.gate.", "model.noise.", "model.exits.", "model.experts.", "model.backward_share", "model.init_from",
+     "loss.", "optim.gate_multiplier", "data.workers", "data.loader"), "the variant gates=none of its config",
+    _IMAGE_SET)
+SCENES = dataclasses.replace(
+    IMAGES, tested=("data.name", "data.test_split", "data.size", "data.digits", "data.test_scenes"))
+VIDEOS = Kind(
+    "model.selection", ("all",), _chooses_nothing,
+    ("model.gate.", "model.share", "model.context", "model.heavy.gating", "model.heavy.gate.", "loss.", "optim.epochs",
+     "optim.gate_multiplier", "data.workers"), "the variant selection=all of its config",
+    ("data.name", "data.test_split", "data.layout", "data.table", "data.folder", "data.segments", "data.test_videos",
+     "data.at_most"))
+TASKS = Kind(
+    "method", ("joint", "multitask_trunk", "fine_tuning"), _has_no_task_gates,
+    ("gates.", "hat.", "progressive.", "router.", "generator.", "ewc.", "online_ewc.", "si.", "lwf.", "replay.",
+     "derpp.", "dgm.", "model.gate.", "optim.gate_multiplier"),
+    "the variant method=joint of its config, which learns all tasks together, or method=fine_tuning",
+    (*_IMAGE_SET, "tasks.classes_per_task", "tasks.count", "tasks.order_seed"))
+
+
+KINDS = {"classification": IMAGES, "segmentation": SCENES, "continual": TASKS, "long_video": VIDEOS}
+
+
+def is_ungated(config: Mapping[str, Any]) -> bool:
+  """Whether a flat config is of a network that computes the same for every example."""
+  kind = KINDS.get(str(config.get("experiment")))
+  return kind is not None and kind.ungated(config)
+
+
+def tested_on(config: Mapping[str, Any]) -> dict[str, str]:
+  """The fields of a flat config that say what its run learns and is tested on, but for those that are None."""
+  kind = KINDS.get(str(config.get("experiment")))
+  names = ("experiment", *(kind.tested if kind else ()))
+  return {name: str(config[name]) for name in names if config.get(name) is not None}
+
+
+def read(
+    run_dir: rundir.RunDir, config: ml_collections.ConfigDict, kind: Kind, *, step: int, not_compiled: str = ""
+) -> Surroundings:
+  """What there is of a run; nothing but the run itself on processes that do not write.
+
+  Args:
+    run_dir, config: of the run.
+    kind: what it is of.
+    step: that the page is about.
+    not_compiled: why `--mode=compile` refuses the run; empty where it does not.
+  """
+  mine = rundir.flatten(json.loads(config.to_json()))
+  ungated = _is_baseline(mine, kind)
+  around = Surroundings(ungated=ungated, step=step, not_compiled=not_compiled, seed=mine.get("seed"),
+                        workdir=str(run_dir.path))
+  if not hosts.is_writer():
+    return around
+  return dataclasses.replace(
+      around, baseline=None if ungated else find_baseline(run_dir.path, mine, kind), times=read_times(run_dir.path),
+      starts=provenance.read_starts(run_dir.path), report=provenance.describe())
+
+
+def read_times(path: Path) -> times.Times | None:
+  """What `--mode=compile` left in the run directory `path`; None where it left nothing, or a damaged file."""
+  return times.parsed(_read_json(path / TIMES_FILE))
+
+
+def refresh_times(path: Path) -> bool:
+  """Writes what `--mode=compile` has just left into the run's page. Returns whether there is a page of that step."""
+  found = read_times(path)
+  if found is None:
+    return False
+  noun = example(_read_config(path).get("experiment"))
+  return page.fill(path / rundir.REPORT_FILE, [
+      times.number(found, noun, step=found.step, workdir=str(path)), times.section(found, noun, step=found.step)])
+
+
+def find_baseline(path: Path, mine: Mapping[str, Any], kind: Kind) -> Baseline | None:
+  """The ungated run that a run started from, or a finished neighbour of the same config without gates.
+
+  A start that is gated, or was tested on something else, is no baseline.
+
+  Args:
+    path: the run directory.
+    mine: its config, flat.
+    kind: what the run is of.
+  """
+  start = mine.get("model.init_from")
+  if isinstance(start, str):
+    folder = user_path(start)
+    theirs = _read_config(folder)
+    if is_ungated(theirs) and tested_on(theirs) == tested_on(mine) and (found := _read_baseline(folder)):
+      return found
+  candidates = []
+  for folder in _neighbours(path):
+    theirs = _read_config(folder)
+    if _is_baseline(theirs, kind) and _same(mine, theirs, kind):
+      rank = kind.baselines.index(theirs[kind.field]), theirs.get("seed") != mine.get("seed"), folder.name
+      candidates.append((rank, folder))
+  for _, folder in sorted(candidates):
+    if found := _read_baseline(folder):
+      return found
+  return None
+
+
+def _is_baseline(config: Mapping[str, Any], kind: Kind) -> bool:
+  """Whether pages compare with the run of a flat config."""
+  return config.get(kind.field) in kind.baselines and kind.ungated(config)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+  """The flat config of a run; nothing where there is none."""
+  found = _read_json(folder / rundir.CONFIG_FILE)
+  return rundir.flatten(found) if isinstance(found, dict) else {}
+
+
+def _neighbours(path: Path) -> list[Path]:
+  """Other directories in the same folder, in the order of their names."""
+  path = path.resolve()
+  try:
+    folders = [folder for folder in path.parent.iterdir() if folder != path and (folder / rundir.CONFIG_FILE).is_file()]
+  except OSError:
+    return []
+  return sorted(folders)[:_MOST_NEIGHBOURS]
+
+
+def _same(mine: Mapping[str, Any], theirs: Mapping[str, Any], kind: Kind) -> bool:
+  """Whether two configs differ in nothing but gates; a field that an older one lacks is None there."""
+  ignored = (kind.field, *kind.ignored, *_ALWAYS_IGNORED)
+  names = [name for name in {**mine, **theirs} if not name.startswith(ignored)]
+  return all(mine.get(name) == theirs.get(name) for name in names)
+
+
+def _read_baseline(folder: Path) -> Baseline | None:
+  """A finished run as a baseline; None where it is not finished, or damaged."""
+  result = _read_json(folder / rundir.RESULT_FILE)
+  if not isinstance(result, dict):
+    return None
+  return Baseline(folder.name, rundir.flatten(result))
+
+
+def _read_json(file: Path) -> Any:
+  """What the file holds; None where it is missing or damaged."""
+  try:
+    return json.loads(file.read_text("utf-8", "replace"))
+  except (OSError, ValueError, RecursionError):
+    return None

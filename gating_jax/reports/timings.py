@@ -1,0 +1,69 @@
+"""What strategies of skipping take: a table, and a picture of time against MACs.
+
+A row is a mapping with the fields of `gating_jax.inference.timings.Timing`.
+Reference: Verelst and Tuytelaars, 2020 (time against MACs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from gating_jax.reports.page import WIDTH
+from gating_jax.reports.text import columns, plain, save
+
+Rows = Sequence[Mapping[str, Any]]
+_MARKS = "os^Dvph*X"
+_COLOURS = ("#5b6770", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a6d3b")
+
+
+def table(rows: Rows) -> str:
+  """Lines for people; what runs is marked by a star.
+
+  >>> print(table([{"part": None, "strategy": "masked", "mac_ratio": 0.5, "computed_ratio": 1.01, "seconds": 0.002,
+  ...               "time_ratio": 1.0, "efficiency": 0.5, "chosen": True, "open_ratio": 1.02}]))
+  part   strategy   MACs  computed    ms   time  efficiency  all open
+  whole  masked *  0.500     1.010  2.00  1.000        0.50     1.020
+  """
+  head = ["part", "strategy", "MACs", "computed", "ms", "time", "efficiency", "all open"]
+  return "\n".join(columns([head, *([
+      "whole" if row["part"] is None else str(row["part"] + 1), row["strategy"] + (" *" if row["chosen"] else ""),
+      f"{row['mac_ratio']:.3f}", f"{row['computed_ratio']:.3f}", f"{1e3 * row['seconds']:.2f}",
+      f"{row['time_ratio']:.3f}", f"{row['efficiency']:.2f}",
+      "" if row["open_ratio"] is None else f"{row['open_ratio']:.3f}",
+  ] for row in rows)]))
+
+
+def draw(path: Path | BinaryIO, timings: Mapping[str, Rows]) -> None:
+  """Writes the figure of two columns as a PNG."""
+  save(figure(timings, columns=2), path)
+
+
+def figure(timings: Mapping[str, Rows], *, columns: int) -> Any:
+  """A panel for each title: time against MACs, both in per cent of those of computing all.
+
+  A small mark is a part, a large one the whole network; on the diagonal all that MACs save is saved in time. What takes
+  more than twice the time is on the upper edge.
+  """
+  from matplotlib.figure import Figure  # imports slowly
+
+  down = -(-len(timings) // columns)
+  figure = Figure(figsize=(WIDTH * columns, 4.6 * down), dpi=120, layout="constrained")
+  names = list(dict.fromkeys(row["strategy"] for rows in timings.values() for row in rows))
+  for place, (title, rows) in enumerate(timings.items(), 1):
+    axes = figure.add_subplot(down, columns, place)
+    ratios = [row["mac_ratio"] for row in rows] + [min(row["time_ratio"], 2.0) for row in rows]
+    top = 105 * max([1.0, *ratios])
+    for i, name in enumerate(names):
+      shown = [row for row in rows if row["strategy"] == name]
+      axes.scatter([100 * row["mac_ratio"] for row in shown], [min(100 * row["time_ratio"], top) for row in shown],
+                   [110 if row["part"] is None else 28 for row in shown], color=_COLOURS[i % len(_COLOURS)],
+                   marker=_MARKS[i % len(_MARKS)], edgecolors="white", linewidths=0.5, label=name, clip_on=False)
+    axes.plot([0, top], [0, top], color="#aab4be", linewidth=1, zorder=0)
+    axes.axhline(100, color="#aab4be", linewidth=1, linestyle="--", zorder=0)
+    axes.set(xlim=(0, top), ylim=(0, top), xlabel="MACs left open (% of all)", ylabel="time (% of computing all)",
+             title=plain(title, 60))
+  if names:
+    figure.axes[-1].legend(fontsize=8)
+  return figure

@@ -1,0 +1,70 @@
+"""The warning of a training whose gates close for good: which gates, how many are too many, and what to change."""
+
+from __future__ import annotations
+
+import ml_collections
+
+from gating_jax.training.closing import CLOSED, SEGMENTS_CLOSED, ClosingWatch, Limit
+
+_MOST = 0.5
+_NOTHING_LEFT = 0.995  # where units that close for all examples are wanted, as in pruning
+_REGULARISERS = {  # and the setting of their strength
+    "entropy": "loss.entropy.coefficient",
+    "decision_entropy": "loss.decision_entropy.coefficient",
+    "away_from_half": "loss.away_from_half.coefficient",
+}
+
+
+def of_images(config: ml_collections.ConfigDict) -> ClosingWatch:
+  """For classifiers and segmentation."""
+  gating, gate, loss = config.model.gating, config.model.gate, config.loss
+  if gating in ("none", "exits") or gate.context == "random":  # an exit that no image passes is no gate that closed
+    return ClosingWatch(())
+  if gating == "experts":
+    advice = "raise loss.balance.coefficient, with loss.regulariser=balance"
+    return ClosingWatch([Limit(CLOSED, _MOST, advice, "experts")])
+  if loss.regulariser in _REGULARISERS:
+    advice = f"lower {_REGULARISERS[loss.regulariser]}, or take loss.regulariser=batch_shaping"
+  elif loss.regulariser == "none":
+    advice = "lower optim.learning_rate or optim.gate_multiplier, or take loss.regulariser=batch_shaping"
+  else:
+    advice = _advice("loss", loss, shaped=loss.regulariser == "batch_shaping")
+  static = gate.context == "none"
+  return ClosingWatch([Limit(CLOSED, _NOTHING_LEFT if static else _most(loss.sparsity), advice)])
+
+
+def of_tasks() -> ClosingWatch:
+  """For task gates: filters that a task closes are left for the next ones."""
+  advice = "lower gates.sparsity, or raise gates.patience, the epochs that a task learns without it"
+  return ClosingWatch([Limit(CLOSED, _NOTHING_LEFT, advice)])
+
+
+def of_videos(config: ml_collections.ConfigDict) -> ClosingWatch:
+  """For the gate of segments, and for the channel gates of the heavy net."""
+  limits, loss = [], config.loss
+  if config.model.selection == "gate":
+    advice = (f"{_lower('loss', loss.sparsity)} or loss.sparsity.kind=target, or raise "
+              f"loss.batch_shaping.coefficient (now {loss.batch_shaping.coefficient:g})")
+    limits.append(Limit(SEGMENTS_CLOSED, _MOST, advice, "segments"))
+  if config.model.heavy.gating != "none":
+    advice = _advice("loss.channels", loss.channels, shaped=True)
+    limits.append(Limit(f"channels_{CLOSED}", _most(loss.channels.sparsity), advice, "heavy net's channel gates"))
+  return ClosingWatch(limits)
+
+
+def _most(sparsity: ml_collections.ConfigDict) -> float:
+  """Half of the gates, or what a budget asks for."""
+  return max(_MOST, 1 - sparsity.target) if sparsity.kind == "budget" else _MOST
+
+
+def _advice(section: str, loss: ml_collections.ConfigDict, *, shaped: bool) -> str:
+  lower = _lower(section, loss.sparsity)
+  if not shaped:
+    return f"{lower} or let it rise later ({section}.sparsity.start), or take {section}.regulariser=batch_shaping"
+  shaping = loss.batch_shaping
+  return (f"{lower}, or raise {section}.batch_shaping.coefficient (now {shaping.coefficient:g}) or "
+          f"{section}.batch_shaping.end (now {shaping.end:g}, the fraction of training at which it ends)")
+
+
+def _lower(section: str, sparsity: ml_collections.ConfigDict) -> str:
+  return f"lower {section}.sparsity.coefficient (now {sparsity.coefficient:g})"

@@ -1,0 +1,134 @@
+"""`--smoke`: any config on so little data, and for so few steps and tasks, that a run ends within a minute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import ml_collections
+
+from gating_jax.data import features, scenes
+from gating_jax.data import tfds as tfds_sets
+from gating_jax.training import settings
+
+_BATCH = 16  # examples, over all devices
+_EXAMPLES = {"train": 64, "test": 32}
+_OF_A_CLASS = {"train": 50, "test": 25}  # on average, so that none is without images, nor a task with few
+_VIDEOS = 32  # of files
+_SIDE = 128  # pixels of a scene's longer side
+_AT_MOST = {
+    "data.image_size": 64,
+    "data.size": 32,
+    "data.segments": 16,
+    "data.workers": 1,
+    "data.train_scenes": 64,
+    "data.test_scenes": 16,
+    "data.train_videos": 32,
+    "data.test_videos": 16,
+    "tasks.count": 2,
+    "router.steps": 10,
+    "generator.steps": 4,
+    "generator.images": 64,
+    "ewc.examples": 64,
+    "online_ewc.examples": 64,
+    "replay.images": 64,
+    "optim.eval_batch_size": 64,
+    "log_every": 5,
+    "devices.steps_per_dispatch": 1,
+}
+
+
+def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The config with less of everything that a run's time grows with; its model and method are as they were.
+
+  Sets of TFDS are opened for their splits and classes; errors are as in `sources.open_tfds`.
+
+  >>> from ml_collections import ConfigDict
+  >>> shrink(ConfigDict({"data": {"name": "digits", "image_size": 224}, "optim": {"epochs": 200}})).to_dict()
+  {'data': {'image_size': 64, 'name': 'digits'}, 'optim': {'epochs': 1}}
+  """
+  small = config.copy_and_resolve_references().unlock()
+  _shrink_scenes(small)
+  for name, most in _AT_MOST.items():
+    _lower(small, name, most)
+  phases = ["optim"]
+  if not small.get("pretrained"):  # else the first training is that of another run, and stays as it was
+    phases.append("pretrain")
+  for phase in phases:
+    _lower(small, f"{phase}.epochs", 1)
+    _lower(small, f"{phase}.batch_size", _over_devices(_BATCH))
+  _set(small, "eval_every", 0.0)
+  if small.get("gates", {}).get("when_full") == "error":
+    small.gates.when_full = "reuse"  # after a few steps most units are taken
+  if "layout" in small.get("data", {}):  # splits of videos are files
+    small.data.at_most = _VIDEOS
+  elif small.data.get("name") not in (tfds_sets.DIGITS, scenes.MADE):  # which are small, or made
+    _cut_splits(small)
+  return small.lock()
+
+
+def _over_devices(size: int) -> int:
+  """The size, or what is next to it that all devices share."""
+  return max(1, size // jax.device_count()) * jax.device_count()
+
+
+def _lower(config: ml_collections.ConfigDict, name: str, most: int) -> None:
+  """Sets a field that is there to `most` at most; 0 means all of it, but where it counts epochs."""
+  section, field = _place(config, name)
+  if section is not None and isinstance(section[field], (int, float)) and (
+      section[field] > most or section[field] == 0 and name == "tasks.count"):
+    section[field] = most
+
+
+def _set(config: ml_collections.ConfigDict, name: str, value: float) -> None:
+  section, field = _place(config, name)
+  if section is not None:
+    section[field] = value
+
+
+def _place(config: ml_collections.ConfigDict, name: str) -> tuple[ml_collections.ConfigDict | None, str]:
+  """The section that has a field; None where there is none."""
+  *sections, field = name.split(".")
+  for each in sections:
+    config = config.get(each, {})
+  return (config if field in config else None), field
+
+
+def _shrink_scenes(config: ml_collections.ConfigDict) -> None:
+  """Brings scenes, and the parts of them that are trained on, to `_SIDE` pixels at most, by one factor."""
+  data = config.get("data", {})
+  whole = data.get("size")
+  if not isinstance(whole, tuple) or max(whole) <= _SIDE:
+    return
+  factor = _SIDE / max(whole)
+  for field in ("size", "crop"):
+    if data[field] is not None:
+      data[field] = tuple(round(factor * side) for side in data[field])
+
+
+def _cut_splits(config: ml_collections.ConfigDict) -> None:
+  """Cuts the splits of a set of TFDS to their first examples, which TFDS has shuffled."""
+  data, read = config.data, {}
+  if "tasks" in config:
+    read = {settings.feature_names(data)[1]: features.ImageClass}
+  for split, count in _EXAMPLES.items():
+    field = f"{split}_split"
+    source = tfds_sets.open_tfds(data.name, data[field], data.data_dir, read)
+    if "tasks" in config:
+      count = _OF_A_CLASS[split] * len(source.class_names)
+    data[field] = _first(data[field], count, source.dataset_info.splits)
+
+
+def _first(split: str, count: int, splits: Any) -> str:
+  """The first examples of any split expression of TFDS: of `train[80%:]` as `train[800:864]`."""
+  import tensorflow_datasets as tfds  # slow to import
+
+  parts = []
+  for part in tfds.core.ReadInstruction.from_spec(split).to_absolute(splits):
+    begin = part.from_ or 0
+    end = splits[part.splitname].num_examples if part.to is None else part.to
+    taken = min(count, end - begin)
+    count -= taken
+    if taken:
+      parts.append(f"{part.splitname}[{begin}:{begin + taken}]")
+  return "+".join(parts)

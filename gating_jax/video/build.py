@@ -1,0 +1,276 @@
+"""From a config of long videos to its parts, every setting checked before anything is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import ml_collections
+import numpy as np
+import optax
+
+from gating_jax.checks import one_of
+from gating_jax.data.video_arrays import VideoArrays
+from gating_jax.data.videos import VideoSet
+from gating_jax.layers.blocks import GATINGS
+from gating_jax.layers.gate import GateSettings
+from gating_jax.layers.segment_gate import CONCEPTS, CONTEXTS, POOLINGS, RELAXATIONS, SegmentGateSettings
+from gating_jax.models.timegate import SELECTIONS, SegmentClassifier, SegmentNet
+from gating_jax.models.video_backbones import HEAVY_NETS, LIGHT_NETS, FeaturePool, heavy_net, light_net
+from gating_jax.models.video_counts import VideoCounts, count_video
+from gating_jax.ops import selection
+from gating_jax.ops.priors import beta
+from gating_jax.training import devices, loop, optim, schedules, settings
+from gating_jax.training.objectives import REDUCTIONS, ImageObjective
+from gating_jax.training.objectives import SPARSITIES as CHANNEL_SPARSITIES
+from gating_jax.training.outlines import Outline
+from gating_jax.video import sets
+from gating_jax.video.objectives import SPARSITIES, SegmentObjective, VideoObjective
+
+TRAININGS = ("two_stage", "end_to_end")
+TARGETS = ("units", "label")
+COUNTED = ("uniform", "random", "oracle", "confidence")  # selections that take a known number of segments
+LIGHT = "light"  # the selection that has the light net in the heavy one's place
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """One training: what is trained, by what, for how long. `prepare(key, inputs)` makes the model's inputs.
+
+  `full` is the model with the backward of everything, where its own may hold too little.
+  """
+
+  name: str
+  model: nn.Module
+  optimiser: optax.GradientTransformation
+  objective: Callable
+  prepare: Callable[[jax.Array, Mapping[str, jax.Array]], Mapping[str, jax.Array]]
+  shapes: Any
+  batch_size: int
+  settings: loop.LoopSettings
+  full: nn.Module | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoExperiment:
+  """What a config describes.
+
+  Attributes:
+    train, test: sets of videos.
+    model: the whole network.
+    counts: its multiply-accumulates.
+    reference: of the heavy net on all segments and the classifier alone, which budgets are shares of.
+    shapes: of a video's inputs.
+    pretraining: of both nets as classifiers of single segments; None without.
+    training: of the gate and the classifier: with the nets if `end_to_end`, on their features if `two_stage`.
+  """
+
+  config: ml_collections.ConfigDict
+  train: VideoArrays | VideoSet
+  test: VideoArrays | VideoSet
+  model: SegmentNet
+  counts: VideoCounts
+  reference: VideoCounts
+  shapes: Mapping[str, tuple[int, ...]]
+  pretraining: Phase | None
+  training: Phase
+
+  def prepare(self, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """A batch's arrays to what the whole network takes."""
+    return sets.network_inputs(inputs, self.config, light_alone=self.config.model.selection == LIGHT)
+
+
+def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = None) -> VideoExperiment:
+  """Checks every setting, then opens the data. Raises ValueError naming the field.
+
+  `known` are outlines of the training and the test set, in place of opening them.
+  """
+  _check(config)
+  if known:
+    train, test = known[0], known[-1]
+  else:
+    train, test = (sets.open_set(config, split) for split in ("train", "test"))
+  if config.model.selection == "oracle" and "relevant" not in train.shapes:
+    raise ValueError("model.selection must not be 'oracle' here: the data do not tell which segments matter")
+  if config.pretrain.epochs and config.pretrain.target == "units" and "units" not in train.shapes:
+    raise ValueError("pretrain.target must be 'label' here: the data do not tell unit actions; got 'units'")
+  if config.model.selection == "confidence" and not config.loss.light:
+    raise ValueError("loss.light must be > 0 where model.selection is 'confidence', which is that of its head; got 0.0")
+  named = {config.model.light.name, config.model.heavy.name}
+  if not config.pretrain.epochs and (config.pretrained or config.training == "two_stage" and named != {"features"}):
+    raise ValueError("pretrain.epochs must be >= 1 where training is 'two_stage' or trained nets are taken; got 0")
+  alone = config.model.selection == LIGHT
+  shapes = sets.network_shapes(train, config, light_alone=alone)
+  model = _segment_net(config, len(train.class_names))
+  spent = (0 if model.light is None else config.data.light_macs,
+           config.data.light_macs if alone else config.data.heavy_macs)
+  counts = count_video(model, shapes, made_elsewhere=spent)
+  model = model.clone(macs_per_segment=counts.heavy.macs)
+  dense = model.clone(selection="all", light=None, light_head=False, heavy=nets(config)[1])
+  reference = count_video(dense, sets.network_shapes(train, config), made_elsewhere=(0, config.data.heavy_macs))
+  return VideoExperiment(config, train, test, model, counts, reference, shapes,
+                         _pretraining(config, train, counts), _training(config, train, model, counts, shapes))
+
+
+def nets(config: ml_collections.ConfigDict) -> tuple[nn.Module, nn.Module]:
+  """The light and the heavy net."""
+  light, heavy, dtype = config.model.light, config.model.heavy, settings.DTYPES[config.model.dtype]
+  gate = GateSettings(**heavy.gate) if heavy.gating != "none" else None
+  return (light_net(light.name, width=light.width, dtype=dtype, axis_name=devices.AXIS),
+          heavy_net(heavy.name, width=heavy.width, stem=heavy.stem, gating=heavy.gating, gate=gate,
+                    group_norm=heavy.group_norm, dtype=dtype, axis_name=devices.AXIS))
+
+
+def _segment_net(config: ml_collections.ConfigDict, classes: int) -> SegmentNet:
+  model, gate = config.model, config.model.gate
+  light, heavy = nets(config)
+  alone = model.selection == LIGHT
+  asked = model.selection in ("gate", "confidence") or config.loss.light > 0
+  return SegmentNet(
+      classes=classes, light=light if asked and not alone else None, heavy=light if alone else heavy,
+      selection="all" if alone else model.selection, share=model.share, light_head=config.loss.light > 0 and not alone,
+      pooling=model.pooling, axis_name=devices.AXIS,
+      gate=SegmentGateSettings(
+          concepts=gate.concepts, context=gate.context, relaxation=gate.relaxation,
+          gate=GateSettings(gate.hidden, gate.initial_open, gate.temperature, gate.noise_scale)))
+
+
+def _pretraining(config: ml_collections.ConfigDict, train: Any, counts: VideoCounts) -> Phase | None:
+  pretrain = config.pretrain
+  if not pretrain.epochs:
+    return None
+  targets = len(train.unit_names) + 1 if pretrain.target == "units" else len(train.class_names)
+  light, heavy = nets(config)
+  loops, total = _loop(config, train, "pretrain")
+  shapes = sets.network_shapes(train, config)
+  return Phase(
+      name="pretrain",
+      model=SegmentClassifier(targets, light, heavy),
+      optimiser=optim.adam(schedules.learning_rate("cosine", pretrain.learning_rate, total, warmup=0.05),
+                           weight_decay=pretrain.weight_decay),
+      objective=SegmentObjective(pretrain.target, targets, train.multi_label, _channels(config, counts, total)),
+      prepare=lambda key, inputs: sets.network_inputs(
+          sets.pick_segments(key, inputs, pretrain.segments_per_video, devices.AXIS), config),
+      shapes={"light": shapes["light"][1:], "heavy": shapes["heavy"][1:]},
+      batch_size=pretrain.batch_size,
+      settings=loops)
+
+
+def _training(
+    config: ml_collections.ConfigDict, train: Any, model: SegmentNet, counts: VideoCounts, shapes: Mapping[str, Any]
+) -> Phase:
+  training, loss = config.optim, config.loss
+  loops, total = _loop(config, train, "optim")
+  rate = schedules.learning_rate(training.schedule, training.learning_rate, total, warmup=training.warmup,
+                                 drops=training.drops, factor=training.drop_factor)
+  optimiser = (optim.adam(rate, weight_decay=training.weight_decay) if training.kind == "adam" else
+               optim.sgd(rate, momentum=training.momentum, weight_decay=training.weight_decay))
+  if not config.model.gate.trained_concepts:
+    optimiser = optim.frozen(optimiser, lambda path: CONCEPTS in path)
+  alone = config.model.selection == LIGHT
+  prepare = lambda key, inputs: sets.network_inputs(inputs, config, light_alone=alone)
+  full = None
+  if config.training == "two_stage":
+    features = lambda net: None if net is None else FeaturePool()
+    prepare, shapes = (lambda key, inputs: inputs), sets.feature_shapes(model, shapes)
+    model = model.clone(light=features(model.light), heavy=features(model.heavy))
+  elif config.model.skip_backward:
+    videos = training.batch_size // jax.device_count()
+    if model.selection == "gate":
+      full, capacity = model, math.ceil(config.model.backward_share * videos * counts.segments)
+    else:
+      capacity = videos * int(selection.k_for(np.ones((1, counts.segments), bool), model.share)[0])
+    model = model.clone(backward_capacity=capacity)
+  return Phase(
+      name="train", model=model, full=full, optimiser=optimiser, prepare=prepare, shapes=shapes,
+      batch_size=training.batch_size, settings=loops,
+      objective=VideoObjective(
+          multi_label=train.multi_label,
+          sparsity=loss.sparsity.kind if model.selection == "gate" else "none",
+          target=loss.sparsity.target,
+          sparsity_coefficient=schedules.fade_in(
+              loss.sparsity.coefficient, loss.sparsity.start, loss.sparsity.full, total),
+          batch_shaping_coefficient=schedules.fade_out(loss.batch_shaping.coefficient, loss.batch_shaping.end, total),
+          prior=beta(loss.batch_shaping.a, loss.batch_shaping.b),
+          light_coefficient=loss.light,
+          channels=_channels(config, counts, total)))
+
+
+def _channels(config: ml_collections.ConfigDict, counts: VideoCounts, total: int) -> ImageObjective:
+  """Prices the heavy net's channel gates."""
+  shaping, sparsity = config.loss.channels.batch_shaping, config.loss.channels.sparsity
+  return ImageObjective(
+      prior=beta(shaping.a, shaping.b), reduction=shaping.reduction, sparsity=sparsity.kind, target=sparsity.target,
+      fixed_macs=counts.heavy.macs - counts.heavy.gated,
+      batch_shaping_coefficient=schedules.fade_out(shaping.coefficient, shaping.end, total),
+      sparsity_coefficient=schedules.fade_in(sparsity.coefficient, sparsity.start, sparsity.full, total))
+
+
+def _loop(config: ml_collections.ConfigDict, train: Any, name: str) -> tuple[loop.LoopSettings, int]:
+  """The loop's settings and the number of steps, by the config's part of this name."""
+  phase = config[name]
+  if phase.batch_size > len(train):
+    raise ValueError(f"{name}.batch_size must be at most {len(train)}, the number of training videos; "
+                     f"got {phase.batch_size}")
+  per_epoch = len(train) // phase.batch_size
+  total = settings.total_steps(phase.epochs, per_epoch, config.devices.steps_per_dispatch)
+  return loop.LoopSettings(
+      total_steps=total,
+      steps_per_dispatch=config.devices.steps_per_dispatch,
+      log_every=config.log_every,
+      checkpoint_every=max(1, round(config.checkpoint_every * per_epoch)),
+      eval_every=max(1, round(config.eval_every * per_epoch)) if config.eval_every else 0), total
+
+
+def _check(config: ml_collections.ConfigDict) -> None:
+  one_of("model.selection", config.model.selection, (*SELECTIONS, LIGHT))
+  _check_skipped_backward(config)
+  settings.check(
+      config,
+      choices={
+          "data.name": sets.SETS, "data.layout": sets.LAYOUTS, "training": TRAININGS,
+          "model.light.name": LIGHT_NETS, "model.heavy.name": HEAVY_NETS, "model.heavy.gating": GATINGS,
+          "model.pooling": POOLINGS, "model.dtype": settings.DTYPES, "model.gate.context": CONTEXTS,
+          "model.gate.relaxation": RELAXATIONS, "pretrain.target": TARGETS, "loss.sparsity.kind": SPARSITIES,
+          "loss.channels.batch_shaping.reduction": REDUCTIONS, "loss.channels.sparsity.kind": CHANNEL_SPARSITIES,
+          "optim.kind": ("adam", "sgd"), "optim.schedule": schedules.LEARNING_RATES,
+          "devices.backend": devices.BACKENDS,
+      },
+      positive=("model.light.width", "model.heavy.width", "optim.learning_rate", "pretrain.learning_rate",
+                "optim.drop_factor", "checkpoint_every"),
+      not_negative=("eval_every", "loss.light", "loss.sparsity.coefficient", "loss.batch_shaping.coefficient",
+                    "loss.channels.sparsity.coefficient", "loss.channels.batch_shaping.coefficient",
+                    "optim.weight_decay", "pretrain.weight_decay"),
+      at_least={"seed": 0, "data.segments": 1, "data.frames": 1, "data.size": 1, "data.train_videos": 1,
+                "data.test_videos": 1, "data.workers": 0, "data.light_macs": 0, "data.heavy_macs": 0,
+                "pretrain.epochs": 0, "pretrain.segments_per_video": 1,
+                "pretrain.batch_size": 1, "optim.epochs": 1, "optim.batch_size": 1, "devices.steps_per_dispatch": 1,
+                "log_every": 1},
+      fractions=("model.share", "model.backward_share", "loss.sparsity.target", "loss.channels.sparsity.target"),
+      numbers=("data.mean", "data.std"),
+      rules={
+          "data.std": (lambda std: min(std) > 0, "a tuple of positive numbers"),
+          "optim.drops": (settings.all_numbers, "a tuple of fractions"),
+          "optim.batch_size": settings.divides_over_devices(),
+          **({"pretrain.batch_size": settings.divides_over_devices()} if config.pretrain.epochs else {}),
+      })
+
+
+def _check_skipped_backward(config: ml_collections.ConfigDict) -> None:
+  """A gradient is left out only where it is 0 exactly, and where the number of segments that have one is known."""
+  model = config.model
+  if not model.skip_backward:
+    return
+  for name, value, holds, rule in (
+      ("training", config.training, config.training == "end_to_end", "'end_to_end'"),
+      ("model.selection", model.selection, model.selection in (*COUNTED, "gate"),
+       f"one of {', '.join(COUNTED)}, gate"),
+      ("model.heavy.group_norm", model.heavy.group_norm, model.heavy.group_norm, "True"),
+      ("model.backward_share", model.backward_share, model.selection != "gate" or model.backward_share < 1, "< 1"),
+      ("model.heavy.gating", model.heavy.gating, model.heavy.gating == "none", "'none'")):
+    if not holds:
+      raise ValueError(f"{name} must be {rule} where model.skip_backward is set; got {value!r}")

@@ -1,0 +1,142 @@
+"""What the nets of the long-video programme minimise.
+
+Axes: B videos, T segments, S picked segments of a video.
+Reference: Hussein et al., 2020 (TimeGate).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping
+
+import jax.numpy as jnp
+import optax
+
+from gating_jax.checks import one_of
+from gating_jax.ops.ecdf import batch_shaping_loss
+from gating_jax.ops.priors import Prior
+from gating_jax.training.closing import LEAST_RATE, SEGMENTS_CLOSED
+from gating_jax.training.objectives import ImageObjective, weighted_mean
+from gating_jax.types import Array, Records
+
+SPARSITIES = ("none", "mean", "target")
+Terms = Mapping[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoObjective:
+  """Total = classification + light * that of single segments + gamma_t * batch-shaping + rho_t * sparsity + channels.
+
+  Classification is cross-entropy or, for several labels, the mean binary cross-entropy over classes.
+
+  Attributes:
+    multi_label: whether labels are `[B, classes]` of 0 and 1.
+    sparsity: of the segment gates: `mean`, the share that is open; `target`, its squared gap to `target`; or `none`.
+    target: share in (0, 1].
+    sparsity_coefficient, batch_shaping_coefficient: rho_t and gamma_t, from step to number.
+    prior: what the segments' open probability should follow over all segments of the batch.
+    light_coefficient: of the light net's own classification of every segment.
+    channels: prices the heavy net's channel gates.
+  """
+
+  multi_label: bool
+  sparsity: str
+  target: float
+  sparsity_coefficient: Callable[[Array], Array]
+  batch_shaping_coefficient: Callable[[Array], Array]
+  prior: Prior
+  light_coefficient: float
+  channels: ImageObjective
+
+  def __post_init__(self):
+    one_of("loss.sparsity.kind", self.sparsity, SPARSITIES)
+
+  def __call__(
+      self, outputs: Mapping[str, Array], targets: Mapping[str, Array], records: Records, step: Array,
+      axis_name: Hashable | None = None
+  ) -> tuple[Array, Terms]:
+    """`(total, terms)`; the terms are before their coefficients.
+
+    Args:
+      outputs: of `SegmentNet`.
+      targets: `label`, `weight` `[B]`, 0 for videos that could not be read, and `valid` `[B, T]`.
+      records: the segments' first.
+      step: of the schedules.
+      axis_name: as in `batch_shaping_loss`.
+    """
+    labels, weight, valid = (targets[name] for name in ("label", "weight", "valid"))
+    mean = lambda values, weights: weighted_mean(values, weights, axis_name)
+    total = mean(label_loss(outputs["logits"], labels, self.multi_label), weight)
+    terms = {"classification": total}
+    if not self.multi_label:
+      terms["accuracy"] = mean(jnp.argmax(outputs["logits"], -1) == labels, weight)
+    seen = weight[:, None] * valid
+    if "light_logits" in outputs and self.light_coefficient:
+      of_video = jnp.broadcast_to(labels[:, None], (*valid.shape, *labels.shape[1:]))
+      terms["light"] = mean(label_loss(outputs["light_logits"], of_video, self.multi_label), seen)
+      total += self.light_coefficient * terms["light"]
+    segments, *channels = records
+    terms["share"] = mean(segments.gates, seen)
+    if self.sparsity != "none":
+      rho = self.sparsity_coefficient(step)
+      price = terms["share"] if self.sparsity == "mean" else jnp.square(terms["share"] - self.target)
+      terms |= {self.sparsity: price, f"{self.sparsity}_coefficient": rho}
+      total += rho * price
+    # One segment of every video runs whatever the gate says, so that probabilities tell its own rate.
+    terms[SEGMENTS_CLOSED] = (mean(segments.probs, seen) < LEAST_RATE).astype(total.dtype)
+    gamma, shaping = self.batch_shaping_coefficient(step), self._shaping(segments.logits, seen, axis_name)
+    terms |= {"batch_shaping": shaping, "batch_shaping_coefficient": gamma}
+    total += gamma * shaping
+    channel_price, channel_terms = self.channels.gate_terms(tuple(channels), step, axis_name)
+    return total + channel_price, {**terms, **{f"channels_{name}": value for name, value in channel_terms.items()}}
+
+  def _shaping(self, logits: Array, seen: Array, axis_name: Hashable | None) -> Array:
+    """All segments share one gate network, so they are one column, padding left out."""
+    return batch_shaping_loss(logits.reshape(-1, 1), self.prior, weights=seen.ravel(), axis_name=axis_name)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentObjective:
+  """Total = cross-entropy of the light net + that of the heavy net + the price of its channel gates.
+
+  Attributes:
+    target: `units`, the unit action of each segment, with the last class for none, or `label`, the video's.
+    targets: number of classes.
+    multi_label: of the video's label.
+    channels: prices the heavy net's channel gates.
+  """
+
+  target: str
+  targets: int
+  multi_label: bool
+  channels: ImageObjective
+
+  def __call__(
+      self, outputs: Mapping[str, Array], targets: Mapping[str, Array], records: Records, step: Array,
+      axis_name: Hashable | None = None
+  ) -> tuple[Array, Terms]:
+    """As `VideoObjective`; `outputs["picked"]` `[B, S]` are the segments that the nets saw, `[B * S]` in all."""
+    picked = outputs["picked"]
+    multi_label = self.multi_label and self.target == "label"
+    if self.target == "units":
+      units = jnp.take_along_axis(targets["units"], picked, axis=1)
+      labels = jnp.where(units < 0, self.targets - 1, units).ravel()
+    else:
+      labels = jnp.repeat(targets["label"], picked.shape[1], axis=0)
+    weight = jnp.repeat(targets["weight"], picked.shape[1])
+    terms = {name: weighted_mean(label_loss(outputs[name], labels, multi_label), weight, axis_name)
+             for name in ("light", "heavy")}
+    if not multi_label:
+      terms |= {f"{name}_accuracy": weighted_mean(jnp.argmax(outputs[name], -1) == labels, weight, axis_name)
+                for name in ("light", "heavy")}
+    price, channel_terms = self.channels.gate_terms(records, step, axis_name)
+    return terms["light"] + terms["heavy"] + price, {
+        **terms, **{f"channels_{name}": value for name, value in channel_terms.items()}}
+
+
+def label_loss(logits: Array, labels: Array, multi_label: bool) -> Array:
+  """Cross-entropy `[...]` of logits `[..., classes]`: with integer labels `[...]`, or the mean over classes of the
+  binary one with 0/1 labels `[..., classes]`."""
+  if multi_label:
+    return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, labels), axis=-1)
+  return optax.softmax_cross_entropy_with_integer_labels(logits, labels)

@@ -1,0 +1,236 @@
+"""Trains and evaluates a network that chooses segments of long videos, in a run directory.
+
+Two trainings follow each other: in the folder `pretrain`, both nets as classifiers of single segments; then, in the run
+directory itself, the gate and the classifier.
+
+Reference: Hussein et al., 2020 (TimeGate).
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from gating_jax.data import images
+from gating_jax.data.video_arrays import VideoArrays
+from gating_jax.progress import Pace, lasting, say, working
+from gating_jax.reports import conclusion, failing, video_table
+from gating_jax.training import devices, gate_watch, hosts, loop, outlines, rundir, steps
+from gating_jax.training.checkpoints import Checkpoints
+from gating_jax.training.dispatch import map_steps
+from gating_jax.training.journal import Journal
+from gating_jax.video import evaluate as video_evaluation
+from gating_jax.video import nets as video_nets
+from gating_jax.video import report, sets, speed
+from gating_jax.video.build import Phase, VideoExperiment, build
+
+
+def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
+  """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint, and
+  `compile` times what skips the segments that are not chosen."""
+  with working("opening the data", "minutes for large sets"):
+    experiment = build(config)
+  failing.run_mode(workdir, config, mode, render=functools.partial(_render_finished, experiment, workdir),
+                   train=functools.partial(_train, experiment),
+                   evaluate=functools.partial(_evaluate, experiment), report=functools.partial(_report, experiment),
+                   compile=functools.partial(_compile, experiment))
+
+
+def _evaluate(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
+  step, result, _ = _test_newest(experiment, run_dir)
+  say(f"checkpoint of step {step}")
+  say(video_table.render(result))
+  say(_conclude(experiment, run_dir.path, result, f"Tested the checkpoint of step {step:,} of"))
+
+
+def _render_finished(experiment: VideoExperiment, path: Path, result: Mapping[str, Any]) -> str:
+  return f"{video_table.render(result)}\n{_conclude(experiment, path, result, 'A finished run of')}"
+
+
+def _conclude(experiment: VideoExperiment, path: Path, result: Mapping[str, Any], done: str) -> str:
+  """What a mode that tests the network ends with."""
+  ratio = f"{100 * result['mac_ratio']:.1f} %"
+  rows = [video_table.rows(result)[0],
+          ("MACs per video", f"{result['macs']:,.0f}, {ratio} of the heavy net on all segments"),
+          ("segments chosen", f"{100 * result['share']:.1f} %")]
+  if "videos_per_second" in result:
+    rows.append(("videos per second", f"{result['videos_per_second']:.1f}; the heavy net on all segments: "
+                                      f"{result['all_segments_videos_per_second']:.1f}"))
+  rows.append(("run directory:", str(path)))
+  if (path / rundir.REPORT_FILE).exists():
+    rows.append(("page", f"{path / rundir.REPORT_FILE}, for a browser"))
+  modes = ["compile"] if speed.skips(experiment) else []
+  return conclusion.text(f"{done} {_title(experiment)}.", rows, conclusion.following(path, modes))
+
+
+def _title(experiment: VideoExperiment) -> str:
+  return f"segments of {experiment.config.data.name} videos, chosen by {experiment.config.model.selection}"
+
+
+def _report(experiment: VideoExperiment, run_dir: rundir.RunDir, notice: str = "") -> None:
+  step, result, behaviour = _test_newest(experiment, run_dir)
+  with working("drawing the report", "up to a minute"):
+    report.write(experiment, result, behaviour, run_dir, step, notice)
+  say(f"report of the checkpoint of step {step}: {run_dir.report}")
+  say(_conclude(experiment, run_dir.path, result, f"Wrote the page of the checkpoint of step {step:,} of"))
+
+
+def _compile(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
+  step, variables = newest(experiment, run_dir)
+  hosts.written(lambda: speed.run(experiment, run_dir, step, variables))
+
+
+def _test_newest(
+    experiment: VideoExperiment, run_dir: rundir.RunDir
+) -> tuple[int, dict[str, Any], video_evaluation.Arrays]:
+  """The newest checkpoint's step, its result on the test videos, and what it did with each."""
+  step, variables = newest(experiment, run_dir)
+  result, behaviour = _test(experiment, variables)
+  return step, result | _speed(experiment, variables), behaviour
+
+
+def _test(
+    experiment: VideoExperiment, variables: Any, tell: Callable[[str], None] = say
+) -> tuple[dict[str, Any], video_evaluation.Arrays]:
+  about = "programs are compiled first, up to a minute"
+  with working(f"testing on {len(experiment.test):,} videos", about, tell):
+    return video_evaluation.test(experiment, variables)
+
+
+def _speed(experiment: VideoExperiment, variables: Any) -> dict[str, float]:
+  with working("timing the skipping of segments", "up to a minute"):
+    return speed.speed(experiment, variables)
+
+
+def newest(experiment: VideoExperiment, run_dir: rundir.RunDir) -> tuple[int, Any]:
+  """The newest checkpoint's step and the variables of the whole network. Raises RunDirError where there is none."""
+  path = run_dir.path
+  two_stage = experiment.config.training == "two_stage"
+  with working("loading the newest checkpoint"):
+    nets = video_nets.trained_nets(experiment, path) if two_stage and experiment.pretraining else None
+    step, state = video_nets.restore(experiment.training, path, experiment.config.seed, read_only=True)
+  if not step:
+    raise rundir.RunDirError(f"no checkpoint in {path / rundir.CHECKPOINT_DIR} yet")
+  return step, video_nets.whole(experiment, state, nets)
+
+
+def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
+  started, config, phase = time.monotonic(), experiment.config, experiment.training
+  outlines.write(run_dir.path, [experiment.train, experiment.test])
+  nets = None
+  if config.pretrained:
+    with working("loading the trained nets"):
+      nets = video_nets.trained_nets(experiment, run_dir.path)
+  elif experiment.pretraining:
+    folder = run_dir.path / video_nets.PRETRAIN_DIR
+    state, finished = _run_phase(experiment, experiment.pretraining, folder, experiment.train)
+    if not finished:
+      return
+    nets = video_nets.of_state(state)
+  train = experiment.train
+  first_step, state = _restore(phase, run_dir.path, config.seed)
+  if config.training == "two_stage":
+    with working(f"computing the features of {len(train):,} training videos", "minutes for large sets"):
+      train = video_evaluation.extract_features(experiment, video_nets.nets_of(experiment, nets))
+  if not first_step:
+    with working("finding the concepts that gates start from", "up to a minute"):
+      state = video_nets.begin(experiment, state, nets, train)
+  test = lambda state, tell=say: _test(experiment, video_nets.whole(experiment, state, nets), tell)
+  state, finished = _run_phase(experiment, phase, run_dir.path, train, start=(first_step, state), test=test)
+  if not finished:
+    return
+  result, behaviour = test(state)
+  result |= _speed(experiment, video_nets.whole(experiment, state, nets))
+  total = phase.settings.total_steps
+  with working("drawing the report", "up to a minute"):
+    journal = Journal(run_dir.path, total, total)
+    try:
+      _note(experiment, journal, total, result, behaviour)
+      hosts.written(lambda: report.draw(experiment, behaviour, run_dir, journal, total))
+    finally:
+      journal.close()
+    hosts.written(lambda: report.write(experiment, result, behaviour, run_dir, total))
+  result |= {"step": total, "seconds_since_last_start": round(time.monotonic() - started, 1)}
+  run_dir.finish(result)
+  say(video_table.render(result))
+  say(_conclude(experiment, run_dir.path, result, f"Trained for {lasting(time.monotonic() - started)}:"))
+
+
+def _restore(phase: Phase, path: Path, seed: int) -> tuple[int, Any]:
+  """The step and the state that a phase goes on from."""
+  with working("making the networks", "up to half a minute"):
+    return video_nets.restore(phase, path, seed)
+
+
+def _run_phase(
+    experiment: VideoExperiment, phase: Phase, path: Path, train: Any, *, start: Any = None, test: Any = None
+) -> tuple[Any, bool]:
+  """Trains to the end of a phase, or to where it was asked to stop: `(state, finished)`.
+
+  `start` is `(first_step, state)`, by default what `path` holds; `test` evaluates a state.
+  """
+  config, total = experiment.config, phase.settings.total_steps
+  first_step, state = start or _restore(phase, path, config.seed)
+  if first_step > total:
+    raise rundir.RunDirError(f"{path} holds a checkpoint of step {first_step}, beyond the {total} of this config")
+  if first_step == total:
+    return state, True
+  if first_step:
+    say(f"going on from the checkpoint of step {first_step} in {path}")
+  path.mkdir(exist_ok=True)
+  checkpoints, journal = Checkpoints(path / rundir.CHECKPOINT_DIR), Journal(path, first_step, total)
+  pace = Pace(journal.say, total)
+  journal.say(first_step, _title(experiment) if test else "training both nets on single segments first")
+
+  def evaluate(state, step):
+    result, behaviour = test(state, functools.partial(journal.say, step))
+    _note(experiment, journal, step, result, behaviour)
+    journal.say(step, video_table.headline(result))
+
+  try:
+    state, step = loop.train(
+        state, first_step, pace(_make_advance(experiment, phase, train, first_step)), settings=phase.settings,
+        checkpoints=checkpoints, journal=journal, evaluate=evaluate if test else None,
+        watch=gate_watch.of_videos(config))
+    if step < total:
+      journal.say(step, "stopped as asked; a checkpoint is saved, the same command goes on from here")
+  finally:
+    journal.close()
+    checkpoints.close()
+  return state, step == total
+
+
+def _make_advance(experiment: VideoExperiment, phase: Phase, train: Any, first_step: int) -> Any:
+  """`(state, step) -> (state, metrics)` over all devices."""
+  config, k = experiment.config, phase.settings.steps_per_dispatch
+  process = (jax.process_index(), jax.process_count())
+  make_step = lambda model: steps.make_train_step(
+      model, phase.optimiser, phase.objective, phase.prepare, seed=config.seed, axis_name=devices.AXIS)
+  mapped = lambda several, args: map_steps(
+      lambda model: several(make_step(model)), phase.model, phase.full, args=args, backend=config.devices.backend)
+  if isinstance(train, VideoArrays):
+    arrays = devices.replicate(sets.examples(train.arrays))
+    run = mapped(steps.resident_steps, (devices.REPLICATED, devices.REPLICATED, devices.BATCH))
+    indices = lambda at: images.indices(config.seed, at, k, phase.batch_size, len(train), process)
+    return lambda state, at: run(state, arrays, indices(at))
+  stream = train.batches(phase.batch_size, first_step, k, phase.settings.total_steps, process)
+  run = mapped(steps.streamed_steps, (devices.REPLICATED, devices.BATCH))
+  return lambda state, _: run(state, sets.examples(next(stream)))
+
+
+def _note(
+  experiment: VideoExperiment,
+  journal: Journal,
+  step: int,
+  result: Mapping[str, Any],
+  behaviour: video_evaluation.Arrays,
+) -> None:
+  """Writes a test's numbers and histograms."""
+  journal.write(step, "test", {name: value for name, value in result.items() if isinstance(value, (int, float))})
+  journal.write_histograms(step, "test", report.histograms(experiment, behaviour))

@@ -1,0 +1,169 @@
+import contextlib
+import importlib
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from gating_jax.data import tfds
+from gating_jax.images import classification, export
+from gating_jax.inference import compiled
+from gating_jax.inference.export import load_exported
+from gating_jax.models import resnet
+from gating_jax.training import rundir, steps
+from tests.helpers import tiny_cli
+from tests.helpers.runs import announced, said
+
+
+@pytest.fixture(scope="module")
+def config():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
+    made = importlib.import_module("configs.digits_resnet20").get_config()
+    made.update_from_flattened_dict({"model.name": "tiny", "optim.epochs": 2, "optim.learning_rate": 0.05,
+                                     "model.gate.initial_open": 0.5})  # so that gates are left
+    yield made.lock()
+
+
+@pytest.fixture(scope="module")
+def exported(config, tmp_path_factory):
+  """A finished run with its exports, and what was said of them."""
+  workdir = tmp_path_factory.mktemp("runs") / "run"
+  said(classification, config, workdir, "train")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(export, "_REPEATS", 2)
+    patch.setattr(compiled, "race", fastest("switch"))
+    announced(patch)
+    return workdir, said(classification, config, workdir, "export")
+
+
+def fastest(strategy):
+  """A race by a made-up clock, in which this strategy takes half of what others take."""
+  return lambda runs, _, **__: {name: [0.5 if strategy in (name, name[0]) else 1.0] for name in runs}
+
+
+@pytest.mark.thin(2)
+@pytest.mark.parametrize(("folder", "tolerance"), [("export", 0), ("export_int8", 0.05)])
+def test_the_export_of_a_run_scores_as_the_run_does(exported, folder, tolerance):
+  workdir, _ = exported
+  result = json.loads((workdir / "result.json").read_text())
+  loaded = load_exported(workdir / folder)
+  test = tfds.load("digits", "test")
+  images = (test.pixels / 255 - np.array(loaded.card["mean"])) / np.array(loaded.card["std"])
+  outputs, _ = loaded(images)
+  accuracy = np.mean(np.argmax(np.asarray(outputs), axis=1) == test.labels)
+  assert accuracy == pytest.approx(loaded.card["accuracy"], abs=1e-9)
+  assert abs(accuracy - result["accuracy"]) <= tolerance + 1e-9
+  assert loaded.card["accuracy_as_trained"] == pytest.approx(result["accuracy"], abs=1e-9)
+  assert loaded.card["executed_macs_as_trained"] == pytest.approx(result["macs"], rel=1e-6)
+  assert loaded.card["class_names"] == [*"0123456789"]
+  assert (loaded.card["step"], loaded.card["calibration_images"], loaded.card["test_images"]) == (22, 1437, 360)
+  assert loaded.card["config"]["model"]["name"] == "tiny"
+  assert set(loaded.card["milliseconds"]) == {"1", "64"}
+
+
+def test_the_export_that_skips_takes_one_image_and_answers_alike(exported):
+  workdir, text = exported
+  skips, whole = load_exported(workdir / "export_conditional"), load_exported(workdir / "export")
+  assert skips.card["batch_size"] == 1
+  assert "switch" in skips.card["strategies"]
+  assert set(skips.card["milliseconds"]) == {"1"}
+  assert skips.weights.keys() == whole.weights.keys()
+  images = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype(np.float32)
+  for image in images:
+    np.testing.assert_allclose(skips(image[None])[0], whole(image[None])[0], rtol=1e-4, atol=1e-4)
+  assert skips.card["accuracy"] == pytest.approx(whole.card["accuracy"], abs=1 / 360)
+  assert re.search(r"slimmed, skipping +\d+\.\d\d %", text)
+
+
+def test_where_skipping_is_no_faster_no_program_that_skips_is_written(exported, config, tmp_path, monkeypatch):
+  monkeypatch.setattr(export, "_REPEATS", 1)
+  monkeypatch.setattr(compiled, "race", fastest("masked"))
+  shutil.copytree(exported[0], tmp_path / "run", ignore=shutil.ignore_patterns("export*"))
+  text = said(classification, config, tmp_path / "run", "export")
+  assert {path.name for path in (tmp_path / "run").glob("*export*")} == {"export", "export_int8"}
+  assert "computing everything is as fast as skipping here" in text
+
+
+@pytest.mark.slow
+def test_a_net_with_early_exits_is_exported_for_one_image(tmp_path, monkeypatch):
+  monkeypatch.setattr(export, "_REPEATS", 1)
+  config = importlib.import_module("configs.digits_resnet20").get_config("gates=exits")
+  config.update_from_flattened_dict({"model.name": "resnet8", "model.width": 0.25, "optim.epochs": 1})
+  said(classification, config, tmp_path / "run", "train")
+  said(classification, config, tmp_path / "run", "export")
+  result = json.loads((tmp_path / "run" / "result.json").read_text())
+  loaded = load_exported(tmp_path / "run" / "export")
+  assert loaded.card["batch_size"] == 1
+  assert loaded.card["accuracy"] == pytest.approx(result["accuracy"], abs=1 / 360 + 1e-9)
+  assert loaded.card["executed_macs"] == pytest.approx(result["macs"], rel=1e-2)
+  assert loaded(np.zeros((1, 8, 8, 1), np.float32))[0].shape == (1, 10)
+
+
+@pytest.fixture(scope="module")
+def exported_exits(tmp_path_factory):
+  """The export of a net with early exits that is not trained, and what was said of it."""
+  folder = tmp_path_factory.mktemp("exits")
+  config = importlib.import_module("configs.digits_resnet20").get_config("gates=exits")
+  config.update_from_flattened_dict({"model.name": "resnet8", "model.width": 0.25, "optim.epochs": 1})
+  experiment = classification.build(config)
+  state = steps.init_state(experiment.model, experiment.optimiser, 0, experiment.test.shape)
+  with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+    patch.setattr(export, "_REPEATS", 1)
+    announced(patch)
+    export._write_exits(experiment, folder, {"step": 0}, {
+        "params": state.params, "batch_stats": state.batch_stats})
+  return folder, out.getvalue()
+
+
+def test_a_net_with_exits_is_exported_for_one_image(exported_exits):
+  folder, text = exported_exits
+  loaded = load_exported(folder / "export")
+  assert loaded.card["batch_size"] == 1
+  assert 0 < loaded.card["executed_macs"] <= loaded.card["macs"]
+  assert loaded(np.zeros((1, 8, 8, 1), np.float32))[0].shape == (1, 10)
+  assert "testing the program on 360 images, one at a time (" in text
+  assert "timing the program and the net, one image at a time (" in text
+
+
+def test_the_program_that_skips_is_not_counted_where_it_is_not_timed(monkeypatch):
+  monkeypatch.setattr(export, "_REPEATS", 1)
+  pieces, images = [], np.zeros((64, 1, 1, 1), np.float32)
+  programs = dict.fromkeys(("trained", "slimmed", "slimmed, skipping"), lambda x: x)
+  found = export._milliseconds(programs, images, lambda done, total: pieces.append((done, total)))
+  assert {name: set(times) for name, times in found.items()} == {
+      "trained": {"1", "64"}, "slimmed": {"1", "64"}, "slimmed, skipping": {"1"}}
+  assert pieces == [(done, 5) for done in range(1, 6)]
+
+
+def test_what_is_said(exported):
+  workdir, text = exported
+  for words in ("checkpoint of step 22, calibrated on 1,437 training images", "stage1_block1/conv1", "union of 8",
+                "testing the net that skips on 360 images, one at a time (",
+                "of 360 test images a static unit would have moved", "slimmed, int8", f"{workdir / 'export_int8'}"):
+    assert words in text
+  size = (workdir / "export_int8" / "weights.safetensors").stat().st_size
+  assert f"{size:,}" in text
+
+
+def test_an_export_is_not_written_over(exported, config):
+  workdir, _ = exported
+  before = (workdir / "export" / "card.json").read_bytes()
+  with pytest.raises(rundir.RunDirError, match=r"export\w* exists; rename it"):
+    said(classification, config, workdir, "export")
+  assert (workdir / "export" / "card.json").read_bytes() == before
+
+
+def test_a_run_without_a_checkpoint_is_named(config, tmp_path):
+  with rundir.open_run(tmp_path / "run", config):
+    pass
+  with pytest.raises(rundir.RunDirError, match="no checkpoint in"):
+    said(classification, config, tmp_path / "run", "export")
+
+
+def test_other_kinds_of_runs_name_the_modes_they_have(config, tmp_path):
+  with pytest.raises(ValueError, match="mode must be one of evaluate, report, train; got 'export'"):
+    rundir.run_mode(tmp_path, config, "export", train=None, evaluate=None, report=None, render=None)

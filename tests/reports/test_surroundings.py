@@ -1,0 +1,167 @@
+import functools
+import json
+
+import pytest
+
+from configs import split_digits
+from gating_jax.continual import choices
+from gating_jax.reports import opening, page, surroundings
+from gating_jax.training import provenance
+from gating_jax.training.rundir import flatten
+from tests.helpers import tiny_tasks
+
+CONFIG = {"experiment": "classification", "seed": 0, "model": {"name": "tiny", "gating": "channel", "init_from": None,
+                                                              "gate": {"hidden": 16}}, "optim": {"epochs": 3}}
+ROW = {"part": None, "mac_ratio": 0.5, "computed_ratio": 0.75, "seconds": 0.002, "time_ratio": 0.8, "efficiency": 1.0,
+       "chosen": True, "open_ratio": 1.02, "strategy": "switch"}
+UNGATED = ROW | {"strategy": "ungated", "mac_ratio": 1.0, "seconds": 0.004, "chosen": False}
+TIMES = {"step": 7, "device": "a machine", "timings": {"1 image at a time": [ROW, UNGATED, ROW | {"part": 0}],
+                                                       "64 images at a time": [ROW | {"seconds": 9.0}, UNGATED]}}
+
+
+@pytest.fixture
+def made(tmp_path):
+  """`(name, changes of the config, result) -> folder` of a run."""
+  def make(name, result=None, **changes):
+    folder = tmp_path / name
+    folder.mkdir()
+    config = flatten(CONFIG) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    if result is not None:
+      (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+  return make
+
+
+def baseline_of(folder):
+  mine = json.loads((folder / "config.json").read_text())
+  found = surroundings.find_baseline(folder, mine, surroundings.IMAGES)
+  return found and found.name
+
+
+NONE, DONE = {"model.gating": "none"}, {"step": 9, "accuracy": 0.5}
+
+
+def test_a_baseline_is_a_finished_neighbour_that_differs_in_gates_alone(made):
+  mine = made("mine", DONE)
+  made("gated", DONE)
+  made("larger", DONE, **NONE, **{"model.name": "large"})
+  made("not_finished", **NONE)
+  made("damaged", **NONE).joinpath("result.json").write_text("{")
+  assert baseline_of(mine) is None
+  made("other_seed", DONE, **NONE, seed=1)
+  assert baseline_of(mine) == "other_seed"
+  made("same_seed", DONE, **NONE, **{"model.gate.hidden": 4, "log_every": 3})
+  assert baseline_of(mine) == "same_seed"
+
+
+def test_the_ungated_run_that_a_run_started_from_is_its_baseline(made, tmp_path):
+  made("dense", DONE, **NONE)
+  start = made("start", DONE, **NONE, **{"optim.epochs": 90})
+  assert baseline_of(made("mine", DONE, **{"model.init_from": str(start)})) == "start"
+  assert baseline_of(made("lost", DONE, **{"model.init_from": str(tmp_path / "gone")})) == "dense"
+
+
+@pytest.mark.parametrize("theirs", [{"model.gating": "channel"}, {**NONE, "data.test_split": "train"},
+                                    {**NONE, "data.name": "letters"}, {**NONE, "experiment": "segmentation"}])
+def test_a_start_that_is_gated_or_tested_on_something_else_is_no_baseline(made, theirs):
+  start = made("start", DONE, **theirs)
+  assert baseline_of(made("mine", DONE, **{"model.init_from": str(start)})) is None
+
+
+def test_a_baseline_of_an_older_version_may_lack_fields_that_are_none(made):
+  made("older", DONE, **NONE)
+  assert baseline_of(made("mine", DONE, **{"data.new": None})) == "older"
+  assert baseline_of(made("changed", DONE, **{"data.new": 3})) is None
+
+
+@pytest.mark.parametrize(("experiment", "field", "gated", "ungated"), [
+    ("classification", "model.gating", ("layer", "exits"), ("none",)),
+    ("segmentation", "model.gating", ("channel",), ("none",)),
+    ("long_video", "model.selection", ("gate", "confidence", "prefix", "oracle"),
+     ("all", "uniform", "random", "light"))])
+def test_a_network_is_ungated_that_computes_the_same_for_all(experiment, field, gated, ungated):
+  is_ungated = lambda value, **more: surroundings.is_ungated({"experiment": experiment, field: value, **more})
+  assert [value for value in (*gated, *ungated) if is_ungated(value)] == list(ungated)
+  if experiment == "long_video":
+    assert not is_ungated("all", **{"model.heavy.gating": "channel"})
+
+
+def test_methods_whose_network_is_built_without_gates_are_ungated(monkeypatch):
+  """The first network that a method makes is the one that answers."""
+  class Made(Exception):
+    pass
+
+  def network(*_, gated, **__):
+    raise Made(gated)
+
+  monkeypatch.setattr(choices, "network", network)
+  monkeypatch.setattr(choices, "column", functools.partial(network, gated=False))
+  config = split_digits.get_config()
+  for method in choices.METHODS:
+    config.method = method
+    with pytest.raises(Made) as made:
+      choices.build(config, tiny_tasks.problem())
+    assert surroundings.is_ungated({"experiment": "continual", "method": method}) != made.value.args[0], method
+  assert not surroundings.is_ungated({"experiment": "continual", "method": "of a newer version"})
+
+
+def test_measured_times_are_written_into_the_page_of_their_step(tmp_path, monkeypatch):
+  monkeypatch.setattr(page, "pictured", lambda figure, caption, **_: page.Picture(b"", caption))
+  file = tmp_path / "report.html"
+
+  def page_of(step):
+    around = opening.Surroundings(step=step, workdir="a run")
+    begin = page.Opening([opening.time("image", around)])
+    page.write(file, "A run", [opening.times_section("image", around)], "", begin)
+    return file.read_text()
+
+  (tmp_path / "compile.json").write_text(json.dumps(TIMES))
+  older = page_of(6)
+  assert not surroundings.refresh_times(tmp_path)
+  assert file.read_text() == older
+  assert "gating-jax --mode=compile --workdir=&#39;a run&#39;" in page_of(7)
+  assert surroundings.refresh_times(tmp_path)
+  html = file.read_text()
+  assert '<p class="value">2 ms</p>' in html
+  assert "ungated: 4 ms" in html
+  assert "The checkpoint of step 7, on a machine." in html
+  assert "<td>1 image at a time</td><td>switch ✓</td><td>2</td><td>50</td><td>75.0</td><td>102</td>" in html
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"step": 1, "device": "a", "timings": [1]}',
+                                  '{"step": 1, "device": "a", "timings": {}}',
+                                  '{"step": 1, "device": "a", "timings": {"a": [{"part": 0}]}}'])
+def test_missing_and_damaged_times_are_no_times(tmp_path, text):
+  if text is not None:
+    (tmp_path / "compile.json").write_text(text)
+  assert surroundings.read_times(tmp_path) is None
+  assert not surroundings.refresh_times(tmp_path)  # there is no page either
+
+
+def test_starts_are_kept_in_their_order_and_old_runs_have_none(tmp_path, monkeypatch):
+  assert provenance.read_starts(tmp_path) == []
+  monkeypatch.setattr("sys.argv", ["/a/folder/cli.py", "--config=a b.py", "--workdir=it's\udcff\n"])
+  for _ in range(2):
+    provenance.record_start(tmp_path)
+  first, second = provenance.read_starts(tmp_path)
+  assert first["command"] == second["command"] == r"gating-jax '--config=a b.py' $'--workdir=it\x27s\xff\x0a'"
+  assert first.keys() == {"date", "command", "commit", "versions", "hardware", "devices", "processes"}
+  assert first["date"].endswith("+00:00")
+  assert {"python", "jax", "numpy"} <= first["versions"].keys()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"starts": 3}', '{"starts": [3]}', "[" * 100_000])
+def test_damaged_starts_are_none(tmp_path, text):
+  (tmp_path / provenance.FILE).write_text(text)
+  assert provenance.read_starts(tmp_path) == []
+
+
+def test_the_oldest_start_and_the_newest_are_kept(tmp_path, monkeypatch):
+  numbers = iter(range(100))
+  monkeypatch.setattr(provenance, "describe", lambda: {"number": next(numbers)})
+  for _ in range(60):
+    provenance.record_start(tmp_path)
+  kept = [start["number"] for start in provenance.read_starts(tmp_path)]
+  assert kept == [0, *range(11, 60)]

@@ -1,0 +1,51 @@
+import importlib
+import json
+
+import pytest
+
+from gating_jax import config_files
+from gating_jax.training.rundir import RunDirError
+from gating_jax.training.settings import config_of
+
+
+def write(folder, name="digits_resnet20", **changes):
+  """The config.json of a packaged config, with fields changed, or gone where they are `...`."""
+  config = importlib.import_module(f"configs.{name}").get_config()
+  fields = json.loads(config.to_json())
+  for path, value in changes.items():
+    *sections, field = path.split("__")
+    section = fields
+    for each in sections:
+      section = section[each]
+    section[field] = value
+    if value is ...:
+      del section[field]
+  (folder / "config.json").write_text(json.dumps(fields))
+  return config
+
+
+@pytest.mark.parametrize("name", sorted(config_files.packaged()))
+def test_the_config_of_a_run_is_read_as_it_was(tmp_path, name):
+  config = write(tmp_path, name)
+  assert config_of(tmp_path).to_dict() == config.to_dict()
+
+
+def test_a_field_that_is_newer_than_the_run_may_be_absent_where_it_is_none(tmp_path):
+  write(tmp_path, data__label_feature=..., data__image_feature=...)
+  assert "label_feature" not in config_of(tmp_path).data
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"seed": "zero"}, "seed must be of type int; it has 'zero'"),
+    ({"seed": True}, "seed must be of type int; it has True"),
+    ({"eval_every": None}, "eval_every must be of type float; it has None"),
+    ({"optim__epochs": ...}, "optim.epochs must be of type int; it has no such field"),
+    ({"optim__drops": "0.5"}, "optim.drops must be of type list; it has '0.5'"),
+    ({"model__gate": [1]}, r"model.gate must be a section; it has \[1\]"),
+    ({"model": ...}, "model must be a section; it has no such field"),
+    ({"data__data_dir": 3}, "data.data_dir must be of type str; it has 3"),
+    ({"experiment": 3}, "it must tell the experiment")])
+def test_a_damaged_config_is_named_with_file_and_field(tmp_path, changes, message):
+  write(tmp_path, **changes)
+  with pytest.raises(RunDirError, match=rf"^{tmp_path}/config.json is damaged: {message}$"):
+    config_of(tmp_path)

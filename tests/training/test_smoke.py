@@ -1,0 +1,83 @@
+import importlib
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from gating_jax import config_files
+from gating_jax.data import tfds
+from gating_jax.training import smoke
+from gating_jax.training.rundir import flatten
+from tests.helpers import stand_ins
+from tests.helpers.command import run_command
+
+CLASSES, EXAMPLES = 100, 60_000  # of a set that is not there
+VIDEOS = 32  # made, with segments enough for the concepts of gates
+
+
+@pytest.fixture
+def opened(monkeypatch):
+  """Every set of TFDS has many classes and examples."""
+  splits = {name: SimpleNamespace(num_examples=EXAMPLES) for name in ("train", "test", "validation")}
+  source = SimpleNamespace(class_names=CLASSES * ("a",), dataset_info=SimpleNamespace(splits=splits))
+  monkeypatch.setattr(tfds, "open_tfds", lambda *_: source)
+
+
+def config_of(name, **changes):
+  config = importlib.import_module(f"configs.{name}").get_config().lock()
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+@pytest.mark.parametrize("name", sorted(config_files.packaged()))
+def test_every_config_becomes_small_and_keeps_its_fields_and_model(name, opened):
+  given, small = (flatten(each) for each in (config_of(name), smoke.shrink(config_of(name))))
+  assert small.keys() == given.keys()
+  assert given == flatten(config_of(name))
+  changed = {field for field in given if given[field] != small[field]}
+  assert {field.split(".")[0] for field in changed} <= {
+      "data", "tasks", "router", "generator", "ewc", "online_ewc", "replay", "optim", "pretrain", "gates", "log_every",
+      "eval_every", "devices"}
+  assert small["optim.epochs"] == 1
+  assert small["optim.batch_size"] <= max(16, jax.device_count())
+  assert small["optim.batch_size"] % jax.device_count() == 0
+  assert smoke.shrink(smoke.shrink(config_of(name))) == smoke.shrink(config_of(name))
+
+
+@pytest.mark.parametrize(("config", "split", "first"), [
+    ("cifar10_resnet20", "train", "train[0:64]"), ("cifar10_resnet20", "train[80%:]", "train[48000:48064]"),
+    ("cifar10_resnet20", "train[:10]+test", "train[0:10]+test[0:54]"),
+    ("cifar10_resnet20", "test[-5:]", "test[59995:60000]"),
+    ("split_cifar10", "train", f"train[0:{50 * CLASSES}]"), ("segmentation_cityscapes", "train[10:]", "train[10:74]")])
+def test_any_split_is_cut_to_its_first_examples_for_tasks_some_of_every_class(config, split, first, opened):
+  assert smoke.shrink(config_of(config, **{"data.train_split": split})).data.train_split == first
+
+
+def test_scenes_and_their_parts_become_small_by_one_factor(opened):
+  small = smoke.shrink(config_of("segmentation_cityscapes"))
+  assert (small.data.size, small.data.crop) == ((64, 128), (48, 48))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "changes"), [  # of each programme the largest, and many classes
+    ("imagenet_resnet18", {}), ("segmentation_cityscapes", {}), ("videos_timegate", {}), ("features_timegate", {}),
+    ("split_imagenet50", {}), ("split_cifar10_narrow", {"data.name": "cifar100"}),
+    ("tfds_resnet20", {"data.name": "cifar100"})])
+def test_a_config_trains_from_end_to_end_on_its_data_or_a_stand_in(name, changes, monkeypatch, tmp_path):
+  stand_ins.stand_in(monkeypatch, tmp_path / "sets")
+  config = config_of(name)
+  if config.experiment == "long_video":
+    changes = changes | stand_ins.video_files(tmp_path, config.data.name, VIDEOS)
+  given = [f"--config.{field}={value}" for field, value in changes.items()]
+  status, said = run_command(f"--config={name}", f"--workdir={tmp_path / 'run'}", "--smoke", *given)
+  assert status == 0, said
+  assert (tmp_path / "run" / "result.json").exists()
+  assert (tmp_path / "run" / "report.html").stat().st_size > 1000
+
+
+def test_nets_that_another_run_has_trained_are_taken_as_they_are():
+  config = config_of("composed_timegate")
+  config.pretrained = "runs/other"
+  small = smoke.shrink(config)
+  assert small.pretrain == config.pretrain
+  assert small.optim.epochs == 1

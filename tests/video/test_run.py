@@ -1,0 +1,501 @@
+import csv
+import importlib
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from gating_jax.inference.segments import Skipping
+from gating_jax.models import video_backbones
+from gating_jax.models.resnet import ResNet
+from gating_jax.training import evaluation, rundir
+from gating_jax.video import build, evaluate, report, run, sets, speed
+from gating_jax.video import nets as video_nets
+from tests.helpers import made_videos, pages, tiny
+from tests.helpers.event_files import summaries
+from tests.helpers.loaded import loaded
+from tests.helpers.runs import Stopping, announced, said
+
+TINY_LIGHT = (ResNet, dict(classes=None, blocks=(1,), features=4))
+TINY_HEAVY = (ResNet, dict(classes=None, blocks=(1,), features=4, stem="small"))
+
+
+@pytest.fixture(scope="module")
+def config():
+  """`(name, **changes) -> config`, with nets of one block."""
+
+  def make(name="composed_timegate", **changes):
+    made = importlib.import_module(f"configs.{name}").get_config()
+    made.update_from_flattened_dict({
+        "model.light.name": "tiny", "model.light.width": 1.0, "model.heavy.name": "tiny", "model.heavy.width": 1.0,
+        "model.heavy.stem": "small", "model.gate.concepts": 4, "model.gate.hidden": 8, "data.train_videos": 32,
+        "data.test_videos": 20, "data.segments": 14, "pretrain.epochs": 1, "pretrain.batch_size": 16,
+        "pretrain.segments_per_video": 1, "optim.epochs": 2, "optim.batch_size": 16, "model.dtype": "float32"})
+    made.lock()
+    made.update_from_flattened_dict(changes)
+    return made
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(video_backbones.LIGHT_NETS, "tiny", TINY_LIGHT)
+    patch.setitem(video_backbones.HEAVY_NETS, "tiny", TINY_HEAVY)
+    yield make
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+  """`(config, directory)` of a finished run; a test that changes the directory copies it."""
+  folder = tmp_path_factory.mktemp("finished")
+  folder_of_features(folder, np.random.default_rng(0))
+  np.save(folder / "video17.npy", np.full((2, 5), np.nan, np.float32))
+  made, workdir = config("features_timegate", eval_every=1.0, **feature_settings(folder)), folder / "run"
+  with pytest.MonkeyPatch.context() as patch:
+    announced(patch)
+    (folder / "printed.txt").write_text(said(run, made, workdir, "train"))
+  return made, workdir
+
+
+def test_whatever_takes_long_says_what_it_does(finished):
+  printed = (finished[1].parent / "printed.txt").read_text()
+  for what in ("opening the data", "making the networks", "finding the concepts that gates start from",
+               "compiling the training step", "timing the skipping of segments", "drawing the report"):
+    assert f"{what} (" in printed
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("data.name", "compose", "data.name must be one of .*; got 'compose'. Did you mean 'composed'"),
+        ("data.name", "videos", "data.table must be set for videos; got None"),
+        ("data.segments", 13, "segments must be >= 14, .*; got 13"),
+        ("model.selection", "gates", "model.selection must be one of .*; got 'gates'. Did you mean 'gate'"),
+        ("model.share", 0.0, r"model.share must be in \(0, 1\]; got 0.0"),
+        ("model.heavy.name", "resnet3d", "model.heavy.name must be one of .*; got 'resnet3d'. Did you mean 'resnet3d"),
+        ("model.gate.context", "atention", "model.gate.context .* Did you mean 'attention'"),
+        ("model.gate.relaxation", "hard", "model.gate.relaxation must be one of .*; got 'hard'"),
+        ("model.gate.concepts", 0, "gate concepts must be >= 1; got 0"),
+        ("model.pooling", "median", "model.pooling must be one of .*; got 'median'"),
+        ("training", "three_stage", "training must be one of .*; got 'three_stage'. Did you mean 'two_stage'"),
+        ("loss.sparsity.kind", "targt", "loss.sparsity.kind .* Did you mean 'target'"),
+        ("optim.batch_size", 12, "optim.batch_size must be a multiple of the 8 devices; got 12"),
+        ("optim.batch_size", 40, "optim.batch_size must be at most 32, the number of training videos; got 40"),
+        ("pretrain.epochs", 0, "pretrain.epochs must be >= 1 where training is 'two_stage' or .*; got 0"),
+        ("model.selection", "confidence", "loss.light must be > 0 where model.selection is 'confidence'"),
+        ("pretrain.target", "unit", "pretrain.target must be one of label, units; got 'unit'"),
+    ],
+)
+def test_a_wrong_setting_is_named_before_a_directory_is_made(config, tmp_path, field, value, message):
+  with pytest.raises(ValueError, match=message):
+    run.run(config(**{field: value}), tmp_path / "run", "train")
+  assert not (tmp_path / "run").exists()
+
+
+def test_the_oracle_needs_to_know_which_segments_matter(config, tmp_path):
+  folder_of_features(tmp_path, rng=np.random.default_rng(0))
+  with pytest.raises(ValueError, match="model.selection must not be 'oracle' here"):
+    build.build(config("features_timegate", **feature_settings(tmp_path), **{"model.selection": "oracle"}))
+
+
+def folder_of_features(folder, rng, lengths=(3, 9, 1, 6), copies=8, multi_label=False):
+  """32 videos of 1 to 9 segments, one of which holds a number that tells the class; and their tables."""
+  rows = []
+  for i in range(len(lengths) * copies):
+    label, features = i % 3, rng.normal(0, 0.1, (lengths[i % len(lengths)], 5)).astype(np.float32)
+    features[rng.integers(len(features)), label] = 3.0
+    np.save(folder / f"video{i}.npy", features)
+    rows.append((f"video{i}", f"class {label}" + (";every" if multi_label else "")))
+  with (folder / "labels.csv").open("w", newline="") as file:
+    csv.writer(file).writerows([("video", "label"), *rows])
+  for split, names in (("train", rows[:16]), ("test", rows[16:])):
+    (folder / f"{split}.txt").write_text("".join(f"{name}\n" for name, _ in names))
+
+
+def feature_settings(folder):
+  return {"data.folder": str(folder), "data.table": str(folder / "labels.csv"), "data.segments": 6,
+          "data.train_split": str(folder / "train.txt"), "data.test_split": str(folder / "test.txt"),
+          "model.light.name": "features", "model.heavy.name": "features", "model.heavy.stem": None,
+          "pretrain.epochs": 0, "data.heavy_macs": 1000, "data.light_macs": 10}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_features_made_elsewhere_are_trained_on(config, tmp_path, multi_label):
+  folder_of_features(tmp_path, np.random.default_rng(0), multi_label=multi_label)
+  np.save(tmp_path / "video17.npy", np.full((2, 5), np.nan, np.float32))
+  made = config("features_timegate", **feature_settings(tmp_path), **{
+      "optim.epochs": 40, "eval_every": 20.0, "loss.sparsity.coefficient": 1.0, "optim.learning_rate": 0.01})
+  run.run(made, tmp_path / "run", "train")
+  result = read_result(tmp_path / "run")
+  assert (result["videos"], result["unreadable"]) == (15, 1)
+  assert result["mean_average_precision" if multi_label else "accuracy"] > 0.6
+  counts = build.build(made).counts
+  assert counts.all_segments == 6 * 1000 + counts.classifier
+  assert 1000 + counts.classifier < result["all_segments_macs"] < counts.all_segments  # some videos are shorter
+  assert result["macs"] < counts.all_segments + counts.selector
+  assert {f.name for f in (tmp_path / "run").glob("*.png")} == {"segments.png", "timeline.png"}
+
+
+def test_probabilities_in_chosen_segments_are_counted_as_numpy_counts_them():
+  rng = np.random.default_rng(0)
+  probs, chosen = rng.random((3, 4, 5)).astype(np.float32), rng.random((3, 4)) < 0.5
+  probs[0, 0], chosen[0, 0] = [0, 1, 0.5, 0.025, 0.975], True
+  counts = np.asarray(evaluate.bin_counts(probs, chosen))
+  expected = [np.histogram(p[c], evaluation.BINS, (0, 1))[0] for p, c in zip(probs, chosen, strict=True)]
+  np.testing.assert_array_equal(counts, expected)
+  assert not chosen.all()
+
+
+def test_histograms_are_of_valid_segments_and_of_each_layer_of_channel_gates():
+  valid = np.array([[True, True, False]])
+  done = {"probs": np.array([[0.99, 0.01, 0.5]]), "gates": np.array([[1.0, 0.0, 1.0]]), "valid": valid,
+          "channels": np.stack([np.full((2, evaluation.BINS), layer) for layer in range(2)], axis=1)}
+  heavy = SimpleNamespace(gate_layers=(("conv1", 8), ("conv2", 8)))
+  counts = report.histograms(SimpleNamespace(counts=SimpleNamespace(heavy=heavy)), done)
+  assert counts["gates/segments/probs"].sum() == 2
+  for layer, count in (("conv1", 0), ("conv2", 2)):
+    assert counts[f"gates/heavy/{layer}/probs"].tolist() == [count] * evaluation.BINS
+
+
+def read_result(path):
+  return json.loads((path / "result.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_folder_of_videos_goes_through_training_evaluation_and_the_picture(config, tmp_path, capsys):
+  rows = []
+  for i in range(24):
+    label = "short" if i % 2 else "long"
+    made_videos.write(tmp_path / f"video{i}.mp4", 10 if i % 2 else 28, size=(16, 24))
+    rows.append((f"video{i}.mp4", label))
+  (tmp_path / "video20.mp4").write_bytes(b"no video")
+  (tmp_path / "video21.mp4").unlink()
+  with (tmp_path / "labels.csv").open("w", newline="") as file:
+    csv.writer(file).writerows([("video", "label"), *rows])
+  for split, names in (("train", rows[:16]), ("test", rows[16:])):
+    (tmp_path / f"{split}.txt").write_text("".join(f"{name}\n" for name, _ in names))
+  made = config("videos_timegate", **{
+      "data.folder": str(tmp_path), "data.table": str(tmp_path / "labels.csv"), "data.segments": 4, "data.frames": 4,
+      "data.train_split": str(tmp_path / "train.txt"), "data.test_split": str(tmp_path / "test.txt"), "data.size": 8,
+      "data.workers": 0, "optim.epochs": 4, "training": "end_to_end", "model.heavy.gating": "channel"})
+  run.run(made, tmp_path / "run", "train")
+  result = read_result(tmp_path / "run")
+  assert (result["videos"], result["unreadable"], result["missing"]) == (6, 1, 1)
+  assert 0.25 <= result["share"] <= 1
+  assert (tmp_path / "run" / "timeline.png").stat().st_size > 5000
+  last = [value for step, value in summaries(tmp_path / "run") if step == result["step"]]
+  counts = {value.tag: sum(value.histo.bucket) for value in last if value.WhichOneof("value") == "histo"}
+  chosen = round(result["share"] * 6 * 4)
+  assert counts == {"gates/segments/probs": 6 * 4, "gates/segments/shares": 6,
+                    "gates/heavy/stage1_block1/conv1/probs": 4 * chosen}
+  assert {value.tag for value in last if value.WhichOneof("value") == "image"} == {
+      "pictures/segments", "pictures/timeline"}
+  assert "Time lines</h2>" in (tmp_path / "run" / "report.html").read_text()
+  capsys.readouterr()
+  run.run(made, tmp_path / "run", "evaluate")
+  said = capsys.readouterr().out
+  assert re.search(rf"test accuracy +{100 * result['accuracy']:.2f} %", said)
+  assert re.search(r"videos that could not be read +1", said)
+
+
+def check_run(made, workdir, steps=4, videos=20):
+  """What every finished run leaves; it is not repeated, and its evaluation prints the same accuracy."""
+  result = read_result(workdir)
+  assert result["step"] == steps
+  last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+  assert (last["step"], last["split"], last["accuracy"]) == (steps, "test", result["accuracy"])
+  assert result["videos"] == videos
+  assert "nothing was trained or changed" in said(run, made, workdir, "train")
+  printed = said(run, made, workdir, "evaluate")
+  assert f"checkpoint of step {steps}" in printed
+  assert re.search(rf"test accuracy +{100 * result['accuracy']:.2f} %", printed)
+
+
+def test_a_run_leaves_what_it_measured(finished):
+  made, workdir = finished
+  check_run(made, workdir, steps=2, videos=15)
+  result = read_result(workdir)
+  assert result["unreadable"] == 1
+  assert 0 < result["share"] <= 1
+  assert result["mac_ratio"] == pytest.approx(result["macs"] / result["all_segments_macs"])
+  assert {path.name for path in workdir.glob("*.png")} == {"segments.png", "timeline.png"}
+
+
+@pytest.mark.slow
+def test_a_run_is_loaded_in_one_call(finished):
+  made, workdir = finished
+  model, variables, _ = loaded(workdir)
+  built, score = build.build(made), json.loads((workdir / "result.json").read_text())["accuracy"]
+  batch = built.test.read(np.arange(len(built.test)))
+  outputs, _ = jax.jit(model.apply)(variables, built.prepare(batch))
+  right = np.argmax(outputs["logits"], axis=1) == batch["label"]
+  assert np.mean(right[batch["weight"] > 0]) == pytest.approx(score, abs=0.1)
+
+
+def test_a_report_is_written_again(finished, tmp_path):
+  made, workdir = finished
+  shutil.copytree(workdir, tmp_path / "run")
+  (tmp_path / "run" / "report.html").unlink()
+  said(run, made, tmp_path / "run", "report")
+  assert pages.lasting(tmp_path / "run") == pages.lasting(workdir)
+
+
+def test_segments_are_seen_one_by_one_until_the_classifier_is_sure(config, tmp_path):
+  folder_of_features(tmp_path, np.random.default_rng(0), multi_label=True)
+  made = config("features_timegate", **feature_settings(tmp_path), **{"model.selection": "prefix"})
+  printed = said(run, made, tmp_path / "run", "train")
+  result = read_result(tmp_path / "run")
+  assert result["videos"] == 16
+  assert 0 < result["share"] <= 1
+  assert f"mean average precision {100 * result['mean_average_precision']:.2f} %" in " ".join(printed.split())
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_goes_on_to_the_same_parameters(finished, tmp_path, monkeypatch):
+  made, workdir = finished
+  with monkeypatch.context() as patch:
+    patch.setattr(run.loop, "StopRequest", lambda: Stopping(1))
+    assert "stopped as asked" in said(run, made, tmp_path / "run", "train")
+  assert "going on from the checkpoint of step 1" in said(run, made, tmp_path / "run", "train")
+  assert tiny.bit_equal(newest(made, tmp_path / "run"), newest(made, workdir))
+
+
+@pytest.fixture(scope="module")
+def pretrained(config, tmp_path_factory):
+  """`(config, directory)` of a run whose nets are trained, and that goes no further yet."""
+  made = config(**{"data.train_videos": 16, "data.test_videos": 8})
+  experiment = build.build(made)
+  with rundir.open_run(tmp_path_factory.mktemp("pretrained") / "run", made) as run_dir:
+    _, finished = run._run_phase(
+        experiment, experiment.pretraining, run_dir.path / video_nets.PRETRAIN_DIR, experiment.train)
+  assert finished
+  return made, run_dir.path
+
+
+@pytest.mark.slow
+def test_nets_that_were_trained_can_be_taken_for_another_run(config, pretrained):
+  made, workdir = pretrained
+  other = made.copy_and_resolve_references()
+  other.pretrained = str(workdir)
+  experiment = build.build(other)
+  nets = video_nets.trained_nets(experiment, workdir.parent)
+  step, state = video_nets.restore(experiment.pretraining, workdir / video_nets.PRETRAIN_DIR, 0, read_only=True)
+  assert step == 1
+  assert tiny.bit_equal(nets["params"], state.params)
+  assert set(video_nets.nets_of(experiment, nets)["params"]) == {"light", "heavy"}
+  end_to_end = build.build(config(training="end_to_end", **{"model.selection": "uniform"}))
+  _, state = video_nets.restore(end_to_end.training, workdir.parent / "none", 0)
+  begun = video_nets.begin(end_to_end, state, nets, None)
+  assert tiny.bit_equal(begun.params["heavy"], video_nets.nets_of(end_to_end, nets)["params"]["heavy"])
+  other.pretrain.epochs = 2
+  with pytest.raises(rundir.RunDirError, match="must hold nets trained for 2 steps; .* of step 1"):
+    video_nets.trained_nets(build.build(other), workdir.parent)
+
+
+@pytest.fixture(scope="module")
+def two_stage(pretrained):
+  """What the run of `pretrained` prints when it goes on to its end."""
+  made, workdir = pretrained
+  return said(run, made, workdir, "train")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_after_its_nets_are_trained(pretrained, two_stage):
+  _, workdir = pretrained
+  assert read_result(workdir)["step"] == 2
+  assert re.search(r"test accuracy +\d+\.\d\d %", two_stage)
+
+
+@pytest.fixture(scope="module")
+def compiled(config, tmp_path_factory):
+  """What was measured of programs of a net that is not trained."""
+  experiment = build.build(config(training="end_to_end"))
+  variables = jax.jit(experiment.model.clone(axis_name=None).init)(
+      jax.random.key(0), experiment.prepare(speed._read(experiment, 2)))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(speed, "_REPEATS", 1)
+    patch.setattr(speed, "_BATCHES", (2,))
+    with rundir.open_run(tmp_path_factory.mktemp("compiled") / "run", experiment.config) as run_dir:
+      speed.run(experiment, run_dir, 0, variables)
+  return json.loads((run_dir.path / "compile.json").read_text())
+
+
+def test_programs_that_skip_segments_are_measured_beside_those_that_do_not(compiled):
+  (rows,) = compiled["timings"].values()
+  assert {"masked", "segments", "ungated"} == {row["strategy"] for row in rows}
+  assert all(row["open_ratio"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training": "end_to_end", "model.heavy.gating": "channel", "loss.channels.sparsity.coefficient": 1.0,
+         "loss.channels.batch_shaping.coefficient": 0.5, "loss.light": 0.3, "loss.batch_shaping.coefficient": 0.5,
+         "devices.backend": "shard_map", "devices.steps_per_dispatch": 2},
+        {"model.selection": "light", "pretrain.target": "label"},
+        {"model.selection": "prefix", "model.pooling": "mean"},
+        {"model.selection": "confidence", "loss.light": 1.0},
+    ],
+)
+def test_a_run_trains_evaluates_and_is_compiled(config, tmp_path, monkeypatch, changes):
+  made = config(**changes)
+  run.run(made, tmp_path / "run", "train")
+  check_run(made, tmp_path / "run")
+  result = read_result(tmp_path / "run")
+  selection, counts = changes.get("model.selection", "gate"), build.build(made).counts
+  if selection == "light":
+    assert result["macs"] == counts.all_segments < result["all_segments_macs"] / 2
+  elif selection == "confidence":
+    assert result["share"] == pytest.approx(0.5)
+  monkeypatch.setattr(speed, "_REPEATS", 1)
+  monkeypatch.setattr(speed, "_BATCHES", (1, 20))
+  if selection in ("light", "prefix"):
+    with pytest.raises(ValueError, match=f"model must have a heavy net, and choose its segments .* {selection!r}"):
+      run.run(made, tmp_path / "run", "compile")
+    assert "--mode=compile cannot time this run: model must have" in (tmp_path / "run" / "report.html").read_text()
+    return
+  run.run(made, tmp_path / "run", "compile")
+  found = json.loads((tmp_path / "run" / "compile.json").read_text())["timings"]
+  assert list(found) == ["1 video at a time", "20 videos at a time"]
+  for rows in found.values():
+    assert {row["strategy"]: row["mac_ratio"] == 1 for row in rows} == {
+        "masked": False, "segments": False, "ungated": True}
+    assert all(row["part"] is None and row["open_ratio"] > 0 for row in rows)
+  assert found["20 videos at a time"][0]["mac_ratio"] == pytest.approx(result["mac_ratio"], rel=1e-5)
+  for rows in found.values():
+    computed = {row["strategy"]: row["computed_ratio"] for row in rows}
+    assert rows[0]["mac_ratio"] <= computed["segments"] * 1.0001 <= computed["masked"] * 1.0002
+    assert computed["ungated"] < computed["masked"]
+  assert (tmp_path / "run" / "compile.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_everything_open_is_every_segment(config):
+  experiment = build.build(config())
+  model, inputs = experiment.model.clone(axis_name=None), speed._read(experiment, 2)
+  variables = model.init(jax.random.key(0), experiment.prepare(inputs))
+  variables["params"]["gate"]["logits"]["bias"] -= 10.0
+  chosen = [Skipping(model, v, capacities=(8,), prepare=experiment.prepare)(inputs).chosen
+            for v in (variables, speed._opened(model, variables))]
+  assert chosen[0] < chosen[1] == inputs["valid"].sum()
+
+
+@pytest.mark.slow
+def test_a_run_stopped_in_either_training_ends_with_the_same_parameters(config, tmp_path, monkeypatch, capsys):
+  made = config()
+  run.run(made, tmp_path / "whole", "train")
+  with monkeypatch.context() as patch:
+    patch.setattr(run.loop, "StopRequest", lambda: Stopping(1))
+    for stop in (1, 2, 3):
+      run.run(made, tmp_path / "parts", "train")
+      assert capsys.readouterr().out.count("stopped as asked") == 1, stop
+  run.run(made, tmp_path / "parts", "train")
+  whole, parts = (newest(made, tmp_path / name) for name in ("whole", "parts"))
+  assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), whole, parts))
+  ignored = {"seconds_since_last_start", "videos_per_second", "all_segments_videos_per_second"}
+  results = [{k: v for k, v in read_result(tmp_path / name).items() if k not in ignored} for name in ("whole", "parts")]
+  assert results[0] == results[1]
+
+
+def newest(made, path):
+  experiment = build.build(made)
+  step, state = video_nets.restore(experiment.training, path, made.seed, read_only=True)
+  assert step == experiment.training.settings.total_steps
+  return jax.device_get(state)
+
+
+@pytest.mark.slow
+def test_nets_of_another_run_are_taken_and_its_concepts_found_again(config, tmp_path):
+  made = config()
+  run.run(made, tmp_path / "first", "train")
+  second = config(pretrained=str(tmp_path / "first"))
+  run.run(second, tmp_path / "second", "train")
+  assert not (tmp_path / "second" / "pretrain").exists()
+  first, again = newest(made, tmp_path / "first"), newest(second, tmp_path / "second")
+  assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
+  with pytest.raises(rundir.RunDirError, match="must hold nets trained for 4 steps; .* of step 2"):
+    run.run(config(pretrained=str(tmp_path / "first"), **{"pretrain.epochs": 2}), tmp_path / "third", "train")
+
+
+def test_nets_that_are_not_there_are_named(config, tmp_path):
+  with pytest.raises(rundir.RunDirError, match="pretrained must be a run directory in which nets were trained; .*none"):
+    run.run(config(pretrained=str(tmp_path / "none")), tmp_path / "run", "train")
+
+
+def test_another_config_does_not_spoil_nets_that_were_trained(config, tmp_path):
+  with rundir.open_run(tmp_path / "run", config()) as run_dir:
+    (run_dir.path / "pretrain" / "checkpoints" / "2").mkdir(parents=True)
+  other = rundir.open_run(tmp_path / "run", config(seed=1))
+  with pytest.raises(rundir.RunDirError, match="seed: 0 there, 1 here"):
+    other.__enter__()
+
+
+def test_picked_segments_are_valid_and_their_own(config):
+  valid = np.array([[True] * 5, [True, True, False, False, False]])
+  batch = {"light": np.arange(10.0).reshape(2, 5, 1), "valid": valid}
+  picked = sets.pick_segments(jax.random.key(0), batch, 3, None)
+  index = np.asarray(picked["picked"])
+  assert len(set(index[0])) == 3
+  assert set(index[1]) == {0, 1}
+  np.testing.assert_array_equal(np.ravel(picked["light"]), np.ravel(index + np.array([[0], [5]])))
+
+
+@pytest.mark.slow
+def test_concepts_stay_as_they_were_found(config, tmp_path):
+  experiment = build.build(config(**{"optim.weight_decay": 0.1}))
+  _, state = video_nets.restore(experiment.training, tmp_path, 0)
+  nets = jax.device_get(video_nets.restore(experiment.pretraining, tmp_path, 0)[1])
+  variables = {"params": nets.params, "batch_stats": nets.batch_stats}
+  train = evaluate.extract_features(experiment, variables)
+  begun = video_nets.begin(experiment, state, variables, train)
+  before = np.asarray(begun.params["gate"]["concepts"]["kernel"])
+  advance = run._make_advance(experiment, experiment.training, train, 0)
+  after, _ = advance(begun, 0)
+  np.testing.assert_array_equal(after.params["gate"]["concepts"]["kernel"], before)
+  assert before.shape == (4, 4)
+
+
+SKIPPED = {"training": "end_to_end", "model.selection": "uniform", "model.share": 0.25, "model.heavy.group_norm": True,
+           "optim.kind": "sgd", "optim.learning_rate": 0.01, "optim.epochs": 1}
+LEARNT = {"model.selection": "gate", "model.backward_share": 0.86}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "capacity", "in_full"),
+    [({}, 2 * 4, None), (LEARNT, 25, 0.5), ({**LEARNT, "model.backward_share": 0.3}, 9, 1)])
+def test_nets_trained_with_the_backward_of_chosen_segments_alone_are_the_same(
+    config, tmp_path, changes, capacity, in_full):
+  def trained(skip):
+    folder = tmp_path / str(skip)
+    made = config(**{**SKIPPED, **changes, "model.skip_backward": skip})
+    run.run(made, folder, "train")
+    built = build.build(made)
+    assert built.training.model.backward_capacity == (capacity if skip else None)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("in_full") for line in lines if line["split"] == "train"] == [in_full if skip else None]
+    return video_nets.restore(built.training, folder, 0, read_only=True)[1].params
+
+  assert tiny.relative_gap(trained(True), trained(False)) < 1e-5
+
+
+@pytest.mark.parametrize(("changes", "capacity"), [
+    ({}, 2 * 4), (LEARNT, 25), ({**LEARNT, "model.backward_share": 0.3}, 9)])
+def test_the_backward_holds_the_segments_that_may_be_chosen(config, changes, capacity):
+  built = build.build(config(**{**SKIPPED, **changes, "model.skip_backward": True}))
+  assert built.training.model.backward_capacity == capacity
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [("training", "two_stage", "training must be 'end_to_end' where model.skip_backward is set; got 'two_stage'"),
+     ("model.selection", "prefix", "model.selection must be one of uniform, .*, gate where .*; got 'prefix'"),
+     ("model.selection", "gate", "model.backward_share must be < 1 where model.skip_backward is set; got 1.0"),
+     ("model.heavy.group_norm", False, "model.heavy.group_norm must be True where .*; got False"),
+     ("model.heavy.gating", "channel", "model.heavy.gating must be 'none' where .*; got 'channel'")])
+def test_a_backward_that_cannot_be_skipped_exactly_is_refused(config, field, value, message):
+  with pytest.raises(ValueError, match=message):
+    build.build(config(**{**SKIPPED, "model.skip_backward": True, field: value}))
