@@ -24,16 +24,18 @@ CIFAR10, DIGITS = "configs/cifar10_resnet20.py", "configs/digits_resnet20.py"
 COMMON = "batch=256,schedule=cosine"
 GATED = f"noise=0.25,{COMMON}"  # a quarter of the noise costs less accuracy, see docs/results.md
 RECIPES = {
-    "ungated": f"{CIFAR10}:gates=none,{COMMON}",
-    "gated to 75 %": f"{CIFAR10}:budget=0.75,{GATED}",
-    "gated to 50 %": f"{CIFAR10}:budget=0.5,{GATED}",
-    "gated to 25 %": f"{CIFAR10}:budget=0.25,{GATED}",
-    "four times as wide inside, gated to 26 %": f"{CIFAR10}:budget=0.26,inner=4,{GATED}",
+  "ungated": f"{CIFAR10}:gates=none,{COMMON}",
+  "gated to 75 %": f"{CIFAR10}:budget=0.75,{GATED}",
+  "gated to 50 %": f"{CIFAR10}:budget=0.5,{GATED}",
+  "gated to 25 %": f"{CIFAR10}:budget=0.25,{GATED}",
+  "four times as wide inside, gated to 26 %": f"{CIFAR10}:budget=0.26,inner=4,{GATED}",
 }
 SMOKE = {"gated to 50 %": f"{DIGITS}:model=simple_cnn,width=0.1,budget=0.5,batch=32"}
 FULL_EPOCHS, TRAIN_IMAGES = 500, 50000
 BEFORE_RECIPES = 0.45  # of the time, at most
-OVERHEAD = 90  # seconds of the first recipe for reading, compiling, testing and its report; then as measured
+OVERHEAD = (
+  90  # seconds of the first recipe for reading, compiling, testing and its report; then as measured
+)
 MARGIN = 0.85  # of what then remains, for steps
 STEPS_A_CALL = 39  # a fifth of an epoch of 195 steps: an accelerator should not wait for the host
 GRACE = 45  # seconds to save and stop in
@@ -44,7 +46,9 @@ def main():
   parser.add_argument("--data", type=Path, help="a TFDS folder with cifar10")
   parser.add_argument("--out", type=Path, default=Path("runs/accelerator"))
   parser.add_argument("--minutes", type=float, default=24)
-  parser.add_argument("--elapsed", type=float, default=0, help="seconds that the command has taken so far")
+  parser.add_argument(
+    "--elapsed", type=float, default=0, help="seconds that the command has taken so far"
+  )
   parser.add_argument("--smoke", action="store_true")
   args = parser.parse_args()
   if args.minutes <= 0:
@@ -68,24 +72,57 @@ def measure(job, recipes, smoke):
   device = job.run("device", [sys.executable, "-c", DEVICE], 120)
   count = json.loads(device.splitlines()[-1])["devices"] if device else 1
   tiny = ["--shapes=16x8", "--repeats=1"] if smoke else []
-  job.run("throughput", benchmark("throughput", *recipes.values(), *(
-      ["--images=64", "--repeats=1", "--devices.steps_per_dispatch=2"] if smoke else
-      [f"--devices.steps_per_dispatch={STEPS_A_CALL}"])), 300, rows=True)
-  job.run("kernels", benchmark("kernels", *(
-      ["--shapes=4x4x4x32/16", "--dtypes=float32", "--repeats=1"] if smoke else [])), 240, rows=True)
+  job.run(
+    "throughput",
+    benchmark(
+      "throughput",
+      *recipes.values(),
+      *(
+        ["--images=64", "--repeats=1", "--devices.steps_per_dispatch=2"]
+        if smoke
+        else [f"--devices.steps_per_dispatch={STEPS_A_CALL}"]
+      ),
+    ),
+    300,
+    rows=True,
+  )
+  job.run(
+    "kernels",
+    benchmark(
+      "kernels", *(["--shapes=4x4x4x32/16", "--dtypes=float32", "--repeats=1"] if smoke else [])
+    ),
+    240,
+    rows=True,
+  )
   job.run("loss", benchmark("ecdf_loss", *tiny), 180, rows=True)
   job.run("exchange", benchmark("exchange", f"--devices={count}", *tiny), 120, rows=True)
-  job.run("training_step", benchmark("training_step", *(
-      ["--model=resnet8", "--batch=8", "--repeats=1"] if smoke else [])), 150, rows=True)
+  job.run(
+    "training_step",
+    benchmark("training_step", *(["--model=resnet8", "--batch=8", "--repeats=1"] if smoke else [])),
+    150,
+    rows=True,
+  )
   if not smoke:
-    job.run("large", benchmark(
-        "throughput", f"{CIFAR10}:gates=none,width=4", f"{CIFAR10}:gates=channel,block=64,width=4",
-        "--optim.batch_size=1024", "--model.dtype=bfloat16", "--devices.steps_per_dispatch=8"), 240, rows=True)
+    job.run(
+      "large",
+      benchmark(
+        "throughput",
+        f"{CIFAR10}:gates=none,width=4",
+        f"{CIFAR10}:gates=channel,block=64,width=4",
+        "--optim.batch_size=1024",
+        "--model.dtype=bfloat16",
+        "--devices.steps_per_dispatch=8",
+      ),
+      240,
+      rows=True,
+    )
 
 
 def train(job, recipes, args):
   """The recipes, one after the other, by the command that users have."""
-  speed = {row["config"]: row["train_images_per_second"] for row in job.parts["throughput"].get("rows", [])}
+  speed = {
+    row["config"]: row["train_images_per_second"] for row in job.parts["throughput"].get("rows", [])
+  }
   job.before, overhead = job.end, OVERHEAD
   for i, (name, config) in enumerate(recipes.items()):
     share = (job.end - time.monotonic()) / (len(recipes) - i)
@@ -94,11 +131,20 @@ def train(job, recipes, args):
       epochs = int(MARGIN * (share - overhead) * speed[config] / TRAIN_IMAGES)
       epochs = min(FULL_EPOCHS, max(1, epochs))
     workdir = job.out / f"recipe{i}"
-    command = [sys.executable, "-m", "gating_jax.cli", f"--config={config},epochs={epochs}", f"--workdir={workdir}",
-               f"--config.checkpoint_every={max(1, epochs / 4)}", "--config.log_every=200"]
+    command = [
+      sys.executable,
+      "-m",
+      "gating_jax.cli",
+      f"--config={config},epochs={epochs}",
+      f"--workdir={workdir}",
+      f"--config.checkpoint_every={max(1, epochs / 4)}",
+      "--config.log_every=200",
+    ]
     if not args.smoke:
-      command += [f"--config.data.data_dir={args.data.resolve()}",
-                  f"--config.devices.steps_per_dispatch={STEPS_A_CALL}"]
+      command += [
+        f"--config.data.data_dir={args.data.resolve()}",
+        f"--config.devices.steps_per_dispatch={STEPS_A_CALL}",
+      ]
     job.run(workdir.name, command, share)
     part = job.parts[workdir.name]
     part |= {"recipe": name, "epochs": epochs, **outcome(workdir)}
@@ -112,9 +158,14 @@ def outcome(workdir):
   if result.exists():
     found = json.loads(result.read_text())
   else:
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    lines = (
+      [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    )
     found = next((line for line in reversed(lines) if line["split"] == "test"), {})
-  return {"finished": result.exists(), **{key: found.get(key) for key in ("accuracy", "macs", "mac_ratio")}}
+  return {
+    "finished": result.exists(),
+    **{key: found.get(key) for key in ("accuracy", "macs", "mac_ratio")},
+  }
 
 
 def benchmark(name, *arguments):
@@ -140,7 +191,9 @@ class Job:
   def run(self, name, command, limit, *, rows=False):
     """What it printed, or None if it failed or was stopped after `limit` seconds or for want of time."""
     file, json_file, begun = self.out / f"{name}.txt", self.out / f"{name}.json", time.monotonic()
-    part = self.parts[name] = {"command": " ".join(["python", *command[1:]]) if name != "device" else None}
+    part = self.parts[name] = {
+      "command": " ".join(["python", *command[1:]]) if name != "device" else None
+    }
     limit = min(limit, self.before - begun)
     if limit < 5:
       print(f"== {name}: left out, no time is left", flush=True)
@@ -149,8 +202,15 @@ class Job:
     print(f"== {name}, at most {limit:.0f} s", flush=True)
     with file.open("w") as output:
       process = subprocess.Popen(
-          [*command, *([f"--json={json_file}"] if rows else [])], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT,
-          env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
+        [*command, *([f"--json={json_file}"] if rows else [])],
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+        env={
+          **os.environ,
+          "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        },
+      )
       try:
         part["status"] = process.wait(limit)
       except subprocess.TimeoutExpired:
@@ -160,7 +220,10 @@ class Job:
     if rows and json_file.exists():
       part["rows"] = json.loads(json_file.read_text())
     said = file.read_text()
-    print(said if part["status"] == 0 else f"{said[-2000:]}\n== {name}: status {part['status']}", flush=True)
+    print(
+      said if part["status"] == 0 else f"{said[-2000:]}\n== {name}: status {part['status']}",
+      flush=True,
+    )
     return said if part["status"] == 0 else None
 
   def _stop(self, process):
@@ -174,22 +237,33 @@ class Job:
   def finish(self):
     """Writes the JSON and the table; ends with status 1 if a part failed."""
     recipes = [part for part in self.parts.values() if "recipe" in part]
-    table = [f"{'recipe':<32}{'epochs':>8}{'accuracy':>10}{'M MACs':>10}{'of ungated':>12}{'seconds':>10}"]
+    table = [
+      f"{'recipe':<32}{'epochs':>8}{'accuracy':>10}{'M MACs':>10}{'of ungated':>12}{'seconds':>10}"
+    ]
     number = lambda value, scale, form: f"{value * scale:{form}}" if value is not None else "?"
     for part in recipes:
       table.append(
-          f"{part['recipe']:<32}{part['epochs']:>8}{number(part['accuracy'], 100, '.2f'):>10}"
-          f"{number(part['macs'], 1e-6, '.2f'):>10}{number(part['mac_ratio'], 1, '.3f'):>12}"
-          f"{part.get('seconds', 0):>10}{'' if part['finished'] else '  cut short'}")
-    said = [f"== {name}\n{(self.out / f'{name}.txt').read_text()}" for name, part in self.parts.items()
-            if "recipe" not in part and part["status"] == 0]
-    text = "\n".join([*said, *(["== recipes", *table] if recipes else ["== recipes: left out, without --data"])])
+        f"{part['recipe']:<32}{part['epochs']:>8}{number(part['accuracy'], 100, '.2f'):>10}"
+        f"{number(part['macs'], 1e-6, '.2f'):>10}{number(part['mac_ratio'], 1, '.3f'):>12}"
+        f"{part.get('seconds', 0):>10}{'' if part['finished'] else '  cut short'}"
+      )
+    said = [
+      f"== {name}\n{(self.out / f'{name}.txt').read_text()}"
+      for name, part in self.parts.items()
+      if "recipe" not in part and part["status"] == 0
+    ]
+    text = "\n".join(
+      [*said, *(["== recipes", *table] if recipes else ["== recipes: left out, without --data"])]
+    )
     (self.out / "accelerator.txt").write_text(text + "\n")
     device = None
     if self.parts["device"]["status"] == 0:
       device = json.loads((self.out / "device.txt").read_text().splitlines()[-1])
-    value = {"device": device,
-             "seconds": round(time.monotonic() - self.start, 1), "parts": self.parts}
+    value = {
+      "device": device,
+      "seconds": round(time.monotonic() - self.start, 1),
+      "parts": self.parts,
+    }
     (self.out / "accelerator.json").write_text(json.dumps(value, indent=2) + "\n")
     print("\n".join(table) if recipes else text.splitlines()[-1])
     print(f"written: {self.out / 'accelerator.json'}, {self.out / 'accelerator.txt'}")

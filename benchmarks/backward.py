@@ -40,8 +40,10 @@ def main():
   parser.add_argument("--repeats", type=int, default=7)
   parser.add_argument("--steps", type=int, default=5)
   args = parser.parse_args()
-  print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, float32, {args.net}, "
-        f"{args.videos} videos of {args.segments} clips, medians of {args.repeats} interleaved repeats")
+  print(
+    f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, float32, {args.net}, "
+    f"{args.videos} videos of {args.segments} clips, medians of {args.repeats} interleaved repeats"
+  )
   print(f"{'chosen':>8}{'all':>11}{'chosen':>11}{'ratio':>8}{'expected':>10}{'gap':>10}")
   for share in map(float, args.shares.split(",")):
     compare(args, share)
@@ -53,28 +55,47 @@ def compare(args, share):
   full, skipping = (training(args, share, capacity) for capacity in (None, count))
   after, other = (trained(*each, args.steps) for each in (full, skipping))
   gap = optax.tree.norm(optax.tree.sub(after, other)) / optax.tree.norm(after)
-  times = race({"full": lambda: full[0](full[1]), "skipping": lambda: skipping[0](skipping[1])}, args.repeats)
+  times = race(
+    {"full": lambda: full[0](full[1]), "skipping": lambda: skipping[0](skipping[1])}, args.repeats
+  )
   one, two = (statistics.median(times[name]) for name in ("full", "skipping"))
-  print(f"{share:>8.3f}{1e3 * one:>8.1f} ms{1e3 * two:>8.1f} ms{two / one:>8.3f}{(1 + 3 * share) / 3:>10.3f}"
-        f"{gap:>10.1e}")
+  print(
+    f"{share:>8.3f}{1e3 * one:>8.1f} ms{1e3 * two:>8.1f} ms{two / one:>8.3f}{(1 + 3 * share) / 3:>10.3f}"
+    f"{gap:>10.1e}"
+  )
 
 
 def training(args, share, capacity):
   """`(step, state)` of a network that trains with evenly spaced segments."""
   name, width = args.net.split(":")
-  model = SegmentNet(CLASSES, None, heavy_net(name, width=float(width), stem="small", group_norm=True),
-                     selection="uniform", share=share, pooling="mean", backward_capacity=capacity)
+  model = SegmentNet(
+    CLASSES,
+    None,
+    heavy_net(name, width=float(width), stem="small", group_norm=True),
+    selection="uniform",
+    share=share,
+    pooling="mean",
+    backward_capacity=capacity,
+  )
   rng = np.random.default_rng(0)
   shape = (args.segments, args.frames, args.pixels, args.pixels, 3)
-  colours = rng.normal(size=(args.videos, 1, 1, 1, 1, 3))  # without, BatchNorm would divide by the little they differ
-  inputs = {"heavy": (colours + rng.normal(size=(args.videos, *shape))).astype(np.float32),
-            "valid": np.ones((args.videos, args.segments), bool)}
+  colours = rng.normal(
+    size=(args.videos, 1, 1, 1, 1, 3)
+  )  # without, BatchNorm would divide by the little they differ
+  inputs = {
+    "heavy": (colours + rng.normal(size=(args.videos, *shape))).astype(np.float32),
+    "valid": np.ones((args.videos, args.segments), bool),
+  }
   labels = rng.integers(0, CLASSES, args.videos)
   optimiser = optax.sgd(0.01)
   state = steps.init_state(model, optimiser, 0, {"heavy": shape, "valid": (args.segments,)})
   objective = lambda outputs, labels, records, step, axis_name: (
-      optax.softmax_cross_entropy_with_integer_labels(outputs["logits"], labels).mean(), {})
-  step = jax.jit(steps.make_train_step(model, optimiser, objective, lambda key, inputs: inputs, seed=0))
+    optax.softmax_cross_entropy_with_integer_labels(outputs["logits"], labels).mean(),
+    {},
+  )
+  step = jax.jit(
+    steps.make_train_step(model, optimiser, objective, lambda key, inputs: inputs, seed=0)
+  )
   inputs, labels = jax.device_put((inputs, jnp.asarray(labels)))
   return lambda state: step(state, inputs, labels)[0], state
 

@@ -39,8 +39,10 @@ def main():
   parser.add_argument("--repeats", type=int, default=9)
   parser.add_argument("--steps", type=int, default=5)
   args = parser.parse_args()
-  print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, float32, {args.net} x "
-        f"{args.width:g}, {args.images} images of {args.pixels}^2, medians of {args.repeats} interleaved repeats")
+  print(
+    f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, float32, {args.net} x "
+    f"{args.width:g}, {args.images} images of {args.pixels}^2, medians of {args.repeats} interleaved repeats"
+  )
   print(f"{'open':>7}{'held':>8}{'all':>12}{'open alone':>12}{'ratio':>8}{'gap':>10}")
   for rate in map(float, args.rates.split(",")):
     compare(args, rate)
@@ -56,16 +58,28 @@ def compare(args, rate):
     if np.isfinite(optax.tree.norm(other)):
       break
   gap = optax.tree.norm(optax.tree.sub(after, other)) / optax.tree.norm(after)
-  times = race({"all": lambda: full[0](full[1]), "open": lambda: skipping[0](skipping[1])}, args.repeats)
+  times = race(
+    {"all": lambda: full[0](full[1]), "open": lambda: skipping[0](skipping[1])}, args.repeats
+  )
   one, two = (statistics.median(times[name]) for name in ("all", "open"))
-  print(f"{rate:>7.3f}{eighths / EIGHTHS:>8.3f}{1e3 * one:>9.1f} ms{1e3 * two:>9.1f} ms{two / one:>8.3f}{gap:>10.1e}",
-        flush=True)
+  print(
+    f"{rate:>7.3f}{eighths / EIGHTHS:>8.3f}{1e3 * one:>9.1f} ms{1e3 * two:>9.1f} ms{two / one:>8.3f}{gap:>10.1e}",
+    flush=True,
+  )
 
 
 def training(args, rate, share):
   """`(step, state)` of a network whose gates open at a rate."""
   gate = GateSettings(context="random", initial_open=rate)
-  model = resnet(args.net, CLASSES, width=args.width, gating="layer", gate=gate, group_norm=True, backward_share=share)
+  model = resnet(
+    args.net,
+    CLASSES,
+    width=args.width,
+    gating="layer",
+    gate=gate,
+    group_norm=True,
+    backward_share=share,
+  )
   rng = np.random.default_rng(0)
   shape = (args.pixels, args.pixels, 3)
   images = jax.device_put(rng.normal(size=(args.images, *shape)).astype(np.float32))
@@ -73,8 +87,12 @@ def training(args, rate, share):
   optimiser = optax.sgd(0.01)
   state = steps.init_state(model, optimiser, 0, shape)
   objective = lambda logits, labels, records, step, axis_name: (
-      optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), {})
-  step = jax.jit(steps.make_train_step(model, optimiser, objective, lambda key, images: images, seed=0))
+    optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(),
+    {},
+  )
+  step = jax.jit(
+    steps.make_train_step(model, optimiser, objective, lambda key, images: images, seed=0)
+  )
   return lambda state: step(state, images, labels)[0], state
 
 

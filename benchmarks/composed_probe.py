@@ -27,11 +27,15 @@ def main():
   parser.add_argument("--test_videos", type=int, default=640)
   parser.add_argument("--seed", type=int, default=0)
   args = parser.parse_args()
-  train, test = (composed(split, videos=videos, seed=args.seed).arrays
-                 for split, videos in (("train", args.train_videos), ("test", args.test_videos)))
+  train, test = (
+    composed(split, videos=videos, seed=args.seed).arrays
+    for split, videos in (("train", args.train_videos), ("test", args.test_videos))
+  )
   print(f"{'segments':>8}{'unit actions':>14}{'digit classes':>15}")
   for count in COUNTS:
-    scores = (accuracy(train, test, count, motions=motions, seed=args.seed) for motions in (True, False))
+    scores = (
+      accuracy(train, test, count, motions=motions, seed=args.seed) for motions in (True, False)
+    )
     print(f"{count:>8}{next(scores):>14.1%}{next(scores):>15.1%}")
 
 

@@ -55,15 +55,24 @@ def open_sets(count, share, sets):
 
 def same_for_all(head, share):
   """The gate network with this share of each group's gates open, whatever it sees."""
-  logits = np.concatenate([open_sets(group.gates, share, 1)[0] for group in head.groups]) * 20.0 - 10.0
-  return dataclasses.replace(head, logits=jnp.zeros_like(head.logits), logits_bias=jnp.asarray(logits, jnp.float32))
+  logits = (
+    np.concatenate([open_sets(group.gates, share, 1)[0] for group in head.groups]) * 20.0 - 10.0
+  )
+  return dataclasses.replace(
+    head, logits=jnp.zeros_like(head.logits), logits_bias=jnp.asarray(logits, jnp.float32)
+  )
 
 
 def by_example(channels, group, opened):
   """A gate network whose i-th hidden unit is on for images of set i, see `images`, and opens row i of `opened`."""
   hidden = jnp.eye(channels, HIDDEN)
-  return Head(hidden, jnp.full(HIDDEN, -5.0), jnp.asarray(opened * 20.0 - 10.0, jnp.float32), jnp.zeros(group.gates),
-              (group,))
+  return Head(
+    hidden,
+    jnp.full(HIDDEN, -5.0),
+    jnp.asarray(opened * 20.0 - 10.0, jnp.float32),
+    jnp.zeros(group.gates),
+    (group,),
+  )
 
 
 def images(batch, size, channels):
@@ -90,9 +99,13 @@ def narrow(share, channels):
 def whole(share, *, width, batch=1):
   model = resnet("resnet20", 10, gating="channel", width=width, gate=GateSettings(hidden=HIDDEN))
   net = fold(model, model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
-  parts = [part if part.head is None else dataclasses.replace(part, head=same_for_all(part.head, share))
-           for part in net.parts]
-  return dataclasses.replace(net, parts=tuple(parts)), RNG.normal(0, 1, (batch, 32, 32, 3)).astype(np.float32)
+  parts = [
+    part if part.head is None else dataclasses.replace(part, head=same_for_all(part.head, share))
+    for part in net.parts
+  ]
+  return dataclasses.replace(net, parts=tuple(parts)), RNG.normal(0, 1, (batch, 32, 32, 3)).astype(
+    np.float32
+  )
 
 
 def layers(share, *, batch, size, channels):
@@ -103,22 +116,40 @@ def layers(share, *, batch, size, channels):
       opened = np.full((HIDDEN, 1), i < round(4 * share))
     else:
       opened = np.resize(open_sets(batch, share, 1), HIDDEN)[:, None]
-    parts.append(Block((conv(channels, channels), conv(channels, channels)),
-                       Head(jnp.zeros((channels, HIDDEN)), jnp.ones(HIDDEN), jnp.zeros((HIDDEN, 1)),
-                            jnp.full(1, 10.0 if opened[0, 0] else -10.0), (group,)) if batch == 1
-                       else by_example(channels, group, opened), layer_gate=True))
+    parts.append(
+      Block(
+        (conv(channels, channels), conv(channels, channels)),
+        Head(
+          jnp.zeros((channels, HIDDEN)),
+          jnp.ones(HIDDEN),
+          jnp.zeros((HIDDEN, 1)),
+          jnp.full(1, 10.0 if opened[0, 0] else -10.0),
+          (group,),
+        )
+        if batch == 1
+        else by_example(channels, group, opened),
+        layer_gate=True,
+      )
+    )
   return Folded(tuple(parts[: 4 if batch == 1 else 1]), pooled=False), images(batch, size, channels)
 
 
 def leaving(share, *, batch, size, channels):
   """Eight blocks, and an exit after the first at which as many images leave as make this share."""
   blocks = [Block((conv(channels, channels), conv(channels, channels))) for _ in range(8)]
-  stages = Folded((blocks[0],), pooled=False), Folded(tuple(blocks[1:]), (normal(channels, 10), normal(10)))
-  net = exits.ExitNet(stages, (Folded((Layer(conv(channels, 16)),), (normal(16, 10), normal(10))),), 0.5)
+  stages = (
+    Folded((blocks[0],), pooled=False),
+    Folded(tuple(blocks[1:]), (normal(channels, 10), normal(10))),
+  )
+  net = exits.ExitNet(
+    stages, (Folded((Layer(conv(channels, 16)),), (normal(16, 10), normal(10))),), 0.5
+  )
   x = images(batch, size, channels)
   stay = np.sort(np.asarray(exits.run(net, jnp.asarray(x))[1][:, 0]))
   goes_on = round(batch * (share * 8 - 1) / 7)
-  between = stay[0] - 1 if goes_on == batch else stay[batch - goes_on - 1 : batch - goes_on + 1].mean()
+  between = (
+    stay[0] - 1 if goes_on == batch else stay[batch - goes_on - 1 : batch - goes_on + 1].mean()
+  )
   return dataclasses.replace(net, threshold=float(1 / (1 + np.exp(-between)))), x
 
 
@@ -141,10 +172,19 @@ def _cases():
     make = functools.partial(block, batch=1, size=size, channels=channels)
     found[f"block N=1 C={channels} {size}x{size}"] = Case(make, "switch", (1.55, 2.3), channels)
   found["resnet20 width 4 N=1"] = Case(functools.partial(whole, width=4), "switch", (1.7, 2.8))
-  for batch, channels, size, per_gate in ((8, 128, 16, 32), (8, 128, 16, 64), (16, 128, 16, 64), (64, 128, 16, 64),
-                                          (8, 256, 8, 128), (64, 256, 8, 128), (16, 256, 16, 128)):
+  for batch, channels, size, per_gate in (
+    (8, 128, 16, 32),
+    (8, 128, 16, 64),
+    (16, 128, 16, 64),
+    (64, 128, 16, 64),
+    (8, 256, 8, 128),
+    (64, 256, 8, 128),
+    (16, 256, 16, 128),
+  ):
     make = functools.partial(block, batch=batch, size=size, channels=channels, per_gate=per_gate)
-    found[f"{per_gate} a gate N={batch} C={channels} {size}x{size}"] = Case(make, "block_dispatch", (1.6, 2.6))
+    found[f"{per_gate} a gate N={batch} C={channels} {size}x{size}"] = Case(
+      make, "block_dispatch", (1.6, 2.6)
+    )
   for batch, channels, size in ((8, 64, 32), (8, 128, 16), (8, 256, 8), (64, 64, 16)):
     make = functools.partial(block, batch=batch, size=size, channels=channels)
     found[f"native N={batch} C={channels} {size}x{size}"] = Case(make, "native", (1.55, 3.0))
@@ -155,7 +195,9 @@ def _cases():
     make = functools.partial(layers, batch=16, size=size, channels=channels)
     found[f"compaction N=16 C={channels} {size}x{size}"] = Case(make, "layer_dispatch", (1.75, 3.4))
     make = functools.partial(leaving, batch=64, size=size, channels=channels)
-    found[f"early exit N=64 C={channels} {size}x{size}"] = Case(make, exits.EXIT_DISPATCH, (1.75, 3.4))
+    found[f"early exit N=64 C={channels} {size}x{size}"] = Case(
+      make, exits.EXIT_DISPATCH, (1.75, 3.4)
+    )
   return found
 
 
@@ -166,7 +208,9 @@ def measure(case, share, repeats):
   """The row's numbers: share of MACs, and each contender's milliseconds, medians and tenth percentiles."""
   net, x = case.make(share)
   usual, calibration = case.make(0.5)
-  if share == 1 and isinstance(net, exits.ExitNet):  # the same network, whose threshold is part of the program
+  if share == 1 and isinstance(
+    net, exits.ExitNet
+  ):  # the same network, whose threshold is part of the program
     stay = exits.run(usual, jnp.asarray(calibration))[1][:, 0]
     net, x = usual, np.repeat(calibration[[int(jnp.argmax(stay))]], len(x), axis=0)
   x, shape, dense_run = jnp.asarray(x), x.shape[1:], program()
@@ -182,28 +226,41 @@ def measure(case, share, repeats):
   programs = {case.strategy: make(strategy=case.strategy)}
   macs = float(np.mean(spent)) / folded_macs.macs(dense, shape)
   if share == 1:
-    programs["auto"] = compiled(usual, input_shape=shape, batch_size=len(x), calibration=calibration)
+    programs["auto"] = compiled(
+      usual, input_shape=shape, batch_size=len(x), calibration=calibration
+    )
     programs["auto"].load(net)
   expected = run(net, x)[0]
   for name, made in programs.items():
     error = float(jnp.abs(made(x)[0] - expected).max() / jnp.abs(expected).max())
     if not error < 1e-4:
       raise SystemExit(f"{name} is wrong: relative error {error}")
-  contenders = {"masked": lambda: run(net, x), "ungated": lambda: dense_run(dense, x),
-                **{name: functools.partial(made, x) for name, made in programs.items()}}
+  contenders = {
+    "masked": lambda: run(net, x),
+    "ungated": lambda: dense_run(dense, x),
+    **{name: functools.partial(made, x) for name, made in programs.items()},
+  }
   if case.channels:
     contenders["narrow"] = functools.partial(dense_run, narrow(share, case.channels), x)
   times = race(contenders, repeats, settle=True)
-  return macs, *({name: 1e3 * float(np.percentile(found, q)) for name, found in times.items()} for q in (50, 10))
+  return macs, *(
+    {name: 1e3 * float(np.percentile(found, q)) for name, found in times.items()} for q in (50, 10)
+  )
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--case", action="append", default=[], help="part of a case's name; all cases without it")
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "--case", action="append", default=[], help="part of a case's name; all cases without it"
+  )
   parser.add_argument("--repeats", type=int, default=60)
   args = parser.parse_args()
-  print("| case | MACs | masked ms | ungated ms | narrow ms | program | its ms | ratio | at least "
-        "| ratio of 10th percentiles |")
+  print(
+    "| case | MACs | masked ms | ungated ms | narrow ms | program | its ms | ratio | at least "
+    "| ratio of 10th percentiles |"
+  )
   print("|---" * 10 + "|")
   for name, case in CASES.items():
     if args.case and not any(part in name for part in args.case):
@@ -215,12 +272,19 @@ def main():
       macs, times, quiet = measure(case, share, args.repeats)
       baseline = lambda times: min(times["masked"], times["ungated"])
       for program_name in ("auto", case.strategy) if share == 1 else (case.strategy,):
-        limit = {1.0: 1 / AT_MOST if program_name == "auto" else None, 0.5: case.limits[0], 0.25: case.limits[1]}[share]
+        limit = {
+          1.0: 1 / AT_MOST if program_name == "auto" else None,
+          0.5: case.limits[0],
+          0.25: case.limits[1],
+        }[share]
         spent, alone = times[program_name], f"{times['narrow']:.3f}" if case.channels else ""
-        print(f"| {name} | {macs:.1%} | {times['masked']:.3f} | {times['ungated']:.3f} "
-              f"| {alone} | {program_name} | {spent:.3f} "
-              f"| {baseline(times) / spent:.2f} | {f'{limit:.2f}' if limit else ''} "
-              f"| {baseline(quiet) / quiet[program_name]:.2f} |", flush=True)
+        print(
+          f"| {name} | {macs:.1%} | {times['masked']:.3f} | {times['ungated']:.3f} "
+          f"| {alone} | {program_name} | {spent:.3f} "
+          f"| {baseline(times) / spent:.2f} | {f'{limit:.2f}' if limit else ''} "
+          f"| {baseline(quiet) / quiet[program_name]:.2f} |",
+          flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -27,8 +27,11 @@ def main():
   args = arguments(__doc__, ",".join(METHODS)).parse_args()
   flags.FLAGS.mark_as_parsed()
   seeds = [int(seed) for seed in args.seeds.split(",")]
-  print(f"{args.config}, seeds {args.seeds}, {jax.device_count()} devices\n{'method':<16}{'known':>18}{'unknown':>18}"
-        f"{'forgetting':>11}{'overlap':>9}{'MACs':>8}{'unknown':>8}{'params':>10}{'MB':>8}{'seconds':>9}", flush=True)
+  print(
+    f"{args.config}, seeds {args.seeds}, {jax.device_count()} devices\n{'method':<16}{'known':>18}{'unknown':>18}"
+    f"{'forgetting':>11}{'overlap':>9}{'MACs':>8}{'unknown':>8}{'params':>10}{'MB':>8}{'seconds':>9}",
+    flush=True,
+  )
   for method in args.methods.split(","):
     print(row(method, [run(args, method, seed) for seed in seeds]), flush=True)
 
@@ -37,11 +40,13 @@ def row(method, results):
   mean = lambda read: statistics.mean(read(r) for r in results)
   each = lambda kind: " ".join(f"{100 * r[kind]['average_accuracy']:.1f}" for r in results)
   share = lambda kind: f"{mean(lambda r: r[kind] / r['dense_macs']):.3f}"
-  return (f"{method:<16}{each('task_aware'):>18}{each('task_agnostic'):>18}"
-          f"{percent([r['task_aware']['forgetting'] for r in results]):>11}"
-          f"{percent([r.get('mean_gate_overlap') for r in results]):>9}{share('task_aware_macs'):>8}"
-          f"{share('task_agnostic_macs'):>8}{mean(lambda r: r['params']):>10,.0f}{mean(lambda r: r['memory_mb']):>8.2f}"
-          f"{mean(lambda r: r['seconds_since_last_start']):>9.0f}")
+  return (
+    f"{method:<16}{each('task_aware'):>18}{each('task_agnostic'):>18}"
+    f"{percent([r['task_aware']['forgetting'] for r in results]):>11}"
+    f"{percent([r.get('mean_gate_overlap') for r in results]):>9}{share('task_aware_macs'):>8}"
+    f"{share('task_agnostic_macs'):>8}{mean(lambda r: r['params']):>10,.0f}{mean(lambda r: r['memory_mb']):>8.2f}"
+    f"{mean(lambda r: r['seconds_since_last_start']):>9.0f}"
+  )
 
 
 def arguments(description, methods):
@@ -55,7 +60,9 @@ def config_arguments(description):
   parser = argparse.ArgumentParser(description=description.splitlines()[0])
   parser.add_argument("--config", default="split_digits")
   parser.add_argument("--seeds", default="0")
-  parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the config, as JSON")
+  parser.add_argument(
+    "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the config, as JSON"
+  )
   return parser
 
 

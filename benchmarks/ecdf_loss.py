@@ -32,22 +32,34 @@ A, B = 0.6, 0.4
 SHAPES = "256x336,256x2048,256x7552,1024x2048"
 LIMITS = {"plain autodiff": 15, "authors": 10}  # on CPU, for the shape below
 LIMITED_SHAPE = (256, 2048)
-SORTS = {"compare-exchange network": ranking._network_argsort, "XLA's sort": ranking._library_argsort}
+SORTS = {
+  "compare-exchange network": ranking._network_argsort,
+  "XLA's sort": ranking._library_argsort,
+}
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--authors", type=Path, help="a checkout of github.com/Qualcomm-AI-research/batchshaping")
+  parser.add_argument(
+    "--authors", type=Path, help="a checkout of github.com/Qualcomm-AI-research/batchshaping"
+  )
   parser.add_argument("--shapes", default=SHAPES, help="batch x gates, with commas between")
   parser.add_argument("--repeats", type=int, default=15)
   parser.add_argument("--json", type=Path, help="also write the rows to this file")
   args = parser.parse_args()
 
-  makers = {"ours": ours, "ours, other sort": ours_with_the_other_sort, "plain autodiff": plain_autodiff}
-  print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, "
-        f"Beta({A}, {B}), float32, medians of {args.repeats} interleaved repeats")
+  makers = {
+    "ours": ours,
+    "ours, other sort": ours_with_the_other_sort,
+    "plain autodiff": plain_autodiff,
+  }
+  print(
+    f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, "
+    f"Beta({A}, {B}), float32, medians of {args.repeats} interleaved repeats"
+  )
   if available(args.authors):
     import torch
+
     makers["authors"] = authors
     print(f"authors' code on cpu, torch {torch.__version__}, {torch.get_num_threads()} threads")
   rows = []
@@ -74,19 +86,36 @@ def compare(shape, makers, repeats):
   logits = distinct_logits(*shape)
   contenders = {name: make(logits) for name, make in makers.items()}
   gaps = differences(contenders, logits)
-  times = {name: statistics.median(values) for name, values in race(contenders, repeats, settle=True).items()}
+  times = {
+    name: statistics.median(values)
+    for name, values in race(contenders, repeats, settle=True).items()
+  }
   chosen = sort_strategy(shape)
   sorts = {"ours": chosen, "ours, other sort": other_sort(chosen)}
-  print(f"\n{shape[0]} x {shape[1]}, ours sorts by {chosen}, the other sort is {sorts['ours, other sort']}")
+  print(
+    f"\n{shape[0]} x {shape[1]}, ours sorts by {chosen}, the other sort is {sorts['ours, other sort']}"
+  )
   print(f"{'':<18}{'median':>12}{'/ ours':>8}{'gap, value':>13}{'gap, gradient':>15}")
   rows = []
   for name, seconds in times.items():
     limited = shape == LIMITED_SHAPE and jax.default_backend() == "cpu" and name in LIMITS
     value, gradient = gaps[name]
-    print(f"{name:<18}{1e3 * seconds:9.2f} ms{seconds / times['ours']:8.1f}{value:13.1e}{gradient:15.1e}"
-          + (f"   (limit {LIMITS[name]})" if limited else ""), flush=True)
-    rows.append({"shape": "x".join(map(str, shape)), "form": name, "sort": sorts.get(name), "seconds": seconds,
-                 "times_ours": seconds / times["ours"], "value_gap": value, "gradient_gap": gradient})
+    print(
+      f"{name:<18}{1e3 * seconds:9.2f} ms{seconds / times['ours']:8.1f}{value:13.1e}{gradient:15.1e}"
+      + (f"   (limit {LIMITS[name]})" if limited else ""),
+      flush=True,
+    )
+    rows.append(
+      {
+        "shape": "x".join(map(str, shape)),
+        "form": name,
+        "sort": sorts.get(name),
+        "seconds": seconds,
+        "times_ours": seconds / times["ours"],
+        "value_gap": value,
+        "gradient_gap": gradient,
+      }
+    )
   return rows
 
 
@@ -118,7 +147,9 @@ def plain_autodiff(logits):
   def loss(p):
     n = p.shape[0]
     expected = jnp.arange(1, n + 1, dtype=p.dtype)[:, None] / (n + 1)
-    return jnp.mean((jax.scipy.special.betainc(A, B, jnp.sort(p, axis=0)) - expected) ** 2, axis=0).sum()
+    return jnp.mean(
+      (jax.scipy.special.betainc(A, B, jnp.sort(p, axis=0)) - expected) ** 2, axis=0
+    ).sum()
 
   function = jax.jit(jax.value_and_grad(loss))
   probs = jnp.asarray(special.expit(logits))

@@ -31,25 +31,44 @@ AXIS = "devices"
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--devices", default="8,2", help="how many, with commas between")
-  parser.add_argument("--shapes", default="256x336,256x2048", help="whole batch x gates, with commas between")
+  parser.add_argument(
+    "--shapes", default="256x336,256x2048", help="whole batch x gates, with commas between"
+  )
   parser.add_argument("--repeats", type=int, default=15)
   parser.add_argument("--json", type=Path, help="also write the rows to this file")
   args = parser.parse_args()
 
-  print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, float32, value and gradient, "
-        f"medians of {args.repeats} interleaved repeats")
-  print(f"{'devices':>7}{'shape':>12}{'exchange':>14}{'median':>12}{'/ gather':>10}{'sent per device':>20}")
+  print(
+    f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, float32, value and gradient, "
+    f"medians of {args.repeats} interleaved repeats"
+  )
+  print(
+    f"{'devices':>7}{'shape':>12}{'exchange':>14}{'median':>12}{'/ gather':>10}{'sent per device':>20}"
+  )
   rows = []
   for devices in map(int, args.devices.split(",")):
     for shape in args.shapes.split(","):
       n, c = map(int, shape.split("x"))
-      times = race({exchange: value_and_gradient(exchange, devices, n, c) for exchange in EXCHANGES}, args.repeats)
+      times = race(
+        {exchange: value_and_gradient(exchange, devices, n, c) for exchange in EXCHANGES},
+        args.repeats,
+      )
       medians = {exchange: statistics.median(values) for exchange, values in times.items()}
       for exchange, seconds in medians.items():
         ratio, sent = seconds / medians["gather"], traffic(exchange, devices, n, c)
-        print(f"{devices:>7}{shape:>12}{exchange:>14}{1e3 * seconds:9.2f} ms{ratio:10.2f}{sent / 1e3:17.1f} kB")
-        rows.append({"devices": devices, "shape": shape, "exchange": exchange, "seconds": seconds,
-                     "times_gather": ratio, "bytes_sent_per_device": sent})
+        print(
+          f"{devices:>7}{shape:>12}{exchange:>14}{1e3 * seconds:9.2f} ms{ratio:10.2f}{sent / 1e3:17.1f} kB"
+        )
+        rows.append(
+          {
+            "devices": devices,
+            "shape": shape,
+            "exchange": exchange,
+            "seconds": seconds,
+            "times_gather": ratio,
+            "bytes_sent_per_device": sent,
+          }
+        )
   if args.json:
     args.json.write_text(json.dumps(rows, indent=2) + "\n")
 
@@ -65,7 +84,11 @@ def value_and_gradient(exchange, devices, n, c):
     value, gradient = jax.value_and_grad(total)(logits)
     return lax.pmean(value, AXIS), gradient
 
-  run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spread, out_specs=(PartitionSpec(), spread), check_vma=False))
+  run = jax.jit(
+    jax.shard_map(
+      local, mesh=mesh, in_specs=spread, out_specs=(PartitionSpec(), spread), check_vma=False
+    )
+  )
   logits = np.random.default_rng(0).normal(1, 2, (n, c)).astype(np.float32)
   logits = jax.device_put(logits, NamedSharding(mesh, spread))
   return lambda: run(logits)

@@ -33,9 +33,12 @@ def main():
   judge = trained_judge(experiment)
   sets = [task.test for task in experiment.tasks]
   right = np.mean([np.mean(judge(s.pixels) == s.labels) for s in sets])
-  print(f"{args.config}, seeds {args.seeds}, {' '.join(args.set)}; the judge on real test images: {100 * right:.1f} %\n"
-        f"{'generators':<18}{'seed':>5}{'kB':>7}{'then':>7}{'now':>7}{'same':>7}  "
-        f"{'now, by task':<26}{'units used, by task':<26}{'seconds':>8}", flush=True)
+  print(
+    f"{args.config}, seeds {args.seeds}, {' '.join(args.set)}; the judge on real test images: {100 * right:.1f} %\n"
+    f"{'generators':<18}{'seed':>5}{'kB':>7}{'then':>7}{'now':>7}{'same':>7}  "
+    f"{'now, by task':<26}{'units used, by task':<26}{'seconds':>8}",
+    flush=True,
+  )
   for kind in args.kinds.split(","):
     for seed in map(int, args.seeds.split(",")):
       report(kind, seed, experiment_of(args, kind, seed), judge)
@@ -62,11 +65,18 @@ def report(kind, seed, experiment, judge):
   now = [right(*pair) for pair in zip(of_task(pixels), of_task(labels), strict=True)]
   before = [right(*pair) for pair in zip(then, of_task(labels), strict=True)]
   same = np.mean(np.all(np.concatenate(then) == pixels, axis=(1, 2, 3)))
-  used = [np.asarray(units).mean(axis=1) for units in memory.get("protection", {}).values() if np.ndim(units) == 2]
+  used = [
+    np.asarray(units).mean(axis=1)
+    for units in memory.get("protection", {}).values()
+    if np.ndim(units) == 2
+  ]
   each = lambda shares: " ".join(f"{100 * share:.0f}" for share in shares)
-  print(f"{kind:<18}{seed:>5}{1000 * rehearsal.megabytes(memory, problem.tasks):>7.0f}{100 * np.mean(before):>7.1f}"
-        f"{100 * np.mean(now):>7.1f}{100 * same:>7.1f}  {each(now):<26}{''.join(map(each, used)):<26}"
-        f"{time.perf_counter() - start:>8.0f}", flush=True)
+  print(
+    f"{kind:<18}{seed:>5}{1000 * rehearsal.megabytes(memory, problem.tasks):>7.0f}{100 * np.mean(before):>7.1f}"
+    f"{100 * np.mean(now):>7.1f}{100 * same:>7.1f}  {each(now):<26}{''.join(map(each, used)):<26}"
+    f"{time.perf_counter() - start:>8.0f}",
+    flush=True,
+  )
 
 
 def trained(rehearsal, memory, experiment, task):

@@ -34,8 +34,16 @@ from gating_jax.analysis.outcomes import OUTCOMES
 from gating_jax.training.journal import read_lines
 
 CONFIG = "configs/cifar10_resnet20.py"
-QUARTERS = tuple(f"macs_of_quarter{i}" for i in (1, 2, 3, 4))  # of the test images, from easy to hard
-OURS = ("seed", "eval_every", "checkpoint_every", "data.data_dir", "model.init_from")  # fields that runs differ in
+QUARTERS = tuple(
+  f"macs_of_quarter{i}" for i in (1, 2, 3, 4)
+)  # of the test images, from easy to hard
+OURS = (
+  "seed",
+  "eval_every",
+  "checkpoint_every",
+  "data.data_dir",
+  "model.init_from",
+)  # fields that runs differ in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +55,15 @@ class Run:
   late: bool = False
 
 
-UNGATED = {f"ungated, width {w:g}": Run(f"gates=none,width={w:g}") for w in (0.25, 0.35, 0.5, 0.71, 1)}
-LATE = ("model.gate.initial_open=0.95", "optim.learning_rate=0.05", "loss.sparsity.start=0.0", "loss.sparsity.full=0.5")
+UNGATED = {
+  f"ungated, width {w:g}": Run(f"gates=none,width={w:g}") for w in (0.25, 0.35, 0.5, 0.71, 1)
+}
+LATE = (
+  "model.gate.initial_open=0.95",
+  "optim.learning_rate=0.05",
+  "loss.sparsity.start=0.0",
+  "loss.sparsity.full=0.5",
+)
 QUICK = "optim.gate_multiplier=5"
 
 
@@ -60,70 +75,87 @@ def gated(width, budget, *fields, late=False, variants="noise=0.25"):
 def wide_inside(width, inner, budget, *fields, gates="channels"):
   """Blocks `inner` times as wide inside, of which the budget leaves the MACs of an ungated net of this width."""
   fading = ("model.noise.start=0.5", "model.noise.full=0.9")
-  run = gated(width, budget, QUICK, *fading, *fields, variants=f"inner={inner},noise=0.25,noise_to=0")
+  run = gated(
+    width, budget, QUICK, *fading, *fields, variants=f"inner={inner},noise=0.25,noise_to=0"
+  )
   return dataclasses.replace(run, variants=f"gates={gates},{run.variants}")
 
 
 TABLES = {
-    "ablation": {
-        "none": Run("regulariser=none"),
-        "entropy": Run("regulariser=entropy"),
-        "entropy of each decision": Run("regulariser=decision_entropy"),
-        "away from 1/2": Run("regulariser=away_from_half"),
-        "away from 1/2, begun there": Run("regulariser=away_from_half", ("model.gate.initial_open=0.5",)),
-        "L0 alone": Run("regulariser=sparsity"),
-        "L0 alone, ten times": Run("regulariser=sparsity,l0=5"),
-        "batch-shaping and L0": Run("regulariser=batch_shaping"),
+  "ablation": {
+    "none": Run("regulariser=none"),
+    "entropy": Run("regulariser=entropy"),
+    "entropy of each decision": Run("regulariser=decision_entropy"),
+    "away from 1/2": Run("regulariser=away_from_half"),
+    "away from 1/2, begun there": Run(
+      "regulariser=away_from_half", ("model.gate.initial_open=0.5",)
+    ),
+    "L0 alone": Run("regulariser=sparsity"),
+    "L0 alone, ten times": Run("regulariser=sparsity,l0=5"),
+    "batch-shaping and L0": Run("regulariser=batch_shaping"),
+  },
+  "budgets": {
+    **UNGATED,
+    "gated, width 1, to 50 %": gated(1, 0.5, QUICK),
+    "gated, width 1, to 25 %": gated(1, 0.25, QUICK),
+    "gated, width 1, to 12.5 %": gated(1, 0.125, QUICK),
+    "gated, width 0.5, inner 4, to 26.5 %": wide_inside(0.5, 4, 0.265),
+    "gated, width 0.35, inner 4, to 27 %": wide_inside(0.35, 4, 0.27),
+    "gated, width 0.25, inner 4, to 28 %": wide_inside(0.25, 4, 0.28),
+    "gated, width 0.5, inner 8, to 13.5 %": wide_inside(0.5, 8, 0.135),
+    "gated, width 0.35, inner 8, to 14 %": wide_inside(0.35, 8, 0.14),
+    "gated, width 0.25, inner 8, to 14.5 %": wide_inside(0.25, 8, 0.145),
+    "static, width 1, to 25 %": Run("gates=static,budget=0.25"),
+    "layers, width 0.5, to 60 %": Run("gates=layer,width=0.5,budget=0.6"),
+  },
+  "levers": {
+    **{
+      name: UNGATED[name]
+      for name in ("ungated, width 0.35", "ungated, width 0.5", "ungated, width 0.71")
     },
-    "budgets": {
-        **UNGATED,
-        "gated, width 1, to 50 %": gated(1, 0.5, QUICK),
-        "gated, width 1, to 25 %": gated(1, 0.25, QUICK),
-        "gated, width 1, to 12.5 %": gated(1, 0.125, QUICK),
-        "gated, width 0.5, inner 4, to 26.5 %": wide_inside(0.5, 4, 0.265),
-        "gated, width 0.35, inner 4, to 27 %": wide_inside(0.35, 4, 0.27),
-        "gated, width 0.25, inner 4, to 28 %": wide_inside(0.25, 4, 0.28),
-        "gated, width 0.5, inner 8, to 13.5 %": wide_inside(0.5, 8, 0.135),
-        "gated, width 0.35, inner 8, to 14 %": wide_inside(0.35, 8, 0.14),
-        "gated, width 0.25, inner 8, to 14.5 %": wide_inside(0.25, 8, 0.145),
-        "static, width 1, to 25 %": Run("gates=static,budget=0.25"),
-        "layers, width 0.5, to 60 %": Run("gates=layer,width=0.5,budget=0.6"),
-    },
-    "levers": {
-        **{name: UNGATED[name] for name in ("ungated, width 0.35", "ungated, width 0.5", "ungated, width 0.71")},
-        "early, noise 1": gated(1, 0.25, variants=""),
-        "early": gated(1, 0.25),
-        "late": gated(1, 0.25, late=True),
-        "late, noise 0": gated(1, 0.25, late=True, variants="noise=0"),
-        "late, no batch-shaping": gated(1, 0.25, late=True, variants="noise=0.25,bas=0"),
-        "late, learning rate 0.1": gated(1, 0.25, "optim.learning_rate=0.1", late=True),
-        "late, width 1.41": gated(1.41, 0.125, late=True),
-    },
-    "inside": {
-        **{name: UNGATED[name] for name in ("ungated, width 0.25", "ungated, width 0.35")},
-        "as in budgets": wide_inside(0.25, 4, 0.28),
-        "inner 8": wide_inside(0.25, 8, 0.145),
-        "closed early": wide_inside(0.25, 4, 0.28, "loss.sparsity.start=0.0", "loss.sparsity.full=0.2"),
-        "shaped to the end": wide_inside(
-            0.25, 4, 0.28, "loss.batch_shaping.end=1.0", "loss.batch_shaping.a=0.3", "loss.batch_shaping.b=0.77"),
-        "shaped, summed over gates": wide_inside(0.25, 4, 0.28, "loss.batch_shaping.reduction=sum"),
-        "shaped to a mean of 28 %": wide_inside(
-            0.25, 4, 0.28, "loss.batch_shaping.a=0.28", "loss.batch_shaping.b=0.72"),
-        "begun at 1/2": wide_inside(0.25, 4, 0.28, "model.gate.initial_open=0.5"),
-        "begun at 0.95": wide_inside(0.25, 4, 0.28, "model.gate.initial_open=0.95"),
-        "static": wide_inside(0.25, 4, 0.28, gates="static"),
-        "not shaped": wide_inside(0.25, 4, 0.28, "loss.batch_shaping.coefficient=0.0"),
-        "noise fades early": wide_inside(0.25, 4, 0.28, "model.noise.start=0.1", "model.noise.full=0.5"),
-        "gates no faster": wide_inside(0.25, 4, 0.28, "optim.gate_multiplier=1.0"),
-        "gates of 64 hidden units": wide_inside(0.25, 4, 0.28, "model.gate.hidden=64"),
-        "blocks of 4": wide_inside(0.25, 4, 0.28, "model.gate.block=4"),
-    },
+    "early, noise 1": gated(1, 0.25, variants=""),
+    "early": gated(1, 0.25),
+    "late": gated(1, 0.25, late=True),
+    "late, noise 0": gated(1, 0.25, late=True, variants="noise=0"),
+    "late, no batch-shaping": gated(1, 0.25, late=True, variants="noise=0.25,bas=0"),
+    "late, learning rate 0.1": gated(1, 0.25, "optim.learning_rate=0.1", late=True),
+    "late, width 1.41": gated(1.41, 0.125, late=True),
+  },
+  "inside": {
+    **{name: UNGATED[name] for name in ("ungated, width 0.25", "ungated, width 0.35")},
+    "as in budgets": wide_inside(0.25, 4, 0.28),
+    "inner 8": wide_inside(0.25, 8, 0.145),
+    "closed early": wide_inside(0.25, 4, 0.28, "loss.sparsity.start=0.0", "loss.sparsity.full=0.2"),
+    "shaped to the end": wide_inside(
+      0.25,
+      4,
+      0.28,
+      "loss.batch_shaping.end=1.0",
+      "loss.batch_shaping.a=0.3",
+      "loss.batch_shaping.b=0.77",
+    ),
+    "shaped, summed over gates": wide_inside(0.25, 4, 0.28, "loss.batch_shaping.reduction=sum"),
+    "shaped to a mean of 28 %": wide_inside(
+      0.25, 4, 0.28, "loss.batch_shaping.a=0.28", "loss.batch_shaping.b=0.72"
+    ),
+    "begun at 1/2": wide_inside(0.25, 4, 0.28, "model.gate.initial_open=0.5"),
+    "begun at 0.95": wide_inside(0.25, 4, 0.28, "model.gate.initial_open=0.95"),
+    "static": wide_inside(0.25, 4, 0.28, gates="static"),
+    "not shaped": wide_inside(0.25, 4, 0.28, "loss.batch_shaping.coefficient=0.0"),
+    "noise fades early": wide_inside(
+      0.25, 4, 0.28, "model.noise.start=0.1", "model.noise.full=0.5"
+    ),
+    "gates no faster": wide_inside(0.25, 4, 0.28, "optim.gate_multiplier=1.0"),
+    "gates of 64 hidden units": wide_inside(0.25, 4, 0.28, "model.gate.hidden=64"),
+    "blocks of 4": wide_inside(0.25, 4, 0.28, "model.gate.block=4"),
+  },
 }
 
 
 def main():
   parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
   parser.add_argument("table", choices=TABLES)
   parser.add_argument("--data", type=Path, help="a TFDS folder with cifar10")
   parser.add_argument("--out", type=Path, default=Path("runs/images"))
@@ -135,10 +167,14 @@ def main():
   parser.add_argument("--minutes", type=float, default=math.inf)
   args, fields = parser.parse_known_args()
   if strange := [f for f in fields if not re.fullmatch(r"--[a-z_.]+=.+", f)]:
-    parser.error(f"an option must be one of those above, or --FIELD=VALUE of the config; got {strange[0]!r}")
+    parser.error(
+      f"an option must be one of those above, or --FIELD=VALUE of the config; got {strange[0]!r}"
+    )
   fields = [field.removeprefix("--") for field in fields]
   if ours := [field for field in fields if field.partition("=")[0] in OURS]:
-    parser.error(f"FIELD must not be one of {', '.join(OURS)}, which every run has its own of; got {ours[0]!r}")
+    parser.error(
+      f"FIELD must not be one of {', '.join(OURS)}, which every run has its own of; got {ours[0]!r}"
+    )
   if args.epochs < 2:
     parser.error(f"--epochs must be >= 2; got {args.epochs}")
   runs = {name: run for name, run in TABLES[args.table].items() if re.search(args.only, name)}
@@ -149,13 +185,17 @@ def main():
   args.out.mkdir(parents=True, exist_ok=True)
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   results = Job(args, [f"--config.{field}" for field in fields]).run(runs, seeds)
-  rows = [row(name, [results[name, seed] for seed in seeds if results[name, seed]]) for name in runs]
+  rows = [
+    row(name, [results[name, seed] for seed in seeds if results[name, seed]]) for name in runs
+  ]
   rows = compared([r for r in rows if r["seeds"]])
   text = (outcome_table if args.table == "ablation" else mac_table)(rows)
   print(text)
   (args.out / f"{args.table}-{args.model}.json").write_text(json.dumps(rows, indent=2) + "\n")
   (args.out / f"{args.table}-{args.model}.md").write_text(text + "\n")
-  if missing := [f"{name} of seed {seed}" for (name, seed), result in results.items() if not result]:
+  if missing := [
+    f"{name} of seed {seed}" for (name, seed), result in results.items() if not result
+  ]:
     sys.exit(f"not finished: {', '.join(missing)}")
 
 
@@ -174,11 +214,25 @@ class Job:
     late, half = sorted({width(run) for run in runs.values() if run.late}), self.args.epochs // 2
     with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
       # Those that others wait for come first, so that no worker waits for one that has none.
-      starts = {(w, seed): pool.submit(self._one, f"start, width {w}", seed, Run(f"gates=none,width={w}"), half)
-                for seed in seeds for w in late}
-      found = {(name, seed): pool.submit(self._one, name, seed, run, self.args.epochs - half * run.late,
-                                         starts[width(run), seed] if run.late else None)
-               for seed in seeds for name, run in runs.items()}
+      starts = {
+        (w, seed): pool.submit(
+          self._one, f"start, width {w}", seed, Run(f"gates=none,width={w}"), half
+        )
+        for seed in seeds
+        for w in late
+      }
+      found = {
+        (name, seed): pool.submit(
+          self._one,
+          name,
+          seed,
+          run,
+          self.args.epochs - half * run.late,
+          starts[width(run), seed] if run.late else None,
+        )
+        for seed in seeds
+        for name, run in runs.items()
+      }
       try:
         return {key: future.result() for key, future in found.items()}
       except BaseException:  # Ctrl-C too: what runs is asked to stop, nothing is begun
@@ -196,22 +250,45 @@ class Job:
       fields.append(f"model.init_from={self._folder(f'start, width {width(run)}', seed)}")
     variants = f"model={self.args.model},{run.variants},schedule=cosine,epochs={epochs}"
     command = [
-        sys.executable, "-m", "gating_jax.cli", f"--config={CONFIG}:{variants}", f"--workdir={folder}",
-        f"--config.seed={seed}", "--config.eval_every=0", "--config.checkpoint_every=10",
-        *(f"--config.{field}" for field in fields), *self.fields]
+      sys.executable,
+      "-m",
+      "gating_jax.cli",
+      f"--config={CONFIG}:{variants}",
+      f"--workdir={folder}",
+      f"--config.seed={seed}",
+      "--config.eval_every=0",
+      "--config.checkpoint_every=10",
+      *(f"--config.{field}" for field in fields),
+      *self.fields,
+    ]
     if self.args.data:
       command.append(f"--config.data.data_dir={self.args.data.resolve()}")
-    done = time.monotonic() < self.end and self._call(folder, command) and (folder / "result.json").exists()
+    done = (
+      time.monotonic() < self.end
+      and self._call(folder, command)
+      and (folder / "result.json").exists()
+    )
     with self.lock:
-      print(f"done: {name}, seed {seed}" if done else f"NOT DONE: {name}, seed {seed}; see {folder}.txt", flush=True)
-    return json.loads((folder / "result.json").read_text()) | {"training": training_accuracy(folder)} if done else None
+      print(
+        f"done: {name}, seed {seed}"
+        if done
+        else f"NOT DONE: {name}, seed {seed}; see {folder}.txt",
+        flush=True,
+      )
+    return (
+      json.loads((folder / "result.json").read_text()) | {"training": training_accuracy(folder)}
+      if done
+      else None
+    )
 
   def _call(self, folder, command):
     """Whether it ended well: a finished run of this config is left alone, one of another is an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{folder}.txt").open("a") as output:
       print(*command, file=output, flush=True)
-      process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=self.env)
+      process = subprocess.Popen(
+        command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=self.env
+      )
       self.running.add(process)
       left = self.end - time.monotonic()
       try:
@@ -240,17 +317,41 @@ def training_accuracy(folder):
 
 def row(name, results):
   """Means over seeds, and the accuracies themselves."""
-  mean = lambda key: statistics.fmean(r[key] for r in results) if results and key in results[0] else None
-  return {"name": name, "seeds": len(results), "accuracies": [r["accuracy"] for r in results],
-          "training": [r["training"] for r in results if r.get("training") is not None],
-          **{key: mean(key) for key in (
-              "accuracy", "params", "gate_params", "macs", "macs_std", *QUARTERS, "mac_ratio", "gates", "mean_open",
-              *OUTCOMES, "disagreement", "input_information", "class_information", "seconds_since_last_start")}}
+  mean = lambda key: (
+    statistics.fmean(r[key] for r in results) if results and key in results[0] else None
+  )
+  return {
+    "name": name,
+    "seeds": len(results),
+    "accuracies": [r["accuracy"] for r in results],
+    "training": [r["training"] for r in results if r.get("training") is not None],
+    **{
+      key: mean(key)
+      for key in (
+        "accuracy",
+        "params",
+        "gate_params",
+        "macs",
+        "macs_std",
+        *QUARTERS,
+        "mac_ratio",
+        "gates",
+        "mean_open",
+        *OUTCOMES,
+        "disagreement",
+        "input_information",
+        "class_information",
+        "seconds_since_last_start",
+      )
+    },
+  }
 
 
 def compared(rows):
   """With `gain` over an ungated net of equal MACs, between whose widths accuracy goes linearly with log MACs."""
-  curve = sorted((math.log(r["macs"]), r["accuracy"]) for r in rows if r["name"].startswith("ungated"))
+  curve = sorted(
+    (math.log(r["macs"]), r["accuracy"]) for r in rows if r["name"].startswith("ungated")
+  )
   for r in rows:
     at, r["gain"] = math.log(r["macs"]), None
     for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
@@ -261,14 +362,19 @@ def compared(rows):
 
 def mac_table(rows):
   """Accuracy against MACs."""
-  lines = ["| net | accuracy of each seed | mean | in training | parameters | M MACs | of its ungated net "
-           "| against ungated of equal MACs | deviation over images | easy to hard quarter "
-           "| always open, closed, random, conditional | s |", "|---" * 12 + "|"]
+  lines = [
+    "| net | accuracy of each seed | mean | in training | parameters | M MACs | of its ungated net "
+    "| against ungated of equal MACs | deviation over images | easy to hard quarter "
+    "| always open, closed, random, conditional | s |",
+    "|---" * 12 + "|",
+  ]
   for r in rows:
     gain = "" if r["gain"] is None else f"{100 * r['gain']:+.2f}"
-    lines.append(f"| {r['name']} | {percents(r['accuracies'])} | {100 * r['accuracy']:.2f} | {percents(r['training'])} "
-                 f"| {r['params'] + r['gate_params']:,.0f} | {r['macs'] / 1e6:.2f} | {100 * r['mac_ratio']:.1f} % "
-                 f"| {gain} | {spread(r)} | {outcomes(r)} | {r['seconds_since_last_start']:.0f} |")
+    lines.append(
+      f"| {r['name']} | {percents(r['accuracies'])} | {100 * r['accuracy']:.2f} | {percents(r['training'])} "
+      f"| {r['params'] + r['gate_params']:,.0f} | {r['macs'] / 1e6:.2f} | {100 * r['mac_ratio']:.1f} % "
+      f"| {gain} | {spread(r)} | {outcomes(r)} | {r['seconds_since_last_start']:.0f} |"
+    )
   return "\n".join(lines)
 
 
@@ -290,14 +396,19 @@ def outcomes(r):
 
 def outcome_table(rows):
   """What became of the gates."""
-  lines = ["| regulariser | accuracy of each seed | MACs | always open | always closed | random dropout | conditional "
-           "| two draws differ | bits about the input | about the class | deviation over images | easy to hard quarter "
-           "| s a run |", "|---" * 13 + "|"]
+  lines = [
+    "| regulariser | accuracy of each seed | MACs | always open | always closed | random dropout | conditional "
+    "| two draws differ | bits about the input | about the class | deviation over images | easy to hard quarter "
+    "| s a run |",
+    "|---" * 13 + "|",
+  ]
   for r in rows:
     shares = " | ".join(f"{100 * r[o] / r['gates']:.0f} %" for o in OUTCOMES)
-    lines.append(f"| {r['name']} | {percents(r['accuracies'])} | {100 * r['mac_ratio']:.1f} % | {shares} | "
-                 f"{100 * r['disagreement']:.0f} % | {r['input_information']:.3f} | {r['class_information']:.3f} | "
-                 f"{spread(r)} | {r['seconds_since_last_start']:.0f} |")
+    lines.append(
+      f"| {r['name']} | {percents(r['accuracies'])} | {100 * r['mac_ratio']:.1f} % | {shares} | "
+      f"{100 * r['disagreement']:.0f} % | {r['input_information']:.3f} | {r['class_information']:.3f} | "
+      f"{spread(r)} | {r['seconds_since_last_start']:.0f} |"
+    )
   return "\n".join(lines)
 
 

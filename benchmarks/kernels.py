@@ -31,10 +31,23 @@ from gating_jax.ops.pallas_kernels import Branch, Tiles
 from gating_jax.timing import race
 
 SHARES = (1.0, 0.5, 0.25)
-SHAPES = {"gpu": "64x32x32x128/64,64x16x16x256/64,64x8x8x512/128,1x16x16x256/64", "cpu": "4x6x6x64/16"}
-TILES = (Tiles(), Tiles(64, 64, 64), Tiles(64, 128, 32), Tiles(128, 64, 32), Tiles(128, 128, 32, 8),
-         Tiles(128, 128, 64, 8), Tiles(32, 64, 64))
-TOLERANCE = {"float32": 2e-2, "bfloat16": 5e-2}  # of the largest value; float32 is computed in TF32 on a GPU
+SHAPES = {
+  "gpu": "64x32x32x128/64,64x16x16x256/64,64x8x8x512/128,1x16x16x256/64",
+  "cpu": "4x6x6x64/16",
+}
+TILES = (
+  Tiles(),
+  Tiles(64, 64, 64),
+  Tiles(64, 128, 32),
+  Tiles(128, 64, 32),
+  Tiles(128, 128, 32, 8),
+  Tiles(128, 128, 64, 8),
+  Tiles(32, 64, 64),
+)
+TOLERANCE = {
+  "float32": 2e-2,
+  "bfloat16": 5e-2,
+}  # of the largest value; float32 is computed in TF32 on a GPU
 
 
 def main():
@@ -52,12 +65,16 @@ def main():
     return
 
   name, _ = peaks()
-  print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, medians of {args.repeats} interleaved repeats of "
-        f"{args.calls} calls; roofline of {name or f'{REFERENCE}: this device is not in the table'}")
+  print(
+    f"{jax.devices()[0].device_kind}, jax {jax.__version__}, medians of {args.repeats} interleaved repeats of "
+    f"{args.calls} calls; roofline of {name or f'{REFERENCE}: this device is not in the table'}"
+  )
   if backend == "cpu":
     print("no accelerator: the kernel is interpreted, and its times say nothing")
-  print(f"{'N x H x W x C / B':<20}{'dtype':<10}{'open':>6}  {'form':<12}{'median':>12}{'times as fast':>15}"
-        f"{'by roofline':>13}{'gap':>10}")
+  print(
+    f"{'N x H x W x C / B':<20}{'dtype':<10}{'open':>6}  {'form':<12}{'median':>12}{'times as fast':>15}"
+    f"{'by roofline':>13}{'gap':>10}"
+  )
   rows = []
   for shape in args.shapes.split(","):
     for dtype in args.dtypes.split(","):
@@ -74,30 +91,48 @@ def compared(shape, dtype, share, *, repeats, calls):
   branch, x, gates, sizes = problem(shape, dtype, share)
   capacity = max(1, int(np.max(np.sum(gates > 0, axis=0))))
   forms = {
-      "dense": lambda branch, x, gates: pallas_kernels.masked_branch(branch, x, jnp.ones_like(gates)),
-      "masked": pallas_kernels.masked_branch,
-      "dispatched": functools.partial(pallas_kernels.dispatched_branch, capacity=capacity),
+    "dense": lambda branch, x, gates: pallas_kernels.masked_branch(branch, x, jnp.ones_like(gates)),
+    "masked": pallas_kernels.masked_branch,
+    "dispatched": functools.partial(pallas_kernels.dispatched_branch, capacity=capacity),
   }
-  tiles = tuned(branch, x, gates, calls) if jax.default_backend() == "gpu" else pallas_kernels.DEFAULT_TILES
+  tiles = (
+    tuned(branch, x, gates, calls)
+    if jax.default_backend() == "gpu"
+    else pallas_kernels.DEFAULT_TILES
+  )
   if jax.default_backend() != "tpu":
     forms["kernel"] = functools.partial(pallas_kernels.gated_branch, tiles=tiles)
   compiled = {name: jax.jit(form).lower(branch, x, gates).compile() for name, form in forms.items()}
   exact = jax.jit(functools.partial(pallas_kernels.masked_branch, precision="highest"))(
-      *jax.tree.map(lambda a: a.astype(jnp.float32), (branch, x, gates)))
-  times = race({name: in_a_row(form, calls, branch, x, gates) for name, form in forms.items()}, repeats)
+    *jax.tree.map(lambda a: a.astype(jnp.float32), (branch, x, gates))
+  )
+  times = race(
+    {name: in_a_row(form, calls, branch, x, gates) for name, form in forms.items()}, repeats
+  )
   medians = {name: statistics.median(values) / calls for name, values in times.items()}
   base = min(medians["dense"], medians["masked"])
   expected = roofline(sizes, dtype, share=float(np.mean(gates)), capacity=capacity / len(x))
   rows = []
   for name, seconds in medians.items():
-    gap = float(jnp.max(jnp.abs(compiled[name](branch, x, gates) - exact)) / jnp.max(jnp.abs(exact)))
+    gap = float(
+      jnp.max(jnp.abs(compiled[name](branch, x, gates) - exact)) / jnp.max(jnp.abs(exact))
+    )
     if name != "dense" and not gap <= TOLERANCE[dtype]:
       raise SystemExit(f"error: {name} is wrong for {shape} in {dtype}: {gap} of the largest value")
-    rows.append({
-        "shape": shape, "dtype": dtype, "open": float(np.mean(gates)), "form": name, "seconds": seconds,
-        "times_as_fast": base / seconds, "by_roofline": expected["dense"] / expected[name],
-        "roofline_seconds": expected[name], "gap": gap if name != "dense" else None,
-        "tiles": list(tiles) if name == "kernel" else None})
+    rows.append(
+      {
+        "shape": shape,
+        "dtype": dtype,
+        "open": float(np.mean(gates)),
+        "form": name,
+        "seconds": seconds,
+        "times_as_fast": base / seconds,
+        "by_roofline": expected["dense"] / expected[name],
+        "roofline_seconds": expected[name],
+        "gap": gap if name != "dense" else None,
+        "tiles": list(tiles) if name == "kernel" else None,
+      }
+    )
   return rows
 
 
@@ -109,7 +144,9 @@ def problem(shape, dtype, share):
   blocks = c // int(block)
   rng = np.random.default_rng(0)
   draw = lambda scale, *shape: jnp.asarray(rng.normal(0, scale, shape), dtype)
-  branch = Branch(draw((9 * c) ** -0.5, 3, 3, c, c), draw(1, c), draw((9 * c) ** -0.5, 3, 3, c, c), draw(1, c))
+  branch = Branch(
+    draw((9 * c) ** -0.5, 3, 3, c, c), draw(1, c), draw((9 * c) ** -0.5, 3, 3, c, c), draw(1, c)
+  )
   rows, columns = (blocks, n) if n > 1 else (n, blocks)
   gates = np.tile(np.arange(columns) < round(share * columns), (rows, 1))
   gates = rng.permuted(gates, axis=1).astype(np.float32)
@@ -120,7 +157,9 @@ def in_a_row(form, calls, branch, x, gates):
   """A function that runs a compiled program of so many calls."""
   every = jnp.stack([jnp.roll(gates, i, axis=0) for i in range(calls)])
   args = jax.device_put((branch, x, every))
-  several = lambda branch, x, every: jax.lax.scan(lambda x, gates: (form(branch, x, gates), None), x, every)[0]
+  several = lambda branch, x, every: jax.lax.scan(
+    lambda x, gates: (form(branch, x, gates), None), x, every
+  )[0]
   compiled = jax.jit(several).lower(*args).compile()
   return lambda: compiled(*args)
 
@@ -155,30 +194,40 @@ def roofline(sizes, dtype, *, share, capacity):
   seconds = (peaks()[1] or peaks(REFERENCE)[1]).seconds
   dense = 2 * seconds(dtype, macs, 2 * a + k)
   return {
-      "dense": dense,
-      "masked": dense,
-      "kernel": 2 * seconds(dtype, share * macs, (1 + share) * a + k),
-      "dispatched": seconds(dtype, 2 * capacity * macs, capacity * (blocks * (3 * a + 2 * 4 * values) + 2 * a) + 2 * k),
+    "dense": dense,
+    "masked": dense,
+    "kernel": 2 * seconds(dtype, share * macs, (1 + share) * a + k),
+    "dispatched": seconds(
+      dtype, 2 * capacity * macs, capacity * (blocks * (3 * a + 2 * 4 * values) + 2 * a) + 2 * k
+    ),
   }
 
 
 def print_roofline(shapes, dtypes):
-  print(f"{REFERENCE}, by its data sheet, nothing measured\n"
-        f"{'N x H x W x C / B':<20}{'dtype':<10}{'open':>6}{'dense':>12}{'kernel':>12}{'':>8}{'dispatched':>12}")
+  print(
+    f"{REFERENCE}, by its data sheet, nothing measured\n"
+    f"{'N x H x W x C / B':<20}{'dtype':<10}{'open':>6}{'dense':>12}{'kernel':>12}{'':>8}{'dispatched':>12}"
+  )
   for shape in shapes:
     n, h, w, c, block = map(int, shape.replace("/", "x").split("x"))
     for dtype in dtypes:
       for share in SHARES:
-        found = roofline((n, h, w, c, c // block), dtype, share=share, capacity=share if n > 1 else 1.0)
+        found = roofline(
+          (n, h, w, c, c // block), dtype, share=share, capacity=share if n > 1 else 1.0
+        )
         dense, kernel, dispatched = (found[form] for form in ("dense", "kernel", "dispatched"))
-        print(f"{shape:<20}{dtype:<10}{share:6.2f}{1e6 * dense:9.1f} us{1e6 * kernel:9.1f} us{dense / kernel:6.2f} x"
-              f"{1e6 * dispatched:9.1f} us{dense / dispatched:6.2f} x")
+        print(
+          f"{shape:<20}{dtype:<10}{share:6.2f}{1e6 * dense:9.1f} us{1e6 * kernel:9.1f} us{dense / kernel:6.2f} x"
+          f"{1e6 * dispatched:9.1f} us{dense / dispatched:6.2f} x"
+        )
 
 
 def line(row):
   gap = f"{row['gap']:10.1e}" if row["gap"] is not None else ""
-  return (f"{row['shape']:<20}{row['dtype']:<10}{row['open']:6.2f}  {row['form']:<12}{1e6 * row['seconds']:9.1f} us"
-          f"{row['times_as_fast']:15.2f}{row['by_roofline']:13.2f}{gap}")
+  return (
+    f"{row['shape']:<20}{row['dtype']:<10}{row['open']:6.2f}  {row['form']:<12}{1e6 * row['seconds']:9.1f} us"
+    f"{row['times_as_fast']:15.2f}{row['by_roofline']:13.2f}{gap}"
+  )
 
 
 if __name__ == "__main__":

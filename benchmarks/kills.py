@@ -31,7 +31,9 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--kills", type=int, default=20)
   parser.add_argument("--seed", type=int, default=0, help="of the processes and moments")
-  parser.add_argument("--epochs", type=int, default=400, help="of five steps, with a checkpoint after each")
+  parser.add_argument(
+    "--epochs", type=int, default=400, help="of five steps, with a checkpoint after each"
+  )
   parser.add_argument("--workdir", type=Path, help="a new folder; default: a temporary one")
   args = parser.parse_args()
   folder = args.workdir or Path(tempfile.mkdtemp(prefix="kills-"))
@@ -39,13 +41,18 @@ def main():
 
   began = time.monotonic()
   finish(launch(folder / "quiet", args.epochs, restarts=0), folder / "quiet")
-  print(f"{os.cpu_count()} cores; undisturbed: {args.epochs * STEPS_PER_EPOCH} steps in "
-        f"{time.monotonic() - began:.0f} s, start included", flush=True)
+  print(
+    f"{os.cpu_count()} cores; undisturbed: {args.epochs * STEPS_PER_EPOCH} steps in "
+    f"{time.monotonic() - began:.0f} s, start included",
+    flush=True,
+  )
   began = time.monotonic()
   disturb(folder / "disturbed", args)
   equal = same(saved(folder / "quiet"), saved(folder / "disturbed"))
-  print(f"{args.kills} kills, seed {args.seed}, {time.monotonic() - began:.0f} s: what was saved last is "
-        f"{'bit-equal' if equal else 'NOT EQUAL'} to the undisturbed run's")
+  print(
+    f"{args.kills} kills, seed {args.seed}, {time.monotonic() - began:.0f} s: what was saved last is "
+    f"{'bit-equal' if equal else 'NOT EQUAL'} to the undisturbed run's"
+  )
   sys.exit(not equal)
 
 
@@ -65,26 +72,51 @@ def disturb(workdir, args):
       time.sleep(0.01)
     step = reached(workdir, clock) or newest[-1]  # where it was killed before its first step
     newest.append(max(checkpoints(workdir), default=0))
-    print(f"{number:>4}{process:>9}{after:>7.1f} s{step:>7}{newest[-1]:>12}{max(0, step - newest[-1]):>12}", flush=True)
+    print(
+      f"{number:>4}{process:>9}{after:>7.1f} s{step:>7}{newest[-1]:>12}{max(0, step - newest[-1]):>12}",
+      flush=True,
+    )
   finish(job, workdir)
   attempts = workdir.with_suffix(".out").read_text().split("; starting it again")
   assert len(attempts) == args.kills + 1
   for said, checkpoint in zip(attempts, newest, strict=True):
     for step in GOING_ON.findall(said):  # not said by one that was killed at its start
-      assert int(step) == checkpoint, f"went on from {step} and not from the newest checkpoint, {checkpoint}"
+      assert int(step) == checkpoint, (
+        f"went on from {step} and not from the newest checkpoint, {checkpoint}"
+      )
 
 
 def launch(workdir, epochs, restarts):
-  settings = {"model.name": "simple_cnn", "model.width": 0.1, "optim.batch_size": 280, "optim.epochs": epochs,
-              "optim.learning_rate": 0.05, "log_every": 1}
+  settings = {
+    "model.name": "simple_cnn",
+    "model.width": 0.1,
+    "optim.batch_size": 280,
+    "optim.epochs": epochs,
+    "optim.learning_rate": 0.05,
+    "log_every": 1,
+  }
   with workdir.with_suffix(".out").open("w") as out:
     return subprocess.Popen(
-        ["bash", str(ROOT / "launch" / "local.sh"), "2", f"--config={ROOT / 'configs' / 'digits_resnet20.py'}",
-         *(f"--config.{name}={value}" for name, value in settings.items()), f"--workdir={workdir}"],
-        stdout=out, stderr=subprocess.STDOUT,
-        env={"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
-             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2", **os.environ, "DEVICES": "2",
-             "GATING_JAX": f"{sys.executable} -m gating_jax.cli", "PYTHONPATH": str(ROOT), "RESTARTS": str(restarts)})
+      [
+        "bash",
+        str(ROOT / "launch" / "local.sh"),
+        "2",
+        f"--config={ROOT / 'configs' / 'digits_resnet20.py'}",
+        *(f"--config.{name}={value}" for name, value in settings.items()),
+        f"--workdir={workdir}",
+      ],
+      stdout=out,
+      stderr=subprocess.STDOUT,
+      env={
+        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        **os.environ,
+        "DEVICES": "2",
+        "GATING_JAX": f"{sys.executable} -m gating_jax.cli",
+        "PYTHONPATH": str(ROOT),
+        "RESTARTS": str(restarts),
+      },
+    )
 
 
 def finish(job, workdir):
@@ -94,8 +126,12 @@ def finish(job, workdir):
 
 def processes(job):
   """The numbers of the two processes of a job; fewer where it is starting them."""
-  listed = subprocess.run(["pgrep", "-P", str(job.pid), "-f", "gating_jax.cli"], capture_output=True, text=True,
-                          check=False)
+  listed = subprocess.run(
+    ["pgrep", "-P", str(job.pid), "-f", "gating_jax.cli"],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   return [int(line) for line in listed.stdout.split()]
 
 
@@ -113,7 +149,10 @@ def reached(workdir, since):
   file = workdir / "metrics.jsonl"
   if not file.exists() or file.stat().st_mtime < since:
     return 0
-  return max((json.loads(line)["step"] for line in file.read_text().splitlines() if line.endswith("}")), default=0)
+  return max(
+    (json.loads(line)["step"] for line in file.read_text().splitlines() if line.endswith("}")),
+    default=0,
+  )
 
 
 def checkpoints(workdir):
@@ -130,9 +169,14 @@ def saved(workdir):
 def same(a, b):
   (step, a), (other_step, b) = a, b
   leaves, others = jax.tree.leaves_with_path(a), jax.tree.leaves_with_path(b)
-  return step == other_step and len(leaves) == len(others) and all(
+  return (
+    step == other_step
+    and len(leaves) == len(others)
+    and all(
       path == other_path and x.dtype == y.dtype and x.tobytes() == y.tobytes()
-      for (path, x), (other_path, y) in zip(leaves, others, strict=True))
+      for (path, x), (other_path, y) in zip(leaves, others, strict=True)
+    )
+  )
 
 
 if __name__ == "__main__":

@@ -25,19 +25,24 @@ from gating_jax.video import run as video_run
 
 SHORT = {"optim.epochs": 60}  # what needs no learned gate
 ROWS = {  # name: changes of the config
-    "all": {**SHORT, "model.selection": "all"},
-    "gate50": {"loss.sparsity.target": 0.4},
-    "gate25": {"loss.sparsity.target": 0.125},
-    "alone25": {"loss.sparsity.target": 0.125, "model.gate.context": "none"},
-    "convolution25": {"loss.sparsity.target": 0.125, "model.gate.context": "convolution"},
-    "uniform25": {**SHORT, "model.selection": "uniform", "model.share": 0.25},
-    "random25": {**SHORT, "model.selection": "random", "model.share": 0.25},
-    "confidence25": {**SHORT, "model.selection": "confidence", "model.share": 0.18, "loss.light": 1.0},
-    "prefix25": {**SHORT, "model.selection": "prefix", "model.share": 0.25},
-    "light": {**SHORT, "model.selection": "light"},
-    "oracle25": {**SHORT, "model.selection": "oracle", "model.share": 0.25},
-    "uniform50": {**SHORT, "model.selection": "uniform", "model.share": 0.5},
-    "random50": {**SHORT, "model.selection": "random", "model.share": 0.5},
+  "all": {**SHORT, "model.selection": "all"},
+  "gate50": {"loss.sparsity.target": 0.4},
+  "gate25": {"loss.sparsity.target": 0.125},
+  "alone25": {"loss.sparsity.target": 0.125, "model.gate.context": "none"},
+  "convolution25": {"loss.sparsity.target": 0.125, "model.gate.context": "convolution"},
+  "uniform25": {**SHORT, "model.selection": "uniform", "model.share": 0.25},
+  "random25": {**SHORT, "model.selection": "random", "model.share": 0.25},
+  "confidence25": {
+    **SHORT,
+    "model.selection": "confidence",
+    "model.share": 0.18,
+    "loss.light": 1.0,
+  },
+  "prefix25": {**SHORT, "model.selection": "prefix", "model.share": 0.25},
+  "light": {**SHORT, "model.selection": "light"},
+  "oracle25": {**SHORT, "model.selection": "oracle", "model.share": 0.25},
+  "uniform50": {**SHORT, "model.selection": "uniform", "model.share": 0.5},
+  "random50": {**SHORT, "model.selection": "random", "model.share": 0.5},
 }
 
 
@@ -51,12 +56,18 @@ def main():
   flags.FLAGS.mark_as_parsed()
   evaluate.extract_features = remembered(evaluate.extract_features)
   folder = args.runs / f"{args.heavy}-{args.seed}"
-  print(f"{args.heavy}, seed {args.seed}, {jax.device_count()} devices\n{'row':<14}{'accuracy':>9}{'MACs':>8}"
-        f"{'chosen':>8}{'precision':>10}{'recall':>8}{'seconds':>9}", flush=True)
+  print(
+    f"{args.heavy}, seed {args.seed}, {jax.device_count()} devices\n{'row':<14}{'accuracy':>9}{'MACs':>8}"
+    f"{'chosen':>8}{'precision':>10}{'recall':>8}{'seconds':>9}",
+    flush=True,
+  )
   for row in args.rows.split(","):
     result = run(folder, row, args)
-    print(f"{row:<14}{result['accuracy']:>9.4f}{result['mac_ratio']:>8.3f}{result['share']:>8.3f}"
-          f"{result['precision']:>10.3f}{result['recall']:>8.3f}{result['seconds_since_last_start']:>9.0f}", flush=True)
+    print(
+      f"{row:<14}{result['accuracy']:>9.4f}{result['mac_ratio']:>8.3f}{result['share']:>8.3f}"
+      f"{result['precision']:>10.3f}{result['recall']:>8.3f}{result['seconds_since_last_start']:>9.0f}",
+      flush=True,
+    )
 
 
 def run(folder, row, args):

@@ -13,7 +13,9 @@ from pathlib import Path
 import continual
 from absl import flags
 
-COLUMNS = f"{'tasks':>5} {'method':<16}{'first':>7}{'all':>14}{'unknown':>9}{'overlap':>9}{'MACs':>7}  each"
+COLUMNS = (
+  f"{'tasks':>5} {'method':<16}{'first':>7}{'all':>14}{'unknown':>9}{'overlap':>9}{'MACs':>7}  each"
+)
 
 
 def main():
@@ -23,8 +25,13 @@ def main():
   flags.FLAGS.mark_as_parsed()
   print(f"{args.config} {' '.join(args.set)}, seeds {args.seeds}\n{COLUMNS}", flush=True)
   for count in map(int, args.counts.split(",")):
-    of_count = argparse.Namespace(**{
-        **vars(args), "runs": Path(args.runs, f"{count}-tasks"), "set": [*args.set, f"tasks.count={count}"]})
+    of_count = argparse.Namespace(
+      **{
+        **vars(args),
+        "runs": Path(args.runs, f"{count}-tasks"),
+        "set": [*args.set, f"tasks.count={count}"],
+      }
+    )
     for method in args.methods.split(","):
       results = [continual.run(of_count, method, int(seed)) for seed in args.seeds.split(",")]
       print(row(method, count, results), flush=True)
@@ -35,11 +42,13 @@ def row(method, count, results):
   each = [statistics.fmean(column) for column in zip(*last_rows, strict=True)]
   averages = [r["task_aware"]["average_accuracy"] for r in results]
   spread = f" ± {100 * statistics.stdev(averages):.2f}" if len(averages) > 1 else ""
-  return (f"{count:>5} {method:<16}{100 * each[0]:>7.2f}{f'{100 * statistics.fmean(averages):.2f}{spread}':>14}"
-          f"{100 * statistics.fmean(r['task_agnostic']['average_accuracy'] for r in results):>9.2f}"
-          f"{continual.percent([r.get('mean_gate_overlap') for r in results]):>9}"
-          f"{statistics.fmean(r['task_aware_macs'] / r['dense_macs'] for r in results):>7.3f}"
-          f"  {' '.join(f'{100 * a:.1f}' for a in each)}")
+  return (
+    f"{count:>5} {method:<16}{100 * each[0]:>7.2f}{f'{100 * statistics.fmean(averages):.2f}{spread}':>14}"
+    f"{100 * statistics.fmean(r['task_agnostic']['average_accuracy'] for r in results):>9.2f}"
+    f"{continual.percent([r.get('mean_gate_overlap') for r in results]):>9}"
+    f"{statistics.fmean(r['task_aware_macs'] / r['dense_macs'] for r in results):>7.3f}"
+    f"  {' '.join(f'{100 * a:.1f}' for a in each)}"
+  )
 
 
 if __name__ == "__main__":

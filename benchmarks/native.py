@@ -33,8 +33,10 @@ try:
 except ImportError:
   onnxruntime = None
 
-CASES = ("1x16x32,1x32x16,1x64x8,1x64x32,1x128x16,1x256x8,8x64x16,8x128x8,8x256x8,64x16x32,"
-         "1x512x8,8x512x8,1x64x32x2,8x128x16x2")
+CASES = (
+  "1x16x32,1x32x16,1x64x8,1x64x32,1x128x16,1x256x8,8x64x16,8x128x8,8x256x8,64x16x32,"
+  "1x512x8,8x512x8,1x64x32x2,8x128x16x2"
+)
 
 
 def main():
@@ -48,10 +50,15 @@ def main():
   if not native_kernels.available():
     sys.exit(f"no native kernel: {native_kernels.why_not()}")
   shares = [float(share) for share in args.shares.split(",")]
-  print(f"{len(os.sched_getaffinity(0))} cores, jax {jax.__version__}, float32, {args.depth} branches, microseconds "
-        f"of a branch, quantile {args.quantile} of {args.repeats} interleaved repeats")
-  print(f"{'case':>12}{'dense':>9}{'masked':>9}{'ort':>9}"
-        + "".join(f"{f'at {share:g}':>9}{'':>7}" for share in shares) + f"{'native/ort':>12}")
+  print(
+    f"{len(os.sched_getaffinity(0))} cores, jax {jax.__version__}, float32, {args.depth} branches, microseconds "
+    f"of a branch, quantile {args.quantile} of {args.repeats} interleaved repeats"
+  )
+  print(
+    f"{'case':>12}{'dense':>9}{'masked':>9}{'ort':>9}"
+    + "".join(f"{f'at {share:g}':>9}{'':>7}" for share in shares)
+    + f"{'native/ort':>12}"
+  )
   for case in args.cases.split(","):
     compare(args, case, shares)
 
@@ -62,33 +69,55 @@ def compare(args, case, shares):
   strides = [*(stride or [1]), *[1] * (args.depth - 1)]
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.normal(size=(examples, pixels, pixels, channels)), jnp.float32)
-  layers = [[(rng.normal(size=(3, 3, channels, channels)) / (9 * channels) ** 0.5).astype(np.float32),
-             rng.normal(size=channels).astype(np.float32)] for _ in range(2 * args.depth)]
+  layers = [
+    [
+      (rng.normal(size=(3, 3, channels, channels)) / (9 * channels) ** 0.5).astype(np.float32),
+      rng.normal(size=channels).astype(np.float32),
+    ]
+    for _ in range(2 * args.depth)
+  ]
   order = np.argsort(rng.random((examples, channels)))
   gates = {share: jnp.asarray(order < round(share * channels), jnp.float32) for share in shares}
   dense, masked, sparse = (
-      jax.jit(stack(layers, strides, branch)) for branch in (in_xla, in_xla_masked, native_branch))
-  np.testing.assert_allclose(masked(x, gates[shares[-1]]), sparse(x, gates[shares[-1]]), rtol=1e-3, atol=1e-3)
-  runs = {"dense": lambda: dense(x, gates[shares[0]]), "masked": lambda: masked(x, gates[shares[0]])}
+    jax.jit(stack(layers, strides, branch)) for branch in (in_xla, in_xla_masked, native_branch)
+  )
+  np.testing.assert_allclose(
+    masked(x, gates[shares[-1]]), sparse(x, gates[shares[-1]]), rtol=1e-3, atol=1e-3
+  )
+  runs = {
+    "dense": lambda: dense(x, gates[shares[0]]),
+    "masked": lambda: masked(x, gates[shares[0]]),
+  }
   runs |= {share: lambda gates=gates[share]: sparse(x, gates) for share in shares}
   if onnxruntime:
     runs["ort"] = onnx_run(np.asarray(x), layers, strides)
-    np.testing.assert_allclose(runs["ort"]().transpose(0, 2, 3, 1), dense(x, gates[shares[0]]), rtol=1e-3, atol=1e-3)
-  times = {name: np.quantile(values, args.quantile) / args.depth * 1e6
-           for name, values in race(runs, args.repeats, settle=True).items()}
+    np.testing.assert_allclose(
+      runs["ort"]().transpose(0, 2, 3, 1), dense(x, gates[shares[0]]), rtol=1e-3, atol=1e-3
+    )
+  times = {
+    name: np.quantile(values, args.quantile) / args.depth * 1e6
+    for name, values in race(runs, args.repeats, settle=True).items()
+  }
   best = min(times["dense"], times["masked"])
   ort = times.get("ort", np.nan)
-  print(f"{case:>12}{times['dense']:>9.0f}{times['masked']:>9.0f}{ort:>9.0f}"
-        + "".join(f"{times[share]:>9.0f}{best / times[share]:>6.2f}x" for share in shares)
-        + f"{times[shares[0]] / ort:>12.2f}", flush=True)
+  print(
+    f"{case:>12}{times['dense']:>9.0f}{times['masked']:>9.0f}{ort:>9.0f}"
+    + "".join(f"{times[share]:>9.0f}{best / times[share]:>6.2f}x" for share in shares)
+    + f"{times[shares[0]] / ort:>12.2f}",
+    flush=True,
+  )
 
 
 def stack(layers, strides, branch):
   """`(x, gates) -> y` of branches one after the other; a shortcut takes every stride-th pixel."""
+
   def run(x, gates):
-    for (kernel1, bias1), (kernel2, bias2), stride in zip(layers[::2], layers[1::2], strides, strict=True):
+    for (kernel1, bias1), (kernel2, bias2), stride in zip(
+      layers[::2], layers[1::2], strides, strict=True
+    ):
       x = branch(x, kernel1, bias1, kernel2, bias2, gates, x[:, ::stride, ::stride], stride)
     return x
+
   return run
 
 
@@ -103,12 +132,15 @@ def in_xla_masked(x, kernel1, bias1, kernel2, bias2, gates, shortcut, stride):
 
 
 def in_xla(x, kernel1, bias1, kernel2, bias2, gates, shortcut, stride):
-  return jax.nn.relu(conv(jax.nn.relu(conv(x, kernel1, stride) + bias1), kernel2) + bias2 + shortcut)
+  return jax.nn.relu(
+    conv(jax.nn.relu(conv(x, kernel1, stride) + bias1), kernel2) + bias2 + shortcut
+  )
 
 
 def conv(x, kernel, stride=1):
   return lax.conv_general_dilated(
-      x, kernel, (stride, stride), [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    x, kernel, (stride, stride), [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
 
 
 def onnx_run(x, layers, strides):
@@ -117,25 +149,43 @@ def onnx_run(x, layers, strides):
   nodes, weights = [], []
   for i, (kernel, bias) in enumerate(layers):
     stride = strides[i // 2]
-    weights += [onnx.numpy_helper.from_array(np.ascontiguousarray(kernel.transpose(3, 2, 0, 1)), f"k{i}"),
-                onnx.numpy_helper.from_array(bias, f"b{i}")]
-    nodes.append(h.make_node("Conv", [f"x{i}", f"k{i}", f"b{i}"], [f"c{i}"], kernel_shape=[3, 3], pads=[1] * 4,
-                             strides=[1 if i % 2 else stride] * 2))
+    weights += [
+      onnx.numpy_helper.from_array(np.ascontiguousarray(kernel.transpose(3, 2, 0, 1)), f"k{i}"),
+      onnx.numpy_helper.from_array(bias, f"b{i}"),
+    ]
+    nodes.append(
+      h.make_node(
+        "Conv",
+        [f"x{i}", f"k{i}", f"b{i}"],
+        [f"c{i}"],
+        kernel_shape=[3, 3],
+        pads=[1] * 4,
+        strides=[1 if i % 2 else stride] * 2,
+      )
+    )
     if i % 2:
       shortcut = f"x{i - 1}"
       if stride > 1:
-        nodes.append(h.make_node("MaxPool", [shortcut], [f"p{i}"], kernel_shape=[1, 1], strides=[stride] * 2))
+        nodes.append(
+          h.make_node("MaxPool", [shortcut], [f"p{i}"], kernel_shape=[1, 1], strides=[stride] * 2)
+        )
         shortcut = f"p{i}"
       nodes.append(h.make_node("Add", [f"c{i}", shortcut], [f"s{i}"]))
     nodes.append(h.make_node("Relu", [f"{'s' if i % 2 else 'c'}{i}"], [f"x{i + 1}"]))
   x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
   info = lambda name, shape: h.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
-  graph = h.make_graph(nodes, "stack", [info("x0", x.shape)], [info(f"x{len(layers)}", None)], weights)
+  graph = h.make_graph(
+    nodes, "stack", [info("x0", x.shape)], [info(f"x{len(layers)}", None)], weights
+  )
   model = h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=9)
   options = onnxruntime.SessionOptions()
   options.intra_op_num_threads = len(os.sched_getaffinity(0))
-  options.add_session_config_entry("session.force_spinning_stop", "1")  # else its threads slow down whoever comes next
-  session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+  options.add_session_config_entry(
+    "session.force_spinning_stop", "1"
+  )  # else its threads slow down whoever comes next
+  session = onnxruntime.InferenceSession(
+    model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+  )
   return lambda: session.run(None, {"x0": x})[0]
 
 

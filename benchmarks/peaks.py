@@ -19,14 +19,14 @@ class Peaks(NamedTuple):
 
 
 _BY_KIND = {  # the first that the device's kind contains; half of the FLOP/s of data sheets
-    "H200": Peaks(494.5e12, 247e12, 4.8e12),
-    "H100 PCIe": Peaks(378e12, 189e12, 2.0e12),
-    "H100": Peaks(494.5e12, 247e12, 3.35e12),
-    "A100": Peaks(156e12, 78e12, 2.04e12),
-    "TPU v6": Peaks(459e12, 459e12, 1.64e12),
-    "TPU v5 lite": Peaks(98.5e12, 98.5e12, 0.82e12),
-    "TPU v5": Peaks(229.5e12, 229.5e12, 2.77e12),
-    "TPU v4": Peaks(137.5e12, 137.5e12, 1.2e12),
+  "H200": Peaks(494.5e12, 247e12, 4.8e12),
+  "H100 PCIe": Peaks(378e12, 189e12, 2.0e12),
+  "H100": Peaks(494.5e12, 247e12, 3.35e12),
+  "A100": Peaks(156e12, 78e12, 2.04e12),
+  "TPU v6": Peaks(459e12, 459e12, 1.64e12),
+  "TPU v5 lite": Peaks(98.5e12, 98.5e12, 0.82e12),
+  "TPU v5": Peaks(229.5e12, 229.5e12, 2.77e12),
+  "TPU v4": Peaks(137.5e12, 137.5e12, 1.2e12),
 }
 REFERENCE = "H100"  # whose roofline is shown where the device's is not known
 

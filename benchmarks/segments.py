@@ -36,23 +36,31 @@ LIMITS = {0.5: 0.8, 0.25: 0.7}
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--nets", default="resnet3d18:0.5,r2plus1d18:0.5", help="name:width, with commas between")
+  parser.add_argument(
+    "--nets", default="resnet3d18:0.5,r2plus1d18:0.5", help="name:width, with commas between"
+  )
   parser.add_argument("--light", default="mobilenet_small:0.5")
   parser.add_argument("--videos", default="1,8", help="in a batch, with commas between")
   parser.add_argument("--shares", default="0.5,0.25")
   parser.add_argument("--segments", type=int, default=16)
   parser.add_argument("--frames", type=int, default=8)
   parser.add_argument("--pixels", type=int, default=32)
-  parser.add_argument("--at_once", type=int, default=16, help="clips that the heavy net is given at most")
+  parser.add_argument(
+    "--at_once", type=int, default=16, help="clips that the heavy net is given at most"
+  )
   parser.add_argument("--buckets", type=int, default=8, help="sizes of what it is given")
   parser.add_argument("--repeats", type=int, default=7)
   args = parser.parse_args()
 
   clip = (args.frames, args.pixels, args.pixels, 3)
-  print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, float32, {args.segments} "
-        f"clips of {'x'.join(map(str, clip))}, light net {args.light}, medians of {args.repeats} interleaved repeats")
-  print(f"{'heavy net':<18}{'videos':>7}{'chosen':>12}{'computed':>10}{'all':>11}{'skipping':>11}{'speed-up':>10}"
-        f"{'MACs':>8}{'efficiency':>12}{'limit':>7}")
+  print(
+    f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, float32, {args.segments} "
+    f"clips of {'x'.join(map(str, clip))}, light net {args.light}, medians of {args.repeats} interleaved repeats"
+  )
+  print(
+    f"{'heavy net':<18}{'videos':>7}{'chosen':>12}{'computed':>10}{'all':>11}{'skipping':>11}{'speed-up':>10}"
+    f"{'MACs':>8}{'efficiency':>12}{'limit':>7}"
+  )
   for net in args.nets.split(","):
     for videos in map(int, args.videos.split(",")):
       compare(args, net, videos, clip)
@@ -61,30 +69,52 @@ def main():
 def compare(args, net, videos, clip):
   """Prints a line for each share."""
   model = SegmentNet(CLASSES, named(light_net, args.light), named(heavy_net, net))
-  counts = count_video(model, {"light": (args.segments, *clip[1:]), "heavy": (args.segments, *clip),
-                               "valid": (args.segments,)})
+  counts = count_video(
+    model,
+    {
+      "light": (args.segments, *clip[1:]),
+      "heavy": (args.segments, *clip),
+      "valid": (args.segments,),
+    },
+  )
   rng = np.random.default_rng(0)
-  inputs = {"clips": rng.integers(0, 256, (videos, args.segments, *clip), dtype=np.uint8),
-            "valid": np.ones((videos, args.segments), bool)}
+  inputs = {
+    "clips": rng.integers(0, 256, (videos, args.segments, *clip), dtype=np.uint8),
+    "valid": np.ones((videos, args.segments), bool),
+  }
   variables = jax.jit(lambda x: model.init(jax.random.key(0, impl="rbg"), prepare(x)))(inputs)
 
   total = videos * args.segments
-  baselines = {f"{n} at a time": everything(model, variables, inputs, n) for n in sorted({1, videos})}
+  baselines = {
+    f"{n} at a time": everything(model, variables, inputs, n) for n in sorted({1, videos})
+  }
   contenders = dict(baselines)
   for share in map(float, args.shares.split(",")):
-    run = Skipping(model, with_share(model, variables, inputs, share), prepare=prepare,
-                   capacities=bucket_sizes(args.at_once, args.buckets))
+    run = Skipping(
+      model,
+      with_share(model, variables, inputs, share),
+      prepare=prepare,
+      capacities=bucket_sizes(args.at_once, args.buckets),
+    )
     contenders[share] = lambda run=run: run(inputs)
-  times = {name: statistics.median(values) / videos for name, values in race(contenders, args.repeats).items()}
+  times = {
+    name: statistics.median(values) / videos
+    for name, values in race(contenders, args.repeats).items()
+  }
   baseline = min(times[name] for name in baselines)
   for share in map(float, args.shares.split(",")):
     _, records, chosen, computed = contenders[share]()
     gates = np.asarray(records[0].gates)
-    macs = counts.per_video(gates, inputs["valid"], np.full(gates.shape, float(counts.heavy.macs))).mean()
+    macs = counts.per_video(
+      gates, inputs["valid"], np.full(gates.shape, float(counts.heavy.macs))
+    ).mean()
     speed_up, macs = baseline / times[share], macs / counts.all_segments
-    print(f"{net:<18}{videos:>7}{f'{chosen} of {total}':>12}{computed:>10}{1e3 * baseline:8.1f} ms"
-          f"{1e3 * times[share]:8.1f} ms{speed_up:>10.2f}{macs:>8.3f}{speed_up * macs:>12.2f}"
-          f"{LIMITS.get(share, ''):>7}", flush=True)
+    print(
+      f"{net:<18}{videos:>7}{f'{chosen} of {total}':>12}{computed:>10}{1e3 * baseline:8.1f} ms"
+      f"{1e3 * times[share]:8.1f} ms{speed_up:>10.2f}{macs:>8.3f}{speed_up * macs:>12.2f}"
+      f"{LIMITS.get(share, ''):>7}",
+      flush=True,
+    )
 
 
 def named(build, name):
@@ -96,7 +126,11 @@ def named(build, name):
 def prepare(inputs):
   clips = inputs["clips"]
   normalise = lambda pixels: augment.normalise(pixels, MEAN, STD)
-  return {"light": normalise(clips[:, :, clips.shape[2] // 2]), "heavy": normalise(clips), "valid": inputs["valid"]}
+  return {
+    "light": normalise(clips[:, :, clips.shape[2] // 2]),
+    "heavy": normalise(clips),
+    "valid": inputs["valid"],
+  }
 
 
 def everything(model, variables, inputs, at_a_time):
@@ -110,7 +144,9 @@ def everything(model, variables, inputs, at_a_time):
     return model.apply(variables, features.reshape(*gates.shape, -1), gates, method="classify")
 
   starts = range(0, len(inputs["valid"]), at_a_time)
-  return lambda: [run(variables, {name: x[i:i + at_a_time] for name, x in inputs.items()}) for i in starts]
+  return lambda: [
+    run(variables, {name: x[i : i + at_a_time] for name, x in inputs.items()}) for i in starts
+  ]
 
 
 def with_share(model, variables, inputs, share):

@@ -50,7 +50,9 @@ class ConvNet(nn.Module):
   def __call__(self, x, train=False):
     inputs = []
     for i, (channels, stride) in enumerate(zip(CHANNELS, STRIDES, strict=True)):
-      x = nn.Conv(channels, (3, 3), stride, kernel_init=nn.initializers.he_normal(), name=f"conv{i}")(x)
+      x = nn.Conv(
+        channels, (3, 3), stride, kernel_init=nn.initializers.he_normal(), name=f"conv{i}"
+      )(x)
       if self.norm:
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name=f"norm{i}")(x)
       inputs.append(x)
@@ -62,19 +64,27 @@ def main():
   args = parse()
   train = tfds.load("cifar10", f"train[:{args.train_images}]", args.data_dir)
   test = tfds.load("cifar10", "test", args.data_dir)
-  print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {len(train)} images, {args.epochs} epochs, "
-        f"batch {args.batch}, {args.batch * args.positions} values of a channel per step")
+  print(
+    f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {len(train)} images, {args.epochs} epochs, "
+    f"batch {args.batch}, {args.batch * args.positions} values of a channel per step"
+  )
   trainers = {variant: Trainer(variant, train, args) for variant in VARIANTS}
   chosen = {variant: choose(trainer, args) for variant, trainer in trainers.items()}
   results = {variant: [] for variant in VARIANTS}
-  for seed, variant in itertools.product(range(args.seeds), VARIANTS):  # in turns: drifts of the machine hit all alike
+  for seed, variant in itertools.product(
+    range(args.seeds), VARIANTS
+  ):  # in turns: drifts of the machine hit all alike
     results[variant].append(trainers[variant].score(*chosen[variant], seed, len(train), test))
-  print(f"{'variant':<12}{'lr':>6}{'coefficient':>13}{'test accuracy':>18}{'gap of each layer':>34}{'ms/step':>10}")
+  print(
+    f"{'variant':<12}{'lr':>6}{'coefficient':>13}{'test accuracy':>18}{'gap of each layer':>34}{'ms/step':>10}"
+  )
   for variant in VARIANTS:
     accuracy, gap, seconds = (np.array(column) for column in zip(*results[variant], strict=True))
     spread = accuracy.std(ddof=1) if args.seeds > 1 else np.nan
-    print(f"{variant:<12}{chosen[variant][0]:>6g}{chosen[variant][1]:>13g}{accuracy.mean():>10.2%} ± {spread:.2%}"
-          f"{' '.join(f'{g:.1f}' for g in gap.mean(axis=0)):>34}{1e3 * np.median(seconds):>10.1f}")
+    print(
+      f"{variant:<12}{chosen[variant][0]:>6g}{chosen[variant][1]:>13g}{accuracy.mean():>10.2%} ± {spread:.2%}"
+      f"{' '.join(f'{g:.1f}' for g in gap.mean(axis=0)):>34}{1e3 * np.median(seconds):>10.1f}"
+    )
 
 
 def parse():
@@ -85,8 +95,12 @@ def parse():
   parser.add_argument("--batch", type=int, default=128)
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--lr", type=numbers, default=[0.05], help="one, or several to choose from")
-  parser.add_argument("--coefficient", type=numbers, default=[1.0], help="of `shaped`: one, or several to choose from")
-  parser.add_argument("--positions", type=int, default=2, help="of each image, whose values the loss sees")
+  parser.add_argument(
+    "--coefficient", type=numbers, default=[1.0], help="of `shaped`: one, or several to choose from"
+  )
+  parser.add_argument(
+    "--positions", type=int, default=2, help="of each image, whose values the loss sees"
+  )
   parser.add_argument("--data_dir", help="the TFDS folder (default: ~/tensorflow_datasets)")
   return parser.parse_args()
 
@@ -101,8 +115,10 @@ def choose(trainer, args):
   fit = len(images) - max(1, len(images) // (10 * TEST_BATCH)) * TEST_BATCH
   held_out = tfds.Images(images.pixels[fit:], images.labels[fit:], images.class_names)
   scores = {pair: trainer.score(*pair, 0, fit, held_out)[0] for pair in pairs}
-  print(f"{trainer.variant}, validation: "
-        + ", ".join(f"lr {lr:g} coefficient {c:g} {score:.2%}" for (lr, c), score in scores.items()))
+  print(
+    f"{trainer.variant}, validation: "
+    + ", ".join(f"lr {lr:g} coefficient {c:g} {score:.2%}" for (lr, c), score in scores.items())
+  )
   return max(scores, key=scores.get)
 
 
@@ -121,7 +137,9 @@ class Trainer:
     """Trains on the first `examples` images; accuracy and gap on `held_out`, median seconds of a step."""
     state = steps.init_state(self.model, self._optimiser(lr), seed, self.images.shape)
     seconds = []
-    for step in tqdm(range(self.total), desc=f"{self.variant} lr {lr:g} seed {seed}", disable=None, leave=False):
+    for step in tqdm(
+      range(self.total), desc=f"{self.variant} lr {lr:g} seed {seed}", disable=None, leave=False
+    ):
       index = in_memory.batch_indices(seed, step, self.args.batch, examples)
       start = time.perf_counter()
       state = jax.block_until_ready(self.train_step(state, index, lr, coefficient, seed))
@@ -138,11 +156,15 @@ class Trainer:
   def _train_step(self, state, index, lr, coefficient, seed):
     pixels, labels = (array[index] for array in self.resident)
     crop_key, sample_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-    x = augment.normalise(augment.crop_and_flip(crop_key, pixels, pad=DATA.pad, flip=DATA.flip), DATA.mean, DATA.std)
+    x = augment.normalise(
+      augment.crop_and_flip(crop_key, pixels, pad=DATA.pad, flip=DATA.flip), DATA.mean, DATA.std
+    )
 
     def loss(params):
       variables = {"params": params, "batch_stats": state.batch_stats}
-      (logits, inputs), updates = self.model.apply(variables, x, train=True, mutable=["batch_stats"])
+      (logits, inputs), updates = self.model.apply(
+        variables, x, train=True, mutable=["batch_stats"]
+      )
       total = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
       if self.variant == "shaped":
         values = draw(sample_key, inputs, self.args.positions)
@@ -151,7 +173,9 @@ class Trainer:
 
     grads, batch_stats = jax.grad(loss, has_aux=True)(state.params)
     updates, opt_state = self._optimiser(lr).update(grads, state.opt_state, state.params)
-    return steps.TrainState(state.step + 1, optax.apply_updates(state.params, updates), batch_stats, opt_state)
+    return steps.TrainState(
+      state.step + 1, optax.apply_updates(state.params, updates), batch_stats, opt_state
+    )
 
   def _test_step(self, state, pixels, labels):
     x = augment.normalise(pixels, DATA.mean, DATA.std)
@@ -162,13 +186,18 @@ class Trainer:
 
 def draw(key, layers, count):
   """Each channel's values at `count` evenly spaced positions of each image, from a random start: `[N * count, C]`."""
+
   def positions(key, x):
     pixels = x.shape[1] * x.shape[2]
     start = jax.random.randint(key, (len(x), 1, 1), 0, pixels)
     index = (start + jnp.arange(count)[:, None] * (pixels // count)) % pixels
-    return jnp.take_along_axis(x.reshape(len(x), pixels, -1), index, axis=1).reshape(len(x) * count, -1)
+    return jnp.take_along_axis(x.reshape(len(x), pixels, -1), index, axis=1).reshape(
+      len(x) * count, -1
+    )
 
-  return [positions(key, x) for key, x in zip(jax.random.split(key, len(layers)), layers, strict=True)]
+  return [
+    positions(key, x) for key, x in zip(jax.random.split(key, len(layers)), layers, strict=True)
+  ]
 
 
 def layer_gaps(layers):

@@ -37,12 +37,18 @@ def main():
   args, fields = parser.parse_known_args()
 
   name, _ = peaks()
-  print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}, medians of {args.repeats}; "
-        f"peak of {name or 'this device not in the table'}")
-  print(f"{'config':<76}{'dtype':<10}{'train images/s':>16}{'of peak':>9}{'test images/s':>16}{'of peak':>9}")
+  print(
+    f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}, medians of {args.repeats}; "
+    f"peak of {name or 'this device not in the table'}"
+  )
+  print(
+    f"{'config':<76}{'dtype':<10}{'train images/s':>16}{'of peak':>9}{'test images/s':>16}{'of peak':>9}"
+  )
   rows = []
   for named in args.configs:
-    rows.append(measured(named, dict(field.removeprefix("--").split("=", 1) for field in fields), args))
+    rows.append(
+      measured(named, dict(field.removeprefix("--").split("=", 1) for field in fields), args)
+    )
     print(line(rows[-1]), flush=True)
   if args.json:
     args.json.write_text(json.dumps(rows, indent=2) + "\n")
@@ -57,10 +63,18 @@ def measured(named, fields, args):
   train = config.optim.batch_size * steps_a_call / training(experiment, args.repeats)
   test = len(experiment.test) / testing(experiment, args.repeats)
   _, known = peaks()
-  of_peak = lambda rate, macs: rate * macs / getattr(known, config.model.dtype) / jax.device_count() if known else None
-  return {"config": named, "dtype": config.model.dtype, "macs_per_image": macs, "train_images_per_second": train,
-          "train_share_of_peak": of_peak(train, 3 * macs), "test_images_per_second": test,
-          "test_share_of_peak": of_peak(test, macs)}
+  of_peak = lambda rate, macs: (
+    rate * macs / getattr(known, config.model.dtype) / jax.device_count() if known else None
+  )
+  return {
+    "config": named,
+    "dtype": config.model.dtype,
+    "macs_per_image": macs,
+    "train_images_per_second": train,
+    "train_share_of_peak": of_peak(train, 3 * macs),
+    "test_images_per_second": test,
+    "test_share_of_peak": of_peak(test, macs),
+  }
 
 
 def config_of(named, fields):
@@ -79,8 +93,10 @@ def built(config, images):
   """The experiment of a config, on made images."""
   rng = np.random.default_rng(0)
   made = tfds.Images(
-      rng.integers(0, 256, (images, 32, 32, len(config.data.mean)), dtype=np.uint8),
-      rng.integers(0, 10, images).astype(np.int32), tuple(map(str, range(10))))
+    rng.integers(0, 256, (images, 32, 32, len(config.data.mean)), dtype=np.uint8),
+    rng.integers(0, 10, images).astype(np.int32),
+    tuple(map(str, range(10))),
+  )
   load, size, tfds.load, tfds.size = tfds.load, tfds.size, lambda *_: made, lambda *_: images
   try:
     return classification.build(config)
@@ -90,9 +106,15 @@ def built(config, images):
 
 def training(experiment, repeats):
   """Median seconds of a call of several steps; two calls are in flight, as in training."""
-  state = devices.replicate(steps.init_state(
-      experiment.model, experiment.optimiser, experiment.config.seed, experiment.test.shape))
-  advance, k = classification.make_advance(experiment, experiment.test, 0), experiment.config.devices.steps_per_dispatch
+  state = devices.replicate(
+    steps.init_state(
+      experiment.model, experiment.optimiser, experiment.config.seed, experiment.test.shape
+    )
+  )
+  advance, k = (
+    classification.make_advance(experiment, experiment.test, 0),
+    experiment.config.devices.steps_per_dispatch,
+  )
   seconds = []
   for call in range(repeats + 1):
     start = time.perf_counter()
@@ -105,8 +127,11 @@ def training(experiment, repeats):
 
 def testing(experiment, repeats):
   """Median seconds of a pass over the test set, gates and sums included."""
-  state = devices.replicate(steps.init_state(
-      experiment.model, experiment.optimiser, experiment.config.seed, experiment.test.shape))
+  state = devices.replicate(
+    steps.init_state(
+      experiment.model, experiment.optimiser, experiment.config.seed, experiment.test.shape
+    )
+  )
   test, seconds = classification.make_test(experiment), []
   for _ in range(min(repeats, 2) + 1):
     start = time.perf_counter()
@@ -117,9 +142,11 @@ def testing(experiment, repeats):
 
 def line(row):
   share = lambda value: f"{100 * value:7.1f} %" if value is not None else f"{'?':>9}"
-  return (f"{row['config']:<76}{row['dtype']:<10}{row['train_images_per_second']:16,.0f}"
-          f"{share(row['train_share_of_peak'])}{row['test_images_per_second']:16,.0f}"
-          f"{share(row['test_share_of_peak'])}")
+  return (
+    f"{row['config']:<76}{row['dtype']:<10}{row['train_images_per_second']:16,.0f}"
+    f"{share(row['train_share_of_peak'])}{row['test_images_per_second']:16,.0f}"
+    f"{share(row['test_share_of_peak'])}"
+  )
 
 
 if __name__ == "__main__":

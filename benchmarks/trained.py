@@ -49,17 +49,23 @@ THREADS = len(os.sched_getaffinity(0))
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--gated", type=Path, required=True)
   parser.add_argument("--ungated", type=Path, required=True)
   parser.add_argument("--batch", default="1,64")
   parser.add_argument("--repeats", type=int, default=20, help=f"of each of {BATCHES_TIMED} batches")
   parser.add_argument("--data_dir", help="TFDS folder, where it is not that of the runs")
   args = parser.parse_args()
-  (gated, experiment), (ungated, other) = (load(path, args.data_dir) for path in (args.gated, args.ungated))
+  (gated, experiment), (ungated, other) = (
+    load(path, args.data_dir) for path in (args.gated, args.ungated)
+  )
   for name, value in experiment.config.data.items():
     if value != other.config.data[name]:
-      sys.exit(f"both runs must have the same data.{name}; got {value!r} and {other.config.data[name]!r}")
+      sys.exit(
+        f"both runs must have the same data.{name}; got {value!r} and {other.config.data[name]!r}"
+      )
   images, labels = read(experiment, experiment.test, np.arange(len(experiment.test)))
   train = experiment.open_train()
   calibration, _ = read(experiment, train, np.linspace(0, len(train) - 1, CALIBRATION).astype(int))
@@ -71,15 +77,21 @@ def main():
     starts = np.linspace(0, len(images) - size, BATCHES_TIMED).astype(int)
     times = {name: [] for name in contenders}
     for start in starts:
-      found = race({name: bind(images[start : start + size]) for name, bind in contenders.items()}, args.repeats,
-                   settle=True)
+      found = race(
+        {name: bind(images[start : start + size]) for name, bind in contenders.items()},
+        args.repeats,
+        settle=True,
+      )
       for name, seconds in found.items():
         times[name] += seconds
     baseline = np.median(times["ungated", "XLA"])
     for (net, name), bind in contenders.items():
       median, quiet = (np.percentile(times[net, name], q) for q in (50, 10))
-      print(f"| {size} | {net} | {name} | {accuracy(bind, images, labels, size):.2%} | {spent[net]:,.0f} "
-            f"| {1e3 * median:.3f} | {1e3 * quiet:.3f} | {baseline / median:.2f} |", flush=True)
+      print(
+        f"| {size} | {net} | {name} | {accuracy(bind, images, labels, size):.2%} | {spent[net]:,.0f} "
+        f"| {1e3 * median:.3f} | {1e3 * quiet:.3f} | {baseline / median:.2f} |",
+        flush=True,
+      )
 
 
 def load(path, data_dir):
@@ -90,7 +102,9 @@ def load(path, data_dir):
     config.data.data_dir = data_dir
   experiment = build(config)
   _, state = classification.newest(experiment, run_dir)
-  return fold(experiment.model, {"params": state.params, "batch_stats": state.batch_stats}), experiment
+  return fold(
+    experiment.model, {"params": state.params, "batch_stats": state.batch_stats}
+  ), experiment
 
 
 def read(experiment, source, index):
@@ -104,12 +118,18 @@ def programs(gated, ungated, size, calibration):
   run, shape = program(), calibration.shape[1:]
   make = functools.partial(compile_conditional, input_shape=shape, batch_size=size)
   auto = make(gated, calibration=calibration)
-  ours = {("ungated", "XLA"): functools.partial(run, ungated), ("gated", "masked"): functools.partial(run, gated),
-          ("gated", f"auto ({', '.join(sorted(set(auto.strategies)))})"): auto}
+  ours = {
+    ("ungated", "XLA"): functools.partial(run, ungated),
+    ("gated", "masked"): functools.partial(run, gated),
+    ("gated", f"auto ({', '.join(sorted(set(auto.strategies)))})"): auto,
+  }
   if size == 1:
     ours["gated", "switch"] = make(gated, strategy="switch")
   if not why_not("native"):
-    ours |= {(name, "native"): make(net, strategy="native") for name, net in (("gated", gated), ("ungated", ungated))}
+    ours |= {
+      (name, "native"): make(net, strategy="native")
+      for name, net in (("gated", gated), ("ungated", ungated))
+    }
 
   def bind(made, x):
     x = jnp.asarray(x)
@@ -123,17 +143,30 @@ def elsewhere(net, shape):
   """The ungated network in PyTorch, with channels before and after pixels, and in onnxruntime."""
   torch.set_num_threads(THREADS)
   before, after = torch.contiguous_format, torch.channels_last
-  nets = {layout: jax.tree.map(functools.partial(to_torch, layout=layout), net) for layout in (before, after)}
-  found = {("ungated", f"PyTorch, {name}"): functools.partial(in_torch, nets[layout], layout)
-           for name, layout in (("NCHW", before), ("NHWC", after))}
+  nets = {
+    layout: jax.tree.map(functools.partial(to_torch, layout=layout), net)
+    for layout in (before, after)
+  }
+  found = {
+    ("ungated", f"PyTorch, {name}"): functools.partial(in_torch, nets[layout], layout)
+    for name, layout in (("NCHW", before), ("NHWC", after))
+  }
   if onnxruntime is None:
     return found
   with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
-    torch.onnx.export(Module(nets[before]), (torch.zeros(1, shape[2], *shape[:2]),), file.name, input_names=["x"],
-                      dynamic_axes={"x": {0: "n"}}, dynamo=False)
+    torch.onnx.export(
+      Module(nets[before]),
+      (torch.zeros(1, shape[2], *shape[:2]),),
+      file.name,
+      input_names=["x"],
+      dynamic_axes={"x": {0: "n"}},
+      dynamo=False,
+    )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # else they slow down whoever comes next
+    options.add_session_config_entry(
+      "session.force_spinning_stop", "1"
+    )  # else they slow down whoever comes next
     session = onnxruntime.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])
 
   def in_onnxruntime(x):
@@ -155,7 +188,9 @@ def channels_first(x):
 def to_torch(array, layout):
   if array.ndim != 4:
     return torch.from_numpy(np.array(array))
-  return torch.from_numpy(np.ascontiguousarray(np.transpose(array, (3, 2, 0, 1)))).to(memory_format=layout)
+  return torch.from_numpy(np.ascontiguousarray(np.transpose(array, (3, 2, 0, 1)))).to(
+    memory_format=layout
+  )
 
 
 def forward(net, x):
@@ -180,7 +215,9 @@ def forward(net, x):
 
 def conv(conv, x):
   assert conv.dilation == 1
-  return torch.nn.functional.conv2d(x, conv.kernel, conv.bias, conv.stride, [n // 2 for n in conv.kernel.shape[2:]])
+  return torch.nn.functional.conv2d(
+    x, conv.kernel, conv.bias, conv.stride, [n // 2 for n in conv.kernel.shape[2:]]
+  )
 
 
 class Module(torch.nn.Module if torch else object):
@@ -205,8 +242,12 @@ def accuracy(bind, images, labels, size):
 
 def macs(net, images):
   """Executed per image, the mean."""
-  return np.concatenate([np.broadcast_to(folded_macs.macs(net, x.shape[1:], [z > 0 for z in logits]), len(x))
-                         for x, _, logits in gate_statistics.observed(net, images)]).mean()
+  return np.concatenate(
+    [
+      np.broadcast_to(folded_macs.macs(net, x.shape[1:], [z > 0 for z in logits]), len(x))
+      for x, _, logits in gate_statistics.observed(net, images)
+    ]
+  ).mean()
 
 
 if __name__ == "__main__":

@@ -45,28 +45,42 @@ def main():
 
   rng = np.random.default_rng(0)
   images = tfds.Images(
-      rng.integers(0, 256, (IMAGES, 32, 32, 3), dtype=np.uint8),
-      rng.integers(0, 10, IMAGES).astype(np.int32),
-      tuple(map(str, range(10))))
+    rng.integers(0, 256, (IMAGES, 32, 32, 3), dtype=np.uint8),
+    rng.integers(0, 10, IMAGES).astype(np.int32),
+    tuple(map(str, range(10))),
+  )
   contenders = {
-      "ungated step": training(args, images, "none"),
-      "gated step": training(args, images, "channel"),
-      "batch-shaping term": shaping_term(args),
+    "ungated step": training(args, images, "none"),
+    "gated step": training(args, images, "channel"),
+    "batch-shaping term": shaping_term(args),
   }
   times = race(contenders, args.repeats)
   medians = {name: statistics.median(values) for name, values in times.items()}
   ungated, gated, term = medians.values()
-  print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}, {args.model}, "
-        f"batch {args.batch}, medians of {args.repeats} interleaved repeats")
+  print(
+    f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}, {args.model}, "
+    f"batch {args.batch}, medians of {args.repeats} interleaved repeats"
+  )
   for name, median in medians.items():
     print(f"{name:<22}{1e3 * median:10.1f} ms   (fastest {1e3 * min(times[name]):.1f})")
   print(f"{'gated / ungated':<22}{gated / ungated:10.3f}      (limit 1.15)")
   print(f"{'term / gated step':<22}{term / gated:10.3f}      (limit 0.03)")
   ours, base = imports("import gating_jax", "import jax, flax.linen", repeats=min(7, args.repeats))
-  print(f"{'import / jax, flax':<22}{ours / base:10.3f}      (limit 1.5; {ours:.2f} s, {base:.2f} s)")
-  rows = [*({"form": name, "seconds": median, "fastest": min(times[name]), "times_ungated": median / ungated}
-            for name, median in medians.items()),
-          {"form": "import", "seconds": ours, "times_jax_and_flax": ours / base}]
+  print(
+    f"{'import / jax, flax':<22}{ours / base:10.3f}      (limit 1.5; {ours:.2f} s, {base:.2f} s)"
+  )
+  rows = [
+    *(
+      {
+        "form": name,
+        "seconds": median,
+        "fastest": min(times[name]),
+        "times_ungated": median / ungated,
+      }
+      for name, median in medians.items()
+    ),
+    {"form": "import", "seconds": ours, "times_jax_and_flax": ours / base},
+  ]
   if args.json:
     args.json.write_text(json.dumps(rows, indent=2) + "\n")
 
@@ -79,7 +93,8 @@ def training(args, images, gating):
   experiment = classification.build(config)
   tfds.load, tfds.size = load, size
   state = devices.replicate(
-      steps.init_state(experiment.model, experiment.optimiser, config.seed, images.shape))
+    steps.init_state(experiment.model, experiment.optimiser, config.seed, images.shape)
+  )
   advance, step = classification.make_advance(experiment, images, 0), 0
 
   def run():
@@ -93,9 +108,15 @@ def training(args, images, gating):
 
 def shaping_term(args):
   """A function that computes the term and its gradient for all of the net's gates, gathered as in training."""
-  units = [r.gates.shape[-1] for r in jax.eval_shape(
+  units = [
+    r.gates.shape[-1]
+    for r in jax.eval_shape(
       lambda x: resnet(args.model, classes=10, gating="channel").init_with_output(
-          jax.random.key(0), x)[0][1], jnp.zeros((1, 32, 32, 3)))]
+        jax.random.key(0), x
+      )[0][1],
+      jnp.zeros((1, 32, 32, 3)),
+    )
+  ]
   rng = np.random.default_rng(0)
   logits = devices.replicate([rng.normal(1, 2, (args.batch, n)).astype(np.float32) for n in units])
   prior = beta(0.6, 0.4)
@@ -103,11 +124,14 @@ def shaping_term(args):
   def gradient(logits, places):
     local = [z[places] for z in logits]
     term = lambda local: batch_shaping_term(
-        tuple(GateRecord(z, z, z) for z in local), prior, axis_name=devices.AXIS)
+      tuple(GateRecord(z, z, z) for z in local), prior, axis_name=devices.AXIS
+    )
     grads = jax.grad(term)(local)
     return jax.lax.pmean(sum(jnp.sum(g**2) for g in grads), devices.AXIS)
 
-  mapped = devices.map_over_devices(gradient, args=(devices.REPLICATED, devices.BATCH), results=devices.REPLICATED)
+  mapped = devices.map_over_devices(
+    gradient, args=(devices.REPLICATED, devices.BATCH), results=devices.REPLICATED
+  )
   return lambda: mapped(logits, np.arange(args.batch))
 
 
@@ -117,7 +141,9 @@ def imports(*statements, repeats):
   for _ in range(repeats):
     for statement in statements:
       start = time.perf_counter()
-      subprocess.run([sys.executable, "-c", statement], check=True, cwd=Path(__file__).parent.parent)
+      subprocess.run(
+        [sys.executable, "-c", statement], check=True, cwd=Path(__file__).parent.parent
+      )
       times[statement].append(time.perf_counter() - start)
   return [statistics.median(values) for values in times.values()]
 

@@ -21,8 +21,12 @@ def get_config(arg: str = ""):
   config.optim.epochs = 240  # gates need them; other selections are done after 60
   config.model.gate.initial_open = 0.85
   config.loss.sparsity.full = 0.6
-  config.loss.batch_shaping.coefficient = 3.0  # else gates of some seeds close for good before they know what matters
+  config.loss.batch_shaping.coefficient = (
+    3.0  # else gates of some seeds close for good before they know what matters
+  )
   config.loss.batch_shaping.b = 0.9
-  config.loss.sparsity.target = 0.4  # of the segments: with the light net, less than half of the multiply-accumulates
+  config.loss.sparsity.target = (
+    0.4  # of the segments: with the light net, less than half of the multiply-accumulates
+  )
   config.checkpoint_every = 5.0
   return video_common.apply_variants(config, arg)

@@ -10,7 +10,8 @@ def segmentation_config() -> ml_collections.ConfigDict:
   """Every field; `configs/common.py` says what `loss`, `optim` and the rest mean."""
   config = common.image_config()
   config.experiment = "segmentation"
-  config.data = ml_collections.ConfigDict({
+  config.data = ml_collections.ConfigDict(
+    {
       "name": "digit_scenes",  # the embedded task, or cityscapes
       "size": (24, 24),  # height and width of the embedded task's scenes; others are resized to it
       "train_scenes": 8000,  # of the embedded task
@@ -19,12 +20,17 @@ def segmentation_config() -> ml_collections.ConfigDict:
       "data_dir": config_dict.placeholder(str),  # of TFDS; None: ~/tensorflow_datasets
       "train_split": "train",  # of TFDS
       "test_split": "validation",
-      "crop": config_dict.placeholder(tuple),  # of TFDS, in training: height and width of a random part; None: all
+      "crop": config_dict.placeholder(
+        tuple
+      ),  # of TFDS, in training: height and width of a random part; None: all
       "flip": False,  # of TFDS, in training: mirrored with probability 1/2
       "workers": 0,  # of TFDS: processes that decode; 0: threads of this one
       "mean": (0.5,),
       "std": (0.5,),
-  })
-  config.model.output_stride = config_dict.placeholder(int)  # pixels to one of the feature map; None: the net's own
+    }
+  )
+  config.model.output_stride = config_dict.placeholder(
+    int
+  )  # pixels to one of the feature map; None: the net's own
   config.model.head = 32  # channels of the head's last feature map
   return config

@@ -9,111 +9,132 @@ from configs import common
 def video_config() -> ml_collections.ConfigDict:
   """Every field; fractions are of the whole training."""
   channels = {
-      "batch_shaping": {"coefficient": 0.0, "end": 0.2, "a": 0.6, "b": 0.4, "reduction": "layer_mean"},
-      "sparsity": {"kind": "l0", "coefficient": 0.0, "start": 0.0, "full": 0.2, "target": 0.5},
+    "batch_shaping": {
+      "coefficient": 0.0,
+      "end": 0.2,
+      "a": 0.6,
+      "b": 0.4,
+      "reduction": "layer_mean",
+    },
+    "sparsity": {"kind": "l0", "coefficient": 0.0, "start": 0.0, "full": 0.2, "target": 0.5},
   }
-  return ml_collections.ConfigDict({
+  return ml_collections.ConfigDict(
+    {
       "experiment": "long_video",
       "seed": 0,
       "data": {
-          "name": "composed",  # the embedded task; videos: a folder of files; features: folders of arrays
-          "segments": 16,  # of every video
-          "frames": 8,  # of a segment; the embedded task has 8
-          "size": 16,  # frames are resized to this square; those of the embedded task are of 16 x 16
-          "train_videos": 1600,  # of the embedded task
-          "test_videos": 640,
-          "layout": "csv",  # of the tables: csv, breakfast, charades or multithumos
-          "table": config_dict.placeholder(str),  # csv: the label table; else: the folder of annotations
-          "train_split": "train",  # csv: a file of names; else: train or test
-          "test_split": "test",
-          "folder": config_dict.placeholder(str),  # of the videos, or of the features that the gate sees
-          "heavy_folder": config_dict.placeholder(str),  # features that the classifier sees; None: the same
-          "at_most": config_dict.placeholder(int),  # videos of a split, evenly over its table; None: all
-          "light_macs": 0,  # that making the features of a segment cost, where it is known
-          "heavy_macs": 0,
-          "workers": 0,  # processes that decode; 0: threads of this one
-          "jitter": True,  # in training, segments of files start at random, each in its part of the video
-          "mean": (0.5,),
-          "std": (0.5,),
+        "name": "composed",  # the embedded task; videos: a folder of files; features: folders of arrays
+        "segments": 16,  # of every video
+        "frames": 8,  # of a segment; the embedded task has 8
+        "size": 16,  # frames are resized to this square; those of the embedded task are of 16 x 16
+        "train_videos": 1600,  # of the embedded task
+        "test_videos": 640,
+        "layout": "csv",  # of the tables: csv, breakfast, charades or multithumos
+        "table": config_dict.placeholder(
+          str
+        ),  # csv: the label table; else: the folder of annotations
+        "train_split": "train",  # csv: a file of names; else: train or test
+        "test_split": "test",
+        "folder": config_dict.placeholder(
+          str
+        ),  # of the videos, or of the features that the gate sees
+        "heavy_folder": config_dict.placeholder(
+          str
+        ),  # features that the classifier sees; None: the same
+        "at_most": config_dict.placeholder(
+          int
+        ),  # videos of a split, evenly over its table; None: all
+        "light_macs": 0,  # that making the features of a segment cost, where it is known
+        "heavy_macs": 0,
+        "workers": 0,  # processes that decode; 0: threads of this one
+        "jitter": True,  # in training, segments of files start at random, each in its part of the video
+        "mean": (0.5,),
+        "std": (0.5,),
       },
       "model": {
-          "light": {"name": "mobilenet_small", "width": 1.0},
-          "heavy": {
-              "name": "resnet3d10",
-              "width": 1.0,
-              "stem": config_dict.placeholder(str),  # None: the named network's own
-              "gating": "none",  # or channel
-              "group_norm": False,  # GroupNorm in place of BatchNorm
-              "gate": {"hidden": 16, "initial_open": 0.85, "temperature": 2 / 3, "noise_scale": 1.0},
-          },
-          "selection": "gate",  # all, uniform, random, oracle; confidence (SCSampler), prefix (FrameExit); light
-          "share": 0.5,  # of the segments that a fixed selection takes, or that FrameExit may see on average
-          "skip_backward": False,  # end_to_end: none through the heavy net for segments that are not chosen
-          "backward_share": 1.0,  # of a gate: at most this share of a batch has one, or all where more are chosen
-          "pooling": "max",  # of chosen segments: max, mean or attention
-          "dtype": "float32",  # or bfloat16
-          "gate": {
-              "concepts": 128,  # found by k-means in the light features
-              "trained_concepts": False,
-              "context": "attention",  # none, attention or convolution
-              "relaxation": "straight_through",  # soft or clipped_sigmoid
-              "hidden": 64,
-              "initial_open": 0.5,
-              "temperature": 2 / 3,
-              "noise_scale": 1.0,
-          },
+        "light": {"name": "mobilenet_small", "width": 1.0},
+        "heavy": {
+          "name": "resnet3d10",
+          "width": 1.0,
+          "stem": config_dict.placeholder(str),  # None: the named network's own
+          "gating": "none",  # or channel
+          "group_norm": False,  # GroupNorm in place of BatchNorm
+          "gate": {"hidden": 16, "initial_open": 0.85, "temperature": 2 / 3, "noise_scale": 1.0},
+        },
+        "selection": "gate",  # all, uniform, random, oracle; confidence (SCSampler), prefix (FrameExit); light
+        "share": 0.5,  # of the segments that a fixed selection takes, or that FrameExit may see on average
+        "skip_backward": False,  # end_to_end: none through the heavy net for segments that are not chosen
+        "backward_share": 1.0,  # of a gate: at most this share of a batch has one, or all where more are chosen
+        "pooling": "max",  # of chosen segments: max, mean or attention
+        "dtype": "float32",  # or bfloat16
+        "gate": {
+          "concepts": 128,  # found by k-means in the light features
+          "trained_concepts": False,
+          "context": "attention",  # none, attention or convolution
+          "relaxation": "straight_through",  # soft or clipped_sigmoid
+          "hidden": 64,
+          "initial_open": 0.5,
+          "temperature": 2 / 3,
+          "noise_scale": 1.0,
+        },
       },
       "training": "two_stage",  # gate and classifier on features of the trained nets; end_to_end: all together
       "pretrained": "",  # a run directory whose trained nets to begin with, in place of training them
       "pretrain": {  # both nets as classifiers of single segments
-          "target": "units",  # unit actions where the data have them, or label
-          "epochs": 8,
-          "segments_per_video": 4,  # in every step, random ones
-          "batch_size": 32,
-          "learning_rate": 0.003,
-          "weight_decay": 0.001,
+        "target": "units",  # unit actions where the data have them, or label
+        "epochs": 8,
+        "segments_per_video": 4,  # in every step, random ones
+        "batch_size": 32,
+        "learning_rate": 0.003,
+        "weight_decay": 0.001,
       },
       "loss": {
-          "sparsity": {
-              "kind": "target",  # squared gap to the target share; mean: the share itself; none
-              "coefficient": 100.0,
-              "start": 0.0,  # 0 up to this fraction
-              "full": 0.2,  # linear to the coefficient at this one
-              "target": 0.5,
-          },
-          "batch_shaping": {"coefficient": 0.0, "end": 1.0, "a": 0.6, "b": 0.4},  # of the segment gates
-          "light": 0.0,  # of the light net's own classification of every segment
-          "channels": channels,  # of the heavy net's channel gates
+        "sparsity": {
+          "kind": "target",  # squared gap to the target share; mean: the share itself; none
+          "coefficient": 100.0,
+          "start": 0.0,  # 0 up to this fraction
+          "full": 0.2,  # linear to the coefficient at this one
+          "target": 0.5,
+        },
+        "batch_shaping": {
+          "coefficient": 0.0,
+          "end": 1.0,
+          "a": 0.6,
+          "b": 0.4,
+        },  # of the segment gates
+        "light": 0.0,  # of the light net's own classification of every segment
+        "channels": channels,  # of the heavy net's channel gates
       },
       "optim": {
-          "kind": "adam",  # or sgd
-          "epochs": 40,
-          "batch_size": 64,
-          "learning_rate": 0.002,
-          "schedule": "cosine",
-          "drops": (0.6, 0.75, 0.9),
-          "drop_factor": 0.1,
-          "warmup": 0.05,
-          "momentum": 0.9,
-          "weight_decay": 0.0005,
+        "kind": "adam",  # or sgd
+        "epochs": 40,
+        "batch_size": 64,
+        "learning_rate": 0.002,
+        "schedule": "cosine",
+        "drops": (0.6, 0.75, 0.9),
+        "drop_factor": 0.1,
+        "warmup": 0.05,
+        "momentum": 0.9,
+        "weight_decay": 0.0005,
       },
       "devices": {"backend": "pmap", "steps_per_dispatch": 1},
       "log_every": 50,  # steps
       "eval_every": 0.0,  # epochs; 0: at the end only
       "checkpoint_every": 1.0,  # epochs
-  })
+    }
+  )
 
 
 VARIANTS = {
-    "selection": ("model.selection", str),
-    "share": ("model.share", float),
-    "target": ("loss.sparsity.target", float),
-    "context": ("model.gate.context", str),
-    "heavy": ("model.heavy.name", str),
-    "training": ("training", str),
-    "epochs": ("optim.epochs", int),
-    "layout": ("data.layout", str),
-    "seed": ("seed", int),
+  "selection": ("model.selection", str),
+  "share": ("model.share", float),
+  "target": ("loss.sparsity.target", float),
+  "context": ("model.gate.context", str),
+  "heavy": ("model.heavy.name", str),
+  "training": ("training", str),
+  "epochs": ("optim.epochs", int),
+  "layout": ("data.layout", str),
+  "seed": ("seed", int),
 }
 
 

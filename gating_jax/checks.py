@@ -90,4 +90,6 @@ def printable(text: object, keep: str = "") -> str:
   ('red ?[31m?lines', 'two\\nlines?')
   """
   space = lambda c: unicodedata.category(c) == "Zs"
-  return "".join(c if c.isprintable() or c in keep + _JOINERS else " " if space(c) else "?" for c in str(text))
+  return "".join(
+    c if c.isprintable() or c in keep + _JOINERS else " " if space(c) else "?" for c in str(text)
+  )

@@ -19,12 +19,12 @@ from gating_jax.terminal import is_terminal, prepare_streams
 
 COMPARE = "compare"
 MODES = {  # and what each does
-    "train": "trains to the end, from wherever the run directory stands; the default",
-    "evaluate": "tests the newest checkpoint",
-    "report": "writes report.html of the newest checkpoint",
-    "compile": "times programs that skip what gates close",
-    "export": "writes files that run without this package; of image classifiers",
-    COMPARE: "writes a page that compares runs: --workdir=runs/digits,runs/scenes --mode=compare",
+  "train": "trains to the end, from wherever the run directory stands; the default",
+  "evaluate": "tests the newest checkpoint",
+  "report": "writes report.html of the newest checkpoint",
+  "compile": "times programs that skip what gates close",
+  "export": "writes files that run without this package; of image classifiers",
+  COMPARE: "writes a page that compares runs: --workdir=runs/digits,runs/scenes --mode=compare",
 }
 EXPERIMENTS = ("classification", "continual", "long_video", "segmentation")
 
@@ -64,22 +64,40 @@ class _ConfigParser(flags.ArgumentParser):
     try:
       return config_files.load(given).lock()
     except ValueError as error:
-      raise flags.Error(str(error)) from error  # absl would put the flag and its value before a ValueError
+      raise flags.Error(
+        str(error)
+      ) from error  # absl would put the flag and its value before a ValueError
 
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A config file or its name, as above; only --mode=train needs it, others read that of the run.")
+  "config",
+  None,
+  "A config file or its name, as above; only --mode=train needs it, others read that of the run.",
+)
 flags.FLAGS[_CONFIG.name].parser = _ConfigParser()
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The run directory: a new one, or one to resume; those to compare are separated by commas.")
+  "workdir",
+  None,
+  "The run directory: a new one, or one to resume; those to compare are separated by commas.",
+)
 _MODE = flags.DEFINE_string("mode", "train", "What to do, as above.")
 _SMOKE = flags.DEFINE_bool(
-    "smoke", False, "Trains on little data for a few steps, to see within a minute that a config works from end to "
-    "end; in a run directory of its own.")
-_PAGE = flags.DEFINE_string("page", None, "The page that --mode=compare writes, by default comparison.html.")
+  "smoke",
+  False,
+  "Trains on little data for a few steps, to see within a minute that a config works from end to "
+  "end; in a run directory of its own.",
+)
+_PAGE = flags.DEFINE_string(
+  "page", None, "The page that --mode=compare writes, by default comparison.html."
+)
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "For a job of several processes: host:port of process 0, or auto on Cloud TPU or Slurm.")
-_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the job has.", lower_bound=1)
+  "coordinator",
+  None,
+  "For a job of several processes: host:port of process 0, or auto on Cloud TPU or Slurm.",
+)
+_PROCESSES = flags.DEFINE_integer(
+  "processes", None, "How many processes the job has.", lower_bound=1
+)
 _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
 
 
@@ -105,9 +123,17 @@ def _help() -> str:
   for name, said in config_files.packaged().items():
     configs.append(f"  {name:<24}{textwrap.shorten(said, 74, placeholder=' ...')}")
   for flag in _own_flags():
-    own.append(textwrap.fill(f"--{flag.name}: {flag.help}", 100, initial_indent="  ", subsequent_indent="      "))
+    own.append(
+      textwrap.fill(
+        f"--{flag.name}: {flag.help}", 100, initial_indent="  ", subsequent_indent="      "
+      )
+    )
   return _HELP.format(
-      modes="\n".join(modes), configs="\n".join(configs), folder=config_files.folder(), flags="\n".join(own))
+    modes="\n".join(modes),
+    configs="\n".join(configs),
+    folder=config_files.folder(),
+    flags="\n".join(own),
+  )
 
 
 def _own_flags() -> list[flags.Flag]:
@@ -145,13 +171,17 @@ def _unknown_flag(name: str) -> str:
   if first == "config":
     return f"--{name} changes a field of --config, which is not given"
   close = near(first, [*(flag.name for flag in _own_flags()), "help", "version"])
-  return f"there is no flag --{name}" + (f". Did you mean --{close[0]}{dot}{rest}?" if close else "; see --help")
+  return f"there is no flag --{name}" + (
+    f". Did you mean --{close[0]}{dot}{rest}?" if close else "; see --help"
+  )
 
 
 def _unknown_field(argv: list[str]) -> str | None:
   """What to say of the first override of a field that the config does not have."""
   overrides = [a.lstrip("-") for a in argv if a.lstrip("-").startswith("config.")]
-  sys.argv = [a for a in argv if a.lstrip("-") not in overrides]  # where ml_collections looks for overrides
+  sys.argv = [
+    a for a in argv if a.lstrip("-") not in overrides
+  ]  # where ml_collections looks for overrides
   flags.FLAGS(sys.argv)
   for override in overrides:
     section = _CONFIG.value
@@ -231,8 +261,17 @@ def _main(argv: list[str]) -> int:
       hosts.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     modules = (classification, continual_run, video_run, segmentation)
     with contextlib.redirect_stdout(sys.stdout if hosts.is_writer() else None):
-      dict(zip(EXPERIMENTS, modules, strict=True))[config.experiment].run(config, workdir, _MODE.value)
-  except (ValueError, DatasetNotPreparedError, NonFiniteError, RunDirError, CheckpointError, ExportError) as error:
+      dict(zip(EXPERIMENTS, modules, strict=True))[config.experiment].run(
+        config, workdir, _MODE.value
+      )
+  except (
+    ValueError,
+    DatasetNotPreparedError,
+    NonFiniteError,
+    RunDirError,
+    CheckpointError,
+    ExportError,
+  ) as error:
     return _failed(error, 2)
   except (OSError, hosts.PeerError) as error:
     return _failed(error, 1)
@@ -245,7 +284,11 @@ def _main(argv: list[str]) -> int:
       raise
     return _failed(f"a fault of the program:\n{traceback.format_exc()}", 1)
   except KeyboardInterrupt:
-    goes_on = "goes on from the newest checkpoint, if there is one" if _MODE.value == "train" else "begins anew"
+    goes_on = (
+      "goes on from the newest checkpoint, if there is one"
+      if _MODE.value == "train"
+      else "begins anew"
+    )
     _say(f"interrupted; the same command {goes_on}")
     with contextlib.suppress(OSError):
       sys.stdout.flush()

@@ -23,10 +23,10 @@ from gating_jax.paths import user_path
 
 _PACKAGE = "configs"  # by this name config files import what they share
 _BASES = {  # where the fields of each kind of experiment are listed
-    "classification": ("common", "image_config"),
-    "segmentation": ("segmentation_common", "segmentation_config"),
-    "continual": ("continual_common", "continual_config"),
-    "long_video": ("video_common", "video_config"),
+  "classification": ("common", "image_config"),
+  "segmentation": ("segmentation_common", "segmentation_config"),
+  "continual": ("continual_common", "continual_config"),
+  "long_video": ("video_common", "video_config"),
 }
 
 
@@ -67,7 +67,9 @@ def find(given: str) -> tuple[Path, str | None]:
   parts = given.split(":")
   for end in range(len(parts), 0, -1):
     path = user_path(":".join(parts[:end]))
-    if os.path.isfile(path):  # of a Path the same fails where a variant is longer than a name of a file can be
+    if os.path.isfile(
+      path
+    ):  # of a Path the same fails where a variant is longer than a name of a file can be
       return path, ":".join(parts[end:]) if end < len(parts) else None
   # No file: all of the path, if that can be told by its end, is what the error names.
   file, ends, _ = given.partition(".py:")
@@ -89,16 +91,23 @@ def locate(given: str) -> Path:
   if os.path.isdir(path) and str(path.parent) != ".":
     raise ValueError(f"config must be a file; {given} is a folder")
   names = _names(folder())
-  if str(path.parent) in (".", _PACKAGE):  # configs/NAME.py, as the docs write it, is found from any folder
+  if str(path.parent) in (
+    ".",
+    _PACKAGE,
+  ):  # configs/NAME.py, as the docs write it, is found from any folder
     name = path.name.removesuffix(".py")
-    found = [name] if name in names else [other for other in names if name and other.startswith(name)]
+    found = (
+      [name] if name in names else [other for other in names if name and other.startswith(name)]
+    )
     if len(found) == 1:
       return folder() / f"{found[0]}.py"
     if found:
       raise ValueError(f"config must be one name; {given!r} could be {' or '.join(found)}")
   if close := _near(path, names):
-    raise ValueError(f"config must be a file or a name that --help lists; got {given!r}. "
-                     f"Did you mean {' or '.join(close)}?")
+    raise ValueError(
+      f"config must be a file or a name that --help lists; got {given!r}. "
+      f"Did you mean {' or '.join(close)}?"
+    )
   raise ValueError(f"config must be a file, or one of {', '.join(names)}; got {given!r}")
 
 
@@ -131,7 +140,8 @@ def import_shared(path: Path) -> None:
     return
   places = [str(above / _PACKAGE), str(folder())]
   spec = importlib.util.spec_from_file_location(
-      _PACKAGE, folder() / "__init__.py", submodule_search_locations=places)
+    _PACKAGE, folder() / "__init__.py", submodule_search_locations=places
+  )
   sys.modules[_PACKAGE] = importlib.util.module_from_spec(spec)
 
 
@@ -173,11 +183,17 @@ def check(path: Path, variant: str | None) -> ml_collections.ConfigDict:
   except ValueError as error:
     raise ValueError(f"config {path}: {error}") from error
   except Exception as error:  # whatever is written there
-    raise ValueError(f"config {path}{_line(path, error)}: {type(error).__name__}: {error}") from error
+    raise ValueError(
+      f"config {path}{_line(path, error)}: {type(error).__name__}: {error}"
+    ) from error
   if not isinstance(config, ml_collections.ConfigDict):
-    raise ValueError(f"config {path}: get_config must return a ConfigDict; got {type(config).__name__}")
+    raise ValueError(
+      f"config {path}: get_config must return a ConfigDict; got {type(config).__name__}"
+    )
   if not isinstance(config.get("experiment"), str):
-    raise ValueError(f"config {path}: the field experiment must name one; got {config.get('experiment')!r}")
+    raise ValueError(
+      f"config {path}: the field experiment must name one; got {config.get('experiment')!r}"
+    )
   return config
 
 
@@ -192,5 +208,9 @@ def _run(path: Path) -> ModuleType:
 
 def _line(path: Path, error: Exception) -> str:
   """Where in the file an error came from."""
-  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+  lines = [
+    frame.lineno
+    for frame in traceback.extract_tb(error.__traceback__)
+    if frame.filename == str(path)
+  ]
   return f", line {lines[-1]}" if lines else ""

@@ -44,8 +44,12 @@ def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, ml_collections.Confi
 
   run_dir = rundir.RunDir(user_path(workdir))
   config = settings.config_of(run_dir.path)
-  kinds = {"classification": build.build, "segmentation": segmentation.build, "continual": continual_build.build,
-           "long_video": video_build.build}
+  kinds = {
+    "classification": build.build,
+    "segmentation": segmentation.build,
+    "continual": continual_build.build,
+    "long_video": video_build.build,
+  }
   settings.one_of("experiment", config.experiment, kinds)
   experiment = kinds[config.experiment](config, outlines.read(run_dir.path))
   if config.experiment == "continual":

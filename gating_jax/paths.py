@@ -50,5 +50,7 @@ def check_storable(name: str, path: Path) -> None:
   taken = "\\" if HANDLES.is_dir() else "\\*?["
   for character in taken:
     if character in str(path.absolute()):
-      raise ValueError(f"{name} must have no {character} in its path, which the library that stores checkpoints takes "
-                       f"for another character or a pattern; got {str(path.absolute())!r}")
+      raise ValueError(
+        f"{name} must have no {character} in its path, which the library that stores checkpoints takes "
+        f"for another character or a pattern; got {str(path.absolute())!r}"
+      )

@@ -12,7 +12,10 @@ from typing import Any
 from gating_jax.terminal import is_open
 
 Advance = Callable[[int, int], None]  # of pieces done, and of all
-_AFTER, _EVERY = 1.0, 10.0  # seconds until the first line of a piece of work, and between those that follow
+_AFTER, _EVERY = (
+  1.0,
+  10.0,
+)  # seconds until the first line of a piece of work, and between those that follow
 TRAINING = "training step"  # a program of a training, as people are told of it
 _PACE = 3.0  # seconds of training after which the time of the rest is estimated
 
@@ -92,14 +95,18 @@ class Pace:
   """
 
   def __init__(
-      self, tell: Callable[[int, str], None], total_steps: int,
-      others: Callable[[int], Mapping[str, int]] = lambda step: {},
+    self,
+    tell: Callable[[int, str], None],
+    total_steps: int,
+    others: Callable[[int], Mapping[str, int]] = lambda step: {},
   ):
     self._tell, self._total, self._others = tell, total_steps, others
     self._compiled, self._told = set(), False
     self._seconds = {}  # of a step, by program
 
-  def __call__(self, advance: Callable[[Any, int], Any], program: str = TRAINING) -> Callable[[Any, int], Any]:
+  def __call__(
+    self, advance: Callable[[Any, int], Any], program: str = TRAINING
+  ) -> Callable[[Any, int], Any]:
     """`advance`, `(state, step) -> ...`, with these lines; `program` is the name of what it runs."""
     calls, begun = 0, (0.0, 0)
 

@@ -19,9 +19,9 @@ from jax.sharding import Mesh, PartitionSpec
 _AXIS = "check_loss_devices"
 _ROUNDING = 1e-12  # of terms that cancel, against the largest result or 1
 _ARRANGEMENTS = {  # of a column's gradient, by its values' argsort
-    "": lambda gradient, source: gradient,
-    "un-sort forgotten": lambda gradient, source: gradient[source],
-    "sort permutation used instead of its inverse": lambda gradient, source: gradient[source][source],
+  "": lambda gradient, source: gradient,
+  "un-sort forgotten": lambda gradient, source: gradient[source],
+  "sort permutation used instead of its inverse": lambda gradient, source: gradient[source][source],
 }
 _THROUGH_RANKS = "gradient through the ranks: it follows others that move in unchanged order, the true one does not"
 _UNSEEN = "unlike finite differences: gradient through the ranks by a surrogate of its own value, or a wrong derivative"
@@ -45,15 +45,15 @@ class LossCheck:
 
 
 def check_loss(
-    loss: Callable[..., jax.Array],
-    *,
-    shape: tuple[int, int] = (7, 3),
-    low: float = -3.0,
-    high: float = 3.0,
-    saturated: Sequence[float] = (0.0, 30.0, -30.0, 110.0, -110.0, 1e4, -1e4),
-    devices: int | None = 4,
-    tolerance: float = 1e-4,
-    seed: int = 0,
+  loss: Callable[..., jax.Array],
+  *,
+  shape: tuple[int, int] = (7, 3),
+  low: float = -3.0,
+  high: float = 3.0,
+  saturated: Sequence[float] = (0.0, 30.0, -30.0, 110.0, -110.0, 1e4, -1e4),
+  devices: int | None = 4,
+  tolerance: float = 1e-4,
+  seed: int = 0,
 ) -> LossCheck:
   """Checks that a batch loss has the gradient of its value, on one device and on several, and is finite.
 
@@ -86,7 +86,11 @@ def check_loss(
   with jax.enable_x64(True):
     outcomes = _check_one_device(total, rng, shape, low, high, devices, tolerance)
     if devices is None or "axis_name" not in inspect.signature(loss).parameters:
-      skipped = "devices: none asked for" if devices is None else "devices: the loss takes no keyword axis_name"
+      skipped = (
+        "devices: none asked for"
+        if devices is None
+        else "devices: the loss takes no keyword axis_name"
+      )
     else:
       parallel, skipped = _check_parallel(total, rng, shape, low, high, devices, tolerance)
       outcomes |= parallel
@@ -112,10 +116,12 @@ def _check_one_device(total, rng, shape, low, high, devices, tolerance):
   factors = {f"mean where a sum was meant (1/{name})": 1 / n for name, n in counts.items()}
   factors |= {f"sum where a mean was meant ({name})": n for name, n in counts.items()}
   return {
-      "gradient": _check_gradient(total, lambda x: jitted(x)[1], np.asarray(x), high - low, factors, tolerance),
-      "permutation": _compare(jitted(x[order]), (here[0], here[1][order]), tolerance),
-      "jit": _compare(here, plain(x), tolerance),
-      "vmap": _compare(jax.jit(jax.vmap(plain))(jnp.stack([x, y])), stacked, tolerance),
+    "gradient": _check_gradient(
+      total, lambda x: jitted(x)[1], np.asarray(x), high - low, factors, tolerance
+    ),
+    "permutation": _compare(jitted(x[order]), (here[0], here[1][order]), tolerance),
+    "jit": _compare(here, plain(x), tolerance),
+    "vmap": _compare(jax.jit(jax.vmap(plain))(jnp.stack([x, y])), stacked, tolerance),
   }
 
 
@@ -123,19 +129,29 @@ def _check_gradient(total, gradient, x, span, factors, tolerance):
   got, (right, noise) = np.asarray(gradient(x)), _differences(total, x, 1e-6 * span)
   error = _relative_error(got, right, noise)
   wrong = np.flatnonzero(error.max(0) > tolerance)
-  slips = {j: _name_slip(got[:, j], right[:, j], np.argsort(x[:, j]), noise, factors, tolerance) for j in wrong}
+  slips = {
+    j: _name_slip(got[:, j], right[:, j], np.argsort(x[:, j]), noise, factors, tolerance)
+    for j in wrong
+  }
   if None in slips.values():
     moves = np.argsort(np.argsort(x, axis=0), axis=0) % 2 == 1
     moved = x - moves * 0.2 * span / len(x)  # by less than the least gap
     change = _relative_error(np.asarray(gradient(moved)), got)
     right_change = _relative_error(_differences(total, moved, 1e-6 * span)[0], right, 2 * noise)
-    reacts, right_reacts = (np.where(moves, 0, a).max(0) > tolerance for a in (change, right_change))
-    slips = {j: slip or (_THROUGH_RANKS if reacts[j] and not right_reacts[j] else _UNSEEN) for j, slip in slips.items()}
+    reacts, right_reacts = (
+      np.where(moves, 0, a).max(0) > tolerance for a in (change, right_change)
+    )
+    slips = {
+      j: slip or (_THROUGH_RANKS if reacts[j] and not right_reacts[j] else _UNSEEN)
+      for j, slip in slips.items()
+    }
   problems = []
   for slip in dict.fromkeys(slips.values()):
     columns = [int(j) for j in wrong if slips[j] == slip]
     among = np.where(np.isin(np.arange(x.shape[1]), columns), error, -1)
-    problems.append(f"{slip}; in column(s) {', '.join(map(str, columns))}, {_worst(among, got, right)}")
+    problems.append(
+      f"{slip}; in column(s) {', '.join(map(str, columns))}, {_worst(among, got, right)}"
+    )
   return float(error.max()), problems
 
 
@@ -147,7 +163,9 @@ def _name_slip(got, right, source, noise, factors, tolerance):
   for slip, arrange in _ARRANGEMENTS.items():
     factor = _factor(got, arrange(right, source), allowed)
     if factor is not None:
-      scale = "" if slip and abs(factor - 1) <= tolerance else _name_factor(factor, factors, tolerance)
+      scale = (
+        "" if slip and abs(factor - 1) <= tolerance else _name_factor(factor, factors, tolerance)
+      )
       return " and ".join(filter(None, [slip, scale]))
   reordered = np.abs(np.sort(got) - np.sort(right)).max() <= allowed
   return "the right values in the wrong places" if reordered else None
@@ -162,13 +180,19 @@ def _check_parallel(total, rng, shape, low, high, n, tolerance):
   """The term's share in the gradient of parameters that devices hold in common, by each way to spread the batch."""
   whole = -(-shape[0] // n) * n, shape[1]
   weights = np.zeros((5, shape[1]))
-  batch = _values(rng, whole, low, high), rng.normal(size=(whole[0], len(weights))), rng.uniform(low, high, whole)
+  batch = (
+    _values(rng, whole, low, high),
+    rng.normal(size=(whole[0], len(weights))),
+    rng.uniform(low, high, whole),
+  )
 
   def objective(weights, values, inputs, target, *, term=1.0, other=1.0, **axis):
     x = values + inputs @ weights
     return term * total(x, **axis) + other * jnp.mean(jnp.square((x - target) / (high - low)))
 
-  alone = lambda **scales: jax.jit(jax.value_and_grad(functools.partial(objective, **scales)))(weights, *batch)
+  alone = lambda **scales: jax.jit(jax.value_and_grad(functools.partial(objective, **scales)))(
+    weights, *batch
+  )
   right, beside = alone(other=0.0), alone(term=0.0)
   spread, skipped = _spread(functools.partial(objective, axis_name=_AXIS), weights, batch, n)
   factors = {"missing psum (1/devices)": 1 / n, "one psum too many (devices)": n}
@@ -177,7 +201,9 @@ def _check_parallel(total, rng, shape, low, high, n, tolerance):
     share = [np.subtract(*pair) for pair in zip(result, beside, strict=True)]
     error, problems = _compare(share, right, tolerance, "parameter")
     if problems:
-      problems = ["; ".join([*_name_shares(share[1], np.asarray(right[1]), factors, tolerance), *problems])]
+      problems = [
+        "; ".join([*_name_shares(share[1], np.asarray(right[1]), factors, tolerance), *problems])
+      ]
     outcomes[f"{n} devices by {layout}"] = error, problems
   return outcomes, skipped
 
@@ -187,8 +213,11 @@ def _name_shares(got, right, known, tolerance):
   wrong = np.flatnonzero(_relative_error(got, right).max(0) > tolerance)
   factors = [_factor(got[:, j], right[:, j], tolerance * np.abs(got[:, j]).max()) for j in wrong]
   return dict.fromkeys(
-      "not a multiple of the gradient on one device" if factor is None
-      else f"{_name_factor(factor, known, tolerance)} beside another term" for factor in factors)
+    "not a multiple of the gradient on one device"
+    if factor is None
+    else f"{_name_factor(factor, known, tolerance)} beside another term"
+    for factor in factors
+  )
 
 
 def _spread(objective, weights, batch, n):
@@ -201,7 +230,9 @@ def _spread(objective, weights, batch, n):
   if len(jax.devices()) < n:
     return found, f"shard_map: there are fewer than {n} real devices"
   mesh, split = Mesh(np.array(jax.devices()[:n]), _AXIS), PartitionSpec(_AXIS)
-  layout = dict(mesh=mesh, in_specs=(PartitionSpec(), split, split, split), out_specs=PartitionSpec())
+  layout = dict(
+    mesh=mesh, in_specs=(PartitionSpec(), split, split, split), out_specs=PartitionSpec()
+  )
   found["shard_map"] = jax.jit(jax.shard_map(averaged, **layout, check_vma=False))(weights, *batch)
   try:
     found["shard_map with check_vma"] = jax.jit(jax.shard_map(summed, **layout))(weights, *batch)
@@ -214,20 +245,28 @@ def _check_saturation(total, shape, saturated):
   """What is not finite in batches of one saturated value each, and in one of all of them in turn; float32."""
   in_turn = np.stack([np.resize(np.roll(saturated, -j), shape[0]) for j in range(shape[1])], axis=1)
   batches = np.asarray([*(np.full(shape, value) for value in saturated), in_turn], np.float32)
-  values, gradients = map(np.asarray, jax.jit(lambda x: lax.map(jax.value_and_grad(total), x))(batches))
+  values, gradients = map(
+    np.asarray, jax.jit(lambda x: lax.map(jax.value_and_grad(total), x))(batches)
+  )
   bad = ~(np.isfinite(gradients) & np.isfinite(values)[:, None, None])
   if not bad.any():
     return 0.0, []
   kind = "NaN" if np.isnan(values).any() or np.isnan(gradients).any() else "infinity"
-  where = [f"{v:g}" for v, wrong in zip(saturated, bad[:-1], strict=True) if wrong.any()] or ["all values in turn"]
+  where = [f"{v:g}" for v, wrong in zip(saturated, bad[:-1], strict=True) if wrong.any()] or [
+    "all values in turn"
+  ]
   k, i, j = np.argwhere(bad)[0]
   place = f"column {j}, example {i}, x = {batches[k, i, j]:g}: value {values[k]:g}, gradient {gradients[k, i, j]:g}"
-  return float(bad.mean()), [f"{kind} at saturation, in batches of {', '.join(where)}; first at {place}"]
+  return float(bad.mean()), [
+    f"{kind} at saturation, in batches of {', '.join(where)}; first at {place}"
+  ]
 
 
 def _compare(got, right, tolerance, row="example"):
   """Compares pairs of value and gradient."""
-  (value, gradient), (right_value, right_gradient) = ([np.asarray(a) for a in pair] for pair in (got, right))
+  (value, gradient), (right_value, right_gradient) = (
+    [np.asarray(a) for a in pair] for pair in (got, right)
+  )
   error = _relative_error(gradient, right_gradient)
   value_error = _relative_error(value.reshape(1, -1), right_value.reshape(1, -1)).max()
   problems = [f"value {value}, expected {right_value}"] if value_error > tolerance else []
@@ -282,12 +321,21 @@ def _order(rng, n):
 
 
 def _check_arguments(loss, shape, low, high, saturated, devices, tolerance):
-  if not (isinstance(shape, tuple) and [type(n) for n in shape] == [int, int] and shape[0] >= 3 and shape[1] >= 1):
-    raise ValueError(f"shape must be a tuple of whole numbers (N, C), N at least 3 and C at least 1; got {shape!r}")
+  if not (
+    isinstance(shape, tuple)
+    and [type(n) for n in shape] == [int, int]
+    and shape[0] >= 3
+    and shape[1] >= 1
+  ):
+    raise ValueError(
+      f"shape must be a tuple of whole numbers (N, C), N at least 3 and C at least 1; got {shape!r}"
+    )
   if not (np.isfinite([low, high]).all() and low < high):
     raise ValueError(f"low must be below high, both finite; got low {low}, high {high}")
   if not len(saturated) or not np.all(np.abs(saturated) <= np.finfo(np.float32).max):
-    raise ValueError(f"saturated must hold at least one number, all finite in float32; got {saturated}")
+    raise ValueError(
+      f"saturated must hold at least one number, all finite in float32; got {saturated}"
+    )
   if devices is not None and not (isinstance(devices, int) and devices >= 2):
     raise ValueError(f"devices must be a whole number, at least 2, or None; got {devices!r}")
   if not 0 < tolerance < 1:
@@ -296,4 +344,6 @@ def _check_arguments(loss, shape, low, high, saturated, devices, tolerance):
     given = jax.ShapeDtypeStruct(shape, np.float64)
     result = jax.eval_shape(loss, given)
   if getattr(result, "shape", None) not in ((), shape[1:]) or result.dtype != given.dtype:
-    raise ValueError(f"loss must return a scalar or [C] in the dtype of its values; got {result} for {given}")
+    raise ValueError(
+      f"loss must return a scalar or [C] in the dtype of its values; got {result} for {given}"
+    )

@@ -13,7 +13,13 @@ import jax
 
 # Ways to run a whole network: all computed, closed units too; all, without gates; each part in its fastest way; a heavy
 # net on chosen segments alone; images that leave at exits.
-MASKED, UNGATED, CHOSEN, SEGMENTS, EXIT_DISPATCH = "masked", "ungated", "chosen", "segments", "exit_dispatch"
+MASKED, UNGATED, CHOSEN, SEGMENTS, EXIT_DISPATCH = (
+  "masked",
+  "ungated",
+  "chosen",
+  "segments",
+  "exit_dispatch",
+)
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -27,17 +33,25 @@ def device() -> str:
   if found.platform != "cpu":
     return f"{found.platform}: {found.device_kind}"
   try:
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")]
+    names = [
+      line.partition(":")[2].strip()
+      for line in Path("/proc/cpuinfo").read_text().splitlines()
+      if line.startswith("model name")
+    ]
   except OSError:
     names = []
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-  return f"cpu: {', '.join([*names[:1], platform.machine()])}, {cores} core{'' if cores == 1 else 's'}"
+  return (
+    f"cpu: {', '.join([*names[:1], platform.machine()])}, {cores} core{'' if cores == 1 else 's'}"
+  )
 
 
 def race(
-    contenders: Mapping[Name, Callable[[], Any]], repeats: int, *, settle: bool = False,
-    on_start: Callable[[], None] = lambda: None,
+  contenders: Mapping[Name, Callable[[], Any]],
+  repeats: int,
+  *,
+  settle: bool = False,
+  on_start: Callable[[], None] = lambda: None,
 ) -> dict[Name, list[float]]:
   """Seconds of each contender's calls, taken in turns after a warm-up, until their results are there.
 

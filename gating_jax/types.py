@@ -42,9 +42,9 @@ class GateRecord:
 
 
 jax.tree_util.register_dataclass(
-    GateRecord,
-    data_fields=["logits", "probs", "gates"],
-    meta_fields=["macs_per_unit", "macs_per_pair", "writers", "readers", "gate"],
+  GateRecord,
+  data_fields=["logits", "probs", "gates"],
+  meta_fields=["macs_per_unit", "macs_per_pair", "writers", "readers", "gate"],
 )
 
 Records = tuple[GateRecord, ...]

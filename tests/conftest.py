@@ -11,7 +11,8 @@ from tests.helpers import ROOT
 # Compiling takes most of the time, and three times as long as this for the programs that users run, which
 # `bash tests/run.sh --optimised` tests.
 os.environ.setdefault(
-    "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false")
+  "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
+)
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Every program is kept: many are small, and loading one takes a tenth of compiling it.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
@@ -44,7 +45,9 @@ def place(item):
   """The place of a case in its list, or the sum of its places in several lists, which pairs their values in turn."""
   number = next(iter(item.callspec.indices.values()))  # among the cases of all lists together
   places = 0
-  for mark in reversed(list(item.iter_markers("parametrize"))):  # the list above the others changes fastest
+  for mark in reversed(
+    list(item.iter_markers("parametrize"))
+  ):  # the list above the others changes fastest
     number, at = divmod(number, len(mark.args[1]))
     places += at
   return places

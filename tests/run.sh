@@ -23,6 +23,7 @@ done
 EXTRAS="[dev]" . launch/setup.sh
 if [ "$tier" = fast ]; then
   ruff check .
+  ruff format --check --quiet . || { echo 'error: ruff format . would change files' >&2; exit 1; }
   lint-imports --no-logo
   python -m pytest -n logical --maxprocesses=8 --dist loadfile -m "not slow" --junit-xml=.cache/fast.xml "$@"
 else

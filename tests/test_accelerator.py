@@ -23,32 +23,48 @@ def benchmarks(monkeypatch):
 @pytest.fixture
 def accelerator(benchmarks):
   import accelerator
+
   return accelerator
 
 
 def test_every_recipe_is_a_config(accelerator):
   import throughput
 
-  found = {name: throughput.config_of(config, {"devices.steps_per_dispatch": "39"})
-           for name, config in accelerator.RECIPES.items()}
+  found = {
+    name: throughput.config_of(config, {"devices.steps_per_dispatch": "39"})
+    for name, config in accelerator.RECIPES.items()
+  }
   assert len(found) == 5
   assert {config.devices.steps_per_dispatch for config in found.values()} == {39}
   assert [config.model.gating for config in found.values()] == ["none"] + ["channel"] * 4
-  assert [config.loss.sparsity.target for config in list(found.values())[1:]] == [0.75, 0.5, 0.25, 0.26]
+  assert [config.loss.sparsity.target for config in list(found.values())[1:]] == [
+    0.75,
+    0.5,
+    0.25,
+    0.26,
+  ]
   assert [config.model.inner_width for config in found.values()] == [1, 1, 1, 1, 4]
 
 
 @pytest.mark.slow
-def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_others(accelerator, tmp_path, capsys):
+def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_others(
+  accelerator, tmp_path, capsys
+):
   job = accelerator.Job(tmp_path, 60)
-  run = lambda name, program, limit=30, **options: job.run(name, [sys.executable, "-c", program], limit, **options)
+  run = lambda name, program, limit=30, **options: job.run(
+    name, [sys.executable, "-c", program], limit, **options
+  )
   said = run("device", "print('{\"devices\": 1}')")
   assert json.loads(said) == {"devices": 1}
   assert run("fails", "raise SystemExit('no memory')") is None
   begun = time.monotonic()
   assert run("sleeps", "import time; time.sleep(50)", 6) is None
   assert time.monotonic() - begun < 20
-  run("rows", "import sys, pathlib; pathlib.Path(sys.argv[1].partition('=')[2]).write_text('[1, 2]')", rows=True)
+  run(
+    "rows",
+    "import sys, pathlib; pathlib.Path(sys.argv[1].partition('=')[2]).write_text('[1, 2]')",
+    rows=True,
+  )
   job.before = time.monotonic() + 1
   assert run("late", "print('never')") is None
   with pytest.raises(SystemExit, match="not done: fails, sleeps, late"):
@@ -57,7 +73,12 @@ def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_others(accelerato
   written = json.loads((tmp_path / "accelerator.json").read_text())
   assert written["device"] == {"devices": 1}
   assert {name: part["status"] for name, part in written["parts"].items()} == {
-      "device": 0, "fails": 1, "sleeps": "stopped", "rows": 0, "late": "left out"}
+    "device": 0,
+    "fails": 1,
+    "sleeps": "stopped",
+    "rows": 0,
+    "late": "left out",
+  }
   assert written["parts"]["rows"]["rows"] == [1, 2]
 
 
@@ -77,8 +98,9 @@ def test_the_time_that_making_the_environment_took_counts(accelerator, tmp_path,
 def test_recipes_share_the_time_that_is_left_by_their_speed(accelerator, tmp_path, monkeypatch):
   job = accelerator.Job(tmp_path, 1000)
   speeds = {"a": 50000.0, "b": 50000.0, "c": 1e9}
-  job.parts["throughput"] = {"rows": [{"config": name, "train_images_per_second": rate}
-                                      for name, rate in speeds.items()]}
+  job.parts["throughput"] = {
+    "rows": [{"config": name, "train_images_per_second": rate} for name, rate in speeds.items()]
+  }
   commands = []
 
   def run(name, command, limit):
@@ -90,19 +112,28 @@ def test_recipes_share_the_time_that_is_left_by_their_speed(accelerator, tmp_pat
       (tmp_path / name / "result.json").write_text(json.dumps({"accuracy": 0.9, "macs": 8.0}))
       return
     line = {"step": 1, "split": "test", "accuracy": 0.5, "macs": 7.0}
-    (tmp_path / name / "metrics.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({**line, "split": "train"}))
+    (tmp_path / name / "metrics.jsonl").write_text(
+      json.dumps(line) + "\n" + json.dumps({**line, "split": "train"})
+    )
 
   monkeypatch.setattr(job, "run", run)
   args = type("", (), {"smoke": False, "data": tmp_path})
   monkeypatch.setattr(accelerator, "OVERHEAD", 100)
   accelerator.train(job, {"first": "a", "second": "b", "third": "c", "fourth": "d"}, args)
   limits = [limit for _, limit in commands]
-  np.testing.assert_allclose(limits, [250, 333, 500, 1000], atol=5)  # no time passes here: more for each
+  np.testing.assert_allclose(
+    limits, [250, 333, 500, 1000], atol=5
+  )  # no time passes here: more for each
   epochs = [job.parts[f"recipe{i}"]["epochs"] for i in range(4)]
-  np.testing.assert_allclose(epochs[:2], [0.85 * (250 - 100), 0.85 * (333 - 50)], atol=3)  # then as measured
+  np.testing.assert_allclose(
+    epochs[:2], [0.85 * (250 - 100), 0.85 * (333 - 50)], atol=3
+  )  # then as measured
   assert epochs[2:] == [500, 1]  # at most the full recipe; one where the speed is not known
   assert f"--config=a,epochs={epochs[0]}" in commands[0][0]
-  outcomes = [[job.parts[f"recipe{i}"][key] for key in ("finished", "accuracy", "macs", "mac_ratio")] for i in (0, 1)]
+  outcomes = [
+    [job.parts[f"recipe{i}"][key] for key in ("finished", "accuracy", "macs", "mac_ratio")]
+    for i in (0, 1)
+  ]
   assert outcomes == [[True, 0.9, 8.0, None], [False, 0.5, 7.0, None]]
 
 
@@ -118,16 +149,26 @@ def test_peaks_are_found_by_the_kind_of_device(benchmarks):
 
 
 def script(*arguments, **environment):
-  return subprocess.run(["bash", "benchmarks/accelerator.sh", *arguments], cwd=ROOT, text=True, capture_output=True,
-                        check=False, env={**os.environ, "PYTHON": sys.executable, **environment}, timeout=580)
+  return subprocess.run(
+    ["bash", "benchmarks/accelerator.sh", *arguments],
+    cwd=ROOT,
+    text=True,
+    capture_output=True,
+    check=False,
+    env={**os.environ, "PYTHON": sys.executable, **environment},
+    timeout=580,
+  )
 
 
-@pytest.mark.parametrize(("arguments", "environment", "message"), [
+@pytest.mark.parametrize(
+  ("arguments", "environment", "message"),
+  [
     (["--data=nowhere"], {}, "--data must be a TFDS folder with cifar10 in it; got nowhere"),
     (["--out=benchmarks"], {}, "--out must be a new folder; got benchmarks"),
     (["--minutes=0"], {}, "--minutes must be above 0"),
     ([], {"PYTHON": "/nowhere/python"}, "/nowhere/python must be Python 3.11 or newer with jax"),
-])
+  ],
+)
 def test_what_it_cannot_do_it_says(arguments, environment, message):
   done = script(*arguments, **environment)
   assert done.returncode == 2
@@ -141,7 +182,15 @@ def test_the_smallest_form_goes_through(tmp_path):
   assert done.returncode == 0, done.stdout + done.stderr
   written = json.loads((out / "accelerator.json").read_text())
   parts = written["parts"]
-  assert list(parts) == ["device", "throughput", "kernels", "loss", "exchange", "training_step", "recipe0"]
+  assert list(parts) == [
+    "device",
+    "throughput",
+    "kernels",
+    "loss",
+    "exchange",
+    "training_step",
+    "recipe0",
+  ]
   assert {part["status"] for part in parts.values()} == {0}
   assert parts["throughput"]["rows"][0]["train_images_per_second"] > 0
   forms = [row["form"] for row in parts["kernels"]["rows"]]
@@ -149,7 +198,10 @@ def test_the_smallest_form_goes_through(tmp_path):
   assert all(row["gap"] < 1e-5 for row in parts["kernels"]["rows"] if row["form"] == "kernel")
   loss = {row["form"]: row for row in parts["loss"]["rows"]}
   assert list(loss)[:3] == ["ours", "ours, other sort", "plain autodiff"]
-  assert {loss[form]["sort"] for form in list(loss)[:2]} == {"compare-exchange network", "XLA's sort"}
+  assert {loss[form]["sort"] for form in list(loss)[:2]} == {
+    "compare-exchange network",
+    "XLA's sort",
+  }
   assert all(row["seconds"] > 0 and row["value_gap"] < 1e-5 for row in loss.values())
   assert [row["exchange"] for row in parts["exchange"]["rows"]] == list(EXCHANGES)
   assert all(row["seconds"] > 0 for row in parts["exchange"]["rows"])
@@ -158,7 +210,11 @@ def test_the_smallest_form_goes_through(tmp_path):
   assert min(steps.values()) > 0
   recipe = parts["recipe0"]
   result = json.loads((out / "recipe0" / "result.json").read_text())
-  assert (recipe["finished"], recipe["accuracy"], recipe["macs"]) == (True, result["accuracy"], result["macs"])
+  assert (recipe["finished"], recipe["accuracy"], recipe["macs"]) == (
+    True,
+    result["accuracy"],
+    result["macs"],
+  )
   table = (out / "accelerator.txt").read_text()
   assert "== kernels" in table
   assert f"{100 * result['accuracy']:.2f}" in table.splitlines()[-1]

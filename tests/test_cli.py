@@ -25,12 +25,23 @@ ENVIRONMENT = environment(devices=1)
 
 
 def command(*arguments, program=("-m", "gating_jax.cli")):
-  return [sys.executable, *program, f"--config={ROOT / 'configs' / 'digits_resnet20.py'}", *arguments]
+  return [
+    sys.executable,
+    *program,
+    f"--config={ROOT / 'configs' / 'digits_resnet20.py'}",
+    *arguments,
+  ]
 
 
 def run(*arguments, **environment):
   return subprocess.run(
-      command(*arguments), env=ENVIRONMENT | environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command(*arguments),
+    env=ENVIRONMENT | environment,
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
 
 
 def start(workdir, *arguments, **changes):
@@ -38,8 +49,11 @@ def start(workdir, *arguments, **changes):
   settings = [f"--config.{name}={value}" for name, value in (TRAINING | changes).items()]
   with workdir.with_suffix(".out").open("w") as out, workdir.with_suffix(".err").open("w") as err:
     return subprocess.Popen(
-        command(*settings, f"--workdir={workdir}", *arguments, program=(tiny_cli.__file__,)),
-        env=ENVIRONMENT, stdout=out, stderr=err)
+      command(*settings, f"--workdir={workdir}", *arguments, program=(tiny_cli.__file__,)),
+      env=ENVIRONMENT,
+      stdout=out,
+      stderr=err,
+    )
 
 
 def finish(workdir, *arguments, **changes):
@@ -50,7 +64,9 @@ def finish(workdir, *arguments, **changes):
 
 def checkpoints_of(workdir):
   folder = workdir / "checkpoints"
-  return sorted(int(f.name) for f in folder.iterdir() if f.name.isdigit()) if folder.exists() else []
+  return (
+    sorted(int(f.name) for f in folder.iterdir() if f.name.isdigit()) if folder.exists() else []
+  )
 
 
 def wait_for_checkpoint(process, workdir, after=0):
@@ -85,8 +101,11 @@ def result(workdir):
 
 def snapshot(workdir):
   """Every file's bytes and time of change, but for the lock's."""
-  return {f.relative_to(workdir): (f.read_bytes() if f.is_file() else None, f.stat().st_mtime_ns)
-          for f in workdir.rglob("*") if f.name != ".lock"}
+  return {
+    f.relative_to(workdir): (f.read_bytes() if f.is_file() else None, f.stat().st_mtime_ns)
+    for f in workdir.rglob("*")
+    if f.name != ".lock"
+  }
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +123,14 @@ def test_what_stops_a_process_is_written_in_one_call(tmp_path):
   (tmp_path / "file").touch()
   ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps each write apart
   with ours, theirs:
-    process = subprocess.run(command(f"--workdir={tmp_path / 'file' / 'run'}"), check=False, cwd=ROOT, timeout=300,
-                             env=ENVIRONMENT | {"PYTHONUNBUFFERED": "1"}, stderr=theirs)
+    process = subprocess.run(
+      command(f"--workdir={tmp_path / 'file' / 'run'}"),
+      check=False,
+      cwd=ROOT,
+      timeout=300,
+      env=ENVIRONMENT | {"PYTHONUNBUFFERED": "1"},
+      stderr=theirs,
+    )
     theirs.close()
     written = [call.decode() for call in iter(lambda: ours.recv(10_000), b"")]
   assert process.returncode == 2
@@ -114,8 +139,19 @@ def test_what_stops_a_process_is_written_in_one_call(tmp_path):
 
 def test_a_run_leaves_its_files(finished):
   assert {f.name for f in finished.iterdir()} == {
-      ".lock", "config.json", "result.json", "metrics.jsonl", "histograms.jsonl", "gates.png", "gates.csv",
-      "report.html", "checkpoints", "tensorboard", "provenance.json", "data.json"}
+    ".lock",
+    "config.json",
+    "result.json",
+    "metrics.jsonl",
+    "histograms.jsonl",
+    "gates.png",
+    "gates.csv",
+    "report.html",
+    "checkpoints",
+    "tensorboard",
+    "provenance.json",
+    "data.json",
+  }
   assert checkpoints_of(finished)[-1] == STEPS_PER_EPOCH * EPOCHS
   assert result(finished)["accuracy"] > 0.5
   assert result(finished)["step"] == STEPS_PER_EPOCH * EPOCHS
@@ -134,7 +170,10 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(finished, tmp_path, monkeyp
     assert not (workdir / "result.json").exists()
     assert checkpoints_of(workdir)[-1] > reached
     if reached:
-      assert f"going on from the checkpoint of step {reached} " in workdir.with_suffix(".out").read_text()
+      assert (
+        f"going on from the checkpoint of step {reached} "
+        in workdir.with_suffix(".out").read_text()
+      )
     reached = checkpoints_of(workdir)[-1]
   assert reached < STEPS_PER_EPOCH * EPOCHS
   code, out, err = finish(workdir)
@@ -195,7 +234,9 @@ def test_a_report_is_written_anew(finished, tmp_path):
   before = snapshot(workdir)
   code, out, err = finish(workdir, "--mode=report")
   assert code == 0, err
-  assert f"report of the checkpoint of step {STEPS_PER_EPOCH * EPOCHS}: {workdir / 'report.html'}" in out
+  assert (
+    f"report of the checkpoint of step {STEPS_PER_EPOCH * EPOCHS}: {workdir / 'report.html'}" in out
+  )
   report = (workdir / "report.html").read_text()
   assert f"{100 * result(finished)['accuracy']:.2f} %" in report
   assert "Gates and classes</h2>" in report
@@ -206,8 +247,16 @@ def test_runs_are_compared_without_a_config(finished, tmp_path):
   before = snapshot(finished)
   other = tmp_path / "finished"
   shutil.copytree(finished, other)
-  compare = [sys.executable, "-m", "gating_jax.cli", "--mode=compare", f"--workdir={finished},{other}"]
-  done = subprocess.run(compare, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+  compare = [
+    sys.executable,
+    "-m",
+    "gating_jax.cli",
+    "--mode=compare",
+    f"--workdir={finished},{other}",
+  ]
+  done = subprocess.run(
+    compare, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=60
+  )
   assert done.returncode == 0, done.stderr
   accuracy = f"{100 * result(finished)['accuracy']:.2f} %"
   assert re.search(rf"accuracy +{accuracy} +{accuracy}\n", done.stdout)
@@ -239,10 +288,18 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize(("mode", "said"), [
-    ("train", "goes on from the newest checkpoint, if there is one"), ("export", "begins anew")])
+@pytest.mark.parametrize(
+  ("mode", "said"),
+  [("train", "goes on from the newest checkpoint, if there is one"), ("export", "begins anew")],
+)
 def test_ctrl_c_says_what_the_same_command_does_next(mode, said, tmp_path):
-  done = subprocess.run(command(f"--workdir={tmp_path}", f"--mode={mode}", program=("-c", _INTERRUPTED)),
-                        env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+  done = subprocess.run(
+    command(f"--workdir={tmp_path}", f"--mode={mode}", program=("-c", _INTERRUPTED)),
+    env=ENVIRONMENT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
   assert (done.returncode, done.stdout) == (130, "before\n")
   assert done.stderr == f"interrupted; the same command {said}\n"

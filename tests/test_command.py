@@ -23,34 +23,44 @@ CONFIG = f"--config={ROOT / 'configs' / 'digits_resnet20.py'}"
 
 
 @pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("--config.optim.lerning_rate=1", "got 'lerning_rate'. Did you mean 'learning_rate'"),
-        ("--config.modle.gating=none", "got 'modle'. Did you mean 'model'"),
-        ("--config.model.gating=chanel", "model.gating must be one of .*; got 'chanel'. Did you mean 'channel'"),
-        ("--config.loss.sparsity.kind=l2", "must be one of budget, l0, macs, target_rate; got 'l2'"),
-        ("--config.optim.epochs=ten", "config.optim.epochs.*ten"),
-        ("--config.optim.batch_size=100000", "optim.batch_size must be at most 1437, .* got 100000"),
-        ("--mode=trian", r"--mode must be one of .*report.*; got 'trian'. Did you mean 'train'\?"),
-        ("--page=mine.html", "--page goes with --mode=compare; got --mode=train"),
-        ("--wrokdir=elsewhere", r"no flag --wrokdir. Did you mean --workdir\?"),
-        ("--config.modle=1", "got 'modle'. Did you mean 'model'"),
-        ("--unheard_of=elsewhere", "no flag --unheard_of; see --help"),
-        ("evaluate", r"unknown arguments .*evaluate.*Did you mean --mode=evaluate\?"),
-        ("digits", r"unknown arguments .*digits.*Did you mean --config=digits\?"),
-        ("--config=configs/digits_resnet21.py",
-         "got 'configs/digits_resnet21.py'. Did you mean configs/digits_resnet20.py"),
-        ("--config=digts", "got 'digts'. Did you mean digits_resnet20 or"),
-        ("--config=split", "'split' could be split_cifar10 or"),
-        ("--config=imagenet", "'imagenet' could be imagenet50 or imagenet_resnet18"),
-        ("--config=elsewhere:1/mine.py:epochs=3", "got 'elsewhere:1/mine.py'"),
-        ("--config=unheard_of", "one of cifar10_resnet20, .*, videos_timegate; got 'unheard_of'\n"),
-        ("--config=gating_jax/data", "must be a file; gating_jax/data is a folder"),
-        ("--config", "Missing value for flag --config"),
-        ("--config=configs/digits_resnet20.py:epoch=3", "a variant must be one of .*'epochs'.*; got 'epoch=3'"),
-    ],
+  ("argument", "message"),
+  [
+    ("--config.optim.lerning_rate=1", "got 'lerning_rate'. Did you mean 'learning_rate'"),
+    ("--config.modle.gating=none", "got 'modle'. Did you mean 'model'"),
+    (
+      "--config.model.gating=chanel",
+      "model.gating must be one of .*; got 'chanel'. Did you mean 'channel'",
+    ),
+    ("--config.loss.sparsity.kind=l2", "must be one of budget, l0, macs, target_rate; got 'l2'"),
+    ("--config.optim.epochs=ten", "config.optim.epochs.*ten"),
+    ("--config.optim.batch_size=100000", "optim.batch_size must be at most 1437, .* got 100000"),
+    ("--mode=trian", r"--mode must be one of .*report.*; got 'trian'. Did you mean 'train'\?"),
+    ("--page=mine.html", "--page goes with --mode=compare; got --mode=train"),
+    ("--wrokdir=elsewhere", r"no flag --wrokdir. Did you mean --workdir\?"),
+    ("--config.modle=1", "got 'modle'. Did you mean 'model'"),
+    ("--unheard_of=elsewhere", "no flag --unheard_of; see --help"),
+    ("evaluate", r"unknown arguments .*evaluate.*Did you mean --mode=evaluate\?"),
+    ("digits", r"unknown arguments .*digits.*Did you mean --config=digits\?"),
+    (
+      "--config=configs/digits_resnet21.py",
+      "got 'configs/digits_resnet21.py'. Did you mean configs/digits_resnet20.py",
+    ),
+    ("--config=digts", "got 'digts'. Did you mean digits_resnet20 or"),
+    ("--config=split", "'split' could be split_cifar10 or"),
+    ("--config=imagenet", "'imagenet' could be imagenet50 or imagenet_resnet18"),
+    ("--config=elsewhere:1/mine.py:epochs=3", "got 'elsewhere:1/mine.py'"),
+    ("--config=unheard_of", "one of cifar10_resnet20, .*, videos_timegate; got 'unheard_of'\n"),
+    ("--config=gating_jax/data", "must be a file; gating_jax/data is a folder"),
+    ("--config", "Missing value for flag --config"),
+    (
+      "--config=configs/digits_resnet20.py:epoch=3",
+      "a variant must be one of .*'epochs'.*; got 'epoch=3'",
+    ),
+  ],
 )
-def test_a_wrong_argument_is_named_before_anything_is_compiled(argument, message, tmp_path, caplog, monkeypatch):
+def test_a_wrong_argument_is_named_before_anything_is_compiled(
+  argument, message, tmp_path, caplog, monkeypatch
+):
   monkeypatch.chdir(ROOT)
   with jax.log_compiles():
     status, said = run_command(CONFIG, f"--workdir={tmp_path / 'new'}", argument)
@@ -63,17 +73,25 @@ def test_a_wrong_argument_is_named_before_anything_is_compiled(argument, message
 
 @pytest.mark.parametrize("arguments", [(CONFIG,), (CONFIG, "--workdir=")])
 def test_a_workdir_is_asked_for(arguments):
-  assert run_command(*arguments) == (2, "error: --workdir must be given, such as --workdir=runs/digits\n")
+  assert run_command(*arguments) == (
+    2,
+    "error: --workdir must be given, such as --workdir=runs/digits\n",
+  )
 
 
 def test_a_config_is_asked_for_to_train_and_refused_to_compare(tmp_path):
   workdir = f"--workdir={tmp_path}"
-  assert run_command(workdir) == (2, "error: --config must be given to train, such as --config=digits\n")
+  assert run_command(workdir) == (
+    2,
+    "error: --config must be given to train, such as --config=digits\n",
+  )
   status, said = run_command(CONFIG, workdir, "--mode=compare")
   assert status == 2
   assert "--config must not be given with --mode=compare" in said
   assert run_command(workdir, "--mode=compare", "--processes=2") == (
-      2, "error: --processes must not be given with --mode=compare, which is one process; got 2\n")
+    2,
+    "error: --processes must not be given with --mode=compare, which is one process; got 2\n",
+  )
   status, said = run_command("--config.optim.epochs=3", workdir, "--mode=evaluate")
   assert status == 2
   assert "--config.optim.epochs changes a field of --config, which is not given" in said
@@ -83,7 +101,9 @@ def test_the_bare_command_says_in_three_lines_where_to_begin():
   status, said = run_command()
   assert status == 2
   assert said.count("\n") == 3
-  assert all(word in said for word in ("--config=configs/digits_resnet20.py", "--workdir=", "--help"))
+  assert all(
+    word in said for word in ("--config=configs/digits_resnet20.py", "--workdir=", "--help")
+  )
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("-h",), (CONFIG, "--workdir=x", "--help")])
@@ -111,11 +131,15 @@ def test_a_mode_that_looks_at_a_run_reads_its_config(mode, tmp_path, monkeypatch
   (tmp_path / "config.json").write_text(config.to_json())
   monkeypatch.setattr(classification, "run", lambda *arguments: asked.append(arguments))
   assert run_command(f"--workdir={tmp_path}", f"--mode={mode}") == (0, "")
-  assert [(found.to_dict(), *rest) for found, *rest in asked] == [(config.to_dict(), tmp_path, mode)]
+  assert [(found.to_dict(), *rest) for found, *rest in asked] == [
+    (config.to_dict(), tmp_path, mode)
+  ]
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ("{", "is damaged: it must hold JSON"), ("{}", "is damaged: it must tell the experiment")])
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [("{", "is damaged: it must hold JSON"), ("{}", "is damaged: it must tell the experiment")],
+)
 def test_a_run_whose_config_is_damaged_is_named(content, message, tmp_path):
   (tmp_path / "config.json").write_text(content)
   status, said = run_command(f"--workdir={tmp_path}", "--mode=evaluate")
@@ -123,13 +147,20 @@ def test_a_run_whose_config_is_damaged_is_named(content, message, tmp_path):
   assert f"{tmp_path / 'config.json'} {message}" in said
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("import unheard_of\ndef get_config(arg=''): pass", "line 1: ModuleNotFoundError: No module named 'unheard_of'"),
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    (
+      "import unheard_of\ndef get_config(arg=''): pass",
+      "line 1: ModuleNotFoundError: No module named 'unheard_of'",
+    ),
     ("def get_config(arg=''):\n  return 1 / 0", "line 2: ZeroDivisionError"),
     ("def get_config(arg='')", "SyntaxError"),
     ("def get_config(arg=''): pass", "get_config must return a ConfigDict; got NoneType"),
     ("def get_config(arg=''): raise ValueError('unheard of')", ": unheard of"),
-    ("", "has no attribute 'get_config'")])
+    ("", "has no attribute 'get_config'"),
+  ],
+)
 def test_what_is_wrong_with_a_config_file_is_said_in_a_line(text, message, tmp_path):
   (tmp_path / "mine.py").write_text(text)
   status, said = run_command(f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / 'run'}")
@@ -150,8 +181,13 @@ def check_concluded(said, number):
 def test_a_run_is_trained_looked_at_and_compared(tmp_path, monkeypatch):
   monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
   monkeypatch.chdir(tmp_path)
-  command = ("--config=digits", f"--workdir={tmp_path / 'run'}", "--config.model.name=tiny",
-             "--config.model.gating=none", "--config.optim.epochs=1")
+  command = (
+    "--config=digits",
+    f"--workdir={tmp_path / 'run'}",
+    "--config.model.name=tiny",
+    "--config.model.gating=none",
+    "--config.optim.epochs=1",
+  )
   status, said = run_command(*command)
   assert status == 0, said
   (start,) = provenance.read_starts(tmp_path / "run")
@@ -185,14 +221,22 @@ def test_every_mode_works_in_a_folder_of_any_name(name, tmp_path, monkeypatch):
   shutil.copy(ROOT / "configs" / "digits_resnet20.py", folder / "my:config.py")
   train = (f"--config={folder / 'my:config.py'}:epochs=1", "--config.model.name=tiny")
   run, other = (f"--workdir={folder / each}" for each in ("run", "other"))
-  for arguments in ((*train, run), (run, "--mode=evaluate"), (run, "--mode=report"), (run, "--mode=compile"),
-                    (run, "--mode=export"), (*train, "--config.model.gating=none", other),
-                    (f"{run},{folder / 'other'}", "--mode=compare")):
+  for arguments in (
+    (*train, run),
+    (run, "--mode=evaluate"),
+    (run, "--mode=report"),
+    (run, "--mode=compile"),
+    (run, "--mode=export"),
+    (*train, "--config.model.gating=none", other),
+    (f"{run},{folder / 'other'}", "--mode=compare"),
+  ):
     status, said = run_command(*arguments)
     assert status == 0, said
     if arguments[-1] == "--mode=evaluate":  # the next command names the folder, for a shell
       named = re.search("next: gating-jax (--workdir=.*) --mode=compile", said)[1]
-      printed = subprocess.run(["bash", "-c", f"printf %s {named}"], capture_output=True, check=True).stdout
+      printed = subprocess.run(
+        ["bash", "-c", f"printf %s {named}"], capture_output=True, check=True
+      ).stdout
       assert os.fsdecode(printed) == run
   for made in ("comparison.html", "run/report.html", "run/compile.json", "run/export"):
     assert (folder / made).exists()
@@ -201,7 +245,12 @@ def test_every_mode_works_in_a_folder_of_any_name(name, tmp_path, monkeypatch):
 def test_processes_without_a_coordinator_and_a_folder_that_is_a_file_are_named(tmp_path):
   (tmp_path / "file").touch()
   status, said = run_command(CONFIG, f"--workdir={tmp_path / 'run'}", "--processes=2")
-  assert (status, said) == (2, "error: coordinator must be given with processes and process; got none\n")
+  assert (status, said) == (
+    2,
+    "error: coordinator must be given with processes and process; got none\n",
+  )
   status, said = run_command(CONFIG, f"--workdir={tmp_path / 'file' / 'run'}")
   assert (status, said.splitlines()[-1]) == (
-      2, f"error: workdir {tmp_path}/file/run cannot be written: Not a directory")  # after what takes long
+    2,
+    f"error: workdir {tmp_path}/file/run cannot be written: Not a directory",
+  )  # after what takes long

@@ -13,11 +13,22 @@ from tests.helpers import ROOT
 from tests.helpers.config_files import FILES
 
 
-@pytest.mark.parametrize(("given", "name"), [
-    ("digits", "digits_resnet20"), ("digits_resnet20", "digits_resnet20"), ("digits_resnet20.py", "digits_resnet20"),
-    ("configs/digits_resnet20.py", "digits_resnet20"), ("composed", "composed_timegate"),
-    ("split_mnist", "split_mnist"), ("imagenet_", "imagenet_resnet18"), ("dig", "digits_resnet20")])
-def test_a_config_is_found_by_its_name_or_its_beginning_from_any_folder(given, name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  ("given", "name"),
+  [
+    ("digits", "digits_resnet20"),
+    ("digits_resnet20", "digits_resnet20"),
+    ("digits_resnet20.py", "digits_resnet20"),
+    ("configs/digits_resnet20.py", "digits_resnet20"),
+    ("composed", "composed_timegate"),
+    ("split_mnist", "split_mnist"),
+    ("imagenet_", "imagenet_resnet18"),
+    ("dig", "digits_resnet20"),
+  ],
+)
+def test_a_config_is_found_by_its_name_or_its_beginning_from_any_folder(
+  given, name, tmp_path, monkeypatch
+):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "digits").mkdir()  # a run directory, say
   assert config_files.locate(given) == ROOT / "configs" / f"{name}.py"
@@ -35,11 +46,19 @@ def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
   assert config_files.locate("~/own[1].py") == tmp_path / "own[1].py"
 
 
-@pytest.mark.parametrize(("given", "file", "variant"), [
-    ("lr:0.1/a:b.py", "lr:0.1/a:b.py", None), ("lr:0.1/a:b.py:epochs=3,x=1:2", "lr:0.1/a:b.py", "epochs=3,x=1:2"),
-    ("lr:0.1/a", "lr:0.1/a", None), ("lr:0.1/a:", "lr:0.1/a", ""),
-    ("digits:seed=" + "1" * 300, None, "seed=" + "1" * 300)])
-def test_a_colon_may_stand_in_a_path_and_a_variant_follows_the_longest(given, file, variant, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  ("given", "file", "variant"),
+  [
+    ("lr:0.1/a:b.py", "lr:0.1/a:b.py", None),
+    ("lr:0.1/a:b.py:epochs=3,x=1:2", "lr:0.1/a:b.py", "epochs=3,x=1:2"),
+    ("lr:0.1/a", "lr:0.1/a", None),
+    ("lr:0.1/a:", "lr:0.1/a", ""),
+    ("digits:seed=" + "1" * 300, None, "seed=" + "1" * 300),
+  ],
+)
+def test_a_colon_may_stand_in_a_path_and_a_variant_follows_the_longest(
+  given, file, variant, tmp_path, monkeypatch
+):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "lr:0.1").mkdir()
   (tmp_path / "lr:0.1" / "a").touch()
@@ -67,7 +86,9 @@ def test_what_configs_share_is_no_config_itself():
 
 def test_the_wheel_has_all_packages_and_the_configs_once():
   setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-  there = {".".join(file.parent.relative_to(ROOT).parts) for file in ROOT.glob("gating_jax/**/__init__.py")}
+  there = {
+    ".".join(file.parent.relative_to(ROOT).parts) for file in ROOT.glob("gating_jax/**/__init__.py")
+  }
   assert set(setuptools["packages"]) == there | {"gating_jax.configs"}
   assert setuptools["package-dir"] == {"gating_jax.configs": "configs"}
   assert not (ROOT / "gating_jax" / "configs").exists()
@@ -77,18 +98,31 @@ def test_the_wheel_has_all_packages_and_the_configs_once():
 def installed(tmp_path_factory):
   """A folder with the package as a wheel has it: the configs within."""
   folder = tmp_path_factory.mktemp("site")
-  shutil.copytree(ROOT / "gating_jax", folder / "gating_jax", ignore=shutil.ignore_patterns("__pycache__"))
-  shutil.copytree(ROOT / "configs", folder / "gating_jax" / "configs", ignore=shutil.ignore_patterns("__pycache__"))
+  shutil.copytree(
+    ROOT / "gating_jax", folder / "gating_jax", ignore=shutil.ignore_patterns("__pycache__")
+  )
+  shutil.copytree(
+    ROOT / "configs",
+    folder / "gating_jax" / "configs",
+    ignore=shutil.ignore_patterns("__pycache__"),
+  )
   return folder
 
 
 _COMMAND = "import sys; from gating_jax import cli; sys.argv[0] = 'gating-jax'; cli.main()"
 
 
-@pytest.mark.parametrize("kind", [
-    "copied", pytest.param("packaged", marks=pytest.mark.slow),
-    pytest.param("copied to a folder named configs", marks=pytest.mark.slow)])
-def test_an_installed_package_finds_its_configs_and_what_a_copy_of_one_imports(kind, installed, tmp_path):
+@pytest.mark.parametrize(
+  "kind",
+  [
+    "copied",
+    pytest.param("packaged", marks=pytest.mark.slow),
+    pytest.param("copied to a folder named configs", marks=pytest.mark.slow),
+  ],
+)
+def test_an_installed_package_finds_its_configs_and_what_a_copy_of_one_imports(
+  kind, installed, tmp_path
+):
   config = "digits:epochs=0"
   if kind != "packaged":
     folder = tmp_path / ("mine" if kind == "copied" else "configs")
@@ -96,8 +130,14 @@ def test_an_installed_package_finds_its_configs_and_what_a_copy_of_one_imports(k
     shutil.copy(ROOT / "configs" / "digits_resnet20.py", folder / "changed.py")
     config = f"{folder.name}/changed.py:epochs=0"
   done = subprocess.run(
-      [sys.executable, "-c", _COMMAND, f"--config={config}", "--workdir=run"], cwd=tmp_path, capture_output=True,
-      text=True, check=False, timeout=120, env={"PYTHONPATH": str(installed), "PATH": ""})
+    [sys.executable, "-c", _COMMAND, f"--config={config}", "--workdir=run"],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=120,
+    env={"PYTHONPATH": str(installed), "PATH": ""},
+  )
   assert done.returncode == 2
   assert done.stderr == "error: optim.epochs must be >= 1; got 0\n"
 

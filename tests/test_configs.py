@@ -23,7 +23,9 @@ def test_config_builds_and_names_known_choices(name):
   videos = config.experiment == "long_video"
   shaping = config.loss.channels.batch_shaping if videos else config.loss.batch_shaping
   one_of("reduction", shaping.reduction, objectives.REDUCTIONS)
-  one_of("kind", config.loss.sparsity.kind, (segment_objectives if videos else objectives).SPARSITIES)
+  one_of(
+    "kind", config.loss.sparsity.kind, (segment_objectives if videos else objectives).SPARSITIES
+  )
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -37,8 +39,16 @@ def test_a_config_is_the_same_after_a_run_directory_has_kept_it(name, tmp_path):
 
 def test_full_recipe_has_the_numbers_of_the_paper():
   config = importlib.import_module("configs.cifar10_resnet20").get_config("")
-  assert (config.optim.epochs, config.optim.batch_size, config.optim.learning_rate) == (500, 256, 0.1)
-  assert (config.optim.drops, config.optim.momentum, config.optim.weight_decay) == ((0.6, 0.75, 0.9), 0.9, 5e-4)
+  assert (config.optim.epochs, config.optim.batch_size, config.optim.learning_rate) == (
+    500,
+    256,
+    0.1,
+  )
+  assert (config.optim.drops, config.optim.momentum, config.optim.weight_decay) == (
+    (0.6, 0.75, 0.9),
+    0.9,
+    5e-4,
+  )
   shaping = config.loss.batch_shaping
   assert (shaping.coefficient, shaping.end, shaping.a, shaping.b) == (0.75, 0.2, 0.6, 0.4)
   assert (config.loss.sparsity.start, config.loss.sparsity.full) == (0.2, 0.6)
@@ -46,7 +56,8 @@ def test_full_recipe_has_the_numbers_of_the_paper():
 
 def test_variants_change_their_field():
   config = importlib.import_module("configs.cifar10_resnet20").get_config(
-      "epochs=3,gating=none,l0=2.5,width=0.5,model=vgg8,block=16")
+    "epochs=3,gating=none,l0=2.5,width=0.5,model=vgg8,block=16"
+  )
   model = config.model
   assert (config.optim.epochs, config.loss.sparsity.coefficient) == (3, 2.5)
   assert (model.gating, model.width, model.name, model.gate.block) == ("none", 0.5, "vgg8", 16)
@@ -55,8 +66,17 @@ def test_variants_change_their_field():
 def test_a_variant_may_stand_for_several_fields_and_later_ones_change_them():
   config = importlib.import_module("configs.cifar10_resnet20").get_config("gates=layer,l0=2.5")
   sparsity = config.loss.sparsity
-  assert (config.model.gating, config.model.gate.initial_open, config.loss.regulariser) == ("layer", 0.87, "sparsity")
-  assert (sparsity.kind, sparsity.target, sparsity.coefficient, sparsity.full) == ("target_rate", 0.6, 2.5, 0)
+  assert (config.model.gating, config.model.gate.initial_open, config.loss.regulariser) == (
+    "layer",
+    0.87,
+    "sparsity",
+  )
+  assert (sparsity.kind, sparsity.target, sparsity.coefficient, sparsity.full) == (
+    "target_rate",
+    0.6,
+    2.5,
+    0,
+  )
   with pytest.raises(ValueError, match="the variant gates must be one of .*; got 'blocks'"):
     importlib.import_module("configs.cifar10_resnet20").get_config("gates=blocks")
 
@@ -69,20 +89,34 @@ def test_variants_of_gates_are_named_as_the_field_and_by_their_earlier_names(ear
 
 
 def test_a_budget_is_a_share_to_train_to():
-  sparsity = importlib.import_module("configs.cifar10_resnet20").get_config("budget=0.25").loss.sparsity
+  sparsity = (
+    importlib.import_module("configs.cifar10_resnet20").get_config("budget=0.25").loss.sparsity
+  )
   assert (sparsity.kind, sparsity.target, sparsity.coefficient) == ("budget", 0.25, 50)
   for static in ("budget=0.25,gates=static", "gates=static,budget=0.25"):
     loss = importlib.import_module("configs.cifar10_resnet20").get_config(static).loss
-    assert (loss.regulariser, loss.sparsity.kind, loss.sparsity.coefficient) == ("sparsity", "budget", 50)
-  later = importlib.import_module("configs.cifar10_resnet20").get_config("budget=0.75,l0=100").loss.sparsity
+    assert (loss.regulariser, loss.sparsity.kind, loss.sparsity.coefficient) == (
+      "sparsity",
+      "budget",
+      50,
+    )
+  later = (
+    importlib.import_module("configs.cifar10_resnet20")
+    .get_config("budget=0.75,l0=100")
+    .loss.sparsity
+  )
   assert (later.kind, later.target, later.coefficient) == ("budget", 0.75, 100)
 
 
 def test_variants_of_long_videos_change_their_field():
   variant = "context=none,target=0.25,heavy=r2plus1d10,seed=3"
   config = importlib.import_module("configs.composed_timegate").get_config(variant)
-  assert (config.model.gate.context, config.loss.sparsity.target, config.model.heavy.name, config.seed) == (
-      "none", 0.25, "r2plus1d10", 3)
+  assert (
+    config.model.gate.context,
+    config.loss.sparsity.target,
+    config.model.heavy.name,
+    config.seed,
+  ) == ("none", 0.25, "r2plus1d10", 3)
 
 
 @pytest.mark.parametrize("variant", ["epoch=3", "epochs", "nonsense=1"])
@@ -93,8 +127,14 @@ def test_unknown_variant_is_refused(variant):
 
 
 def test_continual_recipes_have_the_numbers_of_the_sheet():
-  recipe = lambda c: (c.optim.batch_size, c.optim.learning_rate, c.optim.epochs, c.optim.drops, c.gates.sparsity,
-                      c.gates.patience)
+  recipe = lambda c: (
+    c.optim.batch_size,
+    c.optim.learning_rate,
+    c.optim.epochs,
+    c.optim.drops,
+    c.gates.sparsity,
+    c.gates.patience,
+  )
   of = lambda name: recipe(importlib.import_module(f"configs.{name}").get_config(""))
   assert of("split_mnist") == (256, 0.01, 400, (), 0.5, 20)
   assert of("split_svhn") == (256, 0.01, 800, (0.5, 0.75), 0.5, 20)

@@ -13,13 +13,26 @@ from gating_jax import cli
 from tests.helpers import ROOT, environment
 
 PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
-TRAINS = tuple(f"docs/{name}.md" for name in ("extend", "gate_your_model", "inference", "loss", "videos"))  # for long
+TRAINS = tuple(
+  f"docs/{name}.md" for name in ("extend", "gate_your_model", "inference", "loss", "videos")
+)  # for long
 SHORT = {  # what makes a command of the README take seconds
-    "digits_resnet20": ("optim.epochs=1", "model.width=0.25"),
-    "segmentation_digits": ("optim.epochs=1", "model.width=0.25", "data.train_scenes=64", "data.test_scenes=32"),
-    "split_digits": ("optim.epochs=1", "model.width=0.1", "gates.when_full=reuse"),
-    "composed_timegate": ("optim.epochs=1", "pretrain.epochs=1", "data.train_videos=64", "data.test_videos=32",
-                          "model.heavy.width=0.1", "model.light.width=0.25"),
+  "digits_resnet20": ("optim.epochs=1", "model.width=0.25"),
+  "segmentation_digits": (
+    "optim.epochs=1",
+    "model.width=0.25",
+    "data.train_scenes=64",
+    "data.test_scenes=32",
+  ),
+  "split_digits": ("optim.epochs=1", "model.width=0.1", "gates.when_full=reuse"),
+  "composed_timegate": (
+    "optim.epochs=1",
+    "pretrain.epochs=1",
+    "data.train_videos=64",
+    "data.test_videos=32",
+    "model.heavy.width=0.1",
+    "model.light.width=0.25",
+  ),
 }
 
 
@@ -29,10 +42,15 @@ def blocks(page, language):
 
 def commands(page):
   """Each command of `gating-jax` that a page shows, as its flags `(name, value)`."""
-  lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+  lines = [
+    line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()
+  ]
   split = [shlex.split(line, comments=True) for line in lines]
-  return [[flag.removeprefix("--").partition("=")[::2] for flag in words[1:]]
-          for words in split if words[:1] == ["gating-jax"]]
+  return [
+    [flag.removeprefix("--").partition("=")[::2] for flag in words[1:]]
+    for words in split
+    if words[:1] == ["gating-jax"]
+  ]
 
 
 def config_of(flags):
@@ -40,8 +58,14 @@ def config_of(flags):
   return importlib.import_module(file.removesuffix(".py").replace("/", ".")).get_config(variant)
 
 
-@pytest.mark.parametrize("page", [
-    pytest.param(page, marks=pytest.mark.slow if page in TRAINS else ()) for page in PAGES if blocks(page, "python")])
+@pytest.mark.parametrize(
+  "page",
+  [
+    pytest.param(page, marks=pytest.mark.slow if page in TRAINS else ())
+    for page in PAGES
+    if blocks(page, "python")
+  ],
+)
 def test_python_blocks_run_one_after_the_other(page, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   names = {"__name__": "page"}
@@ -67,7 +91,9 @@ def test_commands_name_what_is_there(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_a_page_names_are_there(page):
   text = (ROOT / page).read_text()
-  named = re.findall(r"(?<![\w/.])((?:docs|configs|launch|tests|benchmarks|gating_jax)/[\w/]+(?:\.\w+)?)", text)
+  named = re.findall(
+    r"(?<![\w/.])((?:docs|configs|launch|tests|benchmarks|gating_jax)/[\w/]+(?:\.\w+)?)", text
+  )
   assert [name for name in named if not (ROOT / name).exists()] == []
 
 
@@ -79,10 +105,19 @@ def test_the_walk_of_a_newcomer(tmp_path):
   for flags in walked:
     short = SHORT[Path(dict(flags)["config"]).stem] if "config" in dict(flags) else ()
     done = subprocess.run(
-        [sys.executable, "-m", "gating_jax.cli",
-         *(f"--{name}={ROOT / value if name == 'config' else value}" for name, value in flags),
-         *(f"--config.{setting}" for setting in short)],
-        cwd=tmp_path, env=environment(devices=1), capture_output=True, text=True, timeout=300)
+      [
+        sys.executable,
+        "-m",
+        "gating_jax.cli",
+        *(f"--{name}={ROOT / value if name == 'config' else value}" for name, value in flags),
+        *(f"--config.{setting}" for setting in short),
+      ],
+      cwd=tmp_path,
+      env=environment(devices=1),
+      capture_output=True,
+      text=True,
+      timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     last = dict(flags)["workdir"].split(",")[-1]
     page = "comparison.html" if dict(flags)["mode"] == cli.COMPARE else f"{last}/report.html"

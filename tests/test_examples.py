@@ -62,13 +62,17 @@ def test_an_export_runs_with_jax_alone(main_of, tmp_path):
     path = export_model(exported, tmp_path / name, input_shape=(8, 8, 3), platforms=("cpu",))
     images, outputs = main_of("load_exported")(path)
     assert images.shape == (3, 8, 8, 3)
-    np.testing.assert_allclose(outputs, folded.run(dequantise(exported), images)[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+      outputs, folded.run(dequantise(exported), images)[0], rtol=1e-4, atol=1e-5
+    )
   text = (EXAMPLES / "load_exported.py").read_text()
   assert "import gating_jax" not in text
   assert "from gating_jax" not in text
 
 
 def test_a_run_is_loaded_and_answers(main_of, tmp_path):
-  made = importlib.import_module("configs.digits_resnet20").get_config("epochs=1,model=simple_cnn,width=0.25")
+  made = importlib.import_module("configs.digits_resnet20").get_config(
+    "epochs=1,model=simple_cnn,width=0.25"
+  )
   said(classification, made, tmp_path / "run", "train")
   assert main_of("load_run")(tmp_path / "run").shape == (64,)

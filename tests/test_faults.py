@@ -38,7 +38,9 @@ def quiet(tmp_path_factory):
 
 def ended(job):
   """The status and words of a job that fails; all is over within 30 s of the first word of it, with no traceback."""
-  wait_until(lambda: "error: " in job.out.read_text() or "launch: " in job.out.read_text() or job.poll(), job)
+  wait_until(
+    lambda: "error: " in job.out.read_text() or "launch: " in job.out.read_text() or job.poll(), job
+  )
   since = time.monotonic()
   status, said = finished(job)
   seconds = time.monotonic() - since
@@ -62,12 +64,25 @@ def check_it_goes_on_to_the_same_end(workdir, quiet, *, after, out=None):
 def test_a_coordinator_that_is_absent(tmp_path, quiet):
   workdir, began = tmp_path / "run", time.monotonic()
   told = subprocess.run(
-      [*jobs.PROGRAM.split(), *jobs.arguments(workdir, **TRAINING), "--coordinator=localhost:9", "--processes=2",
-       "--process=1"], capture_output=True, text=True, timeout=60, check=False, cwd=jobs.ROOT)
+    [
+      *jobs.PROGRAM.split(),
+      *jobs.arguments(workdir, **TRAINING),
+      "--coordinator=localhost:9",
+      "--processes=2",
+      "--process=1",
+    ],
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=False,
+    cwd=jobs.ROOT,
+  )
   assert time.monotonic() - began < 30
   assert told.returncode == 1
-  assert re.fullmatch(r"error: no coordinator answers at localhost:9 for 20 s \(.*\): is process 0 running there\?\n",
-                      told.stderr)
+  assert re.fullmatch(
+    r"error: no coordinator answers at localhost:9 for 20 s \(.*\): is process 0 running there\?\n",
+    told.stderr,
+  )
   assert not workdir.exists()
   check_it_goes_on_to_the_same_end(workdir, quiet, after=0)
 
@@ -87,7 +102,9 @@ def small_disk(tmp_path):
   """A folder on a file system of its own, and what makes that larger."""
   folder = tmp_path / "disk"
   folder.mkdir()
-  mount = lambda *options: subprocess.run(["mount", *options, str(folder)], capture_output=True, check=False).returncode
+  mount = lambda *options: (
+    subprocess.run(["mount", *options, str(folder)], capture_output=True, check=False).returncode
+  )
   if mount("-t", "tmpfs", "-o", "size=1250k", "tmpfs"):
     pytest.skip("mounting is not allowed here")
   yield folder, lambda: mount("-o", "remount,size=64m")
@@ -99,7 +116,10 @@ def test_a_full_disk(small_disk, quiet, tmp_path):
   workdir, out = disk / "run", tmp_path / "out"
   status, said = ended(launch(workdir, out))
   assert status == 1
-  assert re.search(rf"error: a checkpoint cannot be written in {workdir}/checkpoints: no space left on device", said)
+  assert re.search(
+    rf"error: a checkpoint cannot be written in {workdir}/checkpoints: no space left on device",
+    said,
+  )
   kept = saved_steps(workdir)
   assert kept
   assert kept[-1] < STEPS
@@ -156,8 +176,13 @@ def made_set(tmp_path_factory):
   """A folder with a small data set, and the file of its training images."""
   folder = tmp_path_factory.mktemp("data")
   train, test = made_tfds.images(280, (8, 8, 3)), made_tfds.images(16, (8, 8, 3), seed=1)
-  made_tfds.write(folder, list(zip(*train, strict=True)), list(zip(*test, strict=True)), shape=(8, 8, 3),
-                  name="fault_set")
+  made_tfds.write(
+    folder,
+    list(zip(*train, strict=True)),
+    list(zip(*test, strict=True)),
+    shape=(8, 8, 3),
+    name="fault_set",
+  )
   (file,) = folder.rglob("*train.array_record*")
   return folder, file
 
@@ -171,9 +196,16 @@ def test_a_record_that_is_damaged(tmp_path, made_set, loader):
   damaged = bytearray(intact)
   damaged[images[140] + 20 : images[140] + 40] = bytes(20)
   workdir = tmp_path / "run"
-  changes = TRAINING | {"config": "tfds_resnet20", "data.name": "fault_set", "data.data_dir": folder,
-                        "data.loader": loader, "data.std": "0.25,0.25,0.25", "data.mean": "0.5,0.5,0.5",
-                        "optim.batch_size": 56, "optim.epochs": 4}
+  changes = TRAINING | {
+    "config": "tfds_resnet20",
+    "data.name": "fault_set",
+    "data.data_dir": folder,
+    "data.loader": loader,
+    "data.std": "0.25,0.25,0.25",
+    "data.mean": "0.5,0.5,0.5",
+    "optim.batch_size": 56,
+    "optim.epochs": 4,
+  }
   file.write_bytes(damaged)
   try:
     status, said = ended(launch(workdir, settings=changes, RESTARTS="2"))
@@ -181,7 +213,10 @@ def test_a_record_that_is_damaged(tmp_path, made_set, loader):
     file.write_bytes(intact)
   assert status == 2
   assert "starting it again" not in said
-  assert re.search(rf"error: example 1[0-9]+ of split 'train' of fault_set in {folder} cannot be read "
-                   r"\(\w+: Corrupted .*\): remove the set from there and prepare it again", said)
+  assert re.search(
+    rf"error: example 1[0-9]+ of split 'train' of fault_set in {folder} cannot be read "
+    r"\(\w+: Corrupted .*\): remove the set from there and prepare it again",
+    said,
+  )
   status, said = finished(launch(workdir, settings=changes))
   assert status == 0, said

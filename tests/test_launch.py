@@ -40,7 +40,9 @@ def test_two_processes_of_four_devices_do_what_one_of_eight_does(tmp_path, backe
   alone(*arguments(tmp_path / "one", **changes))
   two, one = (saved_state(tmp_path / run, STEPS_PER_EPOCH) for run in ("two", "one"))
   assert tiny.relative_gap(two["params"], one["params"]) < 1e-5
-  assert {f.name for f in (tmp_path / "two").iterdir()} == {f.name for f in (tmp_path / "one").iterdir()}
+  assert {f.name for f in (tmp_path / "two").iterdir()} == {
+    f.name for f in (tmp_path / "one").iterdir()
+  }
   lines = lambda run: (tmp_path / run / "metrics.jsonl").read_text().count("\n")
   assert lines("two") == lines("one")
   evaluated = alone(*arguments(tmp_path / "two", **changes), "--mode=evaluate", devices=1)
@@ -48,17 +50,35 @@ def test_two_processes_of_four_devices_do_what_one_of_eight_does(tmp_path, backe
 
 
 PROGRAMMES = {
-    "segmentation_digits": {
-        "model.name": "tiny", "data.size": "(16, 16)", "data.train_scenes": 40, "data.test_scenes": 8,
-        "optim.batch_size": 8, "optim.epochs": 1},
-    "composed_timegate": {  # both nets, gate and classifier; large or Adam's steps would multiply rounding
-        "model.light.name": "tiny", "model.heavy.name": "tiny", "data.train_videos": 40, "data.test_videos": 8,
-        "model.gate.concepts": 4, "training": "end_to_end",
-        "pretrain.epochs": 0, "optim.kind": "sgd", "optim.learning_rate": 5e-4, "optim.batch_size": 8,
-        "optim.epochs": 1},
-    "split_digits": {
-        "model.width": 0.05, "tasks.count": 2, "optim.batch_size": 48, "optim.epochs": 1, "router.steps": 20,
-        "gates.when_full": "reuse"},
+  "segmentation_digits": {
+    "model.name": "tiny",
+    "data.size": "(16, 16)",
+    "data.train_scenes": 40,
+    "data.test_scenes": 8,
+    "optim.batch_size": 8,
+    "optim.epochs": 1,
+  },
+  "composed_timegate": {  # both nets, gate and classifier; large or Adam's steps would multiply rounding
+    "model.light.name": "tiny",
+    "model.heavy.name": "tiny",
+    "data.train_videos": 40,
+    "data.test_videos": 8,
+    "model.gate.concepts": 4,
+    "training": "end_to_end",
+    "pretrain.epochs": 0,
+    "optim.kind": "sgd",
+    "optim.learning_rate": 5e-4,
+    "optim.batch_size": 8,
+    "optim.epochs": 1,
+  },
+  "split_digits": {
+    "model.width": 0.05,
+    "tasks.count": 2,
+    "optim.batch_size": 48,
+    "optim.epochs": 1,
+    "router.steps": 20,
+    "gates.when_full": "reuse",
+  },
 }
 
 
@@ -95,7 +115,9 @@ def test_a_job_of_two_processes_is_finished_by_one_on_as_many_devices_or_fewer(t
   assert finished(job)[0] != 0
   step = saved_steps(begun)[-1]
   assert step < 4 * STEPS_PER_EPOCH
-  assert f"going on from the checkpoint of step {step} " in alone(*arguments(begun, **changes), devices=devices)
+  assert f"going on from the checkpoint of step {step} " in alone(
+    *arguments(begun, **changes), devices=devices
+  )
   alone(*arguments(tmp_path / "whole", **changes))
   ours, theirs = (saved_state(run, 4 * STEPS_PER_EPOCH) for run in (begun, tmp_path / "whole"))
   assert tiny.relative_gap(ours["params"], theirs["params"]) < 1e-4  # rounding, of 20 steps
@@ -138,9 +160,12 @@ def test_a_job_that_cannot_begin_ends_on_all_with_the_reason_of_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("processes", "process", "message"),
-    [(2, 2, r"process must be in 0, ..., processes - 1, .*; got process 2, processes 2"),
-     (None, 0, "both given with a coordinator; got process 0, processes None")])
+  ("processes", "process", "message"),
+  [
+    (2, 2, r"process must be in 0, ..., processes - 1, .*; got process 2, processes 2"),
+    (None, 0, "both given with a coordinator; got process 0, processes None"),
+  ],
+)
 def test_processes_that_make_no_job_are_refused(processes, process, message):
   with pytest.raises(ValueError, match=message):
     hosts.connect("localhost:1", processes, process)
@@ -148,13 +173,18 @@ def test_processes_that_make_no_job_are_refused(processes, process, message):
 
 @pytest.mark.parametrize("coordinator", ["localhost", "localhost:", ":1", "localhost:http"])
 def test_a_coordinator_without_host_or_port_is_refused(coordinator):
-  with pytest.raises(ValueError, match=f"coordinator must be auto or host:port; got '{coordinator}'"):
+  with pytest.raises(
+    ValueError, match=f"coordinator must be auto or host:port; got '{coordinator}'"
+  ):
     hosts.connect(coordinator, 2, 1)
 
 
 def test_a_coordinator_that_does_not_listen_is_waited_for_and_named(monkeypatch):
   monkeypatch.setattr(hosts, "_PATIENCE", 0.1)
-  with pytest.raises(hosts.PeerError, match="no coordinator answers at localhost:9 for 0.1 s .*: is process 0 running"):
+  with pytest.raises(
+    hosts.PeerError,
+    match="no coordinator answers at localhost:9 for 0.1 s .*: is process 0 running",
+  ):
     hosts.connect("localhost:9", 2, 1)
 
 
@@ -177,88 +207,189 @@ def test_processes_that_do_not_find_each_other_are_an_error_of_the_job(monkeypat
     raise RuntimeError("timed out")
 
   monkeypatch.setattr(jax.distributed, "initialize", fail)
-  with pytest.raises(hosts.PeerError, match="the processes of the job did not find each other: timed out"):
+  with pytest.raises(
+    hosts.PeerError, match="the processes of the job did not find each other: timed out"
+  ):
     hosts.connect("localhost:1", 2, 0)
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])
-@pytest.mark.parametrize(("script", "arguments"), [
-    ("local.sh", ()), ("local.sh", ("2", "--workdir=x")), ("slurm.sh", ("--workdir=x",)), ("tpu.sh", ()),
-    ("quickstart.sh", ()), ("quickstart.sh", ("elsewhere",)), ("setup.sh", ()), ("restarts.sh", ())])
+@pytest.mark.parametrize(
+  ("script", "arguments"),
+  [
+    ("local.sh", ()),
+    ("local.sh", ("2", "--workdir=x")),
+    ("slurm.sh", ("--workdir=x",)),
+    ("tpu.sh", ()),
+    ("quickstart.sh", ()),
+    ("quickstart.sh", ("elsewhere",)),
+    ("setup.sh", ()),
+    ("restarts.sh", ()),
+  ],
+)
 def test_help_of_a_launcher_starts_nothing(script, arguments, option, tmp_path):
-  told = subprocess.run(["bash", str(ROOT / "launch" / script), *arguments, option], capture_output=True, text=True,
-                        check=False, cwd=tmp_path, env={"PATH": os.environ["PATH"], "GATING_JAX": "false"})
+  told = subprocess.run(
+    ["bash", str(ROOT / "launch" / script), *arguments, option],
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=tmp_path,
+    env={"PATH": os.environ["PATH"], "GATING_JAX": "false"},
+  )
   assert (told.returncode, told.stderr) == (0, "")
   assert "Usage: " in told.stdout
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("script", "arguments", "expected"), [
-    ("local.sh", ("2", "--workdir=x", "--dry-run"), "--workdir=x --coordinator=localhost:PORT --processes=2"),
+@pytest.mark.parametrize(
+  ("script", "arguments", "expected"),
+  [
+    (
+      "local.sh",
+      ("2", "--workdir=x", "--dry-run"),
+      "--workdir=x --coordinator=localhost:PORT --processes=2",
+    ),
     ("slurm.sh", ("--workdir=x", "--dry-run"), "--workdir=x --coordinator=auto"),
     ("tpu.sh", ("--workdir=x", "--dry-run"), "--workdir=x"),
-    ("quickstart.sh", ("elsewhere", "--dry-run"),
-     "gating-jax --config=configs/digits_resnet20.py --workdir=elsewhere")])
+    (
+      "quickstart.sh",
+      ("elsewhere", "--dry-run"),
+      "gating-jax --config=configs/digits_resnet20.py --workdir=elsewhere",
+    ),
+  ],
+)
 def test_a_dry_run_may_be_asked_for_anywhere(script, arguments, expected):
-  told = subprocess.run(["bash", str(ROOT / "launch" / script), *arguments], capture_output=True, text=True, check=True,
-                        cwd=ROOT, env={"PATH": os.environ["PATH"], "NAME": "pod", "ZONE": "z", "GATING_JAX": "false"})
+  told = subprocess.run(
+    ["bash", str(ROOT / "launch" / script), *arguments],
+    capture_output=True,
+    text=True,
+    check=True,
+    cwd=ROOT,
+    env={"PATH": os.environ["PATH"], "NAME": "pod", "ZONE": "z", "GATING_JAX": "false"},
+  )
   assert expected in told.stdout
   assert "--dry-run" not in told.stdout
 
 
-@pytest.mark.parametrize(("script", "arguments"), [
-    ("local.sh", ()), ("local.sh", ("0", "--workdir=x")), ("local.sh", ("two", "--workdir=x")), ("local.sh", ("2",)),
-    ("slurm.sh", ()), ("slurm.sh", ("--dry-run",)), ("tpu.sh", ("--dry-run",)), ("tpu.sh", ("--workdir=x",))])
+@pytest.mark.parametrize(
+  ("script", "arguments"),
+  [
+    ("local.sh", ()),
+    ("local.sh", ("0", "--workdir=x")),
+    ("local.sh", ("two", "--workdir=x")),
+    ("local.sh", ("2",)),
+    ("slurm.sh", ()),
+    ("slurm.sh", ("--dry-run",)),
+    ("tpu.sh", ("--dry-run",)),
+    ("tpu.sh", ("--workdir=x",)),
+  ],
+)
 def test_a_launcher_says_how_it_is_used(script, arguments):
-  told = subprocess.run(["bash", str(ROOT / "launch" / script), *arguments], capture_output=True, text=True,
-                        check=False, env={"PATH": os.environ["PATH"]})
+  told = subprocess.run(
+    ["bash", str(ROOT / "launch" / script), *arguments],
+    capture_output=True,
+    text=True,
+    check=False,
+    env={"PATH": os.environ["PATH"]},
+  )
   assert (told.returncode, told.stdout) == (2, "")
   assert "Usage: " in told.stderr
   assert f"launch/{script} " in told.stderr
 
 
 def test_the_launcher_for_slurm_says_where_it_must_be_called(tmp_path):
-  told = subprocess.run(["bash", str(ROOT / "launch" / "slurm.sh"), "--workdir=x"], capture_output=True, text=True,
-                        check=False, cwd=tmp_path, env={"PATH": os.environ["PATH"]})
-  assert (told.returncode, told.stderr) == (2, f"error: call it from the repository; this is {tmp_path}\n")
+  told = subprocess.run(
+    ["bash", str(ROOT / "launch" / "slurm.sh"), "--workdir=x"],
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=tmp_path,
+    env={"PATH": os.environ["PATH"]},
+  )
+  assert (told.returncode, told.stderr) == (
+    2,
+    f"error: call it from the repository; this is {tmp_path}\n",
+  )
 
 
 @pytest.mark.parametrize(
-    ("script", "environment", "expected"),
-    [(("local.sh", "--dry-run", "2"), {"DEVICES": "4", "GATING_JAX": "gating-jax", "XLA_FLAGS": ""},
+  ("script", "environment", "expected"),
+  [
+    (
+      ("local.sh", "--dry-run", "2"),
+      {"DEVICES": "4", "GATING_JAX": "gating-jax", "XLA_FLAGS": ""},
       "env XLA_FLAGS=--xla_force_host_platform_device_count=4 gating-jax --workdir=a\\ b "
-      "--coordinator=localhost:PORT --processes=2 --process=1"),
-     (("slurm.sh", "--dry-run"), {"SLURM_SUBMIT_DIR": str(ROOT)},
-      f"srun --kill-on-bad-exit=0 --wait=30 {ROOT}/.venv/bin/gating-jax --workdir=a\\ b --coordinator=auto"),
-     (("tpu.sh", "--dry-run"), {"NAME": "pod", "ZONE": "z"},
-      "gcloud compute tpus tpu-vm ssh pod --zone=z --worker=all")])
+      "--coordinator=localhost:PORT --processes=2 --process=1",
+    ),
+    (
+      ("slurm.sh", "--dry-run"),
+      {"SLURM_SUBMIT_DIR": str(ROOT)},
+      f"srun --kill-on-bad-exit=0 --wait=30 {ROOT}/.venv/bin/gating-jax --workdir=a\\ b --coordinator=auto",
+    ),
+    (
+      ("tpu.sh", "--dry-run"),
+      {"NAME": "pod", "ZONE": "z"},
+      "gcloud compute tpus tpu-vm ssh pod --zone=z --worker=all",
+    ),
+  ],
+)
 def test_a_dry_run_prints_what_would_be_done(script, environment, expected):
-  told = subprocess.run(["bash", str(ROOT / "launch" / script[0]), *script[1:], "--workdir=a b"], capture_output=True,
-                        text=True, env={**os.environ, **environment, "RESTARTS": "3"}, check=True)
+  told = subprocess.run(
+    ["bash", str(ROOT / "launch" / script[0]), *script[1:], "--workdir=a b"],
+    capture_output=True,
+    text=True,
+    env={**os.environ, **environment, "RESTARTS": "3"},
+    check=True,
+  )
   assert expected in told.stdout
   assert told.stdout.endswith("# if it fails, again from its newest checkpoint, at most 3 times\n")
 
 
 @pytest.mark.parametrize(
-    ("restarts", "status", "runs"), [(0, 1, 1), (2, 1, 3), (2, 2, 1), (2, 127, 1), (2, 143, 3), (2, 0, 1)])
+  ("restarts", "status", "runs"),
+  [(0, 1, 1), (2, 1, 3), (2, 2, 1), (2, 127, 1), (2, 143, 3), (2, 0, 1)],
+)
 @pytest.mark.parametrize(("script", "program"), [("slurm.sh", "srun"), ("tpu.sh", "gcloud")])
-def test_what_a_restart_may_mend_is_started_again_so_many_times(tmp_path, script, program, restarts, status, runs):
+def test_what_a_restart_may_mend_is_started_again_so_many_times(
+  tmp_path, script, program, restarts, status, runs
+):
   (tmp_path / program).write_text(f"#!/bin/sh\necho run >> {tmp_path}/runs\nexit {status}\n")
   (tmp_path / program).chmod(0o755)
   told = subprocess.run(
-      ["bash", str(ROOT / "launch" / script), "--workdir=x"], capture_output=True, text=True, check=False, cwd=ROOT,
-      env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "NAME": "pod", "ZONE": "z",
-           "SLURM_SUBMIT_DIR": str(ROOT), "RESTARTS": str(restarts)})
+    ["bash", str(ROOT / "launch" / script), "--workdir=x"],
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=ROOT,
+    env={
+      **os.environ,
+      "PATH": f"{tmp_path}:{os.environ['PATH']}",
+      "NAME": "pod",
+      "ZONE": "z",
+      "SLURM_SUBMIT_DIR": str(ROOT),
+      "RESTARTS": str(restarts),
+    },
+  )
   assert told.returncode == status
   assert (tmp_path / "runs").read_text().count("run") == runs
   assert told.stderr.count("starting it again, from its newest checkpoint") == runs - 1
 
 
 def test_shellcheck_finds_nothing_in_the_shell_scripts():
-  scripts = [*ROOT.glob("launch/*.sh"), *ROOT.glob("benchmarks/*.sh"), ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"]
+  scripts = [
+    *ROOT.glob("launch/*.sh"),
+    *ROOT.glob("benchmarks/*.sh"),
+    ROOT / "tests" / "run.sh",
+    ROOT / ".ci" / "run",
+  ]
   assert len(scripts) > 6
-  done = subprocess.run([shutil.which("shellcheck"), "-x", *map(str, scripts)], capture_output=True, text=True,
-                        check=False, cwd=ROOT)
+  done = subprocess.run(
+    [shutil.which("shellcheck"), "-x", *map(str, scripts)],
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=ROOT,
+  )
   assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
@@ -268,8 +399,12 @@ def test_the_container_file_copies_what_is_there_and_what_its_installation_needs
   copied = [source for step in steps if step[0] == "COPY" for source in step[1:-1]]
   assert copied
   assert all((ROOT / source).exists() for source in copied)
-  installed = [step[step.index(option) + 1] for step in steps for option in ("--requirement", "--constraint")
-               if option in step]
+  installed = [
+    step[step.index(option) + 1]
+    for step in steps
+    for option in ("--requirement", "--constraint")
+    if option in step
+  ]
   assert installed
   assert set(installed) <= set(copied)
   project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

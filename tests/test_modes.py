@@ -19,8 +19,25 @@ def test_unit_tests_of_ops_and_layers_pass_in_every_mode(tmp_path):
   for mode, variables in MODES.items():  # all at once, since each works on one core for minutes
     with (tmp_path / mode).open("w") as said:
       jobs[mode] = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-p", "no:xdist", "-m", "not slow", "--tb=short",
-         "--ignore-glob=*/test_modes.py", "tests/ops", "tests/layers"],
-        cwd=ROOT, env=environment(devices=8, **variables), stdout=said, stderr=subprocess.STDOUT)
+        [
+          sys.executable,
+          "-m",
+          "pytest",
+          "-p",
+          "no:xdist",
+          "-m",
+          "not slow",
+          "--tb=short",
+          "--ignore-glob=*/test_modes.py",
+          "tests/ops",
+          "tests/layers",
+        ],
+        cwd=ROOT,
+        env=environment(devices=8, **variables),
+        stdout=said,
+        stderr=subprocess.STDOUT,
+      )
   statuses = {mode: job.wait(1500) for mode, job in jobs.items()}
-  assert statuses == dict.fromkeys(MODES, 0), [(tmp_path / mode).read_text()[-5000:] for mode in MODES]
+  assert statuses == dict.fromkeys(MODES, 0), [
+    (tmp_path / mode).read_text()[-5000:] for mode in MODES
+  ]

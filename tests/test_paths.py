@@ -6,9 +6,19 @@ from gating_jax import paths
 from gating_jax.paths import check_storable, is_text, user_path
 
 
-@pytest.mark.parametrize(("given", "meant"), [
-    ("~", "home"), ("~/runs/a", "home/runs/a"), ("./~/a", "here/~/a"), ("~no-such-user/a", "here/~no-such-user/a"),
-    ("runs/~x", "here/runs/~x"), ("lr[0.1]/*", "here/lr[0.1]/*"), ("a\\b", "here/a\\b"), ("$HOME", "here/$HOME")])
+@pytest.mark.parametrize(
+  ("given", "meant"),
+  [
+    ("~", "home"),
+    ("~/runs/a", "home/runs/a"),
+    ("./~/a", "here/~/a"),
+    ("~no-such-user/a", "here/~no-such-user/a"),
+    ("runs/~x", "here/runs/~x"),
+    ("lr[0.1]/*", "here/lr[0.1]/*"),
+    ("a\\b", "here/a\\b"),
+    ("$HOME", "here/$HOME"),
+  ],
+)
 def test_only_the_home_folder_at_the_beginning_is_expanded(given, meant, monkeypatch, tmp_path):
   (tmp_path / "here").mkdir()
   monkeypatch.chdir(tmp_path / "here")

@@ -63,7 +63,9 @@ def test_a_training_says_that_it_compiles_and_once_how_long_it_takes(monkeypatch
   said = []
   pace = progress.Pace(lambda step, line: said.append((step, line)), total_steps=200)
   monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
-  monkeypatch.setattr(progress, "working", lambda *_: contextlib.nullcontext(said.append("compiling")))
+  monkeypatch.setattr(
+    progress, "working", lambda *_: contextlib.nullcontext(said.append("compiling"))
+  )
   steps = iter(range(0, 200, 10))
   for task in range(2):  # the second takes over where the first ends
     advance = pace(lambda state, step: state + step)
@@ -77,7 +79,9 @@ def test_each_program_of_a_training_is_compiled_and_takes_its_own_time(monkeypat
   generators_left = lambda step: {"generator step": 10 * (2 - step // 20) - min(step % 20, 10)}
   pace = progress.Pace(lambda step, line: said.append((step, line)), 40, generators_left)
   monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
-  monkeypatch.setattr(progress, "working", lambda what, *_: contextlib.nullcontext(said.append(what)))
+  monkeypatch.setattr(
+    progress, "working", lambda what, *_: contextlib.nullcontext(said.append(what))
+  )
 
   def train(program, seconds, steps):
     def advance(state, step):

@@ -43,7 +43,9 @@ def run(tmp_path_factory):
       journal.write_histograms(step, "test", {"gates/layer00/probs": np.arange(40)})
     journal.close()
     checkpoints.close()
-    run_dir.finish({"step": 2, "accuracy": 1.0, "macs": 100.5, "layers": [{"name": "conv", "open": 0.5}]})
+    run_dir.finish(
+      {"step": 2, "accuracy": 1.0, "macs": 100.5, "layers": [{"name": "conv", "open": 0.5}]}
+    )
   return path
 
 
@@ -76,8 +78,14 @@ def read_comparison(path):
   comparison.render(runs)
 
 
-READERS = (settings.config_of, lambda path: RunDir(path).result(), read_checkpoint, read_comparison,
-           lambda path: read_lines(path / "metrics.jsonl"), lambda path: read_lines(path / "histograms.jsonl"))
+READERS = (
+  settings.config_of,
+  lambda path: RunDir(path).result(),
+  read_checkpoint,
+  read_comparison,
+  lambda path: read_lines(path / "metrics.jsonl"),
+  lambda path: read_lines(path / "histograms.jsonl"),
+)
 
 
 def raised_by(reader, path):
@@ -107,7 +115,11 @@ def check_readers(run, folder, seed):
     assert time.monotonic() - start < SECONDS, (seed, file)
     assert error is None or isinstance(error, NAMED), (seed, file, error)
     # One line, and one for each checkpoint where none can be read.
-    assert error is None or str(path) in str(error) and len(str(error).splitlines()) <= 4, (seed, file, error)
+    assert error is None or str(path) in str(error) and len(str(error).splitlines()) <= 4, (
+      seed,
+      file,
+      error,
+    )
   shutil.rmtree(path)
 
 

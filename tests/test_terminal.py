@@ -30,8 +30,13 @@ def test_no_file_takes_the_number_of_a_closed_stream(closed):
 
 def test_texts_that_the_encoding_lacks_are_written_nevertheless():
   program = "from gating_jax.terminal import prepare_streams; prepare_streams(); print('\\udcff ü')"
-  done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
-                        env=os.environ | {"PYTHONIOENCODING": "ascii"})
+  done = subprocess.run(
+    [sys.executable, "-c", program],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    env=os.environ | {"PYTHONIOENCODING": "ascii"},
+  )
   assert (done.returncode, done.stdout) == (0, "\\udcff \\xfc\n")
 
 
@@ -52,7 +57,9 @@ def test_bars_without_stderr_show_nothing_and_count(monkeypatch):
     assert list(progress_bar(range(3), desc="reading")) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("handler", [logging.StreamHandler, absl.logging.get_absl_handler], ids=["Python", "absl"])
+@pytest.mark.parametrize(
+  "handler", [logging.StreamHandler, absl.logging.get_absl_handler], ids=["Python", "absl"]
+)
 def test_warnings_without_stderr_end_nothing(monkeypatch, handler):
   for stream in (None, closed_stream(), io.StringIO()):
     monkeypatch.setattr(sys, "stderr", stream)
@@ -63,13 +70,18 @@ def test_warnings_without_stderr_end_nothing(monkeypatch, handler):
 
 def test_warnings_are_of_the_line_that_they_come_from(caplog):
   warn("%d of %d", 1, 2)
-  assert [(record.getMessage(), record.filename) for record in caplog.records] == [("1 of 2", "test_terminal.py")]
+  assert [(record.getMessage(), record.filename) for record in caplog.records] == [
+    ("1 of 2", "test_terminal.py")
+  ]
 
 
-@pytest.mark.parametrize(("call", "homes"), [
+@pytest.mark.parametrize(
+  ("call", "homes"),
+  [
     (r"^\s+print\(", {"cli.py", "progress.py", "native/build.py"}),
     (r"logging\.(warning|error|info)\(", {"terminal.py"}),
-])
+  ],
+)
 def test_lines_and_warnings_have_one_home_each_which_heeds_closed_streams(call, homes):
   package = ROOT / "gating_jax"
   sources = {str(path.relative_to(package)): path.read_text() for path in package.rglob("*.py")}

@@ -10,7 +10,9 @@ import pytest
 from tests.helpers import ROOT, environment
 
 RECORD = ROOT / ".cache" / "fast.xml"  # which `bash tests/run.sh` writes
-CALL_LIMIT = 5.0  # s, where the whole tier takes at most WHOLE; in proportion on a slower or busier machine
+CALL_LIMIT = (
+  5.0  # s, where the whole tier takes at most WHOLE; in proportion on a slower or busier machine
+)
 SETUP_LIMIT = 15.0  # s, of a run that many tests share; likewise
 WHOLE = 800.0  # s, of all workers together
 ATTEMPTS = 3  # of a test that took too long to be quick enough when nothing runs beside it
@@ -31,7 +33,9 @@ def over_limit(record, slowness=1.0):
 
 def slowness_of(record):
   """How much slower the machine was than one that runs the whole tier in `WHOLE` seconds, at least 1."""
-  return max(1.0, sum(float(case.get("time")) for case in ElementTree.parse(record).iter("testcase")) / WHOLE)
+  return max(
+    1.0, sum(float(case.get("time")) for case in ElementTree.parse(record).iter("testcase")) / WHOLE
+  )
 
 
 def run_alone(tests, folder):
@@ -39,8 +43,12 @@ def run_alone(tests, folder):
   folder.mkdir()
   record = folder / "record.xml"
   subprocess.run(
-      [sys.executable, "-m", "pytest", "-p", "no:xdist", f"--junit-xml={record}", *tests], cwd=ROOT, check=False,
-      env=environment(devices=8, JAX_COMPILATION_CACHE_DIR=str(folder / "programs")), stdout=subprocess.DEVNULL)
+    [sys.executable, "-m", "pytest", "-p", "no:xdist", f"--junit-xml={record}", *tests],
+    cwd=ROOT,
+    check=False,
+    env=environment(devices=8, JAX_COMPILATION_CACHE_DIR=str(folder / "programs")),
+    stdout=subprocess.DEVNULL,
+  )
   return record
 
 
@@ -48,10 +56,22 @@ def test_a_test_over_the_limit_is_named(tmp_path):
   record = tmp_path / "record.xml"
   case = '<testcase classname="tests.ops.test_macs" name="{}" time="{}">{}</testcase>'
   setup = '<properties><property name="setup_seconds" value="{}" /></properties>'
-  record.write_text("<testsuites>" + "".join([
-      case.format("quick", 4.9, ""), case.format("long", 5.1, ""), case.format("shared", 14.0, setup.format(13.0)),
-      case.format("long_shared", 17.0, setup.format(16.0))]) + "</testsuites>")
-  assert list(over_limit(record)) == ["tests/ops/test_macs.py::long", "tests/ops/test_macs.py::long_shared"]
+  record.write_text(
+    "<testsuites>"
+    + "".join(
+      [
+        case.format("quick", 4.9, ""),
+        case.format("long", 5.1, ""),
+        case.format("shared", 14.0, setup.format(13.0)),
+        case.format("long_shared", 17.0, setup.format(16.0)),
+      ]
+    )
+    + "</testsuites>"
+  )
+  assert list(over_limit(record)) == [
+    "tests/ops/test_macs.py::long",
+    "tests/ops/test_macs.py::long_shared",
+  ]
   assert list(over_limit(record, slowness=1.05)) == ["tests/ops/test_macs.py::long_shared"]
   assert slowness_of(record) == 1.0
   record.write_text(f"<testsuites>{case.format('quick', WHOLE / 2, '') * 3}</testsuites>")
@@ -78,7 +98,9 @@ def test_of_many_cases_every_kth_is_fast_and_lists_are_paired_in_turn(request, f
 
 def test_no_test_imports_another():
   for file in (ROOT / "tests").rglob("*.py"):
-    imported = re.findall(r"^\s*(?:from|import) (tests\.(?!helpers)\S+|test_\S+)", file.read_text(), re.MULTILINE)
+    imported = re.findall(
+      r"^\s*(?:from|import) (tests\.(?!helpers)\S+|test_\S+)", file.read_text(), re.MULTILINE
+    )
     assert not imported, f"{file}: what several tests need belongs into tests/helpers"
 
 

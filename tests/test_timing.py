@@ -8,7 +8,9 @@ from gating_jax import timing
 @pytest.mark.parametrize(("settle", "calls"), [(False, "ababab"), (True, "abaabbaabb")])
 def test_contenders_take_turns_after_a_warm_up(settle, calls):
   called = []
-  times = timing.race({name: lambda name=name: called.append(name) for name in "ab"}, 2, settle=settle)
+  times = timing.race(
+    {name: lambda name=name: called.append(name) for name in "ab"}, 2, settle=settle
+  )
   assert "".join(called) == calls
   assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
   assert all(second >= 0 for seconds in times.values() for second in seconds)

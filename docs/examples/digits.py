@@ -5,7 +5,8 @@ from sklearn import datasets, model_selection
 
 _digits = datasets.load_digits()
 x_train, x_test, y_train, y_test = model_selection.train_test_split(
-    np.float32(_digits.data / 16), _digits.target, test_size=0.2, random_state=0)
+  np.float32(_digits.data / 16), _digits.target, test_size=0.2, random_state=0
+)
 
 
 def batches(steps, size):
@@ -20,10 +21,14 @@ def report(logits, gates):
   """Prints and returns the accuracy on the held-out images and how their gates `[N, units]` behave."""
   open_share = np.mean(gates, axis=0)  # of each unit
   result = {
-      "accuracy": float(np.mean(np.argmax(logits, axis=-1) == y_test)),
-      "open": float(np.mean(open_share)),
-      "conditional": int(np.sum((open_share >= 0.01) & (open_share <= 0.99))),
-      "units": len(open_share),
+    "accuracy": float(np.mean(np.argmax(logits, axis=-1) == y_test)),
+    "open": float(np.mean(open_share)),
+    "conditional": int(np.sum((open_share >= 0.01) & (open_share <= 0.99))),
+    "units": len(open_share),
   }
-  print("accuracy {accuracy:.1%}, gates open {open:.1%}, {conditional} of {units} conditional".format(**result))
+  print(
+    "accuracy {accuracy:.1%}, gates open {open:.1%}, {conditional} of {units} conditional".format(
+      **result
+    )
+  )
   return result

@@ -1,6 +1,6 @@
 """Gated hidden units in Equinox, on handwritten digits. Needs `pip install equinox`.
 
-    python docs/examples/equinox_mlp.py
+python docs/examples/equinox_mlp.py
 """
 
 import digits
@@ -37,7 +37,9 @@ class GatedMLP(eqx.Module):
 def loss(model, x, y, key):
   logits, _, gate_logits = jax.vmap(model)(x, jax.random.split(key, len(x)))
   cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-  return cross_entropy + batch_shaping_loss(gate_logits, PRIOR).mean()  # outside vmap: it needs the whole batch
+  return (
+    cross_entropy + batch_shaping_loss(gate_logits, PRIOR).mean()
+  )  # outside vmap: it needs the whole batch
 
 
 def main():
@@ -51,7 +53,9 @@ def main():
   model = GatedMLP(jax.random.key(0))
   opt_state = optimiser.init(eqx.filter(model, eqx.is_array))
   for step, (x, y) in enumerate(digits.batches(STEPS, BATCH)):
-    model, opt_state = train_step(model, opt_state, x, y, jax.random.fold_in(jax.random.key(1), step))
+    model, opt_state = train_step(
+      model, opt_state, x, y, jax.random.fold_in(jax.random.key(1), step)
+    )
 
   logits, gates, _ = jax.vmap(model)(digits.x_test)
   return digits.report(logits, gates)

@@ -1,6 +1,6 @@
 """Any real-valued feature pulled to a prior: an autoencoder of handwritten digits with Normal(0, 1) features.
 
-    python docs/examples/feature_matching.py
+python docs/examples/feature_matching.py
 """
 
 import digits
@@ -18,8 +18,9 @@ PRIOR = normal(0.0, 1.0)
 def init(key):
   shapes = [(64, 64), (64, FEATURES), (FEATURES, 64), (64, 64)]
   return [
-      (jax.random.normal(key, shape) / np.sqrt(shape[0]), jnp.zeros(shape[1]))
-      for key, shape in zip(jax.random.split(key, 4), shapes, strict=True)]
+    (jax.random.normal(key, shape) / np.sqrt(shape[0]), jnp.zeros(shape[1]))
+    for key, shape in zip(jax.random.split(key, 4), shapes, strict=True)
+  ]
 
 
 def apply(params, x):
@@ -34,7 +35,9 @@ def train(coefficient):
 
   def loss(params, x):
     features, reconstruction = apply(params, x)
-    return jnp.mean((reconstruction - x) ** 2) + coefficient * cdf_matching_loss(features, PRIOR).mean()
+    return (
+      jnp.mean((reconstruction - x) ** 2) + coefficient * cdf_matching_loss(features, PRIOR).mean()
+    )
 
   @jax.jit
   def train_step(params, opt_state, x):
@@ -52,14 +55,18 @@ def main():
   results = {}
   for name, coefficient in (("free", 0.0), ("matched", 1.0)):
     features, reconstruction = apply(train(coefficient), digits.x_test)
-    gap = cdf_matching_loss(features, PRIOR).mean() / noise_floor(len(features))  # 1 for samples of the prior itself
+    gap = cdf_matching_loss(features, PRIOR).mean() / noise_floor(
+      len(features)
+    )  # 1 for samples of the prior itself
     results[name] = {
-        "error": float(jnp.mean((reconstruction - digits.x_test) ** 2) / digits.x_test.var()),
-        "gap": float(gap),
-        "std": float(features.std(axis=0).mean()),
+      "error": float(jnp.mean((reconstruction - digits.x_test) ** 2) / digits.x_test.var()),
+      "gap": float(gap),
+      "std": float(features.std(axis=0).mean()),
     }
-    print("{0:<7} reconstruction error {error:.1%} of the variance, features: std {std:.2f}, "
-          "gap to the prior {gap:.1f} noise floors".format(name, **results[name]))
+    print(
+      "{0:<7} reconstruction error {error:.1%} of the variance, features: std {std:.2f}, "
+      "gap to the prior {gap:.1f} noise floors".format(name, **results[name])
+    )
   return results
 
 

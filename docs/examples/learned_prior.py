@@ -22,7 +22,8 @@ def main(seed=0):
 
   def loss(params):
     gates, means = generalised_batch_shaping_loss(
-        params["logits"], params["mean_logits"], lambda mean: relaxed_bernoulli(mean, 0.4), beta(3, 7))
+      params["logits"], params["mean_logits"], lambda mean: relaxed_bernoulli(mean, 0.4), beta(3, 7)
+    )
     return jnp.sum(gates) + GATES * means
 
   @jax.jit
@@ -38,8 +39,12 @@ def main(seed=0):
   means = jax.nn.sigmoid(params["mean_logits"])
   open_rates = jnp.mean(params["logits"] > 0, axis=0)
   print(f"loss {loss(params):.5f}")
-  print(f"learned means: mean {means.mean():.3f}, standard deviation {means.std():.3f} (Beta(3, 7): 0.300, 0.138)")
-  print(f"a gate's share of open examples is within {abs(open_rates - means).max():.3f} of its learned mean")
+  print(
+    f"learned means: mean {means.mean():.3f}, standard deviation {means.std():.3f} (Beta(3, 7): 0.300, 0.138)"
+  )
+  print(
+    f"a gate's share of open examples is within {abs(open_rates - means).max():.3f} of its learned mean"
+  )
   return means, open_rates
 
 

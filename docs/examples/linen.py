@@ -1,6 +1,6 @@
 """Gated hidden units in Flax Linen, on handwritten digits.
 
-    python docs/examples/linen.py
+python docs/examples/linen.py
 """
 
 import digits
@@ -19,8 +19,14 @@ class GatedMLP(nn.Module):
 
   @nn.compact
   def __call__(self, x, train=False):
-    gate_logits = nn.Dense(UNITS, bias_init=nn.initializers.constant(3.0), name="gate")(x)  # gates start open
-    gates = straight_through_gate(self.make_rng("gate"), gate_logits) if train else threshold_gate(gate_logits)
+    gate_logits = nn.Dense(UNITS, bias_init=nn.initializers.constant(3.0), name="gate")(
+      x
+    )  # gates start open
+    gates = (
+      straight_through_gate(self.make_rng("gate"), gate_logits)
+      if train
+      else threshold_gate(gate_logits)
+    )
     return nn.Dense(10)(nn.relu(nn.Dense(UNITS)(x)) * gates), gates, gate_logits
 
 

@@ -1,7 +1,7 @@
 """What a trained image classifier answers, and what it computes, for images of its test set.
 
-    gating-jax --config=digits --workdir=runs/digits
-    python docs/examples/load_run.py runs/digits
+gating-jax --config=digits --workdir=runs/digits
+python docs/examples/load_run.py runs/digits
 """
 
 import sys
@@ -25,7 +25,9 @@ def main(workdir):
   print(f"{right.sum()} of {len(right)} images right")
   if records:
     part = executed_macs(records) / gated_macs(records)  # [64], of what gates can close
-    print(f"{part.mean():.1%} of the gated computation, from {part.min():.1%} to {part.max():.1%} of an image")
+    print(
+      f"{part.mean():.1%} of the gated computation, from {part.min():.1%} to {part.max():.1%} of an image"
+    )
   return right
 
 

@@ -1,6 +1,6 @@
 """Gated hidden units in Flax NNX, on handwritten digits.
 
-    python docs/examples/nnx.py
+python docs/examples/nnx.py
 """
 
 import digits
@@ -18,7 +18,9 @@ class GatedMLP(nnx.Module):
 
   def __init__(self, rngs):
     self.hidden = nnx.Linear(64, UNITS, rngs=rngs)
-    self.gate = nnx.Linear(64, UNITS, bias_init=nnx.initializers.constant(3.0), rngs=rngs)  # gates start open
+    self.gate = nnx.Linear(
+      64, UNITS, bias_init=nnx.initializers.constant(3.0), rngs=rngs
+    )  # gates start open
     self.out = nnx.Linear(UNITS, 10, rngs=rngs)
 
   def __call__(self, x, key=None):

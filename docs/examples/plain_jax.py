@@ -1,6 +1,6 @@
 """Gated hidden units in plain JAX and optax, on handwritten digits.
 
-    python docs/examples/plain_jax.py
+python docs/examples/plain_jax.py
 """
 
 import digits
@@ -16,10 +16,17 @@ PRIOR = beta(0.6, 0.4)  # open for about 60 % of images
 
 
 def init(key):
-  layers = {"hidden": (64, UNITS, 0.0), "gate": (64, UNITS, 3.0), "out": (UNITS, 10, 0.0)}  # gates start open
+  layers = {
+    "hidden": (64, UNITS, 0.0),
+    "gate": (64, UNITS, 3.0),
+    "out": (UNITS, 10, 0.0),
+  }  # gates start open
   return {
-      name: (jax.random.normal(key, (inputs, outputs)) / np.sqrt(inputs), jnp.full(outputs, bias))
-      for key, (name, (inputs, outputs, bias)) in zip(jax.random.split(key, 3), layers.items(), strict=True)}
+    name: (jax.random.normal(key, (inputs, outputs)) / np.sqrt(inputs), jnp.full(outputs, bias))
+    for key, (name, (inputs, outputs, bias)) in zip(
+      jax.random.split(key, 3), layers.items(), strict=True
+    )
+  }
 
 
 def apply(params, x, key=None):

@@ -40,7 +40,9 @@ class Tally:
   disagreements: np.ndarray
 
   def __add__(self, other: Tally) -> Tally:
-    return Tally(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
+    return Tally(
+      *(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self))
+    )
 
 
 def tally(gates: np.ndarray, probs: np.ndarray, labels: np.ndarray, classes: int) -> Tally:
@@ -54,8 +56,12 @@ def tally(gates: np.ndarray, probs: np.ndarray, labels: np.ndarray, classes: int
   member = np.arange(classes)[:, None] == labels
   probs = probs.astype(np.float64)
   return Tally(
-      examples=member.sum(axis=1), opened=member.astype(np.int64) @ gates.astype(np.int64), probs=probs.sum(axis=0),
-      entropies=_entropy(probs).sum(axis=0), disagreements=np.sum(2 * probs * (1 - probs), axis=0))
+    examples=member.sum(axis=1),
+    opened=member.astype(np.int64) @ gates.astype(np.int64),
+    probs=probs.sum(axis=0),
+    entropies=_entropy(probs).sum(axis=0),
+    disagreements=np.sum(2 * probs * (1 - probs), axis=0),
+  )
 
 
 def open_probs(logits: np.ndarray, noise_scale: float) -> np.ndarray:
@@ -96,12 +102,18 @@ def diagnose(sums: Tally) -> Diagnosis:
   open_rates, disagreement = sums.opened.sum(axis=0) / n, sums.disagreements / n
   information = np.maximum(_entropy(sums.probs / n) - sums.entropies / n, 0)
   return Diagnosis(
-      open_rates, disagreement, information,
-      class_information(sums.opened, sums.examples) if len(sums.examples) > 1 else None,
-      outcomes(open_rates, disagreement, information), information_floor(sums.examples))
+    open_rates,
+    disagreement,
+    information,
+    class_information(sums.opened, sums.examples) if len(sums.examples) > 1 else None,
+    outcomes(open_rates, disagreement, information),
+    information_floor(sums.examples),
+  )
 
 
-def outcomes(open_rates: np.ndarray, disagreement: np.ndarray, information: np.ndarray) -> np.ndarray:
+def outcomes(
+  open_rates: np.ndarray, disagreement: np.ndarray, information: np.ndarray
+) -> np.ndarray:
   """Positions in `OUTCOMES`, the first of these rules that holds:
 
       random dropout   < 0.05 bits about the input, and two draws differ on >= 20 % of examples or some are open
@@ -151,10 +163,14 @@ def summary(found: Diagnosis) -> dict[str, Any]:
   counts = np.bincount(found.outcomes, minlength=len(OUTCOMES))
   means = ("disagreement", "input_information", "class_information")
   return {
-      "gates": len(found.outcomes),
-      "mean_open": float(np.mean(found.open_rates)),
-      **dict(zip(OUTCOMES, counts.tolist(), strict=True)),
-      **{name: float(np.mean(getattr(found, name))) for name in means if getattr(found, name) is not None},
+    "gates": len(found.outcomes),
+    "mean_open": float(np.mean(found.open_rates)),
+    **dict(zip(OUTCOMES, counts.tolist(), strict=True)),
+    **{
+      name: float(np.mean(getattr(found, name)))
+      for name in means
+      if getattr(found, name) is not None
+    },
   }
 
 

@@ -26,12 +26,19 @@ def weighted_distance(params: Any, anchor: Any, weight: Any) -> Array:
   >>> float(weighted_distance({"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([0.0, 5.0])}, {"a": jnp.array([4.0, 2.0])}))
   22.0
   """
-  return optax.tree.sum(jax.tree.map(lambda p, a, w: jnp.sum(w * (p - a) ** 2), params, anchor, weight))
+  return optax.tree.sum(
+    jax.tree.map(lambda p, a, w: jnp.sum(w * (p - a) ** 2), params, anchor, weight)
+  )
 
 
-def anchored_loss(network: Network, penalty: Callable[[Any, Any], Array]) -> Callable[..., tuple[Array, Any]]:
+def anchored_loss(
+  network: Network, penalty: Callable[[Any, Any], Array]
+) -> Callable[..., tuple[Array, Any]]:
   """The `loss` of a method: the network's cross-entropy and `penalty(params, memory)`."""
-  def loss(params: Any, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
+
+  def loss(
+    params: Any, learner: Learner, batch: Batch
+  ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
     cross_entropy, (terms, batch_stats) = network.loss(params, learner, batch)
     held = penalty(params, learner.memory)
     return cross_entropy + held, ({**terms, "penalty": held}, batch_stats)

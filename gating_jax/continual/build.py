@@ -70,9 +70,15 @@ class ContinualExperiment:
   def phases(self, task: int) -> list[loop.LoopSettings]:
     """Of the prelude and the training of the stage that ends with this task."""
     first = self.first_step(task)
-    ends = [first + self.prelude_steps] * bool(self.prelude_steps) + [first + self.steps_per_task - 1]
-    return [loop.LoopSettings(end, log_every=self.config.log_every, checkpoint_every=self.config.checkpoint_every)
-            for end in ends]
+    ends = [first + self.prelude_steps] * bool(self.prelude_steps) + [
+      first + self.steps_per_task - 1
+    ]
+    return [
+      loop.LoopSettings(
+        end, log_every=self.config.log_every, checkpoint_every=self.config.checkpoint_every
+      )
+      for end in ends
+    ]
 
   def key(self, purpose: int) -> jax.Array:
     """A key of the run that no training step uses."""
@@ -80,17 +86,28 @@ class ContinualExperiment:
 
   def fresh(self) -> Learner:
     """A learner that has learnt nothing."""
+
     @jax.jit
     def init(key):
       start = self.method.init(key)
-      table = Table(*(jnp.full((len(self.tasks),) * 2, jnp.nan, jnp.float32) for _ in Table._fields))
-      return Learner(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), *start[:2],
-                     self.optimiser.init(start.params), start.memory, table)
+      table = Table(
+        *(jnp.full((len(self.tasks),) * 2, jnp.nan, jnp.float32) for _ in Table._fields)
+      )
+      return Learner(
+        jnp.zeros((), jnp.int32),
+        jnp.zeros((), jnp.int32),
+        *start[:2],
+        self.optimiser.init(start.params),
+        start.memory,
+        table,
+      )
 
     return init(self.key(0))
 
 
-def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = None) -> ContinualExperiment:
+def build(
+  config: ml_collections.ConfigDict, known: Sequence[Outline] | None = None
+) -> ContinualExperiment:
   """Checks every setting, then reads the data. Raises ValueError naming the field, or `DatasetNotPreparedError`.
 
   `known` are outlines of the tasks' training sets, in place of reading them.
@@ -105,66 +122,122 @@ def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = N
   settings.check_channels(data, shape[-1])
   smallest = min(len(task.train) for task in sequence)
   if training.batch_size > smallest:
-    raise ValueError(f"optim.batch_size must be at most {smallest}, the training images of the smallest task; "
-                     f"got {training.batch_size}")
+    raise ValueError(
+      f"optim.batch_size must be at most {smallest}, the training images of the smallest task; "
+      f"got {training.batch_size}"
+    )
   problem = Problem(
-      tasks=len(sequence), classes=config.tasks.classes_per_task, shape=shape, axis_name=devices.AXIS,
-      normalise=lambda pixels: augment.normalise(pixels, data.mean, data.std), batch_size=training.eval_batch_size,
-      augment=lambda key, pixels: augment.crop_and_flip(
-          key, pixels, pad=data.pad, flip=data.flip, axis_name=devices.AXIS))
+    tasks=len(sequence),
+    classes=config.tasks.classes_per_task,
+    shape=shape,
+    axis_name=devices.AXIS,
+    normalise=lambda pixels: augment.normalise(pixels, data.mean, data.std),
+    batch_size=training.eval_batch_size,
+    augment=lambda key, pixels: augment.crop_and_flip(
+      key, pixels, pad=data.pad, flip=data.flip, axis_name=devices.AXIS
+    ),
+  )
   method = choices.build(config, problem)
-  if method.prelude and (size := config.generator.batch_size * config.generator.critic_steps) > smallest:
-    raise ValueError(f"generator.batch_size times generator.critic_steps must be at most {smallest}, the training "
-                     f"images of the smallest task; got {size}")
+  if (
+    method.prelude
+    and (size := config.generator.batch_size * config.generator.critic_steps) > smallest
+  ):
+    raise ValueError(
+      f"generator.batch_size times generator.critic_steps must be at most {smallest}, the training "
+      f"images of the smallest task; got {size}"
+    )
   per_epoch = smallest // training.batch_size
   with settings.named("optim"):
-    rate = schedules.learning_rate(training.schedule, training.learning_rate, training.epochs * per_epoch,
-                                   warmup=training.warmup, drops=training.drops, factor=training.drop_factor)
-    sgd = optim.sgd(rate, momentum=training.momentum, weight_decay=training.weight_decay,
-                    # HAT's masks are parameters of gates as well, whose pace it sets itself.
-                    gate_multiplier=1.0 if config.method == "hat" else training.gate_multiplier)
+    rate = schedules.learning_rate(
+      training.schedule,
+      training.learning_rate,
+      training.epochs * per_epoch,
+      warmup=training.warmup,
+      drops=training.drops,
+      factor=training.drop_factor,
+    )
+    sgd = optim.sgd(
+      rate,
+      momentum=training.momentum,
+      weight_decay=training.weight_decay,
+      # HAT's masks are parameters of gates as well, whose pace it sets itself.
+      gate_multiplier=1.0 if config.method == "hat" else training.gate_multiplier,
+    )
   optimiser = optax.chain(optax.clip_by_global_norm(training.clip), sgd)
   dense = choices.network(config, problem, classes=problem.classes, gated=False)
-  return ContinualExperiment(config, sequence, problem, method, count(dense, problem.shape).macs,
-                             reduced_macs(dense, problem.shape), optimiser, per_epoch)
+  return ContinualExperiment(
+    config,
+    sequence,
+    problem,
+    method,
+    count(dense, problem.shape).macs,
+    reduced_macs(dense, problem.shape),
+    optimiser,
+    per_epoch,
+  )
 
 
 def _read_tasks(config: ml_collections.ConfigDict) -> tuple[tasks.Task, ...]:
   data = config.data
   names = settings.feature_names(data)
-  train, test = (tfds.load(data.name, split, data.data_dir, data.image_size, *names)
-                 for split in (data.train_split, data.test_split))
+  train, test = (
+    tfds.load(data.name, split, data.data_dir, data.image_size, *names)
+    for split in (data.train_split, data.test_split)
+  )
   with settings.named("tasks"):
     return tasks.make_tasks(train, test, **config.tasks)
 
 
 def _check(config: ml_collections.ConfigDict) -> None:
   settings.check(
-      config,
-      choices={
-          "method": choices.METHODS,
-          "model.name": (*VGGS, *RESNETS),
-          "model.dtype": settings.DTYPES,
-          "router.rehearsal": choices.REHEARSALS,
-          "optim.schedule": schedules.LEARNING_RATES,
-          "devices.backend": devices.BACKENDS,
-      },
-      positive=("model.width", "optim.learning_rate", "optim.gate_multiplier", "optim.drop_factor", "optim.clip"),
-      not_negative=("optim.weight_decay", "generator.gates.noise_scale", "generator.gates.sparsity",
-                    "generator.gates.patience"),
-      at_least={"seed": 0, "data.pad": 0, "data.image_size": 0, "tasks.classes_per_task": 1, "tasks.count": 0,
-                "replay.batch_size": 1, "generator.steps": 1, "generator.batch_size": 1,
-                "generator.latent": 1, "generator.width": 1,
-                "optim.epochs": 1, "optim.batch_size": 1, "optim.eval_batch_size": 1, "log_every": 1,
-                "checkpoint_every": 1},
-      numbers=("data.mean", "data.std"),
-      rules={
-          "data.std": (lambda std: min(std) > 0, "a tuple of positive numbers"),
-          "optim.drops": (settings.all_numbers, "a tuple of fractions"),
-          "replay.batch_size": settings.divides_over_devices(),
-          "optim.batch_size": settings.divides_over_devices(),
-          "optim.eval_batch_size": settings.divides_over_devices(),
-          "generator.batch_size": settings.divides_over_devices(),
-          "generator.gates.threshold": (lambda share: 0 <= share < 1, "a share in [0, 1)"),
-          "tasks.order_seed": (lambda seed: seed is None or seed >= 0, "None or >= 0"),
-      })
+    config,
+    choices={
+      "method": choices.METHODS,
+      "model.name": (*VGGS, *RESNETS),
+      "model.dtype": settings.DTYPES,
+      "router.rehearsal": choices.REHEARSALS,
+      "optim.schedule": schedules.LEARNING_RATES,
+      "devices.backend": devices.BACKENDS,
+    },
+    positive=(
+      "model.width",
+      "optim.learning_rate",
+      "optim.gate_multiplier",
+      "optim.drop_factor",
+      "optim.clip",
+    ),
+    not_negative=(
+      "optim.weight_decay",
+      "generator.gates.noise_scale",
+      "generator.gates.sparsity",
+      "generator.gates.patience",
+    ),
+    at_least={
+      "seed": 0,
+      "data.pad": 0,
+      "data.image_size": 0,
+      "tasks.classes_per_task": 1,
+      "tasks.count": 0,
+      "replay.batch_size": 1,
+      "generator.steps": 1,
+      "generator.batch_size": 1,
+      "generator.latent": 1,
+      "generator.width": 1,
+      "optim.epochs": 1,
+      "optim.batch_size": 1,
+      "optim.eval_batch_size": 1,
+      "log_every": 1,
+      "checkpoint_every": 1,
+    },
+    numbers=("data.mean", "data.std"),
+    rules={
+      "data.std": (lambda std: min(std) > 0, "a tuple of positive numbers"),
+      "optim.drops": (settings.all_numbers, "a tuple of fractions"),
+      "replay.batch_size": settings.divides_over_devices(),
+      "optim.batch_size": settings.divides_over_devices(),
+      "optim.eval_batch_size": settings.divides_over_devices(),
+      "generator.batch_size": settings.divides_over_devices(),
+      "generator.gates.threshold": (lambda share: 0 <= share < 1, "a share in [0, 1)"),
+      "tasks.order_seed": (lambda seed: seed is None or seed >= 0, "None or >= 0"),
+    },
+  )

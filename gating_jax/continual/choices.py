@@ -50,12 +50,23 @@ def _task_gates(config, problem):
   rehearsal = REHEARSALS[config.router.rehearsal](config, problem)
   of_all = _classifier(config, problem, "seen") if config.router.network else None
   router = _made(RouterSettings, config, "router", without=("rehearsal", "network", "distillation"))
-  return task_gates(model, problem, count(model, problem.shape), gates, rehearsal, router, of_all,
-                    config.router.distillation)
+  return task_gates(
+    model,
+    problem,
+    count(model, problem.shape),
+    gates,
+    rehearsal,
+    router,
+    of_all,
+    config.router.distillation,
+  )
 
 
 def _generative(config, problem):
-  own, wgan = {name: config.generator[name] for name in ("latent", "width", "images")}, _wgan(config)
+  own, wgan = (
+    {name: config.generator[name] for name in ("latent", "width", "images")},
+    _wgan(config),
+  )
   with settings.named("generator"):
     return generative(problem, wgan, seed=config.seed, replayed=config.replay.batch_size, **own)
 
@@ -86,7 +97,9 @@ def _dgm(config, problem):
 def _made(make, config, section, *args, without=()):
   """`make(*args, **config[section])`, but for what stands there for others."""
   with settings.named(section):
-    return make(*args, **{name: value for name, value in config[section].items() if name not in without})
+    return make(
+      *args, **{name: value for name, value in config[section].items() if name not in without}
+    )
 
 
 def _wgan(config):
@@ -98,14 +111,23 @@ def _wgan(config):
 def _generator(config, problem, gate):
   """One for all tasks."""
   fields = config.generator
-  return Generator(problem.shape, fields.latent, fields.width, problem.classes, "channel", gate, problem.axis_name)
+  return Generator(
+    problem.shape, fields.latent, fields.width, problem.classes, "channel", gate, problem.axis_name
+  )
 
 
 def _shared_generative(config, problem, generator, protection):
   wgan = _wgan(config)
   with settings.named("generator"):
-    return shared_generative(problem, generator, wgan, protection, images=config.generator.images,
-                             replayed=config.replay.batch_size, seed=config.seed)
+    return shared_generative(
+      problem,
+      generator,
+      wgan,
+      protection,
+      images=config.generator.images,
+      replayed=config.replay.batch_size,
+      seed=config.seed,
+    )
 
 
 def _hat(config, problem):
@@ -117,13 +139,25 @@ def _progressive(config, problem):
   model = config.model
   _check_norm(model)
   kind = dict(norm=model.norm) if model.name in VGGS else dict(stem="cifar")
-  return progressive(column(model.name, problem.classes, width=model.width, dtype=settings.DTYPES[model.dtype],
-                            axis_name=problem.axis_name, **kind, **config.progressive), problem)
+  return progressive(
+    column(
+      model.name,
+      problem.classes,
+      width=model.width,
+      dtype=settings.DTYPES[model.dtype],
+      axis_name=problem.axis_name,
+      **kind,
+      **config.progressive,
+    ),
+    problem,
+  )
 
 
 def _multitask_gates(config, problem):
   model = network(config, problem, classes=None, gated=True)
-  return multitask_gates(model, problem, count(model, problem.shape), _made(TaskGatesSettings, config, "gates"))
+  return multitask_gates(
+    model, problem, count(model, problem.shape), _made(TaskGatesSettings, config, "gates")
+  )
 
 
 def _multitask_norms(config, problem):
@@ -134,6 +168,7 @@ def _multitask_norms(config, problem):
 def _plain(make, scope="own", section=None, memory=False):
   """The builder of a method that trains one ungated network with an output for every class, and has an episodic
   `memory` or none; `section` holds its settings."""
+
   def build(config, problem):
     given = [_classifier(config, problem, scope)]
     if memory:
@@ -150,11 +185,11 @@ def _classifier(config, problem, scope):
 
 
 REHEARSALS = {
-    "none": lambda config, problem: None,
-    "episodic": lambda config, problem: episodic(problem, _made(ReplaySettings, config, "replay")),
-    "generative": _generative,
-    "gated_generative": _gated_generative,
-    "masked_generative": _masked_generative,
+  "none": lambda config, problem: None,
+  "episodic": lambda config, problem: episodic(problem, _made(ReplaySettings, config, "replay")),
+  "generative": _generative,
+  "gated_generative": _gated_generative,
+  "masked_generative": _masked_generative,
 }
 
 
@@ -165,38 +200,52 @@ def _icarl(config, problem):
 
 
 METHODS = {
-    "gates": _task_gates,
-    "hat": _hat,
-    "multitask_gates": _multitask_gates,
-    "progressive": _progressive,
-    "fine_tuning": _plain(fine_tuning),
-    "joint": _plain(functools.partial(fine_tuning, joint=True), "seen"),
-    "ewc": _plain(ewc, section="ewc"),
-    "online_ewc": _plain(online_ewc, section="online_ewc"),
-    "si": _plain(si, section="si"),
-    "lwf": _plain(lwf, section="lwf"),
-    "er": _plain(replay.er, "seen", memory=True),
-    "derpp": _plain(derpp.derpp, "seen", "derpp", memory=True),
-    "agem": _plain(agem.agem, memory=True),  # as its authors have it, who know the task
-    "icarl": _icarl,
-    "multitask_norms": _multitask_norms,
-    "multitask_trunk": _plain(multitask_trunk),
-    "dgm": _dgm,
+  "gates": _task_gates,
+  "hat": _hat,
+  "multitask_gates": _multitask_gates,
+  "progressive": _progressive,
+  "fine_tuning": _plain(fine_tuning),
+  "joint": _plain(functools.partial(fine_tuning, joint=True), "seen"),
+  "ewc": _plain(ewc, section="ewc"),
+  "online_ewc": _plain(online_ewc, section="online_ewc"),
+  "si": _plain(si, section="si"),
+  "lwf": _plain(lwf, section="lwf"),
+  "er": _plain(replay.er, "seen", memory=True),
+  "derpp": _plain(derpp.derpp, "seen", "derpp", memory=True),
+  "agem": _plain(agem.agem, memory=True),  # as its authors have it, who know the task
+  "icarl": _icarl,
+  "multitask_norms": _multitask_norms,
+  "multitask_trunk": _plain(multitask_trunk),
+  "dgm": _dgm,
 }
 
 
 def network(
-    config: ml_collections.ConfigDict, problem: Problem, *, classes: int | None, gated: bool, wider: float = 1.0, **gate
+  config: ml_collections.ConfigDict,
+  problem: Problem,
+  *,
+  classes: int | None,
+  gated: bool,
+  wider: float = 1.0,
+  **gate,
 ) -> nn.Module:
   """The network of the config, with this many outputs, gated or not, `wider` times as wide; `gate` adds to the gates'
   settings."""
   model = config.model
   _check_norm(model)
-  fields = dict(width=model.width * wider, dtype=settings.DTYPES[model.dtype], axis_name=problem.axis_name,
-                gate=GateSettings(**model.gate, **gate))
+  fields = dict(
+    width=model.width * wider,
+    dtype=settings.DTYPES[model.dtype],
+    axis_name=problem.axis_name,
+    gate=GateSettings(**model.gate, **gate),
+  )
   if model.name in VGGS:
-    return vgg(model.name, classes, norm=model.norm, gating="channel" if gated else "none", **fields)
-  return resnet(model.name, classes, stem="cifar", gating="all_channels" if gated else "none", **fields)
+    return vgg(
+      model.name, classes, norm=model.norm, gating="channel" if gated else "none", **fields
+    )
+  return resnet(
+    model.name, classes, stem="cifar", gating="all_channels" if gated else "none", **fields
+  )
 
 
 def _check_norm(model: ml_collections.ConfigDict) -> None:

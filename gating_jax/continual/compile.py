@@ -22,7 +22,9 @@ from gating_jax.reports import compile_report
 from gating_jax.training import rundir
 
 
-def run(experiment: ContinualExperiment, run_dir: rundir.RunDir, step: int, learner: Learner) -> None:
+def run(
+  experiment: ContinualExperiment, run_dir: rundir.RunDir, step: int, learner: Learner
+) -> None:
   """Writes the tables of every task learnt, the task known, calibrated on its training images.
 
   Raises:
@@ -36,12 +38,16 @@ def run(experiment: ContinualExperiment, run_dir: rundir.RunDir, step: int, lear
 def check(experiment: ContinualExperiment) -> None:
   """Raises ValueError for a method whose tasks have no gates that look at images, or a model that cannot be folded."""
   if experiment.method.task_net is None:
-    raise ValueError("method must be one whose tasks have gates that look at images, as 'gates' and 'multitask_gates', "
-                     f"to be compiled; got {experiment.config.method!r}")
+    raise ValueError(
+      "method must be one whose tasks have gates that look at images, as 'gates' and 'multitask_gates', "
+      f"to be compiled; got {experiment.config.method!r}"
+    )
   folding.check(choices.network(experiment.config, experiment.problem, classes=None, gated=True))
 
 
-def _tables(experiment: ContinualExperiment, learner: Learner) -> Iterator[tuple[str, Sequence[Timing]]]:
+def _tables(
+  experiment: ContinualExperiment, learner: Learner
+) -> Iterator[tuple[str, Sequence[Timing]]]:
   for task in range(int(learner.task)):
     compiled = functools.partial(compile_conditional, folded_net(experiment, learner, task))
     images = compile_report.calibration(experiment.tasks[task].train, experiment.problem.normalise)

@@ -25,7 +25,9 @@ from gating_jax.continual.method import Batch, Learner, Method, Network, Start, 
 from gating_jax.types import Array
 
 
-def derpp(network: Network, rehearsal: memory.ReplaySettings, *, alpha: float, beta: float) -> Method:
+def derpp(
+  network: Network, rehearsal: memory.ReplaySettings, *, alpha: float, beta: float
+) -> Method:
   """The method; its memory is a `replay.Memory` with logits `[S, K]`.
 
   Args:
@@ -42,25 +44,38 @@ def derpp(network: Network, rehearsal: memory.ReplaySettings, *, alpha: float, b
     logits = jnp.zeros((rehearsal.images, problem.all_classes))
     return Start(*network.init(key), memory.empty(rehearsal.images, problem.shape, logits))
 
-  def loss(params: Any, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
+  def loss(
+    params: Any, learner: Learner, batch: Batch
+  ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
     noise, one, other = jax.random.split(batch.key, 3)
-    drawn = lambda key: memory.draw_inputs(learner.memory, key, batch, problem, rehearsal.batch_size)
+    drawn = lambda key: memory.draw_inputs(
+      learner.memory, key, batch, problem, rehearsal.batch_size
+    )
     (x1, labels1, stored, filled), (x2, labels2, _, _) = drawn(one), drawn(other)
     logits, batch_stats = network.train_logits(
-        params, learner.batch_stats, jnp.concatenate([batch.x, x1, x2]), noise)
+      params, learner.batch_stats, jnp.concatenate([batch.x, x1, x2]), noise
+    )
     new, old1, old2 = jnp.split(logits, [len(batch.x), len(batch.x) + len(x1)])
     mean_cross_entropy = lambda z, labels: jnp.mean(network.cross_entropy(z, labels, learner.task))
     terms = {
-        "cross_entropy": mean_cross_entropy(new, batch.labels),
-        "logits": jnp.where(filled, squared_gap(old1, stored, network.seen_with(labels1)), 0.0),
-        "replay": jnp.where(filled, mean_cross_entropy(old2, labels2), 0.0),
+      "cross_entropy": mean_cross_entropy(new, batch.labels),
+      "logits": jnp.where(filled, squared_gap(old1, stored, network.seen_with(labels1)), 0.0),
+      "replay": jnp.where(filled, mean_cross_entropy(old2, labels2), 0.0),
     }
-    return terms["cross_entropy"] + alpha * terms["logits"] + beta * terms["replay"], (terms, batch_stats)
+    return terms["cross_entropy"] + alpha * terms["logits"] + beta * terms["replay"], (
+      terms,
+      batch_stats,
+    )
 
   def end_task(learner: Learner, data: TaskData, key: Array) -> Learner:
     logits = problem.in_batches(
-        lambda learner, x: network.logits(learner.params, learner.batch_stats, x), learner, data.pixels)
-    return learner.replace(memory=memory.share(learner.memory, data.pixels, data.labels, key, logits))
+      lambda learner, x: network.logits(learner.params, learner.batch_stats, x),
+      learner,
+      data.pixels,
+    )
+    return learner.replace(
+      memory=memory.share(learner.memory, data.pixels, data.labels, key, logits)
+    )
 
   return Method(init, loss, end_task, network.predict)
 

@@ -71,10 +71,14 @@ def keep_first(memory: Memory, pixels: Any, labels: Any, extra: Any = ()) -> Mem
   """`share` with the first images of every class, instead of images chosen at random."""
   slots, old = len(memory.labels), np.asarray(memory.labels) != EMPTY
   join = lambda held, new: np.concatenate([np.asarray(held)[old], np.asarray(new, held.dtype)])
-  offered = jax.tree.map(join, (memory.pixels, memory.labels, memory.extra), (pixels, labels, extra))
+  offered = jax.tree.map(
+    join, (memory.pixels, memory.labels, memory.extra), (pixels, labels, extra)
+  )
   chosen = even_choice(offered[1], slots)
   free = slots - len(chosen)
-  fill = lambda x, value: jnp.asarray(np.concatenate([x[chosen], np.full((free, *x.shape[1:]), value, x.dtype)]))
+  fill = lambda x, value: jnp.asarray(
+    np.concatenate([x[chosen], np.full((free, *x.shape[1:]), value, x.dtype)])
+  )
   pixels, labels, extra = offered
   return Memory(fill(pixels, 0), fill(labels, EMPTY), jax.tree.map(lambda x: fill(x, 0), extra))
 
@@ -89,10 +93,14 @@ def even_choice(labels: np.ndarray, count: int) -> np.ndarray:
   rank = np.zeros(len(labels), int)
   for c in np.unique(labels):
     rank[labels == c] = np.arange(np.sum(labels == c))
-  return np.sort(np.lexsort((labels, rank))[:count])  # the first of every class before the second of any
+  return np.sort(
+    np.lexsort((labels, rank))[:count]
+  )  # the first of every class before the second of any
 
 
-def draw(memory: Memory, key: Array, count: int, *, axis_name: Hashable | None = None) -> tuple[Memory, Array]:
+def draw(
+  memory: Memory, key: Array, count: int, *, axis_name: Hashable | None = None
+) -> tuple[Memory, Array]:
   """`count` entries with replacement, every filled slot as likely as any other.
 
   Args:
@@ -100,7 +108,9 @@ def draw(memory: Memory, key: Array, count: int, *, axis_name: Hashable | None =
   Returns:
     This device's entries, a `Memory` of `[R, ...]`, and whether the memory holds any; if not, they are empty slots.
   """
-  here, devices = (0, 1) if axis_name is None else (lax.axis_index(axis_name), lax.axis_size(axis_name))
+  here, devices = (
+    (0, 1) if axis_name is None else (lax.axis_index(axis_name), lax.axis_size(axis_name))
+  )
   if count % devices:
     raise ValueError(f"the replayed batch must be a multiple of the {devices} devices; got {count}")
   filled = jnp.sum(memory.labels != EMPTY)
@@ -130,7 +140,8 @@ def part(tree: Any, new: int, replayed: int) -> tuple[Any, Any]:
 
 
 def draw_inputs(
-    memory: Memory, key: Array, batch: Batch, problem: Problem, count: int) -> tuple[Array, Array, Any, Array]:
+  memory: Memory, key: Array, batch: Batch, problem: Problem, count: int
+) -> tuple[Array, Array, Any, Array]:
   """`(x [R, H, W, D], labels [R], extra, filled)`: a draw as network input, augmented as in training.
 
   As long as the memory is empty, examples of the batch stand in for it, so that BatchNorm never sees a blank image:
@@ -139,5 +150,9 @@ def draw_inputs(
   places, changes = jax.random.split(key)
   entries, filled = draw(memory, places, count, axis_name=problem.axis_name)
   stand_in = lambda x, held: jnp.where(filled, held, x[jnp.arange(len(held)) * len(x) // len(held)])
-  return (stand_in(batch.x, problem.prepare(changes, entries.pixels)), stand_in(batch.labels, entries.labels),
-          entries.extra, filled)
+  return (
+    stand_in(batch.x, problem.prepare(changes, entries.pixels)),
+    stand_in(batch.labels, entries.labels),
+    entries.extra,
+    filled,
+  )

@@ -165,7 +165,9 @@ class Problem:
     """`fn(state, x)`, `[N, ...]` of network inputs x, for all of `pixels` `[M, H, W, D]`: `[M, ...]`."""
     run = jax.jit(lambda state, pixels: fn(state, self.normalise(pixels)))
     images = Images(np.asarray(pixels), np.zeros(len(pixels)), ())
-    return np.concatenate([np.asarray(run(state, x))[:n] for (x, _), n in batches.cover(images, self.batch_size)])
+    return np.concatenate(
+      [np.asarray(run(state, x))[:n] for (x, _), n in batches.cover(images, self.batch_size)]
+    )
 
 
 class Holdings(NamedTuple):
@@ -258,7 +260,9 @@ class Network:
   def train_logits(self, params: Any, batch_stats: Any, x: Array, key: Array) -> tuple[Array, Any]:
     """`[N, K]` in training, and the new statistics."""
     variables = {"params": params, "batch_stats": batch_stats}
-    (logits, _), new = self.model.apply(variables, x, train=True, mutable=["batch_stats"], rngs={GATE_RNG: key})
+    (logits, _), new = self.model.apply(
+      variables, x, train=True, mutable=["batch_stats"], rngs={GATE_RNG: key}
+    )
     return logits, new.get("batch_stats", {})
 
   def visible(self, labels: Array, task: Array, scope: str | None = None) -> Array:
@@ -273,12 +277,17 @@ class Network:
     of_class = jnp.arange(self.problem.all_classes) // self.problem.classes
     return of_class <= (labels // self.problem.classes)[:, None]
 
-  def cross_entropy(self, logits: Array, labels: Array, task: Array, scope: str | None = None) -> Array:
+  def cross_entropy(
+    self, logits: Array, labels: Array, task: Array, scope: str | None = None
+  ) -> Array:
     """`[N]`, over the visible classes."""
     return optax.softmax_cross_entropy_with_integer_labels(
-        jnp.where(self.visible(labels, task, scope), logits, -jnp.inf), labels)
+      jnp.where(self.visible(labels, task, scope), logits, -jnp.inf), labels
+    )
 
-  def loss(self, params: Any, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
+  def loss(
+    self, params: Any, learner: Learner, batch: Batch
+  ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
     """Cross-entropy on the batch: the loss of fine-tuning, and the first term of most others."""
     logits, batch_stats = self.train_logits(params, learner.batch_stats, batch.x, batch.key)
     cross_entropy = jnp.mean(self.cross_entropy(logits, batch.labels, learner.task))

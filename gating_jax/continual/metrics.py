@@ -71,10 +71,15 @@ def summarise(accuracies: np.ndarray, *, baseline: np.ndarray | None = None) -> 
   else:
     forward = float(np.mean(np.diag(accuracies, 1) - baseline[1:]))
   return Summary(
-      average_accuracy=float(np.mean(last)),
-      average_after=tuple(None if np.isnan(row[i]) else float(np.mean(row[:i + 1]))
-                          for i, row in enumerate(accuracies)),
-      forgetting=forgetting, backward_transfer=backward, forward_transfer=forward, reasons=reasons)
+    average_accuracy=float(np.mean(last)),
+    average_after=tuple(
+      None if np.isnan(row[i]) else float(np.mean(row[: i + 1])) for i, row in enumerate(accuracies)
+    ),
+    forgetting=forgetting,
+    backward_transfer=backward,
+    forward_transfer=forward,
+    reasons=reasons,
+  )
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
@@ -151,7 +156,9 @@ def filter_use(relevant: np.ndarray) -> FilterUse:
   relevant = _checked_units("relevant", relevant)
   owned = np.logical_or.accumulate(relevant)
   before = np.concatenate([np.zeros_like(owned[:1]), owned[:-1]])
-  return FilterUse(*(np.sum(units, axis=1) for units in (relevant & ~before, relevant & before, ~owned)))
+  return FilterUse(
+    *(np.sum(units, axis=1) for units in (relevant & ~before, relevant & before, ~owned))
+  )
 
 
 def _checked_accuracies(accuracies: np.ndarray) -> np.ndarray:
@@ -161,7 +168,10 @@ def _checked_accuracies(accuracies: np.ndarray) -> np.ndarray:
   missing, outside = np.isnan(accuracies), (accuracies < 0) | (accuracies > 1)
   if _only_last(accuracies):
     missing[:-1] = False
-  for rule, bad in (("known on every learned task (row i, columns up to i)", np.tril(missing)), ("in [0, 1]", outside)):
+  for rule, bad in (
+    ("known on every learned task (row i, columns up to i)", np.tril(missing)),
+    ("in [0, 1]", outside),
+  ):
     if bad.any():
       i, j = np.argwhere(bad)[0]
       raise ValueError(f"accuracies must be {rule}; got {accuracies[i, j]} in row {i}, column {j}")
@@ -171,7 +181,9 @@ def _checked_accuracies(accuracies: np.ndarray) -> np.ndarray:
 def _checked_baseline(baseline: np.ndarray, tasks: int) -> np.ndarray:
   baseline = np.asarray(baseline, np.float64)
   if baseline.shape != (tasks,) or not ((baseline >= 0) & (baseline <= 1)).all():
-    raise ValueError(f"baseline must be [T] accuracies in [0, 1], T = {tasks}; got {baseline.tolist()}")
+    raise ValueError(
+      f"baseline must be [T] accuracies in [0, 1], T = {tasks}; got {baseline.tolist()}"
+    )
   return baseline
 
 

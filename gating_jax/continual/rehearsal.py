@@ -68,28 +68,43 @@ class Rehearsal:
 def episodic(problem: Problem, settings: replay_memory.ReplaySettings) -> Rehearsal:
   """Keeps so many images of earlier tasks, every class the same number; the task that ends is recalled whole."""
   if settings.images < problem.all_classes:
-    raise ValueError(f"replay.images must be at least {problem.all_classes}, one of every class; got {settings.images}")
+    raise ValueError(
+      f"replay.images must be at least {problem.all_classes}, one of every class; got {settings.images}"
+    )
 
   def replayed(memory, batch, task, key):
-    x, labels, _, _ = replay_memory.draw_inputs(memory["episodes"], key, batch, problem, settings.batch_size)
+    x, labels, _, _ = replay_memory.draw_inputs(
+      memory["episodes"], key, batch, problem, settings.batch_size
+    )
     return Replay(x, labels, 1 / (task + 1))
 
   def recall(memory, data, task, key):
     kept = np.asarray(memory["episodes"].labels) != replay_memory.EMPTY
     join = lambda old, new: np.concatenate([np.asarray(old)[kept], np.asarray(new)])
-    return join(memory["episodes"].pixels, data.pixels), join(memory["episodes"].labels, data.labels)
+    return join(memory["episodes"].pixels, data.pixels), join(
+      memory["episodes"].labels, data.labels
+    )
 
   return Rehearsal(
-      init=lambda key: {"episodes": replay_memory.empty(settings.images, problem.shape)},
-      replay=replayed,
-      recall=recall,
-      keep=lambda memory, data, task, key: {
-          "episodes": replay_memory.share(memory["episodes"], data.pixels, data.labels, key)},
-      megabytes=lambda memory, learnt: tree_megabytes(memory))
+    init=lambda key: {"episodes": replay_memory.empty(settings.images, problem.shape)},
+    replay=replayed,
+    recall=recall,
+    keep=lambda memory, data, task, key: {
+      "episodes": replay_memory.share(memory["episodes"], data.pixels, data.labels, key)
+    },
+    megabytes=lambda memory, learnt: tree_megabytes(memory),
+  )
 
 
 def generative(
-    problem: Problem, settings: wgan.WganSettings, *, images: int, replayed: int, latent: int, width: int, seed: int
+  problem: Problem,
+  settings: wgan.WganSettings,
+  *,
+  images: int,
+  replayed: int,
+  latent: int,
+  width: int,
+  seed: int,
 ) -> Rehearsal:
   """Trains a generator on each task before the task itself is learnt.
 
@@ -107,7 +122,9 @@ def generative(
     return wgan.to_pixels(generator.apply({"params": params}, z, labels)[0])
 
   def replay_step(memory, batch, task, key):
-    return replay_of_all(make, with_this(memory, task), problem, task, key, count=replayed, latent=latent)
+    return replay_of_all(
+      make, with_this(memory, task), problem, task, key, count=replayed, latent=latent
+    )
 
   def init(key):
     state = fresh()
@@ -128,12 +145,19 @@ def generative(
     state, metrics = step(memory["training"], pixels, labels)
     return {**memory, "training": state}, metrics
 
-  return Rehearsal(init, replay_step, recall, keep, lambda memory, learnt: tree_megabytes(
-      jax.tree.map(lambda x: x[:learnt], memory["generators"])), prelude)
+  return Rehearsal(
+    init,
+    replay_step,
+    recall,
+    keep,
+    lambda memory, learnt: tree_megabytes(jax.tree.map(lambda x: x[:learnt], memory["generators"])),
+    prelude,
+  )
 
 
-def make_prelude(rehearsal: Rehearsal | None, problem: Problem) -> (
-    Callable[[Learner, Array, Array], tuple[Learner, Mapping[str, Array]]] | None):
+def make_prelude(
+  rehearsal: Rehearsal | None, problem: Problem
+) -> Callable[[Learner, Array, Array], tuple[Learner, Mapping[str, Array]]] | None:
   """The prelude of a method that keeps the rehearsal's memory under that name; None for none."""
   if rehearsal is None or rehearsal.prelude is None:
     return None
@@ -141,14 +165,22 @@ def make_prelude(rehearsal: Rehearsal | None, problem: Problem) -> (
   def prelude(learner, pixels, labels):
     own = labels - learner.task * problem.classes
     memory, metrics = rehearsal.prelude(learner.memory["rehearsal"], pixels, own)
-    return learner.replace(step=learner.step + 1, memory={**learner.memory, "rehearsal": memory}), metrics
+    return learner.replace(
+      step=learner.step + 1, memory={**learner.memory, "rehearsal": memory}
+    ), metrics
 
   return prelude
 
 
 def replay_of_all(
-    make: Callable[[Any, Array, Array], Array], each: Any, problem: Problem, task: Array, key: Array, *, count: int,
-    latent: int,
+  make: Callable[[Any, Array, Array], Array],
+  each: Any,
+  problem: Problem,
+  task: Array,
+  key: Array,
+  *,
+  count: int,
+  latent: int,
 ) -> Replay:
   """Generated images of all tasks up to this one, every class as likely.
 
@@ -164,13 +196,16 @@ def replay_of_all(
   here = count // devices
   which, latents, changes = jax.random.split(key, 3)
   classes = jax.vmap(lambda key: jax.random.randint(key, (), 0, problem.classes * (task + 1)))(
-      example_keys(which, here, problem.axis_name))
+    example_keys(which, here, problem.axis_name)
+  )
   z = wgan.latents(latents, here, latent, problem.axis_name)
   of_task = classes // problem.classes
 
   def add(t, pixels):
     one = jax.tree.map(lambda x: x[t], each)
-    return jnp.where((of_task == t)[:, None, None, None], make(one, z, classes % problem.classes), pixels)
+    return jnp.where(
+      (of_task == t)[:, None, None, None], make(one, z, classes % problem.classes), pixels
+    )
 
   pixels = lax.fori_loop(0, task + 1, add, jnp.zeros((here, *problem.shape), jnp.uint8))
   return Replay(problem.prepare(changes, pixels), classes, 0.0)
@@ -179,11 +214,13 @@ def replay_of_all(
 def check_images(images: int, problem: Problem) -> None:
   """Raises ValueError unless every class of a task can be generated."""
   if images < problem.classes:
-    raise ValueError(f"generator.images must be at least the {problem.classes} classes of a task; got {images}")
+    raise ValueError(
+      f"generator.images must be at least the {problem.classes} classes of a task; got {images}"
+    )
 
 
 def generated(
-    generator: Generator, variables: Iterable[Any], key: Array, images: int
+  generator: Generator, variables: Iterable[Any], key: Array, images: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """`(pixels, labels)`: as many images of every task, in equal parts of its classes.
 
@@ -193,12 +230,20 @@ def generated(
     key: of the latents.
     images: of one task.
   """
-  parts = [_sample(generator, v, jax.random.fold_in(key, task), images) for task, v in enumerate(variables)]
-  return (np.concatenate([np.asarray(pixels) for pixels, _ in parts]),
-          np.concatenate([np.asarray(labels) + t * generator.classes for t, (_, labels) in enumerate(parts)]))
+  parts = [
+    _sample(generator, v, jax.random.fold_in(key, task), images) for task, v in enumerate(variables)
+  ]
+  return (
+    np.concatenate([np.asarray(pixels) for pixels, _ in parts]),
+    np.concatenate(
+      [np.asarray(labels) + t * generator.classes for t, (_, labels) in enumerate(parts)]
+    ),
+  )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _sample(generator: Generator, variables: Any, key: Array, images: int) -> tuple[Array, Array]:
   labels = jnp.arange(images) % generator.classes
-  return wgan.to_pixels(generator.apply(variables, wgan.latents(key, images, generator.latent), labels)[0]), labels
+  return wgan.to_pixels(
+    generator.apply(variables, wgan.latents(key, images, generator.latent), labels)[0]
+  ), labels

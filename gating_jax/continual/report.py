@@ -17,7 +17,16 @@ from gating_jax.continual.method import Holdings, Learner
 from gating_jax.data import batches
 from gating_jax.data.tfds import Images
 from gating_jax.models.summary import layer_names
-from gating_jax.reports import conclusion, glossary, image_rows, opening, page, surroundings, task_table, tasks
+from gating_jax.reports import (
+  conclusion,
+  glossary,
+  image_rows,
+  opening,
+  page,
+  surroundings,
+  task_table,
+  tasks,
+)
 from gating_jax.reports.text import plain, save
 from gating_jax.training import evaluation, hosts, rundir
 from gating_jax.training.journal import Journal
@@ -29,21 +38,27 @@ _UNITS, _IMAGES, _TASKS = 6, 8, 6  # drawn at most
 def summary(experiment: ContinualExperiment, learner: Learner) -> dict[str, Any]:
   """The result of the tasks learnt so far, as `reports.task_table` wants it."""
   learnt = int(learner.task)
-  table = {name: np.asarray(x, np.float64)[:learnt, :learnt] for name, x in learner.table._asdict().items()}
-  scores = lambda accuracies: {"accuracies": _with_nulls(accuracies), **vars(metrics.summarise(accuracies))}
+  table = {
+    name: np.asarray(x, np.float64)[:learnt, :learnt] for name, x in learner.table._asdict().items()
+  }
+  scores = lambda accuracies: {
+    "accuracies": _with_nulls(accuracies),
+    **vars(metrics.summarise(accuracies)),
+  }
   held = experiment.method.holdings(learner)
   result = {
-      "method": experiment.config.method,
-      "task_names": experiment.task_names[:learnt],
-      "task_aware": scores(table["aware"]),
-      "task_agnostic": scores(table["agnostic"]),
-      "task_classifier_accuracy": float(table["task"][-1].mean()),
-      "dense_macs": experiment.dense_macs,
-      "dense_macs_reduced": experiment.dense_macs_reduced,
-      "task_aware_macs": float(table["macs"][-1].mean()),
-      "task_agnostic_macs": float(table["agnostic_macs"][-1].mean()),
-      "params": held.params,
-      "memory_mb": held.memory_mb + _kept_images(experiment, learnt)}
+    "method": experiment.config.method,
+    "task_names": experiment.task_names[:learnt],
+    "task_aware": scores(table["aware"]),
+    "task_agnostic": scores(table["agnostic"]),
+    "task_classifier_accuracy": float(table["task"][-1].mean()),
+    "dense_macs": experiment.dense_macs,
+    "dense_macs_reduced": experiment.dense_macs_reduced,
+    "task_aware_macs": float(table["macs"][-1].mean()),
+    "task_agnostic_macs": float(table["agnostic_macs"][-1].mean()),
+    "params": held.params,
+    "memory_mb": held.memory_mb + _kept_images(experiment, learnt),
+  }
   if held.relevant:
     result["free_units"] = free_units(held, learnt)
     overlap = _overlap(held.relevant)[:learnt, :learnt]
@@ -53,8 +68,10 @@ def summary(experiment: ContinualExperiment, learner: Learner) -> dict[str, Any]
 
 def free_units(held: Holdings, learnt: int) -> dict[str, tuple[int, int]]:
   """By layer, the units that no task learnt so far needs, and all there are; nothing where tasks own no units."""
-  return {layer: (int(metrics.filter_use(units[:learnt]).free[-1]), units.shape[1])
-          for layer, units in held.relevant.items()}
+  return {
+    layer: (int(metrics.filter_use(units[:learnt]).free[-1]), units.shape[1])
+    for layer, units in held.relevant.items()
+  }
 
 
 def _kept_images(experiment: ContinualExperiment, learnt: int) -> float:
@@ -68,8 +85,12 @@ def scores(learner: Learner) -> dict[str, float]:
   task = int(learner.task)
   mean = lambda matrix: float(np.mean(np.asarray(matrix)[task - 1, :task]))
   table = learner.table
-  return {"task_aware.average_accuracy": mean(table.aware), "task_agnostic.average_accuracy": mean(table.agnostic),
-          "task_aware_macs": mean(table.macs), "task_agnostic_macs": mean(table.agnostic_macs)}
+  return {
+    "task_aware.average_accuracy": mean(table.aware),
+    "task_agnostic.average_accuracy": mean(table.agnostic),
+    "task_aware_macs": mean(table.macs),
+    "task_agnostic_macs": mean(table.agnostic_macs),
+  }
 
 
 def _with_nulls(matrix: np.ndarray) -> list[list[float | None]]:
@@ -83,7 +104,11 @@ def _overlap(relevant: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def draw(
-    experiment: ContinualExperiment, learner: Learner, run_dir: rundir.RunDir, journal: Journal, step: int
+  experiment: ContinualExperiment,
+  learner: Learner,
+  run_dir: rundir.RunDir,
+  journal: Journal,
+  step: int,
 ) -> None:
   """Writes the pictures of the result, in files and in TensorBoard."""
   for name, (_, figure) in _pictures(experiment, learner).items():
@@ -92,12 +117,17 @@ def draw(
     journal.write_picture(step, f"pictures/{name}", path)
 
 
-def make_histograms(experiment: ContinualExperiment) -> Callable[[Learner, int], dict[str, np.ndarray]]:
+def make_histograms(
+  experiment: ContinualExperiment,
+) -> Callable[[Learner, int], dict[str, np.ndarray]]:
   """`(learner, task) -> ` counts for `Journal.write_histograms` of the gates of a task, on its first test images;
   nothing of a method that has none. Units that the task does not use have probability 0."""
   if experiment.method.task_net is None:
     return lambda learner, task: {}
-  look, image = _make_look(experiment), jax.ShapeDtypeStruct((1, *experiment.problem.shape), np.float32)
+  look, image = (
+    _make_look(experiment),
+    jax.ShapeDtypeStruct((1, *experiment.problem.shape), np.float32),
+  )
 
   def records_of(learner, x):
     net = experiment.method.task_net(learner, 0)
@@ -112,7 +142,9 @@ def make_histograms(experiment: ContinualExperiment) -> Callable[[Learner, int],
   return histograms
 
 
-def _make_look(experiment: ContinualExperiment) -> Callable[[Learner, int], tuple[np.ndarray, list[np.ndarray]]]:
+def _make_look(
+  experiment: ContinualExperiment,
+) -> Callable[[Learner, int], tuple[np.ndarray, list[np.ndarray]]]:
   """`(learner, task) -> ` the task's first test images and the log-odds of its gates, `[N, units]` of each layer; one
   program for all tasks."""
   method, problem = experiment.method, experiment.problem
@@ -126,15 +158,21 @@ def _make_look(experiment: ContinualExperiment) -> Callable[[Learner, int], tupl
   def look(learner, task):
     test = experiment.tasks[task].test
     images = Images(*test.read(np.arange(min(_LOOKED_AT, len(test)))), ())
-    parts = [[np.asarray(z)[:count] for z in run(learner, pixels, np.int32(task))]
-             for (pixels, _), count in batches.cover(images, problem.batch_size)]
+    parts = [
+      [np.asarray(z)[:count] for z in run(learner, pixels, np.int32(task))]
+      for (pixels, _), count in batches.cover(images, problem.batch_size)
+    ]
     return images.pixels, [np.concatenate(layer) for layer in zip(*parts, strict=True)]
 
   return look
 
 
 def write(
-    experiment: ContinualExperiment, learner: Learner, run_dir: rundir.RunDir, step: int, notice: str = ""
+  experiment: ContinualExperiment,
+  learner: Learner,
+  run_dir: rundir.RunDir,
+  step: int,
+  notice: str = "",
 ) -> None:
   """Writes the run's page; every process of a job computes what it shows, and one writes.
 
@@ -146,44 +184,92 @@ def write(
     notice: what the page says before all else, such as that the run has failed.
   """
   config, result = experiment.config, summary(experiment, learner)
-  around = surroundings.read(run_dir, config, surroundings.TASKS, step=step,
-                             not_compiled=conclusion.refusal(compile.check, experiment))
-  pictures = {name: page.pictured(figure, caption, scrolls=figure.get_figwidth() > page.WIDTH, terms=_TERMS[name])
-              for name, (caption, figure) in _pictures(experiment, learner).items()}
+  around = surroundings.read(
+    run_dir,
+    config,
+    surroundings.TASKS,
+    step=step,
+    not_compiled=conclusion.refusal(compile.check, experiment),
+  )
+  pictures = {
+    name: page.pictured(
+      figure, caption, scrolls=figure.get_figwidth() > page.WIDTH, terms=_TERMS[name]
+    )
+    for name, (caption, figure) in _pictures(experiment, learner).items()
+  }
   shown = "filters" if "filters" in pictures else "accuracies"  # at the top
-  sections = [page.Section("Result", " ".join(f"{why}." for why in task_table.reasons(result)), [
-      *(page.Table(*table, terms=_COLUMNS + _measures(table)) for table in task_table.tables(result)),
-      glossary.defined(task_table.costs(result))])]
-  sections += [page.Section(name.capitalize(), parts=[picture]) for name, picture in pictures.items() if name != shown]
+  sections = [
+    page.Section(
+      "Result",
+      " ".join(f"{why}." for why in task_table.reasons(result)),
+      [
+        *(
+          page.Table(*table, terms=_COLUMNS + _measures(table))
+          for table in task_table.tables(result)
+        ),
+        glossary.defined(task_table.costs(result)),
+      ],
+    )
+  ]
+  sections += [
+    page.Section(name.capitalize(), parts=[picture])
+    for name, picture in pictures.items()
+    if name != shown
+  ]
   if experiment.method.task_net is not None:
     sections.append(_one_gate_across_tasks(experiment, learner))
   configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
-  sections += [opening.times_section("image", around), opening.settings(configured), opening.about(around)]
-  begin = page.Opening(_numbers(result, around), pictures[shown],
-                       opening.why_no_baseline(around, surroundings.TASKS.how), notice)
-  hosts.written(lambda: page.write(
-      run_dir.report, f"{config.method} on {config.data.name}, task by task", sections,
-      f"{run_dir.path.name}, step {step:,}, {int(learner.task)} of {len(experiment.tasks)} tasks learnt", begin))
+  sections += [
+    opening.times_section("image", around),
+    opening.settings(configured),
+    opening.about(around),
+  ]
+  begin = page.Opening(
+    _numbers(result, around),
+    pictures[shown],
+    opening.why_no_baseline(around, surroundings.TASKS.how),
+    notice,
+  )
+  hosts.written(
+    lambda: page.write(
+      run_dir.report,
+      f"{config.method} on {config.data.name}, task by task",
+      sections,
+      f"{run_dir.path.name}, step {step:,}, {int(learner.task)} of {len(experiment.tasks)} tasks learnt",
+      begin,
+    )
+  )
 
 
 _COLUMNS = (
-    ("when learned", "accuracy on the task's test images just after it was learned, in %"),
-    ("at the end", "the same after the last task learnt"))
+  ("when learned", "accuracy on the task's test images just after it was learned, in %"),
+  ("at the end", "the same after the last task learnt"),
+)
 _TASK = "classes that are learned at once; tasks stand in the order of learning"
 _TERMS = {
-    "accuracies": (
-        ("tested on task", "the task that the test images are of"),
-        ("after learning task", "the last task that was learned before this test"),
-        ("accuracy", "fraction of the task's test images whose most likely class is the true one, in %")),
-    "filters": (
-        ("task", _TASK), ("filters", "gated units of the layer"),
-        ("reused from older tasks", "the task uses them, an older one has taken them"),
-        ("new with this task", "the task has taken them, and keeps them from change"),
-        ("older tasks', not used", "of no use to the task: its gates close them, and they are not computed"),
-        ("free", "left for tasks to come")),
-    "overlap": (
-        ("task", _TASK),
-        ("intersection over union", "units that both tasks use, in % of those that either uses")),
+  "accuracies": (
+    ("tested on task", "the task that the test images are of"),
+    ("after learning task", "the last task that was learned before this test"),
+    (
+      "accuracy",
+      "fraction of the task's test images whose most likely class is the true one, in %",
+    ),
+  ),
+  "filters": (
+    ("task", _TASK),
+    ("filters", "gated units of the layer"),
+    ("reused from older tasks", "the task uses them, an older one has taken them"),
+    ("new with this task", "the task has taken them, and keeps them from change"),
+    (
+      "older tasks', not used",
+      "of no use to the task: its gates close them, and they are not computed",
+    ),
+    ("free", "left for tasks to come"),
+  ),
+  "overlap": (
+    ("task", _TASK),
+    ("intersection over union", "units that both tasks use, in % of those that either uses"),
+  ),
 }
 
 
@@ -191,36 +277,64 @@ def _measures(table: tuple[list[str], list[list[str]]]) -> tuple[tuple[str, str]
   """Definitions of the first column, and of the rows of a table that are no tasks."""
   (first, *_), rows = table
   knows = "knows" if first.startswith("task-aware") else "must infer"
-  known = (first, f"of each task's test images, in %, by a network that {knows} the task of an image")
-  return (known, *((name, glossary.MEASURES[name]) for name, *_ in rows if name in glossary.MEASURES))
+  known = (
+    first,
+    f"of each task's test images, in %, by a network that {knows} the task of an image",
+  )
+  return (
+    known,
+    *((name, glossary.MEASURES[name]) for name, *_ in rows if name in glossary.MEASURES),
+  )
 
 
 def _numbers(result: Mapping[str, Any], around: opening.Surroundings) -> list[page.Number]:
   """The large ones: with the task known."""
-  aware, macs, dense = result["task_aware"]["average_accuracy"], result["task_aware_macs"], result["dense_macs"]
+  aware, macs, dense = (
+    result["task_aware"]["average_accuracy"],
+    result["task_aware_macs"],
+    result["dense_macs"],
+  )
   count = len(result["task_names"])
   agnostic = 100 * result["task_agnostic"]["average_accuracy"]
   score = opening.score(
-      "accuracy, task known", aware, "task_aware.average_accuracy", around,
-      f"Fraction of test images whose class is right, the task known; mean over the {count} tasks learnt. With "
-      f"the task unknown: {agnostic:.2f} %.")
-  return [score, opening.macs(macs / dense, macs, dense, "image", around), opening.time("image", around)]
+    "accuracy, task known",
+    aware,
+    "task_aware.average_accuracy",
+    around,
+    f"Fraction of test images whose class is right, the task known; mean over the {count} tasks learnt. With "
+    f"the task unknown: {agnostic:.2f} %.",
+  )
+  return [
+    score,
+    opening.macs(macs / dense, macs, dense, "image", around),
+    opening.time("image", around),
+  ]
 
 
 def _pictures(experiment: ContinualExperiment, learner: Learner) -> dict[str, tuple[str, Any]]:
   """What is drawn, by name: a caption and a figure."""
   names, learnt, table = experiment.task_names, int(learner.task), learner.table
-  pictures = {"accuracies": (
+  pictures = {
+    "accuracies": (
       "Accuracy on each task after each task was learnt, with the task known at the test and without.",
-      tasks.draw_accuracies(np.asarray(table.aware), np.asarray(table.agnostic), task_names=names))}
-  relevant = {layer: units[:learnt] for layer, units in experiment.method.holdings(learner).relevant.items()}
+      tasks.draw_accuracies(np.asarray(table.aware), np.asarray(table.agnostic), task_names=names),
+    )
+  }
+  relevant = {
+    layer: units[:learnt] for layer, units in experiment.method.holdings(learner).relevant.items()
+  }
   if relevant:
     use = {layer: metrics.filter_use(units) for layer, units in relevant.items()}
     pictures |= {
-        "filters": ("Filters that each task reuses, takes, does not use and leaves free, layer by layer.",
-                    tasks.draw_filters(use, task_names=names[:learnt])),
-        "overlap": ("Of the units that either of two tasks uses, the share that both use.",
-                    tasks.draw_overlap(_overlap(relevant), task_names=names[:learnt]))}
+      "filters": (
+        "Filters that each task reuses, takes, does not use and leaves free, layer by layer.",
+        tasks.draw_filters(use, task_names=names[:learnt]),
+      ),
+      "overlap": (
+        "Of the units that either of two tasks uses, the share that both use.",
+        tasks.draw_overlap(_overlap(relevant), task_names=names[:learnt]),
+      ),
+    }
   return pictures
 
 
@@ -229,8 +343,11 @@ def _one_gate_across_tasks(experiment: ContinualExperiment, learner: Learner) ->
   learnt, look = int(learner.task), _make_look(experiment)
   pixels, layers = zip(*(look(learner, task) for task in range(learnt)), strict=True)
   logits = [np.concatenate(parts, axis=1) for parts in layers]
-  names = [f"{name}, unit {i}" for name, part in zip(
-      experiment.method.holdings(learner).relevant, layers[0], strict=True) for i in range(part.shape[1])]
+  names = [
+    f"{name}, unit {i}"
+    for name, part in zip(experiment.method.holdings(learner).relevant, layers[0], strict=True)
+    for i in range(part.shape[1])
+  ]
   rates = np.stack([np.mean(z > 0, axis=0) for z in logits])
   score = np.sum(rates > 0.01, axis=0) + np.sum(rates * (1 - rates), axis=0)
   parts = []
@@ -239,9 +356,16 @@ def _one_gate_across_tasks(experiment: ContinualExperiment, learner: Learner) ->
     if not users:
       continue
     rows = [pixels[t][np.argsort(-logits[t][:, unit], kind="stable")[:_IMAGES]] for t in users]
-    labels = [f"{plain(experiment.task_names[t], 20)}\nopen: {100 * rates[t, unit]:.0f} %" for t in users]
-    parts.append(page.pictured(image_rows.draw_rows(rows, labels), f"{plain(names[unit], 60)}.", photo=True))
+    labels = [
+      f"{plain(experiment.task_names[t], 20)}\nopen: {100 * rates[t, unit]:.0f} %" for t in users
+    ]
+    parts.append(
+      page.pictured(image_rows.draw_rows(rows, labels), f"{plain(names[unit], 60)}.", photo=True)
+    )
   return page.Section(
-      "One gate across tasks", "Filters that most tasks use, and not for all images. Each task decides by a gate of "
-      "its own: a row has the test images of a task that open it most, and for how many of the task's test images it "
-      "is open, in %.", parts)
+    "One gate across tasks",
+    "Filters that most tasks use, and not for all images. Each task decides by a gate of "
+    "its own: a row has the test images of a task that open it most, and for how many of the task's test images it "
+    "is open, in %.",
+    parts,
+  )

@@ -51,9 +51,13 @@ def init(key: Array, tasks: int, features: int, hidden: int) -> dict[str, Any]:
   first, second = jax.random.split(key)
   he = jax.nn.initializers.he_normal()
   return {
-      "hidden": {"kernel": he(first, (features, tasks * hidden)).reshape(features, tasks, hidden).swapaxes(0, 1),
-                 "bias": jnp.zeros(hidden)},
-      "out": {"kernel": he(second, (hidden, tasks)), "bias": jnp.zeros(tasks)},
+    "hidden": {
+      "kernel": he(first, (features, tasks * hidden))
+      .reshape(features, tasks, hidden)
+      .swapaxes(0, 1),
+      "bias": jnp.zeros(hidden),
+    },
+    "out": {"kernel": he(second, (hidden, tasks)), "bias": jnp.zeros(tasks)},
   }
 
 
@@ -68,14 +72,20 @@ def cross_entropy(params: Any, features: Array, tasks: Array, seen: Array) -> Ar
   """`[N]`, of `[N, T, F]` features, zeros for tasks not seen, and the `[N]` tasks of the images."""
   competing = jnp.arange(features.shape[1]) < seen
   return optax.softmax_cross_entropy_with_integer_labels(
-      jnp.where(competing, scores(params, features), -jnp.inf), tasks)
+    jnp.where(competing, scores(params, features), -jnp.inf), tasks
+  )
 
 
 def of_seen(updates: Any, seen: Array) -> Any:
   """Updates of what serves the first `seen` tasks; the rest waits as it was made, weight decay or not."""
   served = jnp.arange(updates["out"]["bias"].shape[0]) < seen
-  return {"hidden": {**updates["hidden"], "kernel": jnp.where(served[:, None, None], updates["hidden"]["kernel"], 0)},
-          "out": jax.tree.map(lambda u: jnp.where(served, u, 0), updates["out"])}
+  return {
+    "hidden": {
+      **updates["hidden"],
+      "kernel": jnp.where(served[:, None, None], updates["hidden"]["kernel"], 0),
+    },
+    "out": jax.tree.map(lambda u: jnp.where(served, u, 0), updates["out"]),
+  }
 
 
 def macs(seen: int, features: int, hidden: int) -> int:
@@ -83,7 +93,9 @@ def macs(seen: int, features: int, hidden: int) -> int:
   return seen * features * hidden + hidden * seen
 
 
-def train(params: Any, features: np.ndarray, tasks: np.ndarray, key: Array, settings: RouterSettings) -> Any:
+def train(
+  params: Any, features: np.ndarray, tasks: np.ndarray, key: Array, settings: RouterSettings
+) -> Any:
   """Cross-entropy over batches with as many images of every task.
 
   Args:
@@ -96,7 +108,9 @@ def train(params: Any, features: np.ndarray, tasks: np.ndarray, key: Array, sett
   if seen == 1:
     return params
   if counts.min() == 0:
-    raise ValueError(f"every task must have an image to rehearse; got {counts.tolist()} of each: keep more images")
+    raise ValueError(
+      f"every task must have an image to rehearse; got {counts.tolist()} of each: keep more images"
+    )
   return _train(params, features[order], counts, np.cumsum(counts) - counts, key, settings)
 
 
@@ -114,5 +128,7 @@ def _train(params, features, counts, firsts, key, settings):
     updates, opt_state = optimiser.update(jax.grad(loss)(params), opt_state)
     return (optax.apply_updates(params, updates), opt_state), None
 
-  (params, _), _ = lax.scan(step, (params, optimiser.init(params)), jax.random.split(key, settings.steps))
+  (params, _), _ = lax.scan(
+    step, (params, optimiser.init(params)), jax.random.split(key, settings.steps)
+  )
   return params

@@ -58,7 +58,10 @@ class SharedNet:
     _, features = self.shapes
     kernel = nn.initializers.lecun_normal()(head, (features, self.problem.classes))
     params = self._split(variables["params"])
-    own = {"net": params["own"], "head": {"kernel": kernel, "bias": jnp.zeros(self.problem.classes)}}
+    own = {
+      "net": params["own"],
+      "head": {"kernel": kernel, "bias": jnp.zeros(self.problem.classes)},
+    }
     return {"shared": params["shared"], "own": own}, self._split(variables.get("batch_stats", {}))
 
   def apply(self, params: Tree, batch_stats: Tree, x: Array, **training) -> Stream:
@@ -78,7 +81,9 @@ class SharedNet:
 
   def of_task(self, params: Tree, batch_stats: Tree, own: Tree, x: Array) -> Stream:
     """In evaluation, for a task whose own part is `own`, `{"params", "batch_stats"}`."""
-    return self.apply({**params, "own": own["params"]}, {**batch_stats, "own": own["batch_stats"]}, x)
+    return self.apply(
+      {**params, "own": own["params"]}, {**batch_stats, "own": own["batch_stats"]}, x
+    )
 
   def net_of(self, params: Tree, batch_stats: Tree, owns: Tree, task: Array) -> TaskNet:
     """What runs for one of the tasks whose own parts are `owns`, `{"params", "batch_stats"}`, each array stacked."""
@@ -87,15 +92,19 @@ class SharedNet:
 
   def _net(self, params: Tree, batch_stats: Tree) -> TaskNet:
     own = params["own"]
-    variables = {"params": merge(params["shared"], own["net"]),
-                 "batch_stats": merge(batch_stats["shared"], batch_stats["own"])}
+    variables = {
+      "params": merge(params["shared"], own["net"]),
+      "batch_stats": merge(batch_stats["shared"], batch_stats["own"]),
+    }
     return TaskNet(self.model, variables, (own["head"]["kernel"], own["head"]["bias"]))
 
   @functools.cached_property
   def shapes(self) -> tuple[Records, int]:
     """Records and number of features, as shapes."""
     x = jax.ShapeDtypeStruct((1, *self.problem.shape), jnp.float32)
-    (features, records), _ = jax.eval_shape(lambda x: self.model.init_with_output(jax.random.key(0), x), x)
+    (features, records), _ = jax.eval_shape(
+      lambda x: self.model.init_with_output(jax.random.key(0), x), x
+    )
     return records, features.shape[-1]
 
   def _split(self, tree: Tree) -> dict[str, Tree]:
@@ -115,13 +124,16 @@ def split(tree: Tree, is_shared: Callable[[Sequence[str]], bool]) -> dict[str, T
   """`{"shared", "own"}`, by the paths of the leaves."""
   flat = traverse_util.flatten_dict(tree)
   part = lambda shared: traverse_util.unflatten_dict(
-      {path: leaf for path, leaf in flat.items() if is_shared(path) == shared})
+    {path: leaf for path, leaf in flat.items() if is_shared(path) == shared}
+  )
   return {"shared": part(True), "own": part(False)}
 
 
 def merge(shared: Tree, own: Tree) -> Tree:
   """The inverse of `split`."""
-  return traverse_util.unflatten_dict(traverse_util.flatten_dict(shared) | traverse_util.flatten_dict(own))
+  return traverse_util.unflatten_dict(
+    traverse_util.flatten_dict(shared) | traverse_util.flatten_dict(own)
+  )
 
 
 def stack(trees: Tree, tasks: int) -> Tree:
@@ -137,18 +149,27 @@ def put(stacked: Tree, task: int, tree: Tree) -> Tree:
 def head_terms(logits: Array, labels: Array, task: Array, problem: Problem) -> dict[str, Array]:
   """`cross_entropy` and `accuracy` of one task's head, `[N, C]`, on images of that task."""
   own = labels - task * problem.classes
-  return {"cross_entropy": jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, own)),
-          "accuracy": jnp.mean(jnp.argmax(logits, -1) == own)}
+  return {
+    "cross_entropy": jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, own)),
+    "accuracy": jnp.mean(jnp.argmax(logits, -1) == own),
+  }
 
 
 def macs(stream: Stream, counts: ModelCounts, classes: int) -> Array:
   """`[..., N]`, of each image and stream, with a head of so many classes; `counts` are of the model."""
-  fixed = jnp.full(stream.logits.shape[:-1], float(counts.fixed + stream.features.shape[-1] * classes))
+  fixed = jnp.full(
+    stream.logits.shape[:-1], float(counts.fixed + stream.features.shape[-1] * classes)
+  )
   return fixed + executed_macs(stream.records) if stream.records else fixed
 
 
 def prediction(
-    problem: Problem, logits: Array, task: Array, macs: Array, agnostic_macs: Array, scores: Array | None = None,
+  problem: Problem,
+  logits: Array,
+  task: Array,
+  macs: Array,
+  agnostic_macs: Array,
+  scores: Array | None = None,
 ) -> Prediction:
   """From the heads of all tasks so far, `[seen, N, C]`, and what each takes, `[seen, N]`.
 
@@ -159,5 +180,6 @@ def prediction(
   scores = jnp.moveaxis(scores, 0, 1).reshape(logits.shape[1], -1)
   missing = problem.all_classes - scores.shape[1]
   agnostic = jnp.pad(scores, ((0, 0), (0, missing)), constant_values=-jnp.inf)
-  return Prediction(jnp.take(logits, task, axis=0), agnostic, jnp.take(macs, task, axis=0), agnostic_macs)
-
+  return Prediction(
+    jnp.take(logits, task, axis=0), agnostic, jnp.take(macs, task, axis=0), agnostic_macs
+  )

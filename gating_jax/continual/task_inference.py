@@ -62,17 +62,25 @@ class OfFeatures:
     """What the stream of the task sees in a step."""
     return memory.mix(batch.x, replayed.x)
 
-  def loss(self, params: Tree, learner: Learner, batch: Batch, replayed: Replay, stream: Stream, key: Array) -> Loss:
+  def loss(
+    self, params: Tree, learner: Learner, batch: Batch, replayed: Replay, stream: Stream, key: Array
+  ) -> Loss:
     """Of what the stream saw; it moves nothing of earlier tasks."""
     x, labels = _mixed(batch, replayed)
 
     def earlier(task, features):
       own = jax.tree.map(lambda tree: tree[task], learner.memory["own"])
-      return features.at[:, task].set(self.net.of_task(learner.params, learner.batch_stats, own, x).features)
+      return features.at[:, task].set(
+        self.net.of_task(learner.params, learner.batch_stats, own, x).features
+      )
 
     of_all = jnp.zeros((len(x), self.net.problem.tasks, stream.features.shape[-1]))
-    of_all = lax.fori_loop(0, learner.task, earlier, of_all).at[:, learner.task].set(stream.features)
-    each = router.cross_entropy(params["router"], of_all, labels // self.net.problem.classes, learner.task + 1)
+    of_all = (
+      lax.fori_loop(0, learner.task, earlier, of_all).at[:, learner.task].set(stream.features)
+    )
+    each = router.cross_entropy(
+      params["router"], of_all, labels // self.net.problem.classes, learner.task + 1
+    )
     loss = _weighted(each, batch, replayed, replayed.batch_weight)
     return Loss(loss, {"task_cross_entropy": loss}, {})
 
@@ -88,17 +96,23 @@ class OfFeatures:
 
     def features(learner, x):
       own = jax.tree.map(lambda tree: tree[:seen], learner.memory["own"])
-      return jnp.moveaxis(self.net.side_by_side(learner.params, learner.batch_stats, own, x).features, 0, 1)
+      return jnp.moveaxis(
+        self.net.side_by_side(learner.params, learner.batch_stats, own, x).features, 0, 1
+      )
 
     features = problem.in_batches(features, learner, pixels)
-    return router.train(learner.params["router"], features, labels // problem.classes, training, self.settings)
+    return router.train(
+      learner.params["router"], features, labels // problem.classes, training, self.settings
+    )
 
   def tell(self, learner: Learner, x: Array, stream: Stream, macs: Array) -> Told:
     """Of images and all their streams, which take `[S, N]` MACs."""
     features = jnp.moveaxis(stream.features, 0, 1)
     _, seen, width = features.shape
     task = jnp.argmax(router.scores(learner.params["router"], features), axis=-1)
-    return Told(task, jnp.zeros(()), macs.sum(0) + float(router.macs(seen, width, self.settings.hidden)))
+    return Told(
+      task, jnp.zeros(()), macs.sum(0) + float(router.macs(seen, width, self.settings.hidden))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,22 +140,36 @@ class OfNetwork:
     """What the stream of the task sees in a step: nothing rehearsed."""
     return batch.x
 
-  def loss(self, params: Tree, learner: Learner, batch: Batch, replayed: Replay, stream: Stream, key: Array) -> Loss:
+  def loss(
+    self, params: Tree, learner: Learner, batch: Batch, replayed: Replay, stream: Stream, key: Array
+  ) -> Loss:
     """Of batch and rehearsed images in one pass."""
     x, labels = _mixed(batch, replayed)
-    of_all, batch_stats = self.network.train_logits(params["router"], learner.batch_stats["router"], x, key)
+    of_all, batch_stats = self.network.train_logits(
+      params["router"], learner.batch_stats["router"], x, key
+    )
     weight = replayed.batch_weight
     even = jnp.where((weight > 0) & (weight < 1), len(batch.x) / len(x), weight)
     of_class = jnp.arange(of_all.shape[1]) // self.network.problem.classes
-    shift = jnp.where(of_class == learner.task, _log_ratio(even, weight), _log_ratio(1 - even, 1 - weight))
-    loss = _weighted(self.network.cross_entropy(of_all + shift, labels, learner.task), batch, replayed, even)
+    shift = jnp.where(
+      of_class == learner.task, _log_ratio(even, weight), _log_ratio(1 - even, 1 - weight)
+    )
+    loss = _weighted(
+      self.network.cross_entropy(of_all + shift, labels, learner.task), batch, replayed, even
+    )
     of_batch, _ = memory.part(of_all, len(batch.x), len(replayed.x))
     classes = stream.logits.shape[-1]
-    taught = lax.stop_gradient(lax.dynamic_slice_in_dim(of_batch, learner.task * classes, classes, axis=1))
-    distillation = jnp.mean(optax.softmax_cross_entropy(
-        stream.logits / TEMPERATURE, jax.nn.softmax(taught / TEMPERATURE)))
-    return Loss(loss + self.distillation * distillation,
-                {"class_cross_entropy": loss, "distillation": distillation}, {"router": batch_stats})
+    taught = lax.stop_gradient(
+      lax.dynamic_slice_in_dim(of_batch, learner.task * classes, classes, axis=1)
+    )
+    distillation = jnp.mean(
+      optax.softmax_cross_entropy(stream.logits / TEMPERATURE, jax.nn.softmax(taught / TEMPERATURE))
+    )
+    return Loss(
+      loss + self.distillation * distillation,
+      {"class_cross_entropy": loss, "distillation": distillation},
+      {"router": batch_stats},
+    )
 
   def update(self, updates: Tree, task: Array) -> Tree:
     """What of a step's updates is taken: all."""
@@ -154,7 +182,9 @@ class OfNetwork:
   def tell(self, learner: Learner, x: Array, stream: Stream, macs: Array) -> Told:
     """Of images and all their streams, which take `[S, N]` MACs."""
     seen, _, classes = stream.logits.shape
-    of_all = self.network.logits(learner.params["router"], learner.batch_stats["router"], x)[:, : seen * classes]
+    of_all = self.network.logits(learner.params["router"], learner.batch_stats["router"], x)[
+      :, : seen * classes
+    ]
     scores = jax.nn.log_softmax(of_all).reshape(len(x), seen, classes).swapaxes(0, 1)
     task = jnp.argmax(jax.nn.logsumexp(scores, axis=-1), axis=0)
     return Told(task, scores, jnp.take_along_axis(macs, task[None], axis=0)[0] + self.network.macs)
@@ -164,7 +194,9 @@ TaskClassifier = OfFeatures | OfNetwork
 
 
 def _mixed(batch: Batch, replayed: Replay) -> tuple[Array, Array]:
-  return tuple(memory.mix(*pair) for pair in ((batch.x, replayed.x), (batch.labels, replayed.labels)))
+  return tuple(
+    memory.mix(*pair) for pair in ((batch.x, replayed.x), (batch.labels, replayed.labels))
+  )
 
 
 def _weighted(each: Array, batch: Batch, replayed: Replay, weight: Array) -> Array:

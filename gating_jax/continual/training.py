@@ -20,13 +20,13 @@ _AUGMENT, _METHOD = range(2)
 
 
 def make_step(
-    method: Method,
-    optimiser: optax.GradientTransformation,
-    prepare: Callable[[Array, Array], Array],
-    *,
-    seed: int,
-    steps_per_epoch: int,
-    axis_name: Hashable | None = None,
+  method: Method,
+  optimiser: optax.GradientTransformation,
+  prepare: Callable[[Array, Array], Array],
+  *,
+  seed: int,
+  steps_per_epoch: int,
+  axis_name: Hashable | None = None,
 ) -> Callable[[Learner, Array, Array, Array], tuple[Learner, dict[str, Array]]]:
   """`(learner, pixels [B, ...], labels [B], first_step) -> (learner, metrics)`.
 
@@ -38,11 +38,12 @@ def make_step(
     key = jax.random.fold_in(jax.random.key(seed), learner.step)
     epochs, place = jnp.divmod(learner.step - first_step, steps_per_epoch)
     batch = Batch(
-        x=prepare(jax.random.fold_in(key, _AUGMENT), pixels),
-        labels=labels,
-        key=jax.random.fold_in(key, _METHOD),
-        epoch=epochs + place / steps_per_epoch,
-        place=place / max(1, steps_per_epoch - 1))
+      x=prepare(jax.random.fold_in(key, _AUGMENT), pixels),
+      labels=labels,
+      key=jax.random.fold_in(key, _METHOD),
+      epoch=epochs + place / steps_per_epoch,
+      place=place / max(1, steps_per_epoch - 1),
+    )
     differentiate = value_and_grad_over_devices(_with_total(method.loss), axis_name, has_aux=True)
     (_, (terms, batch_stats)), grads = differentiate(learner.params, learner, batch)
     metrics = mean_over_devices(terms, axis_name)
@@ -52,8 +53,13 @@ def make_step(
     updates, memory = method.update(updates, grads, learner)
     params = optax.apply_updates(learner.params, updates)
     metrics["state_norm"] = optax.tree.norm((params, batch_stats))
-    return learner.replace(step=learner.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state,
-                           memory=memory), metrics
+    return learner.replace(
+      step=learner.step + 1,
+      params=params,
+      batch_stats=batch_stats,
+      opt_state=opt_state,
+      memory=memory,
+    ), metrics
 
   return step
 

@@ -66,8 +66,14 @@ def joined(records: Records) -> Array:
 def open_share(records: Records, available: Array) -> Array:
   """Mean over layers and examples of the share of the available units, `[U]` bool, that are open."""
   there = by_record(available, records)
-  return jnp.mean(jnp.stack([jnp.mean(jnp.sum(r.gates, axis=-1)) / jnp.sum(a)
-                             for r, a in zip(records, there, strict=True)]))
+  return jnp.mean(
+    jnp.stack(
+      [
+        jnp.mean(jnp.sum(r.gates, axis=-1)) / jnp.sum(a)
+        for r, a in zip(records, there, strict=True)
+      ]
+    )
+  )
 
 
 def begin_anew(frozen: Tree, old: Tree, fresh: Tree) -> Tree:
@@ -97,15 +103,21 @@ def shut(net: Tree, records: Records, kept: Array) -> Tree:
 def nothing_frozen(shared: Tree, records: Records) -> Tree:
   """For each shared parameter whether it is frozen: by its last axis, where gates switch that, or as a whole."""
   gated = {writer for r in records for writer in r.writers}
-  return traverse_util.unflatten_dict({
+  return traverse_util.unflatten_dict(
+    {
       path: jnp.zeros(leaf.shape[-1:] if path[:-1] in gated else (), bool)
-      for path, leaf in traverse_util.flatten_dict(shared).items()})
+      for path, leaf in traverse_util.flatten_dict(shared).items()
+    }
+  )
 
 
 def freeze(frozen: Tree, records: Records, relevant: Array) -> Tree:
   """`frozen` with the filters of `relevant` units, `[U]` bool, and with all convolutions that no gate switches."""
   flat = traverse_util.flatten_dict(frozen)
-  flat = {path: leaf if leaf.ndim else jnp.asarray((*path[:-1], "kernel") in flat) for path, leaf in flat.items()}
+  flat = {
+    path: leaf if leaf.ndim else jnp.asarray((*path[:-1], "kernel") in flat)
+    for path, leaf in flat.items()
+  }
   for record, units in zip(records, by_record(relevant, records), strict=True):
     for writer in record.writers:
       for name in ("kernel", "bias"):
@@ -122,10 +134,14 @@ def full_layers(records: Records, used: np.ndarray, available: np.ndarray) -> li
 
 def first_units(records: Records, allocated: float) -> Array:
   """`[U]` bool: the units there are at first, in a network made `allocated` times as wide."""
-  return jnp.concatenate([jnp.arange(r.gates.shape[-1]) < round(r.gates.shape[-1] / allocated) for r in records])
+  return jnp.concatenate(
+    [jnp.arange(r.gates.shape[-1]) < round(r.gates.shape[-1] / allocated) for r in records]
+  )
 
 
-def grown(records: Records, available: np.ndarray, layers: list[int], *, growth: float, allocated: float) -> np.ndarray:
+def grown(
+  records: Records, available: np.ndarray, layers: list[int], *, growth: float, allocated: float
+) -> np.ndarray:
   """`available`, `[U]` bool, with some more in these layers: the share `growth` of what they began with."""
   parts = [np.asarray(units) for units in by_record(available, records)]
   for i in layers:
@@ -138,12 +154,17 @@ def waiting(shared: Tree, records: Records, available: np.ndarray) -> int:
   """How many shared parameters are filters of units that are not available yet."""
   flat, total = traverse_util.flatten_dict(shared), 0
   for record, units in zip(records, by_record(available, records), strict=True):
-    total += sum(leaf.size // len(units) * int(np.sum(~units)) for path, leaf in flat.items()
-                 if path[:-1] in record.writers)
+    total += sum(
+      leaf.size // len(units) * int(np.sum(~units))
+      for path, leaf in flat.items()
+      if path[:-1] in record.writers
+    )
   return total
 
 
 def used_by(relevant: Array, available: Array, records: Records) -> dict[str, np.ndarray]:
   """By layer, `[T, units]` bool: the units `[T, U]` that each task needs, of those that are available, `[U]`."""
   parts = (by_record(np.asarray(x), records) for x in (relevant, available))
-  return {layer_name(r): relevant[:, there] for r, relevant, there in zip(records, *parts, strict=True)}
+  return {
+    layer_name(r): relevant[:, there] for r, relevant, there in zip(records, *parts, strict=True)
+  }

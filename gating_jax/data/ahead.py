@@ -12,7 +12,9 @@ import grain
 from absl import flags
 
 
-def computed_ahead(fn: Callable[[Any], Any], items: Sequence[Any], workers: int, *, ahead: int = 8) -> Iterator[Any]:
+def computed_ahead(
+  fn: Callable[[Any], Any], items: Sequence[Any], workers: int, *, ahead: int = 8
+) -> Iterator[Any]:
   """`fn` of each item, in order, at most a few items ahead of who takes the results.
 
   Args:
@@ -26,8 +28,14 @@ def computed_ahead(fn: Callable[[Any], Any], items: Sequence[Any], workers: int,
   """
   dataset = grain.MapDataset.source(items).map(fn)
   if not workers:
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)))
+    return iter(
+      dataset.to_iter_dataset(grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead))
+    )
   if not flags.FLAGS.is_parsed():  # outside absl programs: grain hands its flags to the workers
     flags.FLAGS.mark_as_parsed()
   options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-  return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)).mp_prefetch(options))
+  return iter(
+    dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)).mp_prefetch(
+      options
+    )
+  )

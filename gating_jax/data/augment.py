@@ -25,15 +25,21 @@ def normalise(pixels: Array, mean: Sequence[float], std: Sequence[float]) -> Arr
     ValueError: pixels of another type, which would be scaled as if they were of this; another number of channels.
   """
   if pixels.dtype != jnp.uint8:
-    raise ValueError(f"pixels must be uint8, as gating_jax.data.pictures.to_uint8 makes them; got {pixels.dtype}")
+    raise ValueError(
+      f"pixels must be uint8, as gating_jax.data.pictures.to_uint8 makes them; got {pixels.dtype}"
+    )
   for name, value in (("mean", mean), ("std", std)):
     if len(value) not in (1, pixels.shape[-1]):
-      raise ValueError(f"{name} must hold 1 or {pixels.shape[-1]} numbers, one per channel; got {tuple(value)}")
+      raise ValueError(
+        f"{name} must hold 1 or {pixels.shape[-1]} numbers, one per channel; got {tuple(value)}"
+      )
   mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
   return (pixels.astype(jnp.float32) / 255 - mean) / std
 
 
-def crop_and_flip(key: Array, pixels: Array, *, pad: int, flip: bool, axis_name: Hashable | None = None) -> Array:
+def crop_and_flip(
+  key: Array, pixels: Array, *, pad: int, flip: bool, axis_name: Hashable | None = None
+) -> Array:
   """Shifts each image by up to `pad` pixels (zeros come in), and mirrors it with probability 1/2.
 
   An image's draw depends on its place in the whole batch, not on the device it is on.
@@ -75,7 +81,10 @@ def cut_out(key: Array, x: Array, *, size: int, axis_name: Hashable | None = Non
 
   def one(key, image):
     first = jax.random.randint(key, (2,), 0, shape) - size // 2
-    rows, columns = ((first[i] <= at) & (at < first[i] + size) for i, at in enumerate(map(jnp.arange, image.shape[:2])))
+    rows, columns = (
+      (first[i] <= at) & (at < first[i] + size)
+      for i, at in enumerate(map(jnp.arange, image.shape[:2]))
+    )
     return jnp.where((rows[:, None] & columns)[..., None], 0, image)
 
   return jax.vmap(one)(example_keys(key, x.shape[0], axis_name), x)

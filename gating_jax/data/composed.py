@@ -28,14 +28,32 @@ NAME = "composed"
 FRAMES, SIZE = 8, 16
 MIN_SEGMENTS = 14  # two anchors and six runs of up to two segments
 
-_MOTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0), "still": (0, 0)}  # pixels a frame
+_MOTIONS = {
+  "left": (0, -1),
+  "right": (0, 1),
+  "up": (-1, 0),
+  "down": (1, 0),
+  "still": (0, 0),
+}  # pixels a frame
 _STILL = list(_MOTIONS).index("still")
-_TOOLS = ((4, 5, 6), (6, 7, 8), (8, 9, 4), (5, 7, 9))  # of each scene; every digit class is a tool of two scenes
-_CODES = ((0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0))  # which of its two motions each tool has; any two tools decide
+_TOOLS = (
+  (4, 5, 6),
+  (6, 7, 8),
+  (8, 9, 4),
+  (5, 7, 9),
+)  # of each scene; every digit class is a tool of two scenes
+_CODES = (
+  (0, 0, 0),
+  (0, 1, 1),
+  (1, 0, 1),
+  (1, 1, 0),
+)  # which of its two motions each tool has; any two tools decide
 _NOISE = 24  # standard deviation of a pixel
 
 UNIT_NAMES = tuple(f"{digit} {motion}" for digit in range(10) for motion in _MOTIONS)
-CLASS_NAMES = tuple(f"scene {scene}, activity {code}" for scene in range(len(_TOOLS)) for code in range(len(_CODES)))
+CLASS_NAMES = tuple(
+  f"scene {scene}, activity {code}" for scene in range(len(_TOOLS)) for code in range(len(_CODES))
+)
 
 
 def composed(split: str, *, videos: int, segments: int = 16, seed: int = 0) -> VideoArrays:
@@ -56,21 +74,32 @@ def composed(split: str, *, videos: int, segments: int = 16, seed: int = 0) -> V
   if not videos >= 1:
     raise ValueError(f"videos must be >= 1; got {videos}")
   if not segments >= MIN_SEGMENTS:
-    raise ValueError(f"segments must be >= {MIN_SEGMENTS}, the length of the longest activity; got {segments}")
+    raise ValueError(
+      f"segments must be >= {MIN_SEGMENTS}, the length of the longest activity; got {segments}"
+    )
   digits = tfds.load(tfds.DIGITS, split)
   rng = np.random.default_rng((seed, split == "test"))
   labels = rng.permutation(np.arange(videos) % len(CLASS_NAMES)).astype(np.int32)
   scripts = [_script(rng, int(label), segments) for label in labels]
   units, relevant = (np.stack(rows) for rows in zip(*scripts, strict=True))
   clips = _render(rng, digits, units.ravel()).reshape(videos, segments, FRAMES, SIZE, SIZE, 1)
-  arrays = {"clips": clips, "valid": np.ones((videos, segments), bool), "label": labels,
-            "weight": np.ones(videos, np.float32), "units": units, "relevant": relevant}
+  arrays = {
+    "clips": clips,
+    "valid": np.ones((videos, segments), bool),
+    "label": labels,
+    "weight": np.ones(videos, np.float32),
+    "units": units,
+    "relevant": relevant,
+  }
   return VideoArrays(arrays, CLASS_NAMES, tuple(f"{split} {i}" for i in range(videos)), UNIT_NAMES)
 
 
 def motions(scene: int, code: int) -> dict[int, int]:
   """The motion of each tool of an activity, by digit class. Shared: a scene's tools have two motions each."""
-  return {digit: 2 * ((digit + scene) % 2) + bit for digit, bit in zip(_TOOLS[scene], _CODES[code], strict=True)}
+  return {
+    digit: 2 * ((digit + scene) % 2) + bit
+    for digit, bit in zip(_TOOLS[scene], _CODES[code], strict=True)
+  }
 
 
 def _script(rng: np.random.Generator, label: int, segments: int) -> tuple[np.ndarray, np.ndarray]:
@@ -78,7 +107,10 @@ def _script(rng: np.random.Generator, label: int, segments: int) -> tuple[np.nda
   scene, code = divmod(label, len(_CODES))
   tools = motions(scene, code)
   moving = range(4, 10)
-  runs = [(_unit(digit, tools.get(digit, rng.integers(4))), digit in tools, rng.integers(1, 3)) for digit in moving]
+  runs = [
+    (_unit(digit, tools.get(digit, rng.integers(4))), digit in tools, rng.integers(1, 3))
+    for digit in moving
+  ]
   runs += [(_unit(scene, _STILL), False, 1)] * 2
   runs += [(-1, False, 1)] * (segments - sum(length for *_, length in runs))
   order = rng.permutation(len(runs))
@@ -98,13 +130,19 @@ def _render(rng: np.random.Generator, digits: tfds.Images, units: np.ndarray) ->
   clutter = units < 0
   shown = np.empty(len(units), int)
   for c in np.unique(classes):
-    shown[classes == c] = rng.choice(np.flatnonzero((digits.labels == c) | (c < 0)), np.sum(classes == c))
+    shown[classes == c] = rng.choice(
+      np.flatnonzero((digits.labels == c) | (c < 0)), np.sum(classes == c)
+    )
   images = digits.pixels[shown, ..., 0]
-  images[clutter] = rng.permuted(images[clutter].reshape(-1, images[0].size), axis=1).reshape(-1, *images.shape[1:])
+  images[clutter] = rng.permuted(images[clutter].reshape(-1, images[0].size), axis=1).reshape(
+    -1, *images.shape[1:]
+  )
   motion[clutter] = rng.integers(len(_MOTIONS), size=clutter.sum())
   velocity = np.array(list(_MOTIONS.values()))[motion]
   corner = rng.integers(2, SIZE - images.shape[1] - 1, (len(units), 2))
-  corner = corner[:, None] + (np.arange(FRAMES) - FRAMES // 2)[:, None] * velocity[:, None]  # [n, F, 2]
+  corner = (
+    corner[:, None] + (np.arange(FRAMES) - FRAMES // 2)[:, None] * velocity[:, None]
+  )  # [n, F, 2]
   canvas = np.pad(images, ((0, 0), (SIZE, SIZE), (SIZE, SIZE)))
   views = np.lib.stride_tricks.sliding_window_view(canvas, (SIZE, SIZE), axis=(1, 2))
   frames = rng.standard_normal((len(units), FRAMES, SIZE, SIZE), np.float32)

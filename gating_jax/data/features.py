@@ -54,12 +54,20 @@ class Picture:
 
     self._name, self.shape = name, feature.shape
     self.encoded = isinstance(feature, types.Image)
-    self._dtype = np.dtype(feature.np_dtype) if self.encoded or isinstance(feature, types.Tensor) else None
-    known = self._dtype is not None and self._dtype.kind in "biuf" and len(self.shape) == 3 and self.shape[-1]
+    self._dtype = (
+      np.dtype(feature.np_dtype) if self.encoded or isinstance(feature, types.Tensor) else None
+    )
+    known = (
+      self._dtype is not None
+      and self._dtype.kind in "biuf"
+      and len(self.shape) == 3
+      and self.shape[-1]
+    )
     if not known or (self.encoded and self.shape[-1] not in pictures.MODES):
       raise ValueError(
-          f"{name} must be an Image of 1, 3 or 4 channels, or a Tensor of numbers with shape (H, W, channels); it is "
-          f"{describe(feature)}. data.image_feature chooses another")
+        f"{name} must be an Image of 1, 3 or 4 channels, or a Tensor of numbers with shape (H, W, channels); it is "
+        f"{describe(feature)}. data.image_feature chooses another"
+      )
 
   def decode(self, value: Any) -> np.ndarray:
     """Decodes a file, or takes an array as it is."""
@@ -100,9 +108,10 @@ class Picture:
       if seen.any() and brightest <= (_HALF if wide else _DARK):
         part = "the upper half of its scale" if wide else "more than a sixteenth of its scale"
         raise ValueError(
-            f"{self._name} of {seen.dtype} must reach {part}, in which {pictures.white(seen.dtype)} is white; got "
-            f"{pictures.span(seen)} in {len(seen)} images, which would be too dark. Prepare the set with images of "
-            "uint8 whose white is 255, or choose another feature by data.image_feature")
+          f"{self._name} of {seen.dtype} must reach {part}, in which {pictures.white(seen.dtype)} is white; got "
+          f"{pictures.span(seen)} in {len(seen)} images, which would be too dark. Prepare the set with images of "
+          "uint8 whose white is 255, or choose another feature by data.image_feature"
+        )
 
 
 class PixelClasses:
@@ -114,9 +123,16 @@ class PixelClasses:
     self._name = name
     self.encoded = isinstance(feature, types.Image)
     known = self.encoded or isinstance(feature, types.Tensor)
-    if not known or len(feature.shape) != 3 or feature.shape[-1] != 1 or np.dtype(feature.np_dtype).kind not in "biu":
-      raise ValueError(f"{name} must be an Image or a Tensor of whole numbers with shape (H, W, 1); it is "
-                       f"{describe(feature)}")
+    if (
+      not known
+      or len(feature.shape) != 3
+      or feature.shape[-1] != 1
+      or np.dtype(feature.np_dtype).kind not in "biu"
+    ):
+      raise ValueError(
+        f"{name} must be an Image or a Tensor of whole numbers with shape (H, W, 1); it is "
+        f"{describe(feature)}"
+      )
 
   def decode(self, value: Any) -> np.ndarray:
     """Decodes a file, or takes an array as it is."""
@@ -156,8 +172,9 @@ class ImageClass:
       self.class_names = tuple(feature.names)
     elif kind not in "biuOSU" or not single:
       raise ValueError(
-          f"{name} must hold one class per image, as a ClassLabel, a whole number or a text; it is {self._type}. "
-          "data.label_feature chooses another")
+        f"{name} must hold one class per image, as a ClassLabel, a whole number or a text; it is {self._type}. "
+        "data.label_feature chooses another"
+      )
     self._learnt = self.class_names is None
 
   def decode(self, value: Any) -> Any:
@@ -170,8 +187,10 @@ class ImageClass:
       return int(value) if 0 <= value < len(self.class_names) else UNLABELLED
     label = self._label(value)
     if label is None:
-      raise ValueError(f"{self._name} must be a whole number from 0 or a text; got {value!r}, so that the image has no "
-                       "class. Use another split, or choose another feature by data.label_feature")
+      raise ValueError(
+        f"{self._name} must be a whole number from 0 or a text; got {value!r}, so that the image has no "
+        "class. Use another split, or choose another feature by data.label_feature"
+      )
     return self._places[label] if self._texts else label
 
   def learn(self, labels: Mapping[str, Iterable[Any]]) -> None:
@@ -185,19 +204,32 @@ class ImageClass:
     counted = {split: self._count(values) for split, values in labels.items()}
     for split, (_, without) in counted.items():
       if without:
-        warn("%s: %d images of split %r have no class (%s)", self._name, without, split,
-             "an empty text or none" if self._texts else "a negative number or none")
+        warn(
+          "%s: %d images of split %r have no class (%s)",
+          self._name,
+          without,
+          split,
+          "an empty text or none" if self._texts else "a negative number or none",
+        )
     seen = sorted({label for found, _ in counted.values() for label in found})
     if not seen:
-      raise ValueError(f"{self._name} must hold a class per image; it is {self._type}, and all are "
-                       f"{'empty' if self._texts else 'negative'} or none. data.label_feature chooses another")
+      raise ValueError(
+        f"{self._name} must hold a class per image; it is {self._type}, and all are "
+        f"{'empty' if self._texts else 'negative'} or none. data.label_feature chooses another"
+      )
     if self._texts:
       self._places = {label: i for i, label in enumerate(seen)}
       self.class_names = tuple(label.decode("utf-8", "backslashreplace") for label in seen)
     else:
       self._check_gaps(seen)
       self.class_names = tuple(map(str, range(seen[-1] + 1)))
-    warn("%s is %s, read as %d classes: %s", self._name, self._type, len(self.class_names), few(self.class_names))
+    warn(
+      "%s is %s, read as %d classes: %s",
+      self._name,
+      self._type,
+      len(self.class_names),
+      few(self.class_names),
+    )
 
   def _count(self, values: Iterable[Any]) -> tuple[set, int]:
     """The classes among labels, and how many labels are none."""
@@ -221,8 +253,9 @@ class ImageClass:
     gaps = seen[-1] + 1 - len(seen)
     if gaps > _MOST_GAPS:
       raise ValueError(
-          f"{self._name} must number classes from 0 with at most {_MOST_GAPS} gaps, or be a ClassLabel or a text; it "
-          f"is {self._type}, {len(seen)} numbers from {seen[0]} to {seen[-1]}. data.label_feature chooses another")
+        f"{self._name} must number classes from 0 with at most {_MOST_GAPS} gaps, or be a ClassLabel or a text; it "
+        f"is {self._type}, {len(seen)} numbers from {seen[0]} to {seen[-1]}. data.label_feature chooses another"
+      )
     if gaps:
       missing = [str(number) for number in sorted(set(range(seen[-1])) - set(seen))]
       warn("%s: no image has class %s, of %d", self._name, few(missing), seen[-1] + 1)

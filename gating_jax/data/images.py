@@ -25,7 +25,9 @@ def batch_indices(seed: int, step: int, batch_size: int, examples: int) -> np.nd
     ValueError: the batch is larger than the set.
   """
   if not 0 < batch_size <= examples:
-    raise ValueError(f"batch_size must be in [1, {examples}], the number of training images; got {batch_size}")
+    raise ValueError(
+      f"batch_size must be in [1, {examples}], the number of training images; got {batch_size}"
+    )
   epoch, position = divmod(step, examples // batch_size)
   return _epoch_order(seed, epoch, examples)[position * batch_size : (position + 1) * batch_size]
 
@@ -38,7 +40,7 @@ def _epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
 
 
 def indices(
-    seed: int, step: int, k: int, batch_size: int, examples: int, process: tuple[int, int] = (0, 1)
+  seed: int, step: int, k: int, batch_size: int, examples: int, process: tuple[int, int] = (0, 1)
 ) -> np.ndarray:
   """The share of process `(index, count)` in `k` batches from `step` on: `[batch_size / count, k]`."""
   whole = np.stack([batch_indices(seed, step + i, batch_size, examples) for i in range(k)], axis=1)

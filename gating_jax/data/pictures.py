@@ -21,7 +21,15 @@ import io
 import numpy as np
 from PIL import Image
 
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")  # others may start programs to be read
+FORMATS = (
+  "PNG",
+  "JPEG",
+  "BMP",
+  "GIF",
+  "PPM",
+  "TIFF",
+  "WEBP",
+)  # others may start programs to be read
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of Pillow, by channels
 
 MOST_PIXELS = 1 << 26  # of a file; 8,192 x 8,192
@@ -68,7 +76,9 @@ def to_uint8(pixels: np.ndarray, name: str = "pixels") -> np.ndarray:
     levels = np.round(pixels.astype(np.float32) * (_WHITE / top))
   inside = (levels >= 0) & (levels <= _WHITE)  # not where it is NaN
   if not inside.all():
-    raise ValueError(f"{name} of {pixels.dtype} must be in [0, {top}], from black to white; got {span(pixels)}")
+    raise ValueError(
+      f"{name} of {pixels.dtype} must be in [0, {top}], from black to white; got {span(pixels)}"
+    )
   return levels.astype(np.uint8)
 
 
@@ -125,7 +135,10 @@ def _opened(encoded: bytes) -> Image.Image:
   rule = f"a picture must have at most {MOST_PIXELS} pixels"
   try:
     picture = Image.open(io.BytesIO(encoded), formats=FORMATS)
-  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # of still more; it says how many
+  except (
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+  ) as error:  # of still more; it says how many
     raise TooLargeError(f"{rule}; {error}") from None
   if picture.width * picture.height > MOST_PIXELS:
     raise TooLargeError(f"{rule}; got {picture.width} x {picture.height}")

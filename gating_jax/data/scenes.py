@@ -22,13 +22,31 @@ _FEATURES = {"image_left": features.Picture, "segmentation_label": features.Pixe
 _INK = 64  # least brightness of a digit's pixel
 _NOISE = 16  # standard deviation of a pixel's brightness
 _STREET = {  # name: Cityscapes' own number of it
-    "road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17, "traffic light": 19,
-    "traffic sign": 20, "vegetation": 21, "terrain": 22, "sky": 23, "person": 24, "rider": 25, "car": 26, "truck": 27,
-    "bus": 28, "train": 31, "motorcycle": 32, "bicycle": 33,
+  "road": 7,
+  "sidewalk": 8,
+  "building": 11,
+  "wall": 12,
+  "fence": 13,
+  "pole": 17,
+  "traffic light": 19,
+  "traffic sign": 20,
+  "vegetation": 21,
+  "terrain": 22,
+  "sky": 23,
+  "person": 24,
+  "rider": 25,
+  "car": 26,
+  "truck": 27,
+  "bus": 28,
+  "train": 31,
+  "motorcycle": 32,
+  "bicycle": 33,
 }
 
 
-def digit_scenes(split: str, *, scenes: int, size: tuple[int, int], most: int, seed: int = 0) -> Images:
+def digit_scenes(
+  split: str, *, scenes: int, size: tuple[int, int], most: int, seed: int = 0
+) -> Images:
   """Makes a split: 1 to `most` digits of 8 x 8 pixels, apart from each other, at random places in noise.
 
   The same arguments make the same scenes. Splits share no digit image.
@@ -55,7 +73,9 @@ def digit_scenes(split: str, *, scenes: int, size: tuple[int, int], most: int, s
   ink = np.zeros((scenes, *size))
   labels = np.zeros((scenes, *size), np.uint8)
   for scene in range(scenes):
-    free = np.ones([length - side + 1 for length in size], bool)  # corners that a digit can still have
+    free = np.ones(
+      [length - side + 1 for length in size], bool
+    )  # corners that a digit can still have
     for shown in rng.integers(len(digits), size=rng.integers(1, most + 1)):
       if not free.any():
         break
@@ -83,19 +103,30 @@ class Scenes(streaming.Stream):
   def read_one(self, index: int, seed: tuple[int, ...] | None) -> tuple[np.ndarray, np.ndarray]:
     example = self.source[int(index)]
     image, label = (example[name] for name in _FEATURES)
-    pair = [_resize(image, self.size, Image.Resampling.BILINEAR),
-            train_classes(_resize(label[..., 0], self.size, Image.Resampling.NEAREST))]
+    pair = [
+      _resize(image, self.size, Image.Resampling.BILINEAR),
+      train_classes(_resize(label[..., 0], self.size, Image.Resampling.NEAREST)),
+    ]
     if seed is not None:
       rng = np.random.default_rng(seed)
-      top, left = (rng.integers(whole - part + 1) for whole, part in zip(self.size, self.shape, strict=False))
+      top, left = (
+        rng.integers(whole - part + 1) for whole, part in zip(self.size, self.shape, strict=False)
+      )
       step = -1 if self.flip and rng.random() < 0.5 else 1
       pair = [x[top : top + self.shape[0], left : left + self.shape[1]][:, ::step] for x in pair]
     return tuple(np.ascontiguousarray(x) for x in pair)
 
 
 def open_scenes(
-    name: str, split: str, data_dir: str | None = None, *, size: tuple[int, int], seed: int = 0, workers: int = 0,
-    crop: tuple[int, int] | None = None, flip: bool = False,
+  name: str,
+  split: str,
+  data_dir: str | None = None,
+  *,
+  size: tuple[int, int],
+  seed: int = 0,
+  workers: int = 0,
+  crop: tuple[int, int] | None = None,
+  flip: bool = False,
 ) -> Scenes:
   """Opens `cityscapes` as TFDS prepared it; errors are as in `sources.load`, the message for a set that is not prepared
   with TFDS's own instructions on what to download by hand.
@@ -106,7 +137,9 @@ def open_scenes(
     size, flip, seed, workers: see `Scenes` and `Stream`.
   """
   source = tfds.open_tfds(name, split, data_dir, _FEATURES)
-  return Scenes(source, tuple(_STREET), (*(crop or size), 3), seed, workers=workers, size=size, flip=flip)
+  return Scenes(
+    source, tuple(_STREET), (*(crop or size), 3), seed, workers=workers, size=size, flip=flip
+  )
 
 
 def train_classes(labels: np.ndarray) -> np.ndarray:

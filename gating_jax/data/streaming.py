@@ -46,17 +46,28 @@ class Stream:
     return len(self.source)
 
   def batches(
-      self, batch_size: int, first_step: int, k: int, total_steps: int, process: tuple[int, int] = (0, 1)
+    self,
+    batch_size: int,
+    first_step: int,
+    k: int,
+    total_steps: int,
+    process: tuple[int, int] = (0, 1),
   ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """`(pixels [b, K, H, W, D] uint8, labels [b, K] int32)` for each `k` steps; arguments as in `resident.indices`."""
 
     def read(step):
       index = images.indices(self.seed, step, k, batch_size, len(self), process)
       first = process[0] * len(index)
-      flat = [self.read_one(i, (self.seed, step + place % k, first + place // k))  # as on any number of processes
-              for place, i in enumerate(index.ravel())]
+      flat = [
+        self.read_one(
+          i, (self.seed, step + place % k, first + place // k)
+        )  # as on any number of processes
+        for place, i in enumerate(index.ravel())
+      ]
       pixels, labels = (np.stack(column) for column in zip(*flat, strict=True))
-      return pixels.reshape(*index.shape, *self.shape), labels.reshape(*index.shape, *labels.shape[1:])
+      return pixels.reshape(*index.shape, *self.shape), labels.reshape(
+        *index.shape, *labels.shape[1:]
+      )
 
     return self.map(read, range(first_step, total_steps, k))
 
@@ -69,11 +80,15 @@ class Stream:
     """`fn` of each item, in order, computed ahead by threads or worker processes."""
     return computed_ahead(fn, list(items), self.workers)
 
-  def read_one(self, index: int, seed: tuple[int, ...] | None) -> tuple[np.ndarray, np.ndarray | np.int32]:
+  def read_one(
+    self, index: int, seed: tuple[int, ...] | None
+  ) -> tuple[np.ndarray, np.ndarray | np.int32]:
     """Image and label number `index`, of the sizes that all have: augmented by `seed`, or for evaluation as it is."""
     example = self.source[int(index)]
     if not 0 <= example[self.label] < len(self.class_names):
-      raise ValueError("the data split has images without a label; use another, such as 'validation'")
+      raise ValueError(
+        "the data split has images without a label; use another, such as 'validation'"
+      )
     image, size = example[self.image], self.shape[:2]
     if seed is not None and self.crop_area is not None:
       image = random_resized_crop(image, size, self.crop_area, np.random.default_rng(seed))
@@ -83,16 +98,16 @@ class Stream:
 
 
 def open_stream(
-    name: str,
-    split: str,
-    data_dir: str | None = None,
-    *,
-    image_size: int = 0,
-    seed: int = 0,
-    crop_area: float | None = None,
-    workers: int = 0,
-    image: str = tfds.IMAGE,
-    label: str = tfds.LABEL,
+  name: str,
+  split: str,
+  data_dir: str | None = None,
+  *,
+  image_size: int = 0,
+  seed: int = 0,
+  crop_area: float | None = None,
+  workers: int = 0,
+  image: str = tfds.IMAGE,
+  label: str = tfds.LABEL,
 ) -> Stream:
   """Opens a TFDS image-classification set; errors are as in `sources.load`.
 
@@ -104,21 +119,35 @@ def open_stream(
     ValueError: images of unknown size and no `image_size`.
   """
   if name == tfds.DIGITS:
-    raise ValueError("data.loader must be 'resident' for digits: they are not on disk; got 'streaming'")
+    raise ValueError(
+      "data.loader must be 'resident' for digits: they are not on disk; got 'streaming'"
+    )
   if crop_area is not None and not 0 < crop_area <= 1:
     raise ValueError(f"data.crop_area must be in (0, 1]; got {crop_area}")
-  source = tfds.open_tfds(name, split, data_dir, {image: features.Picture, label: features.ImageClass})
+  source = tfds.open_tfds(
+    name, split, data_dir, {image: features.Picture, label: features.ImageClass}
+  )
   height, width, depth = source.shape
   if image_size:
     height = width = image_size
   if height is None or width is None:
-    raise ValueError(f"data.image_size must be set: images of {name} differ in size; got {image_size}")
+    raise ValueError(
+      f"data.image_size must be set: images of {name} differ in size; got {image_size}"
+    )
   return Stream(
-      source, source.class_names, (height, width, depth), seed, crop_area, workers, image=image, label=label)
+    source,
+    source.class_names,
+    (height, width, depth),
+    seed,
+    crop_area,
+    workers,
+    image=image,
+    label=label,
+  )
 
 
 def random_resized_crop(
-    image: np.ndarray, size: tuple[int, int], smallest_area: float, rng: np.random.Generator
+  image: np.ndarray, size: tuple[int, int], smallest_area: float, rng: np.random.Generator
 ) -> np.ndarray:
   """A random part of an image, of at least `smallest_area` of it and aspect 3/4 to 4/3, resized to `size`.
 

@@ -25,8 +25,14 @@ class Task:
 
 
 def make_tasks(
-    train: Images, test: Images, *, classes_per_task: int, count: int = 0, order_seed: int | None = None,
-    validation: float = 0.1, seed: int = 0,
+  train: Images,
+  test: Images,
+  *,
+  classes_per_task: int,
+  count: int = 0,
+  order_seed: int | None = None,
+  validation: float = 0.1,
+  seed: int = 0,
 ) -> tuple[Task, ...]:
   """Splits a set into tasks of `classes_per_task` classes each.
 
@@ -45,24 +51,37 @@ def make_tasks(
     raise ValueError(f"classes_per_task must divide the {classes} classes; got {classes_per_task}")
   tasks = classes // classes_per_task
   if not 0 <= count <= tasks:
-    raise ValueError(f"count must be at most {tasks}, the tasks of {classes_per_task} classes, or 0; got {count}")
+    raise ValueError(
+      f"count must be at most {tasks}, the tasks of {classes_per_task} classes, or 0; got {count}"
+    )
   if not 0 < validation < 1:
     raise ValueError(f"validation must be a share in (0, 1); got {validation}")
-  order = np.arange(classes) if order_seed is None else np.random.default_rng(order_seed).permutation(classes)
+  order = (
+    np.arange(classes)
+    if order_seed is None
+    else np.random.default_rng(order_seed).permutation(classes)
+  )
   train, test = _reordered(train, order), _reordered(test, order)
   for name, images, least in (("train", train, 2), ("test", test, 1)):
     counts = np.bincount(images.labels, minlength=classes)
     if counts.min() < least:
-      raise ValueError(f"{name} must hold at least {least} images of every class; got {counts.min()} of class "
-                       f"{images.class_names[counts.argmin()]!r}")
-  return tuple(_task(train, test, t * classes_per_task, classes_per_task, validation, seed)
-               for t in range(count or tasks))
+      raise ValueError(
+        f"{name} must hold at least {least} images of every class; got {counts.min()} of class "
+        f"{images.class_names[counts.argmin()]!r}"
+      )
+  return tuple(
+    _task(train, test, t * classes_per_task, classes_per_task, validation, seed)
+    for t in range(count or tasks)
+  )
 
 
 def join(images: Sequence[Images]) -> Images:
   """The images of several sets of the same classes, one after the other."""
-  return Images(np.concatenate([i.pixels for i in images]), np.concatenate([i.labels for i in images]),
-                images[0].class_names)
+  return Images(
+    np.concatenate([i.pixels for i in images]),
+    np.concatenate([i.labels for i in images]),
+    images[0].class_names,
+  )
 
 
 def interleave(sets: Sequence[np.ndarray]) -> np.ndarray:
@@ -74,8 +93,12 @@ def interleave(sets: Sequence[np.ndarray]) -> np.ndarray:
   return np.stack(sets, axis=1).reshape(-1, *sets[0].shape[1:])
 
 
-def _task(train: Images, test: Images, first: int, classes: int, validation: float, seed: int) -> Task:
-  of_task = lambda images: np.flatnonzero((images.labels >= first) & (images.labels < first + classes))
+def _task(
+  train: Images, test: Images, first: int, classes: int, validation: float, seed: int
+) -> Task:
+  of_task = lambda images: np.flatnonzero(
+    (images.labels >= first) & (images.labels < first + classes)
+  )
   index = of_task(train)
   random, held = np.random.default_rng((seed, first)), []
   for c in range(first, first + classes):

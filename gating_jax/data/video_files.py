@@ -26,11 +26,30 @@ from numpy.lib import format as npy
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg")
 FEATURE_SUFFIXES = (".npy", ".npz")
 # Of files that hold all that they show: no playlist, no text that names other files, no pattern of file names.
-_CONTAINERS = "asf,avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mpeg,mpegvideo,mpegts,ogg,m4v,h264,hevc"
-_MP4, _MATROSKA, _AVI = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"  # FFmpeg's names of formats
-_LIMITS = {"max_pixels": str(8192 * 4320)}  # of a frame, those of cinema; a damaged header announces any number
-_BOXES = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")  # of .mp4 files, on the way to counts
-_COUNTS = {b"stsz": 8, b"trun": 4}  # boxes that say how many samples there are, and after how many bytes
+_CONTAINERS = (
+  "asf,avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mpeg,mpegvideo,mpegts,ogg,m4v,h264,hevc"
+)
+_MP4, _MATROSKA, _AVI = (
+  "mov,mp4,m4a,3gp,3g2,mj2",
+  "matroska,webm",
+  "avi",
+)  # FFmpeg's names of formats
+_LIMITS = {
+  "max_pixels": str(8192 * 4320)
+}  # of a frame, those of cinema; a damaged header announces any number
+_BOXES = (
+  b"moov",
+  b"trak",
+  b"mdia",
+  b"minf",
+  b"stbl",
+  b"moof",
+  b"traf",
+)  # of .mp4 files, on the way to counts
+_COUNTS = {
+  b"stsz": 8,
+  b"trun": 4,
+}  # boxes that say how many samples there are, and after how many bytes
 _DENSEST = 64  # samples a byte, more than any codec of sound has
 _SPLICE = 10.0  # seconds from packet to packet that are no pause but another clock, as for FFmpeg's own tools
 _ROUNDING = 1e-3  # seconds, to which Matroska rounds times
@@ -44,7 +63,9 @@ _PARSING = threading.Lock()
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
-def segment_starts(frames: int, segments: int, length: int, rng: np.random.Generator | None = None) -> np.ndarray:
+def segment_starts(
+  frames: int, segments: int, length: int, rng: np.random.Generator | None = None
+) -> np.ndarray:
   """First frames of segments spread uniformly over a video of constant rate; they overlap where it is short.
 
       start_i = floor(i (frames - length) / (segments - 1)),   or, with a generator, a random frame of the i-th of
@@ -65,18 +86,22 @@ def segment_starts(frames: int, segments: int, length: int, rng: np.random.Gener
   """
   last = max(frames - length, 0)
   if rng is not None:
-    return np.floor((np.arange(segments) + rng.random(segments)) * ((last + 1) / segments)).astype(int).clip(max=last)
+    return (
+      np.floor((np.arange(segments) + rng.random(segments)) * ((last + 1) / segments))
+      .astype(int)
+      .clip(max=last)
+    )
   return np.arange(segments) * last // (segments - 1) if segments > 1 else np.array([last // 2])
 
 
 def timed_starts(
-    times: np.ndarray,
-    end: float,
-    segments: int,
-    length: int,
-    rng: np.random.Generator | None = None,
-    *,
-    rounding: float = 0.0,
+  times: np.ndarray,
+  end: float,
+  segments: int,
+  length: int,
+  rng: np.random.Generator | None = None,
+  *,
+  rounding: float = 0.0,
 ) -> np.ndarray:
   """First frames of segments spread uniformly over the time of a video; they overlap where it is short.
 
@@ -117,11 +142,17 @@ def require_av() -> None:
   try:
     from av import index  # noqa: F401
   except ImportError as error:
-    raise ValueError(f"reading videos needs PyAV: pip install 'gating-jax[video]' ({error})") from error
+    raise ValueError(
+      f"reading videos needs PyAV: pip install 'gating-jax[video]' ({error})"
+    ) from error
 
 
 def read_clips(
-    path: Path, segments: int, length: int, size: tuple[int, int], rng: np.random.Generator | None = None
+  path: Path,
+  segments: int,
+  length: int,
+  size: tuple[int, int],
+  rng: np.random.Generator | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Decodes a video's segments, each frame upright and resized bilinearly.
 
@@ -198,7 +229,9 @@ def _read_array(file: BinaryIO) -> np.ndarray:
     raise ValueError(f"must hold real numbers [T, ...]; got {dtype} {shape}")
   content, count = file.read(), math.prod(shape)
   if len(content) < count * dtype.itemsize:
-    raise ValueError(f"must hold {count} numbers of {dtype}; it ends after {len(content) // dtype.itemsize}")
+    raise ValueError(
+      f"must hold {count} numbers of {dtype}; it ends after {len(content) // dtype.itemsize}"
+    )
   return np.frombuffer(content, dtype, count).reshape(shape, order="F" if by_columns else "C")
 
 
@@ -278,13 +311,18 @@ def _open(path: Path):
   """That file and no other: a name is no address of FFmpeg's, and what the file says makes it open nothing."""
   import av
 
-  file, allowed = f"file:{os.path.abspath(path)}", {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
+  file, allowed = (
+    f"file:{os.path.abspath(path)}",
+    {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS},
+  )
   try:
     return av.open(file, options=_LIMITS, container_options=allowed)
   except UnicodeDecodeError:  # of a title, say, in another encoding; nothing of it is used
     return av.open(file, options=_LIMITS, container_options=allowed, metadata_errors="replace")
   except av.error.ArgumentError as error:  # what FFmpeg says of a format that is not in the list
-    raise ValueError(f"must be of a container that holds all it shows, one of {_CONTAINERS}") from error
+    raise ValueError(
+      f"must be of a container that holds all it shows, one of {_CONTAINERS}"
+    ) from error
 
 
 def _video_stream(container):
@@ -311,11 +349,15 @@ def _list_frames(container, stream) -> _Film:
     if packet.pts is not None and packet.time_base:
       reached = max(reached, float((packet.pts + (packet.duration or 0)) * packet.time_base))
     if packet.stream is stream and packet.size:
-      packets.append(_Packet(packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe, packet.is_discard))
+      packets.append(
+        _Packet(packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe, packet.is_discard)
+      )
   shown = _shown(packets)
   if not shown:
     raise ValueError("holds no frame")
-  if container.format.name not in (_MP4, _AVI) or listed < len(packets):  # their index names all frames
+  if container.format.name not in (_MP4, _AVI) or listed < len(
+    packets
+  ):  # their index names all frames
     _check_length(container, reached)
   film = _times_of(container, stream, shown)
   lost = len(_shown([entry for entry in stream.index_entries if entry.size])) - len(shown)
@@ -347,7 +389,11 @@ def _times_of(container, stream, packets: Sequence[_Packet]) -> _Film:
   stamps = [packet.dts if by_decoding else packet.pts for packet in packets]
   timed = [i for i, stamp in enumerate(stamps) if stamp is not None]
   # Second fields may have no time of their own; where more packets have none, nothing can be said but their order.
-  if 2 * len(timed) < len(packets) or not stream.time_base or _clock_jumps(container, stream, packets):
+  if (
+    2 * len(timed) < len(packets)
+    or not stream.time_base
+    or _clock_jumps(container, stream, packets)
+  ):
     # The average is the demuxer's, which says 25 of every raw stream; the guess heeds what the codec says.
     rate = float(stream.guessed_rate or stream.average_rate or np.nan)
     times = np.arange(len(packets), dtype=float)
@@ -369,7 +415,9 @@ def _clock_jumps(container, stream, packets: Sequence[_Packet]) -> bool:
     return True
   if not container.format.flags & Flags.ts_discont.value:
     return False
-  steps = np.diff([packet.dts for packet in packets if packet.dts is not None]) * float(stream.time_base)
+  steps = np.diff([packet.dts for packet in packets if packet.dts is not None]) * float(
+    stream.time_base
+  )
   return bool(((steps < 0) | (steps > _SPLICE)).any())
 
 
@@ -391,7 +439,9 @@ class _Shown(NamedTuple):
   interlaced: bool
 
 
-def _choose_starts(film: _Film, segments: int, length: int, rng: np.random.Generator | None) -> np.ndarray:
+def _choose_starts(
+  film: _Film, segments: int, length: int, rng: np.random.Generator | None
+) -> np.ndarray:
   """Returns `[T]` starts of segments, each an index of `film.times`."""
   # By up to a tick if that is short; a long one, such as a frame's, is exact up to floating point.
   rounding = min(1.0, _ROUNDING / film.tick) if film.tick > 0 else _ROUNDING
@@ -399,7 +449,7 @@ def _choose_starts(film: _Film, segments: int, length: int, rng: np.random.Gener
 
 
 def _decode_segments(
-    path: Path, film: _Film, starts: np.ndarray, *, length: int, size: tuple[int, int]
+  path: Path, film: _Film, starts: np.ndarray, *, length: int, size: tuple[int, int]
 ) -> _Shown:
   """Decodes the whole film and keeps the frames of segments, each of which begins at one of the starts."""
   from av.video.reformatter import VideoReformatter
@@ -481,4 +531,8 @@ def _display_matrix(frame) -> np.ndarray:
   except ValueError:  # PyAV 18 and other side data that it has no name for
     turn = np.deg2rad(-frame.rotation)
     return np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-  return np.eye(2) if stored is None else np.frombuffer(stored, np.int32).reshape(3, 3)[:2, :2].astype(float)
+  return (
+    np.eye(2)
+    if stored is None
+    else np.frombuffer(stored, np.int32).reshape(3, 3)[:2, :2].astype(float)
+  )

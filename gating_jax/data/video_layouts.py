@@ -15,7 +15,14 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from gating_jax.checks import one_of
-from gating_jax.data.video_tables import BLANKS, VideoTable, bad_line, csv_rows, encode_labels, text_lines
+from gating_jax.data.video_tables import (
+  BLANKS,
+  VideoTable,
+  bad_line,
+  csv_rows,
+  encode_labels,
+  text_lines,
+)
 from gating_jax.paths import user_path
 
 SPLITS = ("train", "test")
@@ -26,11 +33,11 @@ _BREAKFAST_FILES = {".avi", ".mp4", ".mkv", ".npy", ".npz"}
 
 
 def read_breakfast(
-    folder: str | Path,
-    split: str,
-    *,
-    segmentation: str | Path | None = None,
-    test_persons: Collection[int] = BREAKFAST_TEST_PERSONS,
+  folder: str | Path,
+  split: str,
+  *,
+  segmentation: str | Path | None = None,
+  test_persons: Collection[int] = BREAKFAST_TEST_PERSONS,
 ) -> VideoTable:
   """Breakfast: 10 activities, single-label, and 48 unit actions (`SIL`, nothing happens, among them).
 
@@ -58,15 +65,23 @@ def read_breakfast(
     if recording:
       recordings.setdefault(recording, name.with_suffix("").as_posix())
   chosen = {
-      recording: name for recording, name in recordings.items()
-      if (int(recording[0][1:]) in test_persons) == (split == "test")}
+    recording: name
+    for recording, name in recordings.items()
+    if (int(recording[0][1:]) in test_persons) == (split == "test")
+  }
   if not chosen:
-    raise ValueError(f"{folder} must hold Breakfast videos of the {split} split, such as P03/cam01/P03_cereals.avi; "
-                     f"it has none ({len(recordings)} of the other split)")
+    raise ValueError(
+      f"{folder} must hold Breakfast videos of the {split} split, such as P03/cam01/P03_cereals.avi; "
+      f"it has none ({len(recordings)} of the other split)"
+    )
   class_names = tuple(sorted({activity for *_, activity in recordings}))
   labels = encode_labels([[activity] for *_, activity in chosen], class_names, multi_label=False)
   table = VideoTable(tuple(chosen.values()), labels, class_names)
-  return table if segmentation is None else _with_segmentation(table, user_path(segmentation), list(chosen))
+  return (
+    table
+    if segmentation is None
+    else _with_segmentation(table, user_path(segmentation), list(chosen))
+  )
 
 
 def read_charades(folder: str | Path, split: str) -> VideoTable:
@@ -97,7 +112,9 @@ def read_charades(folder: str | Path, split: str) -> VideoTable:
   for line, row in csv_rows(path, ("id", "actions", "length")):
     if not row["id"] or row["id"] in units:
       raise bad_line(path, line, "name each video once", row["id"])
-    actions = [_interval(path, line, action) for action in row["actions"].split(";") if action.strip(BLANKS)]
+    actions = [
+      _interval(path, line, action) for action in row["actions"].split(";") if action.strip(BLANKS)
+    ]
     if not {code for code, *_ in actions} <= set(codes):
       raise bad_line(path, line, "name classes of Charades_v1_classes.txt", row["actions"])
     units[row["id"]] = tuple((start, end, index[code]) for code, start, end in actions)
@@ -140,16 +157,26 @@ def read_multithumos(folder: str | Path, split: str) -> VideoTable:
       if video.startswith(prefix[split]):
         units.setdefault(video, []).append((start, end, i))
   if not units:
-    raise ValueError(f"{user_path(folder)} must hold at least one video of the {split} split; it has none")
+    raise ValueError(
+      f"{user_path(folder)} must hold at least one video of the {split} split; it has none"
+    )
   return _multi_label_table(dict(sorted(units.items())), tuple(class_names), None)
 
 
-def _multi_label_table(units: dict[str, tuple], class_names: tuple[str, ...], seconds: np.ndarray | None) -> VideoTable:
+def _multi_label_table(
+  units: dict[str, tuple], class_names: tuple[str, ...], seconds: np.ndarray | None
+) -> VideoTable:
   labels = np.zeros((len(units), len(class_names)), np.float32)
   for row, intervals in zip(labels, units.values(), strict=True):
     row[[unit for *_, unit in intervals]] = 1
   return VideoTable(
-      tuple(units), labels, class_names, tuple(tuple(intervals) for intervals in units.values()), class_names, seconds)
+    tuple(units),
+    labels,
+    class_names,
+    tuple(tuple(intervals) for intervals in units.values()),
+    class_names,
+    seconds,
+  )
 
 
 def _fields(text: str) -> list[str]:
@@ -162,7 +189,9 @@ def _interval(path: Path, line: int, text: str) -> tuple[str, float, float]:
     raise bad_line(path, line, "hold a name, a start and an end in seconds", text)
   start, end = map(float, fields[1:])
   if not 0 <= start < end < np.inf:
-    raise bad_line(path, line, "hold an interval that starts at 0 s or later and ends after its start", text)
+    raise bad_line(
+      path, line, "hold an interval that starts at 0 s or later and ends after its start", text
+    )
   return fields[0], start, end
 
 
@@ -184,15 +213,21 @@ def _recording(path: PurePath) -> tuple[str, str, str] | None:
   return match and (match[1], re.sub("^stereo$", "stereo01", match[2]), match[3])
 
 
-def _with_segmentation(table: VideoTable, folder: Path, recordings: list[tuple[str, str, str]]) -> VideoTable:
+def _with_segmentation(
+  table: VideoTable, folder: Path, recordings: list[tuple[str, str, str]]
+) -> VideoTable:
   found = {_recording(path.relative_to(folder)): path for path in sorted(folder.rglob("*.txt"))}
   found.pop(None, None)
   if not found:
-    raise ValueError(f"segmentation must hold files such as cereals/P03_cam01_P03_cereals.txt; {folder} has none")
+    raise ValueError(
+      f"segmentation must hold files such as cereals/P03_cam01_P03_cereals.txt; {folder} has none"
+    )
   read = {recording: _read_segmentation(path) for recording, path in found.items()}
   unit_names = tuple(sorted({name for lines in read.values() for *_, name in lines}))
   index = {name: i for i, name in enumerate(unit_names)}
-  units = tuple(tuple((start, end, index[name]) for start, end, name in read.get(r, ())) for r in recordings)
+  units = tuple(
+    tuple((start, end, index[name]) for start, end, name in read.get(r, ())) for r in recordings
+  )
   seconds = np.array([max((end for _, end, _ in intervals), default=np.nan) for intervals in units])
   return VideoTable(table.names, table.labels, table.class_names, units, unit_names, seconds)
 
@@ -204,6 +239,8 @@ def _read_segmentation(path: Path) -> list[tuple[float, float, str]]:
     if not match:
       raise bad_line(path, line, "be frames and a unit action, such as '1-30 SIL'", text)
     if not 1 <= int(match[1]) <= int(match[2]):
-      raise bad_line(path, line, "hold frames from 1, of which the last is not before the first", text)
+      raise bad_line(
+        path, line, "hold frames from 1, of which the last is not before the first", text
+      )
     lines.append(((int(match[1]) - 1) / _BREAKFAST_FPS, int(match[2]) / _BREAKFAST_FPS, match[3]))
   return lines

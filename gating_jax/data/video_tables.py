@@ -22,7 +22,8 @@ BLANKS = " \t"  # that may surround a field
 # Of a CSV file, with what ends it: quoted, with two quotes for each one in it, or else taken as it stands, quotes in it
 # as well. `*+` gives nothing back, so that no file takes long.
 _FIELD = re.compile(
-    r'''[ \t]*+(?:"(?P<quoted>[^"]*+(?:""[^"]*+)*+)"[ \t]*+|(?P<plain>(?!")[^,\n]*+))(?P<end>,|\n|\Z)''')
+  r"""[ \t]*+(?:"(?P<quoted>[^"]*+(?:""[^"]*+)*+)"[ \t]*+|(?P<plain>(?!")[^,\n]*+))(?P<end>,|\n|\Z)"""
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,12 @@ class VideoTable:
     pick = lambda column: None if column is None else tuple(column[i] for i in index)
     seconds = None if self.seconds is None else self.seconds[list(index)]
     return dataclasses.replace(
-        self, names=pick(self.names), labels=self.labels[list(index)], units=pick(self.units), seconds=seconds)
+      self,
+      names=pick(self.names),
+      labels=self.labels[list(index)],
+      units=pick(self.units),
+      seconds=seconds,
+    )
 
 
 def read_table(table: str | Path, split: str | Path | None = None) -> VideoTable:
@@ -91,10 +97,14 @@ def read_table(table: str | Path, split: str | Path | None = None) -> VideoTable
   if not class_names:
     raise ValueError(f"{table}: must hold at least one video with a label; it has none")
   names = tuple(rows) if split is None else _read_split(split, labels, table)
-  return VideoTable(names, encode_labels([labels[name] for name in names], class_names, multi_label), class_names)
+  return VideoTable(
+    names, encode_labels([labels[name] for name in names], class_names, multi_label), class_names
+  )
 
 
-def encode_labels(labels: Sequence[Sequence[str]], class_names: Sequence[str], multi_label: bool) -> np.ndarray:
+def encode_labels(
+  labels: Sequence[Sequence[str]], class_names: Sequence[str], multi_label: bool
+) -> np.ndarray:
   """Each video's class names as `[M, classes]` float32 of 0 and 1, or its first one's index as `[M]` int32."""
   index = {name: i for i, name in enumerate(class_names)}
   if not multi_label:
@@ -108,7 +118,9 @@ def encode_labels(labels: Sequence[Sequence[str]], class_names: Sequence[str], m
 def text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
   """`(number, text)` of each line of a text file that is not blank, without the spaces and tabs around it."""
   try:
-    with open(user_path(path), encoding="utf-8-sig") as file:  # which takes CRLF and CR for LF, and no other character
+    with open(
+      user_path(path), encoding="utf-8-sig"
+    ) as file:  # which takes CRLF and CR for LF, and no other character
       for number, line in enumerate(file, 1):
         text = line.removesuffix("\n").strip(BLANKS)
         if "\0" in text:
@@ -147,7 +159,12 @@ def _csv_fields(path: str | Path, text: str) -> Iterator[tuple[int, list[str]]]:
   while place < len(text) or fields:
     match = _FIELD.match(text, place)
     if match is None:
-      raise bad_line(path, line, "end a quoted field by its quote, and a comma or the line behind it", text[place:])
+      raise bad_line(
+        path,
+        line,
+        "end a quoted field by its quote, and a comma or the line behind it",
+        text[place:],
+      )
     fields.append((match["plain"] or (match["quoted"] or "").replace('""', '"')).strip(BLANKS))
     place = match.end()
     if match["end"] == ",":
@@ -169,7 +186,9 @@ def _parts(label: str) -> list[str]:
   return [part for part in parts if part]
 
 
-def _read_split(path: str | Path, known: dict[str, list[str]], table: str | Path) -> tuple[str, ...]:
+def _read_split(
+  path: str | Path, known: dict[str, list[str]], table: str | Path
+) -> tuple[str, ...]:
   names = {}
   for line, name in text_lines(path):
     if name not in known:

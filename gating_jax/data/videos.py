@@ -46,16 +46,32 @@ class VideoSet(abc.ABC):
   """
 
   def __init__(
-      self, table: VideoTable, find: Callable[[str], Any], *, segments: int, seed: int, jitter: bool, workers: int
+    self,
+    table: VideoTable,
+    find: Callable[[str], Any],
+    *,
+    segments: int,
+    seed: int,
+    jitter: bool,
+    workers: int,
   ):
     if segments < 1:
       raise ValueError(f"segments must be at least 1; got {segments}")
     files = [find(_inside(name)) for name in table.names]
-    self.missing = tuple(name for name, file in zip(table.names, files, strict=True) if file is None)
+    self.missing = tuple(
+      name for name, file in zip(table.names, files, strict=True) if file is None
+    )
     if len(self.missing) == len(files):
-      raise ValueError(f"the folder must hold videos of the table; none of {few(self.missing)} is there")
+      raise ValueError(
+        f"the folder must hold videos of the table; none of {few(self.missing)} is there"
+      )
     if self.missing:
-      warn("%d of %d videos have no file and are left out: %s", len(self.missing), len(files), few(self.missing))
+      warn(
+        "%d of %d videos have no file and are left out: %s",
+        len(self.missing),
+        len(files),
+        few(self.missing),
+      )
     self.table = table.take([i for i, file in enumerate(files) if file is not None])
     self.unreadable: dict[str, str] = {}
     self._files = [file for file in files if file is not None]
@@ -99,7 +115,12 @@ class VideoSet(abc.ABC):
     return self._noted(fn, items, _AHEAD)
 
   def batches(
-      self, batch_size: int, first_step: int, k: int, total_steps: int, process: tuple[int, int] = (0, 1)
+    self,
+    batch_size: int,
+    first_step: int,
+    k: int,
+    total_steps: int,
+    process: tuple[int, int] = (0, 1),
   ) -> Iterator[Batch]:
     """A batch `[b, K, ...]` for each `k` steps; arguments as in `resident.indices`."""
     rows = len(images.indices(self._seed, first_step, 1, batch_size, len(self), process))
@@ -121,12 +142,17 @@ class VideoSet(abc.ABC):
     """Zeros in place of an example's inputs."""
 
   @abc.abstractmethod
-  def _load(self, index: int, rng: np.random.Generator | None) -> tuple[Batch, np.ndarray, np.ndarray]:
+  def _load(
+    self, index: int, rng: np.random.Generator | None
+  ) -> tuple[Batch, np.ndarray, np.ndarray]:
     """An example's inputs, `valid` and its segments' middles in seconds."""
 
   def _blank(self, index: int) -> Batch:
     example = self._inputs() | {
-        "valid": np.ones(self._segments, bool), "label": self.table.labels[index], "weight": np.float32(0)}
+      "valid": np.ones(self._segments, bool),
+      "label": self.table.labels[index],
+      "weight": np.float32(0),
+    }
     if self.table.units is not None:
       example["units"] = np.full(self._segments, -1, np.int32)
     return example
@@ -147,7 +173,8 @@ class VideoSet(abc.ABC):
   def _noted(self, fn: Callable[[Any], Any], items: Sequence[Any], ahead: int) -> Iterator[Any]:
     """As `map`; what worker processes could not read is noted in this one."""
     for result, unreadable in computed_ahead(
-        lambda item: (fn(item), dict(self.unreadable)), items, self._workers, ahead=ahead):
+      lambda item: (fn(item), dict(self.unreadable)), items, self._workers, ahead=ahead
+    ):
       self._note(unreadable)
       yield result
 
@@ -156,7 +183,11 @@ class VideoSet(abc.ABC):
       for name in unreadable.keys() - self.unreadable.keys():
         self.unreadable[name] = unreadable[name]
         if os.getpid() == self._process:
-          warn("video %s cannot be read and counts for nothing: %s", printable(name), printable(unreadable[name]))
+          warn(
+            "video %s cannot be read and counts for nothing: %s",
+            printable(name),
+            printable(unreadable[name]),
+          )
 
 
 class VideoFolder(VideoSet):
@@ -179,29 +210,39 @@ class VideoFolder(VideoSet):
   """
 
   def __init__(
-      self,
-      table: VideoTable,
-      folder: str | Path,
-      *,
-      segments: int,
-      size: tuple[int, int],
-      frames: int = 8,
-      seed: int = 0,
-      jitter: bool = False,
-      workers: int = 0,
+    self,
+    table: VideoTable,
+    folder: str | Path,
+    *,
+    segments: int,
+    size: tuple[int, int],
+    frames: int = 8,
+    seed: int = 0,
+    jitter: bool = False,
+    workers: int = 0,
   ):
     if frames < 1 or min(size) < 1:
       raise ValueError(f"frames and size must be at least 1; got {frames} and {size}")
     video_files.require_av()
     self._frames, self._size = frames, tuple(size)
-    super().__init__(table, lambda name: _find(folder, name, ("", *video_files.VIDEO_SUFFIXES)),
-                     segments=segments, seed=seed, jitter=jitter, workers=workers)
+    super().__init__(
+      table,
+      lambda name: _find(folder, name, ("", *video_files.VIDEO_SUFFIXES)),
+      segments=segments,
+      seed=seed,
+      jitter=jitter,
+      workers=workers,
+    )
 
   def _inputs(self) -> Batch:
     return {"clips": np.zeros((self._segments, self._frames, *self._size, 3), np.uint8)}
 
-  def _load(self, index: int, rng: np.random.Generator | None) -> tuple[Batch, np.ndarray, np.ndarray]:
-    clips, middles = video_files.read_clips(self._files[index], self._segments, self._frames, self._size, rng)
+  def _load(
+    self, index: int, rng: np.random.Generator | None
+  ) -> tuple[Batch, np.ndarray, np.ndarray]:
+    clips, middles = video_files.read_clips(
+      self._files[index], self._segments, self._frames, self._size, rng
+    )
     return {"clips": clips}, np.ones(self._segments, bool), middles
 
 
@@ -221,40 +262,56 @@ class FeatureFolder(VideoSet):
   """
 
   def __init__(
-      self,
-      table: VideoTable,
-      light: str | Path,
-      heavy: str | Path | None = None,
-      *,
-      segments: int,
-      seed: int = 0,
-      jitter: bool = False,
-      workers: int = 0,
+    self,
+    table: VideoTable,
+    light: str | Path,
+    heavy: str | Path | None = None,
+    *,
+    segments: int,
+    seed: int = 0,
+    jitter: bool = False,
+    workers: int = 0,
   ):
     folders = {"light": light} | ({} if heavy is None else {"heavy": heavy})
 
     def find(name):
-      found = {key: _find(folder, name, video_files.FEATURE_SUFFIXES) for key, folder in folders.items()}
+      found = {
+        key: _find(folder, name, video_files.FEATURE_SUFFIXES) for key, folder in folders.items()
+      }
       return found if all(found.values()) else None
 
     super().__init__(table, find, segments=segments, seed=seed, jitter=jitter, workers=workers)
-    self._shapes = {key: video_files.common_shape([file[key] for file in self._files]) for key in folders}
+    self._shapes = {
+      key: video_files.common_shape([file[key] for file in self._files]) for key in folders
+    }
 
   def _inputs(self) -> Batch:
-    arrays = {key: np.zeros((self._segments, *shape), np.float32) for key, shape in self._shapes.items()}
+    arrays = {
+      key: np.zeros((self._segments, *shape), np.float32) for key, shape in self._shapes.items()
+    }
     return {"heavy": arrays["light"]} | arrays
 
-  def _load(self, index: int, rng: np.random.Generator | None) -> tuple[Batch, np.ndarray, np.ndarray]:
+  def _load(
+    self, index: int, rng: np.random.Generator | None
+  ) -> tuple[Batch, np.ndarray, np.ndarray]:
     arrays = {key: video_files.read_features(file) for key, file in self._files[index].items()}
     for key, array in arrays.items():
       if array.shape[1:] != self._shapes[key]:
-        raise ValueError(f"{key} features of a segment must be {self._shapes[key]}, as most are; got {array.shape[1:]}")
+        raise ValueError(
+          f"{key} features of a segment must be {self._shapes[key]}, as most are; got {array.shape[1:]}"
+        )
     arrays = {"heavy": arrays["light"]} | arrays
     own = len(arrays["light"])
     if own != len(arrays["heavy"]):
-      raise ValueError(f"light and heavy must have as many segments; got {own} and {len(arrays['heavy'])}")
+      raise ValueError(
+        f"light and heavy must have as many segments; got {own} and {len(arrays['heavy'])}"
+      )
     longer = own > self._segments
-    rows = video_files.segment_starts(own, self._segments, 1, rng) if longer else np.arange(self._segments) % own
+    rows = (
+      video_files.segment_starts(own, self._segments, 1, rng)
+      if longer
+      else np.arange(self._segments) % own
+    )
     seconds = np.nan if self.table.seconds is None else self.table.seconds[index]
     inputs = {key: array[rows] for key, array in arrays.items()}
     return inputs, np.arange(self._segments) < own, (rows + 0.5) / own * seconds
@@ -274,11 +331,16 @@ def _inside(name: str) -> str:
 def _find(folder: str | Path, name: str, suffixes: Sequence[str]) -> Path | None:
   if "" not in suffixes and name.lower().endswith(video_files.VIDEO_SUFFIXES):
     name = str(PurePosixPath(name).with_suffix(""))
-  return next((path for suffix in suffixes if (path := Path(user_path(folder), name + suffix)).is_file()), None)
+  return next(
+    (path for suffix in suffixes if (path := Path(user_path(folder), name + suffix)).is_file()),
+    None,
+  )
 
 
 def _units_at(intervals: Intervals, seconds: np.ndarray) -> np.ndarray:
   units = np.full(len(seconds), -1, np.int32)
-  for start, end, unit in sorted(intervals, key=lambda interval: interval[0] - interval[1]):  # the shortest last
+  for start, end, unit in sorted(
+    intervals, key=lambda interval: interval[0] - interval[1]
+  ):  # the shortest last
     units[(start <= seconds) & (seconds < end)] = unit
   return units

@@ -24,7 +24,14 @@ from gating_jax.models.summary import ModelCounts, count
 from gating_jax.models.vgg import VGGS, vgg
 from gating_jax.ops.priors import beta
 from gating_jax.training import devices, loop, optim, schedules, settings
-from gating_jax.training.objectives import PRICED, REDUCTIONS, REGULARISERS, SPARSITIES, ExitObjective, ImageObjective
+from gating_jax.training.objectives import (
+  PRICED,
+  REDUCTIONS,
+  REGULARISERS,
+  SPARSITIES,
+  ExitObjective,
+  ImageObjective,
+)
 from gating_jax.training.outlines import Outline
 
 LOADERS = ("resident", "streaming")
@@ -43,8 +50,12 @@ class Experiment:
   optimiser: optax.GradientTransformation
   objective: ImageObjective
   settings: loop.LoopSettings
-  noise_scale: Callable[[jax.Array], jax.Array] | None = None  # of gates, from step to number; None: the model's own
-  full: nn.Module | None = None  # the model with the backward of everything, where its own leaves something out
+  noise_scale: Callable[[jax.Array], jax.Array] | None = (
+    None  # of gates, from step to number; None: the model's own
+  )
+  full: nn.Module | None = (
+    None  # the model with the backward of everything, where its own leaves something out
+  )
 
   def normalise(self, pixels: jax.Array) -> jax.Array:
     """uint8 pixels to network input."""
@@ -64,31 +75,47 @@ def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = N
   `known` are outlines of the training and the test set, in place of opening them.
   """
   data = config.data
-  check(config, choices={"data.loader": LOADERS, "model.name": (*RESNETS, *VGGS), "model.gating": (*GATINGS, *RIVALS)},
-        at_least={"data.pad": 0, "data.cutout": 0, "data.image_size": 0, "model.experts.count": 2},
-        numbers=("loss.exit_weights",),
-        rules={"model.exits.threshold": (lambda v: 0 < v < 1, "in (0, 1)"),
-               "model.experts.top_k": (lambda v: v is None or 1 <= v <= config.model.experts.count,
-                                       "None or in 1 .. model.experts.count")})
+  check(
+    config,
+    choices={
+      "data.loader": LOADERS,
+      "model.name": (*RESNETS, *VGGS),
+      "model.gating": (*GATINGS, *RIVALS),
+    },
+    at_least={"data.pad": 0, "data.cutout": 0, "data.image_size": 0, "model.experts.count": 2},
+    numbers=("loss.exit_weights",),
+    rules={
+      "model.exits.threshold": (lambda v: 0 < v < 1, "in (0, 1)"),
+      "model.experts.top_k": (
+        lambda v: v is None or 1 <= v <= config.model.experts.count,
+        "None or in 1 .. model.experts.count",
+      ),
+    },
+  )
   read, objective = _opener(config), ImageObjective
   if config.model.gating == EXITS:
     objective = functools.partial(ExitObjective, exit_weights=config.loss.exit_weights)
   return assemble(
-      config, lambda: tfds.size(data.name, data.train_split, data.data_dir, *settings.feature_names(data)),
-      open_train=lambda: read(data.train_split, training=True),
-      open_test=lambda: read(data.test_split, training=False), network=network, objective=objective, known=known)
+    config,
+    lambda: tfds.size(data.name, data.train_split, data.data_dir, *settings.feature_names(data)),
+    open_train=lambda: read(data.train_split, training=True),
+    open_test=lambda: read(data.test_split, training=False),
+    network=network,
+    objective=objective,
+    known=known,
+  )
 
 
 def assemble(
-    config: ml_collections.ConfigDict,
-    size: Callable[[], int],
-    *,
-    open_train: Callable[[], Any],
-    open_test: Callable[[], Any],
-    network: Callable[[ml_collections.ConfigDict, int], nn.Module],
-    objective: Callable[..., ImageObjective] = ImageObjective,
-    train_shape: tuple[int, int, int] | None = None,
-    known: Sequence[Outline] | None = None,
+  config: ml_collections.ConfigDict,
+  size: Callable[[], int],
+  *,
+  open_train: Callable[[], Any],
+  open_test: Callable[[], Any],
+  network: Callable[[ml_collections.ConfigDict, int], nn.Module],
+  objective: Callable[..., ImageObjective] = ImageObjective,
+  train_shape: tuple[int, int, int] | None = None,
+  known: Sequence[Outline] | None = None,
 ) -> Experiment:
   """An experiment of checked settings.
 
@@ -101,74 +128,128 @@ def assemble(
     train_shape: `(H, W, D)` of what the model is trained on, if that is not a test image's.
     known: outlines of the training and the test set, which are then not opened here.
   """
-  data, training, loss, dispatch = config.data, config.optim, config.loss, config.devices.steps_per_dispatch
+  data, training, loss, dispatch = (
+    config.data,
+    config.optim,
+    config.loss,
+    config.devices.steps_per_dispatch,
+  )
   prior = beta(loss.batch_shaping.a, loss.batch_shaping.b)
   examples = len(known[0]) if known else size()
   if training.batch_size > examples:
-    raise ValueError(f"optim.batch_size must be at most {examples}, the number of training images; "
-                     f"got {training.batch_size}")
+    raise ValueError(
+      f"optim.batch_size must be at most {examples}, the number of training images; "
+      f"got {training.batch_size}"
+    )
   per_epoch = examples // training.batch_size
   total = settings.total_steps(training.epochs, per_epoch, dispatch)
   optimiser = optim.sgd(
-      schedules.learning_rate(training.schedule, training.learning_rate, total, warmup=training.warmup,
-                              drops=training.drops, factor=training.drop_factor),
-      momentum=training.momentum, weight_decay=training.weight_decay, gate_multiplier=training.gate_multiplier)
+    schedules.learning_rate(
+      training.schedule,
+      training.learning_rate,
+      total,
+      warmup=training.warmup,
+      drops=training.drops,
+      factor=training.drop_factor,
+    ),
+    momentum=training.momentum,
+    weight_decay=training.weight_decay,
+    gate_multiplier=training.gate_multiplier,
+  )
   shaping, sparsity = loss.batch_shaping, loss.sparsity
   coefficients = dict(
-      batch_shaping_coefficient=schedules.fade_out(shaping.coefficient, shaping.end, total),
-      sparsity_coefficient=schedules.fade_in(sparsity.coefficient, sparsity.start, sparsity.full, total))
+    batch_shaping_coefficient=schedules.fade_out(shaping.coefficient, shaping.end, total),
+    sparsity_coefficient=schedules.fade_in(
+      sparsity.coefficient, sparsity.start, sparsity.full, total
+    ),
+  )
   noise = config.model.noise
-  noise_scale = None if noise.final is None else schedules.ramp(
-      config.model.gate.noise_scale, noise.final, noise.start, noise.full, total)
+  noise_scale = (
+    None
+    if noise.final is None
+    else schedules.ramp(config.model.gate.noise_scale, noise.final, noise.start, noise.full, total)
+  )
   test = known[-1] if known else open_test()
   settings.check_channels(data, test.shape[-1])
   model = network(config.model, len(test.class_names))
   full = None
   if config.model.backward_share < 1:
-    full = network(ml_collections.ConfigDict({**config.model, "backward_share": 1.0}), len(test.class_names))
+    full = network(
+      ml_collections.ConfigDict({**config.model, "backward_share": 1.0}), len(test.class_names)
+    )
   counts = count(model, test.shape)
   if sparsity.kind == "budget" and sparsity.target <= (never := counts.fixed / counts.macs):
-    raise ValueError(f"loss.sparsity.target must be above {never:.3f}, the share of the ungated MACs that always runs; "
-                     f"got {sparsity.target}")
+    raise ValueError(
+      f"loss.sparsity.target must be above {never:.3f}, the share of the ungated MACs that always runs; "
+      f"got {sparsity.target}"
+    )
   at_training = count(model, train_shape) if train_shape else counts
   return Experiment(
-      config=config,
-      open_train=open_train,
-      test=test,
-      model=model,
-      full=full,
-      noise_scale=noise_scale,
-      counts=counts,
-      optimiser=optimiser,
-      objective=objective(
-          prior=prior, reduction=shaping.reduction, sparsity=sparsity.kind, target=sparsity.target,
-          fixed_macs=at_training.macs - at_training.gated, regulariser=loss.regulariser,
-          coefficient=loss[loss.regulariser].coefficient if loss.regulariser in loss else 0.0, **coefficients),
-      settings=loop.LoopSettings(
-          total_steps=total,
-          steps_per_dispatch=dispatch,
-          log_every=config.log_every,
-          checkpoint_every=max(1, round(config.checkpoint_every * per_epoch)),
-          eval_every=max(1, round(config.eval_every * per_epoch)) if config.eval_every else 0))
+    config=config,
+    open_train=open_train,
+    test=test,
+    model=model,
+    full=full,
+    noise_scale=noise_scale,
+    counts=counts,
+    optimiser=optimiser,
+    objective=objective(
+      prior=prior,
+      reduction=shaping.reduction,
+      sparsity=sparsity.kind,
+      target=sparsity.target,
+      fixed_macs=at_training.macs - at_training.gated,
+      regulariser=loss.regulariser,
+      coefficient=loss[loss.regulariser].coefficient if loss.regulariser in loss else 0.0,
+      **coefficients,
+    ),
+    settings=loop.LoopSettings(
+      total_steps=total,
+      steps_per_dispatch=dispatch,
+      log_every=config.log_every,
+      checkpoint_every=max(1, round(config.checkpoint_every * per_epoch)),
+      eval_every=max(1, round(config.eval_every * per_epoch)) if config.eval_every else 0,
+    ),
+  )
 
 
 def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
   """The residual network, or the chain of convolutions, that `config.model` describes."""
-  fields = dict(width=model.width, gating=model.gating, gate=GateSettings(**model.gate),
-                dtype=settings.DTYPES[model.dtype], axis_name=devices.AXIS)
+  fields = dict(
+    width=model.width,
+    gating=model.gating,
+    gate=GateSettings(**model.gate),
+    dtype=settings.DTYPES[model.dtype],
+    axis_name=devices.AXIS,
+  )
   if model.shortcut is not None:
     if model.name in VGGS:
-      raise ValueError(f"model.shortcut must be None for {model.name}, which has no shortcuts; got {model.shortcut!r}")
+      raise ValueError(
+        f"model.shortcut must be None for {model.name}, which has no shortcuts; got {model.shortcut!r}"
+      )
     fields["shortcut"] = model.shortcut
   if model.name in VGGS:
     return vgg(model.name, classes, **fields)
-  fields |= dict(group_norm=model.group_norm, backward_share=model.backward_share, inner_width=model.inner_width)
+  fields |= dict(
+    group_norm=model.group_norm, backward_share=model.backward_share, inner_width=model.inner_width
+  )
   if model.gating == EXITS:
-    return resnet(model.name, classes, kind=EarlyExitNet, threshold=model.exits.threshold,
-                  **{**fields, "gating": "none"})
+    return resnet(
+      model.name,
+      classes,
+      kind=EarlyExitNet,
+      threshold=model.exits.threshold,
+      **{**fields, "gating": "none"},
+    )
   if model.gating == EXPERTS:
-    return resnet(model.name, classes, kind=ExpertNet, experts=model.experts.count, top_k=model.experts.top_k,
-                  **{**fields, "gating": "none"})
+    return resnet(
+      model.name,
+      classes,
+      kind=ExpertNet,
+      experts=model.experts.count,
+      top_k=model.experts.top_k,
+      **{**fields, "gating": "none"},
+    )
   return resnet(model.name, classes, **fields)
 
 
@@ -176,79 +257,146 @@ def _opener(config: ml_collections.ConfigDict) -> Callable[..., Any]:
   data = config.data
   image, label = settings.feature_names(data)
   if data.loader == "resident":
-    return lambda split, training: tfds.load(data.name, split, data.data_dir, data.image_size, image, label)
+    return lambda split, training: tfds.load(
+      data.name, split, data.data_dir, data.image_size, image, label
+    )
   return lambda split, training: streaming.open_stream(
-      data.name, split, data.data_dir, image_size=data.image_size, seed=config.seed, workers=data.workers,
-      crop_area=data.crop_area if training else None, image=image, label=label)
+    data.name,
+    split,
+    data.data_dir,
+    image_size=data.image_size,
+    seed=config.seed,
+    workers=data.workers,
+    crop_area=data.crop_area if training else None,
+    image=image,
+    label=label,
+  )
 
 
 def check(
-    config: ml_collections.ConfigDict, *, choices: Mapping[str, Collection[str]], at_least: Mapping[str, int],
-    rules: Mapping[str, settings.Rule] = MappingProxyType({}), numbers: Collection[str] = (),
+  config: ml_collections.ConfigDict,
+  *,
+  choices: Mapping[str, Collection[str]],
+  at_least: Mapping[str, int],
+  rules: Mapping[str, settings.Rule] = MappingProxyType({}),
+  numbers: Collection[str] = (),
 ) -> None:
   """Checks every setting; arguments as in `settings.check`, for those fields that not every config of images has."""
   choices = {
-      "model.dtype": settings.DTYPES,
-      "model.gating": GATINGS,
-      "loss.regulariser": REGULARISERS,
-      "loss.batch_shaping.reduction": REDUCTIONS,
-      "loss.sparsity.kind": SPARSITIES,
-      "optim.schedule": schedules.LEARNING_RATES,
-      "devices.backend": devices.BACKENDS,
-      **choices,
+    "model.dtype": settings.DTYPES,
+    "model.gating": GATINGS,
+    "loss.regulariser": REGULARISERS,
+    "loss.batch_shaping.reduction": REDUCTIONS,
+    "loss.sparsity.kind": SPARSITIES,
+    "optim.schedule": schedules.LEARNING_RATES,
+    "devices.backend": devices.BACKENDS,
+    **choices,
   }
   if config.model.shortcut is not None:
     choices["model.shortcut"] = SHORTCUTS
   settings.check(
-      config,
-      choices=choices,
-      positive=("model.width", "model.inner_width", "optim.learning_rate", "optim.gate_multiplier", "optim.drop_factor",
-                "checkpoint_every"),
-      not_negative=("eval_every", "loss.batch_shaping.coefficient", "loss.sparsity.coefficient",
-                    "loss.entropy.coefficient", "loss.decision_entropy.coefficient",
-                    "loss.away_from_half.coefficient", "loss.balance.coefficient", "optim.weight_decay"),
-      at_least={**at_least, "seed": 0, "data.workers": 0, "optim.epochs": 1, "optim.batch_size": 1,
-                "devices.steps_per_dispatch": 1, "log_every": 1},
-      fractions=("loss.sparsity.target", "model.backward_share"),
-      numbers=("data.mean", "data.std", *numbers),
-      rules={
-          **rules,
-          "model.noise.final": (lambda v: v is None or 0 <= v < math.inf, "None or a finite number >= 0"),
-          "data.std": (lambda std: min(std) > 0, "a tuple of positive numbers"),
-          "optim.drops": (settings.all_numbers, "a tuple of fractions"),
-          "optim.batch_size": settings.divides_over_devices(),
-      })
+    config,
+    choices=choices,
+    positive=(
+      "model.width",
+      "model.inner_width",
+      "optim.learning_rate",
+      "optim.gate_multiplier",
+      "optim.drop_factor",
+      "checkpoint_every",
+    ),
+    not_negative=(
+      "eval_every",
+      "loss.batch_shaping.coefficient",
+      "loss.sparsity.coefficient",
+      "loss.entropy.coefficient",
+      "loss.decision_entropy.coefficient",
+      "loss.away_from_half.coefficient",
+      "loss.balance.coefficient",
+      "optim.weight_decay",
+    ),
+    at_least={
+      **at_least,
+      "seed": 0,
+      "data.workers": 0,
+      "optim.epochs": 1,
+      "optim.batch_size": 1,
+      "devices.steps_per_dispatch": 1,
+      "log_every": 1,
+    },
+    fractions=("loss.sparsity.target", "model.backward_share"),
+    numbers=("data.mean", "data.std", *numbers),
+    rules={
+      **rules,
+      "model.noise.final": (
+        lambda v: v is None or 0 <= v < math.inf,
+        "None or a finite number >= 0",
+      ),
+      "data.std": (lambda std: min(std) > 0, "a tuple of positive numbers"),
+      "optim.drops": (settings.all_numbers, "a tuple of fractions"),
+      "optim.batch_size": settings.divides_over_devices(),
+    },
+  )
   _check_together(config)
 
 
 def _check_together(config: ml_collections.ConfigDict) -> None:
   """What one setting asks of another: a gradient is left out only where it is 0 exactly, and what a rival has."""
   model, loss = config.model, config.loss
-  skips, chain, exits, experts = model.backward_share < 1, model.name in VGGS, *(model.gating == r for r in RIVALS)
+  skips, chain, exits, experts = (
+    model.backward_share < 1,
+    model.name in VGGS,
+    *(model.gating == r for r in RIVALS),
+  )
   for holds, name, found, value, where in (
-      (chain, "model.inner_width", model.inner_width, 1.0, f"model.name is {model.name!r}"),
-      (chain, "model.group_norm", model.group_norm, False, f"model.name is {model.name!r}"),
-      (skips, "model.gating", model.gating, "layer", "model.backward_share is below 1"),
-      (skips, "model.group_norm", model.group_norm, True, "model.backward_share is below 1"),
-      (exits, "loss.regulariser", loss.regulariser, "none", f"model.gating is {model.gating!r}"),
-      (experts and loss.regulariser != "balance", "loss.regulariser", loss.regulariser, "none",
-       f"model.gating is {model.gating!r}, if not 'balance',"),
-      (loss.regulariser == "balance", "model.gating", model.gating, EXPERTS, "loss.regulariser is 'balance'")):
+    (chain, "model.inner_width", model.inner_width, 1.0, f"model.name is {model.name!r}"),
+    (chain, "model.group_norm", model.group_norm, False, f"model.name is {model.name!r}"),
+    (skips, "model.gating", model.gating, "layer", "model.backward_share is below 1"),
+    (skips, "model.group_norm", model.group_norm, True, "model.backward_share is below 1"),
+    (exits, "loss.regulariser", loss.regulariser, "none", f"model.gating is {model.gating!r}"),
+    (
+      experts and loss.regulariser != "balance",
+      "loss.regulariser",
+      loss.regulariser,
+      "none",
+      f"model.gating is {model.gating!r}, if not 'balance',",
+    ),
+    (
+      loss.regulariser == "balance",
+      "model.gating",
+      model.gating,
+      EXPERTS,
+      "loss.regulariser is 'balance'",
+    ),
+  ):
     if holds and found != value:
       raise ValueError(f"{name} must be {value!r} where {where}; got {found!r}")
   if model.noise.final is not None and (
-      model.gating in ("none", *RIVALS) or model.gate.context == "random" or model.gate.relaxation == "sigmoid"):
-    raise ValueError(f"model.noise.final must be None where no gates draw noise of that scale; got {model.noise.final}")
+    model.gating in ("none", *RIVALS)
+    or model.gate.context == "random"
+    or model.gate.relaxation == "sigmoid"
+  ):
+    raise ValueError(
+      f"model.noise.final must be None where no gates draw noise of that scale; got {model.noise.final}"
+    )
   if loss.sparsity.kind == "budget":
-    for name, value, never in (("model.gate.relaxation", model.gate.relaxation, ("sigmoid",)),
-                               ("model.gating", model.gating, ("none", *RIVALS)),
-                               ("loss.regulariser", loss.regulariser, set(REGULARISERS) - set(PRICED))):
+    for name, value, never in (
+      ("model.gate.relaxation", model.gate.relaxation, ("sigmoid",)),
+      ("model.gating", model.gating, ("none", *RIVALS)),
+      ("loss.regulariser", loss.regulariser, set(REGULARISERS) - set(PRICED)),
+    ):
       if value in never:
-        raise ValueError(f"{name} must be another where loss.sparsity.kind is 'budget', since nothing would be held to "
-                         f"that; got {value!r}")
+        raise ValueError(
+          f"{name} must be another where loss.sparsity.kind is 'budget', since nothing would be held to "
+          f"that; got {value!r}"
+        )
   if chain and model.gating in RIVALS:
-    raise ValueError(f"model.name must be a residual network where model.gating is {model.gating!r}; "
-                     f"got {model.name!r}")
+    raise ValueError(
+      f"model.name must be a residual network where model.gating is {model.gating!r}; "
+      f"got {model.name!r}"
+    )
   if exits and len(loss.exit_weights) not in (1, before_last := len(RESNETS[model.name][2]) - 1):
-    raise ValueError(f"loss.exit_weights must hold 1 number, or one for each of {before_last} exits before the last; "
-                     f"got {loss.exit_weights}")
+    raise ValueError(
+      f"loss.exit_weights must hold 1 number, or one for each of {before_last} exits before the last; "
+      f"got {loss.exit_weights}"
+    )

@@ -22,7 +22,16 @@ from gating_jax.images.build import Experiment, build
 from gating_jax.images.task import Task, conclude, write_files, write_report
 from gating_jax.progress import Pace, lasting, say, working
 from gating_jax.reports import failing, tables
-from gating_jax.training import devices, evaluation, gate_watch, hosts, loop, outlines, rundir, steps
+from gating_jax.training import (
+  devices,
+  evaluation,
+  gate_watch,
+  hosts,
+  loop,
+  outlines,
+  rundir,
+  steps,
+)
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.dispatch import map_steps
 from gating_jax.training.journal import Journal
@@ -34,14 +43,19 @@ def _augment(experiment: Experiment, key: jax.Array, pixels: jax.Array) -> jax.A
   data = experiment.config.data
   pixels = augment.crop_and_flip(key, pixels, pad=data.pad, flip=data.flip, axis_name=devices.AXIS)
   return augment.cut_out(
-      jax.random.fold_in(key, _CUT_OUT), experiment.normalise(pixels), size=data.cutout, axis_name=devices.AXIS)
+    jax.random.fold_in(key, _CUT_OUT),
+    experiment.normalise(pixels),
+    size=data.cutout,
+    axis_name=devices.AXIS,
+  )
 
 
 TASK = Task(
-    prepare=_augment,
-    scores=steps.image_scores,
-    summarise=lambda _, sums, images: evaluation.summarise(sums, images),
-    rows=tables.rows)
+  prepare=_augment,
+  scores=steps.image_scores,
+  summarise=lambda _, sums, images: evaluation.summarise(sums, images),
+  rows=tables.rows,
+)
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
@@ -54,17 +68,25 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   run_task(TASK, experiment, workdir, mode, export=export.run, compile=compile.run)
 
 
-def run_task(task: Task, experiment: Experiment, workdir: Path, mode: str, **of_newest: Callable[..., None]) -> None:
+def run_task(
+  task: Task, experiment: Experiment, workdir: Path, mode: str, **of_newest: Callable[..., None]
+) -> None:
   """The same for any task; `of_newest` are its modes that write something of the newest checkpoint."""
-  failing.run_mode(workdir, experiment.config, mode,
-                   render=functools.partial(_render_finished, task, experiment, workdir),
-                   train=functools.partial(_train, task, experiment),
-                   evaluate=functools.partial(_evaluate, task, experiment),
-                   report=functools.partial(_report, task, experiment),
-                   **{name: functools.partial(_make, make, experiment) for name, make in of_newest.items()})
+  failing.run_mode(
+    workdir,
+    experiment.config,
+    mode,
+    render=functools.partial(_render_finished, task, experiment, workdir),
+    train=functools.partial(_train, task, experiment),
+    evaluate=functools.partial(_evaluate, task, experiment),
+    report=functools.partial(_report, task, experiment),
+    **{name: functools.partial(_make, make, experiment) for name, make in of_newest.items()},
+  )
 
 
-def _render_finished(task: Task, experiment: Experiment, path: Path, result: Mapping[str, Any]) -> str:
+def _render_finished(
+  task: Task, experiment: Experiment, path: Path, result: Mapping[str, Any]
+) -> str:
   return f"{task.render(result)}\n{conclude(task, experiment, path, result, 'A finished run of')}"
 
 
@@ -78,7 +100,9 @@ def _evaluate(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> Non
   step, _, result, *_ = _test_newest(task, experiment, run_dir)
   say(f"checkpoint of step {step}")
   say(task.render(result))
-  say(conclude(task, experiment, run_dir.path, result, f"Tested the checkpoint of step {step:,} of"))
+  say(
+    conclude(task, experiment, run_dir.path, result, f"Tested the checkpoint of step {step:,} of")
+  )
 
 
 def _report(task: Task, experiment: Experiment, run_dir: rundir.RunDir, notice: str = "") -> None:
@@ -87,15 +111,26 @@ def _report(task: Task, experiment: Experiment, run_dir: rundir.RunDir, notice: 
     drawn = task.draw(experiment, state) if hosts.is_writer() else {}
     hosts.written(lambda: write_report(task, experiment, run_dir, step, *tested, drawn, notice))
   say(f"report of the checkpoint of step {step}: {run_dir.report}")
-  say(conclude(task, experiment, run_dir.path, tested[0], f"Wrote the page of the checkpoint of step {step:,} of"))
+  say(
+    conclude(
+      task,
+      experiment,
+      run_dir.path,
+      tested[0],
+      f"Wrote the page of the checkpoint of step {step:,} of",
+    )
+  )
 
 
 def _test_newest(
-    task: Task, experiment: Experiment, run_dir: rundir.RunDir
+  task: Task, experiment: Experiment, run_dir: rundir.RunDir
 ) -> tuple[int, Any, dict[str, Any], evaluation.ImageBehaviour, evaluation.GateBehaviour | None]:
   """The newest checkpoint's step and state, and what `make_test` finds of it."""
   step, state = newest(experiment, run_dir)
-  with working(f"testing on {len(experiment.test):,} {task.noun}s", "the program is compiled first, up to a minute"):
+  with working(
+    f"testing on {len(experiment.test):,} {task.noun}s",
+    "the program is compiled first, up to a minute",
+  ):
     result, images, gates = make_test(experiment, task)(state)
   if gates is not None:
     result["layers"] = outcomes.by_layer(gates.diagnosis, experiment.counts.gate_layers)
@@ -117,7 +152,9 @@ def newest(experiment: Experiment, run_dir: rundir.RunDir) -> tuple[int, Any]:
 
 def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
   started, total = time.monotonic(), experiment.settings.total_steps
-  with working("opening the data and making the network", "up to half a minute, more for large sets"):
+  with working(
+    "opening the data and making the network", "up to half a minute, more for large sets"
+  ):
     train = experiment.open_train()
     outlines.write(run_dir.path, [train, experiment.test])
     checkpoints = Checkpoints(run_dir.checkpoints)
@@ -129,10 +166,14 @@ def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
   journal = Journal(run_dir.path, first_step, total)
   test = make_test(experiment, task)
   layers, pace = experiment.counts.gate_layers, Pace(journal.say, total)
-  journal.say(first_step, f"{task.title(experiment)}, tested on {len(experiment.test):,} {task.noun}s")
+  journal.say(
+    first_step, f"{task.title(experiment)}, tested on {len(experiment.test):,} {task.noun}s"
+  )
 
   def evaluate(state, step):
-    with working(f"testing on {len(experiment.test):,} {task.noun}s", tell=functools.partial(journal.say, step)):
+    with working(
+      f"testing on {len(experiment.test):,} {task.noun}s", tell=functools.partial(journal.say, step)
+    ):
       result, images, gates = test(state)
     journal.write(step, "test", result)
     if gates is not None:
@@ -142,70 +183,110 @@ def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
 
   try:
     advance = pace(make_advance(experiment, train, first_step, task))
-    state, step = loop.train(state, first_step, advance, settings=experiment.settings, checkpoints=checkpoints,
-                             journal=journal, evaluate=evaluate, watch=gate_watch.of_images(experiment.config))
+    state, step = loop.train(
+      state,
+      first_step,
+      advance,
+      settings=experiment.settings,
+      checkpoints=checkpoints,
+      journal=journal,
+      evaluate=evaluate,
+      watch=gate_watch.of_images(experiment.config),
+    )
     if step < total:
-      journal.say(step, "stopped as asked; a checkpoint is saved, the same command goes on from here")
+      journal.say(
+        step, "stopped as asked; a checkpoint is saved, the same command goes on from here"
+      )
       return
     result, images, gates = evaluate(state, step)
     if gates is not None:
-      result |= {"batch_shaping_reduction": experiment.objective.reduction,
-                 "layers": outcomes.by_layer(gates.diagnosis, layers)}
+      result |= {
+        "batch_shaping_reduction": experiment.objective.reduction,
+        "layers": outcomes.by_layer(gates.diagnosis, layers),
+      }
     with working("drawing the report", "about half a minute", functools.partial(journal.say, step)):
-      hosts.written(lambda: write_files(task, experiment, run_dir, state, journal, step, result, images, gates))
+      hosts.written(
+        lambda: write_files(task, experiment, run_dir, state, journal, step, result, images, gates)
+      )
   finally:
     journal.close()
     checkpoints.close()
   result |= {"step": step, "seconds_since_last_start": round(time.monotonic() - started, 1)}
   run_dir.finish(result)
   say(task.render(result))
-  say(conclude(task, experiment, run_dir.path, result, f"Trained for {lasting(time.monotonic() - started)}:"))
+  say(
+    conclude(
+      task, experiment, run_dir.path, result, f"Trained for {lasting(time.monotonic() - started)}:"
+    )
+  )
 
 
 def _restore(experiment: Experiment, checkpoints: Checkpoints) -> tuple[int, Any]:
   """The newest checkpoint's step and state, or step 0 and a fresh state."""
-  state = steps.init_state(experiment.model, experiment.optimiser, experiment.config.seed, experiment.test.shape)
+  state = steps.init_state(
+    experiment.model, experiment.optimiser, experiment.config.seed, experiment.test.shape
+  )
   return checkpoints.restore(state, devices.replicated_sharding()) or (0, devices.replicate(state))
 
 
 def make_advance(
-    experiment: Experiment, train: Any, first_step: int, task: Task = TASK
+  experiment: Experiment, train: Any, first_step: int, task: Task = TASK
 ) -> Callable[[Any, int], tuple[Any, Any]]:
   """`(state, step) -> (state, metrics)` over all devices, with the data where its loader wants it."""
   config = experiment.config
   k, batch = config.devices.steps_per_dispatch, config.optim.batch_size
   process = (jax.process_index(), jax.process_count())
   make_step = lambda model: steps.make_train_step(
-      model, experiment.optimiser, experiment.objective, functools.partial(task.prepare, experiment),
-      seed=config.seed, axis_name=devices.AXIS, noise_scale=experiment.noise_scale)
+    model,
+    experiment.optimiser,
+    experiment.objective,
+    functools.partial(task.prepare, experiment),
+    seed=config.seed,
+    axis_name=devices.AXIS,
+    noise_scale=experiment.noise_scale,
+  )
   mapped = lambda several, args: map_steps(
-      lambda model: several(make_step(model)), experiment.model, experiment.full, args=args,
-      backend=config.devices.backend)
+    lambda model: several(make_step(model)),
+    experiment.model,
+    experiment.full,
+    args=args,
+    backend=config.devices.backend,
+  )
   if isinstance(train, streaming.Stream):
     stream = train.batches(batch, first_step, k, experiment.settings.total_steps, process)
     run = mapped(steps.streamed_steps, (devices.REPLICATED, devices.BATCH))
     return lambda state, _: run(state, next(stream))
   images = devices.replicate((train.pixels, train.labels))
   run = mapped(steps.resident_steps, (devices.REPLICATED, devices.REPLICATED, devices.BATCH))
-  return lambda state, at: run(state, images, in_memory.indices(config.seed, at, k, batch, len(train), process))
+  return lambda state, at: run(
+    state, images, in_memory.indices(config.seed, at, k, batch, len(train), process)
+  )
 
 
 def make_test(
-    experiment: Experiment, task: Task = TASK
-) -> Callable[[Any], tuple[dict[str, Any], evaluation.ImageBehaviour, evaluation.GateBehaviour | None]]:
+  experiment: Experiment, task: Task = TASK
+) -> Callable[
+  [Any], tuple[dict[str, Any], evaluation.ImageBehaviour, evaluation.GateBehaviour | None]
+]:
   """`state -> evaluation.evaluate` on every test image once, with the budget where there is one; compiled at its first
   call only."""
   config = experiment.config
   run = devices.map_over_devices(
-      steps.make_eval_step(experiment.model, experiment.normalise, task.scores),
-      args=(devices.REPLICATED, devices.BATCH, devices.BATCH), results=devices.BATCH, backend=config.devices.backend)
+    steps.make_eval_step(experiment.model, experiment.normalise, task.scores),
+    args=(devices.REPLICATED, devices.BATCH, devices.BATCH),
+    results=devices.BATCH,
+    backend=config.devices.backend,
+  )
 
   def test(state):
     result, images, gates = evaluation.evaluate(
-        lambda *batch: hosts.whole(run(state, *hosts.share(batch))),
-        batches.cover(experiment.test, config.optim.batch_size), experiment.counts,
-        functools.partial(task.summarise, experiment), classes=task.classes(experiment),
-        noise_scale=experiment.drawn_noise_scale(int(state.step)))
+      lambda *batch: hosts.whole(run(state, *hosts.share(batch))),
+      batches.cover(experiment.test, config.optim.batch_size),
+      experiment.counts,
+      functools.partial(task.summarise, experiment),
+      classes=task.classes(experiment),
+      noise_scale=experiment.drawn_noise_scale(int(state.step)),
+    )
     if gates is not None and experiment.objective.prices_budget:
       result["budget"] = experiment.objective.target
     return result, images, gates

@@ -24,7 +24,9 @@ from gating_jax.reports import compile_report
 from gating_jax.training import rundir
 
 
-def run(experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Mapping[str, Any]) -> None:
+def run(
+  experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Mapping[str, Any]
+) -> None:
   """Writes the tables, calibrated on training images.
 
   Raises:
@@ -35,7 +37,9 @@ def run(experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Ma
   compiled = _compiler(experiment.model, variables)
   with working("opening the training data", "minutes for large sets"):
     images = compile_report.calibration(experiment.open_train(), experiment.normalise)
-  compile_report.write(run_dir, step, compile_report.of_images(compiled, images), pixels=images.shape[1:3])
+  compile_report.write(
+    run_dir, step, compile_report.of_images(compiled, images), pixels=images.shape[1:3]
+  )
 
 
 def check(model: nn.Module) -> None:
@@ -55,7 +59,9 @@ def _timed(model: nn.Module) -> nn.Module:
   return model.backbone if isinstance(model, Segmenter) else model
 
 
-def _compiler(model: nn.Module, variables: Mapping[str, Any]) -> Callable[..., Conditional | Exiting]:
+def _compiler(
+  model: nn.Module, variables: Mapping[str, Any]
+) -> Callable[..., Conditional | Exiting]:
   """What makes a program of the net, or of the part of it that is compiled."""
   if isinstance(model, EarlyExitNet):
     return functools.partial(compile_exits, fold_exits(model, variables))

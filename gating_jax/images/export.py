@@ -40,10 +40,15 @@ from gating_jax.types import Array
 _TRAINED, _SLIMMED, _INT8, _SKIPPING = "trained", "slimmed", "slimmed, int8", "slimmed, skipping"
 FOLDERS = {_SLIMMED: "export", _INT8: "export_int8", _SKIPPING: "export_conditional"}
 CALIBRATION = 2_000  # images at most, evenly over the training set
-_TIMED_BATCHES, _REPEATS = (1, 64), 20  # as of --mode=compile, which times the same images: so both agree
+_TIMED_BATCHES, _REPEATS = (
+  (1, 64),
+  20,
+)  # as of --mode=compile, which times the same images: so both agree
 
 
-def run(experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Mapping[str, Any]) -> None:
+def run(
+  experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Mapping[str, Any]
+) -> None:
   """Writes the exports into the run directory, all or none, and says what they are: of float32 and of int8 weights,
   and, where it is faster for one image at a time, of a program that skips what is closed. Of a net with early exits one
   is written, for one image at a time.
@@ -55,19 +60,30 @@ def run(experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Ma
   with rundir.staged(run_dir.path, tuple(FOLDERS.values())) as folder:
     write = _write_exits if isinstance(experiment.model, EarlyExitNet) else _write
     trained = write(experiment, folder, {"config": run_dir.config(), "step": step}, variables)
-    cards = {name: export.load_exported(folder / name).card for name in FOLDERS.values() if (folder / name).exists()}
+    cards = {
+      name: export.load_exported(folder / name).card
+      for name in FOLDERS.values()
+      if (folder / name).exists()
+    }
   paths = [str(run_dir.path / name) for name in cards]
   say(f"\nwritten: {', '.join(paths)}")
   rows = [(path, _summary(card)) for path, card in zip(paths, cards.values(), strict=True)]
   rows += _as_compiled(run_dir, step, trained)
-  say(conclusion.text(f"Exported the checkpoint of step {step:,}, its times on {device()}.", rows,
-                      [_load_command(paths[0]), *conclusion.following(run_dir.path, ["compile"])]))
+  say(
+    conclusion.text(
+      f"Exported the checkpoint of step {step:,}, its times on {device()}.",
+      rows,
+      [_load_command(paths[0]), *conclusion.following(run_dir.path, ["compile"])],
+    )
+  )
 
 
 def _summary(card: Mapping[str, Any]) -> str:
   """An export in a line."""
-  times = [f"{spent:.2f} ms" + ("" if size == "1" else f" for {size} images")
-           for size, spent in card["milliseconds"].items()]
+  times = [
+    f"{spent:.2f} ms" + ("" if size == "1" else f" for {size} images")
+    for size, spent in card["milliseconds"].items()
+  ]
   return f"{100 * card['accuracy']:.2f} %, {card['executed_macs']:,.0f} MACs per image, {', '.join(times)}"
 
 
@@ -84,35 +100,67 @@ def _as_compiled(run_dir: rundir.RunDir, step: int, trained: float) -> list[tupl
   here, times = f"{trained:.2f} ms", surroundings.read_times(run_dir.path)
   rows = [] if times is None or times.step != step else times.timings.get(title(1, "image"), [])
   there = [row["seconds"] for row in rows if row["part"] is None and row["strategy"] == MASKED]
-  return [("trained net", here + "".join(f"; {1e3 * seconds:.2f} ms by --mode=compile" for seconds in there))]
+  return [
+    (
+      "trained net",
+      here + "".join(f"; {1e3 * seconds:.2f} ms by --mode=compile" for seconds in there),
+    )
+  ]
 
 
-def _write(experiment: Experiment, folder: Path, origin: Mapping[str, Any], variables: Mapping[str, Any]) -> float:
+def _write(
+  experiment: Experiment, folder: Path, origin: Mapping[str, Any], variables: Mapping[str, Any]
+) -> float:
   """Writes the exports, and returns the milliseconds that one image takes in the trained net."""
   with working("opening the training data", "minutes for large sets"):
     train = experiment.open_train()
   index = spread(len(train), CALIBRATION)
   with working(f"looking at what gates do on {len(index):,} training images", "up to a minute"):
-    analysis = analyse(experiment.model, variables, (x for x, _ in _batches(experiment, train, index)))
-  net, choices, shape = analysis.net, static_units(analysis.net, analysis.openings), analysis.input_shape
+    analysis = analyse(
+      experiment.model, variables, (x for x, _ in _batches(experiment, train, index))
+    )
+  net, choices, shape = (
+    analysis.net,
+    static_units(analysis.net, analysis.openings),
+    analysis.input_shape,
+  )
   small = take(net, choices)
-  with working(f"testing the net as trained, slimmed and in int8 on {len(experiment.test):,} images", "up to a minute"):
+  with working(
+    f"testing the net as trained, slimmed and in int8 on {len(experiment.test):,} images",
+    "up to a minute",
+  ):
     moved = disagreement(net, choices, (x for x, _ in _batches(experiment, experiment.test)))
     models = {_TRAINED: net, _SLIMMED: small, _INT8: quantise(small)}
     scores = {name: _score(experiment, each) for name, each in models.items()}
   say(f"\ncheckpoint of step {origin['step']}, calibrated on {analysis.images:,} training images\n")
   say("\n".join(_analysis_lines(analysis, [name for name, _ in experiment.counts.gate_layers])))
   say("\n".join(["", *_moved_lines(analysis, moved), ""]))
-  with working("compiling and timing programs that skip, for one image at a time", "some minutes") as progress:
+  with working(
+    "compiling and timing programs that skip, for one image at a time", "some minutes"
+  ) as progress:
     images = compile_report.calibration(train, experiment.normalise)
-    skipping = compile_conditional(small, input_shape=shape, batch_size=1, candidates=EXPORTABLE, repeats=_REPEATS,
-                                   calibration=images, progress=progress)
-  programs = {name: functools.partial(jax.jit(lambda net, x: folded.run(dequantise(net), x)), each)
-              for name, each in models.items()}
+    skipping = compile_conditional(
+      small,
+      input_shape=shape,
+      batch_size=1,
+      candidates=EXPORTABLE,
+      repeats=_REPEATS,
+      calibration=images,
+      progress=progress,
+    )
+  programs = {
+    name: functools.partial(jax.jit(lambda net, x: folded.run(dequantise(net), x)), each)
+    for name, each in models.items()
+  }
   if set(skipping.strategies) != {MASKED}:
     models[_SKIPPING], programs[_SKIPPING] = skipping, skipping
-    with working(f"testing the net that skips on {len(experiment.test):,} images, one at a time", "up to a minute"):
-      scores[_SKIPPING] = scores[_SLIMMED] | {"accuracy": _accuracy(experiment, lambda x: skipping(x)[0])}
+    with working(
+      f"testing the net that skips on {len(experiment.test):,} images, one at a time",
+      "up to a minute",
+    ):
+      scores[_SKIPPING] = scores[_SLIMMED] | {
+        "accuracy": _accuracy(experiment, lambda x: skipping(x)[0])
+      }
   with working("timing the nets, one image and many at a time", "up to a minute") as progress:
     milliseconds = _milliseconds(programs, images[1::2] if len(images) > 1 else images, progress)
   table = [_head(), _row(_TRAINED, scores[_TRAINED], {"milliseconds": milliseconds[_TRAINED]})]
@@ -120,30 +168,40 @@ def _write(experiment: Experiment, folder: Path, origin: Mapping[str, Any], vari
     if name == _TRAINED:
       continue
     card = _card(experiment, origin, scores[name]) | {
-        "weights": "int8" if name == _INT8 else "float32", "accuracy_as_trained": scores[_TRAINED]["accuracy"],
-        "executed_macs_as_trained": scores[_TRAINED]["executed_macs"], "calibration_images": analysis.images,
-        "test_images": moved.images, "test_images_affected": moved.affected, "milliseconds": milliseconds[name],
-        **({"strategies": skipping.strategies} if name == _SKIPPING else {})}
+      "weights": "int8" if name == _INT8 else "float32",
+      "accuracy_as_trained": scores[_TRAINED]["accuracy"],
+      "executed_macs_as_trained": scores[_TRAINED]["executed_macs"],
+      "calibration_images": analysis.images,
+      "test_images": moved.images,
+      "test_images_affected": moved.affected,
+      "milliseconds": milliseconds[name],
+      **({"strategies": skipping.strategies} if name == _SKIPPING else {}),
+    }
     with working(f"writing the net, {name}", "up to half a minute"):
       path = export.export_model(model, folder / FOLDERS[name], input_shape=shape, card=card)
       table.append(_row(name, scores[name], export.load_exported(path).card))
   say("\n".join(columns(table)))
   if analysis.openings and _SKIPPING not in models:
-    say("For one image at a time computing everything is as fast as skipping here: no program that skips is written.")
+    say(
+      "For one image at a time computing everything is as fast as skipping here: no program that skips is written."
+    )
   return milliseconds[_TRAINED]["1"]
 
 
 def _write_exits(
-    experiment: Experiment, folder: Path, origin: Mapping[str, Any], variables: Mapping[str, Any]
+  experiment: Experiment, folder: Path, origin: Mapping[str, Any], variables: Mapping[str, Any]
 ) -> float:
   """As `_write`."""
   with working("opening the training data", "minutes for large sets"):
     train, test = experiment.open_train(), experiment.test
     images, spent = compile_report.calibration(train, experiment.normalise), []
   net, shape = exits.fold_exits(experiment.model, variables), test.shape
-  with working("compiling and timing programs that leave at exits, for one image", "a minute or two") as progress:
-    made = exits.compile_exits(net, input_shape=shape, batch_size=1, repeats=_REPEATS, calibration=images,
-                                 progress=progress)
+  with working(
+    "compiling and timing programs that leave at exits, for one image", "a minute or two"
+  ) as progress:
+    made = exits.compile_exits(
+      net, input_shape=shape, batch_size=1, repeats=_REPEATS, calibration=images, progress=progress
+    )
 
   def answer(x: Array) -> Array:
     logits, stay = made(x)
@@ -152,13 +210,19 @@ def _write_exits(
 
   with working(f"testing the program on {len(test):,} images, one at a time", "up to a minute"):
     accuracy = _accuracy(experiment, answer)
-  score = {"accuracy": accuracy, "macs": int(exits.macs(net, shape)),
-           "executed_macs": float(np.mean(np.concatenate(spent)))}
+  score = {
+    "accuracy": accuracy,
+    "macs": int(exits.macs(net, shape)),
+    "executed_macs": float(np.mean(np.concatenate(spent))),
+  }
   whole = functools.partial(exits.program(), net)
   with working("timing the program and the net, one image at a time", "up to a minute") as progress:
     times = _milliseconds({"exits": made, MASKED: whole}, images, progress, sizes=(1,))
   milliseconds = times["exits"]
-  card = _card(experiment, origin, score) | {"strategies": [made.strategy], "milliseconds": milliseconds}
+  card = _card(experiment, origin, score) | {
+    "strategies": [made.strategy],
+    "milliseconds": milliseconds,
+  }
   with working("writing the net", "up to half a minute"):
     path = export.export_model(made, folder / FOLDERS[_SLIMMED], input_shape=shape, card=card)
   say(f"\ncheckpoint of step {origin['step']}\n")
@@ -166,7 +230,9 @@ def _write_exits(
   return times[MASKED]["1"]
 
 
-def _batches(experiment: Experiment, images: Any, index: np.ndarray | None = None) -> Iterator[tuple[Any, Any]]:
+def _batches(
+  experiment: Experiment, images: Any, index: np.ndarray | None = None
+) -> Iterator[tuple[Any, Any]]:
   """Network inputs and labels, of all images or those at `index`."""
   index = np.arange(len(images)) if index is None else index
   for start in range(0, len(index), gate_statistics.BATCH):
@@ -185,26 +251,39 @@ def _score(experiment: Experiment, net: Folded) -> dict[str, float]:
 
   for x, outputs, logits in gate_statistics.observed(net, inputs()):
     correct += int(np.sum(np.argmax(outputs, axis=1) == labels.pop()))
-    executed += np.broadcast_to(folded_macs.macs(net, x.shape[1:], [z > 0 for z in logits]), len(x)).sum()
+    executed += np.broadcast_to(
+      folded_macs.macs(net, x.shape[1:], [z > 0 for z in logits]), len(x)
+    ).sum()
     images += len(x)
-  return {"accuracy": correct / images, "macs": int(folded_macs.macs(net, x.shape[1:])),
-          "executed_macs": float(executed) / images}
+  return {
+    "accuracy": correct / images,
+    "macs": int(folded_macs.macs(net, x.shape[1:])),
+    "executed_macs": float(executed) / images,
+  }
 
 
 def _accuracy(experiment: Experiment, answer: Callable[[np.ndarray], Any]) -> float:
   """Of the outputs for all test images."""
-  right = sum(int(np.sum(np.argmax(np.asarray(answer(x)), axis=1) == labels))
-              for x, labels in _batches(experiment, experiment.test))
+  right = sum(
+    int(np.sum(np.argmax(np.asarray(answer(x)), axis=1) == labels))
+    for x, labels in _batches(experiment, experiment.test)
+  )
   return right / len(experiment.test)
 
 
 def _milliseconds(
-    programs: Mapping[str, Callable[[Any], Any]], images: np.ndarray, progress: Advance = lambda done, total: None,
-    sizes: Sequence[int] = _TIMED_BATCHES
+  programs: Mapping[str, Callable[[Any], Any]],
+  images: np.ndarray,
+  progress: Advance = lambda done, total: None,
+  sizes: Sequence[int] = _TIMED_BATCHES,
 ) -> dict[str, dict[str, float]]:
   """Medians over calls on these images, all programs by turns, by batch size; one that skips for one image alone."""
   timed = {size: [name for name in programs if size == 1 or name != _SKIPPING] for size in sizes}
-  found, done, total = {name: {} for name in programs}, itertools.count(1), sum(map(len, timed.values()))
+  found, done, total = (
+    {name: {} for name in programs},
+    itertools.count(1),
+    sum(map(len, timed.values())),
+  )
   for size, names in timed.items():
     batches = [(x,) for x in spread_batches(images, size)]
     runs = {name: functools.partial(run_over, programs[name], batches) for name in names}
@@ -213,42 +292,86 @@ def _milliseconds(
   return found
 
 
-def _card(experiment: Experiment, origin: Mapping[str, Any], score: Mapping[str, float]) -> dict[str, Any]:
+def _card(
+  experiment: Experiment, origin: Mapping[str, Any], score: Mapping[str, float]
+) -> dict[str, Any]:
   data = experiment.config.data
-  return {**origin, **score, "mean": list(data.mean), "std": list(data.std),
-          "class_names": list(experiment.test.class_names), "device": device()}
+  return {
+    **origin,
+    **score,
+    "mean": list(data.mean),
+    "std": list(data.std),
+    "class_names": list(experiment.test.class_names),
+    "device": device(),
+  }
 
 
 def _analysis_lines(analysis: Analysis, names: list[str]) -> list[str]:
   rows = analysis.rows()
-  ways = [[row["strategy"], f"{row['macs']:,.0f}", f"{100 * row['ratio']:.1f} %"] for row in analysis.mac_rows()]
+  ways = [
+    [row["strategy"], f"{row['macs']:,.0f}", f"{100 * row['ratio']:.1f} %"]
+    for row in analysis.mac_rows()
+  ]
   lines = columns([["way to run it", "MACs per image", "of ungated"], *ways])
   if not rows:
     return lines
   counted = ("always_open", "always_closed", "conditional", "open_on_all", "closed_on_all")
   head = ["layer", "units", "open", *(name.replace("_", " ") for name in counted), "correlation"]
-  return [*columns([head, *([name, str(row["units"]), f"{100 * row['open']:.1f} %", *(str(row[c]) for c in counted),
-                             f"{row['correlation']:.3f}"] for name, row in zip(names, rows, strict=True))]), "", *lines]
+  return [
+    *columns(
+      [
+        head,
+        *(
+          [
+            name,
+            str(row["units"]),
+            f"{100 * row['open']:.1f} %",
+            *(str(row[c]) for c in counted),
+            f"{row['correlation']:.3f}",
+          ]
+          for name, row in zip(names, rows, strict=True)
+        ),
+      ]
+    ),
+    "",
+    *lines,
+  ]
 
 
 def _moved_lines(analysis: Analysis, moved: Disagreement) -> list[str]:
   bound = 100 * rate_bound(analysis.images, 0.95)
   worst = max(itertools.chain(moved.opened, moved.closed), default=0.0)
   return [
-      f"A unit never seen open opens on at most {bound:.3f} % of images, at 95 % confidence for each.",
-      f"On {100 * moved.affected:.2f} % of {moved.images:,} test images a static unit would have moved "
-      f"({100 * worst:.2f} % in the layer with most);",
-      f"outputs differ by at most {moved.difference[0]:.3g} there, {moved.difference[1]:.1e} elsewhere; "
-      f"{100 * moved.changed:.2f} % of images are classified otherwise."]
+    f"A unit never seen open opens on at most {bound:.3f} % of images, at 95 % confidence for each.",
+    f"On {100 * moved.affected:.2f} % of {moved.images:,} test images a static unit would have moved "
+    f"({100 * worst:.2f} % in the layer with most);",
+    f"outputs differ by at most {moved.difference[0]:.3g} there, {moved.difference[1]:.1e} elsewhere; "
+    f"{100 * moved.changed:.2f} % of images are classified otherwise.",
+  ]
 
 
 def _head() -> list[str]:
-  return ["net", "test accuracy", "MACs per image", "executed", "weights, bytes", "program, bytes",
-          *(f"ms ({size})" for size in _TIMED_BATCHES)]
+  return [
+    "net",
+    "test accuracy",
+    "MACs per image",
+    "executed",
+    "weights, bytes",
+    "program, bytes",
+    *(f"ms ({size})" for size in _TIMED_BATCHES),
+  ]
 
 
 def _row(name: str, score: Mapping[str, float], card: Mapping[str, Any]) -> list[str]:
   files, spent = card.get("files"), card["milliseconds"]
-  sizes = [f"{files[file]['bytes']:,}" if files else "" for file in (export.WEIGHTS, export.PROGRAM)]
-  return [name, f"{100 * score['accuracy']:.2f} %", f"{score['macs']:,}", f"{score['executed_macs']:,.0f}", *sizes,
-          *(f"{spent[str(size)]:.2f}" if str(size) in spent else "" for size in _TIMED_BATCHES)]
+  sizes = [
+    f"{files[file]['bytes']:,}" if files else "" for file in (export.WEIGHTS, export.PROGRAM)
+  ]
+  return [
+    name,
+    f"{100 * score['accuracy']:.2f} %",
+    f"{score['macs']:,}",
+    f"{score['executed_macs']:,.0f}",
+    *sizes,
+    *(f"{spent[str(size)]:.2f}" if str(size) in spent else "" for size in _TIMED_BATCHES),
+  ]

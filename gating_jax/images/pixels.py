@@ -23,17 +23,23 @@ from gating_jax.types import Array
 class PixelObjective(ImageObjective):
   """`ImageObjective` of logits `[N, H, W, K]` and labels `[N, H, W]`: means are over all pixels that count."""
 
-  def fit(self, logits: Array, labels: Array, axis_name: Hashable | None = None) -> tuple[Array, Array]:
+  def fit(
+    self, logits: Array, labels: Array, axis_name: Hashable | None = None
+  ) -> tuple[Array, Array]:
     """Cross-entropy and accuracy."""
     cross_entropy, correct, counted = _pixels(logits, labels)
-    return weighted_mean(cross_entropy, counted, axis_name), weighted_mean(correct, counted, axis_name)
+    return weighted_mean(cross_entropy, counted, axis_name), weighted_mean(
+      correct, counted, axis_name
+    )
 
 
 def pixel_scores(logits: Array, labels: Array) -> dict[str, Array]:
   """For each example: `cross_entropy` `[N]`, the sum over its pixels, and `confusion` `[N, K, K]`."""
   cross_entropy, _, counted = _pixels(logits, labels)
-  return {"cross_entropy": jnp.sum(cross_entropy * counted, axis=(1, 2)),
-          "confusion": confusion(jnp.argmax(logits, -1), labels, logits.shape[-1])}
+  return {
+    "cross_entropy": jnp.sum(cross_entropy * counted, axis=(1, 2)),
+    "confusion": confusion(jnp.argmax(logits, -1), labels, logits.shape[-1]),
+  }
 
 
 def confusion(predicted: Array, labels: Array, classes: int) -> Array:
@@ -76,10 +82,14 @@ def summarise(sums: Mapping[str, np.ndarray], class_names: Sequence[str]) -> dic
   iou = intersection_over_union(sums["confusion"])
   present = ~np.isnan(iou)
   return {
-      "mean_iou": float(np.mean(iou[present])) if present.any() else 0.0,
-      "accuracy": float(np.trace(sums["confusion"])) / pixels,
-      "cross_entropy": float(sums["cross_entropy"]) / pixels,
-      **{f"iou/{name}": float(value) for name, value in zip(class_names, iou, strict=True) if not np.isnan(value)},
+    "mean_iou": float(np.mean(iou[present])) if present.any() else 0.0,
+    "accuracy": float(np.trace(sums["confusion"])) / pixels,
+    "cross_entropy": float(sums["cross_entropy"]) / pixels,
+    **{
+      f"iou/{name}": float(value)
+      for name, value in zip(class_names, iou, strict=True)
+      if not np.isnan(value)
+    },
   }
 
 

@@ -28,13 +28,20 @@ def check(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   theirs = config.copy_and_resolve_references()
   with theirs.unlocked():
     theirs.update(settings.with_tuples(rundir.RunDir(user_path(config.model.init_from)).config()))
-  for name, mine in (("experiment", config.experiment), ("model.gating", "none"), ("model.name", config.model.name),
-                     ("model.width", config.model.width), ("model.inner_width", config.model.inner_width),
-                     ("model.group_norm", config.model.group_norm)):
+  for name, mine in (
+    ("experiment", config.experiment),
+    ("model.gating", "none"),
+    ("model.name", config.model.name),
+    ("model.width", config.model.width),
+    ("model.inner_width", config.model.inner_width),
+    ("model.group_norm", config.model.group_norm),
+  ):
     found = rundir.flatten(theirs)[name]
     if found != mine:
-      raise ValueError(f"model.init_from must name a run with {name}={mine!r}; that of {config.model.init_from} has "
-                       f"{found!r}")
+      raise ValueError(
+        f"model.init_from must name a run with {name}={mine!r}; that of {config.model.init_from} has "
+        f"{found!r}"
+      )
   return theirs
 
 
@@ -48,18 +55,23 @@ def start(experiment: Experiment, state: steps.TrainState) -> steps.TrainState:
   folder = user_path(experiment.config.model.init_from)
   theirs = build(check(experiment.config))
   like = jax.eval_shape(
-      lambda: steps.init_state(theirs.model, theirs.optimiser, theirs.config.seed, theirs.test.shape))
+    lambda: steps.init_state(theirs.model, theirs.optimiser, theirs.config.seed, theirs.test.shape)
+  )
   checkpoints = Checkpoints(rundir.RunDir(folder).checkpoints, read_only=True)
   try:
     found = checkpoints.restore(like, devices.replicated_sharding())
   finally:
     checkpoints.close()
   if found is None:
-    raise rundir.RunDirError(f"model.init_from must name a run with a checkpoint; {folder} has none yet")
+    raise rundir.RunDirError(
+      f"model.init_from must name a run with a checkpoint; {folder} has none yet"
+    )
   step, trained = found
   say(f"starting from the parameters of step {step} in {folder}")
-  return state.replace(params=_merged(state.params, trained.params, folder),
-                       batch_stats=_merged(state.batch_stats, trained.batch_stats, folder))
+  return state.replace(
+    params=_merged(state.params, trained.params, folder),
+    batch_stats=_merged(state.batch_stats, trained.batch_stats, folder),
+  )
 
 
 def _merged(mine: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -68,6 +80,8 @@ def _merged(mine: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path) ->
     here, there = (tree[path].shape if path in tree else None for tree in (mine, theirs))
     fresh = there is None and (is_gate_path(path) or path[0].startswith("exit"))
     if here != there and not fresh:
-      raise ValueError(f"model.init_from must name a run of the same network; {'/'.join(path)} has shape {here} here "
-                       f"and {there} in {folder}")
+      raise ValueError(
+        f"model.init_from must name a run of the same network; {'/'.join(path)} has shape {here} here "
+        f"and {there} in {folder}"
+      )
   return traverse_util.unflatten_dict({**mine, **theirs})

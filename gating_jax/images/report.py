@@ -82,9 +82,11 @@ def begin(run: ImageRun) -> page.Opening:
   key, name = run.score
   result, around = run.tests[-1], run.around
   meaning = _SCORES.get(key, "").format(count=len(run.images.macs), noun=run.noun)
-  numbers = [opening.score(f"test {name}", result[key], key, around, meaning),
-             opening.macs(result["mac_ratio"], result["macs"], run.macs, run.noun, around),
-             opening.time(run.noun, around)]
+  numbers = [
+    opening.score(f"test {name}", result[key], key, around, meaning),
+    opening.macs(result["mac_ratio"], result["macs"], run.macs, run.noun, around),
+    opening.time(run.noun, around),
+  ]
   text, picture = opening.why_no_baseline(around, run.how), None
   if run.gates is not None:
     picture = _outcomes(run)
@@ -93,9 +95,11 @@ def begin(run: ImageRun) -> page.Opening:
   return page.Opening(numbers, picture, text, run.notice)
 
 
-_SCORES = {"accuracy": "Fraction of the {count:,} test {noun}s whose most likely class is the true one.",
-           "mean_iou": "Intersection over union of predicted and true pixels, mean over classes, on {count:,} test "
-                       "{noun}s."}
+_SCORES = {
+  "accuracy": "Fraction of the {count:,} test {noun}s whose most likely class is the true one.",
+  "mean_iou": "Intersection over union of predicted and true pixels, mean over classes, on {count:,} test "
+  "{noun}s.",
+}
 
 
 def sections(run: ImageRun) -> list[page.Section]:
@@ -108,11 +112,18 @@ def sections(run: ImageRun) -> list[page.Section]:
     found += [_by_layer(run), _over_training(run), _selective(run)]
     if run.gates.class_rates is not None and run.gates.diagnosis.class_information is not None:
       found += [_classes(run)]
-  return [*found, _extremes(run), opening.times_section(run.noun, run.around), opening.settings(run.config),
-          opening.about(run.around)]
+  return [
+    *found,
+    _extremes(run),
+    opening.times_section(run.noun, run.around),
+    opening.settings(run.config),
+    opening.about(run.around),
+  ]
 
 
-def _picture(figure: Any, caption: str, terms: page.Terms = (), *, photo: bool = False) -> page.Picture:
+def _picture(
+  figure: Any, caption: str, terms: page.Terms = (), *, photo: bool = False
+) -> page.Picture:
   return page.pictured(figure, caption, terms=terms, photo=photo)
 
 
@@ -120,31 +131,55 @@ def _score(run: ImageRun) -> page.Section:
   key, name = run.score
   steps, scores, ratios = ([test[k] for test in run.tests] for k in ("step", key, "mac_ratio"))
   parts, text = [], ""
-  step, macs = ("training step", "updates of the parameters so far"), (
-      "MACs", f"multiply-accumulates per {run.noun}, mean over the test set, in % of those of the ungated network")
+  step, macs = (
+    ("training step", "updates of the parameters so far"),
+    (
+      "MACs",
+      f"multiply-accumulates per {run.noun}, mean over the test set, in % of those of the ungated network",
+    ),
+  )
   score = (name, f"on all test {run.noun}s, in %")
   if len(steps) > 1:
     gated = min(ratios) < 1
-    parts.append(_picture(image_pictures.draw_training(steps, scores, ratios, name), "Tests during training.",
-                          [step, score, macs] if gated else [step, score]))
+    parts.append(
+      _picture(
+        image_pictures.draw_training(steps, scores, ratios, name),
+        "Tests during training.",
+        [step, score, macs] if gated else [step, score],
+      )
+    )
     if gated:
-      parts.append(_picture(
+      parts.append(
+        _picture(
           image_pictures.draw_path(steps, scores, ratios, name),
           "The same tests, score against cost: a point for each. Up is better, left is cheaper.",
-          [macs, score, ("colour", "the training step of the test")]))
+          [macs, score, ("colour", "the training step of the test")],
+        )
+      )
   else:
     text = "The run was tested once, so there is no course of training to show (eval_every sets how often). "
   spent = run.images.macs
   if np.ptp(spent) > 0:
     quarters = _quarters(run)
     text += _on_hard(run)
-    parts.append(_picture(
+    parts.append(
+      _picture(
         image_pictures.draw_quarters(spent, quarters, run.noun),
         f"MACs of easy and hard {run.noun}s: the mean of each quarter (point), and its range from the 10th to the 90th "
         "percentile (bar).",
-        [("quarters", f"the {len(spent):,} test {run.noun}s in equal parts, ordered by their loss: easy ones have the "
-                      "least, hard ones the largest"),
-         ("MACs", f"multiply-accumulates of a {run.noun} of the quarter, in millions, gate networks included")]))
+        [
+          (
+            "quarters",
+            f"the {len(spent):,} test {run.noun}s in equal parts, ordered by their loss: easy ones have the "
+            "least, hard ones the largest",
+          ),
+          (
+            "MACs",
+            f"multiply-accumulates of a {run.noun} of the quarter, in millions, gate networks included",
+          ),
+        ],
+      )
+    )
   else:
     text += f"Every {run.noun} takes the same multiply-accumulates: {spent[0]:,.0f}."
   return page.Section("Score and multiply-accumulates", text.strip(), parts)
@@ -164,27 +199,39 @@ def _on_hard(run: ImageRun) -> str:
   what = f"{abs(change):.1f} % {'more' if change > 0 else 'fewer'} MACs than"
   if abs(change) < 0.05:
     what = "as many MACs as"
-  return (f"The hardest quarter of {run.noun}s takes {what} the easiest ({opening.short(hard)} and "
-          f"{opening.short(easy)}). Easy and hard are by loss, everywhere on this page.")
+  return (
+    f"The hardest quarter of {run.noun}s takes {what} the easiest ({opening.short(hard)} and "
+    f"{opening.short(easy)}). Easy and hard are by loss, everywhere on this page."
+  )
 
 
 def _outcomes(run: ImageRun) -> page.Picture:
   names, sizes = gate_pictures.layer_names(run.layers), [size for _, size in run.layers]
   return _picture(
-      gate_pictures.draw_outcomes(run.gates.diagnosis, sizes, names),
-      f"What the gates of each layer do: for how many of the {len(run.images.macs):,} test {run.noun}s they are open.",
-      [("gates of the layer", "all gates of a layer are 100 %"),
-       ("conditional", f"from 1 to 99 %: the {run.noun} decides, as gates are meant to; those open least save most"),
-       ("always closed", "these units can be removed"),
-       ("always open", "these units are never saved"),
-       ("random", f"noise decides in training, as in dropout, and not the {run.noun}")])
+    gate_pictures.draw_outcomes(run.gates.diagnosis, sizes, names),
+    f"What the gates of each layer do: for how many of the {len(run.images.macs):,} test {run.noun}s they are open.",
+    [
+      ("gates of the layer", "all gates of a layer are 100 %"),
+      (
+        "conditional",
+        f"from 1 to 99 %: the {run.noun} decides, as gates are meant to; those open least save most",
+      ),
+      ("always closed", "these units can be removed"),
+      ("always open", "these units are never saved"),
+      ("random", f"noise decides in training, as in dropout, and not the {run.noun}"),
+    ],
+  )
 
 
 def _by_layer(run: ImageRun) -> page.Section:
   found, names = by_layer(run.gates.diagnosis, run.layers), gate_pictures.layer_names(run.layers)
-  header, *rows = gate_table.rows([{**layer, "layer": name} for layer, name in zip(found, names, strict=True)])
+  header, *rows = gate_table.rows(
+    [{**layer, "layer": name} for layer, name in zip(found, names, strict=True)]
+  )
   titles = [gate_table.TITLES[name] for name in header]
-  return page.Section("Gates of each layer", parts=[page.Table([title for title, _ in titles], rows, terms=titles)])
+  return page.Section(
+    "Gates of each layer", parts=[page.Table([title for title, _ in titles], rows, terms=titles)]
+  )
 
 
 def _over_training(run: ImageRun) -> page.Section:
@@ -192,43 +239,81 @@ def _over_training(run: ImageRun) -> page.Section:
   left_out = len(names) - len(gate_pictures.shown_layers(len(names)))
   some = f" {left_out} of {len(names)} layers between these are left out." if left_out else ""
   columns = f"a column for each of {len(history)} tests, from step {history[0]['step']:,} to {history[-1]['step']:,}"
-  prior = [("dashed line", "the prior that the probabilities are pulled to early in training")] if run.prior else []
+  prior = (
+    [("dashed line", "the prior that the probabilities are pulled to early in training")]
+    if run.prior
+    else []
+  )
   probability = f"that a gate is open for a test {run.noun}, from 0 to 1"
   return page.Section(
-      "Gates over training", f"A panel for each gated layer.{some}",
-      [_picture(gate_pictures.draw_histograms(history, names, "probs"),
-                f"Open probabilities of the gates of each layer, on {len(run.gates.logits):,} test {run.noun}s. A band "
-                "at 1 is of gates that stay open, bands at both ends are of gates that decide.",
-                [("test at step", columns), ("probability", probability),
-                 ("colour", "the stronger, the more of the layer's probabilities lie there")]),
-       _picture(gate_pictures.draw_histograms(history, names, "open_rates"),
-                "Open rates of single gates. What lies between the ends is conditional, or random.",
-                [("test at step", columns), ("open rate", f"fraction of all test {run.noun}s that open a gate"),
-                 ("colour", "the stronger, the more of the layer's gates have this rate")]),
-       _picture(gate_pictures.draw_cdfs(history, names, run.prior),
-                "Empirical cumulative distribution of the open probabilities, at up to four tests.",
-                [("probability", probability), ("below it", "fraction of the layer's probabilities that are smaller"),
-                 *prior])])
+    "Gates over training",
+    f"A panel for each gated layer.{some}",
+    [
+      _picture(
+        gate_pictures.draw_histograms(history, names, "probs"),
+        f"Open probabilities of the gates of each layer, on {len(run.gates.logits):,} test {run.noun}s. A band "
+        "at 1 is of gates that stay open, bands at both ends are of gates that decide.",
+        [
+          ("test at step", columns),
+          ("probability", probability),
+          ("colour", "the stronger, the more of the layer's probabilities lie there"),
+        ],
+      ),
+      _picture(
+        gate_pictures.draw_histograms(history, names, "open_rates"),
+        "Open rates of single gates. What lies between the ends is conditional, or random.",
+        [
+          ("test at step", columns),
+          ("open rate", f"fraction of all test {run.noun}s that open a gate"),
+          ("colour", "the stronger, the more of the layer's gates have this rate"),
+        ],
+      ),
+      _picture(
+        gate_pictures.draw_cdfs(history, names, run.prior),
+        "Empirical cumulative distribution of the open probabilities, at up to four tests.",
+        [
+          ("probability", probability),
+          ("below it", "fraction of the layer's probabilities that are smaller"),
+          *prior,
+        ],
+      ),
+    ],
+  )
 
 
 def _selective(run: ImageRun) -> page.Section:
-  title, rates = f"The most selective gates, and the {run.noun}s that open them", run.gates.diagnosis.open_rates
-  few, shown = np.count_nonzero((rates > 0) & (rates < SELECTIVE)), _selected(rates, [size for _, size in run.layers])
+  title, rates = (
+    f"The most selective gates, and the {run.noun}s that open them",
+    run.gates.diagnosis.open_rates,
+  )
+  few, shown = (
+    np.count_nonzero((rates > 0) & (rates < SELECTIVE)),
+    _selected(rates, [size for _, size in run.layers]),
+  )
   if not len(shown):
     return page.Section(title, f"No gate is open for some {run.noun}s and closed for others.")
   parts = []
   for gate in shown:
     images = run.gates.firing[:, gate]
     images = images[images >= 0]
-    text = [_class(run, run.images.labels[i]) for i in images] if run.images.labels is not None else [""] * len(images)
-    caption = f"{_gate(run, gate)}: open for {_percent(rates[gate])} of {run.noun}s{_mostly(run, gate)}."
+    text = (
+      [_class(run, run.images.labels[i]) for i in images]
+      if run.images.labels is not None
+      else [""] * len(images)
+    )
+    caption = (
+      f"{_gate(run, gate)}: open for {_percent(rates[gate])} of {run.noun}s{_mostly(run, gate)}."
+    )
     parts.append(_picture(image_pictures.draw_images(run.read(images), text), caption, photo=True))
   layers = len({_place(run, gate)[0] for gate in shown})
   several = f", {len(shown)} gates of {layers} layer{'s' if layers > 1 else ''}, layer by layer"
   return page.Section(
-      title, f"Of {len(rates):,} gates, {few:,} are open for some {run.noun}s but fewer than {100 * SELECTIVE:.0f} %. "
-      f"Below, those of each layer that are open least{several}, with the {run.noun}s that open them most surely"
-      f"{', and their class' if run.images.labels is not None else ''}.", parts)
+    title,
+    f"Of {len(rates):,} gates, {few:,} are open for some {run.noun}s but fewer than {100 * SELECTIVE:.0f} %. "
+    f"Below, those of each layer that are open least{several}, with the {run.noun}s that open them most surely"
+    f"{', and their class' if run.images.labels is not None else ''}.",
+    parts,
+  )
 
 
 def _selected(rates: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
@@ -273,26 +358,47 @@ def _classes(run: ImageRun) -> page.Section:
   order = np.argsort(-information, kind="stable")
   order = order[information[order] > 0]
   if len(known) < 2 or not len(order):
-    return page.Section(title, "No gate tells anything of the class: each is as often open for one as for another.")
+    return page.Section(
+      title, "No gate tells anything of the class: each is as often open for one as for another."
+    )
   mapped, best = order[:_MAPPED], order[:_INFORMED_SHOWN]
-  some = f" of {len(names)} classes, the {gate_pictures.MOST_CLASSES} whose rates differ most" if (
-      len(names) > gate_pictures.MOST_CLASSES) else ""
-  parts = [_picture(
+  some = (
+    f" of {len(names)} classes, the {gate_pictures.MOST_CLASSES} whose rates differ most"
+    if (len(names) > gate_pictures.MOST_CLASSES)
+    else ""
+  )
+  parts = [
+    _picture(
       gate_pictures.draw_class_map(rates[:, mapped].T, [_short(run, g) for g in mapped], names),
       f"Share of each class's images that open a gate, for the {len(mapped)} gates that tell most of the class{some}. "
       "Gates and classes that are alike stand side by side.",
-      [("gate", "number of its layer and its own, as layer:gate"), ("class", "of the test images"),
-       ("colour", "fraction of the class's test images that open the gate, from 0 to 1")])]
-  titles = [f"{_short(run, g)}: {information[g]:.2f} bits, open for {_percent(run.gates.diagnosis.open_rates[g])}"
-            for g in best]
-  parts.append(_picture(
+      [
+        ("gate", "number of its layer and its own, as layer:gate"),
+        ("class", "of the test images"),
+        ("colour", "fraction of the class's test images that open the gate, from 0 to 1"),
+      ],
+    )
+  ]
+  titles = [
+    f"{_short(run, g)}: {information[g]:.2f} bits, open for {_percent(run.gates.diagnosis.open_rates[g])}"
+    for g in best
+  ]
+  parts.append(
+    _picture(
       gate_pictures.draw_class_bars(rates[:, best].T, titles, names),
       f"Open rates of the {len(best)} gates that tell most of the class, on each class or those with the highest.",
-      [("open rate", "test images of the class that open the gate, in %"),
-       ("bits", "mutual information of the gate and the class")]))
+      [
+        ("open rate", "test images of the class that open the gate, in %"),
+        ("bits", "mutual information of the gate and the class"),
+      ],
+    )
+  )
   return page.Section(
-      title, "What a gate tells of the class is their mutual information in bits, 0 if it is open as often for "
-      f"every class, 1 at most. To name one of {len(names)} classes takes {np.log2(len(names)):.1f} bits.", parts)
+    title,
+    "What a gate tells of the class is their mutual information in bits, 0 if it is open as often for "
+    f"every class, 1 at most. To name one of {len(names)} classes takes {np.log2(len(names)):.1f} bits.",
+    parts,
+  )
 
 
 def _extremes(run: ImageRun) -> page.Section:
@@ -312,14 +418,16 @@ def _extremes(run: ImageRun) -> page.Section:
 
   half = max(1, min(_EXTREMES, len(order) // 2))
   easy, hard = order[:half], order[::-1][:half]
-  what = ("the true class, the predicted one where that is wrong, " if images.labels is not None else "") + (
-      "loss, summed over pixels, and MACs" if images.correct is None else "loss and MACs")
+  what = (
+    "the true class, the predicted one where that is wrong, " if images.labels is not None else ""
+  ) + ("loss, summed over pixels, and MACs" if images.correct is None else "loss and MACs")
   spread = f" {_on_hard(run)}" if np.ptp(images.macs) > 0 else ""
   return page.Section(
-      f"Easiest and hardest {run.noun}s",
-      f"The {half} {run.noun}s with the least loss and the {half} with the largest. Below each: {what} (millions)."
-      f"{spread}",
-      [picture(easy, "Least loss."), picture(hard, "Largest loss.")])
+    f"Easiest and hardest {run.noun}s",
+    f"The {half} {run.noun}s with the least loss and the {half} with the largest. Below each: {what} (millions)."
+    f"{spread}",
+    [picture(easy, "Least loss."), picture(hard, "Largest loss.")],
+  )
 
 
 def _percent(rate: float) -> str:

@@ -41,40 +41,72 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
 def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = None) -> Experiment:
   """Checks every setting, then opens the data; errors and arguments as of `images.build.build`."""
   data = config.data
-  side = (lambda v: isinstance(v, tuple) and len(v) == 2 and min(v) >= 8, "a tuple of height and width, each >= 8")
+  side = (
+    lambda v: isinstance(v, tuple) and len(v) == 2 and min(v) >= 8,
+    "a tuple of height and width, each >= 8",
+  )
   images.check(
-      config, choices={"data.name": scenes.NAMES, "model.name": RESNETS},
-      at_least={"data.train_scenes": 1, "data.test_scenes": 1, "data.digits": 1, "model.head": 1},
-      rules={
-          "data.size": side,
-          "model.init_from": (lambda v: v is None, "None for segmentation"),
-          "data.crop": (lambda v: v is None or side[0](v) and v[0] <= data.size[0] and v[1] <= data.size[1],
-                        "None or a tuple of height and width, each >= 8 and at most data.size"),
-      })
+    config,
+    choices={"data.name": scenes.NAMES, "model.name": RESNETS},
+    at_least={"data.train_scenes": 1, "data.test_scenes": 1, "data.digits": 1, "model.head": 1},
+    rules={
+      "data.size": side,
+      "model.init_from": (lambda v: v is None, "None for segmentation"),
+      "data.crop": (
+        lambda v: v is None or side[0](v) and v[0] <= data.size[0] and v[1] <= data.size[1],
+        "None or a tuple of height and width, each >= 8 and at most data.size",
+      ),
+    },
+  )
   if data.name == scenes.MADE:
     make = lambda split, count, **seed: scenes.digit_scenes(
-        split, scenes=count, size=data.size, most=data.digits, **seed)
+      split, scenes=count, size=data.size, most=data.digits, **seed
+    )
     return images.assemble(  # the same test set for all seeds, so that these can be compared
-        config, lambda: data.train_scenes, open_train=lambda: make("train", data.train_scenes, seed=config.seed),
-        open_test=lambda: make("test", data.test_scenes), network=network, objective=pixels.PixelObjective, known=known)
+      config,
+      lambda: data.train_scenes,
+      open_train=lambda: make("train", data.train_scenes, seed=config.seed),
+      open_test=lambda: make("test", data.test_scenes),
+      network=network,
+      objective=pixels.PixelObjective,
+      known=known,
+    )
   opened = lambda split, **training: scenes.open_scenes(
-      data.name, split, data.data_dir, size=data.size, seed=config.seed, workers=data.workers, **training)
+    data.name,
+    split,
+    data.data_dir,
+    size=data.size,
+    seed=config.seed,
+    workers=data.workers,
+    **training,
+  )
   open_train = lambda: opened(data.train_split, crop=data.crop, flip=data.flip)
   return images.assemble(
-      config, lambda: len(open_train()), open_train=open_train, open_test=lambda: opened(data.test_split),
-      network=network, objective=pixels.PixelObjective, train_shape=(*(data.crop or data.size), 3), known=known)
+    config,
+    lambda: len(open_train()),
+    open_train=open_train,
+    open_test=lambda: opened(data.test_split),
+    network=network,
+    objective=pixels.PixelObjective,
+    train_shape=(*(data.crop or data.size), 3),
+    known=known,
+  )
 
 
 def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
   """The residual network that `config.model` describes, with the head on its last feature map."""
   backbone = images.network(model, None).clone(pool=False, output_stride=model.output_stride)
-  return Segmenter(backbone, classes, features=model.head, dtype=backbone.dtype, axis_name=devices.AXIS)
+  return Segmenter(
+    backbone, classes, features=model.head, dtype=backbone.dtype, axis_name=devices.AXIS
+  )
 
 
 def _summarise(experiment: Experiment, sums, scored: int) -> dict[str, float]:
   """Numbers of the set, and the MACs that the head has of those of the net."""
   backbone = count(experiment.model.backbone.clone(parent=None), experiment.test.shape)
-  return pixels.summarise(sums, experiment.test.class_names) | {"head_macs": experiment.counts.macs - backbone.macs}
+  return pixels.summarise(sums, experiment.test.class_names) | {
+    "head_macs": experiment.counts.macs - backbone.macs
+  }
 
 
 def _draw(experiment: Experiment, state: steps.TrainState) -> dict[str, tuple[Any, str]]:
@@ -85,18 +117,26 @@ def _draw(experiment: Experiment, state: steps.TrainState) -> dict[str, tuple[An
   results = jax.device_get(run(jax.device_get(state), images, truth))
   counts = experiment.counts
   macs = counts.fixed + results["macs"] if "macs" in results else np.full(len(images), counts.macs)
-  figure = scene_pictures.draw(images, truth, results["predicted"], macs / counts.macs, experiment.test.class_names)
-  return {"scenes.png": (figure, "Test scenes, the true class of every pixel and the predicted one; above, the "
-                                 "multiply-accumulates spent on each, in % of those of the ungated net.")}
+  figure = scene_pictures.draw(
+    images, truth, results["predicted"], macs / counts.macs, experiment.test.class_names
+  )
+  return {
+    "scenes.png": (
+      figure,
+      "Test scenes, the true class of every pixel and the predicted one; above, the "
+      "multiply-accumulates spent on each, in % of those of the ungated net.",
+    )
+  }
 
 
 TASK = dataclasses.replace(
-    classification.TASK,
-    prepare=lambda experiment, _, pixels: experiment.normalise(pixels),
-    scores=pixels.pixel_scores,
-    summarise=_summarise,
-    noun="scene",
-    score=("mean_iou", "mean IoU"),
-    rows=scene_table.rows,
-    classes=lambda _: None,
-    draw=_draw)
+  classification.TASK,
+  prepare=lambda experiment, _, pixels: experiment.normalise(pixels),
+  scores=pixels.pixel_scores,
+  summarise=_summarise,
+  noun="scene",
+  score=("mean_iou", "mean IoU"),
+  rows=scene_table.rows,
+  classes=lambda _: None,
+  draw=_draw,
+)

@@ -54,7 +54,9 @@ class Task:
     return f"{model.name} {gates.get(model.gating, f'with {model.gating} gates')} on {experiment.config.data.name}"
 
 
-def conclude(task: Task, experiment: Experiment, path: Path, result: Mapping[str, Any], done: str) -> str:
+def conclude(
+  task: Task, experiment: Experiment, path: Path, result: Mapping[str, Any], done: str
+) -> str:
   """What a mode that tests the net ends with.
 
   Args:
@@ -70,13 +72,24 @@ def conclude(task: Task, experiment: Experiment, path: Path, result: Mapping[str
     rows.append(("page", f"{report}, for a browser"))
   modes = []
   if not conclusion.refusal(compile.check, experiment.model) and compile.skips(experiment.model):
-    modes = ["compile", "export"] if experiment.config.experiment == "classification" else ["compile"]
-  return conclusion.text(f"{done} {task.title(experiment)}.", rows, conclusion.following(path, modes))
+    modes = (
+      ["compile", "export"] if experiment.config.experiment == "classification" else ["compile"]
+    )
+  return conclusion.text(
+    f"{done} {task.title(experiment)}.", rows, conclusion.following(path, modes)
+  )
 
 
 def write_files(
-    task: Task, experiment: Experiment, run_dir: rundir.RunDir, state: Any, journal: Journal, step: int,
-    result: Mapping[str, Any], images: evaluation.ImageBehaviour, gates: evaluation.GateBehaviour | None,
+  task: Task,
+  experiment: Experiment,
+  run_dir: rundir.RunDir,
+  state: Any,
+  journal: Journal,
+  step: int,
+  result: Mapping[str, Any],
+  images: evaluation.ImageBehaviour,
+  gates: evaluation.GateBehaviour | None,
 ) -> None:
   """Pictures, a file of gates and the report, of a run that has come to its end."""
   drawn, names = task.draw(experiment, state), []
@@ -84,7 +97,12 @@ def write_files(
     text.save(figure, run_dir.path / name)
     names.append(name)
   if gates is not None:
-    firing.draw(run_dir.path / "gates.png", gates.logits, gates.diagnosis.open_rates, experiment.objective.prior)
+    firing.draw(
+      run_dir.path / "gates.png",
+      gates.logits,
+      gates.diagnosis.open_rates,
+      experiment.objective.prior,
+    )
     gate_table.write(run_dir.path / "gates.csv", gates.diagnosis, experiment.counts.gate_layers)
     names.append("gates.png")
   for name in names:
@@ -103,20 +121,31 @@ def _numbered(names: Sequence[str], line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_report(
-    task: Task, experiment: Experiment, run_dir: rundir.RunDir, step: int, result: Mapping[str, Any],
-    images: evaluation.ImageBehaviour, gates: evaluation.GateBehaviour | None,
-    drawn: Mapping[str, tuple[Any, str]] = MappingProxyType({}), notice: str = "",
+  task: Task,
+  experiment: Experiment,
+  run_dir: rundir.RunDir,
+  step: int,
+  result: Mapping[str, Any],
+  images: evaluation.ImageBehaviour,
+  gates: evaluation.GateBehaviour | None,
+  drawn: Mapping[str, tuple[Any, str]] = MappingProxyType({}),
+  notice: str = "",
 ) -> None:
   """Writes `report.html` of the state of `step`; the rest is what the test found of it, what `task.draw` drew, and what
   the page says before all else."""
   config, counts, total = experiment.config, experiment.counts, experiment.settings.total_steps
   kind = surroundings.KINDS[config.experiment]
-  before = lambda file: [line for line in read_lines(run_dir.path / file)
-                         if line["split"] == "test" and line["step"] < step]
+  before = lambda file: [
+    line
+    for line in read_lines(run_dir.path / file)
+    if line["split"] == "test" and line["step"] < step
+  ]
   histograms = evaluation.histograms(gates, counts.gate_layers) if gates is not None else {}
   numbered = functools.partial(_numbered, [name for name, _ in counts.gate_layers])
   pulled = config.loss.regulariser == "batch_shaping" and config.loss.batch_shaping.coefficient > 0
-  image_report.write(run_dir.report, image_report.ImageRun(
+  image_report.write(
+    run_dir.report,
+    image_report.ImageRun(
       title=f"{config.model.name} on {config.data.name}",
       subtitle=f"{run_dir.path.name}, step {step:,} of {total:,}, gates: {config.model.gating}",
       noun=task.noun,
@@ -133,7 +162,14 @@ def write_report(
       config=[(name, str(value)) for name, value in rundir.flatten(config).items()],
       read=lambda index: experiment.test.read(index)[0],
       pictures=list(drawn.values()),
-      around=surroundings.read(run_dir, config, kind, step=step,
-                               not_compiled=conclusion.refusal(compile.check, experiment.model)),
+      around=surroundings.read(
+        run_dir,
+        config,
+        kind,
+        step=step,
+        not_compiled=conclusion.refusal(compile.check, experiment.model),
+      ),
       how=kind.how,
-      notice=notice))
+      notice=notice,
+    ),
+  )

@@ -49,12 +49,14 @@ class Analysis:
 
   def mac_rows(self) -> list[dict[str, Any]]:
     """By way to run it: MACs per image, and their ratio to the network without gates."""
-    return [{"strategy": name, "macs": value, "ratio": value / self.macs["ungated"]}
-            for name, value in self.macs.items()]
+    return [
+      {"strategy": name, "macs": value, "ratio": value / self.macs["ungated"]}
+      for name, value in self.macs.items()
+    ]
 
 
 def analyse(
-    model: Any, variables: Mapping[str, Any] | None, calibration: Any, *, buckets: int = 4
+  model: Any, variables: Mapping[str, Any] | None, calibration: Any, *, buckets: int = 4
 ) -> Analysis:
   """Runs calibration images through a network and counts what its gates open.
 
@@ -80,7 +82,9 @@ def analyse(
   net = model if isinstance(model, Folded) else fold(model, variables)
   check_float(net)
   arguments.whole_number("buckets", buckets)
-  arguments.instance("calibration", calibration, Iterable, "images, or an iterable of batches of them")
+  arguments.instance(
+    "calibration", calibration, Iterable, "images, or an iterable of batches of them"
+  )
   executed, switched, ways = "executed", f"switch of {buckets}", _ways(net)
   counter, spent, images = Counter(net), dict.fromkeys((executed, switched, *ways), 0), 0
   for x, _, logits in observed(net, calibration):
@@ -95,27 +99,47 @@ def analyse(
   whole = folded_macs.macs(net, shape)
   small = take(net, static_units(net, openings))
   found = {name: float(total) / images for name, total in spent.items()}
-  macs = {"ungated": float(whole - heads), "masked": float(whole), executed: found.pop(executed),
-          "slimmed": float(folded_macs.macs(small, shape)), **found}
+  macs = {
+    "ungated": float(whole - heads),
+    "masked": float(whole),
+    executed: found.pop(executed),
+    "slimmed": float(folded_macs.macs(small, shape)),
+    **found,
+  }
   return Analysis(net, shape, images, openings, macs)
 
 
 def _ways(net: Folded) -> dict[str, Any]:
   """By name: from the gates of all groups to those units which a way to skip computes."""
   groups, layers = [group for _, _, group, _ in places(net)], [layer for *_, layer in places(net)]
-  each = lambda change: lambda gates: [g if layer else change(g, group)
-                                       for g, group, layer in zip(gates, groups, layers, strict=True)]
+  each = lambda change: (
+    lambda gates: [
+      g if layer else change(g, group)
+      for g, group, layer in zip(gates, groups, layers, strict=True)
+    ]
+  )
   return {
-      f"union of {UNION}": lambda gates: [_union(g) for g in gates],
-      **{f"blocks of {size}": each(lambda g, group, size=size: _in_blocks(g, group, size)) for size in BLOCKS},
+    f"union of {UNION}": lambda gates: [_union(g) for g in gates],
+    **{
+      f"blocks of {size}": each(lambda g, group, size=size: _in_blocks(g, group, size))
+      for size in BLOCKS
+    },
   }
 
 
-def _switched(net: Folded, buckets: int, shape: tuple[int, int, int], gates: Sequence[np.ndarray], count: int) -> float:
+def _switched(
+  net: Folded, buckets: int, shape: tuple[int, int, int], gates: Sequence[np.ndarray], count: int
+) -> float:
   """MACs per image by `switch` where it fits; `native` computes what is open, so of a layer the branch or nothing."""
   settings = settings_of(net, buckets)
-  names = ["switch" if switch(part, setting) else "native" if getattr(part, "layer_gate", False) else "masked"
-           for part, setting in zip(net.parts, settings, strict=True)]
+  names = [
+    "switch"
+    if switch(part, setting)
+    else "native"
+    if getattr(part, "layer_gate", False)
+    else "masked"
+    for part, setting in zip(net.parts, settings, strict=True)
+  ]
   found = account(net, [[name] for name in names], settings, shape, [gates], count)
   return found.of_program(names)
 
@@ -137,8 +161,15 @@ def _row(o: Openings) -> dict[str, Any]:
   units = o.group.gates
   others = ~np.eye(units, dtype=bool)
   return {
-      "part": o.part, "group": o.index, "units": units, "channels": o.group.channels, "open": float(o.open_rates.mean())
-      if units else 0.0, "always_open": int(o.always_open.sum()), "always_closed": int(o.always_closed.sum()),
-      "conditional": int(o.conditional.sum()), "open_on_all": int((o.opened == o.images).sum()),
-      "closed_on_all": int((o.opened == 0).sum()),
-      "correlation": float(np.abs(o.correlation[others]).mean()) if units > 1 else 0.0}
+    "part": o.part,
+    "group": o.index,
+    "units": units,
+    "channels": o.group.channels,
+    "open": float(o.open_rates.mean()) if units else 0.0,
+    "always_open": int(o.always_open.sum()),
+    "always_closed": int(o.always_closed.sum()),
+    "conditional": int(o.conditional.sum()),
+    "open_on_all": int((o.opened == o.images).sum()),
+    "closed_on_all": int((o.opened == 0).sum()),
+    "correlation": float(np.abs(o.correlation[others]).mean()) if units > 1 else 0.0,
+  }

@@ -17,7 +17,9 @@ from gating_jax.inference.folded import Group
 CHANNELS = 16  # sets are filled up to multiples of this, what a row of registers holds
 
 
-def unions(groups: Sequence[Group], gates: Sequence[np.ndarray], count: int) -> list[list[np.ndarray]]:
+def unions(
+  groups: Sequence[Group], gates: Sequence[np.ndarray], count: int
+) -> list[list[np.ndarray]]:
   """The channels of each group that each of at most `count` clusters of the examples opens, fewest first.
 
   Each is filled up to a multiple of `CHANNELS` with those most often open. Sets that are no smaller than all, and
@@ -28,7 +30,9 @@ def unions(groups: Sequence[Group], gates: Sequence[np.ndarray], count: int) -> 
     gates: `[M, U]` of each.
     count: clusters at most.
   """
-  masks = [np.asarray(group.expand(jnp.asarray(g))) > 0 for group, g in zip(groups, gates, strict=True)]
+  masks = [
+    np.asarray(group.expand(jnp.asarray(g))) > 0 for group, g in zip(groups, gates, strict=True)
+  ]
   joint = np.concatenate(masks, axis=1).astype(np.float32)
   ends = np.cumsum([mask.shape[1] for mask in masks])[:-1]
   rank = [np.argsort(-mask.mean(0), kind="stable") for mask in masks]
@@ -45,8 +49,15 @@ def unions(groups: Sequence[Group], gates: Sequence[np.ndarray], count: int) -> 
 
 def covered(masks: Sequence[Any], kept: Sequence[np.ndarray]) -> Any:
   """`[N]` bool: whether the channels kept of each group hold all that is open in `[N, C]` masks of 0 and 1."""
-  return jnp.all(jnp.stack([jnp.sum(mask[:, index], 1) == jnp.sum(mask, 1)
-                            for mask, index in zip(masks, kept, strict=True)]), axis=0)
+  return jnp.all(
+    jnp.stack(
+      [
+        jnp.sum(mask[:, index], 1) == jnp.sum(mask, 1)
+        for mask, index in zip(masks, kept, strict=True)
+      ]
+    ),
+    axis=0,
+  )
 
 
 def _clusters(joint: np.ndarray, count: int) -> list[np.ndarray]:
@@ -60,6 +71,10 @@ def _clusters(joint: np.ndarray, count: int) -> list[np.ndarray]:
   centres = np.stack(centres[1:])
   for _ in range(10):
     nearest = np.argmin(((joint[:, None] - centres) ** 2).sum(-1), axis=1)
-    centres = np.stack([joint[nearest == i].mean(0) if (nearest == i).any() else centre
-                        for i, centre in enumerate(centres)])
+    centres = np.stack(
+      [
+        joint[nearest == i].mean(0) if (nearest == i).any() else centre
+        for i, centre in enumerate(centres)
+      ]
+    )
   return [nearest == i for i in np.unique(nearest)]

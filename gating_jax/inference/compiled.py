@@ -53,8 +53,15 @@ class Conditional:
     weights, program: what is called, `program(weights, images)`.
   """
 
-  def __init__(self, net: Folded, input_shape: tuple[int, int, int], batch_size: int, names: Sequence[str],
-               settings: Sequence[Setting], timings: Sequence[Timing] = ()):
+  def __init__(
+    self,
+    net: Folded,
+    input_shape: tuple[int, int, int],
+    batch_size: int,
+    names: Sequence[str],
+    settings: Sequence[Setting],
+    timings: Sequence[Timing] = (),
+  ):
     self.strategies, self._settings, self._timings = tuple(names), tuple(settings), tuple(timings)
     self.input_shape, self.batch_size, self._shapes = input_shape, batch_size, folded.shapes_of(net)
     made = _made(net, names, settings)
@@ -84,10 +91,18 @@ class Conditional:
 
 
 def compile_conditional(
-    model: Any, variables: Mapping[str, Any] | None = None, *, input_shape: tuple[int, int, int], batch_size: int,
-    strategy: str = AUTO, buckets: int = 4, calibration: Any = None, repeats: int = 20,
-    candidates: Collection[str] | None = None, open_limit: float = OPEN_LIMIT,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+  model: Any,
+  variables: Mapping[str, Any] | None = None,
+  *,
+  input_shape: tuple[int, int, int],
+  batch_size: int,
+  strategy: str = AUTO,
+  buckets: int = 4,
+  calibration: Any = None,
+  repeats: int = 20,
+  candidates: Collection[str] | None = None,
+  open_limit: float = OPEN_LIMIT,
+  progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Conditional:
   """A program of a gated network that skips what is closed, and equals computing everything.
 
@@ -114,7 +129,9 @@ def compile_conditional(
   for name in candidates or ():
     one_of("candidates", name, STRATEGIES)
   input_shape = inputs.image_shape(input_shape)
-  calibration = check_arguments(strategy, input_shape, batch_size, buckets, calibration, repeats, open_limit)
+  calibration = check_arguments(
+    strategy, input_shape, batch_size, buckets, calibration, repeats, open_limit
+  )
   if reason := why_not(strategy):
     raise ValueError(f"strategy {strategy!r} cannot run here: {reason}")
   net = model if isinstance(model, Folded) else fold(model, variables)
@@ -125,17 +142,27 @@ def compile_conditional(
   if strategy == AUTO and len(calibration) > 1:
     fitted, judged = calibration[::2], calibration[1::2]
   settings = settings_of(net, buckets, () if fitted is None else _gates_of(net, fitted))
-  tried = {name: make for name, make in STRATEGIES.items() if name in (MASKED, strategy) or (
-      strategy == AUTO and worth_trying(name) and (candidates is None or name in candidates))}
-  options = [{name: made for name, make in tried.items() if (made := make(part, setting))}
-             for part, setting in zip(net.parts, settings, strict=True)]
+  tried = {
+    name: make
+    for name, make in STRATEGIES.items()
+    if name in (MASKED, strategy)
+    or (strategy == AUTO and worth_trying(name) and (candidates is None or name in candidates))
+  }
+  options = [
+    {name: made for name, make in tried.items() if (made := make(part, setting))}
+    for part, setting in zip(net.parts, settings, strict=True)
+  ]
   if strategy != AUTO:
     if not any(strategy in known for known in options):
-      raise ValueError(f"strategy must fit a part of the network; {strategy!r} fits none of it, or needs calibration")
+      raise ValueError(
+        f"strategy must fit a part of the network; {strategy!r} fits none of it, or needs calibration"
+      )
     names = [strategy if strategy in known else MASKED for known in options]
     return Conditional(net, input_shape, batch_size, names, settings)
   batches = spread_batches(judged, batch_size)
-  macs = account(net, options, settings, input_shape, [_gates_of(net, x) for x in batches], batch_size)
+  macs = account(
+    net, options, settings, input_shape, [_gates_of(net, x) for x in batches], batch_size
+  )
   # A program for each choice of a part; for each of the whole network two, one with all open; and the ungated network.
   of_parts = sum(len(known) for known in options if len(known) > 1)
   of_nets = 2 * (1 + len({name for known in options for name in known})) + 1
@@ -147,8 +174,15 @@ def compile_conditional(
   return Conditional(net, input_shape, batch_size, names, settings, [*timings, *of_whole])
 
 
-def check_arguments(strategy: str, input_shape: tuple[int, int, int], batch_size: int, buckets: int, calibration: Any,
-                    repeats: int, open_limit: float) -> np.ndarray | None:
+def check_arguments(
+  strategy: str,
+  input_shape: tuple[int, int, int],
+  batch_size: int,
+  buckets: int,
+  calibration: Any,
+  repeats: int,
+  open_limit: float,
+) -> np.ndarray | None:
   """The calibration images. Raises TypeError or ValueError naming the first argument that is wrong, or missing."""
   for name, value in (("batch_size", batch_size), ("buckets", buckets), ("repeats", repeats)):
     arguments.whole_number(name, value)
@@ -173,7 +207,9 @@ def program(made: Sequence[Made] | None = None) -> Callable[[Folded, Array], tup
   def run(net: Folded, x: Array) -> tuple[Array, Gates]:
     y, logits = folded.run(net, x, runners)
     if net.pooled and logits:
-      lost = functools.reduce(jnp.logical_or, (jnp.any(jnp.isnan(z), axis=1, keepdims=True) for z in logits))
+      lost = functools.reduce(
+        jnp.logical_or, (jnp.any(jnp.isnan(z), axis=1, keepdims=True) for z in logits)
+      )
       y = jnp.where(lost, jnp.nan, y)
     return y, logits
 
@@ -182,20 +218,30 @@ def program(made: Sequence[Made] | None = None) -> Callable[[Folded, Array], tup
 
 def ungated(net: Folded) -> Folded:
   """The network with its gate networks left out: every unit open."""
-  return dataclasses.replace(net, parts=tuple(
+  return dataclasses.replace(
+    net,
+    parts=tuple(
       dataclasses.replace(part, head=None, **({} if isinstance(part, Layer) else _NO_GATES))
-      for part in net.parts))
+      for part in net.parts
+    ),
+  )
 
 
 def opened(net: Folded) -> Folded:
   """The network with gate networks that open every unit for every image, but for those that no image can open."""
+
   def always(head: folded.Head) -> folded.Head:
     shut = ~jnp.any(head.logits, axis=0) & (head.logits_bias <= 0)
     bias = jnp.where(shut, -1, jnp.ones_like(head.logits_bias))
     return dataclasses.replace(head, logits=jnp.zeros_like(head.logits), logits_bias=bias)
 
-  return dataclasses.replace(net, parts=tuple(
-      part if part.head is None else dataclasses.replace(part, head=always(part.head)) for part in net.parts))
+  return dataclasses.replace(
+    net,
+    parts=tuple(
+      part if part.head is None else dataclasses.replace(part, head=always(part.head))
+      for part in net.parts
+    ),
+  )
 
 
 def in_batches(run: Callable[[Array], Any], x: Array, size: int) -> Any:
@@ -214,12 +260,17 @@ def _padded(x: Array, count: int) -> Array:
 def _gates_of(net: Folded, images: Any) -> tuple[np.ndarray, ...]:
   run = program()
   found = [run(net, jnp.asarray(images[i : i + 256]))[1] for i in range(0, len(images), 256)]
-  return tuple(np.concatenate([np.asarray(threshold_gate(z)) for z in logits])
-               for logits in zip(*found, strict=True))
+  return tuple(
+    np.concatenate([np.asarray(threshold_gate(z)) for z in logits])
+    for logits in zip(*found, strict=True)
+  )
 
 
 def _made(net: Folded, names: Sequence[str], settings: Sequence[Setting]) -> list[Made]:
-  return [STRATEGIES[name](part, setting) for part, name, setting in zip(net.parts, names, settings, strict=True)]
+  return [
+    STRATEGIES[name](part, setting)
+    for part, name, setting in zip(net.parts, names, settings, strict=True)
+  ]
 
 
 def _with_parts(net: Folded, made: Sequence[Made]) -> Folded:
@@ -230,16 +281,26 @@ def _pick(options: Sequence[Mapping[str, Made]], names: Sequence[str]) -> list[M
   return [known[name] for known, name in zip(options, names, strict=True)]
 
 
-def _time_parts(net: Folded, options: Sequence[Mapping[str, Made]], batches: Sequence[Array],
-                macs: Account, repeats: int, compiled: Callable[[], None]) -> list[Timing]:
+def _time_parts(
+  net: Folded,
+  options: Sequence[Mapping[str, Made]],
+  batches: Sequence[Array],
+  macs: Account,
+  repeats: int,
+  compiled: Callable[[], None],
+) -> list[Timing]:
   """Every strategy of every part that has a choice, on what the part sees of the batches."""
   seen = [_seen(net, x) for x in batches]
   timings = []
   for i, known in enumerate(options):
     if len(known) == 1:
       continue
-    contenders = {name: functools.partial(run_over, jax.jit(runner), [(part, *of_batch[i]) for of_batch in seen])
-                  for name, (part, runner) in known.items()}
+    contenders = {
+      name: functools.partial(
+        run_over, jax.jit(runner), [(part, *of_batch[i]) for of_batch in seen]
+      )
+      for name, (part, runner) in known.items()
+    }
     times = race(contenders, repeats, on_start=compiled)
     seconds = {name: statistics.median(spent) / len(batches) for name, spent in times.items()}
     timings += rows(i, seconds, *macs.of_part(i))
@@ -259,9 +320,16 @@ def _seen(net: Folded, x: Array) -> list[tuple[Array, Gates, Gates]]:
   return seen
 
 
-def _choose(net: Folded, options: Sequence[Mapping[str, Made]], timings: Sequence[Timing],
-            batches: Sequence[Array], macs: Account, repeats: int, open_limit: float,
-            compiled: Callable[[], None]) -> tuple[list[str], list[Timing]]:
+def _choose(
+  net: Folded,
+  options: Sequence[Mapping[str, Made]],
+  timings: Sequence[Timing],
+  batches: Sequence[Array],
+  macs: Account,
+  repeats: int,
+  open_limit: float,
+  compiled: Callable[[], None],
+) -> tuple[list[str], list[Timing]]:
   """Each part's strategy in the fastest whole program, and what whole programs took."""
   of_parts = [MASKED] * len(net.parts)
   for i in range(len(net.parts)):
@@ -280,6 +348,10 @@ def _choose(net: Folded, options: Sequence[Mapping[str, Made]], timings: Sequenc
     run, own = program(parts), _with_parts(net, parts)
     for wide, weights in ((False, own), (True, opened(own))):
       runs[name, wide] = functools.partial(run_over, run, [(weights, x) for x in batches])
-  runs[UNGATED, False] = functools.partial(run_over, program(), [(ungated(net), x) for x in batches])
-  best, seconds, open_ratios = fastest(race(runs, repeats, on_start=compiled), len(batches), open_limit)
+  runs[UNGATED, False] = functools.partial(
+    run_over, program(), [(ungated(net), x) for x in batches]
+  )
+  best, seconds, open_ratios = fastest(
+    race(runs, repeats, on_start=compiled), len(batches), open_limit
+  )
   return mixtures[best], rows(None, seconds, *macs.of_net(mixtures), best, open_ratios)

@@ -13,8 +13,22 @@ from typing import Any
 import numpy as np
 
 from gating_jax.inference.clusters import covered, unions
-from gating_jax.inference.folded import Block, Folded, Layer, Part, gates_output, groups_of, handed_on
-from gating_jax.inference.folded_macs import head_macs, macs_by_part, open_channels, opened_of, part_macs
+from gating_jax.inference.folded import (
+  Block,
+  Folded,
+  Layer,
+  Part,
+  gates_output,
+  groups_of,
+  handed_on,
+)
+from gating_jax.inference.folded_macs import (
+  head_macs,
+  macs_by_part,
+  open_channels,
+  opened_of,
+  part_macs,
+)
 from gating_jax.inference.strategies import Setting, capacities, example_sizes
 
 Shape = tuple[int, int, int]
@@ -43,14 +57,18 @@ class Account:
     """What is left open and what each strategy computes, of all MACs of the part, its gate network left out; 1 for a
     part without any."""
     dense = self.dense[part]
-    return (self.opened[part] / dense if dense else 1.0,
-            {name: spent / dense if dense else 1.0 for name, spent in self.computed[part].items()})
+    return (
+      self.opened[part] / dense if dense else 1.0,
+      {name: spent / dense if dense else 1.0 for name, spent in self.computed[part].items()},
+    )
 
   def of_net(self, programs: Mapping[str, Sequence[str]]) -> tuple[float, dict[str, float]]:
     """The same of whole programs, by name, from the strategies of their parts; with gate networks."""
     dense = sum(self.dense) + self.classifier
-    return ((sum(self.opened) + sum(self.heads) + self.classifier) / dense,
-            {name: self.of_program(names) / dense for name, names in programs.items()})
+    return (
+      (sum(self.opened) + sum(self.heads) + self.classifier) / dense,
+      {name: self.of_program(names) / dense for name, names in programs.items()},
+    )
 
   def of_program(self, names: Sequence[str]) -> float:
     """What a whole program computes, from the strategies of its parts."""
@@ -59,8 +77,12 @@ class Account:
 
 
 def account(
-    net: Folded, known: Sequence[Sequence[str]], settings: Sequence[Setting], shape: Shape, batches: Sequence[Gates],
-    size: int
+  net: Folded,
+  known: Sequence[Sequence[str]],
+  settings: Sequence[Setting],
+  shape: Shape,
+  batches: Sequence[Gates],
+  size: int,
 ) -> Account:
   """Of the network on some batches of images.
 
@@ -74,22 +96,39 @@ def account(
   """
   heads = [head_macs(part) for part in net.parts]
   gates = [np.concatenate(of_group) for of_group in zip(*batches, strict=True)]
-  opened = [float(np.mean(macs)) - head for macs, head in zip(macs_by_part(net, shape, gates), heads, strict=True)]
+  opened = [
+    float(np.mean(macs)) - head
+    for macs, head in zip(macs_by_part(net, shape, gates), heads, strict=True)
+  ]
   dense, computed = [], []
-  left, before = list(batches), [()] * len(batches)  # of each batch: gates from this part on, and of its input
+  left, before = (
+    list(batches),
+    [()] * len(batches),
+  )  # of each batch: gates from this part on, and of its input
   for part, names, setting in zip(net.parts, known, settings, strict=True):
     count = len(part.head.groups) if part.head is not None else 0
     own, left = [gates[:count] for gates in left], [gates[count:] for gates in left]
-    computed.append({name: sum(spent(name, part, setting, shape, *of_batch, size)
-                               for of_batch in zip(own, before, strict=True)) / (size * len(batches))
-                     for name in names})
+    computed.append(
+      {
+        name: sum(
+          spent(name, part, setting, shape, *of_batch, size)
+          for of_batch in zip(own, before, strict=True)
+        )
+        / (size * len(batches))
+        for name in names
+      }
+    )
     shape, macs = part_macs(part, shape)
     dense.append(macs)
     before = [handed_on(part, gates) for gates in own]
-  return Account(dense, opened, computed, heads, net.classifier[0].size if net.classifier is not None else 0)
+  return Account(
+    dense, opened, computed, heads, net.classifier[0].size if net.classifier is not None else 0
+  )
 
 
-def spent(strategy: str, part: Part, setting: Setting, shape: Shape, gates: Gates, before: Gates, count: int) -> float:
+def spent(
+  strategy: str, part: Part, setting: Setting, shape: Shape, gates: Gates, before: Gates, count: int
+) -> float:
   """MACs of one batch, gate networks left out.
 
   Args:
@@ -104,11 +143,15 @@ def spent(strategy: str, part: Part, setting: Setting, shape: Shape, gates: Gate
   return float(_SPENT[strategy](part, setting, shape, gates, before, count))
 
 
-def _masked(part: Part, setting: Setting, shape: Shape, gates: Gates, before: Gates, count: int) -> float:
+def _masked(
+  part: Part, setting: Setting, shape: Shape, gates: Gates, before: Gates, count: int
+) -> float:
   return count * part_macs(part, shape)[1]
 
 
-def _native(part: Part, setting: Setting, shape: Shape, gates: Gates, before: Gates, count: int) -> float:
+def _native(
+  part: Part, setting: Setting, shape: Shape, gates: Gates, before: Gates, count: int
+) -> float:
   opened = opened_of(part, gates)
   inputs = [open_channels(group, g) for group, g in zip(setting.groups_before, before, strict=True)]
   if isinstance(part, Layer):
@@ -116,36 +159,59 @@ def _native(part: Part, setting: Setting, shape: Shape, gates: Gates, before: Ga
   # The projection is computed whole, and so is the input of a branch of one gate.
   branch = dataclasses.replace(part, project=None)
   spent = part_macs(branch, shape, *([] if part.layer_gate else inputs), opened=opened)[1]
-  return np.sum(np.broadcast_to(spent, count)) + count * part_macs(dataclasses.replace(part, convs=()), shape)[1]
+  return (
+    np.sum(np.broadcast_to(spent, count))
+    + count * part_macs(dataclasses.replace(part, convs=()), shape)[1]
+  )
 
 
-def _pallas(part: Part, setting: Setting, shape: Shape, gates: Gates, before: Gates, count: int) -> float:
+def _pallas(
+  part: Part, setting: Setting, shape: Shape, gates: Gates, before: Gates, count: int
+) -> float:
   opened = [open_channels(group, g) for group, g in zip(groups_of(part), gates, strict=False)]
   return np.sum(part_macs(part, shape, opened=_and_output(part, opened))[1])
 
 
-def _switch(part: Part, setting: Setting, shape: Shape, gates: Gates, before: Gates, count: int) -> float:
+def _switch(
+  part: Part, setting: Setting, shape: Shape, gates: Gates, before: Gates, count: int
+) -> float:
   inputs = setting.groups_before if isinstance(part, Layer) else ()
   groups = (*inputs, *groups_of(part))
-  opened = [open_channels(group, g) for group, g in zip(groups, (*before[: len(inputs)], *gates), strict=False)]
+  opened = [
+    open_channels(group, g)
+    for group, g in zip(groups, (*before[: len(inputs)], *gates), strict=False)
+  ]
   sizes = capacities(groups, setting.buckets)
-  program = np.max([np.searchsorted(size, channels) for size, channels in zip(sizes, opened, strict=True)], axis=0)
-  chosen = [np.minimum(np.array(size)[program], group.width) for size, group in zip(sizes, groups, strict=True)]
-  opened = _and_output(part, chosen[len(inputs):])
-  return np.sum(np.broadcast_to(part_macs(part, shape, *chosen[: len(inputs)], opened=opened)[1], count))
+  program = np.max(
+    [np.searchsorted(size, channels) for size, channels in zip(sizes, opened, strict=True)], axis=0
+  )
+  chosen = [
+    np.minimum(np.array(size)[program], group.width)
+    for size, group in zip(sizes, groups, strict=True)
+  ]
+  opened = _and_output(part, chosen[len(inputs) :])
+  return np.sum(
+    np.broadcast_to(part_macs(part, shape, *chosen[: len(inputs)], opened=opened)[1], count)
+  )
 
 
-def _layer_dispatch(part: Block, setting: Setting, shape: Shape, gates: Gates, before: Gates, count: int) -> float:
+def _layer_dispatch(
+  part: Block, setting: Setting, shape: Shape, gates: Gates, before: Gates, count: int
+) -> float:
   return count * part_macs(part, shape, opened=[_padded(gates[0][:, 0], setting) / count])[1]
 
 
-def _block_dispatch(part: Block, setting: Setting, shape: Shape, gates: Gates, before: Gates, count: int) -> float:
+def _block_dispatch(
+  part: Block, setting: Setting, shape: Shape, gates: Gates, before: Gates, count: int
+) -> float:
   (group,) = groups_of(part)
   channels = group.always + group.channels * sum(_padded(g, setting) for g in gates[0].T) / count
   return count * part_macs(part, shape, opened=_and_output(part, [channels]))[1]
 
 
-def _cluster(part: Block, setting: Setting, shape: Shape, gates: Gates, before: Gates, count: int) -> float:
+def _cluster(
+  part: Block, setting: Setting, shape: Shape, gates: Gates, before: Gates, count: int
+) -> float:
   groups = groups_of(part)
   masks = [np.asarray(group.expand(g)) for group, g in zip(groups, gates, strict=False)]
   whole = [np.arange(group.width) for group in groups]
@@ -153,7 +219,9 @@ def _cluster(part: Block, setting: Setting, shape: Shape, gates: Gates, before: 
   total, waiting = count * shortcut, np.ones(count, bool)
   for kept in [*unions(groups, setting.gates[: len(groups)], setting.buckets - 1), whole]:
     taken = waiting & np.asarray(covered(masks, kept))
-    branch = part_macs(part, shape, opened=_and_output(part, [len(index) for index in kept]))[1] - shortcut
+    branch = (
+      part_macs(part, shape, opened=_and_output(part, [len(index) for index in kept]))[1] - shortcut
+    )
     total, waiting = total + _padded(taken, setting) * branch, waiting & ~taken
   return total
 
@@ -170,5 +238,11 @@ def _padded(is_open: np.ndarray, setting: Setting) -> int:
 
 
 _SPENT: Mapping[str, Callable[..., float]] = {
-    "masked": _masked, "switch": _switch, "block_dispatch": _block_dispatch, "layer_dispatch": _layer_dispatch,
-    "cluster": _cluster, "native": _native, "pallas": _pallas}
+  "masked": _masked,
+  "switch": _switch,
+  "block_dispatch": _block_dispatch,
+  "layer_dispatch": _layer_dispatch,
+  "cluster": _cluster,
+  "native": _native,
+  "pallas": _pallas,
+}

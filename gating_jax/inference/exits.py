@@ -70,8 +70,15 @@ class Exiting:
     weights, program: what is called, `program(weights, images)`.
   """
 
-  def __init__(self, net: ExitNet, input_shape: tuple[int, int, int], batch_size: int, strategy: str, buckets: int,
-               timings: Sequence[Timing] = ()):
+  def __init__(
+    self,
+    net: ExitNet,
+    input_shape: tuple[int, int, int],
+    batch_size: int,
+    strategy: str,
+    buckets: int,
+    timings: Sequence[Timing] = (),
+  ):
     self.input_shape, self.batch_size, self.strategy = input_shape, batch_size, strategy
     self.weights, self._shapes, self._timings = net, folded.shapes_of(net), tuple(timings)
     self.program = program(buckets if strategy == EXIT_DISPATCH else None)
@@ -104,12 +111,20 @@ def fold_exits(model: EarlyExitNet, variables: Mapping[str, Any]) -> ExitNet:
   """
   check(model, (EarlyExitNet,))
   stages, flat = fold_stages(model, variables)
-  classifier = lambda *path: tuple(jnp.asarray(flat["params", *path, name]) for name in ("kernel", "bias"))
+  classifier = lambda *path: tuple(
+    jnp.asarray(flat["params", *path, name]) for name in ("kernel", "bias")
+  )
   return ExitNet(
-      stages=(*(Folded(parts, pooled=False) for parts in stages[:-1]), Folded(stages[-1], classifier("classifier"))),
-      exits=tuple(Folded((Layer(fold_conv(flat, (name, "conv"), stride=2)),), classifier(name, "classifier"))
-                  for name in (f"exit{i + 1}" for i in range(len(stages) - 1))),
-      threshold=model.threshold)
+    stages=(
+      *(Folded(parts, pooled=False) for parts in stages[:-1]),
+      Folded(stages[-1], classifier("classifier")),
+    ),
+    exits=tuple(
+      Folded((Layer(fold_conv(flat, (name, "conv"), stride=2)),), classifier(name, "classifier"))
+      for name in (f"exit{i + 1}" for i in range(len(stages) - 1))
+    ),
+    threshold=model.threshold,
+  )
 
 
 def run(net: ExitNet, x: Array, buckets: int | None = None) -> tuple[Array, Array]:
@@ -133,7 +148,9 @@ def program(buckets: int | None = None) -> Callable[[ExitNet, Array], tuple[Arra
   return jax.jit(functools.partial(run, buckets=buckets))
 
 
-def _from(net: ExitNet, stage: int, x: Array, least: Array, buckets: int | None) -> tuple[Array, list[Array]]:
+def _from(
+  net: ExitNet, stage: int, x: Array, least: Array, buckets: int | None
+) -> tuple[Array, list[Array]]:
   """From a stage on: `[n, K]` logits, and of each exit to come `[n]` how unsure it is, by `least` at most."""
   x, _ = folded.run(net.stages[stage], x)
   if stage == len(net.exits):
@@ -147,7 +164,9 @@ def _from(net: ExitNet, stage: int, x: Array, least: Array, buckets: int | None)
   if buckets is None:
     logits, later = jax.tree.map(choose, rest(x, stay), left)
   else:
-    logits, later = for_open(goes_on, (x, stay), rest, jax.tree.map(functools.partial(choose, 0.0), left), buckets)
+    logits, later = for_open(
+      goes_on, (x, stay), rest, jax.tree.map(functools.partial(choose, 0.0), left), buckets
+    )
   return logits, [stay, *later]
 
 
@@ -161,7 +180,9 @@ def macs(net: ExitNet, input_shape: tuple[int, int, int], stay: Any = None) -> A
   return total
 
 
-def gathered_macs(net: ExitNet, input_shape: tuple[int, int, int], stay: np.ndarray, buckets: int) -> float:
+def gathered_macs(
+  net: ExitNet, input_shape: tuple[int, int, int], stay: np.ndarray, buckets: int
+) -> float:
   """What `exit_dispatch` computes per image of a batch with these `[N, X]`, padding included."""
   taken, goes_on, total = len(stay), np.ones(len(stay), bool), 0
   for i, spent in enumerate(_stage_macs(net, input_shape)):
@@ -186,9 +207,17 @@ def _stage_macs(net: ExitNet, input_shape: tuple[int, int, int]) -> list[int]:
 
 
 def compile_exits(
-    model: Any, variables: Mapping[str, Any] | None = None, *, input_shape: tuple[int, int, int], batch_size: int,
-    strategy: str = AUTO, buckets: int = 4, calibration: Any = None, repeats: int = 20, open_limit: float = OPEN_LIMIT,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+  model: Any,
+  variables: Mapping[str, Any] | None = None,
+  *,
+  input_shape: tuple[int, int, int],
+  batch_size: int,
+  strategy: str = AUTO,
+  buckets: int = 4,
+  calibration: Any = None,
+  repeats: int = 20,
+  open_limit: float = OPEN_LIMIT,
+  progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Exiting:
   """A program that gathers, after each exit, the images that stay; it equals computing everything for all.
 
@@ -208,7 +237,9 @@ def compile_exits(
   """
   one_of("strategy", strategy, (AUTO, MASKED, EXIT_DISPATCH))
   input_shape = inputs.image_shape(input_shape)
-  calibration = check_arguments(strategy, input_shape, batch_size, buckets, calibration, repeats, open_limit)
+  calibration = check_arguments(
+    strategy, input_shape, batch_size, buckets, calibration, repeats, open_limit
+  )
   net = model if isinstance(model, ExitNet) else fold_exits(model, variables)
   folded.check_channels(net.stages[0], input_shape[2])
   if strategy != AUTO:
@@ -216,20 +247,43 @@ def compile_exits(
   batches = spread_batches(calibration, batch_size)
   plain, staying = without_exits(net), dataclasses.replace(net, threshold=_NEVER)
   ways = {MASKED: program(), EXIT_DISPATCH: program(buckets)}
-  runs = {**{(name, all_stay): (way, staying if all_stay else net) for name, way in ways.items()
-             for all_stay in (False, True)}, (UNGATED, False): (jax.jit(folded.run), plain)}
+  runs = {
+    **{
+      (name, all_stay): (way, staying if all_stay else net)
+      for name, way in ways.items()
+      for all_stay in (False, True)
+    },
+    (UNGATED, False): (jax.jit(folded.run), plain),
+  }
   done = itertools.count(1)
-  times = race({name: functools.partial(run_over, way, [(of, x) for x in batches]) for name, (way, of) in runs.items()},
-               repeats, on_start=lambda: progress(next(done), len(runs)))
+  times = race(
+    {
+      name: functools.partial(run_over, way, [(of, x) for x in batches])
+      for name, (way, of) in runs.items()
+    },
+    repeats,
+    on_start=lambda: progress(next(done), len(runs)),
+  )
   chosen, seconds, open_ratios = fastest(times, len(batches), open_limit)
   stay = np.concatenate([np.asarray(ways[MASKED](net, x)[1]) for x in batches])
   dense = int(folded_macs.macs(plain, input_shape))
   ratio = float(np.mean(macs(net, input_shape, stay))) / dense
-  computed = {MASKED: macs(net, input_shape) / dense, EXIT_DISPATCH: statistics.mean(
+  computed = {
+    MASKED: macs(net, input_shape) / dense,
+    EXIT_DISPATCH: statistics.mean(
       gathered_macs(net, input_shape, stay[i : i + batch_size], buckets)
-      for i in range(0, len(stay), batch_size)) / dense}
-  return Exiting(net, input_shape, batch_size, chosen, buckets,
-                 rows(None, seconds, ratio, computed, chosen, open_ratios))
+      for i in range(0, len(stay), batch_size)
+    )
+    / dense,
+  }
+  return Exiting(
+    net,
+    input_shape,
+    batch_size,
+    chosen,
+    buckets,
+    rows(None, seconds, ratio, computed, chosen, open_ratios),
+  )
 
 
 def without_exits(net: ExitNet) -> Folded:

@@ -74,20 +74,23 @@ class Loaded:
     Raises:
       ValueError: images of another shape or number than the program takes, or in integers.
     """
-    x, size = inputs.images("images", images, self.card.get("input_shape")), self.card.get("batch_size")
+    x, size = (
+      inputs.images("images", images, self.card.get("input_shape")),
+      self.card.get("batch_size"),
+    )
     if size not in (None, len(x)):
       raise ValueError(f"images must be {size}, the batch_size of the export; got {len(x)}")
     return self._call(dict(self.weights), x)
 
 
 def export_model(
-    model: Folded | Conditional | Exiting | Callable[[jax.Array], Any],
-    directory: str | os.PathLike,
-    *,
-    input_shape: tuple[int, int, int],
-    batch_size: int | None = None,
-    card: Mapping[str, Any] = MappingProxyType({}),
-    platforms: Sequence[str] = PLATFORMS,
+  model: Folded | Conditional | Exiting | Callable[[jax.Array], Any],
+  directory: str | os.PathLike,
+  *,
+  input_shape: tuple[int, int, int],
+  batch_size: int | None = None,
+  card: Mapping[str, Any] = MappingProxyType({}),
+  platforms: Sequence[str] = PLATFORMS,
 ) -> Path:
   """Writes a network to a new directory, whole or not at all.
 
@@ -124,25 +127,39 @@ def export_model(
     one_of("platforms", name, _KNOWN_PLATFORMS)
   if isinstance(model, (Conditional, Exiting)):
     if batch_size not in (None, model.batch_size):
-      raise ValueError(f"batch_size must be None or {model.batch_size}, that of the compiled model; got {batch_size}")
+      raise ValueError(
+        f"batch_size must be None or {model.batch_size}, that of the compiled model; got {batch_size}"
+      )
     if input_shape != model.input_shape:
-      raise ValueError(f"input_shape must be {model.input_shape}, that of the compiled model; got {input_shape}")
+      raise ValueError(
+        f"input_shape must be {model.input_shape}, that of the compiled model; got {input_shape}"
+      )
     if own := set(getattr(model, "strategies", ())) - set(EXPORTABLE):
-      raise ValueError(f"model must be compiled without {', '.join(sorted(own))}, a kernel of one kind of device; "
-                       f"compile_conditional(..., candidates=EXPORTABLE) does")
+      raise ValueError(
+        f"model must be compiled without {', '.join(sorted(own))}, a kernel of one kind of device; "
+        f"compile_conditional(..., candidates=EXPORTABLE) does"
+      )
     batch_size = model.batch_size
   if isinstance(model, Folded):
     folded.check_channels(model, input_shape[2])
   weights, function = _parted(model)
   program = _program(function, weights, input_shape, batch_size, platforms)
-  files = {PROGRAM: bytes(program.serialize()),
-           WEIGHTS: write_tensors({name: np.asarray(w) for name, w in weights.items()})}
+  files = {
+    PROGRAM: bytes(program.serialize()),
+    WEIGHTS: write_tensors({name: np.asarray(w) for name, w in weights.items()}),
+  }
   own = {
-      "format": FORMAT, "jax_version": jax.__version__, "platforms": list(program.platforms),
-      "input_shape": list(input_shape), "batch_size": batch_size,
-      "parameters": sum(int(np.size(w)) for w in weights.values()),
-      **({"dense_macs": int(folded_macs.macs(model, input_shape))} if isinstance(model, Folded) else {}),
-      "files": {name: {"bytes": len(data), "sha256": _digest(data)} for name, data in files.items()}}
+    "format": FORMAT,
+    "jax_version": jax.__version__,
+    "platforms": list(program.platforms),
+    "input_shape": list(input_shape),
+    "batch_size": batch_size,
+    "parameters": sum(int(np.size(w)) for w in weights.values()),
+    **(
+      {"dense_macs": int(folded_macs.macs(model, input_shape))} if isinstance(model, Folded) else {}
+    ),
+    "files": {name: {"bytes": len(data), "sha256": _digest(data)} for name, data in files.items()},
+  }
   _write(directory, {**files, CARD: _card(own, card)})
   return directory
 
@@ -163,8 +180,10 @@ def load_exported(directory: str | os.PathLike) -> Loaded:
   try:
     program = jax_export.deserialize(bytearray(data[PROGRAM]))
   except Exception as error:  # whatever flatbuffers meets
-    raise ExportError(f"{directory / PROGRAM} is damaged or of another version of JAX than {jax.__version__}: "
-                      f"{error}") from None
+    raise ExportError(
+      f"{directory / PROGRAM} is damaged or of another version of JAX than {jax.__version__}: "
+      f"{error}"
+    ) from None
   wanted = jax.tree.unflatten(program.in_tree, program.in_avals)[0][0]
   found = {name: (w.shape, str(w.dtype)) for name, w in weights.items()}
   if found != {name: (a.shape, str(a.dtype)) for name, a in wanted.items()}:
@@ -183,16 +202,21 @@ def _parted(model: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any], ja
   leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
   names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
   rebuilt = lambda weights: jax.tree.unflatten(structure, [weights[name] for name in names])
-  return ({name: leaf for name, (_, leaf) in zip(names, leaves, strict=True)},
-          lambda weights, x: run(rebuilt(weights), x))
+  return (
+    {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True)},
+    lambda weights, x: run(rebuilt(weights), x),
+  )
 
 
 def _program(function, weights, input_shape, batch_size, platforms) -> jax_export.Exported:
   size = str(batch_size or "n")
-  shape = jax_export.symbolic_shape(", ".join((size, *map(str, input_shape))), constraints=() if batch_size else
-                                    ("n >= 1",))
-  arguments = ({name: jax.ShapeDtypeStruct(w.shape, w.dtype) for name, w in weights.items()},
-               jax.ShapeDtypeStruct(shape, jnp.float32))
+  shape = jax_export.symbolic_shape(
+    ", ".join((size, *map(str, input_shape))), constraints=() if batch_size else ("n >= 1",)
+  )
+  arguments = (
+    {name: jax.ShapeDtypeStruct(w.shape, w.dtype) for name, w in weights.items()},
+    jax.ShapeDtypeStruct(shape, jnp.float32),
+  )
   return jax_export.export(jax.jit(function), platforms=platforms)(*arguments)
 
 
@@ -222,7 +246,9 @@ def _write(directory: Path, files: Mapping[str, bytes]) -> None:
       shutil.rmtree(partial, ignore_errors=True)
       raise
   except OSError as error:
-    raise ExportError(f"export directory {directory} cannot be written: {error.strerror}") from error
+    raise ExportError(
+      f"export directory {directory} cannot be written: {error.strerror}"
+    ) from error
 
 
 def _sync(directory: Path) -> None:
@@ -242,8 +268,12 @@ def _read_card(directory: Path) -> dict[str, Any]:
     raise ExportError(f"{directory / CARD} is damaged: it must hold JSON ({error})") from None
   files = card.get("files") if isinstance(card, dict) else None
   if not isinstance(files, dict) or not all(
-      isinstance(files.get(name), dict) and isinstance(files[name].get("sha256"), str) for name in (PROGRAM, WEIGHTS)):
-    raise ExportError(f"{directory / CARD} is damaged: it must have the SHA-256 of {PROGRAM} and {WEIGHTS}")
+    isinstance(files.get(name), dict) and isinstance(files[name].get("sha256"), str)
+    for name in (PROGRAM, WEIGHTS)
+  ):
+    raise ExportError(
+      f"{directory / CARD} is damaged: it must have the SHA-256 of {PROGRAM} and {WEIGHTS}"
+    )
   if card.get("format") != FORMAT:
     raise ExportError(f"{directory / CARD}: format must be {FORMAT}; got {card.get('format')!r}")
   return card
@@ -252,8 +282,10 @@ def _read_card(directory: Path) -> dict[str, Any]:
 def _read(directory: Path, name: str, card: Mapping[str, Any]) -> bytes:
   data, said = _bytes(directory, name), card["files"][name]
   if _digest(data) != said["sha256"]:
-    raise ExportError(f"{directory / name} is damaged: {len(data):,} bytes that are not the {said.get('bytes')} bytes "
-                      f"of {CARD}'s SHA-256")
+    raise ExportError(
+      f"{directory / name} is damaged: {len(data):,} bytes that are not the {said.get('bytes')} bytes "
+      f"of {CARD}'s SHA-256"
+    )
   return data
 
 
@@ -261,7 +293,9 @@ def _bytes(directory: Path, name: str) -> bytes:
   try:
     return (directory / name).read_bytes()
   except OSError as error:
-    raise ExportError(f"{directory} holds no whole export: {name} cannot be read: {error.strerror}") from None
+    raise ExportError(
+      f"{directory} holds no whole export: {name} cannot be read: {error.strerror}"
+    ) from None
 
 
 def _digest(data: bytes) -> str:

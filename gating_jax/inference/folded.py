@@ -23,7 +23,9 @@ from gating_jax.ops.relaxations import threshold_gate
 from gating_jax.types import Array
 
 Gates = tuple[Array, ...]
-_static = lambda default: dataclasses.field(default=default, metadata={"static": True})  # compiled in, not mapped over
+_static = lambda default: dataclasses.field(
+  default=default, metadata={"static": True}
+)  # compiled in, not mapped over
 
 
 @jax.tree_util.register_dataclass
@@ -39,8 +41,14 @@ class Conv:
   def __call__(self, x: Array) -> Array:
     """`[N, H, W, D]` to `[N, H', W', O]`."""
     padding = [(size // 2 * self.dilation,) * 2 for size in self.kernel.shape[:2]]
-    y = lax.conv_general_dilated(x, self.kernel, (self.stride,) * 2, padding, rhs_dilation=(self.dilation,) * 2,
-                                 dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    y = lax.conv_general_dilated(
+      x,
+      self.kernel,
+      (self.stride,) * 2,
+      padding,
+      rhs_dilation=(self.dilation,) * 2,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
     return y + self.bias[None, None, None]
 
 
@@ -79,7 +87,9 @@ class Head:
     context = pooled(x.astype(jnp.float32))
     hidden = jax.nn.relu(context @ self.hidden + self.hidden_bias[None])
     logits = hidden @ self.logits + self.logits_bias[None]
-    logits += 0 * jnp.sum(context, axis=1, keepdims=True)  # NaN, where ReLU has hidden what is not finite
+    logits += 0 * jnp.sum(
+      context, axis=1, keepdims=True
+    )  # NaN, where ReLU has hidden what is not finite
     ends = [sum(g.gates for g in self.groups[: i + 1]) for i in range(len(self.groups))]
     return tuple(jnp.split(logits, ends[:-1], axis=1))
 
@@ -100,7 +110,9 @@ class Layer:
       return h
     window, stride, pad = self.pool
     spatial = lambda a, others: (others, a, a, others)
-    return lax.reduce_window(h, -jnp.inf, lax.max, spatial(window, 1), spatial(stride, 1), spatial((pad, pad), (0, 0)))
+    return lax.reduce_window(
+      h, -jnp.inf, lax.max, spatial(window, 1), spatial(stride, 1), spatial((pad, pad), (0, 0))
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -166,7 +178,9 @@ class Folded:
 Runner = Callable[[Part, Array, Gates, Gates], Array]
 
 
-def run(net: Folded, x: Array, runners: Runner | Sequence[Runner] | None = None) -> tuple[Array, Gates]:
+def run(
+  net: Folded, x: Array, runners: Runner | Sequence[Runner] | None = None
+) -> tuple[Array, Gates]:
   """The network's output and the logits of all its gates.
 
   Args:
@@ -207,7 +221,9 @@ def pooled(x: Array) -> Array:
   n, h, w, d = x.shape
   if n != 1:
     return jnp.mean(x, axis=(1, 2))
-  return jnp.dot(jnp.full((1, h * w), 1 / (h * w), x.dtype), x.reshape(h * w, d), precision="highest")
+  return jnp.dot(
+    jnp.full((1, h * w), 1 / (h * w), x.dtype), x.reshape(h * w, d), precision="highest"
+  )
 
 
 def masked(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
@@ -236,17 +252,25 @@ def check_channels(net: Folded, channels: int) -> None:
   first = net.parts[0]
   conv = first.conv if isinstance(first, Layer) else next(iter(first.convs), first.project)
   if conv is not None and conv.kernel.shape[2] != channels:
-    raise ValueError(f"images must have {conv.kernel.shape[2]} channels, as the network takes them; got {channels}")
+    raise ValueError(
+      f"images must have {conv.kernel.shape[2]} channels, as the network takes them; got {channels}"
+    )
 
 
 def check_alike(net: Any, like: Any) -> None:
   """Raises ValueError unless a network differs from another, of which `like` has the shapes, in its weights alone."""
   shapes = shapes_of(net)
   if jax.tree.structure(shapes) != jax.tree.structure(like):
-    raise ValueError("net must have the parts and settings (groups of gates, strides, threshold) of the network that "
-                     "was compiled; got others")
-  for (path, found), wanted in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(like), strict=True):
+    raise ValueError(
+      "net must have the parts and settings (groups of gates, strides, threshold) of the network that "
+      "was compiled; got others"
+    )
+  for (path, found), wanted in zip(
+    jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(like), strict=True
+  ):
     if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
       where = jax.tree_util.keystr(path, simple=True, separator=".")
-      raise ValueError(f"net must have the shapes of the network that was compiled, at {where} {wanted.dtype} "
-                       f"{wanted.shape}; got {found.dtype} {found.shape}")
+      raise ValueError(
+        f"net must have the shapes of the network that was compiled, at {where} {wanted.dtype} "
+        f"{wanted.shape}; got {found.dtype} {found.shape}"
+      )

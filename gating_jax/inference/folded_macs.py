@@ -26,7 +26,9 @@ def macs(net: Folded, input_shape: tuple[int, int, int], gates: Sequence[Any] = 
   return total + (net.classifier[0].size if net.classifier is not None else 0)
 
 
-def macs_by_part(net: Folded, input_shape: tuple[int, int, int], gates: Sequence[Any] = ()) -> list[Any]:
+def macs_by_part(
+  net: Folded, input_shape: tuple[int, int, int], gates: Sequence[Any] = ()
+) -> list[Any]:
   """`macs` of each part, the classifier left out."""
   shape, inputs, gates, found = tuple(input_shape), (), list(gates), []
   for part in net.parts:
@@ -57,7 +59,7 @@ def open_channels(group: Group, gates: Any) -> Any:
 
 
 def part_macs(
-    part: Part, shape: tuple[int, int, int], inputs: Any = None, *, opened: Sequence[Any] = ()
+  part: Part, shape: tuple[int, int, int], inputs: Any = None, *, opened: Sequence[Any] = ()
 ) -> tuple[tuple[int, int, int], Any]:
   """`(H', W', D')` of a part's output, and the multiply-accumulates of an example, the gate network left out.
 
@@ -78,7 +80,9 @@ def part_macs(
     (share,), opened = opened, ()
   outer, fixed = (*(-(-size // part.pad[0]) for size in shape[:2]), shape[2] + sum(part.pad[1:])), 0
   if part.project is not None:
-    outer, fixed = _conv_macs(part.project, shape, None, last)  # of all inputs, as the records count it
+    outer, fixed = _conv_macs(
+      part.project, shape, None, last
+    )  # of all inputs, as the records count it
   branch = 0
   for i, conv in enumerate(part.convs):
     outputs = opened[i] if i < len(opened) else None
@@ -87,8 +91,11 @@ def part_macs(
   return outer, fixed + share * branch
 
 
-def _conv_macs(conv: Conv, shape: tuple[int, ...], inputs: Any = None, outputs: Any = None) -> tuple[tuple, Any]:
+def _conv_macs(
+  conv: Conv, shape: tuple[int, ...], inputs: Any = None, outputs: Any = None
+) -> tuple[tuple, Any]:
   h, w, i, o = conv.kernel.shape
   height, width = (-(-size // conv.stride) for size in shape[:2])
   return (height, width, o), h * w * height * width * (i if inputs is None else inputs) * (
-      o if outputs is None else outputs)
+    o if outputs is None else outputs
+  )

@@ -62,21 +62,30 @@ def _flat(model: nn.Module, variables: Mapping[str, Any]) -> dict[Path, np.ndarr
   """In float32, by path. Raises ValueError naming the first that is not as the model's own are."""
   if variables is not None:
     instance("variables", variables, Mapping, "a mapping with params and batch_stats")
-  flat = {path: np.asarray(leaf, np.float32) for path, leaf in traverse_util.flatten_dict(dict(variables or {})).items()
-          if path[0] in ("params", "batch_stats")}
-  first = flat.get(("params", *(("layer1", "conv") if isinstance(model, VGG) else ("stem",)), "conv", "kernel"))
+  flat = {
+    path: np.asarray(leaf, np.float32)
+    for path, leaf in traverse_util.flatten_dict(dict(variables or {})).items()
+    if path[0] in ("params", "batch_stats")
+  }
+  first = flat.get(
+    ("params", *(("layer1", "conv") if isinstance(model, VGG) else ("stem",)), "conv", "kernel")
+  )
   wanted = _shapes(model, 3 if first is None else first.shape[2])
   for path in sorted(wanted.keys() | flat.keys()):
     got = flat[path].shape if path in flat else "none"
     if got != wanted.get(path, "none"):
-      raise ValueError(f"variables must be those of the model, with {'/'.join(path)} of shape "
-                       f"{wanted.get(path, 'none')}; got {got}")
+      raise ValueError(
+        f"variables must be those of the model, with {'/'.join(path)} of shape "
+        f"{wanted.get(path, 'none')}; got {got}"
+      )
   return flat
 
 
 def _shapes(model: nn.Module, channels: int) -> dict[Path, tuple[int, ...]]:
   """Of a model's variables, by path."""
-  images = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)  # of any size that pools leave something of
+  images = jax.ShapeDtypeStruct(
+    (1, 32, 32, channels), jnp.float32
+  )  # of any size that pools leave something of
   made = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
   return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(dict(made)).items()}
 
@@ -88,16 +97,31 @@ def check(model: Any, kinds: Sequence[type] = (ResNet, VGG)) -> None:
     raise ValueError(f"model must be {' or '.join(kind.__name__ for kind in kinds)}; got {got}")
   one_of("gating", model.gating, GATINGS)
   gated = model.gating != "none"
-  rules = [("gate context", model.gate.context, not gated or model.gate.context in ("pooled", "none"),
-            "pooled or none, since others are drawn by chance"),
-           ("gate relaxation", model.gate.relaxation,
-            not gated or model.gate.context == "none" or model.gate.relaxation == "straight_through",
-            "straight_through where gates look at images, since others are never just 0 or 1")]
+  rules = [
+    (
+      "gate context",
+      model.gate.context,
+      not gated or model.gate.context in ("pooled", "none"),
+      "pooled or none, since others are drawn by chance",
+    ),
+    (
+      "gate relaxation",
+      model.gate.relaxation,
+      not gated or model.gate.context == "none" or model.gate.relaxation == "straight_through",
+      "straight_through where gates look at images, since others are never just 0 or 1",
+    ),
+  ]
   if isinstance(model, ResNet):
-    rules += [("gate context", model.gate.context, model.gating != "all_channels" or model.gate.context == "pooled",
-               "pooled where the outputs of blocks are gated"),
-              ("group_norm", model.group_norm, not model.group_norm, "False: GroupNorm cannot be folded"),
-              ("convolution", model.convolution, model.convolution == "full", "full")]
+    rules += [
+      (
+        "gate context",
+        model.gate.context,
+        model.gating != "all_channels" or model.gate.context == "pooled",
+        "pooled where the outputs of blocks are gated",
+      ),
+      ("group_norm", model.group_norm, not model.group_norm, "False: GroupNorm cannot be folded"),
+      ("convolution", model.convolution, model.convolution == "full", "full"),
+    ]
   for name, value, holds, rule in rules:
     if not holds:
       raise ValueError(f"the model's {name} must be {rule}; got {value!r}")
@@ -111,8 +135,14 @@ def _resnet_parts(model: ResNet, flat: Mapping[Path, np.ndarray]):
   strides, dilations = model.resolution(probe)
   for stage, count in enumerate(model.blocks):
     for i in range(count):
-      block = _block(model, flat, f"stage{stage + 1}_block{i + 1}", channels, strides[stage] if i == 0 else 1,
-                     (max(1, dilations[stage] // 2) if i == 0 else dilations[stage], dilations[stage]))
+      block = _block(
+        model,
+        flat,
+        f"stage{stage + 1}_block{i + 1}",
+        channels,
+        strides[stage] if i == 0 else 1,
+        (max(1, dilations[stage] // 2) if i == 0 else dilations[stage], dilations[stage]),
+      )
       channels = channels + sum(block.pad[1:]) if block.project is None else block.project.bias.size
       yield block
 
@@ -121,12 +151,16 @@ def _block(model, flat, name: str, channels: int, stride: int, dilations: tuple[
   basic = ("params", name, "conv3", "conv", "kernel") not in flat
   names = ("conv1", "conv2") if basic else ("conv1", "conv2", "conv3")
   strides, spread = ((stride, 1), dilations) if basic else ((1, stride, 1), (1, dilations[0], 1))
-  convs = [fold_conv(flat, (name, conv), s, d) for conv, s, d in zip(names, strides, spread, strict=True)]
+  convs = [
+    fold_conv(flat, (name, conv), s, d) for conv, s, d in zip(names, strides, spread, strict=True)
+  ]
   out = convs[-1].bias.size
   projects = ("params", name, "project", "conv", "kernel") in flat
   project = fold_conv(flat, (name, "project"), stride) if projects else None
   missing = 0 if project is not None else out - channels
-  shape = dict(project=project, pad=(stride if project is None else 1, missing // 2, missing - missing // 2))
+  shape = dict(
+    project=project, pad=(stride if project is None else 1, missing // 2, missing - missing // 2)
+  )
   if model.gating == "layer":
     if not any(path[1:3] == (name, GATE_NAME) for path in flat):
       return Block(tuple(convs), **shape)
@@ -155,7 +189,10 @@ def _vgg_parts(model: VGG, flat: Mapping[Path, np.ndarray]):
   convs = [fold_conv(flat, (f"layer{i + 1}", "conv"), norm=model.norm) for i in range(len(places))]
   heads = [None] * len(convs)
   if model.gating == "channel":
-    heads = [_head(model, flat, f"layer{i + 1}", (_group(model, conv.bias.size),)) for i, conv in enumerate(convs)]
+    heads = [
+      _head(model, flat, f"layer{i + 1}", (_group(model, conv.bias.size),))
+      for i, conv in enumerate(convs)
+    ]
   for i, head in enumerate(heads):
     if isinstance(head, list):
       heads[i] = None
@@ -167,7 +204,9 @@ def _vgg_parts(model: VGG, flat: Mapping[Path, np.ndarray]):
     yield Layer(conv, head, pool=_VGG_POOL if POOL in model.chain[place + 1 : place + 2] else None)
 
 
-def _without_closed_features(parts: tuple[Layer, ...], classifier: jax.Array) -> tuple[tuple[Layer, ...], jax.Array]:
+def _without_closed_features(
+  parts: tuple[Layer, ...], classifier: jax.Array
+) -> tuple[tuple[Layer, ...], jax.Array]:
   """The layers and the classifier's kernel without the channels of the last layer that are 0 for every input, such as
   those that static gates have closed; no other convolution reads them."""
   *before, last = parts
@@ -184,7 +223,7 @@ def _group(model, channels: int) -> Group:
 
 
 def fold_stages(
-    model: ResNet, variables: Mapping[str, Any]
+  model: ResNet, variables: Mapping[str, Any]
 ) -> tuple[list[tuple[Part, ...]], dict[Path, np.ndarray]]:
   """The parts of each stage, the stem with the first; and the variables by path."""
   flat = _flat(model, variables)
@@ -195,12 +234,14 @@ def fold_stages(
 
 
 def fold_conv(
-    flat: Mapping[Path, np.ndarray], path: Path, stride: int = 1, dilation: int = 1, norm: bool = True
+  flat: Mapping[Path, np.ndarray], path: Path, stride: int = 1, dilation: int = 1, norm: bool = True
 ) -> Conv:
   """The convolution of a `ConvNorm`, its BatchNorm, if any, folded into it."""
   kernel = flat["params", *path, "conv", "kernel"]
   if not norm:
-    return Conv(jnp.asarray(kernel), jnp.asarray(flat["params", *path, "conv", "bias"]), stride, dilation)
+    return Conv(
+      jnp.asarray(kernel), jnp.asarray(flat["params", *path, "conv", "bias"]), stride, dilation
+    )
   factor, bias = _norm(flat, (*path, "norm"))
   return Conv(jnp.asarray(kernel * factor), jnp.asarray(bias), stride, dilation)
 
@@ -213,21 +254,34 @@ def _norm(flat: Mapping[Path, np.ndarray], path: Path) -> tuple[np.ndarray, np.n
   return factor.astype(np.float32), bias.astype(np.float32)
 
 
-def _head(model, flat: Mapping[Path, np.ndarray], name: str, groups: tuple[Group, ...]) -> Head | list[np.ndarray]:
+def _head(
+  model, flat: Mapping[Path, np.ndarray], name: str, groups: tuple[Group, ...]
+) -> Head | list[np.ndarray]:
   """The gate network; or, of gates that look at nothing, their values by channel, an array a group."""
   if model.gate.context == "none":
     logits = jnp.asarray(flat["params", name, GATE_NAME, "logits"])
     if model.gate.relaxation == "hard_concrete":
-      gates = relaxations.hard_concrete_mean(relaxations.hard_concrete_location(logits, model.gate.temperature))
+      gates = relaxations.hard_concrete_mean(
+        relaxations.hard_concrete_location(logits, model.gate.temperature)
+      )
     else:
-      gates = {"sigmoid": jax.nn.sigmoid, "straight_through": relaxations.threshold_gate}[model.gate.relaxation](logits)
+      gates = {"sigmoid": jax.nn.sigmoid, "straight_through": relaxations.threshold_gate}[
+        model.gate.relaxation
+      ](logits)
     ends = np.cumsum([group.gates for group in groups])[:-1]
-    return [np.repeat(part, group.channels) for part, group in zip(np.split(np.asarray(gates), ends), groups,
-                                                                   strict=True)]
+    return [
+      np.repeat(part, group.channels)
+      for part, group in zip(np.split(np.asarray(gates), ends), groups, strict=True)
+    ]
   get = functools.partial(_get, flat, (name, GATE_NAME, "head"))
   factor, bias = _norm(flat, (name, GATE_NAME, "head", "norm"))
-  return Head(jnp.asarray(get("hidden", "kernel") * factor), jnp.asarray(bias), jnp.asarray(get("logits", "kernel")),
-              jnp.asarray(get("logits", "bias")), groups)
+  return Head(
+    jnp.asarray(get("hidden", "kernel") * factor),
+    jnp.asarray(bias),
+    jnp.asarray(get("logits", "kernel")),
+    jnp.asarray(get("logits", "bias")),
+    groups,
+  )
 
 
 def _get(flat: Mapping[Path, np.ndarray], path: Path, *name: str) -> np.ndarray:
@@ -245,8 +299,10 @@ def _scaled_away(writer: Conv, scale: np.ndarray, reader: Conv) -> tuple[Conv, C
   ReLU and max pools leave as it is."""
   kept = _at_least_one(scale)
   writer = _scaled(writer, scale)
-  return (dataclasses.replace(writer, kernel=writer.kernel[..., kept], bias=writer.bias[kept]),
-          dataclasses.replace(reader, kernel=reader.kernel[:, :, kept]))
+  return (
+    dataclasses.replace(writer, kernel=writer.kernel[..., kept], bias=writer.bias[kept]),
+    dataclasses.replace(reader, kernel=reader.kernel[:, :, kept]),
+  )
 
 
 def _at_least_one(scale: np.ndarray) -> np.ndarray:

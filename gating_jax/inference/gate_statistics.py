@@ -71,7 +71,7 @@ class Openings:
   def correlation(self) -> np.ndarray:
     """`[U, U]` Pearson's, of open and closed as 1 and 0; 0 where a unit never changes.
 
-        (P(both) - P(i) P(j)) / sqrt(P(i) (1 - P(i)) P(j) (1 - P(j)))
+    (P(both) - P(i) P(j)) / sqrt(P(i) (1 - P(i)) P(j) (1 - P(j)))
     """
     rates = self.open_rates
     deviation = np.sqrt(rates * (1 - rates))
@@ -80,7 +80,9 @@ class Openings:
     return np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 0)
 
 
-def observed(net: Folded, images: Any) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]]:
+def observed(
+  net: Folded, images: Any
+) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]]:
   """Batches of images, the network's outputs and the logits of all groups, `([N, H, W, D], [N, ...], ([N, U], ...))`.
 
   Args:
@@ -91,7 +93,9 @@ def observed(net: Folded, images: Any) -> Iterator[tuple[np.ndarray, np.ndarray,
   """
   for x in batches(images):
     folded.check_channels(net, x.shape[3])
-    spare = -len(x) % BATCH if len(x) > BATCH // 2 else 0  # so that a last, smaller batch runs in the same program
+    spare = (
+      -len(x) % BATCH if len(x) > BATCH // 2 else 0
+    )  # so that a last, smaller batch runs in the same program
     padded = np.concatenate([x, np.zeros((spare, *x.shape[1:]), x.dtype)]) if spare else x
     outputs, logits = _run(net, jnp.asarray(padded))
     yield x, np.asarray(outputs)[: len(x)], tuple(np.asarray(z)[: len(x)] for z in logits)
@@ -132,7 +136,9 @@ class Counter:
     """The logits of a batch, `[N, U]` for each group, and N."""
     self._images += images
     for i, z in enumerate(logits):
-      gates = (z > 0).astype(np.float32)  # float32, so that the product is quick; exact up to 2**24 images a batch
+      gates = (z > 0).astype(
+        np.float32
+      )  # float32, so that the product is quick; exact up to 2**24 images a batch
       self._opened[i] += gates.sum(axis=0).astype(np.int64)
       self._together[i] += (gates.T @ gates).astype(np.int64)
       self._highest[i] = np.maximum(self._highest[i], z.max(axis=0))
@@ -143,14 +149,21 @@ class Counter:
     if not self._images:
       raise ValueError("calibration must have at least one image; got none")
     return tuple(
-        Openings(*place, self._images, *sums) for place, *sums in zip(
-            self._places, self._opened, self._together, self._highest, self._lowest, strict=True))
+      Openings(*place, self._images, *sums)
+      for place, *sums in zip(
+        self._places, self._opened, self._together, self._highest, self._lowest, strict=True
+      )
+    )
 
 
 def places(net: Folded) -> list[tuple[int, int, Group, bool]]:
   """`(part, index, group, whether it gates a branch)` of every group, in the order of the network's gates."""
-  return [(i, j, group, isinstance(part, Block) and part.layer_gate)
-          for i, part in enumerate(net.parts) if part.head is not None for j, group in enumerate(part.head.groups)]
+  return [
+    (i, j, group, isinstance(part, Block) and part.layer_gate)
+    for i, part in enumerate(net.parts)
+    if part.head is not None
+    for j, group in enumerate(part.head.groups)
+  ]
 
 
 def count(net: Folded, images: Iterable[Any] | Any) -> tuple[Openings, ...]:

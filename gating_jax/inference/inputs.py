@@ -30,7 +30,9 @@ def images(name: str, x: Any, shape: Sequence[int] | None = None) -> Array:
     wanted = "N, H, W, D" if shape is None else ", ".join(map(str, ("N", *shape)))
     raise ValueError(f"{name} must be [{wanted}]; got shape {tuple(x.shape)}")
   if not jnp.issubdtype(x.dtype, jnp.floating):
-    raise ValueError(f"{name} must be network inputs in floating point, normalised as in training; got {x.dtype}")
+    raise ValueError(
+      f"{name} must be network inputs in floating point, normalised as in training; got {x.dtype}"
+    )
   return x if x.dtype == jnp.float32 else x.astype(jnp.float32)
 
 
@@ -39,7 +41,9 @@ def finite(name: str, x: Any) -> np.ndarray:
   x = np.asarray(x)
   good = np.isfinite(x).all(axis=(1, 2, 3))
   if not good.all():
-    raise ValueError(f"{name} must be finite; number {int(np.argmin(good))} of these {len(x)} is not")
+    raise ValueError(
+      f"{name} must be finite; number {int(np.argmin(good))} of these {len(x)} is not"
+    )
   return x
 
 

@@ -32,7 +32,9 @@ def native(part: Part, setting: Setting) -> Made:
 
   def run(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
     own = [group.expand(g) for group, g in zip(groups_of(part), gates, strict=False)]
-    inside = [group.expand(g) for group, g in zip(setting.groups_before, before, strict=True)] or [None]
+    inside = [group.expand(g) for group, g in zip(setting.groups_before, before, strict=True)] or [
+      None
+    ]
     if isinstance(part, Layer):
       y = _chain((part.conv,), x, [*inside, *(own or [None])], None)
       return part.after(y)
@@ -46,10 +48,19 @@ def native(part: Part, setting: Setting) -> Made:
   return dataclasses.replace(part, **turned), run
 
 
-def _chain(convs: tuple[Conv, ...], x: Array, gates: list[Array | None], shortcut: Array | None) -> Array:
+def _chain(
+  convs: tuple[Conv, ...], x: Array, gates: list[Array | None], shortcut: Array | None
+) -> Array:
   return native_kernel.gated_chain(
-      x, [conv.kernel for conv in convs], [conv.bias for conv in convs], gates, shortcut,
-      strides=[conv.stride for conv in convs], layout="OIHW", implementation="native")
+    x,
+    [conv.kernel for conv in convs],
+    [conv.bias for conv in convs],
+    gates,
+    shortcut,
+    strides=[conv.stride for conv in convs],
+    layout="OIHW",
+    implementation="native",
+  )
 
 
 def pallas(part: Part, setting: Setting) -> Made:
@@ -58,7 +69,12 @@ def pallas(part: Part, setting: Setting) -> Made:
   if not isinstance(part, Block) or part.layer_gate or len(groups_of(part)) != 1 or is_dead(part):
     return None
   (group,), (first, last) = groups_of(part), part.convs
-  if group.channels == 1 or group.always or last.stride != 1 or (first.dilation, last.dilation) != (1, 1):
+  if (
+    group.channels == 1
+    or group.always
+    or last.stride != 1
+    or (first.dilation, last.dilation) != (1, 1)
+  ):
     return None
   if jax.default_backend() == "gpu" and group.channels % 16:
     return None
@@ -67,7 +83,9 @@ def pallas(part: Part, setting: Setting) -> Made:
     del before
     first, last = part.convs
     branch = pallas_kernels.Branch(first.kernel, first.bias, last.kernel, last.bias)
-    return jax.nn.relu(pallas_kernels.gated_branch(branch, x, gates[0], stride=first.stride) + part.shortcut(x))
+    return jax.nn.relu(
+      pallas_kernels.gated_branch(branch, x, gates[0], stride=first.stride) + part.shortcut(x)
+    )
 
   return part, run
 
@@ -86,7 +104,19 @@ def worth_trying(name: str) -> bool:
   return not why_not(name) and (name != "pallas" or jax.default_backend() == "gpu")
 
 
-EXPORTABLE = ("masked", "switch", "block_dispatch", "layer_dispatch", "cluster")  # of plain JAX, for any platform
+EXPORTABLE = (
+  "masked",
+  "switch",
+  "block_dispatch",
+  "layer_dispatch",
+  "cluster",
+)  # of plain JAX, for any platform
 STRATEGIES: dict[str, Callable[[Part, Setting], Made]] = {
-    "masked": strategies.masked, "switch": strategies.switch, "block_dispatch": strategies.block_dispatch,
-    "layer_dispatch": strategies.layer_dispatch, "cluster": strategies.cluster, "native": native, "pallas": pallas}
+  "masked": strategies.masked,
+  "switch": strategies.switch,
+  "block_dispatch": strategies.block_dispatch,
+  "layer_dispatch": strategies.layer_dispatch,
+  "cluster": strategies.cluster,
+  "native": native,
+  "pallas": pallas,
+}

@@ -52,17 +52,27 @@ def quantise(net: Folded) -> Folded:
   """
   check_folded(net)
   check_float(net)
-  parts = jax.tree.map(lambda leaf: dataclasses.replace(leaf, kernel=_quantise(leaf.kernel))
-                       if isinstance(leaf, Conv) else leaf, net.parts, is_leaf=lambda leaf: isinstance(leaf, Conv))
+  parts = jax.tree.map(
+    lambda leaf: (
+      dataclasses.replace(leaf, kernel=_quantise(leaf.kernel)) if isinstance(leaf, Conv) else leaf
+    ),
+    net.parts,
+    is_leaf=lambda leaf: isinstance(leaf, Conv),
+  )
   if net.classifier is None:
     return dataclasses.replace(net, parts=parts)
-  return dataclasses.replace(net, parts=parts, classifier=(_quantise(net.classifier[0]), net.classifier[1]))
+  return dataclasses.replace(
+    net, parts=parts, classifier=(_quantise(net.classifier[0]), net.classifier[1])
+  )
 
 
 def dequantise(net: Folded) -> Folded:
   """The network in float32, of one that `quantise` made, or as it is."""
-  return jax.tree.map(lambda leaf: _dequantise(leaf) if isinstance(leaf, Int8) else leaf, net,
-                      is_leaf=lambda leaf: isinstance(leaf, Int8))
+  return jax.tree.map(
+    lambda leaf: _dequantise(leaf) if isinstance(leaf, Int8) else leaf,
+    net,
+    is_leaf=lambda leaf: isinstance(leaf, Int8),
+  )
 
 
 def check_folded(net: Any) -> None:
@@ -72,7 +82,10 @@ def check_folded(net: Any) -> None:
 
 def check_float(net: Any) -> None:
   """Raises ValueError for a network with int8 kernels."""
-  if any(isinstance(leaf, Int8) for leaf in jax.tree.leaves(net, is_leaf=lambda leaf: isinstance(leaf, Int8))):
+  if any(
+    isinstance(leaf, Int8)
+    for leaf in jax.tree.leaves(net, is_leaf=lambda leaf: isinstance(leaf, Int8))
+  ):
     raise ValueError("net must have kernels of float32, as dequantise makes them; got Int8")
 
 

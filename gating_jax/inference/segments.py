@@ -48,12 +48,12 @@ class Skipping:
   """
 
   def __init__(
-      self,
-      model: SegmentNet,
-      variables: Mapping[str, Any],
-      *,
-      capacities: Sequence[int],
-      prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs,
+    self,
+    model: SegmentNet,
+    variables: Mapping[str, Any],
+    *,
+    capacities: Sequence[int],
+    prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs,
   ):
     """Builds the programs.
 
@@ -67,7 +67,9 @@ class Skipping:
     arguments.instance("variables", variables, Mapping, "a mapping with params and batch_stats")
     arguments.function("prepare", prepare)
     capacities = arguments.items("capacities", capacities, "numbers >= 1")
-    if not capacities or any(not isinstance(capacity, int) or capacity < 1 for capacity in capacities):
+    if not capacities or any(
+      not isinstance(capacity, int) or capacity < 1 for capacity in capacities
+    ):
       raise ValueError(f"capacities must be numbers >= 1, at least one; got {capacities}")
     self._variables = jax.device_put(variables)
     self._capacities = tuple(capacities)
@@ -92,41 +94,59 @@ class Skipping:
 
   def _checked(self, inputs: Inputs) -> tuple[Inputs, tuple[int, ...]]:
     """The inputs on the device, and the capacities for as many segments."""
-    arguments.instance("inputs", inputs, Mapping, "a mapping with arrays heavy, valid and, for a light net, light")
+    arguments.instance(
+      "inputs", inputs, Mapping, "a mapping with arrays heavy, valid and, for a light net, light"
+    )
     if "valid" not in inputs:
       raise ValueError(f"inputs must have 'valid'; got {', '.join(inputs)}")
     inputs = jax.device_put(dict(inputs))
     videos, segments = inputs["valid"].shape
     if other := {name: x.shape for name, x in inputs.items() if x.shape[:2] != (videos, segments)}:
-      raise ValueError(f"inputs must all be [B, T, ...] like valid, {videos} x {segments}; got {other}")
-    return inputs, tuple(sorted({min(capacity, videos * segments) for capacity in self._capacities}))
+      raise ValueError(
+        f"inputs must all be [B, T, ...] like valid, {videos} x {segments}; got {other}"
+      )
+    return inputs, tuple(
+      sorted({min(capacity, videos * segments) for capacity in self._capacities})
+    )
 
   def _finish(self, inputs: Inputs, gates: Array, pieces: Sequence[int]) -> tuple[Array, Records]:
     starts = itertools.accumulate(pieces, initial=0)
-    parts = [self._encode(self._variables, inputs, gates, start, capacity=capacity)
-             for start, capacity in zip(starts, pieces, strict=False)]
+    parts = [
+      self._encode(self._variables, inputs, gates, start, capacity=capacity)
+      for start, capacity in zip(starts, pieces, strict=False)
+    ]
     features, records = functools.reduce(self._join, parts)
     return self._classify(self._variables, features, gates), records
 
 
 def _choose(
-    model: SegmentNet, prepare: Callable, variables: Mapping[str, Any], inputs: Inputs
+  model: SegmentNet, prepare: Callable, variables: Mapping[str, Any], inputs: Inputs
 ) -> tuple[GateRecord, Outputs, Array]:
   record, outputs = model.apply(variables, prepare(inputs), method="choose")
   return record, outputs, jnp.sum(record.gates > 0)
 
 
 def _encode(
-    model: SegmentNet, prepare: Callable, variables: Mapping[str, Any], inputs: Inputs, gates: Array, start: Array, *,
-    capacity: int,
+  model: SegmentNet,
+  prepare: Callable,
+  variables: Mapping[str, Any],
+  inputs: Inputs,
+  gates: Array,
+  start: Array,
+  *,
+  capacity: int,
 ) -> tuple[Array, Records]:
   """Features and records of the chosen segments from the `start`-th on, `[B * T, ...]`, zeros in all other places."""
   places = open_indices(gates.reshape(-1), gates.size + capacity)
   index, taken = (lax.dynamic_slice_in_dim(x, start, capacity) for x in places)
-  seen = {name: x.reshape(-1, 1, *x.shape[2:])[index] for name, x in inputs.items()}  # videos of one segment
+  seen = {
+    name: x.reshape(-1, 1, *x.shape[2:])[index] for name, x in inputs.items()
+  }  # videos of one segment
   encoded = model.apply(variables, prepare(seen)["heavy"][:, 0], method="encode")
   return jax.tree.map(lambda x: put_back(x, index, taken, gates.size), encoded)
 
 
-def _classify(model: SegmentNet, variables: Mapping[str, Any], features: Array, gates: Array) -> Array:
+def _classify(
+  model: SegmentNet, variables: Mapping[str, Any], features: Array, gates: Array
+) -> Array:
   return model.apply(variables, features.reshape(*gates.shape, -1), gates, method="classify")

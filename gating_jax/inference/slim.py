@@ -16,7 +16,16 @@ import numpy as np
 from scipy import stats
 
 from gating_jax.checks import shown
-from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer, gates_output, groups_of
+from gating_jax.inference.folded import (
+  Block,
+  Conv,
+  Folded,
+  Group,
+  Head,
+  Layer,
+  gates_output,
+  groups_of,
+)
 from gating_jax.inference.gate_statistics import Openings, observed, places
 from gating_jax.inference.quantise import check_folded
 from gating_jax.ops import arguments
@@ -33,7 +42,7 @@ class Choice(NamedTuple):
 
 
 def slim(
-    analysis: Analysis, *, multiple: int = 16, confidence: float | None = None, max_rate: float = 0.01
+  analysis: Analysis, *, multiple: int = 16, confidence: float | None = None, max_rate: float = 0.01
 ) -> Folded:
   """The smaller network: `take(net, static_units(net, openings, ...))` of an analysis.
 
@@ -46,15 +55,25 @@ def slim(
     ValueError, TypeError: as there; or no analysis.
   """
   if not (hasattr(analysis, "net") and hasattr(analysis, "openings")):
-    raise TypeError(f"analysis must be an Analysis, which analyse(model, variables, images) makes; "
-                    f"got {shown(analysis)}")
-  return take(analysis.net, static_units(analysis.net, analysis.openings, multiple=multiple, confidence=confidence,
-                                         max_rate=max_rate))
+    raise TypeError(
+      f"analysis must be an Analysis, which analyse(model, variables, images) makes; "
+      f"got {shown(analysis)}"
+    )
+  return take(
+    analysis.net,
+    static_units(
+      analysis.net, analysis.openings, multiple=multiple, confidence=confidence, max_rate=max_rate
+    ),
+  )
 
 
 def static_units(
-    net: Folded, openings: Sequence[Openings], *, multiple: int = 16, confidence: float | None = None,
-    max_rate: float = 0.01,
+  net: Folded,
+  openings: Sequence[Openings],
+  *,
+  multiple: int = 16,
+  confidence: float | None = None,
+  max_rate: float = 0.01,
 ) -> tuple[Choice, ...]:
   """Which units are static, one `Choice` a group.
 
@@ -72,13 +91,21 @@ def static_units(
     ValueError: a setting out of range, or openings of another network.
   """
   _check(net, openings, multiple, confidence, max_rate)
-  certain = confidence is None or (bool(openings) and rate_bound(openings[0].images, confidence) <= max_rate)
-  choices = [_choice(o, net.parts[o.part], multiple) if certain else Choice(*np.zeros((2, o.group.gates), bool))
-             for o in openings]
+  certain = confidence is None or (
+    bool(openings) and rate_bound(openings[0].images, confidence) <= max_rate
+  )
+  choices = [
+    _choice(o, net.parts[o.part], multiple)
+    if certain
+    else Choice(*np.zeros((2, o.group.gates), bool))
+    for o in openings
+  ]
   last = len(net.parts) - 1
   for i, o in enumerate(openings):
     part = net.parts[o.part]
-    if gates_output(part) and o.index == len(part.head.groups) - 1:  # shortcuts need all, in their order
+    if (
+      gates_output(part) and o.index == len(part.head.groups) - 1
+    ):  # shortcuts need all, in their order
       choices[i] = Choice(*np.zeros((2, o.group.gates), bool))
     if isinstance(part, Layer) and _reader(net, o.part) is None:  # so does what reads its channels
       whole = o.part == last and bool(choices[i].ungated.all())
@@ -104,12 +131,14 @@ def take(net: Folded, choices: Sequence[Choice]) -> Folded:
   for i, choice in enumerate(choices):
     arguments.instance(f"choices[{i}]", choice, Choice, "a Choice, as of static_units")
   if [len(c.removed) for c in choices] != [group.gates for _, _, group, _ in places(net)]:
-    raise ValueError("choices must be one for each group of the network, [U]; got "
-                     f"{[len(c.removed) for c in choices]}")
+    raise ValueError(
+      "choices must be one for each group of the network, [U]; got "
+      f"{[len(c.removed) for c in choices]}"
+    )
   parts, kept, left = [], None, list(choices)
   for part in net.parts:
     groups = part.head.groups if part.head is not None else ()
-    own, left = left[: len(groups)], left[len(groups):]
+    own, left = left[: len(groups)], left[len(groups) :]
     if isinstance(part, Layer):
       part, kept = _slim_layer(part, own, kept)
     else:
@@ -141,8 +170,12 @@ class Disagreement(NamedTuple):
 
   def rows(self, openings: Sequence[Openings]) -> list[Mapping[str, Any]]:
     """By group, for a table."""
-    return [{"part": o.part, "group": o.index, "would open": opened, "would close": closed}
-            for o, opened, closed in zip(openings, self.opened.tolist(), self.closed.tolist(), strict=True)]
+    return [
+      {"part": o.part, "group": o.index, "would open": opened, "would close": closed}
+      for o, opened, closed in zip(
+        openings, self.opened.tolist(), self.closed.tolist(), strict=True
+      )
+    ]
 
 
 def disagreement(net: Folded, choices: Sequence[Choice], images: Any) -> Disagreement:
@@ -157,16 +190,27 @@ def disagreement(net: Folded, choices: Sequence[Choice], images: Any) -> Disagre
   total, affected, changed, largest = 0, 0, 0, [0.0, 0.0]
   sums = np.zeros((2, len(choices)), np.int64)
   for x, before, logits in observed(net, images):
-    wrong = np.array([[((z > 0) & c.removed).any(1), ((z <= 0) & c.ungated).any(1)]
-                      for z, c in zip(logits, choices, strict=True)]).reshape(len(choices), 2, len(x))
+    wrong = np.array(
+      [
+        [((z > 0) & c.removed).any(1), ((z <= 0) & c.ungated).any(1)]
+        for z, c in zip(logits, choices, strict=True)
+      ]
+    ).reshape(len(choices), 2, len(x))
     ((_, after, _),) = observed(small, [x])
-    hit, gap = wrong.any((0, 1)), np.abs(before - after).reshape(len(x), -1).max(axis=1, initial=0.0)
-    largest = [max(a, float(gap[at].max(initial=0.0))) for a, at in zip(largest, (hit, ~hit), strict=True)]
+    hit, gap = (
+      wrong.any((0, 1)),
+      np.abs(before - after).reshape(len(x), -1).max(axis=1, initial=0.0),
+    )
+    largest = [
+      max(a, float(gap[at].max(initial=0.0))) for a, at in zip(largest, (hit, ~hit), strict=True)
+    ]
     total, affected, sums = total + len(x), affected + int(hit.sum()), sums + wrong.sum(2).T
     changed += int((before.argmax(1) != after.argmax(1)).sum()) if net.classifier is not None else 0
   if not total:
     raise ValueError("images must be at least one; got none")
-  return Disagreement(total, affected / total, *(sums / total), (largest[0], largest[1]), changed / total)
+  return Disagreement(
+    total, affected / total, *(sums / total), (largest[0], largest[1]), changed / total
+  )
 
 
 def _check(net, openings, multiple, confidence, max_rate) -> None:
@@ -175,23 +219,32 @@ def _check(net, openings, multiple, confidence, max_rate) -> None:
   if confidence is not None:
     arguments.number("confidence", confidence, "above 0 and below 1, or None", lambda v: 0 < v < 1)
   arguments.number("max_rate", max_rate, "above 0 and at most 1", lambda v: 0 < v <= 1)
-  for i, opening in enumerate(arguments.items("openings", openings, "one Openings a group, as of analyse")):
+  for i, opening in enumerate(
+    arguments.items("openings", openings, "one Openings a group, as of analyse")
+  ):
     arguments.instance(f"openings[{i}]", opening, Openings, "Openings, as of analyse")
   if [(o.part, o.index, o.group, o.layer_gate) for o in openings] != places(net):
-    raise ValueError(f"openings must be those of the network's {len(places(net))} groups; got {len(openings)}")
+    raise ValueError(
+      f"openings must be those of the network's {len(places(net))} groups; got {len(openings)}"
+    )
 
 
 def _choice(o: Openings, part: Layer | Block, multiple: int) -> Choice:
   never, ungated = o.opened == 0, o.opened == o.images
   if o.layer_gate:
     return Choice(never, ungated)
-  if isinstance(part, Block) and o.index == len(groups_of(part)) - 1 and never.all() and not o.group.always:
+  if (
+    isinstance(part, Block)
+    and o.index == len(groups_of(part)) - 1
+    and never.all()
+    and not o.group.always
+  ):
     return Choice(never, ungated)  # what follows sees only zeros
   size, always = o.group.channels, o.group.always
   needed = always + int((~never).sum()) * size
   channels = min(max(1, -(-needed // multiple)) * multiple, o.group.width)
   spare = -(-(channels - always) // size) - int((~never).sum())
-  nearest = np.argsort(np.where(never, -o.highest, np.inf), kind="stable")[:max(spare, 0)]
+  nearest = np.argsort(np.where(never, -o.highest, np.inf), kind="stable")[: max(spare, 0)]
   removed = never.copy()
   removed[nearest] = False
   return Choice(removed, ungated)
@@ -208,10 +261,15 @@ def _reader(net: Folded, part: int) -> Layer | tuple | None:
 def _channels(group: Group, choice: Choice) -> tuple[np.ndarray, Group]:
   """Which channels stay, those without gates first, and what they then are."""
   gated = ~(choice.removed | choice.ungated)
-  each = lambda units: (group.always + np.flatnonzero(units)[:, None] * group.channels
-                        + np.arange(group.channels)).reshape(-1)
-  kept = np.concatenate([np.arange(group.always), each(choice.ungated), each(gated)]).astype(np.int64)
-  return kept, Group(int(gated.sum()), group.channels, group.always + int(choice.ungated.sum()) * group.channels)
+  each = lambda units: (
+    group.always + np.flatnonzero(units)[:, None] * group.channels + np.arange(group.channels)
+  ).reshape(-1)
+  kept = np.concatenate([np.arange(group.always), each(choice.ungated), each(gated)]).astype(
+    np.int64
+  )
+  return kept, Group(
+    int(gated.sum()), group.channels, group.always + int(choice.ungated.sum()) * group.channels
+  )
 
 
 def _outputs(conv: Conv, kept: np.ndarray) -> Conv:
@@ -226,12 +284,13 @@ def _slim_head(head: Head, choices: Sequence[Choice], groups: Sequence[Group]) -
   gated = np.concatenate([~(c.removed | c.ungated) for c in choices])
   if not gated.any():
     return None
-  return dataclasses.replace(head, logits=head.logits[:, gated], logits_bias=head.logits_bias[gated],
-                             groups=tuple(groups))
+  return dataclasses.replace(
+    head, logits=head.logits[:, gated], logits_bias=head.logits_bias[gated], groups=tuple(groups)
+  )
 
 
 def _slim_layer(
-    layer: Layer, own: Sequence[Choice], before: np.ndarray | None
+  layer: Layer, own: Sequence[Choice], before: np.ndarray | None
 ) -> tuple[Layer, np.ndarray | None]:
   """The layer, and which of its channels are left, in their new order; None: all as they were."""
   conv, head, kept = layer.conv, layer.head, None
@@ -251,17 +310,23 @@ def _slim_block(block: Block, own: Sequence[Choice]) -> Block:
   if block.layer_gate:
     if own[0].removed.all():
       return dataclasses.replace(block, convs=(), head=None, layer_gate=False)
-    return dataclasses.replace(block, head=None, layer_gate=False) if own[0].ungated.all() else block
-  own, outer = own[: len(groups_of(block))], own[len(groups_of(block)):]
+    return (
+      dataclasses.replace(block, head=None, layer_gate=False) if own[0].ungated.all() else block
+    )
+  own, outer = own[: len(groups_of(block))], own[len(groups_of(block)) :]
   if any(choice.removed.any() or choice.ungated.any() for choice in outer):
-    raise ValueError("choices must leave the gates of a block's output as they are; got one that does not")
+    raise ValueError(
+      "choices must leave the gates of a block's output as they are; got one that does not"
+    )
   channels = [_channels(group, choice) for group, choice in zip(groups_of(block), own, strict=True)]
-  if not channels[-1][0].size:  # the branch is the bias of its last convolution: no channel is left before it
+  if not channels[-1][
+    0
+  ].size:  # the branch is the bias of its last convolution: no channel is left before it
     channels = [(kept[:0], Group(0, group.channels)) for kept, group in channels]
     own = [Choice(np.ones_like(c.removed), np.zeros_like(c.ungated)) for c in own]
   convs = list(block.convs)
   for i, (kept, _) in enumerate(channels):
     convs[i], convs[i + 1] = _outputs(convs[i], kept), _inputs(convs[i + 1], kept)
-  outer_groups = block.head.groups[len(own):]
+  outer_groups = block.head.groups[len(own) :]
   head = _slim_head(block.head, [*own, *outer], [*(group for _, group in channels), *outer_groups])
   return dataclasses.replace(block, convs=tuple(convs), head=head)

@@ -27,7 +27,17 @@ from jax import lax
 
 from gating_jax.inference import folded
 from gating_jax.inference.clusters import CHANNELS, covered, unions
-from gating_jax.inference.folded import Block, Conv, Folded, Gates, Group, Layer, Part, Runner, groups_of
+from gating_jax.inference.folded import (
+  Block,
+  Conv,
+  Folded,
+  Gates,
+  Group,
+  Layer,
+  Part,
+  Runner,
+  groups_of,
+)
 from gating_jax.ops.compaction import bucket_sizes
 from gating_jax.types import Array
 
@@ -48,13 +58,15 @@ def settings_of(net: Folded, buckets: int, gates: Sequence[np.ndarray] = ()) -> 
   settings, groups_before, gates = [], (), list(gates)
   for i, part in enumerate(net.parts):
     groups = part.head.groups if part.head is not None else ()
-    own, gates = tuple(gates[: len(groups)]), gates[len(groups):]
+    own, gates = tuple(gates[: len(groups)]), gates[len(groups) :]
     settings.append(Setting(buckets, own, groups_before, rectified=i > 0))
     groups_before = folded.handed_on(part, groups)
   return settings
 
 
-Made = tuple[Part, Runner] | None  # the part with its weights as the runner wants them; None where it does not fit
+Made = (
+  tuple[Part, Runner] | None
+)  # the part with its weights as the runner wants them; None where it does not fit
 
 
 def masked(part: Part, setting: Setting) -> Made:
@@ -73,16 +85,23 @@ def switch(part: Part, setting: Setting) -> Made:
   programs = list(zip(*sizes, strict=True))
 
   def of_one(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
-    masks = [group.expand(g)[0] for group, g in zip(groups, (*before[: len(inputs)], *gates), strict=False)]
-    needed = [sum((jnp.sum(mask) > size).astype(jnp.int32) for size in of_group[:-1])
-              for mask, of_group in zip(masks, sizes, strict=True)]
+    masks = [
+      group.expand(g)[0] for group, g in zip(groups, (*before[: len(inputs)], *gates), strict=False)
+    ]
+    needed = [
+      sum((jnp.sum(mask) > size).astype(jnp.int32) for size in of_group[:-1])
+      for mask, of_group in zip(masks, sizes, strict=True)
+    ]
 
     def branch(capacities: Sequence[int]) -> Callable[[], Array]:
       if all(k >= group.width for k, group in zip(capacities, groups, strict=True)):
         return lambda: folded.masked(part, x, gates, before)
       # The open channels first, each kind in order; in the branch, as sorting fewer is quicker.
-      return lambda: _compact(part, x, [lax.top_k(mask, min(k, mask.size))
-                                        for mask, k in zip(masks, capacities, strict=True)])
+      return lambda: _compact(
+        part,
+        x,
+        [lax.top_k(mask, min(k, mask.size)) for mask, k in zip(masks, capacities, strict=True)],
+      )
 
     return lax.switch(jnp.max(jnp.stack(needed)), [branch(capacities) for capacities in programs])
 
@@ -104,11 +123,13 @@ def capacities(groups: Sequence[Group], buckets: int) -> list[tuple[int, ...]]:
 
 def _each(of_one: Runner) -> Runner:
   """A runner of one example as one of any number, one after the other."""
+
   def run(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
     if len(x) == 1:
       return of_one(part, x, gates, before)
     one = lambda args: of_one(part, *jax.tree.map(lambda a: a[None], args))[0]
     return lax.map(one, (x, gates, before))
+
   return run
 
 
@@ -145,7 +166,9 @@ def _take(conv: Conv, inputs: Array | None = None, outputs: Array | None = None)
 
 def _spread(y: Array, index: Array, size: int) -> Array:
   """Channels in their places, zeros elsewhere."""
-  place = jnp.full((size,), index.size, jnp.int32).at[index].set(jnp.arange(index.size, dtype=jnp.int32))
+  place = (
+    jnp.full((size,), index.size, jnp.int32).at[index].set(jnp.arange(index.size, dtype=jnp.int32))
+  )
   return jnp.pad(y, [(0, 0)] * 3 + [(0, 1)])[..., place]
 
 
@@ -157,8 +180,15 @@ def layer_dispatch(part: Part, setting: Setting) -> Made:
   def run(part: Block, x: Array, gates: Gates, before: Gates) -> Array:
     del before
     branch = lambda x: _chain(part.convs, x)
-    return for_open(gates[0][:, 0] > 0, (x,), branch, part.shortcut(x), setting.buckets, after=jax.nn.relu,
-                    closed=(lambda y: y) if setting.rectified and part.project is None else jax.nn.relu)
+    return for_open(
+      gates[0][:, 0] > 0,
+      (x,),
+      branch,
+      part.shortcut(x),
+      setting.buckets,
+      after=jax.nn.relu,
+      closed=(lambda y: y) if setting.rectified and part.project is None else jax.nn.relu,
+    )
 
   return part, run
 
@@ -183,14 +213,18 @@ def _chain(convs: Sequence[Conv], x: Array, masks: Sequence[Array] = ()) -> Arra
 
 
 def _dispatch_blocks(group: Group, setting: Setting) -> Runner:
-  spans = [slice(group.always + i * group.channels, group.always + (i + 1) * group.channels)
-           for i in range(group.gates)]
+  spans = [
+    slice(group.always + i * group.channels, group.always + (i + 1) * group.channels)
+    for i in range(group.gates)
+  ]
 
   def some(convs: Sequence[Conv], span: slice) -> tuple[Conv, Conv]:
     """Through these channels alone; the last bias is left out."""
     first, last = convs
-    return (dataclasses.replace(first, kernel=first.kernel[..., span], bias=first.bias[span]),
-            dataclasses.replace(last, kernel=last.kernel[:, :, span], bias=jnp.zeros_like(last.bias)))
+    return (
+      dataclasses.replace(first, kernel=first.kernel[..., span], bias=first.bias[span]),
+      dataclasses.replace(last, kernel=last.kernel[:, :, span], bias=jnp.zeros_like(last.bias)),
+    )
 
   def run(part: Block, x: Array, gates: Gates, before: Gates) -> Array:
     del before
@@ -198,16 +232,26 @@ def _dispatch_blocks(group: Group, setting: Setting) -> Runner:
     if group.always:
       y = y + _chain(some(part.convs, slice(group.always)), x)
     for unit, span in enumerate(spans):
-      y = for_open(gates[0][:, unit] > 0, (x,), lambda x, span=span: _chain(some(part.convs, span), x), y,
-                   setting.buckets)
+      y = for_open(
+        gates[0][:, unit] > 0,
+        (x,),
+        lambda x, span=span: _chain(some(part.convs, span), x),
+        y,
+        setting.buckets,
+      )
     return jax.nn.relu(y)
 
   return run
 
 
 def for_open(
-    is_open: Array, inputs: tuple[Array, ...], function: Callable[..., Any], y: Any, buckets: int,
-    after: Callable[[Array], Array] = lambda y: y, closed: Callable[[Array], Array] | None = None,
+  is_open: Array,
+  inputs: tuple[Array, ...],
+  function: Callable[..., Any],
+  y: Any,
+  buckets: int,
+  after: Callable[[Array], Array] = lambda y: y,
+  closed: Callable[[Array], Array] | None = None,
 ) -> Any:
   """y, arrays `[N, ...]`, with the function of the open examples added: a program for each of a few counts of them.
 
@@ -224,7 +268,8 @@ def for_open(
   total, sizes = is_open.size, example_sizes(is_open.size, buckets)
   add = functools.partial(jax.tree.map, lambda a, b: after(a + b))
   where = lambda flags, tree: jax.tree.map(
-      lambda a: jnp.where(jnp.expand_dims(flags, range(1, a.ndim)), a, 0), tree)
+    lambda a: jnp.where(jnp.expand_dims(flags, range(1, a.ndim)), a, 0), tree
+  )
 
   def branch(k: int) -> Callable[[], Any]:
     if k == 0:
@@ -237,12 +282,17 @@ def for_open(
     def run() -> Any:
       taken, index = lax.top_k(is_open.astype(jnp.float32), k)
       added = where(taken > 0, function(*(a[index] for a in inputs)))
-      put = lambda a, b: closed(a).at[index].set(after(a[index] + b), unique_indices=True, mode="promise_in_bounds")
+      put = lambda a, b: (
+        closed(a).at[index].set(after(a[index] + b), unique_indices=True, mode="promise_in_bounds")
+      )
       return jax.tree.map(put, y, added)
+
     return run
 
   count = jnp.sum(is_open)
-  return lax.switch(sum((count > size).astype(jnp.int32) for size in sizes[:-1]), [branch(k) for k in sizes])
+  return lax.switch(
+    sum((count > size).astype(jnp.int32) for size in sizes[:-1]), [branch(k) for k in sizes]
+  )
 
 
 def example_sizes(total: int, buckets: int) -> tuple[int, ...]:
@@ -261,12 +311,22 @@ class _Clustered(Block):
 def cluster(part: Part, setting: Setting) -> Made:
   """Each example by the smallest of a few subnets that has all channels it opens; None without calibration data, or
   gates of channels of a block."""
-  if not isinstance(part, Block) or part.layer_gate or not groups_of(part) or not setting.gates or is_dead(part):
+  if (
+    not isinstance(part, Block)
+    or part.layer_gate
+    or not groups_of(part)
+    or not setting.gates
+    or is_dead(part)
+  ):
     return None
   groups = groups_of(part)
   found = unions(groups, setting.gates[: len(groups)], setting.buckets - 1)
-  subnets = tuple(_subnet(part.convs, [jnp.asarray(index) for index in of_groups]) for of_groups in found)
-  made = _Clustered(**{field.name: getattr(part, field.name) for field in dataclasses.fields(part)}, subnets=subnets)
+  subnets = tuple(
+    _subnet(part.convs, [jnp.asarray(index) for index in of_groups]) for of_groups in found
+  )
+  made = _Clustered(
+    **{field.name: getattr(part, field.name) for field in dataclasses.fields(part)}, subnets=subnets
+  )
 
   def run(part: _Clustered, x: Array, gates: Gates, before: Gates) -> Array:
     del before
@@ -275,9 +335,17 @@ def cluster(part: Part, setting: Setting) -> Made:
     for convs, of_groups in zip(part.subnets, found, strict=True):
       taken = waiting & covered(own, of_groups)
       inputs = (x, *(mask[:, index] for mask, index in zip(own, of_groups, strict=True)))
-      y = for_open(taken, inputs, lambda x, *m, convs=convs: _chain(convs, x, m), y, setting.buckets)
+      y = for_open(
+        taken, inputs, lambda x, *m, convs=convs: _chain(convs, x, m), y, setting.buckets
+      )
       waiting &= ~taken
-    return for_open(waiting, (x, *own), lambda x, *m: _chain(part.convs, x, m), y, setting.buckets,
-                    after=jax.nn.relu)
+    return for_open(
+      waiting,
+      (x, *own),
+      lambda x, *m: _chain(part.convs, x, m),
+      y,
+      setting.buckets,
+      after=jax.nn.relu,
+    )
 
   return made, run

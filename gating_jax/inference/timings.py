@@ -20,7 +20,10 @@ from gating_jax.types import Array
 
 GAIN = 0.97  # of the time of the program it replaces: what a strategy must stay under to be taken
 OPEN_LIMIT = 1.05
-_BATCHES, _IMAGES = 4, 16  # so many batches of calibration data are timed, or as many as hold so many images
+_BATCHES, _IMAGES = (
+  4,
+  16,
+)  # so many batches of calibration data are timed, or as many as hold so many images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,19 +54,36 @@ class Timing:
   open_ratio: float | None = None
 
 
-def rows(part: int | None, seconds: Mapping[str, float], mac_ratio: float, computed: Mapping[str, float],
-         chosen: str = "", open_ratios: Mapping[str, float] = MappingProxyType({})) -> list[Timing]:
+def rows(
+  part: int | None,
+  seconds: Mapping[str, float],
+  mac_ratio: float,
+  computed: Mapping[str, float],
+  chosen: str = "",
+  open_ratios: Mapping[str, float] = MappingProxyType({}),
+) -> list[Timing]:
   """A `Timing` for each strategy, by name, `masked` among them; `computed` are ratios, 1 by default."""
   found = []
   for name, spent in seconds.items():
     share, time_ratio = 1.0 if name == UNGATED else mac_ratio, spent / seconds[MASKED]
-    found.append(Timing(part, name, share, computed.get(name, 1.0), spent, time_ratio, share / time_ratio,
-                        name == chosen, open_ratios.get(name)))
+    found.append(
+      Timing(
+        part,
+        name,
+        share,
+        computed.get(name, 1.0),
+        spent,
+        time_ratio,
+        share / time_ratio,
+        name == chosen,
+        open_ratios.get(name),
+      )
+    )
   return found
 
 
 def fastest(
-    times: Mapping[tuple[str, bool], Sequence[float]], batches: int, open_limit: float
+  times: Mapping[tuple[str, bool], Sequence[float]], batches: int, open_limit: float
 ) -> tuple[str, dict[str, float], dict[str, float]]:
   """The strategy to take; seconds of a call of each, and its `Timing.open_ratio`, `ungated` included.
 
@@ -73,10 +93,18 @@ def fastest(
     batches: how many.
     open_limit: of `compile_conditional`.
   """
-  seconds, open_seconds = ({name: statistics.median(spent) / batches for (name, wide), spent in times.items()
-                            if wide == opening} for opening in (False, True))
+  seconds, open_seconds = (
+    {
+      name: statistics.median(spent) / batches
+      for (name, wide), spent in times.items()
+      if wide == opening
+    }
+    for opening in (False, True)
+  )
   dense = min(open_seconds[MASKED], seconds[UNGATED])
-  ratios = {name: spent / dense for name, spent in {**open_seconds, UNGATED: seconds[UNGATED]}.items()}
+  ratios = {
+    name: spent / dense for name, spent in {**open_seconds, UNGATED: seconds[UNGATED]}.items()
+  }
   limit = max(open_limit, ratios[MASKED])  # what is taken otherwise is within no other
   best = min((name for name in open_seconds if ratios[name] <= limit), key=seconds.get)
   return best if seconds[best] < GAIN * seconds[MASKED] else MASKED, seconds, ratios

@@ -61,11 +61,20 @@ class _ResidualBlock(nn.Module):
     arguments.number("backward_share", self.backward_share, "in (0, 1]", lambda v: 0 < v <= 1)
 
   def _conv(
-      self, features: int, window: int, stride: int, name: str, dilation: int = 1
+    self, features: int, window: int, stride: int, name: str, dilation: int = 1
   ) -> ConvNorm | FactorisedConvNorm:
     conv = CONVOLUTIONS[self.convolution] if window > 1 else ConvNorm
     spread = {} if dilation == 1 else {"dilation": dilation}
-    return conv(features, window, stride, self.dtype, self.axis_name, name=name, group_norm=self.group_norm, **spread)
+    return conv(
+      features,
+      window,
+      stride,
+      self.dtype,
+      self.axis_name,
+      name=name,
+      group_norm=self.group_norm,
+      **spread,
+    )
 
   def _with(self, beside: Array | None, x: Array) -> Array:
     """What the first convolution takes: the block's input, and channels beside it that the shortcut does not see."""
@@ -75,12 +84,21 @@ class _ResidualBlock(nn.Module):
       raise ValueError(f"channels beside a block's input need gating 'none'; got {self.gating!r}")
     arguments.real_array("beside", beside)
     if jnp.shape(beside)[:-1] != x.shape[:-1]:
-      raise ValueError(f"beside must be of x's examples and pixels, {x.shape[:-1]}; got shape {jnp.shape(beside)}")
+      raise ValueError(
+        f"beside must be of x's examples and pixels, {x.shape[:-1]}; got shape {jnp.shape(beside)}"
+      )
     return jnp.concatenate([x, beside], axis=-1)
 
-  def _records(self, x: Array, train: bool, inner: tuple[Switched, ...], outer: Switched, convs: Sequence) -> Records:
+  def _records(
+    self, x: Array, train: bool, inner: tuple[Switched, ...], outer: Switched, convs: Sequence
+  ) -> Records:
     """`convs` are the convolutions of the branch, each with the shape of its input."""
-    groups = {"none": (), "channel": inner, "all_channels": (*inner, outer), "layer": self._layer(x, outer, convs)}
+    groups = {
+      "none": (),
+      "channel": inner,
+      "all_channels": (*inner, outer),
+      "layer": self._layer(x, outer, convs),
+    }
     if not groups[self.gating]:
       return ()
     return ChannelGate(groups[self.gating], self.gate, self.axis_name, name=GATE_NAME)(x, train)
@@ -101,13 +119,21 @@ class _ResidualBlock(nn.Module):
 
   def _skips(self, records: Records, train: bool) -> bool:
     """Whether the branch's backward leaves out the examples whose gate is closed."""
-    return self.gating == "layer" and bool(records) and train and self.backward_share < 1 and not self.is_initializing()
+    return (
+      self.gating == "layer"
+      and bool(records)
+      and train
+      and self.backward_share < 1
+      and not self.is_initializing()
+    )
 
   def _with_open_backward(self, convs: Sequence[nn.Module], x: Array, records: Records) -> Array:
     """The branch, its convolutions with ReLU between, with the backward of open examples alone."""
     if not self.group_norm:
-      raise ValueError("backward_share must be 1 without group_norm, since BatchNorm carries gradients between "
-                       f"examples; got {self.backward_share}")
+      raise ValueError(
+        "backward_share must be 1 without group_norm, since BatchNorm carries gradients between "
+        f"examples; got {self.backward_share}"
+      )
     alone = [conv.clone(parent=None, name=None) for conv in convs]
 
     def branch(variables, x):
@@ -115,8 +141,13 @@ class _ResidualBlock(nn.Module):
         x = conv.apply(own, nn.relu(x) if i else x, True)
       return x
 
-    return open_backward(branch, [conv.variables for conv in convs], x, records[0].gates[:, 0],
-                         capacity=math.ceil(self.backward_share * len(x)))
+    return open_backward(
+      branch,
+      [conv.variables for conv in convs],
+      x,
+      records[0].gates[:, 0],
+      capacity=math.ceil(self.backward_share * len(x)),
+    )
 
   def _join(self, branch: Array, shortcut: Array, records: Records) -> tuple[Array, Records]:
     if self.gating == "layer" and records:
@@ -131,7 +162,9 @@ class _ResidualBlock(nn.Module):
       return macs.per_output, macs.per_pair
     return macs.per_output + x.shape[-1] * macs.per_pair, 0
 
-  def _outer(self, conv: ConvNorm, h_shape: Sequence[int], project: ConvNorm | None, x: Array) -> Switched:
+  def _outer(
+    self, conv: ConvNorm, h_shape: Sequence[int], project: ConvNorm | None, x: Array
+  ) -> Switched:
     """The block's output channels: those of its last convolution, with their part of the projection."""
     macs = conv.macs(h_shape)
     shortcut = project.macs(x.shape).per_pair * x.shape[-1] if project else 0
@@ -150,7 +183,9 @@ class _ResidualBlock(nn.Module):
       return project(x, train)
     missing = features - x.shape[-1]
     if missing < 0:
-      raise ValueError(f"shortcut A cannot drop channels; got {x.shape[-1]} in, {features} out; use shortcut B")
+      raise ValueError(
+        f"shortcut A cannot drop channels; got {x.shape[-1]} in, {features} out; use shortcut B"
+      )
     every = slice(None, None, self.stride)
     x = x[:, *[every] * (x.ndim - 2)]
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(missing // 2, missing - missing // 2)])
@@ -168,7 +203,9 @@ class BasicBlock(_ResidualBlock):
   expansion = 1
 
   @nn.compact
-  def __call__(self, x: Array, train: bool = False, beside: Array | None = None) -> tuple[Array, Records]:
+  def __call__(
+    self, x: Array, train: bool = False, beside: Array | None = None
+  ) -> tuple[Array, Records]:
     self._check(x)
     width = scaled(self.features, self.inner_width)
     conv1 = self._conv(width, 3, self.stride, "conv1", self.dilations[0])
@@ -176,7 +213,9 @@ class BasicBlock(_ResidualBlock):
     project = self._project(x, self.features)
     h = nn.relu(conv1(self._with(beside, x), train))
     (alone, with_input), after = self._macs_into(conv1, x), conv2.macs(h.shape)
-    alone += after.per_input + (self.features * after.per_pair if self.gating != "all_channels" else 0)
+    alone += after.per_input + (
+      self.features * after.per_pair if self.gating != "all_channels" else 0
+    )
     inner = Switched(width, alone, with_input, (conv1.writer,), (conv2.reader,))
     outer = self._outer(conv2, h.shape, project, x)
     records = self._records(x, train, (inner,), outer, ((conv1, x.shape), (conv2, h.shape)))
@@ -197,7 +236,9 @@ class Bottleneck(_ResidualBlock):
   expansion = 4
 
   @nn.compact
-  def __call__(self, x: Array, train: bool = False, beside: Array | None = None) -> tuple[Array, Records]:
+  def __call__(
+    self, x: Array, train: bool = False, beside: Array | None = None
+  ) -> tuple[Array, Records]:
     self._check(x)
     out = self.expansion * self.features
     width = scaled(self.features, self.inner_width)
@@ -207,10 +248,18 @@ class Bottleneck(_ResidualBlock):
     project = self._project(x, out)
     h1 = nn.relu(conv1(self._with(beside, x), train))
     shape2 = (x.shape[0], *(-(-size // self.stride) for size in x.shape[1:-1]), width)
-    (alone, with_input), middle, last = self._macs_into(conv1, x), conv2.macs(h1.shape), conv3.macs(shape2)
+    (alone, with_input), middle, last = (
+      self._macs_into(conv1, x),
+      conv2.macs(h1.shape),
+      conv3.macs(shape2),
+    )
     into_last = last.per_input + (out * last.per_pair if self.gating != "all_channels" else 0)
-    groups = (Switched(width, alone + middle.per_input, with_input, (conv1.writer,), (conv2.reader,)),
-              Switched(width, middle.per_output + into_last, middle.per_pair, (conv2.writer,), (conv3.reader,)))
+    groups = (
+      Switched(width, alone + middle.per_input, with_input, (conv1.writer,), (conv2.reader,)),
+      Switched(
+        width, middle.per_output + into_last, middle.per_pair, (conv2.writer,), (conv3.reader,)
+      ),
+    )
     convs = ((conv1, x.shape), (conv2, h1.shape), (conv3, shape2))
     records = self._records(x, train, groups, self._outer(conv3, shape2, project, x), convs)
     if self._skips(records, train):

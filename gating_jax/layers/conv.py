@@ -61,19 +61,22 @@ class ConvNorm(nn.Module):
     check_maps(x)
     arguments.whole_number("features", self.features)
     arguments.whole_number("dilation", self.dilation)
-    window, stride = _per_axis("window", self.window, x.ndim - 2), _per_axis("stride", self.stride, x.ndim - 2)
+    window, stride = (
+      _per_axis("window", self.window, x.ndim - 2),
+      _per_axis("stride", self.stride, x.ndim - 2),
+    )
     x = nn.Conv(
-        self.features,
-        window,
-        stride,
-        padding=[(w // 2 * self.dilation,) * 2 for w in window],
-        kernel_dilation=self.dilation,
-        feature_group_count=self.features if self.depthwise else 1,
-        use_bias=not self.norm,
-        kernel_init=nn.initializers.he_normal(),
-        dtype=self.dtype,
-        conv_general_dilated=None if self.dilation > 1 else _quickest(len(window), self.depthwise),
-        name="conv",
+      self.features,
+      window,
+      stride,
+      padding=[(w // 2 * self.dilation,) * 2 for w in window],
+      kernel_dilation=self.dilation,
+      feature_group_count=self.features if self.depthwise else 1,
+      use_bias=not self.norm,
+      kernel_init=nn.initializers.he_normal(),
+      dtype=self.dtype,
+      conv_general_dilated=None if self.dilation > 1 else _quickest(len(window), self.depthwise),
+      name="conv",
     )(x)
     if not self.norm:
       return x
@@ -81,7 +84,11 @@ class ConvNorm(nn.Module):
       group = math.gcd(_GROUP, self.features)
       return nn.GroupNorm(num_groups=None, group_size=group, dtype=self.dtype, name="norm")(x)
     return nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, dtype=self.dtype, axis_name=self.axis_name, name="norm"
+      use_running_average=not train,
+      momentum=0.9,
+      dtype=self.dtype,
+      axis_name=self.axis_name,
+      name="norm",
     )(x)
 
   @property
@@ -141,14 +148,17 @@ class FactorisedConvNorm(nn.Module):
     frames, *area = x_shape[1:-1]
     area = math.prod(-(-size // s) for size, s in zip(area, stride[1:], strict=True))
     return ConvMacs(
-        per_input=math.prod(pixels) * frames * area * middle,
-        per_output=t * -(-frames // stride[0]) * area * middle,
-        per_pair=0)
+      per_input=math.prod(pixels) * frames * area * middle,
+      per_output=t * -(-frames // stride[0]) * area * middle,
+      per_pair=0,
+    )
 
   def _parts(self, inputs: int) -> tuple[ConvNorm, ConvNorm]:
     window, stride = _per_axis("window", self.window, 3), _per_axis("stride", self.stride, 3)
     shared = dict(dtype=self.dtype, axis_name=self.axis_name, group_norm=self.group_norm)
-    space = ConvNorm(self._middle(inputs), (1, *window[1:]), (1, *stride[1:]), name="space", **shared)
+    space = ConvNorm(
+      self._middle(inputs), (1, *window[1:]), (1, *stride[1:]), name="space", **shared
+    )
     time = ConvNorm(self.features, (window[0], 1, 1), (stride[0], 1, 1), name="time", **shared)
     return space, time
 

@@ -54,7 +54,9 @@ class Experts(nn.Module):
       y += gates[:, e].reshape(-1, *[1] * (own.ndim - 1)).astype(own.dtype) * own
     if len(set(macs)) > 1:
       raise ValueError(f"experts must all take the same multiply-accumulates; got {macs}")
-    return y, (GateRecord(logits, jax.nn.softmax(scores), gates, macs[0], gate=(*self.path, GATE_NAME)),)
+    return y, (
+      GateRecord(logits, jax.nn.softmax(scores), gates, macs[0], gate=(*self.path, GATE_NAME)),
+    )
 
 
 def mixture(scores: Array, top_k: int | None) -> tuple[Array, Array]:

@@ -51,7 +51,9 @@ def noise_scales(params: Mapping[str, Any], scale: float | Array) -> dict[str, A
   """
   arguments.instance("params", params, Mapping, "a tree of parameters")
   paths = (path for path in traverse_util.flatten_dict(params) if is_gate_path(path))
-  return traverse_util.unflatten_dict({(*path[: path.index(GATE_NAME) + 1], _SCALE): scale for path in paths})
+  return traverse_util.unflatten_dict(
+    {(*path[: path.index(GATE_NAME) + 1], _SCALE): scale for path in paths}
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,9 @@ class GateSettings:
     one_of("gate context", self.context, CONTEXTS)
     one_of("gate relaxation", self.relaxation, RELAXATIONS)
     if self.context == "random" and self.relaxation != "straight_through":
-      raise ValueError(f"gate relaxation must be straight_through where context is random; got {self.relaxation!r}")
+      raise ValueError(
+        f"gate relaxation must be straight_through where context is random; got {self.relaxation!r}"
+      )
 
   @property
   def initial_logit(self) -> float:
@@ -106,8 +110,10 @@ class GateSettings:
     """How many adjacent channels of a layer of so many share a gate."""
     size = min(self.block, channels)
     if channels % size:
-      raise ValueError(f"gate block must divide a layer's channels or exceed them; got {self.block} for {channels} "
-                       "channels")
+      raise ValueError(
+        f"gate block must divide a layer's channels or exceed them; got {self.block} for {channels} "
+        "channels"
+      )
     return size
 
 
@@ -136,7 +142,9 @@ class GateHead(nn.Module):
     x = x.astype(jnp.float32)
     context = jnp.mean(x, axis=tuple(range(1, x.ndim - 1)))
     h = nn.Dense(s.hidden, use_bias=False, name="hidden")(context)
-    h = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name, name="norm")(h)
+    h = nn.BatchNorm(
+      use_running_average=not train, momentum=0.9, axis_name=self.axis_name, name="norm"
+    )(h)
     bias = nn.initializers.constant(s.initial_logit)
     return nn.Dense(self.units, bias_init=bias, name="logits")(nn.relu(h))
 
@@ -180,25 +188,41 @@ class ChannelGate(nn.Module):
     logits = self._logits(x, sum(units), train)
     probs, gates = jax.nn.sigmoid(logits), self._gates(logits, train)
     parts = [jnp.split(a, np.cumsum(units)[:-1], axis=-1) for a in (logits, probs, gates)]
-    return tuple(GateRecord(*part, *macs, *group[3:], self.path)
-                 for *part, macs, group in zip(*parts, self._macs(sizes, x.shape[-1]), self.groups, strict=True))
+    return tuple(
+      GateRecord(*part, *macs, *group[3:], self.path)
+      for *part, macs, group in zip(
+        *parts, self._macs(sizes, x.shape[-1]), self.groups, strict=True
+      )
+    )
 
   def _check(self):
     what = "a tuple of Switched, one per group of channels"
     if isinstance(self.groups, Switched) or not isinstance(self.groups, tuple) or not self.groups:
       raise TypeError(f"groups must be {what}; got {shown(self.groups)}")
     for i, group in enumerate(self.groups):
-      arguments.instance(f"groups[{i}]", group, Switched, "Switched, such as Switched(channels=32, macs_per_channel=0)")
+      arguments.instance(
+        f"groups[{i}]",
+        group,
+        Switched,
+        "Switched, such as Switched(channels=32, macs_per_channel=0)",
+      )
       arguments.whole_number(f"groups[{i}].channels", group.channels)
-      arguments.number(f"groups[{i}].macs_per_channel", group.macs_per_channel, ">= 0", lambda v: v >= 0)
+      arguments.number(
+        f"groups[{i}].macs_per_channel", group.macs_per_channel, ">= 0", lambda v: v >= 0
+      )
       arguments.number(f"groups[{i}].macs_per_pair", group.macs_per_pair, ">= 0", lambda v: v >= 0)
     check_gate_settings("settings", self.settings)
 
   def _macs(self, sizes: list[int], inputs: int) -> list[tuple[int, int]]:
     """What one gate of each group costs, alone and with one of the group before; before the first is the input."""
-    before = [self.settings.channels_per_gate(inputs) if self.groups[0].macs_per_pair else 1, *sizes]
-    return [(size * group.macs_per_channel, size * b * group.macs_per_pair)
-            for group, size, b in zip(self.groups, sizes, before, strict=False)]
+    before = [
+      self.settings.channels_per_gate(inputs) if self.groups[0].macs_per_pair else 1,
+      *sizes,
+    ]
+    return [
+      (size * group.macs_per_channel, size * b * group.macs_per_pair)
+      for group, size, b in zip(self.groups, sizes, before, strict=False)
+    ]
 
   def _logits(self, x: Array, units: int, train: bool) -> Array:
     """`[N, units]` log-odds of being open."""
@@ -227,7 +251,9 @@ class ChannelGate(nn.Module):
     if not train:
       return at_rest(logits)
     scale = self.get_variable(NOISE, _SCALE, s.noise_scale)
-    return self._drawn(lambda key, row: sample(key, row, s.temperature, noise_scale=scale), logits, train)
+    return self._drawn(
+      lambda key, row: sample(key, row, s.temperature, noise_scale=scale), logits, train
+    )
 
   def _drawn(self, sample: Callable[[Array, Array], Array], logits: Array, train: bool) -> Array:
     """Each example's `sample(key, logits)`. Evaluation has no key: its draws are the same in every batch."""
@@ -257,7 +283,9 @@ def apply_gates(x: Array, gates: Array) -> Array:
   x = x.astype(float_dtype(x))
   units = gates.shape[-1] if gates.ndim == 2 else 0
   if units == 0 or x.ndim < 2 or gates.shape[0] != x.shape[0] or x.shape[-1] % units:
-    raise ValueError("gates must be [N, C / b] for x's N examples and C channels, b of them to a gate; "
-                     f"got gates {gates.shape}, x {x.shape}")
+    raise ValueError(
+      "gates must be [N, C / b] for x's N examples and C channels, b of them to a gate; "
+      f"got gates {gates.shape}, x {x.shape}"
+    )
   gates = jnp.repeat(gates, x.shape[-1] // gates.shape[1], axis=1)
   return x * gates.reshape(gates.shape[0], *[1] * (x.ndim - 2), gates.shape[1]).astype(x.dtype)

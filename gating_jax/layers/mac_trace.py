@@ -38,7 +38,11 @@ def kernel_calls() -> Iterator[list[Call]]:
     y, module = next_fun(*args, **kwargs), context.module
     if isinstance(module, (nn.Conv, nn.Dense)) and context.method_name == "__call__":
       kernel = module.get_variable("params", "kernel").shape
-      calls.append(Call(module.path, conv_macs(kernel, y.shape), kernel[-2] if isinstance(module, nn.Conv) else 0))
+      calls.append(
+        Call(
+          module.path, conv_macs(kernel, y.shape), kernel[-2] if isinstance(module, nn.Conv) else 0
+        )
+      )
     if isinstance(module, nn.DenseGeneral):
       calls.append(Call(module.path, math.prod(module.get_variable("params", "kernel").shape), 0))
     return y

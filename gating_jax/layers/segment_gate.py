@@ -24,9 +24,11 @@ from gating_jax.types import Array, GateRecord
 
 CONTEXTS = ("none", "attention", "convolution")
 RELAXATIONS = {
-    "straight_through": relaxations.straight_through_gate,
-    "soft": relaxations.binary_concrete,
-    "clipped_sigmoid": lambda key, logits, temperature, noise_scale: relaxations.clipped_sigmoid(logits),
+  "straight_through": relaxations.straight_through_gate,
+  "soft": relaxations.binary_concrete,
+  "clipped_sigmoid": lambda key, logits, temperature, noise_scale: relaxations.clipped_sigmoid(
+    logits
+  ),
 }
 POLICIES = ("all", "uniform", "random", "oracle", "prefix")
 POOLINGS = ("max", "mean", "attention")
@@ -79,9 +81,13 @@ class SegmentGate(nn.Module):
     check_examples(x, train)
     arguments.real_array("valid", valid, "[B, T]")
     if x.ndim != 3 or valid.shape != x.shape[:2]:
-      raise ValueError(f"x must be [B, T, C] and valid [B, T]; got x {x.shape}, valid {valid.shape}")
+      raise ValueError(
+        f"x must be [B, T, C] and valid [B, T]; got x {x.shape}, valid {valid.shape}"
+      )
     similarity = nn.Dense(s.concepts, use_bias=False, name=CONCEPTS)(x.astype(jnp.float32))
-    h = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name, name="norm")(similarity)
+    h = nn.BatchNorm(
+      use_running_average=not train, momentum=0.9, axis_name=self.axis_name, name="norm"
+    )(similarity)
     h = nn.Dense(g.hidden, name="project")(nn.relu(h))
     if s.context == "attention":
       h += Attention(name="context")(h, valid)
@@ -92,12 +98,15 @@ class SegmentGate(nn.Module):
     bias = nn.initializers.constant(g.initial_logit)
     logits = nn.Dense(1, bias_init=bias, name="logits")(h)[..., 0]
     gates = self._sample(logits) if train else relaxations.threshold_gate(logits)
-    return GateRecord(logits, jax.nn.sigmoid(logits), selection.keep_best(gates, logits, valid), self.macs_per_unit)
+    return GateRecord(
+      logits, jax.nn.sigmoid(logits), selection.keep_best(gates, logits, valid), self.macs_per_unit
+    )
 
   def _sample(self, logits: Array) -> Array:
     keys = collectives.example_keys(self.make_rng(GATE_RNG), logits.shape[0], self.axis_name)
     sample = lambda key, row: RELAXATIONS[self.settings.relaxation](
-        key, row, self.settings.gate.temperature, noise_scale=self.settings.gate.noise_scale)
+      key, row, self.settings.gate.temperature, noise_scale=self.settings.gate.noise_scale
+    )
     return jax.vmap(sample)(keys, logits)
 
 
@@ -110,9 +119,12 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x: Array, valid: Array) -> Array:
     normed = nn.LayerNorm(name="norm")(x)
-    query, key, value = (nn.Dense(x.shape[-1], name=name)(normed) for name in ("query", "key", "value"))
+    query, key, value = (
+      nn.Dense(x.shape[-1], name=name)(normed) for name in ("query", "key", "value")
+    )
     seen = jax.nn.dot_product_attention(
-        query[:, :, None], key[:, :, None], value[:, :, None], mask=valid[:, None, None, :])
+      query[:, :, None], key[:, :, None], value[:, :, None], mask=valid[:, None, None, :]
+    )
     return nn.Dense(x.shape[-1], name="out")(seen[:, :, 0])
 
 
@@ -129,7 +141,9 @@ class Policy(nn.Module):
   axis_name: Hashable | None = None
 
   @nn.compact
-  def __call__(self, valid: Array, relevant: Array | None = None, train: bool = False) -> GateRecord:
+  def __call__(
+    self, valid: Array, relevant: Array | None = None, train: bool = False
+  ) -> GateRecord:
     one_of("policy", self.policy, POLICIES)
     k = selection.k_for(valid, self.share)
     valid = jnp.asarray(valid)
@@ -182,7 +196,9 @@ def pool(features: Array, gates: Array, kind: str, scores: Array | None = None) 
   arguments.real_array("features", features, "[B, T, C]")
   arguments.real_array("gates", gates, "[B, T]")
   if np.shape(features)[:2] != np.shape(gates):
-    raise ValueError(f"gates must be [B, T] for features [B, T, C]; got {np.shape(gates)}, {np.shape(features)}")
+    raise ValueError(
+      f"gates must be [B, T] for features [B, T, C]; got {np.shape(gates)}, {np.shape(features)}"
+    )
   features = as_float(features)
   weights = jnp.asarray(gates)[..., None].astype(features.dtype)
   open_ = weights > 0

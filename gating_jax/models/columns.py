@@ -60,7 +60,9 @@ class ChainColumn(nn.Module):
   axis_name: Hashable | None = None
 
   @nn.compact
-  def __call__(self, x: Array, before: Sequence[Array], train: bool = False) -> tuple[Array, tuple[Array, ...]]:
+  def __call__(
+    self, x: Array, before: Sequence[Array], train: bool = False
+  ) -> tuple[Array, tuple[Array, ...]]:
     h, outputs = x.astype(self.dtype), []
     convs = [i for i, channels in enumerate(self.chain) if channels != POOL]
     for number, i in enumerate(convs, start=1):
@@ -68,16 +70,16 @@ class ChainColumn(nn.Module):
         beside = Adapter(self.alpha, name=f"adapter{number}")(before[number - 2])
         h = jnp.concatenate([h, beside], axis=-1)
       h, _ = VGGLayer(
-          features=scaled(self.chain[i], self.width),
-          pool=POOL in self.chain[i + 1 : i + 2],
-          norm=self.norm,
-          gating="none",
-          gated_input=False,
-          readers=(),
-          gate=GateSettings(),
-          dtype=self.dtype,
-          axis_name=self.axis_name,
-          name=f"layer{number}",
+        features=scaled(self.chain[i], self.width),
+        pool=POOL in self.chain[i + 1 : i + 2],
+        norm=self.norm,
+        gating="none",
+        gated_input=False,
+        readers=(),
+        gate=GateSettings(),
+        dtype=self.dtype,
+        axis_name=self.axis_name,
+        name=f"layer{number}",
       )(h, train)
       outputs.append(h)
     return _logits(self, h, before), tuple(outputs)
@@ -93,13 +95,19 @@ class ResNetColumn(ResNet):
   alpha: float = 0.1
 
   @nn.compact
-  def __call__(self, x: Array, before: Sequence[Array], train: bool = False) -> tuple[Array, tuple[Array, ...]]:
+  def __call__(
+    self, x: Array, before: Sequence[Array], train: bool = False
+  ) -> tuple[Array, tuple[Array, ...]]:
     h = self._stem(x, train)
     outputs = [h]
     for stage, (stride, dilation) in enumerate(zip(*self.resolution(x), strict=True)):
       for number in range(self.blocks[stage]):
         block = self._block(stage, number, stride, dilation)
-        beside = Adapter(self.alpha, name=f"{block.name}_adapter")(before[len(outputs) - 1]) if before else None
+        beside = (
+          Adapter(self.alpha, name=f"{block.name}_adapter")(before[len(outputs) - 1])
+          if before
+          else None
+        )
         h, _ = block(h, train, beside)
         outputs.append(h)
     return _logits(self, h, before), tuple(outputs)
@@ -118,8 +126,11 @@ class Adapter(nn.Module):
     columns, channels = before.shape[0], before.shape[-1]
     alpha = self.param("alpha", nn.initializers.constant(self.alpha), (columns,), jnp.float32)
     kernel = self.param(
-        "kernel", nn.initializers.he_normal(batch_axis=0), (columns, channels, channels), jnp.float32)
-    return nn.relu(jnp.einsum("j...d,jde->...e", before, (alpha[:, None, None] * kernel).astype(before.dtype)))
+      "kernel", nn.initializers.he_normal(batch_axis=0), (columns, channels, channels), jnp.float32
+    )
+    return nn.relu(
+      jnp.einsum("j...d,jde->...e", before, (alpha[:, None, None] * kernel).astype(before.dtype))
+    )
 
 
 def column(name: str, classes: int, **settings) -> Column:
@@ -149,13 +160,19 @@ def column_macs(column: Column, shape: tuple[int, int, int], columns_before: int
     _trace(column, shape, [(j, 1, *h) for h in shapes] if j else ())
   head = sum(call.macs for call in calls if call.path == ("classifier",))
   adapters = [j * math.prod(h) * h[-1] for h in shapes[:-1]]
-  return ColumnMacs(sum(call.macs for call in calls) - head + sum(adapters), head + j * shapes[-1][-1] ** 2)
+  return ColumnMacs(
+    sum(call.macs for call in calls) - head + sum(adapters), head + j * shapes[-1][-1] ** 2
+  )
 
 
-def _trace(column: Column, shape: Sequence[int], before: Sequence[Sequence[int]]) -> tuple[Array, tuple[Array, ...]]:
+def _trace(
+  column: Column, shape: Sequence[int], before: Sequence[Sequence[int]]
+) -> tuple[Array, tuple[Array, ...]]:
   """What a new column returns, as shapes."""
   image, *before = (jax.ShapeDtypeStruct(s, column.dtype) for s in ((1, *shape), *before))
-  return jax.eval_shape(lambda x, b: column.init_with_output(jax.random.key(0), x, b)[0], image, before)
+  return jax.eval_shape(
+    lambda x, b: column.init_with_output(jax.random.key(0), x, b)[0], image, before
+  )
 
 
 def _logits(column: Column, h: Array, before: Sequence[Array]) -> Array:
@@ -163,5 +180,7 @@ def _logits(column: Column, h: Array, before: Sequence[Array]) -> Array:
   pooled = jnp.mean(h.astype(jnp.float32), axis=(1, 2))
   if before:
     pooled_before = jnp.mean(before[-1].astype(jnp.float32), axis=(2, 3))
-    pooled = jnp.concatenate([pooled, Adapter(column.alpha, name="classifier_adapter")(pooled_before)], axis=-1)
+    pooled = jnp.concatenate(
+      [pooled, Adapter(column.alpha, name="classifier_adapter")(pooled_before)], axis=-1
+    )
   return nn.Dense(column.classes, name="classifier")(pooled)

@@ -44,8 +44,10 @@ class EarlyExitNet(ResNet):
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
     if self.classes is None or len(self.blocks) < 2 or self.gating != "none" or x.ndim != 4:
-      raise ValueError("a network with exits must have classes, two stages, gating='none' and images [N, H, W, D]; got "
-                       f"classes {self.classes}, blocks {self.blocks}, gating {self.gating!r}, shape {x.shape}")
+      raise ValueError(
+        "a network with exits must have classes, two stages, gating='none' and images [N, H, W, D]; got "
+        f"classes {self.classes}, blocks {self.blocks}, gating {self.gating!r}, shape {x.shape}"
+      )
     x, answers, macs = self._stem(x, train), [], []
     for stage, (stride, dilation) in enumerate(zip(*self.resolution(x), strict=True)):
       with kernel_calls() as calls:
@@ -56,13 +58,28 @@ class EarlyExitNet(ResNet):
     answers = jnp.stack(answers, axis=1)
     stay = confidence.stay_logits(jax.lax.stop_gradient(answers[:, :-1]), self.threshold)
     records = tuple(
-        GateRecord(part, jax.nn.sigmoid(part), threshold_gate(part), cost, gate=(*self.path, f"exit{i}", "classifier"))
-        for i, (part, cost) in enumerate(zip(jnp.split(stay, stay.shape[1], axis=1), macs[1:], strict=True), start=1))
+      GateRecord(
+        part,
+        jax.nn.sigmoid(part),
+        threshold_gate(part),
+        cost,
+        gate=(*self.path, f"exit{i}", "classifier"),
+      )
+      for i, (part, cost) in enumerate(
+        zip(jnp.split(stay, stay.shape[1], axis=1), macs[1:], strict=True), start=1
+      )
+    )
     return (answers if train else confidence.first_sure(answers, stay)), records
 
   def _exit(self, number: int) -> nn.Module:
-    return Exit(self.classes, self._channels(2**number), self.dtype, self.axis_name, self.group_norm,
-                name=f"exit{number}")
+    return Exit(
+      self.classes,
+      self._channels(2**number),
+      self.dtype,
+      self.axis_name,
+      self.group_norm,
+      name=f"exit{number}",
+    )
 
 
 class Exit(nn.Module):
@@ -76,7 +93,8 @@ class Exit(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
-    conv = ConvNorm(self.features, 3, 2, self.dtype, self.axis_name, group_norm=self.group_norm, name="conv")
+    conv = ConvNorm(
+      self.features, 3, 2, self.dtype, self.axis_name, group_norm=self.group_norm, name="conv"
+    )
     x = jnp.mean(nn.relu(conv(x, train)).astype(jnp.float32), axis=(1, 2))
     return nn.Dense(self.classes, name="classifier")(x)
-

@@ -31,14 +31,21 @@ class ExpertNet(ResNet):
   experts: int = 4
   top_k: int | None = None
 
-  def _stage(self, x: Array, train: bool, stage: int, stride: int, dilation: int) -> tuple[Array, Records]:
+  def _stage(
+    self, x: Array, train: bool, stage: int, stride: int, dilation: int
+  ) -> tuple[Array, Records]:
     if self.gating != "none":
       raise ValueError(f"gating must be none in a network of experts; got {self.gating!r}")
     if stage + 1 < len(self.blocks):
       return super()._stage(x, train, stage, stride, dilation)
     block = lambda number: self._block(stage, number, stride, dilation, parent=None, name=None)
-    experts = tuple(Chain(tuple(block(i) for i in range(self.blocks[stage])), parent=None) for _ in range(self.experts))
-    return Experts(experts, self.top_k, self.gate, self.axis_name, name=f"stage{stage + 1}")(x, train)
+    experts = tuple(
+      Chain(tuple(block(i) for i in range(self.blocks[stage])), parent=None)
+      for _ in range(self.experts)
+    )
+    return Experts(experts, self.top_k, self.gate, self.axis_name, name=f"stage{stage + 1}")(
+      x, train
+    )
 
 
 class Chain(nn.Module):

@@ -51,7 +51,9 @@ class Generator(nn.Module):
   axis_name: Hashable | None = None
 
   @nn.compact
-  def __call__(self, z: Array, labels: Array | None = None, train: bool = False) -> tuple[Array, Records]:
+  def __call__(
+    self, z: Array, labels: Array | None = None, train: bool = False
+  ) -> tuple[Array, Records]:
     if z.ndim != 2 or z.shape[1] != self.latent:
       raise ValueError(f"z must be [N, {self.latent}], as latent says; got shape {z.shape}")
     _check_labels(self.classes, labels)
@@ -64,7 +66,9 @@ class Generator(nn.Module):
     for i, size in enumerate(maps, start=1):
       read = height * width * 9 * colours if i == len(maps) else 0
       reader = (*self.path, "pixels") if i == len(maps) else (*self.path, f"map{i + 1}", "filters")
-      h, new = _Hidden(size, read, reader, self.gating, self.gate, self.axis_name, name=f"map{i}")(h, train)
+      h, new = _Hidden(size, read, reader, self.gating, self.gate, self.axis_name, name=f"map{i}")(
+        h, train
+      )
       records += new
     return jnp.tanh(_doubling(colours, "pixels")(h)), records
 
@@ -91,7 +95,11 @@ class Critic(nn.Module):
     for i, (*_, features) in enumerate(reversed(_maps(x.shape[1:], self.width)), start=1):
       x = nn.leaky_relu(_halving(features, f"conv{i}")(x), 0.2)
     scores = nn.Dense(self.classes or 1, name="score")(x.reshape(x.shape[0], -1))
-    return scores[:, 0] if labels is None else jnp.take_along_axis(scores, labels[:, None], axis=-1)[:, 0]
+    return (
+      scores[:, 0]
+      if labels is None
+      else jnp.take_along_axis(scores, labels[:, None], axis=-1)[:, 0]
+    )
 
 
 class _Hidden(nn.Module):
@@ -110,13 +118,20 @@ class _Hidden(nn.Module):
     one_of("gating", self.gating, GATINGS)
     height, width, features = self.size
     from_latents = x.ndim == 2
-    filters = nn.DenseGeneral(self.size, kernel_init=_INITIAL, name="filters") if from_latents else (
-        _doubling(features, "filters"))
+    filters = (
+      nn.DenseGeneral(self.size, kernel_init=_INITIAL, name="filters")
+      if from_latents
+      else (_doubling(features, "filters"))
+    )
     y = nn.relu(filters(x))
     if self.gating == "none":
       return y, ()
-    per_unit, per_pair = (height * width * x.shape[-1], 0) if from_latents else (0, height * width * 9)
-    group = Switched(features, per_unit + self.pixel_macs, per_pair, (filters.path,), (self.reader,))
+    per_unit, per_pair = (
+      (height * width * x.shape[-1], 0) if from_latents else (0, height * width * 9)
+    )
+    group = Switched(
+      features, per_unit + self.pixel_macs, per_pair, (filters.path,), (self.reader,)
+    )
     records = ChannelGate((group,), self.gate, self.axis_name, name=GATE_NAME)(x, train)
     return apply_gates(y, records[0].gates), records
 
@@ -126,7 +141,9 @@ def _maps(shape: Sequence[int], width: int) -> list[tuple[int, int, int]]:
   height, across, _ = shape
   divides = lambda: min(height, across) >= _SMALLEST_SIDE and height % 2 == across % 2 == 0
   if not divides():
-    raise ValueError(f"images must have even sides of at least {_SMALLEST_SIDE}; got shape {tuple(shape)}")
+    raise ValueError(
+      f"images must have even sides of at least {_SMALLEST_SIDE}; got shape {tuple(shape)}"
+    )
   maps = []
   while divides():
     height, across = height // 2, across // 2
@@ -141,11 +158,23 @@ def _doubling(features: int, name: str) -> nn.Conv:
 
 
 def _halving(features: int, name: str) -> nn.Conv:
-  convolve = lambda x, kernel, strides, padding, **defaults: convolve_images(x, kernel, strides, padding)
-  return nn.Conv(features, (4, 4), (2, 2), padding=1, kernel_init=_INITIAL, conv_general_dilated=convolve, name=name)
+  convolve = lambda x, kernel, strides, padding, **defaults: convolve_images(
+    x, kernel, strides, padding
+  )
+  return nn.Conv(
+    features,
+    (4, 4),
+    (2, 2),
+    padding=1,
+    kernel_init=_INITIAL,
+    conv_general_dilated=convolve,
+    name=name,
+  )
 
 
 def _check_labels(classes: int | None, labels: Array | None) -> None:
   if (classes is None) != (labels is None):
-    raise ValueError(f"labels must be given where classes is, and only there; got classes {classes}, "
-                     f"labels {'none' if labels is None else labels.shape}")
+    raise ValueError(
+      f"labels must be given where classes is, and only there; got classes {classes}, "
+      f"labels {'none' if labels is None else labels.shape}"
+    )

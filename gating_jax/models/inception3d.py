@@ -20,10 +20,15 @@ from gating_jax.types import Array, Records
 
 # Per module: channels of the 1x1 branch, of the two 1x1-3x3 branches, of the pooling branch.
 I3D = (
-    ((64, 96, 128, 16, 32, 32), (128, 128, 192, 32, 96, 64)),
-    ((192, 96, 208, 16, 48, 64), (160, 112, 224, 24, 64, 64), (128, 128, 256, 24, 64, 64), (112, 144, 288, 32, 64, 64),
-     (256, 160, 320, 32, 128, 128)),
-    ((256, 160, 320, 32, 128, 128), (384, 192, 384, 48, 128, 128)),
+  ((64, 96, 128, 16, 32, 32), (128, 128, 192, 32, 96, 64)),
+  (
+    (192, 96, 208, 16, 48, 64),
+    (160, 112, 224, 24, 64, 64),
+    (128, 128, 256, 24, 64, 64),
+    (112, 144, 288, 32, 64, 64),
+    (256, 160, 320, 32, 128, 128),
+  ),
+  ((256, 160, 320, 32, 128, 128), (384, 192, 384, 48, 128, 128)),
 )
 _STEMS = ("imagenet", "small")
 
@@ -50,7 +55,9 @@ class InflatedInception(nn.Module):
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
     if x.ndim not in (4, 5):
-      raise ValueError(f"clips must be [N, F, H, W, D] and images [N, H, W, D]; got shape {x.shape}")
+      raise ValueError(
+        f"clips must be [N, F, H, W, D] and images [N, H, W, D]; got shape {x.shape}"
+      )
     x = self._stem(x.astype(self.dtype), train)
     axes = x.ndim - 2
     for stage, modules in enumerate(self.stages):
@@ -69,7 +76,9 @@ class InflatedInception(nn.Module):
 
     def conv(x, i, features, window, stride):
       features = scaled(features, self.width)
-      return nn.relu(ConvNorm(features, window, stride, self.dtype, self.axis_name, name=f"stem{i}")(x, train))
+      return nn.relu(
+        ConvNorm(features, window, stride, self.dtype, self.axis_name, name=f"stem{i}")(x, train)
+      )
 
     if self.stem == "small":
       return conv(x, 1, 64, 3, half)
@@ -97,12 +106,15 @@ class InceptionModule(nn.Module):
 
     one, reduce2, two, reduce3, three, four = self.channels
     axes = x.ndim - 2
-    return jnp.concatenate([
+    return jnp.concatenate(
+      [
         conv(x, one, 1, "branch1"),
         conv(conv(x, reduce2, 1, "branch2_reduce"), two, 3, "branch2"),
         conv(conv(x, reduce3, 1, "branch3_reduce"), three, 3, "branch3"),
         conv(max_pool(x, (3,) * axes, (1,) * axes), four, 1, "branch4"),
-    ], axis=-1)
+      ],
+      axis=-1,
+    )
 
 
 def inflate(images: Any, clips: Any) -> Any:
@@ -124,8 +136,10 @@ def inflate(images: Any, clips: Any) -> Any:
   Array([2., 2., 2.], dtype=float32)
   """
   if jax.tree.structure(images) != jax.tree.structure(clips):
-    raise ValueError(f"images and clips must hold the same names; got {jax.tree.structure(images)} and "
-                     f"{jax.tree.structure(clips)}")
+    raise ValueError(
+      f"images and clips must hold the same names; got {jax.tree.structure(images)} and "
+      f"{jax.tree.structure(clips)}"
+    )
   return jax.tree_util.tree_map_with_path(_inflate, images, clips)
 
 
@@ -133,6 +147,8 @@ def _inflate(path, image: Array, clip: Array) -> Array:
   if image.shape == clip.shape:
     return image
   if image.shape != clip.shape[1:]:
-    raise ValueError(f"{jax.tree_util.keystr(path)} must have the same shape in clips, or one axis more in front; "
-                     f"got {image.shape} in images, {clip.shape} in clips")
+    raise ValueError(
+      f"{jax.tree_util.keystr(path)} must have the same shape in clips, or one axis more in front; "
+      f"got {image.shape} in images, {clip.shape} in clips"
+    )
   return jnp.broadcast_to(image / clip.shape[0], clip.shape)

@@ -16,7 +16,13 @@ from gating_jax.types import Array, Records
 
 # Per stage: expansion, channels, blocks, stride of the first block.
 MOBILENET_V2 = (
-    (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
+  (1, 16, 1, 1),
+  (6, 24, 2, 2),
+  (6, 32, 3, 2),
+  (6, 64, 4, 2),
+  (6, 96, 3, 1),
+  (6, 160, 3, 2),
+  (6, 320, 1, 1),
 )
 
 
@@ -52,7 +58,9 @@ class MobileNet(nn.Module):
       for i in range(blocks):
         name = f"stage{stage + 1}_block{i + 1}"
         features = scaled(channels, self.width)
-        x = InvertedResidual(features, expansion, stride if i == 0 else 1, name=name, **shared)(x, train)
+        x = InvertedResidual(features, expansion, stride if i == 0 else 1, name=name, **shared)(
+          x, train
+        )
     x = nn.relu6(ConvNorm(scaled(self.head, self.width), 1, name="head", **shared)(x, train))
     return jnp.mean(x.astype(jnp.float32), axis=(1, 2)), ()
 
@@ -76,6 +84,8 @@ class InvertedResidual(nn.Module):
     h = x
     if self.expansion > 1:
       h = nn.relu6(ConvNorm(inside, 1, name="expand", **shared)(h, train))
-    h = nn.relu6(ConvNorm(inside, 3, self.stride, depthwise=True, name="depthwise", **shared)(h, train))
+    h = nn.relu6(
+      ConvNorm(inside, 3, self.stride, depthwise=True, name="depthwise", **shared)(h, train)
+    )
     h = ConvNorm(self.features, 1, name="project", **shared)(h, train)
     return x + h if h.shape == x.shape else h

@@ -20,18 +20,20 @@ from gating_jax.ops import arguments
 from gating_jax.types import Array, Records
 
 # name: (stem, block, blocks per stage, channels of the first stage, shortcut)
-_CIFAR = {f"resnet{6 * n + 2}": ("cifar", BasicBlock, (n, n, n), 16, "A") for n in (1, 2, 3, 5, 7, 9, 18)}
+_CIFAR = {
+  f"resnet{6 * n + 2}": ("cifar", BasicBlock, (n, n, n), 16, "A") for n in (1, 2, 3, 5, 7, 9, 18)
+}
 _IMAGENET = {
-    "resnet18": ("imagenet", BasicBlock, (2, 2, 2, 2), 64, "B"),
-    "resnet34": ("imagenet", BasicBlock, (3, 4, 6, 3), 64, "B"),
-    "resnet50": ("imagenet", Bottleneck, (3, 4, 6, 3), 64, "B"),
-    "resnet101": ("imagenet", Bottleneck, (3, 4, 23, 3), 64, "B"),
+  "resnet18": ("imagenet", BasicBlock, (2, 2, 2, 2), 64, "B"),
+  "resnet34": ("imagenet", BasicBlock, (3, 4, 6, 3), 64, "B"),
+  "resnet50": ("imagenet", Bottleneck, (3, 4, 6, 3), 64, "B"),
+  "resnet101": ("imagenet", Bottleneck, (3, 4, 23, 3), 64, "B"),
 }
 _STEMS = {  # window and stride over frames, height and width, of which images have the last two; max pool
-    "cifar": ((3, 3, 3), (1, 1, 1), False),
-    "small": ((3, 3, 3), (1, 2, 2), False),
-    "clip": ((3, 7, 7), (1, 2, 2), False),
-    "imagenet": ((7, 7, 7), (1, 2, 2), True),
+  "cifar": ((3, 3, 3), (1, 1, 1), False),
+  "small": ((3, 3, 3), (1, 2, 2), False),
+  "clip": ((3, 7, 7), (1, 2, 2), False),
+  "imagenet": ((7, 7, 7), (1, 2, 2), True),
 }
 RESNETS = {**_CIFAR, **_IMAGENET}
 
@@ -101,7 +103,9 @@ class ResNet(nn.Module):
     arguments.number("width", self.width, "> 0", lambda v: v > 0)
     arguments.number("inner_width", self.inner_width, "> 0", lambda v: v > 0)
 
-  def _stage(self, x: Array, train: bool, stage: int, stride: int, dilation: int) -> tuple[Array, Records]:
+  def _stage(
+    self, x: Array, train: bool, stage: int, stride: int, dilation: int
+  ) -> tuple[Array, Records]:
     """The blocks of one stage, of which 0 is the first."""
     records: Records = ()
     for number in range(self.blocks[stage]):
@@ -112,20 +116,20 @@ class ResNet(nn.Module):
   def _block(self, stage: int, number: int, stride: int, dilation: int, **where) -> nn.Module:
     """Block `number` of a stage; `where` is the parent of one that is not this network's own."""
     return self.block(
-        features=self._channels(2**stage),
-        stride=1 if number else stride,
-        dilations=(dilation if number else max(1, dilation // 2), dilation),
-        gating=self.gating,
-        gated_input=stage + number > 0 and self.gating == "all_channels",
-        shortcut=self.shortcut,
-        convolution=self.convolution,
-        group_norm=self.group_norm,
-        backward_share=self.backward_share,
-        inner_width=self.inner_width,
-        gate=self.gate,
-        dtype=self.dtype,
-        axis_name=self.axis_name,
-        **{"name": f"stage{stage + 1}_block{number + 1}", **where},
+      features=self._channels(2**stage),
+      stride=1 if number else stride,
+      dilations=(dilation if number else max(1, dilation // 2), dilation),
+      gating=self.gating,
+      gated_input=stage + number > 0 and self.gating == "all_channels",
+      shortcut=self.shortcut,
+      convolution=self.convolution,
+      group_norm=self.group_norm,
+      backward_share=self.backward_share,
+      inner_width=self.inner_width,
+      gate=self.gate,
+      dtype=self.dtype,
+      axis_name=self.axis_name,
+      **{"name": f"stage{stage + 1}_block{number + 1}", **where},
     )
 
   def _head(self, x: Array) -> Array:
@@ -144,8 +148,10 @@ class ResNet(nn.Module):
     _, (*_, coarse), pool = _STEMS[self.stem]
     coarse *= 2 if pool else 1
     if x.ndim != 4 or self.output_stride < coarse:
-      raise ValueError(f"output_stride must be None or, for images, at least the stem's {coarse}; "
-                       f"got {self.output_stride}")
+      raise ValueError(
+        f"output_stride must be None or, for images, at least the stem's {coarse}; "
+        f"got {self.output_stride}"
+      )
     dilations = []
     for stage, stride in enumerate(strides):
       if coarse * stride > self.output_stride:
@@ -156,15 +162,24 @@ class ResNet(nn.Module):
 
   def _stem(self, x: Array, train: bool) -> Array:
     if x.ndim not in (4, 5):
-      raise ValueError(f"clips must be [N, F, H, W, D] and images must be [N, H, W, D]; got shape {x.shape}")
+      raise ValueError(
+        f"clips must be [N, F, H, W, D] and images must be [N, H, W, D]; got shape {x.shape}"
+      )
     x = x.astype(self.dtype)
     one_of("stem", self.stem, _STEMS)
     one_of("convolution", self.convolution, CONVOLUTIONS)
     axes = x.ndim - 2
     window, stride, pool = _STEMS[self.stem]
     conv = CONVOLUTIONS[self.convolution]
-    conv = conv(self._channels(1), window[-axes:], stride[-axes:], self.dtype, self.axis_name, name="stem",
-                group_norm=self.group_norm)
+    conv = conv(
+      self._channels(1),
+      window[-axes:],
+      stride[-axes:],
+      self.dtype,
+      self.axis_name,
+      name="stem",
+      group_norm=self.group_norm,
+    )
     x = nn.relu(conv(x, train))
     return nn.max_pool(x, (3,) * axes, (2,) * axes, ((1, 1),) * axes) if pool else x
 

@@ -50,7 +50,9 @@ class Segmenter(nn.Module):
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
     size = x.shape[1:3]
     x, records = self.backbone(x, train)
-    head = PyramidHead(self.classes, self.features, self.bins, self.dtype, self.axis_name, name="head")
+    head = PyramidHead(
+      self.classes, self.features, self.bins, self.dtype, self.axis_name, name="head"
+    )
     return enlarge(head(x, train), size), records
 
 
@@ -69,7 +71,9 @@ class PyramidHead(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
-    conv = lambda features, window, name: ConvNorm(features, window, 1, self.dtype, self.axis_name, name=name)
+    conv = lambda features, window, name: ConvNorm(
+      features, window, 1, self.dtype, self.axis_name, name=name
+    )
     x = x.astype(self.dtype)
     levels = [x]
     for side in self.bins:

@@ -69,13 +69,13 @@ def count(model: nn.Module, input_shape: Any) -> ModelCounts:
   for path, leaf in traverse_util.flatten_dict(variables.get("params", {})).items():
     params[is_gate_path(path)] += math.prod(leaf.shape)
   return ModelCounts(
-      params=params[False],
-      gate_params=params[True],
-      gates=sum(r.gates.shape[-1] for r in records),
-      macs=macs[False],
-      gate_macs=macs[True],
-      gated=gated_macs(records) if records else 0,
-      gate_layers=tuple(zip(layer_names(records), [r.gates.shape[-1] for r in records], strict=True)),
+    params=params[False],
+    gate_params=params[True],
+    gates=sum(r.gates.shape[-1] for r in records),
+    macs=macs[False],
+    gate_macs=macs[True],
+    gated=gated_macs(records) if records else 0,
+    gate_layers=tuple(zip(layer_names(records), [r.gates.shape[-1] for r in records], strict=True)),
   )
 
 
@@ -89,7 +89,9 @@ def reduced_macs(model: nn.Module, input_shape: Any) -> int:
   926100
   """
   calls, *_ = _trace(model, input_shape)
-  return sum(call.macs // call.inputs for call in calls if call.inputs and not is_gate_path(call.path))
+  return sum(
+    call.macs // call.inputs for call in calls if call.inputs and not is_gate_path(call.path)
+  )
 
 
 def layer_names(records: Sequence[GateRecord]) -> tuple[str, ...]:
@@ -110,7 +112,12 @@ def _trace(model: nn.Module, input_shape: Any) -> tuple[list[Call], Records, Any
   arguments.instance("model", model, nn.Module, "a network, such as resnet('resnet20', classes=10)")
   shapes = jax.tree.leaves(input_shape, is_leaf=lambda x: isinstance(x, tuple))
   for shape in shapes or [input_shape]:
-    arguments.instance("input_shape", shape, tuple, "a tuple of whole numbers, such as (32, 32, 3), or a tree of them")
+    arguments.instance(
+      "input_shape",
+      shape,
+      tuple,
+      "a tuple of whole numbers, such as (32, 32, 3), or a tree of them",
+    )
     for size in shape:
       arguments.whole_number("each of input_shape", size)
 
@@ -120,8 +127,11 @@ def _trace(model: nn.Module, input_shape: Any) -> tuple[list[Call], Records, Any
       raise TypeError(f"model must return (y, records), as gated networks do; got {shown(out)}")
     return out[1], variables
 
-  inputs = jax.tree.map(lambda shape: jax.ShapeDtypeStruct((1, *shape), jnp.float32), input_shape,
-                        is_leaf=lambda x: isinstance(x, tuple))
+  inputs = jax.tree.map(
+    lambda shape: jax.ShapeDtypeStruct((1, *shape), jnp.float32),
+    input_shape,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
   with kernel_calls() as calls:
     records, variables = jax.eval_shape(init, inputs)
   return calls, records, variables

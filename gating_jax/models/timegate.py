@@ -19,7 +19,15 @@ import numpy as np
 
 from gating_jax.checks import one_of
 from gating_jax.layers.gate import GATE_NAME
-from gating_jax.layers.segment_gate import POLICIES, Dropout, Policy, SegmentGate, SegmentGateSettings, certain, pool
+from gating_jax.layers.segment_gate import (
+  POLICIES,
+  Dropout,
+  Policy,
+  SegmentGate,
+  SegmentGateSettings,
+  certain,
+  pool,
+)
 from gating_jax.ops import arguments, selection
 from gating_jax.ops.sparse_backward import open_backward
 from gating_jax.types import Array, GateRecord, Records
@@ -67,10 +75,14 @@ class SegmentNet(nn.Module):
     arguments.whole_number("classes", self.classes)
     arguments.instance("heavy", self.heavy, nn.Module, "a network, such as heavy_net('r2plus1d18')")
     if self.light is not None:
-      arguments.instance("light", self.light, nn.Module, "a network, such as light_net('mobilenet'), or None")
+      arguments.instance(
+        "light", self.light, nn.Module, "a network, such as light_net('mobilenet'), or None"
+      )
     arguments.instance("gate", self.gate, SegmentGateSettings, "SegmentGateSettings")
     if self.light is None and (self.light_head or self.selection in ("gate", "confidence")):
-      raise ValueError(f"light must be a net where the selection is {self.selection!r} or it has a head; got None")
+      raise ValueError(
+        f"light must be a net where the selection is {self.selection!r} or it has a head; got None"
+      )
     if self.selection == "gate":
       self.selector = SegmentGate(self.gate, self.macs_per_segment, self.axis_name, name=GATE_NAME)
     elif self.selection in POLICIES:
@@ -92,7 +104,9 @@ class SegmentNet(nn.Module):
 
   def choose(self, inputs: Inputs, train: bool = False) -> tuple[GateRecord, Outputs]:
     """The segments' record, and what the light net's own head says; `inputs["heavy"]` is not looked at."""
-    arguments.instance("inputs", inputs, Mapping, "a mapping with arrays heavy, valid and, for a light net, light")
+    arguments.instance(
+      "inputs", inputs, Mapping, "a mapping with arrays heavy, valid and, for a light net, light"
+    )
     for name in ("valid", *(("light",) if self.light is not None else ())):
       _check_input(inputs, name)
     valid, outputs = jnp.asarray(inputs["valid"]).astype(bool), {}
@@ -117,10 +131,17 @@ class SegmentNet(nn.Module):
   def _encode_with_open_backward(self, clips: Array, gates: Array) -> Array:
     variables, heavy = self.heavy.variables, self.heavy.clone(parent=None, name=None)
     if other := variables.keys() - {"params"}:
-      raise ValueError(f"heavy must treat every clip by itself where backward_capacity is given, with group_norm and "
-                       f"without gates; got a net with {sorted(other)}")
-    return open_backward(lambda v, x: heavy.apply(v, x, True)[0], variables, clips, gates,
-                         capacity=self.backward_capacity)
+      raise ValueError(
+        f"heavy must treat every clip by itself where backward_capacity is given, with group_norm and "
+        f"without gates; got a net with {sorted(other)}"
+      )
+    return open_backward(
+      lambda v, x: heavy.apply(v, x, True)[0],
+      variables,
+      clips,
+      gates,
+      capacity=self.backward_capacity,
+    )
 
   def classify(self, features: Array, gates: Array) -> Array:
     """`[B, T, C]` features of the chosen segments, anything finite in place of the others, to `[B, classes]`."""
@@ -135,7 +156,9 @@ def _check_input(inputs: Inputs, name: str) -> None:
   arguments.real_array(what, inputs[name], "[B, T]" if name == "valid" else "")
   shape = np.shape(inputs["valid"])
   if np.shape(inputs[name])[:2] != shape:
-    raise ValueError(f"{what} must be [B, T, ...] like valid, {shape}; got shape {np.shape(inputs[name])}")
+    raise ValueError(
+      f"{what} must be [B, T, ...] like valid, {shape}; got shape {np.shape(inputs[name])}"
+    )
 
 
 class Classifier(nn.Module):
@@ -154,7 +177,9 @@ class Classifier(nn.Module):
     h = pool(features, gates, self.pooling, scores)
     h = Dropout(_DROPOUT, self.axis_name, name="dropout1")(h, train)
     h = nn.Dense(_HIDDEN, name="hidden")(h)
-    h = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name, name="norm")(h)
+    h = nn.BatchNorm(
+      use_running_average=not train, momentum=0.9, axis_name=self.axis_name, name="norm"
+    )(h)
     h = Dropout(_DROPOUT, self.axis_name, name="dropout2")(nn.leaky_relu(h, _LEAK), train)
     return nn.Dense(self.classes, name="logits")(h)
 
@@ -174,5 +199,8 @@ class SegmentClassifier(nn.Module):
   def __call__(self, inputs: Inputs, train: bool = False) -> tuple[Outputs, Records]:
     light, _ = self.light(inputs["light"], train)
     heavy, records = self.heavy(inputs["heavy"], train)
-    return {**inputs, "light": nn.Dense(self.targets, name="light_head")(light),
-            "heavy": nn.Dense(self.targets, name="heavy_head")(heavy)}, records
+    return {
+      **inputs,
+      "light": nn.Dense(self.targets, name="light_head")(light),
+      "heavy": nn.Dense(self.targets, name="heavy_head")(heavy),
+    }, records

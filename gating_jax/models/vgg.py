@@ -13,7 +13,14 @@ import jax.numpy as jnp
 
 from gating_jax.checks import one_of
 from gating_jax.layers.conv import ConvNorm, scaled
-from gating_jax.layers.gate import GATE_NAME, ChannelGate, GateSettings, Switched, apply_gates, check_gate_settings
+from gating_jax.layers.gate import (
+  GATE_NAME,
+  ChannelGate,
+  GateSettings,
+  Switched,
+  apply_gates,
+  check_gate_settings,
+)
 from gating_jax.ops import arguments
 from gating_jax.ops.cpu_convs import max_pool
 from gating_jax.types import Array, Path, Records
@@ -21,9 +28,28 @@ from gating_jax.types import Array, Path, Records
 POOL = "pool"
 GATINGS = ("none", "channel")
 VGGS = {
-    "simple_cnn": (100, POOL, 100, POOL, 100),
-    "vgg8": (64, POOL, 128, POOL, 256, 256, POOL, 512, 512, POOL),
-    "vgg16": (64, 64, POOL, 128, 128, POOL, 256, 256, 256, POOL, 512, 512, 512, POOL, 512, 512, 512, POOL),
+  "simple_cnn": (100, POOL, 100, POOL, 100),
+  "vgg8": (64, POOL, 128, POOL, 256, 256, POOL, 512, 512, POOL),
+  "vgg16": (
+    64,
+    64,
+    POOL,
+    128,
+    128,
+    POOL,
+    256,
+    256,
+    256,
+    POOL,
+    512,
+    512,
+    512,
+    POOL,
+    512,
+    512,
+    512,
+    POOL,
+  ),
 }
 
 
@@ -63,16 +89,16 @@ class VGG(nn.Module):
     convs = [i for i, channels in enumerate(self.chain) if channels != POOL]
     for number, i in enumerate(convs, start=1):
       x, new = VGGLayer(
-          features=scaled(self.chain[i], self.width),
-          pool=POOL in self.chain[i + 1 : i + 2],
-          norm=self.norm,
-          gating=self.gating,
-          gated_input=bool(records),
-          readers=self._readers(number, len(convs)),
-          gate=self.gate,
-          dtype=self.dtype,
-          axis_name=self.axis_name,
-          name=f"layer{number}",
+        features=scaled(self.chain[i], self.width),
+        pool=POOL in self.chain[i + 1 : i + 2],
+        norm=self.norm,
+        gating=self.gating,
+        gated_input=bool(records),
+        readers=self._readers(number, len(convs)),
+        gate=self.gate,
+        dtype=self.dtype,
+        axis_name=self.axis_name,
+        name=f"layer{number}",
       )(x, train)
       records += new
     x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
@@ -106,15 +132,21 @@ class VGGLayer(nn.Module):
     y = nn.relu(conv(x, train))
     if self.pool:
       if min(y.shape[1:3]) < 2:
-        raise ValueError(f"images are too small for the chain's pools: nothing is left after {self.name}, which has "
-                         f"{y.shape[1]} x {y.shape[2]} pixels; use another model.name or larger images")
+        raise ValueError(
+          f"images are too small for the chain's pools: nothing is left after {self.name}, which has "
+          f"{y.shape[1]} x {y.shape[2]} pixels; use another model.name or larger images"
+        )
       y = max_pool(y[:, : y.shape[1] // 2 * 2, : y.shape[2] // 2 * 2], (2, 2), (2, 2))
     if self.gating == "none":
       return y, ()
     per_pair = conv.macs(x.shape).per_pair
     macs = (0, per_pair) if self.gated_input else (per_pair * x.shape[-1], 0)
-    records = ChannelGate((Switched(self.features, *macs, (conv.writer,), self.readers),), self.gate, self.axis_name,
-                          name=GATE_NAME)(x, train)
+    records = ChannelGate(
+      (Switched(self.features, *macs, (conv.writer,), self.readers),),
+      self.gate,
+      self.axis_name,
+      name=GATE_NAME,
+    )(x, train)
     return apply_gates(y, records[0].gates), records
 
 

@@ -47,28 +47,34 @@ _FACTORISED = dict(stem="clip", convolution="factorised")
 
 # name: module, its fields
 LIGHT_NETS = {
-    "mobilenet": (MobileNet, {}),
-    "mobilenet_small": (MobileNet, dict(
-        stages=((1, 16, 1, 2), (4, 24, 2, 1), (4, 32, 2, 2)), stem=16, stem_stride=1, head=64)),
-    "resnet8": (ResNet, dict(classes=None, blocks=(1, 1, 1))),
-    "features": (FeaturePool, {}),
+  "mobilenet": (MobileNet, {}),
+  "mobilenet_small": (
+    MobileNet,
+    dict(stages=((1, 16, 1, 2), (4, 24, 2, 1), (4, 32, 2, 2)), stem=16, stem_stride=1, head=64),
+  ),
+  "resnet8": (ResNet, dict(classes=None, blocks=(1, 1, 1))),
+  "features": (FeaturePool, {}),
 }
 HEAVY_NETS = {
-    "resnet3d10": _clip_resnet("resnet18", blocks=(1, 1, 1, 1)),
-    "resnet3d18": _clip_resnet("resnet18"),
-    "resnet3d34": _clip_resnet("resnet34"),
-    "resnet3d50": _clip_resnet("resnet50"),
-    "resnet3d101": _clip_resnet("resnet101"),
-    "r2plus1d10": _clip_resnet("resnet18", blocks=(1, 1, 1, 1), **_FACTORISED),
-    "r2plus1d18": _clip_resnet("resnet18", **_FACTORISED),
-    "i3d": (InflatedInception, {}),
-    "i3d_small": (InflatedInception, dict(stages=tuple(stage[:1] for stage in I3D), stem="small")),
-    "features": (FeaturePool, {}),
+  "resnet3d10": _clip_resnet("resnet18", blocks=(1, 1, 1, 1)),
+  "resnet3d18": _clip_resnet("resnet18"),
+  "resnet3d34": _clip_resnet("resnet34"),
+  "resnet3d50": _clip_resnet("resnet50"),
+  "resnet3d101": _clip_resnet("resnet101"),
+  "r2plus1d10": _clip_resnet("resnet18", blocks=(1, 1, 1, 1), **_FACTORISED),
+  "r2plus1d18": _clip_resnet("resnet18", **_FACTORISED),
+  "i3d": (InflatedInception, {}),
+  "i3d_small": (InflatedInception, dict(stages=tuple(stage[:1] for stage in I3D), stem="small")),
+  "features": (FeaturePool, {}),
 }
 
 
 def light_net(
-    name: str, *, width: float = 1.0, dtype: jnp.dtype = jnp.float32, axis_name: Hashable | None = None
+  name: str,
+  *,
+  width: float = 1.0,
+  dtype: jnp.dtype = jnp.float32,
+  axis_name: Hashable | None = None,
 ) -> nn.Module:
   """A network for `[N, H, W, D]` frames.
 
@@ -86,15 +92,15 @@ def light_net(
 
 
 def heavy_net(
-    name: str,
-    *,
-    width: float = 1.0,
-    stem: str | None = None,
-    gating: str = "none",
-    gate: GateSettings | None = None,
-    group_norm: bool = False,
-    dtype: jnp.dtype = jnp.float32,
-    axis_name: Hashable | None = None,
+  name: str,
+  *,
+  width: float = 1.0,
+  stem: str | None = None,
+  gating: str = "none",
+  gate: GateSettings | None = None,
+  group_norm: bool = False,
+  dtype: jnp.dtype = jnp.float32,
+  axis_name: Hashable | None = None,
 ) -> nn.Module:
   """A network for `[N, F, H, W, D]` clips.
 
@@ -111,8 +117,15 @@ def heavy_net(
   >>> heavy_net("resnet3d10", gating="channel", stem="small").blocks
   (1, 1, 1, 1)
   """
-  settings = dict(width=width, stem=stem, gating=gating, gate=gate, group_norm=group_norm, dtype=dtype,
-                  axis_name=axis_name)
+  settings = dict(
+    width=width,
+    stem=stem,
+    gating=gating,
+    gate=gate,
+    group_norm=group_norm,
+    dtype=dtype,
+    axis_name=axis_name,
+  )
   return _build("heavy net", HEAVY_NETS, name, **settings)
 
 
@@ -125,6 +138,8 @@ def _build(what: str, table: dict[str, Any], name: str, **settings) -> nn.Module
   known = {field.name for field in dataclasses.fields(module)}
   for setting, unset in (("width", 1), ("stem", None), ("gating", "none"), ("group_norm", False)):
     if setting not in known and settings.get(setting, unset) != unset:
-      raise ValueError(f"{setting} of {what} {name!r} must be left at {unset!r}; got {settings[setting]!r}")
+      raise ValueError(
+        f"{setting} of {what} {name!r} must be left at {unset!r}; got {settings[setting]!r}"
+      )
   given = {key: value for key, value in settings.items() if key in known and value is not None}
   return module(**{**named, **given})

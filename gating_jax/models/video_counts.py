@@ -54,14 +54,19 @@ class VideoCounts:
       ValueError: gates or masks of another number of segments.
     """
     if np.shape(gates) != np.shape(valid) or np.shape(valid)[1:] != (self.segments,):
-      raise ValueError(f"gates and valid must be [M, {self.segments}]; got {np.shape(gates)} and {np.shape(valid)}")
+      raise ValueError(
+        f"gates and valid must be [M, {self.segments}]; got {np.shape(gates)} and {np.shape(valid)}"
+      )
     share = np.sum(valid, axis=1) / self.segments
     heavy = np.sum(np.where(gates > 0, heavy_macs, 0.0), axis=1)
     return share * (self.segments * self.light.macs + self.selector) + heavy + self.classifier
 
 
 def count_video(
-    model: SegmentNet, shapes: Mapping[str, tuple[int, ...]], *, made_elsewhere: tuple[int, int] = (0, 0)
+  model: SegmentNet,
+  shapes: Mapping[str, tuple[int, ...]],
+  *,
+  made_elsewhere: tuple[int, int] = (0, 0),
 ) -> VideoCounts:
   """Counts a network.
 
@@ -78,12 +83,19 @@ def count_video(
     arguments.instance(f"shapes[{name!r}]", shapes.get(name), tuple, "a tuple of whole numbers")
   segments = shapes["valid"][0]
   heavy = count(model.heavy.clone(parent=None), shapes["heavy"][1:])
-  light = NOTHING if model.light is None else count(model.light.clone(parent=None), shapes["light"][1:])
+  light = (
+    NOTHING if model.light is None else count(model.light.clone(parent=None), shapes["light"][1:])
+  )
   whole = count(model, dict(shapes))
-  classifier = count(model.clone(selection="all", light=None, light_head=False), dict(shapes)).macs - heavy.macs
+  classifier = (
+    count(model.clone(selection="all", light=None, light_head=False), dict(shapes)).macs
+    - heavy.macs
+  )
   selector = whole.gate_macs - heavy.gate_macs + whole.macs - light.macs - heavy.macs - classifier
   if model.selection == "gate" and model.gate.context == "attention":
     selector += 2 * segments**2 * model.gate.gate.hidden  # queries with keys, weights with values
-  light, heavy = (dataclasses.replace(net, macs=net.macs + macs)
-                  for net, macs in zip((light, heavy), made_elsewhere, strict=True))
+  light, heavy = (
+    dataclasses.replace(net, macs=net.macs + macs)
+    for net, macs in zip((light, heavy), made_elsewhere, strict=True)
+  )
   return VideoCounts(segments, light, heavy, selector, classifier)

@@ -27,8 +27,16 @@ import jax
 
 SWITCH = "GATING_JAX_NATIVE"
 SOURCES = tuple(Path(__file__).parent / name for name in ("gated_chain.cc", "isa.inc"))
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-fPIC", "-shared",
-         "-pthread")
+FLAGS = (
+  "-std=c++17",
+  "-O3",
+  "-ffp-contract=fast",
+  "-fno-math-errno",
+  "-fvisibility=hidden",
+  "-fPIC",
+  "-shared",
+  "-pthread",
+)
 _COMPILERS = ("c++", "g++", "clang++")
 _TIME_LIMIT = 300  # seconds
 
@@ -72,8 +80,12 @@ def _compile(compiler: list[str], path: Path) -> None:
   except OSError as error:
     raise NotBuilt(f"the folder for the native library cannot be written: {error}") from error
   try:
-    done = subprocess.run([*compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCES[0]), "-o", part],
-                          capture_output=True, text=True, timeout=_TIME_LIMIT)
+    done = subprocess.run(
+      [*compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCES[0]), "-o", part],
+      capture_output=True,
+      text=True,
+      timeout=_TIME_LIMIT,
+    )
     if done.returncode:
       raise NotBuilt(f"{shlex.join(compiler)} failed: {done.stderr.strip()[-2000:]}")
     os.replace(part, path)
@@ -89,12 +101,16 @@ def _compiler() -> list[str]:
     if found := shutil.which(command[0]):
       return [found, *command[1:]]
   sought = named[0] if named else ", ".join(_COMPILERS)
-  raise NotBuilt(f"no C++ compiler found ({sought}); install one, such as Debian's package g++, or name it in CXX")
+  raise NotBuilt(
+    f"no C++ compiler found ({sought}); install one, such as Debian's package g++, or name it in CXX"
+  )
 
 
 def _version(compiler: list[str]) -> str:
   try:
-    return subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=_TIME_LIMIT).stdout
+    return subprocess.run(
+      [*compiler, "--version"], capture_output=True, text=True, timeout=_TIME_LIMIT
+    ).stdout
   except (OSError, subprocess.TimeoutExpired) as error:
     raise NotBuilt(f"{shlex.join(compiler)} failed: {error}") from error
 

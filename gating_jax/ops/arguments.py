@@ -19,6 +19,7 @@ from gating_jax.types import Array
 
 _NO_NUMBERS = "OSUcmM"  # NumPy's kinds of types that hold no real number
 
+
 def instance(name: str, value: object, kind: type | tuple[type, ...], rule: str) -> None:
   """Raises a TypeError unless `value` is an instance of `kind`.
 
@@ -118,7 +119,9 @@ def one_shape(axes: str, **arrays: Any) -> tuple[Array, ...]:
     real_array(name, value, axes)
   shapes = [np.shape(value) for value in arrays.values()]
   if len(set(shapes)) > 1:
-    raise ValueError(f"{', '.join(arrays)} must be {axes} of one shape; got {', '.join(map(str, shapes))}")
+    raise ValueError(
+      f"{', '.join(arrays)} must be {axes} of one shape; got {', '.join(map(str, shapes))}"
+    )
   return tuple(map(jnp.asarray, arrays.values()))
 
 
@@ -129,7 +132,12 @@ def items(name: str, values: Any, what: str) -> tuple[Any, ...]:
   Traceback (most recent call last):
   TypeError: probs must be a list of one [N, C] array per layer; got float64[6,4]
   """
-  if is_array(values) or _is_text(values) or isinstance(values, Mapping) or not isinstance(values, Iterable):
+  if (
+    is_array(values)
+    or _is_text(values)
+    or isinstance(values, Mapping)
+    or not isinstance(values, Iterable)
+  ):
     raise TypeError(f"{name} must be a list of {what}; got {shown(values)}")
   return tuple(values)
 
@@ -140,7 +148,9 @@ def within_reach(name: str, shape: tuple[int, ...]) -> None:
   A shape with a size that is not known yet, as in `jax.export`, is taken.
   """
   if all(isinstance(size, int) for size in shape) and math.prod(shape) >= 2**31:
-    raise ValueError(f"{name} must have fewer than 2**31 elements, the reach of 32-bit indices; got shape {shape}")
+    raise ValueError(
+      f"{name} must have fewer than 2**31 elements, the reach of 32-bit indices; got shape {shape}"
+    )
 
 
 def prng_key(name: str, key: Any) -> None:

@@ -54,14 +54,19 @@ def table(a: float, b: float, log_norm: float) -> Callable[[Array], Array]:
   knots = step * np.arange(start, stop + 1)
   # For z > 0 through the complement, so that x near 1 keeps its digits.
   value = np.where(
-      knots <= 0,
-      special.betainc(a, b, special.expit(knots)),
-      1 - special.betainc(b, a, special.expit(-knots)),
+    knots <= 0,
+    special.betainc(a, b, special.expit(knots)),
+    1 - special.betainc(b, a, special.expit(-knots)),
   )
   slope = step * np.exp(a * special.log_expit(knots) + b * special.log_expit(-knots) - log_norm)
   # Per interval, the coefficients of 1, u, u^2, u^3 for u in [0, 1]; look-ups in four tables fuse, rows of one do not.
   rise = np.diff(value)
-  cubic = value[:-1], slope[:-1], 3 * rise - 2 * slope[:-1] - slope[1:], slope[:-1] + slope[1:] - 2 * rise
+  cubic = (
+    value[:-1],
+    slope[:-1],
+    3 * rise - 2 * slope[:-1] - slope[1:],
+    slope[:-1] + slope[1:] - 2 * rise,
+  )
 
   def evaluate(z):
     z = as_float(z)
@@ -98,7 +103,9 @@ def _cdf(z, a, b):
 def _cdf_jvp(primals, tangents):
   value, in_a, in_b = _integrals(*primals)
   slopes = (lambda: density(*primals), lambda: in_a, lambda: in_b)
-  parts = [slope() * t for slope, t in zip(slopes, tangents, strict=True) if not isinstance(t, _ZERO)]
+  parts = [
+    slope() * t for slope, t in zip(slopes, tangents, strict=True) if not isinstance(t, _ZERO)
+  ]
   return value, sum(parts, jnp.zeros_like(value))
 
 
@@ -125,10 +132,14 @@ def _integrals(z, a, b):
   """F, dF/da, dF/db. Integrates whichever side of the mode z lies on, where nothing cancels."""
   log_norm, mean_log, mean_log_rest = _totals(a, b)
   z = jnp.clip(z, -_FAR, _FAR)
-  mirrored = z > jnp.log(a) - jnp.log(b)  # the upper tail of Beta(a, b) is the lower tail of Beta(b, a)
+  mirrored = z > jnp.log(a) - jnp.log(
+    b
+  )  # the upper tail of Beta(a, b) is the lower tail of Beta(b, a)
   pick = lambda x, y: jnp.where(mirrored, y, x)
   z, a, b = pick(z, -z), pick(a, b), pick(b, a)
-  mass, in_a, in_b = _lower_tail(z, a, b, pick(mean_log, mean_log_rest), pick(mean_log_rest, mean_log))
+  mass, in_a, in_b = _lower_tail(
+    z, a, b, pick(mean_log, mean_log_rest), pick(mean_log_rest, mean_log)
+  )
   height = jnp.exp(_log_shape(z, a, b) - log_norm)
   mass, in_a, in_b = height * mass, height * in_a, height * in_b
   return pick(mass, 1 - mass), pick(in_a, -in_b), pick(in_b, -in_a)
@@ -140,7 +151,11 @@ def _totals(a, b):
   mass, log_x, log_rest = _lower_tail(mode, a, b, 0.0, 0.0)
   mass_above, log_rest_above, log_x_above = _lower_tail(-mode, b, a, 0.0, 0.0)
   mass = mass + mass_above
-  return _log_shape(mode, a, b) + jnp.log(mass), (log_x + log_x_above) / mass, (log_rest + log_rest_above) / mass
+  return (
+    _log_shape(mode, a, b) + jnp.log(mass),
+    (log_x + log_x_above) / mass,
+    (log_rest + log_rest_above) / mass,
+  )
 
 
 def _lower_tail(z, a, b, log_x, log_rest):

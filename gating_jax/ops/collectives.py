@@ -41,7 +41,9 @@ def exchange_columns(x: Array, axis_name: Hashable) -> Array:
   """Every device's examples of this device's share of the columns: `[N, C]` here, `[devices * N, C / devices]` back,
   C rounded up to a multiple of the devices by columns of zeros. Its transpose is the way back."""
   spare = -x.shape[1] % lax.axis_size(axis_name)
-  return lax.all_to_all(jnp.pad(x, ((0, 0), (0, spare))), axis_name, split_axis=1, concat_axis=0, tiled=True)
+  return lax.all_to_all(
+    jnp.pad(x, ((0, 0), (0, spare))), axis_name, split_axis=1, concat_axis=0, tiled=True
+  )
 
 
 def batch_mean(x: Array, axis_name: Hashable | None) -> Array:

@@ -63,12 +63,18 @@ def put_back(values: Array, index: Array, taken: Array, size: int) -> Array:
   arguments.whole_number("size", size, 0)
   values, index, taken = map(jnp.asarray, (values, index, taken))
   if not values.shape[:1] == index.shape == taken.shape:
-    raise ValueError("values must be [capacity, ...] with index and taken [capacity]; "
-                     f"got {values.shape}, {index.shape}, {taken.shape}")
+    raise ValueError(
+      "values must be [capacity, ...] with index and taken [capacity]; "
+      f"got {values.shape}, {index.shape}, {taken.shape}"
+    )
   if not jnp.issubdtype(index.dtype, jnp.integer):
     raise TypeError(f"index must be whole numbers; got {shown(index)}")
   taken = taken.astype(bool)
-  return jnp.zeros((size, *values.shape[1:]), values.dtype).at[jnp.where(taken, index, size)].add(values, mode="drop")
+  return (
+    jnp.zeros((size, *values.shape[1:]), values.dtype)
+    .at[jnp.where(taken, index, size)]
+    .add(values, mode="drop")
+  )
 
 
 def capacity_for(count: int, sizes: Sequence[int]) -> int:

@@ -72,12 +72,16 @@ def first_sure(answers: Array, stay: Array) -> Array:
   arguments.real_array("stay", stay, "[N, X]")
   (n, exits), (videos, every) = jnp.shape(stay), jnp.shape(answers)[:2]
   if n != videos or every != exits + 1:
-    raise ValueError(f"answers must be [N, X + 1, K] for stay [N, X]; got {jnp.shape(answers)}, {jnp.shape(stay)}")
+    raise ValueError(
+      f"answers must be [N, X + 1, K] for stay [N, X]; got {jnp.shape(answers)}, {jnp.shape(stay)}"
+    )
   at = jnp.sum(stay > 0, axis=1)
   return jnp.take_along_axis(answers, at[:, None, None], axis=1)[:, 0]
 
 
-def threshold_for_budget(stay: np.ndarray, macs: Sequence[int], fixed: int, *, threshold: float, share: float) -> float:
+def threshold_for_budget(
+  stay: np.ndarray, macs: Sequence[int], fixed: int, *, threshold: float, share: float
+) -> float:
   """The lowest threshold, so the most examples that run on, with mean MACs of at most `share` of all; on examples that
   were not trained on.
 
@@ -106,10 +110,14 @@ def threshold_for_budget(stay: np.ndarray, macs: Sequence[int], fixed: int, *, t
     raise ValueError(f"stay must be [N, X] for X macs; got shapes {stay.shape} and {macs.shape}")
   total = fixed + macs.sum()
   if not fixed <= share * total:
-    raise ValueError(f"share must be at least {fixed / total:.4g}, what runs before the first exit; got {share}")
+    raise ValueError(
+      f"share must be at least {fixed / total:.4g}, what runs before the first exit; got {share}"
+    )
   levels, where = np.unique(stay, return_inverse=True)
   saved = np.bincount(where.ravel(), np.broadcast_to(macs / len(stay), stay.shape).ravel())
-  spent = total - np.concatenate([[0.0], np.cumsum(saved)])  # where so many of the lowest levels leave
+  spent = total - np.concatenate(
+    [[0.0], np.cumsum(saved)]
+  )  # where so many of the lowest levels leave
   leave = int(np.argmax(spent <= share * total * (1 + 1e-9)))
   padded = np.concatenate([[levels[0] - 2], levels, [levels[-1] + 2]])
   between = (padded[leave] + padded[leave + 1]) / 2  # apart from both, whatever rounding there is
@@ -117,5 +125,7 @@ def threshold_for_budget(stay: np.ndarray, macs: Sequence[int], fixed: int, *, t
 
 
 def _log_odds(threshold: float) -> float:
-  arguments.number("threshold", threshold, "in (0, 1), a share of the largest entropy", lambda v: 0 < v < 1)
+  arguments.number(
+    "threshold", threshold, "in (0, 1), a share of the largest entropy", lambda v: 0 < v < 1
+  )
   return math.log(threshold) - math.log1p(-threshold)

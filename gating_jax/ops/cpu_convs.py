@@ -22,10 +22,14 @@ from gating_jax.types import Array
 
 _IMAGES = ("NHWC", "HWIO", "NHWC")
 # Whether a pixel of even (first) or odd place reads, by tap i, the original before, at or after its own.
-_READ_ON_DOUBLED = np.array([[[1, 0, 0], [0, 1, 0], [0, 1, 0]], [[0, 1, 0], [0, 1, 0], [0, 0, 1]]], np.float32)
+_READ_ON_DOUBLED = np.array(
+  [[[1, 0, 0], [0, 1, 0], [0, 1, 0]], [[0, 1, 0], [0, 1, 0], [0, 0, 1]]], np.float32
+)
 
 
-def convolve_clips(x: Array, kernel: Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]) -> Array:
+def convolve_clips(
+  x: Array, kernel: Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]
+) -> Array:
   """3-D convolution as one 2-D convolution, the frames under the kernel's temporal taps side by side as channels.
 
       y_f = sum_t x_(s f + t) * kernel_t = concat_t(x_(s f + t)) * concat_t(kernel_t),   * in 2-D
@@ -46,12 +50,18 @@ def convolve_clips(x: Array, kernel: Array, strides: Sequence[int], padding: Seq
   frames = (x.shape[1] - taps) // strides[0] + 1
   x = jnp.concatenate([_every(x, 1, t, strides[0], frames) for t in range(taps)], axis=-1)
   y = lax.conv_general_dilated(
-      x.reshape(-1, *x.shape[2:]), jnp.concatenate(list(kernel), axis=2), strides[1:], padding[1:],
-      dimension_numbers=_IMAGES)
+    x.reshape(-1, *x.shape[2:]),
+    jnp.concatenate(list(kernel), axis=2),
+    strides[1:],
+    padding[1:],
+    dimension_numbers=_IMAGES,
+  )
   return y.reshape(-1, frames, *y.shape[1:])
 
 
-def convolve_images(x: Array, kernel: Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]) -> Array:
+def convolve_images(
+  x: Array, kernel: Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]
+) -> Array:
   """2-D convolution as one matrix product, the pixels under the kernel's taps side by side as channels.
 
   Args:
@@ -96,7 +106,9 @@ def convolve_doubled(x: Array, kernel: Array) -> Array:
   return jnp.swapaxes(y, 2, 3).reshape(n, 2 * height, 2 * width, -1)
 
 
-def convolve_depthwise(x: Array, kernel: Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]) -> Array:
+def convolve_depthwise(
+  x: Array, kernel: Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]
+) -> Array:
   """2-D convolution of every channel with a kernel of its own: a sum of shifted products.
 
   Args:

@@ -50,13 +50,13 @@ def empirical_cdf(x: Array, axis: int = 0) -> Array:
 
 @ranking.reverse_mode_only
 def batch_shaping_loss(
-    logits: Array,
-    prior: Prior,
-    *,
-    axis: int = 0,
-    axis_name: Hashable | None = None,
-    weights: Array | None = None,
-    exchange: str = "gather",
+  logits: Array,
+  prior: Prior,
+  *,
+  axis: int = 0,
+  axis_name: Hashable | None = None,
+  weights: Array | None = None,
+  exchange: str = "gather",
 ) -> Array:
   """Squared gap between each column's empirical CDF and a prior's CDF, for gates given by their log-odds.
 
@@ -100,19 +100,21 @@ def batch_shaping_loss(
   """
   check_prior("prior", prior)
   if prior.logit_cdf is None:
-    raise ValueError(f"prior must have a logit axis, that is, live on [0, 1]; got {prior.name}; use cdf_matching_loss")
+    raise ValueError(
+      f"prior must have a logit axis, that is, live on [0, 1]; got {prior.name}; use cdf_matching_loss"
+    )
   return _gap(logits, prior, prior.logit_cdf, "logits", axis, axis_name, weights, exchange)
 
 
 @ranking.reverse_mode_only
 def cdf_matching_loss(
-    x: Array,
-    prior: Prior,
-    *,
-    axis: int = 0,
-    axis_name: Hashable | None = None,
-    weights: Array | None = None,
-    exchange: str = "gather",
+  x: Array,
+  prior: Prior,
+  *,
+  axis: int = 0,
+  axis_name: Hashable | None = None,
+  weights: Array | None = None,
+  exchange: str = "gather",
 ) -> Array:
   """`batch_shaping_loss` on the natural axis: for probabilities, or any real-valued feature.
 
@@ -133,7 +135,7 @@ def cdf_matching_loss(
 
 
 def generalised_batch_shaping_loss(
-    logits: Array, mean_logits: Array, prior: Callable[[Array], Prior], hyperprior: Prior, **options
+  logits: Array, mean_logits: Array, prior: Callable[[Array], Prior], hyperprior: Prior, **options
 ) -> tuple[Array, Array]:
   """Batch-shaping with one learned prior per gate, the priors' means themselves shaped by a hyperprior.
 
@@ -162,7 +164,9 @@ def generalised_batch_shaping_loss(
   check_prior("hyperprior", hyperprior)
   mean_logits = as_float(mean_logits)
   mean = jnp.clip(jax.nn.sigmoid(mean_logits), _LEAST_MEAN, 1 - _LEAST_MEAN)
-  return batch_shaping_loss(logits, prior(mean), **options), batch_shaping_loss(mean_logits, hyperprior)
+  return batch_shaping_loss(logits, prior(mean), **options), batch_shaping_loss(
+    mean_logits, hyperprior
+  )
 
 
 def noise_floor(n: int) -> float:
@@ -184,15 +188,21 @@ def _gap(x, prior, cdf, name, axis, axis_name, weights, exchange):
     x = _fill(x, weights != 0)
   columns = x.shape[1:]
   if not _fits(prior.shape, columns):
-    raise ValueError(f"prior's parameters must broadcast to {columns}, the shape of {name} without axis {axis}; "
-                     f"got {prior.shape}, of {prior.name}")
+    raise ValueError(
+      f"prior's parameters must broadcast to {columns}, the shape of {name} without axis {axis}; "
+      f"got {prior.shape}, of {prior.name}"
+    )
   # Levels belong to the whole batch, the prior's CDF to one example: each device computes that of its own.
   values = cdf(x)
   if values.shape != x.shape:
-    raise ValueError(f"prior's cdf must be elementwise; got {values.shape} from {x.shape}, with {prior.name}")
+    raise ValueError(
+      f"prior's cdf must be elementwise; got {values.shape} from {x.shape}, with {prior.name}"
+    )
   values = jnp.where(jnp.isnan(x), jnp.nan, values.astype(x.dtype))  # whatever the cdf makes of it
   over_devices = lambda share: [
-      v if v is None else share(v.reshape(v.shape[0], -1)) for v in (lax.stop_gradient(x), values, weights)]
+    v if v is None else share(v.reshape(v.shape[0], -1))
+    for v in (lax.stop_gradient(x), values, weights)
+  ]
   if axis_name is None:
     loss = _mean_square_gap(*over_devices(lambda v: v))
   elif exchange == "gather":
@@ -222,7 +232,9 @@ def _mean_square_gap_fwd(keys, values, weights):
     before = jnp.cumsum(in_order, axis=0) - in_order
     share = weights / jnp.where(total == 0, 1, total)
   level = (before + (in_order + 1) / 2) / (total + 1)
-  shared = lax.cond(jnp.any(tied), _level_of_run, lambda level, *_: level, level, tied, before, in_order, total)
+  shared = lax.cond(
+    jnp.any(tied), _level_of_run, lambda level, *_: level, level, tied, before, in_order, total
+  )
   gap = values - ranking.unsort(shared, source)
   if weights is not None:
     gap = jnp.where(weights == 0, 0, gap)
@@ -234,7 +246,10 @@ def _mean_square_gap_fwd(keys, values, weights):
 def _level_of_run(level, tied, before, in_order, total):
   """The mean level of the run of ties each place belongs to, by the weights before it and in it."""
   first, last = ranking.tie_bounds(tied)
-  start, end = jnp.take_along_axis(before, first, 0), jnp.take_along_axis(before + in_order, last, 0)
+  start, end = (
+    jnp.take_along_axis(before, first, 0),
+    jnp.take_along_axis(before + in_order, last, 0),
+  )
   return jnp.where(first == last, level, (start + (end - start + 1) / 2) / (total + 1))
 
 
@@ -253,7 +268,9 @@ def _batch(x, axis, name):
   x = collectives.whole_batch(as_float(x))
   axis = ranking.check_axis(x, axis)
   if x.shape[axis] == 0:
-    raise ValueError(f"{name} must hold at least one example along axis {axis}; got shape {x.shape}")
+    raise ValueError(
+      f"{name} must hold at least one example along axis {axis}; got shape {x.shape}"
+    )
   return x, axis
 
 
@@ -266,8 +283,10 @@ def _whole_weights(weights, x, whole_shape, name, axis):
   elif weights.shape == x.shape[:1]:
     weights = jnp.broadcast_to(weights.reshape(-1, *[1] * (x.ndim - 1)), x.shape)
   else:
-    raise ValueError(f"weights must be of shape {x.shape[:1]}, one per example, or of the shape of {name}, "
-                     f"{whole_shape}; got {weights.shape}")
+    raise ValueError(
+      f"weights must be of shape {x.shape[:1]}, one per example, or of the shape of {name}, "
+      f"{whole_shape}; got {weights.shape}"
+    )
   return jnp.where(weights < 0, jnp.nan, weights)
 
 

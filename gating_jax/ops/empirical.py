@@ -45,8 +45,14 @@ def empirical(samples: Array, *, axis_name: Hashable | None = None) -> Prior:
   real_array("samples", samples)
   samples = as_float(samples)
   if samples.ndim == 0 or samples.shape[0] == 0:
-    raise ValueError(f"samples must hold at least one value along axis 0; got shape {samples.shape}")
-  samples = collectives.whole_batch(samples) if axis_name is None else collectives.gather_batch(samples, axis_name)
+    raise ValueError(
+      f"samples must hold at least one value along axis 0; got shape {samples.shape}"
+    )
+  samples = (
+    collectives.whole_batch(samples)
+    if axis_name is None
+    else collectives.gather_batch(samples, axis_name)
+  )
   within_reach("samples of a column, of all devices,", samples.shape[:1])
   family = _Empirical(jnp.sort(samples, axis=0))
   m, *columns = samples.shape
@@ -86,7 +92,9 @@ def _interpolated_level(ordered: Array, x: Array) -> Array:
   left, right = ordered[jnp.maximum(upto - 1, 0)], ordered[jnp.minimum(upto, m - 1)]
   inside = (upto > 0) & (upto < m)
   # Halved, differences of finite values do not overflow.
-  between = jnp.where(inside, x / 2 - left / 2, 0) / jnp.where(inside, jnp.maximum(right / 2 - left / 2, tiny), 1)
+  between = jnp.where(inside, x / 2 - left / 2, 0) / jnp.where(
+    inside, jnp.maximum(right / 2 - left / 2, tiny), 1
+  )
   on_step = jnp.maximum(upto - below - 1, 0).astype(x.dtype) / 2
   scale = lax.stop_gradient(jnp.maximum(ordered[-1] / 8 - ordered[0] / 8, tiny))
   tail = lambda distance: jnp.exp(-jnp.maximum(distance / scale, 0.0))

@@ -59,9 +59,13 @@ def expected_macs(records: Records) -> Array:
 def gated_macs(records: Records) -> int:
   """MACs per example with every gate open."""
   records = checked_records(records)
-  units = [np.shape(r.gates)[-1] for r in records]  # which may be of batches of their own, images and segments
+  units = [
+    np.shape(r.gates)[-1] for r in records
+  ]  # which may be of batches of their own, images and segments
   single = sum(u * r.macs_per_unit for u, r in zip(units, records, strict=True))
-  return single + sum(units[i - 1] * units[i] * r.macs_per_pair for i, r in enumerate(records) if r.macs_per_pair)
+  return single + sum(
+    units[i - 1] * units[i] * r.macs_per_pair for i, r in enumerate(records) if r.macs_per_pair
+  )
 
 
 def _open_units(gates: Array) -> Array:
@@ -107,12 +111,16 @@ def checked_records(records: Records, *fields: str, with_examples: bool = False)
   for field in fields:
     shapes = [getattr(record, field).shape for record in records]
     if len({shape[:-1] for shape in shapes}) > 1:
-      raise ValueError(f"records must be of one batch, that of one forward pass; got {field} of shapes {shapes}")
+      raise ValueError(
+        f"records must be of one batch, that of one forward pass; got {field} of shapes {shapes}"
+      )
   if not records:
     raise ValueError("records must hold at least one GateRecord; got none: is the model ungated?")
   if records[0].macs_per_pair:
-    raise ValueError("the first record's macs_per_pair must be 0, no record is before it; "
-                     f"got {records[0].macs_per_pair}")
+    raise ValueError(
+      "the first record's macs_per_pair must be 0, no record is before it; "
+      f"got {records[0].macs_per_pair}"
+    )
   for field in fields:
     shape = getattr(records[0], field).shape
     if with_examples and shape[-2] == 0:

@@ -42,9 +42,18 @@ def why_not() -> str:
 
 
 def gated_branch(
-    x: Array, kernel1: Array, bias1: Array, kernel2: Array, bias2: Array, gates: Array | None,
-    shortcut: Array | None = None, *, stride: int = 1, relu: bool = True, layout: str = "HWIO",
-    implementation: str = "auto",
+  x: Array,
+  kernel1: Array,
+  bias1: Array,
+  kernel2: Array,
+  bias2: Array,
+  gates: Array | None,
+  shortcut: Array | None = None,
+  *,
+  stride: int = 1,
+  relu: bool = True,
+  layout: str = "HWIO",
+  implementation: str = "auto",
 ) -> Array:
   """The branch of a gated residual block of two convolutions, and its end.
 
@@ -53,14 +62,31 @@ def gated_branch(
   Args: as of `gated_chain`, for two convolutions; `gates` `[N, O1]` are those between them, `stride` that of the first.
   Returns: `[N, H', W', O2]`.
   """
-  return gated_chain(x, (kernel1, kernel2), (bias1, bias2), (None, gates, None), shortcut, strides=(stride, 1),
-                     relu=relu, layout=layout, implementation=implementation)
+  return gated_chain(
+    x,
+    (kernel1, kernel2),
+    (bias1, bias2),
+    (None, gates, None),
+    shortcut,
+    strides=(stride, 1),
+    relu=relu,
+    layout=layout,
+    implementation=implementation,
+  )
 
 
 def gated_conv(
-    x: Array, kernel: Array, bias: Array, shortcut: Array | None = None, *, in_gates: Array | None = None,
-    out_gates: Array | None = None, stride: int = 1, relu: bool = False, layout: str = "HWIO",
-    implementation: str = "auto",
+  x: Array,
+  kernel: Array,
+  bias: Array,
+  shortcut: Array | None = None,
+  *,
+  in_gates: Array | None = None,
+  out_gates: Array | None = None,
+  stride: int = 1,
+  relu: bool = False,
+  layout: str = "HWIO",
+  implementation: str = "auto",
 ) -> Array:
   """One convolution between gated channels.
 
@@ -73,14 +99,30 @@ def gated_conv(
   >>> gated_conv(x, kernel, jnp.zeros(3), in_gates=jnp.array([[1.0, 0.0]]), out_gates=jnp.array([[1.0, 0.0, 1.0]]))
   Array([[[[3., 0., 3.]]]], dtype=float32)
   """
-  return gated_chain(x, (kernel,), (bias,), (in_gates, out_gates), shortcut, strides=(stride,), relu=relu,
-                     layout=layout, implementation=implementation)
+  return gated_chain(
+    x,
+    (kernel,),
+    (bias,),
+    (in_gates, out_gates),
+    shortcut,
+    strides=(stride,),
+    relu=relu,
+    layout=layout,
+    implementation=implementation,
+  )
 
 
 def gated_chain(
-    x: Array, kernels: Sequence[Array], biases: Sequence[Array], gates: Sequence[Array | None],
-    shortcut: Array | None = None, *, strides: Sequence[int] | None = None, relu: bool = True, layout: str = "HWIO",
-    implementation: str = "auto",
+  x: Array,
+  kernels: Sequence[Array],
+  biases: Sequence[Array],
+  gates: Sequence[Array | None],
+  shortcut: Array | None = None,
+  *,
+  strides: Sequence[int] | None = None,
+  relu: bool = True,
+  layout: str = "HWIO",
+  implementation: str = "auto",
 ) -> Array:
   """Convolutions with ReLU between, each on the open channels of each example alone.
 
@@ -125,7 +167,8 @@ def gated_chain(
   if implementation == "native" and not available():
     raise RuntimeError(f"the native kernel is not available: {why_not()}")
   native = implementation == "native" or (
-      implementation == "auto" and jax.default_backend() == "cpu" and available())
+    implementation == "auto" and jax.default_backend() == "cpu" and available()
+  )
   arrays = (x, kernels, biases, gates, shortcut)
   return _not_differentiable(_native if native else _in_jax, strides, relu, arrays)
 
@@ -151,16 +194,22 @@ def _not_differentiable(compute, strides, relu, arrays):
 
 @_not_differentiable.defjvp
 def _refuse(compute, strides, relu, primals, tangents):
-  raise TypeError("gated_chain, gated_branch and gated_conv are for inference and have no derivatives; train with "
-                  "gating_jax.layers, which multiply by the gates")
+  raise TypeError(
+    "gated_chain, gated_branch and gated_conv are for inference and have no derivatives; train with "
+    "gating_jax.layers, which multiply by the gates"
+  )
 
 
 def _in_jax(strides, relu, x, kernels, biases, gates, shortcut):
   """The twin: everything is computed, and what is closed replaced by zeros."""
   x, last = _closed(x, gates[0]), len(kernels) - 1
-  for i, (kernel, bias, gate, stride) in enumerate(zip(kernels, biases, gates[1:], strides, strict=True)):
+  for i, (kernel, bias, gate, stride) in enumerate(
+    zip(kernels, biases, gates[1:], strides, strict=True)
+  ):
     pads = [(size // 2,) * 2 for size in kernel.shape[2:]]
-    x = lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "OIHW", "NHWC"))
+    x = lax.conv_general_dilated(
+      x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "OIHW", "NHWC")
+    )
     x = _closed(x + bias[None, None, None], gate)
     if i == last and shortcut is not None:
       x += shortcut
@@ -176,17 +225,28 @@ def _native(strides, relu, x, kernels, biases, gates, shortcut):
   gated = [gate is not None for gate in gates]
   open_where = [gate for gate in gates if gate is not None]
   call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(_shape(x, kernels, strides), jnp.float32))
-  return call(x, *kernels, *biases, *open_where, *([] if shortcut is None else [shortcut]),
-              strides=np.array(strides, np.int64), gated=np.array(gated, np.int64), relu=np.int64(relu),
-              shortcut=np.int64(shortcut is not None), isa=np.int64(_LANES))
+  return call(
+    x,
+    *kernels,
+    *biases,
+    *open_where,
+    *([] if shortcut is None else [shortcut]),
+    strides=np.array(strides, np.int64),
+    gated=np.array(gated, np.int64),
+    relu=np.int64(relu),
+    shortcut=np.int64(shortcut is not None),
+    isa=np.int64(_LANES),
+  )
 
 
 def _shape(x, kernels, strides) -> tuple[int, ...]:
   """Of the output."""
   sizes = x.shape[1:3]
   for kernel, stride in zip(kernels, strides, strict=True):
-    sizes = [(size + window // 2 * 2 - window) // stride + 1
-             for size, window in zip(sizes, kernel.shape[2:], strict=True)]
+    sizes = [
+      (size + window // 2 * 2 - window) // stride + 1
+      for size, window in zip(sizes, kernel.shape[2:], strict=True)
+    ]
   return (x.shape[0], *sizes, kernels[-1].shape[0])
 
 
@@ -202,7 +262,9 @@ def _strides(strides) -> tuple[int, ...]:
 
 def _check_rank(kernels) -> None:
   if not kernels or any(jnp.ndim(kernel) != 4 for kernel in kernels):
-    raise ValueError(f"kernels must be one or more of four axes; got shapes {list(map(jnp.shape, kernels))}")
+    raise ValueError(
+      f"kernels must be one or more of four axes; got shapes {list(map(jnp.shape, kernels))}"
+    )
 
 
 def _check(x, kernels, biases, gates, shortcut, strides) -> None:
@@ -211,27 +273,41 @@ def _check(x, kernels, biases, gates, shortcut, strides) -> None:
     raise ValueError(f"x must be [N, H, W, I]; got shape {jnp.shape(x)}")
   count = len(kernels)
   if (len(biases), len(gates), len(strides)) != (count, count + 1, count):
-    raise ValueError(f"{count} kernels need as many biases and strides, and one more of gates (or None each); got "
-                     f"{len(biases)} biases, {len(gates)} gates, {len(strides)} strides")
+    raise ValueError(
+      f"{count} kernels need as many biases and strides, and one more of gates (or None each); got "
+      f"{len(biases)} biases, {len(gates)} gates, {len(strides)} strides"
+    )
   channels = (x.shape[3], *(kernel.shape[0] for kernel in kernels))
   if (inputs := tuple(kernel.shape[1] for kernel in kernels)) != channels[:-1]:
-    raise ValueError(f"kernels must take the channels that x, then each kernel, gives, {channels[:-1]}; got {inputs}")
+    raise ValueError(
+      f"kernels must take the channels that x, then each kernel, gives, {channels[:-1]}; got {inputs}"
+    )
   if min(*x.shape[1:], *channels, *(size for kernel in kernels for size in kernel.shape)) < 1:
-    raise ValueError(f"x and kernels must not be empty; got {x.shape}, {[kernel.shape for kernel in kernels]}")
+    raise ValueError(
+      f"x and kernels must not be empty; got {x.shape}, {[kernel.shape for kernel in kernels]}"
+    )
   out = _shape(x, kernels, strides)
   if min(out[1:]) < 1:
-    raise ValueError(f"x must be at least as large as the windows; got {x.shape}, {[k.shape for k in kernels]}")
+    raise ValueError(
+      f"x must be at least as large as the windows; got {x.shape}, {[k.shape for k in kernels]}"
+    )
   for i, (bias, size) in enumerate(zip(biases, channels[1:], strict=True)):
     if jnp.shape(bias) != (size,):
       raise ValueError(f"biases[{i}] must be [{size}]; got shape {jnp.shape(bias)}")
   for i, (gate, size) in enumerate(zip(gates, channels, strict=True)):
     if gate is not None and jnp.shape(gate) != (x.shape[0], size):
-      raise ValueError(f"gates[{i}] must be [{x.shape[0]}, {size}] or None; got shape {jnp.shape(gate)}")
+      raise ValueError(
+        f"gates[{i}] must be [{x.shape[0]}, {size}] or None; got shape {jnp.shape(gate)}"
+      )
   if shortcut is not None and jnp.shape(shortcut) != out:
     raise ValueError(f"shortcut must have the output's shape {out}; got {jnp.shape(shortcut)}")
   arrays = {"x": x, "kernels": kernels, "biases": biases, "shortcut": shortcut}
-  if other := {name: str(leaf.dtype) for name, tree in arrays.items() for leaf in jax.tree.leaves(tree)
-               if leaf.dtype != jnp.float32}:
+  if other := {
+    name: str(leaf.dtype)
+    for name, tree in arrays.items()
+    for leaf in jax.tree.leaves(tree)
+    if leaf.dtype != jnp.float32
+  }:
     raise ValueError(f"x, kernels, biases and shortcut must be float32; got {other}")
 
 
@@ -242,5 +318,7 @@ def _register() -> str:
     library = build.load()
   except build.NotBuilt as error:
     return str(error)
-  jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library.gating_jax_gated_chain), platform="cpu")
+  jax.ffi.register_ffi_target(
+    _TARGET, jax.ffi.pycapsule(library.gating_jax_gated_chain), platform="cpu"
+  )
   return ""

@@ -66,8 +66,14 @@ DEFAULT_TILES = Tiles()
 
 
 def gated_branch(
-    branch: Branch, x: Array, gates: Array, *, stride: int = 1, precision: lax.PrecisionLike = None,
-    tiles: Tiles = DEFAULT_TILES, interpret: bool | None = None
+  branch: Branch,
+  x: Array,
+  gates: Array,
+  *,
+  stride: int = 1,
+  precision: lax.PrecisionLike = None,
+  tiles: Tiles = DEFAULT_TILES,
+  interpret: bool | None = None,
 ) -> Array:
   """The branch of a block with gated hidden channels, by the kernel: closed ones are not computed, written or read.
 
@@ -97,17 +103,24 @@ def gated_branch(
 
 
 def masked_branch(
-    branch: Branch, x: Array, gates: Array, *, stride: int = 1, precision: lax.PrecisionLike = None
+  branch: Branch, x: Array, gates: Array, *, stride: int = 1, precision: lax.PrecisionLike = None
 ) -> Array:
   """`gated_branch` in dense convolutions, hidden channels multiplied by their gates. Arguments as there."""
   branch, x, gates = _checked_branch(branch, x, gates)
-  hidden = masked_conv(x, branch.kernel1, branch.bias1, out_gates=gates, stride=stride, relu=True, precision=precision)
+  hidden = masked_conv(
+    x, branch.kernel1, branch.bias1, out_gates=gates, stride=stride, relu=True, precision=precision
+  )
   return masked_conv(hidden, branch.kernel2, branch.bias2, precision=precision)
 
 
 def dispatched_branch(
-    branch: Branch, x: Array, gates: Array, *, capacity: int | None = None, stride: int = 1,
-    precision: lax.PrecisionLike = None
+  branch: Branch,
+  x: Array,
+  gates: Array,
+  *,
+  capacity: int | None = None,
+  stride: int = 1,
+  precision: lax.PrecisionLike = None,
 ) -> Array:
   """`gated_branch` in plain JAX: block by block, on the examples that open it, as a mixture of experts does.
 
@@ -127,13 +140,23 @@ def dispatched_branch(
   if capacity == len(x):
     return dispatch(branch, x, gates)
   masked = functools.partial(masked_branch, stride=stride, precision=precision)
-  return lax.cond(jnp.max(jnp.sum(gates > 0, axis=0)) <= capacity, dispatch, masked, branch, x, gates)
+  return lax.cond(
+    jnp.max(jnp.sum(gates > 0, axis=0)) <= capacity, dispatch, masked, branch, x, gates
+  )
 
 
 def gated_conv(
-    x: Array, kernel: Array, bias: Array, *, in_gates: Array | None = None, out_gates: Array | None = None,
-    stride: int = 1, relu: bool = False, precision: lax.PrecisionLike = None, tiles: Tiles = DEFAULT_TILES,
-    interpret: bool | None = None
+  x: Array,
+  kernel: Array,
+  bias: Array,
+  *,
+  in_gates: Array | None = None,
+  out_gates: Array | None = None,
+  stride: int = 1,
+  relu: bool = False,
+  precision: lax.PrecisionLike = None,
+  tiles: Tiles = DEFAULT_TILES,
+  interpret: bool | None = None,
 ) -> Array:
   """One convolution by the kernel: closed input blocks are not read, closed output blocks are 0 and not computed.
 
@@ -147,13 +170,31 @@ def gated_conv(
     relu: whether act is.
   """
   x, kernel, bias, in_gates, out_gates = _checked_conv(x, kernel, bias, in_gates, out_gates)
-  return _gated_conv(x, kernel, bias, in_gates, out_gates, stride=stride, relu=relu, fill=True, precision=precision,
-                     tiles=tiles, interpret=interpret)
+  return _gated_conv(
+    x,
+    kernel,
+    bias,
+    in_gates,
+    out_gates,
+    stride=stride,
+    relu=relu,
+    fill=True,
+    precision=precision,
+    tiles=tiles,
+    interpret=interpret,
+  )
 
 
 def masked_conv(
-    x: Array, kernel: Array, bias: Array, *, in_gates: Array | None = None, out_gates: Array | None = None,
-    stride: int = 1, relu: bool = False, precision: lax.PrecisionLike = None
+  x: Array,
+  kernel: Array,
+  bias: Array,
+  *,
+  in_gates: Array | None = None,
+  out_gates: Array | None = None,
+  stride: int = 1,
+  relu: bool = False,
+  precision: lax.PrecisionLike = None,
 ) -> Array:
   """`gated_conv` in a dense convolution. Arguments as there."""
   x, kernel, bias, in_gates, out_gates = _checked_conv(x, kernel, bias, in_gates, out_gates)
@@ -166,28 +207,50 @@ def masked_conv(
   return y.astype(x.dtype)
 
 
-def _dispatch(branch: Branch, x: Array, gates: Array, *, capacity: int, stride: int, precision) -> Array:
+def _dispatch(
+  branch: Branch, x: Array, gates: Array, *, capacity: int, stride: int, precision
+) -> Array:
   blocks = gates.shape[1]
   split = lambda a, axis: jnp.moveaxis(
-      a.reshape(*a.shape[:axis], blocks, a.shape[axis] // blocks, *a.shape[axis + 1:]), axis, 0)
+    a.reshape(*a.shape[:axis], blocks, a.shape[axis] // blocks, *a.shape[axis + 1 :]), axis, 0
+  )
 
   def add_block(y, block):
     kernel1, bias1, kernel2, of_examples = block
     index, taken = open_indices(of_examples, capacity)
-    hidden = masked_conv(x[index], kernel1, bias1, out_gates=of_examples[index, None], stride=stride, relu=True,
-                         precision=precision)
-    return y.at[jnp.where(taken, index, len(x))].add(_conv(hidden, kernel2, 1, precision), mode="drop"), None
+    hidden = masked_conv(
+      x[index],
+      kernel1,
+      bias1,
+      out_gates=of_examples[index, None],
+      stride=stride,
+      relu=True,
+      precision=precision,
+    )
+    return y.at[jnp.where(taken, index, len(x))].add(
+      _conv(hidden, kernel2, 1, precision), mode="drop"
+    ), None
 
   height, width = _out_size(x, stride)
-  start = jnp.broadcast_to(branch.bias2.astype(jnp.float32), (len(x), height, width, len(branch.bias2)))
-  y, _ = lax.scan(add_block, start,
-                  (split(branch.kernel1, 3), split(branch.bias1, 0), split(branch.kernel2, 2), gates.T))
+  start = jnp.broadcast_to(
+    branch.bias2.astype(jnp.float32), (len(x), height, width, len(branch.bias2))
+  )
+  y, _ = lax.scan(
+    add_block,
+    start,
+    (split(branch.kernel1, 3), split(branch.bias1, 0), split(branch.kernel2, 2), gates.T),
+  )
   return y.astype(x.dtype)
 
 
-def _gated_conv(x, kernel, bias, in_gates, out_gates, *, stride, relu, fill, precision, tiles, interpret):
+def _gated_conv(
+  x, kernel, bias, in_gates, out_gates, *, stride, relu, fill, precision, tiles, interpret
+):
   """With `fill`, closed output blocks are written as zeros; without, not at all."""
-  from jax.experimental.pallas import triton  # here, so that a JAX without it still has the other forms
+  from jax.experimental.pallas import (
+    triton,
+  )  # here, so that a JAX without it still has the other forms
+
   if any(value < 1 or value & (value - 1) for value in tiles[:4]):
     raise ValueError(f"tiles must be powers of two; got {tiles}")
   interpret = jax.default_backend() != "gpu" if interpret is None else interpret
@@ -196,25 +259,69 @@ def _gated_conv(x, kernel, bias, in_gates, out_gates, *, stride, relu, fill, pre
   outputs = _tile("out_gates", e, out_gates, tiles.outputs, interpret)
   if out_gates is None:
     out_gates = jnp.ones((n, 1), jnp.float32)
-  open_tiles = jnp.ones((n, pl.cdiv(d, inputs)), bool)  # of input channels; they come first in `order`
+  open_tiles = jnp.ones(
+    (n, pl.cdiv(d, inputs)), bool
+  )  # of input channels; they come first in `order`
   if in_gates is not None:
     open_tiles = jnp.repeat(in_gates > 0, d // in_gates.shape[1] // inputs, axis=1)
   pixel_tiles, out_tiles = pl.cdiv(height * width, tiles.pixels), pl.cdiv(e, outputs)
   program = functools.partial(
-      _program, size=(h, w), out_width=width, window=kernel.shape[:2], stride=stride, relu=relu, fill=fill,
-      tiles=(tiles.pixels, inputs, outputs), pixel_tiles=pixel_tiles, tiles_per_gate=out_tiles // out_gates.shape[1],
-      precision=precision, load=functools.partial(triton.load, other=0.0), store=triton.store)
+    _program,
+    size=(h, w),
+    out_width=width,
+    window=kernel.shape[:2],
+    stride=stride,
+    relu=relu,
+    fill=fill,
+    tiles=(tiles.pixels, inputs, outputs),
+    pixel_tiles=pixel_tiles,
+    tiles_per_gate=out_tiles // out_gates.shape[1],
+    precision=precision,
+    load=functools.partial(triton.load, other=0.0),
+    store=triton.store,
+  )
   y = pl.pallas_call(
-      program, jax.ShapeDtypeStruct((n, height * width, e), x.dtype), grid=(n * pixel_tiles, out_tiles),
-      interpret=interpret, name="gated_conv",
-      compiler_params=None if interpret else triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
-  )(jnp.sum(open_tiles, axis=1, dtype=jnp.int32), _open_first(open_tiles), out_gates.astype(jnp.float32),
-    x.reshape(n, h * w, d), kernel.reshape(-1, d, e), bias)
+    program,
+    jax.ShapeDtypeStruct((n, height * width, e), x.dtype),
+    grid=(n * pixel_tiles, out_tiles),
+    interpret=interpret,
+    name="gated_conv",
+    compiler_params=None
+    if interpret
+    else triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+  )(
+    jnp.sum(open_tiles, axis=1, dtype=jnp.int32),
+    _open_first(open_tiles),
+    out_gates.astype(jnp.float32),
+    x.reshape(n, h * w, d),
+    kernel.reshape(-1, d, e),
+    bias,
+  )
   return y.reshape(n, height, width, e)
 
 
-def _program(count_ref, order_ref, gates_ref, x_ref, kernel_ref, bias_ref, y_ref, *, size, out_width, window, stride,
-             relu, fill, tiles, pixel_tiles, tiles_per_gate, precision, load, store):
+def _program(
+  count_ref,
+  order_ref,
+  gates_ref,
+  x_ref,
+  kernel_ref,
+  bias_ref,
+  y_ref,
+  *,
+  size,
+  out_width,
+  window,
+  stride,
+  relu,
+  fill,
+  tiles,
+  pixel_tiles,
+  tiles_per_gate,
+  precision,
+  load,
+  store,
+):
   """One tile of pixels of one example, one tile of its output channels."""
   pixels, inputs, outputs = tiles
   n = _quotient(pl.program_id(0), pixel_tiles)
@@ -227,23 +334,34 @@ def _program(count_ref, order_ref, gates_ref, x_ref, kernel_ref, bias_ref, y_ref
   inside = (pixel < y_ref.shape[1])[:, None] & (channel < e)[None, :]
 
   def add_tap(i, total):
-    step, tap = _quotient(i, taps), _remainder(i, taps)  # taps innermost: they read the same rows but for the shift
+    step, tap = (
+      _quotient(i, taps),
+      _remainder(i, taps),
+    )  # taps innermost: they read the same rows but for the shift
     k = order_ref[n, step] * inputs + jnp.arange(inputs, dtype=jnp.int32)
     y = row + _quotient(tap, window[1]) - window[0] // 2
     x = column + _remainder(tap, window[1]) - window[1] // 2
     in_image = (y >= 0) & (y < h) & (x >= 0) & (x < w) & (pixel < y_ref.shape[1])
-    rows = load(x_ref.at[n, (y * w + x)[:, None], k[None, :]], mask=in_image[:, None] & (k < d)[None, :])
-    weights = load(kernel_ref.at[tap, k[:, None], channel[None, :]], mask=(k < d)[:, None] & (channel < e)[None, :])
+    rows = load(
+      x_ref.at[n, (y * w + x)[:, None], k[None, :]], mask=in_image[:, None] & (k < d)[None, :]
+    )
+    weights = load(
+      kernel_ref.at[tap, k[:, None], channel[None, :]],
+      mask=(k < d)[:, None] & (channel < e)[None, :],
+    )
     return total + jnp.dot(rows, weights, preferred_element_type=jnp.float32, precision=precision)
 
   @pl.when(gate > 0)
   def _():
-    total = lax.fori_loop(0, count_ref[n] * taps, add_tap, jnp.zeros((pixels, outputs), jnp.float32))
+    total = lax.fori_loop(
+      0, count_ref[n] * taps, add_tap, jnp.zeros((pixels, outputs), jnp.float32)
+    )
     total += load(bias_ref.at[channel], mask=channel < e).astype(jnp.float32)[None, :]
     total = (jnp.maximum(total, 0) if relu else total) * gate
     store(place, total.astype(y_ref.dtype), mask=inside)
 
   if fill:
+
     @pl.when(~(gate > 0))
     def _():
       store(place, jnp.zeros((pixels, outputs), y_ref.dtype), mask=inside)
@@ -263,7 +381,9 @@ def _open_first(open_tiles: Array) -> Array:
   number = jnp.arange(open_tiles.shape[1], dtype=jnp.int32)
   key = jnp.where(open_tiles, number, number + len(number))
   rank = jnp.sum(key[:, :, None] > key[:, None, :], axis=2, dtype=jnp.int32)
-  return jnp.sum(jnp.where(rank[:, :, None] == number[None, None], number[:, None], 0), axis=1, dtype=jnp.int32)
+  return jnp.sum(
+    jnp.where(rank[:, :, None] == number[None, None], number[:, None], 0), axis=1, dtype=jnp.int32
+  )
 
 
 def _tile(name: str, channels: int, gates: Array | None, most: int, interpret: bool) -> int:
@@ -273,13 +393,21 @@ def _tile(name: str, channels: int, gates: Array | None, most: int, interpret: b
   block = channels // gates.shape[1]
   tile = min(most, block & -block)
   if tile < _SMALLEST_DOT and not interpret:
-    raise ValueError(f"{name} must have a multiple of {_SMALLEST_DOT} channels to a gate on a GPU; got {block}")
+    raise ValueError(
+      f"{name} must have a multiple of {_SMALLEST_DOT} channels to a gate on a GPU; got {block}"
+    )
   return tile
 
 
 def _conv(x: Array, kernel: Array, stride: int, precision: lax.PrecisionLike) -> Array:
-  y = lax.conv_general_dilated(x, kernel, (stride, stride), [(size // 2,) * 2 for size in kernel.shape[:2]],
-                               dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision)
+  y = lax.conv_general_dilated(
+    x,
+    kernel,
+    (stride, stride),
+    [(size // 2,) * 2 for size in kernel.shape[:2]],
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    precision=precision,
+  )
   return y.astype(jnp.float32)
 
 
@@ -292,7 +420,9 @@ def _per_channel(gates: Array, channels: int) -> Array:
 
 
 def _checked_branch(branch, x, gates):
-  arguments.instance("branch", branch, Branch, "a Branch, of the kernels and biases of two convolutions")
+  arguments.instance(
+    "branch", branch, Branch, "a Branch, of the kernels and biases of two convolutions"
+  )
   for name, array in (("x", x), ("gates", gates)):
     arguments.real_array(name, array)
   branch, x = jax.tree.map(jnp.asarray, (branch, x))
@@ -314,13 +444,29 @@ def _checked_conv(x, kernel, bias, *gates):
 
 def _check_conv(x, kernel, bias, in_gates, out_gates) -> None:
   if x.ndim != 4 or not x.size or x.dtype not in (jnp.float32, jnp.bfloat16):
-    raise ValueError(f"x must be [N, H, W, D], not empty, float32 or bfloat16; got {x.shape}, {x.dtype}")
-  if kernel.ndim != 4 or kernel.shape[2] != x.shape[-1] or not all(size % 2 for size in kernel.shape[:2]):
-    raise ValueError(f"kernel must be [h, w, D, E], h and w odd, D as in x; got {kernel.shape}, x {x.shape}")
+    raise ValueError(
+      f"x must be [N, H, W, D], not empty, float32 or bfloat16; got {x.shape}, {x.dtype}"
+    )
+  if (
+    kernel.ndim != 4
+    or kernel.shape[2] != x.shape[-1]
+    or not all(size % 2 for size in kernel.shape[:2])
+  ):
+    raise ValueError(
+      f"kernel must be [h, w, D, E], h and w odd, D as in x; got {kernel.shape}, x {x.shape}"
+    )
   if bias.shape != kernel.shape[-1:] or not kernel.dtype == bias.dtype == x.dtype:
-    raise ValueError(f"bias must be [E], kernel and bias of x's dtype; got {bias.shape}, kernel {kernel.shape}, "
-                     f"{bias.dtype}, {kernel.dtype}, x {x.dtype}")
-  for name, gates, channels in (("in_gates", in_gates, x.shape[-1]), ("out_gates", out_gates, kernel.shape[-1])):
-    if gates is not None and (gates.ndim != 2 or gates.shape[0] != x.shape[0] or not gates.size
-                              or channels % gates.shape[1]):
-      raise ValueError(f"{name} must be [N, channels / B] for x {x.shape} and {channels} channels; got {gates.shape}")
+    raise ValueError(
+      f"bias must be [E], kernel and bias of x's dtype; got {bias.shape}, kernel {kernel.shape}, "
+      f"{bias.dtype}, {kernel.dtype}, x {x.dtype}"
+    )
+  for name, gates, channels in (
+    ("in_gates", in_gates, x.shape[-1]),
+    ("out_gates", out_gates, kernel.shape[-1]),
+  ):
+    if gates is not None and (
+      gates.ndim != 2 or gates.shape[0] != x.shape[0] or not gates.size or channels % gates.shape[1]
+    ):
+      raise ValueError(
+        f"{name} must be [N, channels / B] for x {x.shape} and {channels} channels; got {gates.shape}"
+      )

@@ -37,7 +37,9 @@ def l0_loss(probs: Sequence[Array]) -> Array:
   return sum(jnp.sum(collectives.batch_mean(p, None)) for p in probs) / gates
 
 
-def target_rate_loss(gates: Sequence[Array], target: float | Array, *, axis_name: Hashable | None = None) -> Array:
+def target_rate_loss(
+  gates: Sequence[Array], target: float | Array, *, axis_name: Hashable | None = None
+) -> Array:
   """Squared gap between each gate's batch mean and a target rate, summed over gates and layers.
 
       loss = sum_c (mean_n g_nc - target)^2
@@ -71,7 +73,9 @@ def entropy_loss(probs: Sequence[Array], *, axis_name: Hashable | None = None) -
   >>> print(f"{entropy_loss([jnp.array([[0.0, 1.0], [1.0, 1.0]])]):.4f}")
   0.5000
   """
-  return _certainty(jnp.concatenate([collectives.batch_mean(p, axis_name) for p in _checked_layers("probs", probs)]))
+  return _certainty(
+    jnp.concatenate([collectives.batch_mean(p, axis_name) for p in _checked_layers("probs", probs)])
+  )
 
 
 def decision_entropy_loss(probs: Sequence[Array]) -> Array:
@@ -146,7 +150,7 @@ def mac_loss(records: Records) -> Array:
 
 
 def mac_budget_loss(
-    records: Records, fixed_macs: int, budget: float | Array, *, axis_name: Hashable | None = None
+  records: Records, fixed_macs: int, budget: float | Array, *, axis_name: Hashable | None = None
 ) -> Array:
   """Squared difference of the MACs that the gates spend from a budget, both as a share of the ungated MACs.
 
@@ -170,7 +174,9 @@ def mac_budget_loss(
   expected = collectives.batch_mean(expected_macs(records), axis_name)
   executed = collectives.batch_mean(executed_macs(records), axis_name)
   mean = expected + lax.stop_gradient(executed - expected)
-  share = (number_as(fixed_macs, like=mean) + mean) / number_as(fixed_macs + gated_macs(records), like=mean)
+  share = (number_as(fixed_macs, like=mean) + mean) / number_as(
+    fixed_macs + gated_macs(records), like=mean
+  )
   budget = jnp.asarray(budget, share.dtype)
   return jnp.square(share - budget)
 

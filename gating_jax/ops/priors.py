@@ -31,7 +31,10 @@ from gating_jax.ops.arguments import aligned
 from gating_jax.ops.precision import as_float
 from gating_jax.types import Array
 
-_SMALLEST, _LARGEST = 0.05, 10_000  # of Beta's a, b: below, tails reach logits whose sigmoid underflows in float64
+_SMALLEST, _LARGEST = (
+  0.05,
+  10_000,
+)  # of Beta's a, b: below, tails reach logits whose sigmoid underflows in float64
 _FAR = 40.0  # standard deviations, beyond which Normal's CDF and slope are 0 or 1 in float64
 
 Function = Callable[[Array], Array]
@@ -97,7 +100,10 @@ def beta(a: float | Array, b: float | Array) -> Prior:
   -0.4791
   """
   in_range = f"in [{_SMALLEST}, {_LARGEST}]", lambda v: (v >= _SMALLEST) & (v <= _LARGEST)
-  a, b = arguments.parameter("beta's a", a, *in_range), arguments.parameter("beta's b", b, *in_range)
+  a, b = (
+    arguments.parameter("beta's a", a, *in_range),
+    arguments.parameter("beta's b", b, *in_range),
+  )
   if isinstance(a, float) and isinstance(b, float):
     return _fixed_beta(a, b)
   return _prior("beta", _LearnableBeta(a, b), a, b)
@@ -115,7 +121,9 @@ def symmetric_beta(a: float | Array) -> Prior:
   >>> symmetric_beta(0.6).name
   'beta(0.6, 0.4)'
   """
-  a = arguments.parameter("symmetric_beta's a", a, "in [0.05, 0.95]", lambda v: (v >= _SMALLEST) & (v <= 0.95))
+  a = arguments.parameter(
+    "symmetric_beta's a", a, "in [0.05, 0.95]", lambda v: (v >= _SMALLEST) & (v <= 0.95)
+  )
   return beta(a, 1 - a)
 
 
@@ -133,8 +141,12 @@ def relaxed_bernoulli(mean: float | Array, temperature: float | Array) -> Prior:
   >>> print(relaxed_bernoulli(0.3, 0.5).cdf(jnp.array(0.5)).round(4))
   0.7
   """
-  mean = arguments.parameter("relaxed_bernoulli's mean", mean, "in (0, 1)", lambda v: (v > 0) & (v < 1))
-  temperature = arguments.parameter("relaxed_bernoulli's temperature", temperature, "positive", _is_positive)
+  mean = arguments.parameter(
+    "relaxed_bernoulli's mean", mean, "in (0, 1)", lambda v: (v > 0) & (v < 1)
+  )
+  temperature = arguments.parameter(
+    "relaxed_bernoulli's temperature", temperature, "positive", _is_positive
+  )
   return _prior("relaxed_bernoulli", _RelaxedBernoulli(mean, temperature), mean, temperature)
 
 
@@ -154,7 +166,9 @@ def normal(mean: float | Array = 0.0, std: float | Array = 1.0) -> Prior:
   mean = arguments.parameter("normal's mean", mean, "finite", np.isfinite)
   std = arguments.parameter("normal's std", std, "positive", _is_positive)
   family = _Normal(mean, std)
-  return Prior(_name("normal", mean, std), family.cdf, family.pdf, shape=_shape("normal", mean, std))
+  return Prior(
+    _name("normal", mean, std), family.cdf, family.pdf, shape=_shape("normal", mean, std)
+  )
 
 
 @functools.lru_cache(maxsize=1)
@@ -164,13 +178,23 @@ def uniform() -> Prior:
   >>> uniform().cdf(jnp.array([-1.0, 0.25, 2.0]))
   Array([0.  , 0.25, 1.  ], dtype=float32)
   """
-  return Prior("uniform", _Sloped(_uniform_cdf, _uniform_pdf), _uniform_pdf,
-               _Sloped(_uniform_logit_cdf, _uniform_logit_pdf), _uniform_logit_pdf)
+  return Prior(
+    "uniform",
+    _Sloped(_uniform_cdf, _uniform_pdf),
+    _uniform_pdf,
+    _Sloped(_uniform_logit_cdf, _uniform_logit_pdf),
+    _uniform_logit_pdf,
+  )
 
 
 def from_cdf(
-    cdf: Function, pdf: Function, *, name: str = "custom", logit_cdf: Function | None = None,
-    logit_pdf: Function | None = None, shape: tuple[int, ...] = (),
+  cdf: Function,
+  pdf: Function,
+  *,
+  name: str = "custom",
+  logit_cdf: Function | None = None,
+  logit_pdf: Function | None = None,
+  shape: tuple[int, ...] = (),
 ) -> Prior:
   """A `Prior` from any pair of cdf and pdf, elementwise: the gradient in x is the pdf, the cdf is never differentiated.
 
@@ -191,8 +215,9 @@ def from_cdf(
   1.0
   """
   if (logit_cdf is None) != (logit_pdf is None):
-    raise ValueError(f"logit_cdf and logit_pdf must come together; got {shown(logit_cdf)} and "
-                     f"{shown(logit_pdf)}")
+    raise ValueError(
+      f"logit_cdf and logit_pdf must come together; got {shown(logit_cdf)} and {shown(logit_pdf)}"
+    )
   _check_functions(cdf, pdf, logit_cdf, logit_pdf)
   logit_pair = None if logit_cdf is None else _Pair(logit_cdf, logit_pdf)
   return Prior(name, _Pair(cdf, pdf), pdf, logit_pair, logit_pdf, shape)
@@ -250,7 +275,11 @@ class _FixedBeta(_Beta):
 
   def logit_pdf(self, z):
     z = as_float(z)
-    return jnp.exp(self.a * jax.nn.log_sigmoid(z) + self.b * jax.nn.log_sigmoid(-z) - self._log_norm(self.a, self.b))
+    return jnp.exp(
+      self.a * jax.nn.log_sigmoid(z)
+      + self.b * jax.nn.log_sigmoid(-z)
+      - self._log_norm(self.a, self.b)
+    )
 
   def _log_norm(self, a, b):
     return _log_beta(a, b)
@@ -408,12 +437,24 @@ def _check_functions(cdf: object, pdf: object, logit_cdf: object, logit_pdf: obj
 
 
 def _prior(prior: str, family: _OnUnitInterval, *parameters: Parameter) -> Prior:
-  return Prior(_name(prior, *parameters), family.cdf, family.pdf, family.logit_cdf, family.logit_pdf,
-               _shape(prior, *parameters))
+  return Prior(
+    _name(prior, *parameters),
+    family.cdf,
+    family.pdf,
+    family.logit_cdf,
+    family.logit_pdf,
+    _shape(prior, *parameters),
+  )
 
 
 def _name(prior: str, *parameters) -> str:
-  show = lambda p: f"{p:g}" if isinstance(p, numbers.Real) else str(list(jnp.shape(p))) if jnp.ndim(p) else "scalar"
+  show = lambda p: (
+    f"{p:g}"
+    if isinstance(p, numbers.Real)
+    else str(list(jnp.shape(p)))
+    if jnp.ndim(p)
+    else "scalar"
+  )
   return f"{prior}({', '.join(map(show, parameters))})"
 
 
@@ -422,4 +463,6 @@ def _shape(prior: str, *parameters) -> tuple[int, ...]:
   try:
     return jnp.broadcast_shapes(*shapes)
   except ValueError:
-    raise ValueError(f"{prior}'s parameters must have shapes that broadcast together; got {shapes}") from None
+    raise ValueError(
+      f"{prior}'s parameters must have shapes that broadcast together; got {shapes}"
+    ) from None

@@ -31,6 +31,7 @@ _STEPS_AT_A_TIME = 2  # that the compiler fuses into one pass over memory
 
 def reverse_mode_only(function: Callable) -> Callable:
   """`function`, which has a `custom_vjp` inside, with an error for forward mode that says what to use instead."""
+
   @functools.wraps(function)
   def run(*args, **kwargs):
     try:
@@ -39,8 +40,9 @@ def reverse_mode_only(function: Callable) -> Callable:
       if "custom_vjp" not in str(error):
         raise
       raise TypeError(
-          f"{function.__name__} has a reverse-mode rule only: use jax.grad, jax.vjp or jax.jacrev, not jax.jvp or "
-          "jax.jacfwd; for second derivatives jax.hessian, that is, jacfwd(jacrev(f))") from error
+        f"{function.__name__} has a reverse-mode rule only: use jax.grad, jax.vjp or jax.jacrev, not jax.jvp or "
+        "jax.jacfwd; for second derivatives jax.hessian, that is, jacfwd(jacrev(f))"
+      ) from error
 
   return run
 
@@ -113,8 +115,11 @@ def unsort(values: Array, source: Array) -> Array:
   by_column = lambda v: v.reshape(n, -1).T  # one after the other, so that the scatter stays near
   first = jnp.asarray(n, source.dtype) * jnp.arange(math.prod(columns), dtype=source.dtype)
   index = by_column(source) + first[:, None]
-  flat = jnp.zeros(values.size, values.dtype).at[index.ravel()].set(
-      by_column(values).ravel(), unique_indices=True, mode="promise_in_bounds")
+  flat = (
+    jnp.zeros(values.size, values.dtype)
+    .at[index.ravel()]
+    .set(by_column(values).ravel(), unique_indices=True, mode="promise_in_bounds")
+  )
   return flat.reshape(-1, n).T.reshape(values.shape)
 
 
@@ -178,7 +183,9 @@ def _network_argsort(x):
   blocks = jnp.pad(by_column, ((0, 0), (0, -by_column.shape[1] % _BLOCK))).reshape(n, -1, _BLOCK)
   with jax.enable_x64(True):
     parts = lax.map(_argsort_block, jnp.swapaxes(blocks, 0, 1))
-  join = lambda v: jnp.swapaxes(v, 0, 1).reshape(v.shape[1], blocks.shape[1] * _BLOCK)[:, :by_column.shape[1]]
+  join = lambda v: jnp.swapaxes(v, 0, 1).reshape(v.shape[1], blocks.shape[1] * _BLOCK)[
+    :, : by_column.shape[1]
+  ]
   return tuple(join(v).reshape(v.shape[1], *columns) for v in parts)
 
 

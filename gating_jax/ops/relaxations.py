@@ -24,7 +24,11 @@ HARD_CONCRETE_STRETCH = (-0.1, 1.1)
 
 
 def straight_through_gate(
-    key: Array, logits: Array, temperature: float | Array = DEFAULT_TEMPERATURE, *, noise_scale: float | Array = 1.0
+  key: Array,
+  logits: Array,
+  temperature: float | Array = DEFAULT_TEMPERATURE,
+  *,
+  noise_scale: float | Array = 1.0,
 ) -> Array:
   """Samples 0/1 gates whose gradient is that of the binary concrete relaxation.
 
@@ -50,43 +54,55 @@ def straight_through_gate(
   return straight_through(_add_logistic(key, logits, noise_scale), temperature)
 
 
-def straight_through(noisy_logits: Array, temperature: float | Array = DEFAULT_TEMPERATURE) -> Array:
+def straight_through(
+  noisy_logits: Array, temperature: float | Array = DEFAULT_TEMPERATURE
+) -> Array:
   """Steps at 0, with the gradient of `sigmoid(noisy_logits / temperature)`; the noise is the caller's."""
-  noisy_logits, temperature = arguments.aligned(_as_logits(noisy_logits), _checked_temperature(temperature))
+  noisy_logits, temperature = arguments.aligned(
+    _as_logits(noisy_logits), _checked_temperature(temperature)
+  )
   soft = jax.nn.sigmoid(noisy_logits / temperature)
   # hard + 0: adding the hard-soft difference to soft instead would round away from 0 and 1.
   return threshold_gate(noisy_logits) + (soft - jax.lax.stop_gradient(soft))
 
 
 def binary_concrete(
-    key: Array, logits: Array, temperature: float | Array = DEFAULT_TEMPERATURE, *, noise_scale: float | Array = 1.0
+  key: Array,
+  logits: Array,
+  temperature: float | Array = DEFAULT_TEMPERATURE,
+  *,
+  noise_scale: float | Array = 1.0,
 ) -> Array:
   """Relaxed gates in (0, 1): `sigmoid((logit + noise) / temperature)`. P(gate > 1/2) = sigmoid(logit)."""
-  noisy, temperature = arguments.aligned(_add_logistic(key, logits, noise_scale), _checked_temperature(temperature))
+  noisy, temperature = arguments.aligned(
+    _add_logistic(key, logits, noise_scale), _checked_temperature(temperature)
+  )
   return jax.nn.sigmoid(noisy / temperature)
 
 
 def hard_concrete(
-    key: Array,
-    logits: Array,
-    temperature: float | Array = DEFAULT_TEMPERATURE,
-    *,
-    noise_scale: float | Array = 1.0,
-    stretch: tuple[float, float] = HARD_CONCRETE_STRETCH,
+  key: Array,
+  logits: Array,
+  temperature: float | Array = DEFAULT_TEMPERATURE,
+  *,
+  noise_scale: float | Array = 1.0,
+  stretch: tuple[float, float] = HARD_CONCRETE_STRETCH,
 ) -> Array:
   """Binary concrete stretched to `(low, high)` and clipped to [0, 1]: exact zeros and ones have mass.
 
   Reference: Louizos et al., 2018, section 2.2. See `hard_concrete_open_prob`, `hard_concrete_mean`.
   """
   low, high = _check_stretch(stretch)
-  return jnp.clip(low + (high - low) * binary_concrete(key, logits, temperature, noise_scale=noise_scale), 0, 1)
+  return jnp.clip(
+    low + (high - low) * binary_concrete(key, logits, temperature, noise_scale=noise_scale), 0, 1
+  )
 
 
 def hard_concrete_open_prob(
-    logits: Array,
-    temperature: float | Array = DEFAULT_TEMPERATURE,
-    *,
-    stretch: tuple[float, float] = HARD_CONCRETE_STRETCH,
+  logits: Array,
+  temperature: float | Array = DEFAULT_TEMPERATURE,
+  *,
+  stretch: tuple[float, float] = HARD_CONCRETE_STRETCH,
 ) -> Array:
   """P(hard concrete gate > 0) = sigmoid(logit - temperature * log(-low / high)), the L0 term's probability.
 
@@ -97,10 +113,10 @@ def hard_concrete_open_prob(
 
 
 def hard_concrete_location(
-    open_logits: Array,
-    temperature: float | Array = DEFAULT_TEMPERATURE,
-    *,
-    stretch: tuple[float, float] = HARD_CONCRETE_STRETCH,
+  open_logits: Array,
+  temperature: float | Array = DEFAULT_TEMPERATURE,
+  *,
+  stretch: tuple[float, float] = HARD_CONCRETE_STRETCH,
 ) -> Array:
   """The logit (log alpha) of the hard concrete gate that is above 0 with probability `sigmoid(open_logits)`.
 
@@ -110,7 +126,9 @@ def hard_concrete_location(
   return _moved(open_logits, temperature, stretch, 1)
 
 
-def hard_concrete_mean(logits: Array, *, stretch: tuple[float, float] = HARD_CONCRETE_STRETCH) -> Array:
+def hard_concrete_mean(
+  logits: Array, *, stretch: tuple[float, float] = HARD_CONCRETE_STRETCH
+) -> Array:
   """The noise-free gate used in evaluation: `clip(low + (high - low) * sigmoid(logit), 0, 1)`."""
   low, high = _check_stretch(stretch)
   return jnp.clip(low + (high - low) * jax.nn.sigmoid(_as_logits(logits)), 0, 1)
@@ -160,7 +178,9 @@ def _checked_temperature(temperature: float | Array) -> float | Array:
   return arguments.parameter("temperature", temperature, "> 0", lambda v: v > 0)
 
 
-def _moved(logits: Array, temperature: float | Array, stretch: tuple[float, float], sign: int) -> Array:
+def _moved(
+  logits: Array, temperature: float | Array, stretch: tuple[float, float], sign: int
+) -> Array:
   """Logits moved by the distance between a gate that is above 1/2 and one that is above 0."""
   low, high = _check_stretch(stretch)
   logits, temperature = arguments.aligned(_as_logits(logits), _checked_temperature(temperature))

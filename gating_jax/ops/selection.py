@@ -79,7 +79,9 @@ def uniform_k(valid: Array, k: int | Array) -> Array:
   return (valid & (centres_before(place + 1) > centres_before(place))).astype(jnp.float32)
 
 
-def random_k(key: Array, valid: Array, k: int | Array, *, axis_name: Hashable | None = None) -> Array:
+def random_k(
+  key: Array, valid: Array, k: int | Array, *, axis_name: Hashable | None = None
+) -> Array:
   """k different segments of each video, every set of k equally likely; the draw belongs to the video's place in the
   whole batch, however that is spread over the devices of `axis_name`."""
   arguments.prng_key("key", key)
@@ -126,7 +128,9 @@ def k_for(valid: Array, share: float) -> Array:
     counts = np.ceil(np.round(share * lengths, 9))  # 0.07 * 100 is a little above 7
   else:
     raise ValueError(f"share must be in (0, 1], or an int number of segments; got {share}")
-  return jnp.asarray(np.clip(counts, 1, np.maximum(lengths, 1)) * (lengths > 0), jnp.int32)[jnp.sum(valid, axis=1)]
+  return jnp.asarray(np.clip(counts, 1, np.maximum(lengths, 1)) * (lengths > 0), jnp.int32)[
+    jnp.sum(valid, axis=1)
+  ]
 
 
 def frame_exit_order(segments: int) -> np.ndarray:
@@ -158,7 +162,9 @@ def _column(k: int | Array, videos: int) -> Array:
   if not jnp.issubdtype(k.dtype, jnp.integer):
     raise TypeError(f"k must be a whole number, or an array [B] of them; got {shown(k)}")
   if k.shape not in ((), (videos,)):
-    raise ValueError(f"k must be a whole number, or [B] of them, for {videos} videos; got shape {k.shape}")
+    raise ValueError(
+      f"k must be a whole number, or [B] of them, for {videos} videos; got shape {k.shape}"
+    )
   return jnp.reshape(k.astype(jnp.int32), (-1, 1))
 
 

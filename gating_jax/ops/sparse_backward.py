@@ -20,7 +20,9 @@ from gating_jax.ops.precision import as_float
 from gating_jax.types import Array
 
 
-def open_backward(f: Callable[[Any, Array], Array], variables: Any, x: Array, gates: Array, *, capacity: int) -> Array:
+def open_backward(
+  f: Callable[[Any, Array], Array], variables: Any, x: Array, gates: Array, *, capacity: int
+) -> Array:
   """`f(variables, x)`, whose backward runs on the open examples alone.
 
   The value is that of all examples, since a gate's straight-through gradient asks what a closed example would have
@@ -55,7 +57,9 @@ def open_backward(f: Callable[[Any, Array], Array], variables: Any, x: Array, ga
   arguments.real_array("gates", gates)
   arguments.whole_number("capacity", capacity, 0)
   if jnp.ndim(x) < 1 or jnp.shape(gates) != jnp.shape(x)[:1]:
-    raise ValueError(f"gates must be [N] for x's N examples; got gates {jnp.shape(gates)}, x {jnp.shape(x)}")
+    raise ValueError(
+      f"gates must be [N] for x's N examples; got gates {jnp.shape(gates)}, x {jnp.shape(x)}"
+    )
   if not 1 <= capacity <= len(x):
     raise ValueError(f"capacity must be from 1 to the {len(x)} examples of x; got {capacity}")
   return _open_backward(f, capacity, variables, jnp.asarray(x), jnp.asarray(gates))

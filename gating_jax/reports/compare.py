@@ -26,15 +26,22 @@ def run(folders: Sequence[Path], page_file: Path) -> None:
   with working("reading the runs and drawing the comparison", "up to a minute"):
     runs = [_read(folder, name) for folder, name in zip(folders, names(folders), strict=True)]
     if page_file.exists() and not _is_comparison(page_file):
-      raise ValueError(f"page must be new or the page of an earlier comparison; {page_file} is neither")
+      raise ValueError(
+        f"page must be new or the page of an earlier comparison; {page_file} is neither"
+      )
     begin, sections = comparison.content(runs)
     sections.append(_about(folders, runs))
     page.write(page_file, comparison.TITLE, sections, ", ".join(run.name for run in runs), begin)
   say(comparison.render(runs))
   say(f"\npage: {page_file}")
   rows = [(run.name, _summary(run)) for run in runs]
-  say(conclusion.text(f"Compared {len(runs)} runs.", [("page", str(page_file)), *rows],
-                      [f"open {page_file} in a browser"]))
+  say(
+    conclusion.text(
+      f"Compared {len(runs)} runs.",
+      [("page", str(page_file)), *rows],
+      [f"open {page_file} in a browser"],
+    )
+  )
 
 
 def folders(text: str) -> list[Path]:
@@ -70,34 +77,55 @@ def _read(folder: Path, name: str) -> compared_runs.Run:
   run_dir = rundir.RunDir(folder)
   config, result = rundir.flatten(run_dir.config()), run_dir.result()
   if not isinstance(config.get("experiment"), str):
-    raise rundir.RunDirError(f"{folder / rundir.CONFIG_FILE} is damaged: it must tell the experiment")
+    raise rundir.RunDirError(
+      f"{folder / rundir.CONFIG_FILE} is damaged: it must tell the experiment"
+    )
   if result is not None:
     result = _numbers(rundir.flatten(result))
     if "step" not in result:
       raise rundir.RunDirError(f"{folder / rundir.RESULT_FILE} is damaged: it must tell the step")
   lines = read_lines(folder / METRICS_FILE)
   if not lines:
-    raise rundir.RunDirError(f"workdir {folder} holds nothing to compare yet: no line in {METRICS_FILE}")
+    raise rundir.RunDirError(
+      f"workdir {folder} holds nothing to compare yet: no line in {METRICS_FILE}"
+    )
   numbers = [{**_numbers(line), "split": line["split"]} for line in lines]
   return compared_runs.Run(
-      name, config, result, numbers, ungated=surroundings.is_ungated(config), times=surroundings.read_times(folder),
-      tested=surroundings.tested_on(config))
+    name,
+    config,
+    result,
+    numbers,
+    ungated=surroundings.is_ungated(config),
+    times=surroundings.read_times(folder),
+    tested=surroundings.tested_on(config),
+  )
 
 
 def _about(folders: Sequence[Path], runs: Sequence[compared_runs.Run]) -> page.Section:
   """When and by which command the page was written, and the runs were started."""
   return opening.about_several(
-      {run.name: (provenance.read_starts(folder), run.config.get("seed"))
-       for folder, run in zip(folders, runs, strict=True)}, provenance.describe())
+    {
+      run.name: (provenance.read_starts(folder), run.config.get("seed"))
+      for folder, run in zip(folders, runs, strict=True)
+    },
+    provenance.describe(),
+  )
 
 
 def _summary(run: compared_runs.Run) -> str:
   """What a run has reached, in a line."""
   if run.result is None:
     return "not finished"
-  names = {"accuracy": "accuracy", "mean_iou": "mean IoU", "mean_average_precision": "mean average precision",
-           "task_aware.average_accuracy": "accuracy, task known", "mac_ratio": "MACs of the ungated net"}
-  found = [f"{words} {100 * run.result[name]:.2f} %" for name, words in names.items() if name in run.result]
+  names = {
+    "accuracy": "accuracy",
+    "mean_iou": "mean IoU",
+    "mean_average_precision": "mean average precision",
+    "task_aware.average_accuracy": "accuracy, task known",
+    "mac_ratio": "MACs of the ungated net",
+  }
+  found = [
+    f"{words} {100 * run.result[name]:.2f} %" for name, words in names.items() if name in run.result
+  ]
   return ", ".join(found)
 
 
@@ -107,4 +135,6 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _is_comparison(file: Path) -> bool:
-  return file.is_file() and f"<title>{comparison.TITLE}</title>".encode() in file.read_bytes()[:2000]
+  return (
+    file.is_file() and f"<title>{comparison.TITLE}</title>".encode() in file.read_bytes()[:2000]
+  )

@@ -57,7 +57,9 @@ class Run:
   @property
   def step(self) -> int:
     """The last one that anything is known of."""
-    return max([0, *(line["step"] for line in self.lines), *([self.result["step"]] if self.result else [])])
+    return max(
+      [0, *(line["step"] for line in self.lines), *([self.result["step"]] if self.result else [])]
+    )
 
 
 class Score(NamedTuple):
@@ -69,11 +71,11 @@ class Score(NamedTuple):
 
 
 SCORES = (
-    Score("mean IoU", "mean_iou", "macs"),
-    Score("accuracy", "accuracy", "macs"),
-    Score("mean average precision", "mean_average_precision", "macs"),
-    Score("accuracy, task known", "task_aware.average_accuracy", "task_aware_macs"),
-    Score("accuracy, task unknown", "task_agnostic.average_accuracy", "task_agnostic_macs"),
+  Score("mean IoU", "mean_iou", "macs"),
+  Score("accuracy", "accuracy", "macs"),
+  Score("mean average precision", "mean_average_precision", "macs"),
+  Score("accuracy, task known", "task_aware.average_accuracy", "task_aware_macs"),
+  Score("accuracy, task unknown", "task_agnostic.average_accuracy", "task_agnostic_macs"),
 )
 
 
@@ -94,7 +96,9 @@ class Group(NamedTuple):
 
   def scored(self, score: Score) -> dict[int, Run]:
     """Those that have the score, and what it takes."""
-    return {i: run for i, run in self.runs.items() if {score.macs, score.share} <= run.numbers.keys()}
+    return {
+      i: run for i, run in self.runs.items() if {score.macs, score.share} <= run.numbers.keys()
+    }
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
@@ -103,15 +107,19 @@ def groups(runs: Sequence[Run]) -> list[Group]:
   for i, run in enumerate(runs):
     key = run.experiment, *sorted(run.tested.items())
     found.setdefault(key, {})[i] = run
-  return [Group(name, of) for name, of in zip(_names(list(found.values())), found.values(), strict=True)]
+  return [
+    Group(name, of) for name, of in zip(_names(list(found.values())), found.values(), strict=True)
+  ]
 
 
 def _names(parts: Sequence[Mapping[int, Run]]) -> list[str]:
   """What each group is called: its experiment, its data set and, of several on that, the settings that differ."""
   firsts = [next(iter(part.values())) for part in parts]
   names = [_short_name(run) for run in firsts]
-  return [name if names.count(name) == 1 else f"{name} ({_own(run, firsts)})"
-          for run, name in zip(firsts, names, strict=True)]
+  return [
+    name if names.count(name) == 1 else f"{name} ({_own(run, firsts)})"
+    for run, name in zip(firsts, names, strict=True)
+  ]
 
 
 def _short_name(run: Run) -> str:
@@ -133,11 +141,15 @@ def differences(runs: Sequence[Run]) -> list[list[str]]:
 
   A setting counts where two runs that have it differ, or only one of two of the same experiment has it.
   """
+
   def differ(name, one, other):
     if name in one.config and name in other.config:
       return one.config[name] != other.config[name]
     return one.experiment == other.experiment and (name in one.config) != (name in other.config)
 
   names = dict.fromkeys(name for run in runs for name in run.config)
-  return [[name, *(str(run.config.get(name, MISSING)) for run in runs)] for name in names
-          if any(differ(name, *pair) for pair in itertools.combinations(runs, 2))]
+  return [
+    [name, *(str(run.config.get(name, MISSING)) for run in runs)]
+    for name in names
+    if any(differ(name, *pair) for pair in itertools.combinations(runs, 2))
+  ]

@@ -36,52 +36,79 @@ def content(runs: Sequence[Run]) -> tuple[page.Opening, list[page.Section]]:
   """What the page begins with, and what follows."""
   found = sorted(groups(runs), key=_rank)
   names, costs = [run.name for run in runs], comparison_pictures.costs(runs, found)
-  text = "" if all(run.result for run in runs) else "Of runs that are not finished, the newest test."
+  text = (
+    "" if all(run.result for run in runs) else "Of runs that are not finished, the newest test."
+  )
   rows = _results(runs)
-  made = [page.Section("Results", text, [page.Table(["measure", *names], rows, terms=_defined(rows))], open=True)]
+  made = [
+    page.Section(
+      "Results", text, [page.Table(["measure", *names], rows, terms=_defined(rows))], open=True
+    )
+  ]
   if len(runs) > 1:
     differ = differences(runs)
-    text = "The settings in which runs differ. Those that only one kind of experiment has are left out."
-    made.append(page.Section("Configs", text if differ else "The configs do not differ.",
-                             [page.Table(["setting", *names], differ, numeric=False)] if differ else [], open=True))
+    text = (
+      "The settings in which runs differ. Those that only one kind of experiment has are left out."
+    )
+    made.append(
+      page.Section(
+        "Configs",
+        text if differ else "The configs do not differ.",
+        [page.Table(["setting", *names], differ, numeric=False)] if differ else [],
+        open=True,
+      )
+    )
   if costs[1:]:
     made.append(page.Section("Score and cost", "To the upper left is better.", costs[1:]))
   if courses := comparison_pictures.courses(runs, found):
     made.append(page.Section("During training", "", courses))
-  said = [_apart(found)] * (len(found) > 1) + [_which(group, alone=len(found) == 1) for group in found]
+  said = [_apart(found)] * (len(found) > 1) + [
+    _which(group, alone=len(found) == 1) for group in found
+  ]
   numbers = [number for group in found for number in _numbers(group, alone=len(found) == 1)]
   return page.Opening(numbers, costs[0] if costs else None, " ".join(filter(None, said))), made
 
 
 def _apart(found: Sequence[Group]) -> str:
   """That runs which are tested on different sets are not compared."""
-  return (f"These runs learn {len(found)} different things: {', '.join(group.name for group in found)}. Scores are "
-          "compared within each of these alone.")
+  return (
+    f"These runs learn {len(found)} different things: {', '.join(group.name for group in found)}. Scores are "
+    "compared within each of these alone."
+  )
 
 
 _TERMS = {  # of rows of results, by how their names begin
-    "tested on": "the data set; scores on different ones are not to be compared",
-    "state": "whether the run has come to its end",
-    "last step": "the newest one that anything is known of, in updates of the parameters",
-    "mean IoU": "intersection over union, mean over classes, on the test set",
-    "accuracy": "on the test set; of a sequence of tasks the mean over tasks at the end",
-    "mean average precision": "mean over classes, on the test set",
-    "forgetting": "mean over all tasks but the last of how far the accuracy ends below the best it once was",
-    "MACs": "multiply-accumulate operations of one image or video, mean over the test set, gate networks included",
-    "share": "MACs in % of those of the run's own network without gates",
-    "parameters": "trained numbers of the network; those of gates are counted besides",
-    "gates": "open for 1 to 99 % of the test set (conditional), for more, for less, or decided by noise (at random)",
-    "units that two tasks share": "in % of those that either uses, mean over pairs of tasks",
-    "segments chosen": "in % of a video's segments, mean over videos",
-    "seconds": "of the training since it was last started or resumed",
+  "tested on": "the data set; scores on different ones are not to be compared",
+  "state": "whether the run has come to its end",
+  "last step": "the newest one that anything is known of, in updates of the parameters",
+  "mean IoU": "intersection over union, mean over classes, on the test set",
+  "accuracy": "on the test set; of a sequence of tasks the mean over tasks at the end",
+  "mean average precision": "mean over classes, on the test set",
+  "forgetting": "mean over all tasks but the last of how far the accuracy ends below the best it once was",
+  "MACs": "multiply-accumulate operations of one image or video, mean over the test set, gate networks included",
+  "share": "MACs in % of those of the run's own network without gates",
+  "parameters": "trained numbers of the network; those of gates are counted besides",
+  "gates": "open for 1 to 99 % of the test set (conditional), for more, for less, or decided by noise (at random)",
+  "units that two tasks share": "in % of those that either uses, mean over pairs of tasks",
+  "segments chosen": "in % of a video's segments, mean over videos",
+  "seconds": "of the training since it was last started or resumed",
 }
 
 
 def _defined(rows: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
   """Terms of the rows that are there."""
-  runs = ("columns", "the runs, by the names of their directories; a dash is where a run has no such number")
-  return [runs, *((start, meaning) for start, meaning in _TERMS.items()
-                  if any(name.startswith(start) for name, *_ in rows))]
+  runs = (
+    "columns",
+    "the runs, by the names of their directories; a dash is where a run has no such number",
+  )
+  return [
+    runs,
+    *(
+      (start, meaning)
+      for start, meaning in _TERMS.items()
+      if any(name.startswith(start) for name, *_ in rows)
+    ),
+  ]
 
 
 class _Pair(NamedTuple):
@@ -117,7 +144,9 @@ def _which(group: Group, *, alone: bool) -> str:
   if pair is None:
     return ""
   of = "The numbers" if alone else f"Those of {group.name}"
-  text = f"{of} are of {plain(pair.gated.name, 60)}, the gated run with the highest {pair.score.label}"
+  text = (
+    f"{of} are of {plain(pair.gated.name, 60)}, the gated run with the highest {pair.score.label}"
+  )
   if pair.ungated is None:
     none = "None of these runs" if alone else "None of its runs"
     return f"{text}. {none} is ungated, so there is no baseline to compare it with."
@@ -130,8 +159,11 @@ def _numbers(group: Group, *, alone: bool) -> list[page.Number]:
   if pair is None:
     return []
   numbers = _against(pair) if pair.ungated else _without_baseline(pair)
-  return numbers if alone else [
-      dataclasses.replace(number, name=f"{number.name}, {group.name}") for number in numbers]
+  return (
+    numbers
+    if alone
+    else [dataclasses.replace(number, name=f"{number.name}, {group.name}") for number in numbers]
+  )
 
 
 def _title(score: Score) -> str:
@@ -140,9 +172,14 @@ def _title(score: Score) -> str:
 
 def _without_baseline(pair: _Pair) -> list[page.Number]:
   score, mine, none = pair.score, pair.gated.numbers, "ungated: none among these runs"
-  spent = page.Number(f"MACs per {example(pair.gated.experiment)}", short(mine[score.macs]), none, _MACS)
-  return [page.Number(_title(score), f"{100 * mine[score.share]:.2f} %", none, "On the test set."), spent,
-          _time(pair)]
+  spent = page.Number(
+    f"MACs per {example(pair.gated.experiment)}", short(mine[score.macs]), none, _MACS
+  )
+  return [
+    page.Number(_title(score), f"{100 * mine[score.share]:.2f} %", none, "On the test set."),
+    spent,
+    _time(pair),
+  ]
 
 
 def _against(pair: _Pair) -> list[page.Number]:
@@ -150,12 +187,20 @@ def _against(pair: _Pair) -> list[page.Number]:
   score, mine, theirs = pair.score, pair.gated.numbers, pair.ungated.numbers
   ratio = 100 * mine[score.macs] / theirs[score.macs] if theirs[score.macs] else 0.0
   return [
-      page.Number(_title(score), f"{100 * mine[score.share]:.2f} %", f"ungated: {100 * theirs[score.share]:.2f} %",
-                  "On the test set."),
-      page.Number("MACs", f"{ratio:.1f} %",
-                  f"ungated: 100 %, {short(theirs[score.macs])} per {example(pair.gated.experiment)}",
-                  f"{_MACS} Here {short(mine[score.macs])}, in % of those of the ungated run."),
-      _time(pair)]
+    page.Number(
+      _title(score),
+      f"{100 * mine[score.share]:.2f} %",
+      f"ungated: {100 * theirs[score.share]:.2f} %",
+      "On the test set.",
+    ),
+    page.Number(
+      "MACs",
+      f"{ratio:.1f} %",
+      f"ungated: 100 %, {short(theirs[score.macs])} per {example(pair.gated.experiment)}",
+      f"{_MACS} Here {short(mine[score.macs])}, in % of those of the ungated run.",
+    ),
+    _time(pair),
+  ]
 
 
 _MACS = "Multiply-accumulate operations, mean over the test set, gate networks included."
@@ -166,7 +211,9 @@ def _time(pair: _Pair) -> page.Number:
   noun, mine = example(pair.gated.experiment), pair.gated.tested_times
   found = dataclasses.replace(number(mine, noun), command="", place="")
   if mine is None:
-    return dataclasses.replace(found, meaning=f"Time of one {noun}, as --mode=compile of the tested step measures it.")
+    return dataclasses.replace(
+      found, meaning=f"Time of one {noun}, as --mode=compile of the tested step measures it."
+    )
   theirs = pair.ungated.tested_times if pair.ungated else None
   if theirs is None or theirs.device != mine.device:
     return found
@@ -177,8 +224,10 @@ def _results(runs: Sequence[Run]) -> list[list[str]]:
   """Rows of a name and a cell for each run, those that say something of any."""
   sets = [run.tested.get("data.name") for run in runs]
   rows = [["tested on", *(MISSING if name is None else name for name in sets)]] if any(sets) else []
-  rows += [["state", *("finished" if run.result is not None else "not finished" for run in runs)],
-           ["last step", *(f"{run.step:,}" for run in runs)]]
+  rows += [
+    ["state", *("finished" if run.result is not None else "not finished" for run in runs)],
+    ["last step", *(f"{run.step:,}" for run in runs)],
+  ]
   for name, text in _measures().items():
     cells = [text(run.numbers) for run in runs]
     if any(cell is not None for cell in cells):
@@ -188,10 +237,12 @@ def _results(runs: Sequence[Run]) -> list[list[str]]:
 
 def _measures() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
   """What is said of a run's numbers, by name; None where they do not tell."""
+
   def text(form, *names):
     def cell(numbers):
       values = [numbers.get(name) for name in names]
       return None if None in values else form(*values)
+
     return cell
 
   percent = lambda share: f"{100 * share:z.2f} %"
@@ -199,22 +250,22 @@ def _measures() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
   count = lambda number, gates: f"{number:,.0f} of {gates:,.0f}"
   whole = lambda number: f"{number:,.0f}"
   return {
-      **{score.label: text(percent, score.share) for score in SCORES},
-      "forgetting, task known": text(percent, "task_aware.forgetting"),
-      "forgetting, task unknown": text(percent, "task_agnostic.forgetting"),
-      "MACs": text(whole, "macs"),
-      "share of the dense net's": text(lambda share: f"{100 * share:.1f} %", "mac_ratio"),
-      "MACs, task known": text(whole, "task_aware_macs"),
-      "share, task known": text(ratio, "task_aware_macs", "dense_macs"),
-      "MACs, task unknown": text(whole, "task_agnostic_macs"),
-      "share, task unknown": text(ratio, "task_agnostic_macs", "dense_macs"),
-      "parameters": text(whole, "params"),
-      "parameters of gates, besides": text(whole, "gate_params"),
-      "gates conditional": text(count, "conditional", "gates"),
-      "gates always open": text(count, "always_open", "gates"),
-      "gates always closed": text(count, "always_closed", "gates"),
-      "gates at random": text(count, "random_dropout", "gates"),
-      "units that two tasks share": text(percent, "mean_gate_overlap"),
-      "segments chosen": text(percent, "share"),
-      "seconds since the last start": text(whole, "seconds_since_last_start"),
+    **{score.label: text(percent, score.share) for score in SCORES},
+    "forgetting, task known": text(percent, "task_aware.forgetting"),
+    "forgetting, task unknown": text(percent, "task_agnostic.forgetting"),
+    "MACs": text(whole, "macs"),
+    "share of the dense net's": text(lambda share: f"{100 * share:.1f} %", "mac_ratio"),
+    "MACs, task known": text(whole, "task_aware_macs"),
+    "share, task known": text(ratio, "task_aware_macs", "dense_macs"),
+    "MACs, task unknown": text(whole, "task_agnostic_macs"),
+    "share, task unknown": text(ratio, "task_agnostic_macs", "dense_macs"),
+    "parameters": text(whole, "params"),
+    "parameters of gates, besides": text(whole, "gate_params"),
+    "gates conditional": text(count, "conditional", "gates"),
+    "gates always open": text(count, "always_open", "gates"),
+    "gates always closed": text(count, "always_closed", "gates"),
+    "gates at random": text(count, "random_dropout", "gates"),
+    "units that two tasks share": text(percent, "mean_gate_overlap"),
+    "segments chosen": text(percent, "share"),
+    "seconds since the last start": text(whole, "seconds_since_last_start"),
   }

@@ -25,42 +25,75 @@ def costs(runs: Sequence[Run], found: Sequence[Group]) -> list[page.Picture]:
   """For each group and score, the runs by their multiply-accumulates."""
   pictures = []
   for group, score in itertools.product(found, SCORES):
-    points = {i: (run.numbers[score.macs], 100 * run.numbers[score.share]) for i, run in group.scored(score).items()}
+    points = {
+      i: (run.numbers[score.macs], 100 * run.numbers[score.share])
+      for i, run in group.scored(score).items()
+    }
     if points:
       pictures.append(_cost(runs, points, score, group))
   return pictures
 
 
 def _cost(
-    runs: Sequence[Run], points: Mapping[int, tuple[float, float]], score: Score, group: Group
+  runs: Sequence[Run], points: Mapping[int, tuple[float, float]], score: Score, group: Group
 ) -> page.Picture:
   """Runs as named points, the ungated ones joined by a line."""
   figure, axes = _axes(len(points))
   family = sorted(point for i, point in points.items() if runs[i].ungated)
   if family:
-    axes.plot(*zip(*family, strict=True), label="ungated networks", color=_UNGATED, linewidth=1.5, zorder=1)
+    axes.plot(
+      *zip(*family, strict=True), label="ungated networks", color=_UNGATED, linewidth=1.5, zorder=1
+    )
   for i, point in points.items():
     colour = _UNGATED if runs[i].ungated else _COLOURS[i % len(_COLOURS)]
-    axes.plot(*point, label=plain(runs[i].name, 50), color=colour, linewidth=0, marker=_MARKERS[i % len(_MARKERS)],
-              markersize=8, markerfacecolor="white" if runs[i].ungated else colour)
+    axes.plot(
+      *point,
+      label=plain(runs[i].name, 50),
+      color=colour,
+      linewidth=0,
+      marker=_MARKERS[i % len(_MARKERS)],
+      markersize=8,
+      markerfacecolor="white" if runs[i].ungated else colour,
+    )
     if len(points) <= _NAMED:
-      axes.annotate(plain(runs[i].name, 24), point, xytext=(8, 7), textcoords="offset points", fontsize=8.5,
-                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1})
+      axes.annotate(
+        plain(runs[i].name, 24),
+        point,
+        xytext=(8, 7),
+        textcoords="offset points",
+        fontsize=8.5,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1},
+      )
   noun = example(group.experiment)
   article = "an" if noun == "image" else "a"
   _label(figure, axes, f"MACs of {article} {noun}", f"{score.label} (%)", margin=0.18)
   line = " The line joins the ungated networks." if len(family) > 1 else ""
-  caption = (f"{_title(group)}: {score.label} against multiply-accumulates.{line} To the upper left is better; "
-             "point at a run to see how its config differs.")
+  caption = (
+    f"{_title(group)}: {score.label} against multiply-accumulates.{line} To the upper left is better; "
+    "point at a run to see how its config differs."
+  )
   return dataclasses.replace(
-      page.pictured(figure, caption, terms=[
-          (score.label, "on the test set, in %"),
-          ("MACs", f"multiply-accumulate operations of {article} {noun}, mean over the test set, with gate networks")]),
-      points=_hover(runs, points, score, figure, axes))
+    page.pictured(
+      figure,
+      caption,
+      terms=[
+        (score.label, "on the test set, in %"),
+        (
+          "MACs",
+          f"multiply-accumulate operations of {article} {noun}, mean over the test set, with gate networks",
+        ),
+      ],
+    ),
+    points=_hover(runs, points, score, figure, axes),
+  )
 
 
 def _hover(
-    runs: Sequence[Run], points: Mapping[int, tuple[float, float]], score: Score, figure: Any, axes: Any
+  runs: Sequence[Run],
+  points: Mapping[int, tuple[float, float]],
+  score: Score,
+  figure: Any,
+  axes: Any,
 ) -> list[page.Point]:
   """What is said of each run where it is pointed at: its numbers, and its values of the settings that differ."""
   figure.draw_without_rendering()  # the layout decides where points are
@@ -72,8 +105,14 @@ def _hover(
     settings = [f"{name}: {plain(values[place - 1], 60)}" for name, *values in differ[:_MOST_LINES]]
     if len(differ) > _MOST_LINES:
       settings.append(f"and {len(differ) - _MOST_LINES} settings more")
-    found.append(page.Point(round(100 * x / width, 2), round(100 * (1 - y / height), 2), plain(runs[i].name, 60),
-                            lines + settings))
+    found.append(
+      page.Point(
+        round(100 * x / width, 2),
+        round(100 * (1 - y / height), 2),
+        plain(runs[i].name, 60),
+        lines + settings,
+      )
+    )
   return found
 
 
@@ -82,16 +121,39 @@ def courses(runs: Sequence[Run], found: Sequence[Group]) -> list[page.Picture]:
   pictures = []
   for group in found:
     for score in SCORES:
-      lines = {i: [(test["step"], 100 * test[score.share]) for test in run.tests if score.share in test]
-               for i, run in group.runs.items()}
+      lines = {
+        i: [(test["step"], 100 * test[score.share]) for test in run.tests if score.share in test]
+        for i, run in group.runs.items()
+      }
       if any(len(points) > 1 for points in lines.values()):
-        pictures.append(_picture(runs, lines, "step", f"{score.label} (%)",
-                                 f"{_title(group)}: {score.label} at each test during training."))
-    lines = {i: [(line["step"], line["cross_entropy"]) for line in run.lines
-                 if line["split"] == "train" and "cross_entropy" in line] for i, run in group.runs.items()}
+        pictures.append(
+          _picture(
+            runs,
+            lines,
+            "step",
+            f"{score.label} (%)",
+            f"{_title(group)}: {score.label} at each test during training.",
+          )
+        )
+    lines = {
+      i: [
+        (line["step"], line["cross_entropy"])
+        for line in run.lines
+        if line["split"] == "train" and "cross_entropy" in line
+      ]
+      for i, run in group.runs.items()
+    }
     if any(len(points) > 1 for points in lines.values()):
-      pictures.append(_picture(runs, lines, "step", "cross-entropy", f"{_title(group)}: mean cross-entropy on "
-                               "training data.", marked=False))
+      pictures.append(
+        _picture(
+          runs,
+          lines,
+          "step",
+          "cross-entropy",
+          f"{_title(group)}: mean cross-entropy on training data.",
+          marked=False,
+        )
+      )
   return pictures
 
 
@@ -100,18 +162,33 @@ def _title(group: Group) -> str:
 
 
 def _picture(
-    runs: Sequence[Run], lines: Mapping[int, Sequence[tuple[float, float]]], xlabel: str, ylabel: str, caption: str, *,
-    marked: bool = True,
+  runs: Sequence[Run],
+  lines: Mapping[int, Sequence[tuple[float, float]]],
+  xlabel: str,
+  ylabel: str,
+  caption: str,
+  *,
+  marked: bool = True,
 ) -> page.Picture:
   """Points of runs, by their place, joined by lines, and below them whose they are."""
   shown = {i: points for i, points in lines.items() if points}
   figure, axes = _axes(len(shown))
   for i, points in shown.items():
-    axes.plot(*zip(*points, strict=True), label=plain(runs[i].name, 50), color=_COLOURS[i % len(_COLOURS)],
-              linewidth=1.3, marker=_MARKERS[i % len(_MARKERS)] if marked else None, markersize=6)
+    axes.plot(
+      *zip(*points, strict=True),
+      label=plain(runs[i].name, 50),
+      color=_COLOURS[i % len(_COLOURS)],
+      linewidth=1.3,
+      marker=_MARKERS[i % len(_MARKERS)] if marked else None,
+      markersize=6,
+    )
   _label(figure, axes, xlabel, ylabel, margin=0.08)
-  meaning = "mean over training examples, in nats" if ylabel == "cross-entropy" else "on the test set"
-  return page.pictured(figure, caption, terms=[(xlabel, "updates of the parameters so far"), (ylabel, meaning)])
+  meaning = (
+    "mean over training examples, in nats" if ylabel == "cross-entropy" else "on the test set"
+  )
+  return page.pictured(
+    figure, caption, terms=[(xlabel, "updates of the parameters so far"), (ylabel, meaning)]
+  )
 
 
 def _axes(runs: int) -> tuple[Any, Any]:

@@ -32,8 +32,11 @@ _BATCHES, _REPEATS = (1, 64), 20
 
 
 def write(
-    run_dir: rundir.RunDir, step: int, tables: Iterable[tuple[str, Sequence[Timing]]], *,
-    pixels: Sequence[int] | None = None
+  run_dir: rundir.RunDir,
+  step: int,
+  tables: Iterable[tuple[str, Sequence[Timing]]],
+  *,
+  pixels: Sequence[int] | None = None,
 ) -> None:
   """Prints tables as they are measured, and writes all and their picture into the run directory, or nothing.
 
@@ -51,17 +54,29 @@ def write(
     for title, rows in tables:
       found[title] = [dataclasses.asdict(row) for row in rows]
       say(f"\n{title}\n" + timings.table(found[title]))
-    write_json(folder / TABLE_FILE, {
-        "step": step, "device": timing.device(), "jax_version": jax.__version__,
-        "pixels": None if pixels is None else list(pixels), "timings": found})
+    write_json(
+      folder / TABLE_FILE,
+      {
+        "step": step,
+        "device": timing.device(),
+        "jax_version": jax.__version__,
+        "pixels": None if pixels is None else list(pixels),
+        "timings": found,
+      },
+    )
     with working("drawing the times", "a few seconds"):
       timings.draw(folder / PICTURE_FILE, found)
   has_page = surroundings.refresh_times(run_dir.path)
   modes = [] if has_page or not run_dir.report.exists() else ["report"]
   modes += ["export"] if run_dir.config().get("experiment") == "classification" else []
   made = ("made", f"{run_dir.path / TABLE_FILE}, {PICTURE_FILE}")
-  say(conclusion.text(f"Timed the checkpoint of step {step:,}: median milliseconds of a call.",
-                      [made, *conclusion.times(found)], conclusion.following(run_dir.path, modes)))
+  say(
+    conclusion.text(
+      f"Timed the checkpoint of step {step:,}: median milliseconds of a call.",
+      [made, *conclusion.times(found)],
+      conclusion.following(run_dir.path, modes),
+    )
+  )
 
 
 @contextlib.contextmanager
@@ -77,14 +92,14 @@ def _staged(path: Path, step: int) -> Iterator[Path]:
 
 
 def calibration(
-    images: Any, normalise: Callable[[np.ndarray], jax.Array], count: int = _CALIBRATION
+  images: Any, normalise: Callable[[np.ndarray], jax.Array], count: int = _CALIBRATION
 ) -> np.ndarray:
   """`[M, H, W, D]` network inputs of at most `count` images, evenly over a set."""
   return np.asarray(normalise(images.read(spread(len(images), count))[0]), np.float32)
 
 
 def of_images(
-    compiled: Callable[..., Conditional | Exiting], images: np.ndarray
+  compiled: Callable[..., Conditional | Exiting], images: np.ndarray
 ) -> Iterator[tuple[str, Sequence[Timing]]]:
   """Tables of a net for images: of one, and of a batch.
 
@@ -93,9 +108,16 @@ def of_images(
     images: `[M, H, W, D]`, the calibration.
   """
   for size in _BATCHES:
-    with working(f"compiling and timing each way to run {title(size, 'image')}", "up to a few minutes") as progress:
-      made = compiled(input_shape=images.shape[1:], batch_size=size, calibration=images, repeats=_REPEATS,
-                      progress=progress)
+    with working(
+      f"compiling and timing each way to run {title(size, 'image')}", "up to a few minutes"
+    ) as progress:
+      made = compiled(
+        input_shape=images.shape[1:],
+        batch_size=size,
+        calibration=images,
+        repeats=_REPEATS,
+        progress=progress,
+      )
     if isinstance(made, Conditional) and (reason := why_not("native")):
       say(f"\nthe strategy native is not tried: {reason}")
     yield title(size, "image"), made.report()

@@ -14,9 +14,10 @@ from gating_jax.training import rundir
 
 _LINES = 12
 _NEXT = {  # by mode, what it does
-    "compile": "times programs that skip what is closed; some minutes",
-    "export": "writes files that run without this package; some minutes",
-    "report": "writes the page of the newest checkpoint"}
+  "compile": "times programs that skip what is closed; some minutes",
+  "export": "writes files that run without this package; some minutes",
+  "report": "writes the page of the newest checkpoint",
+}
 
 
 def text(done: str, rows: Sequence[tuple[str, str]], then: Sequence[str] = ()) -> str:
@@ -55,7 +56,11 @@ def _is_done(path: Path, mode: str) -> bool:
 
 def _newest_step(path: Path) -> int | None:
   """The step of the newest checkpoint; None where there is none."""
-  steps = [int(folder.name) for folder in path.glob(f"{rundir.CHECKPOINT_DIR}/*") if folder.name.isdecimal()]
+  steps = [
+    int(folder.name)
+    for folder in path.glob(f"{rundir.CHECKPOINT_DIR}/*")
+    if folder.name.isdecimal()
+  ]
   return max(steps, default=None)
 
 
@@ -97,6 +102,11 @@ def times(timings: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str,
     ways = {MASKED: "computing everything", CHOSEN: "skipping, each part in its fastest way"}
     way = ways.get(row["strategy"], f"skipping ({row['strategy']})")
     faster = whole[UNGATED]["seconds"] / row["seconds"]
-    found.append((title, f"{1e3 * row['seconds']:.2f} ms by {way}; ungated {1e3 * whole[UNGATED]['seconds']:.2f} ms, "
-                         f"{faster:.2f} x"))
+    found.append(
+      (
+        title,
+        f"{1e3 * row['seconds']:.2f} ms by {way}; ungated {1e3 * whole[UNGATED]['seconds']:.2f} ms, "
+        f"{faster:.2f} x",
+      )
+    )
   return found

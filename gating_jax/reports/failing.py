@@ -24,14 +24,14 @@ FILE = "failure.json"
 
 
 def run_mode(
-    path: Path,
-    config: ml_collections.ConfigDict,
-    mode: str,
-    *,
-    train: Callable[[RunDir], None],
-    report: Callable[..., None],
-    render: Callable[[Mapping[str, Any]], str],
-    **others: Callable[[RunDir], None],
+  path: Path,
+  config: ml_collections.ConfigDict,
+  mode: str,
+  *,
+  train: Callable[[RunDir], None],
+  report: Callable[..., None],
+  render: Callable[[Mapping[str, Any]], str],
+  **others: Callable[[RunDir], None],
 ) -> None:
   """`rundir.run_mode`; where `train` fails, a note of it in the run directory and the page of the newest checkpoint.
 
@@ -41,6 +41,7 @@ def run_mode(
     path, config, mode, train, render, others: as in `rundir.run_mode`.
     report: the mode of this name; with `notice=`, what the page says first.
   """
+
   def train_or_report(run_dir):
     try:
       train(run_dir)
@@ -52,8 +53,15 @@ def run_mode(
           _report_failure(run_dir, config, report, _said(failure))
       raise
 
-  rundir.run_mode(path, config, mode, train=train_or_report, render=render, **others,
-                  report=lambda run_dir: report(run_dir, notice=notice(run_dir)))
+  rundir.run_mode(
+    path,
+    config,
+    mode,
+    train=train_or_report,
+    render=render,
+    **others,
+    report=lambda run_dir: report(run_dir, notice=notice(run_dir)),
+  )
 
 
 def notice(run_dir: RunDir) -> str:
@@ -85,7 +93,7 @@ def _record(run_dir: RunDir, failure: Mapping[str, str]) -> None:
 
 
 def _report_failure(
-    run_dir: RunDir, config: ml_collections.ConfigDict, report: Callable[..., None], said: str
+  run_dir: RunDir, config: ml_collections.ConfigDict, report: Callable[..., None], said: str
 ) -> None:
   """Writes the page of the newest checkpoint; where there is none, or it cannot be tested, one without numbers."""
   say("the run failed; its report is written as far as it came")
@@ -95,7 +103,13 @@ def _report_failure(
     configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
     begin = page.Opening(text=f"No checkpoint could be tested: {_first_line(error)}", notice=said)
     try:
-      page.write(run_dir.report, str(config.experiment), [opening.settings(configured)], run_dir.path.name, begin)
+      page.write(
+        run_dir.report,
+        str(config.experiment),
+        [opening.settings(configured)],
+        run_dir.path.name,
+        begin,
+      )
     except Exception as last:  # such as a full disk, which the failure itself may be about
       warn("no report could be written of the run that failed: %s", last)
 

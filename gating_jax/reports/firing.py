@@ -29,7 +29,11 @@ def draw(path: Path | BinaryIO, logits: np.ndarray, open_rates: np.ndarray, prio
   figure = Figure(figsize=(13, 4), layout="constrained", dpi=110)
   rates, values, cdfs = figure.subplots(1, 3)
   rates.hist(open_rates, bins=np.linspace(0, 1, 41), color="tab:blue")
-  rates.set(title=f"How often each of {len(open_rates)} gates is open", xlabel="share of test images", ylabel="gates")
+  rates.set(
+    title=f"How often each of {len(open_rates)} gates is open",
+    xlabel="share of test images",
+    ylabel="gates",
+  )
   values.hist(probs.ravel(), bins=np.linspace(0, 1, 41), density=True, color="tab:green")
   values.set(title=f"Open probabilities on {len(probs)} images", xlabel="P(open)", ylabel="density")
   _draw_cdfs(cdfs, probs, prior)
@@ -43,8 +47,25 @@ def _draw_cdfs(axes, probs: np.ndarray, prior: Prior) -> None:
     axes.plot(np.sort(probs[:, gate]), level, color="tab:gray", linewidth=0.5, alpha=0.5)
   pooled = np.sort(probs.ravel())
   shown = np.linspace(0, pooled.size - 1, 500).astype(int)
-  axes.plot(pooled[shown], (shown + 1) / (pooled.size + 1), color="tab:green", linewidth=2, label="all gates together")
+  axes.plot(
+    pooled[shown],
+    (shown + 1) / (pooled.size + 1),
+    color="tab:green",
+    linewidth=2,
+    label="all gates together",
+  )
   x = np.linspace(0, 1, 500)
-  axes.plot(x, np.asarray(prior.cdf(x.astype(np.float32))), color="tab:red", linewidth=2, label=f"prior {prior.name}")
-  axes.set(title="Empirical CDF of single gates (grey)", xlabel="P(open)", ylabel="share of images", ylim=(0, 1))
+  axes.plot(
+    x,
+    np.asarray(prior.cdf(x.astype(np.float32))),
+    color="tab:red",
+    linewidth=2,
+    label=f"prior {prior.name}",
+  )
+  axes.set(
+    title="Empirical CDF of single gates (grey)",
+    xlabel="P(open)",
+    ylabel="share of images",
+    ylim=(0, 1),
+  )
   axes.legend(loc="upper left")

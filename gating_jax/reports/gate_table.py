@@ -15,19 +15,29 @@ _MEASURES = ("open_rates", "disagreement", "input_information", "class_informati
 
 # What the page calls a column, and a sentence that defines it, by the header of `rows`.
 TITLES = {
-    "layer": ("layer", "number and name of the gated layer, the first on top"),
-    "gates": ("gates", "how many units of the layer have a gate"),
-    "open": ("open (%)", "open gates of an example, mean over gates and the test set"),
-    "always open": ("always open", "gates that are open for more than 99 % of the test set"),
-    "always closed": ("always closed", "gates that are open for less than 1 % of the test set"),
-    "random dropout": ("random", "gates that noise decides in training, as in dropout, and not the input"),
-    "conditional": ("conditional", "gates that the input decides"),
-    "draws differ": ("draws differ (%)", "examples on which two draws of the training's noise would open a gate once "
-                                         "and close it once, mean over gates"),
-    "on input": ("information on the input (bits)", "mutual information of a gate drawn with that noise and the input, "
-                                                    "mean over gates; 1 at most"),
-    "on class": ("information on the class (bits)", "mutual information of a gate and the class, mean over gates, what "
-                                                    "chance adds taken off"),
+  "layer": ("layer", "number and name of the gated layer, the first on top"),
+  "gates": ("gates", "how many units of the layer have a gate"),
+  "open": ("open (%)", "open gates of an example, mean over gates and the test set"),
+  "always open": ("always open", "gates that are open for more than 99 % of the test set"),
+  "always closed": ("always closed", "gates that are open for less than 1 % of the test set"),
+  "random dropout": (
+    "random",
+    "gates that noise decides in training, as in dropout, and not the input",
+  ),
+  "conditional": ("conditional", "gates that the input decides"),
+  "draws differ": (
+    "draws differ (%)",
+    "examples on which two draws of the training's noise would open a gate once "
+    "and close it once, mean over gates",
+  ),
+  "on input": (
+    "information on the input (bits)",
+    "mutual information of a gate drawn with that noise and the input, mean over gates; 1 at most",
+  ),
+  "on class": (
+    "information on the class (bits)",
+    "mutual information of a gate and the class, mean over gates, what chance adds taken off",
+  ),
 }
 
 
@@ -40,12 +50,28 @@ def rows(layers: Sequence[Mapping[str, Any]]) -> list[list[str]]:
   """A header and a row per layer, from what `training.diagnosis.by_layer` returns; information in bits, means over
   gates."""
   information = [name for name in _MEASURES if name.endswith("_information") and name in layers[0]]
-  found = [["layer", "gates", "open", *(name.replace("_", " ") for name in OUTCOMES), "draws differ",
-            *(f"on {name.removesuffix('_information')}" for name in information)]]
+  found = [
+    [
+      "layer",
+      "gates",
+      "open",
+      *(name.replace("_", " ") for name in OUTCOMES),
+      "draws differ",
+      *(f"on {name.removesuffix('_information')}" for name in information),
+    ]
+  ]
   for layer in layers:
     is_open, differ = (f"{100 * layer[name]:.1f} %" for name in ("mean_open", "disagreement"))
-    found.append([layer["layer"], str(layer["gates"]), is_open, *(str(layer[name]) for name in OUTCOMES), differ,
-                  *(f"{layer[name]:.3f}" for name in information)])
+    found.append(
+      [
+        layer["layer"],
+        str(layer["gates"]),
+        is_open,
+        *(str(layer[name]) for name in OUTCOMES),
+        differ,
+        *(f"{layer[name]:.3f}" for name in information),
+      ]
+    )
   return found
 
 
@@ -57,4 +83,6 @@ def write(path: Path, found: Diagnosis, layers: Sequence[tuple[str, int]]) -> No
     writer = csv.writer(file)
     writer.writerow(["layer", "gate", "outcome", *(name.removesuffix("s") for name in measures)])
     for i, place in enumerate(places):
-      writer.writerow([*place, OUTCOMES[found.outcomes[i]], *(f"{getattr(found, m)[i]:.6g}" for m in measures)])
+      writer.writerow(
+        [*place, OUTCOMES[found.outcomes[i]], *(f"{getattr(found, m)[i]:.6g}" for m in measures)]
+      )

@@ -18,9 +18,14 @@ from gating_jax.reports.text import plain
 MOST_LAYERS, MOST_CLASSES, _BARS = 24, 40, 12  # that a picture shows; bars of classes
 _TALLEST, _NAMED = 7.0, 36  # inches of bars of layers, and how many of these have a name
 _KINDS = (  # of gates, and their colours, which differ in lightness too
-    ("< 1 % (always closed)", "#c3cad3"), ("1 to 25 % (conditional)", "#b7e4c7"), ("25 to 50 % (cond.)", "#74c69d"),
-    ("50 to 75 % (cond.)", "#40916c"), ("75 to 99 % (cond.)", "#1b4332"), ("> 99 % (always open)", "#4c78a8"),
-    ("random, by noise", "#f2a541"))
+  ("< 1 % (always closed)", "#c3cad3"),
+  ("1 to 25 % (conditional)", "#b7e4c7"),
+  ("25 to 50 % (cond.)", "#74c69d"),
+  ("50 to 75 % (cond.)", "#40916c"),
+  ("75 to 99 % (cond.)", "#1b4332"),
+  ("> 99 % (always open)", "#4c78a8"),
+  ("random, by noise", "#f2a541"),
+)
 _GREEN = "#2a9d6f"
 _COLUMNS = 3
 _LETTERS = 8.5  # points
@@ -60,7 +65,9 @@ def draw_outcomes(found: Diagnosis, sizes: Sequence[int], names: Sequence[str]) 
     parts = np.split(kinds == kind, np.cumsum(sizes)[:-1])
     counts = np.array([np.count_nonzero(part) for part in parts])
     label = f"{name}: {counts.sum():,}"
-    axes.barh(np.arange(count), 100 * counts / whole, left=left, color=colour, label=label, height=0.82)
+    axes.barh(
+      np.arange(count), 100 * counts / whole, left=left, color=colour, label=label, height=0.82
+    )
     left += 100 * counts / whole
   every = -(-count // _NAMED)
   axes.set_yticks(np.arange(0, count, every), names[::every], fontsize=_LETTERS)
@@ -70,8 +77,15 @@ def draw_outcomes(found: Diagnosis, sizes: Sequence[int], names: Sequence[str]) 
   axes.set_xlabel("gates of the layer (%)")
   axes.set_ylabel("layer, the first on top")
   axes.spines[["top", "right"]].set_visible(False)
-  figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9, columnspacing=1.2,
-                title=f"What {len(kinds):,} gates do: open for", alignment="left")
+  figure.legend(
+    loc="outside upper left",
+    ncols=2,
+    frameon=False,
+    fontsize=9,
+    columnspacing=1.2,
+    title=f"What {len(kinds):,} gates do: open for",
+    alignment="left",
+  )
   return figure
 
 
@@ -80,10 +94,14 @@ def _kinds(found: Diagnosis) -> np.ndarray:
   bins = np.digitize(found.open_rates, (0.25, 0.5, 0.75)) + 1
   outcomes = [OUTCOMES[outcome] for outcome in found.outcomes]
   others = {"always_closed": 0, "always_open": 5, "random_dropout": 6}
-  return np.array([others.get(outcome, place) for outcome, place in zip(outcomes, bins, strict=True)], int)
+  return np.array(
+    [others.get(outcome, place) for outcome, place in zip(outcomes, bins, strict=True)], int
+  )
 
 
-def draw_histograms(history: Sequence[Mapping[str, Any]], names: Sequence[str], measure: str) -> Any:
+def draw_histograms(
+  history: Sequence[Mapping[str, Any]], names: Sequence[str], measure: str
+) -> Any:
   """A panel for each layer: a column for each test, a row for each part of [0, 1], darker where more values are.
 
   Args:
@@ -94,19 +112,33 @@ def draw_histograms(history: Sequence[Mapping[str, Any]], names: Sequence[str], 
   what = {"probs": "probability", "open_rates": "open rate"}[measure]
   figure, panels = _panels(names, "test at step", what)
   for number, axes in panels:
-    counts = np.array([_of_layer(line, number, measure) for line in history], np.float64)  # [T, bins]
+    counts = np.array(
+      [_of_layer(line, number, measure) for line in history], np.float64
+    )  # [T, bins]
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    axes.imshow(np.sqrt(shares.T), cmap="Greens", vmin=0, vmax=0.6, origin="lower", aspect="auto",
-                extent=(-0.5, len(history) - 0.5, 0, 1), interpolation="nearest")
+    axes.imshow(
+      np.sqrt(shares.T),
+      cmap="Greens",
+      vmin=0,
+      vmax=0.6,
+      origin="lower",
+      aspect="auto",
+      extent=(-0.5, len(history) - 0.5, 0, 1),
+      interpolation="nearest",
+    )
     ends = sorted({0, len(history) - 1})
     axes.set_xticks(ends, [f"{history[i]['step']:,}" for i in ends], fontsize=_LETTERS)
     axes.set_yticks([0, 1], ["0", "1"], fontsize=_LETTERS)
-    for label, side in zip(axes.get_xticklabels(), ("left", "right") if len(ends) == 2 else ("center",), strict=True):
+    for label, side in zip(
+      axes.get_xticklabels(), ("left", "right") if len(ends) == 2 else ("center",), strict=True
+    ):
       label.set_horizontalalignment(side)
   return figure
 
 
-def draw_cdfs(history: Sequence[Mapping[str, Any]], names: Sequence[str], prior: Prior | None) -> Any:
+def draw_cdfs(
+  history: Sequence[Mapping[str, Any]], names: Sequence[str], prior: Prior | None
+) -> Any:
   """A panel for each layer: the share of open probabilities below x, at up to four tests, and the prior's.
 
   Args: as in `draw_histograms`; no prior is drawn where it is None.
@@ -115,19 +147,27 @@ def draw_cdfs(history: Sequence[Mapping[str, Any]], names: Sequence[str], prior:
 
   figure, panels = _panels(names, "probability", "below it")
   times = np.unique(np.linspace(0, len(history) - 1, min(len(history), 4)).astype(int))
-  tones = colormaps["viridis_r"](np.linspace(0.15, 0.95, len(times))) if len(times) > 1 else [_GREEN]
+  tones = (
+    colormaps["viridis_r"](np.linspace(0.15, 0.95, len(times))) if len(times) > 1 else [_GREEN]
+  )
   for number, axes in panels:
     for tone, time in zip(tones, times, strict=True):
       counts = np.array(_of_layer(history[time], number, "probs"), np.float64)
       below = np.concatenate([[0], np.cumsum(counts) / max(counts.sum(), 1)])
-      axes.plot(np.linspace(0, 1, len(below)), below, color=tone, label=f"step {history[time]['step']:,}")
+      axes.plot(
+        np.linspace(0, 1, len(below)), below, color=tone, label=f"step {history[time]['step']:,}"
+      )
     if prior is not None:
       x = np.linspace(0, 1, 200, dtype=np.float32)
-      axes.plot(x, np.asarray(prior.cdf(x)), color="#d1495b", linestyle="--", label=f"prior {prior.name}")
+      axes.plot(
+        x, np.asarray(prior.cdf(x)), color="#d1495b", linestyle="--", label=f"prior {prior.name}"
+      )
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
     axes.set_xticks([0, 1], ["0", "1"], fontsize=_LETTERS)
     axes.set_yticks([0, 1], ["0", "1"], fontsize=_LETTERS)
-  figure.legend(*panels[0][1].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+  figure.legend(
+    *panels[0][1].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False
+  )
   return figure
 
 
@@ -148,16 +188,28 @@ def draw_class_map(rates: np.ndarray, gates: Sequence[str], class_names: Sequenc
   rows, columns = _alike(rates), _alike(rates.T)
   figure = Figure(figsize=(WIDTH, 1.7 + 0.15 * len(rates)), layout="constrained")
   axes = figure.subplots()
-  image = axes.imshow(rates[rows][:, columns], cmap="YlGnBu", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-  axes.set_xticks(np.arange(len(columns)), [plain(class_names[classes[k]], 14) for k in columns], rotation=90,
-                  fontsize=_LETTERS)
+  image = axes.imshow(
+    rates[rows][:, columns], cmap="YlGnBu", vmin=0, vmax=1, aspect="auto", interpolation="nearest"
+  )
+  axes.set_xticks(
+    np.arange(len(columns)),
+    [plain(class_names[classes[k]], 14) for k in columns],
+    rotation=90,
+    fontsize=_LETTERS,
+  )
   axes.xaxis.tick_top()
   axes.set_yticks(np.arange(len(rows)), [gates[g] for g in rows], fontsize=7.5)
   axes.set_ylabel("gate (layer:number)")
   axes.set_xlabel("class")
   axes.xaxis.set_label_position("top")
-  figure.colorbar(image, ax=axes, orientation="horizontal", aspect=40, pad=0.01,
-                  label="images of the class that open the gate (fraction)")
+  figure.colorbar(
+    image,
+    ax=axes,
+    orientation="horizontal",
+    aspect=40,
+    pad=0.01,
+    label="images of the class that open the gate (fraction)",
+  )
   return figure
 
 
@@ -173,10 +225,14 @@ def draw_class_bars(rates: np.ndarray, titles: Sequence[str], class_names: Seque
 
   shown = min(rates.shape[1], _BARS)
   figure = Figure(figsize=(WIDTH, (0.5 + 0.16 * shown) * len(rates)), layout="constrained")
-  for axes, rate, title in zip(figure.subplots(len(rates), 1, squeeze=False).ravel(), rates, titles, strict=True):
+  for axes, rate, title in zip(
+    figure.subplots(len(rates), 1, squeeze=False).ravel(), rates, titles, strict=True
+  ):
     classes = np.sort(np.argsort(-rate, kind="stable")[:shown])
     axes.barh(np.arange(shown), 100 * rate[classes], color=_GREEN)
-    axes.set_yticks(np.arange(shown), [plain(class_names[k], 18) for k in classes], fontsize=_LETTERS)
+    axes.set_yticks(
+      np.arange(shown), [plain(class_names[k], 18) for k in classes], fontsize=_LETTERS
+    )
     axes.invert_yaxis()
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlim(0, 100)
@@ -199,7 +255,7 @@ def _panels(names: Sequence[str], xlabel: str, ylabel: str) -> tuple[Any, list[t
   rows = -(-len(shown) // _COLUMNS)
   figure = Figure(figsize=(WIDTH, 0.6 + 1.55 * rows), layout="constrained")
   grid = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
-  for axes in grid[len(shown):]:
+  for axes in grid[len(shown) :]:
     axes.axis("off")
   panels = list(zip(shown.tolist(), grid, strict=False))
   for number, axes in panels:

@@ -18,7 +18,7 @@ _LETTERS = 12  # of a caption
 
 
 def draw_rows(
-    rows: Sequence[np.ndarray], labels: Sequence[str], captions: Sequence[Sequence[str]] | None = None
+  rows: Sequence[np.ndarray], labels: Sequence[str], captions: Sequence[Sequence[str]] | None = None
 ) -> Any:
   """A figure as wide as a phone is.
 
@@ -38,13 +38,28 @@ def draw_rows(
   for i, (images, label) in enumerate(zip(rows, labels, strict=True)):
     top = 1 - i / len(rows)
     lines = [plain(line, 18) for line in label.split("\n")]
-    figure.text(0.01, top - 0.5 * side / height / len(rows), "\n".join(lines), va="center", fontsize=9)
+    figure.text(
+      0.01, top - 0.5 * side / height / len(rows), "\n".join(lines), va="center", fontsize=9
+    )
     for k, image in enumerate(images):
-      axes = figure.add_axes(((_LABEL + k * side) / WIDTH, top - side / height / len(rows),
-                              0.94 * side / WIDTH, 0.94 * side / height / len(rows)))
+      axes = figure.add_axes(
+        (
+          (_LABEL + k * side) / WIDTH,
+          top - side / height / len(rows),
+          0.94 * side / WIDTH,
+          0.94 * side / height / len(rows),
+        )
+      )
       axes.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
       axes.set_axis_off()
       if captions:
-        axes.text(0.5, -0.04, plain(captions[i][k], _LETTERS), transform=axes.transAxes, ha="center", va="top",
-                  fontsize=6.5)
+        axes.text(
+          0.5,
+          -0.04,
+          plain(captions[i][k], _LETTERS),
+          transform=axes.transAxes,
+          ha="center",
+          va="top",
+          fontsize=6.5,
+        )
   return figure

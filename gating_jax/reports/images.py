@@ -28,18 +28,26 @@ def draw_images(pixels: np.ndarray, texts: Sequence[str]) -> Any:
   from matplotlib.figure import Figure  # imports slowly
 
   rows = -(-len(pixels) // _COLUMNS)
-  height = (WIDTH / _COLUMNS - 0.1) * pixels.shape[1] / pixels.shape[2] + 0.18 * (1 + texts[0].count("\n")) + 0.1
+  height = (
+    (WIDTH / _COLUMNS - 0.1) * pixels.shape[1] / pixels.shape[2]
+    + 0.18 * (1 + texts[0].count("\n"))
+    + 0.1
+  )
   figure = Figure(figsize=(WIDTH, rows * height), layout="constrained")
   grid = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
   for axes in grid:
     axes.axis("off")
   for axes, image, text in zip(grid, pixels, texts, strict=False):
     axes.imshow(_small(image), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    axes.text(0.5, -0.04, text, fontsize=9, transform=axes.transAxes, ha="center", va="top", linespacing=1.1)
+    axes.text(
+      0.5, -0.04, text, fontsize=9, transform=axes.transAxes, ha="center", va="top", linespacing=1.1
+    )
   return figure
 
 
-def draw_training(steps: Sequence[int], scores: Sequence[float], mac_ratios: Sequence[float], score_name: str) -> Any:
+def draw_training(
+  steps: Sequence[int], scores: Sequence[float], mac_ratios: Sequence[float], score_name: str
+) -> Any:
   """The score and the share of multiply-accumulates at each test during training."""
   from matplotlib.figure import Figure  # imports slowly
 
@@ -59,7 +67,9 @@ def draw_training(steps: Sequence[int], scores: Sequence[float], mac_ratios: Seq
   return figure
 
 
-def draw_path(steps: Sequence[int], scores: Sequence[float], mac_ratios: Sequence[float], score_name: str) -> Any:
+def draw_path(
+  steps: Sequence[int], scores: Sequence[float], mac_ratios: Sequence[float], score_name: str
+) -> Any:
   """The score against the share of multiply-accumulates, a point for each test during training."""
   from matplotlib.figure import Figure  # imports slowly
 
@@ -94,7 +104,14 @@ def draw_quarters(macs: np.ndarray, quarters: Sequence[np.ndarray], noun: str) -
   axes.vlines(places, low, high, color="#b8c0cc", linewidth=7)
   axes.plot(places, means, color=_GREEN, marker="o", markersize=6)
   for place, mean in zip(places, means, strict=True):
-    axes.annotate(f"{mean:.4g}", (place, mean), xytext=(9, 0), textcoords="offset points", fontsize=9, va="center")
+    axes.annotate(
+      f"{mean:.4g}",
+      (place, mean),
+      xytext=(9, 0),
+      textcoords="offset points",
+      fontsize=9,
+      va="center",
+    )
   names = [f"quarter {i}" for i in range(1, len(quarters) + 1)]
   names[0] += "\n(easiest)"
   names[-1] += "\n(hardest)" if len(names) > 1 else ""

@@ -68,16 +68,22 @@ def score(name: str, value: float, key: str, around: Surroundings, meaning: str)
   """
   baseline = _baseline(key, around)
   if baseline is None:
-    compared = "this run is ungated: a baseline itself" if around.ungated else "ungated: no baseline found"
+    compared = (
+      "this run is ungated: a baseline itself" if around.ungated else "ungated: no baseline found"
+    )
   else:
     gap = 100 * (value - baseline)
     compared = f"ungated: {100 * baseline:.2f} %"
-    meaning += (f" The ungated baseline is the run “{plain(around.baseline.name, 60)}”; this one is {abs(gap):.2f} "
-                f"points {'above' if gap >= 0 else 'below'} it.")
+    meaning += (
+      f" The ungated baseline is the run “{plain(around.baseline.name, 60)}”; this one is {abs(gap):.2f} "
+      f"points {'above' if gap >= 0 else 'below'} it."
+    )
   return page.Number(name[:1].upper() + name[1:], f"{100 * value:.2f} %", compared, meaning)
 
 
-def macs(ratio: float, executed: float, dense: float, noun: str, around: Surroundings) -> page.Number:
+def macs(
+  ratio: float, executed: float, dense: float, noun: str, around: Surroundings
+) -> page.Number:
   """The fraction of MACs that a run spends.
 
   Args:
@@ -88,15 +94,19 @@ def macs(ratio: float, executed: float, dense: float, noun: str, around: Surroun
   """
   baseline = "this run is ungated" if around.ungated else "ungated: 100 %"
   return page.Number(
-      "MACs", f"{100 * ratio:.1f} %", f"{baseline}, {short(dense)} per {noun}",
-      f"Multiply-accumulate operations per {noun}, {short(executed)}, in % of those of the ungated network; mean over "
-      "the test set, gate networks included.")
+    "MACs",
+    f"{100 * ratio:.1f} %",
+    f"{baseline}, {short(dense)} per {noun}",
+    f"Multiply-accumulate operations per {noun}, {short(executed)}, in % of those of the ungated network; mean over "
+    "the test set, gate networks included.",
+  )
 
 
 def time(noun: str, around: Surroundings) -> page.Number:
   """Milliseconds of an example."""
   return times.number(
-      around.times, noun, step=around.step, workdir=around.workdir, refused=around.not_compiled)
+    around.times, noun, step=around.step, workdir=around.workdir, refused=around.not_compiled
+  )
 
 
 def times_section(noun: str, around: Surroundings) -> page.Section:
@@ -130,25 +140,41 @@ def about(around: Surroundings) -> page.Section:
   starts = list(around.starts)
   first = starts[0] if starts else {}
   rows = [
-      ("started", _text(first.get("date"))),
-      ("command", _text(first.get("command"))),
-      ("commit", _text(first.get("commit"), "not recorded (the package is not run from a checkout)" if starts else "")),
-      ("versions", _versions(first.get("versions"))),
-      ("seed", _text(around.seed)),
-      ("hardware", _hardware(first)),
-      ("run directory", _text(around.workdir)),
+    ("started", _text(first.get("date"))),
+    ("command", _text(first.get("command"))),
+    (
+      "commit",
+      _text(
+        first.get("commit"),
+        "not recorded (the package is not run from a checkout)" if starts else "",
+      ),
+    ),
+    ("versions", _versions(first.get("versions"))),
+    ("seed", _text(around.seed)),
+    ("hardware", _hardware(first)),
+    ("run directory", _text(around.workdir)),
   ]
   for i, start in enumerate(starts[1:], 1):
     rows.append((f"resumed ({i})", f"{_text(start.get('date'))}, {_hardware(start)}"))
   if around.report is not None:
-    rows += [("page written", _text(around.report.get("date"))), ("by", _text(around.report.get("command"))),
-             ("with commit", _text(around.report.get("commit"))), ("on", _hardware(around.report))]
-  text = "" if starts else "This run directory does not say when, by which command and on what it was started."
-  return page.Section("About this run", text, [page.Table(("what", "value"), rows, numeric=False, terms=_ABOUT)])
+    rows += [
+      ("page written", _text(around.report.get("date"))),
+      ("by", _text(around.report.get("command"))),
+      ("with commit", _text(around.report.get("commit"))),
+      ("on", _hardware(around.report)),
+    ]
+  text = (
+    ""
+    if starts
+    else "This run directory does not say when, by which command and on what it was started."
+  )
+  return page.Section(
+    "About this run", text, [page.Table(("what", "value"), rows, numeric=False, terms=_ABOUT)]
+  )
 
 
 def about_several(
-    runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], Any]], report: Mapping[str, Any]
+  runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], Any]], report: Mapping[str, Any]
 ) -> page.Section:
   """Where several runs come from, and who wrote the page when.
 
@@ -159,17 +185,39 @@ def about_several(
   rows = []
   for name, (starts, seed) in runs.items():
     first = starts[0] if starts else {}
-    rows.append([name, _text(first.get("date")), _text(first.get("command")), _text(first.get("commit")), _text(seed),
-                 _hardware(first), _versions(first.get("versions"))])
-  rows.append(["this page", _text(report.get("date")), _text(report.get("command")), _text(report.get("commit")), "–",
-               _hardware(report), _versions(report.get("versions"))])
+    rows.append(
+      [
+        name,
+        _text(first.get("date")),
+        _text(first.get("command")),
+        _text(first.get("commit")),
+        _text(seed),
+        _hardware(first),
+        _versions(first.get("versions")),
+      ]
+    )
+  rows.append(
+    [
+      "this page",
+      _text(report.get("date")),
+      _text(report.get("command")),
+      _text(report.get("commit")),
+      "–",
+      _hardware(report),
+      _versions(report.get("versions")),
+    ]
+  )
   header = ("run", "started", "command", "commit", "seed", "hardware", "versions")
-  return page.Section("About these runs", "", [page.Table(header, rows, numeric=False, terms=_ABOUT)])
+  return page.Section(
+    "About these runs", "", [page.Table(header, rows, numeric=False, terms=_ABOUT)]
+  )
 
 
-_ABOUT = (("started", "the date of the first start, in UTC"),
-          ("commit", "of the code; “dirty” where files differ from it"),
-          ("hardware", "what JAX computed on, and how many devices and processes there were"))
+_ABOUT = (
+  ("started", "the date of the first start, in UTC"),
+  ("commit", "of the code; “dirty” where files differ from it"),
+  ("hardware", "what JAX computed on, and how many devices and processes there were"),
+)
 
 
 def _baseline(key: str, around: Surroundings) -> float | None:
@@ -182,8 +230,10 @@ def why_no_baseline(around: Surroundings, how: str) -> str:
   """What to do where no baseline was found; empty where there is one, or none is needed."""
   if around.ungated or around.baseline is not None:
     return ""
-  return ("No ungated baseline: next to this run directory lies no finished run of the same config without gates. "
-          f"Train one there ({how}), then write this page again (mode report).")
+  return (
+    "No ungated baseline: next to this run directory lies no finished run of the same config without gates. "
+    f"Train one there ({how}), then write this page again (mode report)."
+  )
 
 
 def _text(value: Any, absent: str = "") -> str:

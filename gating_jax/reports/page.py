@@ -142,8 +142,13 @@ class Opening:
 
 
 def drawn(
-    draw: Callable[[BinaryIO], None], caption: str, width: int | None = None, *, scrolls: bool = False,
-    terms: Terms = (), photo: bool = False,
+  draw: Callable[[BinaryIO], None],
+  caption: str,
+  width: int | None = None,
+  *,
+  scrolls: bool = False,
+  terms: Terms = (),
+  photo: bool = False,
 ) -> Picture:
   """What `draw` writes as a PNG, as a picture."""
   file = io.BytesIO()
@@ -152,23 +157,38 @@ def drawn(
 
 
 def pictured(
-    figure: Any, caption: str, *, scrolls: bool = False, terms: Terms = (), photo: bool = False
+  figure: Any, caption: str, *, scrolls: bool = False, terms: Terms = (), photo: bool = False
 ) -> Picture:
   """A matplotlib figure as a picture; one that is `WIDTH` wide fills a phone, its letters as large as the text's.
 
   A wider one is best read if it `scrolls`.
   """
   width = round(100 * figure.get_figwidth())
-  return drawn(lambda file: save(figure, file, dpi=_DPI), caption, width, scrolls=scrolls, terms=terms, photo=photo)
+  return drawn(
+    lambda file: save(figure, file, dpi=_DPI),
+    caption,
+    width,
+    scrolls=scrolls,
+    terms=terms,
+    photo=photo,
+  )
 
 
-def render(title: str, sections: Sequence[Section], subtitle: str = "", opening: Opening | None = None) -> str:
+def render(
+  title: str, sections: Sequence[Section], subtitle: str = "", opening: Opening | None = None
+) -> str:
   """The page's HTML."""
-  return _template("page.html").render(title=title, subtitle=subtitle, sections=sections, opening=opening or Opening())
+  return _template("page.html").render(
+    title=title, subtitle=subtitle, sections=sections, opening=opening or Opening()
+  )
 
 
 def write(
-    path: Path, title: str, sections: Sequence[Section], subtitle: str = "", opening: Opening | None = None
+  path: Path,
+  title: str,
+  sections: Sequence[Section],
+  subtitle: str = "",
+  opening: Opening | None = None,
 ) -> None:
   """Writes the page, whole or not at all."""
   write_atomically(path, render(title, sections, subtitle, opening))
@@ -198,6 +218,10 @@ def _template(name: str):
   import jinja2  # imports slowly
 
   environment = jinja2.Environment(
-      loader=jinja2.PackageLoader("gating_jax.reports"), autoescape=True, undefined=jinja2.StrictUndefined,
-      trim_blocks=True, lstrip_blocks=True)
+    loader=jinja2.PackageLoader("gating_jax.reports"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
   return environment.get_template(name)

@@ -16,7 +16,11 @@ _NOTHING, _SIDE = "#d0d4d9", 1.6  # colour of pixels that do not count; inches o
 
 
 def draw(
-    images: np.ndarray, truth: np.ndarray, predicted: np.ndarray, mac_ratios: np.ndarray, class_names: Sequence[str]
+  images: np.ndarray,
+  truth: np.ndarray,
+  predicted: np.ndarray,
+  mac_ratios: np.ndarray,
+  class_names: Sequence[str],
 ) -> Any:
   """A figure with a column for each scene.
 
@@ -38,10 +42,16 @@ def draw(
   norm = BoundaryNorm(np.arange(classes + 2) - 0.5, classes + 1)
   height = _SIDE * images.shape[1] / images.shape[2]
   columns = max(1, round(_SIDE * n / 1.3))
-  figure = Figure(figsize=(_SIDE * n, 3 * height + 0.5 + 0.2 * -(-classes // columns)), layout="constrained", dpi=150)
+  figure = Figure(
+    figsize=(_SIDE * n, 3 * height + 0.5 + 0.2 * -(-classes // columns)),
+    layout="constrained",
+    dpi=150,
+  )
   grid = figure.subplots(3, n, squeeze=False)
   for i in range(n):
-    grid[0, i].imshow(images[i].squeeze(-1) if images.shape[-1] == 1 else images[i], cmap="gray", vmin=0, vmax=255)
+    grid[0, i].imshow(
+      images[i].squeeze(-1) if images.shape[-1] == 1 else images[i], cmap="gray", vmin=0, vmax=255
+    )
     grid[0, i].set_title(f"{100 * mac_ratios[i]:.1f} % of MACs", fontsize=9)
     for row, classes_of in ((1, truth), (2, predicted)):
       known = np.where(classes_of[i] < classes, classes_of[i], classes)
@@ -50,6 +60,11 @@ def draw(
     grid[row, 0].set_ylabel(name)
   for axes in grid.ravel():
     axes.set(xticks=[], yticks=[])
-  handles = [Patch(color=colour, label=plain(name, 16)) for name, colour in zip(class_names, colours, strict=True)]
-  figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+  handles = [
+    Patch(color=colour, label=plain(name, 16))
+    for name, colour in zip(class_names, colours, strict=True)
+  ]
+  figure.legend(
+    handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False
+  )
   return figure

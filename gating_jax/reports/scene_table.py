@@ -11,11 +11,16 @@ from gating_jax.reports.text import plain
 
 def rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   """Of name and value, from what `training.evaluation.evaluate` returns with `training.pixels.summarise`."""
-  classes = {name.partition("/")[2]: value for name, value in result.items() if name.startswith("iou/")}
+  classes = {
+    name.partition("/")[2]: value for name, value in result.items() if name.startswith("iou/")
+  }
   return [
-      ("mean IoU", f"{100 * result['mean_iou']:.2f} %  ({len(classes)} classes, {result['images']:,} scenes)"),
-      ("pixels that are right", f"{100 * result['accuracy']:.2f} %"),
-      *tables.size_and_gates(result),
-      ("MACs of the head, always run", f"{result['head_macs']:,}"),
-      *((f"IoU of {plain(name, 20)}", f"{100 * value:.1f} %") for name, value in classes.items()),
+    (
+      "mean IoU",
+      f"{100 * result['mean_iou']:.2f} %  ({len(classes)} classes, {result['images']:,} scenes)",
+    ),
+    ("pixels that are right", f"{100 * result['accuracy']:.2f} %"),
+    *tables.size_and_gates(result),
+    ("MACs of the head, always run", f"{result['head_macs']:,}"),
+    *((f"IoU of {plain(name, 20)}", f"{100 * value:.1f} %") for name, value in classes.items()),
   ]

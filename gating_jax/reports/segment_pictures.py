@@ -35,8 +35,13 @@ def draw_shares(probs: np.ndarray, shares: np.ndarray, correct: np.ndarray | Non
   if correct is None:
     videos.hist(shares, bins=bins, color="tab:blue")
   else:
-    videos.hist([shares[correct], shares[~correct]], bins=bins, stacked=True, color=["tab:blue", "tab:orange"],
-                label=["classified correctly", "wrongly"])
+    videos.hist(
+      [shares[correct], shares[~correct]],
+      bins=bins,
+      stacked=True,
+      color=["tab:blue", "tab:orange"],
+      label=["classified correctly", "wrongly"],
+    )
     videos.legend(frameon=False)
   videos.set(xlabel="chosen segments of a video (fraction)", ylabel="videos")
   for axes in (segments, videos):
@@ -45,7 +50,7 @@ def draw_shares(probs: np.ndarray, shares: np.ndarray, correct: np.ndarray | Non
 
 
 def draw_choices(
-    gates: Sequence[np.ndarray], names: Sequence[str], relevant: Sequence[np.ndarray] | None = None
+  gates: Sequence[np.ndarray], names: Sequence[str], relevant: Sequence[np.ndarray] | None = None
 ) -> Any:
   """A row for each video, from its begin to its end: chosen segments in colour, and below them those that matter.
 
@@ -64,8 +69,15 @@ def draw_choices(
     colours = [_CHOSEN if gate else _CLOSED for gate in chosen]
     _draw_row(axes, row - 0.4, 0.55 if relevant is not None else 0.8, colours)
     if relevant is not None:
-      _draw_row(axes, row + 0.2, 0.2, [_RELEVANT if matters else "white" for matters in relevant[row]])
-  axes.set(xlim=(0, 1), ylim=(count - 0.4, -0.6), xlabel="time (fraction of the video)", ylabel="test video")
+      _draw_row(
+        axes, row + 0.2, 0.2, [_RELEVANT if matters else "white" for matters in relevant[row]]
+      )
+  axes.set(
+    xlim=(0, 1),
+    ylim=(count - 0.4, -0.6),
+    xlabel="time (fraction of the video)",
+    ylabel="test video",
+  )
   axes.set_yticks(range(count), [plain(name, 24) for name in names], fontsize=8.5)
   axes.tick_params(axis="y", length=0)
   axes.spines[:].set_visible(False)
@@ -79,5 +91,12 @@ def draw_choices(
 def _draw_row(axes: Any, top: float, height: float, colours: Sequence[str]) -> None:
   """A box for each segment, all of the same width."""
   width = 1 / len(colours)
-  axes.bar(np.arange(len(colours)) * width, height, width=0.92 * width, bottom=top, color=colours, align="edge",
-           linewidth=0)
+  axes.bar(
+    np.arange(len(colours)) * width,
+    height,
+    width=0.92 * width,
+    bottom=top,
+    color=colours,
+    align="edge",
+    linewidth=0,
+  )

@@ -50,7 +50,9 @@ def _has_no_task_gates(config: Mapping[str, Any]) -> bool:
 
 def _chooses_nothing(config: Mapping[str, Any]) -> bool:
   """Whether segments of a video are taken without a look at it, and the heavy net has no gates."""
-  return config.get("model.selection") in _BLIND and config.get("model.heavy.gating", "none") == "none"
+  return (
+    config.get("model.selection") in _BLIND and config.get("model.heavy.gating", "none") == "none"
+  )
 
 
 _UNGATED_METHODS = (
@@ -72,24 +74,77 @@ _UNGATED_METHODS = (
 _BLIND = ("all", "uniform", "random", "light")
 _IMAGE_SET = ("data.name", "data.test_split", "data.image_feature", "data.label_feature")
 IMAGES = Kind(
-    "model.gating", ("none",), lambda config: config.get("model.gating") == "none",
-    ("model.gate.", "model.noise.", "model.exits.", "model.experts.", "model.backward_share", "model.init_from",
-     "loss.", "optim.gate_multiplier", "data.workers", "data.loader"), "the variant gates=none of its config",
-    _IMAGE_SET)
+  "model.gating",
+  ("none",),
+  lambda config: config.get("model.gating") == "none",
+  (
+    "model.gate.",
+    "model.noise.",
+    "model.exits.",
+    "model.experts.",
+    "model.backward_share",
+    "model.init_from",
+    "loss.",
+    "optim.gate_multiplier",
+    "data.workers",
+    "data.loader",
+  ),
+  "the variant gates=none of its config",
+  _IMAGE_SET,
+)
 SCENES = dataclasses.replace(
-    IMAGES, tested=("data.name", "data.test_split", "data.size", "data.digits", "data.test_scenes"))
+  IMAGES, tested=("data.name", "data.test_split", "data.size", "data.digits", "data.test_scenes")
+)
 VIDEOS = Kind(
-    "model.selection", ("all",), _chooses_nothing,
-    ("model.gate.", "model.share", "model.context", "model.heavy.gating", "model.heavy.gate.", "loss.", "optim.epochs",
-     "optim.gate_multiplier", "data.workers"), "the variant selection=all of its config",
-    ("data.name", "data.test_split", "data.layout", "data.table", "data.folder", "data.segments", "data.test_videos",
-     "data.at_most"))
+  "model.selection",
+  ("all",),
+  _chooses_nothing,
+  (
+    "model.gate.",
+    "model.share",
+    "model.context",
+    "model.heavy.gating",
+    "model.heavy.gate.",
+    "loss.",
+    "optim.epochs",
+    "optim.gate_multiplier",
+    "data.workers",
+  ),
+  "the variant selection=all of its config",
+  (
+    "data.name",
+    "data.test_split",
+    "data.layout",
+    "data.table",
+    "data.folder",
+    "data.segments",
+    "data.test_videos",
+    "data.at_most",
+  ),
+)
 TASKS = Kind(
-    "method", ("joint", "multitask_trunk", "fine_tuning"), _has_no_task_gates,
-    ("gates.", "hat.", "progressive.", "router.", "generator.", "ewc.", "online_ewc.", "si.", "lwf.", "replay.",
-     "derpp.", "dgm.", "model.gate.", "optim.gate_multiplier"),
-    "the variant method=joint of its config, which learns all tasks together, or method=fine_tuning",
-    (*_IMAGE_SET, "tasks.classes_per_task", "tasks.count", "tasks.order_seed"))
+  "method",
+  ("joint", "multitask_trunk", "fine_tuning"),
+  _has_no_task_gates,
+  (
+    "gates.",
+    "hat.",
+    "progressive.",
+    "router.",
+    "generator.",
+    "ewc.",
+    "online_ewc.",
+    "si.",
+    "lwf.",
+    "replay.",
+    "derpp.",
+    "dgm.",
+    "model.gate.",
+    "optim.gate_multiplier",
+  ),
+  "the variant method=joint of its config, which learns all tasks together, or method=fine_tuning",
+  (*_IMAGE_SET, "tasks.classes_per_task", "tasks.count", "tasks.order_seed"),
+)
 
 
 KINDS = {"classification": IMAGES, "segmentation": SCENES, "continual": TASKS, "long_video": VIDEOS}
@@ -109,7 +164,12 @@ def tested_on(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read(
-    run_dir: rundir.RunDir, config: ml_collections.ConfigDict, kind: Kind, *, step: int, not_compiled: str = ""
+  run_dir: rundir.RunDir,
+  config: ml_collections.ConfigDict,
+  kind: Kind,
+  *,
+  step: int,
+  not_compiled: str = "",
 ) -> Surroundings:
   """What there is of a run; nothing but the run itself on processes that do not write.
 
@@ -121,13 +181,22 @@ def read(
   """
   mine = rundir.flatten(json.loads(config.to_json()))
   ungated = _is_baseline(mine, kind)
-  around = Surroundings(ungated=ungated, step=step, not_compiled=not_compiled, seed=mine.get("seed"),
-                        workdir=str(run_dir.path))
+  around = Surroundings(
+    ungated=ungated,
+    step=step,
+    not_compiled=not_compiled,
+    seed=mine.get("seed"),
+    workdir=str(run_dir.path),
+  )
   if not hosts.is_writer():
     return around
   return dataclasses.replace(
-      around, baseline=None if ungated else find_baseline(run_dir.path, mine, kind), times=read_times(run_dir.path),
-      starts=provenance.read_starts(run_dir.path), report=provenance.describe())
+    around,
+    baseline=None if ungated else find_baseline(run_dir.path, mine, kind),
+    times=read_times(run_dir.path),
+    starts=provenance.read_starts(run_dir.path),
+    report=provenance.describe(),
+  )
 
 
 def read_times(path: Path) -> times.Times | None:
@@ -141,8 +210,13 @@ def refresh_times(path: Path) -> bool:
   if found is None:
     return False
   noun = example(_read_config(path).get("experiment"))
-  return page.fill(path / rundir.REPORT_FILE, [
-      times.number(found, noun, step=found.step, workdir=str(path)), times.section(found, noun, step=found.step)])
+  return page.fill(
+    path / rundir.REPORT_FILE,
+    [
+      times.number(found, noun, step=found.step, workdir=str(path)),
+      times.section(found, noun, step=found.step),
+    ],
+  )
 
 
 def find_baseline(path: Path, mine: Mapping[str, Any], kind: Kind) -> Baseline | None:
@@ -159,13 +233,21 @@ def find_baseline(path: Path, mine: Mapping[str, Any], kind: Kind) -> Baseline |
   if isinstance(start, str):
     folder = user_path(start)
     theirs = _read_config(folder)
-    if is_ungated(theirs) and tested_on(theirs) == tested_on(mine) and (found := _read_baseline(folder)):
+    if (
+      is_ungated(theirs)
+      and tested_on(theirs) == tested_on(mine)
+      and (found := _read_baseline(folder))
+    ):
       return found
   candidates = []
   for folder in _neighbours(path):
     theirs = _read_config(folder)
     if _is_baseline(theirs, kind) and _same(mine, theirs, kind):
-      rank = kind.baselines.index(theirs[kind.field]), theirs.get("seed") != mine.get("seed"), folder.name
+      rank = (
+        kind.baselines.index(theirs[kind.field]),
+        theirs.get("seed") != mine.get("seed"),
+        folder.name,
+      )
       candidates.append((rank, folder))
   for _, folder in sorted(candidates):
     if found := _read_baseline(folder):
@@ -188,7 +270,11 @@ def _neighbours(path: Path) -> list[Path]:
   """Other directories in the same folder, in the order of their names."""
   path = path.resolve()
   try:
-    folders = [folder for folder in path.parent.iterdir() if folder != path and (folder / rundir.CONFIG_FILE).is_file()]
+    folders = [
+      folder
+      for folder in path.parent.iterdir()
+      if folder != path and (folder / rundir.CONFIG_FILE).is_file()
+    ]
   except OSError:
     return []
   return sorted(folders)[:_MOST_NEIGHBOURS]

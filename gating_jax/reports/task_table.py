@@ -34,20 +34,29 @@ def render(result: Mapping[str, Any]) -> str:
       free_units: `(free, units)` by layer after the last task; may be missing.
   """
   settings = _settings(result)
-  lines = columns([["accuracy (%)", *(cell for name in settings for cell in ("", _SETTINGS[name]))],
-                  ["task", *("when learned", "at the end") * len(settings)], *_scores(result, settings)])
+  lines = columns(
+    [
+      ["accuracy (%)", *(cell for name in settings for cell in ("", _SETTINGS[name]))],
+      ["task", *("when learned", "at the end") * len(settings)],
+      *_scores(result, settings),
+    ]
+  )
   return "\n".join([*lines, *reasons(result), "", report_tables.lines(costs(result))])
 
 
 def tables(result: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
   """Header and rows with the task known at the test, and without: of each task and of each measure over tasks."""
-  return [([f"{_SETTINGS[name]} accuracy (%)", "when learned", "at the end"], _scores(result, [name]))
-          for name in _settings(result)]
+  return [
+    ([f"{_SETTINGS[name]} accuracy (%)", "when learned", "at the end"], _scores(result, [name]))
+    for name in _settings(result)
+  ]
 
 
 def reasons(result: Mapping[str, Any]) -> list[str]:
   """Why measures are undefined, a line each."""
-  found = [(name, why) for setting in _settings(result) for name, why in result[setting]["reasons"].items()]
+  found = [
+    (name, why) for setting in _settings(result) for name, why in result[setting]["reasons"].items()
+  ]
   return [f"{name.replace('_', ' ')} n/a: {why}" for name, why in dict.fromkeys(found)]
 
 
@@ -55,26 +64,53 @@ def costs(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   """Rows of name and value: what images take, and what is kept."""
   rows = []
   if "task_classifier_accuracy" in result:
-    rows.append(("accuracy of the task classifier", f"{100 * result['task_classifier_accuracy']:.2f} %"))
+    rows.append(
+      ("accuracy of the task classifier", f"{100 * result['task_classifier_accuracy']:.2f} %")
+    )
   reduced = result.get("dense_macs_reduced")
-  rows.append(("MACs per image, dense net", f"{result['dense_macs']:,.0f}" + (
-      f"  ({reduced:,.0f} if all inputs of a convolution count as one)" if reduced is not None else "")))
+  rows.append(
+    (
+      "MACs per image, dense net",
+      f"{result['dense_macs']:,.0f}"
+      + (
+        f"  ({reduced:,.0f} if all inputs of a convolution count as one)"
+        if reduced is not None
+        else ""
+      ),
+    )
+  )
   for name, label in _SETTINGS.items():
     if (macs := result.get(f"{name}_macs")) is not None:
-      rows.append((f"MACs per image, {label}", f"{macs:,.0f}  ({100 * macs / result['dense_macs']:.1f} % of dense)"))
-  rows += [("parameters", f"{result['params']:,}"), ("memory beside the parameters", f"{result['memory_mb']:,.2f} MB")]
+      rows.append(
+        (
+          f"MACs per image, {label}",
+          f"{macs:,.0f}  ({100 * macs / result['dense_macs']:.1f} % of dense)",
+        )
+      )
+  rows += [
+    ("parameters", f"{result['params']:,}"),
+    ("memory beside the parameters", f"{result['memory_mb']:,.2f} MB"),
+  ]
   if (overlap := result.get("mean_gate_overlap")) is not None:
     rows.append(("units that two tasks share", f"{100 * overlap:.1f} %"))
-  rows += [(f"free units, {plain(layer, 30)}", f"{free:,} of {units:,}  ({100 * free / units:.1f} %)")
-           for layer, (free, units) in result.get("free_units", {}).items()]
+  rows += [
+    (f"free units, {plain(layer, 30)}", f"{free:,} of {units:,}  ({100 * free / units:.1f} %)")
+    for layer, (free, units) in result.get("free_units", {}).items()
+  ]
   return rows
 
 
 def headline(result: Mapping[str, Any]) -> str:
   """One line."""
-  parts = [f"{_SETTINGS[name]} accuracy {100 * result[name]['average_accuracy']:.2f} %"
-           f"  forgetting {_points(result[name]['forgetting'])}" for name in _SETTINGS if name in result]
-  return "  ".join([*parts, f"{100 * result['task_aware_macs'] / result['dense_macs']:.1f} % of MACs"])
+  parts = [
+    f"{_SETTINGS[name]} accuracy {100 * result[name]['average_accuracy']:.2f} %"
+    f"  forgetting {_points(result[name]['forgetting'])}"
+    for name in _SETTINGS
+    if name in result
+  ]
+  return "  ".join(
+    [*parts, f"{100 * result['task_aware_macs'] / result['dense_macs']:.1f} % of MACs"]
+  )
 
 
 def _settings(result: Mapping[str, Any]) -> list[str]:
@@ -94,9 +130,13 @@ def _accuracies(result: Mapping[str, Any], settings: list[str]) -> list[list[str
 
 
 def _measures(result: Mapping[str, Any], settings: list[str]) -> list[list[str]]:
-  name = lambda measure: measure.replace("_", " ") + ("" if measure == "average_accuracy" else " (points)")
-  return [[name(measure), *(cell for s in settings for cell in ("", _points(result[s][measure])))]
-          for measure in _MEASURES]
+  name = lambda measure: (
+    measure.replace("_", " ") + ("" if measure == "average_accuracy" else " (points)")
+  )
+  return [
+    [name(measure), *(cell for s in settings for cell in ("", _points(result[s][measure])))]
+    for measure in _MEASURES
+  ]
 
 
 def _percent(share: float | None) -> str:

@@ -20,10 +20,10 @@ _Counts = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 _MAP, _UNDEFINED = "cividis", "#e3e6ea"  # reads alike with every kind of colour vision
 _PARTS = {  # from the bottom of a bar; apart in lightness too
-    "reused from older tasks": "#0072b2",
-    "new with this task": "#e69f00",
-    "older tasks', not used": "#aab4be",
-    "free": "#eceff2",
+  "reused from older tasks": "#0072b2",
+  "new with this task": "#e69f00",
+  "older tasks', not used": "#aab4be",
+  "free": "#eceff2",
 }
 _LETTERS = 20  # of a name at most
 _LETTER = 0.085  # inches
@@ -31,7 +31,7 @@ _CELL = 0.42  # inches of a matrix's cell, at least
 
 
 def draw_accuracies(
-    aware: np.ndarray, agnostic: np.ndarray | None = None, *, task_names: Sequence[str] | None = None
+  aware: np.ndarray, agnostic: np.ndarray | None = None, *, task_names: Sequence[str] | None = None
 ) -> Any:
   """The matrix of accuracies in per cent, with the task known and, below it, without.
 
@@ -44,7 +44,8 @@ def draw_accuracies(
   if agnostic is not None:
     shown["task not known (task-agnostic)"] = _matrix("agnostic", agnostic, tasks=len(aware))
   return _draw_matrices(
-      shown, _names(task_names, len(aware)), "tested on task", "after learning task", "accuracy (%)")
+    shown, _names(task_names, len(aware)), "tested on task", "after learning task", "accuracy (%)"
+  )
 
 
 def draw_overlap(overlap: np.ndarray, *, task_names: Sequence[str] | None = None) -> Any:
@@ -55,7 +56,9 @@ def draw_overlap(overlap: np.ndarray, *, task_names: Sequence[str] | None = None
     task_names: in the order of learning; their numbers from 1 if None.
   """
   shown = {"Units that two tasks share": _matrix("overlap", overlap)}
-  return _draw_matrices(shown, _names(task_names, len(overlap)), "task", "task", "intersection over union (%)")
+  return _draw_matrices(
+    shown, _names(task_names, len(overlap)), "task", "task", "intersection over union (%)"
+  )
 
 
 def draw_filters(layers: Mapping[str, _Counts], *, task_names: Sequence[str] | None = None) -> Any:
@@ -73,19 +76,23 @@ def draw_filters(layers: Mapping[str, _Counts], *, task_names: Sequence[str] | N
     raise ValueError("layers must hold at least one layer; got none")
   parts = [_parts(name, counts) for name, counts in layers.items()]
   if len({p.shape for p in parts}) > 1:
-    raise ValueError(f"layers must all have counts of the same tasks; got {[p.shape[1] for p in parts]} tasks")
+    raise ValueError(
+      f"layers must all have counts of the same tasks; got {[p.shape[1] for p in parts]} tasks"
+    )
   names = _names(task_names, parts[0].shape[1])
   columns = int(min(len(parts), max(1, WIDTH // max(0.16 * len(names) + 0.7, 1.6))))
   rows, width = -(-len(parts) // columns), max(WIDTH / columns, 0.16 * len(names) + 0.7)
   figure = Figure(figsize=(columns * width, rows * 1.9 + 1.1), layout="constrained", dpi=110)
   panels = figure.subplots(rows, columns, squeeze=False)
-  for axes in panels.flat[len(parts):]:
+  for axes in panels.flat[len(parts) :]:
     axes.remove()
   for i, (layer, counts) in enumerate(zip(layers, parts, strict=True)):
     axes = panels.flat[i]
     free = f"{counts[-1, -1]} of {counts[:, -1].sum()} free"
     _draw_bars(axes, counts, title=f"{plain(layer, int(width / _LETTER))}\n{free}")
-    axes.set_xticks(range(len(names)), names, fontsize=8, rotation=_rotation(names, 0.75 * width / len(names)))
+    axes.set_xticks(
+      range(len(names)), names, fontsize=8, rotation=_rotation(names, 0.75 * width / len(names))
+    )
     if i + columns < len(parts):
       axes.set_xticklabels([])
     else:
@@ -93,8 +100,16 @@ def draw_filters(layers: Mapping[str, _Counts], *, task_names: Sequence[str] | N
     if i % columns == 0:
       axes.set_ylabel("filters")
   handles = [Patch(color=colour) for colour in _PARTS.values()]
-  figure.legend(handles=handles, labels=list(_PARTS), loc="outside lower center", ncols=2, frameon=False, fontsize=9,
-                columnspacing=1.2, handlelength=1.2)
+  figure.legend(
+    handles=handles,
+    labels=list(_PARTS),
+    loc="outside lower center",
+    ncols=2,
+    frameon=False,
+    fontsize=9,
+    columnspacing=1.2,
+    handlelength=1.2,
+  )
   return figure
 
 
@@ -114,13 +129,17 @@ def _draw_bars(axes, parts: np.ndarray, *, title: str) -> None:
 
 
 def _draw_matrices(
-    shown: Mapping[str, np.ndarray], names: Sequence[str], xlabel: str, ylabel: str, unit: str
+  shown: Mapping[str, np.ndarray], names: Sequence[str], xlabel: str, ylabel: str, unit: str
 ) -> Any:
   from matplotlib.figure import Figure  # imports slowly
 
   margin = 0.6 + _LETTER * max(map(len, names))
   side = max(_CELL * len(names), WIDTH - 0.1 - margin, 3.2)
-  figure = Figure(figsize=(side + margin + 0.1, len(shown) * (side + margin + 0.2) + 0.7), layout="compressed", dpi=110)
+  figure = Figure(
+    figsize=(side + margin + 0.1, len(shown) * (side + margin + 0.2) + 0.7),
+    layout="compressed",
+    dpi=110,
+  )
   panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
   for axes, (title, values) in zip(panels, shown.items(), strict=True):
     image = _draw_cells(axes, 100 * values, fontsize=7.5 if side / len(names) < 0.55 else 10)
@@ -140,7 +159,15 @@ def _draw_cells(axes, percent: np.ndarray, *, fontsize: float):
   for (i, j), value in np.ndenumerate(percent):
     if not np.isnan(value):
       number = f"{value:.1f}" if value < 99.95 else "100"
-      axes.text(j, i, number, ha="center", va="center", fontsize=fontsize, color="white" if value < 47 else "black")
+      axes.text(
+        j,
+        i,
+        number,
+        ha="center",
+        va="center",
+        fontsize=fontsize,
+        color="white" if value < 47 else "black",
+      )
   axes.tick_params(length=0)
   axes.spines[:].set_visible(False)
   return image
@@ -150,7 +177,9 @@ def _matrix(name: str, values: np.ndarray, tasks: int | None = None) -> np.ndarr
   values = np.asarray(values, np.float64)
   tasks = len(values) if tasks is None and values.ndim else tasks
   if values.shape != (tasks, tasks) or not tasks:
-    raise ValueError(f"{name} must be [T, T]" + (f", T = {tasks}" if tasks else "") + f"; got {values.shape}")
+    raise ValueError(
+      f"{name} must be [T, T]" + (f", T = {tasks}" if tasks else "") + f"; got {values.shape}"
+    )
   if (bad := (values < 0) | (values > 1)).any():
     raise ValueError(f"{name} must be in [0, 1] or NaN; got {values[bad][0]}")
   return values
@@ -159,13 +188,24 @@ def _matrix(name: str, values: np.ndarray, tasks: int | None = None) -> np.ndarr
 def _parts(layer: str, counts: _Counts) -> np.ndarray:
   """`[4, T]`, in the order of `_PARTS`."""
   counts = [np.asarray(c) for c in counts]
-  if len(counts) != 3 or len({c.shape for c in counts}) > 1 or counts[0].ndim != 1 or not counts[0].size:
-    raise ValueError(f"layers[{layer!r}] must be (new, reused, free), each [T]; got {[c.shape for c in counts]}")
+  if (
+    len(counts) != 3
+    or len({c.shape for c in counts}) > 1
+    or counts[0].ndim != 1
+    or not counts[0].size
+  ):
+    raise ValueError(
+      f"layers[{layer!r}] must be (new, reused, free), each [T]; got {[c.shape for c in counts]}"
+    )
   new, reused, free = np.stack(counts).astype(np.float64)
   parts = np.stack([reused, new, np.cumsum(new) - new - reused, free])
   if not ((parts >= 0) & (parts == np.round(parts))).all():
-    raise ValueError(f"layers[{layer!r}] must be whole counts >= 0, reused at most what older tasks took; got "
-                     + ", ".join(f"{n} {c.tolist()}" for n, c in zip(("new", "reused", "free"), counts, strict=True)))
+    raise ValueError(
+      f"layers[{layer!r}] must be whole counts >= 0, reused at most what older tasks took; got "
+      + ", ".join(
+        f"{n} {c.tolist()}" for n, c in zip(("new", "reused", "free"), counts, strict=True)
+      )
+    )
   return parts.astype(int)
 
 

@@ -18,7 +18,7 @@ def plain(name: object, letters: int) -> str:
   ('two?lines', 'a long…')
   """
   name = printable(name)
-  return name if len(name) <= letters else name[:max(letters - 1, 0)] + "…"
+  return name if len(name) <= letters else name[: max(letters - 1, 0)] + "…"
 
 
 def columns(rows: list[list[str]]) -> list[str]:
@@ -29,8 +29,12 @@ def columns(rows: list[list[str]]) -> list[str]:
   """
   rows = [[printable(cell) for cell in row] for row in rows]
   first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
-  return ["  ".join([f"{row[0]:<{first}}", *(f"{cell:>{w}}" for cell, w in zip(row[1:], widths, strict=True))])
-          for row in rows]
+  return [
+    "  ".join(
+      [f"{row[0]:<{first}}", *(f"{cell:>{w}}" for cell, w in zip(row[1:], widths, strict=True))]
+    )
+    for row in rows
+  ]
 
 
 def save(figure, file: Path | IO[bytes], **options: Any) -> None:

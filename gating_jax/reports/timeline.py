@@ -49,7 +49,9 @@ class TimeLine:
   units: np.ndarray | None = None
 
 
-def draw(path: Path | BinaryIO, lines: Sequence[TimeLine], *, unit_names: Sequence[str] | None = None) -> None:
+def draw(
+  path: Path | BinaryIO, lines: Sequence[TimeLine], *, unit_names: Sequence[str] | None = None
+) -> None:
   """Writes a PNG, one video below the other: see `figures`."""
   if not lines:
     raise ValueError("lines must hold at least one TimeLine; got none")
@@ -58,7 +60,7 @@ def draw(path: Path | BinaryIO, lines: Sequence[TimeLine], *, unit_names: Sequen
 
 
 def figures(
-    lines: Sequence[TimeLine], *, unit_names: Sequence[str] | None = None, width: float = WIDTH
+  lines: Sequence[TimeLine], *, unit_names: Sequence[str] | None = None, width: float = WIDTH
 ) -> list[Any]:
   """A figure for each video: thumbnails, probabilities aligned with them, the truth.
 
@@ -72,7 +74,9 @@ def figures(
   """
   lines = [_without_padding(line) for line in lines]
   units = _shown_units(lines, unit_names)
-  mine = lambda line: {u: unit for u, unit in units.items() if line.units is not None and u in line.units}
+  mine = lambda line: {
+    u: unit for u, unit in units.items() if line.units is not None and u in line.units
+  }
   return [_figure([line], mine(line), width) for line in lines]
 
 
@@ -115,13 +119,23 @@ def _draw_line(page: _Page, line: TimeLine, units: _Units, top: float) -> None:
   if line.title:
     header = page.axes(top, _HEADER)
     letters = int(90 * page.width / WIDTH)
-    header.text(0, 0.45, plain(line.title, letters), transform=header.transAxes, color=_INK, weight="bold")
-    header.text(1, 0.45, f"{chosen.sum()} of {len(chosen)} segments chosen", transform=header.transAxes, color=_INK,
-                ha="right")
+    header.text(
+      0, 0.45, plain(line.title, letters), transform=header.transAxes, color=_INK, weight="bold"
+    )
+    header.text(
+      1,
+      0.45,
+      f"{chosen.sum()} of {len(chosen)} segments chosen",
+      transform=header.transAxes,
+      color=_INK,
+      ha="right",
+    )
     top -= _HEADER
   if line.thumbnails is not None:
     width, height = _thumbnail_size(line.thumbnails, page.width)
-    _draw_thumbnails(page.axes(top, height), line.thumbnails, line.probs, chosen, width / page.width * len(chosen))
+    _draw_thumbnails(
+      page.axes(top, height), line.thumbnails, line.probs, chosen, width / page.width * len(chosen)
+    )
     top -= height + _GAP
   _draw_bars(page.axes(top, _BARS), line.probs, chosen)
   top -= _BARS + _GAP
@@ -134,7 +148,9 @@ def _draw_line(page: _Page, line: TimeLine, units: _Units, top: float) -> None:
     _name_runs(axes, line.units, units, page.width)
 
 
-def _draw_thumbnails(axes, thumbnails: np.ndarray, probs: np.ndarray, chosen: np.ndarray, width: float) -> None:
+def _draw_thumbnails(
+  axes, thumbnails: np.ndarray, probs: np.ndarray, chosen: np.ndarray, width: float
+) -> None:
   """`width`: of one, in segments."""
   segments = len(thumbnails)
   edges = np.linspace(0, segments, min(segments, _MOST_THUMBNAILS) + 1)
@@ -143,22 +159,46 @@ def _draw_thumbnails(axes, thumbnails: np.ndarray, probs: np.ndarray, chosen: np
     shown = _representative(block, probs, chosen)
     image = thumbnails[shown]
     centre = (start + end) / 2
-    picture = axes.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255,
-                          extent=(centre - width / 2, centre + width / 2, 0, 1), aspect="auto",
-                          alpha=1.0 if chosen[shown] else 0.3)
+    picture = axes.imshow(
+      image[..., 0] if image.shape[-1] == 1 else image,
+      cmap="gray",
+      vmin=0,
+      vmax=255,
+      extent=(centre - width / 2, centre + width / 2, 0, 1),
+      aspect="auto",
+      alpha=1.0 if chosen[shown] else 0.3,
+    )
     if chosen[shown]:
       left, right, low, high = picture.get_extent()
-      axes.plot([left, right, right, left, left], [low, low, high, high, low], color=_CHOSEN, linewidth=2.5,
-                clip_on=False, solid_joinstyle="miter")
+      axes.plot(
+        [left, right, right, left, left],
+        [low, low, high, high, low],
+        color=_CHOSEN,
+        linewidth=2.5,
+        clip_on=False,
+        solid_joinstyle="miter",
+      )
     if len(edges) <= segments:
-      axes.plot(shown + 0.5, -0.06, marker="v", markersize=4, clip_on=False, markeredgewidth=0,
-                color=_CHOSEN if chosen[shown] else _CLOSED)
+      axes.plot(
+        shown + 0.5,
+        -0.06,
+        marker="v",
+        markersize=4,
+        clip_on=False,
+        markeredgewidth=0,
+        color=_CHOSEN if chosen[shown] else _CLOSED,
+      )
   axes.set(xlim=(0, segments), ylim=(0, 1))
 
 
 def _draw_bars(axes, probs: np.ndarray, chosen: np.ndarray) -> None:
-  axes.bar(np.arange(len(probs)) + 0.5, np.nan_to_num(probs), width=0.86,
-           color=np.where(chosen, _CHOSEN, _CLOSED), linewidth=0)
+  axes.bar(
+    np.arange(len(probs)) + 0.5,
+    np.nan_to_num(probs),
+    width=0.86,
+    color=np.where(chosen, _CHOSEN, _CLOSED),
+    linewidth=0,
+  )
   axes.axhline(0.5, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.6)
   axes.axhline(0, color=_INK, linewidth=1)
   axes.set(yticks=[0, 0.5, 1])
@@ -176,17 +216,33 @@ def _name_runs(axes, ids: np.ndarray, units: _Units, width: float) -> None:
   for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
     letters = int((end - start) / len(ids) * width / 0.062)
     if ids[start] >= 0 and letters >= min(3, len(units[ids[start]][0])):
-      axes.text((start + end) / 2, 0.45, plain(units[ids[start]][0], letters), ha="center", va="center", fontsize=7,
-                color="white")
+      axes.text(
+        (start + end) / 2,
+        0.45,
+        plain(units[ids[start]][0], letters),
+        ha="center",
+        va="center",
+        fontsize=7,
+        color="white",
+      )
 
 
 def _draw_legend(figure, entries: Sequence[tuple[str, object]], columns: int) -> None:
   from matplotlib.patches import Patch
 
-  figure.legend(handles=[Patch(color=colour) for _, colour in entries], labels=[name for name, _ in entries],
-                ncols=columns, loc="lower left", bbox_to_anchor=(_LEFT / figure.get_figwidth(), 0), borderaxespad=0,
-                frameon=False, fontsize=9, handlelength=1.2,
-                handleheight=0.9, labelcolor=_INK)
+  figure.legend(
+    handles=[Patch(color=colour) for _, colour in entries],
+    labels=[name for name, _ in entries],
+    ncols=columns,
+    loc="lower left",
+    bbox_to_anchor=(_LEFT / figure.get_figwidth(), 0),
+    borderaxespad=0,
+    frameon=False,
+    fontsize=9,
+    handlelength=1.2,
+    handleheight=0.9,
+    labelcolor=_INK,
+  )
 
 
 def _legend_entries(lines: Sequence[TimeLine], units: _Units) -> list[tuple[str, object]]:
@@ -207,7 +263,9 @@ def _shown_units(lines: Sequence[TimeLine], unit_names: Sequence[str] | None) ->
 
   ids = sorted({int(u) for line in lines if line.units is not None for u in line.units if u >= 0})
   if unit_names is not None and ids and ids[-1] >= len(unit_names):
-    raise ValueError(f"unit_names must name every unit; got {len(unit_names)} names, unit {ids[-1]}")
+    raise ValueError(
+      f"unit_names must name every unit; got {len(unit_names)} names, unit {ids[-1]}"
+    )
   name = lambda u: str(u) if unit_names is None else unit_names[u]
   colour = lambda i: tuple(hsv_to_rgb(((0.55 + i / len(ids)) % 1, 0.55, (0.75, 0.55)[i % 2])))
   return {u: (name(u), colour(i)) for i, u in enumerate(ids)}
@@ -215,17 +273,27 @@ def _shown_units(lines: Sequence[TimeLine], unit_names: Sequence[str] | None) ->
 
 def _without_padding(line: TimeLine) -> TimeLine:
   valid = np.asarray(line.valid, bool)
-  arrays = {f.name: getattr(line, f.name) for f in dataclasses.fields(line) if f.name not in ("title", "valid")}
+  arrays = {
+    f.name: getattr(line, f.name)
+    for f in dataclasses.fields(line)
+    if f.name not in ("title", "valid")
+  }
   arrays = {name: np.asarray(values) for name, values in arrays.items() if values is not None}
   for name, values in arrays.items():
     if values.shape[:1] != valid.shape:
-      raise ValueError(f"{name} must be [T, ...] like valid; got {values.shape}, valid {valid.shape} ({line.title!r})")
+      raise ValueError(
+        f"{name} must be [T, ...] like valid; got {values.shape}, valid {valid.shape} ({line.title!r})"
+      )
   if not valid.any():
     raise ValueError(f"valid must be True for some segment; got none ({line.title!r})")
   thumbnails = arrays.get("thumbnails")
   if thumbnails is not None and (thumbnails.ndim != 4 or thumbnails.shape[-1] not in (1, 3)):
-    raise ValueError(f"thumbnails must be [T, H, W, D], D 1 or 3; got {thumbnails.shape} ({line.title!r})")
-  return dataclasses.replace(line, valid=valid[valid], **{name: values[valid] for name, values in arrays.items()})
+    raise ValueError(
+      f"thumbnails must be [T, H, W, D], D 1 or 3; got {thumbnails.shape} ({line.title!r})"
+    )
+  return dataclasses.replace(
+    line, valid=valid[valid], **{name: values[valid] for name, values in arrays.items()}
+  )
 
 
 def _representative(block: np.ndarray, probs: np.ndarray, chosen: np.ndarray) -> int:

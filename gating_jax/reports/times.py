@@ -19,11 +19,11 @@ from gating_jax.timing import CHOSEN, EXIT_DISPATCH, MASKED, SEGMENTS, UNGATED
 
 _TITLE = re.compile(r"(?:^|: )(\d+) (image|video)s? at a time$")
 _WAYS = {
-    UNGATED: "the network without gates, all units computed: the baseline",
-    MASKED: "every unit is computed, and closed ones are multiplied by zero: no time is saved",
-    CHOSEN: "each part by the way that is quickest for it; this is what the compiled program does",
-    SEGMENTS: "the heavy network runs on chosen segments only",
-    EXIT_DISPATCH: "images leave at the exits, and what is left is computed for the others",
+  UNGATED: "the network without gates, all units computed: the baseline",
+  MASKED: "every unit is computed, and closed ones are multiplied by zero: no time is saved",
+  CHOSEN: "each part by the way that is quickest for it; this is what the compiled program does",
+  SEGMENTS: "the heavy network runs on chosen segments only",
+  EXIT_DISPATCH: "images leave at the exits, and what is left is computed for the others",
 }
 
 
@@ -51,9 +51,12 @@ class Times:
 def parsed(found: Any) -> Times | None:
   """The contents of the file as times; None where it is damaged, or has none."""
   try:
-    times = Times(int(found["step"]), str(found["device"]), {
-        str(title): [_row(row) for row in rows] for title, rows in found["timings"].items()},
-        _pixels(found.get("pixels")))
+    times = Times(
+      int(found["step"]),
+      str(found["device"]),
+      {str(title): [_row(row) for row in rows] for title, rows in found["timings"].items()},
+      _pixels(found.get("pixels")),
+    )
   except (KeyError, TypeError, ValueError, AttributeError):
     return None
   return times if times.timings else None
@@ -65,7 +68,7 @@ def title(count: int, noun: str) -> str:
 
 
 def number(
-    times: Times | None, noun: str, *, step: int | None = None, workdir: str = "", refused: str = ""
+  times: Times | None, noun: str, *, step: int | None = None, workdir: str = "", refused: str = ""
 ) -> page.Number:
   """The mean over tables of one example at a time, of the way that runs.
 
@@ -83,52 +86,91 @@ def number(
     mine, dense = (statistics.fmean(values) for values in zip(*pairs, strict=True))
     over = f", mean over {len(pairs)} tasks" if len(pairs) > 1 else ""
     return page.Number(
-        name, f"{milliseconds(mine)} ms", f"ungated: {milliseconds(dense)} ms",
-        f"Median time of a call with {what} in the compiled program that skips closed units{over}, next to the "
-        f"network without gates in the same process, on {plain(times.device, 120)}.", place=place)
+      name,
+      f"{milliseconds(mine)} ms",
+      f"ungated: {milliseconds(dense)} ms",
+      f"Median time of a call with {what} in the compiled program that skips closed units{over}, next to the "
+      f"network without gates in the same process, on {plain(times.device, 120)}.",
+      place=place,
+    )
   if refused:
-    return page.Number(name, "–", "not measured", f"--mode=compile cannot time this run: {refused}.", place=place)
+    return page.Number(
+      name, "–", "not measured", f"--mode=compile cannot time this run: {refused}.", place=place
+    )
   found = "not measured, nor is the ungated network"
   if times is not None and not times.of(step):
     found = f"measured at step {times.step:,}, not at step {step:,} as all else here"
   return page.Number(
-      name, "–", found, f"Time of {what} with closed units skipped. This measures it and writes it here:",
-      f"gating-jax --mode=compile --workdir={shlex.quote(workdir)}", place)
+    name,
+    "–",
+    found,
+    f"Time of {what} with closed units skipped. This measures it and writes it here:",
+    f"gating-jax --mode=compile --workdir={shlex.quote(workdir)}",
+    place,
+  )
 
 
-def section(times: Times | None, noun: str, *, step: int | None = None, refused: str = "") -> page.Section:
+def section(
+  times: Times | None, noun: str, *, step: int | None = None, refused: str = ""
+) -> page.Section:
   """The times of each way to run the network, as far as they are measured; arguments as of `number`."""
   heading, place = "Time", _place("times", step)
   if times is None:
-    text = ("The network is not compiled yet. gating-jax --mode=compile measures what each way to skip closed units "
-            "takes, and writes it here.")
+    text = (
+      "The network is not compiled yet. gating-jax --mode=compile measures what each way to skip closed units "
+      "takes, and writes it here."
+    )
     if refused:
       text = f"gating-jax --mode=compile cannot time this run: {refused}."
     return page.Section(heading, text, place=place)
   rows = [cells for name, found in times.timings.items() for cells in _cells(name, found)]
-  ways = {row["strategy"] for found in times.timings.values() for row in found if row["part"] is None}
+  ways = {
+    row["strategy"] for found in times.timings.values() for row in found if row["part"] is None
+  }
   table = page.Table(
-      ("inputs", "way to run it", "time of a call (ms)", "of ungated (%)", "computed MACs (%)", "all open (%)"), rows,
-      terms=[("inputs", "how many examples a call has"),
-             ("way to run it", "how closed units are skipped; ✓ is what the compiled program does"),
-             ("time of a call", "median over repeated calls, all ways in turns, in milliseconds"),
-             ("of ungated", "the same, in % of the network without gates"),
-             ("computed MACs", "multiply-accumulates that are computed, padding included, in % of all"),
-             ("all open", "time if every unit of every input were open, in % of the quicker of masked and ungated: the "
-                          "worst case"),
-             *((way, _WAYS[way]) for way in _WAYS if way in ways)])
+    (
+      "inputs",
+      "way to run it",
+      "time of a call (ms)",
+      "of ungated (%)",
+      "computed MACs (%)",
+      "all open (%)",
+    ),
+    rows,
+    terms=[
+      ("inputs", "how many examples a call has"),
+      ("way to run it", "how closed units are skipped; ✓ is what the compiled program does"),
+      ("time of a call", "median over repeated calls, all ways in turns, in milliseconds"),
+      ("of ungated", "the same, in % of the network without gates"),
+      ("computed MACs", "multiply-accumulates that are computed, padding included, in % of all"),
+      (
+        "all open",
+        "time if every unit of every input were open, in % of the quicker of masked and ungated: the "
+        "worst case",
+      ),
+      *((way, _WAYS[way]) for way in _WAYS if way in ways),
+    ],
+  )
   figure = page.pictured(
-      time_pictures.figure(times.timings, columns=1),
-      "Time against MACs of each way to run each part of the network (small) and the whole (large), both in % of "
-      "computing everything.",
-      terms=[("MACs left open", "multiply-accumulates of open units, in % of all"),
-             ("time", "in % of computing everything (masked); below the dashed line time is saved, on the diagonal as "
-                      "much as MACs")])
+    time_pictures.figure(times.timings, columns=1),
+    "Time against MACs of each way to run each part of the network (small) and the whole (large), both in % of "
+    "computing everything.",
+    terms=[
+      ("MACs left open", "multiply-accumulates of open units, in % of all"),
+      (
+        "time",
+        "in % of computing everything (masked); below the dashed line time is saved, on the diagonal as "
+        "much as MACs",
+      ),
+    ],
+  )
   text = f"The checkpoint of step {times.step:,}, on {plain(times.device, 120)}."
   if not times.of(step):
     text += f" All else on this page is of step {step:,}: these times are not of the network that it describes."
   if noun == "scene":
-    text += f" Of the network the backbone is timed, without the head, on training images{_size(times)}."
+    text += (
+      f" Of the network the backbone is timed, without the head, on training images{_size(times)}."
+    )
   return page.Section(heading, text, [table, figure], place=place)
 
 
@@ -180,9 +222,16 @@ def _cells(title: str, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
   for row in whole:
     of_dense = f"{100 * row['seconds'] / dense[0]:.0f}" if dense and dense[0] else "–"
     is_open = row.get("open_ratio")
-    cells.append([plain(title, 60), plain(row["strategy"], 30) + (" ✓" if row["chosen"] else ""),
-                  milliseconds(row["seconds"]), of_dense, f"{100 * row['computed_ratio']:.1f}",
-                  "–" if is_open is None else f"{100 * is_open:.0f}"])
+    cells.append(
+      [
+        plain(title, 60),
+        plain(row["strategy"], 30) + (" ✓" if row["chosen"] else ""),
+        milliseconds(row["seconds"]),
+        of_dense,
+        f"{100 * row['computed_ratio']:.1f}",
+        "–" if is_open is None else f"{100 * is_open:.0f}",
+      ]
+    )
   return cells
 
 
@@ -196,6 +245,10 @@ def _pixels(found: Any) -> tuple[int, int] | None:
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:
   """A row with what the page shows. Raises KeyError, TypeError or ValueError where something is missing."""
   is_open = row.get("open_ratio")
-  return {"part": row["part"] if row["part"] is None else int(row["part"]), "strategy": str(row["strategy"]),
-          **{name: float(row[name]) for name in ("mac_ratio", "computed_ratio", "seconds", "time_ratio")},
-          "chosen": bool(row["chosen"]), "open_ratio": None if is_open is None else float(is_open)}
+  return {
+    "part": row["part"] if row["part"] is None else int(row["part"]),
+    "strategy": str(row["strategy"]),
+    **{name: float(row[name]) for name in ("mac_ratio", "computed_ratio", "seconds", "time_ratio")},
+    "chosen": bool(row["chosen"]),
+    "open_ratio": None if is_open is None else float(is_open),
+  }

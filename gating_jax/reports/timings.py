@@ -15,7 +15,17 @@ from gating_jax.reports.text import columns, plain, save
 
 Rows = Sequence[Mapping[str, Any]]
 _MARKS = "os^Dvph*X"
-_COLOURS = ("#5b6770", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a6d3b")
+_COLOURS = (
+  "#5b6770",
+  "#0072b2",
+  "#d55e00",
+  "#009e73",
+  "#cc79a7",
+  "#e69f00",
+  "#56b4e9",
+  "#000000",
+  "#8a6d3b",
+)
 
 
 def table(rows: Rows) -> str:
@@ -27,12 +37,26 @@ def table(rows: Rows) -> str:
   whole  masked *  0.500     1.010  2.00  1.000        0.50     1.020
   """
   head = ["part", "strategy", "MACs", "computed", "ms", "time", "efficiency", "all open"]
-  return "\n".join(columns([head, *([
-      "whole" if row["part"] is None else str(row["part"] + 1), row["strategy"] + (" *" if row["chosen"] else ""),
-      f"{row['mac_ratio']:.3f}", f"{row['computed_ratio']:.3f}", f"{1e3 * row['seconds']:.2f}",
-      f"{row['time_ratio']:.3f}", f"{row['efficiency']:.2f}",
-      "" if row["open_ratio"] is None else f"{row['open_ratio']:.3f}",
-  ] for row in rows)]))
+  return "\n".join(
+    columns(
+      [
+        head,
+        *(
+          [
+            "whole" if row["part"] is None else str(row["part"] + 1),
+            row["strategy"] + (" *" if row["chosen"] else ""),
+            f"{row['mac_ratio']:.3f}",
+            f"{row['computed_ratio']:.3f}",
+            f"{1e3 * row['seconds']:.2f}",
+            f"{row['time_ratio']:.3f}",
+            f"{row['efficiency']:.2f}",
+            "" if row["open_ratio"] is None else f"{row['open_ratio']:.3f}",
+          ]
+          for row in rows
+        ),
+      ]
+    )
+  )
 
 
 def draw(path: Path | BinaryIO, timings: Mapping[str, Rows]) -> None:
@@ -57,13 +81,26 @@ def figure(timings: Mapping[str, Rows], *, columns: int) -> Any:
     top = 105 * max([1.0, *ratios])
     for i, name in enumerate(names):
       shown = [row for row in rows if row["strategy"] == name]
-      axes.scatter([100 * row["mac_ratio"] for row in shown], [min(100 * row["time_ratio"], top) for row in shown],
-                   [110 if row["part"] is None else 28 for row in shown], color=_COLOURS[i % len(_COLOURS)],
-                   marker=_MARKS[i % len(_MARKS)], edgecolors="white", linewidths=0.5, label=name, clip_on=False)
+      axes.scatter(
+        [100 * row["mac_ratio"] for row in shown],
+        [min(100 * row["time_ratio"], top) for row in shown],
+        [110 if row["part"] is None else 28 for row in shown],
+        color=_COLOURS[i % len(_COLOURS)],
+        marker=_MARKS[i % len(_MARKS)],
+        edgecolors="white",
+        linewidths=0.5,
+        label=name,
+        clip_on=False,
+      )
     axes.plot([0, top], [0, top], color="#aab4be", linewidth=1, zorder=0)
     axes.axhline(100, color="#aab4be", linewidth=1, linestyle="--", zorder=0)
-    axes.set(xlim=(0, top), ylim=(0, top), xlabel="MACs left open (% of all)", ylabel="time (% of computing all)",
-             title=plain(title, 60))
+    axes.set(
+      xlim=(0, top),
+      ylim=(0, top),
+      xlabel="MACs left open (% of all)",
+      ylabel="time (% of computing all)",
+      title=plain(title, 60),
+    )
   if names:
     figure.axes[-1].legend(fontsize=8)
   return figure

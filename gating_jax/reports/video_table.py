@@ -17,14 +17,24 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   """The same as pairs."""
   percent = lambda name: f"{100 * result[name]:.1f} %"
   rows = [
-      _score(result),
-      ("MACs per video, heavy net on all segments", f"{result['all_segments_macs']:,.0f}"),
-      ("MACs per video, this net", f"{result['macs']:,.0f}  ({percent('mac_ratio')}, light net and gate included)"),
-      ("segments chosen",
-       f"{percent('share')}  (10 to 90 % of videos: {percent('share_p10')} to {percent('share_p90')})"),
+    _score(result),
+    ("MACs per video, heavy net on all segments", f"{result['all_segments_macs']:,.0f}"),
+    (
+      "MACs per video, this net",
+      f"{result['macs']:,.0f}  ({percent('mac_ratio')}, light net and gate included)",
+    ),
+    (
+      "segments chosen",
+      f"{percent('share')}  (10 to 90 % of videos: {percent('share_p10')} to {percent('share_p90')})",
+    ),
   ]
   if "precision" in result:
-    rows.append(("chosen segments that matter", f"{percent('precision')}  (by chance {percent('relevant_share')})"))
+    rows.append(
+      (
+        "chosen segments that matter",
+        f"{percent('precision')}  (by chance {percent('relevant_share')})",
+      )
+    )
     rows.append(("segments that matter, chosen", percent("recall")))
   if result["unreadable"]:
     rows.append(("videos that could not be read", f"{result['unreadable']}"))
@@ -33,8 +43,13 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   if result.get("classes_left_out"):
     rows.append(("classes without a test video", ", ".join(result["classes_left_out"])))
   if "videos_per_second" in result:
-    rows.append(("videos per second", f"{result['videos_per_second']:.1f}  (heavy net on all segments: "
-                                      f"{result['all_segments_videos_per_second']:.1f})"))
+    rows.append(
+      (
+        "videos per second",
+        f"{result['videos_per_second']:.1f}  (heavy net on all segments: "
+        f"{result['all_segments_videos_per_second']:.1f})",
+      )
+    )
   return rows
 
 
@@ -46,4 +61,7 @@ def headline(result: Mapping[str, Any]) -> str:
 
 def _score(result: Mapping[str, Any]) -> tuple[str, str]:
   name = "accuracy" if "accuracy" in result else "mean_average_precision"
-  return f"test {name.replace('_', ' ')}", f"{100 * result[name]:.2f} %  ({result['videos']:,} videos)"
+  return (
+    f"test {name.replace('_', ' ')}",
+    f"{100 * result[name]:.2f} %  ({result['videos']:,} videos)",
+  )

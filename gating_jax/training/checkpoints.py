@@ -83,7 +83,11 @@ class Checkpoints:
       restored, error = None, None
       try:
         restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore()))
+          step,
+          args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore()
+          ),
+        )
         if _checksum(restored[_STATE]) != restored[_META]["crc32"]:
           raise ValueError("its values are not those that were saved")
       except Exception as raised:  # whatever orbax and its storage raise for a damaged file
@@ -98,8 +102,10 @@ class Checkpoints:
       return step, _placed(restored[_STATE], sharding)
     if damaged:
       reasons = "\n".join(f"  step {step}: {reason}" for step, reason in damaged.items())
-      raise CheckpointError(f"no checkpoint in {self._directory} can be read:\n{reasons}\n"
-                            "To start over, name another workdir or remove that folder.")
+      raise CheckpointError(
+        f"no checkpoint in {self._directory} can be read:\n{reasons}\n"
+        "To start over, name another workdir or remove that folder."
+      )
     return None
 
   def wait(self) -> None:
@@ -124,25 +130,40 @@ class Checkpoints:
       self._handle = os.open(self._directory, os.O_RDONLY)
       self._address = str(HANDLES / str(self._handle))
     self._manager = ocp.CheckpointManager(
-        self._address,
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=not reads, enable_async_checkpointing=not reads,
-            async_options=None if reads else ocp.AsyncOptions(timeout_secs=_FOR_EVER), read_only=reads, create=False,
-            multiprocessing_options=ocp.options.MultiprocessingOptions(
-                primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}")),
-        item_names=(_STATE, _META),
+      self._address,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        cleanup_tmp_directories=not reads,
+        enable_async_checkpointing=not reads,
+        async_options=None if reads else ocp.AsyncOptions(timeout_secs=_FOR_EVER),
+        read_only=reads,
+        create=False,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+          primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+        ),
+      ),
+      item_names=(_STATE, _META),
     )
 
   def _save(self, step: int, state: Any) -> None:
     if step in self._manager.all_steps():
       return
-    values = jax.tree.map(lambda x: np.array(x.addressable_data(0)), state)  # a copy: state may be donated
+    values = jax.tree.map(
+      lambda x: np.array(x.addressable_data(0)), state
+    )  # a copy: state may be donated
     items = ocp.args.Composite(
-        state=ocp.args.StandardSave(values), meta=ocp.args.JsonSave({"step": step, "crc32": _checksum(values)}))
+      state=ocp.args.StandardSave(values),
+      meta=ocp.args.JsonSave({"step": step, "crc32": _checksum(values)}),
+    )
     with self._writing():
-      needed, free = sum(x.nbytes for x in jax.tree.leaves(values)) + _SPARE, shutil.disk_usage(self._directory).free
+      needed, free = (
+        sum(x.nbytes for x in jax.tree.leaves(values)) + _SPARE,
+        shutil.disk_usage(self._directory).free,
+      )
       if free < needed:  # before orbax finds out, which then fails in many words
-        raise OSError(f"no space left on device: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
+        raise OSError(
+          f"no space left on device: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
+        )
       if not self._manager.save(step, args=items):
         raise RuntimeError(f"orbax did not take that of step {step}")
 
@@ -155,7 +176,9 @@ class Checkpoints:
     try:
       yield
     except Exception as error:  # whatever orbax and its storage raise for a full disk
-      raise OSError(f"a checkpoint cannot be written in {self._directory}: {self._first_line(error)}") from error
+      raise OSError(
+        f"a checkpoint cannot be written in {self._directory}: {self._first_line(error)}"
+      ) from error
 
   def _first_line(self, error: Exception) -> str:
     """Of what an error says, with the directory by its own name."""
@@ -165,7 +188,9 @@ class Checkpoints:
   def _put_aside(self, step: int) -> None:
     def rename():
       number = 0
-      while (aside := self._directory.with_name(f"{self._directory.name}-damaged-{step}-{number}")).exists():
+      while (
+        aside := self._directory.with_name(f"{self._directory.name}-damaged-{step}-{number}")
+      ).exists():
         number += 1
       (self._directory / str(step)).rename(aside)
       warn("moved the damaged checkpoint of step %d to %s", step, aside)
@@ -184,7 +209,9 @@ def _checksum(values: Any) -> int:
 
 def _placed(values: Any, sharding: jax.sharding.Sharding) -> Any:
   """Device arrays of values that are the same in every process."""
-  return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), values)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), values
+  )
 
 
 def _is_not_orbax(record: Any) -> bool:

@@ -17,13 +17,17 @@ from gating_jax.ops.macs import checked_records
 from gating_jax.types import Array, Records
 
 CLOSED = "gates/closed"  # the metric that training logs
-SEGMENTS_CLOSED = "gates/segments_closed"  # metric: 1 where the gate opens no segment by itself, else 0
+SEGMENTS_CLOSED = (
+  "gates/segments_closed"  # metric: 1 where the gate opens no segment by itself, else 0
+)
 _LASTING = 20  # steps
 LEAST_RATE = 0.01  # of examples for which a gate is open
 _LEAST_PROB = 0.1  # a gate that may well be drawn open in the next batch is not closed
 
 
-def closed_share(records: Records, *, axis_name: Hashable | None = None, of: Array | None = None) -> Array:
+def closed_share(
+  records: Records, *, axis_name: Hashable | None = None, of: Array | None = None
+) -> Array:
   """Fraction of a network's gates that are closed for (nearly) all examples of a batch.
 
   A gate counts as closed where it is open for < 1 % of the batch, with an open probability of < 0.1 on average. In
@@ -56,7 +60,9 @@ def closed_share(records: Records, *, axis_name: Hashable | None = None, of: Arr
   arguments.real_array("of", of)
   of = jnp.asarray(of, jnp.float32)
   if of.shape != closed.shape:
-    raise ValueError(f"of must be [G], a truth value for each of the {closed.size} gates; got shape {of.shape}")
+    raise ValueError(
+      f"of must be [G], a truth value for each of the {closed.size} gates; got shape {of.shape}"
+    )
   return jnp.sum(closed * of) / jnp.maximum(jnp.sum(of), 1)
 
 
@@ -109,5 +115,7 @@ class ClosingWatch:
 
 
 def _warning(limit: Limit, closed: float) -> str:
-  return (f"warning: {closed:.0%} of the {limit.subject} are closed for all examples, and closed gates hardly learn. "
-          f"If this is not wanted: {limit.advice}. See docs/gate_your_model.md.")
+  return (
+    f"warning: {closed:.0%} of the {limit.subject} are closed for all examples, and closed gates hardly learn. "
+    f"If this is not wanted: {limit.advice}. See docs/gate_your_model.md."
+  )

@@ -26,13 +26,13 @@ BACKENDS = ("pmap", "shard_map")
 
 
 def map_over_devices(
-    fn: Callable,
-    *,
-    args: Sequence[str],
-    results: Any,
-    backend: str = "pmap",
-    devices: Sequence[jax.Device] | None = None,
-    donate: Sequence[int] = (),
+  fn: Callable,
+  *,
+  args: Sequence[str],
+  results: Any,
+  backend: str = "pmap",
+  devices: Sequence[jax.Device] | None = None,
+  donate: Sequence[int] = (),
 ) -> Callable:
   """Runs `fn` on every device, with `AXIS` as the name of the device axis for its collectives.
 
@@ -59,12 +59,12 @@ def map_over_devices(
   if backend == "pmap":
     axes = {REPLICATED: None, BATCH: 0}
     mapped = jax.pmap(
-        fn,
-        axis_name=AXIS,
-        in_axes=tuple(axes[kind] for kind in args),
-        out_axes=jax.tree.map(axes.get, results),
-        devices=None if devices is None else list(devices),
-        donate_argnums=tuple(donate),
+      fn,
+      axis_name=AXIS,
+      in_axes=tuple(axes[kind] for kind in args),
+      out_axes=jax.tree.map(axes.get, results),
+      devices=None if devices is None else list(devices),
+      donate_argnums=tuple(donate),
     )
     place = functools.partial(_split_batch, local)
     finish = _join_batch
@@ -72,23 +72,28 @@ def map_over_devices(
     specs = {REPLICATED: PartitionSpec(), BATCH: PartitionSpec(AXIS)}
     # With check_vma gradients by hand would come summed over devices; without it they are local, as under pmap.
     mapped = jax.jit(
-        jax.shard_map(
-            fn,
-            mesh=mesh,
-            in_specs=tuple(specs[kind] for kind in args),
-            out_specs=jax.tree.map(specs.get, results),
-            check_vma=False,
-        ),
-        donate_argnums=tuple(donate),
+      jax.shard_map(
+        fn,
+        mesh=mesh,
+        in_specs=tuple(specs[kind] for kind in args),
+        out_specs=jax.tree.map(specs.get, results),
+        check_vma=False,
+      ),
+      donate_argnums=tuple(donate),
     )
     place = functools.partial(_global_batch, NamedSharding(mesh, specs[BATCH]), local)
     finish = lambda x: x
 
   def run(*values):
-    placed = [jax.tree.map(place, v) if kind == BATCH else v for v, kind in zip(values, args, strict=True)]
+    placed = [
+      jax.tree.map(place, v) if kind == BATCH else v for v, kind in zip(values, args, strict=True)
+    ]
     out = mapped(*placed)
     if isinstance(results, tuple):
-      return tuple(jax.tree.map(finish, o) if kind == BATCH else o for o, kind in zip(out, results, strict=True))
+      return tuple(
+        jax.tree.map(finish, o) if kind == BATCH else o
+        for o, kind in zip(out, results, strict=True)
+      )
     return jax.tree.map(finish, out) if results == BATCH else out
 
   run.compiled = mapped  # for tests that count compilations
@@ -96,7 +101,11 @@ def map_over_devices(
 
 
 def value_and_grad_over_devices(
-    loss: Callable, axis_name: Hashable | None, *, argnums: int | Sequence[int] = 0, has_aux: bool = False
+  loss: Callable,
+  axis_name: Hashable | None,
+  *,
+  argnums: int | Sequence[int] = 0,
+  has_aux: bool = False,
 ) -> Callable:
   """Differentiates the mean over devices of `loss`, inside `pmap`, or `shard_map` in either mode.
 
@@ -155,7 +164,11 @@ def _own_copy(tree: Any, axis_name: Hashable) -> Any:
 
 def device_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
   """All devices of the job on one axis."""
-  return Mesh(np.array(jax.devices() if devices is None else list(devices)), (AXIS,), axis_types=(AxisType.Auto,))
+  return Mesh(
+    np.array(jax.devices() if devices is None else list(devices)),
+    (AXIS,),
+    axis_types=(AxisType.Auto,),
+  )
 
 
 def replicated_sharding(devices: Sequence[jax.Device] | None = None) -> NamedSharding:
@@ -175,7 +188,9 @@ def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
 
 def _check_divisible(x, local: int) -> None:
   if x.shape[0] % local:
-    raise ValueError(f"batch must be a multiple of the {local} devices of this process; got {x.shape[0]} examples")
+    raise ValueError(
+      f"batch must be a multiple of the {local} devices of this process; got {x.shape[0]} examples"
+    )
 
 
 def _split_batch(local: int, x):

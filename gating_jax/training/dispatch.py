@@ -14,8 +14,12 @@ from gating_jax.training import devices
 
 
 def map_steps(
-    make_steps: Callable[[nn.Module], Callable], model: nn.Module, full: nn.Module | None, *, args: Sequence[str],
-    backend: str,
+  make_steps: Callable[[nn.Module], Callable],
+  model: nn.Module,
+  full: nn.Module | None,
+  *,
+  args: Sequence[str],
+  backend: str,
 ) -> Callable:
   """`make_steps(model)`, `(state, ...) -> (state, metrics [K])`, over all devices.
 
@@ -25,9 +29,15 @@ def map_steps(
     full: the same model with the backward of everything, where `model` may hold less than is open, see `or_in_full`.
     args, backend: of `map_over_devices`; the state is the first argument.
   """
+
   def mapped(model, donate):
     return devices.map_over_devices(
-        make_steps(model), args=args, results=(devices.REPLICATED, devices.REPLICATED), backend=backend, donate=donate)
+      make_steps(model),
+      args=args,
+      results=(devices.REPLICATED, devices.REPLICATED),
+      backend=backend,
+      donate=donate,
+    )
 
   return mapped(model, (0,)) if full is None else or_in_full(mapped(model, ()), mapped(full, (0,)))
 
@@ -47,7 +57,9 @@ def or_in_full(skipping: Callable, full: Callable) -> Callable:
     if compiled:
       return full(state, *batch)
     compiled = True
-    with working("compiling the training step with its whole backward", "up to a minute or two on a CPU, once"):
+    with working(
+      "compiling the training step with its whole backward", "up to a minute or two on a CPU, once"
+    ):
       return full(state, *batch)
 
   def run(state: Any, *batch: Any) -> tuple[Any, dict[str, Any]]:
@@ -55,6 +67,9 @@ def or_in_full(skipping: Callable, full: Callable) -> Callable:
     missed = not np.isfinite(jax.device_get(metrics["gradient_norm"])).all()
     if missed:
       after, metrics = in_full(state, *batch)
-    return after, {**metrics, "in_full": np.full(metrics["gradient_norm"].shape, missed, np.float32)}
+    return after, {
+      **metrics,
+      "in_full": np.full(metrics["gradient_norm"].shape, missed, np.float32),
+    }
 
   return run

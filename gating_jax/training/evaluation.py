@@ -59,17 +59,20 @@ class GateBehaviour:
 
 def summarise(sums: Mapping[str, np.ndarray], images: int) -> dict[str, float]:
   """A classifier's numbers, from the sums over images of what `steps.image_scores` returns."""
-  return {"accuracy": float(sums["correct"] / images), "cross_entropy": float(sums["cross_entropy"] / images)}
+  return {
+    "accuracy": float(sums["correct"] / images),
+    "cross_entropy": float(sums["cross_entropy"] / images),
+  }
 
 
 def evaluate(
-    run: Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]],
-    batches: Iterable[tuple[tuple[np.ndarray, np.ndarray], int]],
-    counts: ModelCounts,
-    summarise: Callable[[Mapping[str, np.ndarray], int], dict[str, float]] = summarise,
-    *,
-    classes: int | None,
-    noise_scale: float,
+  run: Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]],
+  batches: Iterable[tuple[tuple[np.ndarray, np.ndarray], int]],
+  counts: ModelCounts,
+  summarise: Callable[[Mapping[str, np.ndarray], int], dict[str, float]] = summarise,
+  *,
+  classes: int | None,
+  noise_scale: float,
 ) -> tuple[dict[str, float], ImageBehaviour, GateBehaviour | None]:
   """Runs a model over a test set.
 
@@ -102,18 +105,25 @@ def evaluate(
         logits.append(part["gate_logits"])
     images += valid
   result = {
-      **summarise(sums, images),
-      "images": images,
-      "params": counts.params,
-      "gate_params": counts.gate_params,
-      "ungated_macs": counts.macs,
-      "macs": counts.macs,
-      "mac_ratio": 1.0,
+    **summarise(sums, images),
+    "images": images,
+    "params": counts.params,
+    "gate_params": counts.gate_params,
+    "ungated_macs": counts.macs,
+    "macs": counts.macs,
+    "mac_ratio": 1.0,
   }
   each = {name: np.concatenate(parts) for name, parts in each.items()}
-  macs = counts.fixed + each["macs"].astype(np.float64) if "macs" in each else np.full(images, float(counts.macs))
-  behaviour = ImageBehaviour(macs, each["cross_entropy"].astype(np.float64),
-                             *(each.get(name) for name in ("correct", "predicted", "labels")))
+  macs = (
+    counts.fixed + each["macs"].astype(np.float64)
+    if "macs" in each
+    else np.full(images, float(counts.macs))
+  )
+  behaviour = ImageBehaviour(
+    macs,
+    each["cross_entropy"].astype(np.float64),
+    *(each.get(name) for name in ("correct", "predicted", "labels")),
+  )
   if tally is None:
     return result, behaviour, None
   found = gate_outcomes.diagnose(tally)
@@ -123,8 +133,16 @@ def evaluate(
     result["class_information_floor"] = found.floor
   with np.errstate(invalid="ignore"):
     class_rates = None if classes is None else tally.opened / tally.examples[:, None]
-  return result, behaviour, GateBehaviour(
-      found, np.concatenate(logits)[:_KEPT_EXAMPLES], class_rates, np.where(firing[0] > -np.inf, firing[1], -1))
+  return (
+    result,
+    behaviour,
+    GateBehaviour(
+      found,
+      np.concatenate(logits)[:_KEPT_EXAMPLES],
+      class_rates,
+      np.where(firing[0] > -np.inf, firing[1], -1),
+    ),
+  )
 
 
 def histograms(gates: GateBehaviour, layers: Sequence[tuple[str, int]]) -> dict[str, np.ndarray]:
@@ -135,11 +153,16 @@ def histograms(gates: GateBehaviour, layers: Sequence[tuple[str, int]]) -> dict[
   """
   names, sizes = zip(*layers, strict=True)
   ends = np.cumsum(sizes)[:-1]
-  return layer_histograms(names, np.split(gates.logits, ends, axis=1), np.split(gates.diagnosis.open_rates, ends))
+  return layer_histograms(
+    names, np.split(gates.logits, ends, axis=1), np.split(gates.diagnosis.open_rates, ends)
+  )
 
 
 def layer_histograms(
-    names: Sequence[str], logits: Sequence[np.ndarray], open_rates: Sequence[np.ndarray], group: str = "gates"
+  names: Sequence[str],
+  logits: Sequence[np.ndarray],
+  open_rates: Sequence[np.ndarray],
+  group: str = "gates",
 ) -> dict[str, np.ndarray]:
   """`[BINS]` counts over [0, 1] for each layer: of its gates' open probabilities and of their open rates.
 
@@ -173,17 +196,17 @@ def mac_spread(macs: np.ndarray, losses: np.ndarray) -> dict[str, float]:
   """
   quarters = np.array_split(macs[np.argsort(losses, kind="stable")], min(4, len(macs)))
   return {
-      "macs": float(np.mean(macs)),
-      "macs_std": float(np.std(macs)),
-      "macs_min": float(np.min(macs)),
-      "macs_max": float(np.max(macs)),
-      **{f"macs_p{p}": float(np.percentile(macs, p)) for p in _DECILES},
-      **{f"macs_of_quarter{i}": float(np.mean(quarter)) for i, quarter in enumerate(quarters, 1)},
+    "macs": float(np.mean(macs)),
+    "macs_std": float(np.std(macs)),
+    "macs_min": float(np.min(macs)),
+    "macs_max": float(np.max(macs)),
+    **{f"macs_p{p}": float(np.percentile(macs, p)) for p in _DECILES},
+    **{f"macs_of_quarter{i}": float(np.mean(quarter)) for i, quarter in enumerate(quarters, 1)},
   }
 
 
 def _largest(
-    before: tuple[np.ndarray, np.ndarray] | None, logits: np.ndarray, first: int
+  before: tuple[np.ndarray, np.ndarray] | None, logits: np.ndarray, first: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """The largest logits of each gate so far and the images they are of, `[<= FIRING, G]` each; of equal ones the first.
 

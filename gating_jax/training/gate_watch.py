@@ -9,16 +9,18 @@ from gating_jax.training.closing import CLOSED, SEGMENTS_CLOSED, ClosingWatch, L
 _MOST = 0.5
 _NOTHING_LEFT = 0.995  # where units that close for all examples are wanted, as in pruning
 _REGULARISERS = {  # and the setting of their strength
-    "entropy": "loss.entropy.coefficient",
-    "decision_entropy": "loss.decision_entropy.coefficient",
-    "away_from_half": "loss.away_from_half.coefficient",
+  "entropy": "loss.entropy.coefficient",
+  "decision_entropy": "loss.decision_entropy.coefficient",
+  "away_from_half": "loss.away_from_half.coefficient",
 }
 
 
 def of_images(config: ml_collections.ConfigDict) -> ClosingWatch:
   """For classifiers and segmentation."""
   gating, gate, loss = config.model.gating, config.model.gate, config.loss
-  if gating in ("none", "exits") or gate.context == "random":  # an exit that no image passes is no gate that closed
+  if (
+    gating in ("none", "exits") or gate.context == "random"
+  ):  # an exit that no image passes is no gate that closed
     return ClosingWatch(())
   if gating == "experts":
     advice = "raise loss.balance.coefficient, with loss.regulariser=balance"
@@ -26,7 +28,9 @@ def of_images(config: ml_collections.ConfigDict) -> ClosingWatch:
   if loss.regulariser in _REGULARISERS:
     advice = f"lower {_REGULARISERS[loss.regulariser]}, or take loss.regulariser=batch_shaping"
   elif loss.regulariser == "none":
-    advice = "lower optim.learning_rate or optim.gate_multiplier, or take loss.regulariser=batch_shaping"
+    advice = (
+      "lower optim.learning_rate or optim.gate_multiplier, or take loss.regulariser=batch_shaping"
+    )
   else:
     advice = _advice("loss", loss, shaped=loss.regulariser == "batch_shaping")
   static = gate.context == "none"
@@ -43,12 +47,18 @@ def of_videos(config: ml_collections.ConfigDict) -> ClosingWatch:
   """For the gate of segments, and for the channel gates of the heavy net."""
   limits, loss = [], config.loss
   if config.model.selection == "gate":
-    advice = (f"{_lower('loss', loss.sparsity)} or loss.sparsity.kind=target, or raise "
-              f"loss.batch_shaping.coefficient (now {loss.batch_shaping.coefficient:g})")
+    advice = (
+      f"{_lower('loss', loss.sparsity)} or loss.sparsity.kind=target, or raise "
+      f"loss.batch_shaping.coefficient (now {loss.batch_shaping.coefficient:g})"
+    )
     limits.append(Limit(SEGMENTS_CLOSED, _MOST, advice, "segments"))
   if config.model.heavy.gating != "none":
     advice = _advice("loss.channels", loss.channels, shaped=True)
-    limits.append(Limit(f"channels_{CLOSED}", _most(loss.channels.sparsity), advice, "heavy net's channel gates"))
+    limits.append(
+      Limit(
+        f"channels_{CLOSED}", _most(loss.channels.sparsity), advice, "heavy net's channel gates"
+      )
+    )
   return ClosingWatch(limits)
 
 
@@ -62,8 +72,10 @@ def _advice(section: str, loss: ml_collections.ConfigDict, *, shaped: bool) -> s
   if not shaped:
     return f"{lower} or let it rise later ({section}.sparsity.start), or take {section}.regulariser=batch_shaping"
   shaping = loss.batch_shaping
-  return (f"{lower}, or raise {section}.batch_shaping.coefficient (now {shaping.coefficient:g}) or "
-          f"{section}.batch_shaping.end (now {shaping.end:g}, the fraction of training at which it ends)")
+  return (
+    f"{lower}, or raise {section}.batch_shaping.coefficient (now {shaping.coefficient:g}) or "
+    f"{section}.batch_shaping.end (now {shaping.end:g}, the fraction of training at which it ends)"
+  )
 
 
 def _lower(section: str, sparsity: ml_collections.ConfigDict) -> str:

@@ -37,12 +37,16 @@ def connect(coordinator: str, processes: int | None = None, process: int | None 
   """
   if coordinator == AUTO:
     if (processes, process) != (None, None):
-      raise ValueError(f"processes and process must be left out with coordinator=auto; got {processes}, {process}")
+      raise ValueError(
+        f"processes and process must be left out with coordinator=auto; got {processes}, {process}"
+      )
     _join()
     return
   if processes is None or process is None or not 0 <= process < processes:
-    raise ValueError(f"process must be in 0, ..., processes - 1, both given with a coordinator; got process {process}, "
-                     f"processes {processes}")
+    raise ValueError(
+      f"process must be in 0, ..., processes - 1, both given with a coordinator; got process {process}, "
+      f"processes {processes}"
+    )
   if process:
     _await(coordinator)
   _join(coordinator, processes, process)
@@ -55,12 +59,20 @@ def is_writer() -> bool:
 
 def any_of(said: bool) -> bool:
   """Whether any process says so; each waits for all."""
-  return said if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.array(said))))
+  return (
+    said
+    if jax.process_count() == 1
+    else bool(np.any(multihost_utils.process_allgather(np.array(said))))
+  )
 
 
 def of_writer(number: int) -> int:
   """What the writer says, of up to 31 bits; each waits for all."""
-  return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.array(number)))
+  return (
+    number
+    if jax.process_count() == 1
+    else int(multihost_utils.broadcast_one_to_all(np.array(number)))
+  )
 
 
 def written(write: Callable[[], None]) -> None:
@@ -91,18 +103,23 @@ def _await(coordinator: str) -> None:
       return
     except OSError as error:
       if time.monotonic() > until:
-        raise PeerError(f"no coordinator answers at {coordinator} for {_PATIENCE} s ({error}): is process 0 running "
-                        "there?") from None
+        raise PeerError(
+          f"no coordinator answers at {coordinator} for {_PATIENCE} s ({error}): is process 0 running "
+          "there?"
+        ) from None
     time.sleep(0.2)
 
 
 def _join(*job: Any) -> None:
   try:
     jax.distributed.initialize(
-        *job, initialization_timeout=60, heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10)
+      *job, initialization_timeout=60, heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10
+    )
   except RuntimeError as error:
     raise PeerError(f"the processes of the job did not find each other: {error}") from error
-  signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which JAX takes for itself; the training loop asks for it
+  signal.signal(
+    signal.SIGTERM, signal.SIG_DFL
+  )  # which JAX takes for itself; the training loop asks for it
 
 
 def share(tree: Any) -> Any:

@@ -37,13 +37,19 @@ class Journal:
     from tensorboardX import SummaryWriter  # imports slowly
 
     writes, self._path = hosts.is_writer(), workdir / TENSORBOARD_DIR
-    metrics, histograms = (_cut_back(workdir / name, first_step) for name in (METRICS_FILE, HISTOGRAMS_FILE))
+    metrics, histograms = (
+      _cut_back(workdir / name, first_step) for name in (METRICS_FILE, HISTOGRAMS_FILE)
+    )
     self.past = [(line["step"], numbers(line)) for line in metrics if line["split"] == "train"]
     self._metrics = _Lines(workdir / METRICS_FILE, metrics)
     self._histograms = _Lines(workdir / HISTOGRAMS_FILE, histograms)
     # tensorboardX takes what stands before a colon, as in s3:, for a kind of storage, unless a slash comes first.
-    self._events = SummaryWriter(str(self._path.absolute()), purge_step=first_step + 1, write_to_disk=writes)
-    self._bar = progress_bar(total=total_steps, initial=first_step, unit="step", hidden=not writes, dynamic_ncols=True)
+    self._events = SummaryWriter(
+      str(self._path.absolute()), purge_step=first_step + 1, write_to_disk=writes
+    )
+    self._bar = progress_bar(
+      total=total_steps, initial=first_step, unit="step", hidden=not writes, dynamic_ncols=True
+    )
     self._total = total_steps
     self._start = time.monotonic()
 
@@ -61,14 +67,24 @@ class Journal:
     Args:
       counts: `[bins]` integers each, how many values lie in each of so many equal parts of [0, 1].
     """
-    if not self._histograms.add(step, split, {name: np.asarray(count).tolist() for name, count in counts.items()}):
+    if not self._histograms.add(
+      step, split, {name: np.asarray(count).tolist() for name, count in counts.items()}
+    ):
       return
     for name, count in counts.items():
       edges = np.linspace(0, 1, len(count) + 1)
       middles = (edges[1:] + edges[:-1]) / 2
       self._events.add_histogram_raw(
-          name, 0.0, 1.0, int(np.sum(count)), float(middles @ count), float(middles**2 @ count), edges[1:].tolist(),
-          np.asarray(count).tolist(), step)
+        name,
+        0.0,
+        1.0,
+        int(np.sum(count)),
+        float(middles @ count),
+        float(middles**2 @ count),
+        edges[1:].tolist(),
+        np.asarray(count).tolist(),
+        step,
+      )
 
   def write_picture(self, step: int, name: str, path: Path) -> None:
     """A picture in TensorBoard, from its file."""

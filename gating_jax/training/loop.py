@@ -76,20 +76,22 @@ class LoopSettings:
     if self.eval_every < 0:
       raise ValueError(f"eval_every must be >= 0; got {self.eval_every}")
     if self.total_steps % self.steps_per_dispatch:
-      raise ValueError(f"total_steps must be a multiple of steps_per_dispatch; got {self.total_steps} "
-                       f"and {self.steps_per_dispatch}")
+      raise ValueError(
+        f"total_steps must be a multiple of steps_per_dispatch; got {self.total_steps} "
+        f"and {self.steps_per_dispatch}"
+      )
 
 
 def train(
-    state: Any,
-    first_step: int,
-    advance: Callable[[Any, int], tuple[Any, Mapping[str, jax.Array]]],
-    *,
-    settings: LoopSettings,
-    checkpoints: Checkpoints,
-    journal: Journal,
-    evaluate: Callable[[Any, int], None] | None = None,
-    watch: Callable[[int, Mapping[str, float]], Sequence[str]] = lambda step, means: (),
+  state: Any,
+  first_step: int,
+  advance: Callable[[Any, int], tuple[Any, Mapping[str, jax.Array]]],
+  *,
+  settings: LoopSettings,
+  checkpoints: Checkpoints,
+  journal: Journal,
+  evaluate: Callable[[Any, int], None] | None = None,
+  watch: Callable[[int, Mapping[str, float]], Sequence[str]] = lambda step, means: (),
 ) -> tuple[Any, int]:
   """Trains from `first_step` to the end, or to a SIGTERM or Ctrl-C; a checkpoint is on disk for where it stopped.
 
@@ -125,7 +127,9 @@ def train(
   with StopRequest() as stop:
     while step < settings.total_steps:
       # Several processes must stop at the same step.
-      if (jax.process_count() == 1 or _due(step, k, settings.log_every)) and hosts.any_of(stop.requested):
+      if (jax.process_count() == 1 or _due(step, k, settings.log_every)) and hosts.any_of(
+        stop.requested
+      ):
         break
       state, metrics = advance(state, step)
       settle()
@@ -140,8 +144,15 @@ def train(
         journal.say(step, headline(means))
         for warning in watch(step, means):
           journal.say(step, warning)
-      if evaluate and settings.eval_every and _due(step, k, settings.eval_every) and step < settings.total_steps:
-        evaluate(state, step)  # before the checkpoint: a restart from there does not come back to it
+      if (
+        evaluate
+        and settings.eval_every
+        and _due(step, k, settings.eval_every)
+        and step < settings.total_steps
+      ):
+        evaluate(
+          state, step
+        )  # before the checkpoint: a restart from there does not come back to it
       if _due(step, k, settings.checkpoint_every) and step < settings.total_steps:
         settle()
         checkpoints.save(step, state)
@@ -159,10 +170,13 @@ def _due(step: int, k: int, every: int) -> bool:
 
 def _check_finite(step: int, values: Mapping[str, np.ndarray]) -> None:
   for offset in range(len(next(iter(values.values())))):
-    bad = [name for name, value in values.items() if "/" not in name and not math.isfinite(value[offset])]
+    bad = [
+      name for name, value in values.items() if "/" not in name and not math.isfinite(value[offset])
+    ]
     if bad:
       # The terms say more than their total.
       name = next((b for b in bad if b not in ("loss", "gradient_norm", "state_norm")), bad[0])
       raise NonFiniteError(
-          f"{name} is {values[name][offset]} at step {step + offset + 1} (not finite: {', '.join(bad)}); nothing of "
-          "that step or later was saved. A lower optim.learning_rate may help.")
+        f"{name} is {values[name][offset]} at step {step + offset + 1} (not finite: {', '.join(bad)}); nothing of "
+        "that step or later was saved. A lower optim.learning_rate may help."
+      )

@@ -24,7 +24,15 @@ from gating_jax.types import Array, Records
 REDUCTIONS = ("layer_mean", "mean", "sum")
 SPARSITIES = ("l0", "macs", "budget", "target_rate")
 PRICED = ("batch_shaping", "sparsity")  # regularisers with a term of sparsity
-REGULARISERS = ("batch_shaping", "sparsity", "entropy", "decision_entropy", "away_from_half", "balance", "none")
+REGULARISERS = (
+  "batch_shaping",
+  "sparsity",
+  "entropy",
+  "decision_entropy",
+  "away_from_half",
+  "balance",
+  "none",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +70,12 @@ class ImageObjective:
     one_of("regulariser", self.regulariser, REGULARISERS)
 
   def __call__(
-      self, logits: Array, labels: Array, records: Records, step: Array, axis_name: Hashable | None = None
+    self,
+    logits: Array,
+    labels: Array,
+    records: Records,
+    step: Array,
+    axis_name: Hashable | None = None,
   ) -> tuple[Array, Mapping[str, Array]]:
     """`(total, terms)`; the terms are before their coefficients.
 
@@ -78,13 +91,15 @@ class ImageObjective:
     regulariser, gate_terms = self.gate_terms(records, step, axis_name)
     return cross_entropy + regulariser, {**terms, **gate_terms}
 
-  def fit(self, logits: Array, labels: Array, axis_name: Hashable | None = None) -> tuple[Array, Array]:
+  def fit(
+    self, logits: Array, labels: Array, axis_name: Hashable | None = None
+  ) -> tuple[Array, Array]:
     """Cross-entropy, to which the gates' terms are added, and accuracy."""
     cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
     return cross_entropy, jnp.mean(jnp.argmax(logits, -1) == labels)
 
   def gate_terms(
-      self, records: Records, step: Array, axis_name: Hashable | None = None
+    self, records: Records, step: Array, axis_name: Hashable | None = None
   ) -> tuple[Array | float, Mapping[str, Array]]:
     """What the gates add, and its terms before their coefficients; 0 and none where nothing is gated.
 
@@ -101,15 +116,15 @@ class ImageObjective:
     examples = records[0].logits.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
     spent = float(self.fixed_macs) + collectives.batch_mean(executed_macs(records), axis_name)
     return total, {
-        **terms,
-        "mac_ratio": spent / float(self.fixed_macs + gated_macs(records)),
-        CLOSED: closed_share(records, axis_name=axis_name),
-        "gates/batch_shaping_mean": jnp.mean(per_gate),
-        "gates/batch_shaping_floor": jnp.asarray(1 / (6 * (examples + 1))),
+      **terms,
+      "mac_ratio": spent / float(self.fixed_macs + gated_macs(records)),
+      CLOSED: closed_share(records, axis_name=axis_name),
+      "gates/batch_shaping_mean": jnp.mean(per_gate),
+      "gates/batch_shaping_floor": jnp.asarray(1 / (6 * (examples + 1))),
     }
 
   def _terms(
-      self, records: Records, per_gate: Array, step: Array, axis_name
+    self, records: Records, per_gate: Array, step: Array, axis_name
   ) -> Iterator[tuple[str, Array | float, Array]]:
     """Name, coefficient and value of what the regulariser is made of; `per_gate` is the batch-shaping loss."""
     probs = [r.probs for r in records]
@@ -122,7 +137,11 @@ class ImageObjective:
     if self.regulariser == "balance":
       yield "balance", self.coefficient, penalties.balance_loss(records, axis_name=axis_name)
     if self.regulariser == "batch_shaping":
-      yield "batch_shaping", self.batch_shaping_coefficient(step), _reduced(per_gate, records, self.reduction)
+      yield (
+        "batch_shaping",
+        self.batch_shaping_coefficient(step),
+        _reduced(per_gate, records, self.reduction),
+      )
     if self.regulariser in PRICED:
       yield self.sparsity, self.sparsity_coefficient(step), self._sparsity_term(records, axis_name)
 
@@ -154,34 +173,56 @@ class ExitObjective(ImageObjective):
   exit_weights: tuple[float, ...] = (1.0,)
 
   def __call__(
-      self, logits: Array, labels: Array, records: Records, step: Array, axis_name: Hashable | None = None
+    self,
+    logits: Array,
+    labels: Array,
+    records: Records,
+    step: Array,
+    axis_name: Hashable | None = None,
   ) -> tuple[Array, Mapping[str, Array]]:
     """As of `ImageObjective`, with the accuracy of each exit before the last."""
     total, terms = super().__call__(logits, labels, records, step, axis_name)
     accuracies = jnp.mean(jnp.argmax(logits, -1) == labels[:, None], axis=0)
-    return total, {**terms, **{f"exits/accuracy{i}": a for i, a in enumerate(accuracies[:-1], start=1)}}
+    return total, {
+      **terms,
+      **{f"exits/accuracy{i}": a for i, a in enumerate(accuracies[:-1], start=1)},
+    }
 
-  def fit(self, logits: Array, labels: Array, axis_name: Hashable | None = None) -> tuple[Array, Array]:
+  def fit(
+    self, logits: Array, labels: Array, axis_name: Hashable | None = None
+  ) -> tuple[Array, Array]:
     """The weighted sum, and the accuracy of the last exit."""
     exits = logits.shape[1] - 1
     if len(self.exit_weights) not in (1, exits):
-      raise ValueError(f"exit_weights must hold 1 number, or one for each of {exits} exits before the last; "
-                       f"got {self.exit_weights}")
+      raise ValueError(
+        f"exit_weights must hold 1 number, or one for each of {exits} exits before the last; "
+        f"got {self.exit_weights}"
+      )
     weights = jnp.append(jnp.broadcast_to(jnp.asarray(self.exit_weights), exits), 1.0)
     labels = jnp.broadcast_to(labels[:, None], logits.shape[:2])
-    cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels), axis=0)
-    return jnp.sum(weights * cross_entropy), jnp.mean(jnp.argmax(logits[:, -1], -1) == labels[:, -1])
+    cross_entropy = jnp.mean(
+      optax.softmax_cross_entropy_with_integer_labels(logits, labels), axis=0
+    )
+    return jnp.sum(weights * cross_entropy), jnp.mean(
+      jnp.argmax(logits[:, -1], -1) == labels[:, -1]
+    )
 
 
 def batch_shaping_term(
-    records: Records, prior: Prior, reduction: str = "layer_mean", *, axis_name: Hashable | None = None
+  records: Records,
+  prior: Prior,
+  reduction: str = "layer_mean",
+  *,
+  axis_name: Hashable | None = None,
 ) -> Array:
   """The batch-shaping loss of every gate of a network, reduced to a scalar; one sort for all layers together."""
   return _reduced(_shaping_per_gate(records, prior, axis_name), records, reduction)
 
 
 def _shaping_per_gate(records: Records, prior: Prior, axis_name: Hashable | None) -> Array:
-  return batch_shaping_loss(jnp.concatenate([r.logits for r in records], axis=-1), prior, axis_name=axis_name)
+  return batch_shaping_loss(
+    jnp.concatenate([r.logits for r in records], axis=-1), prior, axis_name=axis_name
+  )
 
 
 def _reduced(per_gate: Array, records: Records, reduction: str) -> Array:

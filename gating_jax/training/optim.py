@@ -14,7 +14,11 @@ from gating_jax.layers.gate import is_gate_path
 
 
 def sgd(
-    learning_rate: optax.Schedule, *, momentum: float, weight_decay: float, gate_multiplier: float = 1.0
+  learning_rate: optax.Schedule,
+  *,
+  momentum: float,
+  weight_decay: float,
+  gate_multiplier: float = 1.0,
 ) -> optax.GradientTransformation:
   """SGD with Nesterov momentum; `weight_decay` is added to the gradient, and is 0 for gate parameters.
 
@@ -30,9 +34,11 @@ def sgd(
   if not gate_multiplier > 0:
     raise ValueError(f"gate_multiplier must be > 0; got {gate_multiplier}")
   return optax.chain(
-      optax.add_decayed_weights(weight_decay, mask=decayed),
-      optax.sgd(learning_rate, momentum=momentum, nesterov=momentum > 0),
-      optax.masked(optax.scale(gate_multiplier), lambda params: jax.tree.map(operator.not_, decayed(params))),
+    optax.add_decayed_weights(weight_decay, mask=decayed),
+    optax.sgd(learning_rate, momentum=momentum, nesterov=momentum > 0),
+    optax.masked(
+      optax.scale(gate_multiplier), lambda params: jax.tree.map(operator.not_, decayed(params))
+    ),
   )
 
 
@@ -52,11 +58,15 @@ def adam(learning_rate: optax.Schedule, *, weight_decay: float) -> optax.Gradien
   return optax.adamw(learning_rate, weight_decay=weight_decay, mask=decayed)
 
 
-def frozen(optimiser: optax.GradientTransformation, is_frozen: Callable[[Sequence[str]], bool]) -> (
-    optax.GradientTransformation):
+def frozen(
+  optimiser: optax.GradientTransformation, is_frozen: Callable[[Sequence[str]], bool]
+) -> optax.GradientTransformation:
   """`optimiser`, except that parameters whose path `is_frozen` stay as they are, weight decay or not."""
+
   def labels(params):
     flat = traverse_util.flatten_dict(params)
-    return traverse_util.unflatten_dict({path: "still" if is_frozen(path) else "trained" for path in flat})
+    return traverse_util.unflatten_dict(
+      {path: "still" if is_frozen(path) else "trained" for path in flat}
+    )
 
   return optax.multi_transform({"trained": optimiser, "still": optax.set_to_zero()}, labels)

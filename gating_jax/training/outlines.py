@@ -73,7 +73,10 @@ def read(folder: Path) -> list[Outline] | None:
 def _fields(data: Any) -> dict[str, Any]:
   """What a set has of the fields of its outline."""
   names = [field.name for field in dataclasses.fields(Outline)]
-  return {"examples": len(data), **{name: getattr(data, name) for name in names if hasattr(data, name)}}
+  return {
+    "examples": len(data),
+    **{name: getattr(data, name) for name in names if hasattr(data, name)},
+  }
 
 
 def _wrong(outline: Outline) -> str | None:

@@ -34,7 +34,7 @@ def record_start(path: Path) -> None:
   """
   starts = [*read_starts(path), describe()]
   if len(starts) > _MOST_STARTS:
-    starts = [starts[0], *starts[1 - _MOST_STARTS:]]
+    starts = [starts[0], *starts[1 - _MOST_STARTS :]]
   with contextlib.suppress(OSError):
     write_json(path / FILE, {"starts": starts})
 
@@ -53,13 +53,13 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
 def describe() -> dict[str, Any]:
   """This process as a start: date, command, commit, versions, hardware and devices."""
   return {
-      "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-      "command": _command(),
-      "commit": _commit(),
-      "versions": {"python": platform.python_version(), **_versions(_PACKAGES)},
-      "hardware": timing.device(),
-      "devices": jax.device_count(),
-      "processes": jax.process_count(),
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "command": _command(),
+    "commit": _commit(),
+    "versions": {"python": platform.python_version(), **_versions(_PACKAGES)},
+    "hardware": timing.device(),
+    "devices": jax.device_count(),
+    "processes": jax.process_count(),
   }
 
 
@@ -85,9 +85,20 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
 def _commit() -> str | None:
   """The commit that this package is checked out at, marked where files differ from it; None where it is installed."""
   root = Path(__file__).parents[2]
-  if not (root / ".git").exists():  # else git would name the commit of a project that this is installed in
+  if not (
+    root / ".git"
+  ).exists():  # else git would name the commit of a project that this is installed in
     return None
-  command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+  command = [
+    "git",
+    "-C",
+    str(root),
+    "describe",
+    "--always",
+    "--dirty",
+    "--abbrev=12",
+    "--exclude=*",
+  ]
   try:
     done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
   except (OSError, subprocess.SubprocessError):

@@ -20,7 +20,12 @@ from gating_jax.training import hosts, provenance
 from gating_jax.training.journal import TEMPORARY, write_json
 
 CONFIG_FILE, RESULT_FILE, REPORT_FILE, CHECKPOINT_DIR, _LOCK_FILE = (
-    "config.json", "result.json", "report.html", "checkpoints", ".lock")
+  "config.json",
+  "result.json",
+  "report.html",
+  "checkpoints",
+  ".lock",
+)
 _STAGED = ".staged"
 
 
@@ -94,7 +99,9 @@ def _locked(path: Path, mine: Mapping[str, Any]) -> Iterator[None]:
   """Holds the directory, with this config written or found in it."""
   file = path / CONFIG_FILE
   if path.exists() and not file.exists() and not _is_blank(path):
-    raise RunDirError(f"workdir must be a run directory or new; {path} exists and has no {CONFIG_FILE}")
+    raise RunDirError(
+      f"workdir must be a run directory or new; {path} exists and has no {CONFIG_FILE}"
+    )
   try:
     path.mkdir(parents=True, exist_ok=True)
     lock = (path / _LOCK_FILE).open("w")
@@ -166,8 +173,13 @@ def _check_free(path: Path, names: Sequence[str]) -> None:
 
 
 def run_mode(
-    path: Path, config: ml_collections.ConfigDict, mode: str, *, train: Callable[[RunDir], None],
-    render: Callable[[Mapping[str, Any]], str], **others: Callable[[RunDir], None],
+  path: Path,
+  config: ml_collections.ConfigDict,
+  mode: str,
+  *,
+  train: Callable[[RunDir], None],
+  render: Callable[[Mapping[str, Any]], str],
+  **others: Callable[[RunDir], None],
 ) -> None:
   """Does what `mode` asks for: `train` goes on from wherever the run directory stands, the others look at one that is
   there.
@@ -184,11 +196,15 @@ def run_mode(
       hosts.written(lambda: provenance.record_start(run_dir.path))
       train(run_dir)
     else:
-      say(f"{path} holds a finished run of this config; nothing was trained or changed. Its result:")
+      say(
+        f"{path} holds a finished run of this config; nothing was trained or changed. Its result:"
+      )
       say(render(result))
 
 
-def flatten(tree: Mapping[str, Any] | ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
+def flatten(
+  tree: Mapping[str, Any] | ml_collections.ConfigDict, prefix: str = ""
+) -> dict[str, Any]:
   """Nested mappings or configs as one mapping, names joined by dots.
 
   >>> flatten({"optim": {"epochs": 3}, "seed": 0})
@@ -222,11 +238,12 @@ def _compare(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> 
   """Raises a RunDirError where configs differ; a field that is None and one that an older config lacks are the same."""
   theirs, mine = flatten(theirs), flatten(mine)
   lines = [
-      f"  {name}: {theirs.get(name, '(absent)')!r} there, {mine.get(name, '(absent)')!r} here"
-      for name in sorted(theirs.keys() | mine.keys())
-      if theirs.get(name) != mine.get(name)
+    f"  {name}: {theirs.get(name, '(absent)')!r} there, {mine.get(name, '(absent)')!r} here"
+    for name in sorted(theirs.keys() | mine.keys())
+    if theirs.get(name) != mine.get(name)
   ]
   if lines:
     raise RunDirError(
-        f"workdir {path} holds a run of another config; name another workdir, or use its config. Difference:\n"
-        + "\n".join(lines))
+      f"workdir {path} holds a run of another config; name another workdir, or use its config. Difference:\n"
+      + "\n".join(lines)
+    )

@@ -33,11 +33,19 @@ def ramp(first: float, last: float, start: float, full: float, total_steps: int)
   if full == 0:
     return optax.constant_schedule(last)
   begin = round(start * total_steps)
-  return optax.linear_schedule(first, last, max(1, round(full * total_steps) - begin), transition_begin=begin)
+  return optax.linear_schedule(
+    first, last, max(1, round(full * total_steps) - begin), transition_begin=begin
+  )
 
 
 def learning_rate(
-    kind: str, peak: float, total_steps: int, *, warmup: float = 0.0, drops: tuple[float, ...] = (), factor: float = 0.1
+  kind: str,
+  peak: float,
+  total_steps: int,
+  *,
+  warmup: float = 0.0,
+  drops: tuple[float, ...] = (),
+  factor: float = 0.1,
 ) -> optax.Schedule:
   """Linear warm-up over the fraction `warmup`, then `cosine` to 0, or `step`: times `factor` at each of `drops`."""
   _check_fractions(warmup=warmup, **{f"drops[{i}]": d for i, d in enumerate(drops)})
@@ -49,7 +57,9 @@ def learning_rate(
     after = optax.cosine_decay_schedule(peak, max(1, total_steps - warm))
   else:
     drops_at = collections.Counter(round(d * total_steps) - warm for d in drops)
-    after = optax.piecewise_constant_schedule(peak, {at: factor**count for at, count in drops_at.items()})
+    after = optax.piecewise_constant_schedule(
+      peak, {at: factor**count for at, count in drops_at.items()}
+    )
   if not warm:
     return after
   return optax.join_schedules([optax.linear_schedule(0.0, peak, warm), after], [warm])

@@ -31,7 +31,9 @@ def config_of(workdir: Path) -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(with_tuples(fields)).lock()
 
 
-def _check_fields(file: Path, base: ml_collections.ConfigDict, fields: Mapping[str, Any], prefix: str = "") -> None:
+def _check_fields(
+  file: Path, base: ml_collections.ConfigDict, fields: Mapping[str, Any], prefix: str = ""
+) -> None:
   """Raises a RunDirError unless a config that was read has the fields of `base`, of their types.
 
   One that is None where nothing else is set may be absent: it is newer than the run.
@@ -44,11 +46,15 @@ def _check_fields(file: Path, base: ml_collections.ConfigDict, fields: Mapping[s
     if section and isinstance(value, Mapping):
       _check_fields(file, default, value, f"{prefix}{name}.")
       continue
-    fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    fits = isinstance(value, (int, float) if kind is float else kind) and (
+      kind is bool or not isinstance(value, bool)
+    )
     if section or not fits and not (value is None and default is None):
       found = repr(value) if name in fields else "no such field"
       wanted = "a section" if section else f"of type {kind.__name__}"
-      raise rundir.RunDirError(f"{file} is damaged: {prefix}{name} must be {wanted}; it has {found:.80}")
+      raise rundir.RunDirError(
+        f"{file} is damaged: {prefix}{name} must be {wanted}; it has {found:.80}"
+      )
 
 
 def with_tuples(value: Any) -> Any:
@@ -59,15 +65,15 @@ def with_tuples(value: Any) -> Any:
 
 
 def check(
-    config: ml_collections.ConfigDict,
-    *,
-    choices: Mapping[str, Collection[str]],
-    positive: Collection[str] = (),
-    not_negative: Collection[str] = (),
-    at_least: Mapping[str, int],
-    fractions: Collection[str] = (),
-    numbers: Collection[str] = (),
-    rules: Mapping[str, Rule],
+  config: ml_collections.ConfigDict,
+  *,
+  choices: Mapping[str, Collection[str]],
+  positive: Collection[str] = (),
+  not_negative: Collection[str] = (),
+  at_least: Mapping[str, int],
+  fractions: Collection[str] = (),
+  numbers: Collection[str] = (),
+  rules: Mapping[str, Rule],
 ) -> None:
   """Raises a ValueError that names the first field, such as `optim.batch_size`, which breaks its rule."""
   fields = rundir.flatten(config)
@@ -76,9 +82,13 @@ def check(
   every: list[tuple[str, Rule]] = []
   every += [(name, (lambda v: 0 < v < math.inf, "a positive finite number")) for name in positive]
   every += [(name, (lambda v: 0 <= v < math.inf, "a finite number >= 0")) for name in not_negative]
-  every += [(name, (lambda v, least=least: v >= least, f">= {least}")) for name, least in at_least.items()]
+  every += [
+    (name, (lambda v, least=least: v >= least, f">= {least}")) for name, least in at_least.items()
+  ]
   every += [(name, (lambda v: 0 < v <= 1, "in (0, 1]")) for name in fractions]
-  every += [(name, (lambda v: all_numbers(v) and len(v) > 0, "a tuple of numbers")) for name in numbers]
+  every += [
+    (name, (lambda v: all_numbers(v) and len(v) > 0, "a tuple of numbers")) for name in numbers
+  ]
   for name, (holds, rule) in (*every, *rules.items()):
     if not holds(fields[name]):
       raise ValueError(f"{name} must be {rule}; got {fields[name]!r}")
@@ -95,15 +105,19 @@ def named(section: str) -> Iterator[None]:
 
 def all_numbers(values: Any) -> bool:
   """Whether `values` is a tuple of finite numbers; an empty one is."""
-  return isinstance(values, tuple) and all(isinstance(v, (int, float)) and math.isfinite(v) for v in values)
+  return isinstance(values, tuple) and all(
+    isinstance(v, (int, float)) and math.isfinite(v) for v in values
+  )
 
 
 def check_channels(data: ml_collections.ConfigDict, channels: int) -> None:
   """Raises a ValueError unless `data.mean` and `data.std` fit images of so many channels."""
   for name in ("mean", "std"):
     if len(data[name]) not in (1, channels):
-      raise ValueError(f"data.{name} must hold 1 number, or one for each of {channels} channels; "
-                       f"got {tuple(data[name])}")
+      raise ValueError(
+        f"data.{name} must hold 1 number, or one for each of {channels} channels; "
+        f"got {tuple(data[name])}"
+      )
 
 
 def feature_names(data: ml_collections.ConfigDict) -> tuple[str, str]:
@@ -113,7 +127,10 @@ def feature_names(data: ml_collections.ConfigDict) -> tuple[str, str]:
 
 def divides_over_devices() -> Rule:
   """The rule of a batch size."""
-  return lambda size: size % jax.device_count() == 0, f"a multiple of the {jax.device_count()} devices"
+  return (
+    lambda size: size % jax.device_count() == 0,
+    f"a multiple of the {jax.device_count()} devices",
+  )
 
 
 def total_steps(epochs: int, steps_per_epoch: int, per_dispatch: int) -> int:

@@ -13,28 +13,31 @@ from gating_jax.training import settings
 
 _BATCH = 16  # examples, over all devices
 _EXAMPLES = {"train": 64, "test": 32}
-_OF_A_CLASS = {"train": 50, "test": 25}  # on average, so that none is without images, nor a task with few
+_OF_A_CLASS = {
+  "train": 50,
+  "test": 25,
+}  # on average, so that none is without images, nor a task with few
 _VIDEOS = 32  # of files
 _SIDE = 128  # pixels of a scene's longer side
 _AT_MOST = {
-    "data.image_size": 64,
-    "data.size": 32,
-    "data.segments": 16,
-    "data.workers": 1,
-    "data.train_scenes": 64,
-    "data.test_scenes": 16,
-    "data.train_videos": 32,
-    "data.test_videos": 16,
-    "tasks.count": 2,
-    "router.steps": 10,
-    "generator.steps": 4,
-    "generator.images": 64,
-    "ewc.examples": 64,
-    "online_ewc.examples": 64,
-    "replay.images": 64,
-    "optim.eval_batch_size": 64,
-    "log_every": 5,
-    "devices.steps_per_dispatch": 1,
+  "data.image_size": 64,
+  "data.size": 32,
+  "data.segments": 16,
+  "data.workers": 1,
+  "data.train_scenes": 64,
+  "data.test_scenes": 16,
+  "data.train_videos": 32,
+  "data.test_videos": 16,
+  "tasks.count": 2,
+  "router.steps": 10,
+  "generator.steps": 4,
+  "generator.images": 64,
+  "ewc.examples": 64,
+  "online_ewc.examples": 64,
+  "replay.images": 64,
+  "optim.eval_batch_size": 64,
+  "log_every": 5,
+  "devices.steps_per_dispatch": 1,
 }
 
 
@@ -52,7 +55,9 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   for name, most in _AT_MOST.items():
     _lower(small, name, most)
   phases = ["optim"]
-  if not small.get("pretrained"):  # else the first training is that of another run, and stays as it was
+  if not small.get(
+    "pretrained"
+  ):  # else the first training is that of another run, and stays as it was
     phases.append("pretrain")
   for phase in phases:
     _lower(small, f"{phase}.epochs", 1)
@@ -75,8 +80,11 @@ def _over_devices(size: int) -> int:
 def _lower(config: ml_collections.ConfigDict, name: str, most: int) -> None:
   """Sets a field that is there to `most` at most; 0 means all of it, but where it counts epochs."""
   section, field = _place(config, name)
-  if section is not None and isinstance(section[field], (int, float)) and (
-      section[field] > most or section[field] == 0 and name == "tasks.count"):
+  if (
+    section is not None
+    and isinstance(section[field], (int, float))
+    and (section[field] > most or section[field] == 0 and name == "tasks.count")
+  ):
     section[field] = most
 
 
@@ -86,7 +94,9 @@ def _set(config: ml_collections.ConfigDict, name: str, value: float) -> None:
     section[field] = value
 
 
-def _place(config: ml_collections.ConfigDict, name: str) -> tuple[ml_collections.ConfigDict | None, str]:
+def _place(
+  config: ml_collections.ConfigDict, name: str
+) -> tuple[ml_collections.ConfigDict | None, str]:
   """The section that has a field; None where there is none."""
   *sections, field = name.split(".")
   for each in sections:

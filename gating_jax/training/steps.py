@@ -35,30 +35,36 @@ class TrainState(struct.PyTreeNode):
   opt_state: Any
 
 
-def init_state(model: nn.Module, optimiser: optax.GradientTransformation, seed: int, shapes: Any) -> TrainState:
+def init_state(
+  model: nn.Module, optimiser: optax.GradientTransformation, seed: int, shapes: Any
+) -> TrainState:
   """A fresh state for examples of these shapes: `(H, W, D)` for images, or the tree of shapes that the model takes."""
   # rbg: the default generator makes XLA compile an unrolled threefry for each of hundreds of parameters.
   key = jax.random.key(seed, impl="rbg")
 
   @jax.jit
   def init(key):
-    inputs = jax.tree.map(lambda shape: jnp.zeros((1, *shape)), shapes, is_leaf=lambda x: isinstance(x, tuple))
+    inputs = jax.tree.map(
+      lambda shape: jnp.zeros((1, *shape)), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
     variables = model.init(key, inputs)
     params = variables["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), optimiser.init(params))
+    return TrainState(
+      jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), optimiser.init(params)
+    )
 
   return init(key)
 
 
 def make_train_step(
-    model: nn.Module,
-    optimiser: optax.GradientTransformation,
-    objective: Callable,
-    prepare: Callable[[Array, Any], Any],
-    *,
-    seed: int,
-    axis_name: Hashable | None = None,
-    noise_scale: Callable[[Array], Array] | None = None,
+  model: nn.Module,
+  optimiser: optax.GradientTransformation,
+  objective: Callable,
+  prepare: Callable[[Array, Any], Any],
+  *,
+  seed: int,
+  axis_name: Hashable | None = None,
+  noise_scale: Callable[[Array], Array] | None = None,
 ) -> Callable:
   """One step: `(state, inputs, targets) -> (state, metrics)`.
 
@@ -71,13 +77,18 @@ def make_train_step(
   def step(state: TrainState, inputs: Any, targets: Any) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     prepared = prepare(jax.random.fold_in(key, AUGMENT_STREAM), inputs)
-    rngs = {GATE_RNG: jax.random.fold_in(key, GATE_STREAM), DROPOUT_RNG: jax.random.fold_in(key, DROPOUT_STREAM)}
+    rngs = {
+      GATE_RNG: jax.random.fold_in(key, GATE_STREAM),
+      DROPOUT_RNG: jax.random.fold_in(key, DROPOUT_STREAM),
+    }
 
     def loss(params):
       variables = {"params": params, "batch_stats": state.batch_stats}
       if noise_scale is not None:
         variables[NOISE] = noise_scales(params, noise_scale(state.step))
-      (outputs, records), updates = model.apply(variables, prepared, train=True, mutable=["batch_stats"], rngs=rngs)
+      (outputs, records), updates = model.apply(
+        variables, prepared, train=True, mutable=["batch_stats"], rngs=rngs
+      )
       total, terms = objective(outputs, targets, records, state.step, axis_name)
       metrics = {"loss": total, **terms}
       for name, record in zip(layer_names(records), records, strict=True):
@@ -128,14 +139,16 @@ def image_scores(logits: Array, labels: Array) -> dict[str, Array]:
   """For each image, `[B]`: its `predicted` class, whether that is `correct`, and its `cross_entropy`."""
   predicted = jnp.argmax(logits, -1)
   return {
-      "predicted": predicted,
-      "correct": predicted == labels,
-      "cross_entropy": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
+    "predicted": predicted,
+    "correct": predicted == labels,
+    "cross_entropy": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
   }
 
 
 def make_eval_step(
-    model: nn.Module, normalise: Callable[[Array], Array], scores: Callable[..., dict[str, Array]] = image_scores
+  model: nn.Module,
+  normalise: Callable[[Array], Array],
+  scores: Callable[..., dict[str, Array]] = image_scores,
 ) -> Callable:
   """`(state, pixels, labels) -> results` for each example; no key, no noise.
 

@@ -7,16 +7,30 @@ from collections.abc import Mapping
 import numpy as np
 
 _ACCURACIES = {
-    "accuracy": "accuracy",
-    "light_accuracy": "accuracy of the light net",
-    "heavy_accuracy": "accuracy of the heavy net"}
-_COSTS = {"mac_ratio": "MACs", "channels_mac_ratio": "MACs of the heavy net", "share": "segments chosen"}
+  "accuracy": "accuracy",
+  "light_accuracy": "accuracy of the light net",
+  "heavy_accuracy": "accuracy of the heavy net",
+}
+_COSTS = {
+  "mac_ratio": "MACs",
+  "channels_mac_ratio": "MACs of the heavy net",
+  "share": "segments chosen",
+}
 _TERMS = {
-    "cross_entropy": "cross-entropy", "batch_shaping": "batch-shaping", "l0": "L0", "macs": "price of MACs",
-    "mean": "price of segments", "light": "light net", "heavy": "heavy net",
-    "task_cross_entropy": "cross-entropy of the task"}
+  "cross_entropy": "cross-entropy",
+  "batch_shaping": "batch-shaping",
+  "l0": "L0",
+  "macs": "price of MACs",
+  "mean": "price of segments",
+  "light": "light net",
+  "heavy": "heavy net",
+  "task_cross_entropy": "cross-entropy of the task",
+}
 _NOT_SHOWN = ("loss", "gradient_norm", "state_norm")  # metrics.jsonl and TensorBoard have the norms
-_CHANNELS, _RATES = "channels_", "gate_rate/"  # before terms of a heavy net's gates, and before names of layers
+_CHANNELS, _RATES = (
+  "channels_",
+  "gate_rate/",
+)  # before terms of a heavy net's gates, and before names of layers
 
 
 def headline(means: Mapping[str, float]) -> str:
@@ -29,7 +43,9 @@ def headline(means: Mapping[str, float]) -> str:
   ...           "accuracy": 0.875, "mac_ratio": 0.5312, "gate_rate/layer1/conv": 0.5, "gradient_norm": 2.0})
   'accuracy 87.5 %, loss 0.8125 (cross-entropy 0.5, batch-shaping 0.25), MACs 53.1 %, open gates 50.0 %'
   """
-  percents = lambda words: [f"{word} {_percent(means[name])}" for name, word in words.items() if name in means]
+  percents = lambda words: [
+    f"{word} {_percent(means[name])}" for name, word in words.items() if name in means
+  ]
   terms = []
   for name, value in means.items():
     known = name in _NOT_SHOWN or name in _ACCURACIES or name in _COSTS

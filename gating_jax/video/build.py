@@ -18,9 +18,21 @@ from gating_jax.data.video_arrays import VideoArrays
 from gating_jax.data.videos import VideoSet
 from gating_jax.layers.blocks import GATINGS
 from gating_jax.layers.gate import GateSettings
-from gating_jax.layers.segment_gate import CONCEPTS, CONTEXTS, POOLINGS, RELAXATIONS, SegmentGateSettings
+from gating_jax.layers.segment_gate import (
+  CONCEPTS,
+  CONTEXTS,
+  POOLINGS,
+  RELAXATIONS,
+  SegmentGateSettings,
+)
 from gating_jax.models.timegate import SELECTIONS, SegmentClassifier, SegmentNet
-from gating_jax.models.video_backbones import HEAVY_NETS, LIGHT_NETS, FeaturePool, heavy_net, light_net
+from gating_jax.models.video_backbones import (
+  HEAVY_NETS,
+  LIGHT_NETS,
+  FeaturePool,
+  heavy_net,
+  light_net,
+)
 from gating_jax.models.video_counts import VideoCounts, count_video
 from gating_jax.ops import selection
 from gating_jax.ops.priors import beta
@@ -33,7 +45,12 @@ from gating_jax.video.objectives import SPARSITIES, SegmentObjective, VideoObjec
 
 TRAININGS = ("two_stage", "end_to_end")
 TARGETS = ("units", "label")
-COUNTED = ("uniform", "random", "oracle", "confidence")  # selections that take a known number of segments
+COUNTED = (
+  "uniform",
+  "random",
+  "oracle",
+  "confidence",
+)  # selections that take a known number of segments
 LIGHT = "light"  # the selection that has the light net in the heavy one's place
 
 
@@ -81,10 +98,14 @@ class VideoExperiment:
 
   def prepare(self, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """A batch's arrays to what the whole network takes."""
-    return sets.network_inputs(inputs, self.config, light_alone=self.config.model.selection == LIGHT)
+    return sets.network_inputs(
+      inputs, self.config, light_alone=self.config.model.selection == LIGHT
+    )
 
 
-def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = None) -> VideoExperiment:
+def build(
+  config: ml_collections.ConfigDict, known: Sequence[Outline] | None = None
+) -> VideoExperiment:
   """Checks every setting, then opens the data. Raises ValueError naming the field.
 
   `known` are outlines of the training and the test set, in place of opening them.
@@ -95,34 +116,67 @@ def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = N
   else:
     train, test = (sets.open_set(config, split) for split in ("train", "test"))
   if config.model.selection == "oracle" and "relevant" not in train.shapes:
-    raise ValueError("model.selection must not be 'oracle' here: the data do not tell which segments matter")
+    raise ValueError(
+      "model.selection must not be 'oracle' here: the data do not tell which segments matter"
+    )
   if config.pretrain.epochs and config.pretrain.target == "units" and "units" not in train.shapes:
-    raise ValueError("pretrain.target must be 'label' here: the data do not tell unit actions; got 'units'")
+    raise ValueError(
+      "pretrain.target must be 'label' here: the data do not tell unit actions; got 'units'"
+    )
   if config.model.selection == "confidence" and not config.loss.light:
-    raise ValueError("loss.light must be > 0 where model.selection is 'confidence', which is that of its head; got 0.0")
+    raise ValueError(
+      "loss.light must be > 0 where model.selection is 'confidence', which is that of its head; got 0.0"
+    )
   named = {config.model.light.name, config.model.heavy.name}
-  if not config.pretrain.epochs and (config.pretrained or config.training == "two_stage" and named != {"features"}):
-    raise ValueError("pretrain.epochs must be >= 1 where training is 'two_stage' or trained nets are taken; got 0")
+  if not config.pretrain.epochs and (
+    config.pretrained or config.training == "two_stage" and named != {"features"}
+  ):
+    raise ValueError(
+      "pretrain.epochs must be >= 1 where training is 'two_stage' or trained nets are taken; got 0"
+    )
   alone = config.model.selection == LIGHT
   shapes = sets.network_shapes(train, config, light_alone=alone)
   model = _segment_net(config, len(train.class_names))
-  spent = (0 if model.light is None else config.data.light_macs,
-           config.data.light_macs if alone else config.data.heavy_macs)
+  spent = (
+    0 if model.light is None else config.data.light_macs,
+    config.data.light_macs if alone else config.data.heavy_macs,
+  )
   counts = count_video(model, shapes, made_elsewhere=spent)
   model = model.clone(macs_per_segment=counts.heavy.macs)
   dense = model.clone(selection="all", light=None, light_head=False, heavy=nets(config)[1])
-  reference = count_video(dense, sets.network_shapes(train, config), made_elsewhere=(0, config.data.heavy_macs))
-  return VideoExperiment(config, train, test, model, counts, reference, shapes,
-                         _pretraining(config, train, counts), _training(config, train, model, counts, shapes))
+  reference = count_video(
+    dense, sets.network_shapes(train, config), made_elsewhere=(0, config.data.heavy_macs)
+  )
+  return VideoExperiment(
+    config,
+    train,
+    test,
+    model,
+    counts,
+    reference,
+    shapes,
+    _pretraining(config, train, counts),
+    _training(config, train, model, counts, shapes),
+  )
 
 
 def nets(config: ml_collections.ConfigDict) -> tuple[nn.Module, nn.Module]:
   """The light and the heavy net."""
   light, heavy, dtype = config.model.light, config.model.heavy, settings.DTYPES[config.model.dtype]
   gate = GateSettings(**heavy.gate) if heavy.gating != "none" else None
-  return (light_net(light.name, width=light.width, dtype=dtype, axis_name=devices.AXIS),
-          heavy_net(heavy.name, width=heavy.width, stem=heavy.stem, gating=heavy.gating, gate=gate,
-                    group_norm=heavy.group_norm, dtype=dtype, axis_name=devices.AXIS))
+  return (
+    light_net(light.name, width=light.width, dtype=dtype, axis_name=devices.AXIS),
+    heavy_net(
+      heavy.name,
+      width=heavy.width,
+      stem=heavy.stem,
+      gating=heavy.gating,
+      gate=gate,
+      group_norm=heavy.group_norm,
+      dtype=dtype,
+      axis_name=devices.AXIS,
+    ),
+  )
 
 
 def _segment_net(config: ml_collections.ConfigDict, classes: int) -> SegmentNet:
@@ -131,15 +185,26 @@ def _segment_net(config: ml_collections.ConfigDict, classes: int) -> SegmentNet:
   alone = model.selection == LIGHT
   asked = model.selection in ("gate", "confidence") or config.loss.light > 0
   return SegmentNet(
-      classes=classes, light=light if asked and not alone else None, heavy=light if alone else heavy,
-      selection="all" if alone else model.selection, share=model.share, light_head=config.loss.light > 0 and not alone,
-      pooling=model.pooling, axis_name=devices.AXIS,
-      gate=SegmentGateSettings(
-          concepts=gate.concepts, context=gate.context, relaxation=gate.relaxation,
-          gate=GateSettings(gate.hidden, gate.initial_open, gate.temperature, gate.noise_scale)))
+    classes=classes,
+    light=light if asked and not alone else None,
+    heavy=light if alone else heavy,
+    selection="all" if alone else model.selection,
+    share=model.share,
+    light_head=config.loss.light > 0 and not alone,
+    pooling=model.pooling,
+    axis_name=devices.AXIS,
+    gate=SegmentGateSettings(
+      concepts=gate.concepts,
+      context=gate.context,
+      relaxation=gate.relaxation,
+      gate=GateSettings(gate.hidden, gate.initial_open, gate.temperature, gate.noise_scale),
+    ),
+  )
 
 
-def _pretraining(config: ml_collections.ConfigDict, train: Any, counts: VideoCounts) -> Phase | None:
+def _pretraining(
+  config: ml_collections.ConfigDict, train: Any, counts: VideoCounts
+) -> Phase | None:
   pretrain = config.pretrain
   if not pretrain.epochs:
     return None
@@ -148,27 +213,46 @@ def _pretraining(config: ml_collections.ConfigDict, train: Any, counts: VideoCou
   loops, total = _loop(config, train, "pretrain")
   shapes = sets.network_shapes(train, config)
   return Phase(
-      name="pretrain",
-      model=SegmentClassifier(targets, light, heavy),
-      optimiser=optim.adam(schedules.learning_rate("cosine", pretrain.learning_rate, total, warmup=0.05),
-                           weight_decay=pretrain.weight_decay),
-      objective=SegmentObjective(pretrain.target, targets, train.multi_label, _channels(config, counts, total)),
-      prepare=lambda key, inputs: sets.network_inputs(
-          sets.pick_segments(key, inputs, pretrain.segments_per_video, devices.AXIS), config),
-      shapes={"light": shapes["light"][1:], "heavy": shapes["heavy"][1:]},
-      batch_size=pretrain.batch_size,
-      settings=loops)
+    name="pretrain",
+    model=SegmentClassifier(targets, light, heavy),
+    optimiser=optim.adam(
+      schedules.learning_rate("cosine", pretrain.learning_rate, total, warmup=0.05),
+      weight_decay=pretrain.weight_decay,
+    ),
+    objective=SegmentObjective(
+      pretrain.target, targets, train.multi_label, _channels(config, counts, total)
+    ),
+    prepare=lambda key, inputs: sets.network_inputs(
+      sets.pick_segments(key, inputs, pretrain.segments_per_video, devices.AXIS), config
+    ),
+    shapes={"light": shapes["light"][1:], "heavy": shapes["heavy"][1:]},
+    batch_size=pretrain.batch_size,
+    settings=loops,
+  )
 
 
 def _training(
-    config: ml_collections.ConfigDict, train: Any, model: SegmentNet, counts: VideoCounts, shapes: Mapping[str, Any]
+  config: ml_collections.ConfigDict,
+  train: Any,
+  model: SegmentNet,
+  counts: VideoCounts,
+  shapes: Mapping[str, Any],
 ) -> Phase:
   training, loss = config.optim, config.loss
   loops, total = _loop(config, train, "optim")
-  rate = schedules.learning_rate(training.schedule, training.learning_rate, total, warmup=training.warmup,
-                                 drops=training.drops, factor=training.drop_factor)
-  optimiser = (optim.adam(rate, weight_decay=training.weight_decay) if training.kind == "adam" else
-               optim.sgd(rate, momentum=training.momentum, weight_decay=training.weight_decay))
+  rate = schedules.learning_rate(
+    training.schedule,
+    training.learning_rate,
+    total,
+    warmup=training.warmup,
+    drops=training.drops,
+    factor=training.drop_factor,
+  )
+  optimiser = (
+    optim.adam(rate, weight_decay=training.weight_decay)
+    if training.kind == "adam"
+    else optim.sgd(rate, momentum=training.momentum, weight_decay=training.weight_decay)
+  )
   if not config.model.gate.trained_concepts:
     optimiser = optim.frozen(optimiser, lambda path: CONCEPTS in path)
   alone = config.model.selection == LIGHT
@@ -186,78 +270,144 @@ def _training(
       capacity = videos * int(selection.k_for(np.ones((1, counts.segments), bool), model.share)[0])
     model = model.clone(backward_capacity=capacity)
   return Phase(
-      name="train", model=model, full=full, optimiser=optimiser, prepare=prepare, shapes=shapes,
-      batch_size=training.batch_size, settings=loops,
-      objective=VideoObjective(
-          multi_label=train.multi_label,
-          sparsity=loss.sparsity.kind if model.selection == "gate" else "none",
-          target=loss.sparsity.target,
-          sparsity_coefficient=schedules.fade_in(
-              loss.sparsity.coefficient, loss.sparsity.start, loss.sparsity.full, total),
-          batch_shaping_coefficient=schedules.fade_out(loss.batch_shaping.coefficient, loss.batch_shaping.end, total),
-          prior=beta(loss.batch_shaping.a, loss.batch_shaping.b),
-          light_coefficient=loss.light,
-          channels=_channels(config, counts, total)))
+    name="train",
+    model=model,
+    full=full,
+    optimiser=optimiser,
+    prepare=prepare,
+    shapes=shapes,
+    batch_size=training.batch_size,
+    settings=loops,
+    objective=VideoObjective(
+      multi_label=train.multi_label,
+      sparsity=loss.sparsity.kind if model.selection == "gate" else "none",
+      target=loss.sparsity.target,
+      sparsity_coefficient=schedules.fade_in(
+        loss.sparsity.coefficient, loss.sparsity.start, loss.sparsity.full, total
+      ),
+      batch_shaping_coefficient=schedules.fade_out(
+        loss.batch_shaping.coefficient, loss.batch_shaping.end, total
+      ),
+      prior=beta(loss.batch_shaping.a, loss.batch_shaping.b),
+      light_coefficient=loss.light,
+      channels=_channels(config, counts, total),
+    ),
+  )
 
 
 def _channels(config: ml_collections.ConfigDict, counts: VideoCounts, total: int) -> ImageObjective:
   """Prices the heavy net's channel gates."""
   shaping, sparsity = config.loss.channels.batch_shaping, config.loss.channels.sparsity
   return ImageObjective(
-      prior=beta(shaping.a, shaping.b), reduction=shaping.reduction, sparsity=sparsity.kind, target=sparsity.target,
-      fixed_macs=counts.heavy.macs - counts.heavy.gated,
-      batch_shaping_coefficient=schedules.fade_out(shaping.coefficient, shaping.end, total),
-      sparsity_coefficient=schedules.fade_in(sparsity.coefficient, sparsity.start, sparsity.full, total))
+    prior=beta(shaping.a, shaping.b),
+    reduction=shaping.reduction,
+    sparsity=sparsity.kind,
+    target=sparsity.target,
+    fixed_macs=counts.heavy.macs - counts.heavy.gated,
+    batch_shaping_coefficient=schedules.fade_out(shaping.coefficient, shaping.end, total),
+    sparsity_coefficient=schedules.fade_in(
+      sparsity.coefficient, sparsity.start, sparsity.full, total
+    ),
+  )
 
 
-def _loop(config: ml_collections.ConfigDict, train: Any, name: str) -> tuple[loop.LoopSettings, int]:
+def _loop(
+  config: ml_collections.ConfigDict, train: Any, name: str
+) -> tuple[loop.LoopSettings, int]:
   """The loop's settings and the number of steps, by the config's part of this name."""
   phase = config[name]
   if phase.batch_size > len(train):
-    raise ValueError(f"{name}.batch_size must be at most {len(train)}, the number of training videos; "
-                     f"got {phase.batch_size}")
+    raise ValueError(
+      f"{name}.batch_size must be at most {len(train)}, the number of training videos; "
+      f"got {phase.batch_size}"
+    )
   per_epoch = len(train) // phase.batch_size
   total = settings.total_steps(phase.epochs, per_epoch, config.devices.steps_per_dispatch)
   return loop.LoopSettings(
-      total_steps=total,
-      steps_per_dispatch=config.devices.steps_per_dispatch,
-      log_every=config.log_every,
-      checkpoint_every=max(1, round(config.checkpoint_every * per_epoch)),
-      eval_every=max(1, round(config.eval_every * per_epoch)) if config.eval_every else 0), total
+    total_steps=total,
+    steps_per_dispatch=config.devices.steps_per_dispatch,
+    log_every=config.log_every,
+    checkpoint_every=max(1, round(config.checkpoint_every * per_epoch)),
+    eval_every=max(1, round(config.eval_every * per_epoch)) if config.eval_every else 0,
+  ), total
 
 
 def _check(config: ml_collections.ConfigDict) -> None:
   one_of("model.selection", config.model.selection, (*SELECTIONS, LIGHT))
   _check_skipped_backward(config)
   settings.check(
-      config,
-      choices={
-          "data.name": sets.SETS, "data.layout": sets.LAYOUTS, "training": TRAININGS,
-          "model.light.name": LIGHT_NETS, "model.heavy.name": HEAVY_NETS, "model.heavy.gating": GATINGS,
-          "model.pooling": POOLINGS, "model.dtype": settings.DTYPES, "model.gate.context": CONTEXTS,
-          "model.gate.relaxation": RELAXATIONS, "pretrain.target": TARGETS, "loss.sparsity.kind": SPARSITIES,
-          "loss.channels.batch_shaping.reduction": REDUCTIONS, "loss.channels.sparsity.kind": CHANNEL_SPARSITIES,
-          "optim.kind": ("adam", "sgd"), "optim.schedule": schedules.LEARNING_RATES,
-          "devices.backend": devices.BACKENDS,
-      },
-      positive=("model.light.width", "model.heavy.width", "optim.learning_rate", "pretrain.learning_rate",
-                "optim.drop_factor", "checkpoint_every"),
-      not_negative=("eval_every", "loss.light", "loss.sparsity.coefficient", "loss.batch_shaping.coefficient",
-                    "loss.channels.sparsity.coefficient", "loss.channels.batch_shaping.coefficient",
-                    "optim.weight_decay", "pretrain.weight_decay"),
-      at_least={"seed": 0, "data.segments": 1, "data.frames": 1, "data.size": 1, "data.train_videos": 1,
-                "data.test_videos": 1, "data.workers": 0, "data.light_macs": 0, "data.heavy_macs": 0,
-                "pretrain.epochs": 0, "pretrain.segments_per_video": 1,
-                "pretrain.batch_size": 1, "optim.epochs": 1, "optim.batch_size": 1, "devices.steps_per_dispatch": 1,
-                "log_every": 1},
-      fractions=("model.share", "model.backward_share", "loss.sparsity.target", "loss.channels.sparsity.target"),
-      numbers=("data.mean", "data.std"),
-      rules={
-          "data.std": (lambda std: min(std) > 0, "a tuple of positive numbers"),
-          "optim.drops": (settings.all_numbers, "a tuple of fractions"),
-          "optim.batch_size": settings.divides_over_devices(),
-          **({"pretrain.batch_size": settings.divides_over_devices()} if config.pretrain.epochs else {}),
-      })
+    config,
+    choices={
+      "data.name": sets.SETS,
+      "data.layout": sets.LAYOUTS,
+      "training": TRAININGS,
+      "model.light.name": LIGHT_NETS,
+      "model.heavy.name": HEAVY_NETS,
+      "model.heavy.gating": GATINGS,
+      "model.pooling": POOLINGS,
+      "model.dtype": settings.DTYPES,
+      "model.gate.context": CONTEXTS,
+      "model.gate.relaxation": RELAXATIONS,
+      "pretrain.target": TARGETS,
+      "loss.sparsity.kind": SPARSITIES,
+      "loss.channels.batch_shaping.reduction": REDUCTIONS,
+      "loss.channels.sparsity.kind": CHANNEL_SPARSITIES,
+      "optim.kind": ("adam", "sgd"),
+      "optim.schedule": schedules.LEARNING_RATES,
+      "devices.backend": devices.BACKENDS,
+    },
+    positive=(
+      "model.light.width",
+      "model.heavy.width",
+      "optim.learning_rate",
+      "pretrain.learning_rate",
+      "optim.drop_factor",
+      "checkpoint_every",
+    ),
+    not_negative=(
+      "eval_every",
+      "loss.light",
+      "loss.sparsity.coefficient",
+      "loss.batch_shaping.coefficient",
+      "loss.channels.sparsity.coefficient",
+      "loss.channels.batch_shaping.coefficient",
+      "optim.weight_decay",
+      "pretrain.weight_decay",
+    ),
+    at_least={
+      "seed": 0,
+      "data.segments": 1,
+      "data.frames": 1,
+      "data.size": 1,
+      "data.train_videos": 1,
+      "data.test_videos": 1,
+      "data.workers": 0,
+      "data.light_macs": 0,
+      "data.heavy_macs": 0,
+      "pretrain.epochs": 0,
+      "pretrain.segments_per_video": 1,
+      "pretrain.batch_size": 1,
+      "optim.epochs": 1,
+      "optim.batch_size": 1,
+      "devices.steps_per_dispatch": 1,
+      "log_every": 1,
+    },
+    fractions=(
+      "model.share",
+      "model.backward_share",
+      "loss.sparsity.target",
+      "loss.channels.sparsity.target",
+    ),
+    numbers=("data.mean", "data.std"),
+    rules={
+      "data.std": (lambda std: min(std) > 0, "a tuple of positive numbers"),
+      "optim.drops": (settings.all_numbers, "a tuple of fractions"),
+      "optim.batch_size": settings.divides_over_devices(),
+      **(
+        {"pretrain.batch_size": settings.divides_over_devices()} if config.pretrain.epochs else {}
+      ),
+    },
+  )
 
 
 def _check_skipped_backward(config: ml_collections.ConfigDict) -> None:
@@ -266,11 +416,21 @@ def _check_skipped_backward(config: ml_collections.ConfigDict) -> None:
   if not model.skip_backward:
     return
   for name, value, holds, rule in (
-      ("training", config.training, config.training == "end_to_end", "'end_to_end'"),
-      ("model.selection", model.selection, model.selection in (*COUNTED, "gate"),
-       f"one of {', '.join(COUNTED)}, gate"),
-      ("model.heavy.group_norm", model.heavy.group_norm, model.heavy.group_norm, "True"),
-      ("model.backward_share", model.backward_share, model.selection != "gate" or model.backward_share < 1, "< 1"),
-      ("model.heavy.gating", model.heavy.gating, model.heavy.gating == "none", "'none'")):
+    ("training", config.training, config.training == "end_to_end", "'end_to_end'"),
+    (
+      "model.selection",
+      model.selection,
+      model.selection in (*COUNTED, "gate"),
+      f"one of {', '.join(COUNTED)}, gate",
+    ),
+    ("model.heavy.group_norm", model.heavy.group_norm, model.heavy.group_norm, "True"),
+    (
+      "model.backward_share",
+      model.backward_share,
+      model.selection != "gate" or model.backward_share < 1,
+      "< 1",
+    ),
+    ("model.heavy.gating", model.heavy.gating, model.heavy.gating == "none", "'none'"),
+  ):
     if not holds:
       raise ValueError(f"{name} must be {rule} where model.skip_backward is set; got {value!r}")

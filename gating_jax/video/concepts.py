@@ -41,8 +41,12 @@ def find_concepts(features: np.ndarray, k: int, *, seed: int) -> np.ndarray:
   if features.ndim != 2:
     raise ValueError(f"features must be [n, C]; got shape {features.shape}")
   if len(bad := np.flatnonzero(~np.isfinite(features).all(axis=1))):
-    raise ValueError(f"features must be finite; got {features[bad[0]]} in row {bad[0]} ({len(bad)} such rows)")
+    raise ValueError(
+      f"features must be finite; got {features[bad[0]]} in row {bad[0]} ({len(bad)} such rows)"
+    )
   distinct = len(np.unique(features, axis=0))
   if not 1 <= k <= distinct:
-    raise ValueError(f"k must be in 1 .. {distinct}, the number of distinct features of {len(features)}; got {k}")
+    raise ValueError(
+      f"k must be in 1 .. {distinct}, the number of distinct features of {len(features)}; got {k}"
+    )
   return KMeans(k, random_state=seed, n_init=1).fit(features).cluster_centers_.astype(np.float32)

@@ -15,7 +15,7 @@ NEVER = 2.0
 
 
 def exit_steps(
-    step_logits: np.ndarray, valid_counts: np.ndarray, *, threshold: float, multi_label: bool = False
+  step_logits: np.ndarray, valid_counts: np.ndarray, *, threshold: float, multi_label: bool = False
 ) -> np.ndarray:
   """How many segments each video is seen for: until its confidence reaches the threshold, or to its end.
 
@@ -37,7 +37,7 @@ def exit_steps(
 
 
 def threshold_for_budget(
-    step_logits: np.ndarray, valid_counts: np.ndarray, *, share: float, multi_label: bool = False
+  step_logits: np.ndarray, valid_counts: np.ndarray, *, share: float, multi_label: bool = False
 ) -> float:
   """The highest threshold whose mean share of segments seen is at most `share`, on validation videos.
 
@@ -57,27 +57,38 @@ def threshold_for_budget(
   highest = _highest_so_far(step_logits, valid_counts, multi_label)
   # At the last segment a video ends anyway, so that only the confidences before it matter.
   before_last = np.arange(highest.shape[1]) < np.asarray(valid_counts)[:, None] - 1
-  weights = np.broadcast_to(1 / (len(highest) * np.asarray(valid_counts, np.float64))[:, None], highest.shape)
+  weights = np.broadcast_to(
+    1 / (len(highest) * np.asarray(valid_counts, np.float64))[:, None], highest.shape
+  )
   least = float(weights[:, 0].sum())
   if least > share + 1e-9:
-    raise ValueError(f"share must be at least {least:.4g}, that of one segment per video; got {share}")
+    raise ValueError(
+      f"share must be at least {least:.4g}, that of one segment per video; got {share}"
+    )
   levels, where = np.unique(highest[before_last], return_inverse=True)
   extra = np.bincount(where, weights[before_last], minlength=len(levels))
   shares = least + np.concatenate([[0.0], np.cumsum(extra)])
   return float(np.append(levels, NEVER)[np.flatnonzero(shares <= share + 1e-9)[-1]])
 
 
-def _highest_so_far(step_logits: np.ndarray, valid_counts: np.ndarray, multi_label: bool) -> np.ndarray:
+def _highest_so_far(
+  step_logits: np.ndarray, valid_counts: np.ndarray, multi_label: bool
+) -> np.ndarray:
   """`[M, T]` confidence, the largest up to each step; -1 beyond a video's end."""
   logits, valid_counts = np.asarray(step_logits, np.float64), np.asarray(valid_counts)
   if logits.ndim != 3 or not logits.size:
     raise ValueError(f"step_logits must be [M, T, classes]; got shape {logits.shape}")
-  if valid_counts.shape != logits.shape[:1] or not np.isin(valid_counts, np.arange(1, logits.shape[1] + 1)).all():
+  if (
+    valid_counts.shape != logits.shape[:1]
+    or not np.isin(valid_counts, np.arange(1, logits.shape[1] + 1)).all()
+  ):
     raise ValueError(f"valid_counts must be [M] in 1 .. {logits.shape[1]}; got {valid_counts}")
   seen = np.arange(logits.shape[1]) < valid_counts[:, None]
   logits = np.where(seen[..., None], logits, 0.0)
   if len(bad := np.argwhere(~np.isfinite(logits).all(axis=2))):
     video, step = bad[0]
-    raise ValueError(f"step_logits must be finite; got {logits[video, step]} for video {video}, step {step}")
+    raise ValueError(
+      f"step_logits must be finite; got {logits[video, step]} for video {video}, step {step}"
+    )
   probs = special.expit(logits) if multi_label else special.softmax(logits, axis=2)
   return np.where(seen, np.maximum.accumulate(probs.max(axis=2), axis=1), -1.0)

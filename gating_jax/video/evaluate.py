@@ -27,12 +27,14 @@ Arrays = dict[str, np.ndarray]
 
 
 def extract_features(
-    experiment: VideoExperiment, variables: Any, nets: Sequence[str] = ("light", "heavy")
+  experiment: VideoExperiment, variables: Any, nets: Sequence[str] = ("light", "heavy")
 ) -> VideoArrays:
   """The training set with the nets' features in place of what they take; `variables` are theirs."""
   features = lambda variables, batch: _features(experiment, variables, batch, nets)[1]
   train = experiment.train
-  return VideoArrays(_over(experiment, features, variables, train), train.class_names, train.names, train.unit_names)
+  return VideoArrays(
+    _over(experiment, features, variables, train), train.class_names, train.names, train.unit_names
+  )
 
 
 def test(experiment: VideoExperiment, variables: Any) -> tuple[dict[str, Any], Arrays]:
@@ -52,28 +54,48 @@ def test(experiment: VideoExperiment, variables: Any) -> tuple[dict[str, Any], A
   macs = experiment.counts.per_video(done["gates"], done["valid"], done["heavy_macs"])
   everything = experiment.reference.all_valid(done["valid"])
   report = metrics.segment_report(
-      done["gates"], done["valid"], done["label"], relevant=done.get("relevant"), class_names=test_set.class_names)
-  result = {"videos": len(macs), "unreadable": int(np.sum(~read)),
-            "missing": len(getattr(test_set, "missing", ())), **_score(test_set, done),
-            **{name: value for name, value in dataclasses.asdict(report).items() if value is not None},
-            "macs": float(macs.mean()), "all_segments_macs": everything, "mac_ratio": float(macs.mean()) / everything,
-            "heavy_macs": experiment.counts.heavy.macs, "light_macs": experiment.counts.light.macs,
-            "gate_macs": experiment.counts.selector}
+    done["gates"],
+    done["valid"],
+    done["label"],
+    relevant=done.get("relevant"),
+    class_names=test_set.class_names,
+  )
+  result = {
+    "videos": len(macs),
+    "unreadable": int(np.sum(~read)),
+    "missing": len(getattr(test_set, "missing", ())),
+    **_score(test_set, done),
+    **{name: value for name, value in dataclasses.asdict(report).items() if value is not None},
+    "macs": float(macs.mean()),
+    "all_segments_macs": everything,
+    "mac_ratio": float(macs.mean()) / everything,
+    "heavy_macs": experiment.counts.heavy.macs,
+    "light_macs": experiment.counts.light.macs,
+    "gate_macs": experiment.counts.selector,
+  }
   return result, done
 
 
 def _score(test_set: VideoArrays | VideoSet, done: Arrays) -> dict[str, Any]:
   if not test_set.multi_label:
     return {"accuracy": float(np.mean(np.argmax(done["logits"], axis=1) == done["label"]))}
-  score = metrics.mean_average_precision(done["logits"], done["label"], class_names=test_set.class_names)
+  score = metrics.mean_average_precision(
+    done["logits"], done["label"], class_names=test_set.class_names
+  )
   return {"mean_average_precision": score.mean, "classes_left_out": list(score.left_out)}
 
 
-def outcome(experiment: VideoExperiment, variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def outcome(
+  experiment: VideoExperiment, variables: Any, batch: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
   """What the network does with each video of a batch."""
   outputs, (record, *channels) = experiment.model.apply(variables, experiment.prepare(batch))
-  found = {"logits": outputs["logits"], "gates": record.gates, "probs": record.probs,
-           "heavy_macs": _heavy_macs(experiment, channels, record.gates.shape)}
+  found = {
+    "logits": outputs["logits"],
+    "gates": record.gates,
+    "probs": record.probs,
+    "heavy_macs": _heavy_macs(experiment, channels, record.gates.shape),
+  }
   if channels:
     probs = [c.probs.reshape(*record.gates.shape, -1) for c in channels]
     found["channels"] = jnp.stack([bin_counts(p, record.gates > 0) for p in probs], axis=1)
@@ -84,18 +106,24 @@ def bin_counts(probs: Array, chosen: Array) -> Array:
   """`[B, BINS]` histograms over [0, 1] of probabilities `[B, T, C]` in the chosen segments `[B, T]` of each video."""
   edges = np.linspace(0, 1, evaluation.BINS + 1, dtype=np.float32)[1:-1]
   count = lambda here: jnp.sum(here & chosen[..., None], axis=(1, 2))
-  below = jax.lax.map(lambda edge: count(probs < edge), edges)  # one edge after the other: nothing large is kept
+  below = jax.lax.map(
+    lambda edge: count(probs < edge), edges
+  )  # one edge after the other: nothing large is kept
   return jnp.diff(jnp.concatenate([below, count(probs <= 1)[None]]), axis=0, prepend=0).T
 
 
 def _heavy_macs(experiment: VideoExperiment, channels: Any, shape: tuple[int, int]) -> jax.Array:
   heavy = experiment.counts.heavy
-  executed = executed_macs(tuple(channels)).reshape(shape) if channels else np.zeros(shape, np.float32) + heavy.gated
+  executed = (
+    executed_macs(tuple(channels)).reshape(shape)
+    if channels
+    else np.zeros(shape, np.float32) + heavy.gated
+  )
   return executed + float(heavy.fixed)
 
 
 def _features(
-    experiment: VideoExperiment, variables: Any, batch: Mapping[str, jax.Array], nets: Sequence[str]
+  experiment: VideoExperiment, variables: Any, batch: Mapping[str, jax.Array], nets: Sequence[str]
 ) -> tuple[Any, dict[str, jax.Array]]:
   """The channel records of the last of the nets, and the features of all."""
   inputs, found, records = experiment.prepare(batch), {}, ()
@@ -117,30 +145,55 @@ def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
   def steps(variables, batch):
     records, found = _features(experiment, variables, batch, ("heavy",))
     classify = lambda k: model.apply(
-        variables, found["heavy"], selection.first_k(batch["valid"], k), method="classify")
-    return {"steps": jnp.stack([classify(k + 1) for k in range(segments)], axis=1),
-            "heavy_macs": _heavy_macs(experiment, records, batch["valid"].shape)}
+      variables, found["heavy"], selection.first_k(batch["valid"], k), method="classify"
+    )
+    return {
+      "steps": jnp.stack([classify(k + 1) for k in range(segments)], axis=1),
+      "heavy_macs": _heavy_macs(experiment, records, batch["valid"].shape),
+    }
 
-  train, done = (_over(experiment, steps, variables, videos) for videos in (experiment.train, experiment.test))
+  train, done = (
+    _over(experiment, steps, variables, videos) for videos in (experiment.train, experiment.test)
+  )
   counts = lambda arrays: arrays["valid"].sum(axis=1)
   train = {name: values[train["weight"] > 0] for name, values in train.items()}
   one_each = float(np.mean(1 / counts(train)))  # no budget is below one segment of every video
   threshold = early_exit.threshold_for_budget(
-      train["steps"], counts(train), share=max(experiment.config.model.share, one_each), multi_label=multi_label)
-  seen = early_exit.exit_steps(done["steps"], counts(done), threshold=threshold, multi_label=multi_label)
+    train["steps"],
+    counts(train),
+    share=max(experiment.config.model.share, one_each),
+    multi_label=multi_label,
+  )
+  seen = early_exit.exit_steps(
+    done["steps"], counts(done), threshold=threshold, multi_label=multi_label
+  )
   gates = np.asarray(selection.first_k(done["valid"], seen))
-  return done | {"gates": gates, "probs": gates, "logits": done["steps"][np.arange(len(seen)), seen - 1]}
+  return done | {
+    "gates": gates,
+    "probs": gates,
+    "logits": done["steps"][np.arange(len(seen)), seen - 1],
+  }
 
 
-def _over(experiment: VideoExperiment, fn: Callable, variables: Any, videos: VideoArrays | VideoSet) -> Arrays:
+def _over(
+  experiment: VideoExperiment, fn: Callable, variables: Any, videos: VideoArrays | VideoSet
+) -> Arrays:
   """`fn(variables, batch)` of every video once, with the videos' own arrays that are not inputs of networks."""
   config = experiment.config
   inputs = lambda batch: {name: values for name, values in batch.items() if name in sets.INPUTS}
   run = devices.map_over_devices(
-      fn, args=(devices.REPLICATED, devices.BATCH), results=devices.BATCH, backend=config.devices.backend)
+    fn,
+    args=(devices.REPLICATED, devices.BATCH),
+    results=devices.BATCH,
+    backend=config.devices.backend,
+  )
   parts = []
   for batch, count in batches.cover(videos, config.optim.batch_size):
-    kept = {name: batch[name] for name in ("valid", "label", "weight", "units", "relevant") if name in batch}
+    kept = {
+      name: batch[name]
+      for name in ("valid", "label", "weight", "units", "relevant")
+      if name in batch
+    }
     part = kept | jax.device_get(dict(hosts.whole(run(variables, hosts.share(inputs(batch))))))
     parts.append({name: values[:count] for name, values in part.items()})
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -25,7 +25,7 @@ class AveragePrecision(NamedTuple):
 
 
 def mean_average_precision(
-    scores: np.ndarray, labels: np.ndarray, *, class_names: Sequence[str] | None = None
+  scores: np.ndarray, labels: np.ndarray, *, class_names: Sequence[str] | None = None
 ) -> AveragePrecision:
   """Mean over classes of the area under the precision-recall curve, without interpolation.
 
@@ -46,9 +46,13 @@ def mean_average_precision(
 
   scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
   if scores.ndim != 2 or scores.shape != labels.shape or not scores.size:
-    raise ValueError(f"scores and labels must both be [M, classes]; got {scores.shape} and {labels.shape}")
+    raise ValueError(
+      f"scores and labels must both be [M, classes]; got {scores.shape} and {labels.shape}"
+    )
   if len(bad := np.flatnonzero(~np.isfinite(scores).all(axis=1))):
-    raise ValueError(f"scores must be finite; got {scores[bad[0]]} for video {bad[0]} ({len(bad)} such videos)")
+    raise ValueError(
+      f"scores must be finite; got {scores[bad[0]]} for video {bad[0]} ({len(bad)} such videos)"
+    )
   if len(bad := np.flatnonzero(((labels != 0) & (labels != 1)).any(axis=1))):
     raise ValueError(f"labels must be 0 or 1; got {labels[bad[0]]} for video {bad[0]}")
   known = labels.any(axis=0)
@@ -86,12 +90,12 @@ class SegmentReport:
 
 
 def segment_report(
-    gates: np.ndarray,
-    valid: np.ndarray,
-    labels: np.ndarray,
-    *,
-    relevant: np.ndarray | None = None,
-    class_names: Sequence[str] | None = None,
+  gates: np.ndarray,
+  valid: np.ndarray,
+  labels: np.ndarray,
+  *,
+  relevant: np.ndarray | None = None,
+  class_names: Sequence[str] | None = None,
 ) -> SegmentReport:
   """Summarises the choice on a whole split.
 
@@ -107,32 +111,56 @@ def segment_report(
   valid, labels = np.asarray(valid, bool), np.asarray(labels)
   chosen = _like(valid, "gates", np.asarray(gates) > 0) & valid
   if not len(valid) or len(labels) != len(valid):
-    raise ValueError(f"labels must have one row for each of M >= 1 videos; got {len(labels)}, {len(valid)} videos")
+    raise ValueError(
+      f"labels must have one row for each of M >= 1 videos; got {len(labels)}, {len(valid)} videos"
+    )
   if not valid.any(axis=1).all():
-    raise ValueError(f"every video must have a valid segment; got none for video {np.argmin(valid.any(axis=1))}")
+    raise ValueError(
+      f"every video must have a valid segment; got none for video {np.argmin(valid.any(axis=1))}"
+    )
   share = chosen.sum(axis=1) / valid.sum(axis=1)
   p10, p90 = np.percentile(share, (10, 90))
   return SegmentReport(
-      share=float(share.mean()), share_std=float(share.std()), share_p10=float(p10), share_p90=float(p90),
-      share_per_class=_share_per_class(share, labels, class_names),
-      **({} if relevant is None else _agreement(chosen, valid, _like(valid, "relevant", relevant) & valid)))
+    share=float(share.mean()),
+    share_std=float(share.std()),
+    share_p10=float(p10),
+    share_p90=float(p90),
+    share_per_class=_share_per_class(share, labels, class_names),
+    **(
+      {}
+      if relevant is None
+      else _agreement(chosen, valid, _like(valid, "relevant", relevant) & valid)
+    ),
+  )
 
 
-def _share_per_class(share: np.ndarray, labels: np.ndarray, class_names: Sequence[str] | None) -> dict[str, float]:
+def _share_per_class(
+  share: np.ndarray, labels: np.ndarray, class_names: Sequence[str] | None
+) -> dict[str, float]:
   if labels.ndim == 1:
-    labels = labels[:, None] == np.arange(len(class_names) if class_names is not None else labels.max() + 1)
+    labels = labels[:, None] == np.arange(
+      len(class_names) if class_names is not None else labels.max() + 1
+    )
   videos = labels.sum(axis=0)
   names = _names(class_names, len(videos))
   return {names[c]: float(share @ labels[:, c] / videos[c]) for c in np.flatnonzero(videos)}
 
 
-def _agreement(chosen: np.ndarray, valid: np.ndarray, relevant: np.ndarray) -> dict[str, float | int | None]:
+def _agreement(
+  chosen: np.ndarray, valid: np.ndarray, relevant: np.ndarray
+) -> dict[str, float | int | None]:
   known = relevant.any(axis=1)
   without = {"without_relevant": int(np.sum(~known))}
   if not known.any():
     return without
-  both, valid, relevant, chosen = (m[known].sum(axis=1) for m in (chosen & relevant, valid, relevant, chosen))
-  shares = {"precision": both / np.maximum(chosen, 1), "recall": both / relevant, "relevant_share": relevant / valid}
+  both, valid, relevant, chosen = (
+    m[known].sum(axis=1) for m in (chosen & relevant, valid, relevant, chosen)
+  )
+  shares = {
+    "precision": both / np.maximum(chosen, 1),
+    "recall": both / relevant,
+    "relevant_share": relevant / valid,
+  }
   return {name: float(values.mean()) for name, values in shares.items()} | without
 
 
@@ -147,5 +175,7 @@ def _names(class_names: Sequence[str] | None, classes: int) -> Sequence[str]:
   if class_names is None:
     return [str(c) for c in range(classes)]
   if len(class_names) != classes:
-    raise ValueError(f"class_names must name each of {classes} classes; got {len(class_names)} names")
+    raise ValueError(
+      f"class_names must name each of {classes} classes; got {len(class_names)} names"
+    )
   return class_names

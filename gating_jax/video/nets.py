@@ -31,7 +31,10 @@ def restore(phase: Phase, path: Path, seed: int, *, read_only: bool = False) -> 
     return 0, devices.replicate(state)
   checkpoints = Checkpoints(directory, read_only=read_only)
   try:
-    return checkpoints.restore(state, devices.replicated_sharding()) or (0, devices.replicate(state))
+    return checkpoints.restore(state, devices.replicated_sharding()) or (
+      0,
+      devices.replicate(state),
+    )
   finally:
     checkpoints.close()
 
@@ -42,15 +45,21 @@ def trained_nets(experiment: VideoExperiment, path: Path) -> Any:
     raise ValueError("pretrain.epochs must be those of the pretrained run; got 0")
   path = user_path(experiment.config.pretrained or path) / PRETRAIN_DIR
   if not path.is_dir():
-    raise rundir.RunDirError(f"pretrained must be a run directory in which nets were trained; {path} does not exist")
+    raise rundir.RunDirError(
+      f"pretrained must be a run directory in which nets were trained; {path} does not exist"
+    )
   step, state = restore(experiment.pretraining, path, experiment.config.seed, read_only=True)
   if step != experiment.pretraining.settings.total_steps:
-    raise rundir.RunDirError(f"{path} must hold nets trained for {experiment.pretraining.settings.total_steps} steps; "
-                             f"its newest checkpoint is of step {step}")
+    raise rundir.RunDirError(
+      f"{path} must hold nets trained for {experiment.pretraining.settings.total_steps} steps; "
+      f"its newest checkpoint is of step {step}"
+    )
   return of_state(state)
 
 
-def begin(experiment: VideoExperiment, state: steps.TrainState, nets: Any, train: Any) -> steps.TrainState:
+def begin(
+  experiment: VideoExperiment, state: steps.TrainState, nets: Any, train: Any
+) -> steps.TrainState:
   """A fresh state with what the first training found: nets, if they go on being trained, and concepts."""
   params, batch_stats = dict(state.params), dict(state.batch_stats)
   if nets is not None and experiment.config.training == "end_to_end":
@@ -58,13 +67,27 @@ def begin(experiment: VideoExperiment, state: steps.TrainState, nets: Any, train
     params |= trained["params"]
     batch_stats |= trained["batch_stats"]
   if experiment.model.selection == "gate":
-    features = train if experiment.config.training == "two_stage" else evaluate.extract_features(
-        experiment, {"params": params, "batch_stats": batch_stats}, ("light",))
-    seen = features.arrays["light"][features.arrays["valid"] & (features.arrays["weight"] > 0)[:, None]]
-    seen = seen[np.random.default_rng(experiment.config.seed).permutation(len(seen))[:_CONCEPT_SEGMENTS]]
-    concepts = find_concepts(seen, experiment.config.model.gate.concepts, seed=experiment.config.seed)
+    features = (
+      train
+      if experiment.config.training == "two_stage"
+      else evaluate.extract_features(
+        experiment, {"params": params, "batch_stats": batch_stats}, ("light",)
+      )
+    )
+    seen = features.arrays["light"][
+      features.arrays["valid"] & (features.arrays["weight"] > 0)[:, None]
+    ]
+    seen = seen[
+      np.random.default_rng(experiment.config.seed).permutation(len(seen))[:_CONCEPT_SEGMENTS]
+    ]
+    concepts = find_concepts(
+      seen, experiment.config.model.gate.concepts, seed=experiment.config.seed
+    )
     gate = params[GATE_NAME]
-    params[GATE_NAME] = {**gate, CONCEPTS: {"kernel": devices.replicate(np.ascontiguousarray(concepts.T))}}
+    params[GATE_NAME] = {
+      **gate,
+      CONCEPTS: {"kernel": devices.replicate(np.ascontiguousarray(concepts.T))},
+    }
   return state.replace(params=params, batch_stats=batch_stats)
 
 
@@ -73,7 +96,9 @@ def whole(experiment: VideoExperiment, state: steps.TrainState, nets: Any) -> di
   variables = of_state(state)
   if experiment.config.training == "end_to_end":
     return variables
-  return variables | {kind: {**variables[kind], **tree} for kind, tree in nets_of(experiment, nets).items()}
+  return variables | {
+    kind: {**variables[kind], **tree} for kind, tree in nets_of(experiment, nets).items()
+  }
 
 
 def nets_of(experiment: VideoExperiment, nets: Any) -> dict[str, Any]:
@@ -81,8 +106,13 @@ def nets_of(experiment: VideoExperiment, nets: Any) -> dict[str, Any]:
   if nets is None:  # those for features made elsewhere have none
     return {}
   alone = experiment.config.model.selection == LIGHT
-  places = {"heavy": "light" if alone else "heavy"} | ({} if experiment.model.light is None else {"light": "light"})
-  return {kind: {place: tree[name] for place, name in places.items() if name in tree} for kind, tree in nets.items()}
+  places = {"heavy": "light" if alone else "heavy"} | (
+    {} if experiment.model.light is None else {"light": "light"}
+  )
+  return {
+    kind: {place: tree[name] for place, name in places.items() if name in tree}
+    for kind, tree in nets.items()
+  }
 
 
 def of_state(state: steps.TrainState) -> dict[str, Any]:

@@ -52,8 +52,12 @@ class VideoObjective:
     one_of("loss.sparsity.kind", self.sparsity, SPARSITIES)
 
   def __call__(
-      self, outputs: Mapping[str, Array], targets: Mapping[str, Array], records: Records, step: Array,
-      axis_name: Hashable | None = None
+    self,
+    outputs: Mapping[str, Array],
+    targets: Mapping[str, Array],
+    records: Records,
+    step: Array,
+    axis_name: Hashable | None = None,
   ) -> tuple[Array, Terms]:
     """`(total, terms)`; the terms are before their coefficients.
 
@@ -79,20 +83,30 @@ class VideoObjective:
     terms["share"] = mean(segments.gates, seen)
     if self.sparsity != "none":
       rho = self.sparsity_coefficient(step)
-      price = terms["share"] if self.sparsity == "mean" else jnp.square(terms["share"] - self.target)
+      price = (
+        terms["share"] if self.sparsity == "mean" else jnp.square(terms["share"] - self.target)
+      )
       terms |= {self.sparsity: price, f"{self.sparsity}_coefficient": rho}
       total += rho * price
     # One segment of every video runs whatever the gate says, so that probabilities tell its own rate.
     terms[SEGMENTS_CLOSED] = (mean(segments.probs, seen) < LEAST_RATE).astype(total.dtype)
-    gamma, shaping = self.batch_shaping_coefficient(step), self._shaping(segments.logits, seen, axis_name)
+    gamma, shaping = (
+      self.batch_shaping_coefficient(step),
+      self._shaping(segments.logits, seen, axis_name),
+    )
     terms |= {"batch_shaping": shaping, "batch_shaping_coefficient": gamma}
     total += gamma * shaping
     channel_price, channel_terms = self.channels.gate_terms(tuple(channels), step, axis_name)
-    return total + channel_price, {**terms, **{f"channels_{name}": value for name, value in channel_terms.items()}}
+    return total + channel_price, {
+      **terms,
+      **{f"channels_{name}": value for name, value in channel_terms.items()},
+    }
 
   def _shaping(self, logits: Array, seen: Array, axis_name: Hashable | None) -> Array:
     """All segments share one gate network, so they are one column, padding left out."""
-    return batch_shaping_loss(logits.reshape(-1, 1), self.prior, weights=seen.ravel(), axis_name=axis_name)[0]
+    return batch_shaping_loss(
+      logits.reshape(-1, 1), self.prior, weights=seen.ravel(), axis_name=axis_name
+    )[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +126,12 @@ class SegmentObjective:
   channels: ImageObjective
 
   def __call__(
-      self, outputs: Mapping[str, Array], targets: Mapping[str, Array], records: Records, step: Array,
-      axis_name: Hashable | None = None
+    self,
+    outputs: Mapping[str, Array],
+    targets: Mapping[str, Array],
+    records: Records,
+    step: Array,
+    axis_name: Hashable | None = None,
   ) -> tuple[Array, Terms]:
     """As `VideoObjective`; `outputs["picked"]` `[B, S]` are the segments that the nets saw, `[B * S]` in all."""
     picked = outputs["picked"]
@@ -124,14 +142,22 @@ class SegmentObjective:
     else:
       labels = jnp.repeat(targets["label"], picked.shape[1], axis=0)
     weight = jnp.repeat(targets["weight"], picked.shape[1])
-    terms = {name: weighted_mean(label_loss(outputs[name], labels, multi_label), weight, axis_name)
-             for name in ("light", "heavy")}
+    terms = {
+      name: weighted_mean(label_loss(outputs[name], labels, multi_label), weight, axis_name)
+      for name in ("light", "heavy")
+    }
     if not multi_label:
-      terms |= {f"{name}_accuracy": weighted_mean(jnp.argmax(outputs[name], -1) == labels, weight, axis_name)
-                for name in ("light", "heavy")}
+      terms |= {
+        f"{name}_accuracy": weighted_mean(
+          jnp.argmax(outputs[name], -1) == labels, weight, axis_name
+        )
+        for name in ("light", "heavy")
+      }
     price, channel_terms = self.channels.gate_terms(records, step, axis_name)
     return terms["light"] + terms["heavy"] + price, {
-        **terms, **{f"channels_{name}": value for name, value in channel_terms.items()}}
+      **terms,
+      **{f"channels_{name}": value for name, value in channel_terms.items()},
+    }
 
 
 def label_loss(logits: Array, labels: Array, multi_label: bool) -> Array:

@@ -36,10 +36,16 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   `compile` times what skips the segments that are not chosen."""
   with working("opening the data", "minutes for large sets"):
     experiment = build(config)
-  failing.run_mode(workdir, config, mode, render=functools.partial(_render_finished, experiment, workdir),
-                   train=functools.partial(_train, experiment),
-                   evaluate=functools.partial(_evaluate, experiment), report=functools.partial(_report, experiment),
-                   compile=functools.partial(_compile, experiment))
+  failing.run_mode(
+    workdir,
+    config,
+    mode,
+    render=functools.partial(_render_finished, experiment, workdir),
+    train=functools.partial(_train, experiment),
+    evaluate=functools.partial(_evaluate, experiment),
+    report=functools.partial(_report, experiment),
+    compile=functools.partial(_compile, experiment),
+  )
 
 
 def _evaluate(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
@@ -56,12 +62,19 @@ def _render_finished(experiment: VideoExperiment, path: Path, result: Mapping[st
 def _conclude(experiment: VideoExperiment, path: Path, result: Mapping[str, Any], done: str) -> str:
   """What a mode that tests the network ends with."""
   ratio = f"{100 * result['mac_ratio']:.1f} %"
-  rows = [video_table.rows(result)[0],
-          ("MACs per video", f"{result['macs']:,.0f}, {ratio} of the heavy net on all segments"),
-          ("segments chosen", f"{100 * result['share']:.1f} %")]
+  rows = [
+    video_table.rows(result)[0],
+    ("MACs per video", f"{result['macs']:,.0f}, {ratio} of the heavy net on all segments"),
+    ("segments chosen", f"{100 * result['share']:.1f} %"),
+  ]
   if "videos_per_second" in result:
-    rows.append(("videos per second", f"{result['videos_per_second']:.1f}; the heavy net on all segments: "
-                                      f"{result['all_segments_videos_per_second']:.1f}"))
+    rows.append(
+      (
+        "videos per second",
+        f"{result['videos_per_second']:.1f}; the heavy net on all segments: "
+        f"{result['all_segments_videos_per_second']:.1f}",
+      )
+    )
   rows.append(("run directory:", str(path)))
   if (path / rundir.REPORT_FILE).exists():
     rows.append(("page", f"{path / rundir.REPORT_FILE}, for a browser"))
@@ -78,7 +91,11 @@ def _report(experiment: VideoExperiment, run_dir: rundir.RunDir, notice: str = "
   with working("drawing the report", "up to a minute"):
     report.write(experiment, result, behaviour, run_dir, step, notice)
   say(f"report of the checkpoint of step {step}: {run_dir.report}")
-  say(_conclude(experiment, run_dir.path, result, f"Wrote the page of the checkpoint of step {step:,} of"))
+  say(
+    _conclude(
+      experiment, run_dir.path, result, f"Wrote the page of the checkpoint of step {step:,} of"
+    )
+  )
 
 
 def _compile(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
@@ -87,7 +104,7 @@ def _compile(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
 
 
 def _test_newest(
-    experiment: VideoExperiment, run_dir: rundir.RunDir
+  experiment: VideoExperiment, run_dir: rundir.RunDir
 ) -> tuple[int, dict[str, Any], video_evaluation.Arrays]:
   """The newest checkpoint's step, its result on the test videos, and what it did with each."""
   step, variables = newest(experiment, run_dir)
@@ -96,7 +113,7 @@ def _test_newest(
 
 
 def _test(
-    experiment: VideoExperiment, variables: Any, tell: Callable[[str], None] = say
+  experiment: VideoExperiment, variables: Any, tell: Callable[[str], None] = say
 ) -> tuple[dict[str, Any], video_evaluation.Arrays]:
   about = "programs are compiled first, up to a minute"
   with working(f"testing on {len(experiment.test):,} videos", about, tell):
@@ -113,8 +130,12 @@ def newest(experiment: VideoExperiment, run_dir: rundir.RunDir) -> tuple[int, An
   path = run_dir.path
   two_stage = experiment.config.training == "two_stage"
   with working("loading the newest checkpoint"):
-    nets = video_nets.trained_nets(experiment, path) if two_stage and experiment.pretraining else None
-    step, state = video_nets.restore(experiment.training, path, experiment.config.seed, read_only=True)
+    nets = (
+      video_nets.trained_nets(experiment, path) if two_stage and experiment.pretraining else None
+    )
+    step, state = video_nets.restore(
+      experiment.training, path, experiment.config.seed, read_only=True
+    )
   if not step:
     raise rundir.RunDirError(f"no checkpoint in {path / rundir.CHECKPOINT_DIR} yet")
   return step, video_nets.whole(experiment, state, nets)
@@ -136,13 +157,17 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   train = experiment.train
   first_step, state = _restore(phase, run_dir.path, config.seed)
   if config.training == "two_stage":
-    with working(f"computing the features of {len(train):,} training videos", "minutes for large sets"):
+    with working(
+      f"computing the features of {len(train):,} training videos", "minutes for large sets"
+    ):
       train = video_evaluation.extract_features(experiment, video_nets.nets_of(experiment, nets))
   if not first_step:
     with working("finding the concepts that gates start from", "up to a minute"):
       state = video_nets.begin(experiment, state, nets, train)
   test = lambda state, tell=say: _test(experiment, video_nets.whole(experiment, state, nets), tell)
-  state, finished = _run_phase(experiment, phase, run_dir.path, train, start=(first_step, state), test=test)
+  state, finished = _run_phase(
+    experiment, phase, run_dir.path, train, start=(first_step, state), test=test
+  )
   if not finished:
     return
   result, behaviour = test(state)
@@ -159,7 +184,11 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   result |= {"step": total, "seconds_since_last_start": round(time.monotonic() - started, 1)}
   run_dir.finish(result)
   say(video_table.render(result))
-  say(_conclude(experiment, run_dir.path, result, f"Trained for {lasting(time.monotonic() - started)}:"))
+  say(
+    _conclude(
+      experiment, run_dir.path, result, f"Trained for {lasting(time.monotonic() - started)}:"
+    )
+  )
 
 
 def _restore(phase: Phase, path: Path, seed: int) -> tuple[int, Any]:
@@ -169,7 +198,13 @@ def _restore(phase: Phase, path: Path, seed: int) -> tuple[int, Any]:
 
 
 def _run_phase(
-    experiment: VideoExperiment, phase: Phase, path: Path, train: Any, *, start: Any = None, test: Any = None
+  experiment: VideoExperiment,
+  phase: Phase,
+  path: Path,
+  train: Any,
+  *,
+  start: Any = None,
+  test: Any = None,
 ) -> tuple[Any, bool]:
   """Trains to the end of a phase, or to where it was asked to stop: `(state, finished)`.
 
@@ -178,7 +213,9 @@ def _run_phase(
   config, total = experiment.config, phase.settings.total_steps
   first_step, state = start or _restore(phase, path, config.seed)
   if first_step > total:
-    raise rundir.RunDirError(f"{path} holds a checkpoint of step {first_step}, beyond the {total} of this config")
+    raise rundir.RunDirError(
+      f"{path} holds a checkpoint of step {first_step}, beyond the {total} of this config"
+    )
   if first_step == total:
     return state, True
   if first_step:
@@ -186,7 +223,9 @@ def _run_phase(
   path.mkdir(exist_ok=True)
   checkpoints, journal = Checkpoints(path / rundir.CHECKPOINT_DIR), Journal(path, first_step, total)
   pace = Pace(journal.say, total)
-  journal.say(first_step, _title(experiment) if test else "training both nets on single segments first")
+  journal.say(
+    first_step, _title(experiment) if test else "training both nets on single segments first"
+  )
 
   def evaluate(state, step):
     result, behaviour = test(state, functools.partial(journal.say, step))
@@ -195,11 +234,19 @@ def _run_phase(
 
   try:
     state, step = loop.train(
-        state, first_step, pace(_make_advance(experiment, phase, train, first_step)), settings=phase.settings,
-        checkpoints=checkpoints, journal=journal, evaluate=evaluate if test else None,
-        watch=gate_watch.of_videos(config))
+      state,
+      first_step,
+      pace(_make_advance(experiment, phase, train, first_step)),
+      settings=phase.settings,
+      checkpoints=checkpoints,
+      journal=journal,
+      evaluate=evaluate if test else None,
+      watch=gate_watch.of_videos(config),
+    )
     if step < total:
-      journal.say(step, "stopped as asked; a checkpoint is saved, the same command goes on from here")
+      journal.say(
+        step, "stopped as asked; a checkpoint is saved, the same command goes on from here"
+      )
   finally:
     journal.close()
     checkpoints.close()
@@ -211,9 +258,15 @@ def _make_advance(experiment: VideoExperiment, phase: Phase, train: Any, first_s
   config, k = experiment.config, phase.settings.steps_per_dispatch
   process = (jax.process_index(), jax.process_count())
   make_step = lambda model: steps.make_train_step(
-      model, phase.optimiser, phase.objective, phase.prepare, seed=config.seed, axis_name=devices.AXIS)
+    model, phase.optimiser, phase.objective, phase.prepare, seed=config.seed, axis_name=devices.AXIS
+  )
   mapped = lambda several, args: map_steps(
-      lambda model: several(make_step(model)), phase.model, phase.full, args=args, backend=config.devices.backend)
+    lambda model: several(make_step(model)),
+    phase.model,
+    phase.full,
+    args=args,
+    backend=config.devices.backend,
+  )
   if isinstance(train, VideoArrays):
     arrays = devices.replicate(sets.examples(train.arrays))
     run = mapped(steps.resident_steps, (devices.REPLICATED, devices.REPLICATED, devices.BATCH))
@@ -232,5 +285,7 @@ def _note(
   behaviour: video_evaluation.Arrays,
 ) -> None:
   """Writes a test's numbers and histograms."""
-  journal.write(step, "test", {name: value for name, value in result.items() if isinstance(value, (int, float))})
+  journal.write(
+    step, "test", {name: value for name, value in result.items() if isinstance(value, (int, float))}
+  )
   journal.write_histograms(step, "test", report.histograms(experiment, behaviour))

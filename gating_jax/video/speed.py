@@ -34,7 +34,9 @@ _BATCHES, _REPEATS = (1, 8), 20
 Run = Callable[[], Any]
 
 
-def run(experiment: VideoExperiment, run_dir: rundir.RunDir, step: int, variables: Mapping[str, Any]) -> None:
+def run(
+  experiment: VideoExperiment, run_dir: rundir.RunDir, step: int, variables: Mapping[str, Any]
+) -> None:
   """Writes the tables, of test videos.
 
   Raises:
@@ -48,12 +50,16 @@ def run(experiment: VideoExperiment, run_dir: rundir.RunDir, step: int, variable
 def check(experiment: VideoExperiment) -> None:
   """Raises ValueError for a run that skips no segments of a heavy net in batches."""
   if not skips(experiment):
-    raise ValueError("model must have a heavy net, and choose its segments before it runs, to be compiled; got "
-                     f"model.heavy.name {experiment.config.model.heavy.name!r}, model.selection "
-                     f"{experiment.config.model.selection!r}")
+    raise ValueError(
+      "model must have a heavy net, and choose its segments before it runs, to be compiled; got "
+      f"model.heavy.name {experiment.config.model.heavy.name!r}, model.selection "
+      f"{experiment.config.model.selection!r}"
+    )
 
 
-def speed(experiment: VideoExperiment, variables: Any, *, videos: int = 8, repeats: int = 5) -> dict[str, float]:
+def speed(
+  experiment: VideoExperiment, variables: Any, *, videos: int = 8, repeats: int = 5
+) -> dict[str, float]:
   """Videos per second on one device: closed segments skipped, light net and gate included; and the heavy net on all
   segments, all videos at once or one after the other, whichever is quicker. From medians of interleaved repeats.
 
@@ -62,8 +68,14 @@ def speed(experiment: VideoExperiment, variables: Any, *, videos: int = 8, repea
   if not skips(experiment):
     return {}
   inputs = _read(experiment, videos)
-  count, nets = len(inputs["valid"]), (experiment.model.clone(axis_name=None), jax.device_get(variables))
-  times = race({SEGMENTS: _skipping(experiment, *nets, inputs), **_all_segments(experiment, *nets, inputs)}, repeats)
+  count, nets = (
+    len(inputs["valid"]),
+    (experiment.model.clone(axis_name=None), jax.device_get(variables)),
+  )
+  times = race(
+    {SEGMENTS: _skipping(experiment, *nets, inputs), **_all_segments(experiment, *nets, inputs)},
+    repeats,
+  )
   skipped, *everything = (count / statistics.median(seconds) for seconds in times.values())
   return {"videos_per_second": skipped, "all_segments_videos_per_second": max(everything)}
 
@@ -78,17 +90,27 @@ def _tables(experiment: VideoExperiment, variables: Any) -> Iterator[tuple[str, 
 
 
 def timings(
-    experiment: VideoExperiment, variables: Any, inputs: Inputs, *, repeats: int,
-    progress: Advance = lambda done, total: None
+  experiment: VideoExperiment,
+  variables: Any,
+  inputs: Inputs,
+  *,
+  repeats: int,
+  progress: Advance = lambda done, total: None,
 ) -> list[Timing]:
   """Of a batch: `segments`, which skips; `masked`, the same with the heavy net on all; and `ungated`, that alone."""
   model, variables = experiment.model.clone(axis_name=None), jax.device_get(variables)
   runs = {}
-  for opened, net in ((False, (model, variables)), (True, (model.clone(share=1.0), _opened(model, variables)))):
+  for opened, net in (
+    (False, (model, variables)),
+    (True, (model.clone(share=1.0), _opened(model, variables))),
+  ):
     runs[SEGMENTS, opened] = _skipping(experiment, *net, inputs)
     runs[MASKED, opened] = functools.partial(_masked(experiment, *net), inputs)
   everything = _all_segments(experiment, model, variables, inputs)
-  contenders, done = runs | {(name, False): of_all for name, of_all in everything.items()}, itertools.count(1)
+  contenders, done = (
+    runs | {(name, False): of_all for name, of_all in everything.items()},
+    itertools.count(1),
+  )
   times = race(contenders, repeats, on_start=lambda: progress(next(done), len(contenders)))
   quickest = min(everything, key=lambda name: statistics.median(times[name, False]))
   times = {name: times[name] for name in runs} | {(UNGATED, False): times[quickest, False]}
@@ -98,7 +120,9 @@ def timings(
 
 def skips(experiment: VideoExperiment) -> bool:
   """Whether segments of a heavy net are skipped in batches."""
-  return experiment.config.model.selection not in ("prefix", LIGHT) and bool(experiment.counts.heavy.params)
+  return experiment.config.model.selection not in ("prefix", LIGHT) and bool(
+    experiment.counts.heavy.params
+  )
 
 
 def _read(experiment: VideoExperiment, videos: int) -> Inputs:
@@ -107,8 +131,12 @@ def _read(experiment: VideoExperiment, videos: int) -> Inputs:
   return {name: values for name, values in batch.items() if name in sets.INPUTS}
 
 
-def _skipping(experiment: VideoExperiment, model: SegmentNet, variables: Any, inputs: Inputs) -> Run:
-  skipping = Skipping(model, variables, capacities=_capacities(experiment), prepare=experiment.prepare)
+def _skipping(
+  experiment: VideoExperiment, model: SegmentNet, variables: Any, inputs: Inputs
+) -> Run:
+  skipping = Skipping(
+    model, variables, capacities=_capacities(experiment), prepare=experiment.prepare
+  )
   return lambda: skipping(inputs).outputs
 
 
@@ -116,16 +144,25 @@ def _capacities(experiment: VideoExperiment) -> Sequence[int]:
   return compaction.bucket_sizes(experiment.counts.segments, min(8, experiment.counts.segments))
 
 
-def _masked(experiment: VideoExperiment, model: SegmentNet, variables: Any) -> Callable[[Inputs], Any]:
+def _masked(
+  experiment: VideoExperiment, model: SegmentNet, variables: Any
+) -> Callable[[Inputs], Any]:
   whole = jax.jit(lambda variables, inputs: model.apply(variables, experiment.prepare(inputs))[0])
   return functools.partial(whole, jax.device_put(variables))
 
 
-def _all_segments(experiment: VideoExperiment, model: SegmentNet, variables: Any, inputs: Inputs) -> dict[str, Run]:
+def _all_segments(
+  experiment: VideoExperiment, model: SegmentNet, variables: Any, inputs: Inputs
+) -> dict[str, Run]:
   """The heavy net on all segments, without light net and gate: all videos at once, and one after the other."""
   whole = _masked(experiment, model.clone(selection="all", light=None, light_head=False), variables)
-  one_by_one = [{name: x[i : i + 1] for name, x in inputs.items()} for i in range(len(inputs["valid"]))]
-  return {"at once": lambda: whole(inputs), "one by one": lambda: [whole(one) for one in one_by_one]}
+  one_by_one = [
+    {name: x[i : i + 1] for name, x in inputs.items()} for i in range(len(inputs["valid"]))
+  ]
+  return {
+    "at once": lambda: whole(inputs),
+    "one by one": lambda: [whole(one) for one in one_by_one],
+  }
 
 
 def _opened(model: SegmentNet, variables: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -139,19 +176,30 @@ def _opened(model: SegmentNet, variables: Mapping[str, Any]) -> Mapping[str, Any
 
 
 def _mac_ratios(
-    experiment: VideoExperiment, model: SegmentNet, variables: Any, inputs: Inputs
+  experiment: VideoExperiment, model: SegmentNet, variables: Any, inputs: Inputs
 ) -> tuple[float, dict[str, float]]:
   """MACs of light net, gate, chosen segments and classifier, of the heavy net's on all segments and the classifier;
   and what is computed, of the heavy net on segments that are not chosen or there as well."""
-  outcome = jax.jit(lambda variables, inputs: evaluate.outcome(
-      dataclasses.replace(experiment, model=model), variables, inputs))
+  outcome = jax.jit(
+    lambda variables, inputs: evaluate.outcome(
+      dataclasses.replace(experiment, model=model), variables, inputs
+    )
+  )
   done = jax.device_get(outcome(variables, inputs))
   counts, reference, shape = experiment.counts, experiment.reference, inputs["valid"].shape
   spent = lambda gates, heavy: float(counts.per_video(gates, inputs["valid"], heavy).mean())
-  dense, heavy = reference.all_valid(inputs["valid"]), float(counts.heavy.macs + counts.heavy.gate_macs)
+  dense, heavy = (
+    reference.all_valid(inputs["valid"]),
+    float(counts.heavy.macs + counts.heavy.gate_macs),
+  )
   masked = spent(np.ones(shape), np.full(shape, heavy))
   sizes = tuple(sorted({min(size, done["gates"].size) for size in _capacities(experiment)}))
   taken = sum(compaction.pieces_for(int(np.sum(done["gates"] > 0)), sizes)) / shape[0]
-  return (spent(done["gates"], done["heavy_macs"]) / dense,
-          {MASKED: masked / dense, SEGMENTS: (masked - (shape[1] - taken) * heavy) / dense,
-           UNGATED: (reference.classifier + shape[1] * reference.heavy.macs) / dense})
+  return (
+    spent(done["gates"], done["heavy_macs"]) / dense,
+    {
+      MASKED: masked / dense,
+      SEGMENTS: (masked - (shape[1] - taken) * heavy) / dense,
+      UNGATED: (reference.classifier + shape[1] * reference.heavy.macs) / dense,
+    },
+  )

@@ -23,7 +23,9 @@ def offered(labels, first=0):
 
 def numbers(memory):
   """The numbers of the images that it holds."""
-  return np.asarray(memory.pixels)[np.asarray(memory.labels) != replay_memory.EMPTY, 0, 0, 0].tolist()
+  return np.asarray(memory.pixels)[
+    np.asarray(memory.labels) != replay_memory.EMPTY, 0, 0, 0
+  ].tolist()
 
 
 def counts(memory):
@@ -50,7 +52,9 @@ def test_every_class_has_the_same_share_to_within_one_and_shapes_stay():
 
 
 def test_all_images_are_kept_where_there_are_fewer_than_slots_and_the_rest_is_empty():
-  memory = replay_memory.share(replay_memory.empty(9, SHAPE), *offered([3, 3, 5]), jax.random.key(0))
+  memory = replay_memory.share(
+    replay_memory.empty(9, SHAPE), *offered([3, 3, 5]), jax.random.key(0)
+  )
   assert sorted(numbers(memory)) == [0, 1, 2]
   assert sorted(memory.labels[:3].tolist()) == [3, 3, 5]
   assert memory.labels[3:].tolist() == [replay_memory.EMPTY] * 6
@@ -59,12 +63,16 @@ def test_all_images_are_kept_where_there_are_fewer_than_slots_and_the_rest_is_em
 
 
 def test_a_class_short_of_images_leaves_its_slots_to_others():
-  memory = replay_memory.share(replay_memory.empty(8, SHAPE), *offered([0] * 9 + [1] * 2 + [2] * 9), jax.random.key(0))
+  memory = replay_memory.share(
+    replay_memory.empty(8, SHAPE), *offered([0] * 9 + [1] * 2 + [2] * 9), jax.random.key(0)
+  )
   assert counts(memory) == [3, 2, 3]
 
 
 def test_fewer_slots_than_classes():
-  memory = replay_memory.share(replay_memory.empty(2, SHAPE), *offered([0, 0, 1, 1, 2, 2]), jax.random.key(0))
+  memory = replay_memory.share(
+    replay_memory.empty(2, SHAPE), *offered([0, 0, 1, 1, 2, 2]), jax.random.key(0)
+  )
   assert sorted(memory.labels.tolist()) == [0, 1]
 
 
@@ -82,7 +90,9 @@ def test_even_choice_levels_what_there_is(labels, count):
 def test_every_image_of_a_class_is_as_likely_to_be_kept_and_to_stay():
   kept = np.zeros(10)
   for seed in range(120):
-    memory = replay_memory.share(replay_memory.empty(6, SHAPE), *offered([0] * 5 + [1] * 5), jax.random.key(seed))
+    memory = replay_memory.share(
+      replay_memory.empty(6, SHAPE), *offered([0] * 5 + [1] * 5), jax.random.key(seed)
+    )
     memory = replay_memory.share(memory, *offered([2] * 9, first=50), jax.random.key(1000 + seed))
     assert counts(memory) == [2, 2, 2]
     kept[[n for n in numbers(memory) if n < 10]] += 1
@@ -97,12 +107,19 @@ def test_the_choice_is_a_function_of_the_key():
 
 
 def test_what_is_kept_with_an_image_stays_with_it():
-  memory = replay_memory.empty(5, SHAPE, {"twice": jnp.zeros((5, 2)), "number": jnp.zeros(5, jnp.int32)})
+  memory = replay_memory.empty(
+    5, SHAPE, {"twice": jnp.zeros((5, 2)), "number": jnp.zeros(5, jnp.int32)}
+  )
   for task in range(3):
     pixels, labels = offered([task] * 7, first=20 * task)
     number = pixels[:, 0, 0, 0].astype(np.int64)
-    memory = replay_memory.share(memory, pixels, labels, jax.random.key(task),
-                          {"twice": np.stack([2.0 * number, -number], 1), "number": number})
+    memory = replay_memory.share(
+      memory,
+      pixels,
+      labels,
+      jax.random.key(task),
+      {"twice": np.stack([2.0 * number, -number], 1), "number": number},
+    )
   number = np.array(numbers(memory))
   assert len(number) == 5
   np.testing.assert_array_equal(memory.extra["number"], number)
@@ -136,8 +153,11 @@ def test_draw_from_an_empty_memory_says_so():
 def test_a_draw_does_not_depend_on_the_number_of_devices(count):
   memory, key = filled([0] * 20, 30), jax.random.key(5)
   over_devices = devices.map_over_devices(
-      lambda memory, _: replay_memory.draw(memory, key, 12, axis_name=devices.AXIS)[0].pixels,
-      args=(devices.REPLICATED, devices.BATCH), results=devices.BATCH, devices=jax.devices()[:count])
+    lambda memory, _: replay_memory.draw(memory, key, 12, axis_name=devices.AXIS)[0].pixels,
+    args=(devices.REPLICATED, devices.BATCH),
+    results=devices.BATCH,
+    devices=jax.devices()[:count],
+  )
   alone = replay_memory.draw(memory, key, 12)[0].pixels
   assert len(np.unique(alone)) > 3
   np.testing.assert_array_equal(over_devices(memory, np.zeros(count)), alone)
@@ -154,15 +174,20 @@ def test_replayed_images_are_augmented_and_the_batch_replaces_an_empty_memory():
   x = jnp.stack([jnp.full(SHAPE, value) for value in (0.5, 0.25)])
   batch = Batch(x, jnp.array([1, 0]), None, 0.0)
   key = jax.random.key(0)
-  got, labels, _, any_filled = replay_memory.draw_inputs(replay_memory.empty(4, SHAPE), key, batch, problem, 3)
+  got, labels, _, any_filled = replay_memory.draw_inputs(
+    replay_memory.empty(4, SHAPE), key, batch, problem, 3
+  )
   np.testing.assert_array_equal(got[:, 0, 0, 0], [0.5, 0.5, 0.25])
   assert (labels.tolist(), bool(any_filled)) == ([1, 1, 0], False)
   got, labels, extra, any_filled = replay_memory.draw_inputs(
-    replay_memory.Memory(jnp.full((1, *SHAPE), 40, jnp.uint8), jnp.array([0]), jnp.array([7.0])), key, batch, problem, 3
+    replay_memory.Memory(jnp.full((1, *SHAPE), 40, jnp.uint8), jnp.array([0]), jnp.array([7.0])),
+    key,
+    batch,
+    problem,
+    3,
   )
   np.testing.assert_allclose(got, np.full((3, *SHAPE), 4.1), rtol=1e-6)
   assert (labels.tolist(), extra.tolist(), bool(any_filled)) == ([0, 0, 0], [7.0] * 3, True)
-
 
 
 @pytest.mark.parametrize("name", ["images", "batch_size"])

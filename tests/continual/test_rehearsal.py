@@ -19,7 +19,11 @@ KEY = jax.random.key(0, impl="rbg")
 def data(task, count=12):
   """Every pixel says which image it is of."""
   labels = (2 * task + np.arange(count) % 2).astype(np.int32)
-  pixels = np.broadcast_to(100 * task + np.arange(count), (*SHAPE, count)).transpose(3, 0, 1, 2).astype(np.uint8)
+  pixels = (
+    np.broadcast_to(100 * task + np.arange(count), (*SHAPE, count))
+    .transpose(3, 0, 1, 2)
+    .astype(np.uint8)
+  )
   return TaskData(pixels, labels, pixels[:0], labels[:0])
 
 
@@ -43,7 +47,9 @@ def generative(problem=PROBLEM, **changes):
 def trained(method, memory, task, steps=2):
   step = jax.jit(method.prelude)
   for _ in range(steps):
-    memory, metrics = step(memory, jnp.asarray(data(task).pixels), jnp.asarray(data(task).labels) - 2 * task)
+    memory, metrics = step(
+      memory, jnp.asarray(data(task).pixels), jnp.asarray(data(task).labels) - 2 * task
+    )
   assert np.isfinite(metrics["critic_loss"])
   return memory
 
@@ -86,14 +92,18 @@ def test_a_batch_and_its_episodes_weigh_as_many_tasks_as_they_hold():
     if task:
       np.testing.assert_allclose(counts[:task] / 600, 1 / task, atol=0.08)
       assert not counts[task:].any()
-      np.testing.assert_array_equal(np.round(255 * replayed.x[:, 0, 0, 0]) // 100, replayed.labels // 2)
+      np.testing.assert_array_equal(
+        np.round(255 * replayed.x[:, 0, 0, 0]) // 100, replayed.labels // 2
+      )
     memory = episodic.keep(memory, data(task), task, KEY)
 
 
 def test_generated_replay_holds_every_task_up_to_this_one_and_none_of_the_batch():
   method = generative(replayed=600)
   memory = method.init(KEY)
-  fill = lambda tree, bias: jax.tree.map(lambda x: jnp.full_like(x, bias if x.ndim == 1 else 0), tree)
+  fill = lambda tree, bias: jax.tree.map(
+    lambda x: jnp.full_like(x, bias if x.ndim == 1 else 0), tree
+  )
   for task, value in ((0, -1.0), (1, 1.0)):  # all its images dark, then all bright
     memory["training"] = memory["training"].replace(average=fill(memory["training"].average, value))
     replayed = method.replay(memory, batch(task), jnp.int32(task), KEY)
@@ -106,23 +116,36 @@ def test_generated_replay_holds_every_task_up_to_this_one_and_none_of_the_batch(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [
+@pytest.mark.parametrize(
+  "make",
+  [
     lambda problem: rehearsal.episodic(problem, ReplaySettings(12, 8)),
-    lambda problem: generative(problem, replayed=8)])
+    lambda problem: generative(problem, replayed=8),
+  ],
+)
 def test_what_is_replayed_does_not_depend_on_how_the_batch_is_spread(make):
   key = jax.random.key(0)  # as steps have; under vmap rbg's numbers depend on how many there are
   whole, spread = (make(dataclasses.replace(PROBLEM, axis_name=axis)) for axis in (None, "devices"))
   memory = whole.keep(whole.init(KEY), data(0), 0, KEY)
   one = whole.replay(memory, batch(1, 8), jnp.int32(1), key)
   parts = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), (batch(1, 8).x, batch(1, 8).labels))
-  two = jax.pmap(lambda x, labels: spread.replay(memory, Batch(x, labels, key, 0.0), jnp.int32(1), key),
-                 axis_name="devices", devices=jax.devices()[:2])(*parts)
+  two = jax.pmap(
+    lambda x, labels: spread.replay(memory, Batch(x, labels, key, 0.0), jnp.int32(1), key),
+    axis_name="devices",
+    devices=jax.devices()[:2],
+  )(*parts)
   np.testing.assert_array_equal(two.labels.reshape(-1), one.labels)
-  np.testing.assert_allclose(two.x.reshape(one.x.shape), one.x, atol=1 / 255 + 1e-6)  # rounded to pixels
+  np.testing.assert_allclose(
+    two.x.reshape(one.x.shape), one.x, atol=1 / 255 + 1e-6
+  )  # rounded to pixels
 
 
 def test_what_is_too_small_is_refused():
-  with pytest.raises(ValueError, match="replay.images must be at least 6, one of every class; got 5"):
+  with pytest.raises(
+    ValueError, match="replay.images must be at least 6, one of every class; got 5"
+  ):
     rehearsal.episodic(PROBLEM, ReplaySettings(5, 4))
-  with pytest.raises(ValueError, match="generator.images must be at least the 2 classes of a task; got 1"):
+  with pytest.raises(
+    ValueError, match="generator.images must be at least the 2 classes of a task; got 1"
+  ):
     generative(images=1)

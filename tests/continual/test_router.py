@@ -36,11 +36,16 @@ def test_it_widens_with_its_weights_kept():
   params = router.init(jax.random.key(0), 4, 4, SETTINGS.hidden)
   features, tasks = examples([20, 20])
   trained = router.train(params, features, tasks, jax.random.key(1), SETTINGS)
-  for name, part in (("hidden", lambda p: p["hidden"]["kernel"][2:]), ("out", lambda p: p["out"]["kernel"][:, 2:])):
+  for name, part in (
+    ("hidden", lambda p: p["hidden"]["kernel"][2:]),
+    ("out", lambda p: p["out"]["kernel"][:, 2:]),
+  ):
     np.testing.assert_array_equal(part(trained), part(params), err_msg=name)
   assert not np.array_equal(trained["hidden"]["kernel"][:2], params["hidden"]["kernel"][:2])
   wide = np.concatenate([features, np.zeros_like(features)], axis=1)
-  np.testing.assert_allclose(router.scores(trained, wide)[:, :2], router.scores(trained, features), rtol=1e-5)
+  np.testing.assert_allclose(
+    router.scores(trained, wide)[:, :2], router.scores(trained, features), rtol=1e-5
+  )
 
 
 def test_one_task_needs_no_training():
@@ -54,9 +59,16 @@ def test_macs_by_hand():
 
 def test_a_task_without_an_image_is_an_error():
   features, tasks = examples([5, 5, 5])
-  with pytest.raises(ValueError, match=r"every task must have an image to rehearse; got \[5, 0, 5\]"):
-    router.train(router.init(jax.random.key(0), 3, 4, 8), features[tasks != 1], tasks[tasks != 1], jax.random.key(1),
-                 SETTINGS)
+  with pytest.raises(
+    ValueError, match=r"every task must have an image to rehearse; got \[5, 0, 5\]"
+  ):
+    router.train(
+      router.init(jax.random.key(0), 3, 4, 8),
+      features[tasks != 1],
+      tasks[tasks != 1],
+      jax.random.key(1),
+      SETTINGS,
+    )
 
 
 @pytest.mark.parametrize(("field", "value"), [("steps", 0), ("hidden", 0), ("learning_rate", 0.0)])

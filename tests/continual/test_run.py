@@ -34,9 +34,19 @@ def config():
 
   def make(**changes):
     made = importlib.import_module("configs.split_digits").get_config()
-    made.update_from_flattened_dict({
-        "model.name": "tiny", "tasks.count": 2, "optim.epochs": 1, "optim.batch_size": 64, "gates.patience": 0.0,
-        "gates.when_full": "reuse", "gates.threshold": 0.5, "router.steps": 50, "checkpoint_every": 2})
+    made.update_from_flattened_dict(
+      {
+        "model.name": "tiny",
+        "tasks.count": 2,
+        "optim.epochs": 1,
+        "optim.batch_size": 64,
+        "gates.patience": 0.0,
+        "gates.when_full": "reuse",
+        "gates.threshold": 0.5,
+        "router.steps": 50,
+        "checkpoint_every": 2,
+      }
+    )
     made.lock()
     made.update_from_flattened_dict(changes)
     return made
@@ -55,64 +65,108 @@ def resumable(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("method", "gate", "method must be one of .*; got 'gate'. Did you mean 'gates'"),
-        ("model.name", "simple_cn", "model.name must be one of .*; got 'simple_cn'. Did you mean 'simple_cnn'"),
-        ("tasks.classes_per_task", 3, "^tasks: classes_per_task must divide the 10 classes; got 3"),
-        ("tasks.count", 6, "^tasks: count must be at most 5, the tasks of 2 classes, or 0; got 6"),
-        ("tasks.validation", 1.0, r"^tasks: validation must be a share in \(0, 1\); got 1.0"),
-        ("optim.batch_size", 12, "optim.batch_size must be a multiple of the 8 devices; got 12"),
-        ("optim.batch_size", 1024, "optim.batch_size must be at most .*, the training images of the smallest task"),
-        ("optim.eval_batch_size", 12, "optim.eval_batch_size must be a multiple of the 8 devices; got 12"),
-        ("optim.clip", 0.0, "optim.clip must be a positive finite number; got 0.0"),
-        ("optim.momentum", 1.5, r"^optim: momentum must be .*; got 1.5"),
-        ("optim.warmup", 1.5, r"^optim: warmup must be .*; got 1.5"),
-        ("gates.threshold", 1.0, r"^method gates: gates: threshold must be a share in \[0, 1\); got 1.0"),
-        ("gates.sparsity", -1.0, "^method gates: gates: sparsity must be >= 0; got -1.0"),
-        ("router.learning_rate", 0.0, "^method gates: router: learning_rate must be > 0; got 0.0"),
-        ("router.batch_size", 0, "^method gates: router: batch_size must be >= 1; got 0"),
-        ("replay.images", 0, "^method gates: replay: images must be >= 1; got 0"),
-        ("gates.when_full", "grwo", "^method gates: gates: when_full must be one of .*; got 'grwo'"),
-        ("router.rehearsal", "episodes", "router.rehearsal must be one of .*; got 'episodes'. Did you mean 'episodic'"),
-        ("generator.steps", 0, "generator.steps must be >= 1; got 0"),
-        ("generator.gates.sparsity", -1.0, "generator.gates.sparsity must be .* >= 0; got -1.0"),
-        ("generator.gates.threshold", 1.0, r"generator.gates.threshold must be a share in \[0, 1\); got 1.0"),
-        ("generator.batch_size", 12, "generator.batch_size must be a multiple of the 8 devices; got 12"),
-        ("replay.images", 3, "replay.images must be at least 4, one of every class; got 3"),
-    ])
+  ("field", "value", "message"),
+  [
+    ("method", "gate", "method must be one of .*; got 'gate'. Did you mean 'gates'"),
+    (
+      "model.name",
+      "simple_cn",
+      "model.name must be one of .*; got 'simple_cn'. Did you mean 'simple_cnn'",
+    ),
+    ("tasks.classes_per_task", 3, "^tasks: classes_per_task must divide the 10 classes; got 3"),
+    ("tasks.count", 6, "^tasks: count must be at most 5, the tasks of 2 classes, or 0; got 6"),
+    ("tasks.validation", 1.0, r"^tasks: validation must be a share in \(0, 1\); got 1.0"),
+    ("optim.batch_size", 12, "optim.batch_size must be a multiple of the 8 devices; got 12"),
+    (
+      "optim.batch_size",
+      1024,
+      "optim.batch_size must be at most .*, the training images of the smallest task",
+    ),
+    (
+      "optim.eval_batch_size",
+      12,
+      "optim.eval_batch_size must be a multiple of the 8 devices; got 12",
+    ),
+    ("optim.clip", 0.0, "optim.clip must be a positive finite number; got 0.0"),
+    ("optim.momentum", 1.5, r"^optim: momentum must be .*; got 1.5"),
+    ("optim.warmup", 1.5, r"^optim: warmup must be .*; got 1.5"),
+    (
+      "gates.threshold",
+      1.0,
+      r"^method gates: gates: threshold must be a share in \[0, 1\); got 1.0",
+    ),
+    ("gates.sparsity", -1.0, "^method gates: gates: sparsity must be >= 0; got -1.0"),
+    ("router.learning_rate", 0.0, "^method gates: router: learning_rate must be > 0; got 0.0"),
+    ("router.batch_size", 0, "^method gates: router: batch_size must be >= 1; got 0"),
+    ("replay.images", 0, "^method gates: replay: images must be >= 1; got 0"),
+    ("gates.when_full", "grwo", "^method gates: gates: when_full must be one of .*; got 'grwo'"),
+    (
+      "router.rehearsal",
+      "episodes",
+      "router.rehearsal must be one of .*; got 'episodes'. Did you mean 'episodic'",
+    ),
+    ("generator.steps", 0, "generator.steps must be >= 1; got 0"),
+    ("generator.gates.sparsity", -1.0, "generator.gates.sparsity must be .* >= 0; got -1.0"),
+    (
+      "generator.gates.threshold",
+      1.0,
+      r"generator.gates.threshold must be a share in \[0, 1\); got 1.0",
+    ),
+    (
+      "generator.batch_size",
+      12,
+      "generator.batch_size must be a multiple of the 8 devices; got 12",
+    ),
+    ("replay.images", 3, "replay.images must be at least 4, one of every class; got 3"),
+  ],
+)
 def test_what_cannot_be_is_refused_before_anything_is_compiled(config, field, value, message):
   with pytest.raises(ValueError, match=message):
     build.build(config(**{field: value}))
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"router.rehearsal": "gated_generative", "generator.gates.initial_open": 1.0},
-         r"method gates: generator.gates: gate initial_open must be in \(0, 1\); got 1.0"),
-        ({"method": "dgm", "dgm.steepness": 0.0}, "method dgm: dgm: steepness must be >= 1; got 0.0"),
-        ({"method": "dgm", "dgm.real": -1.0}, "method dgm: dgm: real must be .*; got -1.0"),
-        ({"router.rehearsal": "generative", "generator.critic_steps": 0},
-         "method gates: generator: critic_steps must be >= 1; got 0"),
-        ({"method": "hat", "hat.steepness": 0.0}, "method hat: hat: steepness must be .*; got 0.0"),
-        ({"method": "ewc", "ewc.strength": -1.0}, "method ewc: ewc: strength must be .*; got -1.0"),
-        ({"method": "lwf", "lwf.temperature": 0.0}, "method lwf: lwf: temperature must be .*; got 0.0"),
-        ({"method": "derpp", "derpp.alpha": -1.0}, "method derpp: derpp: alpha must be .*; got -1.0"),
-        ({"method": "er", "replay.images": 0}, "method er: replay: images must be >= 1; got 0"),
-    ])
+  ("changes", "message"),
+  [
+    (
+      {"router.rehearsal": "gated_generative", "generator.gates.initial_open": 1.0},
+      r"method gates: generator.gates: gate initial_open must be in \(0, 1\); got 1.0",
+    ),
+    ({"method": "dgm", "dgm.steepness": 0.0}, "method dgm: dgm: steepness must be >= 1; got 0.0"),
+    ({"method": "dgm", "dgm.real": -1.0}, "method dgm: dgm: real must be .*; got -1.0"),
+    (
+      {"router.rehearsal": "generative", "generator.critic_steps": 0},
+      "method gates: generator: critic_steps must be >= 1; got 0",
+    ),
+    ({"method": "hat", "hat.steepness": 0.0}, "method hat: hat: steepness must be .*; got 0.0"),
+    ({"method": "ewc", "ewc.strength": -1.0}, "method ewc: ewc: strength must be .*; got -1.0"),
+    ({"method": "lwf", "lwf.temperature": 0.0}, "method lwf: lwf: temperature must be .*; got 0.0"),
+    ({"method": "derpp", "derpp.alpha": -1.0}, "method derpp: derpp: alpha must be .*; got -1.0"),
+    ({"method": "er", "replay.images": 0}, "method er: replay: images must be >= 1; got 0"),
+  ],
+)
 def test_settings_of_methods_are_named_with_their_section(config, changes, message):
   with pytest.raises(ValueError, match=message):
     build.build(config(**changes))
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model.norm": False}, "method gates: model.norm must be True for resnet20, which has BatchNorm; got False"),
-        ({"router.network": True, "router.rehearsal": "none"}, "method gates: a network that tells tasks apart needs"),
-        ({"method": "progressive", "model.norm": False}, "method progressive: model.norm must be True for resnet20"),
-    ])
+  ("changes", "message"),
+  [
+    (
+      {"model.norm": False},
+      "method gates: model.norm must be True for resnet20, which has BatchNorm; got False",
+    ),
+    (
+      {"router.network": True, "router.rehearsal": "none"},
+      "method gates: a network that tells tasks apart needs",
+    ),
+    (
+      {"method": "progressive", "model.norm": False},
+      "method progressive: model.norm must be True for resnet20",
+    ),
+  ],
+)
 def test_what_residual_nets_cannot_be_is_refused(config, changes, message):
   with pytest.raises(ValueError, match=message):
     build.build(config(**{"model.name": "resnet20", **changes}))
@@ -138,7 +192,8 @@ def cut_back(workdir, step):
 @pytest.mark.slow
 @pytest.mark.parametrize("network", [False, True])
 def test_a_run_goes_on_within_a_task_and_between_tasks_to_the_same_end(
-    network, config, tmp_path, capsys, resumable):
+  network, config, tmp_path, capsys, resumable
+):
   made = config(**{"router.network": network})
   run.run(made, tmp_path / "whole", "train")
   end, learner = final_learner(made, tmp_path / "whole")
@@ -162,7 +217,9 @@ def test_a_run_goes_on_within_a_task_and_between_tasks_to_the_same_end(
 
 def strict_json(path):
   """What any reader of JSON makes of a file: NaN is none."""
-  return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{path} holds {name}"))
+  return json.loads(
+    path.read_text(), parse_constant=lambda name: pytest.fail(f"{path} holds {name}")
+  )
 
 
 def list_programs(patch):
@@ -208,7 +265,9 @@ def test_a_run_leaves_what_it_measured_and_forgets_nothing(finished):
   made, workdir, printed = finished
   result = strict_json(workdir / "result.json")
   assert result["task_names"] == ["0, 1", "2, 3"]
-  aware, agnostic = (np.array(result[name]["accuracies"]) for name in ("task_aware", "task_agnostic"))
+  aware, agnostic = (
+    np.array(result[name]["accuracies"]) for name in ("task_aware", "task_agnostic")
+  )
   assert aware[0, 1] is None
   aware, agnostic = (x.astype(float) for x in (aware, agnostic))
   assert aware[1, 0] == aware[0, 0]  # nothing is forgotten
@@ -221,27 +280,48 @@ def test_a_run_leaves_what_it_measured_and_forgets_nothing(finished):
   assert result["mean_gate_overlap"] == result["gate_overlap"][0][1]
   assert {f.name for f in workdir.glob("*.png")} == {"accuracies.png", "filters.png", "overlap.png"}
   assert re.search(r"average accuracy +\d+\.\d\d", printed)
-  for what in ("making the network", "compiling the training step", "drawing pictures", "writing the report",
-               "ending task 2 of 2 and testing on all tasks so far"):
+  for what in (
+    "making the network",
+    "compiling the training step",
+    "drawing pictures",
+    "writing the report",
+    "ending task 2 of 2 and testing on all tasks so far",
+  ):
     assert f"{what} (" in printed
-  points = [(step, value) for step, value in summaries(workdir) if value.tag.startswith(("gates/", "pictures/"))]
+  points = [
+    (step, value)
+    for step, value in summaries(workdir)
+    if value.tag.startswith(("gates/", "pictures/"))
+  ]
   per_task = result["step"] // 2
-  tags = {(step, value.tag): sum(value.histo.bucket) for step, value in points if value.WhichOneof("value") == "histo"}
+  tags = {
+    (step, value.tag): sum(value.histo.bucket)
+    for step, value in points
+    if value.WhichOneof("value") == "histo"
+  }
   images = [len(task.test) for task in build.build(made).tasks]
-  assert tags == {(per_task * (t + 1), f"gates/task{t + 1:02d}/layer{i}/conv/{name}"): count
-                  for t in (0, 1) for i in (1, 2) for name, count in (("probs", 8 * images[t]), ("open_rates", 8))}
+  assert tags == {
+    (per_task * (t + 1), f"gates/task{t + 1:02d}/layer{i}/conv/{name}"): count
+    for t in (0, 1)
+    for i in (1, 2)
+    for name, count in (("probs", 8 * images[t]), ("open_rates", 8))
+  }
   assert {(step, value.tag) for step, value in points if value.WhichOneof("value") == "image"} == {
-      (result["step"], f"pictures/{name}") for name in ("accuracies", "filters", "overlap")}
+    (result["step"], f"pictures/{name}") for name in ("accuracies", "filters", "overlap")
+  }
   tests = [line for line in read_lines(workdir / "metrics.jsonl") if line["split"] == "test"]
   assert [line["task_aware.average_accuracy"] for line in tests][-1] == pytest.approx(
-      result["task_aware"]["average_accuracy"])
+    result["task_aware"]["average_accuracy"]
+  )
   assert [line["step"] for line in tests] == [per_task, 2 * per_task]
   free = [[line[f"free_units/layer{i}/conv/conv"] for i in (1, 2)] for line in tests]
   assert free[1] == [count for count, _ in result["free_units"].values()]
   assert (np.subtract(*free) >= 0).all()
   assert f"  free units, layer2/conv/conv: {free[0][1]:.0f} of 8\n" in printed
   report = (workdir / "report.html").read_text()
-  assert all(f"{title}</h2>" in report for title in ("Accuracies", "Overlap", "One gate across tasks"))
+  assert all(
+    f"{title}</h2>" in report for title in ("Accuracies", "Overlap", "One gate across tasks")
+  )
   assert report.index("Filters that each task reuses") < report.index("<details>"), "opens the page"
   assert len(re.findall(r"<figcaption>layer\d/\S+, unit \d+\.</figcaption>", report)) >= 2
 
@@ -258,7 +338,9 @@ def test_a_finished_run_is_evaluated_again_and_not_repeated(config, finished):
   made, workdir, printed = finished
   table = said(run, made, workdir, "evaluate").split("average accuracy")[1].rpartition("\n\n")[0]
   assert table in printed
-  assert "holds a finished run of this config; nothing was trained" in said(run, made, workdir, "train")
+  assert "holds a finished run of this config; nothing was trained" in said(
+    run, made, workdir, "train"
+  )
   with pytest.raises(rundir.RunDirError, match="holds a run of another config"):
     run.run(config(seed=1), workdir, "train")
 
@@ -284,13 +366,18 @@ def compiled(finished, tmp_path_factory):
 def test_each_tasks_net_is_compiled(compiled):
   found, printed = compiled
   assert "drawing the times (" in printed
-  assert list(found["timings"]) == ["task 1, 0, 1: 3 images at a time", "task 2, 2, 3: 3 images at a time"]
+  assert list(found["timings"]) == [
+    "task 1, 0, 1: 3 images at a time",
+    "task 2, 2, 3: 3 images at a time",
+  ]
   for rows in found["timings"].values():
     assert {"masked", "ungated"} <= {row["strategy"] for row in rows if row["part"] is None}
 
 
 @pytest.mark.slow
-def test_a_run_cut_back_to_an_earlier_checkpoint_ends_with_the_same_learner(finished, tmp_path, monkeypatch):
+def test_a_run_cut_back_to_an_earlier_checkpoint_ends_with_the_same_learner(
+  finished, tmp_path, monkeypatch
+):
   made, workdir, _ = finished
   monkeypatch.setattr(continual_report, "draw", lambda *_: None)
   monkeypatch.setattr(continual_report, "write", lambda *_: None)
@@ -314,15 +401,23 @@ def test_what_a_method_holds_is_counted(method, config):
     assert jax.tree.leaves(experiment.method.task_net(learner, 0).variables)
 
 
-@pytest.mark.parametrize("changes", [
-    *({"method": method} for method in choices.METHODS), {"router.network": True, "model.name": "resnet8"},
-    {"router.rehearsal": "generative"}, {"router.rehearsal": "gated_generative"},
-    {"method": "progressive", "model.name": "resnet8"}])
+@pytest.mark.parametrize(
+  "changes",
+  [
+    *({"method": method} for method in choices.METHODS),
+    {"router.network": True, "model.name": "resnet8"},
+    {"router.rehearsal": "generative"},
+    {"router.rehearsal": "gated_generative"},
+    {"method": "progressive", "model.name": "resnet8"},
+  ],
+)
 def test_every_method_is_built_and_predicts(changes, config):
   experiment = build.build(config(**changes, **{"generator.width": 2, "generator.batch_size": 16}))
   learner = jax.eval_shape(experiment.fresh)
   assert jax.tree.leaves(learner.params)
-  assert not any(leaf.weak_type for leaf in jax.tree.leaves(learner))  # else the second task's would be other types
+  assert not any(
+    leaf.weak_type for leaf in jax.tree.leaves(learner)
+  )  # else the second task's would be other types
   x = jax.ShapeDtypeStruct((4, *experiment.problem.shape), jnp.float32)
   found = jax.eval_shape(lambda learner, x: experiment.method.predict(learner, x, 1, 2), learner, x)
   assert found.agnostic.shape[0] == found.macs.shape[0] == 4
@@ -331,8 +426,16 @@ def test_every_method_is_built_and_predicts(changes, config):
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"model.name": "resnet8", "model.width": 0.25}])
 def test_a_run_grows_where_the_first_task_takes_all_there_is(changes, config, tmp_path):
-  made = config(**{"gates.when_full": "grow", "gates.growth": 0.5, "gates.threshold": 0.0, "gates.sparsity": 0.0,
-                   "model.gate.initial_open": 0.9, **changes})
+  made = config(
+    **{
+      "gates.when_full": "grow",
+      "gates.growth": 0.5,
+      "gates.threshold": 0.0,
+      "gates.sparsity": 0.0,
+      "model.gate.initial_open": 0.9,
+      **changes,
+    }
+  )
   run.run(made, tmp_path, "train")
   tests = [line for line in read_lines(tmp_path / "metrics.jsonl") if line["split"] == "test"]
   free = [[line[name] for name in line if name.startswith("free_units/")] for line in tests]
@@ -342,11 +445,21 @@ def test_a_run_grows_where_the_first_task_takes_all_there_is(changes, config, tm
 
 
 @pytest.mark.slow
-def test_a_full_layer_ends_a_run_that_keeps_and_shows_what_it_has_learnt(config, tmp_path, monkeypatch):
-  made = config(**{"gates.when_full": "error", "gates.threshold": 0.0, "gates.sparsity": 0.0,
-                   "model.gate.initial_open": 0.9})
+def test_a_full_layer_ends_a_run_that_keeps_and_shows_what_it_has_learnt(
+  config, tmp_path, monkeypatch
+):
+  made = config(
+    **{
+      "gates.when_full": "error",
+      "gates.threshold": 0.0,
+      "gates.sparsity": 0.0,
+      "model.gate.initial_open": 0.9,
+    }
+  )
   for _ in range(2):  # the same command says the same
-    with pytest.raises(ValueError, match="after task 1 of 2 no unit is free for the next one in layer1/conv/conv"):
+    with pytest.raises(
+      ValueError, match="after task 1 of 2 no unit is free for the next one in layer1/conv/conv"
+    ):
       run.run(made, tmp_path, "train")
     page = (tmp_path / "report.html").read_text()
     assert "This run failed and is not finished: after task 1 of 2 no unit is free" in page
@@ -359,8 +472,13 @@ def test_a_full_layer_ends_a_run_that_keeps_and_shows_what_it_has_learnt(config,
   drawn = {}
   for name in ("draw_filters", "draw_overlap"):
     draw = getattr(tasks, name)
-    monkeypatch.setattr(tasks, name, lambda values, task_names, name=name, draw=draw: (
-        drawn.update({name: (values, task_names)}) or draw(values, task_names=task_names)))
+    monkeypatch.setattr(
+      tasks,
+      name,
+      lambda values, task_names, name=name, draw=draw: (
+        drawn.update({name: (values, task_names)}) or draw(values, task_names=task_names)
+      ),
+    )
   run.run(made, tmp_path, "report")
   use, names = drawn["draw_filters"]
   assert names == ["0, 1"]
@@ -385,11 +503,24 @@ def test_what_other_methods_remember_is_part_of_the_checkpoint(method, config, t
 @pytest.mark.parametrize("method", [m for m in choices.METHODS if m != "gates"])
 def test_every_method_learns_two_tasks(method, config, tmp_path, monkeypatch):
   """Better than chance with the task known, and finite; what each does against forgetting is tested with it."""
-  epochs = 40 if method == "hat" else 8  # its embeddings hold the gradient's norm at the clip, so weights learn slowly
-  made = config(method=method, **{"optim.epochs": epochs, "optim.learning_rate": 0.05, "checkpoint_every": 100,
-                                  "hat.sparsity": 0.0, "dgm.real": 0.5, "generator.steps": 50,
-                                  "generator.batch_size": 16, "generator.width": 4, "generator.images": 20,
-                                  "gates.sparsity": 0.0})
+  epochs = (
+    40 if method == "hat" else 8
+  )  # its embeddings hold the gradient's norm at the clip, so weights learn slowly
+  made = config(
+    method=method,
+    **{
+      "optim.epochs": epochs,
+      "optim.learning_rate": 0.05,
+      "checkpoint_every": 100,
+      "hat.sparsity": 0.0,
+      "dgm.real": 0.5,
+      "generator.steps": 50,
+      "generator.batch_size": 16,
+      "generator.width": 4,
+      "generator.images": 20,
+      "gates.sparsity": 0.0,
+    },
+  )
   programs = list_programs(monkeypatch)
   run.run(made, tmp_path, "train")
   assert len(programs) == 1
@@ -407,12 +538,22 @@ def test_every_method_learns_two_tasks(method, config, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "rehearsal"), [("gates", "generative"), ("gates", "gated_generative"),
-                                                   ("dgm", "none")])
+@pytest.mark.parametrize(
+  ("method", "rehearsal"), [("gates", "generative"), ("gates", "gated_generative"), ("dgm", "none")]
+)
 def test_a_run_with_generators_goes_on_within_their_training_to_the_same_end(
-    config, tmp_path, capsys, resumable, method, rehearsal):
-  made = config(**{"method": method, "router.rehearsal": rehearsal, "generator.steps": 4, "generator.batch_size": 16,
-                   "generator.width": 2, "generator.images": 10})
+  config, tmp_path, capsys, resumable, method, rehearsal
+):
+  made = config(
+    **{
+      "method": method,
+      "router.rehearsal": rehearsal,
+      "generator.steps": 4,
+      "generator.batch_size": 16,
+      "generator.width": 2,
+      "generator.images": 10,
+    }
+  )
   run.run(made, tmp_path, "train")
   end, learner = final_learner(made, tmp_path)
   per_task = build.build(made).steps_per_task
@@ -428,18 +569,33 @@ def test_a_run_with_generators_goes_on_within_their_training_to_the_same_end(
 
 
 def test_batches_of_tasks_learnt_together_hold_as_much_of_each(config):
-  experiment = build.build(config(method="multitask_trunk", **{"tasks.count": 3, "optim.batch_size": 16}))
+  experiment = build.build(
+    config(method="multitask_trunk", **{"tasks.count": 3, "optim.batch_size": 16})
+  )
   assert list(experiment.stages) == [2]
   assert [len(images) for images in run.training_sets(experiment, 2).values()] == [
-      len(task.train) for task in experiment.tasks]
+    len(task.train) for task in experiment.tasks
+  ]
 
   def loss(params, learner, batch):
     label, place = batch.labels.astype(float), jnp.arange(len(batch.labels))
-    return 0.0, ({"misplaced": jnp.mean(batch.labels // 2 != place % 3), "size": 1.0 * len(label),
-                  "mean": jnp.mean(label)}, learner.batch_stats)
+    return 0.0, (
+      {
+        "misplaced": jnp.mean(batch.labels // 2 != place % 3),
+        "size": 1.0 * len(label),
+        "mean": jnp.mean(label),
+      },
+      learner.batch_stats,
+    )
 
-  experiment = dataclasses.replace(experiment, method=dataclasses.replace(experiment.method, loss=loss))
-  advance, learner, seen = run.make_advance(experiment)(2), devices.replicate(experiment.fresh()), []
+  experiment = dataclasses.replace(
+    experiment, method=dataclasses.replace(experiment.method, loss=loss)
+  )
+  advance, learner, seen = (
+    run.make_advance(experiment)(2),
+    devices.replicate(experiment.fresh()),
+    [],
+  )
   for step in range(4):
     learner, metrics = advance(learner, step)
     assert float(metrics["misplaced"][0]) == 0
@@ -450,7 +606,8 @@ def test_batches_of_tasks_learnt_together_hold_as_much_of_each(config):
 
 @pytest.mark.slow
 def test_tasks_learnt_together_fill_the_last_row_and_resume_to_the_same_end(
-    config, tmp_path, capsys, monkeypatch):
+  config, tmp_path, capsys, monkeypatch
+):
   monkeypatch.setattr(run, "Checkpoints", functools.partial(Checkpoints, keep=100))
   made = config(method="multitask_gates")
   run.run(made, tmp_path, "train")
@@ -462,7 +619,11 @@ def test_tasks_learnt_together_fill_the_last_row_and_resume_to_the_same_end(
     assert result[setting]["average_accuracy"] == pytest.approx(np.mean(last))
     assert result[setting]["forgetting"] is None
   assert np.array(result["gate_overlap"]).shape == (2, 2)
-  assert {f.name for f in tmp_path.glob("*.png")} == {"accuracies.png", "filters.png", "overlap.png"}
+  assert {f.name for f in tmp_path.glob("*.png")} == {
+    "accuracies.png",
+    "filters.png",
+    "overlap.png",
+  }
   tags = {value.tag for _, value in summaries(tmp_path) if value.tag.startswith("gates/task")}
   assert {tag.split("/")[1] for tag in tags} == {"task01", "task02"}
   end, learner = final_learner(made, tmp_path)
@@ -481,17 +642,24 @@ def test_tasks_learnt_together_fill_the_last_row_and_resume_to_the_same_end(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"method": "multitask_gates"}, {"model.name": "resnet8", "model.width": 0.25}])
+@pytest.mark.parametrize(
+  "changes", [{}, {"method": "multitask_gates"}, {"model.name": "resnet8", "model.width": 0.25}]
+)
 def test_the_net_of_each_task_is_compiled(changes, config, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(compile_report, "_REPEATS", 1)
   monkeypatch.setattr(compile_report, "_BATCHES", (1, 3))
-  made = config(**{"model.gate.initial_open": 0.5, "gates.threshold": 0.0, "gates.sparsity": 0.0, **changes})
+  made = config(
+    **{"model.gate.initial_open": 0.5, "gates.threshold": 0.0, "gates.sparsity": 0.0, **changes}
+  )
   run.run(made, tmp_path / "run", "train")
   run.run(made, tmp_path / "run", "compile")
   said = capsys.readouterr().out
   found = json.loads((tmp_path / "run" / "compile.json").read_text())
-  assert list(found["timings"]) == [f"task {t}, {names}: {size} at a time" for t, names in ((1, "0, 1"), (2, "2, 3"))
-                                    for size in ("1 image", "3 images")]
+  assert list(found["timings"]) == [
+    f"task {t}, {names}: {size} at a time"
+    for t, names in ((1, "0, 1"), (2, "2, 3"))
+    for size in ("1 image", "3 images")
+  ]
   for title, rows in found["timings"].items():
     assert f"\n{title}\n" in said
     assert {"masked", "switch"} <= {row["strategy"] for row in rows if row["part"] == 1}
@@ -527,10 +695,16 @@ def test_every_task_begins_with_a_fresh_optimiser():
   optimiser, params = optax.sgd(0.1, momentum=0.9), {"w": jnp.ones(2)}
   images = Images(np.zeros((2, 1, 1, 1), np.uint8), np.zeros(2, np.int32), ())
   kept = SimpleNamespace(together=False, end_task=lambda learner, data, key: learner)
-  experiment = SimpleNamespace(method=kept, optimiser=optimiser, key=jax.random.key,
-                               tasks=[SimpleNamespace(train=images, validation=images)])
+  experiment = SimpleNamespace(
+    method=kept,
+    optimiser=optimiser,
+    key=jax.random.key,
+    tasks=[SimpleNamespace(train=images, validation=images)],
+  )
   moving = jax.tree.map(lambda x: x + 5, optimiser.init(params))
-  learner = Learner(jnp.int32(7), jnp.int32(0), params, {}, moving, {}, Table(*[jnp.zeros((1, 1))] * 5))
+  learner = Learner(
+    jnp.int32(7), jnp.int32(0), params, {}, moving, {}, Table(*[jnp.zeros((1, 1))] * 5)
+  )
   ended = run.finish_task(experiment, learner, 0, lambda *_: dict.fromkeys(Table._fields, 0.5))
   assert tiny.bit_equal(ended.opt_state, optimiser.init(params))
   assert (int(ended.step), int(ended.task)) == (8, 1)

@@ -19,9 +19,13 @@ def random_accuracies(tasks, seed):
 
 def test_summary_by_hand():
   assert metrics.summarise(LEARNED) == metrics.Summary(
-      average_accuracy=0.75, average_after=(0.9, 0.75, 0.75),
-      forgetting=pytest.approx((0.15 + 0.3) / 2), backward_transfer=pytest.approx((-0.15 - 0.3) / 2),
-      forward_transfer=None, reasons={"forward_transfer": NOTHING_TO_TEST})
+    average_accuracy=0.75,
+    average_after=(0.9, 0.75, 0.75),
+    forgetting=pytest.approx((0.15 + 0.3) / 2),
+    backward_transfer=pytest.approx((-0.15 - 0.3) / 2),
+    forward_transfer=None,
+    reasons={"forward_transfer": NOTHING_TO_TEST},
+  )
 
 
 def test_forward_transfer_is_the_lead_over_a_random_net_before_a_task():
@@ -46,27 +50,42 @@ def test_what_was_kept_bit_for_bit_is_forgotten_by_exactly_zero():
 def test_one_task_has_an_average_only():
   reason = "there is one task only"
   assert metrics.summarise(np.array([[0.5]]), baseline=np.array([0.1])) == metrics.Summary(
-      average_accuracy=0.5, average_after=(0.5,), forgetting=None, backward_transfer=None, forward_transfer=None,
-      reasons=dict.fromkeys(("forgetting", "backward_transfer", "forward_transfer"), reason))
+    average_accuracy=0.5,
+    average_after=(0.5,),
+    forgetting=None,
+    backward_transfer=None,
+    forward_transfer=None,
+    reasons=dict.fromkeys(("forgetting", "backward_transfer", "forward_transfer"), reason),
+  )
 
 
 def test_tasks_learned_together_have_accuracies_at_the_end_only():
   together = np.where(np.arange(3)[:, None] == 2, FULL, NAN)
   reason = "all tasks are learned together"
   assert metrics.summarise(together, baseline=np.zeros(3)) == metrics.Summary(
-      average_accuracy=0.75, average_after=(None, None, 0.75), forgetting=None, backward_transfer=None,
-      forward_transfer=None, reasons=dict.fromkeys(("forgetting", "backward_transfer", "forward_transfer"), reason))
+    average_accuracy=0.75,
+    average_after=(None, None, 0.75),
+    forgetting=None,
+    backward_transfer=None,
+    forward_transfer=None,
+    reasons=dict.fromkeys(("forgetting", "backward_transfer", "forward_transfer"), reason),
+  )
   together[2, 1] = NAN
-  with pytest.raises(ValueError, match="known on every learned task .*; got nan in row 2, column 1"):
+  with pytest.raises(
+    ValueError, match="known on every learned task .*; got nan in row 2, column 1"
+  ):
     metrics.summarise(together)
 
 
-@pytest.mark.parametrize(("accuracies", "baseline", "reason"), [
+@pytest.mark.parametrize(
+  ("accuracies", "baseline", "reason"),
+  [
     (FULL, None, "no accuracies of a random-initialised net are given"),
     (LEARNED, None, NOTHING_TO_TEST),
     (LEARNED, np.full(3, 0.5), NOTHING_TO_TEST),
     (np.where(np.eye(3, k=1) * [0, 0, 1] > 0, NAN, FULL), np.full(3, 0.5), NOTHING_TO_TEST),
-])
+  ],
+)
 def test_why_there_is_no_forward_transfer(accuracies, baseline, reason):
   summary = metrics.summarise(accuracies, baseline=baseline)
   assert summary.forward_transfer is None
@@ -79,9 +98,15 @@ def test_a_summary_agrees_with_loops_over_tasks(tasks, seed):
   summary, last = metrics.summarise(r, baseline=baseline), tasks - 1
   lost = [max(r[i, j] for i in range(last)) - r[last, j] for j in range(last)]
   assert summary.forgetting == pytest.approx(sum(lost) / last)
-  assert summary.backward_transfer == pytest.approx(sum(r[last, j] - r[j, j] for j in range(last)) / last)
-  assert summary.forward_transfer == pytest.approx(sum(r[j - 1, j] - baseline[j] for j in range(1, tasks)) / last)
-  assert summary.average_after[-1] == summary.average_accuracy == pytest.approx(sum(r[last]) / tasks)
+  assert summary.backward_transfer == pytest.approx(
+    sum(r[last, j] - r[j, j] for j in range(last)) / last
+  )
+  assert summary.forward_transfer == pytest.approx(
+    sum(r[j - 1, j] - baseline[j] for j in range(1, tasks)) / last
+  )
+  assert (
+    summary.average_after[-1] == summary.average_accuracy == pytest.approx(sum(r[last]) / tasks)
+  )
   assert summary.average_after[0] == r[0, 0]
 
 
@@ -93,51 +118,83 @@ def test_at_least_what_backward_transfer_lost_is_forgotten(tasks, seed):
   json.dumps(vars(summary), allow_nan=False)
 
 
-@pytest.mark.parametrize(("accuracies", "message"), [
+@pytest.mark.parametrize(
+  ("accuracies", "message"),
+  [
     (np.zeros((2, 3)), r"accuracies must be \[T, T\], T >= 1; got \(2, 3\)"),
     (np.zeros(4), r"accuracies must be \[T, T\], T >= 1; got \(4,\)"),
     (np.zeros((0, 0)), r"accuracies must be \[T, T\], T >= 1; got \(0, 0\)"),
-    (np.array([[0.5, 0], [NAN, 0.5]]),
-     r"accuracies must be known on every learned task \(row i, columns up to i\); got nan in row 1, column 0"),
+    (
+      np.array([[0.5, 0], [NAN, 0.5]]),
+      r"accuracies must be known on every learned task \(row i, columns up to i\); got nan in row 1, column 0",
+    ),
     (np.array([[NAN]]), r"accuracies must be known on .*; got nan in row 0, column 0"),
-    (np.array([[0.5, NAN], [0.5, 97.5]]), r"accuracies must be in \[0, 1\]; got 97.5 in row 1, column 1"),
-    (np.array([[0.5, -0.1], [0.5, 0.5]]), r"accuracies must be in \[0, 1\]; got -0.1 in row 0, column 1"),
-    (np.array([[0.5, np.inf], [0.5, 0.5]]), r"accuracies must be in \[0, 1\]; got inf in row 0, column 1"),
-])
+    (
+      np.array([[0.5, NAN], [0.5, 97.5]]),
+      r"accuracies must be in \[0, 1\]; got 97.5 in row 1, column 1",
+    ),
+    (
+      np.array([[0.5, -0.1], [0.5, 0.5]]),
+      r"accuracies must be in \[0, 1\]; got -0.1 in row 0, column 1",
+    ),
+    (
+      np.array([[0.5, np.inf], [0.5, 0.5]]),
+      r"accuracies must be in \[0, 1\]; got inf in row 0, column 1",
+    ),
+  ],
+)
 def test_what_is_no_accuracy_matrix_is_named(accuracies, message):
   with pytest.raises(ValueError, match=f"^{message}$"):
     metrics.summarise(accuracies)
 
 
 @pytest.mark.parametrize("accuracies", [FULL, LEARNED, FULL[:1, :1]])
-@pytest.mark.parametrize("baseline", [np.zeros(4), np.full((3, 1), 0.5), np.array([0, NAN, 0]), np.array([0, 0, 1.5])])
+@pytest.mark.parametrize(
+  "baseline", [np.zeros(4), np.full((3, 1), 0.5), np.array([0, NAN, 0]), np.array([0, 0, 1.5])]
+)
 def test_what_is_no_baseline_is_named_even_where_it_is_not_needed(accuracies, baseline):
-  with pytest.raises(ValueError, match=r"^baseline must be \[T\] accuracies in \[0, 1\], T = [13]; got \["):
+  with pytest.raises(
+    ValueError, match=r"^baseline must be \[T\] accuracies in \[0, 1\], T = [13]; got \["
+  ):
     metrics.summarise(accuracies, baseline=baseline)
 
 
 def test_spread_over_seeds_by_hand():
-  assert metrics.over_seeds(np.array([0.2, 0.4, 0.9])) == (pytest.approx(0.5), pytest.approx(np.sqrt(0.26 / 2)))
+  assert metrics.over_seeds(np.array([0.2, 0.4, 0.9])) == (
+    pytest.approx(0.5),
+    pytest.approx(np.sqrt(0.26 / 2)),
+  )
   assert metrics.over_seeds([0.7]) == (0.7, None)
   for bad in ([], [0.5, NAN]):
-    with pytest.raises(ValueError, match="^values must be one finite number a seed, at least one; got "):
+    with pytest.raises(
+      ValueError, match="^values must be one finite number a seed, at least one; got "
+    ):
       metrics.over_seeds(bad)
 
 
-USED = np.array([[1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 0], [0, 0, 0, 0, 0]], bool)
+USED = np.array(
+  [[1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 0], [0, 0, 0, 0, 0]], bool
+)
 
 
 def test_gate_overlap_by_hand():
-  np.testing.assert_allclose(metrics.gate_overlap(USED), [
+  np.testing.assert_allclose(
+    metrics.gate_overlap(USED),
+    [
       [1, 1 / 3, 0, 1 / 2, 0],
       [1 / 3, 1, 0, 1 / 2, 0],
       [0, 0, 1, 0, 1],
       [1 / 2, 1 / 2, 0, 1, 0],
-      [0, 0, 1, 0, 1]], rtol=1e-15)
+      [0, 0, 1, 0, 1],
+    ],
+    rtol=1e-15,
+  )
 
 
 def test_mean_overlap_is_of_pairs_of_tasks():
-  assert metrics.mean_overlap(metrics.gate_overlap(USED)) == pytest.approx((1 / 3 + 1 / 2 + 1 / 2 + 1) / 10)
+  assert metrics.mean_overlap(metrics.gate_overlap(USED)) == pytest.approx(
+    (1 / 3 + 1 / 2 + 1 / 2 + 1) / 10
+  )
   assert metrics.mean_overlap(np.ones((1, 1))) is None
 
 
@@ -170,8 +227,12 @@ def test_counts_of_filters_add_up_to_the_units(tasks, units, rate, seed):
 
 
 @pytest.mark.parametrize("function", [metrics.gate_overlap, metrics.filter_use])
-@pytest.mark.parametrize("units", [np.zeros((2, 3)), np.zeros(3, bool), np.zeros((0, 3), bool), np.zeros((3, 0), bool)])
+@pytest.mark.parametrize(
+  "units", [np.zeros((2, 3)), np.zeros(3, bool), np.zeros((0, 3), bool), np.zeros((3, 0), bool)]
+)
 def test_what_is_no_table_of_units_is_named(function, units):
   name = {"gate_overlap": "is_open", "filter_use": "relevant"}[function.__name__]
-  with pytest.raises(ValueError, match=rf"^{name} must be bool \[T, U\], T and U >= 1; got (bool|float64) \("):
+  with pytest.raises(
+    ValueError, match=rf"^{name} must be bool \[T, U\], T and U >= 1; got (bool|float64) \("
+  ):
     function(units)

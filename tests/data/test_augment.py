@@ -21,14 +21,20 @@ def candidates(image, pad):
   padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
   shifts = range(2 * pad + 1)
   crops = {(top, left): padded[top : top + h, left : left + w] for top in shifts for left in shifts}
-  return {(*shift, m): crop[:, ::-1] if m else crop for shift, crop in crops.items() for m in (False, True)}
+  return {
+    (*shift, m): crop[:, ::-1] if m else crop
+    for shift, crop in crops.items()
+    for m in (False, True)
+  }
 
 
 def what_was_done(pixels, result, pad):
   """(top, left, mirrored) of each image, found by comparing it with everything that could have been done."""
   found = []
   for image, changed in zip(pixels, np.asarray(result), strict=True):
-    matches = [which for which, crop in candidates(image, pad).items() if np.array_equal(crop, changed)]
+    matches = [
+      which for which, crop in candidates(image, pad).items() if np.array_equal(crop, changed)
+    ]
     assert len(matches) == 1
     found.append(matches[0])
   return np.array(found)
@@ -37,7 +43,9 @@ def what_was_done(pixels, result, pad):
 @pytest.mark.parametrize(("pad", "flip"), [(PAD, True), (PAD, False), (0, True)])
 def test_every_result_is_a_crop_of_the_padded_image_and_all_crops_occur(pad, flip):
   pixels = images()
-  result = jax.jit(lambda key, x: crop_and_flip(key, x, pad=pad, flip=flip))(jax.random.key(0), pixels)
+  result = jax.jit(lambda key, x: crop_and_flip(key, x, pad=pad, flip=flip))(
+    jax.random.key(0), pixels
+  )
   assert result.dtype == jnp.uint8
   top, left, mirrored = what_was_done(pixels, result, pad).T
   rate = 1 / (2 * pad + 1)
@@ -53,7 +61,9 @@ def test_every_result_is_a_crop_of_the_padded_image_and_all_crops_occur(pad, fli
 
 def test_equal_images_are_augmented_independently_and_by_the_key():
   pixels = np.repeat(images(1), 20, 0)
-  first, second = (crop_and_flip(jax.random.key(seed), pixels, pad=PAD, flip=True) for seed in (0, 1))
+  first, second = (
+    crop_and_flip(jax.random.key(seed), pixels, pad=PAD, flip=True) for seed in (0, 1)
+  )
   assert len(np.unique(first, axis=0)) > 10
   assert np.mean(np.any(first != second, (1, 2, 3))) > 0.5
 
@@ -69,7 +79,7 @@ def test_the_draw_does_not_depend_on_the_number_of_devices():
   alone = jax.jit(lambda x: crop_and_flip(key, x, pad=PAD, flip=True))(pixels)
   assert np.any(alone != pixels)
   spread = lambda axis_name: jax.pmap(
-      lambda x: crop_and_flip(key, x, pad=PAD, flip=True, axis_name=axis_name), axis_name="d"
+    lambda x: crop_and_flip(key, x, pad=PAD, flip=True, axis_name=axis_name), axis_name="d"
   )(pixels.reshape(8, 2, *SIZE)).reshape(pixels.shape)
   np.testing.assert_array_equal(spread("d"), alone)
   assert np.any(spread(None) != alone)
@@ -81,7 +91,9 @@ def test_a_square_around_any_pixel_is_cut_out(size):
   result = np.asarray(jax.jit(lambda key, x: cut_out(key, x, size=size))(jax.random.key(0), x))
   h, w, _ = SIZE
   at = lambda centre, length: np.isin(np.arange(length), centre - size // 2 + np.arange(size))
-  squares = {tuple((at(row, h)[:, None] & at(column, w)).ravel()) for row in range(h) for column in range(w)}
+  squares = {
+    tuple((at(row, h)[:, None] & at(column, w)).ravel()) for row in range(h) for column in range(w)
+  }
   gone = result == 0
   assert (gone == gone[..., :1]).all()
   assert {tuple(mask.ravel()) for mask in gone[..., 0]} == squares  # each of them, and nothing else
@@ -94,7 +106,8 @@ def test_size_0_cuts_nothing_out_and_draws_do_not_depend_on_devices():
   cut = lambda key, x, axis_name=None: cut_out(key, x, size=2, axis_name=axis_name)
   several = jax.pmap(lambda key, x: cut(key, x, "devices"), "devices", in_axes=(None, 0))
   np.testing.assert_array_equal(
-      several(jax.random.key(0), x.reshape(8, 2, *SIZE)).reshape(x.shape), cut(jax.random.key(0), x))
+    several(jax.random.key(0), x.reshape(8, 2, *SIZE)).reshape(x.shape), cut(jax.random.key(0), x)
+  )
 
 
 def test_normalise_by_hand():
@@ -103,14 +116,19 @@ def test_normalise_by_hand():
   assert out.dtype == jnp.float32
   np.testing.assert_allclose(out.ravel(), [-2, 0, 3], atol=1e-6)
   np.testing.assert_allclose(normalise(pixels, (0.2,), (0.4,)).ravel(), [-0.5, 0, 2], atol=1e-6)
-  np.testing.assert_allclose(jax.jit(lambda x: normalise(x, (0.2,), (0.4,)))(pixels).ravel(), [-0.5, 0, 2], atol=1e-6)
+  np.testing.assert_allclose(
+    jax.jit(lambda x: normalise(x, (0.2,), (0.4,)))(pixels).ravel(), [-0.5, 0, 2], atol=1e-6
+  )
 
 
-@pytest.mark.parametrize(("mean", "std", "name", "value"), [
+@pytest.mark.parametrize(
+  ("mean", "std", "name", "value"),
+  [
     ((0.5, 0.5), (1.0,), "mean", (0.5, 0.5)),
     ((0.5,), (1.0, 1.0, 1.0, 1.0), "std", (1.0, 1.0, 1.0, 1.0)),
     ((), (1.0,), "mean", ()),
-])
+  ],
+)
 def test_another_number_of_channels_is_an_error(mean, std, name, value):
   message = f"{name} must hold 1 or 3 numbers, one per channel; got {value}"
   with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -119,5 +137,9 @@ def test_another_number_of_channels_is_an_error(mean, std, name, value):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16, np.int32, bool])
 def test_pixels_of_another_type_than_uint8_are_refused(dtype):
-  with pytest.raises(ValueError, match=f"pixels must be uint8, as .*to_uint8 makes them; got {np.dtype(dtype)}"):
-    jax.eval_shape(lambda x: normalise(x, (0.5,), (0.5,)), jax.ShapeDtypeStruct((1, 2, 2, 3), dtype))
+  with pytest.raises(
+    ValueError, match=f"pixels must be uint8, as .*to_uint8 makes them; got {np.dtype(dtype)}"
+  ):
+    jax.eval_shape(
+      lambda x: normalise(x, (0.5,), (0.5,)), jax.ShapeDtypeStruct((1, 2, 2, 3), dtype)
+    )

@@ -9,7 +9,11 @@ from gating_jax.data.tfds import Images
 
 def numbered(count):
   """Images of one pixel, their number, with labels of twice that."""
-  return Images(np.arange(count, dtype=np.uint8).reshape(count, 1, 1, 1), 2 * np.arange(count, dtype=np.int32), ("a",))
+  return Images(
+    np.arange(count, dtype=np.uint8).reshape(count, 1, 1, 1),
+    2 * np.arange(count, dtype=np.int32),
+    ("a",),
+  )
 
 
 @given(count=st.integers(1, 200), batch_size=st.integers(1, 250))
@@ -25,7 +29,9 @@ def test_every_image_stands_in_one_batch(count, batch_size):
 
 
 @pytest.mark.parametrize(
-    ("count", "batch_size", "valid"), [(6, 3, [3, 3]), (7, 3, [3, 3, 1]), (2, 5, [2]), (5, 1, [1] * 5), (0, 4, [])])
+  ("count", "batch_size", "valid"),
+  [(6, 3, [3, 3]), (7, 3, [3, 3, 1]), (2, 5, [2]), (5, 1, [1] * 5), (0, 4, [])],
+)
 def test_the_last_batch_tells_how_much_of_it_is_valid(count, batch_size, valid):
   assert [v for _, v in cover(numbered(count), batch_size)] == valid
 

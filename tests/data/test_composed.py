@@ -30,15 +30,25 @@ def script(units):
 
 def test_a_set_has_all_that_training_asks_for(train):
   assert len(train) == len(train.names) == len(set(train.names)) == 640
-  assert train.shapes == {"clips": (16, FRAMES, SIZE, SIZE, 1), "valid": (16,), "label": (), "weight": (),
-                          "units": (16,), "relevant": (16,)}
+  assert train.shapes == {
+    "clips": (16, FRAMES, SIZE, SIZE, 1),
+    "valid": (16,),
+    "label": (),
+    "weight": (),
+    "units": (16,),
+    "relevant": (16,),
+  }
   arrays = train.arrays
   assert arrays["clips"].dtype == np.uint8
   assert arrays["valid"].all()
   assert (arrays["weight"] == 1).all()
   assert np.unique(np.bincount(arrays["label"])).tolist() == [40]
   assert not train.multi_label
-  assert (len(train.class_names), len(train.unit_names)) == (len(CLASS_NAMES), len(UNIT_NAMES)) == (16, 50)
+  assert (
+    (len(train.class_names), len(train.unit_names))
+    == (len(CLASS_NAMES), len(UNIT_NAMES))
+    == (16, 50)
+  )
 
 
 def test_classes_are_balanced_for_any_number_of_videos():
@@ -58,7 +68,9 @@ def test_the_same_arguments_make_the_same_videos_and_others_do_not():
 
 def test_a_video_is_a_scenes_anchor_runs_of_moving_digits_and_clutter(train):
   lengths, others = [], []
-  for units, relevant, label in zip(*(train.arrays[name] for name in ("units", "relevant", "label")), strict=True):
+  for units, relevant, label in zip(
+    *(train.arrays[name] for name in ("units", "relevant", "label")), strict=True
+  ):
     scene, steps = label // 4, script(units)
     tools = motions(scene, label % 4)
     assert tuple(tools) == TOOLS[scene]
@@ -69,7 +81,7 @@ def test_a_video_is_a_scenes_anchor_runs_of_moving_digits_and_clutter(train):
       starts[digit] = places[0]
       assert places in ([places[0]], [places[0], places[0] + 1])
       lengths.append(len(places))
-      moving, = {steps[t][1] for t in places}
+      (moving,) = {steps[t][1] for t in places}
       assert moving == tools[digit] if digit in tools else moving < 4
       others += [] if digit in tools else [moving]
       assert relevant[places].all() == relevant[places].any() == (digit in tools)
@@ -119,14 +131,23 @@ def placed(picture, row, column):
 def find(frame, pictures):
   """Where one of the pictures alone, `{bytes: label}`, is all that a frame shows: its label and corners."""
   views = np.lib.stride_tricks.sliding_window_view(frame, (8, 8))
-  return [(pictures[views[at].tobytes()], at) for at in itertools.product(range(9), repeat=2)
-          if views[at].tobytes() in pictures and views[at].sum(dtype=int) == frame.sum(dtype=int)]
+  return [
+    (pictures[views[at].tobytes()], at)
+    for at in itertools.product(range(9), repeat=2)
+    if views[at].tobytes() in pictures and views[at].sum(dtype=int) == frame.sum(dtype=int)
+  ]
 
 
 @pytest.mark.parametrize(("split", "other"), [("train", "test"), ("test", "train")])
-def test_clips_show_the_splits_own_digits_in_the_middle_of_their_motion(split, other, without_noise):
-  load = lambda name: {image.tobytes(): label for image, label in zip(
-      *(lambda d: (d.pixels[..., 0], d.labels))(tfds.load(tfds.DIGITS, name)), strict=True)}
+def test_clips_show_the_splits_own_digits_in_the_middle_of_their_motion(
+  split, other, without_noise
+):
+  load = lambda name: {
+    image.tobytes(): label
+    for image, label in zip(
+      *(lambda d: (d.pixels[..., 0], d.labels))(tfds.load(tfds.DIGITS, name)), strict=True
+    )
+  }
   own, others = load(split), load(other)
   assert not own.keys() & others.keys()
   scrambled = {bytes(sorted(image)) for image in own}
@@ -143,9 +164,11 @@ def test_clips_show_the_splits_own_digits_in_the_middle_of_their_motion(split, o
     assert {label for label, _ in matches} == {unit // 5}
     row, column = matches[0][1]
     dy, dx = VELOCITIES[unit % 5]
-    picture = centre[row:row + 8, column:column + 8]
+    picture = centre[row : row + 8, column : column + 8]
     for f, frame in enumerate(clip):
-      np.testing.assert_array_equal(frame, placed(picture, row + (f - CENTRE) * dy, column + (f - CENTRE) * dx))
+      np.testing.assert_array_equal(
+        frame, placed(picture, row + (f - CENTRE) * dy, column + (f - CENTRE) * dx)
+      )
 
 
 def test_a_centre_frame_shows_no_motion_and_the_first_frame_does(train):
@@ -153,7 +176,9 @@ def test_a_centre_frame_shows_no_motion_and_the_first_frame_does(train):
   clips = train.arrays["clips"].reshape(-1, FRAMES, SIZE, SIZE).astype(np.float64)
   place = np.arange(SIZE) - (SIZE - 1) / 2
 
-  def off_centre(frame, motion):  # mean and standard error of the digits' weight by place, both axes
+  def off_centre(
+    frame, motion
+  ):  # mean and standard error of the digits' weight by place, both axes
     shown = clips[(units >= 20) & (units % 5 == motion), frame]
     shown = shown / shown.sum(axis=(1, 2), keepdims=True)
     moments = np.stack([shown.sum(2) @ place, shown.sum(1) @ place], axis=1)
@@ -170,7 +195,9 @@ def test_a_centre_frame_shows_no_motion_and_the_first_frame_does(train):
 
 
 def test_noise_has_the_spread_it_says(train):
-  corner = train.arrays["clips"][:, :, CENTRE, 0, 0].astype(float)  # never a digit: half a normal distribution, clipped
+  corner = train.arrays["clips"][:, :, CENTRE, 0, 0].astype(
+    float
+  )  # never a digit: half a normal distribution, clipped
   assert abs((corner == 0).mean() - 0.5) < 0.02
   assert np.sqrt((corner**2).mean() * 2) == pytest.approx(24, rel=0.05)
 
@@ -178,10 +205,14 @@ def test_noise_has_the_spread_it_says(train):
 @pytest.mark.slow
 def test_context_is_needed_and_motion_too(train):
   """One segment tells little, four less than half, all of them everything, and centre frames the scene alone."""
-  probe = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "composed_probe.py"))["accuracy"]
+  probe = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "composed_probe.py"))[
+    "accuracy"
+  ]
   test = composed("test", videos=480)
-  one, four, all_, centres = (probe(train.arrays, test.arrays, count, motions=moving)
-                              for count, moving in ((1, True), (4, True), (16, True), (16, False)))
+  one, four, all_, centres = (
+    probe(train.arrays, test.arrays, count, motions=moving)
+    for count, moving in ((1, True), (4, True), (16, True), (16, False))
+  )
   assert 0.1 < one < 0.22
   assert one + 0.2 < four < 0.55
   assert all_ > 0.98
@@ -195,11 +226,20 @@ def test_videos_are_of_any_length_from_the_least(segments):
   assert (np.sum(video.arrays["units"] >= 0, axis=1) <= 14).all()
 
 
-@pytest.mark.parametrize(("call", "message"), [
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
     (lambda: composed("train", videos=0), "videos must be >= 1; got 0"),
-    (lambda: composed("train", videos=1, segments=13), "segments must be >= 14, the length of the longest activity"),
-    (lambda: composed("valid", videos=1), "data split of digits must be 'train' or 'test'; got 'valid'"),
-])
+    (
+      lambda: composed("train", videos=1, segments=13),
+      "segments must be >= 14, the length of the longest activity",
+    ),
+    (
+      lambda: composed("valid", videos=1),
+      "data split of digits must be 'train' or 'test'; got 'valid'",
+    ),
+  ],
+)
 def test_bad_arguments_are_named(call, message):
   with pytest.raises(ValueError, match=f"^{message}"):
     call()

@@ -30,9 +30,18 @@ def write_videos(folder):
 
 def config_of(name, folder):
   made = ml_collections.ConfigDict(video_common.video_config())
-  made.data.update({
-      "name": name, "folder": folder, "heavy_folder": folder if name == "features" else None,
-      "table": f"{folder}/table.csv", "train_split": f"{folder}/split.txt", "segments": 2, "frames": 1, "size": 8})
+  made.data.update(
+    {
+      "name": name,
+      "folder": folder,
+      "heavy_folder": folder if name == "features" else None,
+      "table": f"{folder}/table.csv",
+      "train_split": f"{folder}/split.txt",
+      "segments": 2,
+      "frames": 1,
+      "size": 8,
+    }
+  )
   return made
 
 

@@ -10,7 +10,9 @@ SMALL = st.integers(1, 60)
 
 def epoch_of(seed, epoch, batch_size, examples):
   per_epoch = examples // batch_size
-  return [batch_indices(seed, epoch * per_epoch + i, batch_size, examples) for i in range(per_epoch)]
+  return [
+    batch_indices(seed, epoch * per_epoch + i, batch_size, examples) for i in range(per_epoch)
+  ]
 
 
 @given(examples=SMALL, batch_size=SMALL, seed=st.integers(0, 5), epoch=st.integers(0, 3))
@@ -29,7 +31,9 @@ def test_an_epoch_whose_size_the_batch_divides_is_a_permutation():
 
 
 def test_epochs_and_seeds_are_ordered_differently():
-  orders = {tuple(np.concatenate(epoch_of(seed, epoch, 8, 48))) for seed in range(3) for epoch in range(3)}
+  orders = {
+    tuple(np.concatenate(epoch_of(seed, epoch, 8, 48))) for seed in range(3) for epoch in range(3)
+  }
   assert len(orders) == 9
   assert tuple(range(48)) not in orders
 

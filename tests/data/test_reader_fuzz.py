@@ -29,7 +29,22 @@ counts = pytest.mark.parametrize("count", [FEW, pytest.param(ALL, marks=pytest.m
 EXTREMES = (b"\x00" * 4, b"\xff" * 4, b"\x7f\xff\xff\xff", b"\x00\x00\xff\xff", b"\x80\x00\x00\x00")
 CHARACTERS = tuple(character.encode() for character in "\u2028\u2029\x85\f\v\x1c\ufeff\u00a0\u0663")
 BLANKS = (b" ", b"\t", b",", b", ", b" ,", b"\r")
-PIECES = (*CHARACTERS, *BLANKS, b"\n", b"\0", b";", b'"', b'""', b"-", b"nan", b"1e999", b"_", b"..", b"\xff", b"\xc3")
+PIECES = (
+  *CHARACTERS,
+  *BLANKS,
+  b"\n",
+  b"\0",
+  b";",
+  b'"',
+  b'""',
+  b"-",
+  b"nan",
+  b"1e999",
+  b"_",
+  b"..",
+  b"\xff",
+  b"\xc3",
+)
 
 
 def mutated(data, random, pieces):
@@ -123,8 +138,18 @@ def files():
   picture, grey = Image.fromarray(colours), Image.fromarray(colours[..., 0])
   deep = Image.fromarray(colours[..., 0].astype(np.uint16) * 257)
   made = [(picture, kind) for kind in pictures.FORMATS]
-  made += [(grey, "PNG"), (grey, "JPEG"), (deep, "PNG"), (deep, "TIFF"), (picture.convert("RGBA"), "PNG")]
-  made += [(picture.quantize(), "PNG"), (grey.convert("1"), "PNG"), (picture.convert("CMYK"), "JPEG")]
+  made += [
+    (grey, "PNG"),
+    (grey, "JPEG"),
+    (deep, "PNG"),
+    (deep, "TIFF"),
+    (picture.convert("RGBA"), "PNG"),
+  ]
+  made += [
+    (picture.quantize(), "PNG"),
+    (grey.convert("1"), "PNG"),
+    (picture.convert("CMYK"), "JPEG"),
+  ]
   return [encoded(picture, kind).getvalue() for picture, kind in made]
 
 
@@ -146,8 +171,11 @@ class OneFile:
 def opened(file):
   """A set of this picture."""
   readers = {
-      "image": features.Picture(tfds.features.Image(), "feature 'image' of a_set"),
-      "label": features.ImageClass(tfds.features.ClassLabel(num_classes=1), "feature 'label' of a_set")}
+    "image": features.Picture(tfds.features.Image(), "feature 'image' of a_set"),
+    "label": features.ImageClass(
+      tfds.features.ClassLabel(num_classes=1), "feature 'label' of a_set"
+    ),
+  }
   return tfds_sets.Examples(OneFile(file), "a_set", readers)
 
 
@@ -166,7 +194,9 @@ def test_an_index_error_of_a_decoder_is_of_the_file_and_not_the_end_of_the_set(m
     raise IndexError("pop from empty list")
 
   monkeypatch.setattr(pictures, "decode", decode)
-  with pytest.raises(DatasetNotPreparedError, match="example 0 .* cannot be read .IndexError: pop from empty list"):
+  with pytest.raises(
+    DatasetNotPreparedError, match="example 0 .* cannot be read .IndexError: pop from empty list"
+  ):
     list(itertools.islice(source, 2))
 
 
@@ -195,25 +225,49 @@ def test_mutated_pictures_are_read_as_they_look_or_named(count, bounded_memory):
 def made_tables():
   """By what reads them: what they say, and the files, of which some are changed."""
   charades = {
-      "Charades_v1_classes.txt": "c000 Holding some clothes\nc001 Putting clothes, somewhere\n",
-      "Charades_v1_train.csv": 'id,script,actions,length\n46GP8,"He said, ""so""",c001 11.90 21.20;c000 0 12.6,24.83\n'
-                               "N11GT,line,,18.33\nXXXXX,line,c001 0.00 3.00; ;,\n"}
+    "Charades_v1_classes.txt": "c000 Holding some clothes\nc001 Putting clothes, somewhere\n",
+    "Charades_v1_train.csv": 'id,script,actions,length\n46GP8,"He said, ""so""",c001 11.90 21.20;c000 0 12.6,24.83\n'
+    "N11GT,line,,18.33\nXXXXX,line,c001 0.00 3.00; ;,\n",
+  }
   thumos = {
-      "class_list.txt": "1 BaseballPitch\n2 Run\n",
-      "annotations/BaseballPitch.txt": "video_validation_0000266 72.80 76.40\nvideo_test_0000002\t1 2\n",
-      "annotations/Run.txt": "video_validation_0000266 1.00 2.00\nvideo_validation_0000100 3.5 4.0\n"}
-  own = {"all.csv": 'video,label,note\na/1.mp4,tea,x\n2,coffee,"y, z"\n3 ,"tea",\n\n4,\t"juice" \n',
-         "split.txt": "3\n\na/1.mp4\n4\n"}
+    "class_list.txt": "1 BaseballPitch\n2 Run\n",
+    "annotations/BaseballPitch.txt": "video_validation_0000266 72.80 76.40\nvideo_test_0000002\t1 2\n",
+    "annotations/Run.txt": "video_validation_0000266 1.00 2.00\nvideo_validation_0000100 3.5 4.0\n",
+  }
+  own = {
+    "all.csv": 'video,label,note\na/1.mp4,tea,x\n2,coffee,"y, z"\n3 ,"tea",\n\n4,\t"juice" \n',
+    "split.txt": "3\n\na/1.mp4\n4\n",
+  }
   segmentation = {"P03/cam01/P03_cereals.txt": "1-30 SIL  \n31-150 take_bowl\n151-151 SIL\n"}
   return [
-      (lambda folder: read_table(folder / "all.csv", folder / "split.txt"), expected_tables.own_format, own),
-      (lambda folder: read_charades(folder, "train"), expected_tables.charades, charades),
-      (lambda folder: read_multithumos(folder, "train"), expected_tables.multithumos, thumos),
-      (lambda folder: read_breakfast(folder, "train", segmentation=folder), expected_tables.breakfast, segmentation)]
+    (
+      lambda folder: read_table(folder / "all.csv", folder / "split.txt"),
+      expected_tables.own_format,
+      own,
+    ),
+    (lambda folder: read_charades(folder, "train"), expected_tables.charades, charades),
+    (lambda folder: read_multithumos(folder, "train"), expected_tables.multithumos, thumos),
+    (
+      lambda folder: read_breakfast(folder, "train", segmentation=folder),
+      expected_tables.breakfast,
+      segmentation,
+    ),
+  ]
 
 
-@pytest.mark.parametrize("text", [
-    "a,b\n", '"a","b ""c"""\n\n, d', 'a "b", "c\n"\n', '"a" b\n', '"a', "a,\t b\t,", '"","a"""b"\n', ""])
+@pytest.mark.parametrize(
+  "text",
+  [
+    "a,b\n",
+    '"a","b ""c"""\n\n, d',
+    'a "b", "c\n"\n',
+    '"a" b\n',
+    '"a',
+    "a,\t b\t,",
+    '"","a"""b"\n',
+    "",
+  ],
+)
 def test_the_csv_of_the_fuzz_is_that_of_python(text):
   try:
     rows = list(csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True))
@@ -232,7 +286,9 @@ def test_mutated_tables_are_read_as_they_stand_or_named(count, tmp_path, bounded
     random = np.random.default_rng((2, i))
     reader, said, texts = kinds[i % len(kinds)]
     folder = write(tmp_path / str(i), {"P03/cam01/P03_cereals.avi": ""})
-    for name, text in changed({name: text.encode() for name, text in texts.items()}, random).items():
+    for name, text in changed(
+      {name: text.encode() for name, text in texts.items()}, random
+    ).items():
       (folder / name).parent.mkdir(exist_ok=True)
       (folder / name).write_bytes(text)
     found = watched(lambda read=reader, folder=folder: read(folder), ValueError, FileNotFoundError)

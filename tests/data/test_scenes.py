@@ -18,7 +18,9 @@ def blocks(monkeypatch):
 
 def test_a_scene_is_digits_apart_from_each_other_and_labelled_as_they_are(blocks):
   made = digit_scenes("train", scenes=200, size=(20, 28), most=4)
-  np.testing.assert_array_equal(made.labels, np.where(made.pixels > 0, (made.pixels - 44) // 20, 0)[..., 0])
+  np.testing.assert_array_equal(
+    made.labels, np.where(made.pixels > 0, (made.pixels - 44) // 20, 0)[..., 0]
+  )
   areas = (made.labels > 0).sum(axis=(1, 2))
   assert sorted(set(areas)) == [64, 128, 192, 256]
   windows = np.lib.stride_tricks.sliding_window_view(made.labels, (8, 8), axis=(1, 2))
@@ -42,7 +44,10 @@ def test_scenes_depend_on_the_seed_alone_and_splits_share_no_digit(monkeypatch):
   np.testing.assert_array_equal(train.pixels, again.pixels)
   np.testing.assert_array_equal(train.labels, again.labels)
   assert np.mean(train.pixels != other.pixels) > 0.1
-  images = {split: {image.tobytes() for image in tfds.load("digits", split).pixels} for split in ("train", "test")}
+  images = {
+    split: {image.tobytes() for image in tfds.load("digits", split).pixels}
+    for split in ("train", "test")
+  }
   seen = lambda made: {image.tobytes() for image in made.pixels}
   assert seen(train) <= images["train"]
   assert seen(test) <= images["test"]
@@ -50,11 +55,14 @@ def test_scenes_depend_on_the_seed_alone_and_splits_share_no_digit(monkeypatch):
   assert train.class_names == ("background", *"0123456789")
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
     (dict(scenes=0), "scenes must be >= 1; got 0"),
     (dict(size=(32, 7)), "size must be >= 8; got 7"),
     (dict(most=0), "most must be >= 1; got 0"),
-])
+  ],
+)
 def test_scenes_that_cannot_be_made_are_refused(arguments, message):
   with pytest.raises(ValueError, match=message):
     digit_scenes("train", **dict(scenes=1, size=(8, 8), most=1) | arguments)
@@ -64,14 +72,18 @@ def street(count, size=(32, 48)):
   """As much of Cityscapes in TFDS as is looked at: every pixel's brightness is its label, and none is like another."""
   rng = np.random.default_rng(0)
   labels = rng.integers(0, 40, (count, *size, 1), np.uint8)
-  return [{"image_left": np.repeat(label, 3, axis=-1), "segmentation_label": label} for label in labels]
+  return [
+    {"image_left": np.repeat(label, 3, axis=-1), "segmentation_label": label} for label in labels
+  ]
 
 
 @pytest.fixture
 def opened(monkeypatch):
   made = street(7)
   monkeypatch.setattr(tfds, "open_tfds", lambda *_: made)
-  return made, lambda **settings: open_scenes("cityscapes", "train", **dict(size=(32, 48)) | settings)
+  return made, lambda **settings: open_scenes(
+    "cityscapes", "train", **dict(size=(32, 48)) | settings
+  )
 
 
 def test_cityscapes_own_numbers_become_train_classes(opened):
@@ -96,14 +108,18 @@ def test_training_sees_random_parts_half_of_them_mirrored_with_their_labels(open
   for step, (images, labels) in enumerate(batches):
     assert (images.shape, labels.shape) == ((7, 1, 8, 16, 3), (7, 1, 8, 16))
     np.testing.assert_array_equal(labels, scenes.train_classes(images[..., 0]))
-    for image, number in zip(images[:, 0, ..., 0], in_memory.batch_indices(3, step, 7, 7), strict=True):
+    for image, number in zip(
+      images[:, 0, ..., 0], in_memory.batch_indices(3, step, 7, 7), strict=True
+    ):
       whole = made[number]["segmentation_label"][..., 0]
       parts = np.lib.stride_tricks.sliding_window_view(whole, (8, 16))
       found = [(parts == part).all(axis=(2, 3)) for part in (image, image[:, ::-1])]
       assert sum(f.sum() for f in found) == 1
       mirrored.append(bool(found[1].any()))
   assert 0.3 < np.mean(mirrored) < 0.7
-  for (images, labels), (again, labels_again) in zip(batches[5:], stream.batches(7, 5, 1, 12), strict=True):
+  for (images, labels), (again, labels_again) in zip(
+    batches[5:], stream.batches(7, 5, 1, 12), strict=True
+  ):
     np.testing.assert_array_equal(images, again)
     np.testing.assert_array_equal(labels, labels_again)
 
@@ -114,7 +130,9 @@ def test_scenes_are_resized_without_mixing_labels(opened):
   assert (images.shape, labels.shape) == ((7, 16, 24, 3), (7, 16, 24))
   for example, label in zip(made, labels, strict=True):
     blocks = scenes.train_classes(example["segmentation_label"][..., 0]).reshape(16, 2, 24, 2)
-    assert np.all((blocks == label[:, None, :, None]).any(axis=(1, 3))), "one of the four pixels that it stands for"
+    assert np.all((blocks == label[:, None, :, None]).any(axis=(1, 3))), (
+      "one of the four pixels that it stands for"
+    )
 
 
 def test_what_must_be_downloaded_by_hand_is_said(tmp_path):
@@ -132,5 +150,7 @@ def test_a_set_of_classified_images_has_no_scenes(tmp_path):
 
   images = list(zip(*made_tfds.images(3, (8, 8, 3)), strict=True))
   made_tfds.write(tmp_path, images, images, shape=(8, 8, 3), name="no_scenes")
-  with pytest.raises(ValueError, match="a set of image_left and segmentation_label; no_scenes has no"):
+  with pytest.raises(
+    ValueError, match="a set of image_left and segmentation_label; no_scenes has no"
+  ):
     open_scenes("no_scenes", "train", str(tmp_path), size=(8, 8))

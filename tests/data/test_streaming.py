@@ -13,7 +13,9 @@ SHAPE = (12, 10, 3)
 def prepared(tmp_path_factory):
   folder = tmp_path_factory.mktemp("tfds")
   train, test = made_tfds.images(22, SHAPE), made_tfds.images(7, SHAPE, seed=1)
-  made_tfds.write(folder, list(zip(*train, strict=True)), list(zip(*test, strict=True)), shape=SHAPE)
+  made_tfds.write(
+    folder, list(zip(*train, strict=True)), list(zip(*test, strict=True)), shape=SHAPE
+  )
   return folder
 
 
@@ -52,7 +54,9 @@ def test_several_steps_a_call_hold_the_same_images(prepared):
   single = [pixels[:, 0] for pixels, _ in stream.batches(4, 0, 1, 4)]
   (first, _), (second, _) = stream.batches(4, 0, 2, 4)
   assert first.shape == (4, 2, *SHAPE)
-  np.testing.assert_array_equal(np.stack(single), np.concatenate([first, second], axis=1).swapaxes(0, 1))
+  np.testing.assert_array_equal(
+    np.stack(single), np.concatenate([first, second], axis=1).swapaxes(0, 1)
+  )
 
 
 def test_processes_share_a_batch_between_them(prepared):
@@ -96,7 +100,9 @@ def test_resizing_halves_an_image_of_even_blocks_exactly(depth):
   small = np.arange(4 * 4 * depth, dtype=np.uint8).reshape(4, 4, depth)
   large = small.repeat(32, axis=0).repeat(32, axis=1)
   middle = np.s_[4:-4:8, 4:-4:8]  # away from the edges of blocks
-  np.testing.assert_array_equal(tfds.resize(large, (32, 32))[middle], small.repeat(8, 0).repeat(8, 1)[middle])
+  np.testing.assert_array_equal(
+    tfds.resize(large, (32, 32))[middle], small.repeat(8, 0).repeat(8, 1)[middle]
+  )
 
 
 def test_channels_are_resized_on_their_own():
@@ -140,10 +146,13 @@ def test_random_crop_reaches_every_corner():
   assert {60, 120, 180, 240} <= seen
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
     (dict(), "data.image_size must be set: images of uneven_set differ in size"),
     (dict(image_size=8, crop_area=1.5), r"data.crop_area must be in \(0, 1\]; got 1.5"),
-])
+  ],
+)
 def test_bad_settings_are_named(uneven, arguments, message):
   with pytest.raises(ValueError, match=message):
     streaming.open_stream("uneven_set", "train", str(uneven), **arguments)

@@ -7,7 +7,11 @@ from gating_jax.data.tfds import Images
 
 def images(per_class=20, classes=6, seed=0):
   """Every pixel says which image it is of, and its class."""
-  labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(classes), per_class)).astype(np.int32)
+  labels = (
+    np.random.default_rng(seed)
+    .permutation(np.repeat(np.arange(classes), per_class))
+    .astype(np.int32)
+  )
   pixels = np.stack([np.arange(len(labels)), labels], axis=-1).astype(np.uint8)[:, None, None, :]
   return Images(pixels, labels, tuple("abcdef"[:classes]))
 
@@ -18,7 +22,9 @@ def test_every_image_is_in_exactly_one_task_and_split():
   assert [len(t.train) for t in tasks] == [32] * 3
   assert [len(t.validation) for t in tasks] == [8] * 3
   number = lambda sets: np.sort(np.concatenate([s.pixels[:, 0, 0, 0] for s in sets]))
-  np.testing.assert_array_equal(number([s for t in tasks for s in (t.train, t.validation)]), np.arange(120))
+  np.testing.assert_array_equal(
+    number([s for t in tasks for s in (t.train, t.validation)]), np.arange(120)
+  )
   np.testing.assert_array_equal(number([t.test for t in tasks]), np.arange(30))
 
 
@@ -32,12 +38,16 @@ def test_labels_are_places_in_the_order_and_go_with_their_images():
         names = np.array(part.class_names)[part.labels]
         np.testing.assert_array_equal(names, np.array(train.class_names)[part.pixels[:, 0, 0, 1]])
   assert make_tasks(train, test, classes_per_task=3)[0].train.class_names == tuple("abcdef")
-  assert make_tasks(train, test, classes_per_task=3, order_seed=3)[0].train.class_names != tuple("abcdef")
+  assert make_tasks(train, test, classes_per_task=3, order_seed=3)[0].train.class_names != tuple(
+    "abcdef"
+  )
 
 
 def test_held_out_images_are_stratified_and_a_choice_of_the_seed():
   train, test = images(), images(per_class=5)
-  first, same, other = (make_tasks(train, test, classes_per_task=2, validation=0.25, seed=s) for s in (0, 0, 1))
+  first, same, other = (
+    make_tasks(train, test, classes_per_task=2, validation=0.25, seed=s) for s in (0, 0, 1)
+  )
   for task in first:
     assert len(set(np.bincount(task.validation.labels)[-2:])) == 1
   held = lambda tasks: np.concatenate([t.validation.pixels[:, 0, 0, 0] for t in tasks])
@@ -59,14 +69,18 @@ def test_one_class_a_task():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(classes_per_task=4), "classes_per_task must divide the 6 classes; got 4"),
-        (dict(classes_per_task=0), "classes_per_task must divide the 6 classes; got 0"),
-        (dict(count=4), "count must be at most 3, the tasks of 2 classes, or 0; got 4"),
-        (dict(validation=0.0), r"validation must be a share in \(0, 1\); got 0.0"),
-        (dict(train=images(per_class=1)), "train must hold at least 2 images of every class; got 1 of class 'a'"),
-    ])
+  ("change", "message"),
+  [
+    (dict(classes_per_task=4), "classes_per_task must divide the 6 classes; got 4"),
+    (dict(classes_per_task=0), "classes_per_task must divide the 6 classes; got 0"),
+    (dict(count=4), "count must be at most 3, the tasks of 2 classes, or 0; got 4"),
+    (dict(validation=0.0), r"validation must be a share in \(0, 1\); got 0.0"),
+    (
+      dict(train=images(per_class=1)),
+      "train must hold at least 2 images of every class; got 1 of class 'a'",
+    ),
+  ],
+)
 def test_what_cannot_be_split_is_refused(change, message):
   settings = dict(train=images(), test=images(), classes_per_task=2) | change
   with pytest.raises(ValueError, match=message):

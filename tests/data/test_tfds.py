@@ -10,11 +10,12 @@ from gating_jax.data import tfds
 from gating_jax.data.tfds import DatasetNotPreparedError, Images
 
 DATA_DIR = os.environ.get("GATING_JAX_DATA_DIR")
+
+
 def real_cifar10(test):
   missing = not DATA_DIR or not (Path(DATA_DIR) / "cifar10").is_dir()
   reason = "GATING_JAX_DATA_DIR names no folder with a prepared cifar10"
   return pytest.mark.real_data(pytest.mark.skipif(missing, reason=reason)(test))
-
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,9 @@ def test_digits_are_class_balanced(digits):
 def test_digits_splits_share_no_image(digits, monkeypatch):
   numbered = load_digits()
   numbered.images = np.zeros_like(numbered.images)
-  numbered.images[:, 0, 0], numbered.images[:, 0, 1] = np.divmod(np.arange(1797), 255) * np.array(16 / 255)
+  numbered.images[:, 0, 0], numbered.images[:, 0, 1] = np.divmod(np.arange(1797), 255) * np.array(
+    16 / 255
+  )
   monkeypatch.setattr("sklearn.datasets.load_digits", lambda: numbered)
   places = []
   for split, real in zip(("train", "test"), digits, strict=True):
@@ -63,17 +66,23 @@ def test_digits_are_the_same_each_time(digits):
 
 def test_labels_belong_to_their_images(digits):
   mean = np.stack([digits[0].pixels[digits[0].labels == i].mean(axis=0) for i in range(10)])
-  nearest = np.sum((digits[1].pixels[:, None].astype(float) - mean) ** 2, axis=(2, 3, 4)).argmin(axis=1)
+  nearest = np.sum((digits[1].pixels[:, None].astype(float) - mean) ** 2, axis=(2, 3, 4)).argmin(
+    axis=1
+  )
   assert np.mean(nearest == digits[1].labels) > 0.85
 
 
 def test_an_unknown_split_of_digits_is_refused():
-  with pytest.raises(ValueError, match="data split of digits must be 'train' or 'test'; got 'validation'"):
+  with pytest.raises(
+    ValueError, match="data split of digits must be 'train' or 'test'; got 'validation'"
+  ):
     tfds.load("digits", "validation")
 
 
 def test_images_are_read_by_index():
-  images = Images(np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1), np.arange(5, dtype=np.int32) * 2, ("a",))
+  images = Images(
+    np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1), np.arange(5, dtype=np.int32) * 2, ("a",)
+  )
   pixels, labels = images.read(np.array([3, 0, 3]))
   assert pixels.ravel().tolist() == [3, 0, 3]
   assert labels.tolist() == [6, 0, 6]
@@ -108,8 +117,10 @@ def test_a_known_set_that_is_not_prepared_is_named_with_what_to_do(tmp_path):
     tfds.load("cifar10", "train", str(tmp_path))
   message = str(caught.value)
   assert f"data set 'cifar10' is not prepared in {tmp_path}" in message
-  assert (f"python -c 'import tensorflow_datasets as tfds; tfds.builder(\"cifar10\", data_dir=\"{tmp_path}\", "
-          "file_format=\"array_record\").download_and_prepare()'\n") in message
+  assert (
+    f'python -c \'import tensorflow_datasets as tfds; tfds.builder("cifar10", data_dir="{tmp_path}", '
+    'file_format="array_record").download_and_prepare()\'\n'
+  ) in message
   assert "--config.data.data_dir=FOLDER" in message
   assert list(tmp_path.iterdir()) == []
 

@@ -6,7 +6,11 @@ from gating_jax.data.video_arrays import VideoArrays
 
 
 def videos(label):
-  arrays = {"light": np.arange(30.0).reshape(5, 2, 3), "label": label, "weight": np.ones(5, np.float32)}
+  arrays = {
+    "light": np.arange(30.0).reshape(5, 2, 3),
+    "label": label,
+    "weight": np.ones(5, np.float32),
+  }
   return VideoArrays(arrays, class_names=("a", "b"), names=tuple("vwxyz"))
 
 
@@ -29,5 +33,7 @@ def test_labels_of_two_axes_are_of_several_classes(shape, several):
 
 
 def test_it_is_covered_by_batches_once():
-  seen = [batch["label"][:count].tolist() for batch, count in batches.cover(videos(np.arange(5)), 2)]
+  seen = [
+    batch["label"][:count].tolist() for batch, count in batches.cover(videos(np.arange(5)), 2)
+  ]
   assert seen == [[0, 1], [2, 3], [4]]

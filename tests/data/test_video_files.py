@@ -51,29 +51,50 @@ def test_random_segments_reach_every_start():
   assert [set(column) for column in seen.T] == [{0, 1, 2, 3, 4}, {5, 6, 7, 8, 9}]
 
 
-@given(frames=SOME, segments=SOME, length=st.integers(1, 12), rate=st.sampled_from([10, 24, 25, 29.97, 30, 60]),
-       seed=st.none() | st.integers(0, 100))
-def test_at_a_constant_rate_segments_in_time_are_those_in_frames(frames, segments, length, rate, seed):
+@given(
+  frames=SOME,
+  segments=SOME,
+  length=st.integers(1, 12),
+  rate=st.sampled_from([10, 24, 25, 29.97, 30, 60]),
+  seed=st.none() | st.integers(0, 100),
+)
+def test_at_a_constant_rate_segments_in_time_are_those_in_frames(
+  frames, segments, length, rate, seed
+):
   draw = lambda: None if seed is None else np.random.default_rng(seed)
   expected = segment_starts(frames, segments, length, draw())
   seconds = np.arange(frames) / rate
-  np.testing.assert_array_equal(timed_starts(seconds, frames / rate, segments, length, draw(), rounding=1e-9), expected)
+  np.testing.assert_array_equal(
+    timed_starts(seconds, frames / rate, segments, length, draw(), rounding=1e-9), expected
+  )
   if seed is None:  # of times in milliseconds, as Matroska rounds them
     times = np.round(1000 * seconds)
-    np.testing.assert_array_equal(timed_starts(times, times[-1] + 33, segments, length, rounding=1), expected)
+    np.testing.assert_array_equal(
+      timed_starts(times, times[-1] + 33, segments, length, rounding=1), expected
+    )
 
 
-@given(gaps=st.lists(st.floats(0.01, 5), min_size=1, max_size=30), segments=SOME, length=st.integers(1, 12),
-       seed=st.none() | st.integers(0, 100))
+@given(
+  gaps=st.lists(st.floats(0.01, 5), min_size=1, max_size=30),
+  segments=SOME,
+  length=st.integers(1, 12),
+  seed=st.none() | st.integers(0, 100),
+)
 def test_segments_begin_with_the_frames_shown_at_equal_steps_of_time(gaps, segments, length, seed):
   times, end = 3 + np.append(0, np.cumsum(gaps[:-1])), 3 + sum(gaps)
-  starts = timed_starts(times, end, segments, length, None if seed is None else np.random.default_rng(seed))
+  starts = timed_starts(
+    times, end, segments, length, None if seed is None else np.random.default_rng(seed)
+  )
   last = max(len(times) - length, 0)
   assert starts.shape == (segments,)
   assert np.all((starts >= 0) & (starts <= last))
   stops = np.append(times[1:], end)
   if seed is None:
-    wanted = np.linspace(times[0], times[last], segments) if segments > 1 else [(times[0] + times[last]) / 2]
+    wanted = (
+      np.linspace(times[0], times[last], segments)
+      if segments > 1
+      else [(times[0] + times[last]) / 2]
+    )
     low = high = np.array(wanted)
   else:
     edges = np.linspace(times[0], stops[last], segments + 1)
@@ -82,7 +103,9 @@ def test_segments_begin_with_the_frames_shown_at_equal_steps_of_time(gaps, segme
   assert np.all((stops[starts] >= low - 1e-9) | (starts == last))
 
 
-@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "libx264"), ("a.avi", "mpeg4"), ("a.mkv", "libx264")])
+@pytest.mark.parametrize(
+  ("name", "codec"), [("a.mp4", "libx264"), ("a.avi", "mpeg4"), ("a.mkv", "libx264")]
+)
 def test_the_frames_decoded_are_those_asked_for(tmp_path, name, codec):
   path = made_videos.write(tmp_path / name, 26, codec=codec)
   clips, middles = read_clips(path, 4, 8, (16, 24))
@@ -93,17 +116,22 @@ def test_the_frames_decoded_are_those_asked_for(tmp_path, name, codec):
   np.testing.assert_allclose(middles, np.array([4, 10, 16, 22]) / 10)
 
 
-@pytest.mark.parametrize(("frames", "expected"), [
+@pytest.mark.parametrize(
+  ("frames", "expected"),
+  [
     (1, [[0, 0, 0, 0]] * 3),
     (3, [[0, 1, 2, 2]] * 3),
     (5, [[0, 1, 2, 3], [0, 1, 2, 3], [1, 2, 3, 4]]),
-])
+  ],
+)
 def test_segments_of_a_short_video_overlap_and_repeat_its_last_frame(tmp_path, frames, expected):
   clips, _ = read_clips(made_videos.write(tmp_path / "a.mp4", frames), 3, 4, (8, 8))
   assert made_videos.shown(clips)[0].tolist() == expected
 
 
-@pytest.mark.parametrize(("size", "to"), [((33, 47), (16, 16)), ((33, 47), (33, 47)), ((16, 16), (31, 17))])
+@pytest.mark.parametrize(
+  ("size", "to"), [((33, 47), (16, 16)), ((33, 47), (33, 47)), ((16, 16), (31, 17))]
+)
 def test_odd_sizes_are_read(tmp_path, size, to):
   clips, _ = read_clips(made_videos.write(tmp_path / "a.mp4", 6, size=size), 2, 2, to)
   assert clips.shape == (2, 2, *to, 3)
@@ -124,7 +152,9 @@ def test_frames_are_resized_bilinearly_and_keep_their_colours(tmp_path):
   row = clips[0, 0, 4].astype(int)
   np.testing.assert_allclose(row[0], [200, 0, 0], atol=4)
   np.testing.assert_allclose(row[-1], [0, 0, 200], atol=4)
-  np.testing.assert_allclose(row[3], [100, 0, 100], atol=8)  # the middle column lies half on either side
+  np.testing.assert_allclose(
+    row[3], [100, 0, 100], atol=8
+  )  # the middle column lies half on either side
 
 
 def test_a_sound_track_is_passed_over(tmp_path):
@@ -148,7 +178,9 @@ def test_truncated_files_are_refused(tmp_path, name, codec, kept):
 
 
 def test_a_file_that_ends_before_the_frames_that_it_announces_is_refused(tmp_path):
-  path = made_videos.write(tmp_path / "a.mp4", 26, options={"movflags": "faststart"})  # the table of frames comes first
+  path = made_videos.write(
+    tmp_path / "a.mp4", 26, options={"movflags": "faststart"}
+  )  # the table of frames comes first
   whole = path.read_bytes()
   path.write_bytes(whole[: whole.index(b"mdat") + (len(whole) - whole.index(b"mdat")) // 2])
   with pytest.raises(ValueError, match=r"only \d+ of 26 frames can be decoded"):
@@ -192,22 +224,32 @@ def test_one_damaged_packet_of_many_does_not_lose_the_video(tmp_path):
   assert frames.tolist() == [[0, 2], [25, 25]]
 
 
-@pytest.mark.parametrize(("name", "settings"), [
+@pytest.mark.parametrize(
+  ("name", "settings"),
+  [
     ("a.mp4", dict(encoder=NO_REORDERING)),
     ("a.mkv", dict(encoder=REORDERING)),
     ("a.mov", dict(encoder=REORDERING, audio=True)),
     ("a.webm", dict(codec="libvpx-vp9", encoder={"deadline": "realtime"})),
     ("a.avi", dict(codec="mpeg4", rate=12)),
-])
+  ],
+)
 def test_segments_of_a_variable_rate_are_spread_over_time(tmp_path, name, settings):
   path = made_videos.write(tmp_path / name, 25, times=VARIABLE, **{"rate": 30, **settings})
   clips, middles = read_clips(path, 4, 2, (8, 8))
-  assert made_videos.shown(clips)[0].tolist() == [[0, 1], [4, 5], [9, 10], [23, 24]]  # at 0, 2.31, 4.61 and 6.92 s
+  assert made_videos.shown(clips)[0].tolist() == [
+    [0, 1],
+    [4, 5],
+    [9, 10],
+    [23, 24],
+  ]  # at 0, 2.31, 4.61 and 6.92 s
   np.testing.assert_allclose(middles, [0.5, 2.5, 5, 7], atol=0.06)
 
 
-@pytest.mark.parametrize(("name", "codec", "first"), [
-    ("a.mp4", "libx264", 2), ("a.mkv", "libx264", 2), ("a.mpg", "mpeg2video", 0)])
+@pytest.mark.parametrize(
+  ("name", "codec", "first"),
+  [("a.mp4", "libx264", 2), ("a.mkv", "libx264", 2), ("a.mpg", "mpeg2video", 0)],
+)
 def test_times_count_from_the_files_own_zero_or_from_the_first_frame(tmp_path, name, codec, first):
   path = made_videos.write(tmp_path / name, 6, rate=25, codec=codec, times=2 + np.arange(6) / 25)
   clips, middles = read_clips(path, 2, 2, (8, 8))
@@ -215,11 +257,20 @@ def test_times_count_from_the_files_own_zero_or_from_the_first_frame(tmp_path, n
   np.testing.assert_allclose(middles, first + np.array([0.04, 0.2]), atol=0.01)
 
 
-@pytest.mark.parametrize(("name", "codec"), [
-    ("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.webm", "libvpx-vp9"), ("a.avi", "libx264"),
-    ("a.mpg", "mpeg2video")])
+@pytest.mark.parametrize(
+  ("name", "codec"),
+  [
+    ("a.mp4", "libx264"),
+    ("a.mkv", "libx264"),
+    ("a.webm", "libvpx-vp9"),
+    ("a.avi", "libx264"),
+    ("a.mpg", "mpeg2video"),
+  ],
+)
 def test_a_video_of_one_frame_shows_it_everywhere(tmp_path, name, codec):
-  clips, middles = read_clips(made_videos.write(tmp_path / name, 1, rate=25, codec=codec), 3, 2, (8, 8))
+  clips, middles = read_clips(
+    made_videos.write(tmp_path / name, 1, rate=25, codec=codec), 3, 2, (8, 8)
+  )
   assert made_videos.shown(clips)[0].tolist() == [[0, 0]] * 3
   np.testing.assert_allclose(middles, 0.02, atol=0.021)
 
@@ -227,27 +278,38 @@ def test_a_video_of_one_frame_shows_it_everywhere(tmp_path, name, codec):
 @pytest.mark.parametrize("encoder", [NO_REORDERING, REORDERING])
 @pytest.mark.parametrize("options", [{}, {"movflags": "frag_keyframe+empty_moov+delay_moov"}])
 @pytest.mark.parametrize("first", [3, 7])
-def test_a_film_cut_without_encoding_it_again_begins_where_it_was_cut(tmp_path, encoder, options, first):
+def test_a_film_cut_without_encoding_it_again_begins_where_it_was_cut(
+  tmp_path, encoder, options, first
+):
   whole = made_videos.write(tmp_path / "whole.mp4", 26, encoder=encoder)
   with av.open(str(whole)) as container:
-    key = max(packet.pts for packet in container.demux(video=0)
-              if packet.is_keyframe and packet.pts * packet.time_base <= first / 10)
-  path = made_videos.copy_packets(whole, tmp_path / "a.mp4", first, options=options,
-                                  keep=lambda packet: packet.pts >= key)
+    key = max(
+      packet.pts
+      for packet in container.demux(video=0)
+      if packet.is_keyframe and packet.pts * packet.time_base <= first / 10
+    )
+  path = made_videos.copy_packets(
+    whole, tmp_path / "a.mp4", first, options=options, keep=lambda packet: packet.pts >= key
+  )
   clips, middles = read_clips(path, 2, 2, (8, 8))
   assert made_videos.shown(clips)[0].tolist() == [[first, first + 1], [24, 25]]
   np.testing.assert_allclose(middles, [0.1, (25 - first) / 10])
 
 
-@pytest.mark.parametrize(("edits", "expected", "middles"), [
+@pytest.mark.parametrize(
+  ("edits", "expected", "middles"),
+  [
     ([(5, 3)], [[3, 4], [4, 5], [6, 7]], [0.1, 0.2, 0.4]),  # the beginning and the end are hidden
     ([(3, 0), (4, 7)], [[0, 1], [2, 7], [9, 10]], [0.1, 0.3, 0.6]),  # the middle is
     ([(3, 2), (3, 2)], [[2, 3], [4, 2], [3, 4]], [0.1, 0.3, 0.5]),  # a part is shown twice
     ([(3, 7), (3, 2)], [[7, 8], [9, 2], [3, 4]], [0.1, 0.3, 0.5]),  # parts change places
     ([(5, None), (4, 3)], [[3, 4], [4, 5], [5, 6]], [0.6, 0.7, 0.8]),  # nothing is shown at first
-])
+  ],
+)
 def test_an_edit_list_says_what_is_shown_and_when(tmp_path, edits, expected, middles):
-  path = made_videos.set_edits(made_videos.write(tmp_path / "a.mp4", 12, encoder=NO_REORDERING), edits)
+  path = made_videos.set_edits(
+    made_videos.write(tmp_path / "a.mp4", 12, encoder=NO_REORDERING), edits
+  )
   clips, times = read_clips(path, 3, 2, (8, 8))
   assert made_videos.shown(clips)[0].tolist() == expected
   np.testing.assert_allclose(times, middles)
@@ -255,13 +317,19 @@ def test_an_edit_list_says_what_is_shown_and_when(tmp_path, edits, expected, mid
 
 @pytest.mark.parametrize("name", ["a.mkv", "a.mp4", "a.avi"])
 def test_a_film_without_its_first_key_frame_begins_with_the_next(tmp_path, name):
-  whole = made_videos.write(tmp_path / "whole.mkv", 20, codec="libvpx-vp9", encoder={"deadline": "realtime"})
+  whole = made_videos.write(
+    tmp_path / "whole.mkv", 20, codec="libvpx-vp9", encoder={"deadline": "realtime"}
+  )
   path = made_videos.copy_packets(whole, tmp_path / name, keep=lambda packet: packet.pts > 0)
   assert made_videos.shown(read_clips(path, 2, 2, (8, 8))[0])[0].tolist() == [[5, 6], [18, 19]]
 
 
-@pytest.mark.parametrize(("codec", "name", "rate"), [("libx264", "a.ts", 10), ("mpeg2video", "a.mpg", 25)])
-def test_films_one_behind_the_other_are_read_in_order_though_the_clock_starts_again(tmp_path, codec, name, rate):
+@pytest.mark.parametrize(
+  ("codec", "name", "rate"), [("libx264", "a.ts", 10), ("mpeg2video", "a.mpg", 25)]
+)
+def test_films_one_behind_the_other_are_read_in_order_though_the_clock_starts_again(
+  tmp_path, codec, name, rate
+):
   path = made_videos.write(tmp_path / name, 10, codec=codec, rate=rate, encoder=NO_REORDERING)
   path.write_bytes(2 * path.read_bytes())
   clips, middles = read_clips(path, 4, 2, (8, 8))
@@ -292,7 +360,9 @@ def corners(image):
   return image[np.ix_([height // 4, 3 * height // 4], [width // 4, 3 * width // 4])].mean(axis=-1)
 
 
-@pytest.mark.parametrize(("matrix", "upright"), [
+@pytest.mark.parametrize(
+  ("matrix", "upright"),
+  [
     ([[1, 0], [0, 1]], QUARTERS),
     ([[0, 1], [-1, 0]], np.rot90(QUARTERS, -1)),  # a quarter clockwise
     ([[-1, 0], [0, -1]], np.rot90(QUARTERS, 2)),
@@ -303,28 +373,37 @@ def corners(image):
     ([[0, -1], [-1, 0]], QUARTERS[::-1, ::-1].T),
     ([[0, 0], [0, 0]], QUARTERS),  # says nothing
     ([[2, 0.1], [-0.1, 2]], QUARTERS),  # nearly upright, larger
-])
+  ],
+)
 def test_a_display_matrix_turns_and_mirrors_the_picture(tmp_path, matrix, upright):
   picture = np.repeat(np.kron(QUARTERS, np.ones((16, 32)))[..., None], 3, axis=2).astype(np.uint8)
-  path = made_videos.write(tmp_path / "a.mp4", 2, size=(32, 64), paint=lambda _: picture, encoder={"qp": "4"})
+  path = made_videos.write(
+    tmp_path / "a.mp4", 2, size=(32, 64), paint=lambda _: picture, encoder={"qp": "4"}
+  )
   for size in ((16, 16), (24, 40)):
     clips, _ = read_clips(made_videos.set_display_matrix(path, matrix), 1, 1, size)
     assert clips.shape == (1, 1, *size, 3)
     np.testing.assert_allclose(corners(clips[0, 0]), upright, atol=4)
 
 
-@pytest.mark.parametrize(("orientation", "upright"), [(1, QUARTERS), (3, np.rot90(QUARTERS, 2)),
-                                                      (6, np.rot90(QUARTERS, -1)), (8, np.rot90(QUARTERS))])
+@pytest.mark.parametrize(
+  ("orientation", "upright"),
+  [(1, QUARTERS), (3, np.rot90(QUARTERS, 2)), (6, np.rot90(QUARTERS, -1)), (8, np.rot90(QUARTERS))],
+)
 def test_pictures_turned_by_a_tag_of_their_own_are_shown_upright(tmp_path, orientation, upright):
   picture = np.repeat(np.kron(QUARTERS, np.ones((16, 32)))[..., None], 3, axis=2).astype(np.uint8)
   tags, jpeg = Image.Exif(), io.BytesIO()
   tags[0x0112] = orientation
   Image.fromarray(picture).save(jpeg, "jpeg", exif=tags, quality=95)
-  path = made_videos.write_packets(tmp_path / "a.mov", "mjpeg", [(jpeg.getvalue(), 0, True)], (32, 64))
+  path = made_videos.write_packets(
+    tmp_path / "a.mov", "mjpeg", [(jpeg.getvalue(), 0, True)], (32, 64)
+  )
   np.testing.assert_allclose(corners(read_clips(path, 1, 1, (16, 16))[0][0, 0]), upright, atol=5)
 
 
-@pytest.mark.parametrize("tracks", [["cover", "film"], ["film", "cover"], ["film", "film"], ["sound", "film"]])
+@pytest.mark.parametrize(
+  "tracks", [["cover", "film"], ["film", "cover"], ["film", "film"], ["sound", "film"]]
+)
 def test_the_film_is_read_among_other_tracks(tmp_path, tracks):
   clips, _ = read_clips(made_videos.write_tracks(tmp_path / "a.mp4", tracks), 2, 2, (8, 8))
   assert made_videos.shown(clips)[0].tolist() == [[0, 1], [4, 5]]
@@ -335,9 +414,18 @@ def test_a_cover_picture_is_no_video(tmp_path):
     read_clips(made_videos.write_tracks(tmp_path / "a.mp4", ["sound", "cover"]), 2, 2, (8, 8))
 
 
-@pytest.mark.parametrize(("codec", "pixels"), [
-    ("libx264", "yuv420p10le"), ("ffv1", "gray16le"), ("ffv1", "gray"), ("ffv1", "bgra"), ("ffv1", "yuva444p10le"),
-    ("libx264rgb", "rgb24"), ("libvpx-vp9", "yuva420p")])
+@pytest.mark.parametrize(
+  ("codec", "pixels"),
+  [
+    ("libx264", "yuv420p10le"),
+    ("ffv1", "gray16le"),
+    ("ffv1", "gray"),
+    ("ffv1", "bgra"),
+    ("ffv1", "yuva444p10le"),
+    ("libx264rgb", "rgb24"),
+    ("libvpx-vp9", "yuva420p"),
+  ],
+)
 def test_any_format_of_pixels_is_read(tmp_path, codec, pixels):
   path = made_videos.write(tmp_path / "a.mkv", 6, codec=codec, pixels=pixels)
   frames, error = made_videos.shown(read_clips(path, 2, 2, (8, 8))[0])
@@ -345,7 +433,9 @@ def test_any_format_of_pixels_is_read(tmp_path, codec, pixels):
   assert error <= 4
 
 
-@pytest.mark.parametrize(("name", "codec", "rate"), [("a.h264", "libx264", 10), ("a.m2v", "mpeg2video", 30)])
+@pytest.mark.parametrize(
+  ("name", "codec", "rate"), [("a.h264", "libx264", 10), ("a.m2v", "mpeg2video", 30)]
+)
 def test_raw_streams_have_the_rate_that_their_codec_says(tmp_path, name, codec, rate):
   path = made_videos.write(tmp_path / name, 20, codec=codec, rate=rate)
   clips, middles = read_clips(path, 3, 2, (8, 8))
@@ -354,7 +444,9 @@ def test_raw_streams_have_the_rate_that_their_codec_says(tmp_path, name, codec, 
 
 
 def test_interlaced_frames_are_read_woven(tmp_path):
-  path = made_videos.write(tmp_path / "a.mkv", 6, encoder={"x264-params": "interlaced=1"}, pixels="yuv420p")
+  path = made_videos.write(
+    tmp_path / "a.mkv", 6, encoder={"x264-params": "interlaced=1"}, pixels="yuv420p"
+  )
   assert made_videos.shown(read_clips(path, 2, 2, (8, 8))[0])[0].tolist() == [[0, 1], [4, 5]]
 
 
@@ -366,7 +458,11 @@ def test_the_resolution_may_change_within_a_film(tmp_path):
       data = [bytes(packet) for packet in container.demux(video=0) if packet.size]
     packets += [(data[i], 100 * i, True) for i in range(first, first + 6)]
   path = made_videos.write_packets(tmp_path / "a.mkv", "mjpeg", packets, (32, 48))
-  assert made_videos.shown(read_clips(path, 3, 2, (8, 8))[0])[0].tolist() == [[0, 1], [5, 6], [10, 11]]
+  assert made_videos.shown(read_clips(path, 3, 2, (8, 8))[0])[0].tolist() == [
+    [0, 1],
+    [5, 6],
+    [10, 11],
+  ]
 
 
 def test_a_title_in_another_encoding_does_not_matter(tmp_path):
@@ -375,7 +471,9 @@ def test_a_title_in_another_encoding_does_not_matter(tmp_path):
   assert made_videos.shown(read_clips(path, 2, 2, (8, 8))[0])[0].tolist() == [[0, 1], [4, 5]]
 
 
-@pytest.mark.parametrize(("name", "codec"), [("a.mkv", "libx264"), ("a.webm", "libvpx-vp9"), ("a.flv", "libx264")])
+@pytest.mark.parametrize(
+  ("name", "codec"), [("a.mkv", "libx264"), ("a.webm", "libvpx-vp9"), ("a.flv", "libx264")]
+)
 def test_a_film_that_ends_before_the_time_it_announces_is_refused(tmp_path, name, codec):
   path = made_videos.write(tmp_path / name, 26, codec=codec)
   whole = path.read_bytes()
@@ -390,7 +488,9 @@ def test_a_count_of_samples_that_no_file_of_its_size_can_hold_is_refused(tmp_pat
   place = data.index(b"trun") + 8
   data[place : place + 4] = (1 << 26).to_bytes(4, "big")
   path.write_bytes(data)
-  with pytest.raises(ValueError, match=rf"announces 67108864 samples in a file of {len(data)} bytes"):
+  with pytest.raises(
+    ValueError, match=rf"announces 67108864 samples in a file of {len(data)} bytes"
+  ):
     read_clips(path, 2, 2, (8, 8))
 
 
@@ -425,14 +525,18 @@ def test_headers_of_features_are_parsed_by_one_thread_at_a_time(tmp_path, monkey
     parsing.pop()
     return parse(text)
 
-  monkeypatch.setattr(ast, "literal_eval", slowly)  # which fails now and then where two threads are in it
+  monkeypatch.setattr(
+    ast, "literal_eval", slowly
+  )  # which fails now and then where two threads are in it
   with ThreadPoolExecutor(8) as threads:
     read = list(threads.map(read_features, [tmp_path / "a.npy", tmp_path / "b.npz"] * 8))
   np.testing.assert_array_equal(read, 1)
   assert together == [1] * 16
 
 
-@pytest.mark.parametrize(("array", "message"), [
+@pytest.mark.parametrize(
+  ("array", "message"),
+  [
     (np.array([[1.0, np.nan]]), "holds NaN or infinite numbers"),
     (np.array([[1.0, -np.inf]]), "holds NaN or infinite numbers"),
     (np.array([[1e300]]), "holds NaN or infinite numbers"),
@@ -441,7 +545,8 @@ def test_headers_of_features_are_parsed_by_one_thread_at_a_time(tmp_path, monkey
     (np.array([["a"]]), r"got <U1 \(1, 1\)"),
     (np.zeros((1, 1), complex), "got complex128"),
     (np.array([[{}]], object), r"got object \(1, 1\)"),
-])
+  ],
+)
 def test_what_is_no_feature_array_is_refused(tmp_path, array, message):
   np.save(tmp_path / "a.npy", array)
   with pytest.raises(ValueError, match=message):
@@ -456,5 +561,7 @@ def test_an_archive_of_two_arrays_is_refused(tmp_path):
 
 def test_a_missing_decoder_is_named_with_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, "av", None)
-  with pytest.raises(ValueError, match=r"reading videos needs PyAV: pip install 'gating-jax\[video\]'"):
+  with pytest.raises(
+    ValueError, match=r"reading videos needs PyAV: pip install 'gating-jax\[video\]'"
+  ):
     video_files.require_av()

@@ -18,9 +18,18 @@ def test_mutated_videos_are_read_right_or_refused_in_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_no_mutated_video_crashes_or_stops_a_process_or_fills_its_memory(tmp_path):
-  command = [sys.executable, "-m", "tests.helpers.mutated_videos", tmp_path, "1000", str(1000 + MANY)]
+  command = [
+    sys.executable,
+    "-m",
+    "tests.helpers.mutated_videos",
+    tmp_path,
+    "1000",
+    str(1000 + MANY),
+  ]
   ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
   said = ended.stdout.splitlines()
-  assert ended.returncode == 0, f"status {ended.returncode} after {said[-1:]}: {ended.stderr[-2000:]}"
+  assert ended.returncode == 0, (
+    f"status {ended.returncode} after {said[-1:]}: {ended.stderr[-2000:]}"
+  )
   assert len(said) == MANY
   assert sum(line.endswith("read as it is played") for line in said) > MANY / 5

@@ -41,14 +41,19 @@ def features(tmp_path):
   """Video `i` has 3 + i segments; segment `t` of it is all of `10 i + t`, and of ten times that for the heavy net."""
   for i, name in enumerate(NAMES):
     rows = 10 * i + np.arange(3 + i)[:, None]
-    for kind, array in (("light", rows * np.ones(2)), ("heavy", 10 * rows[..., None] * np.ones((4, 3)))):
+    for kind, array in (
+      ("light", rows * np.ones(2)),
+      ("heavy", 10 * rows[..., None] * np.ones((4, 3))),
+    ):
       (tmp_path / kind).mkdir(exist_ok=True)
       np.save(tmp_path / kind / f"{name}.npy", array)
   return tmp_path
 
 
 def open_features(features, given=None, **settings):
-  return FeatureFolder(given or table(), features / "light", features / "heavy", **{"segments": 5, **settings})
+  return FeatureFolder(
+    given or table(), features / "light", features / "heavy", **{"segments": 5, **settings}
+  )
 
 
 def same(one, other):
@@ -60,12 +65,19 @@ def same(one, other):
 
 def test_a_folder_of_videos_says_what_it_holds(folder):
   videos = VideoFolder(table(), folder, **CLIPS)
-  assert (len(videos), videos.names, videos.class_names, videos.multi_label) == (7, NAMES, ("a", "b", "c"), False)
+  assert (len(videos), videos.names, videos.class_names, videos.multi_label) == (
+    7,
+    NAMES,
+    ("a", "b", "c"),
+    False,
+  )
   assert videos.shapes == {"clips": (3, 2, 8, 8, 3), "valid": (3,), "label": (), "weight": ()}
   batch = videos.read([4, 0])
   assert {key: array.shape[1:] for key, array in batch.items()} == videos.shapes
   assert made_videos.shown(batch["clips"])[0].tolist() == [
-      [[0, 1], [6, 7], [12, 13]], [[0, 1], [4, 5], [8, 9]]]
+    [[0, 1], [6, 7], [12, 13]],
+    [[0, 1], [4, 5], [8, 9]],
+  ]
   assert (batch["label"].tolist(), batch["label"].dtype) == ([1, 0], np.int32)
   assert (batch["weight"].tolist(), batch["weight"].dtype) == ([1, 1], np.float32)
   assert batch["valid"].all()
@@ -87,15 +99,21 @@ def test_several_labels_are_given_as_zeros_and_ones(folder):
 
 
 def test_units_are_those_at_the_middle_of_a_segment_the_shortest_of_several(folder):
-  units = [()] * 6 + [((0.0, 1.6, 4), (0.5, 1.0, 2), (0.75, 5.0, 7))]  # video 6: 16 frames at 10 a second
-  videos = VideoFolder(table(units=tuple(units), unit_names=("u",) * 8), folder, segments=5, frames=2, size=(8, 8))
+  units = [()] * 6 + [
+    ((0.0, 1.6, 4), (0.5, 1.0, 2), (0.75, 5.0, 7))
+  ]  # video 6: 16 frames at 10 a second
+  videos = VideoFolder(
+    table(units=tuple(units), unit_names=("u",) * 8), folder, segments=5, frames=2, size=(8, 8)
+  )
   batch = videos.read([6, 0])  # segments start at frames 0, 3, 7, 10 and 14
   assert batch["units"].tolist() == [[4, 4, 2, 4, 4], [-1] * 5]
   assert batch["units"].dtype == np.int32
 
 
 def test_units_of_a_variable_frame_rate_are_those_of_the_times_shown(tmp_path):
-  times = np.concatenate([np.arange(6) / 2, 3 + np.arange(9) / 12])  # six frames in 3 s, then nine in 0.75 s
+  times = np.concatenate(
+    [np.arange(6) / 2, 3 + np.arange(9) / 12]
+  )  # six frames in 3 s, then nine in 0.75 s
   made_videos.write(tmp_path / "v0.mkv", 15, times=times, rate=30)
   units = ((0.0, 1.2, 0), (1.2, 2.4, 1), (2.4, 9.0, 2))
   given = table(("v0",), units=(units,), unit_names=("u",) * 3)
@@ -121,17 +139,22 @@ def test_a_folder_without_any_of_the_videos_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["../v0", "a/../../v0", "/etc/passwd", "", ".", "v\0"])
 def test_names_that_leave_the_folder_are_refused(folder, name):
-  for opened in (lambda: VideoFolder(table((name,)), folder, **CLIPS),
-                 lambda: FeatureFolder(table((name,)), folder, segments=2)):
+  for opened in (
+    lambda: VideoFolder(table((name,)), folder, **CLIPS),
+    lambda: FeatureFolder(table((name,)), folder, segments=2),
+  ):
     with pytest.raises(ValueError, match="names of videos must stay inside their folder; got"):
       opened()
 
 
-@pytest.mark.parametrize(("setting", "message"), [
+@pytest.mark.parametrize(
+  ("setting", "message"),
+  [
     (dict(segments=0), "segments must be at least 1; got 0"),
     (dict(frames=0), r"frames and size must be at least 1; got 0 and \(8, 8\)"),
     (dict(size=(0, 4)), r"frames and size must be at least 1; got 2 and \(0, 4\)"),
-])
+  ],
+)
 def test_bad_settings_are_named(folder, setting, message):
   with pytest.raises(ValueError, match=message):
     VideoFolder(table(), folder, **{**CLIPS, **setting})
@@ -196,16 +219,26 @@ def test_batches_are_the_same_after_a_restart_and_follow_the_resident_order(fold
 def test_fixed_segments_in_training_are_those_of_evaluation(folder):
   videos = VideoFolder(table(), folder, **CLIPS, seed=5)
   batch = next(videos.batches(4, 2, 1, 3))
-  same({key: array[:, 0] for key, array in batch.items()}, videos.read(images.batch_indices(5, 2, 4, 7)))
+  same(
+    {key: array[:, 0] for key, array in batch.items()},
+    videos.read(images.batch_indices(5, 2, 4, 7)),
+  )
 
 
 def test_jitter_moves_segments_within_their_parts_and_differs_by_step_and_place(folder):
-  same_video = VideoFolder(table(("v6",) * 4), folder, segments=3, frames=2, size=(8, 8), seed=5, jitter=True)
-  starts = np.concatenate([
-      made_videos.shown(batch["clips"])[0][:, 0, :, 0] for batch in same_video.batches(4, 0, 1, 20)])
+  same_video = VideoFolder(
+    table(("v6",) * 4), folder, segments=3, frames=2, size=(8, 8), seed=5, jitter=True
+  )
+  starts = np.concatenate(
+    [made_videos.shown(batch["clips"])[0][:, 0, :, 0] for batch in same_video.batches(4, 0, 1, 20)]
+  )
   edges = np.array([0, 5, 10, 15])  # of the 15 starts that a video of 16 frames has
   assert np.all((starts >= edges[:-1]) & (starts < edges[1:]))
-  assert [set(column) for column in starts.T] == [set(range(5)), set(range(5, 10)), set(range(10, 15))]
+  assert [set(column) for column in starts.T] == [
+    set(range(5)),
+    set(range(5, 10)),
+    set(range(10, 15)),
+  ]
   assert made_videos.shown(same_video.read([0])["clips"])[0][0, :, 0].tolist() == [0, 7, 14]
 
 
@@ -213,8 +246,10 @@ def test_jitter_moves_segments_within_their_parts_and_differs_by_step_and_place(
 def test_several_steps_a_call_and_several_processes_hold_the_same_examples(features, k):
   videos = open_features(features, seed=1, jitter=True)
   single = list(videos.batches(6, 0, 1, 6))
-  expected = [{key: np.concatenate([b[key] for b in single[i : i + k]], axis=1) for key in single[0]}
-              for i in range(0, 6, k)]
+  expected = [
+    {key: np.concatenate([b[key] for b in single[i : i + k]], axis=1) for key in single[0]}
+    for i in range(0, 6, k)
+  ]
   for got, whole in zip(videos.batches(6, 0, k, 6), expected, strict=True):
     same(got, whole)
   parts = [list(videos.batches(6, 0, k, 6, process=(i, 2))) for i in range(2)]
@@ -230,14 +265,25 @@ def test_a_batch_larger_than_the_set_is_refused(features):
 
 def test_features_are_spread_over_longer_videos_and_repeated_over_shorter_ones(features):
   videos = open_features(features)
-  assert videos.shapes == {"light": (5, 2), "heavy": (5, 4, 3), "valid": (5,), "label": (), "weight": ()}
+  assert videos.shapes == {
+    "light": (5, 2),
+    "heavy": (5, 4, 3),
+    "valid": (5,),
+    "label": (),
+    "weight": (),
+  }
   batch = videos.read([0, 2, 6])
   rows = np.array([[0, 1, 2, 0, 1], [20, 21, 22, 23, 24], [60, 62, 64, 66, 68]])
   np.testing.assert_array_equal(batch["light"], rows[..., None] * np.ones(2))
   np.testing.assert_array_equal(batch["heavy"], 10 * rows[..., None, None] * np.ones((4, 3)))
   np.testing.assert_array_equal(batch["valid"], np.array([[1, 1, 1, 0, 0], [1] * 5, [1] * 5], bool))
   assert {key: array.dtype for key, array in batch.items()} == {
-      "light": np.float32, "heavy": np.float32, "valid": bool, "label": np.int32, "weight": np.float32}
+    "light": np.float32,
+    "heavy": np.float32,
+    "valid": bool,
+    "label": np.int32,
+    "weight": np.float32,
+  }
 
 
 def test_jitter_draws_the_same_rows_of_both_features_and_leaves_shorter_videos_alone(features):
@@ -282,7 +328,9 @@ def test_features_that_cannot_be_used_count_for_nothing_with_the_reason(features
     assert not batch[key][1:].any()
   assert batch["valid"][1:].all()
   assert videos.unreadable["v1"] == "light and heavy must have as many segments; got 4 and 9"
-  assert videos.unreadable["v2"] == "light features of a segment must be (2,), as most are; got (3,)"
+  assert (
+    videos.unreadable["v2"] == "light features of a segment must be (2,), as most are; got (3,)"
+  )
   assert videos.unreadable["v3"] == "holds NaN or infinite numbers"
   assert videos.unreadable["v4"] == "must hold real numbers [T, ...]; got object (1, 1)"
   assert set(videos.unreadable) == set(NAMES[1:])

@@ -12,8 +12,15 @@ def environment(devices, *, optimised=False, **variables):
 
   Its programs are those of the tests, or `optimised`, as those that users run.
   """
-  flags = [] if optimised else [flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(_DEVICES)]
+  flags = (
+    []
+    if optimised
+    else [flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(_DEVICES)]
+  )
   if optimised:
     variables["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
   return os.environ | {
-      "PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join([*flags, f"{_DEVICES}={devices}"]), **variables}
+    "PYTHONPATH": str(ROOT),
+    "XLA_FLAGS": " ".join([*flags, f"{_DEVICES}={devices}"]),
+    **variables,
+  }

@@ -6,7 +6,9 @@ import re
 import shutil
 import subprocess
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER = next(
+  filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 # The page lies in a frame as wide as a phone, which a window cannot be, and this looks at it from outside, with what is
 # folded open. Contrast is that of WCAG 2, of every text with the background that it stands on.
 _PROBE = """<!DOCTYPE html><iframe src="{name}" style="width: {width}px; height: 900px; border: 0"></iframe><script>
@@ -55,10 +57,18 @@ def look_at(page, width=390, *, dark=False):
   """What the browser says of a page, given its file, in a frame of `width` CSS pixels: a dict, its `messages` too."""
   probe = page.with_name("probe.html")
   probe.write_text(_PROBE.format(name=page.name, width=width))
-  done = _run(page, "--dump-dom", *(["--blink-settings=preferredColorScheme=0"] if dark else []), probe.as_uri())
+  done = _run(
+    page,
+    "--dump-dom",
+    *(["--blink-settings=preferredColorScheme=0"] if dark else []),
+    probe.as_uri(),
+  )
   found = re.search(r'data-found="([^"]*)"', done.stdout)
   assert found, done.stderr
-  return {**json.loads(html.unescape(found[1])), "messages": re.findall(r":CONSOLE[:(].*", done.stderr)}
+  return {
+    **json.loads(html.unescape(found[1])),
+    "messages": re.findall(r":CONSOLE[:(].*", done.stderr),
+  }
 
 
 def printed(page):
@@ -71,6 +81,19 @@ def printed(page):
 def _run(page, *options):
   profile = page.with_name("profile")
   return subprocess.run(
-      [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--no-first-run",
-       "--enable-logging=stderr", f"--user-data-dir={profile}", "--virtual-time-budget=20000", *options],
-      capture_output=True, text=True, timeout=120)
+    [
+      BROWSER,
+      "--headless=new",
+      "--no-sandbox",
+      "--disable-gpu",
+      "--allow-file-access-from-files",
+      "--no-first-run",
+      "--enable-logging=stderr",
+      f"--user-data-dir={profile}",
+      "--virtual-time-budget=20000",
+      *options,
+    ],
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )

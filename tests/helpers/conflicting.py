@@ -29,7 +29,12 @@ class Toy(nn.Module):
 
 def network(norm=False, axis_name=None, scope="own"):
   normalise = lambda pixels: jnp.asarray(pixels, jnp.float32) / 127.5 - 1
-  return Network(Toy(norm, axis_name), Problem(TASKS, CLASSES, SHAPE, normalise, axis_name, batch_size=64), 1, scope)
+  return Network(
+    Toy(norm, axis_name),
+    Problem(TASKS, CLASSES, SHAPE, normalise, axis_name, batch_size=64),
+    1,
+    scope,
+  )
 
 
 def task(number, count=64, seed=0):
@@ -37,19 +42,29 @@ def task(number, count=64, seed=0):
   pixels = np.random.default_rng([seed, number]).integers(0, 256, (count, *SHAPE)).astype(np.uint8)
   x = (pixels.astype(np.float64) / 127.5 - 1).reshape(count, -1)
   labels = x[:, 0] + (-1) ** number * x[:, 1] > 0
-  return TaskData(pixels, (labels + CLASSES * number).astype(np.int32), pixels, labels.astype(np.int32))
+  return TaskData(
+    pixels, (labels + CLASSES * number).astype(np.int32), pixels, labels.astype(np.int32)
+  )
 
 
 def learner(method, optimiser, seed=0):
   start = method.init(jax.random.key(seed))
   zero = jnp.zeros((), jnp.int32)
-  return Learner(zero, zero, *start[:2], optimiser.init(start.params), start.memory, Table(*[()] * 5))
+  return Learner(
+    zero, zero, *start[:2], optimiser.init(start.params), start.memory, Table(*[()] * 5)
+  )
 
 
 def step(method, net, optimiser):
   """`(learner, pixels, labels, first_step) -> (learner, metrics)`."""
-  return training.make_step(method, optimiser, lambda key, pixels: net.problem.normalise(pixels), seed=0,
-                         steps_per_epoch=1, axis_name=net.problem.axis_name)
+  return training.make_step(
+    method,
+    optimiser,
+    lambda key, pixels: net.problem.normalise(pixels),
+    seed=0,
+    steps_per_epoch=1,
+    axis_name=net.problem.axis_name,
+  )
 
 
 def learn(method, net, *, count=300, rate=0.1, seed=1):

@@ -11,8 +11,11 @@ def events(folder):
 
   found = []
   for event in _events(folder):
-    found += [(value.tag, value.simple_value, event.step) for value in event.summary.value
-              if value.WhichOneof("value") == "simple_value"]
+    found += [
+      (value.tag, value.simple_value, event.step)
+      for value in event.summary.value
+      if value.WhichOneof("value") == "simple_value"
+    ]
     if event.session_log.status == SessionLog.SessionStatus.Value("START"):
       found.append((event.step,))
   return found

@@ -34,7 +34,11 @@ def described(table):
   found = []
   for i, name in enumerate(table.names):
     places = table.labels[i].nonzero()[0] if table.multi_label else [table.labels[i]]
-    units = [] if table.units is None else [(start, end, table.unit_names[unit]) for start, end, unit in table.units[i]]
+    units = (
+      []
+      if table.units is None
+      else [(start, end, table.unit_names[unit]) for start, end, unit in table.units[i]]
+    )
     seconds = None if table.seconds is None or math.isnan(table.seconds[i]) else table.seconds[i]
     found.append((name, {table.class_names[place] for place in places}, units, seconds))
   return found
@@ -51,7 +55,9 @@ def own_format(folder):
     labels[video] = {part.strip(BLANKS) for part in label.split(";")} - {""}
     _require(several or labels[video])
   names = _lines(folder / "split.txt")
-  _require(names and len(set(names)) == len(names) and set(names) <= set(labels) and any(labels.values()))
+  _require(
+    names and len(set(names)) == len(names) and set(names) <= set(labels) and any(labels.values())
+  )
   return [(name, labels[name], [], None) for name in names]
 
 
@@ -61,7 +67,9 @@ def charades(folder):
   classes, found, seen = {}, [], set()
   for line in _lines(folder / "Charades_v1_classes.txt"):
     code, name = line[:4], line[4:]
-    _require(code[0] == "c" and len(code) == 4 and set(code[1:]) <= _DIGITS and name[:1] in ("\t", " "))
+    _require(
+      code[0] == "c" and len(code) == 4 and set(code[1:]) <= _DIGITS and name[:1] in ("\t", " ")
+    )
     _require(code not in classes)
     classes[code] = name.strip(BLANKS)
   for video, actions, length in _csv(folder / "Charades_v1_train.csv", ["id", "actions", "length"]):
@@ -93,7 +101,9 @@ def multithumos(folder):
       if video.startswith("video_validation_"):
         units.setdefault(video, []).append((start, end, name))
   _require(units)
-  return [(video, {name for *_, name in units[video]}, units[video], None) for video in sorted(units)]
+  return [
+    (video, {name for *_, name in units[video]}, units[video], None) for video in sorted(units)
+  ]
 
 
 @_or_none
@@ -104,11 +114,15 @@ def breakfast(folder):
     fields = _fields(line)
     _require(len(fields) == 2)
     frames = fields[0].split("-")
-    _require(len(frames) == 2 and all(0 < len(frame) < 10 and set(frame) <= _DIGITS for frame in frames))
+    _require(
+      len(frames) == 2 and all(0 < len(frame) < 10 and set(frame) <= _DIGITS for frame in frames)
+    )
     first, last = map(int, frames)
     _require(1 <= first <= last)
     units.append(((first - 1) / 15, last / 15, fields[1]))
-  return [("P03/cam01/P03_cereals", {"cereals"}, units, max((end for _, end, _ in units), default=None))]
+  return [
+    ("P03/cam01/P03_cereals", {"cereals"}, units, max((end for _, end, _ in units), default=None))
+  ]
 
 
 def _text(path):

@@ -24,20 +24,32 @@ def conv(rng, inputs, outputs, window=3, stride=1):
 def head(rng, inputs, *groups):
   """Gates of which any number may be open for an image."""
   total = sum(group.gates for group in groups)
-  return Head(normal(rng, inputs, 8, scale=3), normal(rng, 8), normal(rng, 8, total, scale=3), normal(rng, total),
-              groups)
+  return Head(
+    normal(rng, inputs, 8, scale=3),
+    normal(rng, 8),
+    normal(rng, 8, total, scale=3),
+    normal(rng, total),
+    groups,
+  )
 
 
 def basic(rng, group, stride=1):
-  return Block((conv(rng, FEATURES, group.width, stride=stride), conv(rng, group.width, FEATURES)),
-               head(rng, FEATURES, group), pad=(stride, 0, 0))
+  return Block(
+    (conv(rng, FEATURES, group.width, stride=stride), conv(rng, group.width, FEATURES)),
+    head(rng, FEATURES, group),
+    pad=(stride, 0, 0),
+  )
 
 
 def gated_output(rng, group, stride=1):
   """With gates of what it ends with, which the next one reads by both ways."""
   block = basic(rng, group, stride)
-  return dataclasses.replace(block, head=head(rng, FEATURES, group, Group(FEATURES)), output_gate=True,
-                             project=conv(rng, FEATURES, FEATURES, 1, stride))
+  return dataclasses.replace(
+    block,
+    head=head(rng, FEATURES, group, Group(FEATURES)),
+    output_gate=True,
+    project=conv(rng, FEATURES, FEATURES, 1, stride),
+  )
 
 
 def net(kind, seed=0):
@@ -45,41 +57,71 @@ def net(kind, seed=0):
   rng = np.random.default_rng(seed)
   stem = Layer(conv(rng, 3, FEATURES))
   parts = {
-      "channels": lambda: [stem, basic(rng, Group(34)), basic(rng, Group(20), stride=2)],
-      "always": lambda: [stem, basic(rng, Group(30, always=4)), basic(rng, Group(3, 5, always=2))],
-      "blocks": lambda: [stem, basic(rng, Group(3, 8)), basic(rng, Group(4, 2), stride=2)],
-      "layers": lambda: [stem, *(dataclasses.replace(basic(rng, Group(5)), head=head(rng, FEATURES, Group(1)),
-                                                     layer_gate=True) for _ in range(3))],
-      # The first part, whose input may be below 0, and one whose shortcut may.
-      "first layers": lambda: [
-          Block((conv(rng, 3, 5), conv(rng, 5, 3)), head(rng, 3, Group(1)), layer_gate=True),
-          Block((conv(rng, 3, 5), conv(rng, 5, FEATURES)), head(rng, 3, Group(1)), conv(rng, 3, FEATURES, 1),
-                layer_gate=True)],
-      # As `slim` leaves a block of which no unit ever opens, and `fold` one whose gate is always closed.
-      "dead branches": lambda: [stem, Block((conv(rng, FEATURES, 0), conv(rng, 0, FEATURES))), Block(()),
-                                basic(rng, Group(34))],
-      "bottleneck": lambda: [stem, Block(
-          (conv(rng, FEATURES, 34, 1), conv(rng, 34, 18, stride=2), conv(rng, 18, 9, 1)),
-          head(rng, FEATURES, Group(34), Group(9, 2)), conv(rng, FEATURES, 9, 1, 2))],
-      "outputs": lambda: [stem, gated_output(rng, Group(34)), gated_output(rng, Group(20), stride=2),
-                          gated_output(rng, Group(3, 8))],
-      "chain": lambda: [Layer(conv(rng, 3, 34), head(rng, 3, Group(34)), (2, 2, 0)),
-                        Layer(conv(rng, 34, 20), head(rng, 34, Group(10, 2))), Layer(conv(rng, 20, FEATURES))],
+    "channels": lambda: [stem, basic(rng, Group(34)), basic(rng, Group(20), stride=2)],
+    "always": lambda: [stem, basic(rng, Group(30, always=4)), basic(rng, Group(3, 5, always=2))],
+    "blocks": lambda: [stem, basic(rng, Group(3, 8)), basic(rng, Group(4, 2), stride=2)],
+    "layers": lambda: [
+      stem,
+      *(
+        dataclasses.replace(
+          basic(rng, Group(5)), head=head(rng, FEATURES, Group(1)), layer_gate=True
+        )
+        for _ in range(3)
+      ),
+    ],
+    # The first part, whose input may be below 0, and one whose shortcut may.
+    "first layers": lambda: [
+      Block((conv(rng, 3, 5), conv(rng, 5, 3)), head(rng, 3, Group(1)), layer_gate=True),
+      Block(
+        (conv(rng, 3, 5), conv(rng, 5, FEATURES)),
+        head(rng, 3, Group(1)),
+        conv(rng, 3, FEATURES, 1),
+        layer_gate=True,
+      ),
+    ],
+    # As `slim` leaves a block of which no unit ever opens, and `fold` one whose gate is always closed.
+    "dead branches": lambda: [
+      stem,
+      Block((conv(rng, FEATURES, 0), conv(rng, 0, FEATURES))),
+      Block(()),
+      basic(rng, Group(34)),
+    ],
+    "bottleneck": lambda: [
+      stem,
+      Block(
+        (conv(rng, FEATURES, 34, 1), conv(rng, 34, 18, stride=2), conv(rng, 18, 9, 1)),
+        head(rng, FEATURES, Group(34), Group(9, 2)),
+        conv(rng, FEATURES, 9, 1, 2),
+      ),
+    ],
+    "outputs": lambda: [
+      stem,
+      gated_output(rng, Group(34)),
+      gated_output(rng, Group(20), stride=2),
+      gated_output(rng, Group(3, 8)),
+    ],
+    "chain": lambda: [
+      Layer(conv(rng, 3, 34), head(rng, 3, Group(34)), (2, 2, 0)),
+      Layer(conv(rng, 34, 20), head(rng, 34, Group(10, 2))),
+      Layer(conv(rng, 20, FEATURES)),
+    ],
   }[kind]()
-  outputs = parts[-1].conv.bias.size if isinstance(parts[-1], Layer) else parts[-1].convs[-1].bias.size
+  outputs = (
+    parts[-1].conv.bias.size if isinstance(parts[-1], Layer) else parts[-1].convs[-1].bias.size
+  )
   return Folded(tuple(parts), (normal(rng, outputs, 4), normal(rng, 4)))
 
 
 KINDS = {
-    "channels": ("switch", "cluster", "native"),
-    "always": ("switch", "block_dispatch", "cluster", "native"),
-    "blocks": ("switch", "block_dispatch", "cluster", "native", "pallas"),
-    "layers": ("layer_dispatch", "native"),
-    "first layers": ("layer_dispatch", "native"),
-    "dead branches": ("switch", "cluster", "native"),
-    "bottleneck": ("switch", "cluster", "native"),
-    "outputs": ("switch", "block_dispatch", "cluster", "native", "pallas"),
-    "chain": ("switch", "native"),
+  "channels": ("switch", "cluster", "native"),
+  "always": ("switch", "block_dispatch", "cluster", "native"),
+  "blocks": ("switch", "block_dispatch", "cluster", "native", "pallas"),
+  "layers": ("layer_dispatch", "native"),
+  "first layers": ("layer_dispatch", "native"),
+  "dead branches": ("switch", "cluster", "native"),
+  "bottleneck": ("switch", "cluster", "native"),
+  "outputs": ("switch", "block_dispatch", "cluster", "native", "pallas"),
+  "chain": ("switch", "native"),
 }
 
 

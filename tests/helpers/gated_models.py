@@ -14,26 +14,35 @@ SHAPE = (9, 8, 3)
 GATE = GateSettings(hidden=3)
 STATIC = GateSettings(context="none", relaxation="hard_concrete")
 MODELS = {
-    "basic": ResNet(3, (2, 1), features=4, gating="channel", gate=GATE),
-    "ungated": ResNet(3, (1, 1), features=4),
-    "wide inside": ResNet(3, (1, 1), features=3, inner_width=2.0, gating="channel", gate=GATE),
-    "blocks": ResNet(3, (1, 1), features=4, gating="channel", gate=GateSettings(hidden=3, block=2)),
-    "layer": ResNet(3, (2, 2), features=4, gating="layer", gate=GATE),
-    "bottleneck": ResNet(3, (1, 2), Bottleneck, features=4, gating="channel", gate=GATE, shortcut="B", stem="imagenet"),
-    "dilated": ResNet(None, (1, 1, 1), features=3, gating="channel", gate=GATE, shortcut="B", output_stride=2),
-    "feature map": ResNet(None, (1, 2), features=4, pool=False, gating="channel", gate=GATE),
-    "outputs": ResNet(None, (2, 1), features=4, gating="all_channels", gate=GATE, shortcut="B"),
-    "bottleneck outputs": ResNet(3, (1, 1), Bottleneck, features=2, gating="all_channels", gate=GATE, shortcut="B"),
-    "static": ResNet(3, (2, 1), features=4, gating="channel", gate=STATIC),
-    "static layers": ResNet(3, (3,), features=4, gating="layer", gate=STATIC),
-    "vgg": VGG(3, (4, "pool", 6, 6, "pool"), gating="channel", gate=GATE),
-    "vgg without norm": VGG(3, (4, "pool", 6), norm=False, gating="channel", gate=GATE),
-    "static vgg": VGG(3, (4, "pool", 6), gating="channel", gate=STATIC),
+  "basic": ResNet(3, (2, 1), features=4, gating="channel", gate=GATE),
+  "ungated": ResNet(3, (1, 1), features=4),
+  "wide inside": ResNet(3, (1, 1), features=3, inner_width=2.0, gating="channel", gate=GATE),
+  "blocks": ResNet(3, (1, 1), features=4, gating="channel", gate=GateSettings(hidden=3, block=2)),
+  "layer": ResNet(3, (2, 2), features=4, gating="layer", gate=GATE),
+  "bottleneck": ResNet(
+    3, (1, 2), Bottleneck, features=4, gating="channel", gate=GATE, shortcut="B", stem="imagenet"
+  ),
+  "dilated": ResNet(
+    None, (1, 1, 1), features=3, gating="channel", gate=GATE, shortcut="B", output_stride=2
+  ),
+  "feature map": ResNet(None, (1, 2), features=4, pool=False, gating="channel", gate=GATE),
+  "outputs": ResNet(None, (2, 1), features=4, gating="all_channels", gate=GATE, shortcut="B"),
+  "bottleneck outputs": ResNet(
+    3, (1, 1), Bottleneck, features=2, gating="all_channels", gate=GATE, shortcut="B"
+  ),
+  "static": ResNet(3, (2, 1), features=4, gating="channel", gate=STATIC),
+  "static layers": ResNet(3, (3,), features=4, gating="layer", gate=STATIC),
+  "vgg": VGG(3, (4, "pool", 6, 6, "pool"), gating="channel", gate=GATE),
+  "vgg without norm": VGG(3, (4, "pool", 6), norm=False, gating="channel", gate=GATE),
+  "static vgg": VGG(3, (4, "pool", 6), gating="channel", gate=STATIC),
 }
+
 
 def images(count=5, seed=0):
   rng = np.random.default_rng(seed)
-  return jnp.asarray(rng.normal(0, 1, (count, *SHAPE)) + rng.normal(0, 1, (count, 1, 1, 3)), jnp.float32)
+  return jnp.asarray(
+    rng.normal(0, 1, (count, *SHAPE)) + rng.normal(0, 1, (count, 1, 1, 3)), jnp.float32
+  )
 
 
 def random_variables(model, seed=1):
@@ -50,5 +59,6 @@ def random_variables(model, seed=1):
     return rng.normal(0, 0.3, leaf.shape)
 
   shapes = flax.traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images(1)))
-  return flax.traverse_util.unflatten_dict({path: jnp.asarray(fill(path, leaf), jnp.float32)
-                                            for path, leaf in shapes.items()})
+  return flax.traverse_util.unflatten_dict(
+    {path: jnp.asarray(fill(path, leaf), jnp.float32) for path, leaf in shapes.items()}
+  )

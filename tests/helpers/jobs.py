@@ -11,7 +11,12 @@ from tests.helpers import ROOT, environment
 
 PROGRAM = f"{sys.executable} {ROOT / 'tests' / 'helpers' / 'tiny_cli.py'}"
 STEPS_PER_EPOCH = 5
-TRAINING = {"model.name": "tiny", "optim.batch_size": 280, "optim.epochs": 1, "optim.learning_rate": 0.05}
+TRAINING = {
+  "model.name": "tiny",
+  "optim.batch_size": 280,
+  "optim.epochs": 1,
+  "optim.learning_rate": 0.05,
+}
 
 
 def arguments(workdir, config="digits_resnet20", **changes):
@@ -24,9 +29,18 @@ def launched(workdir, variables=(), out=None, **changes):
   out = out or workdir.with_suffix(".out")
   with out.open("w") as file:
     job = subprocess.Popen(
-        ["bash", str(ROOT / "launch" / "local.sh"), "2", *arguments(workdir, **changes)], stdout=file,
-        stderr=subprocess.STDOUT, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "DEVICES": "4", "GATING_JAX": PROGRAM, **dict(variables)})
+      ["bash", str(ROOT / "launch" / "local.sh"), "2", *arguments(workdir, **changes)],
+      stdout=file,
+      stderr=subprocess.STDOUT,
+      cwd=ROOT,
+      env={
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "DEVICES": "4",
+        "GATING_JAX": PROGRAM,
+        **dict(variables),
+      },
+    )
   job.out = out
   return job
 
@@ -52,15 +66,23 @@ def wait_until(holds, job):
 def alone(*arguments, devices=8, optimised=False):
   """What one process of so many devices prints."""
   done = subprocess.run(
-      [*PROGRAM.split(), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-      env=environment(devices, optimised=optimised))
+    [*PROGRAM.split(), *arguments],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+    env=environment(devices, optimised=optimised),
+  )
   assert done.returncode == 0, done.stderr
   return done.stdout
 
 
 def processes_of(job):
   """The process numbers of a running job's processes, the first of them the coordinator."""
-  found = subprocess.run(["pgrep", "-P", str(job.pid), "-f", "tiny_cli"], capture_output=True, text=True, check=False)
+  found = subprocess.run(
+    ["pgrep", "-P", str(job.pid), "-f", "tiny_cli"], capture_output=True, text=True, check=False
+  )
   return [int(line) for line in found.stdout.split()]
 
 

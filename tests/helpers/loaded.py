@@ -10,8 +10,14 @@ from gating_jax import load_run
 from gating_jax.data import scenes, streaming, tfds
 from gating_jax.video import sets
 
-READERS = ((tfds, "load"), (tfds, "size"), (streaming, "open_stream"), (scenes, "digit_scenes"),
-           (scenes, "open_scenes"), (sets, "open_set"))
+READERS = (
+  (tfds, "load"),
+  (tfds, "size"),
+  (streaming, "open_stream"),
+  (scenes, "digit_scenes"),
+  (scenes, "open_scenes"),
+  (sets, "open_set"),
+)
 
 
 def loaded(workdir):

@@ -26,8 +26,13 @@ def encoded(image, kind="PNG", **options):
 
 def write(data_dir, train, test, *, shape, name="made_set"):
   """Prepares the set as array_record; `train` and `test` are lists of (image, label)."""
-  features = {"image": tfds.features.Image(shape=shape), "label": tfds.features.ClassLabel(names=["dark", "light"])}
-  files = lambda examples: [{"image": encoded(image), "label": int(label)} for image, label in examples]
+  features = {
+    "image": tfds.features.Image(shape=shape),
+    "label": tfds.features.ClassLabel(names=["dark", "light"]),
+  }
+  files = lambda examples: [
+    {"image": encoded(image), "label": int(label)} for image, label in examples
+  ]
   write_splits(data_dir, features, {"train": files(train), "test": files(test)}, name=name)
 
 
@@ -38,12 +43,14 @@ def write_splits(data_dir, features, splits, *, name):
     return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
   members = {
-      "name": name,
-      "VERSION": tfds.core.Version("1.0.0"),
-      "_info": info,
-      "_split_generators": lambda self, _: {split: enumerate(examples) for split, examples in splits.items()},
-      "_generate_examples": None,
-      "__module__": __name__,
+    "name": name,
+    "VERSION": tfds.core.Version("1.0.0"),
+    "_info": info,
+    "_split_generators": lambda self, _: {
+      split: enumerate(examples) for split, examples in splits.items()
+    },
+    "_generate_examples": None,
+    "__module__": __name__,
   }
   with tfds.core.registered.skip_registration():  # a process may make several sets of one name
     builder = type("MadeSet", (tfds.core.GeneratorBasedBuilder,), members)

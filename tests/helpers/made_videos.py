@@ -18,8 +18,18 @@ def brightness(frame):
 
 
 def write(
-    path, frames, *, size=(32, 48), rate=10, codec="libx264", audio=False, options=None, times=None, encoder=None,
-    pixels=None, paint=None
+  path,
+  frames,
+  *,
+  size=(32, 48),
+  rate=10,
+  codec="libx264",
+  audio=False,
+  options=None,
+  times=None,
+  encoder=None,
+  pixels=None,
+  paint=None,
 ):
   """A video whose frame `i` is all of `brightness(i)`, or `paint(i)`.
 
@@ -39,7 +49,9 @@ def write(
     stream.height, stream.width = size
     stream.pix_fmt = pixels or _PIXELS.get(codec, "yuv420p")
     stream.gop_size = 5
-    tick = Fraction(1, rate) if path.suffix in (".avi", ".mpg") else _TICK  # these have but places for frames
+    tick = (
+      Fraction(1, rate) if path.suffix in (".avi", ".mpg") else _TICK
+    )  # these have but places for frames
     if times is not None:
       stream.codec_context.time_base = tick
     for i in range(frames):
@@ -89,7 +101,9 @@ def _add_track(container, track):
 
 
 def _write_silence(container, sound):
-  silence = av.AudioFrame.from_ndarray(np.zeros((1, 4000), np.float32), format="fltp", layout="mono")
+  silence = av.AudioFrame.from_ndarray(
+    np.zeros((1, 4000), np.float32), format="fltp", layout="mono"
+  )
   silence.sample_rate = 8000
   container.mux(sound.encode(silence))
   container.mux(sound.encode())
@@ -104,7 +118,10 @@ def shown(pixels):
 
 def copy_packets(source, target, first=0, *, options=None, keep=lambda packet: True):
   """Copies the packets of a video of 10 frames a second, without decoding them, so that frame `first` is at time 0."""
-  with av.open(str(source)) as whole, av.open(str(target), "w", container_options=options or {}) as part:
+  with (
+    av.open(str(source)) as whole,
+    av.open(str(target), "w", container_options=options or {}) as part,
+  ):
     stream = whole.streams.video[0]
     copy = part.add_stream_from_template(stream)
     shift = round(first / 10 / stream.time_base)
@@ -121,8 +138,12 @@ def set_edits(path, edits):
   nothing shown."""
   with av.open(str(path)) as container:
     ticks = 1 / (10 * container.streams.video[0].time_base)
-  entries = [(frames * 100, -1 if first is None else int(first * ticks), 1, 0) for frames, first in edits]
-  body = struct.pack(">II", 0, len(entries)) + b"".join(struct.pack(">IiHH", *entry) for entry in entries)
+  entries = [
+    (frames * 100, -1 if first is None else int(first * ticks), 1, 0) for frames, first in edits
+  ]
+  body = struct.pack(">II", 0, len(entries)) + b"".join(
+    struct.pack(">IiHH", *entry) for entry in entries
+  )
   path.write_bytes(_replaced(path.read_bytes(), b"edts", _box(b"elst", body)))
   return path
 
@@ -179,7 +200,9 @@ def write_packets(path, codec, packets, size):
 
 def write_fields(path, frames):
   """H.264 whose frames are two fields with a packet each, as some cameras write it; 32 x 32 pixels, uncompressed."""
-  parameters = _unit(0x67, [(8, 77), (8, 0), (8, 30), 0, 0, 2, 1, (1, 0), 1, 0, (4, 0b0010), (1, 0)])
+  parameters = _unit(
+    0x67, [(8, 77), (8, 0), (8, 30), 0, 0, 2, 1, (1, 0), 1, 0, (4, 0b0010), (1, 0)]
+  )
   parameters += _unit(0x68, [0, 0, (2, 0), 0, 0, 0, (3, 0), 0, 0, 0, (3, 0)])
   packets = []
   for i in range(frames):
@@ -187,7 +210,10 @@ def write_fields(path, frames):
     macroblock = [25, None, *[(8, luma)] * 256, *[(8, 128)] * 128]
     top = [0, 2, 0, (4, 0), (1, 1), (1, 0), i % 2, (2, 0), 0, *macroblock, *macroblock]
     bottom = [0, 2, 0, (4, 0), (1, 1), (1, 1), (1, 0), 0, *macroblock, *macroblock]
-    packets += [(parameters + _unit(0x65, top), 100 * i, True), (_unit(0x61, bottom), 100 * i + 50, False)]
+    packets += [
+      (parameters + _unit(0x65, top), 100 * i, True),
+      (_unit(0x61, bottom), 100 * i + 50, False),
+    ]
   return write_packets(path, "libx264", packets, (32, 32))
 
 

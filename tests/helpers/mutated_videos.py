@@ -20,19 +20,21 @@ from tests.helpers import made_videos
 
 MOST_SECONDS, MOST_MEMORY = 10, 1 << 30  # of one file; of all, beyond what the process has before
 _FRAMES = 20
-_STRICT = {"err_detect": "bitstream+buffer+explode"}  # of a decoder that ends at what others pass over
+_STRICT = {
+  "err_detect": "bitstream+buffer+explode"
+}  # of a decoder that ends at what others pass over
 _FRAGMENTS = {"movflags": "frag_keyframe+empty_moov"}
 _WHOLE = {
-    "plain.mp4": dict(audio=True, encoder={"bf": "2", "b-adapt": "0"}),
-    "first.mp4": dict(options={"movflags": "faststart"}),
-    "fragments.mp4": dict(options=_FRAGMENTS),
-    "mpeg4.mov": dict(codec="mpeg4"),
-    "variable.mkv": dict(times=np.cumsum(np.arange(_FRAMES) % 4 + 1) / 10),
-    "vp9.webm": dict(codec="libvpx-vp9", encoder={"deadline": "realtime"}),
-    "mpeg4.avi": dict(codec="mpeg4"),
-    "pictures.avi": dict(codec="mjpeg"),
-    "mpeg2.mpg": dict(codec="mpeg2video", rate=25, encoder={"bf": "2"}),
-    "flash.flv": dict(),
+  "plain.mp4": dict(audio=True, encoder={"bf": "2", "b-adapt": "0"}),
+  "first.mp4": dict(options={"movflags": "faststart"}),
+  "fragments.mp4": dict(options=_FRAGMENTS),
+  "mpeg4.mov": dict(codec="mpeg4"),
+  "variable.mkv": dict(times=np.cumsum(np.arange(_FRAMES) % 4 + 1) / 10),
+  "vp9.webm": dict(codec="libvpx-vp9", encoder={"deadline": "realtime"}),
+  "mpeg4.avi": dict(codec="mpeg4"),
+  "pictures.avi": dict(codec="mjpeg"),
+  "mpeg2.mpg": dict(codec="mpeg2video", rate=25, encoder={"bf": "2"}),
+  "flash.flv": dict(),
 }
 
 
@@ -65,8 +67,12 @@ def write_whole(folder):
   """The videos that are mutated, by name: each container, and what may be in one."""
   for name, settings in _WHOLE.items():
     made_videos.write(folder / name, _FRAMES, **settings)
-  made_videos.set_display_matrix(made_videos.write(folder / "turned.mp4", _FRAMES), [[0, 1], [-1, 0]])
-  edited = made_videos.write(folder / "edited.mp4", _FRAMES, encoder={"bf": "0", "sc_threshold": "0"})
+  made_videos.set_display_matrix(
+    made_videos.write(folder / "turned.mp4", _FRAMES), [[0, 1], [-1, 0]]
+  )
+  edited = made_videos.write(
+    folder / "edited.mp4", _FRAMES, encoder={"bf": "0", "sc_threshold": "0"}
+  )
   made_videos.set_edits(edited, [(9, 3), (5, 14)])
   return {path.name: _whole(path) for path in sorted(folder.iterdir())}
 
@@ -138,7 +144,9 @@ def _with_bytes_flipped(data, random, of_headers, most):
   width = min(1500, len(data)) if of_headers else len(data)
   start = random.choice([0, len(data) - width])  # headers stand at the beginning or at the end
   for place in start + random.integers(width, size=random.integers(1, most + 1)) if width else ():
-    data[place] = random.choice([0, 127, 255, data[place] ^ 1 << random.integers(8), random.integers(256)])
+    data[place] = random.choice(
+      [0, 127, 255, data[place] ^ 1 << random.integers(8), random.integers(256)]
+    )
   return bytes(data)
 
 
@@ -171,13 +179,17 @@ def check(seed, whole, folder):
   played = _shown_whole(path, whole[name].played)
   if refusal is not None:
     assert len(refusal.splitlines()) == 1, f"{which}: {refusal}"
-    assert played is None, f"{which}: all frames are shown by a plain decoder, and refused: {refusal}"
+    assert played is None, (
+      f"{which}: all frames are shown by a plain decoder, and refused: {refusal}"
+    )
     return f"refused: {refusal}"
   assert (clips.shape, clips.dtype) == (whole[name].clips.shape, np.uint8), which
   assert np.all(np.diff(middles) >= 0) or np.isnan(middles).all(), f"{which}: {middles}"
   if played is None:
     return "read"
-  np.testing.assert_allclose(_by_value(clips), played.pixels[whole[name].chosen], atol=1, err_msg=which)
+  np.testing.assert_allclose(
+    _by_value(clips), played.pixels[whole[name].chosen], atol=1, err_msg=which
+  )
   np.testing.assert_allclose(middles, whole[name].middles, atol=0.06, err_msg=which)
   return "read as it is played"
 
@@ -188,7 +200,9 @@ def _shown_whole(path, expected):
   if played is None or strictly is None or played.times.shape != expected.times.shape:
     return None
   same_pixels = np.array_equal(played.pixels, strictly.pixels)
-  return played if same_pixels and np.allclose(played.times, expected.times, rtol=0, atol=1e-3) else None
+  return (
+    played if same_pixels and np.allclose(played.times, expected.times, rtol=0, atol=1e-3) else None
+  )
 
 
 def main(folder, first, last):

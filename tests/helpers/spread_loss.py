@@ -25,18 +25,18 @@ def problem(gates=10):
   rng = np.random.default_rng(0)
   features = lambda: rng.normal(size=(16, 4)) + np.linspace(-1, 1, 16)[:, None] * [1, 0, 0, 0]
   params = {
-      "w": rng.normal(size=(4, gates)),
-      "a": rng.uniform(0.4, 2, gates),
-      "b": rng.uniform(0.4, 2, gates),
-      "mean": rng.uniform(0.2, 0.8, gates),
-      "temperature": rng.uniform(0.3, 2, gates),
-      "reference": rng.normal(size=(4, gates)),
+    "w": rng.normal(size=(4, gates)),
+    "a": rng.uniform(0.4, 2, gates),
+    "b": rng.uniform(0.4, 2, gates),
+    "mean": rng.uniform(0.2, 0.8, gates),
+    "temperature": rng.uniform(0.3, 2, gates),
+    "reference": rng.normal(size=(4, gates)),
   }
   batch = {
-      "x": features(),
-      "y": rng.normal(size=(16, gates)),
-      "fit": np.ones(16),  # the weights of the fit
-      "weights": np.linspace(0, 3, 16),  # those of the batch-shaping loss
+    "x": features(),
+    "y": rng.normal(size=(16, gates)),
+    "fit": np.ones(16),  # the weights of the fit
+    "weights": np.linspace(0, 3, 16),  # those of the batch-shaping loss
   }
   return jax.tree.map(np.float32, (params, batch))
 
@@ -57,7 +57,9 @@ def learned_beta(params, batch, logits, **options):
 
 
 def learned_relaxed_bernoulli(params, batch, logits, **options):
-  return batch_shaping_loss(logits, relaxed_bernoulli(params["mean"], params["temperature"]), **options)
+  return batch_shaping_loss(
+    logits, relaxed_bernoulli(params["mean"], params["temperature"]), **options
+  )
 
 
 def reference_samples(params, batch, logits, axis_name=None, **options):
@@ -83,7 +85,9 @@ def on_one_device(params, batch, term, **scales):
 def by_pmap(params, batch, term, exchange):
   """Over the devices of all processes, of which this one has its part of the batch; every device's own result."""
   run = jax.pmap(_averaged(term, exchange, AXIS), axis_name=AXIS, in_axes=(None, 0))
-  return run(params, jax.tree.map(lambda a: a.reshape(jax.local_device_count(), -1, *a.shape[1:]), batch))
+  return run(
+    params, jax.tree.map(lambda a: a.reshape(jax.local_device_count(), -1, *a.shape[1:]), batch)
+  )
 
 
 def by_shard_map(params, batch, term, exchange, *, axes=AXIS, order=None, check_vma=False):
@@ -93,8 +97,12 @@ def by_shard_map(params, batch, term, exchange, *, axes=AXIS, order=None, check_
   order = order or axes
   gradients = _summed if check_vma else _averaged
   run = jax.shard_map(
-      gradients(term, exchange, order), mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec(order)),
-      out_specs=PartitionSpec(), check_vma=check_vma)
+    gradients(term, exchange, order),
+    mesh=mesh,
+    in_specs=(PartitionSpec(), PartitionSpec(order)),
+    out_specs=PartitionSpec(),
+    check_vma=check_vma,
+  )
   return jax.jit(run)(params, batch)
 
 
@@ -107,4 +115,5 @@ def _averaged(term, exchange, axis_name):
 def _summed(term, exchange, axis_name):
   """With `check_vma` the gradient of what is the same on all devices comes summed over them: the loss is averaged."""
   return jax.value_and_grad(
-      lambda p, b: lax.pmean(loss(p, b, term, axis_name=axis_name, exchange=exchange), axis_name))
+    lambda p, b: lax.pmean(loss(p, b, term, axis_name=axis_name, exchange=exchange), axis_name)
+  )

@@ -15,8 +15,14 @@ CLASSES, SHAPE = 3, (6, 6, 1)
 
 
 def net(gating="channel", axis_name=None):
-  return ResNet(classes=CLASSES, blocks=(1,), features=4, gating=gating,
-                gate=GateSettings(hidden=4, initial_open=0.6), axis_name=axis_name)
+  return ResNet(
+    classes=CLASSES,
+    blocks=(1,),
+    features=4,
+    gating=gating,
+    gate=GateSettings(hidden=4, initial_open=0.6),
+    axis_name=axis_name,
+  )
 
 
 def images(count, seed=0):
@@ -27,9 +33,15 @@ def images(count, seed=0):
 
 
 def objective(gamma=0.75, rho=0.5, sparsity="l0", reduction="layer_mean"):
-  return ImageObjective(prior=beta(0.6, 0.4), reduction=reduction, sparsity=sparsity, target=0.5, fixed_macs=100,
-                        batch_shaping_coefficient=optax.constant_schedule(gamma),
-                        sparsity_coefficient=optax.constant_schedule(rho))
+  return ImageObjective(
+    prior=beta(0.6, 0.4),
+    reduction=reduction,
+    sparsity=sparsity,
+    target=0.5,
+    fixed_macs=100,
+    batch_shaping_coefficient=optax.constant_schedule(gamma),
+    sparsity_coefficient=optax.constant_schedule(rho),
+  )
 
 
 def normalise(pixels):
@@ -45,7 +57,9 @@ def state(optimiser, gating="channel", seed=0):
 
 
 def train_step(optimiser, *, gating="channel", axis_name=None, seed=0, objective=objective()):  # noqa: B008
-  return steps.make_train_step(net(gating, axis_name), optimiser, objective, prepare, seed=seed, axis_name=axis_name)
+  return steps.make_train_step(
+    net(gating, axis_name), optimiser, objective, prepare, seed=seed, axis_name=axis_name
+  )
 
 
 def relative_gap(tree, other):
@@ -58,5 +72,7 @@ def relative_gap(tree, other):
 def bit_equal(tree, other):
   tree, other = jax.device_get((tree, other))
   assert jax.tree.structure(tree) == jax.tree.structure(other)
-  return all(np.array_equal(a, b, equal_nan=a.dtype.kind == "f") and a.dtype == b.dtype
-             for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True))
+  return all(
+    np.array_equal(a, b, equal_nan=a.dtype.kind == "f") and a.dtype == b.dtype
+    for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
+  )

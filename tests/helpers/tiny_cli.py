@@ -7,7 +7,8 @@ from gating_jax.models.resnet import ResNet
 
 TINY = ("cifar", BasicBlock, (1,), 8, "A")
 TINY_LIGHT, TINY_HEAVY = (
-    (ResNet, dict(classes=None, blocks=(1,), features=4, stem=stem)) for stem in ("cifar", "small"))
+  (ResNet, dict(classes=None, blocks=(1,), features=4, stem=stem)) for stem in ("cifar", "small")
+)
 
 if __name__ == "__main__":
   resnet.RESNETS["tiny"] = TINY

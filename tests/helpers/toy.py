@@ -56,14 +56,23 @@ def start(method, seed=0):
 def step(method, count=1):
   """`(learner, pixels, labels) -> (learner, metrics)` on `count` devices."""
   axis_name = None if count == 1 else devices.AXIS
-  run = make_step(method, OPTIMISER, lambda key, pixels: normalise(pixels), seed=0, steps_per_epoch=1,
-                  axis_name=axis_name)
+  run = make_step(
+    method,
+    OPTIMISER,
+    lambda key, pixels: normalise(pixels),
+    seed=0,
+    steps_per_epoch=1,
+    axis_name=axis_name,
+  )
   one = functools.partial(run, first_step=0)
   if count == 1:
     return jax.jit(one)
   return devices.map_over_devices(
-      one, args=(devices.REPLICATED, devices.BATCH, devices.BATCH), results=(devices.REPLICATED, devices.REPLICATED),
-      devices=jax.devices()[:count])
+    one,
+    args=(devices.REPLICATED, devices.BATCH, devices.BATCH),
+    results=(devices.REPLICATED, devices.REPLICATED),
+    devices=jax.devices()[:count],
+  )
 
 
 def end_task(method, learner, data):
@@ -85,11 +94,14 @@ def learn(method, tasks=TASKS, steps=40, batch=8):
 
 def accuracies(method, learner, tasks=TASKS):
   """`(aware, agnostic)`, each a list over tasks, on images not trained on."""
+
   def of_task(task):
     data = images(task, seed=1)
     p = method.predict(learner, normalise(jnp.asarray(data.pixels)), jnp.int32(task), tasks)
-    return (np.mean(np.argmax(p.aware, 1) == data.labels - task * CLASSES),
-            np.mean(np.argmax(p.agnostic, 1) == data.labels))
+    return (
+      np.mean(np.argmax(p.aware, 1) == data.labels - task * CLASSES),
+      np.mean(np.argmax(p.agnostic, 1) == data.labels),
+    )
 
   return tuple(zip(*(of_task(task) for task in range(tasks)), strict=True))
 

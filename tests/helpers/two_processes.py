@@ -15,7 +15,11 @@ from tests.helpers.spread_loss import AXIS, by_pmap, by_shard_map, fixed_prior, 
 
 def main(port, process, path):
   jax.distributed.initialize(
-      coordinator_address=f"localhost:{port}", num_processes=2, process_id=int(process), heartbeat_timeout_seconds=10)
+    coordinator_address=f"localhost:{port}",
+    num_processes=2,
+    process_id=int(process),
+    heartbeat_timeout_seconds=10,
+  )
   params, batch = problem()
   mine = jax.tree.map(lambda a: np.split(a, 2)[jax.process_index()], batch)
   whole = NamedSharding(Mesh(np.array(jax.devices()), (AXIS,)), PartitionSpec(AXIS))
@@ -24,9 +28,9 @@ def main(port, process, path):
   for exchange in EXCHANGES:
     of_devices = by_pmap(params, mine, fixed_prior, exchange)
     ways = {
-        "pmap": jax.tree.map(lambda a: a.addressable_data(0)[0], of_devices),
-        "shard_map": by_shard_map(params, spread, fixed_prior, exchange),
-        "check_vma": by_shard_map(params, spread, fixed_prior, exchange, check_vma=True),
+      "pmap": jax.tree.map(lambda a: a.addressable_data(0)[0], of_devices),
+      "shard_map": by_shard_map(params, spread, fixed_prior, exchange),
+      "check_vma": by_shard_map(params, spread, fixed_prior, exchange, check_vma=True),
     }
     for way, (value, gradient) in ways.items():
       results |= {f"{way} {exchange}/{name}": a for name, a in {"value": value, **gradient}.items()}

@@ -9,12 +9,12 @@ from gating_jax.training import devices
 
 # name: image shape, MACs of the first convolution and of a classifier of 10, which grow with width and not its square
 SHAPES = {
-    "resnet20": ((32, 32, 3), 32**2 * 27 * 16, 640),
-    "resnet18": ((64, 64, 3), 32**2 * 147 * 64, 5_120),
-    "resnet34": ((64, 64, 3), 32**2 * 147 * 64, 5_120),
-    "resnet50": ((64, 64, 3), 32**2 * 147 * 64, 20_480),
-    "vgg8": ((32, 32, 3), 32**2 * 27 * 64, 5_120),
-    "vgg16": ((32, 32, 3), 32**2 * 27 * 64, 5_120),
+  "resnet20": ((32, 32, 3), 32**2 * 27 * 16, 640),
+  "resnet18": ((64, 64, 3), 32**2 * 147 * 64, 5_120),
+  "resnet34": ((64, 64, 3), 32**2 * 147 * 64, 5_120),
+  "resnet50": ((64, 64, 3), 32**2 * 147 * 64, 20_480),
+  "vgg8": ((32, 32, 3), 32**2 * 27 * 64, 5_120),
+  "vgg16": ((32, 32, 3), 32**2 * 27 * 64, 5_120),
 }
 
 
@@ -37,9 +37,9 @@ def test_backbones_of_every_width_have_the_macs_and_gates_that_follow_from_width
 
 # The channels that each layer's gates switch, in the order of the network.
 GATED_CHANNELS = {
-    "resnet18": [64] * 2 + [128] * 2 + [256] * 2 + [512] * 2,
-    "resnet50": [64] * 6 + [128] * 8 + [256] * 12 + [512] * 6,  # two layers a block
-    "vgg16": [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6,
+  "resnet18": [64] * 2 + [128] * 2 + [256] * 2 + [512] * 2,
+  "resnet50": [64] * 6 + [128] * 8 + [256] * 12 + [512] * 6,  # two layers a block
+  "vgg16": [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6,
 }
 
 
@@ -51,22 +51,35 @@ def test_blocks_of_channels_share_a_gate(name, block):
   x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
   (_, records), _ = jax.eval_shape(lambda x: net.init_with_output(jax.random.key(0), x), x)
   shape = lambda channels: (2, -(-channels // block))
-  assert [(r.logits.shape, r.gates.shape) for r in records] == [(shape(c), shape(c)) for c in GATED_CHANNELS[name]]
+  assert [(r.logits.shape, r.gates.shape) for r in records] == [
+    (shape(c), shape(c)) for c in GATED_CHANNELS[name]
+  ]
 
 
 def imagenet_counts(variants):
   return count(network(imagenet_resnet18.get_config(variants).model, 1000), (224, 224, 3))
 
 
-@pytest.mark.parametrize(("variants", "macs", "params", "gates", "gate_macs", "gate_params"), [
+@pytest.mark.parametrize(
+  ("variants", "macs", "params", "gates", "gate_macs", "gate_params"),
+  [
     ("", 1_814_073_344, 11_689_512, 1_920, 54_272, 56_448),
     ("model=resnet34", 3_663_761_408, 21_797_672, 3_776, 113_664, 117_952),
     ("model=resnet50,budget=0.45", 4_089_184_256, 25_557_032, 7_552, 330_752, 338_816),
     ("model=resnet50,gates=none", 4_089_184_256, 25_557_032, 0, 0, 0),
-])
-def test_the_config_of_imagenet_builds_networks_of_known_size(variants, macs, params, gates, gate_macs, gate_params):
+  ],
+)
+def test_the_config_of_imagenet_builds_networks_of_known_size(
+  variants, macs, params, gates, gate_macs, gate_params
+):
   c = imagenet_counts(variants)
-  assert (c.macs, c.params, c.gates, c.gate_macs, c.gate_params) == (macs, params, gates, gate_macs, gate_params)
+  assert (c.macs, c.params, c.gates, c.gate_macs, c.gate_params) == (
+    macs,
+    params,
+    gates,
+    gate_macs,
+    gate_params,
+  )
 
 
 def test_twice_as_wide_on_imagenet_is_four_times_the_convolutions_between():
@@ -81,20 +94,34 @@ def test_twice_as_wide_on_imagenet_is_four_times_the_convolutions_between():
 
 def test_a_chain_is_built_by_the_same_settings_as_a_residual_network():
   net = model(name="simple_cnn", width=0.04, **{"gate.hidden": 3, "dtype": "bfloat16"})
-  assert (net.gating, net.gate.hidden, net.dtype, net.axis_name) == ("channel", 3, jnp.bfloat16, devices.AXIS)
+  assert (net.gating, net.gate.hidden, net.dtype, net.axis_name) == (
+    "channel",
+    3,
+    jnp.bfloat16,
+    devices.AXIS,
+  )
   x = jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.float32)
   (logits, records), _ = jax.eval_shape(lambda x: net.init_with_output(jax.random.key(0), x), x)
   assert (logits.shape, logits.dtype) == ((4, 10), jnp.float32)
   assert [r.gates.shape for r in records] == [(4, 4)] * 3
 
 
-@pytest.mark.parametrize(("variants", "gates", "params"), [
-    ("gates=none", 0, 0), ("gates=channel", 336, 10_608), ("gates=channel,block=16", 21, 5_253),
-    ("gates=static", 336, 336), ("gates=static,model=vgg8", 1_728, 1_728), ("gates=random", 336, 0),
+@pytest.mark.parametrize(
+  ("variants", "gates", "params"),
+  [
+    ("gates=none", 0, 0),
+    ("gates=channel", 336, 10_608),
+    ("gates=channel,block=16", 21, 5_253),
+    ("gates=static", 336, 336),
+    ("gates=static,model=vgg8", 1_728, 1_728),
+    ("gates=random", 336, 0),
     ("gates=layer", 7, 16 * (3 * 16 + 2 * 32 + 2 * 64) + 7 * 49),
-    ("gates=experts", 4, 16 * 32 + 32 + 4 * 17), ("gates=exits", 2, 0), ("gates=exits,model=resnet18", 3, 0),
+    ("gates=experts", 4, 16 * 32 + 32 + 4 * 17),
+    ("gates=exits", 2, 0),
+    ("gates=exits,model=resnet18", 3, 0),
     ("gates=layer,model=resnet50", 12, 16 * (2 * 256 + 3 * 512 + 5 * 1024 + 2 * 2048) + 12 * 49),
-])
+  ],
+)
 def test_what_is_gated_is_one_variant(variants, gates, params):
   config = common.apply_variants(common.image_config(), variants)
   counts = count(network(config.model, 10), (32, 32, 3))
@@ -102,6 +129,8 @@ def test_what_is_gated_is_one_variant(variants, gates, params):
 
 
 def test_what_a_backbone_does_not_have_is_refused():
-  with pytest.raises(ValueError, match="^model.shortcut must be None for vgg8, which has no shortcuts; got 'A'"):
+  with pytest.raises(
+    ValueError, match="^model.shortcut must be None for vgg8, which has no shortcuts; got 'A'"
+  ):
     model(name="vgg8", shortcut="A")
   assert model(name="resnet20", shortcut="B").shortcut == "B"

@@ -24,7 +24,12 @@ from tests.helpers.loaded import loaded
 from tests.helpers.runs import said
 
 STEPS_PER_EPOCH = 1437 // 128
-LONG = {"optim.epochs": 6, "eval_every": 2.5, "log_every": 20, "optim.warmup": 0.1}  # long enough to learn something
+LONG = {
+  "optim.epochs": 6,
+  "eval_every": 2.5,
+  "log_every": 20,
+  "optim.warmup": 0.1,
+}  # long enough to learn something
 
 
 @pytest.fixture(scope="module")
@@ -53,58 +58,120 @@ def finished(config, tmp_path_factory):
 
 def test_the_settings_as_they_stand_are_right(config):
   assert classification.build(config()).settings == LoopSettings(
-      total_steps=2 * STEPS_PER_EPOCH, log_every=50, checkpoint_every=STEPS_PER_EPOCH, eval_every=4 * STEPS_PER_EPOCH)
+    total_steps=2 * STEPS_PER_EPOCH,
+    log_every=50,
+    checkpoint_every=STEPS_PER_EPOCH,
+    eval_every=4 * STEPS_PER_EPOCH,
+  )
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("data.loader", "residnt", "data.loader must be one of resident, streaming; got 'residnt'. Did you mean"),
-        ("data.loader", "streaming", "data.loader must be 'resident' for digits"),
-        ("data.train_split", "validation", "data split of digits must be 'train' or 'test'; got 'validation'"),
-        ("data.mean", (0.5, 0.5), r"data.mean must hold .*; got \(0.5, 0.5\)"),
-        ("data.std", (0.0,), r"data.std must be a tuple of positive numbers; got \(0.0,\)"),
-        ("data.pad", -1, "data.pad must be >= 0; got -1"),
-        ("data.cutout", -1, "data.cutout must be >= 0; got -1"),
-        ("model.name", "resnet21", "model.name must be one of .*; got 'resnet21'. Did you mean 'resnet"),
-        ("model.gating", "chanel", "model.gating must be one of all_.*; got 'chanel'. Did you mean 'channel'"),
-        ("model.backward_share", 0.5, "model.gating must be 'layer' where model.backward_share .*; got 'channel'"),
-        ("model.backward_share", 0.0, r"model.backward_share must be in \(0, 1\]; got 0.0"),
-        ("model.shortcut", "C", "model.shortcut must be one of A, B; got 'C'"),
-        ("model.width", 0.0, "model.width must be a positive finite number; got 0.0"),
-        ("model.inner_width", -1.0, "model.inner_width must be a positive finite number; got -1.0"),
-        ("model.dtype", "float23", "model.dtype must be one of .*; got 'float23'. Did you mean 'float32'"),
-        ("model.gate.initial_open", 1.0, r"gate initial_open must be in \(0, 1\); got 1.0"),
-        ("model.exits.threshold", 1.0, r"model.exits.threshold must be in \(0, 1\); got 1.0"),
-        ("model.gating", "exits", "loss.regulariser must be 'none' where model.gating is 'exits'; got 'batch_shaping'"),
-        ("loss.exit_weights", (), r"loss.exit_weights must be a tuple of numbers; got \(\)"),
-        ("model.gate.block", 3, "gate block must divide a layer's channels or exceed them; got 3 for 8 channels"),
-        ("loss.regulariser", "entropie", "loss.regulariser must be one of .*; got 'entropie'. Did you mean 'entropy'"),
-        ("loss.entropy.coefficient", -1.0, "loss.entropy.coefficient must be a finite number >= 0; got -1.0"),
-        ("optim.gate_multiplier", 0.0, "optim.gate_multiplier must be a positive finite number; got 0.0"),
-        ("loss.batch_shaping.a", 0.0, "a must be .*got 0.0"),
-        ("loss.batch_shaping.coefficient", math.nan, "loss.batch_shaping.coefficient must be a finite number >= 0"),
-        ("loss.batch_shaping.reduction", "layermean", "loss.batch_shaping.reduction .* Did you mean 'layer_mean'"),
-        ("loss.batch_shaping.end", 20.0, "end must be a fraction of training, .*; got 20.0"),
-        ("loss.sparsity.kind", "mac", "loss.sparsity.kind .* Did you mean 'macs'"),
-        ("loss.sparsity.start", 0.7, "start must be <= full; got start 0.7, full 0.6"),
-        ("loss.sparsity.target", 0.0, r"loss.sparsity.target must be in \(0, 1\]; got 0.0"),
-        ("optim.schedule", "cosin", "optim.schedule .* Did you mean 'cosine'"),
-        ("optim.drops", (0.5, 2.0), r"drops\[1\] must be a fraction of training, .*; got 2.0"),
-        ("optim.epochs", 0, "optim.epochs must be >= 1; got 0"),
-        ("optim.learning_rate", -0.1, "optim.learning_rate must be a positive finite number; got -0.1"),
-        ("optim.batch_size", 12, "optim.batch_size must be a multiple of the 8 devices; got 12"),
-        ("optim.batch_size", 0, "optim.batch_size must be >= 1; got 0"),
-        ("optim.batch_size", 1440, "optim.batch_size must be at most 1437, the number of training images; got 1440"),
-        ("optim.momentum", 1.0, r"momentum must be in \[0, 1\); got 1.0"),
-        ("devices.backend", "pamp", "devices.backend .* Did you mean 'pmap'"),
-        ("devices.steps_per_dispatch", 0, "devices.steps_per_dispatch must be >= 1; got 0"),
-        ("log_every", 0, "log_every must be >= 1; got 0"),
-        ("eval_every", -1.0, "eval_every must be a finite number >= 0; got -1.0"),
-        ("checkpoint_every", 0.0, "checkpoint_every must be a positive finite number; got 0.0"),
-    ],
+  ("field", "value", "message"),
+  [
+    (
+      "data.loader",
+      "residnt",
+      "data.loader must be one of resident, streaming; got 'residnt'. Did you mean",
+    ),
+    ("data.loader", "streaming", "data.loader must be 'resident' for digits"),
+    (
+      "data.train_split",
+      "validation",
+      "data split of digits must be 'train' or 'test'; got 'validation'",
+    ),
+    ("data.mean", (0.5, 0.5), r"data.mean must hold .*; got \(0.5, 0.5\)"),
+    ("data.std", (0.0,), r"data.std must be a tuple of positive numbers; got \(0.0,\)"),
+    ("data.pad", -1, "data.pad must be >= 0; got -1"),
+    ("data.cutout", -1, "data.cutout must be >= 0; got -1"),
+    (
+      "model.name",
+      "resnet21",
+      "model.name must be one of .*; got 'resnet21'. Did you mean 'resnet",
+    ),
+    (
+      "model.gating",
+      "chanel",
+      "model.gating must be one of all_.*; got 'chanel'. Did you mean 'channel'",
+    ),
+    (
+      "model.backward_share",
+      0.5,
+      "model.gating must be 'layer' where model.backward_share .*; got 'channel'",
+    ),
+    ("model.backward_share", 0.0, r"model.backward_share must be in \(0, 1\]; got 0.0"),
+    ("model.shortcut", "C", "model.shortcut must be one of A, B; got 'C'"),
+    ("model.width", 0.0, "model.width must be a positive finite number; got 0.0"),
+    ("model.inner_width", -1.0, "model.inner_width must be a positive finite number; got -1.0"),
+    (
+      "model.dtype",
+      "float23",
+      "model.dtype must be one of .*; got 'float23'. Did you mean 'float32'",
+    ),
+    ("model.gate.initial_open", 1.0, r"gate initial_open must be in \(0, 1\); got 1.0"),
+    ("model.exits.threshold", 1.0, r"model.exits.threshold must be in \(0, 1\); got 1.0"),
+    (
+      "model.gating",
+      "exits",
+      "loss.regulariser must be 'none' where model.gating is 'exits'; got 'batch_shaping'",
+    ),
+    ("loss.exit_weights", (), r"loss.exit_weights must be a tuple of numbers; got \(\)"),
+    (
+      "model.gate.block",
+      3,
+      "gate block must divide a layer's channels or exceed them; got 3 for 8 channels",
+    ),
+    (
+      "loss.regulariser",
+      "entropie",
+      "loss.regulariser must be one of .*; got 'entropie'. Did you mean 'entropy'",
+    ),
+    (
+      "loss.entropy.coefficient",
+      -1.0,
+      "loss.entropy.coefficient must be a finite number >= 0; got -1.0",
+    ),
+    (
+      "optim.gate_multiplier",
+      0.0,
+      "optim.gate_multiplier must be a positive finite number; got 0.0",
+    ),
+    ("loss.batch_shaping.a", 0.0, "a must be .*got 0.0"),
+    (
+      "loss.batch_shaping.coefficient",
+      math.nan,
+      "loss.batch_shaping.coefficient must be a finite number >= 0",
+    ),
+    (
+      "loss.batch_shaping.reduction",
+      "layermean",
+      "loss.batch_shaping.reduction .* Did you mean 'layer_mean'",
+    ),
+    ("loss.batch_shaping.end", 20.0, "end must be a fraction of training, .*; got 20.0"),
+    ("loss.sparsity.kind", "mac", "loss.sparsity.kind .* Did you mean 'macs'"),
+    ("loss.sparsity.start", 0.7, "start must be <= full; got start 0.7, full 0.6"),
+    ("loss.sparsity.target", 0.0, r"loss.sparsity.target must be in \(0, 1\]; got 0.0"),
+    ("optim.schedule", "cosin", "optim.schedule .* Did you mean 'cosine'"),
+    ("optim.drops", (0.5, 2.0), r"drops\[1\] must be a fraction of training, .*; got 2.0"),
+    ("optim.epochs", 0, "optim.epochs must be >= 1; got 0"),
+    ("optim.learning_rate", -0.1, "optim.learning_rate must be a positive finite number; got -0.1"),
+    ("optim.batch_size", 12, "optim.batch_size must be a multiple of the 8 devices; got 12"),
+    ("optim.batch_size", 0, "optim.batch_size must be >= 1; got 0"),
+    (
+      "optim.batch_size",
+      1440,
+      "optim.batch_size must be at most 1437, the number of training images; got 1440",
+    ),
+    ("optim.momentum", 1.0, r"momentum must be in \[0, 1\); got 1.0"),
+    ("devices.backend", "pamp", "devices.backend .* Did you mean 'pmap'"),
+    ("devices.steps_per_dispatch", 0, "devices.steps_per_dispatch must be >= 1; got 0"),
+    ("log_every", 0, "log_every must be >= 1; got 0"),
+    ("eval_every", -1.0, "eval_every must be a finite number >= 0; got -1.0"),
+    ("checkpoint_every", 0.0, "checkpoint_every must be a positive finite number; got 0.0"),
+  ],
 )
-def test_a_wrong_setting_is_named_before_a_directory_is_made(config, tmp_path, field, value, message):
+def test_a_wrong_setting_is_named_before_a_directory_is_made(
+  config, tmp_path, field, value, message
+):
   with pytest.raises(ValueError, match=message):
     classification.run(config(**{field: value}), tmp_path / "run", "train")
   assert not (tmp_path / "run").exists()
@@ -117,7 +184,9 @@ def test_a_data_set_that_is_not_prepared_is_named(config, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("epochs", "k", "total"), [(2, 1, 22), (2, 4, 24), (3, 11, 33), (1, 50, 50)])
+@pytest.mark.parametrize(
+  ("epochs", "k", "total"), [(2, 1, 22), (2, 4, 24), (3, 11, 33), (1, 50, 50)]
+)
 def test_the_number_of_steps_is_rounded_up_to_whole_dispatches(config, epochs, k, total):
   built = classification.build(config(**{"optim.epochs": epochs, "devices.steps_per_dispatch": k}))
   assert (built.settings.total_steps, built.settings.steps_per_dispatch) == (total, k)
@@ -128,8 +197,12 @@ def test_schedules_span_the_whole_training(config):
   built = classification.build(config(**{"optim.epochs": 100}, **coefficients))
   total = 100 * STEPS_PER_EPOCH
   gamma, rho = built.objective.batch_shaping_coefficient, built.objective.sparsity_coefficient
-  assert [float(gamma(step)) for step in (0, total // 10, total // 5)] == pytest.approx([0.8, 0.4, 0])
-  assert [float(rho(step)) for step in (total // 5, 2 * total // 5, 3 * total // 5)] == pytest.approx([0, 0.7, 1.4])
+  assert [float(gamma(step)) for step in (0, total // 10, total // 5)] == pytest.approx(
+    [0.8, 0.4, 0]
+  )
+  assert [
+    float(rho(step)) for step in (total // 5, 2 * total // 5, 3 * total // 5)
+  ] == pytest.approx([0, 0.7, 1.4])
 
 
 @pytest.mark.parametrize("name", ["digits_resnet20", "cifar10_resnet20"])
@@ -150,11 +223,19 @@ def mixed_state():
   made.model.name = "tiny"
   built = classification.build(made)
   random = np.random.default_rng(1)
-  noisy = lambda tree: jax.tree.map(lambda x: np.asarray(x + random.normal(0, 0.3, x.shape), np.float32), tree)
+  noisy = lambda tree: jax.tree.map(
+    lambda x: np.asarray(x + random.normal(0, 0.3, x.shape), np.float32), tree
+  )
   state = jax.device_get(steps.init_state(built.model, built.optimiser, 0, built.test.shape))
-  state = state.replace(params=noisy(state.params), batch_stats=jax.tree.map(np.abs, noisy(state.batch_stats)))
-  results = steps.make_eval_step(built.model, built.normalise)(state, built.test.pixels, built.test.labels)
-  state.params["stage1_block1"]["gate"]["head"]["logits"]["bias"] -= np.mean(results["gate_logits"], axis=0)
+  state = state.replace(
+    params=noisy(state.params), batch_stats=jax.tree.map(np.abs, noisy(state.batch_stats))
+  )
+  results = steps.make_eval_step(built.model, built.normalise)(
+    state, built.test.pixels, built.test.labels
+  )
+  state.params["stage1_block1"]["gate"]["head"]["logits"]["bias"] -= np.mean(
+    results["gate_logits"], axis=0
+  )
   return state
 
 
@@ -162,7 +243,9 @@ def evaluated(made, used):
   """The test result of the mixed state on some of the devices."""
   built = classification.build(made)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(devices, "map_over_devices", functools.partial(devices.map_over_devices, devices=used))
+    patch.setattr(
+      devices, "map_over_devices", functools.partial(devices.map_over_devices, devices=used)
+    )
     return classification.make_test(built)(devices.replicate(mixed_state(), used))
 
 
@@ -170,19 +253,25 @@ def evaluated(made, used):
 @pytest.mark.parametrize("backend", devices.BACKENDS)
 @pytest.mark.parametrize("batch_size", [8, 24, 1000])
 def test_evaluation_does_not_depend_on_batch_and_devices(config, monkeypatch, batch_size, backend):
-  result, _, gates = evaluated(config(**{"optim.batch_size": batch_size, "devices.backend": backend}), jax.devices())
+  result, _, gates = evaluated(
+    config(**{"optim.batch_size": batch_size, "devices.backend": backend}), jax.devices()
+  )
   monkeypatch.setattr(jax, "device_count", lambda: 1)
   reference, _, behaviour = evaluated(config(**{"optim.batch_size": 7}), jax.devices()[:1])
   assert result["images"] == 360
   assert 0.01 < reference["accuracy"] < 0.5
   assert np.all(np.abs(behaviour.diagnosis.open_rates - 0.5) < 0.49)
-  assert reference["random_dropout"] == 8  # as small as random weights make them, logits are lost in the noise
+  assert (
+    reference["random_dropout"] == 8
+  )  # as small as random weights make them, logits are lost in the noise
   assert reference["class_information"] > 0
   assert result == pytest.approx(reference, rel=1e-5)
   for name in ("accuracy", "images", "macs", "macs_std", "mean_open", "random_dropout"):
     assert result[name] == reference[name], name
   for name in ("open_rates", "class_information", "outcomes"):
-    np.testing.assert_array_equal(getattr(gates.diagnosis, name), getattr(behaviour.diagnosis, name), err_msg=name)
+    np.testing.assert_array_equal(
+      getattr(gates.diagnosis, name), getattr(behaviour.diagnosis, name), err_msg=name
+    )
   np.testing.assert_allclose(gates.logits, behaviour.logits, rtol=1e-4, atol=1e-5)
 
 
@@ -194,16 +283,34 @@ def check_gates(result, train, workdir):
   """What a run with a budget says of its gates, and shows in TensorBoard while it trains."""
   assert result["budget"] == 0.5
   assert train[-1]["mac_ratio"] < train[0]["mac_ratio"] < 1
-  assert result["macs_min"] <= result["macs_p10"] <= result["macs_p50"] <= result["macs_p90"] <= result["macs_max"]
-  assert result["macs"] == pytest.approx(np.mean([result[f"macs_of_quarter{i}"] for i in (1, 2, 3, 4)]), rel=1e-9)
+  assert (
+    result["macs_min"]
+    <= result["macs_p10"]
+    <= result["macs_p50"]
+    <= result["macs_p90"]
+    <= result["macs_max"]
+  )
+  assert result["macs"] == pytest.approx(
+    np.mean([result[f"macs_of_quarter{i}"] for i in (1, 2, 3, 4)]), rel=1e-9
+  )
   (layer,) = result["layers"]
   assert (layer["layer"], layer["gates"]) == ("stage1_block1/conv1", 8)
-  assert sum(result[name] for name in outcomes.OUTCOMES) == sum(layer[name] for name in outcomes.OUTCOMES) == 8
+  assert (
+    sum(result[name] for name in outcomes.OUTCOMES)
+    == sum(layer[name] for name in outcomes.OUTCOMES)
+    == 8
+  )
   shown = {(tag, step): value for tag, value, step in (e for e in events(workdir) if len(e) == 3)}
   last = train[-1]
   assert last["gates/batch_shaping_floor"] == pytest.approx(1 / (6 * 129))
-  assert last["gates/batch_shaping_mean"] == pytest.approx(last["batch_shaping"] / 8, rel=1e-5)  # summed over 8 gates
-  for tag in ("gates/batch_shaping_mean", "gates/batch_shaping_floor", "gate_rate/stage1_block1/conv1"):
+  assert last["gates/batch_shaping_mean"] == pytest.approx(
+    last["batch_shaping"] / 8, rel=1e-5
+  )  # summed over 8 gates
+  for tag in (
+    "gates/batch_shaping_mean",
+    "gates/batch_shaping_floor",
+    "gate_rate/stage1_block1/conv1",
+  ):
     assert shown[tag, last["step"]] == pytest.approx(last[tag])
   for split, line in (("train", last), ("test", result)):
     assert shown[f"{split}/mac_ratio", last["step"]] == pytest.approx(line["mac_ratio"])
@@ -222,7 +329,9 @@ def check_run(made, workdir, printed, total):
   result = json.loads((workdir / "result.json").read_text())
   assert result["step"] == total
   assert result["accuracy"] > 0.3
-  train, test = ([line for line in lines(workdir) if line["split"] == split] for split in ("train", "test"))
+  train, test = (
+    [line for line in lines(workdir) if line["split"] == split] for split in ("train", "test")
+  )
   assert [line["step"] for line in train][-1] == total
   assert [line["step"] for line in test] == [28, 56, total]
   for name in ("accuracy", "cross_entropy", "macs", "mac_ratio", "images"):
@@ -253,8 +362,14 @@ def test_a_gated_run_leaves_what_it_measured(finished):
 
 @pytest.mark.slow
 def test_a_gated_run_of_four_steps_a_dispatch_leaves_what_it_measured(config, tmp_path):
-  made = config(**LONG, **{"devices.steps_per_dispatch": 4, "devices.backend": "shard_map",
-                           "loss.sparsity.kind": "budget"})
+  made = config(
+    **LONG,
+    **{
+      "devices.steps_per_dispatch": 4,
+      "devices.backend": "shard_map",
+      "loss.sparsity.kind": "budget",
+    },
+  )
   printed = said(classification, made, tmp_path / "run", "train")
   result, train = check_run(made, tmp_path / "run", printed, total=68)
   check_gates(result, train, tmp_path / "run")
@@ -281,8 +396,12 @@ def test_gates_are_added_to_the_net_of_an_ungated_run(config, ungated, capsys):
   assert "starting from the parameters of step 66 in" in capsys.readouterr().out
   block, new = (state.params["stage1_block1"] for state in (began, fresh))
   assert not np.array_equal(block["conv1"]["conv"]["kernel"], new["conv1"]["conv"]["kernel"])
-  np.testing.assert_array_equal(block["gate"]["head"]["logits"]["bias"], new["gate"]["head"]["logits"]["bias"])
-  wider = config(**{"model.dtype": "bfloat16", "model.init_from": str(ungated[1]), "model.width": 2.0})
+  np.testing.assert_array_equal(
+    block["gate"]["head"]["logits"]["bias"], new["gate"]["head"]["logits"]["bias"]
+  )
+  wider = config(
+    **{"model.dtype": "bfloat16", "model.init_from": str(ungated[1]), "model.width": 2.0}
+  )
   with pytest.raises(ValueError, match="model.init_from must name a run .*with model.width=2.0"):
     classification.run(wider, ungated[1].parent / "wider", "train")
 
@@ -294,7 +413,9 @@ def test_where_a_step_may_hold_too_little_there_is_one_that_holds_all(config):
   assert built.full.backward_share == 1.0
 
 
-def test_a_run_cut_back_to_an_earlier_checkpoint_ends_with_the_same_parameters(finished, tmp_path, monkeypatch):
+def test_a_run_cut_back_to_an_earlier_checkpoint_ends_with_the_same_parameters(
+  finished, tmp_path, monkeypatch
+):
   made, workdir, _ = finished
   copy = shutil.copytree(workdir, tmp_path / "run")
   shutil.rmtree(copy / "checkpoints" / "66")
@@ -313,12 +434,18 @@ def test_a_run_is_loaded_in_one_call(finished, tmp_path):
   score = json.loads((workdir / "result.json").read_text())["accuracy"]
   assert np.mean(np.argmax(logits, axis=1) == labels) == pytest.approx(score, abs=2 / 360)
   assert records[0].gates.shape[0] == 360
-  model.apply(variables, images[:2], train=True, mutable=["batch_stats"], rngs={"gate": jax.random.key(0)})
+  model.apply(
+    variables, images[:2], train=True, mutable=["batch_stats"], rngs={"gate": jax.random.key(0)}
+  )
   with pytest.raises(rundir.RunDirError, match="holds no run"):
     load_run(tmp_path)
   shutil.copy(workdir / "config.json", tmp_path)
-  for content in ("{", '{"sets": []}', '{"sets": [{"examples": 1, "class_names": 3}]}',
-                  '{"sets": [{"examples": 1, "class_names": ["a"], "shape": [8, "8", 1]}]}'):
+  for content in (
+    "{",
+    '{"sets": []}',
+    '{"sets": [{"examples": 1, "class_names": 3}]}',
+    '{"sets": [{"examples": 1, "class_names": ["a"], "shape": [8, "8", 1]}]}',
+  ):
     (tmp_path / "data.json").write_text(content)
     with pytest.raises(rundir.RunDirError, match=f"{tmp_path}/data.json is damaged"):
       load_run(tmp_path)
@@ -329,7 +456,11 @@ def test_a_run_is_loaded_in_one_call(finished, tmp_path):
 
 def test_histograms_are_drawn_whether_lines_name_layers_or_number_them():
   older = {"step": 2, "gates/layer00/probs": [1], "gates/layer01/open_rates": [2]}
-  line = {"step": 2, "gates/stage1_block1/conv1/probs": [1], "gates/stage1_block2/conv1/open_rates": [2]}
+  line = {
+    "step": 2,
+    "gates/stage1_block1/conv1/probs": [1],
+    "gates/stage1_block2/conv1/open_rates": [2],
+  }
   names = ["stage1_block1/conv1", "stage1_block2/conv1"]
   assert task._numbered(names, line) == task._numbered(names, older) == older
 
@@ -381,10 +512,14 @@ def test_a_diverging_run_stops_and_its_last_good_checkpoint_stays(config, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gating", ["channel", "none"])
-def test_a_report_is_that_of_the_training_wherever_the_run_stands(config, tmp_path, capsys, monkeypatch, gating):
+def test_a_report_is_that_of_the_training_wherever_the_run_stands(
+  config, tmp_path, capsys, monkeypatch, gating
+):
   wicked = tuple("<script>alert(1)</script>" if k == 3 else str(k) for k in range(10))
   load = tfds.load
-  monkeypatch.setattr(tfds, "load", lambda *args: dataclasses.replace(load(*args), class_names=wicked))
+  monkeypatch.setattr(
+    tfds, "load", lambda *args: dataclasses.replace(load(*args), class_names=wicked)
+  )
   made = config(**{"model.gating": gating, "eval_every": 1.0})
   classification.run(made, tmp_path / "run", "train")
   report = tmp_path / "run" / "report.html"
@@ -411,13 +546,26 @@ def test_a_report_is_that_of_the_training_wherever_the_run_stands(config, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", devices.BACKENDS)
-def test_layers_trained_with_the_backward_of_open_images_alone_are_the_same(config, tmp_path, backend):
+def test_layers_trained_with_the_backward_of_open_images_alone_are_the_same(
+  config, tmp_path, backend
+):
   def trained(share):
     folder = tmp_path / str(share)
-    classification.run(config(**{
-        "model.gating": "layer", "model.group_norm": True, "model.gate.initial_open": 0.5, "optim.epochs": 1,
-        "model.backward_share": share, "optim.learning_rate": 0.02, "devices.backend": backend,
-    }), folder, "train")
+    classification.run(
+      config(
+        **{
+          "model.gating": "layer",
+          "model.group_norm": True,
+          "model.gate.initial_open": 0.5,
+          "optim.epochs": 1,
+          "model.backward_share": share,
+          "optim.learning_rate": 0.02,
+          "devices.backend": backend,
+        }
+      ),
+      folder,
+      "train",
+    )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     (train,) = [line for line in lines if line["split"] == "train"]
     return train
@@ -425,18 +573,34 @@ def test_layers_trained_with_the_backward_of_open_images_alone_are_the_same(conf
   full, skipped = trained(1.0), trained(0.75)
   assert 0 < skipped.pop("in_full") < 1  # both ways are gone
   assert skipped.keys() == full.keys()
-  np.testing.assert_allclose([skipped[name] for name in full if name != "split"],
-                             [full[name] for name in full if name != "split"], rtol=1e-4)
+  np.testing.assert_allclose(
+    [skipped[name] for name in full if name != "split"],
+    [full[name] for name in full if name != "split"],
+    rtol=1e-4,
+  )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("budget", "initial_open"), [(0.4, 0.85), (0.6, 0.3)])
 def test_a_net_ends_at_its_budget_from_above_and_from_below(budget, initial_open, config, tmp_path):
   """On 360 test images and in 132 steps to 0.04; to 0.02 on CIFAR-10, docs/results.md."""
-  classification.run(config(**{
-      "model.name": "resnet8", "model.width": 0.5, "model.gate.initial_open": initial_open, "optim.epochs": 12,
-      "model.gate.noise_scale": 0.25, "optim.gate_multiplier": 5.0, "loss.sparsity.kind": "budget",
-      "loss.sparsity.target": budget, "loss.sparsity.coefficient": 50.0}), tmp_path / "run", "train")
+  classification.run(
+    config(
+      **{
+        "model.name": "resnet8",
+        "model.width": 0.5,
+        "model.gate.initial_open": initial_open,
+        "optim.epochs": 12,
+        "model.gate.noise_scale": 0.25,
+        "optim.gate_multiplier": 5.0,
+        "loss.sparsity.kind": "budget",
+        "loss.sparsity.target": budget,
+        "loss.sparsity.coefficient": 50.0,
+      }
+    ),
+    tmp_path / "run",
+    "train",
+  )
   result = json.loads((tmp_path / "run" / "result.json").read_text())
   assert result["mac_ratio"] == pytest.approx(budget, abs=0.04)
   assert result["accuracy"] > 0.7

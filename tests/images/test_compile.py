@@ -18,24 +18,33 @@ from tests.helpers import tiny_cli
 
 def test_an_absent_kernel_is_named_with_the_tables_that_lack_it(monkeypatch, capsys):
   monkeypatch.setattr(compile_report, "why_not", lambda name: f"no compiler for {name}")
-  for kind, said in ((Conditional, True), (Exiting, False)):  # a program with exits has no such strategy
+  for kind, said in (
+    (Conditional, True),
+    (Exiting, False),
+  ):  # a program with exits has no such strategy
     made = kind.__new__(kind)
     made.report = lambda: ()
     list(compile_report.of_images(lambda made=made, **_: made, np.zeros((2, 8, 8, 1), np.float32)))
-    assert ("the strategy native is not tried: no compiler for native" in capsys.readouterr().out) == said
+    assert (
+      "the strategy native is not tried: no compiler for native" in capsys.readouterr().out
+    ) == said
 
 
 def test_what_takes_long_is_on_the_edge_of_the_picture(tmp_path, monkeypatch):
   figures = []
   monkeypatch.setattr(timings, "save", lambda figure, path: figures.append(figure))
   row = {"part": 1, "strategy": "masked", "mac_ratio": 0.5, "time_ratio": 1.0}
-  timings.draw(tmp_path / "picture.png", {"a table": [row, row | {"strategy": "switch", "time_ratio": 5.0}]})
+  timings.draw(
+    tmp_path / "picture.png", {"a table": [row, row | {"strategy": "switch", "time_ratio": 5.0}]}
+  )
   (axes,) = figures[0].axes
   heights = [float(points.get_offsets()[0, 1]) for points in axes.collections]
   assert heights == pytest.approx([100.0, axes.get_ylim()[1]])
 
 
-def test_times_of_an_older_checkpoint_are_put_aside_and_those_of_the_same_stay(tmp_path, monkeypatch, capsys):
+def test_times_of_an_older_checkpoint_are_put_aside_and_those_of_the_same_stay(
+  tmp_path, monkeypatch, capsys
+):
   monkeypatch.setattr(timings, "draw", lambda path, _: path.write_bytes(b"a picture"))
   (tmp_path / "config.json").write_text('{"experiment": "segmentation"}')
   (tmp_path / "report.html").write_text("a page of an older checkpoint")
@@ -44,7 +53,9 @@ def test_times_of_an_older_checkpoint_are_put_aside_and_those_of_the_same_stay(t
   write = lambda step: compile_report.write(rundir.RunDir(tmp_path), step, tables, pixels=(8, 12))
   write(7)
   write(9)
-  steps = {file.name: json.loads(file.read_text())["step"] for file in tmp_path.glob("compile*.json")}
+  steps = {
+    file.name: json.loads(file.read_text())["step"] for file in tmp_path.glob("compile*.json")
+  }
   assert steps == {"compile.json": 9, "compile_of_step_7.json": 7}
   assert {file.name for file in tmp_path.glob("*.png")} == {"compile.png", "compile_of_step_7.png"}
   assert "--mode=report    # writes the page of the newest checkpoint" in capsys.readouterr().out
@@ -52,8 +63,9 @@ def test_times_of_an_older_checkpoint_are_put_aside_and_those_of_the_same_stay(t
     write(9)
 
 
-@pytest.mark.parametrize(("gates", "refused"), [
-    ("experts", "model must be ResNet or VGG; got ExpertNet"), ("none", "")])
+@pytest.mark.parametrize(
+  ("gates", "refused"), [("experts", "model must be ResNet or VGG; got ExpertNet"), ("none", "")]
+)
 def test_the_page_of_what_is_not_compiled_says_why(tmp_path, monkeypatch, gates, refused):
   monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
   pages = []
@@ -90,9 +102,15 @@ def test_a_run_is_compiled_and_what_was_measured_is_kept(tmp_path, capsys, monke
       assert f"{1e3 * row['seconds']:.2f}" in said
   last = said.rstrip().split("\n\n")[-1].splitlines()
   assert last[0].startswith("Timed the checkpoint of step 11")
-  assert [line.split("  ")[1].strip() for line in last[1:4]] == ["made", "1 image at a time", "3 images at a time"]
-  assert last[4:] == [f"next: gating-jax --workdir={tmp_path / 'run'} --mode=export"
-                      "    # writes files that run without this package; some minutes"]
+  assert [line.split("  ")[1].strip() for line in last[1:4]] == [
+    "made",
+    "1 image at a time",
+    "3 images at a time",
+  ]
+  assert last[4:] == [
+    f"next: gating-jax --workdir={tmp_path / 'run'} --mode=export"
+    "    # writes files that run without this package; some minutes"
+  ]
   with Image.open(tmp_path / "run" / "compile.png") as picture:
     assert picture.width > picture.height > 300
   assert all(path.read_bytes() == content for path, content in before.items())

@@ -23,8 +23,14 @@ def config():
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
     made = importlib.import_module("configs.digits_resnet20").get_config()
-    made.update_from_flattened_dict({"model.name": "tiny", "optim.epochs": 2, "optim.learning_rate": 0.05,
-                                     "model.gate.initial_open": 0.5})  # so that gates are left
+    made.update_from_flattened_dict(
+      {
+        "model.name": "tiny",
+        "optim.epochs": 2,
+        "optim.learning_rate": 0.05,
+        "model.gate.initial_open": 0.5,
+      }
+    )  # so that gates are left
     yield made.lock()
 
 
@@ -42,7 +48,9 @@ def exported(config, tmp_path_factory):
 
 def fastest(strategy):
   """A race by a made-up clock, in which this strategy takes half of what others take."""
-  return lambda runs, _, **__: {name: [0.5 if strategy in (name, name[0]) else 1.0] for name in runs}
+  return lambda runs, _, **__: {
+    name: [0.5 if strategy in (name, name[0]) else 1.0] for name in runs
+  }
 
 
 @pytest.mark.thin(2)
@@ -60,7 +68,11 @@ def test_the_export_of_a_run_scores_as_the_run_does(exported, folder, tolerance)
   assert loaded.card["accuracy_as_trained"] == pytest.approx(result["accuracy"], abs=1e-9)
   assert loaded.card["executed_macs_as_trained"] == pytest.approx(result["macs"], rel=1e-6)
   assert loaded.card["class_names"] == [*"0123456789"]
-  assert (loaded.card["step"], loaded.card["calibration_images"], loaded.card["test_images"]) == (22, 1437, 360)
+  assert (loaded.card["step"], loaded.card["calibration_images"], loaded.card["test_images"]) == (
+    22,
+    1437,
+    360,
+  )
   assert loaded.card["config"]["model"]["name"] == "tiny"
   assert set(loaded.card["milliseconds"]) == {"1", "64"}
 
@@ -79,7 +91,9 @@ def test_the_export_that_skips_takes_one_image_and_answers_alike(exported):
   assert re.search(r"slimmed, skipping +\d+\.\d\d %", text)
 
 
-def test_where_skipping_is_no_faster_no_program_that_skips_is_written(exported, config, tmp_path, monkeypatch):
+def test_where_skipping_is_no_faster_no_program_that_skips_is_written(
+  exported, config, tmp_path, monkeypatch
+):
   monkeypatch.setattr(export, "_REPEATS", 1)
   monkeypatch.setattr(compiled, "race", fastest("masked"))
   shutil.copytree(exported[0], tmp_path / "run", ignore=shutil.ignore_patterns("export*"))
@@ -92,7 +106,9 @@ def test_where_skipping_is_no_faster_no_program_that_skips_is_written(exported, 
 def test_a_net_with_early_exits_is_exported_for_one_image(tmp_path, monkeypatch):
   monkeypatch.setattr(export, "_REPEATS", 1)
   config = importlib.import_module("configs.digits_resnet20").get_config("gates=exits")
-  config.update_from_flattened_dict({"model.name": "resnet8", "model.width": 0.25, "optim.epochs": 1})
+  config.update_from_flattened_dict(
+    {"model.name": "resnet8", "model.width": 0.25, "optim.epochs": 1}
+  )
   said(classification, config, tmp_path / "run", "train")
   said(classification, config, tmp_path / "run", "export")
   result = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -108,14 +124,17 @@ def exported_exits(tmp_path_factory):
   """The export of a net with early exits that is not trained, and what was said of it."""
   folder = tmp_path_factory.mktemp("exits")
   config = importlib.import_module("configs.digits_resnet20").get_config("gates=exits")
-  config.update_from_flattened_dict({"model.name": "resnet8", "model.width": 0.25, "optim.epochs": 1})
+  config.update_from_flattened_dict(
+    {"model.name": "resnet8", "model.width": 0.25, "optim.epochs": 1}
+  )
   experiment = classification.build(config)
   state = steps.init_state(experiment.model, experiment.optimiser, 0, experiment.test.shape)
   with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
     patch.setattr(export, "_REPEATS", 1)
     announced(patch)
-    export._write_exits(experiment, folder, {"step": 0}, {
-        "params": state.params, "batch_stats": state.batch_stats})
+    export._write_exits(
+      experiment, folder, {"step": 0}, {"params": state.params, "batch_stats": state.batch_stats}
+    )
   return folder, out.getvalue()
 
 
@@ -135,15 +154,24 @@ def test_the_program_that_skips_is_not_counted_where_it_is_not_timed(monkeypatch
   programs = dict.fromkeys(("trained", "slimmed", "slimmed, skipping"), lambda x: x)
   found = export._milliseconds(programs, images, lambda done, total: pieces.append((done, total)))
   assert {name: set(times) for name, times in found.items()} == {
-      "trained": {"1", "64"}, "slimmed": {"1", "64"}, "slimmed, skipping": {"1"}}
+    "trained": {"1", "64"},
+    "slimmed": {"1", "64"},
+    "slimmed, skipping": {"1"},
+  }
   assert pieces == [(done, 5) for done in range(1, 6)]
 
 
 def test_what_is_said(exported):
   workdir, text = exported
-  for words in ("checkpoint of step 22, calibrated on 1,437 training images", "stage1_block1/conv1", "union of 8",
-                "testing the net that skips on 360 images, one at a time (",
-                "of 360 test images a static unit would have moved", "slimmed, int8", f"{workdir / 'export_int8'}"):
+  for words in (
+    "checkpoint of step 22, calibrated on 1,437 training images",
+    "stage1_block1/conv1",
+    "union of 8",
+    "testing the net that skips on 360 images, one at a time (",
+    "of 360 test images a static unit would have moved",
+    "slimmed, int8",
+    f"{workdir / 'export_int8'}",
+  ):
     assert words in text
   size = (workdir / "export_int8" / "weights.safetensors").stat().st_size
   assert f"{size:,}" in text

@@ -15,9 +15,23 @@ REAL = os.environ.get("GATING_JAX_DATA_DIR")
 
 def trained(workdir, name, data_dir, loader, **changes):
   """Trains a tiny net and returns `(result, parameters)`."""
-  jobs.alone(*jobs.arguments(workdir, "tfds_resnet20", **{
-      "data.name": name, "data.data_dir": data_dir, "data.loader": loader, "data.flip": True, "model.name": "tiny",
-      "optim.epochs": 2, "optim.batch_size": 16, **changes}), optimised=True)
+  jobs.alone(
+    *jobs.arguments(
+      workdir,
+      "tfds_resnet20",
+      **{
+        "data.name": name,
+        "data.data_dir": data_dir,
+        "data.loader": loader,
+        "data.flip": True,
+        "model.name": "tiny",
+        "optim.epochs": 2,
+        "optim.batch_size": 16,
+        **changes,
+      },
+    ),
+    optimised=True,
+  )
   return json.loads((workdir / "result.json").read_text()), jobs.saved_state(workdir)["params"]
 
 
@@ -36,8 +50,13 @@ def check_loaders_agree(folder, name, data_dir, **changes):
 @pytest.mark.slow
 def test_loaders_train_the_same_net_on_made_images(tmp_path):
   train, test = made_tfds.images(40, (8, 8, 3)), made_tfds.images(21, (8, 8, 3), seed=1)
-  made_tfds.write(tmp_path, list(zip(*train, strict=True)), list(zip(*test, strict=True)), shape=(8, 8, 3),
-                  name="loader_set")
+  made_tfds.write(
+    tmp_path,
+    list(zip(*train, strict=True)),
+    list(zip(*test, strict=True)),
+    shape=(8, 8, 3),
+    name="loader_set",
+  )
   result = check_loaders_agree(tmp_path, "loader_set", tmp_path)
   assert result["images"] == 21
   assert result["step"] == 4

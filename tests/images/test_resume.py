@@ -21,7 +21,13 @@ SHAPE = (8, 8, 3)
 def data_dir(tmp_path_factory):
   folder = tmp_path_factory.mktemp("tfds")
   train, test = made_tfds.images(40, SHAPE), made_tfds.images(21, SHAPE, seed=1)
-  made_tfds.write(folder, list(zip(*train, strict=True)), list(zip(*test, strict=True)), shape=SHAPE, name="resume_set")
+  made_tfds.write(
+    folder,
+    list(zip(*train, strict=True)),
+    list(zip(*test, strict=True)),
+    shape=SHAPE,
+    name="resume_set",
+  )
   return folder
 
 
@@ -40,8 +46,15 @@ def test_a_streamed_run_that_was_stopped_goes_on(data_dir, tmp_path, monkeypatch
   monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
   monkeypatch.setattr(task, "write_report", lambda *_, **__: None)
   config = importlib.import_module("configs.tfds_resnet20").get_config("epochs=1,batch=16")
-  config.update_from_flattened_dict({"data.name": "resume_set", "data.data_dir": str(data_dir),
-                                     "data.loader": "streaming", "model.name": "tiny", "model.gating": "none"})
+  config.update_from_flattened_dict(
+    {
+      "data.name": "resume_set",
+      "data.data_dir": str(data_dir),
+      "data.loader": "streaming",
+      "model.name": "tiny",
+      "model.gating": "none",
+    }
+  )
   with monkeypatch.context() as patch:
     patch.setattr(classification.loop, "StopRequest", lambda: Stopping(1))
     assert "stopped as asked" in said(classification, config, tmp_path, "train")
@@ -51,11 +64,20 @@ def test_a_streamed_run_that_was_stopped_goes_on(data_dir, tmp_path, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_end(loader, data_dir, tmp_path, monkeypatch, capsys):
+def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_end(
+  loader, data_dir, tmp_path, monkeypatch, capsys
+):
   monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
   config = importlib.import_module("configs.tfds_resnet20").get_config("epochs=3,batch=16")
-  config.update_from_flattened_dict({"data.name": "resume_set", "data.data_dir": str(data_dir), "data.loader": loader,
-                                     "data.flip": True, "model.name": "tiny"})
+  config.update_from_flattened_dict(
+    {
+      "data.name": "resume_set",
+      "data.data_dir": str(data_dir),
+      "data.loader": loader,
+      "data.flip": True,
+      "model.name": "tiny",
+    }
+  )
   if loader == "streaming":
     config.data.crop_area = 0.5
   classification.run(config, tmp_path, "train")

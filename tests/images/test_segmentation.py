@@ -24,9 +24,20 @@ from tests.helpers.runs import said
 def config():
   def make(name="digits", **changes):
     made = importlib.import_module(f"configs.segmentation_{name}").get_config()
-    made.update_from_flattened_dict({
-        "model.name": "tiny", "model.width": 0.5, "model.head": 8, "data.size": (12, 16), "data.train_scenes": 40,
-        "data.test_scenes": 11, "optim.batch_size": 8, "optim.epochs": 2, "checkpoint_every": 1.0, "log_every": 2})
+    made.update_from_flattened_dict(
+      {
+        "model.name": "tiny",
+        "model.width": 0.5,
+        "model.head": 8,
+        "data.size": (12, 16),
+        "data.train_scenes": 40,
+        "data.test_scenes": 11,
+        "optim.batch_size": 8,
+        "optim.epochs": 2,
+        "checkpoint_every": 1.0,
+        "log_every": 2,
+      }
+    )
     made.lock()
     made.update_from_flattened_dict(changes)
     return made
@@ -48,34 +59,63 @@ def test_a_run_leaves_what_it_measured(finished):
   made, workdir = finished
   result, built = json.loads((workdir / "result.json").read_text()), segmentation.build(made)
   assert (result["step"], result["images"]) == (5, 11)
-  assert result["head_macs"] == built.counts.macs - count(built.model.backbone.clone(), built.test.shape).macs > 0
+  assert (
+    result["head_macs"]
+    == built.counts.macs - count(built.model.backbone.clone(), built.test.shape).macs
+    > 0
+  )
   assert 0 < result["mean_iou"] < result["accuracy"] < 1
   assert (workdir / "scenes.png").stat().st_size > 10_000
   assert f"mean IoU {100 * result['mean_iou']:.2f} %" in " ".join(
-      said(segmentation, made, workdir, "evaluate").split())
+    said(segmentation, made, workdir, "evaluate").split()
+  )
 
 
 @pytest.mark.slow
 def test_a_run_is_loaded_in_one_call(finished):
   made, workdir = finished
   model, variables, _ = loaded(workdir)
-  built, score = segmentation.build(made), json.loads((workdir / "result.json").read_text())["accuracy"]
+  built, score = (
+    segmentation.build(made),
+    json.loads((workdir / "result.json").read_text())["accuracy"],
+  )
   pixels, labels = built.test.read(np.arange(11))
   logits, _ = jax.jit(model.apply)(variables, built.normalise(pixels))
   assert np.mean(np.argmax(logits, axis=-1) == labels) == pytest.approx(score, abs=0.01)
 
 
-@pytest.mark.parametrize(("field", "value", "message"), [
-    ("data.name", "cityscape", "data.name must be one of .*; got 'cityscape'. Did you mean 'cityscapes'"),
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    (
+      "data.name",
+      "cityscape",
+      "data.name must be one of .*; got 'cityscape'. Did you mean 'cityscapes'",
+    ),
     ("model.name", "vgg8", "model.name must be one of .*; got 'vgg8'"),
-    ("data.size", (32, 4), r"data.size must be a tuple of height and width, each >= 8; got \(32, 4\)"),
-    ("data.crop", (8, 17), r"data.crop must be None or a tuple .* at most data.size; got \(8, 17\)"),
+    (
+      "data.size",
+      (32, 4),
+      r"data.size must be a tuple of height and width, each >= 8; got \(32, 4\)",
+    ),
+    (
+      "data.crop",
+      (8, 17),
+      r"data.crop must be None or a tuple .* at most data.size; got \(8, 17\)",
+    ),
     ("data.digits", 0, "data.digits must be >= 1; got 0"),
     ("model.head", 0, "model.head must be >= 1; got 0"),
-    ("optim.batch_size", 48, "optim.batch_size must be at most 40, the number of training images; got 48"),
+    (
+      "optim.batch_size",
+      48,
+      "optim.batch_size must be at most 40, the number of training images; got 48",
+    ),
     ("loss.sparsity.kind", "mac", "loss.sparsity.kind .* Did you mean 'macs'"),
-])
-def test_a_wrong_setting_is_named_before_a_directory_is_made(config, tmp_path, field, value, message):
+  ],
+)
+def test_a_wrong_setting_is_named_before_a_directory_is_made(
+  config, tmp_path, field, value, message
+):
   with pytest.raises(ValueError, match=message):
     segmentation.run(config(**{field: value}), tmp_path / "run", "train")
   assert not (tmp_path / "run").exists()
@@ -89,9 +129,16 @@ def test_seeds_train_on_other_scenes_and_are_tested_on_the_same(config):
 
 
 @pytest.mark.parametrize("crop", [None, (16, 24)])
-def test_the_budget_is_of_what_is_trained_on_and_the_score_of_whole_scenes(config, monkeypatch, crop):
+def test_the_budget_is_of_what_is_trained_on_and_the_score_of_whole_scenes(
+  config, monkeypatch, crop
+):
   monkeypatch.setattr(tfds, "open_tfds", lambda *_: [None] * 8)
-  settings = {"data.size": (32, 48), "data.crop": crop, "data.workers": 0, "model.output_stride": None}
+  settings = {
+    "data.size": (32, 48),
+    "data.crop": crop,
+    "data.workers": 0,
+    "model.output_stride": None,
+  }
   built = segmentation.build(config("cityscapes", **settings))
   assert (built.test.shape, len(built.test.class_names)) == ((32, 48, 3), 19)
   trained = count(built.model, (*(crop or (32, 48)), 3))
@@ -114,14 +161,21 @@ def final_state(made, workdir):
 def street(count):
   rng = np.random.default_rng(0)
   labels = rng.choice([7, 26, 0], (count, 12, 16, 1)).astype(np.uint8)
-  return [{"image_left": np.repeat(label * 5, 3, axis=-1), "segmentation_label": label} for label in labels]
+  return [
+    {"image_left": np.repeat(label * 5, 3, axis=-1), "segmentation_label": label}
+    for label in labels
+  ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits", "cityscapes"])
-def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_end(config, tmp_path, capsys, monkeypatch, name):
+def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_end(
+  config, tmp_path, capsys, monkeypatch, name
+):
   if name == "cityscapes":
-    monkeypatch.setattr(tfds, "open_tfds", lambda _, split, *rest: street(40 if split == "train" else 11))
+    monkeypatch.setattr(
+      tfds, "open_tfds", lambda _, split, *rest: street(40 if split == "train" else 11)
+    )
     made = config(name, **{"data.crop": (8, 8), "data.workers": 0, "model.output_stride": None})
   else:
     made = config(name)
@@ -130,7 +184,11 @@ def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_end(config, tmp_pa
   result = json.loads((tmp_path / "result.json").read_text())
   assert (step, result["images"]) == (10, 11)
   built = segmentation.build(made)
-  assert result["head_macs"] == built.counts.macs - count(built.model.backbone.clone(), built.test.shape).macs > 0
+  assert (
+    result["head_macs"]
+    == built.counts.macs - count(built.model.backbone.clone(), built.test.shape).macs
+    > 0
+  )
   assert 0 < result["mean_iou"] < result["accuracy"] < 1
   assert result["gates"] == built.counts.gates == 4
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -140,8 +198,10 @@ def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_end(config, tmp_pa
   for picture in ("scenes.png", "gates.png"):
     assert (tmp_path / picture).stat().st_size > 10_000
   report = (tmp_path / "report.html").read_text()
-  assert all(f"{title}</h2>" in report for title in (
-      "Score and multiply-accumulates", "Easiest and hardest scenes", "Some scenes"))
+  assert all(
+    f"{title}</h2>" in report
+    for title in ("Score and multiply-accumulates", "Easiest and hardest scenes", "Some scenes")
+  )
   assert "Gates and classes</h2>" not in report  # a scene has no class of its own
   shutil.rmtree(tmp_path / "checkpoints" / "10")
   (tmp_path / "result.json").unlink()
@@ -170,5 +230,7 @@ def test_the_backbone_of_a_run_is_compiled(config, tmp_path, capsys, monkeypatch
   page = (tmp_path / "run" / "report.html").read_text()
   assert "Milliseconds of the backbone" in page
   assert "the backbone is timed, without the head, on training images of 12 x 16 pixels." in page
-  with pytest.raises(ValueError, match="mode must be one of compile, evaluate, report, train; got 'export'"):
+  with pytest.raises(
+    ValueError, match="mode must be one of compile, evaluate, report, train; got 'export'"
+  ):
     segmentation.run(made, tmp_path / "run", "export")

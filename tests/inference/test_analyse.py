@@ -38,9 +38,13 @@ def test_openings_are_those_of_all_images(analysis, gates):
 
 
 def test_correlation_is_pearsons(analysis, gates):
-  o, g = next((o, g) for o, g in zip(analysis.openings, gates, strict=True) if o.conditional.sum() > 1)
+  o, g = next(
+    (o, g) for o, g in zip(analysis.openings, gates, strict=True) if o.conditional.sum() > 1
+  )
   varies = o.conditional
-  np.testing.assert_allclose(o.correlation[np.ix_(varies, varies)], np.corrcoef(g[:, varies].T), atol=1e-12)
+  np.testing.assert_allclose(
+    o.correlation[np.ix_(varies, varies)], np.corrcoef(g[:, varies].T), atol=1e-12
+  )
   assert not o.correlation[:, (o.opened == 0) | (o.opened == o.images)].any()
 
 
@@ -61,8 +65,16 @@ def test_macs_of_each_way(analysis, gates):
   assert macs["switch of 4"] == macs["masked"]  # no layer has more than 16 channels
   whole = [np.repeat(g.any(axis=1, keepdims=True), g.shape[1], axis=1) for g in gates]
   assert macs["blocks of 16"] == pytest.approx(folded_macs.macs(net, SHAPE, whole).mean())
-  union = [np.concatenate([np.repeat(g[i : i + 8].any(axis=0)[None], len(g[i : i + 8]), axis=0)
-                           for s in (0, 128) for i in range(s, min(s + 128, 150), 8)]) for g in gates]
+  union = [
+    np.concatenate(
+      [
+        np.repeat(g[i : i + 8].any(axis=0)[None], len(g[i : i + 8]), axis=0)
+        for s in (0, 128)
+        for i in range(s, min(s + 128, 150), 8)
+      ]
+    )
+    for g in gates
+  ]
   assert macs["union of 8"] == pytest.approx(folded_macs.macs(net, SHAPE, union).mean())
   assert macs["executed"] < macs["union of 8"] < macs["masked"]
   assert analysis.mac_rows()[0] == {"strategy": "ungated", "macs": macs["ungated"], "ratio": 1.0}
@@ -87,7 +99,10 @@ def test_rows(analysis):
   assert row["units"] == 4
   assert row["open"] == pytest.approx(o.open_rates.mean())
   assert row["always_open"] + row["always_closed"] + row["conditional"] == 4
-  assert (row["open_on_all"], row["closed_on_all"]) == ((o.opened == 150).sum(), (o.opened == 0).sum())
+  assert (row["open_on_all"], row["closed_on_all"]) == (
+    (o.opened == 150).sum(),
+    (o.opened == 0).sum(),
+  )
 
 
 def test_a_net_without_gates_has_macs_only():
@@ -96,15 +111,24 @@ def test_a_net_without_gates_has_macs_only():
   assert len(set(analysis.macs.values())) == 1
 
 
-@pytest.mark.parametrize(("calibration", "message"), [
+@pytest.mark.parametrize(
+  ("calibration", "message"),
+  [
     (np.zeros((0, *SHAPE), np.float32), "at least one image; got none"),
     (iter(()), "at least one image; got none"),
     (np.zeros(SHAPE, np.float32), r"images must be \[N, H, W, D\]; got shape"),
-    (np.zeros((2, *SHAPE), np.uint8), "images must be network inputs in floating point, .*; got uint8"),
+    (
+      np.zeros((2, *SHAPE), np.uint8),
+      "images must be network inputs in floating point, .*; got uint8",
+    ),
     (np.full((2, *SHAPE), np.nan, np.float32), "images must be finite; number 0 of these 2 is not"),
-    (np.zeros((2, 9, 8, 1), np.float32), "images must have 3 channels, as the network takes them; got 1"),
+    (
+      np.zeros((2, 9, 8, 1), np.float32),
+      "images must have 3 channels, as the network takes them; got 1",
+    ),
     ([np.zeros((1, 9, 8, 3)), np.zeros((1, 8, 8, 3))], "images must be of one shape"),
-])
+  ],
+)
 def test_bad_calibration_is_named(analysis, calibration, message):
   with pytest.raises(ValueError, match=message):
     analyse(analysis.net, None, calibration)
@@ -112,5 +136,7 @@ def test_bad_calibration_is_named(analysis, calibration, message):
 
 def test_a_last_smaller_batch_runs_in_the_same_program():
   net = fold(MODEL, VARIABLES)
-  sizes = [(len(x), len(y), len(logits[0])) for x, y, logits in gate_statistics.observed(net, images(200))]
+  sizes = [
+    (len(x), len(y), len(logits[0])) for x, y, logits in gate_statistics.observed(net, images(200))
+  ]
   assert sizes == [(128, 128, 128), (72, 72, 72)]

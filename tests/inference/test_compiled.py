@@ -19,13 +19,20 @@ from gating_jax.inference.quantise import quantise
 from gating_jax.inference.strategies import Setting, for_open
 from tests.helpers.folded_nets import FEATURES, KINDS, SHAPE, basic, conv, images, net
 
-CASES = [pytest.param(kind, strategy, marks=pytest.mark.skipif(bool(why_not(strategy)), reason=why_not(strategy)))
-         for kind, known in KINDS.items() for strategy in known]
+CASES = [
+  pytest.param(
+    kind, strategy, marks=pytest.mark.skipif(bool(why_not(strategy)), reason=why_not(strategy))
+  )
+  for kind, known in KINDS.items()
+  for strategy in known
+]
 
 
 def compiled(kind, strategy, batch_size=1, **changes):
   changes = {"calibration": images(3, seed=5) if strategy == "cluster" else None, **changes}
-  return compile_conditional(net(kind), input_shape=SHAPE, batch_size=batch_size, strategy=strategy, **changes)
+  return compile_conditional(
+    net(kind), input_shape=SHAPE, batch_size=batch_size, strategy=strategy, **changes
+  )
 
 
 # What only reads a program shares it.
@@ -47,7 +54,9 @@ def check(run, x, of):
   y, logits = run(x)
   expected, reference = reference_of(of, x)
   assert y.shape == expected.shape
-  clear = np.all([np.all(np.abs(z) > 1e-5 * np.abs(z).max(initial=0), axis=1) for z in reference], axis=0)
+  clear = np.all(
+    [np.all(np.abs(z) > 1e-5 * np.abs(z).max(initial=0), axis=1) for z in reference], axis=0
+  )
   assert clear.sum() >= len(x) - 1
   for actual, desired in ((y, expected), *zip(logits, reference, strict=True)):
     scale = np.abs(desired).max(initial=0)
@@ -69,8 +78,13 @@ def check_image_that_is_no_number(run):
 
 def with_bias(of, bias):
   """The network with this summand to all gate logits."""
-  moved = lambda part: part if part.head is None else dataclasses.replace(
-      part, head=dataclasses.replace(part.head, logits_bias=part.head.logits_bias + bias))
+  moved = lambda part: (
+    part
+    if part.head is None
+    else dataclasses.replace(
+      part, head=dataclasses.replace(part.head, logits_bias=part.head.logits_bias + bias)
+    )
+  )
   return dataclasses.replace(of, parts=tuple(moved(part) for part in of.parts))
 
 
@@ -97,11 +111,17 @@ def test_equal_on_fuzzed_gates(kind, strategy, batch_size, buckets):
   @settings(max_examples=10, deadline=None)
   @example(0, -100.0, 4)
   @example(0, 100.0, 4)
-  @given(st.integers(0, 10**6), st.sampled_from([-100.0, -2.0, 0.0, 2.0, 100.0]), st.sampled_from([0, 1, 4, 7]))
+  @given(
+    st.integers(0, 10**6),
+    st.sampled_from([-100.0, -2.0, 0.0, 2.0, 100.0]),
+    st.sampled_from([0, 1, 4, 7]),
+  )
   def fuzz(seed, bias, count):
     other = with_bias(net(kind, seed), bias)
     run.load(other)
-    seen.update(bool(v) for g in check(run, images(count, seed), other) for v in (g.all(), ~g.any()) if g.size)
+    seen.update(
+      bool(v) for g in check(run, images(count, seed), other) for v in (g.all(), ~g.any()) if g.size
+    )
 
   fuzz()
   assert seen == {True, False}
@@ -109,14 +129,33 @@ def test_equal_on_fuzzed_gates(kind, strategy, batch_size, buckets):
 
 def test_what_is_closed_is_not_computed():
   """Weights of closed channels and branches that are not finite do no harm where they are skipped."""
-  for kind, strategy in (("channels", "switch"), ("blocks", "block_dispatch"), ("layers", "layer_dispatch")):
+  for kind, strategy in (
+    ("channels", "switch"),
+    ("blocks", "block_dispatch"),
+    ("layers", "layer_dispatch"),
+  ):
     run = compiled(kind, strategy)
     closed = with_bias(net(kind), -1e4)
-    spoilt = dataclasses.replace(closed, parts=tuple(
-        part if isinstance(part, Layer) else dataclasses.replace(part, convs=tuple(
-            dataclasses.replace(c, kernel=c.kernel.at[..., -1 if i == 0 else slice(None)].set(
-                jnp.nan if i == 0 or kind != "channels" else c.kernel)) for i, c in enumerate(part.convs)))
-        for part in closed.parts))
+    spoilt = dataclasses.replace(
+      closed,
+      parts=tuple(
+        part
+        if isinstance(part, Layer)
+        else dataclasses.replace(
+          part,
+          convs=tuple(
+            dataclasses.replace(
+              c,
+              kernel=c.kernel.at[..., -1 if i == 0 else slice(None)].set(
+                jnp.nan if i == 0 or kind != "channels" else c.kernel
+              ),
+            )
+            for i, c in enumerate(part.convs)
+          ),
+        )
+        for part in closed.parts
+      ),
+    )
     x = images(1)
     expected, _ = jax.jit(folded.run)(closed, x)
     run.load(spoilt)
@@ -131,7 +170,11 @@ def test_auto_takes_a_net_of_which_slimming_has_left_dead_branches():
 
 
 def test_blocks_that_the_kernel_for_gpus_cannot_take_are_left_out(monkeypatch):
-  (block,) = (part for part in net("blocks").parts if isinstance(part, Block) and part.head.groups[0].channels == 8)
+  (block,) = (
+    part
+    for part in net("blocks").parts
+    if isinstance(part, Block) and part.head.groups[0].channels == 8
+  )
   assert STRATEGIES["pallas"](block, Setting(4)) is not None
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   assert STRATEGIES["pallas"](block, Setting(4)) is None
@@ -144,7 +187,9 @@ def test_auto_reports_what_it_measured_and_takes_the_fastest(kind):
   timings = run.report()
   known = {"masked", *(name for name in KINDS[kind] if worth_trying(name))}
   parts = [i for i, part in enumerate(net(kind).parts) if part.head is not None]
-  assert {(t.part, t.strategy) for t in timings if t.part in parts} == {(i, s) for i in parts for s in known}
+  assert {(t.part, t.strategy) for t in timings if t.part in parts} == {
+    (i, s) for i in parts for s in known
+  }
   for t in timings:
     assert t.seconds > 0
     assert t.efficiency == pytest.approx(t.mac_ratio / t.time_ratio)
@@ -161,13 +206,16 @@ def test_auto_reports_what_it_measured_and_takes_the_fastest(kind):
 
 def clock(seconds, when_open=1.0):
   """A race by a made-up clock: seconds of each strategy, 2 of others, and of `masked` and `ungated` with all open 1."""
+
   def race(runs, _, **__):
     def spent(name):
       strategy, wide = name if isinstance(name, tuple) else (name, False)
       if wide or strategy == "ungated":
         return 1.0 if strategy in ("masked", "ungated") else when_open
       return seconds.get(strategy, 2.0)
+
     return {name: [spent(name)] for name in runs}
+
   return race
 
 
@@ -188,8 +236,15 @@ def test_strategies_are_timed_on_other_images_than_they_are_fitted_to(monkeypatc
   x = images(9)
   told = []
   for count in (9, 1):
-    compiled("blocks", "auto", 2, calibration=x[:count], repeats=1, candidates=("block_dispatch",),
-             progress=lambda *counts: told.append(counts))
+    compiled(
+      "blocks",
+      "auto",
+      2,
+      calibration=x[:count],
+      repeats=1,
+      candidates=("block_dispatch",),
+      progress=lambda *counts: told.append(counts),
+    )
     done, (total, *totals) = zip(*told, strict=True)
     assert done == (*range(1, len(told) + 1),)
     assert set(totals) == {total}
@@ -216,10 +271,20 @@ def test_auto_falls_back_where_skipping_loses(monkeypatch):
     assert run.strategies == ("masked", fast, fast)
 
 
-@pytest.mark.parametrize(("when_open", "limit", "strategy"), [
-    (1.04, {}, "block_dispatch"), (1.06, {}, "masked"), (1.06, {"open_limit": 1.1}, "block_dispatch")])
-def test_auto_takes_nothing_that_is_slow_with_everything_open(when_open, limit, strategy, monkeypatch):
-  monkeypatch.setattr(compiled_nets, "race", clock({"masked": 1.0, "block_dispatch": 0.5}, when_open))
+@pytest.mark.parametrize(
+  ("when_open", "limit", "strategy"),
+  [
+    (1.04, {}, "block_dispatch"),
+    (1.06, {}, "masked"),
+    (1.06, {"open_limit": 1.1}, "block_dispatch"),
+  ],
+)
+def test_auto_takes_nothing_that_is_slow_with_everything_open(
+  when_open, limit, strategy, monkeypatch
+):
+  monkeypatch.setattr(
+    compiled_nets, "race", clock({"masked": 1.0, "block_dispatch": 0.5}, when_open)
+  )
   run = compiled("blocks", "auto", 2, calibration=images(3), **limit)
   assert run.strategies[1:] == (strategy, strategy)
   ratios = {t.strategy: t.open_ratio for t in run.report() if t.part is None}
@@ -229,9 +294,15 @@ def test_auto_takes_nothing_that_is_slow_with_everything_open(when_open, limit, 
 
 def test_with_everything_open_is_timed_with_everything_open(monkeypatch):
   raced = {}
-  monkeypatch.setattr(compiled_nets, "race", lambda runs, _, **__: raced.update(runs) or {name: [1.0] for name in runs})
+  monkeypatch.setattr(
+    compiled_nets,
+    "race",
+    lambda runs, _, **__: raced.update(runs) or {name: [1.0] for name in runs},
+  )
   compiled("blocks", "auto", 2, calibration=images(9))
-  whole = {name: run for name, run in raced.items() if isinstance(name, tuple) and name[0] != "ungated"}
+  whole = {
+    name: run for name, run in raced.items() if isinstance(name, tuple) and name[0] != "ungated"
+  }
   assert {wide for _, wide in whole} == {True, False}
   for (_, wide), run in whole.items():
     program, calls = run.args
@@ -242,38 +313,63 @@ def test_with_everything_open_is_timed_with_everything_open(monkeypatch):
 def test_units_that_no_image_can_open_are_not_opened():
   of = with_bias(net("channels"), 0.0)
   part = of.parts[1]
-  closed = dataclasses.replace(part.head, logits=part.head.logits.at[:, 3].set(0), logits_bias=part.head.logits_bias.at[
-      3].set(-1e3))
-  of = dataclasses.replace(of, parts=(of.parts[0], dataclasses.replace(part, head=closed), of.parts[2]))
+  closed = dataclasses.replace(
+    part.head,
+    logits=part.head.logits.at[:, 3].set(0),
+    logits_bias=part.head.logits_bias.at[3].set(-1e3),
+  )
+  of = dataclasses.replace(
+    of, parts=(of.parts[0], dataclasses.replace(part, head=closed), of.parts[2])
+  )
   first, second = reference_of(compiled_nets.opened(of), images(4))[1]
   np.testing.assert_array_equal(first > 0, np.broadcast_to(np.arange(34) != 3, (4, 34)))
   assert (second > 0).all()
 
 
-@pytest.mark.parametrize(("masked", "limit", "taken"), [
-    (1.1, 1.05, "switch"), (1.0, 1.05, "masked"), (1.0, 1.1, "switch")])
+@pytest.mark.parametrize(
+  ("masked", "limit", "taken"), [(1.1, 1.05, "switch"), (1.0, 1.05, "masked"), (1.0, 1.1, "switch")]
+)
 def test_what_runs_is_never_slower_with_everything_open_than_what_it_replaces(masked, limit, taken):
   """Gate networks that cost a tenth are in every strategy."""
-  times = {("masked", False): [1.0], ("masked", True): [masked], ("switch", False): [0.5], ("switch", True): [1.08],
-           ("ungated", False): [1.0]}
+  times = {
+    ("masked", False): [1.0],
+    ("masked", True): [masked],
+    ("switch", False): [0.5],
+    ("switch", True): [1.08],
+    ("ungated", False): [1.0],
+  }
   chosen, seconds, ratios = compiled_nets.fastest(times, 1, limit)
   assert chosen == taken
-  assert (seconds, ratios) == ({"masked": 1.0, "switch": 0.5, "ungated": 1.0},
-                               {"masked": masked, "switch": 1.08, "ungated": 1.0})
+  assert (seconds, ratios) == (
+    {"masked": 1.0, "switch": 0.5, "ungated": 1.0},
+    {"masked": masked, "switch": 1.08, "ungated": 1.0},
+  )
 
 
 def test_auto_takes_from_the_candidates_alone(monkeypatch):
-  monkeypatch.setattr(compiled_nets, "race", clock({"block_dispatch": 1.0}))  # else parts might differ in the fastest
-  run = compiled("blocks", "auto", 2, calibration=images(3), repeats=1, candidates=("block_dispatch",))
+  monkeypatch.setattr(
+    compiled_nets, "race", clock({"block_dispatch": 1.0})
+  )  # else parts might differ in the fastest
+  run = compiled(
+    "blocks", "auto", 2, calibration=images(3), repeats=1, candidates=("block_dispatch",)
+  )
   assert {t.strategy for t in run.report()} == {"masked", "block_dispatch", "ungated"}
 
 
-@pytest.mark.parametrize(("other", "message"), [
-    (lambda: dataclasses.replace(net("channels"), parts=net("channels").parts[:2]), "parts and settings"),
+@pytest.mark.parametrize(
+  ("other", "message"),
+  [
+    (
+      lambda: dataclasses.replace(net("channels"), parts=net("channels").parts[:2]),
+      "parts and settings",
+    ),
     (lambda: net("layers"), "parts and settings"),
-    (lambda: dataclasses.replace(net("channels"), classifier=(jnp.zeros((6, 5)), jnp.zeros(5))),
-     r"the shapes of the network that was compiled, at classifier.0 float32 \(6, 4\); got float32 \(6, 5\)"),
-])
+    (
+      lambda: dataclasses.replace(net("channels"), classifier=(jnp.zeros((6, 5)), jnp.zeros(5))),
+      r"the shapes of the network that was compiled, at classifier.0 float32 \(6, 4\); got float32 \(6, 5\)",
+    ),
+  ],
+)
 def test_a_network_of_other_shapes_is_not_loaded(other, message):
   run = shared("channels", "switch")
   with pytest.raises(ValueError, match=message):
@@ -288,11 +384,20 @@ def test_a_network_with_other_groups_of_the_same_convolutions_is_not_loaded():
     run.load(of(Group(30, always=4)))
 
 
-@pytest.mark.parametrize(("x", "message"), [
-    (np.zeros((2, 5, 5, 3), np.float32), r"images must be \[N, 5, 4, 3\]; got shape \(2, 5, 5, 3\)"),
+@pytest.mark.parametrize(
+  ("x", "message"),
+  [
+    (
+      np.zeros((2, 5, 5, 3), np.float32),
+      r"images must be \[N, 5, 4, 3\]; got shape \(2, 5, 5, 3\)",
+    ),
     (np.zeros((5, 4, 3), np.float32), r"images must be \[N, 5, 4, 3\]; got shape \(5, 4, 3\)"),
-    (np.zeros((2, *SHAPE), np.uint8), "images must be network inputs in floating point, .*; got uint8"),
-])
+    (
+      np.zeros((2, *SHAPE), np.uint8),
+      "images must be network inputs in floating point, .*; got uint8",
+    ),
+  ],
+)
 def test_wrong_images_are_named(x, message):
   with pytest.raises(ValueError, match=message):
     shared("channels", "switch")(x)
@@ -304,7 +409,9 @@ def test_images_of_other_floating_point_types_are_taken():
 
 
 def test_an_absent_kernel_is_named(monkeypatch):
-  monkeypatch.setattr(compiled_nets, "why_not", lambda name: "no compiler" if name == "native" else "")
+  monkeypatch.setattr(
+    compiled_nets, "why_not", lambda name: "no compiler" if name == "native" else ""
+  )
   with pytest.raises(ValueError, match="strategy 'native' cannot run here: no compiler"):
     compiled("channels", "native")
   monkeypatch.setattr(compiled_nets, "worth_trying", lambda name: name != "native")
@@ -312,23 +419,44 @@ def test_an_absent_kernel_is_named(monkeypatch):
   assert "native" not in {t.strategy for t in run.report()}
 
 
-@pytest.mark.parametrize(("changes", "message"), [
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
     ({"strategy": "swich"}, "strategy must be one of .*; got 'swich'. Did you mean 'switch'"),
-    ({"strategy": "layer_dispatch"}, "strategy must fit a part of the network; 'layer_dispatch' fits"),
+    (
+      {"strategy": "layer_dispatch"},
+      "strategy must fit a part of the network; 'layer_dispatch' fits",
+    ),
     ({"batch_size": 0}, "batch_size must be >= 1; got 0"),
     ({"batch_size": 2.5}, "batch_size must be a whole number >= 1; got 2.5"),
-    ({"input_shape": (0, -1, 7)}, r"input_shape must be \(H, W, D\), whole numbers >= 1; got \(0, -1, 7\)"),
+    (
+      {"input_shape": (0, -1, 7)},
+      r"input_shape must be \(H, W, D\), whole numbers >= 1; got \(0, -1, 7\)",
+    ),
     ({"input_shape": (7, 9)}, r"input_shape must be \(H, W, D\), whole numbers >= 1; got \(7, 9\)"),
-    ({"input_shape": (5, 4, 1), "strategy": "switch"}, "images must have 3 channels, as the network takes them; got 1"),
+    (
+      {"input_shape": (5, 4, 1), "strategy": "switch"},
+      "images must have 3 channels, as the network takes them; got 1",
+    ),
     ({"open_limit": 0.0}, "open_limit must be > 0; got 0.0"),
-    ({"candidates": ("swich",)}, "candidates must be one of .*; got 'swich'. Did you mean 'switch'"),
+    (
+      {"candidates": ("swich",)},
+      "candidates must be one of .*; got 'swich'. Did you mean 'switch'",
+    ),
     ({"buckets": 0}, "buckets must be >= 1; got 0"),
     ({"repeats": 0}, "repeats must be >= 1; got 0"),
     ({}, "calibration must be given for strategy 'auto'; got None"),
-    ({"calibration": images(2)[:, 1:]}, r"calibration must be \[N, 5, 4, 3\]; got shape \(2, 4, 4, 3\)"),
+    (
+      {"calibration": images(2)[:, 1:]},
+      r"calibration must be \[N, 5, 4, 3\]; got shape \(2, 4, 4, 3\)",
+    ),
     ({"calibration": images(0)}, "calibration must hold at least one image; got none"),
-    ({"calibration": np.full((2, *SHAPE), np.nan, np.float32)}, "calibration must be finite; number 0 of these 2 is"),
-])
+    (
+      {"calibration": np.full((2, *SHAPE), np.nan, np.float32)},
+      "calibration must be finite; number 0 of these 2 is",
+    ),
+  ],
+)
 def test_a_wrong_argument_is_named(changes, message):
   with pytest.raises((TypeError, ValueError), match=message):
     compile_conditional(net("channels"), **{"input_shape": SHAPE, "batch_size": 1, **changes})
@@ -336,7 +464,9 @@ def test_a_wrong_argument_is_named(changes, message):
 
 def test_int8_kernels_are_refused():
   with pytest.raises(ValueError, match="net must have kernels of float32, .*; got Int8"):
-    compile_conditional(quantise(net("channels")), input_shape=SHAPE, batch_size=1, strategy="switch")
+    compile_conditional(
+      quantise(net("channels")), input_shape=SHAPE, batch_size=1, strategy="switch"
+    )
 
 
 def test_every_strategy_is_tried():

@@ -12,7 +12,12 @@ from gating_jax.inference.strategies import capacities, settings_of
 from gating_jax.ops import native_kernels
 from tests.helpers.folded_nets import KINDS, SHAPE, images, net
 
-CASES = [(kind, strategy) for kind, known in KINDS.items() for strategy in ("masked", *known) if strategy in EXPORTABLE]
+CASES = [
+  (kind, strategy)
+  for kind, known in KINDS.items()
+  for strategy in ("masked", *known)
+  if strategy in EXPORTABLE
+]
 
 
 def prepared(kind, count, buckets=3):
@@ -58,8 +63,10 @@ def test_native_computes_what_is_open_and_shortcuts_whole(kind, monkeypatch):
 
   def counting_chain(x, kernels, biases, gates, *args, strides, **kwargs):
     size = np.array(x.shape[1:3])
-    opened = [np.full(len(x), len(of_channels)) if gate is None else (np.asarray(gate) > 0).sum(1) for gate, of_channels
-              in zip(gates, [np.zeros(x.shape[3]), *biases], strict=True)]
+    opened = [
+      np.full(len(x), len(of_channels)) if gate is None else (np.asarray(gate) > 0).sum(1)
+      for gate, of_channels in zip(gates, [np.zeros(x.shape[3]), *biases], strict=True)
+    ]
     for i, kernel in enumerate(kernels):  # [O, I, h, w]
       size = -(-size // strides[i])
       given.append(np.prod(kernel.shape[2:]) * np.prod(size) * np.sum(opened[i] * opened[i + 1]))
@@ -85,13 +92,22 @@ def test_native_computes_what_is_open_and_shortcuts_whole(kind, monkeypatch):
 def test_capacities_of_groups_that_switch_together():
   assert capacities([Group(64)], 4) == [(16, 32, 48, 64)]
   assert capacities([Group(64)], 2) == [(32, 64)]
-  assert capacities([Group(64), Group(8, channels=2, always=4)], 4) == [(16, 32, 48, 64), (16, 32, 32, 32)]
+  assert capacities([Group(64), Group(8, channels=2, always=4)], 4) == [
+    (16, 32, 48, 64),
+    (16, 32, 32, 32),
+  ]
 
 
 def test_ratios_of_parts_and_of_whole_programs():
   of, settings, _ = prepared("blocks", 4)
-  known = [[name for name in ("masked", "native", "pallas") if STRATEGIES[name](part, setting) or name == "native"]
-           for part, setting in zip(of.parts, settings, strict=True)]
+  known = [
+    [
+      name
+      for name in ("masked", "native", "pallas")
+      if STRATEGIES[name](part, setting) or name == "native"
+    ]
+    for part, setting in zip(of.parts, settings, strict=True)
+  ]
   gates = compiled._gates_of(of, images(6, seed=5))
   indices = np.array([[0, 2], [3, 5]])
   found = account(of, known, settings, SHAPE, [[g[index] for g in gates] for index in indices], 2)
@@ -103,7 +119,9 @@ def test_ratios_of_parts_and_of_whole_programs():
   assert computed["native"] == computed["pallas"] == pytest.approx(opened)
   assert opened < computed["masked"]
   classifier = of.classifier[0].size
-  opened, computed = found.of_net({"masked": ["masked"] * 3, "mixed": ["masked", "native", "masked"]})
+  opened, computed = found.of_net(
+    {"masked": ["masked"] * 3, "mixed": ["masked", "native", "masked"]}
+  )
   total = sum(dense) + classifier
   assert computed["masked"] == pytest.approx((total + sum(heads)) / total)
   saved = found.computed[1]["masked"] - found.computed[1]["native"]

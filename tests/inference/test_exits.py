@@ -36,7 +36,9 @@ def answers(x, threshold=MODEL.threshold):
 
 def compiled(batch_size, threshold=MODEL.threshold, **changes):
   net = dataclasses.replace(fold_exits(MODEL, VARIABLES), threshold=threshold)
-  return compile_exits(net, input_shape=SHAPE, batch_size=batch_size, **{"strategy": EXIT_DISPATCH, **changes})
+  return compile_exits(
+    net, input_shape=SHAPE, batch_size=batch_size, **{"strategy": EXIT_DISPATCH, **changes}
+  )
 
 
 @pytest.mark.thin(2)
@@ -62,8 +64,12 @@ def test_equal_to_computing_everything_on_fuzzed_nets(batch_size, buckets):
   run, seen = compiled(batch_size, buckets=buckets), set()
 
   @settings(max_examples=15, deadline=None)
-  @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.03, 0.3, 100.0]), st.sampled_from([0.0, 0.03, 100.0]),
-         st.integers(0, 9))
+  @given(
+    st.integers(0, 10**6),
+    st.sampled_from([0.0, 0.03, 0.3, 100.0]),
+    st.sampled_from([0.0, 0.03, 100.0]),
+    st.integers(0, 9),
+  )
   def fuzz(seed, first, second, number):
     variables = random_variables(MODEL, seed)
     for exit_, scale in (("exit1", first), ("exit2", second)):
@@ -110,13 +116,19 @@ def test_multiply_accumulates_are_those_that_the_model_counts():
   _, stay = compiled(16)(x)
   net = fold_exits(MODEL, VARIABLES)
   assert macs(net, SHAPE) == counts.macs
-  np.testing.assert_array_equal(macs(net, SHAPE, stay), counts.macs - sum(costs) + goes_on @ np.array(costs))
+  np.testing.assert_array_equal(
+    macs(net, SHAPE, stay), counts.macs - sum(costs) + goes_on @ np.array(costs)
+  )
 
 
 def test_what_both_ways_took_is_reported_and_the_faster_runs():
   run = compiled(4, strategy="auto", calibration=images(9), repeats=2)
   masked, gathered, ungated = run.report()
-  assert (masked.strategy, gathered.strategy, ungated.strategy) == (MASKED, EXIT_DISPATCH, "ungated")
+  assert (masked.strategy, gathered.strategy, ungated.strategy) == (
+    MASKED,
+    EXIT_DISPATCH,
+    "ungated",
+  )
   assert 0 < masked.mac_ratio == gathered.mac_ratio != ungated.mac_ratio == 1
   assert masked.computed_ratio > gathered.computed_ratio >= gathered.mac_ratio
   assert masked.computed_ratio > 1 == ungated.computed_ratio
@@ -129,11 +141,17 @@ def test_what_both_ways_took_is_reported_and_the_faster_runs():
 def test_wrong_arguments_are_named():
   with pytest.raises(ValueError, match="model must be EarlyExitNet; got ResNet"):
     fold_exits(ResNet(4, (1,), features=4), {})
-  with pytest.raises(ValueError, match="group_norm must be False: GroupNorm cannot be folded; got True"):
+  with pytest.raises(
+    ValueError, match="group_norm must be False: GroupNorm cannot be folded; got True"
+  ):
     fold_exits(EarlyExitNet(4, (1, 1), features=4, group_norm=True), {})
   with pytest.raises(ValueError, match="open_limit must be > 0; got 0"):
-    compile_exits(MODEL, VARIABLES, input_shape=SHAPE, batch_size=1, strategy="masked", open_limit=0)
-  with pytest.raises(ValueError, match="images must have 3 channels, as the network takes them; got 2"):
+    compile_exits(
+      MODEL, VARIABLES, input_shape=SHAPE, batch_size=1, strategy="masked", open_limit=0
+    )
+  with pytest.raises(
+    ValueError, match="images must have 3 channels, as the network takes them; got 2"
+  ):
     compile_exits(MODEL, VARIABLES, input_shape=(8, 7, 2), batch_size=1, strategy="masked")
   with pytest.raises(ValueError, match="buckets must be >= 1; got 0"):
     compiled(2, buckets=0)

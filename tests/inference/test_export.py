@@ -28,7 +28,9 @@ def net():
 
 @pytest.fixture
 def exported(net, tmp_path):
-  return export_model(net, tmp_path / "net", input_shape=SHAPE, platforms=("cpu",), card={"accuracy": 0.5})
+  return export_model(
+    net, tmp_path / "net", input_shape=SHAPE, platforms=("cpu",), card={"accuracy": 0.5}
+  )
 
 
 def assert_same(found, wanted):
@@ -37,14 +39,20 @@ def assert_same(found, wanted):
 
 
 def test_what_is_loaded_computes_the_same_for_any_number_of_images(net, tmp_path):
-  path = export_model(net, tmp_path / "net", input_shape=SHAPE, card={"accuracy": 0.5, "class_names": ["a", "b", "c"]})
+  path = export_model(
+    net, tmp_path / "net", input_shape=SHAPE, card={"accuracy": 0.5, "class_names": ["a", "b", "c"]}
+  )
   loaded = load_exported(path)
   for count in (1, 5):
     assert_same(loaded(np.asarray(images(count))), run(net, images(count)))
   card = json.loads((path / "card.json").read_text())
   assert card == loaded.card
   assert card["platforms"] == ["cpu", "cuda", "tpu"]
-  assert (card["input_shape"], card["batch_size"], card["class_names"]) == ([*SHAPE], None, ["a", "b", "c"])
+  assert (card["input_shape"], card["batch_size"], card["class_names"]) == (
+    [*SHAPE],
+    None,
+    ["a", "b", "c"],
+  )
   assert card["dense_macs"] == folded_macs.macs(net, SHAPE)
   assert card["parameters"] == sum(x.size for x in jax.tree.leaves(net))
   for name, said in card["files"].items():
@@ -56,7 +64,9 @@ def test_what_is_loaded_computes_the_same_for_any_number_of_images(net, tmp_path
 
 def test_weights_are_no_part_of_the_program(exported, net):
   loaded = load_exported(exported)
-  doubled = {name: 2 * w if name.startswith("classifier") else w for name, w in loaded.weights.items()}
+  doubled = {
+    name: 2 * w if name.startswith("classifier") else w for name, w in loaded.weights.items()
+  }
   outputs, _ = loaded.program.call(doubled, images(2))
   np.testing.assert_allclose(outputs, 2 * run(net, images(2))[0], rtol=1e-5, atol=1e-5)
   assert "parts.0.conv.kernel" in loaded.weights
@@ -78,13 +88,17 @@ def test_a_program_that_skips_is_exported_with_its_weights_beside_it(name, strat
   assert loaded.card["batch_size"] == 2
   assert "parts.0.conv.kernel" in loaded.weights
   assert_same(loaded(images(2)), run(of, images(2)))
-  with pytest.raises(ValueError, match="batch_size must be None or 2, that of the compiled model; got 3"):
+  with pytest.raises(
+    ValueError, match="batch_size must be None or 2, that of the compiled model; got 3"
+  ):
     export_model(made, tmp_path / "other", input_shape=SHAPE, batch_size=3)
 
 
 def test_a_program_with_exits_is_exported(tmp_path):
   model = EarlyExitNet(3, (1, 1), features=4, threshold=0.9)
-  made = compile_exits(model, random_variables(model), input_shape=SHAPE, batch_size=4, strategy="exit_dispatch")
+  made = compile_exits(
+    model, random_variables(model), input_shape=SHAPE, batch_size=4, strategy="exit_dispatch"
+  )
   loaded = load_exported(export_model(made, tmp_path / "net", input_shape=SHAPE))
   assert "stages.0.parts.0.conv.kernel" in loaded.weights
   assert_same(loaded(images(4)), made(images(4)))
@@ -94,13 +108,17 @@ def test_a_program_with_exits_is_exported(tmp_path):
 def test_a_program_of_the_native_kernel_is_refused(tmp_path):
   of = fold(MODELS["basic"], random_variables(MODELS["basic"]))
   made = compile_conditional(of, input_shape=SHAPE, batch_size=1, strategy="native")
-  with pytest.raises(ValueError, match="model must be compiled without native, a kernel of one kind of device"):
+  with pytest.raises(
+    ValueError, match="model must be compiled without native, a kernel of one kind of device"
+  ):
     export_model(made, tmp_path / "net", input_shape=SHAPE)
 
 
 def test_a_function_is_exported_for_its_number_of_images(net, tmp_path):
   function = jax.jit(lambda x: {"out": folded.run(net, x)[0]})
-  path = export_model(function, tmp_path / "net", input_shape=SHAPE, batch_size=2, platforms=("cpu",))
+  path = export_model(
+    function, tmp_path / "net", input_shape=SHAPE, batch_size=2, platforms=("cpu",)
+  )
   loaded = load_exported(path)
   assert loaded.card["batch_size"] == 2
   assert loaded.weights == {}
@@ -111,20 +129,42 @@ def test_a_function_is_exported_for_its_number_of_images(net, tmp_path):
     loaded(images(2)[:, 1:])
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda d: (d / "weights.safetensors").unlink(), "holds no whole export: weights.safetensors cannot be read"),
+@pytest.mark.parametrize(
+  ("damage", "message"),
+  [
+    (
+      lambda d: (d / "weights.safetensors").unlink(),
+      "holds no whole export: weights.safetensors cannot be read",
+    ),
     (lambda d: (d / "card.json").unlink(), "holds no whole export: card.json cannot be read"),
     (lambda d: (d / "card.json").write_text("{"), "card.json is damaged: it must hold JSON"),
-    (lambda d: (d / "card.json").write_text("[]"), "card.json is damaged: it must have the SHA-256"),
+    (
+      lambda d: (d / "card.json").write_text("[]"),
+      "card.json is damaged: it must have the SHA-256",
+    ),
     (lambda d: edit(d, lambda card: card.update(format=2)), "format must be 1; got 2"),
     (lambda d: cut(d / "weights.safetensors"), "weights.safetensors is damaged"),
     (lambda d: cut(d / "program.stablehlo"), "program.stablehlo is damaged"),
-    (lambda d: (cut(d / "weights.safetensors"), sign(d, "weights.safetensors")), "weights.safetensors is damaged"),
-    (lambda d: ((d / "program.stablehlo").write_bytes(b"no program"), sign(d, "program.stablehlo")),
-     "program.stablehlo is damaged or of another version"),
-    (lambda d: ((d / "weights.safetensors").write_bytes(export.write_tensors({"a": np.zeros(2)})),
-                sign(d, "weights.safetensors")), "does not have the weights that program.stablehlo takes"),
-])
+    (
+      lambda d: (cut(d / "weights.safetensors"), sign(d, "weights.safetensors")),
+      "weights.safetensors is damaged",
+    ),
+    (
+      lambda d: (
+        (d / "program.stablehlo").write_bytes(b"no program"),
+        sign(d, "program.stablehlo"),
+      ),
+      "program.stablehlo is damaged or of another version",
+    ),
+    (
+      lambda d: (
+        (d / "weights.safetensors").write_bytes(export.write_tensors({"a": np.zeros(2)})),
+        sign(d, "weights.safetensors"),
+      ),
+      "does not have the weights that program.stablehlo takes",
+    ),
+  ],
+)
 def test_what_is_missing_or_damaged_is_named(exported, damage, message):
   damage(exported)
   with pytest.raises(ExportError, match=message):
@@ -171,7 +211,9 @@ def test_nothing_is_left_of_an_export_that_fails(net, tmp_path, monkeypatch):
     export_model(net, tmp_path / "missing" / "net", input_shape=SHAPE, platforms=("cpu",))
 
 
-@pytest.mark.parametrize(("options", "message"), [
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
     ({"input_shape": (9, 8)}, r"input_shape must be \(H, W, D\)"),
     ({"input_shape": (9, 8, 1)}, "images must have 3 channels, as the network takes them; got 1"),
     ({"batch_size": 0}, "batch_size must be >= 1; got 0"),
@@ -179,7 +221,8 @@ def test_nothing_is_left_of_an_export_that_fails(net, tmp_path, monkeypatch):
     ({"card": {"files": {}}}, "card must not name files"),
     ({"card": {"accuracy": float("nan")}}, "card must be of JSON values"),
     ({"card": {"accuracy": object()}}, "card must be of JSON values"),
-])
+  ],
+)
 def test_bad_arguments_are_named(net, tmp_path, options, message):
   with pytest.raises(ValueError, match=message):
     export_model(net, tmp_path / "net", **{"input_shape": SHAPE, "platforms": ("cpu",), **options})
@@ -191,5 +234,7 @@ def test_a_file_of_the_right_size_that_was_changed_is_not_loaded(exported, name)
   data = bytearray((exported / name).read_bytes())
   data[-1] ^= 1
   (exported / name).write_bytes(data)
-  with pytest.raises(ExportError, match=f"{name} is damaged: .* bytes that are not the .* bytes of"):
+  with pytest.raises(
+    ExportError, match=f"{name} is damaged: .* bytes that are not the .* bytes of"
+  ):
     load_exported(exported)

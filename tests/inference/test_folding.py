@@ -36,7 +36,9 @@ def test_the_same_outputs_gates_and_macs(model):
   counts = count(model, SHAPE)
   assert folded_macs.macs(net, SHAPE) == counts.macs + counts.gate_macs
   if records:
-    np.testing.assert_array_equal(folded_macs.macs(net, SHAPE, gates), counts.fixed + executed_macs(records))
+    np.testing.assert_array_equal(
+      folded_macs.macs(net, SHAPE, gates), counts.fixed + executed_macs(records)
+    )
 
 
 @pytest.mark.parametrize("name", ["static", "static layers"])
@@ -50,7 +52,9 @@ def test_what_static_gates_close_is_gone(name):
   assert folded_macs.macs(net, SHAPE) == counts.fixed + executed_macs(records)[0]
 
 
-@pytest.mark.parametrize("closed", [([1, 3], [0, 4]), ([], [5]), ([0, 1, 2, 3], []), ([2], [0, 1, 2, 3, 4, 5])])
+@pytest.mark.parametrize(
+  "closed", [([1, 3], [0, 4]), ([], [5]), ([0, 1, 2, 3], []), ([2], [0, 1, 2, 3, 4, 5])]
+)
 def test_what_static_gates_close_in_a_chain_is_gone(closed):
   """Also the last layer's, of which the classifier alone is the reader; of a layer that is all closed one channel is
   left, which is 0."""
@@ -63,15 +67,24 @@ def test_what_static_gates_close_in_a_chain_is_gone(closed):
     assert variables["params"][f"layer{i}"]["gate"]["logits"].shape == (width,)
     variables["params"][f"layer{i}"]["gate"]["logits"] = jnp.asarray(logits)
   y, records = model.apply(variables, x)
-  assert [list(np.flatnonzero(np.asarray(r.gates)[0] == 0)) for r in records] == [list(places) for places in closed]
+  assert [list(np.flatnonzero(np.asarray(r.gates)[0] == 0)) for r in records] == [
+    list(places) for places in closed
+  ]
   net = fold(model, variables)
   np.testing.assert_allclose(folded.run(net, x)[0], y, rtol=1e-4, atol=1e-5)
-  first, second = (max(1, width - len(places)) for width, places in zip(widths, closed, strict=True))
+  first, second = (
+    max(1, width - len(places)) for width, places in zip(widths, closed, strict=True)
+  )
   shapes = [part.conv.kernel.shape for part in net.parts]
-  assert (*shapes, net.classifier[0].shape) == ((3, 3, 3, first), (3, 3, first, second), (second, 3))
+  assert (*shapes, net.classifier[0].shape) == (
+    (3, 3, 3, first),
+    (3, 3, first, second),
+    (second, 3),
+  )
   height, width, _ = SHAPE
   assert folded_macs.macs(net, SHAPE) == (
-      9 * height * width * 3 * first + 9 * (height // 2) * (width // 2) * first * second + 3 * second)
+    9 * height * width * 3 * first + 9 * (height // 2) * (width // 2) * first * second + 3 * second
+  )
 
 
 @pytest.mark.parametrize("features", [None, 3])
@@ -81,20 +94,36 @@ def test_only_features_that_a_chain_itself_ends_with_stay(features):
   variables["params"]["layer2"]["gate"]["logits"] = jnp.asarray([9.0, -9, 9, -9, 9, 9], jnp.float32)
   net = fold(model, variables)
   assert net.parts[-1].conv.bias.size == (6 if features is None else 4)
-  np.testing.assert_allclose(folded.run(net, images())[0], model.apply(variables, images())[0], rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    folded.run(net, images())[0], model.apply(variables, images())[0], rtol=1e-4, atol=1e-5
+  )
 
 
-@pytest.mark.parametrize(("model", "message"), [
+@pytest.mark.parametrize(
+  ("model", "message"),
+  [
     (ResNet(3, (1,), features=4, group_norm=True), "group_norm must be False"),
-    (ResNet(3, (1,), features=4, gating="chanel"), "gating must be one of .*; got 'chanel'. Did you mean 'channel'"),
-    (ResNet(3, (1,), features=4, gating="all_channels", gate=STATIC), "context must be pooled where the outputs"),
-    (ResNet(3, (1,), features=4, gating="channel", gate=GateSettings(context="random")),
-     "context must be pooled or none"),
-    (ResNet(3, (1,), features=4, gating="channel", gate=GateSettings(relaxation="sigmoid")), "relaxation must be"),
+    (
+      ResNet(3, (1,), features=4, gating="chanel"),
+      "gating must be one of .*; got 'chanel'. Did you mean 'channel'",
+    ),
+    (
+      ResNet(3, (1,), features=4, gating="all_channels", gate=STATIC),
+      "context must be pooled where the outputs",
+    ),
+    (
+      ResNet(3, (1,), features=4, gating="channel", gate=GateSettings(context="random")),
+      "context must be pooled or none",
+    ),
+    (
+      ResNet(3, (1,), features=4, gating="channel", gate=GateSettings(relaxation="sigmoid")),
+      "relaxation must be",
+    ),
     (flax.linen.Dense(3), "model must be ResNet or VGG; got Dense"),
     (EarlyExitNet(3, (1, 1), features=4), "model must be ResNet or VGG; got EarlyExitNet"),
     (ExpertNet(3, (1, 1), features=4), "model must be ResNet or VGG; got ExpertNet"),
-])
+  ],
+)
 def test_what_cannot_be_folded_is_named(model, message):
   with pytest.raises(ValueError, match=message):
     fold(model, {})
@@ -103,12 +132,23 @@ def test_what_cannot_be_folded_is_named(model, message):
 def test_variables_of_another_model_are_named():
   model = ResNet(3, (1,), features=4)
   for missing in ({}, None):
-    with pytest.raises(ValueError, match=r"variables must be those of the model, with .* of shape \(4,\); got none"):
+    with pytest.raises(
+      ValueError, match=r"variables must be those of the model, with .* of shape \(4,\); got none"
+    ):
       fold(model, missing)
   for other, message in (
-      (ResNet(3, (2,), features=4), r"batch_stats/stage1_block2/conv1/norm/mean of shape \(4,\); got none"),
-      (ResNet(3, (1,), features=8), r"batch_stats/stage1_block1/conv1/norm/mean of shape \(8,\); got \(4,\)"),
-      (ResNet(3, (1,), features=4, gating="layer"), r"batch_stats/stage1_block1/gate/head/norm/mean of shape \(16,\)"),
+    (
+      ResNet(3, (2,), features=4),
+      r"batch_stats/stage1_block2/conv1/norm/mean of shape \(4,\); got none",
+    ),
+    (
+      ResNet(3, (1,), features=8),
+      r"batch_stats/stage1_block1/conv1/norm/mean of shape \(8,\); got \(4,\)",
+    ),
+    (
+      ResNet(3, (1,), features=4, gating="layer"),
+      r"batch_stats/stage1_block1/gate/head/norm/mean of shape \(16,\)",
+    ),
   ):
     with pytest.raises(ValueError, match=f"variables must be those of the model, with {message}"):
       fold(other, random_variables(model))

@@ -53,13 +53,23 @@ def analysed():
   analysis = analyse(folded_nets.net("blocks"), None, images)
   small = slim.slim(analysis, multiple=1)
   opened = compiled_nets.opened(analysis.net)
-  return dict(analysis.macs), small, opened, [o.opened for o in gate_statistics.count(analysis.net, images)]
+  return (
+    dict(analysis.macs),
+    small,
+    opened,
+    [o.opened for o in gate_statistics.count(analysis.net, images)],
+  )
 
 
 def compiled(kind, strategy):
   images = folded_nets.images(6)
   run = compiled_nets.compile_conditional(
-    folded_nets.net(kind), input_shape=folded_nets.SHAPE, batch_size=4, strategy=strategy, calibration=images)
+    folded_nets.net(kind),
+    input_shape=folded_nets.SHAPE,
+    batch_size=4,
+    strategy=strategy,
+    calibration=images,
+  )
   return run(images)
 
 
@@ -67,7 +77,10 @@ CALLS = {
   "static gates": small_model("static"),
   "quantised": quantised,
   "analysed": analysed,
-  **{name: small_model(name) for name in ("static layers", "static vgg", "vgg without norm", "bottleneck outputs")},
+  **{
+    name: small_model(name)
+    for name in ("static layers", "static vgg", "vgg without norm", "bottleneck outputs")
+  },
   "exits": with_exits,
   **{f"{kind}, {name}": functools.partial(compiled, kind, name) for kind, name in STRATEGIES},
 }
@@ -81,8 +94,9 @@ def usual(name):
 
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", [
-  pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CALLS])
+@pytest.mark.parametrize(
+  "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CALLS]
+)
 def test_networks_of_inference_are_the_same_in_every_mode(name, mode):
   without = usual(name)
   with MODES[mode]():

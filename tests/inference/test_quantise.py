@@ -20,7 +20,9 @@ def test_values_and_scales_by_hand():
   assert conv.kernel.values[0, 0].tolist() == [[127, 0], [-64, 0], [0, 0]]
   np.testing.assert_allclose(conv.kernel.scale, [0.01, 1.0], rtol=1e-6)
   np.testing.assert_array_equal(conv.bias, np.float32([0.3, 0.7]))
-  np.testing.assert_allclose(dequantise(net).parts[0].conv.kernel[0, 0, :, 0], [1.27, -0.64, 0.0], rtol=1e-6)
+  np.testing.assert_allclose(
+    dequantise(net).parts[0].conv.kernel[0, 0, :, 0], [1.27, -0.64, 0.0], rtol=1e-6
+  )
 
 
 @pytest.mark.thin(2)
@@ -36,8 +38,13 @@ def test_no_weight_moves_by_more_than_half_a_step_and_gate_networks_not_at_all(n
       assert np.abs(after.values).max(axis=tuple(range(before.ndim - 1))).min() == 127
     else:
       np.testing.assert_array_equal(before, after)
-  assert sum(map(leaf, jax.tree.leaves(small, is_leaf=leaf))) == sum(
-      len(getattr(p, "convs", (1,))) + (getattr(p, "project", None) is not None) for p in net.parts) + 1
+  assert (
+    sum(map(leaf, jax.tree.leaves(small, is_leaf=leaf)))
+    == sum(
+      len(getattr(p, "convs", (1,))) + (getattr(p, "project", None) is not None) for p in net.parts
+    )
+    + 1
+  )
   assert folded_macs.macs(small, SHAPE) == folded_macs.macs(net, SHAPE)
   y, z = run(net, images(3))[0], run(dequantise(small), images(3))[0]
   assert 0 < np.abs(y - z).max() < 0.2 * np.abs(y).max()

@@ -18,12 +18,22 @@ CLOSE = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
 
 def resnet(**settings):
-  return ResNet(classes=None, blocks=(1,), features=4, gate=GateSettings(hidden=4, initial_open=0.6), **settings)
+  return ResNet(
+    classes=None, blocks=(1,), features=4, gate=GateSettings(hidden=4, initial_open=0.6), **settings
+  )
 
 
 def net(selection="gate", channels="none", light=True, **settings):
-  return SegmentNet(3, resnet() if light else None, resnet(gating=channels), selection, share=0.5, macs_per_segment=7,
-                    gate=SegmentGateSettings(concepts=5, gate=GateSettings(hidden=4)), **settings)
+  return SegmentNet(
+    3,
+    resnet() if light else None,
+    resnet(gating=channels),
+    selection,
+    share=0.5,
+    macs_per_segment=7,
+    gate=SegmentGateSettings(concepts=5, gate=GateSettings(hidden=4)),
+    **settings,
+  )
 
 
 def prepare(inputs):
@@ -40,7 +50,11 @@ def batch(lengths, seed=0):
   valid = np.arange(SEGMENTS) < np.array(lengths)[:, None]
   for video, length in zip(clips, lengths, strict=True):
     video[:] = video[np.arange(SEGMENTS) % length]
-  return {"clips": clips.astype(np.uint8), "valid": valid, "relevant": valid & (rng.random(valid.shape) < 0.5)}
+  return {
+    "clips": clips.astype(np.uint8),
+    "valid": valid,
+    "relevant": valid & (rng.random(valid.shape) < 0.5),
+  }
 
 
 @functools.cache
@@ -53,7 +67,8 @@ def variables(model):
     return 1 + values**2 if path[-1].key in ("var", "scale") else values
 
   values = jax.tree_util.tree_map_with_path(
-      draw, jax.eval_shape(model.init, jax.random.key(0), prepare(batch([SEGMENTS]))))
+    draw, jax.eval_shape(model.init, jax.random.key(0), prepare(batch([SEGMENTS])))
+  )
   if model.selection != "gate":
     return values
   values = with_bias(values, 0.0)
@@ -90,15 +105,15 @@ def assert_same(model, result, inputs, values=None):
 
 
 MODELS = {
-    "gate": net(),
-    "gate, channels gated": net(channels="channel"),
-    "gate, mean": net(pooling="mean", light_head=True),
-    "gate, attention": net(pooling="attention"),
-    "confidence": net("confidence"),
-    "uniform, channels gated": net("uniform", channels="channel", light=False),
-    "uniform": net("uniform", light=False),
-    "oracle": net("oracle", light=False),
-    "all": net("all", light=False),
+  "gate": net(),
+  "gate, channels gated": net(channels="channel"),
+  "gate, mean": net(pooling="mean", light_head=True),
+  "gate, attention": net(pooling="attention"),
+  "confidence": net("confidence"),
+  "uniform, channels gated": net("uniform", channels="channel", light=False),
+  "uniform": net("uniform", light=False),
+  "oracle": net("oracle", light=False),
+  "all": net("all", light=False),
 }
 
 
@@ -111,7 +126,9 @@ def test_skipping_gives_what_the_whole_network_gives(name, lengths):
 
 
 def test_here_the_gate_chooses_some_segments_and_channels_close():
-  _, records = plain(MODELS["gate, channels gated"])(variables(MODELS["gate, channels gated"]), batch([4, 4, 4]))
+  _, records = plain(MODELS["gate, channels gated"])(
+    variables(MODELS["gate, channels gated"]), batch([4, 4, 4])
+  )
   assert [0 < np.mean(record.gates) < 1 for record in records] == [True, True]
   assert np.ptp(np.sum(records[0].gates, axis=1)) > 0
 
@@ -138,10 +155,15 @@ def test_a_video_alone_and_in_any_order_is_as_in_its_batch(name):
   together = run(inputs).outputs["logits"]
   assert np.ptp(together, axis=0).min() > 1e-3
   order = [2, 0, 1]
-  CLOSE(run({key: x[order] for key, x in inputs.items()}).outputs["logits"], together[jnp.array(order)])
+  CLOSE(
+    run({key: x[order] for key, x in inputs.items()}).outputs["logits"], together[jnp.array(order)]
+  )
   for i, length in enumerate([3, 4, 1]):
-    CLOSE(run({key: x[i:i + 1] for key, x in inputs.items()}).outputs["logits"][0], together[i])
-    CLOSE(run({key: x[i:i + 1, :length] for key, x in inputs.items()}).outputs["logits"][0], together[i])
+    CLOSE(run({key: x[i : i + 1] for key, x in inputs.items()}).outputs["logits"][0], together[i])
+    CLOSE(
+      run({key: x[i : i + 1, :length] for key, x in inputs.items()}).outputs["logits"][0],
+      together[i],
+    )
 
 
 def test_the_heavy_net_is_given_chosen_clips_only_as_pixels_and_once_per_capacity():
@@ -163,8 +185,19 @@ def test_the_heavy_net_is_given_chosen_clips_only_as_pixels_and_once_per_capacit
 
 
 @pytest.mark.thin(3)
-@pytest.mark.parametrize(("capacities", "expected"), [
-    ((12,), 8), ((8,), 8), ((100, 3), 8), ((5, 100), 5), ((1, 4, 5, 6, 9), 4), ((3,), 6), ((1,), 4), ((3, 1), 4)])
+@pytest.mark.parametrize(
+  ("capacities", "expected"),
+  [
+    ((12,), 8),
+    ((8,), 8),
+    ((100, 3), 8),
+    ((5, 100), 5),
+    ((1, 4, 5, 6, 9), 4),
+    ((3,), 6),
+    ((1,), 4),
+    ((3, 1), 4),
+  ],
+)
 def test_chosen_segments_are_made_up_of_any_capacities(capacities, expected):
   model, inputs = MODELS["uniform, channels gated"], batch([4, 4])
   result = Skipping(model, variables(model), capacities=capacities, prepare=prepare)(inputs)
@@ -181,7 +214,9 @@ def test_closed_segments_do_not_matter_even_if_not_finite():
   assert not chosen[0, 0]
   assert result.chosen < result.computed
   spoilt = np.where(chosen[..., None, None, None, None], inputs["heavy"], np.nan)
-  np.testing.assert_array_equal(run({**inputs, "heavy": spoilt}).outputs["logits"], result.outputs["logits"])
+  np.testing.assert_array_equal(
+    run({**inputs, "heavy": spoilt}).outputs["logits"], result.outputs["logits"]
+  )
 
 
 def test_jax_arrays_will_do():
@@ -189,10 +224,13 @@ def test_jax_arrays_will_do():
   assert_same(model, skipping(model)(jax.tree.map(jnp.asarray, inputs)), inputs)
 
 
-@pytest.mark.parametrize(("capacities", "message"), [
+@pytest.mark.parametrize(
+  ("capacities", "message"),
+  [
     ((), r"capacities must be numbers >= 1, at least one; got \(\)"),
     ((0, 8), r"capacities must be numbers >= 1, at least one; got \(0, 8\)"),
-])
+  ],
+)
 def test_capacities_that_cannot_be(capacities, message):
   model = MODELS["uniform"]
   with pytest.raises(ValueError, match=message):
@@ -201,5 +239,7 @@ def test_capacities_that_cannot_be(capacities, message):
 
 def test_arrays_that_are_not_of_segments_are_refused():
   inputs = {**batch([4, 4]), "label": np.zeros(2, np.int32)}
-  with pytest.raises(ValueError, match=r"inputs must all be \[B, T, ...\] like valid, 2 x 4; got {'label': \(2,\)}"):
+  with pytest.raises(
+    ValueError, match=r"inputs must all be \[B, T, ...\] like valid, 2 x 4; got {'label': \(2,\)}"
+  ):
     skipping(MODELS["uniform"])(inputs)

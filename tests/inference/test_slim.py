@@ -24,7 +24,9 @@ def forced(net, biases):
   parts, left = [], list(biases)
   for part in net.parts:
     if part.head is not None:
-      head = dataclasses.replace(part.head, logits_bias=part.head.logits_bias + jnp.float32(left.pop(0)))
+      head = dataclasses.replace(
+        part.head, logits_bias=part.head.logits_bias + jnp.float32(left.pop(0))
+      )
       part = dataclasses.replace(part, head=head)
     parts.append(part)
   return Folded(tuple(parts), net.classifier)
@@ -42,7 +44,10 @@ def equal_where_it_must(net, choices, x):
   """Compares outputs where no static unit did otherwise; returns on which images one did."""
   y, logits = folded.run(net, x)
   z, _ = folded.run(slim.take(net, choices), x)
-  wrong = [((g > 0) & c.removed | (g <= 0) & c.ungated).any(axis=1) for g, c in zip(logits, choices, strict=True)]
+  wrong = [
+    ((g > 0) & c.removed | (g <= 0) & c.ungated).any(axis=1)
+    for g, c in zip(logits, choices, strict=True)
+  ]
   wrong = np.any(wrong, axis=0)
   np.testing.assert_allclose(z[~wrong], y[~wrong], rtol=1e-4, atol=1e-5 * np.abs(y).max())
   return wrong
@@ -54,8 +59,13 @@ def equal_where_it_must(net, choices, x):
 def test_equal_on_every_image_where_nothing_static_moves(data):
   net = NETS[data.draw(st.sampled_from(tuple(NETS)))]
   bias = st.sampled_from([CLOSED, 0.0, 0.0, OPEN])
-  mixed = [data.draw(st.lists(bias, min_size=h.logits_bias.size, max_size=h.logits_bias.size)) for h in heads(net)]
-  net = data.draw(st.sampled_from([forced(net, mixed), everywhere(net, CLOSED), everywhere(net, OPEN)]))
+  mixed = [
+    data.draw(st.lists(bias, min_size=h.logits_bias.size, max_size=h.logits_bias.size))
+    for h in heads(net)
+  ]
+  net = data.draw(
+    st.sampled_from([forced(net, mixed), everywhere(net, CLOSED), everywhere(net, OPEN)])
+  )
   found = gate_statistics.count(net, images(12))
   choices = slim.static_units(net, found, multiple=data.draw(st.sampled_from([1, 2, 3, 16])))
   assert not equal_where_it_must(net, choices, images(12)).any()
@@ -70,7 +80,8 @@ def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
   small = slim.take(opened, slim.static_units(opened, gate_statistics.count(opened, images(4))))
   assert heads(small) == []
   assert folded_macs.macs(small, SHAPE) == folded_macs.macs(opened, SHAPE) - sum(
-      h.hidden.size + h.logits.size for h in heads(opened))
+    h.hidden.size + h.logits.size for h in heads(opened)
+  )
   closed = everywhere(NETS[name], CLOSED)
   small = slim.take(closed, slim.static_units(closed, gate_statistics.count(closed, images(4))))
   pairs = zip(closed.parts, small.parts, strict=True)
@@ -78,8 +89,12 @@ def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
   for old, new in blocks:
     assert new.head is None
     assert new.convs == () if old.layer_gate else new.convs[-1].kernel.shape[2] == 0
-    assert folded_macs.macs(Folded((new,)), (8, 8, 4)) <= (new.project.kernel.size * 64 if new.project else 0)
-  np.testing.assert_allclose(folded.run(small, images(4))[0], folded.run(closed, images(4))[0], rtol=1e-4, atol=1e-5)
+    assert folded_macs.macs(Folded((new,)), (8, 8, 4)) <= (
+      new.project.kernel.size * 64 if new.project else 0
+    )
+  np.testing.assert_allclose(
+    folded.run(small, images(4))[0], folded.run(closed, images(4))[0], rtol=1e-4, atol=1e-5
+  )
 
 
 @pytest.mark.slow
@@ -87,22 +102,30 @@ def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
 def test_channels_that_shortcuts_read_stay_and_keep_their_gates(name):
   for bias in (OPEN, CLOSED):
     net = everywhere(NETS[name], bias)
-    small = slim.take(net, slim.static_units(net, gate_statistics.count(net, images(4)), multiple=1))
+    small = slim.take(
+      net, slim.static_units(net, gate_statistics.count(net, images(4)), multiple=1)
+    )
     assert len(heads(small)) == len(heads(net)) > 1
     for old, new in zip(heads(net), heads(small), strict=True):
       *inner, outer = new.groups
       assert outer == old.groups[-1]
       assert all(group.gates == 0 for group in inner)
     assert folded_macs.macs(small, SHAPE) < folded_macs.macs(net, SHAPE)
-    run = compile_conditional(small, input_shape=SHAPE, batch_size=2, calibration=images(4), repeats=1)
-    np.testing.assert_allclose(run(images(3))[0], folded.run(net, images(3))[0], rtol=1e-4, atol=1e-4)
+    run = compile_conditional(
+      small, input_shape=SHAPE, batch_size=2, calibration=images(4), repeats=1
+    )
+    np.testing.assert_allclose(
+      run(images(3))[0], folded.run(net, images(3))[0], rtol=1e-4, atol=1e-4
+    )
     macs = analyse(small, None, images(4)).macs
     assert macs["executed"] <= macs["switch of 4"] <= macs["masked"]
 
 
 def test_gates_of_a_blocks_output_cannot_be_taken():
   net = NETS["outputs"]
-  choices = [slim.Choice(*np.zeros((2, group.gates), bool)) for _, _, group, _ in gate_statistics.places(net)]
+  choices = [
+    slim.Choice(*np.zeros((2, group.gates), bool)) for _, _, group, _ in gate_statistics.places(net)
+  ]
   choices[1].removed[0] = True
   with pytest.raises(ValueError, match="must leave the gates of a block's output as they are"):
     slim.take(net, choices)
@@ -110,13 +133,24 @@ def test_gates_of_a_blocks_output_cannot_be_taken():
 
 def counted(opened, images, highest, group=None, *, part=1):
   u = len(opened)
-  return gate_statistics.Openings(part, 0, group or Group(u), False, images, np.array(opened), np.zeros((u, u), int),
-                           np.array(highest, np.float32), np.full(u, -9, np.float32))
+  return gate_statistics.Openings(
+    part,
+    0,
+    group or Group(u),
+    False,
+    images,
+    np.array(opened),
+    np.zeros((u, u), int),
+    np.array(highest, np.float32),
+    np.full(u, -9, np.float32),
+  )
 
 
 def one_block(group):
   conv = lambda i, o: folded.Conv(jnp.zeros((1, 1, i, o)), jnp.zeros(o))
-  head = Head(jnp.zeros((2, 3)), jnp.zeros(3), jnp.zeros((3, group.gates)), jnp.zeros(group.gates), (group,))
+  head = Head(
+    jnp.zeros((2, 3)), jnp.zeros(3), jnp.zeros((3, group.gates)), jnp.zeros(group.gates), (group,)
+  )
   return Folded((Layer(conv(3, 2)), Block((conv(2, group.width), conv(group.width, 2)), head)))
 
 
@@ -135,7 +169,9 @@ def test_kept_are_rounded_up_by_those_nearest_to_opening():
 def test_units_of_several_channels_and_channels_without_gate_are_rounded_in_channels():
   group = Group(4, channels=2, always=2)
   found = counted([0, 3, 0, 0], 10, [-3.0, 1.0, -1.0, -2.0], group)
-  (choice,) = slim.static_units(one_block(group), [found], multiple=6)  # 2 + 2 open channels, so that 2 more stay
+  (choice,) = slim.static_units(
+    one_block(group), [found], multiple=6
+  )  # 2 + 2 open channels, so that 2 more stay
   assert choice.removed.tolist() == [True, False, False, True]
   assert slim.take(one_block(group), [choice]).parts[1].convs[0].bias.size == 6
 
@@ -148,7 +184,9 @@ def test_order_is_ungated_first_and_logits_follow():
   none = [slim.Choice(*np.zeros((2, h.logits_bias.size), bool)) for h in heads(net)[1:]]
   small = next(p for p in slim.take(net, [choice, *none]).parts if p.head is not None)
   np.testing.assert_array_equal(small.convs[0].bias, part.convs[0].bias[jnp.array([1, 0, 3])])
-  np.testing.assert_array_equal(small.convs[1].kernel, part.convs[1].kernel[:, :, jnp.array([1, 0, 3])])
+  np.testing.assert_array_equal(
+    small.convs[1].kernel, part.convs[1].kernel[:, :, jnp.array([1, 0, 3])]
+  )
   np.testing.assert_array_equal(small.head.logits, part.head.logits[:, jnp.array([0, 3])])
 
 
@@ -165,7 +203,9 @@ def test_features_of_a_vgg_keep_their_channels_and_order():
   choices = slim.static_units(net, gate_statistics.count(net, images(4)), multiple=1)
   assert not choices[-1].removed.any()
   assert choices[0].removed.any()
-  assert folded.run(slim.take(net, choices), images(4))[0].shape == folded.run(net, images(4))[0].shape
+  assert (
+    folded.run(slim.take(net, choices), images(4))[0].shape == folded.run(net, images(4))[0].shape
+  )
 
 
 def test_disagreement_counts_what_new_images_move():
@@ -188,7 +228,11 @@ def test_disagreement_counts_what_new_images_move():
   assert found.difference[1] < 1e-4 < found.difference[0]
   assert found.changed == np.mean(np.argmax(y, 1) != np.argmax(z, 1))
   assert found.rows(gate_statistics.count(net, x))[0] == {
-      "part": 1, "group": 0, "would open": opens.mean(), "would close": closes.mean()}
+    "part": 1,
+    "group": 0,
+    "would open": opens.mean(),
+    "would close": closes.mean(),
+  }
   feature_map = slim.disagreement(dataclasses.replace(net, classifier=None, pooled=False), wrong, x)
   assert (feature_map.affected, feature_map.changed) == (found.affected, 0)
   assert feature_map.difference[1] < 1e-4 < feature_map.difference[0]
@@ -197,7 +241,8 @@ def test_disagreement_counts_what_new_images_move():
 def test_confidence_takes_nothing_on_too_few_images():
   net = one_block(Group(2))
   choose = lambda images, **options: slim.static_units(
-      net, [counted([0, images], images, [-1, 1])], multiple=1, **options)
+    net, [counted([0, images], images, [-1, 1])], multiple=1, **options
+  )
   assert choose(298, confidence=0.95)[0].removed.tolist() == [False, False]
   assert choose(299, confidence=0.95)[0].removed.tolist() == [True, False]
   assert choose(298, confidence=0.95)[0].ungated.tolist() == [False, False]
@@ -208,16 +253,21 @@ def test_confidence_takes_nothing_on_too_few_images():
 @pytest.mark.parametrize("images", [1, 30, 299, 5000])
 @pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
 def test_rate_bound_is_the_rule_of_three(images, confidence):
-  assert slim.rate_bound(images, confidence) == pytest.approx(1 - (1 - confidence) ** (1 / images), rel=1e-9)
+  assert slim.rate_bound(images, confidence) == pytest.approx(
+    1 - (1 - confidence) ** (1 / images), rel=1e-9
+  )
   assert slim.rate_bound(images, confidence, events=images) == 1.0
 
 
-@pytest.mark.parametrize(("options", "message"), [
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
     ({"multiple": 0}, "multiple must be >= 1; got 0"),
     ({"multiple": 2.5}, "multiple must be a whole number >= 1; got 2.5"),
     ({"confidence": 1.0}, "confidence must be above 0 and below 1, or None; got 1.0"),
     ({"max_rate": 0.0}, "max_rate must be above 0 and at most 1; got 0.0"),
-])
+  ],
+)
 def test_bad_settings_are_named(options, message):
   with pytest.raises((TypeError, ValueError), match=message):
     slim.static_units(one_block(Group(2)), [counted([0, 1], 2, [-1, 1])], **options)

@@ -30,7 +30,9 @@ def variables_of(block, x, *, plain_norms=False):
     return jnp.asarray(rng.uniform(0.5, 1.0, leaf.shape), jnp.float32)
 
   shapes = flax.traverse_util.flatten_dict(jax.eval_shape(block.init, jax.random.key(0), x))
-  return flax.traverse_util.unflatten_dict({path: fill(path, leaf) for path, leaf in shapes.items()})
+  return flax.traverse_util.unflatten_dict(
+    {path: fill(path, leaf) for path, leaf in shapes.items()}
+  )
 
 
 def with_logits(variables, logits):
@@ -59,19 +61,27 @@ blocks = pytest.mark.parametrize(("block", "gates", "groups"), CASES, ids=["basi
 
 @blocks
 @pytest.mark.parametrize("stride", [1, 2])
-def test_closing_one_gate_is_dropping_one_channel_of_the_ungated_block(block, gates, groups, stride):
+def test_closing_one_gate_is_dropping_one_channel_of_the_ungated_block(
+  block, gates, groups, stride
+):
   x = image(2, 5, 5, 3)
   gated, plain = (block(4, stride=stride, gating=gating) for gating in ("channel", "none"))
   variables = variables_of(gated, x)
   logits = np.full(gates, OPEN)
   expected, no_records = apply(plain, without_gate(variables), x)
   assert no_records == ()
-  np.testing.assert_allclose(apply(gated, with_logits(variables, logits), x)[0], expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(
+    apply(gated, with_logits(variables, logits), x)[0], expected, rtol=1e-5, atol=1e-5
+  )
   for first, last, conv in groups:
     for gate in range(first, last):
-      y, records = apply(gated, with_logits(variables, np.where(np.arange(gates) == gate, -OPEN, OPEN)), x)
+      y, records = apply(
+        gated, with_logits(variables, np.where(np.arange(gates) == gate, -OPEN, OPEN)), x
+      )
       assert sum(int(np.sum(r.gates == 0)) for r in records) == len(x)
-      dropped, _ = apply(plain, without_input_channel(without_gate(variables), conv, gate - first), x)
+      dropped, _ = apply(
+        plain, without_input_channel(without_gate(variables), conv, gate - first), x
+      )
       assert np.abs(np.asarray(dropped - expected)).max() > 1e-2
       np.testing.assert_allclose(y, dropped, rtol=1e-5, atol=1e-5)
 
@@ -85,7 +95,9 @@ def test_all_gates_closed_leave_the_shortcut_and_a_constant(block, gates, groups
   last = groups[-1][2]
   norm, statistics = variables["params"][last]["norm"], variables["batch_stats"][last]["norm"]
   constant = norm["bias"] - norm["scale"] * statistics["mean"] / np.sqrt(statistics["var"] + 1e-5)
-  np.testing.assert_allclose(y, np.maximum(np.asarray(x) + np.asarray(constant), 0), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    y, np.maximum(np.asarray(x) + np.asarray(constant), 0), rtol=1e-4, atol=1e-5
+  )
 
 
 @blocks
@@ -94,14 +106,20 @@ def test_open_gates_change_nothing_in_training_either(block, gates, groups):
   gated, plain = (block(4, gating=gating) for gating in ("channel", "none"))
   variables = with_logits(variables_of(gated, x), np.full(gates, OPEN))
   train = jax.jit(
-      lambda net, v: net.apply(v, x, train=True, mutable=["batch_stats"], rngs={"gate": jax.random.key(0)}),
-      static_argnums=0)
+    lambda net, v: net.apply(
+      v, x, train=True, mutable=["batch_stats"], rngs={"gate": jax.random.key(0)}
+    ),
+    static_argnums=0,
+  )
   (y, records), updated = train(gated, variables)
   (expected, _), expected_updated = train(plain, without_gate(variables))
   assert np.abs(np.asarray(y - apply(plain, without_gate(variables), x)[0])).max() > 1e-2
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), without_gate(updated),
-               expected_updated)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    without_gate(updated),
+    expected_updated,
+  )
   assert all(np.all(r.gates == 1) for r in records)
 
 
@@ -110,48 +128,71 @@ def test_gates_act_on_their_own_example_only():
   block = BasicBlock(4, gating="channel")
   variables = with_logits(variables_of(block, x, plain_norms=True), np.zeros(4))
   variables["params"]["gate"]["head"]["logits"]["kernel"] = jnp.asarray(
-      np.random.default_rng(1).normal(0, 10, (16, 4)), jnp.float32)
+    np.random.default_rng(1).normal(0, 10, (16, 4)), jnp.float32
+  )
   y, (record,) = apply(block, variables, x)
   assert len(np.unique(record.gates, axis=0)) > 1
   for n in range(3):
-    np.testing.assert_allclose(apply(block, variables, x[n : n + 1])[0][0], y[n], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+      apply(block, variables, x[n : n + 1])[0][0], y[n], rtol=1e-5, atol=1e-5
+    )
 
 
 def macs_of(block, shape, gating="channel", **settings):
   """Per record: per unit and per pair."""
   module = block(gating=gating, **settings)
-  y, records = jax.eval_shape(lambda x: module.init_with_output(jax.random.key(0), x)[0],
-                              jax.ShapeDtypeStruct(shape, jnp.float32))
+  y, records = jax.eval_shape(
+    lambda x: module.init_with_output(jax.random.key(0), x)[0],
+    jax.ShapeDtypeStruct(shape, jnp.float32),
+  )
   return y.shape, [(r.gates.shape, r.macs_per_unit, r.macs_per_pair) for r in records]
 
 
 def test_macs_of_a_basic_block_by_hand():
   assert macs_of(BasicBlock, (2, 8, 8, 5), features=6, stride=2) == (
-      (2, 4, 4, 6), [((2, 6), 9 * 16 * 5 + 9 * 16 * 6, 0)])
+    (2, 4, 4, 6),
+    [((2, 6), 9 * 16 * 5 + 9 * 16 * 6, 0)],
+  )
   assert macs_of(BasicBlock, (2, 7, 5, 6), features=6) == ((2, 7, 5, 6), [((2, 6), 9 * 35 * 12, 0)])
 
 
 def test_macs_of_a_bottleneck_by_hand():
   assert macs_of(Bottleneck, (2, 8, 8, 16), features=6, stride=2) == (
-      (2, 4, 4, 24), [((2, 6), 64 * 16, 0), ((2, 6), 16 * 24, 9 * 16)])
+    (2, 4, 4, 24),
+    [((2, 6), 64 * 16, 0), ((2, 6), 16 * 24, 9 * 16)],
+  )
   assert macs_of(Bottleneck, (1, 7, 5, 3), features=2, stride=2) == (
-      (1, 4, 3, 8), [((1, 2), 35 * 3, 0), ((1, 2), 12 * 8, 9 * 12)])
+    (1, 4, 3, 8),
+    [((1, 2), 35 * 3, 0), ((1, 2), 12 * 8, 9 * 12)],
+  )
 
 
 def test_a_block_wider_inside_has_gates_to_choose_from_and_keeps_its_shapes():
   assert macs_of(BasicBlock, (2, 8, 8, 5), features=6, stride=2, inner_width=2.5) == (
-      (2, 4, 4, 6), [((2, 15), 9 * 16 * 5 + 9 * 16 * 6, 0)])
+    (2, 4, 4, 6),
+    [((2, 15), 9 * 16 * 5 + 9 * 16 * 6, 0)],
+  )
   assert macs_of(Bottleneck, (2, 8, 8, 16), features=6, stride=2, inner_width=0.5) == (
-      (2, 4, 4, 24), [((2, 3), 64 * 16, 0), ((2, 3), 16 * 24, 9 * 16)])
+    (2, 4, 4, 24),
+    [((2, 3), 64 * 16, 0), ((2, 3), 16 * 24, 9 * 16)],
+  )
 
 
 def test_macs_with_gated_outputs_by_hand():
   basic = dict(features=6, stride=2, gating="all_channels")
-  assert macs_of(BasicBlock, (2, 8, 8, 5), **basic)[1] == [((2, 6), 9 * 16 * 5, 0), ((2, 6), 16 * 5, 9 * 16)]
+  assert macs_of(BasicBlock, (2, 8, 8, 5), **basic)[1] == [
+    ((2, 6), 9 * 16 * 5, 0),
+    ((2, 6), 16 * 5, 9 * 16),
+  ]
   assert macs_of(BasicBlock, (2, 8, 8, 5), **basic, gated_input=True)[1] == [
-      ((2, 6), 0, 9 * 16), ((2, 6), 16 * 5, 9 * 16)]
+    ((2, 6), 0, 9 * 16),
+    ((2, 6), 16 * 5, 9 * 16),
+  ]
   assert macs_of(Bottleneck, (2, 8, 8, 16), **basic)[1] == [
-      ((2, 6), 64 * 16, 0), ((2, 6), 0, 9 * 16), ((2, 24), 16 * 16, 16)]
+    ((2, 6), 64 * 16, 0),
+    ((2, 6), 0, 9 * 16),
+    ((2, 24), 16 * 16, 16),
+  ]
 
 
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
@@ -163,10 +204,14 @@ def test_gated_outputs_equal_the_ungated_block_where_open_and_0_where_closed(blo
   inner = 2 * (block.expansion // 4 + 1)
   logits = np.full(inner + 2 * block.expansion, OPEN)
   expected = np.array(ungated.apply(full, x)[0])
-  np.testing.assert_allclose(apply(gated, with_logits(variables, logits), x)[0], expected, rtol=1e-6)
+  np.testing.assert_allclose(
+    apply(gated, with_logits(variables, logits), x)[0], expected, rtol=1e-6
+  )
   logits[inner + 1] = -OPEN
   expected[..., 1] = 0
-  np.testing.assert_allclose(apply(gated, with_logits(variables, logits), x)[0], expected, rtol=1e-6)
+  np.testing.assert_allclose(
+    apply(gated, with_logits(variables, logits), x)[0], expected, rtol=1e-6
+  )
 
 
 @blocks
@@ -175,24 +220,38 @@ def test_a_layer_gate_skips_the_whole_block_of_an_image(block, gates, groups):
   gated, plain = (block(4, gating=gating) for gating in ("layer", "none"))
   variables = with_logits(variables_of(gated, x), [0.0])
   variables["params"]["gate"]["head"]["logits"]["kernel"] = jnp.asarray(
-      np.random.default_rng(1).normal(0, 10, (16, 1)), jnp.float32)
+    np.random.default_rng(1).normal(0, 10, (16, 1)), jnp.float32
+  )
   y, (record,) = apply(gated, variables, x)
   assert record.gates.shape == (6, 1)
   assert 0 < np.mean(record.gates) < 1
-  expected = np.where(record.gates[:, :, None, None] > 0, apply(plain, without_gate(variables), x)[0], np.maximum(x, 0))
+  expected = np.where(
+    record.gates[:, :, None, None] > 0,
+    apply(plain, without_gate(variables), x)[0],
+    np.maximum(x, 0),
+  )
   np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("block", "shape", "settings", "expected"), [
+@pytest.mark.parametrize(
+  ("block", "shape", "settings", "expected"),
+  [
     (BasicBlock, (2, 7, 5, 6), dict(features=6), [((2, 1), 9 * 35 * 36 * 2, 0)]),
-    (BasicBlock, (2, 7, 5, 6), dict(features=6, gate=GateSettings(block=8)), [((2, 1), 9 * 35 * 36 * 2, 0)]),
+    (
+      BasicBlock,
+      (2, 7, 5, 6),
+      dict(features=6, gate=GateSettings(block=8)),
+      [((2, 1), 9 * 35 * 36 * 2, 0)],
+    ),
     (Bottleneck, (2, 4, 4, 8), dict(features=2), [((2, 1), 16 * (8 * 2 + 9 * 2 * 2 + 2 * 8), 0)]),
     (BasicBlock, (2, 8, 8, 6), dict(features=6, stride=2), []),
     (BasicBlock, (2, 8, 8, 4), dict(features=6, shortcut="A"), []),
     (Bottleneck, (2, 8, 8, 6), dict(features=6), []),
-])
+  ],
+)
 def test_a_layer_gate_needs_equal_shapes_and_counts_all_convolutions(
-    block, shape, settings, expected):
+  block, shape, settings, expected
+):
   assert macs_of(block, shape, gating="layer", **settings)[1] == expected
 
 
@@ -207,7 +266,10 @@ def test_records_name_what_writes_and_reads_their_channels():
   assert [r.writers[0][0] for r in (first, second, last)] == ["conv1", "conv2", "conv3"]
   clips = jnp.zeros((1, 2, 4, 4, 3))
   inner, _ = records(BasicBlock(**basic, convolution="factorised"), clips)
-  assert (inner.writers, inner.readers) == ((("conv1", "time", "conv"),), (("conv2", "space", "conv"),))
+  assert (inner.writers, inner.readers) == (
+    (("conv1", "time", "conv"),),
+    (("conv2", "space", "conv"),),
+  )
 
 
 def closed_block(shortcut, x, features, stride):
@@ -247,7 +309,9 @@ def shape_of(block, shape=(1, 4, 4, 8)):
 
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 def test_near_matches_of_names_are_suggested(block):
-  with pytest.raises(ValueError, match=r"^gating must be one of all_.*; got 'chanel'\. Did you mean 'channel'"):
+  with pytest.raises(
+    ValueError, match=r"^gating must be one of all_.*; got 'chanel'\. Did you mean 'channel'"
+  ):
     shape_of(block(2, gating="chanel"))
   with pytest.raises(ValueError, match=r"^shortcut must be one of A, B; got 'C'"):
     shape_of(block(8 // block.expansion, shortcut="C"))

@@ -16,15 +16,34 @@ SHAPE = (2, 3, 5, 4, 3)
 # Block, convolution, number of gates, and the input and output side of every convolution that a gate touches:
 # the first and last gate that switch its channels there, or None.
 CASES = {
-    "basic": (BasicBlock, "full", 4, {"conv1": (None, (0, 4)), "conv2": ((0, 4), None)}),
-    "basic factorised": (BasicBlock, "factorised", 4, {"conv1/time": (None, (0, 4)), "conv2/space": ((0, 4), None)}),
-    "bottleneck": (Bottleneck, "full", 8, {
-        "conv1": (None, (0, 4)), "conv2": ((0, 4), (4, 8)), "conv3": ((4, 8), None)}),
-    "bottleneck factorised": (Bottleneck, "factorised", 8, {
-        "conv1": (None, (0, 4)), "conv2/space": ((0, 4), None), "conv2/time": (None, (4, 8)),
-        "conv3": ((4, 8), None)}),
+  "basic": (BasicBlock, "full", 4, {"conv1": (None, (0, 4)), "conv2": ((0, 4), None)}),
+  "basic factorised": (
+    BasicBlock,
+    "factorised",
+    4,
+    {"conv1/time": (None, (0, 4)), "conv2/space": ((0, 4), None)},
+  ),
+  "bottleneck": (
+    Bottleneck,
+    "full",
+    8,
+    {"conv1": (None, (0, 4)), "conv2": ((0, 4), (4, 8)), "conv3": ((4, 8), None)},
+  ),
+  "bottleneck factorised": (
+    Bottleneck,
+    "factorised",
+    8,
+    {
+      "conv1": (None, (0, 4)),
+      "conv2/space": ((0, 4), None),
+      "conv2/time": (None, (4, 8)),
+      "conv3": ((4, 8), None),
+    },
+  ),
 }
-cases = pytest.mark.parametrize(("block", "convolution", "gates", "touched"), CASES.values(), ids=CASES)
+cases = pytest.mark.parametrize(
+  ("block", "convolution", "gates", "touched"), CASES.values(), ids=CASES
+)
 
 apply = jax.jit(lambda block, variables, x: block.apply(variables, x), static_argnums=0)
 
@@ -38,7 +57,9 @@ def variables_of(block, x):
   rng = np.random.default_rng(1)
 
   def fill(path, leaf):
-    values = rng.normal(0, 0.5, leaf.shape) if path[-1] == "kernel" else rng.uniform(0.5, 1.0, leaf.shape)
+    values = (
+      rng.normal(0, 0.5, leaf.shape) if path[-1] == "kernel" else rng.uniform(0.5, 1.0, leaf.shape)
+    )
     return jnp.asarray(values, jnp.float32)
 
   shapes = flax.traverse_util.flatten_dict(jax.eval_shape(block.init, jax.random.key(0), x))
@@ -54,7 +75,9 @@ def with_gates(flat, gates):
 
 
 def without_gate(flat):
-  return flax.traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if "gate" not in path})
+  return flax.traverse_util.unflatten_dict(
+    {path: leaf for path, leaf in flat.items() if "gate" not in path}
+  )
 
 
 def without_input_channel(flat, conv, channel):
@@ -65,14 +88,20 @@ def without_input_channel(flat, conv, channel):
 @pytest.mark.thin(3)
 @cases
 @pytest.mark.parametrize("stride", [1, 2])
-def test_closing_a_gate_is_dropping_one_channel_of_the_ungated_block(block, convolution, gates, touched, stride):
+def test_closing_a_gate_is_dropping_one_channel_of_the_ungated_block(
+  block, convolution, gates, touched, stride
+):
   x = clips(*SHAPE)
-  gated, plain = (block(4, stride, gating, convolution=convolution) for gating in ("channel", "none"))
+  gated, plain = (
+    block(4, stride, gating, convolution=convolution) for gating in ("channel", "none")
+  )
   flat = variables_of(gated, x)
   expected, no_records = apply(plain, without_gate(flat), x)
   assert no_records == ()
   assert expected.shape == (2, *(-(-size // stride) for size in SHAPE[1:-1]), 4 * block.expansion)
-  np.testing.assert_allclose(apply(gated, with_gates(flat, np.ones(gates)), x)[0], expected, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(
+    apply(gated, with_gates(flat, np.ones(gates)), x)[0], expected, rtol=1e-4, atol=1e-4
+  )
   for conv, (inputs, _) in touched.items():
     if inputs is None:
       continue
@@ -94,8 +123,10 @@ def brute_force(block, variables, touched, gates):
       name = "/".join(context.module.path[:-1])
       if name in touched:
         *window, inputs, outputs = context.module.get_variable("params", "kernel").shape
-        opened = [size if side is None else int(gates[slice(*side)].sum())
-                  for size, side in zip((inputs, outputs), touched[name], strict=True)]
+        opened = [
+          size if side is None else int(gates[slice(*side)].sum())
+          for size, side in zip((inputs, outputs), touched[name], strict=True)
+        ]
         total += conv_macs((*window, *opened), y.shape)
     return y
 
@@ -140,7 +171,10 @@ def test_shortcuts_take_every_second_frame_row_and_column(shortcut):
   block = BasicBlock(6, 2, "channel", shortcut)
   flat = variables_of(block, x)
   norms = {"scale": 1.0, "bias": 0.0, "mean": 0.0, "var": 1 - 1e-5}
-  flat = {path: jnp.full(leaf.shape, norms[path[-1]]) if "norm" in path else leaf for path, leaf in flat.items()}
+  flat = {
+    path: jnp.full(leaf.shape, norms[path[-1]]) if "norm" in path else leaf
+    for path, leaf in flat.items()
+  }
   variables = with_gates(flat, np.zeros(6))
   y, _ = apply(block, variables, x)
   every = x[:, ::2, ::2, ::2]
@@ -152,5 +186,9 @@ def test_shortcuts_take_every_second_frame_row_and_column(shortcut):
 
 
 def test_near_matches_of_convolutions_are_suggested():
-  with pytest.raises(ValueError, match="convolution must be one of .*; got 'factorized'. Did you mean 'factorised'"):
-    jax.eval_shape(BasicBlock(2, convolution="factorized").init, jax.random.key(0), jnp.zeros(SHAPE))
+  with pytest.raises(
+    ValueError, match="convolution must be one of .*; got 'factorized'. Did you mean 'factorised'"
+  ):
+    jax.eval_shape(
+      BasicBlock(2, convolution="factorized").init, jax.random.key(0), jnp.zeros(SHAPE)
+    )

@@ -22,19 +22,28 @@ def filled(module, x):
   """Variables for this input, of random values, norms alive."""
   rng = np.random.default_rng(1)
   draw = {"kernel": lambda shape: rng.normal(0, 0.5, shape)}
-  flat = flax.traverse_util.flatten_dict(jax.eval_shape(lambda x: module.init(jax.random.key(0), x, False), x))
+  flat = flax.traverse_util.flatten_dict(
+    jax.eval_shape(lambda x: module.init(jax.random.key(0), x, False), x)
+  )
   other = lambda shape: rng.uniform(0.5, 1.5, shape)
   return flax.traverse_util.unflatten_dict(
-      {path: jnp.asarray(draw.get(path[-1], other)(leaf.shape), jnp.float32) for path, leaf in flat.items()})
+    {
+      path: jnp.asarray(draw.get(path[-1], other)(leaf.shape), jnp.float32)
+      for path, leaf in flat.items()
+    }
+  )
 
 
 def by_hand(x, variables, stride, *, groups=1):
   """Convolution and norm, by XLA's own convolution."""
-  norm = jax.tree.map(np.asarray, {**variables["batch_stats"]["norm"], **variables["params"]["norm"]})
+  norm = jax.tree.map(
+    np.asarray, {**variables["batch_stats"]["norm"], **variables["params"]["norm"]}
+  )
   kernel = variables["params"]["conv"]["kernel"]
   padding = [(w // 2, w // 2) for w in kernel.shape[:-2]]
   x = jax.lax.conv_general_dilated(
-      x, kernel, stride, padding, dimension_numbers=XLA[x.ndim - 2], feature_group_count=groups)
+    x, kernel, stride, padding, dimension_numbers=XLA[x.ndim - 2], feature_group_count=groups
+  )
   x = (np.asarray(x) - norm["mean"]) / np.sqrt(norm["var"] + np.float32(1e-5))
   return x * norm["scale"] + norm["bias"]
 
@@ -43,26 +52,37 @@ def part(variables, name):
   return {kind: tree[name] for kind, tree in variables.items()}
 
 
-@pytest.mark.parametrize(("shape", "window", "stride", "kernel"), [
+@pytest.mark.parametrize(
+  ("shape", "window", "stride", "kernel"),
+  [
     ((2, 5, 6, 3), 3, 2, (3, 3, 3, 4)),
     ((2, 4, 5, 6, 3), 3, 2, (3, 3, 3, 3, 4)),
     ((2, 4, 5, 6, 3), (3, 5, 5), (1, 2, 2), (3, 5, 5, 3, 4)),
-])
+  ],
+)
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_images_and_clips_are_convolved_the_same_on_every_platform(monkeypatch, shape, window, stride, kernel, backend):
+def test_images_and_clips_are_convolved_the_same_on_every_platform(
+  monkeypatch, shape, window, stride, kernel, backend
+):
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
   module, x = ConvNorm(4, window, stride), normal(*shape)
   variables = filled(module, x)
   assert variables["params"]["conv"]["kernel"].shape == kernel
   stride = (stride,) * (x.ndim - 2) if isinstance(stride, int) else stride
-  np.testing.assert_allclose(apply(module, variables, x), by_hand(x, variables, stride), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    apply(module, variables, x), by_hand(x, variables, stride), rtol=1e-4, atol=1e-5
+  )
 
 
 def test_the_platform_chooses_the_form_of_clip_convolutions_alone(monkeypatch):
   def ranks(x, **settings):
     module = ConvNorm(3, 3, **settings)
     program = jax.make_jaxpr(lambda v, x: module.apply(v, x, False))(filled(module, x), x)
-    return [len(e.outvars[0].aval.shape) for e in program.eqns if e.primitive.name == "conv_general_dilated"]
+    return [
+      len(e.outvars[0].aval.shape)
+      for e in program.eqns
+      if e.primitive.name == "conv_general_dilated"
+    ]
 
   image, clip = normal(1, 4, 4, 3), normal(1, 2, 4, 4, 3)
   assert (ranks(image), ranks(clip), ranks(image, depthwise=True)) == ([4], [4], [])
@@ -90,14 +110,19 @@ def test_factorised_is_space_then_relu_then_time():
   np.testing.assert_allclose(apply(module, variables, x), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("inputs", "features", "window", "middle"), [
-    (64, 64, 3, 144),           # 3 * 9 * 64 * 64 / (9 * 64 + 3 * 64)
-    (64, 128, 3, 230),          # 221184 / 960 = 230.4
-    (3, 64, (3, 7, 7), 83),     # 28224 / 339 = 83.3
-    (3, 64, (1, 7, 7), 44),     # 9408 / 211 = 44.6
-    (1, 1, 3, 2),               # 27 / 12 = 2.25
-])
-def test_the_width_between_space_and_time_matches_the_parameters_of_the_whole(inputs, features, window, middle):
+@pytest.mark.parametrize(
+  ("inputs", "features", "window", "middle"),
+  [
+    (64, 64, 3, 144),  # 3 * 9 * 64 * 64 / (9 * 64 + 3 * 64)
+    (64, 128, 3, 230),  # 221184 / 960 = 230.4
+    (3, 64, (3, 7, 7), 83),  # 28224 / 339 = 83.3
+    (3, 64, (1, 7, 7), 44),  # 9408 / 211 = 44.6
+    (1, 1, 3, 2),  # 27 / 12 = 2.25
+  ],
+)
+def test_the_width_between_space_and_time_matches_the_parameters_of_the_whole(
+  inputs, features, window, middle
+):
   t, h, w = (window,) * 3 if isinstance(window, int) else window
   x = jax.ShapeDtypeStruct((1, 2, 2, 2, inputs), jnp.float32)
   params = filled(FactorisedConvNorm(features, window), x)["params"]
@@ -113,7 +138,9 @@ def test_macs_by_hand():
   assert ConvNorm(7, (3, 1, 5), (1, 2, 2)).macs((9, 8, 5, 6, 4)) == ConvMacs(0, 0, 15 * 8 * 3 * 3)
   assert ConvNorm(4, 3, 2, depthwise=True).macs((9, 5, 6, 4)) == ConvMacs(9 * 3 * 3, 0, 0)
   # 27 * 4 * 6 / (9 * 4 + 3 * 6) = 12 channels between; space keeps 8 frames, time 4.
-  assert FactorisedConvNorm(6, 3, 2).macs((9, 8, 5, 6, 4)) == ConvMacs(9 * 8 * 9 * 12, 3 * 4 * 9 * 12, 0)
+  assert FactorisedConvNorm(6, 3, 2).macs((9, 8, 5, 6, 4)) == ConvMacs(
+    9 * 8 * 9 * 12, 3 * 4 * 9 * 12, 0
+  )
 
 
 def test_a_factorised_convolution_of_images_is_refused():

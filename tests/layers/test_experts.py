@@ -34,7 +34,10 @@ def test_the_answer_is_the_weighted_sum_of_those_that_count(top_k):
   mask = np.zeros(record.probs.shape, np.float32)
   np.put_along_axis(mask, kept, 1, axis=-1)
   np.testing.assert_array_equal(record.gates, mask * record.probs)
-  each = [X @ np.asarray(p["out"]["kernel"]) for p in (variables["params"][f"experts_{e}"] for e in range(4))]
+  each = [
+    X @ np.asarray(p["out"]["kernel"])
+    for p in (variables["params"][f"experts_{e}"] for e in range(4))
+  ]
   np.testing.assert_allclose(y, np.einsum("ne,enc->nc", record.gates, each), rtol=1e-5, atol=1e-6)
   assert record.macs_per_unit == 15
   np.testing.assert_array_equal(executed_macs((record,)), 15 * (top_k or 4))
@@ -72,11 +75,17 @@ def test_gate_and_the_experts_that_count_have_gradients(top_k):
   chosen = np.asarray(net.apply(variables, X)[1][0].gates > 0).any(axis=0)
   assert top_k is None or not chosen.all()
   assert np.abs(grads["gate"]["logits"]["kernel"]).max() > 0
-  assert [bool(np.abs(grads[f"experts_{e}"]["out"]["kernel"]).max() > 0) for e in range(4)] == chosen.tolist()
+  assert [
+    bool(np.abs(grads[f"experts_{e}"]["out"]["kernel"]).max() > 0) for e in range(4)
+  ] == chosen.tolist()
 
 
 def test_wrong_experts_are_refused():
-  with pytest.raises(ValueError, match="top_k must be None or in 1 .. 4, the number of experts; got 5"):
+  with pytest.raises(
+    ValueError, match="top_k must be None or in 1 .. 4, the number of experts; got 5"
+  ):
     experts(5).init(jax.random.key(0), X)
-  with pytest.raises(ValueError, match=r"experts must all take the same multiply-accumulates; got \[15, 16\]"):
+  with pytest.raises(
+    ValueError, match=r"experts must all take the same multiply-accumulates; got \[15, 16\]"
+  ):
     Experts((Expert(), Expert(hidden=2))).init(jax.random.key(0), X)

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from scipy import special
 
-from gating_jax.layers.gate import GATE_RNG, ChannelGate, GateHead, GateSettings, Switched, apply_gates, is_gate_path
+from gating_jax.layers.gate import (
+  GATE_RNG,
+  ChannelGate,
+  GateHead,
+  GateSettings,
+  Switched,
+  apply_gates,
+  is_gate_path,
+)
 
 AXIS = "devices"
 
@@ -23,10 +31,14 @@ def init(module, x):
   rng = np.random.default_rng(1)
   fresh = {"scale": 1.0, "bias": 0.0, "mean": 0.0, "var": 1.0}
   fill = lambda path, leaf: (
-      jnp.full(leaf.shape, fresh[path[-1]]) if path[-1] in fresh else
-      jnp.asarray(rng.normal(0, 0.5, leaf.shape), jnp.float32))
+    jnp.full(leaf.shape, fresh[path[-1]])
+    if path[-1] in fresh
+    else jnp.asarray(rng.normal(0, 0.5, leaf.shape), jnp.float32)
+  )
   shapes = flax.traverse_util.flatten_dict(jax.eval_shape(module.init, jax.random.key(0), x))
-  return flax.traverse_util.unflatten_dict({path: fill(path, leaf) for path, leaf in shapes.items()})
+  return flax.traverse_util.unflatten_dict(
+    {path: fill(path, leaf) for path, leaf in shapes.items()}
+  )
 
 
 def two_groups(**settings):
@@ -46,13 +58,15 @@ def test_a_head_gives_one_float32_logit_per_unit_from_any_number_of_pixels(shape
   x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
   logits, variables = jax.eval_shape(lambda x: head.init_with_output(jax.random.key(0), x), x)
   assert (logits.shape, logits.dtype) == ((4, 7), jnp.float32)
-  sizes = {"/".join(k): v.shape for k, v in flax.traverse_util.flatten_dict(variables["params"]).items()}
+  sizes = {
+    "/".join(k): v.shape for k, v in flax.traverse_util.flatten_dict(variables["params"]).items()
+  }
   assert sizes == {
-      "hidden/kernel": (5, 11),
-      "norm/scale": (11,),
-      "norm/bias": (11,),
-      "logits/kernel": (11, 7),
-      "logits/bias": (7,),
+    "hidden/kernel": (5, 11),
+    "norm/scale": (11,),
+    "norm/bias": (11,),
+    "logits/kernel": (11, 7),
+    "logits/bias": (7,),
   }
 
 
@@ -61,18 +75,29 @@ def test_a_head_is_pool_dense_norm_relu_dense():
   x = features(4, 2, 2, 5)
   variables = init(head, x)
   p = jax.tree.map(np.asarray, variables["params"])
-  stats = {"norm": {"mean": np.array([0.1, 0, -0.2], np.float32), "var": np.array([1.0, 2.0, 0.5], np.float32)}}
+  stats = {
+    "norm": {
+      "mean": np.array([0.1, 0, -0.2], np.float32),
+      "var": np.array([1.0, 2.0, 0.5], np.float32),
+    }
+  }
   logits = head.apply({"params": p, "batch_stats": stats}, x)
   hidden = np.mean(np.asarray(x), (1, 2)) @ p["hidden"]["kernel"]
   hidden = np.maximum((hidden - stats["norm"]["mean"]) / np.sqrt(stats["norm"]["var"] + 1e-5), 0)
   assert 0 < np.mean(hidden == 0) < 1
-  np.testing.assert_allclose(logits, hidden @ p["logits"]["kernel"] + p["logits"]["bias"], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    logits, hidden @ p["logits"]["kernel"] + p["logits"]["bias"], rtol=1e-5, atol=1e-6
+  )
 
 
-@pytest.mark.parametrize(("settings", "rate"), [(GateSettings(), 0.85), (GateSettings(initial_open=0.3), 0.3)])
+@pytest.mark.parametrize(
+  ("settings", "rate"), [(GateSettings(), 0.85), (GateSettings(initial_open=0.3), 0.3)]
+)
 def test_the_last_bias_starts_at_the_initial_open_rate(settings, rate):
   variables = GateHead(4, settings).init(jax.random.key(0), features(2, 5))
-  np.testing.assert_allclose(special.expit(variables["params"]["logits"]["bias"]), [rate] * 4, rtol=1e-6)
+  np.testing.assert_allclose(
+    special.expit(variables["params"]["logits"]["bias"]), [rate] * 4, rtol=1e-6
+  )
 
 
 def test_a_channel_gate_splits_its_logits_into_records():
@@ -105,14 +130,18 @@ def test_evaluation_needs_no_key_and_opens_what_has_a_positive_logit():
 
 @functools.partial(jax.jit, static_argnums=0)
 def train(gate, variables, x, seed):
-  return gate.apply(variables, x, train=True, rngs={GATE_RNG: jax.random.key(seed)}, mutable=["batch_stats"])[0]
+  return gate.apply(
+    variables, x, train=True, rngs={GATE_RNG: jax.random.key(seed)}, mutable=["batch_stats"]
+  )[0]
 
 
 def test_training_draws_gates_from_its_key():
   gate = two_groups()
   x = features(500, 5)
   variables = with_last_layer(init(gate, x), 0, [-2, -1, 0, 1, 2])
-  draws = [np.concatenate([r.gates for r in train(gate, variables, x, seed)], -1) for seed in range(2)]
+  draws = [
+    np.concatenate([r.gates for r in train(gate, variables, x, seed)], -1) for seed in range(2)
+  ]
   assert np.mean(draws[0] != draws[1]) > 0.2
   for gates in draws:
     assert set(np.unique(gates)) == {0.0, 1.0}
@@ -140,9 +169,14 @@ def test_a_sigmoid_gate_is_its_probability_in_training_and_evaluation_without_a_
   gate = two_groups(settings=GateSettings(relaxation="sigmoid"))
   x = features(6, 4, 4, 5)
   variables = with_last_layer(init(gate, x), 0, np.linspace(-2, 2, 5))
-  for records in (gate.apply(variables, x), gate.apply(variables, x, train=True, mutable=["batch_stats"])[0]):
+  for records in (
+    gate.apply(variables, x),
+    gate.apply(variables, x, train=True, mutable=["batch_stats"])[0],
+  ):
     gates = np.concatenate([r.gates for r in records], axis=-1)
-    np.testing.assert_allclose(gates, np.broadcast_to(special.expit(np.linspace(-2, 2, 5)), (6, 5)), rtol=1e-5)
+    np.testing.assert_allclose(
+      gates, np.broadcast_to(special.expit(np.linspace(-2, 2, 5)), (6, 5)), rtol=1e-5
+    )
 
 
 def test_hard_concrete_gates_close_permanently_and_open_at_their_probability():
@@ -168,7 +202,10 @@ def test_random_gates_learn_nothing_and_keep_their_rate_in_training_and_evaluati
   class Net(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
-      return [ChannelGate((Switched(10, 1),), settings, name=name)(x, train)[0].gates for name in ("gate", "next")]
+      return [
+        ChannelGate((Switched(10, 1),), settings, name=name)(x, train)[0].gates
+        for name in ("gate", "next")
+      ]
 
   settings, x = GateSettings(context="random", initial_open=0.3), features(400, 5)
   assert Net().init({"params": jax.random.key(0)}, x) == {}
@@ -181,7 +218,9 @@ def test_random_gates_learn_nothing_and_keep_their_rate_in_training_and_evaluati
     assert abs(np.mean(one != other) - 2 * 0.21) < 0.05
   for again, gates in zip(Net().apply({}, x), evaluated, strict=True):
     np.testing.assert_array_equal(again, gates)
-  with pytest.raises(ValueError, match="relaxation must be straight_through where context is random; got 'sigmoid'"):
+  with pytest.raises(
+    ValueError, match="relaxation must be straight_through where context is random; got 'sigmoid'"
+  ):
     GateSettings(context="random", relaxation="sigmoid")
 
 
@@ -191,7 +230,9 @@ def test_without_noise_training_opens_what_has_a_positive_logit():
   variables = with_last_layer(init(sure, x), 1, np.zeros(5))
   for record in train(sure, variables, x, 0):
     np.testing.assert_array_equal(record.gates, np.asarray(record.logits) > 0)
-  assert any(np.any(np.asarray(r.gates) != (np.asarray(r.logits) > 0)) for r in train(drawn, variables, x, 0))
+  assert any(
+    np.any(np.asarray(r.gates) != (np.asarray(r.logits) > 0)) for r in train(drawn, variables, x, 0)
+  )
 
 
 def test_gates_pass_gradients_to_the_head_scaled_by_the_temperature():
@@ -210,13 +251,18 @@ def test_the_noise_and_the_statistics_do_not_depend_on_the_number_of_devices():
   alone, spread = ChannelGate((Switched(40, 1),)), ChannelGate((Switched(40, 1),), axis_name=AXIS)
   variables = with_last_layer(init(alone, x), 1, np.zeros(40))
   run = lambda gate, x: gate.apply(
-      variables, x, train=True, rngs={GATE_RNG: jax.random.key(7)}, mutable=["batch_stats"])
+    variables, x, train=True, rngs={GATE_RNG: jax.random.key(7)}, mutable=["batch_stats"]
+  )
   (expected,), statistics = run(alone, x)
-  on_devices = lambda gate: jax.pmap(lambda x: run(gate, x), axis_name=AXIS)(x.reshape(8, 2, 2, 2, 5))
+  on_devices = lambda gate: jax.pmap(lambda x: run(gate, x), axis_name=AXIS)(
+    x.reshape(8, 2, 2, 2, 5)
+  )
   (record,), spread_statistics = on_devices(spread)
   np.testing.assert_array_equal(record.gates.reshape(16, 40), expected.gates)
   np.testing.assert_allclose(record.logits.reshape(16, 40), expected.logits, atol=1e-5)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a[3], b, atol=1e-6), spread_statistics, statistics)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a[3], b, atol=1e-6), spread_statistics, statistics
+  )
   (unaware,), _ = on_devices(alone)
   assert np.mean(unaware.gates.reshape(16, 40) != expected.gates) > 0.1
 
@@ -233,32 +279,50 @@ def test_apply_gates_switches_channels_per_example():
   whole = apply_gates(jnp.full((1, 2), 3), np.array([[0.5, 0.0]], np.float32))
   assert whole.dtype == jnp.float32
   np.testing.assert_array_equal(whole, [[1.5, 0]])
-  np.testing.assert_array_equal(apply_gates(jnp.ones((1, 6)), np.array([[1.0, 0.5]])), [[1, 1, 1, 0.5, 0.5, 0.5]])
+  np.testing.assert_array_equal(
+    apply_gates(jnp.ones((1, 6)), np.array([[1.0, 0.5]])), [[1, 1, 1, 0.5, 0.5, 0.5]]
+  )
 
 
 def test_the_gate_of_a_block_costs_what_its_channels_cost():
   groups = (Switched(6, 10, 3), Switched(12, 20, 7))
   shapes = lambda block, inputs: [
-      (r.logits.shape, r.gates.shape, r.macs_per_unit, r.macs_per_pair) for r in jax.eval_shape(
-          lambda x: ChannelGate(groups, GateSettings(block=block)).init_with_output(jax.random.key(0), x)[0],
-          jax.ShapeDtypeStruct((5, 2, 2, inputs), jnp.float32))]
+    (r.logits.shape, r.gates.shape, r.macs_per_unit, r.macs_per_pair)
+    for r in jax.eval_shape(
+      lambda x: ChannelGate(groups, GateSettings(block=block)).init_with_output(
+        jax.random.key(0), x
+      )[0],
+      jax.ShapeDtypeStruct((5, 2, 2, inputs), jnp.float32),
+    )
+  ]
   assert shapes(3, 9) == [((5, 2), (5, 2), 30, 27), ((5, 4), (5, 4), 60, 63)]
   assert shapes(6, 2) == [((5, 1), (5, 1), 60, 36), ((5, 2), (5, 2), 120, 252)]
   assert shapes(64, 2) == [((5, 1), (5, 1), 60, 36), ((5, 1), (5, 1), 240, 504)]
-  with pytest.raises(ValueError, match="^gate block must divide a layer's channels or exceed them; got 4 for 6"):
+  with pytest.raises(
+    ValueError, match="^gate block must divide a layer's channels or exceed them; got 4 for 6"
+  ):
     shapes(4, 8)
 
 
-@pytest.mark.parametrize(("x", "gates"), [
-    ((2, 3, 3, 4), (2, 5)), ((2, 3, 3, 4), (1, 4)), ((2, 3, 3, 4), (4,)), ((4,), (4,)), ((2, 3, 3, 4), (2, 1, 1, 4))
-])
+@pytest.mark.parametrize(
+  ("x", "gates"),
+  [
+    ((2, 3, 3, 4), (2, 5)),
+    ((2, 3, 3, 4), (1, 4)),
+    ((2, 3, 3, 4), (4,)),
+    ((4,), (4,)),
+    ((2, 3, 3, 4), (2, 1, 1, 4)),
+  ],
+)
 def test_gates_that_do_not_belong_to_the_features_are_named(x, gates):
   message = f"gates must be [N, C / b] for x's N examples and C channels, b of them to a gate; got gates {gates}, x {x}"
   with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
     apply_gates(jnp.zeros(x), jnp.zeros(gates))
 
 
-@pytest.mark.parametrize(("setting", "rule"), [
+@pytest.mark.parametrize(
+  ("setting", "rule"),
+  [
     ({"hidden": 0}, ">= 1; got 0"),
     ({"initial_open": 1.0}, "in (0, 1); got 1.0"),
     ({"initial_open": 0}, "in (0, 1); got 0"),
@@ -266,15 +330,20 @@ def test_gates_that_do_not_belong_to_the_features_are_named(x, gates):
     ({"temperature": float("nan")}, "> 0; got nan"),
     ({"noise_scale": -0.1}, ">= 0; got -0.1"),
     ({"block": 0}, ">= 1; got 0"),
-])
+  ],
+)
 def test_bad_settings_are_named(setting, rule):
   with pytest.raises(ValueError, match=f"^gate {next(iter(setting))} must be {re.escape(rule)}$"):
     GateSettings(**setting)
 
 
-@pytest.mark.parametrize(("field", "choices"), [
-    ("context", "none, pooled, random"), ("relaxation", "hard_concrete, sigmoid, straight_through"),
-])
+@pytest.mark.parametrize(
+  ("field", "choices"),
+  [
+    ("context", "none, pooled, random"),
+    ("relaxation", "hard_concrete, sigmoid, straight_through"),
+  ],
+)
 def test_unknown_choices_are_named(field, choices):
   with pytest.raises(ValueError, match=f"^gate {field} must be one of {choices}; got 'input'"):
     GateSettings(**{field: "input"})

@@ -36,15 +36,22 @@ def passes(module, *inputs, **options):
     keys = {name: jax.random.key(seed) for name, seed in RNGS.items()}
     variables = module.init(keys, *inputs, train=False)
     params = variables.get("params", {})
-    state = {name: tree for name, tree in variables.items() if name != "params"} | options.get("state", {})
+    state = {name: tree for name, tree in variables.items() if name != "params"} | options.get(
+      "state", {}
+    )
 
     def loss(params):
       out, state_after = module.apply(
-        {"params": params, **state}, *inputs, train=True, mutable=["batch_stats"], rngs=keys)
+        {"params": params, **state}, *inputs, train=True, mutable=["batch_stats"], rngs=keys
+      )
       parts = [jnp.sum(leaf) for leaf in jax.tree.leaves(out) if leaf.dtype == jnp.float32]
       return sum(parts), (out, state_after)
 
-    return variables, module.apply(variables, *inputs, train=False), jax.value_and_grad(loss, has_aux=True)(params)
+    return (
+      variables,
+      module.apply(variables, *inputs, train=False),
+      jax.value_and_grad(loss, has_aux=True)(params),
+    )
 
   return run
 
@@ -76,22 +83,32 @@ CHANNELS = {
   "blocks": gate(block=2),
   "hard concrete": gate(relaxation="hard_concrete"),
   "sigmoid": gate(relaxation="sigmoid"),
-  "noise": passes(ChannelGate(GROUPS, GATE, name="gate"), IMAGES, state={NOISE: {"scale": np.float32(0.5)}}),
+  "noise": passes(
+    ChannelGate(GROUPS, GATE, name="gate"), IMAGES, state={NOISE: {"scale": np.float32(0.5)}}
+  ),
 }
 SEGMENTS = {
   **{
-    context: passes(segment_gate.SegmentGate(segment_gate.SegmentGateSettings(8, context)), VIDEOS, VALID)
+    context: passes(
+      segment_gate.SegmentGate(segment_gate.SegmentGateSettings(8, context)), VIDEOS, VALID
+    )
     for context in segment_gate.CONTEXTS
   },
   **{
-    relaxation: passes(segment_gate.SegmentGate(segment_gate.SegmentGateSettings(8, "none", relaxation)), VIDEOS, VALID)
+    relaxation: passes(
+      segment_gate.SegmentGate(segment_gate.SegmentGateSettings(8, "none", relaxation)),
+      VIDEOS,
+      VALID,
+    )
     for relaxation in segment_gate.RELAXATIONS
   },
   **{name: policy(name) for name in ("all", "uniform", "random", "prefix")},
   "oracle": policy("oracle", np.broadcast_to(RELEVANT, VALID.shape)),
   "dropout": passes(segment_gate.Dropout(0.5), IMAGES),
   **{
-    f"pool, {kind}": functools.partial(segment_gate.pool, VIDEOS, VALID.astype(np.float32), kind, VIDEOS[..., 0])
+    f"pool, {kind}": functools.partial(
+      segment_gate.pool, VIDEOS, VALID.astype(np.float32), kind, VIDEOS[..., 0]
+    )
     for kind in segment_gate.POOLINGS
   },
   "pool, bfloat16": lambda: segment_gate.pool(
@@ -99,7 +116,9 @@ SEGMENTS = {
   ),
 }
 BLOCKS = {
-  "gates of bfloat16 features": lambda: apply_gates(IMAGES.astype(jnp.bfloat16), IMAGES[:, 0, 0, :2] > 0),
+  "gates of bfloat16 features": lambda: apply_gates(
+    IMAGES.astype(jnp.bfloat16), IMAGES[:, 0, 0, :2] > 0
+  ),
   "experts": passes(Experts((Expert(3, 3), Expert(3, 3)), top_k=1), IMAGES),
   "depthwise": passes(ConvNorm(4, 3, depthwise=True), IMAGES),
   "GroupNorm": passes(ConvNorm(4, 3, group_norm=True), IMAGES),
@@ -135,8 +154,10 @@ def test_layers_have_the_same_types_in_every_mode(group, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("group", [
-  pytest.param(group, marks=() if group == "channels" else pytest.mark.slow) for group in ALL])
+@pytest.mark.parametrize(
+  "group",
+  [pytest.param(group, marks=() if group == "channels" else pytest.mark.slow) for group in ALL],
+)
 def test_layers_have_the_same_values_in_every_mode(group, mode):
   without = usual(computed, group)
   with MODES[mode]():

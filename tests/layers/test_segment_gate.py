@@ -27,17 +27,26 @@ def padded(*lengths):
 
 def gate(context="attention", relaxation="straight_through", axis_name=None, **settings):
   settings = GateSettings(**{"hidden": HIDDEN, "initial_open": 0.5, **settings})
-  return SegmentGate(SegmentGateSettings(K, context, relaxation, settings), macs_per_unit=10, axis_name=axis_name)
+  return SegmentGate(
+    SegmentGateSettings(K, context, relaxation, settings), macs_per_unit=10, axis_name=axis_name
+  )
 
 
 def init(module, *inputs):
   """Variables made by numpy, since compiling `init` takes seconds; none of them is 0."""
   rng = np.random.default_rng(1)
   shapes = flax.traverse_util.flatten_dict(jax.eval_shape(module.init, jax.random.key(0), *inputs))
-  return flax.traverse_util.unflatten_dict({
-      path: jnp.asarray(rng.uniform(0.5, 2, leaf.shape) if path[-1] in ("scale", "var") else
-                        rng.normal(0, 0.6, leaf.shape), jnp.float32)
-      for path, leaf in shapes.items()})
+  return flax.traverse_util.unflatten_dict(
+    {
+      path: jnp.asarray(
+        rng.uniform(0.5, 2, leaf.shape)
+        if path[-1] in ("scale", "var")
+        else rng.normal(0, 0.6, leaf.shape),
+        jnp.float32,
+      )
+      for path, leaf in shapes.items()
+    }
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -47,7 +56,9 @@ def evaluate(module, variables, x, valid):
 
 @functools.partial(jax.jit, static_argnums=0)
 def train(module, variables, x, valid, seed=0):
-  return module.apply(variables, x, valid, train=True, rngs={GATE_RNG: jax.random.key(seed)}, mutable=["batch_stats"])
+  return module.apply(
+    variables, x, valid, train=True, rngs={GATE_RNG: jax.random.key(seed)}, mutable=["batch_stats"]
+  )
 
 
 def dense(params, x):
@@ -66,7 +77,9 @@ def attention_by_hand(params, h):
 
 def convolution_by_hand(params, h):
   around = np.pad(h, ((3, 3), (0, 0)))
-  return params["bias"] + sum(params["kernel"][tap, 0] * around[tap:tap + len(h)] for tap in range(7))
+  return params["bias"] + sum(
+    params["kernel"][tap, 0] * around[tap : tap + len(h)] for tap in range(7)
+  )
 
 
 def logits_by_hand(context, variables, x):
@@ -75,7 +88,9 @@ def logits_by_hand(context, variables, x):
   h = (x @ p["concepts"]["kernel"] - stats["norm"]["mean"]) / np.sqrt(stats["norm"]["var"] + 1e-5)
   h = dense(p["project"], np.maximum(h * p["norm"]["scale"] + p["norm"]["bias"], 0))
   if context != "none":
-    h = h + {"attention": attention_by_hand, "convolution": convolution_by_hand}[context](p["context"], h)
+    h = h + {"attention": attention_by_hand, "convolution": convolution_by_hand}[context](
+      p["context"], h
+    )
   return dense(p["logits"], np.maximum(dense(p["hidden"], h), 0))[:, 0]
 
 
@@ -86,7 +101,11 @@ def test_logits_do_not_depend_on_padding_or_on_other_videos(context):
   record = evaluate(module, variables, x, valid)
   for b, length in enumerate(LENGTHS):
     np.testing.assert_allclose(
-        record.logits[b, :length], logits_by_hand(context, variables, x[b, :length]), atol=1e-5, rtol=1e-5)
+      record.logits[b, :length],
+      logits_by_hand(context, variables, x[b, :length]),
+      atol=1e-5,
+      rtol=1e-5,
+    )
   np.testing.assert_allclose(record.probs, special.expit(record.logits), rtol=1e-5)
   other = np.where(valid[..., None], x, 9 * normal(B, T, C, seed=2))
   order = np.array([3, 0, 5, 1, 4, 2])
@@ -96,13 +115,17 @@ def test_logits_do_not_depend_on_padding_or_on_other_videos(context):
   np.testing.assert_array_equal(moved.gates, np.asarray(record.gates)[order])
 
 
-@pytest.mark.parametrize(("context", "reached"), [("none", [4]), ("convolution", range(1, 8)), ("attention", range(9))])
+@pytest.mark.parametrize(
+  ("context", "reached"), [("none", [4]), ("convolution", range(1, 8)), ("attention", range(9))]
+)
 def test_a_gate_sees_its_context(context, reached):
   x, valid, module = normal(1, T, C), padded(T), gate(context)
   variables = init(module, x, valid)
   changed = x.copy()
   changed[0, 4] += 1
-  before, after = (np.asarray(evaluate(module, variables, x, valid).logits[0]) for x in (x, changed))
+  before, after = (
+    np.asarray(evaluate(module, variables, x, valid).logits[0]) for x in (x, changed)
+  )
   np.testing.assert_array_equal(np.flatnonzero(np.abs(after - before) > 1e-6), reached)
 
 
@@ -142,7 +165,9 @@ def test_evaluation_needs_no_key_and_opens_what_has_a_positive_logit():
 def test_training_draws_each_relaxation_from_its_key():
   x, valid = normal(B, T, C), np.ones((B, T), bool)
   variables = with_bias(init(gate("none"), x, valid), 1.0, scale=0.0)  # logits of 1
-  draw = lambda relaxation, seed: np.asarray(train(gate("none", relaxation), variables, x, valid, seed)[0].gates)
+  draw = lambda relaxation, seed: np.asarray(
+    train(gate("none", relaxation), variables, x, valid, seed)[0].gates
+  )
   hard, soft = draw("straight_through", 0), draw("soft", 0)
   assert set(np.unique(hard)) == {0.0, 1.0}
   assert abs(hard.mean() - special.expit(1)) < 4 * np.sqrt(0.2 / hard.size)
@@ -159,10 +184,14 @@ def test_the_noise_and_the_statistics_do_not_depend_on_the_number_of_devices():
   variables = init(alone, x, valid)
   expected, statistics = train(alone, variables, x, valid)
   shards = x.reshape(8, 2, T, C), valid.reshape(8, 2, T)
-  record, spread_statistics = jax.pmap(lambda x, valid: train(spread, variables, x, valid), axis_name=AXIS)(*shards)
+  record, spread_statistics = jax.pmap(
+    lambda x, valid: train(spread, variables, x, valid), axis_name=AXIS
+  )(*shards)
   np.testing.assert_array_equal(record.gates.reshape(16, T), expected.gates)
   np.testing.assert_allclose(record.logits.reshape(16, T), expected.logits, atol=1e-5)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a[3], b, atol=1e-6), spread_statistics, statistics)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a[3], b, atol=1e-6), spread_statistics, statistics
+  )
   unaware, _ = train(alone, variables, x[8:], valid[8:])
   assert np.mean(unaware.gates != expected.gates[8:]) > 0.1
 
@@ -175,7 +204,9 @@ def test_the_pooled_value_teaches_every_parameter_of_the_gate(context):
 
   @jax.jit
   def slopes(params):
-    gates, backward = jax.vjp(lambda params: train(module, {**variables, "params": params}, x, valid)[0].gates, params)
+    gates, backward = jax.vjp(
+      lambda params: train(module, {**variables, "params": params}, x, valid)[0].gates, params
+    )
     value = lambda gates, kind: jnp.sum(weights * pool(features, gates, kind, scores))
     return {kind: backward(jax.grad(value)(gates, kind))[0] for kind in segment_gate.POOLINGS}
 
@@ -218,7 +249,9 @@ def test_a_closed_segments_gate_learns_what_opening_it_would_change(kind):
   by_hand = share * ((features[0] - value) @ weights) / (share * gates[0]).sum()
   slope = jax.grad(lambda gates: pool(features, gates, kind, scores)[0] @ weights)(gates)
   np.testing.assert_allclose(slope[0], by_hand, rtol=1e-5)
-  huge = jax.grad(lambda gates: pool(features, gates, kind, np.where(gates > 0, scores, 500))[0] @ weights)(gates)
+  huge = jax.grad(
+    lambda gates: pool(features, gates, kind, np.where(gates > 0, scores, 500))[0] @ weights
+  )(gates)
   assert np.isfinite(huge).all()
 
 
@@ -235,7 +268,8 @@ def test_the_scores_of_attention_have_its_gradient():
 def test_dropout_keeps_the_mean_and_does_not_depend_on_the_number_of_devices():
   x = np.ones((16, 400), np.float32)
   drop = lambda x, axis_name, seed=0: Dropout(0.25, axis_name).apply(
-      {}, x, train=True, rngs={"dropout": jax.random.key(seed)})
+    {}, x, train=True, rngs={"dropout": jax.random.key(seed)}
+  )
   dropped = np.asarray(drop(x, None))
   np.testing.assert_allclose(np.unique(dropped), [0, 1 / 0.75], rtol=1e-6)
   assert abs(dropped.mean() - 1) < 5 * np.sqrt(1 / 3 / x.size)
@@ -257,12 +291,24 @@ def test_the_last_bias_starts_at_the_initial_open_rate():
   np.testing.assert_allclose(special.expit(variables["params"]["logits"]["bias"]), [0.3], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: SegmentGateSettings(context="atention"), "gate context must be one of attention, convolution, none; got"),
-    (lambda: SegmentGateSettings(relaxation="hard"), "gate relaxation must be one of clipped_sigmoid, soft, straight_"),
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (
+      lambda: SegmentGateSettings(context="atention"),
+      "gate context must be one of attention, convolution, none; got",
+    ),
+    (
+      lambda: SegmentGateSettings(relaxation="hard"),
+      "gate relaxation must be one of clipped_sigmoid, soft, straight_",
+    ),
     (lambda: SegmentGateSettings(concepts=0), "gate concepts must be >= 1; got 0"),
-    (lambda: pool(normal(1, 2, 3), np.ones((1, 2)), "sum"), "pooling must be one of attention, max, mean; got 'sum'"),
-])
+    (
+      lambda: pool(normal(1, 2, 3), np.ones((1, 2)), "sum"),
+      "pooling must be one of attention, max, mean; got 'sum'",
+    ),
+  ],
+)
 def test_bad_settings_are_named(call, message):
   with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
     call()

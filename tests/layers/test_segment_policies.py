@@ -31,7 +31,9 @@ def test_policies_by_hand():
   valid, relevant = padded(9, 4), np.zeros((2, T), bool)
   relevant[:, [2, 3, 6]] = True
   places = lambda *args, **options: [
-      np.flatnonzero(row).tolist() for row in choose(*args, share=0.25, relevant=relevant, **options).gates]
+    np.flatnonzero(row).tolist()
+    for row in choose(*args, share=0.25, relevant=relevant, **options).gates
+  ]
   for seed in (None, 0):
     assert places("all", valid, seed=seed) == [[*range(9)], [*range(4)]]
     assert places("uniform", valid, seed=seed) == [[1, 4, 7], [2]]
@@ -69,17 +71,30 @@ def test_prefixes_of_training_are_of_any_length_alike():
 def test_a_drawn_policy_does_not_depend_on_the_number_of_devices(policy):
   valid = padded(*[9] * 16)
   alone = np.asarray(choose(policy, valid, seed=3).gates)
-  spread = jax.pmap(lambda valid: choose(policy, valid, seed=3, axis_name=AXIS).gates, axis_name=AXIS)(
-      valid.reshape(8, 2, T))
+  spread = jax.pmap(
+    lambda valid: choose(policy, valid, seed=3, axis_name=AXIS).gates, axis_name=AXIS
+  )(valid.reshape(8, 2, T))
   np.testing.assert_array_equal(spread.reshape(16, T), alone)
   assert len(np.unique(alone, axis=0)) > 4
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: choose("most", padded(3)), f"policy must be one of {', '.join(sorted(POLICIES))}; got 'most'"),
-    (lambda: choose("oracle", padded(3)), "relevant must be given for the oracle, which knows it; got None"),
-    (lambda: choose("uniform", padded(3), share=1.5), "share must be in (0, 1], or an int number of segments; got 1.5"),
-])
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (
+      lambda: choose("most", padded(3)),
+      f"policy must be one of {', '.join(sorted(POLICIES))}; got 'most'",
+    ),
+    (
+      lambda: choose("oracle", padded(3)),
+      "relevant must be given for the oracle, which knows it; got None",
+    ),
+    (
+      lambda: choose("uniform", padded(3), share=1.5),
+      "share must be in (0, 1], or an int number of segments; got 1.5",
+    ),
+  ],
+)
 def test_bad_settings_are_named(call, message):
   with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
     call()

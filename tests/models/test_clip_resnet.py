@@ -13,9 +13,9 @@ from gating_jax.ops.macs import executed_macs
 
 OPEN = 1e4
 TINY = {
-    "whole": dict(blocks=(1, 1), features=3, stem="small"),
-    "factorised": dict(blocks=(1, 1), features=3, stem="clip", convolution="factorised"),
-    "bottleneck": dict(blocks=(1,), features=2, block=Bottleneck, shortcut="B", stem="imagenet"),
+  "whole": dict(blocks=(1, 1), features=3, stem="small"),
+  "factorised": dict(blocks=(1, 1), features=3, stem="clip", convolution="factorised"),
+  "bottleneck": dict(blocks=(1,), features=2, block=Bottleneck, shortcut="B", stem="imagenet"),
 }
 tiny = pytest.mark.parametrize("settings", TINY.values(), ids=TINY)
 
@@ -38,7 +38,9 @@ def filled(net, shape):
   rng = np.random.default_rng(1)
 
   def fill(path, leaf):
-    values = rng.normal(0, 0.3, leaf.shape) if path[-1] == "kernel" else rng.uniform(0.5, 1.0, leaf.shape)
+    values = (
+      rng.normal(0, 0.3, leaf.shape) if path[-1] == "kernel" else rng.uniform(0.5, 1.0, leaf.shape)
+    )
     return jnp.asarray(values, jnp.float32)
 
   return {path: fill(path, leaf) for path, leaf in traced(net, shape)[2].items()}
@@ -46,7 +48,10 @@ def filled(net, shape):
 
 def with_all_logits(flat, logit):
   fixed = {"kernel": 0.0, "bias": logit}
-  return {path: jnp.full_like(leaf, fixed[path[-1]]) if path[-2] == "logits" else leaf for path, leaf in flat.items()}
+  return {
+    path: jnp.full_like(leaf, fixed[path[-1]]) if path[-2] == "logits" else leaf
+    for path, leaf in flat.items()
+  }
 
 
 def nested(flat):
@@ -59,7 +64,9 @@ def test_with_all_gates_open_the_gated_net_is_the_ungated_one_and_costs_the_same
   gated, plain = (ResNet(3, gating=gating, **settings) for gating in ("channel", "none"))
   x = clips(2, 3, 9, 8, 2)
   flat = filled(gated, x.shape)
-  expected, no_records = apply(plain, nested({path: leaf for path, leaf in flat.items() if "gate" not in path}), x)
+  expected, no_records = apply(
+    plain, nested({path: leaf for path, leaf in flat.items() if "gate" not in path}), x
+  )
   assert no_records == ()
   closed, closed_records = apply(gated, nested(with_all_logits(flat, -OPEN)), x)
   assert np.abs(np.asarray(closed - expected)).max() > 0.01
@@ -98,7 +105,9 @@ def test_a_frame_is_convolved_with_the_middle_of_every_window():
   flat = filled(videos, (2, 1, 6, 5, 2))
   middle = {path: leaf[1] if leaf.ndim == 5 else leaf for path, leaf in flat.items()}
   expected, _ = apply(images, nested(middle), x)
-  np.testing.assert_allclose(apply(videos, nested(flat), x[:, None])[0], expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    apply(videos, nested(flat), x[:, None])[0], expected, rtol=1e-4, atol=1e-5
+  )
 
 
 def test_without_classes_the_answer_is_what_the_classifier_sees():
@@ -110,20 +119,29 @@ def test_without_classes_the_answer_is_what_the_classifier_sees():
     head = {path: flat.pop(path) for path in list(flat) if "classifier" in path}
     features, _ = apply(headless, nested(flat), x)
     assert features.shape == (2, 6)
-    expected = features @ head["params", "classifier", "kernel"] + head["params", "classifier", "bias"]
-    np.testing.assert_allclose(apply(headed, nested(flat | head), x)[0], expected, rtol=1e-5, atol=1e-5)
+    expected = (
+      features @ head["params", "classifier", "kernel"] + head["params", "classifier", "bias"]
+    )
+    np.testing.assert_allclose(
+      apply(headed, nested(flat | head), x)[0], expected, rtol=1e-5, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize(("stem", "kernel", "places"), [
+@pytest.mark.parametrize(
+  ("stem", "kernel", "places"),
+  [
     ("cifar", (3, 3, 3), (8, 16, 14)),
     ("small", (3, 3, 3), (8, 8, 7)),
     ("clip", (3, 7, 7), (8, 8, 7)),
     ("imagenet", (7, 7, 7), (4, 4, 4)),
-])
+  ],
+)
 def test_stems(stem, kernel, places):
   """`places` reach the only block, a Bottleneck whose first record tells how many there are."""
   for axes in (3, 2):
-    net = ResNet(4, blocks=(1,), features=2, block=Bottleneck, shortcut="B", gating="channel", stem=stem)
+    net = ResNet(
+      4, blocks=(1,), features=2, block=Bottleneck, shortcut="B", gating="channel", stem=stem
+    )
     _, records, flat = traced(net, (1, *(8, 16, 14)[-axes:], 1))
     assert flat["params", "stem", "conv", "kernel"].shape == (*kernel[-axes:], 1, 2)
     assert records[0].macs_per_unit == 2 * np.prod(places[-axes:])
@@ -133,17 +151,28 @@ def test_stems(stem, kernel, places):
 def test_features_and_parameters_stay_long(dtype):
   net = ResNet(None, dtype=dtype, gating="channel", **TINY["factorised"])
   y, records, flat = traced(net, (2, 4, 8, 8, 1))
-  assert {leaf.dtype for leaf in [y, *jax.tree.leaves(records), *flat.values()]} == {jnp.dtype(jnp.float32)}
+  assert {leaf.dtype for leaf in [y, *jax.tree.leaves(records), *flat.values()]} == {
+    jnp.dtype(jnp.float32)
+  }
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: traced(resnet("resnet20", 10, convolution="whole"), (1, 2, 8, 8, 3)),
-     "convolution must be one of factorised, full; got 'whole'"),
-    (lambda: traced(resnet("resnet20", 10, convolution="factorised"), (1, 8, 8, 3)),
-     r"a factorised convolution needs clips \[N, F, H, W, D\]; got shape \(1, 8, 8, 3\)"),
-    (lambda: traced(resnet("resnet20", 10), (1, 2, 2, 8, 8, 3)),
-     r"clips must be \[N, F, H, W, D\] and images must be \[N, H, W, D\]; got shape \(1, 2, 2, 8, 8, 3\)"),
-])
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (
+      lambda: traced(resnet("resnet20", 10, convolution="whole"), (1, 2, 8, 8, 3)),
+      "convolution must be one of factorised, full; got 'whole'",
+    ),
+    (
+      lambda: traced(resnet("resnet20", 10, convolution="factorised"), (1, 8, 8, 3)),
+      r"a factorised convolution needs clips \[N, F, H, W, D\]; got shape \(1, 8, 8, 3\)",
+    ),
+    (
+      lambda: traced(resnet("resnet20", 10), (1, 2, 2, 8, 8, 3)),
+      r"clips must be \[N, F, H, W, D\] and images must be \[N, H, W, D\]; got shape \(1, 2, 2, 8, 8, 3\)",
+    ),
+  ],
+)
 def test_bad_settings_are_named(make, message):
   with pytest.raises(ValueError, match=message):
     make()

@@ -24,16 +24,25 @@ def before(columns=BEFORE):
   """Outputs of so many older columns, in the first places, and zeros."""
   filled = (np.arange(BEFORE) < columns)[:, None, None, None, None]
   shapes = output_shapes(net(), SHAPE)
-  return tuple(jnp.abs(random(BEFORE, N, *shape, seed=i)) * filled for i, shape in enumerate(shapes))
+  return tuple(
+    jnp.abs(random(BEFORE, N, *shape, seed=i)) * filled for i, shape in enumerate(shapes)
+  )
 
 
 @functools.cache
 def variables():
-  shapes = jax.eval_shape(lambda x, b: net().init(jax.random.key(0), x, b), random(N, *SHAPE), before())
+  shapes = jax.eval_shape(
+    lambda x, b: net().init(jax.random.key(0), x, b), random(N, *SHAPE), before()
+  )
   flat = flax.traverse_util.flatten_dict(shapes)
-  return flax.traverse_util.unflatten_dict({
-      path: jnp.abs(random(*leaf.shape, seed=i)) if path[-1] == "var" else random(*leaf.shape, seed=i)
-      for i, (path, leaf) in enumerate(flat.items())})
+  return flax.traverse_util.unflatten_dict(
+    {
+      path: jnp.abs(random(*leaf.shape, seed=i))
+      if path[-1] == "var"
+      else random(*leaf.shape, seed=i)
+      for i, (path, leaf) in enumerate(flat.items())
+    }
+  )
 
 
 @functools.cache
@@ -45,7 +54,8 @@ def test_a_column_is_the_equation_of_its_docstring():
   params, stats = variables()["params"], variables()["batch_stats"]
   logits, (h1, h2) = run(2)
   conv = lambda x, kernel: jax.lax.conv_general_dilated(
-      x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
 
   def adapted(name, older):
     p = params[name]
@@ -55,19 +65,27 @@ def test_a_column_is_the_equation_of_its_docstring():
   layer, stat = params["layer2"]["conv"], stats["layer2"]["conv"]["norm"]
   w, u = jnp.split(layer["conv"]["kernel"], 2, axis=2)
   y = conv(h1, w) + conv(adapted("adapter2", before()[0]), u)
-  y = (y - stat["mean"]) / jnp.sqrt(stat["var"] + 1e-5) * layer["norm"]["scale"] + layer["norm"]["bias"]
+  y = (y - stat["mean"]) / jnp.sqrt(stat["var"] + 1e-5) * layer["norm"]["scale"] + layer["norm"][
+    "bias"
+  ]
   np.testing.assert_allclose(h2, jnp.maximum(y, 0), rtol=1e-4, atol=1e-5)
   w, u = jnp.split(params["classifier"]["kernel"], 2)
   pooled = before()[1].mean((2, 3))
-  expected = h2.mean((1, 2)) @ w + adapted("classifier_adapter", pooled) @ u + params["classifier"]["bias"]
+  expected = (
+    h2.mean((1, 2)) @ w + adapted("classifier_adapter", pooled) @ u + params["classifier"]["bias"]
+  )
   np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_first_column_is_a_plain_chain():
   plain = flax.traverse_util.flatten_dict(variables())
-  plain["params", "layer2", "conv", "conv", "kernel"] = plain["params", "layer2", "conv", "conv", "kernel"][:, :, :2]
+  plain["params", "layer2", "conv", "conv", "kernel"] = plain[
+    "params", "layer2", "conv", "conv", "kernel"
+  ][:, :, :2]
   plain["params", "classifier", "kernel"] = plain["params", "classifier", "kernel"][:3]
-  plain = flax.traverse_util.unflatten_dict({p: x for p, x in plain.items() if "adapter" not in p[1]})
+  plain = flax.traverse_util.unflatten_dict(
+    {p: x for p, x in plain.items() if "adapter" not in p[1]}
+  )
   expected, _ = jax.jit(VGG(CLASSES, CHAIN).apply)(plain, random(N, *SHAPE))
   np.testing.assert_allclose(run(0)[0], expected, rtol=1e-5, atol=1e-6)
   assert np.abs(run(1)[0] - expected).max() > 0.1
@@ -88,7 +106,9 @@ def test_macs_by_hand():
 
 
 def test_alphas_start_where_they_are_told():
-  alphas = net(alpha=0.25).init(jax.random.key(0), random(N, *SHAPE), before())["params"]["adapter2"]["alpha"]
+  alphas = net(alpha=0.25).init(jax.random.key(0), random(N, *SHAPE), before())["params"][
+    "adapter2"
+  ]["alpha"]
   assert alphas.tolist() == [0.25, 0.25]
 
 
@@ -104,6 +124,11 @@ def test_names_are_those_of_chains_and_residual_nets():
 def test_gated_chains_name_what_reads_their_channels(classes, last):
   model = VGG(classes, CHAIN, gating="channel")
   (_, records), _ = jax.eval_shape(
-      lambda x: model.init_with_output(jax.random.key(0), x), jax.ShapeDtypeStruct((1, *SHAPE), jnp.float32))
-  assert [r.writers for r in records] == [(("layer1", "conv", "conv"),), (("layer2", "conv", "conv"),)]
+    lambda x: model.init_with_output(jax.random.key(0), x),
+    jax.ShapeDtypeStruct((1, *SHAPE), jnp.float32),
+  )
+  assert [r.writers for r in records] == [
+    (("layer1", "conv", "conv"),),
+    (("layer2", "conv", "conv"),),
+  ]
   assert [r.readers for r in records] == [(("layer2", "conv", "conv"),), last]

@@ -22,7 +22,10 @@ def net(threshold=0.5, **fields):
 @functools.cache
 def trained():
   """Variables whose exits are sure of some images and not of others."""
-  x = jax.random.normal(jax.random.key(1), (24, *SHAPE)) * jnp.linspace(0.1, 3, 24)[:, None, None, None]
+  x = (
+    jax.random.normal(jax.random.key(1), (24, *SHAPE))
+    * jnp.linspace(0.1, 3, 24)[:, None, None, None]
+  )
   variables = jax.jit(net().init)(jax.random.key(0), x)
   for name, scale in (("exit1", 2), ("exit2", 20)):
     dense = variables["params"][name]["classifier"]
@@ -33,7 +36,9 @@ def trained():
 @functools.cache
 def run(threshold, train=False):
   variables, x = trained()
-  out = jax.jit(lambda v: net(threshold).apply(v, x, train, mutable=["batch_stats"] if train else False))(variables)
+  out = jax.jit(
+    lambda v: net(threshold).apply(v, x, train, mutable=["batch_stats"] if train else False)
+  )(variables)
   return out[0] if train else out
 
 
@@ -47,7 +52,11 @@ def test_units_cost_what_follows_up_to_the_next_exit():
   plain = count(resnet("resnet20", CLASSES, **SMALL), SHAPE)
   assert counts.macs == plain.macs + exit_macs(8, 4, 8) + exit_macs(4, 8, 16)
   assert counts.gated == second + third
-  assert (counts.gates, counts.gate_params, counts.gate_layers) == (2, 0, (("exit1", 1), ("exit2", 1)))
+  assert (counts.gates, counts.gate_params, counts.gate_layers) == (
+    2,
+    0,
+    (("exit1", 1), ("exit2", 1)),
+  )
 
 
 def test_of_resnet20_the_exits_cost_little():
@@ -78,7 +87,9 @@ def test_where_no_image_leaves_it_is_the_plain_network_of_the_same_parameters():
   variables, x = trained()
   plain = resnet("resnet20", CLASSES, **SMALL)
   theirs = jax.tree.structure(jax.eval_shape(plain.init, jax.random.key(0), x)["params"])
-  own = {c: {k: v for k, v in tree.items() if not k.startswith("exit")} for c, tree in variables.items()}
+  own = {
+    c: {k: v for k, v in tree.items() if not k.startswith("exit")} for c, tree in variables.items()
+  }
   assert jax.tree.structure(own["params"]) == theirs
   y, records = plain.apply(own, x)
   assert records == ()
@@ -90,7 +101,9 @@ def test_every_parameter_is_trained_and_none_by_the_records():
   apply = lambda p: net().apply({**variables, "params": p}, x, True, mutable=["batch_stats"])[0]
   grads = jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(apply(p)[0]))))(variables["params"])
   assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
-  silent = jax.jit(jax.grad(lambda p: sum(jnp.sum(r.probs + r.logits) for r in apply(p)[1])))(variables["params"])
+  silent = jax.jit(jax.grad(lambda p: sum(jnp.sum(r.probs + r.logits) for r in apply(p)[1])))(
+    variables["params"]
+  )
   assert all((g == 0).all() for g in jax.tree.leaves(silent))
 
 
@@ -103,8 +116,17 @@ def test_a_budget_is_met_by_the_threshold_found_for_it():
   assert 0.8 - sum(macs) / 24 / counts.macs < spent / counts.macs <= 0.8
 
 
-@pytest.mark.parametrize(("fields", "shape"), [
-    ({"gating": "channel"}, SHAPE), ({"classes": None}, SHAPE), ({"blocks": (2,)}, SHAPE), ({}, (4, *SHAPE))])
+@pytest.mark.parametrize(
+  ("fields", "shape"),
+  [
+    ({"gating": "channel"}, SHAPE),
+    ({"classes": None}, SHAPE),
+    ({"blocks": (2,)}, SHAPE),
+    ({}, (4, *SHAPE)),
+  ],
+)
 def test_what_cannot_have_exits_is_refused(fields, shape):
-  with pytest.raises(ValueError, match="a network with exits must have classes, two stages, gating='none' and images"):
+  with pytest.raises(
+    ValueError, match="a network with exits must have classes, two stages, gating='none' and images"
+  ):
     jax.eval_shape(net().clone(**fields).init, jax.random.key(0), jnp.zeros((1, *shape)))

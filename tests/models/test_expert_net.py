@@ -20,7 +20,9 @@ def net(**fields):
 @pytest.mark.parametrize("block", [{}, {"block": Bottleneck, "shortcut": "B"}])
 def test_each_expert_is_a_last_stage(block):
   plain, mixed = (count(n, SHAPE) for n in (resnet("resnet20", 5, **SMALL, **block), net(**block)))
-  record = jax.eval_shape(net(**block).init_with_output, jax.random.key(0), jnp.zeros((2, *SHAPE)))[0][1][0]
+  record = jax.eval_shape(net(**block).init_with_output, jax.random.key(0), jnp.zeros((2, *SHAPE)))[
+    0
+  ][1][0]
   assert record.gates.shape == (2, 3)
   assert mixed.gated == 3 * record.macs_per_unit
   assert mixed.macs == plain.macs + 2 * record.macs_per_unit
@@ -32,12 +34,18 @@ def test_each_expert_is_a_last_stage(block):
 def test_with_equal_experts_it_is_the_plain_network():
   x = jax.random.normal(jax.random.key(1), (6, *SHAPE))
   variables = jax.jit(net().init)(jax.random.key(0), x)
-  same = lambda tree: {k: tree["stage2"]["experts_0"] if k.startswith("experts") else v
-                       for k, v in tree["stage2"].items()}
+  same = lambda tree: {
+    k: tree["stage2"]["experts_0"] if k.startswith("experts") else v
+    for k, v in tree["stage2"].items()
+  }
   equal = {c: {**tree, "stage2": same(tree)} for c, tree in variables.items()}
-  plain = {c: {**{k: v for k, v in tree.items() if k != "stage2"},
-               **{f"stage2_block{i + 1}": tree["stage2"]["experts_0"][f"blocks_{i}"] for i in range(2)}}
-           for c, tree in variables.items()}
+  plain = {
+    c: {
+      **{k: v for k, v in tree.items() if k != "stage2"},
+      **{f"stage2_block{i + 1}": tree["stage2"]["experts_0"][f"blocks_{i}"] for i in range(2)},
+    }
+    for c, tree in variables.items()
+  }
   y, records = jax.jit(net().apply)(equal, x)
   assert (np.asarray(records[0].gates) > 0.01).all()
   expected, _ = jax.jit(resnet("resnet20", 5, **SMALL).apply)(plain, x)
@@ -47,5 +55,7 @@ def test_with_equal_experts_it_is_the_plain_network():
 
 
 def test_gates_inside_experts_are_refused():
-  with pytest.raises(ValueError, match="gating must be none in a network of experts; got 'channel'"):
+  with pytest.raises(
+    ValueError, match="gating must be none in a network of experts; got 'channel'"
+  ):
     count(net(gating="channel"), SHAPE)

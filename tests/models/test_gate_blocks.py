@@ -16,9 +16,11 @@ from gating_jax.ops.macs import executed_macs, gated_macs
 
 apply = jax.jit(lambda net, variables, x: net.apply(variables, x), static_argnums=0)
 NETS = {
-    "basic": ResNet(3, (1, 1), features=6, gating="channel"),
-    "bottleneck": ResNet(3, (1, 1), features=6, block=Bottleneck, shortcut="B", gating="all_channels"),
-    "chain": VGG(3, (6, POOL, 12, 6), gating="channel"),
+  "basic": ResNet(3, (1, 1), features=6, gating="channel"),
+  "bottleneck": ResNet(
+    3, (1, 1), features=6, block=Bottleneck, shortcut="B", gating="all_channels"
+  ),
+  "chain": VGG(3, (6, POOL, 12, 6), gating="channel"),
 }
 
 
@@ -34,12 +36,15 @@ def test_executed_macs_are_those_of_the_open_channels(net, block):
   single, _ = traced(net)
   shared, _ = traced(dataclasses.replace(net, gate=GateSettings(block=block)))
   sizes = [min(block, r.gates.shape[1]) for r in single]
-  assert [r.gates.shape[1] * size for r, size in zip(shared, sizes, strict=True)] == [r.gates.shape[1] for r in single]
+  assert [r.gates.shape[1] * size for r, size in zip(shared, sizes, strict=True)] == [
+    r.gates.shape[1] for r in single
+  ]
   random = np.random.default_rng(0)
   gates = [random.integers(0, 2, r.gates.shape).astype(np.float64) for r in shared]
   channels = [np.repeat(g, size, axis=1) for g, size in zip(gates, sizes, strict=True)]
   with_gates = lambda records, gates: tuple(
-      dataclasses.replace(r, gates=g) for r, g in zip(records, gates, strict=True))
+    dataclasses.replace(r, gates=g) for r, g in zip(records, gates, strict=True)
+  )
   executed = executed_macs(with_gates(shared, gates))
   np.testing.assert_array_equal(executed, executed_macs(with_gates(single, channels)))
   assert len(np.unique(executed)) > 1
@@ -50,16 +55,25 @@ def test_executed_macs_are_those_of_the_open_channels(net, block):
 def test_a_gate_switches_the_adjacent_channels_of_its_block(net):
   blocks = dataclasses.replace(net, gate=GateSettings(block=3))
   random = np.random.default_rng(0)
-  shared = {path: random.uniform(0.5, 1, leaf.shape).astype(np.float32)
-            for path, leaf in flax.traverse_util.flatten_dict(traced(blocks)[1]).items()}
+  shared = {
+    path: random.uniform(0.5, 1, leaf.shape).astype(np.float32)
+    for path, leaf in flax.traverse_util.flatten_dict(traced(blocks)[1]).items()
+  }
   heads = {path for path in shared if path[-2] == "logits"}
   for path in heads:
-    shared[path] = np.where(np.arange(shared[path].shape[-1]) % 2, -1e4, 1e4) * (path[-1] == "bias") * np.ones(
-        shared[path].shape, np.float32)
-  single = {path: leaf.repeat(3, axis=-1) if path in heads else leaf for path, leaf in shared.items()}
+    shared[path] = (
+      np.where(np.arange(shared[path].shape[-1]) % 2, -1e4, 1e4)
+      * (path[-1] == "bias")
+      * np.ones(shared[path].shape, np.float32)
+    )
+  single = {
+    path: leaf.repeat(3, axis=-1) if path in heads else leaf for path, leaf in shared.items()
+  }
   x = random.normal(size=(2, 8, 8, 3)).astype(np.float32)
   (y, records), (expected, one_each) = (
-      apply(net, flax.traverse_util.unflatten_dict(flat), x) for net, flat in ((blocks, shared), (net, single)))
+    apply(net, flax.traverse_util.unflatten_dict(flat), x)
+    for net, flat in ((blocks, shared), (net, single))
+  )
   assert all(0 < np.mean(r.gates) < 1 for r in records)
   for record, other in zip(records, one_each, strict=True):
     np.testing.assert_array_equal(np.repeat(record.gates, 3, axis=1), other.gates)

@@ -22,46 +22,64 @@ def filled(net, *inputs, seed=1):
 
   def fill(path, leaf):
     positive = path[-1] in ("scale", "var")
-    return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape) if positive else rng.normal(0, 0.5, leaf.shape), jnp.float32)
+    return jnp.asarray(
+      rng.uniform(0.5, 1.5, leaf.shape) if positive else rng.normal(0, 0.5, leaf.shape), jnp.float32
+    )
 
   shapes = flax.traverse_util.flatten_dict(jax.eval_shape(net.init, jax.random.key(0), *inputs))
-  return flax.traverse_util.unflatten_dict({path: fill(path, leaf) for path, leaf in shapes.items()})
+  return flax.traverse_util.unflatten_dict(
+    {path: fill(path, leaf) for path, leaf in shapes.items()}
+  )
 
 
-@pytest.mark.parametrize(("shape", "maps"), [
+@pytest.mark.parametrize(
+  ("shape", "maps"),
+  [
     ((8, 8, 1), [(4, 4, 4)]),
     ((28, 28, 1), [(7, 7, 8), (14, 14, 4)]),
     ((32, 32, 3), [(4, 4, 16), (8, 8, 8), (16, 16, 4)]),
     ((12, 20, 2), [(6, 10, 4)]),
-])
+  ],
+)
 def test_sizes(shape, maps):
   generator, critic = Generator(shape, latent=6, width=4, gating="channel"), Critic(width=4)
   z, images = normal(3, 6), jnp.zeros((3, *shape))
   (made, records), variables = jax.eval_shape(
-      lambda z: generator.init_with_output(jax.random.key(0), z), z)
+    lambda z: generator.init_with_output(jax.random.key(0), z), z
+  )
   assert made.shape == (3, *shape)
   assert [r.gates.shape for r in records] == [(3, features) for *_, features in maps]
-  seed, *others = [variables["params"][f"map{i + 1}"]["filters"]["kernel"].shape for i in range(len(maps))]
+  seed, *others = [
+    variables["params"][f"map{i + 1}"]["filters"]["kernel"].shape for i in range(len(maps))
+  ]
   assert seed == (6, *maps[0])
-  assert others == [(3, 3, before[-1], after[-1]) for before, after in zip(maps, maps[1:], strict=False)]
-  scores, variables = jax.eval_shape(lambda x: critic.init_with_output(jax.random.key(0), x), images)
+  assert others == [
+    (3, 3, before[-1], after[-1]) for before, after in zip(maps, maps[1:], strict=False)
+  ]
+  scores, variables = jax.eval_shape(
+    lambda x: critic.init_with_output(jax.random.key(0), x), images
+  )
   assert scores.shape == (3,)
   assert [variables["params"][f"conv{i + 1}"]["kernel"].shape[-1] for i in range(len(maps))] == [
-      features for *_, features in reversed(maps)]
+    features for *_, features in reversed(maps)
+  ]
   assert variables["params"]["score"]["kernel"].shape == (np.prod(maps[0]), 1)
 
 
 def xla_on_doubled(x, p):
   doubled = np.repeat(np.repeat(x, 2, axis=1), 2, axis=2)
   return p["bias"] + jax.lax.conv_general_dilated(
-      doubled, p["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    doubled, p["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
 
 
 def test_a_generator_by_xlas_convolutions_of_doubled_maps():
   generator, z = Generator((16, 24, 2), latent=5, width=3), normal(4, 5)
   variables = filled(generator, z)
   p = variables["params"]
-  h = np.maximum(np.einsum("nz,zhwc->nhwc", z, p["map1"]["filters"]["kernel"]) + p["map1"]["filters"]["bias"], 0)
+  h = np.maximum(
+    np.einsum("nz,zhwc->nhwc", z, p["map1"]["filters"]["kernel"]) + p["map1"]["filters"]["bias"], 0
+  )
   h = np.maximum(xla_on_doubled(h, p["map2"]["filters"]), 0)
   images, records = jax.jit(generator.apply)(variables, z)
   np.testing.assert_allclose(images, np.tanh(xla_on_doubled(h, p["pixels"])), rtol=1e-4, atol=1e-5)
@@ -75,7 +93,8 @@ def test_a_critic_by_xlas_convolutions():
   p, h = variables["params"], x
   for name in ("conv1", "conv2"):
     h = p[name]["bias"] + jax.lax.conv_general_dilated(
-        h, p[name]["kernel"], (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+      h, p[name]["kernel"], (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
     h = np.where(h > 0, h, 0.2 * h)
   expected = h.reshape(4, -1) @ p["score"]["kernel"][:, 0] + p["score"]["bias"]
   np.testing.assert_allclose(jax.jit(critic.apply)(variables, x), expected, rtol=1e-4, atol=1e-3)
@@ -98,19 +117,27 @@ def test_labels_reach_both_nets():
   for a, b in ((0, 1), (0, 2), (1, 2)):
     assert np.max(np.abs(images[a] - images[b])) > 0.1
     assert abs(scores[a] - scores[b]) > 0.01
-  only = {"kernel": variables["params"]["score"]["kernel"][:, 2:], "bias": variables["params"]["score"]["bias"][2:]}
+  only = {
+    "kernel": variables["params"]["score"]["kernel"][:, 2:],
+    "bias": variables["params"]["score"]["bias"][2:],
+  }
   third = Critic(width=3).apply({"params": {**variables["params"], "score": only}}, x)
   np.testing.assert_allclose(scores[2], third[2], rtol=1e-5)
 
 
-@pytest.mark.parametrize(("net", "inputs"), [
+@pytest.mark.parametrize(
+  ("net", "inputs"),
+  [
     (Generator((8, 8, 1), latent=5, width=3, classes=3), (normal(2, 5),)),
     (Generator((8, 8, 1), latent=5, width=3), (normal(2, 5), jnp.zeros(2, int))),
     (Critic(width=3, classes=3), (normal(2, 8, 8, 1),)),
     (Critic(width=3), (normal(2, 8, 8, 1), jnp.zeros(2, int))),
-])
+  ],
+)
 def test_labels_go_with_classes(net, inputs):
-  with pytest.raises(ValueError, match="labels must be given where classes is, and only there; got"):
+  with pytest.raises(
+    ValueError, match="labels must be given where classes is, and only there; got"
+  ):
     net.init(jax.random.key(0), *inputs)
 
 
@@ -133,7 +160,9 @@ def test_a_wrong_latent_size_and_gating_are_named():
 @functools.cache
 def gated():
   """A gated generator of three maps, its inputs, and variables of which every gate opens for some."""
-  generator = Generator((32, 32, 1), latent=6, width=2, gating="channel", gate=GateSettings(hidden=4))
+  generator = Generator(
+    (32, 32, 1), latent=6, width=2, gating="channel", gate=GateSettings(hidden=4)
+  )
   z = normal(40, 6)
   variables, apply = filled(generator, z), jax.jit(generator.apply)
   for name in ("map1", "map2", "map3"):
@@ -154,7 +183,10 @@ def test_a_closed_channel_is_as_one_without_a_filter():
     assert 5 < len(shut) < 35
     filters = variables["params"][f"map{i + 1}"]["filters"]
     other = {name: leaf.at[..., 0].set(9.0) for name, leaf in filters.items()}
-    params = {**variables["params"], f"map{i + 1}": {**variables["params"][f"map{i + 1}"], "filters": other}}
+    params = {
+      **variables["params"],
+      f"map{i + 1}": {**variables["params"][f"map{i + 1}"], "filters": other},
+    }
     changed, _ = apply({**variables, "params": params}, z)
     np.testing.assert_array_equal(changed[shut], images[shut])
     assert np.mean(np.max(np.abs(changed - images), axis=(1, 2, 3)) > 1e-3) > 0.2
@@ -175,8 +207,13 @@ def test_the_macs_of_open_channels():
 
 def test_training_draws_gates_and_evaluation_does_not():
   generator, variables, z = gated()
-  train = jax.jit(lambda key: generator.apply(
-      variables, z, train=True, rngs={GATE_RNG: key}, mutable=["batch_stats"])[0][1][0].gates)
+  train = jax.jit(
+    lambda key: (
+      generator.apply(variables, z, train=True, rngs={GATE_RNG: key}, mutable=["batch_stats"])[0][
+        1
+      ][0].gates
+    )
+  )
   assert np.mean(train(jax.random.key(0)) != train(jax.random.key(1))) > 0.02
   _, records = generator.apply(variables, z)
   np.testing.assert_array_equal(records[0].gates, np.asarray(records[0].logits) > 0)

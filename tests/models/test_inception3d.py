@@ -20,12 +20,15 @@ def filled(net, shape):
   rng = np.random.default_rng(1)
 
   def fill(path, leaf):
-    values = rng.normal(0, 0.3, leaf.shape) if path[-1] == "kernel" else rng.uniform(0.5, 1.0, leaf.shape)
+    values = (
+      rng.normal(0, 0.3, leaf.shape) if path[-1] == "kernel" else rng.uniform(0.5, 1.0, leaf.shape)
+    )
     return jnp.asarray(values, jnp.float32)
 
   shapes = jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
   return flax.traverse_util.unflatten_dict(
-      {path: fill(path, leaf) for path, leaf in flax.traverse_util.flatten_dict(shapes).items()})
+    {path: fill(path, leaf) for path, leaf in flax.traverse_util.flatten_dict(shapes).items()}
+  )
 
 
 @pytest.mark.slow
@@ -47,9 +50,14 @@ def test_a_module_is_four_branches_side_by_side(shape):
 
   def conv(x, name):
     p, statistics = variables["params"][name], variables["batch_stats"][name]["norm"]
-    letters = "DHW"[-(x.ndim - 2):]
-    x = jax.lax.conv_general_dilated(x, p["conv"]["kernel"], (1,) * len(letters), "SAME",
-                                     dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"))
+    letters = "DHW"[-(x.ndim - 2) :]
+    x = jax.lax.conv_general_dilated(
+      x,
+      p["conv"]["kernel"],
+      (1,) * len(letters),
+      "SAME",
+      dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+    )
     x = (x - statistics["mean"]) / np.sqrt(statistics["var"] + 1e-5)
     return np.maximum(x * p["norm"]["scale"] + p["norm"]["bias"], 0)
 
@@ -57,8 +65,12 @@ def test_a_module_is_four_branches_side_by_side(shape):
   for place in np.ndindex(*shape[1:-1]):
     around = tuple(slice(max(i - 1, 0), i + 2) for i in place)
     pooled[:, *place] = np.asarray(x[:, *around]).max(tuple(range(1, len(shape) - 1)))
-  expected = [conv(x, "branch1"), conv(conv(x, "branch2_reduce"), "branch2"),
-              conv(conv(x, "branch3_reduce"), "branch3"), conv(pooled.astype(np.float32), "branch4")]
+  expected = [
+    conv(x, "branch1"),
+    conv(conv(x, "branch2_reduce"), "branch2"),
+    conv(conv(x, "branch3_reduce"), "branch3"),
+    conv(pooled.astype(np.float32), "branch4"),
+  ]
   assert [e.shape[-1] for e in expected] == [2, 3, 2, 4]
   y = jax.jit(module.apply)(variables, x)
   np.testing.assert_allclose(y, np.concatenate(expected, -1), rtol=1e-4, atol=1e-5)
@@ -66,6 +78,7 @@ def test_a_module_is_four_branches_side_by_side(shape):
 
 def places(net, shape):
   """The size of the answer of the last module of each stage, without the channels."""
+
   def run(x):
     return net.init_with_output(jax.random.key(0), x, capture_intermediates=True, mutable=True)[1]
 
@@ -81,27 +94,37 @@ def test_resolutions():
 
 
 def test_width_multiplies_every_channel_count():
-  y, _ = jax.eval_shape(lambda x: InflatedInception(TINY, width=2).init_with_output(jax.random.key(0), x)[0],
-                        jnp.zeros((1, 4, 8, 8, 1)))
+  y, _ = jax.eval_shape(
+    lambda x: InflatedInception(TINY, width=2).init_with_output(jax.random.key(0), x)[0],
+    jnp.zeros((1, 4, 8, 8, 1)),
+  )
   assert y.shape == (1, 2 * (3 + 2 + 3 + 2))
   sizes = count(InflatedInception(TINY, width=0.001), (4, 8, 8, 1))
   # Three convolutions and twelve of modules, all with one channel out; modules have four out.
-  assert sizes.params == (343 + 1 + 27) + (1 + 1 + 27 + 1 + 27 + 1) + (4 + 4 + 27 + 4 + 27 + 4) + 15 * 2
+  assert (
+    sizes.params == (343 + 1 + 27) + (1 + 1 + 27 + 1 + 27 + 1) + (4 + 4 + 27 + 4 + 27 + 4) + 15 * 2
+  )
 
 
 def centre(net, variables, x, name):
   """What module `name` answers, at the middle frame of a clip."""
-  _, seen = jax.jit(lambda v, x: net.apply(v, x, capture_intermediates=True, mutable=["intermediates"]))(variables, x)
+  _, seen = jax.jit(
+    lambda v, x: net.apply(v, x, capture_intermediates=True, mutable=["intermediates"])
+  )(variables, x)
   y = seen["intermediates"][name]["__call__"][0]
   y = y[0] if isinstance(y, tuple) else y
   return y if x.ndim == 4 else y[:, y.shape[1] // 2]
 
 
 @pytest.mark.thin(2)
-@pytest.mark.parametrize(("net", "frames", "name"), [
+@pytest.mark.parametrize(
+  ("net", "frames", "name"),
+  [
     (InflatedInception(TINY, width=0.5), 64, "stage2_module1"),
     (ResNet(None, blocks=(1, 1), features=2), 25, "stage2_block1"),
-], ids=["i3d", "resnet"])
+  ],
+  ids=["i3d", "resnet"],
+)
 def test_an_inflated_net_sees_a_still_clip_as_its_frame(net, frames, name):
   x = normal(2, 8, 8, 1)
   still = jnp.repeat(x[:, None], frames, axis=1)
@@ -114,17 +137,33 @@ def test_an_inflated_net_sees_a_still_clip_as_its_frame(net, frames, name):
 
 
 def test_only_twins_are_inflated():
-  with pytest.raises(ValueError, match=r"\['a'\] must have the same shape in clips, or one axis more in front; "
-                                       r"got \(2, 3\) in images, \(3, 2, 4\) in clips"):
+  with pytest.raises(
+    ValueError,
+    match=r"\['a'\] must have the same shape in clips, or one axis more in front; "
+    r"got \(2, 3\) in images, \(3, 2, 4\) in clips",
+  ):
     inflate({"a": np.zeros((2, 3))}, {"a": np.zeros((3, 2, 4))})
-  with pytest.raises(ValueError, match=r"images and clips must hold the same names; got .*'a'.* and .*'b'"):
+  with pytest.raises(
+    ValueError, match=r"images and clips must hold the same names; got .*'a'.* and .*'b'"
+  ):
     inflate({"a": np.zeros(2)}, {"b": np.zeros(2)})
 
 
-@pytest.mark.parametrize(("make", "shape", "message"), [
-    (lambda: InflatedInception(TINY, stem="smal"), (1, 2, 8, 8, 1), "stem must .* got 'smal'. Did you mean 'small'"),
-    (lambda: InflatedInception(TINY), (8, 8, 1), r"clips must be \[N, F, H, W, D\].*; got shape \(8, 8, 1\)"),
-])
+@pytest.mark.parametrize(
+  ("make", "shape", "message"),
+  [
+    (
+      lambda: InflatedInception(TINY, stem="smal"),
+      (1, 2, 8, 8, 1),
+      "stem must .* got 'smal'. Did you mean 'small'",
+    ),
+    (
+      lambda: InflatedInception(TINY),
+      (8, 8, 1),
+      r"clips must be \[N, F, H, W, D\].*; got shape \(8, 8, 1\)",
+    ),
+  ],
+)
 def test_bad_settings_are_named(make, shape, message):
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(make().init, jax.random.key(0), jnp.zeros(shape))

@@ -19,12 +19,15 @@ def filled(net, shape):
   rng = np.random.default_rng(1)
 
   def fill(path, leaf):
-    values = rng.normal(0, 0.5, leaf.shape) if path[-1] == "kernel" else rng.uniform(0.5, 1.0, leaf.shape)
+    values = (
+      rng.normal(0, 0.5, leaf.shape) if path[-1] == "kernel" else rng.uniform(0.5, 1.0, leaf.shape)
+    )
     return jnp.asarray(values, jnp.float32)
 
   shapes = jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
   return flax.traverse_util.unflatten_dict(
-      {path: fill(path, leaf) for path, leaf in flax.traverse_util.flatten_dict(shapes).items()})
+    {path: fill(path, leaf) for path, leaf in flax.traverse_util.flatten_dict(shapes).items()}
+  )
 
 
 def test_published_sizes():
@@ -35,9 +38,10 @@ def test_published_sizes():
   assert (sizes.gates, sizes.gate_params, sizes.gated) == (0, 0, 0)
 
 
-@pytest.mark.parametrize(("stride", "features", "expansion", "joined"), [
-    (1, 3, 2, True), (2, 3, 2, False), (1, 4, 2, False), (1, 3, 1, True)
-])
+@pytest.mark.parametrize(
+  ("stride", "features", "expansion", "joined"),
+  [(1, 3, 2, True), (2, 3, 2, False), (1, 4, 2, False), (1, 3, 1, True)],
+)
 def test_an_inverted_residual_by_xlas_convolutions(stride, features, expansion, joined):
   x = normal(2, 5, 4, 3)
   block = InvertedResidual(features, expansion, stride)
@@ -47,9 +51,17 @@ def test_an_inverted_residual_by_xlas_convolutions(stride, features, expansion, 
   def conv(x, name, stride=1, groups=1):
     p, statistics = variables["params"][name], variables["batch_stats"][name]["norm"]
     padding = [(w // 2, w // 2) for w in p["conv"]["kernel"].shape[:2]]
-    x = jax.lax.conv_general_dilated(x, p["conv"]["kernel"], (stride, stride), padding, feature_group_count=groups,
-                                     dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return (x - statistics["mean"]) / np.sqrt(statistics["var"] + 1e-5) * p["norm"]["scale"] + p["norm"]["bias"]
+    x = jax.lax.conv_general_dilated(
+      x,
+      p["conv"]["kernel"],
+      (stride, stride),
+      padding,
+      feature_group_count=groups,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return (x - statistics["mean"]) / np.sqrt(statistics["var"] + 1e-5) * p["norm"]["scale"] + p[
+      "norm"
+    ]["bias"]
 
   relu6 = lambda x: np.clip(x, 0, 6)
   h = relu6(conv(x, "expand")) if expansion > 1 else x
@@ -72,14 +84,20 @@ def test_features_are_the_mean_over_the_last_map():
   np.testing.assert_allclose(y, np.clip(last, 0, 6).mean((1, 2)), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("width", "stem", "features"), [(1.0, 4, 5), (2, 8, 10), (0.5, 2, 2), (0.01, 1, 1)])
+@pytest.mark.parametrize(
+  ("width", "stem", "features"), [(1.0, 4, 5), (2, 8, 10), (0.5, 2, 2), (0.01, 1, 1)]
+)
 def test_width_multiplies_every_channel_count(width, stem, features):
   net = MobileNet(width=width, dtype=jnp.bfloat16, **TINY)
-  (y, _), variables = jax.eval_shape(lambda x: net.init_with_output(jax.random.key(0), x), jnp.zeros((1, 1, 1, 3)))
+  (y, _), variables = jax.eval_shape(
+    lambda x: net.init_with_output(jax.random.key(0), x), jnp.zeros((1, 1, 1, 3))
+  )
   assert (y.shape, y.dtype) == ((1, features), jnp.float32)
   assert variables["params"]["stem"]["conv"]["kernel"].shape == (3, 3, 3, stem)
 
 
 def test_clips_are_refused():
-  with pytest.raises(ValueError, match=r"images must be \[N, H, W, D\]; got shape \(1, 2, 8, 8, 3\)"):
+  with pytest.raises(
+    ValueError, match=r"images must be \[N, H, W, D\]; got shape \(1, 2, 8, 8, 3\)"
+  ):
     jax.eval_shape(MobileNet(**TINY).init, jax.random.key(0), jnp.zeros((1, 2, 8, 8, 3)))

@@ -14,8 +14,8 @@ OPEN = 1e4
 apply = jax.jit(lambda net, variables, x: net.apply(variables, x), static_argnums=0)
 
 TINY = {
-    "basic": dict(blocks=(1, 1), features=3),
-    "bottleneck": dict(blocks=(1, 1), features=2, block=Bottleneck, shortcut="B", stem="imagenet"),
+  "basic": dict(blocks=(1, 1), features=3),
+  "bottleneck": dict(blocks=(1, 1), features=2, block=Bottleneck, shortcut="B", stem="imagenet"),
 }
 tiny = pytest.mark.parametrize("settings", TINY.values(), ids=TINY)
 
@@ -56,7 +56,9 @@ def with_all_logits(variables, logit):
 
 def shared_with_ungated(variables):
   flat = flax.traverse_util.flatten_dict(variables)
-  return flax.traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if "gate" not in path})
+  return flax.traverse_util.unflatten_dict(
+    {path: leaf for path, leaf in flat.items() if "gate" not in path}
+  )
 
 
 @tiny
@@ -82,8 +84,9 @@ def test_without_blocks_a_net_is_stem_pool_and_classifier():
   x = image(2, 4, 4, 1)
   variables = filled(traced(net, x.shape)[2])
   p, statistics = variables["params"], variables["batch_stats"]["stem"]["norm"]
-  stem = jax.lax.conv_general_dilated(x, p["stem"]["conv"]["kernel"], (1, 1), "SAME",
-                                      dimension_numbers=("NHWC", "HWIO", "NHWC"))
+  stem = jax.lax.conv_general_dilated(
+    x, p["stem"]["conv"]["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
   norm = p["stem"]["norm"]
   h = (stem - statistics["mean"]) / np.sqrt(statistics["var"] + 1e-5) * norm["scale"] + norm["bias"]
   expected = np.maximum(h, 0).mean((1, 2)) @ p["classifier"]["kernel"] + p["classifier"]["bias"]
@@ -99,20 +102,30 @@ def test_a_net_has_as_many_layers_as_its_name_says(name):
 
 
 @pytest.mark.thin(3)
-@pytest.mark.parametrize(("name", "size", "gates"), [
+@pytest.mark.parametrize(
+  ("name", "size", "gates"),
+  [
     ("resnet44", 32, 7 * (16 + 32 + 64)),
     ("resnet110", 32, 18 * (16 + 32 + 64)),
     ("resnet101", 64, 2 * (3 * 64 + 4 * 128 + 23 * 256 + 3 * 512)),
-])
+  ],
+)
 def test_deep_nets_build(name, size, gates):
   y, records, _ = traced(resnet(name, classes=7, gating="channel"), (1, size, size, 3))
   assert y.shape == (1, 7)
   assert sum(r.gates.shape[-1] for r in records) == gates
 
 
-@pytest.mark.parametrize(("width", "channels"), [
-    (0.25, [4, 8, 16]), (1.0, [16, 32, 64]), (1.41, [23, 45, 90]), (4, [64, 128, 256]), (0.01, [1, 1, 1])
-])
+@pytest.mark.parametrize(
+  ("width", "channels"),
+  [
+    (0.25, [4, 8, 16]),
+    (1.0, [16, 32, 64]),
+    (1.41, [23, 45, 90]),
+    (4, [64, 128, 256]),
+    (0.01, [1, 1, 1]),
+  ],
+)
 def test_width_multiplies_every_channel_count(width, channels):
   net = resnet("resnet20", 10, gating="channel", width=width, blocks=(1, 1, 1))
   _, records, variables = traced(net, (1, 8, 8, 3))
@@ -141,17 +154,23 @@ def test_an_odd_image_goes_through():
 
 def test_bfloat16_computes_short_and_keeps_parameters_gates_and_logits_long():
   x = image(2, 8, 8, 3)
-  long, short = (ResNet(classes=4, gating="channel", dtype=dtype, **TINY["basic"])
-                 for dtype in (jnp.float32, jnp.bfloat16))
+  long, short = (
+    ResNet(classes=4, gating="channel", dtype=dtype, **TINY["basic"])
+    for dtype in (jnp.float32, jnp.bfloat16)
+  )
   y, records, variables = traced(short, x.shape)
-  assert {leaf.dtype for leaf in jax.tree.leaves((y, records, variables))} == {jnp.dtype(jnp.float32)}
+  assert {leaf.dtype for leaf in jax.tree.leaves((y, records, variables))} == {
+    jnp.dtype(jnp.float32)
+  }
   variables = with_all_logits(filled(variables), OPEN)
   expected, got = (np.asarray(apply(net, variables, x)[0]) for net in (long, short))
   gap = np.abs(got - expected).max() / np.abs(expected).max()
   assert 1e-5 < gap < 0.05
 
 
-@pytest.mark.parametrize(("settings", "convolutions"), [(TINY["basic"], 1 + 4), (TINY["bottleneck"], 1 + 6 + 2)])
+@pytest.mark.parametrize(
+  ("settings", "convolutions"), [(TINY["basic"], 1 + 4), (TINY["bottleneck"], 1 + 6 + 2)]
+)
 def test_the_dtype_reaches_every_convolution(settings, convolutions):
   for dtype, short in ((jnp.float32, "f32"), (jnp.bfloat16, "bf16")):
     net = ResNet(classes=4, gating="channel", dtype=dtype, **settings)
@@ -174,21 +193,44 @@ def test_settings_reach_every_gate():
 def test_shortcut_b_in_a_cifar_net_projects_at_every_new_stage():
   _, _, a = traced(resnet("resnet20", 10, blocks=(1, 1, 1)), (1, 8, 8, 3))
   _, _, b = traced(resnet("resnet20", 10, blocks=(1, 1, 1), shortcut="B"), (1, 8, 8, 3))
-  new = set(flax.traverse_util.flatten_dict(b["params"])) - set(flax.traverse_util.flatten_dict(a["params"]))
+  new = set(flax.traverse_util.flatten_dict(b["params"])) - set(
+    flax.traverse_util.flatten_dict(a["params"])
+  )
   assert {path[:2] for path in new} == {("stage2_block1", "project"), ("stage3_block1", "project")}
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: resnet("ResNet-50", 10), r"model name must be one of .*; got 'ResNet-50'\. Did you mean 'resnet50'\?$"),
-    (lambda: resnet("resnt110", 10), r"model name must be one of .*; got 'resnt110'\. Did you mean 'resnet110'\?$"),
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (
+      lambda: resnet("ResNet-50", 10),
+      r"model name must be one of .*; got 'ResNet-50'\. Did you mean 'resnet50'\?$",
+    ),
+    (
+      lambda: resnet("resnt110", 10),
+      r"model name must be one of .*; got 'resnt110'\. Did you mean 'resnet110'\?$",
+    ),
     (lambda: resnet("vgg", 10), "model name must be one of .*; got 'vgg'$"),
     (lambda: resnet("resnet20", 10, width=0), "width must be > 0; got 0$"),
     (lambda: resnet("resnet20", 10, width=-1.5), "width must be > 0; got -1.5$"),
-    (lambda: traced(resnet("resnet20", 10, stem="cifr"), (1, 8, 8, 3)), "stem must .*'cifr'. Did you mean 'cifar'"),
-    (lambda: traced(resnet("resnet20", 10, gating="channels"), (1, 8, 8, 3)), "gating must .* Did you mean 'channel'"),
-    (lambda: traced(resnet("resnet20", 10, shortcut="a"), (1, 8, 8, 3)), "shortcut must be one of A, B; got 'a'"),
-    (lambda: traced(resnet("resnet20", 10), (8, 8, 3)), r"images must be \[N, H, W, D\]; got shape \(8, 8, 3\)"),
-])
+    (
+      lambda: traced(resnet("resnet20", 10, stem="cifr"), (1, 8, 8, 3)),
+      "stem must .*'cifr'. Did you mean 'cifar'",
+    ),
+    (
+      lambda: traced(resnet("resnet20", 10, gating="channels"), (1, 8, 8, 3)),
+      "gating must .* Did you mean 'channel'",
+    ),
+    (
+      lambda: traced(resnet("resnet20", 10, shortcut="a"), (1, 8, 8, 3)),
+      "shortcut must be one of A, B; got 'a'",
+    ),
+    (
+      lambda: traced(resnet("resnet20", 10), (8, 8, 3)),
+      r"images must be \[N, H, W, D\]; got shape \(8, 8, 3\)",
+    ),
+  ],
+)
 def test_bad_settings_are_named_with_what_may_have_been_meant(make, message):
   with pytest.raises(ValueError, match=message):
     make()

@@ -14,8 +14,8 @@ from gating_jax.models.summary import count
 SHAPE, CLASSES, BEFORE, N = (6, 6, 1), 2, 2, 5
 FIELDS = dict(blocks=(1, 2), features=2, shortcut="B")
 BLOCKS = {  # of a stage: its block, and what its first convolution has for a window
-    "basic": (BasicBlock, 3),
-    "bottleneck": (Bottleneck, 1),
+  "basic": (BasicBlock, 3),
+  "bottleneck": (Bottleneck, 1),
 }
 
 
@@ -35,17 +35,26 @@ def random(*shape, seed=0):
 def before(block, columns=BEFORE):
   """Outputs of so many older columns, in the first places, and zeros."""
   filled = (np.arange(BEFORE) < columns)[:, None, None, None, None]
-  return tuple(jnp.abs(random(BEFORE, N, *shape, seed=i)) * filled
-               for i, shape in enumerate(output_shapes(net(block), SHAPE)))
+  return tuple(
+    jnp.abs(random(BEFORE, N, *shape, seed=i)) * filled
+    for i, shape in enumerate(output_shapes(net(block), SHAPE))
+  )
 
 
 @functools.cache
 def variables(block):
-  shapes = jax.eval_shape(lambda x, b: net(block).init(jax.random.key(0), x, b), random(N, *SHAPE), before(block))
+  shapes = jax.eval_shape(
+    lambda x, b: net(block).init(jax.random.key(0), x, b), random(N, *SHAPE), before(block)
+  )
   flat = flax.traverse_util.flatten_dict(shapes)
-  return flax.traverse_util.unflatten_dict({
-      path: jnp.abs(random(*leaf.shape, seed=i)) + 0.5 if path[-1] == "var" else random(*leaf.shape, seed=i)
-      for i, (path, leaf) in enumerate(flat.items())})
+  return flax.traverse_util.unflatten_dict(
+    {
+      path: jnp.abs(random(*leaf.shape, seed=i)) + 0.5
+      if path[-1] == "var"
+      else random(*leaf.shape, seed=i)
+      for i, (path, leaf) in enumerate(flat.items())
+    }
+  )
 
 
 @functools.cache
@@ -56,14 +65,19 @@ def run(block, columns):
 def conv_norm(tree, x, kernel, stride=1):
   """BatchNorm in evaluation of the convolution with this kernel."""
   pad = [(kernel.shape[0] // 2,) * 2] * 2
-  y = jax.lax.conv_general_dilated(x, kernel, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+  y = jax.lax.conv_general_dilated(
+    x, kernel, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
   params, stats = tree["params"]["norm"], tree["batch_stats"]["norm"]
   return (y - stats["mean"]) / jnp.sqrt(stats["var"] + 1e-5) * params["scale"] + params["bias"]
 
 
 def part(tree, *names):
   """Parameters and statistics of a module within another."""
-  return {kind: functools.reduce(lambda t, name: t[name], names, tree[kind]) for kind in ("params", "batch_stats")}
+  return {
+    kind: functools.reduce(lambda t, name: t[name], names, tree[kind])
+    for kind in ("params", "batch_stats")
+  }
 
 
 def adapted(tree, name, older):
@@ -89,15 +103,23 @@ def test_a_block_is_the_equation_of_the_docstring():
 def test_logits_are_of_the_pooled_features_of_all_columns():
   tree = variables(BasicBlock)
   logits, outputs = run(BasicBlock, 2)
-  pooled = [outputs[-1].mean((1, 2)),
-            adapted(tree, "classifier_adapter", before(BasicBlock)[-1].mean((2, 3)))]
+  pooled = [
+    outputs[-1].mean((1, 2)),
+    adapted(tree, "classifier_adapter", before(BasicBlock)[-1].mean((2, 3))),
+  ]
   p = tree["params"]["classifier"]
-  np.testing.assert_allclose(logits, jnp.concatenate(pooled, -1) @ p["kernel"] + p["bias"], rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(
+    logits, jnp.concatenate(pooled, -1) @ p["kernel"] + p["bias"], rtol=1e-4, atol=1e-4
+  )
 
 
 def plain_variables(block):
   """Those of a column without its adapters and what reads them."""
-  flat = {path: x for path, x in flax.traverse_util.flatten_dict(variables(block)).items() if "adapter" not in path[1]}
+  flat = {
+    path: x
+    for path, x in flax.traverse_util.flatten_dict(variables(block)).items()
+    if "adapter" not in path[1]
+  }
   for path, x in flat.items():
     if path[2:] == ("conv1", "conv", "kernel"):
       flat[path] = x[:, :, : x.shape[2] // 2]
@@ -143,8 +165,16 @@ def expected_macs(kind, j):
   more."""
   block, window = BLOCKS[kind]
   d, plain = block.expansion, count(ResNet(CLASSES, block=block, **FIELDS), SHAPE).macs
-  blocks = [(36, 2, 36, 2), (36, 2 * d, 9 if window == 3 else 36, 4), (9, 4 * d, 9, 4)]  # pixels, channels: in and out
-  lateral = sum(j * pixels * i * i + window**2 * after * i * f for pixels, i, after, f in blocks) if j else 0
+  blocks = [
+    (36, 2, 36, 2),
+    (36, 2 * d, 9 if window == 3 else 36, 4),
+    (9, 4 * d, 9, 4),
+  ]  # pixels, channels: in and out
+  lateral = (
+    sum(j * pixels * i * i + window**2 * after * i * f for pixels, i, after, f in blocks)
+    if j
+    else 0
+  )
   head = 4 * d * CLASSES
   return plain - head + lateral, head + (j * (4 * d) ** 2 + head if j else 0)
 
@@ -152,7 +182,8 @@ def expected_macs(kind, j):
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_macs_are_those_of_the_plain_net_and_of_laterals(kind):
   assert [tuple(column_macs(net(BLOCKS[kind][0]), SHAPE, j)) for j in range(3)] == [
-      expected_macs(kind, j) for j in range(3)]
+    expected_macs(kind, j) for j in range(3)
+  ]
 
 
 def test_parameters_are_those_of_the_plain_net_and_of_laterals():
@@ -170,11 +201,22 @@ def test_a_named_columns_macs():
   assert sum(column_macs(net, (32, 32, 3), 0)) == plain
   # Two blocks a stage: the stem and block 1 have 8, 8 channels at 32 x 32, and so on, halved and doubled.
   sizes = [(1024, 8), (1024, 8), (1024, 8), (256, 16), (256, 16), (64, 32), (64, 32), (16, 64)]
-  first = [(1024, 8, 8)] * 2 + [(256, 8, 16), (256, 16, 16), (64, 16, 32), (64, 32, 32), (16, 32, 64), (16, 64, 64)]
-  lateral = sum(4 * pixels * d * d for pixels, d in sizes) + sum(9 * pixels * i * o for pixels, i, o in first)
+  first = [(1024, 8, 8)] * 2 + [
+    (256, 8, 16),
+    (256, 16, 16),
+    (64, 16, 32),
+    (64, 32, 32),
+    (16, 32, 64),
+    (16, 64, 64),
+  ]
+  lateral = sum(4 * pixels * d * d for pixels, d in sizes) + sum(
+    9 * pixels * i * o for pixels, i, o in first
+  )
   assert sum(column_macs(net, (32, 32, 3), 4)) == plain + lateral + 4 * 64 * 64 + 64 * 2
 
 
 def test_gates_are_refused(block):
-  with pytest.raises(ValueError, match="^channels beside a block's input need gating 'none'; got 'channel'"):
+  with pytest.raises(
+    ValueError, match="^channels beside a block's input need gating 'none'; got 'channel'"
+  ):
     net(block, gating="channel").init(jax.random.key(0), random(N, *SHAPE), before(block))

@@ -16,7 +16,9 @@ apply = jax.jit(lambda model, variables, x: model.apply(variables, x), static_ar
 
 
 def backbone(**fields):
-  return ResNet(**dict(classes=None, blocks=(1, 2, 1), features=4, pool=False, shortcut="B") | fields)
+  return ResNet(
+    **dict(classes=None, blocks=(1, 2, 1), features=4, pool=False, shortcut="B") | fields
+  )
 
 
 def initialised(model, x):
@@ -24,8 +26,10 @@ def initialised(model, x):
   shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x))
   signed = lambda v: jnp.asarray(RANDOM.uniform(-1, 1, v.shape), jnp.float32)
   positive = lambda v: jnp.asarray(RANDOM.uniform(0.5, 1.5, v.shape), jnp.float32)
-  return {"params": jax.tree.map(signed, shapes["params"]),
-          "batch_stats": jax.tree.map(positive, shapes["batch_stats"])}
+  return {
+    "params": jax.tree.map(signed, shapes["params"]),
+    "batch_stats": jax.tree.map(positive, shapes["batch_stats"]),
+  }
 
 
 @pytest.mark.parametrize(("size", "side"), [(7, 3), (4, 6), (6, 6), (5, 1), (9, 2)])
@@ -36,13 +40,16 @@ def test_grid_means_are_those_of_their_cells(size, side):
     for j in range(side):
       rows = slice(math.floor(i * size / side), math.ceil((i + 1) * size / side))
       columns = slice(math.floor(j * 5 / side), math.ceil((j + 1) * 5 / side))
-      np.testing.assert_allclose(got[:, i, j], x[:, rows, columns].mean(axis=(1, 2)), rtol=1e-5, atol=1e-6)
+      np.testing.assert_allclose(
+        got[:, i, j], x[:, rows, columns].mean(axis=(1, 2)), rtol=1e-5, atol=1e-6
+      )
 
 
 def test_enlarging_is_linear_between_the_centres_of_pixels():
   ramp = jnp.arange(4.0).reshape(1, 1, 4, 1)
-  np.testing.assert_allclose(enlarge(ramp, (3, 8))[0, :, :, 0], [[0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]] * 3,
-                             rtol=1e-6)
+  np.testing.assert_allclose(
+    enlarge(ramp, (3, 8))[0, :, :, 0], [[0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]] * 3, rtol=1e-6
+  )
 
 
 @pytest.mark.thin(3)
@@ -60,9 +67,16 @@ def test_a_finer_map_has_that_of_the_named_net_among_its_pixels(block, output_st
 
 
 @pytest.mark.thin(2)
-@pytest.mark.parametrize(("name", "output_stride", "side"), [
-    ("resnet50", None, 3), ("resnet50", 16, 6), ("resnet50", 8, 12), ("resnet18", 31, 6), ("resnet20", 2, 48),
-])
+@pytest.mark.parametrize(
+  ("name", "output_stride", "side"),
+  [
+    ("resnet50", None, 3),
+    ("resnet50", 16, 6),
+    ("resnet50", 8, 12),
+    ("resnet18", 31, 6),
+    ("resnet20", 2, 48),
+  ],
+)
 def test_output_stride_is_the_most_that_the_map_is_coarser(name, output_stride, side):
   model = resnet(name, None, pool=False, output_stride=output_stride, gating="channel")
   x = jnp.zeros((1, 96, 96, 3))
@@ -73,7 +87,9 @@ def test_output_stride_is_the_most_that_the_map_is_coarser(name, output_stride, 
 def test_an_output_stride_that_the_net_cannot_have_is_refused():
   refused = "output_stride must be None or, for images, at least the stem's"
   with pytest.raises(ValueError, match=f"{refused} 4; got 2"):
-    jax.eval_shape(resnet("resnet18", None, output_stride=2).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    jax.eval_shape(
+      resnet("resnet18", None, output_stride=2).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))
+    )
   with pytest.raises(ValueError, match=f"{refused} 1; got 2"):
     jax.eval_shape(backbone(output_stride=2).init, jax.random.key(0), jnp.zeros((1, 4, 16, 16, 3)))
 

@@ -13,18 +13,25 @@ from gating_jax.types import GateRecord
 # Dense MACs, parameters, gates, gate MACs, gate parameters, as the project's specification has them; but for resnet8,
 # which it leaves out: its three blocks are added up by hand below.
 TABLE = {
-    "resnet20": (40_551_040, 269_722, 336, 9_984, 10_608),
-    "resnet8": (12_239_488, 75_290, 112, 2_816, 3_024),
-    "resnet32": (68_862_592, 464_154, 560, 17_152, 18_192),
-    "resnet56": (125_485_696, 853_018, 1_008, 31_488, 33_360),
-    "resnet18": (1_814_073_344, 11_689_512, 1_920, 54_272, 56_448),
-    "resnet34": (3_663_761_408, 21_797_672, 3_776, 113_664, 117_952),
-    "resnet50": (4_089_184_256, 25_557_032, 7_552, 330_752, 338_816),
+  "resnet20": (40_551_040, 269_722, 336, 9_984, 10_608),
+  "resnet8": (12_239_488, 75_290, 112, 2_816, 3_024),
+  "resnet32": (68_862_592, 464_154, 560, 17_152, 18_192),
+  "resnet56": (125_485_696, 853_018, 1_008, 31_488, 33_360),
+  "resnet18": (1_814_073_344, 11_689_512, 1_920, 54_272, 56_448),
+  "resnet34": (3_663_761_408, 21_797_672, 3_776, 113_664, 117_952),
+  "resnet50": (4_089_184_256, 25_557_032, 7_552, 330_752, 338_816),
 }
 CIFAR = {"classes": 10, "input_shape": (32, 32, 3)}
 IMAGENET = {"classes": 1000, "input_shape": (224, 224, 3)}
-SETTINGS = {"resnet8": CIFAR, "resnet20": CIFAR, "resnet32": CIFAR, "resnet56": CIFAR,
-            "resnet18": IMAGENET, "resnet34": IMAGENET, "resnet50": IMAGENET}
+SETTINGS = {
+  "resnet8": CIFAR,
+  "resnet20": CIFAR,
+  "resnet32": CIFAR,
+  "resnet56": CIFAR,
+  "resnet18": IMAGENET,
+  "resnet34": IMAGENET,
+  "resnet50": IMAGENET,
+}
 
 
 def counts_of(name, gating, *, classes, input_shape, **settings):
@@ -39,7 +46,11 @@ def test_the_table_of_known_sizes(name):
 
 
 def test_the_gates_of_resnet8_by_hand():
-  layers = ((16, 16), (16, 32), (32, 64))  # channels that each of the three gate networks reads and switches
+  layers = (
+    (16, 16),
+    (16, 32),
+    (32, 64),
+  )  # channels that each of the three gate networks reads and switches
   macs = sum(16 * (read + switched) for read, switched in layers)
   switched = 16 + 32 + 64
   norms = 3 * 2 * 16
@@ -47,8 +58,18 @@ def test_the_gates_of_resnet8_by_hand():
 
 
 @pytest.mark.thin(3)
-@pytest.mark.parametrize(("depth", "params"), [
-    (8, 75_290), (14, 172_506), (20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018), (110, 1_727_962)])
+@pytest.mark.parametrize(
+  ("depth", "params"),
+  [
+    (8, 75_290),
+    (14, 172_506),
+    (20, 269_722),
+    (32, 464_154),
+    (44, 658_586),
+    (56, 853_018),
+    (110, 1_727_962),
+  ],
+)
 def test_every_depth_for_small_images_has_the_size_that_follows_from_its_blocks(depth, params):
   """Each of the n blocks of a stage would be two 3x3 convolutions between as many channels as it has; the first of the
   second and of the third stage reads half of them. All stages have as many multiplications, since where the channels
@@ -62,12 +83,28 @@ def test_every_depth_for_small_images_has_the_size_that_follows_from_its_blocks(
   assert c.macs == 32**2 * stem + (3 * 2 * n - 1) * 32**2 * 9 * 16 * 16 + 64 * 10
 
 
-@pytest.mark.parametrize(("name", "params", "macs"), [
-    ("simple_cnn", 9 * (3 * 100 + 2 * 100 * 100) + 2 * 300 + 1010,
-     9 * (32**2 * 3 * 100 + (16**2 + 8**2) * 100 * 100) + 1000),
-    ("vgg8", 9 * (3 * 64 + 64 * 128 + 128 * 256 + 256 * 256 + 256 * 512 + 512 * 512) + 2 * 1_728 + 5_130,
-     9 * (32**2 * 3 * 64 + 16**2 * 64 * 128 + 8**2 * (128 * 256 + 256 * 256) + 4**2 * (256 * 512 + 512 * 512)) + 5_120),
-])
+@pytest.mark.parametrize(
+  ("name", "params", "macs"),
+  [
+    (
+      "simple_cnn",
+      9 * (3 * 100 + 2 * 100 * 100) + 2 * 300 + 1010,
+      9 * (32**2 * 3 * 100 + (16**2 + 8**2) * 100 * 100) + 1000,
+    ),
+    (
+      "vgg8",
+      9 * (3 * 64 + 64 * 128 + 128 * 256 + 256 * 256 + 256 * 512 + 512 * 512) + 2 * 1_728 + 5_130,
+      9
+      * (
+        32**2 * 3 * 64
+        + 16**2 * 64 * 128
+        + 8**2 * (128 * 256 + 256 * 256)
+        + 4**2 * (256 * 512 + 512 * 512)
+      )
+      + 5_120,
+    ),
+  ],
+)
 def test_chains_have_the_size_that_follows_from_their_layers(name, params, macs):
   c = count(vgg(name, 10), (32, 32, 3))
   assert (c.params, c.macs) == (params, macs)
@@ -77,7 +114,9 @@ def test_chains_have_the_size_that_follows_from_their_layers(name, params, macs)
 def test_without_gates_the_network_proper_is_the_same(name):
   macs, params, *_ = TABLE[name]
   plain = counts_of(name, "none", **SETTINGS[name])
-  assert plain == ModelCounts(params=params, gate_params=0, gates=0, macs=macs, gate_macs=0, gated=0)
+  assert plain == ModelCounts(
+    params=params, gate_params=0, gates=0, macs=macs, gate_macs=0, gated=0
+  )
   assert plain.fixed == macs
 
 
@@ -91,12 +130,20 @@ def test_all_but_stem_and_classifier_is_gated_where_shortcuts_are_free(size):
 
 
 def test_gated_layers_are_named_in_the_order_of_the_network():
-  layers = lambda name, gating: count(resnet(name, 10, gating=gating, blocks=(1, 2)), (8, 8, 3)).gate_layers
+  layers = lambda name, gating: (
+    count(resnet(name, 10, gating=gating, blocks=(1, 2)), (8, 8, 3)).gate_layers
+  )
   assert layers("resnet20", "channel") == (
-      ("stage1_block1/conv1", 16), ("stage2_block1/conv1", 32), ("stage2_block2/conv1", 32))
+    ("stage1_block1/conv1", 16),
+    ("stage2_block1/conv1", 32),
+    ("stage2_block2/conv1", 32),
+  )
   assert layers("resnet20", "layer") == (("stage1_block1", 1), ("stage2_block2", 1))
   assert layers("resnet50", "channel")[:3] == (
-      ("stage1_block1/conv1", 64), ("stage1_block1/conv2", 64), ("stage2_block1/conv1", 128))
+    ("stage1_block1/conv1", 64),
+    ("stage1_block1/conv2", 64),
+    ("stage2_block1/conv1", 128),
+  )
 
 
 def test_projections_are_never_gated():
@@ -128,7 +175,9 @@ def test_convolutions_and_dense_layers_are_counted_at_each_call():
 
 
 DEEP = ("resnet34", "resnet56", "resnet110", "resnet101")
-BACKBONES = [pytest.param(name, marks=[pytest.mark.slow] if name in DEEP else []) for name in (*RESNETS, *VGGS)]
+BACKBONES = [
+  pytest.param(name, marks=[pytest.mark.slow] if name in DEEP else []) for name in (*RESNETS, *VGGS)
+]
 
 
 @pytest.mark.thin(3)
@@ -154,6 +203,11 @@ def test_xla_counts_the_multiplications_of_every_backbone_within_two_percent(nam
 def test_layers_are_named_by_the_module_that_is_gated_and_else_by_their_place():
   gate = jnp.zeros((2, 3))
   of = lambda **paths: GateRecord(gate, gate, gate, **paths)
-  records = [of(writers=(("block1", "conv1", "conv"),)), of(gate=("block2", "gate")), of(gate=("gate",)), of(),
-             of(gate=("block2", "gate"))]
+  records = [
+    of(writers=(("block1", "conv1", "conv"),)),
+    of(gate=("block2", "gate")),
+    of(gate=("gate",)),
+    of(),
+    of(gate=("block2", "gate")),
+  ]
   assert layer_names(records) == ("block1/conv1", "block2", "gate", "layer03", "layer04")

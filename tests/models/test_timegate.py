@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from scipy import special
 
-from gating_jax.layers.gate import GATE_NAME, GATE_RNG, ChannelGate, GateSettings, Switched, is_gate_path
+from gating_jax.layers.gate import (
+  GATE_NAME,
+  GATE_RNG,
+  ChannelGate,
+  GateSettings,
+  Switched,
+  is_gate_path,
+)
 from gating_jax.layers.segment_gate import POOLINGS, SegmentGateSettings
 from gating_jax.models.timegate import SELECTIONS, SegmentClassifier, SegmentNet
 from gating_jax.models.video_backbones import FeaturePool
@@ -31,22 +38,39 @@ class Net(nn.Module):
 
   @nn.compact
   def __call__(self, x, train=False):
-    gate = ChannelGate((Switched(self.units, D),), GateSettings(hidden=3, initial_open=0.5), self.axis_name,
-                       name=GATE_NAME)
+    gate = ChannelGate(
+      (Switched(self.units, D),),
+      GateSettings(hidden=3, initial_open=0.5),
+      self.axis_name,
+      name=GATE_NAME,
+    )
     records = gate(x, train)
     return nn.Dense(self.units, name="dense")(x) * records[0].gates, records
 
 
 def net(selection="gate", *, light=FeaturePool(), heavy=None, axis_name=None, **settings):  # noqa: B008
-  return SegmentNet(CLASSES, light, heavy or Net(axis_name=axis_name), selection, SHARE, gate=GATE, macs_per_segment=9,
-                    axis_name=axis_name, **settings)
+  return SegmentNet(
+    CLASSES,
+    light,
+    heavy or Net(axis_name=axis_name),
+    selection,
+    SHARE,
+    gate=GATE,
+    macs_per_segment=9,
+    axis_name=axis_name,
+    **settings,
+  )
 
 
 def videos(lengths=LENGTHS, seed=0):
   rng = np.random.default_rng(seed)
   shape = len(lengths), T
-  return {"light": rng.normal(size=(*shape, C)).astype(np.float32), "relevant": rng.random(shape) < 0.3,
-          "heavy": rng.normal(size=(*shape, D)).astype(np.float32), "valid": np.arange(T) < np.array(lengths)[:, None]}
+  return {
+    "light": rng.normal(size=(*shape, C)).astype(np.float32),
+    "relevant": rng.random(shape) < 0.3,
+    "heavy": rng.normal(size=(*shape, D)).astype(np.float32),
+    "valid": np.arange(T) < np.array(lengths)[:, None],
+  }
 
 
 @functools.cache
@@ -54,10 +78,17 @@ def variables(model):
   """Made by numpy, since compiling `init` takes seconds; none of them is 0."""
   rng = np.random.default_rng(1)
   shapes = flax.traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), videos()))
-  return flax.traverse_util.unflatten_dict({
-      path: np.asarray(rng.uniform(0.5, 2, leaf.shape) if path[-1] in ("scale", "var") else
-                       rng.normal(0, 0.6, leaf.shape), np.float32)
-      for path, leaf in shapes.items()})
+  return flax.traverse_util.unflatten_dict(
+    {
+      path: np.asarray(
+        rng.uniform(0.5, 2, leaf.shape)
+        if path[-1] in ("scale", "var")
+        else rng.normal(0, 0.6, leaf.shape),
+        np.float32,
+      )
+      for path, leaf in shapes.items()
+    }
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -90,21 +121,29 @@ def test_logits_by_hand():
       chosen = x[gates > 0]
       shares = np.ones(len(chosen)) / len(chosen)
       if pooling == "attention":
-        shares = special.softmax(dense(variables(model)["params"]["classifier"]["scores"], chosen)[:, 0])
+        shares = special.softmax(
+          dense(variables(model)["params"]["classifier"]["scores"], chosen)[:, 0]
+        )
       pooled.append(chosen.max(0) if pooling == "max" else shares @ chosen)
     assert outputs.keys() == {"logits"}
-    np.testing.assert_allclose(outputs["logits"], head_by_hand(model, np.array(pooled)), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+      outputs["logits"], head_by_hand(model, np.array(pooled)), rtol=1e-4, atol=1e-4
+    )
 
 
 def gates_by_policy(selection, inputs, outputs):
   valid = jnp.asarray(inputs["valid"])
   k = choices.k_for(valid, SHARE)
-  return {"all": lambda: valid,
-          "uniform": lambda: choices.uniform_k(valid, k), "prefix": lambda: choices.first_k(valid, k),
-          "random": lambda: choices.random_k(jax.random.key(0), valid, k),
-          "oracle": lambda: choices.top_k(inputs["relevant"] * np.float32(1), valid, k),
-          "confidence": lambda: choices.top_k(special.softmax(outputs["light_logits"], -1).max(-1), valid, k),
-          }[selection]()
+  return {
+    "all": lambda: valid,
+    "uniform": lambda: choices.uniform_k(valid, k),
+    "prefix": lambda: choices.first_k(valid, k),
+    "random": lambda: choices.random_k(jax.random.key(0), valid, k),
+    "oracle": lambda: choices.top_k(inputs["relevant"] * np.float32(1), valid, k),
+    "confidence": lambda: choices.top_k(
+      special.softmax(outputs["light_logits"], -1).max(-1), valid, k
+    ),
+  }[selection]()
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -137,10 +176,14 @@ def test_its_parts_make_the_whole(selection):
   np.testing.assert_allclose(light["light_logits"], by_hand, rtol=1e-4, atol=1e-5)
   b, t = np.nonzero(record.gates)
   few, channels = of(model, inputs["heavy"][b, t], "encode")
-  np.testing.assert_array_equal(channels[0].gates, np.asarray(records[1].gates).reshape(B, T, -1)[b, t])
+  np.testing.assert_array_equal(
+    channels[0].gates, np.asarray(records[1].gates).reshape(B, T, -1)[b, t]
+  )
   features = np.zeros((B, T, few.shape[-1]), np.float32)
   features[b, t] = few
-  np.testing.assert_allclose(of(model, features, "classify", record.gates), outputs["logits"], rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    of(model, features, "classify", record.gates), outputs["logits"], rtol=1e-4, atol=1e-5
+  )
 
 
 def test_a_video_has_the_same_logits_alone_and_in_a_batch_of_longer_ones():
@@ -148,58 +191,100 @@ def test_a_video_has_the_same_logits_alone_and_in_a_batch_of_longer_ones():
   together, records = evaluate(model, inputs)
   assert len({tuple(row) for row in np.asarray(records[0].gates)}) > 2
   for b, length in enumerate(LENGTHS[1:3], start=1):
-    alone, _ = evaluate(model, {name: value[b:b + 1, :length] for name, value in inputs.items()})
+    alone, _ = evaluate(model, {name: value[b : b + 1, :length] for name, value in inputs.items()})
     np.testing.assert_allclose(alone["logits"][0], together["logits"][b], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(alone["light_logits"][0], together["light_logits"][b, :length], atol=1e-5)
+    np.testing.assert_allclose(
+      alone["light_logits"][0], together["light_logits"][b, :length], atol=1e-5
+    )
 
 
 def test_training_does_not_depend_on_the_number_of_devices():
   inputs = videos(lengths=[1, 2, 3, 4, 5, 6, 6, 6] * 2)
   alone, spread = (net(light_head=True, pooling="mean", axis_name=name) for name in (None, AXIS))
   run = lambda model, inputs, seed=0: model.apply(
-      variables(alone), inputs, train=True, mutable=["batch_stats"],
-      rngs={GATE_RNG: jax.random.key(seed), "dropout": jax.random.key(seed + 1)})
+    variables(alone),
+    inputs,
+    train=True,
+    mutable=["batch_stats"],
+    rngs={GATE_RNG: jax.random.key(seed), "dropout": jax.random.key(seed + 1)},
+  )
   one = jax.jit(lambda inputs, seed: run(alone, inputs, seed))
   (outputs, records), statistics = one(inputs, 0)
   (other, drawn), _ = one(inputs, 1)
   assert np.mean(drawn[0].gates != records[0].gates) > 0.1
   assert np.abs(other["logits"] - outputs["logits"]).max() > 0.1
   shards = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), inputs)
-  (spread_outputs, spread_records), spread_statistics = jax.pmap(lambda x: run(spread, x), axis_name=AXIS)(shards)
+  (spread_outputs, spread_records), spread_statistics = jax.pmap(
+    lambda x: run(spread, x), axis_name=AXIS
+  )(shards)
   for record, by_device in zip(records, spread_records, strict=True):
     np.testing.assert_array_equal(by_device.gates.reshape(record.gates.shape), record.gates)
   for name, value in outputs.items():
-    np.testing.assert_allclose(spread_outputs[name].reshape(value.shape), value, rtol=1e-3, atol=1e-3)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a[5], b, rtol=1e-4, atol=1e-4), spread_statistics, statistics)
+    np.testing.assert_allclose(
+      spread_outputs[name].reshape(value.shape), value, rtol=1e-3, atol=1e-3
+    )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a[5], b, rtol=1e-4, atol=1e-4),
+    spread_statistics,
+    statistics,
+  )
 
 
 def test_the_segments_gate_is_a_gate_network_and_nothing_else_is():
-  params = flax.traverse_util.flatten_dict(variables(net(light_head=True, heavy=FeaturePool()))["params"])
+  params = flax.traverse_util.flatten_dict(
+    variables(net(light_head=True, heavy=FeaturePool()))["params"]
+  )
   assert {path[0] for path in params if is_gate_path(path)} == {GATE_NAME}
-  assert {path[0] for path in params if not is_gate_path(path)} == {"classifier", "light_classifier"}
+  assert {path[0] for path in params if not is_gate_path(path)} == {
+    "classifier",
+    "light_classifier",
+  }
   assert params[GATE_NAME, "concepts", "kernel"].shape == (C, 4)
 
 
 def test_segments_are_classified_by_both_nets():
   model = SegmentClassifier(CLASSES, light=FeaturePool(), heavy=Net())
-  inputs = {name: value[:, 0] for name, value in videos().items() if name != "valid"} | {"picked": np.arange(B)}
+  inputs = {name: value[:, 0] for name, value in videos().items() if name != "valid"} | {
+    "picked": np.arange(B)
+  }
   weights = jax.jit(model.init)(jax.random.key(0), inputs)
   outputs, records = model.apply(weights, inputs)
-  np.testing.assert_allclose(outputs["light"], dense(weights["params"]["light_head"], inputs["light"]), rtol=1e-5)
-  heavy, _ = Net().apply({"params": weights["params"]["heavy"], "batch_stats": weights["batch_stats"]["heavy"]},
-                         inputs["heavy"])
-  np.testing.assert_allclose(outputs["heavy"], dense(weights["params"]["heavy_head"], heavy), rtol=1e-5)
+  np.testing.assert_allclose(
+    outputs["light"], dense(weights["params"]["light_head"], inputs["light"]), rtol=1e-5
+  )
+  heavy, _ = Net().apply(
+    {"params": weights["params"]["heavy"], "batch_stats": weights["batch_stats"]["heavy"]},
+    inputs["heavy"],
+  )
+  np.testing.assert_allclose(
+    outputs["heavy"], dense(weights["params"]["heavy_head"], heavy), rtol=1e-5
+  )
   np.testing.assert_array_equal(outputs["picked"], np.arange(B))
   assert records[0].gates.shape == (B, 4)
 
 
-@pytest.mark.parametrize(("model", "message"), [
-    (lambda: net("gates"), f"selection must be one of {', '.join(sorted(SELECTIONS))}; got 'gates'. Did you mean"),
-    (lambda: net("gate", light=None), "light must be a net where the selection is 'gate' or it has a head; got None"),
-    (lambda: net("confidence", light=None), "light must be a net where the selection is 'confidence' or it has"),
-    (lambda: net("all", light=None, light_head=True), "light must be a net where the selection is 'all' or it has"),
+@pytest.mark.parametrize(
+  ("model", "message"),
+  [
+    (
+      lambda: net("gates"),
+      f"selection must be one of {', '.join(sorted(SELECTIONS))}; got 'gates'. Did you mean",
+    ),
+    (
+      lambda: net("gate", light=None),
+      "light must be a net where the selection is 'gate' or it has a head; got None",
+    ),
+    (
+      lambda: net("confidence", light=None),
+      "light must be a net where the selection is 'confidence' or it has",
+    ),
+    (
+      lambda: net("all", light=None, light_head=True),
+      "light must be a net where the selection is 'all' or it has",
+    ),
     (lambda: net(pooling="sum"), "pooling must be one of attention, max, mean; got 'sum'"),
-])
+  ],
+)
 def test_wrong_settings_are_named(model, message):
   with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
     jax.eval_shape(model().init, jax.random.key(0), videos())
@@ -221,7 +306,9 @@ class Plain(nn.Module):
 
 
 @pytest.mark.thin(3)
-@pytest.mark.parametrize(("selection", "capacity"), [("uniform", 8), ("uniform", 11), ("gate", B * T)])
+@pytest.mark.parametrize(
+  ("selection", "capacity"), [("uniform", 8), ("uniform", 11), ("gate", B * T)]
+)
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_the_heavy_nets_backward_may_run_on_the_chosen_segments_alone(selection, capacity, pooling):
   inputs = videos()
@@ -233,7 +320,8 @@ def test_the_heavy_nets_backward_may_run_on_the_chosen_segments_alone(selection,
 
     def loss(params):
       (outputs, (record, *_)), _ = model.apply(
-          {**of, "params": params}, inputs, True, mutable=["batch_stats"], rngs=rngs)
+        {**of, "params": params}, inputs, True, mutable=["batch_stats"], rngs=rngs
+      )
       return jnp.sum(jnp.cos(outputs["logits"])), jnp.sum(record.gates > 0)
 
     return jax.jit(jax.grad(loss, has_aux=True))(of["params"])
@@ -247,6 +335,13 @@ def test_the_heavy_nets_backward_may_run_on_the_chosen_segments_alone(selection,
 
 def test_a_heavy_net_that_mixes_clips_has_the_backward_of_all():
   model = net("uniform", backward_capacity=8)
-  with pytest.raises(ValueError, match=r"heavy must treat every clip by itself .* got a net with \['batch_stats'\]"):
-    model.apply(variables(model), videos(), True, mutable=["batch_stats"],
-                rngs={GATE_RNG: jax.random.key(0), "dropout": jax.random.key(1)})
+  with pytest.raises(
+    ValueError, match=r"heavy must treat every clip by itself .* got a net with \['batch_stats'\]"
+  ):
+    model.apply(
+      variables(model),
+      videos(),
+      True,
+      mutable=["batch_stats"],
+      rngs={GATE_RNG: jax.random.key(0), "dropout": jax.random.key(1)},
+    )

@@ -39,15 +39,21 @@ def test_gates_are_of_the_output_channels_of_every_layer():
   model = VGG(None, (3, POOL, 5, 4), gating="channel", gate=GateSettings(hidden=4))
   records = records_of(model, (8, 8, 2))
   assert [r.gates.shape for r in records] == [(1, 3), (1, 5), (1, 4)]
-  assert [(r.macs_per_unit, r.macs_per_pair) for r in records] == [(9 * 64 * 2, 0), (0, 9 * 16), (0, 9 * 16)]
+  assert [(r.macs_per_unit, r.macs_per_pair) for r in records] == [
+    (9 * 64 * 2, 0),
+    (0, 9 * 16),
+    (0, 9 * 16),
+  ]
   assert [r.writers for r in records] == [((f"layer{i}", "conv", "conv"),) for i in (1, 2, 3)]
   assert [r.gate for r in records] == [(f"layer{i}", "gate") for i in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("norm", [True, False])
 def test_closed_channels_are_zero_and_open_ones_as_without_gates(norm):
-  gated, ungated = (VGG(None, (4, POOL, 4), norm=norm, gating=gating, gate=GateSettings(hidden=2))
-                    for gating in ("channel", "none"))
+  gated, ungated = (
+    VGG(None, (4, POOL, 4), norm=norm, gating=gating, gate=GateSettings(hidden=2))
+    for gating in ("channel", "none")
+  )
   x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 6, 6, 1)), jnp.float32)
   variables = gated.init(jax.random.key(0), x)
   params = jax.tree.map(lambda a: a, variables["params"])
@@ -55,7 +61,9 @@ def test_closed_channels_are_zero_and_open_ones_as_without_gates(norm):
     head = params[layer]["gate"]["head"]["logits"]
     head["kernel"], head["bias"] = head["kernel"] * 0, jnp.array(logits)
   y, records = gated.apply({**variables, "params": params}, x)
-  without = lambda tree: {name: {k: v for k, v in layer.items() if k != "gate"} for name, layer in tree.items()}
+  without = lambda tree: {
+    name: {k: v for k, v in layer.items() if k != "gate"} for name, layer in tree.items()
+  }
   plain = {kind: without(tree) for kind, tree in {**variables, "params": params}.items()}
   if not norm:
     plain.pop("batch_stats", None)
@@ -74,7 +82,9 @@ def test_images_too_small_for_the_pools_are_refused():
 def test_what_is_no_image_or_no_name_is_refused():
   with pytest.raises(ValueError, match=r"images must be \[N, H, W, D\]; got shape \(2, 3\)"):
     vgg("vgg8", 10).init(jax.random.key(0), jnp.zeros((2, 3)))
-  with pytest.raises(ValueError, match="model name must be one of .*; got 'vgg9'. Did you mean 'vgg"):
+  with pytest.raises(
+    ValueError, match="model name must be one of .*; got 'vgg9'. Did you mean 'vgg"
+  ):
     vgg("vgg9", 10)
   with pytest.raises(ValueError, match="gating must be one of .*; got 'layer'"):
     VGG(None, (4,), gating="layer").init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))

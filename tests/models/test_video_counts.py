@@ -27,18 +27,30 @@ class Heavy(nn.Module):
   @nn.compact
   def __call__(self, x, train=False):
     x = nn.Dense(D)(x)
-    records = ChannelGate((Switched(HEAVY, D),), GateSettings(hidden=2), name=GATE_NAME)(x, train) if self.gated else ()
+    records = (
+      ChannelGate((Switched(HEAVY, D),), GateSettings(hidden=2), name=GATE_NAME)(x, train)
+      if self.gated
+      else ()
+    )
     y = nn.Dense(HEAVY)(x)
     return (y * records[0].gates if records else y), records
 
 
 def net(selection="gate", context="none", *, light=True, gated=False, **settings):
   gate = SegmentGateSettings(K, context, gate=GateSettings(hidden=HIDDEN))
-  return SegmentNet(CLASSES, Light() if light else None, Heavy(gated), selection, gate=gate, **settings)
+  return SegmentNet(
+    CLASSES, Light() if light else None, Heavy(gated), selection, gate=gate, **settings
+  )
 
 
-@pytest.mark.parametrize(("context", "macs"), [
-    ("none", 0), ("convolution", T * 7 * HIDDEN), ("attention", T * 4 * HIDDEN * HIDDEN + 2 * T * T * HIDDEN)])
+@pytest.mark.parametrize(
+  ("context", "macs"),
+  [
+    ("none", 0),
+    ("convolution", T * 7 * HIDDEN),
+    ("attention", T * 4 * HIDDEN * HIDDEN + 2 * T * T * HIDDEN),
+  ],
+)
 def test_parts_by_hand(context, macs):
   counts = count_video(net(context=context), SHAPES)
   assert counts.segments == T
@@ -51,7 +63,11 @@ def test_parts_by_hand(context, macs):
 
 def test_the_light_head_counts_as_selector_and_attention_scores_as_classifier():
   plain = count_video(net("uniform", light=False), SHAPES)
-  assert (plain.light, plain.selector, plain.classifier) == (NOTHING, 0, HEAVY * 512 + 512 * CLASSES)
+  assert (plain.light, plain.selector, plain.classifier) == (
+    NOTHING,
+    0,
+    HEAVY * 512 + 512 * CLASSES,
+  )
   head = count_video(net("confidence", pooling="attention"), SHAPES)
   assert (head.selector, head.classifier) == (T * LIGHT * CLASSES, plain.classifier + T * HEAVY)
   both = count_video(net("gate", light_head=True), SHAPES)
@@ -60,7 +76,9 @@ def test_the_light_head_counts_as_selector_and_attention_scores_as_classifier():
 
 
 def test_what_was_spent_on_features_elsewhere_is_each_nets_own():
-  plain, with_nets = (count_video(net(), SHAPES, made_elsewhere=macs) for macs in ((0, 0), (1000, 30_000)))
+  plain, with_nets = (
+    count_video(net(), SHAPES, made_elsewhere=macs) for macs in ((0, 0), (1000, 30_000))
+  )
   assert with_nets.light.macs == plain.light.macs + 1000
   assert with_nets.all_segments == plain.all_segments + T * 30_000
   assert (with_nets.selector, with_nets.classifier) == (plain.selector, plain.classifier)
@@ -69,14 +87,22 @@ def test_what_was_spent_on_features_elsewhere_is_each_nets_own():
 def test_channel_gates_do_not_count_as_the_segments_gate():
   gated, plain = (count_video(net(gated=gated), SHAPES) for gated in (True, False))
   assert (gated.heavy.gated, gated.heavy.gate_macs) == (HEAVY * D, D * 2 + 2 * HEAVY)
-  assert (gated.heavy.macs, gated.selector, gated.classifier) == (plain.heavy.macs, plain.selector, plain.classifier)
+  assert (gated.heavy.macs, gated.selector, gated.classifier) == (
+    plain.heavy.macs,
+    plain.selector,
+    plain.classifier,
+  )
 
 
 def test_channel_gates_and_segment_gates_multiply():
   model, rng = net(gated=True), np.random.default_rng(0)
   videos = 6
   valid = np.arange(T) < rng.integers(1, T + 1, videos)[:, None]
-  inputs = {"light": rng.normal(size=(videos, T, C)), "heavy": rng.normal(size=(videos, T, D)), "valid": valid}
+  inputs = {
+    "light": rng.normal(size=(videos, T, C)),
+    "heavy": rng.normal(size=(videos, T, D)),
+    "valid": valid,
+  }
   (_, records), _ = jax.jit(model.init_with_output)(jax.random.key(0), inputs)
   gates, channels = (np.asarray(record.gates) for record in records)
   channels = rng.integers(0, 2, channels.shape).astype(np.float32)

@@ -44,7 +44,9 @@ def test_switched_off(cache, monkeypatch):
 
 def test_no_compiler(cache, monkeypatch):
   monkeypatch.setenv("CXX", "no-such-compiler")
-  with pytest.raises(build.NotBuilt, match=r"no C\+\+ compiler found \(no-such-compiler\); install one"):
+  with pytest.raises(
+    build.NotBuilt, match=r"no C\+\+ compiler found \(no-such-compiler\); install one"
+  ):
     build.load()
   monkeypatch.delenv("CXX")
   monkeypatch.setenv("PATH", str(cache))
@@ -85,8 +87,16 @@ def test_built_once_and_again_when_a_source_changes(cache, compiler, monkeypatch
 @pytest.mark.slow
 def test_processes_at_once_leave_one_whole_file(cache, compiler):
   program = "from gating_jax.native import build; print(build.built())"
-  runs = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                           env={**os.environ, "PYTHONPATH": str(ROOT)}) for _ in range(3)]
+  runs = [
+    subprocess.Popen(
+      [sys.executable, "-c", program],
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      text=True,
+      env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    for _ in range(3)
+  ]
   names = {run.communicate(timeout=120)[0].strip() for run in runs}
   assert len(names) == 1
   (file,) = (cache / "gating_jax").iterdir()

@@ -12,7 +12,9 @@ def central_differences(x64):
 
   def differentiate(f, x, step=1e-6):
     shifts = step * jnp.eye(x.size, dtype=jnp.float64).reshape(x.size, *x.shape)
-    values = jax.jit(lambda x: jax.vmap(f)(x[None] + jnp.concatenate([shifts, -shifts])))(jnp.asarray(x, jnp.float64))
+    values = jax.jit(lambda x: jax.vmap(f)(x[None] + jnp.concatenate([shifts, -shifts])))(
+      jnp.asarray(x, jnp.float64)
+    )
     return np.subtract(*np.split(values, 2)).reshape(x.shape) / (2 * step)
 
   return differentiate

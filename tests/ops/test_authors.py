@@ -31,15 +31,22 @@ def relaxed_bernoulli_pdf(x, mean, temperature):
 
 # Constructor, CDF and density by SciPy, and two sets of parameters: numbers, and one prior per gate.
 FAMILIES = {
-    "symmetric beta": (
-        symmetric_beta,
-        lambda x, a: stats.beta.cdf(x, a, 1 - a), lambda x, a: stats.beta.pdf(x, a, 1 - a),
-        [0.6], [[0.6, 0.2, 0.9]]),
-    "beta": (beta, stats.beta.cdf, stats.beta.pdf, [0.6, 0.4], [[0.6, 2, 1], [0.4, 6, 0.3]]),
-    "relaxed bernoulli": (
-        relaxed_bernoulli, relaxed_bernoulli_cdf, relaxed_bernoulli_pdf,
-        [0.2, 0.25], [[0.2, 0.5, 0.9], [0.25, 1, 0.6]]),
-    "normal": (normal, stats.norm.cdf, stats.norm.pdf, [0.3, 0.5], [[0.3, 0, 1], [0.5, 2, 0.2]]),
+  "symmetric beta": (
+    symmetric_beta,
+    lambda x, a: stats.beta.cdf(x, a, 1 - a),
+    lambda x, a: stats.beta.pdf(x, a, 1 - a),
+    [0.6],
+    [[0.6, 0.2, 0.9]],
+  ),
+  "beta": (beta, stats.beta.cdf, stats.beta.pdf, [0.6, 0.4], [[0.6, 2, 1], [0.4, 6, 0.3]]),
+  "relaxed bernoulli": (
+    relaxed_bernoulli,
+    relaxed_bernoulli_cdf,
+    relaxed_bernoulli_pdf,
+    [0.2, 0.25],
+    [[0.2, 0.5, 0.9], [0.25, 1, 0.6]],
+  ),
+  "normal": (normal, stats.norm.cdf, stats.norm.pdf, [0.3, 0.5], [[0.3, 0, 1], [0.5, 2, 0.2]]),
 }
 
 
@@ -73,7 +80,9 @@ def our_loss(loss, x, prior):
 
 
 def random_probs(seed=0):
-  return np.random.default_rng(seed).uniform(0.02, 0.98, (N, C)).astype(np.float32).astype(np.float64)
+  return (
+    np.random.default_rng(seed).uniform(0.02, 0.98, (N, C)).astype(np.float32).astype(np.float64)
+  )
 
 
 @each_family
@@ -81,13 +90,17 @@ def test_value_and_gradient_on_the_natural_axis_are_theirs(prior, cdf, pdf, para
   x = random_probs()
   value, gradient = their_loss(x, lambda x: cdf(x, *parameters), lambda x: pdf(x, *parameters))
   assert np.ptp(value) > 0.05
-  our_value, our_gradient = our_loss(cdf_matching_loss, x.astype(np.float32), make_prior(prior, parameters))
+  our_value, our_gradient = our_loss(
+    cdf_matching_loss, x.astype(np.float32), make_prior(prior, parameters)
+  )
   np.testing.assert_allclose(our_value, value, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(our_gradient, gradient, rtol=1e-5, atol=1e-5)
 
 
 @each_gate_family
-def test_value_and_gradient_on_the_logit_axis_are_theirs_by_the_chain_rule(prior, cdf, pdf, parameters):
+def test_value_and_gradient_on_the_logit_axis_are_theirs_by_the_chain_rule(
+  prior, cdf, pdf, parameters
+):
   p = random_probs(1)
   value, gradient = their_loss(p, lambda p: cdf(p, *parameters), lambda p: pdf(p, *parameters))
   logits = special.logit(p).astype(np.float32)
@@ -97,7 +110,9 @@ def test_value_and_gradient_on_the_logit_axis_are_theirs_by_the_chain_rule(prior
 
 
 @each_family
-def test_the_density_is_theirs_without_the_constant_added_to_its_denominator(prior, cdf, pdf, parameters):
+def test_the_density_is_theirs_without_the_constant_added_to_its_denominator(
+  prior, cdf, pdf, parameters
+):
   x = random_probs(2)
   density = make_prior(prior, parameters).pdf(jnp.asarray(x, jnp.float32))
   np.testing.assert_allclose(density, pdf(x, *parameters), rtol=1e-5, atol=1e-5)
@@ -113,16 +128,23 @@ def relaxed_bernoulli_slopes(x, mean, temperature):
   return -cdf * (1 - cdf) / (mean * (1 - mean)), cdf * (1 - cdf) * special.logit(x)
 
 
-@pytest.mark.parametrize(("family", "slopes"), [
-    ("normal", normal_slopes), ("relaxed bernoulli", relaxed_bernoulli_slopes)])
+@pytest.mark.parametrize(
+  ("family", "slopes"), [("normal", normal_slopes), ("relaxed bernoulli", relaxed_bernoulli_slopes)]
+)
 @pytest.mark.parametrize("per_gate", [False, True])
-def test_derivatives_in_the_prior_parameters_with_a_closed_form_are_theirs(family, slopes, per_gate):
+def test_derivatives_in_the_prior_parameters_with_a_closed_form_are_theirs(
+  family, slopes, per_gate
+):
   constructor, cdf, _, *choices = FAMILIES[family]
   parameters = np.array(choices[per_gate], float)
   ordered = np.sort(random_probs(), axis=0)
   gap = cdf(ordered, *parameters) - np.arange(1, N + 1)[:, None] / (N + 1)
-  expected = np.array([(2 * gap * slope).sum(0 if per_gate else None) for slope in slopes(ordered, *parameters)])
-  loss = lambda parameters: N * cdf_matching_loss(jnp.asarray(ordered, jnp.float32), constructor(*parameters)).sum()
+  expected = np.array(
+    [(2 * gap * slope).sum(0 if per_gate else None) for slope in slopes(ordered, *parameters)]
+  )
+  loss = lambda parameters: (
+    N * cdf_matching_loss(jnp.asarray(ordered, jnp.float32), constructor(*parameters)).sum()
+  )
   gradient = jax.jit(jax.grad(loss))(tuple(jnp.asarray(parameters, jnp.float32)))
   assert np.abs(expected).min() > 1e-2
   np.testing.assert_allclose(np.array(gradient), expected, rtol=1e-5, atol=1e-5)
@@ -138,11 +160,22 @@ def test_no_host_call_is_in_the_compiled_loss():
     return jax.jit(lambda x: jnp.sum(cdf(x))).lower(x).as_text()
 
   x = jnp.zeros((4, 2))
-  host = lambda x: jax.pure_callback(lambda x: stats.beta.cdf(x, 0.6, 0.4), x, x, vmap_method="expand_dims")
+  host = lambda x: jax.pure_callback(
+    lambda x: stats.beta.cdf(x, 0.6, 0.4), x, x, vmap_method="expand_dims"
+  )
   assert "callback" in program(host, x)
-  for prior in (beta(0.6, 0.4), symmetric_beta(0.6), relaxed_bernoulli(0.2, 0.25), beta(jnp.full(2, 0.6), 0.4)):
-    assert "callback" not in program(jax.grad(lambda x, prior=prior: batch_shaping_loss(x, prior).sum()), x)
-    assert "callback" not in program(jax.grad(lambda x, prior=prior: cdf_matching_loss(x, prior).sum()), x)
+  for prior in (
+    beta(0.6, 0.4),
+    symmetric_beta(0.6),
+    relaxed_bernoulli(0.2, 0.25),
+    beta(jnp.full(2, 0.6), 0.4),
+  ):
+    assert "callback" not in program(
+      jax.grad(lambda x, prior=prior: batch_shaping_loss(x, prior).sum()), x
+    )
+    assert "callback" not in program(
+      jax.grad(lambda x, prior=prior: cdf_matching_loss(x, prior).sum()), x
+    )
   per_gate = lambda a: batch_shaping_loss(x, beta(a, 0.4)).sum()
   assert "callback" not in program(jax.grad(per_gate), jnp.array([0.6, 2.0]))
 
@@ -155,17 +188,25 @@ def loss_by_mpmath(x, a, b):
 
 
 # Theirs takes differences over a grid of step 0.01, whose middle is not the parameter where that is below 0.1.
-@pytest.mark.parametrize(("a", "b", "theirs"), [
+@pytest.mark.parametrize(
+  ("a", "b", "theirs"),
+  [
     (0.6, 0.4, (0.05338438, -0.07733835)),
     (0.12, 0.1, (0.05720054, -0.27143234)),
     (0.06, 0.4, (-1.4908037, 0.21885414)),
     (0.3, 0.06, (0.29804182, -1.6613462)),
-])
+  ],
+)
 def test_derivatives_in_a_and_b_are_exact_not_wide_differences(a, b, theirs):
   x = PROBS.astype(np.float32)
   with mpmath.workdps(40):
-    exact = [float(mpmath.diff(f, v)) for f, v in (
-        (lambda a: loss_by_mpmath(x, a, mpmath.mpf(b)), a), (lambda b: loss_by_mpmath(x, mpmath.mpf(a), b), b))]
+    exact = [
+      float(mpmath.diff(f, v))
+      for f, v in (
+        (lambda a: loss_by_mpmath(x, a, mpmath.mpf(b)), a),
+        (lambda b: loss_by_mpmath(x, mpmath.mpf(a), b), b),
+      )
+    ]
   assert (np.abs(np.subtract(theirs, exact)) > 5e-6).all()
   loss = lambda a, b: cdf_matching_loss(jnp.asarray(x), beta(a, b)).sum()
   gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))(jnp.float32(a), jnp.float32(b))
@@ -178,7 +219,9 @@ def test_the_derivative_in_a_of_the_symmetric_beta_is_exact_near_one():
   with mpmath.workdps(40):
     exact = float(mpmath.diff(lambda a: loss_by_mpmath(x, a, 1 - a), 0.93))
   assert abs(theirs - exact) > 0.01 * exact
-  slope = jax.jit(jax.grad(lambda a: cdf_matching_loss(jnp.asarray(x), symmetric_beta(a)).sum()))(jnp.float32(0.93))
+  slope = jax.jit(jax.grad(lambda a: cdf_matching_loss(jnp.asarray(x), symmetric_beta(a)).sum()))(
+    jnp.float32(0.93)
+  )
   np.testing.assert_allclose(slope, exact, rtol=1e-5)
 
 
@@ -201,7 +244,12 @@ def test_each_gate_is_pulled_to_its_own_prior_only():
 
 def test_a_tie_within_one_gate_counts_whatever_the_other_gates_hold():
   """Their tie handling sees a tie only where all gates repeat together; without it equal values part by their order."""
-  theirs = [0.025, 0, -0.025, -0.075]  # mean over two gates, so half of ours; with and without their tie handling
+  theirs = [
+    0.025,
+    0,
+    -0.025,
+    -0.075,
+  ]  # mean over two gates, so half of ours; with and without their tie handling
   x = jnp.array([[0.5, 0.1], [0.2, 0.3], [0.5, 0.7], [0.5, 0.9]])
   by_hand = np.array([[-0.05, -0.05], [0, -0.05], [-0.05, 0.05], [-0.05, 0.05]])
   assert not np.allclose(2 * np.array(theirs), by_hand[:, 0], atol=0.01)
@@ -225,14 +273,27 @@ def beta_gap_by_mpmath(z, a, b):
   with mpmath.workdps(60):
     z, a, b = map(mpmath.mpf, (z, a, b))
     gap = mpmath.betainc(a, b, 0, 1 / (1 + mpmath.exp(-z)), regularized=True) - 0.5
-    slope = mpmath.exp(-a * mpmath.log1p(mpmath.exp(-z)) - b * mpmath.log1p(mpmath.exp(z))) / mpmath.beta(a, b)
+    slope = mpmath.exp(
+      -a * mpmath.log1p(mpmath.exp(-z)) - b * mpmath.log1p(mpmath.exp(z))
+    ) / mpmath.beta(a, b)
     return float(gap**2), float(2 * gap * slope)
 
 
 # Theirs clips the density at 100 and takes probabilities, which are 1 in float32 from logit 17.
-@pytest.mark.parametrize(("z", "theirs"), [
-    (10.0, 0.00441573), (12.0, 0.00061214), (16.0, 1.189e-5), (17.0, 0.0), (30.0, 0.0), (-16.0, -1.12527e-5),
-    (-20.0, -2.061e-7), (-90.0, 0.0), (-110.0, 0.0)])
+@pytest.mark.parametrize(
+  ("z", "theirs"),
+  [
+    (10.0, 0.00441573),
+    (12.0, 0.00061214),
+    (16.0, 1.189e-5),
+    (17.0, 0.0),
+    (30.0, 0.0),
+    (-16.0, -1.12527e-5),
+    (-20.0, -2.061e-7),
+    (-90.0, 0.0),
+    (-110.0, 0.0),
+  ],
+)
 def test_the_gradient_of_a_nearly_saturated_gate_neither_shrinks_nor_vanishes(z, theirs):
   _, gradient = beta_gap_by_mpmath(z, 0.6, 0.4)
   assert abs(theirs) < 0.85 * abs(gradient)
@@ -249,10 +310,17 @@ def test_the_loss_of_a_nearly_open_gate_keeps_its_digits():
 
 
 def test_a_density_below_one_thousandth_is_not_raised_to_it():
-  theirs, by_hand = 4.0e-4, 4.9875e-6  # of 0.95 under Beta(2, 6): 2 * 42 * 0.95 * 0.05**5 * (1 - 0.8)
+  theirs, by_hand = (
+    4.0e-4,
+    4.9875e-6,
+  )  # of 0.95 under Beta(2, 6): 2 * 42 * 0.95 * 0.05**5 * (1 - 0.8)
   assert by_hand < theirs / 50
-  np.testing.assert_allclose(84 * 0.95 * 0.05**5 * (stats.beta.cdf(0.95, 2, 6) - 0.8), by_hand, rtol=1e-4)
-  gradient = jax.jit(jax.grad(lambda p: 4 * cdf_matching_loss(p, beta(2, 6))))(jnp.array(PROBS, jnp.float32))
+  np.testing.assert_allclose(
+    84 * 0.95 * 0.05**5 * (stats.beta.cdf(0.95, 2, 6) - 0.8), by_hand, rtol=1e-4
+  )
+  gradient = jax.jit(jax.grad(lambda p: 4 * cdf_matching_loss(p, beta(2, 6))))(
+    jnp.array(PROBS, jnp.float32)
+  )
   np.testing.assert_allclose(gradient[2], by_hand, rtol=1e-3)
 
 
@@ -270,7 +338,9 @@ def test_relaxed_bernoulli_gates_beyond_one_thousandth_still_learn():
   ours, gradient = jax.jit(jax.value_and_grad(lambda z: batch_shaping_loss(z, prior)))(logit)
   np.testing.assert_allclose(ours, value, rtol=1e-5)
   np.testing.assert_allclose(gradient[0], in_logits, rtol=1e-5)
-  ours, gradient = jax.jit(jax.value_and_grad(lambda p: cdf_matching_loss(p, prior)))(jnp.array([p], jnp.float32))
+  ours, gradient = jax.jit(jax.value_and_grad(lambda p: cdf_matching_loss(p, prior)))(
+    jnp.array([p], jnp.float32)
+  )
   np.testing.assert_allclose(ours, value, rtol=1e-5)
   np.testing.assert_allclose(gradient[0], in_logits / (p * (1 - p)), rtol=1e-5)
 
@@ -284,7 +354,9 @@ def test_second_derivatives_hold_the_slope_of_the_density():
   exact = (density**2 + slope * gap) / 2
   np.testing.assert_allclose(theirs, density**2 / 2, rtol=1e-5)
   assert (np.abs(theirs - exact)[:3] > 0.04).all()
-  hessian = jax.jit(jax.hessian(lambda p: cdf_matching_loss(p, beta(0.6, 0.4))))(jnp.array(PROBS, jnp.float32))
+  hessian = jax.jit(jax.hessian(lambda p: cdf_matching_loss(p, beta(0.6, 0.4))))(
+    jnp.array(PROBS, jnp.float32)
+  )
   np.testing.assert_allclose(hessian, np.diag(exact), rtol=1e-5, atol=1e-5)
 
 
@@ -306,9 +378,15 @@ def test_float64_values_are_compared_in_float64(x64):
   assert abs(ours - exact) < theirs_off_by / 1e6
 
 
-@pytest.mark.parametrize(("constructor", "parameters", "value"), [
-    (symmetric_beta, [1.02], "1.02"), (beta, [0.6, -0.4], "-0.4"), (relaxed_bernoulli, [-1.0, 0.25], "-1.0"),
-    (normal, [0.0, -0.4], "-0.4")])
+@pytest.mark.parametrize(
+  ("constructor", "parameters", "value"),
+  [
+    (symmetric_beta, [1.02], "1.02"),
+    (beta, [0.6, -0.4], "-0.4"),
+    (relaxed_bernoulli, [-1.0, 0.25], "-1.0"),
+    (normal, [0.0, -0.4], "-0.4"),
+  ],
+)
 def test_parameters_that_name_no_distribution_are_refused(constructor, parameters, value):
   """Theirs returns NaN, and for a negative deviation a falling CDF."""
   with pytest.raises(ValueError, match=rf"must .*got {value}"):

@@ -17,7 +17,9 @@ def test_gather_batch_has_the_examples_in_device_order():
 
 def test_gather_batch_sums_the_cotangents_of_all_devices():
   x = jnp.zeros((DEVICES, 2), jnp.float32)
-  cotangents = jnp.asarray(np.random.default_rng(0).integers(0, 9, (DEVICES, 2 * DEVICES)), jnp.float32)
+  cotangents = jnp.asarray(
+    np.random.default_rng(0).integers(0, 9, (DEVICES, 2 * DEVICES)), jnp.float32
+  )
   pull = lambda x, ct: jax.vjp(lambda x: collectives.gather_batch(x, AXIS), x)[1](ct)[0]
   expected = np.asarray(cotangents).sum(0).reshape(DEVICES, 2)
   np.testing.assert_array_equal(jax.pmap(pull, axis_name=AXIS)(x, cotangents), expected)
@@ -25,7 +27,9 @@ def test_gather_batch_sums_the_cotangents_of_all_devices():
 
 def test_exchange_columns_gives_each_device_its_share_of_the_columns():
   x = np.arange(1.0, 161, dtype=np.float32).reshape(16, 10)
-  shares = jax.pmap(lambda x: collectives.exchange_columns(x, AXIS), axis_name=AXIS)(x.reshape(DEVICES, 2, 10))
+  shares = jax.pmap(lambda x: collectives.exchange_columns(x, AXIS), axis_name=AXIS)(
+    x.reshape(DEVICES, 2, 10)
+  )
   assert shares.shape == (DEVICES, 16, 2)
   np.testing.assert_array_equal(np.concatenate(shares, axis=1), np.pad(x, ((0, 0), (0, 6))))
 
@@ -40,16 +44,24 @@ def test_exchange_columns_sends_cotangents_back():
 def test_batch_mean_is_over_all_devices():
   x = np.arange(48.0, dtype=np.float32).reshape(16, 3)
   np.testing.assert_array_equal(collectives.batch_mean(x, None), [22.5, 23.5, 24.5])
-  means = jax.pmap(lambda x: collectives.batch_mean(x, AXIS), axis_name=AXIS)(x.reshape(DEVICES, 2, 3))
+  means = jax.pmap(lambda x: collectives.batch_mean(x, AXIS), axis_name=AXIS)(
+    x.reshape(DEVICES, 2, 3)
+  )
   np.testing.assert_array_equal(means, np.tile([22.5, 23.5, 24.5], (DEVICES, 1)))
 
 
 def test_example_keys_do_not_depend_on_the_number_of_devices():
-  draw = lambda key, n, axis_name: jax.vmap(jax.random.bits)(collectives.example_keys(key, n, axis_name))
+  draw = lambda key, n, axis_name: jax.vmap(jax.random.bits)(
+    collectives.example_keys(key, n, axis_name)
+  )
   alone = np.asarray(draw(jax.random.key(3), 16, None))
   assert len(set(alone.tolist())) == 16
   assert not np.isin(draw(jax.random.key(4), 16, None), alone).any()
-  by_device = jax.pmap(lambda _: draw(jax.random.key(3), 2, AXIS), axis_name=AXIS)(jnp.zeros(DEVICES))
+  by_device = jax.pmap(lambda _: draw(jax.random.key(3), 2, AXIS), axis_name=AXIS)(
+    jnp.zeros(DEVICES)
+  )
   np.testing.assert_array_equal(by_device.ravel(), alone)
-  two = jax.pmap(lambda _: draw(jax.random.key(3), 8, AXIS), axis_name=AXIS, devices=jax.devices()[:2])(jnp.zeros(2))
+  two = jax.pmap(
+    lambda _: draw(jax.random.key(3), 8, AXIS), axis_name=AXIS, devices=jax.devices()[:2]
+  )(jnp.zeros(2))
   np.testing.assert_array_equal(two.ravel(), alone)

@@ -27,9 +27,19 @@ def test_relaxed_gates_are_open_above_zero_and_not_a_number_is_closed():
   np.testing.assert_array_equal(taken, [True, True, False, False])
 
 
-@pytest.mark.parametrize(("places", "capacity"), [
-    ([], 1), ([], UNITS), ([0], 1), ([6], 3), ([0, 2, 5], 3), ([0, 2, 5], 6), (range(UNITS), UNITS), (range(UNITS), 9),
-])
+@pytest.mark.parametrize(
+  ("places", "capacity"),
+  [
+    ([], 1),
+    ([], UNITS),
+    ([0], 1),
+    ([6], 3),
+    ([0, 2, 5], 3),
+    ([0, 2, 5], 6),
+    (range(UNITS), UNITS),
+    (range(UNITS), 9),
+  ],
+)
 def test_a_function_on_the_open_units_alone_is_the_function_masked(places, capacity):
   gates = jnp.zeros(UNITS).at[jnp.array(places, int)].set(1)
   x = jnp.asarray(np.random.default_rng(0).normal(size=(UNITS, 2, 3)), jnp.float32)
@@ -76,7 +86,9 @@ def test_jit_and_vmap_agree():
 
 
 def test_short_floats_stay_short():
-  out = compaction.put_back(jnp.ones(2, jnp.bfloat16), jnp.array([1, 0]), jnp.array([True, False]), 2)
+  out = compaction.put_back(
+    jnp.ones(2, jnp.bfloat16), jnp.array([1, 0]), jnp.array([True, False]), 2
+  )
   assert out.dtype == jnp.bfloat16
 
 
@@ -105,17 +117,31 @@ def test_pieces_hold_all_units_and_only_the_last_has_padding(count, sizes):
   assert rest > 0 or not filled
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: compaction.capacity_for(70, (32, 64)), "count must be at most the largest of sizes, 64; got 70"),
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (
+      lambda: compaction.capacity_for(70, (32, 64)),
+      "count must be at most the largest of sizes, 64; got 70",
+    ),
     (lambda: compaction.bucket_sizes(0, 4), "total must be >= 1; got 0"),
     (lambda: compaction.bucket_sizes(4, 0), "buckets must be >= 1; got 0"),
     (lambda: compaction.bucket_sizes(4, 4, multiple=0), "multiple must be >= 1; got 0"),
-    (lambda: compaction.open_indices(jnp.ones((2, 3)), 4), r"gates must be \[N\] with N >= 1; got shape \(2, 3\)"),
-    (lambda: compaction.open_indices(jnp.ones(0), 4), r"gates must be \[N\] with N >= 1; got shape \(0,\)"),
+    (
+      lambda: compaction.open_indices(jnp.ones((2, 3)), 4),
+      r"gates must be \[N\] with N >= 1; got shape \(2, 3\)",
+    ),
+    (
+      lambda: compaction.open_indices(jnp.ones(0), 4),
+      r"gates must be \[N\] with N >= 1; got shape \(0,\)",
+    ),
     (lambda: compaction.open_indices(jnp.ones(3), 0), "capacity must be >= 1; got 0"),
-    (lambda: compaction.put_back(jnp.ones((3, 2)), jnp.zeros(2, int), jnp.ones(2, bool), 4),
-     r"values must be \[capacity, ...\] with index and taken \[capacity\]; got \(3, 2\), \(2,\), \(2,\)"),
-])
+    (
+      lambda: compaction.put_back(jnp.ones((3, 2)), jnp.zeros(2, int), jnp.ones(2, bool), 4),
+      r"values must be \[capacity, ...\] with index and taken \[capacity\]; got \(3, 2\), \(2,\), \(2,\)",
+    ),
+  ],
+)
 def test_what_does_not_fit_is_named_with_numbers(call, message):
   with pytest.raises(ValueError, match=f"^{message}$"):
     call()

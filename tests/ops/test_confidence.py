@@ -26,11 +26,17 @@ def test_the_network_runs_on_exactly_while_every_exit_so_far_is_unsure(threshold
   assert 0 < unsure.mean() < 1
   np.testing.assert_array_equal(stay > 0, unsure)
   shift = np.asarray(confidence.stay_logits(LOGITS, 0.5)) - stay
-  np.testing.assert_allclose(shift, special.logit(threshold), atol=1e-5)  # the same whatever the entropies
+  np.testing.assert_allclose(
+    shift, special.logit(threshold), atol=1e-5
+  )  # the same whatever the entropies
 
 
 def test_saturated_exits_have_finite_logits():
-  stay = np.asarray(confidence.stay_logits(jnp.array([[[110.0, -110.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]]), 0.3))
+  stay = np.asarray(
+    confidence.stay_logits(
+      jnp.array([[[110.0, -110.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]]), 0.3
+    )
+  )
   assert np.isfinite(stay).all()
   assert (stay > 0).tolist() == [[False, False], [True, True]]
 
@@ -47,21 +53,31 @@ def test_the_threshold_of_a_budget_spends_it_and_no_lower_one_does(share):
   stay, macs, fixed = np.asarray(confidence.stay_logits(logits, 0.4)), (30, 50), 20
 
   def spent(threshold):
-    return fixed + np.mean((np.asarray(confidence.stay_logits(logits, threshold)) > 0) @ np.array(macs))
+    return fixed + np.mean(
+      (np.asarray(confidence.stay_logits(logits, threshold)) > 0) @ np.array(macs)
+    )
 
   found = confidence.threshold_for_budget(stay, macs, fixed, threshold=0.4, share=share)
   assert spent(found) <= share * 100
   lower = [t for t in np.linspace(0.01, 0.99, 99) if t < found]
-  assert all(spent(t) > share * 100 - 50 / 400 - 1e-9 for t in lower)  # one example less is the least step
+  assert all(
+    spent(t) > share * 100 - 50 / 400 - 1e-9 for t in lower
+  )  # one example less is the least step
   assert spent(found) == pytest.approx(share * 100, abs=0.2)
 
 
 def test_wrong_arguments_are_named():
-  with pytest.raises(ValueError, match=r"threshold must be in \(0, 1\), a share of the largest entropy; got 1.0"):
+  with pytest.raises(
+    ValueError, match=r"threshold must be in \(0, 1\), a share of the largest entropy; got 1.0"
+  ):
     confidence.stay_logits(LOGITS, 1.0)
   with pytest.raises(ValueError, match=r"logits must have two classes or more; got shape \(2, 1\)"):
     confidence.entropy_share(jnp.zeros((2, 1)))
-  with pytest.raises(ValueError, match="share must be at least 0.25, what runs before the first exit; got 0.2"):
+  with pytest.raises(
+    ValueError, match="share must be at least 0.25, what runs before the first exit; got 0.2"
+  ):
     confidence.threshold_for_budget(np.zeros((2, 1)), [3], 1, threshold=0.5, share=0.2)
-  with pytest.raises(ValueError, match=r"stay must be \[N, X\] for X macs; got shapes \(2, 1\) and \(2,\)"):
+  with pytest.raises(
+    ValueError, match=r"stay must be \[N, X\] for X macs; got shapes \(2, 1\) and \(2,\)"
+  ):
     confidence.threshold_for_budget(np.zeros((2, 1)), [3, 4], 1, threshold=0.5, share=0.2)

@@ -23,16 +23,20 @@ from gating_jax.ops.priors import Prior, beta, normal, relaxed_bernoulli, unifor
 # Sum form and d/dp of p = [0.7, 0.1, 0.95, 0.4] as one gate, worked out with SciPy's `betainc` in float64.
 PROBS = np.array([0.7, 0.1, 0.95, 0.4])
 GOLDEN = [
-    (beta(0.6, 0.4), 0.018932542863914, [-0.1236429045, -0.1138296860, -0.1106583266, -0.0897803745]),
-    (beta(0.5, 0.5), 0.005457716838903, [0.0430517070, 0.0102554452, 0.1648435263, 0.0466593738]),
-    (beta(2, 6), 0.394319465485171, [0.0566119553, -0.2495216115, 0.0000049875, 1.1531822432]),
-    (uniform(), 0.0425, [0.2, -0.2, 0.3, 0.0]),
+  (beta(0.6, 0.4), 0.018932542863914, [-0.1236429045, -0.1138296860, -0.1106583266, -0.0897803745]),
+  (beta(0.5, 0.5), 0.005457716838903, [0.0430517070, 0.0102554452, 0.1648435263, 0.0466593738]),
+  (beta(2, 6), 0.394319465485171, [0.0566119553, -0.2495216115, 0.0000049875, 1.1531822432]),
+  (uniform(), 0.0425, [0.2, -0.2, 0.3, 0.0]),
 ]
 # One program each: without jit, every operation on a new shape is compiled on its own.
 matching, shaping = (
-    jax.jit(loss, static_argnames=("prior", "axis")) for loss in (cdf_matching_loss, batch_shaping_loss))
+  jax.jit(loss, static_argnames=("prior", "axis"))
+  for loss in (cdf_matching_loss, batch_shaping_loss)
+)
 places = jax.jit(empirical_cdf, static_argnames="axis")
-golden = pytest.mark.parametrize(("prior", "loss", "slope"), GOLDEN, ids=[g[0].name for g in GOLDEN])
+golden = pytest.mark.parametrize(
+  ("prior", "loss", "slope"), GOLDEN, ids=[g[0].name for g in GOLDEN]
+)
 
 
 @pytest.fixture
@@ -84,11 +88,15 @@ def test_constant_gates_at_batch_256(library_sort):
   np.testing.assert_allclose(loss(probs), [0.33268, 0.09612, 0.33268], atol=5e-6)
 
 
-@pytest.mark.parametrize(("n", "columns"), [(7, 20_000), pytest.param(256, 3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  ("n", "columns"), [(7, 20_000), pytest.param(256, 3000, marks=pytest.mark.slow)]
+)
 def test_samples_of_the_prior_have_the_noise_floor_as_their_mean_loss(n, columns, library_sort):
   rng = np.random.default_rng(n)
   loss = jax.jit(lambda z: batch_shaping_loss(z, beta(0.6, 0.4)))
-  logit_sample = lambda a, b: special.logit(np.clip(rng.beta(a, b, (n, columns)), 1e-300, 1 - 1e-16)).astype(np.float32)
+  logit_sample = lambda a, b: special.logit(
+    np.clip(rng.beta(a, b, (n, columns)), 1e-300, 1 - 1e-16)
+  ).astype(np.float32)
   losses = np.asarray(loss(logit_sample(0.6, 0.4)), np.float64)
   floor = noise_floor(n)
   assert abs(losses.mean() - floor) < 4 * losses.std() / np.sqrt(columns)
@@ -125,7 +133,9 @@ def unique_values(shape, seed):
 
 
 @pytest.mark.thin(2)
-@pytest.mark.parametrize(("shape", "axis", "prior"), [
+@pytest.mark.parametrize(
+  ("shape", "axis", "prior"),
+  [
     ((1, 2), 0, beta(0.6, 0.4)),
     ((2, 2), 0, beta(0.6, 0.4)),
     ((2, 7), -1, beta(0.6, 0.4)),
@@ -135,7 +145,9 @@ def unique_values(shape, seed):
     ((13,), 0, beta(0.6, 0.4)),
     ((2, 5, 2), 1, beta(0.6, 0.4)),
     ((2, 5, 2), 1, uniform()),
-], ids=lambda v: getattr(v, "name", str(v)))
+  ],
+  ids=lambda v: getattr(v, "name", str(v)),
+)
 def test_gradients_are_the_finite_differences(shape, axis, prior, central_differences):
   x = unique_values(shape, seed=shape[axis])
   weights = np.random.default_rng(1).uniform(1, 2, np.delete(shape, axis))
@@ -161,15 +173,17 @@ def test_the_axis_only_moves_the_batch():
 @pytest.mark.parametrize("prior", [beta(0.6, 0.4), beta(0.05, 50), uniform()], ids=lambda p: p.name)
 def test_saturated_logits_have_finite_losses_and_gradients(prior):
   columns = [
-      [-1e4, 1e4, 0.0, -110.0, 110.0, 30.0],
-      [1e4] * 6,
-      [-1e4] * 6,
-      [0.0] * 6,
-      [-1e4, 1e4] * 3,
-      [16.0, 17.0, 88.0, 89.0, 103.0, 104.0],
-      [-16.0, -17.0, -88.0, -89.0, -103.0, -104.0],
+    [-1e4, 1e4, 0.0, -110.0, 110.0, 30.0],
+    [1e4] * 6,
+    [-1e4] * 6,
+    [0.0] * 6,
+    [-1e4, 1e4] * 3,
+    [16.0, 17.0, 88.0, 89.0, 103.0, 104.0],
+    [-16.0, -17.0, -88.0, -89.0, -103.0, -104.0],
   ]
-  value, pullback = jax.vjp(jax.jit(lambda z: batch_shaping_loss(z, prior)), np.array(columns, np.float32).T)
+  value, pullback = jax.vjp(
+    jax.jit(lambda z: batch_shaping_loss(z, prior)), np.array(columns, np.float32).T
+  )
   gradient = np.asarray(pullback(jnp.ones_like(value))[0])
   assert np.isfinite(value).all()
   assert np.isfinite(gradient).all()
@@ -179,19 +193,25 @@ def test_saturated_logits_have_finite_losses_and_gradients(prior):
 
 @pytest.mark.parametrize("prior", [beta(0.6, 0.4), beta(0.05, 50), uniform()], ids=lambda p: p.name)
 def test_probabilities_of_exactly_zero_and_one_have_finite_losses_and_gradients(prior):
-  columns = np.array([[0.0, 1.0, 0.5, 0.0, 1.0, 1e-30], [0.0] * 6, [1.0] * 6, [0.0, 1.0] * 3], np.float32)
+  columns = np.array(
+    [[0.0, 1.0, 0.5, 0.0, 1.0, 1e-30], [0.0] * 6, [1.0] * 6, [0.0, 1.0] * 3], np.float32
+  )
   value, pullback = jax.vjp(jax.jit(lambda p: cdf_matching_loss(p, prior)), columns.T)
   gradient = np.asarray(pullback(jnp.ones_like(value))[0])
   assert np.isfinite(gradient).all()
   place = np.arange(1, 7) / 7
-  expected = [np.mean((end - place) ** 2) for end in (np.zeros(6), np.ones(6), np.repeat([0.0, 1.0], 3))]
+  expected = [
+    np.mean((end - place) ** 2) for end in (np.zeros(6), np.ones(6), np.repeat([0.0, 1.0], 3))
+  ]
   np.testing.assert_allclose(value[1:], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("loss", [batch_shaping_loss, cdf_matching_loss])
 def test_nan_in_gives_nan_out_in_its_column_only(loss):
   x = unique_values((6, 3), seed=0).astype(np.float32) / 7 + 0.5
-  run = jax.jit(jax.value_and_grad(lambda x: (lambda v: (jnp.sum(v), v))(loss(x, beta(0.6, 0.4))), has_aux=True))
+  run = jax.jit(
+    jax.value_and_grad(lambda x: (lambda v: (jnp.sum(v), v))(loss(x, beta(0.6, 0.4))), has_aux=True)
+  )
   (_, clean), clean_gradient = run(x)
   assert np.isfinite(clean).all()
   (_, value), gradient = run(np.where(np.arange(18).reshape(6, 3) == 7, np.nan, x))
@@ -217,7 +237,9 @@ def test_bfloat16_logits_are_compared_in_float32():
 
 def test_integer_features_are_ranked_as_reals():
   wide = Prior("linear", cdf=lambda x: x / 10, pdf=lambda x: jnp.full_like(x, 0.1))
-  np.testing.assert_allclose(matching(np.array([8, 1, 5]), wide), (0.15**2 + 0 + 0.05**2) / 3, rtol=1e-5)
+  np.testing.assert_allclose(
+    matching(np.array([8, 1, 5]), wide), (0.15**2 + 0 + 0.05**2) / 3, rtol=1e-5
+  )
 
 
 def test_jit_and_vmap_agree():
@@ -226,9 +248,18 @@ def test_jit_and_vmap_agree():
   np.testing.assert_allclose(jax.jit(jax.vmap(loss))(z), np.stack([loss(v) for v in z]), rtol=1e-5)
 
 
-@pytest.mark.parametrize("values", [
-    [3.0, 1.0, 2.0], [0.7, 0.1, 0.4, 0.1], [1.0] * 5, [0.0, -0.0, 1.0], [np.inf, 2.0, -np.inf, np.inf], [4.0]
-], ids=str)
+@pytest.mark.parametrize(
+  "values",
+  [
+    [3.0, 1.0, 2.0],
+    [0.7, 0.1, 0.4, 0.1],
+    [1.0] * 5,
+    [0.0, -0.0, 1.0],
+    [np.inf, 2.0, -np.inf, np.inf],
+    [4.0],
+  ],
+  ids=str,
+)
 def test_the_empirical_cdf_is_the_mean_rank(values):
   x = np.array(values, np.float32)
   np.testing.assert_allclose(places(x), stats.rankdata(values) / (len(values) + 1), rtol=1e-6)
@@ -238,40 +269,56 @@ def test_the_empirical_cdf_ranks_along_any_axis_without_gradient():
   x = np.random.default_rng(0).integers(0, 3, (2, 5, 2)).astype(np.float32)
   np.testing.assert_allclose(places(x, axis=1), stats.rankdata(x, axis=1) / 6, rtol=1e-6)
   np.testing.assert_allclose(places(x, axis=-3), stats.rankdata(x, axis=0) / 3, rtol=1e-6)
-  np.testing.assert_array_equal(jax.jit(jax.grad(lambda x: empirical_cdf(x, 1).sum()))(x), np.zeros_like(x))
+  np.testing.assert_array_equal(
+    jax.jit(jax.grad(lambda x: empirical_cdf(x, 1).sum()))(x), np.zeros_like(x)
+  )
   np.testing.assert_allclose(places(np.array([30, 10, 20])), [0.75, 0.25, 0.5])
 
 
 def test_a_prior_without_a_logit_axis_is_named():
   real_line = Prior("normal(0, 1)", cdf=jax.scipy.stats.norm.cdf, pdf=jax.scipy.stats.norm.pdf)
-  message = "prior must have a logit axis, that is, live on [0, 1]; got normal(0, 1); use cdf_matching_loss"
+  message = (
+    "prior must have a logit axis, that is, live on [0, 1]; got normal(0, 1); use cdf_matching_loss"
+  )
   with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
     batch_shaping_loss(jnp.zeros((3, 1)), real_line)
   np.testing.assert_allclose(matching(np.zeros((1, 2), np.float32), real_line), [0, 0], atol=1e-12)
 
 
-@pytest.mark.parametrize(("loss", "name"), [(batch_shaping_loss, "logits"), (cdf_matching_loss, "x")])
+@pytest.mark.parametrize(
+  ("loss", "name"), [(batch_shaping_loss, "logits"), (cdf_matching_loss, "x")]
+)
 def test_an_empty_batch_and_a_missing_axis_are_named(loss, name):
-  with pytest.raises(ValueError, match=rf"^{name} must hold at least one example along axis 0; got shape \(0, 3\)$"):
+  with pytest.raises(
+    ValueError, match=rf"^{name} must hold at least one example along axis 0; got shape \(0, 3\)$"
+  ):
     loss(jnp.zeros((0, 3)), uniform())
-  with pytest.raises(ValueError, match=r"^axis must name an axis of the input; got axis 2, shape \(4, 3\)$"):
+  with pytest.raises(
+    ValueError, match=r"^axis must name an axis of the input; got axis 2, shape \(4, 3\)$"
+  ):
     loss(jnp.zeros((4, 3)), uniform(), axis=2)
 
 
-losses = pytest.mark.parametrize(("loss", "prior"), [
-    (batch_shaping_loss, beta(0.6, 0.4)), (cdf_matching_loss, normal(0.2, 1.5))], ids=["logits", "features"])
+losses = pytest.mark.parametrize(
+  ("loss", "prior"),
+  [(batch_shaping_loss, beta(0.6, 0.4)), (cdf_matching_loss, normal(0.2, 1.5))],
+  ids=["logits", "features"],
+)
 
 
 def value_and_gradient(loss, prior):
   def run(x, weights):
     value = loss(x, prior, weights=weights)
     return jnp.sum(value * jnp.arange(1.0, value.size + 1)), value
+
   return jax.jit(jax.value_and_grad(run, has_aux=True))
 
 
 @losses
 def test_a_mask_leaves_rows_out_as_if_they_were_not_there(loss, prior):
-  x = np.random.default_rng(0).integers(-3, 4, (9, 3)).astype(np.float32) / 2  # with ties among all rows
+  x = (
+    np.random.default_rng(0).integers(-3, 4, (9, 3)).astype(np.float32) / 2
+  )  # with ties among all rows
   x[[2, 5]] = x[[0, 1]]
   keep = np.array([1, 1, 0, 1, 1, 0, 1, 0, 1], bool)
   run = value_and_gradient(loss, prior)
@@ -293,13 +340,17 @@ def test_a_whole_weight_has_the_gradient_of_as_many_copies(loss, prior):
   _, gradient = run(x, copies.astype(np.float32))
   _, by_copy = run(np.repeat(x, copies, axis=0), None)
   of = np.repeat(np.arange(5), copies)
-  np.testing.assert_allclose(gradient, [by_copy[of == i].sum(0) for i in range(5)], rtol=2e-5, atol=1e-7)
+  np.testing.assert_allclose(
+    gradient, [by_copy[of == i].sum(0) for i in range(5)], rtol=2e-5, atol=1e-7
+  )
   assert np.abs(gradient).max() > 1e-3
 
 
 def test_weights_by_hand_and_one_weight_for_each_value():
   x, weights = jnp.array([[0.9, 0.3], [0.2, 0.3]]), jnp.array([[1.0, 2.0], [2.0, 0.5]])
-  levels = np.array([[(3 - 0.5 + 0.5) / 4, (2 - 1 + 0.5) / 3.5], [(2 - 1 + 0.5) / 4, (2.5 - 0.25 + 0.5) / 3.5]])
+  levels = np.array(
+    [[(3 - 0.5 + 0.5) / 4, (2 - 1 + 0.5) / 3.5], [(2 - 1 + 0.5) / 4, (2.5 - 0.25 + 0.5) / 3.5]]
+  )
   right = (weights * (x - levels) ** 2).sum(0) / weights.sum(0)
   np.testing.assert_allclose(matching(x, uniform(), weights=weights), right, rtol=1e-6)
   swapped = matching(x.T, uniform(), axis=1, weights=weights.T)
@@ -318,16 +369,25 @@ def test_weights_of_nothing_are_no_loss_and_negative_ones_are_not_a_number():
 
 def test_what_is_left_out_has_no_part_in_the_gradient_of_learned_parameters():
   x = jnp.array([1.0, 2.0, -1.0, 0.5])  # of which the prior does not know -1
+
   def loss(width, x, weights):
-    log_normal = Prior("log-normal", lambda x: jax.scipy.stats.norm.cdf(jnp.log(x) / width), lambda x: x)
+    log_normal = Prior(
+      "log-normal", lambda x: jax.scipy.stats.norm.cdf(jnp.log(x) / width), lambda x: x
+    )
     return cdf_matching_loss(x, log_normal, weights=weights)
+
   gradient = jax.jit(jax.grad(loss))
-  np.testing.assert_allclose(gradient(0.7, x, jnp.array([1.0, 1.0, 0.0, 1.0])),
-                             gradient(0.7, x[jnp.array([0, 1, 3])], None), rtol=1e-5)
+  np.testing.assert_allclose(
+    gradient(0.7, x, jnp.array([1.0, 1.0, 0.0, 1.0])),
+    gradient(0.7, x[jnp.array([0, 1, 3])], None),
+    rtol=1e-5,
+  )
 
 
 def test_ties_among_many_have_exact_levels():
-  x = np.random.default_rng(0).integers(0, 700, (2500, 1)).astype(np.float32)  # longer than the network
+  x = (
+    np.random.default_rng(0).integers(0, 700, (2500, 1)).astype(np.float32)
+  )  # longer than the network
   gap = lambda x: jax.grad(lambda x: jnp.sum(cdf_matching_loss(x, prior)))(x)
   prior = Prior("linear", lambda x: x / 700, lambda x: jnp.full_like(x, 1 / 700))
   scale = 2 / 2500 / 700
@@ -349,14 +409,25 @@ def test_nan_is_never_a_number_whatever_the_prior_makes_of_it():
   blind = Prior("blind", lambda x: jnp.where(x > 0, 1 - jnp.exp(-x), 0.0), lambda x: x)
   assert np.isnan(matching(x, blind))
   assert np.isnan(matching(jnp.ones(3), empirical(x)))
-  np.testing.assert_array_equal(np.isnan(places(jnp.stack([x, jnp.ones(3)], 1))), [[True, False]] * 3)
-  with pytest.raises(ValueError, match=r"^x must hold at least one example along axis 0; got shape \(0, 2\)$"):
+  np.testing.assert_array_equal(
+    np.isnan(places(jnp.stack([x, jnp.ones(3)], 1))), [[True, False]] * 3
+  )
+  with pytest.raises(
+    ValueError, match=r"^x must hold at least one example along axis 0; got shape \(0, 2\)$"
+  ):
     empirical_cdf(jnp.zeros((0, 2)))
 
 
-@pytest.mark.parametrize("make", [
-    lambda v: normal(0.0, v), lambda v: relaxed_bernoulli(0.5, v), lambda v: relaxed_bernoulli(v, 0.5),
-    lambda v: beta(v, 0.4)], ids=["std", "temperature", "mean", "a"])
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda v: normal(0.0, v),
+    lambda v: relaxed_bernoulli(0.5, v),
+    lambda v: relaxed_bernoulli(v, 0.5),
+    lambda v: beta(v, 0.4),
+  ],
+  ids=["std", "temperature", "mean", "a"],
+)
 def test_a_learned_parameter_out_of_range_makes_nan(make):
   loss = jax.jit(lambda v: cdf_matching_loss(jnp.array([0.3, 0.6]), make(v)))
   assert np.isnan(loss(-0.1))
@@ -364,7 +435,9 @@ def test_a_learned_parameter_out_of_range_makes_nan(make):
 
 
 def test_weights_that_do_not_fit_are_named():
-  message = "weights must be of shape (4,), one per example, or of the shape of logits, (4, 3); got (3,)"
+  message = (
+    "weights must be of shape (4,), one per example, or of the shape of logits, (4, 3); got (3,)"
+  )
   with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
     batch_shaping_loss(jnp.zeros((4, 3)), uniform(), weights=jnp.ones(3))
   with pytest.raises(ValueError, match="^exchange must be one of .*gather.*; got 'gathr'"):
@@ -372,7 +445,9 @@ def test_weights_that_do_not_fit_are_named():
 
 
 def test_tied_columns_have_the_value_of_any_order_and_the_mean_levels_gradient():
-  value, gradient = jax.jit(jax.value_and_grad(lambda x: cdf_matching_loss(x, uniform())))(np.full(4, 0.3, np.float32))
+  value, gradient = jax.jit(jax.value_and_grad(lambda x: cdf_matching_loss(x, uniform())))(
+    np.full(4, 0.3, np.float32)
+  )
   np.testing.assert_allclose(value, np.mean((0.3 - np.arange(1, 5) / 5) ** 2), rtol=1e-6)
   np.testing.assert_allclose(gradient, [2 / 4 * (0.3 - 0.5)] * 4, rtol=1e-6)
 
@@ -387,44 +462,68 @@ def test_second_derivatives_are_those_of_fixed_ranks(x64):
 
 
 @pytest.mark.thin(2)
-@pytest.mark.parametrize("differentiate", [
-    lambda f, x: jax.jacfwd(f)(x), lambda f, x: jax.jvp(f, (x,), (x,)), lambda f, x: jax.jit(jax.jacfwd(f))(x)],
-    ids=["jacfwd", "jvp", "jit"])
-@pytest.mark.parametrize("f", [lambda x: batch_shaping_loss(x, uniform()), ranking.sort_with_vjp], ids=["loss", "sort"])
+@pytest.mark.parametrize(
+  "differentiate",
+  [
+    lambda f, x: jax.jacfwd(f)(x),
+    lambda f, x: jax.jvp(f, (x,), (x,)),
+    lambda f, x: jax.jit(jax.jacfwd(f))(x),
+  ],
+  ids=["jacfwd", "jvp", "jit"],
+)
+@pytest.mark.parametrize(
+  "f", [lambda x: batch_shaping_loss(x, uniform()), ranking.sort_with_vjp], ids=["loss", "sort"]
+)
 def test_forward_mode_is_refused_with_what_to_use_instead(differentiate, f):
-  with pytest.raises(TypeError, match="reverse-mode rule only: use jax.grad, jax.vjp or jax.jacrev"):
+  with pytest.raises(
+    TypeError, match="reverse-mode rule only: use jax.grad, jax.vjp or jax.jacrev"
+  ):
     differentiate(f, jnp.array([0.5, -1.0]))
 
 
 EXTREMES = [0.0, -0.0, 1.0, -1.0, 1e-40, -1e-40, 1e4, -1e4, 3.3e38, -3.3e38, 16.0, 17.0, -104.0]
 ANY_PRIOR = {
-    "beta": beta(0.6, 0.4),
-    "sharp beta": beta(0.05, 50),
-    "learnable beta": beta(np.array([0.6, 50.0], np.float32), np.array([0.4, 0.05], np.float32)),
-    "relaxed Bernoulli": relaxed_bernoulli(np.array([0.3, 0.99], np.float32), 0.2),
-    "normal": normal(0.5, np.array([1e-3, 2.0], np.float32)),
-    "uniform": uniform(),
-    "samples": empirical(np.array([0.0, 1.0, 1.0, -5.0], np.float32)),
+  "beta": beta(0.6, 0.4),
+  "sharp beta": beta(0.05, 50),
+  "learnable beta": beta(np.array([0.6, 50.0], np.float32), np.array([0.4, 0.05], np.float32)),
+  "relaxed Bernoulli": relaxed_bernoulli(np.array([0.3, 0.99], np.float32), 0.2),
+  "normal": normal(0.5, np.array([1e-3, 2.0], np.float32)),
+  "uniform": uniform(),
+  "samples": empirical(np.array([0.0, 1.0, 1.0, -5.0], np.float32)),
 }
+
+
 @functools.cache
 def both_losses(name):
   """Value and gradient of the losses on either axis, as far as the prior has them, added."""
   prior = ANY_PRIOR[name]
   on_logits = batch_shaping_loss if prior.logit_cdf else lambda *_, **__: 0
-  total = lambda x, w, axis: jnp.sum(sum(
-      loss(x, prior, weights=w, axis=axis) for loss in (cdf_matching_loss, on_logits)))
+  total = lambda x, w, axis: jnp.sum(
+    sum(loss(x, prior, weights=w, axis=axis) for loss in (cdf_matching_loss, on_logits))
+  )
   return jax.jit(jax.value_and_grad(total), static_argnums=2)
 
 
-@pytest.mark.parametrize("name", [  # a program for each form of each prior
-    pytest.param(name, marks=() if name in ("beta", "normal", "samples") else pytest.mark.slow) for name in ANY_PRIOR])
-@given(form=st.sampled_from([(1, jnp.float32, 0), (2, jnp.bfloat16, 0), (6, jnp.float32, 0), (13, jnp.float32, 1)]),
-       data=st.data())
+@pytest.mark.parametrize(
+  "name",
+  [  # a program for each form of each prior
+    pytest.param(name, marks=() if name in ("beta", "normal", "samples") else pytest.mark.slow)
+    for name in ANY_PRIOR
+  ],
+)
+@given(
+  form=st.sampled_from(
+    [(1, jnp.float32, 0), (2, jnp.bfloat16, 0), (6, jnp.float32, 0), (13, jnp.float32, 1)]
+  ),
+  data=st.data(),
+)
 def test_finite_inputs_have_a_finite_loss_and_a_gradient_that_follows_examples(name, form, data):
   n, dtype, axis = form
   value = st.sampled_from(EXTREMES) | st.floats(-5, 5, width=32)
   x = jnp.array(data.draw(st.lists(value, min_size=2 * n, max_size=2 * n)), dtype).reshape(n, 2)
-  weights = np.array(data.draw(st.lists(st.sampled_from([0, 0.5, 1, 3]), min_size=n, max_size=n)), np.float32)
+  weights = np.array(
+    data.draw(st.lists(st.sampled_from([0, 0.5, 1, 3]), min_size=n, max_size=n)), np.float32
+  )
   order = np.array(data.draw(st.permutations(range(n))))
   moveaxis = lambda x: x.T if axis else x
   total, gradient = both_losses(name)(moveaxis(x), weights, axis)

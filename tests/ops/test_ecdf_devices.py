@@ -32,12 +32,13 @@ from tests.helpers.spread_loss import (
 DEVICES = 8
 SPREADABLE = [weighted, learned_beta, learned_relaxed_bernoulli, reference_samples]
 WAYS = {
-    "pmap": lambda *args: jax.tree.map(same_on_all, by_pmap(*args)),
-    "shard_map": by_shard_map,
-    "shard_map with check_vma": functools.partial(by_shard_map, check_vma=True),
-    "two axes": functools.partial(by_shard_map, axes=TWO_AXES),
-    "two axes in the other order with check_vma": functools.partial(
-        by_shard_map, axes=TWO_AXES, order=TWO_AXES[::-1], check_vma=True),
+  "pmap": lambda *args: jax.tree.map(same_on_all, by_pmap(*args)),
+  "shard_map": by_shard_map,
+  "shard_map with check_vma": functools.partial(by_shard_map, check_vma=True),
+  "two axes": functools.partial(by_shard_map, axes=TWO_AXES),
+  "two axes in the other order with check_vma": functools.partial(
+    by_shard_map, axes=TWO_AXES, order=TWO_AXES[::-1], check_vma=True
+  ),
 }
 pmap_and_check_vma = pytest.mark.parametrize("way", ["pmap", "shard_map with check_vma"])
 exchanges = pytest.mark.parametrize("exchange", EXCHANGES)
@@ -71,15 +72,22 @@ def test_there_are_eight_devices():
 
 @pytest.mark.parametrize("term", [fixed_prior, *SPREADABLE, target_rate])
 def test_both_terms_shape_the_gradient_of_the_problem(term):
-  both, fit, shaping = (expected(term, **scales)[1] for scales in ({}, {"shaping": 0.0}, {"fit": 0.0}))
+  both, fit, shaping = (
+    expected(term, **scales)[1] for scales in ({}, {"shaping": 0.0}, {"fit": 0.0})
+  )
   assert relative_distance(fit["w"], both["w"]) > 0.1
   assert relative_distance(shaping["w"], both["w"]) > 0.1
   assert relative_distance(fit["w"] + shaping["w"], both["w"]) < 1e-6
 
 
-@pytest.mark.parametrize(("term", "names"), [
-    (learned_beta, ["a", "b"]), (learned_relaxed_bernoulli, ["mean", "temperature"]),
-    (reference_samples, ["reference"])])
+@pytest.mark.parametrize(
+  ("term", "names"),
+  [
+    (learned_beta, ["a", "b"]),
+    (learned_relaxed_bernoulli, ["mean", "temperature"]),
+    (reference_samples, ["reference"]),
+  ],
+)
 def test_learned_priors_and_reference_samples_have_gradients(term, names):
   for name in names:
     assert np.linalg.norm(expected(term)[1][name]) > 0.1
@@ -114,9 +122,13 @@ def test_devices_may_share_any_number_of_gates(gates, way):
 @exchanges
 def test_padded_rows_are_left_out_however_they_are_spread(way, exchange):
   params, batch = problem()
-  kept = np.array([1, 1, 0, 0, 1, 0, 1, 1, 0, 1, 1, 1, 1, 0, 1, 1], bool)  # of the second device's two, none
+  kept = np.array(
+    [1, 1, 0, 0, 1, 0, 1, 1, 0, 1, 1, 1, 1, 0, 1, 1], bool
+  )  # of the second device's two, none
   alone = on_one_device(params, {name: a[kept] for name, a in batch.items()}, fixed_prior)
-  padded = {name: np.where(kept.reshape(-1, *[1] * (a.ndim - 1)), a, 1000) for name, a in batch.items()}
+  padded = {
+    name: np.where(kept.reshape(-1, *[1] * (a.ndim - 1)), a, 1000) for name, a in batch.items()
+  }
   padded |= {"fit": np.float32(kept / kept.mean()), "weights": np.float32(kept)}
   assert relative_distance(expected(fixed_prior)[1]["w"], alone[1]["w"]) > 0.01
   assert_equal(WAYS[way](params, padded, weighted, exchange), alone)
@@ -129,7 +141,9 @@ def test_ties_between_devices_are_ties(way, exchange):
   params["w"], batch["x"] = np.round(params["w"]), np.round(batch["x"])
   first_device, others = np.split(batch["x"] @ params["w"], [2])
   assert any(set(a) & set(b) for a, b in zip(first_device.T, others.T, strict=True))
-  assert_equal(WAYS[way](params, batch, fixed_prior, exchange), on_one_device(params, batch, fixed_prior))
+  assert_equal(
+    WAYS[way](params, batch, fixed_prior, exchange), on_one_device(params, batch, fixed_prior)
+  )
 
 
 @pytest.mark.parametrize("term", [fixed_prior, weighted])
@@ -138,7 +152,10 @@ def test_jit_spreads_a_sharded_batch_by_itself(term, axis_type):
   params, batch = problem()
   mesh = Mesh(np.array(jax.devices()), (AXIS,), axis_types=(axis_type,))
   spread, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((AXIS,), ()))
-  assert_equal(on_one_device(jax.device_put(params, whole), jax.device_put(batch, spread), term), expected(term))
+  assert_equal(
+    on_one_device(jax.device_put(params, whole), jax.device_put(batch, spread), term),
+    expected(term),
+  )
 
 
 def test_ranks_and_references_may_have_explicit_shardings():
@@ -185,9 +202,15 @@ def test_two_processes_and_one_give_the_same_value_and_gradient(tmp_path):
   script = ROOT / "tests" / "helpers" / "two_processes.py"
   files = [tmp_path / f"{i}.npz" for i in range(2)]
   processes = [
-      subprocess.Popen([sys.executable, script, str(port), str(i), file], env=environment(devices=2),
-                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-      for i, file in enumerate(files)]
+    subprocess.Popen(
+      [sys.executable, script, str(port), str(i), file],
+      env=environment(devices=2),
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for i, file in enumerate(files)
+  ]
   try:
     for process in processes:
       output, _ = process.communicate(timeout=200)

@@ -21,7 +21,9 @@ def pair(first, second, *, per_pair=36):
 ALL, NONE = [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize(("kernel", "output", "macs"), [
+@pytest.mark.parametrize(
+  ("kernel", "output", "macs"),
+  [
     ((3, 3, 16, 32), (1, 8, 8, 32), 9 * 16 * 32 * 64),
     ((3, 3, 16, 32), (5, 8, 8, 32), 9 * 16 * 32 * 64),
     ((1, 1, 64, 256), (1, 7, 5, 256), 64 * 256 * 35),
@@ -29,7 +31,8 @@ ALL, NONE = [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]
     ((512, 1000), (4, 1000), 512_000),
     ((3, 3, 1, 16), (1, 4, 4, 16), 9 * 16 * 16),
     ((3, 8, 4), (1, 10, 4), 960),
-])
+  ],
+)
 def test_conv_macs_by_hand(kernel, output, macs):
   assert conv_macs(kernel, output) == macs
 
@@ -47,7 +50,9 @@ def test_a_relaxed_gate_above_zero_is_a_unit_that_runs():
 
 def test_expected_macs_are_executed_ones_at_the_probabilities():
   probs = [np.array([[0.5, 0.25]]), np.array([[1.0, 0.5]])]
-  records = tuple(GateRecord(p, p, np.ones_like(p), 10, pair) for p, pair in zip(probs, (0, 4), strict=True))
+  records = tuple(
+    GateRecord(p, p, np.ones_like(p), 10, pair) for p, pair in zip(probs, (0, 4), strict=True)
+  )
   np.testing.assert_allclose(expected_macs(records), [10 * 0.75 + 10 * 1.5 + 4 * 0.75 * 1.5])
 
 
@@ -68,13 +73,20 @@ def test_the_mean_is_of_the_product_and_not_the_product_of_the_means():
 
 
 def test_a_pair_joins_a_record_to_the_one_before_only():
-  records = (record([[1, 1]], 1), record([[1, 0, 1]], 10, 1000), record([[1, 1, 1, 1]], 100), record([[1]], 7))
+  records = (
+    record([[1, 1]], 1),
+    record([[1, 0, 1]], 10, 1000),
+    record([[1, 1, 1, 1]], 100),
+    record([[1]], 7),
+  )
   np.testing.assert_array_equal(executed_macs(records), [2 + 20 + 1000 * 2 * 2 + 400 + 7])
 
 
 def test_all_open_gates_execute_all_gated_macs_and_closed_ones_none():
   for gates, share in ((ALL, 1), (NONE, 0)):
-    np.testing.assert_array_equal(executed_macs(pair([gates], [gates])), [share * gated_macs(pair([gates], [gates]))])
+    np.testing.assert_array_equal(
+      executed_macs(pair([gates], [gates])), [share * gated_macs(pair([gates], [gates]))]
+    )
 
 
 def test_float64_gates_count_beyond_what_float32_holds():
@@ -109,13 +121,17 @@ def test_no_records_are_an_error():
 
 def test_a_first_record_with_pairs_is_an_error():
   for function in (executed_macs, gated_macs):
-    with pytest.raises(ValueError, match=r"^the first record's macs_per_pair must be 0, .*; got 9$"):
+    with pytest.raises(
+      ValueError, match=r"^the first record's macs_per_pair must be 0, .*; got 9$"
+    ):
       function((record([ALL], 1, 9), record([ALL])))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_macs_of_gates_in_half_precision_are_counted_in_full(dtype):
-  gates = jnp.ones((2, 300), dtype)  # more than bfloat16 counts, at a price that float16 does not hold
+  gates = jnp.ones(
+    (2, 300), dtype
+  )  # more than bfloat16 counts, at a price that float16 does not hold
   half = (GateRecord(gates, gates, gates, 27_648),)
   np.testing.assert_array_equal(executed_macs(half), [300 * 27_648] * 2)
   np.testing.assert_array_equal(expected_macs(half), [300 * 27_648] * 2)
@@ -123,5 +139,7 @@ def test_macs_of_gates_in_half_precision_are_counted_in_full(dtype):
 
 def test_a_record_without_what_is_counted_is_refused():
   gates = jnp.ones((2, 3))
-  with pytest.raises(TypeError, match=r"records\[0\].probs must be an array of real numbers; got None"):
+  with pytest.raises(
+    TypeError, match=r"records\[0\].probs must be an array of real numbers; got None"
+  ):
     expected_macs((GateRecord(gates, None, gates, 5),))

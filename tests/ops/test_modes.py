@@ -99,9 +99,19 @@ PARAMETERS = {
   "relaxed Bernoulli": learned(lambda each: priors.relaxed_bernoulli(each, HALF)),
   "normal": learned(lambda each: priors.normal(each, HALF), lambda x: x),
   "samples": gradient(lambda x: ecdf.cdf_matching_loss(x[:3], empirical.empirical(x[3:]))),
-  "generalised": lambda x: gradient(lambda x, means: sum(map(jnp.sum, (
-    ecdf.generalised_batch_shaping_loss(
-      x, means, lambda mean: priors.relaxed_bernoulli(mean, HALF), BETA)))), (0, 1))(x, x[0]),
+  "generalised": lambda x: gradient(
+    lambda x, means: sum(
+      map(
+        jnp.sum,
+        (
+          ecdf.generalised_batch_shaping_loss(
+            x, means, lambda mean: priors.relaxed_bernoulli(mean, HALF), BETA
+          )
+        ),
+      )
+    ),
+    (0, 1),
+  )(x, x[0]),
 }
 PRIORS = {
   "beta": densities(BETA),
@@ -117,10 +127,12 @@ PRIORS = {
 }
 SECOND = {
   "fixed prior": lambda x: jax.hessian(lambda x: jnp.sum(ecdf.batch_shaping_loss(x, BETA)))(x),
-  "learned prior": lambda x: jax.hessian(lambda each: jnp.sum(ecdf.batch_shaping_loss(
-    x, priors.beta(each, SIX_TENTHS))))(x[0] ** 2 + 1),
-  "uniform": lambda x: jax.hessian(lambda x: jnp.sum(ecdf.cdf_matching_loss(
-    jax.nn.sigmoid(x), priors.uniform())))(x),
+  "learned prior": lambda x: jax.hessian(
+    lambda each: jnp.sum(ecdf.batch_shaping_loss(x, priors.beta(each, SIX_TENTHS)))
+  )(x[0] ** 2 + 1),
+  "uniform": lambda x: jax.hessian(
+    lambda x: jnp.sum(ecdf.cdf_matching_loss(jax.nn.sigmoid(x), priors.uniform()))
+  )(x),
   "sort": lambda x: jax.hessian(lambda x: jnp.sum(ranking.sort_with_vjp(x) ** 3))(x[:, 0]),
 }
 
@@ -129,8 +141,12 @@ def sampled(gate):
   def of(x):
     draw = functools.partial(gate, jax.random.key(0))
     traced = jnp.float32(0.5)
-    return (draw(x), draw(x, HALF, noise_scale=HALF), draw(x, traced, noise_scale=traced),
-            gradient(draw)(x))
+    return (
+      draw(x),
+      draw(x, HALF, noise_scale=HALF),
+      draw(x, traced, noise_scale=traced),
+      gradient(draw)(x),
+    )
 
   return of
 
@@ -141,8 +157,12 @@ GATES = {
   "hard concrete": sampled(relaxations.hard_concrete),
   "open probability": lambda x: relaxations.hard_concrete_open_prob(x, HALF),
   "location": lambda x: relaxations.hard_concrete_location(x, HALF),
-  "evaluation": lambda x: (relaxations.hard_concrete_mean(x), relaxations.clipped_sigmoid(x),
-                           relaxations.threshold_gate(x), relaxations.straight_through(x, HALF)),
+  "evaluation": lambda x: (
+    relaxations.hard_concrete_mean(x),
+    relaxations.clipped_sigmoid(x),
+    relaxations.threshold_gate(x),
+    relaxations.straight_through(x, HALF),
+  ),
 }
 
 
@@ -172,20 +192,34 @@ PENALTIES = {
   "counts": lambda x: (macs.executed_macs(records(x)), macs.expected_macs(records(x))),
 }
 SELECTION = {
-  "repair": lambda x: gradient(lambda x: selection.keep_best(x * (x > 2).astype(x.dtype), x, VALID))(x),
+  "repair": lambda x: gradient(
+    lambda x: selection.keep_best(x * (x > 2).astype(x.dtype), x, VALID)
+  )(x),
   "repair of truth values": lambda x: selection.keep_best(x > 2, x, VALID),
   "best": lambda x: selection.top_k(x, VALID, 2),
   "best, some for each": lambda x: selection.top_k(x, VALID, np.arange(N)),
-  "uniform": lambda x: (selection.uniform_k(VALID, 2), selection.uniform_k(VALID, np.arange(1, N + 1))),
+  "uniform": lambda x: (
+    selection.uniform_k(VALID, 2),
+    selection.uniform_k(VALID, np.arange(1, N + 1)),
+  ),
   "random": lambda x: selection.random_k(jax.random.key(0), VALID, 2),
   "first": lambda x: (selection.first_k(VALID, 2), selection.first_k(VALID, np.arange(N))),
   "number": lambda x: (selection.k_for(VALID, 0.3), selection.k_for(VALID, 2)),
-  "exits": lambda x: (confidence.entropy_share(x), confidence.stay_logits(x.reshape(3, 2, C), HALF)),
+  "exits": lambda x: (
+    confidence.entropy_share(x),
+    confidence.stay_logits(x.reshape(3, 2, C), HALF),
+  ),
   "first sure": lambda x: confidence.first_sure(x.reshape(3, 2, C), x[:3, :1]),
   "open units": lambda x: compaction.open_indices(x[:, 0], 3),
   "put back": lambda x: compaction.put_back(x[:3], *compaction.open_indices(x[:, 0], 3), N),
-  "open backward": gradient(lambda x: x[:, :1] * sparse_backward.open_backward(
-    lambda scale, x: scale * x, x[0, 0], x, (x[:, 0] > 0).astype(x.dtype), capacity=N)),
+  "open backward": gradient(
+    lambda x: (
+      x[:, :1]
+      * sparse_backward.open_backward(
+        lambda scale, x: scale * x, x[0, 0], x, (x[:, 0] > 0).astype(x.dtype), capacity=N
+      )
+    )
+  ),
 }
 
 
@@ -204,10 +238,13 @@ def branch(x):
 ONE = ((1, 1), (1, 1))
 WINDOWS = {
   "clips": lambda x: cpu_convs.convolve_clips(
-    images(x)[:, :, None], kernel(x, 3, 1, 3, 4, 2), (1, 1, 1), ((1, 1), (0, 0), (1, 1))),
+    images(x)[:, :, None], kernel(x, 3, 1, 3, 4, 2), (1, 1, 1), ((1, 1), (0, 0), (1, 1))
+  ),
   "images": lambda x: cpu_convs.convolve_images(images(x), kernel(x, 3, 3, 4, 2), (2, 2), ONE),
   "doubled": lambda x: cpu_convs.convolve_doubled(images(x), kernel(x, 3, 3, 4, 2)),
-  "depthwise": lambda x: cpu_convs.convolve_depthwise(images(x), kernel(x, 3, 3, 1, 4), (1, 1), ONE),
+  "depthwise": lambda x: cpu_convs.convolve_depthwise(
+    images(x), kernel(x, 3, 3, 1, 4), (1, 1), ONE
+  ),
   "pool": lambda x: cpu_convs.max_pool(images(x), (3, 3), (2, 2)),
 }
 BRANCHES = {
@@ -223,7 +260,9 @@ BRANCHES = {
 def chain(x, implementation):
   kernels_, biases = (kernel(x, 3, 3, 4, 4), kernel(x, 1, 1, 4, 2)), (x[0], x[0, :2])
   gates = (x[:2], x[2:4] > 0, None)
-  return native_kernels.gated_chain(images(x), kernels_, biases, gates, implementation=implementation)
+  return native_kernels.gated_chain(
+    images(x), kernels_, biases, gates, implementation=implementation
+  )
 
 
 CHAINS = {"twin": lambda x: chain(x, "jax")}
@@ -270,8 +309,16 @@ def usual(of, group, dtype):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("group", [
-  "losses", "priors", *(pytest.param(group, marks=pytest.mark.slow) for group in ("parameters", "second derivatives"))])
+@pytest.mark.parametrize(
+  "group",
+  [
+    "losses",
+    "priors",
+    *(
+      pytest.param(group, marks=pytest.mark.slow) for group in ("parameters", "second derivatives")
+    ),
+  ],
+)
 def test_types_are_the_same_in_every_mode(group, mode):
   without = usual(traced, group, np.float32)
   with MODES[mode]():
@@ -294,10 +341,17 @@ def weighted_each(params, batch, logits, **options):
 
 
 TERMS = [
-  spread_loss.weighted, weighted_each, spread_loss.learned_beta, spread_loss.fixed_prior,
-  spread_loss.learned_relaxed_bernoulli, spread_loss.reference_samples]
+  spread_loss.weighted,
+  weighted_each,
+  spread_loss.learned_beta,
+  spread_loss.fixed_prior,
+  spread_loss.learned_relaxed_bernoulli,
+  spread_loss.reference_samples,
+]
 WAYS = {
-  "shard_map": functools.partial(spread_loss.by_shard_map, check_vma=True), "pmap": spread_loss.by_pmap}
+  "shard_map": functools.partial(spread_loss.by_shard_map, check_vma=True),
+  "pmap": spread_loss.by_pmap,
+}
 
 
 @functools.cache

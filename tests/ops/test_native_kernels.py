@@ -13,25 +13,30 @@ from jax.sharding import Mesh, PartitionSpec
 
 from gating_jax.ops import native_kernels
 
-needs_native = pytest.mark.skipif(not native_kernels.available(), reason=native_kernels.why_not() or "there")
-both = pytest.mark.parametrize("implementation", ["jax", pytest.param("native", marks=needs_native)])
+needs_native = pytest.mark.skipif(
+  not native_kernels.available(), reason=native_kernels.why_not() or "there"
+)
+both = pytest.mark.parametrize(
+  "implementation", ["jax", pytest.param("native", marks=needs_native)]
+)
 LANES = (0, 8, 4)  # the processor's vectors, at most so wide ones, and the portable ones
 
 # x of two channels, an ascending image of 3 x 3 and ones; what the sum over a 3 x 3 window is, by hand.
 # What the kernel takes, in every mode of JAX.
 zeros, ones, full, array = (
-  functools.partial(make, dtype=jnp.float32) for make in (jnp.zeros, jnp.ones, jnp.full, jnp.array))
+  functools.partial(make, dtype=jnp.float32) for make in (jnp.zeros, jnp.ones, jnp.full, jnp.array)
+)
 IMAGE = jnp.stack([jnp.arange(9, dtype=jnp.float32).reshape(1, 3, 3), ones((1, 3, 3))], -1)
 SUMS = [[8, 15, 12], [21, 36, 27], [20, 33, 24]]
 COUNTS = [[4, 6, 4], [6, 9, 6], [4, 6, 4]]
 ONES = ones((3, 3, 2, 2))
 TABLE = {
-    "open": ({}, [np.add(SUMS, COUNTS), np.add(SUMS, COUNTS)]),
-    "closed input": ({"in_gates": [[1, 0]]}, [SUMS, SUMS]),
-    "closed output": ({"out_gates": [[0, 1]]}, [np.zeros((3, 3)), np.add(SUMS, COUNTS)]),
-    "all closed": ({"in_gates": [[0, 0]], "out_gates": [[0, 0]]}, np.zeros((2, 3, 3))),
-    "all inputs closed": ({"in_gates": [[0, 0]]}, np.zeros((2, 3, 3))),
-    "stride": ({"stride": 2, "in_gates": [[0, 1]]}, [[[4, 4], [4, 4]]] * 2),
+  "open": ({}, [np.add(SUMS, COUNTS), np.add(SUMS, COUNTS)]),
+  "closed input": ({"in_gates": [[1, 0]]}, [SUMS, SUMS]),
+  "closed output": ({"out_gates": [[0, 1]]}, [np.zeros((3, 3)), np.add(SUMS, COUNTS)]),
+  "all closed": ({"in_gates": [[0, 0]], "out_gates": [[0, 0]]}, np.zeros((2, 3, 3))),
+  "all inputs closed": ({"in_gates": [[0, 0]]}, np.zeros((2, 3, 3))),
+  "stride": ({"stride": 2, "in_gates": [[0, 1]]}, [[[4, 4], [4, 4]]] * 2),
 }
 
 
@@ -39,7 +44,9 @@ TABLE = {
 @pytest.mark.parametrize("case", TABLE)
 def test_values_by_hand(case, implementation):
   settings, expected = TABLE[case]
-  settings = {name: jnp.array(value) if "gates" in name else value for name, value in settings.items()}
+  settings = {
+    name: jnp.array(value) if "gates" in name else value for name, value in settings.items()
+  }
   y = native_kernels.gated_conv(IMAGE, ONES, zeros(2), implementation=implementation, **settings)
   np.testing.assert_array_equal(y[0], np.moveaxis(np.array(expected), 0, -1))
 
@@ -47,39 +54,69 @@ def test_values_by_hand(case, implementation):
 @both
 def test_bias_shortcut_and_relu(implementation):
   x, kernel = array([1.0, -2.0]).reshape(1, 1, 2, 1), array([1.0, 3.0]).reshape(1, 1, 1, 2)
-  run = functools.partial(native_kernels.gated_conv, x, kernel, array([0.5, 1.0]), full((1, 1, 2, 2), -2.0),
-                          implementation=implementation)
+  run = functools.partial(
+    native_kernels.gated_conv,
+    x,
+    kernel,
+    array([0.5, 1.0]),
+    full((1, 1, 2, 2), -2.0),
+    implementation=implementation,
+  )
   np.testing.assert_array_equal(run()[0, 0], [[-0.5, 2], [-3.5, -7]])
   np.testing.assert_array_equal(run(relu=True)[0, 0], [[0, 2], [0, 0]])
-  np.testing.assert_array_equal(run(out_gates=jnp.array([[0, 1]]))[0, 0], [[-2, 2], [-2, -7]])  # the shortcut stays
+  np.testing.assert_array_equal(
+    run(out_gates=jnp.array([[0, 1]]))[0, 0], [[-2, 2], [-2, -7]]
+  )  # the shortcut stays
 
 
 @both
 def test_a_branch_by_hand(implementation):
   x = array([[[[1.0]]], [[[-1.0]]]])  # two examples of one pixel
-  kernel1, kernel2 = zeros((3, 3, 1, 2)).at[1, 1, 0].set(array([2, -3])), zeros((3, 3, 2, 1)).at[1, 1, :, 0].set(1.0)
-  run = functools.partial(native_kernels.gated_branch, x, kernel1, array([0.0, 1]), kernel2, array([10.0]),
-                          implementation=implementation)
+  kernel1, kernel2 = (
+    zeros((3, 3, 1, 2)).at[1, 1, 0].set(array([2, -3])),
+    zeros((3, 3, 2, 1)).at[1, 1, :, 0].set(1.0),
+  )
+  run = functools.partial(
+    native_kernels.gated_branch,
+    x,
+    kernel1,
+    array([0.0, 1]),
+    kernel2,
+    array([10.0]),
+    implementation=implementation,
+  )
   # hidden (2, -2) and (-2, 4) before ReLU
   assert run(None).ravel().tolist() == [12, 14]
   assert run(jnp.array([[0, 1], [1, 0]])).ravel().tolist() == [10, 10]
-  assert run(jnp.array([[1, 0], [0, 1]]), full((2, 1, 1, 1), -13.0), relu=False).ravel().tolist() == [-1, 1]
+  assert run(
+    jnp.array([[1, 0], [0, 1]]), full((2, 1, 1, 1), -13.0), relu=False
+  ).ravel().tolist() == [-1, 1]
 
 
 @both
 def test_nothing_of_closed_channels_is_seen(implementation):
   x = IMAGE.at[..., 1].set(jnp.nan)
-  y = native_kernels.gated_branch(x[..., :1], ONES[:, :, :1].at[..., 1].set(jnp.nan), zeros(2), ONES, zeros(2),
-                          jnp.array([[1, 0]]), implementation=implementation)
+  y = native_kernels.gated_branch(
+    x[..., :1],
+    ONES[:, :, :1].at[..., 1].set(jnp.nan),
+    zeros(2),
+    ONES,
+    zeros(2),
+    jnp.array([[1, 0]]),
+    implementation=implementation,
+  )
   assert y[0, 1, 1].tolist() == [np.sum(SUMS)] * 2
-  closed = native_kernels.gated_conv(x, ONES, zeros(2), in_gates=jnp.array([[1, 0]]), implementation=implementation)
+  closed = native_kernels.gated_conv(
+    x, ONES, zeros(2), in_gates=jnp.array([[1, 0]]), implementation=implementation
+  )
   np.testing.assert_array_equal(closed[0, ..., 0], SUMS)
 
 
 @both
 def test_nan_of_open_channels_is_kept(implementation):
-  y = native_kernels.gated_conv(IMAGE.at[0, 0, 0, 0].set(jnp.nan), ONES, zeros(2), relu=True,
-                        implementation=implementation)
+  y = native_kernels.gated_conv(
+    IMAGE.at[0, 0, 0, 0].set(jnp.nan), ONES, zeros(2), relu=True, implementation=implementation
+  )
   assert np.isnan(y[0, :2, :2]).all()
   assert np.isfinite(y[0, 2]).all()
 
@@ -89,21 +126,36 @@ def made(seed, sizes, channels, windows, examples, shares, shortcut, stride):
   rng = np.random.default_rng(seed)
   normal = lambda *shape, by=1.0: jnp.asarray(rng.normal(size=shape) / by, jnp.float32)
   x = normal(examples, *sizes, channels[0])
-  kernels = [normal(w, w, i, o, by=w * i**0.5)
-             for w, i, o in zip(windows, channels[:-1], channels[1:], strict=True)]
-  gates = [None if share is None else jnp.asarray(rng.random((examples, c)) < share)
-           for share, c in zip(shares, channels, strict=True)]
+  kernels = [
+    normal(w, w, i, o, by=w * i**0.5)
+    for w, i, o in zip(windows, channels[:-1], channels[1:], strict=True)
+  ]
+  gates = [
+    None if share is None else jnp.asarray(rng.random((examples, c)) < share)
+    for share, c in zip(shares, channels, strict=True)
+  ]
   strides = (stride,) + (1,) * (len(windows) - 1)
   strides = strides[::-1] if len(windows) == 3 else strides
   out = native_kernels._shape(x, [native_kernels.packed(kernel) for kernel in kernels], strides)
-  return x, kernels, [normal(c) for c in channels[1:]], gates, normal(*out) if shortcut else None, strides
+  return (
+    x,
+    kernels,
+    [normal(c) for c in channels[1:]],
+    gates,
+    normal(*out) if shortcut else None,
+    strides,
+  )
 
 
 def compare(arguments, lanes, relu=True, run=native_kernels.gated_chain):
   """Asserts that both implementations agree."""
   *arrays, strides = arguments
-  twin = functools.partial(native_kernels.gated_chain, strides=strides, relu=relu, implementation="jax")
-  expected = jax.jit(twin)(*arrays)  # one program, where there is one for each of its operations without
+  twin = functools.partial(
+    native_kernels.gated_chain, strides=strides, relu=relu, implementation="jax"
+  )
+  expected = jax.jit(twin)(
+    *arrays
+  )  # one program, where there is one for each of its operations without
   for most in lanes:
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(native_kernels, "_LANES", most)
@@ -116,8 +168,15 @@ SHARES = st.sampled_from([None, 0.0, 0.25, 0.5, 1.0])
 
 @pytest.mark.slow
 @needs_native
-@given(data=st.data(), length=st.integers(1, 3), examples=st.integers(0, 4), stride=st.integers(1, 3),
-       sizes=st.tuples(st.integers(1, 19), st.integers(1, 19)), shortcut=st.booleans(), relu=st.booleans())
+@given(
+  data=st.data(),
+  length=st.integers(1, 3),
+  examples=st.integers(0, 4),
+  stride=st.integers(1, 3),
+  sizes=st.tuples(st.integers(1, 19), st.integers(1, 19)),
+  shortcut=st.booleans(),
+  relu=st.booleans(),
+)
 def test_any_chain_agrees_with_its_twin(data, length, examples, stride, sizes, shortcut, relu):
   channels = data.draw(st.lists(st.integers(1, 37), min_size=length + 1, max_size=length + 1))
   windows = data.draw(st.lists(st.sampled_from([1, 3, 2, 5]), min_size=length, max_size=length))
@@ -127,9 +186,17 @@ def test_any_chain_agrees_with_its_twin(data, length, examples, stride, sizes, s
 
 @needs_native
 @pytest.mark.parametrize("examples", [1, 9])
-@pytest.mark.parametrize(("sizes", "channels", "stride"), [
-    ((32, 32), (16, 16, 16), 1), ((16, 16), (16, 32, 32), 2), ((8, 8), (64, 64, 64), 1), ((56, 40), (8, 20, 8), 1),
-    ((7, 7), (130, 70, 130), 1), ((4, 4), (32, 100, 32), 1)])
+@pytest.mark.parametrize(
+  ("sizes", "channels", "stride"),
+  [
+    ((32, 32), (16, 16, 16), 1),
+    ((16, 16), (16, 32, 32), 2),
+    ((8, 8), (64, 64, 64), 1),
+    ((56, 40), (8, 20, 8), 1),
+    ((7, 7), (130, 70, 130), 1),
+    ((4, 4), (32, 100, 32), 1),
+  ],
+)
 def test_residual_branches_agree_with_their_twin(sizes, channels, stride, examples):
   compare(made(1, sizes, channels, (3, 3), examples, (None, 0.5, None), True, stride), LANES)
 
@@ -141,8 +208,9 @@ def test_residual_branches_agree_with_their_twin(sizes, channels, stride, exampl
 @pytest.mark.parametrize("lanes", [16, 8, 4])
 @pytest.mark.parametrize("examples", [1, 9])
 def test_rows_of_half_a_vector_agree_with_their_twin(rows, stride, window, lanes, examples):
-  x, kernels, *rest, strides = made(5, (rows, stride * lanes // 2), (7, 19, 6), (3, 3), examples, (None, 0.5, None),
-                                    True, stride)
+  x, kernels, *rest, strides = made(
+    5, (rows, stride * lanes // 2), (7, 19, 6), (3, 3), examples, (None, 0.5, None), True, stride
+  )
   if window != (3, 3):
     kernels = [kernel.reshape(*window, *kernel.shape[2:]) for kernel in kernels]
   compare((x, kernels, *rest, strides), (0, lanes))
@@ -156,8 +224,10 @@ def test_a_bottleneck_agrees_with_its_twin():
 @needs_native
 def test_kernels_turned_before_give_the_same():
   x, kernels, *rest, strides = made(3, (9, 9), (5, 6, 7), (3, 1), 2, (None, 0.5, None), False, 1)
-  one, two = (native_kernels.gated_chain(x, k, *rest, layout=layout, strides=strides, implementation="native")
-              for k, layout in ((kernels, "HWIO"), (list(map(native_kernels.packed, kernels)), "OIHW")))
+  one, two = (
+    native_kernels.gated_chain(x, k, *rest, layout=layout, strides=strides, implementation="native")
+    for k, layout in ((kernels, "HWIO"), (list(map(native_kernels.packed, kernels)), "OIHW"))
+  )
   np.testing.assert_array_equal(one, two)
 
 
@@ -165,15 +235,22 @@ def test_kernels_turned_before_give_the_same():
 def test_under_jit_and_on_eight_devices():
   arguments = made(4, (8, 8), (16, 24, 16), (3, 3), 16, (None, 0.5, None), True, 1)
   compare(
-    arguments, (0,), run=jax.jit(native_kernels.gated_chain, static_argnames=("strides", "relu", "implementation"))
+    arguments,
+    (0,),
+    run=jax.jit(native_kernels.gated_chain, static_argnames=("strides", "relu", "implementation")),
   )
   mesh, per_example = Mesh(np.array(jax.devices()), "n"), PartitionSpec("n")
   assert mesh.size == 8
 
   def on_devices(x, kernels, biases, gates, shortcut, **settings):
-    run = lambda x, gates, shortcut: native_kernels.gated_chain(x, kernels, biases, gates, shortcut, **settings)
-    return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(per_example,) * 3, out_specs=per_example,
-                                 check_vma=False))(x, gates, shortcut)
+    run = lambda x, gates, shortcut: native_kernels.gated_chain(
+      x, kernels, biases, gates, shortcut, **settings
+    )
+    return jax.jit(
+      jax.shard_map(
+        run, mesh=mesh, in_specs=(per_example,) * 3, out_specs=per_example, check_vma=False
+      )
+    )(x, gates, shortcut)
 
   compare(arguments, (0,), run=on_devices)
 
@@ -181,11 +258,13 @@ def test_under_jit_and_on_eight_devices():
 @needs_native
 def test_concurrent_calls_do_not_disturb_each_other():
   cases = [
-    made(seed, (8 + seed, 8), (16, 24, 16), (3, 3), 1 + seed % 3, (None, 0.5, None), True, 1) for seed in range(6)
+    made(seed, (8 + seed, 8), (16, 24, 16), (3, 3), 1 + seed % 3, (None, 0.5, None), True, 1)
+    for seed in range(6)
   ]
   with concurrent.futures.ThreadPoolExecutor(6) as pool:
     alone = [
-      native_kernels.gated_chain(*arrays, strides=strides, implementation="native") for *arrays, strides in cases
+      native_kernels.gated_chain(*arrays, strides=strides, implementation="native")
+      for *arrays, strides in cases
     ]
     for _ in range(10):
       runs = [
@@ -199,18 +278,24 @@ def test_concurrent_calls_do_not_disturb_each_other():
 def test_arguments_that_do_not_fit_are_refused():
   x, kernel, bias = IMAGE, ONES, zeros(2)
   for message, call in {
-      "x must be": lambda: native_kernels.gated_conv(x[0], kernel, bias),
-      "of four axes": lambda: native_kernels.gated_conv(x, kernel[0], bias),
-      r"takes?.* channels .* \(2,\); got \(3,\)": lambda: native_kernels.gated_conv(x, ones((3, 3, 3, 2)), bias),
-      r"biases\[0\] must be \[2\]": lambda: native_kernels.gated_conv(x, kernel, zeros(3)),
-      r"gates\[1\] must be \[1, 2\]": lambda: native_kernels.gated_conv(x, kernel, bias, out_gates=ones(2)),
-      "shortcut must have": lambda: native_kernels.gated_conv(x, kernel, bias, x, stride=2),
-      "strides must be": lambda: native_kernels.gated_conv(x, kernel, bias, stride=0),
-      "strides must be .*; got 2$": lambda: native_kernels.gated_chain(x, [kernel], [bias], [None, None], strides=2),
-      "as many biases": lambda: native_kernels.gated_chain(x, [kernel], [bias], [None]),
-      "must be float32": lambda: native_kernels.gated_conv(x.astype(jnp.bfloat16), kernel, bias),
-      "layout must be one of": lambda: native_kernels.gated_conv(x, kernel, bias, layout="IOHW"),
-      "not be empty": lambda: native_kernels.gated_conv(x[:, :0], kernel, bias),
+    "x must be": lambda: native_kernels.gated_conv(x[0], kernel, bias),
+    "of four axes": lambda: native_kernels.gated_conv(x, kernel[0], bias),
+    r"takes?.* channels .* \(2,\); got \(3,\)": lambda: native_kernels.gated_conv(
+      x, ones((3, 3, 3, 2)), bias
+    ),
+    r"biases\[0\] must be \[2\]": lambda: native_kernels.gated_conv(x, kernel, zeros(3)),
+    r"gates\[1\] must be \[1, 2\]": lambda: native_kernels.gated_conv(
+      x, kernel, bias, out_gates=ones(2)
+    ),
+    "shortcut must have": lambda: native_kernels.gated_conv(x, kernel, bias, x, stride=2),
+    "strides must be": lambda: native_kernels.gated_conv(x, kernel, bias, stride=0),
+    "strides must be .*; got 2$": lambda: native_kernels.gated_chain(
+      x, [kernel], [bias], [None, None], strides=2
+    ),
+    "as many biases": lambda: native_kernels.gated_chain(x, [kernel], [bias], [None]),
+    "must be float32": lambda: native_kernels.gated_conv(x.astype(jnp.bfloat16), kernel, bias),
+    "layout must be one of": lambda: native_kernels.gated_conv(x, kernel, bias, layout="IOHW"),
+    "not be empty": lambda: native_kernels.gated_conv(x[:, :0], kernel, bias),
   }.items():
     with pytest.raises(ValueError, match=message):
       call()
@@ -219,8 +304,14 @@ def test_arguments_that_do_not_fit_are_refused():
 @both
 def test_lists_and_numbers_of_numpy_are_taken(implementation):
   expected = native_kernels.gated_conv(IMAGE, ONES, zeros(2), out_gates=ones((1, 2)), stride=2)
-  y = native_kernels.gated_conv(np.asarray(IMAGE), np.asarray(ONES), np.zeros(2, np.float32), out_gates=[[1, 1]],
-                        stride=np.int64(2), implementation=implementation)
+  y = native_kernels.gated_conv(
+    np.asarray(IMAGE),
+    np.asarray(ONES),
+    np.zeros(2, np.float32),
+    out_gates=[[1, 1]],
+    stride=np.int64(2),
+    implementation=implementation,
+  )
   np.testing.assert_array_equal(y, expected)
 
 

@@ -12,19 +12,19 @@ from gating_jax.ops import pallas_kernels
 from gating_jax.ops.pallas_kernels import Branch, Tiles
 
 FORMS = {
-    "kernel": pallas_kernels.gated_branch,
-    "masked": pallas_kernels.masked_branch,
-    "dispatched": pallas_kernels.dispatched_branch,
-    "dispatched to one": functools.partial(pallas_kernels.dispatched_branch, capacity=1),
+  "kernel": pallas_kernels.gated_branch,
+  "masked": pallas_kernels.masked_branch,
+  "dispatched": pallas_kernels.dispatched_branch,
+  "dispatched to one": functools.partial(pallas_kernels.dispatched_branch, capacity=1),
 }
 SKIPPING = ("kernel", "dispatched")
 # N, H, W, D, C, B, E, stride: tiles cut short in pixels and in every kind of channels; N = 1; the blocks of hardware.
 SHAPES = {
-    "odd": (3, 7, 11, 5, 24, 8, 20, 1),
-    "stride 2": (2, 9, 8, 40, 32, 16, 33, 2),
-    "blocks of 64": (2, 4, 4, 16, 128, 64, 16, 1),
-    "blocks of 128, one example": (1, 3, 3, 8, 256, 128, 130, 1),
-    "one pixel, one gate, no power of two": (4, 1, 1, 3, 12, 12, 1, 1),
+  "odd": (3, 7, 11, 5, 24, 8, 20, 1),
+  "stride 2": (2, 9, 8, 40, 32, 16, 33, 2),
+  "blocks of 64": (2, 4, 4, 16, 128, 64, 16, 1),
+  "blocks of 128, one example": (1, 3, 3, 8, 256, 128, 130, 1),
+  "one pixel, one gate, no power of two": (4, 1, 1, 3, 12, 12, 1, 1),
 }
 
 
@@ -32,21 +32,31 @@ def problem(shape, dtype=jnp.float32, window=3):
   n, h, w, d, c, _, e, _ = shape
   rng = np.random.default_rng(0)
   draw = lambda scale, *shape: jnp.asarray(rng.normal(0, scale, shape), dtype)
-  branch = Branch(draw((window * window * d) ** -0.5, window, window, d, c), draw(1, c),
-                  draw((window * window * c) ** -0.5, window, window, c, e), draw(1, e))
+  branch = Branch(
+    draw((window * window * d) ** -0.5, window, window, d, c),
+    draw(1, c),
+    draw((window * window * c) ** -0.5, window, window, c, e),
+    draw(1, e),
+  )
   return branch, draw(1, n, h, w, d)
 
 
 def by_loops(branch, x, gates, stride):
   """In numpy's float64, pixel by pixel."""
+
   def conv(x, kernel, stride):
     top, left = (size // 2 for size in kernel.shape[:2])
     padded = np.pad(x, [(0, 0), (top, top), (left, left), (0, 0)])
     rows, columns = range(0, x.shape[1], stride), range(0, x.shape[2], stride)
-    at = lambda i, j: padded[:, i:i + kernel.shape[0], j:j + kernel.shape[1]]
-    return np.stack([np.stack([np.einsum("nhwd,hwde->ne", at(i, j), kernel) for j in columns], 1) for i in rows], 1)
+    at = lambda i, j: padded[:, i : i + kernel.shape[0], j : j + kernel.shape[1]]
+    return np.stack(
+      [np.stack([np.einsum("nhwd,hwde->ne", at(i, j), kernel) for j in columns], 1) for i in rows],
+      1,
+    )
 
-  kernel1, bias1, kernel2, bias2, x, gates = (np.asarray(a, np.float64) for a in (*branch, x, gates))
+  kernel1, bias1, kernel2, bias2, x, gates = (
+    np.asarray(a, np.float64) for a in (*branch, x, gates)
+  )
   per_channel = np.repeat(gates, len(bias1) // gates.shape[1], axis=1)[:, None, None, :]
   return conv(per_channel * np.maximum(conv(x, kernel1, stride) + bias1, 0), kernel2, 1) + bias2
 
@@ -69,14 +79,18 @@ def compiled(form, stride):
 # h of the blocks at pixel 0 is ReLU(2 - 1, 2 + 1), ReLU(4 - 1, -2 + 1) = (1, 3), (3, 0), at pixel 1 (0, 0), (0, 3);
 # y adds 1 h1 + 10 h2 + 100 h3 + 1000 h4 to 0.5.
 array = functools.partial(jnp.array, dtype=jnp.float32)
-HAND = Branch(array([[[[2.0, 2, 4, -2]]]]), array([-1.0, 1, -1, 1]),
-              array([[[[1.0], [10], [100], [1000]]]]), array([0.5]))
+HAND = Branch(
+  array([[[[2.0, 2, 4, -2]]]]),
+  array([-1.0, 1, -1, 1]),
+  array([[[[1.0], [10], [100], [1000]]]]),
+  array([0.5]),
+)
 VALUES = {
-    (0.0, 0.0): (0.5, 0.5),
-    (1.0, 0.0): (31.5, 0.5),
-    (0.0, 1.0): (300.5, 3000.5),
-    (1.0, 1.0): (331.5, 3000.5),
-    (0.5, 1.0): (316.0, 3000.5),
+  (0.0, 0.0): (0.5, 0.5),
+  (1.0, 0.0): (31.5, 0.5),
+  (0.0, 1.0): (300.5, 3000.5),
+  (1.0, 1.0): (331.5, 3000.5),
+  (0.5, 1.0): (316.0, 3000.5),
 }
 
 
@@ -110,7 +124,11 @@ def test_any_gates_give_what_masking_gives(form, name, data):
   gates = data.draw(st.one_of(st.sampled_from([[0.0] * n * blocks, [1.0] * n * blocks]), some))
   gates = np.float32(gates).reshape(n, blocks)
   np.testing.assert_allclose(
-      compiled(form, 1)(branch, x, gates), compiled("masked", 1)(branch, x, gates), rtol=1e-5, atol=1e-5)
+    compiled(form, 1)(branch, x, gates),
+    compiled("masked", 1)(branch, x, gates),
+    rtol=1e-5,
+    atol=1e-5,
+  )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -121,13 +139,17 @@ def test_bfloat16_sums_in_float32(form, name):
   y = compiled(form, shape[-1])(branch, x, gates)
   assert y.dtype == jnp.bfloat16
   # bfloat16 has 8 bits: h and y are rounded, and in the dispatched form each block's share of y.
-  np.testing.assert_allclose(y.astype(np.float32), by_loops(branch, x, gates, shape[-1]), rtol=2**-6, atol=2**-6)
+  np.testing.assert_allclose(
+    y.astype(np.float32), by_loops(branch, x, gates, shape[-1]), rtol=2**-6, atol=2**-6
+  )
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_without_jit(form):
   (branch, x), gates = problem(SHAPES["odd"]), drawn_gates(SHAPES["odd"])
-  np.testing.assert_allclose(FORMS[form](branch, x, gates), compiled(form, 1)(branch, x, gates), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    FORMS[form](branch, x, gates), compiled(form, 1)(branch, x, gates), rtol=1e-5, atol=1e-6
+  )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -135,7 +157,8 @@ def test_windows_of_one_pixel(form):
   branch, x = problem(SHAPES["odd"], window=1)
   gates = drawn_gates(SHAPES["odd"])
   np.testing.assert_allclose(
-      compiled(form, 1)(branch, x, gates), by_loops(branch, x, gates, 1), rtol=1e-4, atol=1e-5)
+    compiled(form, 1)(branch, x, gates), by_loops(branch, x, gates, 1), rtol=1e-4, atol=1e-5
+  )
 
 
 @pytest.mark.parametrize("form", SKIPPING)
@@ -144,8 +167,11 @@ def test_what_is_closed_is_not_looked_at(form):
   shape = SHAPES["blocks of 64"]
   branch, x = problem(shape)
   gates = np.float32([[0, 1], [0, 0.5]])
-  spoilt = branch._replace(kernel1=branch.kernel1.at[..., :64].set(jnp.nan), bias1=branch.bias1.at[:64].set(jnp.nan),
-                           kernel2=branch.kernel2.at[:, :, :64].set(jnp.nan))
+  spoilt = branch._replace(
+    kernel1=branch.kernel1.at[..., :64].set(jnp.nan),
+    bias1=branch.bias1.at[:64].set(jnp.nan),
+    kernel2=branch.kernel2.at[:, :, :64].set(jnp.nan),
+  )
   y = compiled(form, 1)(spoilt, x, gates)
   np.testing.assert_allclose(y, by_loops(branch, x, gates, 1), rtol=1e-4, atol=1e-5)
   assert np.isnan(compiled("masked", 1)(spoilt, x, gates)).any()
@@ -153,16 +179,28 @@ def test_what_is_closed_is_not_looked_at(form):
 
 def test_a_dispatch_of_too_little_capacity_is_masked_and_right():
   (branch, x), gates = problem(SHAPES["odd"]), np.ones((3, 3), np.float32)
-  run = lambda capacity: jax.jit(functools.partial(pallas_kernels.dispatched_branch, capacity=capacity))
+  run = lambda capacity: jax.jit(
+    functools.partial(pallas_kernels.dispatched_branch, capacity=capacity)
+  )
   for capacity in (1, 2, 3):
-    np.testing.assert_allclose(run(capacity)(branch, x, gates), by_loops(branch, x, gates, 1), rtol=1e-4, atol=1e-5)
-  gates[1:, 0] = 0  # the others still overflow 1 and 2, but a capacity of 1 would do for the first block
-  np.testing.assert_allclose(run(1)(branch, x, gates), by_loops(branch, x, gates, 1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+      run(capacity)(branch, x, gates), by_loops(branch, x, gates, 1), rtol=1e-4, atol=1e-5
+    )
+  gates[1:, 0] = (
+    0  # the others still overflow 1 and 2, but a capacity of 1 would do for the first block
+  )
+  np.testing.assert_allclose(
+    run(1)(branch, x, gates), by_loops(branch, x, gates, 1), rtol=1e-4, atol=1e-5
+  )
   conv_sizes = run(2).lower(branch, x, gates).as_text()
-  assert "tensor<2x7x11x5xf32>" in conv_sizes  # it is the gathered examples that the blocks' convolutions see
+  assert (
+    "tensor<2x7x11x5xf32>" in conv_sizes
+  )  # it is the gathered examples that the blocks' convolutions see
 
 
-@pytest.mark.parametrize("tiles", [Tiles(pixels=16), Tiles(outputs=4, inputs=2), Tiles(128, 64, 64, 8, 2)])
+@pytest.mark.parametrize(
+  "tiles", [Tiles(pixels=16), Tiles(outputs=4, inputs=2), Tiles(128, 64, 64, 8, 2)]
+)
 def test_tiles_change_nothing_but_rounding(tiles):
   (branch, x), gates = problem(SHAPES["odd"]), drawn_gates(SHAPES["odd"])
   y = jax.jit(functools.partial(pallas_kernels.gated_branch, tiles=tiles))(branch, x, gates)
@@ -178,14 +216,19 @@ def test_one_convolution_gated_on_both_sides():
   expected = pallas_kernels.masked_conv(h, branch.kernel2, branch.bias2, **both)
   spoilt = jnp.where(np.repeat(inside, 8, axis=1)[:, None, None] > 0, h, jnp.nan)
   y = jax.jit(functools.partial(pallas_kernels.gated_conv, relu=True))(
-      spoilt, branch.kernel2, branch.bias2, in_gates=inside, out_gates=outside)
+    spoilt, branch.kernel2, branch.bias2, in_gates=inside, out_gates=outside
+  )
   np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
   assert not np.any(y[0, :, :, 5:10])
   assert not np.any(y[1])
-  np.testing.assert_allclose(y[2], np.broadcast_to(np.maximum(branch.bias2, 0), y[2].shape))  # nothing to read
+  np.testing.assert_allclose(
+    y[2], np.broadcast_to(np.maximum(branch.bias2, 0), y[2].shape)
+  )  # nothing to read
 
 
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # from jax 0.11 on
+@pytest.mark.filterwarnings(
+  "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
+)  # from jax 0.11 on
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_kernel_lowers_to_triton_without_a_gpu(dtype, stride):
@@ -195,8 +238,9 @@ def test_the_kernel_lowers_to_triton_without_a_gpu(dtype, stride):
   run = jax.jit(functools.partial(pallas_kernels.gated_branch, interpret=False, stride=stride))
   gpu = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
   with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=gpu)):
-    lowered = run.trace(branch, shape(8, 15, 15, 40), jax.ShapeDtypeStruct((8, 4), jnp.float32)).lower(
-        lowering_platforms=("cuda",))
+    lowered = run.trace(
+      branch, shape(8, 15, 15, 40), jax.ShapeDtypeStruct((8, 4), jnp.float32)
+    ).lower(lowering_platforms=("cuda",))
   assert lowered.as_text().count("__gpu$xla.gpu.triton") == 2
 
 
@@ -204,16 +248,41 @@ def test_errors_name_the_argument():
   branch, x = problem(SHAPES["odd"])
   gates = jnp.ones((3, 3))
   for message, form, (b, x_, g), options in (
-      (r"out_gates must be \[N, channels / B\].* 24 ch.* got \(3, 5\)", "kernel", (branch, x, gates[:, [0] * 5]), {}),
-      (r"out_gates .*got \(2, 3\)", "masked", (branch, x, gates[:2]), {}),
-      (r"x must be .*int32", "kernel", (branch, x.astype(jnp.int32), gates), {}),
-      (r"kernel must be .*\(3, 3, 5, 24\), x \(3, 7, 11, 4\)", "masked", (branch, x[..., :4], gates), {}),
-      (r"kernel must be .*\(2, 3", "kernel", (branch._replace(kernel1=branch.kernel1[:2]), x, gates), {}),
-      (r"bias must be \[E\]", "masked", (branch._replace(bias2=branch.bias1), x, gates), {}),
-      (r"kernel and bias of x's dtype", "kernel", (branch, x.astype(jnp.bfloat16), gates), {}),
-      (r"capacity must be from 1 to the 3 examples of x; got 4", "dispatched", (branch, x, gates), {"capacity": 4}),
-      (r"tiles must be powers of two", "kernel", (branch, x, gates), {"tiles": Tiles(pixels=48)}),
-      (r"multiple of 16 channels to a gate on a GPU; got 8", "kernel", (branch, x, gates), {"interpret": False}),
+    (
+      r"out_gates must be \[N, channels / B\].* 24 ch.* got \(3, 5\)",
+      "kernel",
+      (branch, x, gates[:, [0] * 5]),
+      {},
+    ),
+    (r"out_gates .*got \(2, 3\)", "masked", (branch, x, gates[:2]), {}),
+    (r"x must be .*int32", "kernel", (branch, x.astype(jnp.int32), gates), {}),
+    (
+      r"kernel must be .*\(3, 3, 5, 24\), x \(3, 7, 11, 4\)",
+      "masked",
+      (branch, x[..., :4], gates),
+      {},
+    ),
+    (
+      r"kernel must be .*\(2, 3",
+      "kernel",
+      (branch._replace(kernel1=branch.kernel1[:2]), x, gates),
+      {},
+    ),
+    (r"bias must be \[E\]", "masked", (branch._replace(bias2=branch.bias1), x, gates), {}),
+    (r"kernel and bias of x's dtype", "kernel", (branch, x.astype(jnp.bfloat16), gates), {}),
+    (
+      r"capacity must be from 1 to the 3 examples of x; got 4",
+      "dispatched",
+      (branch, x, gates),
+      {"capacity": 4},
+    ),
+    (r"tiles must be powers of two", "kernel", (branch, x, gates), {"tiles": Tiles(pixels=48)}),
+    (
+      r"multiple of 16 channels to a gate on a GPU; got 8",
+      "kernel",
+      (branch, x, gates),
+      {"interpret": False},
+    ),
   ):
     with pytest.raises(ValueError, match=message):
       FORMS[form](b, x_, g, **options)

@@ -22,8 +22,8 @@ from gating_jax.types import GateRecord
 def records_of(first, second):
   """Two records joined by a pair, [N, 3] and [N, 2]; their gates all open, to differ from their probabilities."""
   return (
-      GateRecord(first, first, jnp.ones_like(first), 10),
-      GateRecord(second, second, jnp.ones_like(second), 7, 4),
+    GateRecord(first, first, jnp.ones_like(first), 10),
+    GateRecord(second, second, jnp.ones_like(second), 7, 4),
   )
 
 
@@ -60,18 +60,24 @@ def test_entropy_loss_is_of_each_gates_mean_and_does_not_see_how_it_comes_about(
 def test_decision_entropy_loss_is_of_each_example():
   layers = [np.array([[0.0, 0.5, 0.25]] * 2, np.float32), np.array([[1.0], [0.0]], np.float32)]
   quarter = 0.25 * np.log2(4) + 0.75 * np.log2(4 / 3)
-  np.testing.assert_allclose(decision_entropy_loss(layers), (2 * (1 + 0 + (1 - quarter)) + 2) / 8, rtol=1e-5)
+  np.testing.assert_allclose(
+    decision_entropy_loss(layers), (2 * (1 + 0 + (1 - quarter)) + 2) / 8, rtol=1e-5
+  )
 
 
 def test_indecision_loss_is_of_each_example():
-  np.testing.assert_allclose(indecision_loss([np.array([[0.5, 0.25], [1.0, 0.25]])]), (1 + 0 + 0.75 * 2) / 4)
+  np.testing.assert_allclose(
+    indecision_loss([np.array([[0.5, 0.25], [1.0, 0.25]])]), (1 + 0 + 0.75 * 2) / 4
+  )
   np.testing.assert_array_equal(indecision_loss([np.array([[1.0], [0.0]])]), 0)
 
 
 @pytest.mark.parametrize("logit", [-110.0, 110.0])
 def test_saturated_gates_have_a_finite_pull(logit):
   for loss in (entropy_loss, decision_entropy_loss, indecision_loss):
-    value, slope = jax.value_and_grad(lambda z, loss=loss: loss([jax.nn.sigmoid(z)]))(jnp.full((3, 2), logit))
+    value, slope = jax.value_and_grad(lambda z, loss=loss: loss([jax.nn.sigmoid(z)]))(
+      jnp.full((3, 2), logit)
+    )
     assert np.isfinite(value)
     assert np.isfinite(slope).all()
 
@@ -83,35 +89,52 @@ def test_mac_loss_takes_products_of_probabilities_and_not_gates():
 
 
 def test_mac_loss_weighs_gates_by_their_cost():
-  dear, cheap = (GateRecord(p, p, p, cost) for p, cost in ((jnp.array([[1.0]]), 90), (jnp.array([[0.0]]), 10)))
+  dear, cheap = (
+    GateRecord(p, p, p, cost) for p, cost in ((jnp.array([[1.0]]), 90), (jnp.array([[0.0]]), 10))
+  )
   np.testing.assert_allclose(l0_loss([dear.probs, cheap.probs]), 0.5)
   np.testing.assert_allclose(mac_loss((dear, cheap)), 0.9, rtol=1e-6)
 
 
 def drawn(first, second):
   """The records with gates that are open where their probability is at least a half."""
-  return tuple(dataclasses.replace(r, gates=(r.probs >= 0.5).astype(r.probs.dtype)) for r in records_of(first, second))
+  return tuple(
+    dataclasses.replace(r, gates=(r.probs >= 0.5).astype(r.probs.dtype))
+    for r in records_of(first, second)
+  )
 
 
 def test_mac_budget_loss_is_of_the_gates_and_its_gradient_of_their_probabilities():
-  spent = (10 * 1 + 4 * 1 * 2 + 7 * 2 + 10 * 2 + 4 * 2 * 1 + 7 * 1) / 2  # open units 1 and 2, 2 and 1
+  spent = (
+    10 * 1 + 4 * 1 * 2 + 7 * 2 + 10 * 2 + 4 * 2 * 1 + 7 * 1
+  ) / 2  # open units 1 and 2, 2 and 1
   share, whole = (32 + spent) / (32 + ALL_GATED), 32 + ALL_GATED
   assert abs(spent - EXPECTED) > 5
-  per_unit = np.array([[10 + 4 * 1], [10 + 4 * 0.5]]) / 2 / whole  # with the expected units of the second
+  per_unit = (
+    np.array([[10 + 4 * 1], [10 + 4 * 0.5]]) / 2 / whole
+  )  # with the expected units of the second
   for budget in (0.5, 1.0):  # too much is spent, and too little
-    loss, gradient = jax.value_and_grad(lambda p, b=budget: mac_budget_loss(drawn(p, SECOND), 32, b))(FIRST)
+    loss, gradient = jax.value_and_grad(
+      lambda p, b=budget: mac_budget_loss(drawn(p, SECOND), 32, b)
+    )(FIRST)
     np.testing.assert_allclose(loss, (share - budget) ** 2, rtol=1e-5)
-    np.testing.assert_allclose(gradient, np.broadcast_to(2 * (share - budget) * per_unit, (2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(
+      gradient, np.broadcast_to(2 * (share - budget) * per_unit, (2, 3)), rtol=1e-5
+    )
   assert 0.5 < share < 1
 
 
-@pytest.mark.parametrize("loss", [
+@pytest.mark.parametrize(
+  "loss",
+  [
     lambda p: l0_loss([p[:, :3], p[:, 3:]]),
     lambda p: target_rate_loss([p[:, :3], p[:, 3:]], 0.9),
     lambda p: entropy_loss([p[:, :3] ** 2, p[:, 3:] ** 2]),
     lambda p: indecision_loss([p[:, :3], p[:, 3:]]),
     lambda p: mac_loss(records_of(p[:, :3], p[:, 3:])),
-], ids=["l0", "target rate", "entropy", "indecision", "mac"])
+  ],
+  ids=["l0", "target rate", "entropy", "indecision", "mac"],
+)
 def test_gradients_are_the_finite_differences_and_jit_and_vmap_agree(loss, central_differences):
   p = np.random.default_rng(0).uniform(0.2, 0.8, (2, 4, 5))
   gradient = jax.jit(jax.grad(loss))(p[0])
@@ -124,9 +147,9 @@ def test_gradients_are_the_finite_differences_and_jit_and_vmap_agree(loss, centr
 def test_the_budget_and_the_target_are_over_all_devices():
   p = np.random.default_rng(1).uniform(0, 1, (16, 5)).astype(np.float32)
   losses = {
-      "entropy": lambda p, axis: entropy_loss([p ** 2], axis_name=axis),
-      "target": lambda p, axis: target_rate_loss([p], 0.7, axis_name=axis),
-      "budget": lambda p, axis: mac_budget_loss(drawn(p[:, :3], p[:, 3:]), 10, 0.3, axis_name=axis),
+    "entropy": lambda p, axis: entropy_loss([p**2], axis_name=axis),
+    "target": lambda p, axis: target_rate_loss([p], 0.7, axis_name=axis),
+    "budget": lambda p, axis: mac_budget_loss(drawn(p[:, :3], p[:, 3:]), 10, 0.3, axis_name=axis),
   }
   for loss in losses.values():
     spread = jax.pmap(lambda p, loss=loss: loss(p, "d"), axis_name="d")(p.reshape(8, 2, 5))
@@ -135,8 +158,17 @@ def test_the_budget_and_the_target_are_over_all_devices():
     np.testing.assert_allclose(spread, np.full(8, loss(p, None)), rtol=1e-5)
 
 
-@pytest.mark.parametrize("loss", [l0_loss, lambda r: target_rate_loss(r, 0.5), entropy_loss, indecision_loss, mac_loss,
-                                  lambda r: mac_budget_loss(r, 1, 0.5)])
+@pytest.mark.parametrize(
+  "loss",
+  [
+    l0_loss,
+    lambda r: target_rate_loss(r, 0.5),
+    entropy_loss,
+    indecision_loss,
+    mac_loss,
+    lambda r: mac_budget_loss(r, 1, 0.5),
+  ],
+)
 def test_an_ungated_model_is_an_error(loss):
   message = r"^\w+ must hold at least one (layer|GateRecord); got none: is the model ungated\?$"
   with pytest.raises(ValueError, match=message):
@@ -158,10 +190,22 @@ def test_experts_are_balanced_at_one_and_worst_where_one_has_all():
   assert float(twice) == pytest.approx(2 * 4 * 0.7)
 
 
-@pytest.mark.parametrize("loss", [
-    l0_loss, decision_entropy_loss, entropy_loss, indecision_loss, lambda gates: target_rate_loss(gates, 0.5)])
+@pytest.mark.parametrize(
+  "loss",
+  [
+    l0_loss,
+    decision_entropy_loss,
+    entropy_loss,
+    indecision_loss,
+    lambda gates: target_rate_loss(gates, 0.5),
+  ],
+)
 def test_layers_may_be_of_different_types(loss):
-  layers = [jnp.array([[0.5, 1.0]], jnp.float32), jnp.array([[0.5]], jnp.bfloat16), jnp.array([[1, 0]])]
+  layers = [
+    jnp.array([[0.5, 1.0]], jnp.float32),
+    jnp.array([[0.5]], jnp.bfloat16),
+    jnp.array([[1, 0]]),
+  ]
   expected = loss([jnp.asarray(layer, jnp.float32) for layer in layers])
   with jax.numpy_dtype_promotion("strict"):
     np.testing.assert_allclose(loss(layers), expected, rtol=1e-6)

@@ -18,16 +18,21 @@ def weighted_sort(x, weights, axis=0):
 def columns_with_ties(n, seed):
   """`[n, 5]`: distinct; few values; infinities of both signs; all equal; zeros of both signs."""
   rng = np.random.default_rng(seed)
-  return np.stack([
+  return np.stack(
+    [
       rng.normal(size=n),
       rng.integers(-2, 3, n),
       rng.choice([-np.inf, -1.0, 0.5, np.inf], n),
       np.full(n, 0.3),
       rng.choice([-0.0, 0.0, 1.0], n),
-  ], axis=1).astype(np.float32)
+    ],
+    axis=1,
+  ).astype(np.float32)
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((1,), 0), ((7,), -1), ((6, 3), 0), ((3, 6), 1), ((2, 5, 3), -2)])
+@pytest.mark.parametrize(
+  ("shape", "axis"), [((1,), 0), ((7,), -1), ((6, 3), 0), ((3, 6), 1), ((2, 5, 3), -2)]
+)
 def test_values_are_those_of_numpy_along_the_axis(shape, axis):
   x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
   expected = np.sort(x, axis)
@@ -89,8 +94,10 @@ def test_float64_is_ordered_to_its_last_digit(x64):
 
 def test_the_processor_uses_the_network_and_other_devices_the_library():
   x = jax.ShapeDtypeStruct((4, 2), jnp.float32)
-  sorts = lambda platform: "stablehlo.sort" in (
-      jax.jit(ranking.argsort).trace(x).lower(lowering_platforms=(platform,)).as_text())
+  sorts = lambda platform: (
+    "stablehlo.sort"
+    in (jax.jit(ranking.argsort).trace(x).lower(lowering_platforms=(platform,)).as_text())
+  )
   assert not sorts("cpu")
   assert sorts("cuda")
 
@@ -111,7 +118,9 @@ def test_the_backward_pass_is_the_transposed_permutation(shape, axis):
   moved = np.moveaxis(x, axis, 0).shape
   expected = np.moveaxis(expected.reshape(moved), 0, axis)
   assert (expected != cotangent).any()
-  np.testing.assert_array_equal(jax.jit(jax.grad(weighted_sort), static_argnums=2)(x, cotangent, axis), expected)
+  np.testing.assert_array_equal(
+    jax.jit(jax.grad(weighted_sort), static_argnums=2)(x, cotangent, axis), expected
+  )
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
@@ -125,33 +134,41 @@ def test_the_gradient_is_the_finite_difference(n, central_differences):
 
 def test_equal_values_get_the_mean_of_the_gradients_of_their_places():
   cases = {
-      "three tied at the top": ([0.5, 0.1, 0.5, 0.2, 0.5], [7, 1, 7, 2, 7]),
-      "two pairs": ([3.0, -1.0, 3.0, -1.0, 0.0], [9, 1.5, 9, 1.5, 3]),
-      "zeros of either sign": ([0.0, -0.0, 1.0, -1.0, 0.0], [4, 4, 11, 1, 4]),
-      "all equal": ([0.3] * 5, [4.8] * 5),
-      "infinities": ([-np.inf, np.inf, 0.0, np.inf, -np.inf], [1.5, 9, 3, 9, 1.5]),
-      "distinct": ([5.0, 4.0, 3.0, 2.0, 1.0], [11, 7, 3, 2, 1]),
+    "three tied at the top": ([0.5, 0.1, 0.5, 0.2, 0.5], [7, 1, 7, 2, 7]),
+    "two pairs": ([3.0, -1.0, 3.0, -1.0, 0.0], [9, 1.5, 9, 1.5, 3]),
+    "zeros of either sign": ([0.0, -0.0, 1.0, -1.0, 0.0], [4, 4, 11, 1, 4]),
+    "all equal": ([0.3] * 5, [4.8] * 5),
+    "infinities": ([-np.inf, np.inf, 0.0, np.inf, -np.inf], [1.5, 9, 3, 9, 1.5]),
+    "distinct": ([5.0, 4.0, 3.0, 2.0, 1.0], [11, 7, 3, 2, 1]),
   }
-  x, expected = (np.stack(column, 1).astype(np.float32) for column in zip(*cases.values(), strict=True))
+  x, expected = (
+    np.stack(column, 1).astype(np.float32) for column in zip(*cases.values(), strict=True)
+  )
   weights = np.array([1, 2, 3, 7, 11], np.float32)[:, None]
   _, pullback = jax.vjp(jax.jit(sort_with_vjp), x)
   np.testing.assert_allclose(pullback(np.broadcast_to(weights, x.shape))[0], expected, rtol=1e-6)
 
 
 def test_small_gradients_of_ties_survive_beside_large_ones():
-  gradient = jax.grad(lambda x: sort_with_vjp(x) @ jnp.array([1e8, 1.0, 1.0]))(jnp.array([0.0, 1.0, 1.0]))
+  gradient = jax.grad(lambda x: sort_with_vjp(x) @ jnp.array([1e8, 1.0, 1.0]))(
+    jnp.array([0.0, 1.0, 1.0])
+  )
   np.testing.assert_array_equal(gradient, [1e8, 1, 1])
   x = jnp.arange(512.0) // 2
   halves = jax.grad(lambda x: jnp.sum(sort_with_vjp(x.astype(jnp.bfloat16)).astype(jnp.float32)))(x)
   np.testing.assert_array_equal(halves, np.ones(512))
 
 
-jitted_gradient = jax.jit(jax.grad(lambda x: jnp.sum(np.sin(np.arange(6.0, dtype=np.float32)) * sort_with_vjp(x) ** 2)))
+jitted_gradient = jax.jit(
+  jax.grad(lambda x: jnp.sum(np.sin(np.arange(6.0, dtype=np.float32)) * sort_with_vjp(x) ** 2))
+)
 
 
 @given(
-    x=st.lists(st.sampled_from([-1.5, 0.0, 0.25, 2.0]) | st.floats(-3, 3, width=32), min_size=6, max_size=6),
-    order=st.permutations(range(6)),
+  x=st.lists(
+    st.sampled_from([-1.5, 0.0, 0.25, 2.0]) | st.floats(-3, 3, width=32), min_size=6, max_size=6
+  ),
+  order=st.permutations(range(6)),
 )
 def test_permuting_the_batch_permutes_the_gradient_ties_or_not(x, order):
   x, order = np.asarray(x, np.float32), np.asarray(order)
@@ -199,7 +216,9 @@ def test_unsort_puts_values_back():
 
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool_])
 def test_integers_are_refused(dtype):
-  with pytest.raises(TypeError, match=rf"^x must be of a floating type, to have a gradient; got {jnp.dtype(dtype)}$"):
+  with pytest.raises(
+    TypeError, match=rf"^x must be of a floating type, to have a gradient; got {jnp.dtype(dtype)}$"
+  ):
     sort_with_vjp(jnp.zeros(3, dtype))
 
 

@@ -12,16 +12,24 @@ from gating_jax.ops import selection
 from gating_jax.ops.relaxations import straight_through_gate
 
 SEGMENTS = 9
-masks = st.lists(st.lists(st.booleans(), min_size=SEGMENTS, max_size=SEGMENTS), min_size=2, max_size=2)
+masks = st.lists(
+  st.lists(st.booleans(), min_size=SEGMENTS, max_size=SEGMENTS), min_size=2, max_size=2
+)
 numbers = st.floats(-3, 3, width=16) | st.sampled_from([math.nan, math.inf, -math.inf, 0.0])
 POLICIES = {
-    "uniform": selection.uniform_k,
-    "random": lambda valid, k: selection.random_k(jax.random.key(3), valid, k),
-    "first": selection.first_k,
-    "top": lambda valid, k: selection.top_k(jnp.sin(jnp.linspace(0, 50, valid.size).reshape(valid.shape)), valid, k),
+  "uniform": selection.uniform_k,
+  "random": lambda valid, k: selection.random_k(jax.random.key(3), valid, k),
+  "first": selection.first_k,
+  "top": lambda valid, k: selection.top_k(
+    jnp.sin(jnp.linspace(0, 50, valid.size).reshape(valid.shape)), valid, k
+  ),
 }
 COMPILED = {name: jax.jit(policy) for name, policy in POLICIES.items()}
-keep_best, top_k, uniform_k = jax.jit(selection.keep_best), jax.jit(selection.top_k), jax.jit(selection.uniform_k)
+keep_best, top_k, uniform_k = (
+  jax.jit(selection.keep_best),
+  jax.jit(selection.top_k),
+  jax.jit(selection.uniform_k),
+)
 
 
 def padded(*lengths, segments=SEGMENTS):
@@ -72,7 +80,9 @@ def test_random_k_takes_every_set_equally_often():
   videos = 6000
   gates = np.asarray(selection.random_k(jax.random.key(0), padded(*[4] * videos, segments=6), 2))
   sets, counts = np.unique(gates, axis=0, return_counts=True)
-  expected = sorted([float(i in pair) for i in range(6)] for pair in itertools.combinations(range(4), 2))
+  expected = sorted(
+    [float(i in pair) for i in range(6)] for pair in itertools.combinations(range(4), 2)
+  )
   np.testing.assert_array_equal(sets, expected)
   np.testing.assert_array_less(np.abs(counts - 1000), 5 * np.sqrt(videos * 1 / 6 * 5 / 6))
 
@@ -87,8 +97,10 @@ def test_random_k_depends_on_the_key_and_not_on_padding_or_the_other_videos():
 def test_random_k_does_not_depend_on_the_number_of_devices():
   alone = np.asarray(selection.random_k(jax.random.key(5), padded(*[9] * 16), 4))
   assert len(np.unique(alone, axis=0)) > 8
-  shards = jax.pmap(lambda valid: selection.random_k(jax.random.key(5), valid, 4, axis_name="devices"),
-                    axis_name="devices")(padded(*[9] * 16).reshape(8, 2, 9))
+  shards = jax.pmap(
+    lambda valid: selection.random_k(jax.random.key(5), valid, 4, axis_name="devices"),
+    axis_name="devices",
+  )(padded(*[9] * 16).reshape(8, 2, 9))
   np.testing.assert_array_equal(shards.reshape(16, 9), alone)
 
 
@@ -148,14 +160,26 @@ def test_keep_best_maps_over_an_axis():
   rng = np.random.default_rng(0)
   logits = jnp.asarray(rng.normal(-2, 1.5, (4, 3, 5)), jnp.float32)
   valid = jnp.asarray(rng.random((4, 3, 5)) < 0.7)
-  one_by_one = np.stack([selection.keep_best(z > 0, z, v) for z, v in zip(logits, valid, strict=True)])
-  np.testing.assert_array_equal(jax.vmap(lambda z, v: selection.keep_best(z > 0, z, v))(logits, valid), one_by_one)
+  one_by_one = np.stack(
+    [selection.keep_best(z > 0, z, v) for z, v in zip(logits, valid, strict=True)]
+  )
+  np.testing.assert_array_equal(
+    jax.vmap(lambda z, v: selection.keep_best(z > 0, z, v))(logits, valid), one_by_one
+  )
 
 
-@pytest.mark.parametrize(("share", "counts"), [
-    (1.0, [9, 5, 1, 0]), (0.5, [5, 3, 1, 0]), (0.25, [3, 2, 1, 0]), (1e-6, [1, 1, 1, 0]),
-    (1, [1, 1, 1, 0]), (3, [3, 3, 1, 0]), (40, [9, 5, 1, 0]),
-])
+@pytest.mark.parametrize(
+  ("share", "counts"),
+  [
+    (1.0, [9, 5, 1, 0]),
+    (0.5, [5, 3, 1, 0]),
+    (0.25, [3, 2, 1, 0]),
+    (1e-6, [1, 1, 1, 0]),
+    (1, [1, 1, 1, 0]),
+    (3, [3, 3, 1, 0]),
+    (40, [9, 5, 1, 0]),
+  ],
+)
 def test_k_for_by_hand(share, counts):
   np.testing.assert_array_equal(selection.k_for(padded(9, 5, 1, 0), share), counts)
 
@@ -171,7 +195,7 @@ def test_frame_exit_order_visits_all_and_halves_the_largest_gap_by_levels(segmen
   np.testing.assert_array_equal(np.sort(order), np.arange(segments))
   assert order[0] == segments // 2
   for level in range(1, 7):
-    seen = np.sort(order[:2**level + 1])
+    seen = np.sort(order[: 2**level + 1])
     assert np.diff(seen).max(initial=0) <= math.ceil(segments / 2**level)
 
 
@@ -184,15 +208,24 @@ def test_first_k_is_in_the_order_of_each_videos_own_length(valid, k):
     np.testing.assert_array_equal(np.flatnonzero(row), np.sort(places[first]))
 
 
-@pytest.mark.parametrize(("call", "message"), [
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
     (lambda: selection.uniform_k(padded(3), 0), "k must be >= 1; got 0"),
     (lambda: selection.random_k(jax.random.key(0), padded(3), -1), "k must be >= 1; got -1"),
     (lambda: selection.top_k(jnp.zeros((1, 9)), padded(3), 0), "k must be >= 1; got 0"),
     (lambda: selection.k_for(padded(3), 0), "k must be >= 1; got 0"),
-    (lambda: selection.k_for(padded(3), 1.5), r"share must be in \(0, 1\], or an int number of segments; got 1.5"),
-    (lambda: selection.k_for(padded(3), math.nan), r"share must be in \(0, 1\], or an int number of segments; got nan"),
+    (
+      lambda: selection.k_for(padded(3), 1.5),
+      r"share must be in \(0, 1\], or an int number of segments; got 1.5",
+    ),
+    (
+      lambda: selection.k_for(padded(3), math.nan),
+      r"share must be in \(0, 1\], or an int number of segments; got nan",
+    ),
     (lambda: selection.frame_exit_order(0), "segments must be >= 1; got 0"),
-])
+  ],
+)
 def test_a_wrong_number_is_named(call, message):
   with pytest.raises(ValueError, match=f"^{message}$"):
     call()

@@ -34,14 +34,18 @@ def loss(f, weights, x, gates, capacity=None):
 
 def gradients(f, gates, capacity=None):
   weights, x = problem(len(gates))
-  return jax.jit(jax.grad(functools.partial(loss, f, capacity=capacity), (0, 1, 2)))(weights, x, jnp.array(gates))
+  return jax.jit(jax.grad(functools.partial(loss, f, capacity=capacity), (0, 1, 2)))(
+    weights, x, jnp.array(gates)
+  )
 
 
 @pytest.mark.parametrize("capacity", [3, 4, 6])
 def test_gradients_are_those_of_all_examples(capacity):
   full, skipped = gradients(mlp, OPEN), gradients(mlp, OPEN, capacity)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7), full, skipped)
-  assert np.abs(full[2])[np.array(OPEN) == 0].min() > 0  # of closed gates: what their examples would have given
+  assert (
+    np.abs(full[2])[np.array(OPEN) == 0].min() > 0
+  )  # of closed gates: what their examples would have given
   assert not np.any(skipped[1][np.array(OPEN) == 0])
 
 
@@ -54,7 +58,9 @@ def test_none_all_or_a_relaxed_one_open(gates):
 
 def test_the_value_is_that_of_all_examples():
   weights, x = problem()
-  np.testing.assert_array_equal(open_backward(mlp, weights, x, jnp.array(OPEN), capacity=3), mlp(weights, x))
+  np.testing.assert_array_equal(
+    open_backward(mlp, weights, x, jnp.array(OPEN), capacity=3), mlp(weights, x)
+  )
 
 
 def test_more_open_examples_than_the_capacity_are_not_passed_over_in_silence():
@@ -77,10 +83,13 @@ def test_the_backward_costs_what_the_capacity_holds():
 
 
 @pytest.mark.parametrize(
-    ("gates", "capacity", "message"),
-    [(jnp.ones(5), 3, r"gates must be \[N\] for x's N examples; got gates \(5,\), x \(6, 4\)"),
-     (jnp.ones(6), 0, "capacity must be from 1 to the 6 examples of x; got 0"),
-     (jnp.ones(6), 7, "capacity must be from 1 to the 6 examples of x; got 7")])
+  ("gates", "capacity", "message"),
+  [
+    (jnp.ones(5), 3, r"gates must be \[N\] for x's N examples; got gates \(5,\), x \(6, 4\)"),
+    (jnp.ones(6), 0, "capacity must be from 1 to the 6 examples of x; got 0"),
+    (jnp.ones(6), 7, "capacity must be from 1 to the 6 examples of x; got 7"),
+  ],
+)
 def test_what_does_not_fit_is_refused(gates, capacity, message):
   weights, x = problem()
   with pytest.raises(ValueError, match=message):

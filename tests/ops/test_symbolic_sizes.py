@@ -23,21 +23,31 @@ def record(x):
 
 def learned(family):
   """The loss to priors whose means are those of the batch."""
-  return gradient(lambda x: gj.batch_shaping_loss(x, family(0.2 + 0.6 * jnp.mean(jax.nn.sigmoid(x), axis=0))))
+  return gradient(
+    lambda x: gj.batch_shaping_loss(x, family(0.2 + 0.6 * jnp.mean(jax.nn.sigmoid(x), axis=0)))
+  )
 
 
 def both_terms(x):
   gates, means = gj.generalised_batch_shaping_loss(
-      x, jnp.mean(x, axis=0), gj.symmetric_beta, PRIOR, weights=jnp.abs(x[:, 0]))
+    x, jnp.mean(x, axis=0), gj.symmetric_beta, PRIOR, weights=jnp.abs(x[:, 0])
+  )
   return gates + means
 
 
 def every_penalty(x):
   probs, records = [jax.nn.sigmoid(x)], [record(x)]
   return [
-      gj.l0_loss(probs), gj.target_rate_loss(probs, 0.5), penalties.entropy_loss(probs),
-      penalties.decision_entropy_loss(probs), penalties.indecision_loss(probs), penalties.balance_loss(records),
-      gj.mac_loss(records), gj.mac_budget_loss(records, x.size, 0.5), gj.closed_share(records)]
+    gj.l0_loss(probs),
+    gj.target_rate_loss(probs, 0.5),
+    penalties.entropy_loss(probs),
+    penalties.decision_entropy_loss(probs),
+    penalties.indecision_loss(probs),
+    penalties.balance_loss(records),
+    gj.mac_loss(records),
+    gj.mac_budget_loss(records, x.size, 0.5),
+    gj.closed_share(records),
+  ]
 
 
 def put_back(x):
@@ -48,50 +58,67 @@ def put_back(x):
 def choices(x):
   valid = x > -9
   return [
-      selection.top_k(x, valid, 1), selection.uniform_k(valid, jnp.ones(x.shape[0], jnp.int32)),
-      selection.keep_best(x, x, valid), selection.random_k(KEY, valid, 1)]
+    selection.top_k(x, valid, 1),
+    selection.uniform_k(valid, jnp.ones(x.shape[0], jnp.int32)),
+    selection.keep_best(x, x, valid),
+    selection.random_k(KEY, valid, 1),
+  ]
 
 
 FUNCTIONS = {
-    "loss": (gradient(lambda x: gj.batch_shaping_loss(x, PRIOR)), "n, c"),
-    "loss of one gate": (gradient(lambda x: gj.batch_shaping_loss(x, PRIOR, weights=x > 0)), "n"),
-    "loss with weights": (gradient(lambda x: gj.batch_shaping_loss(x, PRIOR, weights=jnp.abs(x))), "n, c"),
-    "loss of some rows": (gradient(lambda x: gj.batch_shaping_loss(x, PRIOR, weights=x[:, 0] > 0)), "n, c"),
-    "learned beta": (learned(gj.symmetric_beta), "n, c"),
-    "learned concrete": (learned(lambda mean: gj.relaxed_bernoulli(mean, 0.4)), "n, c"),
-    "generalised loss": (gradient(both_terms), "n, c"),
-    "loss over columns": (gradient(lambda x: gj.cdf_matching_loss(x, gj.normal(), axis=1)), "n, c"),
-    "loss to samples": (gradient(lambda x: gj.cdf_matching_loss(x, gj.empirical(x[1:] - 1))), "n, 2"),
-    "sort": (gradient(lambda x: gj.sort_with_vjp(x) ** 2), "n, c"),
-    "ranks": (gj.empirical_cdf, "n, c"),
-    "gates": (lambda x: gj.straight_through_gate(KEY, x), "n, 2"),
-    "penalties": (every_penalty, "n, c"),
-    "compaction": (put_back, "n, c"),
-    "choices of segments": (choices, "n, c"),
+  "loss": (gradient(lambda x: gj.batch_shaping_loss(x, PRIOR)), "n, c"),
+  "loss of one gate": (gradient(lambda x: gj.batch_shaping_loss(x, PRIOR, weights=x > 0)), "n"),
+  "loss with weights": (
+    gradient(lambda x: gj.batch_shaping_loss(x, PRIOR, weights=jnp.abs(x))),
+    "n, c",
+  ),
+  "loss of some rows": (
+    gradient(lambda x: gj.batch_shaping_loss(x, PRIOR, weights=x[:, 0] > 0)),
+    "n, c",
+  ),
+  "learned beta": (learned(gj.symmetric_beta), "n, c"),
+  "learned concrete": (learned(lambda mean: gj.relaxed_bernoulli(mean, 0.4)), "n, c"),
+  "generalised loss": (gradient(both_terms), "n, c"),
+  "loss over columns": (gradient(lambda x: gj.cdf_matching_loss(x, gj.normal(), axis=1)), "n, c"),
+  "loss to samples": (gradient(lambda x: gj.cdf_matching_loss(x, gj.empirical(x[1:] - 1))), "n, 2"),
+  "sort": (gradient(lambda x: gj.sort_with_vjp(x) ** 2), "n, c"),
+  "ranks": (gj.empirical_cdf, "n, c"),
+  "gates": (lambda x: gj.straight_through_gate(KEY, x), "n, 2"),
+  "penalties": (every_penalty, "n, c"),
+  "compaction": (put_back, "n, c"),
+  "choices of segments": (choices, "n, c"),
 }
 QUICK = ("loss", "penalties")
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-                                  for name in FUNCTIONS])
+@pytest.mark.parametrize(
+  "name",
+  [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FUNCTIONS],
+)
 def test_a_function_is_exported_for_any_number_of_examples(name):
   function, sizes = FUNCTIONS[name]
   shape = jax.ShapeDtypeStruct(export.symbolic_shape(sizes, constraints=("n >= 2",)), jnp.float32)
   exported = export.export(jax.jit(function))(shape)
   z = Z if "c" in sizes or "2" in sizes else Z[:, 0]
   for x in (z, z[:2], np.round(z)):
-    for got, right in zip(*map(jax.tree.leaves, (exported.call(x), jax.jit(function)(x))), strict=True):
+    for got, right in zip(
+      *map(jax.tree.leaves, (exported.call(x), jax.jit(function)(x))), strict=True
+    ):
       np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-6)
 
 
 def test_a_choice_by_a_table_needs_a_known_number_of_segments():
   shape = jax.ShapeDtypeStruct(export.symbolic_shape("n, t"), jnp.float32)
   for choose in (lambda x: selection.k_for(x > 0, 0.5), lambda x: selection.first_k(x > 0, 1)):
-    with pytest.raises(ValueError, match=r"^valid must have a number of segments that is known; got shape \(n, t\)"):
+    with pytest.raises(
+      ValueError, match=r"^valid must have a number of segments that is known; got shape \(n, t\)"
+    ):
       export.export(jax.jit(choose))(shape)
 
 
 def test_parameters_of_one_column_do_not_fit_columns_not_known_yet():
   shape = jax.ShapeDtypeStruct(export.symbolic_shape("n, c"), jnp.float32)
-  with pytest.raises(ValueError, match=r"^prior's parameters must broadcast to \(c,\), .*; got \(2,\), of beta"):
+  with pytest.raises(
+    ValueError, match=r"^prior's parameters must broadcast to \(c,\), .*; got \(2,\), of beta"
+  ):
     export.export(jax.jit(lambda x: gj.batch_shaping_loss(x, gj.beta(np.full(2, 0.6), 0.4))))(shape)

@@ -17,7 +17,10 @@ from gating_jax.video import report as video_report
 from tests.helpers import report_data
 from tests.helpers.browser import BROWSER, look_at, printed
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")]
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed"),
+]
 
 
 WIDTHS = (390, 800, 1400)
@@ -48,10 +51,16 @@ def test_a_report_loads_and_fits(tmp_path, kind, width):
 
 
 def test_a_printed_page_has_what_is_folded(tmp_path):
-  picture = page.pictured(image_rows.draw_rows([np.zeros((8, 4, 4, 3), np.uint8)], ["a row"]), "Images.")
+  picture = page.pictured(
+    image_rows.draw_rows([np.zeros((8, 4, 4, 3), np.uint8)], ["a row"]), "Images."
+  )
 
   def pages(count):
-    page.write(tmp_path / "page.html", "A run", [page.Section(f"Part {i}", parts=[picture] * 4) for i in range(count)])
+    page.write(
+      tmp_path / "page.html",
+      "A run",
+      [page.Section(f"Part {i}", parts=[picture] * 4) for i in range(count)],
+    )
     return len(re.findall(rb"/Type\s*/Page\b", printed(tmp_path / "page.html")))
 
   assert pages(1) == 1
@@ -61,10 +70,17 @@ def test_a_printed_page_has_what_is_folded(tmp_path):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_comparison_loads_and_fits(tmp_path, width):
   run = lambda name, accuracy, macs, gating: comparison.Run(
-      name, {"experiment": "classification", "model.gating": gating}, {"step": 9, "accuracy": accuracy, "macs": macs},
-      [{"step": step, "split": "test", "accuracy": accuracy} for step in (1, 9)], gating == "none")
-  runs = [run("gated", 0.9, 5e6, "channel"), run("a_name_that_is_as_long_as_it_can_be_" * 3, 0.95, 9e6, "none"),
-          *(run(f"ungated{i}", 0.9 - i / 30, 1e6 * i, "none") for i in (1, 3))]
+    name,
+    {"experiment": "classification", "model.gating": gating},
+    {"step": 9, "accuracy": accuracy, "macs": macs},
+    [{"step": step, "split": "test", "accuracy": accuracy} for step in (1, 9)],
+    gating == "none",
+  )
+  runs = [
+    run("gated", 0.9, 5e6, "channel"),
+    run("a_name_that_is_as_long_as_it_can_be_" * 3, 0.95, 9e6, "none"),
+    *(run(f"ungated{i}", 0.9 - i / 30, 1e6 * i, "none") for i in (1, 3)),
+  ]
   begin, sections = comparison.content(runs)
   page.write(tmp_path / "page.html", comparison.TITLE, sections, "some runs", begin)
   found = check(tmp_path / "page.html", width)
@@ -75,7 +91,9 @@ def test_a_comparison_loads_and_fits(tmp_path, width):
 def task_page(folder):
   """Of a run that has learnt two tasks of a net of two layers, as far as the page can tell."""
   config = importlib.import_module("configs.split_digits").get_config()
-  config.update_from_flattened_dict({"model.name": "tiny", "tasks.count": 2, "optim.batch_size": 64})
+  config.update_from_flattened_dict(
+    {"model.name": "tiny", "tasks.count": 2, "optim.batch_size": 64}
+  )
   experiment = continual_build.build(config)
   learner, tests = experiment.fresh(), np.array([[0.9, np.nan], [0.8, 0.7]])
   memory = {**learner.memory, "relevant": np.arange(16) % 3 > np.array([[0], [1]])}
@@ -86,31 +104,60 @@ def task_page(folder):
 def video_page(folder):
   """Of made choices among the segments of made videos."""
   config = importlib.import_module("configs.composed_timegate").get_config()
-  config.update_from_flattened_dict({
-      "model.light.name": "tiny", "model.heavy.name": "tiny", "data.train_videos": 32, "data.test_videos": 20,
-      "data.segments": 30, "pretrain.batch_size": 16, "optim.batch_size": 16})
+  config.update_from_flattened_dict(
+    {
+      "model.light.name": "tiny",
+      "model.heavy.name": "tiny",
+      "data.train_videos": 32,
+      "data.test_videos": 20,
+      "data.segments": 30,
+      "pretrain.batch_size": 16,
+      "optim.batch_size": 16,
+    }
+  )
   experiment = video_build.build(config)
   arrays, shape = experiment.test.arrays, (20, 30)
   probs = np.random.default_rng(0).random(shape)
   done = {name: arrays[name] for name in ("valid", "label", "relevant")} | {
-      "index": np.arange(20), "probs": probs, "gates": probs > 0.5, "logits": np.eye(16)[arrays["label"] // 2]}
-  result = {"videos": 20, "accuracy": 0.5, "all_segments_macs": 10**9, "macs": 10.0**8, "mac_ratio": 0.1, "share": 0.5,
-            "share_p10": 0.4, "share_p90": 0.6, "precision": 0.5, "recall": 0.5, "relevant_share": 0.2,
-            "unreadable": 1, "missing": 1}
+    "index": np.arange(20),
+    "probs": probs,
+    "gates": probs > 0.5,
+    "logits": np.eye(16)[arrays["label"] // 2],
+  }
+  result = {
+    "videos": 20,
+    "accuracy": 0.5,
+    "all_segments_macs": 10**9,
+    "macs": 10.0**8,
+    "mac_ratio": 0.1,
+    "share": 0.5,
+    "share_p10": 0.4,
+    "share_p90": 0.6,
+    "precision": 0.5,
+    "recall": 0.5,
+    "relevant_share": 0.2,
+    "unreadable": 1,
+    "missing": 1,
+  }
   video_report.write(experiment, result, done, rundir.RunDir(folder), 10)
 
 
 LAST = ["Time", "Settings", "About this run"]
 PAGES = {
-    "tasks": (task_page, 3 + 6, ["Result", "Accuracies", "Overlap", "One gate across tasks", *LAST]),
-    "videos": (video_page, 2 + 6, ["Result", "Segments", "Time lines", *LAST])}
+  "tasks": (task_page, 3 + 6, ["Result", "Accuracies", "Overlap", "One gate across tasks", *LAST]),
+  "videos": (video_page, 2 + 6, ["Result", "Segments", "Time lines", *LAST]),
+}
 
 
 @pytest.mark.parametrize("kind", PAGES)
 def test_pages_of_tasks_and_videos_load_and_fit(tmp_path, monkeypatch, kind):
   monkeypatch.setitem(vgg.VGGS, "tiny", (8, vgg.POOL, 8))
-  monkeypatch.setitem(video_backbones.LIGHT_NETS, "tiny", (ResNet, dict(classes=None, blocks=(1,), features=4)))
-  monkeypatch.setitem(video_backbones.HEAVY_NETS, "tiny", (ResNet, dict(classes=None, blocks=(1,), features=4)))
+  monkeypatch.setitem(
+    video_backbones.LIGHT_NETS, "tiny", (ResNet, dict(classes=None, blocks=(1,), features=4))
+  )
+  monkeypatch.setitem(
+    video_backbones.HEAVY_NETS, "tiny", (ResNet, dict(classes=None, blocks=(1,), features=4))
+  )
   write, images, headings = PAGES[kind]
   write(tmp_path)
   for width in WIDTHS:
@@ -123,7 +170,9 @@ def test_pages_of_tasks_and_videos_load_and_fit(tmp_path, monkeypatch, kind):
     assert len(found["numbers"]) == 3
 
 
-@pytest.mark.parametrize(("body", "what"), [
+@pytest.mark.parametrize(
+  ("body", "what"),
+  [
     ('<img alt="gone" src="missing.png">', "broken"),
     ('<img alt="gone" src="data:image/png;base64,AAAA">', "broken"),
     ('<script>throw new Error("x")</script>', "messages"),
@@ -131,7 +180,8 @@ def test_pages_of_tasks_and_videos_load_and_fit(tmp_path, monkeypatch, kind):
     ('<p style="width: 400px">wide</p>', "wide"),
     ('<p style="color: #aaa">faint</p>', "faint"),
     ('<img src="data:image/gif;base64,R0lGODlhAQABAAAAACw=">', "nameless"),
-])
+  ],
+)
 def test_what_is_wrong_is_seen(tmp_path, body, what):
   (tmp_path / "page.html").write_text(f"<!DOCTYPE html><body>{body}</body>")
   found = look_at(tmp_path / "page.html")
@@ -144,22 +194,41 @@ def test_all_kinds_of_parts_load_and_fit(tmp_path):
   rows = image_rows.draw_rows([np.zeros((8, 4, 4, 3), np.uint8)], ["a row"])
   draw = lambda file: rows.savefig(file)
   wide = Figure(figsize=(20, 1))
-  page.write(tmp_path / "page.html", "A run " + "of_a_long_name" * 20, [
+  page.write(
+    tmp_path / "page.html",
+    "A run " + "of_a_long_name" * 20,
+    [
       page.Section("Listing", "x" * 300, [page.Listing("y" * 400)]),
       page.Section("Table", parts=[page.Table([f"column {i}" for i in range(30)], [["1"] * 30])]),
-      page.Section("Pictures", parts=[
-          page.drawn(draw, "Images."), page.drawn(draw, "Images.", 900), page.pictured(rows, "Images."),
-          page.pictured(wide, "Wide.", scrolls=True)])], "z" * 300)
+      page.Section(
+        "Pictures",
+        parts=[
+          page.drawn(draw, "Images."),
+          page.drawn(draw, "Images.", 900),
+          page.pictured(rows, "Images."),
+          page.pictured(wide, "Wide.", scrolls=True),
+        ],
+      ),
+    ],
+    "z" * 300,
+  )
   found = look_at(tmp_path / "page.html")
   assert found["images"] == 4
   *shrunk, scrolled = found["widths"]
   assert all(330 < width <= 390 - 2 * 14 for width in shrunk)
   assert scrolled == 2000
-  assert (found["messages"], found["broken"], found["wide"], found["scrolls"]) == ([], [], [], False)
+  assert (found["messages"], found["broken"], found["wide"], found["scrolls"]) == (
+    [],
+    [],
+    [],
+    False,
+  )
 
 
 def test_scripts_in_a_page_do_not_run(tmp_path):
-  html = page.render("A run", [page.Section("One")]).replace("<main>", "<script>nothing.at.all</script><main>")
+  html = page.render("A run", [page.Section("One")]).replace(
+    "<main>", "<script>nothing.at.all</script><main>"
+  )
   (tmp_path / "page.html").write_text(html)
   (said,) = look_at(tmp_path / "page.html")["messages"]
   assert "Content Security Policy" in said

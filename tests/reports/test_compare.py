@@ -14,10 +14,13 @@ LINE = {"step": 4, "split": "train", "cross_entropy": 0.5}
 @pytest.fixture
 def made(tmp_path):
   """`(path, **config) -> folder` of a finished run."""
+
   def make(path="run", accuracy=0.75, **config):
     folder = tmp_path / path
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"experiment": "classification", "optim": {"epochs": 3}, **config}))
+    (folder / "config.json").write_text(
+      json.dumps({"experiment": "classification", "optim": {"epochs": 3}, **config})
+    )
     (folder / "result.json").write_text(json.dumps({"step": 4, "accuracy": accuracy, "macs": 10.0}))
     (folder / "metrics.jsonl").write_text(json.dumps(LINE) + "\n")
     return folder
@@ -36,8 +39,11 @@ def test_runs_are_read_printed_and_written(made, tmp_path, capsys, monkeypatch):
   assert re.search(r"optim\.epochs +3 +5", printed)
   assert f"page: {tmp_path / 'page.html'}" in printed
   assert "drawing the comparison (" in printed
-  for text in ("<td>75.00 %</td><td>50.00 %</td>", '<th scope="col">first/run</th><th scope="col">second/run</th>',
-               "<td>optim.epochs</td><td>3</td><td>5</td>"):
+  for text in (
+    "<td>75.00 %</td><td>50.00 %</td>",
+    '<th scope="col">first/run</th><th scope="col">second/run</th>',
+    "<td>optim.epochs</td><td>3</td><td>5</td>",
+  ):
     assert text in html
 
 
@@ -45,7 +51,9 @@ def test_one_run_is_enough_and_need_not_be_finished(made, tmp_path, capsys):
   folder = made()
   (folder / "result.json").unlink()
   with (folder / "metrics.jsonl").open("a") as file:
-    file.write('{"step": 3, "split": "test", "accuracy": 0.25}\n{"step": 5, "spl')  # killed while it wrote
+    file.write(
+      '{"step": 3, "split": "test", "accuracy": 0.25}\n{"step": 5, "spl'
+    )  # killed while it wrote
   compare.run([folder], tmp_path / "page.html")
   printed = capsys.readouterr().out
   assert re.search(r"state +not finished", printed)
@@ -60,7 +68,11 @@ def test_folders_are_separated_by_commas_unless_one_with_the_comma_is_there(tmp_
   assert compare.folders("a") == [Path("a")]
   assert compare.folders("lr=0.1,wd=0") == [Path("lr=0.1,wd=0")]
   assert compare.folders("a,lr=0.1,wd=0,~/b,c,a") == [
-      Path("a"), Path("lr=0.1,wd=0"), tmp_path / "home" / "b,c", Path("a")]
+    Path("a"),
+    Path("lr=0.1,wd=0"),
+    tmp_path / "home" / "b,c",
+    Path("a"),
+  ]
   assert compare.folders("missing,a") == [Path("missing"), Path("a")]
 
 
@@ -68,22 +80,39 @@ def test_names_are_as_long_as_it_takes(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   paths = [tmp_path / path for path in ("a/x/run", "b/x/run", "b/y/run", "other")]
   assert compare.names(paths) == ["a/x/run", "b/x/run", "y/run", "other"]
-  with pytest.raises(ValueError, match=f"workdir must name each folder once; got {tmp_path}/a twice"):
+  with pytest.raises(
+    ValueError, match=f"workdir must name each folder once; got {tmp_path}/a twice"
+  ):
     compare.names([tmp_path / "a", tmp_path / "b" / ".." / "a"])
 
 
-@pytest.mark.parametrize(("file", "text", "message"), [
+@pytest.mark.parametrize(
+  ("file", "text", "message"),
+  [
     ("config.json", None, "workdir .*run holds no run: it has no config.json"),
     ("config.json", '{"exp', "run/config.json is damaged: it must hold JSON"),
     ("config.json", "[1]", "run/config.json is damaged: it must hold a JSON object; got list"),
     ("config.json", "{}", "run/config.json is damaged: it must tell the experiment"),
-    ("config.json", '{"experiment": ["a"]}', "run/config.json is damaged: it must tell the experiment"),
+    (
+      "config.json",
+      '{"experiment": ["a"]}',
+      "run/config.json is damaged: it must tell the experiment",
+    ),
     ("result.json", "", "run/result.json is damaged: it must hold JSON"),
     ("result.json", '{"accuracy": 0.5}', "run/result.json is damaged: it must tell the step"),
     ("metrics.jsonl", None, "workdir .*run holds nothing to compare yet: no line in metrics.jsonl"),
-    ("metrics.jsonl", '{"step": "4", "split": "test"}\n', "workdir .*run holds nothing to compare yet"),
-    ("metrics.jsonl", "no line\n", "workdir .*run holds nothing to compare yet: no line in metrics.jsonl"),
-])
+    (
+      "metrics.jsonl",
+      '{"step": "4", "split": "test"}\n',
+      "workdir .*run holds nothing to compare yet",
+    ),
+    (
+      "metrics.jsonl",
+      "no line\n",
+      "workdir .*run holds nothing to compare yet: no line in metrics.jsonl",
+    ),
+  ],
+)
 def test_what_is_missing_or_damaged_is_named(made, tmp_path, file, text, message):
   folder, sound = made(), made("sound")
   (folder / file).unlink()
@@ -97,7 +126,9 @@ def test_what_is_missing_or_damaged_is_named(made, tmp_path, file, text, message
 def test_what_is_no_number_is_left_out(made, tmp_path, capsys):
   folder = made(accuracy="good")
   with (folder / "metrics.jsonl").open("ab") as file:
-    file.write(b'{"step": 5, "split": "test", "accuracy": null}\n\xff\n{"step": 7, "split": "test", "accuracy": 0.5}\n')
+    file.write(
+      b'{"step": 5, "split": "test", "accuracy": null}\n\xff\n{"step": 7, "split": "test", "accuracy": 0.5}\n'
+    )
   compare.run([folder], tmp_path / "page.html")
   printed = capsys.readouterr().out
   assert re.search(r"last step +7\n", printed)
@@ -112,6 +143,9 @@ def test_only_the_page_of_an_earlier_comparison_is_replaced(made, tmp_path):
   compare.run([folder], page)
   assert "other_run" not in page.read_text()
   page.write_text("<title>My thesis</title>")
-  with pytest.raises(ValueError, match="page must be new or the page of an earlier comparison; .*page.html is neither"):
+  with pytest.raises(
+    ValueError,
+    match="page must be new or the page of an earlier comparison; .*page.html is neither",
+  ):
     compare.run([folder], page)
   assert page.read_text() == "<title>My thesis</title>"

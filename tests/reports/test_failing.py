@@ -19,6 +19,7 @@ SAID = r"This run failed and is not finished: (.*) \(\d{4}-\d\d-\d\d \d\d:\d\d U
 
 def run(path, error, report=SimpleNamespace, journal="", mode="train"):
   """A run that opens its journal in that folder, unless None, and then fails, or without an error is finished."""
+
   def train(run_dir):
     if journal is not None:
       (run_dir.path / journal).mkdir(exist_ok=True)
@@ -48,7 +49,9 @@ def test_pages_say_that_the_run_has_failed_until_it_is_finished(tmp_path):
   with pytest.raises(RuntimeError):
     run(tmp_path, RuntimeError("out of memory"), report)
   run(tmp_path, None, report, mode="report")
-  assert [re.fullmatch(SAID, said)[1] for said in notices] == ["layer 1 is full;"] * 2 + ["out of memory"] * 2
+  assert [re.fullmatch(SAID, said)[1] for said in notices] == ["layer 1 is full;"] * 2 + [
+    "out of memory"
+  ] * 2
   run(tmp_path, None, report)
   run(tmp_path, None, report, mode="report")
   assert notices[4:] == [""]
@@ -67,7 +70,9 @@ def test_a_run_without_a_checkpoint_leaves_a_page_that_says_why(tmp_path, error)
   assert "seed" in rest
 
 
-@pytest.mark.parametrize("error", [ValueError("model.init_from must name a run"), RuntimeError("out of memory")])
+@pytest.mark.parametrize(
+  "error", [ValueError("model.init_from must name a run"), RuntimeError("out of memory")]
+)
 def test_what_fails_before_the_first_step_leaves_no_page(tmp_path, error):
   with pytest.raises(type(error), match=str(error)):
     run(tmp_path, error, journal=None)

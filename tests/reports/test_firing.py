@@ -7,8 +7,14 @@ from gating_jax.reports import firing
 
 
 @pytest.mark.thin(2)
-@pytest.mark.parametrize(("examples", "gates"), [
-    (200, 70), (1, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((50, 1), (1, 5), (2048, 336)))])
+@pytest.mark.parametrize(
+  ("examples", "gates"),
+  [
+    (200, 70),
+    (1, 1),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((50, 1), (1, 5), (2048, 336))),
+  ],
+)
 def test_a_picture_is_written(tmp_path, examples, gates):
   logits = np.random.default_rng(0).normal(size=(examples, gates)).astype(np.float32)
   firing.draw(tmp_path / "gates.png", logits, (logits > 0).mean(axis=0), beta(0.6, 0.4))
@@ -21,7 +27,12 @@ def test_a_picture_is_written(tmp_path, examples, gates):
 
 @pytest.mark.parametrize("logit", [110.0, -110.0, 0.0])
 def test_gates_that_are_all_alike_are_drawn(tmp_path, logit):
-  firing.draw(tmp_path / "gates.png", np.full((30, 4), logit, np.float32), np.full(4, float(logit > 0)), beta(0.6, 0.4))
+  firing.draw(
+    tmp_path / "gates.png",
+    np.full((30, 4), logit, np.float32),
+    np.full(4, float(logit > 0)),
+    beta(0.6, 0.4),
+  )
   assert (tmp_path / "gates.png").stat().st_size > 1000
 
 

@@ -15,7 +15,9 @@ def rows(*counts, channels=3):
 @pytest.mark.parametrize("counts", [(1,), (8, 3, 8), (0, 2)])
 def test_rows_of_any_length_are_drawn(counts, channels):
   file, captions = io.BytesIO(), [["$x$ <script>\n"] * count for count in counts]
-  figure = image_rows.draw_rows(rows(*counts, channels=channels), ["two\nlines"] * len(counts), captions)
+  figure = image_rows.draw_rows(
+    rows(*counts, channels=channels), ["two\nlines"] * len(counts), captions
+  )
   assert figure.get_figwidth() == page.WIDTH
   text.save(figure, file)
   picture = np.asarray(Image.open(file).convert("L"))

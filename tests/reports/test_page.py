@@ -18,11 +18,28 @@ def tiny_figure(file):
 
 
 def test_the_page_holds_its_parts_in_their_order():
-  html = page.render("A run", [
+  html = page.render(
+    "A run",
+    [
       page.Section("One", "a text", [page.Table(("name", "value"), [("accuracy", "0.9")])]),
-      page.Section("Two", parts=[page.drawn(tiny_figure, "a line")])], subtitle="of today")
-  places = [html.index(text) for text in ("A run</h1>", "of today", "One</h2>", "a text", ">accuracy<", ">0.9<",
-                                          "Two</h2>", "data:image/png", "a line</figcaption>")]
+      page.Section("Two", parts=[page.drawn(tiny_figure, "a line")]),
+    ],
+    subtitle="of today",
+  )
+  places = [
+    html.index(text)
+    for text in (
+      "A run</h1>",
+      "of today",
+      "One</h2>",
+      "a text",
+      ">accuracy<",
+      ">0.9<",
+      "Two</h2>",
+      "data:image/png",
+      "a line</figcaption>",
+    )
+  ]
   assert places == sorted(places)
   assert html.count("<details>") == 2
 
@@ -66,10 +83,24 @@ def test_the_page_is_replaced_whole(tmp_path, monkeypatch):
 def test_numbers_and_a_picture_open_the_page():
   number = page.Number("Accuracy", "96 %", "ungated: 98 %", "Of test images.", "measure it")
   picture = page.drawn(tiny_figure, "what gates did")
-  html = page.render("A run", [page.Section("One")], opening=page.Opening([number], picture, "a text", "it failed"))
-  places = [html.index(text) for text in (
-      "it failed</p>", "A run</h1>", "Accuracy</p>", "96 %</p>", "ungated: 98 %</p>", "Of test images.</p>",
-      "measure it<", "a text</p>", "what gates did<", "One</h2>")]
+  html = page.render(
+    "A run", [page.Section("One")], opening=page.Opening([number], picture, "a text", "it failed")
+  )
+  places = [
+    html.index(text)
+    for text in (
+      "it failed</p>",
+      "A run</h1>",
+      "Accuracy</p>",
+      "96 %</p>",
+      "ungated: 98 %</p>",
+      "Of test images.</p>",
+      "measure it<",
+      "a text</p>",
+      "what gates did<",
+      "One</h2>",
+    )
+  ]
   assert places == sorted(places)
 
 
@@ -77,8 +108,12 @@ def test_a_place_is_filled_again_and_nothing_else_changes(tmp_path):
   file = tmp_path / "page.html"
   number = lambda value: page.Number("Time", value, "ungated: 2 ms", "Of a call.", place="time")
   section = lambda text: page.Section("Times", text, place="times")
-  write = lambda *found: page.write(file, "A run", [section(found[1]), page.Section("Last")],
-                                    opening=page.Opening([number(found[0])]))
+  write = lambda *found: page.write(
+    file,
+    "A run",
+    [section(found[1]), page.Section("Last")],
+    opening=page.Opening([number(found[0])]),
+  )
   write("3 ms", "new")
   wanted = file.read_text()
   write("none", WICKED)

@@ -24,7 +24,9 @@ def test_a_picture_has_a_column_for_each_scene(tmp_path, count, colours):
   (width, _), pixels = draw(tmp_path / "scenes.png", count, colours)
   assert width == round(1.6 * count * 150)
   known = {tuple(colour) for colour in pixels.reshape(-1, 3)}
-  assert {(31, 119, 180), (174, 199, 232), (255, 127, 14), (208, 212, 217)} <= known, "three classes, and no class"
+  assert {(31, 119, 180), (174, 199, 232), (255, 127, 14), (208, 212, 217)} <= known, (
+    "three classes, and no class"
+  )
 
 
 def test_another_prediction_changes_the_lowest_row_alone(tmp_path):
@@ -36,9 +38,20 @@ def test_another_prediction_changes_the_lowest_row_alone(tmp_path):
 
 
 def test_table():
-  result = {"mean_iou": 0.7123, "accuracy": 0.9, "cross_entropy": 0.1, "images": 1200, "params": 1000,
-            "gate_params": 0, "ungated_macs": 5000, "macs": 5000, "mac_ratio": 1.0, "head_macs": 2000,
-            "iou/background": 0.9, "iou/a name that is much too long": 0.5246}
+  result = {
+    "mean_iou": 0.7123,
+    "accuracy": 0.9,
+    "cross_entropy": 0.1,
+    "images": 1200,
+    "params": 1000,
+    "gate_params": 0,
+    "ungated_macs": 5000,
+    "macs": 5000,
+    "mac_ratio": 1.0,
+    "head_macs": 2000,
+    "iou/background": 0.9,
+    "iou/a name that is much too long": 0.5246,
+  }
   lines = dict(scene_table.rows(result))
   assert lines["mean IoU"] == "71.23 %  (2 classes, 1,200 scenes)"
   assert lines["MACs of the head, always run"] == "2,000"

@@ -7,7 +7,9 @@ PROBS, SHARES = np.array([0.0, 0.01, 0.99, 1.0, 1.0]), np.array([0.2, 0.2, 0.2, 
 
 
 def heights(axes):
-  return sorted((round(bar.get_x(), 2), bar.get_height()) for bar in axes.patches if bar.get_height())
+  return sorted(
+    (round(bar.get_x(), 2), bar.get_height()) for bar in axes.patches if bar.get_height()
+  )
 
 
 def test_segments_and_videos_are_counted():
@@ -26,4 +28,7 @@ def test_videos_that_were_classified_correctly_stand_below_the_others(correct):
   videos = segment_pictures.draw_shares(PROBS, SHARES, correct).axes[1]
   right, wrong = (sum(bar.get_height() for bar in bars) for bars in videos.containers)
   assert (right, wrong) == (correct.sum(), (~correct).sum())
-  assert [text.get_text() for text in videos.get_legend().get_texts()] == ["classified correctly", "wrongly"]
+  assert [text.get_text() for text in videos.get_legend().get_texts()] == [
+    "classified correctly",
+    "wrongly",
+  ]

@@ -10,18 +10,38 @@ from gating_jax.training import provenance
 from gating_jax.training.rundir import flatten
 from tests.helpers import tiny_tasks
 
-CONFIG = {"experiment": "classification", "seed": 0, "model": {"name": "tiny", "gating": "channel", "init_from": None,
-                                                              "gate": {"hidden": 16}}, "optim": {"epochs": 3}}
-ROW = {"part": None, "mac_ratio": 0.5, "computed_ratio": 0.75, "seconds": 0.002, "time_ratio": 0.8, "efficiency": 1.0,
-       "chosen": True, "open_ratio": 1.02, "strategy": "switch"}
+CONFIG = {
+  "experiment": "classification",
+  "seed": 0,
+  "model": {"name": "tiny", "gating": "channel", "init_from": None, "gate": {"hidden": 16}},
+  "optim": {"epochs": 3},
+}
+ROW = {
+  "part": None,
+  "mac_ratio": 0.5,
+  "computed_ratio": 0.75,
+  "seconds": 0.002,
+  "time_ratio": 0.8,
+  "efficiency": 1.0,
+  "chosen": True,
+  "open_ratio": 1.02,
+  "strategy": "switch",
+}
 UNGATED = ROW | {"strategy": "ungated", "mac_ratio": 1.0, "seconds": 0.004, "chosen": False}
-TIMES = {"step": 7, "device": "a machine", "timings": {"1 image at a time": [ROW, UNGATED, ROW | {"part": 0}],
-                                                       "64 images at a time": [ROW | {"seconds": 9.0}, UNGATED]}}
+TIMES = {
+  "step": 7,
+  "device": "a machine",
+  "timings": {
+    "1 image at a time": [ROW, UNGATED, ROW | {"part": 0}],
+    "64 images at a time": [ROW | {"seconds": 9.0}, UNGATED],
+  },
+}
 
 
 @pytest.fixture
 def made(tmp_path):
   """`(name, changes of the config, result) -> folder` of a run."""
+
   def make(name, result=None, **changes):
     folder = tmp_path / name
     folder.mkdir()
@@ -63,8 +83,15 @@ def test_the_ungated_run_that_a_run_started_from_is_its_baseline(made, tmp_path)
   assert baseline_of(made("lost", DONE, **{"model.init_from": str(tmp_path / "gone")})) == "dense"
 
 
-@pytest.mark.parametrize("theirs", [{"model.gating": "channel"}, {**NONE, "data.test_split": "train"},
-                                    {**NONE, "data.name": "letters"}, {**NONE, "experiment": "segmentation"}])
+@pytest.mark.parametrize(
+  "theirs",
+  [
+    {"model.gating": "channel"},
+    {**NONE, "data.test_split": "train"},
+    {**NONE, "data.name": "letters"},
+    {**NONE, "experiment": "segmentation"},
+  ],
+)
 def test_a_start_that_is_gated_or_tested_on_something_else_is_no_baseline(made, theirs):
   start = made("start", DONE, **theirs)
   assert baseline_of(made("mine", DONE, **{"model.init_from": str(start)})) is None
@@ -76,13 +103,23 @@ def test_a_baseline_of_an_older_version_may_lack_fields_that_are_none(made):
   assert baseline_of(made("changed", DONE, **{"data.new": 3})) is None
 
 
-@pytest.mark.parametrize(("experiment", "field", "gated", "ungated"), [
+@pytest.mark.parametrize(
+  ("experiment", "field", "gated", "ungated"),
+  [
     ("classification", "model.gating", ("layer", "exits"), ("none",)),
     ("segmentation", "model.gating", ("channel",), ("none",)),
-    ("long_video", "model.selection", ("gate", "confidence", "prefix", "oracle"),
-     ("all", "uniform", "random", "light"))])
+    (
+      "long_video",
+      "model.selection",
+      ("gate", "confidence", "prefix", "oracle"),
+      ("all", "uniform", "random", "light"),
+    ),
+  ],
+)
 def test_a_network_is_ungated_that_computes_the_same_for_all(experiment, field, gated, ungated):
-  is_ungated = lambda value, **more: surroundings.is_ungated({"experiment": experiment, field: value, **more})
+  is_ungated = lambda value, **more: surroundings.is_ungated(
+    {"experiment": experiment, field: value, **more}
+  )
   assert [value for value in (*gated, *ungated) if is_ungated(value)] == list(ungated)
   if experiment == "long_video":
     assert not is_ungated("all", **{"model.heavy.gating": "channel"})
@@ -90,6 +127,7 @@ def test_a_network_is_ungated_that_computes_the_same_for_all(experiment, field, 
 
 def test_methods_whose_network_is_built_without_gates_are_ungated(monkeypatch):
   """The first network that a method makes is the one that answers."""
+
   class Made(Exception):
     pass
 
@@ -103,7 +141,9 @@ def test_methods_whose_network_is_built_without_gates_are_ungated(monkeypatch):
     config.method = method
     with pytest.raises(Made) as made:
       choices.build(config, tiny_tasks.problem())
-    assert surroundings.is_ungated({"experiment": "continual", "method": method}) != made.value.args[0], method
+    assert (
+      surroundings.is_ungated({"experiment": "continual", "method": method}) != made.value.args[0]
+    ), method
   assert not surroundings.is_ungated({"experiment": "continual", "method": "of a newer version"})
 
 
@@ -127,12 +167,24 @@ def test_measured_times_are_written_into_the_page_of_their_step(tmp_path, monkey
   assert '<p class="value">2 ms</p>' in html
   assert "ungated: 4 ms" in html
   assert "The checkpoint of step 7, on a machine." in html
-  assert "<td>1 image at a time</td><td>switch ✓</td><td>2</td><td>50</td><td>75.0</td><td>102</td>" in html
+  assert (
+    "<td>1 image at a time</td><td>switch ✓</td><td>2</td><td>50</td><td>75.0</td><td>102</td>"
+    in html
+  )
 
 
-@pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"step": 1, "device": "a", "timings": [1]}',
-                                  '{"step": 1, "device": "a", "timings": {}}',
-                                  '{"step": 1, "device": "a", "timings": {"a": [{"part": 0}]}}'])
+@pytest.mark.parametrize(
+  "text",
+  [
+    None,
+    "",
+    "[]",
+    "{}",
+    '{"step": 1, "device": "a", "timings": [1]}',
+    '{"step": 1, "device": "a", "timings": {}}',
+    '{"step": 1, "device": "a", "timings": {"a": [{"part": 0}]}}',
+  ],
+)
 def test_missing_and_damaged_times_are_no_times(tmp_path, text):
   if text is not None:
     (tmp_path / "compile.json").write_text(text)
@@ -146,13 +198,27 @@ def test_starts_are_kept_in_their_order_and_old_runs_have_none(tmp_path, monkeyp
   for _ in range(2):
     provenance.record_start(tmp_path)
   first, second = provenance.read_starts(tmp_path)
-  assert first["command"] == second["command"] == r"gating-jax '--config=a b.py' $'--workdir=it\x27s\xff\x0a'"
-  assert first.keys() == {"date", "command", "commit", "versions", "hardware", "devices", "processes"}
+  assert (
+    first["command"]
+    == second["command"]
+    == r"gating-jax '--config=a b.py' $'--workdir=it\x27s\xff\x0a'"
+  )
+  assert first.keys() == {
+    "date",
+    "command",
+    "commit",
+    "versions",
+    "hardware",
+    "devices",
+    "processes",
+  }
   assert first["date"].endswith("+00:00")
   assert {"python", "jax", "numpy"} <= first["versions"].keys()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"starts": 3}', '{"starts": [3]}', "[" * 100_000])
+@pytest.mark.parametrize(
+  "text", ["", "[]", "{}", '{"starts": 3}', '{"starts": [3]}', "[" * 100_000]
+)
 def test_damaged_starts_are_none(tmp_path, text):
   (tmp_path / provenance.FILE).write_text(text)
   assert provenance.read_starts(tmp_path) == []

@@ -22,8 +22,14 @@ RANDOM = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
 
 def state(step):
   """A state that differs at each step, and cannot be compressed away."""
-  return devices.replicate({"step": jnp.int32(step), "params": {"w": jnp.asarray(RANDOM + step), "b": jnp.zeros(3)},
-                            "stats": {}, "opt": (jnp.full((4,), step, jnp.float32), ())})
+  return devices.replicate(
+    {
+      "step": jnp.int32(step),
+      "params": {"w": jnp.asarray(RANDOM + step), "b": jnp.zeros(3)},
+      "stats": {},
+      "opt": (jnp.full((4,), step, jnp.float32), ()),
+    }
+  )
 
 
 @pytest.fixture
@@ -90,7 +96,16 @@ def test_a_step_already_there_is_left_alone(open_checkpoints):
   assert tiny.bit_equal(restored(checkpoints)[1], state(1))
 
 
-NAMES = ("lr[0.1]", "*?", "{a,b}|#%41", "line\nbreak\t", " ~x:$HOME'\"", "ü\u2028", os.fsdecode(b"\xff"), "x__lock")
+NAMES = (
+  "lr[0.1]",
+  "*?",
+  "{a,b}|#%41",
+  "line\nbreak\t",
+  " ~x:$HOME'\"",
+  "ü\u2028",
+  os.fsdecode(b"\xff"),
+  "x__lock",
+)
 
 
 @pytest.mark.thin(4)
@@ -105,16 +120,22 @@ def test_a_folder_may_have_any_name_that_the_file_system_takes(open_checkpoints,
   assert [f.name for f in (tmp_path / name / "checkpoints").iterdir()] == ["2"]
 
 
-def test_a_folder_that_looks_like_a_pattern_for_its_neighbour_is_taken_for_itself(open_checkpoints, tmp_path):
+def test_a_folder_that_looks_like_a_pattern_for_its_neighbour_is_taken_for_itself(
+  open_checkpoints, tmp_path
+):
   saved(open_checkpoints, [2], name="seed1")
-  (tmp_path / "seed1" / "2" / "state").rename(tmp_path / "seed1" / "2" / "state.orbax-checkpoint-tmp")
+  (tmp_path / "seed1" / "2" / "state").rename(
+    tmp_path / "seed1" / "2" / "state.orbax-checkpoint-tmp"
+  )
   (tmp_path / "seed1" / "2").rename(tmp_path / "seed1" / "2.orbax-checkpoint-tmp")
   saved(open_checkpoints, [2], name="seed?")
   assert restored(open_checkpoints("seed?"))[0] == 2
 
 
 def test_a_folder_with_a_backslash_is_refused_before_anything_is_made(tmp_path):
-  with pytest.raises(ValueError, match=r"directory must have no \\ in its path.*takes for another.*got '.*a\\\\b'"):
+  with pytest.raises(
+    ValueError, match=r"directory must have no \\ in its path.*takes for another.*got '.*a\\\\b'"
+  ):
     Checkpoints(tmp_path / "a\\b")
   assert list(tmp_path.iterdir()) == []
 
@@ -178,7 +199,7 @@ def flip_bits_of_values(folder):
   largest = files(folder)[-1]
   data = bytearray(largest.read_bytes())
   middle = len(data) // 2
-  data[middle:middle + 64] = bytes(255 - byte for byte in data[middle:middle + 64])
+  data[middle : middle + 64] = bytes(255 - byte for byte in data[middle : middle + 64])
   largest.write_bytes(data)
 
 
@@ -206,13 +227,24 @@ def remove_everything(folder):
   folder.mkdir()
 
 
-DAMAGES = [halve_largest, empty_largest, empty_every_file, flip_bits_of_values, remove_metadata,
-           remove_array_manifest, empty_state, remove_state, remove_everything]
+DAMAGES = [
+  halve_largest,
+  empty_largest,
+  empty_every_file,
+  flip_bits_of_values,
+  remove_metadata,
+  remove_array_manifest,
+  empty_state,
+  remove_state,
+  remove_everything,
+]
 
 
 @pytest.mark.thin(3)
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_and_training_can_go_on(damage, open_checkpoints, tmp_path, warnings):
+def test_a_damaged_checkpoint_is_passed_over_and_training_can_go_on(
+  damage, open_checkpoints, tmp_path, warnings
+):
   saved(open_checkpoints, [10, 20])
   damage(tmp_path / "checkpoints" / "20")
   checkpoints = open_checkpoints()
@@ -237,9 +269,14 @@ def test_two_damaged_checkpoints_in_a_row(open_checkpoints, tmp_path, warnings):
     empty_largest(tmp_path / "checkpoints" / step)
   assert restored(open_checkpoints())[0] == 10
   assert [message.split(",")[0] for message in warnings[:2]] == [
-      "checkpoint of step 30 cannot be read", "checkpoint of step 20 cannot be read"]
+    "checkpoint of step 30 cannot be read",
+    "checkpoint of step 20 cannot be read",
+  ]
   assert {f.name for f in tmp_path.iterdir()} == {
-      "checkpoints", "checkpoints-damaged-20-0", "checkpoints-damaged-30-0"}
+    "checkpoints",
+    "checkpoints-damaged-20-0",
+    "checkpoints-damaged-30-0",
+  }
 
 
 def test_a_step_damaged_twice_is_put_aside_twice(open_checkpoints, tmp_path):
@@ -251,22 +288,33 @@ def test_a_step_damaged_twice_is_put_aside_twice(open_checkpoints, tmp_path):
     checkpoints.save(20, state(20))
     checkpoints.close()
   assert sorted(f.name for f in tmp_path.iterdir()) == [
-      "checkpoints", "checkpoints-damaged-20-0", "checkpoints-damaged-20-1"]
+    "checkpoints",
+    "checkpoints-damaged-20-0",
+    "checkpoints-damaged-20-1",
+  ]
 
 
-def test_where_none_can_be_read_nothing_is_changed_and_training_does_not_begin_anew(open_checkpoints, tmp_path):
+def test_where_none_can_be_read_nothing_is_changed_and_training_does_not_begin_anew(
+  open_checkpoints, tmp_path
+):
   saved(open_checkpoints, [10, 20])
   for step in ("10", "20"):
     empty_largest(tmp_path / "checkpoints" / step)
   before = files(tmp_path)
-  with pytest.raises(CheckpointError, match=r"no checkpoint in .*checkpoints can be read:\n  step 20: .*\n  step 10: "):
+  with pytest.raises(
+    CheckpointError,
+    match=r"no checkpoint in .*checkpoints can be read:\n  step 20: .*\n  step 10: ",
+  ):
     restored(open_checkpoints())
   assert files(tmp_path) == before
 
 
 def test_a_state_of_another_shape_is_not_taken_for_damage_to_be_moved(open_checkpoints, tmp_path):
   saved(open_checkpoints, [10, 20])
-  other = {**jax.eval_shape(lambda: state(0)), "params": {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}}
+  other = {
+    **jax.eval_shape(lambda: state(0)),
+    "params": {"w": jax.ShapeDtypeStruct((3,), jnp.float32)},
+  }
   with pytest.raises(CheckpointError, match="To start over, name another workdir"):
     open_checkpoints().restore(other, devices.replicated_sharding())
   assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["10", "20"]
@@ -275,7 +323,9 @@ def test_a_state_of_another_shape_is_not_taken_for_damage_to_be_moved(open_check
 def test_reading_alone_changes_nothing(open_checkpoints, tmp_path):
   saved(open_checkpoints, [10, 20])
   empty_largest(tmp_path / "checkpoints" / "20")
-  shutil.copytree(tmp_path / "checkpoints" / "10", tmp_path / "checkpoints" / "30.orbax-checkpoint-tmp")
+  shutil.copytree(
+    tmp_path / "checkpoints" / "10", tmp_path / "checkpoints" / "30.orbax-checkpoint-tmp"
+  )
   before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*")}
   reader = open_checkpoints(read_only=True)
   step, found = restored(reader)
@@ -288,5 +338,7 @@ def test_reading_alone_changes_nothing(open_checkpoints, tmp_path):
 def test_a_save_that_orbax_refuses_is_an_error(open_checkpoints, monkeypatch):
   checkpoints = open_checkpoints()
   monkeypatch.setattr(checkpoints._manager, "save", lambda *_, **__: False)
-  with pytest.raises(OSError, match="a checkpoint cannot be written in .*: orbax did not take that of step 5"):
+  with pytest.raises(
+    OSError, match="a checkpoint cannot be written in .*: orbax did not take that of step 5"
+  ):
     checkpoints.save(5, state(5))

@@ -14,17 +14,22 @@ LIMIT = Limit(CLOSED, 0.5, "lower loss.sparsity.coefficient")
 def record(open_for, probs, examples=200):
   """A layer whose gates are open for so many of the examples, with these probabilities for all."""
   gates = np.arange(examples)[:, None] < np.asarray(open_for)
-  return GateRecord(None, jnp.broadcast_to(jnp.asarray(probs), gates.shape), jnp.asarray(gates, jnp.float32))
+  return GateRecord(
+    None, jnp.broadcast_to(jnp.asarray(probs), gates.shape), jnp.asarray(gates, jnp.float32)
+  )
 
 
-@pytest.mark.parametrize(("open_for", "prob", "closed"), [
+@pytest.mark.parametrize(
+  ("open_for", "prob", "closed"),
+  [
     (0, 0.001, 1.0),
     (1, 0.01, 1.0),
     (2, 0.01, 0.0),  # of 1 % of the examples
     (0, 0.2, 0.0),  # only not drawn
     (100, 0.5, 0.0),
     (200, 0.99, 0.0),
-])
+  ],
+)
 def test_a_gate_is_closed_where_hardly_an_example_has_it_open_or_could_have(open_for, prob, closed):
   assert closed_share([record([open_for], [prob])]) == closed
 
@@ -37,7 +42,9 @@ def test_the_share_is_of_all_gates_of_the_network_or_of_those_that_count():
 
 
 def test_a_net_without_gates_is_refused():
-  with pytest.raises(ValueError, match="records must hold at least one GateRecord; got none: is the model ungated"):
+  with pytest.raises(
+    ValueError, match="records must hold at least one GateRecord; got none: is the model ungated"
+  ):
     closed_share(())
 
 
@@ -61,13 +68,24 @@ def said(shares, limits=(LIMIT,), every=50):
 
 
 def test_gates_that_stay_closed_are_said_once_with_what_to_change():
-  assert said([0.2, 0.8, 0.9, 0.2, 0.9, 0.9]) == [[], [
+  assert said([0.2, 0.8, 0.9, 0.2, 0.9, 0.9]) == [
+    [],
+    [
       "warning: 80% of the gates are closed for all examples, and closed gates hardly learn. If this is not wanted: "
-      "lower loss.sparsity.coefficient. See docs/gate_your_model.md."], [], [], [], []]
+      "lower loss.sparsity.coefficient. See docs/gate_your_model.md."
+    ],
+    [],
+    [],
+    [],
+    [],
+  ]
 
 
 def test_a_watch_that_is_shown_earlier_lines_again_goes_on_as_if_never_stopped():
-  shares = [{CLOSED: a, "channels": b} for a, b in [(0.2, 0.2), (0.8, 0.2), (0.8, 0.95), (0.8, 0.95), (0.2, 0.95)] * 2]
+  shares = [
+    {CLOSED: a, "channels": b}
+    for a, b in [(0.2, 0.2), (0.8, 0.2), (0.8, 0.95), (0.8, 0.95), (0.2, 0.95)] * 2
+  ]
   log = lines(shares, every=10)
   expected = said(shares, (LIMIT, CHANNELS), every=10)
   assert [i for i, warnings in enumerate(expected) if warnings] == [2, 3]
@@ -86,7 +104,9 @@ def test_open_gates_are_no_fault(shares):
 
 def test_gates_that_close_for_a_moment_are_no_fault():
   assert not any(said([0.9, 0.9, 0.2] * 20, every=5))
-  assert [i for i, text in enumerate(said([0.2] + [0.9] * 9, every=5)) if text] == [4]  # after twenty steps
+  assert [i for i, text in enumerate(said([0.2] + [0.9] * 9, every=5)) if text] == [
+    4
+  ]  # after twenty steps
 
 
 def test_of_several_kinds_of_gates_each_has_a_limit():
@@ -96,11 +116,15 @@ def test_of_several_kinds_of_gates_each_has_a_limit():
   assert "95% of the channels" in warning
   (both,) = said([{CLOSED: 0.8, "channels": 0.95}], limits)
   assert [re.search(r"of the (\w+)", warning)[1] for warning in both] == ["gates", "channels"]
-  assert not any(said([{CLOSED: 0.9, "channels": 0.1}, {CLOSED: 0.1, "channels": 0.95}] * 9, limits, every=10))
+  assert not any(
+    said([{CLOSED: 0.9, "channels": 0.1}, {CLOSED: 0.1, "channels": 0.95}] * 9, limits, every=10)
+  )
 
 
 def test_the_gates_that_count_may_be_a_list_and_must_be_all_gates():
   records = [record([0, 200], [0.0, 1.0])]
   assert closed_share(records, of=[True, False]) == 1
-  with pytest.raises(ValueError, match=r"of must be \[G\], a truth value for each of the 2 gates; got shape \(3,\)"):
+  with pytest.raises(
+    ValueError, match=r"of must be \[G\], a truth value for each of the 2 gates; got shape \(3,\)"
+  ):
     closed_share(records, of=[True, False, True])

@@ -22,8 +22,9 @@ STEPS = 3
 def keep_gradient():
   """Passes gradients on; its state is the last one."""
   return optax.GradientTransformation(
-      init=lambda params: jax.tree.map(jnp.zeros_like, params),
-      update=lambda grads, state, params=None: (grads, grads))
+    init=lambda params: jax.tree.map(jnp.zeros_like, params),
+    update=lambda grads, state, params=None: (grads, grads),
+  )
 
 
 OPTIMISER = optax.chain(keep_gradient(), optax.sgd(0.1, momentum=0.9, nesterov=True))
@@ -33,8 +34,12 @@ def train(backend, count):
   """`(state, metrics)` after each of three steps of the gated tiny net with both gate losses, on `count` devices."""
   used = jax.devices()[:count]
   run = devices.map_over_devices(
-      tiny.train_step(OPTIMISER, axis_name=devices.AXIS), args=(REPLICATED, BATCH, BATCH),
-      results=(REPLICATED, REPLICATED), backend=backend, devices=used)
+    tiny.train_step(OPTIMISER, axis_name=devices.AXIS),
+    args=(REPLICATED, BATCH, BATCH),
+    results=(REPLICATED, REPLICATED),
+    backend=backend,
+    devices=used,
+  )
   reached = [(devices.replicate(tiny.state(OPTIMISER), used), None)]
   for i in range(STEPS):
     reached.append(run(reached[-1][0], *tiny.images(32, seed=i)))
@@ -72,7 +77,9 @@ def test_gradients_differ_when_the_gathers_backward_forgets_other_devices(backen
   gather.defvjp(lambda x, axis_name: (gather(x, axis_name), x.shape[0]), local_slice)
   monkeypatch.setattr(collectives, "gather_batch", gather)
   forgetful, one = train(backend, 8), trained(backend, 1)
-  np.testing.assert_allclose(forgetful[1][1]["loss"], one[1][1]["loss"], rtol=1e-6)  # the forward pass is right
+  np.testing.assert_allclose(
+    forgetful[1][1]["loss"], one[1][1]["loss"], rtol=1e-6
+  )  # the forward pass is right
   assert tiny.relative_gap(gradient(forgetful), gradient(one)) > 1e-3
 
 
@@ -98,10 +105,16 @@ def test_one_mapped_device_equals_the_step_that_is_not_mapped(backend):
 
 @backends
 def test_images_are_cropped_and_flipped_alike_on_eight_devices_and_on_one(backend):
-  crop = lambda key, pixels: augment.crop_and_flip(key, pixels, pad=2, flip=True, axis_name=devices.AXIS)
+  crop = lambda key, pixels: augment.crop_and_flip(
+    key, pixels, pad=2, flip=True, axis_name=devices.AXIS
+  )
   key, pixels = jax.random.key(1), tiny.images(32)[0]
-  eight, one = (devices.map_over_devices(crop, args=(REPLICATED, BATCH), results=BATCH, backend=backend, devices=used)(
-      devices.replicate(key, used), pixels) for used in (jax.devices(), jax.devices()[:1]))
+  eight, one = (
+    devices.map_over_devices(
+      crop, args=(REPLICATED, BATCH), results=BATCH, backend=backend, devices=used
+    )(devices.replicate(key, used), pixels)
+    for used in (jax.devices(), jax.devices()[:1])
+  )
   assert len(eight.sharding.device_set) == 8
   assert np.mean(np.asarray(one) != pixels) > 0.5
   np.testing.assert_array_equal(eight, one)
@@ -113,7 +126,9 @@ def test_results_have_no_device_axis_and_keep_the_examples_in_order(backend):
     total = offset + lax.pmean(jnp.sum(x), devices.AXIS)
     return total, {"twice": 2 * x, "device": x * 0 + lax.axis_index(devices.AXIS)}
 
-  run = devices.map_over_devices(fn, args=(REPLICATED, BATCH), results=(REPLICATED, BATCH), backend=backend)
+  run = devices.map_over_devices(
+    fn, args=(REPLICATED, BATCH), results=(REPLICATED, BATCH), backend=backend
+  )
   x = np.arange(16.0, dtype=np.float32)
   total, out = run(devices.replicate(jnp.float32(1)), x)
   assert total.shape == ()
@@ -126,7 +141,9 @@ def test_results_have_no_device_axis_and_keep_the_examples_in_order(backend):
 @pytest.mark.parametrize("kind", [BATCH, REPLICATED])
 def test_a_single_result_needs_no_tuple(backend, kind):
   fn = lambda x: x + 1 if kind == BATCH else lax.psum(jnp.sum(x), devices.AXIS)
-  out = devices.map_over_devices(fn, args=(BATCH,), results=kind, backend=backend)(np.arange(8.0, dtype=np.float32))
+  out = devices.map_over_devices(fn, args=(BATCH,), results=kind, backend=backend)(
+    np.arange(8.0, dtype=np.float32)
+  )
   np.testing.assert_array_equal(out, np.arange(1.0, 9.0) if kind == BATCH else 28.0)
 
 
@@ -140,8 +157,13 @@ def test_gradients_inside_are_local(backend):
 
 @backends
 def test_donated_arguments_are_given_up(backend):
-  run = devices.map_over_devices(lambda s, x: s + lax.psum(jnp.sum(x), devices.AXIS), args=(REPLICATED, BATCH),
-                                 results=REPLICATED, backend=backend, donate=(0,))
+  run = devices.map_over_devices(
+    lambda s, x: s + lax.psum(jnp.sum(x), devices.AXIS),
+    args=(REPLICATED, BATCH),
+    results=REPLICATED,
+    backend=backend,
+    donate=(0,),
+  )
   given = devices.replicate(jnp.zeros(4))
   result = run(given, np.ones(8, np.float32))
   np.testing.assert_array_equal(result, np.full(4, 8.0))
@@ -156,7 +178,9 @@ def test_a_batch_that_does_not_divide_is_refused(backend):
 
 
 def test_an_unknown_backend_or_kind_is_refused():
-  with pytest.raises(ValueError, match="backend must be one of pmap, shard_map; got 'pmpa'. Did you mean 'pmap'"):
+  with pytest.raises(
+    ValueError, match="backend must be one of pmap, shard_map; got 'pmpa'. Did you mean 'pmap'"
+  ):
     devices.map_over_devices(lambda x: x, args=(BATCH,), results=BATCH, backend="pmpa")
   with pytest.raises(ValueError, match="got 'bath'. Did you mean 'batch'"):
     devices.map_over_devices(lambda x: x, args=("bath",), results=BATCH)
@@ -176,11 +200,18 @@ def spread(fn, way, axes=devices.AXIS):
     mapped = (jax.pmap if way == "pmap" else jax.vmap)(fn, axis_name=axes, in_axes=(None, 0))
     mapped = mapped if way == "pmap" else jax.jit(mapped)
     return lambda params, batch: jax.tree.map(
-        lambda x: x[0], mapped(params, jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch)))
+      lambda x: x[0], mapped(params, jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch))
+    )
   shape = 8 if isinstance(axes, str) else (2, 4)
-  return jax.jit(jax.shard_map(
-      fn, mesh=Mesh(np.array(jax.devices()).reshape(shape), axes), in_specs=(PartitionSpec(), PartitionSpec(axes)),
-      out_specs=PartitionSpec(), check_vma=way == "shard_map, check_vma=True"))
+  return jax.jit(
+    jax.shard_map(
+      fn,
+      mesh=Mesh(np.array(jax.devices()).reshape(shape), axes),
+      in_specs=(PartitionSpec(), PartitionSpec(axes)),
+      out_specs=PartitionSpec(),
+      check_vma=way == "shard_map, check_vma=True",
+    )
+  )
 
 
 WAYS = ("pmap", "vmap", "shard_map, check_vma=False", "shard_map, check_vma=True")
@@ -198,7 +229,10 @@ def fit(params, batch, axis_name=None, already_averaged=False):
 def fit_problem():
   rng = np.random.default_rng(0)
   normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
-  return {"w": normal(4, 3), "b": normal(3)}, {"x": normal(16, 4) + np.linspace(-1, 1, 16)[:, None], "y": normal(16, 3)}
+  return {"w": normal(4, 3), "b": normal(3)}, {
+    "x": normal(16, 4) + np.linspace(-1, 1, 16)[:, None],
+    "y": normal(16, 3),
+  }
 
 
 @functools.cache
@@ -231,7 +265,9 @@ def test_by_hand_the_gradient_of_one_mode_is_wrong_in_the_other():
 
 @pytest.mark.parametrize("way", WAYS[2:])
 def test_the_gradient_is_right_where_parameters_are_typed_as_varying(way):
-  differentiate = value_and_grad_over_devices(functools.partial(fit, axis_name=devices.AXIS), devices.AXIS)
+  differentiate = value_and_grad_over_devices(
+    functools.partial(fit, axis_name=devices.AXIS), devices.AXIS
+  )
   vary = lambda params: jax.tree.map(lambda w: w + 0 * lax.axis_index(devices.AXIS), params)
   found = spread(lambda params, batch: differentiate(vary(params), batch), way)(*fit_problem())
   assert_alike(found, right_gradient())
@@ -240,7 +276,9 @@ def test_the_gradient_is_right_where_parameters_are_typed_as_varying(way):
 @pytest.mark.parametrize("way", WAYS[2:])
 def test_the_batch_may_be_spread_over_two_axes(way):
   axes = ("hosts", "devices")
-  found = spread(value_and_grad_over_devices(functools.partial(fit, axis_name=axes), axes), way, axes)(*fit_problem())
+  found = spread(
+    value_and_grad_over_devices(functools.partial(fit, axis_name=axes), axes), way, axes
+  )(*fit_problem())
   assert_alike(found, right_gradient())
 
 
@@ -266,7 +304,9 @@ def test_aux_is_each_devices_own_and_several_arguments_have_gradients(way):
 @pytest.mark.parametrize("way", [pytest.param(WAYS[2], marks=pytest.mark.slow), WAYS[3]])
 def test_a_training_step_is_that_of_one_device_under_shard_map_in_both_modes(way):
   step = tiny.train_step(OPTIMISER, axis_name=devices.AXIS)
-  state, metrics = spread(lambda state, batch: step(state, *batch), way)(tiny.state(OPTIMISER), tiny.images(32))
+  state, metrics = spread(lambda state, batch: step(state, *batch), way)(
+    tiny.state(OPTIMISER), tiny.images(32)
+  )
   one = trained("pmap", 1)[1]
   assert tiny.relative_gap(state.opt_state[0], one[0].opt_state[0]) < 1e-6
   np.testing.assert_allclose(metrics["gradient_norm"], one[1]["gradient_norm"], rtol=1e-6)

@@ -19,21 +19,32 @@ CORRECT = RANDOM.random(M) < 0.6
 
 def images():
   """Each image's only pixel is its number."""
-  return Images(np.arange(M, dtype=np.uint8).reshape(M, 1, 1, 1), np.arange(M, dtype=np.int32) % 2, ("a", "b"))
+  return Images(
+    np.arange(M, dtype=np.uint8).reshape(M, 1, 1, 1), np.arange(M, dtype=np.int32) % 2, ("a", "b")
+  )
 
 
 def run(pixels, _, gated=True):
   at = pixels.ravel()
-  results = {"correct": CORRECT[at], "predicted": np.where(CORRECT[at], at % 2, 1 - at % 2),
-             "cross_entropy": at.astype(np.float32)}
+  results = {
+    "correct": CORRECT[at],
+    "predicted": np.where(CORRECT[at], at % 2, 1 - at % 2),
+    "cross_entropy": at.astype(np.float32),
+  }
   if gated:
-    results |= {"gates": LOGITS[at] > 0, "gate_logits": LOGITS[at], "macs": 200.0 * (LOGITS[at] > 0).sum(axis=1)}
+    results |= {
+      "gates": LOGITS[at] > 0,
+      "gate_logits": LOGITS[at],
+      "macs": 200.0 * (LOGITS[at] > 0).sum(axis=1),
+    }
   return results
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 36, 37, 38, 1000])
 def test_every_image_counts_once(batch_size):
-  result, _, behaviour = evaluation.evaluate(run, batches.cover(images(), batch_size), COUNTS, **GATES)
+  result, _, behaviour = evaluation.evaluate(
+    run, batches.cover(images(), batch_size), COUNTS, **GATES
+  )
   rates = (LOGITS > 0).mean(axis=0)
   assert 0 < CORRECT.mean() < 1
   assert np.all((rates > 0.01) & (rates < 0.99))
@@ -41,18 +52,38 @@ def test_every_image_counts_once(batch_size):
   entropy = lambda p: stats.entropy([p, 1 - p], base=2)
   macs = 1000 - 600 + 50 + 200 * (LOGITS > 0).sum(axis=1)
   quarters = np.array_split(macs, 4)  # the loss is the image's number
-  classes = [mutual_info_score(np.arange(M) % 2, gate) / np.log(2) - 1 / (2 * M * np.log(2)) for gate in LOGITS.T > 0]
-  assert result == pytest.approx({
-      "accuracy": CORRECT.mean(), "cross_entropy": 18, "images": 37, "params": 100, "gate_params": 10,
-      "ungated_macs": 1000, "macs": macs.mean(), "mac_ratio": macs.mean() / 1000, "macs_std": macs.std(),
-      "macs_min": macs.min(), "macs_max": macs.max(),
+  classes = [
+    mutual_info_score(np.arange(M) % 2, gate) / np.log(2) - 1 / (2 * M * np.log(2))
+    for gate in LOGITS.T > 0
+  ]
+  assert result == pytest.approx(
+    {
+      "accuracy": CORRECT.mean(),
+      "cross_entropy": 18,
+      "images": 37,
+      "params": 100,
+      "gate_params": 10,
+      "ungated_macs": 1000,
+      "macs": macs.mean(),
+      "mac_ratio": macs.mean() / 1000,
+      "macs_std": macs.std(),
+      "macs_min": macs.min(),
+      "macs_max": macs.max(),
       **{f"macs_p{p}": np.quantile(macs, p / 100) for p in (10, 20, 30, 40, 50, 60, 70, 80, 90)},
       **{f"macs_of_quarter{i + 1}": quarters[i].mean() for i in range(4)},
-      "gates": 3, "mean_open": rates.mean(), "always_open": 0, "always_closed": 0, "random_dropout": 0,
-      "conditional": 3, "disagreement": np.mean(2 * probs * (1 - probs)),
+      "gates": 3,
+      "mean_open": rates.mean(),
+      "always_open": 0,
+      "always_closed": 0,
+      "random_dropout": 0,
+      "conditional": 3,
+      "disagreement": np.mean(2 * probs * (1 - probs)),
       "input_information": np.mean(entropy(probs.mean(axis=0)) - entropy(probs).mean(axis=0)),
-      "class_information": np.mean(np.maximum(classes, 0)), "class_information_floor": 1 / (2 * M * np.log(2)),
-  }, rel=1e-9)
+      "class_information": np.mean(np.maximum(classes, 0)),
+      "class_information_floor": 1 / (2 * M * np.log(2)),
+    },
+    rel=1e-9,
+  )
   assert len({np.mean(q) for q in quarters}) == 4
   np.testing.assert_allclose(behaviour.diagnosis.open_rates, rates, rtol=1e-12)
   np.testing.assert_array_equal(behaviour.logits, LOGITS)
@@ -60,7 +91,11 @@ def test_every_image_counts_once(batch_size):
 
 def test_an_ungated_net_spends_all_its_macs():
   result, _, behaviour = evaluation.evaluate(
-      lambda pixels, labels: run(pixels, labels, gated=False), batches.cover(images(), 8), COUNTS, **GATES)
+    lambda pixels, labels: run(pixels, labels, gated=False),
+    batches.cover(images(), 8),
+    COUNTS,
+    **GATES,
+  )
   assert behaviour is None
   assert (result["macs"], result["mac_ratio"]) == (1000, 1.0)
   assert not any(name.startswith(("gates", "macs_")) for name in result)
@@ -83,7 +118,9 @@ def test_hard_images_are_those_of_large_loss():
   losses = np.array([0.1, 4.0, 0.3, 2.0, 0.2, 3.0, 0.4, 1.0])
   macs = np.where(losses >= 1, 900.0, 100.0) + 10 * losses
   spread = mac_spread(macs, losses)
-  assert [spread[f"macs_of_quarter{i}"] for i in (1, 2, 3, 4)] == pytest.approx([101.5, 103.5, 915, 935])
+  assert [spread[f"macs_of_quarter{i}"] for i in (1, 2, 3, 4)] == pytest.approx(
+    [101.5, 103.5, 915, 935]
+  )
   assert (spread["macs_min"], spread["macs_max"]) == (101, 940)
   backwards = mac_spread(macs, -losses)
   assert backwards["macs_of_quarter1"] == pytest.approx(935)
@@ -93,7 +130,9 @@ def test_hard_images_are_those_of_large_loss():
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
 @pytest.mark.parametrize("classes", [2, None])
 def test_what_is_kept_of_each_image(batch_size, classes):
-  _, kept, gates = evaluation.evaluate(run, batches.cover(images(), batch_size), COUNTS, classes=classes, noise_scale=1)
+  _, kept, gates = evaluation.evaluate(
+    run, batches.cover(images(), batch_size), COUNTS, classes=classes, noise_scale=1
+  )
   np.testing.assert_array_equal(kept.macs, 1000 - 600 + 50 + 200 * (LOGITS > 0).sum(axis=1))
   np.testing.assert_array_equal(kept.losses, np.arange(M))
   np.testing.assert_array_equal(kept.correct, CORRECT)
@@ -107,7 +146,11 @@ def test_what_is_kept_of_each_image(batch_size, classes):
 
 def test_macs_of_an_ungated_net_are_those_of_the_net():
   _, kept, _ = evaluation.evaluate(
-      lambda pixels, labels: run(pixels, labels, gated=False), batches.cover(images(), 8), COUNTS, **GATES)
+    lambda pixels, labels: run(pixels, labels, gated=False),
+    batches.cover(images(), 8),
+    COUNTS,
+    **GATES,
+  )
   np.testing.assert_array_equal(kept.macs, np.full(M, 1000))
 
 
@@ -142,7 +185,9 @@ def test_a_class_without_images_has_no_rate():
 def test_histograms_of_each_layer():
   *_, gates = evaluation.evaluate(run, batches.cover(images(), 8), COUNTS, **GATES)
   found = evaluation.histograms(gates, (("a", 1), ("b", 1), ("c", 1)))
-  assert list(found) == [f"gates/{layer}/{name}" for layer in "abc" for name in ("probs", "open_rates")]
+  assert list(found) == [
+    f"gates/{layer}/{name}" for layer in "abc" for name in ("probs", "open_rates")
+  ]
   assert {len(counts) for counts in found.values()} == {evaluation.BINS}
   assert [int(counts.sum()) for counts in found.values()] == [M, 1] * 3
   is_open = LOGITS > 0

@@ -39,8 +39,18 @@ def check_named(text, config):
 
 
 @pytest.mark.parametrize("name", ["digits_resnet20", "segmentation_digits"])
-@pytest.mark.parametrize("variant", [
-    "", "gates=layer", "l0=3.0", "budget=0.5", "regulariser=sparsity", "regulariser=entropy", "regulariser=none"])
+@pytest.mark.parametrize(
+  "variant",
+  [
+    "",
+    "gates=layer",
+    "l0=3.0",
+    "budget=0.5",
+    "regulariser=sparsity",
+    "regulariser=entropy",
+    "regulariser=none",
+  ],
+)
 def test_most_gates_of_images_and_scenes_closed_is_said(name, variant):
   config = config_of(name, variant)
   text = warned(gate_watch.of_images(config), CLOSED, 0.6)
@@ -50,8 +60,16 @@ def test_most_gates_of_images_and_scenes_closed_is_said(name, variant):
   assert warned(gate_watch.of_images(config), CLOSED, 0.4) is None
 
 
-@pytest.mark.parametrize(("variant", "share"), [
-    ("gates=none", 1.0), ("gates=random", 1.0), ("gates=exits", 1.0), ("gates=static", 0.95), ("budget=0.2", 0.75)])
+@pytest.mark.parametrize(
+  ("variant", "share"),
+  [
+    ("gates=none", 1.0),
+    ("gates=random", 1.0),
+    ("gates=exits", 1.0),
+    ("gates=static", 0.95),
+    ("budget=0.2", 0.75),
+  ],
+)
 def test_pruning_that_is_wanted_is_no_fault(variant, share):
   assert warned(gate_watch.of_images(config_of("digits_resnet20", variant)), CLOSED, share) is None
 
@@ -84,7 +102,10 @@ def test_segments_and_channels_of_videos_that_close_are_said():
 
 def test_segments_chosen_by_a_rule_and_ungated_nets_are_not_watched():
   for metric in (SEGMENTS_CLOSED, CHANNELS):
-    assert warned(gate_watch.of_videos(config_of("composed_timegate", "selection=uniform")), metric, 1.0) is None
+    assert (
+      warned(gate_watch.of_videos(config_of("composed_timegate", "selection=uniform")), metric, 1.0)
+      is None
+    )
 
 
 @pytest.fixture
@@ -95,20 +116,42 @@ def small(monkeypatch):
   monkeypatch.setitem(video_backbones.LIGHT_NETS, "tiny", tiny_cli.TINY_LIGHT)
   monkeypatch.setitem(video_backbones.HEAVY_NETS, "tiny", tiny_cli.TINY_HEAVY)
   sizes = {
-      "digits_resnet20": {"model.name": "tiny", "optim.epochs": 8},
-      "segmentation_digits": {
-          "model.name": "tiny", "data.size": (16, 16), "data.train_scenes": 256, "data.test_scenes": 8,
-          "optim.epochs": 8},
-      "split_digits": {
-          "model.name": "tiny_chain", "tasks.count": 2, "optim.epochs": 20, "optim.batch_size": 64,
-          "gates.patience": 0.0, "gates.when_full": "reuse", "router.steps": 5},
-      "composed_timegate": {
-          "model.light.name": "tiny", "model.heavy.name": "tiny", "model.gate.concepts": 4, "model.gate.hidden": 8,
-          "data.train_videos": 32, "data.test_videos": 8, "pretrain.epochs": 1, "pretrain.batch_size": 16,
-          "optim.epochs": 60, "optim.batch_size": 16},
+    "digits_resnet20": {"model.name": "tiny", "optim.epochs": 8},
+    "segmentation_digits": {
+      "model.name": "tiny",
+      "data.size": (16, 16),
+      "data.train_scenes": 256,
+      "data.test_scenes": 8,
+      "optim.epochs": 8,
+    },
+    "split_digits": {
+      "model.name": "tiny_chain",
+      "tasks.count": 2,
+      "optim.epochs": 20,
+      "optim.batch_size": 64,
+      "gates.patience": 0.0,
+      "gates.when_full": "reuse",
+      "router.steps": 5,
+    },
+    "composed_timegate": {
+      "model.light.name": "tiny",
+      "model.heavy.name": "tiny",
+      "model.gate.concepts": 4,
+      "model.gate.hidden": 8,
+      "data.train_videos": 32,
+      "data.test_videos": 8,
+      "pretrain.epochs": 1,
+      "pretrain.batch_size": 16,
+      "optim.epochs": 60,
+      "optim.batch_size": 16,
+    },
   }
-  programmes = {"digits_resnet20": classification, "segmentation_digits": segmentation, "split_digits": continual_run,
-                "composed_timegate": video_run}
+  programmes = {
+    "digits_resnet20": classification,
+    "segmentation_digits": segmentation,
+    "split_digits": continual_run,
+    "composed_timegate": video_run,
+  }
 
   def make(name, **changes):
     return programmes[name], config_of(name, log_every=10, **sizes[name], **changes)
@@ -116,17 +159,24 @@ def small(monkeypatch):
   return make
 
 
-AT_ONCE = {"loss.sparsity.coefficient": 300.0, "loss.sparsity.start": 0.0, "loss.sparsity.full": 0.0,
-           "loss.batch_shaping.coefficient": 0.0}
+AT_ONCE = {
+  "loss.sparsity.coefficient": 300.0,
+  "loss.sparsity.start": 0.0,
+  "loss.sparsity.full": 0.0,
+  "loss.batch_shaping.coefficient": 0.0,
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "price", "wanted"), [
+@pytest.mark.parametrize(
+  ("name", "price", "wanted"),
+  [
     ("digits_resnet20", AT_ONCE, {"model.gate.context": "none", "loss.sparsity.coefficient": 1.0}),
     ("segmentation_digits", AT_ONCE, {}),
     ("split_digits", {"gates.sparsity": 1000.0}, {"gates.sparsity": 1.0}),
     ("composed_timegate", {**AT_ONCE, "loss.sparsity.kind": "mean"}, {}),
-])
+  ],
+)
 def test_a_training_says_once_that_its_gates_close(small, tmp_path, name, price, wanted):
   lines = said(*small(name, **price), tmp_path / "closing", "train").splitlines()
   warnings = [i for i, line in enumerate(lines) if "warning: " in line]

@@ -44,8 +44,10 @@ def test_one_line_per_write(tmp_path, open_journal):
   one = open_journal(0)
   one.write(2, "train", {"loss": 1.5, "gate_rate/layer00": 0.25})
   one.write(2, "test", {"accuracy": 1})
-  assert lines(tmp_path) == [{"step": 2, "split": "train", "loss": 1.5, "gate_rate/layer00": 0.25},
-                             {"step": 2, "split": "test", "accuracy": 1.0}]
+  assert lines(tmp_path) == [
+    {"step": 2, "split": "train", "loss": 1.5, "gate_rate/layer00": 0.25},
+    {"step": 2, "split": "test", "accuracy": 1.0},
+  ]
 
 
 def test_tensorboard_holds_the_same_points(tmp_path, open_journal):
@@ -54,7 +56,10 @@ def test_tensorboard_holds_the_same_points(tmp_path, open_journal):
   one.close()
   (file,) = (tmp_path / TENSORBOARD_DIR).iterdir()
   assert "tfevents" in file.name
-  assert [e for e in events(tmp_path) if len(e) == 3] == [("train/loss", 1.5, 2), ("gate_rate/layer00", 0.25, 2)]
+  assert [e for e in events(tmp_path) if len(e) == 3] == [
+    ("train/loss", 1.5, 2),
+    ("gate_rate/layer00", 0.25, 2),
+  ]
 
 
 def test_lines_of_later_steps_are_dropped_when_training_goes_on(tmp_path, open_journal):
@@ -89,7 +94,9 @@ def test_a_last_line_cut_short_is_dropped(tmp_path, open_journal):
   assert [line["step"] for line in lines(tmp_path)] == [2, 6]
 
 
-@pytest.mark.parametrize("bad", ["", "12", "[]", "nonsense", '{"split": "train"}', '{"step": 1}', '{"step": "1"'])
+@pytest.mark.parametrize(
+  "bad", ["", "12", "[]", "nonsense", '{"split": "train"}', '{"step": 1}', '{"step": "1"']
+)
 def test_lines_that_are_no_record_are_dropped(tmp_path, open_journal, bad):
   good = '{"step": 1, "split": "train", "loss": 2.0, "note": "no number"}'
   (tmp_path / METRICS_FILE).write_text(f"{bad}\n{good}\n{bad}\n")
@@ -207,9 +214,12 @@ def test_histograms_are_cut_back_as_metrics_are(tmp_path, open_journal):
   assert [line["step"] for line in read_lines(tmp_path / HISTOGRAMS_FILE)] == [2, 4]
   resumed.write_histograms(6, "test", {"gates/layer00/probs": np.array([60, 1])})
   resumed.close()
-  assert [(line["step"], line["gates/layer00/probs"]) for line in read_lines(tmp_path / HISTOGRAMS_FILE)] == [
-      (2, [2, 1]), (4, [4, 1]), (6, [60, 1])]
-  shown = [(step, value.histo) for step, value in summaries(tmp_path) if value.tag == "gates/layer00/probs"]
+  assert [
+    (line["step"], line["gates/layer00/probs"]) for line in read_lines(tmp_path / HISTOGRAMS_FILE)
+  ] == [(2, [2, 1]), (4, [4, 1]), (6, [60, 1])]
+  shown = [
+    (step, value.histo) for step, value in summaries(tmp_path) if value.tag == "gates/layer00/probs"
+  ]
   step, last = shown[-1]
   assert step == 6
   assert (list(last.bucket), list(last.bucket_limit), last.num) == ([60, 1], [0.5, 1.0], 61)
@@ -229,7 +239,9 @@ def test_a_picture_is_in_tensorboard(tmp_path, open_journal):
   one = open_journal(0)
   one.write_picture(7, "pictures/a", tmp_path / "a.png")
   one.close()
-  ((step, value),) = [(step, value) for step, value in summaries(tmp_path) if value.tag == "pictures/a"]
+  ((step, value),) = [
+    (step, value) for step, value in summaries(tmp_path) if value.tag == "pictures/a"
+  ]
   assert (step, value.image.width, value.image.height) == (7, 5, 3)
 
 

@@ -17,7 +17,14 @@ from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import METRICS_FILE, Journal
 from gating_jax.training.loop import LoopSettings, NonFiniteError, StopRequest
 
-METRICS = ("loss", "cross_entropy", "l0_coefficient", "gate_rate/layer00", "gradient_norm", "state_norm")
+METRICS = (
+  "loss",
+  "cross_entropy",
+  "l0_coefficient",
+  "gate_rate/layer00",
+  "gradient_norm",
+  "state_norm",
+)
 
 
 class Run:
@@ -32,7 +39,9 @@ class Run:
     self.calls.append(step)
     self.before.get(step, lambda: None)()
     numbers = np.arange(step, step + self.k)
-    metrics = {name: [self.metrics_at.get((name, int(i)), 1.0 + i) for i in numbers] for name in METRICS}
+    metrics = {
+      name: [self.metrics_at.get((name, int(i)), 1.0 + i) for i in numbers] for name in METRICS
+    }
     bad = not all(math.isfinite(v) for v in metrics["loss"])
     w = state["w"] + (math.nan if bad else float(numbers.sum()))
     return {"w": w}, {name: jnp.asarray(values) for name, values in metrics.items()}
@@ -43,10 +52,17 @@ class Run:
     state = {"w": devices.replicate(jnp.float32(0))} if start is None else start
     try:
       return loop.train(
-          state, self.first_step, self.advance,
-          settings=LoopSettings(total_steps=total, steps_per_dispatch=self.k, **settings),
-          checkpoints=checkpoints, journal=journal, watch=watch,
-          evaluate=(lambda state, step: self.evaluated.append((step, float(state["w"])))) if evaluate else None)
+        state,
+        self.first_step,
+        self.advance,
+        settings=LoopSettings(total_steps=total, steps_per_dispatch=self.k, **settings),
+        checkpoints=checkpoints,
+        journal=journal,
+        watch=watch,
+        evaluate=(lambda state, step: self.evaluated.append((step, float(state["w"]))))
+        if evaluate
+        else None,
+      )
     finally:
       journal.close()
       checkpoints.close()
@@ -54,8 +70,12 @@ class Run:
   def saved(self):
     """Every checkpoint's `w`, by step."""
     with ocp.StandardCheckpointer() as reader:
-      return {int(folder.name): float(reader.restore(folder / "state", {"w": np.zeros((), np.float32)})["w"])
-              for folder in (self.folder / "checkpoints").iterdir()}
+      return {
+        int(folder.name): float(
+          reader.restore(folder / "state", {"w": np.zeros((), np.float32)})["w"]
+        )
+        for folder in (self.folder / "checkpoints").iterdir()
+      }
 
   def newest(self):
     checkpoints = Checkpoints(self.folder / "checkpoints")
@@ -90,8 +110,9 @@ def test_several_steps_per_call_reach_the_same_end(tmp_path, k, calls):
 
 
 @pytest.mark.parametrize(
-    ("k", "every", "due"),
-    [(1, 5, [5, 10, 12]), (3, 5, [6, 12]), (4, 5, [8, 12]), (3, 3, [3, 6, 9, 12]), (1, 50, [12])])
+  ("k", "every", "due"),
+  [(1, 5, [5, 10, 12]), (3, 5, [6, 12]), (4, 5, [8, 12]), (3, 3, [3, 6, 9, 12]), (1, 50, [12])],
+)
 def test_lines_and_checkpoints_come_at_least_every_so_many_steps(tmp_path, k, every, due):
   run = Run(tmp_path, k=k)
   run(total=12, log_every=every, checkpoint_every=every)
@@ -103,7 +124,9 @@ def test_a_line_is_the_mean_since_the_last_one(tmp_path):
   run = Run(tmp_path, k=2)
   run(total=8, log_every=4)
   assert [(line["step"], line["split"], line["loss"]) for line in run.lines()] == [
-      (4, "train", np.mean([1, 2, 3, 4])), (8, "train", np.mean([5, 6, 7, 8]))]
+    (4, "train", np.mean([1, 2, 3, 4])),
+    (8, "train", np.mean([5, 6, 7, 8])),
+  ]
 
 
 def test_the_line_for_people_leaves_out_layers_and_coefficients(tmp_path, capfd):
@@ -127,7 +150,12 @@ def test_what_the_watch_finds_in_a_line_is_said_after_it(tmp_path, capfd):
   assert len([line for line in said if "warning" in line]) == 1
   watched.clear()
   Run(tmp_path, first_step=6)(total=8, log_every=2, watch=watch)
-  assert watched == [(2, 1.5), (4, 3.5), (6, 5.5), (8, 7.5)]  # what the journal has, then what follows
+  assert watched == [
+    (2, 1.5),
+    (4, 3.5),
+    (6, 5.5),
+    (8, 7.5),
+  ]  # what the journal has, then what follows
   assert "warning" not in capfd.readouterr().out
 
 
@@ -193,13 +221,17 @@ def test_nothing_that_is_not_finite_is_saved_wherever_it_appears(tmp_path, at):
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
   run = Run(tmp_path, metrics_at={("gradient_norm", 4): math.inf})
-  with pytest.raises(NonFiniteError, match=r"gradient_norm is inf at step 5 \(not finite: gradient_norm\)"):
+  with pytest.raises(
+    NonFiniteError, match=r"gradient_norm is inf at step 5 \(not finite: gradient_norm\)"
+  ):
     run(total=12)
 
 
 def test_a_state_that_is_not_finite_stops_the_run(tmp_path):
   run = Run(tmp_path, metrics_at={("state_norm", 4): math.inf})
-  with pytest.raises(NonFiniteError, match=r"state_norm is inf at step 5 \(not finite: state_norm\)"):
+  with pytest.raises(
+    NonFiniteError, match=r"state_norm is inf at step 5 \(not finite: state_norm\)"
+  ):
     run(total=12, checkpoint_every=5)
   assert run.saved() == {}
 
@@ -257,7 +289,9 @@ def test_training_goes_within_a_running_event_loop_as_in_a_notebook(tmp_path):
 
 def test_a_handler_that_python_cannot_put_back_is_left_alone(monkeypatch):
   set_anew = []
-  monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGTERM else signal.SIG_DFL)
+  monkeypatch.setattr(
+    signal, "getsignal", lambda number: None if number == signal.SIGTERM else signal.SIG_DFL
+  )
   monkeypatch.setattr(signal, "signal", lambda number, handler: set_anew.append(number))
   with StopRequest():
     pass
@@ -274,16 +308,18 @@ def test_ctrl_c_interrupts_where_a_stop_was_asked_for_already(first):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (dict(total_steps=0), "total_steps must be >= 1; got 0"),
-        (dict(total_steps=5, log_every=0), "log_every must be >= 1; got 0"),
-        (dict(total_steps=5, checkpoint_every=-1), "checkpoint_every must be >= 1; got -1"),
-        (dict(total_steps=5, eval_every=-1), "eval_every must be >= 0; got -1"),
-        (dict(total_steps=5, steps_per_dispatch=0), "steps_per_dispatch must be >= 1; got 0"),
-        (dict(total_steps=5, steps_per_dispatch=2),
-         "total_steps must be a multiple of steps_per_dispatch; got 5 and 2"),
-    ],
+  ("settings", "message"),
+  [
+    (dict(total_steps=0), "total_steps must be >= 1; got 0"),
+    (dict(total_steps=5, log_every=0), "log_every must be >= 1; got 0"),
+    (dict(total_steps=5, checkpoint_every=-1), "checkpoint_every must be >= 1; got -1"),
+    (dict(total_steps=5, eval_every=-1), "eval_every must be >= 0; got -1"),
+    (dict(total_steps=5, steps_per_dispatch=0), "steps_per_dispatch must be >= 1; got 0"),
+    (
+      dict(total_steps=5, steps_per_dispatch=2),
+      "total_steps must be a multiple of steps_per_dispatch; got 5 and 2",
+    ),
+  ],
 )
 def test_bad_settings_are_refused(settings, message):
   with pytest.raises(ValueError, match=message):

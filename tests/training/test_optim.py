@@ -39,7 +39,9 @@ def test_weight_decay_shrinks_everything_but_gates(params):
   for path, value in gates.items():
     np.testing.assert_array_equal(gates_after[path], value, err_msg=str(path))
   for path, value in others.items():
-    np.testing.assert_allclose(others_after[path], value * (1 - 0.1 * 0.5), rtol=1e-6, err_msg=str(path))
+    np.testing.assert_allclose(
+      others_after[path], value * (1 - 0.1 * 0.5), rtol=1e-6, err_msg=str(path)
+    )
   shrunk = [path for path, value in others.items() if np.any(value != others_after[path])]
   assert {path[-1] for path in shrunk} == {"kernel", "scale"}  # biases start at 0
 
@@ -55,7 +57,9 @@ def test_gates_follow_their_gradient(params):
 def test_gates_may_learn_faster(params):
   one = jax.tree.map(np.ones_like, params)
   settings = dict(steps=2, momentum=0.9, weight_decay=0.0)
-  (gates, others), (fast, same) = (split(stepped(params, one, gate_multiplier=m, **settings)) for m in (1.0, 5.0))
+  (gates, others), (fast, same) = (
+    split(stepped(params, one, gate_multiplier=m, **settings)) for m in (1.0, 5.0)
+  )
   begun, _ = split(params)
   for path, value in begun.items():
     np.testing.assert_allclose(fast[path] - value, 5 * (gates[path] - value), rtol=1e-5, atol=1e-6)
@@ -64,14 +68,21 @@ def test_gates_may_learn_faster(params):
 
 
 def test_decayed_is_false_on_gate_paths_alone():
-  tree = {"block": {"gate": {"head": {"kernel": 1}}, "conv1": {"kernel": 2}}, "gateway": {"bias": 3}}
+  tree = {
+    "block": {"gate": {"head": {"kernel": 1}}, "conv1": {"kernel": 2}},
+    "gateway": {"bias": 3},
+  }
   assert optim.decayed(tree) == {
-      "block": {"gate": {"head": {"kernel": False}}, "conv1": {"kernel": True}}, "gateway": {"bias": True}}
+    "block": {"gate": {"head": {"kernel": False}}, "conv1": {"kernel": True}},
+    "gateway": {"bias": True},
+  }
 
 
 def test_momentum_is_nesterov():
   # v1 = 1, step 1 + 0.9; v2 = 1.9, step 1 + 0.9 * 1.9; each times the learning rate 0.1
-  after = stepped({"w": np.float32(2)}, {"w": np.float32(1)}, steps=2, momentum=0.9, weight_decay=0.0)
+  after = stepped(
+    {"w": np.float32(2)}, {"w": np.float32(1)}, steps=2, momentum=0.9, weight_decay=0.0
+  )
   assert float(after["w"]) == pytest.approx(2 - 0.1 * (1.9 + 2.71))
 
 
@@ -81,7 +92,7 @@ def test_weight_decay_goes_through_momentum():
 
 
 def test_the_learning_rate_is_read_at_each_step():
-  optimiser = optim.sgd(lambda step: 10.0 ** -step, momentum=0.0, weight_decay=0.0)
+  optimiser = optim.sgd(lambda step: 10.0**-step, momentum=0.0, weight_decay=0.0)
   state, seen = optimiser.init({"w": np.float32(0)}), []
   for _ in range(3):
     updates, state = optimiser.update({"w": np.float32(1)}, state, {"w": np.float32(0)})
@@ -90,13 +101,13 @@ def test_the_learning_rate_is_read_at_each_step():
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (dict(momentum=1.0, weight_decay=0), r"momentum must be in \[0, 1\); got 1.0"),
-        (dict(momentum=-0.1, weight_decay=0), "momentum must be .*; got -0.1"),
-        (dict(momentum=0, weight_decay=-1e-4), "weight_decay must be >= 0; got -0.0001"),
-        (dict(momentum=0, weight_decay=0, gate_multiplier=0), "gate_multiplier must be > 0; got 0"),
-    ],
+  ("settings", "message"),
+  [
+    (dict(momentum=1.0, weight_decay=0), r"momentum must be in \[0, 1\); got 1.0"),
+    (dict(momentum=-0.1, weight_decay=0), "momentum must be .*; got -0.1"),
+    (dict(momentum=0, weight_decay=-1e-4), "weight_decay must be >= 0; got -0.0001"),
+    (dict(momentum=0, weight_decay=0, gate_multiplier=0), "gate_multiplier must be > 0; got 0"),
+  ],
 )
 def test_bad_settings_are_refused(settings, message):
   with pytest.raises(ValueError, match=message):
@@ -106,12 +117,18 @@ def test_bad_settings_are_refused(settings, message):
 def test_adam_decays_everything_but_gates_apart_from_the_gradient(params):
   gates, others = split(params)
   optimiser = optim.adam(optax.constant_schedule(0.1), weight_decay=0.5)
-  step = lambda grads: optax.apply_updates(params, optimiser.update(grads, optimiser.init(params), params)[0])
+  step = lambda grads: optax.apply_updates(
+    params, optimiser.update(grads, optimiser.init(params), params)[0]
+  )
   gates_after, others_after = split(step(jax.tree.map(lambda x: np.full_like(x, -3), params)))
   for path, value in gates.items():  # the first step of Adam is the gradient's sign
-    np.testing.assert_allclose(gates_after[path], value + 0.1, rtol=1e-5, atol=1e-6, err_msg=str(path))
+    np.testing.assert_allclose(
+      gates_after[path], value + 0.1, rtol=1e-5, atol=1e-6, err_msg=str(path)
+    )
   for path, value in others.items():
-    np.testing.assert_allclose(others_after[path], value + 0.1 - 0.05 * value, rtol=1e-5, atol=1e-6, err_msg=str(path))
+    np.testing.assert_allclose(
+      others_after[path], value + 0.1 - 0.05 * value, rtol=1e-5, atol=1e-6, err_msg=str(path)
+    )
 
 
 def test_adam_refuses_bad_weight_decay():
@@ -119,10 +136,13 @@ def test_adam_refuses_bad_weight_decay():
     optim.adam(optax.constant_schedule(0.1), weight_decay=float("nan"))
 
 
-@pytest.mark.parametrize("make", [
+@pytest.mark.parametrize(
+  "make",
+  [
     lambda: optim.sgd(optax.constant_schedule(0.1), momentum=0.9, weight_decay=0.1),
     lambda: optim.adam(optax.constant_schedule(0.1), weight_decay=0.1),
-])
+  ],
+)
 def test_frozen_parameters_stay_bit_for_bit_and_the_others_move_as_without(params, make):
   is_frozen = lambda path: "conv1" in path or path[-1] == "scale"
   grads = [jax.tree.map(lambda x, n=n: np.cos(n + 3 * np.asarray(x)), params) for n in range(3)]
@@ -141,4 +161,6 @@ def test_frozen_parameters_stay_bit_for_bit_and_the_others_move_as_without(param
   assert any(is_gate_path(path) for path in still)
   for path, value in before.items():
     assert (plain[path] != value).all()
-    np.testing.assert_array_equal(after[path], value if path in still else plain[path], err_msg=str(path))
+    np.testing.assert_array_equal(
+      after[path], value if path in still else plain[path], err_msg=str(path)
+    )

@@ -8,19 +8,31 @@ from pathlib import Path
 import ml_collections
 import pytest
 
-from gating_jax.training.rundir import CONFIG_FILE, RunDirError, existing_run, open_run, run_mode, staged
+from gating_jax.training.rundir import (
+  CONFIG_FILE,
+  RunDirError,
+  existing_run,
+  open_run,
+  run_mode,
+  staged,
+)
 
 
 def config(**changes):
-  made = ml_collections.ConfigDict({"seed": 0, "optim": {"learning_rate": 0.1, "drops": (0.5, 0.75)}})
+  made = ml_collections.ConfigDict(
+    {"seed": 0, "optim": {"learning_rate": 0.1, "drops": (0.5, 0.75)}}
+  )
   made.update_from_flattened_dict(changes)
   return made
 
 
 def snapshot(folder):
   """Every file's bytes and time of change, but for the lock's."""
-  return {str(f.relative_to(folder)): (f.read_bytes() if f.is_file() else None, f.stat().st_mtime_ns)
-          for f in folder.rglob("*") if f.name != ".lock"}
+  return {
+    str(f.relative_to(folder)): (f.read_bytes() if f.is_file() else None, f.stat().st_mtime_ns)
+    for f in folder.rglob("*")
+    if f.name != ".lock"
+  }
 
 
 def make_run(path):
@@ -41,7 +53,9 @@ def test_a_new_run_holds_its_config(tmp_path):
     assert run.checkpoints.parent == path
     assert run.result() is None
     assert json.loads((path / CONFIG_FILE).read_text()) == {
-        "seed": 0, "optim": {"learning_rate": 0.1, "drops": [0.5, 0.75]}}
+      "seed": 0,
+      "optim": {"learning_rate": 0.1, "drops": [0.5, 0.75]},
+    }
 
 
 def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
@@ -52,8 +66,10 @@ def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
 
 
 def test_a_backslash_in_a_path_is_refused_by_name_before_anything_is_made(tmp_path, monkeypatch):
-  with pytest.raises(ValueError, match=r"workdir must have no \\ in its path.*got '.*a\\\\b'"), \
-      open_run(tmp_path / "a\\b", config()):
+  with (
+    pytest.raises(ValueError, match=r"workdir must have no \\ in its path.*got '.*a\\\\b'"),
+    open_run(tmp_path / "a\\b", config()),
+  ):
     pass
   assert list(tmp_path.iterdir()) == []
   (tmp_path / "c\\d").mkdir()
@@ -100,13 +116,18 @@ def test_a_run_that_has_saved_nothing_gives_way_to_another_config(tmp_path):
     assert json.loads((tmp_path / CONFIG_FILE).read_text())["seed"] == 1
 
 
-@pytest.mark.parametrize("progress", ["result.json", "checkpoints/1", "checkpoints-damaged-1-0/state"])
+@pytest.mark.parametrize(
+  "progress", ["result.json", "checkpoints/1", "checkpoints-damaged-1-0/state"]
+)
 def test_a_run_that_has_saved_something_does_not(tmp_path, progress):
   with open_run(tmp_path, config()) as run:
     (tmp_path / progress).parent.mkdir(exist_ok=True)
     (tmp_path / progress).write_text("{}")
     assert run.has_progress()
-  with pytest.raises(RunDirError, match="seed: 0 there, 1 here"), open_run(tmp_path, config(seed=1)):
+  with (
+    pytest.raises(RunDirError, match="seed: 0 there, 1 here"),
+    open_run(tmp_path, config(seed=1)),
+  ):
     pass
   assert json.loads((tmp_path / CONFIG_FILE).read_text())["seed"] == 0
 
@@ -121,10 +142,10 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
     pass
   assert str(tmp_path) in str(caught.value)
   assert str(caught.value).splitlines()[1:] == [
-      "  extra: '(absent)' there, 'new' here",
-      "  optim.drops: [0.5, 0.75] there, [0.5] here",
-      "  optim.learning_rate: 0.1 there, 0.2 here",
-      "  seed: 0 there, '(absent)' here",
+    "  extra: '(absent)' there, 'new' here",
+    "  optim.drops: [0.5, 0.75] there, [0.5] here",
+    "  optim.learning_rate: 0.1 there, 0.2 here",
+    "  seed: 0 there, '(absent)' here",
   ]
   with pytest.raises(RunDirError, match="holds a run of another config"):
     existing_run(tmp_path, other)
@@ -134,11 +155,15 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
 def test_a_field_that_is_none_is_that_of_an_older_config_without_it(tmp_path):
   make_run(tmp_path)
   other = config()
-  other.data = ml_collections.ConfigDict({"label_feature": ml_collections.config_dict.placeholder(str)})
+  other.data = ml_collections.ConfigDict(
+    {"label_feature": ml_collections.config_dict.placeholder(str)}
+  )
   with open_run(tmp_path, other):
     pass
   other.data.label_feature = "coarse_label"
-  with pytest.raises(RunDirError, match=r"data.label_feature: '\(absent\)' there, 'coarse_label' here"):
+  with pytest.raises(
+    RunDirError, match=r"data.label_feature: '\(absent\)' there, 'coarse_label' here"
+  ):
     existing_run(tmp_path, other)
 
 
@@ -186,9 +211,17 @@ def test_a_damaged_file_is_named(tmp_path, name):
 
 def test_a_second_process_on_the_same_folder_is_refused(tmp_path):
   holder = subprocess.Popen(
-      [sys.executable, "-c", "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
-       "print('held', flush=True); sys.stdin.read()", str(tmp_path / ".lock")],
-      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    [
+      sys.executable,
+      "-c",
+      "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+      "print('held', flush=True); sys.stdin.read()",
+      str(tmp_path / ".lock"),
+    ],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
   with holder:
     assert holder.stdout.readline() == "held\n"
     refused(tmp_path, "in use by another process")
@@ -219,7 +252,10 @@ def test_a_run_is_held_while_open_and_let_go_after(tmp_path):
 
 def test_only_training_opens_the_run(tmp_path):
   called = []
-  modes = {name: lambda run, name=name: called.append((name, run.path)) for name in ("train", "evaluate", "report")}
+  modes = {
+    name: lambda run, name=name: called.append((name, run.path))
+    for name in ("train", "evaluate", "report")
+  }
   for mode in modes:
     if mode != "train":
       with pytest.raises(RunDirError, match="holds no run"):
@@ -311,7 +347,10 @@ def test_staged_files_of_a_block_that_fails_are_gone(tmp_path):
 
 
 def test_staged_files_overwrite_nothing_and_are_written_by_one_process(tmp_path):
-  with staged(tmp_path, ("a",)), pytest.raises(RunDirError, match="is being written to by another process"):
+  with (
+    staged(tmp_path, ("a",)),
+    pytest.raises(RunDirError, match="is being written to by another process"),
+  ):
     write_both(tmp_path)
   (tmp_path / "b").write_text("old")
   with pytest.raises(RunDirError, match="b exists; rename it"):

@@ -27,7 +27,9 @@ def test_fade_out_that_ends_within_the_first_step():
 
 def test_fade_in_is_zero_then_linear_then_constant():
   schedule = schedules.fade_in(0.5, 0.2, 0.6, 1000)
-  assert values(schedule, 0, 200, 201, 400, 600, 1000) == pytest.approx([0, 0, 0.00125, 0.25, 0.5, 0.5])
+  assert values(schedule, 0, 200, 201, 400, 600, 1000) == pytest.approx(
+    [0, 0, 0.00125, 0.25, 0.5, 0.5]
+  )
 
 
 def test_fade_in_from_the_start():
@@ -41,7 +43,8 @@ def test_fade_in_of_equal_fractions_is_a_jump():
 def test_step_learning_rate_drops_at_each_fraction():
   schedule = schedules.learning_rate("step", 0.1, 1000, drops=(0.6, 0.75, 0.9), factor=0.1)
   assert values(schedule, 0, 599, 600, 749, 750, 899, 900, 999) == pytest.approx(
-      [0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4])
+    [0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4]
+  )
 
 
 def test_step_learning_rate_without_drops_is_constant():
@@ -73,19 +76,31 @@ def test_warm_up_does_not_move_the_drops_or_the_end():
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: schedules.fade_out(1, -0.1, 10), r"end must be a fraction of training, in \[0, 1\]; got -0.1"),
-        (lambda: schedules.fade_out(1, 20, 10), "end must be .*; got 20"),
-        (lambda: schedules.fade_in(1, 1.5, 2, 10), "start must be .*; got 1.5"),
-        (lambda: schedules.fade_in(1, 0.5, 2, 10), "full must be .*; got 2"),
-        (lambda: schedules.fade_in(1, 0.6, 0.2, 10), "start must be <= full; got start 0.6, full 0.2"),
-        (lambda: schedules.learning_rate("step", 1, 10, warmup=5), "warmup must be .*; got 5"),
-        (lambda: schedules.learning_rate("step", 1, 10, drops=(0.5, 60)), r"drops\[1\] must be .*; got 60"),
-        (lambda: schedules.learning_rate("step", 1, 10, drops=(float("nan"),)), r"drops\[0\] must be .*; got nan"),
-        (lambda: schedules.learning_rate("step", 0, 10), "learning_rate must be > 0; got 0"),
-        (lambda: schedules.learning_rate("cosin", 1, 10), "must be one of cosine, step; .*Did you mean 'cosine'"),
-    ],
+  ("make", "message"),
+  [
+    (
+      lambda: schedules.fade_out(1, -0.1, 10),
+      r"end must be a fraction of training, in \[0, 1\]; got -0.1",
+    ),
+    (lambda: schedules.fade_out(1, 20, 10), "end must be .*; got 20"),
+    (lambda: schedules.fade_in(1, 1.5, 2, 10), "start must be .*; got 1.5"),
+    (lambda: schedules.fade_in(1, 0.5, 2, 10), "full must be .*; got 2"),
+    (lambda: schedules.fade_in(1, 0.6, 0.2, 10), "start must be <= full; got start 0.6, full 0.2"),
+    (lambda: schedules.learning_rate("step", 1, 10, warmup=5), "warmup must be .*; got 5"),
+    (
+      lambda: schedules.learning_rate("step", 1, 10, drops=(0.5, 60)),
+      r"drops\[1\] must be .*; got 60",
+    ),
+    (
+      lambda: schedules.learning_rate("step", 1, 10, drops=(float("nan"),)),
+      r"drops\[0\] must be .*; got nan",
+    ),
+    (lambda: schedules.learning_rate("step", 0, 10), "learning_rate must be > 0; got 0"),
+    (
+      lambda: schedules.learning_rate("cosin", 1, 10),
+      "must be one of cosine, step; .*Did you mean 'cosine'",
+    ),
+  ],
 )
 def test_bad_fractions_and_names_are_refused(make, message):
   with pytest.raises(ValueError, match=message):
@@ -94,5 +109,6 @@ def test_bad_fractions_and_names_are_refused(make, message):
 
 def test_a_ramp_falls_or_rises_between_two_values():
   assert values(schedules.ramp(1.0, 0.25, 0.2, 0.6, 10), 0, 2, 3, 4, 6, 10) == pytest.approx(
-      [1, 1, 0.8125, 0.625, 0.25, 0.25])
+    [1, 1, 0.8125, 0.625, 0.25, 0.25]
+  )
   assert values(schedules.ramp(1.0, 0.25, 0.0, 0.0, 10), 0, 9) == [0.25, 0.25]

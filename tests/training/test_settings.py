@@ -35,7 +35,9 @@ def test_a_field_that_is_newer_than_the_run_may_be_absent_where_it_is_none(tmp_p
   assert "label_feature" not in config_of(tmp_path).data
 
 
-@pytest.mark.parametrize(("changes", "message"), [
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
     ({"seed": "zero"}, "seed must be of type int; it has 'zero'"),
     ({"seed": True}, "seed must be of type int; it has True"),
     ({"eval_every": None}, "eval_every must be of type float; it has None"),
@@ -44,7 +46,9 @@ def test_a_field_that_is_newer_than_the_run_may_be_absent_where_it_is_none(tmp_p
     ({"model__gate": [1]}, r"model.gate must be a section; it has \[1\]"),
     ({"model": ...}, "model must be a section; it has no such field"),
     ({"data__data_dir": 3}, "data.data_dir must be of type str; it has 3"),
-    ({"experiment": 3}, "it must tell the experiment")])
+    ({"experiment": 3}, "it must tell the experiment"),
+  ],
+)
 def test_a_damaged_config_is_named_with_file_and_field(tmp_path, changes, message):
   write(tmp_path, **changes)
   with pytest.raises(RunDirError, match=rf"^{tmp_path}/config.json is damaged: {message}$"):

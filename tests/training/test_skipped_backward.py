@@ -20,13 +20,30 @@ STEPS, BATCH = 6, 16
 
 
 def net(share, **fields):
-  return ResNet(**{**dict(classes=tiny.CLASSES, blocks=(2, 2), features=4, gating="layer", group_norm=True,
-                          gate=GateSettings(hidden=4, initial_open=0.5), backward_share=share), **fields})
+  return ResNet(
+    **{
+      **dict(
+        classes=tiny.CLASSES,
+        blocks=(2, 2),
+        features=4,
+        gating="layer",
+        group_norm=True,
+        gate=GateSettings(hidden=4, initial_open=0.5),
+        backward_share=share,
+      ),
+      **fields,
+    }
+  )
 
 
 def step(share, **fields):
   made = steps.make_train_step(
-      net(share, **fields), optax.sgd(0.1, 0.9), tiny.objective(sparsity="target_rate"), tiny.prepare, seed=0)
+    net(share, **fields),
+    optax.sgd(0.1, 0.9),
+    tiny.objective(sparsity="target_rate"),
+    tiny.prepare,
+    seed=0,
+  )
   return jax.jit(steps.resident_steps(made))
 
 
@@ -41,7 +58,9 @@ def trained(advance, **fields):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("share", "fields"), [(0.6, {}), (0.5, {"block": Bottleneck, "shortcut": "B"})])
+@pytest.mark.parametrize(
+  ("share", "fields"), [(0.6, {}), (0.5, {"block": Bottleneck, "shortcut": "B"})]
+)
 def test_parameters_are_those_of_full_steps(share, fields):
   full, _, moved = trained(step(1.0, **fields), **fields)
   skipped, in_full, _ = trained(or_in_full(step(share, **fields), step(1.0, **fields)), **fields)
@@ -54,13 +73,20 @@ def test_parameters_are_those_of_full_steps(share, fields):
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 def test_a_block_that_leaves_out_closed_examples_has_the_gradient_of_the_whole(block):
   x = np.random.default_rng(0).normal(size=(8, 4, 4, 4 * block.expansion)).astype(np.float32)
-  settings, keys = GateSettings(hidden=4, initial_open=0.5), {"params": jax.random.key(0), "gate": jax.random.key(1)}
-  of_share = lambda share: block(4, gating="layer", group_norm=True, gate=settings, backward_share=share)
+  settings, keys = (
+    GateSettings(hidden=4, initial_open=0.5),
+    {"params": jax.random.key(0), "gate": jax.random.key(1)},
+  )
+  of_share = lambda share: block(
+    4, gating="layer", group_norm=True, gate=settings, backward_share=share
+  )
   variables = jax.jit(of_share(1.0).init)(keys, x)
 
   def output(share, variables):
-    (y, (record,)), _ = of_share(share).apply(variables, x, train=True, rngs=keys, mutable="batch_stats")
-    return jnp.sum(y ** 2), record.gates
+    (y, (record,)), _ = of_share(share).apply(
+      variables, x, train=True, rngs=keys, mutable="batch_stats"
+    )
+    return jnp.sum(y**2), record.gates
 
   gradient = jax.jit(jax.grad(output, argnums=1, has_aux=True), static_argnums=0)
   (whole, gates), (skipped, _) = gradient(1.0, variables), gradient(0.99, variables)

@@ -18,8 +18,12 @@ VIDEOS = 32  # made, with segments enough for the concepts of gates
 @pytest.fixture
 def opened(monkeypatch):
   """Every set of TFDS has many classes and examples."""
-  splits = {name: SimpleNamespace(num_examples=EXAMPLES) for name in ("train", "test", "validation")}
-  source = SimpleNamespace(class_names=CLASSES * ("a",), dataset_info=SimpleNamespace(splits=splits))
+  splits = {
+    name: SimpleNamespace(num_examples=EXAMPLES) for name in ("train", "test", "validation")
+  }
+  source = SimpleNamespace(
+    class_names=CLASSES * ("a",), dataset_info=SimpleNamespace(splits=splits)
+  )
   monkeypatch.setattr(tfds, "open_tfds", lambda *_: source)
 
 
@@ -36,20 +40,40 @@ def test_every_config_becomes_small_and_keeps_its_fields_and_model(name, opened)
   assert given == flatten(config_of(name))
   changed = {field for field in given if given[field] != small[field]}
   assert {field.split(".")[0] for field in changed} <= {
-      "data", "tasks", "router", "generator", "ewc", "online_ewc", "replay", "optim", "pretrain", "gates", "log_every",
-      "eval_every", "devices"}
+    "data",
+    "tasks",
+    "router",
+    "generator",
+    "ewc",
+    "online_ewc",
+    "replay",
+    "optim",
+    "pretrain",
+    "gates",
+    "log_every",
+    "eval_every",
+    "devices",
+  }
   assert small["optim.epochs"] == 1
   assert small["optim.batch_size"] <= max(16, jax.device_count())
   assert small["optim.batch_size"] % jax.device_count() == 0
   assert smoke.shrink(smoke.shrink(config_of(name))) == smoke.shrink(config_of(name))
 
 
-@pytest.mark.parametrize(("config", "split", "first"), [
-    ("cifar10_resnet20", "train", "train[0:64]"), ("cifar10_resnet20", "train[80%:]", "train[48000:48064]"),
+@pytest.mark.parametrize(
+  ("config", "split", "first"),
+  [
+    ("cifar10_resnet20", "train", "train[0:64]"),
+    ("cifar10_resnet20", "train[80%:]", "train[48000:48064]"),
     ("cifar10_resnet20", "train[:10]+test", "train[0:10]+test[0:54]"),
     ("cifar10_resnet20", "test[-5:]", "test[59995:60000]"),
-    ("split_cifar10", "train", f"train[0:{50 * CLASSES}]"), ("segmentation_cityscapes", "train[10:]", "train[10:74]")])
-def test_any_split_is_cut_to_its_first_examples_for_tasks_some_of_every_class(config, split, first, opened):
+    ("split_cifar10", "train", f"train[0:{50 * CLASSES}]"),
+    ("segmentation_cityscapes", "train[10:]", "train[10:74]"),
+  ],
+)
+def test_any_split_is_cut_to_its_first_examples_for_tasks_some_of_every_class(
+  config, split, first, opened
+):
   assert smoke.shrink(config_of(config, **{"data.train_split": split})).data.train_split == first
 
 
@@ -59,11 +83,21 @@ def test_scenes_and_their_parts_become_small_by_one_factor(opened):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "changes"), [  # of each programme the largest, and many classes
-    ("imagenet_resnet18", {}), ("segmentation_cityscapes", {}), ("videos_timegate", {}), ("features_timegate", {}),
-    ("split_imagenet50", {}), ("split_cifar10_narrow", {"data.name": "cifar100"}),
-    ("tfds_resnet20", {"data.name": "cifar100"})])
-def test_a_config_trains_from_end_to_end_on_its_data_or_a_stand_in(name, changes, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+  ("name", "changes"),
+  [  # of each programme the largest, and many classes
+    ("imagenet_resnet18", {}),
+    ("segmentation_cityscapes", {}),
+    ("videos_timegate", {}),
+    ("features_timegate", {}),
+    ("split_imagenet50", {}),
+    ("split_cifar10_narrow", {"data.name": "cifar100"}),
+    ("tfds_resnet20", {"data.name": "cifar100"}),
+  ],
+)
+def test_a_config_trains_from_end_to_end_on_its_data_or_a_stand_in(
+  name, changes, monkeypatch, tmp_path
+):
   stand_ins.stand_in(monkeypatch, tmp_path / "sets")
   config = config_of(name)
   if config.experiment == "long_video":

@@ -38,8 +38,11 @@ def compilations():
 def dispatch(k, backend="pmap", gating="channel"):
   """`(state, at) -> (state, metrics)`: k steps on eight devices over resident images."""
   run = devices.map_over_devices(
-      steps.resident_steps(tiny.train_step(OPTIMISER, gating=gating, axis_name=devices.AXIS)),
-      args=(REPLICATED, REPLICATED, BATCH), results=(REPLICATED, REPLICATED), backend=backend)
+    steps.resident_steps(tiny.train_step(OPTIMISER, gating=gating, axis_name=devices.AXIS)),
+    args=(REPLICATED, REPLICATED, BATCH),
+    results=(REPLICATED, REPLICATED),
+    backend=backend,
+  )
   images = devices.replicate(tiny.images(EXAMPLES))
   return lambda state, at: run(state, images, in_memory.indices(0, at, k, BATCH_SIZE, EXAMPLES))
 
@@ -103,7 +106,10 @@ def test_an_ungated_net_trains_with_the_same_step():
   state, metrics = after(start("none"), 0, 1, gating="none")
   assert set(metrics) == {"loss", "cross_entropy", "accuracy", "gradient_norm", "state_norm"}
   np.testing.assert_array_equal(metrics["loss"], metrics["cross_entropy"])
-  squares = [np.sum(np.square(leaf)) for leaf in jax.tree.leaves(jax.device_get((state.params, state.batch_stats)))]
+  squares = [
+    np.sum(np.square(leaf))
+    for leaf in jax.tree.leaves(jax.device_get((state.params, state.batch_stats)))
+  ]
   np.testing.assert_allclose(metrics["state_norm"], [np.sqrt(np.sum(squares))], rtol=1e-5)
   assert tiny.relative_gap(state.params, start("none").params) > 1e-3
 
@@ -116,13 +122,19 @@ def test_metrics_of_a_gated_net_are_over_the_whole_batch():
   np.testing.assert_allclose(open_gates, np.round(open_gates), atol=1e-4)
   assert np.all((open_gates > 0) & (open_gates < BATCH_SIZE * 4))
   share = metrics["gate_rate/stage1_block1/conv1"] * 6 * 6 * 9 * (4 + 4) * 4
-  np.testing.assert_allclose(metrics["mac_ratio"], (100 + share) / (100 + 6 * 6 * 9 * (4 + 4) * 4), rtol=1e-5)
-  np.testing.assert_allclose(metrics["accuracy"] * BATCH_SIZE, np.round(metrics["accuracy"] * BATCH_SIZE), atol=1e-5)
+  np.testing.assert_allclose(
+    metrics["mac_ratio"], (100 + share) / (100 + 6 * 6 * 9 * (4 + 4) * 4), rtol=1e-5
+  )
+  np.testing.assert_allclose(
+    metrics["accuracy"] * BATCH_SIZE, np.round(metrics["accuracy"] * BATCH_SIZE), atol=1e-5
+  )
 
 
 def test_a_fresh_state_depends_on_its_seed():
   assert tiny.bit_equal(tiny.state(OPTIMISER, seed=1), tiny.state(OPTIMISER, seed=1))
-  assert not tiny.bit_equal(tiny.state(OPTIMISER, seed=1).params, tiny.state(OPTIMISER, seed=2).params)
+  assert not tiny.bit_equal(
+    tiny.state(OPTIMISER, seed=1).params, tiny.state(OPTIMISER, seed=2).params
+  )
   assert int(tiny.state(OPTIMISER).step) == 0
 
 
@@ -131,7 +143,9 @@ def test_steps_of_one_call_take_their_columns_in_order(k):
   step = lambda state, pixels, labels: (10 * state + jnp.sum(labels), {"seen": jnp.sum(pixels)})
   pixels, labels = np.arange(6, dtype=np.float32) / 8, np.arange(6, dtype=np.int32)
   indices = np.array([[1, 2, 5], [0, 0, 0]])[:, :k]
-  state, metrics = steps.resident_steps(step)(jnp.int32(0), (jnp.asarray(pixels), jnp.asarray(labels)), indices)
+  state, metrics = steps.resident_steps(step)(
+    jnp.int32(0), (jnp.asarray(pixels), jnp.asarray(labels)), indices
+  )
   assert int(state) == {1: 1, 3: 125}[k]
   np.testing.assert_array_equal(metrics["seen"], pixels[indices].sum(axis=0))
   streamed, same = steps.streamed_steps(step)(jnp.int32(0), (pixels[indices], labels[indices]))
@@ -143,23 +157,35 @@ def test_steps_of_one_call_take_their_columns_in_order(k):
 def mixed_state():
   """A state, on the host, of which each gate opens on some of 37 images."""
   random = np.random.default_rng(6)
-  noisy = lambda tree: jax.tree.map(lambda x: np.asarray(x + random.normal(0, 0.5, x.shape), np.float32), tree)
+  noisy = lambda tree: jax.tree.map(
+    lambda x: np.asarray(x + random.normal(0, 0.5, x.shape), np.float32), tree
+  )
   state = jax.device_get(tiny.state(OPTIMISER))
-  state = state.replace(params=noisy(state.params), batch_stats=jax.tree.map(np.abs, noisy(state.batch_stats)))
+  state = state.replace(
+    params=noisy(state.params), batch_stats=jax.tree.map(np.abs, noisy(state.batch_stats))
+  )
   results = steps.make_eval_step(tiny.net(), tiny.normalise)(state, *tiny.images(37, seed=5))
-  state.params["stage1_block1"]["gate"]["head"]["logits"]["bias"] -= np.mean(results["gate_logits"], axis=0)
+  state.params["stage1_block1"]["gate"]["head"]["logits"]["bias"] -= np.mean(
+    results["gate_logits"], axis=0
+  )
   return state
 
 
 def evaluated(batch_size, used, backend="pmap"):
   """Results of 37 images, each once, in order."""
   run = devices.map_over_devices(
-      steps.make_eval_step(tiny.net(axis_name=devices.AXIS), tiny.normalise), args=(REPLICATED, BATCH, BATCH),
-      results=BATCH, backend=backend, devices=used)
+    steps.make_eval_step(tiny.net(axis_name=devices.AXIS), tiny.normalise),
+    args=(REPLICATED, BATCH, BATCH),
+    results=BATCH,
+    backend=backend,
+    devices=used,
+  )
   state = devices.replicate(mixed_state(), used)
   images = Images(*tiny.images(37, seed=5), class_names=("a", "b", "c"))
-  parts = [jax.tree.map(lambda x: np.asarray(x)[:valid], run(state, pixels, labels))  # noqa: B023
-           for (pixels, labels), valid in batches.cover(images, batch_size)]
+  parts = [
+    jax.tree.map(lambda x: np.asarray(x)[:valid], run(state, pixels, labels))  # noqa: B023
+    for (pixels, labels), valid in batches.cover(images, batch_size)
+  ]
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -168,7 +194,11 @@ def evaluated(batch_size, used, backend="pmap"):
 @pytest.mark.parametrize("batch_size", [8, 24, 1000])
 def test_evaluation_covers_every_image_once_whatever_the_batch_and_the_devices(batch_size, backend):
   eight, one = evaluated(batch_size, jax.devices(), backend), evaluated(7, jax.devices()[:1])
-  assert eight.keys() == one.keys() == {"predicted", "correct", "cross_entropy", "macs", "gates", "gate_logits"}
+  assert (
+    eight.keys()
+    == one.keys()
+    == {"predicted", "correct", "cross_entropy", "macs", "gates", "gate_logits"}
+  )
   assert all(len(value) == 37 for value in eight.values())
   assert 0 < one["correct"].mean() < 1
   assert np.all((one["gates"].mean(axis=0) > 0) & (one["gates"].mean(axis=0) < 1))
@@ -200,14 +230,19 @@ def test_evaluation_counts_the_macs_of_open_gates():
 
 @pytest.mark.slow
 def test_evaluation_of_an_ungated_net_has_no_gates():
-  results = steps.make_eval_step(tiny.net("none"), tiny.normalise)(tiny.state(OPTIMISER, "none"), *tiny.images(5))
+  results = steps.make_eval_step(tiny.net("none"), tiny.normalise)(
+    tiny.state(OPTIMISER, "none"), *tiny.images(5)
+  )
   assert set(results) == {"predicted", "correct", "cross_entropy"}
   assert results["correct"].shape == results["cross_entropy"].shape == (5,)
 
 
 def noisy(schedule, net=None):
-  return jax.jit(steps.make_train_step(net or tiny.net(), OPTIMISER, tiny.objective(), tiny.prepare, seed=0,
-                                       noise_scale=schedule))
+  return jax.jit(
+    steps.make_train_step(
+      net or tiny.net(), OPTIMISER, tiny.objective(), tiny.prepare, seed=0, noise_scale=schedule
+    )
+  )
 
 
 @pytest.mark.slow

@@ -21,7 +21,9 @@ def test_as_many_concepts_as_distinct_features_are_those_features():
 
 
 def test_one_concept_is_the_mean():
-  np.testing.assert_allclose(find_concepts(CORNERS, 1, seed=0), CORNERS.mean(axis=0, keepdims=True), rtol=1e-6)
+  np.testing.assert_allclose(
+    find_concepts(CORNERS, 1, seed=0), CORNERS.mean(axis=0, keepdims=True), rtol=1e-6
+  )
 
 
 def test_the_seed_alone_decides():
@@ -30,13 +32,28 @@ def test_the_seed_alone_decides():
   assert (find_concepts(rows, 6, seed=4) != find_concepts(rows, 6, seed=3)).any()
 
 
-@pytest.mark.parametrize(("rows", "k", "message"), [
-    (np.repeat(CORNERS, 3, axis=0), 5, "k must be in 1 .. 4, the number of distinct features of 12; got 5"),
+@pytest.mark.parametrize(
+  ("rows", "k", "message"),
+  [
+    (
+      np.repeat(CORNERS, 3, axis=0),
+      5,
+      "k must be in 1 .. 4, the number of distinct features of 12; got 5",
+    ),
     (CORNERS, 0, "k must be in 1 .. 4, the number of distinct features of 4; got 0"),
-    (np.array([[0.0, 1.0], [np.nan, 1.0]]), 1, r"features must be finite; got \[nan  1.\] in row 1 \(1 such rows\)"),
-    (np.array([[np.inf], [1.0], [np.inf]]), 1, r"features must be finite; got \[inf\] in row 0 \(2 such rows\)"),
+    (
+      np.array([[0.0, 1.0], [np.nan, 1.0]]),
+      1,
+      r"features must be finite; got \[nan  1.\] in row 1 \(1 such rows\)",
+    ),
+    (
+      np.array([[np.inf], [1.0], [np.inf]]),
+      1,
+      r"features must be finite; got \[inf\] in row 0 \(2 such rows\)",
+    ),
     (np.zeros((4, 2, 2)), 1, r"features must be \[n, C\]; got shape \(4, 2, 2\)"),
-])
+  ],
+)
 def test_what_has_no_concepts_is_named(rows, k, message):
   with pytest.raises(ValueError, match=f"^{message}$"):
     find_concepts(rows, k, seed=0)

@@ -41,16 +41,32 @@ def test_the_order_of_videos_and_the_scale_of_scores_do_not_matter():
   scores, labels = rng.normal(size=(30, 5)), rng.random((30, 5)) < 0.3
   one = metrics.mean_average_precision(scores, labels)
   mixed = rng.permutation(30)
-  np.testing.assert_allclose(metrics.mean_average_precision(np.exp(scores)[mixed], labels[mixed]).per_class,
-                             one.per_class)
+  np.testing.assert_allclose(
+    metrics.mean_average_precision(np.exp(scores)[mixed], labels[mixed]).per_class, one.per_class
+  )
 
 
-@pytest.mark.parametrize(("scores", "labels", "message"), [
-    (np.array([[0.0], [np.nan], [np.inf]]), np.ones((3, 1)), r"scores must be finite; got \[nan\] for video 1 \(2 "),
+@pytest.mark.parametrize(
+  ("scores", "labels", "message"),
+  [
+    (
+      np.array([[0.0], [np.nan], [np.inf]]),
+      np.ones((3, 1)),
+      r"scores must be finite; got \[nan\] for video 1 \(2 ",
+    ),
     (np.zeros((2, 1)), np.array([[1], [2]]), r"labels must be 0 or 1; got \[2\] for video 1$"),
-    (np.zeros((2, 3)), np.zeros((2, 2)), r"scores and labels must both be \[M, classes\]; got \(2, 3\) and \(2, 2\)$"),
-    (np.zeros((0, 3)), np.zeros((0, 3)), r"scores and labels must both be \[M, classes\]; got \(0, 3\) and \(0, 3\)$"),
-])
+    (
+      np.zeros((2, 3)),
+      np.zeros((2, 2)),
+      r"scores and labels must both be \[M, classes\]; got \(2, 3\) and \(2, 2\)$",
+    ),
+    (
+      np.zeros((0, 3)),
+      np.zeros((0, 3)),
+      r"scores and labels must both be \[M, classes\]; got \(0, 3\) and \(0, 3\)$",
+    ),
+  ],
+)
 def test_what_cannot_be_scored_is_named(scores, labels, message):
   with pytest.raises(ValueError, match=f"^{message}"):
     metrics.mean_average_precision(scores, labels)
@@ -62,14 +78,20 @@ RELEVANT = np.array([[1, 1, 0, 0], [1, 0, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0]], bo
 
 
 def test_segment_report_by_hand():
-  report = metrics.segment_report(GATES, VALID, np.array([0, 2, 0, 2]), relevant=RELEVANT, class_names="abc")
+  report = metrics.segment_report(
+    GATES, VALID, np.array([0, 2, 0, 2]), relevant=RELEVANT, class_names="abc"
+  )
   assert report == metrics.SegmentReport(
-      share=(0.25 + 1 + 0.75 + 1) / 4,
-      share_std=pytest.approx(np.sqrt((0.5**2 + 0.25**2 + 0 + 0.25**2) / 4)),
-      share_p10=pytest.approx(0.25 + 0.3 * 0.5), share_p90=1.0,
-      share_per_class={"a": 0.5, "c": 1.0},
-      precision=pytest.approx((1 + 1 / 2 + 1) / 3), recall=pytest.approx((1 / 2 + 1 + 1) / 3),
-      relevant_share=pytest.approx((1 / 2 + 1 / 2 + 1) / 3), without_relevant=1)
+    share=(0.25 + 1 + 0.75 + 1) / 4,
+    share_std=pytest.approx(np.sqrt((0.5**2 + 0.25**2 + 0 + 0.25**2) / 4)),
+    share_p10=pytest.approx(0.25 + 0.3 * 0.5),
+    share_p90=1.0,
+    share_per_class={"a": 0.5, "c": 1.0},
+    precision=pytest.approx((1 + 1 / 2 + 1) / 3),
+    recall=pytest.approx((1 / 2 + 1 + 1) / 3),
+    relevant_share=pytest.approx((1 / 2 + 1 / 2 + 1) / 3),
+    without_relevant=1,
+  )
 
 
 def test_a_video_counts_for_each_of_its_classes():
@@ -87,7 +109,9 @@ def test_padding_and_the_order_of_videos_do_not_matter():
   report = metrics.segment_report(gates, valid, labels, relevant=relevant)
   mixed = rng.permutation(9)
   gates, relevant = gates | ~valid, relevant | ~valid
-  other = metrics.segment_report(gates[mixed], valid[mixed], labels[mixed], relevant=relevant[mixed])
+  other = metrics.segment_report(
+    gates[mixed], valid[mixed], labels[mixed], relevant=relevant[mixed]
+  )
   for name, value in vars(report).items():
     assert vars(other)[name] == pytest.approx(value), name
 
@@ -100,13 +124,28 @@ def test_a_split_without_truth_or_with_nothing_chosen_has_no_nan():
   json.dumps([vars(nothing), vars(unknown)], allow_nan=False)
 
 
-@pytest.mark.parametrize(("change", "message"), [
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
     ({"gates": GATES[:, :3]}, r"gates and valid must both be \[M, T\]; got \(4, 3\) and \(4, 4\)"),
-    ({"relevant": RELEVANT[:3]}, r"relevant and valid must both be \[M, T\]; got \(3, 4\) and \(4, 4\)"),
-    ({"valid": VALID & [[1], [1], [0], [0]]}, "every video must have a valid segment; got none for video 2"),
-    ({"labels": np.zeros(3, int)}, "labels must have one row for each of M >= 1 videos; got 3, 4 videos"),
-    ({"labels": np.zeros((4, 2)), "class_names": "abc"}, "class_names must name each of 2 classes; got 3 names"),
-])
+    (
+      {"relevant": RELEVANT[:3]},
+      r"relevant and valid must both be \[M, T\]; got \(3, 4\) and \(4, 4\)",
+    ),
+    (
+      {"valid": VALID & [[1], [1], [0], [0]]},
+      "every video must have a valid segment; got none for video 2",
+    ),
+    (
+      {"labels": np.zeros(3, int)},
+      "labels must have one row for each of M >= 1 videos; got 3, 4 videos",
+    ),
+    (
+      {"labels": np.zeros((4, 2)), "class_names": "abc"},
+      "class_names must name each of 2 classes; got 3 names",
+    ),
+  ],
+)
 def test_what_cannot_be_reported_is_named(change, message):
   arrays = {"gates": GATES, "valid": VALID, "labels": np.zeros(4, int)} | change
   with pytest.raises(ValueError, match=f"^{message}$"):

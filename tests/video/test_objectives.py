@@ -18,34 +18,53 @@ B, T, CLASSES, CHANNELS = 16, 5, 3, 4
 STEP, GAMMA, RHO, LIGHT, TARGET = 7, 0.24, 1.4, 0.3, 0.4
 RANDOM = np.random.default_rng(0)
 LENGTHS = np.array([5, 1, 2, 5, 3, 4, 5, 5, 1, 1, 2, 2, 5, 5, 3, 4])
-WEIGHT = np.array([1, 0, 1, 1, 0, 0, 2, 1, 1, 1, 1, 1, 1, 1, 0.5, 1], np.float32)  # a device's two videos have none
+WEIGHT = np.array(
+  [1, 0, 1, 1, 0, 0, 2, 1, 1, 1, 1, 1, 1, 1, 0.5, 1], np.float32
+)  # a device's two videos have none
 TARGETS = {
-    "label": RANDOM.integers(0, CLASSES, B).astype(np.int32),
-    "weight": WEIGHT,
-    "valid": np.arange(T) < LENGTHS[:, None],
-    "units": RANDOM.integers(-1, CLASSES, (B, T)).astype(np.int32),
+  "label": RANDOM.integers(0, CLASSES, B).astype(np.int32),
+  "weight": WEIGHT,
+  "valid": np.arange(T) < LENGTHS[:, None],
+  "units": RANDOM.integers(-1, CLASSES, (B, T)).astype(np.int32),
 }
 MULTI = {**TARGETS, "label": RANDOM.integers(0, 2, (B, CLASSES)).astype(np.float32)}
 PREDICTED = {
-    "logits": RANDOM.normal(size=(B, CLASSES)).astype(np.float32),
-    "light_logits": RANDOM.normal(size=(B, T, CLASSES)).astype(np.float32),
-    "segments": RANDOM.normal(size=(B, T)).astype(np.float32),
-    "channels": RANDOM.normal(size=(B * T, CHANNELS)).astype(np.float32),
+  "logits": RANDOM.normal(size=(B, CLASSES)).astype(np.float32),
+  "light_logits": RANDOM.normal(size=(B, T, CLASSES)).astype(np.float32),
+  "segments": RANDOM.normal(size=(B, T)).astype(np.float32),
+  "channels": RANDOM.normal(size=(B * T, CHANNELS)).astype(np.float32),
 }
 SEEN = WEIGHT[:, None] * TARGETS["valid"]
 
 
 def channels(sparsity="l0"):
-  return ImageObjective(prior=beta(0.6, 0.4), reduction="layer_mean", sparsity=sparsity, target=0.5, fixed_macs=100,
-                        batch_shaping_coefficient=optax.constant_schedule(0.5),
-                        sparsity_coefficient=optax.constant_schedule(2.0))
+  return ImageObjective(
+    prior=beta(0.6, 0.4),
+    reduction="layer_mean",
+    sparsity=sparsity,
+    target=0.5,
+    fixed_macs=100,
+    batch_shaping_coefficient=optax.constant_schedule(0.5),
+    sparsity_coefficient=optax.constant_schedule(2.0),
+  )
 
 
 def objective(sparsity="target", multi_label=False, **settings):
-  return VideoObjective(**{**dict(
-      multi_label=multi_label, sparsity=sparsity, target=TARGET, prior=beta(0.6, 0.4), light_coefficient=LIGHT,
-      sparsity_coefficient=optax.linear_schedule(0.0, 2.0, 10),
-      batch_shaping_coefficient=optax.linear_schedule(0.8, 0.0, 10), channels=channels()), **settings})
+  return VideoObjective(
+    **{
+      **dict(
+        multi_label=multi_label,
+        sparsity=sparsity,
+        target=TARGET,
+        prior=beta(0.6, 0.4),
+        light_coefficient=LIGHT,
+        sparsity_coefficient=optax.linear_schedule(0.0, 2.0, 10),
+        batch_shaping_coefficient=optax.linear_schedule(0.8, 0.0, 10),
+        channels=channels(),
+      ),
+      **settings,
+    }
+  )
 
 
 def record(logits):
@@ -67,7 +86,9 @@ def mean_by_hand(values, weights):
 def label_loss_by_hand(logits, labels, multi_label):
   logits = logits.astype(np.float64)
   if multi_label:
-    return -(labels * np.log(special.expit(logits)) + (1 - labels) * np.log(special.expit(-logits))).mean(-1)
+    return -(
+      labels * np.log(special.expit(logits)) + (1 - labels) * np.log(special.expit(-logits))
+    ).mean(-1)
   return -np.take_along_axis(special.log_softmax(logits, axis=-1), labels[..., None], -1)[..., 0]
 
 
@@ -86,13 +107,21 @@ def shaping_by_hand():
 def test_total_is_classification_and_weighted_terms(sparsity, multi_label):
   targets = MULTI if multi_label else TARGETS
   total, terms = evaluate(objective(sparsity, multi_label), PREDICTED, targets)
-  classification = mean_by_hand(label_loss_by_hand(PREDICTED["logits"], targets["label"], multi_label), WEIGHT)
+  classification = mean_by_hand(
+    label_loss_by_hand(PREDICTED["logits"], targets["label"], multi_label), WEIGHT
+  )
   of_video = np.repeat(targets["label"][:, None], T, axis=1)
   light = mean_by_hand(label_loss_by_hand(PREDICTED["light_logits"], of_video, multi_label), SEEN)
   share = mean_by_hand(PREDICTED["segments"] > 0, SEEN)
   price = {"none": 0, "mean": share, "target": (share - TARGET) ** 2}[sparsity]
-  expected = {"classification": classification, "light": light, "share": share, "batch_shaping": shaping_by_hand(),
-              "batch_shaping_coefficient": GAMMA, "gates/segments_closed": 0}
+  expected = {
+    "classification": classification,
+    "light": light,
+    "share": share,
+    "batch_shaping": shaping_by_hand(),
+    "batch_shaping_coefficient": GAMMA,
+    "gates/segments_closed": 0,
+  }
   if sparsity != "none":
     expected |= {sparsity: price, f"{sparsity}_coefficient": RHO}
   if not multi_label:
@@ -117,19 +146,23 @@ def test_channel_gates_have_their_own_price():
 
 def test_the_light_head_counts_only_where_it_has_a_coefficient():
   total, terms = evaluate(objective(light_coefficient=0.0), PREDICTED, TARGETS)
-  silent, _ = evaluate(objective(), {k: v for k, v in PREDICTED.items() if k != "light_logits"}, TARGETS)
+  silent, _ = evaluate(
+    objective(), {k: v for k, v in PREDICTED.items() if k != "light_logits"}, TARGETS
+  )
   assert "light" not in terms
   assert float(total) == float(silent)
 
 
 def test_padding_and_videos_without_weight_change_nothing():
   differentiate = jax.jit(jax.value_and_grad(lambda p: evaluate(objective(), p, TARGETS)[0]))
-  total, slopes = differentiate({name: value for name, value in PREDICTED.items() if name != "channels"})
+  total, slopes = differentiate(
+    {name: value for name, value in PREDICTED.items() if name != "channels"}
+  )
   unread, unseen = WEIGHT == 0, SEEN == 0
   other = {
-      "logits": np.where(unread[:, None], 40, PREDICTED["logits"]),
-      "light_logits": np.where(unseen[..., None], -30, PREDICTED["light_logits"]),
-      "segments": np.where(unseen, 20 - PREDICTED["segments"], PREDICTED["segments"]),
+    "logits": np.where(unread[:, None], 40, PREDICTED["logits"]),
+    "light_logits": np.where(unseen[..., None], -30, PREDICTED["light_logits"]),
+    "segments": np.where(unseen, 20 - PREDICTED["segments"], PREDICTED["segments"]),
   }
   other_total, other_slopes = differentiate(jax.tree.map(np.float32, other))
   assert float(other_total) == pytest.approx(float(total), rel=1e-6)
@@ -144,7 +177,9 @@ def test_padding_and_videos_without_weight_change_nothing():
 
 def test_a_batch_without_weight_costs_nothing():
   nothing = {**TARGETS, "weight": 0 * WEIGHT}
-  value, slopes = jax.jit(jax.value_and_grad(lambda p: evaluate(objective("mean"), p, nothing)[0]))(PREDICTED)
+  value, slopes = jax.jit(jax.value_and_grad(lambda p: evaluate(objective("mean"), p, nothing)[0]))(
+    PREDICTED
+  )
   assert float(value) == 0
   assert not any(np.asarray(slope).any() for slope in jax.tree.leaves(slopes))
 
@@ -156,22 +191,30 @@ def test_devices_agree_with_one():
 
   def run(predicted, targets, axis_name=None):
     def loss(params):  # of what every device has: two numbers for each thing that is predicted
-      moved = {name: params[name][0] * value + params[name][1] * value**2 for name, value in predicted.items()}
+      moved = {
+        name: params[name][0] * value + params[name][1] * value**2
+        for name, value in predicted.items()
+      }
       return evaluate(both, moved, targets, axis_name, gated=True)
 
-    return jax.value_and_grad(loss, has_aux=True)({name: jnp.array([0.9, 0.1]) for name in predicted})
+    return jax.value_and_grad(loss, has_aux=True)(
+      {name: jnp.array([0.9, 0.1]) for name in predicted}
+    )
 
   (total, terms), slopes = jax.jit(run)(PREDICTED, TARGETS)
   split = lambda tree: jax.tree.map(lambda x: x.reshape(8, x.shape[0] // 8, *x.shape[1:]), tree)
-  (totals, all_terms), all_slopes = jax.pmap(functools.partial(run, axis_name=AXIS), axis_name=AXIS)(
-      split(PREDICTED), split(TARGETS))
+  (totals, all_terms), all_slopes = jax.pmap(
+    functools.partial(run, axis_name=AXIS), axis_name=AXIS
+  )(split(PREDICTED), split(TARGETS))
   assert any((split(WEIGHT) == 0).all(1))
   assert np.mean(totals) == pytest.approx(float(total), rel=1e-5)
   for name, value in terms.items():
     assert np.mean(all_terms[name]) == pytest.approx(float(value), rel=1e-5), name
   for name, value in slopes.items():
     assert np.abs(value).min() > 1e-3, name
-    np.testing.assert_allclose(np.mean(all_slopes[name], 0), value, rtol=1e-4, atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(
+      np.mean(all_slopes[name], 0), value, rtol=1e-4, atol=1e-6, err_msg=name
+    )
 
 
 def segment_objective(target, multi_label=False):
@@ -184,7 +227,9 @@ def test_nets_are_taught_single_segments(target, multi_label):
   targets = MULTI if multi_label else TARGETS
   picked = np.random.default_rng(1).integers(0, T, (B, 2))
   rng, classes = np.random.default_rng(2), CLASSES + (target == "units")
-  outputs = {name: rng.normal(size=(2 * B, classes)).astype(np.float32) for name in ("light", "heavy")}
+  outputs = {
+    name: rng.normal(size=(2 * B, classes)).astype(np.float32) for name in ("light", "heavy")
+  }
   outputs["picked"] = picked
   total, terms = segment_objective(target, multi_label)(outputs, targets, (), jnp.int32(STEP))
   binary = target == "label" and multi_label
@@ -193,12 +238,16 @@ def test_nets_are_taught_single_segments(target, multi_label):
   labels = np.array(units if target == "units" else [targets["label"][b] for b, _ in rows])
   assert (np.array(units) == CLASSES).any()
   weight = np.array([WEIGHT[b] for b, _ in rows])
-  expected = {name: mean_by_hand(label_loss_by_hand(outputs[name], labels, binary), weight)
-              for name in ("light", "heavy")}
+  expected = {
+    name: mean_by_hand(label_loss_by_hand(outputs[name], labels, binary), weight)
+    for name in ("light", "heavy")
+  }
   both = sum(expected.values())
   if not binary:
-    expected |= {f"{name}_accuracy": mean_by_hand(outputs[name].argmax(-1) == labels, weight)
-                 for name in ("light", "heavy")}
+    expected |= {
+      f"{name}_accuracy": mean_by_hand(outputs[name].argmax(-1) == labels, weight)
+      for name in ("light", "heavy")
+    }
   assert terms.keys() == expected.keys()
   for name, value in expected.items():
     assert float(terms[name]) == pytest.approx(value, rel=1e-5), name
@@ -218,7 +267,9 @@ def test_the_heavy_nets_channel_gates_are_priced_while_it_is_taught():
 def test_losses_of_labels_by_hand():
   logits = jnp.array([[0.0, np.log(3.0)]])
   assert float(label_loss(logits, jnp.array([1]), False)[0]) == pytest.approx(np.log(4 / 3))
-  assert float(label_loss(logits, jnp.array([[1.0, 0.0]]), True)[0]) == pytest.approx((np.log(2) + np.log(4)) / 2)
+  assert float(label_loss(logits, jnp.array([[1.0, 0.0]]), True)[0]) == pytest.approx(
+    (np.log(2) + np.log(4)) / 2
+  )
 
 
 def test_a_weighted_mean_of_nothing_is_0():
@@ -227,5 +278,7 @@ def test_a_weighted_mean_of_nothing_is_0():
 
 
 def test_an_unknown_sparsity_is_named():
-  with pytest.raises(ValueError, match=r"^loss.sparsity.kind must be one of mean, none, target; got 'budget'$"):
+  with pytest.raises(
+    ValueError, match=r"^loss.sparsity.kind must be one of mean, none, target; got 'budget'$"
+  ):
     objective("budget")

@@ -30,11 +30,26 @@ def config():
 
   def make(name="composed_timegate", **changes):
     made = importlib.import_module(f"configs.{name}").get_config()
-    made.update_from_flattened_dict({
-        "model.light.name": "tiny", "model.light.width": 1.0, "model.heavy.name": "tiny", "model.heavy.width": 1.0,
-        "model.heavy.stem": "small", "model.gate.concepts": 4, "model.gate.hidden": 8, "data.train_videos": 32,
-        "data.test_videos": 20, "data.segments": 14, "pretrain.epochs": 1, "pretrain.batch_size": 16,
-        "pretrain.segments_per_video": 1, "optim.epochs": 2, "optim.batch_size": 16, "model.dtype": "float32"})
+    made.update_from_flattened_dict(
+      {
+        "model.light.name": "tiny",
+        "model.light.width": 1.0,
+        "model.heavy.name": "tiny",
+        "model.heavy.width": 1.0,
+        "model.heavy.stem": "small",
+        "model.gate.concepts": 4,
+        "model.gate.hidden": 8,
+        "data.train_videos": 32,
+        "data.test_videos": 20,
+        "data.segments": 14,
+        "pretrain.epochs": 1,
+        "pretrain.batch_size": 16,
+        "pretrain.segments_per_video": 1,
+        "optim.epochs": 2,
+        "optim.batch_size": 16,
+        "model.dtype": "float32",
+      }
+    )
     made.lock()
     made.update_from_flattened_dict(changes)
     return made
@@ -51,7 +66,10 @@ def finished(config, tmp_path_factory):
   folder = tmp_path_factory.mktemp("finished")
   folder_of_features(folder, np.random.default_rng(0))
   np.save(folder / "video17.npy", np.full((2, 5), np.nan, np.float32))
-  made, workdir = config("features_timegate", eval_every=1.0, **feature_settings(folder)), folder / "run"
+  made, workdir = (
+    config("features_timegate", eval_every=1.0, **feature_settings(folder)),
+    folder / "run",
+  )
   with pytest.MonkeyPatch.context() as patch:
     announced(patch)
     (folder / "printed.txt").write_text(said(run, made, workdir, "train"))
@@ -60,34 +78,66 @@ def finished(config, tmp_path_factory):
 
 def test_whatever_takes_long_says_what_it_does(finished):
   printed = (finished[1].parent / "printed.txt").read_text()
-  for what in ("opening the data", "making the networks", "finding the concepts that gates start from",
-               "compiling the training step", "timing the skipping of segments", "drawing the report"):
+  for what in (
+    "opening the data",
+    "making the networks",
+    "finding the concepts that gates start from",
+    "compiling the training step",
+    "timing the skipping of segments",
+    "drawing the report",
+  ):
     assert f"{what} (" in printed
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("data.name", "compose", "data.name must be one of .*; got 'compose'. Did you mean 'composed'"),
-        ("data.name", "videos", "data.table must be set for videos; got None"),
-        ("data.segments", 13, "segments must be >= 14, .*; got 13"),
-        ("model.selection", "gates", "model.selection must be one of .*; got 'gates'. Did you mean 'gate'"),
-        ("model.share", 0.0, r"model.share must be in \(0, 1\]; got 0.0"),
-        ("model.heavy.name", "resnet3d", "model.heavy.name must be one of .*; got 'resnet3d'. Did you mean 'resnet3d"),
-        ("model.gate.context", "atention", "model.gate.context .* Did you mean 'attention'"),
-        ("model.gate.relaxation", "hard", "model.gate.relaxation must be one of .*; got 'hard'"),
-        ("model.gate.concepts", 0, "gate concepts must be >= 1; got 0"),
-        ("model.pooling", "median", "model.pooling must be one of .*; got 'median'"),
-        ("training", "three_stage", "training must be one of .*; got 'three_stage'. Did you mean 'two_stage'"),
-        ("loss.sparsity.kind", "targt", "loss.sparsity.kind .* Did you mean 'target'"),
-        ("optim.batch_size", 12, "optim.batch_size must be a multiple of the 8 devices; got 12"),
-        ("optim.batch_size", 40, "optim.batch_size must be at most 32, the number of training videos; got 40"),
-        ("pretrain.epochs", 0, "pretrain.epochs must be >= 1 where training is 'two_stage' or .*; got 0"),
-        ("model.selection", "confidence", "loss.light must be > 0 where model.selection is 'confidence'"),
-        ("pretrain.target", "unit", "pretrain.target must be one of label, units; got 'unit'"),
-    ],
+  ("field", "value", "message"),
+  [
+    ("data.name", "compose", "data.name must be one of .*; got 'compose'. Did you mean 'composed'"),
+    ("data.name", "videos", "data.table must be set for videos; got None"),
+    ("data.segments", 13, "segments must be >= 14, .*; got 13"),
+    (
+      "model.selection",
+      "gates",
+      "model.selection must be one of .*; got 'gates'. Did you mean 'gate'",
+    ),
+    ("model.share", 0.0, r"model.share must be in \(0, 1\]; got 0.0"),
+    (
+      "model.heavy.name",
+      "resnet3d",
+      "model.heavy.name must be one of .*; got 'resnet3d'. Did you mean 'resnet3d",
+    ),
+    ("model.gate.context", "atention", "model.gate.context .* Did you mean 'attention'"),
+    ("model.gate.relaxation", "hard", "model.gate.relaxation must be one of .*; got 'hard'"),
+    ("model.gate.concepts", 0, "gate concepts must be >= 1; got 0"),
+    ("model.pooling", "median", "model.pooling must be one of .*; got 'median'"),
+    (
+      "training",
+      "three_stage",
+      "training must be one of .*; got 'three_stage'. Did you mean 'two_stage'",
+    ),
+    ("loss.sparsity.kind", "targt", "loss.sparsity.kind .* Did you mean 'target'"),
+    ("optim.batch_size", 12, "optim.batch_size must be a multiple of the 8 devices; got 12"),
+    (
+      "optim.batch_size",
+      40,
+      "optim.batch_size must be at most 32, the number of training videos; got 40",
+    ),
+    (
+      "pretrain.epochs",
+      0,
+      "pretrain.epochs must be >= 1 where training is 'two_stage' or .*; got 0",
+    ),
+    (
+      "model.selection",
+      "confidence",
+      "loss.light must be > 0 where model.selection is 'confidence'",
+    ),
+    ("pretrain.target", "unit", "pretrain.target must be one of label, units; got 'unit'"),
+  ],
 )
-def test_a_wrong_setting_is_named_before_a_directory_is_made(config, tmp_path, field, value, message):
+def test_a_wrong_setting_is_named_before_a_directory_is_made(
+  config, tmp_path, field, value, message
+):
   with pytest.raises(ValueError, match=message):
     run.run(config(**{field: value}), tmp_path / "run", "train")
   assert not (tmp_path / "run").exists()
@@ -96,7 +146,9 @@ def test_a_wrong_setting_is_named_before_a_directory_is_made(config, tmp_path, f
 def test_the_oracle_needs_to_know_which_segments_matter(config, tmp_path):
   folder_of_features(tmp_path, rng=np.random.default_rng(0))
   with pytest.raises(ValueError, match="model.selection must not be 'oracle' here"):
-    build.build(config("features_timegate", **feature_settings(tmp_path), **{"model.selection": "oracle"}))
+    build.build(
+      config("features_timegate", **feature_settings(tmp_path), **{"model.selection": "oracle"})
+    )
 
 
 def folder_of_features(folder, rng, lengths=(3, 9, 1, 6), copies=8, multi_label=False):
@@ -114,10 +166,19 @@ def folder_of_features(folder, rng, lengths=(3, 9, 1, 6), copies=8, multi_label=
 
 
 def feature_settings(folder):
-  return {"data.folder": str(folder), "data.table": str(folder / "labels.csv"), "data.segments": 6,
-          "data.train_split": str(folder / "train.txt"), "data.test_split": str(folder / "test.txt"),
-          "model.light.name": "features", "model.heavy.name": "features", "model.heavy.stem": None,
-          "pretrain.epochs": 0, "data.heavy_macs": 1000, "data.light_macs": 10}
+  return {
+    "data.folder": str(folder),
+    "data.table": str(folder / "labels.csv"),
+    "data.segments": 6,
+    "data.train_split": str(folder / "train.txt"),
+    "data.test_split": str(folder / "test.txt"),
+    "model.light.name": "features",
+    "model.heavy.name": "features",
+    "model.heavy.stem": None,
+    "pretrain.epochs": 0,
+    "data.heavy_macs": 1000,
+    "data.light_macs": 10,
+  }
 
 
 @pytest.mark.slow
@@ -125,15 +186,25 @@ def feature_settings(folder):
 def test_features_made_elsewhere_are_trained_on(config, tmp_path, multi_label):
   folder_of_features(tmp_path, np.random.default_rng(0), multi_label=multi_label)
   np.save(tmp_path / "video17.npy", np.full((2, 5), np.nan, np.float32))
-  made = config("features_timegate", **feature_settings(tmp_path), **{
-      "optim.epochs": 40, "eval_every": 20.0, "loss.sparsity.coefficient": 1.0, "optim.learning_rate": 0.01})
+  made = config(
+    "features_timegate",
+    **feature_settings(tmp_path),
+    **{
+      "optim.epochs": 40,
+      "eval_every": 20.0,
+      "loss.sparsity.coefficient": 1.0,
+      "optim.learning_rate": 0.01,
+    },
+  )
   run.run(made, tmp_path / "run", "train")
   result = read_result(tmp_path / "run")
   assert (result["videos"], result["unreadable"]) == (15, 1)
   assert result["mean_average_precision" if multi_label else "accuracy"] > 0.6
   counts = build.build(made).counts
   assert counts.all_segments == 6 * 1000 + counts.classifier
-  assert 1000 + counts.classifier < result["all_segments_macs"] < counts.all_segments  # some videos are shorter
+  assert (
+    1000 + counts.classifier < result["all_segments_macs"] < counts.all_segments
+  )  # some videos are shorter
   assert result["macs"] < counts.all_segments + counts.selector
   assert {f.name for f in (tmp_path / "run").glob("*.png")} == {"segments.png", "timeline.png"}
 
@@ -143,15 +214,21 @@ def test_probabilities_in_chosen_segments_are_counted_as_numpy_counts_them():
   probs, chosen = rng.random((3, 4, 5)).astype(np.float32), rng.random((3, 4)) < 0.5
   probs[0, 0], chosen[0, 0] = [0, 1, 0.5, 0.025, 0.975], True
   counts = np.asarray(evaluate.bin_counts(probs, chosen))
-  expected = [np.histogram(p[c], evaluation.BINS, (0, 1))[0] for p, c in zip(probs, chosen, strict=True)]
+  expected = [
+    np.histogram(p[c], evaluation.BINS, (0, 1))[0] for p, c in zip(probs, chosen, strict=True)
+  ]
   np.testing.assert_array_equal(counts, expected)
   assert not chosen.all()
 
 
 def test_histograms_are_of_valid_segments_and_of_each_layer_of_channel_gates():
   valid = np.array([[True, True, False]])
-  done = {"probs": np.array([[0.99, 0.01, 0.5]]), "gates": np.array([[1.0, 0.0, 1.0]]), "valid": valid,
-          "channels": np.stack([np.full((2, evaluation.BINS), layer) for layer in range(2)], axis=1)}
+  done = {
+    "probs": np.array([[0.99, 0.01, 0.5]]),
+    "gates": np.array([[1.0, 0.0, 1.0]]),
+    "valid": valid,
+    "channels": np.stack([np.full((2, evaluation.BINS), layer) for layer in range(2)], axis=1),
+  }
   heavy = SimpleNamespace(gate_layers=(("conv1", 8), ("conv2", 8)))
   counts = report.histograms(SimpleNamespace(counts=SimpleNamespace(heavy=heavy)), done)
   assert counts["gates/segments/probs"].sum() == 2
@@ -164,7 +241,9 @@ def read_result(path):
 
 
 @pytest.mark.slow
-def test_a_folder_of_videos_goes_through_training_evaluation_and_the_picture(config, tmp_path, capsys):
+def test_a_folder_of_videos_goes_through_training_evaluation_and_the_picture(
+  config, tmp_path, capsys
+):
   rows = []
   for i in range(24):
     label = "short" if i % 2 else "long"
@@ -176,22 +255,41 @@ def test_a_folder_of_videos_goes_through_training_evaluation_and_the_picture(con
     csv.writer(file).writerows([("video", "label"), *rows])
   for split, names in (("train", rows[:16]), ("test", rows[16:])):
     (tmp_path / f"{split}.txt").write_text("".join(f"{name}\n" for name, _ in names))
-  made = config("videos_timegate", **{
-      "data.folder": str(tmp_path), "data.table": str(tmp_path / "labels.csv"), "data.segments": 4, "data.frames": 4,
-      "data.train_split": str(tmp_path / "train.txt"), "data.test_split": str(tmp_path / "test.txt"), "data.size": 8,
-      "data.workers": 0, "optim.epochs": 4, "training": "end_to_end", "model.heavy.gating": "channel"})
+  made = config(
+    "videos_timegate",
+    **{
+      "data.folder": str(tmp_path),
+      "data.table": str(tmp_path / "labels.csv"),
+      "data.segments": 4,
+      "data.frames": 4,
+      "data.train_split": str(tmp_path / "train.txt"),
+      "data.test_split": str(tmp_path / "test.txt"),
+      "data.size": 8,
+      "data.workers": 0,
+      "optim.epochs": 4,
+      "training": "end_to_end",
+      "model.heavy.gating": "channel",
+    },
+  )
   run.run(made, tmp_path / "run", "train")
   result = read_result(tmp_path / "run")
   assert (result["videos"], result["unreadable"], result["missing"]) == (6, 1, 1)
   assert 0.25 <= result["share"] <= 1
   assert (tmp_path / "run" / "timeline.png").stat().st_size > 5000
   last = [value for step, value in summaries(tmp_path / "run") if step == result["step"]]
-  counts = {value.tag: sum(value.histo.bucket) for value in last if value.WhichOneof("value") == "histo"}
+  counts = {
+    value.tag: sum(value.histo.bucket) for value in last if value.WhichOneof("value") == "histo"
+  }
   chosen = round(result["share"] * 6 * 4)
-  assert counts == {"gates/segments/probs": 6 * 4, "gates/segments/shares": 6,
-                    "gates/heavy/stage1_block1/conv1/probs": 4 * chosen}
+  assert counts == {
+    "gates/segments/probs": 6 * 4,
+    "gates/segments/shares": 6,
+    "gates/heavy/stage1_block1/conv1/probs": 4 * chosen,
+  }
   assert {value.tag for value in last if value.WhichOneof("value") == "image"} == {
-      "pictures/segments", "pictures/timeline"}
+    "pictures/segments",
+    "pictures/timeline",
+  }
   assert "Time lines</h2>" in (tmp_path / "run" / "report.html").read_text()
   capsys.readouterr()
   run.run(made, tmp_path / "run", "evaluate")
@@ -249,7 +347,9 @@ def test_segments_are_seen_one_by_one_until_the_classifier_is_sure(config, tmp_p
   result = read_result(tmp_path / "run")
   assert result["videos"] == 16
   assert 0 < result["share"] <= 1
-  assert f"mean average precision {100 * result['mean_average_precision']:.2f} %" in " ".join(printed.split())
+  assert f"mean average precision {100 * result['mean_average_precision']:.2f} %" in " ".join(
+    printed.split()
+  )
 
 
 @pytest.mark.slow
@@ -269,7 +369,8 @@ def pretrained(config, tmp_path_factory):
   experiment = build.build(made)
   with rundir.open_run(tmp_path_factory.mktemp("pretrained") / "run", made) as run_dir:
     _, finished = run._run_phase(
-        experiment, experiment.pretraining, run_dir.path / video_nets.PRETRAIN_DIR, experiment.train)
+      experiment, experiment.pretraining, run_dir.path / video_nets.PRETRAIN_DIR, experiment.train
+    )
   assert finished
   return made, run_dir.path
 
@@ -281,14 +382,18 @@ def test_nets_that_were_trained_can_be_taken_for_another_run(config, pretrained)
   other.pretrained = str(workdir)
   experiment = build.build(other)
   nets = video_nets.trained_nets(experiment, workdir.parent)
-  step, state = video_nets.restore(experiment.pretraining, workdir / video_nets.PRETRAIN_DIR, 0, read_only=True)
+  step, state = video_nets.restore(
+    experiment.pretraining, workdir / video_nets.PRETRAIN_DIR, 0, read_only=True
+  )
   assert step == 1
   assert tiny.bit_equal(nets["params"], state.params)
   assert set(video_nets.nets_of(experiment, nets)["params"]) == {"light", "heavy"}
   end_to_end = build.build(config(training="end_to_end", **{"model.selection": "uniform"}))
   _, state = video_nets.restore(end_to_end.training, workdir.parent / "none", 0)
   begun = video_nets.begin(end_to_end, state, nets, None)
-  assert tiny.bit_equal(begun.params["heavy"], video_nets.nets_of(end_to_end, nets)["params"]["heavy"])
+  assert tiny.bit_equal(
+    begun.params["heavy"], video_nets.nets_of(end_to_end, nets)["params"]["heavy"]
+  )
   other.pretrain.epochs = 2
   with pytest.raises(rundir.RunDirError, match="must hold nets trained for 2 steps; .* of step 1"):
     video_nets.trained_nets(build.build(other), workdir.parent)
@@ -313,7 +418,8 @@ def compiled(config, tmp_path_factory):
   """What was measured of programs of a net that is not trained."""
   experiment = build.build(config(training="end_to_end"))
   variables = jax.jit(experiment.model.clone(axis_name=None).init)(
-      jax.random.key(0), experiment.prepare(speed._read(experiment, 2)))
+    jax.random.key(0), experiment.prepare(speed._read(experiment, 2))
+  )
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(speed, "_REPEATS", 1)
     patch.setattr(speed, "_BATCHES", (2,))
@@ -330,15 +436,22 @@ def test_programs_that_skip_segments_are_measured_beside_those_that_do_not(compi
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"training": "end_to_end", "model.heavy.gating": "channel", "loss.channels.sparsity.coefficient": 1.0,
-         "loss.channels.batch_shaping.coefficient": 0.5, "loss.light": 0.3, "loss.batch_shaping.coefficient": 0.5,
-         "devices.backend": "shard_map", "devices.steps_per_dispatch": 2},
-        {"model.selection": "light", "pretrain.target": "label"},
-        {"model.selection": "prefix", "model.pooling": "mean"},
-        {"model.selection": "confidence", "loss.light": 1.0},
-    ],
+  "changes",
+  [
+    {
+      "training": "end_to_end",
+      "model.heavy.gating": "channel",
+      "loss.channels.sparsity.coefficient": 1.0,
+      "loss.channels.batch_shaping.coefficient": 0.5,
+      "loss.light": 0.3,
+      "loss.batch_shaping.coefficient": 0.5,
+      "devices.backend": "shard_map",
+      "devices.steps_per_dispatch": 2,
+    },
+    {"model.selection": "light", "pretrain.target": "label"},
+    {"model.selection": "prefix", "model.pooling": "mean"},
+    {"model.selection": "confidence", "loss.light": 1.0},
+  ],
 )
 def test_a_run_trains_evaluates_and_is_compiled(config, tmp_path, monkeypatch, changes):
   made = config(**changes)
@@ -353,18 +466,28 @@ def test_a_run_trains_evaluates_and_is_compiled(config, tmp_path, monkeypatch, c
   monkeypatch.setattr(speed, "_REPEATS", 1)
   monkeypatch.setattr(speed, "_BATCHES", (1, 20))
   if selection in ("light", "prefix"):
-    with pytest.raises(ValueError, match=f"model must have a heavy net, and choose its segments .* {selection!r}"):
+    with pytest.raises(
+      ValueError, match=f"model must have a heavy net, and choose its segments .* {selection!r}"
+    ):
       run.run(made, tmp_path / "run", "compile")
-    assert "--mode=compile cannot time this run: model must have" in (tmp_path / "run" / "report.html").read_text()
+    assert (
+      "--mode=compile cannot time this run: model must have"
+      in (tmp_path / "run" / "report.html").read_text()
+    )
     return
   run.run(made, tmp_path / "run", "compile")
   found = json.loads((tmp_path / "run" / "compile.json").read_text())["timings"]
   assert list(found) == ["1 video at a time", "20 videos at a time"]
   for rows in found.values():
     assert {row["strategy"]: row["mac_ratio"] == 1 for row in rows} == {
-        "masked": False, "segments": False, "ungated": True}
+      "masked": False,
+      "segments": False,
+      "ungated": True,
+    }
     assert all(row["part"] is None and row["open_ratio"] > 0 for row in rows)
-  assert found["20 videos at a time"][0]["mac_ratio"] == pytest.approx(result["mac_ratio"], rel=1e-5)
+  assert found["20 videos at a time"][0]["mac_ratio"] == pytest.approx(
+    result["mac_ratio"], rel=1e-5
+  )
   for rows in found.values():
     computed = {row["strategy"]: row["computed_ratio"] for row in rows}
     assert rows[0]["mac_ratio"] <= computed["segments"] * 1.0001 <= computed["masked"] * 1.0002
@@ -378,13 +501,17 @@ def test_everything_open_is_every_segment(config):
   model, inputs = experiment.model.clone(axis_name=None), speed._read(experiment, 2)
   variables = model.init(jax.random.key(0), experiment.prepare(inputs))
   variables["params"]["gate"]["logits"]["bias"] -= 10.0
-  chosen = [Skipping(model, v, capacities=(8,), prepare=experiment.prepare)(inputs).chosen
-            for v in (variables, speed._opened(model, variables))]
+  chosen = [
+    Skipping(model, v, capacities=(8,), prepare=experiment.prepare)(inputs).chosen
+    for v in (variables, speed._opened(model, variables))
+  ]
   assert chosen[0] < chosen[1] == inputs["valid"].sum()
 
 
 @pytest.mark.slow
-def test_a_run_stopped_in_either_training_ends_with_the_same_parameters(config, tmp_path, monkeypatch, capsys):
+def test_a_run_stopped_in_either_training_ends_with_the_same_parameters(
+  config, tmp_path, monkeypatch, capsys
+):
   made = config()
   run.run(made, tmp_path / "whole", "train")
   with monkeypatch.context() as patch:
@@ -396,7 +523,10 @@ def test_a_run_stopped_in_either_training_ends_with_the_same_parameters(config, 
   whole, parts = (newest(made, tmp_path / name) for name in ("whole", "parts"))
   assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), whole, parts))
   ignored = {"seconds_since_last_start", "videos_per_second", "all_segments_videos_per_second"}
-  results = [{k: v for k, v in read_result(tmp_path / name).items() if k not in ignored} for name in ("whole", "parts")]
+  results = [
+    {k: v for k, v in read_result(tmp_path / name).items() if k not in ignored}
+    for name in ("whole", "parts")
+  ]
   assert results[0] == results[1]
 
 
@@ -417,11 +547,18 @@ def test_nets_of_another_run_are_taken_and_its_concepts_found_again(config, tmp_
   first, again = newest(made, tmp_path / "first"), newest(second, tmp_path / "second")
   assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
   with pytest.raises(rundir.RunDirError, match="must hold nets trained for 4 steps; .* of step 2"):
-    run.run(config(pretrained=str(tmp_path / "first"), **{"pretrain.epochs": 2}), tmp_path / "third", "train")
+    run.run(
+      config(pretrained=str(tmp_path / "first"), **{"pretrain.epochs": 2}),
+      tmp_path / "third",
+      "train",
+    )
 
 
 def test_nets_that_are_not_there_are_named(config, tmp_path):
-  with pytest.raises(rundir.RunDirError, match="pretrained must be a run directory in which nets were trained; .*none"):
+  with pytest.raises(
+    rundir.RunDirError,
+    match="pretrained must be a run directory in which nets were trained; .*none",
+  ):
     run.run(config(pretrained=str(tmp_path / "none")), tmp_path / "run", "train")
 
 
@@ -458,17 +595,26 @@ def test_concepts_stay_as_they_were_found(config, tmp_path):
   assert before.shape == (4, 4)
 
 
-SKIPPED = {"training": "end_to_end", "model.selection": "uniform", "model.share": 0.25, "model.heavy.group_norm": True,
-           "optim.kind": "sgd", "optim.learning_rate": 0.01, "optim.epochs": 1}
+SKIPPED = {
+  "training": "end_to_end",
+  "model.selection": "uniform",
+  "model.share": 0.25,
+  "model.heavy.group_norm": True,
+  "optim.kind": "sgd",
+  "optim.learning_rate": 0.01,
+  "optim.epochs": 1,
+}
 LEARNT = {"model.selection": "gate", "model.backward_share": 0.86}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("changes", "capacity", "in_full"),
-    [({}, 2 * 4, None), (LEARNT, 25, 0.5), ({**LEARNT, "model.backward_share": 0.3}, 9, 1)])
+  ("changes", "capacity", "in_full"),
+  [({}, 2 * 4, None), (LEARNT, 25, 0.5), ({**LEARNT, "model.backward_share": 0.3}, 9, 1)],
+)
 def test_nets_trained_with_the_backward_of_chosen_segments_alone_are_the_same(
-    config, tmp_path, changes, capacity, in_full):
+  config, tmp_path, changes, capacity, in_full
+):
   def trained(skip):
     folder = tmp_path / str(skip)
     made = config(**{**SKIPPED, **changes, "model.skip_backward": skip})
@@ -476,26 +622,44 @@ def test_nets_trained_with_the_backward_of_chosen_segments_alone_are_the_same(
     built = build.build(made)
     assert built.training.model.backward_capacity == (capacity if skip else None)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line.get("in_full") for line in lines if line["split"] == "train"] == [in_full if skip else None]
+    assert [line.get("in_full") for line in lines if line["split"] == "train"] == [
+      in_full if skip else None
+    ]
     return video_nets.restore(built.training, folder, 0, read_only=True)[1].params
 
   assert tiny.relative_gap(trained(True), trained(False)) < 1e-5
 
 
-@pytest.mark.parametrize(("changes", "capacity"), [
-    ({}, 2 * 4), (LEARNT, 25), ({**LEARNT, "model.backward_share": 0.3}, 9)])
+@pytest.mark.parametrize(
+  ("changes", "capacity"), [({}, 2 * 4), (LEARNT, 25), ({**LEARNT, "model.backward_share": 0.3}, 9)]
+)
 def test_the_backward_holds_the_segments_that_may_be_chosen(config, changes, capacity):
   built = build.build(config(**{**SKIPPED, **changes, "model.skip_backward": True}))
   assert built.training.model.backward_capacity == capacity
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [("training", "two_stage", "training must be 'end_to_end' where model.skip_backward is set; got 'two_stage'"),
-     ("model.selection", "prefix", "model.selection must be one of uniform, .*, gate where .*; got 'prefix'"),
-     ("model.selection", "gate", "model.backward_share must be < 1 where model.skip_backward is set; got 1.0"),
-     ("model.heavy.group_norm", False, "model.heavy.group_norm must be True where .*; got False"),
-     ("model.heavy.gating", "channel", "model.heavy.gating must be 'none' where .*; got 'channel'")])
+  ("field", "value", "message"),
+  [
+    (
+      "training",
+      "two_stage",
+      "training must be 'end_to_end' where model.skip_backward is set; got 'two_stage'",
+    ),
+    (
+      "model.selection",
+      "prefix",
+      "model.selection must be one of uniform, .*, gate where .*; got 'prefix'",
+    ),
+    (
+      "model.selection",
+      "gate",
+      "model.backward_share must be < 1 where model.skip_backward is set; got 1.0",
+    ),
+    ("model.heavy.group_norm", False, "model.heavy.group_norm must be True where .*; got False"),
+    ("model.heavy.gating", "channel", "model.heavy.gating must be 'none' where .*; got 'channel'"),
+  ],
+)
 def test_a_backward_that_cannot_be_skipped_exactly_is_refused(config, field, value, message):
   with pytest.raises(ValueError, match=message):
     build.build(config(**{**SKIPPED, "model.skip_backward": True, field: value}))

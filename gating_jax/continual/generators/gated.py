@@ -28,7 +28,9 @@ _PROBES, _PROBE_BATCHES = 250, 40  # latents that show which gates a task opens,
 Tree = Any
 
 
-def gated(generator: Generator, tasks: int, gates: units.ProtectionSettings) -> shared_generator.Protection:
+def gated(
+  generator: Generator, tasks: int, gates: units.ProtectionSettings
+) -> shared_generator.Protection:
   """The protection; its patience is in steps.
 
   Its state: `frozen`, for each shared parameter, whether it is by its last axis; `relevant` `[T, U]`.
@@ -36,8 +38,10 @@ def gated(generator: Generator, tasks: int, gates: units.ProtectionSettings) -> 
   records = shared_generator.records(generator)
 
   def init(shared):
-    return {"frozen": units.nothing_frozen(shared, records),
-            "relevant": jnp.zeros((tasks, sum(r.gates.shape[-1] for r in records)), bool)}
+    return {
+      "frozen": units.nothing_frozen(shared, records),
+      "relevant": jnp.zeros((tasks, sum(r.gates.shape[-1] for r in records)), bool),
+    }
 
   def begin(state, shared, fresh, key):
     return {**fresh, "shared": units.begin_anew(state["frozen"], shared, fresh["shared"])}
@@ -45,22 +49,32 @@ def gated(generator: Generator, tasks: int, gates: units.ProtectionSettings) -> 
   def training(state, step):
     available = np.ones(state["relevant"].shape[1], bool)
     free = jax.tree.map(jnp.logical_not, state["frozen"]) if gates.protect_updates else {}
-    return {"update": lambda updates, params: shared_generator.slowed(updates, free),
-            "records_loss": lambda records: gates.price(step) * units.open_share(records, available)}
+    return {
+      "update": lambda updates, params: shared_generator.slowed(updates, free),
+      "records_loss": lambda records: gates.price(step) * units.open_share(records, available),
+    }
 
   def finish(state, task, params, batch_stats, key):
-    variables = {"params": shared_net.merge(params["shared"], params["own"]), "batch_stats": batch_stats}
+    variables = {
+      "params": shared_net.merge(params["shared"], params["own"]),
+      "batch_stats": batch_stats,
+    }
     relevant = open_rates(generator, variables, key) > gates.threshold
     own = units.shut(params["own"], records, relevant) if gates.shut_gates else params["own"]
-    return {"frozen": units.freeze(state["frozen"], records, relevant),
-            "relevant": state["relevant"].at[task].set(relevant)}, own
+    return {
+      "frozen": units.freeze(state["frozen"], records, relevant),
+      "relevant": state["relevant"].at[task].set(relevant),
+    }, own
 
   return shared_generator.Protection(init, begin, training, finish)
 
 
 def open_rates(generator: Generator, variables: Tree, key: Array) -> np.ndarray:
   """`[U]`, the share of latents, as many of each class, for which each gate opens."""
-  counts = sum(np.asarray(_opened(generator, variables, jax.random.fold_in(key, i))) for i in range(_PROBE_BATCHES))
+  counts = sum(
+    np.asarray(_opened(generator, variables, jax.random.fold_in(key, i)))
+    for i in range(_PROBE_BATCHES)
+  )
   return counts / (_PROBES * _PROBE_BATCHES)
 
 

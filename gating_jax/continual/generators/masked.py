@@ -21,7 +21,7 @@ _EMBEDDING_RATE = 10.0
 
 
 def masked(
-    generator: Generator, tasks: int, *, steps: int, steepness: float, sparsity: float
+  generator: Generator, tasks: int, *, steps: int, steepness: float, sparsity: float
 ) -> shared_generator.Protection:
   """The protection; its state is `masks` `[T, U]`, 0 for tasks to come.
 
@@ -49,13 +49,17 @@ def masked(
       shared = shared_generator.split(updates, records)["shared"]
       return shared_generator.slowed(updates, hat.plasticity(shared, records, used, jnp.ones(())))
 
-    return {"view": lambda params: hat.at_slope(params, s),
-            "records_loss": lambda records: sparsity * hat.regulariser(hat.masks(records), used),
-            "gradient": lambda grads, params: hat.compensated(grads, params, s, steepness),
-            "update": update}
+    return {
+      "view": lambda params: hat.at_slope(params, s),
+      "records_loss": lambda records: sparsity * hat.regulariser(hat.masks(records), used),
+      "gradient": lambda grads, params: hat.compensated(grads, params, s, steepness),
+      "update": update,
+    }
 
   def finish(state, task, params, batch_stats, key):
     mask = jax.nn.sigmoid(steepness * hat.embeddings(params["own"], records))
     return {"masks": state["masks"].at[task].set(mask)}, params["own"]
 
-  return shared_generator.Protection(init, begin, training, finish, lambda params: hat.at_slope(params, steepness))
+  return shared_generator.Protection(
+    init, begin, training, finish, lambda params: hat.at_slope(params, steepness)
+  )

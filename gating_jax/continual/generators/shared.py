@@ -20,7 +20,14 @@ from flax import traverse_util
 from gating_jax.continual import shared_net
 from gating_jax.continual.generators import wgan
 from gating_jax.continual.method import Batch, Problem, TaskData, tree_megabytes
-from gating_jax.continual.rehearsal import Memory, Rehearsal, Replay, check_images, generated, replay_of_all
+from gating_jax.continual.rehearsal import (
+  Memory,
+  Rehearsal,
+  Replay,
+  check_images,
+  generated,
+  replay_of_all,
+)
 from gating_jax.models.generator import Critic, Generator
 from gating_jax.types import Array, Records
 
@@ -48,8 +55,14 @@ class Protection:
 
 
 def shared_generative(
-    problem: Problem, generator: Generator, settings: wgan.WganSettings, protection: Protection, *, images: int,
-    replayed: int, seed: int,
+  problem: Problem,
+  generator: Generator,
+  settings: wgan.WganSettings,
+  protection: Protection,
+  *,
+  images: int,
+  replayed: int,
+  seed: int,
 ) -> Rehearsal:
   """A rehearsal by one generator, trained on each task before the task itself is learnt.
 
@@ -64,13 +77,20 @@ def shared_generative(
   """
   check_images(images, problem)
   shared = _Shared(problem, generator, settings, protection, images, replayed, seed)
-  return Rehearsal(shared.init, shared.replay, shared.recall, shared.keep, shared.megabytes, shared.prelude)
+  return Rehearsal(
+    shared.init, shared.replay, shared.recall, shared.keep, shared.megabytes, shared.prelude
+  )
 
 
 def records(generator: Generator) -> Records:
   """Of one image, as shapes."""
-  z, label = jax.ShapeDtypeStruct((1, generator.latent), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
-  return jax.eval_shape(lambda *x: generator.init_with_output(jax.random.key(0), *x), z, label)[0][1]
+  z, label = (
+    jax.ShapeDtypeStruct((1, generator.latent), jnp.float32),
+    jax.ShapeDtypeStruct((1,), jnp.int32),
+  )
+  return jax.eval_shape(lambda *x: generator.init_with_output(jax.random.key(0), *x), z, label)[0][
+    1
+  ]
 
 
 def split(params: Tree, records: Records) -> dict[str, Tree]:
@@ -82,7 +102,9 @@ def split(params: Tree, records: Records) -> dict[str, Tree]:
 def slowed(updates: Tree, free: Tree) -> Tree:
   """`updates` times how far each may go; the whole way where `free` says nothing."""
   flat, free = (traverse_util.flatten_dict(tree) for tree in (updates, free))
-  return traverse_util.unflatten_dict({path: u * free[path] if path in free else u for path, u in flat.items()})
+  return traverse_util.unflatten_dict(
+    {path: u * free[path] if path in free else u for path, u in flat.items()}
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,39 +129,63 @@ class _Shared:
     protection = self.protection.init(shared)
     training = self._begun(fresh, protection, shared, 0)
     own = {"params": self._split(training.average)["own"], "batch_stats": training.batch_stats}
-    return {"own": shared_net.stack(own, self.problem.tasks), "protection": protection, "training": training}
+    return {
+      "own": shared_net.stack(own, self.problem.tasks),
+      "protection": protection,
+      "training": training,
+    }
 
-  def prelude(self, memory: Memory, pixels: Array, labels: Array) -> tuple[Memory, Mapping[str, Array]]:
+  def prelude(
+    self, memory: Memory, pixels: Array, labels: Array
+  ) -> tuple[Memory, Mapping[str, Array]]:
     state = memory["training"]
     step = wgan.make_train_step(
-        self.generator, self._critic, self.settings, seed=self.seed, axis_name=self.problem.axis_name,
-        **self.protection.training(memory["protection"], state.step))
+      self.generator,
+      self._critic,
+      self.settings,
+      seed=self.seed,
+      axis_name=self.problem.axis_name,
+      **self.protection.training(memory["protection"], state.step),
+    )
     training, metrics = step(state, pixels, labels)
     return {**memory, "training": training}, metrics
 
   def replay(self, memory: Memory, batch: Batch, task: Array, key: Array) -> Replay:
     state = memory["training"]
     params = self._split(state.average)
-    each = shared_net.put(memory["own"], task, {"params": params["own"], "batch_stats": state.batch_stats})
+    each = shared_net.put(
+      memory["own"], task, {"params": params["own"], "batch_stats": state.batch_stats}
+    )
     make = lambda own, z, labels: wgan.to_pixels(
-        self.generator.apply(self._variables(params["shared"], own), z, labels)[0])
-    return replay_of_all(make, each, self.problem, task, key, count=self.replayed, latent=self.generator.latent)
+      self.generator.apply(self._variables(params["shared"], own), z, labels)[0]
+    )
+    return replay_of_all(
+      make, each, self.problem, task, key, count=self.replayed, latent=self.generator.latent
+    )
 
   def recall(self, memory: Memory, data: TaskData, task: int, key: Array):
     memory = self._with_this(memory, task)
     shared = self._split(memory["training"].average)["shared"]
 
-    each = (self._variables(shared, jax.tree.map(lambda x, t=t: x[t], memory["own"])) for t in range(task + 1))
+    each = (
+      self._variables(shared, jax.tree.map(lambda x, t=t: x[t], memory["own"]))
+      for t in range(task + 1)
+    )
     return generated(self.generator, each, key, self.images)
 
   def keep(self, memory: Memory, data: TaskData, task: int, key: Array) -> Memory:
     memory = self._with_this(memory, task)
     shared = self._split(memory["training"].average)["shared"]
-    return {**memory, "training": self._begun(self._fresh(task + 1), memory["protection"], shared, task + 1)}
+    return {
+      **memory,
+      "training": self._begun(self._fresh(task + 1), memory["protection"], shared, task + 1),
+    }
 
   def megabytes(self, memory: Memory, learnt: int) -> float:
     own = jax.tree.map(lambda x: x[:learnt], memory["own"])
-    return tree_megabytes((self._split(memory["training"].average)["shared"], own, memory["protection"]))
+    return tree_megabytes(
+      (self._split(memory["training"].average)["shared"], own, memory["protection"])
+    )
 
   @property
   def _critic(self) -> Critic:
@@ -150,15 +196,22 @@ class _Shared:
 
   def _variables(self, shared: Tree, own: Tree) -> Tree:
     """Of one task's generator, in evaluation."""
-    return {"params": self.protection.view(shared_net.merge(shared, own["params"])), "batch_stats": own["batch_stats"]}
+    return {
+      "params": self.protection.view(shared_net.merge(shared, own["params"])),
+      "batch_stats": own["batch_stats"],
+    }
 
   def _key(self, task: int) -> Array:
     return jax.random.fold_in(jax.random.key(self.seed), task)
 
   def _fresh(self, task: int) -> wgan.WganState:
-    return wgan.init_state(self.generator, self._critic, self.settings, self.seed * self.problem.tasks + task)
+    return wgan.init_state(
+      self.generator, self._critic, self.settings, self.seed * self.problem.tasks + task
+    )
 
-  def _begun(self, fresh: wgan.WganState, protection: Tree, shared: Tree, task: int) -> wgan.WganState:
+  def _begun(
+    self, fresh: wgan.WganState, protection: Tree, shared: Tree, task: int
+  ) -> wgan.WganState:
     """The state in which a task begins, after those that left the shared filters so."""
     params = self.protection.begin(protection, shared, self._split(fresh.average), self._key(task))
     params = shared_net.merge(params["shared"], params["own"])
@@ -168,6 +221,7 @@ class _Shared:
     """The memory with the task that ends among those that are kept."""
     state = memory["training"]
     protection, own = self.protection.finish(
-        memory["protection"], task, self._split(state.average), state.batch_stats, self._key(task))
+      memory["protection"], task, self._split(state.average), state.batch_stats, self._key(task)
+    )
     own = shared_net.put(memory["own"], task, {"params": own, "batch_stats": state.batch_stats})
     return {**memory, "own": own, "protection": protection}

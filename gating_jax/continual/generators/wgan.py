@@ -49,12 +49,12 @@ class WganSettings:
 
   def __post_init__(self):
     rules = {
-        "critic_steps": (self.critic_steps >= 1, ">= 1"),
-        "penalty": (self.penalty >= 0, ">= 0"),
-        "learning_rate": (self.learning_rate > 0, "> 0"),
-        "beta1": (0 <= self.beta1 < 1, "in [0, 1)"),
-        "beta2": (0 <= self.beta2 < 1, "in [0, 1)"),
-        "average": (0 <= self.average < 1, "in [0, 1)"),
+      "critic_steps": (self.critic_steps >= 1, ">= 1"),
+      "penalty": (self.penalty >= 0, ">= 0"),
+      "learning_rate": (self.learning_rate > 0, "> 0"),
+      "beta1": (0 <= self.beta1 < 1, "in [0, 1)"),
+      "beta2": (0 <= self.beta2 < 1, "in [0, 1)"),
+      "average": (0 <= self.average < 1, "in [0, 1)"),
     }
     for name, (holds, rule) in rules.items():
       if not holds:
@@ -80,7 +80,9 @@ class WganState(struct.PyTreeNode):
   critic_opt: Any
 
 
-def init_state(generator: nn.Module, critic: nn.Module, settings: WganSettings, seed: int) -> WganState:
+def init_state(
+  generator: nn.Module, critic: nn.Module, settings: WganSettings, seed: int
+) -> WganState:
   """A fresh state."""
 
   @jax.jit
@@ -91,29 +93,30 @@ def init_state(generator: nn.Module, critic: nn.Module, settings: WganSettings, 
     params = variables["params"]
     critic_params = critic.init(keys[1], jnp.zeros((1, *generator.shape)), labels)["params"]
     return WganState(
-        step=jnp.zeros((), jnp.int32),
-        generator=params,
-        average=params,
-        batch_stats=variables.get("batch_stats", {}),
-        critic=critic_params,
-        generator_opt=settings.adam().init(params),
-        critic_opt=settings.adam().init(critic_params))
+      step=jnp.zeros((), jnp.int32),
+      generator=params,
+      average=params,
+      batch_stats=variables.get("batch_stats", {}),
+      critic=critic_params,
+      generator_opt=settings.adam().init(params),
+      critic_opt=settings.adam().init(critic_params),
+    )
 
   # A copy, since the average and the generator must not be one buffer, which a step could not take over.
   return jax.tree.map(jnp.copy, init(jax.random.key(seed, impl="rbg")))
 
 
 def make_train_step(
-    generator: nn.Module,
-    critic: nn.Module,
-    settings: WganSettings,
-    *,
-    seed: int,
-    view: Callable[[Any], Any] = lambda params: params,
-    records_loss: Callable[[Records], Array] | None = None,
-    gradient: Callable[[Any, Any], Any] = lambda grads, params: grads,
-    update: Callable[[Any, Any], Any] = lambda updates, params: updates,
-    axis_name: Hashable | None = None,
+  generator: nn.Module,
+  critic: nn.Module,
+  settings: WganSettings,
+  *,
+  seed: int,
+  view: Callable[[Any], Any] = lambda params: params,
+  records_loss: Callable[[Records], Array] | None = None,
+  gradient: Callable[[Any, Any], Any] = lambda grads, params: grads,
+  update: Callable[[Any, Any], Any] = lambda updates, params: updates,
+  axis_name: Hashable | None = None,
 ) -> Callable:
   """S updates of the critic, then one of the generator: `(state, pixels, labels) -> (state, metrics)`.
 
@@ -134,7 +137,9 @@ def make_train_step(
     a step, whose metrics are scalars over the whole batch: `critic_loss`, `distance` (the estimate of Wasserstein's),
     `gradient_penalty` of the S updates on average, and `generator_loss`.
   """
-  return _Training(generator, critic, settings, seed, view, records_loss, gradient, update, axis_name).step
+  return _Training(
+    generator, critic, settings, seed, view, records_loss, gradient, update, axis_name
+  ).step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +156,13 @@ class _Training:
   update: Callable[[Any, Any], Any]
   axis_name: Hashable | None
 
-  def step(self, state: WganState, pixels: Array, labels: Array | None = None) -> tuple[WganState, dict[str, Array]]:
-    key, turns = jax.random.fold_in(jax.random.key(self.seed), state.step), self.settings.critic_steps
+  def step(
+    self, state: WganState, pixels: Array, labels: Array | None = None
+  ) -> tuple[WganState, dict[str, Array]]:
+    key, turns = (
+      jax.random.fold_in(jax.random.key(self.seed), state.step),
+      self.settings.critic_steps,
+    )
     parts = _in_turn((pixels, None if self.generator.classes is None else labels), turns)
     body = lambda state, one: self._update_critic(state, jax.random.fold_in(key, one[0]), *one[1])
     state, metrics = lax.scan(body, state, (jnp.arange(turns), parts))
@@ -165,7 +175,8 @@ class _Training:
     variables = {"params": self.view(params), "batch_stats": state.batch_stats}
     rngs = {GATE_RNG: jax.random.fold_in(key, GATE_STREAM)}
     (images, records), updates = self.generator.apply(
-        variables, z, labels, train=True, mutable=["batch_stats"], rngs=rngs)
+      variables, z, labels, train=True, mutable=["batch_stats"], rngs=rngs
+    )
     return images, records, updates.get("batch_stats", {})
 
   def _update_critic(self, state, key, pixels, labels):
@@ -177,7 +188,9 @@ class _Training:
       score = lambda images: self.critic.apply({"params": params}, images, labels)
       return critic_loss(score, real, fake, mix, penalty=self.settings.penalty)
 
-    (_, metrics), grads = value_and_grad_over_devices(loss, self.axis_name, has_aux=True)(state.critic)
+    (_, metrics), grads = value_and_grad_over_devices(loss, self.axis_name, has_aux=True)(
+      state.critic
+    )
     metrics = mean_over_devices(metrics, self.axis_name)
     updates, opt = self.settings.adam().update(grads, state.critic_opt, state.critic)
     return state.replace(critic=optax.apply_updates(state.critic, updates), critic_opt=opt), metrics
@@ -189,17 +202,25 @@ class _Training:
       total = adversarial if self.records_loss is None else adversarial + self.records_loss(records)
       return total, ({"generator_loss": total}, batch_stats)
 
-    (_, found), grads = value_and_grad_over_devices(loss, self.axis_name, has_aux=True)(state.generator)
+    (_, found), grads = value_and_grad_over_devices(loss, self.axis_name, has_aux=True)(
+      state.generator
+    )
     metrics, batch_stats = mean_over_devices(found, self.axis_name)
     grads = self.gradient(grads, state.generator)
     updates, opt = self.settings.adam().update(grads, state.generator_opt, state.generator)
     params = optax.apply_updates(state.generator, self.update(updates, state.generator))
     # In this form what does not move stays as it is to the bit.
-    average = jax.tree.map(lambda a, p: a + (1 - self.settings.average) * (p - a), state.average, params)
-    return state.replace(generator=params, generator_opt=opt, average=average, batch_stats=batch_stats), metrics
+    average = jax.tree.map(
+      lambda a, p: a + (1 - self.settings.average) * (p - a), state.average, params
+    )
+    return state.replace(
+      generator=params, generator_opt=opt, average=average, batch_stats=batch_stats
+    ), metrics
 
 
-def critic_loss(critic: Callable[[Array], Array], real: Array, fake: Array, mix: Array, *, penalty: float):
+def critic_loss(
+  critic: Callable[[Array], Array], real: Array, fake: Array, mix: Array, *, penalty: float
+):
   """Negative Wasserstein distance by this critic, and the penalty that keeps it 1-Lipschitz.
 
       loss = mean critic(fake) - mean critic(real) + penalty * gradient_penalty(mix real + (1 - mix) fake)
@@ -233,7 +254,9 @@ def gradient_penalty(critic: Callable[[Array], Array], images: Array) -> Array:
   return jnp.mean(jnp.square(norms - 1))
 
 
-def sample(generator: nn.Module, state: WganState, key: Array, n: int, labels: Array | None = None) -> Array:
+def sample(
+  generator: nn.Module, state: WganState, key: Array, n: int, labels: Array | None = None
+) -> Array:
   """`[n, H, W, D]` uint8 images from the averaged parameters; `labels` `[n]` for a conditional generator."""
   variables = {"params": state.average, "batch_stats": state.batch_stats}
   images, _ = generator.apply(variables, latents(key, n, generator.latent), labels)
@@ -267,5 +290,7 @@ def _in_turn(tree: Any, steps: int) -> Any:
   """`[B * steps, ...]` to `[steps, B, ...]`, dealt out in turn, so that a device's share holds its part of each."""
   for x in jax.tree.leaves(tree):
     if x.shape[0] % steps:
-      raise ValueError(f"images must be a multiple of the {steps} updates of the critic; got {x.shape[0]}")
+      raise ValueError(
+        f"images must be a multiple of the {steps} updates of the critic; got {x.shape[0]}"
+      )
   return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, steps, *x.shape[1:]), 1, 0), tree)

@@ -30,7 +30,9 @@ def agem(network: Network, rehearsal: memory.ReplaySettings) -> Method:
 
   def gradient(grads: Any, learner: Learner, batch: Batch) -> Any:
     noise, drawing = jax.random.split(batch.key)
-    x, labels, _, filled = memory.draw_inputs(learner.memory, drawing, batch, problem, rehearsal.batch_size)
+    x, labels, _, filled = memory.draw_inputs(
+      learner.memory, drawing, batch, problem, rehearsal.batch_size
+    )
     remembered = batch._replace(x=x, labels=labels, key=noise)
     loss = lambda params: network.loss(params, learner, remembered)[0]
     _, reference = value_and_grad_over_devices(loss, problem.axis_name)(learner.params)

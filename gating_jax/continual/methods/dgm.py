@@ -22,7 +22,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gating_jax.continual.method import Batch, Holdings, Learner, Method, Network, Start, TaskData, tree_size
+from gating_jax.continual.method import (
+  Batch,
+  Holdings,
+  Learner,
+  Method,
+  Network,
+  Start,
+  TaskData,
+  tree_size,
+)
 from gating_jax.continual.rehearsal import Rehearsal, make_prelude
 from gating_jax.types import Array
 
@@ -42,7 +51,9 @@ def dgm(network: Network, rehearsal: Rehearsal, *, real: float) -> Method:
     net_key, key = jax.random.split(key)
     return Start(*network.init(net_key), {"rehearsal": rehearsal.init(key)})
 
-  def loss(params: Any, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
+  def loss(
+    params: Any, learner: Learner, batch: Batch
+  ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
     noise, drawing = jax.random.split(batch.key)
     x, labels, _ = rehearsal.replay(learner.memory["rehearsal"], batch, learner.task, drawing)
     if real:
@@ -51,15 +62,26 @@ def dgm(network: Network, rehearsal: Rehearsal, *, real: float) -> Method:
     each = network.cross_entropy(logits, labels, learner.task)
     if not real:
       return jnp.mean(each), ({"replay": jnp.mean(each)}, batch_stats)
-    new, replayed = jnp.mean(each[-len(batch.x):]), jnp.mean(each[: -len(batch.x)])
-    return real * new + (1 - real) * replayed, ({"cross_entropy": new, "replay": replayed}, batch_stats)
+    new, replayed = jnp.mean(each[-len(batch.x) :]), jnp.mean(each[: -len(batch.x)])
+    return real * new + (1 - real) * replayed, (
+      {"cross_entropy": new, "replay": replayed},
+      batch_stats,
+    )
 
   def end_task(learner: Learner, data: TaskData, key: Array) -> Learner:
     kept = rehearsal.keep(learner.memory["rehearsal"], data, int(learner.task), key)
     return learner.replace(memory={"rehearsal": kept})
 
   def holdings(learner: Learner) -> Holdings:
-    return Holdings(tree_size(learner.params), rehearsal.megabytes(learner.memory["rehearsal"], int(learner.task)))
+    return Holdings(
+      tree_size(learner.params), rehearsal.megabytes(learner.memory["rehearsal"], int(learner.task))
+    )
 
-  return Method(init, loss, end_task, network.predict, holdings=holdings,
-                prelude=make_prelude(rehearsal, network.problem))
+  return Method(
+    init,
+    loss,
+    end_task,
+    network.predict,
+    holdings=holdings,
+    prelude=make_prelude(rehearsal, network.problem),
+  )

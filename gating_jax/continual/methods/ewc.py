@@ -43,6 +43,7 @@ def ewc(network: Network, *, strength: float, examples: int) -> Method:
   Raises:
     ValueError: a setting breaks its rule.
   """
+
   def keep(memory, fisher, params, task):
     put = lambda all_tasks, x: jax.tree.map(lambda a, x: a.at[task].set(x), all_tasks, x)
     return {"fisher": put(memory["fisher"], fisher), "anchor": put(memory["anchor"], params)}
@@ -64,13 +65,17 @@ def online_ewc(network: Network, *, strength: float, decay: float, examples: int
 
   def keep(memory, fisher, params, task):
     one = lambda tree: jax.tree.map(lambda x: x[None], tree)
-    return {"fisher": jax.tree.map(lambda old, new: decay * old + new, memory["fisher"], one(fisher)),
-            "anchor": one(params)}
+    return {
+      "fisher": jax.tree.map(lambda old, new: decay * old + new, memory["fisher"], one(fisher)),
+      "anchor": one(params),
+    }
 
   return _consolidation(network, 1, keep, strength, examples)
 
 
-def fisher_diagonal(log_prob: Callable[[Any, Array, Array], Array], params: Any, x: Array, labels: Array) -> Any:
+def fisher_diagonal(
+  log_prob: Callable[[Any, Array, Array], Array], params: Any, x: Array, labels: Array
+) -> Any:
   """mean_n (d log_prob(params, x_n, y_n) / d params)^2, a tree like `params`, one example after the other.
 
   Args:
@@ -81,6 +86,7 @@ def fisher_diagonal(log_prob: Callable[[Any, Array, Array], Array], params: Any,
   >>> float(fisher_diagonal(lambda p, x, y: p * x, jnp.array(2.0), jnp.array([1.0, 3.0]), jnp.zeros(2)))
   5.0
   """
+
   def add(total, example):
     grads = jax.grad(log_prob)(params, *example)
     return jax.tree.map(lambda t, g: t + g**2, total, grads), None
@@ -111,7 +117,9 @@ def _consolidation(network, slots, keep, strength, examples):
   return Method(init, anchored_loss(network, penalty), end_task, network.predict)
 
 
-def _fisher_of_task(network: Network, learner: Learner, data: TaskData, key: Array, examples: int) -> Any:
+def _fisher_of_task(
+  network: Network, learner: Learner, data: TaskData, key: Array, examples: int
+) -> Any:
   choice, drawing = jax.random.split(key)
   chosen = np.asarray(jax.random.permutation(choice, len(data.labels)))[:examples]
   pixels, labels, task = data.pixels[chosen], data.labels[chosen], learner.task
@@ -120,11 +128,15 @@ def _fisher_of_task(network: Network, learner: Learner, data: TaskData, key: Arr
   @jax.jit
   def diagonal(params, batch_stats, pixels, labels):
     def log_prob(params, x, label):
-      return -network.cross_entropy(network.logits(params, batch_stats, x[None]), label[None], task, "own")[0]
+      return -network.cross_entropy(
+        network.logits(params, batch_stats, x[None]), label[None], task, "own"
+      )[0]
 
     return fisher_diagonal(log_prob, params, network.problem.normalise(pixels), labels)
 
-  logits = network.problem.in_batches(lambda state, x: network.logits(*state, x), (params, batch_stats), pixels)
+  logits = network.problem.in_batches(
+    lambda state, x: network.logits(*state, x), (params, batch_stats), pixels
+  )
   own = network.visible(jnp.asarray(labels), task, "own")
   drawn = jax.random.categorical(drawing, jnp.where(own, logits, -jnp.inf))
   return diagonal(params, batch_stats, pixels, drawn)

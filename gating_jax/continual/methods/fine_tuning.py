@@ -13,8 +13,9 @@ def fine_tuning(network: Network, *, joint: bool = False) -> Method:
   With `joint`, over those of all tasks up to t: the upper bound, where steps suffice to see them all as often.
   """
   return Method(
-      init=lambda key: Start(*network.init(key), ()),
-      loss=network.loss,
-      end_task=lambda learner, data, key: learner,
-      predict=network.predict,
-      cumulative=joint)
+    init=lambda key: Start(*network.init(key), ()),
+    loss=network.loss,
+    end_task=lambda learner, data, key: learner,
+    predict=network.predict,
+    cumulative=joint,
+  )

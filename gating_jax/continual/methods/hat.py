@@ -50,7 +50,9 @@ _SETTLING_BATCHES = 50  # 0.9^50 = 0.5 % is left of the statistics before
 Tree = Any
 
 
-def hat(model: nn.Module, problem: Problem, counts: ModelCounts, *, steepness: float, sparsity: float) -> Method:
+def hat(
+  model: nn.Module, problem: Problem, counts: ModelCounts, *, steepness: float, sparsity: float
+) -> Method:
   """The method.
 
   Args:
@@ -130,9 +132,12 @@ def plasticity(shared: Tree, records: Records, used: Array, started: Array) -> T
 def of_embeddings(change: Callable[..., Array], tree: Tree, *others: Tree) -> Tree:
   """`tree` with `change` made to each embedding, and to the arrays of the same place in `others`."""
   flat, *others = (traverse_util.flatten_dict(t) for t in (tree, *others))
-  return traverse_util.unflatten_dict({
+  return traverse_util.unflatten_dict(
+    {
       path: change(leaf, *(other[path] for other in others)) if is_gate_path(path) else leaf
-      for path, leaf in flat.items()})
+      for path, leaf in flat.items()
+    }
+  )
 
 
 def drawn(params: Tree, key: Array) -> Tree:
@@ -148,7 +153,9 @@ def compensated(grads: Tree, params: Tree, s: Array, steepness: float) -> Tree:
 
 def limited(updates: Tree, params: Tree) -> Tree:
   """Updates that leave every embedding within its limits."""
-  return of_embeddings(lambda u, e: jnp.clip(e + u, -EMBEDDING_LIMIT, EMBEDDING_LIMIT) - e, updates, params)
+  return of_embeddings(
+    lambda u, e: jnp.clip(e + u, -EMBEDDING_LIMIT, EMBEDDING_LIMIT) - e, updates, params
+  )
 
 
 def embeddings(params: Tree, records: Records) -> Array:
@@ -180,21 +187,36 @@ class _Hat:
   sparsity: float
 
   def method(self) -> Method:
-    return Method(self.init, self.loss, self.end_task, self.predict, self.gradient, self.update, self.holdings)
+    return Method(
+      self.init, self.loss, self.end_task, self.predict, self.gradient, self.update, self.holdings
+    )
 
   def init(self, key: Array) -> Start:
     params, batch_stats = self._fresh(key)
     records, _ = self.net.shapes
     own = {"params": params["own"], "batch_stats": batch_stats["own"]}
-    return Start(params, batch_stats, {"own": shared_net.stack(own, self.net.problem.tasks),
-                                       "used": jnp.zeros(sum(r.gates.shape[-1] for r in records))})
+    return Start(
+      params,
+      batch_stats,
+      {
+        "own": shared_net.stack(own, self.net.problem.tasks),
+        "used": jnp.zeros(sum(r.gates.shape[-1] for r in records)),
+      },
+    )
 
-  def loss(self, params: Tree, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
+  def loss(
+    self, params: Tree, learner: Learner, batch: Batch
+  ) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
     s = slope(batch.place, self.steepness)
-    logits, _, records, batch_stats = self.net.apply(at_slope(params, s), learner.batch_stats, batch.x, train=True)
+    logits, _, records, batch_stats = self.net.apply(
+      at_slope(params, s), learner.batch_stats, batch.x, train=True
+    )
     terms = shared_net.head_terms(logits, batch.labels, learner.task, self.net.problem)
     taken = regulariser(masks(records), learner.memory["used"])
-    return terms["cross_entropy"] + self.sparsity * taken, ({**terms, "sparsity": taken}, batch_stats)
+    return terms["cross_entropy"] + self.sparsity * taken, (
+      {**terms, "sparsity": taken},
+      batch_stats,
+    )
 
   def gradient(self, grads: Tree, learner: Learner, batch: Batch) -> Tree:
     s = slope(batch.place, self.steepness)
@@ -202,7 +224,9 @@ class _Hat:
 
   def update(self, updates: Tree, grads: Tree, learner: Learner) -> tuple[Tree, Tree]:
     # Not the gradient: momentum of the steps before, and weight decay, would move what it no longer moves.
-    free = plasticity(updates["shared"], self.net.shapes[0], learner.memory["used"], jnp.float32(learner.task > 0))
+    free = plasticity(
+      updates["shared"], self.net.shapes[0], learner.memory["used"], jnp.float32(learner.task > 0)
+    )
     updates = {**updates, "shared": jax.tree.map(jnp.multiply, updates["shared"], free)}
     return limited(updates, learner.params), learner.memory
 
@@ -212,10 +236,15 @@ class _Hat:
     own = {"params": learner.params["own"], "batch_stats": batch_stats["own"]}
     masks = jax.jit(self._masks_at_rest)(learner.params, batch_stats)
     fresh, fresh_stats = self._fresh(fresh_key)
-    memory = {"own": shared_net.put(learner.memory["own"], int(learner.task), own),
-              "used": jnp.maximum(learner.memory["used"], masks)}
-    return learner.replace(params={**learner.params, "own": fresh["own"]}, memory=memory,
-                           batch_stats={**batch_stats, "own": fresh_stats["own"]})
+    memory = {
+      "own": shared_net.put(learner.memory["own"], int(learner.task), own),
+      "used": jnp.maximum(learner.memory["used"], masks),
+    }
+    return learner.replace(
+      params={**learner.params, "own": fresh["own"]},
+      memory=memory,
+      batch_stats={**batch_stats, "own": fresh_stats["own"]},
+    )
 
   def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
     own = jax.tree.map(lambda tree: tree[:seen], learner.memory["own"])
@@ -227,9 +256,14 @@ class _Hat:
   def holdings(self, learner: Learner) -> Holdings:
     learnt, records = int(learner.task), self.net.shapes[0]
     own = jax.tree.map(lambda x: x[:learnt], learner.memory["own"]["params"])
-    masks = jax.vmap(lambda own: embeddings(own["net"], records))(learner.memory["own"]["params"]) > 0
-    return Holdings(tree_size((learner.params["shared"], own)), tree_megabytes(learner.memory["used"]),
-                    dict(zip(map(layer_name, records), map(np.asarray, by_record(masks, records)), strict=True)))
+    masks = (
+      jax.vmap(lambda own: embeddings(own["net"], records))(learner.memory["own"]["params"]) > 0
+    )
+    return Holdings(
+      tree_size((learner.params["shared"], own)),
+      tree_megabytes(learner.memory["used"]),
+      dict(zip(map(layer_name, records), map(np.asarray, by_record(masks, records)), strict=True)),
+    )
 
   def _fresh(self, key: Array) -> tuple[Tree, Tree]:
     params, batch_stats = self.net.fresh(key)
@@ -242,7 +276,10 @@ class _Hat:
   def _settled(self, learner: Learner, pixels: Array, key: Array) -> Tree:
     """The running statistics at s_max."""
     net = dataclasses.replace(self.net, model=self.net.model.clone(axis_name=None))
-    params, size = at_slope(learner.params, self.steepness), min(len(pixels), net.problem.batch_size)
+    params, size = (
+      at_slope(learner.params, self.steepness),
+      min(len(pixels), net.problem.batch_size),
+    )
 
     @jax.jit
     def step(batch_stats, pixels):

@@ -55,25 +55,36 @@ def icarl(network: Network, rehearsal: memory.ReplaySettings) -> Method:
   """
   problem, model = network.problem, network.model
   if rehearsal.images < problem.all_classes:
-    raise ValueError(f"images must be at least {problem.all_classes}, an exemplar of every class; "
-                     f"got {rehearsal.images}")
+    raise ValueError(
+      f"images must be at least {problem.all_classes}, an exemplar of every class; "
+      f"got {rehearsal.images}"
+    )
 
   def features(learner: Learner, x: Array) -> Array:
-    return model.apply({"params": learner.params, "batch_stats": learner.batch_stats}, x, method="unit_features")
+    return model.apply(
+      {"params": learner.params, "batch_stats": learner.batch_stats}, x, method="unit_features"
+    )
 
   def init(key: Array) -> Start:
     params, batch_stats = network.init(key)
-    return Start(params, batch_stats, {
+    return Start(
+      params,
+      batch_stats,
+      {
         "exemplars": memory.empty(rehearsal.images, problem.shape),
         "means": jnp.zeros((problem.all_classes, params["head"]["kernel"].shape[0])),
         "has_mean": jnp.zeros(problem.all_classes, bool),
         "teacher": {"params": params, "batch_stats": batch_stats},
-    })
+      },
+    )
 
-  def loss(params: Any, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
+  def loss(
+    params: Any, learner: Learner, batch: Batch
+  ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
     noise, drawing = jax.random.split(batch.key)
     x, labels, _, _ = memory.draw_inputs(
-        learner.memory["exemplars"], drawing, batch, problem, rehearsal.batch_size)
+      learner.memory["exemplars"], drawing, batch, problem, rehearsal.batch_size
+    )
     x, labels = jnp.concatenate([batch.x, x]), jnp.concatenate([batch.labels, labels])
     logits, batch_stats = network.train_logits(params, learner.batch_stats, x, noise)
     teacher = network.logits(**learner.memory["teacher"], x=x)
@@ -85,11 +96,16 @@ def icarl(network: Network, rehearsal: memory.ReplaySettings) -> Method:
     each = -(-rehearsal.images // ((int(learner.task) + 1) * problem.classes))
     places = [np.flatnonzero(labels == c) for c in np.unique(labels)]
     order = np.concatenate([p[herd(of_images[p], each)] for p in places])
-    exemplars = memory.keep_first(learner.memory["exemplars"], np.asarray(data.pixels)[order], labels[order])
+    exemplars = memory.keep_first(
+      learner.memory["exemplars"], np.asarray(data.pixels)[order], labels[order]
+    )
     means, has_mean = class_means(
-        problem.in_batches(features, learner, exemplars.pixels), exemplars.labels, problem.all_classes)
+      problem.in_batches(features, learner, exemplars.pixels), exemplars.labels, problem.all_classes
+    )
     teacher = {"params": learner.params, "batch_stats": learner.batch_stats}
-    return learner.replace(memory={"exemplars": exemplars, "means": means, "has_mean": has_mean, "teacher": teacher})
+    return learner.replace(
+      memory={"exemplars": exemplars, "means": means, "has_mean": has_mean, "teacher": teacher}
+    )
 
   def predict(learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
     scores = nearest_mean(features(learner, x), learner.memory["means"], learner.memory["has_mean"])
@@ -98,13 +114,18 @@ def icarl(network: Network, rehearsal: memory.ReplaySettings) -> Method:
   return Method(init, loss, end_task, predict)
 
 
-def sigmoid_losses(logits: Array, teacher: Array, labels: Array, task: Array, classes: int) -> tuple[Array, Array]:
+def sigmoid_losses(
+  logits: Array, teacher: Array, labels: Array, task: Array, classes: int
+) -> tuple[Array, Array]:
   """Means over images of the two sums of the loss, from `[N, K]` logits of the network and of the last task's."""
   of_class = jnp.arange(logits.shape[1]) // classes
   mean_sum = lambda target, counted: jnp.mean(
-      jnp.sum(optax.sigmoid_binary_cross_entropy(logits, target), axis=-1, where=counted))
-  return (mean_sum(jax.nn.one_hot(labels, logits.shape[1]), of_class == task),
-          mean_sum(jax.nn.sigmoid(teacher), of_class < task))
+    jnp.sum(optax.sigmoid_binary_cross_entropy(logits, target), axis=-1, where=counted)
+  )
+  return (
+    mean_sum(jax.nn.one_hot(labels, logits.shape[1]), of_class == task),
+    mean_sum(jax.nn.sigmoid(teacher), of_class < task),
+  )
 
 
 def herd(features: np.ndarray, count: int) -> np.ndarray:
@@ -118,7 +139,9 @@ def herd(features: np.ndarray, count: int) -> np.ndarray:
   left = np.ones(len(features), bool)
   square = np.sum(features**2, axis=1)
   for k in range(1, min(count, len(features)) + 1):
-    gap = square - 2 * features @ (k * mean - total)  # |k mu - total - f|^2, but for what is the same for all
+    gap = square - 2 * features @ (
+      k * mean - total
+    )  # |k mu - total - f|^2, but for what is the same for all
     chosen.append(int(np.argmin(np.where(left, gap, np.inf))))
     left[chosen[-1]] = False
     total += features[chosen[-1]]

@@ -42,8 +42,11 @@ def lwf(network: Network, *, weight: float, temperature: float) -> Method:
     logits, batch_stats = network.train_logits(params, learner.batch_stats, batch.x, batch.key)
     cross_entropy = jnp.mean(network.cross_entropy(logits, batch.labels, learner.task))
     taught = network.logits(learner.memory["params"], learner.memory["batch_stats"], batch.x)
-    distillation = jnp.mean(old_heads_cross_entropy(
-        logits, taught, learner.task, classes=network.problem.classes, temperature=temperature))
+    distillation = jnp.mean(
+      old_heads_cross_entropy(
+        logits, taught, learner.task, classes=network.problem.classes, temperature=temperature
+      )
+    )
     terms = {"cross_entropy": cross_entropy, "distillation": distillation}
     return cross_entropy + weight * distillation, (terms, batch_stats)
 
@@ -54,7 +57,8 @@ def lwf(network: Network, *, weight: float, temperature: float) -> Method:
 
 
 def old_heads_cross_entropy(
-    logits: Array, teacher: Array, task: Array, *, classes: int, temperature: float) -> Array:
+  logits: Array, teacher: Array, task: Array, *, classes: int, temperature: float
+) -> Array:
   """`[N]`: sum_(s < task) CE(softmax(teacher_s / tau), softmax(logits_s / tau)), each over the C classes of head s.
 
   Its gradient is zero exactly where the softmax of every old head is the teacher's; its value there is their entropy.

@@ -44,7 +44,9 @@ from gating_jax.types import Array
 Tree = Any
 
 
-def multitask_gates(model: nn.Module, problem: Problem, counts: ModelCounts, settings: TaskGatesSettings) -> Method:
+def multitask_gates(
+  model: nn.Module, problem: Problem, counts: ModelCounts, settings: TaskGatesSettings
+) -> Method:
   """Every task has gate networks, BatchNorm and a head for itself.
 
   Args:
@@ -75,11 +77,12 @@ def multitask_trunk(network: Network) -> Method:
     return network.prediction(jax.nn.log_softmax(heads).reshape(-1, tasks * classes), task, seen)
 
   return Method(
-      init=lambda key: Start(*network.init(key), ()),
-      loss=loss,
-      end_task=lambda learner, data, key: learner,
-      predict=predict,
-      together=True)
+    init=lambda key: Start(*network.init(key), ()),
+    loss=loss,
+    end_task=lambda learner, data, key: learner,
+    predict=predict,
+    together=True,
+  )
 
 
 def by_task(batch: Array, tasks: int) -> Array:
@@ -104,8 +107,15 @@ class _Multitask:
   settings: TaskGatesSettings | None = None
 
   def method(self) -> Method:
-    return Method(self.init, self.loss, self.end_task, self.predict, holdings=self.holdings, together=True,
-                  task_net=self.task_net if self.settings else None)
+    return Method(
+      self.init,
+      self.loss,
+      self.end_task,
+      self.predict,
+      holdings=self.holdings,
+      together=True,
+      task_net=self.task_net if self.settings else None,
+    )
 
   @property
   def problem(self) -> Problem:
@@ -115,12 +125,23 @@ class _Multitask:
     params, batch_stats = jax.lax.map(self.net.fresh, jax.random.split(key, self.problem.tasks))
     of_first = lambda tree: {**tree, "shared": jax.tree.map(lambda x: x[0], tree["shared"])}
     shape = (self.problem.tasks, self.counts.gates)
-    return Start(of_first(params), of_first(batch_stats), {"relevant": jnp.zeros(shape, bool)} if self.settings else {})
+    return Start(
+      of_first(params),
+      of_first(batch_stats),
+      {"relevant": jnp.zeros(shape, bool)} if self.settings else {},
+    )
 
-  def loss(self, params: Tree, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
+  def loss(
+    self, params: Tree, learner: Learner, batch: Batch
+  ) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
     def of_task(task, own, own_stats, x, labels):
-      stream = self.net.apply({**params, "own": own}, {**learner.batch_stats, "own": own_stats}, x, train=True,
-                              rngs={GATE_RNG: jax.random.fold_in(batch.key, task)})
+      stream = self.net.apply(
+        {**params, "own": own},
+        {**learner.batch_stats, "own": own_stats},
+        x,
+        train=True,
+        rngs={GATE_RNG: jax.random.fold_in(batch.key, task)},
+      )
       terms = shared_net.head_terms(stream.logits, labels, task, self.problem)
       if not self.settings:
         return terms["cross_entropy"], terms, stream.batch_stats["own"]
@@ -131,19 +152,32 @@ class _Multitask:
 
     tasks = self.problem.tasks
     totals, terms, own_stats = jax.vmap(of_task)(
-        jnp.arange(tasks), params["own"], learner.batch_stats["own"], by_task(batch.x, tasks),
-        by_task(batch.labels, tasks))
-    return jnp.sum(totals), (jax.tree.map(jnp.mean, terms), {**learner.batch_stats, "own": own_stats})
+      jnp.arange(tasks),
+      params["own"],
+      learner.batch_stats["own"],
+      by_task(batch.x, tasks),
+      by_task(batch.labels, tasks),
+    )
+    return jnp.sum(totals), (
+      jax.tree.map(jnp.mean, terms),
+      {**learner.batch_stats, "own": own_stats},
+    )
 
   def end_task(self, learner: Learner, data: TaskData, key: Array) -> Learner:
     if not self.settings:
       return learner
     gates = self.problem.in_batches(  # [M, T, U]
-        lambda learner, x: jnp.moveaxis(units.joined(self._streams(learner, x).records), 0, 1), learner,
-        data.validation_pixels)
+      lambda learner, x: jnp.moveaxis(units.joined(self._streams(learner, x).records), 0, 1),
+      learner,
+      data.validation_pixels,
+    )
     of_task = np.asarray(data.validation_labels) // self.problem.classes
-    rates = [gates[of_task == t, t].mean(axis=0, dtype=np.float64) for t in range(self.problem.tasks)]
-    return learner.replace(memory={"relevant": jnp.asarray(np.stack(rates) > self.settings.threshold)})
+    rates = [
+      gates[of_task == t, t].mean(axis=0, dtype=np.float64) for t in range(self.problem.tasks)
+    ]
+    return learner.replace(
+      memory={"relevant": jnp.asarray(np.stack(rates) > self.settings.threshold)}
+    )
 
   def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
     stream = self._streams(learner, x)
@@ -155,7 +189,9 @@ class _Multitask:
     if not self.settings:
       return Holdings(params, 0.0)
     available = np.ones(self.counts.gates, bool)
-    return Holdings(params, 0.0, units.used_by(learner.memory["relevant"], available, self.net.shapes[0]))
+    return Holdings(
+      params, 0.0, units.used_by(learner.memory["relevant"], available, self.net.shapes[0])
+    )
 
   def task_net(self, learner: Learner, task: Array) -> TaskNet:
     own = {"params": learner.params["own"], "batch_stats": learner.batch_stats["own"]}

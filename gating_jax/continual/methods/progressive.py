@@ -59,9 +59,13 @@ class _Progressive:
 
   def init(self, key: Array) -> Start:
     column = self._fresh(key)
-    return Start(column["params"], column["batch_stats"], shared_net.stack(column, self.problem.tasks))
+    return Start(
+      column["params"], column["batch_stats"], shared_net.stack(column, self.problem.tasks)
+    )
 
-  def loss(self, params: Tree, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
+  def loss(
+    self, params: Tree, learner: Learner, batch: Batch
+  ) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
     before = self._none(len(batch.x))
 
     def fill(j, before):
@@ -69,13 +73,20 @@ class _Progressive:
 
     before = lax.fori_loop(0, jnp.minimum(learner.task, self.problem.tasks - 1), fill, before)
     (logits, _), new = self.column.apply(
-        {"params": params, "batch_stats": learner.batch_stats}, batch.x, before, train=True, mutable=["batch_stats"])
+      {"params": params, "batch_stats": learner.batch_stats},
+      batch.x,
+      before,
+      train=True,
+      mutable=["batch_stats"],
+    )
     terms = shared_net.head_terms(logits, batch.labels, learner.task, self.problem)
     return terms["cross_entropy"], (terms, new.get("batch_stats", {}))
 
   def end_task(self, learner: Learner, data: TaskData, key: Array) -> Learner:
     column, fresh = {"params": learner.params, "batch_stats": learner.batch_stats}, self._fresh(key)
-    return learner.replace(**fresh, memory=shared_net.put(learner.memory, int(learner.task), column))
+    return learner.replace(
+      **fresh, memory=shared_net.put(learner.memory, int(learner.task), column)
+    )
 
   def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
     def one(before, j):
@@ -87,14 +98,21 @@ class _Progressive:
     layers, heads = (np.array(column, np.float32) for column in zip(*macs, strict=True))
     every = lambda total: jnp.broadcast_to(total, logits.shape[:-1])
     aware = every((np.cumsum(layers) + heads)[:, None])
-    return shared_net.prediction(self.problem, logits, task, aware, every(layers.sum() + heads.sum())[0])
+    return shared_net.prediction(
+      self.problem, logits, task, aware, every(layers.sum() + heads.sum())[0]
+    )
 
   def holdings(self, learner: Learner) -> Holdings:
     """Adapters are made with a place for every other column; of column j the j that are used are counted."""
     learnt, places = int(learner.task), max(1, self.problem.tasks - 1)
-    adapters = sum(leaf.size for path, leaf in traverse_util.flatten_dict(learner.params).items()
-                   if any("adapter" in name for name in path))
-    used = learnt * (tree_size(learner.params) - adapters) + learnt * (learnt - 1) // 2 * (adapters // places)
+    adapters = sum(
+      leaf.size
+      for path, leaf in traverse_util.flatten_dict(learner.params).items()
+      if any("adapter" in name for name in path)
+    )
+    used = learnt * (tree_size(learner.params) - adapters) + learnt * (learnt - 1) // 2 * (
+      adapters // places
+    )
     return Holdings(used, 0.0)
 
   def _fresh(self, key: Array) -> dict[str, Tree]:
@@ -104,13 +122,19 @@ class _Progressive:
   def _none(self, examples: int) -> tuple[Array, ...]:
     """What a column sees before which there is none; at least one place, of zeros, where there is one task."""
     places = max(1, self.problem.tasks - 1)
-    return tuple(jnp.zeros((places, examples, *shape), self.column.dtype)
-                 for shape in output_shapes(self.column, self.problem.shape))
+    return tuple(
+      jnp.zeros((places, examples, *shape), self.column.dtype)
+      for shape in output_shapes(self.column, self.problem.shape)
+    )
 
-  def _run(self, columns: Tree, j: Array, x: Array, before: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+  def _run(
+    self, columns: Tree, j: Array, x: Array, before: tuple[Array, ...]
+  ) -> tuple[Array, tuple[Array, ...]]:
     """Logits and layers of column j in evaluation; `before` is zeros for columns from j on."""
     return self.column.apply(jax.tree.map(lambda tree: tree[j], columns), x, before)
 
-  def _put(self, before: tuple[Array, ...], j: Array, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
+  def _put(
+    self, before: tuple[Array, ...], j: Array, outputs: tuple[Array, ...]
+  ) -> tuple[Array, ...]:
     """`before` with these of column j; those of the last column, which none comes after, are in nobody's way."""
     return tuple(b.at[j].set(o, mode="drop") for b, o in zip(before, outputs, strict=True))

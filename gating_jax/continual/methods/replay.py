@@ -28,9 +28,13 @@ def er(network: Network, rehearsal: memory.ReplaySettings) -> Method:
   def init(key: Array) -> Start:
     return Start(*network.init(key), memory.empty(rehearsal.images, problem.shape))
 
-  def loss(params: Any, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
+  def loss(
+    params: Any, learner: Learner, batch: Batch
+  ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
     noise, drawing = jax.random.split(batch.key)
-    x, labels, _, _ = memory.draw_inputs(learner.memory, drawing, batch, problem, rehearsal.batch_size)
+    x, labels, _, _ = memory.draw_inputs(
+      learner.memory, drawing, batch, problem, rehearsal.batch_size
+    )
     x, labels = jnp.concatenate([batch.x, x]), jnp.concatenate([batch.labels, labels])
     logits, batch_stats = network.train_logits(params, learner.batch_stats, x, noise)
     each = network.cross_entropy(logits, labels, learner.task)

@@ -47,15 +47,23 @@ def si(network: Network, *, strength: float, damping: float) -> Method:
   def update(updates, grads, learner):
     memory = learner.memory
     held = jax.grad(penalty)(learner.params, memory)
-    path = jax.tree.map(lambda path, g, h, u: path - (g - h) * u, memory["path"], grads, held, updates)
+    path = jax.tree.map(
+      lambda path, g, h, u: path - (g - h) * u, memory["path"], grads, held, updates
+    )
     return updates, {**memory, "path": path}
 
   def end_task(learner, data, key):
     memory, params = learner.memory, learner.params
     importance = jax.tree.map(
-        lambda old, path, p, a: old + jnp.maximum(path, 0) / ((p - a) ** 2 + damping),
-        memory["importance"], memory["path"], params, memory["anchor"])
+      lambda old, path, p, a: old + jnp.maximum(path, 0) / ((p - a) ** 2 + damping),
+      memory["importance"],
+      memory["path"],
+      params,
+      memory["anchor"],
+    )
     path = jax.tree.map(jnp.zeros_like, memory["path"])
-    return learner.replace(memory={"path": path, "importance": importance, "anchor": jax.tree.map(jnp.copy, params)})
+    return learner.replace(
+      memory={"path": path, "importance": importance, "anchor": jax.tree.map(jnp.copy, params)}
+    )
 
   return Method(init, anchored_loss(network, penalty), end_task, network.predict, update=update)

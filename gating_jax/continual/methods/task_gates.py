@@ -83,9 +83,14 @@ class FullLayerError(ValueError):
 
 
 def task_gates(
-    model: nn.Module, problem: Problem, counts: ModelCounts, settings: TaskGatesSettings,
-    rehearsal: Rehearsal | None = None, router_settings: router.RouterSettings | None = None,
-    network: Network | None = None, distillation: float = 0.0,
+  model: nn.Module,
+  problem: Problem,
+  counts: ModelCounts,
+  settings: TaskGatesSettings,
+  rehearsal: Rehearsal | None = None,
+  router_settings: router.RouterSettings | None = None,
+  network: Network | None = None,
+  distillation: float = 0.0,
 ) -> Method:
   """The method.
 
@@ -108,7 +113,9 @@ def task_gates(
     raise ValueError(f"distillation must be >= 0; got {distillation}")
   net = shared_net.SharedNet(model, problem, settings.own_norms)
   if network is not None and rehearsal is None:
-    raise ValueError("a network that tells tasks apart needs images of earlier ones; got no rehearsal")
+    raise ValueError(
+      "a network that tells tasks apart needs images of earlier ones; got no rehearsal"
+    )
   classifier = None
   if network is not None:
     classifier = OfNetwork(rehearsal, network, distillation)
@@ -117,8 +124,17 @@ def task_gates(
       raise ValueError("router_settings must be given with rehearsal but no network; got None")
     classifier = OfFeatures(net, rehearsal, router_settings)
   gates = _TaskGates(net, counts, settings, classifier)
-  return Method(gates.init, gates.loss, gates.end_task, gates.predict, update=gates.update, holdings=gates.holdings,
-                check_room=gates.check_room, prelude=make_prelude(rehearsal, problem), task_net=gates.task_net)
+  return Method(
+    gates.init,
+    gates.loss,
+    gates.end_task,
+    gates.predict,
+    update=gates.update,
+    holdings=gates.holdings,
+    check_room=gates.check_room,
+    prelude=make_prelude(rehearsal, problem),
+    task_net=gates.task_net,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,10 +161,12 @@ class _TaskGates:
     keys = jax.random.split(key, 3)
     params, batch_stats = self._fresh(keys[0], available)
     memory = {
-        "own": shared_net.stack({"params": params["own"], "batch_stats": batch_stats["own"]}, self.problem.tasks),
-        "frozen": units.nothing_frozen(params["shared"], records),
-        "relevant": jnp.zeros((self.problem.tasks, len(available)), bool),
-        "available": available,
+      "own": shared_net.stack(
+        {"params": params["own"], "batch_stats": batch_stats["own"]}, self.problem.tasks
+      ),
+      "frozen": units.nothing_frozen(params["shared"], records),
+      "relevant": jnp.zeros((self.problem.tasks, len(available)), bool),
+      "available": available,
     }
     if self.classifier is not None:
       memory["rehearsal"] = self.classifier.rehearsal.init(keys[2])
@@ -156,11 +174,15 @@ class _TaskGates:
       batch_stats |= of_classifier
     return Start(params, batch_stats, memory)
 
-  def loss(self, params: Tree, learner: Learner, batch: Batch) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
+  def loss(
+    self, params: Tree, learner: Learner, batch: Batch
+  ) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
     noise, drawing = jax.random.split(batch.key)
     x = batch.x
     if self.classifier is not None:
-      replayed = self.classifier.rehearsal.replay(learner.memory["rehearsal"], batch, learner.task, drawing)
+      replayed = self.classifier.rehearsal.replay(
+        learner.memory["rehearsal"], batch, learner.task, drawing
+      )
       x = self.classifier.streamed(batch, replayed)
     stream = self.net.apply(params, learner.batch_stats, x, train=True, rngs={GATE_RNG: noise})
     logits, records, batch_stats = stream.logits, stream.records, stream.batch_stats
@@ -173,7 +195,11 @@ class _TaskGates:
     total = terms["cross_entropy"] + self.settings.price(batch.epoch) * terms["sparsity"]
     if self.classifier is not None:
       more = self.classifier.loss(params, learner, batch, replayed, stream, noise)
-      total, terms, batch_stats = total + more.total, terms | more.terms, batch_stats | more.batch_stats
+      total, terms, batch_stats = (
+        total + more.total,
+        terms | more.terms,
+        batch_stats | more.batch_stats,
+      )
     return total, (terms, batch_stats)
 
   def update(self, updates: Tree, grads: Tree, learner: Learner) -> tuple[Tree, Tree]:
@@ -198,12 +224,18 @@ class _TaskGates:
     fresh, fresh_stats = self._fresh(own_key, available)
     shared = units.begin_anew(frozen, learner.params["shared"], fresh["shared"])
     memory = memory | {
-        "own": shared_net.put(memory["own"], task, {"params": own, "batch_stats": learner.batch_stats["own"]}),
-        "frozen": frozen,
-        "relevant": memory["relevant"].at[task].set(relevant),
-        "available": jnp.asarray(available)}
-    learner = learner.replace(params={**learner.params, "shared": shared, "own": fresh["own"]}, memory=memory,
-                              batch_stats={**learner.batch_stats, "own": fresh_stats["own"]})
+      "own": shared_net.put(
+        memory["own"], task, {"params": own, "batch_stats": learner.batch_stats["own"]}
+      ),
+      "frozen": frozen,
+      "relevant": memory["relevant"].at[task].set(relevant),
+      "available": jnp.asarray(available),
+    }
+    learner = learner.replace(
+      params={**learner.params, "shared": shared, "own": fresh["own"]},
+      memory=memory,
+      batch_stats={**learner.batch_stats, "own": fresh_stats["own"]},
+    )
     return learner if self.classifier is None else self._rehearse(learner, data, key)
 
   def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
@@ -223,10 +255,11 @@ class _TaskGates:
     if self.classifier is not None:
       images = self.classifier.rehearsal.megabytes(memory["rehearsal"], learnt)
     return Holdings(
-        params=tree_size((own["params"], {k: v for k, v in learner.params.items() if k != "own"})) - units.waiting(
-            shared, records, np.asarray(memory["available"])),
-        memory_mb=tree_megabytes((memory["frozen"], memory["relevant"])) + images,
-        relevant=units.used_by(memory["relevant"], memory["available"], records))
+      params=tree_size((own["params"], {k: v for k, v in learner.params.items() if k != "own"}))
+      - units.waiting(shared, records, np.asarray(memory["available"])),
+      memory_mb=tree_megabytes((memory["frozen"], memory["relevant"])) + images,
+      relevant=units.used_by(memory["relevant"], memory["available"], records),
+    )
 
   def task_net(self, learner: Learner, task: Array) -> TaskNet:
     return self.net.net_of(learner.params, learner.batch_stats, learner.memory["own"], task)
@@ -237,7 +270,9 @@ class _TaskGates:
     of_classifier, keeping = jax.random.split(key)
     trained = self.classifier.end_task(learner, data, of_classifier)
     kept = self.classifier.rehearsal.keep(memory["rehearsal"], data, task, keeping)
-    return learner.replace(params={**learner.params, "router": trained}, memory={**memory, "rehearsal": kept})
+    return learner.replace(
+      params={**learner.params, "router": trained}, memory={**memory, "rehearsal": kept}
+    )
 
   def _fresh(self, key: Array, available: Array) -> tuple[Tree, Tree]:
     """What the next task begins with; it can use the available units."""
@@ -252,7 +287,9 @@ class _TaskGates:
 
   def _open_rates(self, learner: Learner, pixels: Array) -> np.ndarray:
     """`[U]`, the share of images for which each gate of the task being learnt opens."""
-    gates = lambda learner, x: units.joined(self.net.apply(learner.params, learner.batch_stats, x).records)
+    gates = lambda learner, x: units.joined(
+      self.net.apply(learner.params, learner.batch_stats, x).records
+    )
     return self.problem.in_batches(gates, learner, pixels).mean(axis=0, dtype=np.float64)
 
   def _make_room(self, memory: Mapping[str, Any], relevant: np.ndarray, task: int) -> np.ndarray:
@@ -262,18 +299,26 @@ class _TaskGates:
       return available
     records, used = self.net.shapes[0], np.asarray(memory["relevant"]).any(0) | relevant
     full = units.full_layers(records, used, available)
-    return units.grown(records, available, full, growth=self.settings.growth,
-                       allocated=self.settings.allocated(self.problem.tasks))
+    return units.grown(
+      records,
+      available,
+      full,
+      growth=self.settings.growth,
+      allocated=self.settings.allocated(self.problem.tasks),
+    )
 
   def check_room(self, learner: Learner) -> None:
     """Raises FullLayerError where the next task would find no free unit in some layer, unless it may do without."""
     records, task = self.net.shapes[0], int(learner.task)
-    full = units.full_layers(records, *(np.asarray(x) for x in (
-        learner.memory["relevant"].any(0), learner.memory["available"])))
+    full = units.full_layers(
+      records,
+      *(np.asarray(x) for x in (learner.memory["relevant"].any(0), learner.memory["available"])),
+    )
     if task == self.problem.tasks or not full or self.settings.when_full == "reuse":
       return
     names = ", ".join(units.layer_name(records[i]) for i in full)
     raise FullLayerError(
-        f"after task {task} of {self.problem.tasks} no unit is free for the next one in {names}; a larger "
-        "model.width or gates.sparsity, a lower gates.patience or a higher gates.threshold leave more; "
-        "gates.when_full=grow adds some, and gates.when_full=reuse goes on with the old ones (in a new workdir)")
+      f"after task {task} of {self.problem.tasks} no unit is free for the next one in {names}; a larger "
+      "model.width or gates.sparsity, a lower gates.patience or a higher gates.threshold leave more; "
+      "gates.when_full=grow adds some, and gates.when_full=reuse goes on with the old ones (in a new workdir)"
+    )

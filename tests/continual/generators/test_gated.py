@@ -17,8 +17,14 @@ from tests.helpers import tiny
 
 SHAPE, TASKS, IMAGES = (16, 16, 1), 3, 40
 PROBLEM = Problem(tasks=TASKS, classes=2, shape=SHAPE, normalise=lambda x: x / 255.0)
-GENERATOR = Generator(SHAPE, latent=4, width=4, classes=2, gating="channel",
-                      gate=GateSettings(hidden=4, initial_open=0.6))
+GENERATOR = Generator(
+  SHAPE,
+  latent=4,
+  width=4,
+  classes=2,
+  gating="channel",
+  gate=GateSettings(hidden=4, initial_open=0.6),
+)
 RECORDS = shared_generator.records(GENERATOR)
 KEY = jax.random.key(0, impl="rbg")
 UNITS = 12  # 8 of the first map, 4 of the second
@@ -29,14 +35,18 @@ def fresh():
 
 
 def protection(**changes):
-  return gated.gated(GENERATOR, TASKS, ProtectionSettings(
-      **{"sparsity": 0.1, "patience": 0.0, "threshold": 0.4, **changes}))
+  return gated.gated(
+    GENERATOR,
+    TASKS,
+    ProtectionSettings(**{"sparsity": 0.1, "patience": 0.0, "threshold": 0.4, **changes}),
+  )
 
 
 def rehearsal(**changes):
   settings = wgan.WganSettings(critic_steps=1, learning_rate=1e-2, average=0.5)
-  return shared_generator.shared_generative(PROBLEM, GENERATOR, settings, protection(**changes), images=IMAGES,
-                                            replayed=12, seed=0)
+  return shared_generator.shared_generative(
+    PROBLEM, GENERATOR, settings, protection(**changes), images=IMAGES, replayed=12, seed=0
+  )
 
 
 def images(task, count=16):
@@ -142,7 +152,9 @@ def test_units_whose_gates_open_often_are_relevant_and_other_gates_are_shut():
   state, own = gates.finish(gates.init(parts["shared"]), 1, parts, params["batch_stats"], KEY)
   np.testing.assert_array_equal(state["relevant"][1], rates > 0.5)
   assert not np.any(state["relevant"][jnp.array([0, 2])])
-  np.testing.assert_array_equal(own["map1"]["gate"]["head"]["logits"]["bias"] < -100, [False, True] * 4)
+  np.testing.assert_array_equal(
+    own["map1"]["gate"]["head"]["logits"]["bias"] < -100, [False, True] * 4
+  )
 
 
 def test_open_gates_cost_their_share_after_the_patience():
@@ -151,7 +163,9 @@ def test_open_gates_cost_their_share_after_the_patience():
   _, records = GENERATOR.apply(fresh(), jax.random.normal(KEY, (9, 4)), jnp.zeros(9, int))
   shares = [np.mean(r.gates) for r in records]
   for step, price in ((2, 0.0), (3, 2.0)):
-    np.testing.assert_allclose(gates.training(state, step)["records_loss"](records), price * np.mean(shares), rtol=1e-6)
+    np.testing.assert_allclose(
+      gates.training(state, step)["records_loss"](records), price * np.mean(shares), rtol=1e-6
+    )
 
 
 def test_it_needs_the_filters_once_and_the_rest_of_every_task_learnt(rehearsed):
@@ -163,4 +177,5 @@ def test_it_needs_the_filters_once_and_the_rest_of_every_task_learnt(rehearsed):
   state = size(memories[0]["protection"])
   for tasks in (1, 3):
     assert method.megabytes(memories[-1], tasks) == pytest.approx(
-        (filters + tasks * (own + statistics) + state) / 1e6)
+      (filters + tasks * (own + statistics) + state) / 1e6
+    )

@@ -43,8 +43,15 @@ PAIR = Pair(), PairCritic()
 
 def gated_nets(axis_name=None):
   """A pair that is gated and conditional."""
-  generator = Generator((8, 8, 1), latent=6, width=4, classes=3, gating="channel",
-                        gate=GateSettings(hidden=4, initial_open=0.6), axis_name=axis_name)
+  generator = Generator(
+    (8, 8, 1),
+    latent=6,
+    width=4,
+    classes=3,
+    gating="channel",
+    gate=GateSettings(hidden=4, initial_open=0.6),
+    axis_name=axis_name,
+  )
   return generator, Critic(width=4, classes=3)
 
 
@@ -115,8 +122,9 @@ def test_the_average_follows_the_generator():
   first = start()
   second = after(first, 0, 1)
   third = after(second, 1, 2)
-  expected = jax.tree.map(lambda a, b, c: 0.81 * a + 0.09 * b + 0.1 * c,
-                          *(s.generator for s in (first, second, third)))
+  expected = jax.tree.map(
+    lambda a, b, c: 0.81 * a + 0.09 * b + 0.1 * c, *(s.generator for s in (first, second, third))
+  )
   assert tiny.relative_gap(third.average, third.generator) > 1e-4
   assert tiny.relative_gap(third.average, expected) < 1e-6
 
@@ -127,7 +135,8 @@ def test_a_step_by_hand():
   key = jax.random.fold_in(jax.random.key(0), 0)
   draw = lambda i, stream: jax.random.fold_in(jax.random.fold_in(key, i), stream)
   make = lambda params, i: generator.apply(
-      {"params": params}, wgan.latents(draw(i, wgan.LATENT_STREAM), 4, 2), None)[0]
+    {"params": params}, wgan.latents(draw(i, wgan.LATENT_STREAM), 4, 2), None
+  )[0]
   score = lambda params, x: critic.apply({"params": params}, x, None)
 
   @jax.jit
@@ -140,7 +149,9 @@ def test_a_step_by_hand():
       loss = lambda p, *args: wgan.critic_loss(functools.partial(score, p), *args, penalty=10.0)[0]
       updates, opt = adam.update(jax.grad(loss)(params, real, fake, mix), opt)
       params = optax.apply_updates(params, updates)
-    loss, gradient = jax.value_and_grad(lambda p: -jnp.mean(score(params, make(p, 2))))(state.generator)
+    loss, gradient = jax.value_and_grad(lambda p: -jnp.mean(score(params, make(p, 2))))(
+      state.generator
+    )
     updates, _ = adam.update(gradient, state.generator_opt)
     return params, optax.apply_updates(state.generator, updates), loss, mix
 
@@ -156,8 +167,12 @@ def test_a_step_by_hand():
 @functools.cache
 def gated_step(axis_name=None):
   return wgan.make_train_step(
-      *gated_nets(axis_name), SETTINGS, seed=0, axis_name=axis_name,
-      records_loss=lambda records: 5 * sum(jnp.mean(r.gates) for r in records))
+    *gated_nets(axis_name),
+    SETTINGS,
+    seed=0,
+    axis_name=axis_name,
+    records_loss=lambda records: 5 * sum(jnp.mean(r.gates) for r in records),
+  )
 
 
 @functools.cache
@@ -172,8 +187,12 @@ alone = functools.cache(lambda: jax.jit(gated_step()))
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", devices.BACKENDS)
 def test_eight_devices_equal_one(backend):
-  spread = devices.map_over_devices(gated_step(devices.AXIS), args=(REPLICATED, BATCH, BATCH),
-                                    results=(REPLICATED, REPLICATED), backend=backend)
+  spread = devices.map_over_devices(
+    gated_step(devices.AXIS),
+    args=(REPLICATED, BATCH, BATCH),
+    results=(REPLICATED, REPLICATED),
+    backend=backend,
+  )
   eight, one = devices.replicate(gated_start()), gated_start()
   for at in range(2):
     eight, metrics = spread(eight, *gated_images(32, seed=at))
@@ -194,7 +213,9 @@ def test_a_gated_generator_learns_its_gates_and_samples_without_noise():
   head = lambda s: s.generator["map1"]["gate"]["head"]["logits"]["bias"]
   np.testing.assert_array_less(head(state), head(fresh))  # the loss of the records closes them
   assert not tiny.bit_equal(state.batch_stats, fresh.batch_stats)
-  draw = jax.jit(lambda state: wgan.sample(gated_nets()[0], state, jax.random.key(3), 5, jnp.arange(5) % 3))
+  draw = jax.jit(
+    lambda state: wgan.sample(gated_nets()[0], state, jax.random.key(3), 5, jnp.arange(5) % 3)
+  )
   np.testing.assert_array_equal(draw(state), draw(state))
   assert np.any(draw(state) != draw(state.replace(average=fresh.average)))
 
@@ -209,7 +230,10 @@ def test_labels_reach_the_loss_of_a_conditional_pair():
 
 
 def test_an_update_may_leave_parameters_as_they_are_to_the_bit():
-  freeze = lambda updates, params: {**updates, "Dense_0": jax.tree.map(jnp.zeros_like, params["Dense_0"])}
+  freeze = lambda updates, params: {
+    **updates,
+    "Dense_0": jax.tree.map(jnp.zeros_like, params["Dense_0"]),
+  }
   state = start()
   run = jax.jit(wgan.make_train_step(*PAIR, SETTINGS, seed=0, update=freeze))
   new, _ = run(*(run(state, *images(8))[0], *images(8, seed=1)))
@@ -221,8 +245,10 @@ def test_an_update_may_leave_parameters_as_they_are_to_the_bit():
 def test_the_gradient_is_changed_before_the_optimiser_and_the_update_after_it():
   """Adam's first update is the sign of the gradient times the learning rate."""
   sign = lambda p: jnp.where(p > 0, 1.0, -1.0)
-  change = dict(gradient=lambda grads, params: jax.tree.map(sign, params),
-                update=lambda updates, params: jax.tree.map(lambda u: 3 * u, updates))
+  change = dict(
+    gradient=lambda grads, params: jax.tree.map(sign, params),
+    update=lambda updates, params: jax.tree.map(lambda u: 3 * u, updates),
+  )
   state = start()
   new, _ = jax.jit(wgan.make_train_step(*PAIR, SETTINGS, seed=0, **change))(state, *images(8))
   expected = jax.tree.map(lambda p: p - 3e-3 * sign(p), state.generator)
@@ -249,7 +275,9 @@ def test_sizes_of_images(shape):
 
   def run(pixels):
     fresh = wgan.init_state(generator, critic, SETTINGS, 0)
-    state, _ = wgan.make_train_step(generator, critic, SETTINGS, seed=0)(fresh, pixels, jnp.zeros(8, int))
+    state, _ = wgan.make_train_step(generator, critic, SETTINGS, seed=0)(
+      fresh, pixels, jnp.zeros(8, int)
+    )
     return fresh, state, wgan.sample(generator, state, jax.random.key(1), 5, jnp.arange(5) % 3)
 
   fresh, state, made = jax.eval_shape(run, jnp.zeros((8, *shape), jnp.uint8))
@@ -275,18 +303,23 @@ def test_pixels_survive_the_way_there_and_back():
 
 
 def test_images_must_divide_over_the_updates_of_the_critic():
-  with pytest.raises(ValueError, match="images must be a multiple of the 2 updates of the critic; got 7"):
+  with pytest.raises(
+    ValueError, match="images must be a multiple of the 2 updates of the critic; got 7"
+  ):
     step()(start(), *images(7))
 
 
-@pytest.mark.parametrize(("setting", "message"), [
+@pytest.mark.parametrize(
+  ("setting", "message"),
+  [
     (dict(critic_steps=0), "critic_steps must be >= 1; got 0"),
     (dict(penalty=-1.0), "penalty must be >= 0; got -1.0"),
     (dict(learning_rate=0.0), "learning_rate must be > 0; got 0.0"),
     (dict(beta1=1.0), r"beta1 must be in \[0, 1\); got 1.0"),
     (dict(beta2=-0.1), r"beta2 must be in \[0, 1\); got -0.1"),
     (dict(average=1.0), r"average must be in \[0, 1\); got 1.0"),
-])
+  ],
+)
 def test_bad_settings_are_named(setting, message):
   with pytest.raises(ValueError, match=message):
     WganSettings(**setting)

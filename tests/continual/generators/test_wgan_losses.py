@@ -50,18 +50,25 @@ def test_the_critics_loss_by_hand():
 @pytest.mark.usefixtures("x64")
 def test_the_gradient_of_the_critics_loss_by_finite_differences():
   critic = Critic(width=2)
-  real, fake = (jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, (3, 8, 8, 1))) for seed in (1, 2))
+  real, fake = (
+    jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, (3, 8, 8, 1))) for seed in (1, 2)
+  )
   mix = jnp.array([0.2, 0.5, 0.9])
   rng = np.random.default_rng(3)
   shapes = jax.eval_shape(critic.init, jax.random.key(0), real)["params"]
   params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape)), shapes)
-  loss = jax.jit(lambda p: wgan.critic_loss(
-      lambda x: critic.apply({"params": p}, x), real, fake, mix, penalty=10.0)[0])
+  loss = jax.jit(
+    lambda p: wgan.critic_loss(
+      lambda x: critic.apply({"params": p}, x), real, fake, mix, penalty=10.0
+    )[0]
+  )
   gradient = jax.jit(jax.grad(loss))(params)
   for seed in range(4):
     rng = np.random.default_rng(seed)
     way = jax.tree.map(lambda p: rng.normal(size=p.shape), params)  # noqa: B023
     at = lambda h: loss(jax.tree.map(lambda p, d: p + h * d, params, way))  # noqa: B023
-    slope = sum(np.sum(g * d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(way), strict=True))
+    slope = sum(
+      np.sum(g * d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(way), strict=True)
+    )
     assert abs(slope) > 1e-2
     np.testing.assert_allclose((at(1e-6) - at(-1e-6)) / 2e-6, slope, rtol=1e-5)

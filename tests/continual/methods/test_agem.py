@@ -36,13 +36,17 @@ def test_projection_of_random_gradients_is_the_nearest_that_does_not_conflict():
     p = project(g, r)
     conflicts += bool(g @ r < 0)
     assert p @ r >= -1e-4
-    np.testing.assert_allclose((g - p) @ p, 0, atol=1e-4)  # what was taken away is orthogonal to what is left
+    np.testing.assert_allclose(
+      (g - p) @ p, 0, atol=1e-4
+    )  # what was taken away is orthogonal to what is left
   assert 3 < conflicts < 17
 
 
 def batch(task):
   data = toy.images(task, per_class=4)
-  return Batch(toy.normalise(jnp.asarray(data.pixels)), jnp.asarray(data.labels), jax.random.key(1), 0.0)
+  return Batch(
+    toy.normalise(jnp.asarray(data.pixels)), jnp.asarray(data.labels), jax.random.key(1), 0.0
+  )
 
 
 def memory_gradient(learner):
@@ -55,7 +59,9 @@ def memory_gradient(learner):
 def test_without_a_memory_the_gradient_stays():
   method = agem(toy.network(), REHEARSAL)
   learner = toy.start(method)
-  grads = jax.tree.map(lambda x: -x, jax.grad(lambda p: method.loss(p, learner, batch(0))[0])(learner.params))
+  grads = jax.tree.map(
+    lambda x: -x, jax.grad(lambda p: method.loss(p, learner, batch(0))[0])(learner.params)
+  )
   unchanged = method.gradient(grads, learner, batch(0))
   jax.tree.map(np.testing.assert_array_equal, unchanged, grads)
 
@@ -70,7 +76,9 @@ def test_the_gradient_no_longer_raises_the_loss_on_what_is_remembered():
   changed = method.gradient(grads, learner, batch(1))
   np.testing.assert_allclose(optax.tree.vdot(changed, reference), 0, atol=1e-4)
   agreeing = jax.tree.map(jnp.negative, grads)
-  jax.tree.map(np.testing.assert_array_equal, method.gradient(agreeing, learner, batch(1)), agreeing)
+  jax.tree.map(
+    np.testing.assert_array_equal, method.gradient(agreeing, learner, batch(1)), agreeing
+  )
 
 
 @pytest.mark.slow

@@ -23,32 +23,44 @@ def method(alpha=0.3, beta=0.7):
 
 def batch():
   data = toy.images(1, per_class=2)
-  return Batch(toy.normalise(jnp.asarray(data.pixels)), jnp.asarray(data.labels), jax.random.key(1), 0.0)
+  return Batch(
+    toy.normalise(jnp.asarray(data.pixels)), jnp.asarray(data.labels), jax.random.key(1), 0.0
+  )
 
 
 def test_terms_by_hand_with_one_image_in_memory():
   learner = toy.start(method())
   remembered = toy.images(0, per_class=1).pixels[:1]
-  memory = learner.memory.replace(pixels=jnp.asarray(remembered), labels=jnp.array([0]), extra=jnp.asarray(STORED))
+  memory = learner.memory.replace(
+    pixels=jnp.asarray(remembered), labels=jnp.array([0]), extra=jnp.asarray(STORED)
+  )
   learner = learner.replace(memory=memory, task=jnp.int32(1))
   total, (terms, _) = method().loss(learner.params, learner, batch())
   net = toy.network()
   new = net.logits(learner.params, {}, batch().x)
   old = np.asarray(net.logits(learner.params, {}, toy.normalise(jnp.asarray(remembered))))[0]
   expected = {
-      "cross_entropy": np.mean([cross_entropy(z, y, 4) for z, y in zip(new, [2, 2, 3, 3], strict=True)]),
-      "logits": np.mean((old[:2] - STORED[0, :2]) ** 2),  # of the two classes seen when it was stored
-      "replay": cross_entropy(old, 0, 4),
+    "cross_entropy": np.mean(
+      [cross_entropy(z, y, 4) for z, y in zip(new, [2, 2, 3, 3], strict=True)]
+    ),
+    "logits": np.mean((old[:2] - STORED[0, :2]) ** 2),  # of the two classes seen when it was stored
+    "replay": cross_entropy(old, 0, 4),
   }
   for name, value in expected.items():
     np.testing.assert_allclose(terms[name], value, rtol=1e-5, err_msg=name)
   np.testing.assert_allclose(
-      total, expected["cross_entropy"] + 0.3 * expected["logits"] + 0.7 * expected["replay"], rtol=1e-5)
+    total,
+    expected["cross_entropy"] + 0.3 * expected["logits"] + 0.7 * expected["replay"],
+    rtol=1e-5,
+  )
 
 
 def test_squared_gap_by_hand():
-  gap = squared_gap(jnp.array([[1.0, 2.0, 3.0], [0.0, 1.0, 5.0]]), jnp.zeros((2, 3)),
-                    jnp.array([[True, True, False], [True, True, True]]))
+  gap = squared_gap(
+    jnp.array([[1.0, 2.0, 3.0], [0.0, 1.0, 5.0]]),
+    jnp.zeros((2, 3)),
+    jnp.array([[True, True, False], [True, True, True]]),
+  )
   assert float(gap) == pytest.approx(((1 + 4) / 2 + (0 + 1 + 25) / 3) / 2)
 
 
@@ -73,7 +85,10 @@ def test_stored_logits_hold_the_network_to_them():
     m = derpp(toy.network(), ReplaySettings(images=12, batch_size=8), alpha=alpha, beta=0.0)
     learner = toy.learn(m, tasks=2)
     old = learner.memory.labels < 2
-    gap = toy.network().logits(learner.params, {}, toy.normalise(learner.memory.pixels)) - learner.memory.extra
+    gap = (
+      toy.network().logits(learner.params, {}, toy.normalise(learner.memory.pixels))
+      - learner.memory.extra
+    )
     return float(jnp.mean(gap[old, :2] ** 2))
 
   assert drift(1.0) < 0.1 * drift(0.0)

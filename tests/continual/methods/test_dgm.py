@@ -20,23 +20,33 @@ from tests.helpers import tiny, toy
 
 SHAPE, STEPS, STEEPNESS = (16, 16, 1), 8, 400.0
 PROBLEM = Problem(tasks=2, classes=2, shape=SHAPE, normalise=lambda x: x / 255.0)
-GENERATOR = Generator(SHAPE, latent=4, width=4, classes=2, gating="channel",
-                      gate=GateSettings(context="none", relaxation="sigmoid"))
+GENERATOR = Generator(
+  SHAPE,
+  latent=4,
+  width=4,
+  classes=2,
+  gating="channel",
+  gate=GateSettings(context="none", relaxation="sigmoid"),
+)
 RECORDS = shared.records(GENERATOR)
 KEY = jax.random.key(0, impl="rbg")
 UNITS = 12
-fresh = functools.cache(lambda: shared.split(
-    GENERATOR.init(KEY, jnp.zeros((1, 4)), jnp.zeros(1, int))["params"], RECORDS))
+fresh = functools.cache(
+  lambda: shared.split(GENERATOR.init(KEY, jnp.zeros((1, 4)), jnp.zeros(1, int))["params"], RECORDS)
+)
 
 
 def masked(**changes):
   return masked_generator.masked(
-      GENERATOR, PROBLEM.tasks, **{"steps": STEPS, "steepness": STEEPNESS, "sparsity": 0.5, **changes})
+    GENERATOR, PROBLEM.tasks, **{"steps": STEPS, "steepness": STEEPNESS, "sparsity": 0.5, **changes}
+  )
 
 
 def params_with(*embeddings):
-  own = {name: {**fresh()["own"][name], "gate": {"logits": jnp.asarray(e, jnp.float32)}}
-         for name, e in zip(("map1", "map2"), embeddings, strict=True)}
+  own = {
+    name: {**fresh()["own"][name], "gate": {"logits": jnp.asarray(e, jnp.float32)}}
+    for name, e in zip(("map1", "map2"), embeddings, strict=True)
+  }
   return {"shared": fresh()["shared"], "own": {**fresh()["own"], **own}}
 
 
@@ -46,9 +56,14 @@ def learnt(protected=True):
   settings = wgan.WganSettings(critic_steps=1, learning_rate=1e-2, average=0.5)
   protection = whole = masked()
   if not protected:
-    unmasked = lambda state, step: {**whole.training(state, step), "update": lambda updates, params: updates}
+    unmasked = lambda state, step: {
+      **whole.training(state, step),
+      "update": lambda updates, params: updates,
+    }
     protection = dataclasses.replace(whole, training=unmasked)
-  method = shared.shared_generative(PROBLEM, GENERATOR, settings, protection, images=20, replayed=16, seed=0)
+  method = shared.shared_generative(
+    PROBLEM, GENERATOR, settings, protection, images=20, replayed=16, seed=0
+  )
   step, memory, recalled = jax.jit(method.prelude), method.init(KEY), []
   for task in range(2):
     for i in range(STEPS):
@@ -82,7 +97,9 @@ def test_the_largest_mask_protects_updates_and_embeddings_move_within_limits():
   updates = change(shared.streams.merge(**ones), shared.streams.merge(**params))
   free = lambda name: np.asarray(updates[name]["filters"]["kernel"]) / 0.1
   np.testing.assert_allclose(free("map1")[0, 0, 0], [0, 0.75] + [1] * 6, rtol=1e-6)
-  np.testing.assert_allclose(free("map2")[0, 0, :, 0], [0, 0.75] + [1] * 6, rtol=1e-6)  # from a unit less in use
+  np.testing.assert_allclose(
+    free("map2")[0, 0, :, 0], [0, 0.75] + [1] * 6, rtol=1e-6
+  )  # from a unit less in use
   np.testing.assert_allclose(free("map2")[0, 0, :, 1], [1] * 8)
   np.testing.assert_allclose(updates["map1"]["gate"]["logits"], [1] * 7 + [0.1], rtol=1e-5)
   np.testing.assert_allclose(updates["pixels"]["kernel"], 0.1)
@@ -111,15 +128,23 @@ def test_a_finished_task_keeps_its_mask_at_the_full_slope_and_what_is_its_own():
 
 def perfect():
   """A rehearsal that remembers real images: the same number of every class seen."""
-  pool = [np.concatenate(x) for x in zip(*(toy.images(t, per_class=8)[:2] for t in range(toy.TASKS)), strict=True)]
+  pool = [
+    np.concatenate(x)
+    for x in zip(*(toy.images(t, per_class=8)[:2] for t in range(toy.TASKS)), strict=True)
+  ]
 
   def replay(memory, batch, task, key):
     places = jax.random.randint(key, (16,), 0, 16 * (task + 1))
     return Replay(toy.normalise(jnp.asarray(pool[0])[places]), jnp.asarray(pool[1])[places], 0.0)
 
   return Rehearsal(
-      init=lambda key: jnp.zeros(3), replay=replay, recall=None, keep=lambda memory, data, task, key: memory + 1,
-      megabytes=lambda memory, learnt: 2.0 * learnt, prelude=lambda memory, x, labels: (memory, {"labels": labels}))
+    init=lambda key: jnp.zeros(3),
+    replay=replay,
+    recall=None,
+    keep=lambda memory, data, task, key: memory + 1,
+    megabytes=lambda memory, learnt: 2.0 * learnt,
+    prelude=lambda memory, x, labels: (memory, {"labels": labels}),
+  )
 
 
 def method(real=0.0):
@@ -141,18 +166,25 @@ def test_remembered_images_keep_all_classes_alive(real):
 def test_real_images_have_their_share_of_the_loss():
   learner, data = toy.start(method()).replace(task=jnp.int32(2)), toy.images(2)
   other = toy.images(2, seed=5)
-  terms = lambda real, d: method(real).loss(learner.params, learner, Batch(
-      toy.normalise(d.pixels[:8]), jnp.asarray(d.labels[:8]), KEY, 0.0))
+  terms = lambda real, d: method(real).loss(
+    learner.params, learner, Batch(toy.normalise(d.pixels[:8]), jnp.asarray(d.labels[:8]), KEY, 0.0)
+  )
   total, (parts, _) = terms(0.25, data)
-  assert float(total) == pytest.approx(float(0.25 * parts["cross_entropy"] + 0.75 * parts["replay"]), rel=1e-6)
+  assert float(total) == pytest.approx(
+    float(0.25 * parts["cross_entropy"] + 0.75 * parts["replay"]), rel=1e-6
+  )
   assert float(parts["replay"]) != pytest.approx(float(parts["cross_entropy"]), abs=1e-4)
   assert float(terms(0.0, data)[0]) == pytest.approx(float(parts["replay"]), rel=1e-6)
-  assert float(terms(0.0, data)[0]) == float(terms(0.0, other)[0])  # what is generated is all it sees
+  assert float(terms(0.0, data)[0]) == float(
+    terms(0.0, other)[0]
+  )  # what is generated is all it sees
 
 
 def test_the_prelude_sees_labels_of_its_task():
   learner = toy.start(method()).replace(task=jnp.int32(2))
-  after, metrics = method().prelude(learner, jnp.zeros((2, *toy.SHAPE), jnp.uint8), jnp.array([4, 5]))
+  after, metrics = method().prelude(
+    learner, jnp.zeros((2, *toy.SHAPE), jnp.uint8), jnp.array([4, 5])
+  )
   assert metrics["labels"].tolist() == [0, 1]
   assert int(after.step) == int(learner.step) + 1
 

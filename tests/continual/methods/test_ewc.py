@@ -13,8 +13,10 @@ from tests.helpers import conflicting
 NET = conflicting.network()
 SETTINGS = dict(strength=10.0, examples=64)
 BOTH = {
-    "ewc": lambda net=NET, **changes: ewc.ewc(net, **SETTINGS | changes),
-    "online_ewc": lambda net=NET, **changes: ewc.online_ewc(net, **{"decay": 1.0} | SETTINGS | changes),
+  "ewc": lambda net=NET, **changes: ewc.ewc(net, **SETTINGS | changes),
+  "online_ewc": lambda net=NET, **changes: ewc.online_ewc(
+    net, **{"decay": 1.0} | SETTINGS | changes
+  ),
 }
 both = pytest.mark.parametrize("make", BOTH.values(), ids=BOTH)
 
@@ -25,18 +27,31 @@ def learner(method, task=0):
 
 def batch(task=1):
   data = conflicting.task(task)
-  return Batch(NET.problem.normalise(data.pixels), jnp.asarray(data.labels), jax.random.key(0), jnp.asarray(0.0))
+  return Batch(
+    NET.problem.normalise(data.pixels),
+    jnp.asarray(data.labels),
+    jax.random.key(0),
+    jnp.asarray(0.0),
+  )
 
 
 def test_fisher_of_softmax_regression_in_closed_form():
   """d log softmax(x W)_y / d W = x (onehot(y) - p)^T, squared and averaged; not the square of the average."""
   random = np.random.default_rng(0)
-  kernel, x, labels = random.normal(size=(3, 4)), random.normal(size=(5, 3)), np.array([0, 3, 1, 1, 2])
+  kernel, x, labels = (
+    random.normal(size=(3, 4)),
+    random.normal(size=(5, 3)),
+    np.array([0, 3, 1, 1, 2]),
+  )
   logits = x @ kernel
   p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   each = x[:, :, None] * (np.eye(4)[labels] - p)[:, None, :]
-  found = ewc.fisher_diagonal(lambda w, x, y: jax.nn.log_softmax(x @ w)[y], jnp.asarray(kernel, jnp.float32),
-                              jnp.asarray(x, jnp.float32), jnp.asarray(labels))
+  found = ewc.fisher_diagonal(
+    lambda w, x, y: jax.nn.log_softmax(x @ w)[y],
+    jnp.asarray(kernel, jnp.float32),
+    jnp.asarray(x, jnp.float32),
+    jnp.asarray(labels),
+  )
   np.testing.assert_allclose(found, np.mean(each**2, axis=0), rtol=1e-5)
   assert np.abs(np.mean(each, axis=0) ** 2 / found).max() < 0.7
 
@@ -46,9 +61,13 @@ def test_fisher_of_a_task_is_that_of_labels_drawn_from_its_own_head(make):
   """For two classes and a head's bias, F = mean_n p_n (1 - p_n) whatever the labels are; other heads get nothing."""
   method, data = make(examples=3000), conflicting.task(1, 3000)
   before = learner(method, task=1)
-  logits = np.asarray(NET.logits(before.params, before.batch_stats, NET.problem.normalise(data.pixels)), np.float64)
+  logits = np.asarray(
+    NET.logits(before.params, before.batch_stats, NET.problem.normalise(data.pixels)), np.float64
+  )
   p = 1 / (1 + np.exp(logits[:, 2] - logits[:, 3]))
-  fisher = method.end_task(before, data._replace(labels=np.full(3000, 2)), jax.random.key(0)).memory["fisher"]
+  fisher = method.end_task(
+    before, data._replace(labels=np.full(3000, 2)), jax.random.key(0)
+  ).memory["fisher"]
   heads = jax.tree.map(lambda x: np.asarray(x)[-1], fisher)["heads"]
   np.testing.assert_array_equal(heads["bias"][:2], 0)
   np.testing.assert_array_equal(heads["kernel"][:, :2], 0)
@@ -59,7 +78,11 @@ def test_fisher_of_a_task_is_that_of_labels_drawn_from_its_own_head(make):
 @both
 def test_fisher_is_a_mean_over_as_many_examples_as_asked_for(make):
   """A single example's Fisher diagonal has the rank-one form of its gradient: F_kernel = x^2 F_bias."""
-  fisher = make(examples=1).end_task(learner(make()), conflicting.task(0), jax.random.key(0)).memory["fisher"]
+  fisher = (
+    make(examples=1)
+    .end_task(learner(make()), conflicting.task(0), jax.random.key(0))
+    .memory["fisher"]
+  )
   hidden = jax.tree.map(lambda x: np.asarray(x)[0], fisher)["hidden"]
   x = (conflicting.task(0).pixels.reshape(64, 4) / 127.5 - 1) ** 2
   ratio = (hidden["kernel"] / hidden["bias"])[:, 0]
@@ -69,10 +92,15 @@ def test_fisher_is_a_mean_over_as_many_examples_as_asked_for(make):
 def test_penalty_of_two_tasks_by_hand():
   method = BOTH["ewc"]()
   state = learner(method, task=1)
-  fill = lambda tree, *values: jax.tree.map(lambda x: x.at[:].set(jnp.reshape(
-      jnp.array(values), (-1,) + (1,) * (x.ndim - 1))), tree)
-  state = state.replace(memory={"fisher": fill(state.memory["fisher"], 3.0, 0.5),
-                                "anchor": fill(state.memory["anchor"], 1.0, -1.0)})
+  fill = lambda tree, *values: jax.tree.map(
+    lambda x: x.at[:].set(jnp.reshape(jnp.array(values), (-1,) + (1,) * (x.ndim - 1))), tree
+  )
+  state = state.replace(
+    memory={
+      "fisher": fill(state.memory["fisher"], 3.0, 0.5),
+      "anchor": fill(state.memory["anchor"], 1.0, -1.0),
+    }
+  )
   params = jax.tree.map(lambda x: jnp.full_like(x, 2.0), state.params)
   count = sum(x.size for x in jax.tree.leaves(params))
   held = lambda p: method.loss(p, state, batch())[0] - NET.loss(p, state, batch())[0]
@@ -113,8 +141,12 @@ def test_online_fisher_decays_and_its_anchor_is_the_latest(decay):
   state = state.replace(task=jnp.asarray(1), params=jax.tree.map(lambda x: x + 1, state.params))
   forgotten = state.replace(memory=jax.tree.map(jnp.zeros_like, state.memory))
   new, alone = second(state), second(forgotten)
-  jax.tree.map(lambda n, a, old: np.testing.assert_allclose(n, decay * old + a, rtol=1e-6),
-               new["fisher"], alone["fisher"], state.memory["fisher"])
+  jax.tree.map(
+    lambda n, a, old: np.testing.assert_allclose(n, decay * old + a, rtol=1e-6),
+    new["fisher"],
+    alone["fisher"],
+    state.memory["fisher"],
+  )
   jax.tree.map(lambda n, p: np.testing.assert_array_equal(n[0], p), new["anchor"], state.params)
 
 
@@ -136,12 +168,21 @@ def test_two_devices_do_as_one():
   for name, count in ((None, 1), (devices.AXIS, 2)):
     net = conflicting.network(norm=True, axis_name=name)
     method, optimiser = BOTH["ewc"](net), optax.sgd(0.1)
-    state = method.end_task(conflicting.learner(method, optimiser), conflicting.task(0), jax.random.key(0))
-    state, data, run = state.replace(task=jnp.asarray(1)), conflicting.task(1), conflicting.step(method, net, optimiser)
+    state = method.end_task(
+      conflicting.learner(method, optimiser), conflicting.task(0), jax.random.key(0)
+    )
+    state, data, run = (
+      state.replace(task=jnp.asarray(1)),
+      conflicting.task(1),
+      conflicting.step(method, net, optimiser),
+    )
     if count > 1:
       run = devices.map_over_devices(
-          run, args=(devices.REPLICATED, devices.BATCH, devices.BATCH, devices.REPLICATED),
-          results=(devices.REPLICATED, devices.REPLICATED), devices=jax.devices()[:count])
+        run,
+        args=(devices.REPLICATED, devices.BATCH, devices.BATCH, devices.REPLICATED),
+        results=(devices.REPLICATED, devices.REPLICATED),
+        devices=jax.devices()[:count],
+      )
     for _ in range(3):
       state, metrics = run(state, data.pixels, data.labels, np.float32(0))
     states.append(jax.device_get((state.params, metrics["penalty"])))
@@ -149,11 +190,14 @@ def test_two_devices_do_as_one():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *states)
 
 
-@pytest.mark.parametrize(("name", "setting", "value", "message"), [
+@pytest.mark.parametrize(
+  ("name", "setting", "value", "message"),
+  [
     ("ewc", "strength", -1.0, "strength must be >= 0; got -1.0"),
     ("ewc", "examples", 0, "examples must be >= 1; got 0"),
     ("online_ewc", "decay", 1.5, r"decay must be in \[0, 1\]; got 1.5"),
-])
+  ],
+)
 def test_bad_settings(name, setting, value, message):
   with pytest.raises(ValueError, match=message):
     BOTH[name](**{setting: value})

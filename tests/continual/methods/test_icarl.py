@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from gating_jax.continual.memory import EMPTY, ReplaySettings
-from gating_jax.continual.methods.icarl import Headed, class_means, herd, icarl, nearest_mean, sigmoid_losses
+from gating_jax.continual.methods.icarl import (
+  Headed,
+  class_means,
+  herd,
+  icarl,
+  nearest_mean,
+  sigmoid_losses,
+)
 from tests.helpers import toy
 
 
@@ -19,7 +26,9 @@ def method(images=12):
 def unit_features(learner, pixels):
   """By hand, from the parameters."""
   hidden = learner.params["body"]["hidden"]
-  f = np.maximum(np.reshape(pixels, (len(pixels), -1)) / 255 @ np.asarray(hidden["kernel"]) + hidden["bias"], 0)
+  f = np.maximum(
+    np.reshape(pixels, (len(pixels), -1)) / 255 @ np.asarray(hidden["kernel"]) + hidden["bias"], 0
+  )
   return f / np.linalg.norm(f, axis=1, keepdims=True)
 
 
@@ -36,19 +45,35 @@ def test_herding_is_the_greedy_choice_of_its_equation():
   features = np.random.default_rng(0).normal(size=(12, 3))
   chosen = []
   for _ in range(7):
-    gaps = {i: np.linalg.norm(features.mean(0) - features[[*chosen, i]].mean(0)) for i in range(12) if i not in chosen}
+    gaps = {
+      i: np.linalg.norm(features.mean(0) - features[[*chosen, i]].mean(0))
+      for i in range(12)
+      if i not in chosen
+    }
     chosen.append(min(gaps, key=gaps.get))
   assert herd(features, 7).tolist() == chosen
 
 
 def test_losses_by_hand():
-  z, teacher = np.array([[0.5, -1.0, 2.0, 0.1, 7.0, 7.0]] * 2), np.array([[1.0, 0.0, 9.0, 9.0, 9.0, 9.0]] * 2)
+  z, teacher = (
+    np.array([[0.5, -1.0, 2.0, 0.1, 7.0, 7.0]] * 2),
+    np.array([[1.0, 0.0, 9.0, 9.0, 9.0, 9.0]] * 2),
+  )
   sigmoid = lambda x: 1 / (1 + np.exp(-x))
   bce = lambda x, target: -target * np.log(sigmoid(x)) - (1 - target) * np.log(1 - sigmoid(x))
-  new, old = sigmoid_losses(jnp.asarray(z), jnp.asarray(teacher), jnp.array([3, 0]), jnp.int32(1), 2)
-  assert float(new) == pytest.approx((bce(2.0, 0) + bce(0.1, 1) + bce(2.0, 0) + bce(0.1, 0)) / 2, rel=1e-5)
+  new, old = sigmoid_losses(
+    jnp.asarray(z), jnp.asarray(teacher), jnp.array([3, 0]), jnp.int32(1), 2
+  )
+  assert float(new) == pytest.approx(
+    (bce(2.0, 0) + bce(0.1, 1) + bce(2.0, 0) + bce(0.1, 0)) / 2, rel=1e-5
+  )
   assert float(old) == pytest.approx(bce(0.5, sigmoid(1.0)) + bce(-1.0, 0.5), rel=1e-5)
-  assert float(sigmoid_losses(jnp.asarray(z), jnp.asarray(teacher), jnp.array([1, 0]), jnp.int32(0), 2)[1]) == 0
+  assert (
+    float(
+      sigmoid_losses(jnp.asarray(z), jnp.asarray(teacher), jnp.array([1, 0]), jnp.int32(0), 2)[1]
+    )
+    == 0
+  )
 
 
 def test_means_and_scores_by_hand():
@@ -58,7 +83,9 @@ def test_means_and_scores_by_hand():
   np.testing.assert_allclose(means, [[half, half], [0, 0], [0, 1], [0, 0]], rtol=1e-6)
   assert has_mean.tolist() == [True, False, True, False]
   scores = nearest_mean(jnp.array([[1.0, 0.0]]), means, has_mean)
-  np.testing.assert_allclose(scores, [[-((1 - half) ** 2 + half**2), -np.inf, -2.0, -np.inf]], rtol=1e-6)
+  np.testing.assert_allclose(
+    scores, [[-((1 - half) ** 2 + half**2), -np.inf, -2.0, -np.inf]], rtol=1e-6
+  )
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +101,9 @@ def test_exemplars_are_those_of_herding(two_tasks):
   for c in range(2):
     of_class = data.pixels[data.labels == c]
     best = of_class[herd(unit_features(first, of_class), 6)]
-    kept = np.asarray(first.memory["exemplars"].pixels)[np.asarray(first.memory["exemplars"].labels) == c]
+    kept = np.asarray(first.memory["exemplars"].pixels)[
+      np.asarray(first.memory["exemplars"].labels) == c
+    ]
     assert sorted(x.tobytes() for x in kept) == sorted(x.tobytes() for x in best)
     np.testing.assert_array_equal(kept, best)
 
@@ -90,7 +119,10 @@ def test_reduced_exemplars_are_the_first_in_their_order(two_tasks):
 def test_the_nearest_mean_of_exemplars_decides_with_and_without_the_task(two_tasks):
   _, learner = two_tasks
   exemplars, data = learner.memory["exemplars"], toy.images(1, seed=1)
-  features, labels = unit_features(learner, np.asarray(exemplars.pixels)), np.asarray(exemplars.labels)
+  features, labels = (
+    unit_features(learner, np.asarray(exemplars.pixels)),
+    np.asarray(exemplars.labels),
+  )
   means = np.stack([features[labels == c].mean(axis=0) for c in range(4)])
   means /= np.linalg.norm(means, axis=1, keepdims=True)
   distance = np.linalg.norm(unit_features(learner, data.pixels)[:, None] - means, axis=-1)
@@ -111,5 +143,7 @@ def test_the_teacher_is_the_network_at_the_end_of_the_last_task(two_tasks):
 
 
 def test_every_class_needs_an_exemplar():
-  with pytest.raises(ValueError, match="images must be at least 6, an exemplar of every class; got 5"):
+  with pytest.raises(
+    ValueError, match="images must be at least 6, an exemplar of every class; got 5"
+  ):
     method(images=5)

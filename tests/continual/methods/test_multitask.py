@@ -25,8 +25,14 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 def model(kind, axis_name=None, norm=True):
   gating = "channel" if kind == "gates" else "none"
-  return VGG(TASKS * CLASSES if kind == "trunk" else None, CHAIN, norm=norm, gating=gating, axis_name=axis_name,
-             gate=GateSettings(hidden=4, initial_open=0.7))
+  return VGG(
+    TASKS * CLASSES if kind == "trunk" else None,
+    CHAIN,
+    norm=norm,
+    gating=gating,
+    axis_name=axis_name,
+    gate=GateSettings(hidden=4, initial_open=0.7),
+  )
 
 
 def method(kind, axis_name=None, norm=True, **settings):
@@ -40,11 +46,17 @@ def method(kind, axis_name=None, norm=True, **settings):
 
 
 def both_tasks(count=64, seed=0):
-  return TaskData(*map(tasks.interleave, zip(*(tiny_tasks.task(t, count, seed) for t in range(TASKS)), strict=True)))
+  return TaskData(
+    *map(
+      tasks.interleave, zip(*(tiny_tasks.task(t, count, seed) for t in range(TASKS)), strict=True)
+    )
+  )
 
 
 def batch_of(data, epoch=1.0):
-  return Batch(tiny_tasks.problem().normalise(data.pixels), jnp.asarray(data.labels), jax.random.key(3), epoch)
+  return Batch(
+    tiny_tasks.problem().normalise(data.pixels), jnp.asarray(data.labels), jax.random.key(3), epoch
+  )
 
 
 def gradients(method, learner):
@@ -70,7 +82,9 @@ def test_a_task_s_own_parts_learn_from_its_own_images_alone(kind):
 
 def test_a_head_of_the_trunk_learns_from_its_own_images_alone():
   made = method("trunk", norm=False)
-  before, after = (grads["classifier"]["kernel"] for grads in gradients(made, tiny_tasks.learner(made)))
+  before, after = (
+    grads["classifier"]["kernel"] for grads in gradients(made, tiny_tasks.learner(made))
+  )
   assert np.abs(before[:, CLASSES:]).max() > 0.01
   np.testing.assert_allclose(after[:, CLASSES:], before[:, CLASSES:], rtol=1e-5)
   assert tiny.relative_gap(after[:, :CLASSES], before[:, :CLASSES]) > 0.01
@@ -87,11 +101,19 @@ def test_the_loss_is_the_sum_of_what_tasks_have_alone(kind):
   for t in range(TASKS):
     x, labels = batch.x[t::TASKS], batch.labels[t::TASKS] - t * CLASSES
     if kind == "trunk":
-      logits = model(kind, norm=False).apply({"params": learner.params}, x)[0][:, t * CLASSES :][:, :CLASSES]
+      logits = model(kind, norm=False).apply({"params": learner.params}, x)[0][:, t * CLASSES :][
+        :, :CLASSES
+      ]
     else:
-      own, stats = jax.tree.map(lambda x, t=t: x[t], (learner.params["own"], learner.batch_stats["own"]))
-      logits = net.apply({**learner.params, "own": own}, {**learner.batch_stats, "own": stats}, x, train=True).logits
-    expected.append(float(jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))))
+      own, stats = jax.tree.map(
+        lambda x, t=t: x[t], (learner.params["own"], learner.batch_stats["own"])
+      )
+      logits = net.apply(
+        {**learner.params, "own": own}, {**learner.batch_stats, "own": stats}, x, train=True
+      ).logits
+    expected.append(
+      float(jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels)))
+    )
   assert float(total) == pytest.approx(sum(expected), rel=1e-5)
   assert float(terms["cross_entropy"]) == pytest.approx(np.mean(expected), rel=1e-5)
 
@@ -103,12 +125,17 @@ def test_open_gates_cost_after_the_patience_and_every_task_pays_for_its_own():
   records = shared_net.SharedNet(model("gates"), tiny_tasks.problem()).shapes[0]
   net = learner.params["own"]["net"]
   none = units.shut(jax.tree.map(lambda x: x[1], net), records, np.zeros(10, bool))
-  learner = learner.replace(params={**learner.params, "own": {
-      **learner.params["own"], "net": shared_net.put(net, 1, none)}})
+  learner = learner.replace(
+    params={**learner.params, "own": {**learner.params["own"], "net": shared_net.put(net, 1, none)}}
+  )
   for epoch, price in ((1.25, 0.0), (1.5, 2.0)):
     total, (terms, _) = made.loss(learner.params, learner, batch_of(data, epoch))
-    assert 0.2 < terms["sparsity"] < 0.5  # all of task 2's gates are shut, and about 0.7 of task 1's open
-    assert float(total) == pytest.approx(TASKS * float(terms["cross_entropy"] + price * terms["sparsity"]), rel=1e-6)
+    assert (
+      0.2 < terms["sparsity"] < 0.5
+    )  # all of task 2's gates are shut, and about 0.7 of task 1's open
+    assert float(total) == pytest.approx(
+      TASKS * float(terms["cross_entropy"] + price * terms["sparsity"]), rel=1e-6
+    )
 
 
 @pytest.mark.thin(3)
@@ -117,15 +144,20 @@ def test_all_tasks_are_learnt_and_nothing_changes_shape(kind):
   made, data = method(kind), both_tasks()
   learner = tiny_tasks.learner(made)
   trained = tiny_tasks.train(made, learner, data, 100)
-  ended = made.end_task(trained, data._replace(validation_pixels=data.pixels, validation_labels=data.labels),
-                        jax.random.key(0))
+  ended = made.end_task(
+    trained,
+    data._replace(validation_pixels=data.pixels, validation_labels=data.labels),
+    jax.random.key(0),
+  )
   assert tiny_tasks.same_shapes(learner, trained)
   assert tiny_tasks.same_shapes(learner, ended)
   assert tiny.bit_equal(ended.params, trained.params)
   assert min(tiny_tasks.accuracy(made, ended, t, TASKS) for t in range(TASKS)) > 0.9
   x = tiny_tasks.problem().normalise(data.pixels)
   p = made.predict(ended, x, 1, TASKS)
-  np.testing.assert_allclose(np.exp(p.agnostic).reshape(len(x), TASKS, CLASSES).sum(-1), 1, rtol=1e-5)
+  np.testing.assert_allclose(
+    np.exp(p.agnostic).reshape(len(x), TASKS, CLASSES).sum(-1), 1, rtol=1e-5
+  )
   np.testing.assert_array_equal(np.argmax(p.aware, -1), np.argmax(p.agnostic[:, CLASSES:], -1))
   passes = 1 if kind == "trunk" else TASKS
   if kind != "gates":
@@ -147,14 +179,19 @@ def test_units_are_relevant_to_the_tasks_whose_gates_open_on_their_own_images():
       logits["kernel"] = jnp.zeros_like(logits["kernel"])
     net = shared_net.put(net, t, units.shut(own, records, kept[t]))
   learner = learner.replace(params={**learner.params, "own": {**learner.params["own"], "net": net}})
-  ended = made.end_task(learner, data._replace(validation_pixels=data.pixels, validation_labels=data.labels), None)
+  ended = made.end_task(
+    learner, data._replace(validation_pixels=data.pixels, validation_labels=data.labels), None
+  )
   np.testing.assert_array_equal(ended.memory["relevant"], kept)
   used = made.holdings(ended).relevant
   np.testing.assert_array_equal(np.concatenate(list(used.values()), axis=1), kept)
   assert metrics.gate_overlap(np.concatenate(list(used.values()), axis=1))[0, 1] == 1 / 7
   x = tiny_tasks.problem().normalise(data.pixels)
   dense = count(model("gates"), SHAPE)
-  macs = [float(made.predict(ended, x, t, TASKS).macs[0]) - dense.fixed - 6 * CLASSES for t in range(TASKS)]
+  macs = [
+    float(made.predict(ended, x, t, TASKS).macs[0]) - dense.fixed - 6 * CLASSES
+    for t in range(TASKS)
+  ]
   per_unit, per_pair = records[0].macs_per_unit, records[1].macs_per_pair
   assert macs == [3 * per_unit + 3 * 1 * per_pair, 2 * per_unit + 2 * 2 * per_pair]
 
@@ -166,9 +203,11 @@ def test_two_devices_take_the_step_of_one(kind):
   learner, data = tiny_tasks.learner(made), both_tasks(16)
   alone, one = jax.jit(tiny_tasks.step(made))(learner, data.pixels, data.labels, np.int32(0))
   run = devices.map_over_devices(
-      tiny_tasks.step(spread, devices.AXIS), args=(devices.REPLICATED, devices.BATCH, devices.BATCH,
-                                                   devices.REPLICATED),
-      results=(devices.REPLICATED, devices.REPLICATED), devices=jax.devices()[:2])
+    tiny_tasks.step(spread, devices.AXIS),
+    args=(devices.REPLICATED, devices.BATCH, devices.BATCH, devices.REPLICATED),
+    results=(devices.REPLICATED, devices.REPLICATED),
+    devices=jax.devices()[:2],
+  )
   both, two = run(learner, data.pixels, data.labels, np.int32(0))
   assert float(one["cross_entropy"]) == pytest.approx(float(two["cross_entropy"]), rel=1e-5)
   assert tiny.relative_gap(both.params, alone.params) < 1e-5

@@ -15,10 +15,10 @@ from tests.helpers.tiny import relative_gap
 
 REHEARSAL = memory.ReplaySettings(images=9, batch_size=8)
 METHODS = {
-    "er": lambda net: er(net, REHEARSAL),
-    "derpp": lambda net: derpp(net, REHEARSAL, alpha=0.5, beta=0.5),
-    "agem": lambda net: agem(net, REHEARSAL),
-    "icarl": lambda net: icarl(net, REHEARSAL),
+  "er": lambda net: er(net, REHEARSAL),
+  "derpp": lambda net: derpp(net, REHEARSAL, alpha=0.5, beta=0.5),
+  "agem": lambda net: agem(net, REHEARSAL),
+  "icarl": lambda net: icarl(net, REHEARSAL),
 }
 every = pytest.mark.parametrize("name", METHODS)
 
@@ -52,10 +52,14 @@ def test_memory_holds_its_share_of_every_class_and_no_shape_changes(name):
 def test_two_devices_as_one(name):
   alone, spread = METHODS[name](network(name)), METHODS[name](toy.at_device_axis(network(name)))
   learner = toy.end_task(alone, toy.start(alone), toy.images(0))
-  learner = learner.replace(params=jax.tree.map(lambda x: 1.5 * x, learner.params))  # not the teacher's any more
+  learner = learner.replace(
+    params=jax.tree.map(lambda x: 1.5 * x, learner.params)
+  )  # not the teacher's any more
   data, index = toy.images(1), np.arange(0, 40, 5)
-  after = [toy.step(method, count)(learner, data.pixels[index], data.labels[index])[0]
-           for method, count in ((alone, 1), (spread, 2))]
+  after = [
+    toy.step(method, count)(learner, data.pixels[index], data.labels[index])[0]
+    for method, count in ((alone, 1), (spread, 2))
+  ]
   assert relative_gap(learner.params, after[0].params) > 1e-3
   assert relative_gap(after[1].params, after[0].params) < 1e-6
 

@@ -30,13 +30,18 @@ from tests.helpers import tiny
 SHAPE, TASKS, STEPS = (6, 6, 1), 3, 12
 GATE = GateSettings(hidden=4, initial_open=0.6)
 MODELS = {
-    "simple_cnn": VGG(None, (8, POOL, 8), gating="channel", gate=GATE),
-    "vgg": VGG(None, (8, 8, POOL), gating="channel", gate=GATE),
-    "resnet": ResNet(None, (1, 1), features=8, shortcut="B", gating="all_channels", gate=GATE),
+  "simple_cnn": VGG(None, (8, POOL, 8), gating="channel", gate=GATE),
+  "vgg": VGG(None, (8, 8, POOL), gating="channel", gate=GATE),
+  "resnet": ResNet(None, (1, 1), features=8, shortcut="B", gating="all_channels", gate=GATE),
 }
 PLAIN = VGG(6, (4, POOL))
-PROBLEM = Problem(tasks=TASKS, classes=2, shape=SHAPE, batch_size=32,
-                  normalise=lambda x: x.astype(jnp.float32) / 128 - 1)
+PROBLEM = Problem(
+  tasks=TASKS,
+  classes=2,
+  shape=SHAPE,
+  batch_size=32,
+  normalise=lambda x: x.astype(jnp.float32) / 128 - 1,
+)
 
 
 NETWORK = Network(PLAIN, PROBLEM, count(PLAIN, SHAPE).macs, "seen")
@@ -56,39 +61,62 @@ def data(task, count=64, seed=0):
 class Run:
   """A method on the three tasks, as the experiment runs it, on one device."""
 
-  def __init__(self, name, remembering=None, classifier=None, network=None, distillation=0.0, **settings):
+  def __init__(
+    self, name, remembering=None, classifier=None, network=None, distillation=0.0, **settings
+  ):
     model = MODELS[name]
     # The threshold gives up units that test images would open.
-    gates = TaskGatesSettings(**{"sparsity": 0.5, "patience": 0.0, "when_full": "reuse", "threshold": 0.9, **settings})
-    self.method = task_gates(model, PROBLEM, count(model, SHAPE), gates, remembering, classifier, network,
-                             distillation)
+    gates = TaskGatesSettings(
+      **{"sparsity": 0.5, "patience": 0.0, "when_full": "reuse", "threshold": 0.9, **settings}
+    )
+    self.method = task_gates(
+      model, PROBLEM, count(model, SHAPE), gates, remembering, classifier, network, distillation
+    )
     self.optimiser = optim.sgd(optax.constant_schedule(0.1), momentum=0.9, weight_decay=1e-2)
-    self.step = jax.jit(training.make_step(self.method, self.optimiser, lambda key, x: PROBLEM.normalise(x), seed=0,
-                                        steps_per_epoch=4))
+    self.step = jax.jit(
+      training.make_step(
+        self.method, self.optimiser, lambda key, x: PROBLEM.normalise(x), seed=0, steps_per_epoch=4
+      )
+    )
     self.predict = jax.jit(self.method.predict, static_argnums=3)
 
     @jax.jit
     def init(key):
       start = self.method.init(key)
-      return Learner(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), *start[:2], self.optimiser.init(start.params),
-                     start.memory, Table(*[jnp.zeros(())] * 5))
+      return Learner(
+        jnp.zeros((), jnp.int32),
+        jnp.zeros((), jnp.int32),
+        *start[:2],
+        self.optimiser.init(start.params),
+        start.memory,
+        Table(*[jnp.zeros(())] * 5),
+      )
 
     self.learner = init(jax.random.key(0, impl="rbg"))
 
   def learn(self, task, seed=0, count=STEPS):
     for i in range(count):
-      self.learner, self.metrics = self.step(self.learner, *data(task, seed=seed + i), np.int32(task * STEPS))
+      self.learner, self.metrics = self.step(
+        self.learner, *data(task, seed=seed + i), np.int32(task * STEPS)
+      )
     held_out = data(task, 16, seed=1000 + seed)
     self.learner = self.method.end_task(
-        self.learner, TaskData(*data(task, seed=seed), *held_out), jax.random.key(task + 1, impl="rbg"))
-    self.learner = self.learner.replace(task=self.learner.task + 1,
-                                        opt_state=self.optimiser.init(self.learner.params))
+      self.learner,
+      TaskData(*data(task, seed=seed), *held_out),
+      jax.random.key(task + 1, impl="rbg"),
+    )
+    self.learner = self.learner.replace(
+      task=self.learner.task + 1, opt_state=self.optimiser.init(self.learner.params)
+    )
 
   def logits(self, task, batch_size, count=256):
     """Of the task's test images, in batches."""
     x = PROBLEM.normalise(data(task, count, seed=99)[0])
     seen = int(self.learner.task)
-    parts = [self.predict(self.learner, x[i : i + batch_size], task, seen).aware for i in range(0, count, batch_size)]
+    parts = [
+      self.predict(self.learner, x[i : i + batch_size], task, seen).aware
+      for i in range(0, count, batch_size)
+    ]
     return np.concatenate(parts)
 
 
@@ -107,18 +135,24 @@ def learnt(name, **changes):
 
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("batch_size", [1, 256])
-@pytest.mark.parametrize("name", ["simple_cnn", "vgg", pytest.param("resnet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  "name", ["simple_cnn", "vgg", pytest.param("resnet", marks=pytest.mark.slow)]
+)
 def test_nothing_is_forgotten_to_the_last_bit(name, batch_size):
   before, after, run, middle = learnt(name)
   assert len(np.unique(before[batch_size], axis=0)) > 1
   np.testing.assert_array_equal(after[batch_size], before[batch_size])
-  moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), middle.params["shared"], run.learner.params["shared"])
+  moved = jax.tree.map(
+    lambda a, b: not np.array_equal(a, b), middle.params["shared"], run.learner.params["shared"]
+  )
   assert any(jax.tree.leaves(moved))
 
 
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("protection", ["protect_updates", "shut_gates", "own_norms"])
-@pytest.mark.parametrize("name", ["simple_cnn", "vgg", pytest.param("resnet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  "name", ["simple_cnn", "vgg", pytest.param("resnet", marks=pytest.mark.slow)]
+)
 def test_every_protection_is_needed(protection, name):
   before, after, *_ = learnt(name, **{protection: False})
   assert not np.array_equal(after[256], before[256])
@@ -131,9 +165,13 @@ def test_frozen_filters_stay_and_the_others_begin_anew():
   run.learn(0)
   first, mask = kernel(), run.learner.memory["relevant"][0, 8:]
   assert 0 < mask.sum() < 8
-  np.testing.assert_array_equal(run.learner.memory["frozen"]["layer2"]["conv"]["conv"]["kernel"], mask)
+  np.testing.assert_array_equal(
+    run.learner.memory["frozen"]["layer2"]["conv"]["conv"]["kernel"], mask
+  )
   assert not np.array_equal(first[..., mask], begun[..., mask])
-  np.testing.assert_allclose(first[..., ~mask].std(), np.sqrt(2 / 72), rtol=0.3)  # he_normal, untrained
+  np.testing.assert_allclose(
+    first[..., ~mask].std(), np.sqrt(2 / 72), rtol=0.3
+  )  # he_normal, untrained
   run.learn(1)
   np.testing.assert_array_equal(kernel()[..., mask], first[..., mask])
   later = np.asarray(run.learner.memory["relevant"][1, 8:]) & ~mask
@@ -146,8 +184,15 @@ def test_a_unit_is_relevant_by_the_share_of_held_out_images_that_open_it():
   for i in range(STEPS):
     run.learner, _ = run.step(run.learner, *data(0, seed=i), np.int32(0))
   held_out, learner = data(0, 16, seed=1000), run.learner
-  rates = lambda pixels: np.concatenate([r.gates for r in SharedNet(MODELS["vgg"], PROBLEM).apply(
-      learner.params, learner.batch_stats, PROBLEM.normalise(pixels)).records], axis=-1).mean(0)
+  rates = lambda pixels: np.concatenate(
+    [
+      r.gates
+      for r in SharedNet(MODELS["vgg"], PROBLEM)
+      .apply(learner.params, learner.batch_stats, PROBLEM.normalise(pixels))
+      .records
+    ],
+    axis=-1,
+  ).mean(0)
   assert ((rates(held_out[0]) > 0.5) != (rates(data(0)[0]) > 0.5)).any()
   ended = run.method.end_task(learner, TaskData(*data(0), *held_out), jax.random.key(1, impl="rbg"))
   np.testing.assert_array_equal(ended.memory["relevant"][0], rates(held_out[0]) > 0.5)
@@ -182,9 +227,15 @@ def test_a_full_layer_is_an_error_that_names_it():
 
 
 # Units that are made by layer, and the parameters of a filter of each, a projection's included.
-@pytest.mark.parametrize(("name", "made", "filters"), [
+@pytest.mark.parametrize(
+  ("name", "made", "filters"),
+  [
     ("vgg", [8, 8], [9, 9 * 8]),
-    pytest.param("resnet", [8, 8, 16, 16], [9 * 8, 9 * 8, 9 * 8, 9 * 16 + 8], marks=pytest.mark.slow)])
+    pytest.param(
+      "resnet", [8, 8, 16, 16], [9 * 8, 9 * 8, 9 * 8, 9 * 16 + 8], marks=pytest.mark.slow
+    ),
+  ],
+)
 def test_a_full_layer_grows_and_nothing_is_forgotten(name, made, filters):
   """Half of the units made are there at first; a quarter more come with every task that leaves none free."""
   run, made = Run(name, when_full="grow", growth=0.5, threshold=0.0, sparsity=0.0), np.array(made)
@@ -192,7 +243,9 @@ def test_a_full_layer_grows_and_nothing_is_forgotten(name, made, filters):
   for task in range(TASKS):
     run.learn(task)
     shares.append(float(run.metrics["sparsity"]))
-    open_units.append([units.shape[1] for units in run.method.holdings(run.learner).relevant.values()])
+    open_units.append(
+      [units.shape[1] for units in run.method.holdings(run.learner).relevant.values()]
+    )
     params.append(run.method.holdings(run.learner).params)
     there = np.concatenate([np.arange(n) < n * (2 + task) // 4 for n in made])
     assert not np.asarray(run.learner.memory["relevant"])[task][~there].any()
@@ -216,13 +269,18 @@ def test_sparsity_is_on_hard_gates_and_waits_for_the_patience():
 
 @pytest.mark.slow
 def test_the_task_is_told_from_the_streams_and_costs_all_of_them():
-  run = Run("vgg", episodic(PROBLEM, ReplaySettings(30, 32)),
-            RouterSettings(hidden=16, steps=400, batch_size=32, learning_rate=1e-2))
+  run = Run(
+    "vgg",
+    episodic(PROBLEM, ReplaySettings(30, 32)),
+    RouterSettings(hidden=16, steps=400, batch_size=32, learning_rate=1e-2),
+  )
   run.learn(0)
   logits = run.logits(0, 256)
   for task in range(1, TASKS):
     run.learn(task)
-  np.testing.assert_array_equal(run.logits(0, 256), logits)  # whatever the classifier of tasks learns
+  np.testing.assert_array_equal(
+    run.logits(0, 256), logits
+  )  # whatever the classifier of tasks learns
   assert sorted(np.bincount(run.learner.memory["rehearsal"]["episodes"].labels)) == [5] * 6
   right = []
   for task in range(TASKS):
@@ -250,12 +308,18 @@ def test_a_network_tells_the_task_and_only_the_stream_of_that_task_runs():
   for task in range(TASKS):
     x = PROBLEM.normalise(data(task, 128, seed=99)[0])
     p = run.predict(run.learner, x, task, TASKS)
-    of_all = jax.jit(NETWORK.logits)(run.learner.params["router"], run.learner.batch_stats["router"], x)
+    of_all = jax.jit(NETWORK.logits)(
+      run.learner.params["router"], run.learner.batch_stats["router"], x
+    )
     chosen = np.argmax(jax.nn.softmax(of_all).reshape(-1, TASKS, 2).sum(-1), axis=-1)
     own = chosen == task
     together = jax.nn.log_softmax(p.aware) + jax.nn.log_softmax(of_all)[:, 2 * task : 2 * task + 2]
-    np.testing.assert_allclose(p.agnostic[own, 2 * task : 2 * task + 2], together[own], rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(np.isfinite(p.agnostic), np.repeat(np.eye(TASKS)[chosen] == 1, 2, axis=1))
+    np.testing.assert_allclose(
+      p.agnostic[own, 2 * task : 2 * task + 2], together[own], rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_array_equal(
+      np.isfinite(p.agnostic), np.repeat(np.eye(TASKS)[chosen] == 1, 2, axis=1)
+    )
     macs = np.stack([run.predict(run.learner, x, t, TASKS).macs for t in range(TASKS)])
     np.testing.assert_allclose(p.agnostic_macs, macs[chosen, np.arange(128)] + NETWORK.macs)
     right.append(own.mean())
@@ -269,15 +333,24 @@ def test_the_loss_of_a_network_by_hand_and_streams_see_nothing_rehearsed(weight)
 
   def results(old):
     replayed = rehearsal.Replay(PROBLEM.normalise(old[0]), jnp.asarray(old[1]), weight)
-    made = dataclasses.replace(episodic(PROBLEM, ReplaySettings(30, 16)), replay=lambda *_: replayed)
+    made = dataclasses.replace(
+      episodic(PROBLEM, ReplaySettings(30, 16)), replay=lambda *_: replayed
+    )
     run = Run("simple_cnn", made, network=NETWORK)
     learner = run.learner.replace(task=jnp.int32(1))
-    return learner, replayed, jax.jit(jax.grad(run.method.loss, has_aux=True))(learner.params, learner, batch)
+    return (
+      learner,
+      replayed,
+      jax.jit(jax.grad(run.method.loss, has_aux=True))(learner.params, learner, batch),
+    )
 
   learner, replayed, (grads, (terms, stats)) = results(data(0, 16, seed=5))
-  x = np.concatenate([np.reshape(batch.x, (16, 2, *SHAPE)), replayed.x[:, None]], axis=1).reshape(-1, *SHAPE)
+  x = np.concatenate([np.reshape(batch.x, (16, 2, *SHAPE)), replayed.x[:, None]], axis=1).reshape(
+    -1, *SHAPE
+  )
   of_all, expected_stats = jax.jit(NETWORK.train_logits)(
-      learner.params["router"], learner.batch_stats["router"], x, jax.random.key(0))
+    learner.params["router"], learner.batch_stats["router"], x, jax.random.key(0)
+  )
   labels = np.concatenate([np.reshape(batch.labels, (16, 2)), replayed.labels[:, None]], axis=1)
   # Four classes are seen. Of the batch, two images in three: with 0.2 in place of 2/3 all classes would count the same.
   even, shift = (2 / 3, np.log([1 / 3 / 0.8, 2 / 3 / 0.2]).repeat(2)) if weight else (0.0, 0.0)
@@ -300,32 +373,50 @@ def test_a_network_teaches_the_stream_and_learns_nothing_from_it():
   for weight in (0.0, 3.0):
     run = Run("simple_cnn", made, network=NETWORK, distillation=weight)
     learner = run.learner.replace(task=jnp.int32(1))
-    found[weight] = jax.jit(jax.value_and_grad(run.method.loss, has_aux=True))(learner.params, learner, batch)
+    found[weight] = jax.jit(jax.value_and_grad(run.method.loss, has_aux=True))(
+      learner.params, learner, batch
+    )
   ((without, (terms, _)), alone), ((total, (same, _)), taught) = found.values()
   assert terms == same
   assert float(total - without) == pytest.approx(3 * float(terms["distillation"]), rel=1e-4)
   assert tiny.bit_equal(alone["router"], taught["router"])
   assert not tiny.bit_equal(alone["own"], taught["own"])
   net = SharedNet(MODELS["simple_cnn"], PROBLEM)
-  stream = net.apply(learner.params, learner.batch_stats, batch.x, train=True,
-                     rngs={GATE_RNG: jax.random.split(batch.key)[0]})
-  x = np.concatenate([np.reshape(batch.x, (16, 2, *SHAPE)), replayed.x[:, None]], axis=1).reshape(-1, *SHAPE)
+  stream = net.apply(
+    learner.params,
+    learner.batch_stats,
+    batch.x,
+    train=True,
+    rngs={GATE_RNG: jax.random.split(batch.key)[0]},
+  )
+  x = np.concatenate([np.reshape(batch.x, (16, 2, *SHAPE)), replayed.x[:, None]], axis=1).reshape(
+    -1, *SHAPE
+  )
   of_all, _ = jax.jit(NETWORK.train_logits)(
-      learner.params["router"], learner.batch_stats["router"], x, jax.random.key(0))
-  teacher = np.reshape(of_all, (16, 3, 6))[:, :2].reshape(32, 6)[:, 2:4]  # of the batch, the classes of task 1
-  expected = -np.mean(np.sum(jax.nn.softmax(teacher / 2) * jax.nn.log_softmax(stream.logits / 2), axis=1))
+    learner.params["router"], learner.batch_stats["router"], x, jax.random.key(0)
+  )
+  teacher = np.reshape(of_all, (16, 3, 6))[:, :2].reshape(32, 6)[
+    :, 2:4
+  ]  # of the batch, the classes of task 1
+  expected = -np.mean(
+    np.sum(jax.nn.softmax(teacher / 2) * jax.nn.log_softmax(stream.logits / 2), axis=1)
+  )
   assert float(terms["distillation"]) == pytest.approx(float(expected), rel=1e-4)
   with pytest.raises(ValueError, match="distillation must be >= 0; got -1"):
     Run("simple_cnn", made, network=NETWORK, distillation=-1.0)
 
 
 def test_rehearsal_without_anything_to_rehearse_is_an_error():
-  with pytest.raises(ValueError, match="router_settings must be given with rehearsal but no network; got None"):
+  with pytest.raises(
+    ValueError, match="router_settings must be given with rehearsal but no network; got None"
+  ):
     Run("vgg", episodic(PROBLEM, ReplaySettings(30, 32)))
 
 
 def test_a_network_without_rehearsal_is_an_error():
-  with pytest.raises(ValueError, match="a network that tells tasks apart needs images of earlier ones; got no"):
+  with pytest.raises(
+    ValueError, match="a network that tells tasks apart needs images of earlier ones; got no"
+  ):
     Run("vgg", network=NETWORK)
 
 
@@ -336,18 +427,29 @@ def test_the_loss_of_the_classifier_of_tasks_by_hand(weight):
   old, new = data(0, 16, seed=5), data(1, 32, seed=6)
   replayed = rehearsal.Replay(PROBLEM.normalise(old[0]), jnp.asarray(old[1]), weight)
   made = dataclasses.replace(episodic(PROBLEM, ReplaySettings(30, 16)), replay=lambda *_: replayed)
-  run = Run("simple_cnn", made, RouterSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2))
+  run = Run(
+    "simple_cnn", made, RouterSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2)
+  )
   run.learn(0)
   learner, net = run.learner, SharedNet(MODELS["simple_cnn"], PROBLEM)
   batch = Batch(PROBLEM.normalise(new[0]), jnp.asarray(new[1]), jax.random.key(3), 0.0)
   _, (terms, _) = jax.jit(run.method.loss)(learner.params, learner, batch)
   # Two of the batch go with each that is replayed.
-  x = np.concatenate([np.reshape(batch.x, (16, 2, *SHAPE)), replayed.x[:, None]], axis=1).reshape(-1, *SHAPE)
-  trained = net.apply(learner.params, learner.batch_stats, x, train=True,
-                      rngs={GATE_RNG: jax.random.split(batch.key)[0]})
+  x = np.concatenate([np.reshape(batch.x, (16, 2, *SHAPE)), replayed.x[:, None]], axis=1).reshape(
+    -1, *SHAPE
+  )
+  trained = net.apply(
+    learner.params,
+    learner.batch_stats,
+    x,
+    train=True,
+    rngs={GATE_RNG: jax.random.split(batch.key)[0]},
+  )
   own = jax.tree.map(lambda tree: tree[0], learner.memory["own"])
   earlier = net.of_task(learner.params, learner.batch_stats, own, x)
-  scores = router.scores(learner.params["router"], jnp.stack([earlier.features, trained.features], axis=1))
+  scores = router.scores(
+    learner.params["router"], jnp.stack([earlier.features, trained.features], axis=1)
+  )
   each = -jax.nn.log_softmax(scores)[np.arange(48), np.tile([1, 1, 0], 16)].reshape(16, 3)
   expected = weight * each[:, :2].mean() + (1 - weight) * each[:, 2].mean()
   assert float(terms["task_cross_entropy"]) == pytest.approx(float(expected), rel=1e-5)
@@ -358,10 +460,17 @@ def test_the_loss_of_the_classifier_of_tasks_by_hand(weight):
 
 def test_what_the_classifier_has_for_tasks_to_come_waits_as_it_was_made():
   """Weight decay would else shrink it before it is ever trained."""
-  run = Run("vgg", episodic(PROBLEM, ReplaySettings(30, 32)),
-            RouterSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2))
-  later = lambda: jax.device_get({"hidden": run.learner.params["router"]["hidden"]["kernel"][2:],
-                                  "out": jax.tree.map(lambda x: x[..., 2:], run.learner.params["router"]["out"])})
+  run = Run(
+    "vgg",
+    episodic(PROBLEM, ReplaySettings(30, 32)),
+    RouterSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2),
+  )
+  later = lambda: jax.device_get(
+    {
+      "hidden": run.learner.params["router"]["hidden"]["kernel"][2:],
+      "out": jax.tree.map(lambda x: x[..., 2:], run.learner.params["router"]["out"]),
+    }
+  )
   made, first = later(), np.asarray(run.learner.params["router"]["hidden"]["kernel"][:2])
   run.learn(0)
   run.learn(1)
@@ -370,15 +479,22 @@ def test_what_the_classifier_has_for_tasks_to_come_waits_as_it_was_made():
 
 
 def test_the_classifier_of_tasks_is_trained_with_the_task_and_sees_every_stream():
-  run = Run("vgg", episodic(PROBLEM, ReplaySettings(30, 32)),
-            RouterSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2), sparsity=0.0)
+  run = Run(
+    "vgg",
+    episodic(PROBLEM, ReplaySettings(30, 32)),
+    RouterSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2),
+    sparsity=0.0,
+  )
   run.learn(0)
   pixels, labels = data(1)
   batch = Batch(PROBLEM.normalise(pixels), labels, jax.random.key(0), 0.0)
   grad = jax.jit(jax.grad(run.method.loss, has_aux=True))
   grads, (terms, _) = grad(run.learner.params, run.learner, batch)
   assert 0 < terms["task_cross_entropy"] < 5
-  without = {**run.learner.params, "router": jax.tree.map(jnp.zeros_like, run.learner.params["router"])}
+  without = {
+    **run.learner.params,
+    "router": jax.tree.map(jnp.zeros_like, run.learner.params["router"]),
+  }
   blind, (even, _) = grad(without, run.learner, batch)
   assert even["task_cross_entropy"] == pytest.approx(np.log(2))  # as unsure of two tasks as can be
   gate = lambda tree: tree["own"]["net"]["layer2"]["gate"]["head"]["logits"]["kernel"]
@@ -393,37 +509,66 @@ def test_what_it_holds_is_counted():
   own = sum(x.size for x in jax.tree.leaves(run.learner.params["own"]))
   assert held.params - first.params == (TASKS - 1) * own
   assert {layer: units.shape for layer, units in held.relevant.items()} == {
-      "layer1/conv/conv": (TASKS, 8), "layer2/conv/conv": (TASKS, 8)}
+    "layer1/conv/conv": (TASKS, 8),
+    "layer2/conv/conv": (TASKS, 8),
+  }
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [("sparsity", -1, "sparsity must be >= 0; got -1"),
-     ("threshold", 1, r"threshold must be a share in \[0, 1\); got 1"),
-     ("growth", -0.5, "growth must be >= 0; got -0.5"),
-     ("when_full", "grwo", "when_full must be one of error, grow, reuse; got 'grwo'. Did you mean 'grow'")])
+  ("field", "value", "message"),
+  [
+    ("sparsity", -1, "sparsity must be >= 0; got -1"),
+    ("threshold", 1, r"threshold must be a share in \[0, 1\); got 1"),
+    ("growth", -0.5, "growth must be >= 0; got -0.5"),
+    (
+      "when_full",
+      "grwo",
+      "when_full must be one of error, grow, reuse; got 'grwo'. Did you mean 'grow'",
+    ),
+  ],
+)
 def test_settings_are_checked(field, value, message):
   with pytest.raises(ValueError, match=message):
     TaskGatesSettings(**{"sparsity": 0.5, "patience": 0.0, field: value})
 
 
 @pytest.mark.thin(2)
-@pytest.mark.parametrize(("rehearsed", "network"), [
-    (False, None), pytest.param(True, None, marks=pytest.mark.slow), (True, NETWORK)])
+@pytest.mark.parametrize(
+  ("rehearsed", "network"),
+  [(False, None), pytest.param(True, None, marks=pytest.mark.slow), (True, NETWORK)],
+)
 def test_two_devices_take_the_step_of_one(rehearsed, network):
-  settings = RouterSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2) if rehearsed else None
+  settings = (
+    RouterSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2) if rehearsed else None
+  )
   remembering = lambda problem: episodic(problem, ReplaySettings(30, 32)) if rehearsed else None
   run = Run("vgg", remembering(PROBLEM), settings, network)
   model = MODELS["vgg"].clone(axis_name=devices.AXIS)
   problem = dataclasses.replace(PROBLEM, axis_name=devices.AXIS)
-  method = task_gates(model, problem, count(model, SHAPE), TaskGatesSettings(sparsity=0.5, patience=0.0),
-                      remembering(problem), settings, network and dataclasses.replace(
-                          network, model=PLAIN.clone(axis_name=devices.AXIS), problem=problem))
-  step = training.make_step(method, run.optimiser, lambda key, x: PROBLEM.normalise(x), seed=0, steps_per_epoch=4,
-                         axis_name=devices.AXIS)
+  method = task_gates(
+    model,
+    problem,
+    count(model, SHAPE),
+    TaskGatesSettings(sparsity=0.5, patience=0.0),
+    remembering(problem),
+    settings,
+    network
+    and dataclasses.replace(network, model=PLAIN.clone(axis_name=devices.AXIS), problem=problem),
+  )
+  step = training.make_step(
+    method,
+    run.optimiser,
+    lambda key, x: PROBLEM.normalise(x),
+    seed=0,
+    steps_per_epoch=4,
+    axis_name=devices.AXIS,
+  )
   spread = devices.map_over_devices(
-      step, args=(devices.REPLICATED, devices.BATCH, devices.BATCH, devices.REPLICATED),
-      results=(devices.REPLICATED, devices.REPLICATED), devices=jax.devices()[:2])
+    step,
+    args=(devices.REPLICATED, devices.BATCH, devices.BATCH, devices.REPLICATED),
+    results=(devices.REPLICATED, devices.REPLICATED),
+    devices=jax.devices()[:2],
+  )
   run.learn(0)
   pixels, labels = data(1)
   alone, metrics = run.step(run.learner, pixels, labels, np.int32(STEPS))
