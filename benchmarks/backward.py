@@ -41,7 +41,8 @@ def main():
   parser.add_argument("--steps", type=int, default=5)
   args = parser.parse_args()
   print(
-    f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, float32, {args.net}, "
+    f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, "
+    f"float32, {args.net}, "
     f"{args.videos} videos of {args.segments} clips, medians of {args.repeats} interleaved repeats"
   )
   print(f"{'chosen':>8}{'all':>11}{'chosen':>11}{'ratio':>8}{'expected':>10}{'gap':>10}")
@@ -60,7 +61,8 @@ def compare(args, share):
   )
   one, two = (statistics.median(times[name]) for name in ("full", "skipping"))
   print(
-    f"{share:>8.3f}{1e3 * one:>8.1f} ms{1e3 * two:>8.1f} ms{two / one:>8.3f}{(1 + 3 * share) / 3:>10.3f}"
+    f"{share:>8.3f}{1e3 * one:>8.1f} ms{1e3 * two:>8.1f} ms{two / one:>8.3f}"
+    f"{(1 + 3 * share) / 3:>10.3f}"
     f"{gap:>10.1e}"
   )
 

@@ -40,8 +40,10 @@ def main():
   parser.add_argument("--steps", type=int, default=5)
   args = parser.parse_args()
   print(
-    f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, float32, {args.net} x "
-    f"{args.width:g}, {args.images} images of {args.pixels}^2, medians of {args.repeats} interleaved repeats"
+    f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, "
+    f"float32, {args.net} x "
+    f"{args.width:g}, {args.images} images of {args.pixels}^2, medians of {args.repeats} "
+    "interleaved repeats"
   )
   print(f"{'open':>7}{'held':>8}{'all':>12}{'open alone':>12}{'ratio':>8}{'gap':>10}")
   for rate in map(float, args.rates.split(",")):
@@ -63,7 +65,8 @@ def compare(args, rate):
   )
   one, two = (statistics.median(times[name]) for name in ("all", "open"))
   print(
-    f"{rate:>7.3f}{eighths / EIGHTHS:>8.3f}{1e3 * one:>9.1f} ms{1e3 * two:>9.1f} ms{two / one:>8.3f}{gap:>10.1e}",
+    f"{rate:>7.3f}{eighths / EIGHTHS:>8.3f}"
+    f"{1e3 * one:>9.1f} ms{1e3 * two:>9.1f} ms{two / one:>8.3f}{gap:>10.1e}",
     flush=True,
   )
 

@@ -28,8 +28,10 @@ def main():
   flags.FLAGS.mark_as_parsed()
   seeds = [int(seed) for seed in args.seeds.split(",")]
   print(
-    f"{args.config}, seeds {args.seeds}, {jax.device_count()} devices\n{'method':<16}{'known':>18}{'unknown':>18}"
-    f"{'forgetting':>11}{'overlap':>9}{'MACs':>8}{'unknown':>8}{'params':>10}{'MB':>8}{'seconds':>9}",
+    f"{args.config}, seeds {args.seeds}, {jax.device_count()} devices\n{'method':<16}{'known':>18}"
+    f"{'unknown':>18}"
+    f"{'forgetting':>11}{'overlap':>9}{'MACs':>8}{'unknown':>8}{'params':>10}{'MB':>8}"
+    f"{'seconds':>9}",
     flush=True,
   )
   for method in args.methods.split(","):
@@ -44,7 +46,8 @@ def row(method, results):
     f"{method:<16}{each('task_aware'):>18}{each('task_agnostic'):>18}"
     f"{percent([r['task_aware']['forgetting'] for r in results]):>11}"
     f"{percent([r.get('mean_gate_overlap') for r in results]):>9}{share('task_aware_macs'):>8}"
-    f"{share('task_agnostic_macs'):>8}{mean(lambda r: r['params']):>10,.0f}{mean(lambda r: r['memory_mb']):>8.2f}"
+    f"{share('task_agnostic_macs'):>8}{mean(lambda r: r['params']):>10,.0f}"
+    f"{mean(lambda r: r['memory_mb']):>8.2f}"
     f"{mean(lambda r: r['seconds_since_last_start']):>9.0f}"
   )
 

@@ -54,7 +54,8 @@ def main():
     "plain autodiff": plain_autodiff,
   }
   print(
-    f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, "
+    f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores, "
+    f"jax {jax.__version__}, "
     f"Beta({A}, {B}), float32, medians of {args.repeats} interleaved repeats"
   )
   if available(args.authors):
@@ -93,7 +94,8 @@ def compare(shape, makers, repeats):
   chosen = sort_strategy(shape)
   sorts = {"ours": chosen, "ours, other sort": other_sort(chosen)}
   print(
-    f"\n{shape[0]} x {shape[1]}, ours sorts by {chosen}, the other sort is {sorts['ours, other sort']}"
+    f"\n{shape[0]} x {shape[1]}, ours sorts by {chosen}, the other sort "
+    f"is {sorts['ours, other sort']}"
   )
   print(f"{'':<18}{'median':>12}{'/ ours':>8}{'gap, value':>13}{'gap, gradient':>15}")
   rows = []
@@ -101,8 +103,8 @@ def compare(shape, makers, repeats):
     limited = shape == LIMITED_SHAPE and jax.default_backend() == "cpu" and name in LIMITS
     value, gradient = gaps[name]
     print(
-      f"{name:<18}{1e3 * seconds:9.2f} ms{seconds / times['ours']:8.1f}{value:13.1e}{gradient:15.1e}"
-      + (f"   (limit {LIMITS[name]})" if limited else ""),
+      f"{name:<18}{1e3 * seconds:9.2f} ms{seconds / times['ours']:8.1f}{value:13.1e}"
+      f"{gradient:15.1e}" + (f"   (limit {LIMITS[name]})" if limited else ""),
       flush=True,
     )
     rows.append(

@@ -39,11 +39,12 @@ def main():
   args = parser.parse_args()
 
   print(
-    f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, float32, value and gradient, "
-    f"medians of {args.repeats} interleaved repeats"
+    f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, float32, "
+    f"value and gradient, medians of {args.repeats} interleaved repeats"
   )
   print(
-    f"{'devices':>7}{'shape':>12}{'exchange':>14}{'median':>12}{'/ gather':>10}{'sent per device':>20}"
+    f"{'devices':>7}{'shape':>12}{'exchange':>14}{'median':>12}{'/ gather':>10}"
+    f"{'sent per device':>20}"
   )
   rows = []
   for devices in map(int, args.devices.split(",")):
@@ -57,7 +58,8 @@ def main():
       for exchange, seconds in medians.items():
         ratio, sent = seconds / medians["gather"], traffic(exchange, devices, n, c)
         print(
-          f"{devices:>7}{shape:>12}{exchange:>14}{1e3 * seconds:9.2f} ms{ratio:10.2f}{sent / 1e3:17.1f} kB"
+          f"{devices:>7}{shape:>12}{exchange:>14}{1e3 * seconds:9.2f} ms{ratio:10.2f}"
+          f"{sent / 1e3:17.1f} kB"
         )
         rows.append(
           {

@@ -34,7 +34,8 @@ def main():
   sets = [task.test for task in experiment.tasks]
   right = np.mean([np.mean(judge(s.pixels) == s.labels) for s in sets])
   print(
-    f"{args.config}, seeds {args.seeds}, {' '.join(args.set)}; the judge on real test images: {100 * right:.1f} %\n"
+    f"{args.config}, seeds {args.seeds}, {' '.join(args.set)}; the judge on real test "
+    f"images: {100 * right:.1f} %\n"
     f"{'generators':<18}{'seed':>5}{'kB':>7}{'then':>7}{'now':>7}{'same':>7}  "
     f"{'now, by task':<26}{'units used, by task':<26}{'seconds':>8}",
     flush=True,
@@ -72,7 +73,8 @@ def report(kind, seed, experiment, judge):
   ]
   each = lambda shares: " ".join(f"{100 * share:.0f}" for share in shares)
   print(
-    f"{kind:<18}{seed:>5}{1000 * rehearsal.megabytes(memory, problem.tasks):>7.0f}{100 * np.mean(before):>7.1f}"
+    f"{kind:<18}{seed:>5}{1000 * rehearsal.megabytes(memory, problem.tasks):>7.0f}"
+    f"{100 * np.mean(before):>7.1f}"
     f"{100 * np.mean(now):>7.1f}{100 * same:>7.1f}  {each(now):<26}{''.join(map(each, used)):<26}"
     f"{time.perf_counter() - start:>8.0f}",
     flush=True,

@@ -371,8 +371,10 @@ def mac_table(rows):
   for r in rows:
     gain = "" if r["gain"] is None else f"{100 * r['gain']:+.2f}"
     lines.append(
-      f"| {r['name']} | {percents(r['accuracies'])} | {100 * r['accuracy']:.2f} | {percents(r['training'])} "
-      f"| {r['params'] + r['gate_params']:,.0f} | {r['macs'] / 1e6:.2f} | {100 * r['mac_ratio']:.1f} % "
+      f"| {r['name']} | {percents(r['accuracies'])} | {100 * r['accuracy']:.2f} "
+      f"| {percents(r['training'])} "
+      f"| {r['params'] + r['gate_params']:,.0f} | {r['macs'] / 1e6:.2f} "
+      f"| {100 * r['mac_ratio']:.1f} % "
       f"| {gain} | {spread(r)} | {outcomes(r)} | {r['seconds_since_last_start']:.0f} |"
     )
   return "\n".join(lines)
@@ -397,16 +399,17 @@ def outcomes(r):
 def outcome_table(rows):
   """What became of the gates."""
   lines = [
-    "| regulariser | accuracy of each seed | MACs | always open | always closed | random dropout | conditional "
-    "| two draws differ | bits about the input | about the class | deviation over images | easy to hard quarter "
-    "| s a run |",
+    "| regulariser | accuracy of each seed | MACs | always open | always closed | random dropout "
+    "| conditional | two draws differ | bits about the input | about the class | deviation over "
+    "images | easy to hard quarter | s a run |",
     "|---" * 13 + "|",
   ]
   for r in rows:
     shares = " | ".join(f"{100 * r[o] / r['gates']:.0f} %" for o in OUTCOMES)
     lines.append(
       f"| {r['name']} | {percents(r['accuracies'])} | {100 * r['mac_ratio']:.1f} % | {shares} | "
-      f"{100 * r['disagreement']:.0f} % | {r['input_information']:.3f} | {r['class_information']:.3f} | "
+      f"{100 * r['disagreement']:.0f} % | {r['input_information']:.3f} "
+      f"| {r['class_information']:.3f} | "
       f"{spread(r)} | {r['seconds_since_last_start']:.0f} |"
     )
   return "\n".join(lines)

@@ -66,13 +66,15 @@ def main():
 
   name, _ = peaks()
   print(
-    f"{jax.devices()[0].device_kind}, jax {jax.__version__}, medians of {args.repeats} interleaved repeats of "
+    f"{jax.devices()[0].device_kind}, jax {jax.__version__}, medians of {args.repeats} "
+    "interleaved repeats of "
     f"{args.calls} calls; roofline of {name or f'{REFERENCE}: this device is not in the table'}"
   )
   if backend == "cpu":
     print("no accelerator: the kernel is interpreted, and its times say nothing")
   print(
-    f"{'N x H x W x C / B':<20}{'dtype':<10}{'open':>6}  {'form':<12}{'median':>12}{'times as fast':>15}"
+    f"{'N x H x W x C / B':<20}{'dtype':<10}{'open':>6}  {'form':<12}{'median':>12}"
+    f"{'times as fast':>15}"
     f"{'by roofline':>13}{'gap':>10}"
   )
   rows = []
@@ -206,7 +208,8 @@ def roofline(sizes, dtype, *, share, capacity):
 def print_roofline(shapes, dtypes):
   print(
     f"{REFERENCE}, by its data sheet, nothing measured\n"
-    f"{'N x H x W x C / B':<20}{'dtype':<10}{'open':>6}{'dense':>12}{'kernel':>12}{'':>8}{'dispatched':>12}"
+    f"{'N x H x W x C / B':<20}{'dtype':<10}{'open':>6}{'dense':>12}{'kernel':>12}{'':>8}"
+    f"{'dispatched':>12}"
   )
   for shape in shapes:
     n, h, w, c, block = map(int, shape.replace("/", "x").split("x"))
@@ -217,7 +220,8 @@ def print_roofline(shapes, dtypes):
         )
         dense, kernel, dispatched = (found[form] for form in ("dense", "kernel", "dispatched"))
         print(
-          f"{shape:<20}{dtype:<10}{share:6.2f}{1e6 * dense:9.1f} us{1e6 * kernel:9.1f} us{dense / kernel:6.2f} x"
+          f"{shape:<20}{dtype:<10}{share:6.2f}"
+          f"{1e6 * dense:9.1f} us{1e6 * kernel:9.1f} us{dense / kernel:6.2f} x"
           f"{1e6 * dispatched:9.1f} us{dense / dispatched:6.2f} x"
         )
 
@@ -225,7 +229,8 @@ def print_roofline(shapes, dtypes):
 def line(row):
   gap = f"{row['gap']:10.1e}" if row["gap"] is not None else ""
   return (
-    f"{row['shape']:<20}{row['dtype']:<10}{row['open']:6.2f}  {row['form']:<12}{1e6 * row['seconds']:9.1f} us"
+    f"{row['shape']:<20}{row['dtype']:<10}{row['open']:6.2f}  {row['form']:<12}"
+    f"{1e6 * row['seconds']:9.1f} us"
     f"{row['times_as_fast']:15.2f}{row['by_roofline']:13.2f}{gap}"
   )
 

@@ -50,8 +50,8 @@ def main():
   disturb(folder / "disturbed", args)
   equal = same(saved(folder / "quiet"), saved(folder / "disturbed"))
   print(
-    f"{args.kills} kills, seed {args.seed}, {time.monotonic() - began:.0f} s: what was saved last is "
-    f"{'bit-equal' if equal else 'NOT EQUAL'} to the undisturbed run's"
+    f"{args.kills} kills, seed {args.seed}, {time.monotonic() - began:.0f} s: what was saved last "
+    f"is {'bit-equal' if equal else 'NOT EQUAL'} to the undisturbed run's"
   )
   sys.exit(not equal)
 
@@ -73,7 +73,8 @@ def disturb(workdir, args):
     step = reached(workdir, clock) or newest[-1]  # where it was killed before its first step
     newest.append(max(checkpoints(workdir), default=0))
     print(
-      f"{number:>4}{process:>9}{after:>7.1f} s{step:>7}{newest[-1]:>12}{max(0, step - newest[-1]):>12}",
+      f"{number:>4}{process:>9}{after:>7.1f} s{step:>7}{newest[-1]:>12}"
+      f"{max(0, step - newest[-1]):>12}",
       flush=True,
     )
   finish(job, workdir)

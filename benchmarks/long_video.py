@@ -57,7 +57,8 @@ def main():
   evaluate.extract_features = remembered(evaluate.extract_features)
   folder = args.runs / f"{args.heavy}-{args.seed}"
   print(
-    f"{args.heavy}, seed {args.seed}, {jax.device_count()} devices\n{'row':<14}{'accuracy':>9}{'MACs':>8}"
+    f"{args.heavy}, seed {args.seed}, {jax.device_count()} devices\n{'row':<14}{'accuracy':>9}"
+    f"{'MACs':>8}"
     f"{'chosen':>8}{'precision':>10}{'recall':>8}{'seconds':>9}",
     flush=True,
   )
@@ -65,7 +66,8 @@ def main():
     result = run(folder, row, args)
     print(
       f"{row:<14}{result['accuracy']:>9.4f}{result['mac_ratio']:>8.3f}{result['share']:>8.3f}"
-      f"{result['precision']:>10.3f}{result['recall']:>8.3f}{result['seconds_since_last_start']:>9.0f}",
+      f"{result['precision']:>10.3f}{result['recall']:>8.3f}"
+      f"{result['seconds_since_last_start']:>9.0f}",
       flush=True,
     )
 

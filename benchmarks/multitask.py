@@ -43,7 +43,8 @@ def row(method, count, results):
   averages = [r["task_aware"]["average_accuracy"] for r in results]
   spread = f" ± {100 * statistics.stdev(averages):.2f}" if len(averages) > 1 else ""
   return (
-    f"{count:>5} {method:<16}{100 * each[0]:>7.2f}{f'{100 * statistics.fmean(averages):.2f}{spread}':>14}"
+    f"{count:>5} {method:<16}{100 * each[0]:>7.2f}"
+    f"{f'{100 * statistics.fmean(averages):.2f}{spread}':>14}"
     f"{100 * statistics.fmean(r['task_agnostic']['average_accuracy'] for r in results):>9.2f}"
     f"{continual.percent([r.get('mean_gate_overlap') for r in results]):>9}"
     f"{statistics.fmean(r['task_aware_macs'] / r['dense_macs'] for r in results):>7.3f}"

@@ -51,8 +51,9 @@ def main():
     sys.exit(f"no native kernel: {native_kernels.why_not()}")
   shares = [float(share) for share in args.shares.split(",")]
   print(
-    f"{len(os.sched_getaffinity(0))} cores, jax {jax.__version__}, float32, {args.depth} branches, microseconds "
-    f"of a branch, quantile {args.quantile} of {args.repeats} interleaved repeats"
+    f"{len(os.sched_getaffinity(0))} cores, jax {jax.__version__}, float32, {args.depth} "
+    f"branches, microseconds of a branch, quantile {args.quantile} of {args.repeats} interleaved "
+    "repeats"
   )
   print(
     f"{'case':>12}{'dense':>9}{'masked':>9}{'ort':>9}"

@@ -54,11 +54,14 @@ def main():
 
   clip = (args.frames, args.pixels, args.pixels, 3)
   print(
-    f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, float32, {args.segments} "
-    f"clips of {'x'.join(map(str, clip))}, light net {args.light}, medians of {args.repeats} interleaved repeats"
+    f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, "
+    f"float32, {args.segments} "
+    f"clips of {'x'.join(map(str, clip))}, light net {args.light}, medians of {args.repeats} "
+    "interleaved repeats"
   )
   print(
-    f"{'heavy net':<18}{'videos':>7}{'chosen':>12}{'computed':>10}{'all':>11}{'skipping':>11}{'speed-up':>10}"
+    f"{'heavy net':<18}{'videos':>7}{'chosen':>12}{'computed':>10}{'all':>11}{'skipping':>11}"
+    f"{'speed-up':>10}"
     f"{'MACs':>8}{'efficiency':>12}{'limit':>7}"
   )
   for net in args.nets.split(","):

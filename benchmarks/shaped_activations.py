@@ -65,7 +65,8 @@ def main():
   train = tfds.load("cifar10", f"train[:{args.train_images}]", args.data_dir)
   test = tfds.load("cifar10", "test", args.data_dir)
   print(
-    f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {len(train)} images, {args.epochs} epochs, "
+    f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {len(train)} images, {args.epochs} "
+    "epochs, "
     f"batch {args.batch}, {args.batch * args.positions} values of a channel per step"
   )
   trainers = {variant: Trainer(variant, train, args) for variant in VARIANTS}
@@ -76,13 +77,15 @@ def main():
   ):  # in turns: drifts of the machine hit all alike
     results[variant].append(trainers[variant].score(*chosen[variant], seed, len(train), test))
   print(
-    f"{'variant':<12}{'lr':>6}{'coefficient':>13}{'test accuracy':>18}{'gap of each layer':>34}{'ms/step':>10}"
+    f"{'variant':<12}{'lr':>6}{'coefficient':>13}{'test accuracy':>18}{'gap of each layer':>34}"
+    f"{'ms/step':>10}"
   )
   for variant in VARIANTS:
     accuracy, gap, seconds = (np.array(column) for column in zip(*results[variant], strict=True))
     spread = accuracy.std(ddof=1) if args.seeds > 1 else np.nan
     print(
-      f"{variant:<12}{chosen[variant][0]:>6g}{chosen[variant][1]:>13g}{accuracy.mean():>10.2%} ± {spread:.2%}"
+      f"{variant:<12}{chosen[variant][0]:>6g}{chosen[variant][1]:>13g}{accuracy.mean():>10.2%} "
+      f"± {spread:.2%}"
       f"{' '.join(f'{g:.1f}' for g in gap.mean(axis=0)):>34}{1e3 * np.median(seconds):>10.1f}"
     )
 

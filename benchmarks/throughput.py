@@ -38,11 +38,12 @@ def main():
 
   name, _ = peaks()
   print(
-    f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}, medians of {args.repeats}; "
-    f"peak of {name or 'this device not in the table'}"
+    f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}, medians "
+    f"of {args.repeats}; peak of {name or 'this device not in the table'}"
   )
   print(
-    f"{'config':<76}{'dtype':<10}{'train images/s':>16}{'of peak':>9}{'test images/s':>16}{'of peak':>9}"
+    f"{'config':<76}{'dtype':<10}{'train images/s':>16}{'of peak':>9}{'test images/s':>16}"
+    f"{'of peak':>9}"
   )
   rows = []
   for named in args.configs:

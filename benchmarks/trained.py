@@ -88,7 +88,8 @@ def main():
     for (net, name), bind in contenders.items():
       median, quiet = (np.percentile(times[net, name], q) for q in (50, 10))
       print(
-        f"| {size} | {net} | {name} | {accuracy(bind, images, labels, size):.2%} | {spent[net]:,.0f} "
+        f"| {size} | {net} | {name} | {accuracy(bind, images, labels, size):.2%} "
+        f"| {spent[net]:,.0f} "
         f"| {1e3 * median:.3f} | {1e3 * quiet:.3f} | {baseline / median:.2f} |",
         flush=True,
       )

@@ -127,7 +127,10 @@ def test_a_late_run_starts_from_half_of_the_epochs_without_gates(
 
 def test_outcomes_are_shares_of_the_gates(images, taken, monkeypatch, tmp_path):
   run(images, monkeypatch, "ablation", f"--out={tmp_path}", "--only=^L0 alone$", "--seeds=0")
-  row = "| L0 alone | 60.00 | 100.0 % | 25 % | 0 % | 0 % | 75 % | 25 % | 0.500 | 0.125 | 8.0 % | 90.0 % → 115.0 % | 2 |"
+  row = (
+    "| L0 alone | 60.00 | 100.0 % | 25 % | 0 % | 0 % | 75 % | 25 % | 0.500 | 0.125 | 8.0 % | "
+    "90.0 % → 115.0 % | 2 |"
+  )
   assert (tmp_path / "ablation-resnet20.md").read_text().splitlines()[-1] == row
 
 

@@ -324,7 +324,8 @@ def test_the_launcher_for_slurm_says_where_it_must_be_called(tmp_path):
     (
       ("slurm.sh", "--dry-run"),
       {"SLURM_SUBMIT_DIR": str(ROOT)},
-      f"srun --kill-on-bad-exit=0 --wait=30 {ROOT}/.venv/bin/gating-jax --workdir=a\\ b --coordinator=auto",
+      f"srun --kill-on-bad-exit=0 --wait=30 {ROOT}/.venv/bin/gating-jax --workdir=a\\ b "
+      "--coordinator=auto",
     ),
     (
       ("tpu.sh", "--dry-run"),

@@ -40,10 +40,12 @@ def main(seed=0):
   open_rates = jnp.mean(params["logits"] > 0, axis=0)
   print(f"loss {loss(params):.5f}")
   print(
-    f"learned means: mean {means.mean():.3f}, standard deviation {means.std():.3f} (Beta(3, 7): 0.300, 0.138)"
+    f"learned means: mean {means.mean():.3f}, standard deviation {means.std():.3f} (Beta(3, 7): "
+    "0.300, 0.138)"
   )
   print(
-    f"a gate's share of open examples is within {abs(open_rates - means).max():.3f} of its learned mean"
+    f"a gate's share of open examples is within {abs(open_rates - means).max():.3f} of its "
+    "learned mean"
   )
   return means, open_rates
 

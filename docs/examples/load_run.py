@@ -26,7 +26,8 @@ def main(workdir):
   if records:
     part = executed_macs(records) / gated_macs(records)  # [64], of what gates can close
     print(
-      f"{part.mean():.1%} of the gated computation, from {part.min():.1%} to {part.max():.1%} of an image"
+      f"{part.mean():.1%} of the gated computation, from {part.min():.1%} to {part.max():.1%} of "
+      "an image"
     )
   return right
 

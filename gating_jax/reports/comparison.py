@@ -72,8 +72,8 @@ def content(runs: Sequence[Run]) -> tuple[page.Opening, list[page.Section]]:
 def _apart(found: Sequence[Group]) -> str:
   """That runs which are tested on different sets are not compared."""
   return (
-    f"These runs learn {len(found)} different things: {', '.join(group.name for group in found)}. Scores are "
-    "compared within each of these alone."
+    f"These runs learn {len(found)} different things: {', '.join(group.name for group in found)}. "
+    "Scores are compared within each of these alone."
   )
 
 
@@ -84,11 +84,14 @@ _TERMS = {  # of rows of results, by how their names begin
   "mean IoU": "intersection over union, mean over classes, on the test set",
   "accuracy": "on the test set; of a sequence of tasks the mean over tasks at the end",
   "mean average precision": "mean over classes, on the test set",
-  "forgetting": "mean over all tasks but the last of how far the accuracy ends below the best it once was",
-  "MACs": "multiply-accumulate operations of one image or video, mean over the test set, gate networks included",
+  "forgetting": "mean over all tasks but the last of how far the accuracy ends below the best it "
+  "once was",
+  "MACs": "multiply-accumulate operations of one image or video, mean over the test set, gate "
+  "networks included",
   "share": "MACs in % of those of the run's own network without gates",
   "parameters": "trained numbers of the network; those of gates are counted besides",
-  "gates": "open for 1 to 99 % of the test set (conditional), for more, for less, or decided by noise (at random)",
+  "gates": "open for 1 to 99 % of the test set (conditional), for more, for less, or decided by "
+  "noise (at random)",
   "units that two tasks share": "in % of those that either uses, mean over pairs of tasks",
   "segments chosen": "in % of a video's segments, mean over videos",
   "seconds": "of the training since it was last started or resumed",

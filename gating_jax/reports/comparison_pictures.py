@@ -69,8 +69,8 @@ def _cost(
   _label(figure, axes, f"MACs of {article} {noun}", f"{score.label} (%)", margin=0.18)
   line = " The line joins the ungated networks." if len(family) > 1 else ""
   caption = (
-    f"{_title(group)}: {score.label} against multiply-accumulates.{line} To the upper left is better; "
-    "point at a run to see how its config differs."
+    f"{_title(group)}: {score.label} against multiply-accumulates.{line} To the upper left is "
+    "better; point at a run to see how its config differs."
   )
   return dataclasses.replace(
     page.pictured(
@@ -80,7 +80,8 @@ def _cost(
         (score.label, "on the test set, in %"),
         (
           "MACs",
-          f"multiply-accumulate operations of {article} {noun}, mean over the test set, with gate networks",
+          f"multiply-accumulate operations of {article} {noun}, mean over the test set, with gate "
+          "networks",
         ),
       ],
     ),

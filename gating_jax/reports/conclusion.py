@@ -105,8 +105,8 @@ def times(timings: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str,
     found.append(
       (
         title,
-        f"{1e3 * row['seconds']:.2f} ms by {way}; ungated {1e3 * whole[UNGATED]['seconds']:.2f} ms, "
-        f"{faster:.2f} x",
+        f"{1e3 * row['seconds']:.2f} ms by {way}; "
+        f"ungated {1e3 * whole[UNGATED]['seconds']:.2f} ms, {faster:.2f} x",
       )
     )
   return found

@@ -75,7 +75,10 @@ def notice(run_dir: RunDir) -> str:
 
 
 def _said(failure: Mapping[str, Any]) -> str:
-  return f"This run failed and is not finished: {printable(failure['reason'])} ({printable(failure['date'])})"
+  return (
+    f"This run failed and is not finished: {printable(failure['reason'])} "
+    f"({printable(failure['date'])})"
+  )
 
 
 def _has_begun(run_dir: RunDir) -> bool:

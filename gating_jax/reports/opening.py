@@ -75,8 +75,8 @@ def score(name: str, value: float, key: str, around: Surroundings, meaning: str)
     gap = 100 * (value - baseline)
     compared = f"ungated: {100 * baseline:.2f} %"
     meaning += (
-      f" The ungated baseline is the run “{plain(around.baseline.name, 60)}”; this one is {abs(gap):.2f} "
-      f"points {'above' if gap >= 0 else 'below'} it."
+      f" The ungated baseline is the run “{plain(around.baseline.name, 60)}”; this one "
+      f"is {abs(gap):.2f} points {'above' if gap >= 0 else 'below'} it."
     )
   return page.Number(name[:1].upper() + name[1:], f"{100 * value:.2f} %", compared, meaning)
 
@@ -97,8 +97,8 @@ def macs(
     "MACs",
     f"{100 * ratio:.1f} %",
     f"{baseline}, {short(dense)} per {noun}",
-    f"Multiply-accumulate operations per {noun}, {short(executed)}, in % of those of the ungated network; mean over "
-    "the test set, gate networks included.",
+    f"Multiply-accumulate operations per {noun}, {short(executed)}, in % of those of the ungated "
+    "network; mean over the test set, gate networks included.",
   )
 
 
@@ -231,8 +231,8 @@ def why_no_baseline(around: Surroundings, how: str) -> str:
   if around.ungated or around.baseline is not None:
     return ""
   return (
-    "No ungated baseline: next to this run directory lies no finished run of the same config without gates. "
-    f"Train one there ({how}), then write this page again (mode report)."
+    "No ungated baseline: next to this run directory lies no finished run of the same config "
+    f"without gates. Train one there ({how}), then write this page again (mode report)."
   )
 
 

@@ -282,7 +282,8 @@ def _without_padding(line: TimeLine) -> TimeLine:
   for name, values in arrays.items():
     if values.shape[:1] != valid.shape:
       raise ValueError(
-        f"{name} must be [T, ...] like valid; got {values.shape}, valid {valid.shape} ({line.title!r})"
+        f"{name} must be [T, ...] like valid; got {values.shape}, valid {valid.shape} "
+        f"({line.title!r})"
       )
   if not valid.any():
     raise ValueError(f"valid must be True for some segment; got none ({line.title!r})")

@@ -89,8 +89,8 @@ def number(
       name,
       f"{milliseconds(mine)} ms",
       f"ungated: {milliseconds(dense)} ms",
-      f"Median time of a call with {what} in the compiled program that skips closed units{over}, next to the "
-      f"network without gates in the same process, on {plain(times.device, 120)}.",
+      f"Median time of a call with {what} in the compiled program that skips closed units{over}, "
+      f"next to the network without gates in the same process, on {plain(times.device, 120)}.",
       place=place,
     )
   if refused:
@@ -117,8 +117,8 @@ def section(
   heading, place = "Time", _place("times", step)
   if times is None:
     text = (
-      "The network is not compiled yet. gating-jax --mode=compile measures what each way to skip closed units "
-      "takes, and writes it here."
+      "The network is not compiled yet. gating-jax --mode=compile measures what each way to skip "
+      "closed units takes, and writes it here."
     )
     if refused:
       text = f"gating-jax --mode=compile cannot time this run: {refused}."
@@ -145,28 +145,31 @@ def section(
       ("computed MACs", "multiply-accumulates that are computed, padding included, in % of all"),
       (
         "all open",
-        "time if every unit of every input were open, in % of the quicker of masked and ungated: the "
-        "worst case",
+        "time if every unit of every input were open, in % of the quicker of masked and ungated: "
+        "the worst case",
       ),
       *((way, _WAYS[way]) for way in _WAYS if way in ways),
     ],
   )
   figure = page.pictured(
     time_pictures.figure(times.timings, columns=1),
-    "Time against MACs of each way to run each part of the network (small) and the whole (large), both in % of "
-    "computing everything.",
+    "Time against MACs of each way to run each part of the network (small) and the whole (large), "
+    "both in % of computing everything.",
     terms=[
       ("MACs left open", "multiply-accumulates of open units, in % of all"),
       (
         "time",
-        "in % of computing everything (masked); below the dashed line time is saved, on the diagonal as "
-        "much as MACs",
+        "in % of computing everything (masked); below the dashed line time is saved, on the "
+        "diagonal as much as MACs",
       ),
     ],
   )
   text = f"The checkpoint of step {times.step:,}, on {plain(times.device, 120)}."
   if not times.of(step):
-    text += f" All else on this page is of step {step:,}: these times are not of the network that it describes."
+    text += (
+      f" All else on this page is of step {step:,}: these times are not of the network that it "
+      "describes."
+    )
   if noun == "scene":
     text += (
       f" Of the network the backbone is timed, without the head, on training images{_size(times)}."

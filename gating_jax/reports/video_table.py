@@ -25,7 +25,8 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     ),
     (
       "segments chosen",
-      f"{percent('share')}  (10 to 90 % of videos: {percent('share_p10')} to {percent('share_p90')})",
+      f"{percent('share')}  (10 to 90 % of videos: {percent('share_p10')} "
+      f"to {percent('share_p90')})",
     ),
   ]
   if "precision" in result:
@@ -56,7 +57,10 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 def headline(result: Mapping[str, Any]) -> str:
   """One line."""
   name, value = _score(result)
-  return f"{name} {value}  {100 * result['share']:.1f} % of segments  {100 * result['mac_ratio']:.1f} % of MACs"
+  return (
+    f"{name} {value}  {100 * result['share']:.1f} % of "
+    f"segments  {100 * result['mac_ratio']:.1f} % of MACs"
+  )
 
 
 def _score(result: Mapping[str, Any]) -> tuple[str, str]:

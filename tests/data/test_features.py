@@ -144,7 +144,8 @@ def test_files_of_pictures_whose_white_is_1_are_refused(tmp_path, loader):
   masks = [encoded((image[..., 0] > 0.4).astype(np.uint8)) for image in RAMP]
   name = made(tmp_path, TYPES.Image(shape=(4, 4, 1)), LABELS, [(mask, 0) for mask in masks])
   with refused(
-    "of uint8 must reach more than a sixteenth of its scale, in which 255 is white; got values from 0 to 1"
+    "of uint8 must reach more than a sixteenth of its scale, in which 255 is white; got values "
+    "from 0 to 1"
   ):
     loader(name, "train", tmp_path)
 
@@ -182,8 +183,8 @@ def test_one_image_outside_the_scale_is_named(tmp_path):
 )
 def test_what_is_no_picture_is_refused_by_its_type(feature, said):
   with refused(
-    "feature 'image' of a_set must be an Image of 1, 3 or 4 channels, or a Tensor of numbers with shape (H, "
-    f"W, channels); it is {said}. data.image_feature chooses another"
+    "feature 'image' of a_set must be an Image of 1, 3 or 4 channels, or a Tensor of numbers with "
+    f"shape (H, W, channels); it is {said}. data.image_feature chooses another"
   ):
     features.Picture(feature, "feature 'image' of a_set")
 
@@ -210,8 +211,8 @@ def test_a_picture_of_too_many_pixels_is_named_with_what_to_do(tmp_path):
   image = encoded(Image.new("1", (8193, 8193)))
   name = made(tmp_path, TYPES.Image(shape=(None, None, 1)), LABELS, [(image, 0)])
   with refused(
-    f"example 0 of split 'train' of {name} in {tmp_path}: a picture must have at most 67108864 pixels; got "
-    "8193 x 8193. Prepare the set with a smaller one, or use a split without it"
+    f"example 0 of split 'train' of {name} in {tmp_path}: a picture must have at most 67108864 "
+    "pixels; got 8193 x 8193. Prepare the set with a smaller one, or use a split without it"
   ):
     tfds_sets.load(name, "train", tmp_path)
 
@@ -295,8 +296,9 @@ def test_images_without_a_class_are_refused_and_said(
 def test_numbers_that_count_no_classes_are_refused(tmp_path, loader, labels):
   name = made(tmp_path, PIXEL, TYPES.Scalar(dtype=np.int64), labelled(labels))
   with refused(
-    "must number classes from 0 with at most 1000 gaps, or be a ClassLabel or a text; it is Scalar of "
-    f"int64, 2 numbers from {labels[0]} to {labels[1]}. data.label_feature chooses another"
+    "must number classes from 0 with at most 1000 gaps, or be a ClassLabel or a text; it is "
+    f"Scalar of int64, 2 numbers from {labels[0]} to {labels[1]}. data.label_feature chooses "
+    "another"
   ):
     loader(name, "train", tmp_path)
 
@@ -322,8 +324,8 @@ def test_a_set_without_any_label_is_refused(tmp_path, loader):
 )
 def test_what_is_no_single_class_is_refused_by_its_type(feature, said):
   with refused(
-    "feature 'label' of a_set must hold one class per image, as a ClassLabel, a whole number or a text; it "
-    f"is {said}. data.label_feature chooses another"
+    "feature 'label' of a_set must hold one class per image, as a ClassLabel, a whole number or a "
+    f"text; it is {said}. data.label_feature chooses another"
   ):
     features.ImageClass(feature, "feature 'label' of a_set")
 

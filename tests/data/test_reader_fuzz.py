@@ -231,7 +231,8 @@ def made_tables():
   }
   thumos = {
     "class_list.txt": "1 BaseballPitch\n2 Run\n",
-    "annotations/BaseballPitch.txt": "video_validation_0000266 72.80 76.40\nvideo_test_0000002\t1 2\n",
+    "annotations/BaseballPitch.txt": "video_validation_0000266 72.80 76.40\nvideo_test_0000002\t1 "
+    "2\n",
     "annotations/Run.txt": "video_validation_0000266 1.00 2.00\nvideo_validation_0000100 3.5 4.0\n",
   }
   own = {

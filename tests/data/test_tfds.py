@@ -118,8 +118,8 @@ def test_a_known_set_that_is_not_prepared_is_named_with_what_to_do(tmp_path):
   message = str(caught.value)
   assert f"data set 'cifar10' is not prepared in {tmp_path}" in message
   assert (
-    f'python -c \'import tensorflow_datasets as tfds; tfds.builder("cifar10", data_dir="{tmp_path}", '
-    'file_format="array_record").download_and_prepare()\'\n'
+    'python -c \'import tensorflow_datasets as tfds; tfds.builder("cifar10", '
+    f'data_dir="{tmp_path}", file_format="array_record").download_and_prepare()\'\n'
   ) in message
   assert "--config.data.data_dir=FOLDER" in message
   assert list(tmp_path.iterdir()) == []

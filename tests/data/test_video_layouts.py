@@ -102,7 +102,8 @@ def test_what_is_wrong_with_breakfast_is_named(tmp_path):
   ):
     read_breakfast(tmp_path, "train", segmentation=tmp_path / "s")
   with refused(
-    "must hold Breakfast videos of the test split, such as P03/cam01/P03_cereals.avi; it has none (1 of"
+    "must hold Breakfast videos of the test split, such as P03/cam01/P03_cereals.avi; it has none "
+    "(1 of"
   ):
     read_breakfast(tmp_path, "test")
   with refused("segmentation must hold files such as cereals/P03_cam01_P03_cereals.txt"):
@@ -112,7 +113,8 @@ def test_what_is_wrong_with_breakfast_is_named(tmp_path):
 
 
 CHARADES = {
-  "Charades_v1_classes.txt": "c000 Holding some clothes\nc001 Putting clothes, somewhere\nc002 Taking\n",
+  "Charades_v1_classes.txt": "c000 Holding some clothes\nc001 Putting clothes, somewhere\nc002 "
+  "Taking\n",
   "Charades_v1_train.csv": "id,subject,script,actions,length\n"
   '46GP8,HR43,"He said, ""so""",c002 11.90 21.20;c000 0.00 12.60,24.83\n'
   "N11GT,0KZ7,line,,18.33\nXXXXX,0KZ7,line,c001 0.00 3.00;c001 4.00 5.00,\n",
@@ -210,7 +212,8 @@ def test_what_is_wrong_with_charades_is_named(tmp_path, file, text, message):
 
 THUMOS = {
   "class_list.txt": "1 BaseballPitch\n2 Run\n",
-  "annotations/BaseballPitch.txt": "video_validation_0000266 72.80 76.40\nvideo_test_0000002\t1 2\n",
+  "annotations/BaseballPitch.txt": "video_validation_0000266 72.80 76.40\nvideo_test_0000002\t1 "
+  "2\n",
   "annotations/Run.txt": "video_validation_0000266 1.00 2.00\nvideo_validation_0000100 3.5 4.0\n",
 }
 
@@ -246,7 +249,8 @@ def test_multithumos_gathers_each_videos_classes(tmp_path):
     (
       "annotations/Run.txt",
       "video_validation_1 1.0\n",
-      "Run.txt, line 1: must hold a name, a start and an end in seconds; got 'video_validation_1 1.0'",
+      "Run.txt, line 1: must hold a name, a start and an end in seconds; got 'video_validation_1 "
+      "1.0'",
     ),
     (
       "annotations/Run.txt",
@@ -257,7 +261,8 @@ def test_multithumos_gathers_each_videos_classes(tmp_path):
     (
       "annotations/Run.txt",
       "another_1 1.0 2.0\n",
-      "Run.txt, line 1: must name a video of video_validation_ or video_test_; got 'another_1 1.0 2.0'",
+      "Run.txt, line 1: must name a video of video_validation_ or video_test_; got 'another_1 1.0 "
+      "2.0'",
     ),
   ],
 )

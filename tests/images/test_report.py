@@ -44,7 +44,8 @@ def test_a_selective_gate_is_shown_with_the_images_that_open_it(drawn):
     "that are open least, 1 gates of 1 layer, layer by layer"
   )
   assert captions(found) == [
-    "Layer 01 stage2/conv1, gate 0: open for 3.3 % of images; 5 % of “$b$”, 5 % of “a class of a v…”."
+    "Layer 01 stage2/conv1, gate 0: open for 3.3 % of images; 5 % of “$b$”, 5 % of “a class of a "
+    "v…”."
   ]
   assert drawn[:1] == [([4 * 11, 4 * 7], ["a class of a v…", "$b$"])]
 
@@ -160,8 +161,8 @@ def test_easy_and_hard_are_quarters_by_loss_wherever_they_stand():
   result = run.tests[-1]
   easy, hard = (result[f"macs_of_quarter{quarter}"] for quarter in (1, 4))
   said = (
-    f"The hardest quarter of images takes {100 * (1 - hard / easy):.1f} % fewer MACs than the easiest "
-    f"({hard:.3g} and {easy:.3g})."
+    f"The hardest quarter of images takes {100 * (1 - hard / easy):.1f} % fewer MACs than the "
+    f"easiest ({hard:.3g} and {easy:.3g})."
   )
   assert hard < easy
   assert section(run, "Score").text.startswith(said)

@@ -315,7 +315,10 @@ def test_the_gate_of_a_block_costs_what_its_channels_cost():
   ],
 )
 def test_gates_that_do_not_belong_to_the_features_are_named(x, gates):
-  message = f"gates must be [N, C / b] for x's N examples and C channels, b of them to a gate; got gates {gates}, x {x}"
+  message = (
+    "gates must be [N, C / b] for x's N examples and C channels, b of them to a gate; got "
+    f"gates {gates}, x {x}"
+  )
   with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
     apply_gates(jnp.zeros(x), jnp.zeros(gates))
 

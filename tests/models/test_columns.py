@@ -115,7 +115,10 @@ def test_alphas_start_where_they_are_told():
 def test_names_are_those_of_chains_and_residual_nets():
   assert isinstance(column("vgg8", 2), ChainColumn)
   assert isinstance(column("resnet18", 2), ResNetColumn)
-  message = "^model name of columns must be one of resnet101, .*, vgg8; got 'resnet19'. Did you mean 'resnet18'"
+  message = (
+    "^model name of columns must be one of resnet101, .*, vgg8; got 'resnet19'. Did you mean "
+    "'resnet18'"
+  )
   with pytest.raises(ValueError, match=message):
     column("resnet19", 2)
 

@@ -325,7 +325,8 @@ INFERENCE = {
   "a network that is not folded, to quantise": (
     lambda: gj.quantise(FOLDABLE),
     TypeError,
-    "net must be a folded network, which fold(model, variables) makes; got an object of class ResNet",
+    "net must be a folded network, which fold(model, variables) makes; got an object of class "
+    "ResNet",
   ),
   "variables of another network": (
     lambda: gj.analyse(gj.ResNet(2, (1,), features=4), {}, 8),

@@ -154,11 +154,14 @@ def test_runs_on_different_test_sets_share_no_picture_and_no_numbers():
     (f"Accuracy, {names[0]}", "80.00 %", "ungated: 95.00 %"),
     (f"Accuracy, {names[1]}", "90.00 %", "ungated: none among these runs"),
   ]
-  said = f"These runs learn 2 different things: {', '.join(names)}. Scores are compared within each of these alone."
+  said = (
+    f"These runs learn 2 different things: {', '.join(names)}. Scores are compared within each of "
+    "these alone."
+  )
   assert begin.text.startswith(said)
   assert (
-    f"Those of {names[1]} are of x, the gated run with the highest accuracy. None of its runs is ungated"
-    in (begin.text)
+    f"Those of {names[1]} are of x, the gated run with the highest accuracy. None of its runs is "
+    "ungated" in (begin.text)
   )
   assert [
     [point.name for point in picture.points] for picture in (begin.picture, *costs.parts)

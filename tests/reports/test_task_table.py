@@ -117,8 +117,8 @@ def test_what_was_not_tested_is_said():
   [
     (
       RESULT,
-      "task-aware accuracy 95.00 %  forgetting 0.00  task-agnostic accuracy 62.78 %  forgetting 24.45  "
-      "10.0 % of MACs",
+      "task-aware accuracy 95.00 %  forgetting 0.00  task-agnostic accuracy 62.78 %  forgetting "
+      "24.45  10.0 % of MACs",
     ),
     (
       without("task_agnostic") | {"task_aware": AWARE | {"forgetting": None}},

@@ -71,8 +71,8 @@ def test_gates_that_stay_closed_are_said_once_with_what_to_change():
   assert said([0.2, 0.8, 0.9, 0.2, 0.9, 0.9]) == [
     [],
     [
-      "warning: 80% of the gates are closed for all examples, and closed gates hardly learn. If this is not wanted: "
-      "lower loss.sparsity.coefficient. See docs/gate_your_model.md."
+      "warning: 80% of the gates are closed for all examples, and closed gates hardly learn. If "
+      "this is not wanted: lower loss.sparsity.coefficient. See docs/gate_your_model.md."
     ],
     [],
     [],
