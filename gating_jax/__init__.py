@@ -1,8 +1,9 @@
-"""Conditional computation by learned gates: pure functions and Flax modules.
+"""Pure functions and Flax modules for conditional computation by learned gates.
 
-See the README for a tour; every name here is documented where it is defined.
+The README gives a tour; each name is documented where it is defined.
 """
 
+# The public API: everything listed in `__all__` stays importable from the top level.
 from gating_jax.inference.analyse import Analysis, analyse
 from gating_jax.inference.compiled import compile_conditional
 from gating_jax.inference.exits import compile_exits

@@ -1,4 +1,4 @@
-"""The command `gating-jax`: absl flags to a run. The only file that reads the command line."""
+"""The command `gating-jax`, the only file that reads the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from gating_jax.paths import user_path
 from gating_jax.terminal import is_terminal, prepare_streams
 
 COMPARE = "compare"
-MODES = {  # and what each does
+# Each mode with its line in --help; the order is that of the help.
+MODES = {
   "train": "trains to the end, from wherever the run directory stands; the default",
   "evaluate": "tests the newest checkpoint",
   "report": "writes report.html of the newest checkpoint",
@@ -26,6 +27,7 @@ MODES = {  # and what each does
   "export": "writes files that run without this package; of image classifiers",
   COMPARE: "writes a page that compares runs: --workdir=runs/digits,runs/scenes --mode=compare",
 }
+# In the order of `modules` in `_main`, which pairs the two.
 EXPERIMENTS = ("classification", "continual", "long_video", "segmentation")
 
 _BARE = """\
@@ -37,16 +39,20 @@ gating-jax trains networks that decide, per input, what they compute, and shows 
 
 Examples, one for each programme. No downloads are needed: the data ship with scikit-learn.
   gating-jax --config=configs/digits_resnet20.py --workdir=runs/digits        images
-  gating-jax --config=configs/segmentation_digits.py --workdir=runs/scenes    a class for every pixel
-  gating-jax --config=configs/split_digits.py --workdir=runs/split_digits     tasks, one after the other
-  gating-jax --config=configs/composed_timegate.py --workdir=runs/timegate    segments of long videos
+  gating-jax --config=configs/segmentation_digits.py --workdir=runs/scenes    a class for every \
+pixel
+  gating-jax --config=configs/split_digits.py --workdir=runs/split_digits     tasks, one after the \
+other
+  gating-jax --config=configs/composed_timegate.py --workdir=runs/timegate    segments of long \
+videos
 The same command resumes a run that was stopped. Then, of a run that is there:
   gating-jax --workdir=runs/digits --mode=compile
 
 Modes:
 {modes}
 
-Configs, by path, by name, or by how one name alone begins: --config=digits is configs/digits_resnet20.py.
+Configs, by path, by name, or by how one name alone begins: --config=digits is \
+configs/digits_resnet20.py.
 {configs}
 Variants stand after a colon: --config=digits:epochs=3,gates=none. A field is set by its name:
 --config.optim.learning_rate=0.05. The files are in {folder}
@@ -58,15 +64,17 @@ Flags:
 
 
 class _ConfigParser(flags.ArgumentParser):
-  """Reads a value of --config. That of ml_collections ends a path at its first colon, and knows no names."""
+  """Parser for the value of --config.
+
+  The parser of ml_collections ends a path at its first colon and knows no short names.
+  """
 
   def parse(self, given):
     try:
       return config_files.load(given).lock()
     except ValueError as error:
-      raise flags.Error(
-        str(error)
-      ) from error  # absl would put the flag and its value before a ValueError
+      # absl would put the flag and its value before a ValueError.
+      raise flags.Error(str(error)) from error
 
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -74,6 +82,7 @@ _CONFIG = config_flags.DEFINE_config_file(
   None,
   "A config file or its name, as above; only --mode=train needs it, others read that of the run.",
 )
+# DEFINE_config_file takes no parser, so this one replaces its own.
 flags.FLAGS[_CONFIG.name].parser = _ConfigParser()
 _WORKDIR = flags.DEFINE_string(
   "workdir",
@@ -102,12 +111,14 @@ _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.
 
 
 def main() -> None:
-  """Entry point."""
+  """Runs the command: prints help or the version, or parses the flags and starts a run."""
+  # Closed streams are opened first, so that no later file takes their numbers.
   prepare_streams()
   given = sys.argv[1:]
   if not given:
     _say(_BARE)
     sys.exit(2)
+  # Help and version are answered here: absl's own help lists the flags of every library.
   if any(argument in ("-h", "-help", "--help", "-?", "--helpshort") for argument in given):
     print(_help())
     sys.exit(0)
@@ -137,7 +148,7 @@ def _help() -> str:
 
 
 def _own_flags() -> list[flags.Flag]:
-  """Those of this file, in its order; libraries have others."""
+  """Returns the flags of this file in their order, without those of libraries."""
   return flags.FLAGS.flags_by_module_dict()[flags.FLAGS.find_module_defining_flag(_WORKDIR.name)]
 
 
@@ -145,28 +156,30 @@ def _version() -> str:
   def of(package):
     try:
       return metadata.version(package)
-    except metadata.PackageNotFoundError:  # a checkout that is not installed
+    # A checkout that is not installed has no metadata.
+    except metadata.PackageNotFoundError:
       return "0 (not installed)"
 
   return f"gating-jax {of('gating-jax')}, Python {sys.version.split()[0]}, JAX {of('jax')}"
 
 
 def _parse(argv: list[str]) -> list[str]:
-  """absl's parsing, with one line for whatever is wrong."""
+  """Parses flags with absl; prints one line for any error and exits with status 2."""
   try:
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
     message = _unknown_flag(error.flagname)
   except flags.Error as error:
     message = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-  except (AttributeError, KeyError, TypeError) as error:  # a field that the config does not have
+  # ml_collections raises these for a field that the config does not have.
+  except (AttributeError, KeyError, TypeError) as error:
     message = _unknown_field(argv) or str(error)
   _say(f"error: {message}")
   sys.exit(2)
 
 
 def _unknown_flag(name: str) -> str:
-  """What to say of a flag that there is not."""
+  """Returns the error message for a flag that does not exist."""
   first, dot, rest = name.partition(".")
   if first == "config":
     return f"--{name} changes a field of --config, which is not given"
@@ -177,11 +190,10 @@ def _unknown_flag(name: str) -> str:
 
 
 def _unknown_field(argv: list[str]) -> str | None:
-  """What to say of the first override of a field that the config does not have."""
+  """Returns the error for the first override of a field that the config lacks; None without one."""
   overrides = [a.lstrip("-") for a in argv if a.lstrip("-").startswith("config.")]
-  sys.argv = [
-    a for a in argv if a.lstrip("-") not in overrides
-  ]  # where ml_collections looks for overrides
+  # ml_collections looks for overrides in sys.argv: without them the config itself can be read.
+  sys.argv = [a for a in argv if a.lstrip("-") not in overrides]
   flags.FLAGS(sys.argv)
   for override in overrides:
     section = _CONFIG.value
@@ -195,9 +207,10 @@ def _unknown_field(argv: list[str]) -> str | None:
 
 
 def _misused(argv: list[str]) -> str | None:
-  """What is wrong with flags that are each right."""
+  """Returns the error for valid flags in an invalid combination; None where they fit together."""
   if len(argv) > 1:
     hint = ""
+    # A bare argument that names a config or a mode most likely lacks its flag.
     with contextlib.suppress(ValueError):
       config_files.find(argv[1])
       hint = f". Did you mean --config={argv[1]}?"
@@ -215,9 +228,15 @@ def _misused(argv: list[str]) -> str | None:
       return f"--config must not be given with --mode={COMPARE}, which reads those of the runs"
     for flag in (_COORDINATOR, _PROCESSES, _PROCESS):
       if flag.value is not None:
-        return f"--{flag.name} must not be given with --mode={COMPARE}, which is one process; got {flag.value}"
+        return (
+          f"--{flag.name} must not be given with --mode={COMPARE}, which is one process; got "
+          f"{flag.value}"
+        )
   elif _PAGE.value is not None:
-    return f"--page goes with --mode={COMPARE}; got --mode={_MODE.value}, whose page is report.html of the run"
+    return (
+      f"--page goes with --mode={COMPARE}; got --mode={_MODE.value}, whose page is report.html of "
+      "the run"
+    )
   if _SMOKE.value and _MODE.value != "train":
     return f"--smoke goes with --mode=train; got --mode={_MODE.value}, which takes a run as it is"
   if _CONFIG.value is None and _MODE.value == "train":
@@ -232,7 +251,8 @@ def _main(argv: list[str]) -> int:
   logging.set_verbosity(logging.WARNING)
   if is_terminal(sys.stderr):
     _say("loading, a few seconds ...")
-  import jax  # after the flags are checked, as what imports it
+  # JAX and all that imports it load for seconds: errors in flags are reported before.
+  import jax
 
   from gating_jax.continual import run as continual_run
   from gating_jax.data.tfds import DatasetNotPreparedError
@@ -250,6 +270,7 @@ def _main(argv: list[str]) -> int:
       compare.run(compare.folders(_WORKDIR.value), user_path(_PAGE.value or "comparison.html"))
       return 0
     workdir, config = user_path(_WORKDIR.value), _CONFIG.value
+    # All modes but training can do without --config: the run directory keeps it.
     if config is None:
       config = settings.config_of(workdir)
     one_of("experiment", config.experiment, EXPERIMENTS)
@@ -260,6 +281,7 @@ def _main(argv: list[str]) -> int:
     if _COORDINATOR.value:
       hosts.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     modules = (classification, continual_run, video_run, segmentation)
+    # Only one process of a job prints.
     with contextlib.redirect_stdout(sys.stdout if hosts.is_writer() else None):
       dict(zip(EXPERIMENTS, modules, strict=True))[config.experiment].run(
         config, workdir, _MODE.value
@@ -292,20 +314,22 @@ def _main(argv: list[str]) -> int:
     _say(f"interrupted; the same command {goes_on}")
     with contextlib.suppress(OSError):
       sys.stdout.flush()
-    os._exit(130)  # at once: what is still being computed can crash the interpreter's own end
+    # Exits at once: a computation that still runs can crash the interpreter's own shutdown.
+    os._exit(130)
   return 0
 
 
 def _failed(error: Exception | str, status: int) -> int:
-  """Says what is wrong in one line, or as many as the error has; 2 is the status of what a restart cannot mend."""
+  """Prints the error and returns the exit status; 2 stands for errors that a restart cannot fix."""
   _say("error: " + printable(error, keep="\n"))
   if _COORDINATOR.value:
-    os._exit(status)  # without waiting for processes that wait for this one
+    # A normal exit would wait for processes that wait for this one.
+    os._exit(status)
   return status
 
 
 def _say(text: str) -> None:
-  """Writes a line to stderr by one call, so that the processes of a job do not write into each other's lines."""
+  """Writes a line to stderr in one call, so that lines of a job's processes do not mix."""
   sys.stderr.write(f"{text}\n")
   sys.stderr.flush()
 

@@ -1,6 +1,7 @@
 """Config files by path or by short name, wherever the package is installed.
 
-The folder `configs` stands at the top of the repository, to be read and copied; a wheel has it as `gating_jax/configs`.
+The folder `configs` stands at the top of the repository, to be read and copied; a wheel has it as
+`gating_jax/configs`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import ml_collections
 from gating_jax.checks import near
 from gating_jax.paths import user_path
 
-_PACKAGE = "configs"  # by this name config files import what they share
-_BASES = {  # where the fields of each kind of experiment are listed
+# Config files import their shared parts under this name.
+_PACKAGE = "configs"
+# For each kind of experiment, the module and the function that list its fields.
+_BASES = {
   "classification": ("common", "image_config"),
   "segmentation": ("segmentation_common", "segmentation_config"),
   "continual": ("continual_common", "continual_config"),
@@ -31,26 +34,34 @@ _BASES = {  # where the fields of each kind of experiment are listed
 
 
 def folder() -> Path:
-  """The folder of the configs that come with the package."""
+  """Returns the folder of the configs that come with the package."""
   here = Path(__file__).parent
   installed = here / _PACKAGE
   return installed if installed.is_dir() else here.parent / _PACKAGE
 
 
 def packaged() -> dict[str, str]:
-  """The first line of what each of these configs says of itself, by name; without what they share."""
+  """Returns the first docstring line of each packaged config, by name.
+
+  Modules that configs share are left out.
+  """
   found = {}
   for name in _names(folder()):
+    # Parsed, not imported: --help must not run the configs.
     tree = ast.parse((folder() / f"{name}.py").read_text(encoding="utf-8"))
     found[name] = (ast.get_docstring(tree) or "").partition("\n")[0]
   return found
 
 
 def load(given: str) -> ml_collections.ConfigDict:
-  """The config that is asked for: a path or name as of `locate`, and a variant after a colon, `digits:epochs=3`.
+  """Loads the config that `given` names.
 
-  Its file may import its neighbours, and does so from now on.
+  The file may import its neighbours: the folder above its own joins the import path permanently.
 
+  Args:
+    given: a path or name as in `locate`, with an optional variant after a colon, `digits:epochs=3`.
+  Returns:
+    the config.
   Raises:
     ValueError: there is no such config, or its file gives none.
   """
@@ -60,30 +71,33 @@ def load(given: str) -> ml_collections.ConfigDict:
 
 
 def find(given: str) -> tuple[Path, str | None]:
-  """The file of what is asked for, and the variant; None for none.
+  """Returns the file that `given` names, and its variant or None.
 
-  A colon may stand in a path: the longest beginning that is a file is the path. Raises ValueError as `locate` does.
+  A colon may stand in a path: the longest beginning that is a file is the path. Raises ValueError
+  as `locate` does.
   """
   parts = given.split(":")
   for end in range(len(parts), 0, -1):
     path = user_path(":".join(parts[:end]))
-    if os.path.isfile(
-      path
-    ):  # of a Path the same fails where a variant is longer than a name of a file can be
+    # Path.is_file raises where a variant is longer than a file name can be.
+    if os.path.isfile(path):
       return path, ":".join(parts[end:]) if end < len(parts) else None
-  # No file: all of the path, if that can be told by its end, is what the error names.
+  # Without a file, `locate` raises. Its error names the whole path where `.py` shows its end.
   file, ends, _ = given.partition(".py:")
   name = file + ".py" if ends else given if given.endswith(".py") else parts[0]
   return locate(name), given[len(name) + 1 :] if len(given) > len(name) else None
 
 
 def locate(given: str) -> Path:
-  """The file of a config.
+  """Returns the file of a config.
 
   Args:
-    given: a path; or the name of a packaged config, `digits_resnet20`; or the beginning of one name alone, `dig`.
+    given: a path; or the name of a packaged config, `digits_resnet20`; or a prefix of exactly one
+      name, `dig`.
+  Returns:
+    the path of the file, which exists.
   Raises:
-    ValueError: there is no such file, or several names begin so.
+    ValueError: there is no such file, or several names begin with `given`.
   """
   path = user_path(given)
   if os.path.isfile(path):
@@ -91,10 +105,8 @@ def locate(given: str) -> Path:
   if os.path.isdir(path) and str(path.parent) != ".":
     raise ValueError(f"config must be a file; {given} is a folder")
   names = _names(folder())
-  if str(path.parent) in (
-    ".",
-    _PACKAGE,
-  ):  # configs/NAME.py, as the docs write it, is found from any folder
+  # configs/NAME.py, as the docs write it, is found from any folder.
+  if str(path.parent) in (".", _PACKAGE):
     name = path.name.removesuffix(".py")
     found = (
       [name] if name in names else [other for other in names if name and other.startswith(name)]
@@ -112,19 +124,24 @@ def locate(given: str) -> Path:
 
 
 def _names(where: Path) -> list[str]:
-  """Of the config files in a folder."""
+  """Returns the names of the config files in a folder, sorted."""
   files = sorted(where.glob("*.py"))
+  # Modules that configs only share have no get_config.
   return [file.stem for file in files if b"def get_config(" in file.read_bytes()]
 
 
 def _near(path: Path, names: list[str]) -> list[str]:
-  """What may have been meant: files of the same folder, written as the path is, or packaged configs."""
+  """Returns names close to the given one: in the same folder, else among packaged configs.
+
+  They are written as the path is.
+  """
   name = path.name.removesuffix(".py")
   beside = []
   if path.suffix == ".py" and path.parent.is_dir():
     beside = near(name, _names(path.parent), count=3)
   close = beside or near(name, names, count=3)
-  if not close:  # a part of a name
+  # A single word of a name is too far from the whole name, so words are compared.
+  if not close:
     close = [other for other in names if near(name, other.split("_"))]
   if path.suffix == ".py" and (beside or str(path.parent) in (".", _PACKAGE)):
     parent = path.parent if beside else Path(_PACKAGE)
@@ -133,11 +150,13 @@ def _near(path: Path, names: list[str]) -> list[str]:
 
 
 def import_shared(path: Path) -> None:
-  """Lets a config file import its neighbours, and `configs` what the package's own share, wherever it lies."""
+  """Lets a config file import its neighbours, and `configs` from the package."""
   above = path.absolute().parent.parent
+  # Appended: nothing in that folder may hide an installed package.
   sys.path.append(str(above))
   if _PACKAGE in sys.modules:
     return
+  # Neighbours come first; what they lack is taken from the package's own folder.
   places = [str(above / _PACKAGE), str(folder())]
   spec = importlib.util.spec_from_file_location(
     _PACKAGE, folder() / "__init__.py", submodule_search_locations=places
@@ -146,7 +165,7 @@ def import_shared(path: Path) -> None:
 
 
 def base(experiment: str) -> ml_collections.ConfigDict | None:
-  """Every field of a config of this kind with its default; None of another kind."""
+  """Returns every field of a config of this kind with its default; None for an unknown kind."""
   if experiment not in _BASES:
     return None
   module, function = _BASES[experiment]
@@ -156,7 +175,10 @@ def base(experiment: str) -> ml_collections.ConfigDict | None:
 
 @contextlib.contextmanager
 def _own_package() -> Iterator[None]:
-  """Within, `configs` is the package's own folder; afterwards it is what it was, such as one of the caller."""
+  """Makes `configs` the package's own folder inside the block, and restores it afterwards.
+
+  The caller may have imported a package `configs` of its own.
+  """
   names = lambda: [name for name in sys.modules if name.partition(".")[0] == _PACKAGE]
   theirs, path = {name: sys.modules.pop(name) for name in names()}, list(sys.path)
   import_shared(folder() / "__init__.py")
@@ -170,11 +192,13 @@ def _own_package() -> Iterator[None]:
 
 
 def check(path: Path, variant: str | None) -> ml_collections.ConfigDict:
-  """The config that a file describes.
+  """Runs a config file and returns its config.
 
   Args:
-    path: of the file.
+    path: the file.
     variant: its argument, such as `epochs=3`; None for none.
+  Returns:
+    the ConfigDict that its `get_config` returns.
   Raises:
     ValueError: the file cannot be run, or gives no config; the message says why, in one line.
   """
@@ -182,7 +206,8 @@ def check(path: Path, variant: str | None) -> ml_collections.ConfigDict:
     config = _run(path).get_config(*(() if variant is None else (variant,)))
   except ValueError as error:
     raise ValueError(f"config {path}: {error}") from error
-  except Exception as error:  # whatever is written there
+  # A config file is code: it can raise anything.
+  except Exception as error:
     raise ValueError(
       f"config {path}{_line(path, error)}: {type(error).__name__}: {error}"
     ) from error
@@ -207,10 +232,11 @@ def _run(path: Path) -> ModuleType:
 
 
 def _line(path: Path, error: Exception) -> str:
-  """Where in the file an error came from."""
+  """Returns the line of the file that raised, `, line 3`; empty if none did."""
   lines = [
     frame.lineno
     for frame in traceback.extract_tb(error.__traceback__)
     if frame.filename == str(path)
   ]
+  # The last frame in this file is the innermost: the line at fault.
   return f", line {lines[-1]}" if lines else ""

@@ -1,4 +1,4 @@
-"""From a run directory to the trained model."""
+"""Loading of trained models from run directories."""
 
 from __future__ import annotations
 
@@ -14,27 +14,30 @@ from gating_jax.paths import user_path
 
 
 def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, ml_collections.ConfigDict]:
-  """The model of a run directory, with the values of the newest checkpoint.
+  """Loads the model of a run directory and the values of its newest checkpoint.
 
       model, variables, config = load_run("runs/digits")
       logits, records = model.apply(variables, images)
 
-  Images are `[N, H, W, D]`, normalised as `config.data.mean` and `config.data.std` say. A model for segmentation gives
-  the logits of every pixel; one for long videos takes `{"light": ..., "heavy": ..., "valid": ...}`. Of a run that
-  learns task by task `model` is its `Method` and `variables` its `Learner`: `model.predict(variables, images, task,
-  seen)`. Arrays are on the host; the model is for one device, or for several by sharded arguments.
+  Images are `[N, H, W, D]`, normalised as `config.data.mean` and `config.data.std` say. A model for
+  segmentation gives the logits of every pixel. One for long videos takes a dictionary: `{"light":
+  ..., "heavy": ..., "valid": ...}`. For a run that learns task by task, `model` is its `Method` and
+  `variables` its `Learner`: call `model.predict(variables, images, task, seen)`. Arrays are on the
+  host; the model is for one device, or for several by sharded arguments.
 
   Args:
-    workdir: of a run with a checkpoint; it may be training.
+    workdir: a run directory with a checkpoint; the run may still be training.
   Returns:
-    `(model, variables, config)`: a Flax module, its `params` and `batch_stats`, and the run's config.
+    `(model, variables, config)`: a Flax module, its `params` and `batch_stats`, and the run's
+    config.
   Raises:
     RunDirError: there is no run, or it has no checkpoint yet.
     CheckpointError: no checkpoint can be read.
-    DatasetNotPreparedError: a run of an earlier version, which does not keep the classes and shapes of its data, and
-      the data are not where the config says.
-    ValueError: a config that this version cannot read, naming the field.
+    DatasetNotPreparedError: the run is of an earlier version, which does not keep the classes and
+      shapes of its data, and the data are not where the config says.
+    ValueError: this version cannot read a field of the config; the message names it.
   """
+  # Imported here: `import gating_jax` would otherwise load every programme.
   from gating_jax.continual import build as continual_build
   from gating_jax.continual import run as continual_run
   from gating_jax.images import build, classification, segmentation
@@ -51,6 +54,7 @@ def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, ml_collections.Confi
     "long_video": video_build.build,
   }
   settings.one_of("experiment", config.experiment, kinds)
+  # The outlines kept in the run directory stand in for the data, which need not be there.
   experiment = kinds[config.experiment](config, outlines.read(run_dir.path))
   if config.experiment == "continual":
     _, learner = continual_run.newest(experiment, run_dir)
@@ -60,14 +64,16 @@ def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, ml_collections.Confi
   else:
     _, state = classification.newest(experiment, run_dir)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
+  # In training the model names the axis of a mapping over devices; outside one it must name none.
   return _without_axis(experiment.model), jax.device_get(variables), config
 
 
 def _without_axis(model: nn.Module) -> nn.Module:
-  """The module, and those among its fields, without the axis of a mapping over devices."""
+  """Returns the module, its submodules included, without the axis of a mapping over devices."""
   changes = {}
   for field in dataclasses.fields(model):
     value = getattr(model, field.name)
+    # Flax keeps the parent in a field of the same kind; following it would never end.
     if isinstance(value, nn.Module) and field.name != "parent":
       changes[field.name] = _without_axis(value)
   if hasattr(model, "axis_name"):

@@ -1,4 +1,4 @@
-"""What a command says while it works: what it does, how far it is, and about how long the rest takes."""
+"""Progress messages of a command: the work in hand, how far it is, and the time left."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any
 
 from gating_jax.terminal import is_open
 
-Advance = Callable[[int, int], None]  # of pieces done, and of all
-_AFTER, _EVERY = (
-  1.0,
-  10.0,
-)  # seconds until the first line of a piece of work, and between those that follow
-TRAINING = "training step"  # a program of a training, as people are told of it
-_PACE = 3.0  # seconds of training after which the time of the rest is estimated
+# Called with the pieces done and their total.
+Advance = Callable[[int, int], None]
+# Seconds until the first line of a piece of work, and between the lines that follow.
+_AFTER, _EVERY = 1.0, 10.0
+# The main program of a training, as messages name it.
+TRAINING = "training step"
+# Seconds of training before the time left is estimated.
+_PACE = 3.0
 
 
 def lasting(seconds: float) -> str:
-  """A time for people.
+  """Formats a time in seconds for people.
 
   >>> lasting(0.2), lasting(75), lasting(4000)
   ('1 s', '1 min 15 s', '1 h 6 min')
@@ -35,23 +36,23 @@ def lasting(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-  """Prints a line at once, where there is anything to print to."""
+  """Prints a line at once; does nothing where stdout is missing or closed."""
   if is_open(sys.stdout):
     print(text, flush=True)
 
 
 @contextlib.contextmanager
 def working(what: str, about: str = "", tell: Callable[[str], None] = say) -> Iterator[Advance]:
-  """Says what is done and about how long it takes, and every ten seconds, until the block ends, how far it is.
+  """Announces the work in the block, then reports every ten seconds how far it is.
 
-  What is done within a second is done in silence.
+  Work that ends within a second is silent.
 
   Args:
-    what: is done in the block.
-    about: how long it takes, such as `about a minute`.
+    what: the work in the block.
+    about: the time it takes, such as `about a minute`.
     tell: takes a line.
   Yields:
-    A function to call with the pieces that are done and the number of all: the lines then say what time is left.
+    a function to call with the pieces done and their total; the lines then estimate the time left.
   """
   started, ended, pieces = time.monotonic(), threading.Event(), []
 
@@ -62,6 +63,7 @@ def working(what: str, about: str = "", tell: Callable[[str], None] = say) -> It
     while not ended.wait(_EVERY):
       tell("  " + _how_far(time.monotonic() - started, pieces))
 
+  # A daemon, so that it cannot hold up the end of the process.
   ticker = threading.Thread(target=tick, daemon=True)
   ticker.start()
   try:
@@ -72,26 +74,33 @@ def working(what: str, about: str = "", tell: Callable[[str], None] = say) -> It
 
 
 def _how_far(spent: float, pieces: Sequence[tuple[float, int, int]]) -> str:
-  """A line after so many seconds; pieces have the seconds at which they were done, their number and that of all."""
+  """Returns a progress line.
+
+  Args:
+    spent: seconds so far.
+    pieces: `(seconds, done, total)` of each report: when it came, and what it said.
+  """
   if not pieces:
     return f"{lasting(spent)} so far"
   (begun, first, _), (_, done, total) = pieces[0], pieces[-1]
   line = f"{done} of {total} after {lasting(spent)}"
-  if first < done < total:  # what came before the first piece says nothing of the others
+  # The time before the first report includes the set-up: the estimate leaves it out.
+  if first < done < total:
     line += f", about {lasting((spent - begun) * (total - done) / (done - first))} to go"
   return line
 
 
 class Pace:
-  """Says of a training that its step is compiled and, when a few seconds of steps show it, how long it takes.
+  """Messages on a training's pace: that its step is compiled, and how long the rest takes.
 
-  Of trainings that follow each other, as of tasks, one serves for all. Each of their programs is compiled and takes its
-  own time.
+  One instance serves trainings that follow each other, as of tasks. Each of their programs is
+  compiled, and timed, on its own.
 
   Args:
     tell: takes a step and a line.
-    total_steps: of all trainings.
-    others: `step -> ` how many of the steps from this one on are of programs that are not `TRAINING`, by program.
+    total_steps: the steps of all trainings.
+    others: `step -> ` the steps from this one on that run programs other than `TRAINING`, by
+      program.
   """
 
   def __init__(
@@ -102,24 +111,34 @@ class Pace:
   ):
     self._tell, self._total, self._others = tell, total_steps, others
     self._compiled, self._told = set(), False
-    self._seconds = {}  # of a step, by program
+    # Seconds that a step takes, by program.
+    self._seconds = {}
 
   def __call__(
     self, advance: Callable[[Any, int], Any], program: str = TRAINING
   ) -> Callable[[Any, int], Any]:
-    """`advance`, `(state, step) -> ...`, with these lines; `program` is the name of what it runs."""
+    """Wraps `advance`, `(state, step) -> ...`, with these messages.
+
+    Args:
+      advance: the function to time.
+      program: the name of the program that it runs.
+    Returns:
+      a function with the arguments and results of `advance`.
+    """
     calls, begun = 0, (0.0, 0)
 
     def paced(state, step):
       nonlocal calls, begun
       calls += 1
+      # The first call of a program compiles it.
       if program not in self._compiled:
         self._compiled.add(program)
         tell = lambda text: self._tell(step, text)
         with working(f"compiling the {program}", "up to a minute or two on a CPU, once", tell):
           return advance(state, step)
       now = time.monotonic()
-      if calls == 3:  # before that, what is compiled takes more than the steps
+      # The first two calls include compilation, so the clock starts at the third.
+      if calls == 3:
         begun = now, step
       elif calls > 3:
         spent, steps = now - begun[0], step - begun[1]
@@ -131,8 +150,9 @@ class Pace:
     return paced
 
   def _estimate(self, step: int) -> None:
-    """Says once how long the rest takes, as soon as a step of each program in it has been timed."""
+    """Tells the time left, once, as soon as a step of each program in it has been timed."""
     left = dict(self._others(step))
+    # All steps that no other program takes are of the main one.
     left[TRAINING] = self._total - step - sum(left.values())
     if self._told or any(steps and program not in self._seconds for program, steps in left.items()):
       return

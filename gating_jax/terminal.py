@@ -1,4 +1,7 @@
-"""The standard streams, which may be no terminal, closed, or not there at all, as in a thread of a server or 2>&-."""
+"""Standard streams that may be no terminal, closed, or missing.
+
+A thread of a server or `2>&-` has such streams.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ from tqdm import tqdm
 def prepare_streams() -> None:
   """Opens the standard streams that are closed, for a command, and lets them take any text.
 
-  Else the next file that is opened has the number of the missing stream, and what a library writes to the stream lands
-  in that file. What the encoding of stdout lacks, such as bytes of a path that are no UTF-8, is written as `\\xff`.
+  Otherwise the next file that is opened gets the number of the missing stream, and what a library
+  writes to the stream lands in that file. Characters that the encoding of stdout lacks, such as
+  bytes of a path that are not UTF-8, are written as `\\xff`.
   """
   for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
     try:
@@ -24,6 +28,7 @@ def prepare_streams() -> None:
       os.dup2(nowhere, number)
       if nowhere != number:
         os.close(nowhere)
+    # Python sets the stream to None where its number was closed at the start.
     if not is_open(getattr(sys, name)):
       setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
   if hasattr(sys.stdout, "reconfigure"):
@@ -31,31 +36,39 @@ def prepare_streams() -> None:
 
 
 def is_open(stream: Any) -> bool:
-  """Whether anything can be written to the stream: `sys.stdout` and the like may be None or closed."""
+  """Returns whether the stream can be written to; `sys.stdout` may be None or closed."""
   return stream is not None and not getattr(stream, "closed", False)
 
 
 def is_terminal(stream: Any) -> bool:
-  """Whether the stream is open and someone reads it as it is written."""
+  """Returns whether the stream is open and shown to someone as it is written."""
   return is_open(stream) and hasattr(stream, "isatty") and stream.isatty()
 
 
-@logging.skip_log_prefix  # the line that it is logged from is that of its caller
+# The log then shows the caller's line, not one of this function.
+@logging.skip_log_prefix
 def warn(text: str, *parts: Any) -> None:
-  """Logs a warning, `text % parts`, of what goes on nevertheless; without stderr, only other handlers may have it.
+  """Logs the warning `text % parts`; without stderr, only other handlers receive it.
 
-  The handlers of absl and of Python itself take stderr for granted, and raise where it is None or closed.
+  The handlers of absl and of Python itself take stderr for granted, and raise where it is None or
+  closed.
   """
   try:
     logging.warning(text, *parts)
   except (AttributeError, OSError, ValueError):
+    # With stderr in place the error has another cause.
     if is_open(sys.stderr):
       raise
 
 
 def progress_bar(*items: Any, hidden: bool = False, **settings: Any) -> tqdm:
-  """A `tqdm` of these arguments on stderr, where that is a terminal; elsewhere, or if `hidden`, one that shows nothing.
+  """Returns a `tqdm` on stderr; it shows nothing without a terminal, or where `hidden`.
 
-  tqdm itself fails on a stream that is None, and then keeps its lock: the next bar would wait for ever.
+  tqdm itself fails on a stream that is None, and then keeps its lock: the next bar would wait
+  forever.
+
+  Args:
+    items, settings: the arguments of `tqdm`.
+    hidden: shows nothing on a terminal either.
   """
   return tqdm(*items, disable=hidden or not is_terminal(sys.stderr), **settings)

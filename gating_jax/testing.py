@@ -1,6 +1,9 @@
-"""A check of batch losses, for tests of gradients: says which rule is broken, where, and by which known slip.
+"""A check of batch losses, for tests of gradients.
 
-Axes: N examples, C columns, n devices. Knows no loss in particular; `docs/derivations.md` explains the slips.
+It names the broken rule, the place, and the known slip behind it.
+
+Axes: N examples, C columns, n devices. Independent of any loss in particular; `docs/derivations.md`
+explains the slips.
 """
 
 from __future__ import annotations
@@ -17,26 +20,35 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 _AXIS = "check_loss_devices"
-_ROUNDING = 1e-12  # of terms that cancel, against the largest result or 1
-_ARRANGEMENTS = {  # of a column's gradient, by its values' argsort
+# Rounding error of terms that cancel, relative to the largest result or 1.
+_ROUNDING = 1e-12
+# The slips that reorder a column's gradient; `source` is the argsort of its values.
+_ARRANGEMENTS = {
   "": lambda gradient, source: gradient,
   "un-sort forgotten": lambda gradient, source: gradient[source],
   "sort permutation used instead of its inverse": lambda gradient, source: gradient[source][source],
 }
-_THROUGH_RANKS = "gradient through the ranks: it follows others that move in unchanged order, the true one does not"
-_UNSEEN = "unlike finite differences: gradient through the ranks by a surrogate of its own value, or a wrong derivative"
+_THROUGH_RANKS = (
+  "gradient through the ranks: it follows others that move in unchanged order, the true one does "
+  "not"
+)
+_UNSEEN = (
+  "unlike finite differences: gradient through the ranks by a surrogate of its own value, or a "
+  "wrong derivative"
+)
 
 
 class LossCheckError(AssertionError):
-  """A loss breaks at least one rule of `check_loss`; the message has one line per fault."""
+  """The error of a loss that breaks a rule of `check_loss`; its message has one line per fault."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LossCheck:
-  """What `check_loss` measured.
+  """Measured errors of a loss, as returned by `check_loss`.
 
   Attributes:
-    errors: by rule, the worst relative error; at saturation the share of the gradient that is not finite.
+    errors: by rule, the worst relative error; for saturation, the fraction of the gradient that is
+      not finite.
     skipped: the rules left out and why; empty if none.
   """
 
@@ -55,27 +67,35 @@ def check_loss(
   tolerance: float = 1e-4,
   seed: int = 0,
 ) -> LossCheck:
-  """Checks that a batch loss has the gradient of its value, on one device and on several, and is finite.
+  """Checks a batch loss: its gradient is that of its value, on any devices, and finite.
 
-  All rules are checked before anything is raised: the gradient is that of finite differences; it moves with the
-  examples; jit and vmap change nothing; value and gradient are finite at saturation; n devices, gradients averaged,
-  give what one gives, beside another term. Values have no ties, and no column's order is its own inverse, so that a
-  permutation taken for its inverse shows. Devices are virtual (`vmap`), and real ones too where there are n.
+  All rules are checked before anything is raised:
+
+  - the gradient agrees with finite differences;
+  - the gradient is permuted with the examples;
+  - jit and vmap change nothing;
+  - value and gradient are finite at saturation;
+  - n devices, their gradients averaged, give what one device gives, also next to another term.
+
+  Values have no ties, and no column's order is its own inverse, so that a permutation confused with
+  its inverse shows. Devices are virtual (`vmap`), and real ones too where there are n.
 
   Args:
-    loss: `[N, C]` values, for any N -> scalar or `[C]`, in the dtype of the values. One with a keyword `axis_name` is
-      given the axis over which the batch is spread, and then means the whole batch.
-    shape: `(N, C)`, N at least 3; over n devices N is rounded up. A wrong factor is named best if N, C and n differ.
+    loss: `[N, C]` values, for any N -> scalar or `[C]`, in the dtype of the values. A loss with a
+      keyword `axis_name` is given the axis over which the batch is spread, and must then be the loss
+      of the whole batch.
+    shape: `(N, C)`, N at least 3; over n devices N is rounded up. A wrong factor is named best if
+      N, C and n differ.
     low, high: the range of ordinary values, where the loss has a derivative.
     saturated: values where it must still be finite in float32; the default suits log-odds.
     devices: n, at least 2, or None to leave that rule out.
     tolerance: the relative error allowed.
-    seed: of all that is drawn.
+    seed: the seed of everything random.
   Returns:
     the errors measured, and what was skipped.
   Raises:
     LossCheckError: a rule is broken.
-    ValueError: an argument, or what the loss returns, is not as above.
+    ValueError: an argument, or the loss's result, is not as described above.
 
   >>> check_loss(lambda x: jnp.mean(jnp.square(x), axis=0)).skipped
   'devices: the loss takes no keyword axis_name'
@@ -105,13 +125,14 @@ def check_loss(
 
 
 def _check_one_device(total, rng, shape, low, high, devices, tolerance):
-  """By rule, its outcome: the worst relative error, and what is wrong in words."""
+  """Returns each rule's outcome: the worst relative error, and the faults in words."""
   x, y = (jnp.asarray(_values(rng, shape, low, high)) for _ in range(2))
   order = _order(rng, shape[0])
   plain = jax.value_and_grad(total)
   jitted = jax.jit(plain)
   here, there = jitted(x), jitted(y)
   stacked = [np.stack(pair) for pair in zip(here, there, strict=True)]
+  # A mean in place of a sum, or the reverse, is off by one of these counts.
   counts = {name: n for name, n in zip(("N", "C", "devices"), (*shape, devices), strict=True) if n}
   factors = {f"mean where a sum was meant (1/{name})": 1 / n for name, n in counts.items()}
   factors |= {f"sum where a mean was meant ({name})": n for name, n in counts.items()}
@@ -135,7 +156,10 @@ def _check_gradient(total, gradient, x, span, factors, tolerance):
   }
   if None in slips.values():
     moves = np.argsort(np.argsort(x, axis=0), axis=0) % 2 == 1
-    moved = x - moves * 0.2 * span / len(x)  # by less than the least gap
+    # Moved by less than the smallest gap, 0.5 span / N: the ranks stay the same.
+    moved = x - moves * 0.2 * span / len(x)
+    # Examples that stay show a gradient through the ranks: it follows those that move, where the
+    # true one does not.
     change = _relative_error(np.asarray(gradient(moved)), got)
     right_change = _relative_error(_differences(total, moved, 1e-6 * span)[0], right, 2 * noise)
     reacts, right_reacts = (
@@ -156,7 +180,7 @@ def _check_gradient(total, gradient, x, span, factors, tolerance):
 
 
 def _name_slip(got, right, source, noise, factors, tolerance):
-  """What makes the gradient of a column by finite differences into the one the loss returns; None if unknown."""
+  """Names the slip that turns the right gradient of a column into the loss's; None if unknown."""
   if not (np.isfinite(got).all() and np.isfinite(right).all()):
     return "not finite at ordinary values"
   allowed = tolerance * np.abs(got).max() + noise
@@ -167,6 +191,7 @@ def _name_slip(got, right, source, noise, factors, tolerance):
         "" if slip and abs(factor - 1) <= tolerance else _name_factor(factor, factors, tolerance)
       )
       return " and ".join(filter(None, [slip, scale]))
+  # The same values in another order: no known permutation, but still the right numbers.
   reordered = np.abs(np.sort(got) - np.sort(right)).max() <= allowed
   return "the right values in the wrong places" if reordered else None
 
@@ -177,7 +202,8 @@ def _name_factor(factor, known, tolerance):
 
 
 def _check_parallel(total, rng, shape, low, high, n, tolerance):
-  """The term's share in the gradient of parameters that devices hold in common, by each way to spread the batch."""
+  """Checks the term's part of the gradient of shared parameters, for each batch layout."""
+  # Rounded up: each device needs as many examples.
   whole = -(-shape[0] // n) * n, shape[1]
   weights = np.zeros((5, shape[1]))
   batch = (
@@ -193,6 +219,7 @@ def _check_parallel(total, rng, shape, low, high, n, tolerance):
   alone = lambda **scales: jax.jit(jax.value_and_grad(functools.partial(objective, **scales)))(
     weights, *batch
   )
+  # The gradient is linear in the terms: subtracting the other one leaves that of the loss.
   right, beside = alone(other=0.0), alone(term=0.0)
   spread, skipped = _spread(functools.partial(objective, axis_name=_AXIS), weights, batch, n)
   factors = {"missing psum (1/devices)": 1 / n, "one psum too many (devices)": n}
@@ -209,7 +236,7 @@ def _check_parallel(total, rng, shape, low, high, n, tolerance):
 
 
 def _name_shares(got, right, known, tolerance):
-  """What is wrong with the c in `gradient = other + c * term`, over all columns."""
+  """Names the errors of the factor c in `gradient = other + c * term`, over all columns."""
   wrong = np.flatnonzero(_relative_error(got, right).max(0) > tolerance)
   factors = [_factor(got[:, j], right[:, j], tolerance * np.abs(got[:, j]).max()) for j in wrong]
   return dict.fromkeys(
@@ -221,9 +248,9 @@ def _name_shares(got, right, known, tolerance):
 
 
 def _spread(objective, weights, batch, n):
-  """`(value, gradient)` of the mean over devices, by layout; and which was left out."""
+  """Returns `(value, gradient)` of the mean over devices by layout, and the layout left out."""
   averaged = lambda *args: lax.pmean(jax.value_and_grad(objective)(*args), _AXIS)
-  # With check_vma, the gradient of a parameter that all devices hold in common comes summed over them.
+  # With check_vma, JAX sums the gradient of a shared parameter over the devices.
   summed = jax.value_and_grad(lambda *args: lax.pmean(objective(*args), _AXIS))
   by_vmap = jax.jit(jax.vmap(averaged, (None, 0, 0, 0), axis_name=_AXIS))
   found = {"vmap": [a[0] for a in by_vmap(weights, *(a.reshape(n, -1, a.shape[1]) for a in batch))]}
@@ -236,13 +263,17 @@ def _spread(objective, weights, batch, n):
   found["shard_map"] = jax.jit(jax.shard_map(averaged, **layout, check_vma=False))(weights, *batch)
   try:
     found["shard_map with check_vma"] = jax.jit(jax.shard_map(summed, **layout))(weights, *batch)
-  except (TypeError, ValueError) as error:  # many a loss that is right is not written for it
+  # check_vma refuses many correct losses that were not written for it.
+  except (TypeError, ValueError) as error:
     return found, f"shard_map with check_vma: {str(error).splitlines()[0]}"
   return found, ""
 
 
 def _check_saturation(total, shape, saturated):
-  """What is not finite in batches of one saturated value each, and in one of all of them in turn; float32."""
+  """Finds values and gradients that are not finite, in float32.
+
+  One batch holds each saturated value alone; the last one holds all of them in turn.
+  """
   in_turn = np.stack([np.resize(np.roll(saturated, -j), shape[0]) for j in range(shape[1])], axis=1)
   batches = np.asarray([*(np.full(shape, value) for value in saturated), in_turn], np.float32)
   values, gradients = map(
@@ -256,7 +287,10 @@ def _check_saturation(total, shape, saturated):
     "all values in turn"
   ]
   k, i, j = np.argwhere(bad)[0]
-  place = f"column {j}, example {i}, x = {batches[k, i, j]:g}: value {values[k]:g}, gradient {gradients[k, i, j]:g}"
+  place = (
+    f"column {j}, example {i}, x = {batches[k, i, j]:g}: value {values[k]:g}, gradient "
+    f"{gradients[k, i, j]:g}"
+  )
   return float(bad.mean()), [
     f"{kind} at saturation, in batches of {', '.join(where)}; first at {place}"
   ]
@@ -276,7 +310,10 @@ def _compare(got, right, tolerance, row="example"):
 
 
 def _relative_error(got, right, noise=0.0):
-  """Elementwise beyond rounding, relative to the largest magnitude along axis -2; infinite where one is not finite."""
+  """Returns the elementwise error beyond rounding; infinite where an entry is not finite.
+
+  It is relative to the largest magnitude along axis -2.
+  """
   finite = np.isfinite(got) & np.isfinite(right)
   got, right = np.where(finite, got, 0.0), np.where(finite, right, 0.0)
   size = np.maximum(np.abs(got), np.abs(right))
@@ -291,31 +328,37 @@ def _worst(error, got, right, row="example"):
 
 
 def _factor(got, right, allowed):
-  """The c for which `got` is `c * right` within `allowed`, or None."""
+  """Returns the c for which `got` is `c * right` within `allowed`; None if there is none."""
+  # Least squares; where the right gradient is zero, so is the factor.
   factor = np.dot(got, right) / (np.dot(right, right) or 1.0)
   return factor if np.abs(got - factor * right).max() <= allowed else None
 
 
 def _differences(total, x, step):
-  """Central differences `[N, C]`, and how far rounding may put them off."""
+  """Returns central differences `[N, C]`, and a bound on their rounding error."""
   places, shifts = np.tile(np.arange(x.size), 2), np.repeat([step, -step], x.size)
   shifted = lambda args: total(jnp.ravel(x).at[args[0]].add(args[1]).reshape(x.shape))
+  # lax.map holds one of the 2 N C evaluations at a time.
   values = np.asarray(jax.jit(lambda args: lax.map(shifted, args))((places, shifts)))
   differences = np.subtract(*np.split(values, 2)).reshape(x.shape) / (2 * step)
   return differences, 16 * np.finfo(values.dtype).eps * np.abs(values).max() / step
 
 
 def _values(rng, shape, low, high):
-  """Values at least `(high - low) / 2N` apart, every column in an order that is not its own inverse."""
+  """Returns values at least `(high - low) / 2N` apart.
+
+  No column's order is its own inverse.
+  """
   ascending = (np.arange(shape[0])[:, None] + rng.uniform(0.25, 0.75, shape)) / shape[0]
   order = np.stack([_order(rng, shape[0]) for _ in range(shape[1])], axis=1)
   return low + (high - low) * np.take_along_axis(ascending, order, axis=0)
 
 
 def _order(rng, n):
-  """A permutation that is not its own inverse."""
+  """Returns a random permutation that is not its own inverse."""
   while True:
     order = rng.permutation(n)
+    # In an order that is its own inverse, sorting and un-sorting cannot be told from each other.
     if (order[order] != np.arange(n)).any():
       return order
 
@@ -343,6 +386,7 @@ def _check_arguments(loss, shape, low, high, saturated, devices, tolerance):
   with jax.enable_x64(True):
     given = jax.ShapeDtypeStruct(shape, np.float64)
     result = jax.eval_shape(loss, given)
+  # Checked in float64: a loss with a fixed dtype shows.
   if getattr(result, "shape", None) not in ((), shape[1:]) or result.dtype != given.dtype:
     raise ValueError(
       f"loss must return a scalar or [C] in the dtype of its values; got {result} for {given}"
