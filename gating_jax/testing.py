@@ -82,8 +82,8 @@ def check_loss(
 
   Args:
     loss: `[N, C]` values, for any N -> scalar or `[C]`, in the dtype of the values. A loss with a
-      keyword `axis_name` is given the axis over which the batch is spread, and must then be the loss
-      of the whole batch.
+      keyword `axis_name` is given the axis over which the batch is spread, and must then be the
+      loss of the whole batch.
     shape: `(N, C)`, N at least 3; over n devices N is rounded up. A wrong factor is named best if
       N, C and n differ.
     low, high: the range of ordinary values, where the loss has a derivative.
