@@ -1,4 +1,7 @@
-"""Messages for bad settings: the argument, the rule, the value, and what may have been meant; texts of any origin."""
+"""Messages for bad settings: the argument, the rule, the value and the likely intention.
+
+Values and names can come from anywhere, so their text is shortened and sanitised.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,13 @@ from collections.abc import Iterable, Sequence
 
 import jax
 
-_CLOSE = 0.7  # twice the letters that two names share in their order, of the letters of both
-_LONGEST, _MOST = 60, 8  # letters, and elements of an array, that are shown as they are
-_JOINERS = "\u200c\u200d"  # between letters of Persian or of Indian scripts, and parts of a picture
+# Least similarity of a suggestion: twice the letters that two names share in order, as a fraction
+# of the letters of both.
+_CLOSE = 0.7
+# Letters of a text and elements of an array that are shown in full.
+_LONGEST, _MOST = 60, 8
+# Invisible, but needed between letters of Persian and Indian scripts and within compound emoji.
+_JOINERS = "\u200c\u200d"
 
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:
@@ -29,17 +36,22 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def shown(value: object) -> str:
-  """A value in one short line: a text by its beginning, a large array by its type and shape, what else is long by its
+  """Returns a value as one short line.
+
+  A long text is cut, a large array is given by its type and shape, any other long value by its
   class.
 
   >>> import numpy as np
-  >>> shown(0.6), shown(dict), shown("letters " * 20), shown(np.zeros((6, 4)))
-  ('0.6', 'the class dict', "'letters letters letters letters letters letters le'...", 'float64[6,4]')
+  >>> shown(0.6), shown(dict), shown(np.zeros((6, 4)))
+  ('0.6', 'the class dict', 'float64[6,4]')
+  >>> shown("letters " * 20)
+  "'letters letters letters letters letters letters le'..."
   """
   if isinstance(value, type):
     return f"the class {value.__name__}"
   if callable(value) and hasattr(value, "__qualname__"):
     return f"the function {value.__qualname__}"
+  # The repr of a tracer says nothing to a user, so it is never shown.
   if is_array(value) and (isinstance(value, jax.core.Tracer) or math.prod(value.shape) > _MOST):
     return _type_and_shape(value)
   text = " ".join(repr(value).split())
@@ -51,7 +63,7 @@ def shown(value: object) -> str:
 
 
 def is_array(value: object) -> bool:
-  """Whether a value is an array of NumPy, JAX or another library."""
+  """Returns whether a value is an array of NumPy, JAX or another library."""
   return hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, type)
 
 
@@ -60,7 +72,7 @@ def _type_and_shape(array) -> str:
 
 
 def near(name: str, choices: Iterable[str], count: int = 1) -> list[str]:
-  """The choices, at most `count`, that differ from a name by a slip or two; the nearest first.
+  """Returns at most `count` choices that differ from a name by a typo or two, the nearest first.
 
   >>> near("chanel", ("none", "channel")), near("widht", ("none", "channel"))
   (['channel'], [])
@@ -69,7 +81,7 @@ def near(name: str, choices: Iterable[str], count: int = 1) -> list[str]:
 
 
 def few(names: Sequence[str], most: int = 8) -> str:
-  """The first of many names on one line, and how many more there are.
+  """Returns the first of many names on one line, and the number of the others.
 
   >>> few(["cat", "dog", "cow"], most=2)
   'cat, dog and 1 more'
@@ -79,8 +91,9 @@ def few(names: Sequence[str], most: int = 8) -> str:
 
 
 def printable(text: object, keep: str = "") -> str:
-  """The text without what would move a terminal's cursor, recolour it or turn its letters round; spaces of any kind
-  are plain ones.
+  """Replaces characters that move a terminal's cursor, recolour it or reverse its text.
+
+  They become `?`; spaces of any kind become plain ones.
 
   Args:
     text: of any origin, such as the name of a class.
@@ -89,6 +102,7 @@ def printable(text: object, keep: str = "") -> str:
   >>> printable("red \\x1b[31m\\nlines"), printable("two\\nlines\\t", keep="\\n")
   ('red ?[31m?lines', 'two\\nlines?')
   """
+  # Unicode's class of spaces: `isprintable` accepts the plain one alone.
   space = lambda c: unicodedata.category(c) == "Zs"
   return "".join(
     c if c.isprintable() or c in keep + _JOINERS else " " if space(c) else "?" for c in str(text)

@@ -1,4 +1,7 @@
-"""How times are compared, and what contenders are called: in turns, so that drifts of the machine hit all alike."""
+"""Timings of competing functions, and the names of the ways to run a network.
+
+Contenders take turns, so that drifts of the machine affect all of them alike.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from typing import Any, TypeVar
 
 import jax
 
-# Ways to run a whole network: all computed, closed units too; all, without gates; each part in its fastest way; a heavy
-# net on chosen segments alone; images that leave at exits.
+# Ways to run a whole network, in this order: everything is computed, closed units too; everything,
+# without gates; each part in its fastest way; a heavy net on chosen segments only; images leave at
+# exits.
 MASKED, UNGATED, CHOSEN, SEGMENTS, EXIT_DISPATCH = (
   "masked",
   "ungated",
@@ -25,13 +29,15 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def device() -> str:
-  """What times are of: platform, kind of device and, of a CPU, its name and how many cores this process may use.
+  """Describes the machine that times belong to, in one line.
 
-  The name is Linux's; elsewhere it is the architecture.
+  It names the platform and the kind of device; for a CPU also its name and the number of cores. The
+  cores are those that this process may use. The name is Linux's; elsewhere it is the architecture.
   """
   found = jax.devices()[0]
   if found.platform != "cpu":
     return f"{found.platform}: {found.device_kind}"
+  # JAX calls every CPU just 'cpu', so the model is read from Linux.
   try:
     names = [
       line.partition(":")[2].strip()
@@ -40,6 +46,7 @@ def device() -> str:
     ]
   except OSError:
     names = []
+  # A container or a batch queue often grants fewer cores than the machine has.
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
   return (
     f"cpu: {', '.join([*names[:1], platform.machine()])}, {cores} core{'' if cores == 1 else 's'}"
@@ -53,15 +60,20 @@ def race(
   settle: bool = False,
   on_start: Callable[[], None] = lambda: None,
 ) -> dict[Name, list[float]]:
-  """Seconds of each contender's calls, taken in turns after a warm-up, until their results are there.
+  """Measures the seconds of each contender's calls, in turns and after a warm-up.
+
+  A call ends when its results are ready.
 
   Args:
-    contenders: by name.
-    repeats: calls of each.
-    on_start: called after the first call of each, which takes longest where the contender is compiled then.
-    settle: every turn begins with a call that is not timed, which finds the caches and the memory pool as another
-      contender left them.
+    contenders: functions by name.
+    repeats: number of timed calls of each.
+    settle: whether every turn begins with an untimed call, which finds the caches and the memory
+      pool as the previous contender left them.
+    on_start: called after the first call of each contender, which takes longest if it compiles.
+  Returns:
+    the `repeats` times of each contender, in seconds.
   """
+  # Compilation happens here, outside the measurement.
   for run in contenders.values():
     jax.block_until_ready(run())
     on_start()

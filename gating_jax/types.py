@@ -1,4 +1,4 @@
-"""The one record that every gated module returns beside its output.
+"""The record that every gated module returns next to its output.
 
 Axes: N examples, C gated units.
 """
@@ -16,19 +16,22 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class GateRecord:
-  """What one gate layer decided for a batch.
+  """The decisions of one gate layer for a batch.
 
   Attributes:
     logits: `[N, C]` log-odds that a unit is open, without noise.
     probs: `[N, C]` probability that a unit is open.
-    gates: `[N, C]` what multiplied the tensor: 0/1, or relaxed values; a unit runs where it is above 0.
+    gates: `[N, C]` values that multiply the tensor: 0/1, or relaxed. A unit runs where its gate is
+      above 0.
     macs_per_unit: multiply-accumulates that one open unit costs per example.
-    macs_per_pair: multiply-accumulates of one open unit of this record together with one open unit of
-      the record **before** it: a convolution gated on both sides. 0 elsewhere.
-    writers: paths of the convolutions whose output channels these gates switch, each as in the tree of parameters.
-    readers: paths of the layers whose input channels they switch; where an input passes by the layer too, as by a
-      shortcut, none.
-    gate: path of the module that decided; records of one module follow each other, in the order of its outputs.
+    macs_per_pair: multiply-accumulates of one open unit of this record together with one open unit
+      of the record **before** it, for a convolution gated on both sides. 0 elsewhere.
+    writers: paths, in the parameter tree, of the convolutions whose output channels these gates
+      switch.
+    readers: paths of the layers whose input channels these gates switch; empty where the input also
+      bypasses the layer, as through a shortcut.
+    gate: path of the module that decides. Records of one module follow each other, in the order of
+      its outputs.
   """
 
   logits: Any
@@ -41,10 +44,13 @@ class GateRecord:
   gate: Path = ()
 
 
+# Costs and paths are static: they are known when the network is traced, and `jit` compiles for
+# them.
 jax.tree_util.register_dataclass(
   GateRecord,
   data_fields=["logits", "probs", "gates"],
   meta_fields=["macs_per_unit", "macs_per_pair", "writers", "readers", "gate"],
 )
 
+# In the order of the network's layers, on which `macs_per_pair` relies.
 Records = tuple[GateRecord, ...]

@@ -1,10 +1,12 @@
-"""What became of each gate: always open, always closed, random dropout or conditional, and how much it tells.
+"""Diagnosis of each gate: always open, always closed, random dropout or conditional.
 
-Information is in bits. What the noise of training lets through of the input decides between a random and a conditional
-gate, and not what the noise-free gate says: a logit that hardly leaves 0 is a coin in training, whatever its sign.
+Information is in bits. What separates a random from a conditional gate is the information about the
+input that survives the noise of training, not the noise-free decision: a logit that hardly leaves 0
+is a coin in training, whatever its sign.
 
 Axes: N examples, K classes, G gates of the network.
-Reference: Bejnordi et al., 2020 (the outcomes); Miller, 1955, "Note on the bias of information estimates".
+Reference: Bejnordi et al., 2020 (the outcomes); Miller, 1955, "Note on the bias of information
+  estimates".
 """
 
 from __future__ import annotations
@@ -17,9 +19,14 @@ import numpy as np
 from scipy import special
 
 OUTCOMES = ("always_open", "always_closed", "random_dropout", "conditional")
-ALWAYS_OPEN, ALWAYS_CLOSED = 0.99, 0.01  # more, or less, than this share of examples
-DISAGREEMENT = 0.2  # share of examples on which two draws differ: that of P(open) from 0.11 to 0.89 for all examples
-INFORMATION = 0.05  # bits about the input: that of P(open) which varies by 0.13 around 1/2
+# A gate is always open, or always closed, if it opens for more, or less, than this fraction of
+# examples.
+ALWAYS_OPEN, ALWAYS_CLOSED = 0.99, 0.01
+# Fraction of examples on which two draws differ. A P(open) that is the same for all examples
+# reaches it between 0.11 and 0.89.
+DISAGREEMENT = 0.2
+# Bits about the input. A P(open) that varies by 0.13 around 1/2 carries as many.
+INFORMATION = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +34,11 @@ class Tally:
   """Sums over examples; `+` joins those of two batches.
 
   Attributes:
-    examples: `[K]` of each class.
-    opened: `[K, G]` how many of them opened each gate in evaluation.
-    probs, entropies, disagreements: `[G]` of the open probability, its entropy, and the probability that two draws of
-      the noise differ.
+    examples: `[K]` number of examples of each class.
+    opened: `[K, G]` number of these for which each gate is open in evaluation.
+    probs: `[G]` sum of the open probability.
+    entropies: `[G]` sum of the entropy of the open probability, in bits.
+    disagreements: `[G]` sum of the probability that two draws of the noise differ.
   """
 
   examples: np.ndarray
@@ -46,14 +54,16 @@ class Tally:
 
 
 def tally(gates: np.ndarray, probs: np.ndarray, labels: np.ndarray, classes: int) -> Tally:
-  """The sums of one batch.
+  """Computes the sums of one batch.
 
   Args:
     gates: `[N, G]` whether each gate is open in evaluation.
-    probs: `[N, G]` probability that it is under the noise of training; see `open_probs`.
+    probs: `[N, G]` probability that it is open under the noise of training; see `open_probs`.
     labels: `[N]` integers below `classes`.
+    classes: K.
   """
   member = np.arange(classes)[:, None] == labels
+  # Sums over a whole set of examples need more digits than float32 has.
   probs = probs.astype(np.float64)
   return Tally(
     examples=member.sum(axis=1),
@@ -65,7 +75,7 @@ def tally(gates: np.ndarray, probs: np.ndarray, labels: np.ndarray, classes: int
 
 
 def open_probs(logits: np.ndarray, noise_scale: float) -> np.ndarray:
-  """P(logit + noise_scale * L > 0) of logistic L, in float64; without noise 0 or 1.
+  """Computes P(logit + noise_scale * L > 0) of logistic L, in float64; without noise 0 or 1.
 
   >>> open_probs(np.array([-1.0, 2.0]), 0.0)
   array([0., 1.])
@@ -76,16 +86,17 @@ def open_probs(logits: np.ndarray, noise_scale: float) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-  """Of each gate, `[G]`.
+  """The diagnosis of every gate; arrays are `[G]`.
 
   Attributes:
-    open_rates: share of examples for which it is open in evaluation.
-    disagreement: share of examples on which two draws of the noise of training are expected to differ.
-    input_information: bits that a gate drawn with this noise has about the input.
-    class_information: bits that the gate of evaluation has about the class; see `class_information`. None where all
-      examples are of one class.
-    outcomes: `[G]` positions in `OUTCOMES`; see `outcomes`.
-    floor: bits by which chance alone raises an uncorrected estimate of the class information, on average.
+    open_rates: fraction of examples for which the gate is open in evaluation.
+    disagreement: expected fraction of examples on which two draws of the training noise differ.
+    input_information: bits that a gate drawn with this noise carries about the input.
+    class_information: bits that the evaluation gate carries about the class; see
+      `class_information`. None if there is only one class.
+    outcomes: positions in `OUTCOMES`; see `outcomes`.
+    floor: bits that chance alone adds, on average, to an uncorrected estimate of the class
+      information.
   """
 
   open_rates: np.ndarray
@@ -97,9 +108,10 @@ class Diagnosis:
 
 
 def diagnose(sums: Tally) -> Diagnosis:
-  """What the sums over a whole set say of each gate."""
+  """Diagnoses each gate from the sums over a whole set."""
   n = sums.examples.sum()
   open_rates, disagreement = sums.opened.sum(axis=0) / n, sums.disagreements / n
+  # I(gate; input) = H(mean P(open)) - mean H(P(open)). Rounding can make it slightly negative.
   information = np.maximum(_entropy(sums.probs / n) - sums.entropies / n, 0)
   return Diagnosis(
     open_rates,
@@ -114,39 +126,44 @@ def diagnose(sums: Tally) -> Diagnosis:
 def outcomes(
   open_rates: np.ndarray, disagreement: np.ndarray, information: np.ndarray
 ) -> np.ndarray:
-  """Positions in `OUTCOMES`, the first of these rules that holds:
+  """Returns positions in `OUTCOMES`, by the first of these rules that holds.
 
-      random dropout   < 0.05 bits about the input, and two draws differ on >= 20 % of examples or some are open
+      random dropout   < 0.05 bits about the input, and two draws differ on >= 20 % of examples
+                       or some are open
       always open      open on > 99 % of examples
       always closed    open on < 1 % of examples
       conditional      any other
 
-  where some are open if that is neither of the two after it.
+  "Some are open" means that neither of the next two rules holds.
 
-  >>> found = outcomes(np.array([1.0, 1.0, 0.0, 0.5]), np.array([0.4, 0.0, 0.0, 0.3]), np.array([0.0, 0.0, 0.0, 0.5]))
+  >>> rates, disagreement = np.array([1.0, 1.0, 0.0, 0.5]), np.array([0.4, 0.0, 0.0, 0.3])
+  >>> found = outcomes(rates, disagreement, np.array([0.0, 0.0, 0.0, 0.5]))
   >>> [OUTCOMES[i] for i in found]
   ['random_dropout', 'always_open', 'always_closed', 'conditional']
   """
   is_open, is_closed = open_rates > ALWAYS_OPEN, open_rates < ALWAYS_CLOSED
   random = (information < INFORMATION) & ((disagreement >= DISAGREEMENT) | ~(is_open | is_closed))
+  # `np.select` takes the first condition that holds, as the rules ask.
   return np.select([random, is_open, is_closed], [2, 0, 1], 3)
 
 
 def class_information(opened: np.ndarray, examples: np.ndarray) -> np.ndarray:
-  """Mutual information of gates and the class, `[G]` bits, less what chance alone adds on average; at least 0.
+  """Computes the mutual information of gate and class, `[G]` bits, less its bias from chance.
 
       I = H(open) - sum_k P(k) H(open | k) - (K' - 1) / (2 N log 2)
 
-  K' classes occur. A gate that never or always opens has none, and nothing is taken off.
+  K' classes occur. The result is at least 0. A gate that never or always opens carries no
+  information, and nothing is subtracted.
 
   Args:
     opened: `[K, G]` examples of each class for which each gate is open.
-    examples: `[K]` of each class.
+    examples: `[K]` examples of each class.
 
   >>> class_information(np.array([[500, 250], [0, 250]]), np.array([500, 500])).round(3)
   array([0.999, 0.   ])
   """
   n, total = examples.sum(), opened.sum(axis=0)
+  # A class without examples has weight 0 below; 1 keeps its quotient finite.
   within = _entropy(opened / np.maximum(examples, 1)[:, None])
   information = _entropy(total / n) - examples @ within / n
   varies = (total > 0) & (total < n)
@@ -154,12 +171,17 @@ def class_information(opened: np.ndarray, examples: np.ndarray) -> np.ndarray:
 
 
 def information_floor(examples: np.ndarray) -> float:
-  """Mean of the uncorrected estimate for a gate that knows nothing of the class: `(K' - 1) / (2 N log 2)` bits."""
+  """Computes the mean uncorrected estimate for a gate that is independent of the class, in bits.
+
+      (K' - 1) / (2 N log 2)
+
+  Here K' classes occur among N examples.
+  """
   return float((np.count_nonzero(examples) - 1) / (2 * examples.sum() * np.log(2)))
 
 
 def summary(found: Diagnosis) -> dict[str, Any]:
-  """How many gates came out how, and means over gates, as plain numbers."""
+  """Returns the number of gates of each outcome, and means over gates, as plain numbers."""
   counts = np.bincount(found.outcomes, minlength=len(OUTCOMES))
   means = ("disagreement", "input_information", "class_information")
   return {
@@ -175,9 +197,10 @@ def summary(found: Diagnosis) -> dict[str, Any]:
 
 
 def by_layer(found: Diagnosis, layers: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
-  """`summary` of each layer, given their names and numbers of gates, in the order of the gates."""
+  """Returns the `summary` of each layer, for layers given as (name, gates), in the gates' order."""
   rows, end = [], 0
   for name, size in layers:
+    # Gates of a layer are adjacent, so each layer is a slice of every array.
     part, end = slice(end, end + size), end + size
     arrays = {k: v[part] for k, v in vars(found).items() if isinstance(v, np.ndarray)}
     rows.append({"layer": name, **summary(dataclasses.replace(found, **arrays))})
@@ -185,4 +208,5 @@ def by_layer(found: Diagnosis, layers: Sequence[tuple[str, int]]) -> list[dict[s
 
 
 def _entropy(p: np.ndarray) -> np.ndarray:
+  # In bits, of a gate that opens with probability p.
   return (special.entr(p) + special.entr(1 - p)) / np.log(2)
