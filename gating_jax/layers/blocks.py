@@ -1,8 +1,10 @@
 """Residual blocks, gated or not. Every block returns `(y, records)`.
 
-Axes: N examples, F frames, H and W pixels, channels last. Every block takes images or clips of frames.
-Reference: He et al., 2016; Hara et al., 2018; Bejnordi et al., 2020, section 3; Abati et al., 2020, section 3; Veit and
-Belongie, "Convolutional networks with adaptive inference graphs", 2018, section 3.
+Axes: N examples, F frames, H and W pixels, channels last. Every block takes images or clips of
+frames.
+Reference: He et al., 2016; Hara et al., 2018; Bejnordi et al., 2020, section 3; Abati et al., 2020,
+  section 3; Veit and Belongie, "Convolutional networks with adaptive inference graphs", 2018,
+  section 3.
 """
 
 from __future__ import annotations
@@ -25,15 +27,30 @@ SHORTCUTS = ("A", "B")
 
 
 class _ResidualBlock(nn.Module):
-  """What both blocks share: their fields, the gate and the shortcut.
+  """The fields, the gate and the shortcut that both blocks share.
 
-  With `gating="channel"` the channels between the convolutions are gated; with `"all_channels"` those of the output as
-  well, and `gated_input` says whether the block before did so too. With `"layer"` one gate switches all convolutions,
+  With `gating="channel"` the channels between the convolutions are gated. With `"all_channels"`
+  those of the output are gated as well. With `"layer"` one gate switches all convolutions
 
       y = ReLU(g * branch(x) + x),   g = gate(x) in {0, 1}
 
-  of a block that keeps the shape of x; the others always run. `inner_width` multiplies the channels between the
-  convolutions. `dilations`, of images only, are those of the window that has the stride, and of windows after it.
+  of a block that keeps the shape of x; blocks that change the shape always run.
+
+  Attributes:
+    features: output channels; a quarter of them for `Bottleneck`.
+    stride: of the first 3x3 convolution and of the shortcut.
+    gating: one of `GATINGS`.
+    shortcut: `"A"` or `"B"`; see `_shortcut`.
+    convolution: `"full"` or `"factorised"`, for windows larger than 1.
+    gate: settings of the gate.
+    dtype: type in which the convolutions compute.
+    axis_name: mapped device axis of the batch.
+    gated_input: whether the block before this one gates its output channels (`"all_channels"`).
+    dilations: for images only: of the convolution with the stride, and of the one after it.
+    group_norm: whether GroupNorm replaces BatchNorm.
+    backward_share: fraction of examples, in (0, 1], that the branch's backward pass has room for in
+      training; for `gating="layer"`, see `open_backward`. Below 1 it needs `group_norm`.
+    inner_width: multiplies the channels between the convolutions.
   """
 
   features: int
@@ -64,6 +81,7 @@ class _ResidualBlock(nn.Module):
     self, features: int, window: int, stride: int, name: str, dilation: int = 1
   ) -> ConvNorm | FactorisedConvNorm:
     conv = CONVOLUTIONS[self.convolution] if window > 1 else ConvNorm
+    # `FactorisedConvNorm` has no such field.
     spread = {} if dilation == 1 else {"dilation": dilation}
     return conv(
       features,
@@ -77,7 +95,7 @@ class _ResidualBlock(nn.Module):
     )
 
   def _with(self, beside: Array | None, x: Array) -> Array:
-    """What the first convolution takes: the block's input, and channels beside it that the shortcut does not see."""
+    """Returns the first convolution's input: x, and channels that the shortcut does not see."""
     if beside is None:
       return x
     if self.gating != "none":
@@ -92,7 +110,11 @@ class _ResidualBlock(nn.Module):
   def _records(
     self, x: Array, train: bool, inner: tuple[Switched, ...], outer: Switched, convs: Sequence
   ) -> Records:
-    """`convs` are the convolutions of the branch, each with the shape of its input."""
+    """Returns the records of the block's gate; none if it has no gate.
+
+    `convs` are the convolutions of the branch, each with the shape of its input.
+    """
+    # Each kind of gating with the groups of channels that one gate module decides on.
     groups = {
       "none": (),
       "channel": inner,
@@ -104,9 +126,11 @@ class _ResidualBlock(nn.Module):
     return ChannelGate(groups[self.gating], self.gate, self.axis_name, name=GATE_NAME)(x, train)
 
   def _layer(self, x: Array, outer: Switched, convs: Sequence) -> tuple[Switched, ...]:
-    """The block as a whole, where it can be skipped."""
+    """Returns the whole branch as one unit, where the block can be skipped."""
+    # Only the identity can replace a closed branch.
     if self.stride != 1 or x.shape[-1] != outer.channels:
       return ()
+    # With all of its channels open, a convolution costs i per_input + o per_output + i o per_pair.
     macs = 0
     for conv, shape in convs:
       m = conv.macs(shape)
@@ -114,26 +138,28 @@ class _ResidualBlock(nn.Module):
     return (Switched(1, macs),)
 
   def _switch(self, h: Array, records: Records, group: int) -> Array:
-    """Features between the convolutions, with the gates of their channels."""
+    """Multiplies features between the convolutions by the gates of their channels."""
     return apply_gates(h, records[group].gates) if self.gating in ("channel", "all_channels") else h
 
   def _skips(self, records: Records, train: bool) -> bool:
-    """Whether the branch's backward leaves out the examples whose gate is closed."""
+    """Returns whether the branch's backward pass leaves out the examples whose gate is closed."""
     return (
       self.gating == "layer"
       and bool(records)
       and train
       and self.backward_share < 1
+      # `open_backward` needs variables, which do not exist before.
       and not self.is_initializing()
     )
 
   def _with_open_backward(self, convs: Sequence[nn.Module], x: Array, records: Records) -> Array:
-    """The branch, its convolutions with ReLU between, with the backward of open examples alone."""
+    """Computes the branch, with a backward pass on the open examples only."""
     if not self.group_norm:
       raise ValueError(
         "backward_share must be 1 without group_norm, since BatchNorm carries gradients between "
         f"examples; got {self.backward_share}"
       )
+    # Free of this module's scope, the copies can run inside the custom backward pass.
     alone = [conv.clone(parent=None, name=None) for conv in convs]
 
     def branch(variables, x):
@@ -146,9 +172,11 @@ class _ResidualBlock(nn.Module):
       [conv.variables for conv in convs],
       x,
       records[0].gates[:, 0],
+      # Its size must be static, so it cannot be the number of open examples itself.
       capacity=math.ceil(self.backward_share * len(x)),
     )
 
+  # The block's end: y = ReLU(g * branch(x) + shortcut), then the gates of the output channels.
   def _join(self, branch: Array, shortcut: Array, records: Records) -> tuple[Array, Records]:
     if self.gating == "layer" and records:
       branch = apply_gates(branch, records[0].gates)
@@ -156,8 +184,13 @@ class _ResidualBlock(nn.Module):
     return (apply_gates(y, records[-1].gates) if self.gating == "all_channels" else y), records
 
   def _macs_into(self, conv: ConvNorm, x: Array) -> tuple[int, int]:
-    """Per output channel of the first convolution: alone, and with one channel of the gates before the block."""
+    """Returns the MACs of one output channel of the first convolution.
+
+    The first number is what it costs alone, the second what it costs with one open channel of the
+    gates before the block.
+    """
     macs = conv.macs(x.shape)
+    # Only open inputs are read, so the cost is per pair; otherwise every input channel counts.
     if self.gated_input:
       return macs.per_output, macs.per_pair
     return macs.per_output + x.shape[-1] * macs.per_pair, 0
@@ -165,20 +198,24 @@ class _ResidualBlock(nn.Module):
   def _outer(
     self, conv: ConvNorm, h_shape: Sequence[int], project: ConvNorm | None, x: Array
   ) -> Switched:
-    """The block's output channels: those of its last convolution, with their part of the projection."""
+    """Describes the output channels: those of the last convolution and of the projection."""
     macs = conv.macs(h_shape)
+    # The projection is not gated on its input side: it reads every channel.
     shortcut = project.macs(x.shape).per_pair * x.shape[-1] if project else 0
     writers = (conv.writer, project.writer) if project else (conv.writer,)
     return Switched(conv.features, macs.per_output + shortcut, macs.per_pair, writers)
 
   def _project(self, x: Array, features: int) -> ConvNorm | None:
-    """The convolution of the shortcut, where it needs one."""
+    """Returns the convolution of the shortcut, where it needs one."""
     if self.shortcut == "A" or (self.stride == 1 and x.shape[-1] == features):
       return None
     return self._conv(features, 1, self.stride, "project")
 
   def _shortcut(self, x: Array, features: int, project: ConvNorm | None, train: bool) -> Array:
-    """Identity where shapes agree; else A: subsample and pad with zero channels, B: 1x1 convolution."""
+    """Returns the identity where shapes agree, else the shortcut of kind A or B.
+
+    A subsamples and pads with zero channels; B is a 1x1 convolution.
+    """
     if project:
       return project(x, train)
     missing = features - x.shape[-1]
@@ -188,16 +225,19 @@ class _ResidualBlock(nn.Module):
       )
     every = slice(None, None, self.stride)
     x = x[:, *[every] * (x.ndim - 2)]
+    # Half of the zero channels come before, half after.
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(missing // 2, missing - missing // 2)])
 
 
 class BasicBlock(_ResidualBlock):
   """Two 3x3(x3) convolutions; the gate switches the output channels of the first, per example.
 
-      y = ReLU(BN2(conv2(g * ReLU(BN1(conv1 x)))) + shortcut(x)),   g = gate(x) in {0, 1}^(inner_width features)
+      y = ReLU(BN2(conv2(g * ReLU(BN1(conv1 x)))) + shortcut(x)),
+      g = gate(x) in {0, 1}^(inner_width features)
 
-  and with `gating="all_channels"` those of y too. `[N, H, W, D]` to `([N, H', W', features], records)`, or the same
-  with frames. `beside`, `[N, H, W, E]`, are more channels for conv1 alone, of a block without gates.
+  With `gating="all_channels"` it switches those of y too. `[N, H, W, D]` to `([N, H', W',
+  features], records)`, or the same with frames. `beside`, `[N, H, W, E]`, are more channels for
+  conv1 only, in a block without gates.
   """
 
   expansion = 1
@@ -212,6 +252,8 @@ class BasicBlock(_ResidualBlock):
     conv2 = self._conv(self.features, 3, 1, "conv2", self.dilations[1])
     project = self._project(x, self.features)
     h = nn.relu(conv1(self._with(beside, x), train))
+    # A hidden channel costs its output in conv1 and its input in conv2. Where the other side is
+    # gated too, the cost is per pair and belongs to the later record.
     (alone, with_input), after = self._macs_into(conv1, x), conv2.macs(h.shape)
     alone += after.per_input + (
       self.features * after.per_pair if self.gating != "all_channels" else 0
@@ -222,15 +264,17 @@ class BasicBlock(_ResidualBlock):
     if self._skips(records, train):
       branch = self._with_open_backward((conv1, conv2), x, records)
     else:
+      # conv2(g * ReLU(BN1(conv1 x))) of the equation.
       branch = conv2(self._switch(h, records, 0), train)
     return self._join(branch, self._shortcut(x, self.features, project, train), records)
 
 
 class Bottleneck(_ResidualBlock):
-  """1x1, 3x3 (with the stride), 1x1; gates switch the outputs of the first two, from one shared hidden layer.
+  """1x1, 3x3 and 1x1 convolutions; gates of one shared hidden layer switch the first two's outputs.
 
-  With `gating="all_channels"` those of the block too. `[N, H, W, D]` to `([N, H', W', 4 * features], records)`, or the
-  same with frames. `beside` as of `BasicBlock`.
+  The 3x3 convolution has the stride. With `gating="all_channels"` the gates switch the block's
+  outputs too. `[N, H, W, D]` to `([N, H', W', 4 * features], records)`, or the same with frames.
+  `beside` is as in `BasicBlock`.
   """
 
   expansion = 4
@@ -247,12 +291,14 @@ class Bottleneck(_ResidualBlock):
     conv3 = self._conv(out, 1, 1, "conv3")
     project = self._project(x, out)
     h1 = nn.relu(conv1(self._with(beside, x), train))
+    # The output's shape of conv2, known before it runs: the gates decide first.
     shape2 = (x.shape[0], *(-(-size // self.stride) for size in x.shape[1:-1]), width)
     (alone, with_input), middle, last = (
       self._macs_into(conv1, x),
       conv2.macs(h1.shape),
       conv3.macs(shape2),
     )
+    # The second group costs per pair with the first, conv2 being gated on both sides.
     into_last = last.per_input + (out * last.per_pair if self.gating != "all_channels" else 0)
     groups = (
       Switched(width, alone + middle.per_input, with_input, (conv1.writer,), (conv2.reader,)),

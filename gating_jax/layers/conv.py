@@ -1,8 +1,8 @@
-"""Convolution and normalisation, for images and for clips of frames, whole or factorised into space and time.
+"""Convolution and normalisation for images and clips, whole or factorised into space and time.
 
 Axes: N examples, F frames, H and W pixels, channels last.
-Reference: Tran et al., "A closer look at spatiotemporal convolutions for action recognition", 2018, section 3;
-Wu and He, "Group normalization", 2018.
+Reference: Tran et al., "A closer look at spatiotemporal convolutions for action recognition", 2018,
+  section 3; Wu and He, "Group normalization", 2018.
 """
 
 from __future__ import annotations
@@ -19,18 +19,22 @@ from gating_jax.ops import arguments
 from gating_jax.ops.cpu_convs import convolve_clips, convolve_depthwise
 from gating_jax.types import Array, Path
 
-_GROUP = 16  # channels, at most: Wu and He, 2018, table 3
+# Channels of a group, at most: Wu and He, 2018, table 3.
+_GROUP = 16
 
 
 def check_maps(x: Array) -> None:
-  """Raises a TypeError or a ValueError unless x are feature maps of images or clips."""
+  """Raises a TypeError or a ValueError unless x holds feature maps of images or clips."""
   arguments.real_array("x", x)
   if jnp.ndim(x) not in (4, 5):
     raise ValueError(f"x must be [N, H, W, D] or [N, F, H, W, D]; got shape {jnp.shape(x)}")
 
 
 class ConvMacs(NamedTuple):
-  """MACs per example of i input and o output channels: `i * per_input + o * per_output + i * o * per_pair`."""
+  """Coefficients of a convolution's MACs per example.
+
+  With i input and o output channels it costs `i * per_input + o * per_output + i * o * per_pair`.
+  """
 
   per_input: int
   per_output: int
@@ -38,12 +42,21 @@ class ConvMacs(NamedTuple):
 
 
 class ConvNorm(nn.Module):
-  """Convolution without bias, symmetric padding, then BatchNorm with statistics over all devices; or, with
-  `norm=False`, a bias in its place; or, with `group_norm`, GroupNorm, of every example by itself.
+  """A convolution without bias and with symmetric padding, then a normalisation.
 
-  `[N, H, W, D]` or `[N, F, H, W, D]`; `window` and `stride` are one number for every axis between, or one per axis.
-  A `depthwise` one, of images only, gives every channel a window of its own, and leaves their number. The taps of the
-  window lie `dilation` pixels apart.
+  `[N, H, W, D]` to `[N, H', W', features]`, or the same with frames, `[N, F, H, W, D]`.
+
+  Attributes:
+    features: output channels.
+    window: size, one number for every axis between the first and the last, or one per axis.
+    stride: likewise.
+    dtype: type in which it computes.
+    axis_name: mapped device axis over which BatchNorm takes its statistics.
+    depthwise: for images only: every channel has a window of its own, and `features` is the number
+      of input channels.
+    norm: False for a bias in place of the normalisation.
+    dilation: distance of the window's taps, in pixels.
+    group_norm: whether GroupNorm, which treats every example alone, replaces BatchNorm.
   """
 
   features: int
@@ -69,18 +82,21 @@ class ConvNorm(nn.Module):
       self.features,
       window,
       stride,
+      # Same size as the input at stride 1, for odd windows.
       padding=[(w // 2 * self.dilation,) * 2 for w in window],
       kernel_dilation=self.dilation,
       feature_group_count=self.features if self.depthwise else 1,
       use_bias=not self.norm,
       kernel_init=nn.initializers.he_normal(),
       dtype=self.dtype,
+      # The forms for CPUs have no dilation.
       conv_general_dilated=None if self.dilation > 1 else _quickest(len(window), self.depthwise),
       name="conv",
     )(x)
     if not self.norm:
       return x
     if self.group_norm:
+      # Groups must divide the channels, which need not be a multiple of 16.
       group = math.gcd(_GROUP, self.features)
       return nn.GroupNorm(num_groups=None, group_size=group, dtype=self.dtype, name="norm")(x)
     return nn.BatchNorm(
@@ -93,26 +109,32 @@ class ConvNorm(nn.Module):
 
   @property
   def writer(self) -> Path:
-    """The convolution that makes the output channels, as `GateRecord.writers` names it."""
+    """Returns the path of the convolution that makes the output channels, as in `GateRecord`."""
     return (*self.path, "conv")
 
+  # One convolution takes the input channels and makes the output channels.
   reader = writer
 
   def macs(self, x_shape: Sequence[int]) -> ConvMacs:
-    """Of one channel's worth of this convolution on an input of this shape."""
+    """Returns the MACs of this convolution's channels on an input of this shape."""
     axes = len(x_shape) - 2
     window, stride = _per_axis("window", self.window, axes), _per_axis("stride", self.stride, axes)
+    # Symmetric padding leaves ceil(size / stride) places on every axis.
     outputs = math.prod(-(-size // s) for size, s in zip(x_shape[1:-1], stride, strict=True))
     macs = math.prod(window) * outputs
+    # A depthwise channel reads itself alone, so it costs nothing per pair.
     return ConvMacs(macs, 0, 0) if self.depthwise else ConvMacs(0, 0, macs)
 
 
 class FactorisedConvNorm(nn.Module):
-  """(2+1)-D: a `ConvNorm` over space, ReLU, a `ConvNorm` over time, with about as many parameters as the 3-D one.
+  """A (2+1)-D convolution: a `ConvNorm` over space, ReLU, and a `ConvNorm` over time.
 
-  `[N, F, H, W, D]` only. The width between the two, for a window of t frames of a pixels,
+  `[N, F, H, W, D]` only. It has about as many parameters as the 3-D convolution: the width between
+  the two, for a window of t frames of a pixels, is
 
       M = floor(t a D features / (a D + t features))
+
+  Fields are as in `ConvNorm`.
   """
 
   features: int
@@ -133,21 +155,26 @@ class FactorisedConvNorm(nn.Module):
 
   @property
   def writer(self) -> Path:
-    """As `ConvNorm.writer`."""
+    """Returns the path of the convolution that makes the output channels."""
     return (*self.path, "time", "conv")
 
   @property
   def reader(self) -> Path:
-    """The convolution that takes the input channels, as `GateRecord.readers` names it."""
+    """Returns the path of the convolution that takes the input channels."""
     return (*self.path, "space", "conv")
 
   def macs(self, x_shape: Sequence[int]) -> ConvMacs:
-    """As `ConvNorm.macs`; no pair of an input and an output channel has a cost of its own."""
+    """Returns the MACs of this convolution's channels on an input of this shape.
+
+    No pair of an input and an output channel has a cost of its own, since the M channels in between
+    always run.
+    """
     (t, *pixels), stride = _per_axis("window", self.window, 3), _per_axis("stride", self.stride, 3)
     middle = self._middle(x_shape[-1])
     frames, *area = x_shape[1:-1]
     area = math.prod(-(-size // s) for size, s in zip(area, stride[1:], strict=True))
     return ConvMacs(
+      # The spatial convolution has no stride in time: it runs on every frame.
       per_input=math.prod(pixels) * frames * area * middle,
       per_output=t * -(-frames // stride[0]) * area * middle,
       per_pair=0,
@@ -162,6 +189,7 @@ class FactorisedConvNorm(nn.Module):
     time = ConvNorm(self.features, (window[0], 1, 1), (stride[0], 1, 1), name="time", **shared)
     return space, time
 
+  # M of the equation; tiny layers keep at least one channel.
   def _middle(self, inputs: int) -> int:
     t, *pixels = _per_axis("window", self.window, 3)
     a = math.prod(pixels)
@@ -172,10 +200,11 @@ CONVOLUTIONS = {"full": ConvNorm, "factorised": FactorisedConvNorm}
 
 
 def scaled(channels: int, width: float) -> int:
-  """`channels` times `width`, rounded to the nearest integer, at least 1."""
+  """Returns `channels` times `width`, rounded to the nearest integer, at least 1."""
   return max(1, round(channels * width))
 
 
+# One size per axis; a single number holds for all of them.
 def _per_axis(name: str, value: int | Sequence[int], axes: int) -> tuple[int, ...]:
   sizes = tuple(value) if isinstance(value, (tuple, list)) else (value,) * axes
   for size in sizes:
@@ -186,7 +215,8 @@ def _per_axis(name: str, value: int | Sequence[int], axes: int) -> tuple[int, ..
 
 
 def _quickest(axes: int, depthwise: bool) -> Callable | None:
-  """What computes an `nn.Conv`; None is XLA's convolution."""
+  """Returns the function with which `nn.Conv` convolves; None for XLA's convolution."""
+  # On a CPU, XLA is quick for plain 2-D convolutions only.
   if jax.default_backend() != "cpu" or (axes == 2 and not depthwise):
     return None
   convolve = convolve_depthwise if depthwise else convolve_clips

@@ -1,9 +1,10 @@
-"""Several networks for the same task, and a gate that says how much each one's answer counts for an example.
+"""A mixture of experts: several networks for one task, and a gate that weighs their outputs.
 
 Axes: N examples, E experts.
-Reference: Jacobs et al., "Adaptive mixtures of local experts", 1991; Shazeer et al., "Outrageously large neural
-networks: the sparsely-gated mixture-of-experts layer", 2017; Fedus et al., "Switch transformers", 2022 (the softmax
-before the choice, so that one expert alone still has a gradient).
+Reference: Jacobs et al., "Adaptive mixtures of local experts", 1991; Shazeer et al., "Outrageously
+  large neural networks: the sparsely-gated mixture-of-experts layer", 2017; Fedus et al., "Switch
+  transformers", 2022 (the softmax before the choice, so that a single chosen expert still has a
+  gradient).
 """
 
 from __future__ import annotations
@@ -21,19 +22,23 @@ from gating_jax.types import Array, GateRecord, Records
 
 
 class Experts(nn.Module):
-  """A mixture of experts, `[N, ..., D]` to `(y, records)`:
+  """A mixture of experts, `[N, ..., D]` to `(y, records)`.
 
-      y = sum_e g_e expert_e(x),   p = softmax(head(x)),   g = p, or 0 where p_e is not among the `top_k` largest
+      y = sum_e g_e expert_e(x),   p = softmax(head(x)),
+      g = p, or 0 where p_e is not among the `top_k` largest
 
-  All experts compute all examples; the record says which count. Its `probs` are p and its `gates` g. Where all experts
-  count its `logits` are the log-odds of p, else how far an expert's logit is above the middle between the last that
-  counts and the first that does not. Gates are never drawn.
+  All experts compute all examples; the record says which of them count. Its `probs` are p and its
+  `gates` g. If all experts count, its `logits` are the log-odds of p. Otherwise a logit is the
+  distance of the expert's score from the middle between the last score that counts and the first
+  that does not. Gates are never sampled.
 
   Attributes:
-    experts: modules called as `expert(x, train)` that return outputs of one shape at the same number of MACs.
-    top_k: how many count for an example; None for all.
-    gate: of the head, its `hidden`.
+    experts: modules called as `expert(x, train)`, with outputs of one shape and equal MACs.
+    top_k: number of experts that count for an example; None for all.
+    gate: settings of the head, of which only `hidden` matters.
     axis_name: mapped device axis over which the head's BatchNorm takes its statistics.
+  Raises:
+    ValueError: experts of different MACs, when called.
   """
 
   experts: tuple[nn.Module, ...]
@@ -48,10 +53,13 @@ class Experts(nn.Module):
     logits, gates = mixture(scores, self.top_k)
     y, macs = 0, []
     for e, expert in enumerate(self.experts):
+      # Experts can be any modules, so their MACs are counted while they are traced.
       with kernel_calls() as calls:
         own = expert(x, train)
       macs.append(sum(call.macs for call in calls))
+      # g_e expert_e(x), one gate per example whatever the output's rank.
       y += gates[:, e].reshape(-1, *[1] * (own.ndim - 1)).astype(own.dtype) * own
+    # A record has one cost per unit.
     if len(set(macs)) > 1:
       raise ValueError(f"experts must all take the same multiply-accumulates; got {macs}")
     return y, (
@@ -60,7 +68,7 @@ class Experts(nn.Module):
 
 
 def mixture(scores: Array, top_k: int | None) -> tuple[Array, Array]:
-  """`(logits, gates)` of `Experts`, `[N, E]` each, from the head's scores `[N, E]`.
+  """Computes the `(logits, gates)` of `Experts`, `[N, E]` each, from the head's scores `[N, E]`.
 
   >>> logits, gates = mixture(jnp.array([[0.0, 2.0, 1.0]]), 1)
   >>> logits, gates.round(3)
@@ -73,8 +81,10 @@ def mixture(scores: Array, top_k: int | None) -> tuple[Array, Array]:
     if not 1 <= top_k <= count:
       raise ValueError(f"top_k must be None or in 1 .. {count}, the number of experts; got {top_k}")
   if top_k is None or top_k == count:
+    # log(p_e / (1 - p_e)) = s_e - log sum over the others of exp(s), without forming 1 - p_e.
     others = jnp.where(jnp.eye(count, dtype=bool), -jnp.inf, scores[..., None, :])
     return scores - jax.nn.logsumexp(others, axis=-1), probs
+  # One score more than are chosen: the first that does not count.
   best, index = jax.lax.top_k(scores, top_k + 1)
   chosen = jax.nn.one_hot(index[..., :top_k], count, dtype=scores.dtype).sum(-2)
   return scores - (best[..., top_k - 1, None] + best[..., top_k, None]) / 2, chosen * probs

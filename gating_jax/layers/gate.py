@@ -1,11 +1,11 @@
-"""The gate: a tiny network that looks at a feature map and decides, per example, which units run.
+"""The gate: a small network that reads a feature map and decides, per example, which units run.
 
-One that looks at nothing is a parameter per unit: a mask for all examples. With hard concrete gates that is L0
-regularisation, by which units close for good.
+A gate without an input is one parameter per unit: a mask for all examples. With hard concrete gates
+this is L0 regularisation, which closes units permanently.
 
 Axes: N examples, H and W pixels, D input channels, C gated units.
-Reference: Veit and Belongie, 2018; Bejnordi et al., 2020, section 3; Serra et al., 2018 (masks); Louizos et al., 2018,
-"Learning sparse neural networks through L0 regularization".
+Reference: Veit and Belongie, 2018; Bejnordi et al., 2020, section 3; Serra et al., 2018 (masks);
+  Louizos et al., 2018, "Learning sparse neural networks through L0 regularization".
 """
 
 from __future__ import annotations
@@ -27,24 +27,33 @@ from gating_jax.ops import arguments, collectives, relaxations
 from gating_jax.ops.precision import float_dtype
 from gating_jax.types import Array, GateRecord, Path, Records
 
-GATE_NAME = "gate"  # every gate module is called this inside its block
-LOGITS = ("head", "logits")  # path, inside the gate, of the layer that makes its logits
-GATE_RNG = "gate"  # the name of the PRNG stream for the gates' noise
-NOISE = "noise"  # the collection that sets the noise of gates for one pass, see `noise_scales`
+# Name of every gate module inside its block; `is_gate_path` recognises gates by it.
+GATE_NAME = "gate"
+# Path, inside the gate, of the layer that makes its logits.
+LOGITS = ("head", "logits")
+# Name of the PRNG stream for the gates' noise.
+GATE_RNG = "gate"
+# Collection that sets the noise of gates for one pass; see `noise_scales`.
+NOISE = "noise"
 CONTEXTS = ("pooled", "none", "random")
 _SCALE = "scale"
 RELAXATIONS = ("straight_through", "hard_concrete", "sigmoid")
 
 
 def is_gate_path(path: Sequence[str]) -> bool:
-  """True for the path of a gate network's module or parameter."""
+  """Returns True for the path of a gate network's module or parameter."""
   return GATE_NAME in path
 
 
 def noise_scales(params: Mapping[str, Any], scale: float | Array) -> dict[str, Any]:
-  """The collection `noise`, by which every gate takes `scale` in place of its settings' `noise_scale`.
+  """Returns the collection `noise`, which replaces the `noise_scale` of every gate's settings.
 
-  So that it may be traced: `model.apply({"params": params, NOISE: noise_scales(params, scale)}, x, train=True, ...)`.
+  Unlike a setting it may be traced: `model.apply({"params": params, NOISE: noise_scales(params,
+  scale)}, x, train=True, ...)`.
+
+  Args:
+    params: the model's parameters, from which the paths of the gates are taken.
+    scale: the noise scale, a number or a traced scalar.
 
   >>> noise_scales({"block1": {"conv": 0, "gate": {"logits": 0}}}, 0.25)
   {'block1': {'gate': {'scale': 0.25}}}
@@ -52,25 +61,32 @@ def noise_scales(params: Mapping[str, Any], scale: float | Array) -> dict[str, A
   arguments.instance("params", params, Mapping, "a tree of parameters")
   paths = (path for path in traverse_util.flatten_dict(params) if is_gate_path(path))
   return traverse_util.unflatten_dict(
+    # Many parameters lie under one gate; the same key for all of them leaves one entry.
     {(*path[: path.index(GATE_NAME) + 1], _SCALE): scale for path in paths}
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class GateSettings:
-  """How gates are built and sampled.
+  """Settings of how gates are built and sampled.
 
   Attributes:
     hidden: width of the gate network's hidden layer.
-    initial_open: P(open) that the last bias starts from, in (0, 1).
+    initial_open: P(open) from which the last bias starts, in (0, 1).
     temperature: of the backward pass, > 0.
     noise_scale: multiplies the logistic noise of training; 1 makes P(open) = sigmoid(logit).
-    context: what a channel gate sees: `pooled`, the mean over pixels; `none`: its logits are parameters; or `random`:
-      nothing is learnt, and gates are drawn at the rate `initial_open` in training and evaluation.
-    relaxation: of channel gates: `straight_through`, sampled in training and 0/1; `hard_concrete`, sampled in training
-      and in [0, 1], with exact zeros also in evaluation; or `sigmoid`, the probability itself, never sampled.
-    block: adjacent channels that share one gate. A layer of fewer has one; else its channels must be a multiple, so
-      that all gates of a layer cost the same.
+    context: input of a channel gate. `pooled`: the mean over pixels; `none`: nothing, its logits
+      are parameters; `random`: nothing is learnt, and gates are drawn at the rate `initial_open` in
+      training and evaluation.
+    relaxation: of channel gates. `straight_through`: sampled in training, and 0/1; `hard_concrete`:
+      sampled in training and in [0, 1], with exact zeros also in evaluation; `sigmoid`: the
+      probability itself, never sampled.
+    block: adjacent channels that share one gate. A layer of fewer channels has one gate; otherwise
+      its channels must be a multiple of the block, for equal costs of all its gates.
+  Raises:
+    ValueError: a field out of range, or `context="random"` with another relaxation than
+      `straight_through`.
+    TypeError: a field of another kind.
   """
 
   hidden: int = 16
@@ -96,23 +112,30 @@ class GateSettings:
 
   @property
   def initial_logit(self) -> float:
-    """The log-odds of `initial_open`."""
+    """Returns the log-odds of `initial_open`."""
     return math.log(self.initial_open / (1 - self.initial_open))
 
   @property
   def drawn_noise_scale(self) -> float:
-    """s, where a gate of training is open with probability sigmoid(logit / s); 0 where none is drawn."""
+    """Returns s such that a gate in training is open with probability sigmoid(logit / s).
+
+    It is 0 where gates are not sampled.
+    """
     if self.relaxation == "sigmoid":
       return 0.0
     return 1.0 if self.context == "random" else self.noise_scale
 
   def channels_per_gate(self, channels: int) -> int:
-    """How many adjacent channels of a layer of so many share a gate."""
+    """Returns the number of adjacent channels that share a gate, in a layer of `channels`.
+
+    Raises:
+      ValueError: `block` neither divides the channels nor exceeds them.
+    """
     size = min(self.block, channels)
     if channels % size:
       raise ValueError(
-        f"gate block must divide a layer's channels or exceed them; got {self.block} for {channels} "
-        "channels"
+        f"gate block must divide a layer's channels or exceed them; got {self.block} for "
+        f"{channels} channels"
       )
     return size
 
@@ -123,10 +146,10 @@ def check_gate_settings(name: str, settings: object) -> None:
 
 
 class GateHead(nn.Module):
-  """Pooled features to one logit per unit: mean over pixels, Dense, BatchNorm, ReLU, Dense. Computes in float32.
+  """Pooled features to one logit per unit: mean over pixels, Dense, BatchNorm, ReLU, Dense.
 
-  `[N, H, W, D]` or `[N, D]` to `[N, units]`. In training a batch without an example is a ValueError: its mean is NaN,
-  which BatchNorm would keep.
+  `[N, H, W, D]` or `[N, D]` to `[N, units]`, computed in float32. In training a batch without
+  examples is a ValueError: its mean is NaN, which BatchNorm would keep.
   """
 
   units: int
@@ -139,8 +162,10 @@ class GateHead(nn.Module):
     check_gate_settings("settings", s)
     arguments.whole_number("units", self.units)
     check_examples(x, train)
+    # A decision near 0 must not depend on the rounding of bfloat16.
     x = x.astype(jnp.float32)
     context = jnp.mean(x, axis=tuple(range(1, x.ndim - 1)))
+    # BatchNorm has a bias.
     h = nn.Dense(s.hidden, use_bias=False, name="hidden")(context)
     h = nn.BatchNorm(
       use_running_average=not train, momentum=0.9, axis_name=self.axis_name, name="norm"
@@ -150,7 +175,12 @@ class GateHead(nn.Module):
 
 
 def check_examples(x: Array, train: bool) -> None:
-  """Raises a TypeError or ValueError unless x is `[N, ..., D]` real features; in training N is at least 1."""
+  """Raises an error unless x is `[N, ..., D]` real features, in training with N at least 1.
+
+  Raises:
+    TypeError: x is no array of real numbers.
+    ValueError: x has fewer than two axes, or no example in training.
+  """
   arguments.real_array("x", x)
   if np.ndim(x) < 2 or (train and x.shape[0] == 0):
     rule = "[N, ..., D], in training with at least one example"
@@ -158,8 +188,14 @@ def check_examples(x: Array, train: bool) -> None:
 
 
 class Switched(NamedTuple):
-  """Channels that gates switch: how many, what one of them costs alone and with one of those before, and what
-  `GateRecord` says of them."""
+  """A group of channels that gates switch.
+
+  Attributes:
+    channels: number of channels.
+    macs_per_channel: MACs per example of one channel alone.
+    macs_per_pair: MACs of one channel together with one of the group before.
+    writers, readers: as in `GateRecord`.
+  """
 
   channels: int
   macs_per_channel: int
@@ -169,10 +205,11 @@ class Switched(NamedTuple):
 
 
 class ChannelGate(nn.Module):
-  """Gates of one or more groups of channels, from one `GateHead`, from a parameter per unit, or by chance.
+  """Gates of one or more groups of channels: from one `GateHead`, from parameters, or by chance.
 
-  Called with `[N, H, W, D]` it returns one `GateRecord` per group. With `train=True` gates are sampled and need a PRNG
-  stream named `gate`; the noise of an example depends on its place in the whole batch, not on the device it is on.
+  Called with `[N, H, W, D]`, it returns one `GateRecord` per group. With `train=True` gates are
+  sampled and need a PRNG stream named `gate`. The noise of an example depends on its place in the
+  whole batch, not on its device.
   """
 
   groups: tuple[Switched, ...]
@@ -185,11 +222,13 @@ class ChannelGate(nn.Module):
     check_examples(x, train)
     sizes = [self.settings.channels_per_gate(group.channels) for group in self.groups]
     units = [group.channels // size for group, size in zip(self.groups, sizes, strict=True)]
+    # One head decides on the units of all groups, which are then split.
     logits = self._logits(x, sum(units), train)
     probs, gates = jax.nn.sigmoid(logits), self._gates(logits, train)
     parts = [jnp.split(a, np.cumsum(units)[:-1], axis=-1) for a in (logits, probs, gates)]
     return tuple(
       GateRecord(*part, *macs, *group[3:], self.path)
+      # In the order of the record's fields: arrays, costs, writers and readers, gate.
       for *part, macs, group in zip(
         *parts, self._macs(sizes, x.shape[-1]), self.groups, strict=True
       )
@@ -214,18 +253,23 @@ class ChannelGate(nn.Module):
     check_gate_settings("settings", self.settings)
 
   def _macs(self, sizes: list[int], inputs: int) -> list[tuple[int, int]]:
-    """What one gate of each group costs, alone and with one of the group before; before the first is the input."""
+    """Returns the MACs of one gate of each group: alone, and with one gate of the group before.
+
+    Before the first group comes the block's input.
+    """
+    # Two gates, of `size` and of b channels, switch size * b pairs of channels.
     before = [
       self.settings.channels_per_gate(inputs) if self.groups[0].macs_per_pair else 1,
       *sizes,
     ]
     return [
       (size * group.macs_per_channel, size * b * group.macs_per_pair)
+      # `before` has one entry more: no group follows the last one.
       for group, size, b in zip(self.groups, sizes, before, strict=False)
     ]
 
   def _logits(self, x: Array, units: int, train: bool) -> Array:
-    """`[N, units]` log-odds of being open."""
+    """Returns the `[N, units]` log-odds of being open."""
     s = self.settings
     if s.context == "pooled":
       return GateHead(units, s, self.axis_name, name="head")(x, train)
@@ -239,39 +283,48 @@ class ChannelGate(nn.Module):
   def _gates(self, logits: Array, train: bool) -> Array:
     s = self.settings
     if s.context == "random":
-      rate = jnp.float32(s.initial_open)  # whose type is that of the draw
+      # The draw takes the type of its rate: float32, also with `jax_enable_x64`.
+      rate = jnp.float32(s.initial_open)
       draw = lambda key, row: jax.random.bernoulli(key, rate, row.shape).astype(row.dtype)
       return self._drawn(draw, logits, train)
     if s.relaxation == "sigmoid":
       return jax.nn.sigmoid(logits)
     sample, at_rest = relaxations.straight_through_gate, relaxations.threshold_gate
     if s.relaxation == "hard_concrete":
+      # So that sigmoid(logit) is P(gate > 0) for this relaxation too.
       logits = relaxations.hard_concrete_location(logits, s.temperature)
       sample, at_rest = relaxations.hard_concrete, relaxations.hard_concrete_mean
     if not train:
       return at_rest(logits)
+    # The collection, where it is given, has priority over the settings.
     scale = self.get_variable(NOISE, _SCALE, s.noise_scale)
     return self._drawn(
       lambda key, row: sample(key, row, s.temperature, noise_scale=scale), logits, train
     )
 
   def _drawn(self, sample: Callable[[Array, Array], Array], logits: Array, train: bool) -> Array:
-    """Each example's `sample(key, logits)`. Evaluation has no key: its draws are the same in every batch."""
+    """Returns each example's `sample(key, logits)`.
+
+    Evaluation has no key: its draws are the same in every batch.
+    """
     if train:
       keys = collectives.example_keys(self.make_rng(GATE_RNG), logits.shape[0], self.axis_name)
     else:
+      # Gates of different layers must differ, so the key comes from the module's path. CRC-32 is
+      # the same in every process, unlike `hash`.
       key = jax.random.fold_in(jax.random.key(0), zlib.crc32("/".join(self.path).encode()))
       keys = collectives.example_keys(key, logits.shape[0], None)
     return jax.vmap(sample)(keys, logits)
 
 
 def apply_gates(x: Array, gates: Array) -> Array:
-  """Switches channels: `[N, H, W, C]` features times `[N, C / b]` gates, each of which has b adjacent channels.
+  """Switches channels: `[N, H, W, C]` features times `[N, C / b]` gates of b channels each.
 
-  In the type of the features; in float32 where they are whole numbers, which relaxed gates do not leave whole.
+  The b channels of a gate are adjacent. The result has the type of the features; float32 if they
+  are whole numbers, which relaxed gates do not keep whole.
 
   Raises:
-    ValueError: the shapes do not belong together.
+    ValueError: the shapes do not fit together.
     TypeError: one of them is no array, such as a `GateRecord` in place of its `gates`.
 
   >>> apply_gates(jnp.ones((1, 1, 1, 4)), jnp.array([[1.0, 0.0]])).ravel()

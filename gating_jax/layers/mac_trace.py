@@ -1,4 +1,4 @@
-"""Every multiplication by a kernel that a network makes, noted while it is traced."""
+"""Recording of the MACs of every convolution and dense layer while a network is traced."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ from gating_jax.types import Path
 
 
 class Call(NamedTuple):
-  """Of a layer that multiplies: its path, its MACs per example, and the input channels of a convolution's filter, else
-  0."""
+  """One call of a layer with a kernel.
+
+  Attributes:
+    path: of the layer.
+    macs: MACs per example.
+    inputs: input channels of a convolution's filter; 0 for a dense layer.
+  """
 
   path: Path
   macs: int
@@ -24,17 +29,21 @@ class Call(NamedTuple):
 
 @contextlib.contextmanager
 def kernel_calls() -> Iterator[list[Call]]:
-  """A list to which each call of an `nn.Conv`, `nn.Dense` or `nn.DenseGeneral` within the block is added.
+  """Yields a list that collects each call of an `nn.Conv`, `nn.Dense` or `nn.DenseGeneral`.
+
+  It collects the calls within the `with` block.
 
   >>> import jax
   >>> with kernel_calls() as calls:
-  ...   _ = jax.eval_shape(nn.Dense(3, name="d").init, jax.random.key(0), jax.ShapeDtypeStruct((5, 4), float))
+  ...   x = jax.ShapeDtypeStruct((5, 4), float)
+  ...   _ = jax.eval_shape(nn.Dense(3, name="d").init, jax.random.key(0), x)
   >>> calls
   [Call(path=(), macs=12, inputs=0)]
   """
   calls = []
 
   def note(next_fun, args, kwargs, context):
+    # After the call, the kernel exists and the output's shape is known.
     y, module = next_fun(*args, **kwargs), context.module
     if isinstance(module, (nn.Conv, nn.Dense)) and context.method_name == "__call__":
       kernel = module.get_variable("params", "kernel").shape
@@ -43,6 +52,7 @@ def kernel_calls() -> Iterator[list[Call]]:
           module.path, conv_macs(kernel, y.shape), kernel[-2] if isinstance(module, nn.Conv) else 0
         )
       )
+    # Its kernel may have any number of axes; every entry is one multiplication per example.
     if isinstance(module, nn.DenseGeneral):
       calls.append(Call(module.path, math.prod(module.get_variable("params", "kernel").shape), 0))
     return y

@@ -1,6 +1,7 @@
-"""Which segments of a video run: a gate that sees every segment and its context, and policies that need no training.
+"""Segment gates and policies: which segments of a video run.
 
-Every selector maps what the light net saw to one `GateRecord` whose units are the segments.
+A gate sees every segment and its context; a policy needs no training. Every selector maps the light
+net's features to one `GateRecord` whose units are the segments.
 
 Axes: B videos, T segments, C features, K concepts.
 Reference: Hussein et al., 2020 (TimeGate); Korbar et al., 2019 (SCSampler).
@@ -23,6 +24,7 @@ from gating_jax.ops.precision import as_float
 from gating_jax.types import Array, GateRecord
 
 CONTEXTS = ("none", "attention", "convolution")
+# All with one signature; the clipped sigmoid draws nothing and ignores the rest of it.
 RELAXATIONS = {
   "straight_through": relaxations.straight_through_gate,
   "soft": relaxations.binary_concrete,
@@ -32,19 +34,24 @@ RELAXATIONS = {
 }
 POLICIES = ("all", "uniform", "random", "oracle", "prefix")
 POOLINGS = ("max", "mean", "attention")
-CONCEPTS = "concepts"  # the name of the layer whose kernel's columns they are
-_WINDOW = 7  # segments that the convolution sees
+# Name of the layer whose kernel has the concepts as its columns.
+CONCEPTS = "concepts"
+# Segments that the convolution over time sees.
+_WINDOW = 7
 
 
 @dataclasses.dataclass(frozen=True)
 class SegmentGateSettings:
-  """How segment gates are built and sampled.
+  """Settings of how segment gates are built and sampled.
 
   Attributes:
-    concepts: K, vectors that segments are compared with.
-    context: what a gate sees of the other segments: `none`, `attention` or `convolution` over time.
-    relaxation: gates of training: `straight_through`, `soft` (binary concrete) or `clipped_sigmoid`.
+    concepts: K, number of vectors that segments are compared with.
+    context: how a gate sees the other segments: `none`, `attention` or `convolution` over time.
+    relaxation: gates of training: `straight_through`, `soft` (binary concrete) or
+      `clipped_sigmoid`.
     gate: hidden width, initial open probability, temperature and noise, as for channel gates.
+  Raises:
+    ValueError, TypeError: a field out of range or of another kind.
   """
 
   concepts: int = 128
@@ -60,13 +67,14 @@ class SegmentGateSettings:
 
 
 class SegmentGate(nn.Module):
-  """A gate per segment from its similarities with concepts and those of the video's other segments.
+  """A gate per segment, from its and the other segments' similarities with concepts.
 
       h = Dense(ReLU(BN(x . concepts)));   h = h + context(h);   logit = Dense(ReLU(Dense(h)))
 
-  `[B, T, C]` light features and `valid` `[B, T]` to a `GateRecord` of `[B, T]`. At least one segment of every video is
-  open: the likeliest, where no other is. The statistics of training are over all T segments, padding included, so that
-  devices that hold more and less of it agree with one that holds the whole batch.
+  `[B, T, C]` light features and `valid` `[B, T]` to a `GateRecord` of `[B, T]`. At least one
+  segment of every video is open: the likeliest, if no other is. The statistics of training include
+  all T segments, padding too: devices with more or less padding then agree with one device that
+  holds the whole batch.
   """
 
   settings: SegmentGateSettings = SegmentGateSettings()
@@ -84,6 +92,7 @@ class SegmentGate(nn.Module):
       raise ValueError(
         f"x must be [B, T, C] and valid [B, T]; got x {x.shape}, valid {valid.shape}"
       )
+    # x . concepts of the equation, in float32 as all gates.
     similarity = nn.Dense(s.concepts, use_bias=False, name=CONCEPTS)(x.astype(jnp.float32))
     h = nn.BatchNorm(
       use_running_average=not train, momentum=0.9, axis_name=self.axis_name, name="norm"
@@ -92,10 +101,12 @@ class SegmentGate(nn.Module):
     if s.context == "attention":
       h += Attention(name="context")(h, valid)
     elif s.context == "convolution":
+      # The convolution reads zeros in the padding, as beyond the video's ends.
       seen = h * valid[..., None].astype(h.dtype)
       h += nn.Conv(g.hidden, (_WINDOW,), feature_group_count=g.hidden, name="context")(seen)
     h = nn.relu(nn.Dense(g.hidden, name="hidden")(h))
     bias = nn.initializers.constant(g.initial_logit)
+    # A scalar per segment; the last axis of length 1 goes.
     logits = nn.Dense(1, bias_init=bias, name="logits")(h)[..., 0]
     gates = self._sample(logits) if train else relaxations.threshold_gate(logits)
     return GateRecord(
@@ -122,6 +133,7 @@ class Attention(nn.Module):
     query, key, value = (
       nn.Dense(x.shape[-1], name=name)(normed) for name in ("query", "key", "value")
     )
+    # JAX wants an axis of heads, here of length 1.
     seen = jax.nn.dot_product_attention(
       query[:, :, None], key[:, :, None], value[:, :, None], mask=valid[:, None, None, :]
     )
@@ -129,10 +141,18 @@ class Attention(nn.Module):
 
 
 class Policy(nn.Module):
-  """A fixed choice of a share of each video's segments.
+  """A fixed choice of a fraction of each video's segments.
 
-  `all`, whatever the share; `uniform`, evenly spaced; `random`; `oracle`, the relevant ones first; `prefix`, the first
-  ones in the order of FrameExit, in training a random number of them, so that a classifier learns to do with any.
+  `all`: whatever the fraction; `uniform`: evenly spaced; `random`; `oracle`: the relevant ones
+  first; `prefix`: the first ones in the order of FrameExit. In training, `prefix` takes a random
+  number of them, which teaches a classifier to work with any number.
+
+  Attributes:
+    policy: one of `POLICIES`.
+    share: fraction of the valid segments in (0, 1], or their number if an int; see
+      `selection.k_for`.
+    macs_per_unit: MACs of one segment.
+    axis_name: mapped device axis of the batch.
   """
 
   policy: str
@@ -152,6 +172,7 @@ class Policy(nn.Module):
     elif self.policy == "uniform":
       gates = selection.uniform_k(valid, k)
     elif self.policy == "random":
+      # Evaluation has no PRNG stream: its choice is the same in every run.
       key = self.make_rng(GATE_RNG) if train else jax.random.key(0)
       gates = selection.random_k(key, valid, k, axis_name=self.axis_name if train else None)
     elif self.policy == "prefix":
@@ -164,14 +185,14 @@ class Policy(nn.Module):
     return certain(gates, self.macs_per_unit)
 
   def _drawn_k(self, valid: Array) -> Array:
-    """`[B]` numbers from 1 to each video's valid segments."""
+    """Returns `[B]` numbers from 1 to each video's number of valid segments."""
     keys = collectives.example_keys(self.make_rng(GATE_RNG), valid.shape[0], self.axis_name)
     draw = lambda key, most: jax.random.randint(key, (), 1, most + 1, jnp.int32)
     return jax.vmap(draw)(keys, jnp.sum(valid, axis=1, dtype=jnp.int32))
 
 
 def certain(gates: Array, macs_per_unit: int) -> GateRecord:
-  """The record of gates that were not drawn: their probabilities are 0 and 1."""
+  """Returns the record of gates that were not sampled: their probabilities are 0 and 1."""
   arguments.real_array("gates", gates)
   gates = jnp.asarray(gates)
   logits = jnp.where(gates > 0, jnp.full_like(gates, jnp.inf), -jnp.inf)
@@ -179,7 +200,7 @@ def certain(gates: Array, macs_per_unit: int) -> GateRecord:
 
 
 def pool(features: Array, gates: Array, kind: str, scores: Array | None = None) -> Array:
-  """One vector per video from its chosen segments.
+  """Pools the chosen segments of each video to one vector.
 
   Args:
     features: `[B, T, C]`, finite; those of closed segments do not change the value.
@@ -187,7 +208,7 @@ def pool(features: Array, gates: Array, kind: str, scores: Array | None = None) 
     kind: `max`, `mean` or `attention`.
     scores: `[B, T]` logits of the attention.
   Returns:
-    `[B, C]`, of float32 at least.
+    `[B, C]`, at least float32.
 
   >>> pool(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[1.0, 1.0, 0.0]]), "mean")
   Array([[2.]], dtype=float32)
@@ -203,18 +224,24 @@ def pool(features: Array, gates: Array, kind: str, scores: Array | None = None) 
   weights = jnp.asarray(gates)[..., None].astype(features.dtype)
   open_ = weights > 0
   if kind == "max":
+    # Minus infinity and not 0, which could be the maximum of negative features.
     return jnp.max(jnp.where(open_, features * weights, -jnp.inf), axis=1)
   if kind == "attention":
     gates, scores = arguments.one_shape("[B, T]", gates=gates, scores=scores)
     scores = scores[..., None].astype(features.dtype)
+    # Softmax is the same for shifted scores; shifted by the largest open one, it is finite.
     top = jnp.max(jnp.where(open_, scores, -jnp.inf), axis=1, keepdims=True)
-    # Of closed segments, which only their gates' gradients see, kept from overflowing.
+    # Closed segments have weight 0, but their gates' gradients see the exponential: scores above
+    # the largest open one would overflow, and count as if they were equal to it.
     weights = weights * jnp.exp(jnp.where(open_ | (scores < top), scores - top, 0))
   return jnp.sum(features * weights, axis=1) / jnp.sum(weights, axis=1)
 
 
 class Dropout(nn.Module):
-  """Dropout whose draw for an example depends on its place in the whole batch, not on the device it is on."""
+  """Dropout whose draws do not depend on how the batch is spread over devices.
+
+  The draw of an example depends on its place in the whole batch.
+  """
 
   rate: float
   axis_name: Hashable | None = None
@@ -225,7 +252,9 @@ class Dropout(nn.Module):
     check_examples(x, train)
     if not train or not self.rate:
       return x
+    # One key per example; flax's own Dropout has one for the batch of a device.
     keys = collectives.example_keys(self.make_rng("dropout"), x.shape[0], self.axis_name)
-    probability = jnp.float32(1 - self.rate)  # whose type is that of the draw
+    # The draw takes the type of its probability: float32, also with `jax_enable_x64`.
+    probability = jnp.float32(1 - self.rate)
     kept = jax.vmap(lambda key: jax.random.bernoulli(key, probability, x.shape[1:]))(keys)
     return jnp.where(kept, x / float(1 - self.rate), 0)
