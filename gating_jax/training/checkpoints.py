@@ -1,7 +1,8 @@
-"""Training state on disk, with orbax: saved in the background, restored from the newest intact one.
+"""Checkpoints by orbax: saved in the background, restored from the newest intact one.
 
-All processes of a job hold the same state: one writes it, every one reads it, and all learn whether it went well. To
-orbax each is alone: its barriers would hold the others up for ten minutes where one fails.
+All processes of a job hold the same state: one writes it, every one reads it, and all learn whether
+it went well. For orbax each process is alone: its barriers would hold the others up for ten minutes
+where one fails.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from gating_jax.paths import HANDLES, check_storable, user_path
 from gating_jax.terminal import warn
 from gating_jax.training import hosts
 
-_SPARE = 2**20  # bytes, for what is written beside the values, by the journal too
-_FOR_EVER = 10**7  # s: orbax measures its time-outs by the clock of the day, which may jump
+# Bytes for all that is written next to the values, the journal included.
+_SPARE = 2**20
+# Seconds. Orbax measures its time-outs by the clock of the day, which may jump: none may end early.
+_FOR_EVER = 10**7
 _STATE, _META = "state", "meta"
 
 
 class CheckpointError(Exception):
-  """No checkpoint can be read where there should be one."""
+  """The error of checkpoints that exist while none can be read."""
 
 
 class Checkpoints:
@@ -37,10 +40,10 @@ class Checkpoints:
 
   Args:
     directory: created if missing; half-written checkpoints of a killed run in it are removed.
-    keep: how many of the newest stay.
-    read_only: nothing in the directory is changed, so that a run may be writing to it.
+    keep: the number of newest checkpoints to keep.
+    read_only: changes nothing in the directory, so that a run may be writing to it.
   Raises:
-    ValueError: a directory in which checkpoints cannot be written, see `paths.check_storable`.
+    ValueError: checkpoints cannot be written in the directory, see `paths.check_storable`.
   """
 
   def __init__(self, directory: Path, keep: int = 3, *, read_only: bool = False):
@@ -53,31 +56,38 @@ class Checkpoints:
       check_storable("directory", self._directory)
       hosts.written(lambda: self._directory.mkdir(parents=True, exist_ok=True))
       hosts.written(lambda: self._open(keep))
+    # All processes but the writer, and every read-only one, open the directory for reading.
     if not self._manager:
       self._open(None)
 
   def save(self, step: int, state: Any) -> None:
-    """Begins to write `state`; a later save, or `wait`, waits for it. A step already there is left alone.
+    """Begins to write `state`; a later save, or `wait`, waits for the end.
+
+    A step that is already there is left alone.
 
     Raises:
       OSError: this checkpoint, or one begun before, cannot be written.
-      PeerError: the same, on all but the writer.
+      PeerError: the same, in all processes but the writer.
     """
     hosts.written(lambda: self._save(step, state))
 
   def restore(self, like: Any, sharding: jax.sharding.Sharding) -> tuple[int, Any] | None:
-    """The newest checkpoint that can be read, as `(step, state)`; None where there is none at all.
+    """Restores the newest checkpoint that can be read.
 
-    A damaged one is reported and passed over; once an older one is read it is put aside, next to the folder.
+    A damaged checkpoint is reported and skipped; once an older one is read, the damaged one is
+    moved next to the folder.
 
     Args:
       like: a state of the same structure, or its shapes.
-      sharding: where every array goes, of one value on all devices.
+      sharding: the placement of every array, the same value on all devices.
+    Returns:
+      `(step, state)`, or None where there is no checkpoint at all.
     Raises:
       CheckpointError: there are checkpoints, and none can be read. Nothing was changed.
     """
     target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
     untried, damaged = set(self._manager.all_steps()), {}
+    # The writer chooses the step, so that all processes read the same one.
     while (step := hosts.of_writer(max(untried, default=-1))) >= 0:
       untried.discard(step)
       restored, error = None, None
@@ -90,8 +100,10 @@ class Checkpoints:
         )
         if _checksum(restored[_STATE]) != restored[_META]["crc32"]:
           raise ValueError("its values are not those that were saved")
-      except Exception as raised:  # whatever orbax and its storage raise for a damaged file
+      # Orbax and its storage raise all kinds of errors for a damaged file.
+      except Exception as raised:
         error = raised
+      # A checkpoint counts as damaged in all processes where one cannot read it.
       if hosts.any_of(error is not None):
         damaged[step] = self._first_line(error) if error else "not by another process"
         warn("checkpoint of step %d cannot be read, trying the one before: %s", step, damaged[step])
@@ -109,11 +121,11 @@ class Checkpoints:
     return None
 
   def wait(self) -> None:
-    """Returns when everything saved is on disk. Raises as `save` does."""
+    """Waits until everything saved is on disk. Raises as `save` does."""
     hosts.written(self._finish)
 
   def close(self) -> None:
-    """The same, for this process alone: others may be gone."""
+    """Finishes writing, for this process alone, and closes the directory: others may be gone."""
     try:
       self._finish()
     finally:
@@ -123,16 +135,22 @@ class Checkpoints:
         self._handle = None
 
   def _open(self, keep: int | None) -> None:
-    """As the one that writes, which keeps the newest so many, or for reading alone."""
+    """Opens orbax's manager.
+
+    Args:
+      keep: the number of newest checkpoints to keep; None for reading alone.
+    """
     reads, me = keep is None, jax.process_index()
     if self._handle is None and HANDLES.is_dir() and self._directory.is_dir():
-      # Orbax and TensorStore take [ ] * ? for patterns and a backslash for a slash, and fail where a name is no UTF-8.
+      # Orbax and TensorStore take [ ] * ? for patterns and a backslash for a slash, and fail where
+      # a name is not UTF-8.
       self._handle = os.open(self._directory, os.O_RDONLY)
       self._address = str(HANDLES / str(self._handle))
     self._manager = ocp.CheckpointManager(
       self._address,
       options=ocp.CheckpointManagerOptions(
         max_to_keep=keep,
+        # Only a writer may remove what a killed run left half-written.
         cleanup_tmp_directories=not reads,
         enable_async_checkpointing=not reads,
         async_options=None if reads else ocp.AsyncOptions(timeout_secs=_FOR_EVER),
@@ -148,9 +166,8 @@ class Checkpoints:
   def _save(self, step: int, state: Any) -> None:
     if step in self._manager.all_steps():
       return
-    values = jax.tree.map(
-      lambda x: np.array(x.addressable_data(0)), state
-    )  # a copy: state may be donated
+    # A copy: the next step may be given the buffers of this state.
+    values = jax.tree.map(lambda x: np.array(x.addressable_data(0)), state)
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(values),
       meta=ocp.args.JsonSave({"step": step, "crc32": _checksum(values)}),
@@ -160,7 +177,8 @@ class Checkpoints:
         sum(x.nbytes for x in jax.tree.leaves(values)) + _SPARE,
         shutil.disk_usage(self._directory).free,
       )
-      if free < needed:  # before orbax finds out, which then fails in many words
+      # Checked here, since orbax reports a full disk in many words.
+      if free < needed:
         raise OSError(
           f"no space left on device: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
         )
@@ -175,18 +193,20 @@ class Checkpoints:
   def _writing(self) -> Iterator[None]:
     try:
       yield
-    except Exception as error:  # whatever orbax and its storage raise for a full disk
+    # Orbax and its storage raise all kinds of errors for a full disk.
+    except Exception as error:
       raise OSError(
         f"a checkpoint cannot be written in {self._directory}: {self._first_line(error)}"
       ) from error
 
   def _first_line(self, error: Exception) -> str:
-    """Of what an error says, with the directory by its own name."""
+    """Returns the first line of an error, with the directory under its own name."""
     first, *_ = str(error).splitlines() or [type(error).__name__]
     return first.replace(self._address, str(self._directory))
 
   def _put_aside(self, step: int) -> None:
     def rename():
+      # Numbered: an earlier checkpoint of this step may have been moved there.
       number = 0
       while (
         aside := self._directory.with_name(f"{self._directory.name}-damaged-{step}-{number}")
@@ -196,11 +216,12 @@ class Checkpoints:
       warn("moved the damaged checkpoint of step %d to %s", step, aside)
 
     hosts.written(rename)
+    # Orbax remembers the steps that it has seen.
     self._manager.reload()
 
 
 def _checksum(values: Any) -> int:
-  """CRC-32 of all values: orbax itself does not notice flipped bits."""
+  """Returns the CRC-32 of all values: orbax itself does not notice flipped bits."""
   crc = 0
   for leaf in jax.tree.leaves(values):
     crc = zlib.crc32(leaf.tobytes(), crc)
@@ -208,12 +229,12 @@ def _checksum(values: Any) -> int:
 
 
 def _placed(values: Any, sharding: jax.sharding.Sharding) -> Any:
-  """Device arrays of values that are the same in every process."""
+  """Returns device arrays of values that are the same in every process."""
   return jax.tree.map(
     lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), values
   )
 
 
 def _is_not_orbax(record: Any) -> bool:
-  """Of log records: orbax logs, with tracebacks, what it raises as well."""
+  """Returns whether a log record is not of orbax, which logs its errors with tracebacks as well."""
   return "orbax" not in record.pathname

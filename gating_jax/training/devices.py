@@ -1,7 +1,7 @@
-"""The only file that maps a function over devices. Everything else is written for one device and an axis name.
+"""Mapping of functions over devices; all other files are written for one device and an axis name.
 
-A value is either `REPLICATED`, the same on every device, or `BATCH`, its axis 0 spread over them. Both look, to the
-caller, as they would on one device: no leading device axis.
+A value is either `REPLICATED`, the same on every device, or `BATCH`, with its axis 0 spread over
+them. For the caller both look as on one device: there is no leading device axis.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from gating_jax.checks import one_of
 from gating_jax.ops.collectives import mean_over_devices
 
+# The name of the device axis, for collectives.
 AXIS = "batch"
+# The two kinds of values.
 REPLICATED = "replicated"
 BATCH = "batch"
 BACKENDS = ("pmap", "shard_map")
@@ -36,18 +38,20 @@ def map_over_devices(
 ) -> Callable:
   """Runs `fn` on every device, with `AXIS` as the name of the device axis for its collectives.
 
-  Inside, gradients are local with either backend: `value_and_grad_over_devices(loss, AXIS)` averages them.
+  Inside, gradients are local with either backend: `value_and_grad_over_devices(loss, AXIS)`
+  averages them.
 
   Args:
     fn: a pure function of arrays.
-    args: `REPLICATED` or `BATCH` for each argument; every array of a `BATCH` argument has the examples of this process
-      on axis 0, a multiple of its number of devices.
-    results: the same for the result, or a tuple of them. What is marked `REPLICATED` must be equal on all devices.
+    args: `REPLICATED` or `BATCH` for each argument; every array of a `BATCH` argument has the
+      examples of this process on axis 0, a multiple of its number of devices.
+    results: the same for the result, or a tuple of them. Results marked `REPLICATED` must be equal
+      on all devices.
     backend: `pmap` or `shard_map`.
     devices: all of the job's by default.
     donate: positions of arguments whose buffers the result may reuse.
   Returns:
-    a compiled function. Pass it what `replicate` returned, or its own results, to avoid copies.
+    a compiled function. Pass it the result of `replicate`, or its own results, to avoid copies.
   Raises:
     ValueError: an unknown backend or kind; a batch that does not divide over the devices.
   """
@@ -66,11 +70,13 @@ def map_over_devices(
       devices=None if devices is None else list(devices),
       donate_argnums=tuple(donate),
     )
+    # pmap wants a leading device axis; the caller sees none.
     place = functools.partial(_split_batch, local)
     finish = _join_batch
   else:
     specs = {REPLICATED: PartitionSpec(), BATCH: PartitionSpec(AXIS)}
-    # With check_vma gradients by hand would come summed over devices; without it they are local, as under pmap.
+    # With check_vma, JAX would sum gradients over devices; without it they are local, as under
+    # pmap.
     mapped = jax.jit(
       jax.shard_map(
         fn,
@@ -96,7 +102,8 @@ def map_over_devices(
       )
     return jax.tree.map(finish, out) if results == BATCH else out
 
-  run.compiled = mapped  # for tests that count compilations
+  # For tests that count compilations.
+  run.compiled = mapped
   return run
 
 
@@ -111,23 +118,28 @@ def value_and_grad_over_devices(
 
       L = mean_d loss_d,   gradient = mean_d of each device's own gradient of loss_d
 
-  The same code gives the gradient of the whole batch everywhere. By hand it depends on the mode: under pmap and
-  `check_vma=False` a device's gradient is its own and has to be averaged; under shard_map's default,
-  `check_vma=True`, JAX has summed it over devices already, and averaging it leaves a step D times as long.
+  The same code gives the gradient of the whole batch everywhere. Written by hand, it depends on the
+  mode: under pmap and `check_vma=False` a device's gradient is its own and has to be averaged;
+  under shard_map's default, `check_vma=True`, JAX has summed it over devices already, and averaging
+  it leaves a step D times as long.
 
   Args:
-    loss: a function whose first result, or whose only one, is a scalar: the mean over this device's examples. Terms
-      of the whole batch, such as `batch_shaping_loss(..., axis_name=axis_name)`, may be part of it.
+    loss: a function whose first or only result is a scalar: the mean over this device's examples.
+      Terms of the whole batch, such as `batch_shaping_loss(..., axis_name=axis_name)`, may be part
+      of it.
     axis_name: the mapped axis, or axes, over which the batch is spread; None for one device.
     argnums: as in `jax.value_and_grad`; these arguments must be the same on all devices.
     has_aux: whether `loss` returns `(scalar, aux)`.
   Returns:
-    a function of `loss`'s arguments. As of `jax.value_and_grad`, it returns `(value, gradient)`, the same on all
-    devices, or `((value, aux), gradient)`, in which `aux` is each device's own.
+    a function of `loss`'s arguments. As `jax.value_and_grad`, it returns `(value, gradient)`, the
+    same on all devices, or `((value, aux), gradient)`, in which `aux` is each device's own.
 
   >>> local = lambda w, x: jnp.mean((w - x) ** 2)
-  >>> over_devices = jax.vmap(value_and_grad_over_devices(local, "batch"), (None, 0), axis_name="batch")
-  >>> value, gradient = over_devices(1.0, jnp.array([[3.0], [5.0]]))  # one example on each of two devices
+  >>> over_devices = jax.vmap(
+  ...   value_and_grad_over_devices(local, "batch"), (None, 0), axis_name="batch"
+  ... )
+  >>> # One example on each of two devices.
+  >>> value, gradient = over_devices(1.0, jnp.array([[3.0], [5.0]]))
   >>> print(value, gradient)
   [10. 10.] [-6. -6.]
   """
@@ -137,16 +149,18 @@ def value_and_grad_over_devices(
 
   def on_this_device(*args, **kwargs):
     out = loss(*args, **kwargs)
-    # A loss that is averaged already would send each device a part of its gradient only.
+    # A loss that is averaged already would give each device a part of the gradient only.
     return (_own_copy(out[0], axis_name), out[1]) if has_aux else _own_copy(out, axis_name)
 
   differentiate = jax.value_and_grad(on_this_device, argnums, has_aux)
 
   def over_devices(*args, **kwargs):
     args = list(args)
+    # Copied on each device, so that JAX does not sum the gradient (check_vma=True).
     for position in positions:
       args[position] = _own_copy(args[position], axis_name)
     value, gradient = differentiate(*args, **kwargs)
+    # L = mean_d loss_d, and likewise its gradient.
     if has_aux:
       value, aux = value
       value, gradient = mean_over_devices((value, gradient), axis_name)
@@ -157,13 +171,14 @@ def value_and_grad_over_devices(
 
 
 def _own_copy(tree: Any, axis_name: Hashable) -> Any:
-  """The same values, which JAX takes for ones that differ between devices: then it sums no gradient over them."""
+  """Returns the same values, marked as differing between devices: JAX then sums no gradient."""
+  # The index of a device is never negative, which the compiler does not know.
   never = lax.axis_index(axis_name) < 0
   return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), tree)
 
 
 def device_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """All devices of the job on one axis."""
+  """Returns the mesh of all devices of the job on one axis."""
   return Mesh(
     np.array(jax.devices() if devices is None else list(devices)),
     (AXIS,),
@@ -172,7 +187,7 @@ def device_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def replicated_sharding(devices: Sequence[jax.Device] | None = None) -> NamedSharding:
-  """Where `replicate` puts things."""
+  """Returns the sharding of `replicate`: a full copy on every device."""
   return NamedSharding(device_mesh(devices), PartitionSpec())
 
 
@@ -181,7 +196,7 @@ def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
   sharding = replicated_sharding(devices)
   if jax.process_count() == 1:
     return jax.device_put(tree, sharding)
-  # device_put would compare the processes' arrays, in which NaN differs from NaN.
+  # device_put would compare the arrays of the processes, and NaN differs from NaN.
   place = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
   return jax.tree.map(lambda x: place(np.asarray(x)), tree)
 

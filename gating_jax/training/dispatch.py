@@ -1,4 +1,4 @@
-"""Training steps over devices, some of which may leave out the backward of what is closed."""
+"""Training steps over devices, optionally without the backward pass of closed units."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ def map_steps(
   args: Sequence[str],
   backend: str,
 ) -> Callable:
-  """`make_steps(model)`, `(state, ...) -> (state, metrics [K])`, over all devices.
+  """Maps a model's training steps over all devices: `(state, ...) -> (state, metrics [K])`.
 
   Args:
-    make_steps: a model's steps.
-    model: what is trained.
-    full: the same model with the backward of everything, where `model` may hold less than is open, see `or_in_full`.
-    args, backend: of `map_over_devices`; the state is the first argument.
+    make_steps: returns the steps of a model.
+    model: the model to train.
+    full: the same model with the whole backward pass, where `model` may hold fewer units than are
+      open, see `or_in_full`; None otherwise.
+    args, backend: as in `map_over_devices`; the state is the first argument.
+  Returns:
+    the steps, compiled at their first call.
   """
 
   def mapped(model, donate):
@@ -39,20 +42,29 @@ def map_steps(
       donate=donate,
     )
 
+  # The state's buffers are given away only where no second pass may need them again.
   return mapped(model, (0,)) if full is None else or_in_full(mapped(model, ()), mapped(full, (0,)))
 
 
 def or_in_full(skipping: Callable, full: Callable) -> Callable:
-  """Steps whose backward leaves out what is closed or, where more was open than they hold, the same steps in full.
+  """Combines steps without the backward pass of closed units and the same steps in full.
 
-  Both are `(state, ...) -> (state, metrics [K])`. The first leaves `state` as it was, to be used again, and its
-  gradients are NaN where it does not hold what is open, see `open_backward`. Which one counts is a function of the
-  arguments alone, so that a restart repeats it. The metric `in_full` is 1 where the second does.
+  The full steps run where more units are open than the first ones hold. Both are `(state, ...) ->
+  (state, metrics [K])`. The first ones leave `state` as it was, to be used again, and their
+  gradients are NaN where they do not hold what is open, see `open_backward`. The choice is a
+  function of the arguments alone, so that a restart repeats it. The metric `in_full` is 1 where the
+  full steps ran.
+
+  Args:
+    skipping: the steps without the backward pass of closed units.
+    full: the steps with the whole backward pass.
+  Returns:
+    steps of the same form.
   """
   compiled = False
 
   def in_full(state, *batch):
-    """The first call, in the midst of a training, compiles."""
+    """Runs the full steps; the first call, in the midst of a training, compiles them."""
     nonlocal compiled
     if compiled:
       return full(state, *batch)
@@ -64,9 +76,11 @@ def or_in_full(skipping: Callable, full: Callable) -> Callable:
 
   def run(state: Any, *batch: Any) -> tuple[Any, dict[str, Any]]:
     after, metrics = skipping(state, *batch)
+    # A gradient of NaN marks a step that held too few units: the whole call is repeated in full.
     missed = not np.isfinite(jax.device_get(metrics["gradient_norm"])).all()
     if missed:
       after, metrics = in_full(state, *batch)
+    # `[K]`, as all metrics: the steps of one call run in full together.
     return after, {
       **metrics,
       "in_full": np.full(metrics["gradient_norm"].shape, missed, np.float32),
