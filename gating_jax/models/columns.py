@@ -1,12 +1,14 @@
-"""Columns for progressive networks: nets that look at what other columns made of the same images.
+"""Columns of progressive networks, which also read the features of the columns before them.
 
-In a chain of convolutions every layer after the first does, and the dense layer at the end:
+In a chain of convolutions, every layer after the first and the dense layer at the end compute
 
-    h_i = f(W h_{i-1} + U ReLU(V [alpha_j h_{i-1}^j]_j)),   f = max pool (where there is one), ReLU, BatchNorm
+    h_i = f(W h_{i-1} + U ReLU(V [alpha_j h_{i-1}^j]_j)),
+    f = max pool (where there is one), ReLU, BatchNorm
 
-with j over the columns before. In a residual net the layers that do are the first convolution of every block, where the
-h are the blocks' inputs, and the dense layer; shortcuts carry the column's own h alone. U and W are one convolution
-over both inputs, V is 1x1. A column before which there is none has zeros in their place, and so no use of its adapters.
+with j over the columns before. In a residual net, the first convolution of every block (where the
+h are the blocks' inputs) and the dense layer do so; shortcuts carry the column's own h only. U and
+W are one convolution over both inputs; V is 1x1. The first column sees zeros in place of the
+missing features, so its adapters are inert.
 
 Axes: J columns before, N examples, H and W pixels, D channels, F features.
 Reference: Rusu et al., "Progressive neural networks", 2016.
@@ -33,22 +35,25 @@ from gating_jax.types import Array
 
 
 class ColumnMacs(NamedTuple):
-  """Multiply-accumulates per image of one column: of its layers, and of its dense layer."""
+  """Multiply-accumulates per image of one column: those of its layers and of its dense layer."""
 
   layers: int
   head: int
 
 
 class ChainColumn(nn.Module):
-  """`[N, H, W, D]` images, and the layers' outputs of J columns, to logits and this column's.
+  """Column that is a chain of convolutions.
 
-  Called with `(x, before)`, `before` a tuple of `[J, N, H_i, W_i, D_i]`, zeros where there is no column, or empty for a
-  net without adapters; returns `([N, classes] float32, tuple of [N, H_i, W_i, D_i])`.
+  Called with `(x, before)`: images `[N, H, W, D]` and a tuple of the earlier columns' layer
+  outputs, `[J, N, H_i, W_i, D_i]` each. These are zeros where there is no column; an empty tuple
+  gives a net without adapters. Returns
+  `([N, classes] float32 logits, tuple of [N, H_i, W_i, D_i])`, where the tuple holds the outputs of
+  this column's layers.
 
   Attributes:
     classes: number of outputs.
     chain, width, norm, dtype, axis_name: as in `VGG`.
-    alpha: what each alpha_j starts from.
+    alpha: initial value of each alpha_j.
   """
 
   classes: int
@@ -64,9 +69,12 @@ class ChainColumn(nn.Module):
     self, x: Array, before: Sequence[Array], train: bool = False
   ) -> tuple[Array, tuple[Array, ...]]:
     h, outputs = x.astype(self.dtype), []
+    # `chain` mixes convolutions with pools; layers are numbered by their convolutions alone.
     convs = [i for i, channels in enumerate(self.chain) if channels != POOL]
     for number, i in enumerate(convs, start=1):
       if outputs and before:
+        # W and U of the module's equation are one convolution over both inputs, side by side.
+        # Layer `number` reads the output of layer `number - 1`, whose index is `number - 2`.
         beside = Adapter(self.alpha, name=f"adapter{number}")(before[number - 2])
         h = jnp.concatenate([h, beside], axis=-1)
       h, _ = VGGLayer(
@@ -86,10 +94,12 @@ class ChainColumn(nn.Module):
 
 
 class ResNetColumn(ResNet):
-  """As `ChainColumn`, of a residual net without gates; the outputs are the stem's and every block's.
+  """Column that is a residual net without gates.
+
+  Called as `ChainColumn`; its outputs are those of the stem and of every block.
 
   Attributes:
-    alpha: what each alpha_j starts from; the others are those of `ResNet`.
+    alpha: initial value of each alpha_j; the other fields are those of `ResNet`.
   """
 
   alpha: float = 0.1
@@ -103,6 +113,7 @@ class ResNetColumn(ResNet):
     for stage, (stride, dilation) in enumerate(zip(*self.resolution(x), strict=True)):
       for number in range(self.blocks[stage]):
         block = self._block(stage, number, stride, dilation)
+        # A block reads the earlier columns' features at its own input, the last output so far.
         beside = (
           Adapter(self.alpha, name=f"{block.name}_adapter")(before[len(outputs) - 1])
           if before
@@ -117,7 +128,10 @@ Column = ChainColumn | ResNetColumn
 
 
 class Adapter(nn.Module):
-  """`ReLU(V [alpha_j h^j]_j)`, V without a bias: `[J, ..., D]` to `[..., D]`, in the features' dtype."""
+  """Adapter from the features of J columns to one map: `ReLU(V [alpha_j h^j]_j)`, V without bias.
+
+  `[J, ..., D]` to `[..., D]`, in the dtype of the features.
+  """
 
   alpha: float
 
@@ -125,16 +139,23 @@ class Adapter(nn.Module):
   def __call__(self, before: Array) -> Array:
     columns, channels = before.shape[0], before.shape[-1]
     alpha = self.param("alpha", nn.initializers.constant(self.alpha), (columns,), jnp.float32)
+    # V is one [D, D] kernel per column: together a 1x1 convolution of all their channels.
     kernel = self.param(
       "kernel", nn.initializers.he_normal(batch_axis=0), (columns, channels, channels), jnp.float32
     )
+    # alpha scales the kernels, which are smaller than the features.
     return nn.relu(
       jnp.einsum("j...d,jde->...e", before, (alpha[:, None, None] * kernel).astype(before.dtype))
     )
 
 
 def column(name: str, classes: int, **settings) -> Column:
-  """One of a named chain of `VGGS` or residual net of `RESNETS`; `settings` are other fields of either.
+  """Builds a column from a named chain of `VGGS` or residual net of `RESNETS`.
+
+  Args:
+    name: key of `VGGS` or `RESNETS`.
+    classes: number of outputs.
+    **settings: other fields of `ChainColumn` or `ResNetColumn`.
 
   Raises:
     ValueError: any other name.
@@ -147,17 +168,27 @@ def column(name: str, classes: int, **settings) -> Column:
 
 @functools.cache
 def output_shapes(column: Column, shape: tuple[int, int, int]) -> tuple[tuple[int, int, int], ...]:
-  """`(H_i, W_i, D_i)` of each output of a column for an image of this shape."""
+  """Returns `(H_i, W_i, D_i)` of each output of a column for an image of this shape."""
   _, outputs = _trace(column, shape, ())
   return tuple(h.shape[1:] for h in outputs)
 
 
 @functools.cache
 def column_macs(column: Column, shape: tuple[int, int, int], columns_before: int) -> ColumnMacs:
-  """Of a column with so many before it, on an image of this shape; what is known to be 0 is not counted."""
+  """Counts the MACs of a column that has `columns_before` columns before it.
+
+  Multiplications by values known to be 0, those of the missing columns, are not counted.
+
+  Args:
+    column: the column.
+    shape: `(H, W, D)` of an image.
+    columns_before: J.
+  """
   shapes, j = output_shapes(column, shape), columns_before
   with kernel_calls() as calls:
     _trace(column, shape, [(j, 1, *h) for h in shapes] if j else ())
+  # The trace sees convolutions and dense layers; an adapter's V is an einsum, counted here:
+  # J D^2 for each pixel of every output but the last, whose mean the classifier's adapter reads.
   head = sum(call.macs for call in calls if call.path == ("classifier",))
   adapters = [j * math.prod(h) * h[-1] for h in shapes[:-1]]
   return ColumnMacs(
@@ -168,7 +199,7 @@ def column_macs(column: Column, shape: tuple[int, int, int], columns_before: int
 def _trace(
   column: Column, shape: Sequence[int], before: Sequence[Sequence[int]]
 ) -> tuple[Array, tuple[Array, ...]]:
-  """What a new column returns, as shapes."""
+  """Returns the logits and outputs of a new column, as shapes."""
   image, *before = (jax.ShapeDtypeStruct(s, column.dtype) for s in ((1, *shape), *before))
   return jax.eval_shape(
     lambda x, b: column.init_with_output(jax.random.key(0), x, b)[0], image, before
@@ -176,7 +207,11 @@ def _trace(
 
 
 def _logits(column: Column, h: Array, before: Sequence[Array]) -> Array:
-  """The dense layer of a column, within its call, on the last features and those of the columns before."""
+  """Computes a column's logits from the last features, its own and those of the columns before.
+
+  Called inside the column's `__call__`, so that the parameters belong to the column.
+  """
+  # The mean and the logits are float32, whatever the column computes in.
   pooled = jnp.mean(h.astype(jnp.float32), axis=(1, 2))
   if before:
     pooled_before = jnp.mean(before[-1].astype(jnp.float32), axis=(2, 3))

@@ -1,8 +1,8 @@
-"""A residual network for images with a classifier after every stage: an image leaves at the first that is sure.
+"""Residual network for images with a classifier after every stage, at which an image may leave.
 
 Axes: N examples, X exits before the last, K classes, D channels.
-Reference: Teerapittayanon, McDanel and Kung, "BranchyNet: fast inference via early exiting from deep neural networks",
-2016.
+Reference: Teerapittayanon, McDanel and Kung, "BranchyNet: fast inference via early exiting from
+deep neural networks", 2016.
 """
 
 from __future__ import annotations
@@ -22,16 +22,20 @@ from gating_jax.types import Array, GateRecord, Records
 
 
 class EarlyExitNet(ResNet):
-  """`[N, H, W, D]` images to `([N, K] float32 logits, records)`, those of the exit at which each image leaves.
+  """Residual network that answers at the first exit that is sure of its class.
 
-  With `train=True` it returns the logits of all exits, `[N, X + 1, K]`, the network's own the last, since training fits
-  all of them. Either way all of it is computed, and there is a record for each exit before the last: its one unit is
-  what follows up to the next exit, which an open gate runs. Gates are never drawn: `logits` say how far the entropy of
-  every exit so far is above the threshold, see `ops.exits.stay_logits`, and no gradient reaches the network from the
-  records. Parameters are those of the `ResNet` of the same name, with `exit1` and so on beside them.
+  `[N, H, W, D]` images to `([N, K] float32 logits, records)`: the logits of the exit at which each
+  image leaves. With `train=True` the logits are those of all exits, `[N, X + 1, K]`, the network's
+  own last, since training fits all of them. Everything is computed in both cases.
+
+  There is one record for each exit before the last. Its single unit is the part of the network up
+  to the next exit, which runs where the gate is open. Gates are never drawn: `logits` say how far
+  the entropy of every exit so far is above the threshold (see `ops.confidence.stay_logits`). No
+  gradient reaches the network from the records. The parameters are those of the `ResNet` of the
+  same name, and `exit1`, `exit2` and so on.
 
   Attributes:
-    threshold: share of the largest entropy, in (0, 1), below which an exit is taken.
+    threshold: fraction of the largest entropy, in (0, 1), below which an exit is taken.
 
   >>> from gating_jax.models.summary import count
   >>> from gating_jax.models.resnet import resnet
@@ -45,18 +49,22 @@ class EarlyExitNet(ResNet):
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
     if self.classes is None or len(self.blocks) < 2 or self.gating != "none" or x.ndim != 4:
       raise ValueError(
-        "a network with exits must have classes, two stages, gating='none' and images [N, H, W, D]; got "
+        "a network with exits must have classes, two stages, gating='none' and images "
+        "[N, H, W, D]; got "
         f"classes {self.classes}, blocks {self.blocks}, gating {self.gating!r}, shape {x.shape}"
       )
     x, answers, macs = self._stem(x, train), [], []
     for stage, (stride, dilation) in enumerate(zip(*self.resolution(x), strict=True)):
+      # A stage and the exit after it are one unit of cost: both run if the image stays.
       with kernel_calls() as calls:
         x, _ = self._stage(x, train, stage, stride, dilation)
         last = stage + 1 == len(self.blocks)
         answers.append(self._head(x) if last else self._exit(stage + 1)(x, train))
       macs.append(sum(call.macs for call in calls))
     answers = jnp.stack(answers, axis=1)
+    # The exits are trained by their own losses; a penalty on the records must not change them.
     stay = confidence.stay_logits(jax.lax.stop_gradient(answers[:, :-1]), self.threshold)
+    # The first stage always runs, so the costs of the records begin with the second.
     records = tuple(
       GateRecord(
         part,
@@ -83,7 +91,10 @@ class EarlyExitNet(ResNet):
 
 
 class Exit(nn.Module):
-  """A 3x3 convolution of stride 2, ReLU, the mean over pixels and a dense layer: `[N, h, w, D]` to `[N, classes]`."""
+  """Classifier of a feature map: 3x3 convolution of stride 2, ReLU, mean over pixels, dense layer.
+
+  `[N, h, w, D]` to `[N, classes]`.
+  """
 
   classes: int
   features: int
@@ -96,5 +107,6 @@ class Exit(nn.Module):
     conv = ConvNorm(
       self.features, 3, 2, self.dtype, self.axis_name, group_norm=self.group_norm, name="conv"
     )
+    # Logits are float32, whatever the network computes in.
     x = jnp.mean(nn.relu(conv(x, train)).astype(jnp.float32), axis=(1, 2))
     return nn.Dense(self.classes, name="classifier")(x)

@@ -1,4 +1,4 @@
-"""A residual network whose last stage is a mixture of experts.
+"""Residual network whose last stage is a mixture of experts.
 
 Axes: N examples, D channels.
 Reference: Jacobs et al., 1991; Shazeer et al., 2017; see `layers.experts`.
@@ -14,13 +14,15 @@ from gating_jax.types import Array, Records
 
 
 class ExpertNet(ResNet):
-  """`[N, H, W, D]` images or clips to `([N, classes] float32 logits, records)`: one record, of the experts.
+  """Residual network with several copies of its last stage, weighted by a gate.
 
-  Each expert is a last stage of its own; all have the same input, the feature map of the stages before.
+  `[N, H, W, D]` images or clips to `([N, classes] float32 logits, records)`, with one record, that
+  of the experts. Each expert is a last stage with its own parameters; all experts read the same
+  input, the feature map of the stages before.
 
   Attributes:
-    experts: how many.
-    top_k: how many of them count for an example; None for all.
+    experts: number of experts.
+    top_k: number of experts that contribute for an example; None for all.
 
   >>> from gating_jax.models.summary import count
   >>> from gating_jax.models.resnet import resnet
@@ -38,6 +40,7 @@ class ExpertNet(ResNet):
       raise ValueError(f"gating must be none in a network of experts; got {self.gating!r}")
     if stage + 1 < len(self.blocks):
       return super()._stage(x, train, stage, stride, dilation)
+    # Without a parent, since the blocks belong to the experts and not to this network.
     block = lambda number: self._block(stage, number, stride, dilation, parent=None, name=None)
     experts = tuple(
       Chain(tuple(block(i) for i in range(self.blocks[stage])), parent=None)
@@ -49,11 +52,12 @@ class ExpertNet(ResNet):
 
 
 class Chain(nn.Module):
-  """Ungated blocks one after the other, each called as `block(x, train)` and returning `(y, ())`."""
+  """Sequence of ungated blocks, each called as `block(x, train)` and returning `(y, ())`."""
 
   blocks: tuple[nn.Module, ...]
 
   def __call__(self, x: Array, train: bool) -> Array:
     for block in self.blocks:
+      # Without gates a block's records are empty.
       x, _ = block(x, train)
     return x

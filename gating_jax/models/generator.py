@@ -1,8 +1,9 @@
-"""A small generator of images and its critic, for memories of past tasks.
+"""Small image generator and its critic, for memories of past tasks.
 
 Axes: N examples, Z latent values, H and W pixels, D colour channels, C feature channels.
-Reference: Radford et al., "Unsupervised representation learning with deep convolutional generative adversarial
-networks", 2016; Odena et al., "Deconvolution and checkerboard artifacts", 2016 (upsampling before a convolution).
+Reference: Radford et al., "Unsupervised representation learning with deep convolutional generative
+adversarial networks", 2016; Odena et al., "Deconvolution and checkerboard artifacts", 2016
+(upsampling before a convolution).
 """
 
 from __future__ import annotations
@@ -24,21 +25,25 @@ _INITIAL = nn.initializers.he_normal()
 
 
 class Generator(nn.Module):
-  """`[N, Z]` standard normal values to `([N, H, W, D] pixels in (-1, 1), records)`.
+  """Generator of images from latent values and, optionally, labels.
 
-      h_1 = g_1 ReLU(Dense z),   h_(i+1) = g_(i+1) ReLU(conv(up(h_i))),   pixels = tanh(conv(up(h_last)))
+  `[N, Z]` standard normal values to `([N, H, W, D] pixels in (-1, 1), records)`:
 
-  with 3x3 convolutions and `up` doubling each side. The first map is the image halved as long as its sides are even
-  and at least 8: 7 x 7 for 28 x 28, 4 x 4 for 32 x 32. There is no normalisation, so a channel depends on nothing but
-  its own filter and the channels that are open before it.
+      h_1 = g_1 ReLU(Dense z),   h_(i+1) = g_(i+1) ReLU(conv(up(h_i))),
+      pixels = tanh(conv(up(h_last)))
+
+  with 3x3 convolutions and `up` doubling each side. The first map has the sides of the image,
+  halved as long as they are even and at least 8: 7 x 7 for 28 x 28, 4 x 4 for 32 x 32. There is no
+  normalisation, so a channel depends only on its own filter and on the open channels before it.
 
   Attributes:
-    shape: `(H, W, D)`, of which H and W are even and at least 8.
+    shape: `(H, W, D)`; H and W are even and at least 8.
     latent: Z.
     width: channels of the last hidden map; they double with each halving.
-    classes: how many labels it is conditional on; None for none.
-    gating: `none`, or `channel`: a gate network at every hidden map, which looks at what the map is made from.
-    gate: how gates are built and sampled.
+    classes: number of labels that the images are conditional on; None for none.
+    gating: `none`, or `channel`: a gate network at every hidden map, which reads the input of the
+      map.
+    gate: settings of the gates.
     axis_name: mapped device axis over which gates take their statistics and examples are numbered.
   """
 
@@ -64,7 +69,9 @@ class Generator(nn.Module):
     maps = _maps(self.shape, self.width)
     records: Records = ()
     for i, size in enumerate(maps, start=1):
+      # The pixel layer has no gates: its MACs per input channel all belong to the last map's gate.
       read = height * width * 9 * colours if i == len(maps) else 0
+      # Records name the layer that reads the gated channels, as in the tree of parameters.
       reader = (*self.path, "pixels") if i == len(maps) else (*self.path, f"map{i + 1}", "filters")
       h, new = _Hidden(size, read, reader, self.gating, self.gate, self.axis_name, name=f"map{i}")(
         h, train
@@ -74,16 +81,20 @@ class Generator(nn.Module):
 
 
 class Critic(nn.Module):
-  """`[N, H, W, D]` pixels in [-1, 1] to `[N]` scores, higher for real ones.
+  """Critic that scores images, higher for real ones.
+
+  `[N, H, W, D]` pixels in [-1, 1] to `[N]` scores:
 
       h_1 = LeakyReLU(conv x),  h_(i+1) = LeakyReLU(conv h_i),   score = Dense(h_last)
 
-  with 4x4 convolutions of stride 2. No normalisation: an image's score must not depend on the others, for the sake of
-  the gradient penalty.
+  with 4x4 convolutions of stride 2. There is no normalisation: an image's score must not depend on
+  the others, because of the gradient penalty.
 
   Attributes:
-    width: channels of the first map; they double with each halving, which go as far as `Generator`'s.
-    classes: how many labels it is conditional on, each with a Dense of its own; None for none.
+    width: channels of the first map; they double with each halving. There are as many halvings as
+      in `Generator`.
+    classes: number of labels that the score is conditional on, each with its own Dense; None for
+      none.
   """
 
   width: int = 16
@@ -94,6 +105,7 @@ class Critic(nn.Module):
     _check_labels(self.classes, labels)
     for i, (*_, features) in enumerate(reversed(_maps(x.shape[1:], self.width)), start=1):
       x = nn.leaky_relu(_halving(features, f"conv{i}")(x), 0.2)
+    # One output per class; an image is scored by the output of its label.
     scores = nn.Dense(self.classes or 1, name="score")(x.reshape(x.shape[0], -1))
     return (
       scores[:, 0]
@@ -103,8 +115,13 @@ class Critic(nn.Module):
 
 
 class _Hidden(nn.Module):
-  """One hidden map of a `Generator` and its gate; `pixel_macs` is what a channel costs the layer of pixels, if next;
-  `reader` is the layer after it."""
+  """One hidden map of a `Generator` and its gate.
+
+  Attributes:
+    size: height, width and channels of the map.
+    pixel_macs: MACs that a channel of this map costs the pixel layer; 0 unless that layer is next.
+    reader: path of the layer that reads this map.
+  """
 
   size: tuple[int, int, int]
   pixel_macs: int
@@ -126,6 +143,8 @@ class _Hidden(nn.Module):
     y = nn.relu(filters(x))
     if self.gating == "none":
       return y, ()
+    # A channel of the first map costs the same whatever is open: its inputs are the latent values.
+    # Later channels cost 9 MACs a pixel for each open channel of the map before.
     per_unit, per_pair = (
       (height * width * x.shape[-1], 0) if from_latents else (0, height * width * 9)
     )
@@ -137,7 +156,7 @@ class _Hidden(nn.Module):
 
 
 def _maps(shape: Sequence[int], width: int) -> list[tuple[int, int, int]]:
-  """Height, width and channels of the hidden maps, from the smallest."""
+  """Returns height, width and channels of the hidden maps, smallest first."""
   height, across, _ = shape
   divides = lambda: min(height, across) >= _SMALLEST_SIDE and height % 2 == across % 2 == 0
   if not divides():
@@ -147,16 +166,19 @@ def _maps(shape: Sequence[int], width: int) -> list[tuple[int, int, int]]:
   maps = []
   while divides():
     height, across = height // 2, across // 2
+    # Collected from the image inwards, so the largest map has `width` channels.
     maps.insert(0, (height, across, width * 2 ** len(maps)))
   return maps
 
 
 def _doubling(features: int, name: str) -> nn.Conv:
-  """A 3x3 convolution of its input doubled."""
+  """Builds a 3x3 convolution of its input enlarged to twice its sides."""
+  # The enlarged map is never built: `convolve_doubled` reads the small one.
   convolve = lambda x, kernel, *_, **defaults: convolve_doubled(x, kernel)
   return nn.Conv(features, (3, 3), kernel_init=_INITIAL, conv_general_dilated=convolve, name=name)
 
 
+# Builds a 4x4 convolution of stride 2.
 def _halving(features: int, name: str) -> nn.Conv:
   convolve = lambda x, kernel, strides, padding, **defaults: convolve_images(
     x, kernel, strides, padding

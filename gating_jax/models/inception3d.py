@@ -1,7 +1,8 @@
-"""Inception networks for clips of frames, and the step from a network for images to its twin for clips.
+"""Inception networks for clips, and the conversion of image networks to clip networks.
 
 Axes: N examples, F frames, H and W pixels, D channels, C features.
-Reference: Carreira and Zisserman, "Quo vadis, action recognition? A new model and the Kinetics dataset", 2017.
+Reference: Carreira and Zisserman, "Quo vadis, action recognition? A new model and the Kinetics
+dataset", 2017.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from gating_jax.ops.cpu_convs import max_pool
 from gating_jax.types import Array, Records
 
 # Per module: channels of the 1x1 branch, of the two 1x1-3x3 branches, of the pooling branch.
+# The stages are those of GoogLeNet, from which I3D is inflated.
 I3D = (
   ((64, 96, 128, 16, 32, 32), (128, 128, 192, 32, 96, 64)),
   (
@@ -34,15 +36,18 @@ _STEMS = ("imagenet", "small")
 
 
 class InflatedInception(nn.Module):
-  """`[N, F, H, W, D]` clips or `[N, H, W, D]` images of any size to `([N, C] float32 features, ())`.
+  """Inception network for clips, or for images, without gates.
+
+  `[N, F, H, W, D]` clips or `[N, H, W, D]` images of any size to `([N, C] float32 features, ())`.
 
   Attributes:
-    stages: the modules of each stage, as `InceptionModule.channels`; before each stage but the first, a 3x3x3 max pool
-      with stride 2 (I3D's last one is 2x2x2).
+    stages: modules of each stage, as `InceptionModule.channels`; before each stage but the first, a
+      3x3x3 max pool with stride 2 (I3D's last one is 2x2x2).
     width: multiplies every channel count; each is rounded to the nearest integer, at least 1.
-    stem: `imagenet`, 7x7x7 with stride 2, 1x1x1 and 3x3x3, with a 1x3x3 max pool of stride (1, 2, 2) before and after
-      these two; `small`, 3x3x3 with stride (1, 2, 2).
-    dtype: of the computation, float32 or bfloat16; parameters, BatchNorm statistics and features are float32.
+    stem: `imagenet`: 7x7x7 with stride 2, 1x1x1 and 3x3x3, with a 1x3x3 max pool of stride (1, 2,
+      2) before and after the last two; `small`: 3x3x3 with stride (1, 2, 2).
+    dtype: of the computation, float32 or bfloat16; parameters, BatchNorm statistics and features
+      are float32.
     axis_name: mapped device axis over which BatchNorm takes its statistics.
   """
 
@@ -67,11 +72,13 @@ class InflatedInception(nn.Module):
         channels = tuple(scaled(c, self.width) for c in channels)
         name = f"stage{stage + 1}_module{i + 1}"
         x = InceptionModule(channels, self.dtype, self.axis_name, name=name)(x, train)
+    # A mean in bfloat16 over many pixels would lose precision.
     return jnp.mean(x.astype(jnp.float32), axis=tuple(range(1, x.ndim - 1))), ()
 
   def _stem(self, x: Array, train: bool) -> Array:
     one_of("stem", self.stem, _STEMS)
     axes = x.ndim - 2
+    # Frames keep their number here; images have the last two axes only.
     half = (1, 2, 2)[-axes:]
 
     def conv(x, i, features, window, stride):
@@ -87,12 +94,15 @@ class InflatedInception(nn.Module):
 
 
 class InceptionModule(nn.Module):
-  """Four branches side by side: 1x1x1; twice 1x1x1 then 3x3x3; 3x3x3 max pool then 1x1x1.
+  """Inception module: four branches side by side.
 
-  Attributes:
-    channels: of the first branch, of the second's two convolutions, of the third's two, of the last.
+  The branches are 1x1x1; twice 1x1x1 then 3x3x3; and 3x3x3 max pool then 1x1x1.
 
   `[N, F, H, W, D]` to `[N, F, H, W, C]`, C the sum over branches; the same without frames.
+
+  Attributes:
+    channels: of the first branch, of the second's two convolutions, of the third's two, of the
+      last.
   """
 
   channels: tuple[int, int, int, int, int, int]
@@ -118,15 +128,18 @@ class InceptionModule(nn.Module):
 
 
 def inflate(images: Any, clips: Any) -> Any:
-  """Variables of a network for clips that answers a still clip as the network for images answers its frame.
+  """Converts the variables of a network for images to those of its twin for clips.
+
+  The twin answers a still clip as the network for images answers its frame:
 
       kernel[t] = kernel_2d / T   for each of the T temporal taps; everything else is the same
 
-  Exact wherever no window reaches over the first or last frame.
+  This is exact wherever no window reaches over the first or last frame.
 
   Args:
     images: variables, or parameters, of the network for images.
-    clips: the same tree of its twin for clips; only shapes are read, so that `jax.eval_shape` of `init` will do.
+    clips: the same tree of its twin for clips; only shapes are read, so the result of
+      `jax.eval_shape` of `init` is enough.
   Returns:
     A tree like `clips`.
   Raises:
@@ -151,4 +164,5 @@ def _inflate(path, image: Array, clip: Array) -> Array:
       f"{jax.tree_util.keystr(path)} must have the same shape in clips, or one axis more in front; "
       f"got {image.shape} in images, {clip.shape} in clips"
     )
+  # T taps of kernel_2d / T add up to kernel_2d on a still clip.
   return jnp.broadcast_to(image / clip.shape[0], clip.shape)

@@ -1,7 +1,8 @@
-"""A light network for images: inverted residuals of depthwise convolutions.
+"""Light network for images: inverted residuals of depthwise convolutions.
 
 Axes: N examples, H and W pixels, D channels, C features.
-Reference: Sandler et al., "MobileNetV2: inverted residuals and linear bottlenecks", 2018, tables 1 and 2.
+Reference: Sandler et al., "MobileNetV2: inverted residuals and linear bottlenecks", 2018, tables 1
+and 2.
 """
 
 from __future__ import annotations
@@ -27,15 +28,18 @@ MOBILENET_V2 = (
 
 
 class MobileNet(nn.Module):
-  """`[N, H, W, D]` images of any size to `([N, C] float32 features, ())`.
+  """MobileNetV2 without gates and without a classifier.
+
+  `[N, H, W, D]` images of any size to `([N, C] float32 features, ())`.
 
   Attributes:
     stages: expansion, channels, blocks and stride of the first block, for each stage.
     stem: channels of the 3x3 convolution before the stages.
-    stem_stride: of that convolution; 1 for small images.
+    stem_stride: stride of that convolution; 1 for small images.
     head: channels of the 1x1 convolution after the stages; `C`, before `width`.
     width: multiplies every channel count; each is rounded to the nearest integer, at least 1.
-    dtype: of the computation, float32 or bfloat16; parameters, BatchNorm statistics and features are float32.
+    dtype: of the computation, float32 or bfloat16; parameters, BatchNorm statistics and features
+      are float32.
     axis_name: mapped device axis over which BatchNorm takes its statistics.
   """
 
@@ -62,12 +66,14 @@ class MobileNet(nn.Module):
           x, train
         )
     x = nn.relu6(ConvNorm(scaled(self.head, self.width), 1, name="head", **shared)(x, train))
+    # A mean in bfloat16 over many pixels would lose precision.
     return jnp.mean(x.astype(jnp.float32), axis=(1, 2)), ()
 
 
 class InvertedResidual(nn.Module):
-  """1x1 to `expansion` times the channels, 3x3 depthwise, 1x1 back; the input is added where shapes agree.
+  """Inverted residual block: 1x1 expansion, 3x3 depthwise convolution, 1x1 projection.
 
+  The expansion is to `expansion` times the input's channels. The input is added where shapes agree.
   `[N, H, W, D]` to `[N, H', W', features]`.
   """
 
@@ -82,10 +88,12 @@ class InvertedResidual(nn.Module):
     inside = self.expansion * x.shape[-1]
     shared = dict(dtype=self.dtype, axis_name=self.axis_name)
     h = x
+    # Without expansion the paper's first block has no 1x1 convolution before the depthwise one.
     if self.expansion > 1:
       h = nn.relu6(ConvNorm(inside, 1, name="expand", **shared)(h, train))
     h = nn.relu6(
       ConvNorm(inside, 3, self.stride, depthwise=True, name="depthwise", **shared)(h, train)
     )
+    # Linear bottleneck: no ReLU after the projection, which would lose information (section 3.2).
     h = ConvNorm(self.features, 1, name="project", **shared)(h, train)
     return x + h if h.shape == x.shape else h

@@ -1,8 +1,9 @@
-"""Residual networks for small images (CIFAR), large ones (ImageNet) and clips of frames, gated or not.
+"""Residual networks, gated or not, for small images (CIFAR), large ones (ImageNet) and clips.
 
 Axes: N examples, F frames, H and W pixels, D channels.
-Reference: He et al., 2016, sections 4.1 and 4.2; Hara et al., "Can spatiotemporal 3D CNNs retrace the history of 2D
-CNNs and ImageNet?", 2018; Tran et al., 2018; Yu et al., "Dilated residual networks", 2017 (output stride).
+Reference: He et al., 2016, sections 4.1 and 4.2; Hara et al., "Can spatiotemporal 3D CNNs retrace
+the history of 2D CNNs and ImageNet?", 2018; Tran et al., 2018; Yu et al., "Dilated residual
+networks", 2017 (output stride).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from gating_jax.layers.gate import GateSettings, check_gate_settings
 from gating_jax.ops import arguments
 from gating_jax.types import Array, Records
 
-# name: (stem, block, blocks per stage, channels of the first stage, shortcut)
+# name: (stem, block, blocks per stage, channels of the first stage, shortcut).
+# ResNet-(6n + 2) has n blocks of two convolutions in each of three stages, a stem and a classifier.
 _CIFAR = {
   f"resnet{6 * n + 2}": ("cifar", BasicBlock, (n, n, n), 16, "A") for n in (1, 2, 3, 5, 7, 9, 18)
 }
@@ -29,7 +31,9 @@ _IMAGENET = {
   "resnet50": ("imagenet", Bottleneck, (3, 4, 6, 3), 64, "B"),
   "resnet101": ("imagenet", Bottleneck, (3, 4, 23, 3), 64, "B"),
 }
-_STEMS = {  # window and stride over frames, height and width, of which images have the last two; max pool
+# name: (window, stride, whether a max pool follows); window and stride over frames, height and
+# width, of which images use the last two.
+_STEMS = {
   "cifar": ((3, 3, 3), (1, 1, 1), False),
   "small": ((3, 3, 3), (1, 2, 2), False),
   "clip": ((3, 7, 7), (1, 2, 2), False),
@@ -39,30 +43,42 @@ RESNETS = {**_CIFAR, **_IMAGENET}
 
 
 class ResNet(nn.Module):
-  """`[N, H, W, D]` images or `[N, F, H, W, D]` clips of any size to `([N, classes] float32 logits, records)`.
+  """Residual network for images or clips, with gates or without.
+
+  `[N, H, W, D]` images or `[N, F, H, W, D]` clips of any size to
+  `([N, classes] float32 logits, records)`.
 
   Attributes:
     classes: number of outputs; None for the pooled features in place of logits.
     pool: False for the last feature map, `[N, h, w, D']` in `dtype`, in place of either.
-    output_stride: pixels of an image to one of the last feature map, at most: stages beyond keep the resolution and
-      dilate their windows instead. None for the named network's own; images only.
-    blocks: residual blocks per stage; each stage after the first halves the resolution and doubles the channels.
+    output_stride: largest number of image pixels, along a side, to one of the last feature map:
+      stages beyond it keep the resolution and dilate their windows instead. None for the named
+      network's own; images only.
+    blocks: residual blocks per stage; each stage after the first halves the resolution and doubles
+      the channels.
     block: `BasicBlock` or `Bottleneck`.
     features: channels of the first stage, before `width`.
     width: multiplies every channel count; each is rounded to the nearest integer, at least 1.
-    inner_width: multiplies the channels between the convolutions of a block once more, which gates choose from.
-    stem: `cifar`, a 3x3 convolution; `small`, the same with stride 2; `clip`, 7x7 with stride 2; `imagenet`, 7x7 with
-      stride 2 and a max pool. Over a clip's frames: 3, 3, 3 and 7 without a stride, and the max pool has stride 2.
-    convolution: `full`, or for clips `factorised`: every window over space, then over time, (2+1)-D.
-    gating: `none`; `channel`, those between the convolutions of a block; `all_channels`, those of its output too;
-      `layer`, a whole block at a time, where its shortcut is the identity.
+    inner_width: multiplies the channels between the convolutions of a block once more; gates choose
+      among these.
+    stem: `cifar`, a 3x3 convolution; `small`, the same with stride 2; `clip`, 7x7 with stride 2;
+      `imagenet`, 7x7 with stride 2 and a max pool. Over a clip's frames the windows are 3, 3, 3 and
+      7 without a stride, and the max pool has stride 2.
+    convolution: `full`, or for clips `factorised`: every window over space, then over time,
+      (2+1)-D.
+    gating: `none`; `channel`, the channels between the convolutions of a block; `all_channels`,
+      those of its output too; `layer`, a whole block at a time, where its shortcut is the identity.
     shortcut: `A` (zero padding, no parameters) or `B` (1x1 convolution).
-    gate: how gates are built and sampled.
-    dtype: of the computation, float32 or bfloat16; parameters, BatchNorm statistics, gates and logits are float32.
-    group_norm: GroupNorm in place of BatchNorm, but for that of gates: every example is normalised by itself.
-    backward_share: with `layer` gating and `group_norm`, at most this share of the examples have a block's gate open in
-      training, and its backward runs on no more; with more of them gradients are NaN, see `open_backward`.
-    axis_name: mapped device axis over which BatchNorm takes its statistics and examples are numbered.
+    gate: settings of the gates.
+    dtype: of the computation, float32 or bfloat16; parameters, BatchNorm statistics, gates and
+      logits are float32.
+    group_norm: GroupNorm in place of BatchNorm, except in gates; every example is then normalised
+      alone.
+    backward_share: with `layer` gating and `group_norm`, the largest fraction of the examples for
+      which a block's gate may be open in training; its backward pass runs on no more. With more
+      open examples gradients are NaN, see `open_backward`.
+    axis_name: mapped device axis over which BatchNorm takes its statistics and examples are
+      numbered.
   """
 
   classes: int | None
@@ -106,7 +122,7 @@ class ResNet(nn.Module):
   def _stage(
     self, x: Array, train: bool, stage: int, stride: int, dilation: int
   ) -> tuple[Array, Records]:
-    """The blocks of one stage, of which 0 is the first."""
+    """Runs the blocks of stage `stage`, counted from 0."""
     records: Records = ()
     for number in range(self.blocks[stage]):
       x, new = self._block(stage, number, stride, dilation)(x, train)
@@ -114,12 +130,15 @@ class ResNet(nn.Module):
     return x, records
 
   def _block(self, stage: int, number: int, stride: int, dilation: int, **where) -> nn.Module:
-    """Block `number` of a stage; `where` is the parent of one that is not this network's own."""
+    """Builds block `number` of a stage; `where` sets the parent of a block outside this network."""
     return self.block(
       features=self._channels(2**stage),
       stride=1 if number else stride,
+      # A removed stride acted in the first convolution of the stage, so this one still has the
+      # dilation of the stage before; its successors have the stage's own.
       dilations=(dilation if number else max(1, dilation // 2), dilation),
       gating=self.gating,
+      # The first block reads the stem, whose channels have no gates.
       gated_input=stage + number > 0 and self.gating == "all_channels",
       shortcut=self.shortcut,
       convolution=self.convolution,
@@ -133,7 +152,8 @@ class ResNet(nn.Module):
     )
 
   def _head(self, x: Array) -> Array:
-    """Logits of the last feature map, or its pooled features."""
+    """Computes logits from the last feature map, or its pooled features."""
+    # In float32, since a mean over many pixels in bfloat16 would lose precision.
     x = jnp.mean(x.astype(jnp.float32), axis=tuple(range(1, x.ndim - 1)))
     return x if self.classes is None else nn.Dense(self.classes, name="classifier")(x)
 
@@ -141,11 +161,16 @@ class ResNet(nn.Module):
     return scaled(self.features * multiple, self.width)
 
   def resolution(self, x: Array) -> tuple[list[int], list[int]]:
-    """Stride and dilation of each stage, the latter from behind where its stride was."""
+    """Returns the stride and the dilation of each stage; a dilation acts after a removed stride.
+
+    Raises:
+      ValueError: an `output_stride` for clips, or one below the stem's.
+    """
     strides = [1 if stage == 0 else 2 for stage in range(len(self.blocks))]
     if self.output_stride is None:
       return strides, [1] * len(strides)
     _, (*_, coarse), pool = _STEMS[self.stem]
+    # `coarse`: pixels of the image, along a side, to one of the feature map so far.
     coarse *= 2 if pool else 1
     if x.ndim != 4 or self.output_stride < coarse:
       raise ValueError(
@@ -157,6 +182,7 @@ class ResNet(nn.Module):
       if coarse * stride > self.output_stride:
         strides[stage] = 1
       coarse *= strides[stage]
+      # A removed stride of 2 doubles the dilation: windows still cover the same part of the image.
       dilations.append((dilations or [1])[-1] * stride // strides[stage])
     return strides, dilations
 
@@ -171,6 +197,7 @@ class ResNet(nn.Module):
     axes = x.ndim - 2
     window, stride, pool = _STEMS[self.stem]
     conv = CONVOLUTIONS[self.convolution]
+    # Images use the last two of three axes.
     conv = conv(
       self._channels(1),
       window[-axes:],
@@ -185,13 +212,13 @@ class ResNet(nn.Module):
 
 
 def resnet(name: str, classes: int | None, *, kind: type[ResNet] = ResNet, **settings) -> ResNet:
-  """A named network: resnet8, 14, 20, 32, 44, 56, 110 (CIFAR), 18, 34, 50, 101 (ImageNet).
+  """Builds a named network: resnet8, 14, 20, 32, 44, 56, 110 (CIFAR), 18, 34, 50, 101 (ImageNet).
 
   Args:
     name: one of `RESNETS`.
     classes: number of outputs, or None; see `ResNet`.
-    kind: `ResNet` or what extends it, such as `EarlyExitNet`.
-    **settings: any other field of that, in place of the named network's.
+    kind: `ResNet` or a subclass, such as `EarlyExitNet`.
+    **settings: other fields of `kind`; they replace the named network's own.
   Raises:
     ValueError: no such name, or a width or inner width that is not positive.
     TypeError: classes, a width or gate settings of another kind.
@@ -202,6 +229,7 @@ def resnet(name: str, classes: int | None, *, kind: type[ResNet] = ResNet, **set
   one_of("model name", name, RESNETS)
   if classes is not None:
     arguments.whole_number("classes", classes)
+  # Checked here too, since a module checks its fields only when it is called.
   for field in ("width", "inner_width"):
     arguments.number(field, settings.get(field, 1), "> 0", lambda v: v > 0)
   check_gate_settings("gate", settings.get("gate", GateSettings()))

@@ -1,4 +1,4 @@
-"""A class for every pixel: pyramid pooling on the last feature map of a gated backbone.
+"""Semantic segmentation: pyramid pooling on the last feature map of a gated backbone.
 
 Axes: N examples, H and W pixels of the image, h and w of the feature map, D channels.
 Reference: Zhao et al., "Pyramid scene parsing network", 2017, section 3.2.
@@ -20,13 +20,15 @@ BINS = (1, 2, 3, 6)
 
 
 class Segmenter(nn.Module):
-  """`[N, H, W, D]` images of any size to `([N, H, W, classes] float32 logits, records)`.
+  """Segmentation network: a gated backbone and a pyramid pooling head that always runs.
 
-  The logits of the feature map's pixels are enlarged bilinearly. Gates are the backbone's; the head always runs.
+  `[N, H, W, D]` images of any size to `([N, H, W, classes] float32 logits, records)`. The logits of
+  the feature map's pixels are enlarged bilinearly. All gates are the backbone's.
 
   Attributes:
-    backbone: a module from images to `([N, h, w, D'], records)`, such as a `ResNet` with `pool=False`.
-    classes: of a pixel.
+    backbone: module from images to `([N, h, w, D'], records)`, such as a `ResNet` with
+      `pool=False`.
+    classes: number of classes of a pixel.
     features: channels of the head's last feature map.
     bins: side of each grid of the pyramid.
     dtype: of the head's computation, float32 or bfloat16.
@@ -34,8 +36,8 @@ class Segmenter(nn.Module):
 
   >>> from gating_jax.models.summary import count
   >>> from gating_jax.models.resnet import resnet
-  >>> model = Segmenter(resnet("resnet20", None, pool=False, output_stride=2), classes=11, features=32)
-  >>> count(model, (32, 32, 1)).macs
+  >>> backbone = resnet("resnet20", None, pool=False, output_stride=2)
+  >>> count(Segmenter(backbone, classes=11, features=32), (32, 32, 1)).macs
   88762368
   """
 
@@ -53,14 +55,16 @@ class Segmenter(nn.Module):
     head = PyramidHead(
       self.classes, self.features, self.bins, self.dtype, self.axis_name, name="head"
     )
+    # The logits are enlarged, not the features: the head runs on the small map.
     return enlarge(head(x, train), size), records
 
 
 class PyramidHead(nn.Module):
-  """The map beside its means over grids of coarser and coarser cells, a 3x3 convolution, and a class for every pixel.
+  """Pyramid pooling head: class logits from a map and its means over ever coarser grids.
 
-  Each grid's means pass through a 1x1 convolution to `D / len(bins)` channels and are enlarged to the map.
-  `[N, h, w, D]` to `[N, h, w, classes]` float32.
+  Each grid's means pass through a 1x1 convolution to `D / len(bins)` channels and are enlarged to
+  the map. The map and the enlarged means are joined by a 3x3 convolution; a 1x1 convolution
+  classifies every pixel. `[N, h, w, D]` to `[N, h, w, classes]` float32.
   """
 
   classes: int
@@ -77,17 +81,20 @@ class PyramidHead(nn.Module):
     x = x.astype(self.dtype)
     levels = [x]
     for side in self.bins:
+      # Means in float32: a cell may hold many pixels.
       level = grid_means(x.astype(jnp.float32), side).astype(self.dtype)
       level = nn.relu(conv(max(1, x.shape[-1] // len(self.bins)), 1, f"bins{side}")(level, train))
       levels.append(enlarge(level, x.shape[1:3]))
     x = nn.relu(conv(self.features, 3, "join")(jnp.concatenate(levels, axis=-1), train))
+    # Logits are float32, whatever the head computes in.
     return nn.Conv(self.classes, (1, 1), name="classifier")(x.astype(jnp.float32))
 
 
 def grid_means(x: Array, side: int) -> Array:
-  """Means of `[N, h, w, D]` over the cells of a grid, `[N, side, side, D]`.
+  """Computes the means of `[N, h, w, D]` over the cells of a grid, `[N, side, side, D]`.
 
-  Cell i of h rows has those from `floor(i h / side)` to before `ceil((i + 1) h / side)`, so that no cell is empty.
+  Cell i of h rows covers rows `floor(i h / side)` to `ceil((i + 1) h / side) - 1`; no cell is
+  empty.
 
   >>> grid_means(jnp.arange(3.0).reshape(1, 1, 3, 1), 2)[0, 0, :, 0]
   Array([0.5, 1.5], dtype=float32)
@@ -97,12 +104,13 @@ def grid_means(x: Array, side: int) -> Array:
 
 
 def enlarge(x: Array, size: Sequence[int]) -> Array:
-  """`[N, h, w, D]` to `[N, *size, D]`, bilinear between the centres of pixels."""
+  """Enlarges `[N, h, w, D]` to `[N, *size, D]`, bilinearly between the centres of pixels."""
   return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), "bilinear")
 
 
 def _cells(size: int, side: int) -> np.ndarray:
-  """`[side, size]`, the weight of each pixel in each cell's mean."""
+  """Returns `[side, size]`: the weight of each pixel in each cell's mean."""
   i, at = np.arange(side)[:, None], np.arange(size)
+  # -(-a // b) is the ceiling of a / b.
   inside = (at >= i * size // side) & (at < -(-(i + 1) * size // side))
   return inside / inside.sum(axis=1, keepdims=True)

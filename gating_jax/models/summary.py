@@ -1,4 +1,4 @@
-"""How big a model is: parameters, gates and multiply-accumulates, by tracing it once without computing anything."""
+"""Size of a model: parameters, gates and multiply-accumulates, found by tracing it once."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ class ModelCounts:
   """Sizes of a model for one input.
 
   Attributes:
-    params, gate_params: parameters of the network proper, and of its gate networks.
-    gates: gated units.
-    macs: multiply-accumulates per example of the network proper with every gate open.
-    gate_macs: of the gate networks.
+    params, gate_params: parameters of the network without its gate networks, and of its gate
+      networks.
+    gates: number of gated units.
+    macs: multiply-accumulates per example of the network without its gate networks, with every gate
+      open.
+    gate_macs: multiply-accumulates per example of the gate networks.
     gated: the part of `macs` that gates can switch off.
     gate_layers: name and number of gates of each gated layer, in the order of the records.
   """
@@ -43,17 +45,20 @@ class ModelCounts:
 
   @property
   def fixed(self) -> int:
-    """MACs per example that are always spent: what is never gated, and the gate networks."""
+    """Returns the MACs per example that always run: the ungated part and the gate networks."""
     return self.macs - self.gated + self.gate_macs
 
 
 def count(model: nn.Module, input_shape: Any) -> ModelCounts:
-  """Counts every `nn.Conv`, `nn.Dense` and `nn.DenseGeneral` a model calls.
+  """Counts the parameters, gates and MACs of a model.
+
+  Every `nn.Conv`, `nn.Dense` and `nn.DenseGeneral` that the model calls is counted. Nothing is
+  computed.
 
   Args:
     model: a module called as `model(x)` that returns `(y, records)`.
-    input_shape: of one example, `(H, W, D)` of an image or `(F, H, W, D)` of a clip; or a tree of such tuples, for a
-      model that takes a tree of arrays.
+    input_shape: shape of one example: `(H, W, D)` of an image or `(F, H, W, D)` of a clip; or a
+      tree of such tuples, for a model that takes a tree of arrays.
 
   Raises:
     TypeError: no module, one that returns something else, or a shape of another kind.
@@ -63,6 +68,7 @@ def count(model: nn.Module, input_shape: Any) -> ModelCounts:
   40551040
   """
   calls, records, variables = _trace(model, input_shape)
+  # Keyed by whether the path is that of a gate network.
   macs, params = {True: 0, False: 0}, {True: 0, False: 0}
   for call in calls:
     macs[is_gate_path(call.path)] += call.macs
@@ -80,9 +86,10 @@ def count(model: nn.Module, input_shape: Any) -> ModelCounts:
 
 
 def reduced_macs(model: nn.Module, input_shape: Any) -> int:
-  """MACs of one example in the network's convolutions, as if each of them had one input channel.
+  """Counts the MACs of one example as if each convolution had a single input channel.
 
-  So Abati et al., 2020, table 2, count the SimpleCNN on MNIST; `count` has its true MACs.
+  Abati et al., 2020, table 2, count the SimpleCNN on MNIST like this; `count` has its true MACs.
+  Gate networks and dense layers are not counted.
 
   >>> from gating_jax.models.vgg import vgg
   >>> reduced_macs(vgg("simple_cnn", 2), (28, 28, 1))
@@ -95,12 +102,14 @@ def reduced_macs(model: nn.Module, input_shape: Any) -> int:
 
 
 def layer_names(records: Sequence[GateRecord]) -> tuple[str, ...]:
-  """The name of each gated layer, in metrics, reports and files: the path of the module whose outputs are gated.
+  """Returns the name of each gated layer, as used in metrics, reports and files.
 
-  One that a record does not tell, or that another has, is `layer` and its place, from 0.
+  A name is the path of the module whose outputs are gated. A layer whose record has no path, or a
+  path that another layer has, is named `layer` and its index, from 0.
   """
   names = []
   for i, record in enumerate(records):
+    # The last part of a path is the convolution or the gate itself; the layer is what holds it.
     path = record.writers[0] if record.writers else record.gate
     name = "/".join(path[:-1] or path)
     names.append(name if name and name not in names else f"layer{i:02d}")
@@ -108,9 +117,10 @@ def layer_names(records: Sequence[GateRecord]) -> tuple[str, ...]:
 
 
 def _trace(model: nn.Module, input_shape: Any) -> tuple[list[Call], Records, Any]:
-  """All such calls, and the records and variables as shapes."""
+  """Returns the calls that multiply by kernels, and the records and variables as shapes."""
   arguments.instance("model", model, nn.Module, "a network, such as resnet('resnet20', classes=10)")
   shapes = jax.tree.leaves(input_shape, is_leaf=lambda x: isinstance(x, tuple))
+  # Without a tuple there are no leaves, and the input shape itself is at fault.
   for shape in shapes or [input_shape]:
     arguments.instance(
       "input_shape",
@@ -132,6 +142,7 @@ def _trace(model: nn.Module, input_shape: Any) -> tuple[list[Call], Records, Any
     input_shape,
     is_leaf=lambda x: isinstance(x, tuple),
   )
+  # The trace is abstract: only shapes are computed.
   with kernel_calls() as calls:
     records, variables = jax.eval_shape(init, inputs)
   return calls, records, variables

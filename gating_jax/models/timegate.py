@@ -1,11 +1,12 @@
-"""Long videos: a light net looks at every segment, a selector chooses, a heavy net sees the chosen ones.
+"""Networks for long videos: a light net sees all segments, a heavy net only the chosen ones.
 
-Inputs are a dict: `light` `[B, T, ...]`, what the light net takes of each segment (its centre frame); `heavy`
-`[B, T, ...]`, what the heavy net takes (its clip); `valid` `[B, T]`, False where a shorter video was filled up; for the
-`oracle`, `relevant` `[B, T]`.
+A selector chooses the segments. Inputs are a dict: `light` `[B, T, ...]`, the light net's input for
+each segment (its centre frame); `heavy` `[B, T, ...]`, the heavy net's (its clip); `valid`
+`[B, T]`, False where a shorter video was padded; and for the `oracle`, `relevant` `[B, T]`.
 
 Axes: B videos, T segments, C features.
-Reference: Hussein et al., 2020 (TimeGate); Ghodrati et al., 2021 (FrameExit); Korbar et al., 2019 (SCSampler).
+Reference: Hussein et al., 2020 (TimeGate); Ghodrati et al., 2021 (FrameExit); Korbar et al., 2019
+(SCSampler).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from gating_jax.ops.sparse_backward import open_backward
 from gating_jax.types import Array, GateRecord, Records
 
 SELECTIONS = ("gate", "confidence", *POLICIES)
+# of `Classifier`: hidden units, Dropout's probability, slope of LeakyReLU
 _HIDDEN, _DROPOUT, _LEAK = 512, 0.25, 0.2
 
 Inputs = Mapping[str, Array]
@@ -40,22 +42,28 @@ Outputs = Mapping[str, Array]
 
 
 class SegmentNet(nn.Module):
-  """`(outputs, records)` of a batch of videos.
+  """Network for long videos that runs its heavy part on chosen segments.
 
-  `outputs["logits"]` is `[B, classes]`; `outputs["light_logits"]` `[B, T, classes]`, where the light net has a head.
-  The first record is that of the segments, `[B, T]`; those of the heavy net's channels, `[B * T, ...]`, follow.
+  Called on a batch of videos, it returns `(outputs, records)`. `outputs["logits"]` is
+  `[B, classes]`; `outputs["light_logits"]` is `[B, T, classes]`, where the light net has a head.
+  The first record is that of the segments, `[B, T]`; those of the heavy net's channels,
+  `[B * T, ...]`, follow.
 
   Attributes:
     classes: number of outputs.
-    light, heavy: modules of `[N, ...] -> ([N, C], records)`; `light` may be None where nothing asks it.
-    selection: `gate`, learned; `confidence`, the light net's largest class probability; or one of `POLICIES`.
-    share: of the segments that a fixed selection takes.
-    light_head: whether the light net classifies every segment by itself, too.
-    pooling: over chosen segments: `max`, `mean` or `attention`.
+    light, heavy: modules of `[N, ...] -> ([N, C], records)`; `light` may be None where nothing
+      reads it.
+    selection: `gate`, learned; `confidence`, the light net's largest class probability; or one of
+      `POLICIES`.
+    share: fraction of the segments that a fixed selection takes.
+    light_head: whether the light net also classifies every segment on its own.
+    pooling: over the chosen segments: `max`, `mean` or `attention`.
     gate: settings of the learned gate.
-    macs_per_segment: what the heavy net costs.
-    backward_capacity: at most so many chosen segments are in a batch of training, and the heavy net's backward runs on
-      no more; see `open_backward`. None: on all. The heavy net must treat clips by themselves and have no gates.
+    macs_per_segment: MACs of the heavy net for one segment.
+    axis_name: mapped device axis over which the batch is spread.
+    backward_capacity: largest number of chosen segments in a training batch; the heavy net's
+      backward pass runs on no more, see `open_backward`. None: on all. The heavy net must treat
+      each clip alone and have no gates.
   """
 
   classes: int
@@ -79,6 +87,7 @@ class SegmentNet(nn.Module):
         "light", self.light, nn.Module, "a network, such as light_net('mobilenet'), or None"
       )
     arguments.instance("gate", self.gate, SegmentGateSettings, "SegmentGateSettings")
+    # The learned gate and the confidence read the light net's features.
     if self.light is None and (self.light_head or self.selection in ("gate", "confidence")):
       raise ValueError(
         f"light must be a net where the selection is {self.selection!r} or it has a head; got None"
@@ -88,6 +97,7 @@ class SegmentNet(nn.Module):
     elif self.selection in POLICIES:
       self.selector = Policy(self.selection, self.share, self.macs_per_segment, self.axis_name)
     if self.light_head or self.selection == "confidence":
+      # Built only where something reads it: an unused head would have parameters without gradients.
       self.light_classifier = nn.Dense(self.classes)
     self.classifier = Classifier(self.classes, self.pooling, self.axis_name)
 
@@ -103,7 +113,20 @@ class SegmentNet(nn.Module):
     return {**outputs, "logits": self.classifier(features, record.gates, train)}, (record, *records)
 
   def choose(self, inputs: Inputs, train: bool = False) -> tuple[GateRecord, Outputs]:
-    """The segments' record, and what the light net's own head says; `inputs["heavy"]` is not looked at."""
+    """Chooses segments and returns their record and the logits of the light net's head.
+
+    `inputs["heavy"]` is not read.
+
+    Args:
+      inputs: a mapping with `valid` and, where they are used, `light` and `relevant`.
+      train: whether gates are drawn and BatchNorm takes the statistics of the batch.
+    Returns:
+      The record of the segments, `[B, T]`, and `{"light_logits": [B, T, classes]}` or an empty
+      dict.
+    Raises:
+      TypeError: inputs of another kind.
+      ValueError: an input is missing or has another number of videos or segments.
+    """
     arguments.instance(
       "inputs", inputs, Mapping, "a mapping with arrays heavy, valid and, for a light net, light"
     )
@@ -112,6 +135,7 @@ class SegmentNet(nn.Module):
     valid, outputs = jnp.asarray(inputs["valid"]).astype(bool), {}
     if self.light is not None:
       seen = inputs["light"]
+      # Both nets see segments as examples, one after the other.
       seen, _ = self.light(seen.reshape(-1, *seen.shape[2:]), train)
       seen = seen.reshape(*valid.shape, -1)
       if self.light_head or self.selection == "confidence":
@@ -120,20 +144,23 @@ class SegmentNet(nn.Module):
       return self.selector(seen, valid, train), outputs
     if self.selection == "confidence":
       confidence = jnp.max(jax.nn.softmax(outputs["light_logits"]), axis=-1)
+      # As many of each video's own segments as the share asks for; padding is never chosen.
       gates = selection.top_k(confidence, valid, selection.k_for(valid, self.share))
       return certain(gates, self.macs_per_segment), outputs
     return self.selector(valid, inputs.get("relevant"), train), outputs
 
   def encode(self, clips: Array, train: bool = False) -> tuple[Array, Records]:
-    """The heavy net's features of single segments, `[N, ...]` to `[N, C]`, and its channels' records."""
+    """Runs the heavy net on single segments, `[N, ...]` to `[N, C]`; also returns its records."""
     return self.heavy(clips, train)
 
   def _encode_with_open_backward(self, clips: Array, gates: Array) -> Array:
+    # A copy outside this module, since `open_backward` differentiates a pure function.
     variables, heavy = self.heavy.variables, self.heavy.clone(parent=None, name=None)
+    # Statistics of a batch depend on all clips; the backward pass sees the open ones only.
     if other := variables.keys() - {"params"}:
       raise ValueError(
-        f"heavy must treat every clip by itself where backward_capacity is given, with group_norm and "
-        f"without gates; got a net with {sorted(other)}"
+        "heavy must treat every clip by itself where backward_capacity is given, with group_norm "
+        f"and without gates; got a net with {sorted(other)}"
       )
     return open_backward(
       lambda v, x: heavy.apply(v, x, True)[0],
@@ -144,12 +171,15 @@ class SegmentNet(nn.Module):
     )
 
   def classify(self, features: Array, gates: Array) -> Array:
-    """`[B, T, C]` features of the chosen segments, anything finite in place of the others, to `[B, classes]`."""
+    """Computes the logits `[B, classes]` from `[B, T, C]` features of the chosen segments.
+
+    The features of the other segments may be anything finite.
+    """
     return self.classifier(features, gates)
 
 
 def _check_input(inputs: Inputs, name: str) -> None:
-  """Raises a TypeError or a ValueError unless there is an array `[B, T, ...]` of this name, like `valid`."""
+  """Raises a TypeError or ValueError unless `inputs[name]` is `[B, T, ...]`, like `valid`."""
   if name not in inputs:
     raise ValueError(f"inputs must have {name!r}; got {', '.join(inputs)}")
   what = f"inputs[{name!r}]"
@@ -162,7 +192,9 @@ def _check_input(inputs: Inputs, name: str) -> None:
 
 
 class Classifier(nn.Module):
-  """Pools chosen segments, then Dropout, Dense, BatchNorm, LeakyReLU, Dropout, Dense.
+  """Classifier of a video: pools chosen segments, then a network with one hidden layer.
+
+  The layers are Dropout, Dense, BatchNorm, LeakyReLU, Dropout, Dense.
 
   Reference: the head of Hussein et al., 2019 (Timeception's code).
   """
@@ -185,10 +217,10 @@ class Classifier(nn.Module):
 
 
 class SegmentClassifier(nn.Module):
-  """Both nets as classifiers of single segments, to train them before they are asked to work together.
+  """Light and heavy net as classifiers of single segments, to pretrain both.
 
-  `{"light": [N, ...], "heavy": [N, ...]}` to `(outputs, records)`: outputs `light` and `heavy` are logits
-  `[N, targets]`; what else the inputs hold is handed on.
+  `{"light": [N, ...], "heavy": [N, ...]}` to `(outputs, records)`: the outputs `light` and `heavy`
+  are logits `[N, targets]`; all other inputs are returned unchanged.
   """
 
   targets: int
@@ -197,6 +229,7 @@ class SegmentClassifier(nn.Module):
 
   @nn.compact
   def __call__(self, inputs: Inputs, train: bool = False) -> tuple[Outputs, Records]:
+    # The records are those of the heavy net: the light net runs on every segment.
     light, _ = self.light(inputs["light"], train)
     heavy, records = self.heavy(inputs["heavy"], train)
     return {

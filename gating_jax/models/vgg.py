@@ -1,7 +1,8 @@
-"""Chains of convolutions without shortcuts, for small images: VGG nets and the SimpleCNN of continual learning.
+"""Chains of convolutions without shortcuts, for small images: VGG nets and the SimpleCNN.
 
 Axes: N examples, H and W pixels, D channels.
-Reference: Simonyan and Zisserman, 2015 (VGG); Ioffe and Szegedy, 2015; Abati et al., 2020, section 4 (SimpleCNN).
+Reference: Simonyan and Zisserman, 2015 (VGG); Ioffe and Szegedy, 2015; Abati et al., 2020, section
+4 (SimpleCNN, used in continual learning).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from gating_jax.types import Array, Path, Records
 
 POOL = "pool"
 GATINGS = ("none", "channel")
+# name: channels of each convolution, and `POOL` after those that a max pool follows
 VGGS = {
   "simple_cnn": (100, POOL, 100, POOL, 100),
   "vgg8": (64, POOL, 128, POOL, 256, 256, POOL, 512, 512, POOL),
@@ -54,18 +56,21 @@ VGGS = {
 
 
 class VGG(nn.Module):
-  """`[N, H, W, D]` images, large enough for the chain's pools, to `([N, classes] float32 logits, records)`.
+  """Chain of convolutions, gated or not, and one dense layer.
 
-  Every layer is a 3x3 convolution, BatchNorm, ReLU and, where the chain says so, a 2x2 max pool; its gate sees the
-  layer's input and switches its output channels. Then the mean over pixels and one dense layer.
+  `[N, H, W, D]` images, large enough for the chain's pools, to
+  `([N, classes] float32 logits, records)`. Every layer is a 3x3 convolution, BatchNorm, ReLU and,
+  where the chain says so, a 2x2 max pool; its gate reads the layer's input and switches its output
+  channels. The mean over pixels and one dense layer follow.
 
   Attributes:
     classes: number of outputs; None for the pooled features in place of logits.
-    chain: the channels of each convolution, before `width`, and `"pool"` after those that a pool follows.
+    chain: channels of each convolution, before `width`, and `"pool"` after those that a pool
+      follows.
     width: multiplies every channel count; each is rounded to the nearest integer, at least 1.
-    norm: whether BatchNorm follows each convolution; else it has a bias.
+    norm: whether BatchNorm follows each convolution; if not, the convolution has a bias.
     gating: `none` or `channel`.
-    gate: how gates are built and sampled.
+    gate: settings of the gates.
     dtype, axis_name: as in `ResNet`.
   """
 
@@ -86,6 +91,7 @@ class VGG(nn.Module):
     check_gate_settings("gate", self.gate)
     one_of("gating", self.gating, GATINGS)
     x, records = x.astype(self.dtype), ()
+    # `chain` mixes convolutions with pools; layers are numbered by their convolutions alone.
     convs = [i for i, channels in enumerate(self.chain) if channels != POOL]
     for number, i in enumerate(convs, start=1):
       x, new = VGGLayer(
@@ -101,20 +107,25 @@ class VGG(nn.Module):
         name=f"layer{number}",
       )(x, train)
       records += new
+    # The mean and the logits are float32, whatever the layers compute in.
     x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
     if self.classes is None:
       return x, records
     return nn.Dense(self.classes, name="classifier")(x), records
 
   def _readers(self, number: int, last: int) -> tuple[Path, ...]:
-    """What takes the output channels of this layer."""
+    """Returns the paths of the layers that read the output channels of layer `number`."""
     if number < last:
       return ((*self.path, f"layer{number + 1}", "conv", "conv"),)
+    # The pooled features are a network's output, which no layer reads.
     return () if self.classes is None else ((*self.path, "classifier"),)
 
 
 class VGGLayer(nn.Module):
-  """3x3 convolution, BatchNorm, ReLU, pool, gate: `[N, H, W, D]` to `([N, H', W', features], records)`."""
+  """Layer of a `VGG`: 3x3 convolution, BatchNorm, ReLU, pool and gate.
+
+  `[N, H, W, D]` to `([N, H', W', features], records)`.
+  """
 
   features: int
   pool: bool
@@ -128,18 +139,21 @@ class VGGLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
+    # The gate multiplies the pooled map, on fewer pixels: a gate of 0 or more commutes with a max.
     conv = ConvNorm(self.features, 3, 1, self.dtype, self.axis_name, norm=self.norm, name="conv")
     y = nn.relu(conv(x, train))
     if self.pool:
       if min(y.shape[1:3]) < 2:
         raise ValueError(
-          f"images are too small for the chain's pools: nothing is left after {self.name}, which has "
-          f"{y.shape[1]} x {y.shape[2]} pixels; use another model.name or larger images"
+          f"images are too small for the chain's pools: nothing is left after {self.name}, which "
+          f"has {y.shape[1]} x {y.shape[2]} pixels; use another model.name or larger images"
         )
+      # Odd sides lose their last row or column, as in a pool without padding.
       y = max_pool(y[:, : y.shape[1] // 2 * 2, : y.shape[2] // 2 * 2], (2, 2), (2, 2))
     if self.gating == "none":
       return y, ()
     per_pair = conv.macs(x.shape).per_pair
+    # An output channel costs MACs for each open channel before it, or for all inputs if ungated.
     macs = (0, per_pair) if self.gated_input else (per_pair * x.shape[-1], 0)
     records = ChannelGate(
       (Switched(self.features, *macs, (conv.writer,), self.readers),),
@@ -151,7 +165,12 @@ class VGGLayer(nn.Module):
 
 
 def vgg(name: str, classes: int | None, **settings) -> VGG:
-  """A named chain: `vgg8`, `vgg16`, or `simple_cnn` with 100 channels a layer.
+  """Builds a named chain: `vgg8`, `vgg16`, or `simple_cnn` with 100 channels a layer.
+
+  Args:
+    name: one of `VGGS`.
+    classes: number of outputs, or None; see `VGG`.
+    **settings: other fields of `VGG`.
 
   >>> vgg("simple_cnn", 10, width=0.1).chain
   (100, 'pool', 100, 'pool', 100)

@@ -1,9 +1,10 @@
-"""The networks for segments of a video, by name: light ones see a frame, heavy ones a clip of frames.
+"""Named networks for video segments: light ones see a frame, heavy ones a clip of frames.
 
 All return `([N, C] float32 features, records)`.
 
 Axes: N segments, F frames, H and W pixels, D channels, C features.
-Reference: Hussein et al., "TimeGate: conditional gating of segments in long-range activities", 2020.
+Reference: Hussein et al., "TimeGate: conditional gating of segments in long-range activities",
+2020.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from gating_jax.types import Array, Records
 
 
 class FeaturePool(nn.Module):
-  """For features made elsewhere: the mean over all axes but the first and the last, `[N, ..., C]` to `[N, C]`."""
+  """Mean over all axes but the first and last, `[N, ..., C]` to `[N, C]`.
+
+  It stands in for a network where the inputs are precomputed features.
+  """
 
   dtype: jnp.dtype = jnp.float32
   axis_name: Hashable | None = None
@@ -37,6 +41,7 @@ class FeaturePool(nn.Module):
     return jnp.mean(x.astype(jnp.float32), axis=tuple(range(1, x.ndim - 1))), ()
 
 
+# The module and fields of a named residual net without its classifier; `settings` replace fields.
 def _clip_resnet(name: str, **settings) -> tuple[type[nn.Module], dict[str, Any]]:
   stem, block, blocks, features, shortcut = RESNETS[name]
   named = dict(stem=stem, block=block, blocks=blocks, features=features, shortcut=shortcut)
@@ -48,6 +53,7 @@ _FACTORISED = dict(stem="clip", convolution="factorised")
 # name: module, its fields
 LIGHT_NETS = {
   "mobilenet": (MobileNet, {}),
+  # For frames of 16 to 64 pixels: a stride of 4 in all, where MobileNetV2 has 32.
   "mobilenet_small": (
     MobileNet,
     dict(stages=((1, 16, 1, 2), (4, 24, 2, 1), (4, 32, 2, 2)), stem=16, stem_stride=1, head=64),
@@ -64,6 +70,7 @@ HEAVY_NETS = {
   "r2plus1d10": _clip_resnet("resnet18", blocks=(1, 1, 1, 1), **_FACTORISED),
   "r2plus1d18": _clip_resnet("resnet18", **_FACTORISED),
   "i3d": (InflatedInception, {}),
+  # The first module of each stage.
   "i3d_small": (InflatedInception, dict(stages=tuple(stage[:1] for stage in I3D), stem="small")),
   "features": (FeaturePool, {}),
 }
@@ -76,14 +83,15 @@ def light_net(
   dtype: jnp.dtype = jnp.float32,
   axis_name: Hashable | None = None,
 ) -> nn.Module:
-  """A network for `[N, H, W, D]` frames.
+  """Builds a network for `[N, H, W, D]` frames.
 
   Args:
-    name: one of `LIGHT_NETS`: `mobilenet`; `mobilenet_small` and `resnet8` for frames of 16 to 64 pixels; `features`
-      for features made elsewhere.
+    name: one of `LIGHT_NETS`: `mobilenet`; `mobilenet_small` and `resnet8` for frames of 16 to 64
+      pixels; `features` for precomputed features.
     width, dtype, axis_name: fields of the network.
   Raises:
-    ValueError: no such name, a width that is not positive, or one that the network has no use for.
+    ValueError: no such name, a width that is not positive, or a width that the network does not
+      have.
 
   >>> light_net("mobilenet_small", width=0.5).stem_stride
   1
@@ -102,17 +110,18 @@ def heavy_net(
   dtype: jnp.dtype = jnp.float32,
   axis_name: Hashable | None = None,
 ) -> nn.Module:
-  """A network for `[N, F, H, W, D]` clips.
+  """Builds a network for `[N, F, H, W, D]` clips.
 
   Args:
     name: one of `HEAVY_NETS`.
-    stem: in place of the named network's; `small` for frames of 16 to 64 pixels.
+    stem: replaces the named network's; `small` for frames of 16 to 64 pixels.
     gating: `channel` for channel gates inside the network, where it has them.
-    gate: how those are built and sampled.
-    group_norm: GroupNorm in place of BatchNorm, so that every clip is treated by itself.
+    gate: settings of these gates.
+    group_norm: GroupNorm in place of BatchNorm, so that every clip is treated alone.
     width, dtype, axis_name: fields of the network.
   Raises:
-    ValueError: no such name, a width that is not positive, or a setting that the network has no use for.
+    ValueError: no such name, a width that is not positive, or a setting that the network does not
+      have.
 
   >>> heavy_net("resnet3d10", gating="channel", stem="small").blocks
   (1, 1, 1, 1)
@@ -136,10 +145,12 @@ def _build(what: str, table: dict[str, Any], name: str, **settings) -> nn.Module
     check_gate_settings("gate", settings["gate"])
   module, named = table[name]
   known = {field.name for field in dataclasses.fields(module)}
+  # A setting that the network lacks must keep its default: silently ignored, it would mislead.
   for setting, unset in (("width", 1), ("stem", None), ("gating", "none"), ("group_norm", False)):
     if setting not in known and settings.get(setting, unset) != unset:
       raise ValueError(
         f"{setting} of {what} {name!r} must be left at {unset!r}; got {settings[setting]!r}"
       )
+  # None means the named network's own value.
   given = {key: value for key, value in settings.items() if key in known and value is not None}
   return module(**{**named, **given})

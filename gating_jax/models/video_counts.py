@@ -14,6 +14,7 @@ from gating_jax.models.summary import ModelCounts, count
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.ops import arguments
 
+# Counts of a light net that is not there.
 NOTHING = ModelCounts(params=0, gate_params=0, gates=0, macs=0, gate_macs=0, gated=0)
 
 
@@ -23,8 +24,8 @@ class VideoCounts:
 
   Attributes:
     segments: T.
-    light, heavy: of both nets, for one segment.
-    selector: MACs of the segment gate, and of the light net's head, for a video of T segments.
+    light, heavy: sizes of the two nets, for one segment.
+    selector: MACs of the segment gate and of the light net's head, for a video of T segments.
     classifier: MACs of the classifier for a video.
   """
 
@@ -36,20 +37,29 @@ class VideoCounts:
 
   @property
   def all_segments(self) -> int:
-    """MACs of the heavy net on all T segments, every channel open, and the classifier: what gating is compared with."""
+    """Returns the MACs without gating: the heavy net on all T segments and the classifier.
+
+    Every channel is open. Gating is compared with this number.
+    """
     return self.segments * self.heavy.macs + self.classifier
 
   def all_valid(self, valid: np.ndarray) -> float:
-    """`all_segments` of videos of which only the valid ones, `[M, T]`, are segments of their own: mean over videos."""
+    """Returns the mean over videos of the MACs without gating on the valid segments, `[M, T]`.
+
+    As `all_segments`, but the padding of shorter videos costs nothing.
+    """
     return float(np.mean(np.sum(valid, axis=1))) * self.heavy.macs + self.classifier
 
   def per_video(self, gates: np.ndarray, valid: np.ndarray, heavy_macs: np.ndarray) -> np.ndarray:
-    """MACs of each video, `[M]`: light net and selector on all its segments, heavy net on the chosen ones, classifier.
+    """Computes the MACs of each video, `[M]`.
+
+    The light net and the selector run on all segments of a video, the heavy net on the chosen ones,
+    and the classifier once.
 
     Args:
-      gates: `[M, T]`, chosen where above 0.
+      gates: `[M, T]`; a segment is chosen where its gate is above 0.
       valid: `[M, T]` bool.
-      heavy_macs: `[M, T]`, what the heavy net spends on each segment.
+      heavy_macs: `[M, T]`, MACs of the heavy net on each segment.
     Raises:
       ValueError: gates or masks of another number of segments.
     """
@@ -57,6 +67,7 @@ class VideoCounts:
       raise ValueError(
         f"gates and valid must be [M, {self.segments}]; got {np.shape(gates)} and {np.shape(valid)}"
       )
+    # The selector is counted for T segments; a shorter video pays for its own ones only.
     share = np.sum(valid, axis=1) / self.segments
     heavy = np.sum(np.where(gates > 0, heavy_macs, 0.0), axis=1)
     return share * (self.segments * self.light.macs + self.selector) + heavy + self.classifier
@@ -68,12 +79,14 @@ def count_video(
   *,
   made_elsewhere: tuple[int, int] = (0, 0),
 ) -> VideoCounts:
-  """Counts a network.
+  """Counts the MACs and parameters of a network for long videos.
 
   Args:
-    model: whose nets return `(features, records)`.
-    shapes: of a video's inputs: `heavy` `(T, ...)`, `valid` `(T,)` and, where there is a light net, `light`.
-    made_elsewhere: MACs per segment that inputs of the light and of the heavy net cost, where they are features.
+    model: a network whose nets return `(features, records)`.
+    shapes: shapes of a video's inputs: `heavy` `(T, ...)`, `valid` `(T,)` and, where there is a
+      light net, `light`.
+    made_elsewhere: MACs per segment that the inputs of the light and of the heavy net cost, where
+      they are precomputed features.
   Raises:
     TypeError: another network, or a shape that is missing.
   """
@@ -86,14 +99,17 @@ def count_video(
   light = (
     NOTHING if model.light is None else count(model.light.clone(parent=None), shapes["light"][1:])
   )
+  # A count is per entry of the first axis: per segment for both nets, per video for all else.
   whole = count(model, dict(shapes))
+  # The rest after the heavy net of a model without light net and selector is the classifier.
   classifier = (
     count(model.clone(selection="all", light=None, light_head=False), dict(shapes)).macs
     - heavy.macs
   )
   selector = whole.gate_macs - heavy.gate_macs + whole.macs - light.macs - heavy.macs - classifier
   if model.selection == "gate" and model.gate.context == "attention":
-    selector += 2 * segments**2 * model.gate.gate.hidden  # queries with keys, weights with values
+    # Products without a kernel: queries with keys, and weights with values.
+    selector += 2 * segments**2 * model.gate.gate.hidden
   light, heavy = (
     dataclasses.replace(net, macs=net.macs + macs)
     for net, macs in zip((light, heavy), made_elsewhere, strict=True)
