@@ -1,1 +1,1 @@
-"""Learning tasks one after the other: task-gated networks, their rivals, and what measures both."""
+"""Continual learning: task-gated networks, baselines, and the metrics for both."""

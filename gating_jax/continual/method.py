@@ -1,12 +1,15 @@
-"""What a continual-learning method is: pure functions over a learner, as an optimiser is of optax.
+"""Interface of continual-learning methods.
 
-    init(key)                       -> Start          parameters, statistics and memory, their shapes the same for good
+A method is a set of pure functions over a learner, as an optax optimiser is over its state:
+
+    init(key)                       -> Start          parameters, statistics and memory
     loss(params, learner, batch)    -> (total, (terms, batch_stats))
-    end_task(learner, data, key)    -> learner        what is kept of the task, and what the next one begins with
+    end_task(learner, data, key)    -> learner        keeps the task and prepares for the next one
     predict(learner, x, task, seen) -> Prediction
 
-Two more are the identity for most: `gradient` changes the gradient before the optimiser sees it, `update` what the
-optimiser makes of it.
+The shapes of parameters, statistics and memory never change. Two more functions are the identity
+for most methods: `gradient` changes the gradient before the optimiser sees it, `update` changes
+what the optimiser makes of it.
 
 Axes: N or B examples, T tasks, C classes of a task, K = T C classes in all.
 Reference: van de Ven and Tolias, "Three scenarios for continual learning", 2019.
@@ -32,14 +35,15 @@ from gating_jax.types import Array
 
 
 class Table(NamedTuple):
-  """What tests found, `[T, T]` each: row i after task i, column j on the test images of task j, NaN where j > i.
+  """Test results, `[T, T]` each.
 
-  Where all tasks are learnt together, there is only the last row.
+  Row i holds the tests after task i, column j those on the test images of task j; entries above the
+  diagonal are NaN. Methods that learn all tasks together fill only the last row.
 
   Attributes:
     aware, agnostic: accuracy with the task known and unknown.
-    task: share of images whose task is told from the agnostic class.
-    macs, agnostic_macs: multiply-accumulates per image.
+    task: fraction of images whose agnostic class belongs to the right task.
+    macs, agnostic_macs: multiply-accumulates per image, with the task known and unknown.
   """
 
   aware: Array
@@ -50,16 +54,18 @@ class Table(NamedTuple):
 
 
 class Learner(struct.PyTreeNode):
-  """All that a run changes. Its structure and shapes never do, so that one program and one checkpoint serve all tasks.
+  """Everything that a run changes.
+
+  Its structure and shapes never change, so one program and one checkpoint format serve all tasks.
 
   Attributes:
     step: steps taken in all.
-    task: which task is being learnt, from 0; T when all are.
-    params: what the optimiser changes.
-    batch_stats: running statistics of the network that is being trained.
-    opt_state: of the optimiser; fresh for every task.
+    task: index of the task being learnt, from 0; T when all are learnt.
+    params: parameters that the optimiser changes.
+    batch_stats: running statistics of the network being trained.
+    opt_state: state of the optimiser; fresh for every task.
     memory: whatever the method keeps of earlier tasks.
-    table: the results of the tests so far.
+    table: results of the tests so far.
   """
 
   step: Array
@@ -72,7 +78,7 @@ class Learner(struct.PyTreeNode):
 
 
 class Start(NamedTuple):
-  """The parts of a learner that a method begins with."""
+  """The parts of a learner that a method initialises."""
 
   params: Any
   batch_stats: Any
@@ -80,14 +86,14 @@ class Start(NamedTuple):
 
 
 class Batch(NamedTuple):
-  """What a step sees.
+  """Input of one training step.
 
   Attributes:
     x: `[B, H, W, D]` network input.
-    labels: `[B]` places in the order of classes.
-    key: for whatever is random.
+    labels: `[B]` positions in the order of classes.
+    key: PRNG key for all randomness of the step.
     epoch: epochs of this task before this step, a float.
-    place: of this step in its epoch: 0 for the first, 1 for the last.
+    place: position of the step in its epoch, 0 for the first step and 1 for the last.
   """
 
   x: Array
@@ -98,13 +104,14 @@ class Batch(NamedTuple):
 
 
 class Prediction(NamedTuple):
-  """For images of one task.
+  """Predictions for images of one task.
 
   Attributes:
-    aware: `[N, C]` scores of that task's classes, the task known.
-    agnostic: `[N, K]` scores of all classes, the task unknown; minus infinity for classes not seen yet.
-    macs: `[N]` multiply-accumulates of each.
-    agnostic_macs: `[N]`.
+    aware: `[N, C]` scores of that task's classes, with the task known.
+    agnostic: `[N, K]` scores of all classes, with the task unknown; minus infinity for classes not
+      seen yet.
+    macs: `[N]` multiply-accumulates of each image, with the task known.
+    agnostic_macs: `[N]` the same, with the task unknown.
   """
 
   aware: Array
@@ -114,8 +121,13 @@ class Prediction(NamedTuple):
 
 
 class TaskNet(NamedTuple):
-  """What runs for one task: the model, from images to `([N, F] features, records)`, its variables, and the classifier
-  on the features, kernel `[F, C]` and bias `[C]`."""
+  """The network of one task.
+
+  Attributes:
+    model: maps images to `([N, F] features, records)`.
+    variables: variables of the model.
+    classifier: kernel `[F, C]` and bias `[C]` of the linear classifier on the features.
+  """
 
   model: nn.Module
   variables: Mapping[str, Any]
@@ -123,7 +135,12 @@ class TaskNet(NamedTuple):
 
 
 class TaskData(NamedTuple):
-  """A task's images as arrays: `pixels` uint8 `[M, H, W, D]`, `labels` `[M]`, and those held out of its training."""
+  """Images of a task as arrays.
+
+  Attributes:
+    pixels, labels: `[M, H, W, D]` uint8 and `[M]`, the training set.
+    validation_pixels, validation_labels: the same for images held out of training.
+  """
 
   pixels: Any
   labels: Any
@@ -133,15 +150,15 @@ class TaskData(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """What is to be learnt, the same for all methods.
+  """The learning problem, the same for all methods.
 
   Attributes:
     tasks, classes: T and C.
     shape: `(H, W, D)` of an image.
-    normalise: uint8 pixels to network input.
-    augment: `(key, pixels) -> pixels`, the random changes of training, before that.
+    normalise: maps uint8 pixels to network input.
     axis_name: mapped device axis of the training step.
-    batch_size: of passes over a set outside of training.
+    batch_size: batch size of passes over a set outside of training.
+    augment: `(key, pixels) -> pixels`, the random changes of training, applied before `normalise`.
   """
 
   tasks: int
@@ -153,30 +170,42 @@ class Problem:
   augment: Callable[[Array, Array], Array] = lambda key, pixels: pixels
 
   def prepare(self, key: Array, pixels: Array) -> Array:
-    """uint8 pixels to network input of training."""
+    """Augments and normalises uint8 pixels for training."""
     return self.normalise(self.augment(key, pixels))
 
   @property
   def all_classes(self) -> int:
-    """K."""
+    """Returns K, the number of classes in all."""
     return self.tasks * self.classes
 
   def in_batches(self, fn: Callable[[Any, Array], Array], state: Any, pixels: Any) -> np.ndarray:
-    """`fn(state, x)`, `[N, ...]` of network inputs x, for all of `pixels` `[M, H, W, D]`: `[M, ...]`."""
+    """Applies a function to a whole set of images in batches.
+
+    Args:
+      fn: `(state, x) -> [N, ...]`, over network inputs x.
+      state: any tree, passed on to `fn`.
+      pixels: uint8 `[M, H, W, D]`.
+    Returns:
+      `[M, ...]`, a NumPy array.
+    """
+    # `state` is an argument: as a closure its arrays would be compiled in as constants.
     run = jax.jit(lambda state, pixels: fn(state, self.normalise(pixels)))
+    # `cover` wants a labelled set; the labels are not read.
     images = Images(np.asarray(pixels), np.zeros(len(pixels)), ())
     return np.concatenate(
+      # `cover` pads the last batch to the full size; only its first n results count.
       [np.asarray(run(state, x))[:n] for (x, _), n in batches.cover(images, self.batch_size)]
     )
 
 
 class Holdings(NamedTuple):
-  """What a learner holds.
+  """Storage of a learner.
 
   Attributes:
-    params: numbers that the network of all tasks learnt so far needs.
-    memory_mb: 10**6 bytes kept beside them from task to task.
-    relevant: for methods whose tasks own units, by layer, `[T, units]` bool: the units each task needs.
+    params: number of parameters that the network of all tasks learnt so far needs.
+    memory_mb: 10**6 bytes kept next to the parameters from task to task.
+    relevant: units that each task needs, by layer, `[T, units]` bool; for methods whose tasks own
+      units.
   """
 
   params: int
@@ -185,17 +214,17 @@ class Holdings(NamedTuple):
 
 
 def holdings(learner: Learner) -> Holdings:
-  """Of a method that keeps nothing of its network in the memory."""
+  """Measures a learner whose memory holds no part of its network."""
   return Holdings(tree_size(learner.params), tree_megabytes(learner.memory))
 
 
 def tree_size(tree: Any) -> int:
-  """How many numbers a tree of arrays holds."""
+  """Counts the numbers in a tree of arrays."""
   return sum(x.size for x in jax.tree.leaves(tree))
 
 
 def tree_megabytes(tree: Any) -> float:
-  """What a tree of arrays takes, in 10**6 bytes."""
+  """Measures the size of a tree of arrays in 10**6 bytes."""
   return sum(x.nbytes for x in jax.tree.leaves(tree)) / 1e6
 
 
@@ -209,13 +238,22 @@ def _unchanged_update(updates, grads, learner):
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """A continual-learning method; see the module.
+  """A continual-learning method; the module docstring has the signatures.
 
-  `cumulative`: task t is trained on the images of all tasks up to t. `together`: all tasks are learnt at once; every
-  step sees as many images of each, those of task t at places t, T + t, 2 T + t, ..., and only the last row of the table
-  is filled. `prelude`: a step `(learner, pixels, labels) -> (learner, metrics)` of what comes before the training on
-  each task. `check_room`: raises a ValueError where the next task cannot be learnt. `task_net`: `(learner, task) -> `
-  the gated net of a task that is learnt; of methods that have gates for every task.
+  Attributes:
+    init, loss, end_task, predict: the four functions that every method defines.
+    gradient: `(grads, learner, batch) -> grads`, before the optimiser.
+    update: `(updates, grads, learner) -> (updates, memory)`, after the optimiser.
+    holdings: `learner -> Holdings`.
+    cumulative: whether task t is trained on the images of all tasks up to t.
+    together: whether all tasks are learnt at once. Every step then sees the same number of images
+      of each, those of task t at positions t, T + t, 2 T + t, ..., and only the last row of the
+      table is filled.
+    prelude: `(learner, pixels, labels) -> (learner, metrics)`, a step of the phase before each
+      task's own training; None without one.
+    check_room: raises a ValueError if the next task cannot be learnt.
+    task_net: `(learner, task) -> TaskNet`, the gated network of a learnt task; None for methods
+      without gates per task.
   """
 
   init: Callable[[Array], Start]
@@ -234,13 +272,14 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """One ungated network with an output for every class, which most methods train.
+  """An ungated network with one output per class, which most methods train.
 
   Attributes:
-    model: from images to `([N, K] logits, records)`.
-    problem: what it learns.
-    macs: of one image.
-    scope: which classes compete in the cross-entropy: `own`, those of the example's task; `seen`, all so far.
+    model: maps images to `([N, K] logits, records)`.
+    problem: the learning problem.
+    macs: multiply-accumulates of one image.
+    scope: classes that compete in the cross-entropy: `own`, those of the example's task; `seen`,
+      all so far.
   """
 
   model: nn.Module
@@ -249,58 +288,71 @@ class Network:
   scope: str = "own"
 
   def init(self, key: Array) -> tuple[Any, Any]:
-    """Parameters and running statistics."""
+    """Initialises parameters and running statistics."""
     variables = self.model.init(key, jnp.zeros((1, *self.problem.shape)))
     return variables["params"], variables.get("batch_stats", {})
 
   def logits(self, params: Any, batch_stats: Any, x: Array) -> Array:
-    """`[N, K]`, in evaluation."""
+    """Computes `[N, K]` logits in evaluation."""
     return self.model.apply({"params": params, "batch_stats": batch_stats}, x)[0]
 
   def train_logits(self, params: Any, batch_stats: Any, x: Array, key: Array) -> tuple[Array, Any]:
-    """`[N, K]` in training, and the new statistics."""
+    """Computes `[N, K]` logits in training, and the new statistics."""
     variables = {"params": params, "batch_stats": batch_stats}
     (logits, _), new = self.model.apply(
       variables, x, train=True, mutable=["batch_stats"], rngs={GATE_RNG: key}
     )
+    # A model without BatchNorm has no such collection.
     return logits, new.get("batch_stats", {})
 
   def visible(self, labels: Array, task: Array, scope: str | None = None) -> Array:
-    """`[N, K]` bool: the classes that compete for examples of these labels while `task` is learnt."""
+    """Returns `[N, K]` bool: the classes that compete for examples with these labels.
+
+    Args:
+      labels: `[N]`.
+      task: the task being learnt, from 0.
+      scope: as in the class; its own by default.
+    """
     of_class = jnp.arange(self.problem.all_classes) // self.problem.classes
     if (scope or self.scope) == "own":
       return of_class == (labels // self.problem.classes)[:, None]
     return jnp.broadcast_to(of_class <= task, (len(labels), self.problem.all_classes))
 
   def seen_with(self, labels: Array) -> Array:
-    """`[N, K]` bool: the classes seen by the end of the task of these labels."""
+    """Returns `[N, K]` bool: the classes seen by the end of each label's task."""
+    # Classes are numbered task by task, C of each.
     of_class = jnp.arange(self.problem.all_classes) // self.problem.classes
     return of_class <= (labels // self.problem.classes)[:, None]
 
   def cross_entropy(
     self, logits: Array, labels: Array, task: Array, scope: str | None = None
   ) -> Array:
-    """`[N]`, over the visible classes."""
+    """Computes the `[N]` cross-entropies over the visible classes."""
     return optax.softmax_cross_entropy_with_integer_labels(
-      jnp.where(self.visible(labels, task, scope), logits, -jnp.inf), labels
+      # A logit of minus infinity takes a class out of the softmax and gives it no gradient.
+      jnp.where(self.visible(labels, task, scope), logits, -jnp.inf),
+      labels,
     )
 
   def loss(
     self, params: Any, learner: Learner, batch: Batch
   ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
-    """Cross-entropy on the batch: the loss of fine-tuning, and the first term of most others."""
+    """Computes the batch's cross-entropy: fine-tuning's loss, and most others' first term."""
     logits, batch_stats = self.train_logits(params, learner.batch_stats, batch.x, batch.key)
     cross_entropy = jnp.mean(self.cross_entropy(logits, batch.labels, learner.task))
     return cross_entropy, ({"cross_entropy": cross_entropy}, batch_stats)
 
   def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
-    """Both ways from the same logits."""
+    """Predicts with the task known and unknown, from the same logits."""
     return self.prediction(self.logits(learner.params, learner.batch_stats, x), task, seen)
 
   def prediction(self, scores: Array, task: Array, seen: int) -> Prediction:
-    """From `[N, K]` scores."""
+    """Builds both predictions from `[N, K]` scores."""
     classes = self.problem.classes
+    # `task` is traced, so that one program serves all tasks: the slice must be dynamic.
     aware = jax.lax.dynamic_slice_in_dim(scores, task * classes, classes, axis=1)
+    # Classes of later tasks have untrained outputs and must not win.
     agnostic = jnp.where(jnp.arange(scores.shape[1]) < seen * classes, scores, -jnp.inf)
+    # The network is ungated: both predictions cost the same for every image.
     macs = jnp.full(len(scores), float(self.macs))
     return Prediction(aware, agnostic, macs, macs)

@@ -1,6 +1,6 @@
-"""Scores of a sequence of tasks: what is learned, what is kept, and which units the tasks use.
+"""Metrics of a task sequence: accuracy, forgetting, transfer, and use of units by tasks.
 
-Everything is computed on whole arrays, in the order in which the tasks were learned.
+All functions take whole arrays, in the order in which the tasks were learned.
 
 Axes: T tasks, U units.
 Reference: Lopez-Paz and Ranzato, 2017 (the transfers); Chaudhry et al., 2018 (forgetting).
@@ -19,14 +19,17 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """Plain numbers, as shares in [-1, 1]; None where undefined.
+  """Plain numbers, fractions in [-1, 1]; None where undefined.
 
   Attributes:
     average_accuracy: mean over tasks after the last one.
-    average_after: after each task, the mean over the tasks learned so far; None where nothing was tested.
-    forgetting: mean over tasks but the last of what is missing to their best accuracy; below 0 where they gained.
-    backward_transfer: mean over tasks but the last of what they gained since they were learned.
-    forward_transfer: mean over tasks but the first of their lead over a random-initialised net, just before learned.
+    average_after: mean over the tasks learned so far, after each task; None where nothing was
+      tested.
+    forgetting: mean over all tasks but the last of best minus final accuracy; negative where tasks
+      gained.
+    backward_transfer: mean over all tasks but the last of the gain since the task was learned.
+    forward_transfer: mean over all tasks but the first of the lead over a randomly initialised
+      network, just before the task is learned.
     reasons: why a number is None, by its name.
   """
 
@@ -39,36 +42,43 @@ class Summary:
 
 
 def summarise(accuracies: np.ndarray, *, baseline: np.ndarray | None = None) -> Summary:
-  """The usual numbers of an accuracy matrix R.
+  """Computes the usual metrics of an accuracy matrix R.
 
-      average = mean_j R[T, j]                    forgetting = mean_(j<T) (max_(i<T) R[i, j] - R[T, j])
-      backward = mean_(j<T) (R[T, j] - R[j, j])   forward = mean_(j>1) (R[j-1, j] - baseline[j])
+      average    = mean_j R[T, j]
+      forgetting = mean_(j<T) (max_(i<T) R[i, j] - R[T, j])
+      backward   = mean_(j<T) (R[T, j] - R[j, j])
+      forward    = mean_(j>1) (R[j-1, j] - baseline[j])
 
   Args:
-    accuracies: `[T, T]`, row i after learning task i, column j on task j, in [0, 1]; NaN is allowed above the diagonal,
-      and in all rows but the last where all tasks are learned together.
-    baseline: `[T]` accuracies of a random-initialised net.
+    accuracies: `[T, T]`, row i after learning task i, column j on task j, in [0, 1]; NaN is allowed
+      above the diagonal, and in all rows but the last where all tasks are learned together.
+    baseline: `[T]` accuracies of a randomly initialised network.
   Raises:
-    ValueError: a shape is wrong, an accuracy is outside [0, 1], or one on a learned task is NaN, with its place.
+    ValueError: a wrong shape, an accuracy outside [0, 1], or NaN on a learned task, with its
+      position.
 
   >>> summarise(np.array([[0.75, 0.5], [0.5, 1.0]]))  # doctest: +NORMALIZE_WHITESPACE
-  Summary(average_accuracy=0.75, average_after=(0.75, 0.75), forgetting=0.25, backward_transfer=-0.25,
-          forward_transfer=None, reasons={'forward_transfer': 'no accuracies of a random-initialised net are given'})
+  Summary(average_accuracy=0.75, average_after=(0.75, 0.75), forgetting=0.25,
+          backward_transfer=-0.25, forward_transfer=None,
+          reasons={'forward_transfer': 'no accuracies of a random-initialised net are given'})
   """
   accuracies = _checked_accuracies(accuracies)
   if baseline is not None:
     baseline = _checked_baseline(baseline, len(accuracies))
+  # R[j, j] is the accuracy just after task j.
   last, learned = accuracies[-1], np.diag(accuracies)
   forgetting = backward = forward = None
   reasons = {}
   if reason := _why_no_sequence(accuracies):
     reasons = dict.fromkeys(("forgetting", "backward_transfer"), reason)
   else:
+    # forgetting = mean_(j<T) (max_(i<T) R[i, j] - R[T, j]); R[i, j] is NaN for i < j.
     forgetting = float(np.mean(np.nanmax(accuracies[:-1, :-1], axis=0) - last[:-1]))
     backward = float(np.mean(last[:-1] - learned[:-1]))
   if reason := _why_no_forward_transfer(accuracies, baseline):
     reasons["forward_transfer"] = reason
   else:
+    # forward = mean_(j>1) (R[j-1, j] - baseline[j]); the first superdiagonal holds R[j-1, j].
     forward = float(np.mean(np.diag(accuracies, 1) - baseline[1:]))
   return Summary(
     average_accuracy=float(np.mean(last)),
@@ -83,7 +93,12 @@ def summarise(accuracies: np.ndarray, *, baseline: np.ndarray | None = None) -> 
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
-  """Mean and standard deviation (of the sample, N - 1) over seeds; None for the deviation of a single seed.
+  """Computes mean and standard deviation over seeds.
+
+  The deviation is that of the sample, N - 1; None for a single seed.
+
+  Raises:
+    ValueError: no values, or one that is not finite.
 
   >>> over_seeds([0.5, 1.0, 0.75])
   (0.75, 0.25)
@@ -94,9 +109,9 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def gate_overlap(is_open: np.ndarray) -> np.ndarray:
-  """Intersection over union of the units that two tasks use.
+  """Computes the intersection over union of the units that each pair of tasks uses.
 
-  Two tasks that use nothing use the same: their overlap is 1, as every task's with itself.
+  Two tasks that use no unit use the same: their overlap is 1, as is every task's with itself.
 
   Args:
     is_open: `[T, U]` bool, whether a task uses a unit.
@@ -110,14 +125,16 @@ def gate_overlap(is_open: np.ndarray) -> np.ndarray:
          [0.33333333, 1.        ]])
   """
   is_open = _checked_units("is_open", is_open).astype(np.int64)
+  # Pairwise intersections in one product; a bool product would be a logical one, hence the cast.
   both = is_open @ is_open.T
   used = np.diag(both)
+  # |A or B| = |A| + |B| - |A and B|
   either = used[:, None] + used - both
   return np.where(either > 0, both / np.maximum(either, 1), 1.0)
 
 
 def mean_overlap(overlap: np.ndarray) -> float | None:
-  """Mean over pairs of tasks of `gate_overlap`, `[T, T]`; None for a single task.
+  """Averages `gate_overlap`, `[T, T]`, over pairs of tasks; None for a single task.
 
   >>> mean_overlap(np.array([[1.0, 0.25], [0.25, 1.0]]))
   0.25
@@ -141,7 +158,7 @@ class FilterUse(NamedTuple):
 
 
 def filter_use(relevant: np.ndarray) -> FilterUse:
-  """How many units each task takes, borrows from older tasks, and leaves to later ones.
+  """Counts the units that each task takes, reuses from older tasks and leaves free.
 
   Units owned by older tasks that this one does not use are in none of the three.
 
@@ -154,6 +171,7 @@ def filter_use(relevant: np.ndarray) -> FilterUse:
   FilterUse(new=array([2, 1]), reused=array([0, 1]), free=array([2, 1]))
   """
   relevant = _checked_units("relevant", relevant)
+  # A task owns a unit for all tasks after it.
   owned = np.logical_or.accumulate(relevant)
   before = np.concatenate([np.zeros_like(owned[:1]), owned[:-1]])
   return FilterUse(
@@ -167,8 +185,10 @@ def _checked_accuracies(accuracies: np.ndarray) -> np.ndarray:
     raise ValueError(f"accuracies must be [T, T], T >= 1; got {accuracies.shape}")
   missing, outside = np.isnan(accuracies), (accuracies < 0) | (accuracies > 1)
   if _only_last(accuracies):
+    # Tasks learned together are tested once, in the last row.
     missing[:-1] = False
   for rule, bad in (
+    # Above the diagonal the tasks are not learned yet, and NaN is allowed.
     ("known on every learned task (row i, columns up to i)", np.tril(missing)),
     ("in [0, 1]", outside),
   ):
@@ -200,6 +220,7 @@ def _why_no_sequence(accuracies: np.ndarray) -> str | None:
 def _why_no_forward_transfer(accuracies: np.ndarray, baseline: np.ndarray | None) -> str | None:
   if reason := _why_no_sequence(accuracies):
     return reason
+  # R[j-1, j] needs a test before the task is learned.
   if np.isnan(np.diag(accuracies, 1)).any():
     return "task heads are trained with their task: before it there is nothing to test"
   return "no accuracies of a random-initialised net are given" if baseline is None else None

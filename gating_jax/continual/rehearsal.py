@@ -1,4 +1,4 @@
-"""What reminds a classifier of tasks of those before: some of their images, or generators that learnt to make them.
+"""Rehearsal memories for the task classifier: images of earlier tasks, or generators of them.
 
 Axes: M images, T tasks, C classes of a task.
 Reference: Abati et al., 2020, section 3.4; Gulrajani et al., 2017 (WGAN-GP).
@@ -28,13 +28,13 @@ Memory = Mapping[str, Any]
 
 
 class Replay(NamedTuple):
-  """Images that go along with a training batch.
+  """Rehearsed images for one training batch.
 
   Attributes:
     x: `[R, H, W, D]` network input.
-    labels: `[R]` places in the order of classes.
-    batch_weight: how much the batch itself must count beside these images, which count the rest, for all classes so
-      far to count the same.
+    labels: `[R]` positions in the order of classes.
+    batch_weight: weight of the batch itself in the loss; these images have the rest. With it all
+      classes so far have the same weight.
   """
 
   x: Array
@@ -48,13 +48,14 @@ class Rehearsal:
 
   Attributes:
     init: `key -> memory`.
-    replay: `(memory, batch, task, key) -> Replay` in a step of this task's training, all tasks but those that
-      only the batch shows in equal parts.
-    recall: `(memory, data, task, key) -> (pixels, labels)`, images of every task up to this one, which ends.
-    keep: `(memory, data, task, key) -> memory`, after that.
-    megabytes: `(memory, learnt)`, 10**6 bytes that it needs after so many tasks.
-    prelude: `(memory, pixels, labels) -> (memory, metrics)`, a step of what comes before the training on a task, its
-      labels in 0, ..., C - 1; None for nothing.
+    replay: `(memory, batch, task, key) -> Replay` in a step of this task's training. All tasks have
+      equal parts in it, except those that only the batch shows.
+    recall: `(memory, data, task, key) -> (pixels, labels)` at the end of this task, images of every
+      task up to it.
+    keep: `(memory, data, task, key) -> memory`, after `recall`.
+    megabytes: `(memory, learnt) -> float`, 10**6 bytes needed after so many tasks.
+    prelude: `(memory, pixels, labels) -> (memory, metrics)`, a step of the phase before each task's
+      own training, with labels in 0, ..., C - 1; None without one.
   """
 
   init: Callable[[Array], Memory]
@@ -66,19 +67,31 @@ class Rehearsal:
 
 
 def episodic(problem: Problem, settings: replay_memory.ReplaySettings) -> Rehearsal:
-  """Keeps so many images of earlier tasks, every class the same number; the task that ends is recalled whole."""
+  """Keeps images of earlier tasks, the same number for every class.
+
+  `recall` returns all images of the task that ends.
+
+  Args:
+    problem: the learning problem.
+    settings: sizes of the memory and of each draw.
+  Raises:
+    ValueError: fewer images than classes.
+  """
   if settings.images < problem.all_classes:
     raise ValueError(
-      f"replay.images must be at least {problem.all_classes}, one of every class; got {settings.images}"
+      f"replay.images must be at least {problem.all_classes}, one of every class; "
+      f"got {settings.images}"
     )
 
   def replayed(memory, batch, task, key):
     x, labels, _, _ = replay_memory.draw_inputs(
       memory["episodes"], key, batch, problem, settings.batch_size
     )
+    # The batch is one of task + 1 tasks.
     return Replay(x, labels, 1 / (task + 1))
 
   def recall(memory, data, task, key):
+    # Empty slots hold no image.
     kept = np.asarray(memory["episodes"].labels) != replay_memory.EMPTY
     join = lambda old, new: np.concatenate([np.asarray(old)[kept], np.asarray(new)])
     return join(memory["episodes"].pixels, data.pixels), join(
@@ -106,15 +119,26 @@ def generative(
   width: int,
   seed: int,
 ) -> Rehearsal:
-  """Trains a generator on each task before the task itself is learnt.
+  """Trains one generator per task, each before the task itself is learnt.
 
-  All that is recalled is generated, of the task that ends as well, `images` of every task in equal parts of its
-  classes: where real images stood beside generated ones, a classifier would tell these apart, and not the tasks.
-  `replayed` images, over all devices, go along with each training batch.
+  All recalled images are generated, those of the task that ends too: among real and generated
+  images a classifier would learn that difference, and not the tasks.
+
+  Args:
+    problem: the learning problem.
+    settings: of the generators' training.
+    images: images recalled of every task, in equal parts of its classes.
+    replayed: images that go with each training batch, over all devices.
+    latent: size of the generators' input.
+    width: of generators and critic.
+    seed: of the generators' training.
+  Raises:
+    ValueError: fewer `images` than classes of a task.
   """
   check_images(images, problem)
   generator = Generator(problem.shape, latent=latent, width=width, classes=problem.classes)
   critic = Critic(width=width, classes=problem.classes)
+  # Every task starts from the same initial state.
   fresh = lambda: wgan.init_state(generator, critic, settings, seed)
   step = wgan.make_train_step(generator, critic, settings, seed=seed, axis_name=problem.axis_name)
 
@@ -128,16 +152,19 @@ def generative(
 
   def init(key):
     state = fresh()
+    # Room for all tasks from the start: shapes never change.
     return {"generators": shared_net.stack(state.average, problem.tasks), "training": state}
 
   def with_this(memory, task):
     return shared_net.put(memory["generators"], task, memory["training"].average)
 
   def keep(memory, data, task, key):
+    # Averaged parameters give better images than those of the last step.
     return {"generators": with_this(memory, task), "training": fresh()}
 
   def recall(memory, data, task, key):
     generators = with_this(memory, task)
+    # One generator at a time: the images of all tasks need no more memory than its own.
     each = ({"params": jax.tree.map(lambda x, t=t: x[t], generators)} for t in range(task + 1))
     return generated(generator, each, key, images)
 
@@ -158,11 +185,15 @@ def generative(
 def make_prelude(
   rehearsal: Rehearsal | None, problem: Problem
 ) -> Callable[[Learner, Array, Array], tuple[Learner, Mapping[str, Array]]] | None:
-  """The prelude of a method that keeps the rehearsal's memory under that name; None for none."""
+  """Makes a method's prelude from that of its rehearsal; None without one.
+
+  The method must keep the rehearsal's memory as `memory["rehearsal"]`.
+  """
   if rehearsal is None or rehearsal.prelude is None:
     return None
 
   def prelude(learner, pixels, labels):
+    # Generators are conditional on the classes of one task, from 0.
     own = labels - learner.task * problem.classes
     memory, metrics = rehearsal.prelude(learner.memory["rehearsal"], pixels, own)
     return learner.replace(
@@ -182,19 +213,27 @@ def replay_of_all(
   count: int,
   latent: int,
 ) -> Replay:
-  """Generated images of all tasks up to this one, every class as likely.
+  """Generates images of all tasks up to this one, every class with the same probability.
 
   Args:
-    make: `(one, z, labels) -> pixels`, by what a task has for itself, of its classes.
-    each: that of every task, `[T, ...]`.
+    make: `(one, z, labels) -> pixels`, from one task's own part, latents and classes of the task.
+    each: the own parts of all tasks, a tree of `[T, ...]`.
+    problem: the learning problem.
+    task: the task being learnt, from 0.
+    key: PRNG key.
     count: images, over all devices.
     latent: size of z.
+  Returns:
+    a `Replay` of images of this task too, so the batch itself has weight 0.
+  Raises:
+    ValueError: `count` is not a multiple of the number of devices.
   """
   devices = 1 if problem.axis_name is None else lax.axis_size(problem.axis_name)
   if count % devices:
     raise ValueError(f"the replayed batch must be a multiple of the {devices} devices; got {count}")
   here = count // devices
   which, latents, changes = jax.random.split(key, 3)
+  # A key per example: the classes do not depend on the number of devices.
   classes = jax.vmap(lambda key: jax.random.randint(key, (), 0, problem.classes * (task + 1)))(
     example_keys(which, here, problem.axis_name)
   )
@@ -207,6 +246,8 @@ def replay_of_all(
       (of_task == t)[:, None, None, None], make(one, z, classes % problem.classes), pixels
     )
 
+  # Every task makes all images, and each image is taken from its own task: shapes may not depend on
+  # how many of each are drawn.
   pixels = lax.fori_loop(0, task + 1, add, jnp.zeros((here, *problem.shape), jnp.uint8))
   return Replay(problem.prepare(changes, pixels), classes, 0.0)
 
@@ -222,13 +263,15 @@ def check_images(images: int, problem: Problem) -> None:
 def generated(
   generator: Generator, variables: Iterable[Any], key: Array, images: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """`(pixels, labels)`: as many images of every task, in equal parts of its classes.
+  """Generates the same number of images of every task, in equal parts of its classes.
 
   Args:
     generator: of the classes of one task.
     variables: of each task.
-    key: of the latents.
-    images: of one task.
+    key: PRNG key of the latents.
+    images: number of images per task.
+  Returns:
+    `(pixels, labels)`, with labels in the order of all classes.
   """
   parts = [
     _sample(generator, v, jax.random.fold_in(key, task), images) for task, v in enumerate(variables)
@@ -236,11 +279,13 @@ def generated(
   return (
     np.concatenate([np.asarray(pixels) for pixels, _ in parts]),
     np.concatenate(
+      # A generator numbers the classes of its task from 0.
       [np.asarray(labels) + t * generator.classes for t, (_, labels) in enumerate(parts)]
     ),
   )
 
 
+# Variables are an argument, so that one program serves all tasks.
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _sample(generator: Generator, variables: Any, key: Array, images: int) -> tuple[Array, Array]:
   labels = jnp.arange(images) % generator.classes

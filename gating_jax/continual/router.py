@@ -1,10 +1,11 @@
-"""The classifier of tasks: from the pooled features of all tasks' streams to the task an image belongs to.
+"""The task classifier, from the pooled features of all tasks' streams to an image's task.
 
     z = Dense_T(ReLU(Dense_64(concatenated features)))
 
-It has rows and columns for all tasks from the start, of which those of tasks to come are left out: so it widens task by
-task and keeps its weights. It is trained together with the task being learnt, whose stream it shapes, and when that is
-over and no stream changes any more, by itself on their features.
+It has rows and columns for all tasks from the start; those of later tasks are left out. So it
+widens task by task and keeps its weights. It is trained together with the current task, whose
+stream it shapes. At the end of the task, when no stream changes any more, it is trained alone on
+their features.
 
 Axes: N or M images, T tasks, S <= T tasks seen, F features of a stream.
 Reference: Abati et al., 2020, section 3.4.
@@ -26,11 +27,12 @@ from gating_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class RouterSettings:
-  """How the classifier of tasks is rehearsed.
+  """Settings of the task classifier and its rehearsal.
 
   Attributes:
-    hidden: width of its hidden layer.
-    steps, batch_size, learning_rate: of its training after each task, by Adam, on batches of all tasks in equal parts.
+    hidden: width of the hidden layer, >= 1.
+    steps, batch_size, learning_rate: of the training after each task, by Adam, on batches with all
+      tasks in equal parts; steps and batch size >= 1, the rate > 0.
   """
 
   hidden: int
@@ -47,11 +49,12 @@ class RouterSettings:
 
 
 def init(key: Array, tasks: int, features: int, hidden: int) -> dict[str, Any]:
-  """Parameters for T tasks of F features."""
+  """Initialises parameters for T tasks with F features each."""
   first, second = jax.random.split(key)
   he = jax.nn.initializers.he_normal()
   return {
     "hidden": {
+      # Initialised for the fan-in of one stream, then cut into a block per task.
       "kernel": he(first, (features, tasks * hidden))
       .reshape(features, tasks, hidden)
       .swapaxes(0, 1),
@@ -62,14 +65,33 @@ def init(key: Array, tasks: int, features: int, hidden: int) -> dict[str, Any]:
 
 
 def scores(params: Any, features: Array) -> Array:
-  """`[N, S, F]` features of the first S tasks to `[N, S]` logits."""
+  """Computes the task logits.
+
+  Args:
+    params: as of `init`.
+    features: `[N, S, F]` of the first S tasks.
+  Returns:
+    `[N, S]`.
+  """
   seen, hidden, out = features.shape[1], params["hidden"], params["out"]
+  # z = Dense_T(ReLU(Dense_64(concatenated features))): a sum over tasks of blocks is a product with
+  # the concatenation.
   h = jax.nn.relu(jnp.einsum("nsf,sfh->nh", features, hidden["kernel"][:seen]) + hidden["bias"])
   return h @ out["kernel"][:, :seen] + out["bias"][:seen]
 
 
 def cross_entropy(params: Any, features: Array, tasks: Array, seen: Array) -> Array:
-  """`[N]`, of `[N, T, F]` features, zeros for tasks not seen, and the `[N]` tasks of the images."""
+  """Computes the cross-entropies over the tasks seen.
+
+  Args:
+    params: as of `init`.
+    features: `[N, T, F]`, zeros for tasks not seen.
+    tasks: `[N]`, the task of each image.
+    seen: number of tasks seen.
+  Returns:
+    `[N]`.
+  """
+  # Later tasks have logits too, from features of 0.
   competing = jnp.arange(features.shape[1]) < seen
   return optax.softmax_cross_entropy_with_integer_labels(
     jnp.where(competing, scores(params, features), -jnp.inf), tasks
@@ -77,7 +99,10 @@ def cross_entropy(params: Any, features: Array, tasks: Array, seen: Array) -> Ar
 
 
 def of_seen(updates: Any, seen: Array) -> Any:
-  """Updates of what serves the first `seen` tasks; the rest waits as it was made, weight decay or not."""
+  """Zeroes the updates of weights that serve tasks not seen yet.
+
+  These weights keep their initial values, with weight decay too.
+  """
   served = jnp.arange(updates["out"]["bias"].shape[0]) < seen
   return {
     "hidden": {
@@ -89,22 +114,31 @@ def of_seen(updates: Any, seen: Array) -> Any:
 
 
 def macs(seen: int, features: int, hidden: int) -> int:
-  """Multiply-accumulates of one image."""
+  """Counts the multiply-accumulates of one image."""
   return seen * features * hidden + hidden * seen
 
 
 def train(
   params: Any, features: np.ndarray, tasks: np.ndarray, key: Array, settings: RouterSettings
 ) -> Any:
-  """Cross-entropy over batches with as many images of every task.
+  """Trains on batches with all tasks in equal parts, by cross-entropy.
 
   Args:
+    params: as of `init`.
     features: `[M, S, F]` of images of every task seen.
     tasks: `[M]`, the task of each.
+    key: PRNG key of the batches.
+    settings: of the training.
+  Returns:
+    the new parameters; the same for a single task.
+  Raises:
+    ValueError: a task without an image.
   """
   seen = features.shape[1]
+  # Sorted by task, images of a task are a range, from which a position can be drawn.
   order = np.argsort(tasks, kind="stable")
   counts = np.bincount(tasks, minlength=seen)
+  # With one task the loss is constant.
   if seen == 1:
     return params
   if counts.min() == 0:
@@ -116,13 +150,16 @@ def train(
 
 @jax.jit(static_argnums=5)
 def _train(params, features, counts, firsts, key, settings):
+  # Separate from the steps of the task, hence an optimiser of its own.
   optimiser = optax.adam(settings.learning_rate)
 
   def step(state, key):
     params, opt_state = state
     which, where = jax.random.split(key)
     task = jax.random.randint(which, (settings.batch_size,), 0, len(counts))
+    # A task, then one of its images: tasks have equal parts however many images each has.
     place = jax.random.uniform(where, (settings.batch_size,)) * counts[task]
+    # Rounding may bring u times count up to count itself.
     x = features[firsts[task] + jnp.minimum(place.astype(jnp.int32), counts[task] - 1)]
     loss = lambda p: jnp.mean(cross_entropy(p, x, task, len(counts)))
     updates, opt_state = optimiser.update(jax.grad(loss)(params), opt_state)

@@ -1,6 +1,7 @@
-"""A network whose convolutions all tasks share; the rest (gates, BatchNorm), and a head, every task has for itself.
+"""A network with shared convolutions, and gates, BatchNorm and head per task.
 
-Parameters and statistics are trees of two parts, `{"shared", "own"}`; those of every task's own are kept `[T, ...]`.
+Parameters and statistics are trees of two parts, `{"shared", "own"}`. The own parts of all tasks
+are stacked, `[T, ...]`.
 
 Axes: N examples, T tasks, C classes of a task, F features, U gated units of the network.
 Reference: Abati et al., 2020; Serra et al., 2018 (one head per task).
@@ -29,7 +30,14 @@ Tree = Any
 
 
 class Stream(NamedTuple):
-  """What the network makes of images for one task: `[N, C]`, `[N, F]`, the gates and the new running statistics."""
+  """A forward pass of one task.
+
+  Attributes:
+    logits: `[N, C]`.
+    features: `[N, F]`.
+    records: of the gates.
+    batch_stats: the new running statistics.
+  """
 
   logits: Array
   features: Array
@@ -42,8 +50,8 @@ class SharedNet:
   """The network.
 
   Attributes:
-    model: from images to `([N, F] features, records)`, its records naming their writers.
-    problem: what it learns.
+    model: maps images to `([N, F] features, records)`, its records with writers.
+    problem: the learning problem.
     own_norms: whether every task has its own BatchNorm.
   """
 
@@ -52,7 +60,7 @@ class SharedNet:
   own_norms: bool = True
 
   def fresh(self, key: Array) -> tuple[Tree, Tree]:
-    """Parameters and statistics that no task has touched, in their parts."""
+    """Initialises parameters and statistics, split into their parts."""
     network, head = jax.random.split(key)
     variables = self.model.init(network, jnp.zeros((1, *self.problem.shape)))
     _, features = self.shapes
@@ -65,7 +73,13 @@ class SharedNet:
     return {"shared": params["shared"], "own": own}, self._split(variables.get("batch_stats", {}))
 
   def apply(self, params: Tree, batch_stats: Tree, x: Array, **training) -> Stream:
-    """For the task whose own part is given; `training`: keywords of `apply` of a Flax module."""
+    """Runs the network for the task whose own part is in the trees.
+
+    Args:
+      params, batch_stats: `{"shared", "own"}`, the own part of one task.
+      x: `[N, H, W, D]`.
+      **training: keywords of the `apply` of a Flax module; evaluation without any.
+    """
     _, variables, (kernel, bias) = self._net(params, batch_stats)
     if training:
       (features, records), new = self.model.apply(variables, x, mutable=["batch_stats"], **training)
@@ -75,18 +89,35 @@ class SharedNet:
     return Stream(features @ kernel + bias, features, records, batch_stats)
 
   def side_by_side(self, params: Tree, batch_stats: Tree, own: Tree, x: Array) -> Stream:
-    """One after the other for all tasks of `own`, `{"params", "batch_stats"}`, each of its arrays stacked."""
+    """Runs all tasks of `own`, one after the other, in evaluation.
+
+    Args:
+      params, batch_stats: trees with the shared parts.
+      own: `{"params", "batch_stats"}`, each array stacked over tasks.
+      x: `[N, H, W, D]`.
+    Returns:
+      a `Stream` of arrays stacked over tasks.
+    ~~
+    # One program, however many: vmap's rounds otherwise with their number.
+    # Not vmap: its rounding depends on the number of tasks. Here one program serves any number.
+    """
     # One program, however many: vmap's rounds otherwise with their number.
     return jax.lax.map(lambda own: self.of_task(params, batch_stats, own, x), own)
 
   def of_task(self, params: Tree, batch_stats: Tree, own: Tree, x: Array) -> Stream:
-    """In evaluation, for a task whose own part is `own`, `{"params", "batch_stats"}`."""
+    """Runs the network for a task with the own part `own`, in evaluation."""
     return self.apply(
       {**params, "own": own["params"]}, {**batch_stats, "own": own["batch_stats"]}, x
     )
 
   def net_of(self, params: Tree, batch_stats: Tree, owns: Tree, task: Array) -> TaskNet:
-    """What runs for one of the tasks whose own parts are `owns`, `{"params", "batch_stats"}`, each array stacked."""
+    """Returns the network of one of the tasks in `owns`.
+
+    Args:
+      params, batch_stats: trees with the shared parts.
+      owns: `{"params", "batch_stats"}`, each array stacked over tasks.
+      task: its index.
+    """
     own = jax.tree.map(lambda tree: tree[task], owns)
     return self._net({**params, "own": own["params"]}, {**batch_stats, "own": own["batch_stats"]})
 
@@ -100,28 +131,32 @@ class SharedNet:
 
   @functools.cached_property
   def shapes(self) -> tuple[Records, int]:
-    """Records and number of features, as shapes."""
+    """Returns the records and the number of features, as shapes."""
     x = jax.ShapeDtypeStruct((1, *self.problem.shape), jnp.float32)
+    # Shapes need no arithmetic.
     (features, records), _ = jax.eval_shape(
       lambda x: self.model.init_with_output(jax.random.key(0), x), x
     )
     return records, features.shape[-1]
 
   def _split(self, tree: Tree) -> dict[str, Tree]:
-    """What all tasks share, the convolutions, and what each has for itself, all else."""
+    """Splits a tree into shared convolutions and each task's own rest."""
     flat = traverse_util.flatten_dict(tree)
 
     def is_shared(path):
       kernel = flat.get((*path[:-1], "kernel"))
       if kernel is not None:
+        # Kernels of dense layers have two axes, those of convolutions more. A bias goes with its
+        # kernel.
         return kernel.ndim > 2
+      # Without a kernel it is a norm, or a gate that is a plain parameter.
       return not self.own_norms and not is_gate_path(path)
 
     return split(tree, is_shared)
 
 
 def split(tree: Tree, is_shared: Callable[[Sequence[str]], bool]) -> dict[str, Tree]:
-  """`{"shared", "own"}`, by the paths of the leaves."""
+  """Splits a tree into `{"shared", "own"}` by the paths of its leaves."""
   flat = traverse_util.flatten_dict(tree)
   part = lambda shared: traverse_util.unflatten_dict(
     {path: leaf for path, leaf in flat.items() if is_shared(path) == shared}
@@ -130,24 +165,31 @@ def split(tree: Tree, is_shared: Callable[[Sequence[str]], bool]) -> dict[str, T
 
 
 def merge(shared: Tree, own: Tree) -> Tree:
-  """The inverse of `split`."""
+  """Merges two parts again; the inverse of `split`."""
   return traverse_util.unflatten_dict(
     traverse_util.flatten_dict(shared) | traverse_util.flatten_dict(own)
   )
 
 
 def stack(trees: Tree, tasks: int) -> Tree:
-  """Room for every task: each array T times."""
+  """Repeats each array T times, one entry per task."""
   return jax.tree.map(lambda x: jnp.broadcast_to(x, (tasks, *x.shape)), trees)
 
 
 def put(stacked: Tree, task: int, tree: Tree) -> Tree:
-  """`stacked` with the tree of one task in its place."""
+  """Replaces one task's entry in a stacked tree."""
   return jax.tree.map(lambda all_tasks, x: all_tasks.at[task].set(x), stacked, tree)
 
 
 def head_terms(logits: Array, labels: Array, task: Array, problem: Problem) -> dict[str, Array]:
-  """`cross_entropy` and `accuracy` of one task's head, `[N, C]`, on images of that task."""
+  """Computes `cross_entropy` and `accuracy` of one task's head.
+
+  Args:
+    logits: `[N, C]`.
+    labels: `[N]`, all of this task.
+    task: its index.
+    problem: the learning problem.
+  """
   own = labels - task * problem.classes
   return {
     "cross_entropy": jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, own)),
@@ -156,7 +198,16 @@ def head_terms(logits: Array, labels: Array, task: Array, problem: Problem) -> d
 
 
 def macs(stream: Stream, counts: ModelCounts, classes: int) -> Array:
-  """`[..., N]`, of each image and stream, with a head of so many classes; `counts` are of the model."""
+  """Computes the multiply-accumulates of each image in each stream.
+
+  Args:
+    stream: arrays `[..., N, C]` and so on.
+    counts: of the model, which has no head.
+    classes: outputs of the head.
+  Returns:
+    `[..., N]`.
+  """
+  # `counts` are of the features alone: the head is added, F C per image.
   fixed = jnp.full(
     stream.logits.shape[:-1], float(counts.fixed + stream.features.shape[-1] * classes)
   )
@@ -171,14 +222,22 @@ def prediction(
   agnostic_macs: Array,
   scores: Array | None = None,
 ) -> Prediction:
-  """From the heads of all tasks so far, `[seen, N, C]`, and what each takes, `[seen, N]`.
+  """Builds a prediction from the heads of all tasks so far.
 
   Args:
-    scores: `[seen, N, C]` of all classes, the task unknown; by default the log-probabilities of each head.
+    problem: the learning problem.
+    logits: `[S, N, C]` of the S heads so far.
+    task: the task that is known, for the task-aware prediction.
+    macs: `[S, N]` of each stream.
+    agnostic_macs: `[N]` with the task unknown.
+    scores: `[S, N, C]` of all classes with the task unknown; the log-probabilities of each head by
+      default.
   """
   scores = jax.nn.log_softmax(logits) if scores is None else scores
+  # Classes are numbered task by task: [S, N, C] becomes [N, S C].
   scores = jnp.moveaxis(scores, 0, 1).reshape(logits.shape[1], -1)
   missing = problem.all_classes - scores.shape[1]
+  # Classes of later tasks cannot win.
   agnostic = jnp.pad(scores, ((0, 0), (0, missing)), constant_values=-jnp.inf)
   return Prediction(
     jnp.take(logits, task, axis=0), agnostic, jnp.take(macs, task, axis=0), agnostic_macs

@@ -1,10 +1,12 @@
-"""What tells tasks apart when the task is unknown: a layer on the features of all streams, or a network of all classes.
+"""Task inference: a layer on the features of all streams, or one network of all classes.
 
-Either is trained beside the stream of the task being learnt, on the batch and what is rehearsed with it. Its parameters
-are called `router`.
+Either classifier is trained together with the stream of the current task, on the batch and the
+rehearsed images. Its parameters are called `router`.
 
-Axes: N images, B of a batch, R rehearsed, T tasks, S <= T seen, C classes of a task, F features of a stream.
-Reference: Abati et al., 2020, section 3.4; Menon et al., "Long-tail learning via logit adjustment", 2021.
+Axes: N images, B of a batch, R rehearsed, T tasks, S <= T seen, C classes of a task, F features of
+a stream.
+Reference: Abati et al., 2020, section 3.4; Menon et al., "Long-tail learning via logit adjustment",
+2021.
 """
 
 from __future__ import annotations
@@ -25,11 +27,18 @@ from gating_jax.continual.shared_net import SharedNet, Stream
 from gating_jax.types import Array
 
 Tree = Any
-TEMPERATURE = 2.0  # of what a network teaches
+# Softens the softmax of the distillation loss.
+TEMPERATURE = 2.0
 
 
 class Loss(NamedTuple):
-  """What is added to a stream's loss; its terms, and `{"router": new running statistics}` of a classifier with any."""
+  """Additions to a stream's loss.
+
+  Attributes:
+    total: scalar to add to the loss.
+    terms: metrics by name.
+    batch_stats: `{"router": new running statistics}`; empty for a classifier without any.
+  """
 
   total: Array
   terms: Mapping[str, Array]
@@ -37,8 +46,13 @@ class Loss(NamedTuple):
 
 
 class Told(NamedTuple):
-  """The task of each image, `[N]`; scores to add to each stream's, `[S, N, C]` or 0; MACs of classifier and streams,
-  `[N]`."""
+  """Results of task inference.
+
+  Attributes:
+    task: `[N]`, the inferred task of each image.
+    scores: `[S, N, C]` to add to each stream's log-probabilities, or a scalar 0.
+    macs: `[N]` multiply-accumulates of the classifier and of the streams that run.
+  """
 
   task: Array
   scores: Array
@@ -47,35 +61,43 @@ class Told(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class OfFeatures:
-  """`router` on the pooled features of all streams, which all run."""
+  """A `router` on the pooled features of all streams; all of them run.
+
+  Attributes:
+    net: the network of the streams.
+    rehearsal: memory of images of earlier tasks.
+    settings: of the router.
+  """
 
   net: SharedNet
   rehearsal: Rehearsal
   settings: router.RouterSettings
 
   def init(self, key: Array) -> tuple[Tree, Mapping[str, Tree]]:
-    """Parameters, and statistics as of `Loss`."""
+    """Initialises parameters, and statistics as in `Loss`."""
     _, features = self.net.shapes
     return router.init(key, self.net.problem.tasks, features, self.settings.hidden), {}
 
   def streamed(self, batch: Batch, replayed: Replay) -> Array:
-    """What the stream of the task sees in a step."""
+    """Returns the current stream's input in a step: batch and rehearsed images, mixed."""
     return memory.mix(batch.x, replayed.x)
 
   def loss(
     self, params: Tree, learner: Learner, batch: Batch, replayed: Replay, stream: Stream, key: Array
   ) -> Loss:
-    """Of what the stream saw; it moves nothing of earlier tasks."""
+    """Computes the loss on the stream's input; no earlier task gets a gradient."""
     x, labels = _mixed(batch, replayed)
 
     def earlier(task, features):
       own = jax.tree.map(lambda tree: tree[task], learner.memory["own"])
       return features.at[:, task].set(
+        # Parameters of the learner, not those being differentiated: a constant for the gradient.
         self.net.of_task(learner.params, learner.batch_stats, own, x).features
       )
 
     of_all = jnp.zeros((len(x), self.net.problem.tasks, stream.features.shape[-1]))
     of_all = (
+      # Features of later tasks stay 0 and do not compete.
       lax.fori_loop(0, learner.task, earlier, of_all).at[:, learner.task].set(stream.features)
     )
     each = router.cross_entropy(
@@ -85,17 +107,18 @@ class OfFeatures:
     return Loss(loss, {"task_cross_entropy": loss}, {})
 
   def update(self, updates: Tree, task: Array) -> Tree:
-    """What of a step's updates is taken."""
+    """Keeps those of a step's updates that serve tasks seen."""
     return router.of_seen(updates, task + 1)
 
   def end_task(self, learner: Learner, data: TaskData, key: Array) -> Tree:
-    """Its parameters after a task: trained by itself on images of all tasks so far."""
+    """Returns the parameters after a task: trained alone on images of all tasks so far."""
     recalling, training = jax.random.split(key)
     problem, seen = self.net.problem, int(learner.task) + 1
     pixels, labels = self.rehearsal.recall(learner.memory["rehearsal"], data, seen - 1, recalling)
 
     def features(learner, x):
       own = jax.tree.map(lambda tree: tree[:seen], learner.memory["own"])
+      # `in_batches` joins along the first axis: images before tasks.
       return jnp.moveaxis(
         self.net.side_by_side(learner.params, learner.batch_stats, own, x).features, 0, 1
       )
@@ -106,7 +129,14 @@ class OfFeatures:
     )
 
   def tell(self, learner: Learner, x: Array, stream: Stream, macs: Array) -> Told:
-    """Of images and all their streams, which take `[S, N]` MACs."""
+    """Infers the tasks of images.
+
+    Args:
+      learner: with the router's parameters.
+      x: `[N, H, W, D]`, not read.
+      stream: of all tasks seen, for these images.
+      macs: `[S, N]` of the streams.
+    """
     features = jnp.moveaxis(stream.features, 0, 1)
     _, seen, width = features.shape
     task = jnp.argmax(router.scores(learner.params["router"], features), axis=-1)
@@ -117,14 +147,22 @@ class OfFeatures:
 
 @dataclasses.dataclass(frozen=True)
 class OfNetwork:
-  """An ungated network of all classes, q(c|x): t* = argmax_t sum_(c in t) q(c|x), so that one stream alone runs.
+  """An ungated network of all classes, q(c|x), as the task classifier.
 
+      t*    = argmax_t sum_(c in t) q(c|x)
       class = argmax_(c in t*) log q(c|x) + log p_t*(c|x)
-      loss  = CE(q, c) + w CE(softmax(q_t / 2), softmax(p_t / 2)),   of logits of the task t being learnt, on its batch
+      loss  = CE(q, c) + w CE(softmax(q_t / 2), softmax(p_t / 2))
 
-  Of the first term every image counts the same (where the batch has no weight, every rehearsed one), and q is shifted
-  in training by the logarithm of how much more often a class comes than it would if all came as often, as in the test.
-  The second term teaches the stream, and not the network, which has all tasks to learn from.
+  Only the stream of t* is needed. The second term of the loss is over logits of the current task t,
+  on its batch: it teaches the stream and not the network, which has all tasks to learn from. In the
+  first term every image has the same weight; where the batch has no weight, every rehearsed image.
+  In training q is shifted by the logarithm of each class's frequency relative to equal frequencies,
+  which the test has.
+
+  Attributes:
+    rehearsal: memory of images of earlier tasks.
+    network: of all classes.
+    distillation: w.
   """
 
   rehearsal: Rehearsal
@@ -132,24 +170,28 @@ class OfNetwork:
   distillation: float
 
   def init(self, key: Array) -> tuple[Tree, Mapping[str, Tree]]:
-    """Parameters, and statistics as of `Loss`."""
+    """Initialises parameters, and statistics as in `Loss`."""
     params, batch_stats = self.network.init(key)
     return params, {"router": batch_stats}
 
   def streamed(self, batch: Batch, replayed: Replay) -> Array:
-    """What the stream of the task sees in a step: nothing rehearsed."""
+    """Returns the current stream's input in a step: the batch alone."""
     return batch.x
 
   def loss(
     self, params: Tree, learner: Learner, batch: Batch, replayed: Replay, stream: Stream, key: Array
   ) -> Loss:
-    """Of batch and rehearsed images in one pass."""
+    """Computes the loss on batch and rehearsed images in one pass."""
     x, labels = _mixed(batch, replayed)
     of_all, batch_stats = self.network.train_logits(
       params["router"], learner.batch_stats["router"], x, key
     )
+    # Every image has the same weight, in the batch or replayed; a weight of 0 or 1 leaves out one
+    # of the two and stays.
     weight = replayed.batch_weight
     even = jnp.where((weight > 0) & (weight < 1), len(batch.x) / len(x), weight)
+    # Logit adjustment (Menon et al.): log(actual / fair frequency), for classes of the current task
+    # and of the earlier ones.
     of_class = jnp.arange(of_all.shape[1]) // self.network.problem.classes
     shift = jnp.where(
       of_class == learner.task, _log_ratio(even, weight), _log_ratio(1 - even, 1 - weight)
@@ -157,6 +199,7 @@ class OfNetwork:
     loss = _weighted(
       self.network.cross_entropy(of_all + shift, labels, learner.task), batch, replayed, even
     )
+    # The second term: distillation on the batch alone, without a gradient for the network.
     of_batch, _ = memory.part(of_all, len(batch.x), len(replayed.x))
     classes = stream.logits.shape[-1]
     taught = lax.stop_gradient(
@@ -172,20 +215,28 @@ class OfNetwork:
     )
 
   def update(self, updates: Tree, task: Array) -> Tree:
-    """What of a step's updates is taken: all."""
+    """Keeps all of a step's updates."""
     return updates
 
   def end_task(self, learner: Learner, data: TaskData, key: Array) -> Tree:
-    """Its parameters after a task: as they are."""
+    """Returns the parameters after a task, unchanged."""
     return learner.params["router"]
 
   def tell(self, learner: Learner, x: Array, stream: Stream, macs: Array) -> Told:
-    """Of images and all their streams, which take `[S, N]` MACs."""
+    """Infers the tasks of images.
+
+    Args:
+      learner: with the network's parameters and statistics.
+      x: `[N, H, W, D]`.
+      stream: of all tasks seen, for these images.
+      macs: `[S, N]` of the streams.
+    """
     seen, _, classes = stream.logits.shape
     of_all = self.network.logits(learner.params["router"], learner.batch_stats["router"], x)[
       :, : seen * classes
     ]
     scores = jax.nn.log_softmax(of_all).reshape(len(x), seen, classes).swapaxes(0, 1)
+    # t* = argmax_t sum_(c in t) q(c|x). Only that stream would run, so only its cost counts.
     task = jnp.argmax(jax.nn.logsumexp(scores, axis=-1), axis=0)
     return Told(task, scores, jnp.take_along_axis(macs, task[None], axis=0)[0] + self.network.macs)
 
@@ -200,11 +251,11 @@ def _mixed(batch: Batch, replayed: Replay) -> tuple[Array, Array]:
 
 
 def _weighted(each: Array, batch: Batch, replayed: Replay, weight: Array) -> Array:
-  """The mean of `[B + R]` losses, mixed, of which the batch's count `weight`."""
+  """Averages `[B + R]` mixed losses, with this weight on the mean of the batch."""
   of_batch, of_replay = map(jnp.mean, memory.part(each, len(batch.x), len(replayed.x)))
   return weight * of_batch + (1 - weight) * of_replay
 
 
 def _log_ratio(share: Array, fair: Array) -> Array:
-  """0 where there is nothing to share."""
+  """Computes log(share / fair), and 0 where `fair` is 0."""
   return jnp.log(jnp.where(fair > 0, share / jnp.where(fair > 0, fair, 1), 1))

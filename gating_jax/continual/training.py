@@ -28,20 +28,34 @@ def make_step(
   steps_per_epoch: int,
   axis_name: Hashable | None = None,
 ) -> Callable[[Learner, Array, Array, Array], tuple[Learner, dict[str, Array]]]:
-  """`(learner, pixels [B, ...], labels [B], first_step) -> (learner, metrics)`.
+  """Makes the training step of a method.
 
-  `prepare(key, pixels)` augments and normalises; `first_step` is that of the task. Metrics are scalars over the whole
-  batch; all randomness is a function of `seed` and `learner.step`.
+  Metrics are scalars over the whole batch. All randomness is a function of `seed` and
+  `learner.step`.
+
+  Args:
+    method: of continual learning.
+    optimiser: changes the parameters.
+    prepare: `(key, pixels) -> x`, augments and normalises.
+    seed: of all randomness.
+    steps_per_epoch: steps in an epoch of a task.
+    axis_name: mapped device axis, if any.
+  Returns:
+    `(learner, pixels [B, ...], labels [B], first_step) -> (learner, metrics)`, where `first_step`
+      is the first step of the task.
   """
 
   def step(learner, pixels, labels, first_step):
     key = jax.random.fold_in(jax.random.key(seed), learner.step)
+    # `learner.step` counts over all tasks; a schedule of the method counts from the task's first
+    # step.
     epochs, place = jnp.divmod(learner.step - first_step, steps_per_epoch)
     batch = Batch(
       x=prepare(jax.random.fold_in(key, _AUGMENT), pixels),
       labels=labels,
       key=jax.random.fold_in(key, _METHOD),
       epoch=epochs + place / steps_per_epoch,
+      # 0 for the first step of an epoch, 1 for the last; an epoch of one step has only 0.
       place=place / max(1, steps_per_epoch - 1),
     )
     differentiate = value_and_grad_over_devices(_with_total(method.loss), axis_name, has_aux=True)
@@ -50,6 +64,7 @@ def make_step(
     grads = method.gradient(grads, learner, batch)
     metrics["gradient_norm"] = optax.tree.norm(grads)
     updates, opt_state = optimiser.update(grads, learner.opt_state, learner.params)
+    # After the optimiser: only here are momentum and weight decay part of the step.
     updates, memory = method.update(updates, grads, learner)
     params = optax.apply_updates(learner.params, updates)
     metrics["state_norm"] = optax.tree.norm((params, batch_stats))
