@@ -1,1 +1,1 @@
-"""From a trained model to a faster program."""
+"""Compiled, pruned and exported forms of a trained network."""

@@ -1,4 +1,4 @@
-"""What the gates of a trained network do on calibration images, and what each way to skip would compute.
+"""Gate statistics of a trained network on calibration images, and the cost of each way to skip.
 
 Axes: M images, N of a batch, U units of a group.
 Reference: Bejnordi et al., 2020, section 5; Herrmann et al., 2020 (blocks of channels).
@@ -27,14 +27,15 @@ UNION, BLOCKS = 8, (16, 32, 64)
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-  """Of a network on calibration images.
+  """Openings and multiply-accumulates of a network on calibration images.
 
   Attributes:
     net: the network, BatchNorm folded.
     input_shape: `(H, W, D)` of an image.
     images: M.
-    openings: what each group of units did.
-    macs: multiply-accumulates per image of each way to run the network, gate networks included; see `analyse`.
+    openings: the statistics of each group of units.
+    macs: multiply-accumulates per image of each way to run the network, gate networks included; see
+      `analyse`.
   """
 
   net: Folded
@@ -44,11 +45,14 @@ class Analysis:
   macs: Mapping[str, float]
 
   def rows(self) -> list[dict[str, Any]]:
-    """By group of units, for a table; `correlation` is the mean size of that between two different units."""
+    """Returns a table row for each group of units.
+
+    `correlation` is the mean absolute correlation between two different units.
+    """
     return [_row(o) for o in self.openings]
 
   def mac_rows(self) -> list[dict[str, Any]]:
-    """By way to run it: MACs per image, and their ratio to the network without gates."""
+    """Returns MACs per image of each way to run, and their ratio to the network without gates."""
     return [
       {"strategy": name, "macs": value, "ratio": value / self.macs["ungated"]}
       for name, value in self.macs.items()
@@ -58,24 +62,27 @@ class Analysis:
 def analyse(
   model: Any, variables: Mapping[str, Any] | None, calibration: Any, *, buckets: int = 4
 ) -> Analysis:
-  """Runs calibration images through a network and counts what its gates open.
+  """Counts what the gates of a network open on calibration images.
 
-  The ways to run it, of which `Analysis.macs` has the mean over images:
+  `Analysis.macs` holds the mean over images of these ways to run the network:
 
       ungated       every convolution whole, no gate networks
       masked        every convolution whole, and the gate networks
       executed      open units alone
       slimmed       as masked, of `slim`
-      switch        each image by itself, the open channels of a layer or block gathered, padded to one of `buckets`
-                    sizes, multiples of 16; branches of one gate run or not
+      switch        each image alone: the open channels of a layer or block are gathered and padded
+                    to one of `buckets` sizes, multiples of 16; branches of one gate run or not
       union of 8    channels open for any of 8 images in their order
       blocks of B   as executed, but B adjacent channels run where any of them is open
 
   Args:
     model: a `ResNet` or `VGG` that `fold` takes, or a network that is folded already.
-    variables: its trained values; None of one that is folded.
-    calibration: `[M, H, W, D]` float32 network inputs, or an iterable of such batches; read once, not kept.
-    buckets: how many sizes `switch` has.
+    variables: its trained values; None for a folded network.
+    calibration: `[M, H, W, D]` float32 network inputs, or an iterable of such batches; read once,
+      not kept.
+    buckets: number of sizes of `switch`.
+  Returns:
+    An `Analysis`.
   Raises:
     ValueError: no images, images of unlike shapes or not finite, or a model that cannot be folded.
   """
@@ -85,6 +92,7 @@ def analyse(
   arguments.instance(
     "calibration", calibration, Iterable, "images, or an iterable of batches of them"
   )
+  # Sums of integers over images; divided once, below.
   executed, switched, ways = "executed", f"switch of {buckets}", _ways(net)
   counter, spent, images = Counter(net), dict.fromkeys((executed, switched, *ways), 0), 0
   for x, _, logits in observed(net, calibration):
@@ -92,11 +100,15 @@ def analyse(
     counter.add(logits, len(x))
     gates = [z > 0 for z in logits]
     for name, way in ((executed, lambda gates: gates), *ways.items()):
+      # A count that does not depend on the image is one number, and each image adds it.
       spent[name] += np.broadcast_to(folded_macs.macs(net, shape, way(gates)), len(x)).sum()
+    # `switch` pads each image to a size of its own, so its count needs the gates of a batch.
     spent[switched] += len(x) * _switched(net, buckets, shape, gates, len(x))
   openings = counter.result()
+  # Gate networks cost the same for every image.
   heads = sum(map(folded_macs.head_macs, net.parts))
   whole = folded_macs.macs(net, shape)
+  # Pruned by these very openings, with the default settings of `slim`.
   small = take(net, static_units(net, openings))
   found = {name: float(total) / images for name, total in spent.items()}
   macs = {
@@ -110,7 +122,8 @@ def analyse(
 
 
 def _ways(net: Folded) -> dict[str, Any]:
-  """By name: from the gates of all groups to those units which a way to skip computes."""
+  """Maps the name of each way to skip to its rule, from all gates to the units it computes."""
+  # A branch with one gate has no channels to gather into blocks: its gate stays as it is.
   groups, layers = [group for _, _, group, _ in places(net)], [layer for *_, layer in places(net)]
   each = lambda change: (
     lambda gates: [
@@ -121,6 +134,7 @@ def _ways(net: Folded) -> dict[str, Any]:
   return {
     f"union of {UNION}": lambda gates: [_union(g) for g in gates],
     **{
+      # `size` is bound now: a closure would see the last one of the loop.
       f"blocks of {size}": each(lambda g, group, size=size: _in_blocks(g, group, size))
       for size in BLOCKS
     },
@@ -130,8 +144,12 @@ def _ways(net: Folded) -> dict[str, Any]:
 def _switched(
   net: Folded, buckets: int, shape: tuple[int, int, int], gates: Sequence[np.ndarray], count: int
 ) -> float:
-  """MACs per image by `switch` where it fits; `native` computes what is open, so of a layer the branch or nothing."""
+  """Computes MACs per image by `switch` where it fits.
+
+  Elsewhere `native`, which computes what is open, stands for a branch that runs or not.
+  """
   settings = settings_of(net, buckets)
+  # Parts that no strategy of the two fits are computed whole.
   names = [
     "switch"
     if switch(part, setting)
@@ -145,13 +163,16 @@ def _switched(
 
 
 def _union(gates: np.ndarray) -> np.ndarray:
+  # `reduceat` also takes a shorter last set, but no empty axis.
   starts = np.arange(0, len(gates), UNION)
   opened = np.logical_or.reduceat(gates, starts, axis=0) if gates.size else gates[starts]
   return np.repeat(opened, UNION, axis=0)[: len(gates)]
 
 
 def _in_blocks(gates: np.ndarray, group: Group, size: int) -> np.ndarray:
+  # Whole gates only: a block holds at least one gate's channels.
   units = max(1, size // group.channels)
+  # The last block is filled up with closed units, which are cut off again.
   spare = -gates.shape[1] % units
   blocks = np.pad(gates, ((0, 0), (0, spare))).reshape(len(gates), -1, units).any(axis=2)
   return np.repeat(blocks, units, axis=1)[:, : gates.shape[1]]
@@ -159,6 +180,7 @@ def _in_blocks(gates: np.ndarray, group: Group, size: int) -> np.ndarray:
 
 def _row(o: Openings) -> dict[str, Any]:
   units = o.group.gates
+  # The diagonal is left out: a unit's correlation with itself is 1.
   others = ~np.eye(units, dtype=bool)
   return {
     "part": o.part,

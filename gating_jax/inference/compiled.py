@@ -1,4 +1,4 @@
-"""A trained gated network as one compiled program that skips what its gates close, chosen by timing.
+"""A trained gated network as one compiled program that skips closed units, chosen by timing.
 
 Axes: N images of H x W pixels and D channels, U gates of a group.
 Reference: Verelst and Tuytelaars, 2020; Bejnordi et al., 2020.
@@ -40,17 +40,20 @@ from gating_jax.timing import CHOSEN, MASKED, UNGATED, race
 from gating_jax.types import Array
 
 AUTO = "auto"
-_NO_GATES = {"layer_gate": False, "output_gate": False}  # of a block
+# The settings of a block without gates.
+_NO_GATES = {"layer_gate": False, "output_gate": False}
 
 
 class Conditional:
-  """`[N, H, W, D]` images, any N, to `(outputs, tuple of [N, U] gate logits)`; made by `compile_conditional`.
+  """A compiled gated network, made by `compile_conditional`.
+
+  It maps `[N, H, W, D]` images, any N, to `(outputs, tuple of [N, U] gate logits)`.
 
   Attributes:
-    strategies: of each part, by name.
+    strategies: the name of each part's strategy.
     input_shape: `(H, W, D)` of an image.
-    batch_size: images that the program takes.
-    weights, program: what is called, `program(weights, images)`.
+    batch_size: number of images that the program takes.
+    weights, program: the call is `program(weights, images)`.
   """
 
   def __init__(
@@ -62,13 +65,16 @@ class Conditional:
     settings: Sequence[Setting],
     timings: Sequence[Timing] = (),
   ):
+    # The shapes stay, so that `load` can compare another network with the compiled one.
     self.strategies, self._settings, self._timings = tuple(names), tuple(settings), tuple(timings)
     self.input_shape, self.batch_size, self._shapes = input_shape, batch_size, folded.shapes_of(net)
     made = _made(net, names, settings)
     self.weights, self.program = _with_parts(net, made), program(made)
 
   def __call__(self, x: Array) -> tuple[Array, Gates]:
-    """Of a gated network that pools, an image that is not finite has NaN for outputs.
+    """Runs the program on any number of images.
+
+    A gated network that pools returns NaN outputs for an image that is not finite.
 
     Raises:
       ValueError: images of another shape, or in integers.
@@ -77,7 +83,9 @@ class Conditional:
     return in_batches(functools.partial(self.program, self.weights), x, self.batch_size)
 
   def load(self, net: Folded) -> None:
-    """Takes the weights of another network, without compiling or timing again: what skipping saves may be another then.
+    """Takes the weights of another network, without compiling or timing again.
+
+    Skipping may then save another amount than was measured.
 
     Raises:
       ValueError: a network of other shapes or groups of gates.
@@ -86,7 +94,10 @@ class Conditional:
     self.weights = _with_parts(net, _made(net, self.strategies, self._settings))
 
   def report(self) -> tuple[Timing, ...]:
-    """What was measured when the program was made: of each part, then of the whole network; empty but for `auto`."""
+    """Returns the timings of each part, then of the whole network.
+
+    They are empty unless the strategy was `auto`.
+    """
     return self._timings
 
 
@@ -104,24 +115,32 @@ def compile_conditional(
   open_limit: float = OPEN_LIMIT,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Conditional:
-  """A program of a gated network that skips what is closed, and equals computing everything.
+  """Compiles a gated network into a program that skips closed units.
 
-  `auto` times every strategy of every part on this machine, takes the fastest, and then compares the whole program with
-  that of each strategy alone: where skipping loses, or costs too much with everything open, it computes everything.
+  The outputs equal those of computing everything. `auto` times every strategy of every part on this
+  machine, takes the fastest of each, and then compares the whole program with that of each strategy
+  alone. It computes everything where skipping is slower, or costs too much with every unit open.
 
   Args:
     model, variables: what `fold` takes; or a `Folded` network alone.
     input_shape: `(H, W, D)` of an image.
-    batch_size: of the program; other numbers of images are cut and padded to it.
-    strategy: `auto`, or one of `STRATEGIES`, for each part that it knows; others compute everything.
-    buckets: programs at most for different numbers of what is open.
-    calibration: `[M, H, W, D]`, M >= 1, images like those to come. `auto` needs them: what is fitted to images is to
-      every second, and what is timed is four batches, or as many as hold 16 images, of the others.
-    repeats: calls of each program that are timed.
-    candidates: strategies that `auto` may take beside `masked`, such as `EXPORTABLE`; None for all that run here.
-    open_limit: how many times as long as computing everything, gates or none, a call of what `auto` takes may be with
-      every unit open, unless `masked` itself is longer; see `Timing.open_ratio`.
-    progress: called with how many programs `auto` has compiled, and how many it compiles.
+    batch_size: number of images of the program; other numbers are cut and padded to it.
+    strategy: `auto`, or one of `STRATEGIES`, for each part that it fits; other parts compute
+      everything.
+    buckets: largest number of programs for different numbers of open units.
+    calibration: `[M, H, W, D]`, M >= 1, images like those to come. `auto` needs them: it fits to
+      every second image, and times on four batches of the others, or on as many batches as hold 16
+      images.
+    repeats: number of timed calls of each program.
+    candidates: strategies that `auto` may take in addition to `masked`, such as `EXPORTABLE`; None
+      for all that run here.
+    open_limit: largest slowdown with every unit open: the time of a call of the program that `auto`
+      takes, divided by that of computing everything, with gates or without. Where `masked` itself
+      is slower, its slowdown is the limit; see `Timing.open_ratio`.
+    progress: called with the number of programs that `auto` has compiled, and the number it
+      compiles.
+  Returns:
+    A `Conditional`.
   Raises:
     ValueError: an unknown strategy, a network without the gates it takes, or values out of range.
   """
@@ -137,11 +156,12 @@ def compile_conditional(
   net = model if isinstance(model, Folded) else fold(model, variables)
   check_float(net)
   folded.check_channels(net, input_shape[2])
-  # What is fitted to some images is judged on others, where there are more than one.
+  # Strategies are fitted to every second image and timed on the others, if there are two or more.
   fitted = judged = calibration
   if strategy == AUTO and len(calibration) > 1:
     fitted, judged = calibration[::2], calibration[1::2]
   settings = settings_of(net, buckets, () if fitted is None else _gates_of(net, fitted))
+  # `masked` is always among them: parts that no other strategy fits run by it.
   tried = {
     name: make
     for name, make in STRATEGIES.items()
@@ -155,7 +175,8 @@ def compile_conditional(
   if strategy != AUTO:
     if not any(strategy in known for known in options):
       raise ValueError(
-        f"strategy must fit a part of the network; {strategy!r} fits none of it, or needs calibration"
+        f"strategy must fit a part of the network; {strategy!r} fits none of it, "
+        "or needs calibration"
       )
     names = [strategy if strategy in known else MASKED for known in options]
     return Conditional(net, input_shape, batch_size, names, settings)
@@ -163,13 +184,15 @@ def compile_conditional(
   macs = account(
     net, options, settings, input_shape, [_gates_of(net, x) for x in batches], batch_size
   )
-  # A program for each choice of a part; for each of the whole network two, one with all open; and the ungated network.
+  # Programs to compile: one for each choice of a part; two for each mixture of the whole network,
+  # of which one has every unit open; and the ungated network.
   of_parts = sum(len(known) for known in options if len(known) > 1)
   of_nets = 2 * (1 + len({name for known in options for name in known})) + 1
   done = itertools.count(1)
   compiled = lambda: progress(next(done), of_parts + of_nets)
   timings = _time_parts(net, options, batches, macs, repeats, compiled)
   names, of_whole = _choose(net, options, timings, batches, macs, repeats, open_limit, compiled)
+  # Only the comparison of whole programs says which strategy each part runs by.
   timings = [dataclasses.replace(t, chosen=t.strategy == names[t.part]) for t in timings]
   return Conditional(net, input_shape, batch_size, names, settings, [*timings, *of_whole])
 
@@ -183,7 +206,11 @@ def check_arguments(
   repeats: int,
   open_limit: float,
 ) -> np.ndarray | None:
-  """The calibration images. Raises TypeError or ValueError naming the first argument that is wrong, or missing."""
+  """Checks the arguments of a compilation, and returns the calibration images.
+
+  Raises:
+    TypeError, ValueError: naming the first argument that is wrong, or missing.
+  """
   for name, value in (("batch_size", batch_size), ("buckets", buckets), ("repeats", repeats)):
     arguments.whole_number(name, value)
   arguments.number("open_limit", open_limit, "> 0", lambda v: v > 0)
@@ -198,14 +225,19 @@ def check_arguments(
 
 
 def program(made: Sequence[Made] | None = None) -> Callable[[Folded, Array], tuple[Array, Gates]]:
-  """The network compiled, with what was made of each part; `masked` for None.
+  """Compiles the network with a runner for each part; every part is `masked` for None.
 
-  Pooled outputs are NaN where a logit is: gates are closed there, and what is closed may or may not be computed.
+  Pooled outputs are NaN where a logit is: such gates are closed, and whether a closed unit is
+  computed depends on the strategy.
+
+  Returns:
+    A function `(net, [N, H, W, D]) -> (outputs, tuple of [N, U] logits)`.
   """
   runners = None if made is None else [runner for _, runner in made]
 
   def run(net: Folded, x: Array) -> tuple[Array, Gates]:
     y, logits = folded.run(net, x, runners)
+    # A NaN logit closes its gate, which may hide that the input was not finite.
     if net.pooled and logits:
       lost = functools.reduce(
         jnp.logical_or, (jnp.any(jnp.isnan(z), axis=1, keepdims=True) for z in logits)
@@ -217,7 +249,7 @@ def program(made: Sequence[Made] | None = None) -> Callable[[Folded, Array], tup
 
 
 def ungated(net: Folded) -> Folded:
-  """The network with its gate networks left out: every unit open."""
+  """Returns the network without its gate networks: every unit is open."""
   return dataclasses.replace(
     net,
     parts=tuple(
@@ -228,9 +260,10 @@ def ungated(net: Folded) -> Folded:
 
 
 def opened(net: Folded) -> Folded:
-  """The network with gate networks that open every unit for every image, but for those that no image can open."""
+  """Returns the network with gate networks that open every unit that any image can open."""
 
   def always(head: folded.Head) -> folded.Head:
+    # Such a unit has no weights and a bias of at most 0: its logit is never above 0.
     shut = ~jnp.any(head.logits, axis=0) & (head.logits_bias <= 0)
     bias = jnp.where(shut, -1, jnp.ones_like(head.logits_bias))
     return dataclasses.replace(head, logits=jnp.zeros_like(head.logits), logits_bias=bias)
@@ -245,20 +278,23 @@ def opened(net: Folded) -> Folded:
 
 
 def in_batches(run: Callable[[Array], Any], x: Array, size: int) -> Any:
-  """What `run`, which takes `size` examples, makes of any number of them."""
+  """Applies `run`, which takes `size` examples, to any number of them."""
   if len(x) == size:
     return run(x)
+  # At least one call, so that no images give empty outputs of the right shapes.
   parts = [run(_padded(x[i : i + size], size)) for i in range(0, max(1, len(x)), size)]
   return jax.tree.map(lambda *pieces: jnp.concatenate(pieces)[: len(x)], *parts)
 
 
 def _padded(x: Array, count: int) -> Array:
+  # Zeros are computed with the rest, and `in_batches` cuts them off.
   missing = count - len(x)
   return jnp.pad(jnp.asarray(x), [(0, missing), *[(0, 0)] * 3]) if missing else x
 
 
 def _gates_of(net: Folded, images: Any) -> tuple[np.ndarray, ...]:
   run = program()
+  # In pieces, so that memory does not grow with the calibration set.
   found = [run(net, jnp.asarray(images[i : i + 256]))[1] for i in range(0, len(images), 256)]
   return tuple(
     np.concatenate([np.asarray(threshold_gate(z)) for z in logits])
@@ -289,10 +325,11 @@ def _time_parts(
   repeats: int,
   compiled: Callable[[], None],
 ) -> list[Timing]:
-  """Every strategy of every part that has a choice, on what the part sees of the batches."""
+  """Times every strategy of every part that has a choice, on the part's inputs for the batches."""
   seen = [_seen(net, x) for x in batches]
   timings = []
   for i, known in enumerate(options):
+    # Nothing to choose: `masked` alone fits.
     if len(known) == 1:
       continue
     contenders = {
@@ -309,7 +346,7 @@ def _time_parts(
 
 @jax.jit
 def _seen(net: Folded, x: Array) -> list[tuple[Array, Gates, Gates]]:
-  """`(x, gates, gates of x)` of every part."""
+  """Returns `(x, gates, gates of x)` of every part."""
   seen = []
 
   def spy(part, x, gates, before):
@@ -330,12 +367,14 @@ def _choose(
   open_limit: float,
   compiled: Callable[[], None],
 ) -> tuple[list[str], list[Timing]]:
-  """Each part's strategy in the fastest whole program, and what whole programs took."""
+  """Returns each part's strategy in the fastest whole program, and whole programs' timings."""
+  # The mixture of the parts' fastest strategies; a part changes only for a clear gain.
   of_parts = [MASKED] * len(net.parts)
   for i in range(len(net.parts)):
     of_part = [t for t in timings if t.part == i]
     if of_part and (best := min(of_part, key=lambda t: t.seconds)).time_ratio < GAIN:
       of_parts[i] = best.strategy
+  # Compared with each strategy alone: parts in one program take other times than alone.
   mixtures = {MASKED: [MASKED] * len(net.parts)}
   for name in STRATEGIES:
     if any(name in known for known in options):
@@ -345,7 +384,9 @@ def _choose(
   made = {name: _pick(options, names) for name, names in mixtures.items()}
   runs = {}
   for name, parts in made.items():
+    # A strategy may hold its weights in another form, so each mixture has its own.
     run, own = program(parts), _with_parts(net, parts)
+    # `open_limit` needs each program with every unit open, too.
     for wide, weights in ((False, own), (True, opened(own))):
       runs[name, wide] = functools.partial(run_over, run, [(weights, x) for x in batches])
   runs[UNGATED, False] = functools.partial(

@@ -1,4 +1,4 @@
-"""How many multiply-accumulates each strategy spends on a batch, what it pads and computes in vain included.
+"""Multiply-accumulates that each strategy computes on a batch, including padding and wasted work.
 
 Axes: N examples of a batch, U gates of a group.
 Reference: Verelst and Tuytelaars, 2020 (what of the MACs saved is saved in practice).
@@ -41,8 +41,8 @@ class Account:
 
   Attributes:
     dense: of each part without gates.
-    opened: of each part, what is left open.
-    computed: of each part and strategy, what is computed.
+    opened: of each part, those of open units.
+    computed: of each part, those that each strategy computes, by name.
     heads: of each part's gate network.
     classifier: of the classifier.
   """
@@ -54,8 +54,11 @@ class Account:
   classifier: int
 
   def of_part(self, part: int) -> tuple[float, dict[str, float]]:
-    """What is left open and what each strategy computes, of all MACs of the part, its gate network left out; 1 for a
-    part without any."""
+    """Returns the ratio of open MACs of a part, and of those that each strategy computes.
+
+    Both are relative to all MACs of the part, without its gate network; 1 for a part without any
+    MACs.
+    """
     dense = self.dense[part]
     return (
       self.opened[part] / dense if dense else 1.0,
@@ -63,7 +66,10 @@ class Account:
     )
 
   def of_net(self, programs: Mapping[str, Sequence[str]]) -> tuple[float, dict[str, float]]:
-    """The same of whole programs, by name, from the strategies of their parts; with gate networks."""
+    """Returns the same ratios for whole programs, with gate networks and the classifier.
+
+    `programs` maps a name to the strategies of its parts.
+    """
     dense = sum(self.dense) + self.classifier
     return (
       (sum(self.opened) + sum(self.heads) + self.classifier) / dense,
@@ -71,7 +77,7 @@ class Account:
     )
 
   def of_program(self, names: Sequence[str]) -> float:
-    """What a whole program computes, from the strategies of its parts."""
+    """Returns the MACs that a whole program computes, from the strategies of its parts."""
     of_parts = sum(known[name] for known, name in zip(self.computed, names, strict=True))
     return of_parts + sum(self.heads) + self.classifier
 
@@ -84,15 +90,17 @@ def account(
   batches: Sequence[Gates],
   size: int,
 ) -> Account:
-  """Of the network on some batches of images.
+  """Counts the MACs of a network on some batches of images.
 
   Args:
     net: the network.
     known: the strategies of each part.
-    settings: of each part.
+    settings: the setting of each part.
     shape: `(H, W, D)` of an image.
-    batches: of each batch, `[N, U]` of every group of the network in order.
+    batches: for each batch, `[N, U]` gates of every group of the network in order.
     size: N.
+  Returns:
+    An `Account`, per image.
   """
   heads = [head_macs(part) for part in net.parts]
   gates = [np.concatenate(of_group) for of_group in zip(*batches, strict=True)]
@@ -101,13 +109,12 @@ def account(
     for macs, head in zip(macs_by_part(net, shape, gates), heads, strict=True)
   ]
   dense, computed = [], []
-  left, before = (
-    list(batches),
-    [()] * len(batches),
-  )  # of each batch: gates from this part on, and of its input
+  # `left`: the gates of each batch from this part on; `before`: those of this part's input.
+  left, before = list(batches), [()] * len(batches)
   for part, names, setting in zip(net.parts, known, settings, strict=True):
     count = len(part.head.groups) if part.head is not None else 0
     own, left = [gates[:count] for gates in left], [gates[count:] for gates in left]
+    # Counted batch by batch: padding depends on how many examples of a batch are open.
     computed.append(
       {
         name: sum(
@@ -129,16 +136,18 @@ def account(
 def spent(
   strategy: str, part: Part, setting: Setting, shape: Shape, gates: Gates, before: Gates, count: int
 ) -> float:
-  """MACs of one batch, gate networks left out.
+  """Computes the MACs of one batch by a strategy, gate networks left out.
 
   Args:
-    strategy: one that knows the part.
+    strategy: one that fits the part.
     part: the part.
-    setting: with which it was made.
-    shape: `(H, W, D)` of its input.
+    setting: the setting that the strategy was made with.
+    shape: `(H, W, D)` of the part's input.
     gates: `[N, U]` of each of its groups.
-    before: `[N, U]` of `setting.groups_before`.
+    before: `[N, U]` of each of `setting.groups_before`.
     count: N.
+  Returns:
+    The sum over the N examples.
   """
   return float(_SPENT[strategy](part, setting, shape, gates, before, count))
 
@@ -168,6 +177,7 @@ def _native(
 def _pallas(
   part: Part, setting: Setting, shape: Shape, gates: Gates, before: Gates, count: int
 ) -> float:
+  # Blocks of closed channels are skipped inside the kernel: no padding.
   opened = [open_channels(group, g) for group, g in zip(groups_of(part), gates, strict=False)]
   return np.sum(part_macs(part, shape, opened=_and_output(part, opened))[1])
 
@@ -182,10 +192,12 @@ def _switch(
     for group, g in zip(groups, (*before[: len(inputs)], *gates), strict=False)
   ]
   sizes = capacities(groups, setting.buckets)
+  # One program serves all groups of a part: the smallest that holds the open channels of each.
   program = np.max(
     [np.searchsorted(size, channels) for size, channels in zip(sizes, opened, strict=True)], axis=0
   )
   chosen = [
+    # Sizes are multiples of 16, which may exceed the channels there are.
     np.minimum(np.array(size)[program], group.width)
     for size, group in zip(sizes, groups, strict=True)
   ]
@@ -198,6 +210,7 @@ def _switch(
 def _layer_dispatch(
   part: Block, setting: Setting, shape: Shape, gates: Gates, before: Gates, count: int
 ) -> float:
+  # The branch runs for the examples gathered, as a fraction of all N.
   return count * part_macs(part, shape, opened=[_padded(gates[0][:, 0], setting) / count])[1]
 
 
@@ -205,6 +218,7 @@ def _block_dispatch(
   part: Block, setting: Setting, shape: Shape, gates: Gates, before: Gates, count: int
 ) -> float:
   (group,) = groups_of(part)
+  # Each gate gathers its own examples; on average, this many channels run for an example.
   channels = group.always + group.channels * sum(_padded(g, setting) for g in gates[0].T) / count
   return count * part_macs(part, shape, opened=_and_output(part, [channels]))[1]
 
@@ -216,7 +230,9 @@ def _cluster(
   masks = [np.asarray(group.expand(g)) for group, g in zip(groups, gates, strict=False)]
   whole = [np.arange(group.width) for group in groups]
   shortcut = part_macs(dataclasses.replace(part, convs=()), shape)[1]
+  # The shortcut runs for all; an example waits until a set covers what it opens.
   total, waiting = count * shortcut, np.ones(count, bool)
+  # The same sets as `cluster` finds from the same calibration gates; all channels come last.
   for kept in [*unions(groups, setting.gates[: len(groups)], setting.buckets - 1), whole]:
     taken = waiting & np.asarray(covered(masks, kept))
     branch = (
@@ -227,12 +243,12 @@ def _cluster(
 
 
 def _and_output(part: Part, opened: list[Any]) -> list[Any]:
-  """With all channels of a block's output, where these have gates."""
+  """Adds all channels of a block's output, if these have gates: no strategy skips them."""
   return [*opened, part.head.groups[-1].width] if gates_output(part) else opened
 
 
 def _padded(is_open: np.ndarray, setting: Setting) -> int:
-  """Examples that a program takes for those open, `[N]`."""
+  """Returns the number of examples that a program takes for the open ones of `[N]`."""
   sizes = example_sizes(len(is_open), setting.buckets)
   return sizes[np.searchsorted(sizes, np.sum(is_open > 0))]
 

@@ -1,12 +1,15 @@
-"""A network with early exits as one program that goes on with the images that no exit was sure of, gathered.
+"""A network with early exits as one program that gathers the images that stay after each exit.
 
-    stage 1 -> exit 1 -> those it is not sure of: stage 2 -> exit 2 -> those it is not sure of: stage 3 -> ..
+    stage 1 -> exit 1 -> those it is not sure of:
+    stage 2 -> exit 2 -> those it is not sure of:
+    stage 3 -> ..
 
-After an exit the program takes the smallest of a few numbers of images that holds all that stay; the largest is all.
+After an exit the program takes the smallest of a few numbers of images that holds all that stay;
+the largest is all.
 
 Axes: N images, H and W pixels, D channels, X exits before the last, K classes.
-Reference: Teerapittayanon, McDanel and Kung, "BranchyNet: fast inference via early exiting from deep neural networks",
-2016.
+Reference: Teerapittayanon, McDanel and Kung, "BranchyNet: fast inference via early exiting from
+deep neural networks", 2016.
 """
 
 from __future__ import annotations
@@ -41,18 +44,21 @@ from gating_jax.ops import confidence
 from gating_jax.timing import EXIT_DISPATCH, MASKED, UNGATED, race
 from gating_jax.types import Array
 
-_NEVER = 1e-12  # a threshold below every entropy
+# A threshold below every entropy: no image leaves.
+_NEVER = 1e-12
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExitNet:
-  """Stages that end with a feature map, the last with logits; after each but the last an exit, which takes that map.
+  """Stages, and an exit after each but the last, which takes the stage's feature map.
+
+  The last stage ends with logits, the others with a feature map.
 
   Attributes:
     stages: X + 1 networks.
     exits: X networks, each to `[N, K]` logits.
-    threshold: of an exit's entropy, as a share of the largest: below it an image leaves.
+    threshold: fraction of the largest entropy; an image leaves at an exit of less entropy.
   """
 
   stages: tuple[Folded, ...]
@@ -61,13 +67,15 @@ class ExitNet:
 
 
 class Exiting:
-  """`[N, H, W, D]` images, any N, to `(logits, stay)` as of `run`; made by `compile_exits`.
+  """A compiled network with early exits, made by `compile_exits`.
+
+  It maps `[N, H, W, D]` images, any N, to `(logits, stay)` as of `run`.
 
   Attributes:
-    strategy: `exit_dispatch`, or `masked` where everything is computed for all.
+    strategy: `exit_dispatch`, or `masked` where everything is computed for all images.
     input_shape: `(H, W, D)` of an image.
-    batch_size: images that the program takes.
-    weights, program: what is called, `program(weights, images)`.
+    batch_size: number of images that the program takes.
+    weights, program: the call is `program(weights, images)`.
   """
 
   def __init__(
@@ -84,7 +92,11 @@ class Exiting:
     self.program = program(buckets if strategy == EXIT_DISPATCH else None)
 
   def __call__(self, x: Array) -> tuple[Array, Array]:
-    """Raises ValueError for images of another shape, or in integers."""
+    """Runs the program on any number of images.
+
+    Raises:
+      ValueError: images of another shape, or in integers.
+    """
     x = inputs.images("images", x, self.input_shape)
     return in_batches(functools.partial(self.program, self.weights), x, self.batch_size)
 
@@ -98,16 +110,23 @@ class Exiting:
     self.weights = net
 
   def report(self) -> tuple[Timing, ...]:
-    """What was measured when the program was made, of `ungated`, the network without exits, too; empty but for
-    `auto`."""
+    """Returns the timings of the whole network, and of `ungated`, the network without exits.
+
+    They are empty unless the strategy was `auto`.
+    """
     return self._timings
 
 
 def fold_exits(model: EarlyExitNet, variables: Mapping[str, Any]) -> ExitNet:
-  """The network in evaluation, BatchNorm folded into its convolutions, in float32.
+  """Folds the BatchNorm of a network with exits, in evaluation and in float32.
 
+  Args:
+    model: an `EarlyExitNet`.
+    variables: its trained values, `params` and `batch_stats`.
+  Returns:
+    An `ExitNet`.
   Raises:
-    ValueError: another model, or one of which something cannot be folded.
+    ValueError: another model, or one with something that cannot be folded.
   """
   check(model, (EarlyExitNet,))
   stages, flat = fold_stages(model, variables)
@@ -128,42 +147,51 @@ def fold_exits(model: EarlyExitNet, variables: Mapping[str, Any]) -> ExitNet:
 
 
 def run(net: ExitNet, x: Array, buckets: int | None = None) -> tuple[Array, Array]:
-  """The logits of the exit at which each image leaves, and how unsure every exit was.
+  """Returns the logits of the exit at which each image leaves, and how unsure every exit was.
 
   Args:
     net: the network.
     x: `[N, H, W, D]` images.
-    buckets: numbers of images at most that there is a program for after each exit, and again for each of these after
-      the next; None: all is computed for all.
+    buckets: largest number of programs after each exit, one for each number of images; each of them
+      has as many again after the next exit. None: everything is computed for all images.
   Returns:
-    `[N, K]`, and `[N, X]` as of `ops.exits.stay_logits`, above 0 where an image goes on; where it has left before, the
-    exit at which it did stands for the later ones.
+    `[N, K]` logits, and `[N, X]` as of `ops.confidence.stay_logits`, above 0 where an image stays.
+    The exit at which an image leaves stands for the later ones.
   """
   logits, stay = _from(net, 0, x, jnp.full(len(x), jnp.inf, jnp.float32), buckets)
   return logits, jnp.stack(stay, axis=1)
 
 
 def program(buckets: int | None = None) -> Callable[[ExitNet, Array], tuple[Array, Array]]:
-  """`run`, compiled."""
+  """Compiles `run`."""
   return jax.jit(functools.partial(run, buckets=buckets))
 
 
 def _from(
   net: ExitNet, stage: int, x: Array, least: Array, buckets: int | None
 ) -> tuple[Array, list[Array]]:
-  """From a stage on: `[n, K]` logits, and of each exit to come `[n]` how unsure it is, by `least` at most."""
+  """Runs the network from a stage on.
+
+  Returns:
+    `[n, K]` logits, and for each exit to come `[n]` how unsure it is, at most `least`.
+  """
+  # `least`: the lowest value of `stay` at the exits so far.
   x, _ = folded.run(net.stages[stage], x)
   if stage == len(net.exits):
     return x, []
   answer, _ = folded.run(net.exits[stage], x)
+  # An image that left stays out: how unsure an exit is never grows again.
   stay = jnp.minimum(least, confidence.stay_logits(answer[:, None], net.threshold)[:, 0])
   goes_on = stay > 0
+  # Where an image leaves here, this exit stands for all later ones.
   left = answer, [stay] * (len(net.exits) - stage - 1)
   rest = lambda x, stay: _from(net, stage + 1, x, stay, buckets)
   choose = lambda there, here: jnp.where(jnp.expand_dims(goes_on, range(1, here.ndim)), there, here)
+  # Everything for all images, and `where` picks the exit.
   if buckets is None:
     logits, later = jax.tree.map(choose, rest(x, stay), left)
   else:
+    # `for_open` adds to y, so y is 0 where an image stays.
     logits, later = for_open(
       goes_on, (x, stay), rest, jax.tree.map(functools.partial(choose, 0.0), left), buckets
     )
@@ -171,11 +199,15 @@ def _from(
 
 
 def macs(net: ExitNet, input_shape: tuple[int, int, int], stay: Any = None) -> Any:
-  """Multiply-accumulates of each image with these `[N, X]` of `run`; without, of one that goes through all."""
+  """Computes the multiply-accumulates of each image from `[N, X]` `stay` of `run`.
+
+  Without `stay`: of one image that no exit lets leave.
+  """
   goes_on, total = 1, 0
   for i, spent in enumerate(_stage_macs(net, input_shape)):
     total = total + goes_on * spent
     if stay is not None and i < len(net.exits):
+      # The stage after an exit costs nothing for images that left there or before.
       goes_on = goes_on * (np.asarray(stay)[:, i] > 0)
   return total
 
@@ -183,23 +215,33 @@ def macs(net: ExitNet, input_shape: tuple[int, int, int], stay: Any = None) -> A
 def gathered_macs(
   net: ExitNet, input_shape: tuple[int, int, int], stay: np.ndarray, buckets: int
 ) -> float:
-  """What `exit_dispatch` computes per image of a batch with these `[N, X]`, padding included."""
+  """Computes the MACs of `exit_dispatch` per image of a batch, padding included.
+
+  Args:
+    net: the network.
+    input_shape: `(H, W, D)` of an image.
+    stay: `[N, X]` of `run`, for this batch.
+    buckets: as of `run`.
+  """
   taken, goes_on, total = len(stay), np.ones(len(stay), bool), 0
   for i, spent in enumerate(_stage_macs(net, input_shape)):
     total += taken * spent
     if i < len(net.exits):
       goes_on &= stay[:, i] > 0
+      # Sizes count from the images of the stage before, as its program is compiled for these.
       sizes = example_sizes(taken, buckets) if taken else (0,)
       taken = sizes[np.searchsorted(sizes, goes_on.sum())]
   return total / len(stay)
 
 
 def _stage_macs(net: ExitNet, input_shape: tuple[int, int, int]) -> list[int]:
-  """Of each stage with the exit that follows it."""
+  """Returns the multiply-accumulates of each stage with the exit that follows it."""
   shape, found = (1, *input_shape), []
   for i, stage in enumerate(net.stages):
     spent = int(folded_macs.macs(stage, shape[1:]))
     if i < len(net.exits):
+      # The shape of the feature map, which the exit and the next stage take, is traced, not
+      # computed.
       shape = jax.eval_shape(folded.run, stage, jax.ShapeDtypeStruct(shape, jnp.float32))[0].shape
       spent += int(folded_macs.macs(net.exits[i], shape[1:]))
     found.append(spent)
@@ -219,19 +261,22 @@ def compile_exits(
   open_limit: float = OPEN_LIMIT,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Exiting:
-  """A program that gathers, after each exit, the images that stay; it equals computing everything for all.
+  """Compiles a program that gathers, after each exit, the images that stay.
 
-  `auto` times both ways on this machine, and takes the faster, if it is not too slow where no image leaves.
+  The outputs equal those of computing everything for all images. `auto` times both ways on this
+  machine, and takes the faster, unless it is too slow when no image leaves.
 
   Args:
     model, variables: what `fold_exits` takes; or an `ExitNet` alone.
     input_shape: `(H, W, D)` of an image.
-    batch_size: of the program; other numbers of images are cut and padded to it.
+    batch_size: number of images of the program; other numbers are cut and padded to it.
     strategy: `auto`, `exit_dispatch` or `masked`.
-    buckets: numbers of images at most that there is a program for after each exit.
+    buckets: largest number of programs after each exit, one for each number of images.
     calibration: `[M, H, W, D]`, M >= 1, images like those to come; `auto` needs them.
-    repeats: calls of each program that are timed.
+    repeats: number of timed calls of each program.
     open_limit, progress: as of `compile_conditional`.
+  Returns:
+    An `Exiting`.
   Raises:
     ValueError: another model, an unknown strategy, or values out of range.
   """
@@ -241,10 +286,12 @@ def compile_exits(
     strategy, input_shape, batch_size, buckets, calibration, repeats, open_limit
   )
   net = model if isinstance(model, ExitNet) else fold_exits(model, variables)
+  # Exits and later stages take feature maps; only the first stage sees the images.
   folded.check_channels(net.stages[0], input_shape[2])
   if strategy != AUTO:
     return Exiting(net, input_shape, batch_size, strategy, buckets)
   batches = spread_batches(calibration, batch_size)
+  # The baseline has no exits; `staying` measures the worst case, in which no image leaves.
   plain, staying = without_exits(net), dataclasses.replace(net, threshold=_NEVER)
   ways = {MASKED: program(), EXIT_DISPATCH: program(buckets)}
   runs = {
@@ -255,6 +302,7 @@ def compile_exits(
     },
     (UNGATED, False): (jax.jit(folded.run), plain),
   }
+  # `on_start` says that a program is compiled, but not which: count them.
   done = itertools.count(1)
   times = race(
     {
@@ -265,12 +313,14 @@ def compile_exits(
     on_start=lambda: progress(next(done), len(runs)),
   )
   chosen, seconds, open_ratios = fastest(times, len(batches), open_limit)
+  # Both ways let the same images leave, so one of them tells the MACs of both.
   stay = np.concatenate([np.asarray(ways[MASKED](net, x)[1]) for x in batches])
   dense = int(folded_macs.macs(plain, input_shape))
   ratio = float(np.mean(macs(net, input_shape, stay))) / dense
   computed = {
     MASKED: macs(net, input_shape) / dense,
     EXIT_DISPATCH: statistics.mean(
+      # Padding depends on the images that share a batch, so MACs are counted batch by batch.
       gathered_macs(net, input_shape, stay[i : i + batch_size], buckets)
       for i in range(0, len(stay), batch_size)
     )
@@ -287,5 +337,5 @@ def compile_exits(
 
 
 def without_exits(net: ExitNet) -> Folded:
-  """The network that every image goes through."""
+  """Returns the network that every image passes through, without its exits."""
   return Folded(sum((stage.parts for stage in net.stages), ()), net.stages[-1].classifier)

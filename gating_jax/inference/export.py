@@ -1,11 +1,12 @@
-"""A network as files that run without this package: a StableHLO program, its weights, and a card that describes them.
+"""A network as files that run without this package: a program, its weights and a card.
 
-    export/program.stablehlo     of `jax.export`: (weights, images) -> (outputs, logits of the gates)
+    export/program.stablehlo     of `jax.export`: (weights, images) -> (outputs, gate logits)
     export/weights.safetensors   the program's first argument, by name
-    export/card.json             shapes, sizes and SHA-256 of both, and what else is known of the network
+    export/card.json             shapes, sizes and SHA-256 of both, and facts about the network
 
-Weights are an argument of the program and no constants in it: the program stays small and readable, weights lie where
-any tool for safetensors finds them and are not held twice, and int8 ones go to the device as they are.
+The weights are an argument of the program and no constants in it. The program stays small and
+readable, any tool for safetensors finds the weights, they are not stored twice, and int8 weights go
+to the device as they are.
 
 Axes: N images, H and W pixels, D input channels.
 Reference: the safetensors format; StableHLO's compatibility guarantees.
@@ -44,21 +45,23 @@ from gating_jax.ops import arguments
 from gating_jax.paths import user_path
 
 PROGRAM, WEIGHTS, CARD = "program.stablehlo", "weights.safetensors", "card.json"
+# Written by default; `rocm` is known, too, but has to be named.
 PLATFORMS = ("cpu", "cuda", "tpu")
 _KNOWN_PLATFORMS = (*PLATFORMS, "rocm")
+# Of the card and the names of the files; another number is not read.
 FORMAT = 1
 
 
 class ExportError(Exception):
-  """The directory cannot be written, or holds no export that is whole."""
+  """An error of a directory that cannot be written, or that holds no complete export."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-  """An export: `loaded(images)` runs it on `[N, H, W, D]` float32 network inputs.
+  """A loaded export: `loaded(images)` runs it on `[N, H, W, D]` float32 network inputs.
 
   Attributes:
-    card: what `card.json` says.
+    card: the content of `card.json`.
     weights: by name.
     program: of `jax.export`.
   """
@@ -69,7 +72,9 @@ class Loaded:
   _call: Callable[..., Any] = dataclasses.field(repr=False)
 
   def __call__(self, images: Any) -> Any:
-    """Outputs `[N, ...]`, and a tuple of the logits of each group of gates; or what an exported function returned.
+    """Returns outputs `[N, ...]`, and a tuple of the logits of each group of gates.
+
+    An exported function returns what it returned before.
 
     Raises:
       ValueError: images of another shape or number than the program takes, or in integers.
@@ -92,26 +97,28 @@ def export_model(
   card: Mapping[str, Any] = MappingProxyType({}),
   platforms: Sequence[str] = PLATFORMS,
 ) -> Path:
-  """Writes a network to a new directory, whole or not at all.
+  """Writes a network to a new directory, completely or not at all.
 
   Args:
-    model: a network, of `fold`, `slim` or `quantise`; a program of `compile_conditional`, of strategies among
-      `EXPORTABLE`, or of `compile_exits`; or any function of `[N, H, W, D]` that `jax.jit` takes, whose weights are
-      then in the program.
-    directory: that is not there yet; its parent is.
+    model: a network of `fold`, `slim` or `quantise`; a program of `compile_conditional` with
+      strategies among `EXPORTABLE`, or of `compile_exits`; or any function of `[N, H, W, D]` that
+      `jax.jit` takes, whose weights are then in the program.
+    directory: a path that does not exist yet; its parent does.
     input_shape: `(H, W, D)`.
-    batch_size: N; None for a program that takes any N, or as many as a compiled one does.
-    card: what to say of the network, as JSON: accuracy, classes, how to normalise images.
-    platforms: which the program is for; all can be written from any of them.
+    batch_size: N; None for a program that takes any N, or for a compiled program's own N.
+    card: facts about the network, as JSON: accuracy, classes, how to normalise images.
+    platforms: platforms that the program is for; all can be written from any of them.
   Returns:
     The directory.
   Raises:
     ExportError: it exists, or cannot be written.
-    ValueError: a card that is no JSON or names what is written anyhow, or another bad argument.
+    ValueError: a card that is no JSON or names a field that is written anyway, or another bad
+      argument.
     TypeError: a model that is not folded, or an argument of another kind.
   """
   arguments.instance("directory", directory, (str, os.PathLike), "a path")
   arguments.instance("card", card, Mapping, "a mapping of names to JSON values")
+  # A Flax module is callable, too, but not without its variables.
   if isinstance(model, nn.Module):
     raise TypeError(f"model must be folded first, by fold(model, variables); got {shown(model)}")
   if not isinstance(model, (Folded, Conditional, Exiting)):
@@ -128,7 +135,8 @@ def export_model(
   if isinstance(model, (Conditional, Exiting)):
     if batch_size not in (None, model.batch_size):
       raise ValueError(
-        f"batch_size must be None or {model.batch_size}, that of the compiled model; got {batch_size}"
+        f"batch_size must be None or {model.batch_size}, that of the compiled model; "
+        f"got {batch_size}"
       )
     if input_shape != model.input_shape:
       raise ValueError(
@@ -142,6 +150,7 @@ def export_model(
     batch_size = model.batch_size
   if isinstance(model, Folded):
     folded.check_channels(model, input_shape[2])
+  # Weights become an argument, so that the program holds no constants of their size.
   weights, function = _parted(model)
   program = _program(function, weights, input_shape, batch_size, platforms)
   files = {
@@ -165,7 +174,7 @@ def export_model(
 
 
 def load_exported(directory: str | os.PathLike) -> Loaded:
-  """An export, checked against its card, on this process's default device.
+  """Loads an export on this process's default device, after checking it against its card.
 
   Raises:
     ExportError: a file is missing, cut off, changed, or not what the program takes.
@@ -179,11 +188,13 @@ def load_exported(directory: str | os.PathLike) -> Loaded:
     raise ExportError(f"{directory / WEIGHTS} is damaged: {error}") from None
   try:
     program = jax_export.deserialize(bytearray(data[PROGRAM]))
-  except Exception as error:  # whatever flatbuffers meets
+  # flatbuffers raises many kinds of errors on damaged bytes.
+  except Exception as error:
     raise ExportError(
       f"{directory / PROGRAM} is damaged or of another version of JAX than {jax.__version__}: "
       f"{error}"
     ) from None
+  # The weights' digest is right; they must also be those of this very program.
   wanted = jax.tree.unflatten(program.in_tree, program.in_avals)[0][0]
   found = {name: (w.shape, str(w.dtype)) for name, w in weights.items()}
   if found != {name: (a.shape, str(a.dtype)) for name, a in wanted.items()}:
@@ -192,7 +203,7 @@ def load_exported(directory: str | os.PathLike) -> Loaded:
 
 
 def _parted(model: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any], jax.Array], Any]]:
-  """Weights by name, and the function of them and of images."""
+  """Splits a model into its weights by name, and a function of these and of images."""
   if isinstance(model, Folded):
     tree, run = model, lambda net, x: folded.run(dequantise(net), x)
   elif isinstance(model, (Conditional, Exiting)):
@@ -201,6 +212,7 @@ def _parted(model: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any], ja
     return {}, lambda _, x: model(x)
   leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
   names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+  # The program takes a flat dict; inside, the weights are put back into their tree.
   rebuilt = lambda weights: jax.tree.unflatten(structure, [weights[name] for name in names])
   return (
     {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True)},
@@ -209,6 +221,7 @@ def _parted(model: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any], ja
 
 
 def _program(function, weights, input_shape, batch_size, platforms) -> jax_export.Exported:
+  # A symbolic N: one program for any number of images from 1 on.
   size = str(batch_size or "n")
   shape = jax_export.symbolic_shape(
     ", ".join((size, *map(str, input_shape))), constraints=() if batch_size else ("n >= 1",)
@@ -224,13 +237,15 @@ def _card(own: Mapping[str, Any], given: Mapping[str, Any]) -> bytes:
   if taken := own.keys() & given.keys():
     raise ValueError(f"card must not name {', '.join(sorted(taken))}, which export_model writes")
   try:
+    # NaN and infinity are no JSON, and other readers refuse them.
     return json.dumps({**own, **given}, indent=2, allow_nan=False).encode()
   except (TypeError, ValueError) as error:
     raise ValueError(f"card must be of JSON values, numbers finite; {error}") from None
 
 
 def _write(directory: Path, files: Mapping[str, bytes]) -> None:
-  """Under another name first: a directory of the right name is whole."""
+  """Writes under another name first, so that a directory of the right name is complete."""
+  # Hidden and random, so that two exports of one name do not meet.
   partial = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
   try:
     partial.mkdir()
@@ -239,9 +254,11 @@ def _write(directory: Path, files: Mapping[str, bytes]) -> None:
         with (partial / name).open("wb") as file:
           file.write(data)
           file.flush()
+          # On disk before the rename: a crash must not leave a complete name with cut-off files.
           os.fsync(file.fileno())
       partial.rename(directory)
       _sync(directory.parent)
+    # A KeyboardInterrupt leaves no half-written directory either.
     except BaseException:
       shutil.rmtree(partial, ignore_errors=True)
       raise
@@ -252,7 +269,8 @@ def _write(directory: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _sync(directory: Path) -> None:
-  """Makes what was renamed in a directory last."""
+  """Makes a rename within a directory permanent."""
+  # A rename is permanent only after an fsync of its directory.
   handle = os.open(directory, os.O_RDONLY)
   try:
     os.fsync(handle)
@@ -281,10 +299,11 @@ def _read_card(directory: Path) -> dict[str, Any]:
 
 def _read(directory: Path, name: str, card: Mapping[str, Any]) -> bytes:
   data, said = _bytes(directory, name), card["files"][name]
+  # Cut-off and changed files are found here, before anything is read from them.
   if _digest(data) != said["sha256"]:
     raise ExportError(
-      f"{directory / name} is damaged: {len(data):,} bytes that are not the {said.get('bytes')} bytes "
-      f"of {CARD}'s SHA-256"
+      f"{directory / name} is damaged: {len(data):,} bytes that are not the "
+      f"{said.get('bytes')} bytes of {CARD}'s SHA-256"
     )
   return data
 

@@ -1,11 +1,14 @@
-"""A trained network as plain arrays, BatchNorm folded into its convolutions: what every faster program starts from.
+"""A trained network as plain arrays, with BatchNorm folded into its convolutions.
 
-    Part = Layer   y = gates * pool(ReLU(conv x))                                    a stem, or a layer of a VGG net
-         | Block   y = ReLU(conv_k(.. gates * ReLU(conv_1 x)) + shortcut(x))         residual, or gates * that
+    Part = Layer   y = gates * pool(ReLU(conv x))                  a stem, or a layer of a VGG net
+         | Block   y = ReLU(conv_k(.. gates * ReLU(conv_1 x)) + shortcut(x))
+                                                                   residual, or gates * that
 
-`run` calls one function for each part, so that a strategy is a function of a part and nothing else.
+Every faster program starts from it. `run` calls one function for each part, so that a strategy is a
+function of a part and nothing else.
 
-Axes: N examples, H and W pixels, D input channels, U gates of a group, each of which switches `channels` adjacent ones.
+Axes: N examples, H and W pixels, D input channels, U gates of a group, each of which switches
+`channels` adjacent ones.
 Reference: Jacob et al., 2018, section 3.2 (folding); Bejnordi et al., 2020, section 3.
 """
 
@@ -23,15 +26,14 @@ from gating_jax.ops.relaxations import threshold_gate
 from gating_jax.types import Array
 
 Gates = tuple[Array, ...]
-_static = lambda default: dataclasses.field(
-  default=default, metadata={"static": True}
-)  # compiled in, not mapped over
+# Static fields are compiled in, not mapped over.
+_static = lambda default: dataclasses.field(default=default, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Conv:
-  """`[h, w, D, O]` kernel and `[O]` bias; symmetric padding, so that stride 1 keeps the resolution."""
+  """A `[h, w, D, O]` kernel and `[O]` bias; symmetric padding: stride 1 keeps the resolution."""
 
   kernel: Array
   bias: Array
@@ -39,7 +41,8 @@ class Conv:
   dilation: int = _static(1)
 
   def __call__(self, x: Array) -> Array:
-    """`[N, H, W, D]` to `[N, H', W', O]`."""
+    """Maps `[N, H, W, D]` to `[N, H', W', O]`."""
+    # PyTorch's padding: the same on both sides. XLA's "SAME" differs for strides above 1.
     padding = [(size // 2 * self.dilation,) * 2 for size in self.kernel.shape[:2]]
     y = lax.conv_general_dilated(
       x,
@@ -54,7 +57,7 @@ class Conv:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """Output channels of one convolution: first `always`, which have no gate, then `gates` times `channels`."""
+  """Output channels of one convolution: `always` without a gate, then `gates` * `channels`."""
 
   gates: int
   channels: int = 1
@@ -62,11 +65,11 @@ class Group:
 
   @property
   def width(self) -> int:
-    """Of the convolution's output."""
+    """Returns the number of the convolution's output channels."""
     return self.always + self.gates * self.channels
 
   def expand(self, gates: Array) -> Array:
-    """`[N, U]` gates to `[N, width]`, what each channel is multiplied by."""
+    """Expands `[N, U]` gates to `[N, width]`, the factor of each channel."""
     each = jnp.repeat(gates, self.channels, axis=1)
     return jnp.concatenate([jnp.ones((each.shape[0], self.always), each.dtype), each], axis=1)
 
@@ -74,7 +77,10 @@ class Group:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Head:
-  """The gate network: mean over pixels, Dense with its BatchNorm folded, ReLU, Dense; logits of all groups."""
+  """A gate network; it returns the logits of all groups.
+
+  Mean over pixels, Dense with its BatchNorm folded, ReLU, Dense.
+  """
 
   hidden: Array
   hidden_bias: Array
@@ -83,13 +89,15 @@ class Head:
   groups: tuple[Group, ...] = _static(())
 
   def __call__(self, x: Array) -> Gates:
-    """`[N, H, W, D]` to the logits of each group, `[N, U]`; NaN for an example that is not finite."""
+    """Maps `[N, H, W, D]` to the logits of each group, `[N, U]`.
+
+    They are NaN for an example that is not finite.
+    """
     context = pooled(x.astype(jnp.float32))
     hidden = jax.nn.relu(context @ self.hidden + self.hidden_bias[None])
     logits = hidden @ self.logits + self.logits_bias[None]
-    logits += 0 * jnp.sum(
-      context, axis=1, keepdims=True
-    )  # NaN, where ReLU has hidden what is not finite
+    # Adds 0, or NaN where the ReLU has hidden that the input is not finite.
+    logits += 0 * jnp.sum(context, axis=1, keepdims=True)
     ends = [sum(g.gates for g in self.groups[: i + 1]) for i in range(len(self.groups))]
     return tuple(jnp.split(logits, ends[:-1], axis=1))
 
@@ -97,14 +105,17 @@ class Head:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Layer:
-  """A convolution, ReLU, a max pool of (window, stride, padding) or none, and gates of its channels or none."""
+  """A convolution, ReLU, and optionally a max pool and gates of its channels.
+
+  `pool` is `(window, stride, padding)`.
+  """
 
   conv: Conv
   head: Head | None = None
   pool: tuple[int, int, int] | None = _static(None)
 
   def after(self, h: Array) -> Array:
-    """What follows the convolution, gates left out."""
+    """Applies what follows the convolution, except the gates."""
     h = jax.nn.relu(h)
     if self.pool is None:
       return h
@@ -121,11 +132,12 @@ class Block:
   """A residual block: convolutions with ReLU between, a shortcut, ReLU.
 
   Attributes:
-    convs: of the branch; none where it never runs.
-    head: gates the outputs of all but the last, a group each; with `output_gate` those of the block as well, by the
-      last group; with `layer_gate` the branch as a whole; None: no gates.
-    project: convolution of the shortcut; else it is the input, every `pad[0]`-th pixel of it, with `pad[1]` and
-      `pad[2]` channels of zeros before and after.
+    convs: of the branch; empty if it never runs.
+    head: gates the outputs of all convolutions but the last, a group each. With `output_gate` its
+      last group gates the output of the block as well; with `layer_gate` it gates the branch as a
+      whole. None: no gates.
+    project: convolution of the shortcut. None: the shortcut is the input, every `pad[0]`-th pixel
+      of it, with `pad[1]` channels of zeros before and `pad[2]` after.
   """
 
   convs: tuple[Conv, ...]
@@ -136,7 +148,7 @@ class Block:
   pad: tuple[int, int, int] = _static((1, 0, 0))
 
   def shortcut(self, x: Array) -> Array:
-    """`[N, H, W, D]` to the shape of the block's output."""
+    """Maps `[N, H, W, D]` to the shape of the block's output."""
     if self.project is not None:
       return self.project(x)
     stride, before, after = self.pad
@@ -147,27 +159,31 @@ Part = Layer | Block
 
 
 def groups_of(part: Part) -> tuple[Group, ...]:
-  """The groups that a part's own head gates, but for that of a block's output: first among its groups."""
+  """Returns the groups gated inside a part: all of its head's but that of a block's output."""
   groups = part.head.groups if part.head is not None else ()
   return groups[:-1] if gates_output(part) else groups
 
 
 def gates_output(part: Part) -> bool:
-  """Whether it is a block whose output has gates, the last of its groups."""
+  """Tests for a block whose output has gates, the last of its groups."""
   return isinstance(part, Block) and part.output_gate
 
 
 def handed_on(part: Part, of_groups: Sequence[Any]) -> Sequence[Any]:
-  """Of what a part has for each of its groups, that of its output's channels; nothing where these have no gates."""
+  """Selects, from values for each group of a part, those of its output's channels.
+
+  Returns nothing where these have no gates.
+  """
   return of_groups if isinstance(part, Layer) else of_groups[-1:] if part.output_gate else ()
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Folded:
-  """A network for images in evaluation: its parts in order, then the mean over pixels and the classifier, if any.
+  """A network for images in evaluation.
 
-  Without `pooled` it ends with the last feature map.
+  Its parts run in order; then follow the mean over pixels and the classifier, if any. Without
+  `pooled` it ends with the last feature map.
   """
 
   parts: tuple[Part, ...]
@@ -181,28 +197,31 @@ Runner = Callable[[Part, Array, Gates, Gates], Array]
 def run(
   net: Folded, x: Array, runners: Runner | Sequence[Runner] | None = None
 ) -> tuple[Array, Gates]:
-  """The network's output and the logits of all its gates.
+  """Computes the network's output and the logits of all its gates.
 
   Args:
     net: the network.
     x: `[N, H, W, D]` images.
-    runners: `(part, x, gates, gates of x) -> y`, one for all parts or one for each; `masked` if None. The gates of
-      a part are a tuple, one `[N, U]` a group, empty where it has none. What comes out is multiplied by the gates of a
-      block's output, which a runner may leave alone.
+    runners: `(part, x, gates, gates of x) -> y`, one for all parts or one for each; `masked` if
+      None. The gates of a part are a tuple, one `[N, U]` a group, empty where it has none. The
+      gates of a block's output multiply the result afterwards, so a runner may ignore them.
   Returns:
-    `(outputs, tuple of [N, U] logits)`, the latter in the order of the model's records; outputs are `[N, classes]`,
-    without a classifier `[N, D']`, and without pooling `[N, H', W', D']`.
+    `(outputs, tuple of [N, U] logits)`, the latter in the order of the model's records; outputs are
+    `[N, classes]`, without a classifier `[N, D']`, and without pooling `[N, H', W', D']`.
   """
   runners = runners or masked
   runners = [runners] * len(net.parts) if callable(runners) else runners
+  # `before`: the gates of this part's input channels, if they have any.
   found, before = (), ()
   for part, runner in zip(net.parts, runners, strict=True):
+    # Gates come first: a runner may skip what they close.
     logits = part.head(x) if part.head is not None else ()
     gates = tuple(threshold_gate(z) for z in logits)
     x = runner(part, x, gates, before)
     found += logits
     before = handed_on(part, gates)
     if gates_output(part):
+      # y = gates * ReLU(branch + shortcut): here, so that no strategy needs to know of it.
       x = x * part.head.groups[-1].expand(gates[-1])[:, None, None]
   if not net.pooled:
     return x, found
@@ -214,11 +233,10 @@ def run(
 
 
 def pooled(x: Array) -> Array:
-  """The mean over pixels, `[N, H, W, D]` to `[N, D]`.
-
-  Of one image as a product, which XLA does several times as fast on a CPU; of more it joins a sum to what makes x.
-  """
+  """Computes the mean over pixels, `[N, H, W, D]` to `[N, D]`."""
   n, h, w, d = x.shape
+  # One image: XLA computes the product several times as fast as the mean on a CPU. More images: XLA
+  # joins the mean to what computes x.
   if n != 1:
     return jnp.mean(x, axis=(1, 2))
   return jnp.dot(
@@ -227,7 +245,7 @@ def pooled(x: Array) -> Array:
 
 
 def masked(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
-  """The part computed whole, closed units multiplied by 0: what every strategy must equal."""
+  """Computes the whole part and multiplies closed units by 0; every strategy must equal this."""
   masks = [group.expand(g)[:, None, None] for group, g in zip(groups_of(part), gates, strict=False)]
   if isinstance(part, Layer):
     y = part.after(part.conv(x))
@@ -238,18 +256,20 @@ def masked(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
   h = h(x)
   for i, conv in enumerate(rest):
     h = jax.nn.relu(h)
+    # Each group gates the input of the next convolution; a gate of the branch comes after the last.
     h = conv(h * masks[i] if masks and not part.layer_gate else h)
   return jax.nn.relu((h * masks[0] if part.layer_gate and masks else h) + part.shortcut(x))
 
 
 def shapes_of(net: Any) -> Any:
-  """The same tree with `jax.ShapeDtypeStruct` for arrays."""
+  """Returns the same tree with `jax.ShapeDtypeStruct` for arrays."""
   return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), net)
 
 
 def check_channels(net: Folded, channels: int) -> None:
-  """Raises ValueError unless the network takes images of so many channels."""
+  """Raises ValueError unless the network takes images of `channels` channels."""
   first = net.parts[0]
+  # A block whose branch was pruned has a projection at most, and then any number of channels fits.
   conv = first.conv if isinstance(first, Layer) else next(iter(first.convs), first.project)
   if conv is not None and conv.kernel.shape[2] != channels:
     raise ValueError(
@@ -258,12 +278,18 @@ def check_channels(net: Folded, channels: int) -> None:
 
 
 def check_alike(net: Any, like: Any) -> None:
-  """Raises ValueError unless a network differs from another, of which `like` has the shapes, in its weights alone."""
+  """Raises ValueError unless two networks differ in their weights alone.
+
+  Args:
+    net: the network.
+    like: `shapes_of` the other network.
+  """
   shapes = shapes_of(net)
+  # The structure holds the static fields, such as strides and groups.
   if jax.tree.structure(shapes) != jax.tree.structure(like):
     raise ValueError(
-      "net must have the parts and settings (groups of gates, strides, threshold) of the network that "
-      "was compiled; got others"
+      "net must have the parts and settings (groups of gates, strides, threshold) of the network "
+      "that was compiled; got others"
     )
   for (path, found), wanted in zip(
     jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(like), strict=True

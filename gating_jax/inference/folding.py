@@ -1,7 +1,7 @@
-"""From a Flax model and its variables to a `Folded` network.
+"""Conversion of a Flax model and its variables to a `Folded` network.
 
-Gates that look at no image are folded away: what they close is removed, but for features that a VGG net without a
-classifier ends with, and what they leave is scaled by them.
+Gates that look at no image are folded away: the channels they close are removed, and those they
+leave are scaled by them. Closed features that a VGG net without a classifier ends with stay.
 
 Axes: D input channels, O output channels.
 Reference: Jacob et al., 2018, section 3.2; Louizos et al., 2018 (hard concrete gates).
@@ -35,12 +35,14 @@ _STEM_POOL, _VGG_POOL = (3, 2, 1), (2, 2, 0)
 
 
 def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> Folded:
-  """The network in evaluation, with the same outputs up to rounding, in float32.
+  """Converts a network in evaluation, with the same outputs up to rounding, in float32.
 
   Args:
-    model: a `ResNet` of images or a `VGG`; its gates straight-through and of the pooled features, or the same for all
-      images, if the outputs of blocks have none.
+    model: a `ResNet` of images or a `VGG`. Its gates are straight-through and of the pooled
+      features; or the same for all images, unless the outputs of blocks are gated.
     variables: its trained values, `params` and `batch_stats`.
+  Returns:
+    A `Folded` network.
   Raises:
     ValueError: another model, gates that are never exactly closed, or variables of another model.
     TypeError: variables that are no mapping.
@@ -53,13 +55,19 @@ def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> Folded:
   if model.classes is None:
     return Folded(parts)
   kernel, bias = (jnp.asarray(flat["params", "classifier", name]) for name in ("kernel", "bias"))
+  # Only here are the last features read by a kernel that can do without closed ones.
   if isinstance(model, VGG) and model.gating == "channel" and parts[-1].head is None:
     parts, kernel = _without_closed_features(parts, kernel)
   return Folded(parts, (kernel, bias))
 
 
 def _flat(model: nn.Module, variables: Mapping[str, Any]) -> dict[Path, np.ndarray]:
-  """In float32, by path. Raises ValueError naming the first that is not as the model's own are."""
+  """Returns the variables in float32, by path.
+
+  Raises:
+    ValueError: naming the first variable that the model does not have, lacks, or has in another
+      shape.
+  """
   if variables is not None:
     instance("variables", variables, Mapping, "a mapping with params and batch_stats")
   flat = {
@@ -67,6 +75,7 @@ def _flat(model: nn.Module, variables: Mapping[str, Any]) -> dict[Path, np.ndarr
     for path, leaf in traverse_util.flatten_dict(dict(variables or {})).items()
     if path[0] in ("params", "batch_stats")
   }
+  # The first kernel tells the number of channels of images, which the model does not know.
   first = flat.get(
     ("params", *(("layer1", "conv") if isinstance(model, VGG) else ("stem",)), "conv", "kernel")
   )
@@ -82,17 +91,17 @@ def _flat(model: nn.Module, variables: Mapping[str, Any]) -> dict[Path, np.ndarr
 
 
 def _shapes(model: nn.Module, channels: int) -> dict[Path, tuple[int, ...]]:
-  """Of a model's variables, by path."""
-  images = jax.ShapeDtypeStruct(
-    (1, 32, 32, channels), jnp.float32
-  )  # of any size that pools leave something of
+  """Returns the shapes of a model's variables, by path."""
+  # Any size works from which the pools leave a pixel.
+  images = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
   made = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
   return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(dict(made)).items()}
 
 
 def check(model: Any, kinds: Sequence[type] = (ResNet, VGG)) -> None:
-  """Raises ValueError unless a model is just of one of the kinds, and what it is made of can be folded."""
-  if type(model) not in kinds:  # a subclass has more than would be folded
+  """Raises ValueError unless a model is exactly of one of the kinds and can be folded."""
+  # A subclass may have parts that would not be folded.
+  if type(model) not in kinds:
     got = shown(model) if isinstance(model, type) else type(model).__name__
     raise ValueError(f"model must be {' or '.join(kind.__name__ for kind in kinds)}; got {got}")
   one_of("gating", model.gating, GATINGS)
@@ -128,7 +137,8 @@ def check(model: Any, kinds: Sequence[type] = (ResNet, VGG)) -> None:
 
 
 def _resnet_parts(model: ResNet, flat: Mapping[Path, np.ndarray]):
-  probe = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)  # of any size: images have 4 axes
+  # Strides depend only on the number of axes, which is 4 for images.
+  probe = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
   stem = fold_conv(flat, ("stem",), stride=1 if model.stem == "cifar" else 2)
   yield Layer(stem, pool=_STEM_POOL if model.stem == "imagenet" else None)
   channels = stem.bias.size
@@ -148,6 +158,7 @@ def _resnet_parts(model: ResNet, flat: Mapping[Path, np.ndarray]):
 
 
 def _block(model, flat, name: str, channels: int, stride: int, dilations: tuple[int, int]) -> Block:
+  # A block of two convolutions, or a bottleneck of three.
   basic = ("params", name, "conv3", "conv", "kernel") not in flat
   names = ("conv1", "conv2") if basic else ("conv1", "conv2", "conv3")
   strides, spread = ((stride, 1), dilations) if basic else ((1, stride, 1), (1, dilations[0], 1))
@@ -157,6 +168,8 @@ def _block(model, flat, name: str, channels: int, stride: int, dilations: tuple[
   out = convs[-1].bias.size
   projects = ("params", name, "project", "conv", "kernel") in flat
   project = fold_conv(flat, (name, "project"), stride) if projects else None
+  # A shortcut without a projection is padded with zeros to the block's channels, half of them on
+  # each side.
   missing = 0 if project is not None else out - channels
   shape = dict(
     project=project, pad=(stride if project is None else 1, missing // 2, missing - missing // 2)
@@ -167,6 +180,7 @@ def _block(model, flat, name: str, channels: int, stride: int, dilations: tuple[
     head = _head(model, flat, name, (Group(1),))
     if isinstance(head, Head):
       return Block(tuple(convs), head, layer_gate=True, **shape)
+    # A gate that looks at no image scales the last convolution; a closed one removes the branch.
     scale = float(head[0][0])
     convs = [*convs[:-1], _scaled(convs[-1], scale)] if scale > 0 else []
     return Block(tuple(convs), **shape)
@@ -178,6 +192,7 @@ def _block(model, flat, name: str, channels: int, stride: int, dilations: tuple[
     groups = tuple(_group(model, conv.bias.size) for conv in convs[:-1])
     head = _head(model, flat, name, groups)
     if not isinstance(head, Head):
+      # Static gates: the channels they close go, in the kernel before and after.
       for i, scale in enumerate(head):
         convs[i], convs[i + 1] = _scaled_away(convs[i], scale, convs[i + 1])
       head = None
@@ -199,6 +214,7 @@ def _vgg_parts(model: VGG, flat: Mapping[Path, np.ndarray]):
       if i + 1 < len(convs):
         convs[i], convs[i + 1] = _scaled_away(convs[i], head[0], convs[i + 1])
       else:
+        # The last layer's channels are the features: all stay, closed ones as zeros.
         convs[i] = _scaled(convs[i], head[0])
   for place, conv, head in zip(places, convs, heads, strict=True):
     yield Layer(conv, head, pool=_VGG_POOL if POOL in model.chain[place + 1 : place + 2] else None)
@@ -207,8 +223,10 @@ def _vgg_parts(model: VGG, flat: Mapping[Path, np.ndarray]):
 def _without_closed_features(
   parts: tuple[Layer, ...], classifier: jax.Array
 ) -> tuple[tuple[Layer, ...], jax.Array]:
-  """The layers and the classifier's kernel without the channels of the last layer that are 0 for every input, such as
-  those that static gates have closed; no other convolution reads them."""
+  """Removes the last layer's channels that are 0 for every input, also from the classifier.
+
+  Static gates close such channels; no other convolution reads them.
+  """
   *before, last = parts
   conv = last.conv
   closed = np.all(np.asarray(conv.kernel) == 0, axis=(0, 1, 2)) & (np.asarray(conv.bias) == 0)
@@ -225,7 +243,7 @@ def _group(model, channels: int) -> Group:
 def fold_stages(
   model: ResNet, variables: Mapping[str, Any]
 ) -> tuple[list[tuple[Part, ...]], dict[Path, np.ndarray]]:
-  """The parts of each stage, the stem with the first; and the variables by path."""
+  """Returns the parts of each stage, the stem with the first, and the variables by path."""
   flat = _flat(model, variables)
   stem, *blocks = _resnet_parts(model, flat)
   ends = np.cumsum(model.blocks)
@@ -236,7 +254,7 @@ def fold_stages(
 def fold_conv(
   flat: Mapping[Path, np.ndarray], path: Path, stride: int = 1, dilation: int = 1, norm: bool = True
 ) -> Conv:
-  """The convolution of a `ConvNorm`, its BatchNorm, if any, folded into it."""
+  """Folds the BatchNorm of a `ConvNorm`, if any, into its convolution."""
   kernel = flat["params", *path, "conv", "kernel"]
   if not norm:
     return Conv(
@@ -247,7 +265,9 @@ def fold_conv(
 
 
 def _norm(flat: Mapping[Path, np.ndarray], path: Path) -> tuple[np.ndarray, np.ndarray]:
-  """BatchNorm in evaluation as a factor and a summand of each channel."""
+  """Returns BatchNorm in evaluation as a factor and a summand of each channel."""
+  # y = x * factor + bias, with factor = scale / sqrt(var + eps) and bias = beta - mean * factor; in
+  # float64, so that it is rounded once.
   get = lambda kind, name: flat[kind, *path, name].astype(np.float64)
   factor = get("params", "scale") / np.sqrt(get("batch_stats", "var") + _EPSILON)
   bias = get("params", "bias") - get("batch_stats", "mean") * factor
@@ -257,7 +277,10 @@ def _norm(flat: Mapping[Path, np.ndarray], path: Path) -> tuple[np.ndarray, np.n
 def _head(
   model, flat: Mapping[Path, np.ndarray], name: str, groups: tuple[Group, ...]
 ) -> Head | list[np.ndarray]:
-  """The gate network; or, of gates that look at nothing, their values by channel, an array a group."""
+  """Returns the gate network, or the values of gates that look at no image.
+
+  The latter are one array of channels a group.
+  """
   if model.gate.context == "none":
     logits = jnp.asarray(flat["params", name, GATE_NAME, "logits"])
     if model.gate.relaxation == "hard_concrete":
@@ -275,6 +298,7 @@ def _head(
     ]
   get = functools.partial(_get, flat, (name, GATE_NAME, "head"))
   factor, bias = _norm(flat, (name, GATE_NAME, "head", "norm"))
+  # BatchNorm follows the first Dense layer, which has no bias of its own.
   return Head(
     jnp.asarray(get("hidden", "kernel") * factor),
     jnp.asarray(bias),
@@ -289,14 +313,16 @@ def _get(flat: Mapping[Path, np.ndarray], path: Path, *name: str) -> np.ndarray:
 
 
 def _scaled(conv: Conv, scale: np.ndarray | float) -> Conv:
-  """The convolution with its output channels multiplied by `[O]` numbers, or by one."""
+  """Multiplies the output channels of a convolution by `[O]` numbers, or by one number."""
   scale = jnp.broadcast_to(jnp.asarray(scale, conv.bias.dtype), conv.bias.shape)
   return Conv(conv.kernel * scale[None, None, None], conv.bias * scale, conv.stride, conv.dilation)
 
 
 def _scaled_away(writer: Conv, scale: np.ndarray, reader: Conv) -> tuple[Conv, Conv]:
-  """Both convolutions without the channels between them whose scale is 0, the writer scaled for the others, which
-  ReLU and max pools leave as it is."""
+  """Removes the channels between two convolutions that have scale 0, and scales the writer.
+
+  ReLU and max pools commute with the scale, which is above 0 for the channels kept.
+  """
   kept = _at_least_one(scale)
   writer = _scaled(writer, scale)
   return (
@@ -306,6 +332,9 @@ def _scaled_away(writer: Conv, scale: np.ndarray, reader: Conv) -> tuple[Conv, C
 
 
 def _at_least_one(scale: np.ndarray) -> np.ndarray:
-  """Indices of what is not 0; a convolution keeps one channel, which the scale closes."""
+  """Returns the indices of values other than 0; index 0 if there are none.
+
+  A convolution keeps one channel, which its scale closes.
+  """
   (kept,) = np.nonzero(scale)
   return kept if kept.size else np.arange(1)

@@ -1,6 +1,6 @@
-"""How often the units of a network open on images, and together with which others, as sums over batches.
+"""Opening statistics of the units of a network, alone and in pairs, as sums over batches.
 
-Memory is that of one batch and of `[U, U]` counts for each group, however many images there are.
+Memory is that of one batch and of `[U, U]` counts for each group, whatever the number of images.
 
 Axes: M images, N of a batch, U units of a group, G groups of the network in the order of its gates.
 Reference: Bejnordi et al., 2020, section 5 (always open, always closed, conditional).
@@ -25,15 +25,15 @@ BATCH = 128
 
 @dataclasses.dataclass(frozen=True)
 class Openings:
-  """Of one group of units.
+  """Opening statistics of one group of units.
 
   Attributes:
-    part, index: which of the network's parts, and which group of that part.
+    part, index: the index of the network's part, and of the group within it.
     group: the group.
     layer_gate: whether its one unit is the branch of a block, and not channels.
     images: M.
-    opened: `[U]` on how many of them each unit is open.
-    together: `[U, U]` on how many both are.
+    opened: `[U]` number of images on which each unit is open.
+    together: `[U, U]` number of images on which both units are open.
     highest, lowest: `[U]` the largest and the smallest logit seen.
   """
 
@@ -49,62 +49,67 @@ class Openings:
 
   @property
   def open_rates(self) -> np.ndarray:
-    """`[U]` share of images."""
+    """Returns the fraction of images on which each unit is open, `[U]`."""
     return self.opened / self.images
 
   @property
   def always_open(self) -> np.ndarray:
-    """`[U]` open on more than 99 % of images."""
+    """Marks units that are open on more than 99 % of images, `[U]`."""
     return self.open_rates > ALWAYS_OPEN
 
   @property
   def always_closed(self) -> np.ndarray:
-    """`[U]` open on less than 1 % of images."""
+    """Marks units that are open on less than 1 % of images, `[U]`."""
     return self.open_rates < ALWAYS_CLOSED
 
   @property
   def conditional(self) -> np.ndarray:
-    """`[U]` neither of the two."""
+    """Marks units that are neither always open nor always closed, `[U]`."""
     return ~(self.always_open | self.always_closed)
 
   @property
   def correlation(self) -> np.ndarray:
-    """`[U, U]` Pearson's, of open and closed as 1 and 0; 0 where a unit never changes.
+    """Computes Pearson's correlation `[U, U]` of open and closed as 1 and 0.
 
-    (P(both) - P(i) P(j)) / sqrt(P(i) (1 - P(i)) P(j) (1 - P(j)))
+        (P(both) - P(i) P(j)) / sqrt(P(i) (1 - P(i)) P(j) (1 - P(j)))
+
+    It is 0 where a unit never changes.
     """
     rates = self.open_rates
     deviation = np.sqrt(rates * (1 - rates))
     scale = deviation[:, None] * deviation
     covariance = self.together / self.images - rates[:, None] * rates
+    # A unit that never changes has no deviation: no division by 0.
     return np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 0)
 
 
 def observed(
   net: Folded, images: Any
 ) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]]:
-  """Batches of images, the network's outputs and the logits of all groups, `([N, H, W, D], [N, ...], ([N, U], ...))`.
+  """Yields batches of images, with the network's outputs and the logits of all groups.
 
   Args:
     net: the network.
     images: `[M, H, W, D]` float32 network inputs, or an iterable of such batches.
+  Yields:
+    `([N, H, W, D], [N, ...], ([N, U], ...))`.
   Raises:
-    ValueError: none, of another rank, of unlike shapes, in integers, or not finite.
+    ValueError: no images, or images of another rank, of unlike shapes, in integers, or not finite.
   """
   for x in batches(images):
     folded.check_channels(net, x.shape[3])
-    spare = (
-      -len(x) % BATCH if len(x) > BATCH // 2 else 0
-    )  # so that a last, smaller batch runs in the same program
+    # A last batch that is nearly full is padded, so that it runs in the same program.
+    spare = -len(x) % BATCH if len(x) > BATCH // 2 else 0
     padded = np.concatenate([x, np.zeros((spare, *x.shape[1:]), x.dtype)]) if spare else x
     outputs, logits = _run(net, jnp.asarray(padded))
     yield x, np.asarray(outputs)[: len(x)], tuple(np.asarray(z)[: len(x)] for z in logits)
 
 
 def batches(images: Any) -> Iterator[np.ndarray]:
-  """`BATCH` images at a time, and what is left, however many at a time an iterable has."""
+  """Yields `BATCH` images at a time, then the rest, whatever the batches of an iterable."""
   pieces, waiting = images, None
   if hasattr(images, "shape"):
+    # At least one piece, so that an empty array raises the error below.
     pieces = (images[start : start + BATCH] for start in range(0, max(len(images), 1), BATCH))
   for x in pieces:
     x = inputs.finite("images", inputs.images("images", x))
@@ -112,6 +117,7 @@ def batches(images: Any) -> Iterator[np.ndarray]:
       raise ValueError(f"images must be of one shape, {waiting.shape[1:]}; got {x.shape[1:]}")
     if not len(x):
       raise ValueError("images must be at least one image; got none")
+    # Batches are made up across pieces, so that all but the last have one shape and program.
     waiting = x if waiting is None or not len(waiting) else np.concatenate([waiting, x])
     while len(waiting) >= BATCH:
       yield waiting[:BATCH]
@@ -121,7 +127,7 @@ def batches(images: Any) -> Iterator[np.ndarray]:
 
 
 class Counter:
-  """Sums up `Openings` batch by batch."""
+  """A sum of `Openings` over batches."""
 
   def __init__(self, net: Folded):
     self._places = places(net)
@@ -133,19 +139,23 @@ class Counter:
     self._lowest = [np.full(u, np.inf, np.float32) for u in units]
 
   def add(self, logits: tuple[np.ndarray, ...], images: int) -> None:
-    """The logits of a batch, `[N, U]` for each group, and N."""
+    """Adds the logits of a batch of N images, `[N, U]` for each group."""
     self._images += images
     for i, z in enumerate(logits):
-      gates = (z > 0).astype(
-        np.float32
-      )  # float32, so that the product is quick; exact up to 2**24 images a batch
+      # float32 makes the product fast; it is exact up to 2**24 images a batch.
+      gates = (z > 0).astype(np.float32)
       self._opened[i] += gates.sum(axis=0).astype(np.int64)
+      # P(both) needs the counts of pairs: a product of 0/1 gates over the batch.
       self._together[i] += (gates.T @ gates).astype(np.int64)
       self._highest[i] = np.maximum(self._highest[i], z.max(axis=0))
       self._lowest[i] = np.minimum(self._lowest[i], z.min(axis=0))
 
   def result(self) -> tuple[Openings, ...]:
-    """Of each group. Raises ValueError where nothing was added."""
+    """Returns the `Openings` of each group.
+
+    Raises:
+      ValueError: nothing was added.
+    """
     if not self._images:
       raise ValueError("calibration must have at least one image; got none")
     return tuple(
@@ -157,7 +167,7 @@ class Counter:
 
 
 def places(net: Folded) -> list[tuple[int, int, Group, bool]]:
-  """`(part, index, group, whether it gates a branch)` of every group, in the order of the network's gates."""
+  """Lists `(part, index, group, layer_gate)` of every group, in the order of its gates."""
   return [
     (i, j, group, isinstance(part, Block) and part.layer_gate)
     for i, part in enumerate(net.parts)
@@ -167,11 +177,12 @@ def places(net: Folded) -> list[tuple[int, int, Group, bool]]:
 
 
 def count(net: Folded, images: Iterable[Any] | Any) -> tuple[Openings, ...]:
-  """`Openings` of every group on `images`, as in `observed`."""
+  """Computes the `Openings` of every group on `images`, as in `observed`."""
   counter = Counter(net)
   for x, _, logits in observed(net, images):
     counter.add(logits, len(x))
   return counter.result()
 
 
+# One compiled function for all calls: networks of the same shapes share a program.
 _run = jax.jit(folded.run)

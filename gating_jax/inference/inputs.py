@@ -1,4 +1,4 @@
-"""What is asked of images and sizes, in the same words wherever they come in.
+"""Shared checks of images and sizes, with the same messages wherever they come in.
 
 Axes: N images, H and W pixels, D input channels.
 """
@@ -16,19 +16,21 @@ from gating_jax.types import Array
 
 
 def images(name: str, x: Any, shape: Sequence[int] | None = None) -> Array:
-  """`[N, H, W, D]` float32 network inputs, of an array of any floating-point type.
+  """Checks `[N, H, W, D]` network inputs of any floating-point type, and returns them in float32.
 
   Args:
     name: of the argument.
     x: the array.
     shape: `(H, W, D)`; None for any.
   Raises:
-    ValueError: another rank, shape or type, such as pixels in uint8 that nobody has normalised.
+    ValueError: another rank, shape or type, such as pixels in uint8 that are not normalised.
   """
+  # jax arrays stay on their device.
   x = x if hasattr(x, "dtype") else np.asarray(x)
   if x.ndim != 4 or (shape is not None and tuple(x.shape[1:]) != tuple(shape)):
     wanted = "N, H, W, D" if shape is None else ", ".join(map(str, ("N", *shape)))
     raise ValueError(f"{name} must be [{wanted}]; got shape {tuple(x.shape)}")
+  # uint8 pixels would be cast without an error, and give wrong outputs.
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(
       f"{name} must be network inputs in floating point, normalised as in training; got {x.dtype}"
@@ -37,7 +39,11 @@ def images(name: str, x: Any, shape: Sequence[int] | None = None) -> Array:
 
 
 def finite(name: str, x: Any) -> np.ndarray:
-  """The images in host memory. Raises ValueError where one has NaN or infinity."""
+  """Returns the images in host memory.
+
+  Raises:
+    ValueError: an image has NaN or infinity.
+  """
   x = np.asarray(x)
   good = np.isfinite(x).all(axis=(1, 2, 3))
   if not good.all():
@@ -48,8 +54,13 @@ def finite(name: str, x: Any) -> np.ndarray:
 
 
 def image_shape(shape: Any) -> tuple[int, int, int]:
-  """`(H, W, D)`. Raises ValueError unless it is three whole numbers from 1 on."""
+  """Returns `(H, W, D)` as a tuple.
+
+  Raises:
+    ValueError: it is not three whole numbers >= 1.
+  """
   try:
+    # `index` takes numpy's whole numbers as well, and no floats.
     sizes = tuple(operator.index(size) for size in shape)
   except TypeError:
     sizes = ()
@@ -59,5 +70,5 @@ def image_shape(shape: Any) -> tuple[int, int, int]:
 
 
 def spread(count: int, most: int) -> np.ndarray:
-  """Indices of at most so many of `count` images, evenly over all."""
+  """Returns the indices of at most `most` of `count` images, evenly over all."""
   return np.unique(np.linspace(0, count - 1, min(most, count)).astype(np.int64))

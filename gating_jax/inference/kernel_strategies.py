@@ -1,6 +1,9 @@
-"""Strategies by kernels of our own, and the names of all; what `strategies` says of them holds.
+"""Strategies that use our own kernels, and the table of all strategies.
 
-    native   channels that are closed for an example are not computed, for any number of examples, on a CPU
+The rules of `strategies` hold for these, too.
+
+    native   channels that are closed for an example are not computed, for any number of
+             examples, on a CPU
     pallas   closed blocks of channels are not computed, on a GPU; interpreted elsewhere, slowly
 
 Axes: see `strategies`.
@@ -23,10 +26,11 @@ from gating_jax.types import Array
 
 
 def native(part: Part, setting: Setting) -> Made:
-  """Any part that computes something, without dilation; a shortcut's projection is left to XLA."""
+  """Fits any part that computes something, without dilation; XLA computes the projection."""
   convs = (part.conv,) if isinstance(part, Layer) else part.convs
   if not convs or any(conv.dilation != 1 or not conv.kernel.size for conv in convs):
     return None
+  # Packed once, not in every call: the kernel reads the weights in another layout.
   turned = [dataclasses.replace(conv, kernel=native_kernel.packed(conv.kernel)) for conv in convs]
   turned = dict(conv=turned[0]) if isinstance(part, Layer) else dict(convs=tuple(turned))
 
@@ -38,10 +42,12 @@ def native(part: Part, setting: Setting) -> Made:
     if isinstance(part, Layer):
       y = _chain((part.conv,), x, [*inside, *(own or [None])], None)
       return part.after(y)
+    # A gate of the branch is no mask of the channels between its convolutions.
     between = own if own and not part.layer_gate else [None] * (len(part.convs) - 1)
     if not (part.layer_gate and own):
       outer = part.head.groups[-1].expand(gates[-1]) if gates_output(part) else None
       return _chain(part.convs, x, [*inside, *between, outer], part.shortcut(x))
+    # A branch with one gate: the same gate for each channel of each convolution.
     whole = [jnp.broadcast_to(gates[0], (len(x), conv.bias.size)) for conv in part.convs]
     return _chain(part.convs, x, [None, *whole], part.shortcut(x))
 
@@ -64,7 +70,10 @@ def _chain(
 
 
 def pallas(part: Part, setting: Setting) -> Made:
-  """Blocks of two convolutions whose gates switch several channels each, on a GPU a multiple of 16."""
+  """Fits blocks of two convolutions whose gates switch several channels each.
+
+  On a GPU that number is a multiple of 16.
+  """
   del setting
   if not isinstance(part, Block) or part.layer_gate or len(groups_of(part)) != 1 or is_dead(part):
     return None
@@ -76,6 +85,7 @@ def pallas(part: Part, setting: Setting) -> Made:
     or (first.dilation, last.dilation) != (1, 1)
   ):
     return None
+  # Triton's dots have at least 16 on each side.
   if jax.default_backend() == "gpu" and group.channels % 16:
     return None
 
@@ -91,7 +101,7 @@ def pallas(part: Part, setting: Setting) -> Made:
 
 
 def why_not(name: str) -> str:
-  """Why a strategy cannot run on this machine, and what would help; empty if it can."""
+  """Explains why a strategy cannot run on this machine, and what would help; empty if it can."""
   if name != "native":
     return ""
   if jax.default_backend() != "cpu":
@@ -100,17 +110,12 @@ def why_not(name: str) -> str:
 
 
 def worth_trying(name: str) -> bool:
-  """Whether a strategy runs on this machine, and may be fast."""
+  """Tests whether a strategy runs on this machine, and may be fast."""
   return not why_not(name) and (name != "pallas" or jax.default_backend() == "gpu")
 
 
-EXPORTABLE = (
-  "masked",
-  "switch",
-  "block_dispatch",
-  "layer_dispatch",
-  "cluster",
-)  # of plain JAX, for any platform
+# Strategies of plain JAX, which run on any platform.
+EXPORTABLE = ("masked", "switch", "block_dispatch", "layer_dispatch", "cluster")
 STRATEGIES: dict[str, Callable[[Part, Setting], Made]] = {
   "masked": strategies.masked,
   "switch": strategies.switch,

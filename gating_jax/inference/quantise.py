@@ -1,9 +1,11 @@
-"""Weights of 8 bits: kernels of convolutions and of the classifier as integers with a scale for each output channel.
+"""Weights of 8 bits: integer kernels of convolutions and of the classifier, with scales.
+
+Each output channel has a scale:
 
     kernel ~ values * scale,   scale = max |kernel| / 127 over an output channel
 
-Computation stays in float32: what shrinks is the file and the memory of the weights. Gate networks and biases, which
-are few, keep their bits, so that rounding reaches a gate only through what it looks at.
+Computation stays in float32: the file and the memory of the weights shrink. Gate networks and
+biases are small and keep their bits, so that rounding reaches a gate only through its input.
 
 Axes: O output channels, the last of a kernel.
 Reference: Jacob et al., 2018 (symmetric weights, a scale for each channel as in their section 2.1).
@@ -21,6 +23,7 @@ from gating_jax.inference.folded import Conv, Folded
 from gating_jax.ops.arguments import instance
 from gating_jax.types import Array
 
+# The range is symmetric: -128 is not used.
 _LARGEST = 127
 
 
@@ -34,17 +37,17 @@ class Int8:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of the kernel."""
+    """Returns the shape of the kernel."""
     return self.values.shape
 
   @property
   def size(self) -> int:
-    """Of the kernel."""
+    """Returns the number of the kernel's elements."""
     return self.values.size
 
 
 def quantise(net: Folded) -> Folded:
-  """The network with `Int8` kernels; `dequantise` it to run it.
+  """Returns the network with `Int8` kernels; `dequantise` it to run it.
 
   Raises:
     ValueError: kernels that are int8 already.
@@ -52,6 +55,7 @@ def quantise(net: Folded) -> Folded:
   """
   check_folded(net)
   check_float(net)
+  # Only the kernels of `Conv`; heads are no such leaves and stay as they are.
   parts = jax.tree.map(
     lambda leaf: (
       dataclasses.replace(leaf, kernel=_quantise(leaf.kernel)) if isinstance(leaf, Conv) else leaf
@@ -67,7 +71,7 @@ def quantise(net: Folded) -> Folded:
 
 
 def dequantise(net: Folded) -> Folded:
-  """The network in float32, of one that `quantise` made, or as it is."""
+  """Returns a network of `quantise` in float32, and any other network as it is."""
   return jax.tree.map(
     lambda leaf: _dequantise(leaf) if isinstance(leaf, Int8) else leaf,
     net,
@@ -76,7 +80,7 @@ def dequantise(net: Folded) -> Folded:
 
 
 def check_folded(net: Any) -> None:
-  """Raises a TypeError for what is no `Folded` network."""
+  """Raises TypeError unless `net` is a `Folded` network."""
   instance("net", net, Folded, "a folded network, which fold(model, variables) makes")
 
 
@@ -91,7 +95,9 @@ def check_float(net: Any) -> None:
 
 def _quantise(kernel: Any) -> Int8:
   largest = jnp.max(jnp.abs(kernel), axis=tuple(range(kernel.ndim - 1)), keepdims=True, initial=0)
+  # A channel of zeros gets scale 1: no division by 0.
   scale = jnp.where(largest > 0, largest, _LARGEST) / _LARGEST
+  # The rounded values are within 127 of 0 by the choice of the scale.
   return Int8(jnp.round(kernel / scale).astype(jnp.int8), scale.ravel().astype(jnp.float32))
 
 

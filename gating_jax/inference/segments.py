@@ -1,4 +1,4 @@
-"""Inference that skips: the heavy net runs on the chosen segments of the whole batch, gathered, and on no others.
+"""Inference that skips segments: the heavy net runs on the chosen ones of a whole batch only.
 
 Axes: B videos, T segments, K segments that a program of the heavy net takes.
 Reference: Hussein et al., 2020 (TimeGate); Verelst and Tuytelaars, 2020 (gather, compute, scatter).
@@ -22,9 +22,14 @@ from gating_jax.types import Array, GateRecord, Records
 
 
 class Result(NamedTuple):
-  """Of a batch: what the model returns, how many segments were chosen, and how many computed for them, with padding.
+  """Outputs and segment counts of one batch.
 
-  The heavy net's records, `[B * T, ...]`, are zeros in the places of segments that it did not see.
+  The heavy net's records, `[B * T, ...]`, are zeros for segments that it did not see.
+
+  Attributes:
+    outputs, records: what the model returns.
+    chosen: number of segments chosen.
+    computed: number of segments computed for them, padding included.
   """
 
   outputs: Outputs
@@ -38,13 +43,14 @@ class Skipping:
 
       Skipping(model, variables, ...)(inputs).outputs = model.apply(variables, prepare(inputs))[0]
 
-  Jitted programs: light net and selector; the heavy net on K chosen segments of the whole batch, for a few static K;
-  the classifier. The host waits for one number, how many were chosen, and calls the second program for the largest K as
-  often as they fill it, then for the smallest K that holds the rest. A program is compiled when a batch first needs it;
-  `warm_up` compiles all.
+  There are three kinds of jitted programs: the light net and selector; the heavy net on K chosen
+  segments of the whole batch, for a few static K; and the classifier. The host waits for one
+  number, how many segments were chosen. It calls the second program for the largest K as often as
+  they fill it, then for the smallest K that holds the rest. A program is compiled when a batch
+  first needs it; `warm_up` compiles all of them.
 
-  One large K suits an accelerator. A CPU is quicker with a few clips at a time: measured, (2+1)-D ResNet-18 takes an
-  eighth less per clip with K = 16 than with 64.
+  One large K suits an accelerator. A CPU is faster with a few clips at a time: as measured, (2+1)-D
+  ResNet-18 takes an eighth less per clip with K = 16 than with 64.
   """
 
   def __init__(
@@ -60,8 +66,11 @@ class Skipping:
     Args:
       model, variables: the network and its trained values.
       capacities: every K, e.g. of `bucket_sizes`; any number of segments is made up of them.
-      prepare: from a batch's arrays, all `[B, T, ...]`, to the model's inputs, each segment by itself (normalised, its
-        centre frame taken). Runs inside the programs, in the second for the chosen segments alone.
+      prepare: from a batch's arrays, all `[B, T, ...]`, to the model's inputs, each segment alone
+        (normalised, its centre frame taken). It runs inside the programs; in the second one for the
+        chosen segments only.
+    Raises:
+      TypeError, ValueError: naming the first argument that is wrong.
     """
     arguments.instance("model", model, SegmentNet, "a SegmentNet")
     arguments.instance("variables", variables, Mapping, "a mapping with params and batch_stats")
@@ -73,15 +82,20 @@ class Skipping:
       raise ValueError(f"capacities must be numbers >= 1, at least one; got {capacities}")
     self._variables = jax.device_put(variables)
     self._capacities = tuple(capacities)
+    # A program for each K, which is static; the start within the chosen segments is traced.
     self._choose = jax.jit(functools.partial(_choose, model, prepare))
     self._encode = jax.jit(functools.partial(_encode, model, prepare), static_argnames="capacity")
     self._join = jax.jit(functools.partial(jax.tree.map, jnp.add))
     self._classify = jax.jit(functools.partial(_classify, model))
 
   def __call__(self, inputs: Inputs) -> Result:
-    """Runs on a batch of numpy or jax arrays; the outputs may still be on their way, as from any jitted function."""
+    """Runs on a batch of numpy or jax arrays.
+
+    As with any jitted function, the outputs may still be computed when it returns.
+    """
     inputs, capacities = self._checked(inputs)
     record, outputs, count = self._choose(self._variables, inputs)
+    # The only wait for the device: the number of chosen segments decides which programs run.
     pieces = pieces_for(int(count), capacities)
     logits, records = self._finish(inputs, record.gates, pieces)
     return Result({**outputs, "logits": logits}, (record, *records), int(count), sum(pieces))
@@ -93,7 +107,7 @@ class Skipping:
     jax.block_until_ready(self._finish(inputs, record.gates, capacities))
 
   def _checked(self, inputs: Inputs) -> tuple[Inputs, tuple[int, ...]]:
-    """The inputs on the device, and the capacities for as many segments."""
+    """Returns the inputs on the device, and the capacities for as many segments."""
     arguments.instance(
       "inputs", inputs, Mapping, "a mapping with arrays heavy, valid and, for a light net, light"
     )
@@ -106,6 +120,7 @@ class Skipping:
         f"inputs must all be [B, T, ...] like valid, {videos} x {segments}; got {other}"
       )
     return inputs, tuple(
+      # No K above the number of segments there are: it would compute padding only.
       sorted({min(capacity, videos * segments) for capacity in self._capacities})
     )
 
@@ -115,6 +130,7 @@ class Skipping:
       self._encode(self._variables, inputs, gates, start, capacity=capacity)
       for start, capacity in zip(starts, pieces, strict=False)
     ]
+    # Each piece has zeros in the places of the others, so the sum holds all.
     features, records = functools.reduce(self._join, parts)
     return self._classify(self._variables, features, gates), records
 
@@ -136,12 +152,16 @@ def _encode(
   *,
   capacity: int,
 ) -> tuple[Array, Records]:
-  """Features and records of the chosen segments from the `start`-th on, `[B * T, ...]`, zeros in all other places."""
+  """Computes features and records of `capacity` chosen segments from the `start`-th on.
+
+  They are `[B * T, ...]`, zeros in all other places.
+  """
+  # Padded by the capacity, so that no slice from a chosen segment on is cut off: `dynamic_slice`
+  # would move it.
   places = open_indices(gates.reshape(-1), gates.size + capacity)
   index, taken = (lax.dynamic_slice_in_dim(x, start, capacity) for x in places)
-  seen = {
-    name: x.reshape(-1, 1, *x.shape[2:])[index] for name, x in inputs.items()
-  }  # videos of one segment
+  # Each segment is a video of its own, `[K, 1, ...]`, as `prepare` takes them.
+  seen = {name: x.reshape(-1, 1, *x.shape[2:])[index] for name, x in inputs.items()}
   encoded = model.apply(variables, prepare(seen)["heavy"][:, 0], method="encode")
   return jax.tree.map(lambda x: put_back(x, index, taken, gates.size), encoded)
 

@@ -1,9 +1,13 @@
-"""The static part of a gated network taken for good: units never open go, those always open lose their gate.
+"""Pruning of the static units of a gated network.
 
-    slim(net)(x) = net(x)    where no unit taken away would have opened and none without a gate would have closed
+Units that never open are pruned, and units that always open lose their gate.
+
+    slim(net)(x) = net(x)    where no pruned unit would have opened
+                             and no ungated one closed
 
 Axes: M images of the calibration, U units of a group.
-Reference: Bejnordi et al., 2020, section 5 (static units); Clopper and Pearson, 1934 (the bound on a rate).
+Reference: Bejnordi et al., 2020, section 5 (static units); Clopper and Pearson, 1934 (the bound on
+a rate).
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Choice(NamedTuple):
-  """Of one group: `[U]` bool, units taken away and units whose gate is taken away."""
+  """The static units of one group: `[U]` bool, pruned units and units that lose their gate."""
 
   removed: np.ndarray
   ungated: np.ndarray
@@ -44,15 +48,18 @@ class Choice(NamedTuple):
 def slim(
   analysis: Analysis, *, multiple: int = 16, confidence: float | None = None, max_rate: float = 0.01
 ) -> Folded:
-  """The smaller network: `take(net, static_units(net, openings, ...))` of an analysis.
+  """Prunes the static units of an analysed network.
 
-  Channels without a gate come first in their layer. A block of which no gate is left has no gate network.
+  It is `take(net, static_units(net, openings, ...))` of the analysis. Channels without a gate come
+  first in their layer. A block without any gate left has no gate network.
 
   Args:
     analysis: of `analyse`, which holds the network.
     multiple, confidence, max_rate: as in `static_units`.
+  Returns:
+    The smaller network.
   Raises:
-    ValueError, TypeError: as there; or no analysis.
+    ValueError, TypeError: as `static_units`; or no analysis.
   """
   if not (hasattr(analysis, "net") and hasattr(analysis, "openings")):
     raise TypeError(
@@ -75,22 +82,28 @@ def static_units(
   confidence: float | None = None,
   max_rate: float = 0.01,
 ) -> tuple[Choice, ...]:
-  """Which units are static, one `Choice` a group.
+  """Finds the static units, one `Choice` a group.
 
-  Units open on no image of the calibration are removed, those open on every image lose their gate. Of the removed,
-  those whose logits came nearest to 0 are kept until the number of channels that stay is a multiple of `multiple`.
+  Units open on no image of the calibration are pruned; those open on every image lose their gate.
+  Of the pruned units, those with logits nearest to 0 are kept until the number of channels left is
+  a multiple of `multiple`.
 
   Args:
     net: the network.
     openings: of its groups.
-    multiple: of channels; a layer keeps at least as many, unless its block's branch comes to a constant.
-    confidence: take only units which open, or close, on at most `max_rate` of all images with this confidence, each
-      by itself: none where the calibration has too few images, see `rate_bound`.
+    multiple: of channels; a layer keeps at least as many, unless its block's branch becomes a
+      constant.
+    confidence: take only units which open, or close, on at most `max_rate` of all images with this
+      confidence, each on its own. There are none if the calibration has too few images; see
+      `rate_bound`.
     max_rate: used with `confidence` only.
+  Returns:
+    One `Choice` for each group, in the order of `openings`.
   Raises:
     ValueError: a setting out of range, or openings of another network.
   """
   _check(net, openings, multiple, confidence, max_rate)
+  # The bound for no event in M images is the same for every unit, so all units pass or none.
   certain = confidence is None or (
     bool(openings) and rate_bound(openings[0].images, confidence) <= max_rate
   )
@@ -103,18 +116,21 @@ def static_units(
   last = len(net.parts) - 1
   for i, o in enumerate(openings):
     part = net.parts[o.part]
-    if (
-      gates_output(part) and o.index == len(part.head.groups) - 1
-    ):  # shortcuts need all, in their order
+    # Shortcuts need all channels of a block's output, in their order.
+    if gates_output(part) and o.index == len(part.head.groups) - 1:
       choices[i] = Choice(*np.zeros((2, o.group.gates), bool))
-    if isinstance(part, Layer) and _reader(net, o.part) is None:  # so does what reads its channels
+    # So does a layer whose channels go to something that cannot do with fewer.
+    if isinstance(part, Layer) and _reader(net, o.part) is None:
+      # The last feature map loses its gate only as a whole, which leaves the order of its channels.
       whole = o.part == last and bool(choices[i].ungated.all())
       choices[i] = Choice(np.zeros(o.group.gates, bool), np.full(o.group.gates, whole))
   return tuple(choices)
 
 
 def rate_bound(images: int, confidence: float, *, events: int = 0) -> float:
-  """Upper bound of Clopper and Pearson on the rate of what happened `events` times in `images` independent ones.
+  """Computes the Clopper-Pearson upper bound on the rate of an event.
+
+  The event happened `events` times in `images` independent images.
 
       1 - (1 - confidence)^(1/images)   for no event, about 3 / images at 95 %
 
@@ -125,7 +141,18 @@ def rate_bound(images: int, confidence: float, *, events: int = 0) -> float:
 
 
 def take(net: Folded, choices: Sequence[Choice]) -> Folded:
-  """The network without what `static_units` chose; equal wherever that does not matter."""
+  """Prunes what `static_units` chose.
+
+  The outputs are equal wherever no pruned unit would have opened and no ungated unit would have
+  closed.
+
+  Args:
+    net: the network.
+    choices: one `Choice` a group.
+  Raises:
+    ValueError, TypeError: choices that are not those of the network's groups, or a network that is
+      not folded.
+  """
   check_folded(net)
   choices = arguments.items("choices", choices, "one Choice a group, as of static_units")
   for i, choice in enumerate(choices):
@@ -135,6 +162,7 @@ def take(net: Folded, choices: Sequence[Choice]) -> Folded:
       "choices must be one for each group of the network, [U]; got "
       f"{[len(c.removed) for c in choices]}"
     )
+  # `kept`: the channels left of a layer, which the next one, or the classifier, reads.
   parts, kept, left = [], None, list(choices)
   for part in net.parts:
     groups = part.head.groups if part.head is not None else ()
@@ -151,14 +179,17 @@ def take(net: Folded, choices: Sequence[Choice]) -> Folded:
 
 
 class Disagreement(NamedTuple):
-  """What new images do to units that a calibration found static; shares of images.
+  """The effect of new images on units that a calibration found static.
 
   Attributes:
-    images: how many.
-    affected: share with any removed unit that would have opened, or unit without a gate that would have closed.
-    opened, closed: `[G]` share for which some removed unit of a group would have opened, some ungated one closed.
-    difference: largest absolute difference of outputs on affected images, and on all others, which is of rounding.
-    changed: share whose largest output is another one.
+    images: number of images.
+    affected: fraction of images with any pruned unit that would have opened, or any ungated unit
+      that would have closed.
+    opened, closed: `[G]` fraction of images for which some pruned unit of a group would have
+      opened, and some ungated one closed.
+    difference: largest absolute difference of outputs on affected images, and on all others, where
+      it is rounding.
+    changed: fraction of images for which another output is the largest.
   """
 
   images: int
@@ -169,7 +200,7 @@ class Disagreement(NamedTuple):
   changed: float
 
   def rows(self, openings: Sequence[Openings]) -> list[Mapping[str, Any]]:
-    """By group, for a table."""
+    """Returns a table row for each group."""
     return [
       {"part": o.part, "group": o.index, "would open": opened, "would close": closed}
       for o, opened, closed in zip(
@@ -179,23 +210,27 @@ class Disagreement(NamedTuple):
 
 
 def disagreement(net: Folded, choices: Sequence[Choice], images: Any) -> Disagreement:
-  """How often new data would have opened a unit that was removed, or closed one that lost its gate.
+  """Measures how often new data would have opened a pruned unit or closed an ungated one.
 
   Args:
-    net: the network before.
-    choices: what `take` was given.
+    net: the network before pruning.
+    choices: the argument of `take`.
     images: `[M, H, W, D]` network inputs, or an iterable of batches.
+  Raises:
+    ValueError: no images.
   """
   small = take(net, choices)
   total, affected, changed, largest = 0, 0, 0, [0.0, 0.0]
   sums = np.zeros((2, len(choices)), np.int64)
   for x, before, logits in observed(net, images):
+    # `[G, 2, N]`: some pruned unit of the group would have opened, some ungated one closed.
     wrong = np.array(
       [
         [((z > 0) & c.removed).any(1), ((z <= 0) & c.ungated).any(1)]
         for z, c in zip(logits, choices, strict=True)
       ]
     ).reshape(len(choices), 2, len(x))
+    # One batch in, one out: `x` is a batch of `observed` itself.
     ((_, after, _),) = observed(small, [x])
     hit, gap = (
       wrong.any((0, 1)),
@@ -239,11 +274,14 @@ def _choice(o: Openings, part: Layer | Block, multiple: int) -> Choice:
     and never.all()
     and not o.group.always
   ):
-    return Choice(never, ungated)  # what follows sees only zeros
+    # The last convolution sees only zeros: the whole branch is a constant.
+    return Choice(never, ungated)
   size, always = o.group.channels, o.group.always
   needed = always + int((~never).sum()) * size
+  # Rounded up to a multiple, at least one multiple, at most all channels.
   channels = min(max(1, -(-needed // multiple)) * multiple, o.group.width)
   spare = -(-(channels - always) // size) - int((~never).sum())
+  # Units that came nearest to opening are kept, as they are the likeliest to open on other images.
   nearest = np.argsort(np.where(never, -o.highest, np.inf), kind="stable")[: max(spare, 0)]
   removed = never.copy()
   removed[nearest] = False
@@ -251,7 +289,7 @@ def _choice(o: Openings, part: Layer | Block, multiple: int) -> Choice:
 
 
 def _reader(net: Folded, part: int) -> Layer | tuple | None:
-  """What reads the channels of a layer and can do with fewer."""
+  """Returns what reads the channels of a layer and can do with fewer."""
   if part + 1 < len(net.parts):
     following = net.parts[part + 1]
     return following if isinstance(following, Layer) else None
@@ -259,7 +297,7 @@ def _reader(net: Folded, part: int) -> Layer | tuple | None:
 
 
 def _channels(group: Group, choice: Choice) -> tuple[np.ndarray, Group]:
-  """Which channels stay, those without gates first, and what they then are."""
+  """Returns the indices of the channels left, those without gates first, and their group."""
   gated = ~(choice.removed | choice.ungated)
   each = lambda units: (
     group.always + np.flatnonzero(units)[:, None] * group.channels + np.arange(group.channels)
@@ -292,14 +330,20 @@ def _slim_head(head: Head, choices: Sequence[Choice], groups: Sequence[Group]) -
 def _slim_layer(
   layer: Layer, own: Sequence[Choice], before: np.ndarray | None
 ) -> tuple[Layer, np.ndarray | None]:
-  """The layer, and which of its channels are left, in their new order; None: all as they were."""
+  """Prunes a layer.
+
+  Returns:
+    The layer, and which of its channels are left, in their new order; None: all, as they were.
+  """
   conv, head, kept = layer.conv, layer.head, None
   if before is not None:
     conv = _inputs(conv, before)
+    # The gate network looks at the same channels as the convolution.
     head = head if head is None else dataclasses.replace(head, hidden=head.hidden[before])
   if own:
     kept, group = _channels(head.groups[0], own[0])
     conv, head = _outputs(conv, kept), _slim_head(head, own, (group,))
+    # Even if no channel is pruned, ungated ones may have moved to the front.
     kept = None if np.array_equal(kept, np.arange(layer.conv.bias.size)) else kept
   return dataclasses.replace(layer, conv=conv, head=head), kept
 
@@ -308,20 +352,21 @@ def _slim_block(block: Block, own: Sequence[Choice]) -> Block:
   if not own:
     return block
   if block.layer_gate:
+    # A branch that never runs is the shortcut alone.
     if own[0].removed.all():
       return dataclasses.replace(block, convs=(), head=None, layer_gate=False)
     return (
       dataclasses.replace(block, head=None, layer_gate=False) if own[0].ungated.all() else block
     )
+  # The groups inside the branch, and that of the block's output.
   own, outer = own[: len(groups_of(block))], own[len(groups_of(block)) :]
   if any(choice.removed.any() or choice.ungated.any() for choice in outer):
     raise ValueError(
       "choices must leave the gates of a block's output as they are; got one that does not"
     )
   channels = [_channels(group, choice) for group, choice in zip(groups_of(block), own, strict=True)]
-  if not channels[-1][
-    0
-  ].size:  # the branch is the bias of its last convolution: no channel is left before it
+  # No channel is left before the last convolution: the branch is its bias.
+  if not channels[-1][0].size:
     channels = [(kept[:0], Group(0, group.channels)) for kept, group in channels]
     own = [Choice(np.ones_like(c.removed), np.zeros_like(c.ungated)) for c in own]
   convs = list(block.convs)

@@ -1,16 +1,18 @@
-"""How one part of a folded network runs, skipping what its gates close: every strategy equals `folded.masked`.
+"""Ways to run one part of a folded network that skip closed units, all equal to `folded.masked`.
 
-    switch           each example by itself: a program for each of a few counts of open channels, weights gathered
-    block_dispatch   the adjacent channels that a gate switches, for the examples open for it, gathered: a program for
-                     each of a few counts of them
+    switch           each example alone: a program for each of a few counts of open channels,
+                     weights gathered
+    block_dispatch   the adjacent channels that a gate switches, for the examples open for it,
+                     gathered: a program for each of a few counts of them
     layer_dispatch   the same for a branch with one gate
-    cluster          a few sets of channels that calibration data open together, weights gathered beforehand: an
-                     example goes to the smallest that covers what it opens
+    cluster          a few sets of channels that calibration data open together, weights gathered
+                     beforehand: an example goes to the smallest that covers what it opens
 
 Every count has a program, the largest for all: no capacity overflows.
 
 Axes: N examples, U gates of a group, C channels, K channels or examples that a program takes.
-Reference: Verelst and Tuytelaars, 2020 (gather, compute, scatter); Riquelme et al., 2021 (experts' static capacity).
+Reference: Verelst and Tuytelaars, 2020 (gather, compute, scatter); Riquelme et al., 2021 (experts'
+static capacity).
 """
 
 from __future__ import annotations
@@ -44,8 +46,14 @@ from gating_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """Of a part: programs at most, gates of calibration data, groups of the channels of its input, and whether that is
-  never below 0, as of all parts but the first."""
+  """The setting with which a strategy is made for a part.
+
+  Attributes:
+    buckets: largest number of programs.
+    gates: `[M, U]` of each group, on calibration data; or none.
+    groups_before: groups of the channels of its input.
+    rectified: whether its input is never below 0, as for all parts but the first.
+  """
 
   buckets: int
   gates: tuple[np.ndarray, ...] = ()
@@ -54,7 +62,13 @@ class Setting:
 
 
 def settings_of(net: Folded, buckets: int, gates: Sequence[np.ndarray] = ()) -> list[Setting]:
-  """Of each part; `gates` `[M, U]` of every group of the network in order, or none."""
+  """Returns the setting of each part.
+
+  Args:
+    net: the network.
+    buckets: largest number of programs.
+    gates: `[M, U]` of every group of the network in order, or none.
+  """
   settings, groups_before, gates = [], (), list(gates)
   for i, part in enumerate(net.parts):
     groups = part.head.groups if part.head is not None else ()
@@ -64,19 +78,19 @@ def settings_of(net: Folded, buckets: int, gates: Sequence[np.ndarray] = ()) -> 
   return settings
 
 
-Made = (
-  tuple[Part, Runner] | None
-)  # the part with its weights as the runner wants them; None where it does not fit
+# The part with its weights in the form that the runner needs; None where a strategy does not fit.
+Made = tuple[Part, Runner] | None
 
 
 def masked(part: Part, setting: Setting) -> Made:
-  """The part whole, closed units multiplied by 0."""
+  """Computes the whole part and multiplies closed units by 0."""
   del setting
   return part, folded.masked
 
 
 def switch(part: Part, setting: Setting) -> Made:
-  """Only the open channels' weights; None where no channel is gated."""
+  """Computes with the weights of open channels only; None where no channel is gated."""
+  # A layer's input may be gated; a block's input goes through the shortcut, too, and stays whole.
   inputs = setting.groups_before if isinstance(part, Layer) else ()
   groups = (*inputs, *groups_of(part))
   if not groups or getattr(part, "layer_gate", False) or is_dead(part):
@@ -88,6 +102,7 @@ def switch(part: Part, setting: Setting) -> Made:
     masks = [
       group.expand(g)[0] for group, g in zip(groups, (*before[: len(inputs)], *gates), strict=False)
     ]
+    # The smallest program that holds the open channels of a group; the largest over groups runs.
     needed = [
       sum((jnp.sum(mask) > size).astype(jnp.int32) for size in of_group[:-1])
       for mask, of_group in zip(masks, sizes, strict=True)
@@ -109,34 +124,39 @@ def switch(part: Part, setting: Setting) -> Made:
 
 
 def is_dead(part: Part) -> bool:
-  """Whether a group has no channels, as `slim` leaves a branch of which no unit ever opens."""
+  """Tests whether a group has no channels, as `slim` leaves a branch that never opens."""
   return any(group.width == 0 for group in groups_of(part))
 
 
 def capacities(groups: Sequence[Group], buckets: int) -> list[tuple[int, ...]]:
-  """Channels that the programs of `switch` take of each group, fewest first, a number for each program."""
+  """Returns the channels that the programs of `switch` take of each group, fewest first.
+
+  There is a number for each program.
+  """
   sizes = [bucket_sizes(group.width, buckets, multiple=CHANNELS) for group in groups]
   count = max(len(size) for size in sizes)
-  # Where one group has fewer sizes, its last stands for the others.
+  # A group with fewer sizes repeats its last one.
   return [size + size[-1:] * (count - len(size)) for size in sizes]
 
 
 def _each(of_one: Runner) -> Runner:
-  """A runner of one example as one of any number, one after the other."""
+  """Turns a runner of one example into one of any number, one after the other."""
 
   def run(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
     if len(x) == 1:
       return of_one(part, x, gates, before)
     one = lambda args: of_one(part, *jax.tree.map(lambda a: a[None], args))[0]
+    # A loop, not `vmap`, which would compute every program for every example.
     return lax.map(one, (x, gates, before))
 
   return run
 
 
 def _compact(part: Part, x: Array, open_channels: Sequence[tuple[Array, Array]]) -> Array:
-  """The part with some channels of each group alone, each with its gate; others count as closed."""
+  """Computes the part with some channels of each group, each with its gate; others are closed."""
   if isinstance(part, Layer):
     conv, channels = part.conv, list(open_channels)
+    # The first entry is then the layer's input: its closed channels are zeros, and left out.
     if len(channels) > len(groups_of(part)):
       _, index = channels.pop(0)
       conv, x = _take(conv, inputs=index), x.at[..., index].get(mode="promise_in_bounds")
@@ -150,13 +170,14 @@ def _compact(part: Part, x: Array, open_channels: Sequence[tuple[Array, Array]])
 
 
 def _subnet(convs: Sequence[Conv], channels: Sequence[Array]) -> tuple[Conv, ...]:
-  """Through these channels between the convolutions alone."""
+  """Restricts convolutions to the given channels between them."""
   ends = [None, *channels, None]
   return tuple(_take(conv, *ends[i : i + 2]) for i, conv in enumerate(convs))
 
 
 def _take(conv: Conv, inputs: Array | None = None, outputs: Array | None = None) -> Conv:
   kernel, bias = conv.kernel, conv.bias
+  # The indices come from `top_k` or from the host and are in bounds: no clamping.
   if inputs is not None:
     kernel = kernel.at[:, :, inputs].get(mode="promise_in_bounds")
   if outputs is not None:
@@ -165,15 +186,16 @@ def _take(conv: Conv, inputs: Array | None = None, outputs: Array | None = None)
 
 
 def _spread(y: Array, index: Array, size: int) -> Array:
-  """Channels in their places, zeros elsewhere."""
+  """Puts channels in their places, with zeros elsewhere."""
   place = (
+    # A gather, each place from its channel or from a channel of zeros after the last.
     jnp.full((size,), index.size, jnp.int32).at[index].set(jnp.arange(index.size, dtype=jnp.int32))
   )
   return jnp.pad(y, [(0, 0)] * 3 + [(0, 1)])[..., place]
 
 
 def layer_dispatch(part: Part, setting: Setting) -> Made:
-  """The branch on the examples open for it, gathered; None without a gate of the whole branch."""
+  """Runs the branch on the examples open for it, gathered; None without a gate of the branch."""
   if not getattr(part, "layer_gate", False) or not groups_of(part):
     return None
 
@@ -187,6 +209,7 @@ def layer_dispatch(part: Part, setting: Setting) -> Made:
       part.shortcut(x),
       setting.buckets,
       after=jax.nn.relu,
+      # ReLU changes nothing in a shortcut that is the input and never below 0.
       closed=(lambda y: y) if setting.rectified and part.project is None else jax.nn.relu,
     )
 
@@ -194,8 +217,10 @@ def layer_dispatch(part: Part, setting: Setting) -> Made:
 
 
 def block_dispatch(part: Part, setting: Setting) -> Made:
-  """Each gate's channels on the examples open for it, gathered; None but for two convolutions whose gates switch
-  several channels each."""
+  """Runs each gate's channels on the examples open for it, gathered.
+
+  It is None unless the part has two convolutions whose gates switch several channels each.
+  """
   if not isinstance(part, Block) or part.layer_gate or len(groups_of(part)) != 1 or is_dead(part):
     return None
   (group,) = groups_of(part)
@@ -203,7 +228,7 @@ def block_dispatch(part: Part, setting: Setting) -> Made:
 
 
 def _chain(convs: Sequence[Conv], x: Array, masks: Sequence[Array] = ()) -> Array:
-  """Convolutions with ReLU between, all but the last output multiplied by `[N, C]` masks, if any."""
+  """Applies convolutions with ReLU between; `[N, C]` masks, if any, multiply all but the last."""
   for i, conv in enumerate(convs):
     x = conv(x)
     if i + 1 < len(convs):
@@ -219,7 +244,7 @@ def _dispatch_blocks(group: Group, setting: Setting) -> Runner:
   ]
 
   def some(convs: Sequence[Conv], span: slice) -> tuple[Conv, Conv]:
-    """Through these channels alone; the last bias is left out."""
+    """Restricts the convolutions to these channels; the last bias is left out."""
     first, last = convs
     return (
       dataclasses.replace(first, kernel=first.kernel[..., span], bias=first.bias[span]),
@@ -228,6 +253,7 @@ def _dispatch_blocks(group: Group, setting: Setting) -> Runner:
 
   def run(part: Block, x: Array, gates: Gates, before: Gates) -> Array:
     del before
+    # The last bias once: each gate's channels add their part of the sum without it.
     y = part.shortcut(x) + part.convs[-1].bias[None, None, None]
     if group.always:
       y = y + _chain(some(part.convs, slice(group.always)), x)
@@ -253,16 +279,21 @@ def for_open(
   after: Callable[[Array], Array] = lambda y: y,
   closed: Callable[[Array], Array] | None = None,
 ) -> Any:
-  """y, arrays `[N, ...]`, with the function of the open examples added: a program for each of a few counts of them.
+  """Adds to y, arrays `[N, ...]`, the function of the open examples.
+
+  There is a program for each of a few counts of open examples.
 
   Args:
     is_open: `[N]` bool.
     inputs: of the function, arrays `[N, ...]`.
-    function: to arrays like y.
+    function: from the gathered inputs to arrays like y.
     y: the array, or a tree of arrays.
-    buckets: programs at most.
-    after: what is done to each element then; in the programs, so that it needs no pass over y of its own.
-    closed: something cheaper that does the same to y; `after` if None.
+    buckets: largest number of programs.
+    after: applied to each element of the sum, within the programs, so that it needs no further pass
+      over y.
+    closed: something cheaper that does the same to y where nothing is added; `after` if None.
+  Returns:
+    The tree of y, with `after` or `closed` applied.
   """
   closed = closed or after
   total, sizes = is_open.size, example_sizes(is_open.size, buckets)
@@ -275,11 +306,13 @@ def for_open(
     if k == 0:
       return lambda: jax.tree.map(closed, y)
     if k == total:
+      # The program for one example runs only if it is open: nothing to mask.
       if total == 1:
         return lambda: add(y, function(*inputs))
       return lambda: add(y, where(is_open, function(*inputs)))
 
     def run() -> Any:
+      # Open examples come first; the rest of the K are closed ones, to which `where` adds 0.
       taken, index = lax.top_k(is_open.astype(jnp.float32), k)
       added = where(taken > 0, function(*(a[index] for a in inputs)))
       put = lambda a, b: (
@@ -296,21 +329,23 @@ def for_open(
 
 
 def example_sizes(total: int, buckets: int) -> tuple[int, ...]:
-  """Open examples that the programs of `for_open` take, of so many."""
+  """Returns the numbers of open examples that the programs of `for_open` take, of `total`."""
   return (0, *bucket_sizes(total, buckets)) if total > 1 else (0, 1)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Clustered(Block):
-  """Subnets, each with the channels of each group that it has."""
+  """A block with subnets, each with some channels of each group."""
 
   subnets: tuple[tuple[Conv, ...], ...] = ()
 
 
 def cluster(part: Part, setting: Setting) -> Made:
-  """Each example by the smallest of a few subnets that has all channels it opens; None without calibration data, or
-  gates of channels of a block."""
+  """Runs each example through the smallest of a few subnets that has all channels it opens.
+
+  It is None without calibration data, or without gates of channels of a block.
+  """
   if (
     not isinstance(part, Block)
     or part.layer_gate
@@ -320,6 +355,7 @@ def cluster(part: Part, setting: Setting) -> Made:
   ):
     return None
   groups = groups_of(part)
+  # The last program computes all channels, so one bucket less is left for sets.
   found = unions(groups, setting.gates[: len(groups)], setting.buckets - 1)
   subnets = tuple(
     _subnet(part.convs, [jnp.asarray(index) for index in of_groups]) for of_groups in found
@@ -333,6 +369,7 @@ def cluster(part: Part, setting: Setting) -> Made:
     own = [group.expand(g) for group, g in zip(groups, gates, strict=False)]
     y, waiting = part.shortcut(x), jnp.ones(len(x), bool)
     for convs, of_groups in zip(part.subnets, found, strict=True):
+      # Smallest first: an example goes to the first set that covers what it opens.
       taken = waiting & covered(own, of_groups)
       inputs = (x, *(mask[:, index] for mask, index in zip(own, of_groups, strict=True)))
       y = for_open(
