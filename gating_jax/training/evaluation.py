@@ -1,4 +1,4 @@
-"""A test set's score, multiply-accumulates and what the gates do, every image counted once.
+"""Test sets: score, multiply-accumulates and gate statistics, each image counted once.
 
 Axes: M test images, B images of a batch, G gates of the network, K classes.
 """
@@ -15,18 +15,21 @@ from scipy import special
 from gating_jax.analysis import outcomes as gate_outcomes
 from gating_jax.models.summary import ModelCounts
 
-FIRING = 8  # images kept of each gate
-BINS = 40  # of histograms, equal parts of [0, 1]
+# Images kept for each gate.
+FIRING = 8
+# Bins of a histogram, equal parts of [0, 1].
+BINS = 40
+# Images whose logits are kept, for histograms and pictures.
 _KEPT_EXAMPLES = 2048
 _DECILES = range(10, 100, 10)
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageBehaviour:
-  """What the model did with each image, `[M]`; the last three are None where an image has no class of its own.
+  """Results of a test for each image, `[M]`; the last three are None where an image has no class.
 
   Attributes:
-    macs: multiply-accumulates, those always spent included.
+    macs: total multiply-accumulates, including the ungated part.
     losses: cross-entropies.
     correct: whether the predicted class is the true one.
     predicted, labels: classes, as integers.
@@ -41,14 +44,15 @@ class ImageBehaviour:
 
 @dataclasses.dataclass(frozen=True)
 class GateBehaviour:
-  """What gates did.
+  """Results of a test for each gate.
 
   Attributes:
-    diagnosis: of them.
+    diagnosis: outcomes of the gates, from `gate_outcomes.diagnose`.
     logits: `[<= 2048, G]`, of the first images.
-    class_rates: `[K, G]`, share of the images of each class for which each gate is open; NaN where there are none. None
-      where an image has no class.
-    firing: `[<= 8, G]`, the images that open each gate most surely, the largest logit first; -1 where it is closed.
+    class_rates: `[K, G]`, the fraction of each class's images for which each gate is open; NaN for
+      a class without images. None where an image has no class.
+    firing: `[<= 8, G]`, the numbers of the images with the largest logits of each gate, largest
+      first; -1 where the gate is closed.
   """
 
   gate_outcomes: gate_outcomes.Diagnosis
@@ -58,7 +62,7 @@ class GateBehaviour:
 
 
 def summarise(sums: Mapping[str, np.ndarray], images: int) -> dict[str, float]:
-  """A classifier's numbers, from the sums over images of what `steps.image_scores` returns."""
+  """Returns a classifier's numbers from the sums over images of `steps.image_scores`."""
   return {
     "accuracy": float(sums["correct"] / images),
     "cross_entropy": float(sums["cross_entropy"] / images),
@@ -78,32 +82,38 @@ def evaluate(
 
   Args:
     run: `(pixels [B, ...], labels [B]) -> results`, those of `steps.make_eval_step`.
-    batches: `((pixels, labels), valid)`; what follows the first `valid` examples is filling.
-    counts: of the model.
+    batches: `((pixels, labels), valid)`; examples after the first `valid` are padding.
+    counts: summary of the model.
     summarise: `(sums over images of each result, images) -> numbers`, first in the result.
     classes: number of different labels; None where an image has no label of its own.
-    noise_scale: of the gates in training; 0 where they are not drawn.
+    noise_scale: noise scale of the gates in training; 0 where they are not drawn.
   Returns:
-    `(result, images, gates)`: numbers, what became of each image, and for a gated net what its gates did.
+    `(result, images, gates)`: numbers, the behaviour on each image, and that of the gates, None for
+    a net without gates.
   """
   sums, each, tally, firing, logits, images = {}, collections.defaultdict(list), None, None, [], 0
   for (pixels, labels), valid in batches:
+    # Padding is cut off here: each image counts once.
     part = {name: np.asarray(values)[:valid] for name, values in run(pixels, labels).items()}
     for name in part.keys() & {"macs", "cross_entropy", "correct", "predicted"}:
       each[name].append(part[name])
     if classes is not None:
       each["labels"].append(np.asarray(labels)[:valid])
+    # Summed in float64: a test set has more MACs than float32 counts exactly.
     for name in part.keys() - {"gates", "gate_logits", "predicted"}:
       sums[name] = sums.get(name, 0) + np.sum(part[name], axis=0, dtype=np.float64)
     if "gates" in part:
       probs = gate_outcomes.open_probs(part["gate_logits"], noise_scale)
+      # Without classes all images are of a single one, so that the tally needs no second form.
       labels = np.zeros(valid, np.int32) if classes is None else np.asarray(labels)[:valid]
       new = gate_outcomes.tally(part["gates"], probs, labels, classes or 1)
       tally = new if tally is None else tally + new
+      # Closed gates get -inf: only images that open a gate are kept.
       firing = _largest(firing, np.where(part["gates"] > 0, part["gate_logits"], -np.inf), images)
       if images < _KEPT_EXAMPLES:
         logits.append(part["gate_logits"])
     images += valid
+  # For an ungated net, MACs are those of the model; a gated one overwrites them below.
   result = {
     **summarise(sums, images),
     "images": images,
@@ -131,6 +141,7 @@ def evaluate(
   result |= {**spent, "mac_ratio": spent["macs"] / counts.macs, **gate_outcomes.summary(found)}
   if found.class_information is not None:
     result["class_information_floor"] = found.floor
+  # A class without images gives 0 / 0 = NaN.
   with np.errstate(invalid="ignore"):
     class_rates = None if classes is None else tally.opened / tally.examples[:, None]
   return (
@@ -146,10 +157,11 @@ def evaluate(
 
 
 def histograms(gates: GateBehaviour, layers: Sequence[tuple[str, int]]) -> dict[str, np.ndarray]:
-  """Those of `layer_histograms`, of the images kept and of the open rates on all.
+  """Returns the `layer_histograms` of a test: of the logits kept, and of open rates on all images.
 
   Args:
-    layers: name and number of gates of each, in the order of the gates.
+    gates: behaviour of the gates.
+    layers: name and number of gates of each layer, in the order of the gates.
   """
   names, sizes = zip(*layers, strict=True)
   ends = np.cumsum(sizes)[:-1]
@@ -164,13 +176,13 @@ def layer_histograms(
   open_rates: Sequence[np.ndarray],
   group: str = "gates",
 ) -> dict[str, np.ndarray]:
-  """`[BINS]` counts over [0, 1] for each layer: of its gates' open probabilities and of their open rates.
+  """Returns `[BINS]` counts over [0, 1] of each layer's open probabilities and open rates.
 
   Args:
-    names: of the layers, as `counts.layer_names` has them.
+    names: names of the layers, as `counts.layer_names` has them.
     logits: `[N, gates of the layer]` of each layer.
-    open_rates: `[gates of the layer]` likewise.
-    group: what their names begin with, such as `gates` for `gates/stage1_block1/conv1/probs`.
+    open_rates: `[gates of the layer]` of each layer.
+    group: prefix of the counts' names, such as `gates` for `gates/stage1_block1/conv1/probs`.
   """
   counts = {}
   for layer, z, rates in zip(names, logits, open_rates, strict=True):
@@ -180,20 +192,21 @@ def layer_histograms(
 
 
 def histogram(values: np.ndarray) -> np.ndarray:
-  """`[BINS]`, how many of the values lie in each of so many equal parts of [0, 1]."""
+  """Counts the values in each of `BINS` equal parts of [0, 1]."""
   return np.histogram(values, BINS, (0, 1))[0]
 
 
 def mac_spread(macs: np.ndarray, losses: np.ndarray) -> dict[str, float]:
-  """Multiply-accumulates over images: mean, spread, deciles, and means of four quarters from easy to hard.
+  """Computes MACs over images: mean, spread, deciles, and means of four quarters by difficulty.
 
   Args:
-    macs: `[M]` of each image.
-    losses: `[M]` their cross-entropies, by which quarter 1 is the easiest, quarter 4 the hardest.
+    macs: `[M]`, multiply-accumulates of each image.
+    losses: `[M]`, cross-entropy of each image; quarter 1 has the smallest, quarter 4 the largest.
 
   >>> mac_spread(np.arange(8.0), -np.arange(8.0))["macs_of_quarter1"]
   6.5
   """
+  # A stable sort: images of equal loss keep their order, so that a rerun gives the same quarters.
   quarters = np.array_split(macs[np.argsort(losses, kind="stable")], min(4, len(macs)))
   return {
     "macs": float(np.mean(macs)),
@@ -208,11 +221,14 @@ def mac_spread(macs: np.ndarray, losses: np.ndarray) -> dict[str, float]:
 def _largest(
   before: tuple[np.ndarray, np.ndarray] | None, logits: np.ndarray, first: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The largest logits of each gate so far and the images they are of, `[<= FIRING, G]` each; of equal ones the first.
+  """Returns the largest logits of each gate so far and their images, `[<= FIRING, G]` each.
+
+  Of equal logits the first image comes first.
 
   Args:
-    before: the same of earlier images.
-    logits: `[B, G]` of the images that follow, whose first is number `first`.
+    before: the result for earlier images; None for none.
+    logits: `[B, G]` of the next images, whose first is number `first`.
+    first: the number of the first of these images.
   """
   numbers = np.broadcast_to(np.arange(first, first + len(logits))[:, None], logits.shape)
   if before is not None:

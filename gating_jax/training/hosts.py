@@ -1,6 +1,7 @@
-"""The processes of a job, one for each host: who writes, what is whose, and what all must agree on.
+"""Processes of a job, one for each host: who writes, sharding, and collectives on host values.
 
-All run the same program on the same config and share a file system; process 0 writes what only one may.
+All run the same program on the same config and share a file system; process 0 writes what only one
+may.
 """
 
 from __future__ import annotations
@@ -16,24 +17,26 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 AUTO = "auto"
-_PATIENCE = 20  # s, that the coordinator may start later
+# Seconds that the coordinator may start later than the others.
+_PATIENCE = 20
 
 
 class PeerError(Exception):
-  """Another process of the job could not go on; it has said why."""
+  """The error of a process whose peer stopped; the peer has printed the cause."""
 
 
 def connect(coordinator: str, processes: int | None = None, process: int | None = None) -> None:
   """Makes this process one of a job, before JAX is first used.
 
   Args:
-    coordinator: `host:port` of process 0; or `auto` on Cloud TPU, Slurm and the like, which tell the rest as well.
-    processes: how many there are.
-    process: which of them this is, from 0.
+    coordinator: `host:port` of process 0; or `auto` on Cloud TPU, Slurm and the like, which supply
+      the rest as well.
+    processes: the number of processes.
+    process: the number of this process, from 0.
   Raises:
-    ValueError: they do not make a job.
-    PeerError: no coordinator answers for 20 s; or not all processes were there within a minute, where jaxlib has not
-      ended this one by itself.
+    ValueError: the arguments do not describe a job.
+    PeerError: no coordinator answers for 20 s; or not all processes were there within a minute,
+      where jaxlib has not ended this one itself.
   """
   if coordinator == AUTO:
     if (processes, process) != (None, None):
@@ -44,21 +47,22 @@ def connect(coordinator: str, processes: int | None = None, process: int | None 
     return
   if processes is None or process is None or not 0 <= process < processes:
     raise ValueError(
-      f"process must be in 0, ..., processes - 1, both given with a coordinator; got process {process}, "
-      f"processes {processes}"
+      "process must be in 0, ..., processes - 1, both given with a coordinator; got process "
+      f"{process}, processes {processes}"
     )
+  # Process 0 is the coordinator itself.
   if process:
     _await(coordinator)
   _join(coordinator, processes, process)
 
 
 def is_writer() -> bool:
-  """Whether this process writes logs, results and pictures."""
+  """Returns whether this process writes logs, results and pictures."""
   return jax.process_index() == 0
 
 
 def any_of(said: bool) -> bool:
-  """Whether any process says so; each waits for all."""
+  """Returns whether `said` is true in any process; each waits for all."""
   return (
     said
     if jax.process_count() == 1
@@ -67,7 +71,7 @@ def any_of(said: bool) -> bool:
 
 
 def of_writer(number: int) -> int:
-  """What the writer says, of up to 31 bits; each waits for all."""
+  """Returns the writer's number, of up to 31 bits, in every process; each waits for all."""
   return (
     number
     if jax.process_count() == 1
@@ -76,10 +80,10 @@ def of_writer(number: int) -> int:
 
 
 def written(write: Callable[[], None]) -> None:
-  """`write` by the writer, done when this returns anywhere.
+  """Runs `write` in the writer; it is done when this returns in any process.
 
   Raises:
-    PeerError: it failed, on all but the writer; there its own error.
+    PeerError: it failed, in all processes but the writer; the writer raises its own error.
   """
   error = None
   try:
@@ -87,15 +91,17 @@ def written(write: Callable[[], None]) -> None:
       write()
   except Exception as raised:
     error = raised
+  # An error is raised only after the exchange: otherwise the other processes would wait forever.
   if any_of(error is not None):
     raise error or PeerError("process 0 stopped; see what it says")
 
 
 def _await(coordinator: str) -> None:
-  """Returns when something listens at `host:port`; jaxlib would abort the process where nothing does."""
+  """Waits until something listens at `host:port`; jaxlib would abort the process otherwise."""
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdigit():
     raise ValueError(f"coordinator must be auto or host:port; got {coordinator!r}")
+  # The clock of the day may jump; this one does not.
   until = time.monotonic() + _PATIENCE
   while True:
     try:
@@ -104,8 +110,8 @@ def _await(coordinator: str) -> None:
     except OSError as error:
       if time.monotonic() > until:
         raise PeerError(
-          f"no coordinator answers at {coordinator} for {_PATIENCE} s ({error}): is process 0 running "
-          "there?"
+          f"no coordinator answers at {coordinator} for {_PATIENCE} s ({error}): is process 0 "
+          "running there?"
         ) from None
     time.sleep(0.2)
 
@@ -117,16 +123,15 @@ def _join(*job: Any) -> None:
     )
   except RuntimeError as error:
     raise PeerError(f"the processes of the job did not find each other: {error}") from error
-  signal.signal(
-    signal.SIGTERM, signal.SIG_DFL
-  )  # which JAX takes for itself; the training loop asks for it
+  # JAX has taken SIGTERM for itself; the training loop handles it.
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def share(tree: Any) -> Any:
-  """This process's part of arrays that hold a whole batch each, `[N, ...]` to `[N / processes, ...]`."""
+  """Returns this process's part of a whole batch: `[N, ...]` to `[N / processes, ...]`."""
   return jax.tree.map(lambda x: np.split(x, jax.process_count())[jax.process_index()], tree)
 
 
 def whole(tree: Any) -> Any:
-  """The inverse of `share`, on every process."""
+  """Returns the whole batch from the parts of all processes, in each of them; inverts `share`."""
   return tree if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)

@@ -1,4 +1,4 @@
-"""What a run writes while it goes: JSON lines, TensorBoard events, plain lines or a progress bar."""
+"""The journal of a run: JSON lines, TensorBoard events, plain lines or a progress bar."""
 
 from __future__ import annotations
 
@@ -20,30 +20,35 @@ from gating_jax.training import hosts
 METRICS_FILE = "metrics.jsonl"
 HISTOGRAMS_FILE = "histograms.jsonl"
 TENSORBOARD_DIR = "tensorboard"
+# The suffix of a file that is still being written.
 TEMPORARY = ".tmp"
 
 
 class Journal:
-  """Writes metrics and histograms of steps under a run directory; opened at the step training goes on from.
+  """A writer of metrics and histograms by step, under a run directory.
 
-  Lines of later steps, left by a run that was killed after its last checkpoint, are dropped, and no (step, split) is
-  written twice. Of several processes one writes.
+  It is opened at the step from which training continues. Lines of later steps, left by a run that
+  was killed after its last checkpoint, are dropped, and no (step, split) is written twice. Of
+  several processes one writes.
 
   Attributes:
     past: the lines of training up to the first step, as pairs of a step and the line's numbers.
   """
 
   def __init__(self, workdir: Path, first_step: int, total_steps: int):
-    from tensorboardX import SummaryWriter  # imports slowly
+    # Imported here: it loads slowly.
+    from tensorboardX import SummaryWriter
 
     writes, self._path = hosts.is_writer(), workdir / TENSORBOARD_DIR
     metrics, histograms = (
       _cut_back(workdir / name, first_step) for name in (METRICS_FILE, HISTOGRAMS_FILE)
     )
     self.past = [(line["step"], numbers(line)) for line in metrics if line["split"] == "train"]
+    # Evaluations before a kill are in the file: a resumed training does not write them twice.
     self._metrics = _Lines(workdir / METRICS_FILE, metrics)
     self._histograms = _Lines(workdir / HISTOGRAMS_FILE, histograms)
-    # tensorboardX takes what stands before a colon, as in s3:, for a kind of storage, unless a slash comes first.
+    # tensorboardX takes a prefix with a colon, as in s3:, for a kind of storage, unless a slash
+    # comes first.
     self._events = SummaryWriter(
       str(self._path.absolute()), purge_step=first_step + 1, write_to_disk=writes
     )
@@ -54,24 +59,32 @@ class Journal:
     self._start = time.monotonic()
 
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-    """One line, and one TensorBoard point per value, named `split/name`; nothing if there is a line already."""
+    """Writes a line, and a TensorBoard point per value, named `split/name`.
+
+    It does nothing where this step and split have a line already.
+    """
     values = {name: float(value) for name, value in values.items()}
     if self._metrics.add(step, split, values):
       for name, value in values.items():
         self._events.add_scalar(name if "/" in name else f"{split}/{name}", value, step)
 
   def write_histograms(self, step: int, split: str, counts: Mapping[str, np.ndarray]) -> None:
-    """One line, and one TensorBoard histogram per name, such as `gates/stage1_block1/conv1/probs`; or nothing, as in
-    `write`.
+    """Writes a line, and a TensorBoard histogram for each name.
+
+    It does nothing where this step and split have a line already.
 
     Args:
-      counts: `[bins]` integers each, how many values lie in each of so many equal parts of [0, 1].
+      step: the training step.
+      split: the split of the data.
+      counts: by name, such as `gates/stage1_block1/conv1/probs`: `[bins]` integers, the number of
+        values in each of `bins` equal parts of [0, 1].
     """
     if not self._histograms.add(
       step, split, {name: np.asarray(count).tolist() for name, count in counts.items()}
     ):
       return
     for name, count in counts.items():
+      # TensorBoard wants sums of values: bins give them at their middles.
       edges = np.linspace(0, 1, len(count) + 1)
       middles = (edges[1:] + edges[:-1]) / 2
       self._events.add_histogram_raw(
@@ -87,7 +100,7 @@ class Journal:
       )
 
   def write_picture(self, step: int, name: str, path: Path) -> None:
-    """A picture in TensorBoard, from its file."""
+    """Writes a picture from its file to TensorBoard."""
     with Image.open(path) as picture:
       self._events.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
@@ -96,7 +109,7 @@ class Journal:
     self._bar.update(step - self._bar.n)
 
   def say(self, step: int, text: str) -> None:
-    """A line for people: above the bar on a terminal, plain otherwise."""
+    """Prints a line for people: above the bar on a terminal, plain otherwise."""
     line = f"step {step}/{self._total}  {text}"
     if self._bar.disable:
       line = f"[{time.monotonic() - self._start:6.0f} s] {line}"
@@ -113,7 +126,10 @@ class Journal:
 
 
 class _Lines:
-  """JSON lines with a step and a split, after those that are there; a new file begins with its first line."""
+  """A file of JSON lines with a step and a split, appended to those already there.
+
+  A new file is created with its first line.
+  """
 
   def __init__(self, path: Path, there: Sequence[Mapping[str, Any]]):
     self._path = path if hosts.is_writer() else Path(os.devnull)
@@ -121,13 +137,14 @@ class _Lines:
     self._file = None
 
   def add(self, step: int, split: str, values: Mapping[str, Any]) -> bool:
-    """Whether it was written: each (step, split) is once."""
+    """Writes a line and returns True; returns False where this step and split have one already."""
     if (step, split) in self._written:
       return False
     self._written.add((step, split))
     with _naming(self._path):
       self._file = self._file or self._path.open("a")
       self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+      # A kill loses no line that was written.
       self._file.flush()
     return True
 
@@ -138,7 +155,7 @@ class _Lines:
 
 
 def _cut_back(path: Path, first_step: int) -> list[dict[str, Any]]:
-  """Cuts a journal's file back to the step that training goes on from, and returns its records."""
+  """Cuts a journal's file back to the step training continues from; returns its records."""
   kept = [line for line in read_lines(path) if line["step"] <= first_step]
   if hosts.is_writer() and path.exists():
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -146,25 +163,33 @@ def _cut_back(path: Path, first_step: int) -> list[dict[str, Any]]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-  """Replaces the file whole or not at all; a kill in between leaves the old one, and a `.tmp` beside it."""
+  """Replaces the file whole or not at all.
+
+  A kill in between leaves the old file, and a `.tmp` next to it.
+  """
   temporary = path.with_name(path.name + TEMPORARY)
   if isinstance(content, str):
-    content = content.encode("utf-8", errors="replace")  # names may hold what is no character
+    # Names may hold surrogates, which UTF-8 cannot encode.
+    content = content.encode("utf-8", errors="replace")
   with _naming(path):
     with temporary.open("wb") as file:
       file.write(content)
       file.flush()
+      # On disk before the rename: else a power cut could leave an empty file under the name.
       os.fsync(file.fileno())
     temporary.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:
-  """`value` as indented JSON, atomically."""
+  """Writes `value` as indented JSON, atomically."""
   write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-  """The records of a journal's file, none if it is missing; a line cut short by a kill is no record."""
+  """Reads the records of a journal's file; none if it is missing.
+
+  A line cut short by a kill is dropped with a warning.
+  """
   records = []
   for line in path.read_text("utf-8", "replace").split("\n") if path.exists() else []:
     if not line:
@@ -181,13 +206,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-  """Those of the values that are."""
+  """Returns the values that are numbers."""
   return {name: value for name, value in values.items() if isinstance(value, (int, float))}
 
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-  """Names the file in errors of writing, which by themselves say no more than `No space left on device`."""
+  """Names the file in errors of writing, which otherwise say only `No space left on device`."""
   try:
     yield
   except OSError as error:
