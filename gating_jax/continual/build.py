@@ -1,4 +1,4 @@
-"""From a config of continual learning to its parts, every setting checked before anything is compiled."""
+"""The parts of an experiment, built from a config after all settings are checked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,18 @@ from gating_jax.training.outlines import Outline
 
 @dataclasses.dataclass(frozen=True)
 class ContinualExperiment:
-  """What a config describes; `dense_macs` are of the network without gates, with the head of one task."""
+  """An experiment as a config describes it.
+
+  Attributes:
+    config: as given.
+    tasks: the sequence of tasks, with their images.
+    problem: what the method learns.
+    method: of continual learning.
+    dense_macs, dense_macs_reduced: multiply-accumulates of one image in the network without gates,
+      with the head of one task; for the second see `models.summary.reduced_macs`.
+    optimiser: fresh for every task.
+    steps_per_epoch: steps in an epoch of any task.
+  """
 
   config: ml_collections.ConfigDict
   tasks: tuple[tasks.Task, ...]
@@ -35,22 +46,25 @@ class ContinualExperiment:
 
   @property
   def prelude_steps(self) -> int:
-    """Steps of what comes before the training on a task."""
+    """Returns the steps of the phase before each task's own training."""
     return self.config.generator.steps if self.method.prelude else 0
 
   @property
   def prelude_batch_size(self) -> int:
-    """Images of one of them."""
+    """Returns the images of one step of the prelude."""
     return self.config.generator.batch_size * self.config.generator.critic_steps
 
   @property
   def stages(self) -> range:
-    """The last task of each stage of learning: every task, or where all are learnt together the last one."""
+    """Returns the last task of each stage of learning.
+
+    These are all tasks, or only the last one where all are learnt together.
+    """
     return range(len(self.tasks))[-1 if self.method.together else 0 :]
 
   @property
   def steps_per_task(self) -> int:
-    """Steps of the prelude and the training of a stage, and one for its end."""
+    """Counts the steps of a stage: its prelude, its training, and one for its end."""
     return self.prelude_steps + self.steps_per_epoch * self.config.optim.epochs + 1
 
   @property
@@ -58,18 +72,20 @@ class ContinualExperiment:
     return self.steps_per_task * len(self.stages)
 
   def first_step(self, task: int) -> int:
-    """Of the stage that ends with this task."""
+    """Returns the first step of the stage that ends with this task."""
     return self.steps_per_task * self.stages.index(task)
 
   @property
   def task_names(self) -> list[str]:
-    """The classes of each task."""
+    """Returns the names of the classes of each task."""
+    # Every set has the names of all classes, in the order of learning.
     names, c = self.tasks[0].train.class_names, self.problem.classes
     return [", ".join(names[t * c : (t + 1) * c]) for t in range(len(self.tasks))]
 
   def phases(self, task: int) -> list[loop.LoopSettings]:
-    """Of the prelude and the training of the stage that ends with this task."""
+    """Returns settings of the prelude and the training of a task's stage."""
     first = self.first_step(task)
+    # The last step of a stage ends the task and is no training step.
     ends = [first + self.prelude_steps] * bool(self.prelude_steps) + [
       first + self.steps_per_task - 1
     ]
@@ -81,15 +97,18 @@ class ContinualExperiment:
     ]
 
   def key(self, purpose: int) -> jax.Array:
-    """A key of the run that no training step uses."""
+    """Returns a key of the run that no training step uses."""
+    # Training steps fold the step into a key of the default kind: another kind gives other streams.
     return jax.random.fold_in(jax.random.key(self.config.seed, impl="rbg"), purpose)
 
   def fresh(self) -> Learner:
-    """A learner that has learnt nothing."""
+    """Creates a learner that has learnt nothing."""
 
+    # One program is faster than an operation for every parameter.
     @jax.jit
     def init(key):
       start = self.method.init(key)
+      # float32 as in `test_tasks`: another type would compile the step again for the second task.
       table = Table(
         *(jnp.full((len(self.tasks),) * 2, jnp.nan, jnp.float32) for _ in Table._fields)
       )
@@ -108,18 +127,25 @@ class ContinualExperiment:
 def build(
   config: ml_collections.ConfigDict, known: Sequence[Outline] | None = None
 ) -> ContinualExperiment:
-  """Checks every setting, then reads the data. Raises ValueError naming the field, or `DatasetNotPreparedError`.
+  """Checks every setting, then reads the data.
 
-  `known` are outlines of the tasks' training sets, in place of reading them.
+  Args:
+    config: of continual learning.
+    known: outlines of the tasks' training sets, to be used in place of the data.
+  Raises:
+    ValueError: a setting breaks its rule; the message names the field.
+    DatasetNotPreparedError: the data set is not on disk.
   """
   data, training = config.data, config.optim
   _check(config)
   if known is None:
     sequence = _read_tasks(config)
   else:
+    # An outline has the length and the shape of a set: enough for every check.
     sequence = tuple(tasks.Task(train=each, validation=each, test=each) for each in known)
   shape = sequence[0].train.shape
   settings.check_channels(data, shape[-1])
+  # The smallest task sets the steps of an epoch, the same for all tasks.
   smallest = min(len(task.train) for task in sequence)
   if training.batch_size > smallest:
     raise ValueError(
@@ -138,6 +164,7 @@ def build(
     ),
   )
   method = choices.build(config, problem)
+  # A step of the prelude takes one batch for each update of the critic.
   if (
     method.prelude
     and (size := config.generator.batch_size * config.generator.critic_steps) > smallest
@@ -160,10 +187,12 @@ def build(
       rate,
       momentum=training.momentum,
       weight_decay=training.weight_decay,
-      # HAT's masks are parameters of gates as well, whose pace it sets itself.
+      # HAT's masks are gate parameters too, and HAT sets their pace itself.
       gate_multiplier=1.0 if config.method == "hat" else training.gate_multiplier,
     )
+  # Clips the gradient of the loss alone, before weight decay and momentum.
   optimiser = optax.chain(optax.clip_by_global_norm(training.clip), sgd)
+  # The network without gates is what costs are compared with; at test time one head runs.
   dense = choices.network(config, problem, classes=problem.classes, gated=False)
   return ContinualExperiment(
     config,
@@ -233,6 +262,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
     rules={
       "data.std": (lambda std: min(std) > 0, "a tuple of positive numbers"),
       "optim.drops": (settings.all_numbers, "a tuple of fractions"),
+      # Batches are split evenly over the devices.
       "replay.batch_size": settings.divides_over_devices(),
       "optim.batch_size": settings.divides_over_devices(),
       "optim.eval_batch_size": settings.divides_over_devices(),

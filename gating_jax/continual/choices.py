@@ -1,4 +1,4 @@
-"""From a config to a method of continual learning and its network."""
+"""Methods of continual learning and their networks, built from a config."""
 
 from __future__ import annotations
 
@@ -37,7 +37,11 @@ from gating_jax.training import settings
 
 
 def build(config: ml_collections.ConfigDict, problem: Problem) -> Method:
-  """The method that the config names."""
+  """Builds the method that the config names.
+
+  Raises:
+    ValueError: a setting breaks its rule; the message names the method.
+  """
   try:
     return METHODS[config.method](config, problem)
   except ValueError as error:
@@ -46,9 +50,11 @@ def build(config: ml_collections.ConfigDict, problem: Problem) -> Method:
 
 def _task_gates(config, problem):
   gates = _made(TaskGatesSettings, config, "gates")
+  # Layers that grow have their last width from the start: shapes never change.
   model = network(config, problem, classes=None, gated=True, wider=gates.allocated(problem.tasks))
   rehearsal = REHEARSALS[config.router.rehearsal](config, problem)
   of_all = _classifier(config, problem, "seen") if config.router.network else None
+  # The section holds the choice of the classifier too.
   router = _made(RouterSettings, config, "router", without=("rehearsal", "network", "distillation"))
   return task_gates(
     model,
@@ -73,6 +79,7 @@ def _generative(config, problem):
 
 def _gated_generative(config, problem):
   fields = dict(config.generator.gates)
+  # The section holds settings of the gates and of their protection.
   gate = {name: fields.pop(name) for name in ("initial_open", "noise_scale")}
   with settings.named("generator.gates"):
     generator = _generator(config, problem, GateSettings(**{**config.model.gate, **gate}))
@@ -82,6 +89,7 @@ def _gated_generative(config, problem):
 
 def _masked_generative(config, problem):
   fields = {name: config.dgm[name] for name in ("steepness", "sparsity")}
+  # HAT's masks are gates without an input: one parameter per unit.
   generator = _generator(config, problem, GateSettings(context="none", relaxation="sigmoid"))
   with settings.named("dgm"):
     protection = masked(generator, problem.tasks, steps=config.generator.steps, **fields)
@@ -89,13 +97,14 @@ def _masked_generative(config, problem):
 
 
 def _dgm(config, problem):
+  # Replay shows all classes so far, so all of them compete.
   net, rehearsal = _classifier(config, problem, "seen"), _masked_generative(config, problem)
   with settings.named("dgm"):
     return dgm(net, rehearsal, real=config.dgm.real)
 
 
 def _made(make, config, section, *args, without=()):
-  """`make(*args, **config[section])`, but for what stands there for others."""
+  """Calls `make(*args, **config[section])`, without some of the section's fields."""
   with settings.named(section):
     return make(
       *args, **{name: value for name, value in config[section].items() if name not in without}
@@ -109,7 +118,7 @@ def _wgan(config):
 
 
 def _generator(config, problem, gate):
-  """One for all tasks."""
+  """Builds one generator for all tasks."""
   fields = config.generator
   return Generator(
     problem.shape, fields.latent, fields.width, problem.classes, "channel", gate, problem.axis_name
@@ -131,6 +140,7 @@ def _shared_generative(config, problem, generator, protection):
 
 
 def _hat(config, problem):
+  # HAT's masks are gates without an input: one parameter per unit.
   model = network(config, problem, classes=None, gated=True, context="none", relaxation="sigmoid")
   return _made(hat, config, "hat", model, problem, count(model, problem.shape))
 
@@ -138,6 +148,7 @@ def _hat(config, problem):
 def _progressive(config, problem):
   model = config.model
   _check_norm(model)
+  # The images are small, hence the stem for CIFAR.
   kind = dict(norm=model.norm) if model.name in VGGS else dict(stem="cifar")
   return progressive(
     column(
@@ -166,8 +177,14 @@ def _multitask_norms(config, problem):
 
 
 def _plain(make, scope="own", section=None, memory=False):
-  """The builder of a method that trains one ungated network with an output for every class, and has an episodic
-  `memory` or none; `section` holds its settings."""
+  """Makes the builder of a method that trains one ungated network of all classes.
+
+  Args:
+    make: the method, of a network and the settings below.
+    scope: classes that compete in the cross-entropy, as in `Network`.
+    section: of the config with the method's settings; None for a method without any.
+    memory: whether the method has an episodic memory.
+  """
 
   def build(config, problem):
     given = [_classifier(config, problem, scope)]
@@ -179,7 +196,7 @@ def _plain(make, scope="own", section=None, memory=False):
 
 
 def _classifier(config, problem, scope):
-  """An ungated network with an output for every class."""
+  """Builds an ungated network with an output for every class."""
   model = network(config, problem, classes=problem.all_classes, gated=False)
   return Network(model, problem, count(model, problem.shape).macs, scope)
 
@@ -194,7 +211,9 @@ REHEARSALS = {
 
 
 def _icarl(config, problem):
+  # iCaRL needs the features, and the head for its training.
   model = icarl.Headed(network(config, problem, classes=None, gated=False), problem.all_classes)
+  # The head's classes are those of all tasks so far, as in the test.
   net = Network(model, problem, count(model, problem.shape).macs, "seen")
   return icarl.icarl(net, _made(ReplaySettings, config, "replay"))
 
@@ -212,7 +231,8 @@ METHODS = {
   "lwf": _plain(lwf, section="lwf"),
   "er": _plain(replay.er, "seen", memory=True),
   "derpp": _plain(derpp.derpp, "seen", "derpp", memory=True),
-  "agem": _plain(agem.agem, memory=True),  # as its authors have it, who know the task
+  # The scope is the task's own classes, as in the paper, where the task is known.
+  "agem": _plain(agem.agem, memory=True),
   "icarl": _icarl,
   "multitask_norms": _multitask_norms,
   "multitask_trunk": _plain(multitask_trunk),
@@ -229,8 +249,16 @@ def network(
   wider: float = 1.0,
   **gate,
 ) -> nn.Module:
-  """The network of the config, with this many outputs, gated or not, `wider` times as wide; `gate` adds to the gates'
-  settings."""
+  """Builds the network of the config.
+
+  Args:
+    config: of the experiment.
+    problem: the learning problem.
+    classes: outputs; None for a network that ends at its features.
+    gated: whether it has gates.
+    wider: factor on the config's width.
+    **gate: additions to the config's gate settings.
+  """
   model = config.model
   _check_norm(model)
   fields = dict(
@@ -239,6 +267,7 @@ def network(
     axis_name=problem.axis_name,
     gate=GateSettings(**model.gate, **gate),
   )
+  # `all_channels` also gates the outputs of a block: without that a task would own none of them.
   if model.name in VGGS:
     return vgg(
       model.name, classes, norm=model.norm, gating="channel" if gated else "none", **fields

@@ -1,4 +1,4 @@
-"""`--mode=compile` of continual learning: the net of each task compiled to skip what its gates close.
+"""The `--mode=compile` of continual learning: each task's network, compiled to skip closed gates.
 
 Reference: Abati et al., 2020.
 """
@@ -25,23 +25,32 @@ from gating_jax.training import rundir
 def run(
   experiment: ContinualExperiment, run_dir: rundir.RunDir, step: int, learner: Learner
 ) -> None:
-  """Writes the tables of every task learnt, the task known, calibrated on its training images.
+  """Times every learnt task's network, the task known, and writes the tables.
 
+  Each network is calibrated on the training images of its task.
+
+  Args:
+    experiment: of the run.
+    run_dir: where the tables go.
+    step: of the learner.
+    learner: with the tasks learnt so far.
   Raises:
-    RunDirError: they are there, or are being written.
-    ValueError: as of `check`.
+    RunDirError: the tables exist, or are being written.
+    ValueError: as in `check`.
   """
+  # Fails before anything is compiled.
   check(experiment)
   compile_report.write(run_dir, step, _tables(experiment, jax.device_get(learner)))
 
 
 def check(experiment: ContinualExperiment) -> None:
-  """Raises ValueError for a method whose tasks have no gates that look at images, or a model that cannot be folded."""
+  """Raises ValueError for a method without conditional gates per task, or an unfoldable model."""
   if experiment.method.task_net is None:
     raise ValueError(
-      "method must be one whose tasks have gates that look at images, as 'gates' and 'multitask_gates', "
-      f"to be compiled; got {experiment.config.method!r}"
+      "method must be one whose tasks have gates that look at images, as 'gates' and "
+      f"'multitask_gates', to be compiled; got {experiment.config.method!r}"
     )
+  # The network without its head, as the method makes it.
   folding.check(choices.network(experiment.config, experiment.problem, classes=None, gated=True))
 
 
@@ -56,6 +65,7 @@ def _tables(
 
 
 def folded_net(experiment: ContinualExperiment, learner: Learner, task: int) -> Folded:
-  """What runs for a task that is learnt. Raises ValueError for a model that cannot be folded."""
+  """Folds the network of a learnt task. Raises ValueError for a model that cannot be folded."""
   net = experiment.method.task_net(learner, task)
+  # The model ends at its features; the head is the task's own.
   return dataclasses.replace(folding.fold(net.model, net.variables), classifier=net.classifier)

@@ -1,12 +1,14 @@
-"""DER++: replay that also holds the network to the logits it once gave for the images it replays.
+"""DER++: replay with a penalty on the change of stored logits.
 
-    L = mean of CE over the batch + alpha mean of |z - z*|^2 over one draw + beta mean of CE over another
+    L = mean of CE over the batch + alpha mean of |z - z*|^2 over one draw
+        + beta mean of CE over another
 
-with z* stored beside each image. The mean square is over the classes that had been seen when z* was stored: the logits
-of later classes were not trained then. The paper stores z* along the way, where images enter its reservoir; here it is
-at the end of the image's own task, where the memory is filled.
+Here z* are the logits stored with each image. The mean square is over the classes that had been
+seen when z* was stored: the logits of later classes were not trained then. The paper stores z*
+during the task, when images enter its reservoir; here it is at the end of the image's own task,
+when the memory is filled.
 
-All three parts go through the network as one batch, for the reason given in `experience_replay`.
+All three parts go through the network as one batch, for the reason given in `methods.replay`.
 
 Axes: S slots, R replayed examples, K classes.
 Reference: Buzzega et al., "Dark experience for general continual learning", 2020.
@@ -28,12 +30,14 @@ from gating_jax.types import Array
 def derpp(
   network: Network, rehearsal: memory.ReplaySettings, *, alpha: float, beta: float
 ) -> Method:
-  """The method; its memory is a `replay.Memory` with logits `[S, K]`.
+  """Makes the method; its memory is a `memory.Memory` with logits `[S, K]`.
 
   Args:
-    network: what is trained.
-    rehearsal: the size of the memory and of each of the two draws.
-    alpha, beta: weights of the stored logits and of the labels.
+    network: to train.
+    rehearsal: sizes of the memory and of each of the two draws.
+    alpha, beta: weights of the stored logits and of the labels, >= 0.
+  Raises:
+    ValueError: a negative weight.
   """
   for name, value in (("alpha", alpha), ("beta", beta)):
     if not value >= 0:
@@ -51,7 +55,9 @@ def derpp(
     drawn = lambda key: memory.draw_inputs(
       learner.memory, key, batch, problem, rehearsal.batch_size
     )
+    # The paper has independent draws for the two terms.
     (x1, labels1, stored, filled), (x2, labels2, _, _) = drawn(one), drawn(other)
+    # One pass, so that BatchNorm normalises all three parts alike.
     logits, batch_stats = network.train_logits(
       params, learner.batch_stats, jnp.concatenate([batch.x, x1, x2]), noise
     )
@@ -59,6 +65,7 @@ def derpp(
     mean_cross_entropy = lambda z, labels: jnp.mean(network.cross_entropy(z, labels, learner.task))
     terms = {
       "cross_entropy": mean_cross_entropy(new, batch.labels),
+      # Before the first task ends there are no stored logits and nothing to replay.
       "logits": jnp.where(filled, squared_gap(old1, stored, network.seen_with(labels1)), 0.0),
       "replay": jnp.where(filled, mean_cross_entropy(old2, labels2), 0.0),
     }
@@ -68,6 +75,7 @@ def derpp(
     )
 
   def end_task(learner: Learner, data: TaskData, key: Array) -> Learner:
+    # z* of every image, before it is known which the memory keeps.
     logits = problem.in_batches(
       lambda learner, x: network.logits(learner.params, learner.batch_stats, x),
       learner,
@@ -81,5 +89,12 @@ def derpp(
 
 
 def squared_gap(logits: Array, stored: Array, counted: Array) -> Array:
-  """Mean over the R examples of the mean square over each one's `counted` classes, all `[R, K]`."""
+  """Averages the mean square over each example's counted classes.
+
+  Args:
+    logits, stored: `[R, K]`.
+    counted: `[R, K]` bool.
+  Returns:
+    a scalar, the mean over the R examples.
+  """
   return jnp.mean(jnp.mean(jnp.square(logits - stored), axis=-1, where=counted))

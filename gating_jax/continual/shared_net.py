@@ -64,6 +64,7 @@ class SharedNet:
     network, head = jax.random.split(key)
     variables = self.model.init(network, jnp.zeros((1, *self.problem.shape)))
     _, features = self.shapes
+    # The head is no part of the model, which ends at its features.
     kernel = nn.initializers.lecun_normal()(head, (features, self.problem.classes))
     params = self._split(variables["params"])
     own = {
@@ -97,11 +98,8 @@ class SharedNet:
       x: `[N, H, W, D]`.
     Returns:
       a `Stream` of arrays stacked over tasks.
-    ~~
-    # One program, however many: vmap's rounds otherwise with their number.
-    # Not vmap: its rounding depends on the number of tasks. Here one program serves any number.
     """
-    # One program, however many: vmap's rounds otherwise with their number.
+    # Not vmap, whose rounding depends on the number of tasks: this is one program for any number.
     return jax.lax.map(lambda own: self.of_task(params, batch_stats, own, x), own)
 
   def of_task(self, params: Tree, batch_stats: Tree, own: Tree, x: Array) -> Stream:
@@ -132,6 +130,7 @@ class SharedNet:
   @functools.cached_property
   def shapes(self) -> tuple[Records, int]:
     """Returns the records and the number of features, as shapes."""
+    # One image: no record depends on the number of examples but in its first axis.
     x = jax.ShapeDtypeStruct((1, *self.problem.shape), jnp.float32)
     # Shapes need no arithmetic.
     (features, records), _ = jax.eval_shape(
