@@ -213,7 +213,7 @@ REHEARSALS = {
 def _icarl(config, problem):
   # iCaRL needs the features, and the head for its training.
   model = icarl.Headed(network(config, problem, classes=None, gated=False), problem.all_classes)
-  # The head's classes are those of all tasks so far, as in the test.
+  # The loss of iCaRL is its own: the scope is not read.
   net = Network(model, problem, count(model, problem.shape).macs, "seen")
   return icarl.icarl(net, _made(ReplaySettings, config, "replay"))
 

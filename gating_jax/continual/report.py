@@ -1,4 +1,4 @@
-"""What a run of continual learning reports: its result, its pictures, its page.
+"""Reports of a continual-learning run: result, pictures and page.
 
 Axes: T tasks, N images of a task, U gated units of the network.
 """
@@ -31,12 +31,14 @@ from gating_jax.reports.text import plain, save
 from gating_jax.training import evaluation, hosts, rundir
 from gating_jax.training.journal import Journal
 
-_LOOKED_AT = 400  # test images of each task
-_UNITS, _IMAGES, _TASKS = 6, 8, 6  # drawn at most
+# Test images of each task that gates are shown for.
+_LOOKED_AT = 400
+# The largest numbers drawn.
+_UNITS, _IMAGES, _TASKS = 6, 8, 6
 
 
 def summary(experiment: ContinualExperiment, learner: Learner) -> dict[str, Any]:
-  """The result of the tasks learnt so far, as `reports.task_table` wants it."""
+  """Collects the result of the tasks learnt so far, as `reports.task_table` wants it."""
   learnt = int(learner.task)
   table = {
     name: np.asarray(x, np.float64)[:learnt, :learnt] for name, x in learner.table._asdict().items()
@@ -57,17 +59,23 @@ def summary(experiment: ContinualExperiment, learner: Learner) -> dict[str, Any]
     "task_aware_macs": float(table["macs"][-1].mean()),
     "task_agnostic_macs": float(table["agnostic_macs"][-1].mean()),
     "params": held.params,
+    # Images that a cumulative method trains on again are a cost too.
     "memory_mb": held.memory_mb + _kept_images(experiment, learnt),
   }
   if held.relevant:
     result["free_units"] = free_units(held, learnt)
+    # Rows of later tasks use no unit yet: two of them would overlap fully.
     overlap = _overlap(held.relevant)[:learnt, :learnt]
     result |= {"gate_overlap": overlap.tolist(), "mean_gate_overlap": metrics.mean_overlap(overlap)}
   return result
 
 
 def free_units(held: Holdings, learnt: int) -> dict[str, tuple[int, int]]:
-  """By layer, the units that no task learnt so far needs, and all there are; nothing where tasks own no units."""
+  """Counts the units by layer that no task learnt so far needs, and all units.
+
+  Returns:
+    `(free, all)` by layer; empty where tasks own no units.
+  """
   return {
     layer: (int(metrics.filter_use(units[:learnt]).free[-1]), units.shape[1])
     for layer, units in held.relevant.items()
@@ -75,13 +83,13 @@ def free_units(held: Holdings, learnt: int) -> dict[str, tuple[int, int]]:
 
 
 def _kept_images(experiment: ContinualExperiment, learnt: int) -> float:
-  """10**6 bytes of earlier tasks' images that a method trains on again, all of them."""
+  """Measures, in 10**6 bytes, the images of earlier tasks that a method trains on again."""
   earlier = experiment.tasks[: learnt - 1] if experiment.method.cumulative else ()
   return sum(task.train.pixels.nbytes for task in earlier) / 1e6
 
 
 def scores(learner: Learner) -> dict[str, float]:
-  """Means over the tasks learnt so far, named as in the flattened result."""
+  """Averages over the tasks learnt so far; names are those of the flattened result."""
   task = int(learner.task)
   mean = lambda matrix: float(np.mean(np.asarray(matrix)[task - 1, :task]))
   table = learner.table
@@ -94,12 +102,12 @@ def scores(learner: Learner) -> dict[str, float]:
 
 
 def _with_nulls(matrix: np.ndarray) -> list[list[float | None]]:
-  """Rows for JSON, which knows no NaN."""
+  """Converts a matrix to rows for JSON, which has no NaN."""
   return np.where(np.isnan(matrix), None, matrix).tolist()
 
 
 def _overlap(relevant: Mapping[str, np.ndarray]) -> np.ndarray:
-  """`[T, T]`, over the units of all layers."""
+  """Computes the `[T, T]` overlap over the units of all layers."""
   return metrics.gate_overlap(np.concatenate(list(relevant.values()), axis=1))
 
 
@@ -110,7 +118,8 @@ def draw(
   journal: Journal,
   step: int,
 ) -> None:
-  """Writes the pictures of the result, in files and in TensorBoard."""
+  """Writes the pictures of the result to files and to TensorBoard."""
+  # The captions are for the page.
   for name, (_, figure) in _pictures(experiment, learner).items():
     path = run_dir.path / f"{name}.png"
     save(figure, path)
@@ -120,8 +129,14 @@ def draw(
 def make_histograms(
   experiment: ContinualExperiment,
 ) -> Callable[[Learner, int], dict[str, np.ndarray]]:
-  """`(learner, task) -> ` counts for `Journal.write_histograms` of the gates of a task, on its first test images;
-  nothing of a method that has none. Units that the task does not use have probability 0."""
+  """Makes the histograms of a task's gates, on its first test images.
+
+  Units that the task does not use have probability 0.
+
+  Returns:
+    `(learner, task) -> ` counts for `Journal.write_histograms`; empty for a method without gates
+      per task.
+  """
   if experiment.method.task_net is None:
     return lambda learner, task: {}
   look, image = (
@@ -130,12 +145,15 @@ def make_histograms(
   )
 
   def records_of(learner, x):
+    # Layers have the same names for every task.
     net = experiment.method.task_net(learner, 0)
     return net.model.apply(net.variables, x)[1]
 
   def histograms(learner, task):
     _, logits = look(learner, task)
+    # Names need shapes alone.
     names = layer_names(jax.eval_shape(records_of, learner, image))
+    # A gate is open in evaluation where its log-odds are positive.
     rates = [np.mean(z > 0, axis=0) for z in logits]
     return evaluation.layer_histograms(names, logits, rates, f"gates/task{task + 1:02d}")
 
@@ -145,14 +163,20 @@ def make_histograms(
 def _make_look(
   experiment: ContinualExperiment,
 ) -> Callable[[Learner, int], tuple[np.ndarray, list[np.ndarray]]]:
-  """`(learner, task) -> ` the task's first test images and the log-odds of its gates, `[N, units]` of each layer; one
-  program for all tasks."""
+  """Makes a function that looks at the gates of a task; one program serves all tasks.
+
+  Returns:
+    `(learner, task) -> (pixels, logits)`: the task's first test images, and the log-odds of its
+      gates, `[N, units]` of each layer.
+  """
   method, problem = experiment.method, experiment.problem
 
   @jax.jit
   def run(learner, pixels, task):
     net = method.task_net(learner, task)
+    # `task` is traced, so that one program serves all tasks.
     _, records = net.model.apply(net.variables, problem.normalise(pixels))
+    # Log-odds, not gates: histograms and rankings need more than 0 and 1.
     return tuple(record.logits for record in records)
 
   def look(learner, task):
@@ -174,14 +198,16 @@ def write(
   step: int,
   notice: str = "",
 ) -> None:
-  """Writes the run's page; every process of a job computes what it shows, and one writes.
+  """Writes the page of a run.
+
+  Every process of a job computes the contents, and one process writes.
 
   Args:
     experiment: of the run.
-    learner: that has learnt a task, or more.
+    learner: after one task or more.
     run_dir: of the run.
     step: of the learner.
-    notice: what the page says before all else, such as that the run has failed.
+    notice: first line of the page, such as that the run has failed.
   """
   config, result = experiment.config, summary(experiment, learner)
   around = surroundings.read(
@@ -197,7 +223,8 @@ def write(
     )
     for name, (caption, figure) in _pictures(experiment, learner).items()
   }
-  shown = "filters" if "filters" in pictures else "accuracies"  # at the top
+  # The picture at the top of the page.
+  shown = "filters" if "filters" in pictures else "accuracies"
   sections = [
     page.Section(
       "Result",
@@ -230,12 +257,14 @@ def write(
     opening.why_no_baseline(around, surroundings.TASKS.how),
     notice,
   )
+  # The contents need all processes, and are complete here.
   hosts.written(
     lambda: page.write(
       run_dir.report,
       f"{config.method} on {config.data.name}, task by task",
       sections,
-      f"{run_dir.path.name}, step {step:,}, {int(learner.task)} of {len(experiment.tasks)} tasks learnt",
+      f"{run_dir.path.name}, step {step:,}, "
+      f"{int(learner.task)} of {len(experiment.tasks)} tasks learnt",
       begin,
     )
   )
@@ -274,7 +303,7 @@ _TERMS = {
 
 
 def _measures(table: tuple[list[str], list[list[str]]]) -> tuple[tuple[str, str], ...]:
-  """Definitions of the first column, and of the rows of a table that are no tasks."""
+  """Returns definitions of a table's first column, and of its rows that are no tasks."""
   (first, *_), rows = table
   knows = "knows" if first.startswith("task-aware") else "must infer"
   known = (
@@ -283,12 +312,13 @@ def _measures(table: tuple[list[str], list[list[str]]]) -> tuple[tuple[str, str]
   )
   return (
     known,
+    # Other rows are tasks, named by their classes.
     *((name, glossary.MEASURES[name]) for name, *_ in rows if name in glossary.MEASURES),
   )
 
 
 def _numbers(result: Mapping[str, Any], around: opening.Surroundings) -> list[page.Number]:
-  """The large ones: with the task known."""
+  """Returns the large numbers at the top, with the task known."""
   aware, macs, dense = (
     result["task_aware"]["average_accuracy"],
     result["task_aware_macs"],
@@ -301,8 +331,8 @@ def _numbers(result: Mapping[str, Any], around: opening.Surroundings) -> list[pa
     aware,
     "task_aware.average_accuracy",
     around,
-    f"Fraction of test images whose class is right, the task known; mean over the {count} tasks learnt. With "
-    f"the task unknown: {agnostic:.2f} %.",
+    "Fraction of test images whose class is right, the task known; mean over the "
+    f"{count} tasks learnt. With the task unknown: {agnostic:.2f} %.",
   )
   return [
     score,
@@ -312,11 +342,12 @@ def _numbers(result: Mapping[str, Any], around: opening.Surroundings) -> list[pa
 
 
 def _pictures(experiment: ContinualExperiment, learner: Learner) -> dict[str, tuple[str, Any]]:
-  """What is drawn, by name: a caption and a figure."""
+  """Draws the pictures; returns captions and figures by name."""
   names, learnt, table = experiment.task_names, int(learner.task), learner.table
   pictures = {
     "accuracies": (
-      "Accuracy on each task after each task was learnt, with the task known at the test and without.",
+      "Accuracy on each task after each task was learnt, with the task known at the test and "
+      "without.",
       tasks.draw_accuracies(np.asarray(table.aware), np.asarray(table.agnostic), task_names=names),
     )
   }
@@ -339,9 +370,13 @@ def _pictures(experiment: ContinualExperiment, learner: Learner) -> dict[str, tu
 
 
 def _one_gate_across_tasks(experiment: ContinualExperiment, learner: Learner) -> page.Section:
-  """Filters that many tasks use, each by its own gate, with the test images of each task that open that gate most."""
+  """Shows filters that many tasks use, and the images of each task that open them most.
+
+  Every task has its own gate for a filter.
+  """
   learnt, look = int(learner.task), _make_look(experiment)
   pixels, layers = zip(*(look(learner, task) for task in range(learnt)), strict=True)
+  # The gates of all layers side by side, in one array per task.
   logits = [np.concatenate(parts, axis=1) for parts in layers]
   names = [
     f"{name}, unit {i}"
@@ -349,9 +384,12 @@ def _one_gate_across_tasks(experiment: ContinualExperiment, learner: Learner) ->
     for i in range(part.shape[1])
   ]
   rates = np.stack([np.mean(z > 0, axis=0) for z in logits])
+  # A point for every task that uses the unit, and up to 1/4 more where its gate opens for half of
+  # the images.
   score = np.sum(rates > 0.01, axis=0) + np.sum(rates * (1 - rates), axis=0)
   parts = []
   for unit in np.argsort(-score, kind="stable")[:_UNITS]:
+    # The same bound as in the score: a gate that opens for 1 % or less has no images to show.
     users = [t for t in range(learnt) if rates[t, unit] > 0.01][:_TASKS]
     if not users:
       continue
@@ -365,7 +403,7 @@ def _one_gate_across_tasks(experiment: ContinualExperiment, learner: Learner) ->
   return page.Section(
     "One gate across tasks",
     "Filters that most tasks use, and not for all images. Each task decides by a gate of "
-    "its own: a row has the test images of a task that open it most, and for how many of the task's test images it "
-    "is open, in %.",
+    "its own: a row has the test images of a task that open it most, and for how many of the "
+    "task's test images it is open, in %.",
     parts,
   )

@@ -1,4 +1,4 @@
-"""Learns a sequence of tasks by any method, in a run directory.
+"""Run of a task sequence with any method, in a run directory.
 
 Reference: Abati et al., 2020.
 """
@@ -28,12 +28,21 @@ from gating_jax.training import devices, gate_watch, hosts, loop, outlines, rund
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal
 
-_PRELUDE = "generator's training step"  # as people are told of it: nothing else comes before the training on a task
+# The prelude's name in messages: no other phase comes before the training on a task.
+_PRELUDE = "generator's training step"
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
-  """`train` learns all tasks from wherever the run directory stands; `evaluate` tests its newest checkpoint, and
-  `compile` times what skips closed gates."""
+  """Runs a mode of continual learning.
+
+  `train` resumes from the newest checkpoint and learns all tasks; `evaluate` tests the newest
+  checkpoint; `compile` times networks that skip closed gates; `report` writes the page.
+
+  Args:
+    config: of the experiment.
+    workdir: run directory.
+    mode: one of the four.
+  """
   with working("opening the data", "minutes for large sets"):
     experiment = build(config)
   failing.run_mode(
@@ -49,13 +58,15 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
 
 
 def _evaluate(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
-  """Tests what the newest checkpoint holds on all tasks it has learnt."""
+  """Tests the newest checkpoint on all tasks that it has learnt."""
   step, learner = newest(experiment, run_dir)
   say(f"checkpoint of step {step}")
   done = f"Tested the checkpoint of step {step:,} of"
+  # Within a task the parameters are those of the task being learnt: only the table has results.
   if step % experiment.steps_per_task:
     say(
-      "a task is being learnt; the results are those of the tasks before it, when the last of them ended"
+      "a task is being learnt; the results are those of the tasks before it, when the last of them "
+      "ended"
     )
   else:
     with working(
@@ -69,7 +80,7 @@ def _evaluate(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
 
 
 def _report(experiment: ContinualExperiment, run_dir: rundir.RunDir, notice: str = "") -> None:
-  """Writes the page of what the newest checkpoint holds, with the tests that followed each task."""
+  """Writes the page of the newest checkpoint, with the tests that followed each task."""
   step, learner = newest(experiment, run_dir)
   with working("drawing the report", "up to a minute"):
     report.write(experiment, learner, run_dir, step, notice)
@@ -94,7 +105,7 @@ def _render_finished(experiment: ContinualExperiment, path: Path, result: Mappin
 def _conclude(
   experiment: ContinualExperiment, path: Path, result: Mapping[str, Any], done: str
 ) -> str:
-  """What a mode that tests the learner ends with."""
+  """Returns the last message of a mode that tests the learner."""
   config, learnt = experiment.config, len(result["task_names"])
   rows = []
   for name, words in (("task_aware", "task known"), ("task_agnostic", "task unknown")):
@@ -123,8 +134,13 @@ def _conclude(
 
 
 def newest(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> tuple[int, Learner]:
-  """The newest checkpoint's step and learner. Raises RunDirError where no task is learnt yet."""
+  """Restores the newest checkpoint and returns its step and learner.
+
+  Raises:
+    RunDirError: no task is learnt yet.
+  """
   with working("loading the newest checkpoint"):
+    # Another process may be training in this directory.
     checkpoints = Checkpoints(run_dir.checkpoints, read_only=True)
     try:
       step, learner = _restore(experiment, checkpoints)
@@ -149,7 +165,9 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
   config, tell = experiment.config, lambda text: journal.say(step, text)
   journal.say(step, f"{config.method} on {config.data.name}, {len(experiment.tasks)} tasks")
   try:
+    # A resumed run has learnt some tasks already.
     for task in (t for t in experiment.stages if t >= int(learner.task)):
+      # Fails before the training of a task that cannot be learnt.
       experiment.method.check_room(learner)
       run, first = advance(task), experiment.first_step(task) + experiment.prelude_steps
       for phase in experiment.phases(task):
@@ -169,6 +187,7 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
             step, "stopped as asked; a checkpoint is saved, the same command goes on from here"
           )
           return
+      # The loop has ended at the last training step; the step that ends the stage is made here.
       learner, step = end_stage(learner, task, step)
       checkpoints.save(step, learner)
     with working("drawing pictures", "up to a minute", tell):
@@ -190,7 +209,7 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
 
 
 def _prelude_steps_left(experiment: ContinualExperiment, step: int) -> int:
-  """Of the preludes of all stages, the steps from this one on."""
+  """Counts the prelude steps of all stages from this step on."""
   ended, within = divmod(step, experiment.steps_per_task)
   return experiment.prelude_steps * (len(experiment.stages) - ended) - min(
     within, experiment.prelude_steps
@@ -200,7 +219,11 @@ def _prelude_steps_left(experiment: ContinualExperiment, step: int) -> int:
 def _make_end_stage(
   experiment: ContinualExperiment, journal: Journal
 ) -> Callable[[Learner, int, int], tuple[Learner, int]]:
-  """`(learner, task, step) -> (learner, step)`: the last step of the stage that ends with a task, and its test."""
+  """Makes the last step of a stage, which ends its task and tests all tasks so far.
+
+  Returns:
+    `(learner, task, step) -> (learner, step)`.
+  """
   evaluate, histograms = make_evaluate(experiment), report.make_histograms(experiment)
 
   def end_stage(learner, task, step):
@@ -210,6 +233,7 @@ def _make_end_stage(
       functools.partial(journal.say, step),
     ):
       learner = finish_task(experiment, learner, task, evaluate)
+      # The gates of all tasks change at once where tasks are learnt together.
       ended = range(task + 1) if experiment.method.together else [task]
       counts = {name: values for t in ended for name, values in histograms(learner, t).items()}
       free = report.free_units(experiment.method.holdings(learner), task + 1)
@@ -236,7 +260,7 @@ def _make_end_stage(
 
 
 def _restore(experiment: ContinualExperiment, checkpoints: Checkpoints) -> tuple[int, Learner]:
-  """The newest checkpoint's step and learner, or step 0 and a fresh one."""
+  """Returns the newest checkpoint's step and learner, or 0 and a fresh learner."""
   fresh = experiment.fresh()
   return checkpoints.restore(fresh, devices.replicated_sharding()) or (0, devices.replicate(fresh))
 
@@ -244,7 +268,11 @@ def _restore(experiment: ContinualExperiment, checkpoints: Checkpoints) -> tuple
 def make_advance(
   experiment: ContinualExperiment,
 ) -> Callable[[int], Callable[[Learner, int], tuple[Learner, Any]]]:
-  """`task -> (learner, step) -> (learner, metrics)`: one step of the stage that ends with that task, on all devices."""
+  """Makes the training steps of each stage, on all devices.
+
+  Returns:
+    `task -> (learner, step) -> (learner, metrics)`, for the stage that ends with this task.
+  """
   config = experiment.config
   step = training.make_step(
     experiment.method,
@@ -254,6 +282,7 @@ def make_advance(
     steps_per_epoch=experiment.steps_per_epoch,
     axis_name=devices.AXIS,
   )
+  # Mapped once, not for each task: one program serves all of them.
   run = devices.map_over_devices(
     step,
     args=(devices.REPLICATED, devices.BATCH, devices.BATCH, devices.REPLICATED),
@@ -272,7 +301,9 @@ def make_advance(
 
   def of_task(task):
     sets, begin = training_sets(experiment, task), experiment.first_step(task)
+    # The stage begins with the prelude; schedules count from the first step of the training.
     first = begin + experiment.prelude_steps
+    # Every task has a number of its own below T, so that no two runs or tasks share an order.
     seed, process = config.seed * len(experiment.tasks), (jax.process_index(), jax.process_count())
 
     def batch(at, size):
@@ -280,6 +311,7 @@ def make_advance(
         in_memory.indices(seed + number, at, 1, size, len(images), process)[:, 0]
       )
       return tuple(
+        # `Method.together`: task t at positions t, T + t, 2 T + t, ...
         map(tasks.interleave, zip(*(read(*numbered) for numbered in sets.items()), strict=True))
       )
 
@@ -298,7 +330,10 @@ def make_advance(
 
 
 def training_sets(experiment: ContinualExperiment, task: int) -> dict[int, Images]:
-  """What the method trains on in the stage that ends with this task, by number; batches are as much of each."""
+  """Returns the training sets of the stage that ends with this task, by number.
+
+  Every batch has the same number of images of each set.
+  """
   first = 0 if experiment.method.cumulative or experiment.method.together else task
   sets = [t.train for t in experiment.tasks[first : task + 1]]
   return dict(enumerate(sets)) if experiment.method.together else {task: tasks.join(sets)}
@@ -307,7 +342,16 @@ def training_sets(experiment: ContinualExperiment, task: int) -> dict[int, Image
 def finish_task(
   experiment: ContinualExperiment, learner: Learner, task: int, evaluate: Callable
 ) -> Learner:
-  """Ends the stage that ends with this task, tests it and all before it, and makes ready for the next."""
+  """Ends a stage: ends its task, tests all tasks so far and prepares for the next one.
+
+  Args:
+    experiment: of the run.
+    learner: at the end of the stage's training.
+    task: the last task of the stage.
+    evaluate: as of `make_evaluate`.
+  Returns:
+    the learner with which the next stage begins.
+  """
   ended = experiment.tasks if experiment.method.together else experiment.tasks[task : task + 1]
   data = TaskData(
     *(
@@ -322,14 +366,13 @@ def finish_task(
     task=jnp.full_like(learner.task, task + 1),
     opt_state=experiment.optimiser.init(learner.params),
   )
-  learner = jax.tree.map(
-    jnp.copy, learner
-  )  # what a method keeps twice needs a buffer each, to be donated
+  # The step donates its buffers: arrays that a method keeps twice need one each.
+  learner = jax.tree.map(jnp.copy, learner)
   return test_tasks(devices.replicate(learner), evaluate, task + 1)
 
 
 def test_tasks(learner: Learner, evaluate: Callable, learnt: int) -> Learner:
-  """The learner with the row of its table that follows the last task learnt."""
+  """Tests all tasks learnt, and fills the table's row of the last one."""
   rows = [evaluate(learner, task, learnt) for task in range(learnt)]
   table = learner.table._make(
     np.asarray(
@@ -343,10 +386,16 @@ def test_tasks(learner: Learner, evaluate: Callable, learnt: int) -> Learner:
 def make_evaluate(
   experiment: ContinualExperiment,
 ) -> Callable[[Learner, int, int], dict[str, float]]:
-  """`(learner, task, seen) -> ` the entries of the table for the test images of `task`."""
+  """Makes the test of one task.
+
+  Returns:
+    `(learner, task, seen) -> ` the entries of the table for the test images of `task`.
+  """
   config, method, problem = experiment.config, experiment.method, experiment.problem
 
-  @functools.lru_cache(maxsize=1)  # every further task is another program
+  # Shapes depend on the number of tasks seen: each has its own program, and only the newest is
+  # needed.
+  @functools.lru_cache(maxsize=1)
   def mapped(seen):
     def test(learner, pixels, labels, task):
       p = method.predict(learner, problem.normalise(pixels), task, seen)
@@ -354,6 +403,7 @@ def make_evaluate(
       return {
         "aware": jnp.argmax(p.aware, axis=-1) == labels - task * problem.classes,
         "agnostic": chosen == labels,
+        # Classes are numbered task by task.
         "task": chosen // problem.classes == task,
         "macs": p.macs,
         "agnostic_macs": p.agnostic_macs,
@@ -370,8 +420,10 @@ def make_evaluate(
     run, parts = mapped(seen), []
     for batch, count in batches.cover(experiment.tasks[task].test, problem.batch_size):
       results = hosts.whole(run(learner, *hosts.share(batch), np.int32(task)))
+      # The last batch is padded: only its first `count` images are new.
       parts.append({name: np.asarray(x)[:count] for name, x in results.items()})
     return {
+      # float64: a float32 mean of MACs loses digits.
       name: float(np.concatenate([p[name] for p in parts]).mean(dtype=np.float64))
       for name in parts[0]
     }
