@@ -1,4 +1,4 @@
-"""Reads the run directories of any experiments, finished or not, and writes a page that compares them."""
+"""Comparison of run directories of any experiments, finished or not, as a page."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ def run(folders: Sequence[Path], page_file: Path) -> None:
 
   Args:
     folders: run directories, at least one.
-    page_file: not there yet, or the page of an earlier comparison.
+    page_file: a new file, or the page of an earlier comparison.
   Raises:
     RunDirError: a folder holds no run, or a damaged one.
     ValueError: a folder is given twice, or `page_file` holds something else.
   """
   with working("reading the runs and drawing the comparison", "up to a minute"):
     runs = [_read(folder, name) for folder, name in zip(folders, names(folders), strict=True)]
+    # Checked before anything is drawn; never overwrites another file, such as a run's own page.
     if page_file.exists() and not _is_comparison(page_file):
       raise ValueError(
         f"page must be new or the page of an earlier comparison; {page_file} is neither"
@@ -45,10 +46,10 @@ def run(folders: Sequence[Path], page_file: Path) -> None:
 
 
 def folders(text: str) -> list[Path]:
-  """The folders that a text names, separated by commas; a comma may stand in a name where there is such a folder."""
+  """Splits a text at commas into folders; a name may contain a comma if that folder exists."""
   found, parts = [], text.split(",")
   while parts:
-    # The longest name that is there, else what stands before the first comma.
+    # Takes the longest name that exists, or else the text before the first comma.
     ends = [end for end in range(len(parts), 1, -1) if user_path(",".join(parts[:end])).is_dir()]
     end = ends[0] if ends else 1
     found.append(user_path(",".join(parts[:end])))
@@ -57,11 +58,12 @@ def folders(text: str) -> list[Path]:
 
 
 def names(folders: Sequence[Path]) -> list[str]:
-  """The folders' own names, with as much of their paths before them as tells them apart.
+  """Returns each folder's name, with as much of its path in front as makes it unique.
 
   >>> names([Path("/runs/a/digits"), Path("/runs/b/digits"), Path("/runs/other")])
   ['a/digits', 'b/digits', 'other']
   """
+  # Resolved, so that two spellings of the same folder are recognised.
   parts = [folder.resolve().parts for folder in folders]
 
   def name(mine):
@@ -75,6 +77,7 @@ def names(folders: Sequence[Path]) -> list[str]:
 
 def _read(folder: Path, name: str) -> compared_runs.Run:
   run_dir = rundir.RunDir(folder)
+  # Run directories may be copied or edited by hand, so what the page relies on is checked here.
   config, result = rundir.flatten(run_dir.config()), run_dir.result()
   if not isinstance(config.get("experiment"), str):
     raise rundir.RunDirError(
@@ -102,7 +105,7 @@ def _read(folder: Path, name: str) -> compared_runs.Run:
 
 
 def _about(folders: Sequence[Path], runs: Sequence[compared_runs.Run]) -> page.Section:
-  """When and by which command the page was written, and the runs were started."""
+  """Returns the section on when, and by which command, the runs and the page were made."""
   return opening.about_several(
     {
       run.name: (provenance.read_starts(folder), run.config.get("seed"))
@@ -113,9 +116,10 @@ def _about(folders: Sequence[Path], runs: Sequence[compared_runs.Run]) -> page.S
 
 
 def _summary(run: compared_runs.Run) -> str:
-  """What a run has reached, in a line."""
+  """Summarises the scores and MACs of a run in one line."""
   if run.result is None:
     return "not finished"
+  # By their names in results, which differ between kinds of experiment; a run has some of them.
   names = {
     "accuracy": "accuracy",
     "mean_iou": "mean IoU",
@@ -130,7 +134,7 @@ def _summary(run: compared_runs.Run) -> str:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-  """Those of the values that are; nothing else is compared."""
+  """Keeps the values that are numbers; nothing else is compared."""
   return {name: value for name, value in values.items() if isinstance(value, (int, float))}
 
 

@@ -1,4 +1,4 @@
-"""Runs to be compared, and which of them may be: scores mean nothing next to those on another test set."""
+"""Runs to compare, grouped by test set: scores on different sets are not comparable."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ MISSING = "–"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One run; nested mappings are flat, their names joined by dots.
+  """A run, with nested mappings flattened: names are joined by dots.
 
   Attributes:
-    name: unlike that of any other run.
+    name: unique among the runs.
     config: its settings.
-    result: what it ended with; None while it has not.
+    result: its final numbers; None while it is not finished.
     lines: of its journal: numbers, each with `step` and `split`.
-    ungated: whether its network has no gates, a baseline to others.
-    times: what `--mode=compile` measured of it; None before.
-    tested: the settings that say what it learns and is tested on.
+    ungated: its network has no gates, so it is a baseline for others.
+    times: measured by `--mode=compile`; None before.
+    tested: the settings that define what it learns and is tested on.
+    experiment: kind of experiment, from the config.
+    tests: lines of the journal with numbers on the test set.
   """
 
   name: str
@@ -45,31 +47,33 @@ class Run:
 
   @property
   def numbers(self) -> Mapping[str, Any]:
-    """Those of the result, or of the newest test."""
+    """Returns the numbers of the result, or of the newest test if the run is not finished."""
     return self.result or (self.tests or [{}])[-1]
 
   @property
   def tested_times(self) -> Times | None:
-    """The times, if they are of the step that the numbers are of."""
+    """Returns the times if they belong to the step of `numbers`, otherwise None."""
     step = self.numbers.get("step")
     return self.times if self.times and step is not None and self.times.of(step) else None
 
   @property
   def step(self) -> int:
-    """The last one that anything is known of."""
+    """Returns the newest step in the journal or the result."""
+    # The 0 is for a run with neither.
     return max(
       [0, *(line["step"] for line in self.lines), *([self.result["step"]] if self.result else [])]
     )
 
 
 class Score(NamedTuple):
-  """What a kind of run is measured by: a share, and what it takes."""
+  """A measure of a kind of run: names of its score, a fraction, and of its MACs."""
 
   label: str
   share: str
   macs: str
 
 
+# In the order of priority for a group's large numbers.
 SCORES = (
   Score("mean IoU", "mean_iou", "macs"),
   Score("accuracy", "accuracy", "macs"),
@@ -80,11 +84,12 @@ SCORES = (
 
 
 class Group(NamedTuple):
-  """Runs of one kind of experiment that learn and are tested on the same.
+  """Runs of one kind of experiment that learn, and are tested on, the same data.
 
   Attributes:
-    name: such as `classification on digits`, unlike that of any other group.
-    runs: by their places among all.
+    name: such as `classification on digits`; unique among the groups.
+    runs: by their positions among all runs.
+    experiment: kind of experiment of the runs.
   """
 
   name: str
@@ -95,17 +100,18 @@ class Group(NamedTuple):
     return next(iter(self.runs.values())).experiment
 
   def scored(self, score: Score) -> dict[int, Run]:
-    """Those that have the score, and what it takes."""
+    """Returns the runs that have the score and its MACs."""
     return {
       i: run for i, run in self.runs.items() if {score.macs, score.share} <= run.numbers.keys()
     }
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
-  """The groups of the runs, in the order of their first ones."""
+  """Groups runs by what they are tested on, in the order of each group's first run."""
   found = {}
   for i, run in enumerate(runs):
     key = run.experiment, *sorted(run.tested.items())
+    # A dictionary keeps the order of insertion, so groups follow the order of their first runs.
     found.setdefault(key, {})[i] = run
   return [
     Group(name, of) for name, of in zip(_names(list(found.values())), found.values(), strict=True)
@@ -113,7 +119,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
 
 
 def _names(parts: Sequence[Mapping[int, Run]]) -> list[str]:
-  """What each group is called: its experiment, its data set and, of several on that, the settings that differ."""
+  """Names each group by experiment and data set, and by settings where these are ambiguous."""
   firsts = [next(iter(part.values())) for part in parts]
   names = [_short_name(run) for run in firsts]
   return [
@@ -129,7 +135,7 @@ def _short_name(run: Run) -> str:
 
 
 def _own(run: Run, others: Sequence[Run]) -> str:
-  """What a run is tested on where others of the same name are tested on something else."""
+  """Returns those settings of a run's test that differ among runs of the same short name."""
   alike = [other.tested for other in others if _short_name(other) == _short_name(run)]
   names = dict.fromkeys(name for tested in alike for name in tested)
   differ = [name for name in names if len({tested.get(name) for tested in alike}) > 1]
@@ -137,11 +143,13 @@ def _own(run: Run, others: Sequence[Run]) -> str:
 
 
 def differences(runs: Sequence[Run]) -> list[list[str]]:
-  """Rows of a setting and its value in each run.
+  """Returns rows of a setting and its value in each run, for the settings that differ.
 
-  A setting counts where two runs that have it differ, or only one of two of the same experiment has it.
+  Two runs differ in a setting if both have it with different values, or if they are of the same
+  experiment and only one has it.
   """
 
+  # A setting that only another kind of experiment has is no difference: it would fill the table.
   def differ(name, one, other):
     if name in one.config and name in other.config:
       return one.config[name] != other.config[name]

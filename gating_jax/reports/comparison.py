@@ -1,6 +1,6 @@
-"""Several runs side by side: what they score and cost, where their configs differ, how they learnt.
+"""Comparison of several runs: scores, costs, differences of config, and learning curves.
 
-Nothing is read here; see `reports.compare`.
+This module reads no files; `reports.compare` does.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ _LETTERS = 40  # of a cell in a terminal
 
 
 def render(runs: Sequence[Run]) -> str:
-  """Both tables for a terminal."""
+  """Renders the results and the settings that differ as text for a terminal."""
   shown = lambda rows: "\n".join(columns([[plain(cell, _LETTERS) for cell in row] for row in rows]))
+  # The terminal cuts long cells; the page shows them in full.
   names = [run.name for run in runs]
   text = [shown([["", *names], *_results(runs)])]
   if len(runs) > 1:
@@ -33,7 +34,12 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def content(runs: Sequence[Run]) -> tuple[page.Opening, list[page.Section]]:
-  """What the page begins with, and what follows."""
+  """Returns the top of the page and its sections.
+
+  Args:
+    runs: in the order of the columns.
+  """
+  # The group whose numbers mean most comes first, whatever the order of the runs.
   found = sorted(groups(runs), key=_rank)
   names, costs = [run.name for run in runs], comparison_pictures.costs(runs, found)
   text = (
@@ -58,6 +64,7 @@ def content(runs: Sequence[Run]) -> tuple[page.Opening, list[page.Section]]:
         open=True,
       )
     )
+  # The first picture is at the top of the page.
   if costs[1:]:
     made.append(page.Section("Score and cost", "To the upper left is better.", costs[1:]))
   if courses := comparison_pictures.courses(runs, found):
@@ -70,14 +77,15 @@ def content(runs: Sequence[Run]) -> tuple[page.Opening, list[page.Section]]:
 
 
 def _apart(found: Sequence[Group]) -> str:
-  """That runs which are tested on different sets are not compared."""
+  """States that runs with different test sets are not compared."""
   return (
     f"These runs learn {len(found)} different things: {', '.join(group.name for group in found)}. "
     "Scores are compared within each of these alone."
   )
 
 
-_TERMS = {  # of rows of results, by how their names begin
+# Definitions of rows of results, by the beginnings of their names.
+_TERMS = {
   "tested on": "the data set; scores on different ones are not to be compared",
   "state": "whether the run has come to its end",
   "last step": "the newest one that anything is known of, in updates of the parameters",
@@ -99,7 +107,7 @@ _TERMS = {  # of rows of results, by how their names begin
 
 
 def _defined(rows: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
-  """Terms of the rows that are there."""
+  """Returns the definitions of the given rows, and of the columns."""
   runs = (
     "columns",
     "the runs, by the names of their directories; a dash is where a run has no such number",
@@ -115,7 +123,7 @@ def _defined(rows: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
 
 
 class _Pair(NamedTuple):
-  """The best gated run of a group, and the best ungated one where there is one."""
+  """The best gated run of a group, and the best ungated one; None where there is none."""
 
   score: Score
   gated: Run
@@ -123,7 +131,10 @@ class _Pair(NamedTuple):
 
 
 def _best(group: Group) -> _Pair | None:
-  """Of the first score that a gated run has; scores that an ungated run has as well come first."""
+  """Finds the best runs by the first score that gated and ungated runs both have.
+
+  If no score has both, it is the first one of a gated run. Returns None where no run is gated.
+  """
   pairs = []
   for score in SCORES:
     scored = group.scored(score).values()
@@ -132,17 +143,18 @@ def _best(group: Group) -> _Pair | None:
     ungated = max((run for run in scored if run.ungated), key=value, default=None)
     if gated:
       pairs.append(_Pair(score, gated, ungated))
+  # `min` keeps the first of equals, so the order of `SCORES` decides.
   return min(pairs, key=lambda pair: pair.ungated is None, default=None)
 
 
 def _rank(group: Group) -> int:
-  """Groups with a gated and an ungated run come first, those without a gated one last."""
+  """Ranks groups: first those with a gated and an ungated run, last those without a gated one."""
   pair = _best(group)
   return 2 if pair is None else int(pair.ungated is None)
 
 
 def _which(group: Group, *, alone: bool) -> str:
-  """Which runs the large numbers are of."""
+  """States which runs the large numbers belong to."""
   pair = _best(group)
   if pair is None:
     return ""
@@ -157,10 +169,14 @@ def _which(group: Group, *, alone: bool) -> str:
 
 
 def _numbers(group: Group, *, alone: bool) -> list[page.Number]:
-  """The large ones, named by their group unless it is alone; none where no run is gated."""
+  """Returns a group's large numbers, named by the group unless it is alone.
+
+  A group without a gated run has none.
+  """
   pair = _best(group)
   if pair is None:
     return []
+  # Several groups share the top of the page, so each number tells its group.
   numbers = _against(pair) if pair.ungated else _without_baseline(pair)
   return (
     numbers
@@ -186,8 +202,9 @@ def _without_baseline(pair: _Pair) -> list[page.Number]:
 
 
 def _against(pair: _Pair) -> list[page.Number]:
-  """Next to the ungated run."""
+  """Returns the large numbers of the gated run, next to those of the ungated run."""
   score, mine, theirs = pair.score, pair.gated.numbers, pair.ungated.numbers
+  # In % of the ungated run's MACs, not of this run's own network without gates, which may be wider.
   ratio = 100 * mine[score.macs] / theirs[score.macs] if theirs[score.macs] else 0.0
   return [
     page.Number(
@@ -210,21 +227,27 @@ _MACS = "Multiply-accumulate operations, mean over the test set, gate networks i
 
 
 def _time(pair: _Pair) -> page.Number:
-  """Milliseconds of an example, next to the ungated run's, or else to its own network without gates."""
+  """Returns the milliseconds per example, next to the ungated run's.
+
+  Without times of the ungated run on the same device, the baseline is the gated run's own network
+  without gates.
+  """
   noun, mine = example(pair.gated.experiment), pair.gated.tested_times
+  # A comparison is not filled in later, and its reader runs no command for a single run.
   found = dataclasses.replace(number(mine, noun), command="", place="")
   if mine is None:
     return dataclasses.replace(
       found, meaning=f"Time of one {noun}, as --mode=compile of the tested step measures it."
     )
   theirs = pair.ungated.tested_times if pair.ungated else None
+  # Times on different devices are not comparable.
   if theirs is None or theirs.device != mine.device:
     return found
   return dataclasses.replace(found, baseline=f"ungated: {number(theirs, noun).value}")
 
 
 def _results(runs: Sequence[Run]) -> list[list[str]]:
-  """Rows of a name and a cell for each run, those that say something of any."""
+  """Returns rows of a measure and a cell for each run; rows that no run has are left out."""
   sets = [run.tested.get("data.name") for run in runs]
   rows = [["tested on", *(MISSING if name is None else name for name in sets)]] if any(sets) else []
   rows += [
@@ -239,7 +262,10 @@ def _results(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def _measures() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
-  """What is said of a run's numbers, by name; None where they do not tell."""
+  """Returns, by a row's name, functions from a run's numbers to a cell.
+
+  They return None where the run lacks a number.
+  """
 
   def text(form, *names):
     def cell(numbers):

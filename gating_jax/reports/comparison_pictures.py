@@ -1,4 +1,4 @@
-"""Pictures of several runs: what they score against what they cost, and how they learnt.
+"""Pictures of several runs: score against cost, and learning curves.
 
 Runs that are tested on different sets share no picture.
 """
@@ -18,11 +18,11 @@ from gating_jax.reports.text import plain
 _COLOURS = ("#4c78a8", "#e4572e", "#2a9d6f", "#b279a2", "#f2a541", "#7a5195", "#17a3b8", "#9d6b53")
 _MARKERS = "os^Dvp*"
 _UNGATED = "#5b5b5b"
-_NAMED, _MOST_LINES = 12, 10  # points that have their name beside them; settings that a point shows
+_NAMED, _MOST_LINES = 12, 10  # most points with their names next to them; settings of a point
 
 
 def costs(runs: Sequence[Run], found: Sequence[Group]) -> list[page.Picture]:
-  """For each group and score, the runs by their multiply-accumulates."""
+  """Draws score against MACs, a picture for each group and score that some run has."""
   pictures = []
   for group, score in itertools.product(found, SCORES):
     points = {
@@ -37,8 +37,9 @@ def costs(runs: Sequence[Run], found: Sequence[Group]) -> list[page.Picture]:
 def _cost(
   runs: Sequence[Run], points: Mapping[int, tuple[float, float]], score: Score, group: Group
 ) -> page.Picture:
-  """Runs as named points, the ungated ones joined by a line."""
+  """Draws runs as named points, the ungated ones joined by a line."""
   figure, axes = _axes(len(points))
+  # Sorted by MACs, so that the line of the ungated networks of several widths runs to the right.
   family = sorted(point for i, point in points.items() if runs[i].ungated)
   if family:
     axes.plot(
@@ -55,6 +56,7 @@ def _cost(
       markersize=8,
       markerfacecolor="white" if runs[i].ungated else colour,
     )
+    # Names of more points would overlap; the legend and the hover text have them.
     if len(points) <= _NAMED:
       axes.annotate(
         plain(runs[i].name, 24),
@@ -64,6 +66,7 @@ def _cost(
         fontsize=8.5,
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1},
       )
+  # A wide margin keeps the names of points at the edge inside the axes.
   noun = example(group.experiment)
   article = "an" if noun == "image" else "a"
   _label(figure, axes, f"MACs of {article} {noun}", f"{score.label} (%)", margin=0.18)
@@ -96,8 +99,9 @@ def _hover(
   figure: Any,
   axes: Any,
 ) -> list[page.Point]:
-  """What is said of each run where it is pointed at: its numbers, and its values of the settings that differ."""
-  figure.draw_without_rendering()  # the layout decides where points are
+  """Returns the text that each point shows: its numbers, and its values of settings that differ."""
+  # The constrained layout places the axes only when the figure is drawn.
+  figure.draw_without_rendering()
   width, height = figure.bbox.size
   differ, found = differences([runs[i] for i in points]), []
   for place, (i, (spent, share)) in enumerate(points.items(), 1):
@@ -106,6 +110,7 @@ def _hover(
     settings = [f"{name}: {plain(values[place - 1], 60)}" for name, *values in differ[:_MOST_LINES]]
     if len(differ) > _MOST_LINES:
       settings.append(f"and {len(differ) - _MOST_LINES} settings more")
+    # HTML counts from the top, matplotlib from the bottom.
     found.append(
       page.Point(
         round(100 * x / width, 2),
@@ -118,7 +123,8 @@ def _hover(
 
 
 def courses(runs: Sequence[Run], found: Sequence[Group]) -> list[page.Picture]:
-  """For each group, its scores at the tests during training, and its cross-entropy on training data."""
+  """Draws each group's scores at the tests during training, and its training cross-entropy."""
+  # A single point makes no curve; such pictures are left out.
   pictures = []
   for group in found:
     for score in SCORES:
@@ -171,7 +177,15 @@ def _picture(
   *,
   marked: bool = True,
 ) -> page.Picture:
-  """Points of runs, by their place, joined by lines, and below them whose they are."""
+  """Draws a curve for each run, with a legend below.
+
+  Args:
+    runs: all runs; a run's position decides its colour and mark in every picture.
+    lines: points `(x, y)` of each run, by its position.
+    xlabel, ylabel: of the axes.
+    caption: of the picture.
+    marked: marks the points.
+  """
   shown = {i: points for i, points in lines.items() if points}
   figure, axes = _axes(len(shown))
   for i, points in shown.items():
@@ -204,6 +218,7 @@ def _label(figure: Any, axes: Any, xlabel: str, ylabel: str, *, margin: float) -
 
   axes.set(xlabel=xlabel, ylabel=ylabel)
   axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+  # Without an offset such as "+9.1e1", which is hard to read, on scores close to each other.
   axes.ticklabel_format(axis="y", useOffset=False)
   axes.margins(margin)
   axes.grid(alpha=0.3)

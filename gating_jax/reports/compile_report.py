@@ -1,4 +1,4 @@
-"""What `--mode=compile` leaves in a run directory: what each way to run its net takes, as a table and a picture.
+"""Output of `--mode=compile`: the time of each way to run the net, as a table and a picture.
 
 Axes: M images.
 """
@@ -27,7 +27,7 @@ from gating_jax.training import rundir
 from gating_jax.training.journal import write_json
 
 TABLE_FILE, PICTURE_FILE = surroundings.TIMES_FILE, "compile.png"
-_CALIBRATION = 256  # images at most
+_CALIBRATION = 256  # images, at most
 _BATCHES, _REPEATS = (1, 64), 20
 
 
@@ -38,15 +38,15 @@ def write(
   *,
   pixels: Sequence[int] | None = None,
 ) -> None:
-  """Prints tables as they are measured, and writes all and their picture into the run directory, or nothing.
+  """Prints tables as they are measured; writes all of them and their picture, or nothing.
 
   Args:
     run_dir: of the run.
-    step: of the checkpoint that they are of.
+    step: of the checkpoint that was compiled.
     tables: pairs of a title and its rows.
-    pixels: height and width of the images, for a page that says what was timed.
+    pixels: height and width of the images, from which a page tells what was timed.
   Raises:
-    RunDirError: files of this checkpoint are there, or are being written.
+    RunDirError: files of this checkpoint exist, or are being written.
   """
   found = {}
   with _staged(run_dir.path, step) as folder:
@@ -66,6 +66,7 @@ def write(
     )
     with working("drawing the times", "a few seconds"):
       timings.draw(folder / PICTURE_FILE, found)
+  # A page of this step shows the times at once; one of another step must be written again.
   has_page = surroundings.refresh_times(run_dir.path)
   modes = [] if has_page or not run_dir.report.exists() else ["report"]
   modes += ["export"] if run_dir.config().get("experiment") == "classification" else []
@@ -81,11 +82,12 @@ def write(
 
 @contextlib.contextmanager
 def _staged(path: Path, step: int) -> Iterator[Path]:
-  """As `rundir.staged`; files of another checkpoint stay, under names that tell its step."""
+  """Stages files like `rundir.staged`; keeps those of another step under a name with that step."""
   names, found = (TABLE_FILE, PICTURE_FILE), surroundings.read_times(path)
   is_other = found is not None and found.step != step
   with rundir.staged(path, () if is_other else names) as folder:
     yield folder
+    # Only now, when the new files are complete: an interruption leaves the old ones in place.
     for file in (path / name for name in names if is_other):
       if file.exists():
         file.rename(file.with_stem(f"{file.stem}_of_step_{found.step}"))
@@ -94,18 +96,18 @@ def _staged(path: Path, step: int) -> Iterator[Path]:
 def calibration(
   images: Any, normalise: Callable[[np.ndarray], jax.Array], count: int = _CALIBRATION
 ) -> np.ndarray:
-  """`[M, H, W, D]` network inputs of at most `count` images, evenly over a set."""
+  """Returns `[M, H, W, D]` network inputs of at most `count` images, evenly spaced in a set."""
   return np.asarray(normalise(images.read(spread(len(images), count))[0]), np.float32)
 
 
 def of_images(
   compiled: Callable[..., Conditional | Exiting], images: np.ndarray
 ) -> Iterator[tuple[str, Sequence[Timing]]]:
-  """Tables of a net for images: of one, and of a batch.
+  """Yields title and rows of a net's times, for one image at a time and for a batch.
 
   Args:
     compiled: `compile_conditional` or `compile_exits` of the net.
-    images: `[M, H, W, D]`, the calibration.
+    images: `[M, H, W, D]`, the calibration images.
   """
   for size in _BATCHES:
     with working(
@@ -118,6 +120,7 @@ def of_images(
         repeats=_REPEATS,
         progress=progress,
       )
+    # Where it cannot run, the table lacks this strategy without a word.
     if isinstance(made, Conditional) and (reason := why_not("native")):
       say(f"\nthe strategy native is not tried: {reason}")
     yield title(size, "image"), made.report()

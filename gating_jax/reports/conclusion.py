@@ -1,4 +1,4 @@
-"""What every mode ends with: in a few lines what was made, the numbers that matter, and the next command."""
+"""Closing lines of every mode: what was made, the main numbers, and the next command."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from gating_jax.timing import CHOSEN, MASKED, UNGATED
 from gating_jax.training import rundir
 
 _LINES = 12
-_NEXT = {  # by mode, what it does
+# By mode: what it does, and for how long.
+_NEXT = {
   "compile": "times programs that skip what is closed; some minutes",
   "export": "writes files that run without this package; some minutes",
   "report": "writes the page of the newest checkpoint",
@@ -21,13 +22,14 @@ _NEXT = {  # by mode, what it does
 
 
 def text(done: str, rows: Sequence[tuple[str, str]], then: Sequence[str] = ()) -> str:
-  """The lines, twelve at most, after an empty one.
+  """Returns an empty line and at most twelve lines of text.
 
   Args:
     done: a sentence that says what was made.
-    rows: names and values, the most important first; of too many the last are left out.
-    then: what may be done next.
+    rows: names and values, the most important first; the last are dropped if there are too many.
+    then: commands that may follow.
   """
+  # One line is for `done`, and none of the commands is dropped.
   kept = [(printable(name), printable(value)) for name, value in rows][: _LINES - 1 - len(then)]
   width = max((len(name) for name, _ in kept), default=0)
   lines = [printable(done), *(f"  {name:<{width}}  {value}" for name, value in kept)]
@@ -37,9 +39,13 @@ def text(done: str, rows: Sequence[tuple[str, str]], then: Sequence[str] = ()) -
 
 
 def following(path: Path, modes: Sequence[str]) -> list[str]:
-  """The commands that may follow for a run: those of these modes that have not done their work, or a comparison.
+  """Returns the commands of those modes that have no output yet, or else of a comparison.
 
-  What a command does is its comment, so that the line can be copied into a shell.
+  Each line ends with a shell comment that describes the command, so it can be pasted as it is.
+
+  Args:
+    path: of the run directory.
+    modes: that may follow, in this order.
   """
   run = f"gating-jax --workdir={quoted(str(path))}"
   found = [f"{run} --mode={mode}    # {_NEXT[mode]}" for mode in modes if not _is_done(path, mode)]
@@ -47,7 +53,8 @@ def following(path: Path, modes: Sequence[str]) -> list[str]:
 
 
 def _is_done(path: Path, mode: str) -> bool:
-  """Whether there is an export, or times of the newest checkpoint; a page is always written again."""
+  """Checks for an export, or for times of the newest checkpoint."""
+  # A page is never done: it can be written again after each of the other modes.
   if mode == "compile":
     times = surroundings.read_times(path)
     return times is not None and times.of(_newest_step(path))
@@ -55,7 +62,8 @@ def _is_done(path: Path, mode: str) -> bool:
 
 
 def _newest_step(path: Path) -> int | None:
-  """The step of the newest checkpoint; None where there is none."""
+  """Returns the step of the newest checkpoint; None where there is none."""
+  # From the names of folders, without opening a checkpoint.
   steps = [
     int(folder.name)
     for folder in path.glob(f"{rundir.CHECKPOINT_DIR}/*")
@@ -65,7 +73,7 @@ def _newest_step(path: Path) -> int | None:
 
 
 def refusal(check: Callable[[Any], None], of: Any) -> str:
-  """Why a mode's `check` refuses something; empty where it does not."""
+  """Returns the reason why a mode's `check` refuses a run; empty where it accepts it."""
   try:
     check(of)
   except ValueError as error:
@@ -74,7 +82,7 @@ def refusal(check: Callable[[Any], None], of: Any) -> str:
 
 
 def gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """What images cost and what gates do, of the result of a run on images."""
+  """Returns rows of MACs per image and of gate outcomes, from the result of a run on images."""
   rows = []
   if "mac_ratio" in result:
     ratio = f"{100 * result['mac_ratio']:.1f} % of the ungated net's, gate networks included"
@@ -87,18 +95,21 @@ def gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def times(timings: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str]]:
-  """For each table of `--mode=compile`, what runs and how fast it is.
+  """Returns a row for each table of `--mode=compile`: the strategy that is used, and its speed.
 
   Args:
     timings: by title, rows with the fields of `inference.timings.Timing`.
   """
   found = []
   for title, rows in timings.items():
+    # Rows of single parts are left out: what counts at the end is the whole network.
     whole = {row["strategy"]: row for row in rows if row["part"] is None}
     chosen = [row for row in whole.values() if row["chosen"]]
+    # A table without a row of the ungated network has nothing to compare with.
     if not chosen or UNGATED not in whole:
       continue
     (row,) = chosen
+    # The choice may be not to skip at all, where skipping is slower.
     ways = {MASKED: "computing everything", CHOSEN: "skipping, each part in its fastest way"}
     way = ways.get(row["strategy"], f"skipping ({row['strategy']})")
     faster = whole[UNGATED]["seconds"] / row["seconds"]

@@ -1,4 +1,4 @@
-"""A run that fails half-way leaves the page of what it has, whose first line says so until the run is finished."""
+"""Report of a failed run: the page of its newest checkpoint, with a notice until it is finished."""
 
 from __future__ import annotations
 
@@ -33,19 +33,23 @@ def run_mode(
   render: Callable[[Mapping[str, Any]], str],
   **others: Callable[[RunDir], None],
 ) -> None:
-  """`rundir.run_mode`; where `train` fails, a note of it in the run directory and the page of the newest checkpoint.
+  """Runs a mode by `rundir.run_mode`, and reports a training that fails.
 
-  The error goes on to the caller. Of several processes, which would wait for each other, none writes this page.
+  A failure is noted in the run directory, the page of the newest checkpoint is written, and the
+  error is raised again. With several processes no page is written, since they would wait for each
+  other.
 
   Args:
     path, config, mode, train, render, others: as in `rundir.run_mode`.
-    report: the mode of this name; with `notice=`, what the page says first.
+    report: the mode of this name; its argument `notice=` is the first line of the page.
   """
 
   def train_or_report(run_dir):
     try:
       train(run_dir)
     except Exception as error:
+      # A failure before the first step, such as a wrong config, leaves no note. A `PeerError` is
+      # the echo of another process' failure, which that process has reported.
       if _has_begun(run_dir) and not isinstance(error, PeerError):
         failure = {"date": _now(), "reason": _first_line(error)}
         _record(run_dir, failure)
@@ -65,7 +69,7 @@ def run_mode(
 
 
 def notice(run_dir: RunDir) -> str:
-  """What the page of a run says first: that it has failed and is not finished; empty where that is not so."""
+  """Returns the page's first line if the run has failed and is not finished; empty otherwise."""
   if (run_dir.path / rundir.RESULT_FILE).exists():
     return ""
   try:
@@ -82,23 +86,24 @@ def _said(failure: Mapping[str, Any]) -> str:
 
 
 def _has_begun(run_dir: RunDir) -> bool:
-  """Whether a training has opened its journal, which it does just before its first step."""
+  """Checks that a training has opened its journal, which it does just before its first step."""
+  # Runs of several nets have a journal for each in folders of their own.
   journals = [run_dir.path / TENSORBOARD_DIR, *run_dir.path.glob(f"*/{TENSORBOARD_DIR}")]
   return any(folder.exists() for folder in journals)
 
 
 def _record(run_dir: RunDir, failure: Mapping[str, str]) -> None:
-  """Notes the failure, over that of an earlier start."""
+  """Notes the failure in place of that of an earlier start."""
   try:
     write_json(run_dir.path / FILE, dict(failure))
-  except OSError as error:  # such as a full disk, which the failure itself may be about
+  except OSError as error:  # such as a full disk, which may be the failure itself
     warn("the failure could not be noted: %s", error)
 
 
 def _report_failure(
   run_dir: RunDir, config: ml_collections.ConfigDict, report: Callable[..., None], said: str
 ) -> None:
-  """Writes the page of the newest checkpoint; where there is none, or it cannot be tested, one without numbers."""
+  """Writes the page of the newest checkpoint, or one without numbers if none can be tested."""
   say("the run failed; its report is written as far as it came")
   try:
     report(run_dir, notice=said)
@@ -113,7 +118,7 @@ def _report_failure(
         run_dir.path.name,
         begin,
       )
-    except Exception as last:  # such as a full disk, which the failure itself may be about
+    except Exception as last:  # such as a full disk, which may be the failure itself
       warn("no report could be written of the run that failed: %s", last)
 
 

@@ -1,4 +1,4 @@
-"""A picture of what a net's gates do: how often each is open, and their probabilities against the prior.
+"""Picture of gate statistics: open rates, and probabilities against the prior.
 
 Axes: N examples, G gates.
 """
@@ -15,13 +15,15 @@ from gating_jax.ops.priors import Prior
 
 
 def draw(path: Path | BinaryIO, logits: np.ndarray, open_rates: np.ndarray, prior: Prior) -> None:
-  """Writes a PNG: histograms of open rates and of probabilities, and empirical CDFs with the prior's.
+  """Writes a PNG of two histograms and the empirical CDFs.
+
+  The histograms show open rates and open probabilities; the CDFs are drawn with the prior's.
 
   Args:
-    path: of the picture.
-    logits: `[N, G]` gate log-odds on some test images.
-    open_rates: `[G]` share of test images for which each gate is open.
-    prior: drawn beside the empirical CDFs.
+    path: of the PNG file, or an open binary file.
+    logits: `[N, G]` log-odds of the gates on some test images.
+    open_rates: `[G]` fraction of test images for which each gate is open.
+    prior: its CDF is drawn next to the empirical ones.
   """
   from matplotlib.figure import Figure  # imports slowly
 
@@ -42,7 +44,9 @@ def draw(path: Path | BinaryIO, logits: np.ndarray, open_rates: np.ndarray, prio
 
 def _draw_cdfs(axes, probs: np.ndarray, prior: Prior) -> None:
   n, gates = probs.shape
+  # The expected CDF at the i-th of n sorted samples, i / (n + 1), as in the batch-shaping loss.
   level = np.arange(1, n + 1) / (n + 1)
+  # At most 60 single gates and 500 points of the pooled CDF: more could not be distinguished.
   for gate in np.unique(np.linspace(0, gates - 1, min(gates, 60)).astype(int)):
     axes.plot(np.sort(probs[:, gate]), level, color="tab:gray", linewidth=0.5, alpha=0.5)
   pooled = np.sort(probs.ravel())

@@ -1,4 +1,4 @@
-"""What became of a net's gates: a table with a row per layer for people, a file with a row per gate for programs."""
+"""Tables of gate outcomes: one row per layer for readers, one row per gate for programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gating_jax.reports.text import columns
 _MEASURES = ("open_rates", "disagreement", "input_information", "class_information")
 
 
-# What the page calls a column, and a sentence that defines it, by the header of `rows`.
+# By the header of `rows`: the page's title of the column, and its definition.
 TITLES = {
   "layer": ("layer", "number and name of the gated layer, the first on top"),
   "gates": ("gates", "how many units of the layer have a gate"),
@@ -42,13 +42,17 @@ TITLES = {
 
 
 def render(layers: Sequence[Mapping[str, Any]]) -> str:
-  """The lines of `rows`."""
+  """Renders the table of `rows` as text."""
   return "\n".join(columns(rows(layers)))
 
 
 def rows(layers: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-  """A header and a row per layer, from what `training.diagnosis.by_layer` returns; information in bits, means over
-  gates."""
+  """Returns a header and a row per layer.
+
+  Args:
+    layers: of `analysis.outcomes.by_layer`; information is in bits, means are over gates.
+  """
+  # Information about the class is missing if there is only one class.
   information = [name for name in _MEASURES if name.endswith("_information") and name in layers[0]]
   found = [
     [
@@ -76,8 +80,17 @@ def rows(layers: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def write(path: Path, found: Diagnosis, layers: Sequence[tuple[str, int]]) -> None:
-  """A CSV file: the layer of each gate, its number there, its outcome and what `Diagnosis` measures."""
+  """Writes a CSV file with a row per gate.
+
+  Columns: layer, number of the gate in its layer, outcome, and the measures of `Diagnosis`.
+
+  Args:
+    path: of the file.
+    found: the diagnosis of all gates.
+    layers: name and number of gates of each layer, in the gates' order.
+  """
   measures = [name for name in _MEASURES if getattr(found, name) is not None]
+  # Gates of a layer are adjacent, so a gate's position gives its layer and its number there.
   places = [(name, number) for name, size in layers for number in range(size)]
   with path.open("w", newline="") as file:
     writer = csv.writer(file)

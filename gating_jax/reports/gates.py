@@ -1,4 +1,4 @@
-"""Pictures of a net's gates for its report, narrow enough for a phone: per layer, over training, by class.
+"""Pictures of gates per layer, over training and by class, narrow enough for a phone.
 
 Axes: L layers, T tests during training, G gates, K classes.
 """
@@ -15,9 +15,10 @@ from gating_jax.ops.priors import Prior
 from gating_jax.reports.page import WIDTH
 from gating_jax.reports.text import plain
 
-MOST_LAYERS, MOST_CLASSES, _BARS = 24, 40, 12  # that a picture shows; bars of classes
-_TALLEST, _NAMED = 7.0, 36  # inches of bars of layers, and how many of these have a name
-_KINDS = (  # of gates, and their colours, which differ in lightness too
+MOST_LAYERS, MOST_CLASSES, _BARS = 24, 40, 12  # in one picture; classes with a bar
+_TALLEST, _NAMED = 7.0, 36  # inches of all layers' bars, at most; layers with a name, at most
+# Kinds of gates, and their colours, which differ in lightness too.
+_KINDS = (
   ("< 1 % (always closed)", "#c3cad3"),
   ("1 to 25 % (conditional)", "#b7e4c7"),
   ("25 to 50 % (cond.)", "#74c69d"),
@@ -32,7 +33,7 @@ _LETTERS = 8.5  # points
 
 
 def layer_names(layers: Sequence[tuple[str, int]]) -> list[str]:
-  """Number and name of each layer, without a first folder that all are in."""
+  """Returns number and name of each layer, without a first folder that all of them share."""
   names = [name for name, _ in layers]
   first = {name.partition("/")[0] for name in names}
   if len(first) == 1 and len(names) > 1 and all("/" in name for name in names):
@@ -41,19 +42,21 @@ def layer_names(layers: Sequence[tuple[str, int]]) -> list[str]:
 
 
 def shown_layers(count: int) -> np.ndarray:
-  """Numbers of the layers in a picture of panels: all, or so many evenly spaced."""
+  """Returns the numbers of the layers that panels show: all, or `MOST_LAYERS` evenly spaced."""
   return np.unique(np.linspace(0, count - 1, min(count, MOST_LAYERS)).astype(int))
 
 
 def draw_outcomes(found: Diagnosis, sizes: Sequence[int], names: Sequence[str]) -> Any:
-  """Bars of what the gates of each layer do, in per cent of the layer's; conditional ones by how often they are open.
+  """Draws bars of gate outcomes, in % of each layer's gates.
 
-  Of many layers every few have a name.
+  Conditional gates are split by their open rates. With many layers, only every few have a name.
 
   Args:
-    found: of all gates.
-    sizes: gates of each layer.
-    names: of each layer.
+    found: diagnosis of all gates.
+    sizes: number of gates of each layer.
+    names: one per layer.
+  Returns:
+    The matplotlib figure.
   """
   from matplotlib.figure import Figure  # imports slowly
 
@@ -68,7 +71,9 @@ def draw_outcomes(found: Diagnosis, sizes: Sequence[int], names: Sequence[str]) 
     axes.barh(
       np.arange(count), 100 * counts / whole, left=left, color=colour, label=label, height=0.82
     )
+    # The next kind is stacked to the right of this one.
     left += 100 * counts / whole
+  # Names of more layers would overlap.
   every = -(-count // _NAMED)
   axes.set_yticks(np.arange(0, count, every), names[::every], fontsize=_LETTERS)
   axes.invert_yaxis()
@@ -90,7 +95,8 @@ def draw_outcomes(found: Diagnosis, sizes: Sequence[int], names: Sequence[str]) 
 
 
 def _kinds(found: Diagnosis) -> np.ndarray:
-  """`[G]` positions in `_KINDS`."""
+  """Returns the kind of each gate, as `[G]` positions in `_KINDS`."""
+  # 1 to 4, the positions of the conditional kinds.
   bins = np.digitize(found.open_rates, (0.25, 0.5, 0.75)) + 1
   outcomes = [OUTCOMES[outcome] for outcome in found.outcomes]
   others = {"always_closed": 0, "always_open": 5, "random_dropout": 6}
@@ -102,20 +108,24 @@ def _kinds(found: Diagnosis) -> np.ndarray:
 def draw_histograms(
   history: Sequence[Mapping[str, Any]], names: Sequence[str], measure: str
 ) -> Any:
-  """A panel for each layer: a column for each test, a row for each part of [0, 1], darker where more values are.
+  """Draws, in a panel for each layer, how histograms change during training.
+
+  A column is a test, a row is a part of [0, 1], and darker cells hold more values.
 
   Args:
     history: lines of `histograms.jsonl`, at least one.
     names: of all layers.
     measure: `probs` or `open_rates`.
+  Returns:
+    The matplotlib figure.
   """
   what = {"probs": "probability", "open_rates": "open rate"}[measure]
   figure, panels = _panels(names, "test at step", what)
   for number, axes in panels:
-    counts = np.array(
-      [_of_layer(line, number, measure) for line in history], np.float64
-    )  # [T, bins]
+    # [T, bins]
+    counts = np.array([_of_layer(line, number, measure) for line in history], np.float64)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    # The square root keeps small fractions visible next to a bin that holds most values.
     axes.imshow(
       np.sqrt(shares.T),
       cmap="Greens",
@@ -126,6 +136,7 @@ def draw_histograms(
       extent=(-0.5, len(history) - 0.5, 0, 1),
       interpolation="nearest",
     )
+    # Only the first and the last step are labelled; a set, since a history may have one line.
     ends = sorted({0, len(history) - 1})
     axes.set_xticks(ends, [f"{history[i]['step']:,}" for i in ends], fontsize=_LETTERS)
     axes.set_yticks([0, 1], ["0", "1"], fontsize=_LETTERS)
@@ -139,9 +150,14 @@ def draw_histograms(
 def draw_cdfs(
   history: Sequence[Mapping[str, Any]], names: Sequence[str], prior: Prior | None
 ) -> Any:
-  """A panel for each layer: the share of open probabilities below x, at up to four tests, and the prior's.
+  """Draws the CDF of open probabilities at up to four tests, and the prior's, for each layer.
 
-  Args: as in `draw_histograms`; no prior is drawn where it is None.
+  Args:
+    history: lines of `histograms.jsonl`, at least one.
+    names: of all layers.
+    prior: of the gates; None leaves it out.
+  Returns:
+    The matplotlib figure.
   """
   from matplotlib import colormaps
 
@@ -153,6 +169,7 @@ def draw_cdfs(
   for number, axes in panels:
     for tone, time in zip(tones, times, strict=True):
       counts = np.array(_of_layer(history[time], number, "probs"), np.float64)
+      # The CDF at the edges of the bins, from 0 to 1.
       below = np.concatenate([[0], np.cumsum(counts) / max(counts.sum(), 1)])
       axes.plot(
         np.linspace(0, 1, len(below)), below, color=tone, label=f"step {history[time]['step']:,}"
@@ -172,17 +189,22 @@ def draw_cdfs(
 
 
 def draw_class_map(rates: np.ndarray, gates: Sequence[str], class_names: Sequence[str]) -> Any:
-  """A row for each gate, a column for each class, darker where more images of the class open the gate.
+  """Draws the open rates by class: a row for each gate and a column for each class.
 
-  Rows and columns that are alike stand side by side; of many classes, those are shown whose rates differ most.
+  A darker cell means that more images of the class open the gate. Similar rows and columns are
+  neighbours. With many classes, those whose rates differ most are shown.
 
   Args:
-    rates: `[G, K]`, without NaN.
+    rates: `[G, K]` open rates in [0, 1], without NaN.
     gates: G names.
-    class_names: K.
+    class_names: K names.
+  Returns:
+    The matplotlib figure.
   """
   from matplotlib.figure import Figure  # imports slowly
 
+  # A class whose rates are equal for all gates shows nothing about single gates.
+  # Of many classes the most selective, then again in the order of the classes.
   classes = np.sort(np.argsort(-rates.std(axis=0), kind="stable")[:MOST_CLASSES])
   rates = rates[:, classes]
   rows, columns = _alike(rates), _alike(rates.T)
@@ -214,12 +236,14 @@ def draw_class_map(rates: np.ndarray, gates: Sequence[str], class_names: Sequenc
 
 
 def draw_class_bars(rates: np.ndarray, titles: Sequence[str], class_names: Sequence[str]) -> Any:
-  """For each gate, bars of its open rate on each class, or on those of the highest rates.
+  """Draws bars of each gate's open rate on each class, or on those with the highest rates.
 
   Args:
-    rates: `[G, K]`, without NaN.
-    titles: G.
-    class_names: K.
+    rates: `[G, K]` open rates in [0, 1], without NaN.
+    titles: one per gate.
+    class_names: K names.
+  Returns:
+    The matplotlib figure.
   """
   from matplotlib.figure import Figure  # imports slowly
 
@@ -233,6 +257,7 @@ def draw_class_bars(rates: np.ndarray, titles: Sequence[str], class_names: Seque
     axes.set_yticks(
       np.arange(shown), [plain(class_names[k], 18) for k in classes], fontsize=_LETTERS
     )
+    # Bars start at the bottom; the first class belongs on top.
     axes.invert_yaxis()
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlim(0, 100)
@@ -243,14 +268,15 @@ def draw_class_bars(rates: np.ndarray, titles: Sequence[str], class_names: Seque
 
 
 def _of_layer(line: Mapping[str, Any], number: int, measure: str) -> Sequence[int]:
-  """A layer's counts: they stand in the order of the layers, by whatever name the run has given these."""
+  """Returns a layer's counts by its position, since an older run may name its layers otherwise."""
   return [counts for name, counts in line.items() if name.endswith(f"/{measure}")][number]
 
 
 def _panels(names: Sequence[str], xlabel: str, ylabel: str) -> tuple[Any, list[tuple[int, Any]]]:
-  """A figure, and number and axes of each layer shown; every panel has its labels."""
+  """Returns a figure of labelled panels, and the number and axes of each layer that is shown."""
   from matplotlib.figure import Figure  # imports slowly
 
+  # Each panel has its own labels, small and close to the axis, since a reader sees one at a time.
   shown = shown_layers(len(names))
   rows = -(-len(shown) // _COLUMNS)
   figure = Figure(figsize=(WIDTH, 0.6 + 1.55 * rows), layout="constrained")
@@ -266,9 +292,10 @@ def _panels(names: Sequence[str], xlabel: str, ylabel: str) -> tuple[Any, list[t
 
 
 def _alike(rows: np.ndarray) -> np.ndarray:
-  """An order of `[n, ...]` rows in which similar ones are neighbours."""
+  """Returns an order of `[n, ...]` rows in which similar rows are neighbours."""
   from scipy.cluster import hierarchy
 
+  # Any order of one or two rows will do, and a linkage needs at least two.
   if len(rows) < 3:
     return np.arange(len(rows))
   return hierarchy.leaves_list(hierarchy.linkage(rows, "average", optimal_ordering=True))

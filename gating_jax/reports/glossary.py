@@ -1,4 +1,4 @@
-"""Sentences that define what tables of results say, for a reader who meets the names for the first time."""
+"""Definitions of the measures in tables of results, for first-time readers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from gating_jax.reports.page import Table
 
 MACS = "multiply-accumulate operations (MACs)"
 
-_MEANINGS = {  # by how a row's name begins, the longest first
+# By the beginning of a row's name; the longest match counts (see `meaning`).
+_MEANINGS = {
   "test accuracy": "Fraction of the test set whose most likely class is the true one.",
   "test mean average precision": "Mean over classes of the average precision of a ranking of the "
   "test videos.",
@@ -66,7 +67,8 @@ _MEANINGS = {  # by how a row's name begins, the longest first
   "free units": "Units of this layer that no task uses so far, left for tasks to come.",
 }
 
-MEASURES = {  # of a sequence of tasks
+# Measures of a sequence of tasks.
+MEASURES = {
   "average accuracy": "Mean over the tasks of the accuracy on each.",
   "forgetting (points)": "Mean over all tasks but the last of how far the accuracy ends below the "
   "best it once was.",
@@ -78,23 +80,24 @@ MEASURES = {  # of a sequence of tasks
 
 
 def meaning(name: str) -> str:
-  """The sentence that defines a row of a table of results, empty where there is none.
+  """Returns the definition of a row of a table of results; empty if there is none.
 
   >>> meaning("budget")
   'The mean fraction of MACs that training aims at.'
   """
+  # "MACs of the head" and "MACs of easy and hard" share a beginning: the longest is the right one.
   known = [start for start in _MEANINGS if name.startswith(start)]
   return _MEANINGS[max(known, key=len)] if known else ""
 
 
 def defined(rows: Sequence[tuple[str, str]]) -> Table:
-  """A table of names and values, each with its meaning."""
+  """Returns a table of names and values, each with its definition."""
   rows = [(name, value, meaning(name)) for name, value in rows]
   return Table(("measure", "value", "definition"), rows, numeric=False)
 
 
 def settings(rows: Sequence[tuple[str, str]]) -> Table:
-  """A table of names and values of settings."""
+  """Returns a table of names and values of settings."""
   return Table(
     ("setting", "value"),
     rows,

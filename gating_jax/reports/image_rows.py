@@ -1,6 +1,6 @@
-"""A figure of rows of images, each row with a label and each image with a caption.
+"""Rows of images, each row with a label and each image with a caption.
 
-Axes: K images of a row, H and W pixels, D channels.
+Axes: K images in a row, H and W pixels, D channels.
 """
 
 from __future__ import annotations
@@ -20,18 +20,24 @@ _LETTERS = 12  # of a caption
 def draw_rows(
   rows: Sequence[np.ndarray], labels: Sequence[str], captions: Sequence[Sequence[str]] | None = None
 ) -> Any:
-  """A figure as wide as a phone is.
+  """Draws a figure as wide as a phone.
 
   Args:
-    rows: `[K, H, W, D]` uint8 images with D = 1 or 3, K of each row's own, at least one row.
-    labels: of each row, to its left; may have several lines.
-    captions: of each image, below it.
+    rows: `[K, H, W, D]` uint8 images with D = 1 or 3; at least one row, and K may differ by row.
+    labels: one per row, drawn to its left; may have several lines.
+    captions: one per image, drawn below it.
+  Returns:
+    The matplotlib figure.
+  Raises:
+    ValueError: there is no row.
   """
   from matplotlib.figure import Figure  # imports slowly
 
   if not rows:
     raise ValueError("rows must hold at least one row of images; got none")
+  # All images have the size of those in the longest row, so that the columns are aligned.
   columns = max(max(map(len, rows)), 1)
+  # In inches; a row of few images is not stretched to the whole width.
   side = min((WIDTH - _LABEL) / columns, 1.2)
   height = side + (_CAPTION if captions else 0.06)
   figure = Figure(figsize=(WIDTH, height * len(rows)), dpi=110)
@@ -42,6 +48,7 @@ def draw_rows(
       0.01, top - 0.5 * side / height / len(rows), "\n".join(lines), va="center", fontsize=9
     )
     for k, image in enumerate(images):
+      # Axes are placed in fractions of the figure; the 6 % left free separate the images.
       axes = figure.add_axes(
         (
           (_LABEL + k * side) / WIDTH,

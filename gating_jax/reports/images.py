@@ -1,4 +1,4 @@
-"""Pictures of a run's images and of its score against multiply-accumulates, narrow enough for a phone.
+"""Pictures of a run's images, and of its score against MACs, narrow enough for a phone.
 
 Axes: N images, H and W pixels, D colours.
 """
@@ -19,14 +19,17 @@ _GREEN, _BLUE = "#2a9d6f", "#4c78a8"
 
 
 def draw_images(pixels: np.ndarray, texts: Sequence[str]) -> Any:
-  """Images in rows of four, each with its text below.
+  """Draws images in rows of four, each with its text below.
 
   Args:
-    pixels: `[N, H, W, D]` uint8, D 1 or 3.
-    texts: N, of as many lines each.
+    pixels: `[N, H, W, D]` uint8, D = 1 or 3.
+    texts: one per image, all with the same number of lines.
+  Returns:
+    The matplotlib figure.
   """
   from matplotlib.figure import Figure  # imports slowly
 
+  # Inches of a row: an image, 0.18 for each line of its text, and a margin.
   rows = -(-len(pixels) // _COLUMNS)
   height = (
     (WIDTH / _COLUMNS - 0.1) * pixels.shape[1] / pixels.shape[2]
@@ -48,9 +51,19 @@ def draw_images(pixels: np.ndarray, texts: Sequence[str]) -> Any:
 def draw_training(
   steps: Sequence[int], scores: Sequence[float], mac_ratios: Sequence[float], score_name: str
 ) -> Any:
-  """The score and the share of multiply-accumulates at each test during training."""
+  """Draws the score and the fraction of MACs at each test during training.
+
+  Args:
+    steps: of the tests.
+    scores: in [0, 1].
+    mac_ratios: MACs as a fraction of the ungated net's.
+    score_name: label of the score's axis.
+  Returns:
+    The matplotlib figure.
+  """
   from matplotlib.figure import Figure  # imports slowly
 
+  # A net without gates has 100 % of the MACs throughout: its panel would show a straight line.
   gated = min(mac_ratios) < 1
   figure = Figure(figsize=(WIDTH, 3.6 if gated else 2.4), layout="constrained")
   top, *below = np.atleast_1d(figure.subplots(1 + gated, 1, sharex=True))
@@ -70,11 +83,15 @@ def draw_training(
 def draw_path(
   steps: Sequence[int], scores: Sequence[float], mac_ratios: Sequence[float], score_name: str
 ) -> Any:
-  """The score against the share of multiply-accumulates, a point for each test during training."""
+  """Draws the score against the fraction of MACs, a point for each test during training.
+
+  Args: as in `draw_training`.
+  """
   from matplotlib.figure import Figure  # imports slowly
 
   figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
   axes = figure.subplots()
+  # The line shows the order of the tests, the colour their steps.
   x, y = 100 * np.asarray(mac_ratios), 100 * np.asarray(scores)
   axes.plot(x, y, color="#b8c0cc", linewidth=1, zorder=1)
   points = axes.scatter(x, y, c=steps, cmap="viridis_r", zorder=2)
@@ -86,13 +103,16 @@ def draw_path(
 
 
 def draw_quarters(macs: np.ndarray, quarters: Sequence[np.ndarray], noun: str) -> Any:
-  """What is spent on images that are easy and hard: the mean of each quarter, and a bar from its 10th percentile to its
-  90th.
+  """Draws the MACs of easy and hard images.
+
+  A mark is the mean of a quarter of the images; its bar spans the 10th to the 90th percentile.
 
   Args:
     macs: `[N]` of each image.
-    quarters: numbers of the images of each, the easiest first.
-    noun: what an image is.
+    quarters: indices of the images of each quarter, the easiest first.
+    noun: word for an image, such as `scene`.
+  Returns:
+    The matplotlib figure.
   """
   from matplotlib.figure import Figure  # imports slowly
 
@@ -124,7 +144,8 @@ def draw_quarters(macs: np.ndarray, quarters: Sequence[np.ndarray], noun: str) -
 
 
 def _small(image: np.ndarray) -> np.ndarray:
-  """The image, not larger than is shown, without an axis for one colour."""
+  """Shrinks an image to the size that is shown, and drops the axis of a single colour."""
+  # Pixels beyond this size would be invisible, but each of them is part of the page.
   image = image.squeeze(-1) if image.shape[-1] == 1 else image
   if max(image.shape[:2]) <= _SIDE:
     return image

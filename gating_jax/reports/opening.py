@@ -1,6 +1,6 @@
-"""The large numbers of a run's page next to those of its ungated baseline, and what is said about the run itself.
+"""Large numbers of a run's page, next to its ungated baseline's, and the section about the run.
 
-Nothing is read here; see `reports.surroundings`.
+This module reads no files; `reports.surroundings` does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Baseline:
 
   Attributes:
     name: of its run directory.
-    numbers: its result, flat.
+    numbers: its result, with nested names joined by dots.
   """
 
   name: str
@@ -31,16 +31,16 @@ class Baseline:
 
 @dataclasses.dataclass(frozen=True)
 class Surroundings:
-  """What a page says beyond the result that it is about.
+  """The context of a run's page, in addition to its result.
 
   Attributes:
     baseline: the ungated run to compare with; None where there is none.
-    ungated: whether the run is such a baseline itself.
-    step: that the page is about; None where it tells no step.
-    times: what `--mode=compile` measured, of whatever step; None before.
-    not_compiled: why that mode refuses the run; empty where it does not.
-    starts: of the run, as `training.provenance` describes them; none of an old run.
-    report: the same of the process that writes the page; None leaves it out.
+    ungated: the run is such a baseline itself.
+    step: of the page; None if the page has none.
+    times: measured by `--mode=compile`, of any step; None before.
+    not_compiled: why that mode refuses the run; empty where it accepts it.
+    starts: of the run, as `training.provenance` describes them; empty for an old run.
+    report: the same for the process that writes the page; None leaves it out.
     seed: of the run.
     workdir: its directory, as it was given.
   """
@@ -57,16 +57,17 @@ class Surroundings:
 
 
 def score(name: str, value: float, key: str, around: Surroundings, meaning: str) -> page.Number:
-  """The score of a run.
+  """Returns the score of a run as a large number.
 
   Args:
     name: of the score.
     value: in [0, 1].
-    key: where it stands in the baseline's numbers.
+    key: name of the score in the baseline's numbers.
     around: the run's surroundings.
-    meaning: a sentence that defines it.
+    meaning: a sentence that defines the score.
   """
   baseline = _baseline(key, around)
+  # Without a baseline the page says so in its place, so that the score never stands alone.
   if baseline is None:
     compared = (
       "this run is ungated: a baseline itself" if around.ungated else "ungated: no baseline found"
@@ -84,12 +85,12 @@ def score(name: str, value: float, key: str, around: Surroundings, meaning: str)
 def macs(
   ratio: float, executed: float, dense: float, noun: str, around: Surroundings
 ) -> page.Number:
-  """The fraction of MACs that a run spends.
+  """Returns a run's MACs as a fraction of the ungated network's, as a large number.
 
   Args:
-    ratio: of the baseline's.
-    executed, dense: MACs of one example, of this network and of the ungated one.
-    noun: what an example is.
+    ratio: fraction of the ungated network's MACs.
+    executed, dense: MACs per example of this network and of the ungated one.
+    noun: word for an example, such as `image`.
     around: the run's surroundings.
   """
   baseline = "this run is ungated" if around.ungated else "ungated: 100 %"
@@ -103,19 +104,19 @@ def macs(
 
 
 def time(noun: str, around: Surroundings) -> page.Number:
-  """Milliseconds of an example."""
+  """Returns the milliseconds per example as a large number."""
   return times.number(
     around.times, noun, step=around.step, workdir=around.workdir, refused=around.not_compiled
   )
 
 
 def times_section(noun: str, around: Surroundings) -> page.Section:
-  """The times of each way to run the network."""
+  """Returns the section of times of each way to run the network."""
   return times.section(around.times, noun, step=around.step, refused=around.not_compiled)
 
 
 def example(experiment: Any) -> str:
-  """What a kind of experiment calls an example.
+  """Returns the word for an example of a kind of experiment.
 
   >>> example("segmentation")
   'scene'
@@ -124,7 +125,7 @@ def example(experiment: Any) -> str:
 
 
 def short(count: float) -> str:
-  """A large count in three digits.
+  """Formats a large count with three digits.
 
   >>> short(40_551_040), short(999), short(1_234)
   ('40.6 M', '999', '1.23 k')
@@ -136,7 +137,8 @@ def short(count: float) -> str:
 
 
 def about(around: Surroundings) -> page.Section:
-  """Where the run comes from, and who wrote the page when."""
+  """Returns the section on the origin of the run: command, commit, versions, hardware."""
+  # An old run directory records no start: its rows say "not recorded".
   starts = list(around.starts)
   first = starts[0] if starts else {}
   rows = [
@@ -154,6 +156,7 @@ def about(around: Surroundings) -> page.Section:
     ("hardware", _hardware(first)),
     ("run directory", _text(around.workdir)),
   ]
+  # A run may be resumed by another command or on other hardware.
   for i, start in enumerate(starts[1:], 1):
     rows.append((f"resumed ({i})", f"{_text(start.get('date'))}, {_hardware(start)}"))
   if around.report is not None:
@@ -176,10 +179,10 @@ def about(around: Surroundings) -> page.Section:
 def about_several(
   runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], Any]], report: Mapping[str, Any]
 ) -> page.Section:
-  """Where several runs come from, and who wrote the page when.
+  """Returns the section on the origin of several runs, and of the page.
 
   Args:
-    runs: starts and seed of each, by name.
+    runs: starts and seed of each run, by its name.
     report: the process that writes the page.
   """
   rows = []
@@ -221,13 +224,18 @@ _ABOUT = (
 
 
 def _baseline(key: str, around: Surroundings) -> float | None:
-  """The baseline's number, if there is one."""
+  """Returns the baseline's number; None where there is none."""
   found = None if around.baseline is None else around.baseline.numbers.get(key)
   return found if isinstance(found, (int, float)) else None
 
 
 def why_no_baseline(around: Surroundings, how: str) -> str:
-  """What to do where no baseline was found; empty where there is one, or none is needed."""
+  """Explains how to train a missing baseline; empty where there is one, or none is needed.
+
+  Args:
+    around: the run's surroundings.
+    how: to train the baseline, such as `the variant gates=none of its config`.
+  """
   if around.ungated or around.baseline is not None:
     return ""
   return (
@@ -254,5 +262,5 @@ def _hardware(start: Mapping[str, Any]) -> str:
 
 
 def settings(rows: Sequence[tuple[str, str]]) -> page.Section:
-  """The config of a run."""
+  """Returns the section of a run's settings."""
   return page.Section("Settings", parts=[glossary.settings(rows)])

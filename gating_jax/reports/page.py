@@ -1,6 +1,7 @@
-"""One self-contained HTML page: numbers, a picture, folded sections. Nothing is fetched, no script runs.
+"""Self-contained HTML page of numbers, a picture and folded sections.
 
-What is measured after the page was written, such as times, has a place of its own that `fill` writes again.
+The page fetches nothing and runs no script. Parts that are measured later, such as times, have a
+named place, which `fill` overwrites.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from gating_jax.reports.text import save
 from gating_jax.training.journal import write_atomically
 
 WIDTH = 5.0  # inches of a picture
-_DPI = 150
+_DPI = 150  # 1.5 pixels for each CSS pixel, see `pictured`
 
 Terms = Sequence[tuple[str, str]]
 
@@ -27,12 +28,12 @@ class Number:
   """A large number at the top of a page, next to its baseline.
 
   Attributes:
-    name: of what is measured.
+    name: of the measure.
     value: with its unit.
     baseline: the value of the ungated baseline, or why there is none.
     meaning: a sentence that defines the number.
-    command: that measures it, where it is not measured.
-    place: where `fill` finds it, if it is written again later.
+    command: that measures the number; empty if it is measured.
+    place: name by which `fill` finds it; empty if it is never overwritten.
   """
 
   kind: ClassVar[str] = "number"
@@ -46,12 +47,12 @@ class Number:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """A place in a picture that shows a text when it is pointed at, or has the focus.
+  """A point in a picture that shows a text when it is hovered over or focused.
 
   Attributes:
-    left, top: of its centre, in per cent of the picture.
-    name: what it is.
-    lines: what is said of it.
+    left, top: of its centre, in % of the picture's width and height.
+    name: title of the text.
+    lines: of the text.
   """
 
   left: float
@@ -62,14 +63,17 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-  """A PNG image and what it shows in words.
+  """A PNG image with a caption.
 
   Attributes:
-    width: in CSS pixels, if that is not one for each of its own.
-    scrolls: sideways, where there is no room for it; else it shrinks.
+    png: content of the file.
+    caption: what the image shows, in words.
+    width: in CSS pixels; None gives each pixel of the image one of them.
+    scrolls: sideways where the screen is too narrow; otherwise the image shrinks.
     terms: each axis or colour, and a sentence that defines it.
-    photo: shows images, whose colours stay as they are on a dark screen; those of a chart are inverted.
-    points: that say more of what is drawn there.
+    photo: the image shows photographs, whose colours are kept on a dark screen; those of a chart
+      are inverted.
+    points: that show more about what is drawn there.
   """
 
   kind: ClassVar[str] = "picture"
@@ -83,15 +87,19 @@ class Picture:
 
   @property
   def source(self) -> str:
-    """A data URL."""
+    """Returns the image as a data URL."""
     return "data:image/png;base64," + base64.b64encode(self.png).decode()
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """A header and rows of text; the first column is of names, the others of numbers if `numeric`.
+  """A header and rows of text.
 
-  `terms` are columns, each with a sentence that defines it.
+  Attributes:
+    header: names of the columns.
+    rows: cells.
+    numeric: all columns but the first hold numbers, aligned to the right.
+    terms: columns, each with a sentence that defines it.
   """
 
   kind: ClassVar[str] = "table"
@@ -103,7 +111,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-  """Text as a terminal shows it."""
+  """A text in a fixed-width font, as in a terminal."""
 
   kind: ClassVar[str] = "listing"
   text: str
@@ -111,9 +119,14 @@ class Listing:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-  """A heading, a paragraph and what follows it; folded until somebody opens it, unless it is `open`.
+  """A heading, a paragraph, and pictures and tables.
 
-  `place` is where `fill` finds it, if it is written again later.
+  Attributes:
+    title: the heading.
+    text: the paragraph.
+    parts: below the paragraph.
+    open: shown unfolded; otherwise the reader opens it.
+    place: name by which `fill` finds it; empty if it is never overwritten.
   """
 
   kind: ClassVar[str] = "section"
@@ -126,13 +139,13 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Opening:
-  """What a page begins with.
+  """The top of a page.
 
   Attributes:
     numbers: in the largest letters of the page.
-    picture: one that says what gates did.
+    picture: of what the gates do.
     text: below the numbers.
-    notice: what a reader must know before all else, such as that a run has failed; the first line.
+    notice: the first line, for what a reader must know first, such as that the run has failed.
   """
 
   numbers: Sequence[Number] = ()
@@ -150,7 +163,7 @@ def drawn(
   terms: Terms = (),
   photo: bool = False,
 ) -> Picture:
-  """What `draw` writes as a PNG, as a picture."""
+  """Returns the PNG that `draw` writes as a picture; the other arguments are those of `Picture`."""
   file = io.BytesIO()
   draw(file)
   return Picture(file.getvalue(), caption, width, scrolls, terms, photo)
@@ -159,10 +172,16 @@ def drawn(
 def pictured(
   figure: Any, caption: str, *, scrolls: bool = False, terms: Terms = (), photo: bool = False
 ) -> Picture:
-  """A matplotlib figure as a picture; one that is `WIDTH` wide fills a phone, its letters as large as the text's.
+  """Returns a matplotlib figure as a picture.
 
-  A wider one is best read if it `scrolls`.
+  A figure of width `WIDTH` fills a phone, with letters as large as the text's. A wider one should
+  scroll.
+
+  Args:
+    figure: of matplotlib.
+    caption, scrolls, terms, photo: of the `Picture`.
   """
+  # 100 CSS pixels an inch, whatever the resolution of the PNG.
   width = round(100 * figure.get_figwidth())
   return drawn(
     lambda file: save(figure, file, dpi=_DPI),
@@ -177,7 +196,14 @@ def pictured(
 def render(
   title: str, sections: Sequence[Section], subtitle: str = "", opening: Opening | None = None
 ) -> str:
-  """The page's HTML."""
+  """Renders the page as HTML.
+
+  Args:
+    title: of the page.
+    sections: in the order of the page.
+    subtitle: below the title.
+    opening: top of the page.
+  """
   return _template("page.html").render(
     title=title, subtitle=subtitle, sections=sections, opening=opening or Opening()
   )
@@ -190,20 +216,26 @@ def write(
   subtitle: str = "",
   opening: Opening | None = None,
 ) -> None:
-  """Writes the page, whole or not at all."""
+  """Writes the page, whole or not at all; arguments as of `render`."""
   write_atomically(path, render(title, sections, subtitle, opening))
 
 
 def fill(path: Path, parts: Sequence[Number | Section]) -> bool:
-  """Writes numbers and sections into a page that is there, at their places, over what stands there.
+  """Overwrites numbers and sections of an existing page.
 
-  Returns whether the page has all the places; one of an older version does not, and is left as it is.
+  Args:
+    path: of the page.
+    parts: the new contents; each replaces the part with the same `place`.
+  Returns:
+    True if the page has all the places. A page of an older version lacks them and is not changed.
   """
   if not path.is_file():
     return False
   html, macros = path.read_text("utf-8", "replace"), _template("parts.html").module
   for part in parts:
-    mark = str(macros.mark(part))  # texts, since markup escapes what is added to it
+    # A plain string: jinja's `Markup` would escape whatever is added to it.
+    mark = str(macros.mark(part))
+    # A part stands between two equal marks, which no other text of the page can contain.
     before, first, rest = html.partition(mark)
     _, second, after = rest.partition(mark)
     if not (first and second):
@@ -217,6 +249,8 @@ def fill(path: Path, parts: Sequence[Number | Section]) -> bool:
 def _template(name: str):
   import jinja2  # imports slowly
 
+  # Autoescape: texts come from configs and data sets, and must not become HTML. `StrictUndefined`:
+  # a misspelt name in a template is an error, not an empty text.
   environment = jinja2.Environment(
     loader=jinja2.PackageLoader("gating_jax.reports"),
     autoescape=True,

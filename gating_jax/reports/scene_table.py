@@ -1,4 +1,4 @@
-"""A segmentation run's result as a table for people."""
+"""Table of a segmentation run's result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from gating_jax.reports.text import plain
 
 
 def rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """Of name and value, from what `training.evaluation.evaluate` returns with `training.pixels.summarise`."""
+  """Returns rows of name and value.
+
+  Args:
+    result: of `training.evaluation.evaluate` with the summary of `images.pixels.summarise`.
+  """
+  # One entry `iou/NAME` for each class; a name may itself contain a slash.
   classes = {
     name.partition("/")[2]: value for name, value in result.items() if name.startswith("iou/")
   }

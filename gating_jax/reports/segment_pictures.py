@@ -1,4 +1,4 @@
-"""Pictures of how segments were chosen, narrow enough for a phone.
+"""Pictures of the choice of segments, narrow enough for a phone.
 
 Axes: S valid segments of all videos, M videos, T segments of a video.
 """
@@ -18,12 +18,14 @@ _CHOSEN, _CLOSED, _RELEVANT = "#e4572e", "#c3cad3", "#2e9e6b"
 
 
 def draw_shares(probs: np.ndarray, shares: np.ndarray, correct: np.ndarray | None = None) -> Any:
-  """A figure: histograms of probabilities of segments and of the share that is chosen of a video.
+  """Draws histograms of the segments' probabilities and of the chosen fraction per video.
 
   Args:
-    probs: `[S]` in [0, 1].
-    shares: `[M]` of each video's segments.
-    correct: `[M]` whether each video was classified correctly; None where that means nothing.
+    probs: `[S]` probability in [0, 1] that a segment is chosen.
+    shares: `[M]` chosen fraction of each video's segments.
+    correct: `[M]` bool, each video is classified correctly; None where this is undefined.
+  Returns:
+    The matplotlib figure.
   """
   from matplotlib.figure import Figure  # imports slowly
 
@@ -31,6 +33,7 @@ def draw_shares(probs: np.ndarray, shares: np.ndarray, correct: np.ndarray | Non
   segments, videos = figure.subplots(2, 1, sharex=True)
   segments.hist(probs, bins=bins, color="tab:green")
   segments.set(xlabel="probability that a segment is chosen", ylabel="segments")
+  # `sharex` hides the upper axis' numbers, although its label is another one.
   segments.tick_params(labelbottom=True)
   if correct is None:
     videos.hist(shares, bins=bins, color="tab:blue")
@@ -38,6 +41,7 @@ def draw_shares(probs: np.ndarray, shares: np.ndarray, correct: np.ndarray | Non
     videos.hist(
       [shares[correct], shares[~correct]],
       bins=bins,
+      # One on top of the other: the outline is the histogram of all videos.
       stacked=True,
       color=["tab:blue", "tab:orange"],
       label=["classified correctly", "wrongly"],
@@ -52,12 +56,15 @@ def draw_shares(probs: np.ndarray, shares: np.ndarray, correct: np.ndarray | Non
 def draw_choices(
   gates: Sequence[np.ndarray], names: Sequence[str], relevant: Sequence[np.ndarray] | None = None
 ) -> Any:
-  """A row for each video, from its begin to its end: chosen segments in colour, and below them those that matter.
+  """Draws a row for each video: its chosen segments in colour, and those that matter below.
 
   Args:
-    gates: `[T]` whether each segment is chosen, of each video, T its own.
-    names: of the videos.
-    relevant: `[T]` whether each segment matters; None where that is not known.
+    gates: one array per video, `[T]` bool, the segment is chosen; T may differ by video.
+    names: one per video.
+    relevant: one array per video, `[T]` bool, the label depends on the segment; None where this is
+      unknown.
+  Returns:
+    The matplotlib figure.
   """
   from matplotlib.figure import Figure  # imports slowly
   from matplotlib.patches import Patch
@@ -66,6 +73,7 @@ def draw_choices(
   figure = Figure(figsize=(WIDTH, 1.0 + 0.3 * count), layout="constrained")
   axes = figure.subplots()
   for row, chosen in enumerate(gates):
+    # The y axis points down (see `ylim`), so that the first video is on top.
     colours = [_CHOSEN if gate else _CLOSED for gate in chosen]
     _draw_row(axes, row - 0.4, 0.55 if relevant is not None else 0.8, colours)
     if relevant is not None:
@@ -89,7 +97,8 @@ def draw_choices(
 
 
 def _draw_row(axes: Any, top: float, height: float, colours: Sequence[str]) -> None:
-  """A box for each segment, all of the same width."""
+  """Draws a box for each segment, all of the same width."""
+  # A video fills the axis whatever its length: time is a fraction of the video.
   width = 1 / len(colours)
   axes.bar(
     np.arange(len(colours)) * width,

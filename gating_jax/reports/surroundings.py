@@ -1,6 +1,6 @@
-"""Reads what a run's page says beyond its own result: an ungated baseline, times, where the run comes from.
+"""Context of a run's page, read from run directories: ungated baseline, times, origin of the run.
 
-All of it is optional: an old, copied or damaged directory lacks some, and its page is written all the same.
+All of it is optional: the page of an old, copied or damaged directory is written without it.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from gating_jax.reports.opening import Baseline, Surroundings, example
 from gating_jax.training import hosts, provenance, rundir
 
 TIMES_FILE = "compile.json"
-_MOST_NEIGHBOURS = 500  # directories that are looked at
+_MOST_NEIGHBOURS = 500  # directories that are read
+# A baseline may differ in these whatever the experiment: they change no result, or only its noise.
 _ALWAYS_IGNORED = ("seed", "devices.", "log_every", "eval_every", "checkpoint_every")
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """How runs of a kind are compared with ungated ones.
+  """Rules for comparing runs of a kind with ungated ones.
 
   Attributes:
     field: the config's field that says what is gated.
-    baselines: its values of ungated networks that pages compare with, the best baseline first.
-    ungated: whether a flat config is of a network that computes the same for every example.
+    baselines: its values for ungated networks that pages compare with, the best baseline first.
+    ungated: returns True for the flat config of a network that computes the same for every example.
     ignored: further fields, or sections that end with a dot, in which a baseline may differ.
-    how: to train one, for people.
-    tested: fields that say what a run is tested on.
+    how: to train a baseline, as a text for readers.
+    tested: fields that define what a run is tested on.
   """
 
   field: str
@@ -49,12 +50,13 @@ def _has_no_task_gates(config: Mapping[str, Any]) -> bool:
 
 
 def _chooses_nothing(config: Mapping[str, Any]) -> bool:
-  """Whether segments of a video are taken without a look at it, and the heavy net has no gates."""
+  """Checks that segments are selected without looking at the video, and no heavy net is gated."""
   return (
     config.get("model.selection") in _BLIND and config.get("model.heavy.gating", "none") == "none"
   )
 
 
+# Continual methods that compute the same for every image of a task.
 _UNGATED_METHODS = (
   "progressive",
   "fine_tuning",
@@ -71,6 +73,7 @@ _UNGATED_METHODS = (
   "multitask_trunk",
   "dgm",
 )
+# Selections of segments that do not depend on the video.
 _BLIND = ("all", "uniform", "random", "light")
 _IMAGE_SET = ("data.name", "data.test_split", "data.image_feature", "data.label_feature")
 IMAGES = Kind(
@@ -151,13 +154,13 @@ KINDS = {"classification": IMAGES, "segmentation": SCENES, "continual": TASKS, "
 
 
 def is_ungated(config: Mapping[str, Any]) -> bool:
-  """Whether a flat config is of a network that computes the same for every example."""
+  """Checks that a flat config belongs to a network that computes the same for every example."""
   kind = KINDS.get(str(config.get("experiment")))
   return kind is not None and kind.ungated(config)
 
 
 def tested_on(config: Mapping[str, Any]) -> dict[str, str]:
-  """The fields of a flat config that say what its run learns and is tested on, but for those that are None."""
+  """Returns the fields of a flat config that define the run's data, without those that are None."""
   kind = KINDS.get(str(config.get("experiment")))
   names = ("experiment", *(kind.tested if kind else ()))
   return {name: str(config[name]) for name in names if config.get(name) is not None}
@@ -171,15 +174,19 @@ def read(
   step: int,
   not_compiled: str = "",
 ) -> Surroundings:
-  """What there is of a run; nothing but the run itself on processes that do not write.
+  """Reads the surroundings of a run.
+
+  Processes that do not write read no files: they return what the config tells.
 
   Args:
     run_dir, config: of the run.
-    kind: what it is of.
-    step: that the page is about.
-    not_compiled: why `--mode=compile` refuses the run; empty where it does not.
+    kind: of the run.
+    step: of the page.
+    not_compiled: why `--mode=compile` refuses the run; empty where it accepts it.
   """
+  # By way of JSON, as the configs of other runs are read: tuples are lists in both.
   mine = rundir.flatten(json.loads(config.to_json()))
+  # An ungated run that is no baseline, such as a progressive net, is compared like a gated one.
   ungated = _is_baseline(mine, kind)
   around = Surroundings(
     ungated=ungated,
@@ -200,12 +207,16 @@ def read(
 
 
 def read_times(path: Path) -> times.Times | None:
-  """What `--mode=compile` left in the run directory `path`; None where it left nothing, or a damaged file."""
+  """Reads the times that `--mode=compile` left in a run directory; None if missing or damaged."""
   return times.parsed(_read_json(path / TIMES_FILE))
 
 
 def refresh_times(path: Path) -> bool:
-  """Writes what `--mode=compile` has just left into the run's page. Returns whether there is a page of that step."""
+  """Writes new times of `--mode=compile` into the run's page.
+
+  Returns:
+    True if there is a page of the same step.
+  """
   found = read_times(path)
   if found is None:
     return False
@@ -220,15 +231,19 @@ def refresh_times(path: Path) -> bool:
 
 
 def find_baseline(path: Path, mine: Mapping[str, Any], kind: Kind) -> Baseline | None:
-  """The ungated run that a run started from, or a finished neighbour of the same config without gates.
+  """Finds the ungated run that a run started from, or a finished neighbour without gates.
 
-  A start that is gated, or was tested on something else, is no baseline.
+  A start that is gated, or was tested on something else, is no baseline. A neighbour must have the
+  same config but for its gates.
 
   Args:
     path: the run directory.
-    mine: its config, flat.
-    kind: what the run is of.
+    mine: its flat config.
+    kind: of the run.
+  Returns:
+    The baseline; None where there is none.
   """
+  # Weights from an ungated run make it the natural baseline: the same net before it got gates.
   start = mine.get("model.init_from")
   if isinstance(start, str):
     folder = user_path(start)
@@ -240,6 +255,7 @@ def find_baseline(path: Path, mine: Mapping[str, Any], kind: Kind) -> Baseline |
     ):
       return found
   candidates = []
+  # The best kind of baseline first, then one of the same seed, then by name.
   for folder in _neighbours(path):
     theirs = _read_config(folder)
     if _is_baseline(theirs, kind) and _same(mine, theirs, kind):
@@ -256,18 +272,18 @@ def find_baseline(path: Path, mine: Mapping[str, Any], kind: Kind) -> Baseline |
 
 
 def _is_baseline(config: Mapping[str, Any], kind: Kind) -> bool:
-  """Whether pages compare with the run of a flat config."""
+  """Checks that pages may compare with the run of a flat config."""
   return config.get(kind.field) in kind.baselines and kind.ungated(config)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-  """The flat config of a run; nothing where there is none."""
+  """Reads the flat config of a run; empty where it is missing or damaged."""
   found = _read_json(folder / rundir.CONFIG_FILE)
   return rundir.flatten(found) if isinstance(found, dict) else {}
 
 
 def _neighbours(path: Path) -> list[Path]:
-  """Other directories in the same folder, in the order of their names."""
+  """Returns the other run directories in the same folder, sorted by name."""
   path = path.resolve()
   try:
     folders = [
@@ -281,14 +297,17 @@ def _neighbours(path: Path) -> list[Path]:
 
 
 def _same(mine: Mapping[str, Any], theirs: Mapping[str, Any], kind: Kind) -> bool:
-  """Whether two configs differ in nothing but gates; a field that an older one lacks is None there."""
+  """Checks that two configs differ only in their gates.
+
+  A field that an older config lacks counts as None.
+  """
   ignored = (kind.field, *kind.ignored, *_ALWAYS_IGNORED)
   names = [name for name in {**mine, **theirs} if not name.startswith(ignored)]
   return all(mine.get(name) == theirs.get(name) for name in names)
 
 
 def _read_baseline(folder: Path) -> Baseline | None:
-  """A finished run as a baseline; None where it is not finished, or damaged."""
+  """Reads a finished run as a baseline; None where it is not finished or damaged."""
   result = _read_json(folder / rundir.RESULT_FILE)
   if not isinstance(result, dict):
     return None
@@ -296,7 +315,7 @@ def _read_baseline(folder: Path) -> Baseline | None:
 
 
 def _read_json(file: Path) -> Any:
-  """What the file holds; None where it is missing or damaged."""
+  """Reads a JSON file; None where it is missing or damaged."""
   try:
     return json.loads(file.read_text("utf-8", "replace"))
   except (OSError, ValueError, RecursionError):

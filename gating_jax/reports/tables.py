@@ -1,4 +1,4 @@
-"""A run's result as a table for people."""
+"""Table of a classification run's result, and rows that other tables share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gating_jax.reports import gate_table
 
 
 def rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """Of name and value, from what `training.evaluation.evaluate` returns."""
+  """Returns rows of name and value, from the result of `training.evaluation.evaluate`."""
   return [
     ("test accuracy", f"{100 * result['accuracy']:.2f} %  ({result['images']:,} images)"),
     *size_and_gates(result),
@@ -18,7 +18,7 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def size_and_gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """What the net costs and what its gates do: rows of name and value."""
+  """Returns rows of name and value about the net's cost and its gates."""
   rows = [
     ("parameters", f"{result['params']:,} + {result['gate_params']:,} of gates"),
     ("MACs per image, ungated net", f"{result['ungated_macs']:,}"),
@@ -29,6 +29,7 @@ def size_and_gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   ]
   if "budget" in result:
     rows.append(("budget", f"{100 * result['budget']:.1f} % of the ungated net's MACs"))
+  # Ungated nets have the rows above only.
   if "gates" in result:
     rows += [
       (
@@ -37,6 +38,7 @@ def size_and_gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         f"  (deviation {result['macs_std']:,.0f})",
       ),
     ]
+    # Absent in tests of fewer than four images.
     if "macs_of_quarter4" in result:
       rows.append(
         (
@@ -66,10 +68,14 @@ def size_and_gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 def lines(
   rows: Sequence[tuple[str, str]], layers: Sequence[Mapping[str, Any]] | None = None
 ) -> str:
-  """Rows of name and value, the values below each other, and a table of the gates of each layer, where there are."""
-  rows = [
-    (printable(name), printable(value)) for name, value in rows
-  ]  # which may hold names of classes
+  """Renders a result as text.
+
+  Args:
+    rows: of name and value; the values are aligned.
+    layers: of the result, for a table of each layer's gates below the rows; None leaves it out.
+  """
+  # Names of classes come from the data set and may hold control characters.
+  rows = [(printable(name), printable(value)) for name, value in rows]
   width = max(len(name) for name, _ in rows)
   text = [f"{name:<{width}}  {value}" for name, value in rows]
   return "\n".join([*text, "", gate_table.render(layers)] if layers else text)

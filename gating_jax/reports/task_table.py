@@ -1,4 +1,4 @@
-"""The result of a sequence of tasks as a table for people."""
+"""Table of the result of a sequence of tasks."""
 
 from __future__ import annotations
 
@@ -13,27 +13,32 @@ _MEASURES = ("average_accuracy", "forgetting", "backward_transfer", "forward_tra
 
 
 def render(result: Mapping[str, Any]) -> str:
-  """A table of accuracies, task by task, and lines of name and value.
+  """Renders a table of accuracies, task by task, and lines of name and value.
 
   Args:
     result: plain numbers, as they come back from JSON:
       task_names: in the order of learning.
       task_aware: with the task known at the test, a mapping of
-        accuracies: T rows of T, row i after learning task i, column j on task j; above the diagonal is not read,
-          and None is for what was not tested;
-        average_accuracy, forgetting, backward_transfer, forward_transfer: shares, None where undefined;
-        reasons: why they are, by name.
-      task_agnostic: the same where the task is not known; may be missing.
-      task_classifier_accuracy: share of images whose task is recognised; may be missing.
+        accuracies: T rows of T, row i after learning task i, column j on task j; values above the
+          diagonal are not read, and None marks what was not tested;
+        average_accuracy, forgetting, backward_transfer, forward_transfer: fractions, None where
+          undefined;
+        reasons: why a measure is undefined, by its name.
+      task_agnostic: the same with the task unknown; may be missing.
+      task_classifier_accuracy: fraction of images whose task is inferred correctly; may be missing.
       dense_macs: per image, of the net without gates.
       dense_macs_reduced: of its convolutions, all inputs counted as one channel; may be missing.
-      task_aware_macs, task_agnostic_macs: per image, mean over the test images; the latter may be missing.
+      task_aware_macs, task_agnostic_macs: per image, mean over the test images; the latter may be
+        missing.
       params: of the net with all tasks' gates and heads.
-      memory_mb: 10^6 bytes kept between tasks beside the parameters: images, generators, importances, teachers.
-      mean_gate_overlap: share of units that two tasks have in common, None for a single task; may be missing.
+      memory_mb: 10^6 bytes kept between tasks in addition to the parameters: images, generators,
+        importances, teachers.
+      mean_gate_overlap: fraction of units that two tasks have in common, None for a single task;
+        may be missing.
       free_units: `(free, units)` by layer after the last task; may be missing.
   """
   settings = _settings(result)
+  # The header has two lines: a setting stands above its two columns, right-aligned with the second.
   lines = columns(
     [
       ["accuracy (%)", *(cell for name in settings for cell in ("", _SETTINGS[name]))],
@@ -45,7 +50,13 @@ def render(result: Mapping[str, Any]) -> str:
 
 
 def tables(result: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
-  """Header and rows with the task known at the test, and without: of each task and of each measure over tasks."""
+  """Returns header and rows for the task known at the test, and for the task unknown.
+
+  Rows are the accuracies on each task, then the measures over tasks.
+
+  Args:
+    result: as in `render`.
+  """
   return [
     ([f"{_SETTINGS[name]} accuracy (%)", "when learned", "at the end"], _scores(result, [name]))
     for name in _settings(result)
@@ -53,7 +64,8 @@ def tables(result: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]
 
 
 def reasons(result: Mapping[str, Any]) -> list[str]:
-  """Why measures are undefined, a line each."""
+  """Returns the reasons why measures are undefined, a line each."""
+  # Both settings often have the same reason, which is then given once.
   found = [
     (name, why) for setting in _settings(result) for name, why in result[setting]["reasons"].items()
   ]
@@ -61,12 +73,13 @@ def reasons(result: Mapping[str, Any]) -> list[str]:
 
 
 def costs(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """Rows of name and value: what images take, and what is kept."""
+  """Returns rows of name and value: the cost of images, and the memory between tasks."""
   rows = []
   if "task_classifier_accuracy" in result:
     rows.append(
       ("accuracy of the task classifier", f"{100 * result['task_classifier_accuracy']:.2f} %")
     )
+  # Abati et al. count a convolution as if it had one input channel, so both counts are given.
   reduced = result.get("dense_macs_reduced")
   rows.append(
     (
@@ -101,7 +114,7 @@ def costs(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def headline(result: Mapping[str, Any]) -> str:
-  """One line."""
+  """Summarises the result in one line."""
   parts = [
     f"{_SETTINGS[name]} accuracy {100 * result[name]['average_accuracy']:.2f} %"
     f"  forgetting {_points(result[name]['forgetting'])}"
@@ -124,6 +137,7 @@ def _scores(result: Mapping[str, Any], settings: list[str]) -> list[list[str]]:
 def _accuracies(result: Mapping[str, Any], settings: list[str]) -> list[list[str]]:
   rows = []
   for j, name in enumerate(result["task_names"]):
+    # On task j: right after learning it (row j), and at the end (the last row).
     accuracies = [result[setting]["accuracies"] for setting in settings]
     rows.append([plain(name, 30), *(_percent(r[i][j]) for r in accuracies for i in (j, -1))])
   return rows

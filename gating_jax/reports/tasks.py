@@ -1,9 +1,10 @@
-"""Figures of a sequence of tasks: accuracies, the filters each task takes, and how far tasks share their units.
+"""Figures of a sequence of tasks: accuracies, filters per task, and overlap of units.
 
-They are as wide as a phone is, or as many tasks need.
+They are as wide as a phone, or wider where many tasks need it.
 
 Axes: T tasks.
-Reference: Lopez-Paz and Ranzato, 2017 (the matrix of accuracies); Abati et al., 2020 (filters owned by tasks).
+Reference: Lopez-Paz and Ranzato, 2017 (the matrix of accuracies); Abati et al., 2020 (filters owned
+by tasks).
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from gating_jax.reports.text import plain
 _Counts = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 _MAP, _UNDEFINED = "cividis", "#e3e6ea"  # reads alike with every kind of colour vision
-_PARTS = {  # from the bottom of a bar; apart in lightness too
+# From the bottom of a bar; the colours differ in lightness too.
+_PARTS = {
   "reused from older tasks": "#0072b2",
   "new with this task": "#e69f00",
   "older tasks', not used": "#aab4be",
   "free": "#eceff2",
 }
-_LETTERS = 20  # of a name at most
+_LETTERS = 20  # of a name, at most
 _LETTER = 0.085  # inches
 _CELL = 0.42  # inches of a matrix's cell, at least
 
@@ -33,12 +35,17 @@ _CELL = 0.42  # inches of a matrix's cell, at least
 def draw_accuracies(
   aware: np.ndarray, agnostic: np.ndarray | None = None, *, task_names: Sequence[str] | None = None
 ) -> Any:
-  """The matrix of accuracies in per cent, with the task known and, below it, without.
+  """Draws the matrix of accuracies in %, with the task known and, below it, unknown.
 
   Args:
-    aware: `[T, T]` in [0, 1], row i after learning task i, column j on task j; NaN where undefined, drawn grey.
-    agnostic: the same where the task is not known; left out if None.
+    aware: `[T, T]` in [0, 1], row i after learning task i, column j on task j; NaN where undefined,
+      drawn grey.
+    agnostic: the same with the task unknown; left out if None.
     task_names: in the order of learning; their numbers from 1 if None.
+  Returns:
+    The matplotlib figure.
+  Raises:
+    ValueError: shapes do not fit each other, or a value is outside [0, 1].
   """
   shown = {"task known (task-aware)": _matrix("aware", aware)}
   if agnostic is not None:
@@ -49,11 +56,15 @@ def draw_accuracies(
 
 
 def draw_overlap(overlap: np.ndarray, *, task_names: Sequence[str] | None = None) -> Any:
-  """How far every two tasks use the same units, in per cent.
+  """Draws how far every two tasks use the same units, in %.
 
   Args:
     overlap: `[T, T]` in [0, 1], intersection over union; NaN where unknown, drawn grey.
     task_names: in the order of learning; their numbers from 1 if None.
+  Returns:
+    The matplotlib figure.
+  Raises:
+    ValueError: shapes do not fit each other, or a value is outside [0, 1].
   """
   shown = {"Units that two tasks share": _matrix("overlap", overlap)}
   return _draw_matrices(
@@ -62,12 +73,18 @@ def draw_overlap(overlap: np.ndarray, *, task_names: Sequence[str] | None = None
 
 
 def draw_filters(layers: Mapping[str, _Counts], *, task_names: Sequence[str] | None = None) -> Any:
-  """For each layer, one bar a task of the filters it reuses, takes, does not use, and leaves free.
+  """Draws, for each layer and task, a bar of filters that are reused, new, not used, and free.
 
   Args:
-    layers: by name, counts `(new, reused, free)`, each `[T]`: filters used by this task first, used and owned by an
-      older one, used by none so far. The bar's remaining part is owned by older tasks and not used.
+    layers: by name, counts `(new, reused, free)`, each `[T]`: filters first used by this task, used
+      by it and owned by an older task, and used by no task so far. The rest of the bar is owned by
+      older tasks and not used by this one.
     task_names: in the order of learning; their numbers from 1 if None.
+  Returns:
+    The matplotlib figure.
+  Raises:
+    ValueError: there is no layer, layers or names have different numbers of tasks, or counts are
+      not possible.
   """
   from matplotlib.figure import Figure  # imports slowly
   from matplotlib.patches import Patch
@@ -80,19 +97,23 @@ def draw_filters(layers: Mapping[str, _Counts], *, task_names: Sequence[str] | N
       f"layers must all have counts of the same tasks; got {[p.shape[1] for p in parts]} tasks"
     )
   names = _names(task_names, parts[0].shape[1])
+  # A bar takes 0.16 inches at least; panels that are wider than a phone stand one below the other.
   columns = int(min(len(parts), max(1, WIDTH // max(0.16 * len(names) + 0.7, 1.6))))
   rows, width = -(-len(parts) // columns), max(WIDTH / columns, 0.16 * len(names) + 0.7)
   figure = Figure(figsize=(columns * width, rows * 1.9 + 1.1), layout="constrained", dpi=110)
   panels = figure.subplots(rows, columns, squeeze=False)
+  # The last row of the grid may have places left.
   for axes in panels.flat[len(parts) :]:
     axes.remove()
   for i, (layer, counts) in enumerate(zip(layers, parts, strict=True)):
     axes = panels.flat[i]
+    # Free filters are the last part, after the last task.
     free = f"{counts[-1, -1]} of {counts[:, -1].sum()} free"
     _draw_bars(axes, counts, title=f"{plain(layer, int(width / _LETTER))}\n{free}")
     axes.set_xticks(
       range(len(names)), names, fontsize=8, rotation=_rotation(names, 0.75 * width / len(names))
     )
+    # Names of tasks only below the last panel of each column, and "filters" at each row's left.
     if i + columns < len(parts):
       axes.set_xticklabels([])
     else:
@@ -133,6 +154,7 @@ def _draw_matrices(
 ) -> Any:
   from matplotlib.figure import Figure  # imports slowly
 
+  # Left and below the matrix, names need room for the longest of them; a cell keeps its least size.
   margin = 0.6 + _LETTER * max(map(len, names))
   side = max(_CELL * len(names), WIDTH - 0.1 - margin, 3.2)
   figure = Figure(
@@ -148,6 +170,7 @@ def _draw_matrices(
     axes.set_ylabel(ylabel)
     axes.set_xticks(range(len(names)), names, rotation=_rotation(names, side / len(names)))
     axes.set_yticks(range(len(names)), names)
+  # One colour bar for all: every matrix has the same scale, 0 to 100 %.
   figure.colorbar(image, ax=list(panels), label=unit, orientation="horizontal", aspect=40, pad=0.01)
   return figure
 
@@ -158,7 +181,9 @@ def _draw_cells(axes, percent: np.ndarray, *, fontsize: float):
   image = axes.imshow(percent, cmap=colormaps[_MAP].with_extremes(bad=_UNDEFINED), vmin=0, vmax=100)
   for (i, j), value in np.ndenumerate(percent):
     if not np.isnan(value):
+      # "100.0" would not fit into a cell.
       number = f"{value:.1f}" if value < 99.95 else "100"
+      # Below about half of the colour map, dark cells need white numbers.
       axes.text(
         j,
         i,
@@ -180,13 +205,14 @@ def _matrix(name: str, values: np.ndarray, tasks: int | None = None) -> np.ndarr
     raise ValueError(
       f"{name} must be [T, T]" + (f", T = {tasks}" if tasks else "") + f"; got {values.shape}"
     )
+  # NaN, an undefined value, passes: it is neither below 0 nor above 1.
   if (bad := (values < 0) | (values > 1)).any():
     raise ValueError(f"{name} must be in [0, 1] or NaN; got {values[bad][0]}")
   return values
 
 
 def _parts(layer: str, counts: _Counts) -> np.ndarray:
-  """`[4, T]`, in the order of `_PARTS`."""
+  """Checks a layer's counts and returns `[4, T]`, in the order of `_PARTS`."""
   counts = [np.asarray(c) for c in counts]
   if (
     len(counts) != 3
@@ -198,6 +224,7 @@ def _parts(layer: str, counts: _Counts) -> np.ndarray:
       f"layers[{layer!r}] must be (new, reused, free), each [T]; got {[c.shape for c in counts]}"
     )
   new, reused, free = np.stack(counts).astype(np.float64)
+  # Filters that older tasks own are the new ones of all tasks before; those not reused are unused.
   parts = np.stack([reused, new, np.cumsum(new) - new - reused, free])
   if not ((parts >= 0) & (parts == np.round(parts))).all():
     raise ValueError(
@@ -217,5 +244,5 @@ def _names(task_names: Sequence[str] | None, tasks: int) -> list[str]:
 
 
 def _rotation(names: Sequence[str], room: float) -> int:
-  """Degrees by which names must turn to stand `room` inches apart."""
+  """Returns the degrees by which names must turn to fit into `room` inches each."""
   return 90 if _LETTER * (max(map(len, names)) + 1) > room else 0

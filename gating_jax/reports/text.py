@@ -1,4 +1,7 @@
-"""Texts fit for a picture or a terminal: names that anybody may have given, and columns."""
+"""Sanitised text for pictures and terminals, and aligned columns.
+
+Names of runs, classes and videos come from users and data sets, so no letter in them is trusted.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from gating_jax.training.journal import write_atomically
 
 
 def plain(name: object, letters: int) -> str:
-  """One line of printable characters, at most `letters` of them.
+  """Shortens a name to one line of at most `letters` printable characters.
 
   >>> plain("two\\nlines", 20), plain("a long name", 7)
   ('two?lines', 'a long…')
@@ -22,7 +25,7 @@ def plain(name: object, letters: int) -> str:
 
 
 def columns(rows: list[list[str]]) -> list[str]:
-  """Lines of aligned columns, the first to the left and the others to the right.
+  """Aligns rows in columns: the first to the left, the others to the right.
 
   >>> columns([["a", "12"], ["bcd", "3"]])
   ['a    12', 'bcd   3']
@@ -38,16 +41,24 @@ def columns(rows: list[list[str]]) -> list[str]:
 
 
 def save(figure, file: Path | IO[bytes], **options: Any) -> None:
-  """Writes a matplotlib figure as PNG, its texts as they are: `$` starts no formula, and a letter may be in no font.
+  """Writes a matplotlib figure as a PNG file.
 
-  A file by its path is whole or not there.
+  Texts are drawn literally: `$` starts no formula. A letter that no font has is drawn as a box,
+  without a warning.
+
+  Args:
+    figure: of matplotlib.
+    file: a path, which is written whole or not at all, or an open binary file.
+    **options: of `Figure.savefig`.
   """
   from matplotlib.text import Text  # imports slowly
 
+  # A prior or a class may have `$` in its name, which matplotlib would parse as a formula.
   for text in figure.findobj(Text):
     text.set_parse_math(False)
   with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    # In memory first, so that a figure that cannot be drawn leaves no half-written file.
     content = io.BytesIO()
     figure.savefig(content, **options)
   if isinstance(file, Path):

@@ -1,4 +1,4 @@
-"""A picture of videos' time lines: what the gate thought of every segment, what it chose, and the truth where known.
+"""Picture of videos' time lines: gate probabilities, chosen segments and ground truth.
 
 Axes: T segments, H and W pixels, D colours.
 Reference: Hussein et al., 2020 (TimeGate): the chosen segments are the explanation.
@@ -18,7 +18,7 @@ from gating_jax.reports.text import plain, save
 WIDTH = 11.0  # inches of the time axis
 _LEFT, _RIGHT, _TOP, _LEGEND_LINE = 0.75, 0.25, 0.15, 0.24
 _HEADER, _BARS, _STRIP, _GAP, _AFTER = 0.3, 0.85, 0.2, 0.07, 0.25
-_THUMBNAIL = 1.0  # inches at most, either side
+_THUMBNAIL = 1.0  # inches of its height, at most; its width may be twice this
 _MOST_THUMBNAILS = 24
 _CHOSEN, _CLOSED, _RELEVANT, _INK = "#e4572e", "#b8c4d0", "#2e9e6b", "#30363d"
 _NO_UNIT = "#eceff2"
@@ -32,12 +32,12 @@ class TimeLine:
 
   Attributes:
     probs: `[T]` probability that the gate opens.
-    gates: `[T]`, chosen above 0.
-    valid: `[T]` bool.
-    title: written above, as it is, with how many segments are chosen; neither is where it is empty.
-    thumbnails: `[T, H, W, D]` uint8 centre frames, D 1 or 3; None for features.
-    relevant: `[T]` bool, None where the truth is not known.
-    units: `[T]` int unit action of each segment, -1 none; None where not known.
+    gates: `[T]`; a segment is chosen where it is above 0.
+    valid: `[T]` bool; False is padding.
+    title: written above, next to the number of chosen segments; an empty title hides both.
+    thumbnails: `[T, H, W, D]` uint8 centre frames, D = 1 or 3; None for features.
+    relevant: `[T]` bool; None where the ground truth is unknown.
+    units: `[T]` int unit action of each segment, -1 for none; None where unknown.
   """
 
   probs: np.ndarray
@@ -52,7 +52,16 @@ class TimeLine:
 def draw(
   path: Path | BinaryIO, lines: Sequence[TimeLine], *, unit_names: Sequence[str] | None = None
 ) -> None:
-  """Writes a PNG, one video below the other: see `figures`."""
+  """Writes a PNG file with one video below the other, drawn as in `figures`.
+
+  Args:
+    path: of the file, or an open binary file.
+    lines: the videos, at least one.
+    unit_names: of `TimeLine.units`; their numbers if None.
+  Raises:
+    ValueError: there is no video, shapes do not fit each other, all of a video is padding, or a
+      unit has no name.
+  """
   if not lines:
     raise ValueError("lines must hold at least one TimeLine; got none")
   lines = [_without_padding(line) for line in lines]
@@ -62,15 +71,20 @@ def draw(
 def figures(
   lines: Sequence[TimeLine], *, unit_names: Sequence[str] | None = None, width: float = WIDTH
 ) -> list[Any]:
-  """A figure for each video: thumbnails, probabilities aligned with them, the truth.
+  """Draws a figure for each video: thumbnails, probabilities below them, and the ground truth.
 
-  Of a long video a thumbnail stands for a few neighbouring segments and shows the likeliest chosen one of them, or the
-  middle one; every segment has its bar. A unit has the same colour in all figures.
+  In a long video, a thumbnail stands for a few neighbouring segments: it shows the chosen one with
+  the highest probability, or the middle one if none is chosen. Every segment has its own bar. A
+  unit has the same colour in all figures.
 
   Args:
     lines: the videos.
     unit_names: of `TimeLine.units`; their numbers if None.
-    width: of the time axis, inches.
+    width: of the time axis, in inches.
+  Returns:
+    The matplotlib figures.
+  Raises:
+    ValueError: shapes do not fit each other, all of a video is padding, or a unit has no name.
   """
   lines = [_without_padding(line) for line in lines]
   units = _shown_units(lines, unit_names)
@@ -88,6 +102,7 @@ def _figure(lines: Sequence[TimeLine], units: _Units, width: float) -> Any:
   heights = [_height(line, width) for line in lines]
   height = _TOP + sum(heights) + _LEGEND_LINE * (-(-len(legend) // columns) + 0.5)
   figure = Figure(figsize=(_LEFT + width + _RIGHT, height), dpi=110)
+  # Videos are placed from the top downwards; the legend has the rest at the bottom.
   top = height - _TOP
   for line, own in zip(lines, heights, strict=True):
     _draw_line(_Page(figure, height, width, len(line.gates)), line, units, top)
@@ -98,7 +113,14 @@ def _figure(lines: Sequence[TimeLine], units: _Units, width: float) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Page:
-  """Places axes by inches; their x axis, `width` of them, is time in segments."""
+  """A figure whose axes are placed by inches; their x axis is time in segments.
+
+  Attributes:
+    figure: of matplotlib.
+    height: of the figure, in inches.
+    width: of the time axis, in inches.
+    segments: of the video.
+  """
 
   figure: object
   height: float
@@ -106,6 +128,7 @@ class _Page:
   segments: int
 
   def axes(self, top: float, height: float):
+    # matplotlib places axes in fractions of the figure, from the bottom left.
     whole = self.figure.get_figwidth()
     place = (_LEFT / whole, (top - height) / self.height, self.width / whole, height / self.height)
     axes = self.figure.add_axes(place)
@@ -117,6 +140,7 @@ class _Page:
 def _draw_line(page: _Page, line: TimeLine, units: _Units, top: float) -> None:
   chosen = line.gates > 0
   if line.title:
+    # 90 letters fit on the widest time axis.
     header = page.axes(top, _HEADER)
     letters = int(90 * page.width / WIDTH)
     header.text(
@@ -151,8 +175,9 @@ def _draw_line(page: _Page, line: TimeLine, units: _Units, top: float) -> None:
 def _draw_thumbnails(
   axes, thumbnails: np.ndarray, probs: np.ndarray, chosen: np.ndarray, width: float
 ) -> None:
-  """`width`: of one, in segments."""
+  """Draws the thumbnails; `width` is that of one, in segments."""
   segments = len(thumbnails)
+  # Edges of the blocks of neighbouring segments that share a thumbnail.
   edges = np.linspace(0, segments, min(segments, _MOST_THUMBNAILS) + 1)
   for start, end in zip(edges, edges[1:], strict=False):
     block = np.arange(int(start), int(end))
@@ -168,6 +193,7 @@ def _draw_thumbnails(
       aspect="auto",
       alpha=1.0 if chosen[shown] else 0.3,
     )
+    # A chosen segment is opaque (see `alpha`) and has a frame.
     if chosen[shown]:
       left, right, low, high = picture.get_extent()
       axes.plot(
@@ -178,6 +204,7 @@ def _draw_thumbnails(
         clip_on=False,
         solid_joinstyle="miter",
       )
+    # Fewer thumbnails than segments: a mark shows which segment a thumbnail belongs to.
     if len(edges) <= segments:
       axes.plot(
         shown + 0.5,
@@ -188,6 +215,7 @@ def _draw_thumbnails(
         markeredgewidth=0,
         color=_CHOSEN if chosen[shown] else _CLOSED,
       )
+  # `imshow` has changed the limits to those of its image.
   axes.set(xlim=(0, segments), ylim=(0, 1))
 
 
@@ -211,9 +239,11 @@ def _draw_strip(axes, colours: Sequence) -> None:
 
 
 def _name_runs(axes, ids: np.ndarray, units: _Units, width: float) -> None:
-  """Writes a unit's name into each of its runs that is wide enough for it."""
+  """Writes a unit's name into each of its runs of segments that is wide enough."""
+  # A run begins where the unit changes; -2 is no unit, so that the first segment begins one too.
   starts = np.flatnonzero(np.diff(ids, prepend=-2))
   for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+    # A letter takes 0.062 inches at this font size.
     letters = int((end - start) / len(ids) * width / 0.062)
     if ids[start] >= 0 and letters >= min(3, len(units[ids[start]][0])):
       axes.text(
@@ -253,12 +283,13 @@ def _legend_entries(lines: Sequence[TimeLine], units: _Units) -> list[tuple[str,
 
 
 def _legend_columns(entries: Sequence[tuple[str, object]], width: float) -> int:
+  # A colour patch takes 0.45 inches, a letter 0.085.
   widest = max(len(name) for name, _ in entries)
   return max(1, min(len(entries), int(width / (0.45 + 0.085 * widest))))
 
 
 def _shown_units(lines: Sequence[TimeLine], unit_names: Sequence[str] | None) -> _Units:
-  """Name and colour of every unit in the picture, hues as far apart as their number allows."""
+  """Returns name and colour of every unit in the picture, with hues as far apart as possible."""
   from matplotlib.colors import hsv_to_rgb
 
   ids = sorted({int(u) for line in lines if line.units is not None for u in line.units if u >= 0})
@@ -266,6 +297,7 @@ def _shown_units(lines: Sequence[TimeLine], unit_names: Sequence[str] | None) ->
     raise ValueError(
       f"unit_names must name every unit; got {len(unit_names)} names, unit {ids[-1]}"
     )
+  # Hues are evenly spaced, and neighbouring ones also differ in brightness.
   name = lambda u: str(u) if unit_names is None else unit_names[u]
   colour = lambda i: tuple(hsv_to_rgb(((0.55 + i / len(ids)) % 1, 0.55, (0.75, 0.55)[i % 2])))
   return {u: (name(u), colour(i)) for i, u in enumerate(ids)}
@@ -273,6 +305,7 @@ def _shown_units(lines: Sequence[TimeLine], unit_names: Sequence[str] | None) ->
 
 def _without_padding(line: TimeLine) -> TimeLine:
   valid = np.asarray(line.valid, bool)
+  # All fields but the title are arrays over segments, and are cut in the same way.
   arrays = {
     f.name: getattr(line, f.name)
     for f in dataclasses.fields(line)
@@ -303,8 +336,9 @@ def _representative(block: np.ndarray, probs: np.ndarray, chosen: np.ndarray) ->
 
 
 def _thumbnail_size(thumbnails: np.ndarray, width: float) -> tuple[float, float]:
-  """Width and height in inches, in the frames' proportion."""
+  """Returns width and height in inches, in the frames' proportion."""
   segments, rows, columns, _ = thumbnails.shape
+  # 8 % of the room separates thumbnails.
   room = width / min(segments, _MOST_THUMBNAILS) * 0.92
   scale = min(room / columns, _THUMBNAIL / rows, 2 * _THUMBNAIL / columns)
   return columns * scale, rows * scale

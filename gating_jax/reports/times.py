@@ -1,5 +1,6 @@
-"""What `--mode=compile` measured of a run, for its page: milliseconds of an example, and each way to run the network.
+"""Times of a run for its page: milliseconds per example, and each way to run the network.
 
+All are measured by `--mode=compile`.
 A row is a mapping with the fields of `gating_jax.inference.timings.Timing`.
 """
 
@@ -29,13 +30,13 @@ _WAYS = {
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-  """What was measured.
+  """The measured times of a run.
 
   Attributes:
     step: of the checkpoint.
-    device: that it was measured on.
-    timings: rows by title, `1 image at a time` and the like; those of a task begin with its name.
-    pixels: height and width of the images that were timed; None where that was not recorded.
+    device: on which it was measured.
+    timings: rows by title, such as `1 image at a time`; titles of a task begin with its name.
+    pixels: height and width of the timed images; None where they were not recorded.
   """
 
   step: int
@@ -44,12 +45,13 @@ class Times:
   pixels: tuple[int, int] | None = None
 
   def of(self, step: int | None) -> bool:
-    """Whether they may stand next to numbers of this step; None stands for any."""
+    """Checks that the times belong to this step; None stands for any step."""
     return step is None or self.step == step
 
 
 def parsed(found: Any) -> Times | None:
-  """The contents of the file as times; None where it is damaged, or has none."""
+  """Parses the contents of the file; returns None where it is damaged or holds no times."""
+  # An old or hand-edited file may hold anything; the page is then written without times.
   try:
     times = Times(
       int(found["step"]),
@@ -63,22 +65,26 @@ def parsed(found: Any) -> Times | None:
 
 
 def title(count: int, noun: str) -> str:
-  """What a table of times is called, as `number` finds it: `64 images at a time` and the like."""
+  """Returns the title of a table of times, such as `64 images at a time`.
+
+  `number` finds the tables of one example by this title.
+  """
   return f"{count} {noun}{'' if count == 1 else 's'} at a time"
 
 
 def number(
   times: Times | None, noun: str, *, step: int | None = None, workdir: str = "", refused: str = ""
 ) -> page.Number:
-  """The mean over tables of one example at a time, of the way that runs.
+  """Returns the time per example of the compiled program: the mean over tables of one example.
 
   Args:
-    times: what was measured; None before.
-    noun: what an example is.
-    step: that the page is about, next to which no times of another step stand; None if these are to stand there.
+    times: measured times; None before.
+    noun: word for an example, such as `image`.
+    step: of the page, which shows no times of another step; None accepts any.
     workdir: the run directory.
-    refused: why `--mode=compile` refuses the run; empty where it does not.
+    refused: why `--mode=compile` refuses the run; empty where it accepts it.
   """
+  # For scenes only the backbone is timed, so the number has another name.
   what, place = _timed(noun, times), _place("time", step)
   name = "Milliseconds of the backbone" if noun == "scene" else f"Milliseconds per {noun}"
   pairs = _of_one(times) if times is not None and times.of(step) else []
@@ -93,10 +99,12 @@ def number(
       f"next to the network without gates in the same process, on {plain(times.device, 120)}.",
       place=place,
     )
+  # A run that cannot be compiled shows the reason instead of a command that would fail.
   if refused:
     return page.Number(
       name, "–", "not measured", f"--mode=compile cannot time this run: {refused}.", place=place
     )
+  # Times of another step are mentioned but not shown: all numbers of a page are of one checkpoint.
   found = "not measured, nor is the ungated network"
   if times is not None and not times.of(step):
     found = f"measured at step {times.step:,}, not at step {step:,} as all else here"
@@ -113,7 +121,7 @@ def number(
 def section(
   times: Times | None, noun: str, *, step: int | None = None, refused: str = ""
 ) -> page.Section:
-  """The times of each way to run the network, as far as they are measured; arguments as of `number`."""
+  """Returns the section of times of each way to run the network; arguments as of `number`."""
   heading, place = "Time", _place("times", step)
   if times is None:
     text = (
@@ -124,6 +132,7 @@ def section(
       text = f"gating-jax --mode=compile cannot time this run: {refused}."
     return page.Section(heading, text, place=place)
   rows = [cells for name, found in times.timings.items() for cells in _cells(name, found)]
+  # Only the strategies that were timed are explained below the table.
   ways = {
     row["strategy"] for found in times.timings.values() for row in found if row["part"] is None
   }
@@ -178,12 +187,19 @@ def section(
 
 
 def _place(name: str, step: int | None) -> str:
-  """Where times of a step are written into a page: one of another step has no such place."""
+  """Returns the place for times of a step.
+
+  A page of another step lacks this place, so `page.fill` cannot put the times next to wrong
+  numbers.
+  """
   return name if step is None else f"{name} of step {step}"
 
 
 def _timed(noun: str, times: Times | None) -> str:
-  """What the input of a call is; of segmentation a training image, and not all of the network runs."""
+  """Describes the input of a timed call.
+
+  For segmentation it is a training image, and only the backbone runs.
+  """
   if noun != "scene":
     return f"one {noun}"
   return f"one training image{_size(times)}, by the backbone without the head,"
@@ -194,7 +210,7 @@ def _size(times: Times | None) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-  """Three digits.
+  """Formats seconds as milliseconds with three digits.
 
   >>> milliseconds(0.00123456), milliseconds(1.5)
   ('1.23', '1500')
@@ -204,10 +220,11 @@ def milliseconds(seconds: float) -> str:
 
 
 def _of_one(times: Times) -> list[tuple[float, float]]:
-  """Seconds of what runs, and of the ungated network, of each table of one example at a time."""
+  """Returns the seconds of compiled program and ungated network for each table of one example."""
   pairs = []
   for title, rows in times.timings.items():
     found, whole = _TITLE.search(title), [row for row in rows if row["part"] is None]
+    # Skips tables of batches.
     if found is None or found[1] != "1":
       continue
     mine = [row["seconds"] for row in whole if row["chosen"]]
@@ -218,7 +235,7 @@ def _of_one(times: Times) -> list[tuple[float, float]]:
 
 
 def _cells(title: str, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-  """A row of the page's table for each way to run the whole network."""
+  """Returns a row of the page's table for each way to run the whole network."""
   whole = [row for row in rows if row["part"] is None]
   dense = [row["seconds"] for row in whole if row["strategy"] == UNGATED]
   cells = []
@@ -246,7 +263,11 @@ def _pixels(found: Any) -> tuple[int, int] | None:
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:
-  """A row with what the page shows. Raises KeyError, TypeError or ValueError where something is missing."""
+  """Reduces a row to what the page shows.
+
+  Raises:
+    KeyError, TypeError, ValueError: a field is missing or has another type.
+  """
   is_open = row.get("open_ratio")
   return {
     "part": row["part"] if row["part"] is None else int(row["part"]),

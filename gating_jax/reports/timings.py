@@ -1,4 +1,4 @@
-"""What strategies of skipping take: a table, and a picture of time against MACs.
+"""Times of skipping strategies: a table, and a picture of time against MACs.
 
 A row is a mapping with the fields of `gating_jax.inference.timings.Timing`.
 Reference: Verelst and Tuytelaars, 2020 (time against MACs).
@@ -29,10 +29,11 @@ _COLOURS = (
 
 
 def table(rows: Rows) -> str:
-  """Lines for people; what runs is marked by a star.
+  """Renders a table as text; a star marks the strategy that the compiled program uses.
 
-  >>> print(table([{"part": None, "strategy": "masked", "mac_ratio": 0.5, "computed_ratio": 1.01, "seconds": 0.002,
-  ...               "time_ratio": 1.0, "efficiency": 0.5, "chosen": True, "open_ratio": 1.02}]))
+  >>> print(table([{"part": None, "strategy": "masked", "mac_ratio": 0.5, "computed_ratio": 1.01,
+  ...               "seconds": 0.002, "time_ratio": 1.0, "efficiency": 0.5, "chosen": True,
+  ...               "open_ratio": 1.02}]))
   part   strategy   MACs  computed    ms   time  efficiency  all open
   whole  masked *  0.500     1.010  2.00  1.000        0.50     1.020
   """
@@ -60,23 +61,31 @@ def table(rows: Rows) -> str:
 
 
 def draw(path: Path | BinaryIO, timings: Mapping[str, Rows]) -> None:
-  """Writes the figure of two columns as a PNG."""
+  """Writes `figure` with two columns as a PNG file."""
   save(figure(timings, columns=2), path)
 
 
 def figure(timings: Mapping[str, Rows], *, columns: int) -> Any:
-  """A panel for each title: time against MACs, both in per cent of those of computing all.
+  """Draws time against MACs, both in % of computing everything, in a panel for each title.
 
-  A small mark is a part, a large one the whole network; on the diagonal all that MACs save is saved in time. What takes
-  more than twice the time is on the upper edge.
+  A small mark is a part, a large one the whole network. On the diagonal, time falls in proportion
+  to MACs. Marks above 200 % of the time are drawn on the upper edge.
+
+  Args:
+    timings: rows by title.
+    columns: of panels.
+  Returns:
+    The matplotlib figure.
   """
   from matplotlib.figure import Figure  # imports slowly
 
   down = -(-len(timings) // columns)
+  # A strategy keeps its colour and mark in all panels, also where some lack it.
   figure = Figure(figsize=(WIDTH * columns, 4.6 * down), dpi=120, layout="constrained")
   names = list(dict.fromkeys(row["strategy"] for rows in timings.values() for row in rows))
   for place, (title, rows) in enumerate(timings.items(), 1):
     axes = figure.add_subplot(down, columns, place)
+    # Both axes end 5 % beyond the largest value, so that the diagonal joins two corners.
     ratios = [row["mac_ratio"] for row in rows] + [min(row["time_ratio"], 2.0) for row in rows]
     top = 105 * max([1.0, *ratios])
     for i, name in enumerate(names):

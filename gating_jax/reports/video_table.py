@@ -1,4 +1,4 @@
-"""A long-video run's result as a table for people."""
+"""Table of a long-video run's result."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from gating_jax.reports import tables
 
 
 def render(result: Mapping[str, Any]) -> str:
-  """Lines of name and value, from what `video.evaluate.test` returns."""
+  """Returns lines of name and value, from the result of `video.evaluate.test`."""
   return tables.lines(rows(result))
 
 
 def rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """The same as pairs."""
+  """Returns the same as pairs of name and value."""
   percent = lambda name: f"{100 * result[name]:.1f} %"
   rows = [
     _score(result),
@@ -29,6 +29,7 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
       f"to {percent('share_p90')})",
     ),
   ]
+  # Only made videos know which of their segments the label depends on.
   if "precision" in result:
     rows.append(
       (
@@ -55,7 +56,7 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def headline(result: Mapping[str, Any]) -> str:
-  """One line."""
+  """Summarises the result in one line."""
   name, value = _score(result)
   return (
     f"{name} {value}  {100 * result['share']:.1f} % of "
