@@ -1,4 +1,4 @@
-"""From uint8 pixels to network input, inside the step: crop, flip, normalise, cut out.
+"""Augmentation inside the training step: crop, flip, normalise and cut out uint8 images.
 
 Axes: B images, H and W pixels, D channels.
 """
@@ -16,13 +16,16 @@ from gating_jax.types import Array
 
 
 def normalise(pixels: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
-  """uint8 pixels to float32: `(pixels / 255 - mean) / std`, per channel.
+  """Normalises uint8 pixels to float32: `(pixels / 255 - mean) / std`, per channel.
 
   Args:
     pixels: `[B, H, W, D]`.
     mean, std: D numbers, or one for all channels, in units of the full scale.
+  Returns:
+    `[B, H, W, D]` float32.
   Raises:
-    ValueError: pixels of another type, which would be scaled as if they were of this; another number of channels.
+    ValueError: pixels of another type, which would be scaled as if they were uint8, or another
+      number of channels.
   """
   if pixels.dtype != jnp.uint8:
     raise ValueError(
@@ -40,46 +43,58 @@ def normalise(pixels: Array, mean: Sequence[float], std: Sequence[float]) -> Arr
 def crop_and_flip(
   key: Array, pixels: Array, *, pad: int, flip: bool, axis_name: Hashable | None = None
 ) -> Array:
-  """Shifts each image by up to `pad` pixels (zeros come in), and mirrors it with probability 1/2.
+  """Shifts each image by up to `pad` pixels and mirrors it with probability 1/2.
 
-  An image's draw depends on its place in the whole batch, not on the device it is on.
+  Zeros come in at the sides. An image's draw depends on its index in the whole batch, not on the
+  device it is on.
 
   Args:
     key: a PRNG key, the same on every device.
     pixels: `[B, H, W, D]`, any dtype.
-    pad: largest shift; 0 for none.
+    pad: largest shift in pixels; 0 for none.
     flip: whether to mirror left-right.
-    axis_name: the mapped device axis over which the batch is spread.
+    axis_name: mapped device axis over which the batch is spread.
+  Returns:
+    Pixels of the same shape and dtype.
   """
   if not pad and not flip:
     return pixels
   size = pixels.shape[1:]
+  # A crop of the padded image at a random place is a shift by -pad to pad.
   padded = jnp.pad(pixels, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
 
   def one(key, image):
     where, mirror = jax.random.split(key)
     top, left = jax.random.randint(where, (2,), 0, 2 * pad + 1)
     image = lax.dynamic_slice(image, (top, left, 0), size)
+    # Crop and flip have keys of their own: the shifts are the same with and without `flip`.
     return jnp.where(flip & jax.random.bernoulli(mirror), image[:, ::-1], image)
 
+  # One key per example of the whole batch, so that results do not depend on the number of devices.
   return jax.vmap(one)(example_keys(key, pixels.shape[0], axis_name), padded)
 
 
 def cut_out(key: Array, x: Array, *, size: int, axis_name: Hashable | None = None) -> Array:
-  """Sets a square of each image to 0, the mean of normalised pixels; its centre may lie anywhere in the image.
+  """Sets a square of each image to 0, the mean of normalised pixels.
+
+  The centre of the square may lie anywhere in the image; what lies outside is lost.
 
   Args:
     key, axis_name: as in `crop_and_flip`.
     x: `[B, H, W, D]`.
-    size: width of the square in pixels, of which what lies outside is lost; 0 for none.
+    size: width of the square in pixels; 0 for none.
+  Returns:
+    `[B, H, W, D]`.
 
-  Reference: DeVries and Taylor, "Improved regularization of convolutional neural networks with cutout", 2017.
+  Reference: DeVries and Taylor, "Improved regularization of convolutional neural networks with
+  cutout", 2017.
   """
   if not size:
     return x
   shape = jnp.array(x.shape[1:3])
 
   def one(key, image):
+    # The centre is uniform over the image; the square may begin before 0.
     first = jax.random.randint(key, (2,), 0, shape) - size // 2
     rows, columns = (
       (first[i] <= at) & (at < first[i] + size)

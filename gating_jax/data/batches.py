@@ -9,17 +9,19 @@ import numpy as np
 
 
 def cover(examples: Any, batch_size: int) -> Iterator[tuple[Any, int]]:
-  """Pairs of a batch and its number of valid examples, in order; the last is filled up with its own first example.
+  """Yields batches that cover a set once, each with its number of valid examples, in order.
 
-  Every example stands in exactly one batch among its first valid entries, whatever the sizes.
+  The last batch is padded with its own first example. Every example is among the valid entries of
+  exactly one batch, whatever the sizes.
 
   Args:
-    examples: a set with `len`, `read(index)`, which makes the batch, and `map(fn, items)`.
-    batch_size: examples of every batch.
+    examples: a set with `len`, `read(index)`, which returns the batch, and `map(fn, items)`.
+    batch_size: number of examples of every batch.
   """
 
   def read(start):
     index = np.arange(start, min(start + batch_size, len(examples)))
+    # All batches have one size, so that a compiled step is compiled once.
     filled = np.concatenate([index, np.full(batch_size - len(index), start)])
     return examples.read(filled), len(index)
 

@@ -1,20 +1,23 @@
-"""A long-range task made of scikit-learn's handwritten digits, with the truth about every segment.
+"""Synthetic long videos of scikit-learn's handwritten digits, with ground truth for every segment.
 
-A video is T segments of F frames in which one digit stands still or moves; digit class and motion together are the
-segment's unit action. An activity is a scene and, for each of the scene's three tools, a motion:
+A video is T segments of F frames in which one digit stands still or moves. Digit class and motion
+together are the segment's unit action. An activity is a scene and a motion for each of the scene's
+three tools:
 
 - two segments show the scene's anchor, a still digit of class 0 to 3;
-- each of the six digit classes 4 to 9 moves in a run of one or two segments. Three of them are the scene's tools, and
-  their motions tell the activities of the scene apart; the other three move at random and mean nothing here, though
-  they are tools in other scenes;
+- each of the six digit classes 4 to 9 moves in a run of one or two segments. Three of them are the
+  scene's tools, and their motions distinguish the activities of the scene; the other three move at
+  random and mean nothing here, though they are tools in other scenes;
 - the rest is clutter: moving digits with their pixels scrambled.
 
-The first tool's run comes before the last one's; all else is in random order. So every unit action occurs in several
-activities, one tool's motion leaves two activities of the scene open, a centre frame shows no motion, and whether a
-moving digit matters is known only from the anchor, somewhere else in the video.
+The first tool's run comes before the last one's; everything else is in random order. So every unit
+action occurs in several activities, and one tool's motion leaves two activities of the scene open.
+A centre frame shows no motion, and only the anchor, somewhere else in the video, tells whether a
+moving digit matters.
 
 Axes: M videos, T segments, F frames, H = W pixels.
-Reference: after the unit actions of Breakfast (Kuehne et al., 2014) as used by Hussein et al., 2020.
+Reference: after the unit actions of Breakfast (Kuehne et al., 2014) as used by Hussein et al.,
+2020.
 """
 
 from __future__ import annotations
@@ -26,29 +29,35 @@ from gating_jax.data.video_arrays import VideoArrays
 
 NAME = "composed"
 FRAMES, SIZE = 8, 16
-MIN_SEGMENTS = 14  # two anchors and six runs of up to two segments
+# Two anchors and six runs of up to two segments.
+MIN_SEGMENTS = 14
 
+# Rows and columns by which the digit moves from frame to frame.
 _MOTIONS = {
   "left": (0, -1),
   "right": (0, 1),
   "up": (-1, 0),
   "down": (1, 0),
   "still": (0, 0),
-}  # pixels a frame
+}
 _STILL = list(_MOTIONS).index("still")
+# Tools of each scene; every digit class is a tool of two scenes.
 _TOOLS = (
   (4, 5, 6),
   (6, 7, 8),
   (8, 9, 4),
   (5, 7, 9),
-)  # of each scene; every digit class is a tool of two scenes
+)
+# Which of its two motions each tool has, per activity. Any two bits give the third, so no single
+# tool decides and any two do.
 _CODES = (
   (0, 0, 0),
   (0, 1, 1),
   (1, 0, 1),
   (1, 1, 0),
-)  # which of its two motions each tool has; any two tools decide
-_NOISE = 24  # standard deviation of a pixel
+)
+# Standard deviation of a pixel, in levels of uint8.
+_NOISE = 24
 
 UNIT_NAMES = tuple(f"{digit} {motion}" for digit in range(10) for motion in _MOTIONS)
 CLASS_NAMES = tuple(
@@ -65,8 +74,10 @@ def composed(split: str, *, videos: int, segments: int = 16, seed: int = 0) -> V
     segments: T, at least `MIN_SEGMENTS`.
     seed: of everything random.
   Returns:
-    16 classes, balanced; `units` is the unit action of each segment, -1 for clutter, and `relevant` marks the tools of
-    the video's scene.
+    Videos of 16 classes, balanced. `units` is the unit action of each segment, -1 for clutter;
+    `relevant` marks the tools of the video's scene.
+  Raises:
+    ValueError: no videos, or too few segments.
 
   >>> composed("test", videos=2).arrays["clips"].shape
   (2, 16, 8, 16, 16, 1)
@@ -78,6 +89,7 @@ def composed(split: str, *, videos: int, segments: int = 16, seed: int = 0) -> V
       f"segments must be >= {MIN_SEGMENTS}, the length of the longest activity; got {segments}"
     )
   digits = tfds.load(tfds.DIGITS, split)
+  # The splits differ in their random numbers as well as in their digits.
   rng = np.random.default_rng((seed, split == "test"))
   labels = rng.permutation(np.arange(videos) % len(CLASS_NAMES)).astype(np.int32)
   scripts = [_script(rng, int(label), segments) for label in labels]
@@ -95,18 +107,23 @@ def composed(split: str, *, videos: int, segments: int = 16, seed: int = 0) -> V
 
 
 def motions(scene: int, code: int) -> dict[int, int]:
-  """The motion of each tool of an activity, by digit class. Shared: a scene's tools have two motions each."""
+  """Returns the motion of each tool of an activity, by digit class.
+
+  A tool has two possible motions in a scene; the activities of the scene differ in which it has.
+  """
   return {
+    # The pair of motions, left and right or up and down, follows from digit and scene.
     digit: 2 * ((digit + scene) % 2) + bit
     for digit, bit in zip(_TOOLS[scene], _CODES[code], strict=True)
   }
 
 
 def _script(rng: np.random.Generator, label: int, segments: int) -> tuple[np.ndarray, np.ndarray]:
-  """Unit actions `[T]` of one video, and which of them belong to its activity."""
+  """Draws the unit actions `[T]` of one video, and marks those that belong to its activity."""
   scene, code = divmod(label, len(_CODES))
   tools = motions(scene, code)
   moving = range(4, 10)
+  # A run: unit action, whether it is relevant, number of segments.
   runs = [
     (_unit(digit, tools.get(digit, rng.integers(4))), digit in tools, rng.integers(1, 3))
     for digit in moving
@@ -114,19 +131,25 @@ def _script(rng: np.random.Generator, label: int, segments: int) -> tuple[np.nda
   runs += [(_unit(scene, _STILL), False, 1)] * 2
   runs += [(-1, False, 1)] * (segments - sum(length for *_, length in runs))
   order = rng.permutation(len(runs))
+  # The first tool's run and the last one's keep their two places, in this order.
   ends = np.isin(order, [moving.index(_TOOLS[scene][0]), moving.index(_TOOLS[scene][-1])])
   order[ends] = [moving.index(_TOOLS[scene][i]) for i in (0, -1)]
   units, relevant, lengths = zip(*(runs[i] for i in order), strict=True)
   return np.repeat(np.array(units, np.int32), lengths), np.repeat(relevant, lengths)
 
 
+# The index of a unit action in `UNIT_NAMES`.
 def _unit(digit: int, motion: int) -> int:
   return len(_MOTIONS) * digit + int(motion)
 
 
 def _render(rng: np.random.Generator, digits: tfds.Images, units: np.ndarray) -> np.ndarray:
-  """uint8 `[n, F, H, W]`: a digit image of each unit's class, in the middle of its motion in the centre frame."""
+  """Renders units as uint8 `[n, F, H, W]`: a digit of each unit's class, in motion.
+
+  The digit is in the middle of its motion in the centre frame.
+  """
   classes, motion = np.divmod(units, len(_MOTIONS))
+  # Units of -1 have class -1; any digit will do, since its pixels are scrambled below.
   clutter = units < 0
   shown = np.empty(len(units), int)
   for c in np.unique(classes):
@@ -139,10 +162,11 @@ def _render(rng: np.random.Generator, digits: tfds.Images, units: np.ndarray) ->
   )
   motion[clutter] = rng.integers(len(_MOTIONS), size=clutter.sum())
   velocity = np.array(list(_MOTIONS.values()))[motion]
+  # The place in the centre frame. A moving digit leaves the image by two pixels at most.
   corner = rng.integers(2, SIZE - images.shape[1] - 1, (len(units), 2))
-  corner = (
-    corner[:, None] + (np.arange(FRAMES) - FRAMES // 2)[:, None] * velocity[:, None]
-  )  # [n, F, 2]
+  # [n, F, 2]: the place in each frame.
+  corner = corner[:, None] + (np.arange(FRAMES) - FRAMES // 2)[:, None] * velocity[:, None]
+  # A window of the padded digit, moved against the motion, shows the digit at its place.
   canvas = np.pad(images, ((0, 0), (SIZE, SIZE), (SIZE, SIZE)))
   views = np.lib.stride_tricks.sliding_window_view(canvas, (SIZE, SIZE), axis=(1, 2))
   frames = rng.standard_normal((len(units), FRAMES, SIZE, SIZE), np.float32)

@@ -1,9 +1,9 @@
-"""Features of a TFDS set as this package reads them: pictures, classes of images, classes of pixels.
+"""Readers of the features of a TFDS set: pictures, classes of images, classes of pixels.
 
-A reader is made of a feature, and refuses one that it cannot read before any example is read. Its `decode` turns what
-is stored into numbers and fails on damaged files alone. Its `convert` turns these into what is trained on, and refuses
-values that break a rule. Messages are one line: the feature, its type, what is accepted, and the setting that chooses
-another.
+A reader is built from a feature, and refuses one that it cannot read before any example is read.
+Its `decode` turns what is stored into numbers and fails only on damaged files. Its `convert` turns
+these into training data, and refuses values that break a rule. Messages are one line: the feature,
+its type, what is accepted, and the setting that chooses another feature.
 
 Axes: H and W pixels, D channels.
 """
@@ -19,16 +19,23 @@ from gating_jax.checks import few
 from gating_jax.data import pictures
 from gating_jax.terminal import warn
 
-SAMPLE = 16  # pictures of a split that its scale is checked on
+# Number of pictures of a split whose scale is checked.
+SAMPLE = 16
 UNLABELLED = -1
 
-_HALF, _DARK = 127, 16  # levels of uint8: half of white, and what no eye tells from black
-_MOST_GAPS = 1000  # numbers below the largest label that no image has
+# Levels of uint8: half of white, and the brightest that looks black.
+_HALF, _DARK = 127, 16
+# Largest number of classes below the largest label that no image has; more are no class numbers.
+_MOST_GAPS = 1000
 
 
 def describe(feature: Any) -> str:
-  """Describes a feature's type on one line, such as `Scalar of float32` or `Sequence of ClassLabel of int64`."""
-  from tensorflow_datasets import features as types  # slow to import
+  """Describes a feature's type on one line.
+
+  Examples are `Scalar of float32` and `Sequence of ClassLabel of int64`.
+  """
+  # Imported here and in the readers, since the import is slow.
+  from tensorflow_datasets import features as types
 
   kind = type(feature).__name__
   if isinstance(feature, types.FeaturesDict):
@@ -42,11 +49,14 @@ def describe(feature: Any) -> str:
 
 
 class Picture:
-  """Reads a picture as uint8 `[H, W, D]`.
+  """Reader of a picture as uint8 `[H, W, D]`.
 
   Attributes:
     shape: `(H, W, D)`; None for a size that differs between images.
     encoded: whether examples hold files.
+
+  Raises:
+    ValueError: a feature that holds no picture.
   """
 
   def __init__(self, feature: Any, name: str):
@@ -65,17 +75,17 @@ class Picture:
     )
     if not known or (self.encoded and self.shape[-1] not in pictures.MODES):
       raise ValueError(
-        f"{name} must be an Image of 1, 3 or 4 channels, or a Tensor of numbers with shape (H, W, channels); it is "
-        f"{describe(feature)}. data.image_feature chooses another"
+        f"{name} must be an Image of 1, 3 or 4 channels, or a Tensor of numbers with shape (H, W, "
+        f"channels); it is {describe(feature)}. data.image_feature chooses another"
       )
 
   def decode(self, value: Any) -> np.ndarray:
-    """Decodes a file, or takes an array as it is."""
+    """Decodes a file; returns an array as it is."""
     if not self.encoded:
       return np.asarray(value)
     if self._dtype != np.float32:
       return pictures.decode(value, self.shape[-1])
-    # TFDS keeps the four bytes of a float as the four channels of a PNG.
+    # TFDS stores the four bytes of a float as the four channels of a PNG.
     return np.ascontiguousarray(pictures.decode(value, 4)).view(np.float32)
 
   def convert(self, pixels: np.ndarray) -> np.ndarray:
@@ -86,36 +96,43 @@ class Picture:
     return pictures.to_uint8(pixels, self._name)
 
   def check_scale(self, decoded: Iterable[np.ndarray]) -> None:
-    """Refuses pictures that do not use the scale of their type, and would be black, or nearly.
+    """Refuses pictures that do not use the scale of their type and would be almost black.
 
-    Such are those of 12 bits in a uint16, and those of uint8 in which 1 is white, or 16. All-black ones are of any
-    scale.
+    Examples are 12 bits in a uint16, and uint8 in which 1 or 16 is white. All-black pictures fit
+    any scale.
 
     Args:
-      decoded: some of the set, enough that not all are dark.
+      decoded: some pictures of the set, enough that not all are dark.
     Raises:
-      ValueError: values are outside their scale; or none reaches half of white where they are whole numbers other than
-        uint8, or more than a sixteenth where they are of another type.
+      ValueError: values are outside their scale; or none reaches half of white where they are whole
+        numbers other than uint8, or more than a sixteenth where they are of another type.
     """
+    # By type: a set may mix files of 8 and of 16 bits, each with a scale of its own.
     ranges: dict[np.dtype, list] = {}
     for pixels in decoded:
       if pixels.size:
         ranges.setdefault(pixels.dtype, []).append([pixels.min(), pixels.max()])
     for found in ranges.values():
       seen = np.array(found)
+      # The extremes show whether the scale is used; they are converted as the pictures will be.
       brightest = pictures.to_uint8(seen, self._name).max()
       wide = seen.dtype.kind in "iu" and seen.dtype != np.uint8
       if seen.any() and brightest <= (_HALF if wide else _DARK):
         part = "the upper half of its scale" if wide else "more than a sixteenth of its scale"
         raise ValueError(
-          f"{self._name} of {seen.dtype} must reach {part}, in which {pictures.white(seen.dtype)} is white; got "
-          f"{pictures.span(seen)} in {len(seen)} images, which would be too dark. Prepare the set with images of "
-          "uint8 whose white is 255, or choose another feature by data.image_feature"
+          f"{self._name} of {seen.dtype} must reach {part}, in which {pictures.white(seen.dtype)} "
+          "is white; got "
+          f"{pictures.span(seen)} in {len(seen)} images, which would be too dark. Prepare the set "
+          "with images of uint8 whose white is 255, or choose another feature by data.image_feature"
         )
 
 
 class PixelClasses:
-  """Reads a class for every pixel as uint8 `[H, W, 1]`; the numbers stay as they are."""
+  """Reader of a class for every pixel as uint8 `[H, W, 1]`; the numbers stay as they are.
+
+  Raises:
+    ValueError: a feature that does not hold whole numbers of shape `(H, W, 1)`.
+  """
 
   def __init__(self, feature: Any, name: str):
     from tensorflow_datasets import features as types
@@ -135,11 +152,11 @@ class PixelClasses:
       )
 
   def decode(self, value: Any) -> np.ndarray:
-    """Decodes a file, or takes an array as it is."""
+    """Decodes a file; returns an array as it is."""
     return pictures.decode_numbers(value) if self.encoded else np.asarray(value)
 
   def convert(self, classes: np.ndarray) -> np.ndarray:
-    """Checks decoded classes."""
+    """Checks decoded classes and returns them as uint8."""
     if classes.shape[-1] != 1:
       raise ValueError(f"{self._name} must have one channel; got shape {classes.shape}")
     if classes.size and not 0 <= classes.min() <= classes.max() <= 255:
@@ -148,13 +165,17 @@ class PixelClasses:
 
 
 class ImageClass:
-  """Reads the class of an image as an int, `UNLABELLED` where it has none.
+  """Reader of the class of an image as an int, `UNLABELLED` where it has none.
 
-  A ClassLabel has names, and -1 where there is no label. Whole numbers are classes from 0 to the largest, named by
-  themselves, and texts are classes in their sorted order. Negative numbers and empty texts are no classes, and refused.
+  A ClassLabel has names, and -1 where there is no label. Whole numbers are classes from 0 to the
+  largest, with the numbers as names. Texts are classes in their sorted order. Negative numbers and
+  empty texts are no classes and are refused.
 
   Attributes:
     class_names: one per class; None until `learn` has seen the labels.
+
+  Raises:
+    ValueError: a feature that does not hold one class per image.
   """
 
   encoded = False
@@ -164,7 +185,8 @@ class ImageClass:
 
     self._name, self._type = name, describe(feature)
     self.class_names: tuple[str, ...] | None = None
-    self._places: dict[bytes, int] = {}  # of texts
+    # The class of each text.
+    self._places: dict[bytes, int] = {}
     single = isinstance(feature, types.Tensor) and feature.shape == ()
     kind = np.dtype(feature.np_dtype).kind if single else ""
     self._texts = kind in "OSU" and single
@@ -172,13 +194,14 @@ class ImageClass:
       self.class_names = tuple(feature.names)
     elif kind not in "biuOSU" or not single:
       raise ValueError(
-        f"{name} must hold one class per image, as a ClassLabel, a whole number or a text; it is {self._type}. "
-        "data.label_feature chooses another"
+        f"{name} must hold one class per image, as a ClassLabel, a whole number or a text; it is "
+        f"{self._type}. data.label_feature chooses another"
       )
+    # Without names the classes follow from the labels of all images.
     self._learnt = self.class_names is None
 
   def decode(self, value: Any) -> Any:
-    """Takes a label as it is."""
+    """Returns a label as it is."""
     return value
 
   def convert(self, value: Any) -> int:
@@ -188,18 +211,18 @@ class ImageClass:
     label = self._label(value)
     if label is None:
       raise ValueError(
-        f"{self._name} must be a whole number from 0 or a text; got {value!r}, so that the image has no "
-        "class. Use another split, or choose another feature by data.label_feature"
+        f"{self._name} must be a whole number from 0 or a text; got {value!r}, so that the image "
+        "has no class. Use another split, or choose another feature by data.label_feature"
       )
     return self._places[label] if self._texts else label
 
   def learn(self, labels: Mapping[str, Iterable[Any]]) -> None:
-    """Counts and names the classes.
+    """Counts and names the classes, and logs them.
 
     Args:
       labels: the values of all images, by split, so that all splits agree.
     Raises:
-      ValueError: there are none, or numbers that count no classes.
+      ValueError: there are none, or the numbers are not class numbers.
     """
     counted = {split: self._count(values) for split, values in labels.items()}
     for split, (_, without) in counted.items():
@@ -211,6 +234,7 @@ class ImageClass:
           split,
           "an empty text or none" if self._texts else "a negative number or none",
         )
+    # Over all splits, so that a class has the same number in each.
     seen = sorted({label for found, _ in counted.values() for label in found})
     if not seen:
       raise ValueError(
@@ -219,6 +243,7 @@ class ImageClass:
       )
     if self._texts:
       self._places = {label: i for i, label in enumerate(seen)}
+      # Bytes that are not UTF-8 still give a printable name.
       self.class_names = tuple(label.decode("utf-8", "backslashreplace") for label in seen)
     else:
       self._check_gaps(seen)
@@ -232,7 +257,7 @@ class ImageClass:
     )
 
   def _count(self, values: Iterable[Any]) -> tuple[set, int]:
-    """The classes among labels, and how many labels are none."""
+    """Returns the set of classes among labels, and the number of labels that are no class."""
     found, without = set(), 0
     for label in map(self._label, values):
       if label is None:
@@ -242,19 +267,22 @@ class ImageClass:
     return found, without
 
   def _label(self, value: Any) -> bytes | int | None:
-    """The value as it is counted; None where it is no class."""
+    """Returns the value as it is counted; None where it is no class."""
     if value is None:
       return None
     if self._texts:
       return (value.encode() if isinstance(value, str) else bytes(value)) or None
     return int(value) if value >= 0 else None
 
+  # Identifiers, such as file numbers, are whole numbers too; they leave many gaps.
   def _check_gaps(self, seen: Sequence[int]) -> None:
     gaps = seen[-1] + 1 - len(seen)
     if gaps > _MOST_GAPS:
       raise ValueError(
-        f"{self._name} must number classes from 0 with at most {_MOST_GAPS} gaps, or be a ClassLabel or a text; it "
-        f"is {self._type}, {len(seen)} numbers from {seen[0]} to {seen[-1]}. data.label_feature chooses another"
+        f"{self._name} must number classes from 0 with at most {_MOST_GAPS} gaps, or be a "
+        "ClassLabel or a text; it "
+        f"is {self._type}, {len(seen)} numbers from {seen[0]} to {seen[-1]}. data.label_feature "
+        "chooses another"
       )
     if gaps:
       missing = [str(number) for number in sorted(set(range(seen[-1])) - set(seen))]

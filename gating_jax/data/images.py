@@ -1,7 +1,9 @@
-"""The whole training set on the device: the host sends indices, the step gathers and augments.
+"""Order of the images in training when the whole set is on the device.
 
-Axes: M images in the set, B images in the global batch, H and W pixels, D channels.
-A batch depends on (seed, step) alone, so a restart needs no state.
+The host sends indices; the step gathers and augments the images. A batch depends on (seed, step)
+alone, so a restart needs no state.
+
+Axes: M images in the set, B images in the global batch.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ import numpy as np
 
 
 def batch_indices(seed: int, step: int, batch_size: int, examples: int) -> np.ndarray:
-  """Which images step `step` sees: epochs of fresh permutations, the incomplete last batch of each left out.
+  """Returns the indices of the images of step `step`.
+
+  Epochs are fresh permutations; the incomplete last batch of each is left out.
 
   Args:
     seed: of the order.
@@ -32,9 +36,11 @@ def batch_indices(seed: int, step: int, batch_size: int, examples: int) -> np.nd
   return _epoch_order(seed, epoch, examples)[position * batch_size : (position + 1) * batch_size]
 
 
-@functools.lru_cache(maxsize=16)  # an epoch of each set that is read in turns
+# Several sets may be read in turns, each in an epoch of its own.
+@functools.lru_cache(maxsize=16)
 def _epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
   order = np.random.default_rng((seed, epoch)).permutation(examples).astype(np.int32)
+  # The cached array is shared by all callers.
   order.flags.writeable = False
   return order
 
@@ -42,6 +48,14 @@ def _epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
 def indices(
   seed: int, step: int, k: int, batch_size: int, examples: int, process: tuple[int, int] = (0, 1)
 ) -> np.ndarray:
-  """The share of process `(index, count)` in `k` batches from `step` on: `[batch_size / count, k]`."""
+  """Returns the indices that a process sees in `k` steps from `step` on.
+
+  Args:
+    seed, step, batch_size, examples: as in `batch_indices`.
+    k: number of steps.
+    process: index of the process and number of processes, which divides `batch_size`.
+  Returns:
+    `[batch_size / count, k]` int32.
+  """
   whole = np.stack([batch_indices(seed, step + i, batch_size, examples) for i in range(k)], axis=1)
   return np.split(whole, process[1])[process[0]]

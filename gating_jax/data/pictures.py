@@ -1,4 +1,4 @@
-"""Pictures of any type as uint8, by one rule:
+"""Conversion of pictures of any type to uint8, by one rule.
 
 | type | black | white |
 |---|---|---|
@@ -8,8 +8,8 @@
 | other whole numbers | 0 | 255 |
 | floats | 0 | 1 |
 
-Values between are scaled and rounded; values outside, NaN and other types are refused. Never does the range of a single
-picture decide on its scale, since a dark picture would be read as a bright one.
+Values between are scaled and rounded; values outside, NaN and other types are refused. The range of
+a single picture never decides its scale, since a dark picture would be read as a bright one.
 
 Axes: H and W pixels, D channels.
 """
@@ -21,6 +21,7 @@ import io
 import numpy as np
 from PIL import Image
 
+# To read other formats, Pillow may start programs.
 FORMATS = (
   "PNG",
   "JPEG",
@@ -29,32 +30,39 @@ FORMATS = (
   "PPM",
   "TIFF",
   "WEBP",
-)  # others may start programs to be read
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of Pillow, by channels
+)
+# Pillow's modes, by the number of channels.
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
-MOST_PIXELS = 1 << 26  # of a file; 8,192 x 8,192
+# Limit for a file: 8,192 x 8,192.
+MOST_PIXELS = 1 << 26
 
-_PNG_BIT_DEPTH = 24  # place of that byte in a file
+# Index of the byte of a PNG file that holds its bit depth.
+_PNG_BIT_DEPTH = 24
 _WHITE = 255
 
 
 class TooLargeError(ValueError):
-  """A picture has more pixels than are read, as one that was made to fill the memory has."""
+  """Error for a picture of more pixels than are read, such as one made to fill the memory."""
 
 
 def white(dtype: np.dtype) -> int:
   """Returns the value of this type that becomes 255.
 
+  Args:
+    dtype: type of the pixels.
+
   >>> white(np.dtype("uint16")), white(np.dtype("int64")), white(np.dtype("float32"))
   (65535, 255, 1)
   """
-  if dtype.kind == "u" and dtype.itemsize == 2:  # of either byte order
+  # By size and not by equality: big-endian uint16 is another dtype.
+  if dtype.kind == "u" and dtype.itemsize == 2:
     return 65535
   return 1 if dtype.kind in "bf" else _WHITE
 
 
 def to_uint8(pixels: np.ndarray, name: str = "pixels") -> np.ndarray:
-  """Converts pictures by the rule of this module.
+  """Converts pictures to uint8 by the rule of this module.
 
   Args:
     pixels: any shape.
@@ -62,7 +70,8 @@ def to_uint8(pixels: np.ndarray, name: str = "pixels") -> np.ndarray:
   Returns:
     uint8 of the same shape.
   Raises:
-    ValueError: a type without a rule, or values outside its scale; the message has both, and the range seen.
+    ValueError: a type without a rule, or values outside its scale; the message has both, and the
+      range seen.
 
   >>> to_uint8(np.array([0.0, 0.5, 1.0])), to_uint8(np.array([0, 257, 65535], np.uint16))
   (array([  0, 128, 255], dtype=uint8), array([  0,   1, 255], dtype=uint8))
@@ -72,9 +81,10 @@ def to_uint8(pixels: np.ndarray, name: str = "pixels") -> np.ndarray:
   if pixels.dtype.kind not in "biuf":
     raise ValueError(f"{name} must be bool, whole numbers or floats; got {pixels.dtype}")
   top = white(pixels.dtype)
-  with np.errstate(over="ignore"):  # what is too large for float32 is outside
+  # Values too large for float32 become infinite, which is outside the scale; NaN is never inside.
+  with np.errstate(over="ignore"):
     levels = np.round(pixels.astype(np.float32) * (_WHITE / top))
-  inside = (levels >= 0) & (levels <= _WHITE)  # not where it is NaN
+  inside = (levels >= 0) & (levels <= _WHITE)
   if not inside.all():
     raise ValueError(
       f"{name} of {pixels.dtype} must be in [0, {top}], from black to white; got {span(pixels)}"
@@ -94,10 +104,11 @@ def span(pixels: np.ndarray) -> str:
 
 
 def decode(encoded: bytes, channels: int) -> np.ndarray:
-  """Decodes a picture's file to so many channels.
+  """Decodes a picture's file to `channels` channels.
 
-  Palettes become colours, two-coloured pictures black and white. Colours become grey by their luminance, grey ones
-  equal colours; transparency is dropped where there are fewer than four channels.
+  Palettes become colours, two-coloured pictures black and white. Colours become grey by their
+  luminance, grey becomes equal colours; transparency is dropped where there are fewer than four
+  channels.
 
   Args:
     encoded: a file of one of `FORMATS`; of several frames the first is read.
@@ -105,45 +116,49 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
   Returns:
     `[H, W, D]` uint8, or the file's own type if it is deeper, such as uint16.
   Raises:
-    TooLargeError: more than `MOST_PIXELS`; nothing but the header is read then.
-    Exception: whatever Pillow raises for damaged files.
+    TooLargeError: more than `MOST_PIXELS`; only the header is read then.
+    Exception: any error of Pillow for damaged files.
   """
   with _opened(encoded) as picture:
     deep = _is_deep(picture, encoded)
-    if picture.mode[0] in "IF":  # one channel of 16 or 32 bits
+    # Modes I and F have one channel, of 16 or 32 bits.
+    if picture.mode[0] in "IF":
       grey = np.asarray(picture)
+      # Some versions of Pillow give the uint16 of these formats as int32.
       if deep and grey.dtype != np.uint16 and picture.format in ("PNG", "PPM"):
-        grey = grey.astype(np.uint16)  # which some versions of Pillow give as int32
+        grey = grey.astype(np.uint16)
       return np.repeat(grey[..., None], channels, axis=-1)
     if "transparency" in picture.info:
       picture = picture.convert("RGBA")
     pixels = np.asarray(picture.convert(MODES[channels]))
   pixels = pixels.reshape(*pixels.shape[:2], channels)
-  # Pillow keeps the upper byte of such colours: 0xFF stands for 0xFFFF.
+  # Pillow keeps only the upper byte of 16-bit colours; times 257, 0xFF becomes 0xFFFF.
   return pixels.astype(np.uint16) * 257 if deep else pixels
 
 
 def decode_numbers(encoded: bytes) -> np.ndarray:
-  """Decodes a file whose numbers are no brightness, such as classes: `[H, W, D]`, places in a palette as they are."""
+  """Decodes a file whose numbers are no brightness, such as classes, to `[H, W, D]`.
+
+  Indices into a palette stay as they are.
+  """
   with _opened(encoded) as picture:
     numbers = np.asarray(picture)
   return numbers.reshape(*numbers.shape[:2], -1)
 
 
 def _opened(encoded: bytes) -> Image.Image:
-  """The picture, of which only the header is read; that may claim more pixels than there is memory for."""
+  """Opens a picture and reads its header only, which may claim more pixels than fit in memory."""
   rule = f"a picture must have at most {MOST_PIXELS} pixels"
   try:
     picture = Image.open(io.BytesIO(encoded), formats=FORMATS)
-  except (
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-  ) as error:  # of still more; it says how many
+  # Pillow's own limit is higher; its message holds the number of pixels.
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
     raise TooLargeError(f"{rule}; {error}") from None
   if picture.width * picture.height > MOST_PIXELS:
     raise TooLargeError(f"{rule}; got {picture.width} x {picture.height}")
   return picture
 
 
+# Whether a channel has more than 8 bits. Pillow shows 16-bit colours of a PNG as 8-bit ones.
 def _is_deep(picture: Image.Image, encoded: bytes) -> bool:
   return picture.mode[0] in "IF" or (picture.format == "PNG" and encoded[_PNG_BIT_DEPTH] == 16)

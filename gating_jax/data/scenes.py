@@ -1,6 +1,8 @@
-"""Images with a class for every pixel: scenes made of scikit-learn's handwritten digits, or Cityscapes through TFDS.
+"""Images with a class for every pixel: scenes of handwritten digits, or Cityscapes through TFDS.
 
-Axes: M scenes, H and W pixels, D channels. Labels are uint8, `IGNORED` where a pixel does not count.
+The digits are scikit-learn's. Labels are uint8, `IGNORED` where a pixel does not count.
+
+Axes: M scenes, H and W pixels, D channels.
 Reference: Cordts et al., "The Cityscapes dataset for semantic urban scene understanding", 2016.
 """
 
@@ -19,9 +21,11 @@ NAMES = (MADE, CITYSCAPES)
 IGNORED = 255
 
 _FEATURES = {"image_left": features.Picture, "segmentation_label": features.PixelClasses}
-_INK = 64  # least brightness of a digit's pixel
-_NOISE = 16  # standard deviation of a pixel's brightness
-_STREET = {  # name: Cityscapes' own number of it
+# Lowest brightness of a digit's pixel, and standard deviation of the noise on all pixels.
+_INK = 64
+_NOISE = 16
+# name: Cityscapes' own number of the class; these 19 are scored in its benchmark
+_STREET = {
   "road": 7,
   "sidewalk": 8,
   "building": 11,
@@ -47,7 +51,7 @@ _STREET = {  # name: Cityscapes' own number of it
 def digit_scenes(
   split: str, *, scenes: int, size: tuple[int, int], most: int, seed: int = 0
 ) -> Images:
-  """Makes a split: 1 to `most` digits of 8 x 8 pixels, apart from each other, at random places in noise.
+  """Makes a split of scenes: digits of 8 x 8 pixels at random places in noise, none overlapping.
 
   The same arguments make the same scenes. Splits share no digit image.
 
@@ -55,10 +59,13 @@ def digit_scenes(
     split: `train` or `test`.
     scenes: M.
     size: H and W, each at least 8.
-    most: digits of a scene; fewer where there is no room left.
+    most: largest number of digits of a scene, drawn from 1 to this; fewer where there is no room
+      left.
     seed: of everything random.
   Returns:
-    labels `[M, H, W]`: 1 + the digit's class where it has ink, 0 for the background.
+    Images with labels `[M, H, W]`: 1 + the digit's class where it has ink, 0 for the background.
+  Raises:
+    ValueError: scenes, size or most below its least value.
 
   >>> made = digit_scenes("test", scenes=2, size=(24, 32), most=3)
   >>> made.pixels.shape, made.labels.shape, made.class_names[:3]
@@ -73,16 +80,17 @@ def digit_scenes(
   ink = np.zeros((scenes, *size))
   labels = np.zeros((scenes, *size), np.uint8)
   for scene in range(scenes):
-    free = np.ones(
-      [length - side + 1 for length in size], bool
-    )  # corners that a digit can still have
+    # Top left corners that a digit can still have.
+    free = np.ones([length - side + 1 for length in size], bool)
     for shown in rng.integers(len(digits), size=rng.integers(1, most + 1)):
       if not free.any():
         break
       top, left = rng.choice(np.argwhere(free))
       place = (scene, slice(top, top + side), slice(left, left + side))
       ink[place] = digits.pixels[shown, ..., 0]
+      # The dark pixels around a digit's strokes are background.
       labels[place] = np.where(ink[place] >= _INK, digits.labels[shown] + 1, 0)
+      # Corners nearer than a side in both directions would overlap with this digit.
       free[max(0, top - side + 1) : top + side, max(0, left - side + 1) : left + side] = False
   pixels = (ink + _NOISE * rng.standard_normal(ink.shape)).round().clip(0, 255).astype(np.uint8)
   return Images(pixels[..., None], labels, ("background", *digits.class_names))
@@ -90,11 +98,12 @@ def digit_scenes(
 
 @dataclasses.dataclass(frozen=True)
 class Scenes(streaming.Stream):
-  """A split of Cityscapes, on disk; the loader is `Stream`'s.
+  """Split of Cityscapes on disk, loaded as a `Stream`.
 
   Attributes:
     size: H and W that every scene is resized to, images bilinearly, labels to the nearest pixel.
-    flip: in training, whether to mirror half of them. A random part of them of `shape` is seen.
+    flip: whether to mirror half of the scenes in training, which sees a random part of `shape` of
+      each.
   """
 
   size: tuple[int, int] = ()
@@ -109,11 +118,13 @@ class Scenes(streaming.Stream):
     ]
     if seed is not None:
       rng = np.random.default_rng(seed)
+      # Image and label are cropped and mirrored alike. `shape` has D too, which is not cropped.
       top, left = (
         rng.integers(whole - part + 1) for whole, part in zip(self.size, self.shape, strict=False)
       )
       step = -1 if self.flip and rng.random() < 0.5 else 1
       pair = [x[top : top + self.shape[0], left : left + self.shape[1]][:, ::step] for x in pair]
+    # Mirrored and cropped arrays are views with strides.
     return tuple(np.ascontiguousarray(x) for x in pair)
 
 
@@ -128,12 +139,14 @@ def open_scenes(
   crop: tuple[int, int] | None = None,
   flip: bool = False,
 ) -> Scenes:
-  """Opens `cityscapes` as TFDS prepared it; errors are as in `sources.load`, the message for a set that is not prepared
-  with TFDS's own instructions on what to download by hand.
+  """Opens `cityscapes` as TFDS prepared it.
+
+  Errors are as in `tfds.load`. The message for a set that is not prepared has TFDS's own
+  instructions on what to download by hand.
 
   Args:
-    name, split, data_dir: as in `sources.load`; the labelled split for tests is `validation`.
-    crop: H and W of the random parts seen in training; None for the whole.
+    name, split, data_dir: as in `tfds.load`; the labelled split for tests is `validation`.
+    crop: H and W of the random parts seen in training; None for the whole scene.
     size, flip, seed, workers: see `Scenes` and `Stream`.
   """
   source = tfds.open_tfds(name, split, data_dir, _FEATURES)
@@ -143,11 +156,12 @@ def open_scenes(
 
 
 def train_classes(labels: np.ndarray) -> np.ndarray:
-  """Cityscapes' own numbers to the 19 classes that are trained and scored, all others to `IGNORED`.
+  """Maps Cityscapes' own numbers to the 19 trained and scored classes, others to `IGNORED`.
 
   >>> train_classes(np.array([7, 33, 0, 255], np.uint8)).tolist()
   [0, 18, 255, 255]
   """
+  # A table of all uint8 values: one look-up per pixel.
   table = np.full(256, IGNORED, np.uint8)
   table[list(_STREET.values())] = np.arange(len(_STREET))
   return table[labels]

@@ -1,8 +1,10 @@
-"""Images read from disk while training goes on, with grain: for sets that do not fit on the device.
+"""Images read from disk during training, with grain: for sets that do not fit on the device.
 
-Axes: M images in the set, b images of this process per step, K steps per call, H and W pixels, D channels.
-The order is that of `data/images.py`, a function of (seed, step) alone, so a restart needs no state and may use
-another number of workers.
+The order is that of `data/images.py`, a function of (seed, step) alone, so a restart needs no state
+and may use another number of workers.
+
+Axes: M images in the set, b images of this process per step, K steps per call, H and W pixels, D
+channels.
 """
 
 from __future__ import annotations
@@ -16,20 +18,22 @@ import numpy as np
 from gating_jax.data import features, images, tfds
 from gating_jax.data.ahead import computed_ahead
 
-_EVAL_SHARE = 0.875  # of the shorter side, kept by the central crop: 224 of 256
+# Fraction of the shorter side that the central crop keeps: 224 of 256, as is usual on ImageNet.
+_EVAL_SHARE = 0.875
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-  """One split, on disk.
+  """Split of a set of images on disk.
 
   Attributes:
-    source: random access to examples, of which `image` is uint8 `[h, w, D]` and `label` an int.
+    source: random access to examples; by default, `image` is uint8 `[h, w, D]` and `label` an int.
     class_names: one per class.
     shape: `(H, W, D)` that every image is brought to.
     seed: of the order and of random crops.
-    crop_area: in training, smallest share of an image's area that a random resized crop keeps; None for no crop.
-    workers: processes that decode; 0 for threads of this one.
+    crop_area: in training, smallest fraction of an image's area that a random resized crop keeps;
+      None for no crop.
+    workers: number of processes that decode; 0 for threads of this process.
     image, label: names of the features that hold them.
   """
 
@@ -53,15 +57,20 @@ class Stream:
     total_steps: int,
     process: tuple[int, int] = (0, 1),
   ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """`(pixels [b, K, H, W, D] uint8, labels [b, K] int32)` for each `k` steps; arguments as in `resident.indices`."""
+    """Yields `(pixels [b, K, H, W, D] uint8, labels [b, K] int32)` for every `k` steps.
+
+    Args:
+      batch_size, k, process: as in `images.indices`.
+      first_step, total_steps: steps from `first_step` to before `total_steps`.
+    """
 
     def read(step):
       index = images.indices(self.seed, step, k, batch_size, len(self), process)
+      # A crop is seeded by the step and the image's row in the whole batch: it is the same on any
+      # number of processes.
       first = process[0] * len(index)
       flat = [
-        self.read_one(
-          i, (self.seed, step + place % k, first + place // k)
-        )  # as on any number of processes
+        self.read_one(i, (self.seed, step + place % k, first + place // k))
         for place, i in enumerate(index.ravel())
       ]
       pixels, labels = (np.stack(column) for column in zip(*flat, strict=True))
@@ -72,18 +81,25 @@ class Stream:
     return self.map(read, range(first_step, total_steps, k))
 
   def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The images at `index`, without augmentation: `(pixels [n, H, W, D], labels [n])`."""
+    """Returns the images at `index` without augmentation: `(pixels [n, H, W, D], labels [n])`."""
     pixels, labels = zip(*(self.read_one(i, None) for i in index), strict=True)
     return np.stack(pixels), np.stack(labels)
 
   def map(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """`fn` of each item, in order, computed ahead by threads or worker processes."""
+    """Computes `fn` of each item, in order and ahead of the consumer, by threads or processes."""
     return computed_ahead(fn, list(items), self.workers)
 
   def read_one(
     self, index: int, seed: tuple[int, ...] | None
   ) -> tuple[np.ndarray, np.ndarray | np.int32]:
-    """Image and label number `index`, of the sizes that all have: augmented by `seed`, or for evaluation as it is."""
+    """Returns image and label number `index`, at the size that all images have.
+
+    Args:
+      index: from 0.
+      seed: of the augmentation; None for evaluation, without augmentation.
+    Raises:
+      ValueError: the image has no label.
+    """
     example = self.source[int(index)]
     if not 0 <= example[self.label] < len(self.class_names):
       raise ValueError(
@@ -92,6 +108,7 @@ class Stream:
     image, size = example[self.image], self.shape[:2]
     if seed is not None and self.crop_area is not None:
       image = random_resized_crop(image, size, self.crop_area, np.random.default_rng(seed))
+    # Without a crop, images of the right size are not resampled.
     elif image.shape[:2] != size:
       image = central_crop(image, size)
     return image, np.int32(example[self.label])
@@ -109,14 +126,15 @@ def open_stream(
   image: str = tfds.IMAGE,
   label: str = tfds.LABEL,
 ) -> Stream:
-  """Opens a TFDS image-classification set; errors are as in `sources.load`.
+  """Opens a TFDS image-classification set on disk; errors are as in `tfds.load`.
 
   Args:
-    name, split, data_dir: as in `sources.load`; the digits need no stream.
-    image_size: side that images are brought to; 0 for sets whose images are all of one size.
+    name, split, data_dir: as in `tfds.load`; the digits need no stream.
+    image_size: side in pixels that images are brought to; 0 for sets whose images all have one
+      size.
     seed, crop_area, workers, image, label: see `Stream`.
   Raises:
-    ValueError: images of unknown size and no `image_size`.
+    ValueError: the digits, a crop area out of range, or images of unknown size and no `image_size`.
   """
   if name == tfds.DIGITS:
     raise ValueError(
@@ -149,13 +167,18 @@ def open_stream(
 def random_resized_crop(
   image: np.ndarray, size: tuple[int, int], smallest_area: float, rng: np.random.Generator
 ) -> np.ndarray:
-  """A random part of an image, of at least `smallest_area` of it and aspect 3/4 to 4/3, resized to `size`.
+  """Resizes a random part of an image to `size`.
+
+  The part has at least the fraction `smallest_area` of the image's area, and an aspect ratio of 3/4
+  to 4/3.
 
   Reference: Szegedy et al., 2015.
   """
   height, width = image.shape[:2]
+  # A part that does not fit is drawn again; after ten draws the central crop must do.
   for _ in range(10):
     area = height * width * rng.uniform(smallest_area, 1)
+    # Uniform in the logarithm: 3/4 is as likely as 4/3.
     aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
     w, h = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
     if 0 < w <= width and 0 < h <= height:
@@ -165,9 +188,13 @@ def random_resized_crop(
 
 
 def central_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """The middle of an image, in `size`'s aspect, 7/8 of the largest such part, resized to `size`."""
+  """Resizes the middle of an image to `size`.
+
+  The middle has `size`'s aspect, and 7/8 of the sides of the largest such part.
+  """
   height, width = image.shape[:2]
   scale = min(height / size[0], width / size[1]) * _EVAL_SHARE
+  # Fractions of a pixel are kept: Pillow resizes any box.
   h, w = scale * size[0], scale * size[1]
   left, top = (width - w) / 2, (height - h) / 2
   return tfds.resize(image, size, (left, top, left + w, top + h))

@@ -1,6 +1,7 @@
-"""One set of labelled images as a sequence of tasks, each with classes of its own.
+"""Sequences of tasks made from one set of labelled images, each task with its own classes.
 
-Labels are places in the order of classes: with C classes a task, those of task t are t C, ..., t C + C - 1.
+Labels are indices into the order of classes: with C classes a task, those of task t are t C, ..., t
+C + C - 1.
 
 Axes: M images, T tasks, C classes of a task.
 """
@@ -17,7 +18,7 @@ from gating_jax.data.tfds import Images
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """The images of one task."""
+  """Images of one task."""
 
   train: Images
   validation: Images
@@ -37,14 +38,17 @@ def make_tasks(
   """Splits a set into tasks of `classes_per_task` classes each.
 
   Args:
-    train, test: of the same classes.
+    train, test: images of the same classes.
     classes_per_task: C.
-    count: how many tasks; 0 for as many as there are.
+    count: number of tasks; 0 for as many as there are.
     order_seed: of the order in which classes come; None for their own.
-    validation: share of each class's training images that are held out, in (0, 1).
+    validation: fraction of each class's training images that are held out, in (0, 1).
     seed: of that choice.
+  Returns:
+    The tasks, in order.
   Raises:
-    ValueError: naming the argument; also a class with fewer than two training images, or none for the test.
+    ValueError: naming the argument; also a class with fewer than two training images, or none in
+      the test set.
   """
   classes = len(train.class_names)
   if not (1 <= classes_per_task <= classes and classes % classes_per_task == 0):
@@ -62,6 +66,7 @@ def make_tasks(
     else np.random.default_rng(order_seed).permutation(classes)
   )
   train, test = _reordered(train, order), _reordered(test, order)
+  # Two training images of a class: one to train on and one to hold out.
   for name, images, least in (("train", train, 2), ("test", test, 1)):
     counts = np.bincount(images.labels, minlength=classes)
     if counts.min() < least:
@@ -76,7 +81,7 @@ def make_tasks(
 
 
 def join(images: Sequence[Images]) -> Images:
-  """The images of several sets of the same classes, one after the other."""
+  """Joins the images of several sets of the same classes, one set after the other."""
   return Images(
     np.concatenate([i.pixels for i in images]),
     np.concatenate([i.labels for i in images]),
@@ -85,7 +90,9 @@ def join(images: Sequence[Images]) -> Images:
 
 
 def interleave(sets: Sequence[np.ndarray]) -> np.ndarray:
-  """The first of each set, then the second of each, and so on: T of `[N, ...]` to `[N T, ...]`.
+  """Interleaves T sets: the first of each, then the second of each, and so on.
+
+  T of `[N, ...]` to `[N T, ...]`.
 
   >>> interleave([np.array([0, 1, 2]), np.array([10, 11, 12])])
   array([ 0, 10,  1, 11,  2, 12])
@@ -100,7 +107,9 @@ def _task(
     (images.labels >= first) & (images.labels < first + classes)
   )
   index = of_task(train)
+  # Seeded by the task's first class, so that a task's choice does not depend on the tasks before.
   random, held = np.random.default_rng((seed, first)), []
+  # Class by class, so that each keeps its fraction and at least one image on either side.
   for c in range(first, first + classes):
     own = np.flatnonzero(train.labels == c)
     held.append(random.permutation(own)[: np.clip(round(validation * len(own)), 1, len(own) - 1)])
@@ -108,7 +117,9 @@ def _task(
   return Task(_at(train, np.setdiff1d(index, held)), _at(train, held), _at(test, of_task(test)))
 
 
+# Relabels the classes by their place in the order.
 def _reordered(images: Images, order: np.ndarray) -> Images:
+  # argsort inverts a permutation.
   place = np.argsort(order).astype(np.int32)
   return Images(images.pixels, place[images.labels], tuple(images.class_names[c] for c in order))
 

@@ -1,6 +1,8 @@
-"""Labelled images as arrays: scikit-learn's handwritten digits, or any TFDS image-classification set.
+"""Labelled images as arrays: scikit-learn's handwritten digits, or any TFDS classification set.
 
-Axes: M images in a split, H and W pixels, D channels. Pixels are uint8 until the training step.
+Pixels are uint8 until the training step.
+
+Axes: M images in a split, H and W pixels, D channels.
 """
 
 from __future__ import annotations
@@ -25,25 +27,27 @@ from gating_jax.paths import is_text, user_path
 from gating_jax.terminal import progress_bar
 
 DIGITS = "digits"
-IMAGE, LABEL = "image", "label"  # features of TFDS's own sets
+# Names of these features in TFDS's own sets.
+IMAGE, LABEL = "image", "label"
 FEATURES = {IMAGE: tfds_features.Picture, LABEL: tfds_features.ImageClass}
 Reader = Callable[[Any, str], Any]
 
-_LEARNT: dict[tuple, tfds_features.ImageClass] = {}  # by set, as its splits are opened one by one
+# By set: its splits are opened one by one, and counting the classes reads all labels.
+_LEARNT: dict[tuple, tfds_features.ImageClass] = {}
 _DIGITS_TEST_SHARE = 0.2
-_MOST_SAID = 300  # letters of another library's message
-_NAME = re.compile(
-  r"\w+(/[\w+-][\w.+-]*)?(:(\d+|\*)(\.(\d+|\*)){2})?", re.ASCII
-)  # name/config:version
+# Largest number of characters quoted from another library's message.
+_MOST_SAID = 300
+# name/config:version; anything else might be a path.
+_NAME = re.compile(r"\w+(/[\w+-][\w.+-]*)?(:(\d+|\*)(\.(\d+|\*)){2})?", re.ASCII)
 
 
 class DatasetNotPreparedError(Exception):
-  """A data set is not where it was looked for, or is damaged there; the message says how to put it there."""
+  """Error for a data set that is missing or damaged; the message says how to prepare it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-  """One split, whole, on the host.
+  """Split of labelled images, whole, on the host.
 
   Attributes:
     pixels: `[M, H, W, D]` uint8.
@@ -60,15 +64,15 @@ class Images:
 
   @property
   def shape(self) -> tuple[int, int, int]:
-    """`(H, W, D)` of an image."""
+    """Returns `(H, W, D)` of an image."""
     return self.pixels.shape[1:]
 
   def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The images at `index`: `(pixels [n, H, W, D], labels [n])`."""
+    """Returns the images at `index`: `(pixels [n, H, W, D], labels [n])`."""
     return self.pixels[index], self.labels[index]
 
   def map(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """`fn` of each item, in order."""
+    """Computes `fn` of each item, in order."""
     return map(fn, items)
 
 
@@ -80,18 +84,23 @@ def load(
   image: str = IMAGE,
   label: str = LABEL,
 ) -> Images:
-  """Reads a whole split into memory. Pictures of other types become uint8 as `data/pictures.py` says.
+  """Reads a whole split into memory.
+
+  Pictures of other types become uint8 by the rule of `data/pictures.py`.
 
   Args:
     name: `digits` (1,797 images of 8 x 8, needs no files) or a TFDS name such as `cifar10`.
-    split: `train` or `test` for digits, a fixed, class-balanced fifth being the latter; for TFDS any split expression.
+    split: `train` or `test` for digits, where the test split is a fixed, class-balanced fifth; for
+      TFDS any split expression.
     data_dir: the TFDS folder; None for TFDS's default, `~/tensorflow_datasets`.
-    image_size: images are resized to so many pixels each way; 0 leaves them.
+    image_size: side in pixels that images are resized to; 0 leaves them.
     image, label: names of the features that hold them in a TFDS set.
   Raises:
-    DatasetNotPreparedError: the set is not in `data_dir`; the message holds the command that prepares it.
-    ValueError: an unknown split, a set without these features or with ones that hold no picture or no single class
-      per image, pictures outside the scale of their type, or images of different sizes.
+    DatasetNotPreparedError: the set is not in `data_dir`; the message holds the command that
+      prepares it.
+    ValueError: an unknown split, a set without these features or with ones that hold no picture or
+      no single class per image, pictures outside the scale of their type, or images of different
+      sizes.
   """
   fit = lambda image: resize(image, (image_size, image_size)) if image_size else image
   if name == DIGITS:
@@ -104,6 +113,7 @@ def load(
   source = open_tfds(
     name, split, data_dir, {image: tfds_features.Picture, label: tfds_features.ImageClass}
   )
+  # The first image has the shape that all must have; the array is then filled in place.
   first = fit(source[0][image])
   pixels = np.empty((len(source), *first.shape), np.uint8)
   labels = np.empty(len(source), np.int32)
@@ -114,11 +124,13 @@ def load(
     pixel = fit(example[image])
     if pixel.shape != first.shape:
       raise ValueError(
-        f"{name} has images of different sizes ({first.shape} and {pixel.shape}); set data.image_size"
+        f"{name} has images of different sizes ({first.shape} and {pixel.shape}); set "
+        "data.image_size"
       )
     if not 0 <= example[label] < len(source.class_names):
       raise ValueError(
-        f"data split {split!r} of {name} has images without a label; use another, such as 'validation'"
+        f"data split {split!r} of {name} has images without a label; use another, such as "
+        "'validation'"
       )
     pixels[i], labels[i] = pixel, example[label]
   return Images(pixels, labels, source.class_names)
@@ -127,20 +139,26 @@ def load(
 def resize(
   image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
 ) -> np.ndarray:
-  """`[H, W, D]` uint8, or its part `(left, top, right, bottom)`, to height and width `size`: bilinear, antialiased."""
+  """Resizes `[H, W, D]` uint8, or a part of it, to height and width `size`: bilinear, antialiased.
+
+  Args:
+    image: `[H, W, D]` uint8.
+    size: height and width.
+    box: the part `(left, top, right, bottom)`, in pixels; None for the whole image.
+  """
   fit = lambda pixels: np.asarray(
     Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR, box=box)
   )
   if image.shape[-1] == 3:
     return fit(image)
-  # Of four channels, Pillow would take the last for transparency, and weight the others with it.
+  # Channel by channel: Pillow takes the last of four for transparency and weights the others by it.
   return np.stack([fit(image[..., channel]) for channel in range(image.shape[-1])], axis=-1)
 
 
 def size(
   name: str, split: str, data_dir: str | None = None, image: str = IMAGE, label: str = LABEL
 ) -> int:
-  """Number of images of a split, without reading them; arguments and errors are as in `load`."""
+  """Counts the images of a split without reading them; arguments and errors are as in `load`."""
   features = {image: tfds_features.Picture, label: tfds_features.ImageClass}
   return len(_digits(split) if name == DIGITS else open_tfds(name, split, data_dir, features))
 
@@ -151,9 +169,10 @@ def open_tfds(
   data_dir: str | None = None,
   features: Mapping[str, Reader] = MappingProxyType(FEATURES),
 ) -> Examples:
-  """Opens a random-access TFDS source; nothing is downloaded, TensorFlow is not used.
+  """Opens a random-access TFDS source.
 
-  Errors are as in `load`. For a set that TFDS cannot download by itself, the message has TFDS's own instructions.
+  Nothing is downloaded, and TensorFlow is not used. Errors are as in `load`. For a set that TFDS
+  cannot download, the message has TFDS's own instructions.
 
   Args:
     name, split, data_dir: as in `load`.
@@ -164,38 +183,43 @@ def open_tfds(
       f"data.name must be 'digits' or the name of a TFDS data set, such as cifar10, name/config or "
       f"name/config:1.0.0; got {name!r}. The folder that it is in is data.data_dir"
     )
-  import tensorflow_datasets as tfds  # slow to import, and not needed for digits
+  # Imported here, since the import is slow and digits do not need it.
+  import tensorflow_datasets as tfds
 
   folder = str(user_path(data_dir or "~/tensorflow_datasets"))
   if not is_text(folder):
     raise ValueError(
       f"data.data_dir must be UTF-8 text, since array_record opens no other path; got {folder!r}"
     )
+  # Before TFDS opens the set, which would import what its files name.
   _check_features(Path(folder, tfds.core.naming.camelcase_to_snakecase(re.split("[/:]", name)[0])))
   try:
     source = tfds.data_source(name, split=split, data_dir=folder, download=False)
   except tfds.core.DatasetNotFoundError as error:
     near = [line for line in str(error).splitlines() if "Did you mean" in line]
     raise DatasetNotPreparedError(
-      f"data.name must be 'digits' or a TFDS data set; got {name!r}, which TFDS does not know and which is not in "
+      f"data.name must be 'digits' or a TFDS data set; got {name!r}, which TFDS does not know and "
+      "which is not in "
       f"{folder}. {' '.join(near)}".rstrip()
     ) from None
+  # TFDS raises these for a set that is not there, or is there in another file format.
   except (NotImplementedError, AssertionError, FileNotFoundError, ValueError) as error:
     if isinstance(error, ValueError) and "split" in str(error).lower():
       raise ValueError(f"data split {split!r} of {name} cannot be read: {error}") from None
     program = (
-      f"import tensorflow_datasets as tfds; tfds.builder({json.dumps(name)}, data_dir={json.dumps(folder)}, "
+      f"import tensorflow_datasets as tfds; tfds.builder({json.dumps(name)}, "
+      f"data_dir={json.dumps(folder)}, "
       'file_format="array_record").download_and_prepare()'
     )
     raise DatasetNotPreparedError(
-      f"data set {name!r} is not prepared in {folder} (as array_record). To download and prepare it:\n"
+      f"data set {name!r} is not prepared in {folder} (as array_record). To download and prepare "
+      "it:\n"
       f"  python -c {shlex.quote(program)}\n"
       f"{_by_hand(name, folder)}"
       "or name the folder it is in: --config.data.data_dir=FOLDER"
     ) from error
-  except (
-    Exception
-  ) as error:  # whatever TFDS raises for damaged files, and for features that need TensorFlow
+  # TFDS raises errors of many types for damaged files, and for features that need TensorFlow.
+  except Exception as error:
     raise DatasetNotPreparedError(
       f"data set {name!r} in {folder} cannot be opened: {_said(error)}"
     ) from error
@@ -209,7 +233,8 @@ def open_tfds(
       else ""
     )
     raise ValueError(
-      f"data.name must be a set of {' and '.join(features)}; {name} has no {sorted(missing)}{choice}"
+      f"data.name must be a set of {' and '.join(features)}; {name} has no "
+      f"{sorted(missing)}{choice}"
     )
   readers = {
     feature: read(own[feature], f"feature {feature!r} of {name}")
@@ -221,11 +246,14 @@ def open_tfds(
 
 
 class Examples(Sequence):
-  """A TFDS source of pictures as uint8 and labels as numbers, which names the example that it cannot read.
+  """TFDS source of pictures as uint8 and labels as numbers.
+
+  Errors name the example that cannot be read.
 
   Attributes:
     dataset_info: TFDS's own.
-    class_names: one per class of an image. Where the set does not name them, the labels of all its splits are read.
+    class_names: one per class of an image. Where the set does not name them, the labels of all its
+      splits are read.
   """
 
   def __init__(self, source: Any, name: str, readers: Mapping[str, Any]):
@@ -235,6 +263,7 @@ class Examples(Sequence):
       dict(readers),
       source.dataset_info,
     )
+    # The readers decode files: TFDS would need TensorFlow or convert pictures by another rule.
     self._source.decoders = _without_decoding(readers)
     self.class_names: tuple[str, ...] = ()
     for feature, reader in readers.items():
@@ -247,9 +276,11 @@ class Examples(Sequence):
     return len(self._source)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
+    # Only this IndexError may end a loop over the set; `_reading` converts those of decoders.
     if not -len(self) <= index < len(self):
       raise IndexError(f"index must be of one of {len(self)} examples; got {index}")
     with self._reading(self._source.split, index):
+      # Damaged bytes fail here, in reading or decoding; a value that breaks a rule fails below.
       example = self._source[index]
       decoded = {
         feature: reader.decode(example[feature]) for feature, reader in self._readers.items()
@@ -265,7 +296,7 @@ class Examples(Sequence):
 
   @property
   def shape(self) -> tuple[int | None, int | None, int]:
-    """`(H, W, D)` of the pictures, None for a size that differs between them."""
+    """Returns `(H, W, D)` of the pictures; None for a size that differs between them."""
     return next(r.shape for r in self._readers.values() if isinstance(r, tfds_features.Picture))
 
   @contextlib.contextmanager
@@ -274,15 +305,17 @@ class Examples(Sequence):
       yield
     except pictures.TooLargeError as error:
       raise ValueError(
-        f"example {index} of split {split!r} of {self._name}: {error}. Prepare the set with a smaller "
-        "one, or use a split without it"
+        f"example {index} of split {split!r} of {self._name}: {error}. Prepare the set with a "
+        "smaller one, or use a split without it"
       ) from None
-    except Exception as error:  # whatever array_record and the decoders raise for damaged bytes
+    # array_record and the decoders raise errors of many types for damaged bytes.
+    except Exception as error:
       raise DatasetNotPreparedError(
-        f"example {index} of split {split!r} of {self._name} cannot be read ({_said(error)}): remove the set from "
-        "there and prepare it again"
+        f"example {index} of split {split!r} of {self._name} cannot be read ({_said(error)}): "
+        "remove the set from there and prepare it again"
       ) from error
 
+  # Pictures spread over the split, decoded but not converted.
   def _some_decoded(self, feature: str, reader: tfds_features.Picture) -> Iterator[np.ndarray]:
     for index in np.unique(np.linspace(0, len(self) - 1, tfds_features.SAMPLE, dtype=int)):
       with self._reading(self._source.split, index):
@@ -292,6 +325,7 @@ class Examples(Sequence):
   def _learn_classes(self, feature: str, reader: tfds_features.ImageClass) -> tuple[str, ...]:
     if reader.class_names is None:
       folder = str(self.dataset_info.data_dir)
+      # With the time of its last change: a set that is prepared again may have other labels.
       key = feature, folder, os.stat(folder).st_mtime_ns
       if key not in _LEARNT:
         reader.learn({split: self._labels(split, feature) for split in self.dataset_info.splits})
@@ -310,12 +344,12 @@ class Examples(Sequence):
 
 
 def _said(error: Exception) -> str:
-  """Returns an error's type and text on one line, not longer than a message can be."""
+  """Returns an error's type and text on one line, cut to a readable length."""
   return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_MOST_SAID]
 
 
 def _without_decoding(readers: Mapping[str, Any]) -> dict[str, Any]:
-  """Decoders for TFDS that leave the files of pictures to their readers."""
+  """Returns decoders for TFDS that leave the files of pictures to their readers."""
   import tensorflow_datasets as tfds
 
   return {
@@ -324,12 +358,16 @@ def _without_decoding(readers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_features(folder: Path) -> None:
-  """Refuses sets whose features are of other packages, whose modules TFDS would import and so run; and those whose
-  default config would be read elsewhere."""
+  """Refuses sets from which reading would run foreign code or leave the folder.
+
+  TFDS imports, and so runs, the modules of the features that a set names: those of other packages
+  are refused. So is a default config in another folder.
+  """
   for file in _files(folder, ("features.json", "metadata.json")):
     try:
       content = json.loads(file.read_text())
-    except ValueError:  # which TFDS says in its own words
+    # TFDS reports a file that is not JSON in its own words.
+    except ValueError:
       continue
     except RecursionError:
       raise DatasetNotPreparedError(
@@ -346,23 +384,24 @@ def _check_features(folder: Path) -> None:
       name for name in _class_names(content) if not name.startswith("tensorflow_datasets.")
     ):
       raise DatasetNotPreparedError(
-        f"{file} must name features of tensorflow_datasets alone, as reading them runs their modules; got "
-        f"{', '.join(map(repr, other))}"
+        f"{file} must name features of tensorflow_datasets alone, as reading them runs their "
+        f"modules; got {', '.join(map(repr, other))}"
       )
 
 
 def _files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
-  """Of these names below a folder, through links too, each of which is followed once."""
+  """Yields the files of these names below a folder, and below links, each followed once."""
   seen = {folder.resolve()}
   for place, below, files in os.walk(folder, followlinks=True):
     yield from (Path(place, name) for name in names if name in files)
     resolved = {name: Path(place, name).resolve() for name in below}
+    # Assigned in place, which tells `os.walk` where to go on; links may form circles.
     below[:] = [name for name in below if resolved[name] not in seen]
     seen.update(resolved.values())
 
 
 def _class_names(tree: Any) -> Iterator[str]:
-  """Of the classes in a features.json, old or new."""
+  """Yields the names of the classes in a features.json, of the old format or the new."""
   if isinstance(tree, dict):
     yield from (
       tree[key]
@@ -374,17 +413,21 @@ def _class_names(tree: Any) -> Iterator[str]:
 
 
 def _by_hand(name: str, folder: str) -> str:
-  """What TFDS says of files that must be there before, empty where it downloads them itself."""
-  import tensorflow_datasets as tfds  # as above
+  """Returns TFDS's instructions on files to download by hand; empty where it downloads them all."""
+  import tensorflow_datasets as tfds
 
   try:
     instructions = tfds.builder_cls(re.split("[/:]", name)[0]).MANUAL_DOWNLOAD_INSTRUCTIONS
-  except tfds.core.DatasetNotFoundError:  # known by its folder alone
+  # A set that is known only by its folder has no builder.
+  except tfds.core.DatasetNotFoundError:
     instructions = None
   if not instructions:
     return ""
   lines = "\n".join(f"  {line.strip()}" for line in instructions.strip().splitlines())
-  return f"TFDS does not download all of its files. Put them into {folder}/downloads/manual before:\n{lines}\n"
+  return (
+    f"TFDS does not download all of its files. Put them into {folder}/downloads/manual before:\n"
+    f"{lines}\n"
+  )
 
 
 def _digits(split: str) -> Images:
@@ -393,6 +436,7 @@ def _digits(split: str) -> Images:
   if split not in ("train", "test"):
     raise ValueError(f"data split of digits must be 'train' or 'test'; got {split!r}")
   digits = datasets.load_digits()
+  # Stratified, with a fixed seed: the split is the same in every run.
   train, test = model_selection.train_test_split(
     np.arange(len(digits.target)),
     test_size=_DIGITS_TEST_SHARE,
@@ -400,6 +444,7 @@ def _digits(split: str) -> Images:
     stratify=digits.target,
   )
   index = train if split == "train" else test
+  # scikit-learn's pixels are 0 to 16.
   pixels = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)[..., None]
   return Images(
     pixels, digits.target[index].astype(np.int32), tuple(str(name) for name in digits.target_names)
