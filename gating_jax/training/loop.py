@@ -1,4 +1,4 @@
-"""The training loop: dispatch, check, log, checkpoint, stop. It knows nothing of models or data."""
+"""The training loop: dispatch, check, log, checkpoint, stop; independent of models and data."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from gating_jax.training.wording import headline
 
 
 class NonFiniteError(Exception):
-  """A loss term or gradient became NaN or infinite; the message names step and term."""
+  """The error of a NaN or infinite loss term or gradient; its message names step and term."""
 
 
 class StopRequest:
-  """Turns SIGTERM and Ctrl-C, within a `with` block, into a flag that the loop looks at.
+  """A context that turns SIGTERM and Ctrl-C into a flag for the loop.
 
-  A second Ctrl-C interrupts at once. Python handles signals on the main thread alone: on another one, as in a server,
-  whoever started that thread handles them, and nothing is changed here.
+  A second Ctrl-C interrupts at once. Python handles signals on the main thread alone: on another
+  thread, as in a server, whoever started that thread handles them, and nothing is changed here.
   """
 
   def __init__(self):
@@ -37,7 +37,7 @@ class StopRequest:
   def __enter__(self) -> StopRequest:
     if threading.current_thread() is threading.main_thread():
       for number in (signal.SIGTERM, signal.SIGINT):
-        # A handler that was not set from Python is seen as None, and could not be put back.
+        # A handler that was not set from Python is seen as None, and could not be restored.
         if signal.getsignal(number) is not None:
           self._previous[number] = signal.signal(number, self._request)
     return self
@@ -54,7 +54,7 @@ class StopRequest:
 
 @dataclasses.dataclass(frozen=True)
 class LoopSettings:
-  """How often what happens, in steps.
+  """Settings of the loop, in steps.
 
   Attributes:
     total_steps: a multiple of `steps_per_dispatch`.
@@ -93,22 +93,26 @@ def train(
   evaluate: Callable[[Any, int], None] | None = None,
   watch: Callable[[int, Mapping[str, float]], Sequence[str]] = lambda step, means: (),
 ) -> tuple[Any, int]:
-  """Trains from `first_step` to the end, or to a SIGTERM or Ctrl-C; a checkpoint is on disk for where it stopped.
+  """Trains from `first_step` to the end, or until a SIGTERM or Ctrl-C.
+
+  A checkpoint is on disk for the step where it stopped.
 
   Args:
-    state: as of `first_step`.
+    state: the state at `first_step`.
     first_step: steps already taken.
-    advance: `(state, step) -> (state, metrics)`, takes `steps_per_dispatch` steps from `step`; metrics are `[K]`.
+    advance: `(state, step) -> (state, metrics)`, takes `steps_per_dispatch` steps from `step`;
+      metrics are `[K]`.
     settings: see there.
-    checkpoints: where states go.
-    journal: where metrics go: the mean over the steps since the last line.
+    checkpoints: receives the states.
+    journal: receives the metrics: their mean over the steps since the last line.
     evaluate: `(state, step)`, called every `eval_every` steps but not at the end.
-    watch: `(step, means)`, what the log says after the line of these means, such as warnings. It is first called with
-      the lines that the journal has of a run that is resumed, of which nothing is said again.
+    watch: `(step, means)`, returns lines for the log after the line of these means, such as
+      warnings. It is first called with the lines that the journal has of a run that is resumed;
+      their results are dropped.
   Returns:
     `(state, step)`; `step < settings.total_steps` if it was asked to stop.
   Raises:
-    NonFiniteError: in which case nothing that followed the last finite step was saved.
+    NonFiniteError: a metric is not finite; nothing that followed the last finite step was saved.
   """
   k, step = settings.steps_per_dispatch, first_step
   pending, since_log = None, []
@@ -116,7 +120,7 @@ def train(
     watch(earlier, means)
 
   def settle():
-    """Checks the metrics of the call before this one, so that the device is never waited for needlessly."""
+    """Checks the metrics of the previous call: the device has computed them meanwhile."""
     nonlocal pending
     if pending is not None:
       at, values = pending[0], jax.device_get(pending[1])
@@ -131,6 +135,7 @@ def train(
         stop.requested
       ):
         break
+      # Dispatched before the previous metrics are read: the device computes meanwhile.
       state, metrics = advance(state, step)
       settle()
       pending = (step, metrics)
@@ -150,13 +155,14 @@ def train(
         and _due(step, k, settings.eval_every)
         and step < settings.total_steps
       ):
-        evaluate(
-          state, step
-        )  # before the checkpoint: a restart from there does not come back to it
+        # Before the checkpoint: a restart from there would skip this evaluation.
+        evaluate(state, step)
       if _due(step, k, settings.checkpoint_every) and step < settings.total_steps:
+        # No state is saved before its metrics are known to be finite.
         settle()
         checkpoints.save(step, state)
     settle()
+    # Without a step, the checkpoint that training began from is the newest state.
     if step > first_step:
       checkpoints.save(step, state)
     checkpoints.wait()
@@ -164,7 +170,7 @@ def train(
 
 
 def _due(step: int, k: int, every: int) -> bool:
-  """Whether the last k steps reached a multiple of `every`."""
+  """Returns whether the last k steps reached a multiple of `every`."""
   return step // every > (step - k) // every
 
 
@@ -174,9 +180,10 @@ def _check_finite(step: int, values: Mapping[str, np.ndarray]) -> None:
       name for name, value in values.items() if "/" not in name and not math.isfinite(value[offset])
     ]
     if bad:
-      # The terms say more than their total.
+      # A term says more than the total, so the error names a term where one is not finite.
       name = next((b for b in bad if b not in ("loss", "gradient_norm", "state_norm")), bad[0])
       raise NonFiniteError(
-        f"{name} is {values[name][offset]} at step {step + offset + 1} (not finite: {', '.join(bad)}); nothing of "
-        "that step or later was saved. A lower optim.learning_rate may help."
+        f"{name} is {values[name][offset]} at step {step + offset + 1} (not finite: "
+        f"{', '.join(bad)}); nothing of that step or later was saved. A lower optim.learning_rate "
+        "may help."
       )

@@ -1,4 +1,4 @@
-"""What a gated classifier minimises: cross-entropy, batch-shaping and a price on open gates.
+"""Objectives of gated classifiers: cross-entropy, batch-shaping and a penalty on open gates.
 
 Axes: N examples, C gates of one layer.
 Reference: Bejnordi et al., 2020, section 3.
@@ -23,7 +23,8 @@ from gating_jax.types import Array, Records
 
 REDUCTIONS = ("layer_mean", "mean", "sum")
 SPARSITIES = ("l0", "macs", "budget", "target_rate")
-PRICED = ("batch_shaping", "sparsity")  # regularisers with a term of sparsity
+# Regularisers with a sparsity term.
+PRICED = ("batch_shaping", "sparsity")
 REGULARISERS = (
   "batch_shaping",
   "sparsity",
@@ -37,21 +38,26 @@ REGULARISERS = (
 
 @dataclasses.dataclass(frozen=True)
 class ImageObjective:
-  """Total = CE + gamma_t * batch-shaping + rho_t * sparsity, or CE with one of the regularisers tried before that.
+  """Training objective of a gated classifier.
+
+      total = CE + gamma_t * batch-shaping + rho_t * sparsity
+
+  or CE with another regulariser, from earlier work, in place of the two terms.
 
   Attributes:
-    prior: what each gate's open probability should follow over the batch.
-    reduction: of the batch-shaping loss over gates: `layer_mean`, mean over a layer's gates and sum over layers;
-      `mean` or `sum` over all gates of the network.
-    sparsity: `l0`, mean open probability; `macs`, the same weighted by cost; `budget`, squared gap of the MAC share to
-      `target`; `target_rate`, squared gap of each gate's rate to `target`.
-    target: share in (0, 1], for `budget` and `target_rate`.
+    prior: the distribution that each gate's open probability should follow over the batch.
+    reduction: of the batch-shaping loss over gates: `layer_mean`, mean over a layer's gates and sum
+      over layers; `mean` or `sum` over all gates of the network.
+    sparsity: `l0`, mean open probability; `macs`, the same weighted by cost; `budget`, squared gap
+      of the MAC fraction to `target`; `target_rate`, squared gap of each gate's rate to `target`.
+    target: fraction in (0, 1], for `budget` and `target_rate`.
     batch_shaping_coefficient, sparsity_coefficient: gamma_t and rho_t, from step to number.
     fixed_macs: MACs per example that no gate switches, for `budget`.
-    regulariser: `batch_shaping`, with sparsity; `sparsity` alone; `entropy`, which asks that gates be open for half of
-      the examples; `decision_entropy`, that each be open with probability 1/2; `away_from_half`, that probabilities
-      differ from that; `balance`, that examples are spread evenly over experts; `none`.
-    coefficient: of any but the first two, the same at every step.
+    regulariser: `batch_shaping`, with sparsity; `sparsity` alone; `entropy`, which asks that gates
+      be open for half of the examples; `decision_entropy`, that each be open with probability 1/2;
+      `away_from_half`, that probabilities differ from that; `balance`, that examples are spread
+      evenly over experts; `none`.
+    coefficient: strength of any regulariser but the first two, the same at every step.
   """
 
   prior: Prior
@@ -77,13 +83,14 @@ class ImageObjective:
     step: Array,
     axis_name: Hashable | None = None,
   ) -> tuple[Array, Mapping[str, Array]]:
-    """`(total, terms)`; the terms are before their coefficients.
+    """Computes `(total, terms)`; the terms are before their coefficients.
 
     Args:
       logits: `[N, classes]`.
       labels: `[N]` integers.
-      records: of the same forward pass; `()` for an ungated net, which has the cross-entropy alone.
-      step: of the schedules.
+      records: records of the same forward pass; `()` for an ungated net, which has the
+        cross-entropy alone.
+      step: the step of the schedules.
       axis_name: as in `batch_shaping_loss`.
     """
     cross_entropy, accuracy = self.fit(logits, labels, axis_name)
@@ -94,39 +101,59 @@ class ImageObjective:
   def fit(
     self, logits: Array, labels: Array, axis_name: Hashable | None = None
   ) -> tuple[Array, Array]:
-    """Cross-entropy, to which the gates' terms are added, and accuracy."""
+    """Computes the cross-entropy, the loss before the gates' terms, and the accuracy."""
+    # The mean of this device's examples; `value_and_grad_over_devices` averages over devices.
     cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
     return cross_entropy, jnp.mean(jnp.argmax(logits, -1) == labels)
 
   def gate_terms(
     self, records: Records, step: Array, axis_name: Hashable | None = None
   ) -> tuple[Array | float, Mapping[str, Array]]:
-    """What the gates add, and its terms before their coefficients; 0 and none where nothing is gated.
+    """Computes the gates' part of the loss, and its terms before their coefficients.
 
-    Whatever the regulariser, with them come: `mac_ratio`, the share of the ungated MACs that the gates of this pass
-    spend, gate networks left out; `gates/closed`, see `closed_share`; and `gates/batch_shaping_mean` over all gates,
-    beside `gates/batch_shaping_floor`, what it is on average for independent draws from the prior.
+    Without gates they are 0 and none. With any regulariser the terms include:
+
+    - `mac_ratio`: executed MACs as a fraction of the ungated ones, without gate networks;
+    - `gates/closed`: see `closed_share`;
+    - `gates/batch_shaping_mean`: the batch-shaping loss, mean over all gates;
+    - `gates/batch_shaping_floor`: its expectation for independent draws from the prior.
+
+    Args:
+      records: records of one forward pass.
+      step: the step of the schedules.
+      axis_name: as in `batch_shaping_loss`.
     """
     if not records:
       return 0.0, {}
     total, terms, per_gate = 0.0, {}, _shaping_per_gate(records, self.prior, axis_name)
+    # Equation of the class: the sum of the terms times their coefficients gamma_t, rho_t.
     for name, coefficient, term in self._terms(records, per_gate, step, axis_name):
       total += coefficient * term
       terms |= {name: term, f"{name}_coefficient": coefficient}
+    # The floor depends on the whole batch, N examples on each device.
     examples = records[0].logits.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
+    # In floats: MACs of a large network exceed int32.
     spent = float(self.fixed_macs) + collectives.batch_mean(executed_macs(records), axis_name)
     return total, {
       **terms,
       "mac_ratio": spent / float(self.fixed_macs + gated_macs(records)),
       CLOSED: closed_share(records, axis_name=axis_name),
       "gates/batch_shaping_mean": jnp.mean(per_gate),
+      # The expectation of the loss for that many independent draws from the prior.
       "gates/batch_shaping_floor": jnp.asarray(1 / (6 * (examples + 1))),
     }
 
   def _terms(
     self, records: Records, per_gate: Array, step: Array, axis_name
   ) -> Iterator[tuple[str, Array | float, Array]]:
-    """Name, coefficient and value of what the regulariser is made of; `per_gate` is the batch-shaping loss."""
+    """Yields name, coefficient and value of each term of the regulariser.
+
+    Args:
+      records: records of one forward pass.
+      per_gate: the batch-shaping loss of each gate.
+      step: the step of the schedules.
+      axis_name: as in `batch_shaping_loss`.
+    """
     probs = [r.probs for r in records]
     if self.regulariser == "entropy":
       yield "entropy", self.coefficient, penalties.entropy_loss(probs, axis_name=axis_name)
@@ -142,12 +169,13 @@ class ImageObjective:
         self.batch_shaping_coefficient(step),
         _reduced(per_gate, records, self.reduction),
       )
+    # rho_t * sparsity, with batch-shaping or alone.
     if self.regulariser in PRICED:
       yield self.sparsity, self.sparsity_coefficient(step), self._sparsity_term(records, axis_name)
 
   @property
   def prices_budget(self) -> bool:
-    """Whether `target` is a budget."""
+    """Returns whether `target` is a budget."""
     return self.sparsity == "budget" and self.regulariser in PRICED
 
   def _sparsity_term(self, records: Records, axis_name) -> Array:
@@ -157,15 +185,18 @@ class ImageObjective:
       return penalties.mac_loss(records)
     if self.sparsity == "budget":
       return penalties.mac_budget_loss(records, self.fixed_macs, self.target, axis_name=axis_name)
+    # The rate is that of the gates as drawn, not of their probabilities.
     return penalties.target_rate_loss([r.gates for r in records], self.target, axis_name=axis_name)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExitObjective(ImageObjective):
-  """`ImageObjective` of the logits of all exits, `[N, X + 1, classes]`: the weighted sum of their cross-entropies.
+  """`ImageObjective` of the logits of all exits, `[N, X + 1, classes]`.
+
+      CE = sum_x weight_x * CE_x
 
   Attributes:
-    exit_weights: of each exit before the last, whose own is 1; one number is for all.
+    exit_weights: weights of the exits before the last, whose own is 1; one number is for all.
 
   Reference: Teerapittayanon et al., 2016 (BranchyNet), section 3.
   """
@@ -180,7 +211,7 @@ class ExitObjective(ImageObjective):
     step: Array,
     axis_name: Hashable | None = None,
   ) -> tuple[Array, Mapping[str, Array]]:
-    """As of `ImageObjective`, with the accuracy of each exit before the last."""
+    """Computes `(total, terms)`, with the accuracy of each exit before the last."""
     total, terms = super().__call__(logits, labels, records, step, axis_name)
     accuracies = jnp.mean(jnp.argmax(logits, -1) == labels[:, None], axis=0)
     return total, {
@@ -191,13 +222,14 @@ class ExitObjective(ImageObjective):
   def fit(
     self, logits: Array, labels: Array, axis_name: Hashable | None = None
   ) -> tuple[Array, Array]:
-    """The weighted sum, and the accuracy of the last exit."""
+    """Computes the weighted sum of cross-entropies, and the accuracy of the last exit."""
     exits = logits.shape[1] - 1
     if len(self.exit_weights) not in (1, exits):
       raise ValueError(
         f"exit_weights must hold 1 number, or one for each of {exits} exits before the last; "
         f"got {self.exit_weights}"
       )
+    # Equation of the class; the last exit, the network itself, has the weight 1.
     weights = jnp.append(jnp.broadcast_to(jnp.asarray(self.exit_weights), exits), 1.0)
     labels = jnp.broadcast_to(labels[:, None], logits.shape[:2])
     cross_entropy = jnp.mean(
@@ -215,7 +247,18 @@ def batch_shaping_term(
   *,
   axis_name: Hashable | None = None,
 ) -> Array:
-  """The batch-shaping loss of every gate of a network, reduced to a scalar; one sort for all layers together."""
+  """Computes the batch-shaping loss of every gate of a network, reduced to a scalar.
+
+  One sort serves all layers together.
+
+  Args:
+    records: records of one forward pass, each with `[N, C]` logits.
+    prior: the distribution of each gate's open probability over the batch.
+    reduction: as in `ImageObjective`.
+    axis_name: as in `batch_shaping_loss`.
+  Returns:
+    a scalar.
+  """
   return _reduced(_shaping_per_gate(records, prior, axis_name), records, reduction)
 
 
@@ -230,16 +273,25 @@ def _reduced(per_gate: Array, records: Records, reduction: str) -> Array:
     return jnp.sum(per_gate)
   if reduction == "mean":
     return jnp.mean(per_gate)
+  # layer_mean: every gate weighs 1 / C of its own layer.
   weights = jnp.concatenate([jnp.full(r.logits.shape[-1], 1 / r.logits.shape[-1]) for r in records])
   return jnp.sum(per_gate * weights)
 
 
 def weighted_mean(values: Array, weights: Array, axis_name: Hashable | None = None) -> Array:
-  """Weighted mean over the whole batch, however spread over the devices of `axis_name`; 0 where nothing has weight.
+  """Computes the weighted mean over the whole batch, on one device or over those of `axis_name`.
+
+  It is 0 where nothing has weight.
+
+  Args:
+    values: values of any shape.
+    weights: weights of the same shape.
+    axis_name: as in `batch_shaping_loss`.
 
   >>> weighted_mean(jnp.array([1.0, 3.0, 8.0]), jnp.array([1.0, 1.0, 0.0]))
   Array(2., dtype=float32)
   """
   mean = lambda x: collectives.batch_mean(x.ravel(), axis_name)
+  # Numerator and denominator are means over all devices: their weights may differ in number.
   total = mean(weights)
   return mean(values * weights) / jnp.where(total > 0, total, 1)

@@ -1,6 +1,7 @@
 """Outlines of data sets: all that a network needs to know of its data.
 
-A run directory keeps those of the sets it was begun with, so that its model can be loaded where the data are not.
+A run directory keeps those of its first data sets, so that its model can be loaded without the
+data.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ class Outline:
   """A data set without its examples, which stands in for the set wherever none is read.
 
   Attributes:
-    examples: their number, the length of the set.
+    examples: number of examples, the length of the set.
     class_names: one per class.
     shape: `(H, W, D)` of an image; None for videos.
-    shapes: of the arrays of a video, by name; None for images.
+    shapes: shapes of the arrays of a video, by name; None for images.
     unit_names: one per unit action of a video.
     multi_label: whether a video may have several classes.
   """
@@ -44,12 +45,12 @@ class Outline:
 
 
 def write(folder: Path, sets: Sequence[Any]) -> None:
-  """Keeps the outlines of the sets that a run is begun with."""
+  """Writes the outlines of the sets that a run begins with."""
   hosts.written(lambda: write_json(folder / FILE, {"sets": [_fields(data) for data in sets]}))
 
 
 def read(folder: Path) -> list[Outline] | None:
-  """The outlines that a run directory keeps; None where it is of an earlier version, which kept none.
+  """Reads the outlines that a run directory keeps; None for a run of an older version without any.
 
   Raises:
     RunDirError: the file is damaged.
@@ -58,10 +59,12 @@ def read(folder: Path) -> list[Outline] | None:
   if not file.exists():
     return None
   try:
+    # JSON has lists where outlines have tuples.
     sets = with_tuples(json.loads(file.read_text("utf-8")))["sets"]
     outlines = [Outline(**fields) for fields in sets]
   except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise RunDirError(f"{file} is damaged: it must hold outlines of data sets ({error})") from None
+  # Every run begins with at least one set.
   if not outlines:
     raise RunDirError(f"{file} is damaged: it must hold an outline of a data set or more")
   for outline in outlines:
@@ -71,8 +74,9 @@ def read(folder: Path) -> list[Outline] | None:
 
 
 def _fields(data: Any) -> dict[str, Any]:
-  """What a set has of the fields of its outline."""
+  """Returns the fields of an outline that a set has."""
   names = [field.name for field in dataclasses.fields(Outline)]
+  # A set has a length in place of the field `examples`.
   return {
     "examples": len(data),
     **{name: getattr(data, name) for name in names if hasattr(data, name)},
@@ -80,8 +84,9 @@ def _fields(data: Any) -> dict[str, Any]:
 
 
 def _wrong(outline: Outline) -> str | None:
-  """What no data set is like."""
+  """Returns a description of the first field that no data set can have; None if there is none."""
   shapes = {} if outline.shapes is None else outline.shapes
+  # An exact type: isinstance would take True for an integer.
   if type(outline.examples) is not int or outline.examples < 0:
     return f"examples must be an integer >= 0; it has {outline.examples!r:.80}"
   for name in ("class_names", "unit_names"):

@@ -1,6 +1,7 @@
-"""Where a run comes from: when, by which command, with which code and on which machine it was started.
+"""Provenance of a run: the time, command, code and machine of each start.
 
-A run that is resumed has several starts. The file is for people; nothing depends on it, and an old run has none.
+A run that is resumed has several starts. The file is for people; nothing depends on it, and an old
+run has none.
 """
 
 from __future__ import annotations
@@ -24,23 +25,25 @@ from gating_jax.training.journal import write_json
 
 FILE = "provenance.json"
 _PACKAGES = ("gating-jax", "jax", "jaxlib", "flax", "optax", "numpy")
-_MOST_STARTS = 50  # kept, the first and the newest
+# Starts to keep: the first one and the newest.
+_MOST_STARTS = 50
 
 
 def record_start(path: Path) -> None:
   """Adds a start, now and by this process, to those of the run directory `path`.
 
-  A file that cannot be written is left out, since a run is worth more than its provenance.
+  A file that cannot be written is skipped, since a run is worth more than its provenance.
   """
   starts = [*read_starts(path), describe()]
   if len(starts) > _MOST_STARTS:
+    # The first start shows how the run began.
     starts = [starts[0], *starts[1 - _MOST_STARTS :]]
   with contextlib.suppress(OSError):
     write_json(path / FILE, {"starts": starts})
 
 
 def read_starts(path: Path) -> list[dict[str, Any]]:
-  """The starts of the run directory `path`, oldest first; none where the file is missing or damaged."""
+  """Reads the starts of the run directory `path`, oldest first; none if missing or damaged."""
   try:
     starts = json.loads((path / FILE).read_text("utf-8", "replace"))["starts"]
   except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -51,7 +54,7 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
 
 
 def describe() -> dict[str, Any]:
-  """This process as a start: date, command, commit, versions, hardware and devices."""
+  """Describes this process as a start: date, command, commit, versions, hardware and devices."""
   return {
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "command": _command(),
@@ -64,15 +67,16 @@ def describe() -> dict[str, Any]:
 
 
 def _command() -> str:
-  """What was typed to start this process, for a shell to run again."""
+  """Returns the command that started this process, for a shell to run again."""
   typed = sys.orig_argv
-  if Path(sys.argv[0]).name in ("gating-jax", "cli.py"):  # whose path is that of this installation
+  # Their path belongs to this installation, so the command's name stands for it.
+  if Path(sys.argv[0]).name in ("gating-jax", "cli.py"):
     typed = ["gating-jax", *sys.argv[1:]]
   return " ".join(map(quoted, typed))
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:
-  """Versions of the packages that are installed."""
+  """Returns the versions of the packages that are installed."""
   found = {}
   for package in packages:
     try:
@@ -83,12 +87,15 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def _commit() -> str | None:
-  """The commit that this package is checked out at, marked where files differ from it; None where it is installed."""
+  """Returns the commit that this package is checked out at; None where it is installed.
+
+  It is marked where files differ from the commit.
+  """
   root = Path(__file__).parents[2]
-  if not (
-    root / ".git"
-  ).exists():  # else git would name the commit of a project that this is installed in
+  # Otherwise git would name the commit of a project that this package is installed in.
+  if not (root / ".git").exists():
     return None
+  # Tags are excluded: the output is the hash, with the mark.
   command = [
     "git",
     "-C",

@@ -1,4 +1,7 @@
-"""A run directory: one config, one run. It is continued by the same config and refused to any other."""
+"""Run directories: one config, one run.
+
+A run is resumed by the same config and refused to any other.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +29,12 @@ CONFIG_FILE, RESULT_FILE, REPORT_FILE, CHECKPOINT_DIR, _LOCK_FILE = (
   "checkpoints",
   ".lock",
 )
+# A folder for files that are being written, next to their final place.
 _STAGED = ".staged"
 
 
 class RunDirError(Exception):
-  """The directory cannot be used for this run; nothing in it was changed."""
+  """The error of a directory that cannot be used for this run; nothing in it was changed."""
 
 
 class RunDir:
@@ -48,28 +52,33 @@ class RunDir:
     return self.path / REPORT_FILE
 
   def has_progress(self) -> bool:
-    """Whether there is anything that another config's run would spoil."""
+    """Returns whether there is anything that another config's run would spoil."""
+    # At any depth and with any suffix: damaged checkpoints are kept next to their folder.
     return (self.path / RESULT_FILE).exists() or any(self.path.glob(f"**/{CHECKPOINT_DIR}*/*"))
 
   def result(self) -> dict[str, Any] | None:
-    """What `finish` wrote, or None while the run is not finished."""
+    """Returns the result that `finish` wrote, or None while the run is not finished."""
     file = self.path / RESULT_FILE
     return _read(file) if file.exists() else None
 
   def config(self) -> dict[str, Any]:
-    """What the run was begun with. Raises RunDirError where there is no run."""
+    """Returns the config that the run began with. Raises RunDirError where there is no run."""
     file = self.path / CONFIG_FILE
     if not file.exists():
       raise RunDirError(f"workdir {self.path} holds no run: it has no {CONFIG_FILE}")
     return _read(file)
 
   def finish(self, result: Mapping[str, Any]) -> None:
-    """Marks the run as finished."""
+    """Writes the result, which marks the run as finished."""
     hosts.written(lambda: write_json(self.path / RESULT_FILE, dict(result)))
 
 
 def existing_run(path: Path, config: ml_collections.ConfigDict) -> RunDir:
-  """The run of `config` at `path`, to look at while it may be training. Raises RunDirError as `open_run` does."""
+  """Returns the run of `config` at `path`, to read while it may be training.
+
+  Raises:
+    RunDirError: there is no run, or one of another config.
+  """
   run_dir = RunDir(user_path(path))
   _compare(run_dir.path, run_dir.config(), json.loads(config.to_json()))
   return run_dir
@@ -77,19 +86,21 @@ def existing_run(path: Path, config: ml_collections.ConfigDict) -> RunDir:
 
 @contextlib.contextmanager
 def open_run(path: Path, config: ml_collections.ConfigDict) -> Iterator[RunDir]:
-  """Opens the run of `config` at `path`, alone: no other job can until the block ends.
+  """Opens the run of `config` at `path` exclusively: no other job can until the block ends.
 
   Args:
     path: a directory; made, with its parents, if missing.
-    config: written into a new directory, or over that of a run that has saved nothing yet; else compared.
+    config: written into a new directory, or over that of a run that has saved nothing yet;
+      otherwise compared.
   Raises:
-    ValueError: a path below which checkpoints cannot be written, see `paths.check_storable`.
-    RunDirError: the directory holds another config's run (the message shows the difference), or something that is no
-      run; is in use by another process; or cannot be written.
+    ValueError: checkpoints cannot be written below the path, see `paths.check_storable`.
+    RunDirError: the directory holds another config's run (the message shows the difference), or
+      something that is no run; is in use by another process; or cannot be written.
   """
   path = user_path(path)
   check_storable("workdir", path)
   with contextlib.ExitStack() as held:
+    # Only the writer holds the lock, for the whole job.
     hosts.written(lambda: held.enter_context(_locked(path, json.loads(config.to_json()))))
     yield RunDir(path)
 
@@ -110,6 +121,7 @@ def _locked(path: Path, mine: Mapping[str, Any]) -> Iterator[None]:
   with lock:
     _hold(lock, f"workdir {path} is in use by another process")
     run_dir = RunDir(path)
+    # Compared under the lock: another job may just have begun a run here.
     if file.exists() and run_dir.has_progress():
       _compare(path, run_dir.config(), mine)
     else:
@@ -118,7 +130,10 @@ def _locked(path: Path, mine: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _hold(file: IO[str] | int, message: str) -> None:
-  """Locks an open file or directory until it is closed. Raises RunDirError where another process holds it."""
+  """Locks an open file or directory until it is closed.
+
+  Raises RunDirError where another process holds it.
+  """
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
@@ -127,21 +142,24 @@ def _hold(file: IO[str] | int, message: str) -> None:
 
 @contextlib.contextmanager
 def staged(path: Path, names: Sequence[str]) -> Iterator[Path]:
-  """A folder to write files and folders of these names in; when the block ends they are in `path`, all of them or none.
+  """Yields a folder for files of these names; when the block ends, all of them move to `path`.
 
-  What of them the block has not made is left out. What an end half-way leaves, the next call, whatever its names,
-  clears away or, if all was written, moves into place.
+  They are moved all or none; names that the block has not made are left out. The next call,
+  whatever its names, clears away what an interrupted one left or, if all was written, moves it into
+  place.
 
   Args:
     path: a directory.
-    names: of what will be there.
+    names: names of the files and folders to write.
   Raises:
-    RunDirError: one of them is in `path`; or another process is writing there in this way.
+    RunDirError: one of the names is in `path`; or another process is writing there in this way.
   """
   aside = path / _STAGED
+  # The folder itself is locked, so that no lock file stays in it.
   handle = os.open(path, os.O_RDONLY)
   try:
     _hold(handle, f"{path} is being written to by another process")
+    # An earlier call ended between its last write and the move: it is completed first.
     if (aside / "whole").exists():
       _move(aside, path)
     _check_free(path, names)
@@ -149,9 +167,11 @@ def staged(path: Path, names: Sequence[str]) -> Iterator[Path]:
     (aside / "made").mkdir(parents=True)
     try:
       yield aside / "made"
+    # Ctrl-C included: a block that fails leaves nothing.
     except BaseException:
       shutil.rmtree(aside)
       raise
+    # From here on everything is written, and an interrupted move can be completed.
     (aside / "whole").touch()
     _move(aside, path)
   finally:
@@ -160,6 +180,7 @@ def staged(path: Path, names: Sequence[str]) -> Iterator[Path]:
 
 def _move(aside: Path, path: Path) -> None:
   files = list((aside / "made").iterdir()) if (aside / "made").exists() else []
+  # Checked again: the names may have been taken since the block began.
   _check_free(path, [file.name for file in files])
   for file in files:
     file.rename(path / file.name)
@@ -181,11 +202,20 @@ def run_mode(
   render: Callable[[Mapping[str, Any]], str],
   **others: Callable[[RunDir], None],
 ) -> None:
-  """Does what `mode` asks for: `train` goes on from wherever the run directory stands, the others look at one that is
-  there.
+  """Runs a mode: `train` resumes the run directory, the others read one that exists.
 
-  A finished run is not trained again; `render` shows its result. Raises ValueError for a mode that this kind of run
-  does not have.
+  A finished run is not trained again; its result is printed.
+
+  Args:
+    path: the run directory.
+    config: the config of the run.
+    mode: `train` or a name among `others`.
+    train: trains to the end.
+    render: returns a result as text.
+    others: the other modes of this kind of run.
+  Raises:
+    ValueError: this kind of run does not have the mode.
+    RunDirError: as for `open_run` and `existing_run`.
   """
   one_of("mode", mode, ("train", *others))
   if mode != "train":
@@ -193,6 +223,7 @@ def run_mode(
     return
   with open_run(path, config) as run_dir:
     if (result := run_dir.result()) is None:
+      # Recorded under the lock, and only where training really starts.
       hosts.written(lambda: provenance.record_start(run_dir.path))
       train(run_dir)
     else:
@@ -205,7 +236,7 @@ def run_mode(
 def flatten(
   tree: Mapping[str, Any] | ml_collections.ConfigDict, prefix: str = ""
 ) -> dict[str, Any]:
-  """Nested mappings or configs as one mapping, names joined by dots.
+  """Flattens nested mappings or configs into one mapping, with names joined by dots.
 
   >>> flatten({"optim": {"epochs": 3}, "seed": 0})
   {'optim.epochs': 3, 'seed': 0}
@@ -220,7 +251,7 @@ def flatten(
 
 
 def _is_blank(path: Path) -> bool:
-  """Whether `path` is a folder with nothing in it, but for what a start that was killed at once left there."""
+  """Returns whether `path` is a folder that is empty but for traces of a start killed at once."""
   return path.is_dir() and {f.name for f in path.iterdir()} <= {_LOCK_FILE, CONFIG_FILE + TEMPORARY}
 
 
@@ -235,7 +266,11 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _compare(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-  """Raises a RunDirError where configs differ; a field that is None and one that an older config lacks are the same."""
+  """Raises a RunDirError where configs differ.
+
+  A field that is None equals one that an older config lacks.
+  """
+  # `get` gives None for an absent field, so that it equals one that is None.
   theirs, mine = flatten(theirs), flatten(mine)
   lines = [
     f"  {name}: {theirs.get(name, '(absent)')!r} there, {mine.get(name, '(absent)')!r} here"
@@ -244,6 +279,6 @@ def _compare(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> 
   ]
   if lines:
     raise RunDirError(
-      f"workdir {path} holds a run of another config; name another workdir, or use its config. Difference:\n"
-      + "\n".join(lines)
+      f"workdir {path} holds a run of another config; name another workdir, or use its config. "
+      "Difference:\n" + "\n".join(lines)
     )

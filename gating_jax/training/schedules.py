@@ -1,4 +1,4 @@
-"""Coefficients and learning rates as functions of the step, their corners given as fractions of training."""
+"""Schedules of coefficients and learning rates, with corners as fractions of training."""
 
 from __future__ import annotations
 
@@ -12,26 +12,37 @@ LEARNING_RATES = ("step", "cosine")
 
 
 def fade_out(coefficient: float, end: float, total_steps: int) -> optax.Schedule:
-  """From `coefficient` at the start, linear to 0 at the fraction `end`; 0 from the start where `end` is 0."""
+  """Returns a schedule from `coefficient` linearly to 0 at the fraction `end` of training.
+
+  It is 0 from the start where `end` is 0.
+  """
   _check_fractions(end=end)
+  # An end of 0 turns the term off.
   if not end:
     return optax.constant_schedule(0.0)
   return optax.linear_schedule(coefficient, 0.0, max(1, round(end * total_steps)))
 
 
 def fade_in(coefficient: float, start: float, full: float, total_steps: int) -> optax.Schedule:
-  """0 up to the fraction `start`, linear to `coefficient` at the fraction `full`, constant after."""
+  """Returns a schedule of 0 up to `start`, then linear to `coefficient` at `full`, then constant.
+
+  `start` and `full` are fractions of training.
+  """
   return ramp(0.0, coefficient, start, full, total_steps)
 
 
 def ramp(first: float, last: float, start: float, full: float, total_steps: int) -> optax.Schedule:
-  """`first` up to the fraction `start`, linear to `last` at the fraction `full`, constant after; `last` from the start
-  where `full` is 0."""
+  """Returns a schedule of `first` up to `start`, then linear to `last` at `full`, then constant.
+
+  `start` and `full` are fractions of training. The schedule is `last` from the start where `full`
+  is 0.
+  """
   _check_fractions(start=start, full=full)
   if not start <= full:
     raise ValueError(f"start must be <= full; got start {start}, full {full}")
   if full == 0:
     return optax.constant_schedule(last)
+  # One step at least: with 0 steps optax would stay at `first`.
   begin = round(start * total_steps)
   return optax.linear_schedule(
     first, last, max(1, round(full * total_steps) - begin), transition_begin=begin
@@ -47,7 +58,18 @@ def learning_rate(
   drops: tuple[float, ...] = (),
   factor: float = 0.1,
 ) -> optax.Schedule:
-  """Linear warm-up over the fraction `warmup`, then `cosine` to 0, or `step`: times `factor` at each of `drops`."""
+  """Returns a learning rate with linear warm-up and decay.
+
+  Args:
+    kind: `cosine` decays to 0; `step` multiplies by `factor` at each of `drops`.
+    peak: the rate after the warm-up, > 0.
+    total_steps: steps of the training.
+    warmup: fraction of training for the linear warm-up from 0.
+    drops: fractions of training.
+    factor: see `kind`.
+  Raises:
+    ValueError: an unknown kind, a rate that is not positive, or a fraction outside [0, 1].
+  """
   _check_fractions(warmup=warmup, **{f"drops[{i}]": d for i, d in enumerate(drops)})
   one_of("schedule", kind, LEARNING_RATES)
   if not peak > 0:
@@ -56,12 +78,14 @@ def learning_rate(
   if kind == "cosine":
     after = optax.cosine_decay_schedule(peak, max(1, total_steps - warm))
   else:
+    # Counted, since several drops may round to the same step: each multiplies the rate.
     drops_at = collections.Counter(round(d * total_steps) - warm for d in drops)
     after = optax.piecewise_constant_schedule(
       peak, {at: factor**count for at, count in drops_at.items()}
     )
   if not warm:
     return after
+  # join_schedules counts the steps of `after` from its beginning, hence `- warm` above.
   return optax.join_schedules([optax.linear_schedule(0.0, peak, warm), after], [warm])
 
 

@@ -1,4 +1,4 @@
-"""Checks of a config's fields that every experiment makes, before anything is compiled."""
+"""Checks of a config's fields, common to all experiments, before anything is compiled."""
 
 from __future__ import annotations
 
@@ -17,14 +17,19 @@ from gating_jax.checks import one_of
 from gating_jax.training import rundir
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# A test of a field's value, and the rule in words: `NAME must be RULE`.
 Rule = tuple[Callable[[Any], bool], str]
 
 
 def config_of(workdir: Path) -> ml_collections.ConfigDict:
-  """The config that a run directory was begun with. Raises RunDirError where there is no run, or a damaged one."""
+  """Reads the config that a run directory began with.
+
+  Raises RunDirError where there is no run, or a damaged one.
+  """
   file, fields = workdir / rundir.CONFIG_FILE, rundir.RunDir(workdir).config()
   if not isinstance(fields.get("experiment"), str):
     raise rundir.RunDirError(f"{file} is damaged: it must tell the experiment")
+  # The fields of an unknown experiment cannot be checked; the caller refuses it.
   base = config_files.base(fields["experiment"])
   if base is not None:
     _check_fields(file, base, fields)
@@ -34,18 +39,20 @@ def config_of(workdir: Path) -> ml_collections.ConfigDict:
 def _check_fields(
   file: Path, base: ml_collections.ConfigDict, fields: Mapping[str, Any], prefix: str = ""
 ) -> None:
-  """Raises a RunDirError unless a config that was read has the fields of `base`, of their types.
+  """Raises a RunDirError unless a config has the fields of `base`, of their types.
 
-  One that is None where nothing else is set may be absent: it is newer than the run.
+  A field may be absent where its default is None: it is newer than the run.
   """
   for name, default in base.items():
     value, kind = fields.get(name), base.get_type(name)
+    # JSON has no tuples.
     if kind is tuple:
       kind = list
     section = isinstance(default, ml_collections.ConfigDict)
     if section and isinstance(value, Mapping):
       _check_fields(file, default, value, f"{prefix}{name}.")
       continue
+    # A whole number may stand for a float; True is an int in Python, but not a number here.
     fits = isinstance(value, (int, float) if kind is float else kind) and (
       kind is bool or not isinstance(value, bool)
     )
@@ -58,7 +65,7 @@ def _check_fields(
 
 
 def with_tuples(value: Any) -> Any:
-  """With tuples where JSON has lists; configs have no others."""
+  """Returns the value with tuples for the lists of JSON; configs have no lists."""
   if isinstance(value, dict):
     return {name: with_tuples(part) for name, part in value.items()}
   return tuple(map(with_tuples, value)) if isinstance(value, list) else value
@@ -75,13 +82,24 @@ def check(
   numbers: Collection[str] = (),
   rules: Mapping[str, Rule],
 ) -> None:
-  """Raises a ValueError that names the first field, such as `optim.batch_size`, which breaks its rule."""
+  """Raises a ValueError that names the first field, such as `optim.batch_size`, to break its rule.
+
+  Args:
+    config: the config to check.
+    choices: allowed values, by field.
+    positive, not_negative: fields of finite numbers > 0, and >= 0.
+    at_least: least value, by field.
+    fractions: fields in (0, 1].
+    numbers: fields of tuples of finite numbers, not empty.
+    rules: other rules, by field.
+  """
   fields = rundir.flatten(config)
   for name, allowed in choices.items():
     one_of(name, fields[name], allowed)
   every: list[tuple[str, Rule]] = []
   every += [(name, (lambda v: 0 < v < math.inf, "a positive finite number")) for name in positive]
   every += [(name, (lambda v: 0 <= v < math.inf, "a finite number >= 0")) for name in not_negative]
+  # `least` is bound as a default: a closure would see the loop's last value.
   every += [
     (name, (lambda v, least=least: v >= least, f">= {least}")) for name, least in at_least.items()
   ]
@@ -96,7 +114,7 @@ def check(
 
 @contextlib.contextmanager
 def named(section: str) -> Iterator[None]:
-  """Errors of settings say which section of the config they are of."""
+  """Prefixes errors of settings in the block with their section of the config."""
   try:
     yield
   except ValueError as error:
@@ -104,14 +122,14 @@ def named(section: str) -> Iterator[None]:
 
 
 def all_numbers(values: Any) -> bool:
-  """Whether `values` is a tuple of finite numbers; an empty one is."""
+  """Returns whether `values` is a tuple of finite numbers; an empty one is."""
   return isinstance(values, tuple) and all(
     isinstance(v, (int, float)) and math.isfinite(v) for v in values
   )
 
 
 def check_channels(data: ml_collections.ConfigDict, channels: int) -> None:
-  """Raises a ValueError unless `data.mean` and `data.std` fit images of so many channels."""
+  """Raises a ValueError unless `data.mean` and `data.std` fit images of that many channels."""
   for name in ("mean", "std"):
     if len(data[name]) not in (1, channels):
       raise ValueError(
@@ -121,12 +139,13 @@ def check_channels(data: ml_collections.ConfigDict, channels: int) -> None:
 
 
 def feature_names(data: ml_collections.ConfigDict) -> tuple[str, str]:
-  """Returns the names of the image and the label in a TFDS set; older configs have no fields for them."""
+  """Returns the names of the image and the label in a TFDS set."""
+  # Older configs have no fields for them; None stands for the default.
   return data.get("image_feature") or "image", data.get("label_feature") or "label"
 
 
 def divides_over_devices() -> Rule:
-  """The rule of a batch size."""
+  """Returns the rule of a batch size: a multiple of the number of devices."""
   return (
     lambda size: size % jax.device_count() == 0,
     f"a multiple of the {jax.device_count()} devices",
@@ -134,5 +153,5 @@ def divides_over_devices() -> Rule:
 
 
 def total_steps(epochs: int, steps_per_epoch: int, per_dispatch: int) -> int:
-  """Steps of a training, whole dispatches."""
+  """Computes the steps of a training, in whole dispatches."""
   return math.ceil(epochs * steps_per_epoch / per_dispatch) * per_dispatch

@@ -1,4 +1,4 @@
-"""`--smoke`: any config on so little data, and for so few steps and tasks, that a run ends within a minute."""
+"""Smoke tests of any config: little data, few steps and tasks, so that a run ends in a minute."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from gating_jax.data import features, scenes
 from gating_jax.data import tfds as tfds_sets
 from gating_jax.training import settings
 
-_BATCH = 16  # examples, over all devices
+# Examples of a batch, over all devices.
+_BATCH = 16
 _EXAMPLES = {"train": 64, "test": 32}
-_OF_A_CLASS = {
-  "train": 50,
-  "test": 25,
-}  # on average, so that none is without images, nor a task with few
-_VIDEOS = 32  # of files
-_SIDE = 128  # pixels of a scene's longer side
+# Examples of a class on average, for runs of tasks: no class is then without images.
+_OF_A_CLASS = {"train": 50, "test": 25}
+# Videos, where these are files.
+_VIDEOS = 32
+# Pixels of a scene's longer side.
+_SIDE = 128
+# Fields that a run's time grows with, and their largest value.
 _AT_MOST = {
   "data.image_size": 64,
   "data.size": 32,
@@ -42,12 +44,14 @@ _AT_MOST = {
 
 
 def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """The config with less of everything that a run's time grows with; its model and method are as they were.
+  """Returns the config with less of everything that a run's time grows with.
 
-  Sets of TFDS are opened for their splits and classes; errors are as in `sources.open_tfds`.
+  Its model and method are unchanged. TFDS sets are opened for their splits and classes; errors are
+  as in `sources.open_tfds`.
 
   >>> from ml_collections import ConfigDict
-  >>> shrink(ConfigDict({"data": {"name": "digits", "image_size": 224}, "optim": {"epochs": 200}})).to_dict()
+  >>> config = {"data": {"name": "digits", "image_size": 224}, "optim": {"epochs": 200}}
+  >>> shrink(ConfigDict(config)).to_dict()
   {'data': {'image_size': 64, 'name': 'digits'}, 'optim': {'epochs': 1}}
   """
   small = config.copy_and_resolve_references().unlock()
@@ -55,30 +59,34 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   for name, most in _AT_MOST.items():
     _lower(small, name, most)
   phases = ["optim"]
-  if not small.get(
-    "pretrained"
-  ):  # else the first training is that of another run, and stays as it was
+  # With `pretrained`, the first training is that of another run, and stays as it was.
+  if not small.get("pretrained"):
     phases.append("pretrain")
   for phase in phases:
     _lower(small, f"{phase}.epochs", 1)
     _lower(small, f"{phase}.batch_size", _over_devices(_BATCH))
   _set(small, "eval_every", 0.0)
   if small.get("gates", {}).get("when_full") == "error":
-    small.gates.when_full = "reuse"  # after a few steps most units are taken
-  if "layout" in small.get("data", {}):  # splits of videos are files
+    # After a few steps of training most units are taken.
+    small.gates.when_full = "reuse"
+  # Splits of videos are files; digits and made scenes are small already.
+  if "layout" in small.get("data", {}):
     small.data.at_most = _VIDEOS
-  elif small.data.get("name") not in (tfds_sets.DIGITS, scenes.MADE):  # which are small, or made
+  elif small.data.get("name") not in (tfds_sets.DIGITS, scenes.MADE):
     _cut_splits(small)
   return small.lock()
 
 
 def _over_devices(size: int) -> int:
-  """The size, or what is next to it that all devices share."""
+  """Rounds the size down to a multiple of the devices; up to their number where it is below."""
   return max(1, size // jax.device_count()) * jax.device_count()
 
 
 def _lower(config: ml_collections.ConfigDict, name: str, most: int) -> None:
-  """Sets a field that is there to `most` at most; 0 means all of it, but where it counts epochs."""
+  """Sets a field to at most `most`, where it is there.
+
+  A count of 0 tasks stands for all of them, and is replaced too; any other 0 stays.
+  """
   section, field = _place(config, name)
   if (
     section is not None
@@ -97,7 +105,7 @@ def _set(config: ml_collections.ConfigDict, name: str, value: float) -> None:
 def _place(
   config: ml_collections.ConfigDict, name: str
 ) -> tuple[ml_collections.ConfigDict | None, str]:
-  """The section that has a field; None where there is none."""
+  """Returns the section that has a field, or None, and the field's own name."""
   *sections, field = name.split(".")
   for each in sections:
     config = config.get(each, {})
@@ -105,7 +113,7 @@ def _place(
 
 
 def _shrink_scenes(config: ml_collections.ConfigDict) -> None:
-  """Brings scenes, and the parts of them that are trained on, to `_SIDE` pixels at most, by one factor."""
+  """Scales scenes and their crops by one factor, to at most `_SIDE` pixels."""
   data = config.get("data", {})
   whole = data.get("size")
   if not isinstance(whole, tuple) or max(whole) <= _SIDE:
@@ -117,7 +125,7 @@ def _shrink_scenes(config: ml_collections.ConfigDict) -> None:
 
 
 def _cut_splits(config: ml_collections.ConfigDict) -> None:
-  """Cuts the splits of a set of TFDS to their first examples, which TFDS has shuffled."""
+  """Cuts the splits of a TFDS set to their first examples, which TFDS has shuffled."""
   data, read = config.data, {}
   if "tasks" in config:
     read = {settings.feature_names(data)[1]: features.ImageClass}
@@ -130,8 +138,9 @@ def _cut_splits(config: ml_collections.ConfigDict) -> None:
 
 
 def _first(split: str, count: int, splits: Any) -> str:
-  """The first examples of any split expression of TFDS: of `train[80%:]` as `train[800:864]`."""
-  import tensorflow_datasets as tfds  # slow to import
+  """Returns the first examples of any TFDS split: of `train[80%:]`, `train[800:864]`."""
+  # Imported here: it loads slowly.
+  import tensorflow_datasets as tfds
 
   parts = []
   for part in tfds.core.ReadInstruction.from_spec(split).to_absolute(splits):

@@ -1,6 +1,9 @@
-"""Training and evaluation steps: pure functions of (state, arrays), for one device or, by an axis name, for several.
+"""Training and evaluation steps: pure functions of (state, arrays).
 
-Axes: B examples on this device, K steps of one call, M resident examples, G gates of the whole network.
+They are for one device or, by an axis name, for several.
+
+Axes: B examples on this device, K steps of one call, M resident examples, G gates of the whole
+network.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from gating_jax.ops.macs import executed_macs
 from gating_jax.training.devices import value_and_grad_over_devices
 from gating_jax.types import Array
 
-DROPOUT_RNG = "dropout"  # the name of Flax's own PRNG stream for it
+# The name of Flax's own PRNG stream for dropout.
+DROPOUT_RNG = "dropout"
+# Numbers folded into the key of a step. Runs depend on them: they must not change.
 AUGMENT_STREAM, GATE_STREAM, DROPOUT_STREAM = range(3)
 
 
@@ -38,8 +43,18 @@ class TrainState(struct.PyTreeNode):
 def init_state(
   model: nn.Module, optimiser: optax.GradientTransformation, seed: int, shapes: Any
 ) -> TrainState:
-  """A fresh state for examples of these shapes: `(H, W, D)` for images, or the tree of shapes that the model takes."""
-  # rbg: the default generator makes XLA compile an unrolled threefry for each of hundreds of parameters.
+  """Initialises a fresh state.
+
+  Args:
+    model: the model to train.
+    optimiser: its optimiser.
+    seed: the seed of the parameters.
+    shapes: `(H, W, D)` for images, or the tree of shapes that the model takes, without examples.
+  Returns:
+    the state of step 0.
+  """
+  # rbg: with the default generator, XLA compiles an unrolled threefry for each of hundreds of
+  # parameters.
   key = jax.random.key(seed, impl="rbg")
 
   @jax.jit
@@ -66,15 +81,26 @@ def make_train_step(
   axis_name: Hashable | None = None,
   noise_scale: Callable[[Array], Array] | None = None,
 ) -> Callable:
-  """One step: `(state, inputs, targets) -> (state, metrics)`.
+  """Returns a training step: `(state, inputs, targets) -> (state, metrics)`.
 
-  `inputs` and `targets` are trees of arrays `[B, ...]`, this device's share, such as uint8 pixels and labels.
-  `prepare(key, inputs)` augments and normalises; `objective(outputs, targets, records, step, axis_name)` returns the
-  loss and named terms. Metrics are scalars over the whole batch. All randomness is a function of `seed` and
-  `state.step`. `noise_scale`, from step to number, is in place of the model's own for all its gates.
+  `inputs` and `targets` are trees of arrays `[B, ...]`, the examples on this device, such as uint8
+  pixels and labels. Metrics are scalars over the whole batch. All randomness is a function of
+  `seed` and `state.step`.
+
+  Args:
+    model: the model to train.
+    optimiser: its optimiser.
+    objective: `(outputs, targets, records, step, axis_name)`, returns the loss and named terms.
+    prepare: `(key, inputs)`, augments and normalises.
+    seed: the seed of the run.
+    axis_name: the axis over which the batch is spread; None for one device.
+    noise_scale: from step to number, replaces the model's own scale for all its gates.
+  Returns:
+    the step.
   """
 
   def step(state: TrainState, inputs: Any, targets: Any) -> tuple[TrainState, dict[str, Array]]:
+    # A key of the step number, not one in the state: a resumed run draws the same numbers.
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     prepared = prepare(jax.random.fold_in(key, AUGMENT_STREAM), inputs)
     rngs = {
@@ -92,6 +118,7 @@ def make_train_step(
       total, terms = objective(outputs, targets, records, state.step, axis_name)
       metrics = {"loss": total, **terms}
       for name, record in zip(layer_names(records), records, strict=True):
+        # A soft gate counts as open above 0.
         metrics[f"gate_rate/{name}"] = jnp.mean(record.gates > 0)
       if noise_scale is not None:
         metrics["gates/noise_scale"] = jnp.asarray(noise_scale(state.step), jnp.float32)
@@ -103,6 +130,7 @@ def make_train_step(
     metrics["gradient_norm"] = optax.tree.norm(grads)
     updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    # For the check that all values are finite: a step can spoil them after a finite loss.
     metrics["state_norm"] = optax.tree.norm((params, batch_stats))
     return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
@@ -110,9 +138,10 @@ def make_train_step(
 
 
 def resident_steps(step: Callable) -> Callable:
-  """K training steps over a resident set.
+  """Returns K training steps over a data set that is resident on the devices.
 
-  `(state, (inputs [M, ...], targets [M, ...]), indices [B, K]) -> (state, metrics [K])`.
+  The result is `(state, (inputs [M, ...], targets [M, ...]), indices [B, K]) -> (state, metrics
+  [K])`.
   """
 
   def run(state, dataset, indices):
@@ -123,20 +152,21 @@ def resident_steps(step: Callable) -> Callable:
 
 
 def streamed_steps(step: Callable) -> Callable:
-  """K training steps over batches from the host.
+  """Returns K training steps over batches from the host.
 
-  `(state, (inputs [B, K, ...], targets [B, K, ...])) -> (state, metrics [K])`.
+  The result is `(state, (inputs [B, K, ...], targets [B, K, ...])) -> (state, metrics [K])`.
   """
 
   def run(state, batch):
     body = lambda state, one: step(state, *one)
+    # Batches have the examples first, to be spread over devices; the scan runs over axis 0.
     return _scan(body, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), batch))
 
   return run
 
 
 def image_scores(logits: Array, labels: Array) -> dict[str, Array]:
-  """For each image, `[B]`: its `predicted` class, whether that is `correct`, and its `cross_entropy`."""
+  """Computes for each image, `[B]`: `predicted` class, whether it is `correct`, `cross_entropy`."""
   predicted = jnp.argmax(logits, -1)
   return {
     "predicted": predicted,
@@ -150,10 +180,17 @@ def make_eval_step(
   normalise: Callable[[Array], Array],
   scores: Callable[..., dict[str, Array]] = image_scores,
 ) -> Callable:
-  """`(state, pixels, labels) -> results` for each example; no key, no noise.
+  """Returns an evaluation step, `(state, pixels, labels) -> results` for each example.
 
-  Results are those of `scores(logits, labels)` and, for a gated net, `[B]` `macs` (of its gated part), with `gates` and
-  `gate_logits` `[B, G]`.
+  It needs no key and draws no noise. Results are those of `scores(logits, labels)` and, for a gated
+  net, `[B]` `macs` (of its gated part), with `gates` and `gate_logits` `[B, G]`.
+
+  Args:
+    model: the model to test.
+    normalise: from pixels to network input.
+    scores: `(logits, labels)`, returns named results `[B, ...]`.
+  Returns:
+    the step.
   """
 
   def step(state: TrainState, pixels: Array, labels: Array) -> dict[str, Array]:
@@ -170,7 +207,8 @@ def make_eval_step(
 
 
 def _scan(body, state, batches):
-  """`lax.scan`, without its loop where there is one step: XLA on CPU runs loop bodies on fewer threads."""
+  """Runs `lax.scan`, without a loop for a single step."""
+  # XLA on CPU runs the bodies of loops on fewer threads.
   first = jax.tree.leaves(batches)[0]
   if first.shape[0] > 1:
     return lax.scan(body, state, batches)

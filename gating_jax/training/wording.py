@@ -1,4 +1,4 @@
-"""Metrics of training steps as a line for people."""
+"""Wording of training metrics, as a line for people."""
 
 from __future__ import annotations
 
@@ -26,22 +26,25 @@ _TERMS = {
   "heavy": "heavy net",
   "task_cross_entropy": "cross-entropy of the task",
 }
-_NOT_SHOWN = ("loss", "gradient_norm", "state_norm")  # metrics.jsonl and TensorBoard have the norms
-_CHANNELS, _RATES = (
-  "channels_",
-  "gate_rate/",
-)  # before terms of a heavy net's gates, and before names of layers
+# Not among the loss's terms; metrics.jsonl and TensorBoard have the norms.
+_NOT_SHOWN = ("loss", "gradient_norm", "state_norm")
+# Prefixes of the terms of a heavy net's gates, and of the names of layers.
+_CHANNELS, _RATES = "channels_", "gate_rate/"
 
 
 def headline(means: Mapping[str, float]) -> str:
-  """Accuracy, loss and what it is made of, MACs, open gates; of these what there is.
+  """Describes metrics: accuracy, loss and its terms, MACs, open gates; those that there are.
 
   Args:
-    means: of a step's metrics, by name: fractions but for the losses; terms of the loss are before their coefficients.
+    means: means of a step's metrics, by name: fractions, except for the losses; terms of the loss
+      are before their coefficients.
 
-  >>> headline({"loss": 0.8125, "cross_entropy": 0.5, "batch_shaping": 0.25, "batch_shaping_coefficient": 0.75,
-  ...           "accuracy": 0.875, "mac_ratio": 0.5312, "gate_rate/layer1/conv": 0.5, "gradient_norm": 2.0})
-  'accuracy 87.5 %, loss 0.8125 (cross-entropy 0.5, batch-shaping 0.25), MACs 53.1 %, open gates 50.0 %'
+  >>> means = {"loss": 0.8125, "cross_entropy": 0.5, "batch_shaping": 0.25}
+  >>> means |= {"batch_shaping_coefficient": 0.75, "accuracy": 0.875, "mac_ratio": 0.5312}
+  >>> means |= {"gate_rate/layer1/conv": 0.5, "gradient_norm": 2.0}
+  >>> print(headline(means).replace(" (", "\\n("))
+  accuracy 87.5 %, loss 0.8125
+  (cross-entropy 0.5, batch-shaping 0.25), MACs 53.1 %, open gates 50.0 %
   """
   percents = lambda words: [
     f"{word} {_percent(means[name])}" for name, word in words.items() if name in means
@@ -58,9 +61,11 @@ def headline(means: Mapping[str, float]) -> str:
     parts += terms
   parts += percents(_COSTS)
   rates = [value for name, value in means.items() if name.startswith(_RATES)]
-  if "share" in means:  # the first is that of segments
+  # The first rate is that of segments, which "share" has shown.
+  if "share" in means:
     rates = rates[1:]
-  if rates:  # a mean over layers
+  # A mean over layers, whatever their number of gates.
+  if rates:
     parts.append(f"open gates {_percent(float(np.mean(rates)))}")
   return ", ".join(parts)
 
