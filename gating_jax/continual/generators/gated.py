@@ -1,9 +1,10 @@
-"""Gates per task in one generator of images, with nothing forgotten: task-gated networks, from latents to pixels.
+"""Task-gated networks as a generator of images, with gates per task and no forgetting.
 
-After a task a unit is relevant if its gate opened often enough, over many fresh latents. The gates of the others are
-shut for good and the filters of relevant units frozen, by masking their updates; all other filters begin anew. Then the
-images of the task are the same, bit for bit, whatever is learnt later. A task may use the filters of those before it,
-and where a layer has none left it uses nothing else.
+After a task a unit is relevant if its gate opens often enough, over many fresh latents. The gates
+of the other units are closed permanently. The filters of relevant units are frozen, by masking
+their updates; all other filters are initialised again. Then the images of the task are the same,
+bit for bit, whatever is learnt later. A task may use the filters of earlier tasks; where a layer
+has no free filter left it uses only these.
 
 Axes: U gated units of the generator.
 Reference: Abati et al., 2020, section 3.2, of classifiers.
@@ -24,16 +25,23 @@ from gating_jax.continual.generators import wgan
 from gating_jax.models.generator import Generator
 from gating_jax.types import Array
 
-_PROBES, _PROBE_BATCHES = 250, 40  # latents that show which gates a task opens, in so many batches
+# Latents that show which gates a task opens, in so many batches.
+_PROBES, _PROBE_BATCHES = 250, 40
 Tree = Any
 
 
 def gated(
   generator: Generator, tasks: int, gates: units.ProtectionSettings
 ) -> shared_generator.Protection:
-  """The protection; its patience is in steps.
+  """Makes the protection; the patience of `gates` is in steps.
 
-  Its state: `frozen`, for each shared parameter, whether it is by its last axis; `relevant` `[T, U]`.
+  Its state: `frozen`, the mask of shared parameters as of `units.nothing_frozen`; `relevant` `[T,
+  U]`.
+
+  Args:
+    generator: for all tasks.
+    tasks: T.
+    gates: how tasks are gated and protected.
   """
   records = shared_generator.records(generator)
 
@@ -47,7 +55,9 @@ def gated(
     return {**fresh, "shared": units.begin_anew(state["frozen"], shared, fresh["shared"])}
 
   def training(state, step):
+    # A generator does not grow: all units are available.
     available = np.ones(state["relevant"].shape[1], bool)
+    # An empty tree slows nothing.
     free = jax.tree.map(jnp.logical_not, state["frozen"]) if gates.protect_updates else {}
     return {
       "update": lambda updates, params: shared_generator.slowed(updates, free),
@@ -59,6 +69,7 @@ def gated(
       "params": shared_net.merge(params["shared"], params["own"]),
       "batch_stats": batch_stats,
     }
+    # On latents of its own, since a generator has no validation images.
     relevant = open_rates(generator, variables, key) > gates.threshold
     own = units.shut(params["own"], records, relevant) if gates.shut_gates else params["own"]
     return {
@@ -70,7 +81,15 @@ def gated(
 
 
 def open_rates(generator: Generator, variables: Tree, key: Array) -> np.ndarray:
-  """`[U]`, the share of latents, as many of each class, for which each gate opens."""
+  """Computes the fraction of latents for which each gate opens.
+
+  Args:
+    generator: for all tasks.
+    variables: of one task.
+    key: PRNG key of the latents, which are as many for each class, to within one.
+  Returns:
+    `[U]`.
+  """
   counts = sum(
     np.asarray(_opened(generator, variables, jax.random.fold_in(key, i)))
     for i in range(_PROBE_BATCHES)

@@ -1,11 +1,12 @@
-"""HAT's masks in one generator of images for all tasks: a learnt mask over channels for every task.
+"""HAT in a generator of images, with a learnt mask over channels for every task.
 
-The equations are those of `hat`, with two differences: the slope s rises once, over all steps of a task's training; and
-since Adam moves a parameter by about its learning rate whatever the gradient, embeddings move ten times as far.
+The equations are those of `hat`, with two differences. The slope s rises once, over all steps of a
+task's training. Since Adam moves a parameter by about its learning rate whatever the gradient,
+embeddings move ten times as far.
 
 Axes: T tasks, U gated units of the generator.
-Reference: Ostapenko et al., "Learning to remember: a synaptic plasticity driven framework for continual learning",
-CVPR 2019.
+Reference: Ostapenko et al., "Learning to remember: a synaptic plasticity driven framework for
+continual learning", CVPR 2019.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ _EMBEDDING_RATE = 10.0
 def masked(
   generator: Generator, tasks: int, *, steps: int, steepness: float, sparsity: float
 ) -> shared_generator.Protection:
-  """The protection; its state is `masks` `[T, U]`, 0 for tasks to come.
+  """Makes the protection; its state is `masks` `[T, U]`, 0 for tasks to come.
 
   Args:
-    generator: its gates the sigmoids of parameters.
+    generator: with gates that are sigmoids of parameters.
     tasks: T.
-    steps: of the training on each.
-    steepness, sparsity: as of `hat.hat`.
+    steps: of the training on each task.
+    steepness, sparsity: as in `hat.hat`.
+  Raises:
+    ValueError: a setting breaks its rule.
   """
   hat.check(steepness, sparsity)
   records = shared_generator.records(generator)
@@ -41,10 +44,13 @@ def masked(
     return {"shared": shared, "own": hat.drawn(fresh["own"], key)}
 
   def training(state, step):
+    # A progress of 1 at the last step of the training, and after it.
     s = hat.slope(jnp.minimum(1, step / max(1, steps - 1)), steepness)
+    # a^{<t}: the masks of later tasks are still 0.
     used = jnp.max(state["masks"], axis=0)
 
     def update(updates, params):
+      # Limited last, so that ten times an update stays within the limits too.
       updates = hat.limited(hat.of_embeddings(lambda u: _EMBEDDING_RATE * u, updates), params)
       shared = shared_generator.split(updates, records)["shared"]
       return shared_generator.slowed(updates, hat.plasticity(shared, records, used, jnp.ones(())))

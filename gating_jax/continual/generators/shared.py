@@ -1,10 +1,11 @@
-"""One generator of images for all tasks, which share the filters that its gates switch.
+"""One generator of images for all tasks, with shared gated filters.
 
-All else, the gates and the layer of pixels, every task has for itself. By what gates a task learns, and how it is kept
-from those after it, says a `Protection`: `gated_generator.gated`, or `masked_generator.masked`.
+Each task has its own gates and its own layer of pixels. A `Protection` defines how a task's gates
+train and how its filters are protected: `generators.gated.gated` or `generators.masked.masked`.
 
 Axes: N images, T tasks, C classes of a task.
-Reference: Abati et al., 2020, who leave it to others; Ostapenko et al., 2019; Gulrajani et al., 2017 (WGAN-GP).
+Reference: Abati et al., 2020, who leave it to others; Ostapenko et al., 2019; Gulrajani et al.,
+2017 (WGAN-GP).
 """
 
 from __future__ import annotations
@@ -36,15 +37,18 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Protection:
-  """How tasks are kept apart, as pure functions over a state of its own; parameters are in two parts, `split`.
+  """The protection of tasks, as pure functions over a state of its own.
+
+  Parameters are in two parts, as of `split`.
 
   Attributes:
     init: `shared -> state`, before any task.
-    begin: `(state, shared, fresh, key) -> params`, with which a task begins: of `fresh` ones, and of the shared filters
-      as the tasks before left them.
+    begin: `(state, shared, fresh, key) -> params`, the initial parameters of a task, made from
+      `fresh` ones and from the shared filters after the earlier tasks.
     training: `(state, step) -> ` keywords of `wgan.make_train_step`.
-    finish: `(state, task, params, batch_stats, key) -> (state, own)`, of a task whose generator is trained.
-    view: whole parameters to those that the generator runs with, in evaluation.
+    finish: `(state, task, params, batch_stats, key) -> (state, own)`, for a task whose generator is
+      trained.
+    view: maps whole parameters to those that the generator runs with, in evaluation.
   """
 
   init: Callable[[Tree], Tree]
@@ -64,16 +68,19 @@ def shared_generative(
   replayed: int,
   seed: int,
 ) -> Rehearsal:
-  """A rehearsal by one generator, trained on each task before the task itself is learnt.
+  """Makes a rehearsal by one generator, trained on each task before the task itself.
 
-  As with one for every task, all that is recalled is generated, `images` of every task in equal parts of its classes.
+  As in `rehearsal.generative`, all recalled images are generated, `images` of every task in equal
+  parts of its classes.
 
   Args:
-    problem: whose images it makes.
+    problem: the learning problem.
     generator: gated, and conditional on the classes of one task.
     settings: of its training.
-    protection: of the tasks that are over.
-    images, replayed, seed: as of `rehearsal.generative`.
+    protection: of earlier tasks.
+    images, replayed, seed: as in `rehearsal.generative`.
+  Raises:
+    ValueError: fewer `images` than classes of a task.
   """
   check_images(images, problem)
   shared = _Shared(problem, generator, settings, protection, images, replayed, seed)
@@ -83,7 +90,7 @@ def shared_generative(
 
 
 def records(generator: Generator) -> Records:
-  """Of one image, as shapes."""
+  """Returns the records of one image, as shapes."""
   z, label = (
     jax.ShapeDtypeStruct((1, generator.latent), jnp.float32),
     jax.ShapeDtypeStruct((1,), jnp.int32),
@@ -94,13 +101,19 @@ def records(generator: Generator) -> Records:
 
 
 def split(params: Tree, records: Records) -> dict[str, Tree]:
-  """`{"shared", "own"}`: the filters that gates switch, and the rest."""
+  """Splits parameters into `{"shared", "own"}`: the filters that gates switch, and the rest."""
   writers = {writer for r in records for writer in r.writers}
   return shared_net.split(params, lambda path: path[:-1] in writers)
 
 
 def slowed(updates: Tree, free: Tree) -> Tree:
-  """`updates` times how far each may go; the whole way where `free` says nothing."""
+  """Multiplies updates by how far each parameter may move.
+
+  Args:
+    updates: any tree.
+    free: factors by the same paths; updates without one stay.
+  """
+  # `free` may lack paths, so the trees cannot be mapped together.
   flat, free = (traverse_util.flatten_dict(tree) for tree in (updates, free))
   return traverse_util.unflatten_dict(
     {path: u * free[path] if path in free else u for path, u in flat.items()}
@@ -111,8 +124,8 @@ def slowed(updates: Tree, free: Tree) -> Tree:
 class _Shared:
   """The functions of the rehearsal.
 
-  Memory: `own`, every task's parameters and statistics, `[T, ...]`; `protection`, its state; `training`, of the task
-  that is learnt, which also holds the shared filters.
+  Memory: `own`, every task's parameters and statistics, `[T, ...]`; `protection`, its state;
+  `training`, the state of the current task's training, which also holds the shared filters.
   """
 
   problem: Problem
@@ -128,6 +141,7 @@ class _Shared:
     shared = self._split(fresh.average)["shared"]
     protection = self.protection.init(shared)
     training = self._begun(fresh, protection, shared, 0)
+    # Initial values for all tasks; each is replaced when its task ends.
     own = {"params": self._split(training.average)["own"], "batch_stats": training.batch_stats}
     return {
       "own": shared_net.stack(own, self.problem.tasks),
@@ -145,6 +159,7 @@ class _Shared:
       self.settings,
       seed=self.seed,
       axis_name=self.problem.axis_name,
+      # The keywords depend on the step, as slope and penalty do.
       **self.protection.training(memory["protection"], state.step),
     )
     training, metrics = step(state, pixels, labels)
@@ -153,6 +168,7 @@ class _Shared:
   def replay(self, memory: Memory, batch: Batch, task: Array, key: Array) -> Replay:
     state = memory["training"]
     params = self._split(state.average)
+    # The current task has no entry of its own until it ends.
     each = shared_net.put(
       memory["own"], task, {"params": params["own"], "batch_stats": state.batch_stats}
     )
@@ -175,13 +191,16 @@ class _Shared:
 
   def keep(self, memory: Memory, data: TaskData, task: int, key: Array) -> Memory:
     memory = self._with_this(memory, task)
+    # Filters of ended tasks are protected: the current shared part serves all of them.
     shared = self._split(memory["training"].average)["shared"]
     return {
       **memory,
+      # A fresh optimiser and critic for the next task; only the filters are passed on.
       "training": self._begun(self._fresh(task + 1), memory["protection"], shared, task + 1),
     }
 
   def megabytes(self, memory: Memory, learnt: int) -> float:
+    # The rest of the training state is needed only while a task is learnt.
     own = jax.tree.map(lambda x: x[:learnt], memory["own"])
     return tree_megabytes(
       (self._split(memory["training"].average)["shared"], own, memory["protection"])
@@ -195,7 +214,7 @@ class _Shared:
     return split(params, records(self.generator))
 
   def _variables(self, shared: Tree, own: Tree) -> Tree:
-    """Of one task's generator, in evaluation."""
+    """Returns the variables of one task's generator, in evaluation."""
     return {
       "params": self.protection.view(shared_net.merge(shared, own["params"])),
       "batch_stats": own["batch_stats"],
@@ -206,19 +225,24 @@ class _Shared:
 
   def _fresh(self, task: int) -> wgan.WganState:
     return wgan.init_state(
-      self.generator, self._critic, self.settings, self.seed * self.problem.tasks + task
+      # Every task has a seed of its own, as T seeds belong to each seed of a run.
+      self.generator,
+      self._critic,
+      self.settings,
+      self.seed * self.problem.tasks + task,
     )
 
   def _begun(
     self, fresh: wgan.WganState, protection: Tree, shared: Tree, task: int
   ) -> wgan.WganState:
-    """The state in which a task begins, after those that left the shared filters so."""
+    """Returns the state with which a task begins, from the shared filters after earlier tasks."""
     params = self.protection.begin(protection, shared, self._split(fresh.average), self._key(task))
     params = shared_net.merge(params["shared"], params["own"])
+    # A copy: a step donates its buffers, and none may be donated twice.
     return fresh.replace(generator=params, average=jax.tree.map(jnp.copy, params))
 
   def _with_this(self, memory: Memory, task: int) -> Memory:
-    """The memory with the task that ends among those that are kept."""
+    """Returns the memory with the ending task among those that are kept."""
     state = memory["training"]
     protection, own = self.protection.finish(
       memory["protection"], task, self._split(state.average), state.batch_stats, self._key(task)

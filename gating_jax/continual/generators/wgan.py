@@ -1,8 +1,9 @@
-"""WGAN-GP: training a generator of images that is to be sampled when they are gone.
+"""WGAN-GP: training of an image generator for rehearsal.
 
 Everything is a pure function of a state, uint8 images and a seed.
 
-Axes: N examples, B examples of an update on this device, S critic updates per step, H and W pixels, D colour channels.
+Axes: N examples, B examples of an update on this device, S critic updates per step, H and W pixels,
+D colour channels.
 Reference: Gulrajani et al., "Improved training of Wasserstein GANs", 2017.
 """
 
@@ -24,20 +25,23 @@ from gating_jax.ops.collectives import example_keys, mean_over_devices
 from gating_jax.training.devices import value_and_grad_over_devices
 from gating_jax.types import Array, Records
 
+# PRNG streams within an update; their numbers are part of what a seed means.
 LATENT_STREAM, GATE_STREAM, MIX_STREAM = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
 class WganSettings:
-  """How a generator is trained.
+  """Settings for the training of a generator.
 
-  The defaults are for a thousand steps on a CPU; the authors have 5 updates and a learning rate of 1e-4, for many more.
+  The defaults are for a thousand steps on a CPU; the authors have 5 updates and a learning rate of
+  1e-4, for many more steps.
 
   Attributes:
     critic_steps: updates of the critic per update of the generator, >= 1.
     penalty: weight of the gradient penalty, >= 0.
-    learning_rate, beta1, beta2: of Adam, for both nets.
-    average: decay per step of the moving average of the generator's parameters that is sampled, in [0, 1).
+    learning_rate, beta1, beta2: of Adam, for both networks.
+    average: decay per step of the moving average of the generator's parameters, which is sampled
+      from, in [0, 1).
   """
 
   critic_steps: int = 2
@@ -61,14 +65,19 @@ class WganSettings:
         raise ValueError(f"{name} must be {rule}; got {getattr(self, name)}")
 
   def adam(self) -> optax.GradientTransformation:
-    """The optimiser of one net."""
+    """Makes the optimiser of one network."""
     return optax.adam(self.learning_rate, self.beta1, self.beta2)
 
 
 class WganState(struct.PyTreeNode):
-  """All that training changes; with the seed and the images it determines the rest.
+  """Everything that training changes; with the seed and the images it determines the rest.
 
-  `average` are the generator's parameters to sample with, `batch_stats` what its gates normalise with.
+  Attributes:
+    step: steps taken.
+    generator, critic: parameters.
+    average: the generator's parameters to sample with.
+    batch_stats: running statistics for the gates of the generator.
+    generator_opt, critic_opt: states of the optimisers.
   """
 
   step: Array
@@ -83,7 +92,7 @@ class WganState(struct.PyTreeNode):
 def init_state(
   generator: nn.Module, critic: nn.Module, settings: WganSettings, seed: int
 ) -> WganState:
-  """A fresh state."""
+  """Creates a fresh state."""
 
   @jax.jit
   def init(key):
@@ -102,7 +111,7 @@ def init_state(
       critic_opt=settings.adam().init(critic_params),
     )
 
-  # A copy, since the average and the generator must not be one buffer, which a step could not take over.
+  # A copy: a step donates its buffers, so average and generator must not be one buffer.
   return jax.tree.map(jnp.copy, init(jax.random.key(seed, impl="rbg")))
 
 
@@ -118,24 +127,29 @@ def make_train_step(
   update: Callable[[Any, Any], Any] = lambda updates, params: updates,
   axis_name: Hashable | None = None,
 ) -> Callable:
-  """S updates of the critic, then one of the generator: `(state, pixels, labels) -> (state, metrics)`.
+  """Makes a step: S updates of the critic, then one of the generator.
 
-  `pixels` `[B * S, H, W, D]` are uint8 and real, `labels` `[B * S]` their classes, unused by unconditional nets; update
-  s of the critic takes every S-th, from the s-th on. The step is of the kind that `training.steps.resident_steps` and
-  `streamed_steps` repeat. All randomness is a function of `seed` and `state.step`.
+  The step is of the kind that `training.steps.resident_steps` and `streamed_steps` repeat. All
+  randomness is a function of `seed` and `state.step`.
 
   Args:
-    generator: `(z [N, generator.latent], labels, train) -> (images [N, H, W, D] in [-1, 1], records)`.
+    generator: `(z [N, generator.latent], labels, train) -> (images [N, H, W, D] in [-1, 1],
+      records)`.
     critic: `(images, labels) -> scores [N]`.
-    settings: as for `init_state`.
-    view: the parameters that the generator runs with, from those that are trained.
-    records_loss: added to the generator's loss, of a gated one's records.
-    gradient, update: changes to the generator's gradient before the optimiser sees it, and to what that makes of it,
-      such as one that leaves frozen filters alone; both are given the parameters as well.
+    settings: as in `init_state`.
+    seed: of all randomness.
+    view: maps the parameters that are trained to those that the generator runs with.
+    records_loss: added to the generator's loss, computed from a gated generator's records.
+    gradient: `(grads, params) -> grads`, changes the generator's gradient before the optimiser.
+    update: `(updates, params) -> updates`, changes what the optimiser makes of it, for instance to
+      leave frozen filters alone.
     axis_name: mapped device axis over which a batch is spread.
   Returns:
-    a step, whose metrics are scalars over the whole batch: `critic_loss`, `distance` (the estimate of Wasserstein's),
-    `gradient_penalty` of the S updates on average, and `generator_loss`.
+    `(state, pixels, labels) -> (state, metrics)`. `pixels` `[B * S, H, W, D]` are uint8 and real,
+      `labels` `[B * S]` their classes, unused by unconditional networks; update s of the critic
+      takes every S-th image, from the s-th on. Metrics are scalars over the whole batch:
+      `critic_loss`, `distance` (the estimate of Wasserstein's) and `gradient_penalty`, averages
+      over the S updates, and `generator_loss`.
   """
   return _Training(
     generator, critic, settings, seed, view, records_loss, gradient, update, axis_name
@@ -144,7 +158,7 @@ def make_train_step(
 
 @dataclasses.dataclass(frozen=True)
 class _Training:
-  """What `make_train_step` is given."""
+  """The arguments of `make_train_step`."""
 
   generator: nn.Module
   critic: nn.Module
@@ -163,10 +177,12 @@ class _Training:
       jax.random.fold_in(jax.random.key(self.seed), state.step),
       self.settings.critic_steps,
     )
+    # Each update of the critic has its own images.
     parts = _in_turn((pixels, None if self.generator.classes is None else labels), turns)
     body = lambda state, one: self._update_critic(state, jax.random.fold_in(key, one[0]), *one[1])
     state, metrics = lax.scan(body, state, (jnp.arange(turns), parts))
     n, labels = parts[0].shape[1], jax.tree.map(lambda labels: labels[-1], parts[1])
+    # Keys 0, ..., S - 1 are the critic's. The classes are those of the last update.
     state, more = self._update_generator(state, jax.random.fold_in(key, turns), labels, n)
     return state.replace(step=state.step + 1), {**jax.tree.map(jnp.mean, metrics), **more}
 
@@ -181,6 +197,7 @@ class _Training:
 
   def _update_critic(self, state, key, pixels, labels):
     real = to_unit(pixels)
+    # Training mode, as for the generator's update; the new statistics are not kept here.
     fake, *_ = self._fakes(state.generator, state, key, labels, real.shape[0])
     mix = _uniform(jax.random.fold_in(key, MIX_STREAM), real.shape[0], self.axis_name)
 
@@ -198,6 +215,7 @@ class _Training:
   def _update_generator(self, state, key, labels, n):
     def loss(params):
       images, records, batch_stats = self._fakes(params, state, key, labels, n)
+      # The generator's loss: - mean critic(fake), plus that of the gates.
       adversarial = -jnp.mean(self.critic.apply({"params": state.critic}, images, labels))
       total = adversarial if self.records_loss is None else adversarial + self.records_loss(records)
       return total, ({"generator_loss": total}, batch_stats)
@@ -205,11 +223,13 @@ class _Training:
     (_, found), grads = value_and_grad_over_devices(loss, self.axis_name, has_aux=True)(
       state.generator
     )
+    # Running statistics are averaged too, so that all devices keep the same.
     metrics, batch_stats = mean_over_devices(found, self.axis_name)
+    # Both hooks change the generator alone, not the critic.
     grads = self.gradient(grads, state.generator)
     updates, opt = self.settings.adam().update(grads, state.generator_opt, state.generator)
     params = optax.apply_updates(state.generator, self.update(updates, state.generator))
-    # In this form what does not move stays as it is to the bit.
+    # In this form a parameter that does not move stays the same, bit for bit.
     average = jax.tree.map(
       lambda a, p: a + (1 - self.settings.average) * (p - a), state.average, params
     )
@@ -221,18 +241,23 @@ class _Training:
 def critic_loss(
   critic: Callable[[Array], Array], real: Array, fake: Array, mix: Array, *, penalty: float
 ):
-  """Negative Wasserstein distance by this critic, and the penalty that keeps it 1-Lipschitz.
+  """Computes the critic's loss: negative Wasserstein distance and gradient penalty.
 
-      loss = mean critic(fake) - mean critic(real) + penalty * gradient_penalty(mix real + (1 - mix) fake)
+      loss = mean critic(fake) - mean critic(real)
+             + penalty * gradient_penalty(mix real + (1 - mix) fake)
+
+  The penalty keeps the critic 1-Lipschitz.
 
   Args:
-    critic: `[N, ...]` images to `[N]` scores.
+    critic: maps `[N, ...]` images to `[N]` scores.
     real, fake: `[N, ...]`.
     mix: `[N]` in [0, 1].
+    penalty: weight of the gradient penalty.
   Returns:
     the loss, and a dict of it and its parts.
   """
   distance = jnp.mean(critic(real)) - jnp.mean(critic(fake))
+  # One weight per image, broadcast over its pixels.
   share = mix.reshape(-1, *[1] * (real.ndim - 1))
   steepness = gradient_penalty(critic, share * real + (1 - share) * fake)
   loss = penalty * steepness - distance
@@ -240,16 +265,18 @@ def critic_loss(
 
 
 def gradient_penalty(critic: Callable[[Array], Array], images: Array) -> Array:
-  """`mean_n (|d critic(x_n) / d x_n| - 1)^2` over `[N, ...]` images; a scalar.
+  """Computes `mean_n (|d critic(x_n) / d x_n| - 1)^2` over `[N, ...]` images; a scalar.
 
-  Where the critic is flat, the norm's gradient is taken as 0.
+  Where the critic is flat, the gradient of the norm is taken as 0.
 
   >>> gradient_penalty(lambda x: x @ jnp.array([3.0, 4.0]), jnp.ones((5, 2)))
   Array(16., dtype=float32)
   """
+  # Scores of different images are independent, so one gradient of their sum has all.
   slopes = jax.grad(lambda x: jnp.sum(critic(x)))(images)
   squares = jnp.sum(jnp.square(slopes), axis=tuple(range(1, slopes.ndim)))
   steep = squares > 0
+  # The root's gradient at 0 is infinite; the inner `where` keeps it out of the chain rule.
   norms = jnp.where(steep, jnp.sqrt(jnp.where(steep, squares, 1.0)), 0.0)
   return jnp.mean(jnp.square(norms - 1))
 
@@ -257,24 +284,37 @@ def gradient_penalty(critic: Callable[[Array], Array], images: Array) -> Array:
 def sample(
   generator: nn.Module, state: WganState, key: Array, n: int, labels: Array | None = None
 ) -> Array:
-  """`[n, H, W, D]` uint8 images from the averaged parameters; `labels` `[n]` for a conditional generator."""
+  """Generates images from the averaged parameters.
+
+  Args:
+    generator: as in `init_state`.
+    state: of its training.
+    key: PRNG key of the latents.
+    n: number of images.
+    labels: `[n]`, for a conditional generator.
+  Returns:
+    `[n, H, W, D]` uint8.
+  """
   variables = {"params": state.average, "batch_stats": state.batch_stats}
   images, _ = generator.apply(variables, latents(key, n, generator.latent), labels)
   return to_pixels(images)
 
 
 def latents(key: Array, n: int, size: int, axis_name: Hashable | None = None) -> Array:
-  """`[n, size]` standard normal; an example's depend on its place in the whole batch."""
+  """Draws `[n, size]` standard normal latents.
+
+  An example's latent depends on its position in the whole batch, not on the number of devices.
+  """
   return jax.vmap(lambda key: jax.random.normal(key, (size,)))(example_keys(key, n, axis_name))
 
 
 def to_unit(pixels: Array) -> Array:
-  """uint8 pixels to float32 in [-1, 1]."""
+  """Converts uint8 pixels to float32 in [-1, 1]."""
   return pixels.astype(jnp.float32) / 127.5 - 1
 
 
 def to_pixels(images: Array) -> Array:
-  """The inverse of `to_unit`, rounded and clipped.
+  """Converts images back to uint8: the inverse of `to_unit`, rounded and clipped.
 
   >>> to_pixels(to_unit(jnp.array([0, 1, 128, 255], jnp.uint8)))
   Array([  0,   1, 128, 255], dtype=uint8)
@@ -287,7 +327,10 @@ def _uniform(key: Array, n: int, axis_name: Hashable | None) -> Array:
 
 
 def _in_turn(tree: Any, steps: int) -> Any:
-  """`[B * steps, ...]` to `[steps, B, ...]`, dealt out in turn, so that a device's share holds its part of each."""
+  """Deals `[B * steps, ...]` out in turn to `[steps, B, ...]`.
+
+  So every device has its part of each update's images.
+  """
   for x in jax.tree.leaves(tree):
     if x.shape[0] % steps:
       raise ValueError(
