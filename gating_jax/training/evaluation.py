@@ -179,7 +179,7 @@ def layer_histograms(
   """Returns `[BINS]` counts over [0, 1] of each layer's open probabilities and open rates.
 
   Args:
-    names: names of the layers, as `counts.layer_names` has them.
+    names: names of the layers, as `models.summary.layer_names` has them.
     logits: `[N, gates of the layer]` of each layer.
     open_rates: `[gates of the layer]` of each layer.
     group: prefix of the counts' names, such as `gates` for `gates/stage1_block1/conv1/probs`.

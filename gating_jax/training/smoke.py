@@ -47,7 +47,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """Returns the config with less of everything that a run's time grows with.
 
   Its model and method are unchanged. TFDS sets are opened for their splits and classes; errors are
-  as in `sources.open_tfds`.
+  as in `data.tfds.open_tfds`.
 
   >>> from ml_collections import ConfigDict
   >>> config = {"data": {"name": "digits", "image_size": 224}, "optim": {"epochs": 200}}
