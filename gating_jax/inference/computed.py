@@ -105,6 +105,7 @@ def account(
   heads = [head_macs(part) for part in net.parts]
   gates = [np.concatenate(of_group) for of_group in zip(*batches, strict=True)]
   opened = [
+    # Gate networks are a field of their own.
     float(np.mean(macs)) - head
     for macs, head in zip(macs_by_part(net, shape, gates), heads, strict=True)
   ]

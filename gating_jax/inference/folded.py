@@ -70,6 +70,7 @@ class Group:
 
   def expand(self, gates: Array) -> Array:
     """Expands `[N, U]` gates to `[N, width]`, the factor of each channel."""
+    # The channels of a gate are adjacent.
     each = jnp.repeat(gates, self.channels, axis=1)
     return jnp.concatenate([jnp.ones((each.shape[0], self.always), each.dtype), each], axis=1)
 
@@ -98,6 +99,7 @@ class Head:
     logits = hidden @ self.logits + self.logits_bias[None]
     # Adds 0, or NaN where the ReLU has hidden that the input is not finite.
     logits += 0 * jnp.sum(context, axis=1, keepdims=True)
+    # One Dense layer gives the logits of all groups in their order.
     ends = [sum(g.gates for g in self.groups[: i + 1]) for i in range(len(self.groups))]
     return tuple(jnp.split(logits, ends[:-1], axis=1))
 

@@ -147,6 +147,7 @@ class Counter:
       self._opened[i] += gates.sum(axis=0).astype(np.int64)
       # P(both) needs the counts of pairs: a product of 0/1 gates over the batch.
       self._together[i] += (gates.T @ gates).astype(np.int64)
+      # `slim` keeps pruned units that came nearest to opening, which the highest logit tells.
       self._highest[i] = np.maximum(self._highest[i], z.max(axis=0))
       self._lowest[i] = np.minimum(self._lowest[i], z.min(axis=0))
 

@@ -102,6 +102,7 @@ def pallas(part: Part, setting: Setting) -> Made:
 
 def why_not(name: str) -> str:
   """Explains why a strategy cannot run on this machine, and what would help; empty if it can."""
+  # Only the native kernel has to be built; Pallas is interpreted where there is no GPU.
   if name != "native":
     return ""
   if jax.default_backend() != "cpu":

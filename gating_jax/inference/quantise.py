@@ -94,6 +94,7 @@ def check_float(net: Any) -> None:
 
 
 def _quantise(kernel: Any) -> Int8:
+  # `initial`: the kernel of a pruned branch may have no input channels.
   largest = jnp.max(jnp.abs(kernel), axis=tuple(range(kernel.ndim - 1)), keepdims=True, initial=0)
   # A channel of zeros gets scale 1: no division by 0.
   scale = jnp.where(largest > 0, largest, _LARGEST) / _LARGEST

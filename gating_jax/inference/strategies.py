@@ -256,6 +256,7 @@ def _dispatch_blocks(group: Group, setting: Setting) -> Runner:
     # The last bias once: each gate's channels add their part of the sum without it.
     y = part.shortcut(x) + part.convs[-1].bias[None, None, None]
     if group.always:
+      # Channels without a gate run for all examples.
       y = y + _chain(some(part.convs, slice(group.always)), x)
     for unit, span in enumerate(spans):
       y = for_open(
@@ -322,6 +323,7 @@ def for_open(
 
     return run
 
+  # The smallest program that holds all open examples runs.
   count = jnp.sum(is_open)
   return lax.switch(
     sum((count > size).astype(jnp.int32) for size in sizes[:-1]), [branch(k) for k in sizes]

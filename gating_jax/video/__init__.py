@@ -1,1 +1,1 @@
-"""Long videos: concepts, scores and early exit, on arrays of a whole split."""
+"""The programme for long videos: its networks, training, test, scores and report."""

@@ -1,4 +1,7 @@
-"""From a config of long videos to its parts, every setting checked before anything is compiled."""
+"""The parts of an experiment on long videos, built from a config.
+
+Every setting is checked before anything is compiled.
+"""
 
 from __future__ import annotations
 
@@ -45,20 +48,26 @@ from gating_jax.video.objectives import SPARSITIES, SegmentObjective, VideoObjec
 
 TRAININGS = ("two_stage", "end_to_end")
 TARGETS = ("units", "label")
-COUNTED = (
-  "uniform",
-  "random",
-  "oracle",
-  "confidence",
-)  # selections that take a known number of segments
-LIGHT = "light"  # the selection that has the light net in the heavy one's place
+# Selections that take a known number of segments.
+COUNTED = ("uniform", "random", "oracle", "confidence")
+# The selection that has the light net in place of the heavy one.
+LIGHT = "light"
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-  """One training: what is trained, by what, for how long. `prepare(key, inputs)` makes the model's inputs.
+  """One training: a model, its objective and its length.
 
-  `full` is the model with the backward of everything, where its own may hold too little.
+  Attributes:
+    name: of the phase.
+    model: the network that is trained.
+    optimiser, objective: they update and score it.
+    prepare: `(key, inputs)` to the inputs of the model.
+    shapes: of a video's inputs.
+    batch_size: videos of a step.
+    settings: of the training loop.
+    full: the model with the backward pass of everything, where its own may hold too little; else
+      None.
   """
 
   name: str
@@ -74,16 +83,19 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class VideoExperiment:
-  """What a config describes.
+  """The experiment that a config describes.
 
   Attributes:
+    config: the config.
     train, test: sets of videos.
     model: the whole network.
     counts: its multiply-accumulates.
-    reference: of the heavy net on all segments and the classifier alone, which budgets are shares of.
+    reference: those of the heavy net on all segments and the classifier alone; budgets are
+      fractions of it.
     shapes: of a video's inputs.
     pretraining: of both nets as classifiers of single segments; None without.
-    training: of the gate and the classifier: with the nets if `end_to_end`, on their features if `two_stage`.
+    training: of the gate and the classifier: with the nets if `end_to_end`, on their features if
+      `two_stage`.
   """
 
   config: ml_collections.ConfigDict
@@ -97,7 +109,7 @@ class VideoExperiment:
   training: Phase
 
   def prepare(self, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """A batch's arrays to what the whole network takes."""
+    """Converts a batch's arrays to the inputs of the whole network."""
     return sets.network_inputs(
       inputs, self.config, light_alone=self.config.model.selection == LIGHT
     )
@@ -106,10 +118,17 @@ class VideoExperiment:
 def build(
   config: ml_collections.ConfigDict, known: Sequence[Outline] | None = None
 ) -> VideoExperiment:
-  """Checks every setting, then opens the data. Raises ValueError naming the field.
+  """Checks every setting, then opens the data.
 
-  `known` are outlines of the training and the test set, in place of opening them.
+  Args:
+    config: of a video run.
+    known: outlines of the training and the test set, in place of opening them.
+  Returns:
+    A `VideoExperiment`.
+  Raises:
+    ValueError: naming the field.
   """
+  # Settings first: sets may take minutes to open.
   _check(config)
   if known:
     train, test = known[0], known[-1]
@@ -125,8 +144,10 @@ def build(
     )
   if config.model.selection == "confidence" and not config.loss.light:
     raise ValueError(
-      "loss.light must be > 0 where model.selection is 'confidence', which is that of its head; got 0.0"
+      "loss.light must be > 0 where model.selection is 'confidence', which is that of its head; "
+      "got 0.0"
     )
+  # Trained nets are missing unless the inputs are features, which have no net to train.
   named = {config.model.light.name, config.model.heavy.name}
   if not config.pretrain.epochs and (
     config.pretrained or config.training == "two_stage" and named != {"features"}
@@ -137,12 +158,15 @@ def build(
   alone = config.model.selection == LIGHT
   shapes = sets.network_shapes(train, config, light_alone=alone)
   model = _segment_net(config, len(train.class_names))
+  # Features come with the cost of the nets that made them: the config tells it.
   spent = (
     0 if model.light is None else config.data.light_macs,
     config.data.light_macs if alone else config.data.heavy_macs,
   )
   counts = count_video(model, shapes, made_elsewhere=spent)
+  # The cost of a segment is known only once the heavy net is counted.
   model = model.clone(macs_per_segment=counts.heavy.macs)
+  # The baseline of all ratios: every segment by the heavy net, no light net and no gate.
   dense = model.clone(selection="all", light=None, light_head=False, heavy=nets(config)[1])
   reference = count_video(
     dense, sets.network_shapes(train, config), made_elsewhere=(0, config.data.heavy_macs)
@@ -161,7 +185,7 @@ def build(
 
 
 def nets(config: ml_collections.ConfigDict) -> tuple[nn.Module, nn.Module]:
-  """The light and the heavy net."""
+  """Builds the light and the heavy net."""
   light, heavy, dtype = config.model.light, config.model.heavy, settings.DTYPES[config.model.dtype]
   gate = GateSettings(**heavy.gate) if heavy.gating != "none" else None
   return (
@@ -182,7 +206,9 @@ def nets(config: ml_collections.ConfigDict) -> tuple[nn.Module, nn.Module]:
 def _segment_net(config: ml_collections.ConfigDict, classes: int) -> SegmentNet:
   model, gate = config.model, config.model.gate
   light, heavy = nets(config)
+  # `light`: the light net takes the heavy one's place and sees every segment.
   alone = model.selection == LIGHT
+  # The light net runs only where something reads it: the gate, its confidence or its own loss.
   asked = model.selection in ("gate", "confidence") or config.loss.light > 0
   return SegmentNet(
     classes=classes,
@@ -208,6 +234,7 @@ def _pretraining(
   pretrain = config.pretrain
   if not pretrain.epochs:
     return None
+  # One class more for segments without a unit action.
   targets = len(train.unit_names) + 1 if pretrain.target == "units" else len(train.class_names)
   light, heavy = nets(config)
   loops, total = _loop(config, train, "pretrain")
@@ -225,6 +252,7 @@ def _pretraining(
     prepare=lambda key, inputs: sets.network_inputs(
       sets.pick_segments(key, inputs, pretrain.segments_per_video, devices.AXIS), config
     ),
+    # A picked segment is an example of its own: the axis of segments goes.
     shapes={"light": shapes["light"][1:], "heavy": shapes["heavy"][1:]},
     batch_size=pretrain.batch_size,
     settings=loops,
@@ -253,20 +281,26 @@ def _training(
     if training.kind == "adam"
     else optim.sgd(rate, momentum=training.momentum, weight_decay=training.weight_decay)
   )
+  # Concepts are found by clustering, and stay as they are unless the config trains them.
   if not config.model.gate.trained_concepts:
     optimiser = optim.frozen(optimiser, lambda path: CONCEPTS in path)
   alone = config.model.selection == LIGHT
   prepare = lambda key, inputs: sets.network_inputs(inputs, config, light_alone=alone)
   full = None
+  # `two_stage` trains on features; otherwise the backward pass may skip segments not chosen.
   if config.training == "two_stage":
+    # Stage two trains on features, so both nets become a pooling of these.
     features = lambda net: None if net is None else FeaturePool()
     prepare, shapes = (lambda key, inputs: inputs), sets.feature_shapes(model, shapes)
     model = model.clone(light=features(model.light), heavy=features(model.heavy))
   elif config.model.skip_backward:
+    # Each device has its own part of the batch, and a capacity for it.
     videos = training.batch_size // jax.device_count()
     if model.selection == "gate":
+      # A gate may choose more than the capacity: such a step runs the full backward pass.
       full, capacity = model, math.ceil(config.model.backward_share * videos * counts.segments)
     else:
+      # Such a selection takes the same number of segments of every full-length video, at most.
       capacity = videos * int(selection.k_for(np.ones((1, counts.segments), bool), model.share)[0])
     model = model.clone(backward_capacity=capacity)
   return Phase(
@@ -280,6 +314,7 @@ def _training(
     settings=loops,
     objective=VideoObjective(
       multi_label=train.multi_label,
+      # Fixed selections have no parameters that a sparsity penalty could train.
       sparsity=loss.sparsity.kind if model.selection == "gate" else "none",
       target=loss.sparsity.target,
       sparsity_coefficient=schedules.fade_in(
@@ -296,7 +331,7 @@ def _training(
 
 
 def _channels(config: ml_collections.ConfigDict, counts: VideoCounts, total: int) -> ImageObjective:
-  """Prices the heavy net's channel gates."""
+  """Builds the penalties of the heavy net's channel gates."""
   shaping, sparsity = config.loss.channels.batch_shaping, config.loss.channels.sparsity
   return ImageObjective(
     prior=beta(shaping.a, shaping.b),
@@ -314,13 +349,14 @@ def _channels(config: ml_collections.ConfigDict, counts: VideoCounts, total: int
 def _loop(
   config: ml_collections.ConfigDict, train: Any, name: str
 ) -> tuple[loop.LoopSettings, int]:
-  """The loop's settings and the number of steps, by the config's part of this name."""
+  """Returns the loop's settings and the number of steps, from the config's section `name`."""
   phase = config[name]
   if phase.batch_size > len(train):
     raise ValueError(
       f"{name}.batch_size must be at most {len(train)}, the number of training videos; "
       f"got {phase.batch_size}"
     )
+  # Whole batches only: all of them have one shape.
   per_epoch = len(train) // phase.batch_size
   total = settings.total_steps(phase.epochs, per_epoch, config.devices.steps_per_dispatch)
   return loop.LoopSettings(
@@ -411,7 +447,11 @@ def _check(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_skipped_backward(config: ml_collections.ConfigDict) -> None:
-  """A gradient is left out only where it is 0 exactly, and where the number of segments that have one is known."""
+  """Checks that skipping the backward pass leaves every gradient as it is.
+
+  A gradient is skipped only where it is exactly 0, and where the number of segments that have one
+  is known.
+  """
   model = config.model
   if not model.skip_backward:
     return

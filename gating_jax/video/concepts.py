@@ -1,4 +1,4 @@
-"""Concepts: typical features, found before training, that the gate compares every segment with.
+"""Concepts: typical features that the gate compares every segment with, found before training.
 
 Axes: n features, C channels, K concepts.
 Reference: Hussein et al., 2020 (TimeGate); Arthur and Vassilvitskii, 2007 (k-means++).
@@ -12,13 +12,13 @@ from gating_jax.ops import arguments
 
 
 def find_concepts(features: np.ndarray, k: int, *, seed: int) -> np.ndarray:
-  """The centroids of k clusters of features (k-means from one k-means++ start).
+  """Computes the centroids of k clusters of features (k-means from one k-means++ start).
 
-  They are means of features as given, not normalised: normalise the features first where only directions matter.
+  They are means of features as given. Normalise the features first if only directions matter.
 
   Args:
-    features: `[n, C]`, one row per segment of the training videos, from a network trained before.
-    k: how many; at most the number of distinct rows.
+    features: `[n, C]`, one row per segment of the training videos, from a trained network.
+    k: number of concepts; at most the number of distinct rows.
     seed: of the start; the answer is a function of the features and the seed.
   Returns:
     `[k, C]` float32.
@@ -30,13 +30,14 @@ def find_concepts(features: np.ndarray, k: int, *, seed: int) -> np.ndarray:
   >>> sorted(find_concepts(rows, 2, seed=0).tolist())
   [[0.0, 1.0], [9.0, 9.0]]
   """
-  from sklearn.cluster import KMeans  # imports slowly
+  # Imported here, as it imports slowly.
+  from sklearn.cluster import KMeans
 
-  # float64, so that the order in which threads add does not show in the float32 answer
   features = np.asarray(features)
   arguments.real_array("features", features)
   arguments.whole_number("k", k, 0)
   arguments.whole_number("seed", seed, 0)
+  # float64: the order in which threads add does not change the float32 answer.
   features = features.astype(np.float64)
   if features.ndim != 2:
     raise ValueError(f"features must be [n, C]; got shape {features.shape}")
@@ -49,4 +50,5 @@ def find_concepts(features: np.ndarray, k: int, *, seed: int) -> np.ndarray:
     raise ValueError(
       f"k must be in 1 .. {distinct}, the number of distinct features of {len(features)}; got {k}"
     )
+  # One seeded start: the same features give the same concepts.
   return KMeans(k, random_state=seed, n_init=1).fit(features).cluster_centers_.astype(np.float32)

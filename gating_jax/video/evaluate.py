@@ -1,4 +1,4 @@
-"""What a network for long videos does on a whole set: its features, its test.
+"""Features and test results of a network for long videos, on a whole set.
 
 Axes: M videos, T segments, C features.
 """
@@ -29,7 +29,13 @@ Arrays = dict[str, np.ndarray]
 def extract_features(
   experiment: VideoExperiment, variables: Any, nets: Sequence[str] = ("light", "heavy")
 ) -> VideoArrays:
-  """The training set with the nets' features in place of what they take; `variables` are theirs."""
+  """Returns the training set with the nets' features in place of their inputs.
+
+  Args:
+    experiment: of the network.
+    variables: of the nets.
+    nets: names of the nets.
+  """
   features = lambda variables, batch: _features(experiment, variables, batch, nets)[1]
   train = experiment.train
   return VideoArrays(
@@ -38,15 +44,21 @@ def extract_features(
 
 
 def test(experiment: VideoExperiment, variables: Any) -> tuple[dict[str, Any], Arrays]:
-  """Tests the whole network on every test video once: `(result, what it did with each)`.
+  """Tests the whole network on every test video once.
 
   Videos that could not be read are counted and left out.
+
+  Returns:
+    `(result, arrays)`: the scores by name, and outputs and gates of each video that was read.
+  Raises:
+    ValueError: no test video could be read.
   """
   config, test_set = experiment.config, experiment.test
   if config.model.selection == "prefix":
     done = _exit_early(experiment, variables)
   else:
     done = _over(experiment, lambda v, batch: outcome(experiment, v, batch), variables, test_set)
+  # Weight 0 marks a video that could not be read.
   read = done["weight"] > 0
   done = {name: values[read] for name, values in done.items()} | {"index": np.flatnonzero(read)}
   if not read.any():
@@ -77,6 +89,7 @@ def test(experiment: VideoExperiment, variables: Any) -> tuple[dict[str, Any], A
 
 
 def _score(test_set: VideoArrays | VideoSet, done: Arrays) -> dict[str, Any]:
+  # With several labels a video is neither right nor wrong: no accuracy.
   if not test_set.multi_label:
     return {"accuracy": float(np.mean(np.argmax(done["logits"], axis=1) == done["label"]))}
   score = metrics.mean_average_precision(
@@ -88,7 +101,12 @@ def _score(test_set: VideoArrays | VideoSet, done: Arrays) -> dict[str, Any]:
 def outcome(
   experiment: VideoExperiment, variables: Any, batch: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
-  """What the network does with each video of a batch."""
+  """Computes logits, gates and heavy MACs of each video of a batch.
+
+  Returns:
+    `logits` `[B, classes]`; `gates`, `probs` and `heavy_macs` `[B, T]`; and, if the heavy net has
+    channel gates, `channels`, `[B, layers, BINS]` counts of open probabilities in chosen segments.
+  """
   outputs, (record, *channels) = experiment.model.apply(variables, experiment.prepare(batch))
   found = {
     "logits": outputs["logits"],
@@ -97,18 +115,23 @@ def outcome(
     "heavy_macs": _heavy_macs(experiment, channels, record.gates.shape),
   }
   if channels:
+    # Counts, not probabilities: a set has one of these for each channel, segment and video.
     probs = [c.probs.reshape(*record.gates.shape, -1) for c in channels]
     found["channels"] = jnp.stack([bin_counts(p, record.gates > 0) for p in probs], axis=1)
   return found
 
 
 def bin_counts(probs: Array, chosen: Array) -> Array:
-  """`[B, BINS]` histograms over [0, 1] of probabilities `[B, T, C]` in the chosen segments `[B, T]` of each video."""
+  """Counts probabilities `[B, T, C]` over [0, 1] in bins, within the chosen segments `[B, T]`.
+
+  Returns:
+    `[B, BINS]` histograms, one for each video.
+  """
   edges = np.linspace(0, 1, evaluation.BINS + 1, dtype=np.float32)[1:-1]
   count = lambda here: jnp.sum(here & chosen[..., None], axis=(1, 2))
-  below = jax.lax.map(
-    lambda edge: count(probs < edge), edges
-  )  # one edge after the other: nothing large is kept
+  # One edge after the other, so that no array with an axis of edges is kept.
+  below = jax.lax.map(lambda edge: count(probs < edge), edges)
+  # Cumulative counts up to each edge; their differences are the bins.
   return jnp.diff(jnp.concatenate([below, count(probs <= 1)[None]]), axis=0, prepend=0).T
 
 
@@ -125,10 +148,11 @@ def _heavy_macs(experiment: VideoExperiment, channels: Any, shape: tuple[int, in
 def _features(
   experiment: VideoExperiment, variables: Any, batch: Mapping[str, jax.Array], nets: Sequence[str]
 ) -> tuple[Any, dict[str, jax.Array]]:
-  """The channel records of the last of the nets, and the features of all."""
+  """Returns the channel records of the last of the nets, and the features of all."""
   inputs, found, records = experiment.prepare(batch), {}, ()
   for name in nets:
     if (net := getattr(experiment.model, name)) is not None:
+      # A net alone: its part of the variables, without the name under which the whole holds it.
       own = {kind: tree[name] for kind, tree in variables.items() if name in tree}
       x = inputs[name]
       y, records = net.apply(own, x.reshape(-1, *x.shape[2:]))
@@ -137,8 +161,10 @@ def _features(
 
 
 def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
-  """FrameExit: segments one by one in their order until the classifier is sure, as sure as the budget on the training
-  videos asks."""
+  """Runs FrameExit: segments one by one in their order until the classifier is sure.
+
+  The threshold is the one that meets the budget on the training videos.
+  """
   model, multi_label = experiment.model, experiment.test.multi_label
   segments = experiment.counts.segments
 
@@ -148,6 +174,7 @@ def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
       variables, found["heavy"], selection.first_k(batch["valid"], k), method="classify"
     )
     return {
+      # The heavy net runs once; the classifier sees each prefix of its features.
       "steps": jnp.stack([classify(k + 1) for k in range(segments)], axis=1),
       "heavy_macs": _heavy_macs(experiment, records, batch["valid"].shape),
     }
@@ -157,7 +184,8 @@ def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
   )
   counts = lambda arrays: arrays["valid"].sum(axis=1)
   train = {name: values[train["weight"] > 0] for name, values in train.items()}
-  one_each = float(np.mean(1 / counts(train)))  # no budget is below one segment of every video
+  # No budget is below one segment of every video.
+  one_each = float(np.mean(1 / counts(train)))
   threshold = early_exit.threshold_for_budget(
     train["steps"],
     counts(train),
@@ -170,6 +198,7 @@ def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
   gates = np.asarray(selection.first_k(done["valid"], seen))
   return done | {
     "gates": gates,
+    # Nothing is drawn: a segment is seen, or it is not.
     "probs": gates,
     "logits": done["steps"][np.arange(len(seen)), seen - 1],
   }
@@ -178,7 +207,10 @@ def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
 def _over(
   experiment: VideoExperiment, fn: Callable, variables: Any, videos: VideoArrays | VideoSet
 ) -> Arrays:
-  """`fn(variables, batch)` of every video once, with the videos' own arrays that are not inputs of networks."""
+  """Computes `fn(variables, batch)` for every video once.
+
+  The result also has the videos' own arrays that are not inputs of networks.
+  """
   config = experiment.config
   inputs = lambda batch: {name: values for name, values in batch.items() if name in sets.INPUTS}
   run = devices.map_over_devices(
@@ -195,5 +227,6 @@ def _over(
       if name in batch
     }
     part = kept | jax.device_get(dict(hosts.whole(run(variables, hosts.share(inputs(batch))))))
+    # `cover` pads the last batch; its padding is cut off.
     parts.append({name: values[:count] for name, values in part.items()})
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

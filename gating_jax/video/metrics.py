@@ -1,10 +1,11 @@
-"""Scores of a whole split of videos: mean average precision, and what the segment gate chose.
+"""Scores of a whole split of videos: mean average precision, and the segments chosen.
 
-Everything is computed once from all videos, never averaged over batches; videos that could not be read are left out by
-the caller.
+Everything is computed once from all videos, never averaged over batches. The caller leaves out
+videos that could not be read.
 
 Axes: M videos, T segments.
-Reference: scikit-learn's `average_precision_score`; Sigurdsson et al., 2016 (Charades, mAP over 157 classes).
+Reference: scikit-learn's `average_precision_score`; Sigurdsson et al., 2016 (Charades, mAP over 157
+classes).
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ import numpy as np
 
 
 class AveragePrecision(NamedTuple):
-  """`mean` over classes that have a positive; `per_class` `[classes]`, NaN for the others; `left_out`, their names."""
+  """Average precision of a split.
+
+  Attributes:
+    mean: over classes that have a positive.
+    per_class: `[classes]`, NaN for classes without a positive.
+    left_out: names of the classes without a positive.
+  """
 
   mean: float
   per_class: np.ndarray
@@ -27,38 +34,48 @@ class AveragePrecision(NamedTuple):
 def mean_average_precision(
   scores: np.ndarray, labels: np.ndarray, *, class_names: Sequence[str] | None = None
 ) -> AveragePrecision:
-  """Mean over classes of the area under the precision-recall curve, without interpolation.
+  """Computes the mean over classes of the area under the precision-recall curve.
+
+  The curve is not interpolated.
 
   Args:
     scores: `[M, classes]`, higher is likelier; only their order within a class matters.
-    labels: `[M, classes]` 0/1. A class without a positive has no average precision, is left out and named.
-    class_names: of the classes left out; their indices if None.
+    labels: `[M, classes]` 0/1. A class without a positive has no average precision, is left out and
+      named.
+    class_names: names of the classes; their indices if None.
   Returns:
-    an `AveragePrecision`; the mean is NaN where no class has a positive.
+    An `AveragePrecision`; the mean is NaN where no class has a positive.
   Raises:
-    ValueError: shapes differ, a label is not 0 or 1, or a score is not finite, with the video's index.
+    ValueError: shapes differ, a label is not 0 or 1, or a score is not finite, with the video's
+      index.
 
-  >>> scores, labels = np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]), np.array([[1, 0], [0, 0], [1, 0]])
-  >>> mean_average_precision(scores, labels, class_names=("walk", "run"))
-  AveragePrecision(mean=0.8333333333333333, per_class=array([0.83333333,        nan]), left_out=('run',))
+  >>> scores = np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]])
+  >>> labels = np.array([[1, 0], [0, 0], [1, 0]])
+  >>> score = mean_average_precision(scores, labels, class_names=("walk", "run"))
+  >>> print(f"{score.mean:.4f}", score.per_class.round(4), score.left_out)
+  0.8333 [0.8333    nan] ('run',)
   """
-  from sklearn.metrics import average_precision_score  # imports slowly
+  # Imported here, as it imports slowly.
+  from sklearn.metrics import average_precision_score
 
   scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
   if scores.ndim != 2 or scores.shape != labels.shape or not scores.size:
     raise ValueError(
       f"scores and labels must both be [M, classes]; got {scores.shape} and {labels.shape}"
     )
+  # scikit-learn's own errors do not say which video is wrong.
   if len(bad := np.flatnonzero(~np.isfinite(scores).all(axis=1))):
     raise ValueError(
       f"scores must be finite; got {scores[bad[0]]} for video {bad[0]} ({len(bad)} such videos)"
     )
   if len(bad := np.flatnonzero(((labels != 0) & (labels != 1)).any(axis=1))):
     raise ValueError(f"labels must be 0 or 1; got {labels[bad[0]]} for video {bad[0]}")
+  # Average precision is not defined for a class without a positive.
   known = labels.any(axis=0)
   per_class = np.full(len(known), np.nan)
   for c in np.flatnonzero(known):
     per_class[c] = average_precision_score(labels[:, c], scores[:, c])
+  # NaN, not 0: no class could be scored.
   mean = float(np.mean(per_class[known])) if known.any() else float("nan")
   names = _names(class_names, len(known))
   return AveragePrecision(mean, per_class, tuple(names[c] for c in np.flatnonzero(~known)))
@@ -66,16 +83,20 @@ def mean_average_precision(
 
 @dataclasses.dataclass(frozen=True)
 class SegmentReport:
-  """What a segment gate chose on a split; shares are of each video's own valid segments.
+  """Statistics of the segments chosen on a split.
+
+  Fractions are of each video's own valid segments.
 
   Attributes:
-    share: mean over videos of the share chosen.
-    share_std, share_p10, share_p90: its spread over videos.
+    share: mean over videos of the fraction chosen.
+    share_std, share_p10, share_p90: its standard deviation, 10th and 90th percentile over videos.
     share_per_class: mean over each class's videos, for classes that have any.
-    precision: mean over videos of the share of chosen segments that are relevant; None where the truth is not known.
-    recall: mean over videos of the share of relevant segments that are chosen.
-    relevant_share: mean over videos of the share that is relevant: the precision of a choice by chance.
-    without_relevant: videos without a relevant segment, which these three leave out.
+    precision: mean over videos of the fraction of chosen segments that are relevant; None without
+      ground truth.
+    recall: mean over videos of the fraction of relevant segments that are chosen.
+    relevant_share: mean over videos of the fraction that is relevant: the precision of a random
+      choice.
+    without_relevant: number of videos without a relevant segment, which these three leave out.
   """
 
   share: float
@@ -100,11 +121,13 @@ def segment_report(
   """Summarises the choice on a whole split.
 
   Args:
-    gates: `[M, T]`; a segment is chosen where its gate is above 0. Padding does not count.
+    gates: `[M, T]`; a segment is chosen where its gate is above 0. Padding is ignored.
     valid: `[M, T]` bool, at least one a video.
     labels: `[M]` class indices, or `[M, classes]` 0/1: a video counts for each of its classes.
-    relevant: `[M, T]` bool, where the truth is known.
+    relevant: `[M, T]` bool, if there is ground truth.
     class_names: of `share_per_class`; the indices if None.
+  Returns:
+    A `SegmentReport`.
   Raises:
     ValueError: shapes differ, or a video has no valid segment.
   """
@@ -118,6 +141,7 @@ def segment_report(
     raise ValueError(
       f"every video must have a valid segment; got none for video {np.argmin(valid.any(axis=1))}"
     )
+  # Per video first: a long video weighs no more than a short one.
   share = chosen.sum(axis=1) / valid.sum(axis=1)
   p10, p90 = np.percentile(share, (10, 90))
   return SegmentReport(
@@ -138,9 +162,11 @@ def _share_per_class(
   share: np.ndarray, labels: np.ndarray, class_names: Sequence[str] | None
 ) -> dict[str, float]:
   if labels.ndim == 1:
+    # One-hot, so that both kinds of labels count the same way.
     labels = labels[:, None] == np.arange(
       len(class_names) if class_names is not None else labels.max() + 1
     )
+  # A class without videos has no mean, and is left out.
   videos = labels.sum(axis=0)
   names = _names(class_names, len(videos))
   return {names[c]: float(share @ labels[:, c] / videos[c]) for c in np.flatnonzero(videos)}
@@ -149,6 +175,7 @@ def _share_per_class(
 def _agreement(
   chosen: np.ndarray, valid: np.ndarray, relevant: np.ndarray
 ) -> dict[str, float | int | None]:
+  # Recall is not defined for a video without a relevant segment.
   known = relevant.any(axis=1)
   without = {"without_relevant": int(np.sum(~known))}
   if not known.any():
@@ -157,6 +184,7 @@ def _agreement(
     m[known].sum(axis=1) for m in (chosen & relevant, valid, relevant, chosen)
   )
   shares = {
+    # No segment chosen: precision 0.
     "precision": both / np.maximum(chosen, 1),
     "recall": both / relevant,
     "relevant_share": relevant / valid,

@@ -1,6 +1,6 @@
-"""Where the variables of networks for long videos come from: checkpoints, the first training, or another run.
+"""Variables of networks for long videos, from checkpoints, pretraining or another run.
 
-A whole network names its nets `light` and `heavy`; those that were trained before it are taken under these names.
+A whole network names its nets `light` and `heavy`; pretrained nets are taken under these names.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from gating_jax.video.build import LIGHT, Phase, VideoExperiment
 from gating_jax.video.concepts import find_concepts
 
 PRETRAIN_DIR = "pretrain"
-_CONCEPT_SEGMENTS = 20_000  # that concepts are found from, at most
+# Concepts are found from at most so many segments.
+_CONCEPT_SEGMENTS = 20_000
 
 
 def restore(phase: Phase, path: Path, seed: int, *, read_only: bool = False) -> tuple[int, Any]:
-  """The newest checkpoint's step and state, or step 0 and a fresh state."""
+  """Returns the newest checkpoint's step and state, or step 0 and a fresh state."""
   state = steps.init_state(phase.model, phase.optimiser, seed, phase.shapes)
   directory = path / rundir.CHECKPOINT_DIR
-  if not hosts.any_of(directory.exists()):  # before any process makes it
+  # All processes must agree, before any of them makes the directory.
+  if not hosts.any_of(directory.exists()):
     return 0, devices.replicate(state)
   checkpoints = Checkpoints(directory, read_only=read_only)
   try:
@@ -40,7 +42,12 @@ def restore(phase: Phase, path: Path, seed: int, *, read_only: bool = False) -> 
 
 
 def trained_nets(experiment: VideoExperiment, path: Path) -> Any:
-  """The variables of both nets, from this run or the one named by `pretrained`."""
+  """Loads the variables of both nets, from this run or the one named by `pretrained`.
+
+  Raises:
+    ValueError: the config has no pretraining.
+    RunDirError: the run does not exist, or has not trained the nets to the end.
+  """
   if experiment.pretraining is None:
     raise ValueError("pretrain.epochs must be those of the pretrained run; got 0")
   path = user_path(experiment.config.pretrained or path) / PRETRAIN_DIR
@@ -60,13 +67,15 @@ def trained_nets(experiment: VideoExperiment, path: Path) -> Any:
 def begin(
   experiment: VideoExperiment, state: steps.TrainState, nets: Any, train: Any
 ) -> steps.TrainState:
-  """A fresh state with what the first training found: nets, if they go on being trained, and concepts."""
+  """Returns a fresh state with the results of pretraining: concepts, and nets that train on."""
   params, batch_stats = dict(state.params), dict(state.batch_stats)
+  # In `two_stage` the state holds no nets: it trains on their features.
   if nets is not None and experiment.config.training == "end_to_end":
     trained = devices.replicate(nets_of(experiment, nets))
     params |= trained["params"]
     batch_stats |= trained["batch_stats"]
   if experiment.model.selection == "gate":
+    # Concepts are clusters of the light net's features, which `two_stage` has computed already.
     features = (
       train
       if experiment.config.training == "two_stage"
@@ -74,10 +83,12 @@ def begin(
         experiment, {"params": params, "batch_stats": batch_stats}, ("light",)
       )
     )
+    # Only real segments of videos that could be read.
     seen = features.arrays["light"][
       features.arrays["valid"] & (features.arrays["weight"] > 0)[:, None]
     ]
     seen = seen[
+      # A random sample with the run's seed, so that a restart finds the same concepts.
       np.random.default_rng(experiment.config.seed).permutation(len(seen))[:_CONCEPT_SEGMENTS]
     ]
     concepts = find_concepts(
@@ -86,24 +97,27 @@ def begin(
     gate = params[GATE_NAME]
     params[GATE_NAME] = {
       **gate,
+      # The gate multiplies features by the concepts, so these are the columns of a kernel.
       CONCEPTS: {"kernel": devices.replicate(np.ascontiguousarray(concepts.T))},
     }
   return state.replace(params=params, batch_stats=batch_stats)
 
 
 def whole(experiment: VideoExperiment, state: steps.TrainState, nets: Any) -> dict[str, Any]:
-  """The variables of the whole network."""
+  """Returns the variables of the whole network."""
   variables = of_state(state)
   if experiment.config.training == "end_to_end":
     return variables
+  # `two_stage` trained the gate and the classifier alone: the nets join them here.
   return variables | {
     kind: {**variables[kind], **tree} for kind, tree in nets_of(experiment, nets).items()
   }
 
 
 def nets_of(experiment: VideoExperiment, nets: Any) -> dict[str, Any]:
-  """The trained variables under the names that the whole network gives them."""
-  if nets is None:  # those for features made elsewhere have none
+  """Renames the trained variables as the whole network names them."""
+  # Networks on precomputed features have no trained nets.
+  if nets is None:
     return {}
   alone = experiment.config.model.selection == LIGHT
   places = {"heavy": "light" if alone else "heavy"} | (
@@ -116,5 +130,5 @@ def nets_of(experiment: VideoExperiment, nets: Any) -> dict[str, Any]:
 
 
 def of_state(state: steps.TrainState) -> dict[str, Any]:
-  """The variables of what a phase has trained."""
+  """Returns the variables that a phase has trained."""
   return {"params": state.params, "batch_stats": state.batch_stats}

@@ -1,4 +1,4 @@
-"""What the nets of the long-video programme minimise.
+"""Training objectives of the networks for long videos.
 
 Axes: B videos, T segments, S picked segments of a video.
 Reference: Hussein et al., 2020 (TimeGate).
@@ -25,18 +25,24 @@ Terms = Mapping[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class VideoObjective:
-  """Total = classification + light * that of single segments + gamma_t * batch-shaping + rho_t * sparsity + channels.
+  """Objective of the whole network.
 
-  Classification is cross-entropy or, for several labels, the mean binary cross-entropy over classes.
+      total = classification + light * that of single segments
+              + gamma_t * batch-shaping + rho_t * sparsity + channels
+
+  Classification is cross-entropy or, for several labels, the mean binary cross-entropy over
+  classes.
 
   Attributes:
     multi_label: whether labels are `[B, classes]` of 0 and 1.
-    sparsity: of the segment gates: `mean`, the share that is open; `target`, its squared gap to `target`; or `none`.
-    target: share in (0, 1].
+    sparsity: of the segment gates: `mean`, the fraction that is open; `target`, its squared
+      difference from `target`; or `none`.
+    target: fraction in (0, 1].
     sparsity_coefficient, batch_shaping_coefficient: rho_t and gamma_t, from step to number.
-    prior: what the segments' open probability should follow over all segments of the batch.
+    prior: distribution that the segments' open probability should follow over all segments of the
+      batch.
     light_coefficient: of the light net's own classification of every segment.
-    channels: prices the heavy net's channel gates.
+    channels: penalties of the heavy net's channel gates.
   """
 
   multi_label: bool
@@ -59,23 +65,26 @@ class VideoObjective:
     step: Array,
     axis_name: Hashable | None = None,
   ) -> tuple[Array, Terms]:
-    """`(total, terms)`; the terms are before their coefficients.
+    """Returns `(total, terms)`; the terms are before their coefficients.
 
     Args:
       outputs: of `SegmentNet`.
-      targets: `label`, `weight` `[B]`, 0 for videos that could not be read, and `valid` `[B, T]`.
-      records: the segments' first.
+      targets: `label`; `weight` `[B]`, 0 for videos that could not be read; and `valid` `[B, T]`.
+      records: that of the segments first, then those of the heavy net's channels.
       step: of the schedules.
       axis_name: as in `batch_shaping_loss`.
     """
     labels, weight, valid = (targets[name] for name in ("label", "weight", "valid"))
     mean = lambda values, weights: weighted_mean(values, weights, axis_name)
+    # Weighted means over all devices: a device may hold fewer videos that could be read.
     total = mean(label_loss(outputs["logits"], labels, self.multi_label), weight)
     terms = {"classification": total}
     if not self.multi_label:
       terms["accuracy"] = mean(jnp.argmax(outputs["logits"], -1) == labels, weight)
+    # Padding, and all segments of a video that could not be read, have weight 0.
     seen = weight[:, None] * valid
     if "light_logits" in outputs and self.light_coefficient:
+      # The light term: every segment has the label of its video.
       of_video = jnp.broadcast_to(labels[:, None], (*valid.shape, *labels.shape[1:]))
       terms["light"] = mean(label_loss(outputs["light_logits"], of_video, self.multi_label), seen)
       total += self.light_coefficient * terms["light"]
@@ -83,12 +92,13 @@ class VideoObjective:
     terms["share"] = mean(segments.gates, seen)
     if self.sparsity != "none":
       rho = self.sparsity_coefficient(step)
+      # rho_t * sparsity, by the fraction of segments open in this batch.
       price = (
         terms["share"] if self.sparsity == "mean" else jnp.square(terms["share"] - self.target)
       )
       terms |= {self.sparsity: price, f"{self.sparsity}_coefficient": rho}
       total += rho * price
-    # One segment of every video runs whatever the gate says, so that probabilities tell its own rate.
+    # One segment of every video always runs, so only probabilities tell the gate's own rate.
     terms[SEGMENTS_CLOSED] = (mean(segments.probs, seen) < LEAST_RATE).astype(total.dtype)
     gamma, shaping = (
       self.batch_shaping_coefficient(step),
@@ -103,7 +113,10 @@ class VideoObjective:
     }
 
   def _shaping(self, logits: Array, seen: Array, axis_name: Hashable | None) -> Array:
-    """All segments share one gate network, so they are one column, padding left out."""
+    """Computes the batch-shaping loss of all segments, padding left out.
+
+    They share one gate network, so they are one column.
+    """
     return batch_shaping_loss(
       logits.reshape(-1, 1), self.prior, weights=seen.ravel(), axis_name=axis_name
     )[0]
@@ -111,13 +124,16 @@ class VideoObjective:
 
 @dataclasses.dataclass(frozen=True)
 class SegmentObjective:
-  """Total = cross-entropy of the light net + that of the heavy net + the price of its channel gates.
+  """Objective of both nets on single segments.
+
+      total = cross-entropy of the light net + that of the heavy net + penalty of its channel gates
 
   Attributes:
-    target: `units`, the unit action of each segment, with the last class for none, or `label`, the video's.
+    target: `units`, the unit action of each segment, with the last class for none, or `label`, the
+      video's.
     targets: number of classes.
     multi_label: of the video's label.
-    channels: prices the heavy net's channel gates.
+    channels: penalties of the heavy net's channel gates.
   """
 
   target: str
@@ -133,14 +149,20 @@ class SegmentObjective:
     step: Array,
     axis_name: Hashable | None = None,
   ) -> tuple[Array, Terms]:
-    """As `VideoObjective`; `outputs["picked"]` `[B, S]` are the segments that the nets saw, `[B * S]` in all."""
+    """Returns `(total, terms)` as `VideoObjective`.
+
+    `outputs["picked"]` `[B, S]` are the segments that the nets saw, `[B * S]` in all.
+    """
     picked = outputs["picked"]
+    # A segment has one unit action at most, also where a video has several labels.
     multi_label = self.multi_label and self.target == "label"
     if self.target == "units":
       units = jnp.take_along_axis(targets["units"], picked, axis=1)
+      # Segments without a unit action have -1, and become the last class.
       labels = jnp.where(units < 0, self.targets - 1, units).ravel()
     else:
       labels = jnp.repeat(targets["label"], picked.shape[1], axis=0)
+    # Each picked segment has the weight of its video.
     weight = jnp.repeat(targets["weight"], picked.shape[1])
     terms = {
       name: weighted_mean(label_loss(outputs[name], labels, multi_label), weight, axis_name)
@@ -161,8 +183,13 @@ class SegmentObjective:
 
 
 def label_loss(logits: Array, labels: Array, multi_label: bool) -> Array:
-  """Cross-entropy `[...]` of logits `[..., classes]`: with integer labels `[...]`, or the mean over classes of the
-  binary one with 0/1 labels `[..., classes]`."""
+  """Computes the cross-entropy `[...]` of logits `[..., classes]`.
+
+  Args:
+    logits: `[..., classes]`.
+    labels: integers `[...]`; if `multi_label`, 0/1 `[..., classes]`.
+    multi_label: the binary cross-entropy, mean over classes.
+  """
   if multi_label:
     return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, labels), axis=-1)
   return optax.softmax_cross_entropy_with_integer_labels(logits, labels)

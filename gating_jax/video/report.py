@@ -1,4 +1,4 @@
-"""What a run on long videos leaves for people: histograms, pictures and its page.
+"""Pictures, histograms and the page of a run on long videos.
 
 Axes: M videos, T segments.
 """
@@ -29,15 +29,25 @@ from gating_jax.video import speed
 from gating_jax.video.build import VideoExperiment
 from gating_jax.video.evaluate import Arrays
 
-_DRAWN = 6  # videos whose time lines are shown
-_LISTED = 12  # videos whose choices are shown at the top
-_SEGMENT = 0.4  # inches of a segment on the page, at least, as long as there is room on a desk
+# Number of videos with time lines, and of those with choices at the top of the page.
+_DRAWN = 6
+_LISTED = 12
+# Least width of a segment on the page, in inches, as long as the page is wide enough.
+_SEGMENT = 0.4
 
 
 def draw(
   experiment: VideoExperiment, done: Arrays, run_dir: rundir.RunDir, journal: Journal, step: int
 ) -> None:
-  """Writes the pictures of what `video_trial.test` found, in files and in TensorBoard."""
+  """Writes the pictures of a test's arrays to files and to TensorBoard.
+
+  Args:
+    experiment: that was tested.
+    done: the arrays of `evaluate.test`.
+    run_dir: for the files.
+    journal: for TensorBoard.
+    step: of the checkpoint.
+  """
   names = ("segments", "timeline")
   shares, lines = (run_dir.path / f"{name}.png" for name in names)
   text.save(_figure_of_shares(experiment, done), shares)
@@ -47,13 +57,17 @@ def draw(
 
 
 def histograms(experiment: VideoExperiment, done: Arrays) -> dict[str, np.ndarray]:
-  """Counts for `Journal.write_histograms`: of the probabilities of segments, of the shares chosen of each video, and of
-  the open probabilities of each layer of channel gates, where the heavy net has any, in the chosen segments."""
+  """Counts values for `Journal.write_histograms`.
+
+  They are the probabilities of segments, the fractions chosen of each video, and, if the heavy net
+  has channel gates, the open probabilities of each of its gated layers in the chosen segments.
+  """
   counts = {
     "gates/segments/probs": evaluation.histogram(done["probs"][done["valid"].astype(bool)]),
     "gates/segments/shares": evaluation.histogram(_shares(done)),
   }
   if "channels" in done:
+    # Summed over videos: one histogram for each gated layer.
     layers = done["channels"].sum(axis=0)
     names = [name for name, _ in experiment.counts.heavy.gate_layers]
     counts |= {
@@ -70,13 +84,14 @@ def write(
   step: int,
   notice: str = "",
 ) -> None:
-  """Writes the run's page; `notice` is what it says before all else."""
+  """Writes the run's page; `notice` is its first text."""
   config = experiment.config
   around = surroundings.read(
     run_dir,
     config,
     surroundings.VIDEOS,
     step=step,
+    # The reason why `--mode=compile` cannot add times to this run, if there is one.
     not_compiled=conclusion.refusal(speed.check, experiment),
   )
   configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
@@ -125,7 +140,7 @@ def _begin(
   around: opening.Surroundings,
   notice: str,
 ) -> page.Opening:
-  """The large numbers, and a picture of what was chosen."""
+  """Builds the large numbers, and the picture of chosen segments."""
   key = "accuracy" if "accuracy" in result else "mean_average_precision"
   name = key.replace("_", " ")
   meaning = {
@@ -138,6 +153,7 @@ def _begin(
     ),
     opening.macs(result["mac_ratio"], result["macs"], result["all_segments_macs"], "video", around),
     opening.time("video", around)
+    # Times of `--mode=compile` for this step; without them, those that the run measured itself.
     if around.times and around.times.of(around.step)
     else _speed(result, around),
   ]
@@ -150,11 +166,12 @@ def _begin(
 
 
 def _speed(result: Mapping[str, Any], around: opening.Surroundings) -> page.Number:
-  """Milliseconds of a video as the run has measured them itself."""
+  """Returns the milliseconds of a video as the run itself has measured them."""
   number = opening.time("video", around)
   if "videos_per_second" not in result:
     return number
   mine, dense = (
+    # The result has videos per second; the page shows time per video, like all pages.
     times.milliseconds(1 / result[name])
     for name in ("videos_per_second", "all_segments_videos_per_second")
   )
@@ -162,13 +179,14 @@ def _speed(result: Mapping[str, Any], around: opening.Surroundings) -> page.Numb
     number,
     value=f"{mine} ms",
     baseline=f"ungated: {dense} ms",
-    meaning="Time per video in a batch of test videos, measured at the end of the run; light network and gate "
-    "included, next to the heavy network on all segments. For single videos:",
+    meaning="Time per video in a batch of test videos, measured at the end of the run; "
+    "light network and gate included, next to the heavy network on all segments. "
+    "For single videos:",
   )
 
 
 def _choices(experiment: VideoExperiment, done: Arrays) -> page.Picture:
-  """What was chosen of the first test videos."""
+  """Draws the chosen segments of the first test videos."""
   valid = done["valid"].astype(bool)
   count = min(_LISTED, len(valid))
   of_each = lambda values: [values[i][valid[i]] for i in range(count)]
@@ -191,13 +209,15 @@ def _choices(experiment: VideoExperiment, done: Arrays) -> page.Picture:
 
 
 def _shares(done: Arrays) -> np.ndarray:
-  """`[M]`, chosen of each video's segments."""
+  """Computes the fraction chosen of each video's segments, `[M]`."""
   valid = done["valid"].astype(bool)
+  # At least 1, so that a video without valid segments gives 0.
   return np.sum((done["gates"] > 0) & valid, axis=1) / np.maximum(valid.sum(axis=1), 1)
 
 
 def _figure_of_shares(experiment: VideoExperiment, done: Arrays) -> Any:
   correct = (
+    # With several labels a video is neither right nor wrong.
     None if experiment.test.multi_label else np.argmax(done["logits"], axis=1) == done["label"]
   )
   return segment_pictures.draw_shares(
@@ -206,8 +226,9 @@ def _figure_of_shares(experiment: VideoExperiment, done: Arrays) -> Any:
 
 
 def _time_lines(experiment: VideoExperiment, done: Arrays) -> list[page.Picture]:
-  """A picture of each of the first videos, its title below it; the first one defines the axes."""
+  """Draws each of the first videos, with its title below; the first one defines the axes."""
   lines, parts = _lines(experiment, done), []
+  # The longest video sets the width of all, so that segments have one scale.
   width = min(_SEGMENT * max(int(line.valid.sum()) for line in lines), timeline.WIDTH - 1.5)
   untitled = [dataclasses.replace(line, title="") for line in lines]
   figures = timeline.figures(untitled, unit_names=experiment.test.unit_names, width=max(width, 4.0))
@@ -228,6 +249,7 @@ def _time_lines(experiment: VideoExperiment, done: Arrays) -> list[page.Picture]
         f"{text.plain(line.title, 200)}: {chosen}.",
         scrolls=True,
         photo=True,
+        # The terms are the same for all, so only the first picture has them.
         terms=() if parts else terms,
       )
     )
@@ -235,7 +257,8 @@ def _time_lines(experiment: VideoExperiment, done: Arrays) -> list[page.Picture]
 
 
 def _lines(experiment: VideoExperiment, done: Arrays) -> list[timeline.TimeLine]:
-  """The first test videos that could be read."""
+  """Reads the first test videos that could be read."""
+  # `index`: the arrays have the videos that could be read only.
   batch = experiment.test.read(done["index"][:_DRAWN])
   row = lambda arrays, name, i: arrays[name][i] if name in arrays else None
   return [
@@ -244,6 +267,7 @@ def _lines(experiment: VideoExperiment, done: Arrays) -> list[timeline.TimeLine]
       gates=done["gates"][i],
       valid=done["valid"][i],
       title=_title(experiment, done, i),
+      # The centre frame of each clip, as the light net sees it.
       thumbnails=batch["clips"][i][:, batch["clips"].shape[2] // 2] if "clips" in batch else None,
       relevant=row(done, "relevant", i),
       units=row(batch, "units", i),

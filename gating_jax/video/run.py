@@ -1,7 +1,7 @@
-"""Trains and evaluates a network that chooses segments of long videos, in a run directory.
+"""Training and evaluation of a network that chooses segments of long videos, in a run directory.
 
-Two trainings follow each other: in the folder `pretrain`, both nets as classifiers of single segments; then, in the run
-directory itself, the gate and the classifier.
+Two trainings follow each other: in the folder `pretrain`, both nets as classifiers of single
+segments; then, in the run directory itself, the gate and the classifier.
 
 Reference: Hussein et al., 2020 (TimeGate).
 """
@@ -32,8 +32,14 @@ from gating_jax.video.build import Phase, VideoExperiment, build
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
-  """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint, and
-  `compile` times what skips the segments that are not chosen."""
+  """Runs one mode on a run directory.
+
+  Args:
+    config: of the run.
+    workdir: the run directory.
+    mode: `train` resumes and trains to completion; `evaluate` tests the newest checkpoint; `report`
+      writes the page; `compile` times the ways to run with segments skipped.
+  """
   with working("opening the data", "minutes for large sets"):
     experiment = build(config)
   failing.run_mode(
@@ -60,7 +66,7 @@ def _render_finished(experiment: VideoExperiment, path: Path, result: Mapping[st
 
 
 def _conclude(experiment: VideoExperiment, path: Path, result: Mapping[str, Any], done: str) -> str:
-  """What a mode that tests the network ends with."""
+  """Returns the last text of a mode that tests the network."""
   ratio = f"{100 * result['mac_ratio']:.1f} %"
   rows = [
     video_table.rows(result)[0],
@@ -83,7 +89,10 @@ def _conclude(experiment: VideoExperiment, path: Path, result: Mapping[str, Any]
 
 
 def _title(experiment: VideoExperiment) -> str:
-  return f"segments of {experiment.config.data.name} videos, chosen by {experiment.config.model.selection}"
+  return (
+    f"segments of {experiment.config.data.name} videos, "
+    f"chosen by {experiment.config.model.selection}"
+  )
 
 
 def _report(experiment: VideoExperiment, run_dir: rundir.RunDir, notice: str = "") -> None:
@@ -100,13 +109,14 @@ def _report(experiment: VideoExperiment, run_dir: rundir.RunDir, notice: str = "
 
 def _compile(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   step, variables = newest(experiment, run_dir)
+  # One process times and writes; the others wait for it.
   hosts.written(lambda: speed.run(experiment, run_dir, step, variables))
 
 
 def _test_newest(
   experiment: VideoExperiment, run_dir: rundir.RunDir
 ) -> tuple[int, dict[str, Any], video_evaluation.Arrays]:
-  """The newest checkpoint's step, its result on the test videos, and what it did with each."""
+  """Tests the newest checkpoint: its step, its result, and arrays of each test video."""
   step, variables = newest(experiment, run_dir)
   result, behaviour = _test(experiment, variables)
   return step, result | _speed(experiment, variables), behaviour
@@ -126,11 +136,17 @@ def _speed(experiment: VideoExperiment, variables: Any) -> dict[str, float]:
 
 
 def newest(experiment: VideoExperiment, run_dir: rundir.RunDir) -> tuple[int, Any]:
-  """The newest checkpoint's step and the variables of the whole network. Raises RunDirError where there is none."""
+  """Loads the newest checkpoint's step and the variables of the whole network.
+
+  Raises:
+    RunDirError: there is no checkpoint.
+  """
   path = run_dir.path
   two_stage = experiment.config.training == "two_stage"
   with working("loading the newest checkpoint"):
     nets = (
+      # `end_to_end` has the nets in its own checkpoint; `two_stage` has them in that of the
+      # pretraining.
       video_nets.trained_nets(experiment, path) if two_stage and experiment.pretraining else None
     )
     step, state = video_nets.restore(
@@ -143,6 +159,7 @@ def newest(experiment: VideoExperiment, run_dir: rundir.RunDir) -> tuple[int, An
 
 def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   started, config, phase = time.monotonic(), experiment.config, experiment.training
+  # Lets the model of this run be loaded without the data.
   outlines.write(run_dir.path, [experiment.train, experiment.test])
   nets = None
   if config.pretrained:
@@ -151,6 +168,7 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   elif experiment.pretraining:
     folder = run_dir.path / video_nets.PRETRAIN_DIR
     state, finished = _run_phase(experiment, experiment.pretraining, folder, experiment.train)
+    # Asked to stop: the next start resumes here.
     if not finished:
       return
     nets = video_nets.of_state(state)
@@ -161,6 +179,7 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
       f"computing the features of {len(train):,} training videos", "minutes for large sets"
     ):
       train = video_evaluation.extract_features(experiment, video_nets.nets_of(experiment, nets))
+  # The checkpoint of a resumed run already holds the concepts.
   if not first_step:
     with working("finding the concepts that gates start from", "up to a minute"):
       state = video_nets.begin(experiment, state, nets, train)
@@ -171,9 +190,11 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   if not finished:
     return
   result, behaviour = test(state)
+  # Timed once, at the end: a test during training is not slowed down by it.
   result |= _speed(experiment, video_nets.whole(experiment, state, nets))
   total = phase.settings.total_steps
   with working("drawing the report", "up to a minute"):
+    # The phase has closed its journal, and the final test belongs to its last step.
     journal = Journal(run_dir.path, total, total)
     try:
       _note(experiment, journal, total, result, behaviour)
@@ -192,7 +213,7 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
 
 
 def _restore(phase: Phase, path: Path, seed: int) -> tuple[int, Any]:
-  """The step and the state that a phase goes on from."""
+  """Returns the step and the state from which a phase resumes."""
   with working("making the networks", "up to half a minute"):
     return video_nets.restore(phase, path, seed)
 
@@ -206,9 +227,17 @@ def _run_phase(
   start: Any = None,
   test: Any = None,
 ) -> tuple[Any, bool]:
-  """Trains to the end of a phase, or to where it was asked to stop: `(state, finished)`.
+  """Trains a phase to its end, or until it is asked to stop.
 
-  `start` is `(first_step, state)`, by default what `path` holds; `test` evaluates a state.
+  Args:
+    experiment: of the run.
+    phase: the phase.
+    path: its directory.
+    train: its training set.
+    start: `(first_step, state)`; by default those of the newest checkpoint in `path`.
+    test: evaluates a state; None without tests.
+  Returns:
+    `(state, finished)`.
   """
   config, total = experiment.config, phase.settings.total_steps
   first_step, state = start or _restore(phase, path, config.seed)
@@ -216,6 +245,7 @@ def _run_phase(
     raise rundir.RunDirError(
       f"{path} holds a checkpoint of step {first_step}, beyond the {total} of this config"
     )
+  # A finished phase is not entered again: no journal, no compilation.
   if first_step == total:
     return state, True
   if first_step:
@@ -243,6 +273,7 @@ def _run_phase(
       evaluate=evaluate if test else None,
       watch=gate_watch.of_videos(config),
     )
+    # The loop ends early only where it was asked to, and has saved a checkpoint.
     if step < total:
       journal.say(
         step, "stopped as asked; a checkpoint is saved, the same command goes on from here"
@@ -254,12 +285,13 @@ def _run_phase(
 
 
 def _make_advance(experiment: VideoExperiment, phase: Phase, train: Any, first_step: int) -> Any:
-  """`(state, step) -> (state, metrics)` over all devices."""
+  """Builds `(state, step) -> (state, metrics)` over all devices."""
   config, k = experiment.config, phase.settings.steps_per_dispatch
   process = (jax.process_index(), jax.process_count())
   make_step = lambda model: steps.make_train_step(
     model, phase.optimiser, phase.objective, phase.prepare, seed=config.seed, axis_name=devices.AXIS
   )
+  # Also with `phase.full`, for steps that choose more segments than the model's capacity.
   mapped = lambda several, args: map_steps(
     lambda model: several(make_step(model)),
     phase.model,
@@ -268,12 +300,15 @@ def _make_advance(experiment: VideoExperiment, phase: Phase, train: Any, first_s
     backend=config.devices.backend,
   )
   if isinstance(train, VideoArrays):
+    # Arrays in memory: the whole set lies on every device, and steps take only indices.
     arrays = devices.replicate(sets.examples(train.arrays))
     run = mapped(steps.resident_steps, (devices.REPLICATED, devices.REPLICATED, devices.BATCH))
     indices = lambda at: images.indices(config.seed, at, k, phase.batch_size, len(train), process)
     return lambda state, at: run(state, arrays, indices(at))
+  # Videos on disk: batches come from worker threads, from the first step on.
   stream = train.batches(phase.batch_size, first_step, k, phase.settings.total_steps, process)
   run = mapped(steps.streamed_steps, (devices.REPLICATED, devices.BATCH))
+  # The stream keeps its own place, so the step is not needed.
   return lambda state, _: run(state, sets.examples(next(stream)))
 
 

@@ -1,4 +1,4 @@
-"""The sets of videos that a config names, and their arrays as networks take them.
+"""Sets of videos that a config names, and their arrays as networks take them.
 
 Axes: B videos, T segments, S picked ones, F frames, H and W pixels, D channels.
 """
@@ -23,35 +23,37 @@ from gating_jax.types import Array
 
 SETS = (composed.NAME, "videos", "features")
 LAYOUTS = ("csv", "breakfast", "charades", "multithumos")
-INPUTS = (
-  "clips",
-  "light",
-  "heavy",
-  "valid",
-  "relevant",
-)  # of a batch's arrays, what networks may look at
-TARGETS = ("label", "weight", "valid", "units")  # and what objectives may
+# Arrays of a batch that networks may look at, and those that objectives may look at.
+INPUTS = ("clips", "light", "heavy", "valid", "relevant")
+TARGETS = ("label", "weight", "valid", "units")
 
 Batch = Mapping[str, Any]
 
 
 def open_set(config: ml_collections.ConfigDict, split: str) -> VideoArrays | VideoSet:
-  """The `train` or `test` set. Raises ValueError naming the field."""
+  """Opens the `train` or `test` set.
+
+  Raises:
+    ValueError: naming the field.
+  """
   data = config.data
   if data.name == composed.NAME:
     return composed.composed(
       split, videos=data[f"{split}_videos"], segments=data.segments, seed=config.seed
     )
+  # Breakfast needs no table: its folder holds the labels.
   for field in ("table", "folder"):
     if not data[field] and not (field == "table" and data.layout == "breakfast"):
       raise ValueError(f"data.{field} must be set for {data.name}; got {data[field]!r}")
   data = _expanded(data)
   table = _table(data, data[f"{split}_split"])
   if data.get("at_most"):
+    # Spread over the table, which may be sorted by class.
     table = table.take(np.linspace(0, len(table) - 1, min(data.at_most, len(table))).astype(int))
   how = dict(
     segments=data.segments,
     seed=config.seed,
+    # Tests always see the same frames.
     jitter=data.jitter and split == "train",
     workers=data.workers,
   )
@@ -61,9 +63,10 @@ def open_set(config: ml_collections.ConfigDict, split: str) -> VideoArrays | Vid
 
 
 def _expanded(data: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """With `~` in paths expanded."""
+  """Returns the settings with `~` in paths expanded."""
   given = ["table", "folder", "heavy_folder"]
   if data.layout == "csv":
+    # Only here is a split a file, and may have a path.
     given += ["train_split", "test_split"]
   return ml_collections.ConfigDict(
     {**data, **{name: str(user_path(data[name])) for name in given if data[name]}}
@@ -83,9 +86,14 @@ def _table(data: ml_collections.ConfigDict, split: str) -> video_tables.VideoTab
 def network_inputs(
   batch: Batch, config: ml_collections.ConfigDict, *, light_alone: bool = False
 ) -> dict[str, Array]:
-  """What a `SegmentNet` takes: uint8 clips normalised, and their centre frames for the light net.
+  """Computes the inputs of a `SegmentNet` from a batch.
 
-  `light_alone` puts what the light net sees in the heavy one's place.
+  uint8 clips are normalised, and their centre frames are for the light net.
+
+  Args:
+    batch: arrays `[B, T, ...]`, or `[N, ...]` of picked segments.
+    config: of the run.
+    light_alone: puts the light net's input in place of the heavy one's.
   """
   inputs = {
     name: batch[name] for name in ("light", "heavy", "valid", "relevant", "picked") if name in batch
@@ -93,6 +101,7 @@ def network_inputs(
   if "clips" in batch:
     clips = batch["clips"]
     normalise = lambda pixels: augment.normalise(pixels, config.data.mean, config.data.std)
+    # The axis is counted from the end, [F, H, W, D], so that picked segments work, too.
     inputs["light"] = normalise(jnp.take(clips, clips.shape[-4] // 2, axis=-4))
     inputs["heavy"] = inputs["light"] if light_alone else normalise(clips)
   elif light_alone:
@@ -103,13 +112,25 @@ def network_inputs(
 def pick_segments(
   key: Array, batch: Batch, count: int, axis_name: Hashable | None
 ) -> dict[str, Array]:
-  """`count` random valid segments of each video as single ones, `[B * S, ...]`, and which, `picked` `[B, S]`; of videos
-  with fewer, some twice."""
+  """Picks `count` random valid segments of each video, as examples of their own.
+
+  Videos with fewer segments give some of them twice.
+
+  Args:
+    key: of the random choice.
+    batch: arrays `[B, T, ...]`.
+    count: S.
+    axis_name: mapped device axis, over which each video has a key of its own.
+  Returns:
+    Arrays `[B * S, ...]`, and `picked` `[B, S]`, the indices of the segments.
+  """
   valid = batch["valid"]
   keys = example_keys(key, valid.shape[0], axis_name)
+  # Random numbers below 1, plus 1 for padding: valid segments come first, in random order.
   order = jnp.argsort(
     jax.vmap(lambda key: jax.random.uniform(key, valid.shape[1:]))(keys) + ~valid, axis=1
   )
+  # Modulo the number of valid segments: a short video starts again from its first.
   picked = jnp.take_along_axis(
     order, jnp.arange(count)[None] % jnp.sum(valid, axis=1, keepdims=True), axis=1
   )
@@ -124,7 +145,7 @@ def pick_segments(
 def network_shapes(
   videos: VideoArrays | VideoSet, config: ml_collections.ConfigDict, *, light_alone: bool = False
 ) -> dict[str, tuple[int, ...]]:
-  """Of one video's `network_inputs`."""
+  """Returns the shapes of one video's `network_inputs`."""
   batch = {
     name: jax.ShapeDtypeStruct((1, *shape), np.uint8 if name == "clips" else np.float32)
     for name, shape in videos.shapes.items()
@@ -137,10 +158,11 @@ def network_shapes(
 def feature_shapes(
   model: SegmentNet, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-  """Of one video's inputs, once both nets' features stand in place of what they take."""
+  """Returns the shapes of one video's inputs, if both nets' features take their place."""
   features = {
     name: net for name, net in (("light", model.light), ("heavy", model.heavy)) if net is not None
   }
+  # Traced alone, outside its module and without devices: only the width is needed.
   width = lambda net, shape: jax.eval_shape(
     lambda x: net.clone(parent=None, axis_name=None).init_with_output(jax.random.key(0), x)[0][0],
     jax.ShapeDtypeStruct((1, *shape[1:]), np.float32),
@@ -153,7 +175,7 @@ def feature_shapes(
 
 
 def examples(batch: Batch) -> tuple[dict[str, Any], dict[str, Any]]:
-  """A batch's arrays as `(inputs, targets)` of a training step."""
+  """Splits a batch's arrays into `(inputs, targets)` of a training step."""
   return (
     {name: batch[name] for name in INPUTS if name in batch},
     {name: batch[name] for name in TARGETS if name in batch},

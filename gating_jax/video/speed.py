@@ -1,4 +1,4 @@
-"""What skipped segments save in time: the speed in a run's result, and `--mode=compile`.
+"""Time saved by skipping segments: the speed in a run's result, and `--mode=compile`.
 
 Axes: B videos, T segments.
 Reference: Hussein et al., 2020.
@@ -29,7 +29,9 @@ from gating_jax.training import rundir
 from gating_jax.video import evaluate, sets
 from gating_jax.video.build import LIGHT, VideoExperiment
 
-_ALWAYS = 1e4  # added to a gate's log-odds
+# Added to a gate's log-odds, it opens every segment.
+_ALWAYS = 1e4
+# Numbers of videos that the tables are measured for, and timed calls of each program.
 _BATCHES, _REPEATS = (1, 8), 20
 Run = Callable[[], Any]
 
@@ -37,10 +39,10 @@ Run = Callable[[], Any]
 def run(
   experiment: VideoExperiment, run_dir: rundir.RunDir, step: int, variables: Mapping[str, Any]
 ) -> None:
-  """Writes the tables, of test videos.
+  """Times the ways to run on test videos, and writes the tables.
 
   Raises:
-    RunDirError: they are there, or are being written.
+    RunDirError: the tables exist, or another process writes them.
     ValueError: as of `check`.
   """
   check(experiment)
@@ -60,14 +62,24 @@ def check(experiment: VideoExperiment) -> None:
 def speed(
   experiment: VideoExperiment, variables: Any, *, videos: int = 8, repeats: int = 5
 ) -> dict[str, float]:
-  """Videos per second on one device: closed segments skipped, light net and gate included; and the heavy net on all
-  segments, all videos at once or one after the other, whichever is quicker. From medians of interleaved repeats.
+  """Measures videos per second on one device, from medians of interleaved repeats.
 
-  Nothing for early exits, which are not batched, nor where no heavy net runs.
+  One number is with closed segments skipped, light net and gate included. The other is of the heavy
+  net on all segments: all videos at once or one after the other, whichever is faster. Early exits,
+  which are not batched, and runs without a heavy net give nothing.
+
+  Args:
+    experiment: of the run.
+    variables: of the whole network.
+    videos: number of test videos in a batch.
+    repeats: number of timed calls of each program.
+  Returns:
+    `videos_per_second` and `all_segments_videos_per_second`, or nothing.
   """
   if not skips(experiment):
     return {}
   inputs = _read(experiment, videos)
+  # One device: the axis of devices goes, and variables are loaded from the host.
   count, nets = (
     len(inputs["valid"]),
     (experiment.model.clone(axis_name=None), jax.device_get(variables)),
@@ -76,6 +88,7 @@ def speed(
     {SEGMENTS: _skipping(experiment, *nets, inputs), **_all_segments(experiment, *nets, inputs)},
     repeats,
   )
+  # `race` keeps the order of its contenders.
   skipped, *everything = (count / statistics.median(seconds) for seconds in times.values())
   return {"videos_per_second": skipped, "all_segments_videos_per_second": max(everything)}
 
@@ -97,9 +110,23 @@ def timings(
   repeats: int,
   progress: Advance = lambda done, total: None,
 ) -> list[Timing]:
-  """Of a batch: `segments`, which skips; `masked`, the same with the heavy net on all; and `ungated`, that alone."""
+  """Times the ways to run a batch.
+
+  They are `segments`, which skips; `masked`, the same with the heavy net on all segments; and
+  `ungated`, the heavy net alone.
+
+  Args:
+    experiment: of the run.
+    variables: of the whole network.
+    inputs: arrays `[B, T, ...]`.
+    repeats: number of timed calls of each program.
+    progress: called with the number of programs compiled, and that of all.
+  Returns:
+    A `Timing` for each.
+  """
   model, variables = experiment.model.clone(axis_name=None), jax.device_get(variables)
   runs = {}
+  # `open_ratio` needs each way with every segment chosen, too.
   for opened, net in (
     (False, (model, variables)),
     (True, (model.clone(share=1.0), _opened(model, variables))),
@@ -112,6 +139,7 @@ def timings(
     itertools.count(1),
   )
   times = race(contenders, repeats, on_start=lambda: progress(next(done), len(contenders)))
+  # The baseline is the faster of both ways to run the heavy net on all segments.
   quickest = min(everything, key=lambda name: statistics.median(times[name, False]))
   times = {name: times[name] for name in runs} | {(UNGATED, False): times[quickest, False]}
   best, seconds, open_ratios = fastest(times, 1, OPEN_LIMIT)
@@ -119,14 +147,14 @@ def timings(
 
 
 def skips(experiment: VideoExperiment) -> bool:
-  """Whether segments of a heavy net are skipped in batches."""
+  """Tests whether segments of a heavy net are skipped in batches."""
   return experiment.config.model.selection not in ("prefix", LIGHT) and bool(
     experiment.counts.heavy.params
   )
 
 
 def _read(experiment: VideoExperiment, videos: int) -> Inputs:
-  """The first test videos."""
+  """Reads the first test videos."""
   batch = experiment.test.read(np.arange(min(videos, len(experiment.test))))
   return {name: values for name, values in batch.items() if name in sets.INPUTS}
 
@@ -141,6 +169,7 @@ def _skipping(
 
 
 def _capacities(experiment: VideoExperiment) -> Sequence[int]:
+  # One video's segments at most: larger batches call the largest K several times.
   return compaction.bucket_sizes(experiment.counts.segments, min(8, experiment.counts.segments))
 
 
@@ -154,7 +183,10 @@ def _masked(
 def _all_segments(
   experiment: VideoExperiment, model: SegmentNet, variables: Any, inputs: Inputs
 ) -> dict[str, Run]:
-  """The heavy net on all segments, without light net and gate: all videos at once, and one after the other."""
+  """Builds the runs of the heavy net on all segments, without light net and gate.
+
+  They take all videos at once, or one after the other.
+  """
   whole = _masked(experiment, model.clone(selection="all", light=None, light_head=False), variables)
   one_by_one = [
     {name: x[i : i + 1] for name, x in inputs.items()} for i in range(len(inputs["valid"]))
@@ -166,7 +198,8 @@ def _all_segments(
 
 
 def _opened(model: SegmentNet, variables: Mapping[str, Any]) -> Mapping[str, Any]:
-  """With the bias of a learned gate at which every segment is chosen."""
+  """Returns the variables with a bias of a learned gate at which every segment is chosen."""
+  # Fixed selections take every segment with `share` 1, and have no gate.
   if model.selection != "gate":
     return variables
   gate = variables["params"][GATE_NAME]
@@ -178,8 +211,14 @@ def _opened(model: SegmentNet, variables: Mapping[str, Any]) -> Mapping[str, Any
 def _mac_ratios(
   experiment: VideoExperiment, model: SegmentNet, variables: Any, inputs: Inputs
 ) -> tuple[float, dict[str, float]]:
-  """MACs of light net, gate, chosen segments and classifier, of the heavy net's on all segments and the classifier;
-  and what is computed, of the heavy net on segments that are not chosen or there as well."""
+  """Computes the ratios of open and of computed MACs to the baseline.
+
+  The baseline is the heavy net on all segments and the classifier.
+
+  Returns:
+    The ratio of light net, gate, chosen segments and classifier; and by way to run, the ratio of
+    what is computed, which includes the heavy net on padding and on segments that are not chosen.
+  """
   outcome = jax.jit(
     lambda variables, inputs: evaluate.outcome(
       dataclasses.replace(experiment, model=model), variables, inputs
@@ -192,8 +231,10 @@ def _mac_ratios(
     reference.all_valid(inputs["valid"]),
     float(counts.heavy.macs + counts.heavy.gate_macs),
   )
+  # `masked` computes the heavy net on every segment, with all channels and their gate networks.
   masked = spent(np.ones(shape), np.full(shape, heavy))
   sizes = tuple(sorted({min(size, done["gates"].size) for size in _capacities(experiment)}))
+  # Segments per video that `Skipping` computes, padding included.
   taken = sum(compaction.pieces_for(int(np.sum(done["gates"] > 0)), sizes)) / shape[0]
   return (
     spent(done["gates"], done["heavy_macs"]) / dense,
