@@ -2,17 +2,24 @@
 
     gating-jax --config=configs/cifar10_resnet20.py --workdir=runs/cifar10 --mode=train
 
-The defaults are the full recipe of 500 epochs. It has not been run; short ones have, see docs/results.md. From the
-authors: the prior, gates on single channels, noise. From independent re-implementations that agree: optimiser,
-schedules, coefficient and corners of the batch-shaping term, corners of the L0 term. Ours: the L0 coefficient (theirs
-is not known), the initial open rate, and the reduction over gates (`layer_mean`; re-implementations sum).
-Variants, joined by commas after a colon: `gating=none`, `epochs=10`, `batch=128`, `l0=2.0`, `budget=0.5`, `bas=0`,
-`width=2`, `inner=4` (blocks wider inside), `schedule=cosine`, `model=vgg8`, `block=8`, `noise=0.25`, `noise_to=0`; and
-`gates=`, what is gated: `none`, `channel`, `layer` as in ConvNet-AIG, `static` channels by L0 regularisation,
-`random` ones, `exits` after each stage as in BranchyNet, `experts` and `sparse_experts` in place of the last stage. A
-`budget` is of `channel`, `static` and `layer`. And `regulariser=`, what keeps gates honest: `batch_shaping` with
-L0, `sparsity` (L0 alone), and what the authors say failed as well, `entropy`, `decision_entropy`, `away_from_half`,
-`none`.
+The defaults are the full recipe of 500 epochs. It has not been run; shorter ones have, see
+docs/results.md.
+
+From the authors: the prior, gates on single channels, noise. From independent re-implementations
+that agree: optimiser, schedules, coefficient and corners of the batch-shaping term, corners of the
+L0 term. Ours: the L0 coefficient (theirs is unknown), the initial open rate, and the reduction over
+gates (`layer_mean`; re-implementations sum).
+
+Variants, joined by commas after a colon: `gating=none`, `epochs=10`, `batch=128`, `l0=2.0`,
+`budget=0.5`, `bas=0`, `width=2`, `inner=4` (blocks wider inside), `schedule=cosine`, `model=vgg8`,
+`block=8`, `noise=0.25`, `noise_to=0`.
+
+`gates=` sets what is gated: `none`, `channel`, `layer` as in ConvNet-AIG, `static` channels by L0
+regularisation, `random` channels, `exits` after each stage as in BranchyNet, `experts` and
+`sparse_experts` in place of the last stage. A `budget` needs `channel`, `static` or `layer`.
+
+`regulariser=` sets what keeps gates conditional: `batch_shaping` with L0; `sparsity` (L0 alone);
+and `entropy`, `decision_entropy`, `away_from_half` and `none`, which failed for the authors too.
 """
 
 from configs import common

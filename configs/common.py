@@ -1,4 +1,7 @@
-"""Fields of an image-classification config, with the recipe's defaults. The only home of a default."""
+"""Fields of an image-classification config, with the recipe's defaults.
+
+No default is defined anywhere else.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +11,7 @@ from ml_collections import config_dict
 
 
 def image_config() -> ml_collections.ConfigDict:
-  """Every field; fractions are of the whole training."""
+  """Returns a config with every field; fractions of a schedule are of the whole training."""
   return ml_collections.ConfigDict(
     {
       "experiment": "classification",
@@ -20,11 +23,10 @@ def image_config() -> ml_collections.ConfigDict:
         "test_split": "test",
         "image_feature": config_dict.placeholder(str),  # of TFDS; None: image
         "label_feature": config_dict.placeholder(str),  # of TFDS; None: label
-        "loader": "resident",  # resident: whole set on the device; streaming: what does not fit
-        "image_size": 0,  # images are resized to this; 0: they are of one size already
-        "crop_area": config_dict.placeholder(
-          float
-        ),  # streaming: least share of a random crop; None: no crop
+        "loader": "resident",  # the whole set on the device; or streaming, for sets that do not fit
+        "image_size": 0,  # images are resized to this; 0: they have one size already
+        # streaming: smallest area of a random crop, as a fraction of the image; None: no crop
+        "crop_area": config_dict.placeholder(float),
         "workers": 0,  # streaming: processes that decode; 0: threads of this one
         "mean": (0.5,),
         "std": (0.5,),
@@ -33,52 +35,57 @@ def image_config() -> ml_collections.ConfigDict:
         "cutout": 0,  # pixels: width of a square at a random place that is set to the mean
       },
       "model": {
-        "name": "resnet20",  # 8, 14, 20, 32, 44, 56, 110; 18, 34, 50, 101 for large images; vgg8, vgg16, simple_cnn
-        "width": 1.0,  # of every channel count, such as 0.25 or 20
-        "inner_width": 1.0,  # of the channels between a residual block's convolutions, which gates choose from
+        # resnet8, 14, 20, 32, 44, 56, 110; for large images 18, 34, 50, 101; vgg8, 16; simple_cnn
+        "name": "resnet20",
+        "width": 1.0,  # factor of every channel count, such as 0.25 or 20
+        # factor of the channels between a residual block's convolutions, which gates choose from
+        "inner_width": 1.0,
         "shortcut": config_dict.placeholder(str),  # None: the named network's own; A or B
         "dtype": "float32",  # or bfloat16
         "gating": "channel",  # or none, all_channels, layer; of classifiers also exits, experts
         "group_norm": False,  # GroupNorm in place of BatchNorm; not of vgg8, vgg16, simple_cnn
-        "backward_share": 1.0,  # of layer gating: at most this share of images has one, or all where more are open
+        # of layer gating: fraction of images kept in the backward pass; all if more are open
+        "backward_share": 1.0,
         "gate": {
           "hidden": 16,
           "initial_open": 0.85,
           "temperature": 2 / 3,
           "noise_scale": 1.0,
-          "context": "pooled",  # or none: the same for all images; random: drawn at the rate initial_open
+          # pooled; none: the same for all images; random: drawn at the rate initial_open
+          "context": "pooled",
           "relaxation": "straight_through",  # or hard_concrete, sigmoid
           "block": 1,  # adjacent channels that share a gate, for hardware: 8, 16, 64 or 128
         },
-        "noise": {  # of gates in training, from model.gate.noise_scale
-          "final": config_dict.placeholder(float),  # to this; None: it stays
-          "start": 0.0,  # up to this fraction as it is,
-          "full": 0.5,  # linear to the final one at this
+        "noise": {  # schedule of the gates' noise, which starts at model.gate.noise_scale
+          "final": config_dict.placeholder(float),  # scale at the end; None: constant
+          "start": 0.0,  # constant up to this fraction
+          "full": 0.5,  # reaches the final scale, linearly, at this fraction
         },
-        "init_from": config_dict.placeholder(
-          str
-        ),  # folder of an ungated run whose parameters to start from
-        "exits": {
-          "threshold": 0.3
-        },  # of the entropy of an exit, as a share of the largest: below it an image leaves
+        # folder of an ungated run whose parameters are the initial ones
+        "init_from": config_dict.placeholder(str),
+        # an image leaves at an exit whose entropy is below this fraction of the maximum
+        "exits": {"threshold": 0.3},
+        # top_k: how many experts run for an image; None: all
         "experts": {
           "count": 4,
           "top_k": config_dict.placeholder(int),
-        },  # how many count for an image; None: all
+        },
       },
       "loss": {
-        # batch_shaping, with sparsity; or sparsity alone, entropy, decision_entropy, away_from_half, balance, none
+        # batch_shaping includes sparsity; or sparsity alone, entropy, decision_entropy,
+        # away_from_half, balance, none
         "regulariser": "batch_shaping",
-        "entropy": {"coefficient": 0.5},  # asks that each gate be open for half of a batch
-        "decision_entropy": {
-          "coefficient": 0.5
-        },  # asks that each be open with probability 1/2, for every image
-        "balance": {"coefficient": 0.01},  # asks that images be spread evenly over experts
-        "away_from_half": {"coefficient": 0.5},  # asks that open probabilities differ from 1/2
-        "exit_weights": (1.0,),  # of exits before the last, whose own is 1; one number is for all
+        "entropy": {"coefficient": 0.5},  # each gate is to be open for half of a batch
+        # each gate is to be open with probability 1/2, for every image
+        "decision_entropy": {"coefficient": 0.5},
+        "balance": {"coefficient": 0.01},  # images are to be spread evenly over experts
+        "away_from_half": {"coefficient": 0.5},  # open probabilities are to differ from 1/2
+        "exit_weights": (
+          1.0,
+        ),  # of all exits but the last, whose weight is 1; one number is for all
         "batch_shaping": {
           "coefficient": 0.75,  # at the start
-          "end": 0.2,  # linear to 0 at this fraction
+          "end": 0.2,  # falls linearly to 0 at this fraction
           "a": 0.6,
           "b": 0.4,
           "reduction": "layer_mean",  # over gates: layer_mean, mean or sum
@@ -87,8 +94,8 @@ def image_config() -> ml_collections.ConfigDict:
           "kind": "l0",  # l0, macs, budget or target_rate
           "coefficient": 0.5,  # a budget needs about 50
           "start": 0.2,  # 0 up to this fraction
-          "full": 0.6,  # linear to the coefficient at this one
-          "target": 0.5,  # of budget, a share of the ungated MACs; of target_rate, a share of images
+          "full": 0.6,  # rises linearly to the coefficient at this fraction
+          "target": 0.5,  # budget: fraction of the ungated MACs; target_rate: fraction of images
         },
       },
       "optim": {
@@ -100,12 +107,13 @@ def image_config() -> ml_collections.ConfigDict:
         "drop_factor": 0.1,
         "warmup": 0.0,
         "momentum": 0.9,
-        "weight_decay": 5e-4,  # 0 for gate parameters whatever stands here
-        "gate_multiplier": 1.0,  # how much faster gate parameters learn
+        "weight_decay": 5e-4,  # always 0 for gate parameters
+        "gate_multiplier": 1.0,  # factor of the learning rate of gate parameters
       },
       "devices": {
         "backend": "pmap",  # or shard_map
-        "steps_per_dispatch": 1,  # more for small nets on an accelerator; on CPU a loop of steps is slower
+        # more for small nets on an accelerator; on CPU a loop of steps is slower
+        "steps_per_dispatch": 1,
       },
       "log_every": 50,  # steps
       "eval_every": 0.0,  # epochs; 0: at the end only
@@ -115,7 +123,10 @@ def image_config() -> ml_collections.ConfigDict:
 
 
 def imagenet_config() -> ml_collections.ConfigDict:
-  """What configs of photographs share: ImageNet's colours, the streaming loader, ResNet18 in bfloat16."""
+  """Returns the shared config for photographs.
+
+  It has ImageNet's colour statistics, the streaming loader, and ResNet18 in bfloat16.
+  """
   config = image_config()
   config.data.loader = "streaming"
   config.data.mean = (0.485, 0.456, 0.406)
@@ -127,10 +138,12 @@ def imagenet_config() -> ml_collections.ConfigDict:
   return config
 
 
-_GATES = {  # what is gated and what that needs; `--config.model` and `--config.loss` change single fields after it
+# By what is gated: the fields that this needs. Flags such as `--config.model.…` and
+# `--config.loss.…` change single fields afterwards.
+_GATES = {
   "none": {"model.gating": "none"},
   "channel": {"model.gating": "channel"},
-  "static": {  # L0 regularisation, Louizos et al., 2018: channels that close do so for all images
+  "static": {  # L0 regularisation, Louizos et al., 2018: channels close for all images or for none
     "model.gating": "channel",
     "model.gate.context": "none",
     "model.gate.relaxation": "hard_concrete",
@@ -154,10 +167,11 @@ _GATES = {  # what is gated and what that needs; `--config.model` and `--config.
     "loss.sparsity.start": 0.0,
     "loss.sparsity.full": 0.0,
   },
+  # BranchyNet, Teerapittayanon et al., 2016
   "exits": {
     "model.gating": "exits",
     "loss.regulariser": "none",
-  },  # BranchyNet, Teerapittayanon et al., 2016
+  },
   "experts": {"model.gating": "experts", "loss.regulariser": "none"},  # Jacobs et al., 1991
   "sparse_experts": {  # Shazeer et al., 2017; Fedus et al., 2022
     "model.gating": "experts",
@@ -188,16 +202,29 @@ _VARIANTS = {
 }
 
 
-_EARLIER = {"gates=channels": "channel", "gates=layers": "layer"}  # names that variants had
+# Earlier names of variants, which old commands still use.
+_EARLIER = {"gates=channels": "channel", "gates=layers": "layer"}
 
 
 def apply_variants(
   config: ml_collections.ConfigDict, arg: str | None, variants: Mapping[str, Any] | None = None
 ) -> ml_collections.ConfigDict:
-  """`epochs=10,gates=layer` and the like: short names for what runs differ in most, each of one field or, where its
-  values are listed or a function makes them, of several. In their order, but first `gates`, which others change."""
+  """Applies variants such as `epochs=10,gates=layer`: short names for the most used settings.
+
+  A variant sets one field; or several, if its values are listed or made by a function.
+
+  Args:
+    config: changed in place.
+    arg: variants as `name=value`, joined by commas; None or empty for none.
+    variants: by name; None stands for those of image classification.
+  Returns:
+    The config.
+  Raises:
+    ValueError: a name or a listed value is unknown.
+  """
   variants = variants or _VARIANTS
   items = [item for item in (arg or "").split(",") if item]
+  # `gates` comes first, since other variants change fields that it sets; the rest keep their order.
   for item in sorted(items, key=lambda item: not item.startswith("gates=")):
     name, found, value = item.partition("=")
     value = _EARLIER.get(item, value)

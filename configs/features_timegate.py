@@ -1,12 +1,14 @@
-"""TimeGate on features made elsewhere: a file of `[T, ...]` for each video, .npy or .npz, with a label table.
+"""TimeGate on precomputed features: a .npy or .npz file of `[T, ...]` per video, and a label table.
 
     gating-jax --config=configs/features_timegate.py --workdir=runs/features --mode=train \
-      --config.data.folder=/data/mobilenet --config.data.heavy_folder=/data/i3d --config.data.table=/data/labels.csv \
+      --config.data.folder=/data/mobilenet --config.data.heavy_folder=/data/i3d \
+      --config.data.table=/data/labels.csv \
       --config.data.train_split=/data/train.txt --config.data.test_split=/data/test.txt
 
-The gate sees the features in `folder`, the classifier those of the chosen segments in `heavy_folder`, or the same.
-Of a published set: layout=charades and the like, as in configs/videos_timegate.py. What making a segment's features
-costs is to be told: --config.data.light_macs and --config.data.heavy_macs.
+The gate sees the features in `folder`; the classifier sees those of the chosen segments in
+`heavy_folder`, by default the same. For published sets use layout=charades and the like, as in
+configs/videos_timegate.py. The MACs of extracting a segment's features are given by
+--config.data.light_macs and --config.data.heavy_macs.
 """
 
 from configs import video_common

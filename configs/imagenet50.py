@@ -1,12 +1,15 @@
 """ResNet18 on a set of 50 classes of ImageNet at 64 x 64, channel gates with batch-shaping and L0.
 
     gating-jax --config=configs/imagenet50.py --workdir=runs/imagenet50 --mode=train
-    gating-jax --config=configs/imagenet50.py:epochs=5,width=0.25,gates=none --workdir=runs/ungated --mode=train
+    gating-jax --config=configs/imagenet50.py:epochs=5,width=0.25,gates=none \
+      --workdir=runs/ungated --mode=train
 
-`data.name` is any TFDS set of such images, by the name of its folder; here the first 50 classes of Tiny ImageNet. The
-recipe of Bejnordi et al., ICLR 2020, for ImageNet is not known; this one is ours, the schedules of the gates' losses
-those of CIFAR-10. The same streaming loader and bfloat16 as in configs/imagenet_resnet18.py; the set fits on a device
-as well, `--config.data.loader=resident`, then without `--config.data.crop_area`.
+`data.name` is any TFDS set of such images, by the name of its folder; here the first 50 classes of
+Tiny ImageNet. The recipe of Bejnordi et al., ICLR 2020, for ImageNet is unknown; this one is ours,
+with the schedules of the gates' losses of CIFAR-10.
+
+The loader streams and the net computes in bfloat16, as in configs/imagenet_resnet18.py. The set
+also fits on a device: use `--config.data.loader=resident`, without `--config.data.crop_area`.
 """
 
 from configs import common

@@ -1,13 +1,18 @@
-"""ResNet18, 34 or 50 of any width on ImageNet, channel gates with batch-shaping and L0, read from disk while it trains.
+"""ResNet18, 34 or 50 of any width on ImageNet, channel gates with batch-shaping and L0.
 
     gating-jax --config=configs/imagenet_resnet18.py --workdir=runs/imagenet --mode=train
-    gating-jax --config=configs/imagenet_resnet18.py:model=resnet50,budget=0.45 --workdir=runs/resnet50 --mode=train
+    gating-jax --config=configs/imagenet_resnet18.py:model=resnet50,budget=0.45 \
+      --workdir=runs/resnet50 --mode=train
 
-The recipe of Bejnordi et al., ICLR 2020, for ImageNet is not known. The schedules of the gates' losses are those of the
-CIFAR-10 recipe, in proportion to the epochs; learning rate, weight decay, crops and epochs are those commonly used for
-ResNets, and are ours. This has not been run on ImageNet, which was not at hand. TFDS makes `imagenet2012` from files
-that you download yourself; if it is not there, a run says where to put them. It trains on all devices there are, in
-bfloat16; the batch is over all of them, and the learning rate is for 256. For wider: `width=2`; ungated: `gates=none`.
+The recipe of Bejnordi et al., ICLR 2020, for ImageNet is unknown. The schedules of the gates'
+losses are those of the CIFAR-10 recipe, in proportion to the epochs. Learning rate, weight decay,
+crops and epochs are our choice, as commonly used for ResNets. This config has not been run on
+ImageNet, which was not available.
+
+Images are read from disk during training. TFDS makes `imagenet2012` from files that you download
+yourself; if they are missing, a run says where to put them. Training uses all devices, in bfloat16;
+the batch size is over all of them, and the learning rate is for 256. Wider: `width=2`; ungated:
+`gates=none`.
 """
 
 from configs import common

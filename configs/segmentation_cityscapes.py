@@ -2,10 +2,12 @@
 
     gating-jax --config=configs/segmentation_cityscapes.py --workdir=runs/cityscapes --mode=train
 
-After Bejnordi et al., ICLR 2020, section 4.2, and Zhao et al., 2017. Neither recipe is known in full: epochs, batch and
-learning rate are our choice, the gates' schedule is that of CIFAR-10, and nothing is pretrained. Needs the files of
-www.cityscapes-dataset.com, which TFDS cannot download; without them the command says what to do. To prepare them, once,
-TFDS needs TensorFlow; training does not. Not measured.
+After Bejnordi et al., ICLR 2020, section 4.2, and Zhao et al., 2017. Neither recipe is known in
+full: epochs, batch and learning rate are our choice, the gates' schedule is that of CIFAR-10, and
+nothing is pretrained. Not measured.
+
+Needs the files of www.cityscapes-dataset.com, which TFDS cannot download; without them the command
+says what to do. TFDS needs TensorFlow to prepare them once; training does not.
 """
 
 from configs import common, segmentation_common

@@ -1,10 +1,11 @@
-"""Segmentation on the embedded task: scenes of scikit-learn's handwritten digits, a class for every pixel.
+"""Segmentation on the embedded task: scenes of scikit-learn's digits, a class for every pixel.
 
     gating-jax --config=configs/segmentation_digits.py --workdir=runs/scenes --mode=train
-    gating-jax --config=configs/segmentation_digits.py:gates=none --workdir=runs/scenes_ungated --mode=train
+    gating-jax --config=configs/segmentation_digits.py:gates=none \
+      --workdir=runs/scenes_ungated --mode=train
 
-After Bejnordi et al., ICLR 2020, section 4.2 (Cityscapes); the task is described in gating_jax/data/scenes.py. Time and
-score: docs/results.md.
+After Bejnordi et al., ICLR 2020, section 4.2 (Cityscapes); the task is described in
+gating_jax/data/scenes.py. Time and score: docs/results.md.
 """
 
 from configs import common, segmentation_common

@@ -1,8 +1,10 @@
-"""Split CIFAR-10 with a ResNet18 of an eighth of the width in a few epochs a task, for a single core.
+"""Split CIFAR-10 with a ResNet18 of an eighth of the width, in a few epochs per task on one core.
 
-    gating-jax --config=configs/split_cifar10_narrow.py --workdir=runs/split_cifar10_narrow --mode=train
+    gating-jax --config=configs/split_cifar10_narrow.py --workdir=runs/split_cifar10_narrow \
+      --mode=train
 
-What split_mnist_short.py changes of the paper's recipe, and why, holds here too. Time and score: docs/results.md.
+The paper's recipe is changed in the same way, and for the same reasons, as in split_mnist_short.py.
+Time and score: docs/results.md.
 """
 
 from configs import continual_common, split_cifar10

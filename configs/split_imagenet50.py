@@ -1,4 +1,4 @@
-"""Five tasks of ten classes each, of a set of 50 classes of ImageNet at 32 x 32, with the ResNet18 of the paper.
+"""Five tasks of ten classes, from 50 classes of ImageNet at 32 x 32, with the paper's ResNet18.
 
     gating-jax --config=configs/split_imagenet50.py --workdir=runs/split_imagenet50 --mode=train
 

@@ -1,9 +1,9 @@
-"""Split MNIST in one epoch a task: a quarter of an hour on one core, where the paper's recipe takes days.
+"""Split MNIST in one epoch per task: 15 minutes on one core, where the paper's recipe takes days.
 
     gating-jax --config=configs/split_mnist_short.py --workdir=runs/split_mnist_short --mode=train
 
-Small batches make many steps of few images, and gates learn faster than filters, so that they close in time without a
-price that outweighs the task. Time and score: docs/results.md.
+Small batches give many steps, and gates learn faster than filters. So gates close in time, without
+a penalty that outweighs the task. Time and score: docs/results.md.
 """
 
 from configs import continual_common, split_mnist

@@ -1,11 +1,12 @@
-"""ResNet20 on any TFDS image-classification set of one image size, with the recipe of configs/cifar10_resnet20.py.
+"""ResNet20 on any TFDS image-classification set of one image size, with the CIFAR-10 recipe.
 
-    gating-jax --config=configs/tfds_resnet20.py --config.data.name=mnist --workdir=runs/mnist --mode=train
+    gating-jax --config=configs/tfds_resnet20.py --config.data.name=mnist --workdir=runs/mnist \
+      --mode=train
 
-For photographs set `--config.data.flip`; for sets that do not fit on the device, `--config.data.loader=streaming` and,
-where images differ in size,
-`--config.data.image_size=224 --config.data.crop_area=0.08 --config.model.name=resnet50`; imagenet2012's labelled
-split for tests is `--config.data.test_split=validation`.
+The recipe is that of configs/cifar10_resnet20.py. For photographs, set `--config.data.flip`. For
+sets that do not fit on the device, use `--config.data.loader=streaming` and, if images differ in
+size, `--config.data.image_size=224 --config.data.crop_area=0.08 --config.model.name=resnet50`. The
+labelled test split of imagenet2012 is `--config.data.test_split=validation`.
 """
 
 from configs import common

@@ -1,4 +1,7 @@
-"""Fields of a long-video config, with their defaults. The only home of a default."""
+"""Fields of a long-video config, with their defaults.
+
+No default is defined anywhere else.
+"""
 
 import ml_collections
 from ml_collections import config_dict
@@ -7,7 +10,7 @@ from configs import common
 
 
 def video_config() -> ml_collections.ConfigDict:
-  """Every field; fractions are of the whole training."""
+  """Returns a config with every field; fractions of a schedule are of the whole training."""
   channels = {
     "batch_shaping": {
       "coefficient": 0.0,
@@ -23,31 +26,29 @@ def video_config() -> ml_collections.ConfigDict:
       "experiment": "long_video",
       "seed": 0,
       "data": {
-        "name": "composed",  # the embedded task; videos: a folder of files; features: folders of arrays
+        # the embedded task; videos: a folder of files; features: folders of arrays
+        "name": "composed",
         "segments": 16,  # of every video
         "frames": 8,  # of a segment; the embedded task has 8
-        "size": 16,  # frames are resized to this square; those of the embedded task are of 16 x 16
+        "size": 16,  # frames are resized to this square; those of the embedded task are 16 x 16
         "train_videos": 1600,  # of the embedded task
         "test_videos": 640,
         "layout": "csv",  # of the tables: csv, breakfast, charades or multithumos
-        "table": config_dict.placeholder(
-          str
-        ),  # csv: the label table; else: the folder of annotations
-        "train_split": "train",  # csv: a file of names; else: train or test
+        # csv: the label table; otherwise the folder of annotations
+        "table": config_dict.placeholder(str),
+        "train_split": "train",  # csv: a file of names; otherwise train or test
         "test_split": "test",
-        "folder": config_dict.placeholder(
-          str
-        ),  # of the videos, or of the features that the gate sees
-        "heavy_folder": config_dict.placeholder(
-          str
-        ),  # features that the classifier sees; None: the same
-        "at_most": config_dict.placeholder(
-          int
-        ),  # videos of a split, evenly over its table; None: all
-        "light_macs": 0,  # that making the features of a segment cost, where it is known
+        # of the videos, or of the features that the gate sees
+        "folder": config_dict.placeholder(str),
+        # features that the classifier sees; None: the same
+        "heavy_folder": config_dict.placeholder(str),
+        # videos of a split, evenly spaced in its table; None: all
+        "at_most": config_dict.placeholder(int),
+        "light_macs": 0,  # of extracting the features of a segment, where it is known
         "heavy_macs": 0,
         "workers": 0,  # processes that decode; 0: threads of this one
-        "jitter": True,  # in training, segments of files start at random, each in its part of the video
+        # in training, segments of files start at random positions within their parts of the video
+        "jitter": True,
         "mean": (0.5,),
         "std": (0.5,),
       },
@@ -61,10 +62,14 @@ def video_config() -> ml_collections.ConfigDict:
           "group_norm": False,  # GroupNorm in place of BatchNorm
           "gate": {"hidden": 16, "initial_open": 0.85, "temperature": 2 / 3, "noise_scale": 1.0},
         },
-        "selection": "gate",  # all, uniform, random, oracle; confidence (SCSampler), prefix (FrameExit); light
-        "share": 0.5,  # of the segments that a fixed selection takes, or that FrameExit may see on average
-        "skip_backward": False,  # end_to_end: none through the heavy net for segments that are not chosen
-        "backward_share": 1.0,  # of a gate: at most this share of a batch has one, or all where more are chosen
+        # or all, uniform, random, oracle; confidence (SCSampler), prefix (FrameExit); light
+        "selection": "gate",
+        # fraction of segments that a fixed selection takes, or that FrameExit may see on average
+        "share": 0.5,
+        # end_to_end: no backward pass through the heavy net for segments that are not chosen
+        "skip_backward": False,
+        # of a gate: fraction of a batch kept in the backward pass; all of it if more are chosen
+        "backward_share": 1.0,
         "pooling": "max",  # of chosen segments: max, mean or attention
         "dtype": "float32",  # or bfloat16
         "gate": {
@@ -78,8 +83,9 @@ def video_config() -> ml_collections.ConfigDict:
           "noise_scale": 1.0,
         },
       },
-      "training": "two_stage",  # gate and classifier on features of the trained nets; end_to_end: all together
-      "pretrained": "",  # a run directory whose trained nets to begin with, in place of training them
+      # gate and classifier on features of the trained nets; end_to_end: all together
+      "training": "two_stage",
+      "pretrained": "",  # run directory whose trained nets are used in place of new ones
       "pretrain": {  # both nets as classifiers of single segments
         "target": "units",  # unit actions where the data have them, or label
         "epochs": 8,
@@ -90,18 +96,19 @@ def video_config() -> ml_collections.ConfigDict:
       },
       "loss": {
         "sparsity": {
-          "kind": "target",  # squared gap to the target share; mean: the share itself; none
+          "kind": "target",  # squared gap to the target fraction; mean: the fraction itself; none
           "coefficient": 100.0,
           "start": 0.0,  # 0 up to this fraction
-          "full": 0.2,  # linear to the coefficient at this one
+          "full": 0.2,  # rises linearly to the coefficient at this fraction
           "target": 0.5,
         },
+        # of the segment gates
         "batch_shaping": {
           "coefficient": 0.0,
           "end": 1.0,
           "a": 0.6,
           "b": 0.4,
-        },  # of the segment gates
+        },
         "light": 0.0,  # of the light net's own classification of every segment
         "channels": channels,  # of the heavy net's channel gates
       },
@@ -139,5 +146,5 @@ VARIANTS = {
 
 
 def apply_variants(config: ml_collections.ConfigDict, arg: str | None) -> ml_collections.ConfigDict:
-  """`context=none,target=0.25` and the like: short names for the settings that runs differ in most."""
+  """Applies variants such as `context=none,target=0.25`; see `common.apply_variants`."""
   return common.apply_variants(config, arg, VARIANTS)

@@ -1,16 +1,21 @@
-"""TimeGate on a folder of videos with a label table, or with one of the published sets' own annotations.
+"""TimeGate on a folder of videos with a label table, or with the annotations of a published set.
 
     gating-jax --config=configs/videos_timegate.py --workdir=runs/videos --mode=train \
       --config.data.folder=/data/videos --config.data.table=/data/labels.csv \
       --config.data.train_split=/data/train.txt --config.data.test_split=/data/test.txt
-    gating-jax --config=configs/videos_timegate.py:layout=breakfast --workdir=runs/breakfast --mode=train \
-      --config.data.folder=/data/BreakfastII_15fps_qvga_sync --config.data.table=/data/segmentation_coarse
-    gating-jax --config=configs/videos_timegate.py:layout=charades --workdir=runs/charades --mode=train \
+    gating-jax --config=configs/videos_timegate.py:layout=breakfast \
+      --workdir=runs/breakfast --mode=train \
+      --config.data.folder=/data/BreakfastII_15fps_qvga_sync \
+      --config.data.table=/data/segmentation_coarse
+    gating-jax --config=configs/videos_timegate.py:layout=charades \
+      --workdir=runs/charades --mode=train \
       --config.data.folder=/data/Charades_v1_480 --config.data.table=/data/Charades
 
-labels.csv has the columns `video` and `label`, several labels separated by `;`; a split file names a video a line. The
-nets are those of Hussein et al., 2020, as far as they are known: MobileNet and a 3-D ResNet, 8 frames a segment, 64
-segments for Breakfast and Charades. Needs PyAV: pip install gating-jax[video]. These sets were not at hand to measure.
+labels.csv has the columns `video` and `label`, with several labels separated by `;`. A split file
+names one video per line. The nets are those of Hussein et al., 2020, as far as they are known:
+MobileNet and a 3-D ResNet, 8 frames per segment, 64 segments for Breakfast and Charades.
+
+Needs PyAV: pip install gating-jax[video]. These sets were not available for measurements.
 """
 
 from configs import video_common
