@@ -1,11 +1,13 @@
-"""Segments of one video: which frames they are, decoded with PyAV, or rows of an array of features.
+"""Segments of one video: frames decoded with PyAV, or rows of an array of features.
 
-A video is read as a player shows it: by presentation time, each frame until the next one, so that segments are spread
-over time whatever the frame rate does; without the frames that an edit list hides; upright, as the display matrix says.
-Frames keep their stored colours: alpha is ignored, fields stay woven and HDR is not tone mapped.
+A video is read as a player shows it: by presentation time, each frame until the next one, so
+segments are spread over time whatever the frame rate does; without the frames that an edit list
+hides; upright, as the display matrix says. Frames keep their stored colours: alpha is ignored,
+fields stay woven and HDR is not tone mapped.
 
-Axes: T segments, F frames each, H and W pixels, N frames of a video. A file that cannot be read raises;
-`data/videos.py` turns that into weight 0.
+A file that cannot be read raises; `data/videos.py` turns that into weight 0.
+
+Axes: T segments, F frames each, H and W pixels, N frames of a video.
 
 Reference: Hussein et al., 2020 (segments of 8 frames, spread uniformly over the video).
 """
@@ -25,18 +27,20 @@ from numpy.lib import format as npy
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg")
 FEATURE_SUFFIXES = (".npy", ".npz")
-# Of files that hold all that they show: no playlist, no text that names other files, no pattern of file names.
+# Formats of files that hold all that they show: no playlist, no text that names other files, no
+# pattern of file names.
 _CONTAINERS = (
   "asf,avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mpeg,mpegvideo,mpegts,ogg,m4v,h264,hevc"
 )
+# FFmpeg's names of these formats.
 _MP4, _MATROSKA, _AVI = (
   "mov,mp4,m4a,3gp,3g2,mj2",
   "matroska,webm",
   "avi",
-)  # FFmpeg's names of formats
-_LIMITS = {
-  "max_pixels": str(8192 * 4320)
-}  # of a frame, those of cinema; a damaged header announces any number
+)
+# Pixels of a frame, at most those of cinema: a damaged header may announce any number.
+_LIMITS = {"max_pixels": str(8192 * 4320)}
+# Boxes of .mp4 files that lead to the boxes below.
 _BOXES = (
   b"moov",
   b"trak",
@@ -45,20 +49,28 @@ _BOXES = (
   b"stbl",
   b"moof",
   b"traf",
-)  # of .mp4 files, on the way to counts
+)
+# Boxes with a number of samples, and the bytes before it.
 _COUNTS = {
   b"stsz": 8,
   b"trun": 4,
-}  # boxes that say how many samples there are, and after how many bytes
-_DENSEST = 64  # samples a byte, more than any codec of sound has
-_SPLICE = 10.0  # seconds from packet to packet that are no pause but another clock, as for FFmpeg's own tools
-_ROUNDING = 1e-3  # seconds, to which Matroska rounds times
-_PROBED = 16  # readable files that settle the shape of features
-_ZIP = b"PK\3\4"  # with which a `.npz` file begins
-_WHOLE = 0.9  # of what a file says it holds: less decoded, and it is damaged
+}
+# Samples per byte: more than any audio codec has.
+_DENSEST = 64
+# Seconds between packets that are no pause but another clock, as in FFmpeg's own tools.
+_SPLICE = 10.0
+# Seconds, to which Matroska rounds times.
+_ROUNDING = 1e-3
+# Number of readable files that settle the shape of features.
+_PROBED = 16
+# First bytes of a `.npz` file.
+_ZIP = b"PK\3\4"
+# Fraction of what a file announces; if less can be decoded, the file is damaged.
+_WHOLE = 0.9
 
-# Held while NumPy parses a header, with `ast.literal_eval`. CPython before 3.12 counts the depth of that recursion once
-# for all threads (python/cpython#106905): two that parse at a time may both fail on good files.
+# Held while NumPy parses a header, with `ast.literal_eval`. CPython before 3.12 counts the depth of
+# that recursion once for all threads (python/cpython#106905): two threads that parse at the same
+# time may both fail on good files.
 _PARSING = threading.Lock()
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
@@ -66,15 +78,17 @@ _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0
 def segment_starts(
   frames: int, segments: int, length: int, rng: np.random.Generator | None = None
 ) -> np.ndarray:
-  """First frames of segments spread uniformly over a video of constant rate; they overlap where it is short.
+  """Returns first frames of segments spread uniformly over a video of constant frame rate.
 
-      start_i = floor(i (frames - length) / (segments - 1)),   or, with a generator, a random frame of the i-th of
-      `segments` equal parts of all possible starts
+      start_i = floor(i (frames - length) / (segments - 1)),
 
-  A single segment lies in the middle; a video shorter than `length` has all of them at 0.
+  or, with a generator, a random frame of the i-th of `segments` equal parts of all possible starts.
+
+  Segments overlap where the video is short. A single segment lies in the middle; a video shorter
+  than `length` has all of them at 0.
 
   Args:
-    frames: of the video, at least 1.
+    frames: number of frames of the video, at least 1.
     segments: T.
     length: F, frames of a segment.
     rng: draws the starts; None for the fixed ones.
@@ -87,6 +101,7 @@ def segment_starts(
   last = max(frames - length, 0)
   if rng is not None:
     return (
+      # Rounding may give last + 1.
       np.floor((np.arange(segments) + rng.random(segments)) * ((last + 1) / segments))
       .astype(int)
       .clip(max=last)
@@ -103,18 +118,19 @@ def timed_starts(
   *,
   rounding: float = 0.0,
 ) -> np.ndarray:
-  """First frames of segments spread uniformly over the time of a video; they overlap where it is short.
+  """Returns first frames of segments spread uniformly over the time of a video.
 
   A segment begins with the frame that is shown at
 
       time_i = times[0] + i (times[last] - times[0]) / (segments - 1),   last = N - length,
 
-  or, with a generator, at a random time of the i-th of `segments` equal parts of the time in which a segment may begin,
-  up to the end of frame `last`. At a constant rate these are the frames of `segment_starts`.
+  or, with a generator, at a random time of the i-th of `segments` equal parts of the time in which
+  a segment may begin, up to the end of frame `last`. Segments overlap where the video is short. At
+  a constant rate these are the frames of `segment_starts`.
 
   Args:
-    times: `[N]`, ascending, when each frame is first shown.
-    end: when the last one is no longer shown.
+    times: `[N]`, ascending: when each frame is first shown.
+    end: when the last frame is no longer shown.
     segments: T.
     length: F, frames of a segment.
     rng: draws the starts; None for the fixed ones.
@@ -122,7 +138,8 @@ def timed_starts(
   Returns:
     `[T]` integers.
 
-  >>> timed_starts(np.array([0.0, 1.0, 2.0, 3.0, 3.1, 3.2, 3.3, 3.4]), 3.5, segments=3, length=2).tolist()
+  >>> times = np.array([0.0, 1.0, 2.0, 3.0, 3.1, 3.2, 3.3, 3.4])
+  >>> timed_starts(times, 3.5, segments=3, length=2).tolist()
   [0, 1, 6]
   """
   last = max(len(times) - length, 0)
@@ -131,14 +148,20 @@ def timed_starts(
     parts = (np.arange(segments) + rng.random(segments)) / segments
     starts = times[0] + parts * (stop - times[0])
   elif segments > 1:
+    # Rounded times may lie a little after the exact ones; the frame that begins there is meant.
     starts = np.linspace(times[0], times[last], segments) + rounding
   else:
     starts = np.array([times[0] + (times[last] - times[0]) / 2 + rounding])
+  # The frame shown at a time is the last that begins at it or before.
   return (np.searchsorted(times, starts, side="right") - 1).clip(0, last)
 
 
 def require_av() -> None:
-  """Raises, with what to do, unless PyAV is installed, in a version that tells which frames a file lists."""
+  """Raises unless PyAV is installed, in a version that lists the frames of a file's index.
+
+  Raises:
+    ValueError: with the command that installs PyAV.
+  """
   try:
     from av import index  # noqa: F401
   except ImportError as error:
@@ -156,35 +179,42 @@ def read_clips(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Decodes a video's segments, each frame upright and resized bilinearly.
 
-  A segment is the frame that a player shows at its start and those that follow; the last frame is repeated where the
-  video is short. Time 0 is that of the file in .mp4, .mov, .mkv and .webm, and the first frame elsewhere. Cover
-  pictures are no videos; of several video streams the one that FFmpeg finds best is read, as players do.
+  A segment is the frame that a player shows at its start and those that follow; the last frame is
+  repeated where the video is short. Time 0 is that of the file in .mp4, .mov, .mkv and .webm, and
+  the first frame elsewhere. Cover pictures are no videos. Of several video streams the one that
+  FFmpeg finds best is read, as players do.
 
   Args:
-    path: of a file with a video stream; other streams are passed over.
+    path: a file with a video stream; other streams are ignored.
     segments, length, rng: as in `timed_starts`.
     size: `(H, W)`.
   Returns:
-    `[T, F, H, W, 3]` uint8 RGB, and `[T]` the segments' middles in seconds (NaN without a frame rate).
+    `[T, F, H, W, 3]` uint8 RGB, and `[T]` the segments' middles in seconds (NaN without a frame
+    rate).
   Raises:
-    ValueError: no video stream, no frame of it or of the segments, or fewer than 9/10 of what the file announces.
-    Exception: whatever else a damaged file, or one that refers to others, makes PyAV raise, OSError and MemoryError
-      among them.
+    ValueError: no video stream, no frame of it or of the segments, or fewer than 9/10 of what the
+      file announces.
+    Exception: any other error of PyAV for a damaged file, or one that refers to others, OSError and
+      MemoryError among them.
   """
+  # Before FFmpeg opens the file, since it would make room for all announced samples.
   _check_counts(path)
   with _open(path) as container:
     film = _list_frames(container, _video_stream(container))
   starts = _choose_starts(film, segments, length, rng)
   shown = _decode_segments(path, film, starts, length=length, size=size)
   if _is_by_fields(film, shown):
+    # Two packets, one per field, make a frame: only every second time is that of a frame.
     film = film._replace(times=film.times[::2], announced=film.announced // 2)
     starts = _choose_starts(film, segments, length, rng)
     shown = _decode_segments(path, film, starts, length=length, size=size)
   if shown.intact < _WHOLE * film.announced or not shown.pixels:
     raise ValueError(f"only {shown.intact} of {film.announced} frames can be decoded")
   frames = np.array([shown.firsts[start] for start in starts])[:, None] + np.arange(length)
+  # Where the video is short, the last frame is repeated. Overlapping segments share frames.
   wanted, place = np.unique(frames.clip(max=max(shown.pixels)), return_inverse=True)
   clips = np.stack([shown.pixels[frame] for frame in wanted])[place.reshape(frames.shape)]
+  # Each frame is shown until the next one; a segment's middle lies between its two ends.
   ends = np.append(film.times[1:], film.end)
   stops = ends[(starts + length - 1).clip(max=len(ends) - 1)]
   middles = (film.times[starts].clip(min=film.zero) + stops) / 2 - film.zero
@@ -192,15 +222,23 @@ def read_clips(
 
 
 def read_features(path: Path) -> np.ndarray:
-  """Reads `[T, ...]` numbers as finite float32 from a `.npy` file, or a `.npz` file of one array; nothing is unpickled.
+  """Reads `[T, ...]` numbers as finite float32 from a `.npy` file, or a `.npz` file of one array.
 
+  Nothing is unpickled.
+
+  Args:
+    path: the file.
+  Returns:
+    `[T, ...]` float32.
   Raises:
     ValueError: no such array.
     OSError: a file that cannot be read.
   """
   with open(path, "rb") as file:
+    # By content and not by suffix.
     read = _read_only_member if file.peek(len(_ZIP)).startswith(_ZIP) else _read_array
     features = read(file)
+  # Float64 values too large for float32 become infinite, and are refused below.
   with np.errstate(over="ignore"):
     features = features.astype(np.float32)
   if not np.isfinite(features).all():
@@ -209,8 +247,9 @@ def read_features(path: Path) -> np.ndarray:
 
 
 def _read_only_member(file: BinaryIO) -> np.ndarray:
-  """Reads the array of a `.npz` file of one."""
-  with np.load(file, allow_pickle=False) as archive:  # which opens none of the arrays
+  """Reads the array of a `.npz` file of one array."""
+  # `np.load` lists the arrays; it opens none of them.
+  with np.load(file, allow_pickle=False) as archive:
     if len(archive.files) != 1:
       raise ValueError(f"must hold one array; got {sorted(archive.files)}")
     (name,) = archive.zip.namelist()
@@ -219,7 +258,10 @@ def _read_only_member(file: BinaryIO) -> np.ndarray:
 
 
 def _read_array(file: BinaryIO) -> np.ndarray:
-  """Reads the numbers of a `.npy` file, of any real type; threads read at the same time, and parse one by one."""
+  """Reads the numbers of a `.npy` file, of any real type.
+
+  Threads read at the same time, but parse headers one at a time.
+  """
   version = npy.read_magic(file)
   if version not in _HEADERS:
     raise ValueError(f"must be a .npy file of version 1.0 or 2.0; got {version[0]}.{version[1]}")
@@ -227,6 +269,7 @@ def _read_array(file: BinaryIO) -> np.ndarray:
     shape, by_columns, dtype = _HEADERS[version](file)
   if dtype.kind not in "fiu" or len(shape) < 2 or min(shape) < 1:
     raise ValueError(f"must hold real numbers [T, ...]; got {dtype} {shape}")
+  # `np.fromfile` needs a real file; a member of an archive is none.
   content, count = file.read(), math.prod(shape)
   if len(content) < count * dtype.itemsize:
     raise ValueError(
@@ -236,12 +279,19 @@ def _read_array(file: BinaryIO) -> np.ndarray:
 
 
 def common_shape(files: Sequence[Path]) -> tuple[int, ...]:
-  """The shape `[...]` that most of the first readable files have."""
+  """Returns the shape `[...]` that most of the first readable files have.
+
+  Args:
+    files: files of features `[T, ...]`.
+  Raises:
+    ValueError: no file can be read; the message has the first reason.
+  """
   shapes, why = [], ""
   for file in files:
     try:
       shapes.append(read_features(file).shape[1:])
-    except Exception as error:  # whatever a damaged file makes its reader raise
+    # A damaged file makes its reader raise errors of many types.
+    except Exception as error:
       why = why or f"{file}: {error}"
     if len(shapes) == _PROBED:
       break
@@ -251,7 +301,7 @@ def common_shape(files: Sequence[Path]) -> tuple[int, ...]:
 
 
 class _Packet(NamedTuple):
-  """A packet without its data; times in ticks."""
+  """Packet without its data; times in ticks."""
 
   pts: int | None
   dts: int | None
@@ -261,14 +311,14 @@ class _Packet(NamedTuple):
 
 
 class _Film(NamedTuple):
-  """The frames that a player shows, as the packets of the file list them.
+  """Frames that a player shows, as the packets of the file list them.
 
   Attributes:
-    times: `[N]`, ascending, when each is first shown, in ticks.
+    times: `[N]`, ascending: when each is first shown, in ticks.
     end: tick at which the last one is no longer shown.
     zero: tick at which the video begins.
     tick: seconds; NaN without a frame rate.
-    counted: whether decoded frames are told apart by their number, since they carry no times.
+    counted: whether decoded frames are identified by their number, since they carry no times.
     announced: how many frames the file should hold.
   """
 
@@ -281,7 +331,10 @@ class _Film(NamedTuple):
 
 
 def _check_counts(path: Path) -> None:
-  """Raises where an .mp4 file announces more samples than it can hold; FFmpeg would make room for all of them."""
+  """Raises a ValueError where an .mp4 file announces more samples than it can hold.
+
+  FFmpeg would allocate memory for all of them.
+  """
   size = os.path.getsize(path)
   regions = [(0, size)]
   with open(path, "rb") as file:
@@ -291,10 +344,12 @@ def _check_counts(path: Path) -> None:
         file.seek(start)
         head = file.read(32)
         length, kind, body = int.from_bytes(head[:4], "big"), head[4:8], 8
+        # A length of 1 means that 8 bytes with the real one follow; 0 means to the end.
         if length == 1:
           length, body = int.from_bytes(head[8:16], "big"), 16
         if length == 0:
           length = end - start
+        # Not a box: FFmpeg will report the damage.
         if length < body:
           break
         if kind in _BOXES:
@@ -308,7 +363,10 @@ def _check_counts(path: Path) -> None:
 
 
 def _open(path: Path):
-  """That file and no other: a name is no address of FFmpeg's, and what the file says makes it open nothing."""
+  """Opens this file and no other.
+
+  The name is not read as an address of FFmpeg's, and nothing in the file makes it open another.
+  """
   import av
 
   file, allowed = (
@@ -317,22 +375,25 @@ def _open(path: Path):
   )
   try:
     return av.open(file, options=_LIMITS, container_options=allowed)
-  except UnicodeDecodeError:  # of a title, say, in another encoding; nothing of it is used
+  # A title, say, in another encoding; no metadata is used.
+  except UnicodeDecodeError:
     return av.open(file, options=_LIMITS, container_options=allowed, metadata_errors="replace")
-  except av.error.ArgumentError as error:  # what FFmpeg says of a format that is not in the list
+  # FFmpeg's error for a format that is not in the list.
+  except av.error.ArgumentError as error:
     raise ValueError(
       f"must be of a container that holds all it shows, one of {_CONTAINERS}"
     ) from error
 
 
 def _video_stream(container):
-  """The stream that players choose; a cover picture or a track of thumbnails is none."""
+  """Returns the stream that players choose; never a cover picture or a track of thumbnails."""
   from av.stream import Disposition
 
   pictures = Disposition.attached_pic | Disposition.timed_thumbnails
   streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
   if not streams:
     raise ValueError("holds no video stream")
+  # FFmpeg's choice may be a cover picture.
   best = container.streams.best("video")
   stream = best if best in streams else streams[0]
   if stream.codec_context is None:
@@ -342,7 +403,7 @@ def _video_stream(container):
 
 
 def _list_frames(container, stream) -> _Film:
-  """Lists the frames that a player shows; none is decoded."""
+  """Lists the frames that a player shows, without decoding them."""
   listed = len(stream.index_entries)
   packets, reached = [], 0.0
   for packet in container.demux():
@@ -355,25 +416,29 @@ def _list_frames(container, stream) -> _Film:
   shown = _shown(packets)
   if not shown:
     raise ValueError("holds no frame")
-  if container.format.name not in (_MP4, _AVI) or listed < len(
-    packets
-  ):  # their index names all frames
+  # The index of .mp4 and .avi files names all frames; other files are checked by their duration.
+  if container.format.name not in (_MP4, _AVI) or listed < len(packets):
     _check_length(container, reached)
   film = _times_of(container, stream, shown)
+  # Frames in the index without a packet: the file was cut off.
   lost = len(_shown([entry for entry in stream.index_entries if entry.size])) - len(shown)
   return film._replace(announced=len(film.times) + max(lost, 0))
 
 
 def _shown(entries: Sequence) -> list:
-  """Packets or index entries whose frames are shown: from the first key frame on, without those that edits hide."""
+  """Returns the packets or index entries whose frames are shown.
+
+  These are the ones from the first key frame on, without those that edits hide.
+  """
   first = next((i for i, entry in enumerate(entries) if entry.is_keyframe), 0)
   return [entry for entry in entries[first:] if not entry.is_discard]
 
 
 def _check_length(container, reached: float) -> None:
-  """Raises where a file ends long before the time in its header."""
+  """Raises a ValueError where a file ends long before the duration in its header."""
   from av.format import Flags
 
+  # Formats without reliable times have a duration that FFmpeg estimates.
   guessed = container.format.flags & (Flags.ts_discont | Flags.no_timestamps).value
   if guessed or not container.duration:
     return
@@ -383,24 +448,26 @@ def _check_length(container, reached: float) -> None:
 
 
 def _times_of(container, stream, packets: Sequence[_Packet]) -> _Film:
-  """When the frames of these packets are shown; `announced` is yet to be found."""
+  """Determines when the frames of these packets are shown; `announced` is left at 0."""
   # AVI has no presentation times; its frames follow each other as the decoding times do.
   by_decoding = container.format.name == _AVI
   stamps = [packet.dts if by_decoding else packet.pts for packet in packets]
   timed = [i for i, stamp in enumerate(stamps) if stamp is not None]
-  # Second fields may have no time of their own; where more packets have none, nothing can be said but their order.
+  # Second fields may have no time of their own; where more packets have none, only their order is
+  # known.
   if (
     2 * len(timed) < len(packets)
     or not stream.time_base
     or _clock_jumps(container, stream, packets)
   ):
-    # The average is the demuxer's, which says 25 of every raw stream; the guess heeds what the codec says.
+    # The average is the demuxer's, which is 25 for every raw stream; the guess uses the codec's.
     rate = float(stream.guessed_rate or stream.average_rate or np.nan)
     times = np.arange(len(packets), dtype=float)
     return _Film(times, end=len(times), zero=0, tick=1 / rate, counted=True, announced=0)
   timed.sort(key=lambda i: stamps[i])
   times = np.array([stamps[i] for i in timed], float)
-  if container.format.name == _MP4:  # frames that end before time 0 are hidden
+  # Frames of .mp4 files that end before time 0 are hidden.
+  if container.format.name == _MP4:
     times = times[max(np.searchsorted(times, 0, side="right") - 1, 0) :]
   length = packets[timed[-1]].duration or (times[-1] - times[-2] if len(times) > 1 else 0)
   zero = 0 if container.format.name in (_MP4, _MATROSKA) else times[0]
@@ -408,7 +475,10 @@ def _times_of(container, stream, packets: Sequence[_Packet]) -> _Film:
 
 
 def _clock_jumps(container, stream, packets: Sequence[_Packet]) -> bool:
-  """Whether the packets carry no times of one clock: a raw stream, or pieces of films one behind the other."""
+  """Returns whether the packets' times are not of one clock.
+
+  So it is in a raw stream, or in pieces of films one after the other.
+  """
   from av.format import Flags
 
   if container.format.flags & Flags.no_timestamps.value:
@@ -425,7 +495,8 @@ class _Shown(NamedTuple):
   """Decoded frames of segments.
 
   Attributes:
-    pixels: `[H, W, 3]` by the number of the frame; none where decoding ends before the segments begin.
+    pixels: `[H, W, 3]` by the number of the frame; none where decoding ends before the segments
+      begin.
     firsts: the number of a segment's first frame, by start.
     times: in ticks, of all frames.
     intact: how many frames were decoded without a fault.
@@ -443,7 +514,8 @@ def _choose_starts(
   film: _Film, segments: int, length: int, rng: np.random.Generator | None
 ) -> np.ndarray:
   """Returns `[T]` starts of segments, each an index of `film.times`."""
-  # By up to a tick if that is short; a long one, such as a frame's, is exact up to floating point.
+  # A time is off by up to a tick if ticks are short; with ticks as long as a frame it is exact up
+  # to floating point.
   rounding = min(1.0, _ROUNDING / film.tick) if film.tick > 0 else _ROUNDING
   return timed_starts(film.times, film.end, segments, length, rng, rounding=rounding)
 
@@ -451,16 +523,18 @@ def _choose_starts(
 def _decode_segments(
   path: Path, film: _Film, starts: np.ndarray, *, length: int, size: tuple[int, int]
 ) -> _Shown:
-  """Decodes the whole film and keeps the frames of segments, each of which begins at one of the starts."""
+  """Decodes the whole film and keeps the frames of segments that begin at the starts."""
   from av.video.reformatter import VideoReformatter
 
   waiting = collections.deque(np.unique(starts))
-  resize = VideoReformatter().reformat  # one for all frames: six times as quick as a frame's own
+  # One reformatter for all frames is six times as fast as each frame's own.
+  resize = VideoReformatter().reformat
   pixels, firsts, times, intact = {}, {}, [], 0
   until, previous = 0, None
   with _open(path) as container:
     for number, (time, frame) in enumerate(_timed_frames(container, film)):
-      # Each frame is shown until the next one comes, with which those segments are known that begin with it.
+      # A frame is shown until the next one comes; only then are the segments known that begin with
+      # it.
       while waiting and film.times[waiting[0]] < time:
         firsts[waiting[0]] = max(number - 1, 0)
         until = firsts[waiting.popleft()] + length
@@ -470,6 +544,7 @@ def _decode_segments(
         times.append(time)
         intact += not frame.is_corrupt
         previous = frame
+  # Frames decoded before the first segment are no answer.
   if not times or times[-1] < film.times[starts.min()]:
     pixels = {}
   interlaced = previous is not None and previous.interlaced_frame
@@ -477,14 +552,17 @@ def _decode_segments(
 
 
 def _is_by_fields(film: _Film, shown: _Shown) -> bool:
-  """Whether two packets make a frame, one for each field, as in films of some cameras."""
+  """Returns whether two packets make a frame, one for each field, as in films of some cameras."""
   firsts = film.times[::2]
   whole = len(np.intersect1d(shown.times, firsts)) >= _WHOLE * len(firsts)
   return shown.interlaced and whole and len(shown.times) < _WHOLE * len(film.times)
 
 
 def _timed_frames(container, film: _Film) -> Iterator[tuple[float, Any]]:
-  """Decoded frames in the order in which they are shown, with the tick of each; at last None, at infinity."""
+  """Yields decoded frames in the order in which they are shown, with the tick of each.
+
+  The last item is None, at infinity.
+  """
   number, latest = 0, film.times[0]
   for frame in _decode(container):
     if film.counted:
@@ -492,6 +570,7 @@ def _timed_frames(container, film: _Film) -> Iterator[tuple[float, Any]]:
     elif frame.pts is not None and frame.pts < film.times[0]:
       continue
     elif frame.pts is not None:
+      # A damaged time must not lead back.
       latest = max(latest, frame.pts)
     number += 1
     yield latest, frame
@@ -499,23 +578,25 @@ def _timed_frames(container, film: _Film) -> Iterator[tuple[float, Any]]:
 
 
 def _decode(container) -> Iterator[Any]:
-  """Frames in order of display; damaged packets are passed over."""
+  """Yields frames in order of display; damaged packets are skipped."""
   import av
 
   for packet in container.demux(_video_stream(container)):
     try:
       yield from packet.decode()
-    except av.error.FFmpegError:  # each decoder has its own error for what it cannot decode
+    # Each decoder has its own error for what it cannot decode.
+    except av.error.FFmpegError:
       continue
 
 
 def _upright(resize: Callable, frame, size: tuple[int, int]) -> np.ndarray:
-  """Resizes a frame and turns it as its display matrix says: by quarters, mirrored or not."""
+  """Resizes a frame and turns it as its display matrix says: by quarter turns, mirrored or not."""
   height, width = size
   matrix = _display_matrix(frame)
   transposed = abs(matrix[0, 1]) + abs(matrix[1, 0]) > abs(matrix[0, 0]) + abs(matrix[1, 1])
   if transposed:
     height, width = width, height
+  # Resized before it is turned, to the sides that the stored frame needs.
   pixels = resize(frame, width, height, "rgb24", interpolation="BILINEAR").to_ndarray()
   if transposed:
     pixels, matrix = pixels.swapaxes(0, 1), matrix[::-1]
@@ -523,12 +604,16 @@ def _upright(resize: Callable, frame, size: tuple[int, int]) -> np.ndarray:
 
 
 def _display_matrix(frame) -> np.ndarray:
-  """`[2, 2]`, by which (x, y) of a stored picture is multiplied from the left to be shown; y points down."""
+  """Returns the `[2, 2]` matrix that takes (x, y) of the stored picture to the shown one.
+
+  It multiplies from the left; y points down.
+  """
   from av.sidedata.sidedata import Type
 
   try:
     stored = frame.side_data.get(Type.DISPLAYMATRIX)
-  except ValueError:  # PyAV 18 and other side data that it has no name for
+  # PyAV 18 raises where a frame has other side data that it has no name for.
+  except ValueError:
     turn = np.deg2rad(-frame.rotation)
     return np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
   return (

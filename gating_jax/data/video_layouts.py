@@ -1,7 +1,7 @@
 """Label tables of Breakfast, Charades and MultiThumos, from the files that their authors publish.
 
-How sure: each format is as public code that reads the set has it; none was checked against the set itself. What does
-not fit is refused with file, line and content, never guessed.
+Each format is taken from public code that reads the set; none was checked against the set itself.
+Content that does not fit is refused with file, line and content, never guessed.
 
 Reference: Kuehne et al., 2014; Sigurdsson et al., 2016; Yeung et al., 2018.
 """
@@ -28,6 +28,7 @@ from gating_jax.paths import user_path
 SPLITS = ("train", "test")
 BREAKFAST_TEST_PERSONS = range(47, 55)
 _BREAKFAST_FPS = 15
+# Narrower than `float`, which reads `nan`, `1_0` and digits of other scripts too.
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _BREAKFAST_FILES = {".avi", ".mp4", ".mkv", ".npy", ".npz"}
 
@@ -39,20 +40,25 @@ def read_breakfast(
   segmentation: str | Path | None = None,
   test_persons: Collection[int] = BREAKFAST_TEST_PERSONS,
 ) -> VideoTable:
-  """Breakfast: 10 activities, single-label, and 48 unit actions (`SIL`, nothing happens, among them).
+  """Reads Breakfast: 10 activities, single-label, and 48 unit actions.
 
-  The videos are what `folder` holds, named `P03/cam01/P03_cereals.avi` (the authors' release; of a stereo pair
-  `stereo/P03_cereals_ch0.avi` alone counts) or `P03_cam01_P03_cereals.npy` (features): person, camera,
-  activity. A segmentation is a text file of the same name with lines `1-30 SIL`: frames at 15 a second, from 1, both
-  ends included. Only the `.txt` files count, not the `.xml` of the finer one.
+  One of the unit actions is `SIL`: nothing happens.
+
+  The videos are the files in `folder`, named `P03/cam01/P03_cereals.avi` (the authors' release; of
+  a stereo pair only `stereo/P03_cereals_ch0.avi` is used) or `P03_cam01_P03_cereals.npy`
+  (features): person, camera, activity. A segmentation is a text file of the same name with lines
+  `1-30 SIL`: frames at 15 a second, from 1, both ends included. Only the `.txt` files are read, not
+  the `.xml` of the finer segmentation.
 
   Args:
     folder: of the videos or of the features.
     split: `train` or `test`.
-    segmentation: a folder, at any depth of which the segmentations lie (`segmentation_coarse`); None for none.
-    test_persons: the numbers of those who are in the test split. The default is Hussein's split of TimeGate and
-      VideoGraph: of persons 3 to 54 the first 44 train and the last 8 test (1,357 and 355 videos); `range(3, 16)`,
-      `range(16, 29)`, `range(29, 42)` and `range(42, 55)` are Kuehne's four.
+    segmentation: a folder that holds the segmentations at any depth (`segmentation_coarse`); None
+      for none.
+    test_persons: numbers of the persons in the test split. The default is Hussein's split of
+      TimeGate and VideoGraph: of persons 3 to 54 the first 44 train and the last 8 test (1,357 and
+      355 videos); `range(3, 16)`, `range(16, 29)`, `range(29, 42)` and `range(42, 55)` are Kuehne's
+      four.
   Raises:
     ValueError: an unknown split, no videos, or a segmentation that cannot be read.
   """
@@ -63,6 +69,7 @@ def read_breakfast(
     name = path.relative_to(folder)
     recording = _recording(name) if path.suffix.lower() in _BREAKFAST_FILES else None
     if recording:
+      # In sorted order the first file of a recording wins, which is `_ch0` of a stereo pair.
       recordings.setdefault(recording, name.with_suffix("").as_posix())
   chosen = {
     recording: name
@@ -71,9 +78,11 @@ def read_breakfast(
   }
   if not chosen:
     raise ValueError(
-      f"{folder} must hold Breakfast videos of the {split} split, such as P03/cam01/P03_cereals.avi; "
+      f"{folder} must hold Breakfast videos of the {split} split, such as "
+      "P03/cam01/P03_cereals.avi; "
       f"it has none ({len(recordings)} of the other split)"
     )
+  # From both splits, so that they agree on the classes.
   class_names = tuple(sorted({activity for *_, activity in recordings}))
   labels = encode_labels([[activity] for *_, activity in chosen], class_names, multi_label=False)
   table = VideoTable(tuple(chosen.values()), labels, class_names)
@@ -85,12 +94,12 @@ def read_breakfast(
 
 
 def read_charades(folder: str | Path, split: str) -> VideoTable:
-  """Charades: 157 actions, multi-label; an action's intervals are the unit actions too.
+  """Reads Charades: 157 actions, multi-label; an action's intervals are the unit actions too.
 
-  Reads `Charades_v1_train.csv` or `Charades_v1_test.csv`, with the columns `id`, `actions`
-  (`c092 11.90 21.20;c147 0.00 12.60`, seconds) and `length` (seconds), and `Charades_v1_classes.txt` with lines
-  `c000 Holding some clothes`, in `folder`. Videos without any action are kept, as negatives of every class;
-  Timeception left them out (7,811 of 7,985 and 1,814 of 1,863).
+  The files are in `folder`: `Charades_v1_train.csv` or `Charades_v1_test.csv`, with the columns
+  `id`, `actions` (`c092 11.90 21.20;c147 0.00 12.60`, seconds) and `length` (seconds), and
+  `Charades_v1_classes.txt` with lines `c000 Holding some clothes`. Videos without any action are
+  kept, as negatives of every class; Timeception left them out (7,811 of 7,985 and 1,814 of 1,863).
 
   Args:
     folder: of the annotation files.
@@ -106,6 +115,7 @@ def read_charades(folder: str | Path, split: str) -> VideoTable:
     if not match or match[1] in codes:
       raise bad_line(path, line, "be a new class such as 'c000 Holding some clothes'", text)
     codes[match[1]] = match[2]
+  # Classes are numbered in the order of the file, not by the digits of their codes.
   index = {code: i for i, code in enumerate(codes)}
   path = user_path(folder) / f"Charades_v1_{split}.csv"
   units, seconds = {}, []
@@ -125,15 +135,16 @@ def read_charades(folder: str | Path, split: str) -> VideoTable:
 
 
 def read_multithumos(folder: str | Path, split: str) -> VideoTable:
-  """MultiThumos: 65 actions, multi-label; an action's intervals are the unit actions too.
+  """Reads MultiThumos: 65 actions, multi-label; an action's intervals are the unit actions too.
 
-  Reads `class_list.txt` with lines `1 BaseballPitch` and, for each class, `annotations/BaseballPitch.txt` with lines
-  `video_validation_0000266 72.80 76.40` (seconds), in `folder`. Videos are those with an action.
+  The files are in `folder`: `class_list.txt` with lines `1 BaseballPitch` and, for each class,
+  `annotations/BaseballPitch.txt` with lines `video_validation_0000266 72.80 76.40` (seconds).
+  Videos are those with an action.
 
   Args:
     folder: of the annotation files.
-    split: `train` for `video_validation_*` (as in THUMOS'14, whose training videos are trimmed), `test` for
-      `video_test_*`.
+    split: `train` for `video_validation_*` (as in THUMOS'14, whose training videos are trimmed),
+      `test` for `video_test_*`.
   Raises:
     ValueError: naming file, line, rule and content.
   """
@@ -142,6 +153,7 @@ def read_multithumos(folder: str | Path, split: str) -> VideoTable:
   class_names = []
   for line, text in text_lines(path):
     number, *names = _fields(text)
+    # The name becomes part of a path, so it must not lead elsewhere.
     single = len(names) == 1 and Path(names[0]).name == names[0]
     if number != str(len(class_names) + 1) or not single or names[0] in class_names:
       raise bad_line(path, line, f"be the number {len(class_names) + 1} and a new class", text)
@@ -160,9 +172,11 @@ def read_multithumos(folder: str | Path, split: str) -> VideoTable:
     raise ValueError(
       f"{user_path(folder)} must hold at least one video of the {split} split; it has none"
     )
+  # Sorted, since the files list the videos class by class.
   return _multi_label_table(dict(sorted(units.items())), tuple(class_names), None)
 
 
+# The table in which a video's labels are the actions that occur in it.
 def _multi_label_table(
   units: dict[str, tuple], class_names: tuple[str, ...], seconds: np.ndarray | None
 ) -> VideoTable:
@@ -196,7 +210,7 @@ def _interval(path: Path, line: int, text: str) -> tuple[str, float, float]:
 
 
 def _length(path: Path, line: int, text: str) -> float:
-  """Seconds, NaN where nothing stands."""
+  """Returns the length in seconds, NaN where the field is empty."""
   if not text:
     return np.nan
   if not _NUMBER.fullmatch(text) or not 0 < float(text) < np.inf:
@@ -205,18 +219,24 @@ def _length(path: Path, line: int, text: str) -> float:
 
 
 def _recording(path: PurePath) -> tuple[str, str, str] | None:
-  """`(person, camera, activity)` that a Breakfast file's name tells: `("P03", "cam01", "cereals")`."""
+  """Returns `(person, camera, activity)` from the name of a Breakfast file.
+
+  An example is `("P03", "cam01", "cereals")`. None for a file that is named otherwise.
+  """
   stem = re.sub(r"_ch[01]$", "", path.stem)
   if match := re.fullmatch(r"(P\d\d)_(\w+?)_\1_(\w+)", stem):
     return match.groups()
   match = re.fullmatch(r"(P\d\d)/(\w+)/\1_(?:\2_)?(\w+)", "/".join([*path.parts[-3:-1], stem]))
+  # One name for the stereo camera: files in a folder `stereo` match those named `stereo01`.
   return match and (match[1], re.sub("^stereo$", "stereo01", match[2]), match[3])
 
 
+# The table with the unit actions and lengths that the segmentations of its videos give.
 def _with_segmentation(
   table: VideoTable, folder: Path, recordings: list[tuple[str, str, str]]
 ) -> VideoTable:
   found = {_recording(path.relative_to(folder)): path for path in sorted(folder.rglob("*.txt"))}
+  # Files that are no segmentations.
   found.pop(None, None)
   if not found:
     raise ValueError(
@@ -228,6 +248,7 @@ def _with_segmentation(
   units = tuple(
     tuple((start, end, index[name]) for start, end, name in read.get(r, ())) for r in recordings
   )
+  # A segmentation covers the whole video, so its end is the video's.
   seconds = np.array([max((end for _, end, _ in intervals), default=np.nan) for intervals in units])
   return VideoTable(table.names, table.labels, table.class_names, units, unit_names, seconds)
 
@@ -242,5 +263,6 @@ def _read_segmentation(path: Path) -> list[tuple[float, float, str]]:
       raise bad_line(
         path, line, "hold frames from 1, of which the last is not before the first", text
       )
+    # Frames count from 1 and both ends are included.
     lines.append(((int(match[1]) - 1) / _BREAKFAST_FPS, int(match[2]) / _BREAKFAST_FPS, match[3]))
   return lines

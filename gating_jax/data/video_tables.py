@@ -1,9 +1,12 @@
-"""What a set of videos contains: names, labels and, where known, unit actions; and our own plain format of it.
+"""Label tables of video sets, and our own file format for them.
 
-Text files are UTF-8, with or without a byte-order mark. Lines end at LF, CRLF or CR alone, and spaces and tabs alone
-surround a field: every other character, such as U+2028 or a form feed, is part of a name.
+A table has names, labels and, where known, unit actions.
 
-Axes: M videos. The published sets' own formats are read by `data/video_layouts.py`.
+Text files are UTF-8, with or without a byte-order mark. Lines end at LF, CRLF or CR only. Only
+spaces and tabs surround a field: every other character, such as U+2028 or a form feed, is part of a
+name. The formats of the published sets are read by `data/video_layouts.py`.
+
+Axes: M videos.
 """
 
 from __future__ import annotations
@@ -18,25 +21,30 @@ import numpy as np
 from gating_jax.paths import user_path
 
 Intervals = tuple[tuple[float, float, int], ...]
-BLANKS = " \t"  # that may surround a field
-# Of a CSV file, with what ends it: quoted, with two quotes for each one in it, or else taken as it stands, quotes in it
-# as well. `*+` gives nothing back, so that no file takes long.
+# Characters that may surround a field.
+BLANKS = " \t"
+# A field of a CSV file and what ends it. A quoted field has two quotes for each one in it; any
+# other field is taken as it is, with its quotes. `*+` never backtracks, so that no file takes long.
 _FIELD = re.compile(
-  r"""[ \t]*+(?:"(?P<quoted>[^"]*+(?:""[^"]*+)*+)"[ \t]*+|(?P<plain>(?!")[^,\n]*+))(?P<end>,|\n|\Z)"""
+  r"""[ \t]*+(?:"(?P<quoted>[^"]*+(?:""[^"]*+)*+)"[ \t]*+|(?P<plain>(?!")[^,\n]*+))"""
+  r"""(?P<end>,|\n|\Z)"""
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoTable:
-  """One split of a set of videos; says nothing of where the files are.
+  """Table of one split of a set of videos, without the place of their files.
 
   Attributes:
-    names: M paths relative to the folder of the videos, or of the features, with or without the file's suffix.
+    names: M paths relative to the folder of the videos, or of the features, with or without the
+      file's suffix.
     labels: `[M]` int32 classes, or `[M, classes]` float32 of 0 and 1.
     class_names: one per class.
-    units: per video `(start, end, unit)` intervals in seconds, which may overlap; None where nothing is known.
+    units: per video `(start, end, unit)` intervals in seconds, which may overlap; None where
+      nothing is known.
     unit_names: one per unit action.
-    seconds: `[M]` lengths, NaN where unknown: they place units on segments of which only features are there.
+    seconds: `[M]` lengths, NaN where unknown. They place units on segments for which there are only
+      features.
   """
 
   names: tuple[str, ...]
@@ -51,11 +59,11 @@ class VideoTable:
 
   @property
   def multi_label(self) -> bool:
-    """Whether a video may have several classes."""
+    """Returns whether a video may have several classes."""
     return self.labels.ndim == 2
 
   def take(self, index: Sequence[int]) -> VideoTable:
-    """The videos at `index`, with the same classes and unit actions."""
+    """Returns the table of the videos at `index`, with the same classes and unit actions."""
     pick = lambda column: None if column is None else tuple(column[i] for i in index)
     seconds = None if self.seconds is None else self.seconds[list(index)]
     return dataclasses.replace(
@@ -70,10 +78,11 @@ class VideoTable:
 def read_table(table: str | Path, split: str | Path | None = None) -> VideoTable:
   """Reads a label table and a split file.
 
-  The table is a CSV file with the columns `video` and `label`; others are ignored, and so are blanks around a field and
-  empty fields after the last column. A name may have folders and may leave out the file's suffix. Several labels stand
-  in one field, separated by `;`, and make the set multi-label, where an empty field means none. A split file holds one
-  of the table's names a line. The class list is that of the whole table, sorted, so that all splits agree.
+  The table is a CSV file with the columns `video` and `label`. Other columns are ignored, and so
+  are blanks around a field and empty fields after the last column. A name may have folders and may
+  leave out the file's suffix. Several labels stand in one field, separated by `;`. They make the
+  set multi-label, and an empty field then means none. A split file holds one of the table's names a
+  line. The class list is that of the whole table, sorted, so that all splits agree.
 
   Args:
     table: the CSV file.
@@ -88,6 +97,7 @@ def read_table(table: str | Path, split: str | Path | None = None) -> VideoTable
     if row["video"] in rows:
       raise bad_line(table, line, "name each video once", row["video"])
     rows[row["video"]] = (line, row["label"])
+  # One video with several labels is enough.
   multi_label = any(";" in label for _, label in rows.values())
   labels = {name: _parts(label) for name, (_, label) in rows.items()}
   for name, (line, label) in rows.items():
@@ -105,7 +115,16 @@ def read_table(table: str | Path, split: str | Path | None = None) -> VideoTable
 def encode_labels(
   labels: Sequence[Sequence[str]], class_names: Sequence[str], multi_label: bool
 ) -> np.ndarray:
-  """Each video's class names as `[M, classes]` float32 of 0 and 1, or its first one's index as `[M]` int32."""
+  """Encodes each video's class names as an array.
+
+  Args:
+    labels: class names of each video.
+    class_names: of all classes, in order.
+    multi_label: whether a video may have several classes.
+  Returns:
+    `[M, classes]` float32 of 0 and 1; or, for single labels, the index of each video's first class
+    as `[M]` int32.
+  """
   index = {name: i for i, name in enumerate(class_names)}
   if not multi_label:
     return np.array([index[first] for first, *_ in labels], np.int32)
@@ -116,11 +135,18 @@ def encode_labels(
 
 
 def text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-  """`(number, text)` of each line of a text file that is not blank, without the spaces and tabs around it."""
+  """Yields `(number, text)` of each line of a text file that is not blank.
+
+  The spaces and tabs around the text are removed.
+
+  Args:
+    path: the file.
+  Raises:
+    ValueError: NUL in a line, or a file that is not UTF-8.
+  """
   try:
-    with open(
-      user_path(path), encoding="utf-8-sig"
-    ) as file:  # which takes CRLF and CR for LF, and no other character
+    # Python's universal newlines turn CRLF and CR into LF, and no other character.
+    with open(user_path(path), encoding="utf-8-sig") as file:
       for number, line in enumerate(file, 1):
         text = line.removesuffix("\n").strip(BLANKS)
         if "\0" in text:
@@ -132,12 +158,20 @@ def text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def csv_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-  """`(line, {column: field})` of each row of a CSV file whose header has all of `columns`, each once.
+  """Yields `(line, {column: field})` of each row of a CSV file.
 
-  Spaces and tabs around a field and empty fields after the last column are ignored, and so are rows of empty fields.
+  Spaces and tabs around a field, empty fields after the last column, and rows of empty fields are
+  ignored.
+
+  Args:
+    path: the file.
+    columns: columns that the header must have, each once.
+  Raises:
+    ValueError: naming file, line, rule and content.
   """
   try:
-    text = user_path(path).read_text(encoding="utf-8-sig")  # which makes LF of CRLF and CR
+    # Line ends become LF, as in `text_lines`.
+    text = user_path(path).read_text(encoding="utf-8-sig")
   except UnicodeDecodeError as error:
     raise ValueError(f"{path}: must be UTF-8 text; {error}") from None
   rows = _csv_fields(path, text)
@@ -148,13 +182,17 @@ def csv_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, di
   for line, fields in rows:
     if not any(fields):
       continue
+    # A field too many often means an unquoted comma, which would shift the labels.
     if max(places.values()) >= len(fields) or any(fields[len(header) :]):
       raise bad_line(path, line, f"have {len(header)} fields", ",".join(fields))
     yield line, {column: fields[place] for column, place in places.items()}
 
 
 def _csv_fields(path: str | Path, text: str) -> Iterator[tuple[int, list[str]]]:
-  """`(line, fields)` of each row, which begins in that line; blanks around fields and their quotes are left out."""
+  """Yields `(line, fields)` of each row, where the row begins in that line.
+
+  Blanks around fields and their quotes are left out.
+  """
   start, place, line, fields = 0, 0, 1, []
   while place < len(text) or fields:
     match = _FIELD.match(text, place)
@@ -172,20 +210,29 @@ def _csv_fields(path: str | Path, text: str) -> Iterator[tuple[int, list[str]]]:
     if any("\0" in field for field in fields):
       raise bad_line(path, line, "be text, without NUL", ",".join(fields))
     yield line, fields
+    # Quoted fields may hold line ends.
     line += text.count("\n", start, place)
     start, fields = place, []
 
 
 def bad_line(path: str | Path, line: int, rule: str, content: str) -> ValueError:
-  """The error for a line of a file that breaks a rule."""
+  """Builds the error for a line of a file that breaks a rule.
+
+  Args:
+    path, line: the file and the number of the line, from 1.
+    rule: the rule, after "must".
+    content: the line or field; cut to 80 characters.
+  """
   return ValueError(f"{path}, line {line}: must {rule}; got {content[:80]!r}")
 
 
+# The labels in a field.
 def _parts(label: str) -> list[str]:
   parts = [part.strip(BLANKS) for part in label.split(";")]
   return [part for part in parts if part]
 
 
+# The names in a split file, each of which the table knows.
 def _read_split(
   path: str | Path, known: dict[str, list[str]], table: str | Path
 ) -> tuple[str, ...]:

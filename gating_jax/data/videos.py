@@ -1,8 +1,11 @@
-"""Sets of videos read from disk while training goes on: files decoded with PyAV, or files of features.
+"""Sets of videos read from disk during training: files decoded with PyAV, or files of features.
 
-Axes: B videos of a batch, b of this process, K steps per call, T segments, F frames each, H and W pixels.
-The order is that of `data/images.py`, a function of (seed, step) alone, so a restart needs no state and may use
-another number of workers. A file that cannot be read never stops a run: its video has weight 0 and is named once.
+The order is that of `data/images.py`, a function of (seed, step) alone, so a restart needs no state
+and may use another number of workers. A file that cannot be read never stops a run: its video has
+weight 0 and is named once.
+
+Axes: B videos of a batch, b of this process, K steps per call, T segments, F frames each, H and W
+pixels.
 
 Reference: Hussein et al., 2020.
 """
@@ -28,21 +31,24 @@ from gating_jax.terminal import warn
 
 Batch = dict[str, np.ndarray]
 
-_AHEAD = 2  # results of `map`, which may be whole batches of videos
+# Results of `map` computed ahead: few, since each may be a whole batch of videos.
+_AHEAD = 2
+# Held while a reading thread notes an unreadable video, so that each is reported once.
 _NOTING = threading.Lock()
 
 
 class VideoSet(abc.ABC):
-  """One split of videos on disk, read into batches: dicts of arrays `[B, ...]`, or `[b, K, ...]` in training.
+  """Split of videos on disk, read into batches: dicts of arrays `[B, ...]`, or `[b, K, ...]`.
 
-  They hold the inputs that a subclass names; `valid` `[T]` bool, False where a shorter video's own segments are
-  repeated; `label` as in the table; `weight` float32, 0 where the video cannot be read (its inputs are then 0); and
-  `units` `[T]` int32 where the table has any: the unit action at the segment's middle, the shortest of several, or -1.
+  The latter are for training. Batches hold the inputs that a subclass names; `valid` `[T]` bool,
+  False where a shorter video's own segments are repeated; `label` as in the table; `weight`
+  float32, 0 where the video cannot be read (its inputs are then 0); and `units` `[T]` int32 where
+  the table has any: the unit action at the segment's middle, the shortest of several, or -1.
 
   Attributes:
     table: of the videos that have their files.
-    missing: names of those that have not.
-    unreadable: why, for each video that could not be read so far, by name.
+    missing: names of the videos that have not.
+    unreadable: the reason for each video that could not be read so far, by name.
   """
 
   def __init__(
@@ -76,6 +82,7 @@ class VideoSet(abc.ABC):
     self.unreadable: dict[str, str] = {}
     self._files = [file for file in files if file is not None]
     self._segments, self._seed, self._jitter, self._workers = segments, seed, jitter, workers
+    # Workers copy this object; the process that made it is the one that reports.
     self._process = os.getpid()
 
   def __len__(self) -> int:
@@ -83,35 +90,38 @@ class VideoSet(abc.ABC):
 
   @property
   def names(self) -> tuple[str, ...]:
-    """One per video."""
+    """Returns the names, one per video."""
     return self.table.names
 
   @property
   def class_names(self) -> tuple[str, ...]:
-    """One per class."""
+    """Returns the names of the classes."""
     return self.table.class_names
 
   @property
   def unit_names(self) -> tuple[str, ...]:
-    """One per unit action."""
+    """Returns the names of the unit actions."""
     return self.table.unit_names
 
   @property
   def multi_label(self) -> bool:
-    """Whether a video may have several classes."""
+    """Returns whether a video may have several classes."""
     return self.table.multi_label
 
   @property
   def shapes(self) -> dict[str, tuple[int, ...]]:
-    """Of a batch's arrays, without the batch axes."""
+    """Returns the shapes of a batch's arrays, without the batch axes."""
     return {key: array.shape for key, array in self._blank(0).items()}
 
   def read(self, index: Sequence[int]) -> Batch:
-    """The videos at `index`, at fixed segments."""
+    """Returns the videos at `index`, at fixed segments."""
     return _stack([self._read_one(int(i), None) for i in index])
 
   def map(self, fn: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """`fn` of each item, in order, computed ahead by threads or worker processes; `fn` may read this set."""
+    """Computes `fn` of each item, in order and ahead of the consumer, by threads or processes.
+
+    `fn` may read this set.
+    """
     return self._noted(fn, items, _AHEAD)
 
   def batches(
@@ -122,31 +132,40 @@ class VideoSet(abc.ABC):
     total_steps: int,
     process: tuple[int, int] = (0, 1),
   ) -> Iterator[Batch]:
-    """A batch `[b, K, ...]` for each `k` steps; arguments as in `resident.indices`."""
+    """Yields a batch `[b, K, ...]` for every `k` steps.
+
+    Args:
+      batch_size, k, process: as in `images.indices`.
+      first_step, total_steps: steps from `first_step` to before `total_steps`.
+    """
     rows = len(images.indices(self._seed, first_step, 1, batch_size, len(self), process))
 
+    # Single videos are computed ahead, not batches: workers share the decoding of a batch.
     def read(n):
       step, row = first_step + n // rows, n % rows
       index = images.indices(self._seed, step, 1, batch_size, len(self), process)[row, 0]
+      # Seeded by the row in the whole batch: the jitter is the same on any number of processes.
       return self._read_one(int(index), (self._seed, step, process[0] * rows + row))
 
     calls = len(range(first_step, total_steps, k))
     examples = self._noted(read, range(calls * k * rows), 4 * _AHEAD)
     for _ in range(calls):
       steps = [list(itertools.islice(examples, rows)) for _ in range(k)]
+      # By rows, then steps, as `[b, K]` is laid out.
       flat = [example for row in zip(*steps, strict=True) for example in row]
       yield {key: array.reshape(rows, k, *array.shape[1:]) for key, array in _stack(flat).items()}
 
   @abc.abstractmethod
   def _inputs(self) -> Batch:
-    """Zeros in place of an example's inputs."""
+    """Returns zeros in place of an example's inputs."""
 
   @abc.abstractmethod
   def _load(
     self, index: int, rng: np.random.Generator | None
   ) -> tuple[Batch, np.ndarray, np.ndarray]:
-    """An example's inputs, `valid` and its segments' middles in seconds."""
+    """Reads an example's inputs, `valid` and its segments' middles in seconds."""
 
+  # The example of a video that cannot be read: its weight is 0.
   def _blank(self, index: int) -> Batch:
     example = self._inputs() | {
       "valid": np.ones(self._segments, bool),
@@ -162,7 +181,8 @@ class VideoSet(abc.ABC):
     example = self._blank(index)
     try:
       inputs, valid, middles = self._load(index, rng)
-    except Exception as error:  # whatever a damaged file makes its decoder raise
+    # A damaged file makes its decoder raise errors of many types; none may stop a run.
+    except Exception as error:
       self._note({self.names[index]: str(error) or type(error).__name__})
       return example
     example |= inputs | {"valid": valid, "weight": np.float32(1)}
@@ -171,13 +191,15 @@ class VideoSet(abc.ABC):
     return example
 
   def _noted(self, fn: Callable[[Any], Any], items: Sequence[Any], ahead: int) -> Iterator[Any]:
-    """As `map`; what worker processes could not read is noted in this one."""
+    """Works as `map`; also notes here what worker processes could not read."""
+    # A worker's notes are in its own copy of the set, so they travel with each result.
     for result, unreadable in computed_ahead(
       lambda item: (fn(item), dict(self.unreadable)), items, self._workers, ahead=ahead
     ):
       self._note(unreadable)
       yield result
 
+  # Keeps the first reason for each video, and reports it in the main process.
   def _note(self, unreadable: dict[str, str]) -> None:
     with _NOTING:
       for name in unreadable.keys() - self.unreadable.keys():
@@ -191,20 +213,20 @@ class VideoSet(abc.ABC):
 
 
 class VideoFolder(VideoSet):
-  """A folder of video files, decoded with PyAV; the input is `clips` `[T, F, H, W, 3]` uint8.
+  """Set of videos in a folder of files, decoded with PyAV.
 
-  They are read as a player shows them: by presentation time, upright, without what edit lists hide
-  (`data/video_files.py`).
+  The input is `clips` `[T, F, H, W, 3]` uint8. Videos are read as a player shows them: by
+  presentation time, upright, without what edit lists hide (`data/video_files.py`).
 
   Args:
-    table: whose names are files in `folder`, with or without their suffix.
+    table: table whose names are files in `folder`, with or without their suffix.
     folder: of the videos.
     segments: T, spread uniformly over the time of the video; they overlap where it is short.
     frames: F, successive frames of a segment.
     size: `(H, W)` that frames are brought to, bilinearly.
     seed: of the order and of the jitter.
-    jitter: in training, segments start at random, each in its own part of the video.
-    workers: processes that decode; 0 for threads of this one.
+    jitter: whether segments start at random in training, each in its own part of the video.
+    workers: number of processes that decode; 0 for threads of this process.
   Raises:
     ValueError: PyAV is missing, a name would leave the folder, or none of the files is there.
   """
@@ -247,14 +269,15 @@ class VideoFolder(VideoSet):
 
 
 class FeatureFolder(VideoSet):
-  """Folders of `<name>.npy` or `.npz` arrays `[T_i, ...]`; the inputs are `light` and `heavy`, `[T, ...]` float32.
+  """Set of videos as features: `.npy` or `.npz` arrays `[T_i, ...]`, one file a video.
 
-  Of a longer video T rows are taken, uniformly spaced; a shorter one is repeated, with `valid` False.
+  The inputs are `light` and `heavy`, `[T, ...]` float32. From a longer video T rows are taken,
+  uniformly spaced; a shorter one is repeated, with `valid` False.
 
   Args:
-    table: whose names are files in the folders, without suffix or with that of a video.
+    table: table whose names are files in the folders, without suffix or with that of a video.
     light: folder of the features that the gate sees.
-    heavy: folder of those that the classifier sees; None for the same.
+    heavy: folder of the features that the classifier sees; None for the same.
     segments: T.
     seed, jitter, workers: as in `VideoFolder`.
   Raises:
@@ -278,6 +301,7 @@ class FeatureFolder(VideoSet):
       found = {
         key: _find(folder, name, video_files.FEATURE_SUFFIXES) for key, folder in folders.items()
       }
+      # A video needs both of its files.
       return found if all(found.values()) else None
 
     super().__init__(table, find, segments=segments, seed=seed, jitter=jitter, workers=workers)
@@ -289,6 +313,7 @@ class FeatureFolder(VideoSet):
     arrays = {
       key: np.zeros((self._segments, *shape), np.float32) for key, shape in self._shapes.items()
     }
+    # Without a folder of its own, `heavy` is `light`.
     return {"heavy": arrays["light"]} | arrays
 
   def _load(
@@ -298,7 +323,8 @@ class FeatureFolder(VideoSet):
     for key, array in arrays.items():
       if array.shape[1:] != self._shapes[key]:
         raise ValueError(
-          f"{key} features of a segment must be {self._shapes[key]}, as most are; got {array.shape[1:]}"
+          f"{key} features of a segment must be {self._shapes[key]}, as most are; got "
+          f"{array.shape[1:]}"
         )
     arrays = {"heavy": arrays["light"]} | arrays
     own = len(arrays["light"])
@@ -312,6 +338,7 @@ class FeatureFolder(VideoSet):
       if longer
       else np.arange(self._segments) % own
     )
+    # Rows are spread over the video's length: row i is shown around (i + 1/2) / T_i of it.
     seconds = np.nan if self.table.seconds is None else self.table.seconds[index]
     inputs = {key: array[rows] for key, array in arrays.items()}
     return inputs, np.arange(self._segments) < own, (rows + 0.5) / own * seconds
@@ -321,6 +348,7 @@ def _stack(examples: Sequence[Batch]) -> Batch:
   return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
 
+# The name, unless it would lead out of the folder.
 def _inside(name: str) -> str:
   path = PurePosixPath(name)
   if not path.name or path.is_absolute() or ".." in path.parts or "\0" in name:
@@ -328,6 +356,8 @@ def _inside(name: str) -> str:
   return name
 
 
+# The first file of this name and one of the suffixes. A name with a video's suffix also stands for
+# the file of its features.
 def _find(folder: str | Path, name: str, suffixes: Sequence[str]) -> Path | None:
   if "" not in suffixes and name.lower().endswith(video_files.VIDEO_SUFFIXES):
     name = str(PurePosixPath(name).with_suffix(""))
@@ -337,10 +367,10 @@ def _find(folder: str | Path, name: str, suffixes: Sequence[str]) -> Path | None
   )
 
 
+# The unit action at each of these times, -1 where there is none.
 def _units_at(intervals: Intervals, seconds: np.ndarray) -> np.ndarray:
   units = np.full(len(seconds), -1, np.int32)
-  for start, end, unit in sorted(
-    intervals, key=lambda interval: interval[0] - interval[1]
-  ):  # the shortest last
+  # The longest first, so that a shorter one overwrites it.
+  for start, end, unit in sorted(intervals, key=lambda interval: interval[0] - interval[1]):
     units[(start <= seconds) & (seconds < end)] = unit
   return units

@@ -1,1 +1,4 @@
-"""C++ of the native CPU kernels, an optional extra, and how it is built; `ops.native` calls them."""
+"""C++ source of the optional native CPU kernels, and their build.
+
+`ops.native_kernels` calls them.
+"""

@@ -1,15 +1,18 @@
-"""Builds the native CPU kernels with the machine's C++ compiler, and loads them.
+"""Build of the native CPU kernels with the machine's C++ compiler, and their loading.
 
-    python -c 'from gating_jax.native import build; build.main()'      (launch/setup.sh runs it after the installation)
+    python -c 'from gating_jax.native import build; build.main()'
 
-Not an extension of the package's wheel, since the headers it needs come with jax itself: a build in isolation, as pip
-makes it, would have to fetch a second jaxlib, and could get another version than the one that loads the result. So it
-is built where it runs, by that command or else by the first use, into the user's cache, under a name that holds a hash
-of sources, compiler, flags and version of jax. Several processes may do so at once: each writes a file of its own and
-renames it. One library holds the variants for all instruction sets of the architecture and picks one when it runs.
+`launch/setup.sh` runs this after the installation.
 
-Environment: `GATING_JAX_NATIVE=0` switches the kernels off; `CXX` names the compiler (default: c++, g++, clang++);
-`XDG_CACHE_HOME` the folder of caches (default: ~/.cache).
+The library is not an extension of the package's wheel. The headers it needs come with jax: pip
+builds in isolation, so it would have to fetch a second jaxlib, and could get another version than
+the one that loads the result. The library is therefore built where it runs, by that command or on
+first use, into the user's cache, under a name with a hash of sources, compiler, flags and version
+of jax. Several processes may build at the same time: each writes its own file and renames it. One
+library holds the variants for all instruction sets of the architecture and picks one at run time.
+
+Environment: `GATING_JAX_NATIVE=0` switches the kernels off; `CXX` names the compiler (default: c++,
+g++, clang++); `XDG_CACHE_HOME` is the folder of caches (default: ~/.cache).
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import jax
 
 SWITCH = "GATING_JAX_NATIVE"
 SOURCES = tuple(Path(__file__).parent / name for name in ("gated_chain.cc", "isa.inc"))
+# Without -march: the code picks its instruction set at run time.
 FLAGS = (
   "-std=c++17",
   "-O3",
@@ -38,15 +42,16 @@ FLAGS = (
   "-pthread",
 )
 _COMPILERS = ("c++", "g++", "clang++")
-_TIME_LIMIT = 300  # seconds
+# Seconds.
+_TIME_LIMIT = 300
 
 
 class NotBuilt(Exception):
-  """There is no native library here; the text says why, and what would help."""
+  """Error for a missing native library; the text says why, and what would help."""
 
 
 def load() -> ctypes.CDLL:
-  """The library, built if need be.
+  """Loads the library and builds it if necessary.
 
   Raises:
     NotBuilt: switched off, no compiler, or a compiler that fails.
@@ -58,10 +63,15 @@ def load() -> ctypes.CDLL:
 
 
 def built() -> Path:
-  """The library's file, built if it is not there."""
+  """Returns the library's file and builds it if it is not there.
+
+  Raises:
+    NotBuilt: as in `load`.
+  """
   if os.environ.get(SWITCH, "1") == "0":
     raise NotBuilt(f"switched off by {SWITCH}=0")
   compiler = _compiler()
+  # All that the result depends on is in its name, so an old library is never loaded.
   key = hashlib.sha256(repr((compiler, FLAGS, _version(compiler), jax.__version__)).encode())
   for source in SOURCES:
     key.update(source.read_bytes())
@@ -72,9 +82,10 @@ def built() -> Path:
 
 
 def _compile(compiler: list[str], path: Path) -> None:
-  """Writes beside `path`, then renames: whoever sees the name sees the whole file."""
+  """Compiles into a temporary file and renames it, so that the file at `path` is complete."""
   try:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # In the same folder, since a file system renames atomically only within itself.
     handle, part = tempfile.mkstemp(".part", path.stem, path.parent)
     os.close(handle)
   except OSError as error:
@@ -95,6 +106,7 @@ def _compile(compiler: list[str], path: Path) -> None:
     Path(part).unlink(missing_ok=True)
 
 
+# The command of the first compiler found, with the options that CXX has.
 def _compiler() -> list[str]:
   named = shlex.split(os.environ.get("CXX", ""))
   for command in [named] if named else [[name] for name in _COMPILERS]:
@@ -102,7 +114,8 @@ def _compiler() -> list[str]:
       return [found, *command[1:]]
   sought = named[0] if named else ", ".join(_COMPILERS)
   raise NotBuilt(
-    f"no C++ compiler found ({sought}); install one, such as Debian's package g++, or name it in CXX"
+    f"no C++ compiler found ({sought}); install one, such as Debian's package g++, or name it in "
+    "CXX"
   )
 
 
@@ -118,12 +131,13 @@ def _version(compiler: list[str]) -> str:
 def _folder() -> Path:
   try:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gating_jax"
-  except RuntimeError as error:  # no home
+  # There is no home directory.
+  except RuntimeError as error:
     raise NotBuilt(f"no folder for the native library: {error}; set XDG_CACHE_HOME") from error
 
 
 def main() -> None:
-  """Builds, and says so, or why not; never fails, since everything runs without."""
+  """Builds the library and prints the result; never fails, since everything runs without it."""
   try:
     load()
     print(f"native kernels: {built()}")
