@@ -59,7 +59,7 @@ class Rehearsal:
   """
 
   init: Callable[[Array], Memory]
-  replay_memory: Callable[[Memory, Batch, Array, Array], Replay]
+  replay: Callable[[Memory, Batch, Array, Array], Replay]
   recall: Callable[[Memory, TaskData, int, Array], tuple[np.ndarray, np.ndarray]]
   keep: Callable[[Memory, TaskData, int, Array], Memory]
   megabytes: Callable[[Memory, int], float]

@@ -62,7 +62,7 @@ class ExitNet:
   """
 
   stages: tuple[Folded, ...]
-  confidence: tuple[Folded, ...]
+  exits: tuple[Folded, ...]
   threshold: float = dataclasses.field(metadata={"static": True})
 
 

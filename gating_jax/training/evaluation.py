@@ -47,7 +47,7 @@ class GateBehaviour:
   """Results of a test for each gate.
 
   Attributes:
-    diagnosis: outcomes of the gates, from `gate_outcomes.diagnose`.
+    diagnosis: outcomes of the gates, from `outcomes.diagnose`.
     logits: `[<= 2048, G]`, of the first images.
     class_rates: `[K, G]`, the fraction of each class's images for which each gate is open; NaN for
       a class without images. None where an image has no class.
@@ -55,7 +55,7 @@ class GateBehaviour:
       first; -1 where the gate is closed.
   """
 
-  gate_outcomes: gate_outcomes.Diagnosis
+  diagnosis: gate_outcomes.Diagnosis
   logits: np.ndarray
   class_rates: np.ndarray | None
   firing: np.ndarray
