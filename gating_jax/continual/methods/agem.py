@@ -1,8 +1,8 @@
-"""A-GEM: a step may not raise the loss on what is remembered, as far as its first-order change tells.
+"""A-GEM: steps that do not increase the loss on the memory, to first order.
 
     g <- g - (g.r / r.r) r   where g.r < 0
 
-with g the gradient on the batch and r that on images drawn from an episodic memory.
+Here g is the gradient on the batch and r that on images drawn from an episodic memory.
 
 Reference: Chaudhry et al., "Efficient lifelong learning with A-GEM", 2019.
 """
@@ -22,7 +22,12 @@ from gating_jax.types import Array
 
 
 def agem(network: Network, rehearsal: memory.ReplaySettings) -> Method:
-  """The method; its memory is a `replay.Memory`."""
+  """Makes the method; its memory is a `memory.Memory`.
+
+  Args:
+    network: to train.
+    rehearsal: sizes of the memory and of each draw.
+  """
   problem = network.problem
 
   def init(key: Array) -> Start:
@@ -35,7 +40,9 @@ def agem(network: Network, rehearsal: memory.ReplaySettings) -> Method:
     )
     remembered = batch._replace(x=x, labels=labels, key=noise)
     loss = lambda params: network.loss(params, learner, remembered)[0]
+    # r: the gradient on the memory, over all devices as g is.
     _, reference = value_and_grad_over_devices(loss, problem.axis_name)(learner.params)
+    # An empty memory constrains nothing.
     return jax.tree.map(lambda g, p: jnp.where(filled, p, g), grads, project(grads, reference))
 
   def end_task(learner: Learner, data: TaskData, key: Array) -> Learner:
@@ -45,11 +52,17 @@ def agem(network: Network, rehearsal: memory.ReplaySettings) -> Method:
 
 
 def project(gradient: Any, reference: Any) -> Any:
-  """`gradient` without its part against `reference`, trees of the same arrays; as it is where it has none.
+  """Removes from a gradient its part against a reference.
+
+  A gradient without such a part is returned unchanged.
+
+  Args:
+    gradient, reference: trees of the same arrays.
 
   >>> project(jnp.array([1.0, -2.0]), jnp.array([0.0, 3.0])).tolist()
   [1.0, 0.0]
   """
+  # g <- g - (g.r / r.r) r where g.r < 0; a reference of 0 changes nothing.
   along = optax.tree.vdot(gradient, reference)
   square = optax.tree.vdot(reference, reference)
   share = jnp.where(along < 0, along / jnp.where(square > 0, square, 1.0), 0.0)

@@ -1,17 +1,18 @@
-"""DGM: dynamic generative memory, masked generative replay.
+"""DGM: dynamic generative memory, a masked generator for replay.
 
-    L = r CE(images of the task) + (1 - r) CE(generated images of all tasks so far, every class as likely)
+    L = r CE(images of the task) + (1 - r) CE(generated images of all tasks so far)
 
-All tasks have one generator, a conditional WGAN-GP with HAT's masks (`masked_generator`), trained on each task before
-the classifier is. With r = 0 the classifier sees generated images alone: beside real ones of the task, it could tell
-what is generated from what is not, and not the classes.
+All classes so far are generated with the same probability. All tasks have one generator, a
+conditional WGAN-GP with HAT's masks (`generators.masked`). It is trained on each task before the
+classifier is. With r = 0 the classifier sees only generated images: next to real ones of the task
+it could learn the difference between real and generated, and not the classes.
 
-Unlike the authors', the classifier is a network of its own, that of the other methods, and not a second head of the
-critic; the generator has its full width from the start, and does not grow by what a task takes; masks are learnt as in
-HAT, the layer of pixels being each task's own.
+Differences from the paper: the classifier is a network of its own, that of the other methods, and
+not a second head of the critic; the generator has its full width from the start and does not grow
+by what a task takes; masks are learnt as in HAT, and each task has its own layer of pixels.
 
-Reference: Ostapenko et al., "Learning to remember: a synaptic plasticity driven framework for continual learning",
-CVPR 2019.
+Reference: Ostapenko et al., "Learning to remember: a synaptic plasticity driven framework for
+continual learning", CVPR 2019.
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ from gating_jax.types import Array
 
 
 def dgm(network: Network, rehearsal: Rehearsal, *, real: float) -> Method:
-  """The method.
+  """Makes the method.
 
   Args:
     network: the classifier.
     rehearsal: a generative one; its memory is all that is kept.
-    real: r.
+    real: r, in [0, 1).
+  Raises:
+    ValueError: `real` outside its range.
   """
   if not 0 <= real < 1:
     raise ValueError(f"real must be a share in [0, 1); got {real}")
@@ -56,19 +59,23 @@ def dgm(network: Network, rehearsal: Rehearsal, *, real: float) -> Method:
   ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
     noise, drawing = jax.random.split(batch.key)
     x, labels, _ = rehearsal.replay(learner.memory["rehearsal"], batch, learner.task, drawing)
+    # One batch, for BatchNorm; with r = 0 no real image goes through the network.
     if real:
       x, labels = jnp.concatenate([x, batch.x]), jnp.concatenate([labels, batch.labels])
     logits, batch_stats = network.train_logits(params, learner.batch_stats, x, noise)
     each = network.cross_entropy(logits, labels, learner.task)
     if not real:
       return jnp.mean(each), ({"replay": jnp.mean(each)}, batch_stats)
+    # Generated images come first.
     new, replayed = jnp.mean(each[-len(batch.x) :]), jnp.mean(each[: -len(batch.x)])
+    # L = r CE(images of the task) + (1 - r) CE(generated images)
     return real * new + (1 - real) * replayed, (
       {"cross_entropy": new, "replay": replayed},
       batch_stats,
     )
 
   def end_task(learner: Learner, data: TaskData, key: Array) -> Learner:
+    # The classifier keeps no images: the generator has learnt the task in the prelude.
     kept = rehearsal.keep(learner.memory["rehearsal"], data, int(learner.task), key)
     return learner.replace(memory={"rehearsal": kept})
 

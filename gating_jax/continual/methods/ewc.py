@@ -1,21 +1,29 @@
-"""Elastic weight consolidation: parameters are held the firmer, the more an earlier task's predictions hang on them.
+"""Elastic weight consolidation: parameters are penalised in proportion to their importance.
+
+The importance is for the predictions of earlier tasks.
 
     ewc          total = cross-entropy + lambda/2 sum_(s < t) sum_i F_si (theta_i - theta*_si)^2
-    online_ewc   total = cross-entropy + lambda/2 sum_i F_i (theta_i - theta*_i)^2,   F <- gamma F + F_t after task t
+    online_ewc   total = cross-entropy + lambda/2 sum_i F_i (theta_i - theta*_i)^2,
+                 F <- gamma F + F_t after task t
 
-theta*_t are the parameters at the end of task t (online: of the last one), and F_t the diagonal of its Fisher matrix,
+theta*_t are the parameters at the end of task t (online: of the last one), and F_t the diagonal of
+its Fisher matrix,
+
     F_ti = mean_n (d log p(y_n | x_n) / d theta_i)^2,
-a mean over examples, in evaluation, among the classes of the task: the heads of other tasks are left out.
 
-The y_n are drawn from the network's own p(y | x_n), which is what makes F the Fisher matrix. With the true labels, as
-in much code, F is of second order in the doubt of the network: next to nothing of it is left where the task is learnt.
+a mean over examples, in evaluation, among the classes of the task: the heads of other tasks are
+left out.
 
-The penalty is stiff: a step diverges where learning rate x lambda x F_i exceeds 2 (1 + momentum), or, where gradients
-are clipped, swings about the anchor and learns little.
+The y_n are drawn from the network's own p(y | x_n): this makes F the Fisher matrix. With the true
+labels, as in much code, F is of second order in the uncertainty of the network and nearly 0 where
+the task is learnt.
+
+The penalty is stiff: a step diverges if learning rate x lambda x F_i exceeds 2 (1 + momentum).
+Where gradients are clipped, it oscillates around the anchor instead, and the network learns little.
 
 Axes: N examples, T tasks.
-Reference: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", 2017; Schwarz et al., "Progress
-& compress", 2018, section 4 (online).
+Reference: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", 2017;
+Schwarz et al., "Progress & compress", 2018, section 4 (online).
 """
 
 from __future__ import annotations
@@ -34,17 +42,18 @@ from gating_jax.types import Array
 
 
 def ewc(network: Network, *, strength: float, examples: int) -> Method:
-  """One Fisher diagonal and one anchor for every task.
+  """Makes EWC with one Fisher diagonal and one anchor per task.
 
   Args:
-    network: what it trains.
-    strength: lambda.
-    examples: how many images of a task its Fisher diagonal is a mean over, at most.
+    network: to train.
+    strength: lambda, >= 0.
+    examples: largest number of a task's images in the mean of its Fisher diagonal, >= 1.
   Raises:
     ValueError: a setting breaks its rule.
   """
 
   def keep(memory, fisher, params, task):
+    # A slot per task: the diagonals of earlier tasks are kept as they are.
     put = lambda all_tasks, x: jax.tree.map(lambda a, x: a.at[task].set(x), all_tasks, x)
     return {"fisher": put(memory["fisher"], fisher), "anchor": put(memory["anchor"], params)}
 
@@ -52,7 +61,7 @@ def ewc(network: Network, *, strength: float, examples: int) -> Method:
 
 
 def online_ewc(network: Network, *, strength: float, decay: float, examples: int) -> Method:
-  """One running Fisher diagonal, and the latest parameters as the only anchor.
+  """Makes EWC with one running Fisher diagonal and the latest parameters as only anchor.
 
   Args:
     network, strength, examples: as in `ewc`.
@@ -66,6 +75,7 @@ def online_ewc(network: Network, *, strength: float, decay: float, examples: int
   def keep(memory, fisher, params, task):
     one = lambda tree: jax.tree.map(lambda x: x[None], tree)
     return {
+      # F <- gamma F + F_t
       "fisher": jax.tree.map(lambda old, new: decay * old + new, memory["fisher"], one(fisher)),
       "anchor": one(params),
     }
@@ -76,14 +86,19 @@ def online_ewc(network: Network, *, strength: float, decay: float, examples: int
 def fisher_diagonal(
   log_prob: Callable[[Any, Array, Array], Array], params: Any, x: Array, labels: Array
 ) -> Any:
-  """mean_n (d log_prob(params, x_n, y_n) / d params)^2, a tree like `params`, one example after the other.
+  """Computes mean_n (d log_prob(params, x_n, y_n) / d params)^2.
+
+  One example follows the other, so that the memory needed is that of one gradient.
 
   Args:
     log_prob: of one example, a scalar.
     params: any tree.
     x, labels: `[N, ...]`.
+  Returns:
+    a tree like `params`.
 
-  >>> float(fisher_diagonal(lambda p, x, y: p * x, jnp.array(2.0), jnp.array([1.0, 3.0]), jnp.zeros(2)))
+  >>> log_prob = lambda p, x, y: p * x
+  >>> float(fisher_diagonal(log_prob, jnp.array(2.0), jnp.array([1.0, 3.0]), jnp.zeros(2)))
   5.0
   """
 
@@ -96,7 +111,10 @@ def fisher_diagonal(
 
 
 def _consolidation(network, slots, keep, strength, examples):
-  """The method; its memory is a Fisher diagonal and an anchor `[slots, ...]`, zero until a task has ended."""
+  """Makes the method from a rule that keeps Fisher diagonals and anchors.
+
+  Its memory is a Fisher diagonal and an anchor, `[slots, ...]`, zero until a task has ended.
+  """
   if not strength >= 0:
     raise ValueError(f"strength must be >= 0; got {strength}")
   if examples < 1:
@@ -108,6 +126,7 @@ def _consolidation(network, slots, keep, strength, examples):
     return Start(params, batch_stats, {"fisher": empty(), "anchor": empty()})
 
   def penalty(params, memory):
+    # lambda/2 sum_s sum_i F_si (theta_i - theta*_si)^2; slots without a task have F = 0.
     return strength / 2 * weighted_distance(params, memory["anchor"], memory["fisher"])
 
   def end_task(learner, data, key):
@@ -122,12 +141,15 @@ def _fisher_of_task(
 ) -> Any:
   choice, drawing = jax.random.split(key)
   chosen = np.asarray(jax.random.permutation(choice, len(data.labels)))[:examples]
+  # The labels only say which head an image belongs to.
   pixels, labels, task = data.pixels[chosen], data.labels[chosen], learner.task
   params, batch_stats = learner.params, learner.batch_stats
 
   @jax.jit
   def diagonal(params, batch_stats, pixels, labels):
     def log_prob(params, x, label):
+      # log p(y | x) is minus the cross-entropy, in the task's own head whatever the network's
+      # scope.
       return -network.cross_entropy(
         network.logits(params, batch_stats, x[None]), label[None], task, "own"
       )[0]
@@ -137,6 +159,7 @@ def _fisher_of_task(
   logits = network.problem.in_batches(
     lambda state, x: network.logits(*state, x), (params, batch_stats), pixels
   )
+  # y_n ~ p(y | x_n) among the classes of the task.
   own = network.visible(jnp.asarray(labels), task, "own")
   drawn = jax.random.categorical(drawing, jnp.where(own, logits, -jnp.inf))
   return diagonal(params, batch_stats, pixels, drawn)

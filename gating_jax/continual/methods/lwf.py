@@ -1,9 +1,10 @@
-"""Learning without forgetting: on the images of the new task, old heads shall go on saying what they said before it.
+"""Learning without forgetting: old heads must keep their predictions on new images.
 
-    total = cross-entropy + w sum_(s < t) mean_n CE(softmax(teacher_s(x_n) / tau), softmax(logits_s(x_n) / tau))
+    total = cross-entropy
+            + w sum_(s < t) mean_n CE(softmax(teacher_s(x_n) / tau), softmax(logits_s(x_n) / tau))
 
-The teacher is the network at the end of the last task, parameters and running statistics, in evaluation. There is no
-factor tau^2: it belongs to w.
+The x_n are images of the new task. The teacher is the network at the end of the last task,
+parameters and running statistics, in evaluation. There is no factor tau^2: it belongs to w.
 
 Axes: N examples, T tasks, C classes of a task, K = T C.
 Reference: Li and Hoiem, "Learning without forgetting", 2016, without its warm-up of the new head.
@@ -20,12 +21,12 @@ from gating_jax.types import Array
 
 
 def lwf(network: Network, *, weight: float, temperature: float) -> Method:
-  """The method. Its memory is the teacher: `params` and `batch_stats`.
+  """Makes the method; its memory is the teacher, `params` and `batch_stats`.
 
   Args:
-    network: what it trains.
-    weight: w, of each old head.
-    temperature: tau.
+    network: to train.
+    weight: w, of each old head, >= 0.
+    temperature: tau > 0.
   Raises:
     ValueError: a setting breaks its rule.
   """
@@ -36,11 +37,13 @@ def lwf(network: Network, *, weight: float, temperature: float) -> Method:
 
   def init(key):
     params, batch_stats = network.init(key)
+    # During the first task there is no old head, so any teacher will do.
     return Start(params, batch_stats, _teacher(params, batch_stats))
 
   def loss(params, learner, batch):
     logits, batch_stats = network.train_logits(params, learner.batch_stats, batch.x, batch.key)
     cross_entropy = jnp.mean(network.cross_entropy(logits, batch.labels, learner.task))
+    # The teacher is in evaluation, on the same images.
     taught = network.logits(learner.memory["params"], learner.memory["batch_stats"], batch.x)
     distillation = jnp.mean(
       old_heads_cross_entropy(
@@ -59,23 +62,31 @@ def lwf(network: Network, *, weight: float, temperature: float) -> Method:
 def old_heads_cross_entropy(
   logits: Array, teacher: Array, task: Array, *, classes: int, temperature: float
 ) -> Array:
-  """`[N]`: sum_(s < task) CE(softmax(teacher_s / tau), softmax(logits_s / tau)), each over the C classes of head s.
+  """Computes the cross-entropy between teacher and network, summed over old heads.
 
-  Its gradient is zero exactly where the softmax of every old head is the teacher's; its value there is their entropy.
+      sum_(s < task) CE(softmax(teacher_s / tau), softmax(logits_s / tau))
+
+  Each term is over the C classes of head s. Its gradient is zero exactly where the softmax of every
+  old head equals the teacher's; its value there is their entropy.
 
   Args:
     logits, teacher: `[N, K]`.
-    task: the one being learnt, from 0.
+    task: the task being learnt, from 0.
     classes: C.
     temperature: tau.
+  Returns:
+    `[N]`.
 
-  >>> float(old_heads_cross_entropy(jnp.zeros((1, 4)), jnp.zeros((1, 4)), 1, classes=2, temperature=2.0)[0])
+  >>> old = jnp.zeros((1, 4))
+  >>> float(old_heads_cross_entropy(old, old, 1, classes=2, temperature=2.0)[0])
   0.6931471824645996
   """
   heads = lambda x: x.reshape(len(x), -1, classes) / temperature
   each = optax.softmax_cross_entropy(heads(logits), jax.nn.softmax(heads(teacher)))
+  # Heads from the current task on have no teacher.
   return jnp.sum(each, axis=1, where=jnp.arange(each.shape[1]) < task)
 
 
 def _teacher(params, batch_stats):
+  # A step donates its buffers: teacher and network must not be one buffer.
   return jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})

@@ -1,12 +1,14 @@
-"""Synaptic intelligence: parameters are held by what their way through the task brought its loss down.
+"""Synaptic intelligence: importance from each parameter's path through earlier tasks.
 
     total    = cross-entropy + c sum_i Omega_i (theta_i - theta*_i)^2, without 1/2
-    omega_i <- omega_i - g_i dtheta_i                                                     at every step
-    Omega_i <- Omega_i + max(omega_i, 0) / ((theta_i - theta*_i)^2 + xi), omega_i <- 0    after every task
+    omega_i <- omega_i - g_i dtheta_i                                        at every step
+    Omega_i <- Omega_i + max(omega_i, 0) / ((theta_i - theta*_i)^2 + xi),
+    omega_i <- 0                                                             after every task
 
-g is the gradient of the cross-entropy alone, dtheta the whole step that the optimiser makes, and theta* the parameters
-at the end of the task before; in small steps sum_i omega_i is the drop of the cross-entropy. A parameter whose way made
-the loss larger counts as unimportant to that task.
+The importance is each parameter's part in the decrease of the loss along its path. g is the
+gradient of the cross-entropy alone, dtheta the whole step of the optimiser, and theta* the
+parameters at the end of the last task; for small steps sum_i omega_i is the decrease of the
+cross-entropy. A parameter whose path increased the loss counts as unimportant for that task.
 
 Reference: Zenke, Poole and Ganguli, "Continual learning through synaptic intelligence", 2017.
 """
@@ -21,12 +23,13 @@ from gating_jax.continual.method import Method, Network, Start
 
 
 def si(network: Network, *, strength: float, damping: float) -> Method:
-  """The method. Its memory: `path` omega, `importance` Omega, `anchor` theta*.
+  """Makes the method; its memory is `path` omega, `importance` Omega and `anchor` theta*.
 
   Args:
-    network: what it trains.
-    strength: c.
-    damping: xi, the square of a way below which importance no longer grows as the way gets shorter.
+    network: to train.
+    strength: c, >= 0.
+    damping: xi > 0, the squared distance below which a shorter path no longer gives more
+      importance.
   Raises:
     ValueError: a setting breaks its rule.
   """
@@ -38,6 +41,7 @@ def si(network: Network, *, strength: float, damping: float) -> Method:
   def init(key):
     params, batch_stats = network.init(key)
     zeros = lambda: jax.tree.map(jnp.zeros_like, params)
+    # A step donates its buffers: anchor and parameters must not be one buffer.
     anchor = jax.tree.map(jnp.copy, params)
     return Start(params, batch_stats, {"path": zeros(), "importance": zeros(), "anchor": anchor})
 
@@ -46,6 +50,7 @@ def si(network: Network, *, strength: float, damping: float) -> Method:
 
   def update(updates, grads, learner):
     memory = learner.memory
+    # g is the gradient of the cross-entropy alone: that of the penalty is subtracted.
     held = jax.grad(penalty)(learner.params, memory)
     path = jax.tree.map(
       lambda path, g, h, u: path - (g - h) * u, memory["path"], grads, held, updates
@@ -54,6 +59,7 @@ def si(network: Network, *, strength: float, damping: float) -> Method:
 
   def end_task(learner, data, key):
     memory, params = learner.memory, learner.params
+    # Omega_i <- Omega_i + max(omega_i, 0) / ((theta_i - theta*_i)^2 + xi)
     importance = jax.tree.map(
       lambda old, path, p, a: old + jnp.maximum(path, 0) / ((p - a) ** 2 + damping),
       memory["importance"],
