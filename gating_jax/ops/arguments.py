@@ -1,4 +1,4 @@
-"""Checks of arguments: an error in one line that names the argument, the rule and the value."""
+"""Checks of arguments, with one-line errors that name the argument, the rule and the value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from gating_jax.checks import is_array, shown
 from gating_jax.ops.precision import same_rank
 from gating_jax.types import Array
 
-_NO_NUMBERS = "OSUcmM"  # NumPy's kinds of types that hold no real number
+# NumPy's kinds of types that hold no real number: objects, texts, bytes, complex numbers, times.
+_NO_NUMBERS = "OSUcmM"
 
 
 def instance(name: str, value: object, kind: type | tuple[type, ...], rule: str) -> None:
@@ -38,12 +39,22 @@ def function(name: str, value: object, rule: str = "a function") -> None:
 
 
 def number(name: str, value: Any, rule: str, holds: Callable[[Any], bool]) -> None:
-  """Raises a TypeError unless `value` is a real number known now, a ValueError unless the rule holds for it.
+  """Raises an error unless `value` is a real number that fulfils the rule.
 
-  What is computed of sizes not known yet, as in `jax.export`, is taken.
+  Numbers computed from unknown sizes, as in `jax.export`, are accepted.
+
+  Args:
+    name: of the argument.
+    value: the number.
+    rule: in words.
+    holds: returns whether a number fulfils the rule.
+  Raises:
+    TypeError: `value` is no real number, or is traced.
+    ValueError: it breaks the rule.
   """
   if jax.export.is_symbolic_dim(value):
     return
+  # Python's truth values are integers too, but a mistake where a number is expected.
   if not isinstance(value, numbers.Real) or isinstance(value, bool):
     raise TypeError(f"{name} must be a number {rule}; got {shown(value)}")
   if not holds(value):
@@ -51,13 +62,18 @@ def number(name: str, value: Any, rule: str, holds: Callable[[Any], bool]) -> No
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> None:
-  """Raises a TypeError unless `value` is a whole number, a ValueError unless it is at least `least`.
+  """Raises an error unless `value` is a whole number of at least `least`.
 
-  A size that is not known yet, as in `jax.export`, is taken.
+  A size that is not known yet, as in `jax.export`, is accepted.
+
+  Raises:
+    TypeError: `value` is no whole number.
+    ValueError: it is below `least`.
   """
   if jax.export.is_symbolic_dim(value):
     return
   try:
+    # Accepts the integers of NumPy as well, and no float.
     known = operator.index(value)
   except TypeError:
     raise TypeError(f"{name} must be a whole number >= {least}; got {shown(value)}") from None
@@ -68,34 +84,40 @@ def whole_number(name: str, value: Any, least: int = 1) -> None:
 
 
 def parameter(name: str, value: Any, rule: str, holds: Callable[[Any], Any]) -> Any:
-  """`value` as a number or an array; a TypeError where it is none, a ValueError where it is known and breaks the rule.
+  """Returns `value` as a number or an array, checked as far as it is known.
 
   Args:
     name: of the argument.
     value: a real number, a list of them, or an array, which may be traced.
     rule: in words.
-    holds: from float64 values to whether each is as it must be.
+    holds: maps float64 values to whether each fulfils the rule.
+  Raises:
+    TypeError: `value` holds no real numbers.
+    ValueError: it is known and breaks the rule.
   """
+  # A tracer has no value to check.
   if isinstance(value, jax.core.Tracer):
     return value
   try:
     known = np.asarray(value)
-  except (TypeError, ValueError):  # such as rows of unequal lengths
+  # Such as rows of unequal lengths.
+  except (TypeError, ValueError):
     known = np.asarray(None)
   if known.dtype.kind in _NO_NUMBERS:
     raise TypeError(f"{name} must be {rule}; got {shown(value)}")
   if not np.all(holds(known.astype(np.float64))):
     raise ValueError(f"{name} must be {rule}; got {shown(value)}")
+  # A Python number keeps no type of its own, so it takes part in float32 and float64 alike.
   return float(value) if isinstance(value, numbers.Real) else jnp.asarray(value)
 
 
 def real_array(name: str, value: Any, axes: str = "") -> None:
-  """Raises a TypeError unless `value` is a real number or an array of them.
+  """Raises an error unless `value` is a real number or an array of them.
 
   Args:
     name: of the argument.
     value: anything; a list of numbers counts as an array.
-    axes: those of the array, such as `[N, C]`, for the message and for the number of them; empty for any.
+    axes: such as `[N, C]`, for the message and for the number of axes; empty for any.
   Raises:
     TypeError: another kind of value.
     ValueError: another number of axes.
@@ -109,7 +131,7 @@ def real_array(name: str, value: Any, axes: str = "") -> None:
 
 
 def one_shape(axes: str, **arrays: Any) -> tuple[Array, ...]:
-  """Arrays of real numbers that must have one shape, of these axes.
+  """Returns arrays of real numbers, which must have the given axes and one shape.
 
   >>> one_shape("[B, T]", gates=np.ones((2, 3)), valid=np.ones((2, 4)))
   Traceback (most recent call last):
@@ -126,7 +148,9 @@ def one_shape(axes: str, **arrays: Any) -> tuple[Array, ...]:
 
 
 def items(name: str, values: Any, what: str) -> tuple[Any, ...]:
-  """The values of a list, a tuple or any other iterable but an array, a mapping or a text, which raise a TypeError.
+  """Returns the values of an iterable as a tuple.
+
+  An array, a mapping and a text raise a TypeError, as does anything that is no iterable.
 
   >>> items("probs", np.zeros((6, 4)), "one [N, C] array per layer")
   Traceback (most recent call last):
@@ -143,9 +167,9 @@ def items(name: str, values: Any, what: str) -> tuple[Any, ...]:
 
 
 def within_reach(name: str, shape: tuple[int, ...]) -> None:
-  """Raises a ValueError where an array has 2**31 elements or more, which 32-bit indices do not reach.
+  """Raises a ValueError if an array has 2**31 elements or more, beyond 32-bit indices.
 
-  A shape with a size that is not known yet, as in `jax.export`, is taken.
+  A shape with a size that is not known yet, as in `jax.export`, is accepted.
   """
   if all(isinstance(size, int) for size in shape) and math.prod(shape) >= 2**31:
     raise ValueError(
@@ -156,15 +180,19 @@ def within_reach(name: str, shape: tuple[int, ...]) -> None:
 def prng_key(name: str, key: Any) -> None:
   """Raises a TypeError unless `key` is a PRNG key of `jax.random`."""
   dtype = getattr(key, "dtype", None)
+  # JAX has typed keys, and raw ones of uint32.
   if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32):
     raise TypeError(f"{name} must be a PRNG key, such as jax.random.key(0); got {shown(key)}")
 
 
 def aligned(x: Array, *parameters: Any) -> tuple[Any, ...]:
-  """`x` and its parameters, ready for elementwise operations: numbers as they are, which take part in any type, and
-  arrays in x's type, all of one rank."""
+  """Returns `x` and its parameters, ready for elementwise operations.
+
+  Numbers stay as they are, since they take part in any type. Arrays get x's type, and one rank.
+  """
   arrays = [jnp.asarray(p, x.dtype) for p in parameters if not _is_scalar(p)]
   x, *arrays = same_rank(x, *arrays)
+  # Numbers and arrays return in the order in which they came.
   lifted = iter(arrays)
   return x, *(float(p) if _is_scalar(p) else next(lifted) for p in parameters)
 
@@ -172,7 +200,8 @@ def aligned(x: Array, *parameters: Any) -> tuple[Any, ...]:
 def _is_real(dtype: Any) -> bool:
   try:
     return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
-  except TypeError:  # of another library
+  # A type of another library, unknown to JAX.
+  except TypeError:
     return False
 
 

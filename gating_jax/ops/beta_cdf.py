@@ -1,9 +1,10 @@
-"""The CDF of Beta(a, b) on the logit axis z = logit(x): a table for fixed numbers, quadrature for arrays.
+"""The CDF of Beta(a, b) on the logit axis z = logit(x): a table for numbers, quadrature for arrays.
 
-    F(z) = integral of f(t) over t <= z,   f(t) = exp(a log sigmoid(t) + b log sigmoid(-t)) / B(a, b)
+    F(z) = integral of f(t) over t <= z,   f(t) = exp(a log sigmoid(t) + b log sigmoid(-t)) / B(a,
+    b)
 
-f is bounded and log-concave for all a, b > 0, while the density on the natural axis is infinite at 0 or 1 for a, b < 1.
-The derivations are in docs/derivations.md.
+f is bounded and log-concave for all a, b > 0, while the density on the natural axis is infinite at
+0 or 1 for a, b < 1. The derivations are in docs/derivations.md.
 """
 
 from __future__ import annotations
@@ -19,25 +20,35 @@ from jax import lax
 from gating_jax.ops.precision import as_float, same_rank
 from gating_jax.types import Array
 
-_KNOTS_PER_LOGIT = 32  # at the sharpness of Beta(1, 1) or less; the error falls with its 4th power
-_TAIL_MASS = 1e-9  # the table ends where one tail holds this much; beyond it the leading term of the tail takes over
+# Knots of the table, at the sharpness of Beta(1, 1) or less; the error falls with its 4th power.
+_KNOTS_PER_LOGIT = 32
+# The table ends where one tail holds this much; beyond it the tail's leading term takes over.
+_TAIL_MASS = 1e-9
 
-_FAR = 1e4  # beyond this logit F is 0 or 1 in any floating point, for a, b >= 0.05
-_NODES = 24  # of the quadrature
-_DROP = 18.0  # it ends where the density has fallen by exp(-18), which leaves out a share of 1.5e-8
-_NEWTON_STEPS = 3  # towards that end, which only has to be about right
+# Beyond this logit F is 0 or 1 in any floating point, for a, b >= 0.05.
+_FAR = 1e4
+# Nodes of the quadrature.
+_NODES = 24
+# The quadrature ends where the density has fallen by exp(-18): a fraction of 1.5e-8 is left out.
+_DROP = 18.0
+# Steps towards that end, which has to be right only roughly.
+_NEWTON_STEPS = 3
 
 
 def table(a: float, b: float, log_norm: float) -> Callable[[Array], Array]:
-  """z -> F(z) for fixed a and b: Hermite cubics between knots, the tails' leading terms beyond them.
+  """Returns z -> F(z) for fixed a and b, from a table.
+
+  Hermite cubics run between knots; beyond the knots the tails' leading terms take over.
 
   Args:
     a, b: positive numbers.
     log_norm: log B(a, b).
   """
-  from scipy import special  # slow to import, and needed only here
+  # Slow to import, and needed only here.
+  from scipy import special
 
-  # Towards -inf F ~ exp(a z) / (a B); towards +inf 1 - F ~ exp(-b z) / (b B). Python's numbers take z's type.
+  # Towards -inf F ~ exp(a z) / (a B); towards +inf 1 - F ~ exp(-b z) / (b B). Python's numbers
+  # take z's type.
   log_lower, log_upper = math.log(a) + log_norm, math.log(b) + log_norm
 
   def lower_tail(z):
@@ -46,20 +57,21 @@ def table(a: float, b: float, log_norm: float) -> Callable[[Array], Array]:
   def upper_tail(z):
     return 1 - jnp.exp(jnp.minimum(-b * z - log_upper, 0.0))
 
-  # The step is a power of two, so that z / step and its fraction are exact in floating point.
+  # The step is a power of two: z / step and its fraction are exact in floating point.
   sharpness = max(1.0, math.sqrt(a * b / (a + b)) / 2)
   step = 2.0 ** -math.ceil(math.log2(_KNOTS_PER_LOGIT * sharpness))
   start = int(np.floor(min((np.log(_TAIL_MASS * a) + log_norm) / a, -1.0) / step))
   stop = int(np.ceil(max(-(np.log(_TAIL_MASS * b) + log_norm) / b, 1.0) / step))
   knots = step * np.arange(start, stop + 1)
-  # For z > 0 through the complement, so that x near 1 keeps its digits.
+  # For z > 0 through the complement, which keeps the digits of x near 1.
   value = np.where(
     knots <= 0,
     special.betainc(a, b, special.expit(knots)),
     1 - special.betainc(b, a, special.expit(-knots)),
   )
   slope = step * np.exp(a * special.log_expit(knots) + b * special.log_expit(-knots) - log_norm)
-  # Per interval, the coefficients of 1, u, u^2, u^3 for u in [0, 1]; look-ups in four tables fuse, rows of one do not.
+  # Per interval, the coefficients of 1, u, u^2, u^3 for u in [0, 1]. XLA fuses look-ups in four
+  # tables, but not those of rows in one.
   rise = np.diff(value)
   cubic = (
     value[:-1],
@@ -71,10 +83,12 @@ def table(a: float, b: float, log_norm: float) -> Callable[[Array], Array]:
   def evaluate(z):
     z = as_float(z)
     at = jnp.clip(z / step, start, stop)
+    # The last knot belongs to the interval before it.
     left = jnp.clip(jnp.floor(at), start, stop - 1)
     u = at - left
     interval = (left - start).astype(jnp.int32)
     c0, c1, c2, c3 = (jnp.asarray(c, z.dtype).at[interval].get(mode="clip") for c in cubic)
+    # Horner's scheme for the cubic in u.
     inner = c0 + u * (c1 + u * (c2 + u * c3))
     outer = jnp.where(z < 0, lower_tail(z), upper_tail(z))
     return jnp.where(jnp.abs(at - z / step) > 0, outer, inner)
@@ -83,7 +97,9 @@ def table(a: float, b: float, log_norm: float) -> Callable[[Array], Array]:
 
 
 def cdf(z: Array, a: Array, b: Array) -> Array:
-  """F(z), with derivatives in z, a and b: relative error <= 1e-4 in float32 for a, b in [0.05, 50] (6e-6 seen).
+  """Computes F(z), with derivatives in z, a and b.
+
+  Its relative error is <= 1e-4 in float32 for a, b in [0.05, 50] (6e-6 measured).
 
   Args:
     z: logits.
@@ -98,10 +114,11 @@ def _cdf(z, a, b):
   return below
 
 
-# dF/da = integral over t <= z of (log sigmoid(t) - E log X) f(t), since d log B / da = E log X; the same in b with
-# log sigmoid(-t) and E log(1 - X).
+# dF/da = integral over t <= z of (log sigmoid(t) - E log X) f(t), since d log B / da = E log X; the
+# same in b with log sigmoid(-t) and E log(1 - X).
 def _cdf_jvp(primals, tangents):
   value, in_a, in_b = _integrals(*primals)
+  # Computed only where the tangent is not a symbolic zero: most callers differentiate in z alone.
   slopes = (lambda: density(*primals), lambda: in_a, lambda: in_b)
   parts = [
     slope() * t for slope, t in zip(slopes, tangents, strict=True) if not isinstance(t, _ZERO)
@@ -114,13 +131,16 @@ _cdf.defjvp(_cdf_jvp, symbolic_zeros=True)
 
 
 def density(z: Array, a: Array, b: Array) -> Array:
-  """f(z), the derivative of F."""
+  """Computes f(z), the derivative of F."""
   z, a, b = same_rank(z, a, b)
   return jnp.exp(_log_shape(z, a, b) - log_beta(a, b))
 
 
 def log_beta(a: Array, b: Array) -> Array:
-  """log B(a, b), by the same quadrature: gammaln's differences would lose the digits that large a or b need."""
+  """Computes log B(a, b), by the same quadrature.
+
+  Differences of `gammaln` would lose the digits that large a or b need.
+  """
   return _totals(a, b)[0]
 
 
@@ -129,12 +149,14 @@ def _log_shape(t, a, b):
 
 
 def _integrals(z, a, b):
-  """F, dF/da, dF/db. Integrates whichever side of the mode z lies on, where nothing cancels."""
+  """Computes F, dF/da and dF/db.
+
+  It integrates the side of the mode on which z lies, where nothing cancels.
+  """
   log_norm, mean_log, mean_log_rest = _totals(a, b)
   z = jnp.clip(z, -_FAR, _FAR)
-  mirrored = z > jnp.log(a) - jnp.log(
-    b
-  )  # the upper tail of Beta(a, b) is the lower tail of Beta(b, a)
+  # The upper tail of Beta(a, b) is the lower tail of Beta(b, a).
+  mirrored = z > jnp.log(a) - jnp.log(b)
   pick = lambda x, y: jnp.where(mirrored, y, x)
   z, a, b = pick(z, -z), pick(a, b), pick(b, a)
   mass, in_a, in_b = _lower_tail(
@@ -142,11 +164,13 @@ def _integrals(z, a, b):
   )
   height = jnp.exp(_log_shape(z, a, b) - log_norm)
   mass, in_a, in_b = height * mass, height * in_a, height * in_b
+  # The whole mass is 1 for all a and b, so the derivatives of the other side have the other sign.
+  # Mirroring also swaps a and b.
   return pick(mass, 1 - mass), pick(in_a, -in_b), pick(in_b, -in_a)
 
 
 def _totals(a, b):
-  """log B(a, b), E log X and E log(1 - X), from the tails on both sides of the mode."""
+  """Computes log B(a, b), E log X and E log(1 - X), from the tails on both sides of the mode."""
   mode = jnp.log(a) - jnp.log(b)
   mass, log_x, log_rest = _lower_tail(mode, a, b, 0.0, 0.0)
   mass_above, log_rest_above, log_x_above = _lower_tail(-mode, b, a, 0.0, 0.0)
@@ -159,14 +183,17 @@ def _totals(a, b):
 
 
 def _lower_tail(z, a, b, log_x, log_rest):
-  """Integrals over t <= z, for z <= mode, of f(t) / f(z) times 1, log sigmoid(t) - log_x, log sigmoid(-t) - log_rest.
+  """Integrates f(t) / f(z) over t <= z, for z <= mode, times each of three factors.
 
-  Gauss-Legendre in v with t = z - span * v^2, which crowds the nodes near z: there the integrand may change quickly,
-  while farther out, f being log-concave, it only falls off ever faster.
+  The factors are 1, log sigmoid(t) - log_x and log sigmoid(-t) - log_rest. Gauss-Legendre in v with
+  t = z - span * v^2 crowds the nodes near z. There the integrand may change quickly; farther out, f
+  being log-concave, it only falls off ever faster.
   """
   nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+  # From [-1, 1] to [0, 1]; dt = 2 span v dv, and the 2 cancels the interval's half length.
   v = (nodes + 1) / 2
   away, weight = v**2, weights * v
+  # The integral does not depend on where the quadrature ends, so the span needs no gradient.
   at_z, span = _log_shape(z, a, b), lax.stop_gradient(_tail_span(z, a, b))
 
   def at(away, weight):
@@ -175,14 +202,19 @@ def _lower_tail(z, a, b, log_x, log_rest):
     return part, part * (jax.nn.log_sigmoid(t) - log_x), part * (jax.nn.log_sigmoid(-t) - log_rest)
 
   away, weight = jnp.asarray(away, at_z.dtype), jnp.asarray(weight, at_z.dtype)
+  # A loop over the nodes needs no array of all nodes for every z.
   add = lambda i, sums: tuple(s + p for s, p in zip(sums, at(away[i], weight[i]), strict=True))
   return tuple(span * s for s in lax.fori_loop(1, _NODES, add, at(away[0], weight[0])))
 
 
 def _tail_span(z, a, b):
-  """How far below z <= mode the density has fallen by exp(-_DROP): Newton's method, downwards on a convex function."""
+  """Returns how far below z <= mode the density has fallen by exp(-_DROP).
+
+  It takes Newton's steps, downwards on a convex function.
+  """
   at_z = _log_shape(z, a, b)
-  span = (_DROP - at_z) / a + z  # log sigmoid(t) <= t: never too short
+  # Never too short, since log sigmoid(t) <= t.
+  span = (_DROP - at_z) / a + z
   for _ in range(_NEWTON_STEPS):
     t = z - span
     fallen = at_z - _log_shape(t, a, b)

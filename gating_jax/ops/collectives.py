@@ -1,6 +1,7 @@
-"""What a loss over the whole batch needs when the batch is spread over devices.
+"""Collectives for a loss over a whole batch that is spread over devices.
 
-The convention is pmap's: every device computes the global loss, and gradients are averaged over devices afterwards.
+The convention is pmap's: every device computes the global loss, and gradients are averaged over
+devices afterwards.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from gating_jax.types import Array
 
 
 def gather_batch(x: Array, axis_name: Hashable | None) -> Array:
-  """Every device's examples in device order: `[N, ...]` here, `[devices * N, ...]` back.
+  """Returns every device's examples in device order: `[N, ...]` here, `[devices * N, ...]` back.
 
-  The backward pass sums the cotangents of all devices and returns the slice of this one, since each device's copy of
-  the loss depends on these examples: averaging the parameter gradients then gives that of one loss over the whole
-  batch. (That sum is the transpose of `all_gather`; without it the term would be 1 / devices too weak.)
+  The backward pass sums the cotangents of all devices and returns this device's slice of the sum,
+  since each device's copy of the loss depends on these examples. Averaging the parameter gradients
+  then gives that of one loss over the whole batch. (That sum is the transpose of `all_gather`;
+  without it the term would be 1 / devices too weak.)
   """
   if axis_name is None:
     return x
@@ -30,7 +32,10 @@ def gather_batch(x: Array, axis_name: Hashable | None) -> Array:
 
 
 def whole_batch(x: Array) -> Array:
-  """`x` on every device, where it is sharded over Explicit mesh axes, whose operations do not gather by themselves."""
+  """Returns `x` on every device, if it is sharded over Explicit mesh axes.
+
+  Operations on such arrays do not gather on their own.
+  """
   sharding = jax.typeof(x).sharding
   if sharding.is_fully_replicated:
     return x
@@ -38,8 +43,12 @@ def whole_batch(x: Array) -> Array:
 
 
 def exchange_columns(x: Array, axis_name: Hashable) -> Array:
-  """Every device's examples of this device's share of the columns: `[N, C]` here, `[devices * N, C / devices]` back,
-  C rounded up to a multiple of the devices by columns of zeros. Its transpose is the way back."""
+  """Returns all examples of this device's part of the columns.
+
+  `[N, C]` here, `[devices * N, C / devices]` back; columns of zeros round C up to a multiple of the
+  devices. Its transpose is the way back.
+  """
+  # `all_to_all` needs equal parts.
   spare = -x.shape[1] % lax.axis_size(axis_name)
   return lax.all_to_all(
     jnp.pad(x, ((0, 0), (0, spare))), axis_name, split_axis=1, concat_axis=0, tiled=True
@@ -47,18 +56,23 @@ def exchange_columns(x: Array, axis_name: Hashable) -> Array:
 
 
 def batch_mean(x: Array, axis_name: Hashable | None) -> Array:
-  """Mean over axis 0 of the whole batch, shards of equal size."""
+  """Computes the mean over axis 0 of the whole batch, whose shards have equal size."""
   x = jnp.asarray(x)
+  # Integers and truth values have a mean in float32.
   mean = jnp.mean(x.astype(float_dtype(x)), axis=0)
   return mean if axis_name is None else lax.pmean(mean, axis_name)
 
 
 def mean_over_devices(tree: Any, axis_name: Hashable | None) -> Any:
-  """The mean over devices of every array, such as each device's gradients and metrics."""
+  """Averages every array over devices, such as each device's gradients and metrics."""
   return tree if axis_name is None else lax.pmean(tree, axis_name)
 
 
 def example_keys(key: Array, n: int, axis_name: Hashable | None) -> Array:
-  """One key per example, `[n]`, that depends on the example's place in the whole batch and not on how it is spread."""
+  """Returns one key per example, `[n]`.
+
+  A key depends on the example's place in the whole batch, not on how the batch is spread.
+  """
+  # Devices hold equal, consecutive parts of the batch.
   first = 0 if axis_name is None else lax.axis_index(axis_name) * n
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(n, dtype=jnp.int32))

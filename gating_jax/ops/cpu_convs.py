@@ -1,12 +1,14 @@
-"""Convolutions and pooling in the form that is quick on a CPU, where XLA's own are several times slower.
+"""Convolutions and pooling in forms that are fast on a CPU, where XLA's are several times slower.
 
-Measured on two cores, forward and backward: 3-D convolutions 4 to 5 times quicker, depthwise ones 3 to 8 times, pooling
-10 times; differentiated twice, as WGAN-GP does, `convolve_images` and `convolve_doubled` 10 to 17 times. The values are
-XLA's, convolutions up to the order of summation.
+Measured on two cores, forward and backward: 3-D convolutions 4 to 5 times faster, depthwise ones 3
+to 8 times, pooling 10 times; differentiated twice, as in WGAN-GP, `convolve_images` and
+`convolve_doubled` 10 to 17 times. The values are XLA's; those of convolutions up to the order of
+summation.
 
 Axes: N examples, F frames, H and W pixels, C input channels, K output channels.
-Reference: Chellapilla et al., "High performance convolutional neural networks for document processing", 2006: the taps
-of a window laid side by side as channels, in `convolve_clips` for the temporal taps only.
+Reference: Chellapilla et al., "High performance convolutional neural networks for document
+  processing", 2006: the taps of a window laid side by side as channels, in `convolve_clips` for the
+  temporal taps only.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from jax import lax
 from gating_jax.types import Array
 
 _IMAGES = ("NHWC", "HWIO", "NHWC")
-# Whether a pixel of even (first) or odd place reads, by tap i, the original before, at or after its own.
+# Whether a pixel in an even (first) or odd place reads, by tap i, the original pixel before, at or
+# after its own.
 _READ_ON_DOUBLED = np.array(
   [[[1, 0, 0], [0, 1, 0], [0, 1, 0]], [[0, 1, 0], [0, 1, 0], [0, 0, 1]]], np.float32
 )
@@ -30,9 +33,11 @@ _READ_ON_DOUBLED = np.array(
 def convolve_clips(
   x: Array, kernel: Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]
 ) -> Array:
-  """3-D convolution as one 2-D convolution, the frames under the kernel's temporal taps side by side as channels.
+  """Computes a 3-D convolution as one 2-D convolution, with temporal taps as channels.
 
       y_f = sum_t x_(s f + t) * kernel_t = concat_t(x_(s f + t)) * concat_t(kernel_t),   * in 2-D
+
+  The frames under the kernel's temporal taps lie side by side as channels.
 
   Args:
     x: `[N, F, H, W, C]`.
@@ -48,7 +53,9 @@ def convolve_clips(
   taps = kernel.shape[0]
   x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
   frames = (x.shape[1] - taps) // strides[0] + 1
+  # concat_t(x_(s f + t)) of the equation.
   x = jnp.concatenate([_every(x, 1, t, strides[0], frames) for t in range(taps)], axis=-1)
+  # Frames become examples, and concat_t(kernel_t) is one kernel of T C inputs.
   y = lax.conv_general_dilated(
     x.reshape(-1, *x.shape[2:]),
     jnp.concatenate(list(kernel), axis=2),
@@ -62,7 +69,9 @@ def convolve_clips(
 def convolve_images(
   x: Array, kernel: Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]
 ) -> Array:
-  """2-D convolution as one matrix product, the pixels under the kernel's taps side by side as channels.
+  """Computes a 2-D convolution as one matrix product, with the kernel's taps as channels.
+
+  The pixels under the taps lie side by side as channels.
 
   Args:
     x: `[N, H, W, C]`.
@@ -78,15 +87,17 @@ def convolve_images(
   x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
   size = [(x.shape[1 + i] - kernel.shape[i]) // strides[i] + 1 for i in (0, 1)]
   rows = [_every(x, 1, i, strides[0], size[0]) for i in range(kernel.shape[0])]
+  # In the order of the kernel's first axes, which `reshape` joins below.
   taps = [_every(row, 2, j, strides[1], size[1]) for row in rows for j in range(kernel.shape[1])]
   return jnp.concatenate(taps, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def convolve_doubled(x: Array, kernel: Array) -> Array:
-  """2-D convolution of an image enlarged to twice its sides, each pixel four times, without enlarging it.
+  """Computes a 2-D convolution of an image enlarged to twice its sides, without enlarging it.
 
-  Each of the four pixels that one becomes reads the 3 x 3 original pixels around it by a kernel of its own, sums of the
-  given kernel's taps; the four are computed as channels of one convolution.
+  In the enlarged image every pixel stands four times. Each of these four reads the 3 x 3 original
+  pixels around it by a kernel of its own, made of sums of the given kernel's taps. The four are
+  computed as channels of one convolution.
 
   Args:
     x: `[N, H, W, C]`.
@@ -94,22 +105,25 @@ def convolve_doubled(x: Array, kernel: Array) -> Array:
   Returns:
     `[N, 2H, 2W, K]`.
 
-  >>> convolve_doubled(jnp.array([1.0, 5.0]).reshape(1, 1, 2, 1), jnp.ones((3, 3, 1, 1)))[0, :, :, 0]
+  >>> x = jnp.array([1.0, 5.0]).reshape(1, 1, 2, 1)
+  >>> convolve_doubled(x, jnp.ones((3, 3, 1, 1)))[0, :, :, 0]
   Array([[ 4., 14., 22., 20.],
          [ 4., 14., 22., 20.]], dtype=float32)
   """
   n, height, width, channels = x.shape
   reads = jnp.asarray(_READ_ON_DOUBLED, kernel.dtype)
+  # a, b: even or odd place; i, j: taps; p, q: original pixels that they read.
   kernel = jnp.einsum("aip,bjq,ijck->pqcabk", reads, reads, kernel)
   y = convolve_images(x, kernel.reshape(3, 3, channels, -1), (1, 1), ((1, 1), (1, 1)))
   y = y.reshape(n, height, width, 2, 2, -1)
+  # From [N, H, W, a, b, K] to [N, H, a, W, b, K]: even and odd places alternate.
   return jnp.swapaxes(y, 2, 3).reshape(n, 2 * height, 2 * width, -1)
 
 
 def convolve_depthwise(
   x: Array, kernel: Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]
 ) -> Array:
-  """2-D convolution of every channel with a kernel of its own: a sum of shifted products.
+  """Computes a 2-D convolution of every channel with its own kernel, as a sum of shifted products.
 
   Args:
     x: `[N, H, W, C]`.
@@ -134,17 +148,21 @@ def convolve_depthwise(
 
 
 def max_pool(x: Array, window: Sequence[int], strides: Sequence[int]) -> Array:
-  """Maximum over a window around every `stride`-th place of each axis between the first and the last.
+  """Computes the maximum over a window around every `stride`-th place of each inner axis.
+
+  Inner axes are those between the first and the last.
 
   Args:
-    x: `[N, *sizes, C]`; the places outside count as minus infinity.
+    x: `[N, *sizes, C]`; places outside count as minus infinity.
     window, strides: one per size.
   Returns:
-    `[N, *ceil(sizes / strides), C]`. Where several places hold the maximum the gradient is shared among them.
+    `[N, *ceil(sizes / strides), C]`. If several places hold the maximum, the gradient is divided
+    among them.
 
   >>> max_pool(jnp.array([3.0, 0, 1, 2, 0]).reshape(1, 5, 1), (3,), (2,)).ravel()
   Array([3., 2., 2.], dtype=float32)
   """
+  # Axis by axis: a maximum over a box is one over its sides in turn, with far fewer operations.
   for axis, (width, stride) in enumerate(zip(window, strides, strict=True), start=1):
     count = -(-x.shape[axis] // stride)
     padding = [(0, 0)] * x.ndim
@@ -155,5 +173,5 @@ def max_pool(x: Array, window: Sequence[int], strides: Sequence[int]) -> Array:
 
 
 def _every(x: Array, axis: int, first: int, stride: int, count: int) -> Array:
-  """`count` slices of an axis, every `stride`-th from `first` on."""
+  """Returns `count` slices of an axis, every `stride`-th from `first` on."""
   return lax.slice_in_dim(x, first, first + stride * (count - 1) + 1, stride, axis)

@@ -1,7 +1,8 @@
-"""The empirical CDF of a batch, and losses that pull it onto a prior's CDF.
+"""The empirical CDF of a batch, and losses that pull it towards a prior's CDF.
 
 Axes: N examples (the whole batch, over all devices), C independent features or gates.
-Rank convention: the i-th smallest of N values stands at i / (N + 1), i from 1; for ties see `ops/ranking.py`.
+Rank convention: the i-th smallest of N values stands at i / (N + 1), i from 1; for ties see
+`ops/ranking.py`.
 Reference: Bejnordi et al., 2020, section 3; Cramér (1928), von Mises.
 """
 
@@ -21,11 +22,15 @@ from gating_jax.ops.priors import Prior, check_prior
 from gating_jax.types import Array
 
 EXCHANGES = ("gather", "all_to_all")
-_LEAST_MEAN = 0.05  # of a learned prior: beyond, one side has hardly an example in a batch, and Beta is out of range
+# Least mean of a learned prior. Below it, a batch has hardly an example on one side, and Beta's
+# parameters are out of range.
+_LEAST_MEAN = 0.05
 
 
 def empirical_cdf(x: Array, axis: int = 0) -> Array:
-  """Each value's place in its column: `rank / (N + 1)`, tied values sharing their mean rank. No gradient.
+  """Computes each value's place in its column: `rank / (N + 1)`, without a gradient.
+
+  Tied values have their mean rank.
 
   Args:
     x: real values, any shape.
@@ -33,7 +38,8 @@ def empirical_cdf(x: Array, axis: int = 0) -> Array:
   Returns:
     float, in (0, 1), same shape, original order; NaN in a column that holds one.
   Raises:
-    ValueError: `axis` is not an axis of `x`, there is no value along it, or `x` holds 2**31 values or more.
+    ValueError: `axis` is not an axis of `x`, there is no value along it, or `x` holds 2**31 values
+      or more.
     TypeError: `x` is no array of real numbers.
 
   >>> empirical_cdf(jnp.array([0.7, 0.1, 0.4, 0.1]))
@@ -43,6 +49,7 @@ def empirical_cdf(x: Array, axis: int = 0) -> Array:
   x = lax.stop_gradient(jnp.moveaxis(x, axis, 0))
   source, tied = ranking.argsort(x)
   first, last = ranking.tie_bounds(tied)
+  # The mean of the ranks first + 1 .. last + 1 of a run of ties.
   place = ((first + last) / 2 + 1).astype(x.dtype) / jnp.asarray(x.shape[0] + 1, x.dtype)
   place = jnp.where(jnp.isnan(x).any(axis=0), jnp.nan, ranking.unsort(place, source))
   return jnp.moveaxis(place, 0, axis)
@@ -58,7 +65,7 @@ def batch_shaping_loss(
   weights: Array | None = None,
   exchange: str = "gather",
 ) -> Array:
-  """Squared gap between each column's empirical CDF and a prior's CDF, for gates given by their log-odds.
+  """Computes the squared gap between each gate's empirical CDF and a prior's, from log-odds.
 
       loss = mean_i (F(p_(i)) - i / (N + 1))^2,   p = sigmoid(logits), p_(i) the i-th smallest
 
@@ -66,30 +73,33 @@ def batch_shaping_loss(
 
       loss = sum_i w_(i) (F(p_(i)) - (W_(i) - w_(i) / 2 + 1 / 2) / (W + 1))^2 / W
 
-  The gradient is finite for every finite logit. N i.i.d. samples of the prior itself have the expected loss
-  `noise_floor(N)`.
+  The gradient is finite for every finite logit. N i.i.d. samples of the prior itself have the
+  expected loss `noise_floor(N)`.
 
   Args:
-    logits: `[N, C]` gate log-odds, or any shape; columns along `axis` are independent gates. The loss is computed in
-      float32, or in float64 where they are; integers and truth values count as float32.
+    logits: `[N, C]` gate log-odds, or any shape; columns along `axis` are independent gates. The
+      loss is computed in float32, or in float64 if they are; integers and truth values count as
+      float32.
     prior: a `Prior` on [0, 1]; parameters that are arrays hold one entry per column.
     axis: the batch axis.
-    axis_name: the mapped device axis, or axes, over which the batch is spread; the loss and its gradient are those of
-      the whole batch, provided gradients are averaged over devices like those of the other terms.
-    weights: `[N]`, or of `logits`' shape, non-negative; their sum counts as the number of examples. A mask of 0 and 1
-      leaves out rows, as if they were not there (NaN in them too); a whole number n has the gradient of n copies. No
-      gradient in them. Where all are 0, so is the loss.
-    exchange: how devices share the batch. `gather`: each ranks all columns. `all_to_all`: each ranks its share of the
-      columns; less work and traffic, one more collective.
+    axis_name: the mapped device axis, or axes, over which the batch is spread. The loss and its
+      gradient are those of the whole batch, provided gradients are averaged over devices like those
+      of the other terms.
+    weights: `[N]`, or of `logits`' shape, non-negative; their sum counts as the number of examples.
+      A mask of 0 and 1 leaves out rows, as if they were absent (NaN in them too); a whole number n
+      has the gradient of n copies. The loss has no gradient in them, and is 0 where all are 0.
+    exchange: how devices share the batch. `gather`: each device ranks all columns. `all_to_all`:
+      each ranks its part of the columns; less work and traffic, one more collective.
   Returns:
-    `[C]`, dimensionless: `logits`' shape without `axis`. Times N it is the sum form. NaN where the column holds a NaN,
-    or a weight is negative.
+    `[C]`, dimensionless: `logits`' shape without `axis`. Times N it is the sum form. NaN where the
+    column holds a NaN, or a weight is negative.
   Raises:
-    ValueError: the prior has no logit axis, its parameters or `weights` do not fit, `axis` is not an axis of `logits`,
-      N is 0, the whole batch has 2**31 logits or more, or `exchange` is unknown.
-    TypeError: an argument of another kind, such as a number for a prior; or forward-mode differentiation (`jax.jvp`,
-      `jax.jacfwd`), for which there is no rule; reverse mode and `jax.hessian` work. Around a `jit` the message is
-      JAX's own.
+    ValueError: the prior has no logit axis, its parameters or `weights` do not fit, `axis` is not
+      an axis of `logits`, N is 0, the whole batch has 2**31 logits or more, or `exchange` is
+      unknown.
+    TypeError: an argument of another kind, such as a number for a prior; or forward-mode
+      differentiation (`jax.jvp`, `jax.jacfwd`), for which there is no rule; reverse mode and
+      `jax.hessian` work. Around a `jit` the message is JAX's own.
 
   >>> from gating_jax.ops.priors import beta
   >>> p = jnp.array([0.7, 0.1, 0.95, 0.4])
@@ -101,7 +111,8 @@ def batch_shaping_loss(
   check_prior("prior", prior)
   if prior.logit_cdf is None:
     raise ValueError(
-      f"prior must have a logit axis, that is, live on [0, 1]; got {prior.name}; use cdf_matching_loss"
+      f"prior must have a logit axis, that is, live on [0, 1]; got {prior.name}; "
+      "use cdf_matching_loss"
     )
   return _gap(logits, prior, prior.logit_cdf, "logits", axis, axis_name, weights, exchange)
 
@@ -116,17 +127,18 @@ def cdf_matching_loss(
   weights: Array | None = None,
   exchange: str = "gather",
 ) -> Array:
-  """`batch_shaping_loss` on the natural axis: for probabilities, or any real-valued feature.
+  """Computes `batch_shaping_loss` on the natural axis, for probabilities or any real feature.
 
       loss = mean_i (F(x_(i)) - i / (N + 1))^2
 
-  For gates prefer `batch_shaping_loss`: a probability that has rounded to 0 or 1 has lost the logit's digits.
-  Arguments, result and errors are as there.
+  For gates prefer `batch_shaping_loss`: a probability that has rounded to 0 or 1 has lost the
+  logit's digits. Arguments, result and errors are as there.
 
   >>> from gating_jax.ops.priors import normal, uniform
   >>> print(f"{4 * cdf_matching_loss(jnp.array([0.7, 0.1, 0.95, 0.4]), uniform()):.4f}")
   0.0425
-  >>> losses = cdf_matching_loss(jax.random.normal(jax.random.key(0), (256, 2)), normal(jnp.array([0.0, 3.0]), 1.0))
+  >>> x = jax.random.normal(jax.random.key(0), (256, 2))
+  >>> losses = cdf_matching_loss(x, normal(jnp.array([0.0, 3.0]), 1.0))
   >>> print(f"{losses[0]:.2f} {losses[1]:.2f}")
   0.00 0.30
   """
@@ -137,9 +149,9 @@ def cdf_matching_loss(
 def generalised_batch_shaping_loss(
   logits: Array, mean_logits: Array, prior: Callable[[Array], Prior], hyperprior: Prior, **options
 ) -> tuple[Array, Array]:
-  """Batch-shaping with one learned prior per gate, the priors' means themselves shaped by a hyperprior.
+  """Computes batch-shaping losses with one learned prior per gate, and a hyperprior of their means.
 
-  Gates may differ in how often they are open, while all of them together keep to the hyperprior:
+  Gates may differ in how often they are open, while all of them together follow the hyperprior:
 
       batch_shaping_loss(logits, prior(mean))  and  batch_shaping_loss(mean_logits, hyperprior),
       mean = sigmoid(mean_logits), kept within [0.05, 0.95]
@@ -147,15 +159,19 @@ def generalised_batch_shaping_loss(
   Args:
     logits: `[N, C]` gate log-odds.
     mean_logits: `[C]`, learned: the log-odds of each prior's mean.
-    prior: means `[C]` -> `Prior`, such as `lambda mean: relaxed_bernoulli(mean, 0.4)`, or `symmetric_beta`.
-    hyperprior: of the means, a `Prior` on [0, 1].
-    **options: `batch_shaping_loss`'s, for the first term.
+    prior: means `[C]` -> `Prior`, such as `lambda mean: relaxed_bernoulli(mean, 0.4)`, or
+      `symmetric_beta`.
+    hyperprior: a `Prior` on [0, 1], of the means.
+    **options: those of `batch_shaping_loss`, for the first term.
   Returns:
-    the loss of each gate, `[C]`, and that of the means, a scalar; dimensionless, to be weighted and added.
+    the loss of each gate, `[C]`, and that of the means, a scalar; dimensionless, to be weighted and
+    added.
   Reference: Havtorn et al., 2023 (MSViT), section 3.
 
   >>> from gating_jax.ops.priors import beta, symmetric_beta
-  >>> gates, means = generalised_batch_shaping_loss(jnp.zeros((8, 3)), jnp.zeros(3), symmetric_beta, beta(3, 7))
+  >>> gates, means = generalised_batch_shaping_loss(
+  ...   jnp.zeros((8, 3)), jnp.zeros(3), symmetric_beta, beta(3, 7)
+  ... )
   >>> print(gates.shape, means.shape)
   (3,) ()
   """
@@ -170,7 +186,9 @@ def generalised_batch_shaping_loss(
 
 
 def noise_floor(n: int) -> float:
-  """Expected mean-form loss of n i.i.d. samples of the prior itself: 1 / (6 (n + 1)).
+  """Computes the expected mean-form loss of n i.i.d. samples of the prior itself.
+
+      1 / (6 (n + 1))
 
   >>> round(noise_floor(256), 6)
   0.000649
@@ -182,6 +200,7 @@ def noise_floor(n: int) -> float:
 def _gap(x, prior, cdf, name, axis, axis_name, weights, exchange):
   one_of("exchange", exchange, EXCHANGES)
   x, axis = _batch(x, axis, name)
+  # Ranking works on the first axis; weights may still have the original shape.
   whole_shape, x = x.shape, jnp.moveaxis(x, axis, 0)
   if weights is not None:
     weights = _whole_weights(weights, x, whole_shape, name, axis)
@@ -192,13 +211,15 @@ def _gap(x, prior, cdf, name, axis, axis_name, weights, exchange):
       f"prior's parameters must broadcast to {columns}, the shape of {name} without axis {axis}; "
       f"got {prior.shape}, of {prior.name}"
     )
-  # Levels belong to the whole batch, the prior's CDF to one example: each device computes that of its own.
+  # Levels belong to the whole batch, the prior's CDF to one example: each device computes it for
+  # its own examples.
   values = cdf(x)
   if values.shape != x.shape:
     raise ValueError(
       f"prior's cdf must be elementwise; got {values.shape} from {x.shape}, with {prior.name}"
     )
-  values = jnp.where(jnp.isnan(x), jnp.nan, values.astype(x.dtype))  # whatever the cdf makes of it
+  # A NaN stays one, whatever the CDF returns for it.
+  values = jnp.where(jnp.isnan(x), jnp.nan, values.astype(x.dtype))
   over_devices = lambda share: [
     v if v is None else share(v.reshape(v.shape[0], -1))
     for v in (lax.stop_gradient(x), values, weights)
@@ -209,13 +230,14 @@ def _gap(x, prior, cdf, name, axis, axis_name, weights, exchange):
     loss = _mean_square_gap(*over_devices(lambda v: collectives.gather_batch(v, axis_name)))
   else:
     loss = _mean_square_gap(*over_devices(lambda v: collectives.exchange_columns(v, axis_name)))
+    # Each device has the losses of its columns; the last ones may be padding.
     loss = collectives.gather_batch(loss, axis_name)[: math.prod(columns)]
   return loss.reshape(columns)
 
 
 @jax.custom_vjp
 def _mean_square_gap(keys, values, weights):
-  """Weighted mean over axis 0 of (value - level of its key)^2: `[N, C]` each -> `[C]`."""
+  """Computes the weighted mean over axis 0 of (value - level of its key)^2, `[N, C]` to `[C]`."""
   return _mean_square_gap_fwd(keys, values, weights)[0]
 
 
@@ -223,28 +245,32 @@ def _mean_square_gap_fwd(keys, values, weights):
   n = keys.shape[0]
   source, tied = ranking.argsort(keys)
   if weights is None:
-    # 0 times an array that varies over devices: `shard_map` asks that this one does.
+    # Adds 0 times an array that varies over devices, since `shard_map` requires that this one does.
     before = jnp.arange(n, dtype=values.dtype)[:, None] + 0 * source.astype(values.dtype)
     in_order, total = jnp.ones_like(before), jnp.asarray(n, values.dtype)
     share = 1 / total
   else:
     in_order, total = ranking.take(weights, source), jnp.sum(weights, axis=0, keepdims=True)
+    # W_(i) - w_(i) of the weighted equation, in sorted order.
     before = jnp.cumsum(in_order, axis=0) - in_order
     share = weights / jnp.where(total == 0, 1, total)
+  # (W_(i) - w_(i) / 2 + 1 / 2) / (W + 1); with weights 1 it is i / (N + 1).
   level = (before + (in_order + 1) / 2) / (total + 1)
+  # Ties are rare in logits, and the mean over them is skipped at run time where there are none.
   shared = lax.cond(
     jnp.any(tied), _level_of_run, lambda level, *_: level, level, tied, before, in_order, total
   )
   gap = values - ranking.unsort(shared, source)
   if weights is not None:
+    # NaN in a row that is left out must not reach the sum as 0 * NaN.
     gap = jnp.where(weights == 0, 0, gap)
-  # Over a run of ties the mean of (F - e_i)^2 is that of (F - mean e)^2 and the variance of e.
+  # Over a run of ties the mean of (F - e_i)^2 is (F - mean e)^2 plus the variance of e.
   spread = in_order * (jnp.square(level) - jnp.square(shared)) / jnp.where(total == 0, 1, total)
   return jnp.sum(share * jnp.square(gap), axis=0) + jnp.sum(spread, axis=0), 2 * share * gap
 
 
 def _level_of_run(level, tied, before, in_order, total):
-  """The mean level of the run of ties each place belongs to, by the weights before it and in it."""
+  """Computes each place's mean level over its run of ties, from the weights before and in it."""
   first, last = ranking.tie_bounds(tied)
   start, end = (
     jnp.take_along_axis(before, first, 0),
@@ -253,8 +279,9 @@ def _level_of_run(level, tied, before, in_order, total):
   return jnp.where(first == last, level, (start + (end - start + 1) / 2) / (total + 1))
 
 
-# Place i, where the element s(i) went, has the level e_i. The levels are constants, and un-sorting them un-sorts the
-# gradient: dL/dF_s(i) = 2/N (F_s(i) - e_i). Tied elements have the mean of their levels, hence equal gradients.
+# Place i, where the element s(i) went, has the level e_i. The levels are constants, and un-sorting
+# them un-sorts the gradient: dL/dF_s(i) = 2/N (F_s(i) - e_i). Tied elements have the mean of their
+# levels, hence equal gradients.
 def _mean_square_gap_bwd(gradient, cotangent):
   return None, gradient * cotangent[None], None
 
@@ -263,7 +290,7 @@ _mean_square_gap.defvjp(_mean_square_gap_fwd, _mean_square_gap_bwd)
 
 
 def _batch(x, axis, name):
-  """`x` as floating-point values, whole, and `axis` counted from the front."""
+  """Returns `x` as floating-point values, whole, and `axis` counted from the front."""
   arguments.real_array(name, x)
   x = collectives.whole_batch(as_float(x))
   axis = ranking.check_axis(x, axis)
@@ -275,7 +302,10 @@ def _batch(x, axis, name):
 
 
 def _whole_weights(weights, x, whole_shape, name, axis):
-  """`weights` in the shape of x, whose batch axis is the first; NaN where negative, no gradient."""
+  """Returns `weights` in the shape of x, whose batch axis is the first, without a gradient.
+
+  Negative weights become NaN.
+  """
   arguments.real_array("weights", weights)
   weights = collectives.whole_batch(lax.stop_gradient(jnp.asarray(weights, x.dtype)))
   if weights.shape == whole_shape:
@@ -291,7 +321,10 @@ def _whole_weights(weights, x, whole_shape, name, axis):
 
 
 def _fill(x, keep):
-  """Puts, in place of what is left out, the largest value of its column that is not: the prior's CDF knows that."""
+  """Replaces what is left out by the largest value of its column that is not.
+
+  The prior's CDF knows that value, so nothing infinite or NaN comes from what is left out.
+  """
   largest = jnp.max(jnp.where(keep, lax.stop_gradient(x), -jnp.inf), axis=0)
   return jnp.where(keep, x, jnp.where(keep.any(axis=0), largest, 0))
 

@@ -1,4 +1,4 @@
-"""Multiply-accumulate counts, from shapes and gate records.
+"""Counts of multiply-accumulates (MACs), from shapes and gate records.
 
 One multiply-accumulate is 1; biases, BatchNorm, pooling and additions are not counted.
 
@@ -18,7 +18,7 @@ from gating_jax.types import Array, GateRecord, Records
 
 
 def conv_macs(kernel_shape: Sequence[int], output_shape: Sequence[int]) -> int:
-  """MACs per example of a convolution or dense layer.
+  """Computes the MACs per example of a convolution or dense layer.
 
   Args:
     kernel_shape: `[*window, Cin / groups, Cout]`; a dense kernel is `[Cin, Cout]`.
@@ -30,20 +30,23 @@ def conv_macs(kernel_shape: Sequence[int], output_shape: Sequence[int]) -> int:
   for name, shape in (("kernel_shape", kernel_shape), ("output_shape", output_shape)):
     for size in arguments.items(name, shape, "sizes"):
       arguments.whole_number(f"each of {name}", size, 0)
+  # Every entry of the kernel is used once at every output place.
   return math.prod(kernel_shape) * math.prod(output_shape[1:-1])
 
 
 def executed_macs(records: Records) -> Array:
-  """MACs per example that the gated units of a network execute.
+  """Computes the MACs per example that the gated units of a network execute.
 
-      sum_l  macs_per_unit_l |g_l| + macs_per_pair_l |g_(l-1)| |g_l|,   |g| = number of units whose gate is above 0
+      sum_l  macs_per_unit_l |g_l| + macs_per_pair_l |g_(l-1)| |g_l|,
+      |g| = number of units whose gate is above 0
 
   Args:
     records: in the network's order.
   Returns:
     `[N]`. Exact to the unit below 2**24 for float32 gates, and beyond for numpy float64 ones.
   Raises:
-    ValueError: no records, the first one claims pairs with one before it, or records of several batches.
+    ValueError: no records, the first one claims pairs with one before it, or records of several
+      batches.
     TypeError: `records` is no list of `GateRecord`.
   """
   records = checked_records(records, "gates")
@@ -51,17 +54,20 @@ def executed_macs(records: Records) -> Array:
 
 
 def expected_macs(records: Records) -> Array:
-  """`executed_macs` at the units' probabilities of being open, `[N]`; pairs as if both were independent."""
+  """Computes `executed_macs` at the units' probabilities of being open, `[N]`.
+
+  Two units of a pair count as independent.
+  """
   records = checked_records(records, "probs")
+  # The expected number of open units of each layer.
   return _macs(records, [_wide(r.probs).sum(-1) for r in records])
 
 
 def gated_macs(records: Records) -> int:
-  """MACs per example with every gate open."""
+  """Computes the MACs per example with every gate open."""
   records = checked_records(records)
-  units = [
-    np.shape(r.gates)[-1] for r in records
-  ]  # which may be of batches of their own, images and segments
+  # Only the last axes matter: records may be of different batches, such as images and segments.
+  units = [np.shape(r.gates)[-1] for r in records]
   single = sum(u * r.macs_per_unit for u, r in zip(units, records, strict=True))
   return single + sum(
     units[i - 1] * units[i] * r.macs_per_pair for i, r in enumerate(records) if r.macs_per_pair
@@ -69,19 +75,23 @@ def gated_macs(records: Records) -> int:
 
 
 def _open_units(gates: Array) -> Array:
-  """`[N]`."""
+  """Returns the number of open units of each example, `[N]`."""
   gates = _wide(gates)
   return (gates > 0).astype(gates.dtype).sum(-1)
 
 
 def _wide(x: Array) -> Array:
-  """In float32, or float64 if it is that, as NumPy's arrays may be: MACs exceed what 16 bits can count."""
+  """Returns x in float32, or in float64 if it is that, as NumPy's arrays may be.
+
+  MACs exceed what 16 bits can count.
+  """
   return x.astype(np.promote_types(float_dtype(x), np.float32))
 
 
 def _macs(records: Records, open_units: Sequence[Array]) -> Array:
   total = 0
   for i, record in enumerate(records):
+    # The sum over l of the equation; in floats, since a count can exceed the range of int32.
     total = total + open_units[i] * float(record.macs_per_unit)
     if record.macs_per_pair:
       total = total + open_units[i - 1] * open_units[i] * float(record.macs_per_pair)
@@ -89,14 +99,14 @@ def _macs(records: Records, open_units: Sequence[Array]) -> Array:
 
 
 def checked_records(records: Records, *fields: str, with_examples: bool = False) -> Records:
-  """The records as a tuple.
+  """Returns the records as a tuple.
 
   Args:
     records: of one forward pass.
-    fields: names of those of their arrays that must have one shape but for the last axis.
-    with_examples: whether there must be an example, as for a mean over them.
+    fields: names of record arrays whose shapes must agree in all but the last axis.
+    with_examples: whether there must be at least one example, as for a mean over them.
   Raises:
-    ValueError, TypeError: as of `executed_macs`.
+    ValueError, TypeError: as in `executed_macs`.
   """
   records = arguments.items("records", records, "one GateRecord per gated layer")
   for i, record in enumerate(records):
@@ -106,10 +116,12 @@ def checked_records(records: Records, *fields: str, with_examples: bool = False)
     for field in fields:
       name, values = f"records[{i}].{field}", getattr(record, field)
       arguments.real_array(name, values)
-      if np.ndim(values) < 2:  # those of several tasks have an axis more in front
+      # Records of several tasks have one more axis in front.
+      if np.ndim(values) < 2:
         raise ValueError(f"{name} must be [N, C]; got shape {np.shape(values)}")
   for field in fields:
     shapes = [getattr(record, field).shape for record in records]
+    # Only the number of gates may differ between layers.
     if len({shape[:-1] for shape in shapes}) > 1:
       raise ValueError(
         f"records must be of one batch, that of one forward pass; got {field} of shapes {shapes}"

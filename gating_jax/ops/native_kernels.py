@@ -1,13 +1,15 @@
-"""Chains of gated convolutions on a CPU that compute the open channels of every example, and no others.
+"""Chains of gated convolutions on a CPU that compute only the open channels of every example.
 
-Each example has channel masks of its own, so nothing is gathered over the batch: the native kernel (C++ in
-`gating_jax.native`, through JAX's foreign function interface) reads the open rows of the weights where they lie, and
-keeps the hidden channels of a residual branch compact between its convolutions. It is an optional extra: where it is
-absent (`why_not()` says why), or on an accelerator, the plain JAX twin below computes all channels, and masks them.
+Each example has its own channel masks, so nothing is gathered over the batch. The native kernel
+(C++ in `gating_jax.native`, through JAX's foreign function interface) reads the open rows of the
+weights in place, and keeps the hidden channels of a residual branch compact between its
+convolutions. It is an optional extra: where it is missing (`why_not()` gives the reason), or on an
+accelerator, the plain JAX twin below computes all channels and masks them.
 
-Axes: N examples, H and W pixels, I and O channels. Inference only: nothing here can be differentiated.
-Reference: Verelst and Tuytelaars, 2020 (gather, compute, scatter); Georganas et al., "Anatomy of high-performance deep
-learning convolutions on SIMD architectures", 2018 (register tiles).
+Axes: N examples, H and W pixels, I and O channels. Inference only: nothing here can be
+differentiated.
+Reference: Verelst and Tuytelaars, 2020 (gather, compute, scatter); Georganas et al., "Anatomy of
+  high-performance deep learning convolutions on SIMD architectures", 2018 (register tiles).
 """
 
 from __future__ import annotations
@@ -28,16 +30,20 @@ from gating_jax.types import Array
 IMPLEMENTATIONS = ("auto", "native", "jax")
 LAYOUTS = ("HWIO", "OIHW")
 _TARGET = "gating_jax_gated_chain"
-_LANES = 0  # of the widest vectors to use; 0 for those of the processor
+# Lanes of the widest vectors to use; 0 for those of the processor.
+_LANES = 0
 
 
 def available() -> bool:
-  """Whether the native kernel can run here; builds it in the first call of a machine where it is not built yet."""
+  """Returns whether the native kernel can run here.
+
+  The first call on a machine builds it, if it is not built yet.
+  """
   return not why_not()
 
 
 def why_not() -> str:
-  """The reason why the native kernel cannot run here, and what would help; empty if it can."""
+  """Returns why the native kernel cannot run here, and what would help; empty if it can."""
   return _register()
 
 
@@ -55,12 +61,19 @@ def gated_branch(
   layout: str = "HWIO",
   implementation: str = "auto",
 ) -> Array:
-  """The branch of a gated residual block of two convolutions, and its end.
+  """Computes the branch of a gated residual block of two convolutions, and the block's end.
 
       y = act(conv2(g * ReLU(conv1(x) + b1)) + b2 + shortcut),   g = 1 where gates > 0, else 0
 
-  Args: as of `gated_chain`, for two convolutions; `gates` `[N, O1]` are those between them, `stride` that of the first.
-  Returns: `[N, H', W', O2]`.
+  Args:
+    x, shortcut, relu, layout, implementation: as in `gated_chain`.
+    kernel1, bias1, kernel2, bias2: of the two convolutions.
+    gates: `[N, O1]`, of the channels between them.
+    stride: of the first convolution.
+  Returns:
+    `[N, H', W', O2]`.
+  Raises:
+    ValueError, RuntimeError, TypeError: as in `gated_chain`.
   """
   return gated_chain(
     x,
@@ -88,15 +101,22 @@ def gated_conv(
   layout: str = "HWIO",
   implementation: str = "auto",
 ) -> Array:
-  """One convolution between gated channels.
+  """Computes one convolution between gated channels.
 
       y = act(g_out * (conv(g_in * x) + b) + shortcut),   g = 1 where gates > 0, else 0
 
-  Args: as of `gated_chain`, for one convolution.
-  Returns: `[N, H', W', O]`.
+  Args:
+    x, shortcut, stride, relu, layout, implementation: as in `gated_chain`, for one convolution.
+    kernel, bias: of the convolution.
+    in_gates, out_gates: `[N, I]` and `[N, O]`; None where all channels are open.
+  Returns:
+    `[N, H', W', O]`.
+  Raises:
+    ValueError, RuntimeError, TypeError: as in `gated_chain`.
 
   >>> x, kernel = jnp.full((1, 1, 1, 2), 3.0), jnp.ones((1, 1, 2, 3))
-  >>> gated_conv(x, kernel, jnp.zeros(3), in_gates=jnp.array([[1.0, 0.0]]), out_gates=jnp.array([[1.0, 0.0, 1.0]]))
+  >>> in_gates, out_gates = jnp.array([[1.0, 0.0]]), jnp.array([[1.0, 0.0, 1.0]])
+  >>> gated_conv(x, kernel, jnp.zeros(3), in_gates=in_gates, out_gates=out_gates)
   Array([[[[3., 0., 3.]]]], dtype=float32)
   """
   return gated_chain(
@@ -124,48 +144,54 @@ def gated_chain(
   layout: str = "HWIO",
   implementation: str = "auto",
 ) -> Array:
-  """Convolutions with ReLU between, each on the open channels of each example alone.
+  """Computes convolutions with ReLU between, each on the open channels of each example only.
 
-      h_0 = g_0 x,   h_l = g_l ReLU(conv_l(h_(l-1)) + b_l),   y = act(g_L (conv_L(h_(L-1)) + b_L) + shortcut)
+      h_0 = g_0 x,   h_l = g_l ReLU(conv_l(h_(l-1)) + b_l),
+      y = act(g_L (conv_L(h_(L-1)) + b_L) + shortcut)
 
-  with g_l = 1 where `gates[l]` > 0, else 0. What is closed is not computed: neither NaN nor infinity in a closed
-  channel reaches y. Convolutions are padded with window // 2 zeros on either side.
+  with g_l = 1 where `gates[l]` > 0, else 0. Closed channels are not computed: neither NaN nor
+  infinity in a closed channel reaches y. Convolutions are padded with window // 2 zeros on either
+  side. Inside `shard_map` or `pmap` every device computes its own examples; `vmap` is not
+  supported: make N larger instead.
 
   Args:
     x: `[N, H, W, I]` float32.
     kernels: L of `[h, w, I, O]`, or `[O, I, h, w]`, see `layout`; float32.
     biases: L of `[O]` float32.
-    gates: L + 1 of `[N, channels]`, of any real dtype: those of x, and of each convolution's output; None where all
-      channels are open.
-    shortcut: `[N, H', W', O]` of the last convolution, added before the last activation; None for none.
+    gates: L + 1 of `[N, channels]`, of any real dtype: those of x, and of each convolution's
+      output; None where all channels are open.
+    shortcut: `[N, H', W', O]` of the last convolution, added before the last activation; None for
+      none.
     strides: L numbers; None for 1 everywhere.
     relu: whether the last activation is ReLU, or none.
-    layout: `"HWIO"`, or `"OIHW"` for kernels that `packed` has turned, which is how the native kernel reads them. Under
-      `jit`, kernels that are constants are turned once, when the program is compiled; those that are arguments, in
-      every call.
-    implementation: `"auto"` is the native kernel where there is one and the default backend is a CPU, else the JAX
-      twin; `"native"` and `"jax"` insist.
+    layout: `"HWIO"`, or `"OIHW"` for kernels that `packed` has transposed, which is the layout of
+      the native kernel. Under `jit`, kernels that are constants are transposed once, when the
+      program is compiled; those that are arguments, in every call.
+    implementation: `"auto"` is the native kernel where it exists and the default backend is a CPU,
+      else the JAX twin; `"native"` and `"jax"` force one of them.
   Returns:
     `[N, H', W', O]` float32.
   Raises:
     ValueError: arguments that do not fit each other.
-    RuntimeError: `implementation="native"` where there is none, with the reason.
-    TypeError: what is no array of real numbers, and on differentiation.
-  Inside `shard_map` or `pmap` every device computes its own examples; `vmap` is not supported: add to N.
+    RuntimeError: `implementation="native"` where it is not available, with the reason.
+    TypeError: an argument is no array of real numbers; also on differentiation.
   """
   strides = _strides((1,) * len(kernels) if strides is None else strides)
   x, shortcut = _array("x", x), _array("shortcut", shortcut)
   kernels = tuple(_array(f"kernels[{i}]", kernel) for i, kernel in enumerate(kernels))
   biases = tuple(_array(f"biases[{i}]", bias) for i, bias in enumerate(biases))
+  # Gates may have any real type; the kernel reads float32.
   gates = tuple(_array(f"gates[{i}]", gate, jnp.float32) for i, gate in enumerate(gates))
   one_of("layout", layout, LAYOUTS)
   one_of("implementation", implementation, IMPLEMENTATIONS)
   _check_rank(kernels)
+  # Everything below reads the native kernel's layout.
   if layout == "HWIO":
     kernels = tuple(map(packed, kernels))
   _check(x, kernels, biases, gates, shortcut, strides)
   if implementation == "native" and not available():
     raise RuntimeError(f"the native kernel is not available: {why_not()}")
+  # The kernel is compiled for CPUs only; on any other backend "auto" stays in JAX.
   native = implementation == "native" or (
     implementation == "auto" and jax.default_backend() == "cpu" and available()
   )
@@ -178,15 +204,17 @@ def _array(name: str, value: Array | None, dtype: jnp.dtype | None = None) -> Ar
     return None
   try:
     return jnp.asarray(value, dtype)
-  except (TypeError, ValueError):  # such as a text, or rows of unequal lengths
+  # Such as a text, or rows of unequal lengths.
+  except (TypeError, ValueError):
     raise TypeError(f"{name} must be an array of real numbers; got {shown(value)}") from None
 
 
 def packed(kernel: Array) -> Array:
-  """`[h, w, I, O]` as `[O, I, h, w]`, for `layout="OIHW"`."""
+  """Returns a kernel `[h, w, I, O]` as `[O, I, h, w]`, for `layout="OIHW"`."""
   return jnp.transpose(kernel, (3, 2, 0, 1))
 
 
+# Both implementations refuse in the same words, although the twin alone could be differentiated.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _not_differentiable(compute, strides, relu, arrays):
   return compute(strides, relu, *arrays)
@@ -195,13 +223,13 @@ def _not_differentiable(compute, strides, relu, arrays):
 @_not_differentiable.defjvp
 def _refuse(compute, strides, relu, primals, tangents):
   raise TypeError(
-    "gated_chain, gated_branch and gated_conv are for inference and have no derivatives; train with "
-    "gating_jax.layers, which multiply by the gates"
+    "gated_chain, gated_branch and gated_conv are for inference and have no derivatives; train "
+    "with gating_jax.layers, which multiply by the gates"
   )
 
 
 def _in_jax(strides, relu, x, kernels, biases, gates, shortcut):
-  """The twin: everything is computed, and what is closed replaced by zeros."""
+  """Computes the twin in JAX: all channels, with closed ones replaced by zeros."""
   x, last = _closed(x, gates[0]), len(kernels) - 1
   for i, (kernel, bias, gate, stride) in enumerate(
     zip(kernels, biases, gates[1:], strides, strict=True)
@@ -210,6 +238,7 @@ def _in_jax(strides, relu, x, kernels, biases, gates, shortcut):
     x = lax.conv_general_dilated(
       x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "OIHW", "NHWC")
     )
+    # The gate comes before the shortcut and ReLU after it, as in the equation of y.
     x = _closed(x + bias[None, None, None], gate)
     if i == last and shortcut is not None:
       x += shortcut
@@ -218,10 +247,12 @@ def _in_jax(strides, relu, x, kernels, biases, gates, shortcut):
 
 
 def _closed(x: Array, gates: Array | None) -> Array:
+  # A choice and not a product, which would let NaN through a closed channel.
   return x if gates is None else jnp.where(gates[:, None, None, :] > 0, x, 0)
 
 
 def _native(strides, relu, x, kernels, biases, gates, shortcut):
+  # The foreign call takes arrays only, so flags say which of the gates and shortcuts are there.
   gated = [gate is not None for gate in gates]
   open_where = [gate for gate in gates if gate is not None]
   call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(_shape(x, kernels, strides), jnp.float32))
@@ -240,10 +271,11 @@ def _native(strides, relu, x, kernels, biases, gates, shortcut):
 
 
 def _shape(x, kernels, strides) -> tuple[int, ...]:
-  """Of the output."""
+  """Returns the shape of the output."""
   sizes = x.shape[1:3]
   for kernel, stride in zip(kernels, strides, strict=True):
     sizes = [
+      # Padded by window // 2 on either side.
       (size + window // 2 * 2 - window) // stride + 1
       for size, window in zip(sizes, kernel.shape[2:], strict=True)
     ]
@@ -254,6 +286,7 @@ def _strides(strides) -> tuple[int, ...]:
   try:
     found = tuple(map(operator.index, strides))
   except TypeError:
+    # A value that fails the check below, with its message.
     found = (0,)
   if min(found, default=1) < 1:
     raise ValueError(f"strides must be integers >= 1; got {strides}")
@@ -268,7 +301,7 @@ def _check_rank(kernels) -> None:
 
 
 def _check(x, kernels, biases, gates, shortcut, strides) -> None:
-  """Of kernels `[O, I, h, w]`."""
+  """Raises an error unless the arguments fit each other; kernels are `[O, I, h, w]`."""
   if jnp.ndim(x) != 4:
     raise ValueError(f"x must be [N, H, W, I]; got shape {jnp.shape(x)}")
   count = len(kernels)
@@ -277,10 +310,12 @@ def _check(x, kernels, biases, gates, shortcut, strides) -> None:
       f"{count} kernels need as many biases and strides, and one more of gates (or None each); got "
       f"{len(biases)} biases, {len(gates)} gates, {len(strides)} strides"
     )
+  # I of x, then O of every kernel: what comes in and out of the chain's steps.
   channels = (x.shape[3], *(kernel.shape[0] for kernel in kernels))
   if (inputs := tuple(kernel.shape[1] for kernel in kernels)) != channels[:-1]:
     raise ValueError(
-      f"kernels must take the channels that x, then each kernel, gives, {channels[:-1]}; got {inputs}"
+      f"kernels must take the channels that x, then each kernel, gives, {channels[:-1]}; "
+      f"got {inputs}"
     )
   if min(*x.shape[1:], *channels, *(size for kernel in kernels for size in kernel.shape)) < 1:
     raise ValueError(
@@ -311,9 +346,10 @@ def _check(x, kernels, biases, gates, shortcut, strides) -> None:
     raise ValueError(f"x, kernels, biases and shortcut must be float32; got {other}")
 
 
+# Remembers a failure too: a build that failed is not tried again in this process.
 @functools.cache
 def _register() -> str:
-  """Makes the kernel known to JAX, once; the reason, if that cannot be."""
+  """Makes the kernel known to JAX, once; returns the reason if that is not possible."""
   try:
     library = build.load()
   except build.NotBuilt as error:

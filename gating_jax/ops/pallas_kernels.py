@@ -1,16 +1,20 @@
-"""Convolutions that leave out closed blocks of channels, example by example: a Pallas kernel and its plain-JAX twins.
+"""Convolutions that skip closed blocks of channels per example: a Pallas kernel and two JAX twins.
 
-One function in three forms, for inference: *masked*, dense and multiplied by the gates, which says what is meant;
-*dispatched*, which gathers each block's examples; and *gated*, the kernel, which has no gradient.
+One function in three forms, for inference: *masked*, dense and multiplied by the gates, which
+defines the result; *dispatched*, which gathers each block's examples; and *gated*, the kernel,
+which has no gradient.
 
-The kernel is for Pallas' Triton backend on GPUs, which has what it needs and TPUs have not: loads at computed places,
-masked, and a closed block's loads left out with its dots. (JAX deprecates that backend from 0.11 on; 0.12 has it.) No
-patches are formed in memory: each tap of a window is a dot of shifted rows (implicit im2col). Anywhere but on a GPU it
-is interpreted, slowly: there, use the dispatched form.
+The kernel is for Pallas' Triton backend on GPUs, which has what it needs and TPUs lack: masked
+loads at computed places, and a closed block whose loads are skipped together with its dots. (JAX
+deprecates that backend from 0.11 on; 0.12 has it.) No patches are formed in memory: each tap of a
+window is a dot of shifted rows (implicit im2col). Without a GPU the kernel is interpreted, slowly:
+use the dispatched form there.
 
-Axes: N examples, H and W pixels, D input and E output channels, C hidden ones, B adjacent channels to a gate.
-Reference: Tillet et al., "Triton: an intermediate language and compiler for tiled neural network computations", 2019;
-Riquelme et al., "Scaling vision with sparse mixture of experts", 2021 (dispatch with static capacity).
+Axes: N examples, H and W pixels, D input and E output channels, C hidden ones, B adjacent channels
+per gate.
+Reference: Tillet et al., "Triton: an intermediate language and compiler for tiled neural network
+  computations", 2019; Riquelme et al., "Scaling vision with sparse mixture of experts", 2021
+  (dispatch with static capacity).
 """
 
 from __future__ import annotations
@@ -28,11 +32,12 @@ from gating_jax.ops import arguments
 from gating_jax.ops.compaction import open_indices
 from gating_jax.types import Array
 
-_SMALLEST_DOT = 16  # of every side, in Triton
+# Smallest side of a dot in Triton.
+_SMALLEST_DOT = 16
 
 
 class Branch(NamedTuple):
-  """What a residual block adds to its input, BatchNorm folded in.
+  """The branch of a residual block, with BatchNorm folded into its two convolutions.
 
   Attributes:
     kernel1, bias1: `[h, w, D, C]` with odd h and w, and `[C]`.
@@ -46,12 +51,15 @@ class Branch(NamedTuple):
 
 
 class Tiles(NamedTuple):
-  """What one program of the kernel computes, in powers of two; results differ by rounding. The defaults are those that
-  were fastest most often on an H200, in bfloat16, among the seven that `benchmarks/kernels.py` tries.
+  """The part of the output that one program of the kernel computes.
+
+  All numbers but `stages` are powers of two. Other tiles give the same results up to rounding. Of
+  the seven that `benchmarks/kernels.py` tries, the defaults were fastest most often on an H200, in
+  bfloat16.
 
   Attributes:
     pixels: of one example.
-    outputs, inputs: channels at most, since a gate's are whole tiles.
+    outputs, inputs: channels at most, since a gate's channels are whole tiles.
     warps, stages: of Triton.
   """
 
@@ -75,22 +83,27 @@ def gated_branch(
   tiles: Tiles = DEFAULT_TILES,
   interpret: bool | None = None,
 ) -> Array:
-  """The branch of a block with gated hidden channels, by the kernel: closed ones are not computed, written or read.
+  """Computes the branch of a block with gated hidden channels, by the kernel.
 
       y = conv2(h) + bias2,   h = g * ReLU(conv1(x) + bias1)
+
+  Closed channels are not computed, written or read.
 
   Args:
     branch: of x's dtype.
     x: `[N, H, W, D]`, float32 or bfloat16; sums are in float32.
-    gates: `[N, C / B]`, each of B adjacent hidden channels; a block is open where its gate is above 0, and multiplied.
+    gates: `[N, C / B]`, each of B adjacent hidden channels. A block is open where its gate is above
+      0, and multiplied by it.
     stride: of the first convolution. Both have symmetric padding.
-    precision: of the dots, as in `jax.lax.dot`; of float32 on a GPU the default is TF32, as that of XLA's convolutions.
-    tiles: see there.
+    precision: of the dots, as in `jax.lax.dot`. For float32 on a GPU the default is TF32, as for
+      XLA's convolutions.
+    tiles: see `Tiles`.
     interpret: None for interpret mode wherever there is no GPU.
   Returns:
     `[N, H', W', E]`, of x's dtype.
   Raises:
-    ValueError: shapes that do not belong together, or blocks too small for a GPU's dots.
+    ValueError: shapes that do not fit together, or blocks too small for a GPU's dots.
+    TypeError: an argument of another kind.
 
   >>> branch = Branch(jnp.ones((1, 1, 2, 4)), jnp.zeros(4), jnp.ones((1, 1, 4, 1)), jnp.ones(1))
   >>> gated_branch(branch, jnp.ones((2, 1, 1, 2)), jnp.array([[1.0, 0.0], [0.0, 0.0]])).ravel()
@@ -98,6 +111,7 @@ def gated_branch(
   """
   branch, x, gates = _checked_branch(branch, x, gates)
   call = functools.partial(_gated_conv, precision=precision, tiles=tiles, interpret=interpret)
+  # Closed hidden blocks hold whatever was in memory: the second call does not read them.
   hidden = call(x, branch.kernel1, branch.bias1, None, gates, stride=stride, relu=True, fill=False)
   return call(hidden, branch.kernel2, branch.bias2, gates, None, stride=1, relu=False, fill=False)
 
@@ -105,7 +119,10 @@ def gated_branch(
 def masked_branch(
   branch: Branch, x: Array, gates: Array, *, stride: int = 1, precision: lax.PrecisionLike = None
 ) -> Array:
-  """`gated_branch` in dense convolutions, hidden channels multiplied by their gates. Arguments as there."""
+  """Computes `gated_branch` by dense convolutions, with hidden channels multiplied by their gates.
+
+  Arguments are as there.
+  """
   branch, x, gates = _checked_branch(branch, x, gates)
   hidden = masked_conv(
     x, branch.kernel1, branch.bias1, out_gates=gates, stride=stride, relu=True, precision=precision
@@ -122,14 +139,19 @@ def dispatched_branch(
   stride: int = 1,
   precision: lax.PrecisionLike = None,
 ) -> Array:
-  """`gated_branch` in plain JAX: block by block, on the examples that open it, as a mixture of experts does.
+  """Computes `gated_branch` in plain JAX, block by block on the examples that open it.
 
       y_n = bias2 + sum over blocks b with g_nb > 0 of conv2_b(g_nb ReLU(conv1_b(x_n) + bias1_b))
 
+  A mixture of experts works in the same way.
+
   Args:
     branch, x, gates, stride, precision: as there.
-    capacity: examples gathered and paid for per block, from 1 to N; None for N. Where more open a block, all is
-      computed by `masked_branch`, so that the result is always right.
+    capacity: number of examples, from 1 to N, that are gathered and computed per block; None for N.
+      If more examples open a block, `masked_branch` computes everything, so the result is always
+      right.
+  Raises:
+    ValueError, TypeError: as there, or a capacity out of range.
   """
   branch, x, gates = _checked_branch(branch, x, gates)
   capacity = len(x) if capacity is None else capacity
@@ -137,6 +159,7 @@ def dispatched_branch(
   if not 1 <= capacity <= len(x):
     raise ValueError(f"capacity must be from 1 to the {len(x)} examples of x; got {capacity}")
   dispatch = functools.partial(_dispatch, capacity=capacity, stride=stride, precision=precision)
+  # No block can have more open examples, so the check at run time is not needed.
   if capacity == len(x):
     return dispatch(branch, x, gates)
   masked = functools.partial(masked_branch, stride=stride, precision=precision)
@@ -158,16 +181,19 @@ def gated_conv(
   tiles: Tiles = DEFAULT_TILES,
   interpret: bool | None = None,
 ) -> Array:
-  """One convolution by the kernel: closed input blocks are not read, closed output blocks are 0 and not computed.
+  """Computes one convolution by the kernel, on open blocks only.
 
       y = g_out * act(conv(x) + bias),   x taken as 0 where g_in is closed, act = ReLU or identity
+
+  Closed input blocks are not read; closed output blocks are 0 and not computed.
 
   Args:
     x, stride, precision, tiles, interpret: as in `gated_branch`.
     kernel, bias: `[h, w, D, E]` with odd h and w, and `[E]`.
-    in_gates: `[N, D / B]` or None; they choose what is read and multiply nothing, as x is a gated layer's output.
+    in_gates: `[N, D / B]` or None. They choose what is read and multiply nothing, since x is a
+      gated layer's output.
     out_gates: `[N, E / B']` or None.
-    relu: whether act is.
+    relu: whether act is ReLU.
   """
   x, kernel, bias, in_gates, out_gates = _checked_conv(x, kernel, bias, in_gates, out_gates)
   return _gated_conv(
@@ -196,9 +222,10 @@ def masked_conv(
   relu: bool = False,
   precision: lax.PrecisionLike = None,
 ) -> Array:
-  """`gated_conv` in a dense convolution. Arguments as there."""
+  """Computes `gated_conv` by a dense convolution. Arguments are as there."""
   x, kernel, bias, in_gates, out_gates = _checked_conv(x, kernel, bias, in_gates, out_gates)
   if in_gates is not None:
+    # A choice and not a product: closed blocks may hold NaN.
     x = jnp.where(_per_channel(in_gates > 0, x.shape[-1]), x, 0)
   y = _conv(x, kernel, stride, precision) + bias.astype(jnp.float32)[None, None, None]
   y = jnp.maximum(y, 0) if relu else y
@@ -207,6 +234,7 @@ def masked_conv(
   return y.astype(x.dtype)
 
 
+# The sum over blocks of `dispatched_branch`, where no block has more than `capacity` open examples.
 def _dispatch(
   branch: Branch, x: Array, gates: Array, *, capacity: int, stride: int, precision
 ) -> Array:
@@ -217,6 +245,7 @@ def _dispatch(
 
   def add_block(y, block):
     kernel1, bias1, kernel2, of_examples = block
+    # The examples that open this block; the padding is dropped below.
     index, taken = open_indices(of_examples, capacity)
     hidden = masked_conv(
       x[index],
@@ -232,9 +261,11 @@ def _dispatch(
     ), None
 
   height, width = _out_size(x, stride)
+  # Sums are in float32 and begin with bias2, as in the equation.
   start = jnp.broadcast_to(
     branch.bias2.astype(jnp.float32), (len(x), height, width, len(branch.bias2))
   )
+  # A scan and not a loop in Python: the program's size does not grow with the blocks.
   y, _ = lax.scan(
     add_block,
     start,
@@ -246,10 +277,12 @@ def _dispatch(
 def _gated_conv(
   x, kernel, bias, in_gates, out_gates, *, stride, relu, fill, precision, tiles, interpret
 ):
-  """With `fill`, closed output blocks are written as zeros; without, not at all."""
-  from jax.experimental.pallas import (
-    triton,
-  )  # here, so that a JAX without it still has the other forms
+  """Runs the kernel on one convolution.
+
+  With `fill`, closed output blocks are written as zeros; without, not at all.
+  """
+  # Imported here: the other forms work with a JAX that lacks this backend.
+  from jax.experimental.pallas import triton
 
   if any(value < 1 or value & (value - 1) for value in tiles[:4]):
     raise ValueError(f"tiles must be powers of two; got {tiles}")
@@ -259,9 +292,8 @@ def _gated_conv(
   outputs = _tile("out_gates", e, out_gates, tiles.outputs, interpret)
   if out_gates is None:
     out_gates = jnp.ones((n, 1), jnp.float32)
-  open_tiles = jnp.ones(
-    (n, pl.cdiv(d, inputs)), bool
-  )  # of input channels; they come first in `order`
+  # Tiles of input channels: open ones come first in the order in which a program reads them.
+  open_tiles = jnp.ones((n, pl.cdiv(d, inputs)), bool)
   if in_gates is not None:
     open_tiles = jnp.repeat(in_gates > 0, d // in_gates.shape[1] // inputs, axis=1)
   pixel_tiles, out_tiles = pl.cdiv(height * width, tiles.pixels), pl.cdiv(e, outputs)
@@ -286,6 +318,7 @@ def _gated_conv(
     grid=(n * pixel_tiles, out_tiles),
     interpret=interpret,
     name="gated_conv",
+    # Interpret mode takes no parameters of Triton.
     compiler_params=None
     if interpret
     else triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
@@ -293,6 +326,7 @@ def _gated_conv(
     jnp.sum(open_tiles, axis=1, dtype=jnp.int32),
     _open_first(open_tiles),
     out_gates.astype(jnp.float32),
+    # Pixels on one axis, and taps on one axis: the kernel addresses both by one number.
     x.reshape(n, h * w, d),
     kernel.reshape(-1, d, e),
     bias,
@@ -322,25 +356,29 @@ def _program(
   load,
   store,
 ):
-  """One tile of pixels of one example, one tile of its output channels."""
+  """Computes one tile of pixels of one example and one tile of its output channels."""
   pixels, inputs, outputs = tiles
   n = _quotient(pl.program_id(0), pixel_tiles)
   pixel = _remainder(pl.program_id(0), pixel_tiles) * pixels + jnp.arange(pixels, dtype=jnp.int32)
   channel = pl.program_id(1) * outputs + jnp.arange(outputs, dtype=jnp.int32)
+  # The input pixel in the middle of the window of each output pixel.
   row, column = _quotient(pixel, out_width) * stride, _remainder(pixel, out_width) * stride
   gate = gates_ref[n, _quotient(pl.program_id(1), tiles_per_gate)]
   (h, w), (_, d, e), taps = size, kernel_ref.shape, window[0] * window[1]
+  # The last tiles may reach beyond the image and the channels, so every access is masked.
   place = y_ref.at[n, pixel[:, None], channel[None, :]]
   inside = (pixel < y_ref.shape[1])[:, None] & (channel < e)[None, :]
 
   def add_tap(i, total):
+    # Taps are innermost, since they read the same rows up to a shift.
     step, tap = (
       _quotient(i, taps),
       _remainder(i, taps),
-    )  # taps innermost: they read the same rows but for the shift
+    )
     k = order_ref[n, step] * inputs + jnp.arange(inputs, dtype=jnp.int32)
     y = row + _quotient(tap, window[1]) - window[0] // 2
     x = column + _remainder(tap, window[1]) - window[1] // 2
+    # Zeros outside the image are the symmetric padding.
     in_image = (y >= 0) & (y < h) & (x >= 0) & (x < w) & (pixel < y_ref.shape[1])
     rows = load(
       x_ref.at[n, (y * w + x)[:, None], k[None, :]], mask=in_image[:, None] & (k < d)[None, :]
@@ -351,6 +389,7 @@ def _program(
     )
     return total + jnp.dot(rows, weights, preferred_element_type=jnp.float32, precision=precision)
 
+  # A closed block's loads and dots are skipped, not masked: this is where time is saved.
   @pl.when(gate > 0)
   def _():
     total = lax.fori_loop(
@@ -368,7 +407,10 @@ def _program(
 
 
 def _quotient(number: Array, by: int) -> Array:
-  """Of int32 numbers from 0 on, for which `//` would compute the signs as well."""
+  """Divides int32 numbers that are not negative.
+
+  `//` would handle signs as well.
+  """
   return lax.div(number, np.int32(by))
 
 
@@ -377,8 +419,12 @@ def _remainder(number: Array, by: int) -> Array:
 
 
 def _open_first(open_tiles: Array) -> Array:
-  """`[N, T]` numbers of the tiles, open ones first. Compares all pairs, which fuses; a sort is kernels of its own."""
+  """Returns the numbers of the tiles, `[N, T]`, with open ones first.
+
+  It compares all pairs, which XLA fuses; a sort would need kernels of its own.
+  """
   number = jnp.arange(open_tiles.shape[1], dtype=jnp.int32)
+  # Unique keys: all open tiles before all closed ones, each in their order.
   key = jnp.where(open_tiles, number, number + len(number))
   rank = jnp.sum(key[:, :, None] > key[:, None, :], axis=2, dtype=jnp.int32)
   return jnp.sum(
@@ -387,10 +433,14 @@ def _open_first(open_tiles: Array) -> Array:
 
 
 def _tile(name: str, channels: int, gates: Array | None, most: int, interpret: bool) -> int:
-  """Channels to a tile: a power of two that divides the gates' blocks, or that covers ungated ones."""
+  """Returns the channels of a tile.
+
+  It is a power of two that divides the gates' blocks, or that covers ungated channels.
+  """
   if gates is None:
     return min(most, max(_SMALLEST_DOT, pl.next_power_of_2(channels)))
   block = channels // gates.shape[1]
+  # `block & -block` is the largest power of two that divides the block.
   tile = min(most, block & -block)
   if tile < _SMALLEST_DOT and not interpret:
     raise ValueError(
@@ -428,6 +478,7 @@ def _checked_branch(branch, x, gates):
   branch, x = jax.tree.map(jnp.asarray, (branch, x))
   gates = jnp.asarray(gates, jnp.float32)
   _check_conv(x, branch.kernel1, branch.bias1, None, gates)
+  # Only the hidden features' shape and type are checked; nothing is computed.
   hidden = jax.ShapeDtypeStruct((*x.shape[:-1], len(branch.bias1)), x.dtype)
   _check_conv(hidden, branch.kernel2, branch.bias2, gates, None)
   return branch, x, gates
@@ -468,5 +519,6 @@ def _check_conv(x, kernel, bias, in_gates, out_gates) -> None:
       gates.ndim != 2 or gates.shape[0] != x.shape[0] or not gates.size or channels % gates.shape[1]
     ):
       raise ValueError(
-        f"{name} must be [N, channels / B] for x {x.shape} and {channels} channels; got {gates.shape}"
+        f"{name} must be [N, channels / B] for x {x.shape} and {channels} channels; "
+        f"got {gates.shape}"
       )

@@ -1,7 +1,8 @@
-"""Terms that ask for fewer open gates, or for gates that are open and closed.
+"""Penalties that ask for fewer open gates, or for gates that are open and closed.
 
-Axes: N examples, at least 1, C gates of one layer. All are dimensionless scalars, differentiable in the probabilities.
-All raise a ValueError where no layer is given or a layer has no example, and a TypeError for what is no list of layers.
+Axes: N examples, at least 1, C gates of one layer. All penalties are dimensionless scalars,
+differentiable in the probabilities. All raise a ValueError if no layer is given or a layer has no
+example, and a TypeError if the argument is no list of layers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from gating_jax.types import Array, Records
 
 
 def l0_loss(probs: Sequence[Array]) -> Array:
-  """Mean open probability over all gates of all layers: the expected share of open gates.
+  """Computes the mean open probability over all gates of all layers.
+
+  It is the expected fraction of open gates.
 
   Args:
     probs: one `[N, C]` array per layer. For hard concrete gates pass `hard_concrete_open_prob`.
@@ -34,15 +37,18 @@ def l0_loss(probs: Sequence[Array]) -> Array:
   """
   probs = _checked_layers("probs", probs)
   gates = sum(p.shape[-1] for p in probs)
+  # Every gate counts once, so large layers count more.
   return sum(jnp.sum(collectives.batch_mean(p, None)) for p in probs) / gates
 
 
 def target_rate_loss(
   gates: Sequence[Array], target: float | Array, *, axis_name: Hashable | None = None
 ) -> Array:
-  """Squared gap between each gate's batch mean and a target rate, summed over gates and layers.
+  """Computes the squared gap between each gate's batch mean and a target rate, as a sum.
 
       loss = sum_c (mean_n g_nc - target)^2
+
+  The sum is over gates and layers.
 
   Args:
     gates: one `[N, C]` array per layer: sampled gates or probabilities.
@@ -56,15 +62,17 @@ def target_rate_loss(
   """
   target = arguments.parameter("target", target, "in [0, 1]", lambda v: (v >= 0) & (v <= 1))
   means = [collectives.batch_mean(g, axis_name) for g in _checked_layers("gates", gates)]
+  # Layers may differ in type, and the target takes that of each.
   return sum(jnp.sum(jnp.square(mean - jnp.asarray(target, mean.dtype))) for mean in means)
 
 
 def entropy_loss(probs: Sequence[Array], *, axis_name: Hashable | None = None) -> Array:
-  """What each gate's mean probability lacks of the largest entropy, in bits, averaged over all gates of all layers.
+  """Computes how far the entropy of each gate's mean probability is below 1 bit, on average.
 
       loss = mean_c (1 - H(mean_n p_nc)),   H(p) = -p log2 p - (1 - p) log2(1 - p)
 
-  0 where every gate is open for half of the inputs, or for each with probability 1/2: it does not tell these apart.
+  The average is over all gates of all layers. It is 0 if every gate is open for half of the inputs,
+  and also if it is open for each with probability 1/2: the loss does not distinguish these.
 
   Args:
     probs: one `[N, C]` array per layer.
@@ -79,14 +87,15 @@ def entropy_loss(probs: Sequence[Array], *, axis_name: Hashable | None = None) -
 
 
 def decision_entropy_loss(probs: Sequence[Array]) -> Array:
-  """What each single decision lacks of the largest entropy, in bits, averaged over examples and all gates.
+  """Computes how far the entropy of each single decision is below 1 bit, on average.
 
       loss = mean_nc (1 - H(p_nc))
 
-  0 where every gate is open with probability 1/2 for every input: then it tells nothing of them.
+  The average is over examples and all gates. It is 0 if every gate is open with probability 1/2 for
+  every input: then it carries no information about them.
 
   Args:
-    probs: of each layer, `[N, C]` open probabilities.
+    probs: one `[N, C]` array of open probabilities per layer.
   Returns:
     A scalar in [0, 1], in bits.
 
@@ -97,14 +106,17 @@ def decision_entropy_loss(probs: Sequence[Array]) -> Array:
 
 
 def _certainty(probs: Array) -> Array:
-  """`1 - H(p)` in bits, on average."""
-  eps = jnp.finfo(probs.dtype).eps  # the slope of the entropy is infinite at 0 and 1
+  """Computes the mean of `1 - H(p)`, in bits."""
+  # The slope of the entropy is infinite at 0 and 1.
+  eps = jnp.finfo(probs.dtype).eps
   probs = jnp.clip(probs, eps, 1 - eps)
   return 1 - jnp.mean(entr(probs) + entr(1 - probs)) / jnp.log(2.0)
 
 
 def indecision_loss(probs: Sequence[Array]) -> Array:
-  """How near probabilities are to 1/2: `4 p (1 - p)`, averaged over examples and all gates of all layers.
+  """Computes how near probabilities are to 1/2, as the mean of `4 p (1 - p)`.
+
+  The mean is over examples and all gates of all layers.
 
   >>> indecision_loss([jnp.array([[0.5, 1.0]]), jnp.array([[0.0, 0.5]])])
   Array(0.5, dtype=float32)
@@ -113,11 +125,11 @@ def indecision_loss(probs: Sequence[Array]) -> Array:
 
 
 def balance_loss(records: Records, *, axis_name: Hashable | None = None) -> Array:
-  """How unevenly examples are spread over experts, summed over records; 1 each where evenly, and C at most.
+  """Computes how unevenly examples are spread over experts, summed over records.
 
-      loss = C sum_c f_c P_c,   f_c = share of the open gates that are c's, P_c = mean_n p_nc
+      loss = C sum_c f_c P_c,   f_c = fraction of the open gates that are c's, P_c = mean_n p_nc
 
-  Only the P have a gradient.
+  A record contributes 1 if they are spread evenly, and C at most. Only the P have a gradient.
 
   Args:
     records: their `probs` add up to 1 over the C units.
@@ -133,18 +145,22 @@ def balance_loss(records: Records, *, axis_name: Hashable | None = None) -> Arra
   total = 0.0
   for record in checked_records(records, "gates", "probs", with_examples=True):
     gates = record.gates.astype(record.probs.dtype)
+    # f_c of the equation, up to its sum; a step function, so without a gradient.
     share = collectives.batch_mean((gates > 0).astype(gates.dtype), axis_name)
     probs = collectives.batch_mean(record.probs, axis_name)
+    # C sum_c f_c P_c of the equation.
     total += probs.shape[-1] * jnp.sum(share / jnp.sum(share) * probs)
   return total
 
 
 def mac_loss(records: Records) -> Array:
-  """Expected share of the gated multiply-accumulates: `l0_loss` with every gate weighted by what it costs.
+  """Computes the expected fraction of the gated multiply-accumulates.
 
-  Products of two layers' gates are taken at the product of their probabilities.
+  It is `l0_loss` with every gate weighted by its cost. Products of two layers' gates are taken at
+  the product of their probabilities.
   """
   records = checked_records(records, "probs", with_examples=True)
+  # One ratio for the network, not one per layer: layers count by their cost.
   mean = jnp.mean(expected_macs(records))
   return mean / number_as(gated_macs(records), like=mean)
 
@@ -152,20 +168,22 @@ def mac_loss(records: Records) -> Array:
 def mac_budget_loss(
   records: Records, fixed_macs: int, budget: float | Array, *, axis_name: Hashable | None = None
 ) -> Array:
-  """Squared difference of the MACs that the gates spend from a budget, both as a share of the ungated MACs.
+  """Computes the squared difference between the MACs that the gates use and a budget.
 
       loss = ((fixed + mean_n gated MACs) / (fixed + all gated MACs) - budget)^2
 
-  Below the budget it opens gates: what closed too much early in training would stay closed otherwise.
+  Both are fractions of the ungated MACs. Below the budget the loss opens gates: units that closed
+  too much early in training would stay closed otherwise.
 
-  Its value is of the gates as they are; its gradient that of the expected MACs, as if the two were equal. On average
-  they are for noise of scale 1; with another, a unit's probability is not the one with which its gate is drawn. Where
-  gates are never closed, as those of `sigmoid`, the value is of all MACs.
+  Its value is that of the gates as they are, its gradient that of the expected MACs, as if the two
+  were equal. On average they are equal for noise of scale 1; with another scale, a gate is not
+  drawn with its unit's probability. For gates that are never closed, such as those of `sigmoid`,
+  the value counts all MACs.
 
   Args:
     records: the records of one forward pass.
-    fixed_macs: MACs per example of what is never gated, gate networks left out.
-    budget: share in (0, 1].
+    fixed_macs: MACs per example of everything that is never gated, without gate networks.
+    budget: fraction in (0, 1].
     axis_name: as in `batch_shaping_loss`; the mean is over the whole batch.
   """
   arguments.number("fixed_macs", fixed_macs, ">= 0", lambda v: v >= 0)
@@ -173,7 +191,9 @@ def mac_budget_loss(
   records = checked_records(records, "gates", "probs", with_examples=True)
   expected = collectives.batch_mean(expected_macs(records), axis_name)
   executed = collectives.batch_mean(executed_macs(records), axis_name)
+  # The value of `executed`, with the gradient of `expected`.
   mean = expected + lax.stop_gradient(executed - expected)
+  # Of the whole network, not of its gated part: budgets of different models compare.
   share = (number_as(fixed_macs, like=mean) + mean) / number_as(
     fixed_macs + gated_macs(records), like=mean
   )
@@ -182,7 +202,10 @@ def mac_budget_loss(
 
 
 def _checked_layers(name: str, layers: Sequence[Array]) -> tuple[Array, ...]:
-  """The layers as a tuple of arrays `[N, C]`, all of a type that takes part in sums over layers."""
+  """Returns the layers as a tuple of arrays `[N, C]`.
+
+  They have floating types of at least 32 bits, for sums over layers.
+  """
   layers = arguments.items(name, layers, "one [N, C] array per layer")
   if not layers:
     raise ValueError(f"{name} must hold at least one layer; got none: is the model ungated?")

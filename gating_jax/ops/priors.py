@@ -1,14 +1,17 @@
-"""Distributions a feature should follow: `cdf` and `pdf` on the natural and on the logit axis.
+"""Prior distributions of features: `cdf` and `pdf` on the natural and on the logit axis.
 
-On the logit axis z = logit(x) the density of Beta(a, b) is bounded, while on the natural axis it is infinite at 0 and 1
-for a, b < 1. The losses on gates therefore work in z throughout.
+On the logit axis z = logit(x) the density of Beta(a, b) is bounded, while on the natural axis it is
+infinite at 0 and 1 for a, b < 1. The losses on gates therefore work in z throughout.
 
-Parameters are numbers, or arrays with one entry per column of the batch (any shape that broadcasts to one example's),
-constant or traced: a loss has gradients in them, so they can be learned. What is out of range raises a ValueError where
-it is known, and makes NaN where it is traced (Beta loses precision outside its range before that).
+Parameters are numbers, or arrays with one entry per column of the batch (any shape that broadcasts
+to one example's), constant or traced: a loss has gradients in them, so they can be learned. A value
+out of range raises a ValueError if it is known, and gives NaN if it is traced (Beta loses precision
+outside its range before that).
 
-Functions of a prior are methods of small values, or functions of a module, so that priors can be pickled.
-References: Bejnordi et al., 2020, section 3 (Beta prior); Maddison et al., 2017 (relaxed Bernoulli).
+Functions of a prior are methods of small values, or functions of a module, so that priors can be
+pickled.
+References: Bejnordi et al., 2020, section 3 (Beta prior); Maddison et al., 2017 (relaxed
+  Bernoulli).
 """
 
 from __future__ import annotations
@@ -31,11 +34,13 @@ from gating_jax.ops.arguments import aligned
 from gating_jax.ops.precision import as_float
 from gating_jax.types import Array
 
+# Range of Beta's a and b. Below it, tails reach logits whose sigmoid underflows in float64.
 _SMALLEST, _LARGEST = (
   0.05,
   10_000,
-)  # of Beta's a, b: below, tails reach logits whose sigmoid underflows in float64
-_FAR = 40.0  # standard deviations, beyond which Normal's CDF and slope are 0 or 1 in float64
+)
+# Standard deviations beyond which Normal's CDF and slope are 0 or 1 in float64.
+_FAR = 40.0
 
 Function = Callable[[Array], Array]
 Parameter = float | Array
@@ -43,16 +48,18 @@ Parameter = float | Array
 
 @dataclasses.dataclass(frozen=True)
 class Prior:
-  """A distribution on the real line or on [0, 1]. Losses call its functions with the batch axis first.
+  """A distribution on the real line or on [0, 1].
 
-  Two priors are equal if they are one object: keep it, where it is a static argument of a jitted function. A prior can
-  be copied, and pickled where its parameters are known and its functions are not local ones of your own.
+  Losses call its functions with the batch axis first. Two priors are equal only if they are one
+  object: keep a prior that is a static argument of a jitted function. A prior can be copied. It can
+  be pickled if its parameters are known and its functions are not local ones of your own.
 
   Attributes:
     name: shown in pictures and journals, such as `beta(0.6, 0.4)`.
-    cdf: natural axis, x -> F(x), elementwise and differentiable; see `from_cdf` for one that is not.
-    pdf: natural axis, x -> f(x), 0 outside the support. At 0 and 1, where it may be infinite, its value a
-      rounding error inside.
+    cdf: natural axis, x -> F(x), elementwise and differentiable; see `from_cdf` for one that is
+      not.
+    pdf: natural axis, x -> f(x), 0 outside the support. At 0 and 1, where it may be infinite, it
+      has its value one rounding error inside.
     logit_cdf: z -> F(sigmoid(z)), differentiable. None where the support is not [0, 1].
     logit_pdf: z -> dF(sigmoid(z))/dz. None where the support is not [0, 1].
     shape: that of the parameters, `()` where one prior serves all columns.
@@ -79,13 +86,14 @@ def check_prior(name: str, value: object) -> None:
 
 
 def beta(a: float | Array, b: float | Array) -> Prior:
-  """Beta(a, b) on [0, 1], with a CDF that makes no host call.
+  """Returns Beta(a, b) on [0, 1], with a CDF that makes no host call.
 
       dF/dz = exp(a log sigmoid(z) + b log sigmoid(-z) - log B(a, b)),   z = logit(x)
 
-  For numbers the CDF is a cubic Hermite table on a uniform logit axis, made once in float64, with the closed-form
-  slope: |error| <= 1e-6 for every float32 logit. For arrays it is a quadrature, with gradients in a and b: for both in
-  [0.05, 50], |error| <= 3e-6, and that of the gradients <= 1e-4 of their value.
+  For numbers the CDF is a cubic Hermite table on a uniform logit axis, made once in float64, with
+  the closed-form slope: |error| <= 1e-6 for every float32 logit. For arrays it is a quadrature,
+  with gradients in a and b: for both in [0.05, 50], |error| <= 3e-6, and that of the gradients <=
+  1e-4 of their value.
 
   Args:
     a, b: in [0.05, 10000].
@@ -104,13 +112,14 @@ def beta(a: float | Array, b: float | Array) -> Prior:
     arguments.parameter("beta's a", a, *in_range),
     arguments.parameter("beta's b", b, *in_range),
   )
+  # Known numbers have a table, which is faster; its cache also makes equal calls return one object.
   if isinstance(a, float) and isinstance(b, float):
     return _fixed_beta(a, b)
   return _prior("beta", _LearnableBeta(a, b), a, b)
 
 
 def symmetric_beta(a: float | Array) -> Prior:
-  """Beta(a, 1 - a): of mean a, and the more decided the nearer a is to 0 or 1.
+  """Returns Beta(a, 1 - a), of mean a; the nearer a is to 0 or 1, the more decided it is.
 
   Args:
     a: in [0.05, 0.95].
@@ -128,10 +137,13 @@ def symmetric_beta(a: float | Array) -> Prior:
 
 
 def relaxed_bernoulli(mean: float | Array, temperature: float | Array) -> Prior:
-  """The binary concrete distribution on [0, 1]: F(x) = sigmoid(temperature * logit(x) - logit(mean)).
+  """Returns the binary concrete distribution on [0, 1].
+
+      F(x) = sigmoid(temperature * logit(x) - logit(mean))
 
   Args:
-    mean: in (0, 1), the probability that x > 1/2. (The expectation tends to it as the temperature falls.)
+    mean: in (0, 1), the probability that x > 1/2. (The expectation tends to it as the temperature
+      falls.)
     temperature: positive; below 1 the mass gathers at 0 and 1.
   Raises:
     ValueError: an argument out of range.
@@ -151,7 +163,7 @@ def relaxed_bernoulli(mean: float | Array, temperature: float | Array) -> Prior:
 
 
 def normal(mean: float | Array = 0.0, std: float | Array = 1.0) -> Prior:
-  """The Normal distribution on the real line; for features, or for logits taken as features.
+  """Returns the Normal distribution on the real line; for features, or logits taken as features.
 
   Args:
     mean: its expectation.
@@ -171,9 +183,10 @@ def normal(mean: float | Array = 0.0, std: float | Array = 1.0) -> Prior:
   )
 
 
+# Two priors are equal only if they are one object, so there is one.
 @functools.lru_cache(maxsize=1)
 def uniform() -> Prior:
-  """The uniform distribution on [0, 1].
+  """Returns the uniform distribution on [0, 1].
 
   >>> uniform().cdf(jnp.array([-1.0, 0.25, 2.0]))
   Array([0.  , 0.25, 1.  ], dtype=float32)
@@ -196,15 +209,17 @@ def from_cdf(
   logit_pdf: Function | None = None,
   shape: tuple[int, ...] = (),
 ) -> Prior:
-  """A `Prior` from any pair of cdf and pdf, elementwise: the gradient in x is the pdf, the cdf is never differentiated.
+  """Returns a `Prior` from any elementwise pair of cdf and pdf.
 
-  Where both are made from traced parameters, gradients reach these through the cdf, if it is differentiable in them.
-  (Second derivatives mixed between x and such a parameter are not available: build a `Prior` for these.)
+  The gradient in x is the pdf; the cdf is never differentiated in x. If both are made from traced
+  parameters, gradients reach these through the cdf, provided it is differentiable in them. (Second
+  derivatives mixed between x and such a parameter are not available: build a `Prior` for these.)
 
   Args:
     cdf, pdf: on the natural axis.
     name: shown in pictures and journals.
-    logit_cdf, logit_pdf: the same on the logit axis, if the support is [0, 1] and the prior is for gates.
+    logit_cdf, logit_pdf: the same on the logit axis, if the support is [0, 1] and the prior is for
+      gates.
     shape: that of the parameters, if they differ from column to column.
   Raises:
     TypeError: one of them is no function.
@@ -219,6 +234,7 @@ def from_cdf(
       f"logit_cdf and logit_pdf must come together; got {shown(logit_cdf)} and {shown(logit_pdf)}"
     )
   _check_functions(cdf, pdf, logit_cdf, logit_pdf)
+  # Plain functions have no slope rule yet, neither on the natural nor on the logit axis.
   logit_pair = None if logit_cdf is None else _Pair(logit_cdf, logit_pdf)
   return Prior(name, _Pair(cdf, pdf), pdf, logit_pair, logit_pdf, shape)
 
@@ -230,7 +246,10 @@ def _fixed_beta(a: float, b: float) -> Prior:
 
 @functools.lru_cache(maxsize=64)
 def _beta_table(a: float, b: float) -> Function:
-  """The CDF on the logit axis. Kept here and not in the prior, where it would be pickled."""
+  """Returns the CDF on the logit axis.
+
+  It is cached here and not in the prior, where it would be pickled.
+  """
   return beta_cdf.table(a, b, _log_beta(a, b))
 
 
@@ -240,19 +259,26 @@ def _log_beta(a: float, b: float) -> float:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _OnUnitInterval:
-  """A distribution on [0, 1]: subclasses have `logit_cdf`, `logit_pdf` and `_density`, that on (0, 1)."""
+  """A distribution on [0, 1].
+
+  Subclasses have `logit_cdf`, `logit_pdf` and `_density`, that on (0, 1).
+  """
 
   def cdf(self, x):
-    """x -> F(x); at 0 and 1 themselves, which have no logit, the slope is the pdf's."""
+    """Computes x -> F(x).
+
+    At 0 and 1 themselves, which have no logit, the slope is the pdf's.
+    """
     inside = _inside_unit_interval(x)
     x = jnp.asarray(x, inside.dtype)
     value = self.logit_cdf(_logit(inside))
     x = jnp.broadcast_to(x, value.shape)
+    # F is 0 or 1 there and beyond, with the pdf's slope in x only.
     edge = _with_tangent(jnp.where(x <= 0, 0.0, 1.0).astype(inside.dtype), self.pdf(x), x)
     return jnp.where((x <= 0) | (x >= 1), edge, value)
 
   def pdf(self, x):
-    """x -> f(x)."""
+    """Computes x -> f(x)."""
     density = self._density(_inside_unit_interval(x))
     x = jnp.broadcast_to(as_float(x), density.shape)
     return jnp.where((x < 0) | (x > 1), 0.0, density)
@@ -269,8 +295,10 @@ class _Beta(_OnUnitInterval):
     return jnp.exp((p - 1) * jnp.log(inside) + (q - 1) * jnp.log1p(-inside) - log_norm)
 
 
+# For known numbers: a table.
 class _FixedBeta(_Beta):
   def logit_cdf(self, z):
+    # The slope is the closed form and not the table's, which is less exact.
     return _with_slope(_beta_table(self.a, self.b), self.logit_pdf, as_float(z))
 
   def logit_pdf(self, z):
@@ -285,6 +313,7 @@ class _FixedBeta(_Beta):
     return _log_beta(a, b)
 
 
+# For arrays: the quadrature.
 class _LearnableBeta(_Beta):
   def logit_cdf(self, z):
     return beta_cdf.cdf(*self._arrays(z))
@@ -297,6 +326,7 @@ class _LearnableBeta(_Beta):
     return z, *(jnp.asarray(p, z.dtype) for p in parameters)
 
   def _log_norm(self, a, b):
+    # At least one of them is an array, and a number takes its type.
     dtype = jnp.result_type(*(p for p in (a, b) if not isinstance(p, float)))
     return beta_cdf.log_beta(jnp.asarray(a, dtype), jnp.asarray(b, dtype))
 
@@ -311,13 +341,16 @@ class _RelaxedBernoulli(_OnUnitInterval):
 
   def logit_pdf(self, z):
     z, m, t = aligned(as_float(z), self.mean, self.temperature)
+    # d sigmoid(u) / dz = t sigmoid(u) sigmoid(-u).
     u = self._argument(z, m, t)
     return t * jax.nn.sigmoid(u) * jax.nn.sigmoid(-u)
 
   def _argument(self, z, m, t):
+    # temperature * logit(x) - logit(mean) of the equation.
     return _positive(t) * z - (jnp.log(m) - jnp.log1p(-m))
 
   def _density(self, inside):
+    # f(x) = dF/dz dz/dx, with dz/dx = 1 / (x (1 - x)).
     density = self.logit_pdf(_logit(inside))
     return density / jnp.broadcast_to(inside * (1 - inside), density.shape)
 
@@ -328,20 +361,22 @@ class _Normal:
   std: Parameter
 
   def cdf(self, x):
-    """x -> F(x)."""
+    """Computes x -> F(x)."""
     return ndtr(self._standardised(x)[0])
 
   def pdf(self, x):
-    """x -> f(x)."""
+    """Computes x -> f(x)."""
     u, std = self._standardised(x)
     return jnp.exp(-jnp.square(u) / 2) / (math.sqrt(2 * math.pi) * std)
 
   def _standardised(self, x):
     x, m, s = aligned(as_float(x), self.mean, self.std)
     positive = _positive(s)
+    # Clipped, values far away, infinite ones too, give a slope of 0 and not NaN.
     return jnp.clip(x - m, -_FAR * positive, _FAR * positive) / positive, s
 
 
+# Functions of the module and not lambdas, so that `uniform()` can be pickled.
 def _uniform_cdf(x: Array) -> Array:
   return jnp.clip(x, 0, 1)
 
@@ -362,7 +397,10 @@ def _uniform_logit_pdf(z: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Sloped:
-  """`function` of floating-point values, with `slope` as its derivative; neither may close over traced values."""
+  """A `function` of floating-point values with `slope` as its derivative.
+
+  Neither may close over traced values.
+  """
 
   function: Function
   slope: Function
@@ -373,18 +411,25 @@ class _Sloped:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Pair:
-  """`function` with `slope` as its derivative; both may close over traced values, through which gradients go too."""
+  """A `function` with `slope` as its derivative.
+
+  Both may close over traced values, through which gradients flow too.
+  """
 
   function: Function
   slope: Function
 
   def __call__(self, x):
+    # The function is differentiated in what it closes over, but not in x.
     return _with_tangent(self.function(lax.stop_gradient(x)), self.slope(x), x)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _with_slope(function: Function, slope: Function, x: Array) -> Array:
-  """`function(x)`, whose derivative is `slope`; neither may close over traced values."""
+  """Computes `function(x)`, whose derivative is `slope`.
+
+  Neither may close over traced values.
+  """
   return function(x)
 
 
@@ -396,7 +441,10 @@ def _with_slope_jvp(function, slope, primals, tangents):
 
 @jax.custom_jvp
 def _with_tangent(value: Array, slope: Array, x: Array) -> Array:
-  """`value`, to which x contributes the derivative `slope` besides what `value` itself depends on."""
+  """Returns `value`, to whose derivative x contributes `slope`.
+
+  That comes in addition to what `value` itself depends on.
+  """
   return value
 
 
@@ -404,18 +452,24 @@ def _with_tangent(value: Array, slope: Array, x: Array) -> Array:
 def _with_tangent_jvp(primals, tangents):
   value, slope, _ = primals
   in_value, _, in_x = tangents
+  # Two routes: through what `value` depends on, and through x.
   return value, in_value + slope * in_x
 
 
 def _inside_unit_interval(x: Array) -> Array:
-  """Moves 0 and 1, where logits and densities may be infinite, one rounding error inwards; NaN stays."""
+  """Moves 0 and 1 one rounding error inwards; NaN stays.
+
+  At 0 and 1 logits and densities may be infinite.
+  """
   x = as_float(x)
   limits = jnp.finfo(x.dtype)
+  # As Python numbers, which take x's type.
   margin = float(limits.epsneg)
   return jnp.where(x <= 0, margin, jnp.clip(x, float(limits.tiny), 1 - margin))
 
 
 def _logit(inside: Array) -> Array:
+  # `log1p` keeps the digits that 1 - x would lose for small x.
   return jnp.log(inside) - jnp.log1p(-inside)
 
 
@@ -424,7 +478,10 @@ def _is_positive(value: np.ndarray) -> np.ndarray:
 
 
 def _positive(parameter):
-  """NaN where a traced parameter, which could not be checked, has been learned out of range."""
+  """Returns NaN for a traced parameter that has been learned out of range.
+
+  A traced value could not be checked.
+  """
   return jnp.where(parameter > 0, parameter, jnp.nan)
 
 
@@ -448,6 +505,7 @@ def _prior(prior: str, family: _OnUnitInterval, *parameters: Parameter) -> Prior
 
 
 def _name(prior: str, *parameters) -> str:
+  # Arrays are shown by their shape, since they may be traced.
   show = lambda p: (
     f"{p:g}"
     if isinstance(p, numbers.Real)
@@ -459,6 +517,7 @@ def _name(prior: str, *parameters) -> str:
 
 
 def _shape(prior: str, *parameters) -> tuple[int, ...]:
+  # Checked here, where the message can name the prior.
   shapes = [jnp.shape(p) for p in parameters]
   try:
     return jnp.broadcast_shapes(*shapes)

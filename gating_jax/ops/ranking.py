@@ -2,9 +2,9 @@
 
 Axes: N values along the sorted axis.
 
-Tie rule: the forward pass is stable, so equal values keep their order and take successive ranks; the backward pass
-gives every one of them the mean of the gradients that reached their places. Equal inputs thus get equal gradients, and
-permuting the input permutes the gradient, ties or not.
+Tie rule: the forward pass is stable, so equal values keep their order and take successive ranks.
+The backward pass gives each of them the mean of the gradients that reached their places. Equal
+inputs thus get equal gradients, and permuting the input permutes the gradient, ties or not.
 """
 
 from __future__ import annotations
@@ -25,23 +25,29 @@ from gating_jax.types import Array
 
 # Longer networks take too long to compile: their size grows with the square of the logarithm.
 _NETWORK_MAX_LENGTH = 2048
-_BLOCK = 64  # columns in a core's cache at a time
-_STEPS_AT_A_TIME = 2  # that the compiler fuses into one pass over memory
+# Columns in a core's cache at a time.
+_BLOCK = 64
+# Steps that the compiler fuses into one pass over memory.
+_STEPS_AT_A_TIME = 2
 
 
 def reverse_mode_only(function: Callable) -> Callable:
-  """`function`, which has a `custom_vjp` inside, with an error for forward mode that says what to use instead."""
+  """Wraps a function that has a `custom_vjp` inside, with a clear error for forward mode.
+
+  The error says what to use instead.
+  """
 
   @functools.wraps(function)
   def run(*args, **kwargs):
     try:
       return function(*args, **kwargs)
     except TypeError as error:
+      # JAX raises a plain TypeError, which only its text distinguishes from others.
       if "custom_vjp" not in str(error):
         raise
       raise TypeError(
-        f"{function.__name__} has a reverse-mode rule only: use jax.grad, jax.vjp or jax.jacrev, not jax.jvp or "
-        "jax.jacfwd; for second derivatives jax.hessian, that is, jacfwd(jacrev(f))"
+        f"{function.__name__} has a reverse-mode rule only: use jax.grad, jax.vjp or jax.jacrev, "
+        "not jax.jvp or jax.jacfwd; for second derivatives jax.hessian, that is, jacfwd(jacrev(f))"
       ) from error
 
   return run
@@ -49,16 +55,19 @@ def reverse_mode_only(function: Callable) -> Callable:
 
 @reverse_mode_only
 def sort_with_vjp(x: Array, axis: int = 0) -> Array:
-  """Sorts ascending; the gradient of each sorted value returns to the element it came from.
+  """Sorts in ascending order; each sorted value's gradient returns to the element it came from.
+
+  The losses of `ops/ecdf.py` do not use it: they have a rule of their own.
 
   Args:
-    x: real values, any shape. NaN sorts to no particular place and poisons nothing but its own column.
+    x: real values, any shape. NaN sorts to no particular place, and affects no other column.
     axis: the axis to sort along.
   Returns:
     values in ascending order, same shape and dtype.
   Raises:
     ValueError: `axis` is not an axis of `x`, or `x` holds 2**31 values or more.
-    TypeError: `x` is not of a floating type; or forward-mode differentiation, for which there is no rule.
+    TypeError: `x` is not of a floating type; or forward-mode differentiation, for which there is no
+      rule.
 
   >>> sort_with_vjp(jnp.array([0.7, 0.1, 0.4]))
   Array([0.1, 0.4, 0.7], dtype=float32)
@@ -75,27 +84,38 @@ def sort_with_vjp(x: Array, axis: int = 0) -> Array:
 
 
 def argsort(x: Array) -> tuple[Array, Array]:
-  """Stable ascending sort of axis 0: `(source, tied)`, the int32 index each place takes its value from, `[N, ...]`, and
-  whether it is equal to the next place's, `[N - 1, ...]`.
+  """Sorts axis 0 in ascending order, stably; returns where the values come from.
 
-  On CPU a compare-exchange network in plain array operations, which XLA vectorises over the other axes: its own sort
-  there takes one column after the other. Elsewhere XLA's sort, which is native to GPU and TPU, where each pass of the
-  network would go through main memory. Both give the same order for values without NaN. XLA's too where a size is not
-  known yet, as in `jax.export` with symbolic shapes.
+  On a CPU this is a compare-exchange network in plain array operations, which XLA vectorises over
+  the other axes: its own sort there takes one column after the other. Elsewhere it is XLA's sort,
+  which is native to GPU and TPU, where each pass of the network would go through main memory. Both
+  give the same order for values without NaN. XLA's sort is also used where a size is not known yet,
+  as in `jax.export` with symbolic shapes.
 
+  Args:
+    x: `[N, ...]` of a floating type.
+  Returns:
+    `(source, tied)`: the int32 index from which each place takes its value, `[N, ...]`, and whether
+    that value is equal to the next place's, `[N - 1, ...]`.
   Raises:
     ValueError: 2**31 values or more, beyond the reach of 32-bit indices.
   """
   arguments.within_reach("what is ranked, of all devices,", x.shape)
   if not all(isinstance(size, int) for size in x.shape):
     return _library_argsort(x)
+  # The network packs 32 bits of a value and its index into 64: float64 does not fit.
   if not 0 < x.size <= _NETWORK_MAX_LENGTH * math.prod(x.shape[1:]) or jnp.finfo(x.dtype).bits > 32:
     return _library_argsort(x)
   return lax.platform_dependent(x, cpu=_network_argsort, default=_library_argsort)
 
 
 def check_axis(x: Array, axis: int) -> int:
-  """`axis` counted from the front; ValueError where `x` has no such axis."""
+  """Returns `axis` counted from the front.
+
+  Raises:
+    TypeError: `axis` is no whole number.
+    ValueError: `x` has no such axis.
+  """
   is_whole = isinstance(axis, (int, np.integer)) and not isinstance(axis, bool)
   if not is_whole:
     raise TypeError(f"axis must be a whole number; got {shown(axis)}")
@@ -110,9 +130,13 @@ def take(values: Array, source: Array) -> Array:
 
 
 def unsort(values: Array, source: Array) -> Array:
-  """Puts `values`, in sorted order, back where `source` says they came from (axis 0): the transpose of `take`."""
+  """Puts sorted `values` back where `source` says they came from (axis 0).
+
+  It is the transpose of `take`.
+  """
   n, *columns = source.shape
-  by_column = lambda v: v.reshape(n, -1).T  # one after the other, so that the scatter stays near
+  # Column after column, which keeps the scatter's writes near each other.
+  by_column = lambda v: v.reshape(n, -1).T
   first = jnp.asarray(n, source.dtype) * jnp.arange(math.prod(columns), dtype=source.dtype)
   index = by_column(source) + first[:, None]
   flat = (
@@ -124,27 +148,38 @@ def unsort(values: Array, source: Array) -> Array:
 
 
 def tie_bounds(tied: Array) -> tuple[Array, Array]:
-  """The first and the last place of the run of equal values each place belongs to, given `argsort`'s `tied`."""
+  """Returns the first and the last place of each place's run of equal values.
+
+  Args:
+    tied: as returned by `argsort`.
+  Returns:
+    two int32 arrays `[N, ...]`.
+  """
   n = tied.shape[0] + 1
   place = lax.broadcasted_iota(jnp.int32, (n, *tied.shape[1:]), 0)
   edge = jnp.zeros((1, *tied.shape[1:]), bool)
+  # A run begins where the place before is not tied to this one; the running maximum spreads its
+  # start over the run. The end likewise, from the other side.
   first = lax.cummax(jnp.where(jnp.concatenate([edge, tied]), 0, place), axis=0)
   last = lax.cummin(jnp.where(jnp.concatenate([tied, edge]), n - 1, place), axis=0, reverse=True)
   return first, last
 
 
 def mean_over_ties(values: Array, tied: Array) -> Array:
-  """Gives each place the mean of `values` over the run of equal values it belongs to."""
+  """Replaces each value by the mean over its run of equal values."""
   first, last = tie_bounds(tied)
   run = (first, *_columns(first))
-  # Sums within each run alone: differences of running sums would lose small values behind large ones.
+  # Sums within each run: differences of running sums would lose small values behind large ones.
   wide = as_float(values)
   total = jnp.zeros_like(wide).at[run].add(wide)
   return (total[run] / (last - first + 1).astype(wide.dtype)).astype(values.dtype)
 
 
 def _columns(source):
-  """Indices of all axes but the first, which broadcast to those of the first; sizes may be symbolic."""
+  """Returns indices of all axes but the first, which broadcast to those of the first.
+
+  Sizes may be symbolic.
+  """
   sizes = lambda axis: [size if i == axis else 1 for i, size in enumerate(source.shape)]
   return [lax.broadcasted_iota(source.dtype, sizes(axis), axis) for axis in range(1, source.ndim)]
 
@@ -159,10 +194,11 @@ def _sort_first_axis_fwd(x):
   return take(x, source), (source, tied)
 
 
-# With P the 0/1 matrix of the sort, y = P x and P is constant between ties, so dL/dx = P^T dL/dy: the element that went
-# to place i takes the cotangent of place i back, a scatter through `source`.
+# With P the 0/1 matrix of the sort, y = P x and P is constant between ties, so dL/dx = P^T dL/dy:
+# the element that went to place i takes the cotangent of place i back, a scatter through `source`.
 def _sort_first_axis_bwd(residuals, cotangent):
   source, tied = residuals
+  # The mean over ties is skipped at run time where there are none.
   shared = lax.cond(jnp.any(tied), mean_over_ties, lambda values, _: values, cotangent, tied)
   return (unsort(shared, source),)
 
@@ -177,10 +213,11 @@ def _library_argsort(x):
 
 
 def _network_argsort(x):
-  """`_argsort_block`, a few columns at a time, so that they stay in a core's cache."""
+  """Runs `_argsort_block` on a few columns at a time, which stay in a core's cache."""
   n, *columns = x.shape
   by_column = x.astype(jnp.float32).reshape(n, -1)
   blocks = jnp.pad(by_column, ((0, 0), (0, -by_column.shape[1] % _BLOCK))).reshape(n, -1, _BLOCK)
+  # The network works on 64-bit integers, which JAX has only in this mode.
   with jax.enable_x64(True):
     parts = lax.map(_argsort_block, jnp.swapaxes(blocks, 0, 1))
   join = lambda v: jnp.swapaxes(v, 0, 1).reshape(v.shape[1], blocks.shape[1] * _BLOCK)[
@@ -190,9 +227,12 @@ def _network_argsort(x):
 
 
 def _argsort_block(x):
-  """Batcher's bitonic network on 64-bit integers that hold the value's bits, then its index: minima and maxima of these
-  order by value, and equal values by index."""
+  """Sorts with Batcher's bitonic network, on 64-bit integers of the value's bits and its index.
+
+  Minima and maxima of these order by value, and equal values by index.
+  """
   n, columns = x.shape
+  # The largest integer pads the length to a power of two; it sorts last and is cut off.
   last = jnp.full(((1 << (n - 1).bit_length()) - n, columns), np.iinfo(np.int64).max)
   keys = _network(jnp.concatenate([_pack(x), last]))[:n]
   value = keys >> 32
@@ -200,18 +240,24 @@ def _argsort_block(x):
 
 
 def _pack(x):
-  """float32 `[N, ...]` -> int64, ordered first as the values, then as their indices. Zeros of either sign are equal.
+  """Converts float32 `[N, ...]` to int64, ordered by value and then by index.
 
-  Bits are compared, not values: XLA's CPU threads take every subnormal number for a zero.
+  Zeros of either sign are equal. Bits are compared, not values: XLA's CPU threads take every
+  subnormal number for a zero.
   """
   bits = lax.bitcast_convert_type(x, jnp.int32)
-  bits = jnp.where(bits == np.iinfo(np.int32).min, 0, bits)  # -0.0
+  # The smallest integer has the bits of -0.0.
+  bits = jnp.where(bits == np.iinfo(np.int32).min, 0, bits)
+  # Negative floats have rising bits for falling values; flipping all but the sign reverses it.
   rising = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
   return (rising.astype(jnp.int64) << 32) | lax.broadcasted_iota(jnp.int64, x.shape, 0)
 
 
 def _network(x):
-  """Sorts axis 0, whose length is a power of two: merges ever longer sorted blocks, the second of each two reversed."""
+  """Sorts axis 0, whose length is a power of two.
+
+  It merges ever longer sorted blocks, the second of each two reversed.
+  """
   block = 2
   while block <= x.shape[0]:
     distance, mirrored = block // 2, True
@@ -224,14 +270,20 @@ def _network(x):
 
 
 def _compare_exchange(x, distance, steps, mirrored):
-  """Orders elements `distance` apart, then half that, and so on for `steps` steps; with `mirrored` the first step
-  orders elements that mirror each other in a block of twice the distance."""
+  """Orders elements `distance` apart, then half that, and so on for `steps` steps.
+
+  With `mirrored` the first step orders elements that mirror each other in a block of twice the
+  distance.
+  """
+  # In these steps an element meets only those in the same (or mirrored) place of the other parts of
+  # its block, so the `rows` parts are separate arrays.
   rows = 1 << steps
   apart = x.reshape(-1, rows, 2 * distance // rows, *x.shape[1:])
   row = [apart[:, i] for i in range(rows)]
   half = rows // 2
   while half:
     for i in (i for i in range(rows) if not i & half):
+      # A mirrored partner lies in the mirrored part, in reverse order.
       partner, turn = (rows - 1 - i, lambda v: v[:, ::-1]) if mirrored else (i + half, lambda v: v)
       low, high = row[i], turn(row[partner])
       row[i], row[partner] = jnp.minimum(low, high), turn(jnp.maximum(low, high))

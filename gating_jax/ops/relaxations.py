@@ -1,7 +1,8 @@
-"""From log-odds to gates: noisy, relaxed and hard.
+"""Gates from log-odds: noisy, relaxed and hard.
 
-Axes: any shape, no element included; every function is elementwise. `logits` are log-odds that a unit is open: real
-numbers, whole ones taken as float32. A temperature or a noise scale is a number, or an array that broadcasts to them.
+Axes: any shape, also without elements; every function is elementwise. `logits` are log-odds that a
+unit is open: real numbers, whole ones taken as float32. A temperature or a noise scale is a number,
+or an array that broadcasts to them.
 Reference: Maddison et al., 2017 (concrete distribution); Louizos et al., 2018 (hard concrete).
 """
 
@@ -19,6 +20,7 @@ from gating_jax.ops import arguments
 from gating_jax.ops.precision import as_float, float_dtype
 from gating_jax.types import Array
 
+# Temperature and stretch of Louizos et al., 2018.
 DEFAULT_TEMPERATURE = 2 / 3
 HARD_CONCRETE_STRETCH = (-0.1, 1.1)
 
@@ -32,7 +34,8 @@ def straight_through_gate(
 ) -> Array:
   """Samples 0/1 gates whose gradient is that of the binary concrete relaxation.
 
-      forward   1[logit + noise_scale * L > 0],   L ~ Logistic(0, 1), so P(open) = sigmoid(logit) at scale 1
+      forward   1[logit + noise_scale * L > 0],   L ~ Logistic(0, 1),
+                so P(open) = sigmoid(logit) at scale 1
       backward  d sigmoid((logit + noise_scale * L) / temperature) / d logit
 
   Args:
@@ -57,12 +60,16 @@ def straight_through_gate(
 def straight_through(
   noisy_logits: Array, temperature: float | Array = DEFAULT_TEMPERATURE
 ) -> Array:
-  """Steps at 0, with the gradient of `sigmoid(noisy_logits / temperature)`; the noise is the caller's."""
+  """Steps at 0, with the gradient of `sigmoid(noisy_logits / temperature)`.
+
+  The caller adds the noise.
+  """
   noisy_logits, temperature = arguments.aligned(
     _as_logits(noisy_logits), _checked_temperature(temperature)
   )
+  # The function of the backward line in `straight_through_gate`.
   soft = jax.nn.sigmoid(noisy_logits / temperature)
-  # hard + 0: adding the hard-soft difference to soft instead would round away from 0 and 1.
+  # hard + 0: adding the difference of hard and soft to soft would round away from 0 and 1.
   return threshold_gate(noisy_logits) + (soft - jax.lax.stop_gradient(soft))
 
 
@@ -73,7 +80,12 @@ def binary_concrete(
   *,
   noise_scale: float | Array = 1.0,
 ) -> Array:
-  """Relaxed gates in (0, 1): `sigmoid((logit + noise) / temperature)`. P(gate > 1/2) = sigmoid(logit)."""
+  """Samples relaxed gates in (0, 1).
+
+      sigmoid((logit + noise) / temperature),   so P(gate > 1/2) = sigmoid(logit)
+
+  Arguments are as in `straight_through_gate`; the probability holds at noise scale 1.
+  """
   noisy, temperature = arguments.aligned(
     _add_logistic(key, logits, noise_scale), _checked_temperature(temperature)
   )
@@ -88,9 +100,11 @@ def hard_concrete(
   noise_scale: float | Array = 1.0,
   stretch: tuple[float, float] = HARD_CONCRETE_STRETCH,
 ) -> Array:
-  """Binary concrete stretched to `(low, high)` and clipped to [0, 1]: exact zeros and ones have mass.
+  """Samples binary concrete gates, stretched to `(low, high)` and clipped to [0, 1].
 
-  Reference: Louizos et al., 2018, section 2.2. See `hard_concrete_open_prob`, `hard_concrete_mean`.
+  Exact zeros and ones have mass. See `hard_concrete_open_prob`, `hard_concrete_mean`.
+
+  Reference: Louizos et al., 2018, section 2.2.
   """
   low, high = _check_stretch(stretch)
   return jnp.clip(
@@ -104,7 +118,9 @@ def hard_concrete_open_prob(
   *,
   stretch: tuple[float, float] = HARD_CONCRETE_STRETCH,
 ) -> Array:
-  """P(hard concrete gate > 0) = sigmoid(logit - temperature * log(-low / high)), the L0 term's probability.
+  """Computes P(hard concrete gate > 0), the probability in the L0 term.
+
+      sigmoid(logit - temperature * log(-low / high))
 
   >>> print(f"{hard_concrete_open_prob(0.0):.4f}")
   0.8318
@@ -118,7 +134,9 @@ def hard_concrete_location(
   *,
   stretch: tuple[float, float] = HARD_CONCRETE_STRETCH,
 ) -> Array:
-  """The logit (log alpha) of the hard concrete gate that is above 0 with probability `sigmoid(open_logits)`.
+  """Computes the logit (log alpha) of a hard concrete gate from its open log-odds.
+
+  The gate is above 0 with probability `sigmoid(open_logits)`.
 
   >>> print(f"{hard_concrete_open_prob(hard_concrete_location(0.0)):.4f}")
   0.5000
@@ -129,13 +147,20 @@ def hard_concrete_location(
 def hard_concrete_mean(
   logits: Array, *, stretch: tuple[float, float] = HARD_CONCRETE_STRETCH
 ) -> Array:
-  """The noise-free gate used in evaluation: `clip(low + (high - low) * sigmoid(logit), 0, 1)`."""
+  """Computes the noise-free gate that is used in evaluation.
+
+      clip(low + (high - low) * sigmoid(logit), 0, 1)
+
+  Here (low, high) is `stretch`.
+  """
   low, high = _check_stretch(stretch)
   return jnp.clip(low + (high - low) * jax.nn.sigmoid(_as_logits(logits)), 0, 1)
 
 
 def clipped_sigmoid(logits: Array, *, slope: float = 0.25) -> Array:
-  """Piecewise linear gate `clip(1/2 + slope * logit, 0, 1)`; slope 1/4 is the sigmoid's tangent at 0.
+  """Computes the piecewise linear gate `clip(1/2 + slope * logit, 0, 1)`.
+
+  Slope 1/4 is the sigmoid's tangent at 0.
 
   >>> clipped_sigmoid(jnp.array([-3.0, 0.0, 1.0, 3.0]))
   Array([0.  , 0.5 , 0.75, 1.  ], dtype=float32)
@@ -145,30 +170,33 @@ def clipped_sigmoid(logits: Array, *, slope: float = 0.25) -> Array:
 
 
 def threshold_gate(logits: Array) -> Array:
-  """The evaluation gate: 1 where the logit is above 0, else 0; no gradient, no key.
+  """Computes the evaluation gate: 1 where the logit is above 0, else 0; no gradient, no key.
 
   >>> threshold_gate(jnp.array([-1.0, 0.0, 2.0]))
   Array([0., 0., 1.], dtype=float32)
   """
   logits = _as_logits(logits)
+  # A step has no useful gradient: `straight_through` adds one.
   return jax.lax.stop_gradient((logits > 0).astype(logits.dtype))
 
 
 def _add_logistic(key: Array, logits: Array, noise_scale: float | Array) -> Array:
-  """logits + noise_scale * (log u - log(1 - u)), u kept off 0 and 1: one variable, the law of two Gumbels' difference.
+  """Returns logits + noise_scale * (log u - log(1 - u)), with u kept off 0 and 1.
 
-  Drawn and added in float32 at least: a bfloat16 u has 8 bits, so that nothing below P(open) = 0.8 % would ever open.
+  One variable suffices: its law is that of two Gumbels' difference. It is drawn and added in
+  float32 at least: a bfloat16 u has 8 bits, so nothing below P(open) = 0.8 % would ever open.
   """
   arguments.prng_key("key", key)
   logits = _as_logits(logits)
   noise_scale = arguments.parameter("noise_scale", noise_scale, "a finite number", np.isfinite)
+  # Rounded to the type of the logits only once the noise is in.
   wide, noise_scale = arguments.aligned(as_float(logits), noise_scale)
   noise = jax.random.logistic(key, wide.shape, wide.dtype)
   return (wide + noise_scale * noise).astype(logits.dtype)
 
 
 def _as_logits(logits: Array) -> Array:
-  """In their own floating-point type, or in float32."""
+  """Returns logits in their own floating-point type, or in float32."""
   arguments.real_array("logits", logits)
   logits = jnp.asarray(logits)
   return logits.astype(float_dtype(logits))
@@ -181,9 +209,14 @@ def _checked_temperature(temperature: float | Array) -> float | Array:
 def _moved(
   logits: Array, temperature: float | Array, stretch: tuple[float, float], sign: int
 ) -> Array:
-  """Logits moved by the distance between a gate that is above 1/2 and one that is above 0."""
+  """Moves logits between the gate that is above 1/2 and the one that is above 0.
+
+  The distance is temperature * log(-low / high); `sign` is the direction.
+  """
   low, high = _check_stretch(stretch)
   logits, temperature = arguments.aligned(_as_logits(logits), _checked_temperature(temperature))
+  # A stretched gate is above 0 where sigmoid(u / temperature) > -low / (high - low), that is, where
+  # u > temperature * log(-low / high).
   return logits + sign * temperature * math.log(-low / high)
 
 
@@ -192,7 +225,9 @@ def _check_stretch(stretch: tuple[float, float]) -> tuple[float, float]:
   is_pair = isinstance(stretch, (tuple, list)) and len(stretch) == 2
   if not is_pair or not all(isinstance(v, numbers.Real) for v in stretch):
     raise TypeError(f"stretch must be {rule}; got {shown(stretch)}")
+  # As Python's numbers, which take the type of the logits.
   low, high = map(float, stretch)
+  # Otherwise no mass would fall on 0, or on 1.
   if not (low < 0 and high > 1):
     raise ValueError(f"stretch must be {rule}; got {shown(stretch)}")
   return low, high

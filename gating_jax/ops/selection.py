@@ -1,10 +1,12 @@
-"""Which segments of a video run: fixed policies, and the repair of a gate's choice.
+"""Selection of a video's segments: fixed policies, and the repair of a gate's choice.
 
-Every choice is `[B, T]`, exactly 0.0 or 1.0, never a segment that is not valid, and does not depend on the other videos
-or on how long the padding is. A video without a valid segment has none chosen.
+Every choice is `[B, T]`, exactly 0.0 or 1.0, and never a segment that is not valid. It does not
+depend on the other videos or on the length of the padding. A video without a valid segment has none
+chosen.
 
 Axes: B videos, T segments; `valid` `[B, T]` is False in the padding of a shorter video.
-Reference: Hussein et al., 2020 (TimeGate); Korbar et al., 2019 (SCSampler, top k); Ghodrati et al., 2021 (FrameExit).
+Reference: Hussein et al., 2020 (TimeGate); Korbar et al., 2019 (SCSampler, top k); Ghodrati et al.,
+  2021 (FrameExit).
 """
 
 from __future__ import annotations
@@ -24,57 +26,65 @@ from gating_jax.types import Array
 
 
 def keep_best(gates: Array, logits: Array, valid: Array) -> Array:
-  """A gate's choice with padding closed and never nothing: where no valid gate is open, the most likely one opens.
+  """Closes padding, and opens the most likely segment where no valid gate is open.
 
-  The gradient is that of `gates` on valid segments; the repair changes the value alone.
+  The gradient is that of `gates` on valid segments; the repair changes only the value.
 
   Args:
     gates: `[B, T]`, 0/1 or relaxed; open above 0.
     logits: `[B, T]`; of equal ones the earliest is best, and NaN is worse than any number.
     valid: `[B, T]` bool.
   Returns:
-    `[B, T]`, dtype of `gates`; float32 of whole numbers and truth values.
+    `[B, T]`, dtype of `gates`; float32 for whole numbers and truth values.
 
-  >>> keep_best(jnp.zeros((1, 3)), jnp.array([[-2.0, -1.0, 5.0]]), jnp.array([[True, True, False]]))
+  >>> logits, valid = jnp.array([[-2.0, -1.0, 5.0]]), jnp.array([[True, True, False]])
+  >>> keep_best(jnp.zeros((1, 3)), logits, valid)
   Array([[0., 1., 0.]], dtype=float32)
   """
   gates, logits, valid = arguments.one_shape("[B, T]", gates=gates, logits=logits, valid=valid)
   gates = jnp.where(valid, gates.astype(float_dtype(gates)), 0)
   nothing = ~jnp.any(gates > 0, axis=1, keepdims=True)
+  # Added and not assigned: the gates' gradient stays, and `top_k` has none.
   return gates + jnp.where(nothing, top_k(logits, valid, 1), 0).astype(gates.dtype)
 
 
 def top_k(scores: Array, valid: Array, k: int | Array) -> Array:
-  """The k highest scores of each video; no gradient.
+  """Selects the k highest scores of each video; no gradient.
 
   Args:
-    scores: `[B, T]`; of equal ones the earlier are taken first. NaN ranks below every number, `-inf` too: it is chosen
-      only where nothing else is left.
+    scores: `[B, T]`; of equal ones the earlier are taken first. NaN ranks below every number, also
+      below `-inf`: it is chosen only if nothing else is left.
     valid: `[B, T]` bool.
-    k: segments per video, a number or `[B]`; all of a video that has no more than k.
+    k: segments per video, a number or `[B]`; a video with no more than k has all chosen.
 
   >>> top_k(jnp.array([[0.1, 0.9, 0.5, 2.0]]), jnp.array([[True, True, True, False]]), 2)
   Array([[0., 1., 1., 0.]], dtype=float32)
   """
   scores, valid = arguments.one_shape("[B, T]", scores=scores, valid=valid)
   valid = valid.astype(bool)
+  # Sorts by the last key first: valid segments before padding, then falling scores.
   order = jnp.lexsort((-jax.lax.stop_gradient(as_float(scores)), ~valid), axis=1)
+  # The inverse permutation of the order is each segment's rank.
   rank = jnp.argsort(order, axis=1).astype(jnp.int32)
   return (valid & (rank < _column(k, valid.shape[0]))).astype(jnp.float32)
 
 
 def uniform_k(valid: Array, k: int | Array) -> Array:
-  """k segments at the centres of k equal parts of each video's own valid length n: `floor((i + 1/2) n / k)`.
+  """Selects k segments at the centres of k equal parts of each video's valid length n.
+
+      floor((i + 1/2) n / k)
 
   >>> uniform_k(jnp.array([[True] * 8, [True] * 3 + [False] * 5]), 2)
   Array([[0., 0., 1., 0., 0., 0., 1., 0.],
          [1., 0., 1., 0., 0., 0., 0., 0.]], dtype=float32)
   """
   valid = _checked_valid(valid)
+  # At least 1, since it divides; a video without a valid segment has none chosen below.
   length = jnp.maximum(jnp.sum(valid, axis=1, keepdims=True, dtype=jnp.int32), 1)
   k = jnp.minimum(_column(k, valid.shape[0]), length)
   place = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
-  # (i + 1/2) n / k < x for ceil(k x / n - 1/2) whole numbers i >= 0; a segment is chosen where that number grows.
+  # (i + 1/2) n / k < x for ceil(k x / n - 1/2) whole numbers i >= 0; a segment is chosen where
+  # that number grows.
   centres_before = lambda x: -((length - 2 * k * x) // (2 * length))
   return (valid & (centres_before(place + 1) > centres_before(place))).astype(jnp.float32)
 
@@ -82,16 +92,20 @@ def uniform_k(valid: Array, k: int | Array) -> Array:
 def random_k(
   key: Array, valid: Array, k: int | Array, *, axis_name: Hashable | None = None
 ) -> Array:
-  """k different segments of each video, every set of k equally likely; the draw belongs to the video's place in the
-  whole batch, however that is spread over the devices of `axis_name`."""
+  """Selects k different segments of each video, every set of k equally likely.
+
+  The draw depends on the video's place in the whole batch, not on how the batch is spread over the
+  devices of `axis_name`.
+  """
   arguments.prng_key("key", key)
   batch, segments = _checked_valid(valid).shape
   draw = lambda key: jax.random.uniform(key, (segments,), jnp.float32)
+  # The k largest of independent uniform numbers are a uniform random set.
   return top_k(jax.vmap(draw)(example_keys(key, batch, axis_name)), valid, k)
 
 
 def first_k(valid: Array, k: int | Array) -> Array:
-  """The first k segments in the `frame_exit_order` of each video's own valid length.
+  """Selects the first k segments in the `frame_exit_order` of each video's valid length.
 
   >>> first_k(jnp.array([[True] * 5, [True] * 3 + [False] * 2]), 2)
   Array([[1., 0., 1., 0., 0.],
@@ -99,7 +113,8 @@ def first_k(valid: Array, k: int | Array) -> Array:
   """
   valid = _checked_valid(valid)
   segments = _known_segments(valid)
-  ranks = np.zeros((segments + 1, segments), np.float32)  # of each place, by length
+  # The rank of each place, for every length: lengths are traced, so all are tabulated.
+  ranks = np.zeros((segments + 1, segments), np.float32)
   for length in range(1, segments + 1):
     ranks[length, frame_exit_order(length)] = np.arange(length)
   place = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
@@ -107,25 +122,34 @@ def first_k(valid: Array, k: int | Array) -> Array:
 
 
 def k_for(valid: Array, share: float) -> Array:
-  """How many segments per video a budget buys: `ceil(share * n)` of its n valid ones, at least 1.
+  """Computes the number of segments per video that a budget allows.
+
+  It is `ceil(share * n)` of the n valid ones, at least 1.
 
   Args:
     valid: `[B, T]` bool.
-    share: of the valid segments, in (0, 1] if a float; a number of segments if an int.
+    share: a fraction of the valid segments, in (0, 1], if a float; a number of segments if an int.
   Returns:
     `[B]` int32, at most n.
+  Raises:
+    ValueError: `share` is out of range, or T is not known yet, as in `jax.export`.
+    TypeError: `share` is no number.
 
-  >>> k_for(jnp.array([[True] * 5, [True] * 2 + [False] * 3]), 0.3), k_for(jnp.ones((1, 5), bool), 3)
-  (Array([2, 1], dtype=int32), Array([3], dtype=int32))
+  >>> k_for(jnp.array([[True] * 5, [True] * 2 + [False] * 3]), 0.3)
+  Array([2, 1], dtype=int32)
+  >>> k_for(jnp.ones((1, 5), bool), 3)
+  Array([3], dtype=int32)
   """
   if isinstance(share, bool) or not isinstance(share, numbers.Real):
     raise TypeError(f"share must be in (0, 1], or an int number of segments; got {shown(share)}")
   valid = _checked_valid(valid)
+  # A table for every length, made on the host in float64.
   lengths = np.arange(_known_segments(valid) + 1)
   if isinstance(share, numbers.Integral):
     counts = np.full(len(lengths), _checked(share))
   elif 0 < share <= 1:
-    counts = np.ceil(np.round(share * lengths, 9))  # 0.07 * 100 is a little above 7
+    # In floating point 0.07 * 100 is slightly above 7, and would round up to 8.
+    counts = np.ceil(np.round(share * lengths, 9))
   else:
     raise ValueError(f"share must be in (0, 1], or an int number of segments; got {share}")
   return jnp.asarray(np.clip(counts, 1, np.maximum(lengths, 1)) * (lengths > 0), jnp.int32)[
@@ -134,7 +158,9 @@ def k_for(valid: Array, share: float) -> Array:
 
 
 def frame_exit_order(segments: int) -> np.ndarray:
-  """A fixed order from coarse to fine: the middle, the ends, then the middles of what is left between, breadth first.
+  """Returns a fixed order of segments from coarse to fine.
+
+  The middle comes first, then the ends, then the middles of the gaps between, breadth first.
 
   Returns:
     `[segments]` int32, each of `0 .. segments - 1` once, on the host.
@@ -143,8 +169,10 @@ def frame_exit_order(segments: int) -> np.ndarray:
   array([4, 0, 8, 2, 6, 1, 3, 5, 7], dtype=int32)
   """
   last, middle = _checked(segments, "segments") - 1, segments // 2
+  # Of one or two segments, some of these are the same.
   order = list(dict.fromkeys((middle, 0, last)))
   gaps = [(0, middle), (middle, last)]
+  # The list grows while it is read: a queue, hence breadth first.
   for low, high in gaps:
     if high - low > 1:
       centre = (low + high) // 2
@@ -154,7 +182,7 @@ def frame_exit_order(segments: int) -> np.ndarray:
 
 
 def _column(k: int | Array, videos: int) -> Array:
-  """`[B, 1]`, or `[1, 1]` of one number for all."""
+  """Returns k as `[B, 1]`, or as `[1, 1]` if it is one number for all videos."""
   if isinstance(k, numbers.Real):
     _checked(k)
   arguments.real_array("k", k)
@@ -174,7 +202,10 @@ def _checked_valid(valid: Array) -> Array:
 
 
 def _known_segments(valid: Array) -> int:
-  """T, of which a table is made; it cannot be a size that is not known yet, as in `jax.export`."""
+  """Returns T, from which a table is made.
+
+  It cannot be a size that is not known yet, as in `jax.export`.
+  """
   segments = valid.shape[1]
   if not isinstance(segments, int):
     raise ValueError(f"valid must have a number of segments that is known; got shape {valid.shape}")
