@@ -1,14 +1,14 @@
 """HAT: hard attention to the task, a learnt mask over channels for every task.
 
-    a^t = sigmoid(s e^t)                                                                     mask, e^t an embedding
-    s   = 1/s_max + (s_max - 1/s_max) b,  b from 0 to 1 over the steps of an epoch; s_max in evaluation
-    a^{<=t} = max(a^{<=t-1}, a^t),  at s_max                                                 what tasks so far use
-    L   = cross-entropy + c sum a^t (1 - a^{<t}) / sum (1 - a^{<t})                          over all units
+    a^t = sigmoid(s e^t)                                              mask, e^t an embedding
+    s   = 1/s_max + (s_max - 1/s_max) b                               b from 0 to 1 over an epoch
+    a^{<=t} = max(a^{<=t-1}, a^t),  at s_max                          used by the tasks so far
+    L   = cross-entropy + c sum a^t (1 - a^{<t}) / sum (1 - a^{<t})   over all units
     update of a weight between i and j: times 1 - min(a^{<t}_j, a^{<t}_i)
-    gradient of e: times (s_max / s) (cosh(s e) + 1) / (cosh(e) + 1)                         undoes the slope
+    gradient of e: times (s_max / s) (cosh(s e) + 1) / (cosh(e) + 1)  undoes the slope
 
-Convolutions are shared; BatchNorm and head every task has for itself. The running statistics of training are over all
-s, so they are taken anew at s_max when a task ends.
+In evaluation s is s_max. Convolutions are shared; each task has its own BatchNorm and head. The
+running statistics of training are over all s, so they are computed again at s_max when a task ends.
 
 Axes: N examples, T tasks, C classes of a task, U gated units of the network.
 Reference: Serra et al., "Overcoming catastrophic forgetting with hard attention to the task", 2018.
@@ -45,30 +45,34 @@ from gating_jax.models.summary import ModelCounts
 from gating_jax.types import Array, Records
 
 EMBEDDING_LIMIT = 6.0
-EXPONENT_LIMIT = 50.0  # of the compensation's cosh, as in the authors' code
-_SETTLING_BATCHES = 50  # 0.9^50 = 0.5 % is left of the statistics before
+# Limit of the compensation's cosh, as in the authors' code.
+EXPONENT_LIMIT = 50.0
+# 0.9^50 = 0.5 % of the old statistics is left.
+_SETTLING_BATCHES = 50
 Tree = Any
 
 
 def hat(
   model: nn.Module, problem: Problem, counts: ModelCounts, *, steepness: float, sparsity: float
 ) -> Method:
-  """The method.
+  """Makes the method.
 
   Args:
-    model: from images to `([N, F] features, records)`, its gates the sigmoids of parameters, its records naming their
-      writers, and the readers whose inputs are those channels alone.
-    problem: what it learns.
+    model: maps images to `([N, F] features, records)`. Its gates are sigmoids of parameters; its
+      records name their writers, and the readers whose inputs are those channels alone.
+    problem: the learning problem.
     counts: of the model.
-    steepness: s_max.
-    sparsity: c.
+    steepness: s_max, >= 1.
+    sparsity: c, >= 0.
+  Raises:
+    ValueError: a setting breaks its rule.
   """
   check(steepness, sparsity)
   return _Hat(shared_net.SharedNet(model, problem), counts, steepness, sparsity).method()
 
 
 def check(steepness: float, sparsity: float) -> None:
-  """Raises ValueError for settings that cannot be."""
+  """Raises ValueError unless `steepness` >= 1 and `sparsity` >= 0."""
   if not steepness >= 1:
     raise ValueError(f"steepness must be >= 1; got {steepness}")
   if not sparsity >= 0:
@@ -76,7 +80,11 @@ def check(steepness: float, sparsity: float) -> None:
 
 
 def slope(place: Array, steepness: float) -> Array:
-  """s at a place in an epoch, from 1/s_max at its first step to s_max at its last.
+  """Computes s, from 1/s_max at the first step of an epoch to s_max at the last.
+
+  Args:
+    place: position in the epoch, in [0, 1].
+    steepness: s_max.
 
   >>> [float(slope(place, 4.0)) for place in (0.0, 0.5, 1.0)]
   [0.25, 2.125, 4.0]
@@ -85,7 +93,9 @@ def slope(place: Array, steepness: float) -> Array:
 
 
 def compensation(e: Array, s: Array, steepness: float) -> Array:
-  """`(s_max / s) (cosh(s e) + 1) / (cosh(e) + 1)`, elementwise, `s e` clipped at 50: what the gradient of e is times.
+  """Computes the factor on the gradient of e, elementwise.
+
+      (s_max / s) (cosh(s e) + 1) / (cosh(e) + 1),   s e clipped at 50
 
   >>> print(compensation(0.0, 2.0, 400.0))
   200.0
@@ -95,23 +105,28 @@ def compensation(e: Array, s: Array, steepness: float) -> Array:
 
 
 def regulariser(masks: Array, used: Array) -> Array:
-  """`sum a (1 - a^{<t}) / sum (1 - a^{<t})` of `[U]` masks: the share that a task takes of what is left.
+  """Computes `sum a (1 - a^{<t}) / sum (1 - a^{<t})` of `[U]` masks.
+
+  This is the fraction that a task takes of the units left.
 
   >>> print(regulariser(jnp.array([1.0, 0.5, 0.0]), jnp.array([1.0, 0.0, 0.0])))
   0.25
   """
   left = 1 - used
+  # Without any unit left the numerator is 0, and so is the result.
   return jnp.sum(masks * left) / jnp.maximum(jnp.sum(left), jnp.finfo(left.dtype).tiny)
 
 
 def plasticity(shared: Tree, records: Records, used: Array, started: Array) -> Tree:
-  """How far each shared parameter may move: `1 - min(a_out, a_in)`, in shapes that broadcast over it.
+  """Computes how far each shared parameter may move, `1 - min(a_out, a_in)`.
 
   Args:
     shared: parameters of convolutions.
     records: the gates' writers and readers.
     used: `[U]`, a^{<t}.
-    started: 1 where there is a task before, else 0: so much do tasks use what no mask switches.
+    started: 1 after the first task, else 0: the use of parameters that no mask switches.
+  Returns:
+    a tree of factors that broadcast over the parameters.
   """
   out, into = {}, {}
   for record, units in zip(records, by_record(used, records), strict=True):
@@ -121,7 +136,9 @@ def plasticity(shared: Tree, records: Records, used: Array, started: Array) -> T
   def free(path, leaf):
     a_out = out.get(path[:-1], started)
     if path[-1] == "kernel":
+      # Inputs that no mask switches are in full use.
       a_in = into.get(path[:-1], jnp.ones(()))
+      # The last two axes of a kernel are its inputs and outputs.
       return 1 - jnp.minimum(a_out, a_in[..., None])
     return 1 - a_out
 
@@ -130,7 +147,12 @@ def plasticity(shared: Tree, records: Records, used: Array, started: Array) -> T
 
 
 def of_embeddings(change: Callable[..., Array], tree: Tree, *others: Tree) -> Tree:
-  """`tree` with `change` made to each embedding, and to the arrays of the same place in `others`."""
+  """Changes the embeddings of a tree, and nothing else.
+
+  Args:
+    change: of an embedding and of the arrays at the same path in `others`.
+    tree, others: trees with the same paths.
+  """
   flat, *others = (traverse_util.flatten_dict(t) for t in (tree, *others))
   return traverse_util.unflatten_dict(
     {
@@ -141,36 +163,37 @@ def of_embeddings(change: Callable[..., Array], tree: Tree, *others: Tree) -> Tr
 
 
 def drawn(params: Tree, key: Array) -> Tree:
-  """Parameters with embeddings that are standard normal."""
+  """Draws embeddings from a standard normal distribution."""
   keys = iter(jax.random.split(key, len(jax.tree.leaves(params))))
   return of_embeddings(lambda e: jax.random.normal(next(keys), e.shape), params)
 
 
 def compensated(grads: Tree, params: Tree, s: Array, steepness: float) -> Tree:
-  """Gradients with those of embeddings freed of the slope."""
+  """Multiplies the gradients of embeddings by `compensation`, which undoes the slope."""
   return of_embeddings(lambda grad, e: grad * compensation(e, s, steepness), grads, params)
 
 
 def limited(updates: Tree, params: Tree) -> Tree:
-  """Updates that leave every embedding within its limits."""
+  """Changes updates to keep every embedding within its limits."""
   return of_embeddings(
     lambda u, e: jnp.clip(e + u, -EMBEDDING_LIMIT, EMBEDDING_LIMIT) - e, updates, params
   )
 
 
 def embeddings(params: Tree, records: Records) -> Array:
-  """`[U]`, a task's."""
+  """Returns the `[U]` embeddings of a task."""
   flat = traverse_util.flatten_dict(params)
+  # One gate module may decide for several records; its embeddings count once.
   return jnp.concatenate([flat[*gate, "logits"] for gate in dict.fromkeys(r.gate for r in records)])
 
 
 def at_slope(params: Tree, s: Array | float) -> Tree:
-  """Parameters of which the network makes the masks `sigmoid(s e)`."""
+  """Multiplies the embeddings by s: the network then makes the masks `sigmoid(s e)`."""
   return of_embeddings(lambda e: s * e, params)
 
 
 def masks(records: Records) -> Array:
-  """`[U]`; they are the same for all examples."""
+  """Returns the `[U]` masks, which are the same for all examples."""
   return jnp.concatenate([r.gates[0] for r in records])
 
 
@@ -178,7 +201,8 @@ def masks(records: Records) -> Array:
 class _Hat:
   """The functions of the method, over the parameters and statistics of `SharedNet`.
 
-  Memory: `own`, every task's embeddings, BatchNorm and head, `[T, ...]`; `used` `[U]`, the cumulative mask.
+  Memory: `own`, every task's embeddings, BatchNorm and head, `[T, ...]`; `used` `[U]`, the
+  cumulative mask.
   """
 
   net: shared_net.SharedNet
@@ -223,7 +247,7 @@ class _Hat:
     return compensated(grads, learner.params, s, self.steepness)
 
   def update(self, updates: Tree, grads: Tree, learner: Learner) -> tuple[Tree, Tree]:
-    # Not the gradient: momentum of the steps before, and weight decay, would move what it no longer moves.
+    # The update, not the gradient: momentum and weight decay would still move used weights.
     free = plasticity(
       updates["shared"], self.net.shapes[0], learner.memory["used"], jnp.float32(learner.task > 0)
     )
@@ -234,10 +258,12 @@ class _Hat:
     fresh_key, settle_key = jax.random.split(key)
     batch_stats = self._settled(learner, data.pixels, settle_key)
     own = {"params": learner.params["own"], "batch_stats": batch_stats["own"]}
+    # At s_max, as in evaluation.
     masks = jax.jit(self._masks_at_rest)(learner.params, batch_stats)
     fresh, fresh_stats = self._fresh(fresh_key)
     memory = {
       "own": shared_net.put(learner.memory["own"], int(learner.task), own),
+      # a^{<=t} = max(a^{<=t-1}, a^t)
       "used": jnp.maximum(learner.memory["used"], masks),
     }
     return learner.replace(
@@ -248,6 +274,7 @@ class _Hat:
 
   def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
     own = jax.tree.map(lambda tree: tree[:seen], learner.memory["own"])
+    # Embeddings are kept without the slope, which belongs to the pass.
     own["params"] = at_slope(own["params"], self.steepness)
     stream = self.net.side_by_side(learner.params, learner.batch_stats, own, x)
     macs = shared_net.macs(stream, self.counts, self.net.problem.classes)
@@ -260,6 +287,7 @@ class _Hat:
       jax.vmap(lambda own: embeddings(own["net"], records))(learner.memory["own"]["params"]) > 0
     )
     return Holdings(
+      # All tasks learnt are in `own`; the part for the next one does not count.
       tree_size((learner.params["shared"], own)),
       tree_megabytes(learner.memory["used"]),
       dict(zip(map(layer_name, records), map(np.asarray, by_record(masks, records)), strict=True)),
@@ -274,7 +302,8 @@ class _Hat:
     return masks(self.net.apply(at_slope(params, self.steepness), batch_stats, x).records)
 
   def _settled(self, learner: Learner, pixels: Array, key: Array) -> Tree:
-    """The running statistics at s_max."""
+    """Computes the running statistics at s_max."""
+    # Outside of the mapped step there is no device axis.
     net = dataclasses.replace(self.net, model=self.net.model.clone(axis_name=None))
     params, size = (
       at_slope(learner.params, self.steepness),
@@ -286,6 +315,7 @@ class _Hat:
       return net.apply(params, batch_stats, net.problem.normalise(pixels), train=True).batch_stats
 
     batch_stats = learner.batch_stats
+    # Batches of one size: one program.
     for places in np.asarray(jax.random.choice(key, len(pixels), (_SETTLING_BATCHES, size))):
       batch_stats = step(batch_stats, np.asarray(pixels)[places])
     return batch_stats

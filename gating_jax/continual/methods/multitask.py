@@ -1,12 +1,15 @@
-"""Joint multi-task learning: all tasks at once on shared convolutions, with more or less that each task has for itself.
+"""Joint multi-task learning: all tasks at once on shared convolutions.
 
-    L = sum_t [ cross-entropy of task t's head on its images + lambda_s (share of its gates that are open) ]
+    L = sum_t [ cross-entropy of task t's head on its images
+                + lambda_s (fraction of its gates that are open) ]
 
-`multitask_trunk`: only a head. `multitask_norms`: BatchNorm as well. `multitask_gates`: gate networks too. What a task
-has for itself gets the gradient it would get alone; what tasks do to each other, they do in what they share. Only where
-the gradient's norm is clipped, a bound over all tasks, do they slow each other's own parts as well.
+With `multitask_trunk` each task has its own head; with `multitask_norms` its own BatchNorm too;
+with `multitask_gates` its own gate networks too. A task's own parts get the gradient that they
+would get alone; tasks affect each other through what they share. Only where the gradient's norm is
+clipped, by one bound for all tasks, do they slow each other's own parts too.
 
-Axes: B examples of each task, N or M examples, T tasks, C classes of a task, U gated units of the network.
+Axes: B examples of each task, N or M examples, T tasks, C classes of a task, U gated units of the
+network.
 Reference: Caruana, "Multitask learning", 1997; Abati et al., 2020 (the gates).
 """
 
@@ -47,33 +50,44 @@ Tree = Any
 def multitask_gates(
   model: nn.Module, problem: Problem, counts: ModelCounts, settings: TaskGatesSettings
 ) -> Method:
-  """Every task has gate networks, BatchNorm and a head for itself.
+  """Makes the method in which each task has its own gate networks, BatchNorm and head.
 
   Args:
-    model: from images to `([N, F] features, records)`, its records naming their writers.
-    problem: what it learns.
+    model: maps images to `([N, F] features, records)`, its records with writers.
+    problem: the learning problem.
     counts: of the model.
-    settings: of which `sparsity`, `patience` and `threshold` are read: there is nothing to protect
-      from later tasks.
+    settings: only `sparsity`, `patience` and `threshold` are read; there are no later tasks to
+      protect from.
   """
   return _Multitask(shared_net.SharedNet(model, problem), counts, settings).method()
 
 
 def multitask_norms(model: nn.Module, problem: Problem, counts: ModelCounts) -> Method:
-  """Every task has BatchNorm and a head for itself; the model is ungated."""
+  """Makes the method in which each task has its own BatchNorm and head; no gates.
+
+  Args:
+    model: maps images to `([N, F] features, records)`, ungated.
+    problem: the learning problem.
+    counts: of the model.
+  """
   return _Multitask(shared_net.SharedNet(model, problem), counts).method()
 
 
 def multitask_trunk(network: Network) -> Method:
-  """Every task has a head for itself, its columns of the network's outputs; all else is shared."""
+  """Makes the method in which each task has its own head, and all else is shared.
+
+  A head is a task's columns of the network's outputs.
+  """
   classes, tasks = network.problem.classes, network.problem.tasks
 
   def loss(params, learner, batch):
     mean, aux = network.loss(params, learner, batch)
+    # The loss is a sum over tasks; `mean` is over the images of all of them, B of each.
     return tasks * mean, aux
 
   def predict(learner, x, task, seen):
     heads = network.logits(learner.params, learner.batch_stats, x).reshape(-1, tasks, classes)
+    # Log-probabilities within each head: only these can be compared between heads.
     return network.prediction(jax.nn.log_softmax(heads).reshape(-1, tasks * classes), task, seen)
 
   return Method(
@@ -86,7 +100,7 @@ def multitask_trunk(network: Network) -> Method:
 
 
 def by_task(batch: Array, tasks: int) -> Array:
-  """`[B T, ...]`, in which tasks follow each other example by example, to `[T, B, ...]`.
+  """Separates a batch `[B T, ...]` of alternating tasks into `[T, B, ...]`.
 
   >>> by_task(jnp.array([0, 10, 1, 11, 2, 12]), 2)
   Array([[ 0,  1,  2],
@@ -97,9 +111,9 @@ def by_task(batch: Array, tasks: int) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Multitask:
-  """The functions of the method, over the parameters and statistics of `SharedNet`, those of the own part `[T, ...]`.
+  """The functions of the method, over the parameters and statistics of `SharedNet`.
 
-  Memory, where the model is gated: `relevant` `[T, U]`.
+  Own parts are `[T, ...]`. Memory, where the model is gated: `relevant` `[T, U]`.
   """
 
   net: shared_net.SharedNet
@@ -123,6 +137,7 @@ class _Multitask:
 
   def init(self, key: Array) -> Start:
     params, batch_stats = jax.lax.map(self.net.fresh, jax.random.split(key, self.problem.tasks))
+    # Own parts for every task, from a key each; of the shared parts only the first.
     of_first = lambda tree: {**tree, "shared": jax.tree.map(lambda x: x[0], tree["shared"])}
     shape = (self.problem.tasks, self.counts.gates)
     return Start(
@@ -140,17 +155,20 @@ class _Multitask:
         {**learner.batch_stats, "own": own_stats},
         x,
         train=True,
+        # Noise of its own for every task.
         rngs={GATE_RNG: jax.random.fold_in(batch.key, task)},
       )
       terms = shared_net.head_terms(stream.logits, labels, task, self.problem)
       if not self.settings:
         return terms["cross_entropy"], terms, stream.batch_stats["own"]
+      # Nothing is protected, so all units are available to every task.
       terms["sparsity"] = units.open_share(stream.records, np.ones(self.counts.gates, bool))
       terms[CLOSED] = closed_share(stream.records, axis_name=self.problem.axis_name)
       total = terms["cross_entropy"] + self.settings.price(batch.epoch) * terms["sparsity"]
       return total, terms, stream.batch_stats["own"]
 
     tasks = self.problem.tasks
+    # All tasks have the same shapes: vmap runs them as one.
     totals, terms, own_stats = jax.vmap(of_task)(
       jnp.arange(tasks),
       params["own"],
@@ -158,6 +176,7 @@ class _Multitask:
       by_task(batch.x, tasks),
       by_task(batch.labels, tasks),
     )
+    # L is a sum, so that a task's own parts get the gradient that they would get alone.
     return jnp.sum(totals), (
       jax.tree.map(jnp.mean, terms),
       {**learner.batch_stats, "own": own_stats},
@@ -166,12 +185,14 @@ class _Multitask:
   def end_task(self, learner: Learner, data: TaskData, key: Array) -> Learner:
     if not self.settings:
       return learner
-    gates = self.problem.in_batches(  # [M, T, U]
+    # `[M, T, U]`: gates of all tasks for each image.
+    gates = self.problem.in_batches(
       lambda learner, x: jnp.moveaxis(units.joined(self._streams(learner, x).records), 0, 1),
       learner,
       data.validation_pixels,
     )
     of_task = np.asarray(data.validation_labels) // self.problem.classes
+    # A task's gates are measured on its own validation images.
     rates = [
       gates[of_task == t, t].mean(axis=0, dtype=np.float64) for t in range(self.problem.tasks)
     ]

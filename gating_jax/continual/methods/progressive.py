@@ -1,9 +1,9 @@
-"""Progressive networks: a column for every task, which looks at the older ones; these are frozen for good.
+"""Progressive networks: one column per task, connected to the frozen earlier columns.
 
-    h_i = f(W h_{i-1} + U ReLU(V [alpha_j h_{i-1}^j]_j)),   j over the columns before; which layers: models/columns.py
+    h_i = f(W h_{i-1} + U ReLU(V [alpha_j h_{i-1}^j]_j)),   j over the columns before
 
-Nothing is forgotten, and nothing tells which task an image is of: when that is unknown, the class with the highest
-probability of all heads is taken.
+`models/columns.py` says which layers are connected. Nothing is forgotten, and there is no task
+inference: with the task unknown, the class with the highest probability of all heads is taken.
 
 Axes: N examples, T tasks, C classes of a task, J = T - 1 columns before the last.
 Reference: Rusu et al., "Progressive neural networks", 2016.
@@ -40,13 +40,13 @@ Tree = Any
 
 
 def progressive(column: Column, problem: Problem) -> Method:
-  """The method, of as many such columns as there are tasks."""
+  """Makes the method, with one such column per task."""
   return _Progressive(column, problem).method()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Progressive:
-  """The functions of the method, over the parameters and statistics of the column that is being trained.
+  """The functions of the method, over parameters and statistics of the column being trained.
 
   Memory: `{"params", "batch_stats"}` of every task's column, `[T, ...]`.
   """
@@ -71,7 +71,9 @@ class _Progressive:
     def fill(j, before):
       return self._put(before, j, self._run(learner.memory, j, batch.x, before)[1])
 
+    # There are at most J = T - 1 columns before, also when `task` is T.
     before = lax.fori_loop(0, jnp.minimum(learner.task, self.problem.tasks - 1), fill, before)
+    # Earlier columns are in evaluation and get no gradient; only the last one trains.
     (logits, _), new = self.column.apply(
       {"params": params, "batch_stats": learner.batch_stats},
       batch.x,
@@ -93,17 +95,23 @@ class _Progressive:
       logits, outputs = self._run(learner.memory, j, x, before)
       return self._put(before, j, outputs), logits
 
+    # Column by column: each needs the outputs of those before it.
     _, logits = lax.scan(one, self._none(len(x)), jnp.arange(seen))
     macs = [column_macs(self.column, self.problem.shape, j) for j in range(seen)]
     layers, heads = (np.array(column, np.float32) for column in zip(*macs, strict=True))
+    # Columns are ungated: every image costs the same.
     every = lambda total: jnp.broadcast_to(total, logits.shape[:-1])
+    # Column j needs the layers of all columns up to it, and its own head.
     aware = every((np.cumsum(layers) + heads)[:, None])
     return shared_net.prediction(
       self.problem, logits, task, aware, every(layers.sum() + heads.sum())[0]
     )
 
   def holdings(self, learner: Learner) -> Holdings:
-    """Adapters are made with a place for every other column; of column j the j that are used are counted."""
+    """Counts the parameters of the columns learnt.
+
+    Every column has adapters for all other columns; of column j only the j that are used count.
+    """
     learnt, places = int(learner.task), max(1, self.problem.tasks - 1)
     adapters = sum(
       leaf.size
@@ -120,7 +128,10 @@ class _Progressive:
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
   def _none(self, examples: int) -> tuple[Array, ...]:
-    """What a column sees before which there is none; at least one place, of zeros, where there is one task."""
+    """Returns the earlier outputs that the first column sees: zeros.
+
+    There is at least one place, where there is one task.
+    """
     places = max(1, self.problem.tasks - 1)
     return tuple(
       jnp.zeros((places, examples, *shape), self.column.dtype)
@@ -130,11 +141,15 @@ class _Progressive:
   def _run(
     self, columns: Tree, j: Array, x: Array, before: tuple[Array, ...]
   ) -> tuple[Array, tuple[Array, ...]]:
-    """Logits and layers of column j in evaluation; `before` is zeros for columns from j on."""
+    """Computes logits and layer outputs of column j in evaluation.
+
+    `before` has zeros for columns from j on.
+    """
     return self.column.apply(jax.tree.map(lambda tree: tree[j], columns), x, before)
 
   def _put(
     self, before: tuple[Array, ...], j: Array, outputs: tuple[Array, ...]
   ) -> tuple[Array, ...]:
-    """`before` with these of column j; those of the last column, which none comes after, are in nobody's way."""
+    """Puts the outputs of column j into `before`; those of the last column are never read."""
+    # There is no place for the last column: its outputs are dropped.
     return tuple(b.at[j].set(o, mode="drop") for b, o in zip(before, outputs, strict=True))

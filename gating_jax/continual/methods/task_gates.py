@@ -1,15 +1,18 @@
-"""Task-gated networks: one gate network per task chooses filters, and those that a task needs never change again.
+"""Task-gated networks: gate networks per task choose filters, which are then frozen.
 
-The convolutions are shared. All else (gate networks, BatchNorm, head) every task has for itself. After a task:
+The convolutions are shared. Each task has its own gate networks, BatchNorm and head. After a task:
 
-1. A unit is relevant if its gate opened often enough on the task's validation images. The gates of the others are shut
-   for good, so that no test image of the task can ever open a filter that is no longer the task's.
-2. The filters of relevant units are frozen, by masking their updates; all other filters begin anew.
+1. A unit is relevant if its gate opens often enough on the task's validation images. The gates of
+the other units are closed permanently, so that no test image of the task can open a filter that no
+longer belongs to the task.
+2. The filters of relevant units are frozen, by masking their updates; all other filters are
+initialised again.
 
 Then the task's logits are the same, bit for bit, whatever is learnt later.
 
 Axes: N examples, T tasks, C classes of a task, F features, U gated units of the network.
-Reference: Abati et al., "Conditional channel gated networks for task-aware continual learning", CVPR 2020.
+Reference: Abati et al., "Conditional channel gated networks for task-aware continual learning",
+CVPR 2020.
 """
 
 from __future__ import annotations
@@ -53,13 +56,13 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class TaskGatesSettings(units.ProtectionSettings):
-  """How tasks are gated and protected: patience in epochs, relevance on validation images.
+  """Settings for gating and protection: patience in epochs, relevance on validation images.
 
   Attributes:
-    when_full: what happens where a layer has no free unit for the next task: `error`; `reuse` of the old ones alone; or
-      `grow`, by the share `growth` of its first width.
-    growth: see `allocated`; what a layer has not grown to yet is shut. What no gate switches, the stem of a residual
-      net, has its last width from the start.
+    when_full: what happens if a layer has no free unit for the next task: `error`; `reuse`, the old
+      units alone; `grow`, by the fraction `growth` of its first width.
+    growth: see `allocated`, >= 0. Units that a layer has not grown to yet are closed. Convolutions
+      without gates, as the stem of a residual network, have their last width from the start.
     own_norms: BatchNorm for every task, the third protection.
   """
 
@@ -74,12 +77,12 @@ class TaskGatesSettings(units.ProtectionSettings):
       raise ValueError(f"growth must be >= 0; got {self.growth}")
 
   def allocated(self, tasks: int) -> float:
-    """How many times as wide as it begins the network must be made."""
+    """Returns the factor on the initial width that the network must be made with."""
     return 1 + self.growth * (tasks - 1) if self.when_full == "grow" else 1.0
 
 
 class FullLayerError(ValueError):
-  """A layer has no unit left for the next task; the message names it and the settings that help."""
+  """A layer without a free unit for the next task; the message names settings that help."""
 
 
 def task_gates(
@@ -92,22 +95,22 @@ def task_gates(
   network: Network | None = None,
   distillation: float = 0.0,
 ) -> Method:
-  """The method.
+  """Makes the method.
 
   Args:
-    model: from images to `([N, F] features, records)`, its records naming their writers.
-    problem: what it learns.
+    model: maps images to `([N, F] features, records)`, its records with writers.
+    problem: the learning problem.
     counts: of the model, as wide as it may grow.
-    settings: see there.
-    rehearsal: of the classifier of tasks, for when the task is unknown; None for none: then the class with the highest
-      probability of all heads is taken.
-    router_settings: of that classifier.
-    network: of all classes, to be the classifier of tasks in place of one of all streams' features; see
-      `task_classifiers.OfNetwork`. It is trained beside the streams, under one bound on the gradient's norm.
-    distillation: w, how much such a network teaches the stream of the task being learnt.
+    settings: of gates and protection.
+    rehearsal: memory for the task classifier, for task inference. With None there is no classifier,
+      and the class with the highest probability of all heads is taken.
+    router_settings: of a classifier on the features of all streams.
+    network: of all classes, to be the task classifier instead; see `task_inference.OfNetwork`. It
+      is trained together with the streams, under one bound on the gradient's norm.
+    distillation: w, the weight with which such a network teaches the current task's stream, >= 0.
   Raises:
-    ValueError: a network without rehearsal, rehearsal without a network or `router_settings`, or a negative
-      `distillation`.
+    ValueError: a network without rehearsal, rehearsal without a network or `router_settings`, or a
+      negative `distillation`.
   """
   if not distillation >= 0:
     raise ValueError(f"distillation must be >= 0; got {distillation}")
@@ -139,11 +142,12 @@ def task_gates(
 
 @dataclasses.dataclass(frozen=True)
 class _TaskGates:
-  """The functions of the method, over parameters `{"shared", "own"}` and statistics of the same two parts.
+  """The functions of the method, over parameters and statistics `{"shared", "own"}`.
 
-  Memory: `available` `[U]`, the units that may be used; `own`, every task's parameters and statistics, `[T, ...]`;
-  `frozen`, for each shared parameter, whether it is, as a whole or by its last axis; `relevant` `[T, U]`. With a
-  classifier of tasks there are its parameters and statistics, `router`, and a memory `rehearsal` as well.
+  Memory: `available` `[U]`, the units that may be used; `own`, every task's parameters and
+  statistics, `[T, ...]`; `frozen`, the mask of shared parameters, as a whole or by their last axis;
+  `relevant` `[T, U]`. With a task classifier there are also its parameters and statistics,
+  `router`, and its memory, `rehearsal`.
   """
 
   net: shared_net.SharedNet
@@ -157,6 +161,7 @@ class _TaskGates:
 
   def init(self, key: Array) -> Start:
     records, _ = self.net.shapes
+    # The network has its last width; layers begin with a part of it.
     available = units.first_units(records, self.settings.allocated(self.problem.tasks))
     keys = jax.random.split(key, 3)
     params, batch_stats = self._fresh(keys[0], available)
@@ -186,12 +191,14 @@ class _TaskGates:
       x = self.classifier.streamed(batch, replayed)
     stream = self.net.apply(params, learner.batch_stats, x, train=True, rngs={GATE_RNG: noise})
     logits, records, batch_stats = stream.logits, stream.records, stream.batch_stats
+    # Where the stream saw rehearsed images too, the head's loss is still on the batch alone.
     if len(x) > len(batch.x):
       (logits, records), _ = replay_memory.part((logits, records), len(batch.x), len(replayed.x))
     terms = shared_net.head_terms(logits, batch.labels, learner.task, self.problem)
     available = learner.memory["available"]
     terms["sparsity"] = units.open_share(records, available)
     terms[CLOSED] = closed_share(records, axis_name=self.problem.axis_name, of=available)
+    # L = cross-entropy + lambda_s (fraction of open gates), once the patience is over.
     total = terms["cross_entropy"] + self.settings.price(batch.epoch) * terms["sparsity"]
     if self.classifier is not None:
       more = self.classifier.loss(params, learner, batch, replayed, stream, noise)
@@ -205,8 +212,10 @@ class _TaskGates:
   def update(self, updates: Tree, grads: Tree, learner: Learner) -> tuple[Tree, Tree]:
     updates = dict(updates)
     if self.classifier is not None:
+      # Weights of later tasks keep their initial values.
       updates["router"] = self.classifier.update(updates["router"], learner.task)
     if self.settings.protect_updates:
+      # The update, not the gradient: momentum and weight decay would still move frozen filters.
       still = lambda u, frozen: jnp.where(frozen, 0, u)
       updates["shared"] = jax.tree.map(still, updates["shared"], learner.memory["frozen"])
     return updates, learner.memory
@@ -218,10 +227,13 @@ class _TaskGates:
     available = self._make_room(memory, relevant, task)
     own = learner.params["own"]
     if self.settings.shut_gates:
+      # Step 1: no image opens the gate of an irrelevant unit any more.
       own = {**own, "net": units.shut(own["net"], records, relevant)}
+    # Step 2: the rest of the shared filters starts from fresh values.
     frozen = units.freeze(memory["frozen"], records, relevant)
     own_key, key = jax.random.split(key)
     fresh, fresh_stats = self._fresh(own_key, available)
+    # Irrelevant filters are free for the next task, and start as any fresh filter does.
     shared = units.begin_anew(frozen, learner.params["shared"], fresh["shared"])
     memory = memory | {
       "own": shared_net.put(
@@ -244,17 +256,21 @@ class _TaskGates:
     if self.classifier is None:
       return shared_net.prediction(self.problem, stream.logits, task, macs, macs.sum(0))
     told = self.classifier.tell(learner, x, stream, macs)
+    # Only classes of the inferred task compete.
     chosen = (jnp.arange(seen)[:, None] == told.task)[..., None]
+    # log q(c|x) + log p_t*(c|x), or log p_t*(c|x) alone, as the classifier has it.
     scores = jnp.where(chosen, jax.nn.log_softmax(stream.logits) + told.scores, -jnp.inf)
     return shared_net.prediction(self.problem, stream.logits, task, macs, told.macs, scores)
 
   def holdings(self, learner: Learner) -> Holdings:
     learnt, memory, records = int(learner.task), learner.memory, self.net.shapes[0]
+    # Entries of later tasks are initial values, and nothing needs them.
     own, shared = jax.tree.map(lambda x: x[:learnt], memory["own"]), learner.params["shared"]
     images = 0.0
     if self.classifier is not None:
       images = self.classifier.rehearsal.megabytes(memory["rehearsal"], learnt)
     return Holdings(
+      # The own part in `params` is for the next task; filters not grown to yet do not count.
       params=tree_size((own["params"], {k: v for k, v in learner.params.items() if k != "own"}))
       - units.waiting(shared, records, np.asarray(memory["available"])),
       memory_mb=tree_megabytes((memory["frozen"], memory["relevant"])) + images,
@@ -265,7 +281,7 @@ class _TaskGates:
     return self.net.net_of(learner.params, learner.batch_stats, learner.memory["own"], task)
 
   def _rehearse(self, learner: Learner, data: TaskData, key: Array) -> Learner:
-    """Ends the training of the classifier of tasks, and keeps what is to be rehearsed."""
+    """Ends the training of the task classifier and keeps what is rehearsed later."""
     memory, task = learner.memory, int(learner.task)
     of_classifier, keeping = jax.random.split(key)
     trained = self.classifier.end_task(learner, data, of_classifier)
@@ -275,26 +291,30 @@ class _TaskGates:
     )
 
   def _fresh(self, key: Array, available: Array) -> tuple[Tree, Tree]:
-    """What the next task begins with; it can use the available units."""
+    """Returns the initial state of the next task, which can use the available units."""
     params, batch_stats = self.net.fresh(key)
     net = units.shut(params["own"]["net"], self.net.shapes[0], available)
     return {**params, "own": {**params["own"], "net": net}}, batch_stats
 
   def _streams(self, learner: Learner, x: Array, seen: int) -> shared_net.Stream:
-    """All tasks learnt, side by side."""
+    """Runs all tasks learnt, as `SharedNet.side_by_side` does."""
     own = jax.tree.map(lambda tree: tree[:seen], learner.memory["own"])
     return self.net.side_by_side(learner.params, learner.batch_stats, own, x)
 
   def _open_rates(self, learner: Learner, pixels: Array) -> np.ndarray:
-    """`[U]`, the share of images for which each gate of the task being learnt opens."""
+    """Computes the fraction of images for which each gate of the current task opens, `[U]`."""
     gates = lambda learner, x: units.joined(
       self.net.apply(learner.params, learner.batch_stats, x).records
     )
     return self.problem.in_batches(gates, learner, pixels).mean(axis=0, dtype=np.float64)
 
   def _make_room(self, memory: Mapping[str, Any], relevant: np.ndarray, task: int) -> np.ndarray:
-    """The units of the next task: those of this one, and more in a layer that is full, if it may grow."""
+    """Returns the units of the next task.
+
+    These are the units of this task, and more in a layer that is full, if it may grow.
+    """
     available = np.asarray(memory["available"])
+    # After the last task nothing needs room.
     if task + 1 == self.problem.tasks or self.settings.when_full != "grow":
       return available
     records, used = self.net.shapes[0], np.asarray(memory["relevant"]).any(0) | relevant
@@ -308,17 +328,22 @@ class _TaskGates:
     )
 
   def check_room(self, learner: Learner) -> None:
-    """Raises FullLayerError where the next task would find no free unit in some layer, unless it may do without."""
+    """Raises FullLayerError if some layer has no free unit for the next task.
+
+    There is no error after the last task, or with `when_full="reuse"`.
+    """
     records, task = self.net.shapes[0], int(learner.task)
     full = units.full_layers(
       records,
       *(np.asarray(x) for x in (learner.memory["relevant"].any(0), learner.memory["available"])),
     )
+    # Nothing to learn, room everywhere, or old units allowed as the only ones.
     if task == self.problem.tasks or not full or self.settings.when_full == "reuse":
       return
     names = ", ".join(units.layer_name(records[i]) for i in full)
     raise FullLayerError(
-      f"after task {task} of {self.problem.tasks} no unit is free for the next one in {names}; a larger "
-      "model.width or gates.sparsity, a lower gates.patience or a higher gates.threshold leave more; "
-      "gates.when_full=grow adds some, and gates.when_full=reuse goes on with the old ones (in a new workdir)"
+      f"after task {task} of {self.problem.tasks} no unit is free for the next one in {names}; a "
+      "larger model.width or gates.sparsity, a lower gates.patience or a higher gates.threshold "
+      "leave more; gates.when_full=grow adds some, and gates.when_full=reuse goes on with the old "
+      "ones (in a new workdir)"
     )
