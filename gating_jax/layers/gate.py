@@ -48,8 +48,9 @@ def is_gate_path(path: Sequence[str]) -> bool:
 def noise_scales(params: Mapping[str, Any], scale: float | Array) -> dict[str, Any]:
   """Returns the collection `noise`, which replaces the `noise_scale` of every gate's settings.
 
-  Unlike a setting it may be traced: `model.apply({"params": params, NOISE: noise_scales(params,
-  scale)}, x, train=True, ...)`.
+  Unlike a setting, the scale may be traced:
+
+      model.apply({"params": params, NOISE: noise_scales(params, scale)}, x, train=True, ...)
 
   Args:
     params: the model's parameters, from which the paths of the gates are taken.
@@ -73,7 +74,7 @@ class GateSettings:
   Attributes:
     hidden: width of the gate network's hidden layer.
     initial_open: P(open) from which the last bias starts, in (0, 1).
-    temperature: of the backward pass, > 0.
+    temperature: of the relaxation, > 0; with `straight_through` it affects only the backward pass.
     noise_scale: multiplies the logistic noise of training; 1 makes P(open) = sigmoid(logit).
     context: input of a channel gate. `pooled`: the mean over pixels; `none`: nothing, its logits
       are parameters; `random`: nothing is learnt, and gates are drawn at the rate `initial_open` in

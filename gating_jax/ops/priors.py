@@ -478,9 +478,9 @@ def _is_positive(value: np.ndarray) -> np.ndarray:
 
 
 def _positive(parameter):
-  """Returns NaN for a traced parameter that has been learned out of range.
+  """Returns a parameter, or NaN where it has been learned out of range.
 
-  A traced value could not be checked.
+  A traced parameter cannot be checked in advance.
   """
   return jnp.where(parameter > 0, parameter, jnp.nan)
 
