@@ -1,21 +1,23 @@
-// A chain of convolutions on NHWC float32 images, each on the open channels of each example alone.
+// A chain of convolutions on NHWC float32 images, each on the open channels of each example only.
 //
-// Layout. Pixels lie in the lanes of the vectors, output channels in different registers. So a gate, which switches a
-// channel of one example, decides about whole vectors: the weights [O][I][taps] of an open output channel are one row,
-// read where it lies, and those of a closed input channel are stepped over. No weights are packed, however different
-// the examples' masks are. Between convolutions the open channels lie in planes, one behind the other ("compact"), with
-// the next convolution's zero padding around the pixels. Rows of a plane share their padding: what pads row h on the
-// right pads row h + 1 on the left. For a stride s a plane holds its s x s phases one after the other, so that each tap
-// reads neighbouring pixels.
+// Layout. Pixels lie in the lanes of the vectors, output channels in different registers. A gate
+// switches a channel of one example, so it decides about whole vectors: the weights [O][I][taps] of
+// an open output channel are one row, read in place, and those of a closed input channel are
+// skipped. No weights are packed, however different the examples' masks are. Between convolutions
+// the open channels lie in consecutive planes ("compact"), with the next convolution's zero padding
+// around the pixels. Rows of a plane share their padding: the zeros to the right of row h are those
+// to the left of row h + 1. For a stride s a plane holds its s x s phases one after the other, so
+// that each tap reads neighbouring pixels.
 //
-// Blocking. A register tile is R output channels x a few vectors of pixels (R = 6 x 2 with 16 registers), summed over all
-// of K = open inputs x taps. For a band of image rows, small enough that its inputs stay in the second-level cache, one
-// group of R output channels after the other takes all tiles of the band, so that the group's R K weights stay in the
-// first-level cache, or of wide layers in the second; then the band goes back to NHWC, where shortcut and ReLU are applied.
+// Blocking. A register tile is R output channels x a few vectors of pixels (R = 6 x 2 with 16
+// registers), summed over all of K = open inputs x taps. The rows of an image are cut into bands
+// whose inputs stay in the second-level cache. Groups of R output channels take all tiles of a band
+// one after the other, so the group's R K weights stay in the first-level cache (the second-level
+// one in wide layers). The band then goes back to NHWC, where shortcut and ReLU are applied.
 //
-// Threads. The examples of a batch are tasks for the caller and for helpers from XLA's own pool. Fewer examples than
-// threads are cut into bands and slabs of output channels, layer after layer. Tasks are claimed by counters, so that a
-// helper that comes late, or never, costs time alone.
+// Threads. The examples of a batch are tasks for the caller and for helpers from XLA's own pool. If
+// there are fewer examples than threads, each is cut into bands and slabs of output channels, layer
+// by layer. Tasks are claimed by counters, so a helper that comes late, or never, only costs time.
 
 #include <algorithm>
 #include <atomic>
@@ -34,35 +36,48 @@ namespace {
 namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 
-constexpr int kMostRows = 8;  // output channels of a register tile
-constexpr ptrdiff_t kBandBytes = 128 << 10;  // of inputs, a quarter of the usual second-level cache
-constexpr int kBandPixels = 64;              // at least, as every band reads all weights
-constexpr int kSlab = 16;                    // output channels, at least, of a task
+// Largest number of output channels of a register tile.
+constexpr int kMostRows = 8;
+// Bytes of a band's inputs: a quarter of the usual second-level cache.
+constexpr ptrdiff_t kBandBytes = 128 << 10;
+// Smallest number of pixels of a band, since every band reads all weights.
+constexpr int kBandPixels = 64;
+// Smallest number of output channels of a task.
+constexpr int kSlab = 16;
 
 // A vector of pixels of an output plane.
 struct Vec {
-  ptrdiff_t src, dst;  // of its first pixel: in the input's planes, at the first tap, and in the output's
-  int lanes;     // how many to write
-  int mask;      // where its mask is, or -1: [LANES], 0 for what lies between the rows and becomes 0, else -1
-  int scatter;   // where its places are, or -1: [LANES] of the output's planes, or -1 for none
+  // Offsets of its first pixel: in the input's planes, at the first tap, and in the output's
+  // planes.
+  ptrdiff_t src, dst;
+  // Number of lanes to write.
+  int lanes;
+  // Index of its mask, or -1. A mask is [LANES]: 0 for lanes between the rows, which become 0; else
+  // -1.
+  int mask;
+  // Index of its places, or -1. Places are [LANES] offsets in the output's planes, or -1 for none.
+  int scatter;
 };
 
 // Up to kMostRows output channels of one example.
 struct Group {
-  const float* planes;       // of the open input channels
-  ptrdiff_t plane;           // floats from one to the next
-  const int* open;           // [channels], which they are
+  const float* planes;              // of the open input channels
+  ptrdiff_t plane;                  // floats from one plane to the next
+  const int* open;                  // [channels]: indices of the open input channels
   int channels, taps;
-  const ptrdiff_t* offsets;  // [taps], in a plane
+  const ptrdiff_t* offsets;         // [taps], in a plane
   const float* weights[kMostRows];  // [I][taps]
   float bias[kMostRows];
-  float* to[kMostRows];      // output planes
-  const int32_t* masks;      // of the vectors
+  float* to[kMostRows];             // output planes
+  const int32_t* masks;             // of the vectors
   const ptrdiff_t* scatters;
-  ptrdiff_t src_row, dst_row;  // floats from one row of the input's planes, and of the output's, to the next
-  bool relu, pairs;            // pairs: of rows are the vectors
+  // Floats from one row to the next, in the input's planes and in the output's.
+  ptrdiff_t src_row, dst_row;
+  // pairs: whether a vector holds two rows.
+  bool relu, pairs;
 };
 
+// The inner loops for one instruction set.
 struct Isa {
   int lanes, rows;
   bool pairs;  // whether a vector can be loaded from two places
@@ -106,7 +121,7 @@ struct Isa {
 #include "isa.inc"
 #endif
 
-// The widest vectors of at most `most` lanes (0: any) that this processor has.
+// Returns the widest vectors of at most `most` lanes (0: any) that this processor has.
 const Isa& best_isa(int64_t most) {
 #if defined(__x86_64__)
   auto allowed = [&](const Isa& isa) { return most == 0 || isa.lanes <= most; };
@@ -116,23 +131,27 @@ const Isa& best_isa(int64_t most) {
   return portable::isa;
 }
 
-// How the pixels of an image, with `pad` zeros around, lie in a plane for a convolution of this stride.
+// Layout of an image's pixels, with `pad` zeros around, in a plane for a convolution of this
+// stride.
 struct Grid {
   int rows, cols, pad_rows, pad_cols, stride;
   ptrdiff_t row, phase, plane;  // floats of a row, a phase, a plane
 
+  // Offset of pixel (h, w): its phase, then its row and column within the phase.
   ptrdiff_t at(int h, int w) const {
     h += pad_rows, w += pad_cols;
     return (h % stride * stride + w % stride) * phase + h / stride * row + w / stride;
   }
 };
 
+// One convolution of the chain.
 struct Conv {
   const float *weights, *bias;
   int in, out, window_rows, window_cols, stride, rows, cols;  // rows, cols: of the output
-  bool relu, pairs;  // pairs: of rows, each half a vector long, are its vectors
-  Grid grid;     // of the input
-  Grid written;  // of the output
+  // pairs: whether a vector holds two rows, each half a vector long.
+  bool relu, pairs;
+  Grid grid;                       // of the input
+  Grid written;                    // of the output
   std::vector<ptrdiff_t> offsets;  // of the taps
   int taps() const { return window_rows * window_cols; }
 };
@@ -148,7 +167,9 @@ struct Bands {
 
 // The open channels of one example, in order.
 struct Channels {
-  std::vector<int> open, place, before;  // place: in `open`, or -1; before: [channels + 1], how many are open
+  // place: index in `open`, or -1; before: [channels + 1], number of open channels before each.
+  std::vector<int> open, place, before;
+  // Without gates all channels are open.
   void set(const float* gates, int n) {
     open.clear(), place.assign(n, -1), before.assign(n + 1, 0);
     for (int c = 0; c < n; ++c) {
@@ -159,31 +180,37 @@ struct Channels {
   }
 };
 
+// A call: its arguments, and all that follows from their sizes.
 struct Plan {
   const Isa* isa;
-  int examples, threads;  // threads that share one example
+  int examples, threads;           // threads that share one example
   std::vector<Conv> convs;
-  std::vector<Bands> bands;         // of each convolution
-  std::vector<int> slabs;           // of each convolution, how many
-  std::vector<ptrdiff_t> offsets;   // in the scratch: of each convolution's input planes, then of the output's
-  ptrdiff_t scratch;                // floats
+  std::vector<Bands> bands;        // of each convolution
+  std::vector<int> slabs;          // number of slabs of each convolution
+  // Offsets in the scratch: of each convolution's input planes, then of the last one's output
+  // planes.
+  std::vector<ptrdiff_t> offsets;
+  ptrdiff_t scratch;               // floats
   const float *x, *shortcut;
   float* y;
   bool relu;
   std::vector<const float*> gates;  // [convolutions + 1] of [N, channels], or null
 };
 
+// Lays out an image for a convolution; a row has at least `least_row` floats.
 Grid grid_of(int rows, int cols, int window_rows, int window_cols, int stride, ptrdiff_t least_row, int lanes) {
   Grid g{rows, cols, window_rows / 2, window_cols / 2, stride, 0, 0, 0};
   const int high = (rows + 2 * g.pad_rows + stride - 1) / stride, wide = (cols + 2 * g.pad_cols + stride - 1) / stride;
   g.row = std::max<ptrdiff_t>(stride == 1 ? cols + g.pad_cols : wide, least_row);
-  g.phase = high * g.row + 2 * g.pad_cols + 2 * lanes;  // tiles read, and drop, lanes behind the last row
+  // Tiles read lanes behind the last row and drop them.
+  g.phase = high * g.row + 2 * g.pad_cols + 2 * lanes;
   g.plane = g.phase * stride * stride;
   return g;
 }
 
-// Zeros around the pixels of the planes.
+// Writes the zeros around the pixels of the planes.
 void clear(const Grid& g, float* planes, int count) {
+  // The padding is spread over the phases; clearing all is simpler, and strided layers are few.
   if (g.stride > 1) {
     std::memset(planes, 0, sizeof(float) * g.plane * count);
     return;
@@ -200,8 +227,9 @@ void clear(const Grid& g, float* planes, int count) {
   }
 }
 
-// Rows from..to of the output as vectors: pairs of rows; or each row by itself, the last vector moved back so as to be
-// full; or all of them with the padding between, where that makes fewer.
+// Adds the vectors of the output's rows from..to. They are pairs of rows; or the vectors of each
+// row alone, the last one moved back so that it is full; or those of all rows with the padding
+// between them, where these are fewer.
 void add_vectors(const Conv& conv, int from, int to, int lanes, Bands& bands) {
   const Grid& written = conv.written;
   if (conv.pairs) {
@@ -212,7 +240,8 @@ void add_vectors(const Conv& conv, int from, int to, int lanes, Bands& bands) {
   const ptrdiff_t row = conv.grid.row, flat = (to - from - 1) * row + conv.cols;
   const int per_row = (conv.cols + lanes - 1) / lanes;
   const bool same_rows = written.stride == 1 && written.row == row;
-  const auto scatter = [&](ptrdiff_t q, int n) {  // of n pixels from flat position q on
+  // Notes the places of n pixels from flat position q on.
+  const auto scatter = [&](ptrdiff_t q, int n) {
     for (int i = 0; i < lanes; ++i, ++q)
       bands.scatters.push_back(i < n && q % row < conv.cols ? written.at(int(q / row), int(q % row)) : -1);
     return int(bands.scatters.size()) - lanes;
@@ -240,14 +269,17 @@ void add_vectors(const Conv& conv, int from, int to, int lanes, Bands& bands) {
     }
 }
 
+// Cuts the rows of a convolution's output into bands and these into vectors.
 Bands bands_of(const Conv& conv, int lanes, int threads) {
   Bands bands;
   const ptrdiff_t row_bytes = sizeof(float) * conv.in * conv.stride * conv.stride * conv.grid.row;
   int height = int(std::max<ptrdiff_t>(kBandBytes / row_bytes - 2, (kBandPixels + conv.cols - 1) / conv.cols));
+  // Two bands per thread, if the image is large enough, so that threads finish together.
   if (threads > 1) height = std::min(height, std::max(conv.rows / (2 * threads), (kBandPixels + conv.cols - 1) / conv.cols));
   height = std::clamp(height, 1, conv.rows);
   bands.count = (conv.rows + height - 1) / height;
   bands.height = (conv.rows + bands.count - 1) / bands.count;
+  // No pair of rows may lie in two bands.
   if (conv.pairs) bands.height += bands.height % 2;
   bands.count = (conv.rows + bands.height - 1) / bands.height;
   bands.vecs.reserve(conv.rows * ((conv.cols + lanes - 1) / lanes));
@@ -259,7 +291,8 @@ Bands bands_of(const Conv& conv, int lanes, int threads) {
   return bands;
 }
 
-// Work of one example, on scratch of its own: first `enter`, all of it, then each convolution, all of it.
+// The work of one example, on its own scratch: all of `enter`, then all of each convolution in
+// turn.
 class Example {
  public:
   Example(const Plan& plan, int n, float* scratch) : plan_(plan), n_(n), scratch_(scratch), channels_(plan.gates.size()) {
@@ -269,7 +302,8 @@ class Example {
     }
   }
 
-  // Part of `parts` of: the open channels of x to planes; zeros around the planes of what lies between convolutions.
+  // Does part `part` of `parts`: copies the open channels of x to planes, and writes the zeros
+  // around the planes between convolutions.
   void enter(int part, int parts) const {
     const Conv& conv = plan_.convs[0];
     const Grid& g = conv.grid;
@@ -287,7 +321,8 @@ class Example {
     const float* x = plan_.x + ptrdiff_t(n_) * g.rows * g.cols * conv.in + from;
     if (from == to) return;
     for (int h = 0; h < g.rows; ++h) {
-      if ((h + g.pad_rows) % g.stride >= conv.window_rows) continue;  // no tap reads this row
+      // No tap reads this row.
+      if ((h + g.pad_rows) % g.stride >= conv.window_rows) continue;
       for (int w = 0; w < std::min(g.stride, g.cols); ++w)
         if ((w + g.pad_cols) % g.stride < conv.window_cols)
           plan_.isa->to_planes(x + (ptrdiff_t(h) * g.cols + w) * conv.in, ptrdiff_t(g.stride) * conv.in,
@@ -296,7 +331,7 @@ class Example {
     }
   }
 
-  // A band of rows and a slab of output channels of a convolution.
+  // Computes a band of rows and a slab of output channels of a convolution.
   void convolve(int layer, int task) const {
     const Conv& conv = plan_.convs[layer];
     const Bands& bands = plan_.bands[layer];
@@ -304,6 +339,7 @@ class Example {
     const int slabs = plan_.slabs[layer], band = task / slabs, slab = task % slabs, lanes = plan_.isa->lanes;
     const int rows = plan_.isa->rows, blocks = std::max(1, conv.out / lanes);
     const int from = blocks * slab / slabs * lanes, to = slab + 1 == slabs ? conv.out : blocks * (slab + 1) / slabs * lanes;
+    // The open channels of the slab, in groups of nearly the same size.
     const int first = out.before[from], count = out.before[to] - first, groups = (count + rows - 1) / rows;
     float* written = scratch_ + plan_.offsets[layer + 1];
     const Vec* vecs = bands.vecs.data() + bands.first[band];
@@ -324,6 +360,7 @@ class Example {
   }
 
  private:
+  // Writes channels from..to of a band to y, in NHWC, with shortcut and ReLU.
   void leave(int band, int from, int to) const {
     const Conv& conv = plan_.convs.back();
     const int height = plan_.bands.back().height, end = std::min(conv.rows, (band + 1) * height);
@@ -341,7 +378,7 @@ class Example {
   std::vector<Channels> channels_;
 };
 
-// Fills in what follows from the sizes.
+// Fills in the parts of a plan that follow from the sizes.
 void lay_out(Plan& plan, int rows, int cols) {
   const int lanes = plan.isa->lanes, count = int(plan.convs.size());
   for (Conv& c : plan.convs) {
@@ -350,7 +387,8 @@ void lay_out(Plan& plan, int rows, int cols) {
     cols = (cols + c.window_cols / 2 * 2 - c.window_cols) / c.stride + 1;
     c.rows = rows, c.cols = cols;
   }
-  // Twice, since rows of equal length on both sides of a convolution let vectors run over the ends of rows.
+  // Two rounds: rows of equal length on both sides of a convolution let vectors run over the ends
+  // of rows, and a row's length may depend on either side.
   for (int round = 0; round < 2; ++round)
     for (int i = count - 1; i >= 0; --i) {
       Conv& c = plan.convs[i];
@@ -368,6 +406,7 @@ void lay_out(Plan& plan, int rows, int cols) {
       for (int b = 0; b < c.window_cols; ++b)
         c.offsets.push_back(c.grid.at(a - c.grid.pad_rows, b - c.grid.pad_cols));
     c.pairs = plan.isa->pairs && 2 * c.cols == lanes && c.taps() == 9 && c.written.stride == 1;
+    // Two tasks per thread: if the bands are too few, they are cut into slabs of output channels.
     plan.bands.push_back(bands_of(c, lanes, plan.threads));
     const int wanted = plan.threads > 1 ? (2 * plan.threads + plan.bands.back().count - 1) / plan.bands.back().count : 1;
     plan.slabs.push_back(std::clamp(wanted, 1, std::max(1, c.out / std::max(kSlab, lanes))));
@@ -378,7 +417,7 @@ void lay_out(Plan& plan, int rows, int cols) {
   plan.scratch += plan.convs.back().written.plane * plan.convs.back().out;
 }
 
-// Phases of tasks, one phase after the other. Whoever calls `work` claims tasks until there are none left.
+// Tasks in phases, one phase after the other. A caller of `work` claims tasks until none is left.
 struct Team {
   std::vector<int> tasks;  // of each phase
   std::function<void(int phase, int task)> run;
@@ -395,14 +434,15 @@ struct Team {
         }
         done[phase].fetch_add(1, std::memory_order_acq_rel);
       }
-      // The tasks of others take microseconds, less than it would take to be woken.
+      // Waits for the tasks of others by spinning: they take microseconds, less than a wake-up.
       for (int spins = 0; done[phase].load(std::memory_order_acquire) < tasks[phase]; ++spins)
         if (spins > 4096) std::this_thread::yield();
     }
   }
 };
 
-// True if no task threw. A helper that starts after the caller has left finds nothing to claim.
+// Runs all tasks; returns true if none threw. A helper that starts after the caller has left finds
+// no task to claim.
 template <typename Run>
 bool in_phases(ffi::ThreadPool& pool, int threads, std::vector<int> tasks, Run run) {
   auto team = std::make_shared<Team>();
@@ -414,13 +454,14 @@ bool in_phases(ffi::ThreadPool& pool, int threads, std::vector<int> tasks, Run r
   try {
     for (int i = 1; i < std::min(threads, most); ++i) pool.Schedule([team] { team->work(); });
   } catch (...) {
-    // The caller does all that no helper does.
+    // The caller does all tasks that no helper does.
   }
   team->work();
   return !team->failed;
 }
 
-// Scratch of a thread, kept for its next call: memory fresh from the system costs more than a small convolution.
+// Returns the thread's scratch, which is kept for its next call: fresh memory from the system costs
+// more than a small convolution.
 float* scratch(ptrdiff_t floats) {
   constexpr std::align_val_t kAlign{64};
   struct Free {
@@ -437,8 +478,10 @@ float* scratch(ptrdiff_t floats) {
   return memory.get();
 }
 
+// Runs a plan; returns true if no task threw.
 bool run(Plan& plan, ffi::ThreadPool& pool, int threads) {
   const int count = int(plan.convs.size());
+  // Enough examples: each is one task, on the scratch of the thread that claims it.
   if (plan.threads == 1)
     return in_phases(pool, threads, {plan.examples}, [&](int, int n) {
       const Example example(plan, n, scratch(plan.scratch));
@@ -446,6 +489,7 @@ bool run(Plan& plan, ffi::ThreadPool& pool, int threads) {
       for (int i = 0; i < count; ++i)
         for (int task = 0; task < plan.bands[i].count * plan.slabs[i]; ++task) example.convolve(i, task);
     });
+  // Few examples: all threads work on one at a time, on the caller's scratch.
   float* shared = scratch(plan.scratch);
   for (int n = 0; n < plan.examples; ++n) {
     const Example example(plan, n, shared);
@@ -462,7 +506,8 @@ bool run(Plan& plan, ffi::ThreadPool& pool, int threads) {
   return true;
 }
 
-// Arguments: x, kernels [O, I, h, w], biases, those gates that `gated` announces, the shortcut if `shortcut`.
+// The call from XLA. Arguments: x, kernels [O, I, h, w], biases, the gates that `gated` announces,
+// and the shortcut if `shortcut`.
 ffi::Error gated_chain(ffi::ThreadPool pool, Floats x, ffi::RemainingArgs rest, ffi::ResultBuffer<ffi::F32> y,
                        ffi::Span<const int64_t> strides, ffi::Span<const int64_t> gated, int64_t relu,
                        int64_t shortcut, int64_t isa) try {
