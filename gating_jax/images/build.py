@@ -1,4 +1,7 @@
-"""From a config of labelled images to its parts, every setting checked before anything is compiled."""
+"""Construction of an image experiment from its config.
+
+Every setting is checked before anything is compiled.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +38,26 @@ from gating_jax.training.objectives import (
 from gating_jax.training.outlines import Outline
 
 LOADERS = ("resident", "streaming")
-EXITS, EXPERTS = RIVALS = ("exits", "experts")  # gatings of whole classifiers
+# Baselines that gate whole classifiers: they exclude gates of units and their settings.
+EXITS, EXPERTS = RIVALS = ("exits", "experts")
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """What a config describes. `open_train` reads the training set; the test set is at hand."""
+  """Parts of the run that a config describes.
+
+  Attributes:
+    config: the config.
+    open_train: reads the training set.
+    test: the test set, already open.
+    model: the model to train.
+    counts: its summary.
+    optimiser: its optimiser.
+    objective: its objective.
+    settings: settings of the training loop.
+    noise_scale: noise scale of the gates, from step to number; None for the model's own.
+    full: the model with the whole backward pass, where its own leaves something out; else None.
+  """
 
   config: ml_collections.ConfigDict
   open_train: Callable[[], tfds.Images | streaming.Stream]
@@ -50,19 +67,15 @@ class Experiment:
   optimiser: optax.GradientTransformation
   objective: ImageObjective
   settings: loop.LoopSettings
-  noise_scale: Callable[[jax.Array], jax.Array] | None = (
-    None  # of gates, from step to number; None: the model's own
-  )
-  full: nn.Module | None = (
-    None  # the model with the backward of everything, where its own leaves something out
-  )
+  noise_scale: Callable[[jax.Array], jax.Array] | None = None
+  full: nn.Module | None = None
 
   def normalise(self, pixels: jax.Array) -> jax.Array:
-    """uint8 pixels to network input."""
+    """Normalises uint8 pixels to network input."""
     return augment.normalise(pixels, self.config.data.mean, self.config.data.std)
 
   def drawn_noise_scale(self, step: int) -> float:
-    """Of the gates in training, at a step; 0 where none is drawn."""
+    """Returns the noise scale of the gates in training at a step; 0 where none is drawn."""
     if self.noise_scale is not None:
       return float(self.noise_scale(step))
     model = self.config.model
@@ -70,9 +83,16 @@ class Experiment:
 
 
 def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = None) -> Experiment:
-  """Checks every setting, then opens the data. Raises ValueError naming the field, or `DatasetNotPreparedError`.
+  """Builds the experiment of a config of labelled images.
 
-  `known` are outlines of the training and the test set, in place of opening them.
+  Every setting is checked first, then the data are opened.
+
+  Args:
+    config: the config.
+    known: outlines of the training and the test set, in place of opening them.
+  Raises:
+    ValueError: a setting is wrong; the message names the field.
+    DatasetNotPreparedError: the data are not where the config says.
   """
   data = config.data
   check(
@@ -117,16 +137,18 @@ def assemble(
   train_shape: tuple[int, int, int] | None = None,
   known: Sequence[Outline] | None = None,
 ) -> Experiment:
-  """An experiment of checked settings.
+  """Builds an experiment from checked settings.
 
   Args:
-    config: of images and what is learnt from them.
+    config: a config of images and their labels.
     size: returns the number of training images.
     open_train, open_test: read the sets.
     network: `(config.model, classes)` to the model.
-    objective: what it minimises.
-    train_shape: `(H, W, D)` of what the model is trained on, if that is not a test image's.
+    objective: the objective to minimise.
+    train_shape: `(H, W, D)` of the training images, where it is not that of the test images.
     known: outlines of the training and the test set, which are then not opened here.
+  Raises:
+    ValueError: a setting does not fit the data; the message names the field.
   """
   data, training, loss, dispatch = (
     config.data,
@@ -135,12 +157,14 @@ def assemble(
     config.devices.steps_per_dispatch,
   )
   prior = beta(loss.batch_shaping.a, loss.batch_shaping.b)
+  # Schedules need the number of steps, and so that of the images, before these are read.
   examples = len(known[0]) if known else size()
   if training.batch_size > examples:
     raise ValueError(
       f"optim.batch_size must be at most {examples}, the number of training images; "
       f"got {training.batch_size}"
     )
+  # The last, smaller batch of an epoch is left out: a step has one shape.
   per_epoch = examples // training.batch_size
   total = settings.total_steps(training.epochs, per_epoch, dispatch)
   optimiser = optim.sgd(
@@ -169,20 +193,24 @@ def assemble(
     if noise.final is None
     else schedules.ramp(config.model.gate.noise_scale, noise.final, noise.start, noise.full, total)
   )
+  # Known outlines are those of the training set, then of the test set.
   test = known[-1] if known else open_test()
   settings.check_channels(data, test.shape[-1])
   model = network(config.model, len(test.class_names))
+  # The same network without the limit, for batches that open more than it holds.
   full = None
   if config.model.backward_share < 1:
     full = network(
       ml_collections.ConfigDict({**config.model, "backward_share": 1.0}), len(test.class_names)
     )
   counts = count(model, test.shape)
+  # No gate can save the part that always runs, so a budget below it is out of reach.
   if sparsity.kind == "budget" and sparsity.target <= (never := counts.fixed / counts.macs):
     raise ValueError(
-      f"loss.sparsity.target must be above {never:.3f}, the share of the ungated MACs that always runs; "
-      f"got {sparsity.target}"
+      f"loss.sparsity.target must be above {never:.3f}, the share of the ungated MACs that always "
+      f"runs; got {sparsity.target}"
     )
+  # The objective sees training images, whose MACs differ with their size.
   at_training = count(model, train_shape) if train_shape else counts
   return Experiment(
     config=config,
@@ -198,11 +226,13 @@ def assemble(
       reduction=shaping.reduction,
       sparsity=sparsity.kind,
       target=sparsity.target,
+      # Ungated MACs minus those that gates switch; gate networks are in neither.
       fixed_macs=at_training.macs - at_training.gated,
       regulariser=loss.regulariser,
       coefficient=loss[loss.regulariser].coefficient if loss.regulariser in loss else 0.0,
       **coefficients,
     ),
+    # The config counts in epochs, the loop in steps.
     settings=loop.LoopSettings(
       total_steps=total,
       steps_per_dispatch=dispatch,
@@ -214,7 +244,14 @@ def assemble(
 
 
 def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
-  """The residual network, or the chain of convolutions, that `config.model` describes."""
+  """Builds the residual network, or the chain of convolutions, that `config.model` describes.
+
+  Args:
+    model: the section `config.model`.
+    classes: number of classes; None for a network that another one cuts and extends.
+  Raises:
+    ValueError: a field does not go with the network.
+  """
   fields = dict(
     width=model.width,
     gating=model.gating,
@@ -225,7 +262,8 @@ def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
   if model.shortcut is not None:
     if model.name in VGGS:
       raise ValueError(
-        f"model.shortcut must be None for {model.name}, which has no shortcuts; got {model.shortcut!r}"
+        f"model.shortcut must be None for {model.name}, which has no shortcuts; got "
+        f"{model.shortcut!r}"
       )
     fields["shortcut"] = model.shortcut
   if model.name in VGGS:
@@ -233,6 +271,7 @@ def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
   fields |= dict(
     group_norm=model.group_norm, backward_share=model.backward_share, inner_width=model.inner_width
   )
+  # Exits and experts take the place of gates: the network itself is ungated.
   if model.gating == EXITS:
     return resnet(
       model.name,
@@ -267,6 +306,7 @@ def _opener(config: ml_collections.ConfigDict) -> Callable[..., Any]:
     image_size=data.image_size,
     seed=config.seed,
     workers=data.workers,
+    # Random crops are for training; test images are cropped at their centre.
     crop_area=data.crop_area if training else None,
     image=image,
     label=label,
@@ -281,7 +321,15 @@ def check(
   rules: Mapping[str, settings.Rule] = MappingProxyType({}),
   numbers: Collection[str] = (),
 ) -> None:
-  """Checks every setting; arguments as in `settings.check`, for those fields that not every config of images has."""
+  """Checks every setting of a config of images.
+
+  Args:
+    config: the config.
+    choices, at_least, rules, numbers: as in `settings.check`, for fields that not every config of
+      images has.
+  Raises:
+    ValueError: a setting breaks its rule, or does not go with another; the message names the field.
+  """
   choices = {
     "model.dtype": settings.DTYPES,
     "model.gating": GATINGS,
@@ -292,6 +340,7 @@ def check(
     "devices.backend": devices.BACKENDS,
     **choices,
   }
+  # None leaves the shortcut to the network.
   if config.model.shortcut is not None:
     choices["model.shortcut"] = SHORTCUTS
   settings.check(
@@ -341,13 +390,15 @@ def check(
 
 
 def _check_together(config: ml_collections.ConfigDict) -> None:
-  """What one setting asks of another: a gradient is left out only where it is 0 exactly, and what a rival has."""
+  """Raises a ValueError where one setting excludes another."""
   model, loss = config.model, config.loss
   skips, chain, exits, experts = (
     model.backward_share < 1,
     model.name in VGGS,
     *(model.gating == r for r in RIVALS),
   )
+  # `found` must be `value` where `holds`. A backward pass may leave out only gradients that are
+  # exactly 0, and the baselines lack what they do not use.
   for holds, name, found, value, where in (
     (chain, "model.inner_width", model.inner_width, 1.0, f"model.name is {model.name!r}"),
     (chain, "model.group_norm", model.group_norm, False, f"model.name is {model.name!r}"),
@@ -371,14 +422,17 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
   ):
     if holds and found != value:
       raise ValueError(f"{name} must be {value!r} where {where}; got {found!r}")
+  # Without gates that draw noise, the schedule would be silently ignored.
   if model.noise.final is not None and (
     model.gating in ("none", *RIVALS)
     or model.gate.context == "random"
     or model.gate.relaxation == "sigmoid"
   ):
     raise ValueError(
-      f"model.noise.final must be None where no gates draw noise of that scale; got {model.noise.final}"
+      "model.noise.final must be None where no gates draw noise of that scale; got "
+      f"{model.noise.final}"
     )
+  # These settings leave no gates, or no term of the loss, for a budget to act on.
   if loss.sparsity.kind == "budget":
     for name, value, never in (
       ("model.gate.relaxation", model.gate.relaxation, ("sigmoid",)),
@@ -387,16 +441,17 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
     ):
       if value in never:
         raise ValueError(
-          f"{name} must be another where loss.sparsity.kind is 'budget', since nothing would be held to "
-          f"that; got {value!r}"
+          f"{name} must be another where loss.sparsity.kind is 'budget', since nothing would be "
+          f"held to that; got {value!r}"
         )
   if chain and model.gating in RIVALS:
     raise ValueError(
       f"model.name must be a residual network where model.gating is {model.gating!r}; "
       f"got {model.name!r}"
     )
+  # Exits stand after each stage of blocks; the last one is the network's own head.
   if exits and len(loss.exit_weights) not in (1, before_last := len(RESNETS[model.name][2]) - 1):
     raise ValueError(
-      f"loss.exit_weights must hold 1 number, or one for each of {before_last} exits before the last; "
-      f"got {loss.exit_weights}"
+      f"loss.exit_weights must hold 1 number, or one for each of {before_last} exits before the "
+      f"last; got {loss.exit_weights}"
     )

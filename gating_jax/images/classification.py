@@ -1,4 +1,6 @@
-"""Trains and evaluates a gated image classifier, or whatever else is learnt from labelled images, in a run directory.
+"""Training and tests of gated image classifiers in a run directory.
+
+Other tasks on labelled images, such as segmentation, run by the same functions.
 
 Reference: Bejnordi et al., 2020.
 """
@@ -36,7 +38,8 @@ from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.dispatch import map_steps
 from gating_jax.training.journal import Journal
 
-_CUT_OUT = 1  # its keys, apart from those of crops
+# Folded into the key, so that cutting out does not repeat the random numbers of crops.
+_CUT_OUT = 1
 
 
 def _augment(experiment: Experiment, key: jax.Array, pixels: jax.Array) -> jax.Array:
@@ -50,6 +53,7 @@ def _augment(experiment: Experiment, key: jax.Array, pixels: jax.Array) -> jax.A
   )
 
 
+# The task of a classifier; segmentation replaces most of its fields.
 TASK = Task(
   prepare=_augment,
   scores=steps.image_scores,
@@ -59,8 +63,17 @@ TASK = Task(
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
-  """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint, `export`
-  writes it as files that run without this package, and `compile` times what skips its closed gates."""
+  """Runs a mode for a classifier in a run directory.
+
+  `train` trains to the end from wherever the run directory stands; `evaluate` tests its newest
+  checkpoint, `report` writes a page of it, `export` writes it as files that run without this
+  package, and `compile` times programs that skip its closed gates.
+
+  Args:
+    config: the config of the run.
+    workdir: the run directory.
+    mode: one of these modes.
+  """
   with working("opening the data", "minutes for large sets"):
     experiment = build(config)
   if mode == "train" and config.model.init_from is not None:
@@ -71,7 +84,16 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
 def run_task(
   task: Task, experiment: Experiment, workdir: Path, mode: str, **of_newest: Callable[..., None]
 ) -> None:
-  """The same for any task; `of_newest` are its modes that write something of the newest checkpoint."""
+  """Runs a mode for any task.
+
+  Args:
+    task: the task of the experiment.
+    experiment: the experiment to run.
+    workdir: the run directory.
+    mode: `train`, `evaluate`, `report` or a name in `of_newest`.
+    of_newest: further modes, functions of `(experiment, run_dir, step, variables)` that write
+      something of the newest checkpoint.
+  """
   failing.run_mode(
     workdir,
     experiment.config,
@@ -92,6 +114,7 @@ def _render_finished(
 
 def _make(make: Callable[..., None], experiment: Experiment, run_dir: rundir.RunDir) -> None:
   step, state = newest(experiment, run_dir)
+  # Without the optimiser's state, which only training needs.
   variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
   hosts.written(lambda: make(experiment, run_dir, step, variables))
 
@@ -108,6 +131,7 @@ def _evaluate(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> Non
 def _report(task: Task, experiment: Experiment, run_dir: rundir.RunDir, notice: str = "") -> None:
   step, state, *tested = _test_newest(task, experiment, run_dir)
   with working("drawing the report", "about half a minute"):
+    # Only the writer draws: the others would compute pictures that nobody sees.
     drawn = task.draw(experiment, state) if hosts.is_writer() else {}
     hosts.written(lambda: write_report(task, experiment, run_dir, step, *tested, drawn, notice))
   say(f"report of the checkpoint of step {step}: {run_dir.report}")
@@ -125,7 +149,7 @@ def _report(task: Task, experiment: Experiment, run_dir: rundir.RunDir, notice: 
 def _test_newest(
   task: Task, experiment: Experiment, run_dir: rundir.RunDir
 ) -> tuple[int, Any, dict[str, Any], evaluation.ImageBehaviour, evaluation.GateBehaviour | None]:
-  """The newest checkpoint's step and state, and what `make_test` finds of it."""
+  """Tests the newest checkpoint; returns its step and state, and the results of `make_test`."""
   step, state = newest(experiment, run_dir)
   with working(
     f"testing on {len(experiment.test):,} {task.noun}s",
@@ -138,8 +162,9 @@ def _test_newest(
 
 
 def newest(experiment: Experiment, run_dir: rundir.RunDir) -> tuple[int, Any]:
-  """The newest checkpoint's step and state. Raises RunDirError where there is none."""
+  """Returns the newest checkpoint's step and state. Raises RunDirError where there is none."""
   with working("loading the newest checkpoint"):
+    # The run may be training, so nothing in it is changed.
     checkpoints = Checkpoints(run_dir.checkpoints, read_only=True)
     try:
       step, state = _restore(experiment, checkpoints)
@@ -156,9 +181,11 @@ def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
     "opening the data and making the network", "up to half a minute, more for large sets"
   ):
     train = experiment.open_train()
+    # Kept in the run directory, so that the model can be loaded without its data.
     outlines.write(run_dir.path, [train, experiment.test])
     checkpoints = Checkpoints(run_dir.checkpoints)
     first_step, state = _restore(experiment, checkpoints)
+  # A resumed run has its own parameters; only a fresh one starts from those of another.
   if first_step:
     say(f"going on from the checkpoint of step {first_step} in {run_dir.path}")
   elif experiment.config.model.init_from is not None:
@@ -212,6 +239,7 @@ def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
     journal.close()
     checkpoints.close()
   result |= {"step": step, "seconds_since_last_start": round(time.monotonic() - started, 1)}
+  # The result marks the run as finished, so it is written after all other files.
   run_dir.finish(result)
   say(task.render(result))
   say(
@@ -222,17 +250,27 @@ def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
 
 
 def _restore(experiment: Experiment, checkpoints: Checkpoints) -> tuple[int, Any]:
-  """The newest checkpoint's step and state, or step 0 and a fresh state."""
+  """Returns the newest checkpoint's step and state, or step 0 and a fresh state."""
   state = steps.init_state(
     experiment.model, experiment.optimiser, experiment.config.seed, experiment.test.shape
   )
+  # The fresh state also gives a checkpoint its structure and shapes.
   return checkpoints.restore(state, devices.replicated_sharding()) or (0, devices.replicate(state))
 
 
 def make_advance(
   experiment: Experiment, train: Any, first_step: int, task: Task = TASK
 ) -> Callable[[Any, int], tuple[Any, Any]]:
-  """`(state, step) -> (state, metrics)` over all devices, with the data where its loader wants it."""
+  """Returns `(state, step) -> (state, metrics)` over all devices, fed by the config's loader.
+
+  Args:
+    experiment: the experiment to train.
+    train: its training set.
+    first_step: the step from which training continues.
+    task: the task of the experiment.
+  Returns:
+    a function that takes `steps_per_dispatch` steps; metrics are `[steps_per_dispatch]`.
+  """
   config = experiment.config
   k, batch = config.devices.steps_per_dispatch, config.optim.batch_size
   process = (jax.process_index(), jax.process_count())
@@ -253,9 +291,11 @@ def make_advance(
     backend=config.devices.backend,
   )
   if isinstance(train, streaming.Stream):
+    # The stream begins at `first_step`, so that a resumed run sees the batches it would have seen.
     stream = train.batches(batch, first_step, k, experiment.settings.total_steps, process)
     run = mapped(steps.streamed_steps, (devices.REPLICATED, devices.BATCH))
     return lambda state, _: run(state, next(stream))
+  # A small set is copied to every device once; a call sends indices alone.
   images = devices.replicate((train.pixels, train.labels))
   run = mapped(steps.resident_steps, (devices.REPLICATED, devices.REPLICATED, devices.BATCH))
   return lambda state, at: run(
@@ -268,8 +308,14 @@ def make_test(
 ) -> Callable[
   [Any], tuple[dict[str, Any], evaluation.ImageBehaviour, evaluation.GateBehaviour | None]
 ]:
-  """`state -> evaluation.evaluate` on every test image once, with the budget where there is one; compiled at its first
-  call only."""
+  """Returns a test, `state -> evaluation.evaluate` on every test image once.
+
+  The result includes the budget where there is one. The program is compiled at the first call only.
+
+  Args:
+    experiment: the experiment to test.
+    task: the task of the experiment.
+  """
   config = experiment.config
   run = devices.map_over_devices(
     steps.make_eval_step(experiment.model, experiment.normalise, task.scores),
@@ -280,11 +326,14 @@ def make_test(
 
   def test(state):
     result, images, gates = evaluation.evaluate(
+      # Each process runs its part of a batch, and all see the whole result.
       lambda *batch: hosts.whole(run(state, *hosts.share(batch))),
       batches.cover(experiment.test, config.optim.batch_size),
       experiment.counts,
       functools.partial(task.summarise, experiment),
       classes=task.classes(experiment),
+      # For the outcomes of gates: with noise, a gate may be drawn open and closed for the same
+      # image.
       noise_scale=experiment.drawn_noise_scale(int(state.step)),
     )
     if gates is not None and experiment.objective.prices_budget:

@@ -1,4 +1,4 @@
-"""`--mode=compile`: a trained net for images compiled to skip what is closed, and what each strategy takes.
+"""`--mode=compile`: a trained image network compiled to skip closed units, and its times.
 
 Reference: Bejnordi et al., 2020.
 """
@@ -27,12 +27,18 @@ from gating_jax.training import rundir
 def run(
   experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Mapping[str, Any]
 ) -> None:
-  """Writes the tables, calibrated on training images.
+  """Writes tables of each strategy's time, calibrated on training images.
 
+  Args:
+    experiment: the experiment of the run.
+    run_dir: the run directory.
+    step: the step of the checkpoint.
+    variables: its parameters and statistics.
   Raises:
-    RunDirError: they are there, or are being written.
-    ValueError: as of `check`.
+    RunDirError: the tables are there, or are being written.
+    ValueError: as for `check`.
   """
+  # Before the data are opened, which may take minutes.
   check(experiment.model)
   compiled = _compiler(experiment.model, variables)
   with working("opening the training data", "minutes for large sets"):
@@ -49,22 +55,27 @@ def check(model: nn.Module) -> None:
 
 
 def skips(model: nn.Module) -> bool:
-  """Whether the net has gates or exits; without, there are times to compare with, but nothing is skipped."""
+  """Returns whether the network has gates or exits.
+
+  Without them there are times to compare with, but nothing is skipped.
+  """
   model = _timed(model)
   return isinstance(model, EarlyExitNet) or model.gating != "none"
 
 
 def _timed(model: nn.Module) -> nn.Module:
-  """The part that is compiled: of a net for segmentation its backbone, where all its gates are."""
+  """Returns the compiled part: the backbone of a segmentation network, which has all its gates."""
   return model.backbone if isinstance(model, Segmenter) else model
 
 
 def _compiler(
   model: nn.Module, variables: Mapping[str, Any]
 ) -> Callable[..., Conditional | Exiting]:
-  """What makes a program of the net, or of the part of it that is compiled."""
+  """Returns a function that compiles the network, or the part of it that is compiled."""
   if isinstance(model, EarlyExitNet):
+    # Exits decide for each image when to stop, and have a compiler of their own.
     return functools.partial(compile_exits, fold_exits(model, variables))
   if isinstance(model, Segmenter):
+    # Flax names the variables of a submodule by its field.
     variables = {kind: tree["backbone"] for kind, tree in variables.items()}
   return functools.partial(compile_conditional, folding.fold(_timed(model), variables))

@@ -1,4 +1,4 @@
-"""`--mode=export`: a trained image classifier analysed, slimmed, and written as files that run without this package.
+"""`--mode=export`: a trained image classifier, pruned and exported to run without this package.
 
 Reference: Bejnordi et al., 2020.
 """
@@ -39,24 +39,30 @@ from gating_jax.types import Array
 
 _TRAINED, _SLIMMED, _INT8, _SKIPPING = "trained", "slimmed", "slimmed, int8", "slimmed, skipping"
 FOLDERS = {_SLIMMED: "export", _INT8: "export_int8", _SKIPPING: "export_conditional"}
-CALIBRATION = 2_000  # images at most, evenly over the training set
-_TIMED_BATCHES, _REPEATS = (
-  (1, 64),
-  20,
-)  # as of --mode=compile, which times the same images: so both agree
+# The most images to calibrate on, evenly over the training set.
+CALIBRATION = 2_000
+# As in --mode=compile, which times the same images: so both agree.
+_TIMED_BATCHES, _REPEATS = (1, 64), 20
 
 
 def run(
   experiment: Experiment, run_dir: rundir.RunDir, step: int, variables: Mapping[str, Any]
 ) -> None:
-  """Writes the exports into the run directory, all or none, and says what they are: of float32 and of int8 weights,
-  and, where it is faster for one image at a time, of a program that skips what is closed. Of a net with early exits one
-  is written, for one image at a time.
+  """Writes the exports into the run directory, all or none, and prints a summary.
 
+  One has float32 weights, one int8 weights; a third one skips closed units, where that is faster
+  for one image at a time. A network with early exits has one export, for one image at a time.
+
+  Args:
+    experiment: the experiment of the run.
+    run_dir: the run directory.
+    step: the step of the checkpoint.
+    variables: its parameters and statistics.
   Raises:
-    RunDirError: one of them is there, or is being written.
-    ValueError: a model that cannot be folded.
+    RunDirError: one of the exports is there, or is being written.
+    ValueError: the model cannot be folded.
   """
+  # An interrupted export leaves nothing half-written.
   with rundir.staged(run_dir.path, tuple(FOLDERS.values())) as folder:
     write = _write_exits if isinstance(experiment.model, EarlyExitNet) else _write
     trained = write(experiment, folder, {"config": run_dir.config(), "step": step}, variables)
@@ -79,25 +85,39 @@ def run(
 
 
 def _summary(card: Mapping[str, Any]) -> str:
-  """An export in a line."""
+  """Summarises an export in a line."""
   times = [
     f"{spent:.2f} ms" + ("" if size == "1" else f" for {size} images")
     for size, spent in card["milliseconds"].items()
   ]
-  return f"{100 * card['accuracy']:.2f} %, {card['executed_macs']:,.0f} MACs per image, {', '.join(times)}"
+  return (
+    f"{100 * card['accuracy']:.2f} %, {card['executed_macs']:,.0f} MACs per image, "
+    f"{', '.join(times)}"
+  )
 
 
 def _load_command(path: str) -> str:
-  """A command that runs an export: without this package by the example of the repository, where that is at hand."""
+  """Returns a command that runs an export.
+
+  It is the example of the repository, which runs without this package, where that is at hand;
+  otherwise it loads the export by this package.
+  """
   example = config_files.folder().parent / "docs" / "examples" / "load_exported.py"
   if example.is_file():
     return f"python {quoted(str(example))} {quoted(path)}    (runs it without this package)"
-  return f"python -c {shlex.quote(f'import gating_jax; print(gating_jax.load_exported({path!r}))')}    (loads it)"
+  return (
+    f"python -c {shlex.quote(f'import gating_jax; print(gating_jax.load_exported({path!r}))')}    "
+    "(loads it)"
+  )
 
 
 def _as_compiled(run_dir: rundir.RunDir, step: int, trained: float) -> list[tuple[str, str]]:
-  """What one image takes in the trained net, everything computed: here, and where `--mode=compile` timed it."""
+  """Returns the time of one image in the trained network with everything computed.
+
+  It is the time measured here, next to that of `--mode=compile` for the same checkpoint.
+  """
   here, times = f"{trained:.2f} ms", surroundings.read_times(run_dir.path)
+  # Times of another checkpoint are those of another network.
   rows = [] if times is None or times.step != step else times.timings.get(title(1, "image"), [])
   there = [row["seconds"] for row in rows if row["part"] is None and row["strategy"] == MASKED]
   return [
@@ -111,7 +131,7 @@ def _as_compiled(run_dir: rundir.RunDir, step: int, trained: float) -> list[tupl
 def _write(
   experiment: Experiment, folder: Path, origin: Mapping[str, Any], variables: Mapping[str, Any]
 ) -> float:
-  """Writes the exports, and returns the milliseconds that one image takes in the trained net."""
+  """Writes the exports; returns the milliseconds of one image in the trained network."""
   with working("opening the training data", "minutes for large sets"):
     train = experiment.open_train()
   index = spread(len(train), CALIBRATION)
@@ -129,6 +149,7 @@ def _write(
     f"testing the net as trained, slimmed and in int8 on {len(experiment.test):,} images",
     "up to a minute",
   ):
+    # On test images: pruning was decided on training images.
     moved = disagreement(net, choices, (x for x, _ in _batches(experiment, experiment.test)))
     models = {_TRAINED: net, _SLIMMED: small, _INT8: quantise(small)}
     scores = {name: _score(experiment, each) for name, each in models.items()}
@@ -138,6 +159,7 @@ def _write(
   with working(
     "compiling and timing programs that skip, for one image at a time", "some minutes"
   ) as progress:
+    # Strategies are chosen by their times, for a batch of one image.
     images = compile_report.calibration(train, experiment.normalise)
     skipping = compile_conditional(
       small,
@@ -149,9 +171,11 @@ def _write(
       progress=progress,
     )
   programs = {
+    # Weights are an argument: as constants, int8 ones would be dequantised while compiling.
     name: functools.partial(jax.jit(lambda net, x: folded.run(dequantise(net), x)), each)
     for name, each in models.items()
   }
+  # Where every part is masked, skipping saves no time, and there is no third export.
   if set(skipping.strategies) != {MASKED}:
     models[_SKIPPING], programs[_SKIPPING] = skipping, skipping
     with working(
@@ -162,6 +186,7 @@ def _write(
         "accuracy": _accuracy(experiment, lambda x: skipping(x)[0])
       }
   with working("timing the nets, one image and many at a time", "up to a minute") as progress:
+    # The other half of the images chose the strategies.
     milliseconds = _milliseconds(programs, images[1::2] if len(images) > 1 else images, progress)
   table = [_head(), _row(_TRAINED, scores[_TRAINED], {"milliseconds": milliseconds[_TRAINED]})]
   for name, model in models.items():
@@ -179,11 +204,13 @@ def _write(
     }
     with working(f"writing the net, {name}", "up to half a minute"):
       path = export.export_model(model, folder / FOLDERS[name], input_shape=shape, card=card)
+      # Read back: the export adds the sizes of its files to the card.
       table.append(_row(name, scores[name], export.load_exported(path).card))
   say("\n".join(columns(table)))
   if analysis.openings and _SKIPPING not in models:
     say(
-      "For one image at a time computing everything is as fast as skipping here: no program that skips is written."
+      "For one image at a time computing everything is as fast as skipping here: no program that "
+      "skips is written."
     )
   return milliseconds[_TRAINED]["1"]
 
@@ -191,7 +218,7 @@ def _write(
 def _write_exits(
   experiment: Experiment, folder: Path, origin: Mapping[str, Any], variables: Mapping[str, Any]
 ) -> float:
-  """As `_write`."""
+  """Writes the export of a network with exits; returns the same time as `_write`."""
   with working("opening the training data", "minutes for large sets"):
     train, test = experiment.open_train(), experiment.test
     images, spent = compile_report.calibration(train, experiment.normalise), []
@@ -205,6 +232,7 @@ def _write_exits(
 
   def answer(x: Array) -> Array:
     logits, stay = made(x)
+    # An image costs what lies before the exit that it takes.
     spent.append(exits.macs(net, shape, stay))
     return logits
 
@@ -233,7 +261,7 @@ def _write_exits(
 def _batches(
   experiment: Experiment, images: Any, index: np.ndarray | None = None
 ) -> Iterator[tuple[Any, Any]]:
-  """Network inputs and labels, of all images or those at `index`."""
+  """Yields network inputs and labels, of all images or those at `index`."""
   index = np.arange(len(images)) if index is None else index
   for start in range(0, len(index), gate_statistics.BATCH):
     pixels, labels = images.read(index[start : start + gate_statistics.BATCH])
@@ -241,7 +269,7 @@ def _batches(
 
 
 def _score(experiment: Experiment, net: Folded) -> dict[str, float]:
-  """Accuracy on the test set; MACs per image, of every unit and of the open ones."""
+  """Computes accuracy on the test set, and MACs per image: of every unit, and of the open ones."""
   net, labels, correct, executed, images = dequantise(net), [], 0, 0, 0
 
   def inputs():
@@ -249,6 +277,7 @@ def _score(experiment: Experiment, net: Folded) -> dict[str, float]:
       labels.append(named)
       yield x
 
+  # Batches are of `BATCH` images, which `observed` takes one by one: labels stay in step.
   for x, outputs, logits in gate_statistics.observed(net, inputs()):
     correct += int(np.sum(np.argmax(outputs, axis=1) == labels.pop()))
     executed += np.broadcast_to(
@@ -263,7 +292,7 @@ def _score(experiment: Experiment, net: Folded) -> dict[str, float]:
 
 
 def _accuracy(experiment: Experiment, answer: Callable[[np.ndarray], Any]) -> float:
-  """Of the outputs for all test images."""
+  """Computes the accuracy of the answers for all test images."""
   right = sum(
     int(np.sum(np.argmax(np.asarray(answer(x)), axis=1) == labels))
     for x, labels in _batches(experiment, experiment.test)
@@ -277,7 +306,17 @@ def _milliseconds(
   progress: Advance = lambda done, total: None,
   sizes: Sequence[int] = _TIMED_BATCHES,
 ) -> dict[str, dict[str, float]]:
-  """Medians over calls on these images, all programs by turns, by batch size; one that skips for one image alone."""
+  """Measures milliseconds per batch: medians over calls, by program and batch size.
+
+  All programs run in turns. One that skips is timed for one image alone.
+
+  Args:
+    programs: the programs, by name.
+    images: `[N, H, W, D]` network inputs.
+    progress: takes the timings done and their total.
+    sizes: the batch sizes.
+  """
+  # The program that skips is compiled for a batch of one.
   timed = {size: [name for name in programs if size == 1 or name != _SKIPPING] for size in sizes}
   found, done, total = (
     {name: {} for name in programs},
@@ -287,6 +326,7 @@ def _milliseconds(
   for size, names in timed.items():
     batches = [(x,) for x in spread_batches(images, size)]
     runs = {name: functools.partial(run_over, programs[name], batches) for name in names}
+    # By turns, so that a slow spell of the machine hits all programs.
     for name, spent in race(runs, _REPEATS, on_start=lambda: progress(next(done), total)).items():
       found[name][str(size)] = round(1000 * statistics.median(spent) / len(batches), 3)
   return found
@@ -296,6 +336,7 @@ def _card(
   experiment: Experiment, origin: Mapping[str, Any], score: Mapping[str, float]
 ) -> dict[str, Any]:
   data = experiment.config.data
+  # Pixels must be normalised as in training, by whoever runs the export.
   return {
     **origin,
     **score,
@@ -339,14 +380,16 @@ def _analysis_lines(analysis: Analysis, names: list[str]) -> list[str]:
 
 
 def _moved_lines(analysis: Analysis, moved: Disagreement) -> list[str]:
+  # An upper confidence bound: not seeing a unit open does not prove that it never opens.
   bound = 100 * rate_bound(analysis.images, 0.95)
   worst = max(itertools.chain(moved.opened, moved.closed), default=0.0)
   return [
-    f"A unit never seen open opens on at most {bound:.3f} % of images, at 95 % confidence for each.",
-    f"On {100 * moved.affected:.2f} % of {moved.images:,} test images a static unit would have moved "
-    f"({100 * worst:.2f} % in the layer with most);",
-    f"outputs differ by at most {moved.difference[0]:.3g} there, {moved.difference[1]:.1e} elsewhere; "
-    f"{100 * moved.changed:.2f} % of images are classified otherwise.",
+    f"A unit never seen open opens on at most {bound:.3f} % of images, at 95 % confidence for "
+    "each.",
+    f"On {100 * moved.affected:.2f} % of {moved.images:,} test images a static unit would have "
+    f"moved ({100 * worst:.2f} % in the layer with most);",
+    f"outputs differ by at most {moved.difference[0]:.3g} there, {moved.difference[1]:.1e} "
+    f"elsewhere; {100 * moved.changed:.2f} % of images are classified otherwise.",
   ]
 
 

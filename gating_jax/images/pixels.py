@@ -1,7 +1,8 @@
-"""Classes of pixels: their objective, and their score over a whole set. Pixels labelled `IGNORED` do not count.
+"""Objective and score of pixel classification; pixels labelled `IGNORED` are skipped.
 
 Axes: N examples, H and W pixels, K classes.
-Reference: Everingham et al., "The Pascal visual object classes challenge", 2015 (intersection over union).
+Reference: Everingham et al., "The Pascal visual object classes challenge", 2015 (intersection over
+union).
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from gating_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class PixelObjective(ImageObjective):
-  """`ImageObjective` of logits `[N, H, W, K]` and labels `[N, H, W]`: means are over all pixels that count."""
+  """`ImageObjective` of logits `[N, H, W, K]` and labels `[N, H, W]`.
+
+  Means are over all pixels of the batch that are not ignored.
+  """
 
   def fit(
     self, logits: Array, labels: Array, axis_name: Hashable | None = None
   ) -> tuple[Array, Array]:
-    """Cross-entropy and accuracy."""
+    """Computes the cross-entropy and the accuracy."""
     cross_entropy, correct, counted = _pixels(logits, labels)
     return weighted_mean(cross_entropy, counted, axis_name), weighted_mean(
       correct, counted, axis_name
@@ -34,7 +38,14 @@ class PixelObjective(ImageObjective):
 
 
 def pixel_scores(logits: Array, labels: Array) -> dict[str, Array]:
-  """For each example: `cross_entropy` `[N]`, the sum over its pixels, and `confusion` `[N, K, K]`."""
+  """Computes for each example its `cross_entropy` and `confusion`.
+
+  Args:
+    logits: `[N, H, W, K]`.
+    labels: `[N, H, W]` integers below K, or `IGNORED`.
+  Returns:
+    `cross_entropy` `[N]`, the sum over an example's pixels, and `confusion` `[N, K, K]`.
+  """
   cross_entropy, _, counted = _pixels(logits, labels)
   return {
     "cross_entropy": jnp.sum(cross_entropy * counted, axis=(1, 2)),
@@ -43,24 +54,31 @@ def pixel_scores(logits: Array, labels: Array) -> dict[str, Array]:
 
 
 def confusion(predicted: Array, labels: Array, classes: int) -> Array:
-  """`[N, K, K]` int32: how many pixels of each true class, the row, were given each class, the column.
+  """Counts the pixels of each true class, the row, that were given each class, the column.
 
   Args:
     predicted: `[N, H, W]` integers below `classes`.
     labels: the same, or `IGNORED`.
     classes: K.
+  Returns:
+    `[N, K, K]` int32.
 
   >>> confusion(jnp.array([[[0, 1, 1]]]), jnp.array([[[0, 0, 255]]]), 2)[0].tolist()
   [[1, 1], [0, 0]]
   """
   labels = labels.astype(jnp.int32)
+  # Each (true, predicted) pair has a number; ignored pixels share one more, which is cut off.
   pair = jnp.where(labels == IGNORED, classes**2, labels * classes + predicted)
   count = lambda values: jnp.bincount(values.ravel(), length=classes**2 + 1)[:-1]
   return jax.vmap(count)(pair).reshape(-1, classes, classes)
 
 
 def intersection_over_union(confusion: np.ndarray) -> np.ndarray:
-  """`[K]`: pixels that both truth and prediction give a class, over those that either does; NaN where neither does.
+  """Computes the intersection over union of each class, `[K]`.
+
+      IoU_k = |true k and predicted k| / |true k or predicted k|
+
+  It is NaN for a class that neither the ground truth nor the prediction has.
 
   Args:
     confusion: `[K, K]`, summed over a whole set.
@@ -68,18 +86,25 @@ def intersection_over_union(confusion: np.ndarray) -> np.ndarray:
   >>> intersection_over_union(np.array([[3, 1, 0], [2, 4, 0], [0, 0, 0]]))
   array([0.5       , 0.57142857,        nan])
   """
+  # The union counts the pixels of both once: row sum plus column sum minus the diagonal.
   both = np.diag(confusion).astype(np.float64)
   either = confusion.sum(axis=0) + confusion.sum(axis=1) - both
   return np.where(either > 0, both / np.maximum(either, 1), np.nan)
 
 
 def summarise(sums: Mapping[str, np.ndarray], class_names: Sequence[str]) -> dict[str, float]:
-  """A set's numbers from the sums over its examples of what `pixel_scores` returns.
+  """Returns a set's numbers from the sums over its examples of `pixel_scores`.
 
-  `mean_iou` is the mean over classes that occur in truth or prediction; the others have no `iou/...` of their own.
+  `mean_iou` is the mean over classes that occur in the ground truth or the prediction; the others
+  have no `iou/...` of their own.
+
+  Args:
+    sums: sums of `cross_entropy`, and of `confusion` `[K, K]`.
+    class_names: K names.
   """
   pixels = max(float(sums["confusion"].sum()), 1.0)
   iou = intersection_over_union(sums["confusion"])
+  # A class that occurs nowhere has no IoU, and must not count as 0.
   present = ~np.isnan(iou)
   return {
     "mean_iou": float(np.mean(iou[present])) if present.any() else 0.0,
@@ -94,8 +119,9 @@ def summarise(sums: Mapping[str, np.ndarray], class_names: Sequence[str]) -> dic
 
 
 def _pixels(logits: Array, labels: Array) -> tuple[Array, Array, Array]:
-  """`[N, H, W]` each: cross-entropy, whether it is right, and 1 for those that count."""
+  """Returns `[N, H, W]` each: cross-entropy, correctness, and 1 for pixels not ignored."""
   counted = labels != IGNORED
+  # `IGNORED` is no class: the cross-entropy needs a valid label, and its weight is 0.
   labels = jnp.where(counted, labels, 0).astype(jnp.int32)
   cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   return cross_entropy, jnp.argmax(logits, -1) == labels, counted.astype(logits.dtype)

@@ -1,4 +1,4 @@
-"""A late start: the parameters of an ungated run of the same network, with gates that are fresh."""
+"""Initialisation from an ungated checkpoint of the same network, with fresh gates."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from gating_jax.training.checkpoints import Checkpoints
 
 
 def check(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """The config of the run that `model.init_from` names.
+  """Returns the config of the run that `model.init_from` names.
 
   Raises:
     RunDirError: there is no run.
-    ValueError: it is of something else, gated, or of another network.
+    ValueError: the run is of another experiment, gated, or of another network.
   """
+  # Fields that their config lacks, being older, are taken from this one.
   theirs = config.copy_and_resolve_references()
   with theirs.unlocked():
     theirs.update(settings.with_tuples(rundir.RunDir(user_path(config.model.init_from)).config()))
@@ -39,24 +40,31 @@ def check(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     found = rundir.flatten(theirs)[name]
     if found != mine:
       raise ValueError(
-        f"model.init_from must name a run with {name}={mine!r}; that of {config.model.init_from} has "
-        f"{found!r}"
+        f"model.init_from must name a run with {name}={mine!r}; that of {config.model.init_from} "
+        f"has {found!r}"
       )
   return theirs
 
 
 def start(experiment: Experiment, state: steps.TrainState) -> steps.TrainState:
-  """A fresh state with the parameters and statistics of the newest checkpoint of the run that `model.init_from` names.
+  """Returns a fresh state with parameters and statistics of the run `model.init_from` names.
 
+  They are those of its newest checkpoint.
+
+  Args:
+    experiment: the experiment to start.
+    state: a fresh state of it.
   Raises:
-    RunDirError: it has none.
-    ValueError: a parameter has no place here, or what is not of a gate or of an exit has none there.
+    RunDirError: the run has no checkpoint.
+    ValueError: a parameter has no place here, or one that is not of a gate or of an exit has none
+      there.
   """
   folder = user_path(experiment.config.model.init_from)
   theirs = build(check(experiment.config))
   like = jax.eval_shape(
     lambda: steps.init_state(theirs.model, theirs.optimiser, theirs.config.seed, theirs.test.shape)
   )
+  # Shapes are enough to restore, so no state of theirs is initialised.
   checkpoints = Checkpoints(rundir.RunDir(folder).checkpoints, read_only=True)
   try:
     found = checkpoints.restore(like, devices.replicated_sharding())
@@ -78,10 +86,11 @@ def _merged(mine: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path) ->
   mine, theirs = traverse_util.flatten_dict(mine), traverse_util.flatten_dict(theirs)
   for path in sorted(mine.keys() | theirs.keys()):
     here, there = (tree[path].shape if path in tree else None for tree in (mine, theirs))
+    # An ungated network has neither gates nor exits: these keep their initial values.
     fresh = there is None and (is_gate_path(path) or path[0].startswith("exit"))
     if here != there and not fresh:
       raise ValueError(
-        f"model.init_from must name a run of the same network; {'/'.join(path)} has shape {here} here "
-        f"and {there} in {folder}"
+        f"model.init_from must name a run of the same network; {'/'.join(path)} has shape {here} "
+        f"here and {there} in {folder}"
       )
   return traverse_util.unflatten_dict({**mine, **theirs})

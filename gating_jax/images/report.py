@@ -1,4 +1,4 @@
-"""The report of a run that learns from images or scenes: from plain data to the sections of its page.
+"""The report of an image or scene run: from plain data to the sections of its page.
 
 Axes: M test images, L layers, G gates, K classes.
 Reference: Bejnordi et al., 2020, section 4.3 (what gates are open for).
@@ -21,33 +21,37 @@ from gating_jax.reports import images as image_pictures
 from gating_jax.reports.text import plain
 from gating_jax.training.evaluation import GateBehaviour, ImageBehaviour
 
-SELECTIVE = 0.1  # of images, at most, open a selective gate
-_SELECTIVE_SHOWN, _INFORMED_SHOWN, _MAPPED = 12, 6, 60  # gates
-_EXTREMES = 8  # easiest images, and hardest
+# A gate is selective where it is open for less than this fraction of images.
+SELECTIVE = 0.1
+# The most gates to show: selective ones, informative ones, and rows of the map of classes.
+_SELECTIVE_SHOWN, _INFORMED_SHOWN, _MAPPED = 12, 6, 60
+# The most easy images, and hard ones, to show.
+_EXTREMES = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageRun:
-  """All that the page shows.
+  """All data of the page.
 
   Attributes:
-    title, subtitle: of the page.
-    noun: what is tested, `image` or `scene`.
+    title, subtitle: title and subtitle of the page.
+    noun: the name of an example, `image` or `scene`.
     rows: the result, name and value.
     score: key of the score in a test's numbers, and its name.
-    tests: the numbers of each test during training, in order, with their `step`; the last is what the page is about.
+    tests: the numbers of each test during training, in order, with their `step`; the page is about
+      the last one.
     histograms: lines of `histograms.jsonl`, likewise.
     macs: multiply-accumulates of the ungated net.
-    images: what became of each.
-    gates: what they did; None for an ungated net.
+    images: results of the test for each image.
+    gates: results for the gates; None for an ungated net.
     layers: name and number of gates of each layer.
     class_names: K names; None where an image has no class.
-    prior: what open probabilities are pulled to; None where they are not.
+    prior: the prior of open probabilities; None where they have none.
     config: name and value of each setting.
     read: pixels `[n, H, W, D]` of test images, by number.
-    pictures: further ones, with their captions, as figures.
-    around: what is said beyond the result.
-    how: to train an ungated baseline, for people.
+    pictures: further figures, with their captions.
+    around: surroundings of the run, beyond the result.
+    how: instructions to train an ungated baseline, for people.
     notice: the first line of the page, such as that the run has failed; empty where there is none.
   """
 
@@ -78,7 +82,7 @@ def write(path: Path, run: ImageRun) -> None:
 
 
 def begin(run: ImageRun) -> page.Opening:
-  """The large numbers, and the picture of what became of the gates."""
+  """Returns the opening of the page: the large numbers, and the picture of gate outcomes."""
   key, name = run.score
   result, around = run.tests[-1], run.around
   meaning = _SCORES.get(key, "").format(count=len(run.images.macs), noun=run.noun)
@@ -97,19 +101,23 @@ def begin(run: ImageRun) -> page.Opening:
 
 _SCORES = {
   "accuracy": "Fraction of the {count:,} test {noun}s whose most likely class is the true one.",
-  "mean_iou": "Intersection over union of predicted and true pixels, mean over classes, on {count:,} test "
-  "{noun}s.",
+  "mean_iou": "Intersection over union of predicted and true pixels, mean over classes, on "
+  "{count:,} test {noun}s.",
 }
 
 
 def sections(run: ImageRun) -> list[page.Section]:
-  """What follows the opening, in its order; what makes no sense for the run is left out."""
+  """Returns the sections after the opening, in order.
+
+  Sections without meaning for the run are left out.
+  """
   found = [page.Section("Result", parts=[glossary.defined(run.rows)]), _score(run)]
   if run.pictures:
     parts = [_picture(*one, photo=True) for one in run.pictures]
     found.append(page.Section(f"Some {run.noun}s", parts=parts))
   if run.gates is not None:
     found += [_by_layer(run), _over_training(run), _selective(run)]
+    # Scenes have no class of their own, so gates tell nothing of it.
     if run.gates.class_rates is not None and run.gates.diagnosis.class_information is not None:
       found += [_classes(run)]
   return [
@@ -135,11 +143,13 @@ def _score(run: ImageRun) -> page.Section:
     ("training step", "updates of the parameters so far"),
     (
       "MACs",
-      f"multiply-accumulates per {run.noun}, mean over the test set, in % of those of the ungated network",
+      f"multiply-accumulates per {run.noun}, mean over the test set, in % of those of the ungated "
+      "network",
     ),
   )
   score = (name, f"on all test {run.noun}s, in %")
   if len(steps) > 1:
+    # Without gates every test costs the same, so only the score has a course.
     gated = min(ratios) < 1
     parts.append(
       _picture(
@@ -157,7 +167,10 @@ def _score(run: ImageRun) -> page.Section:
         )
       )
   else:
-    text = "The run was tested once, so there is no course of training to show (eval_every sets how often). "
+    text = (
+      "The run was tested once, so there is no course of training to show (eval_every sets how "
+      "often). "
+    )
   spent = run.images.macs
   if np.ptp(spent) > 0:
     quarters = _quarters(run)
@@ -165,17 +178,18 @@ def _score(run: ImageRun) -> page.Section:
     parts.append(
       _picture(
         image_pictures.draw_quarters(spent, quarters, run.noun),
-        f"MACs of easy and hard {run.noun}s: the mean of each quarter (point), and its range from the 10th to the 90th "
-        "percentile (bar).",
+        f"MACs of easy and hard {run.noun}s: the mean of each quarter (point), and its range from "
+        "the 10th to the 90th percentile (bar).",
         [
           (
             "quarters",
-            f"the {len(spent):,} test {run.noun}s in equal parts, ordered by their loss: easy ones have the "
-            "least, hard ones the largest",
+            f"the {len(spent):,} test {run.noun}s in equal parts, ordered by their loss: easy "
+            "ones have the least, hard ones the largest",
           ),
           (
             "MACs",
-            f"multiply-accumulates of a {run.noun} of the quarter, in millions, gate networks included",
+            f"multiply-accumulates of a {run.noun} of the quarter, in millions, gate networks "
+            "included",
           ),
         ],
       )
@@ -186,17 +200,21 @@ def _score(run: ImageRun) -> page.Section:
 
 
 def _quarters(run: ImageRun) -> list[np.ndarray]:
-  """Numbers of the images of each quarter, the easiest first: those of `evaluation.mac_spread`."""
+  """Returns the image numbers of each quarter by loss, easiest first.
+
+  The quarters are those of `evaluation.mac_spread`.
+  """
   losses = run.images.losses
   return np.array_split(np.argsort(losses, kind="stable"), min(4, len(losses)))
 
 
 def _on_hard(run: ImageRun) -> str:
-  """Whether hard images take more MACs than easy ones."""
+  """Describes whether hard images take more MACs than easy ones."""
   quarters = _quarters(run)
   easy, hard = run.images.macs[quarters[0]].mean(), run.images.macs[quarters[-1]].mean()
   change = 100 * (hard / easy - 1)
   what = f"{abs(change):.1f} % {'more' if change > 0 else 'fewer'} MACs than"
+  # Below the digit that is shown.
   if abs(change) < 0.05:
     what = "as many MACs as"
   return (
@@ -209,12 +227,14 @@ def _outcomes(run: ImageRun) -> page.Picture:
   names, sizes = gate_pictures.layer_names(run.layers), [size for _, size in run.layers]
   return _picture(
     gate_pictures.draw_outcomes(run.gates.diagnosis, sizes, names),
-    f"What the gates of each layer do: for how many of the {len(run.images.macs):,} test {run.noun}s they are open.",
+    f"What the gates of each layer do: for how many of the {len(run.images.macs):,} test "
+    f"{run.noun}s they are open.",
     [
       ("gates of the layer", "all gates of a layer are 100 %"),
       (
         "conditional",
-        f"from 1 to 99 %: the {run.noun} decides, as gates are meant to; those open least save most",
+        f"from 1 to 99 %: the {run.noun} decides, as gates are meant to; those open least save "
+        "most",
       ),
       ("always closed", "these units can be removed"),
       ("always open", "these units are never saved"),
@@ -236,9 +256,13 @@ def _by_layer(run: ImageRun) -> page.Section:
 
 def _over_training(run: ImageRun) -> page.Section:
   names, history = gate_pictures.layer_names(run.layers), run.histograms
+  # The panels of a deep network would not fit on a page.
   left_out = len(names) - len(gate_pictures.shown_layers(len(names)))
   some = f" {left_out} of {len(names)} layers between these are left out." if left_out else ""
-  columns = f"a column for each of {len(history)} tests, from step {history[0]['step']:,} to {history[-1]['step']:,}"
+  columns = (
+    f"a column for each of {len(history)} tests, from step {history[0]['step']:,} to "
+    f"{history[-1]['step']:,}"
+  )
   prior = (
     [("dashed line", "the prior that the probabilities are pulled to early in training")]
     if run.prior
@@ -251,8 +275,9 @@ def _over_training(run: ImageRun) -> page.Section:
     [
       _picture(
         gate_pictures.draw_histograms(history, names, "probs"),
-        f"Open probabilities of the gates of each layer, on {len(run.gates.logits):,} test {run.noun}s. A band "
-        "at 1 is of gates that stay open, bands at both ends are of gates that decide.",
+        f"Open probabilities of the gates of each layer, on {len(run.gates.logits):,} test "
+        f"{run.noun}s. A band at 1 is of gates that stay open, bands at both ends are of gates "
+        "that decide.",
         [
           ("test at step", columns),
           ("probability", probability),
@@ -286,6 +311,7 @@ def _selective(run: ImageRun) -> page.Section:
     f"The most selective gates, and the {run.noun}s that open them",
     run.gates.diagnosis.open_rates,
   )
+  # Gates that are open for no image, or for all, are not selective.
   few, shown = (
     np.count_nonzero((rates > 0) & (rates < SELECTIVE)),
     _selected(rates, [size for _, size in run.layers]),
@@ -309,18 +335,20 @@ def _selective(run: ImageRun) -> page.Section:
   several = f", {len(shown)} gates of {layers} layer{'s' if layers > 1 else ''}, layer by layer"
   return page.Section(
     title,
-    f"Of {len(rates):,} gates, {few:,} are open for some {run.noun}s but fewer than {100 * SELECTIVE:.0f} %. "
-    f"Below, those of each layer that are open least{several}, with the {run.noun}s that open them most surely"
-    f"{', and their class' if run.images.labels is not None else ''}.",
+    f"Of {len(rates):,} gates, {few:,} are open for some {run.noun}s but fewer than "
+    f"{100 * SELECTIVE:.0f} %. Below, those of each layer that are open least{several}, with the "
+    f"{run.noun}s that open them most "
+    f"surely{', and their class' if run.images.labels is not None else ''}.",
     parts,
   )
 
 
 def _selected(rates: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-  """The gates to show, in their order: by turns the one of each layer that is open least.
+  """Returns the gates to show, in order: from each layer in turn the gate that is open least.
 
-  Of more layers than are shown, as many that are evenly spaced. A gate that is open for less than 1 % comes after all
-  others of its layer; one that is not selective is shown only where none is.
+  Where more layers have such gates than are shown, evenly spaced ones are taken. A gate that is
+  open for less than 1 % comes after all others of its layer; one that is not selective is shown
+  only where none is.
 
   Args:
     rates: `[G]` open rates.
@@ -332,6 +360,7 @@ def _selected(rates: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
   ranked = []
   for gates in np.split(np.arange(len(rates)), np.cumsum(sizes)[:-1]):
     gates = gates[some[gates]]
+    # 0 for all but the rare gates; among these the least rare comes first.
     rare = (rates[gates] < ALWAYS_CLOSED) * (1 - rates[gates])
     if len(gates):
       ranked.append(gates[np.lexsort((rates[gates], rare))])
@@ -339,13 +368,15 @@ def _selected(rates: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
     ranked = [ranked[i] for i in np.linspace(0, len(ranked) - 1, _SELECTIVE_SHOWN).astype(int)]
   turns = max(map(len, ranked), default=0)
   in_turns = [gates[turn] for turn in range(turns) for gates in ranked if turn < len(gates)]
+  # Sorted: the page shows them layer by layer.
   return np.sort(np.array(in_turns[:_SELECTIVE_SHOWN], int))
 
 
 def _mostly(run: ImageRun, gate: int) -> str:
-  """The classes whose images open a gate most often."""
+  """Names the classes whose images open a gate most often."""
   if run.gates.class_rates is None or len(run.class_names) < 2:
     return ""
+  # A class without test images has the rate NaN.
   rates = np.nan_to_num(run.gates.class_rates[:, gate])
   top = [k for k in np.argsort(-rates, kind="stable")[:2] if rates[k] > 0]
   return "; " + ", ".join(f"{_percent(rates[k])} of “{_class(run, k)}”" for k in top)
@@ -353,9 +384,11 @@ def _mostly(run: ImageRun, gate: int) -> str:
 
 def _classes(run: ImageRun) -> page.Section:
   title, information = "Gates and classes", run.gates.diagnosis.class_information
+  # Classes without test images have no rates.
   known = np.flatnonzero(~np.isnan(run.gates.class_rates).any(axis=1))
   rates, names = run.gates.class_rates[known], [run.class_names[k] for k in known]
   order = np.argsort(-information, kind="stable")
+  # Gates at 0 tell nothing of the class, and their order is arbitrary.
   order = order[information[order] > 0]
   if len(known) < 2 or not len(order):
     return page.Section(
@@ -370,8 +403,8 @@ def _classes(run: ImageRun) -> page.Section:
   parts = [
     _picture(
       gate_pictures.draw_class_map(rates[:, mapped].T, [_short(run, g) for g in mapped], names),
-      f"Share of each class's images that open a gate, for the {len(mapped)} gates that tell most of the class{some}. "
-      "Gates and classes that are alike stand side by side.",
+      f"Share of each class's images that open a gate, for the {len(mapped)} gates that tell most "
+      f"of the class{some}. Gates and classes that are alike stand side by side.",
       [
         ("gate", "number of its layer and its own, as layer:gate"),
         ("class", "of the test images"),
@@ -380,13 +413,15 @@ def _classes(run: ImageRun) -> page.Section:
     )
   ]
   titles = [
-    f"{_short(run, g)}: {information[g]:.2f} bits, open for {_percent(run.gates.diagnosis.open_rates[g])}"
+    f"{_short(run, g)}: {information[g]:.2f} bits, open for "
+    f"{_percent(run.gates.diagnosis.open_rates[g])}"
     for g in best
   ]
   parts.append(
     _picture(
       gate_pictures.draw_class_bars(rates[:, best].T, titles, names),
-      f"Open rates of the {len(best)} gates that tell most of the class, on each class or those with the highest.",
+      f"Open rates of the {len(best)} gates that tell most of the class, on each class or those "
+      "with the highest.",
       [
         ("open rate", "test images of the class that open the gate, in %"),
         ("bits", "mutual information of the gate and the class"),
@@ -395,8 +430,9 @@ def _classes(run: ImageRun) -> page.Section:
   )
   return page.Section(
     title,
-    "What a gate tells of the class is their mutual information in bits, 0 if it is open as often for "
-    f"every class, 1 at most. To name one of {len(names)} classes takes {np.log2(len(names)):.1f} bits.",
+    "What a gate tells of the class is their mutual information in bits, 0 if it is open as "
+    f"often for every class, 1 at most. To name one of {len(names)} classes takes "
+    f"{np.log2(len(names)):.1f} bits.",
     parts,
   )
 
@@ -416,6 +452,7 @@ def _extremes(run: ImageRun) -> page.Section:
       texts.append(f"{true}\n{'right' if images.correct[i] else '→ ' + predicted}\n{cost}")
     return _picture(image_pictures.draw_images(run.read(chosen), texts), caption, photo=True)
 
+  # No image is both among the easiest and the hardest, unless there is only one.
   half = max(1, min(_EXTREMES, len(order) // 2))
   easy, hard = order[:half], order[::-1][:half]
   what = (
@@ -424,14 +461,14 @@ def _extremes(run: ImageRun) -> page.Section:
   spread = f" {_on_hard(run)}" if np.ptp(images.macs) > 0 else ""
   return page.Section(
     f"Easiest and hardest {run.noun}s",
-    f"The {half} {run.noun}s with the least loss and the {half} with the largest. Below each: {what} (millions)."
-    f"{spread}",
+    f"The {half} {run.noun}s with the least loss and the {half} with the largest. Below each: "
+    f"{what} (millions).{spread}",
     [picture(easy, "Least loss."), picture(hard, "Largest loss.")],
   )
 
 
 def _percent(rate: float) -> str:
-  """A fraction in two digits.
+  """Formats a fraction as a percentage in two digits.
 
   >>> _percent(1.0), _percent(0.0333)
   ('100 %', '3.3 %')
@@ -445,8 +482,9 @@ def _class(run: ImageRun, k: int) -> str:
 
 
 def _place(run: ImageRun, gate: int) -> tuple[int, int]:
-  """Number of a gate's layer, and of the gate in it."""
+  """Returns the number of a gate's layer, and of the gate in it."""
   ends = np.cumsum([size for _, size in run.layers])
+  # The end of a layer is the first gate of the next one, hence `right`.
   layer = int(np.searchsorted(ends, gate, side="right"))
   return layer, int(gate - (ends[layer] - run.layers[layer][1]))
 

@@ -1,4 +1,4 @@
-"""Trains and evaluates a gated net that gives every pixel a class, in a run directory.
+"""Training and tests of gated segmentation networks in a run directory.
 
 Reference: Zhao et al., 2017 (PSPNet); Bejnordi et al., 2020, section 4.2.
 """
@@ -27,19 +27,31 @@ from gating_jax.reports import scene_pictures, scene_table
 from gating_jax.training import devices, steps
 from gating_jax.training.outlines import Outline
 
-_DRAWN = 3  # test scenes
+# Test scenes to draw.
+_DRAWN = 3
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
-  """`train` trains to the end from wherever the run directory stands; `evaluate` tests its newest checkpoint, and
-  `compile` times what skips its closed gates."""
+  """Runs a mode for segmentation in a run directory.
+
+  `train` trains to the end from wherever the run directory stands; `evaluate` tests its newest
+  checkpoint, `report` writes a page of it, and `compile` times programs that skip its closed gates.
+
+  Args:
+    config: the config of the run.
+    workdir: the run directory.
+    mode: one of these modes.
+  """
   with working("opening the data", "minutes for large sets"):
     experiment = build(config)
   classification.run_task(TASK, experiment, workdir, mode, compile=compile.run)
 
 
 def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = None) -> Experiment:
-  """Checks every setting, then opens the data; errors and arguments as of `images.build.build`."""
+  """Builds the experiment of a config of scenes.
+
+  Arguments and errors are as in `images.build.build`.
+  """
   data = config.data
   side = (
     lambda v: isinstance(v, tuple) and len(v) == 2 and min(v) >= 8,
@@ -62,7 +74,8 @@ def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = N
     make = lambda split, count, **seed: scenes.digit_scenes(
       split, scenes=count, size=data.size, most=data.digits, **seed
     )
-    return images.assemble(  # the same test set for all seeds, so that these can be compared
+    # The test set is the same for all seeds, so that these can be compared.
+    return images.assemble(
       config,
       lambda: data.train_scenes,
       open_train=lambda: make("train", data.train_scenes, seed=config.seed),
@@ -88,13 +101,20 @@ def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = N
     open_test=lambda: opened(data.test_split),
     network=network,
     objective=pixels.PixelObjective,
+    # Trained on crops, tested on whole scenes: the costs of the two differ.
     train_shape=(*(data.crop or data.size), 3),
     known=known,
   )
 
 
 def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
-  """The residual network that `config.model` describes, with the head on its last feature map."""
+  """Builds the residual network that `config.model` describes, with the head on its feature map.
+
+  Args:
+    model: the section `config.model`.
+    classes: number of classes of a pixel.
+  """
+  # The head needs a feature map, so the backbone has no pooling and no classifier.
   backbone = images.network(model, None).clone(pool=False, output_stride=model.output_stride)
   return Segmenter(
     backbone, classes, features=model.head, dtype=backbone.dtype, axis_name=devices.AXIS
@@ -102,7 +122,7 @@ def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
 
 
 def _summarise(experiment: Experiment, sums, scored: int) -> dict[str, float]:
-  """Numbers of the set, and the MACs that the head has of those of the net."""
+  """Returns the numbers of the set, and the head's part of the network's MACs."""
   backbone = count(experiment.model.backbone.clone(parent=None), experiment.test.shape)
   return pixels.summarise(sums, experiment.test.class_names) | {
     "head_macs": experiment.counts.macs - backbone.macs
@@ -110,10 +130,12 @@ def _summarise(experiment: Experiment, sums, scored: int) -> dict[str, float]:
 
 
 def _draw(experiment: Experiment, state: steps.TrainState) -> dict[str, tuple[Any, str]]:
-  """The first test scenes."""
+  """Draws the first test scenes."""
   images, truth = experiment.test.read(np.arange(min(_DRAWN, len(experiment.test))))
+  # Predictions alone: the scores of these scenes are not reported.
   scores = lambda logits, labels: {"predicted": logits.argmax(-1)}
   run = jax.jit(steps.make_eval_step(experiment.model, experiment.normalise, scores))
+  # On one device: three scenes need not divide over all of them.
   results = jax.device_get(run(jax.device_get(state), images, truth))
   counts = experiment.counts
   macs = counts.fixed + results["macs"] if "macs" in results else np.full(len(images), counts.macs)

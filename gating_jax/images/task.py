@@ -1,4 +1,4 @@
-"""What the labels of images mean to a run, and what it leaves for people: pictures, a file of gates, its report."""
+"""Tasks on labelled images, and the files of a run: pictures, a table of gates, the report."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from gating_jax.training.journal import HISTOGRAMS_FILE, METRICS_FILE, Journal, 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """What the labels of images mean for training, for the test and for who reads its result.
+  """Definition of a task: the use of labels in training, tests and reports.
 
   Attributes:
     prepare: `(experiment, key, uint8 pixels) -> network input`, augmented.
     scores: `(logits, labels) -> results` of each image, as in `steps.make_eval_step`.
-    summarise: as in `evaluation.evaluate`.
+    summarise: as in `evaluation.evaluate`, after the experiment.
     rows: the result as names and values, for people.
-    noun: what is tested.
+    noun: the name of an example.
     score: key of the score among the result's numbers, and its name.
-    classes: how many there are of images, for what gates tell of them; None where an image has none of its own.
+    classes: number of classes of images, for the gates' information on them; None where an image
+      has no class of its own.
     draw: `(experiment, state) -> {file name: (figure, caption)}`, further pictures.
   """
 
@@ -44,33 +45,38 @@ class Task:
   draw: Callable[[Experiment, steps.TrainState], Mapping[str, tuple[Any, str]]] = lambda *_: {}
 
   def render(self, result: Mapping[str, Any]) -> str:
-    """The result as text."""
+    """Returns the result as text."""
     return tables.lines(self.rows(result), result.get("layers"))
 
   def title(self, experiment: Experiment) -> str:
-    """What is trained."""
+    """Describes the model and the data set."""
     model = experiment.config.model
     gates = {"none": "without gates", "exits": "with early exits", "experts": "with experts"}
-    return f"{model.name} {gates.get(model.gating, f'with {model.gating} gates')} on {experiment.config.data.name}"
+    return (
+      f"{model.name} {gates.get(model.gating, f'with {model.gating} gates')} on "
+      f"{experiment.config.data.name}"
+    )
 
 
 def conclude(
   task: Task, experiment: Experiment, path: Path, result: Mapping[str, Any], done: str
 ) -> str:
-  """What a mode that tests the net ends with.
+  """Returns the closing lines of a mode that tests the network.
 
   Args:
-    task: of the run.
-    experiment: of the run.
-    path: of the run directory.
-    result: of the test.
-    done: the beginning of a sentence about the net.
+    task: the task of the run.
+    experiment: the experiment of the run.
+    path: the run directory.
+    result: the result of the test.
+    done: the beginning of a sentence about the network.
   """
   rows = [task.rows(result)[0], *conclusion.gates(result), ("run directory:", str(path))]
   report = path / rundir.REPORT_FILE
+  # The page is written when a run ends, or by --mode=report.
   if report.exists():
     rows.append(("page", f"{report}, for a browser"))
   modes = []
+  # Only modes that work on this model are proposed.
   if not conclusion.refusal(compile.check, experiment.model) and compile.skips(experiment.model):
     modes = (
       ["compile", "export"] if experiment.config.experiment == "classification" else ["compile"]
@@ -91,7 +97,17 @@ def write_files(
   images: evaluation.ImageBehaviour,
   gates: evaluation.GateBehaviour | None,
 ) -> None:
-  """Pictures, a file of gates and the report, of a run that has come to its end."""
+  """Writes the pictures, a file of gates and the report of a run that has ended.
+
+  Args:
+    task: the task of the run.
+    experiment: the experiment of the run.
+    run_dir: the run directory.
+    state: the state after training.
+    journal: receives the pictures.
+    step: the last step.
+    result, images, gates: results of the test, as of `evaluation.evaluate`.
+  """
   drawn, names = task.draw(experiment, state), []
   for name, (figure, _) in drawn.items():
     text.save(figure, run_dir.path / name)
@@ -105,13 +121,17 @@ def write_files(
     )
     gate_table.write(run_dir.path / "gates.csv", gates.diagnosis, experiment.counts.gate_layers)
     names.append("gates.png")
+  # TensorBoard shows the pictures too.
   for name in names:
     journal.write_picture(step, f"pictures/{Path(name).stem}", run_dir.path / name)
   write_report(task, experiment, run_dir, step, result, images, gates, drawn)
 
 
 def _numbered(names: Sequence[str], line: Mapping[str, Any]) -> dict[str, Any]:
-  """A line of `histograms.jsonl` with each layer's place for its name, as it is drawn, and as older runs have it."""
+  """Returns a line of `histograms.jsonl` with the number of each layer in place of its name.
+
+  Figures use this form, and older runs have it.
+  """
   renamed = {}
   for key, value in line.items():
     group, _, rest = key.partition("/")
@@ -131,17 +151,29 @@ def write_report(
   drawn: Mapping[str, tuple[Any, str]] = MappingProxyType({}),
   notice: str = "",
 ) -> None:
-  """Writes `report.html` of the state of `step`; the rest is what the test found of it, what `task.draw` drew, and what
-  the page says before all else."""
+  """Writes `report.html` of the state of `step`.
+
+  Args:
+    task: the task of the run.
+    experiment: the experiment of the run.
+    run_dir: the run directory.
+    step: the step of the state.
+    result, images, gates: results of the test, as of `evaluation.evaluate`.
+    drawn: the pictures of `task.draw`.
+    notice: the first line of the page; empty for none.
+  """
   config, counts, total = experiment.config, experiment.counts, experiment.settings.total_steps
   kind = surroundings.KINDS[config.experiment]
+  # The journal may have later tests than this state, written after its checkpoint.
   before = lambda file: [
     line
     for line in read_lines(run_dir.path / file)
     if line["split"] == "test" and line["step"] < step
   ]
   histograms = evaluation.histograms(gates, counts.gate_layers) if gates is not None else {}
+  # Names of modules are long, so figures number the layers.
   numbered = functools.partial(_numbered, [name for name, _ in counts.gate_layers])
+  # The page shows a prior only where it acts on the gates.
   pulled = config.loss.regulariser == "batch_shaping" and config.loss.batch_shaping.coefficient > 0
   image_report.write(
     run_dir.report,
@@ -151,6 +183,7 @@ def write_report(
       noun=task.noun,
       rows=task.rows(result),
       score=task.score,
+      # This test comes last: outside training the journal does not have it.
       tests=[*before(METRICS_FILE), {"step": step, **result}],
       histograms=[*map(numbered, [*before(HISTOGRAMS_FILE), {"step": step, **histograms}])],
       macs=counts.macs,
