@@ -58,4 +58,5 @@ def indices(
     `[batch_size / count, k]` int32.
   """
   whole = np.stack([batch_indices(seed, step + i, batch_size, examples) for i in range(k)], axis=1)
+  # A process has the same rows of the batch in every step.
   return np.split(whole, process[1])[process[0]]

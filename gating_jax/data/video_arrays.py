@@ -48,6 +48,7 @@ class VideoArrays:
 
   def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the videos at `index`, as one batch."""
+    # Every array begins with the axis of videos.
     return {name: values[index] for name, values in self.arrays.items()}
 
   def map(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:

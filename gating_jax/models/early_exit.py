@@ -48,6 +48,7 @@ class EarlyExitNet(ResNet):
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
     if self.classes is None or len(self.blocks) < 2 or self.gating != "none" or x.ndim != 4:
+      # An exit needs classes and a stage after it; its own gates would be a second kind of record.
       raise ValueError(
         "a network with exits must have classes, two stages, gating='none' and images "
         "[N, H, W, D]; got "
@@ -77,6 +78,7 @@ class EarlyExitNet(ResNet):
         zip(jnp.split(stay, stay.shape[1], axis=1), macs[1:], strict=True), start=1
       )
     )
+    # In training every exit has a loss, so no answer is chosen.
     return (answers if train else confidence.first_sure(answers, stay)), records
 
   def _exit(self, number: int) -> nn.Module:

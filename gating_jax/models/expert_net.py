@@ -38,6 +38,7 @@ class ExpertNet(ResNet):
   ) -> tuple[Array, Records]:
     if self.gating != "none":
       raise ValueError(f"gating must be none in a network of experts; got {self.gating!r}")
+    # Only the last stage has experts; the others are those of `ResNet`.
     if stage + 1 < len(self.blocks):
       return super()._stage(x, train, stage, stride, dilation)
     # Without a parent, since the blocks belong to the experts and not to this network.

@@ -116,6 +116,7 @@ class InceptionModule(nn.Module):
 
     one, reduce2, two, reduce3, three, four = self.channels
     axes = x.ndim - 2
+    # The reductions make the 3x3x3 convolutions cheap (GoogLeNet).
     return jnp.concatenate(
       [
         conv(x, one, 1, "branch1"),

@@ -83,6 +83,7 @@ class PyramidHead(nn.Module):
     for side in self.bins:
       # Means in float32: a cell may hold many pixels.
       level = grid_means(x.astype(jnp.float32), side).astype(self.dtype)
+      # Together the grids have about as many channels as the map, as in the paper.
       level = nn.relu(conv(max(1, x.shape[-1] // len(self.bins)), 1, f"bins{side}")(level, train))
       levels.append(enlarge(level, x.shape[1:3]))
     x = nn.relu(conv(self.features, 3, "join")(jnp.concatenate(levels, axis=-1), train))

@@ -80,6 +80,7 @@ def count(model: nn.Module, input_shape: Any) -> ModelCounts:
     gates=sum(r.gates.shape[-1] for r in records),
     macs=macs[False],
     gate_macs=macs[True],
+    # A network without gates has no records.
     gated=gated_macs(records) if records else 0,
     gate_layers=tuple(zip(layer_names(records), [r.gates.shape[-1] for r in records], strict=True)),
   )
@@ -119,6 +120,7 @@ def layer_names(records: Sequence[GateRecord]) -> tuple[str, ...]:
 def _trace(model: nn.Module, input_shape: Any) -> tuple[list[Call], Records, Any]:
   """Returns the calls that multiply by kernels, and the records and variables as shapes."""
   arguments.instance("model", model, nn.Module, "a network, such as resnet('resnet20', classes=10)")
+  # A shape is a tuple, which jax would take for a part of the tree.
   shapes = jax.tree.leaves(input_shape, is_leaf=lambda x: isinstance(x, tuple))
   # Without a tuple there are no leaves, and the input shape itself is at fault.
   for shape in shapes or [input_shape]:

@@ -55,7 +55,7 @@ class SegmentNet(nn.Module):
       reads it.
     selection: `gate`, learned; `confidence`, the light net's largest class probability; or one of
       `POLICIES`.
-    share: fraction of the segments that a fixed selection takes.
+    share: fraction of the valid segments that a fixed selection takes; see `selection.k_for`.
     light_head: whether the light net also classifies every segment on its own.
     pooling: over the chosen segments: `max`, `mean` or `attention`.
     gate: settings of the learned gate.
@@ -95,6 +95,7 @@ class SegmentNet(nn.Module):
     if self.selection == "gate":
       self.selector = SegmentGate(self.gate, self.macs_per_segment, self.axis_name, name=GATE_NAME)
     elif self.selection in POLICIES:
+      # A policy has no parameters; `confidence` needs no module at all.
       self.selector = Policy(self.selection, self.share, self.macs_per_segment, self.axis_name)
     if self.light_head or self.selection == "confidence":
       # Built only where something reads it: an unused head would have parameters without gradients.
@@ -109,6 +110,7 @@ class SegmentNet(nn.Module):
       features, records = self._encode_with_open_backward(clips, record.gates.reshape(-1)), ()
     else:
       features, records = self.encode(clips, train)
+    # From `[B T, C]` back to `[B, T, C]`.
     features = features.reshape(*record.gates.shape, -1)
     return {**outputs, "logits": self.classifier(features, record.gates, train)}, (record, *records)
 
@@ -205,6 +207,7 @@ class Classifier(nn.Module):
 
   @nn.compact
   def __call__(self, features: Array, gates: Array, train: bool = False) -> Array:
+    # Attention weights the chosen segments by the softmax of a score each.
     scores = nn.Dense(1, name="scores")(features)[..., 0] if self.pooling == "attention" else None
     h = pool(features, gates, self.pooling, scores)
     h = Dropout(_DROPOUT, self.axis_name, name="dropout1")(h, train)
