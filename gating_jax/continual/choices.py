@@ -39,6 +39,9 @@ from gating_jax.training import settings
 def build(config: ml_collections.ConfigDict, problem: Problem) -> Method:
   """Builds the method that the config names.
 
+  Args:
+    config: of the experiment.
+    problem: the learning problem.
   Raises:
     ValueError: a setting breaks its rule; the message names the method.
   """

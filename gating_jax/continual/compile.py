@@ -50,7 +50,7 @@ def check(experiment: ContinualExperiment) -> None:
       "method must be one whose tasks have gates that look at images, as 'gates' and "
       f"'multitask_gates', to be compiled; got {experiment.config.method!r}"
     )
-  # The network without its head, as the method makes it.
+  # The methods' networks end at their features.
   folding.check(choices.network(experiment.config, experiment.problem, classes=None, gated=True))
 
 
@@ -65,7 +65,15 @@ def _tables(
 
 
 def folded_net(experiment: ContinualExperiment, learner: Learner, task: int) -> Folded:
-  """Folds the network of a learnt task. Raises ValueError for a model that cannot be folded."""
+  """Folds the network of a learnt task, its head included.
+
+  Args:
+    experiment: of the run.
+    learner: that has learnt the task.
+    task: its index.
+  Raises:
+    ValueError: the model cannot be folded.
+  """
   net = experiment.method.task_net(learner, task)
   # The model ends at its features; the head is the task's own.
   return dataclasses.replace(folding.fold(net.model, net.variables), classifier=net.classifier)

@@ -1,7 +1,7 @@
 """A class-balanced memory of fixed size for images of earlier tasks, and its replay.
 
 Within a class the images keep the order in which they were offered, and the last are dropped when
-their share shrinks. So a shuffled class stays a uniform sample, and a ranked class keeps its best
+the class loses slots. So a shuffled class stays a uniform sample, and a ranked class keeps its best
 images.
 
 Axes: S slots of the memory, M images offered, B examples on this device, R replayed on this device.
@@ -93,7 +93,13 @@ def share(memory: Memory, pixels: Any, labels: Any, key: Array, extra: Any = ())
 
 
 def keep_first(memory: Memory, pixels: Any, labels: Any, extra: Any = ()) -> Memory:
-  """Adds a finished task as `share` does, with the first images of every class."""
+  """Adds a finished task as `share` does, with the first images of every class.
+
+  Args:
+    memory: with the earlier tasks.
+    pixels, labels: `[M, ...]` of the task, each class in the order of preference.
+    extra: a tree of `[M, ...]` arrays, as in the memory.
+  """
   slots, old = len(memory.labels), np.asarray(memory.labels) != EMPTY
   join = lambda held, new: np.concatenate([np.asarray(held)[old], np.asarray(new, held.dtype)])
   # Old images come first, so that each class stays in the order in which it was offered.

@@ -190,7 +190,7 @@ class Problem:
     """
     # `state` is an argument: as a closure its arrays would be compiled in as constants.
     run = jax.jit(lambda state, pixels: fn(state, self.normalise(pixels)))
-    # `cover` wants a labelled set; the labels are not read.
+    # `cover` takes a labelled set; the labels are not read.
     images = Images(np.asarray(pixels), np.zeros(len(pixels)), ())
     return np.concatenate(
       # `cover` pads the last batch to the full size; only its first n results count.

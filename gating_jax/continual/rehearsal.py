@@ -159,12 +159,12 @@ def generative(
     return shared_net.put(memory["generators"], task, memory["training"].average)
 
   def keep(memory, data, task, key):
-    # Averaged parameters give better images than those of the last step.
+    # Images are generated with the averaged parameters, so only these are kept.
     return {"generators": with_this(memory, task), "training": fresh()}
 
   def recall(memory, data, task, key):
     generators = with_this(memory, task)
-    # One generator at a time: the images of all tasks need no more memory than its own.
+    # Lazily: the variables of one task at a time.
     each = ({"params": jax.tree.map(lambda x, t=t: x[t], generators)} for t in range(task + 1))
     return generated(generator, each, key, images)
 
@@ -185,9 +185,15 @@ def generative(
 def make_prelude(
   rehearsal: Rehearsal | None, problem: Problem
 ) -> Callable[[Learner, Array, Array], tuple[Learner, Mapping[str, Array]]] | None:
-  """Makes a method's prelude from that of its rehearsal; None without one.
+  """Makes a method's prelude from that of its rehearsal.
 
   The method must keep the rehearsal's memory as `memory["rehearsal"]`.
+
+  Args:
+    rehearsal: of the method, if any.
+    problem: the learning problem.
+  Returns:
+    the prelude, as in `Method`; None where the rehearsal has none.
   """
   if rehearsal is None or rehearsal.prelude is None:
     return None

@@ -38,7 +38,14 @@ _UNITS, _IMAGES, _TASKS = 6, 8, 6
 
 
 def summary(experiment: ContinualExperiment, learner: Learner) -> dict[str, Any]:
-  """Collects the result of the tasks learnt so far, as `reports.task_table` wants it."""
+  """Collects the result of the tasks learnt so far.
+
+  Args:
+    experiment: of the run.
+    learner: after one task or more.
+  Returns:
+    the result as `reports.task_table` wants it.
+  """
   learnt = int(learner.task)
   table = {
     name: np.asarray(x, np.float64)[:learnt, :learnt] for name, x in learner.table._asdict().items()
@@ -71,10 +78,13 @@ def summary(experiment: ContinualExperiment, learner: Learner) -> dict[str, Any]
 
 
 def free_units(held: Holdings, learnt: int) -> dict[str, tuple[int, int]]:
-  """Counts the units by layer that no task learnt so far needs, and all units.
+  """Counts the units that no task learnt so far needs.
 
+  Args:
+    held: of the learner.
+    learnt: number of tasks learnt.
   Returns:
-    `(free, all)` by layer; empty where tasks own no units.
+    `(free, all)` units by layer; empty where tasks own no units.
   """
   return {
     layer: (int(metrics.filter_use(units[:learnt]).free[-1]), units.shape[1])
@@ -118,7 +128,15 @@ def draw(
   journal: Journal,
   step: int,
 ) -> None:
-  """Writes the pictures of the result to files and to TensorBoard."""
+  """Writes the pictures of the result to files and to TensorBoard.
+
+  Args:
+    experiment: of the run.
+    learner: after one task or more.
+    run_dir: for the files.
+    journal: for TensorBoard.
+    step: of the learner.
+  """
   # The captions are for the page.
   for name, (_, figure) in _pictures(experiment, learner).items():
     path = run_dir.path / f"{name}.png"

@@ -49,7 +49,14 @@ class RouterSettings:
 
 
 def init(key: Array, tasks: int, features: int, hidden: int) -> dict[str, Any]:
-  """Initialises parameters for T tasks with F features each."""
+  """Initialises the parameters.
+
+  Args:
+    key: PRNG key.
+    tasks: T.
+    features: F, of each stream.
+    hidden: width of the hidden layer.
+  """
   first, second = jax.random.split(key)
   he = jax.nn.initializers.he_normal()
   return {
@@ -102,6 +109,10 @@ def of_seen(updates: Any, seen: Array) -> Any:
   """Zeroes the updates of weights that serve tasks not seen yet.
 
   These weights keep their initial values, with weight decay too.
+
+  Args:
+    updates: a tree like the parameters.
+    seen: number of tasks seen.
   """
   served = jnp.arange(updates["out"]["bias"].shape[0]) < seen
   return {
@@ -114,7 +125,13 @@ def of_seen(updates: Any, seen: Array) -> Any:
 
 
 def macs(seen: int, features: int, hidden: int) -> int:
-  """Counts the multiply-accumulates of one image."""
+  """Counts the multiply-accumulates of one image.
+
+  Args:
+    seen: number of tasks seen.
+    features: F, of each stream.
+    hidden: width of the hidden layer.
+  """
   return seen * features * hidden + hidden * seen
 
 

@@ -134,8 +134,13 @@ def _conclude(
 
 
 def newest(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> tuple[int, Learner]:
-  """Restores the newest checkpoint and returns its step and learner.
+  """Restores the newest checkpoint.
 
+  Args:
+    experiment: of the run.
+    run_dir: with the checkpoints.
+  Returns:
+    its step and learner.
   Raises:
     RunDirError: no task is learnt yet.
   """
@@ -330,9 +335,13 @@ def make_advance(
 
 
 def training_sets(experiment: ContinualExperiment, task: int) -> dict[int, Images]:
-  """Returns the training sets of the stage that ends with this task, by number.
+  """Returns the training sets of the stage that ends with this task.
 
-  Every batch has the same number of images of each set.
+  Args:
+    experiment: of the run.
+    task: the last task of the stage.
+  Returns:
+    sets by number; every batch has the same number of images of each.
   """
   first = 0 if experiment.method.cumulative or experiment.method.together else task
   sets = [t.train for t in experiment.tasks[first : task + 1]]
@@ -372,7 +381,15 @@ def finish_task(
 
 
 def test_tasks(learner: Learner, evaluate: Callable, learnt: int) -> Learner:
-  """Tests all tasks learnt, and fills the table's row of the last one."""
+  """Tests all tasks learnt, and fills the table's row of the last one.
+
+  Args:
+    learner: that has learnt the tasks.
+    evaluate: as of `make_evaluate`.
+    learnt: number of tasks learnt.
+  Returns:
+    the learner with the new table.
+  """
   rows = [evaluate(learner, task, learnt) for task in range(learnt)]
   table = learner.table._make(
     np.asarray(

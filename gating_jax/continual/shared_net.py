@@ -130,9 +130,8 @@ class SharedNet:
   @functools.cached_property
   def shapes(self) -> tuple[Records, int]:
     """Returns the records and the number of features, as shapes."""
-    # One image: no record depends on the number of examples but in its first axis.
+    # One image stands for any number: only first axes depend on it.
     x = jax.ShapeDtypeStruct((1, *self.problem.shape), jnp.float32)
-    # Shapes need no arithmetic.
     (features, records), _ = jax.eval_shape(
       lambda x: self.model.init_with_output(jax.random.key(0), x), x
     )
@@ -155,7 +154,14 @@ class SharedNet:
 
 
 def split(tree: Tree, is_shared: Callable[[Sequence[str]], bool]) -> dict[str, Tree]:
-  """Splits a tree into `{"shared", "own"}` by the paths of its leaves."""
+  """Splits a tree into two parts by the paths of its leaves.
+
+  Args:
+    tree: any tree of dicts.
+    is_shared: `path -> bool`.
+  Returns:
+    `{"shared", "own"}`.
+  """
   flat = traverse_util.flatten_dict(tree)
   part = lambda shared: traverse_util.unflatten_dict(
     {path: leaf for path, leaf in flat.items() if is_shared(path) == shared}
@@ -176,7 +182,13 @@ def stack(trees: Tree, tasks: int) -> Tree:
 
 
 def put(stacked: Tree, task: int, tree: Tree) -> Tree:
-  """Replaces one task's entry in a stacked tree."""
+  """Replaces one task's entry in a stacked tree.
+
+  Args:
+    stacked: arrays `[T, ...]`.
+    task: index of the entry.
+    tree: its new arrays `[...]`.
+  """
   return jax.tree.map(lambda all_tasks, x: all_tasks.at[task].set(x), stacked, tree)
 
 

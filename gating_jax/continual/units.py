@@ -55,7 +55,14 @@ class ProtectionSettings:
 
 
 def by_record(units: Array, records: Records) -> list[Array]:
-  """Splits `[..., U]` into the parts of each record."""
+  """Splits units into the parts of each record.
+
+  Args:
+    units: `[..., U]`.
+    records: of the network.
+  Returns:
+    `[..., units]` per record.
+  """
   ends = np.cumsum([r.gates.shape[-1] for r in records])
   return [units[..., end - r.gates.shape[-1] : end] for end, r in zip(ends, records, strict=True)]
 
@@ -66,7 +73,7 @@ def joined(records: Records) -> Array:
 
 
 def open_share(records: Records, available: Array) -> Array:
-  """Computes the mean fraction of open units, over layers and examples.
+  """Computes the fraction of available units that are open, averaged over layers and examples.
 
   Args:
     records: of one forward pass.
@@ -87,7 +94,12 @@ def open_share(records: Records, available: Array) -> Array:
 
 
 def begin_anew(frozen: Tree, old: Tree, fresh: Tree) -> Tree:
-  """Keeps `old` where frozen and takes `fresh` elsewhere."""
+  """Keeps `old` where frozen and takes `fresh` elsewhere.
+
+  Args:
+    frozen: mask as of `nothing_frozen`.
+    old, fresh: shared parameters.
+  """
   return jax.tree.map(jnp.where, frozen, old, fresh)
 
 
@@ -175,7 +187,14 @@ def full_layers(records: Records, used: np.ndarray, available: np.ndarray) -> li
 
 
 def first_units(records: Records, allocated: float) -> Array:
-  """Returns `[U]` bool: the initial units of a network made `allocated` times as wide."""
+  """Returns the initial units of a network.
+
+  Args:
+    records: of the network.
+    allocated: width of the network over its initial width.
+  Returns:
+    `[U]` bool.
+  """
   return jnp.concatenate(
     [jnp.arange(r.gates.shape[-1]) < round(r.gates.shape[-1] / allocated) for r in records]
   )
@@ -205,7 +224,13 @@ def grown(
 
 
 def waiting(shared: Tree, records: Records, available: np.ndarray) -> int:
-  """Counts the shared parameters of filters whose units are not available yet."""
+  """Counts the shared parameters of filters whose units are not available yet.
+
+  Args:
+    shared: shared parameters.
+    records: of the network.
+    available: `[U]` bool.
+  """
   flat, total = traverse_util.flatten_dict(shared), 0
   for record, units in zip(records, by_record(available, records), strict=True):
     total += sum(

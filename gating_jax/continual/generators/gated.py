@@ -25,7 +25,7 @@ from gating_jax.continual.generators import wgan
 from gating_jax.models.generator import Generator
 from gating_jax.types import Array
 
-# Latents that show which gates a task opens, in so many batches.
+# Latents per batch, and batches, that show which gates a task opens.
 _PROBES, _PROBE_BATCHES = 250, 40
 Tree = Any
 

@@ -44,13 +44,13 @@ def masked(
     return {"shared": shared, "own": hat.drawn(fresh["own"], key)}
 
   def training(state, step):
-    # A progress of 1 at the last step of the training, and after it.
+    # The slope rises once, over all steps of the training.
     s = hat.slope(jnp.minimum(1, step / max(1, steps - 1)), steepness)
     # a^{<t}: the masks of later tasks are still 0.
     used = jnp.max(state["masks"], axis=0)
 
     def update(updates, params):
-      # Limited last, so that ten times an update stays within the limits too.
+      # The limits apply after the factor on the updates.
       updates = hat.limited(hat.of_embeddings(lambda u: _EMBEDDING_RATE * u, updates), params)
       shared = shared_generator.split(updates, records)["shared"]
       return shared_generator.slowed(updates, hat.plasticity(shared, records, used, jnp.ones(())))

@@ -101,7 +101,14 @@ def records(generator: Generator) -> Records:
 
 
 def split(params: Tree, records: Records) -> dict[str, Tree]:
-  """Splits parameters into `{"shared", "own"}`: the filters that gates switch, and the rest."""
+  """Splits parameters into the filters that gates switch, and the rest.
+
+  Args:
+    params: of the generator.
+    records: as of `records`.
+  Returns:
+    `{"shared", "own"}`.
+  """
   writers = {writer for r in records for writer in r.writers}
   return shared_net.split(params, lambda path: path[:-1] in writers)
 
@@ -225,7 +232,7 @@ class _Shared:
 
   def _fresh(self, task: int) -> wgan.WganState:
     return wgan.init_state(
-      # Every task has a seed of its own, as T seeds belong to each seed of a run.
+      # T seeds belong to the seed of a run: every task has its own.
       self.generator,
       self._critic,
       self.settings,

@@ -92,7 +92,13 @@ class WganState(struct.PyTreeNode):
 def init_state(
   generator: nn.Module, critic: nn.Module, settings: WganSettings, seed: int
 ) -> WganState:
-  """Creates a fresh state."""
+  """Creates a fresh state.
+
+  Args:
+    generator, critic: as in `make_train_step`.
+    settings: of the training.
+    seed: of the initial parameters.
+  """
 
   @jax.jit
   def init(key):
@@ -265,9 +271,13 @@ def critic_loss(
 
 
 def gradient_penalty(critic: Callable[[Array], Array], images: Array) -> Array:
-  """Computes `mean_n (|d critic(x_n) / d x_n| - 1)^2` over `[N, ...]` images; a scalar.
+  """Computes `mean_n (|d critic(x_n) / d x_n| - 1)^2`, a scalar.
 
   Where the critic is flat, the gradient of the norm is taken as 0.
+
+  Args:
+    critic: maps `[N, ...]` images to `[N]` scores, each of its own image alone.
+    images: `[N, ...]`.
 
   >>> gradient_penalty(lambda x: x @ jnp.array([3.0, 4.0]), jnp.ones((5, 2)))
   Array(16., dtype=float32)
@@ -301,9 +311,17 @@ def sample(
 
 
 def latents(key: Array, n: int, size: int, axis_name: Hashable | None = None) -> Array:
-  """Draws `[n, size]` standard normal latents.
+  """Draws standard normal latents.
 
   An example's latent depends on its position in the whole batch, not on the number of devices.
+
+  Args:
+    key: PRNG key, the same on all devices.
+    n: examples on this device.
+    size: of a latent.
+    axis_name: mapped device axis, if any.
+  Returns:
+    `[n, size]`.
   """
   return jax.vmap(lambda key: jax.random.normal(key, (size,)))(example_keys(key, n, axis_name))
 

@@ -97,6 +97,11 @@ def compensation(e: Array, s: Array, steepness: float) -> Array:
 
       (s_max / s) (cosh(s e) + 1) / (cosh(e) + 1),   s e clipped at 50
 
+  Args:
+    e: embeddings.
+    s: slope of the step.
+    steepness: s_max.
+
   >>> print(compensation(0.0, 2.0, 400.0))
   200.0
   """
@@ -105,9 +110,15 @@ def compensation(e: Array, s: Array, steepness: float) -> Array:
 
 
 def regulariser(masks: Array, used: Array) -> Array:
-  """Computes `sum a (1 - a^{<t}) / sum (1 - a^{<t})` of `[U]` masks.
+  """Computes `sum a (1 - a^{<t}) / sum (1 - a^{<t})`, over all units.
 
   This is the fraction that a task takes of the units left.
+
+  Args:
+    masks: `[U]`, a of the task.
+    used: `[U]`, a^{<t}.
+  Returns:
+    a scalar.
 
   >>> print(regulariser(jnp.array([1.0, 0.5, 0.0]), jnp.array([1.0, 0.0, 0.0])))
   0.25
@@ -169,7 +180,13 @@ def drawn(params: Tree, key: Array) -> Tree:
 
 
 def compensated(grads: Tree, params: Tree, s: Array, steepness: float) -> Tree:
-  """Multiplies the gradients of embeddings by `compensation`, which undoes the slope."""
+  """Multiplies the gradients of embeddings by `compensation`, which undoes the slope.
+
+  Args:
+    grads, params: trees with the same paths.
+    s: slope of the step.
+    steepness: s_max.
+  """
   return of_embeddings(lambda grad, e: grad * compensation(e, s, steepness), grads, params)
 
 
@@ -181,7 +198,12 @@ def limited(updates: Tree, params: Tree) -> Tree:
 
 
 def embeddings(params: Tree, records: Records) -> Array:
-  """Returns the `[U]` embeddings of a task."""
+  """Returns the `[U]` embeddings of a task.
+
+  Args:
+    params: of the network, with the task's gates.
+    records: of the network.
+  """
   flat = traverse_util.flatten_dict(params)
   # One gate module may decide for several records; its embeddings count once.
   return jnp.concatenate([flat[*gate, "logits"] for gate in dict.fromkeys(r.gate for r in records)])

@@ -192,14 +192,19 @@ def class_means(features: Array, labels: Array, classes: int) -> tuple[Array, Ar
     `[K, F]` of norm 1, and `[K]` bool, whether a class has any features.
   """
   member = jax.nn.one_hot(labels, classes)
-  # Of norm 1, as the features themselves, so the scale by the number of exemplars does not matter.
+  # A sum, not a mean: with norm 1 the number of exemplars does not matter.
   return _unit(member.T @ features), jnp.any(member > 0, axis=0)
 
 
 def nearest_mean(features: Array, means: Array, has_mean: Array) -> Array:
-  """Computes `[N, K]` scores: minus the squared distance to each mean.
+  """Computes scores: minus the squared distance to each mean.
 
-  A class without a mean has minus infinity.
+  Args:
+    features: `[N, F]`.
+    means: `[K, F]`.
+    has_mean: `[K]` bool; a class without a mean has minus infinity.
+  Returns:
+    `[N, K]`.
   """
   distance = jnp.sum(jnp.square(features[:, None] - means), axis=-1)
   return jnp.where(has_mean, -distance, -jnp.inf)

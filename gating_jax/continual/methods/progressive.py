@@ -40,7 +40,12 @@ Tree = Any
 
 
 def progressive(column: Column, problem: Problem) -> Method:
-  """Makes the method, with one such column per task."""
+  """Makes the method, with one such column per task.
+
+  Args:
+    column: the network of a task, with a head of C classes.
+    problem: the learning problem.
+  """
   return _Progressive(column, problem).method()
 
 
