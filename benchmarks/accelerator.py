@@ -1,12 +1,15 @@
-"""All that a machine with one GPU or TPU is asked for, within a time: speed, losses, the kernel, CIFAR-10 recipes.
+"""All measurements of a machine with one GPU or TPU, within a time limit.
+
+They are speed, losses, the kernel and CIFAR-10 recipes.
 
     bash benchmarks/accelerator.sh [--data=FOLDER] [--out=runs/accelerator] [--minutes=24] [--smoke]
 
-FOLDER holds CIFAR-10 as TFDS prepares it (array_record); without it the recipes are left out. Every part is a program
-of its own, which has the device to itself; one that fails is noted, and the others go on. The recipes come last and
-share what time is left: each trains for as many whole epochs as its measured speed allows, up to the full 500. Writes
-`accelerator.json`, `accelerator.txt` and every part's output under OUT. `--smoke` is the same in its smallest form, on
-the embedded digits.
+FOLDER holds CIFAR-10 as TFDS prepares it (array_record); without it the recipes are skipped. Every
+part is a program of its own, which uses the device alone; a part that fails is noted, and the
+others continue. The recipes come last and share the remaining time: each trains for as many whole
+epochs as its measured speed allows, up to the full 500. Writes `accelerator.json`,
+`accelerator.txt` and every part's output under OUT. `--smoke` runs the same in its smallest form,
+on the embedded digits.
 """
 
 import argparse
@@ -33,10 +36,9 @@ RECIPES = {
 SMOKE = {"gated to 50 %": f"{DIGITS}:model=simple_cnn,width=0.1,budget=0.5,batch=32"}
 FULL_EPOCHS, TRAIN_IMAGES = 500, 50000
 BEFORE_RECIPES = 0.45  # of the time, at most
-OVERHEAD = (
-  90  # seconds of the first recipe for reading, compiling, testing and its report; then as measured
-)
-MARGIN = 0.85  # of what then remains, for steps
+# Seconds of the first recipe for reading, compiling, testing and its report; then as measured.
+OVERHEAD = 90
+MARGIN = 0.85  # fraction of the remaining time, for steps
 STEPS_A_CALL = 39  # a fifth of an epoch of 195 steps: an accelerator should not wait for the host
 GRACE = 45  # seconds to save and stop in
 
@@ -68,7 +70,7 @@ def main():
 
 
 def measure(job, recipes, smoke):
-  """Everything but the recipes."""
+  """Runs everything but the recipes."""
   device = job.run("device", [sys.executable, "-c", DEVICE], 120)
   count = json.loads(device.splitlines()[-1])["devices"] if device else 1
   tiny = ["--shapes=16x8", "--repeats=1"] if smoke else []
@@ -119,7 +121,7 @@ def measure(job, recipes, smoke):
 
 
 def train(job, recipes, args):
-  """The recipes, one after the other, by the command that users have."""
+  """Runs the recipes, one after the other, by the command that users have."""
   speed = {
     row["config"]: row["train_images_per_second"] for row in job.parts["throughput"].get("rows", [])
   }
@@ -153,7 +155,7 @@ def train(job, recipes, args):
 
 
 def outcome(workdir):
-  """What came out of a run: its result, or of one that was cut short the last test."""
+  """Returns the result of a run, or the last test of a run that was cut short."""
   result, metrics = workdir / "result.json", workdir / "metrics.jsonl"
   if result.exists():
     found = json.loads(result.read_text())
@@ -180,7 +182,7 @@ print(json.dumps({"jax": jax.__version__, "python": sys.version.split()[0], "dev
 
 
 class Job:
-  """Programs, one after the other, each within a time; what they said and gave."""
+  """Programs that run one after the other, each within a time limit, and their output."""
 
   def __init__(self, out, seconds, elapsed=0):
     """`seconds` are those of the whole command, of which `elapsed` are over."""
@@ -189,7 +191,10 @@ class Job:
     self.end, self.before = self.start + seconds, now + BEFORE_RECIPES * (seconds - elapsed)
 
   def run(self, name, command, limit, *, rows=False):
-    """What it printed, or None if it failed or was stopped after `limit` seconds or for want of time."""
+    """Returns what a program printed; None if it failed or was stopped.
+
+    It is stopped after `limit` seconds, or when the command's time is over.
+    """
     file, json_file, begun = self.out / f"{name}.txt", self.out / f"{name}.json", time.monotonic()
     part = self.parts[name] = {
       "command": " ".join(["python", *command[1:]]) if name != "device" else None

@@ -1,11 +1,11 @@
-"""What a training step costs where the heavy net's backward runs on the chosen segments alone.
+"""Cost of a training step whose backward pass of the heavy net skips segments that are not chosen.
 
     python benchmarks/backward.py [--net=resnet3d10:0.5] [--shares=0.5,0.25,0.125]
 
-Both steps see the same videos, choose the same evenly spaced segments and compute the same forward of all segments;
-they differ in `backward_capacity`. Times are medians over interleaved repeats in one process. `expected` is (1 + 3 s) /
-3 for the share s, see `open_backward`. `gap` is the norm of the difference of the parameters after `--steps` steps of
-SGD over their norm.
+Both steps see the same videos, choose the same evenly spaced segments and compute the same forward
+pass of all segments; they differ in `backward_capacity`. Times are medians over interleaved repeats
+in one process. `expected` is (1 + 3 s) / 3 for the fraction s, see `open_backward`. `gap` is the
+norm of the difference of the parameters after `--steps` steps of SGD over their norm.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def compare(args, share):
 
 
 def training(args, share, capacity):
-  """`(step, state)` of a network that trains with evenly spaced segments."""
+  """Returns `(step, state)` of a network that trains with evenly spaced segments."""
   name, width = args.net.split(":")
   model = SegmentNet(
     CLASSES,
@@ -81,9 +81,8 @@ def training(args, share, capacity):
   )
   rng = np.random.default_rng(0)
   shape = (args.segments, args.frames, args.pixels, args.pixels, 3)
-  colours = rng.normal(
-    size=(args.videos, 1, 1, 1, 1, 3)
-  )  # without, BatchNorm would divide by the little they differ
+  # Videos of different colours: otherwise BatchNorm would divide by the little they differ.
+  colours = rng.normal(size=(args.videos, 1, 1, 1, 1, 3))
   inputs = {
     "heavy": (colours + rng.normal(size=(args.videos, *shape))).astype(np.float32),
     "valid": np.ones((args.videos, args.segments), bool),
@@ -103,7 +102,7 @@ def training(args, share, capacity):
 
 
 def trained(step, state, count):
-  """Parameters after some steps."""
+  """Returns the parameters after some steps."""
   for _ in range(count):
     state = step(state)
   return state.params

@@ -1,11 +1,12 @@
-"""What a training step costs where the backward of a layer runs on the images alone that open it.
+"""Cost of a training step whose backward pass of a layer skips images for which it is closed.
 
     python benchmarks/backward_layers.py [--net=resnet20] [--width=1] [--rates=0.5,0.25]
 
-A gate per residual block, drawn at a fixed rate, GroupNorm, SGD. Both steps compute the same forward; they differ in
-`backward_share`, which is the smallest multiple of an eighth of the batch that holds the images of every block in every
-step. Times are medians over interleaved repeats in one process. `gap` is the norm of the difference of the parameters
-after `--steps` steps over their norm.
+The net has a gate per residual block, drawn at a fixed rate, and GroupNorm; the optimiser is SGD.
+Both steps compute the same forward pass; they differ in `backward_share`, which is the smallest
+multiple of an eighth of the batch that holds the open images of every block in every step. Times
+are medians over interleaved repeats in one process. `gap` is the norm of the difference of the
+parameters after `--steps` steps over their norm.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def compare(args, rate):
 
 
 def training(args, rate, share):
-  """`(step, state)` of a network whose gates open at a rate."""
+  """Returns `(step, state)` of a network whose gates open at a rate."""
   gate = GateSettings(context="random", initial_open=rate)
   model = resnet(
     args.net,
@@ -100,7 +101,7 @@ def training(args, rate, share):
 
 
 def trained(step, state, count):
-  """Parameters after some steps."""
+  """Returns the parameters after some steps."""
   for _ in range(count):
     state = step(state)
   return state.params

@@ -1,9 +1,10 @@
-"""How hard is the embedded task of long videos? Logistic regression on which unit actions a few segments show.
+"""Difficulty of the embedded task of long videos: logistic regression on a few segments' actions.
 
     python benchmarks/composed_probe.py [--train_videos=1600] [--test_videos=640] [--seed=0]
 
-The probe is told the truth about random segments of a video: their unit actions or, as far as a centre frame could
-tell, their digit classes alone. Its input is the bag of what it sees; the order says nothing here. Chance is 1/16.
+The probe gets the ground truth of random segments of a video: their unit actions or, as far as a
+centre frame could show, their digit classes alone. Its input is a bag of these; their order carries
+no information here. Chance is 1/16.
 """
 
 import argparse
@@ -40,7 +41,10 @@ def main():
 
 
 def accuracy(train, test, count, *, motions, seed=0):
-  """Test accuracy from `count` random segments of each video; without `motions` their digit classes alone are known."""
+  """Returns the test accuracy from `count` random segments of each video.
+
+  Without `motions` only their digit classes are known.
+  """
   rng = np.random.default_rng(seed)
   rows = np.concatenate([seen(rng, train["units"], count, motions) for _ in range(DRAWS)])
   probe = LogisticRegression(max_iter=300).fit(rows, np.tile(train["label"], DRAWS))
@@ -48,7 +52,10 @@ def accuracy(train, test, count, *, motions, seed=0):
 
 
 def seen(rng, units, count, motions):
-  """Which unit actions, or digit classes, and clutter, some random segments show: 0 and 1, `[M, 1 + units]`."""
+  """Returns `[M, 1 + units]` of 0 and 1: the clutter and unit actions that random segments show.
+
+  Without `motions` these are digit classes.
+  """
   kinds = (units if motions else units // (len(UNIT_NAMES) // 10)) + 1
   picked = rng.permuted(kinds, axis=1)[:, :count]
   return (picked[..., None] == np.arange(1 + len(UNIT_NAMES))).any(axis=1).astype(np.float32)

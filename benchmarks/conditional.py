@@ -1,11 +1,13 @@
-"""Time that skipping saves, against the share of MACs left open: a row for each case and share.
+"""Time that skipping saves against the fraction of open MACs: a row for each case and fraction.
 
-A ratio is the baseline's median over the program's, all timed in turns, each turn after a call that is not timed, which
-finds the caches as the program before left them; the baseline is the faster of the network that computes all and
-multiplies by its gates, and of the one without gates. `narrow` is a block of the open channels alone, without gates:
-the best that the same convolutions allow. `auto` is made for images that open half of the MACs, and run with everything
-open. How many gates are open is set exactly: a whole network's by the biases of their logits, an example's own by a
-number in its channels, which the gate network reads.
+A ratio is the baseline's median over the program's. All programs are timed in turns; each turn
+begins with a call that is not timed, since it finds the caches as the previous program left them.
+The baseline is the faster of the network that computes everything and multiplies by its gates, and
+of the network without gates. `narrow` is a block of the open channels alone, without gates: the
+best that the same convolutions allow. `auto` is compiled for images that open half of the MACs, and
+also run with everything open. The number of open gates is set exactly: for a whole network by the
+biases of their logits, for a single example by a number in its channels, which the gate network
+reads.
 
     python benchmarks/conditional.py [--case=NAME ...] [--repeats=60]
 """
@@ -32,8 +34,8 @@ from gating_jax.models.resnet import resnet
 from gating_jax.timing import race
 
 SHARES = (1.0, 0.5, 0.25)
-HIDDEN = 16  # of the gate networks, and how many examples can have gates of their own
-AT_MOST = 1.05  # of dense time with everything open
+HIDDEN = 16  # units of the gate networks, and examples that can have gates of their own
+AT_MOST = 1.05  # fraction of dense time with everything open
 RNG = np.random.default_rng(0)
 
 
@@ -46,7 +48,7 @@ def conv(inputs, outputs):
 
 
 def open_sets(count, share, sets):
-  """`[sets, count]` with this share of ones: in each row, or of few columns in each column."""
+  """Returns `[sets, count]` with this fraction of ones in each row, or in each of few columns."""
   if count * share < 1:
     return open_sets(sets, share, count).T
   opened = round(share * count)
@@ -54,7 +56,7 @@ def open_sets(count, share, sets):
 
 
 def same_for_all(head, share):
-  """The gate network with this share of each group's gates open, whatever it sees."""
+  """Returns the gate network with this fraction of each group's gates open for every input."""
   logits = (
     np.concatenate([open_sets(group.gates, share, 1)[0] for group in head.groups]) * 20.0 - 10.0
   )
@@ -64,7 +66,10 @@ def same_for_all(head, share):
 
 
 def by_example(channels, group, opened):
-  """A gate network whose i-th hidden unit is on for images of set i, see `images`, and opens row i of `opened`."""
+  """Returns a gate network that opens row i of `opened` for images of set i.
+
+  Its i-th hidden unit is on for these images; see `images`.
+  """
   hidden = jnp.eye(channels, HIDDEN)
   return Head(
     hidden,
@@ -91,7 +96,7 @@ def block(share, *, batch, size, channels, per_gate=1):
 
 
 def narrow(share, channels):
-  """The block with this share of the hidden channels, without gates."""
+  """Returns the block with this fraction of the hidden channels, without gates."""
   hidden = round(share * channels)
   return Folded((Block((conv(channels, hidden), conv(hidden, channels))),), pooled=False)
 
@@ -109,7 +114,10 @@ def whole(share, *, width, batch=1):
 
 
 def layers(share, *, batch, size, channels):
-  """Four blocks with a gate each; alone an example opens a share of the blocks, others a share of each batch."""
+  """Returns four blocks with a gate each.
+
+  A single example opens a fraction of the blocks; of a batch, each block is open for a fraction.
+  """
   group, parts = Group(1), []
   for i in range(4):
     if batch == 1:
@@ -135,7 +143,7 @@ def layers(share, *, batch, size, channels):
 
 
 def leaving(share, *, batch, size, channels):
-  """Eight blocks, and an exit after the first at which as many images leave as make this share."""
+  """Returns eight blocks, and an exit after the first at which enough images leave for `share`."""
   blocks = [Block((conv(channels, channels), conv(channels, channels))) for _ in range(8)]
   stages = (
     Folded((blocks[0],), pooled=False),
@@ -155,9 +163,12 @@ def leaving(share, *, batch, size, channels):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """`make(share)` gives a network and images; `limits` are the least ratios at 50 % and 25 %.
+  """A case to measure.
 
-  `channels` are those of a block whose open ones alone are timed as well.
+  Attributes:
+    make: returns a network and images, given a fraction.
+    limits: least ratios at 50 % and 25 %.
+    channels: of a block, which is also timed with its open channels alone.
   """
 
   make: object
@@ -205,12 +216,14 @@ CASES = _cases()
 
 
 def measure(case, share, repeats):
-  """The row's numbers: share of MACs, and each contender's milliseconds, medians and tenth percentiles."""
+  """Returns a row's numbers: fraction of MACs, and each program's milliseconds.
+
+  The times are medians and tenth percentiles.
+  """
   net, x = case.make(share)
   usual, calibration = case.make(0.5)
-  if share == 1 and isinstance(
-    net, exits.ExitNet
-  ):  # the same network, whose threshold is part of the program
+  # The threshold is part of the program, so the same network must get images that all stay.
+  if share == 1 and isinstance(net, exits.ExitNet):
     stay = exits.run(usual, jnp.asarray(calibration))[1][:, 0]
     net, x = usual, np.repeat(calibration[[int(jnp.argmax(stay))]], len(x), axis=0)
   x, shape, dense_run = jnp.asarray(x), x.shape[1:], program()

@@ -1,9 +1,11 @@
-"""Methods of continual learning on one config: accuracies with the task known and unknown, forgetting, cost.
+"""Methods of continual learning on one config: accuracies, forgetting and cost.
 
-    python benchmarks/continual.py --runs=runs/continual --config=split_digits:width=0.3 --methods=ewc,lwf --seeds=0,1
+    python benchmarks/continual.py --runs=runs/continual --config=split_digits:width=0.3 \
+        --methods=ewc,lwf --seeds=0,1
 
-Each run is a run directory, so that finished ones are not repeated. Accuracy is the mean over tasks after the last;
-forgetting is with the task known, in points; overlap is the share of units that two tasks have in common.
+Each run is a run directory, so that finished ones are not repeated. Accuracy, with the task known
+and unknown, is the mean over tasks after the last; forgetting is with the task known, in points;
+overlap is the fraction of units that two tasks have in common.
 """
 
 import argparse
@@ -70,12 +72,12 @@ def config_arguments(description):
 
 
 def percent(shares):
-  """Their mean, where it is defined."""
+  """Formats the mean in %, where it is defined."""
   return "n/a" if None in shares else f"{100 * statistics.mean(shares):.2f}"
 
 
 def configured(args, fields):
-  """The config that the arguments name, with these fields."""
+  """Returns the config that the arguments name, with these fields."""
   name, _, variant = args.config.partition(":")
   config = importlib.import_module(f"configs.{name}").get_config(variant)
   set_by_hand = {field: json.loads(value) for field, value in (s.split("=", 1) for s in args.set)}
@@ -84,11 +86,11 @@ def configured(args, fields):
 
 
 def run(args, method, seed):
-  """The result of a run, or the end of this process where it was stopped."""
+  """Returns the result of a run; ends this process where the run was stopped."""
   workdir = args.runs / args.config.replace(":", "-") / f"{method}-{seed}"
   workdir.parent.mkdir(parents=True, exist_ok=True)
   with workdir.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log):
-    # A finished run is left alone, and one of another config refused.
+    # A finished run is not repeated, and a run of another config is an error.
     continual_run.run(configured(args, {"method": method, "seed": seed}), workdir, "train")
   if not (workdir / "result.json").exists():
     raise SystemExit(f"stopped in {workdir}; the same command goes on from there")

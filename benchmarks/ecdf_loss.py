@@ -1,10 +1,13 @@
-"""Time of the batch-shaping loss with its gradient: ours with either sort, plain autodiff, and the authors' PyTorch.
+"""Time of the batch-shaping loss and its gradient: ours, plain autodiff, and the authors' PyTorch.
 
-    python benchmarks/ecdf_loss.py [--authors=PATH] [--shapes=256x336,256x2048] [--repeats=15] [--json=FILE]
+    python benchmarks/ecdf_loss.py [--authors=PATH] [--shapes=256x336,256x2048] [--repeats=15]
+        [--json=FILE]
 
-PATH is a checkout of github.com/Qualcomm-AI-research/batchshaping, timed where torch is installed as well. Prints
-medians over interleaved repeats in one process, ratios to ours, and the largest difference from our results: of the
-loss as a mean over gates, and of the gradient in the logits in the sum form, whose size is about 0.1.
+Ours is timed with either sort. PATH is a checkout of
+github.com/Qualcomm-AI-research/batchshaping, timed if torch is installed as well. Prints medians
+over interleaved repeats in one process, ratios to ours, and the largest difference from our
+results: of the loss as a mean over gates, and of the gradient in the logits in the sum form, whose
+size is about 0.1.
 """
 
 import argparse
@@ -66,12 +69,13 @@ def main():
   rows = []
   for shape in args.shapes.split(","):
     rows += compare(tuple(map(int, shape.split("x"))), makers, args.repeats)
-    if args.json:  # after every shape: what is there stays, should a later one take too long
+    # After every shape, so that the results so far remain if a later shape takes too long.
+    if args.json:
       args.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 def available(path):
-  """Whether the authors' code can be imported; if not, says what is missing."""
+  """Checks that the authors' code can be imported; prints what is missing if not."""
   missing = "torch: pip install torch" if importlib.util.find_spec("torch") is None else None
   if path is None or not (path / "batchshaping" / "batch_shaping_loss.py").is_file():
     missing = "--authors=PATH of a checkout of github.com/Qualcomm-AI-research/batchshaping"
@@ -122,7 +126,7 @@ def compare(shape, makers, repeats):
 
 
 def distinct_logits(n, c):
-  """`[n, c]` logits like a net's, no two of a gate equal: on ties the gradients rightly differ."""
+  """Returns `[n, c]` logits like a net's, all different: on ties the gradients rightly differ."""
   rng = np.random.default_rng(0)
   place = rng.permuted(np.tile(np.arange(n)[:, None], c), axis=0)
   return (1 + 2 * special.ndtri((place + rng.uniform(0.25, 0.75, (n, c))) / n)).astype(np.float32)
@@ -135,17 +139,17 @@ def ours(logits):
 
 
 def ours_with_the_other_sort(logits):
-  """`ours` with that of `ranking.argsort`'s two ways that it would not take here."""
+  """Returns `ours` with the one of `ranking.argsort`'s two sorts that it would not choose here."""
   other = other_sort(sort_strategy(logits.shape))
   run = ours(logits)
   with mock.patch.object(ranking, "argsort", SORTS[other]):
-    run()  # which traces and compiles
+    run()  # traces and compiles
   return run
 
 
 def plain_autodiff(logits):
-  # From probabilities, which spares it the sigmoid. `betainc` takes nearly all of the time: the sort's axis, its
-  # stability, and starting from logits change less than the scatter of the timings.
+  # From probabilities, so it is spared the sigmoid. `betainc` takes nearly all of the time: the
+  # sort's axis, its stability, and starting from logits change less than the timings scatter.
   def loss(p):
     n = p.shape[0]
     expected = jnp.arange(1, n + 1, dtype=p.dtype)[:, None] / (n + 1)
@@ -175,7 +179,10 @@ def authors(logits):
 
 
 def differences(contenders, logits):
-  """Per contender, the largest differences of value and gradient from ours; the others' gradients are in p."""
+  """Returns, per contender, the largest differences of value and gradient from ours.
+
+  The others' gradients are those in p.
+  """
   n, c = logits.shape
   p = special.expit(logits.astype(np.float64))
 
@@ -189,7 +196,7 @@ def differences(contenders, logits):
 
 
 def sort_strategy(shape):
-  """Which of `ranking.argsort`'s two ways runs here, read from the program it compiles to."""
+  """Returns which of `ranking.argsort`'s two sorts runs here, read from the compiled program."""
   program = jax.jit(ranking.argsort).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).as_text()
   return "XLA's sort" if "stablehlo.sort" in program else "compare-exchange network"
 

@@ -1,9 +1,11 @@
-"""The two ways in which devices share a batch in `batch_shaping_loss`: time and traffic of value and gradient.
+"""Time and traffic of the two exchanges of a batch among devices in `batch_shaping_loss`.
 
-    python benchmarks/exchange.py [--devices=8,2] [--shapes=256x336,256x2048] [--repeats=15] [--json=FILE]
+    python benchmarks/exchange.py [--devices=8,2] [--shapes=256x336,256x2048] [--repeats=15]
+        [--json=FILE]
 
-Prints medians over interleaved repeats in one process. On CPU, devices are virtual and share the cores, so the times
-add up the work of all of them and show nothing of a network.
+Measures value and gradient; prints medians over interleaved repeats in one process. On CPU, devices
+are virtual and share the cores, so the times add up the work of all of them and do not show the
+cost of a network between them.
 """
 
 import argparse
@@ -76,7 +78,7 @@ def main():
 
 
 def value_and_gradient(exchange, devices, n, c):
-  """A function that computes them for `[n, c]` logits spread over the devices."""
+  """Returns a function that computes both for `[n, c]` logits spread over the devices."""
   prior = beta(0.6, 0.4)
   mesh = Mesh(np.array(jax.devices()[:devices]), (AXIS,))
   spread = PartitionSpec(AXIS)
@@ -97,11 +99,13 @@ def value_and_gradient(exchange, devices, n, c):
 
 
 def traffic(exchange, devices, n, c):
-  """Bytes each device sends, at 4 a number, with algorithms that send nothing twice (rings, for gather and its sum).
+  """Returns the bytes that each device sends, at 4 per number.
 
-  Three arrays travel: keys and values forwards, the cotangent of the values backwards. Gathered, a device passes on all
-  but 1 / devices of the whole `[n, c]`; exchanged, of its own `[n / devices, c]`. Besides, exchanged, the losses `[c]`
-  are gathered and their cotangents summed. Here c stands for its next multiple of the devices.
+  Algorithms are assumed to send nothing twice (rings, for gather and its sum). Three arrays travel:
+  keys and values forwards, the cotangent of the values backwards. When they are gathered, a device
+  passes on all but 1 / devices of the whole `[n, c]`; when they are exchanged, all but 1 / devices
+  of its own `[n / devices, c]`. An exchange also gathers the losses `[c]` and sums their
+  cotangents. Here c stands for its next multiple of the devices.
   """
   others = (devices - 1) / devices
   if exchange == "gather":

@@ -1,10 +1,12 @@
-"""One generator for all tasks against one for each: what they need, how good their images are, and what they forget.
+"""One generator for all tasks against one for each: memory, quality of images, and forgetting.
 
-    python benchmarks/generators.py --config=split_digits --kinds=generative,gated_generative --seeds=0
+    python benchmarks/generators.py --config=split_digits --kinds=generative,gated_generative \
+        --seeds=0
 
-A judge, a support vector machine trained on real images of all classes, says which class an image shows. Listed is the
-share of generated images that show the class asked for, right after the task's training (`then`) and after the last
-(`now`); `same` is the share of images that are now what they were then, bit for bit.
+A judge, a support vector machine trained on real images of all classes, classifies the images.
+Listed is the fraction of generated images that show the requested class, right after the task's
+training (`then`) and after the last task (`now`). `same` is the fraction of images that have not
+changed since then, bit for bit.
 """
 
 import dataclasses
@@ -82,7 +84,7 @@ def report(kind, seed, experiment, judge):
 
 
 def trained(rehearsal, memory, experiment, task):
-  """The memory after the prelude of one task."""
+  """Returns the memory after the prelude of one task."""
   images, config = experiment.tasks[task].train, experiment.config
   pixels, labels = (jnp.asarray(x) for x in images.read(slice(None)))
   size = config.generator.batch_size * config.generator.critic_steps
@@ -100,7 +102,7 @@ def trained(rehearsal, memory, experiment, task):
 
 
 def trained_judge(experiment):
-  """`pixels -> classes`."""
+  """Returns a function from pixels to classes."""
   images = tasks.join(tuple(task.train for task in experiment.tasks))
   chosen = np.random.default_rng(0).permutation(len(images))[:_JUDGE_IMAGES]
   flat = lambda pixels: np.asarray(pixels).reshape(len(pixels), -1) / 255

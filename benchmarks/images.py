@@ -1,15 +1,19 @@
-"""Tables of CIFAR-10 with ResNets: what keeps gates honest, accuracy against MACs, and what brings gates there.
+"""Tables of CIFAR-10 with ResNets: regularisers, accuracy against MACs, and single changes.
 
-    python benchmarks/images.py TABLE [--data=FOLDER] [--out=runs/images] [--model=resnet20] [--epochs=30]
-        [--seeds=0,1] [--jobs=1] [--only=REGEX] [--minutes=N] [--FIELD=VALUE ...]
+    python benchmarks/images.py TABLE [--data=FOLDER] [--out=runs/images] [--model=resnet20]
+        [--epochs=30] [--seeds=0,1] [--jobs=1] [--only=REGEX] [--minutes=N] [--FIELD=VALUE ...]
 
-TABLE: `ablation`, every regulariser; `budgets`, ungated nets of several widths, gated channels, static channels and
-gated layers; `levers`, single changes of one gated net; `inside`, of one whose blocks are wide inside. Every run is one
-of `gating_jax.cli`, as many at a time as JOBS; FIELD is of all of them. One that starts late from an ungated run shares
-its epochs with that: half are the ungated run's. The same command goes on where it was stopped, and takes the results
-of finished runs of the same config; after N minutes, or at Ctrl-C or SIGTERM, what runs is stopped and can go on later.
-Prints the table of what is finished, and writes it to OUT/TABLE-MODEL.md and .json; seconds are those since a run's
-last start.
+TABLE: `ablation`, every regulariser; `budgets`, ungated nets of several widths, gated channels,
+static channels and gated layers; `levers`, single changes of one gated net; `inside`, single
+changes of a net whose blocks are wide inside.
+
+Every run is one of `gating_jax.cli`, JOBS of them at a time; FIELD applies to all of them. A run
+that starts late from an ungated run shares its epochs with that: half are the ungated run's.
+
+The same command resumes where it was stopped, and reuses finished runs of the same config. After N
+minutes, or at Ctrl-C or SIGTERM, running jobs are stopped and can be resumed later. Prints the
+table of finished runs, and writes it to OUT/TABLE-MODEL.md and .json; seconds are those since a
+run's last start.
 """
 
 import argparse
@@ -34,21 +38,21 @@ from gating_jax.analysis.outcomes import OUTCOMES
 from gating_jax.training.journal import read_lines
 
 CONFIG = "configs/cifar10_resnet20.py"
-QUARTERS = tuple(
-  f"macs_of_quarter{i}" for i in (1, 2, 3, 4)
-)  # of the test images, from easy to hard
+# Quarters of the test images, from easy to hard.
+QUARTERS = tuple(f"macs_of_quarter{i}" for i in (1, 2, 3, 4))
+# Fields in which runs differ.
 OURS = (
   "seed",
   "eval_every",
   "checkpoint_every",
   "data.data_dir",
   "model.init_from",
-)  # fields that runs differ in
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """Variants and fields of a config; `late` runs start from an ungated one of the same net."""
+  """A run's variants and fields of a config; a `late` run starts from an ungated one of its net."""
 
   variants: str
   fields: tuple[str, ...] = ()
@@ -73,7 +77,10 @@ def gated(width, budget, *fields, late=False, variants="noise=0.25"):
 
 
 def wide_inside(width, inner, budget, *fields, gates="channels"):
-  """Blocks `inner` times as wide inside, of which the budget leaves the MACs of an ungated net of this width."""
+  """Returns a run with blocks `inner` times as wide inside.
+
+  Its budget leaves as many MACs as an ungated net of this width has.
+  """
   fading = ("model.noise.start=0.5", "model.noise.full=0.9")
   run = gated(
     width, budget, QUICK, *fading, *fields, variants=f"inner={inner},noise=0.25,noise_to=0"
@@ -200,7 +207,7 @@ def main():
 
 
 class Job:
-  """Runs of the command, some at a time, each with its own folder and output."""
+  """Runs of the command, several at a time, each with its own folder and output."""
 
   def __init__(self, args, fields):
     self.args, self.fields, self.end = args, fields, time.monotonic() + 60 * args.minutes
@@ -210,10 +217,10 @@ class Job:
       self.env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
   def run(self, runs, seeds):
-    """The result of each name and seed; None where there is none."""
+    """Returns the result of each name and seed; None where there is none."""
     late, half = sorted({width(run) for run in runs.values() if run.late}), self.args.epochs // 2
     with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
-      # Those that others wait for come first, so that no worker waits for one that has none.
+      # Runs that others start from come first, so that no worker waits for a run without a worker.
       starts = {
         (w, seed): pool.submit(
           self._one, f"start, width {w}", seed, Run(f"gates=none,width={w}"), half
@@ -235,7 +242,7 @@ class Job:
       }
       try:
         return {key: future.result() for key, future in found.items()}
-      except BaseException:  # Ctrl-C too: what runs is asked to stop, nothing is begun
+      except BaseException:  # also Ctrl-C: running jobs are asked to stop, none is started
         self.end = 0
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(self.running):
@@ -282,7 +289,10 @@ class Job:
     )
 
   def _call(self, folder, command):
-    """Whether it ended well: a finished run of this config is left alone, one of another is an error."""
+    """Runs a job and returns True on success.
+
+    A finished run of this config is not repeated; one of another config is an error.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{folder}.txt").open("a") as output:
       print(*command, file=output, flush=True)
@@ -294,7 +304,7 @@ class Job:
       try:
         process.wait(None if left == math.inf else max(0, left))
       except subprocess.TimeoutExpired:
-        process.terminate()  # it saves where it stands
+        process.terminate()  # it saves its state
         process.wait()
       self.running.discard(process)
     return process.returncode == 0
@@ -309,14 +319,14 @@ def width(run):
 
 
 def training_accuracy(folder):
-  """Mean over the last twentieth of the training's steps; None of a run without such lines."""
+  """Returns the mean over the last twentieth of the training's steps; None without such lines."""
   lines = [line for line in read_lines(folder / "metrics.jsonl") if line["split"] == "train"]
   last = [line["accuracy"] for line in lines if line["step"] > 0.95 * lines[-1]["step"]]
   return statistics.fmean(last) if last else None
 
 
 def row(name, results):
-  """Means over seeds, and the accuracies themselves."""
+  """Returns means over seeds, and the accuracies themselves."""
   mean = lambda key: (
     statistics.fmean(r[key] for r in results) if results and key in results[0] else None
   )
@@ -348,7 +358,10 @@ def row(name, results):
 
 
 def compared(rows):
-  """With `gain` over an ungated net of equal MACs, between whose widths accuracy goes linearly with log MACs."""
+  """Adds the `gain` over an ungated net of equal MACs.
+
+  Between ungated widths, accuracy is interpolated linearly in log MACs.
+  """
   curve = sorted(
     (math.log(r["macs"]), r["accuracy"]) for r in rows if r["name"].startswith("ungated")
   )
@@ -361,7 +374,7 @@ def compared(rows):
 
 
 def mac_table(rows):
-  """Accuracy against MACs."""
+  """Returns the table of accuracy against MACs."""
   lines = [
     "| net | accuracy of each seed | mean | in training | parameters | M MACs | of its ungated net "
     "| against ungated of equal MACs | deviation over images | easy to hard quarter "
@@ -381,8 +394,10 @@ def mac_table(rows):
 
 
 def spread(r):
-  """Two cells: the deviation of MACs over images, and their means over the easiest and the hardest quarter, as shares
-  of the mean over all. Empty where every image takes the same."""
+  """Returns two cells: deviation of MACs over images, and means of the easiest and hardest quarter.
+
+  All are fractions of the mean over all images. Empty where every image takes the same.
+  """
   share = lambda key: f"{100 * r[key] / r['macs']:.1f} %"
   if not r["macs_std"]:
     return " | "
@@ -390,14 +405,14 @@ def spread(r):
 
 
 def outcomes(r):
-  """Numbers of gates, rounded means over seeds; empty without gates."""
+  """Returns numbers of gates, rounded means over seeds; empty without gates."""
   if not r["gates"]:
     return ""
   return f"{', '.join(f'{r[o]:.0f}' for o in OUTCOMES)} of {r['gates']:.0f}"
 
 
 def outcome_table(rows):
-  """What became of the gates."""
+  """Returns the table of gate outcomes."""
   lines = [
     "| regulariser | accuracy of each seed | MACs | always open | always closed | random dropout "
     "| conditional | two draws differ | bits about the input | about the class | deviation over "

@@ -1,15 +1,20 @@
-"""The branch of a residual block with block-structured gates: dense, masked, dispatched, and by the Pallas kernel.
+"""Time of a residual branch with block-structured gates: dense, masked, dispatched, Pallas kernel.
 
-    python benchmarks/kernels.py [--shapes=64x16x16x256/64,1x16x16x256/64] [--dtypes=bfloat16,float32] [--repeats=15]
+    python benchmarks/kernels.py [--shapes=64x16x16x256/64,1x16x16x256/64]
+        [--dtypes=bfloat16,float32] [--repeats=15]
     python benchmarks/kernels.py --roofline
 
-A shape is N x H x W x C / B: C channels everywhere, gates of B of them. Of every block a given share of the examples is
-open. Prints medians over interleaved repeats in one process, ratios of the faster of dense and masked to each form, the
-ratio that the roofline of the device allows, or of an H100 where the device's is not known, and the largest difference
-from float32 at full precision. A repeat is one program of `--calls` calls, each on what the last one gave and with the
-gates of the examples moved on by one, so that it times the device, and neither dispatch nor what a loop has to do only
-once. On a GPU the kernel's tiles are tuned first. Without one it is interpreted, in small shapes, which checks values;
-its times say nothing then. On TPUs it is left out. With `--roofline` nothing is run: it prints what an H100's allows.
+A shape is N x H x W x C / B: C channels everywhere, and a gate for every B of them. Each block is
+open for a given fraction of the examples. Prints medians over interleaved repeats in one process;
+ratios of the faster of dense and masked to each form; the ratio that the roofline of the device
+allows, or that of an H100 where the device's is unknown; and the largest difference from float32 at
+full precision.
+
+A repeat is one program of `--calls` calls. Each call takes the output of the last one, and the
+gates of the examples are shifted by one. So the device is timed, without dispatch and without work
+that a loop does only once. On a GPU the kernel's tiles are tuned first. Without a GPU the kernel is
+interpreted, in small shapes: this checks values, and its times mean nothing. On TPUs it is skipped.
+With `--roofline` nothing is run: it prints what the roofline of an H100 allows.
 """
 
 import argparse
@@ -44,10 +49,11 @@ TILES = (
   Tiles(128, 128, 64, 8),
   Tiles(32, 64, 64),
 )
+# Fractions of the largest value; float32 is computed in TF32 on a GPU.
 TOLERANCE = {
   "float32": 2e-2,
   "bfloat16": 5e-2,
-}  # of the largest value; float32 is computed in TF32 on a GPU
+}
 
 
 def main():
@@ -89,7 +95,7 @@ def main():
 
 
 def compared(shape, dtype, share, *, repeats, calls):
-  """One row per form."""
+  """Returns one row per form."""
   branch, x, gates, sizes = problem(shape, dtype, share)
   capacity = max(1, int(np.max(np.sum(gates > 0, axis=0))))
   forms = {
@@ -139,8 +145,10 @@ def compared(shape, dtype, share, *, repeats, calls):
 
 
 def problem(shape, dtype, share):
-  """Of every block, as many examples are open as come nearest to the share, and not the same ones; of one example, as
-  many blocks."""
+  """Returns a branch whose blocks are open for a fraction of the examples, different ones each.
+
+  Counts are rounded. With a single example, this fraction of the blocks is open.
+  """
   sizes, _, block = shape.partition("/")
   n, h, w, c = map(int, sizes.split("x"))
   blocks = c // int(block)
@@ -156,7 +164,7 @@ def problem(shape, dtype, share):
 
 
 def in_a_row(form, calls, branch, x, gates):
-  """A function that runs a compiled program of so many calls."""
+  """Returns a function that runs a compiled program of so many calls."""
   every = jnp.stack([jnp.roll(gates, i, axis=0) for i in range(calls)])
   args = jax.device_put((branch, x, every))
   several = lambda branch, x, every: jax.lax.scan(
@@ -167,7 +175,7 @@ def in_a_row(form, calls, branch, x, gates):
 
 
 def tuned(branch, x, gates, calls):
-  """The fastest of `TILES` that this GPU takes."""
+  """Returns the fastest of `TILES` that this GPU accepts."""
   contenders = {}
   for tiles in TILES:
     form = functools.partial(pallas_kernels.gated_branch, tiles=tiles)
@@ -182,12 +190,13 @@ def tuned(branch, x, gates, calls):
 
 
 def roofline(sizes, dtype, *, share, capacity):
-  """Seconds of each form at the device's peaks, each array moved once per convolution that reads or writes it.
+  """Returns the seconds of each form at the device's peaks.
 
-  With a the bytes of x, h or y and k those of a kernel, and M the MACs of a convolution: dense and masked compute M and
-  move 2 a + k, twice. The kernel at an open share s computes s M and moves (1 + s) a + k, twice. Dispatched with
-  capacity c of the examples computes 2 c M and moves, per block, c a three times for x (read, gathered, read again)
-  and a float32 y twice, besides h.
+  Each array is moved once per convolution that reads or writes it. Let a be the bytes of x, h or y,
+  k those of a kernel, and M the MACs of a convolution. Dense and masked compute M and move 2 a + k,
+  twice. The kernel at an open fraction s computes s M and moves (1 + s) a + k, twice. Dispatched
+  with capacity c of the examples computes 2 c M and moves, per block, c a three times for x (read,
+  gathered, read again) and a float32 y twice, and also h.
   """
   n, h, w, c, blocks = sizes
   macs, values = n * h * w * 9 * c * c, n * h * w * c

@@ -1,9 +1,11 @@
-"""A short training on two processes, one of which is killed over and over, and the job restarted by `launch/local.sh`.
+"""Kill test: a short training on two processes, killed at random and restarted.
 
     python benchmarks/kills.py [--kills=20] [--seed=0] [--epochs=400] [--workdir=folder]
 
-Which process, and when after its start, are random. Prints for each kill the steps taken, the newest checkpoint and the
-steps lost, and at the end whether the parameters and all else that was saved are bit-equal to the undisturbed run's.
+One process is killed again and again, and `launch/local.sh` restarts the job. The process and the
+time since its start are random. Prints for each kill the steps taken, the newest checkpoint and the
+steps lost; and at the end whether the parameters, and everything else that was saved, are bit-equal
+to the undisturbed run's.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import orbax.checkpoint as ocp
 
 ROOT = Path(__file__).parent.parent
 STEPS_PER_EPOCH = 5
-LONGEST = 15.0  # s from the start of the processes to a kill: they take about 8 to their first step
+LONGEST = 15.0  # s from the processes' start to a kill; they need about 8 to their first step
 GOING_ON = re.compile(r"going on from the checkpoint of step (\d+) ")
 
 
@@ -57,7 +59,7 @@ def main():
 
 
 def disturb(workdir, args):
-  """The training with its kills, one line each; ends when it is finished."""
+  """Runs the training with its kills until it is finished; prints a line for each kill."""
   moments = random.Random(args.seed)
   job = launch(workdir, args.epochs, restarts=args.kills)
   print(f"{'kill':>4}{'process':>9}{'after':>9}{'step':>7}{'checkpoint':>12}{'steps lost':>12}")
@@ -70,7 +72,8 @@ def disturb(workdir, args):
     os.kill(killed[process], signal.SIGKILL)
     while any(Path(f"/proc/{pid}").exists() for pid in killed):
       time.sleep(0.01)
-    step = reached(workdir, clock) or newest[-1]  # where it was killed before its first step
+    # 0 means that it was killed before its first step.
+    step = reached(workdir, clock) or newest[-1]
     newest.append(max(checkpoints(workdir), default=0))
     print(
       f"{number:>4}{process:>9}{after:>7.1f} s{step:>7}{newest[-1]:>12}"
@@ -81,7 +84,8 @@ def disturb(workdir, args):
   attempts = workdir.with_suffix(".out").read_text().split("; starting it again")
   assert len(attempts) == args.kills + 1
   for said, checkpoint in zip(attempts, newest, strict=True):
-    for step in GOING_ON.findall(said):  # not said by one that was killed at its start
+    # A process that was killed at its start has not printed this.
+    for step in GOING_ON.findall(said):
       assert int(step) == checkpoint, (
         f"went on from {step} and not from the newest checkpoint, {checkpoint}"
       )
@@ -126,7 +130,7 @@ def finish(job, workdir):
 
 
 def processes(job):
-  """The numbers of the two processes of a job; fewer where it is starting them."""
+  """Returns the numbers of the two processes of a job; fewer while it is starting them."""
   listed = subprocess.run(
     ["pgrep", "-P", str(job.pid), "-f", "gating_jax.cli"],
     capture_output=True,
@@ -137,7 +141,7 @@ def processes(job):
 
 
 def start_of(job, before):
-  """When the processes that follow those were there."""
+  """Waits for the processes after those, and returns the time of their start."""
   while len(found := processes(job)) < 2 or set(found) & set(before):
     if job.poll() is not None:
       raise SystemExit("the training ended before its last kill; give it more --epochs")
@@ -146,7 +150,7 @@ def start_of(job, before):
 
 
 def reached(workdir, since):
-  """The last step in the journal, which a start writes anew; 0 where none since then has."""
+  """Returns the last step in the journal, which a start rewrites; 0 if no start has since then."""
   file = workdir / "metrics.jsonl"
   if not file.exists() or file.stat().st_mtime < since:
     return 0
@@ -161,7 +165,7 @@ def checkpoints(workdir):
 
 
 def saved(workdir):
-  """The arrays of the last checkpoint."""
+  """Returns the arrays of the last checkpoint."""
   step = max(checkpoints(workdir))
   with ocp.StandardCheckpointer() as reader:
     return step, reader.restore(workdir.absolute() / "checkpoints" / str(step) / "state")

@@ -1,11 +1,13 @@
-"""Ways to choose segments of long videos at equal budgets, on the embedded task.
+"""Selections of segments of long videos at equal budgets, on the embedded task.
 
-    python benchmarks/long_video.py --runs=runs/long_video --heavy=resnet3d10 --seed=0 [--rows=all,gate50,gate25]
+    python benchmarks/long_video.py --runs=runs/long_video --heavy=resnet3d10 --seed=0
+        [--rows=all,gate50,gate25]
 
-Trains both nets once (row `all`, the heavy net on every segment), then every other row on their features, with the
-rows' own classifiers. Each row is a run directory, so that finished rows are not repeated. MACs are those of light net,
-gate, heavy net and classifier, as a share of the heavy net on all segments; budgets are on that sum, so that what needs
-the light net may choose fewer segments.
+Trains both nets once (row `all`, the heavy net on every segment), then every other row on their
+features, each with its own classifier. Each row is a run directory, so that finished rows are not
+repeated. MACs are those of light net, gate, heavy net and classifier, as a fraction of the heavy
+net on all segments. Budgets are on that sum, so selections that need the light net may choose fewer
+segments.
 """
 
 import argparse
@@ -23,8 +25,8 @@ from configs import composed_timegate
 from gating_jax.video import evaluate
 from gating_jax.video import run as video_run
 
-SHORT = {"optim.epochs": 60}  # what needs no learned gate
-ROWS = {  # name: changes of the config
+SHORT = {"optim.epochs": 60}  # for rows without a learned gate
+ROWS = {  # changes of the config, by name
   "all": {**SHORT, "model.selection": "all"},
   "gate50": {"loss.sparsity.target": 0.4},
   "gate25": {"loss.sparsity.target": 0.125},
@@ -89,7 +91,10 @@ def run(folder, row, args):
 
 
 def remembered(extract):
-  """`extract`, once for each set of nets that rows share: with the light net, without it, and the light net alone."""
+  """Returns `extract` with a memory: it runs once for each set of nets that rows share.
+
+  The sets are: with the light net, without it, and the light net alone.
+  """
   known = {}
 
   @functools.wraps(extract)

@@ -1,9 +1,11 @@
-"""Joint multi-task learning as the number of tasks grows: the accuracy of every task, and the gates that tasks share.
+"""Joint multi-task learning with a growing number of tasks: accuracy per task, and shared gates.
 
-    python benchmarks/multitask.py --runs=runs/multitask --config=split_digits:width=0.1 --counts=1,3,5 --seeds=0,1,2
+    python benchmarks/multitask.py --runs=runs/multitask --config=split_digits:width=0.1 \
+        --counts=1,3,5 --seeds=0,1,2
 
-Accuracies are in per cent with the task known, means over seeds: of the first task alone, which every count has, of all
-tasks with the deviation over seeds, and of each. MACs are shares of the dense net's.
+Accuracies are in % with the task known, means over seeds: of the first task, which every count has;
+of all tasks, with the deviation over seeds; and of each task. MACs are fractions of the dense
+net's.
 """
 
 import argparse

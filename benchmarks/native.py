@@ -1,15 +1,18 @@
-"""The native CPU kernel against XLA and, where installed, onnxruntime: gated residual branches of two 3x3 convolutions.
+"""Native CPU kernel against XLA and onnxruntime: gated residual branches of two 3x3 convolutions.
 
-    python benchmarks/native.py [--cases=1x16x32,8x64x16] [--shares=1,0.5,0.25] [--depth=3] [--quantile=0.5]
+    python benchmarks/native.py [--cases=1x16x32,8x64x16] [--shares=1,0.5,0.25] [--depth=3]
+        [--quantile=0.5]
 
-A case is examples x channels x pixels of a side, and x2 where the first branch halves the side, as a stage of a network
-begins. Every program is a stack of `--depth` branches with their shortcuts, so that what one call costs the host counts
-once; every example has a mask of its own with exactly the share of the hidden channels open, which is the share of the
-MACs. `dense` and `masked` are XLA's, without gates and with the hidden channels multiplied by them; a speed-up is over
-the faster of the two. `ort` is onnxruntime
-(`pip install onnxruntime onnx`), without gates, in its own layout, on as many threads as there are cores. Times are
-quantiles over repeats of all contenders in turns in one process: 0.5 the median; a low one, on a machine that others
-use too.
+A case is examples x channels x pixels of a side, and x2 where the first branch halves the side, as
+at the beginning of a network's stage. Every program is a stack of `--depth` branches with their
+shortcuts, so that the host's cost of a call counts once. Every example has its own mask, with
+exactly the given fraction of the hidden channels open; this is also the fraction of the MACs.
+
+`dense` and `masked` are XLA's, without gates and with the hidden channels multiplied by them; a
+speed-up is over the faster of the two. `ort` is onnxruntime, if it is installed
+(`pip install onnxruntime onnx`): without gates, in its own layout, on as many threads as there are
+cores. Times are quantiles over repeats of all contenders in turns in one process: 0.5 is the
+median; use a low quantile on a machine that others use too.
 """
 
 import argparse
@@ -110,7 +113,7 @@ def compare(args, case, shares):
 
 
 def stack(layers, strides, branch):
-  """`(x, gates) -> y` of branches one after the other; a shortcut takes every stride-th pixel."""
+  """Returns `(x, gates) -> y` of consecutive branches; a shortcut takes every stride-th pixel."""
 
   def run(x, gates):
     for (kernel1, bias1), (kernel2, bias2), stride in zip(
@@ -145,7 +148,7 @@ def conv(x, kernel, stride=1):
 
 
 def onnx_run(x, layers, strides):
-  """`() -> y` of the stack in onnxruntime, channels first, as it likes them."""
+  """Returns `() -> y` of the stack in onnxruntime, with channels first, its own layout."""
   h = onnx.helper
   nodes, weights = [], []
   for i, (kernel, bias) in enumerate(layers):
@@ -181,9 +184,8 @@ def onnx_run(x, layers, strides):
   model = h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=9)
   options = onnxruntime.SessionOptions()
   options.intra_op_num_threads = len(os.sched_getaffinity(0))
-  options.add_session_config_entry(
-    "session.force_spinning_stop", "1"
-  )  # else its threads slow down whoever comes next
+  # Otherwise its threads keep spinning and slow down the next contender.
+  options.add_session_config_entry("session.force_spinning_stop", "1")
   session = onnxruntime.InferenceSession(
     model.SerializeToString(), options, providers=["CPUExecutionProvider"]
   )

@@ -1,12 +1,15 @@
-"""Whether skipped segments save time: the whole network against its heavy net on every segment.
+"""Time that skipped segments save: the whole network against its heavy net on every segment.
 
-    python benchmarks/segments.py [--nets=resnet3d18:0.5,r2plus1d18:0.5] [--videos=1,8] [--shares=0.5,0.25]
+    python benchmarks/segments.py [--nets=resnet3d18:0.5,r2plus1d18:0.5] [--videos=1,8]
+        [--shares=0.5,0.25]
 
-Weights are random, and the gate's bias is set so that the given share of all segments is chosen. Times are medians over
-interleaved repeats in one process, from uint8 clips to logits, light net and gate included. The baseline has neither:
-it is the heavy net on all segments and the classifier in one program, for all videos at once or called video by video,
-whichever is quicker. Efficiency is the speed-up times the share of the baseline's MACs; 1 is a saving in full. Where
-`computed` exceeds `chosen` it is padding: at most at_once / buckets clips a batch, none at the shares above.
+Weights are random, and the gate's bias is set so that the given fraction of all segments is chosen.
+Times are medians over interleaved repeats in one process, from uint8 clips to logits, including
+light net and gate. The baseline has neither: it is the heavy net on all segments and the classifier
+in one program, for all videos at once or video by video, whichever is faster. Efficiency is the
+speed-up times the fraction of the baseline's MACs; 1 means that time falls in proportion to MACs.
+Where `computed` exceeds `chosen`, the rest is padding: at most at_once / buckets clips per batch,
+none at the fractions above.
 """
 
 import argparse
@@ -137,7 +140,7 @@ def prepare(inputs):
 
 
 def everything(model, variables, inputs, at_a_time):
-  """The heavy net on all segments, then the classifier, for so many videos at a time."""
+  """Returns the heavy net on all segments, then the classifier, for so many videos at a time."""
 
   @jax.jit
   def run(variables, inputs):
@@ -153,7 +156,7 @@ def everything(model, variables, inputs, at_a_time):
 
 
 def with_share(model, variables, inputs, share):
-  """The variables with the bias of the gate at which it opens for this share of all segments."""
+  """Returns the variables with a gate bias that opens this fraction of all segments."""
   record, _ = jax.jit(lambda v, x: model.apply(v, prepare(x), method="choose"))(variables, inputs)
   logits = np.sort(np.asarray(record.logits), axis=None)
   first = round((1 - share) * len(logits))

@@ -1,15 +1,18 @@
-"""Can the loss replace BatchNorm? A small CNN on CIFAR-10 whose pre-activations are pulled to Normal(0, 1).
+"""CIFAR-10 without BatchNorm: a small CNN whose pre-activations are pulled to Normal(0, 1).
 
-    python benchmarks/shaped_activations.py [--train_images=20000] [--epochs=10] [--seeds=3] [--lr=0.05,0.1]
+    python benchmarks/shaped_activations.py [--train_images=20000] [--epochs=10] [--seeds=3]
+        [--lr=0.05,0.1]
 
 Three variants of one net, alike in initial kernels, data order and augmentation:
   batchnorm   BatchNorm before each ReLU
-  shaped      no BatchNorm; `cdf_matching_loss` on a sample of each channel's values before the ReLU, mean over
-              channels, sum over layers
+  shaped      no BatchNorm; `cdf_matching_loss` on a sample of each channel's values before the
+              ReLU, mean over channels, sum over layers
   nothing     neither
-Of several learning rates, and for `shaped` of several coefficients, each variant takes the pair that does best on the
-last tenth of the training images after training on the rest. The prior's gap is measured on test images, on what enters
-the ReLUs; it is 1 for independent samples of Normal(0, 1).
+
+Each variant takes the best of several learning rates, and for `shaped` of several coefficients: the
+pair with the best accuracy on the last tenth of the training images after training on the rest. The
+gap to the prior is measured on test images, on the inputs of the ReLUs; it is 1 for independent
+samples of Normal(0, 1).
 """
 
 import argparse
@@ -42,7 +45,7 @@ TEST_BATCH = 250  # divides CIFAR-10's test set
 
 
 class ConvNet(nn.Module):
-  """Class logits of images `[N, H, W, 3]`, and what enters each ReLU."""
+  """A net that returns class logits of images `[N, H, W, 3]`, and the inputs of each ReLU."""
 
   norm: bool
 
@@ -72,9 +75,8 @@ def main():
   trainers = {variant: Trainer(variant, train, args) for variant in VARIANTS}
   chosen = {variant: choose(trainer, args) for variant, trainer in trainers.items()}
   results = {variant: [] for variant in VARIANTS}
-  for seed, variant in itertools.product(
-    range(args.seeds), VARIANTS
-  ):  # in turns: drifts of the machine hit all alike
+  # In turns, so that drifts of the machine affect all variants alike.
+  for seed, variant in itertools.product(range(args.seeds), VARIANTS):
     results[variant].append(trainers[variant].score(*chosen[variant], seed, len(train), test))
   print(
     f"{'variant':<12}{'lr':>6}{'coefficient':>13}{'test accuracy':>18}{'gap of each layer':>34}"
@@ -109,7 +111,10 @@ def parse():
 
 
 def choose(trainer, args):
-  """The learning rate and coefficient that do best on held-out training images, after as many steps as in the end."""
+  """Returns the learning rate and coefficient that are best on held-out training images.
+
+  They are tried with as many steps as in the final training.
+  """
   coefficients = args.coefficient if trainer.variant == "shaped" else [0.0]
   pairs = list(itertools.product(args.lr, coefficients))
   if len(pairs) == 1:
@@ -137,7 +142,10 @@ class Trainer:
     self.test_step = jax.jit(self._test_step)
 
   def score(self, lr, coefficient, seed, examples, held_out):
-    """Trains on the first `examples` images; accuracy and gap on `held_out`, median seconds of a step."""
+    """Trains on the first `examples` images.
+
+    Returns accuracy and gap on `held_out`, and the median seconds of a step.
+    """
     state = steps.init_state(self.model, self._optimiser(lr), seed, self.images.shape)
     seconds = []
     for step in tqdm(
@@ -188,7 +196,10 @@ class Trainer:
 
 
 def draw(key, layers, count):
-  """Each channel's values at `count` evenly spaced positions of each image, from a random start: `[N * count, C]`."""
+  """Returns `[N * count, C]` values at `count` evenly spaced positions of each image.
+
+  The first position is random.
+  """
 
   def positions(key, x):
     pixels = x.shape[1] * x.shape[2]
@@ -204,7 +215,7 @@ def draw(key, layers, count):
 
 
 def layer_gaps(layers):
-  """The loss of each layer's values `[N, C]`, mean over channels; one sort for all layers."""
+  """Returns the loss of each layer's values `[N, C]`, mean over channels, with a single sort."""
   losses = cdf_matching_loss(jnp.concatenate(layers, axis=1), PRIOR)
   return [part.mean() for part in jnp.split(losses, np.cumsum(CHANNELS)[:-1])]
 

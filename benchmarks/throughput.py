@@ -1,10 +1,12 @@
-"""Images a second that nets train on and are tested on, and the share of the device's peak that is.
+"""Images per second in training and in tests, and the fraction of the device's peak.
 
-    python benchmarks/throughput.py [--images=50000] [--repeats=5] CONFIG[:VARIANTS] [CONFIG ...] [--FIELD=VALUE ...]
+    python benchmarks/throughput.py [--images=50000] [--repeats=5] CONFIG[:VARIANTS] [CONFIG ...]
+        [--FIELD=VALUE ...]
 
-Each CONFIG is trained on made images of 32 x 32 from memory for some steps, by the step and dispatch that it says, in
-float32 or what `--model.dtype` says; FIELD is of all configs. A training step counts three times the ungated net's and
-the gates' MACs, as gates do not spare any in training. Prints medians.
+Each CONFIG is trained for some steps on made images of 32 x 32 from memory, with its own step and
+dispatch, in float32 or `--model.dtype`; FIELD applies to all configs. A training step counts three
+times the MACs of the ungated net and of the gates, since gates save none in training. Prints
+medians.
 """
 
 import argparse
@@ -56,7 +58,7 @@ def main():
 
 
 def measured(named, fields, args):
-  """The row of one config."""
+  """Returns the row of one config."""
   experiment = built(config_of(named, fields), args.images)
   config, counts = experiment.config, experiment.counts
   macs = counts.macs + counts.gate_macs
@@ -91,7 +93,7 @@ def config_of(named, fields):
 
 
 def built(config, images):
-  """The experiment of a config, on made images."""
+  """Returns the experiment of a config, on made images."""
   rng = np.random.default_rng(0)
   made = tfds.Images(
     rng.integers(0, 256, (images, 32, 32, len(config.data.mean)), dtype=np.uint8),
@@ -106,7 +108,7 @@ def built(config, images):
 
 
 def training(experiment, repeats):
-  """Median seconds of a call of several steps; two calls are in flight, as in training."""
+  """Returns the median seconds of a call of several steps; two are in flight, as in training."""
   state = devices.replicate(
     steps.init_state(
       experiment.model, experiment.optimiser, experiment.config.seed, experiment.test.shape
@@ -127,7 +129,7 @@ def training(experiment, repeats):
 
 
 def testing(experiment, repeats):
-  """Median seconds of a pass over the test set, gates and sums included."""
+  """Returns the median seconds of a pass over the test set, gates and sums included."""
   state = devices.replicate(
     steps.init_state(
       experiment.model, experiment.optimiser, experiment.config.seed, experiment.test.shape

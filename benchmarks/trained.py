@@ -1,12 +1,16 @@
-"""A trained gated network against the ungated one, here, in PyTorch and in onnxruntime: accuracy, MACs, milliseconds.
+"""A trained gated network against the ungated one, also in PyTorch and in onnxruntime.
 
-    python benchmarks/trained.py --gated=RUN --ungated=RUN [--batch=1,64] [--repeats=20] [--data_dir=DIR]
+    python benchmarks/trained.py --gated=RUN --ungated=RUN [--batch=1,64] [--repeats=20]
+        [--data_dir=DIR]
 
-The runs are directories of `--mode=train`. Every program is timed on the same test images, in turns in one process, on
-as many threads as there are cores; a row has medians and tenth percentiles, and how many times faster than XLA's
-ungated network it is. PyTorch and onnxruntime (`pip install torch onnx onnxruntime`) are left out where they are not
-installed; both get the ungated network with its BatchNorm folded, as ours is. With `OMP_WAIT_POLICY=PASSIVE` PyTorch is
-slower at one image and faster at 64. Each program's accuracy is its own, over the whole test set.
+Prints accuracy, MACs and milliseconds. The runs are directories of `--mode=train`. Every program is
+timed on the same test images, in turns in one process, on as many threads as there are cores. A row
+has medians, tenth percentiles, and the speed-up over XLA's ungated network.
+
+PyTorch and onnxruntime (`pip install torch onnx onnxruntime`) are skipped where they are not
+installed; both get the ungated network with its BatchNorm folded, as ours is. With
+`OMP_WAIT_POLICY=PASSIVE` PyTorch is slower at one image and faster at 64. Each program's accuracy
+is its own, over the whole test set.
 """
 
 import argparse
@@ -96,7 +100,7 @@ def main():
 
 
 def load(path, data_dir):
-  """The folded network of a run's newest checkpoint, and its experiment."""
+  """Returns the folded network of a run's newest checkpoint, and its experiment."""
   run_dir = rundir.RunDir(path)
   config = ml_collections.ConfigDict(pretrained.with_tuples(run_dir.config()))
   if data_dir is not None:
@@ -109,13 +113,16 @@ def load(path, data_dir):
 
 
 def read(experiment, source, index):
-  """Network inputs and labels."""
+  """Returns network inputs and labels."""
   pixels, labels = source.read(index)
   return np.asarray(experiment.normalise(pixels), np.float32), np.asarray(labels)
 
 
 def programs(gated, ungated, size, calibration):
-  """`(net, program)` to a function that takes `[size, H, W, D]` images and gives one that returns their logits."""
+  """Returns, by `(net, program)`, functions that bind `[size, H, W, D]` images.
+
+  Each gives a function without arguments that returns the images' logits.
+  """
   run, shape = program(), calibration.shape[1:]
   make = functools.partial(compile_conditional, input_shape=shape, batch_size=size)
   auto = make(gated, calibration=calibration)
@@ -141,7 +148,7 @@ def programs(gated, ungated, size, calibration):
 
 
 def elsewhere(net, shape):
-  """The ungated network in PyTorch, with channels before and after pixels, and in onnxruntime."""
+  """Returns the ungated network in PyTorch, with channels first and last, and in onnxruntime."""
   torch.set_num_threads(THREADS)
   before, after = torch.contiguous_format, torch.channels_last
   nets = {
@@ -165,9 +172,8 @@ def elsewhere(net, shape):
     )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
-    options.add_session_config_entry(
-      "session.force_spinning_stop", "1"
-    )  # else they slow down whoever comes next
+    # Otherwise its threads keep spinning and slow down the next program.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])
 
   def in_onnxruntime(x):
@@ -195,7 +201,7 @@ def to_torch(array, layout):
 
 
 def forward(net, x):
-  """A folded network of such arrays, without gates, on `[N, D, H, W]`."""
+  """Runs a folded network of such arrays, without gates, on `[N, D, H, W]`."""
   for part in net.parts:
     if isinstance(part, Layer):
       x = torch.relu(conv(part.conv, x))
@@ -233,7 +239,7 @@ class Module(torch.nn.Module if torch else object):
 
 
 def accuracy(bind, images, labels, size):
-  """Over all images; the last batch reaches back so as to be full."""
+  """Returns the accuracy over all images; the last batch overlaps the one before, to be full."""
   right = np.zeros(len(images), bool)
   for start in [*range(0, len(images) - size, size), len(images) - size]:
     at = slice(start, start + size)
@@ -242,7 +248,7 @@ def accuracy(bind, images, labels, size):
 
 
 def macs(net, images):
-  """Executed per image, the mean."""
+  """Returns the mean executed MACs per image."""
   return np.concatenate(
     [
       np.broadcast_to(folded_macs.macs(net, x.shape[1:], [z > 0 for z in logits]), len(x))

@@ -1,8 +1,9 @@
-"""What gating costs in training: step times of gated and ungated nets, the batch-shaping term, the import.
+"""Cost of gating in training: step times of gated and ungated nets, the loss term, the import.
 
     python benchmarks/training_step.py [--batch=128] [--model=resnet20] [--repeats=15] [--json=FILE]
 
-Prints medians over interleaved repeats in one process, and ratios; uses all cores as virtual devices on CPU.
+The loss term is that of batch-shaping. Prints medians over interleaved repeats in one process, and
+ratios; uses all cores as virtual devices on CPU.
 """
 
 import argparse
@@ -86,7 +87,7 @@ def main():
 
 
 def training(args, images, gating):
-  """A function that takes one training step."""
+  """Returns a function that takes one training step."""
   config = cifar10_resnet20.get_config(f"batch={args.batch},gating={gating},epochs=1000")
   config.model.name = args.model
   load, size, tfds.load, tfds.size = tfds.load, tfds.size, lambda *_: images, lambda *_: len(images)
@@ -107,7 +108,10 @@ def training(args, images, gating):
 
 
 def shaping_term(args):
-  """A function that computes the term and its gradient for all of the net's gates, gathered as in training."""
+  """Returns a function that computes the batch-shaping term and its gradient for all gates.
+
+  Gates are gathered over devices as in training.
+  """
   units = [
     r.gates.shape[-1]
     for r in jax.eval_shape(
@@ -136,7 +140,7 @@ def shaping_term(args):
 
 
 def imports(*statements, repeats):
-  """Median seconds of each statement in a fresh interpreter, taken in turns."""
+  """Returns the median seconds of each statement in a fresh interpreter, taken in turns."""
   times = {statement: [] for statement in statements}
   for _ in range(repeats):
     for statement in statements:

@@ -1,4 +1,4 @@
-"""What the examples share: scikit-learn's handwritten digits, and what is measured on the held-out ones."""
+"""Shared parts of the examples: scikit-learn's digits, and measures on the held-out ones."""
 
 import numpy as np
 from sklearn import datasets, model_selection
@@ -10,7 +10,7 @@ x_train, x_test, y_train, y_test = model_selection.train_test_split(
 
 
 def batches(steps, size):
-  """Images `[size, 64]` and their labels, drawn at random from the training set."""
+  """Yields images `[size, 64]` and their labels, drawn at random from the training set."""
   rng = np.random.default_rng(0)
   for _ in range(steps):
     index = rng.choice(len(x_train), size, replace=False)
@@ -18,7 +18,10 @@ def batches(steps, size):
 
 
 def report(logits, gates):
-  """Prints and returns the accuracy on the held-out images and how their gates `[N, units]` behave."""
+  """Prints and returns the accuracy on the held-out images, and statistics of their gates.
+
+  Gates are `[N, units]`.
+  """
   open_share = np.mean(gates, axis=0)  # of each unit
   result = {
     "accuracy": float(np.mean(np.argmax(logits, axis=-1) == y_test)),

@@ -15,7 +15,10 @@ PRIOR = beta(0.6, 0.4)  # open for about 60 % of images
 
 
 class GatedMLP(eqx.Module):
-  """Class logits, gates and the gates' log-odds of one image `[64]`. With a key gates are sampled, as in training."""
+  """A net that returns class logits, gates and the gates' log-odds of one image `[64]`.
+
+  With a key the gates are sampled, as in training.
+  """
 
   hidden: eqx.nn.Linear
   gate: eqx.nn.Linear

@@ -1,4 +1,4 @@
-"""Any real-valued feature pulled to a prior: an autoencoder of handwritten digits with Normal(0, 1) features.
+"""Real-valued features pulled to a prior: an autoencoder of digits with Normal(0, 1) features.
 
 python docs/examples/feature_matching.py
 """
@@ -24,7 +24,7 @@ def init(key):
 
 
 def apply(params, x):
-  """Features `[N, FEATURES]` and reconstructions of images `[N, 64]`."""
+  """Returns features `[N, FEATURES]` and reconstructions of images `[N, 64]`."""
   dense = lambda i, x: x @ params[i][0] + params[i][1]
   features = dense(1, jax.nn.relu(dense(0, x)))
   return features, dense(3, jax.nn.relu(dense(2, features)))

@@ -1,7 +1,8 @@
-"""A learned prior for each gate: how often one is open is its own affair, while all together keep to a hyperprior.
+"""A learned prior for each gate: open rates may differ, but together they follow a hyperprior.
 
-500 examples of 30 gates, their log-odds free parameters. Each gate follows a relaxed Bernoulli distribution of its own
-mean; the 30 means follow Beta(3, 7), whose mean is 0.3. Setting of Havtorn et al., 2023 (MSViT).
+There are 500 examples of 30 gates, whose log-odds are free parameters. Each gate follows a relaxed
+Bernoulli distribution with its own mean; the 30 means follow Beta(3, 7), whose mean is 0.3. Setting
+of Havtorn et al., 2023 (MSViT).
 
     python docs/examples/learned_prior.py
 """

@@ -15,7 +15,10 @@ PRIOR = beta(0.6, 0.4)  # open for about 60 % of images
 
 
 class GatedMLP(nn.Module):
-  """Class logits, gates and the gates' log-odds of images `[N, 64]`; in training gates are sampled."""
+  """A net that returns class logits, gates and the gates' log-odds of images `[N, 64]`.
+
+  In training the gates are sampled.
+  """
 
   @nn.compact
   def __call__(self, x, train=False):

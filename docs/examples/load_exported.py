@@ -1,6 +1,8 @@
-"""Runs an exported network without gating_jax: needs `pip install jax flatbuffers`, the second to read its program.
+"""An exported network without gating_jax: needs only `pip install jax flatbuffers`.
 
 python docs/examples/load_exported.py DIRECTORY
+
+flatbuffers is needed to read the program.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What a trained image classifier answers, and what it computes, for images of its test set.
+"""Predictions and cost of a trained image classifier on images of its test set.
 
 gating-jax --config=digits --workdir=runs/digits
 python docs/examples/load_run.py runs/digits
@@ -24,7 +24,8 @@ def main(workdir):
   right = np.argmax(logits, axis=1) == labels
   print(f"{right.sum()} of {len(right)} images right")
   if records:
-    part = executed_macs(records) / gated_macs(records)  # [64], of what gates can close
+    # [64], as a fraction of the MACs that gates can skip.
+    part = executed_macs(records) / gated_macs(records)
     print(
       f"{part.mean():.1%} of the gated computation, from {part.min():.1%} to {part.max():.1%} of "
       "an image"

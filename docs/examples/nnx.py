@@ -14,7 +14,10 @@ PRIOR = beta(0.6, 0.4)  # open for about 60 % of images
 
 
 class GatedMLP(nnx.Module):
-  """Class logits, gates and the gates' log-odds of images `[N, 64]`. With a key gates are sampled, as in training."""
+  """A net that returns class logits, gates and the gates' log-odds of images `[N, 64]`.
+
+  With a key the gates are sampled, as in training.
+  """
 
   def __init__(self, rngs):
     self.hidden = nnx.Linear(64, UNITS, rngs=rngs)

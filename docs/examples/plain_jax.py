@@ -30,7 +30,10 @@ def init(key):
 
 
 def apply(params, x, key=None):
-  """Class logits, gates and the gates' log-odds of images `[N, 64]`. With a key gates are sampled, as in training."""
+  """Returns class logits, gates and the gates' log-odds of images `[N, 64]`.
+
+  With a key the gates are sampled, as in training.
+  """
   dense = lambda name, x: x @ params[name][0] + params[name][1]
   gate_logits = dense("gate", x)
   gates = threshold_gate(gate_logits) if key is None else straight_through_gate(key, gate_logits)
