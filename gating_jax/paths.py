@@ -55,6 +55,10 @@ def check_storable(name: str, path: Path) -> None:
   TensorStore takes a backslash for a slash: whatever opens the folder by its name would look
   elsewhere. Orbax takes three more characters for patterns where it cannot be given the folder by
   its handle.
+
+  Args:
+    name: the name of the argument that holds the path.
+    path: the folder of the checkpoints, or one above it.
   """
   # With a handle, orbax never sees the patterns in the path.
   taken = "\\" if HANDLES.is_dir() else "\\*?["

@@ -30,7 +30,13 @@ class PixelObjective(ImageObjective):
   def fit(
     self, logits: Array, labels: Array, axis_name: Hashable | None = None
   ) -> tuple[Array, Array]:
-    """Computes the cross-entropy and the accuracy."""
+    """Computes the cross-entropy and the accuracy, means over the pixels that are not ignored.
+
+    Args:
+      logits: `[N, H, W, K]`.
+      labels: `[N, H, W]` integers below K, or `IGNORED`.
+      axis_name: as in `batch_shaping_loss`.
+    """
     cross_entropy, correct, counted = _pixels(logits, labels)
     return weighted_mean(cross_entropy, counted, axis_name), weighted_mean(
       correct, counted, axis_name

@@ -40,7 +40,7 @@ class ImageRun:
     score: key of the score in a test's numbers, and its name.
     tests: the numbers of each test during training, in order, with their `step`; the page is about
       the last one.
-    histograms: lines of `histograms.jsonl`, likewise.
+    histograms: lines of `histograms.jsonl`, for the same tests.
     macs: multiply-accumulates of the ungated net.
     images: results of the test for each image.
     gates: results for the gates; None for an ungated net.
@@ -117,7 +117,7 @@ def sections(run: ImageRun) -> list[page.Section]:
     found.append(page.Section(f"Some {run.noun}s", parts=parts))
   if run.gates is not None:
     found += [_by_layer(run), _over_training(run), _selective(run)]
-    # Scenes have no class of their own, so gates tell nothing of it.
+    # Scenes have no class of their own, so gates have no information on it.
     if run.gates.class_rates is not None and run.gates.diagnosis.class_information is not None:
       found += [_classes(run)]
   return [
@@ -388,7 +388,7 @@ def _classes(run: ImageRun) -> page.Section:
   known = np.flatnonzero(~np.isnan(run.gates.class_rates).any(axis=1))
   rates, names = run.gates.class_rates[known], [run.class_names[k] for k in known]
   order = np.argsort(-information, kind="stable")
-  # Gates at 0 tell nothing of the class, and their order is arbitrary.
+  # Gates with 0 bits of the class are left out: their order is arbitrary.
   order = order[information[order] > 0]
   if len(known) < 2 or not len(order):
     return page.Section(

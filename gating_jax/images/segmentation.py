@@ -50,7 +50,11 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
 def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = None) -> Experiment:
   """Builds the experiment of a config of scenes.
 
-  Arguments and errors are as in `images.build.build`.
+  Args:
+    config: the config.
+    known: outlines of the training and the test set, in place of opening them.
+  Raises:
+    ValueError, DatasetNotPreparedError: as in `images.build.build`.
   """
   data = config.data
   side = (

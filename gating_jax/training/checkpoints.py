@@ -61,10 +61,13 @@ class Checkpoints:
       self._open(None)
 
   def save(self, step: int, state: Any) -> None:
-    """Begins to write `state`; a later save, or `wait`, waits for the end.
+    """Begins to write a state; a later save, or `wait`, waits for the end.
 
     A step that is already there is left alone.
 
+    Args:
+      step: the number of steps taken.
+      state: a tree of arrays, the same on all devices.
     Raises:
       OSError: this checkpoint, or one begun before, cannot be written.
       PeerError: the same, in all processes but the writer.

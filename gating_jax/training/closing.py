@@ -107,7 +107,12 @@ class ClosingWatch:
     self._warned = set()
 
   def __call__(self, step: int, means: Mapping[str, float]) -> list[str]:
-    """Returns the warnings due at a log line; none where the line was shown before."""
+    """Returns the warnings due at a log line; none where the line was shown before.
+
+    Args:
+      step: the step of the line.
+      means: the line's metrics, means over the steps since the last line.
+    """
     if step <= self._last_step:
       return []
     warnings = []

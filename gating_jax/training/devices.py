@@ -160,7 +160,7 @@ def value_and_grad_over_devices(
     for position in positions:
       args[position] = _own_copy(args[position], axis_name)
     value, gradient = differentiate(*args, **kwargs)
-    # L = mean_d loss_d, and likewise its gradient.
+    # Both equations above: means over devices.
     if has_aux:
       value, aux = value
       value, gradient = mean_over_devices((value, gradient), axis_name)
@@ -192,7 +192,14 @@ def replicated_sharding(devices: Sequence[jax.Device] | None = None) -> NamedSha
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
-  """Copies a tree of arrays, the same in every process, to every device, once."""
+  """Copies a tree of arrays, the same in every process, to every device, once.
+
+  Args:
+    tree: arrays of any shapes.
+    devices: all of the job's by default.
+  Returns:
+    the tree with global arrays, each with a full copy on every device.
+  """
   sharding = replicated_sharding(devices)
   if jax.process_count() == 1:
     return jax.device_put(tree, sharding)

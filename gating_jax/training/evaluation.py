@@ -62,7 +62,12 @@ class GateBehaviour:
 
 
 def summarise(sums: Mapping[str, np.ndarray], images: int) -> dict[str, float]:
-  """Returns a classifier's numbers from the sums over images of `steps.image_scores`."""
+  """Returns a classifier's numbers: `accuracy` and `cross_entropy`.
+
+  Args:
+    sums: sums over images of the results of `steps.image_scores`.
+    images: the number of images.
+  """
   return {
     "accuracy": float(sums["correct"] / images),
     "cross_entropy": float(sums["cross_entropy"] / images),

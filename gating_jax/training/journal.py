@@ -61,7 +61,13 @@ class Journal:
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
     """Writes a line, and a TensorBoard point per value, named `split/name`.
 
-    It does nothing where this step and split have a line already.
+    It does nothing where this step and split have a line already. A name with a slash keeps its own
+    form in TensorBoard.
+
+    Args:
+      step: the training step.
+      split: the split of the data, such as `train`.
+      values: numbers, by name.
     """
     values = {name: float(value) for name, value in values.items()}
     if self._metrics.add(step, split, values):
@@ -166,6 +172,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
   """Replaces the file whole or not at all.
 
   A kill in between leaves the old file, and a `.tmp` next to it.
+
+  Args:
+    path: the file.
+    content: its bytes, or a text, which is written as UTF-8.
+  Raises:
+    OSError: the file cannot be written; the message names it.
   """
   temporary = path.with_name(path.name + TEMPORARY)
   if isinstance(content, str):

@@ -60,7 +60,7 @@ class LoopSettings:
     total_steps: a multiple of `steps_per_dispatch`.
     steps_per_dispatch: steps that one call of `advance` takes.
     log_every, checkpoint_every: at least every so many steps, at the end of a call; >= 1.
-    eval_every: likewise; 0 for never.
+    eval_every: in the same way; 0 for never.
   """
 
   total_steps: int

@@ -101,7 +101,13 @@ class ImageObjective:
   def fit(
     self, logits: Array, labels: Array, axis_name: Hashable | None = None
   ) -> tuple[Array, Array]:
-    """Computes the cross-entropy, the loss before the gates' terms, and the accuracy."""
+    """Computes the cross-entropy, the loss before the gates' terms, and the accuracy.
+
+    Args:
+      logits: `[N, classes]`.
+      labels: `[N]` integers.
+      axis_name: unused here; for objectives whose means weight their examples.
+    """
     # The mean of this device's examples; `value_and_grad_over_devices` averages over devices.
     cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
     return cross_entropy, jnp.mean(jnp.argmax(logits, -1) == labels)
@@ -211,7 +217,12 @@ class ExitObjective(ImageObjective):
     step: Array,
     axis_name: Hashable | None = None,
   ) -> tuple[Array, Mapping[str, Array]]:
-    """Computes `(total, terms)`, with the accuracy of each exit before the last."""
+    """Computes `(total, terms)`, with the accuracy of each exit before the last.
+
+    Args:
+      logits: `[N, X + 1, classes]`.
+      labels, records, step, axis_name: as in `ImageObjective`.
+    """
     total, terms = super().__call__(logits, labels, records, step, axis_name)
     accuracies = jnp.mean(jnp.argmax(logits, -1) == labels[:, None], axis=0)
     return total, {
@@ -222,7 +233,15 @@ class ExitObjective(ImageObjective):
   def fit(
     self, logits: Array, labels: Array, axis_name: Hashable | None = None
   ) -> tuple[Array, Array]:
-    """Computes the weighted sum of cross-entropies, and the accuracy of the last exit."""
+    """Computes the weighted sum of cross-entropies, and the accuracy of the last exit.
+
+    Args:
+      logits: `[N, X + 1, classes]`.
+      labels: `[N]` integers.
+      axis_name: as in `ImageObjective.fit`.
+    Raises:
+      ValueError: the weights do not fit the number of exits.
+    """
     exits = logits.shape[1] - 1
     if len(self.exit_weights) not in (1, exits):
       raise ValueError(

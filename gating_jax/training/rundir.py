@@ -76,6 +76,9 @@ class RunDir:
 def existing_run(path: Path, config: ml_collections.ConfigDict) -> RunDir:
   """Returns the run of `config` at `path`, to read while it may be training.
 
+  Args:
+    path: the run directory.
+    config: the config to compare with that of the run.
   Raises:
     RunDirError: there is no run, or one of another config.
   """
@@ -237,6 +240,10 @@ def flatten(
   tree: Mapping[str, Any] | ml_collections.ConfigDict, prefix: str = ""
 ) -> dict[str, Any]:
   """Flattens nested mappings or configs into one mapping, with names joined by dots.
+
+  Args:
+    tree: the outermost mapping.
+    prefix: the beginning of all names, such as `optim.`.
 
   >>> flatten({"optim": {"epochs": 3}, "seed": 0})
   {'optim.epochs': 3, 'seed': 0}

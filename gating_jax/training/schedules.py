@@ -12,9 +12,14 @@ LEARNING_RATES = ("step", "cosine")
 
 
 def fade_out(coefficient: float, end: float, total_steps: int) -> optax.Schedule:
-  """Returns a schedule from `coefficient` linearly to 0 at the fraction `end` of training.
+  """Returns a schedule from `coefficient` linearly to 0.
 
-  It is 0 from the start where `end` is 0.
+  Args:
+    coefficient: the value at the start.
+    end: the fraction of training at which it is 0; 0 from the start where `end` is 0.
+    total_steps: steps of the training.
+  Raises:
+    ValueError: `end` is outside [0, 1].
   """
   _check_fractions(end=end)
   # An end of 0 turns the term off.
@@ -24,18 +29,28 @@ def fade_out(coefficient: float, end: float, total_steps: int) -> optax.Schedule
 
 
 def fade_in(coefficient: float, start: float, full: float, total_steps: int) -> optax.Schedule:
-  """Returns a schedule of 0 up to `start`, then linear to `coefficient` at `full`, then constant.
+  """Returns a schedule of 0, then linear to `coefficient`, then constant.
 
-  `start` and `full` are fractions of training.
+  Args:
+    coefficient: the last value.
+    start, full: fractions of training at which the slope begins and ends.
+    total_steps: steps of the training.
+  Raises:
+    ValueError: as for `ramp`.
   """
   return ramp(0.0, coefficient, start, full, total_steps)
 
 
 def ramp(first: float, last: float, start: float, full: float, total_steps: int) -> optax.Schedule:
-  """Returns a schedule of `first` up to `start`, then linear to `last` at `full`, then constant.
+  """Returns a schedule of `first`, then linear to `last`, then constant.
 
-  `start` and `full` are fractions of training. The schedule is `last` from the start where `full`
-  is 0.
+  Args:
+    first, last: the values before and after the slope.
+    start, full: fractions of training at which the slope begins and ends; `last` from the start
+      where `full` is 0.
+    total_steps: steps of the training.
+  Raises:
+    ValueError: a fraction is outside [0, 1], or `start` is above `full`.
   """
   _check_fractions(start=start, full=full)
   if not start <= full:

@@ -166,7 +166,12 @@ def streamed_steps(step: Callable) -> Callable:
 
 
 def image_scores(logits: Array, labels: Array) -> dict[str, Array]:
-  """Computes for each image, `[B]`: `predicted` class, whether it is `correct`, `cross_entropy`."""
+  """Computes for each image, `[B]`: `predicted` class, whether it is `correct`, `cross_entropy`.
+
+  Args:
+    logits: `[B, K]`.
+    labels: `[B]` integers.
+  """
   predicted = jnp.argmax(logits, -1)
   return {
     "predicted": predicted,
