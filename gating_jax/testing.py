@@ -274,6 +274,7 @@ def _check_saturation(total, shape, saturated):
 
   One batch holds each saturated value alone; the last one holds all of them in turn.
   """
+  # Rolled by column, so that the columns of an example saturate at different values.
   in_turn = np.stack([np.resize(np.roll(saturated, -j), shape[0]) for j in range(shape[1])], axis=1)
   batches = np.asarray([*(np.full(shape, value) for value in saturated), in_turn], np.float32)
   values, gradients = map(

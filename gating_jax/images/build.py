@@ -117,6 +117,7 @@ def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = N
     objective = functools.partial(ExitObjective, exit_weights=config.loss.exit_weights)
   return assemble(
     config,
+    # The size of a split is known without reading it.
     lambda: tfds.size(data.name, data.train_split, data.data_dir, *settings.feature_names(data)),
     open_train=lambda: read(data.train_split, training=True),
     open_test=lambda: read(data.test_split, training=False),

@@ -108,12 +108,14 @@ def summarise(sums: Mapping[str, np.ndarray], class_names: Sequence[str]) -> dic
     sums: sums of `cross_entropy`, and of `confusion` `[K, K]`.
     class_names: K names.
   """
+  # A set whose pixels are all ignored scores 0.
   pixels = max(float(sums["confusion"].sum()), 1.0)
   iou = intersection_over_union(sums["confusion"])
   # A class that occurs nowhere has no IoU, and must not count as 0.
   present = ~np.isnan(iou)
   return {
     "mean_iou": float(np.mean(iou[present])) if present.any() else 0.0,
+    # The diagonal counts the pixels that are right.
     "accuracy": float(np.trace(sums["confusion"])) / pixels,
     "cross_entropy": float(sums["cross_entropy"]) / pixels,
     **{

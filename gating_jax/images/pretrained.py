@@ -29,6 +29,7 @@ def check(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   theirs = config.copy_and_resolve_references()
   with theirs.unlocked():
     theirs.update(settings.with_tuples(rundir.RunDir(user_path(config.model.init_from)).config()))
+  # The fields that determine the names and shapes of parameters.
   for name, mine in (
     ("experiment", config.experiment),
     ("model.gating", "none"),

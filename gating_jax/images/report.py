@@ -244,6 +244,7 @@ def _outcomes(run: ImageRun) -> page.Picture:
 
 
 def _by_layer(run: ImageRun) -> page.Section:
+  # Layers have the numbers that the figures give them.
   found, names = by_layer(run.gates.diagnosis, run.layers), gate_pictures.layer_names(run.layers)
   header, *rows = gate_table.rows(
     [{**layer, "layer": name} for layer, name in zip(found, names, strict=True)]
@@ -321,6 +322,7 @@ def _selective(run: ImageRun) -> page.Section:
   parts = []
   for gate in shown:
     images = run.gates.firing[:, gate]
+    # -1 marks places without an image: fewer images open the gate.
     images = images[images >= 0]
     text = (
       [_class(run, run.images.labels[i]) for i in images]
@@ -474,6 +476,7 @@ def _percent(rate: float) -> str:
   ('100 %', '3.3 %')
   """
   value = 100 * rate
+  # From 9.95 on, two digits are a whole number.
   return f"{value:.0f} %" if value >= 9.95 else f"{value:.2g} %"
 
 

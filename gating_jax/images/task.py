@@ -190,6 +190,7 @@ def write_report(
       images=images,
       gates=gates,
       layers=counts.gate_layers,
+      # The classes of pixels are no classes of scenes.
       class_names=experiment.test.class_names if task.classes(experiment) else None,
       prior=experiment.objective.prior if pulled else None,
       config=[(name, str(value)) for name, value in rundir.flatten(config).items()],

@@ -118,6 +118,7 @@ def _await(coordinator: str) -> None:
 
 def _join(*job: Any) -> None:
   try:
+    # With the defaults of JAX, a broken job would wait for minutes.
     jax.distributed.initialize(
       *job, initialization_timeout=60, heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10
     )

@@ -143,6 +143,7 @@ def train(
       journal.progress(step)
       if _due(step, k, settings.log_every) or step == settings.total_steps:
         settle()
+        # Each entry has K steps, as `advance` returns them.
         means = {name: float(np.mean([v[name] for v in since_log])) for name in since_log[0]}
         since_log.clear()
         journal.write(step, "train", means)

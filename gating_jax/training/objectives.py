@@ -94,6 +94,7 @@ class ImageObjective:
       axis_name: as in `batch_shaping_loss`.
     """
     cross_entropy, accuracy = self.fit(logits, labels, axis_name)
+    # Terms are logged without coefficients, so that runs with different ones can be compared.
     terms = {"cross_entropy": cross_entropy, "accuracy": accuracy}
     regulariser, gate_terms = self.gate_terms(records, step, axis_name)
     return cross_entropy + regulariser, {**terms, **gate_terms}
@@ -227,6 +228,7 @@ class ExitObjective(ImageObjective):
     accuracies = jnp.mean(jnp.argmax(logits, -1) == labels[:, None], axis=0)
     return total, {
       **terms,
+      # The accuracy of the last exit is `accuracy`.
       **{f"exits/accuracy{i}": a for i, a in enumerate(accuracies[:-1], start=1)},
     }
 

@@ -118,6 +118,7 @@ def _locked(path: Path, mine: Mapping[str, Any]) -> Iterator[None]:
     )
   try:
     path.mkdir(parents=True, exist_ok=True)
+    # The lock ends with the process, however that ends.
     lock = (path / _LOCK_FILE).open("w")
   except OSError as error:
     raise RunDirError(f"workdir {path} cannot be written: {error.strerror}") from error

@@ -107,6 +107,7 @@ def check(
   every += [
     (name, (lambda v: all_numbers(v) and len(v) > 0, "a tuple of numbers")) for name in numbers
   ]
+  # Special rules come last: they may take for granted that a number is in its range.
   for name, (holds, rule) in (*every, *rules.items()):
     if not holds(fields[name]):
       raise ValueError(f"{name} must be {rule}; got {fields[name]!r}")
