@@ -126,7 +126,8 @@ def test_at_least_what_backward_transfer_lost_is_forgotten(tasks, seed):
     (np.zeros((0, 0)), r"accuracies must be \[T, T\], T >= 1; got \(0, 0\)"),
     (
       np.array([[0.5, 0], [NAN, 0.5]]),
-      r"accuracies must be known on every learned task \(row i, columns up to i\); got nan in row 1, column 0",
+      r"accuracies must be known on every learned task \(row i, columns up to i\); got nan in row "
+      r"1, column 0",
     ),
     (np.array([[NAN]]), r"accuracies must be known on .*; got nan in row 0, column 0"),
     (

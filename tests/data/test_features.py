@@ -95,26 +95,26 @@ def test_floats_in_a_file_are_read_from_its_four_channels():
     (
       "float32",
       255,
-      "feature 'image' of {} of float32 must be in [0, 1], from black to white; got values from 0 to "
-      "255",
+      "feature 'image' of {} of float32 must be in [0, 1], from black to white; got values from 0 "
+      "to 255",
     ),
     (
       "int16",
       32767,
-      "feature 'image' of {} of int16 must be in [0, 255], from black to white; got values from 0 to "
-      "32767",
+      "feature 'image' of {} of int16 must be in [0, 255], from black to white; got values from 0 "
+      "to 32767",
     ),
     (
       "uint16",
       4095,
-      "feature 'image' of {} of uint16 must reach the upper half of its scale, in which 65535 is white; "
-      "got values from 0 to 4095 in 4 images, which would be too dark.",
+      "feature 'image' of {} of uint16 must reach the upper half of its scale, in which 65535 is "
+      "white; got values from 0 to 4095 in 4 images, which would be too dark.",
     ),
     (
       "uint8",
       16,
-      "feature 'image' of {} of uint8 must reach more than a sixteenth of its scale, in which 255 is "
-      "white; got values from 0 to 16 in 4 images, which would be too dark.",
+      "feature 'image' of {} of uint8 must reach more than a sixteenth of its scale, in which 255 "
+      "is white; got values from 0 to 16 in 4 images, which would be too dark.",
     ),
     (
       "float32",
@@ -125,8 +125,8 @@ def test_floats_in_a_file_are_read_from_its_four_channels():
     (
       "int64",
       1,
-      "feature 'image' of {} of int64 must reach the upper half of its scale, in which 255 is white; got "
-      "values from 0 to 1 in 4 images, which would be too dark.",
+      "feature 'image' of {} of int64 must reach the upper half of its scale, in which 255 is "
+      "white; got values from 0 to 1 in 4 images, which would be too dark.",
     ),
   ],
 )

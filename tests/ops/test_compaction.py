@@ -138,7 +138,8 @@ def test_pieces_hold_all_units_and_only_the_last_has_padding(count, sizes):
     (lambda: compaction.open_indices(jnp.ones(3), 0), "capacity must be >= 1; got 0"),
     (
       lambda: compaction.put_back(jnp.ones((3, 2)), jnp.zeros(2, int), jnp.ones(2, bool), 4),
-      r"values must be \[capacity, ...\] with index and taken \[capacity\]; got \(3, 2\), \(2,\), \(2,\)",
+      r"values must be \[capacity, ...\] with index and taken \[capacity\]; got \(3, 2\), \(2,\), "
+      r"\(2,\)",
     ),
   ],
 )

@@ -202,7 +202,10 @@ def test_a_traced_temperature_is_accepted():
 
 @pytest.mark.parametrize("stretch", [(0.0, 1.1), (-0.1, 1.0), (1.1, -0.1)])
 def test_a_stretch_that_does_not_reach_beyond_the_unit_interval_is_named(stretch):
-  message = rf"^stretch must be \(low, high\) with low < 0 and high > 1; got \({stretch[0]}, {stretch[1]}\)$"
+  message = (
+    rf"^stretch must be \(low, high\) with low < 0 and high > 1; got "
+    rf"\({stretch[0]}, {stretch[1]}\)$"
+  )
   for gate in (
     lambda: relaxations.hard_concrete(jax.random.key(0), jnp.zeros(2), stretch=stretch),
     lambda: relaxations.hard_concrete_open_prob(jnp.zeros(2), stretch=stretch),

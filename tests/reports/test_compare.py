@@ -127,7 +127,8 @@ def test_what_is_no_number_is_left_out(made, tmp_path, capsys):
   folder = made(accuracy="good")
   with (folder / "metrics.jsonl").open("ab") as file:
     file.write(
-      b'{"step": 5, "split": "test", "accuracy": null}\n\xff\n{"step": 7, "split": "test", "accuracy": 0.5}\n'
+      b'{"step": 5, "split": "test", "accuracy": null}\n\xff\n{"step": 7, "split": "test", '
+      b'"accuracy": 0.5}\n'
     )
   compare.run([folder], tmp_path / "page.html")
   printed = capsys.readouterr().out

@@ -221,7 +221,10 @@ def test_a_full_layer_is_an_error_that_names_it():
   run = Run("vgg", when_full="error", threshold=0.0, sparsity=0.0)
   run.method.check_room(run.learner)
   run.learn(0)  # what was learnt is kept
-  message = r"after task 1 of 3 no unit is free for the next one in layer1/conv/conv, layer2/conv/conv; a larger"
+  message = (
+    r"after task 1 of 3 no unit is free for the next one in layer1/conv/conv, layer2/conv/conv; a "
+    r"larger"
+  )
   with pytest.raises(FullLayerError, match=message):
     run.method.check_room(run.learner)
 
