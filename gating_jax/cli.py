@@ -274,12 +274,13 @@ def _main(argv: list[str]) -> int:
     if config is None:
       config = settings.config_of(workdir)
     one_of("experiment", config.experiment, EXPERIMENTS)
-    if _SMOKE.value:
-      config = smoke.shrink(config)
     if not _COORDINATOR.value and (_PROCESSES.value, _PROCESS.value) != (None, None):
       raise ValueError("coordinator must be given with processes and process; got none")
     if _COORDINATOR.value:
       hosts.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    # Only now: it counts devices, after which JAX can join no job.
+    if _SMOKE.value:
+      config = smoke.shrink(config)
     modules = (classification, continual_run, video_run, segmentation)
     # Only one process of a job prints.
     with contextlib.redirect_stdout(sys.stdout if hosts.is_writer() else None):

@@ -15,7 +15,7 @@ from gating_jax import cli, config_files
 from gating_jax.images import classification
 from gating_jax.models import resnet
 from gating_jax.reports import compile_report
-from gating_jax.training import provenance
+from gating_jax.training import hosts, provenance, smoke
 from tests.helpers import ROOT, tiny_cli
 from tests.helpers.command import run_command
 
@@ -254,3 +254,18 @@ def test_processes_without_a_coordinator_and_a_folder_that_is_a_file_are_named(t
     2,
     f"error: workdir {tmp_path}/file/run cannot be written: Not a directory",
   )  # after what takes long
+
+
+def test_a_smoke_run_of_several_processes_joins_them_before_it_counts_devices(monkeypatch):
+  called = []
+  monkeypatch.setattr(hosts, "connect", lambda *_: called.append("connect"))
+
+  def shrink(config):
+    called.append("shrink")
+    raise ValueError("far enough")
+
+  monkeypatch.setattr(smoke, "shrink", shrink)
+  job = ("--coordinator=localhost:1", "--processes=2", "--process=0")
+  status, said = run_command(CONFIG, "--workdir=nowhere", "--smoke", *job)
+  assert (status, called) == (2, ["connect", "shrink"])
+  assert "far enough" in said
