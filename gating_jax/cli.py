@@ -70,6 +70,7 @@ class _ConfigParser(flags.ArgumentParser):
   """
 
   def parse(self, given):
+    """Loads the config; raises an error without the flag in front."""
     try:
       return config_files.load(given).lock()
     except ValueError as error:
@@ -154,6 +155,7 @@ def _own_flags() -> list[flags.Flag]:
 
 def _version() -> str:
   def of(package):
+    """Returns the installed version of a package."""
     try:
       return metadata.version(package)
     # A checkout that is not installed has no metadata.

@@ -57,6 +57,7 @@ def working(what: str, about: str = "", tell: Callable[[str], None] = say) -> It
   started, ended, pieces = time.monotonic(), threading.Event(), []
 
   def tick():
+    """Announces the work, then tells its progress until it ends."""
     if ended.wait(_AFTER):
       return
     tell(f"{what} ({about}) ..." if about else f"{what} ...")
@@ -128,6 +129,7 @@ class Pace:
     calls, begun = 0, (0.0, 0)
 
     def paced(state, step):
+      """Runs `advance`; tells that it compiles, or how long training still takes."""
       nonlocal calls, begun
       calls += 1
       # The first call of a program compiles it.

@@ -213,6 +213,7 @@ def _check_parallel(total, rng, shape, low, high, n, tolerance):
   )
 
   def objective(weights, values, inputs, target, *, term=1.0, other=1.0, **axis):
+    """Returns the scalar `term * loss + other * squared error`, of weights `[5, C]`."""
     x = values + inputs @ weights
     return term * total(x, **axis) + other * jnp.mean(jnp.square((x - target) / (high - low)))
 

@@ -198,6 +198,7 @@ def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
   )
 
   def evaluate(state, step):
+    """Tests a state; writes the result to the journal and prints its score."""
     with working(
       f"testing on {len(experiment.test):,} {task.noun}s", tell=functools.partial(journal.say, step)
     ):
@@ -325,6 +326,7 @@ def make_test(
   )
 
   def test(state):
+    """Returns the result of a state, with the behaviour of images and of gates."""
     result, images, gates = evaluation.evaluate(
       # Each process runs its part of a batch, and all see the whole result.
       lambda *batch: hosts.whole(run(state, *hosts.share(batch))),

@@ -231,6 +231,7 @@ def _write_exits(
     )
 
   def answer(x: Array) -> Array:
+    """Returns logits `[N, K]` of images `[N, H, W, D]`; notes the MACs of each."""
     logits, stay = made(x)
     # An image costs what lies before the exit that it takes.
     spent.append(exits.macs(net, shape, stay))
@@ -273,6 +274,7 @@ def _score(experiment: Experiment, net: Folded) -> dict[str, float]:
   net, labels, correct, executed, images = dequantise(net), [], 0, 0, 0
 
   def inputs():
+    """Yields test images `[N, H, W, D]`; keeps their labels for the scores."""
     for x, named in _batches(experiment, experiment.test):
       labels.append(named)
       yield x

@@ -444,6 +444,7 @@ def _extremes(run: ImageRun) -> page.Section:
   order = np.argsort(images.losses, kind="stable")
 
   def picture(chosen, caption):
+    """Draws the images at `chosen` `[n]`, with their costs below."""
     texts = []
     for i in chosen:
       cost = f"{images.losses[i]:.2g} · {images.macs[i] / 1e6:.3g} M"

@@ -67,6 +67,7 @@ def names(folders: Sequence[Path]) -> list[str]:
   parts = [folder.resolve().parts for folder in folders]
 
   def name(mine):
+    """Returns the shortest end of the path `mine` that no other path has."""
     for depth in range(1, len(mine) + 1):
       if sum(other[-depth:] == mine[-depth:] for other in parts) == 1:
         return str(Path(*mine[-depth:]))

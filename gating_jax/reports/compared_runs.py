@@ -39,10 +39,12 @@ class Run:
 
   @property
   def experiment(self) -> str:
+    """Returns the kind of experiment, from the config."""
     return self.config["experiment"]
 
   @property
   def tests(self) -> list[Mapping[str, Any]]:
+    """Returns the lines of the journal that hold a test."""
     return [line for line in self.lines if line["split"] == "test"]
 
   @property
@@ -97,6 +99,7 @@ class Group(NamedTuple):
 
   @property
   def experiment(self) -> str:
+    """Returns the kind of experiment of the runs."""
     return next(iter(self.runs.values())).experiment
 
   def scored(self, score: Score) -> dict[int, Run]:
@@ -151,6 +154,7 @@ def differences(runs: Sequence[Run]) -> list[list[str]]:
 
   # A setting that only another kind of experiment has is no difference: it would fill the table.
   def differ(name, one, other):
+    """Returns whether two runs differ in the setting `name`."""
     if name in one.config and name in other.config:
       return one.config[name] != other.config[name]
     return one.experiment == other.experiment and (name in one.config) != (name in other.config)

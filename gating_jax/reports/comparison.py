@@ -268,7 +268,10 @@ def _measures() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
   """
 
   def text(form, *names):
+    """Returns a function from a run's numbers to its cell: `form` of those called `names`."""
+
     def cell(numbers):
+      """Returns the cell, or None where a number is missing."""
       values = [numbers.get(name) for name in names]
       return None if None in values else form(*values)
 

@@ -45,6 +45,7 @@ def run_mode(
   """
 
   def train_or_report(run_dir):
+    """Trains; notes and reports a failure, then raises it again."""
     try:
       train(run_dir)
     except Exception as error:

@@ -128,6 +128,7 @@ class _Page:
   segments: int
 
   def axes(self, top: float, height: float):
+    """Adds axes of this height; their upper edge is at `top`, both in inches."""
     # matplotlib places axes in fractions of the figure, from the bottom left.
     whole = self.figure.get_figwidth()
     place = (_LEFT / whole, (top - height) / self.height, self.width / whole, height / self.height)

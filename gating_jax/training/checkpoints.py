@@ -209,6 +209,7 @@ class Checkpoints:
 
   def _put_aside(self, step: int) -> None:
     def rename():
+      """Moves the checkpoint next to the directory, under an unused name."""
       # Numbered: an earlier checkpoint of this step may have been moved there.
       number = 0
       while (

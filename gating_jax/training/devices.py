@@ -91,6 +91,7 @@ def map_over_devices(
     finish = lambda x: x
 
   def run(*values):
+    """Places batches `[B, ...]` on the devices, runs `fn` and joins its results."""
     placed = [
       jax.tree.map(place, v) if kind == BATCH else v for v, kind in zip(values, args, strict=True)
     ]
@@ -148,6 +149,7 @@ def value_and_grad_over_devices(
   positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
   def on_this_device(*args, **kwargs):
+    """Returns the loss, a scalar, of this device's own examples."""
     out = loss(*args, **kwargs)
     # A loss that is averaged already would give each device a part of the gradient only.
     return (_own_copy(out[0], axis_name), out[1]) if has_aux else _own_copy(out, axis_name)
@@ -155,6 +157,7 @@ def value_and_grad_over_devices(
   differentiate = jax.value_and_grad(on_this_device, argnums, has_aux)
 
   def over_devices(*args, **kwargs):
+    """Returns value and gradient, each the mean over devices."""
     args = list(args)
     # Copied on each device, so that JAX does not sum the gradient (check_vma=True).
     for position in positions:

@@ -34,6 +34,7 @@ def map_steps(
   """
 
   def mapped(model, donate):
+    """Returns the steps of `model`, mapped over devices; the arguments at `donate` are given away."""
     return devices.map_over_devices(
       make_steps(model),
       args=args,
@@ -75,6 +76,7 @@ def or_in_full(skipping: Callable, full: Callable) -> Callable:
       return full(state, *batch)
 
   def run(state: Any, *batch: Any) -> tuple[Any, dict[str, Any]]:
+    """Runs `skipping`, and `full` where a gradient is NaN; returns metrics `[K]`."""
     after, metrics = skipping(state, *batch)
     # A gradient of NaN marks a step that held too few units: the whole call is repeated in full.
     missed = not np.isfinite(jax.device_get(metrics["gradient_norm"])).all()

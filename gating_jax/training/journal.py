@@ -124,6 +124,7 @@ class Journal:
       sys.stdout.flush()
 
   def close(self) -> None:
+    """Closes the bar, the events and both files."""
     self._bar.close()
     with _naming(self._path):
       self._events.close()
@@ -155,6 +156,7 @@ class _Lines:
     return True
 
   def close(self) -> None:
+    """Closes the file, if a line was written."""
     if self._file:
       with _naming(self._path):
         self._file.close()

@@ -87,6 +87,7 @@ def frozen(
   """
 
   def labels(params):
+    """Returns the tree of `params` with a label for each: `still` or `trained`."""
     flat = traverse_util.flatten_dict(params)
     return traverse_util.unflatten_dict(
       {path: "still" if is_frozen(path) else "trained" for path in flat}

@@ -45,10 +45,12 @@ class RunDir:
 
   @property
   def checkpoints(self) -> Path:
+    """Returns the folder of the checkpoints."""
     return self.path / CHECKPOINT_DIR
 
   @property
   def report(self) -> Path:
+    """Returns the path of the report's page."""
     return self.path / REPORT_FILE
 
   def has_progress(self) -> bool:

@@ -59,6 +59,7 @@ def init_state(
 
   @jax.jit
   def init(key):
+    """Returns the state of step 0, initialised on one example of zeros."""
     inputs = jax.tree.map(
       lambda shape: jnp.zeros((1, *shape)), shapes, is_leaf=lambda x: isinstance(x, tuple)
     )
@@ -100,6 +101,7 @@ def make_train_step(
   """
 
   def step(state: TrainState, inputs: Any, targets: Any) -> tuple[TrainState, dict[str, Array]]:
+    """Takes one step on examples `[B, ...]`; returns the new state and scalar metrics."""
     # A key of the step number, not one in the state: a resumed run draws the same numbers.
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     prepared = prepare(jax.random.fold_in(key, AUGMENT_STREAM), inputs)
@@ -109,6 +111,7 @@ def make_train_step(
     }
 
     def loss(params):
+      """Returns the loss of a step; next to it, its metrics and the new BatchNorm statistics."""
       variables = {"params": params, "batch_stats": state.batch_stats}
       if noise_scale is not None:
         variables[NOISE] = noise_scales(params, noise_scale(state.step))
@@ -145,6 +148,7 @@ def resident_steps(step: Callable) -> Callable:
   """
 
   def run(state, dataset, indices):
+    """Takes K steps on the examples at `indices` `[B, K]`; returns metrics `[K]`."""
     body = lambda state, index: step(state, *jax.tree.map(lambda x: x[index], dataset))
     return _scan(body, state, indices.T)
 
@@ -158,6 +162,7 @@ def streamed_steps(step: Callable) -> Callable:
   """
 
   def run(state, batch):
+    """Takes K steps on `batch`, trees of `[B, K, ...]`; returns metrics `[K]`."""
     body = lambda state, one: step(state, *one)
     # Batches have the examples first, to be spread over devices; the scan runs over axis 0.
     return _scan(body, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), batch))
@@ -199,6 +204,7 @@ def make_eval_step(
   """
 
   def step(state: TrainState, pixels: Array, labels: Array) -> dict[str, Array]:
+    """Scores pixels `[B, H, W, D]` by their labels; returns results `[B, ...]`."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits, records = model.apply(variables, normalise(pixels))
     results = scores(logits, labels)
