@@ -64,6 +64,7 @@ def crop_and_flip(
   padded = jnp.pad(pixels, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
 
   def one(key, image):
+    """Shifts and mirrors one image `[H, W, D]` at random."""
     where, mirror = jax.random.split(key)
     top, left = jax.random.randint(where, (2,), 0, 2 * pad + 1)
     image = lax.dynamic_slice(image, (top, left, 0), size)
@@ -94,6 +95,7 @@ def cut_out(key: Array, x: Array, *, size: int, axis_name: Hashable | None = Non
   shape = jnp.array(x.shape[1:3])
 
   def one(key, image):
+    """Sets a random square of one image `[H, W, D]` to 0."""
     # The centre is uniform over the image; the square may begin before 0.
     first = jax.random.randint(key, (2,), 0, shape) - size // 2
     rows, columns = (

@@ -20,6 +20,7 @@ def cover(examples: Any, batch_size: int) -> Iterator[tuple[Any, int]]:
   """
 
   def read(start):
+    """Returns the batch of examples from `start` and how many of them are not padding."""
     index = np.arange(start, min(start + batch_size, len(examples)))
     # All batches have one size, so that a compiled step is compiled once.
     filled = np.concatenate([index, np.full(batch_size - len(index), start)])

@@ -110,6 +110,7 @@ class Scenes(streaming.Stream):
   flip: bool = False
 
   def read_one(self, index: int, seed: tuple[int, ...] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a scene `[H, W, D]` and its classes `[H, W]`, cropped and mirrored by the seed."""
     example = self.source[int(index)]
     image, label = (example[name] for name in _FEATURES)
     pair = [

@@ -65,6 +65,7 @@ class Stream:
     """
 
     def read(step):
+      """Returns `(pixels [b, K, H, W, D], labels [b, K, ...])` of the K steps from `step`."""
       index = images.indices(self.seed, step, k, batch_size, len(self), process)
       # A crop is seeded by the step and the image's row in the whole batch: it is the same on any
       # number of processes.

@@ -142,6 +142,7 @@ class VideoSet(abc.ABC):
 
     # Single videos are computed ahead, not batches: workers share the decoding of a batch.
     def read(n):
+      """Returns example n of this process, counted over steps and rows, with its jitter."""
       step, row = first_step + n // rows, n % rows
       index = images.indices(self._seed, step, 1, batch_size, len(self), process)[row, 0]
       # Seeded by the row in the whole batch: the jitter is the same on any number of processes.
@@ -298,6 +299,7 @@ class FeatureFolder(VideoSet):
     folders = {"light": light} | ({} if heavy is None else {"heavy": heavy})
 
     def find(name):
+      """Returns the video's feature files as `{key: path}`, or None if one is missing."""
       found = {
         key: _find(folder, name, video_files.FEATURE_SUFFIXES) for key, folder in folders.items()
       }

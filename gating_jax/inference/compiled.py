@@ -236,6 +236,7 @@ def program(made: Sequence[Made] | None = None) -> Callable[[Folded, Array], tup
   runners = None if made is None else [runner for _, runner in made]
 
   def run(net: Folded, x: Array) -> tuple[Array, Gates]:
+    """Returns the outputs and the gate logits `[N, U]` for x `[N, H, W, D]`."""
     y, logits = folded.run(net, x, runners)
     # A NaN logit closes its gate, which may hide that the input was not finite.
     if net.pooled and logits:
@@ -263,6 +264,7 @@ def opened(net: Folded) -> Folded:
   """Returns the network with gate networks that open every unit that any image can open."""
 
   def always(head: folded.Head) -> folded.Head:
+    """Returns a gate network whose logits are 1, or -1 for units that never open."""
     # Such a unit has no weights and a bias of at most 0: its logit is never above 0.
     shut = ~jnp.any(head.logits, axis=0) & (head.logits_bias <= 0)
     bias = jnp.where(shut, -1, jnp.ones_like(head.logits_bias))
@@ -350,6 +352,7 @@ def _seen(net: Folded, x: Array) -> list[tuple[Array, Gates, Gates]]:
   seen = []
 
   def spy(part, x, gates, before):
+    """Computes a part by masking, and notes its input and gates."""
     seen.append((x, gates, before))
     return folded.masked(part, x, gates, before)
 

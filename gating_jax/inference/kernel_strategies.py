@@ -35,6 +35,7 @@ def native(part: Part, setting: Setting) -> Made:
   turned = dict(conv=turned[0]) if isinstance(part, Layer) else dict(convs=tuple(turned))
 
   def run(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
+    """Computes the part for x `[N, H, W, D]` by the native kernel."""
     own = [group.expand(g) for group, g in zip(groups_of(part), gates, strict=False)]
     inside = [group.expand(g) for group, g in zip(setting.groups_before, before, strict=True)] or [
       None
@@ -90,6 +91,7 @@ def pallas(part: Part, setting: Setting) -> Made:
     return None
 
   def run(part: Block, x: Array, gates: Gates, before: Gates) -> Array:
+    """Computes the block for x `[N, H, W, D]` by the Pallas kernel."""
     del before
     first, last = part.convs
     branch = pallas_kernels.Branch(first.kernel, first.bias, last.kernel, last.bias)

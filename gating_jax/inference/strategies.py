@@ -99,6 +99,7 @@ def switch(part: Part, setting: Setting) -> Made:
   programs = list(zip(*sizes, strict=True))
 
   def of_one(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
+    """Computes the part for one example, x `[1, H, W, D]`, by the smallest program that fits."""
     masks = [
       group.expand(g)[0] for group, g in zip(groups, (*before[: len(inputs)], *gates), strict=False)
     ]
@@ -109,6 +110,7 @@ def switch(part: Part, setting: Setting) -> Made:
     ]
 
     def branch(capacities: Sequence[int]) -> Callable[[], Array]:
+      """Returns the computation with `capacities` channels of each group."""
       if all(k >= group.width for k, group in zip(capacities, groups, strict=True)):
         return lambda: folded.masked(part, x, gates, before)
       # The open channels first, each kind in order; in the branch, as sorting fewer is quicker.
@@ -143,6 +145,7 @@ def _each(of_one: Runner) -> Runner:
   """Turns a runner of one example into one of any number, one after the other."""
 
   def run(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
+    """Computes the part for x `[N, H, W, D]`, one example after the other."""
     if len(x) == 1:
       return of_one(part, x, gates, before)
     one = lambda args: of_one(part, *jax.tree.map(lambda a: a[None], args))[0]
@@ -200,6 +203,7 @@ def layer_dispatch(part: Part, setting: Setting) -> Made:
     return None
 
   def run(part: Block, x: Array, gates: Gates, before: Gates) -> Array:
+    """Computes the block for x `[N, H, W, D]`, its branch on the open examples only."""
     del before
     branch = lambda x: _chain(part.convs, x)
     return for_open(
@@ -252,6 +256,7 @@ def _dispatch_blocks(group: Group, setting: Setting) -> Runner:
     )
 
   def run(part: Block, x: Array, gates: Gates, before: Gates) -> Array:
+    """Computes the block for x `[N, H, W, D]`, each gate's channels on their open examples only."""
     del before
     # The last bias once: each gate's channels add their part of the sum without it.
     y = part.shortcut(x) + part.convs[-1].bias[None, None, None]
@@ -304,6 +309,7 @@ def for_open(
   )
 
   def branch(k: int) -> Callable[[], Any]:
+    """Returns the program for at most k open examples."""
     if k == 0:
       return lambda: jax.tree.map(closed, y)
     if k == total:
@@ -313,6 +319,7 @@ def for_open(
       return lambda: add(y, where(is_open, function(*inputs)))
 
     def run() -> Any:
+      """Computes the function of k gathered examples and adds it to y."""
       # Open examples come first; the rest of the K are closed ones, to which `where` adds 0.
       taken, index = lax.top_k(is_open.astype(jnp.float32), k)
       added = where(taken > 0, function(*(a[index] for a in inputs)))
@@ -367,6 +374,7 @@ def cluster(part: Part, setting: Setting) -> Made:
   )
 
   def run(part: _Clustered, x: Array, gates: Gates, before: Gates) -> Array:
+    """Computes the block for x `[N, H, W, D]`, each example by its smallest subnet."""
     del before
     own = [group.expand(g) for group, g in zip(groups, gates, strict=False)]
     y, waiting = part.shortcut(x), jnp.ones(len(x), bool)

@@ -163,6 +163,7 @@ class _ResidualBlock(nn.Module):
     alone = [conv.clone(parent=None, name=None) for conv in convs]
 
     def branch(variables, x):
+      """Applies the convolutions, with ReLU between them: `[N, H, W, D] -> [N, H', W', C]`."""
       for i, (conv, own) in enumerate(zip(alone, variables, strict=True)):
         x = conv.apply(own, nn.relu(x) if i else x, True)
       return x

@@ -43,6 +43,7 @@ def kernel_calls() -> Iterator[list[Call]]:
   calls = []
 
   def note(next_fun, args, kwargs, context):
+    """Calls a module's method and appends a `Call` for every Conv and Dense."""
     # After the call, the kernel exists and the output's shape is known.
     y, module = next_fun(*args, **kwargs), context.module
     if isinstance(module, (nn.Conv, nn.Dense)) and context.method_name == "__call__":

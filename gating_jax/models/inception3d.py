@@ -82,6 +82,7 @@ class InflatedInception(nn.Module):
     half = (1, 2, 2)[-axes:]
 
     def conv(x, i, features, window, stride):
+      """Applies convolution i of the stem, normalisation and ReLU: `[N, ..., D] -> [N, ..., C]`."""
       features = scaled(features, self.width)
       return nn.relu(
         ConvNorm(features, window, stride, self.dtype, self.axis_name, name=f"stem{i}")(x, train)
@@ -112,6 +113,7 @@ class InceptionModule(nn.Module):
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     def conv(x, features, window, name):
+      """Applies a convolution, normalisation and ReLU: `[N, ..., D] -> [N, ..., features]`."""
       return nn.relu(ConvNorm(features, window, 1, self.dtype, self.axis_name, name=name)(x, train))
 
     one, reduce2, two, reduce3, three, four = self.channels

@@ -134,6 +134,7 @@ def _trace(model: nn.Module, input_shape: Any) -> tuple[list[Call], Records, Any
       arguments.whole_number("each of input_shape", size)
 
   def init(x):
+    """Returns the records and variables of one forward pass on inputs x `[1, ...]`."""
     out, variables = model.init_with_output(jax.random.key(0), x)
     if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], (tuple, list))):
       raise TypeError(f"model must return (y, records), as gated networks do; got {shown(out)}")

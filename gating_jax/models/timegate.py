@@ -79,6 +79,7 @@ class SegmentNet(nn.Module):
   backward_capacity: int | None = None
 
   def setup(self):
+    """Checks the settings and builds the selector, the light head and the classifier."""
     one_of("selection", self.selection, SELECTIONS)
     arguments.whole_number("classes", self.classes)
     arguments.instance("heavy", self.heavy, nn.Module, "a network, such as heavy_net('r2plus1d18')")

@@ -52,9 +52,11 @@ def table(a: float, b: float, log_norm: float) -> Callable[[Array], Array]:
   log_lower, log_upper = math.log(a) + log_norm, math.log(b) + log_norm
 
   def lower_tail(z):
+    """Returns the leading term of F towards z = -inf, of z's shape."""
     return jnp.exp(jnp.minimum(a * z - log_lower, 0.0))
 
   def upper_tail(z):
+    """Returns the leading term of F towards z = +inf, of z's shape."""
     return 1 - jnp.exp(jnp.minimum(-b * z - log_upper, 0.0))
 
   # The step is a power of two: z / step and its fraction are exact in floating point.
@@ -81,6 +83,7 @@ def table(a: float, b: float, log_norm: float) -> Callable[[Array], Array]:
   )
 
   def evaluate(z):
+    """Returns F(z), of z's shape: the cubic between knots, the tails beyond them."""
     z = as_float(z)
     at = jnp.clip(z / step, start, stop)
     # The last knot belongs to the interval before it.
@@ -197,6 +200,7 @@ def _lower_tail(z, a, b, log_x, log_rest):
   at_z, span = _log_shape(z, a, b), lax.stop_gradient(_tail_span(z, a, b))
 
   def at(away, weight):
+    """Returns a node's terms of the three integrals, each of z's shape."""
     t = z - span * away
     part = weight * jnp.exp(_log_shape(t, a, b) - at_z)
     return part, part * (jax.nn.log_sigmoid(t) - log_x), part * (jax.nn.log_sigmoid(-t) - log_rest)

@@ -244,6 +244,7 @@ def _dispatch(
   )
 
   def add_block(y, block):
+    """Adds a block's output on its open examples to y `[N, H, W, C]`, as `lax.scan` needs it."""
     kernel1, bias1, kernel2, of_examples = block
     # The examples that open this block; the padding is dropped below.
     index, taken = open_indices(of_examples, capacity)
@@ -370,6 +371,7 @@ def _program(
   inside = (pixel < y_ref.shape[1])[:, None] & (channel < e)[None, :]
 
   def add_tap(i, total):
+    """Adds to the tile's sum `[pixels, outputs]` step i: one tap and one open input block."""
     # Taps are innermost, since they read the same rows up to a shift.
     step, tap = (
       _quotient(i, taps),

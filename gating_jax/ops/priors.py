@@ -298,10 +298,12 @@ class _Beta(_OnUnitInterval):
 # For known numbers: a table.
 class _FixedBeta(_Beta):
   def logit_cdf(self, z):
+    """Returns the CDF at sigmoid(z), of z's shape."""
     # The slope is the closed form and not the table's, which is less exact.
     return _with_slope(_beta_table(self.a, self.b), self.logit_pdf, as_float(z))
 
   def logit_pdf(self, z):
+    """Returns the density of the logit at z, of z's shape."""
     z = as_float(z)
     return jnp.exp(
       self.a * jax.nn.log_sigmoid(z)
@@ -316,9 +318,11 @@ class _FixedBeta(_Beta):
 # For arrays: the quadrature.
 class _LearnableBeta(_Beta):
   def logit_cdf(self, z):
+    """Returns the CDF at sigmoid(z), of z's shape."""
     return beta_cdf.cdf(*self._arrays(z))
 
   def logit_pdf(self, z):
+    """Returns the density of the logit at z, of z's shape."""
     return beta_cdf.density(*self._arrays(z))
 
   def _arrays(self, z):
@@ -337,9 +341,11 @@ class _RelaxedBernoulli(_OnUnitInterval):
   temperature: Parameter
 
   def logit_cdf(self, z):
+    """Returns the CDF at sigmoid(z), of z's shape."""
     return jax.nn.sigmoid(self._argument(*aligned(as_float(z), self.mean, self.temperature)))
 
   def logit_pdf(self, z):
+    """Returns the density of the logit at z, of z's shape."""
     z, m, t = aligned(as_float(z), self.mean, self.temperature)
     # d sigmoid(u) / dz = t sigmoid(u) sigmoid(-u).
     u = self._argument(z, m, t)

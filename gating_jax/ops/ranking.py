@@ -39,6 +39,7 @@ def reverse_mode_only(function: Callable) -> Callable:
 
   @functools.wraps(function)
   def run(*args, **kwargs):
+    """Calls the function and raises a clearer error for forward-mode derivatives."""
     try:
       return function(*args, **kwargs)
     except TypeError as error:

@@ -169,6 +169,7 @@ def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
   segments = experiment.counts.segments
 
   def steps(variables, batch):
+    """Returns the logits after each segment, `[B, T, classes]`, and the MACs of a batch."""
     records, found = _features(experiment, variables, batch, ("heavy",))
     classify = lambda k: model.apply(
       variables, found["heavy"], selection.first_k(batch["valid"], k), method="classify"

@@ -258,6 +258,7 @@ def _run_phase(
   )
 
   def evaluate(state, step):
+    """Tests the state on the test videos and notes the result in the journal."""
     result, behaviour = test(state, functools.partial(journal.say, step))
     _note(experiment, journal, step, result, behaviour)
     journal.say(step, video_table.headline(result))
