@@ -52,6 +52,7 @@ def anchored_loss(
   def loss(
     params: Any, learner: Learner, batch: Batch
   ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
+    """Computes the cross-entropy plus the penalty, a scalar."""
     cross_entropy, (terms, batch_stats) = network.loss(params, learner, batch)
     # total = cross-entropy + penalty
     held = penalty(params, learner.memory)

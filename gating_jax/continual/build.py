@@ -69,6 +69,7 @@ class ContinualExperiment:
 
   @property
   def total_steps(self) -> int:
+    """Counts the steps of the whole run."""
     return self.steps_per_task * len(self.stages)
 
   def first_step(self, task: int) -> int:
@@ -107,6 +108,7 @@ class ContinualExperiment:
     # One program is faster than an operation for every parameter.
     @jax.jit
     def init(key):
+      """Initialises the learner from a PRNG key."""
       start = self.method.init(key)
       # float32 as in `test_tasks`: another type would compile the step again for the second task.
       table = Table(

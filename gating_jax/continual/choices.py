@@ -190,6 +190,7 @@ def _plain(make, scope="own", section=None, memory=False):
   """
 
   def build(config, problem):
+    """Builds the method that a config describes, for a problem."""
     given = [_classifier(config, problem, scope)]
     if memory:
       given.append(_made(ReplaySettings, config, "replay"))

@@ -45,12 +45,14 @@ def derpp(
   problem = network.problem
 
   def init(key: Array) -> Start:
+    """Initialises the network and an empty memory with logits `[S, K]`."""
     logits = jnp.zeros((rehearsal.images, problem.all_classes))
     return Start(*network.init(key), memory.empty(rehearsal.images, problem.shape, logits))
 
   def loss(
     params: Any, learner: Learner, batch: Batch
   ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
+    """Returns the loss of a step, a scalar, with its terms and the new statistics."""
     noise, one, other = jax.random.split(batch.key, 3)
     drawn = lambda key: memory.draw_inputs(
       learner.memory, key, batch, problem, rehearsal.batch_size
@@ -75,6 +77,7 @@ def derpp(
     )
 
   def end_task(learner: Learner, data: TaskData, key: Array) -> Learner:
+    """Adds the task's images and their logits to the memory."""
     # z* of every image, before it is known which the memory keeps.
     logits = problem.in_batches(
       lambda learner, x: network.logits(learner.params, learner.batch_stats, x),

@@ -84,6 +84,7 @@ def episodic(problem: Problem, settings: replay_memory.ReplaySettings) -> Rehear
     )
 
   def replayed(memory, batch, task, key):
+    """Draws images of earlier tasks for one training batch."""
     x, labels, _, _ = replay_memory.draw_inputs(
       memory["episodes"], key, batch, problem, settings.batch_size
     )
@@ -91,6 +92,7 @@ def episodic(problem: Problem, settings: replay_memory.ReplaySettings) -> Rehear
     return Replay(x, labels, 1 / (task + 1))
 
   def recall(memory, data, task, key):
+    """Returns the kept images and all those of the ending task, `[M, H, W, D]`."""
     # Empty slots hold no image.
     kept = np.asarray(memory["episodes"].labels) != replay_memory.EMPTY
     join = lambda old, new: np.concatenate([np.asarray(old)[kept], np.asarray(new)])
@@ -143,32 +145,39 @@ def generative(
   step = wgan.make_train_step(generator, critic, settings, seed=seed, axis_name=problem.axis_name)
 
   def make(params, z, labels):
+    """Generates uint8 pixels `[M, H, W, D]` from latents and `[M]` labels."""
     return wgan.to_pixels(generator.apply({"params": params}, z, labels)[0])
 
   def replay_step(memory, batch, task, key):
+    """Generates images of all tasks so far for one training batch."""
     return replay_of_all(
       make, with_this(memory, task), problem, task, key, count=replayed, latent=latent
     )
 
   def init(key):
+    """Initialises the generators of all tasks, and the training of the first."""
     state = fresh()
     # Room for all tasks from the start: shapes never change.
     return {"generators": shared_net.stack(state.average, problem.tasks), "training": state}
 
   def with_this(memory, task):
+    """Returns the generators of all tasks, that of the current task included."""
     return shared_net.put(memory["generators"], task, memory["training"].average)
 
   def keep(memory, data, task, key):
+    """Keeps the task's generator and initialises the next one."""
     # Images are generated with the averaged parameters, so only these are kept.
     return {"generators": with_this(memory, task), "training": fresh()}
 
   def recall(memory, data, task, key):
+    """Generates pixels `[M, H, W, D]` and labels `[M]` of all tasks up to this one."""
     generators = with_this(memory, task)
     # Lazily: the variables of one task at a time.
     each = ({"params": jax.tree.map(lambda x, t=t: x[t], generators)} for t in range(task + 1))
     return generated(generator, each, key, images)
 
   def prelude(memory, pixels, labels):
+    """Trains the current task's generator for one step."""
     state, metrics = step(memory["training"], pixels, labels)
     return {**memory, "training": state}, metrics
 
@@ -199,6 +208,7 @@ def make_prelude(
     return None
 
   def prelude(learner, pixels, labels):
+    """Trains the generator for one step on images of the learner's task."""
     # Generators are conditional on the classes of one task, from 0.
     own = labels - learner.task * problem.classes
     memory, metrics = rehearsal.prelude(learner.memory["rehearsal"], pixels, own)
@@ -247,6 +257,7 @@ def replay_of_all(
   of_task = classes // problem.classes
 
   def add(t, pixels):
+    """Fills in the images of task t."""
     one = jax.tree.map(lambda x: x[t], each)
     return jnp.where(
       (of_task == t)[:, None, None, None], make(one, z, classes % problem.classes), pixels

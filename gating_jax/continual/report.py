@@ -163,11 +163,13 @@ def make_histograms(
   )
 
   def records_of(learner, x):
+    """Returns the records of the gates for images `[N, H, W, D]`."""
     # Layers have the same names for every task.
     net = experiment.method.task_net(learner, 0)
     return net.model.apply(net.variables, x)[1]
 
   def histograms(learner, task):
+    """Returns the histogram counts of a task's gates, by name."""
     _, logits = look(learner, task)
     # Names need shapes alone.
     names = layer_names(jax.eval_shape(records_of, learner, image))
@@ -191,6 +193,7 @@ def _make_look(
 
   @jax.jit
   def run(learner, pixels, task):
+    """Returns the log-odds of a task's gates, `[N, units]` of each layer."""
     net = method.task_net(learner, task)
     # `task` is traced, so that one program serves all tasks.
     _, records = net.model.apply(net.variables, problem.normalise(pixels))
@@ -198,6 +201,7 @@ def _make_look(
     return tuple(record.logits for record in records)
 
   def look(learner, task):
+    """Returns a task's first test images `[N, H, W, D]` and the log-odds of its gates."""
     test = experiment.tasks[task].test
     images = Images(*test.read(np.arange(min(_LOOKED_AT, len(test)))), ())
     parts = [

@@ -171,6 +171,7 @@ def _train(params, features, counts, firsts, key, settings):
   optimiser = optax.adam(settings.learning_rate)
 
   def step(state, key):
+    """Takes one optimiser step on a random batch with all tasks in equal parts."""
     params, opt_state = state
     which, where = jax.random.split(key)
     task = jax.random.randint(which, (settings.batch_size,), 0, len(counts))

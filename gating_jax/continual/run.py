@@ -232,6 +232,7 @@ def _make_end_stage(
   evaluate, histograms = make_evaluate(experiment), report.make_histograms(experiment)
 
   def end_stage(learner, task, step):
+    """Ends the stage, logs its results, and returns the learner and the next step."""
     with working(
       f"ending task {task + 1} of {len(experiment.tasks)} and testing on all tasks so far",
       "up to a minute",
@@ -305,6 +306,7 @@ def make_advance(
   )
 
   def of_task(task):
+    """Makes the steps of the stage that ends with this task."""
     sets, begin = training_sets(experiment, task), experiment.first_step(task)
     # The stage begins with the prelude; schedules count from the first step of the training.
     first = begin + experiment.prelude_steps
@@ -312,6 +314,7 @@ def make_advance(
     seed, process = config.seed * len(experiment.tasks), (jax.process_index(), jax.process_count())
 
     def batch(at, size):
+      """Reads this process's part of a batch: pixels `[B, H, W, D]` and labels `[B]`."""
       read = lambda number, images: images.read(
         in_memory.indices(seed + number, at, 1, size, len(images), process)[:, 0]
       )
@@ -321,6 +324,7 @@ def make_advance(
       )
 
     def advance(learner, step):
+      """Takes one step, of the prelude or of the training."""
       if step < first:
         learner, metrics = prelude(learner, *batch(step - begin, experiment.prelude_batch_size))
       else:
@@ -414,7 +418,10 @@ def make_evaluate(
   # needed.
   @functools.lru_cache(maxsize=1)
   def mapped(seen):
+    """Makes the test of one batch after so many tasks, on all devices."""
+
     def test(learner, pixels, labels, task):
+      """Tests `[B, H, W, D]` pixels with `[B]` labels; each result is `[B]`."""
       p = method.predict(learner, problem.normalise(pixels), task, seen)
       chosen = jnp.argmax(p.agnostic, axis=-1)
       return {
@@ -434,6 +441,7 @@ def make_evaluate(
     )
 
   def evaluate(learner, task, seen):
+    """Returns the mean results on the test images of `task`."""
     run, parts = mapped(seen), []
     for batch, count in batches.cover(experiment.tasks[task].test, problem.batch_size):
       results = hosts.whole(run(learner, *hosts.share(batch), np.int32(task)))

@@ -142,6 +142,7 @@ class SharedNet:
     flat = traverse_util.flatten_dict(tree)
 
     def is_shared(path):
+      """Returns whether all tasks share the leaf at a path."""
       kernel = flat.get((*path[:-1], "kernel"))
       if kernel is not None:
         # Kernels of dense layers have two axes, those of convolutions more. A bias goes with its

@@ -89,6 +89,7 @@ class OfFeatures:
     x, labels = _mixed(batch, replayed)
 
     def earlier(task, features):
+      """Fills in the features of one earlier task; the array is `[N, T, F]`."""
       own = jax.tree.map(lambda tree: tree[task], learner.memory["own"])
       return features.at[:, task].set(
         # Parameters of the learner, not those being differentiated: a constant for the gradient.
@@ -117,6 +118,7 @@ class OfFeatures:
     pixels, labels = self.rehearsal.recall(learner.memory["rehearsal"], data, seen - 1, recalling)
 
     def features(learner, x):
+      """Computes the features of all tasks seen, `[N, S, F]`."""
       own = jax.tree.map(lambda tree: tree[:seen], learner.memory["own"])
       # `in_batches` joins along the first axis: images before tasks.
       return jnp.moveaxis(

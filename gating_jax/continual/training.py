@@ -46,6 +46,7 @@ def make_step(
   """
 
   def step(learner, pixels, labels, first_step):
+    """Takes one training step on `[B, H, W, D]` pixels and `[B]` labels."""
     key = jax.random.fold_in(jax.random.key(seed), learner.step)
     # `learner.step` counts over all tasks; a schedule of the method counts from the task's first
     # step.
@@ -81,6 +82,7 @@ def make_step(
 
 def _with_total(loss):
   def with_total(params, learner, batch):
+    """Returns the total loss, and its terms with the total among them."""
     total, (terms, batch_stats) = loss(params, learner, batch)
     return total, ({"loss": total, **terms}, batch_stats)
 

@@ -46,15 +46,18 @@ def gated(
   records = shared_generator.records(generator)
 
   def init(shared):
+    """Creates the state before any task: no filter is frozen."""
     return {
       "frozen": units.nothing_frozen(shared, records),
       "relevant": jnp.zeros((tasks, sum(r.gates.shape[-1] for r in records)), bool),
     }
 
   def begin(state, shared, fresh, key):
+    """Returns a task's initial parameters: frozen filters, and fresh ones elsewhere."""
     return {**fresh, "shared": units.begin_anew(state["frozen"], shared, fresh["shared"])}
 
   def training(state, step):
+    """Returns the keywords of a training step: masked updates and the gates' penalty."""
     # A generator does not grow: all units are available.
     available = np.ones(state["relevant"].shape[1], bool)
     # An empty tree slows nothing.
@@ -65,6 +68,7 @@ def gated(
     }
 
   def finish(state, task, params, batch_stats, key):
+    """Freezes the filters of relevant units and closes the other gates of the task."""
     variables = {
       "params": shared_net.merge(params["shared"], params["own"]),
       "batch_stats": batch_stats,

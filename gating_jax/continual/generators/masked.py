@@ -38,18 +38,22 @@ def masked(
   records = shared_generator.records(generator)
 
   def init(shared):
+    """Creates the state before any task: masks `[T, U]` of 0."""
     return {"masks": jnp.zeros((tasks, sum(r.gates.shape[-1] for r in records)))}
 
   def begin(state, shared, fresh, key):
+    """Returns a task's initial parameters: the shared filters and drawn embeddings."""
     return {"shared": shared, "own": hat.drawn(fresh["own"], key)}
 
   def training(state, step):
+    """Returns the keywords of a training step, at this step's slope."""
     # The slope rises once, over all steps of the training.
     s = hat.slope(jnp.minimum(1, step / max(1, steps - 1)), steepness)
     # a^{<t}: the masks of later tasks are still 0.
     used = jnp.max(state["masks"], axis=0)
 
     def update(updates, params):
+      """Limits the embeddings and scales shared updates by their plasticity."""
       # The limits apply after the factor on the updates.
       updates = hat.limited(hat.of_embeddings(lambda u: _EMBEDDING_RATE * u, updates), params)
       shared = shared_generator.split(updates, records)["shared"]
@@ -63,6 +67,7 @@ def masked(
     }
 
   def finish(state, task, params, batch_stats, key):
+    """Keeps the task's mask `[U]` at the largest slope."""
     mask = jax.nn.sigmoid(steepness * hat.embeddings(params["own"], records))
     return {"masks": state["masks"].at[task].set(mask)}, params["own"]
 

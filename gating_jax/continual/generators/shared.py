@@ -144,6 +144,7 @@ class _Shared:
   seed: int
 
   def init(self, key: Array) -> Memory:
+    """Initialises the memory for all tasks."""
     fresh = self._fresh(0)
     shared = self._split(fresh.average)["shared"]
     protection = self.protection.init(shared)
@@ -159,6 +160,7 @@ class _Shared:
   def prelude(
     self, memory: Memory, pixels: Array, labels: Array
   ) -> tuple[Memory, Mapping[str, Array]]:
+    """Trains the generator for one step on `[N, H, W, D]` pixels and `[N]` labels."""
     state = memory["training"]
     step = wgan.make_train_step(
       self.generator,
@@ -173,6 +175,7 @@ class _Shared:
     return {**memory, "training": training}, metrics
 
   def replay(self, memory: Memory, batch: Batch, task: Array, key: Array) -> Replay:
+    """Generates images of all tasks so far for one training batch."""
     state = memory["training"]
     params = self._split(state.average)
     # The current task has no entry of its own until it ends.
@@ -187,6 +190,7 @@ class _Shared:
     )
 
   def recall(self, memory: Memory, data: TaskData, task: int, key: Array):
+    """Generates pixels `[N, H, W, D]` and labels `[N]` of all tasks up to this one."""
     memory = self._with_this(memory, task)
     shared = self._split(memory["training"].average)["shared"]
 
@@ -197,6 +201,7 @@ class _Shared:
     return generated(self.generator, each, key, self.images)
 
   def keep(self, memory: Memory, data: TaskData, task: int, key: Array) -> Memory:
+    """Returns the memory with the ended task, and a fresh training state for the next."""
     memory = self._with_this(memory, task)
     # Filters of ended tasks are protected: the current shared part serves all of them.
     shared = self._split(memory["training"].average)["shared"]
@@ -207,6 +212,7 @@ class _Shared:
     }
 
   def megabytes(self, memory: Memory, learnt: int) -> float:
+    """Returns the size, in 10**6 bytes, of the part needed after `learnt` tasks."""
     # The rest of the training state is needed only while a task is learnt.
     own = jax.tree.map(lambda x: x[:learnt], memory["own"])
     return tree_megabytes(

@@ -102,6 +102,7 @@ def init_state(
 
   @jax.jit
   def init(key):
+    """Initialises the state from a PRNG key."""
     keys = jax.random.split(key)
     labels = None if generator.classes is None else jnp.zeros(1, jnp.int32)
     variables = generator.init(keys[0], jnp.zeros((1, generator.latent)), labels)
@@ -179,6 +180,7 @@ class _Training:
   def step(
     self, state: WganState, pixels: Array, labels: Array | None = None
   ) -> tuple[WganState, dict[str, Array]]:
+    """Takes one step on `[B * S, H, W, D]` pixels and `[B * S]` labels."""
     key, turns = (
       jax.random.fold_in(jax.random.key(self.seed), state.step),
       self.settings.critic_steps,
@@ -208,6 +210,7 @@ class _Training:
     mix = _uniform(jax.random.fold_in(key, MIX_STREAM), real.shape[0], self.axis_name)
 
     def loss(params):
+      """Returns the critic's loss, a scalar, and its metrics."""
       score = lambda images: self.critic.apply({"params": params}, images, labels)
       return critic_loss(score, real, fake, mix, penalty=self.settings.penalty)
 
@@ -220,6 +223,7 @@ class _Training:
 
   def _update_generator(self, state, key, labels, n):
     def loss(params):
+      """Returns the generator's loss, a scalar, with its metrics and new statistics."""
       images, records, batch_stats = self._fakes(params, state, key, labels, n)
       # The generator's loss: - mean critic(fake), plus that of the gates.
       adversarial = -jnp.mean(self.critic.apply({"params": state.critic}, images, labels))

@@ -31,9 +31,11 @@ def agem(network: Network, rehearsal: memory.ReplaySettings) -> Method:
   problem = network.problem
 
   def init(key: Array) -> Start:
+    """Initialises the network and an empty memory."""
     return Start(*network.init(key), memory.empty(rehearsal.images, problem.shape))
 
   def gradient(grads: Any, learner: Learner, batch: Batch) -> Any:
+    """Removes the part of the gradient that would increase the loss on the memory."""
     noise, drawing = jax.random.split(batch.key)
     x, labels, _, filled = memory.draw_inputs(
       learner.memory, drawing, batch, problem, rehearsal.batch_size
@@ -46,6 +48,7 @@ def agem(network: Network, rehearsal: memory.ReplaySettings) -> Method:
     return jax.tree.map(lambda g, p: jnp.where(filled, p, g), grads, project(grads, reference))
 
   def end_task(learner: Learner, data: TaskData, key: Array) -> Learner:
+    """Adds the task's images to the memory."""
     return learner.replace(memory=memory.share(learner.memory, data.pixels, data.labels, key))
 
   return Method(init, network.loss, end_task, network.predict, gradient=gradient)

@@ -51,12 +51,14 @@ def dgm(network: Network, rehearsal: Rehearsal, *, real: float) -> Method:
     raise ValueError(f"real must be a share in [0, 1); got {real}")
 
   def init(key: Array) -> Start:
+    """Initialises the classifier and the generator's memory."""
     net_key, key = jax.random.split(key)
     return Start(*network.init(net_key), {"rehearsal": rehearsal.init(key)})
 
   def loss(
     params: Any, learner: Learner, batch: Batch
   ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
+    """Computes the weighted cross-entropy on real and generated images."""
     noise, drawing = jax.random.split(batch.key)
     x, labels, _ = rehearsal.replay(learner.memory["rehearsal"], batch, learner.task, drawing)
     # One batch, for BatchNorm; with r = 0 no real image goes through the network.
@@ -75,11 +77,13 @@ def dgm(network: Network, rehearsal: Rehearsal, *, real: float) -> Method:
     )
 
   def end_task(learner: Learner, data: TaskData, key: Array) -> Learner:
+    """Keeps the task's generator in the memory."""
     # The classifier keeps no images: the generator has learnt the task in the prelude.
     kept = rehearsal.keep(learner.memory["rehearsal"], data, int(learner.task), key)
     return learner.replace(memory={"rehearsal": kept})
 
   def holdings(learner: Learner) -> Holdings:
+    """Measures the classifier's parameters and the generator's memory."""
     return Holdings(
       tree_size(learner.params), rehearsal.megabytes(learner.memory["rehearsal"], int(learner.task))
     )

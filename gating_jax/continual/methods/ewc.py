@@ -53,6 +53,7 @@ def ewc(network: Network, *, strength: float, examples: int) -> Method:
   """
 
   def keep(memory, fisher, params, task):
+    """Stores the task's Fisher diagonal and anchor in its slot."""
     # A slot per task: the diagonals of earlier tasks are kept as they are.
     put = lambda all_tasks, x: jax.tree.map(lambda a, x: a.at[task].set(x), all_tasks, x)
     return {"fisher": put(memory["fisher"], fisher), "anchor": put(memory["anchor"], params)}
@@ -73,6 +74,7 @@ def online_ewc(network: Network, *, strength: float, decay: float, examples: int
     raise ValueError(f"decay must be in [0, 1]; got {decay}")
 
   def keep(memory, fisher, params, task):
+    """Adds the Fisher diagonal to the decayed one and replaces the anchor."""
     one = lambda tree: jax.tree.map(lambda x: x[None], tree)
     return {
       # F <- gamma F + F_t
@@ -103,6 +105,7 @@ def fisher_diagonal(
   """
 
   def add(total, example):
+    """Adds the squared gradient of one example."""
     grads = jax.grad(log_prob)(params, *example)
     return jax.tree.map(lambda t, g: t + g**2, total, grads), None
 
@@ -121,15 +124,18 @@ def _consolidation(network, slots, keep, strength, examples):
     raise ValueError(f"examples must be >= 1; got {examples}")
 
   def init(key):
+    """Initialises the network, with empty slots for Fisher diagonals and anchors."""
     params, batch_stats = network.init(key)
     empty = lambda: jax.tree.map(lambda x: jnp.zeros((slots, *x.shape), x.dtype), params)
     return Start(params, batch_stats, {"fisher": empty(), "anchor": empty()})
 
   def penalty(params, memory):
+    """Computes the penalty over all slots, a scalar."""
     # lambda/2 sum_s sum_i F_si (theta_i - theta*_si)^2; slots without a task have F = 0.
     return strength / 2 * weighted_distance(params, memory["anchor"], memory["fisher"])
 
   def end_task(learner, data, key):
+    """Keeps the task's Fisher diagonal and its final parameters."""
     fisher = _fisher_of_task(network, learner, data, key, examples)
     return learner.replace(memory=keep(learner.memory, fisher, learner.params, int(learner.task)))
 
@@ -147,7 +153,10 @@ def _fisher_of_task(
 
   @jax.jit
   def diagonal(params, batch_stats, pixels, labels):
+    """Computes the Fisher diagonal on `[N, H, W, D]` pixels with `[N]` labels."""
+
     def log_prob(params, x, label):
+      """Returns the log-probability of one image's label, a scalar."""
       # log p(y | x) is minus the cross-entropy, in the task's own head whatever the network's
       # scope.
       return -network.cross_entropy(

@@ -145,6 +145,7 @@ def plasticity(shared: Tree, records: Records, used: Array, started: Array) -> T
     into |= dict.fromkeys(record.readers, units)
 
   def free(path, leaf):
+    """Returns the factors of one parameter, which broadcast over it."""
     a_out = out.get(path[:-1], started)
     if path[-1] == "kernel":
       # Inputs that no mask switches are in full use.
@@ -233,11 +234,13 @@ class _Hat:
   sparsity: float
 
   def method(self) -> Method:
+    """Returns the functions as a `Method`."""
     return Method(
       self.init, self.loss, self.end_task, self.predict, self.gradient, self.update, self.holdings
     )
 
   def init(self, key: Array) -> Start:
+    """Initialises parameters and statistics, and a cumulative mask `[U]` of 0."""
     params, batch_stats = self._fresh(key)
     records, _ = self.net.shapes
     own = {"params": params["own"], "batch_stats": batch_stats["own"]}
@@ -253,6 +256,7 @@ class _Hat:
   def loss(
     self, params: Tree, learner: Learner, batch: Batch
   ) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
+    """Computes the cross-entropy plus the regulariser, at this step's slope."""
     s = slope(batch.place, self.steepness)
     logits, _, records, batch_stats = self.net.apply(
       at_slope(params, s), learner.batch_stats, batch.x, train=True
@@ -265,10 +269,12 @@ class _Hat:
     )
 
   def gradient(self, grads: Tree, learner: Learner, batch: Batch) -> Tree:
+    """Compensates the gradients of embeddings for the slope."""
     s = slope(batch.place, self.steepness)
     return compensated(grads, learner.params, s, self.steepness)
 
   def update(self, updates: Tree, grads: Tree, learner: Learner) -> tuple[Tree, Tree]:
+    """Scales shared updates by their plasticity and limits the embeddings."""
     # The update, not the gradient: momentum and weight decay would still move used weights.
     free = plasticity(
       updates["shared"], self.net.shapes[0], learner.memory["used"], jnp.float32(learner.task > 0)
@@ -277,6 +283,7 @@ class _Hat:
     return limited(updates, learner.params), learner.memory
 
   def end_task(self, learner: Learner, data: TaskData, key: Array) -> Learner:
+    """Stores the task's own part and adds its mask to the cumulative one."""
     fresh_key, settle_key = jax.random.split(key)
     batch_stats = self._settled(learner, data.pixels, settle_key)
     own = {"params": learner.params["own"], "batch_stats": batch_stats["own"]}
@@ -295,6 +302,7 @@ class _Hat:
     )
 
   def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
+    """Predicts the classes of `[N, H, W, D]` images at the largest slope."""
     own = jax.tree.map(lambda tree: tree[:seen], learner.memory["own"])
     # Embeddings are kept without the slope, which belongs to the pass.
     own["params"] = at_slope(own["params"], self.steepness)
@@ -303,6 +311,7 @@ class _Hat:
     return shared_net.prediction(self.net.problem, stream.logits, task, macs, macs.sum(0))
 
   def holdings(self, learner: Learner) -> Holdings:
+    """Measures the storage of the tasks learnt so far, and the units they use."""
     learnt, records = int(learner.task), self.net.shapes[0]
     own = jax.tree.map(lambda x: x[:learnt], learner.memory["own"]["params"])
     masks = (
@@ -334,6 +343,7 @@ class _Hat:
 
     @jax.jit
     def step(batch_stats, pixels):
+      """Returns the running statistics after one batch of `[N, H, W, D]` pixels."""
       return net.apply(params, batch_stats, net.problem.normalise(pixels), train=True).batch_stats
 
     batch_stats = learner.batch_stats

@@ -44,6 +44,7 @@ class Headed(nn.Module):
   classes: int
 
   def setup(self):
+    """Creates the head."""
     self.head = nn.Dense(self.classes)
 
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
@@ -75,11 +76,13 @@ def icarl(network: Network, rehearsal: memory.ReplaySettings) -> Method:
     )
 
   def features(learner: Learner, x: Array) -> Array:
+    """Computes `[N, F]` features of norm 1, in evaluation."""
     return model.apply(
       {"params": learner.params, "batch_stats": learner.batch_stats}, x, method="unit_features"
     )
 
   def init(key: Array) -> Start:
+    """Initialises the network and a memory without exemplars."""
     params, batch_stats = network.init(key)
     return Start(
       params,
@@ -96,6 +99,7 @@ def icarl(network: Network, rehearsal: memory.ReplaySettings) -> Method:
   def loss(
     params: Any, learner: Learner, batch: Batch
   ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
+    """Computes the loss on the batch and on exemplars: new classes plus old ones."""
     noise, drawing = jax.random.split(batch.key)
     x, labels, _, _ = memory.draw_inputs(
       learner.memory["exemplars"], drawing, batch, problem, rehearsal.batch_size
@@ -108,6 +112,7 @@ def icarl(network: Network, rehearsal: memory.ReplaySettings) -> Method:
     return new + old, ({"cross_entropy": new, "distillation": old}, batch_stats)
 
   def end_task(learner: Learner, data: TaskData, key: Array) -> Learner:
+    """Chooses the task's exemplars by herding, and computes all means again."""
     labels, of_images = np.asarray(data.labels), problem.in_batches(features, learner, data.pixels)
     # Rounded up: a class has at most so many slots.
     each = -(-rehearsal.images // ((int(learner.task) + 1) * problem.classes))
@@ -126,6 +131,7 @@ def icarl(network: Network, rehearsal: memory.ReplaySettings) -> Method:
     )
 
   def predict(learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
+    """Predicts the class of the nearest mean for `[N, H, W, D]` images."""
     scores = nearest_mean(features(learner, x), learner.memory["means"], learner.memory["has_mean"])
     return network.prediction(scores, task, seen)
 

@@ -36,11 +36,13 @@ def lwf(network: Network, *, weight: float, temperature: float) -> Method:
     raise ValueError(f"temperature must be > 0; got {temperature}")
 
   def init(key):
+    """Initialises the network, with a copy of it as the teacher."""
     params, batch_stats = network.init(key)
     # During the first task there is no old head, so any teacher will do.
     return Start(params, batch_stats, _teacher(params, batch_stats))
 
   def loss(params, learner, batch):
+    """Computes the cross-entropy plus the distillation of old heads."""
     logits, batch_stats = network.train_logits(params, learner.batch_stats, batch.x, batch.key)
     cross_entropy = jnp.mean(network.cross_entropy(logits, batch.labels, learner.task))
     # The teacher is in evaluation, on the same images.
@@ -54,6 +56,7 @@ def lwf(network: Network, *, weight: float, temperature: float) -> Method:
     return cross_entropy + weight * distillation, (terms, batch_stats)
 
   def end_task(learner, data, key):
+    """Makes the trained network the teacher."""
     return learner.replace(memory=_teacher(learner.params, learner.batch_stats))
 
   return Method(init, loss, end_task, network.predict)

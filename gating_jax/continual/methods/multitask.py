@@ -81,11 +81,13 @@ def multitask_trunk(network: Network) -> Method:
   classes, tasks = network.problem.classes, network.problem.tasks
 
   def loss(params, learner, batch):
+    """Computes the sum of all tasks' cross-entropies."""
     mean, aux = network.loss(params, learner, batch)
     # The loss is a sum over tasks; `mean` is over the images of all of them, B of each.
     return tasks * mean, aux
 
   def predict(learner, x, task, seen):
+    """Predicts from the log-probabilities of all heads, `[N, T C]`."""
     heads = network.logits(learner.params, learner.batch_stats, x).reshape(-1, tasks, classes)
     # Log-probabilities within each head: only these can be compared between heads.
     return network.prediction(jax.nn.log_softmax(heads).reshape(-1, tasks * classes), task, seen)
@@ -121,6 +123,7 @@ class _Multitask:
   settings: TaskGatesSettings | None = None
 
   def method(self) -> Method:
+    """Returns the functions as a `Method`."""
     return Method(
       self.init,
       self.loss,
@@ -133,9 +136,11 @@ class _Multitask:
 
   @property
   def problem(self) -> Problem:
+    """Returns the learning problem."""
     return self.net.problem
 
   def init(self, key: Array) -> Start:
+    """Initialises the shared part, and the own parts of all tasks."""
     params, batch_stats = jax.lax.map(self.net.fresh, jax.random.split(key, self.problem.tasks))
     # Own parts for every task, from a key each; of the shared parts only the first.
     of_first = lambda tree: {**tree, "shared": jax.tree.map(lambda x: x[0], tree["shared"])}
@@ -149,7 +154,10 @@ class _Multitask:
   def loss(
     self, params: Tree, learner: Learner, batch: Batch
   ) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
+    """Computes the sum of all tasks' losses, on `[B T, H, W, D]` images."""
+
     def of_task(task, own, own_stats, x, labels):
+      """Returns one task's loss on `[B, H, W, D]` images, its terms and its statistics."""
       stream = self.net.apply(
         {**params, "own": own},
         {**learner.batch_stats, "own": own_stats},
@@ -183,6 +191,7 @@ class _Multitask:
     )
 
   def end_task(self, learner: Learner, data: TaskData, key: Array) -> Learner:
+    """Finds the units relevant to each task, on its validation images."""
     if not self.settings:
       return learner
     # `[M, T, U]`: gates of all tasks for each image.
@@ -201,11 +210,13 @@ class _Multitask:
     )
 
   def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
+    """Predicts the classes of `[N, H, W, D]` images, with the task known and unknown."""
     stream = self._streams(learner, x)
     macs = shared_net.macs(stream, self.counts, self.problem.classes)
     return shared_net.prediction(self.problem, stream.logits, task, macs, macs.sum(0))
 
   def holdings(self, learner: Learner) -> Holdings:
+    """Measures the parameters, and the units that each task needs."""
     params = tree_size(learner.params)
     if not self.settings:
       return Holdings(params, 0.0)
@@ -215,6 +226,7 @@ class _Multitask:
     )
 
   def task_net(self, learner: Learner, task: Array) -> TaskNet:
+    """Returns the gated network of a task."""
     own = {"params": learner.params["own"], "batch_stats": learner.batch_stats["own"]}
     return self.net.net_of(learner.params, learner.batch_stats, own, task)
 

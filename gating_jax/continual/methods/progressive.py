@@ -60,9 +60,11 @@ class _Progressive:
   problem: Problem
 
   def method(self) -> Method:
+    """Returns the functions as a `Method`."""
     return Method(self.init, self.loss, self.end_task, self.predict, holdings=self.holdings)
 
   def init(self, key: Array) -> Start:
+    """Initialises the first column, and the memory of all columns."""
     column = self._fresh(key)
     return Start(
       column["params"], column["batch_stats"], shared_net.stack(column, self.problem.tasks)
@@ -71,9 +73,11 @@ class _Progressive:
   def loss(
     self, params: Tree, learner: Learner, batch: Batch
   ) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
+    """Computes the cross-entropy of the column being trained, on `[N, H, W, D]` images."""
     before = self._none(len(batch.x))
 
     def fill(j, before):
+      """Adds the layer outputs of column j."""
       return self._put(before, j, self._run(learner.memory, j, batch.x, before)[1])
 
     # There are at most J = T - 1 columns before, also when `task` is T.
@@ -90,13 +94,17 @@ class _Progressive:
     return terms["cross_entropy"], (terms, new.get("batch_stats", {}))
 
   def end_task(self, learner: Learner, data: TaskData, key: Array) -> Learner:
+    """Stores the trained column and initialises the next one."""
     column, fresh = {"params": learner.params, "batch_stats": learner.batch_stats}, self._fresh(key)
     return learner.replace(
       **fresh, memory=shared_net.put(learner.memory, int(learner.task), column)
     )
 
   def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
+    """Predicts the classes of `[N, H, W, D]` images from the columns of `seen` tasks."""
+
     def one(before, j):
+      """Adds the layer outputs of column j, and returns its `[N, C]` logits."""
       logits, outputs = self._run(learner.memory, j, x, before)
       return self._put(before, j, outputs), logits
 

@@ -31,11 +31,13 @@ def er(network: Network, rehearsal: memory.ReplaySettings) -> Method:
   problem = network.problem
 
   def init(key: Array) -> Start:
+    """Initialises the network and an empty memory."""
     return Start(*network.init(key), memory.empty(rehearsal.images, problem.shape))
 
   def loss(
     params: Any, learner: Learner, batch: Batch
   ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
+    """Computes the mean cross-entropy over the batch and the replayed images."""
     noise, drawing = jax.random.split(batch.key)
     # Before the first task ends these are examples of the batch itself.
     x, labels, _, _ = memory.draw_inputs(
@@ -50,6 +52,7 @@ def er(network: Network, rehearsal: memory.ReplaySettings) -> Method:
     return jnp.mean(each), ({"cross_entropy": jnp.mean(new), "replay": jnp.mean(old)}, batch_stats)
 
   def end_task(learner: Learner, data: TaskData, key: Array) -> Learner:
+    """Adds the task's images to the memory."""
     return learner.replace(memory=memory.share(learner.memory, data.pixels, data.labels, key))
 
   return Method(init, loss, end_task, network.predict)

@@ -39,6 +39,7 @@ def si(network: Network, *, strength: float, damping: float) -> Method:
     raise ValueError(f"damping must be > 0; got {damping}")
 
   def init(key):
+    """Initialises the network, with a path and importance of 0."""
     params, batch_stats = network.init(key)
     zeros = lambda: jax.tree.map(jnp.zeros_like, params)
     # A step donates its buffers: anchor and parameters must not be one buffer.
@@ -46,9 +47,11 @@ def si(network: Network, *, strength: float, damping: float) -> Method:
     return Start(params, batch_stats, {"path": zeros(), "importance": zeros(), "anchor": anchor})
 
   def penalty(params, memory):
+    """Computes the penalty on the distance to the anchor, a scalar."""
     return strength * weighted_distance(params, memory["anchor"], memory["importance"])
 
   def update(updates, grads, learner):
+    """Adds the step to the path; the updates stay the same."""
     memory = learner.memory
     # g is the gradient of the cross-entropy alone: that of the penalty is subtracted.
     held = jax.grad(penalty)(learner.params, memory)
@@ -58,6 +61,7 @@ def si(network: Network, *, strength: float, damping: float) -> Method:
     return updates, {**memory, "path": path}
 
   def end_task(learner, data, key):
+    """Adds the task's path to the importance and moves the anchor."""
     memory, params = learner.memory, learner.params
     # Omega_i <- Omega_i + max(omega_i, 0) / ((theta_i - theta*_i)^2 + xi)
     importance = jax.tree.map(

@@ -157,9 +157,11 @@ class _TaskGates:
 
   @property
   def problem(self) -> Problem:
+    """Returns the learning problem."""
     return self.net.problem
 
   def init(self, key: Array) -> Start:
+    """Initialises parameters, statistics and memory."""
     records, _ = self.net.shapes
     # The network has its last width; layers begin with a part of it.
     available = units.first_units(records, self.settings.allocated(self.problem.tasks))
@@ -182,6 +184,7 @@ class _TaskGates:
   def loss(
     self, params: Tree, learner: Learner, batch: Batch
   ) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
+    """Computes the loss of the current task's stream and of the task classifier."""
     noise, drawing = jax.random.split(batch.key)
     x = batch.x
     if self.classifier is not None:
@@ -210,6 +213,7 @@ class _TaskGates:
     return total, (terms, batch_stats)
 
   def update(self, updates: Tree, grads: Tree, learner: Learner) -> tuple[Tree, Tree]:
+    """Zeroes the updates of frozen filters and of later tasks' classifier weights."""
     updates = dict(updates)
     if self.classifier is not None:
       # Weights of later tasks keep their initial values.
@@ -221,6 +225,7 @@ class _TaskGates:
     return updates, learner.memory
 
   def end_task(self, learner: Learner, data: TaskData, key: Array) -> Learner:
+    """Freezes the relevant filters, closes the other gates and prepares the next task."""
     task, memory = int(learner.task), learner.memory
     records, _ = self.net.shapes
     relevant = self._open_rates(learner, data.validation_pixels) > self.settings.threshold
@@ -251,6 +256,7 @@ class _TaskGates:
     return learner if self.classifier is None else self._rehearse(learner, data, key)
 
   def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
+    """Predicts the classes of `[N, H, W, D]` images, with the task known and unknown."""
     stream = self._streams(learner, x, seen)
     macs = shared_net.macs(stream, self.counts, self.problem.classes)
     if self.classifier is None:
@@ -263,6 +269,7 @@ class _TaskGates:
     return shared_net.prediction(self.problem, stream.logits, task, macs, told.macs, scores)
 
   def holdings(self, learner: Learner) -> Holdings:
+    """Measures the storage of the tasks learnt so far, and the units they need."""
     learnt, memory, records = int(learner.task), learner.memory, self.net.shapes[0]
     # Entries of later tasks are initial values, and nothing needs them.
     own, shared = jax.tree.map(lambda x: x[:learnt], memory["own"]), learner.params["shared"]
@@ -278,6 +285,7 @@ class _TaskGates:
     )
 
   def task_net(self, learner: Learner, task: Array) -> TaskNet:
+    """Returns the gated network of a learnt task."""
     return self.net.net_of(learner.params, learner.batch_stats, learner.memory["own"], task)
 
   def _rehearse(self, learner: Learner, data: TaskData, key: Array) -> Learner:
