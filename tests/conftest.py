@@ -1,4 +1,4 @@
-"""What all tests share: eight virtual devices, quick compilation, a compilation cache, float64 on request."""
+"""Shared set-up: eight virtual devices, quick compilation with a cache, optional float64."""
 
 import ctypes
 import os
@@ -8,8 +8,8 @@ import pytest
 
 from tests.helpers import ROOT
 
-# Compiling takes most of the time, and three times as long as this for the programs that users run, which
-# `bash tests/run.sh --optimised` tests.
+# Compiling takes most of the time. The programs that users run take three times as long to compile;
+# `bash tests/run.sh --optimised` tests them.
 os.environ.setdefault(
   "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
 )
@@ -22,7 +22,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import jax  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-# The same examples in every run, so that a failure is the change's; HYPOTHESIS_PROFILE=search looks for new ones.
+# The same examples in every run, so that a failure is caused by the change.
+# HYPOTHESIS_PROFILE=search looks for new ones.
 settings.register_profile("project", deadline=None, max_examples=25, derandomize=True)
 settings.register_profile("search", deadline=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "project"))
@@ -34,7 +35,7 @@ LEAST_SECONDS = 0.2  # of a test that may have compiled much
 
 
 def pytest_collection_modifyitems(items):
-  """Tests on real data belong to the slow tier, and of a test that is marked `thin(k)` all but every k-th case."""
+  """Marks as slow: tests on real data, and all but every k-th case of a test marked `thin(k)`."""
   for item in items:
     thin = item.get_closest_marker("thin")
     if item.get_closest_marker("real_data") or (thin and place(item) % thin.args[0]):
@@ -42,7 +43,10 @@ def pytest_collection_modifyitems(items):
 
 
 def place(item):
-  """The place of a case in its list, or the sum of its places in several lists, which pairs their values in turn."""
+  """Returns a case's place in its list.
+
+  With several lists it is the sum of the places, which pairs their values in turn.
+  """
   number = next(iter(item.callspec.indices.values()))  # among the cases of all lists together
   places = 0
   for mark in reversed(
@@ -55,14 +59,14 @@ def place(item):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-  """Records the seconds of the set-up on its own: the first test to use a shared run waits for it."""
+  """Records the seconds of the set-up separately: a shared run's first test waits for it."""
   if call.when == "setup":
     item.user_properties.append(("setup_seconds", call.duration))
   return (yield)
 
 
 def memory():
-  """This process's memory in bytes and the number of its memory maps; 0 where the system does not tell."""
+  """Returns this process's memory in bytes and its number of memory maps; 0 where unknown."""
   try:
     with open("/proc/self/statm") as sizes, open("/proc/self/maps", "rb") as maps:
       return int(sizes.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"), sum(1 for _ in maps)
@@ -72,7 +76,7 @@ def memory():
 
 @pytest.fixture(autouse=True)
 def _forget_compiled_programs():
-  """Each compiled program holds memory and memory maps, which run out after some thousands."""
+  """Drops compiled programs: each holds memory maps, which run out after some thousands."""
   began = time.monotonic()
   yield
   if time.monotonic() - began < LEAST_SECONDS:
@@ -86,6 +90,6 @@ def _forget_compiled_programs():
 
 @pytest.fixture
 def x64():
-  """float64 within the test."""
+  """Enables float64 within the test."""
   with jax.enable_x64(True):
     yield

@@ -56,7 +56,7 @@ class Mutant(NamedTuple):
 
 
 class Result(NamedTuple):
-  """What became of a mutant: `said` is the test that killed it, or what went wrong."""
+  """The outcome of a mutant: `said` is the test that killed it, or the error."""
 
   mutant: Mutant
   outcome: str
@@ -556,7 +556,7 @@ def main() -> None:
 
 
 def chosen(names: str) -> list[Mutant]:
-  """The mutants of these names, all if there are none. Ends the script at an unknown name."""
+  """Returns the mutants of these names, or all without names; exits at an unknown name."""
   wanted = names.split(",") if names else [mutant.name for mutant in MUTANTS]
   if unknown := set(wanted) - {mutant.name for mutant in MUTANTS}:
     sys.exit(f"there is no mutant {', '.join(sorted(unknown))}")
@@ -564,7 +564,7 @@ def chosen(names: str) -> list[Mutant]:
 
 
 def is_fresh(mutant: Mutant) -> bool:
-  """Whether the mutant still fits the package."""
+  """Checks that the mutant still fits the package."""
   return (ROOT / PACKAGE / mutant.file).read_text().count(mutant.old) == 1
 
 
@@ -581,7 +581,7 @@ def made_copy(folder: Path) -> Path:
 
 
 def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-  """Runs Python in a copy. What the compiler made of unchanged programs is that of the original."""
+  """Runs Python in a copy; the compilation cache of unchanged programs is the original's."""
   environment = os.environ | {
     "PYTHONPATH": str(folder),
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
@@ -605,7 +605,7 @@ def run_tests(folder: Path, tests: Sequence[str]) -> subprocess.CompletedProcess
 
 
 def failures_without_mutants(copies: Sequence[Path], mutants: Sequence[Mutant]) -> str:
-  """What pytest says of the tests of all mutants in the package as it is, if not all pass."""
+  """Returns the output of pytest on the unmutated package if not all mutants' tests pass."""
   tests = sorted(set(" ".join(mutant.tests for mutant in mutants).split()))
   files = sorted({file_of(test) for test in tests})
 
@@ -620,12 +620,12 @@ def failures_without_mutants(copies: Sequence[Path], mutants: Sequence[Mutant]) 
 
 
 def file_of(test: str) -> str:
-  """The file that a test is in."""
+  """Returns the file of a test."""
   return test.partition("::")[0]
 
 
 def run_all(copies: Sequence[Path], mutants: Sequence[Mutant]) -> list[Result]:
-  """Runs each mutant in a copy that is free, and says at once what became of it."""
+  """Runs each mutant in a free copy, and prints its outcome at once."""
   free = queue.SimpleQueue()
   for copy in copies:
     free.put(copy)
@@ -659,7 +659,7 @@ def run_mutant(folder: Path, mutant: Mutant) -> Result:
 
 
 def judged(status: int, output: str) -> tuple[str, str]:
-  """The outcome and the test that failed; an error of fixtures or imports is no failure."""
+  """Returns the outcome and the test that failed; an error of fixtures or imports is no failure."""
   failed = re.search(r"^FAILED (.+?)(?: - .*)?$", output, re.MULTILINE)
   if status == 1 and failed:
     return KILLED, failed[1].removeprefix("tests/")
@@ -671,7 +671,7 @@ def judged(status: int, output: str) -> tuple[str, str]:
 
 
 def table(results: Sequence[Result]) -> str:
-  """The results in columns."""
+  """Formats the results in columns."""
   rows = [("mutant", "file", "killed by", "seconds")]
   for result in results:
     said = result.said if result.outcome == KILLED else f"{result.outcome.upper()}: {result.said}"

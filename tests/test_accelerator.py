@@ -1,4 +1,4 @@
-"""What `benchmarks/accelerator.sh` does on a machine with an accelerator, as far as one without can tell."""
+"""`benchmarks/accelerator.sh` as with an accelerator, as far as possible without one."""
 
 import json
 import os
@@ -128,7 +128,7 @@ def test_recipes_share_the_time_that_is_left_by_their_speed(accelerator, tmp_pat
   np.testing.assert_allclose(
     epochs[:2], [0.85 * (250 - 100), 0.85 * (333 - 50)], atol=3
   )  # then as measured
-  assert epochs[2:] == [500, 1]  # at most the full recipe; one where the speed is not known
+  assert epochs[2:] == [500, 1]  # at most the full recipe; one if the speed is unknown
   assert f"--config=a,epochs={epochs[0]}" in commands[0][0]
   outcomes = [
     [job.parts[f"recipe{i}"][key] for key in ("finished", "accuracy", "macs", "mac_ratio")]

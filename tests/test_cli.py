@@ -45,7 +45,7 @@ def run(*arguments, **environment):
 
 
 def start(workdir, *arguments, **changes):
-  """Starts a training of the tiny net; what it prints goes to `workdir`'s `.out` and `.err` neighbours."""
+  """Starts a training of the tiny net; its output goes to `.out` and `.err` next to `workdir`."""
   settings = [f"--config.{name}={value}" for name, value in (TRAINING | changes).items()]
   with workdir.with_suffix(".out").open("w") as out, workdir.with_suffix(".err").open("w") as err:
     return subprocess.Popen(
@@ -57,7 +57,7 @@ def start(workdir, *arguments, **changes):
 
 
 def finish(workdir, *arguments, **changes):
-  """`(exit code, stdout, stderr)` of a training that nothing stops."""
+  """Returns `(exit code, stdout, stderr)` of an uninterrupted training."""
   code = start(workdir, *arguments, **changes).wait(300)
   return code, workdir.with_suffix(".out").read_text(), workdir.with_suffix(".err").read_text()
 
@@ -70,7 +70,7 @@ def checkpoints_of(workdir):
 
 
 def wait_for_checkpoint(process, workdir, after=0):
-  """Returns when a checkpoint of a later step than `after` is there."""
+  """Waits for a checkpoint of a later step than `after`."""
   until = time.time() + 300
   while not any(step > after for step in checkpoints_of(workdir)):
     assert process.poll() is None, workdir.with_suffix(".err").read_text()
@@ -100,7 +100,7 @@ def result(workdir):
 
 
 def snapshot(workdir):
-  """Every file's bytes and time of change, but for the lock's."""
+  """Returns every file's bytes and time of change, except the lock's."""
   return {
     f.relative_to(workdir): (f.read_bytes() if f.is_file() else None, f.stat().st_mtime_ns)
     for f in workdir.rglob("*")
@@ -110,7 +110,7 @@ def snapshot(workdir):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-  """The directory of a run that nothing stopped; tests leave it as it is."""
+  """The directory of an uninterrupted run; tests do not change it."""
   workdir = tmp_path_factory.mktemp("runs") / "finished"
   code, out, err = finish(workdir)
   assert code == 0, err
@@ -119,7 +119,7 @@ def finished(tmp_path_factory):
 
 
 def test_what_stops_a_process_is_written_in_one_call(tmp_path):
-  """So that the processes of a job do not write into each other's lines, whatever the buffering."""
+  """Processes of a job then do not write into each other's lines, whatever the buffering."""
   (tmp_path / "file").touch()
   ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps each write apart
   with ours, theirs:

@@ -1,4 +1,7 @@
-"""What the command says and returns, within this process; `test_cli.py` has what needs processes of its own."""
+"""Output and exit status of the command, within this process.
+
+`test_cli.py` has the tests that need their own processes.
+"""
 
 import importlib
 import os
@@ -172,7 +175,7 @@ def test_what_is_wrong_with_a_config_file_is_said_in_a_line(text, message, tmp_p
 
 
 def check_concluded(said, number):
-  """The last lines have the number that matters and the next command, and are few."""
+  """The last lines show the main number and the next command, and are few."""
   last = said.rstrip("\n").split("\n\n")[-1]
   assert last.count("\n") < 12
   assert number in last
@@ -254,7 +257,7 @@ def test_processes_without_a_coordinator_and_a_folder_that_is_a_file_are_named(t
   assert (status, said.splitlines()[-1]) == (
     2,
     f"error: workdir {tmp_path}/file/run cannot be written: Not a directory",
-  )  # after what takes long
+  )  # after the long operations
 
 
 def test_a_smoke_run_of_several_processes_joins_them_before_it_counts_devices(monkeypatch):

@@ -1,4 +1,4 @@
-"""Config files are found by path and by name, in the repository and where the package is installed."""
+"""Config files are found by path and by name, in the repository and in an installed package."""
 
 import shutil
 import subprocess
@@ -96,7 +96,7 @@ def test_the_wheel_has_all_packages_and_the_configs_once():
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-  """A folder with the package as a wheel has it: the configs within."""
+  """A folder with the package as in a wheel: the configs are inside."""
   folder = tmp_path_factory.mktemp("site")
   shutil.copytree(
     ROOT / "gating_jax", folder / "gating_jax", ignore=shutil.ignore_patterns("__pycache__")

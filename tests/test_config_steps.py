@@ -1,4 +1,4 @@
-"""Every config, made tiny, builds, has the shapes of its counts, and takes two steps on made data."""
+"""Every config, in a tiny size, builds, matches its counts, and takes two steps on made data."""
 
 import importlib
 
@@ -24,7 +24,7 @@ BATCH = 8
 
 
 class Source(list):
-  """Examples of a TFDS set as they are read, with what is known of them."""
+  """Examples of a TFDS set as they are read, with their metadata."""
 
   def __init__(self, examples, shape, names):
     super().__init__(examples)
@@ -32,7 +32,7 @@ class Source(list):
 
 
 def source(name, split, *_):
-  """Images of the set's channels, classes and, where they differ in it, sizes."""
+  """Makes images with the set's channels, classes and, where they differ in it, sizes."""
   if name == "cityscapes":
     labels = RANDOM.choice([7, 26, 0], (16, 12, 16, 1)).astype(np.uint8)
     return [
@@ -56,7 +56,7 @@ def source(name, split, *_):
 
 @pytest.fixture
 def config(monkeypatch, tmp_path):
-  """`name -> config`, its networks of one or two blocks, its data made."""
+  """Returns `name -> config`, with networks of one or two blocks and made data."""
   monkeypatch.setattr(tfds, "open_tfds", source)
   monkeypatch.setitem(resnet.RESNETS, "tiny", ("cifar", BasicBlock, (1, 1), 4, "B"))
   monkeypatch.setitem(vgg.VGGS, "tiny_chain", (4, vgg.POOL, 4))

@@ -1,4 +1,4 @@
-"""Every config file builds; its variants and defaults are what its header says."""
+"""Every config file builds; its variants and defaults match its header."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""What README and docs show runs as it stands; the README's commands are those of a newcomer."""
+"""Code in README and docs runs as it stands; the README's commands are run like a newcomer's."""
 
 import importlib
 import re
@@ -16,7 +16,7 @@ PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").g
 TRAINS = tuple(
   f"docs/{name}.md" for name in ("extend", "gate_your_model", "inference", "loss", "videos")
 )  # for long
-SHORT = {  # what makes a command of the README take seconds
+SHORT = {  # changes with which a command of the README takes seconds
   "digits_resnet20": ("optim.epochs=1", "model.width=0.25"),
   "segmentation_digits": (
     "optim.epochs=1",
@@ -41,7 +41,7 @@ def blocks(page, language):
 
 
 def commands(page):
-  """Each command of `gating-jax` that a page shows, as its flags `(name, value)`."""
+  """Returns each `gating-jax` command of a page, as its flags `(name, value)`."""
   lines = [
     line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()
   ]
@@ -99,7 +99,7 @@ def test_files_that_a_page_names_are_there(page):
 
 @pytest.mark.slow
 def test_the_walk_of_a_newcomer(tmp_path):
-  """Every command of the README, in its order and in one folder, each in a small size."""
+  """Runs every command of the README, in its order and in one folder, each in a small size."""
   walked = commands("README.md")
   assert len(walked) >= 5
   for flags in walked:

@@ -1,4 +1,4 @@
-"""The examples train, and what they measure on held-out data is what they claim."""
+"""The examples train, and their results on held-out data are as claimed."""
 
 import importlib
 import runpy

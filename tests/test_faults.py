@@ -1,4 +1,4 @@
-"""What a job of two processes does in bad luck: what it says, how soon it is over, what is lost, how it goes on.
+"""Faults of a job of two processes: its messages, when it ends, what is lost, how it resumes.
 
 That of a killed process is in `test_launch.py`.
 """
@@ -29,7 +29,7 @@ def launch(workdir, out=None, settings=TRAINING, **environment):
 
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory):
-  """The directory of a run that nothing befell."""
+  """The directory of a run without faults."""
   workdir = tmp_path_factory.mktemp("runs") / "quiet"
   status, said = finished(launch(workdir))
   assert status == 0, said
@@ -37,7 +37,10 @@ def quiet(tmp_path_factory):
 
 
 def ended(job):
-  """The status and words of a job that fails; all is over within 30 s of the first word of it, with no traceback."""
+  """Returns status and output of a job that fails.
+
+  It ends within 30 s of its first message, without a traceback.
+  """
   wait_until(
     lambda: "error: " in job.out.read_text() or "launch: " in job.out.read_text() or job.poll(), job
   )
@@ -54,7 +57,7 @@ def ended(job):
 
 
 def check_it_goes_on_to_the_same_end(workdir, quiet, *, after, out=None):
-  """The same command, now that the cause is mended."""
+  """Runs the same command after the cause is repaired."""
   status, said = finished(launch(workdir, out))
   assert status == 0, said
   assert (f"going on from the checkpoint of step {after} " in said) == bool(after)
@@ -99,7 +102,7 @@ def test_a_coordinator_that_is_killed_before_all_are_there(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-  """A folder on a file system of its own, and what makes that larger."""
+  """A folder on its own file system, and a function that enlarges this."""
   folder = tmp_path / "disk"
   folder.mkdir()
   mount = lambda *options: (

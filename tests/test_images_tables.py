@@ -1,4 +1,4 @@
-"""`benchmarks/images.py`: which runs a table is made of, in what order, and what it says of them."""
+"""`benchmarks/images.py`: the runs of a table, their order, and its contents."""
 
 import _thread
 import argparse
@@ -25,7 +25,7 @@ def images(monkeypatch):
 
 @pytest.fixture
 def taken(images, monkeypatch):
-  """The commands that were run; each leaves a result that tells its width."""
+  """The commands that were run; each leaves a result that depends on its width."""
   commands = []
 
   def call(_, folder, command):
@@ -121,7 +121,7 @@ def test_a_late_run_starts_from_half_of_the_epochs_without_gates(
 
   run(
     images, monkeypatch, *arguments
-  )  # the command itself knows what is finished, and of which config
+  )  # the command itself recognises finished runs and their configs
   assert taken[3:] == taken[:3]
 
 

@@ -36,7 +36,7 @@ def test_two_processes_of_four_devices_do_what_one_of_eight_does(tmp_path, backe
   changes = TRAINING | {"devices.backend": backend}
   status, said = finished(launched(tmp_path / "two", **changes))
   assert status == 0, said
-  assert said.count("run directory:") == 1  # one of them speaks
+  assert said.count("run directory:") == 1  # one of them prints
   alone(*arguments(tmp_path / "one", **changes))
   two, one = (saved_state(tmp_path / run, STEPS_PER_EPOCH) for run in ("two", "one"))
   assert tiny.relative_gap(two["params"], one["params"]) < 1e-5
@@ -58,7 +58,8 @@ PROGRAMMES = {
     "optim.batch_size": 8,
     "optim.epochs": 1,
   },
-  "composed_timegate": {  # both nets, gate and classifier; large or Adam's steps would multiply rounding
+  # Both nets, gate and classifier. Large, since otherwise Adam's steps would multiply rounding.
+  "composed_timegate": {
     "model.light.name": "tiny",
     "model.heavy.name": "tiny",
     "data.train_videos": 40,

@@ -1,4 +1,4 @@
-"""The unit tests of functions and layers once more, in modes of JAX that other projects turn on."""
+"""The unit tests of functions and layers again, in modes of JAX that other projects turn on."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What a command says while it works."""
+"""Messages of a command while it works."""
 
 import contextlib
 import re
@@ -67,7 +67,7 @@ def test_a_training_says_that_it_compiles_and_once_how_long_it_takes(monkeypatch
     progress, "working", lambda *_: contextlib.nullcontext(said.append("compiling"))
   )
   steps = iter(range(0, 200, 10))
-  for task in range(2):  # the second takes over where the first ends
+  for task in range(2):  # the second continues where the first ends
     advance = pace(lambda state, step: state + step)
     for step in [next(steps) for _ in range(10)]:
       assert advance(task, step) == task + step

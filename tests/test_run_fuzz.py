@@ -50,7 +50,7 @@ def run(tmp_path_factory):
 
 
 def mutate(random, data):
-  """The bytes with some flipped, cut off, doubled, zeroed, set anew, or all gone."""
+  """Returns the bytes with some flipped, cut off, doubled, zeroed or replaced, or all removed."""
   size = len(data)
   start, end = sorted(random.integers(0, size + 1, 2))
   kind = random.integers(6)
@@ -101,7 +101,7 @@ def raised_by(reader, path):
 def check_readers(run, folder, seed):
   random = np.random.default_rng(seed)
   path = shutil.copytree(run, folder)
-  # Small files have as many turns as the many of checkpoints.
+  # Small files are changed as often as the many files of checkpoints.
   own = sorted(path.glob("*.json*"))
   files = own if seed % 2 else sorted(f for f in (path / "checkpoints").rglob("*") if f.is_file())
   file = files[random.integers(len(files))]

@@ -1,4 +1,4 @@
-"""What data sets, tables and command lines say is never run, and never chooses where files go."""
+"""Texts of data sets, tables and command lines are never run, and never choose where files go."""
 
 import ast
 import dataclasses
@@ -41,7 +41,7 @@ PATHS = ("../../outside", "/tmp/outside_gating_jax", "a/b", "..", "a\\..\\b")
 
 
 def findings(text):
-  """What of a program can run data, or unpack it to where it says."""
+  """Finds the parts of a program that can run data, or unpack it to a place the data chooses."""
   found = []
   for node in ast.walk(ast.parse(text)):
     if isinstance(node, ast.Import | ast.ImportFrom):
@@ -189,7 +189,7 @@ def test_a_video_file_makes_nothing_else_be_opened(tmp_path, name, text):
   made_videos.write(inside / "inside.mp4", 10)
   path = inside / name
   path.write_text(text.replace("{outside}", str(outside)))
-  with av.open(str(path)) as container:  # FFmpeg by itself follows what the file says
+  with av.open(str(path)) as container:  # FFmpeg alone follows the file's instructions
     assert sum(1 for _ in container.decode(video=0)) == 10
   with pytest.raises(ValueError, match="must be of a container that holds all it shows"):
     video_files.read_clips(path, 1, 1, (8, 8))
@@ -209,7 +209,7 @@ def test_the_name_of_a_video_is_no_address(tmp_path, monkeypatch, name):
   made_videos.write(tmp_path / "inside" / "inside.mp4", 10)
   monkeypatch.chdir(tmp_path / "inside")
   if not name.startswith("http"):
-    av.open(name).close()  # FFmpeg by itself takes it for one
+    av.open(name).close()  # FFmpeg alone treats it as one
   with pytest.raises(FileNotFoundError):
     video_files.read_clips(Path(name), 1, 1, (8, 8))
 
@@ -280,9 +280,9 @@ def named_set(tmp_path_factory):
 
 @pytest.fixture
 def wicked_set(named_set, tmp_path, monkeypatch):
-  """A folder with a `brought_set`, which names a module that makes a file `outside` beside the folder."""
+  """A folder with a `brought_set`, whose module makes a file `outside` next to the folder."""
   folder = tmp_path / "sets"
-  shutil.copytree(named_set, folder / "brought_set")  # of which TFDS knows no more than the files
+  shutil.copytree(named_set, folder / "brought_set")  # TFDS knows only its files
   assert len(tfds.load("brought_set", "train", str(folder))) == 4
   (tmp_path / "evil_features.py").write_text(f"open({str(tmp_path / 'outside')!r}, 'w').close()")
   monkeypatch.syspath_prepend(tmp_path)
@@ -345,7 +345,7 @@ def test_reading_a_prepared_set_imports_no_module_that_it_names(
   monkeypatch.setattr(tfds, "_check_features", lambda folder: None)
   with pytest.raises(tfds.DatasetNotPreparedError):
     tfds.load(name, "train", str(wicked_set))
-  assert outside.exists()  # which TFDS by itself would have run
+  assert outside.exists()  # TFDS alone would have run it
 
 
 WICKED = "\x1b]0;title\x07\x1b[31mred\u202e\n"

@@ -11,7 +11,7 @@ import pytest
 from gating_jax.terminal import is_terminal, progress_bar, warn
 from tests.helpers import ROOT
 
-# Opens the streams, then a file, and says which number the file has, by its exit status.
+# Opens the streams, then a file, and returns the file's number as exit status.
 OPENS_A_FILE = """
 from gating_jax.terminal import prepare_streams
 prepare_streams()

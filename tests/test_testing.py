@@ -28,7 +28,7 @@ def first_axis_sorted(x):
 
 
 def gap_loss(x, axis_name=None, *, sort=first_axis_sorted, cdf=jax.nn.sigmoid, gather=gather):
-  """The right loss, with places for what may be wrong."""
+  """The correct loss, with places for possible mistakes."""
   x = gather(x, axis_name)
   return jnp.mean(jnp.square(cdf(sort(x)) - levels(x)), axis=0)
 

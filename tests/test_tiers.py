@@ -1,4 +1,4 @@
-"""The order of this folder: two tiers, short names, helpers in one place."""
+"""Rules of this folder: two tiers, short names, helpers in one place."""
 
 import re
 import subprocess
@@ -9,17 +9,18 @@ import pytest
 
 from tests.helpers import ROOT, environment
 
-RECORD = ROOT / ".cache" / "fast.xml"  # which `bash tests/run.sh` writes
+RECORD = ROOT / ".cache" / "fast.xml"  # written by `bash tests/run.sh`
 CALL_LIMIT = (
   5.0  # s, where the whole tier takes at most WHOLE; in proportion on a slower or busier machine
 )
 SETUP_LIMIT = 15.0  # s, of a run that many tests share; likewise
 WHOLE = 800.0  # s, of all workers together
-ATTEMPTS = 3  # of a test that took too long to be quick enough when nothing runs beside it
+# For a slow test, to be fast enough when nothing else runs.
+ATTEMPTS = 3
 
 
 def over_limit(record, slowness=1.0):
-  """`{node id: seconds}` of the tests of a JUnit record that take longer than they may."""
+  """Returns `{node id: seconds}` of the tests of a JUnit record that exceed their limit."""
   found = {}
   for case in ElementTree.parse(record).iter("testcase"):
     properties = {p.get("name"): p.get("value") for p in case.iter("property")}
@@ -32,14 +33,17 @@ def over_limit(record, slowness=1.0):
 
 
 def slowness_of(record):
-  """How much slower the machine was than one that runs the whole tier in `WHOLE` seconds, at least 1."""
+  """Returns the slowdown of the machine, at least 1.
+
+  1 stands for a machine that runs the whole tier in `WHOLE` seconds.
+  """
   return max(
     1.0, sum(float(case.get("time")) for case in ElementTree.parse(record).iter("testcase")) / WHOLE
   )
 
 
 def run_alone(tests, folder):
-  """The JUnit record of these tests, run one after the other with nothing compiled before."""
+  """Returns the JUnit record of these tests, run one by one without a compilation cache."""
   folder.mkdir()
   record = folder / "record.xml"
   subprocess.run(

@@ -15,14 +15,14 @@ SHAPE = (1, 2, 1)
 
 
 def offered(labels, first=0):
-  """Images of their own number, so that each can be told."""
+  """Makes images filled with their own number, so that each can be recognised."""
   labels = np.asarray(labels, np.int32)
   number = np.arange(first, first + len(labels), dtype=np.uint8)
   return np.broadcast_to(number[:, None, None, None], (len(labels), *SHAPE)), labels
 
 
 def numbers(memory):
-  """The numbers of the images that it holds."""
+  """Returns the numbers of the images that a memory holds."""
   return np.asarray(memory.pixels)[
     np.asarray(memory.labels) != replay_memory.EMPTY, 0, 0, 0
   ].tolist()

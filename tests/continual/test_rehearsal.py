@@ -17,7 +17,7 @@ KEY = jax.random.key(0, impl="rbg")
 
 
 def data(task, count=12):
-  """Every pixel says which image it is of."""
+  """Makes images whose pixels hold the image's number."""
   labels = (2 * task + np.arange(count) % 2).astype(np.int32)
   pixels = (
     np.broadcast_to(100 * task + np.arange(count), (*SHAPE, count))
@@ -69,7 +69,8 @@ def test_generators_are_kept_task_by_task_and_all_that_is_recalled_is_generated(
     memory = method.keep(memory, data(task), task, KEY)
     kept = jax.tree.map(lambda x, t=task: x[t], memory["generators"])
     assert tiny.bit_equal(kept, learnt)
-    assert tiny.bit_equal(memory["training"], fresh)  # the next task's begins as this one's did
+    # the next task's training begins as this one's did
+    assert tiny.bit_equal(memory["training"], fresh)
     recalled.append(pixels)
   for earlier, later in zip(recalled, recalled[1:], strict=False):
     np.testing.assert_array_equal(later[: len(earlier)], earlier)

@@ -1,4 +1,4 @@
-"""Runs of what images are gated by besides channels and layers: a tiny net trains, is tested, goes on and reports."""
+"""Runs of other kinds of gates than channels and layers: training, test, resuming, report."""
 
 import importlib
 import json
@@ -198,7 +198,7 @@ def test_settings_that_do_not_belong_together_are_named(config, variants, change
 
 
 def started(made, workdir):
-  """The state that a run begins with, and its parameters once it has ended."""
+  """Returns the initial state of a run, and its final parameters."""
   built = classification.build(made)
   state = steps.init_state(built.model, built.optimiser, made.seed, built.test.shape)
   return jax.device_get(pretrained.start(built, state)), state

@@ -10,7 +10,7 @@ SETTINGS = router.RouterSettings(hidden=8, steps=300, batch_size=16, learning_ra
 
 
 def examples(counts, seed=0):
-  """Images of task t have feature t of stream t raised."""
+  """Makes images of task t, whose feature t of stream t is raised."""
   rng = np.random.default_rng(seed)
   tasks = np.repeat(np.arange(len(counts)), counts)
   features = rng.normal(0, 0.3, (len(tasks), len(counts), 4)).astype(np.float32)
@@ -32,7 +32,7 @@ def test_it_learns_rare_tasks_as_well_as_frequent_ones():
 
 
 def test_it_widens_with_its_weights_kept():
-  """The parts of tasks to come are as they were made, and the scores of the tasks seen do not depend on them."""
+  """Parts of future tasks keep their initial values, and do not change the scores of seen tasks."""
   params = router.init(jax.random.key(0), 4, 4, SETTINGS.hidden)
   features, tasks = examples([20, 20])
   trained = router.train(params, features, tasks, jax.random.key(1), SETTINGS)

@@ -182,7 +182,7 @@ def final_learner(config, workdir):
 
 
 def cut_back(workdir, step):
-  """A finished run as it was when the checkpoint of this step was its newest."""
+  """Returns a finished run as it was when the checkpoint of this step was its newest."""
   (workdir / "result.json").unlink()
   for folder in (workdir / "checkpoints").iterdir():
     if int(folder.name) > step:
@@ -200,7 +200,7 @@ def test_a_run_goes_on_within_a_task_and_between_tasks_to_the_same_end(
   result = json.loads((tmp_path / "whole" / "result.json").read_text())
   per_task = build.build(made).steps_per_task
   assert end == 2 * per_task
-  # Within task 1; between the tasks; all steps of task 2 taken. Or within task 2, with images in the memory.
+  # Within task 1; between the tasks; all steps of task 2 taken. Or within task 2, with a memory.
   for first in (per_task + 1,) if network else (2, per_task, end - 1):
     workdir = tmp_path / str(first)
     shutil.copytree(tmp_path / "whole", workdir)
@@ -216,14 +216,14 @@ def test_a_run_goes_on_within_a_task_and_between_tasks_to_the_same_end(
 
 
 def strict_json(path):
-  """What any reader of JSON makes of a file: NaN is none."""
+  """Reads a file as strict JSON, without NaN."""
   return json.loads(
     path.read_text(), parse_constant=lambda name: pytest.fail(f"{path} holds {name}")
   )
 
 
 def list_programs(patch):
-  """A list that has an entry more whenever a training step is traced, to be compiled."""
+  """A list that grows by one entry whenever a training step is traced for compilation."""
   programs, make_step = [], run.steps.make_step
 
   def listed(*args, **settings):
@@ -241,13 +241,13 @@ def list_programs(patch):
 
 @pytest.fixture(scope="module")
 def programs():
-  """What was traced in the training of `finished`."""
+  """The traces in the training of `finished`."""
   return []
 
 
 @pytest.fixture(scope="module")
 def finished(config, programs, tmp_path_factory):
-  """`(config, directory, what it printed)` of a finished run; a test that changes the directory copies it."""
+  """`(config, directory, output)` of a finished run; tests that change the directory copy it."""
   workdir = tmp_path_factory.mktemp("finished") / "run"
   with pytest.MonkeyPatch.context() as patch:
     traced = list_programs(patch)
@@ -417,7 +417,7 @@ def test_every_method_is_built_and_predicts(changes, config):
   assert jax.tree.leaves(learner.params)
   assert not any(
     leaf.weak_type for leaf in jax.tree.leaves(learner)
-  )  # else the second task's would be other types
+  )  # otherwise the second task's types would differ
   x = jax.ShapeDtypeStruct((4, *experiment.problem.shape), jnp.float32)
   found = jax.eval_shape(lambda learner, x: experiment.method.predict(learner, x, 1, 2), learner, x)
   assert found.agnostic.shape[0] == found.macs.shape[0] == 4
@@ -456,7 +456,7 @@ def test_a_full_layer_ends_a_run_that_keeps_and_shows_what_it_has_learnt(
       "model.gate.initial_open": 0.9,
     }
   )
-  for _ in range(2):  # the same command says the same
+  for _ in range(2):  # the same command prints the same
     with pytest.raises(
       ValueError, match="after task 1 of 2 no unit is free for the next one in layer1/conv/conv"
     ):
@@ -502,10 +502,13 @@ def test_what_other_methods_remember_is_part_of_the_checkpoint(method, config, t
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [m for m in choices.METHODS if m != "gates"])
 def test_every_method_learns_two_tasks(method, config, tmp_path, monkeypatch):
-  """Better than chance with the task known, and finite; what each does against forgetting is tested with it."""
+  """Scores are finite, and better than chance with the task known.
+
+  Each method's effect on forgetting is tested with the method.
+  """
   epochs = (
     40 if method == "hat" else 8
-  )  # its embeddings hold the gradient's norm at the clip, so weights learn slowly
+  )  # its embeddings keep the gradient's norm at the clip, so weights learn slowly
   made = config(
     method=method,
     **{
@@ -601,7 +604,7 @@ def test_batches_of_tasks_learnt_together_hold_as_much_of_each(config):
     assert float(metrics["misplaced"][0]) == 0
     assert float(metrics["size"][0]) == 3 * 16 / 8
     seen.append(float(metrics["mean"][0]))
-  assert len(set(seen)) > 1  # which classes of a task come is by chance
+  assert len(set(seen)) > 1  # the classes of a task are random
 
 
 @pytest.mark.slow

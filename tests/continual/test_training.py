@@ -1,4 +1,4 @@
-"""What a step tells a method of time."""
+"""The time that a step passes to a method."""
 
 import jax
 import jax.numpy as jnp

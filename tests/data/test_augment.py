@@ -11,12 +11,12 @@ PAD, SIZE, BATCH = 2, (5, 4, 3), 400
 
 
 def images(n=BATCH, size=SIZE):
-  """Pixels from 1, so that the zeros that come in are told apart."""
+  """Makes pixels from 1, so that zeros from padding are recognised."""
   return np.random.default_rng(0).integers(1, 256, (n, *size), dtype=np.uint8)
 
 
 def candidates(image, pad):
-  """Every crop of the padded image, by (top, left, mirrored)."""
+  """Returns every crop of the padded image, by (top, left, mirrored)."""
   h, w, _ = image.shape
   padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
   shifts = range(2 * pad + 1)
@@ -29,7 +29,7 @@ def candidates(image, pad):
 
 
 def what_was_done(pixels, result, pad):
-  """(top, left, mirrored) of each image, found by comparing it with everything that could have been done."""
+  """Finds (top, left, mirrored) of each image by comparing it with every possible result."""
   found = []
   for image, changed in zip(pixels, np.asarray(result), strict=True):
     matches = [

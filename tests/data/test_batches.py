@@ -8,7 +8,7 @@ from gating_jax.data.tfds import Images
 
 
 def numbered(count):
-  """Images of one pixel, their number, with labels of twice that."""
+  """Makes images of one pixel, their number, with twice that as labels."""
   return Images(
     np.arange(count, dtype=np.uint8).reshape(count, 1, 1, 1),
     2 * np.arange(count, dtype=np.int32),

@@ -93,7 +93,10 @@ def test_a_video_is_a_scenes_anchor_runs_of_moving_digits_and_clutter(train):
 
 
 def test_all_else_is_in_random_order(train):
-  """But for the order of a scene's first and last tool, any of two things comes first in about half of the videos."""
+  """Each of two things comes first in about half of the videos.
+
+  The order of a scene's first and last tool is the exception.
+  """
   units, label = train.arrays["units"], train.arrays["label"]
   first = np.array([[np.argmax(row // 5 == digit) for digit in range(4, 10)] for row in units])
   for scene, tools in enumerate(TOOLS):
@@ -129,7 +132,7 @@ def placed(picture, row, column):
 
 
 def find(frame, pictures):
-  """Where one of the pictures alone, `{bytes: label}`, is all that a frame shows: its label and corners."""
+  """Finds label and corners in frames that show exactly one of the pictures `{bytes: label}`."""
   views = np.lib.stride_tricks.sliding_window_view(frame, (8, 8))
   return [
     (pictures[views[at].tobytes()], at)
@@ -204,7 +207,7 @@ def test_noise_has_the_spread_it_says(train):
 
 @pytest.mark.slow
 def test_context_is_needed_and_motion_too(train):
-  """One segment tells little, four less than half, all of them everything, and centre frames the scene alone."""
+  """One segment tells little, four less than half, all everything; centre frames only the scene."""
   probe = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "composed_probe.py"))[
     "accuracy"
   ]

@@ -10,7 +10,7 @@ from gating_jax.data.video_layouts import read_breakfast
 from gating_jax.video import sets
 from tests.helpers import made_tfds, made_videos
 
-# Each stands for itself: none is a pattern, a kind of storage, a number of a frame or the beginning of an option.
+# Each is a literal name: none is a pattern, a kind of storage, a frame number or an option.
 NAMES = ("lr[0:4]*?", "{a,b}|#%03d", "concat:a\\b", "-i ~x\nü\u2028$HOME'\"")
 ODD = pytest.mark.parametrize("name", [*NAMES, os.fsdecode(b"\xff")], ids=ascii)
 

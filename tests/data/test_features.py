@@ -37,12 +37,12 @@ def made(folder, image, label, examples, **splits):
 
 
 def labelled(labels):
-  """Examples whose image tells which label they had."""
+  """Makes examples whose image determines their label."""
   return [(np.full((1, 1, 1), 100 + i, np.uint8), label) for i, label in enumerate(labels)]
 
 
 def read(images):
-  """Pixels and labels, of examples in the order that they were written in: by their brightness."""
+  """Returns pixels and labels in the order in which they were written: by brightness."""
   pixels, labels = images.read(np.arange(len(images)))
   order = np.argsort(pixels.mean(axis=(1, 2, 3)))
   return pixels[order], labels[order].tolist()
@@ -386,9 +386,7 @@ def test_a_damaged_description_of_a_set_is_named_on_one_line(tmp_path, text, mes
   copy = tmp_path / name / "1.0.0"
   copy.rename(tmp_path / "moved")
   (tmp_path / f"{name}_copy").mkdir()
-  (tmp_path / "moved").rename(
-    tmp_path / f"{name}_copy" / "1.0.0"
-  )  # of which TFDS knows no more than the files
+  (tmp_path / "moved").rename(tmp_path / f"{name}_copy" / "1.0.0")  # TFDS knows only its files
   (tmp_path / f"{name}_copy" / "1.0.0" / file.name).write_text(text)
   with pytest.raises(DatasetNotPreparedError, match=message) as caught:
     tfds_sets.load(f"{name}_copy", "train", tmp_path)

@@ -139,7 +139,7 @@ def test_files_of_16_bits_keep_them(kind, channels):
 
 
 def deep_colours(levels, size=None):
-  """A PNG of three channels of 16 bits, which Pillow does not write; its header may claim another size."""
+  """Makes a 16-bit RGB PNG, which Pillow does not write; its header may claim another size."""
   rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
   height, width = size or levels.shape[:2]
   chunk = lambda name, body: (

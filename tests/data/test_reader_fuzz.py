@@ -1,4 +1,7 @@
-"""Mutated pictures and tables are read right or named in one line: no crash, no hang, no memory without bound."""
+"""Mutated pictures and tables are read correctly or refused in one line.
+
+There is no crash, no hang, and no unbounded memory.
+"""
 
 import csv
 import io
@@ -48,7 +51,7 @@ PIECES = (
 
 
 def mutated(data, random, pieces):
-  """One to three changes: bytes flipped, cut off, deleted, repeated, moved or brought in."""
+  """Makes one to three changes: bytes flipped, cut off, deleted, repeated, moved or inserted."""
   for _ in range(random.integers(1, 4)):
     first = random.integers(0, len(data) + 1)
     last = min(first + random.integers(12), len(data))
@@ -74,14 +77,14 @@ def mutated(data, random, pieces):
 
 
 def renamed(texts, random):
-  """The same character brought into a word, wherever the word stands in these files."""
+  """Inserts the same character into a word, wherever it occurs in these files."""
   words = sorted(set(re.findall(rb"\w\w+", b" ".join(texts.values()))))
   word, character = (choices[random.integers(len(choices))] for choices in (words, CHARACTERS))
   return {name: text.replace(word, word[:1] + character + word[1:]) for name, text in texts.items()}
 
 
 def turned(text, random):
-  """Two numbers that follow each other, in the other order."""
+  """Swaps two consecutive numbers."""
   pairs = list(re.finditer(rb"([\d.]+)([ \t-]+)([\d.]+)", text))
   if not pairs:
     return text
@@ -90,7 +93,7 @@ def turned(text, random):
 
 
 def padded(text, random):
-  """Blanks or separators at the beginning or the end of a line."""
+  """Adds blanks or separators at the beginning or the end of a line."""
   lines = text.split(b"\n")
   place, blank = random.integers(len(lines)), BLANKS[random.integers(len(BLANKS))]
   lines[place] = blank + lines[place] if random.integers(2) else lines[place] + blank
@@ -98,13 +101,13 @@ def padded(text, random):
 
 
 def pierced(text, random):
-  """A character, separator or quote somewhere."""
+  """Inserts a character, separator or quote somewhere."""
   place = random.integers(len(text))
   return text[:place] + PIECES[random.integers(len(PIECES))] + text[place:]
 
 
 def changed(texts, random):
-  """The files of a table, by name, after one kind of change."""
+  """Returns the files of a table, by name, after one kind of change."""
   name, kind = sorted(texts)[random.integers(len(texts))], random.integers(5)
   if kind == 0:
     return renamed(texts, random)
@@ -113,7 +116,7 @@ def changed(texts, random):
 
 
 def watched(read, *errors):
-  """What `read()` returns, or the error of these kinds that it raises, on one line; within the time."""
+  """Returns the result of `read()`, or its error of these kinds, in one line and in time."""
   began = time.monotonic()
   try:
     found = read()
@@ -180,7 +183,7 @@ def opened(file):
 
 
 def read_picture(file):
-  """The picture as it is read, and as training sees it."""
+  """Returns the picture as it is read, and as training sees it."""
   source = opened(file)
   stream = streaming.Stream(source, source.class_names, (8, 8, 3), crop_area=0.5)
   return source[0]["image"], stream.read_one(0, (1, 2))[0], stream.read_one(0, None)[0]
@@ -223,10 +226,11 @@ def test_mutated_pictures_are_read_as_they_look_or_named(count, bounded_memory):
 
 
 def made_tables():
-  """By what reads them: what they say, and the files, of which some are changed."""
+  """Returns, by reader, the contents and the files, some of which are changed."""
   charades = {
     "Charades_v1_classes.txt": "c000 Holding some clothes\nc001 Putting clothes, somewhere\n",
-    "Charades_v1_train.csv": 'id,script,actions,length\n46GP8,"He said, ""so""",c001 11.90 21.20;c000 0 12.6,24.83\n'
+    "Charades_v1_train.csv": "id,script,actions,length\n"
+    '46GP8,"He said, ""so""",c001 11.90 21.20;c000 0 12.6,24.83\n'
     "N11GT,line,,18.33\nXXXXX,line,c001 0.00 3.00; ;,\n",
   }
   thumos = {

@@ -9,7 +9,7 @@ from gating_jax.data.tfds import DatasetNotPreparedError, Images
 
 @pytest.fixture
 def blocks(monkeypatch):
-  """Digits without a shape of their own: whole squares, brighter the higher the class; no noise."""
+  """Makes digits that are whole squares, brighter for higher classes, without noise."""
   brightness = np.repeat(20 * np.arange(10) + 64, 64).reshape(10, 8, 8, 1).astype(np.uint8)
   made = Images(brightness, np.arange(10, dtype=np.int32), tuple("0123456789"))
   monkeypatch.setattr(tfds, "load", lambda *_: made)
@@ -69,7 +69,7 @@ def test_scenes_that_cannot_be_made_are_refused(arguments, message):
 
 
 def street(count, size=(32, 48)):
-  """As much of Cityscapes in TFDS as is looked at: every pixel's brightness is its label, and none is like another."""
+  """The used part of Cityscapes in TFDS; every pixel's brightness is its label, and all differ."""
   rng = np.random.default_rng(0)
   labels = rng.integers(0, 40, (count, *size, 1), np.uint8)
   return [

@@ -6,7 +6,7 @@ from gating_jax.data.tfds import Images
 
 
 def images(per_class=20, classes=6, seed=0):
-  """Every pixel says which image it is of, and its class."""
+  """Makes images whose pixels hold the image's number and class."""
   labels = (
     np.random.default_rng(seed)
     .permutation(np.repeat(np.arange(classes), per_class))

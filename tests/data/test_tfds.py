@@ -94,7 +94,7 @@ def test_the_size_of_a_split_is_known_without_reading_it():
 
 
 class MadeSource(list):
-  """As much of a source of examples as `load` looks at."""
+  """The part of a source of examples that `load` uses."""
 
   class_names = ("cat", "dog")
 

@@ -16,7 +16,7 @@ from gating_jax.data.video_files import read_clips, read_features, segment_start
 from tests.helpers import made_videos
 
 SOME = st.integers(1, 70)
-NO_REORDERING = {"bf": "0", "sc_threshold": "0"}  # a key frame every five frames alone
+NO_REORDERING = {"bf": "0", "sc_threshold": "0"}  # a key frame every five frames only
 REORDERING = {"bf": "2", "b-adapt": "0", "sc_threshold": "0"}
 # A frame each half second for 6 seconds, then twelve a second for another.
 VARIABLE = np.concatenate([np.arange(12) / 2, 6 + np.arange(13) / 12])
@@ -302,7 +302,7 @@ def test_a_film_cut_without_encoding_it_again_begins_where_it_was_cut(
     ([(5, 3)], [[3, 4], [4, 5], [6, 7]], [0.1, 0.2, 0.4]),  # the beginning and the end are hidden
     ([(3, 0), (4, 7)], [[0, 1], [2, 7], [9, 10]], [0.1, 0.3, 0.6]),  # the middle is
     ([(3, 2), (3, 2)], [[2, 3], [4, 2], [3, 4]], [0.1, 0.3, 0.5]),  # a part is shown twice
-    ([(3, 7), (3, 2)], [[7, 8], [9, 2], [3, 4]], [0.1, 0.3, 0.5]),  # parts change places
+    ([(3, 7), (3, 2)], [[7, 8], [9, 2], [3, 4]], [0.1, 0.3, 0.5]),  # parts are swapped
     ([(5, None), (4, 3)], [[3, 4], [4, 5], [5, 6]], [0.6, 0.7, 0.8]),  # nothing is shown at first
   ],
 )
@@ -355,7 +355,7 @@ QUARTERS = np.array([[40, 90], [140, 190]])
 
 
 def corners(image):
-  """The brightness of an image in the middles of its quarters."""
+  """Returns the brightness of an image in the centres of its quarters."""
   height, width = image.shape[:2]
   return image[np.ix_([height // 4, 3 * height // 4], [width // 4, 3 * width // 4])].mean(axis=-1)
 
@@ -525,9 +525,7 @@ def test_headers_of_features_are_parsed_by_one_thread_at_a_time(tmp_path, monkey
     parsing.pop()
     return parse(text)
 
-  monkeypatch.setattr(
-    ast, "literal_eval", slowly
-  )  # which fails now and then where two threads are in it
+  monkeypatch.setattr(ast, "literal_eval", slowly)  # it fails now and then when two threads use it
   with ThreadPoolExecutor(8) as threads:
     read = list(threads.map(read_features, [tmp_path / "a.npy", tmp_path / "b.npz"] * 8))
   np.testing.assert_array_equal(read, 1)

@@ -1,4 +1,4 @@
-"""Mutated videos are read right or refused in one line: no crash, no hang, no memory without bound."""
+"""Mutated videos are read correctly or refused in one line: no crash, hang or memory growth."""
 
 import subprocess
 import sys

@@ -21,7 +21,7 @@ def table(names=NAMES, **columns):
 
 @pytest.fixture
 def warnings(monkeypatch):
-  """What is logged as a warning."""
+  """The logged warnings."""
   said = []
   monkeypatch.setattr(logging, "warning", lambda message, *values: said.append(message % values))
   return said
@@ -29,7 +29,7 @@ def warnings(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Video `i` has 10 + i frames."""
+  """Makes videos `i` of 10 + i frames."""
   folder = tmp_path_factory.mktemp("videos")
   for i, name in enumerate(NAMES):
     made_videos.write(folder / f"{name}.mp4", 10 + i)
@@ -38,7 +38,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def features(tmp_path):
-  """Video `i` has 3 + i segments; segment `t` of it is all of `10 i + t`, and of ten times that for the heavy net."""
+  """Makes videos `i` of 3 + i segments.
+
+  Segment `t` is filled with `10 i + t`, and with ten times that for the heavy net.
+  """
   for i, name in enumerate(NAMES):
     rows = 10 * i + np.arange(3 + i)[:, None]
     for kind, array in (
@@ -161,7 +164,7 @@ def test_bad_settings_are_named(folder, setting, message):
 
 
 def damage(folder):
-  """Leaves videos 0, 2 and 6 of the folder whole."""
+  """Damages all videos of the folder but 0, 2 and 6."""
   whole = (folder / "v1.mp4").read_bytes()
   (folder / "v1.mp4").write_bytes(whole[: len(whole) // 2])
   (folder / "v3.mp4").write_bytes(np.random.default_rng(0).bytes(2000))

@@ -1,4 +1,4 @@
-"""What several test files need: tiny networks, made data, processes and ways to compare."""
+"""Helpers of several test files: tiny networks, made data, processes and comparisons."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ _DEVICES = "--xla_force_host_platform_device_count"
 
 
 def environment(devices, *, optimised=False, **variables):
-  """The environment of a child process that imports this tree and has so many virtual devices.
+  """Returns the environment of a child process that imports this tree and has so many devices.
 
   Its programs are those of the tests, or `optimised`, as those that users run.
   """

@@ -1,4 +1,4 @@
-"""What a real browser makes of a page: messages in its console, pictures that did not load, elements that stick out."""
+"""Checks of a page in a real browser: messages, missing pictures, elements that stick out."""
 
 import html
 import json
@@ -9,8 +9,9 @@ import subprocess
 BROWSER = next(
   filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-# The page lies in a frame as wide as a phone, which a window cannot be, and this looks at it from outside, with what is
-# folded open. Contrast is that of WCAG 2, of every text with the background that it stands on.
+# The page is in a frame as narrow as a phone, since a window cannot be that narrow; the script
+# examines the frame from outside, with all sections unfolded. Contrast is that of WCAG 2, of every
+# text with the background behind it.
 _PROBE = """<!DOCTYPE html><iframe src="{name}" style="width: {width}px; height: 900px; border: 0"></iframe><script>
 const linear = c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
 const luminance = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
@@ -54,7 +55,10 @@ onload = () => {{
 
 
 def look_at(page, width=390, *, dark=False):
-  """What the browser says of a page, given its file, in a frame of `width` CSS pixels: a dict, its `messages` too."""
+  """Returns the browser's findings on a page as a dict, with its console `messages`.
+
+  The page is a file, shown in a frame of `width` CSS pixels.
+  """
   probe = page.with_name("probe.html")
   probe.write_text(_PROBE.format(name=page.name, width=width))
   done = _run(
@@ -72,7 +76,7 @@ def look_at(page, width=390, *, dark=False):
 
 
 def printed(page):
-  """The page as the bytes of a PDF file, as the browser prints it."""
+  """Returns the page as the bytes of a PDF file, as the browser prints it."""
   file = page.with_name("printed.pdf")
   _run(page, f"--print-to-pdf={file}", "--no-pdf-header-footer", page.as_uri())
   return file.read_bytes()

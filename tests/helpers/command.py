@@ -1,4 +1,4 @@
-"""The command `gating-jax` within this process, for what a process of its own would not show better."""
+"""The command `gating-jax` within this process, for tests that need no process of their own."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from gating_jax import cli
 
 
 def run_command(*arguments):
-  """The exit status of the command and what it wrote to stdout and stderr, together."""
+  """Returns the exit status of the command, and its stdout and stderr together."""
   with contextlib.ExitStack() as stack:
     patch = stack.enter_context(pytest.MonkeyPatch.context())
     patch.setattr(sys, "argv", ["gating-jax", *map(str, arguments)])

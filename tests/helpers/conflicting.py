@@ -1,4 +1,4 @@
-"""Two tasks that want the same few units, and a net so small that it learns them in a second."""
+"""Two tasks that need the same few units, and a net so small that it learns them in a second."""
 
 import flax.linen as nn
 import jax
@@ -68,7 +68,10 @@ def step(method, net, optimiser):
 
 
 def learn(method, net, *, count=300, rate=0.1, seed=1):
-  """Learns both tasks on whole batches: the learner after each, and `[2, 2]` accuracies with the task known."""
+  """Learns both tasks on whole batches.
+
+  Returns the learner after each, and `[2, 2]` accuracies with the task known.
+  """
   optimiser = optax.sgd(rate, momentum=0.9)
   state, states, accuracies = learner(method, optimiser, seed), [], np.full((2, 2), np.nan)
   one = step(method, net, optimiser)

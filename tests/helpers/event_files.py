@@ -1,4 +1,4 @@
-"""What TensorBoard would read of a run directory."""
+"""The contents of a run directory as TensorBoard reads them."""
 
 import struct
 
@@ -6,7 +6,10 @@ from gating_jax.training.journal import TENSORBOARD_DIR
 
 
 def events(folder):
-  """`(tag, value, step)` of every scalar point, in the order of files and points, and `(step,)` of every purge."""
+  """Returns `(tag, value, step)` of every scalar point, and `(step,)` of every purge.
+
+  They are in the order of files and points.
+  """
   from tensorboardX.proto.event_pb2 import SessionLog
 
   found = []
@@ -22,7 +25,7 @@ def events(folder):
 
 
 def summaries(folder):
-  """`(step, value)` of every point of any kind, a histogram or an image too, in the same order."""
+  """Returns `(step, value)` of every point, also of histograms and images, in the same order."""
   return [(event.step, value) for event in _events(folder) for value in event.summary.value]
 
 

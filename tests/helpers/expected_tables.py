@@ -1,7 +1,8 @@
-"""What the files of a table say, found in another way than the readers: character by character, without patterns.
+"""Contents of a table's files, read independently of the readers: by characters, without patterns.
 
-Each function takes a folder and returns a list of `(name, classes, intervals, seconds)`, one per video: a set of
-names, a list of `(start, end, unit)`, and None where no length is known; or None where a file breaks a rule.
+Each function takes a folder and returns a list of `(name, classes, intervals, seconds)`, one per
+video: a set of names, a list of `(start, end, unit)`, and None for an unknown length. It returns
+None where a file breaks a rule.
 """
 
 import math
@@ -11,7 +12,7 @@ _DIGITS = set("0123456789")
 
 
 class Broken(Exception):
-  """A file breaks a rule."""
+  """Error: a file breaks a rule."""
 
 
 def _require(rule):
@@ -46,7 +47,7 @@ def described(table):
 
 @_or_none
 def own_format(folder):
-  """A table `all.csv` and a split `split.txt`."""
+  """Reads a table `all.csv` and a split `split.txt`."""
   labels = {}
   rows = _csv(folder / "all.csv", ["video", "label"])
   several = any(";" in label for _, label in rows)
@@ -157,7 +158,7 @@ def _interval(text):
 
 
 def _csv(path, columns):
-  """The fields of these columns, row by row."""
+  """Returns the fields of these columns, row by row."""
   header, *rows = csv_fields(_text(path))
   _require(all(header.count(column) == 1 for column in columns))
   places = [header.index(column) for column in columns]
@@ -167,7 +168,7 @@ def _csv(path, columns):
 
 
 def csv_fields(text):
-  """All rows of a CSV file whose lines end at LF, by one state for each character."""
+  """Returns all rows of a CSV file whose lines end at LF, with one state for each character."""
   rows, row, field, state = [], [], "", "before"
   for character in text + "\n":
     if state == "inside":

@@ -12,7 +12,7 @@ FEATURES = 6
 
 
 def normal(rng, *shape, scale=1.0):
-  """Weights that keep the size of what they are applied to, times `scale`."""
+  """Makes weights that keep the size of their input, times `scale`."""
   values = rng.normal(0, 1 / np.sqrt(max(1, np.prod(shape[:-1]))), shape)
   return jnp.asarray(scale * values, jnp.float32)
 
@@ -22,7 +22,7 @@ def conv(rng, inputs, outputs, window=3, stride=1):
 
 
 def head(rng, inputs, *groups):
-  """Gates of which any number may be open for an image."""
+  """Makes gates of which any number may be open for an image."""
   total = sum(group.gates for group in groups)
   return Head(
     normal(rng, inputs, 8, scale=3),
@@ -42,7 +42,7 @@ def basic(rng, group, stride=1):
 
 
 def gated_output(rng, group, stride=1):
-  """With gates of what it ends with, which the next one reads by both ways."""
+  """Makes a block with gates of its output, which the next block reads in both branches."""
   block = basic(rng, group, stride)
   return dataclasses.replace(
     block,
@@ -53,7 +53,7 @@ def gated_output(rng, group, stride=1):
 
 
 def net(kind, seed=0):
-  """A small network of one kind of gates; 34 channels make three capacities of `switch`."""
+  """Makes a small network of one kind of gates; 34 channels make three capacities of `switch`."""
   rng = np.random.default_rng(seed)
   stem = Layer(conv(rng, 3, FEATURES))
   parts = {
@@ -79,7 +79,7 @@ def net(kind, seed=0):
         layer_gate=True,
       ),
     ],
-    # As `slim` leaves a block of which no unit ever opens, and `fold` one whose gate is always closed.
+    # As `slim` leaves a block whose units never open, and `fold` one whose gate is always closed.
     "dead branches": lambda: [
       stem,
       Block((conv(rng, FEATURES, 0), conv(rng, 0, FEATURES))),

@@ -1,4 +1,4 @@
-"""Small gated models of every kind that `fold` takes, with variables that make every unit matter."""
+"""Small gated models of every kind that `fold` accepts, with every unit alive."""
 
 import flax
 import jax
@@ -46,7 +46,7 @@ def images(count=5, seed=0):
 
 
 def random_variables(model, seed=1):
-  """Every unit alive, gates of either kind."""
+  """Makes variables for which every unit matters, with gates of either kind."""
   rng = np.random.default_rng(seed)
 
   def fill(path, leaf):

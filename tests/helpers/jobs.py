@@ -1,4 +1,4 @@
-"""Runs of the command `gating-jax` in processes of their own, alone or as jobs of `launch/local.sh`."""
+"""Runs of the command `gating-jax` in other processes, alone or as jobs of `launch/local.sh`."""
 
 import os
 import subprocess
@@ -25,7 +25,10 @@ def arguments(workdir, config="digits_resnet20", **changes):
 
 
 def launched(workdir, variables=(), out=None, **changes):
-  """A started job of two processes of four devices; what it prints is in `out`, by default `workdir`'s neighbour."""
+  """Starts a job of two processes with four devices each.
+
+  Its output is in `out`, by default next to `workdir`.
+  """
   out = out or workdir.with_suffix(".out")
   with out.open("w") as file:
     job = subprocess.Popen(
@@ -46,7 +49,7 @@ def launched(workdir, variables=(), out=None, **changes):
 
 
 def finished(job):
-  """The exit status of a job and what it printed."""
+  """Returns the exit status of a job and its output."""
   try:
     status = job.wait(300)
   finally:
@@ -55,7 +58,7 @@ def finished(job):
 
 
 def wait_until(holds, job):
-  """Returns when `holds()` does, while the job runs."""
+  """Waits until `holds()` is true while the job runs."""
   until = time.monotonic() + 200
   while not holds():
     assert job.poll() is None, job.out.read_text()
@@ -64,7 +67,7 @@ def wait_until(holds, job):
 
 
 def alone(*arguments, devices=8, optimised=False):
-  """What one process of so many devices prints."""
+  """Returns the output of one process with so many devices."""
   done = subprocess.run(
     [*PROGRAM.split(), *arguments],
     cwd=ROOT,
@@ -79,7 +82,7 @@ def alone(*arguments, devices=8, optimised=False):
 
 
 def processes_of(job):
-  """The process numbers of a running job's processes, the first of them the coordinator."""
+  """Returns the process numbers of a running job, the coordinator's first."""
   found = subprocess.run(
     ["pgrep", "-P", str(job.pid), "-f", "tiny_cli"], capture_output=True, text=True, check=False
   )
@@ -87,12 +90,12 @@ def processes_of(job):
 
 
 def saved_steps(workdir):
-  """The steps of the checkpoints of a run that are whole, in order."""
+  """Returns the steps of the complete checkpoints of a run, in order."""
   return sorted(int(f.name) for f in (workdir / "checkpoints").glob("*") if f.name.isdigit())
 
 
 def saved_state(workdir, step=None):
-  """The arrays of a checkpoint of a run, by default the newest, by name."""
+  """Returns the arrays of a checkpoint of a run by name; by default of the newest."""
   step = saved_steps(workdir)[-1] if step is None else step
   with ocp.StandardCheckpointer() as reader:
     return reader.restore(workdir.absolute() / "checkpoints" / str(step) / "state")

@@ -1,4 +1,7 @@
-"""The command of `tiny_cli.py`, on a machine whose clock jumps an hour forwards and two backwards, second by second."""
+"""The command of `tiny_cli.py` with a clock that jumps an hour forwards and two backwards.
+
+It jumps every second.
+"""
 
 import time
 

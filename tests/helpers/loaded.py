@@ -1,4 +1,4 @@
-"""What every loaded run keeps to."""
+"""Properties of every loaded run."""
 
 import json
 
@@ -21,7 +21,7 @@ READERS = (
 
 
 def loaded(workdir):
-  """`load_run`, where there are no data; its config is that of the run and its arrays are on the host."""
+  """Runs `load_run` without data; its config must be the run's and its arrays on the host."""
   with pytest.MonkeyPatch.context() as patch:
     for module, reader in READERS:
       patch.delattr(module, reader)

@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def images(count, shape, seed=0):
-  """Random images and labels; the colour tells the class, so that there is something to learn."""
+  """Makes random images and labels; the colour depends on the class, so it can be learnt."""
   rng = np.random.default_rng(seed)
   labels = np.arange(count) % 2
   noise = rng.integers(0, 100, (count, *shape))
@@ -16,7 +16,7 @@ def images(count, shape, seed=0):
 
 
 def encoded(image, kind="PNG", **options):
-  """A picture's file, as TFDS takes it; arrays of images need TensorFlow."""
+  """Returns a picture's file, as TFDS accepts it; arrays of images need TensorFlow."""
   file = io.BytesIO()
   picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
   picture.save(file, kind, **options)

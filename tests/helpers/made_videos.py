@@ -1,4 +1,4 @@
-"""Small real video files whose frames tell their number, and damaged ones."""
+"""Small real video files whose frames show their number, and damaged ones."""
 
 import struct
 from fractions import Fraction
@@ -13,7 +13,7 @@ _NESTED = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
 
 
 def brightness(frame):
-  """How bright a frame is on which `write` was called: 16, 24, 32, ..."""
+  """Returns the brightness of a frame that `write` was called for: 16, 24, 32, ..."""
   return 16 + STEP * frame
 
 
@@ -31,11 +31,11 @@ def write(
   pixels=None,
   paint=None,
 ):
-  """A video whose frame `i` is all of `brightness(i)`, or `paint(i)`.
+  """Writes a video whose frame `i` is filled with `brightness(i)`, or is `paint(i)`.
 
   Args:
     path, frames, size, rate, codec: of the video.
-    audio: whether it has a silent sound track, too.
+    audio: adds a silent sound track.
     options, encoder: of the container and of the codec.
     times: when each frame is shown, in seconds; None for a constant rate.
     pixels: their format; None for one that suits the codec.
@@ -51,7 +51,7 @@ def write(
     stream.gop_size = 5
     tick = (
       Fraction(1, rate) if path.suffix in (".avi", ".mpg") else _TICK
-    )  # these have but places for frames
+    )  # these only have places for frames
     if times is not None:
       stream.codec_context.time_base = tick
     for i in range(frames):
@@ -67,13 +67,15 @@ def write(
 
 
 def write_sound(path):
-  """A file without any video stream."""
+  """Writes a file without any video stream."""
   return write_tracks(path, ["sound"])
 
 
 def write_tracks(path, tracks):
-  """A file with these tracks: `sound`, a `cover` picture all of 200, or a `film` of 6 frames, the first by `write`'s
-  brightness, each other one 100 brighter."""
+  """Writes a file with tracks: `sound`, a `cover` picture of brightness 200, or a `film`.
+
+  A film has 6 frames of the brightness of `write`; each further film is 100 brighter.
+  """
   with av.open(str(path), "w") as container:
     streams = [_add_track(container, track) for track in tracks]
     films = 0
@@ -110,14 +112,20 @@ def _write_silence(container, sound):
 
 
 def shown(pixels):
-  """Which frames `[...]` a `[..., H, W, 3]` array holds, and how far any of its pixels is from their brightness."""
+  """Returns the frame numbers `[...]` that a `[..., H, W, 3]` array shows.
+
+  Also returns how far any of its pixels is from their brightness.
+  """
   mean = pixels.mean(axis=(-3, -2, -1))
   frames = np.round((mean - brightness(0)) / STEP).astype(int)
   return frames, np.abs(pixels - brightness(frames)[..., None, None, None]).max()
 
 
 def copy_packets(source, target, first=0, *, options=None, keep=lambda packet: True):
-  """Copies the packets of a video of 10 frames a second, without decoding them, so that frame `first` is at time 0."""
+  """Copies the packets of a video of 10 frames per second without decoding them.
+
+  Frame `first` is then at time 0.
+  """
   with (
     av.open(str(source)) as whole,
     av.open(str(target), "w", container_options=options or {}) as part,
@@ -134,8 +142,10 @@ def copy_packets(source, target, first=0, *, options=None, keep=lambda packet: T
 
 
 def set_edits(path, edits):
-  """Gives an .mp4 file of 10 frames a second another edit list: pairs of a duration and a first frame, or None for
-  nothing shown."""
+  """Gives an .mp4 file of 10 frames per second another edit list.
+
+  It has pairs of a duration and a first frame; None as first frame shows nothing.
+  """
   with av.open(str(path)) as container:
     ticks = 1 / (10 * container.streams.video[0].time_base)
   entries = [
@@ -149,7 +159,7 @@ def set_edits(path, edits):
 
 
 def set_display_matrix(path, matrix):
-  """Gives an .mp4 file, in the header of its track, another display matrix `[2, 2]`."""
+  """Gives an .mp4 file another display matrix `[2, 2]` in the header of its track."""
   data = bytearray(path.read_bytes())
   place = data.index(b"tkhd") + 44
   (a, b), (c, d) = np.multiply(matrix, 1 << 16).astype(int).tolist()
@@ -159,7 +169,7 @@ def set_display_matrix(path, matrix):
 
 
 def boxes(data):
-  """The boxes of an .mp4 file, damaged or not, or of a box of it: pairs of a name and the whole box."""
+  """Returns the boxes of an .mp4 file, damaged or not, or of a box: pairs of name and whole box."""
   found = []
   while data:
     length = max(int.from_bytes(data[:4], "big"), 8)
@@ -169,7 +179,7 @@ def boxes(data):
 
 
 def _replaced(data, name, body):
-  """Data of boxes in which each one of this name, at any depth, holds another body."""
+  """Returns the data of boxes, where each box of this name, at any depth, has another body."""
   parts = []
   for found, box in boxes(data):
     if found == name:
@@ -185,7 +195,7 @@ def _box(name, body):
 
 
 def write_packets(path, codec, packets, size):
-  """A file of ready packets, tuples of data, time in milliseconds and whether it is a key frame."""
+  """Writes a file of ready packets: tuples of data, time in milliseconds, and key frame or not."""
   with av.open(str(path), "w") as container:
     stream = container.add_stream(codec, rate=10)
     stream.height, stream.width = size
@@ -199,7 +209,10 @@ def write_packets(path, codec, packets, size):
 
 
 def write_fields(path, frames):
-  """H.264 whose frames are two fields with a packet each, as some cameras write it; 32 x 32 pixels, uncompressed."""
+  """Writes H.264 whose frames are two fields with a packet each, as some cameras do.
+
+  It has 32 x 32 pixels and is uncompressed.
+  """
   parameters = _unit(
     0x67, [(8, 77), (8, 0), (8, 30), 0, 0, 2, 1, (1, 0), 1, 0, (4, 0b0010), (1, 0)]
   )
@@ -218,7 +231,10 @@ def write_fields(path, frames):
 
 
 def _unit(head, fields):
-  """A unit of H.264: numbers of so many bits, Exp-Golomb codes of those without, None up to the next whole byte."""
+  """Makes a unit of H.264.
+
+  It has numbers of so many bits, Exp-Golomb codes of those without, None up to the next whole byte.
+  """
   bits = ""
   for field in fields:
     if field is None:

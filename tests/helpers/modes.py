@@ -31,7 +31,7 @@ def computed(calls, *args):
 
 
 def traced(calls, *args):
-  """Returns the shapes and types that functions have, by name: where modes refuse, they do so here."""
+  """Returns the shapes and types that functions have, by name; a mode that refuses does so here."""
   return jax.eval_shape(together(calls), *args)
 
 

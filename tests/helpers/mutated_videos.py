@@ -1,8 +1,9 @@
-"""Mutated video files, read and compared with what a plain decoder shows; also as a process of its own.
+"""Mutated video files, compared with the frames of a plain decoder; also runs as its own process.
 
     python -m tests.helpers.mutated_videos FOLDER FIRST LAST
 
-reads the mutants of seeds FIRST to LAST - 1, and dies where one makes a decoder crash or takes more than 10 seconds.
+reads the mutants of seeds FIRST to LAST - 1. It dies if a mutant makes a decoder crash or takes
+more than 10 seconds.
 """
 
 import resource
@@ -22,7 +23,8 @@ MOST_SECONDS, MOST_MEMORY = 10, 1 << 30  # of one file; of all, beyond what the 
 _FRAMES = 20
 _STRICT = {
   "err_detect": "bitstream+buffer+explode"
-}  # of a decoder that ends at what others pass over
+  # For a decoder that stops at faults which others ignore.
+}
 _FRAGMENTS = {"movflags": "frag_keyframe+empty_moov"}
 _WHOLE = {
   "plain.mp4": dict(audio=True, encoder={"bf": "2", "b-adapt": "0"}),
@@ -39,11 +41,11 @@ _WHOLE = {
 
 
 class Played(NamedTuple):
-  """What a plain decoder shows: all N frames.
+  """All N frames that a plain decoder shows.
 
   Attributes:
     times: `[N]` in seconds, NaN where unknown.
-    pixels: `[N, 192]`, those of a frame of 8 x 8 by their value, so that they are the same however it is turned.
+    pixels: `[N, 192]`, those of an 8 x 8 frame sorted by value, so that rotation changes nothing.
   """
 
   times: np.ndarray
@@ -51,9 +53,9 @@ class Played(NamedTuple):
 
 
 class Whole(NamedTuple):
-  """A video before it is mutated: its data, and what it shows, to the reader and to a plain decoder.
+  """A video before it is mutated: its data, and its frames by the reader and by a plain decoder.
 
-  `chosen` `[T, F]` are the places of the clips' frames among those that are played.
+  `chosen` `[T, F]` holds the positions of the clips' frames among those that are played.
   """
 
   data: bytes
@@ -64,7 +66,7 @@ class Whole(NamedTuple):
 
 
 def write_whole(folder):
-  """The videos that are mutated, by name: each container, and what may be in one."""
+  """Returns the videos to mutate, by name: every container, and its possible contents."""
   for name, settings in _WHOLE.items():
     made_videos.write(folder / name, _FRAMES, **settings)
   made_videos.set_display_matrix(
@@ -90,10 +92,11 @@ def _read(path):
 
 
 def _play(path, strict=False):
-  """What a plain decoder shows; None where it finds a fault.
+  """Returns the frames of a plain decoder; None where it finds a fault.
 
-  The strict one passes over none that it finds. It keeps all frames, so that each has memory of its own: what a fault
-  leaves open differs from that of a decoder that takes the memory of earlier frames.
+  The strict decoder ignores no fault that it finds. It keeps all frames, so that each has its own
+  memory: pixels that a fault leaves undefined differ from those of a decoder that reuses the memory
+  of earlier frames.
   """
   try:
     with av.open(str(path), metadata_errors="replace") as container:
@@ -110,14 +113,15 @@ def _play(path, strict=False):
 
 
 def _by_value(pixels):
-  """`[..., H, W, 3]` to `[..., 3 H W]`, sorted."""
+  """Flattens `[..., H, W, 3]` to `[..., 3 H W]`, sorted."""
   return np.sort(pixels.reshape(*pixels.shape[:-3], -1).astype(int), axis=-1)
 
 
 def mutate(data, random):
-  """One or two bytes changed, which a player may bear; or one or two changes of any kind.
+  """Changes one or two bytes, which a player may tolerate, or makes one or two changes of any kind.
 
-  Those are bytes or bits flipped, the end cut off, boxes or blocks swapped, deleted, repeated or zeroed.
+  Those are bytes or bits flipped, the end cut off, boxes or blocks swapped, deleted, repeated or
+  zeroed.
   """
   if random.integers(2):
     return _with_bytes_flipped(data, random, of_headers=random.integers(2) == 0, most=2)
@@ -161,9 +165,10 @@ def _with_parts_swapped(data, random):
 
 
 def check(seed, whole, folder):
-  """Reads a mutant and says how it went; raises unless it was read right or refused in one line.
+  """Reads a mutant; raises unless it is read correctly or refused in one line.
 
-  A mutant of which a plain decoder shows all frames, intact and at their times, must be read, as it is shown there.
+  A mutant must be read if a plain decoder shows all its frames, intact and at their times; the
+  frames read must be the same.
   """
   random = np.random.default_rng(seed)
   name = random.choice(list(whole))
@@ -195,7 +200,7 @@ def check(seed, whole, folder):
 
 
 def _shown_whole(path, expected):
-  """What a plain decoder shows, if those are as many frames as before the mutation, intact and at their times."""
+  """Returns a plain decoder's frames if they are as many as before, intact and at their times."""
   played, strictly = _play(path), _play(path, strict=True)
   if played is None or strictly is None or played.times.shape != expected.times.shape:
     return None

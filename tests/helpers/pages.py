@@ -4,7 +4,7 @@ import re
 
 
 def lasting(folder):
-  """The page of a run without what differs each time it is written: directories, dates, measured times."""
+  """Returns the page of a run without parts that always differ: directories, dates, times."""
   html = (
     (folder / "report.html")
     .read_text()

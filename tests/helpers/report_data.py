@@ -1,4 +1,4 @@
-"""A made run for the report: gates whose behaviour is known."""
+"""A made run for the report, with gates of known behaviour."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ COUNTS = ModelCounts(
   params=100, gate_params=10, gates=5, macs=1000, gate_macs=50, gated=600, gate_layers=LAYERS
 )
 LABELS = np.arange(M) % 3
-# Open always; never; for class 0; for images 7 and 11, the latter more surely; for class 2 and image 0.
+# Open always; never; for class 0; for images 7 and 11, more surely for 11; for class 2 and image 0.
 LOGITS = np.stack(
   [
     np.full(M, 4.0),
@@ -39,7 +39,7 @@ def pixels(index):
 
 
 def results(at, kind):
-  """What the model makes of images: the later, the larger the loss; class 2 is taken for class 1."""
+  """Returns the model's outputs: later images have larger losses; class 2 is taken for class 1."""
   found = {"cross_entropy": at.astype(np.float32)}
   if kind != "scenes":
     predicted = np.minimum(LABELS[at], 1)

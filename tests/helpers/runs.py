@@ -12,19 +12,19 @@ from gating_jax.reports import compile_report
 
 
 def said(programme, config, workdir, mode):
-  """What a programme, such as `classification`, prints in a mode."""
+  """Returns the output of a programme, such as `classification`, in a mode."""
   with contextlib.redirect_stdout(io.StringIO()) as out:
     programme.run(config, workdir, mode)
   return out.getvalue()
 
 
 def announced(patch):
-  """From here on what takes long is announced however little it takes, so that `said` has all of it."""
+  """Announces every operation from here on, even a short one, so that `said` has all."""
   patch.setattr(progress, "_AFTER", 0.0)
 
 
 def compiled(programme, finished, folder):
-  """`(what was measured of programs that skip, what was printed)` of a copy of a finished run, in little time."""
+  """Times programs that skip, for a copy of a finished run; returns the times and the output."""
   made, workdir, _ = finished
   copy = shutil.copytree(workdir, folder / "run")
   with pytest.MonkeyPatch.context() as patch:
@@ -36,7 +36,7 @@ def compiled(programme, finished, folder):
 
 
 class Stopping:
-  """In place of `StopRequest`: asks to stop after some steps."""
+  """A replacement of `StopRequest` that asks to stop after some steps."""
 
   def __init__(self, steps):
     self._left = steps

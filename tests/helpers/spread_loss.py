@@ -1,4 +1,4 @@
-"""A fit with the batch-shaping loss beside it, and the ways to spread its batch over devices.
+"""A fit with the batch-shaping loss, and the ways to spread its batch over devices.
 
 Axes: N examples, C gates. Each way returns the value and the gradient of the whole batch.
 """
@@ -83,7 +83,10 @@ def on_one_device(params, batch, term, **scales):
 
 
 def by_pmap(params, batch, term, exchange):
-  """Over the devices of all processes, of which this one has its part of the batch; every device's own result."""
+  """Runs over the devices of all processes, this one with its part of the batch.
+
+  Returns every device's own result.
+  """
   run = jax.pmap(_averaged(term, exchange, AXIS), axis_name=AXIS, in_axes=(None, 0))
   return run(
     params, jax.tree.map(lambda a: a.reshape(jax.local_device_count(), -1, *a.shape[1:]), batch)
@@ -91,7 +94,7 @@ def by_pmap(params, batch, term, exchange):
 
 
 def by_shard_map(params, batch, term, exchange, *, axes=AXIS, order=None, check_vma=False):
-  """Over one axis, or over two of which the first has two places; `order` is that in which they hold the batch."""
+  """Runs over one axis, or over two, the first of size 2; `order` is their order in the batch."""
   devices = np.array(jax.devices())
   mesh = Mesh(devices if isinstance(axes, str) else devices.reshape(2, -1), axes)
   order = order or axes
@@ -107,13 +110,13 @@ def by_shard_map(params, batch, term, exchange, *, axes=AXIS, order=None, check_
 
 
 def _averaged(term, exchange, axis_name):
-  """As in training: local gradients, then their mean."""
+  """Computes local gradients, then their mean, as in training."""
   local = jax.value_and_grad(lambda p, b: loss(p, b, term, axis_name=axis_name, exchange=exchange))
   return lambda p, b: lax.pmean(local(p, b), axis_name)
 
 
 def _summed(term, exchange, axis_name):
-  """With `check_vma` the gradient of what is the same on all devices comes summed over them: the loss is averaged."""
+  """Averages the loss: with `check_vma`, gradients of replicated values are summed over devices."""
   return jax.value_and_grad(
     lambda p, b: lax.pmean(loss(p, b, term, axis_name=axis_name, exchange=exchange), axis_name)
   )

@@ -1,4 +1,4 @@
-"""Made data in place of sets that are not at hand: sets of TFDS of any name, and folders of videos or features."""
+"""Made data in place of unavailable sets: TFDS sets, and folders of videos or features."""
 
 import csv
 import functools
@@ -9,7 +9,8 @@ import tensorflow_datasets as tfds
 from gating_jax.data import tfds as tfds_sets
 from tests.helpers import made_tfds, made_videos
 
-SIZES = {  # of images by set: height, width and channels, classes, and how many there are of each
+# By set of images: height, width and channels, classes, and the number of images of each.
+SIZES = {
   "cifar10": ((32, 32, 3), 10, 60),
   "cifar100": ((32, 32, 3), 100, 40),
   "mnist": ((28, 28, 1), 10, 60),
@@ -21,7 +22,7 @@ SCENES = 40
 
 
 def stand_in(monkeypatch, folder):
-  """Lets every set of TFDS be opened, its examples made in `folder` when it is first."""
+  """Lets every TFDS set be opened; its examples are made in `folder` at the first time."""
   opened = tfds_sets.open_tfds
 
   @functools.cache
@@ -52,7 +53,7 @@ def stand_in(monkeypatch, folder):
 
 
 def _images(shape, classes, each):
-  """As many of every class, in turn; of no one size where the set has none."""
+  """Makes as many images of every class, in turn; sizes vary where the set has no fixed one."""
   random = np.random.default_rng(0)
   examples = []
   for i in range(classes * each):
@@ -67,7 +68,7 @@ def _images(shape, classes, each):
 
 
 def _street(count):
-  """Scenes of four areas, each of a class that is trained, or of none."""
+  """Makes scenes of four areas, each of a trained class or of none."""
   random = np.random.default_rng(0)
   examples = []
   for _ in range(count):
@@ -80,7 +81,10 @@ def _street(count):
 
 
 def video_files(folder, kind, count=8):
-  """Videos, or features of them, and their tables: the fields of a config that name them; none for composed ones."""
+  """Makes videos or features with their tables; returns the fields of a config that name them.
+
+  Composed videos have no such fields.
+  """
   if kind == "composed":
     return {}
   random = np.random.default_rng(0)

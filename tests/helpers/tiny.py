@@ -1,4 +1,7 @@
-"""What the tests of training share: a net, images and an objective that compile fast, and ways to compare trees."""
+"""Shared parts of the training tests: a net, images and an objective that compile fast.
+
+There are also ways to compare trees.
+"""
 
 import jax
 import numpy as np
@@ -26,7 +29,7 @@ def net(gating="channel", axis_name=None):
 
 
 def images(count, seed=0):
-  """Noise of a brightness that differs from image to image, so that pooled features do too."""
+  """Makes noise whose brightness differs from image to image, so that pooled features do too."""
   random = np.random.default_rng(seed)
   pixels = random.integers(0, 256, (count, *SHAPE)) * random.uniform(0, 1, (count, 1, 1, 1))
   return pixels.astype(np.uint8), random.integers(0, CLASSES, count).astype(np.int32)
@@ -63,7 +66,7 @@ def train_step(optimiser, *, gating="channel", axis_name=None, seed=0, objective
 
 
 def relative_gap(tree, other):
-  """Norm of the difference over the norm of `other`, over all arrays together."""
+  """Returns the norm of the difference over the norm of `other`, over all arrays together."""
   tree, other = jax.device_get((tree, other))
   difference = jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b, tree, other)
   return float(optax.tree.norm(difference)) / float(optax.tree.norm(other))

@@ -1,4 +1,4 @@
-"""The command `gating-jax`, with very small networks to name: `--config.model.name=tiny`, of videos both by that."""
+"""The command `gating-jax` with very small networks, `--config.model.name=tiny` and the like."""
 
 from gating_jax import cli
 from gating_jax.layers.blocks import BasicBlock

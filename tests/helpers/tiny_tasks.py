@@ -1,4 +1,4 @@
-"""Two tasks of tiny images, and what methods of convolutions need to learn them in a second."""
+"""Two tasks of tiny images, and the settings for learning them with convolutions in a second."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def problem(axis_name=None):
 
 
 def task(number, count=64, seed=0):
-  """Noise on bright and dark columns or not (task 0), on bright and dark rows or not (task 1)."""
+  """Makes noise with or without bright and dark columns (task 0) or rows (task 1)."""
   random = np.random.default_rng([seed, number])
   labels = np.arange(count) % 2
   stripes = np.where(np.arange(4) % 2, 60, -60) * np.ones((4, 1))
@@ -65,7 +65,7 @@ def step(method, axis_name=None, rate=0.1, steps_per_epoch=10):
 
 
 def train(method, learner, data, count=40, **settings):
-  """After so many steps on the whole set."""
+  """Returns the learner after so many steps on the whole set."""
   one, first = step(method, **settings), learner.step
   run = jax.jit(
     lambda learner: jax.lax.fori_loop(
@@ -81,7 +81,7 @@ def end(method, learner, data, seed=0):
 
 
 def aware(method, learner, number, seen, data=None):
-  """`[N, C]` logits of a task's images, by default new ones."""
+  """Returns `[N, C]` logits of a task's images, by default new ones."""
   data = task(number, seed=1) if data is None else data
   return np.asarray(
     jax.jit(method.predict, static_argnums=3)(
@@ -98,6 +98,6 @@ def accuracy(method, learner, number, seen):
 
 
 def same_shapes(a, b):
-  """Whether two trees have the same structure, shapes and dtypes."""
+  """Checks that two trees have the same structure, shapes and dtypes."""
   shapes = lambda tree: jax.tree.map(lambda x: (jnp.shape(x), jnp.asarray(x).dtype), tree)
   return jax.tree.structure(a) == jax.tree.structure(b) and shapes(a) == shapes(b)

@@ -1,4 +1,7 @@
-"""A class-incremental problem that trains in a moment: three tasks of two classes, each a bright spot of its own."""
+"""A class-incremental problem that trains in a moment: three tasks of two classes.
+
+Each class is a bright spot at its own place.
+"""
 
 import dataclasses
 import functools
@@ -39,7 +42,7 @@ def network(axis_name=None, scope="seen", model=None):
 
 
 def images(task, per_class=20, seed=0):
-  """`TaskData` of one task: pixel 2 c of class c is bright, on noise."""
+  """Makes the `TaskData` of one task: pixel 2 c of class c is bright, on noise."""
   random = np.random.default_rng([seed, task])
   labels = np.repeat(np.arange(CLASSES) + task * CLASSES, per_class).astype(np.int32)
   pixels = random.integers(0, 120, (len(labels), *SHAPE))
@@ -81,7 +84,7 @@ def end_task(method, learner, data):
 
 
 def learn(method, tasks=TASKS, steps=40, batch=8):
-  """The learner after these tasks."""
+  """Returns the learner after these tasks."""
   learner, advance = start(method), step(method)
   for task in range(tasks):
     data, random = images(task), np.random.default_rng(task)
@@ -93,7 +96,7 @@ def learn(method, tasks=TASKS, steps=40, batch=8):
 
 
 def accuracies(method, learner, tasks=TASKS):
-  """`(aware, agnostic)`, each a list over tasks, on images not trained on."""
+  """Returns `(aware, agnostic)` on held-out images, each a list over tasks."""
 
   def of_task(task):
     data = images(task, seed=1)

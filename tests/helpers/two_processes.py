@@ -1,6 +1,7 @@
 """One of two processes that share a batch: `two_processes.py PORT PROCESS FILE.npz`.
 
-Writes the value and the gradients found in every way, with each exchange. `test_ecdf_devices.py` starts both.
+Writes the value and the gradients found in every way, with each exchange. `test_ecdf_devices.py`
+starts both processes.
 """
 
 import sys

@@ -7,7 +7,8 @@ from gating_jax.images.build import network
 from gating_jax.models.summary import count
 from gating_jax.training import devices
 
-# name: image shape, MACs of the first convolution and of a classifier of 10, which grow with width and not its square
+# By name: image shape, and MACs of the first convolution and of a classifier of 10 classes, which
+# grow with the width and not its square.
 SHAPES = {
   "resnet20": ((32, 32, 3), 32**2 * 27 * 16, 640),
   "resnet18": ((64, 64, 3), 32**2 * 147 * 64, 5_120),

@@ -50,7 +50,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
-  """`(config, directory, what it printed)` of a run with a budget; a test that changes the directory copies it."""
+  """`(config, directory, output)` of a run with a budget; tests copy it to change it."""
   made = config(**LONG, **{"devices.backend": "shard_map", "loss.sparsity.kind": "budget"})
   workdir = tmp_path_factory.mktemp("finished") / "run"
   return made, workdir, said(classification, made, workdir, "train")
@@ -218,7 +218,7 @@ def test_fixed_macs_are_those_of_what_is_never_gated(name, config):
 
 @functools.cache
 def mixed_state():
-  """A state of the tiny net, on the host, each of whose gates opens on some test images."""
+  """A state of the tiny net, on the host, whose gates all open on some test images."""
   made = importlib.import_module("configs.digits_resnet20").get_config()
   made.model.name = "tiny"
   built = classification.build(made)
@@ -263,7 +263,7 @@ def test_evaluation_does_not_depend_on_batch_and_devices(config, monkeypatch, ba
   assert np.all(np.abs(behaviour.diagnosis.open_rates - 0.5) < 0.49)
   assert (
     reference["random_dropout"] == 8
-  )  # as small as random weights make them, logits are lost in the noise
+  )  # random weights make logits so small that they are lost in the noise
   assert reference["class_information"] > 0
   assert result == pytest.approx(reference, rel=1e-5)
   for name in ("accuracy", "images", "macs", "macs_std", "mean_open", "random_dropout"):
@@ -280,7 +280,7 @@ def lines(workdir):
 
 
 def check_gates(result, train, workdir):
-  """What a run with a budget says of its gates, and shows in TensorBoard while it trains."""
+  """Checks the gates of a run with a budget, and its TensorBoard during training."""
   assert result["budget"] == 0.5
   assert train[-1]["mac_ratio"] < train[0]["mac_ratio"] < 1
   assert (
@@ -325,7 +325,7 @@ def ungated(config, tmp_path_factory):
 
 
 def check_run(made, workdir, printed, total):
-  """What every finished run leaves and prints; returns its result and its training lines."""
+  """Checks files and output of a finished run; returns its result and its training lines."""
   result = json.loads((workdir / "result.json").read_text())
   assert result["step"] == total
   assert result["accuracy"] > 0.3
@@ -583,7 +583,7 @@ def test_layers_trained_with_the_backward_of_open_images_alone_are_the_same(
 @pytest.mark.slow
 @pytest.mark.parametrize(("budget", "initial_open"), [(0.4, 0.85), (0.6, 0.3)])
 def test_a_net_ends_at_its_budget_from_above_and_from_below(budget, initial_open, config, tmp_path):
-  """On 360 test images and in 132 steps to 0.04; to 0.02 on CIFAR-10, docs/results.md."""
+  """To 0.04 on 360 test images after 132 steps; to 0.02 on CIFAR-10, see docs/results.md."""
   classification.run(
     config(
       **{

@@ -36,7 +36,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def exported(config, tmp_path_factory):
-  """A finished run with its exports, and what was said of them."""
+  """A finished run with its exports, and its output."""
   workdir = tmp_path_factory.mktemp("runs") / "run"
   said(classification, config, workdir, "train")
   with pytest.MonkeyPatch.context() as patch:
@@ -47,7 +47,7 @@ def exported(config, tmp_path_factory):
 
 
 def fastest(strategy):
-  """A race by a made-up clock, in which this strategy takes half of what others take."""
+  """A race by a made-up clock, in which this strategy takes half the time of others."""
   return lambda runs, _, **__: {
     name: [0.5 if strategy in (name, name[0]) else 1.0] for name in runs
   }
@@ -121,7 +121,7 @@ def test_a_net_with_early_exits_is_exported_for_one_image(tmp_path, monkeypatch)
 
 @pytest.fixture(scope="module")
 def exported_exits(tmp_path_factory):
-  """The export of a net with early exits that is not trained, and what was said of it."""
+  """The export of an untrained net with early exits, and its output."""
   folder = tmp_path_factory.mktemp("exits")
   config = importlib.import_module("configs.digits_resnet20").get_config("gates=exits")
   config.update_from_flattened_dict(

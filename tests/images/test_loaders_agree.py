@@ -1,6 +1,6 @@
-"""One short training on images from disk, by both loaders: made ones, and real CIFAR-10 where it is prepared.
+"""Short trainings on images from disk with both loaders: made ones, and CIFAR-10 if prepared.
 
-Two programs agree to the bit where the compiler treats them alike, as it does with the optimisations that users have.
+Two programs are bit-equal if the compiler treats them alike, as it does with users' optimisations.
 """
 
 import json

@@ -11,7 +11,7 @@ from tests.helpers import report_data
 
 @pytest.fixture(autouse=True)
 def unsaved(monkeypatch):
-  """Pictures without pixels, which take most of the time."""
+  """Draws pictures without pixels, which take most of the time."""
   monkeypatch.setattr(page, "drawn", lambda draw, *args, **named: page.Picture(b"", *args, **named))
 
 
@@ -26,7 +26,7 @@ def captions(found):
 
 @pytest.fixture
 def drawn(monkeypatch):
-  """The brightest pixel of each image, and the text, of every picture of images that is drawn."""
+  """The brightest pixel of each image, and the text, of every picture of images."""
   calls, draw = [], images.draw_images
 
   def record(pixels, texts):
@@ -91,7 +91,7 @@ def test_the_easiest_and_hardest_images_have_their_class_loss_and_macs(drawn):
   assert hard == [4 * i for i in range(59, 51, -1)]
   assert (
     easy_texts[0] == "<script>alert(…\nright\n0 · 0.00075 M"
-  )  # gates 0, 2 and 4: 450 MACs are always spent
+  )  # gates 0, 2 and 4: 450 MACs are ungated
   assert hard_texts[0] == "a class of a v…\n→ $b$\n59 · 0.00065 M"
 
 
@@ -110,7 +110,8 @@ def test_what_gates_tell_of_the_class(monkeypatch):
   np.testing.assert_allclose(rates[0], [1, 0, 0])
   assert "01:1" in names
   assert not {"00:0", "00:1"} & set(names), "are the same for all images"
-  assert seen["bars"][1][0] == "00:2: 0.89 bits, open for 33 %"  # H(1/3) less what chance adds
+  # H(1/3) without the bits that chance adds
+  assert seen["bars"][1][0] == "00:2: 0.89 bits, open for 33 %"
   assert list(classes) == list(report_data.CLASSES)
 
 

@@ -1,4 +1,4 @@
-"""A run cut back to an earlier checkpoint ends as it did before, with either loader."""
+"""A run that is cut back to an earlier checkpoint ends as before, with either loader."""
 
 import importlib
 import json

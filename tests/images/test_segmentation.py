@@ -1,4 +1,7 @@
-"""Segmentation runs: settings, training, evaluation, going on. What runs share is tested with classification."""
+"""Segmentation runs: settings, training, evaluation, resuming.
+
+Parts that all runs share are tested with classification.
+"""
 
 import importlib
 import json

@@ -13,7 +13,7 @@ VARIABLES = random_variables(MODEL)
 
 @pytest.fixture(scope="module")
 def gates():
-  """Of 150 images, `[150, U]` of each group."""
+  """Returns the gates of 150 images, `[150, U]` for each group."""
   return [np.asarray(z) > 0 for z in folded.run(fold(MODEL, VARIABLES), images(150))[1]]
 
 

@@ -1,4 +1,4 @@
-"""Every strategy equals `folded.masked`, whatever is open, on any number of images."""
+"""Every strategy equals `folded.masked`, for any open gates and any number of images."""
 
 import dataclasses
 import functools
@@ -35,19 +35,19 @@ def compiled(kind, strategy, batch_size=1, **changes):
   )
 
 
-# What only reads a program shares it.
+# Tests that only read a program share it.
 shared = functools.cache(compiled)
 MOST = 7  # images
 
 
 def reference_of(of, x):
-  """`folded.run`, by one program for any number of images."""
+  """Runs `folded.run` as one program for any number of images."""
   found = jax.jit(folded.run)(of, np.concatenate([x, images(MOST - len(x))]))
   return jax.tree.map(lambda a: np.asarray(a)[: len(x)], found)
 
 
 def check(run, x, of):
-  """The program's outputs are those of the reference; returns the gates.
+  """Checks that a program's outputs are those of the reference; returns the gates.
 
   Images with a logit so near 0 that rounding may open its gate are left out.
   """
@@ -65,7 +65,7 @@ def check(run, x, of):
 
 
 def check_image_that_is_no_number(run):
-  """It has no answer, and changes no other."""
+  """It has no answer, and does not change the others'."""
   x = images(3)
   whole = np.asarray(run(x)[0])
   for value in (np.nan, np.inf):
@@ -104,7 +104,7 @@ def test_equal_to_computing_everything(kind, strategy, batch_size):
 @pytest.mark.parametrize(("kind", "strategy"), CASES)
 @pytest.mark.parametrize(("batch_size", "buckets"), [(3, 4), (1, 2)])
 def test_equal_on_fuzzed_gates(kind, strategy, batch_size, buckets):
-  """One program, whose weights are arguments: all open, all closed, and what is between."""
+  """One program, whose weights are arguments: all open, all closed, and some open."""
   run = compiled(kind, strategy, batch_size, buckets=buckets)
   seen = set()
 
@@ -128,7 +128,7 @@ def test_equal_on_fuzzed_gates(kind, strategy, batch_size, buckets):
 
 
 def test_what_is_closed_is_not_computed():
-  """Weights of closed channels and branches that are not finite do no harm where they are skipped."""
+  """Infinite weights of closed channels and branches do no harm where they are skipped."""
   for kind, strategy in (
     ("channels", "switch"),
     ("blocks", "block_dispatch"),
@@ -205,7 +205,10 @@ def test_auto_reports_what_it_measured_and_takes_the_fastest(kind):
 
 
 def clock(seconds, when_open=1.0):
-  """A race by a made-up clock: seconds of each strategy, 2 of others, and of `masked` and `ungated` with all open 1."""
+  """A race by a made-up clock: seconds of each strategy, and 2 of others.
+
+  With everything open, `masked` and `ungated` take 1 second.
+  """
 
   def race(runs, _, **__):
     def spent(name):
@@ -349,7 +352,7 @@ def test_what_runs_is_never_slower_with_everything_open_than_what_it_replaces(ma
 def test_auto_takes_from_the_candidates_alone(monkeypatch):
   monkeypatch.setattr(
     compiled_nets, "race", clock({"block_dispatch": 1.0})
-  )  # else parts might differ in the fastest
+  )  # otherwise parts might differ in the fastest
   run = compiled(
     "blocks", "auto", 2, calibration=images(3), repeats=1, candidates=("block_dispatch",)
   )

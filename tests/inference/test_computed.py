@@ -1,4 +1,4 @@
-"""What strategies are said to compute against what their convolutions are given, run operation by operation."""
+"""The accounted MACs of strategies against those of their convolutions, run one by one."""
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ CASES = [
 
 
 def prepared(kind, count, buckets=3):
-  """The network, its settings from calibration images, and its gates and what every part sees for a batch."""
+  """Returns network, settings from calibration images, and a batch's gates and inputs of parts."""
   of = net(kind)
   gates = compiled._gates_of(of, images(6, seed=5))
   return of, settings_of(of, buckets, gates), compiled._seen(of, images(count))

@@ -1,4 +1,4 @@
-"""A program that goes on with unsure images alone answers as the model does."""
+"""A program that continues with uncertain images only gives the model's answers."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ def images(count, seed=0):
 
 
 def answers(x, threshold=MODEL.threshold):
-  """Of the model: logits, and which exits each image goes on after."""
+  """Returns the model's logits, and after which exits each image continues."""
   logits, records = jax.jit(dataclasses.replace(MODEL, threshold=threshold).apply)(VARIABLES, x)
   return logits, np.concatenate([r.gates for r in records], axis=1) > 0, records
 
@@ -60,7 +60,7 @@ def test_the_answers_are_those_of_the_model_for_any_number_of_images(batch_size,
 @pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "buckets"), [(1, 2), (4, 3)])
 def test_equal_to_computing_everything_on_fuzzed_nets(batch_size, buckets):
-  """One program, whose weights are arguments: exits that are sure of all, of none, and of some."""
+  """One program, whose weights are arguments: exits are certain of all, none or some images."""
   run, seen = compiled(batch_size, buckets=buckets), set()
 
   @settings(max_examples=15, deadline=None)

@@ -56,8 +56,10 @@ def test_what_static_gates_close_is_gone(name):
   "closed", [([1, 3], [0, 4]), ([], [5]), ([0, 1, 2, 3], []), ([2], [0, 1, 2, 3, 4, 5])]
 )
 def test_what_static_gates_close_in_a_chain_is_gone(closed):
-  """Also the last layer's, of which the classifier alone is the reader; of a layer that is all closed one channel is
-  left, which is 0."""
+  """This includes the last layer, whose only reader is the classifier.
+
+  A layer that is completely closed keeps one channel, which is 0.
+  """
   model = MODELS["static vgg"]
   variables, x = random_variables(model), images()
   widths = (4, 6)

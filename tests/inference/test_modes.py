@@ -1,4 +1,4 @@
-"""Networks of inference in every mode of JAX: folded, quantised, compiled, with early exits, exported."""
+"""Folded, quantised, compiled, early-exit and exported networks in every mode of JAX."""
 
 import functools
 
@@ -23,7 +23,7 @@ def numbers(tree):
 
 
 def fold(model):
-  """The network, and what it gives."""
+  """Returns the network and its outputs."""
   net = folding.fold(model, gated_models.random_variables(model))
   return net, jax.jit(folded.run)(net, gated_models.images())
 

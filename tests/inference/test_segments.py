@@ -43,7 +43,7 @@ def prepare(inputs):
 
 
 def batch(lengths, seed=0):
-  """Videos of these lengths, the places after their ends filled by repetition."""
+  """Makes videos of these lengths, with padding filled by repetition."""
   rng = np.random.default_rng(seed)
   clips = rng.integers(0, 256, (len(lengths), SEGMENTS, *CLIP))
   clips = clips * rng.uniform(0, 1, (len(lengths), SEGMENTS, 1, 1, 1, 1))
@@ -59,7 +59,10 @@ def batch(lengths, seed=0):
 
 @functools.cache
 def variables(model):
-  """Random ones, none at its usual start, with which the gate opens for half of `batch([4, 4, 4])`."""
+  """Makes random variables with which the gate opens for half of `batch([4, 4, 4])`.
+
+  None of them has its initial value.
+  """
   rng = np.random.default_rng(1)
 
   def draw(path, leaf):
@@ -93,7 +96,10 @@ def skipping(model, capacities=(2, 4)):
 
 
 def assert_same(model, result, inputs, values=None):
-  """As the network without skipping, but for the heavy net's records of closed segments, which are zeros."""
+  """The result is that of the network without skipping.
+
+  Only the heavy net's records of closed segments differ: they are zeros.
+  """
   outputs, records = plain(model)(values or variables(model), inputs)
   assert outputs.keys() == result.outputs.keys()
   jax.tree.map(CLOSE, result.outputs, outputs)
@@ -206,7 +212,7 @@ def test_chosen_segments_are_made_up_of_any_capacities(capacities, expected):
 
 
 def test_closed_segments_do_not_matter_even_if_not_finite():
-  """The first one is closed and stands in the bucket's padding."""
+  """The first segment is closed and fills the bucket's padding."""
   model, inputs = MODELS["uniform"], prepare(batch([4, 3]))
   run = Skipping(model, variables(model), capacities=(8,))
   result = run(inputs)

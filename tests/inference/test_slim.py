@@ -20,7 +20,7 @@ NETS = {name: fold(MODELS[name], random_variables(MODELS[name])) for name in (*G
 
 
 def forced(net, biases):
-  """The net with `biases`, one array a head, added to its gates' logits."""
+  """Returns the net with `biases`, one array per head, added to its gates' logits."""
   parts, left = [], list(biases)
   for part in net.parts:
     if part.head is not None:
@@ -41,7 +41,7 @@ def everywhere(net, bias):
 
 
 def equal_where_it_must(net, choices, x):
-  """Compares outputs where no static unit did otherwise; returns on which images one did."""
+  """Compares outputs where all static units behave; returns the images on which one does not."""
   y, logits = folded.run(net, x)
   z, _ = folded.run(slim.take(net, choices), x)
   wrong = [

@@ -18,7 +18,10 @@ def image(*shape, seed=0):
 
 
 def variables_of(block, x, *, plain_norms=False):
-  """Random, every unit alive; `plain_norms` change nothing in evaluation. By numpy: compiling `init` takes seconds."""
+  """Makes random variables with every unit alive; `plain_norms` change nothing in evaluation.
+
+  They are made by numpy, since compiling `init` takes seconds.
+  """
   rng = np.random.default_rng(1)
   plain = {"scale": 1.0, "bias": 0.0, "mean": 0.0, "var": 1 - 1e-5}
 
@@ -36,7 +39,7 @@ def variables_of(block, x, *, plain_norms=False):
 
 
 def with_logits(variables, logits):
-  """The gate's answer fixed to `logits`, whatever the input."""
+  """Fixes the gate's logits to `logits` for every input."""
   flat = flax.traverse_util.flatten_dict(variables)
   flat["params", "gate", "head", "logits", "kernel"] *= 0
   flat["params", "gate", "head", "logits", "bias"] = jnp.asarray(logits, jnp.float32)
@@ -54,7 +57,7 @@ def without_input_channel(variables, conv, channel):
   return flax.traverse_util.unflatten_dict(flat)
 
 
-# block, number of gates, what each group of gates feeds: (first gate, last gate, convolution)
+# Block, number of gates, and what each group of gates feeds: (first gate, last gate, convolution).
 CASES = [(BasicBlock, 4, [(0, 4, "conv2")]), (Bottleneck, 8, [(0, 4, "conv2"), (4, 8, "conv3")])]
 blocks = pytest.mark.parametrize(("block", "gates", "groups"), CASES, ids=["basic", "bottleneck"])
 
@@ -139,7 +142,7 @@ def test_gates_act_on_their_own_example_only():
 
 
 def macs_of(block, shape, gating="channel", **settings):
-  """Per record: per unit and per pair."""
+  """Returns the MACs per unit and per pair, for each record."""
   module = block(gating=gating, **settings)
   y, records = jax.eval_shape(
     lambda x: module.init_with_output(jax.random.key(0), x)[0],
@@ -273,7 +276,7 @@ def test_records_name_what_writes_and_reads_their_channels():
 
 
 def closed_block(shortcut, x, features, stride):
-  """What is left of a block whose branch is gated off and whose norms are fresh: ReLU of its shortcut."""
+  """Returns the output of a block with closed branch and fresh norms: the ReLU of its shortcut."""
   block = BasicBlock(features, stride=stride, gating="channel", shortcut=shortcut)
   variables = variables_of(block, x, plain_norms=True)
   return apply(block, with_logits(variables, np.full(features, -OPEN)), x)[0], variables["params"]

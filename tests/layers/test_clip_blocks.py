@@ -13,7 +13,7 @@ from gating_jax.ops.macs import conv_macs, executed_macs
 OPEN = 1e4
 SHAPE = (2, 3, 5, 4, 3)
 
-# Block, convolution, number of gates, and the input and output side of every convolution that a gate touches:
+# Block, convolution, number of gates, and the input and output side of every gated convolution:
 # the first and last gate that switch its channels there, or None.
 CASES = {
   "basic": (BasicBlock, "full", 4, {"conv1": (None, (0, 4)), "conv2": ((0, 4), None)}),
@@ -53,7 +53,7 @@ def clips(*shape):
 
 
 def variables_of(block, x):
-  """Random, every unit alive, by the path of each leaf."""
+  """Makes random variables with every unit alive, by the path of each leaf."""
   rng = np.random.default_rng(1)
 
   def fill(path, leaf):
@@ -67,7 +67,7 @@ def variables_of(block, x):
 
 
 def with_gates(flat, gates):
-  """The gate's answer fixed, whatever the input."""
+  """Fixes the gate's logits for every input."""
   head = ("params", "gate", "head", "logits")
   logits = jnp.where(jnp.asarray(gates), OPEN, -OPEN)
   flat = {**flat, (*head, "kernel"): 0 * flat[*head, "kernel"], (*head, "bias"): logits}
@@ -113,7 +113,7 @@ def test_closing_a_gate_is_dropping_one_channel_of_the_ungated_block(
 
 
 def brute_force(block, variables, touched, gates):
-  """MACs per example of the convolutions that gates touch, from the shapes of the calls and the open channels."""
+  """Returns the MACs per example of gated convolutions, from shapes of calls and open channels."""
   total = 0
 
   def tally(call, args, kwargs, context):
@@ -161,7 +161,8 @@ def test_macs_of_a_basic_block_by_hand():
 
   places = 4 * 3 * 3
   assert per_unit() == 27 * places * (4 + 6)
-  # Between space and time 27 * 4 * 6 / 54 = 12 channels in the first convolution, 27 * 6 * 6 / 72 = 13 in the second.
+  # Channels between space and time: 27 * 4 * 6 / 54 = 12 in the first convolution, and
+  # 27 * 6 * 6 / 72 = 13 in the second.
   assert per_unit(convolution="factorised") == 3 * places * 12 + 9 * places * 13
 
 

@@ -10,7 +10,7 @@ XLA = {2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
 
 
 def apply(module, variables, x):
-  """In evaluation, traced anew by every call, since the platform may have been patched."""
+  """Runs in evaluation, with a new trace in every call, since a test may patch the platform."""
   return jax.jit(lambda variables, x: module.apply(variables, x, False))(variables, x)
 
 
@@ -19,7 +19,7 @@ def normal(*shape, seed=0):
 
 
 def filled(module, x):
-  """Variables for this input, of random values, norms alive."""
+  """Makes random variables for this input, with norms alive."""
   rng = np.random.default_rng(1)
   draw = {"kernel": lambda shape: rng.normal(0, 0.5, shape)}
   flat = flax.traverse_util.flatten_dict(
@@ -155,7 +155,7 @@ def test_scaled_channels():
 
 @pytest.mark.parametrize("depthwise", [False, True])
 def test_taps_of_a_dilated_window_are_pixels_apart(depthwise):
-  """As with the kernel spread out by hand, zeros between its taps."""
+  """The result is that of a kernel dilated by hand, with zeros between its taps."""
   x = normal(2, 9, 7, 4)
   module = ConvNorm(4, 3, 1, depthwise=depthwise, dilation=3)
   variables = filled(module, x)

@@ -27,7 +27,7 @@ def features(*shape, seed=0):
 
 
 def init(module, x):
-  """As the module's `init`, but with kernels made by numpy, since compiling `init` takes seconds."""
+  """Replaces the module's `init` by kernels from numpy, since compiling `init` takes seconds."""
   rng = np.random.default_rng(1)
   fresh = {"scale": 1.0, "bias": 0.0, "mean": 0.0, "var": 1.0}
   fill = lambda path, leaf: (

@@ -1,4 +1,4 @@
-"""Layers, and the networks made of them, in every mode of JAX: first parameters too."""
+"""Layers, and the networks made of them, in every mode of JAX, including initial parameters."""
 
 import functools
 
@@ -30,7 +30,7 @@ GATE = GateSettings(hidden=3, noise_scale=np.float64(0.5), temperature=np.float6
 
 
 def passes(module, *inputs, **options):
-  """First variables, evaluation, and training with gradients."""
+  """Computes initial variables, evaluation, and training with gradients."""
 
   def run():
     keys = {name: jax.random.key(seed) for name, seed in RNGS.items()}

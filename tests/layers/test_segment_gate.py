@@ -33,7 +33,7 @@ def gate(context="attention", relaxation="straight_through", axis_name=None, **s
 
 
 def init(module, *inputs):
-  """Variables made by numpy, since compiling `init` takes seconds; none of them is 0."""
+  """Makes variables by numpy, since compiling `init` takes seconds; none of them is 0."""
   rng = np.random.default_rng(1)
   shapes = flax.traverse_util.flatten_dict(jax.eval_shape(module.init, jax.random.key(0), *inputs))
   return flax.traverse_util.unflatten_dict(
@@ -83,7 +83,7 @@ def convolution_by_hand(params, h):
 
 
 def logits_by_hand(context, variables, x):
-  """Of one video without padding, `[T, C]`."""
+  """Returns the result for one video without padding, `[T, C]`."""
   p, stats = jax.device_get((variables["params"], variables["batch_stats"]))
   h = (x @ p["concepts"]["kernel"] - stats["norm"]["mean"]) / np.sqrt(stats["norm"]["var"] + 1e-5)
   h = dense(p["project"], np.maximum(h * p["norm"]["scale"] + p["norm"]["bias"], 0))

@@ -27,14 +27,14 @@ def clips(*shape):
 
 
 def traced(net, shape):
-  """Output, records and variables as shapes only."""
+  """Returns output, records and variables as shapes only."""
   x = jax.ShapeDtypeStruct(shape, jnp.float32)
   (y, records), variables = jax.eval_shape(lambda x: net.init_with_output(jax.random.key(0), x), x)
   return y, records, flax.traverse_util.flatten_dict(variables)
 
 
 def filled(net, shape):
-  """Random parameters and statistics by path, every unit alive."""
+  """Makes random parameters and statistics by path, with every unit alive."""
   rng = np.random.default_rng(1)
 
   def fill(path, leaf):
@@ -79,8 +79,8 @@ def test_with_all_gates_open_the_gated_net_is_the_ungated_one_and_costs_the_same
   np.testing.assert_array_equal(executed_macs(closed_records), 0)
 
 
-# Parameters with 400 classes from torchvision's documentation of r3d_18, whose MACs for 16 frames of 112 x 112 are
-# 40.70 billion; Hara's variant by hand: a stem of 7 frames, and no projections.
+# Parameters with 400 classes from torchvision's documentation of r3d_18; its MACs for 16 frames of
+# 112 x 112 are 40.70 billion. Hara's variant by hand: a stem of 7 frames, and no projections.
 R3D_18 = 33_371_472
 PROJECTIONS = 64 * 128 + 128 * 256 + 256 * 512 + 2 * (128 + 256 + 512)
 
@@ -137,7 +137,7 @@ def test_without_classes_the_answer_is_what_the_classifier_sees():
   ],
 )
 def test_stems(stem, kernel, places):
-  """`places` reach the only block, a Bottleneck whose first record tells how many there are."""
+  """`places` reaches the only block, a Bottleneck whose first record shows the number of places."""
   for axes in (3, 2):
     net = ResNet(
       4, blocks=(1,), features=2, block=Bottleneck, shortcut="B", gating="channel", stem=stem

@@ -21,7 +21,7 @@ def random(*shape, seed=0):
 
 
 def before(columns=BEFORE):
-  """Outputs of so many older columns, in the first places, and zeros."""
+  """Makes outputs of so many older columns, in the first places, and zeros."""
   filled = (np.arange(BEFORE) < columns)[:, None, None, None, None]
   shapes = output_shapes(net(), SHAPE)
   return tuple(

@@ -21,7 +21,7 @@ def net(threshold=0.5, **fields):
 
 @functools.cache
 def trained():
-  """Variables whose exits are sure of some images and not of others."""
+  """Makes variables whose exits are certain of some images and not of others."""
   x = (
     jax.random.normal(jax.random.key(1), (24, *SHAPE))
     * jnp.linspace(0.1, 3, 24)[:, None, None, None]

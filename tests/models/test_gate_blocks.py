@@ -1,4 +1,4 @@
-"""Channels in blocks, each with one gate: what is executed is what a gate for each channel would execute."""
+"""Blocks of channels with one gate each execute the same as one gate per channel would."""
 
 import dataclasses
 

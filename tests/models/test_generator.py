@@ -17,7 +17,7 @@ def normal(*shape, seed=0):
 
 
 def filled(net, *inputs, seed=1):
-  """Random variables, biases alive, made without compiling `init`."""
+  """Makes random variables with biases alive, without compiling `init`."""
   rng = np.random.default_rng(seed)
 
   def fill(path, leaf):
@@ -159,7 +159,7 @@ def test_a_wrong_latent_size_and_gating_are_named():
 
 @functools.cache
 def gated():
-  """A gated generator of three maps, its inputs, and variables of which every gate opens for some."""
+  """Makes a gated generator of three maps, its inputs, and variables; every gate opens for some."""
   generator = Generator(
     (32, 32, 1), latent=6, width=2, gating="channel", gate=GateSettings(hidden=4)
   )

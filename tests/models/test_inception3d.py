@@ -16,7 +16,7 @@ def normal(*shape, seed=0):
 
 
 def filled(net, shape):
-  """Random variables by path, norms alive."""
+  """Makes random variables by path, with norms alive."""
   rng = np.random.default_rng(1)
 
   def fill(path, leaf):
@@ -33,7 +33,10 @@ def filled(net, shape):
 
 @pytest.mark.slow
 def test_published_sizes():
-  """torchvision's GoogLeNet, the same modules for images, less its classifier; I3D's table from it by hand."""
+  """torchvision's GoogLeNet has the same modules for images; its classifier is subtracted.
+
+  I3D's table follows from it by hand.
+  """
   net = InflatedInception()
   images = count(net, (224, 224, 3)).params
   assert images == 6_624_904 - (1024 * 1000 + 1000)
@@ -77,7 +80,7 @@ def test_a_module_is_four_branches_side_by_side(shape):
 
 
 def places(net, shape):
-  """The size of the answer of the last module of each stage, without the channels."""
+  """Returns the output size of the last module of each stage, without channels."""
 
   def run(x):
     return net.init_with_output(jax.random.key(0), x, capture_intermediates=True, mutable=True)[1]
@@ -107,7 +110,7 @@ def test_width_multiplies_every_channel_count():
 
 
 def centre(net, variables, x, name):
-  """What module `name` answers, at the middle frame of a clip."""
+  """Returns the output of module `name` at the middle frame of a clip."""
   _, seen = jax.jit(
     lambda v, x: net.apply(v, x, capture_intermediates=True, mutable=["intermediates"])
   )(variables, x)

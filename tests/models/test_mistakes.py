@@ -1,4 +1,4 @@
-"""Mistakes with settings, layers and networks: one line names the argument, the rule and the value."""
+"""Mistakes with settings, layers and networks: a line names argument, rule and value."""
 
 import copy
 import pickle

@@ -15,7 +15,7 @@ def normal(*shape, seed=0):
 
 
 def filled(net, shape):
-  """Random variables by path, norms alive."""
+  """Makes random variables by path, with norms alive."""
   rng = np.random.default_rng(1)
 
   def fill(path, leaf):
@@ -31,7 +31,7 @@ def filled(net, shape):
 
 
 def test_published_sizes():
-  """torchvision's mobilenet_v2, as its documentation has it, less its classifier."""
+  """torchvision's documentation of mobilenet_v2, without its classifier."""
   sizes = count(MobileNet(), (224, 224, 3))
   assert sizes.params == 3_504_872 - (1280 * 1000 + 1000)
   assert sizes.macs == 300_774_272 - 1280 * 1000

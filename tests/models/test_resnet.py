@@ -25,14 +25,14 @@ def image(*shape, seed=0):
 
 
 def traced(net, shape, dtype=jnp.float32):
-  """Output, records and variables as shapes only."""
+  """Returns output, records and variables as shapes only."""
   x = jax.ShapeDtypeStruct(shape, dtype)
   (y, records), variables = jax.eval_shape(lambda x: net.init_with_output(jax.random.key(0), x), x)
   return y, records, variables
 
 
 def filled(variables):
-  """Random parameters and statistics, every unit alive. By numpy: compiling `init` takes seconds."""
+  """Makes random parameters and statistics by numpy, since compiling `init` takes seconds."""
   rng = np.random.default_rng(1)
 
   def fill(path, leaf):

@@ -13,7 +13,8 @@ from gating_jax.models.summary import count
 
 SHAPE, CLASSES, BEFORE, N = (6, 6, 1), 2, 2, 5
 FIELDS = dict(blocks=(1, 2), features=2, shortcut="B")
-BLOCKS = {  # of a stage: its block, and what its first convolution has for a window
+# By kind: the block of a stage, and the window of its first convolution.
+BLOCKS = {
   "basic": (BasicBlock, 3),
   "bottleneck": (Bottleneck, 1),
 }
@@ -33,7 +34,7 @@ def random(*shape, seed=0):
 
 
 def before(block, columns=BEFORE):
-  """Outputs of so many older columns, in the first places, and zeros."""
+  """Makes outputs of so many older columns, in the first places, and zeros."""
   filled = (np.arange(BEFORE) < columns)[:, None, None, None, None]
   return tuple(
     jnp.abs(random(BEFORE, N, *shape, seed=i)) * filled
@@ -63,7 +64,7 @@ def run(block, columns):
 
 
 def conv_norm(tree, x, kernel, stride=1):
-  """BatchNorm in evaluation of the convolution with this kernel."""
+  """Computes BatchNorm in evaluation of the convolution with this kernel."""
   pad = [(kernel.shape[0] // 2,) * 2] * 2
   y = jax.lax.conv_general_dilated(
     x, kernel, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -73,7 +74,7 @@ def conv_norm(tree, x, kernel, stride=1):
 
 
 def part(tree, *names):
-  """Parameters and statistics of a module within another."""
+  """Returns parameters and statistics of a module within another."""
   return {
     kind: functools.reduce(lambda t, name: t[name], names, tree[kind])
     for kind in ("params", "batch_stats")
@@ -87,7 +88,7 @@ def adapted(tree, name, older):
 
 
 def test_a_block_is_the_equation_of_the_docstring():
-  """Where the second stage begins: its shortcut is a projection of the column's own features alone."""
+  """The first block of the second stage: its shortcut projects only the column's own features."""
   tree, place, name = variables(BasicBlock), 1, "stage2_block1"
   _, outputs = run(BasicBlock, 2)
   x = outputs[place]
@@ -114,7 +115,7 @@ def test_logits_are_of_the_pooled_features_of_all_columns():
 
 
 def plain_variables(block):
-  """Those of a column without its adapters and what reads them."""
+  """Returns the variables of a column without adapters and their readers."""
   flat = {
     path: x
     for path, x in flax.traverse_util.flatten_dict(variables(block)).items()
@@ -161,8 +162,10 @@ def test_output_shapes_are_those_of_the_outputs(block):
 
 
 def expected_macs(kind, j):
-  """A plain net's, and where there are columns before each block's first convolution, the adapters and the head once
-  more."""
+  """Returns the MACs of a plain net.
+
+  With older columns, each block's first convolution, the adapters and the head are added.
+  """
   block, window = BLOCKS[kind]
   d, plain = block.expansion, count(ResNet(CLASSES, block=block, **FIELDS), SHAPE).macs
   blocks = [
@@ -199,7 +202,8 @@ def test_a_named_columns_macs():
   net = column("resnet18", 2, stem="cifar", width=0.125)
   plain = count(resnet("resnet18", 2, stem="cifar", width=0.125), (32, 32, 3)).macs
   assert sum(column_macs(net, (32, 32, 3), 0)) == plain
-  # Two blocks a stage: the stem and block 1 have 8, 8 channels at 32 x 32, and so on, halved and doubled.
+  # Two blocks per stage: the stem and block 1 have 8 and 8 channels at 32 x 32; each further stage
+  # halves the side and doubles the channels.
   sizes = [(1024, 8), (1024, 8), (1024, 8), (256, 16), (256, 16), (64, 32), (64, 32), (16, 64)]
   first = [(1024, 8, 8)] * 2 + [
     (256, 8, 16),

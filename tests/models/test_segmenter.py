@@ -22,7 +22,7 @@ def backbone(**fields):
 
 
 def initialised(model, x):
-  """Random variables. By numpy: compiling `init` takes seconds."""
+  """Makes random variables by numpy, since compiling `init` takes seconds."""
   shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x))
   signed = lambda v: jnp.asarray(RANDOM.uniform(-1, 1, v.shape), jnp.float32)
   positive = lambda v: jnp.asarray(RANDOM.uniform(0.5, 1.5, v.shape), jnp.float32)

@@ -10,8 +10,8 @@ from gating_jax.models.summary import ModelCounts, count, layer_names, reduced_m
 from gating_jax.models.vgg import VGGS, vgg
 from gating_jax.types import GateRecord
 
-# Dense MACs, parameters, gates, gate MACs, gate parameters, as the project's specification has them; but for resnet8,
-# which it leaves out: its three blocks are added up by hand below.
+# Dense MACs, parameters, gates, gate MACs and gate parameters of the project's specification; it
+# omits resnet8, whose three blocks are added up by hand below.
 TABLE = {
   "resnet20": (40_551_040, 269_722, 336, 9_984, 10_608),
   "resnet8": (12_239_488, 75_290, 112, 2_816, 3_024),
@@ -71,9 +71,12 @@ def test_the_gates_of_resnet8_by_hand():
   ],
 )
 def test_every_depth_for_small_images_has_the_size_that_follows_from_its_blocks(depth, params):
-  """Each of the n blocks of a stage would be two 3x3 convolutions between as many channels as it has; the first of the
-  second and of the third stage reads half of them. All stages have as many multiplications, since where the channels
-  double the pixels are a quarter."""
+  """Checks sizes against the blocks.
+
+  Each of a stage's n blocks would be two 3x3 convolutions between the stage's channels; the first
+  block of the second and third stage reads half of them. All stages have the same number of
+  multiplications: twice the channels come with a quarter of the pixels.
+  """
   n, channels = (depth - 2) // 6, (16, 32, 64)
   stem, halves = 27 * 16, 9 * (32 * 16 + 64 * 32)
   norms = 2 * (16 + 2 * n * sum(channels))
@@ -183,8 +186,10 @@ BACKBONES = [
 @pytest.mark.thin(3)
 @pytest.mark.parametrize("name", BACKBONES)
 def test_xla_counts_the_multiplications_of_every_backbone_within_two_percent(name, monkeypatch):
-  """XLA leaves out products with the zeros of padding, 20 % of vgg8's, so that here the padding is done before. It adds
-  what is done to single elements, as for BatchNorm; nothing is compiled."""
+  """Pads before XLA counts, since XLA omits products with padding, 20 % of vgg8's.
+
+  XLA also counts operations on single elements, such as BatchNorm's. Nothing is compiled.
+  """
   convolve = lax.conv_general_dilated
 
   def padded(x, kernel, strides, padding, **settings):

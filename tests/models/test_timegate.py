@@ -75,7 +75,7 @@ def videos(lengths=LENGTHS, seed=0):
 
 @functools.cache
 def variables(model):
-  """Made by numpy, since compiling `init` takes seconds; none of them is 0."""
+  """Makes variables by numpy, since compiling `init` takes seconds; none of them is 0."""
   rng = np.random.default_rng(1)
   shapes = flax.traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), videos()))
   return flax.traverse_util.unflatten_dict(
@@ -298,7 +298,7 @@ def test_the_oracle_needs_to_know():
 
 
 class Plain(nn.Module):
-  """Two layers that treat every clip by itself."""
+  """Two layers that treat every clip separately."""
 
   @nn.compact
   def __call__(self, x, train=False):

@@ -11,7 +11,7 @@ from gating_jax.ops.macs import executed_macs
 
 
 def test_simple_cnn_has_the_macs_of_the_paper():
-  """Table 2 of Abati et al. counts every input as one channel: 9 * 100 * (28^2 + 14^2 + 7^2) = 926,100."""
+  """Abati et al., table 2, count inputs as one channel: 9 * 100 * (28^2 + 14^2 + 7^2) = 926,100."""
   counts = count(vgg("simple_cnn", None, gating="channel"), (28, 28, 1))
   assert counts.macs == counts.gated == 22_755_600
   for gating in ("channel", "none"):
@@ -31,7 +31,7 @@ def records_of(model, shape):
 
 
 def test_vgg16_has_the_parameters_that_others_count():
-  """14,728,266 in implementations that keep the 4,224 biases of convolutions that BatchNorm makes needless."""
+  """With the 4,224 biases that BatchNorm makes needless there are 14,728,266 parameters."""
   assert count(vgg("vgg16", 10), (32, 32, 3)).params == 14_728_266 - 4_224
 
 

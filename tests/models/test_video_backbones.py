@@ -13,14 +13,14 @@ FRAMES, CLIPS = (3, 16, 15, 1), (2, 8, 16, 15, 1)
 
 
 def traced(net, shape):
-  """Features, records and variables as shapes only."""
+  """Returns features, records and variables as shapes only."""
   x = jax.ShapeDtypeStruct(shape, jnp.float32)
   (y, records), variables = jax.eval_shape(lambda x: net.init_with_output(jax.random.key(0), x), x)
   return y, records, variables
 
 
 def products(net, shape):
-  """MACs per example of every convolution and matrix product in the traced program."""
+  """Returns the MACs per example of every convolution and matrix product in the traced program."""
   x = jnp.zeros((1, *shape))
   variables = jax.eval_shape(net.init, jax.random.key(0), x)
   program = jax.make_jaxpr(net.apply)(variables, x)

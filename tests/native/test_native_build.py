@@ -1,4 +1,4 @@
-"""How the native library is built: once, whole, by several processes at once, and not at all where that cannot be."""
+"""Building of the native library: once, whole, by several processes at once, or not at all."""
 
 import os
 import stat
@@ -27,7 +27,7 @@ def cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def compiler(monkeypatch, tmp_path):
-  """A script in a compiler's place, which writes its process's number."""
+  """Puts a script in a compiler's place, which writes its process's number."""
   script = tmp_path / "cxx"
   script.write_text(FAKE)
   script.chmod(script.stat().st_mode | stat.S_IXUSR)

@@ -1,4 +1,4 @@
-"""What the tests of pure functions share."""
+"""Shared fixtures of the tests of pure functions."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Mistakes that a reader of the docs makes: one line names the argument, the rule and the value."""
+"""Mistakes of readers of the docs: the error names argument, rule and value in one line."""
 
 import re
 

@@ -1,9 +1,10 @@
-"""The losses beside those of the authors' PyTorch code: equal where that is right, right where that is not.
+"""The losses against the authors' PyTorch code: equal where it is right, and right where it is not.
 
-Their code (Qualcomm-AI-research/batchshaping, 2023) is not here. The first half writes its formulas anew in NumPy; the
-second has one test for each fault found in it, against hand-made numbers or mpmath. `theirs` in a test is what their
-code returned for the same input, with torch 2.13.0 and SciPy 1.17.1 (derivatives in a and b after mending a conversion
-that NumPy 2.4 refuses).
+Their code (Qualcomm-AI-research/batchshaping, 2023) is not part of this repository. The first half
+writes its formulas again in NumPy; the second has one test for each fault found in it, against
+hand-made numbers or mpmath. `theirs` in a test is the result of their code for the same input, with
+torch 2.13.0 and SciPy 1.17.1 (derivatives in a and b after repairing a conversion that NumPy 2.4
+refuses).
 """
 
 import jax
@@ -29,7 +30,7 @@ def relaxed_bernoulli_pdf(x, mean, temperature):
   return temperature * cdf * (1 - cdf) / (x * (1 - x))
 
 
-# Constructor, CDF and density by SciPy, and two sets of parameters: numbers, and one prior per gate.
+# Constructor, CDF and density by SciPy, and two sets of parameters: numbers, and a prior per gate.
 FAMILIES = {
   "symmetric beta": (
     symmetric_beta,
@@ -62,19 +63,19 @@ each_gate_family = over([name for name in FAMILIES if name != "normal"])
 
 
 def make_prior(constructor, parameters):
-  """With arrays `[C]` where `parameters` holds them, with Python's numbers otherwise."""
+  """Makes the prior from arrays `[C]` where `parameters` has them, else from Python numbers."""
   return constructor(*(jnp.asarray(p, jnp.float32) if np.ndim(p) else float(p) for p in parameters))
 
 
 def their_loss(x, cdf, pdf):
-  """Sum form per gate, and its gradient, by their formulas in float64."""
+  """Computes the sum form per gate, and its gradient, by their formulas in float64."""
   ordered, rank = np.sort(x, axis=0), np.argsort(np.argsort(x, axis=0), axis=0) + 1
   expected = np.arange(1, len(x) + 1).reshape(-1, *[1] * (x.ndim - 1)) / (len(x) + 1)
   return np.sum((expected - cdf(ordered)) ** 2, axis=0), 2 * pdf(x) * (cdf(x) - rank / (len(x) + 1))
 
 
 def our_loss(loss, x, prior):
-  """Sum form per gate, and its gradient."""
+  """Computes the sum form per gate, and its gradient."""
   value, pullback = jax.vjp(jax.jit(lambda x: len(x) * loss(x, prior)), jnp.asarray(x))
   return value, pullback(jnp.ones_like(value))[0]
 
@@ -154,7 +155,10 @@ def test_derivatives_in_the_prior_parameters_with_a_closed_form_are_theirs(
 
 
 def test_no_host_call_is_in_the_compiled_loss():
-  """Theirs moves every batch to the host for SciPy, and torch.compile(fullgraph), vmap and func.grad refuse it."""
+  """Theirs moves every batch to the host for SciPy.
+
+  torch.compile(fullgraph), vmap and func.grad therefore refuse it.
+  """
 
   def program(cdf, x):
     return jax.jit(lambda x: jnp.sum(cdf(x))).lower(x).as_text()
@@ -181,13 +185,13 @@ def test_no_host_call_is_in_the_compiled_loss():
 
 
 def loss_by_mpmath(x, a, b):
-  """Mean form of one gate."""
+  """Computes the mean form of one gate."""
   levels = [mpmath.mpf(i) / (len(x) + 1) for i in range(1, len(x) + 1)]
   cdf = lambda v: mpmath.betainc(a, b, 0, mpmath.mpf(float(v)), regularized=True)
   return sum((cdf(v) - e) ** 2 for v, e in zip(np.sort(x), levels, strict=True)) / len(x)
 
 
-# Theirs takes differences over a grid of step 0.01, whose middle is not the parameter where that is below 0.1.
+# Theirs takes differences over a grid of step 0.01, which is not centred for parameters below 0.1.
 @pytest.mark.parametrize(
   ("a", "b", "theirs"),
   [
@@ -243,7 +247,10 @@ def test_each_gate_is_pulled_to_its_own_prior_only():
 
 
 def test_a_tie_within_one_gate_counts_whatever_the_other_gates_hold():
-  """Their tie handling sees a tie only where all gates repeat together; without it equal values part by their order."""
+  """Their tie handling finds ties only where all gates repeat together.
+
+  Without it, equal values get different levels by their order.
+  """
   theirs = [
     0.025,
     0,
@@ -260,7 +267,7 @@ def test_a_tie_within_one_gate_counts_whatever_the_other_gates_hold():
 
 
 def test_a_constant_gate_at_the_median_of_its_prior_stays_there():
-  """Their tie handling gives all values the highest of their ranks, so that a constant gate is pushed open."""
+  """Their tie handling gives ties the highest rank, which pushes a constant gate open."""
   theirs = -0.7778
   x = jnp.full((8, 1), 0.5)
   gradient = jax.jit(jax.grad(lambda x: 8 * cdf_matching_loss(x, beta(1, 1)).sum()))(x)
@@ -269,7 +276,7 @@ def test_a_constant_gate_at_the_median_of_its_prior_stays_there():
 
 
 def beta_gap_by_mpmath(z, a, b):
-  """Loss and gradient of a single gate probability sigmoid(z), for which the expected level is 1/2."""
+  """Returns loss and gradient of one gate probability sigmoid(z), whose expected level is 1/2."""
   with mpmath.workdps(60):
     z, a, b = map(mpmath.mpf, (z, a, b))
     gap = mpmath.betainc(a, b, 0, 1 / (1 + mpmath.exp(-z)), regularized=True) - 0.5
@@ -346,7 +353,7 @@ def test_relaxed_bernoulli_gates_beyond_one_thousandth_still_learn():
 
 
 def test_second_derivatives_hold_the_slope_of_the_density():
-  """Theirs differentiates twice without complaint, and takes the density for a constant."""
+  """Theirs differentiates twice without an error, but treats the density as a constant."""
   theirs = [0.25849906, 0.32808915, 1.7383606, 0.17605704]
   density = stats.beta.pdf(PROBS, 0.6, 0.4)
   slope = density * (-0.4 / PROBS + 0.6 / (1 - PROBS))
@@ -361,7 +368,7 @@ def test_second_derivatives_hold_the_slope_of_the_density():
 
 
 def test_gates_are_never_pooled_into_one_distribution():
-  """By default theirs ranks all gates together, for which one dead and one always open gate are nearly ideal."""
+  """By default theirs ranks all gates together: a dead and an always open gate are nearly ideal."""
   theirs, by_hand = 0.088235, 204 / 81 / 8  # the sum of (i / 9)^2 for i = 1 ... 8, over 8
   logits = jnp.tile(jnp.array([-1e4, 1e4]), (8, 1))
   loss = jax.jit(lambda z: batch_shaping_loss(z, beta(0.6, 0.4)))(logits)
@@ -370,7 +377,7 @@ def test_gates_are_never_pooled_into_one_distribution():
 
 
 def test_float64_values_are_compared_in_float64(x64):
-  """Theirs takes its levels, and the Beta CDF, in float32 whatever comes in."""
+  """Theirs computes its levels, and the Beta CDF, in float32 for every input."""
   theirs_off_by = 5.4e-9
   ours = jax.jit(lambda x: cdf_matching_loss(x, normal(0.3, 0.5)))(jnp.asarray(PROBS, jnp.float64))
   exact = np.mean((stats.norm.cdf(np.sort(PROBS), 0.3, 0.5) - np.arange(1, 5) / 5) ** 2)

@@ -28,7 +28,7 @@ def test_the_network_runs_on_exactly_while_every_exit_so_far_is_unsure(threshold
   shift = np.asarray(confidence.stay_logits(LOGITS, 0.5)) - stay
   np.testing.assert_allclose(
     shift, special.logit(threshold), atol=1e-5
-  )  # the same whatever the entropies
+  )  # the same for all entropies
 
 
 def test_saturated_exits_have_finite_logits():

@@ -36,7 +36,7 @@ def xla_depthwise(x, kernel, strides, padding):
 
 
 def values_and_gradients(f, *args):
-  """`f(*args)` and the gradients of its product with random cotangents."""
+  """Returns `f(*args)` and the gradients of its product with random cotangents."""
 
   def both(*args):
     y, pull = jax.vjp(f, *args)

@@ -20,7 +20,7 @@ from gating_jax.ops.ecdf import (
 from gating_jax.ops.empirical import empirical
 from gating_jax.ops.priors import Prior, beta, normal, relaxed_bernoulli, uniform
 
-# Sum form and d/dp of p = [0.7, 0.1, 0.95, 0.4] as one gate, worked out with SciPy's `betainc` in float64.
+# Sum form and d/dp of p = [0.7, 0.1, 0.95, 0.4] as one gate, by SciPy's `betainc` in float64.
 PROBS = np.array([0.7, 0.1, 0.95, 0.4])
 GOLDEN = [
   (beta(0.6, 0.4), 0.018932542863914, [-0.1236429045, -0.1138296860, -0.1106583266, -0.0897803745]),
@@ -41,7 +41,10 @@ golden = pytest.mark.parametrize(
 
 @pytest.fixture
 def library_sort(monkeypatch):
-  """XLA's sort in place of the network, which takes seconds to compile at 256 values; test_ranking compares the two."""
+  """Uses XLA's sort in place of the network, which takes seconds to compile at 256 values.
+
+  test_ranking compares the two.
+  """
   monkeypatch.setattr(ranking, "_NETWORK_MAX_LENGTH", 0)
 
 
@@ -368,7 +371,7 @@ def test_weights_of_nothing_are_no_loss_and_negative_ones_are_not_a_number():
 
 
 def test_what_is_left_out_has_no_part_in_the_gradient_of_learned_parameters():
-  x = jnp.array([1.0, 2.0, -1.0, 0.5])  # of which the prior does not know -1
+  x = jnp.array([1.0, 2.0, -1.0, 0.5])  # the prior does not know -1
 
   def loss(width, x, weights):
     log_normal = Prior(
@@ -495,7 +498,7 @@ ANY_PRIOR = {
 
 @functools.cache
 def both_losses(name):
-  """Value and gradient of the losses on either axis, as far as the prior has them, added."""
+  """Adds value and gradient of the losses on either axis, as far as the prior has them."""
   prior = ANY_PRIOR[name]
   on_logits = batch_shaping_loss if prior.logit_cdf else lambda *_, **__: 0
   total = lambda x, w, axis: jnp.sum(

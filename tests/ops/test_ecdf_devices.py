@@ -45,7 +45,7 @@ exchanges = pytest.mark.parametrize("exchange", EXCHANGES)
 
 
 def same_on_all(results):
-  """The devices' common result."""
+  """Returns the devices' common result."""
   np.testing.assert_array_equal(results, np.broadcast_to(results[:1], results.shape))
   return results[0]
 
@@ -55,7 +55,7 @@ def relative_distance(a, b):
 
 
 def assert_equal(result, right, tolerance=1e-6):
-  """Value and gradients, those that are zero because the term does not use the parameter included."""
+  """Returns value and gradients, including zeros for parameters that the term does not use."""
   np.testing.assert_allclose(result[0], right[0], rtol=tolerance)
   for name, gradient in right[1].items():
     gap = np.linalg.norm(result[1][name] - gradient)

@@ -129,9 +129,7 @@ def test_a_first_record_with_pairs_is_an_error():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_macs_of_gates_in_half_precision_are_counted_in_full(dtype):
-  gates = jnp.ones(
-    (2, 300), dtype
-  )  # more than bfloat16 counts, at a price that float16 does not hold
+  gates = jnp.ones((2, 300), dtype)  # more than bfloat16 counts, with a penalty beyond float16
   half = (GateRecord(gates, gates, gates, 27_648),)
   np.testing.assert_array_equal(executed_macs(half), [300 * 27_648] * 2)
   np.testing.assert_array_equal(expected_macs(half), [300 * 27_648] * 2)

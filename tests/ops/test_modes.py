@@ -59,7 +59,7 @@ def matched(prior, to_support=lambda x: x):
 
 
 def learned(make_prior, to_support=jax.nn.sigmoid):
-  """The gradient in the parameters of a prior, float32 whatever the logits are."""
+  """Computes the gradient in the parameters of a prior, float32 for any type of logits."""
 
   def loss(x, each):
     return ecdf.cdf_matching_loss(to_support(x), make_prior(each))
@@ -293,7 +293,7 @@ GROUPS = SMALL | {name: (calls, ALL) for name, calls in LARGE.items()}
 
 
 def values_to_compare():
-  """Each group with each of its types; the fast tier computes the small ones in one type."""
+  """Tests each group with each of its types; the fast tier computes the small ones in one type."""
   cases = []
   for group, (_, dtypes) in GROUPS.items():
     for i, dtype in enumerate(dtypes):

@@ -1,4 +1,4 @@
-"""The native kernel and its JAX twin: one table of values by hand for both, and the one against the other."""
+"""The native kernel and its JAX twin: both against values by hand, and one against the other."""
 
 import concurrent.futures
 import functools
@@ -19,9 +19,9 @@ needs_native = pytest.mark.skipif(
 both = pytest.mark.parametrize(
   "implementation", ["jax", pytest.param("native", marks=needs_native)]
 )
-LANES = (0, 8, 4)  # the processor's vectors, at most so wide ones, and the portable ones
+LANES = (0, 8, 4)  # the processor's vectors, narrower ones, and the portable ones
 
-# x of two channels, an ascending image of 3 x 3 and ones; what the sum over a 3 x 3 window is, by hand.
+# x has two channels, an ascending 3 x 3 image and ones; sums over a 3 x 3 window, by hand.
 # What the kernel takes, in every mode of JAX.
 zeros, ones, full, array = (
   functools.partial(make, dtype=jnp.float32) for make in (jnp.zeros, jnp.ones, jnp.full, jnp.array)
@@ -153,9 +153,7 @@ def compare(arguments, lanes, relu=True, run=native_kernels.gated_chain):
   twin = functools.partial(
     native_kernels.gated_chain, strides=strides, relu=relu, implementation="jax"
   )
-  expected = jax.jit(twin)(
-    *arrays
-  )  # one program, where there is one for each of its operations without
+  expected = jax.jit(twin)(*arrays)  # one program; without jit there is one for each operation
   for most in lanes:
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(native_kernels, "_LANES", most)

@@ -18,7 +18,8 @@ FORMS = {
   "dispatched to one": functools.partial(pallas_kernels.dispatched_branch, capacity=1),
 }
 SKIPPING = ("kernel", "dispatched")
-# N, H, W, D, C, B, E, stride: tiles cut short in pixels and in every kind of channels; N = 1; the blocks of hardware.
+# N, H, W, D, C, B, E, stride: partial tiles in pixels and in every kind of channels; N = 1; the
+# block sizes of hardware.
 SHAPES = {
   "odd": (3, 7, 11, 5, 24, 8, 20, 1),
   "stride 2": (2, 9, 8, 40, 32, 16, 33, 2),
@@ -42,7 +43,7 @@ def problem(shape, dtype=jnp.float32, window=3):
 
 
 def by_loops(branch, x, gates, stride):
-  """In numpy's float64, pixel by pixel."""
+  """Computes the branch in numpy's float64, pixel by pixel."""
 
   def conv(x, kernel, stride):
     top, left = (size // 2 for size in kernel.shape[:2])
@@ -62,7 +63,7 @@ def by_loops(branch, x, gates, stride):
 
 
 def drawn_gates(shape, seed=1):
-  """Some open, some closed, not only 0 and 1; both for the first example."""
+  """Makes open and closed gates, not only 0 and 1; the first example has both."""
   n, _, _, _, c, b, _, _ = shape
   rng = np.random.default_rng(seed)
   gates = np.float32(rng.integers(0, 2, (n, c // b)) * rng.uniform(0.2, 1, (n, c // b)))
@@ -75,8 +76,9 @@ def compiled(form, stride):
   return jax.jit(functools.partial(FORMS[form], stride=stride))
 
 
-# One example of 1 x 2 pixels, the second -1 times the first; two hidden blocks of two channels, by hand:
-# h of the blocks at pixel 0 is ReLU(2 - 1, 2 + 1), ReLU(4 - 1, -2 + 1) = (1, 3), (3, 0), at pixel 1 (0, 0), (0, 3);
+# One example of 1 x 2 pixels, the second -1 times the first; two hidden blocks of two channels. By
+# hand, h of the blocks at pixel 0 is ReLU(2 - 1, 2 + 1), ReLU(4 - 1, -2 + 1) = (1, 3), (3, 0), and
+# at pixel 1 (0, 0), (0, 3);
 # y adds 1 h1 + 10 h2 + 100 h3 + 1000 h4 to 0.5.
 array = functools.partial(jnp.array, dtype=jnp.float32)
 HAND = Branch(
@@ -163,7 +165,7 @@ def test_windows_of_one_pixel(form):
 
 @pytest.mark.parametrize("form", SKIPPING)
 def test_what_is_closed_is_not_looked_at(form):
-  """The weights of a block that no example opens are NaN; interpreted, so is memory that is not written."""
+  """The weights of a block that no example opens are NaN; interpreted, unwritten memory is too."""
   shape = SHAPES["blocks of 64"]
   branch, x = problem(shape)
   gates = np.float32([[0, 1], [0, 0.5]])
@@ -232,7 +234,7 @@ def test_one_convolution_gated_on_both_sides():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_kernel_lowers_to_triton_without_a_gpu(dtype, stride):
-  """No GPU compiles it here; that Triton has all that it asks for is as far as one can go without one."""
+  """Without a GPU the test only checks that Triton supports every operation of the kernel."""
   shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, dtype)
   branch = Branch(shape(3, 3, 40, 256), shape(256), shape(3, 3, 256, 100), shape(100))
   run = jax.jit(functools.partial(pallas_kernels.gated_branch, interpret=False, stride=stride))

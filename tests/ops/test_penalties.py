@@ -20,7 +20,10 @@ from gating_jax.types import GateRecord
 
 
 def records_of(first, second):
-  """Two records joined by a pair, [N, 3] and [N, 2]; their gates all open, to differ from their probabilities."""
+  """Makes two records joined by a pair, [N, 3] and [N, 2].
+
+  All gates are open, to differ from their probabilities.
+  """
   return (
     GateRecord(first, first, jnp.ones_like(first), 10),
     GateRecord(second, second, jnp.ones_like(second), 7, 4),
@@ -97,7 +100,7 @@ def test_mac_loss_weighs_gates_by_their_cost():
 
 
 def drawn(first, second):
-  """The records with gates that are open where their probability is at least a half."""
+  """Returns the records with gates that are open where their probability is at least a half."""
   return tuple(
     dataclasses.replace(r, gates=(r.probs >= 0.5).astype(r.probs.dtype))
     for r in records_of(first, second)
@@ -113,7 +116,7 @@ def test_mac_budget_loss_is_of_the_gates_and_its_gradient_of_their_probabilities
   per_unit = (
     np.array([[10 + 4 * 1], [10 + 4 * 0.5]]) / 2 / whole
   )  # with the expected units of the second
-  for budget in (0.5, 1.0):  # too much is spent, and too little
+  for budget in (0.5, 1.0):  # the cost is too high, and too low
     loss, gradient = jax.value_and_grad(
       lambda p, b=budget: mac_budget_loss(drawn(p, SECOND), 32, b)
     )(FIRST)
@@ -182,7 +185,8 @@ def test_experts_are_balanced_at_one_and_worst_where_one_has_all():
   even, one = [[0.25] * 4] * 4, [[1.0, 0, 0, 0]] * 4
   assert loss(even, np.eye(4)) == 1
   assert loss(one, one) == 4
-  assert loss(even, one) == 1  # the share alone is no imbalance that a gradient could mend
+  # the fraction on its own is no imbalance that a gradient could reduce
+  assert loss(even, one) == 1
   tilted = jnp.array([[0.7, 0.1, 0.1, 0.1]] * 4)
   gradient = jax.grad(lambda p: balance_loss([GateRecord(None, p, jnp.array(one))]))(tilted)
   np.testing.assert_allclose(gradient, [[1, 0, 0, 0]] * 4)

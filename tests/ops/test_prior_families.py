@@ -1,4 +1,4 @@
-"""Priors with arrays of parameters and learned ones, relaxed Bernoulli, Normal, samples, any pair of functions."""
+"""Priors with arrays of parameters and learned ones, and priors of every other family."""
 
 import copy
 import pickle
@@ -26,7 +26,7 @@ from gating_jax.ops.priors import (
 
 
 def exact_beta(z, a, b):
-  """F, dF/da, dF/db at the logit z, to many digits, from the tail that keeps them."""
+  """Computes F, dF/da, dF/db at the logit z to many digits, from the tail that keeps them."""
   z, a, b = (mpmath.mpf(float(v)) for v in (z, a, b))
   sign = 1 if z <= mpmath.log(a / b) else -1
   tail = lambda a, b: (
@@ -49,7 +49,7 @@ def exact_beta(z, a, b):
 
 @pytest.fixture(scope="module")
 def beta_grid():
-  """`z, a, b` from one tail to the other of Betas over the whole range, and the exact F, dF/da, dF/db."""
+  """Returns `z, a, b` from tail to tail of many Betas, and the exact F, dF/da, dF/db."""
   mpmath.expit = lambda z: 1 / (1 + mpmath.exp(-z))
   points = []
   for a in (0.05, 0.6, 50.0):

@@ -33,7 +33,7 @@ def wide_grid():
 
 
 def true_cdf(a, b, z):
-  """I_{sigmoid(z)}(a, b) in float64, by the tail that keeps its digits."""
+  """Computes I_{sigmoid(z)}(a, b) in float64, by the tail that keeps its digits."""
   z = np.asarray(z, np.float64)
   return np.where(
     z <= 0, special.betainc(a, b, special.expit(z)), 1 - special.betainc(b, a, special.expit(-z))

@@ -17,7 +17,7 @@ def mlp(weights, x):
 
 
 def centred(weights, x):
-  """Its examples depend on each other, as under BatchNorm in training."""
+  """A function whose examples depend on each other, as under BatchNorm in training."""
   return mlp(weights, x - jnp.mean(x, axis=0, keepdims=True))
 
 
@@ -45,7 +45,7 @@ def test_gradients_are_those_of_all_examples(capacity):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7), full, skipped)
   assert (
     np.abs(full[2])[np.array(OPEN) == 0].min() > 0
-  )  # of closed gates: what their examples would have given
+  )  # of closed gates: the gradients of their examples
   assert not np.any(skipped[1][np.array(OPEN) == 0])
 
 

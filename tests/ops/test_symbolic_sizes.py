@@ -1,4 +1,4 @@
-"""`jax.export` with sizes that are not known yet: one program for any number of examples."""
+"""`jax.export` with symbolic sizes: one program for any number of examples."""
 
 import jax
 import jax.numpy as jnp

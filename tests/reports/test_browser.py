@@ -28,7 +28,7 @@ FINE = {"messages": [], "broken": [], "nameless": 0, "wide": [], "scrolls": Fals
 
 
 def check(file, width):
-  """What the browser finds of a page at a width, which is fine in light and dark."""
+  """Returns the browser's findings at a width, after checking light and dark."""
   found, dark = look_at(file, width), look_at(file, width, dark=True)
   assert {name: found[name] for name in FINE} == FINE
   assert {name: dark[name] for name in FINE} == FINE
@@ -89,7 +89,7 @@ def test_a_comparison_loads_and_fits(tmp_path, width):
 
 
 def task_page(folder):
-  """Of a run that has learnt two tasks of a net of two layers, as far as the page can tell."""
+  """Writes the page of a run that has learnt two tasks with a net of two layers."""
   config = importlib.import_module("configs.split_digits").get_config()
   config.update_from_flattened_dict(
     {"model.name": "tiny", "tasks.count": 2, "optim.batch_size": 64}
@@ -102,7 +102,7 @@ def task_page(folder):
 
 
 def video_page(folder):
-  """Of made choices among the segments of made videos."""
+  """Writes the page of made choices among the segments of made videos."""
   config = importlib.import_module("configs.composed_timegate").get_config()
   config.update_from_flattened_dict(
     {
@@ -163,7 +163,7 @@ def test_pages_of_tasks_and_videos_load_and_fit(tmp_path, monkeypatch, kind):
   for width in WIDTHS:
     found = check(tmp_path / "report.html", width)
     assert (found["images"], found["headings"]) == (images, headings)
-    # What is drawn wider than a phone scrolls in a box of its own, unshrunk; all else fits.
+    # Wider pictures scroll in their own boxes, unshrunk; everything else fits.
     beyond = [w for w in found["widths"] if w > width]
     assert beyond == ([1050] * 6 if kind == "videos" and width < 1050 else [])
     assert min(found["widths"]) > 330

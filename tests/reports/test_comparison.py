@@ -35,7 +35,7 @@ TASKS = {
 
 @pytest.fixture(autouse=True)
 def unsaved(monkeypatch):
-  """Pictures without pixels, which take most of the time."""
+  """Draws pictures without pixels, which take most of the time."""
   monkeypatch.setattr(page, "drawn", lambda draw, *args, **named: page.Picture(b"", *args, **named))
 
 
@@ -71,7 +71,7 @@ def tables(runs):
 
 
 def pictures(runs, title):
-  """What is drawn, up to the first colon or point of its caption."""
+  """Returns the captions of pictures, up to the first colon or full stop."""
   begin, sections = comparison.content(runs)
   first = [begin.picture] if begin.picture and title == "Score and cost" else []
   found = first + [part for section in sections if section.title == title for part in section.parts]
@@ -185,7 +185,7 @@ def test_courses_need_more_than_one_point():
 
 @pytest.fixture
 def figures(monkeypatch):
-  """Those drawn."""
+  """The pictures that are drawn."""
   found = []
   pictured = page.pictured
   monkeypatch.setattr(

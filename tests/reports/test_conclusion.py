@@ -24,7 +24,7 @@ def test_the_next_command_is_what_was_not_called_yet(tmp_path):
   for newest, left in (
     (7, both[1:]),
     (8, both),
-  ):  # times of an older checkpoint are none of the newest
+  ):  # times of an older checkpoint do not count for the newest
     (run / "checkpoints" / str(newest)).mkdir(parents=True)
     (run / "compile.json").write_text(
       '{"step": 7, "device": "a cpu", "timings": {"1 image at a time": []}}'

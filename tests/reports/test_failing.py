@@ -18,7 +18,10 @@ SAID = r"This run failed and is not finished: (.*) \(\d{4}-\d\d-\d\d \d\d:\d\d U
 
 
 def run(path, error, report=SimpleNamespace, journal="", mode="train"):
-  """A run that opens its journal in that folder, unless None, and then fails, or without an error is finished."""
+  """Runs a training that opens its journal in that folder, unless None, and then fails.
+
+  Without an error it finishes.
+  """
 
   def train(run_dir):
     if journal is not None:
@@ -32,7 +35,7 @@ def run(path, error, report=SimpleNamespace, journal="", mode="train"):
 
 
 def texts(page):
-  """What a page shows, in its order."""
+  """Returns the texts of a page, in their order."""
   body = page.read_text().partition("<body>")[2]
   return [html.unescape(text) for text in re.split(r"\s*<[^>]*>\s*", body) if text]
 

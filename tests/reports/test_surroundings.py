@@ -126,7 +126,7 @@ def test_a_network_is_ungated_that_computes_the_same_for_all(experiment, field, 
 
 
 def test_methods_whose_network_is_built_without_gates_are_ungated(monkeypatch):
-  """The first network that a method makes is the one that answers."""
+  """The first network that a method makes is the one that predicts."""
 
   class Made(Exception):
     pass

@@ -16,7 +16,7 @@ REUSED, NEW, OLDER, FREE = task_pictures._PARTS.values()
 
 
 def drawn(function, *args, **options):
-  """The figure, as it is written."""
+  """Returns the figure, as it is written."""
   figure = function(*args, **options)
   file = io.BytesIO()
   report_text.save(figure, file)
@@ -25,12 +25,12 @@ def drawn(function, *args, **options):
 
 
 def panels(figure):
-  """Axes that have a title: the others are bars of colours."""
+  """Returns the axes with a title: the others are colour bars."""
   return [axes for axes in figure.axes if axes.get_title()]
 
 
 def numbers(axes):
-  """What is written in the cells, by row and column."""
+  """Returns the texts of the cells, by row and column."""
   return {(int(t.get_position()[1]), int(t.get_position()[0])): t.get_text() for t in axes.texts}
 
 

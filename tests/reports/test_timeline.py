@@ -38,7 +38,7 @@ def pixels_of(figure):
 
 
 def at_segments(picture, inches_down, segments, count=None):
-  """Colours at the centres of the segments, or of `count` equal parts of the time axis."""
+  """Returns the colours at the centres of segments, or of `count` equal parts of the axis."""
   count = count or segments
   columns = (0.75 + 11 * (np.arange(count) + 0.5) / count) * INCH
   return picture[round(inches_down * INCH), columns.astype(int)]

@@ -21,7 +21,7 @@ RANDOM = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
 
 
 def state(step):
-  """A state that differs at each step, and cannot be compressed away."""
+  """Makes a state that differs at each step and is incompressible."""
   return devices.replicate(
     {
       "step": jnp.int32(step),
@@ -48,7 +48,7 @@ def open_checkpoints(tmp_path):
 
 @pytest.fixture
 def warnings(monkeypatch):
-  """What our code, not orbax, logged as a warning."""
+  """The warnings of our code, without those of orbax."""
   seen = []
 
   def warn(message, *values):
@@ -158,10 +158,10 @@ def test_closed_checkpoints_hold_no_handle_of_their_folder(tmp_path):
 
 
 def handles_below(folder):
-  """Of this process, the open files and folders that lie in a folder."""
+  """Returns this process's open files and folders within a folder."""
   links = []
   for link in Path("/proc/self/fd").iterdir():
-    with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+    with contextlib.suppress(FileNotFoundError):  # the listing's own file
       links.append(link.readlink())
   return [target for target in links if target.is_relative_to(folder)]
 

@@ -12,7 +12,7 @@ LIMIT = Limit(CLOSED, 0.5, "lower loss.sparsity.coefficient")
 
 
 def record(open_for, probs, examples=200):
-  """A layer whose gates are open for so many of the examples, with these probabilities for all."""
+  """Makes a layer whose gates are open for so many examples, with equal probabilities for all."""
   gates = np.arange(examples)[:, None] < np.asarray(open_for)
   return GateRecord(
     None, jnp.broadcast_to(jnp.asarray(probs), gates.shape), jnp.asarray(gates, jnp.float32)

@@ -31,7 +31,10 @@ OPTIMISER = optax.chain(keep_gradient(), optax.sgd(0.1, momentum=0.9, nesterov=T
 
 
 def train(backend, count):
-  """`(state, metrics)` after each of three steps of the gated tiny net with both gate losses, on `count` devices."""
+  """Returns `(state, metrics)` after each of three steps on `count` devices.
+
+  The net is the gated tiny one, with both gate losses.
+  """
   used = jax.devices()[:count]
   run = devices.map_over_devices(
     tiny.train_step(OPTIMISER, axis_name=devices.AXIS),
@@ -195,7 +198,10 @@ def test_replicate_puts_a_copy_on_every_device():
 
 
 def spread(fn, way, axes=devices.AXIS):
-  """`fn(replicated, batch)` on eight devices, by one of the ways that JAX has; what it returns is the same on all."""
+  """Runs `fn(replicated, batch)` on eight devices, in one of JAX's ways.
+
+  Its result is the same on all devices.
+  """
   if way in ("pmap", "vmap"):
     mapped = (jax.pmap if way == "pmap" else jax.vmap)(fn, axis_name=axes, in_axes=(None, 0))
     mapped = mapped if way == "pmap" else jax.jit(mapped)
@@ -254,7 +260,7 @@ def test_the_gradient_over_devices_is_that_of_one_device_in_every_mode(way, alre
 
 
 def test_by_hand_the_gradient_of_one_mode_is_wrong_in_the_other():
-  """The reason for the helper; where this fails, JAX has changed its convention."""
+  """The reason for the helper; if this fails, JAX has changed its convention."""
   local = jax.value_and_grad(functools.partial(fit, axis_name=devices.AXIS))
   by_hand = lambda params, batch: lax.pmean(local(params, batch), devices.AXIS)
   right = right_gradient()

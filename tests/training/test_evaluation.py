@@ -18,7 +18,7 @@ CORRECT = RANDOM.random(M) < 0.6
 
 
 def images():
-  """Each image's only pixel is its number."""
+  """Makes images whose only pixel is their number."""
   return Images(
     np.arange(M, dtype=np.uint8).reshape(M, 1, 1, 1), np.arange(M, dtype=np.int32) % 2, ("a", "b")
   )

@@ -22,7 +22,7 @@ def config_of(name, variant="", **changes):
 
 
 def warned(watch, metric, share):
-  """What is said where this fraction of gates is closed from some step on; None for nothing."""
+  """Returns the warning, or None, if this fraction of gates is closed from some step on."""
   watch(50, {metric: 0.0})
   return next(iter(watch(100, {metric: share})), None)
 
@@ -110,7 +110,10 @@ def test_segments_chosen_by_a_rule_and_ungated_nets_are_not_watched():
 
 @pytest.fixture
 def small(monkeypatch):
-  """`(name, **changes) -> (programme, config)` with nets of a block, or of two layers, and a line every ten steps."""
+  """Returns `(name, **changes) -> (programme, config)`.
+
+  Nets have one block or two layers, and a line is printed every ten steps.
+  """
   monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
   monkeypatch.setitem(vgg.VGGS, "tiny_chain", (8, vgg.POOL, 8))
   monkeypatch.setitem(video_backbones.LIGHT_NETS, "tiny", tiny_cli.TINY_LIGHT)
@@ -182,5 +185,6 @@ def test_a_training_says_once_that_its_gates_close(small, tmp_path, name, price,
   warnings = [i for i, line in enumerate(lines) if "warning: " in line]
   assert len(warnings) == 1
   assert "closed for all examples" in lines[warnings[0]]
-  assert any(re.search(r"step \d+/", line) for line in lines[warnings[0] + 1 :])  # while it goes on
+  # while it continues
+  assert any(re.search(r"step \d+/", line) for line in lines[warnings[0] + 1 :])
   assert "warning: " not in said(*small(name, **wanted), tmp_path / "open", "train")

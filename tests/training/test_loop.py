@@ -28,7 +28,10 @@ METRICS = (
 
 
 class Run:
-  """A loop on a toy: each step adds its number to `w`; `metrics_at` and `before` change single steps."""
+  """Runs a loop on a toy problem: each step adds its number to `w`.
+
+  `metrics_at` and `before` change single steps.
+  """
 
   def __init__(self, folder, k=1, metrics_at=None, before=None, first_step=0):
     self.folder, self.k, self.before = folder, k, before or {}
@@ -155,7 +158,7 @@ def test_what_the_watch_finds_in_a_line_is_said_after_it(tmp_path, capfd):
     (4, 3.5),
     (6, 5.5),
     (8, 7.5),
-  ]  # what the journal has, then what follows
+  ]  # the journal's lines, then the following ones
   assert "warning" not in capfd.readouterr().out
 
 

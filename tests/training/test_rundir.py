@@ -27,7 +27,7 @@ def config(**changes):
 
 
 def snapshot(folder):
-  """Every file's bytes and time of change, but for the lock's."""
+  """Returns every file's bytes and time of change, except the lock's."""
   return {
     str(f.relative_to(folder)): (f.read_bytes() if f.is_file() else None, f.stat().st_mtime_ns)
     for f in folder.rglob("*")

@@ -9,7 +9,7 @@ from gating_jax.training.settings import config_of
 
 
 def write(folder, name="digits_resnet20", **changes):
-  """The config.json of a packaged config, with fields changed, or gone where they are `...`."""
+  """Writes the config.json of a packaged config with fields changed, or removed if `...`."""
   config = importlib.import_module(f"configs.{name}").get_config()
   fields = json.loads(config.to_json())
   for path, value in changes.items():

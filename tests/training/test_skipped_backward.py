@@ -1,4 +1,4 @@
-"""Steps that leave out the backward of closed layers end where full steps end."""
+"""Steps that skip the backward pass of closed layers give the results of full steps."""
 
 import time
 

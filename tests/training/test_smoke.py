@@ -11,7 +11,7 @@ from gating_jax.training.rundir import flatten
 from tests.helpers import stand_ins
 from tests.helpers.command import run_command
 
-CLASSES, EXAMPLES = 100, 60_000  # of a set that is not there
+CLASSES, EXAMPLES = 100, 60_000  # of a set that is missing
 VIDEOS = 32  # made, with segments enough for the concepts of gates
 
 
@@ -85,7 +85,7 @@ def test_scenes_and_their_parts_become_small_by_one_factor(opened):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "changes"),
-  [  # of each programme the largest, and many classes
+  [  # the largest config of each programme, and many classes
     ("imagenet_resnet18", {}),
     ("segmentation_cityscapes", {}),
     ("videos_timegate", {}),

@@ -22,7 +22,7 @@ backends = pytest.mark.parametrize("backend", devices.BACKENDS)
 
 @pytest.fixture
 def compilations():
-  """What XLA compiled since the start of the test, or since the list was cleared."""
+  """XLA's compilations since the start of the test, or since the list was cleared."""
   seen = []
 
   def listen(event, duration, **_):
@@ -155,7 +155,7 @@ def test_steps_of_one_call_take_their_columns_in_order(k):
 
 @functools.cache
 def mixed_state():
-  """A state, on the host, of which each gate opens on some of 37 images."""
+  """A state, on the host, whose gates all open on some of 37 images."""
   random = np.random.default_rng(6)
   noisy = lambda tree: jax.tree.map(
     lambda x: np.asarray(x + random.normal(0, 0.5, x.shape), np.float32), tree

@@ -93,7 +93,10 @@ def label_loss_by_hand(logits, labels, multi_label):
 
 
 def shaping_by_hand():
-  """With weights as in the formula of `batch_shaping_loss`, padding and weightless videos thrown out beforehand."""
+  """Computes the formula of `batch_shaping_loss` with weights.
+
+  Padding and videos of weight 0 are removed beforehand.
+  """
   logits, weights = PREDICTED["segments"][SEEN > 0].astype(np.float64), SEEN[SEEN > 0]
   order = np.argsort(logits)
   p, w = special.expit(logits[order]), weights[order]
@@ -186,7 +189,10 @@ def test_a_batch_without_weight_costs_nothing():
 
 @pytest.mark.slow
 def test_devices_agree_with_one():
-  """Gradients averaged over devices, whose weights differ and are all 0 on one, are those of the whole batch."""
+  """Gradients averaged over devices are those of the whole batch.
+
+  Weights differ between devices, and are all 0 on one of them.
+  """
   both = objective(channels=channels("target_rate"))
 
   def run(predicted, targets, axis_name=None):

@@ -152,7 +152,7 @@ def test_the_oracle_needs_to_know_which_segments_matter(config, tmp_path):
 
 
 def folder_of_features(folder, rng, lengths=(3, 9, 1, 6), copies=8, multi_label=False):
-  """32 videos of 1 to 9 segments, one of which holds a number that tells the class; and their tables."""
+  """Makes 32 videos of 1 to 9 segments, one of which holds the class's number; and their tables."""
   rows = []
   for i in range(len(lengths) * copies):
     label, features = i % 3, rng.normal(0, 0.1, (lengths[i % len(lengths)], 5)).astype(np.float32)
@@ -299,7 +299,7 @@ def test_a_folder_of_videos_goes_through_training_evaluation_and_the_picture(
 
 
 def check_run(made, workdir, steps=4, videos=20):
-  """What every finished run leaves; it is not repeated, and its evaluation prints the same accuracy."""
+  """Checks a finished run: it is not repeated, and its evaluation prints the same accuracy."""
   result = read_result(workdir)
   assert result["step"] == steps
   last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
@@ -364,7 +364,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_parameters(finished, tmp_pat
 
 @pytest.fixture(scope="module")
 def pretrained(config, tmp_path_factory):
-  """`(config, directory)` of a run whose nets are trained, and that goes no further yet."""
+  """`(config, directory)` of a run whose nets are trained, and which stops there."""
   made = config(**{"data.train_videos": 16, "data.test_videos": 8})
   experiment = build.build(made)
   with rundir.open_run(tmp_path_factory.mktemp("pretrained") / "run", made) as run_dir:
@@ -401,7 +401,7 @@ def test_nets_that_were_trained_can_be_taken_for_another_run(config, pretrained)
 
 @pytest.fixture(scope="module")
 def two_stage(pretrained):
-  """What the run of `pretrained` prints when it goes on to its end."""
+  """The output of the run of `pretrained` when it resumes to its end."""
   made, workdir = pretrained
   return said(run, made, workdir, "train")
 
@@ -415,7 +415,7 @@ def test_a_run_goes_on_after_its_nets_are_trained(pretrained, two_stage):
 
 @pytest.fixture(scope="module")
 def compiled(config, tmp_path_factory):
-  """What was measured of programs of a net that is not trained."""
+  """The times of programs of an untrained net."""
   experiment = build.build(config(training="end_to_end"))
   variables = jax.jit(experiment.model.clone(axis_name=None).init)(
     jax.random.key(0), experiment.prepare(speed._read(experiment, 2))

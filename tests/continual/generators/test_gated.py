@@ -1,4 +1,4 @@
-"""Images of a task stay the same, bit for bit, whatever its generator learns later."""
+"""Images of a task stay bit-equal, whatever the generator learns later."""
 
 import functools
 
@@ -50,7 +50,7 @@ def rehearsal(**changes):
 
 
 def images(task, count=16):
-  """Bright in one of three parts, more so for the second class."""
+  """Makes images that are bright in one of three parts, brighter for the second class."""
   labels = np.arange(count) % 2
   pixels = np.random.default_rng(task).integers(0, 60, (count, *SHAPE))
   pixels[:, 5 * task : 5 * task + 5] += 80 + 80 * labels[:, None, None, None]
@@ -59,7 +59,7 @@ def images(task, count=16):
 
 @functools.cache
 def learnt(**changes):
-  """The rehearsal, its memory after each task, and what it recalled at the end of each."""
+  """Returns the rehearsal, its memory after each task, and the images it recalled then."""
   method, recalled = rehearsal(**changes), []
   step = jax.jit(method.prelude)
   memories = [method.init(KEY)]

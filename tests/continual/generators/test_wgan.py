@@ -19,7 +19,7 @@ SETTINGS = WganSettings(critic_steps=2, learning_rate=1e-3, average=0.9)
 
 
 class Pair(nn.Module):
-  """A generator of images of two pixels, wide enough that training succeeds from every seed."""
+  """Makes a generator of two-pixel images, wide enough that training succeeds from every seed."""
 
   shape = (1, 2, 1)
   latent = 2
@@ -42,7 +42,7 @@ PAIR = Pair(), PairCritic()
 
 
 def gated_nets(axis_name=None):
-  """A pair that is gated and conditional."""
+  """Makes a generator and a critic that are gated and conditional."""
   generator = Generator(
     (8, 8, 1),
     latent=6,
@@ -130,7 +130,7 @@ def test_the_average_follows_the_generator():
 
 
 def test_a_step_by_hand():
-  """Two updates of the critic, each by every other image, and one of the generator, with the given draws of noise."""
+  """Two critic updates, each on every other image, and one of the generator, with given noise."""
   pixels, (generator, critic), adam = images(8)[0], PAIR, SETTINGS.adam()
   key = jax.random.fold_in(jax.random.key(0), 0)
   draw = lambda i, stream: jax.random.fold_in(jax.random.fold_in(key, i), stream)
@@ -256,7 +256,10 @@ def test_the_gradient_is_changed_before_the_optimiser_and_the_update_after_it():
 
 
 def test_the_generator_runs_with_a_view_of_its_parameters():
-  """One that doubles what was halved makes the same images; Adam's step does not depend on the gradient's scale."""
+  """A net that doubles what was halved makes the same images.
+
+  Adam's step does not depend on the gradient's scale.
+  """
   times = lambda factor: lambda params: jax.tree.map(lambda p: factor * p, params)
   halved = start().replace(generator=times(0.5)(start().generator))
   run = jax.jit(wgan.make_train_step(*PAIR, SETTINGS, seed=0, view=times(2.0)))

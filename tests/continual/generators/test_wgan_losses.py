@@ -23,7 +23,7 @@ def test_the_penalty_of_a_linear_critic_is_that_of_its_slope():
 
 
 def test_the_penalty_is_of_each_images_own_slope():
-  """Of |x|^2 / 2 the slope is x."""
+  """The slope of |x|^2 / 2 is x."""
   x = jnp.array([[3.0, 4.0], [0.6, 0.8], [0.0, 2.0]])
   penalty = wgan.gradient_penalty(lambda x: jnp.sum(x**2, axis=-1) / 2, x)
   np.testing.assert_allclose(penalty, (16 + 0 + 1) / 3, rtol=1e-6)

@@ -38,7 +38,7 @@ def test_projection_of_random_gradients_is_the_nearest_that_does_not_conflict():
     assert p @ r >= -1e-4
     np.testing.assert_allclose(
       (g - p) @ p, 0, atol=1e-4
-    )  # what was taken away is orthogonal to what is left
+    )  # the removed part is orthogonal to the rest
   assert 3 < conflicts < 17
 
 
@@ -50,7 +50,7 @@ def batch(task):
 
 
 def memory_gradient(learner):
-  """On all that is remembered."""
+  """The gradient on the whole memory."""
   memory = learner.memory
   remembered = batch(0)._replace(x=toy.normalise(memory.pixels), labels=memory.labels)
   return jax.grad(lambda p: toy.network().loss(p, learner, remembered)[0])(learner.params)

@@ -52,7 +52,10 @@ def params_with(*embeddings):
 
 @functools.cache
 def learnt(protected=True):
-  """What is recalled of the first task after it and after the second, whose first mask is saturated."""
+  """Returns the recalled images of the first task after it and after the second.
+
+  The second task's first mask is saturated.
+  """
   settings = wgan.WganSettings(critic_steps=1, learning_rate=1e-2, average=0.5)
   protection = whole = masked()
   if not protected:
@@ -175,9 +178,7 @@ def test_real_images_have_their_share_of_the_loss():
   )
   assert float(parts["replay"]) != pytest.approx(float(parts["cross_entropy"]), abs=1e-4)
   assert float(terms(0.0, data)[0]) == pytest.approx(float(parts["replay"]), rel=1e-6)
-  assert float(terms(0.0, data)[0]) == float(
-    terms(0.0, other)[0]
-  )  # what is generated is all it sees
+  assert float(terms(0.0, data)[0]) == float(terms(0.0, other)[0])  # it sees generated images only
 
 
 def test_the_prelude_sees_labels_of_its_task():

@@ -36,7 +36,7 @@ def batch(task=1):
 
 
 def test_fisher_of_softmax_regression_in_closed_form():
-  """d log softmax(x W)_y / d W = x (onehot(y) - p)^T, squared and averaged; not the square of the average."""
+  """d log softmax(x W)_y / d W = x (onehot(y) - p)^T, squared before it is averaged."""
   random = np.random.default_rng(0)
   kernel, x, labels = (
     random.normal(size=(3, 4)),
@@ -58,7 +58,7 @@ def test_fisher_of_softmax_regression_in_closed_form():
 
 @both
 def test_fisher_of_a_task_is_that_of_labels_drawn_from_its_own_head(make):
-  """For two classes and a head's bias, F = mean_n p_n (1 - p_n) whatever the labels are; other heads get nothing."""
+  """F = mean_n p_n (1 - p_n) of a two-class head's bias, for any labels; 0 for other heads."""
   method, data = make(examples=3000), conflicting.task(1, 3000)
   before = learner(method, task=1)
   logits = np.asarray(
@@ -77,7 +77,7 @@ def test_fisher_of_a_task_is_that_of_labels_drawn_from_its_own_head(make):
 
 @both
 def test_fisher_is_a_mean_over_as_many_examples_as_asked_for(make):
-  """A single example's Fisher diagonal has the rank-one form of its gradient: F_kernel = x^2 F_bias."""
+  """One example's Fisher diagonal has its gradient's rank-one form, F_kernel = x^2 F_bias."""
   fisher = (
     make(examples=1)
     .end_task(learner(make()), conflicting.task(0), jax.random.key(0))

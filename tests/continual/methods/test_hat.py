@@ -39,7 +39,7 @@ def method(norm=True, axis_name=None, steepness=S_MAX, sparsity=PRICE, chain=(4,
 
 
 def shapes(model):
-  """Records and parameters as shapes."""
+  """Returns records and parameters as shapes."""
   x = jax.ShapeDtypeStruct((1, *toys.SHAPE), jnp.float32)
   (_, records), variables = jax.eval_shape(
     lambda x: model.init_with_output(jax.random.key(0), x), x
@@ -76,7 +76,7 @@ def batch(data, place=0.5):
 
 
 def saturated(learner):
-  """The embeddings pushed to their limits: every mask is exactly 0 or 1."""
+  """Pushes the embeddings to their limits: every mask is exactly 0 or 1."""
   return learner.replace(
     params=with_embeddings(
       learner.params, *(np.where(e > 0, 6, -6) for e in embeddings(learner.params))
@@ -170,7 +170,7 @@ def test_regulariser_by_hand():
   )
   assert hat.regulariser(masks, jnp.zeros(4)) == np.mean([0.5, 1, 0.25, 1])
   value, grad = jax.value_and_grad(hat.regulariser)(masks, jnp.ones(4))
-  assert (value, grad.tolist()) == (0, [0] * 4)  # nothing is left, and nothing is divided by 0
+  assert (value, grad.tolist()) == (0, [0] * 4)  # no unit is left, and nothing is divided by 0
 
 
 def test_the_loss_is_cross_entropy_and_the_price_of_the_masks_of_its_slope():
@@ -216,7 +216,7 @@ def test_saturated_masks_keep_the_first_task_while_the_second_is_learnt(norm):
   assert toys.accuracy(method(norm), last, 0, 2) == 1
   assert (
     toys.accuracy(method(norm), last, 1, 2) == 1 or not norm
-  )  # without BatchNorm ten units do not suffice
+  )  # without BatchNorm, ten units do not suffice
   np.testing.assert_array_equal(after, before)
 
   unmasked = dataclasses.replace(

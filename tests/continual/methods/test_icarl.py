@@ -34,8 +34,8 @@ def unit_features(learner, pixels):
 
 def test_herding_by_hand():
   features = np.array([[0.0, 0.0], [4.0, 1.0], [2.0, -1.0], [2.0, 2.0]])  # mean (2, 1/2)
-  # 1: (2, 2) and (2, -1) are as near, the first is taken. 2: with (2, 2) the mean (2, 1/2) is exact.
-  # 3: (0, 0) gives (4/3, 1/3), (4, 1) gives (8/3, 2/3), as near again
+  # 1: (2, 2) and (2, -1) are equally near, the first is taken. 2: (2, 2) makes the mean exact.
+  # 3: (0, 0) gives (4/3, 1/3) and (4, 1) gives (8/3, 2/3), again equally near.
   assert herd(features, 4).tolist() == [2, 3, 0, 1]
   assert herd(features, 2).tolist() == [2, 3]
   assert herd(features, 9).tolist() == [2, 3, 0, 1]

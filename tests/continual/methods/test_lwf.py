@@ -21,7 +21,7 @@ def random_logits(seed, n=4, classes=6):
 
 
 def distillation(net, task):
-  """The term as a function of parameters, where the teacher is the learner's own start."""
+  """Returns the term as a function of parameters; the teacher is the learner's initial state."""
   method = make(net)
   state = conflicting.learner(method, optax.sgd(0.1)).replace(task=jnp.asarray(task))
   data = conflicting.task(1)
@@ -48,7 +48,7 @@ def test_value_by_hand():
 
 @pytest.mark.parametrize("task", [0, 1, 2, 3])
 def test_only_old_heads_matter(task):
-  """Its gradient is (softmax(z / tau) - softmax(t / tau)) / tau in old heads, and nothing in others."""
+  """The gradient is (softmax(z / tau) - softmax(t / tau)) / tau in old heads, and 0 in others."""
   student, teacher = random_logits(0), random_logits(1)
   grads = jax.grad(
     lambda z: jnp.sum(old_heads_cross_entropy(z, teacher, task, classes=2, temperature=2.0))
@@ -72,7 +72,10 @@ def test_the_loss_is_least_and_flat_where_student_and_teacher_agree():
 
 
 def test_a_fresh_student_has_no_gradient_unless_its_statistics_differ():
-  """With BatchNorm the student sees the batch's statistics, the teacher its own: then the gradient is not zero."""
+  """With BatchNorm the gradient is not zero.
+
+  The student uses the batch's statistics, the teacher its own.
+  """
   largest = {}
   for norm in (False, True):
     state, term = distillation(conflicting.network(norm=norm), task=1)

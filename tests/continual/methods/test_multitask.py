@@ -1,4 +1,4 @@
-"""All tasks at once: what each has for itself sees its own images alone."""
+"""All tasks at once: the own parts of a task see the images of that task only."""
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ def batch_of(data, epoch=1.0):
 
 
 def gradients(method, learner):
-  """On a batch, and on one with other images of the first task."""
+  """Runs on a batch, and on one with other images of the first task."""
   data = both_tasks()
   changed = np.array(data.pixels)
   changed[::TASKS] = tiny_tasks.task(0, seed=7).pixels

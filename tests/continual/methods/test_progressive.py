@@ -35,7 +35,7 @@ def method(kind, tasks=3, axis_name=None):
 
 @functools.cache
 def after(kind, tasks):
-  """The learner after so many of three tasks; the third is the first again."""
+  """Returns the learner after so many of three tasks; the third is the first again."""
   if tasks == 0:
     return toys.learner(method(kind))
   data = toys.task((tasks - 1) % 2)
@@ -78,7 +78,7 @@ def test_older_columns_are_frozen_and_the_shapes_of_a_learner_are_for_good(kind)
 
 def test_parameters_are_those_of_the_columns_and_of_adapters_to_earlier_ones(kind):
   def size(before):
-    """Of a column made for so many before it."""
+    """Returns a column made for so many older columns."""
     shapes = jax.eval_shape(
       lambda x: method(kind, tasks=before + 1).init(x).params, jax.random.key(0)
     )
@@ -155,12 +155,13 @@ def test_adapters_are_trained_where_there_is_something_to_adapt(kind):
     assert float(jnp.abs(flat[STEM[kind]]).max()) > 0
 
 
-# Chain, layers of column j: 16 pixels, 9 x 1 x 3; 4 pixels, 9 x 3 x 4 or twice that and j x 3 x 3. Head: j x 4 x 4 and
-# 4 x 2 or twice that.
+# Chain, layers of column j: 16 pixels, 9 x 1 x 3; 4 pixels, 9 x 3 x 4 or twice that and j x 3 x 3.
+# Head: j x 4 x 4, and 4 x 2 or twice that.
 CHAIN_MACS = [432 + 4 * 108, 432 + 4 * (216 + 9), 432 + 4 * (216 + 18)], [8, 16 + 16, 32 + 16]
-# Residual net: stem, 16 pixels, 9 x 1 x 3; block 1, 16 pixels, 9 x 3 x 3 or twice that, and 9 x 3 x 3; block 2,
-# 4 pixels, 9 x 3 x 6 or twice that, 9 x 6 x 6, and 3 x 6 of the shortcut; the adapter of either, 16 pixels, j x 3 x 3.
-# Head: j x 6 x 6 and 6 x 2 or twice that.
+# Residual net: stem, 16 pixels, 9 x 1 x 3; block 1, 16 pixels, 9 x 3 x 3 or twice that, and
+# 9 x 3 x 3; block 2, 4 pixels, 9 x 3 x 6 or twice that, 9 x 6 x 6, and 3 x 6 of the shortcut;
+# each block's adapter, 16 pixels, j x 3 x 3.
+# Head: j x 6 x 6, and 6 x 2 or twice that.
 OWN, SEEN = 432 + 16 * 2 * 81 + 4 * (162 + 324 + 18), 16 * 81 + 4 * 162
 RESNET_MACS = [OWN, OWN + SEEN + 2 * 16 * 9, OWN + SEEN + 2 * 16 * 18], [12, 36 + 24, 72 + 24]
 

@@ -1,4 +1,4 @@
-"""What holds of every method with an episodic memory."""
+"""Properties of every method with an episodic memory."""
 
 import jax
 import numpy as np
@@ -54,7 +54,7 @@ def test_two_devices_as_one(name):
   learner = toy.end_task(alone, toy.start(alone), toy.images(0))
   learner = learner.replace(
     params=jax.tree.map(lambda x: 1.5 * x, learner.params)
-  )  # not the teacher's any more
+  )  # no longer the teacher's
   data, index = toy.images(1), np.arange(0, 40, 5)
   after = [
     toy.step(method, count)(learner, data.pixels[index], data.labels[index])[0]

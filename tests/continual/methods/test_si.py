@@ -36,7 +36,7 @@ def total(tree):
 
 
 def test_path_integral_on_a_quadratic_is_the_drop_of_its_loss_for_every_parameter():
-  """With L = sum_i a_i theta_i^2 / 2 parameters do not meet, so omega_i is the drop of the i-th term."""
+  """In L = sum_i a_i theta_i^2 / 2, omega_i is the drop of the i-th term: they do not interact."""
   method, rate = make(), 0.002
   state = learner(method)
   curvature = jax.tree.map(
@@ -62,7 +62,7 @@ def test_path_integral_on_a_quadratic_is_the_drop_of_its_loss_for_every_paramete
 
 
 def test_path_integral_leaves_out_the_penalty():
-  """While the second task is held, it is the drop of the cross-entropy, which is not that of the whole loss."""
+  """In the second task it is the drop of the cross-entropy, without the penalty."""
   method, optimiser = make(strength=0.5), optax.sgd(0.02)
   state = learner(method).replace(task=jnp.asarray(1))
   important = jax.tree.map(jnp.ones_like, state.params)

@@ -1,4 +1,4 @@
-"""Zero forgetting: whatever is learnt later, the logits of a task stay the same, bit for bit."""
+"""Zero forgetting: the logits of a task stay bit-equal, whatever is learnt later."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ NETWORK = Network(PLAIN, PROBLEM, count(PLAIN, SHAPE).macs, "seen")
 
 
 def data(task, count=64, seed=0):
-  """Bright against dark, or left against right, or top against bottom, over noise."""
+  """Makes images of bright against dark, left against right, or top against bottom, over noise."""
   rng = np.random.default_rng((seed, task))
   which = rng.integers(0, 2, count)
   pixels = rng.integers(60, 130, (count, *SHAPE))
@@ -59,13 +59,13 @@ def data(task, count=64, seed=0):
 
 
 class Run:
-  """A method on the three tasks, as the experiment runs it, on one device."""
+  """A method on three tasks, as the experiment runs it, on one device."""
 
   def __init__(
     self, name, remembering=None, classifier=None, network=None, distillation=0.0, **settings
   ):
     model = MODELS[name]
-    # The threshold gives up units that test images would open.
+    # The threshold drops units that test images would open.
     gates = TaskGatesSettings(
       **{"sparsity": 0.5, "patience": 0.0, "when_full": "reuse", "threshold": 0.9, **settings}
     )
@@ -240,7 +240,7 @@ def test_a_full_layer_is_an_error_that_names_it():
   ],
 )
 def test_a_full_layer_grows_and_nothing_is_forgotten(name, made, filters):
-  """Half of the units made are there at first; a quarter more come with every task that leaves none free."""
+  """Half of the units are active at first; a task that leaves none free adds a quarter."""
   run, made = Run(name, when_full="grow", growth=0.5, threshold=0.0, sparsity=0.0), np.array(made)
   open_units, params, shares, logits = [], [], [], None
   for task in range(TASKS):
@@ -254,7 +254,7 @@ def test_a_full_layer_grows_and_nothing_is_forgotten(name, made, filters):
     assert not np.asarray(run.learner.memory["relevant"])[task][~there].any()
     logits = run.logits(0, 256) if logits is None else logits
   assert open_units == [(made * 3 // 4).tolist(), made.tolist(), made.tolist()]
-  assert shares[0] > 0.5  # of the units that are there, not of all that are made
+  assert shares[0] > 0.5  # of the active units, not of all that are allocated
   own = sum(x.size for x in jax.tree.leaves(run.learner.params["own"]))
   assert np.diff(params).tolist() == [own + made // 4 @ filters, own]
   np.testing.assert_array_equal(run.logits(0, 256), logits)
@@ -281,9 +281,7 @@ def test_the_task_is_told_from_the_streams_and_costs_all_of_them():
   logits = run.logits(0, 256)
   for task in range(1, TASKS):
     run.learn(task)
-  np.testing.assert_array_equal(
-    run.logits(0, 256), logits
-  )  # whatever the classifier of tasks learns
+  np.testing.assert_array_equal(run.logits(0, 256), logits)  # whatever the task classifier learns
   assert sorted(np.bincount(run.learner.memory["rehearsal"]["episodes"].labels)) == [5] * 6
   right = []
   for task in range(TASKS):
@@ -355,7 +353,8 @@ def test_the_loss_of_a_network_by_hand_and_streams_see_nothing_rehearsed(weight)
     learner.params["router"], learner.batch_stats["router"], x, jax.random.key(0)
   )
   labels = np.concatenate([np.reshape(batch.labels, (16, 2)), replayed.labels[:, None]], axis=1)
-  # Four classes are seen. Of the batch, two images in three: with 0.2 in place of 2/3 all classes would count the same.
+  # Four classes are seen. Two of three images are the batch's: with 0.2 in place of 2/3 all classes
+  # would have the same weight.
   even, shift = (2 / 3, np.log([1 / 3 / 0.8, 2 / 3 / 0.2]).repeat(2)) if weight else (0.0, 0.0)
   each = -jax.nn.log_softmax(of_all[:, :4] + shift)[np.arange(48), labels.ravel()].reshape(16, 3)
   expected = even * each[:, :2].mean() + (1 - even) * each[:, 2].mean()
@@ -426,7 +425,7 @@ def test_a_network_without_rehearsal_is_an_error():
 @pytest.mark.slow
 @pytest.mark.parametrize("weight", [0.0, 0.2])
 def test_the_loss_of_the_classifier_of_tasks_by_hand(weight):
-  """Earlier streams are seen in evaluation, the task's own in training; the batch counts by its weight."""
+  """Earlier streams run in evaluation, the task's own in training; the batch has a weight."""
   old, new = data(0, 16, seed=5), data(1, 32, seed=6)
   replayed = rehearsal.Replay(PROBLEM.normalise(old[0]), jnp.asarray(old[1]), weight)
   made = dataclasses.replace(episodic(PROBLEM, ReplaySettings(30, 16)), replay=lambda *_: replayed)
@@ -437,7 +436,7 @@ def test_the_loss_of_the_classifier_of_tasks_by_hand(weight):
   learner, net = run.learner, SharedNet(MODELS["simple_cnn"], PROBLEM)
   batch = Batch(PROBLEM.normalise(new[0]), jnp.asarray(new[1]), jax.random.key(3), 0.0)
   _, (terms, _) = jax.jit(run.method.loss)(learner.params, learner, batch)
-  # Two of the batch go with each that is replayed.
+  # Two images of the batch go with each replayed one.
   x = np.concatenate([np.reshape(batch.x, (16, 2, *SHAPE)), replayed.x[:, None]], axis=1).reshape(
     -1, *SHAPE
   )
@@ -462,7 +461,7 @@ def test_the_loss_of_the_classifier_of_tasks_by_hand(weight):
 
 
 def test_what_the_classifier_has_for_tasks_to_come_waits_as_it_was_made():
-  """Weight decay would else shrink it before it is ever trained."""
+  """Otherwise weight decay would shrink it before it is trained."""
   run = Run(
     "vgg",
     episodic(PROBLEM, ReplaySettings(30, 32)),
@@ -499,7 +498,8 @@ def test_the_classifier_of_tasks_is_trained_with_the_task_and_sees_every_stream(
     "router": jax.tree.map(jnp.zeros_like, run.learner.params["router"]),
   }
   blind, (even, _) = grad(without, run.learner, batch)
-  assert even["task_cross_entropy"] == pytest.approx(np.log(2))  # as unsure of two tasks as can be
+  # as unsure about two tasks as possible
+  assert even["task_cross_entropy"] == pytest.approx(np.log(2))
   gate = lambda tree: tree["own"]["net"]["layer2"]["gate"]["head"]["logits"]["kernel"]
   assert not np.allclose(gate(grads), gate(blind))  # it moves the gates of the task
   later = grads["router"]["hidden"]["kernel"]
