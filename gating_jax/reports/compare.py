@@ -93,6 +93,7 @@ def _read(folder: Path, name: str) -> compared_runs.Run:
     raise rundir.RunDirError(
       f"workdir {folder} holds nothing to compare yet: no line in {METRICS_FILE}"
     )
+  # The split is a text, and the only one that is kept.
   numbers = [{**_numbers(line), "split": line["split"]} for line in lines]
   return compared_runs.Run(
     name,
@@ -140,6 +141,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _is_comparison(file: Path) -> bool:
+  # The title is near the beginning; the rest may be megabytes of pictures.
   return (
     file.is_file() and f"<title>{comparison.TITLE}</title>".encode() in file.read_bytes()[:2000]
   )

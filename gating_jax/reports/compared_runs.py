@@ -50,6 +50,7 @@ class Run:
   @property
   def numbers(self) -> Mapping[str, Any]:
     """Returns the numbers of the result, or of the newest test if the run is not finished."""
+    # A run that has not been tested yet has no numbers.
     return self.result or (self.tests or [{}])[-1]
 
   @property
@@ -100,6 +101,7 @@ class Group(NamedTuple):
   @property
   def experiment(self) -> str:
     """Returns the kind of experiment of the runs."""
+    # The same for all of them, since a group is made by it.
     return next(iter(self.runs.values())).experiment
 
   def scored(self, score: Score) -> dict[int, Run]:

@@ -272,11 +272,13 @@ def _measures() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
 
     def cell(numbers):
       """Returns the cell, or None where a number is missing."""
+      # One missing number leaves the whole cell empty.
       values = [numbers.get(name) for name in names]
       return None if None in values else form(*values)
 
     return cell
 
+  # The format `z` writes -0.00 as 0.00: forgetting may be a rounding error below 0.
   percent = lambda share: f"{100 * share:z.2f} %"
   ratio = lambda part, whole: f"{100 * part / whole:.1f} %" if whole else None
   count = lambda number, gates: f"{number:,.0f} of {gates:,.0f}"

@@ -45,6 +45,7 @@ def _cost(
     axes.plot(
       *zip(*family, strict=True), label="ungated networks", color=_UNGATED, linewidth=1.5, zorder=1
     )
+  # Baselines are grey and hollow. A run has the same colour and mark in every picture.
   for i, point in points.items():
     colour = _UNGATED if runs[i].ungated else _COLOURS[i % len(_COLOURS)]
     axes.plot(
@@ -108,6 +109,7 @@ def _hover(
     x, y = axes.transData.transform((spent, share))
     lines = [f"{score.label}: {share:.2f} %", f"MACs: {short(spent)}"]
     settings = [f"{name}: {plain(values[place - 1], 60)}" for name, *values in differ[:_MOST_LINES]]
+    # A longer text would cover the picture.
     if len(differ) > _MOST_LINES:
       settings.append(f"and {len(differ) - _MOST_LINES} settings more")
     # HTML counts from the top, matplotlib from the bottom.
@@ -217,6 +219,7 @@ def _label(figure: Any, axes: Any, xlabel: str, ylabel: str, *, margin: float) -
   from matplotlib.ticker import EngFormatter
 
   axes.set(xlabel=xlabel, ylabel=ylabel)
+  # "40 M" in place of 4e7.
   axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
   # Without an offset such as "+9.1e1", which is hard to read, on scores close to each other.
   axes.ticklabel_format(axis="y", useOffset=False)

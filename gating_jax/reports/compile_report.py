@@ -51,6 +51,7 @@ def write(
   found = {}
   with _staged(run_dir.path, step) as folder:
     say(f"checkpoint of step {step}, timed on {timing.device()}: some minutes")
+    # `tables` is lazy: each table is printed as soon as it is measured.
     for title, rows in tables:
       found[title] = [dataclasses.asdict(row) for row in rows]
       say(f"\n{title}\n" + timings.table(found[title]))
@@ -109,6 +110,7 @@ def of_images(
     compiled: `compile_conditional` or `compile_exits` of the net.
     images: `[M, H, W, D]`, the calibration images.
   """
+  # One image shows latency, a batch throughput; the fastest strategies may differ.
   for size in _BATCHES:
     with working(
       f"compiling and timing each way to run {title(size, 'image')}", "up to a few minutes"

@@ -83,6 +83,7 @@ def refusal(check: Callable[[Any], None], of: Any) -> str:
 
 def gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   """Returns rows of MACs per image and of gate outcomes, from the result of a run on images."""
+  # A net without gates has no gate outcomes.
   rows = []
   if "mac_ratio" in result:
     ratio = f"{100 * result['mac_ratio']:.1f} % of the ungated net's, gate networks included"

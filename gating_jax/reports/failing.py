@@ -54,6 +54,7 @@ def run_mode(
       if _has_begun(run_dir) and not isinstance(error, PeerError):
         failure = {"date": _now(), "reason": _first_line(error)}
         _record(run_dir, failure)
+        # With several processes the test would wait for those that have failed.
         if jax.process_count() == 1:
           _report_failure(run_dir, config, report, _said(failure))
       raise
@@ -71,6 +72,7 @@ def run_mode(
 
 def notice(run_dir: RunDir) -> str:
   """Returns the page's first line if the run has failed and is not finished; empty otherwise."""
+  # A result means that a later start has finished the run; the note of the failure may remain.
   if (run_dir.path / rundir.RESULT_FILE).exists():
     return ""
   try:

@@ -27,6 +27,7 @@ def draw(path: Path | BinaryIO, logits: np.ndarray, open_rates: np.ndarray, prio
   """
   from matplotlib.figure import Figure  # imports slowly
 
+  # In float64: in float32 the sigmoid is exactly 1 from a logit of 17 on.
   probs = special.expit(logits.astype(np.float64))
   figure = Figure(figsize=(13, 4), layout="constrained", dpi=110)
   rates, values, cdfs = figure.subplots(1, 3)

@@ -35,6 +35,7 @@ _LETTERS = 8.5  # points
 def layer_names(layers: Sequence[tuple[str, int]]) -> list[str]:
   """Returns number and name of each layer, without a first folder that all of them share."""
   names = [name for name, _ in layers]
+  # Names of layers are paths of modules, of which the first is often the same for all.
   first = {name.partition("/")[0] for name in names}
   if len(first) == 1 and len(names) > 1 and all("/" in name for name in names):
     names = [name.partition("/")[2] for name in names]
@@ -162,6 +163,7 @@ def draw_cdfs(
   from matplotlib import colormaps
 
   figure, panels = _panels(names, "probability", "below it")
+  # Later tests are darker.
   times = np.unique(np.linspace(0, len(history) - 1, min(len(history), 4)).astype(int))
   tones = (
     colormaps["viridis_r"](np.linspace(0.15, 0.95, len(times))) if len(times) > 1 else [_GREEN]
@@ -252,6 +254,7 @@ def draw_class_bars(rates: np.ndarray, titles: Sequence[str], class_names: Seque
   for axes, rate, title in zip(
     figure.subplots(len(rates), 1, squeeze=False).ravel(), rates, titles, strict=True
   ):
+    # The classes of the highest rates, then again in the order of the classes.
     classes = np.sort(np.argsort(-rate, kind="stable")[:shown])
     axes.barh(np.arange(shown), 100 * rate[classes], color=_GREEN)
     axes.set_yticks(
@@ -283,6 +286,7 @@ def _panels(names: Sequence[str], xlabel: str, ylabel: str) -> tuple[Any, list[t
   grid = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
   for axes in grid[len(shown) :]:
     axes.axis("off")
+  # The grid may have more places than layers.
   panels = list(zip(shown.tolist(), grid, strict=False))
   for number, axes in panels:
     axes.set_title(names[number], fontsize=7.5)

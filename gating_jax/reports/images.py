@@ -40,6 +40,7 @@ def draw_images(pixels: np.ndarray, texts: Sequence[str]) -> Any:
   grid = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
   for axes in grid:
     axes.axis("off")
+  # The last row of the grid may have places without an image.
   for axes, image, text in zip(grid, pixels, texts, strict=False):
     axes.imshow(_small(image), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.text(
@@ -69,6 +70,7 @@ def draw_training(
   top, *below = np.atleast_1d(figure.subplots(1 + gated, 1, sharex=True))
   top.plot(steps, 100 * np.asarray(scores), color=_BLUE, marker="o", markersize=4)
   top.set_ylabel(f"{score_name} (%)")
+  # Without an offset, which would hide how small the changes are.
   for axes in below:
     axes.plot(steps, 100 * np.asarray(mac_ratios), color=_GREEN, marker="o", markersize=4)
     axes.set_ylabel("MACs (% of ungated)")

@@ -79,6 +79,7 @@ def score(name: str, value: float, key: str, around: Surroundings, meaning: str)
       f" The ungated baseline is the run “{plain(around.baseline.name, 60)}”; this one "
       f"is {abs(gap):.2f} points {'above' if gap >= 0 else 'below'} it."
     )
+  # `capitalize` would write "mean IoU" as "Mean iou".
   return page.Number(name[:1].upper() + name[1:], f"{100 * value:.2f} %", compared, meaning)
 
 
@@ -185,6 +186,7 @@ def about_several(
     runs: starts and seed of each run, by its name.
     report: the process that writes the page.
   """
+  # A row for each run, and a last one for the page.
   rows = []
   for name, (starts, seed) in runs.items():
     first = starts[0] if starts else {}
@@ -225,6 +227,7 @@ _ABOUT = (
 
 def _baseline(key: str, around: Surroundings) -> float | None:
   """Returns the baseline's number; None where there is none."""
+  # A baseline of an older version may lack the number.
   found = None if around.baseline is None else around.baseline.numbers.get(key)
   return found if isinstance(found, (int, float)) else None
 

@@ -20,6 +20,7 @@ from gating_jax.training.journal import write_atomically
 WIDTH = 5.0  # inches of a picture
 _DPI = 150  # 1.5 pixels for each CSS pixel, see `pictured`
 
+# Pairs of a column, an axis or a colour, and the sentence that defines it.
 Terms = Sequence[tuple[str, str]]
 
 
@@ -240,6 +241,7 @@ def fill(path: Path, parts: Sequence[Number | Section]) -> bool:
     _, second, after = rest.partition(mark)
     if not (first and second):
       return False
+    # In memory: if a later part has no place, the file is left as it is.
     html = before + str(macros.part_of(part)).strip() + after
   write_atomically(path, html)
   return True

@@ -63,6 +63,7 @@ def draw(
       grid[row, i].imshow(known, cmap=cmap, norm=norm, interpolation="nearest")
   for row, name in enumerate(("image", "truth", "prediction")):
     grid[row, 0].set_ylabel(name)
+  # Numbers of pixels would only take room.
   for axes in grid.ravel():
     axes.set(xticks=[], yticks=[])
   handles = [

@@ -19,6 +19,7 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   classes = {
     name.partition("/")[2]: value for name, value in result.items() if name.startswith("iou/")
   }
+  # The mean first: it is the score by which runs are compared.
   return [
     (
       "mean IoU",

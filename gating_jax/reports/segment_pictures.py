@@ -69,6 +69,7 @@ def draw_choices(
   from matplotlib.figure import Figure  # imports slowly
   from matplotlib.patches import Patch
 
+  # Inches: 0.3 for each video, the rest for the axis and the legend.
   count = len(gates)
   figure = Figure(figsize=(WIDTH, 1.0 + 0.3 * count), layout="constrained")
   axes = figure.subplots()

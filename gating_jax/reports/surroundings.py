@@ -75,6 +75,7 @@ _UNGATED_METHODS = (
 )
 # Selections of segments that do not depend on the video.
 _BLIND = ("all", "uniform", "random", "light")
+# Fields that define the images that a run is tested on.
 _IMAGE_SET = ("data.name", "data.test_split", "data.image_feature", "data.label_feature")
 IMAGES = Kind(
   "model.gating",
@@ -150,6 +151,7 @@ TASKS = Kind(
 )
 
 
+# By the name of the experiment in a config.
 KINDS = {"classification": IMAGES, "segmentation": SCENES, "continual": TASKS, "long_video": VIDEOS}
 
 
@@ -265,6 +267,7 @@ def find_baseline(path: Path, mine: Mapping[str, Any], kind: Kind) -> Baseline |
         folder.name,
       )
       candidates.append((rank, folder))
+  # The best candidate may be unfinished; then the next one is taken.
   for _, folder in sorted(candidates):
     if found := _read_baseline(folder):
       return found
@@ -293,6 +296,7 @@ def _neighbours(path: Path) -> list[Path]:
     ]
   except OSError:
     return []
+  # Sorted first, so that the limit drops the same directories on every file system.
   return sorted(folders)[:_MOST_NEIGHBOURS]
 
 
@@ -301,6 +305,7 @@ def _same(mine: Mapping[str, Any], theirs: Mapping[str, Any], kind: Kind) -> boo
 
   A field that an older config lacks counts as None.
   """
+  # `startswith` takes a whole section for a name that ends with a dot.
   ignored = (kind.field, *kind.ignored, *_ALWAYS_IGNORED)
   names = [name for name in {**mine, **theirs} if not name.startswith(ignored)]
   return all(mine.get(name) == theirs.get(name) for name in names)
@@ -318,5 +323,6 @@ def _read_json(file: Path) -> Any:
   """Reads a JSON file; None where it is missing or damaged."""
   try:
     return json.loads(file.read_text("utf-8", "replace"))
+  # RecursionError: a damaged file may nest deeper than Python can follow.
   except (OSError, ValueError, RecursionError):
     return None

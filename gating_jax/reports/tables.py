@@ -54,6 +54,7 @@ def size_and_gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
       ("gates conditional", f"{result['conditional']} of {result['gates']}"),
       ("mean share of open gates", f"{100 * result['mean_open']:.1f} %"),
     ]
+  # Undefined if the test set has a single class.
   if "class_information" in result:
     rows.append(
       (

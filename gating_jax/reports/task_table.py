@@ -158,4 +158,5 @@ def _percent(share: float | None) -> str:
 
 
 def _points(share: float | None) -> str:
+  # The format `z` writes -0.00 as 0.00.
   return "n/a" if share is None else f"{100 * share:z.2f}"

@@ -138,6 +138,7 @@ def _draw_bars(axes, parts: np.ndarray, *, title: str) -> None:
   from matplotlib.ticker import MaxNLocator
 
   below = np.zeros(parts.shape[1], int)
+  # Parts are stacked: each begins where the one below it ends.
   for (label, colour), counts in zip(_PARTS.items(), parts, strict=True):
     axes.bar(np.arange(len(counts)), counts, bottom=below, width=0.84, color=colour, label=label)
     below = below + counts

@@ -21,6 +21,7 @@ def plain(name: object, letters: int) -> str:
   ('two?lines', 'a long…')
   """
   name = printable(name)
+  # The ellipsis takes the place of the last letter that fits.
   return name if len(name) <= letters else name[: max(letters - 1, 0)] + "…"
 
 

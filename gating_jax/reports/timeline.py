@@ -88,6 +88,7 @@ def figures(
   """
   lines = [_without_padding(line) for line in lines]
   units = _shown_units(lines, unit_names)
+  # Colours are assigned over all videos, but a figure's legend has only its own units.
   mine = lambda line: {
     u: unit for u, unit in units.items() if line.units is not None and u in line.units
   }
@@ -164,6 +165,7 @@ def _draw_line(page: _Page, line: TimeLine, units: _Units, top: float) -> None:
     top -= height + _GAP
   _draw_bars(page.axes(top, _BARS), line.probs, chosen)
   top -= _BARS + _GAP
+  # The ground truth, where known, is in strips below the bars, on the same time axis.
   if line.relevant is not None:
     _draw_strip(page.axes(top, _STRIP / 2), [_RELEVANT if r else _NO_UNIT for r in line.relevant])
     top -= _STRIP / 2 + _GAP / 2
@@ -221,6 +223,7 @@ def _draw_thumbnails(
 
 
 def _draw_bars(axes, probs: np.ndarray, chosen: np.ndarray) -> None:
+  # A probability that is NaN has no bar.
   axes.bar(
     np.arange(len(probs)) + 0.5,
     np.nan_to_num(probs),
@@ -332,6 +335,7 @@ def _without_padding(line: TimeLine) -> TimeLine:
 
 
 def _representative(block: np.ndarray, probs: np.ndarray, chosen: np.ndarray) -> int:
+  # The chosen segment with the highest probability; without one, the middle of the block.
   candidates = block[chosen[block]]
   return candidates[np.argmax(probs[candidates])] if len(candidates) else block[len(block) // 2]
 
@@ -346,6 +350,7 @@ def _thumbnail_size(thumbnails: np.ndarray, width: float) -> tuple[float, float]
 
 
 def _height(line: TimeLine, width: float) -> float:
+  # The sum of what `_draw_line` draws, with the gaps between.
   height = _HEADER * bool(line.title) + _BARS + _GAP + _AFTER
   if line.thumbnails is not None:
     height += _thumbnail_size(line.thumbnails, width)[1] + _GAP

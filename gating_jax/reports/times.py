@@ -19,6 +19,7 @@ from gating_jax.reports.text import plain
 from gating_jax.timing import CHOSEN, EXIT_DISPATCH, MASKED, SEGMENTS, UNGATED
 
 _TITLE = re.compile(r"(?:^|: )(\d+) (image|video)s? at a time$")
+# Definitions of the ways to run a network that have a name of their own.
 _WAYS = {
   UNGATED: "the network without gates, all units computed: the baseline",
   MASKED: "every unit is computed, and closed ones are multiplied by zero: no time is saved",
@@ -179,6 +180,7 @@ def section(
       f" All else on this page is of step {step:,}: these times are not of the network that it "
       "describes."
     )
+  # For scenes only the backbone is compiled.
   if noun == "scene":
     text += (
       f" Of the network the backbone is timed, without the head, on training images{_size(times)}."
@@ -216,6 +218,7 @@ def milliseconds(seconds: float) -> str:
   ('1.23', '1500')
   """
   value = 1000 * seconds
+  # `g` would write 1500 as 1.5e+03.
   return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 

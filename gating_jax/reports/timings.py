@@ -15,6 +15,7 @@ from gating_jax.reports.text import columns, plain, save
 
 Rows = Sequence[Mapping[str, Any]]
 _MARKS = "os^Dvph*X"
+# Mostly those of Okabe and Ito, which colour-blind readers can distinguish.
 _COLOURS = (
   "#5b6770",
   "#0072b2",
@@ -90,6 +91,7 @@ def figure(timings: Mapping[str, Rows], *, columns: int) -> Any:
     top = 105 * max([1.0, *ratios])
     for i, name in enumerate(names):
       shown = [row for row in rows if row["strategy"] == name]
+      # Times above 200 % are clipped: one slow strategy must not squeeze all others into a corner.
       axes.scatter(
         [100 * row["mac_ratio"] for row in shown],
         [min(100 * row["time_ratio"], top) for row in shown],
@@ -110,6 +112,7 @@ def figure(timings: Mapping[str, Rows], *, columns: int) -> Any:
       ylabel="time (% of computing all)",
       title=plain(title, 60),
     )
+  # One legend serves all panels.
   if names:
     figure.axes[-1].legend(fontsize=8)
   return figure

@@ -65,6 +65,7 @@ def headline(result: Mapping[str, Any]) -> str:
 
 
 def _score(result: Mapping[str, Any]) -> tuple[str, str]:
+  # Videos with a single label have an accuracy; with several labels, a mean average precision.
   name = "accuracy" if "accuracy" in result else "mean_average_precision"
   return (
     f"test {name.replace('_', ' ')}",
