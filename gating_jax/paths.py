@@ -65,6 +65,6 @@ def check_storable(name: str, path: Path) -> None:
   for character in taken:
     if character in str(path.absolute()):
       raise ValueError(
-        f"{name} must have no {character} in its path, which the library that stores checkpoints "
+        f"{name} must have no {character} in its path, which the checkpoint library "
         f"takes for another character or a pattern; got {str(path.absolute())!r}"
       )

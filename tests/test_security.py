@@ -191,7 +191,7 @@ def test_a_video_file_makes_nothing_else_be_opened(tmp_path, name, text):
   path.write_text(text.replace("{outside}", str(outside)))
   with av.open(str(path)) as container:  # FFmpeg alone follows the file's instructions
     assert sum(1 for _ in container.decode(video=0)) == 10
-  with pytest.raises(ValueError, match="must be of a container that holds all it shows"):
+  with pytest.raises(ValueError, match="must have a self-contained container format"):
     video_files.read_clips(path, 1, 1, (8, 8))
   video_files.read_clips(inside / "inside.mp4", 1, 1, (8, 8))
 
@@ -247,7 +247,7 @@ def test_what_is_no_name_of_a_set_is_refused(tmp_path, name):
   "name", ["a_set", "a_set/some-config.2", "a_set:1.0.0", "a_set/config:1.*.*"]
 )
 def test_names_of_sets_are_looked_for(tmp_path, name):
-  with pytest.raises(tfds.DatasetNotPreparedError, match="which TFDS does not know"):
+  with pytest.raises(tfds.DatasetNotPreparedError, match="which is unknown to TFDS"):
     tfds.load(name, "train", str(tmp_path))
 
 
@@ -314,22 +314,22 @@ def move_to_a_default_config_outside(folder):
     (
       "brought_set",
       None,
-      "must name features of tensorflow_datasets alone, .*; got 'evil_features.Label'",
+      "must name only features of tensorflow_datasets, .*; got 'evil_features.Label'",
     ),
     (
       "BroughtSet",
       None,
-      "must name features of tensorflow_datasets alone, .*; got 'evil_features.Label'",
+      "must name only features of tensorflow_datasets, .*; got 'evil_features.Label'",
     ),
     (
       "brought_set",
       move_to_a_link,
-      "must name features of tensorflow_datasets alone, .*; got 'evil_features.Label'",
+      "must name only features of tensorflow_datasets, .*; got 'evil_features.Label'",
     ),
     (
       "brought_set",
       move_to_a_default_config_outside,
-      r"must be the name of a folder beside it; got '\.\./other'",
+      r"must be the name of a folder next to it; got '\.\./other'",
     ),
   ],
 )

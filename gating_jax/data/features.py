@@ -211,8 +211,8 @@ class ImageClass:
     label = self._label(value)
     if label is None:
       raise ValueError(
-        f"{self._name} must be a whole number from 0 or a text; got {value!r}, so that the image "
-        "has no class. Use another split, or choose another feature by data.label_feature"
+        f"{self._name} must be a whole number from 0 or a text; got {value!r}, so the image has no "
+        "class. Use another split, or choose another feature by data.label_feature"
       )
     return self._places[label] if self._texts else label
 

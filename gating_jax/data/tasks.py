@@ -59,7 +59,7 @@ def make_tasks(
       f"count must be at most {tasks}, the tasks of {classes_per_task} classes, or 0; got {count}"
     )
   if not 0 < validation < 1:
-    raise ValueError(f"validation must be a share in (0, 1); got {validation}")
+    raise ValueError(f"validation must be a fraction in (0, 1); got {validation}")
   order = (
     np.arange(classes)
     if order_seed is None

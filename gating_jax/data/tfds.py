@@ -181,7 +181,7 @@ def open_tfds(
   if not _NAME.fullmatch(name):
     raise ValueError(
       f"data.name must be 'digits' or the name of a TFDS data set, such as cifar10, name/config or "
-      f"name/config:1.0.0; got {name!r}. The folder that it is in is data.data_dir"
+      f"name/config:1.0.0; got {name!r}. data.data_dir is the folder that holds it"
     )
   # Imported here, since the import is slow and digits do not need it.
   import tensorflow_datasets as tfds
@@ -189,7 +189,7 @@ def open_tfds(
   folder = str(user_path(data_dir or "~/tensorflow_datasets"))
   if not is_text(folder):
     raise ValueError(
-      f"data.data_dir must be UTF-8 text, since array_record opens no other path; got {folder!r}"
+      f"data.data_dir must be UTF-8 text, since array_record cannot open others; got {folder!r}"
     )
   # Before TFDS opens the set, which would import what its files name.
   _check_features(Path(folder, tfds.core.naming.camelcase_to_snakecase(re.split("[/:]", name)[0])))
@@ -198,9 +198,8 @@ def open_tfds(
   except tfds.core.DatasetNotFoundError as error:
     near = [line for line in str(error).splitlines() if "Did you mean" in line]
     raise DatasetNotPreparedError(
-      f"data.name must be 'digits' or a TFDS data set; got {name!r}, which TFDS does not know and "
-      "which is not in "
-      f"{folder}. {' '.join(near)}".rstrip()
+      f"data.name must be 'digits' or a TFDS data set; got {name!r}, which is unknown to TFDS "
+      f"and not in {folder}. {' '.join(near)}".rstrip()
     ) from None
   # TFDS raises these for a set that is not there, or is there in another file format.
   except (NotImplementedError, AssertionError, FileNotFoundError, ValueError) as error:
@@ -216,7 +215,7 @@ def open_tfds(
       "it:\n"
       f"  python -c {shlex.quote(program)}\n"
       f"{_by_hand(name, folder)}"
-      "or name the folder it is in: --config.data.data_dir=FOLDER"
+      "or set the folder that holds it: --config.data.data_dir=FOLDER"
     ) from error
   # TFDS raises errors of many types for damaged files, and for features that need TensorFlow.
   except Exception as error:
@@ -233,7 +232,7 @@ def open_tfds(
       else ""
     )
     raise ValueError(
-      f"data.name must be a set of {' and '.join(features)}; {name} has no "
+      f"data.name must be a data set with {' and '.join(features)}; {name} has no "
       f"{sorted(missing)}{choice}"
     )
   readers = {
@@ -278,7 +277,7 @@ class Examples(Sequence):
   def __getitem__(self, index: int) -> dict[str, Any]:
     # Only this IndexError may end a loop over the set; `_reading` converts those of decoders.
     if not -len(self) <= index < len(self):
-      raise IndexError(f"index must be of one of {len(self)} examples; got {index}")
+      raise IndexError(f"index must be that of one of {len(self)} examples; got {index}")
     with self._reading(self._source.split, index):
       # Damaged bytes fail here, in reading or decoding; a value that breaks a rule fails below.
       example = self._source[index]
@@ -312,7 +311,7 @@ class Examples(Sequence):
     except Exception as error:
       raise DatasetNotPreparedError(
         f"example {index} of split {split!r} of {self._name} cannot be read ({_said(error)}): "
-        "remove the set from there and prepare it again"
+        "delete the prepared data set and prepare it again"
       ) from error
 
   # Pictures spread over the split, decoded but not converted.
@@ -370,13 +369,11 @@ def _check_features(folder: Path) -> None:
     except ValueError:
       continue
     except RecursionError:
-      raise DatasetNotPreparedError(
-        f"{file} must be nested less deeply, as TFDS writes it"
-      ) from None
+      raise DatasetNotPreparedError(f"{file} is nested more deeply than TFDS writes it") from None
     if file.name == "metadata.json":
       if isinstance(content, dict) and "/" in str(content.get("default_config_name")):
         raise DatasetNotPreparedError(
-          f"default_config_name in {file} must be the name of a folder beside it; got "
+          f"default_config_name in {file} must be the name of a folder next to it; got "
           f"{content['default_config_name']!r}"
         )
       continue
@@ -384,8 +381,8 @@ def _check_features(folder: Path) -> None:
       name for name in _class_names(content) if not name.startswith("tensorflow_datasets.")
     ):
       raise DatasetNotPreparedError(
-        f"{file} must name features of tensorflow_datasets alone, as reading them runs their "
-        f"modules; got {', '.join(map(repr, other))}"
+        f"{file} must name only features of tensorflow_datasets, since reading a feature runs "
+        f"its module; got {', '.join(map(repr, other))}"
       )
 
 
@@ -425,7 +422,7 @@ def _by_hand(name: str, folder: str) -> str:
     return ""
   lines = "\n".join(f"  {line.strip()}" for line in instructions.strip().splitlines())
   return (
-    f"TFDS does not download all of its files. Put them into {folder}/downloads/manual before:\n"
+    f"TFDS cannot download all of its files. First put them into {folder}/downloads/manual:\n"
     f"{lines}\n"
   )
 

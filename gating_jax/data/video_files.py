@@ -296,7 +296,7 @@ def common_shape(files: Sequence[Path]) -> tuple[int, ...]:
     if len(shapes) == _PROBED:
       break
   if not shapes:
-    raise ValueError(f"the folder must hold features that can be read; {why}")
+    raise ValueError(f"the folder must hold readable features; {why}")
   return collections.Counter(shapes).most_common(1)[0][0]
 
 
@@ -381,7 +381,7 @@ def _open(path: Path):
   # FFmpeg's error for a format that is not in the list.
   except av.error.ArgumentError as error:
     raise ValueError(
-      f"must be of a container that holds all it shows, one of {_CONTAINERS}"
+      f"must have a self-contained container format, one of {_CONTAINERS}"
     ) from error
 
 
@@ -397,7 +397,7 @@ def _video_stream(container):
   best = container.streams.best("video")
   stream = best if best in streams else streams[0]
   if stream.codec_context is None:
-    raise ValueError("holds a video stream of a codec that PyAV does not know")
+    raise ValueError("holds a video stream with a codec unknown to PyAV")
   stream.codec_context.options = _LIMITS
   return stream
 

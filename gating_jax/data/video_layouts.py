@@ -214,7 +214,7 @@ def _length(path: Path, line: int, text: str) -> float:
   if not text:
     return np.nan
   if not _NUMBER.fullmatch(text) or not 0 < float(text) < np.inf:
-    raise bad_line(path, line, "give the video's length in seconds, or nothing", text)
+    raise bad_line(path, line, "give the video's length in seconds or leave it empty", text)
   return float(text)
 
 
@@ -260,9 +260,7 @@ def _read_segmentation(path: Path) -> list[tuple[float, float, str]]:
     if not match:
       raise bad_line(path, line, "be frames and a unit action, such as '1-30 SIL'", text)
     if not 1 <= int(match[1]) <= int(match[2]):
-      raise bad_line(
-        path, line, "hold frames from 1, of which the last is not before the first", text
-      )
+      raise bad_line(path, line, "hold frames counted from 1, the last not before the first", text)
     # Frames count from 1 and both ends are included.
     lines.append(((int(match[1]) - 1) / _BREAKFAST_FPS, int(match[2]) / _BREAKFAST_FPS, match[3]))
   return lines

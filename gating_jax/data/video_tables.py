@@ -200,7 +200,7 @@ def _csv_fields(path: str | Path, text: str) -> Iterator[tuple[int, list[str]]]:
       raise bad_line(
         path,
         line,
-        "end a quoted field by its quote, and a comma or the line behind it",
+        "close a quoted field with a quote, followed by a comma or the end of the line",
         text[place:],
       )
     fields.append((match["plain"] or (match["quoted"] or "").replace('""', '"')).strip(BLANKS))

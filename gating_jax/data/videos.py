@@ -69,11 +69,11 @@ class VideoSet(abc.ABC):
     )
     if len(self.missing) == len(files):
       raise ValueError(
-        f"the folder must hold videos of the table; none of {few(self.missing)} is there"
+        f"the folder must hold videos of the table; found none of {few(self.missing)}"
       )
     if self.missing:
       warn(
-        "%d of %d videos have no file and are left out: %s",
+        "%d of %d videos have no file and are skipped: %s",
         len(self.missing),
         len(files),
         few(self.missing),
@@ -207,7 +207,7 @@ class VideoSet(abc.ABC):
         self.unreadable[name] = unreadable[name]
         if os.getpid() == self._process:
           warn(
-            "video %s cannot be read and counts for nothing: %s",
+            "video %s cannot be read and is skipped (weight 0): %s",
             printable(name),
             printable(unreadable[name]),
           )
@@ -325,14 +325,15 @@ class FeatureFolder(VideoSet):
     for key, array in arrays.items():
       if array.shape[1:] != self._shapes[key]:
         raise ValueError(
-          f"{key} features of a segment must be {self._shapes[key]}, as most are; got "
+          f"{key} features of a segment must be {self._shapes[key]}, like most of them; got "
           f"{array.shape[1:]}"
         )
     arrays = {"heavy": arrays["light"]} | arrays
     own = len(arrays["light"])
     if own != len(arrays["heavy"]):
       raise ValueError(
-        f"light and heavy must have as many segments; got {own} and {len(arrays['heavy'])}"
+        f"light and heavy must have the same number of segments; got {own} and "
+        f"{len(arrays['heavy'])}"
       )
     longer = own > self._segments
     rows = (

@@ -175,8 +175,7 @@ def compile_conditional(
   if strategy != AUTO:
     if not any(strategy in known for known in options):
       raise ValueError(
-        f"strategy must fit a part of the network; {strategy!r} fits none of it, "
-        "or needs calibration"
+        f"strategy must fit a part of the network; {strategy!r} fits none, or needs calibration"
       )
     names = [strategy if strategy in known else MASKED for known in options]
     return Conditional(net, input_shape, batch_size, names, settings)

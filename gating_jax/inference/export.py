@@ -144,7 +144,7 @@ def export_model(
       )
     if own := set(getattr(model, "strategies", ())) - set(EXPORTABLE):
       raise ValueError(
-        f"model must be compiled without {', '.join(sorted(own))}, a kernel of one kind of device; "
+        f"model must be compiled without {', '.join(sorted(own))}, tied to one kind of device; "
         f"compile_conditional(..., candidates=EXPORTABLE) does"
       )
     batch_size = model.batch_size
@@ -302,8 +302,8 @@ def _read(directory: Path, name: str, card: Mapping[str, Any]) -> bytes:
   # Cut-off and changed files are found here, before anything is read from them.
   if _digest(data) != said["sha256"]:
     raise ExportError(
-      f"{directory / name} is damaged: {len(data):,} bytes that are not the "
-      f"{said.get('bytes')} bytes of {CARD}'s SHA-256"
+      f"{directory / name} is damaged: its {len(data):,} bytes do not match the "
+      f"{said.get('bytes')} bytes with the SHA-256 in {CARD}"
     )
   return data
 
@@ -313,7 +313,7 @@ def _bytes(directory: Path, name: str) -> bytes:
     return (directory / name).read_bytes()
   except OSError as error:
     raise ExportError(
-      f"{directory} holds no whole export: {name} cannot be read: {error.strerror}"
+      f"{directory} holds no complete export: {name} cannot be read: {error.strerror}"
     ) from None
 
 

@@ -275,7 +275,7 @@ def check_channels(net: Folded, channels: int) -> None:
   conv = first.conv if isinstance(first, Layer) else next(iter(first.convs), first.project)
   if conv is not None and conv.kernel.shape[2] != channels:
     raise ValueError(
-      f"images must have {conv.kernel.shape[2]} channels, as the network takes them; got {channels}"
+      f"images must have {conv.kernel.shape[2]} channels, as the network expects; got {channels}"
     )
 
 

@@ -111,13 +111,13 @@ def check(model: Any, kinds: Sequence[type] = (ResNet, VGG)) -> None:
       "gate context",
       model.gate.context,
       not gated or model.gate.context in ("pooled", "none"),
-      "pooled or none, since others are drawn by chance",
+      "pooled or none, since others are random",
     ),
     (
       "gate relaxation",
       model.gate.relaxation,
       not gated or model.gate.context == "none" or model.gate.relaxation == "straight_through",
-      "straight_through where gates look at images, since others are never just 0 or 1",
+      "straight_through for conditional gates, since others are not exactly 0 or 1",
     ),
   ]
   if isinstance(model, ResNet):

@@ -47,9 +47,7 @@ def finite(name: str, x: Any) -> np.ndarray:
   x = np.asarray(x)
   good = np.isfinite(x).all(axis=(1, 2, 3))
   if not good.all():
-    raise ValueError(
-      f"{name} must be finite; number {int(np.argmin(good))} of these {len(x)} is not"
-    )
+    raise ValueError(f"{name} must be finite; index {int(np.argmin(good))} of {len(x)} is not")
   return x
 
 

@@ -81,7 +81,7 @@ def dequantise(net: Folded) -> Folded:
 
 def check_folded(net: Any) -> None:
   """Raises TypeError unless `net` is a `Folded` network."""
-  instance("net", net, Folded, "a folded network, which fold(model, variables) makes")
+  instance("net", net, Folded, "a folded network, as returned by fold(model, variables)")
 
 
 def check_float(net: Any) -> None:
@@ -90,7 +90,7 @@ def check_float(net: Any) -> None:
     isinstance(leaf, Int8)
     for leaf in jax.tree.leaves(net, is_leaf=lambda leaf: isinstance(leaf, Int8))
   ):
-    raise ValueError("net must have kernels of float32, as dequantise makes them; got Int8")
+    raise ValueError("net must have float32 kernels, as returned by dequantise; got Int8")
 
 
 def _quantise(kernel: Any) -> Int8:

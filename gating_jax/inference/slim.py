@@ -63,7 +63,7 @@ def slim(
   """
   if not (hasattr(analysis, "net") and hasattr(analysis, "openings")):
     raise TypeError(
-      f"analysis must be an Analysis, which analyse(model, variables, images) makes; "
+      f"analysis must be an Analysis, as returned by analyse(model, variables, images); "
       f"got {shown(analysis)}"
     )
   return take(
@@ -154,9 +154,9 @@ def take(net: Folded, choices: Sequence[Choice]) -> Folded:
       not folded.
   """
   check_folded(net)
-  choices = arguments.items("choices", choices, "one Choice a group, as of static_units")
+  choices = arguments.items("choices", choices, "one Choice per group, as from static_units")
   for i, choice in enumerate(choices):
-    arguments.instance(f"choices[{i}]", choice, Choice, "a Choice, as of static_units")
+    arguments.instance(f"choices[{i}]", choice, Choice, "a Choice, as from static_units")
   if [len(c.removed) for c in choices] != [group.gates for _, _, group, _ in places(net)]:
     raise ValueError(
       "choices must be one for each group of the network, [U]; got "
@@ -255,9 +255,9 @@ def _check(net, openings, multiple, confidence, max_rate) -> None:
     arguments.number("confidence", confidence, "above 0 and below 1, or None", lambda v: 0 < v < 1)
   arguments.number("max_rate", max_rate, "above 0 and at most 1", lambda v: 0 < v <= 1)
   for i, opening in enumerate(
-    arguments.items("openings", openings, "one Openings a group, as of analyse")
+    arguments.items("openings", openings, "one Openings per group, as from analyse")
   ):
-    arguments.instance(f"openings[{i}]", opening, Openings, "Openings, as of analyse")
+    arguments.instance(f"openings[{i}]", opening, Openings, "Openings, as from analyse")
   if [(o.part, o.index, o.group, o.layer_gate) for o in openings] != places(net):
     raise ValueError(
       f"openings must be those of the network's {len(places(net))} groups; got {len(openings)}"
@@ -361,9 +361,7 @@ def _slim_block(block: Block, own: Sequence[Choice]) -> Block:
   # The groups inside the branch, and that of the block's output.
   own, outer = own[: len(groups_of(block))], own[len(groups_of(block)) :]
   if any(choice.removed.any() or choice.ungated.any() for choice in outer):
-    raise ValueError(
-      "choices must leave the gates of a block's output as they are; got one that does not"
-    )
+    raise ValueError("choices must not change the gates of a block's output; got one that does")
   channels = [_channels(group, choice) for group, choice in zip(groups_of(block), own, strict=True)]
   # No channel is left before the last convolution: the branch is its bias.
   if not channels[-1][0].size:

@@ -99,11 +99,12 @@ class _ResidualBlock(nn.Module):
     if beside is None:
       return x
     if self.gating != "none":
-      raise ValueError(f"channels beside a block's input need gating 'none'; got {self.gating!r}")
+      raise ValueError(f"extra input channels (beside) need gating 'none'; got {self.gating!r}")
     arguments.real_array("beside", beside)
     if jnp.shape(beside)[:-1] != x.shape[:-1]:
       raise ValueError(
-        f"beside must be of x's examples and pixels, {x.shape[:-1]}; got shape {jnp.shape(beside)}"
+        f"beside must have the examples and pixels of x, {x.shape[:-1]}; got shape "
+        f"{jnp.shape(beside)}"
       )
     return jnp.concatenate([x, beside], axis=-1)
 
@@ -156,7 +157,7 @@ class _ResidualBlock(nn.Module):
     """Computes the branch, with a backward pass on the open examples only."""
     if not self.group_norm:
       raise ValueError(
-        "backward_share must be 1 without group_norm, since BatchNorm carries gradients between "
+        "backward_share must be 1 without group_norm, since BatchNorm couples the gradients of "
         f"examples; got {self.backward_share}"
       )
     # Free of this module's scope, the copies can run inside the custom backward pass.

@@ -61,7 +61,7 @@ class Experts(nn.Module):
       y += gates[:, e].reshape(-1, *[1] * (own.ndim - 1)).astype(own.dtype) * own
     # A record has one cost per unit.
     if len(set(macs)) > 1:
-      raise ValueError(f"experts must all take the same multiply-accumulates; got {macs}")
+      raise ValueError(f"experts must all have the same number of MACs; got {macs}")
     return y, (
       GateRecord(logits, jax.nn.softmax(scores), gates, macs[0], gate=(*self.path, GATE_NAME)),
     )

@@ -108,7 +108,7 @@ class GateSettings:
     one_of("gate relaxation", self.relaxation, RELAXATIONS)
     if self.context == "random" and self.relaxation != "straight_through":
       raise ValueError(
-        f"gate relaxation must be straight_through where context is random; got {self.relaxation!r}"
+        f"gate relaxation must be straight_through if context is random; got {self.relaxation!r}"
       )
 
   @property

@@ -178,7 +178,7 @@ class Policy(nn.Module):
     elif self.policy == "prefix":
       gates = selection.first_k(valid, self._drawn_k(valid) if train else k)
     elif relevant is None:
-      raise ValueError("relevant must be given for the oracle, which knows it; got None")
+      raise ValueError("relevant must be given for the oracle, which chooses by it; got None")
     else:
       (relevant,) = arguments.one_shape("[B, T]", relevant=relevant)
       gates = selection.top_k(relevant.astype(jnp.float32), valid, k)

@@ -60,7 +60,7 @@ class Generator(nn.Module):
     self, z: Array, labels: Array | None = None, train: bool = False
   ) -> tuple[Array, Records]:
     if z.ndim != 2 or z.shape[1] != self.latent:
-      raise ValueError(f"z must be [N, {self.latent}], as latent says; got shape {z.shape}")
+      raise ValueError(f"z must be [N, {self.latent}] to match latent; got shape {z.shape}")
     _check_labels(self.classes, labels)
     h = z
     if self.classes is not None:
@@ -197,6 +197,6 @@ def _halving(features: int, name: str) -> nn.Conv:
 def _check_labels(classes: int | None, labels: Array | None) -> None:
   if (classes is None) != (labels is None):
     raise ValueError(
-      f"labels must be given where classes is, and only there; got classes {classes}, "
+      f"labels must be given if and only if classes is given; got classes {classes}, "
       f"labels {'none' if labels is None else labels.shape}"
     )

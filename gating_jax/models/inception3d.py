@@ -164,7 +164,7 @@ def _inflate(path, image: Array, clip: Array) -> Array:
     return image
   if image.shape != clip.shape[1:]:
     raise ValueError(
-      f"{jax.tree_util.keystr(path)} must have the same shape in clips, or one axis more in front; "
+      f"{jax.tree_util.keystr(path)} must have the same shape in clips, or one more leading axis; "
       f"got {image.shape} in images, {clip.shape} in clips"
     )
   # T taps of kernel_2d / T add up to kernel_2d on a still clip.

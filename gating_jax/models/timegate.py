@@ -91,7 +91,7 @@ class SegmentNet(nn.Module):
     # The learned gate and the confidence read the light net's features.
     if self.light is None and (self.light_head or self.selection in ("gate", "confidence")):
       raise ValueError(
-        f"light must be a net where the selection is {self.selection!r} or it has a head; got None"
+        f"light must be a net for selection {self.selection!r} or with a light head; got None"
       )
     if self.selection == "gate":
       self.selector = SegmentGate(self.gate, self.macs_per_segment, self.axis_name, name=GATE_NAME)
@@ -162,7 +162,7 @@ class SegmentNet(nn.Module):
     # Statistics of a batch depend on all clips; the backward pass sees the open ones only.
     if other := variables.keys() - {"params"}:
       raise ValueError(
-        "heavy must treat every clip by itself where backward_capacity is given, with group_norm "
+        "heavy must process each clip independently if backward_capacity is given: with group_norm "
         f"and without gates; got a net with {sorted(other)}"
       )
     return open_backward(

@@ -145,7 +145,7 @@ class VGGLayer(nn.Module):
     if self.pool:
       if min(y.shape[1:3]) < 2:
         raise ValueError(
-          f"images are too small for the chain's pools: nothing is left after {self.name}, which "
+          f"images are too small for the pooling layers: nothing is left after {self.name}, which "
           f"has {y.shape[1]} x {y.shape[2]} pixels; use another model.name or larger images"
         )
       # Odd sides lose their last row or column, as in a pool without padding.

@@ -173,7 +173,7 @@ def within_reach(name: str, shape: tuple[int, ...]) -> None:
   """
   if all(isinstance(size, int) for size in shape) and math.prod(shape) >= 2**31:
     raise ValueError(
-      f"{name} must have fewer than 2**31 elements, the reach of 32-bit indices; got shape {shape}"
+      f"{name} must have fewer than 2**31 elements, the limit of 32-bit indices; got shape {shape}"
     )
 
 

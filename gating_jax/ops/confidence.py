@@ -122,7 +122,7 @@ def threshold_for_budget(
   total = fixed + macs.sum()
   if not fixed <= share * total:
     raise ValueError(
-      f"share must be at least {fixed / total:.4g}, what runs before the first exit; got {share}"
+      f"share must be at least {fixed / total:.4g}, the cost up to the first exit; got {share}"
     )
   # `saved` holds, for each level, the mean MACs saved once the threshold has passed it.
   levels, where = np.unique(stay, return_inverse=True)
@@ -139,6 +139,6 @@ def threshold_for_budget(
 
 def _log_odds(threshold: float) -> float:
   arguments.number(
-    "threshold", threshold, "in (0, 1), a share of the largest entropy", lambda v: 0 < v < 1
+    "threshold", threshold, "in (0, 1), a fraction of the largest entropy", lambda v: 0 < v < 1
   )
   return math.log(threshold) - math.log1p(-threshold)

@@ -111,7 +111,7 @@ def batch_shaping_loss(
   check_prior("prior", prior)
   if prior.logit_cdf is None:
     raise ValueError(
-      f"prior must have a logit axis, that is, live on [0, 1]; got {prior.name}; "
+      f"prior must have a logit axis, so its support must be [0, 1]; got {prior.name}; "
       "use cdf_matching_loss"
     )
   return _gap(logits, prior, prior.logit_cdf, "logits", axis, axis_name, weights, exchange)
@@ -209,7 +209,7 @@ def _gap(x, prior, cdf, name, axis, axis_name, weights, exchange):
   if not _fits(prior.shape, columns):
     raise ValueError(
       f"prior's parameters must broadcast to {columns}, the shape of {name} without axis {axis}; "
-      f"got {prior.shape}, of {prior.name}"
+      f"got {prior.shape} for {prior.name}"
     )
   # Levels belong to the whole batch, the prior's CDF to one example: each device computes it for
   # its own examples.

@@ -55,7 +55,7 @@ def empirical(samples: Array, *, axis_name: Hashable | None = None) -> Prior:
     if axis_name is None
     else collectives.gather_batch(samples, axis_name)
   )
-  within_reach("samples of a column, of all devices,", samples.shape[:1])
+  within_reach("samples of a column over all devices", samples.shape[:1])
   # Sorted once here, not at every call of the CDF.
   family = _Empirical(jnp.sort(samples, axis=0))
   m, *columns = samples.shape

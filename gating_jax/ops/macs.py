@@ -124,17 +124,17 @@ def checked_records(records: Records, *fields: str, with_examples: bool = False)
     # Only the number of gates may differ between layers.
     if len({shape[:-1] for shape in shapes}) > 1:
       raise ValueError(
-        f"records must be of one batch, that of one forward pass; got {field} of shapes {shapes}"
+        f"records must be from one batch (one forward pass); got {field} of shapes {shapes}"
       )
   if not records:
     raise ValueError("records must hold at least one GateRecord; got none: is the model ungated?")
   if records[0].macs_per_pair:
     raise ValueError(
-      "the first record's macs_per_pair must be 0, no record is before it; "
+      "the first record's macs_per_pair must be 0, since no record precedes it; "
       f"got {records[0].macs_per_pair}"
     )
   for field in fields:
     shape = getattr(records[0], field).shape
     if with_examples and shape[-2] == 0:
-      raise ValueError(f"records must be of at least one example; got {field} of shape {shape}")
+      raise ValueError(f"records must have at least one example; got {field} of shape {shape}")
   return records

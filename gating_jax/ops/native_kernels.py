@@ -307,15 +307,15 @@ def _check(x, kernels, biases, gates, shortcut, strides) -> None:
   count = len(kernels)
   if (len(biases), len(gates), len(strides)) != (count, count + 1, count):
     raise ValueError(
-      f"{count} kernels need as many biases and strides, and one more of gates (or None each); got "
-      f"{len(biases)} biases, {len(gates)} gates, {len(strides)} strides"
+      f"{count} kernels need a bias and a stride each, and {count + 1} gates (or None each); "
+      f"got {len(biases)} biases, {len(gates)} gates, {len(strides)} strides"
     )
   # I of x, then O of every kernel: what comes in and out of the chain's steps.
   channels = (x.shape[3], *(kernel.shape[0] for kernel in kernels))
   if (inputs := tuple(kernel.shape[1] for kernel in kernels)) != channels[:-1]:
     raise ValueError(
-      f"kernels must take the channels that x, then each kernel, gives, {channels[:-1]}; "
-      f"got {inputs}"
+      "input channels of kernels must match the channels of x and of the kernel before, "
+      f"{channels[:-1]}; got {inputs}"
     )
   if min(*x.shape[1:], *channels, *(size for kernel in kernels for size in kernel.shape)) < 1:
     raise ValueError(

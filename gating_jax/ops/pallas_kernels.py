@@ -446,7 +446,7 @@ def _tile(name: str, channels: int, gates: Array | None, most: int, interpret: b
   tile = min(most, block & -block)
   if tile < _SMALLEST_DOT and not interpret:
     raise ValueError(
-      f"{name} must have a multiple of {_SMALLEST_DOT} channels to a gate on a GPU; got {block}"
+      f"{name} must have a multiple of {_SMALLEST_DOT} channels per gate on a GPU; got {block}"
     )
   return tile
 
@@ -473,7 +473,7 @@ def _per_channel(gates: Array, channels: int) -> Array:
 
 def _checked_branch(branch, x, gates):
   arguments.instance(
-    "branch", branch, Branch, "a Branch, of the kernels and biases of two convolutions"
+    "branch", branch, Branch, "a Branch: the kernels and biases of two convolutions"
   )
   for name, array in (("x", x), ("gates", gates)):
     arguments.real_array(name, array)
@@ -510,8 +510,8 @@ def _check_conv(x, kernel, bias, in_gates, out_gates) -> None:
     )
   if bias.shape != kernel.shape[-1:] or not kernel.dtype == bias.dtype == x.dtype:
     raise ValueError(
-      f"bias must be [E], kernel and bias of x's dtype; got {bias.shape}, kernel {kernel.shape}, "
-      f"{bias.dtype}, {kernel.dtype}, x {x.dtype}"
+      f"bias must be [E], and kernel and bias must have x's dtype; got {bias.shape}, "
+      f"kernel {kernel.shape}, {bias.dtype}, {kernel.dtype}, x {x.dtype}"
     )
   for name, gates, channels in (
     ("in_gates", in_gates, x.shape[-1]),

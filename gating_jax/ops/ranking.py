@@ -48,7 +48,7 @@ def reverse_mode_only(function: Callable) -> Callable:
         raise
       raise TypeError(
         f"{function.__name__} has a reverse-mode rule only: use jax.grad, jax.vjp or jax.jacrev, "
-        "not jax.jvp or jax.jacfwd; for second derivatives jax.hessian, that is, jacfwd(jacrev(f))"
+        "not jax.jvp or jax.jacfwd; for second derivatives use jax.hessian = jacfwd(jacrev(f))"
       ) from error
 
   return run
@@ -101,7 +101,7 @@ def argsort(x: Array) -> tuple[Array, Array]:
   Raises:
     ValueError: 2**31 values or more, beyond the reach of 32-bit indices.
   """
-  arguments.within_reach("what is ranked, of all devices,", x.shape)
+  arguments.within_reach("the ranked values over all devices", x.shape)
   if not all(isinstance(size, int) for size in x.shape):
     return _library_argsort(x)
   # The network packs 32 bits of a value and its index into 64: float64 does not fit.

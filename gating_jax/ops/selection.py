@@ -208,7 +208,7 @@ def _known_segments(valid: Array) -> int:
   """
   segments = valid.shape[1]
   if not isinstance(segments, int):
-    raise ValueError(f"valid must have a number of segments that is known; got shape {valid.shape}")
+    raise ValueError(f"valid must have a static number of segments; got shape {valid.shape}")
   return segments
 
 

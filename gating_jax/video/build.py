@@ -136,15 +136,13 @@ def build(
     train, test = (sets.open_set(config, split) for split in ("train", "test"))
   if config.model.selection == "oracle" and "relevant" not in train.shapes:
     raise ValueError(
-      "model.selection must not be 'oracle' here: the data do not tell which segments matter"
+      "model.selection must not be 'oracle': the data do not mark the relevant segments"
     )
   if config.pretrain.epochs and config.pretrain.target == "units" and "units" not in train.shapes:
-    raise ValueError(
-      "pretrain.target must be 'label' here: the data do not tell unit actions; got 'units'"
-    )
+    raise ValueError("pretrain.target must be 'label': the data have no unit actions; got 'units'")
   if config.model.selection == "confidence" and not config.loss.light:
     raise ValueError(
-      "loss.light must be > 0 where model.selection is 'confidence', which is that of its head; "
+      "loss.light must be > 0 if model.selection is 'confidence', which reads the light head; "
       "got 0.0"
     )
   # Trained nets are missing unless the inputs are features, which have no net to train.
@@ -153,7 +151,7 @@ def build(
     config.pretrained or config.training == "two_stage" and named != {"features"}
   ):
     raise ValueError(
-      "pretrain.epochs must be >= 1 where training is 'two_stage' or trained nets are taken; got 0"
+      "pretrain.epochs must be >= 1 if training is 'two_stage' or pretrained is set; got 0"
     )
   alone = config.model.selection == LIGHT
   shapes = sets.network_shapes(train, config, light_alone=alone)

@@ -49,11 +49,11 @@ def trained_nets(experiment: VideoExperiment, path: Path) -> Any:
     RunDirError: the run does not exist, or has not trained the nets to the end.
   """
   if experiment.pretraining is None:
-    raise ValueError("pretrain.epochs must be those of the pretrained run; got 0")
+    raise ValueError("pretrain.epochs must be that of the pretrained run; got 0")
   path = user_path(experiment.config.pretrained or path) / PRETRAIN_DIR
   if not path.is_dir():
     raise rundir.RunDirError(
-      f"pretrained must be a run directory in which nets were trained; {path} does not exist"
+      f"pretrained must be a run directory with trained nets; {path} does not exist"
     )
   step, state = restore(experiment.pretraining, path, experiment.config.seed, read_only=True)
   if step != experiment.pretraining.settings.total_steps:

@@ -102,22 +102,22 @@ def write(
       parts=[
         page.pictured(
           _figure_of_shares(experiment, done),
-          "Probabilities of all segments of the test videos, and how much is chosen of each video.",
+          "Probabilities of all segments of the test videos, and the chosen fraction of each.",
           terms=[
             (
               "probability",
-              "that the gate, or what selects in its place, chooses a segment, from 0 to 1",
+              "that the gate, or another selection, chooses a segment, from 0 to 1",
             ),
-            ("segments", "how many of all test videos have that probability"),
+            ("segments", "number of segments of all test videos with that probability"),
             ("chosen segments of a video", "as a fraction of the video's segments"),
-            ("videos", "how many test videos have that fraction"),
+            ("videos", "number of test videos with that fraction"),
           ],
         )
       ],
     ),
     page.Section(
       "Time lines",
-      "What was chosen of the first test videos, and what mattered where that is known.",
+      "Chosen segments of the first test videos, and the relevant ones where they are known.",
       _time_lines(experiment, done),
     ),
     opening.times_section("video", around),
@@ -180,7 +180,7 @@ def _speed(result: Mapping[str, Any], around: opening.Surroundings) -> page.Numb
     value=f"{mine} ms",
     baseline=f"ungated: {dense} ms",
     meaning="Time per video in a batch of test videos, measured at the end of the run; "
-    "light network and gate included, next to the heavy network on all segments. "
+    "including the light network and the gate, next to the heavy network on all segments. "
     "For single videos:",
   )
 
@@ -194,7 +194,7 @@ def _choices(experiment: VideoExperiment, done: Arrays) -> page.Picture:
   titles = [_title(experiment, done, i) for i in range(count)]
   figure = segment_pictures.draw_choices(of_each(done["gates"] > 0), titles, relevant)
   terms = [
-    ("time", "from the video's first segment to its last, a box for each"),
+    ("time", "from the video's first segment to its last, one box each"),
     ("test video", "the first ones of the test set, named by their class"),
     ("chosen", "the heavy network runs on these segments only"),
   ]
@@ -205,7 +205,7 @@ def _choices(experiment: VideoExperiment, done: Arrays) -> page.Picture:
         "the class depends on these segments; the network is not told which",
       )
     )
-  return page.pictured(figure, f"What was chosen of {count} test videos.", terms=terms)
+  return page.pictured(figure, f"Chosen segments of {count} test videos.", terms=terms)
 
 
 def _shares(done: Arrays) -> np.ndarray:
@@ -234,7 +234,7 @@ def _time_lines(experiment: VideoExperiment, done: Arrays) -> list[page.Picture]
   figures = timeline.figures(untitled, unit_names=experiment.test.unit_names, width=max(width, 4.0))
   terms = [
     ("P(open)", "probability that a segment is chosen, from 0 to 1; the dashed line is 0.5"),
-    ("across", "time, a bar for each segment"),
+    ("across", "time, one bar per segment"),
   ]
   if any(line.relevant is not None for line in lines):
     terms.append(("relevant", "the class depends on these segments"))

@@ -102,7 +102,7 @@ def _report(experiment: VideoExperiment, run_dir: rundir.RunDir, notice: str = "
   say(f"report of the checkpoint of step {step}: {run_dir.report}")
   say(
     _conclude(
-      experiment, run_dir.path, result, f"Wrote the page of the checkpoint of step {step:,} of"
+      experiment, run_dir.path, result, f"Wrote the report on the checkpoint of step {step:,} of"
     )
   )
 
@@ -131,7 +131,7 @@ def _test(
 
 
 def _speed(experiment: VideoExperiment, variables: Any) -> dict[str, float]:
-  with working("timing the skipping of segments", "up to a minute"):
+  with working("timing runs that skip segments", "up to a minute"):
     return speed.speed(experiment, variables)
 
 
@@ -181,7 +181,7 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
       train = video_evaluation.extract_features(experiment, video_nets.nets_of(experiment, nets))
   # The checkpoint of a resumed run already holds the concepts.
   if not first_step:
-    with working("finding the concepts that gates start from", "up to a minute"):
+    with working("finding the initial concepts of the gates", "up to a minute"):
       state = video_nets.begin(experiment, state, nets, train)
   test = lambda state, tell=say: _test(experiment, video_nets.whole(experiment, state, nets), tell)
   state, finished = _run_phase(
@@ -249,7 +249,7 @@ def _run_phase(
   if first_step == total:
     return state, True
   if first_step:
-    say(f"going on from the checkpoint of step {first_step} in {path}")
+    say(f"resuming from the checkpoint of step {first_step} in {path}")
   path.mkdir(exist_ok=True)
   checkpoints, journal = Checkpoints(path / rundir.CHECKPOINT_DIR), Journal(path, first_step, total)
   pace = Pace(journal.say, total)
@@ -276,9 +276,7 @@ def _run_phase(
     )
     # The loop ends early only where it was asked to, and has saved a checkpoint.
     if step < total:
-      journal.say(
-        step, "stopped as asked; a checkpoint is saved, the same command goes on from here"
-      )
+      journal.say(step, "stopped as asked; a checkpoint is saved, run the same command to resume")
   finally:
     journal.close()
     checkpoints.close()

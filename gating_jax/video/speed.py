@@ -53,7 +53,7 @@ def check(experiment: VideoExperiment) -> None:
   """Raises ValueError for a run that skips no segments of a heavy net in batches."""
   if not skips(experiment):
     raise ValueError(
-      "model must have a heavy net, and choose its segments before it runs, to be compiled; got "
+      "to be compiled, model must have a heavy net and choose segments before running it; got "
       f"model.heavy.name {experiment.config.model.heavy.name!r}, model.selection "
       f"{experiment.config.model.selection!r}"
     )
@@ -97,7 +97,9 @@ def _tables(experiment: VideoExperiment, variables: Any) -> Iterator[tuple[str, 
   for count in _BATCHES:
     inputs = _read(experiment, count)
     name = title(len(inputs["valid"]), "video")
-    with working(f"compiling and timing each way to run {name}", "up to a few minutes") as progress:
+    with working(
+      f"compiling and timing each strategy for {name}", "up to a few minutes"
+    ) as progress:
       rows = timings(experiment, variables, inputs, repeats=_REPEATS, progress=progress)
     yield name, rows
 

@@ -283,9 +283,7 @@ def test_images_without_a_class_are_refused_and_said(
   tmp_path, loader, caplog, feature, labels, got, said
 ):
   name = made(tmp_path, PIXEL, feature, labelled(labels), test=labelled(labels[1:]))
-  with pytest.raises(
-    ValueError, match="so that the image has no class. Use another split"
-  ) as caught:
+  with pytest.raises(ValueError, match="so the image has no class. Use another split") as caught:
     loader(name, "train", tmp_path).read(np.arange(2))
   assert got in str(caught.value)
   assert f"1 images of split 'train' have no class ({said})" in caplog.text
@@ -342,7 +340,7 @@ def test_other_features_are_chosen_by_name(tmp_path, loader):
   assert tfds_sets.size(name, "train", tmp_path, image="picture", label="kind") == 2
   with pytest.raises(
     ValueError,
-    match=rf"a set of image and label; {name} has no \['image', 'label'\]. "
+    match=rf"a data set with image and label; {name} has no \['image', 'label'\]. "
     "data.image_feature and data.label_feature choose from kind, other, picture",
   ):
     loader(name, "train", tmp_path)
@@ -376,7 +374,7 @@ def test_classes_of_pixels_that_are_none_are_refused():
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("[" * 100_000, "features.json must be nested less deeply, as TFDS writes it"),
+    ("[" * 100_000, "features.json is nested more deeply than TFDS writes it"),
     ("3", "cannot be opened: TypeError: argument of type 'int'"),
   ],
 )

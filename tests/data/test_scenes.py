@@ -140,7 +140,7 @@ def test_what_must_be_downloaded_by_hand_is_said(tmp_path):
     open_scenes("cityscapes", "train", str(tmp_path), size=(32, 48))
   message = str(caught.value)
   assert f"data set 'cityscapes' is not prepared in {tmp_path}" in message
-  assert f"Put them into {tmp_path}/downloads/manual before" in message
+  assert f"First put them into {tmp_path}/downloads/manual:" in message
   assert "'leftImg8bit_trainvaltest.zip' and 'gtFine_trainvaltest.zip'" in message
   assert "https://www.cityscapes-dataset.com/login/" in message
 
@@ -151,6 +151,6 @@ def test_a_set_of_classified_images_has_no_scenes(tmp_path):
   images = list(zip(*made_tfds.images(3, (8, 8, 3)), strict=True))
   made_tfds.write(tmp_path, images, images, shape=(8, 8, 3), name="no_scenes")
   with pytest.raises(
-    ValueError, match="a set of image_left and segmentation_label; no_scenes has no"
+    ValueError, match="a data set with image_left and segmentation_label; no_scenes has no"
   ):
     open_scenes("no_scenes", "train", str(tmp_path), size=(8, 8))

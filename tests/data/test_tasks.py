@@ -74,7 +74,7 @@ def test_one_class_a_task():
     (dict(classes_per_task=4), "classes_per_task must divide the 6 classes; got 4"),
     (dict(classes_per_task=0), "classes_per_task must divide the 6 classes; got 0"),
     (dict(count=4), "count must be at most 3, the tasks of 2 classes, or 0; got 4"),
-    (dict(validation=0.0), r"validation must be a share in \(0, 1\); got 0.0"),
+    (dict(validation=0.0), r"validation must be a fraction in \(0, 1\); got 0.0"),
     (
       dict(train=images(per_class=1)),
       "train must hold at least 2 images of every class; got 1 of class 'a'",

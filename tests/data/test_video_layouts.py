@@ -62,7 +62,7 @@ def test_frames_of_breakfast_are_from_1_to_one_not_before(tmp_path, frames):
     {"P03/cam01/P03_cereals.avi": "", "P03/cam01/P03_cereals.txt": f"7-7 SIL\n{frames} SIL\n"},
   )
   with refused(
-    "P03_cereals.txt, line 2: must hold frames from 1, of which the last is not before the first; "
+    "P03_cereals.txt, line 2: must hold frames counted from 1, the last not before the first; "
     f"got '{frames} SIL'"
   ):
     read_breakfast(tmp_path, "train", segmentation=tmp_path)
@@ -184,7 +184,7 @@ def test_charades_is_multi_label_with_an_interval_for_each_action(tmp_path):
     (
       "Charades_v1_train.csv",
       "id,actions,length\n1,c000 1 2,1.2.3\n",
-      "line 2: must give the video's length in seconds, or nothing; got '1.2.3'",
+      "line 2: must give the video's length in seconds or leave it empty; got '1.2.3'",
     ),
     (
       "Charades_v1_train.csv",

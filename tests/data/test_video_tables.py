@@ -106,7 +106,7 @@ def test_a_quoted_name_may_have_commas_and_quotes(tmp_path):
     (
       'video,label\n"a" b,x\n',
       "",
-      "line 2: must end a quoted field by its quote, and a comma or the line behind it; "
+      "line 2: must close a quoted field with a quote, followed by a comma or the end of the line; "
       "got '\"a\" b,x\\n'",
     ),
     ('video,label,note\na,x,"two\nlines"\nb\n', "", "line 4: must have 3 fields; got 'b'"),
@@ -124,7 +124,7 @@ def test_a_quoted_name_may_have_commas_and_quotes(tmp_path):
     ("video,label\n,a\n", "", "all.csv, line 2: must name a video; got ''"),
     ("video,label\n1,a\n1,b\n", "", "all.csv, line 3: must name each video once; got '1'"),
     ("video,label\n", "", "all.csv: must hold at least one video with a label; it has none"),
-    ('video,label\n"1,a\n2,b\n', "", "line 2: must end a quoted field by its quote"),
+    ('video,label\n"1,a\n2,b\n', "", "line 2: must close a quoted field with a quote"),
     ("video,label\n1,a\n", "1\n2\n", "split.txt, line 2: must name a video of"),
     ("video,label\n1,a\n", "1\n\n1\n", "split.txt, line 3: must name each video once; got '1'"),
     ("video,label\n1,a\n", "\n", "split.txt: must name at least one video; it is empty"),

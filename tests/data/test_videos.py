@@ -129,14 +129,14 @@ def test_missing_files_are_named_counted_and_left_out(folder, warnings):
   names = (*NAMES[:3], *(f"gone{i}" for i in range(10)), *NAMES[3:])
   videos = VideoFolder(table(names), folder, **CLIPS)
   said = "gone0, gone1, gone2, gone3, gone4, gone5, gone6, gone7 and 2 more"
-  assert warnings == [f"10 of 17 videos have no file and are left out: {said}"]
+  assert warnings == [f"10 of 17 videos have no file and are skipped: {said}"]
   assert videos.missing == tuple(f"gone{i}" for i in range(10))
   assert videos.names == NAMES
   assert videos.read(range(7))["label"].tolist() == [0, 1, 2, 1, 2, 0, 1]
 
 
 def test_a_folder_without_any_of_the_videos_is_refused(tmp_path):
-  with pytest.raises(ValueError, match="none of v0, v1, v2, v3, v4, v5, v6 is there"):
+  with pytest.raises(ValueError, match="found none of v0, v1, v2, v3, v4, v5, v6"):
     VideoFolder(table(), tmp_path, **CLIPS)
 
 
@@ -330,9 +330,12 @@ def test_features_that_cannot_be_used_count_for_nothing_with_the_reason(features
   for key in ("light", "heavy"):
     assert not batch[key][1:].any()
   assert batch["valid"][1:].all()
-  assert videos.unreadable["v1"] == "light and heavy must have as many segments; got 4 and 9"
   assert (
-    videos.unreadable["v2"] == "light features of a segment must be (2,), as most are; got (3,)"
+    videos.unreadable["v1"] == "light and heavy must have the same number of segments; got 4 and 9"
+  )
+  assert (
+    videos.unreadable["v2"]
+    == "light features of a segment must be (2,), like most of them; got (3,)"
   )
   assert videos.unreadable["v3"] == "holds NaN or infinite numbers"
   assert videos.unreadable["v4"] == "must hold real numbers [T, ...]; got object (1, 1)"
@@ -356,7 +359,7 @@ def test_a_thread_without_stderr_reads_on_after_a_file_that_cannot_be_read(featu
 def test_a_video_with_only_one_of_its_features_is_missing(features, warnings):
   (features / "heavy" / "v3.npy").unlink()
   assert open_features(features).missing == ("v3",)
-  assert warnings == ["1 of 7 videos have no file and are left out: v3"]
+  assert warnings == ["1 of 7 videos have no file and are skipped: v3"]
 
 
 def test_features_are_found_under_the_name_of_the_video(features):
@@ -366,5 +369,5 @@ def test_features_are_found_under_the_name_of_the_video(features):
 
 def test_a_folder_whose_features_cannot_be_read_is_refused(tmp_path):
   (tmp_path / "v0.npy").write_bytes(b"nothing")
-  with pytest.raises(ValueError, match="the folder must hold features that can be read; .*v0.npy"):
+  with pytest.raises(ValueError, match="the folder must hold readable features; .*v0.npy"):
     FeatureFolder(table(("v0",)), tmp_path, segments=2)

@@ -121,10 +121,10 @@ def test_a_net_without_gates_has_macs_only():
       np.zeros((2, *SHAPE), np.uint8),
       "images must be network inputs in floating point, .*; got uint8",
     ),
-    (np.full((2, *SHAPE), np.nan, np.float32), "images must be finite; number 0 of these 2 is not"),
+    (np.full((2, *SHAPE), np.nan, np.float32), "images must be finite; index 0 of 2 is not"),
     (
       np.zeros((2, 9, 8, 1), np.float32),
-      "images must have 3 channels, as the network takes them; got 1",
+      "images must have 3 channels, as the network expects; got 1",
     ),
     ([np.zeros((1, 9, 8, 3)), np.zeros((1, 8, 8, 3))], "images must be of one shape"),
   ],

@@ -440,7 +440,7 @@ def test_an_absent_kernel_is_named(monkeypatch):
     ({"input_shape": (7, 9)}, r"input_shape must be \(H, W, D\), whole numbers >= 1; got \(7, 9\)"),
     (
       {"input_shape": (5, 4, 1), "strategy": "switch"},
-      "images must have 3 channels, as the network takes them; got 1",
+      "images must have 3 channels, as the network expects; got 1",
     ),
     ({"open_limit": 0.0}, "open_limit must be > 0; got 0.0"),
     (
@@ -457,7 +457,7 @@ def test_an_absent_kernel_is_named(monkeypatch):
     ({"calibration": images(0)}, "calibration must hold at least one image; got none"),
     (
       {"calibration": np.full((2, *SHAPE), np.nan, np.float32)},
-      "calibration must be finite; number 0 of these 2 is",
+      "calibration must be finite; index 0 of 2 is",
     ),
   ],
 )
@@ -467,7 +467,7 @@ def test_a_wrong_argument_is_named(changes, message):
 
 
 def test_int8_kernels_are_refused():
-  with pytest.raises(ValueError, match="net must have kernels of float32, .*; got Int8"):
+  with pytest.raises(ValueError, match="net must have float32 kernels, .*; got Int8"):
     compile_conditional(
       quantise(net("channels")), input_shape=SHAPE, batch_size=1, strategy="switch"
     )

@@ -150,7 +150,7 @@ def test_wrong_arguments_are_named():
       MODEL, VARIABLES, input_shape=SHAPE, batch_size=1, strategy="masked", open_limit=0
     )
   with pytest.raises(
-    ValueError, match="images must have 3 channels, as the network takes them; got 2"
+    ValueError, match="images must have 3 channels, as the network expects; got 2"
   ):
     compile_exits(MODEL, VARIABLES, input_shape=(8, 7, 2), batch_size=1, strategy="masked")
   with pytest.raises(ValueError, match="buckets must be >= 1; got 0"):

@@ -109,7 +109,7 @@ def test_a_program_of_the_native_kernel_is_refused(tmp_path):
   of = fold(MODELS["basic"], random_variables(MODELS["basic"]))
   made = compile_conditional(of, input_shape=SHAPE, batch_size=1, strategy="native")
   with pytest.raises(
-    ValueError, match="model must be compiled without native, a kernel of one kind of device"
+    ValueError, match="model must be compiled without native, tied to one kind of device"
   ):
     export_model(made, tmp_path / "net", input_shape=SHAPE)
 
@@ -134,9 +134,9 @@ def test_a_function_is_exported_for_its_number_of_images(net, tmp_path):
   [
     (
       lambda d: (d / "weights.safetensors").unlink(),
-      "holds no whole export: weights.safetensors cannot be read",
+      "holds no complete export: weights.safetensors cannot be read",
     ),
-    (lambda d: (d / "card.json").unlink(), "holds no whole export: card.json cannot be read"),
+    (lambda d: (d / "card.json").unlink(), "holds no complete export: card.json cannot be read"),
     (lambda d: (d / "card.json").write_text("{"), "card.json is damaged: it must hold JSON"),
     (
       lambda d: (d / "card.json").write_text("[]"),
@@ -215,7 +215,7 @@ def test_nothing_is_left_of_an_export_that_fails(net, tmp_path, monkeypatch):
   ("options", "message"),
   [
     ({"input_shape": (9, 8)}, r"input_shape must be \(H, W, D\)"),
-    ({"input_shape": (9, 8, 1)}, "images must have 3 channels, as the network takes them; got 1"),
+    ({"input_shape": (9, 8, 1)}, "images must have 3 channels, as the network expects; got 1"),
     ({"batch_size": 0}, "batch_size must be >= 1; got 0"),
     ({"platforms": ("gpu",)}, "platforms must be one of cpu, cuda, rocm, tpu; got 'gpu'"),
     ({"card": {"files": {}}}, "card must not name files"),
@@ -235,6 +235,6 @@ def test_a_file_of_the_right_size_that_was_changed_is_not_loaded(exported, name)
   data[-1] ^= 1
   (exported / name).write_bytes(data)
   with pytest.raises(
-    ExportError, match=f"{name} is damaged: .* bytes that are not the .* bytes of"
+    ExportError, match=f"{name} is damaged: its .* bytes do not match the .* bytes with"
   ):
     load_exported(exported)

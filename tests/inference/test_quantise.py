@@ -54,5 +54,5 @@ def test_an_empty_kernel_and_a_net_without_classifier():
   net = quantise(Folded((Layer(Conv(jnp.zeros((1, 1, 0, 2)), jnp.ones(2))),)))
   assert net.classifier is None
   assert dequantise(net).parts[0].conv.kernel.shape == (1, 1, 0, 2)
-  with pytest.raises(ValueError, match="net must have kernels of float32, .*; got Int8"):
+  with pytest.raises(ValueError, match="net must have float32 kernels, .*; got Int8"):
     quantise(net)

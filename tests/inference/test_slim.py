@@ -127,7 +127,7 @@ def test_gates_of_a_blocks_output_cannot_be_taken():
     slim.Choice(*np.zeros((2, group.gates), bool)) for _, _, group, _ in gate_statistics.places(net)
   ]
   choices[1].removed[0] = True
-  with pytest.raises(ValueError, match="must leave the gates of a block's output as they are"):
+  with pytest.raises(ValueError, match="must not change the gates of a block's output"):
     slim.take(net, choices)
 
 

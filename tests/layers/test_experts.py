@@ -86,6 +86,6 @@ def test_wrong_experts_are_refused():
   ):
     experts(5).init(jax.random.key(0), X)
   with pytest.raises(
-    ValueError, match=r"experts must all take the same multiply-accumulates; got \[15, 16\]"
+    ValueError, match=r"experts must all have the same number of MACs; got \[15, 16\]"
   ):
     Experts((Expert(), Expert(hidden=2))).init(jax.random.key(0), X)

@@ -219,7 +219,7 @@ def test_random_gates_learn_nothing_and_keep_their_rate_in_training_and_evaluati
   for again, gates in zip(Net().apply({}, x), evaluated, strict=True):
     np.testing.assert_array_equal(again, gates)
   with pytest.raises(
-    ValueError, match="relaxation must be straight_through where context is random; got 'sigmoid'"
+    ValueError, match="relaxation must be straight_through if context is random; got 'sigmoid'"
   ):
     GateSettings(context="random", relaxation="sigmoid")
 

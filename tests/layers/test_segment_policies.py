@@ -87,7 +87,7 @@ def test_a_drawn_policy_does_not_depend_on_the_number_of_devices(policy):
     ),
     (
       lambda: choose("oracle", padded(3)),
-      "relevant must be given for the oracle, which knows it; got None",
+      "relevant must be given for the oracle, which chooses by it; got None",
     ),
     (
       lambda: choose("uniform", padded(3), share=1.5),

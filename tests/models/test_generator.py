@@ -135,9 +135,7 @@ def test_labels_reach_both_nets():
   ],
 )
 def test_labels_go_with_classes(net, inputs):
-  with pytest.raises(
-    ValueError, match="labels must be given where classes is, and only there; got"
-  ):
+  with pytest.raises(ValueError, match="labels must be given if and only if classes is given; got"):
     net.init(jax.random.key(0), *inputs)
 
 
@@ -151,7 +149,7 @@ def test_sides_must_be_even_and_at_least_8(shape):
 
 
 def test_a_wrong_latent_size_and_gating_are_named():
-  with pytest.raises(ValueError, match=r"z must be \[N, 4\], as latent says; got shape \(1, 5\)"):
+  with pytest.raises(ValueError, match=r"z must be \[N, 4\] to match latent; got shape \(1, 5\)"):
     Generator((8, 8, 1), latent=4).init(jax.random.key(0), normal(1, 5))
   with pytest.raises(ValueError, match="gating must be one of channel, none; got 'chanel'"):
     Generator((8, 8, 1), latent=4, gating="chanel").init(jax.random.key(0), normal(1, 4))

@@ -142,7 +142,7 @@ def test_an_inflated_net_sees_a_still_clip_as_its_frame(net, frames, name):
 def test_only_twins_are_inflated():
   with pytest.raises(
     ValueError,
-    match=r"\['a'\] must have the same shape in clips, or one axis more in front; "
+    match=r"\['a'\] must have the same shape in clips, or one more leading axis; "
     r"got \(2, 3\) in images, \(3, 2, 4\) in clips",
   ):
     inflate({"a": np.zeros((2, 3))}, {"a": np.zeros((3, 2, 4))})

@@ -325,7 +325,7 @@ INFERENCE = {
   "a network that is not folded, to quantise": (
     lambda: gj.quantise(FOLDABLE),
     TypeError,
-    "net must be a folded network, which fold(model, variables) makes; got an object of class "
+    "net must be a folded network, as returned by fold(model, variables); got an object of class "
     "ResNet",
   ),
   "variables of another network": (
@@ -336,17 +336,17 @@ INFERENCE = {
   "a network for an analysis": (
     lambda: gj.slim(FOLDABLE),
     TypeError,
-    "analysis must be an Analysis, which analyse(model, variables, images) ",
+    "analysis must be an Analysis, as returned by analyse(model, variables, ",
   ),
   "a network that is not folded, for static units": (
     lambda: gj.static_units(FOLDABLE, ()),
     TypeError,
-    "net must be a folded network, which fold(",
+    "net must be a folded network, as returned by fold(",
   ),
   "a network that is not folded, for disagreement": (
     lambda: gj.disagreement(FOLDABLE, (), IMAGES),
     TypeError,
-    "net must be a folded network, which fold(model, ",
+    "net must be a folded network, as returned by fold(model, ",
   ),
   "a network that is not folded, to export": (
     lambda: gj.export_model(FOLDABLE, "somewhere", input_shape=(4, 4, 3)),

@@ -221,6 +221,6 @@ def test_a_named_columns_macs():
 
 def test_gates_are_refused(block):
   with pytest.raises(
-    ValueError, match="^channels beside a block's input need gating 'none'; got 'channel'"
+    ValueError, match=r"^extra input channels \(beside\) need gating 'none'; got 'channel'"
   ):
     net(block, gating="channel").init(jax.random.key(0), random(N, *SHAPE), before(block))

@@ -272,15 +272,15 @@ def test_segments_are_classified_by_both_nets():
     ),
     (
       lambda: net("gate", light=None),
-      "light must be a net where the selection is 'gate' or it has a head; got None",
+      "light must be a net for selection 'gate' or with a light head; got None",
     ),
     (
       lambda: net("confidence", light=None),
-      "light must be a net where the selection is 'confidence' or it has",
+      "light must be a net for selection 'confidence' or with a light",
     ),
     (
       lambda: net("all", light=None, light_head=True),
-      "light must be a net where the selection is 'all' or it has",
+      "light must be a net for selection 'all' or with a light",
     ),
     (lambda: net(pooling="sum"), "pooling must be one of attention, max, mean; got 'sum'"),
   ],
@@ -336,7 +336,8 @@ def test_the_heavy_nets_backward_may_run_on_the_chosen_segments_alone(selection,
 def test_a_heavy_net_that_mixes_clips_has_the_backward_of_all():
   model = net("uniform", backward_capacity=8)
   with pytest.raises(
-    ValueError, match=r"heavy must treat every clip by itself .* got a net with \['batch_stats'\]"
+    ValueError,
+    match=r"heavy must process each clip independently .* got a net with \['batch_stats'\]",
   ):
     model.apply(
       variables(model),

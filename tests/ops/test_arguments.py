@@ -231,32 +231,32 @@ LAYERS = {
   "records of several batches": (
     lambda: gj.expected_macs([RECORD, OTHER]),
     ValueError,
-    "records must be of one batch, that of one forward pass; got probs of shapes [(4, 2), (3, 2)]",
+    "records must be from one batch (one forward pass); got probs of shapes [(4, 2), (3, 2)]",
   ),
   "records of several batches, with a budget": (
     lambda: gj.mac_budget_loss([RECORD, OTHER], 1, 0.5),
     ValueError,
-    "records must be of one batch",
+    "records must be from one batch",
   ),
   "records without an example": (
     lambda: gj.mac_loss([NOTHING]),
     ValueError,
-    "records must be of at least one example; got probs of shape (0, 2)",
+    "records must have at least one example; got probs of shape (0, 2)",
   ),
   "records without an example, of experts": (
     lambda: penalties.balance_loss([NOTHING]),
     ValueError,
-    "records must be of at least one example; got gates of shape (0, 2)",
+    "records must have at least one example; got gates of shape (0, 2)",
   ),
   "records without an example, with a budget": (
     lambda: gj.mac_budget_loss([NOTHING], 1, 0.5),
     ValueError,
-    "records must be of at least one example; got gates of shape (0, 2)",
+    "records must have at least one example; got gates of shape (0, 2)",
   ),
   "records without an example, closed or not": (
     lambda: gj.closed_share([NOTHING]),
     ValueError,
-    "records must be of at least one example; got gates of shape (0, 2)",
+    "records must have at least one example; got gates of shape (0, 2)",
   ),
   "a list for a record's gates": (
     lambda: gj.executed_macs([gj.GateRecord(Z, Z, [1.0, 0.0], 1)]),
@@ -341,7 +341,7 @@ LAYERS = {
   "text for the threshold": (
     lambda: confidence.stay_logits(Z[None], "0.5"),
     TypeError,
-    "threshold must be a number in (0, 1), a share of the largest entropy; got '0.5'",
+    "threshold must be a number in (0, 1), a fraction of the largest entropy; got '0.5'",
   ),
   "exits that do not belong to the answers": (
     lambda: confidence.first_sure(Z[None], Z),
@@ -430,7 +430,7 @@ def test_samples_of_all_devices_are_counted_together():
     8,
   )
   with pytest.raises(
-    ValueError, match=r"^samples .*, of all devices, .* 2\*\*31 .*; got shape \(2147483648,\)"
+    ValueError, match=r"^samples .* over all devices .* 2\*\*31 .*; got shape \(2147483648,\)"
   ):
     jax.eval_shape(over_devices, jax.ShapeDtypeStruct((8, 2**28), jnp.float32))
 

@@ -68,13 +68,13 @@ def test_the_threshold_of_a_budget_spends_it_and_no_lower_one_does(share):
 
 def test_wrong_arguments_are_named():
   with pytest.raises(
-    ValueError, match=r"threshold must be in \(0, 1\), a share of the largest entropy; got 1.0"
+    ValueError, match=r"threshold must be in \(0, 1\), a fraction of the largest entropy; got 1.0"
   ):
     confidence.stay_logits(LOGITS, 1.0)
   with pytest.raises(ValueError, match=r"logits must have two classes or more; got shape \(2, 1\)"):
     confidence.entropy_share(jnp.zeros((2, 1)))
   with pytest.raises(
-    ValueError, match="share must be at least 0.25, what runs before the first exit; got 0.2"
+    ValueError, match="share must be at least 0.25, the cost up to the first exit; got 0.2"
   ):
     confidence.threshold_for_budget(np.zeros((2, 1)), [3], 1, threshold=0.5, share=0.2)
   with pytest.raises(

@@ -281,7 +281,8 @@ def test_the_empirical_cdf_ranks_along_any_axis_without_gradient():
 def test_a_prior_without_a_logit_axis_is_named():
   real_line = Prior("normal(0, 1)", cdf=jax.scipy.stats.norm.cdf, pdf=jax.scipy.stats.norm.pdf)
   message = (
-    "prior must have a logit axis, that is, live on [0, 1]; got normal(0, 1); use cdf_matching_loss"
+    "prior must have a logit axis, so its support must be [0, 1]; got normal(0, 1); "
+    "use cdf_matching_loss"
   )
   with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
     batch_shaping_loss(jnp.zeros((3, 1)), real_line)

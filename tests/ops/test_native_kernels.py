@@ -290,7 +290,9 @@ def test_arguments_that_do_not_fit_are_refused():
     "strides must be .*; got 2$": lambda: native_kernels.gated_chain(
       x, [kernel], [bias], [None, None], strides=2
     ),
-    "as many biases": lambda: native_kernels.gated_chain(x, [kernel], [bias], [None]),
+    "need a bias and a stride each": lambda: native_kernels.gated_chain(
+      x, [kernel], [bias], [None]
+    ),
     "must be float32": lambda: native_kernels.gated_conv(x.astype(jnp.bfloat16), kernel, bias),
     "layout must be one of": lambda: native_kernels.gated_conv(x, kernel, bias, layout="IOHW"),
     "not be empty": lambda: native_kernels.gated_conv(x[:, :0], kernel, bias),

@@ -271,7 +271,7 @@ def test_errors_name_the_argument():
       {},
     ),
     (r"bias must be \[E\]", "masked", (branch._replace(bias2=branch.bias1), x, gates), {}),
-    (r"kernel and bias of x's dtype", "kernel", (branch, x.astype(jnp.bfloat16), gates), {}),
+    (r"kernel and bias must have x's dtype", "kernel", (branch, x.astype(jnp.bfloat16), gates), {}),
     (
       r"capacity must be from 1 to the 3 examples of x; got 4",
       "dispatched",
@@ -280,7 +280,7 @@ def test_errors_name_the_argument():
     ),
     (r"tiles must be powers of two", "kernel", (branch, x, gates), {"tiles": Tiles(pixels=48)}),
     (
-      r"multiple of 16 channels to a gate on a GPU; got 8",
+      r"multiple of 16 channels per gate on a GPU; got 8",
       "kernel",
       (branch, x, gates),
       {"interpret": False},

@@ -303,7 +303,7 @@ def test_any_pair_of_cdf_and_pdf_makes_a_prior_whose_gradient_is_the_pdf():
   np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(prior.cdf)))(x), np.exp(-x), rtol=1e-6)
   right = np.mean((1 - np.exp(-x) - np.array([1, 2, 3]) / 4) ** 2)
   np.testing.assert_allclose(jax.jit(lambda x: cdf_matching_loss(x, prior))(x), right, rtol=1e-4)
-  with pytest.raises(ValueError, match="live on \\[0, 1\\]; got custom"):
+  with pytest.raises(ValueError, match="support must be \\[0, 1\\]; got custom"):
     batch_shaping_loss(x, prior)
 
 

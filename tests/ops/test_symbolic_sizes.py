@@ -111,7 +111,7 @@ def test_a_choice_by_a_table_needs_a_known_number_of_segments():
   shape = jax.ShapeDtypeStruct(export.symbolic_shape("n, t"), jnp.float32)
   for choose in (lambda x: selection.k_for(x > 0, 0.5), lambda x: selection.first_k(x > 0, 1)):
     with pytest.raises(
-      ValueError, match=r"^valid must have a number of segments that is known; got shape \(n, t\)"
+      ValueError, match=r"^valid must have a static number of segments; got shape \(n, t\)"
     ):
       export.export(jax.jit(choose))(shape)
 
@@ -119,6 +119,6 @@ def test_a_choice_by_a_table_needs_a_known_number_of_segments():
 def test_parameters_of_one_column_do_not_fit_columns_not_known_yet():
   shape = jax.ShapeDtypeStruct(export.symbolic_shape("n, c"), jnp.float32)
   with pytest.raises(
-    ValueError, match=r"^prior's parameters must broadcast to \(c,\), .*; got \(2,\), of beta"
+    ValueError, match=r"^prior's parameters must broadcast to \(c,\), .*; got \(2,\) for beta"
   ):
     export.export(jax.jit(lambda x: gj.batch_shaping_loss(x, gj.beta(np.full(2, 0.6), 0.4))))(shape)

@@ -81,9 +81,9 @@ def test_whatever_takes_long_says_what_it_does(finished):
   for what in (
     "opening the data",
     "making the networks",
-    "finding the concepts that gates start from",
+    "finding the initial concepts of the gates",
     "compiling the training step",
-    "timing the skipping of segments",
+    "timing runs that skip segments",
     "drawing the report",
   ):
     assert f"{what} (" in printed
@@ -125,12 +125,12 @@ def test_whatever_takes_long_says_what_it_does(finished):
     (
       "pretrain.epochs",
       0,
-      "pretrain.epochs must be >= 1 where training is 'two_stage' or .*; got 0",
+      "pretrain.epochs must be >= 1 if training is 'two_stage' or .*; got 0",
     ),
     (
       "model.selection",
       "confidence",
-      "loss.light must be > 0 where model.selection is 'confidence'",
+      "loss.light must be > 0 if model.selection is 'confidence'",
     ),
     ("pretrain.target", "unit", "pretrain.target must be one of label, units; got 'unit'"),
   ],
@@ -145,7 +145,7 @@ def test_a_wrong_setting_is_named_before_a_directory_is_made(
 
 def test_the_oracle_needs_to_know_which_segments_matter(config, tmp_path):
   folder_of_features(tmp_path, rng=np.random.default_rng(0))
-  with pytest.raises(ValueError, match="model.selection must not be 'oracle' here"):
+  with pytest.raises(ValueError, match="model.selection must not be 'oracle': the data"):
     build.build(
       config("features_timegate", **feature_settings(tmp_path), **{"model.selection": "oracle"})
     )
@@ -358,7 +358,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_parameters(finished, tmp_pat
   with monkeypatch.context() as patch:
     patch.setattr(run.loop, "StopRequest", lambda: Stopping(1))
     assert "stopped as asked" in said(run, made, tmp_path / "run", "train")
-  assert "going on from the checkpoint of step 1" in said(run, made, tmp_path / "run", "train")
+  assert "resuming from the checkpoint of step 1" in said(run, made, tmp_path / "run", "train")
   assert tiny.bit_equal(newest(made, tmp_path / "run"), newest(made, workdir))
 
 
@@ -467,7 +467,7 @@ def test_a_run_trains_evaluates_and_is_compiled(config, tmp_path, monkeypatch, c
   monkeypatch.setattr(speed, "_BATCHES", (1, 20))
   if selection in ("light", "prefix"):
     with pytest.raises(
-      ValueError, match=f"model must have a heavy net, and choose its segments .* {selection!r}"
+      ValueError, match=f"model must have a heavy net and choose segments .* {selection!r}"
     ):
       run.run(made, tmp_path / "run", "compile")
     assert (
@@ -557,7 +557,7 @@ def test_nets_of_another_run_are_taken_and_its_concepts_found_again(config, tmp_
 def test_nets_that_are_not_there_are_named(config, tmp_path):
   with pytest.raises(
     rundir.RunDirError,
-    match="pretrained must be a run directory in which nets were trained; .*none",
+    match="pretrained must be a run directory with trained nets; .*none",
   ):
     run.run(config(pretrained=str(tmp_path / "none")), tmp_path / "run", "train")
 
