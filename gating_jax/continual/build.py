@@ -269,7 +269,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
       "optim.batch_size": settings.divides_over_devices(),
       "optim.eval_batch_size": settings.divides_over_devices(),
       "generator.batch_size": settings.divides_over_devices(),
-      "generator.gates.threshold": (lambda share: 0 <= share < 1, "a share in [0, 1)"),
+      "generator.gates.threshold": (lambda value: 0 <= value < 1, "a fraction in [0, 1)"),
       "tasks.order_seed": (lambda seed: seed is None or seed >= 0, "None or >= 0"),
     },
   )

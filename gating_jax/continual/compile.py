@@ -47,8 +47,8 @@ def check(experiment: ContinualExperiment) -> None:
   """Raises ValueError for a method without conditional gates per task, or an unfoldable model."""
   if experiment.method.task_net is None:
     raise ValueError(
-      "method must be one whose tasks have gates that look at images, as 'gates' and "
-      f"'multitask_gates', to be compiled; got {experiment.config.method!r}"
+      "method must have conditional gates per task to be compiled, as 'gates' and "
+      f"'multitask_gates' have; got {experiment.config.method!r}"
     )
   # The methods' networks end at their features.
   folding.check(choices.network(experiment.config, experiment.problem, classes=None, gated=True))

@@ -154,7 +154,7 @@ def draw(
     (0, 1) if axis_name is None else (lax.axis_index(axis_name), lax.axis_size(axis_name))
   )
   if count % devices:
-    raise ValueError(f"the replayed batch must be a multiple of the {devices} devices; got {count}")
+    raise ValueError(f"replayed images must be a multiple of the {devices} devices; got {count}")
   filled = jnp.sum(memory.labels != EMPTY)
   # Filled slots come first. Every device draws all places, then takes its part.
   places = jax.random.randint(key, (count,), 0, jnp.maximum(filled, 1))

@@ -60,7 +60,7 @@ def summarise(accuracies: np.ndarray, *, baseline: np.ndarray | None = None) -> 
   >>> summarise(np.array([[0.75, 0.5], [0.5, 1.0]]))  # doctest: +NORMALIZE_WHITESPACE
   Summary(average_accuracy=0.75, average_after=(0.75, 0.75), forgetting=0.25,
           backward_transfer=-0.25, forward_transfer=None,
-          reasons={'forward_transfer': 'no accuracies of a random-initialised net are given'})
+          reasons={'forward_transfer': 'no accuracies of a randomly initialised network are given'})
   """
   accuracies = _checked_accuracies(accuracies)
   if baseline is not None:
@@ -104,7 +104,9 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
   (0.75, 0.25)
   """
   if not len(values) or not all(map(math.isfinite, values)):
-    raise ValueError(f"values must be one finite number a seed, at least one; got {list(values)}")
+    raise ValueError(
+      f"values must be finite numbers, one per seed, at least one; got {list(values)}"
+    )
   return statistics.fmean(values), statistics.stdev(map(float, values)) if len(values) > 1 else None
 
 
@@ -213,7 +215,7 @@ def _only_last(accuracies: np.ndarray) -> bool:
 
 def _why_no_sequence(accuracies: np.ndarray) -> str | None:
   if len(accuracies) == 1:
-    return "there is one task only"
+    return "there is only one task"
   return "all tasks are learned together" if _only_last(accuracies) else None
 
 
@@ -222,8 +224,8 @@ def _why_no_forward_transfer(accuracies: np.ndarray, baseline: np.ndarray | None
     return reason
   # R[j-1, j] needs a test before the task is learned.
   if np.isnan(np.diag(accuracies, 1)).any():
-    return "task heads are trained with their task: before it there is nothing to test"
-  return "no accuracies of a random-initialised net are given" if baseline is None else None
+    return "a head is untrained before its task, so there is nothing to test"
+  return "no accuracies of a randomly initialised network are given" if baseline is None else None
 
 
 def _checked_units(name: str, units: np.ndarray) -> np.ndarray:

@@ -79,8 +79,7 @@ def episodic(problem: Problem, settings: replay_memory.ReplaySettings) -> Rehear
   """
   if settings.images < problem.all_classes:
     raise ValueError(
-      f"replay.images must be at least {problem.all_classes}, one of every class; "
-      f"got {settings.images}"
+      f"replay.images must be at least {problem.all_classes}, one per class; got {settings.images}"
     )
 
   def replayed(memory, batch, task, key):
@@ -246,7 +245,7 @@ def replay_of_all(
   """
   devices = 1 if problem.axis_name is None else lax.axis_size(problem.axis_name)
   if count % devices:
-    raise ValueError(f"the replayed batch must be a multiple of the {devices} devices; got {count}")
+    raise ValueError(f"replayed images must be a multiple of the {devices} devices; got {count}")
   here = count // devices
   which, latents, changes = jax.random.split(key, 3)
   # A key per example: the classes do not depend on the number of devices.
@@ -273,7 +272,7 @@ def check_images(images: int, problem: Problem) -> None:
   """Raises ValueError unless every class of a task can be generated."""
   if images < problem.classes:
     raise ValueError(
-      f"generator.images must be at least the {problem.classes} classes of a task; got {images}"
+      f"generator.images must be at least {problem.classes}, one per class of a task; got {images}"
     )
 
 

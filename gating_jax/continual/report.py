@@ -296,10 +296,10 @@ _COLUMNS = (
   ("when learned", "accuracy on the task's test images just after it was learned, in %"),
   ("at the end", "the same after the last task learnt"),
 )
-_TASK = "classes that are learned at once; tasks stand in the order of learning"
+_TASK = "classes that are learned together; tasks are in the order of learning"
 _TERMS = {
   "accuracies": (
-    ("tested on task", "the task that the test images are of"),
+    ("tested on task", "the task of the test images"),
     ("after learning task", "the last task that was learned before this test"),
     (
       "accuracy",
@@ -309,13 +309,16 @@ _TERMS = {
   "filters": (
     ("task", _TASK),
     ("filters", "gated units of the layer"),
-    ("reused from older tasks", "the task uses them, an older one has taken them"),
-    ("new with this task", "the task has taken them, and keeps them from change"),
+    ("reused from older tasks", "used by the task, owned by an older one"),
+    (
+      "new with this task",
+      "first used by the task, which owns them: later tasks cannot change them",
+    ),
     (
       "older tasks', not used",
-      "of no use to the task: its gates close them, and they are not computed",
+      "not needed by the task: its gates for them are closed, and they are not computed",
     ),
-    ("free", "left for tasks to come"),
+    ("free", "available to later tasks"),
   ),
   "overlap": (
     ("task", _TASK),
@@ -330,7 +333,7 @@ def _measures(table: tuple[list[str], list[list[str]]]) -> tuple[tuple[str, str]
   knows = "knows" if first.startswith("task-aware") else "must infer"
   known = (
     first,
-    f"of each task's test images, in %, by a network that {knows} the task of an image",
+    f"on each task's test images, by a network that {knows} the task of an image",
   )
   return (
     known,
@@ -353,7 +356,7 @@ def _numbers(result: Mapping[str, Any], around: opening.Surroundings) -> list[pa
     aware,
     "task_aware.average_accuracy",
     around,
-    "Fraction of test images whose class is right, the task known; mean over the "
+    "Fraction of test images classified correctly with the task known; mean over the "
     f"{count} tasks learnt. With the task unknown: {agnostic:.2f} %.",
   )
   return [
@@ -368,8 +371,7 @@ def _pictures(experiment: ContinualExperiment, learner: Learner) -> dict[str, tu
   names, learnt, table = experiment.task_names, int(learner.task), learner.table
   pictures = {
     "accuracies": (
-      "Accuracy on each task after each task was learnt, with the task known at the test and "
-      "without.",
+      "Accuracy on each task after each task was learnt, with the task known and unknown.",
       tasks.draw_accuracies(np.asarray(table.aware), np.asarray(table.agnostic), task_names=names),
     )
   }
@@ -384,7 +386,7 @@ def _pictures(experiment: ContinualExperiment, learner: Learner) -> dict[str, tu
         tasks.draw_filters(use, task_names=names[:learnt]),
       ),
       "overlap": (
-        "Of the units that either of two tasks uses, the share that both use.",
+        "Fraction of the units used by either of two tasks that both of them use.",
         tasks.draw_overlap(_overlap(relevant), task_names=names[:learnt]),
       ),
     }
@@ -424,8 +426,8 @@ def _one_gate_across_tasks(experiment: ContinualExperiment, learner: Learner) ->
     )
   return page.Section(
     "One gate across tasks",
-    "Filters that most tasks use, and not for all images. Each task decides by a gate of "
-    "its own: a row has the test images of a task that open it most, and for how many of the "
-    "task's test images it is open, in %.",
+    "Filters that most tasks use, but not for all images. Each task has its own gate for a "
+    "filter. A row shows the task's test images that open the gate most, and the fraction of the "
+    "task's test images for which it is open, in %.",
     parts,
   )

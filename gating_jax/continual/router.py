@@ -160,7 +160,7 @@ def train(
     return params
   if counts.min() == 0:
     raise ValueError(
-      f"every task must have an image to rehearse; got {counts.tolist()} of each: keep more images"
+      f"every task needs an image to rehearse; got {counts.tolist()} images by task: keep more"
     )
   return _train(params, features[order], counts, np.cumsum(counts) - counts, key, settings)
 

@@ -65,8 +65,8 @@ def _evaluate(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
   # Within a task the parameters are those of the task being learnt: only the table has results.
   if step % experiment.steps_per_task:
     say(
-      "a task is being learnt; the results are those of the tasks before it, when the last of them "
-      "ended"
+      "a task is being learnt; the results are those of the earlier tasks, measured at the end of "
+      "the last of them"
     )
   else:
     with working(
@@ -115,7 +115,7 @@ def _conclude(
         (
           f"accuracy, {words}",
           f"{100 * accuracy:.2f} %, mean of {learnt} tasks"
-          + ("" if forgotten is None else f"; forgotten: {100 * forgotten:z.2f} points"),
+          + ("" if forgotten is None else f"; forgetting: {100 * forgotten:z.2f} points"),
         )
       )
   macs, dense = result["task_aware_macs"], result["dense_macs"]
@@ -152,7 +152,7 @@ def newest(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> tuple[int
     finally:
       checkpoints.close()
   if not int(learner.task):
-    raise rundir.RunDirError(f"no task is learnt in {run_dir.checkpoints} yet")
+    raise rundir.RunDirError(f"no task has been learnt in {run_dir.checkpoints} yet")
   return step, learner
 
 
@@ -163,7 +163,7 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
     checkpoints = Checkpoints(run_dir.checkpoints)
     step, learner = _restore(experiment, checkpoints)
   if step:
-    say(f"going on from the checkpoint of step {step} in {run_dir.path}")
+    say(f"resuming from the checkpoint of step {step} in {run_dir.path}")
   journal, watch = Journal(run_dir.path, step, total), gate_watch.of_tasks()
   advance, end_stage = make_advance(experiment), _make_end_stage(experiment, journal)
   pace = Pace(journal.say, total, lambda step: {_PRELUDE: _prelude_steps_left(experiment, step)})
@@ -189,7 +189,7 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
           )
         if step < phase.total_steps:
           journal.say(
-            step, "stopped as asked; a checkpoint is saved, the same command goes on from here"
+            step, "stopped as asked; a checkpoint is saved, run the same command to resume"
           )
           return
       # The loop has ended at the last training step; the step that ends the stage is made here.

@@ -47,7 +47,7 @@ class ProtectionSettings:
       if not getattr(self, name) >= 0:
         raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}")
     if not 0 <= self.threshold < 1:
-      raise ValueError(f"threshold must be a share in [0, 1); got {self.threshold}")
+      raise ValueError(f"threshold must be a fraction in [0, 1); got {self.threshold}")
 
   def price(self, elapsed: Array) -> Array:
     """Returns the penalty's weight, `elapsed` after the start of a task."""

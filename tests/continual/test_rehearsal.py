@@ -142,11 +142,9 @@ def test_what_is_replayed_does_not_depend_on_how_the_batch_is_spread(make):
 
 
 def test_what_is_too_small_is_refused():
-  with pytest.raises(
-    ValueError, match="replay.images must be at least 6, one of every class; got 5"
-  ):
+  with pytest.raises(ValueError, match="replay.images must be at least 6, one per class; got 5"):
     rehearsal.episodic(PROBLEM, ReplaySettings(5, 4))
   with pytest.raises(
-    ValueError, match="generator.images must be at least the 2 classes of a task; got 1"
+    ValueError, match="generator.images must be at least 2, one per class of a task; got 1"
   ):
     generative(images=1)

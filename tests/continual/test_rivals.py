@@ -80,7 +80,7 @@ def test_a_run_with_exits_spends_less_on_some_images_and_goes_on_from_a_checkpoi
   shutil.rmtree(tmp_path / "checkpoints" / "22")
   (tmp_path / "result.json").unlink()
   classification.run(made, tmp_path, "train")
-  assert "going on from the checkpoint of step 11" in capsys.readouterr().out
+  assert "resuming from the checkpoint of step 11" in capsys.readouterr().out
   assert tiny.bit_equal(final_params(made, tmp_path), params)
 
 

@@ -59,9 +59,7 @@ def test_macs_by_hand():
 
 def test_a_task_without_an_image_is_an_error():
   features, tasks = examples([5, 5, 5])
-  with pytest.raises(
-    ValueError, match=r"every task must have an image to rehearse; got \[5, 0, 5\]"
-  ):
+  with pytest.raises(ValueError, match=r"every task needs an image to rehearse; got \[5, 0, 5\]"):
     router.train(
       router.init(jax.random.key(0), 3, 4, 8),
       features[tasks != 1],

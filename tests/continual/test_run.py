@@ -93,7 +93,7 @@ def resumable(monkeypatch):
     (
       "gates.threshold",
       1.0,
-      r"^method gates: gates: threshold must be a share in \[0, 1\); got 1.0",
+      r"^method gates: gates: threshold must be a fraction in \[0, 1\); got 1.0",
     ),
     ("gates.sparsity", -1.0, "^method gates: gates: sparsity must be >= 0; got -1.0"),
     ("router.learning_rate", 0.0, "^method gates: router: learning_rate must be > 0; got 0.0"),
@@ -110,14 +110,14 @@ def resumable(monkeypatch):
     (
       "generator.gates.threshold",
       1.0,
-      r"generator.gates.threshold must be a share in \[0, 1\); got 1.0",
+      r"generator.gates.threshold must be a fraction in \[0, 1\); got 1.0",
     ),
     (
       "generator.batch_size",
       12,
       "generator.batch_size must be a multiple of the 8 devices; got 12",
     ),
-    ("replay.images", 3, "replay.images must be at least 4, one of every class; got 3"),
+    ("replay.images", 3, "replay.images must be at least 4, one per class; got 3"),
   ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_compiled(config, field, value, message):
@@ -159,7 +159,7 @@ def test_settings_of_methods_are_named_with_their_section(config, changes, messa
     ),
     (
       {"router.network": True, "router.rehearsal": "none"},
-      "method gates: a network that tells tasks apart needs",
+      "method gates: a network for task inference needs",
     ),
     (
       {"method": "progressive", "model.norm": False},
@@ -207,7 +207,7 @@ def test_a_run_goes_on_within_a_task_and_between_tasks_to_the_same_end(
     cut_back(workdir, first)
     capsys.readouterr()
     run.run(made, workdir, "train")
-    assert f"going on from the checkpoint of step {first}" in capsys.readouterr().out
+    assert f"resuming from the checkpoint of step {first}" in capsys.readouterr().out
     again, resumed = final_learner(made, workdir)
     assert again == end
     assert tiny.bit_equal(resumed, learner)
@@ -384,7 +384,7 @@ def test_a_run_cut_back_to_an_earlier_checkpoint_ends_with_the_same_learner(
   copy = shutil.copytree(workdir, tmp_path / "run")
   steps = sorted(int(folder.name) for folder in (copy / "checkpoints").iterdir())
   cut_back(copy, steps[-2])
-  assert f"going on from the checkpoint of step {steps[-2]}" in said(run, made, copy, "train")
+  assert f"resuming from the checkpoint of step {steps[-2]}" in said(run, made, copy, "train")
   (step, resumed), (end, learner) = final_learner(made, copy), final_learner(made, workdir)
   assert step == end == steps[-1]
   assert tiny.bit_equal(resumed, learner)
@@ -458,7 +458,7 @@ def test_a_full_layer_ends_a_run_that_keeps_and_shows_what_it_has_learnt(
   )
   for _ in range(2):  # the same command prints the same
     with pytest.raises(
-      ValueError, match="after task 1 of 2 no unit is free for the next one in layer1/conv/conv"
+      ValueError, match="after task 1 of 2 no unit is free for the next task in layer1/conv/conv"
     ):
       run.run(made, tmp_path, "train")
     page = (tmp_path / "report.html").read_text()
@@ -536,7 +536,7 @@ def test_every_method_learns_two_tasks(method, config, tmp_path, monkeypatch):
   assert second > 0.6
   keep_nothing = ("fine_tuning", "progressive", *(m for m in choices.METHODS if "multitask" in m))
   assert (result["memory_mb"] > 0) == (method not in keep_nothing)
-  refused = "--mode=compile cannot time this run: method must be one whose tasks have gates"
+  refused = "--mode=compile cannot time this run: method must have conditional gates"
   assert (refused in (tmp_path / "report.html").read_text()) == (method != "multitask_gates")
 
 
@@ -565,7 +565,7 @@ def test_a_run_with_generators_goes_on_within_their_training_to_the_same_end(
   cut_back(tmp_path, first)
   capsys.readouterr()
   run.run(made, tmp_path, "train")
-  assert f"going on from the checkpoint of step {first}" in capsys.readouterr().out
+  assert f"resuming from the checkpoint of step {first}" in capsys.readouterr().out
   again, resumed = final_learner(made, tmp_path)
   assert again == end
   assert tiny.bit_equal(resumed, learner)
@@ -635,10 +635,10 @@ def test_tasks_learnt_together_fill_the_last_row_and_resume_to_the_same_end(
   for first in (end - 1, 2):  # all steps taken, and some
     cut_back(tmp_path, first)
     if first == 2:
-      with pytest.raises(rundir.RunDirError, match="no task is learnt"):
+      with pytest.raises(rundir.RunDirError, match="no task has been learnt"):
         run.run(made, tmp_path, "evaluate")
     run.run(made, tmp_path, "train")
-    assert f"going on from the checkpoint of step {first}" in capsys.readouterr().out
+    assert f"resuming from the checkpoint of step {first}" in capsys.readouterr().out
     again, resumed = final_learner(made, tmp_path)
     assert again == end
     assert tiny.bit_equal(resumed, learner)
@@ -682,7 +682,7 @@ def test_the_net_of_each_task_is_compiled(changes, config, tmp_path, capsys, mon
 
 def test_what_has_no_gates_is_not_compiled(config, tmp_path):
   experiment = build.build(config(method="ewc"))
-  with pytest.raises(ValueError, match="method must be one whose tasks have gates .*; got 'ewc'"):
+  with pytest.raises(ValueError, match="method must have conditional gates per task .*; got 'ewc'"):
     compile.run(experiment, rundir.RunDir(tmp_path), 1, experiment.fresh())
 
 
@@ -690,7 +690,7 @@ def test_no_task_learnt_is_said(config, tmp_path):
   made = config()
   with rundir.open_run(tmp_path, made):
     pass
-  with pytest.raises(rundir.RunDirError, match="no task is learnt"):
+  with pytest.raises(rundir.RunDirError, match="no task has been learnt"):
     run.run(made, tmp_path, "evaluate")
 
 

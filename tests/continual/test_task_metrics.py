@@ -10,7 +10,7 @@ from gating_jax.continual import metrics
 NAN = np.nan
 LEARNED = np.array([[0.9, NAN, NAN], [0.7, 0.8, NAN], [0.75, 0.5, 1.0]])
 FULL = np.array([[0.9, 0.6, 0.2], [0.7, 0.8, 0.5], [0.75, 0.5, 1.0]])
-NOTHING_TO_TEST = "task heads are trained with their task: before it there is nothing to test"
+NOTHING_TO_TEST = "a head is untrained before its task, so there is nothing to test"
 
 
 def random_accuracies(tasks, seed):
@@ -48,7 +48,7 @@ def test_what_was_kept_bit_for_bit_is_forgotten_by_exactly_zero():
 
 
 def test_one_task_has_an_average_only():
-  reason = "there is one task only"
+  reason = "there is only one task"
   assert metrics.summarise(np.array([[0.5]]), baseline=np.array([0.1])) == metrics.Summary(
     average_accuracy=0.5,
     average_after=(0.5,),
@@ -80,7 +80,7 @@ def test_tasks_learned_together_have_accuracies_at_the_end_only():
 @pytest.mark.parametrize(
   ("accuracies", "baseline", "reason"),
   [
-    (FULL, None, "no accuracies of a random-initialised net are given"),
+    (FULL, None, "no accuracies of a randomly initialised network are given"),
     (LEARNED, None, NOTHING_TO_TEST),
     (LEARNED, np.full(3, 0.5), NOTHING_TO_TEST),
     (np.where(np.eye(3, k=1) * [0, 0, 1] > 0, NAN, FULL), np.full(3, 0.5), NOTHING_TO_TEST),
@@ -168,7 +168,7 @@ def test_spread_over_seeds_by_hand():
   assert metrics.over_seeds([0.7]) == (0.7, None)
   for bad in ([], [0.5, NAN]):
     with pytest.raises(
-      ValueError, match="^values must be one finite number a seed, at least one; got "
+      ValueError, match="^values must be finite numbers, one per seed, at least one; got "
     ):
       metrics.over_seeds(bad)
 

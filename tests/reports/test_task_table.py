@@ -4,7 +4,7 @@ import pytest
 
 from gating_jax.reports import task_table
 
-REASON = "task heads are trained with their task: before it there is nothing to test"
+REASON = "a head is untrained before its task, so there is nothing to test"
 AWARE = {
   "accuracies": [[0.9, None], [0.9, 1.0]],
   "average_accuracy": 0.95,

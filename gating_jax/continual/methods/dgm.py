@@ -48,7 +48,7 @@ def dgm(network: Network, rehearsal: Rehearsal, *, real: float) -> Method:
     ValueError: `real` outside its range.
   """
   if not 0 <= real < 1:
-    raise ValueError(f"real must be a share in [0, 1); got {real}")
+    raise ValueError(f"real must be a fraction in [0, 1); got {real}")
 
   def init(key: Array) -> Start:
     """Initialises the classifier and the generator's memory."""

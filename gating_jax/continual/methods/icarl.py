@@ -71,7 +71,7 @@ def icarl(network: Network, rehearsal: memory.ReplaySettings) -> Method:
   problem, model = network.problem, network.model
   if rehearsal.images < problem.all_classes:
     raise ValueError(
-      f"images must be at least {problem.all_classes}, an exemplar of every class; "
+      f"images must be at least {problem.all_classes}, one exemplar per class; "
       f"got {rehearsal.images}"
     )
 

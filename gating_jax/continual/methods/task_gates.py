@@ -116,15 +116,13 @@ def task_gates(
     raise ValueError(f"distillation must be >= 0; got {distillation}")
   net = shared_net.SharedNet(model, problem, settings.own_norms)
   if network is not None and rehearsal is None:
-    raise ValueError(
-      "a network that tells tasks apart needs images of earlier ones; got no rehearsal"
-    )
+    raise ValueError("a network for task inference needs images of earlier tasks; got no rehearsal")
   classifier = None
   if network is not None:
     classifier = OfNetwork(rehearsal, network, distillation)
   elif rehearsal is not None:
     if router_settings is None:
-      raise ValueError("router_settings must be given with rehearsal but no network; got None")
+      raise ValueError("rehearsal without a network needs router_settings; got None")
     classifier = OfFeatures(net, rehearsal, router_settings)
   gates = _TaskGates(net, counts, settings, classifier)
   return Method(
@@ -350,8 +348,8 @@ class _TaskGates:
       return
     names = ", ".join(units.layer_name(records[i]) for i in full)
     raise FullLayerError(
-      f"after task {task} of {self.problem.tasks} no unit is free for the next one in {names}; a "
-      "larger model.width or gates.sparsity, a lower gates.patience or a higher gates.threshold "
-      "leave more; gates.when_full=grow adds some, and gates.when_full=reuse goes on with the old "
-      "ones (in a new workdir)"
+      f"after task {task} of {self.problem.tasks} no unit is free for the next task in {names}; in "
+      "a new workdir, a larger model.width or gates.sparsity, a lower gates.patience or a higher "
+      "gates.threshold leave more units free; gates.when_full=grow adds units, and "
+      "gates.when_full=reuse uses the old ones alone"
     )

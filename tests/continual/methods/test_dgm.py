@@ -191,7 +191,7 @@ def test_the_prelude_sees_labels_of_its_task():
 
 
 def test_settings_are_checked():
-  with pytest.raises(ValueError, match=r"real must be a share in \[0, 1\); got 1.0"):
+  with pytest.raises(ValueError, match=r"real must be a fraction in \[0, 1\); got 1.0"):
     method(1.0)
   with pytest.raises(ValueError, match="steepness must be >= 1; got 0"):
     masked(steepness=0)

@@ -143,7 +143,5 @@ def test_the_teacher_is_the_network_at_the_end_of_the_last_task(two_tasks):
 
 
 def test_every_class_needs_an_exemplar():
-  with pytest.raises(
-    ValueError, match="images must be at least 6, an exemplar of every class; got 5"
-  ):
+  with pytest.raises(ValueError, match="images must be at least 6, one exemplar per class; got 5"):
     method(images=5)

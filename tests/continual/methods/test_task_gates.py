@@ -222,8 +222,8 @@ def test_a_full_layer_is_an_error_that_names_it():
   run.method.check_room(run.learner)
   run.learn(0)  # what was learnt is kept
   message = (
-    r"after task 1 of 3 no unit is free for the next one in layer1/conv/conv, layer2/conv/conv; a "
-    r"larger"
+    r"after task 1 of 3 no unit is free for the next task in layer1/conv/conv, layer2/conv/conv; "
+    r"in a new workdir, a larger"
   )
   with pytest.raises(FullLayerError, match=message):
     run.method.check_room(run.learner)
@@ -410,14 +410,14 @@ def test_a_network_teaches_the_stream_and_learns_nothing_from_it():
 
 def test_rehearsal_without_anything_to_rehearse_is_an_error():
   with pytest.raises(
-    ValueError, match="router_settings must be given with rehearsal but no network; got None"
+    ValueError, match="rehearsal without a network needs router_settings; got None"
   ):
     Run("vgg", episodic(PROBLEM, ReplaySettings(30, 32)))
 
 
 def test_a_network_without_rehearsal_is_an_error():
   with pytest.raises(
-    ValueError, match="a network that tells tasks apart needs images of earlier ones; got no"
+    ValueError, match="a network for task inference needs images of earlier tasks; got no"
   ):
     Run("vgg", network=NETWORK)
 
@@ -521,7 +521,7 @@ def test_what_it_holds_is_counted():
   ("field", "value", "message"),
   [
     ("sparsity", -1, "sparsity must be >= 0; got -1"),
-    ("threshold", 1, r"threshold must be a share in \[0, 1\); got 1"),
+    ("threshold", 1, r"threshold must be a fraction in \[0, 1\); got 1"),
     ("growth", -0.5, "growth must be >= 0; got -0.5"),
     (
       "when_full",
