@@ -122,8 +122,8 @@ class Picture:
         raise ValueError(
           f"{self._name} of {seen.dtype} must reach {part}, in which {pictures.white(seen.dtype)} "
           "is white; got "
-          f"{pictures.span(seen)} in {len(seen)} images, which would be too dark. Prepare the set "
-          "with images of uint8 whose white is 255, or choose another feature by data.image_feature"
+          f"{pictures.span(seen)} in {len(seen)} images, which would be too dark. Prepare the data "
+          "set with uint8 images (255 is white), or set another feature in data.image_feature"
         )
 
 

@@ -304,8 +304,8 @@ class Examples(Sequence):
       yield
     except pictures.TooLargeError as error:
       raise ValueError(
-        f"example {index} of split {split!r} of {self._name}: {error}. Prepare the set with a "
-        "smaller one, or use a split without it"
+        f"example {index} of split {split!r} of {self._name}: {error}. Prepare the data set "
+        "with a smaller image, or use a split without it"
       ) from None
     # array_record and the decoders raise errors of many types for damaged bytes.
     except Exception as error:

@@ -290,8 +290,8 @@ def check_alike(net: Any, like: Any) -> None:
   # The structure holds the static fields, such as strides and groups.
   if jax.tree.structure(shapes) != jax.tree.structure(like):
     raise ValueError(
-      "net must have the parts and settings (groups of gates, strides, threshold) of the network "
-      "that was compiled; got others"
+      "net must have the parts and settings (groups of gates, strides, threshold) of the compiled "
+      "network; got others"
     )
   for (path, found), wanted in zip(
     jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(like), strict=True
@@ -299,6 +299,6 @@ def check_alike(net: Any, like: Any) -> None:
     if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
       where = jax.tree_util.keystr(path, simple=True, separator=".")
       raise ValueError(
-        f"net must have the shapes of the network that was compiled, at {where} {wanted.dtype} "
+        f"net must have the shapes of the compiled network, at {where} {wanted.dtype} "
         f"{wanted.shape}; got {found.dtype} {found.shape}"
       )

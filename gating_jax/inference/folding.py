@@ -111,13 +111,13 @@ def check(model: Any, kinds: Sequence[type] = (ResNet, VGG)) -> None:
       "gate context",
       model.gate.context,
       not gated or model.gate.context in ("pooled", "none"),
-      "pooled or none, since others are random",
+      "pooled or none, since other contexts are random",
     ),
     (
       "gate relaxation",
       model.gate.relaxation,
       not gated or model.gate.context == "none" or model.gate.relaxation == "straight_through",
-      "straight_through for conditional gates, since others are not exactly 0 or 1",
+      "straight_through for conditional gates, since only it gives exactly 0 or 1",
     ),
   ]
   if isinstance(model, ResNet):
@@ -126,7 +126,7 @@ def check(model: Any, kinds: Sequence[type] = (ResNet, VGG)) -> None:
         "gate context",
         model.gate.context,
         model.gating != "all_channels" or model.gate.context == "pooled",
-        "pooled where the outputs of blocks are gated",
+        "pooled if block outputs are gated",
       ),
       ("group_norm", model.group_norm, not model.group_norm, "False: GroupNorm cannot be folded"),
       ("convolution", model.convolution, model.convolution == "full", "full"),

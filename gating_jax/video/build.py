@@ -471,4 +471,4 @@ def _check_skipped_backward(config: ml_collections.ConfigDict) -> None:
     ("model.heavy.gating", model.heavy.gating, model.heavy.gating == "none", "'none'"),
   ):
     if not holds:
-      raise ValueError(f"{name} must be {rule} where model.skip_backward is set; got {value!r}")
+      raise ValueError(f"{name} must be {rule} if model.skip_backward is set; got {value!r}")

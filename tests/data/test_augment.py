@@ -138,7 +138,7 @@ def test_another_number_of_channels_is_an_error(mean, std, name, value):
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16, np.int32, bool])
 def test_pixels_of_another_type_than_uint8_are_refused(dtype):
   with pytest.raises(
-    ValueError, match=f"pixels must be uint8, as .*to_uint8 makes them; got {np.dtype(dtype)}"
+    ValueError, match=f"pixels must be uint8, as .*to_uint8; got {np.dtype(dtype)}"
   ):
     jax.eval_shape(
       lambda x: normalise(x, (0.5,), (0.5,)), jax.ShapeDtypeStruct((1, 2, 2, 3), dtype)

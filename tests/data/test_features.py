@@ -212,7 +212,8 @@ def test_a_picture_of_too_many_pixels_is_named_with_what_to_do(tmp_path):
   name = made(tmp_path, TYPES.Image(shape=(None, None, 1)), LABELS, [(image, 0)])
   with refused(
     f"example 0 of split 'train' of {name} in {tmp_path}: a picture must have at most 67108864 "
-    "pixels; got 8193 x 8193. Prepare the set with a smaller one, or use a split without it"
+    "pixels; got 8193 x 8193. Prepare the data set with a smaller image, or "
+    "use a split without it"
   ):
     tfds_sets.load(name, "train", tmp_path)
 

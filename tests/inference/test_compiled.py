@@ -369,7 +369,7 @@ def test_auto_takes_from_the_candidates_alone(monkeypatch):
     (lambda: net("layers"), "parts and settings"),
     (
       lambda: dataclasses.replace(net("channels"), classifier=(jnp.zeros((6, 5)), jnp.zeros(5))),
-      r"the shapes of the network that was compiled, at classifier.0 float32 \(6, 4\); got "
+      r"the shapes of the compiled network, at classifier.0 float32 \(6, 4\); got "
       r"float32 \(6, 5\)",
     ),
   ],

@@ -644,7 +644,7 @@ def test_the_backward_holds_the_segments_that_may_be_chosen(config, changes, cap
     (
       "training",
       "two_stage",
-      "training must be 'end_to_end' where model.skip_backward is set; got 'two_stage'",
+      "training must be 'end_to_end' if model.skip_backward is set; got 'two_stage'",
     ),
     (
       "model.selection",
@@ -654,7 +654,7 @@ def test_the_backward_holds_the_segments_that_may_be_chosen(config, changes, cap
     (
       "model.selection",
       "gate",
-      "model.backward_share must be < 1 where model.skip_backward is set; got 1.0",
+      "model.backward_share must be < 1 if model.skip_backward is set; got 1.0",
     ),
     ("model.heavy.group_norm", False, "model.heavy.group_norm must be True where .*; got False"),
     ("model.heavy.gating", "channel", "model.heavy.gating must be 'none' where .*; got 'channel'"),
