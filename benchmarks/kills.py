@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 ROOT = Path(__file__).parent.parent
 STEPS_PER_EPOCH = 5
 LONGEST = 15.0  # s from the processes' start to a kill; they need about 8 to their first step
-GOING_ON = re.compile(r"going on from the checkpoint of step (\d+) ")
+GOING_ON = re.compile(r"resuming from the checkpoint of step (\d+) ")
 
 
 def main():

@@ -20,11 +20,11 @@ from gating_jax.terminal import is_terminal, prepare_streams
 COMPARE = "compare"
 # Each mode with its line in --help; the order is that of the help.
 MODES = {
-  "train": "trains to the end, from wherever the run directory stands; the default",
+  "train": "trains to completion, resuming a run that was stopped; the default",
   "evaluate": "tests the newest checkpoint",
   "report": "writes report.html of the newest checkpoint",
-  "compile": "times programs that skip what gates close",
-  "export": "writes files that run without this package; of image classifiers",
+  "compile": "times programs that skip closed units",
+  "export": "writes files that run without this package; image classifiers only",
   COMPARE: "writes a page that compares runs: --workdir=runs/digits,runs/scenes --mode=compare",
 }
 # In the order of `modules` in `_main`, which pairs the two.
@@ -45,16 +45,16 @@ pixel
 other
   gating-jax --config=configs/composed_timegate.py --workdir=runs/timegate    segments of long \
 videos
-The same command resumes a run that was stopped. Then, of a run that is there:
+The same command resumes a run that was stopped. Then, for a trained run:
   gating-jax --workdir=runs/digits --mode=compile
 
 Modes:
 {modes}
 
-Configs, by path, by name, or by how one name alone begins: --config=digits is \
+Configs, by path, by name, or by a prefix that only one name has: --config=digits is \
 configs/digits_resnet20.py.
 {configs}
-Variants stand after a colon: --config=digits:epochs=3,gates=none. A field is set by its name:
+Variants follow a colon: --config=digits:epochs=3,gates=none. Set a field by its name:
 --config.optim.learning_rate=0.05. The files are in {folder}
 
 Flags:
@@ -81,21 +81,21 @@ class _ConfigParser(flags.ArgumentParser):
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
-  "A config file or its name, as above; only --mode=train needs it, others read that of the run.",
+  "A config file or its name, as above. Required to train; the other modes use that of the run.",
 )
 # DEFINE_config_file takes no parser, so this one replaces its own.
 flags.FLAGS[_CONFIG.name].parser = _ConfigParser()
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "The run directory: a new one, or one to resume; those to compare are separated by commas.",
+  "The run directory: a new one, or one to resume; to compare runs, several, separated by commas.",
 )
 _MODE = flags.DEFINE_string("mode", "train", "What to do, as above.")
 _SMOKE = flags.DEFINE_bool(
   "smoke",
   False,
-  "Trains on little data for a few steps, to see within a minute that a config works from end to "
-  "end; in a run directory of its own.",
+  "Trains on little data for a few steps, to check within a minute that a config works from end "
+  "to end; needs its own run directory.",
 )
 _PAGE = flags.DEFINE_string(
   "page", None, "The page that --mode=compare writes, by default comparison.html."
@@ -106,9 +106,11 @@ _COORDINATOR = flags.DEFINE_string(
   "For a job of several processes: host:port of process 0, or auto on Cloud TPU or Slurm.",
 )
 _PROCESSES = flags.DEFINE_integer(
-  "processes", None, "How many processes the job has.", lower_bound=1
+  "processes", None, "The number of processes of the job.", lower_bound=1
 )
-_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
+_PROCESS = flags.DEFINE_integer(
+  "process", None, "The number of this process, from 0.", lower_bound=0
+)
 
 
 def main() -> None:
@@ -236,11 +238,13 @@ def _misused(argv: list[str]) -> str | None:
         )
   elif _PAGE.value is not None:
     return (
-      f"--page goes with --mode={COMPARE}; got --mode={_MODE.value}, whose page is report.html of "
+      f"--page requires --mode={COMPARE}; got --mode={_MODE.value}, whose page is report.html of "
       "the run"
     )
   if _SMOKE.value and _MODE.value != "train":
-    return f"--smoke goes with --mode=train; got --mode={_MODE.value}, which takes a run as it is"
+    return (
+      f"--smoke requires --mode=train; got --mode={_MODE.value}, which uses a run that is trained"
+    )
   if _CONFIG.value is None and _MODE.value == "train":
     return "--config must be given to train, such as --config=digits"
   return None
@@ -303,16 +307,16 @@ def _main(argv: list[str]) -> int:
   except jax.errors.JaxRuntimeError as error:
     if not _COORDINATOR.value:
       raise
-    return _failed(f"JAX cannot go on, as when another process of the job is gone: {error}", 1)
+    return _failed(f"JAX failed, perhaps because another process of the job ended: {error}", 1)
   except Exception:
     if not _COORDINATOR.value:
       raise
-    return _failed(f"a fault of the program:\n{traceback.format_exc()}", 1)
+    return _failed(f"internal error:\n{traceback.format_exc()}", 1)
   except KeyboardInterrupt:
     goes_on = (
-      "goes on from the newest checkpoint, if there is one"
+      "resumes from the newest checkpoint, if there is one"
       if _MODE.value == "train"
-      else "begins anew"
+      else "starts over"
     )
     _say(f"interrupted; the same command {goes_on}")
     with contextlib.suppress(OSError):

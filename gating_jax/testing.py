@@ -29,11 +29,11 @@ _ARRANGEMENTS = {
   "sort permutation used instead of its inverse": lambda gradient, source: gradient[source][source],
 }
 _THROUGH_RANKS = (
-  "gradient through the ranks: it follows others that move in unchanged order, the true one does "
-  "not"
+  "gradient through the ranks: it changes when other examples move in unchanged order, the true "
+  "one does not"
 )
 _UNSEEN = (
-  "unlike finite differences: gradient through the ranks by a surrogate of its own value, or a "
+  "unlike finite differences: gradient through the ranks by a surrogate with another value, or a "
   "wrong derivative"
 )
 
@@ -107,7 +107,7 @@ def check_loss(
     outcomes = _check_one_device(total, rng, shape, low, high, devices, tolerance)
     if devices is None or "axis_name" not in inspect.signature(loss).parameters:
       skipped = (
-        "devices: none asked for"
+        "devices: not requested"
         if devices is None
         else "devices: the loss takes no keyword axis_name"
       )
@@ -243,7 +243,7 @@ def _name_shares(got, right, known, tolerance):
   return dict.fromkeys(
     "not a multiple of the gradient on one device"
     if factor is None
-    else f"{_name_factor(factor, known, tolerance)} beside another term"
+    else f"{_name_factor(factor, known, tolerance)} next to another term"
     for factor in factors
   )
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Runs gating-jax as one job of N processes on this machine, as N hosts would. If one fails, the others are ended within
-# half a minute, and with RESTARTS the job goes on from its newest checkpoint. Ctrl-C or SIGTERM stops all at one step.
+# half a minute, and with RESTARTS the job resumes from its newest checkpoint. Ctrl-C or SIGTERM stops all at one step.
 # Usage: bash launch/local.sh [--help] [--dry-run] N arguments of gating-jax
-# RESTARTS: how often a job that failed is started again (default 0); not where that cannot help (status 2).
-# DEVICES: virtual devices of each process, on CPU (default: as many as XLA_FLAGS says, or one).
+# RESTARTS: how often a failed job is restarted (default 0); never where that cannot help (status 2).
+# DEVICES: virtual devices of each process, on CPU (default: the number in XLA_FLAGS, or one).
 # GATING_JAX: the command (default: gating-jax of .venv).
 set -uo pipefail
 

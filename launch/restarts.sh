@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced: runs a job, and again from its newest checkpoint if it fails, RESTARTS times at most (default 0).
-# A restart cannot mend status 2 of gating-jax, wrong arguments or data that are not there, nor the shell's 126 and 127, a
-# command that cannot be run or is not there.
+# Sourced: runs a job; if it fails, restarts it from its newest checkpoint, at most RESTARTS times (default 0).
+# A restart cannot fix status 2 of gating-jax (wrong arguments or missing data), nor the shell's 126 and 127 (a command
+# that cannot be run, or is missing).
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
   sed -n '2,4s/^# //p' "$0"
@@ -18,10 +18,10 @@ with_restarts() {  # command
     "$@" || status=$?
     case "$status" in 0 | 2 | 126 | 127) return "$status" ;; esac
     if [ "$stopping" ] || [ "$attempt" -gt "${RESTARTS:-0}" ]; then return "$status"; fi
-    echo "launch: status $status; starting it again, from its newest checkpoint ($attempt of $RESTARTS)" >&2
+    echo "launch: status $status; restarting from its newest checkpoint ($attempt of $RESTARTS)" >&2
   done
 }
 
 show_restarts() {  # for a dry run
-  if [ "${RESTARTS:-0}" -gt 0 ]; then echo "# if it fails, again from its newest checkpoint, at most $RESTARTS times"; fi
+  if [ "${RESTARTS:-0}" -gt 0 ]; then echo "# if it fails, restart from its newest checkpoint, at most $RESTARTS times"; fi
 }

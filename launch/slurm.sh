@@ -2,9 +2,9 @@
 # One job of gating-jax on several nodes of a Slurm cluster, one process for each node.
 # Usage: sbatch --nodes=N [other options of sbatch] launch/slurm.sh arguments of gating-jax
 #        bash launch/slurm.sh --help, or --dry-run and arguments of gating-jax
-# Call it from the repository, with .venv in it, on a file system that all nodes share, as must be the run directory.
-# RESTARTS: how often a job that failed is started again (default 0); not where that cannot help (status 2).
-# Slurm tells JAX who is who (--coordinator=auto). A job whose node was lost is for Slurm to repeat: sbatch --requeue.
+# Call it from the repository, with .venv in it. All nodes must share its file system, and that of the run directory.
+# RESTARTS: how often a failed job is restarted (default 0); never where that cannot help (status 2).
+# Slurm numbers the processes (--coordinator=auto), and restarts a job that lost a node: sbatch --requeue.
 #SBATCH --ntasks-per-node=1
 #SBATCH --signal=TERM@300
 set -euo pipefail

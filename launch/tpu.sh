@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One job of gating-jax on all workers of a Cloud TPU VM or pod slice, on which the repository and .venv are already.
+# One job of gating-jax on all workers of a Cloud TPU VM or pod slice. Each must have the repository and .venv.
 # Usage: NAME=tpu ZONE=us-central2-b bash launch/tpu.sh [--help] [--dry-run] arguments of gating-jax
 # Needs gcloud, logged in. The run directory must be one that all workers see: a mounted bucket or file share.
-# FOLDER: of the repository on the workers (default: gating_jax, in the home folder).
-# RESTARTS: how often a job that failed is started again (default 0); not where that cannot help (status 2). A slice
-# that was taken away is not made anew.
+# FOLDER: the folder of the repository on the workers (default: gating_jax in the home folder).
+# RESTARTS: how often a failed job is restarted (default 0); never where that cannot help (status 2). A slice that was
+# preempted is not created again.
 set -euo pipefail
 
 usage() {

@@ -171,14 +171,14 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(finished, tmp_path, monkeyp
     assert checkpoints_of(workdir)[-1] > reached
     if reached:
       assert (
-        f"going on from the checkpoint of step {reached} "
+        f"resuming from the checkpoint of step {reached} "
         in workdir.with_suffix(".out").read_text()
       )
     reached = checkpoints_of(workdir)[-1]
   assert reached < STEPS_PER_EPOCH * EPOCHS
   code, out, err = finish(workdir)
   assert code == 0, err
-  assert f"going on from the checkpoint of step {reached} " in out
+  assert f"resuming from the checkpoint of step {reached} " in out
   ours, theirs = final_state(workdir, monkeypatch), final_state(finished, monkeypatch)
   assert ours[0] == theirs[0] == STEPS_PER_EPOCH * EPOCHS
   assert tiny.bit_equal(ours[1], theirs[1])
@@ -205,7 +205,7 @@ def test_a_run_stopped_by_sigterm_says_so_and_goes_on(finished, tmp_path, monkey
   assert f"step {step}/{STEPS_PER_EPOCH * EPOCHS}  stopped as asked" in out
   code, out, err = finish(workdir)
   assert code == 0, err
-  assert f"going on from the checkpoint of step {step} " in out
+  assert f"resuming from the checkpoint of step {step} " in out
   assert tiny.bit_equal(final_state(workdir, monkeypatch)[1], final_state(finished, monkeypatch)[1])
 
 
@@ -290,7 +290,7 @@ cli.main()
 
 @pytest.mark.parametrize(
   ("mode", "said"),
-  [("train", "goes on from the newest checkpoint, if there is one"), ("export", "begins anew")],
+  [("train", "resumes from the newest checkpoint, if there is one"), ("export", "starts over")],
 )
 def test_ctrl_c_says_what_the_same_command_does_next(mode, said, tmp_path):
   done = subprocess.run(

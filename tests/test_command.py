@@ -39,7 +39,7 @@ CONFIG = f"--config={ROOT / 'configs' / 'digits_resnet20.py'}"
     ("--config.optim.epochs=ten", "config.optim.epochs.*ten"),
     ("--config.optim.batch_size=100000", "optim.batch_size must be at most 1437, .* got 100000"),
     ("--mode=trian", r"--mode must be one of .*report.*; got 'trian'. Did you mean 'train'\?"),
-    ("--page=mine.html", "--page goes with --mode=compare; got --mode=train"),
+    ("--page=mine.html", "--page requires --mode=compare; got --mode=train"),
     ("--wrokdir=elsewhere", r"no flag --wrokdir. Did you mean --workdir\?"),
     ("--config.modle=1", "got 'modle'. Did you mean 'model'"),
     ("--unheard_of=elsewhere", "no flag --unheard_of; see --help"),
@@ -142,7 +142,7 @@ def test_a_mode_that_looks_at_a_run_reads_its_config(mode, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
   ("content", "message"),
-  [("{", "is damaged: it must hold JSON"), ("{}", "is damaged: it must tell the experiment")],
+  [("{", "is damaged: it must hold JSON"), ("{}", "is damaged: it must name the experiment")],
 )
 def test_a_run_whose_config_is_damaged_is_named(content, message, tmp_path):
   (tmp_path / "config.json").write_text(content)

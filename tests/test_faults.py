@@ -60,7 +60,7 @@ def check_it_goes_on_to_the_same_end(workdir, quiet, *, after, out=None):
   """Runs the same command after the cause is repaired."""
   status, said = finished(launch(workdir, out))
   assert status == 0, said
-  assert (f"going on from the checkpoint of step {after} " in said) == bool(after)
+  assert (f"resuming from the checkpoint of step {after} " in said) == bool(after)
   assert tiny.bit_equal(saved_state(workdir, STEPS), saved_state(quiet, STEPS))
 
 
@@ -136,7 +136,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, quiet):
   status, said = ended(launch(workdir, out, RESTARTS="2"))
   assert status == 2
   assert said.count(f"error: workdir {workdir} cannot be written: Not a directory") == 1
-  assert "starting it again" not in said
+  assert "restarting from" not in said
   (tmp_path / "file").unlink()
   check_it_goes_on_to_the_same_end(workdir, quiet, after=0, out=out)
 
@@ -215,10 +215,10 @@ def test_a_record_that_is_damaged(tmp_path, made_set, loader):
   finally:
     file.write_bytes(intact)
   assert status == 2
-  assert "starting it again" not in said
+  assert "restarting from" not in said
   assert re.search(
     rf"error: example 1[0-9]+ of split 'train' of fault_set in {folder} cannot be read "
-    r"\(\w+: Corrupted .*\): remove the set from there and prepare it again",
+    r"\(\w+: Corrupted .*\): delete the prepared data set and prepare it again",
     said,
   )
   status, said = finished(launch(workdir, settings=changes))

@@ -116,7 +116,7 @@ def test_a_job_of_two_processes_is_finished_by_one_on_as_many_devices_or_fewer(t
   assert finished(job)[0] != 0
   step = saved_steps(begun)[-1]
   assert step < 4 * STEPS_PER_EPOCH
-  assert f"going on from the checkpoint of step {step} " in alone(
+  assert f"resuming from the checkpoint of step {step} " in alone(
     *arguments(begun, **changes), devices=devices
   )
   alone(*arguments(tmp_path / "whole", **changes))
@@ -141,9 +141,9 @@ def test_when_a_process_is_killed_the_others_end_and_the_job_goes_on_to_the_same
     time.sleep(0.05)
   status, said = finished(job)
   assert status == 0, said
-  assert "status 137; starting it again, from its newest checkpoint (1 of 1)" in said
+  assert "status 137; restarting from its newest checkpoint (1 of 1)" in said
   assert "Traceback" not in said
-  assert "going on from the checkpoint of step" in said
+  assert "resuming from the checkpoint of step" in said
   assert saved_steps(disturbed)[-1] == 8 * STEPS_PER_EPOCH
   assert tiny.bit_equal(saved_state(disturbed), saved_state(quiet))
 
@@ -155,7 +155,7 @@ def test_a_job_that_cannot_begin_ends_on_all_with_the_reason_of_one(tmp_path):
   (workdir / "letter.txt").write_text("not a run")
   status, said = finished(launched(workdir, {"RESTARTS": "2"}, **TRAINING))
   assert status == 2
-  assert "starting it again" not in said
+  assert "restarting from" not in said
   assert said.count("exists and has no config.json") == 1
   assert [f.name for f in workdir.iterdir()] == ["letter.txt"]
 
@@ -164,7 +164,7 @@ def test_a_job_that_cannot_begin_ends_on_all_with_the_reason_of_one(tmp_path):
   ("processes", "process", "message"),
   [
     (2, 2, r"process must be in 0, ..., processes - 1, .*; got process 2, processes 2"),
-    (None, 0, "both given with a coordinator; got process 0, processes None"),
+    (None, 0, "both required with a coordinator; got process 0, processes None"),
   ],
 )
 def test_processes_that_make_no_job_are_refused(processes, process, message):
@@ -209,7 +209,7 @@ def test_processes_that_do_not_find_each_other_are_an_error_of_the_job(monkeypat
 
   monkeypatch.setattr(jax.distributed, "initialize", fail)
   with pytest.raises(
-    hosts.PeerError, match="the processes of the job did not find each other: timed out"
+    hosts.PeerError, match="the processes of the job could not connect: timed out"
   ):
     hosts.connect("localhost:1", 2, 0)
 
@@ -344,7 +344,9 @@ def test_a_dry_run_prints_what_would_be_done(script, environment, expected):
     check=True,
   )
   assert expected in told.stdout
-  assert told.stdout.endswith("# if it fails, again from its newest checkpoint, at most 3 times\n")
+  assert told.stdout.endswith(
+    "# if it fails, restart from its newest checkpoint, at most 3 times\n"
+  )
 
 
 @pytest.mark.parametrize(
@@ -374,7 +376,7 @@ def test_what_a_restart_may_mend_is_started_again_so_many_times(
   )
   assert told.returncode == status
   assert (tmp_path / "runs").read_text().count("run") == runs
-  assert told.stderr.count("starting it again, from its newest checkpoint") == runs - 1
+  assert told.stderr.count("restarting from its newest checkpoint") == runs - 1
 
 
 def test_shellcheck_finds_nothing_in_the_shell_scripts():

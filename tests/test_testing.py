@@ -186,7 +186,7 @@ def test_several_faults_in_different_columns_are_all_reported_with_their_columns
   assert "un-sort forgotten; in column(s) 0, worst at column 0" in message
   assert "instead of its inverse; in column(s) 1, worst at column 1" in message
   assert (
-    "missing psum (1/devices): constant factor 0.25 beside another term; gradient worst at column 2"
+    "missing psum (1/devices): constant factor 0.25 next to another term; gradient worst at column 2"
     in message
   )
   assert (
@@ -273,8 +273,9 @@ def test_a_term_summed_once_too_often_is_reported():
     total = jnp.sum(jnp.square(x))
     return total if axis_name is None else lax.psum(lax.psum(total, axis_name), axis_name)
 
-  assert "one psum too many (devices): constant factor 4 beside another term; value" in message_for(
-    loss
+  assert (
+    "one psum too many (devices): constant factor 4 next to another term; value"
+    in message_for(loss)
   )
 
 
@@ -291,7 +292,7 @@ def test_a_loss_without_axis_name_is_checked_on_one_device():
   result = check_loss(lambda x: jnp.mean(jnp.square(x)))
   assert list(result.errors) == ["gradient", "permutation", "jit", "vmap", "saturation"]
   assert result.skipped == "devices: the loss takes no keyword axis_name"
-  assert check_loss(gap_loss, devices=None).skipped == "devices: none asked for"
+  assert check_loss(gap_loss, devices=None).skipped == "devices: not requested"
 
 
 def test_a_loss_not_written_for_check_vma_is_checked_by_the_other_layouts():

@@ -208,8 +208,8 @@ def assemble(
   # No gate can save the part that always runs, so a budget below it is out of reach.
   if sparsity.kind == "budget" and sparsity.target <= (never := counts.fixed / counts.macs):
     raise ValueError(
-      f"loss.sparsity.target must be above {never:.3f}, the share of the ungated MACs that always "
-      f"runs; got {sparsity.target}"
+      f"loss.sparsity.target must be above {never:.3f}, the fraction of the ungated MACs that "
+      f"always runs; got {sparsity.target}"
     )
   # The objective sees training images, whose MACs differ with their size.
   at_training = count(model, train_shape) if train_shape else counts
@@ -411,7 +411,7 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
       "loss.regulariser",
       loss.regulariser,
       "none",
-      f"model.gating is {model.gating!r}, if not 'balance',",
+      f"model.gating is {model.gating!r} (alternatively 'balance')",
     ),
     (
       loss.regulariser == "balance",
@@ -442,8 +442,8 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
     ):
       if value in never:
         raise ValueError(
-          f"{name} must be another where loss.sparsity.kind is 'budget', since nothing would be "
-          f"held to that; got {value!r}"
+          f"{name}={value!r} is incompatible with loss.sparsity.kind='budget': the budget would "
+          "constrain nothing"
         )
   if chain and model.gating in RIVALS:
     raise ValueError(

@@ -187,7 +187,7 @@ def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
     first_step, state = _restore(experiment, checkpoints)
   # A resumed run has its own parameters; only a fresh one starts from those of another.
   if first_step:
-    say(f"going on from the checkpoint of step {first_step} in {run_dir.path}")
+    say(f"resuming from the checkpoint of step {first_step} in {run_dir.path}")
   elif experiment.config.model.init_from is not None:
     state = pretrained.start(experiment, state)
   journal = Journal(run_dir.path, first_step, total)
@@ -222,9 +222,7 @@ def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
       watch=gate_watch.of_images(experiment.config),
     )
     if step < total:
-      journal.say(
-        step, "stopped as asked; a checkpoint is saved, the same command goes on from here"
-      )
+      journal.say(step, "stopped as asked; a checkpoint is saved, run the same command to resume")
       return
     result, images, gates = evaluate(state, step)
     if gates is not None:

@@ -135,7 +135,9 @@ def _write(
   with working("opening the training data", "minutes for large sets"):
     train = experiment.open_train()
   index = spread(len(train), CALIBRATION)
-  with working(f"looking at what gates do on {len(index):,} training images", "up to a minute"):
+  with working(
+    f"measuring open rates of gates on {len(index):,} training images", "up to a minute"
+  ):
     analysis = analyse(
       experiment.model, variables, (x for x, _ in _batches(experiment, train, index))
     )
@@ -157,7 +159,7 @@ def _write(
   say("\n".join(_analysis_lines(analysis, [name for name, _ in experiment.counts.gate_layers])))
   say("\n".join(["", *_moved_lines(analysis, moved), ""]))
   with working(
-    "compiling and timing programs that skip, for one image at a time", "some minutes"
+    "compiling and timing programs that skip closed units, one image at a time", "some minutes"
   ) as progress:
     # Strategies are chosen by their times, for a batch of one image.
     images = compile_report.calibration(train, experiment.normalise)
@@ -179,7 +181,7 @@ def _write(
   if set(skipping.strategies) != {MASKED}:
     models[_SKIPPING], programs[_SKIPPING] = skipping, skipping
     with working(
-      f"testing the net that skips on {len(experiment.test):,} images, one at a time",
+      f"testing the net that skips closed units on {len(experiment.test):,} images, one at a time",
       "up to a minute",
     ):
       scores[_SKIPPING] = scores[_SLIMMED] | {
@@ -210,7 +212,7 @@ def _write(
   if analysis.openings and _SKIPPING not in models:
     say(
       "For one image at a time computing everything is as fast as skipping here: no program that "
-      "skips is written."
+      "skips closed units is written."
     )
   return milliseconds[_TRAINED]["1"]
 
@@ -224,7 +226,7 @@ def _write_exits(
     images, spent = compile_report.calibration(train, experiment.normalise), []
   net, shape = exits.fold_exits(experiment.model, variables), test.shape
   with working(
-    "compiling and timing programs that leave at exits, for one image", "a minute or two"
+    "compiling and timing programs with early exits, for one image", "a minute or two"
   ) as progress:
     made = exits.compile_exits(
       net, input_shape=shape, batch_size=1, repeats=_REPEATS, calibration=images, progress=progress
@@ -389,9 +391,9 @@ def _moved_lines(analysis: Analysis, moved: Disagreement) -> list[str]:
     f"A unit never seen open opens on at most {bound:.3f} % of images, at 95 % confidence for "
     "each.",
     f"On {100 * moved.affected:.2f} % of {moved.images:,} test images a static unit would have "
-    f"moved ({100 * worst:.2f} % in the layer with most);",
+    f"moved ({100 * worst:.2f} % in the layer with the most);",
     f"outputs differ by at most {moved.difference[0]:.3g} there, {moved.difference[1]:.1e} "
-    f"elsewhere; {100 * moved.changed:.2f} % of images are classified otherwise.",
+    f"elsewhere; {100 * moved.changed:.2f} % of images are classified differently.",
   ]
 
 

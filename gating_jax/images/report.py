@@ -162,14 +162,14 @@ def _score(run: ImageRun) -> page.Section:
       parts.append(
         _picture(
           image_pictures.draw_path(steps, scores, ratios, name),
-          "The same tests, score against cost: a point for each. Up is better, left is cheaper.",
+          "The same tests, score against cost, one point each. Higher is better, left is cheaper.",
           [macs, score, ("colour", "the training step of the test")],
         )
       )
   else:
     text = (
-      "The run was tested once, so there is no course of training to show (eval_every sets how "
-      "often). "
+      "The run was tested once, so there is no curve to show (eval_every sets how often it is "
+      "tested). "
     )
   spent = run.images.macs
   if np.ptp(spent) > 0:
@@ -219,7 +219,7 @@ def _on_hard(run: ImageRun) -> str:
     what = "as many MACs as"
   return (
     f"The hardest quarter of {run.noun}s takes {what} the easiest ({opening.short(hard)} and "
-    f"{opening.short(easy)}). Easy and hard are by loss, everywhere on this page."
+    f"{opening.short(easy)}). On this page, easy and hard refer to the loss."
   )
 
 
@@ -227,18 +227,17 @@ def _outcomes(run: ImageRun) -> page.Picture:
   names, sizes = gate_pictures.layer_names(run.layers), [size for _, size in run.layers]
   return _picture(
     gate_pictures.draw_outcomes(run.gates.diagnosis, sizes, names),
-    f"What the gates of each layer do: for how many of the {len(run.images.macs):,} test "
-    f"{run.noun}s they are open.",
+    f"Gates of each layer, by how many of the {len(run.images.macs):,} test {run.noun}s they are "
+    "open for.",
     [
       ("gates of the layer", "all gates of a layer are 100 %"),
       (
         "conditional",
-        f"from 1 to 99 %: the {run.noun} decides, as gates are meant to; those open least save "
-        "most",
+        f"from 1 to 99 %: the {run.noun} decides, as intended; gates that are open least save most",
       ),
       ("always closed", "these units can be removed"),
-      ("always open", "these units are never saved"),
-      ("random", f"noise decides in training, as in dropout, and not the {run.noun}"),
+      ("always open", "these units are always computed"),
+      ("random", f"noise, not the {run.noun}, decides in training, as in dropout"),
     ],
   )
 
@@ -265,7 +264,7 @@ def _over_training(run: ImageRun) -> page.Section:
     f"{history[-1]['step']:,}"
   )
   prior = (
-    [("dashed line", "the prior that the probabilities are pulled to early in training")]
+    [("dashed line", "the prior that shapes the probabilities early in training")]
     if run.prior
     else []
   )
@@ -277,21 +276,21 @@ def _over_training(run: ImageRun) -> page.Section:
       _picture(
         gate_pictures.draw_histograms(history, names, "probs"),
         f"Open probabilities of the gates of each layer, on {len(run.gates.logits):,} test "
-        f"{run.noun}s. A band at 1 is of gates that stay open, bands at both ends are of gates "
-        "that decide.",
+        f"{run.noun}s. A band at 1 shows gates that stay open; bands at both ends show "
+        "gates that decide.",
         [
           ("test at step", columns),
           ("probability", probability),
-          ("colour", "the stronger, the more of the layer's probabilities lie there"),
+          ("colour", "darker where more of the layer's probabilities lie"),
         ],
       ),
       _picture(
         gate_pictures.draw_histograms(history, names, "open_rates"),
-        "Open rates of single gates. What lies between the ends is conditional, or random.",
+        "Open rates of single gates. Gates between the ends are conditional or random.",
         [
           ("test at step", columns),
           ("open rate", f"fraction of all test {run.noun}s that open a gate"),
-          ("colour", "the stronger, the more of the layer's gates have this rate"),
+          ("colour", "darker where more of the layer's gates have this rate"),
         ],
       ),
       _picture(
@@ -339,8 +338,8 @@ def _selective(run: ImageRun) -> page.Section:
     title,
     f"Of {len(rates):,} gates, {few:,} are open for some {run.noun}s but fewer than "
     f"{100 * SELECTIVE:.0f} %. Below, those of each layer that are open least{several}, with the "
-    f"{run.noun}s that open them most "
-    f"surely{', and their class' if run.images.labels is not None else ''}.",
+    f"{run.noun}s that open them with the highest "
+    f"probability{', and their class' if run.images.labels is not None else ''}.",
     parts,
   )
 
@@ -394,7 +393,7 @@ def _classes(run: ImageRun) -> page.Section:
   order = order[information[order] > 0]
   if len(known) < 2 or not len(order):
     return page.Section(
-      title, "No gate tells anything of the class: each is as often open for one as for another."
+      title, "No gate is informative about the class: each opens equally often for every class."
     )
   mapped, best = order[:_MAPPED], order[:_INFORMED_SHOWN]
   some = (
@@ -405,10 +404,10 @@ def _classes(run: ImageRun) -> page.Section:
   parts = [
     _picture(
       gate_pictures.draw_class_map(rates[:, mapped].T, [_short(run, g) for g in mapped], names),
-      f"Share of each class's images that open a gate, for the {len(mapped)} gates that tell most "
-      f"of the class{some}. Gates and classes that are alike stand side by side.",
+      f"Fraction of each class's images that open a gate, for the {len(mapped)} gates that are most "
+      f"informative about the class{some}. Similar gates and classes are next to each other.",
       [
-        ("gate", "number of its layer and its own, as layer:gate"),
+        ("gate", "the numbers of its layer and of the gate, as layer:gate"),
         ("class", "of the test images"),
         ("colour", "fraction of the class's test images that open the gate, from 0 to 1"),
       ],
@@ -422,8 +421,8 @@ def _classes(run: ImageRun) -> page.Section:
   parts.append(
     _picture(
       gate_pictures.draw_class_bars(rates[:, best].T, titles, names),
-      f"Open rates of the {len(best)} gates that tell most of the class, on each class or those "
-      "with the highest.",
+      f"Open rates of the {len(best)} gates that are most informative about the class, on each class "
+      "or those with the highest rates.",
       [
         ("open rate", "test images of the class that open the gate, in %"),
         ("bits", "mutual information of the gate and the class"),
@@ -432,8 +431,8 @@ def _classes(run: ImageRun) -> page.Section:
   )
   return page.Section(
     title,
-    "What a gate tells of the class is their mutual information in bits, 0 if it is open as "
-    f"often for every class, 1 at most. To name one of {len(names)} classes takes "
+    "Mutual information of a gate and the class, in bits: 0 if the gate opens equally often for "
+    f"every class, at most 1. To name one of {len(names)} classes takes "
     f"{np.log2(len(names)):.1f} bits.",
     parts,
   )
@@ -459,7 +458,7 @@ def _extremes(run: ImageRun) -> page.Section:
   half = max(1, min(_EXTREMES, len(order) // 2))
   easy, hard = order[:half], order[::-1][:half]
   what = (
-    "the true class, the predicted one where that is wrong, " if images.labels is not None else ""
+    "the true class, the predicted one if it is wrong, " if images.labels is not None else ""
   ) + ("loss, summed over pixels, and MACs" if images.correct is None else "loss and MACs")
   spread = f" {_on_hard(run)}" if np.ptp(images.macs) > 0 else ""
   return page.Section(

@@ -150,7 +150,7 @@ def _draw(experiment: Experiment, state: steps.TrainState) -> dict[str, tuple[An
     "scenes.png": (
       figure,
       "Test scenes, the true class of every pixel and the predicted one; above, the "
-      "multiply-accumulates spent on each, in % of those of the ungated net.",
+      "multiply-accumulates of each, in % of those of the ungated net.",
     )
   }
 

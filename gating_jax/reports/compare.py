@@ -82,12 +82,12 @@ def _read(folder: Path, name: str) -> compared_runs.Run:
   config, result = rundir.flatten(run_dir.config()), run_dir.result()
   if not isinstance(config.get("experiment"), str):
     raise rundir.RunDirError(
-      f"{folder / rundir.CONFIG_FILE} is damaged: it must tell the experiment"
+      f"{folder / rundir.CONFIG_FILE} is damaged: it must name the experiment"
     )
   if result is not None:
     result = _numbers(rundir.flatten(result))
     if "step" not in result:
-      raise rundir.RunDirError(f"{folder / rundir.RESULT_FILE} is damaged: it must tell the step")
+      raise rundir.RunDirError(f"{folder / rundir.RESULT_FILE} is damaged: it must name the step")
   lines = read_lines(folder / METRICS_FILE)
   if not lines:
     raise rundir.RunDirError(

@@ -43,7 +43,9 @@ def content(runs: Sequence[Run]) -> tuple[page.Opening, list[page.Section]]:
   found = sorted(groups(runs), key=_rank)
   names, costs = [run.name for run in runs], comparison_pictures.costs(runs, found)
   text = (
-    "" if all(run.result for run in runs) else "Of runs that are not finished, the newest test."
+    ""
+    if all(run.result for run in runs)
+    else "For runs that are not finished, the newest test is shown."
   )
   rows = _results(runs)
   made = [
@@ -54,7 +56,7 @@ def content(runs: Sequence[Run]) -> tuple[page.Opening, list[page.Section]]:
   if len(runs) > 1:
     differ = differences(runs)
     text = (
-      "The settings in which runs differ. Those that only one kind of experiment has are left out."
+      "The settings in which runs differ. Settings of only one kind of experiment are left out."
     )
     made.append(
       page.Section(
@@ -66,7 +68,7 @@ def content(runs: Sequence[Run]) -> tuple[page.Opening, list[page.Section]]:
     )
   # The first picture is at the top of the page.
   if costs[1:]:
-    made.append(page.Section("Score and cost", "To the upper left is better.", costs[1:]))
+    made.append(page.Section("Score and cost", "Upper left is better.", costs[1:]))
   if courses := comparison_pictures.courses(runs, found):
     made.append(page.Section("During training", "", courses))
   said = [_apart(found)] * (len(found) > 1) + [
@@ -80,24 +82,23 @@ def _apart(found: Sequence[Group]) -> str:
   """States that runs with different test sets are not compared."""
   return (
     f"These runs learn {len(found)} different things: {', '.join(group.name for group in found)}. "
-    "Scores are compared within each of these alone."
+    "Scores are comparable only within each of them."
   )
 
 
 # Definitions of rows of results, by the beginnings of their names.
 _TERMS = {
-  "tested on": "the data set; scores on different ones are not to be compared",
-  "state": "whether the run has come to its end",
-  "last step": "the newest one that anything is known of, in updates of the parameters",
+  "tested on": "the data set; scores on different ones are not comparable",
+  "state": "whether the run is finished",
+  "last step": "the newest step with a record, in updates of the parameters",
   "mean IoU": "intersection over union, mean over classes, on the test set",
   "accuracy": "on the test set; of a sequence of tasks the mean over tasks at the end",
   "mean average precision": "mean over classes, on the test set",
-  "forgetting": "mean over all tasks but the last of how far the accuracy ends below the best it "
-  "once was",
+  "forgetting": "mean over all tasks but the last of the best accuracy minus the final one",
   "MACs": "multiply-accumulate operations of one image or video, mean over the test set, gate "
   "networks included",
   "share": "MACs in % of those of the run's own network without gates",
-  "parameters": "trained numbers of the network; those of gates are counted besides",
+  "parameters": "trainable parameters of the network; those of gates are counted separately",
   "gates": "open for 1 to 99 % of the test set (conditional), for more, for less, or decided by "
   "noise (at random)",
   "units that two tasks share": "in % of those that either uses, mean over pairs of tasks",
@@ -110,7 +111,7 @@ def _defined(rows: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
   """Returns the definitions of the given rows, and of the columns."""
   runs = (
     "columns",
-    "the runs, by the names of their directories; a dash is where a run has no such number",
+    "the runs, by the names of their directories; a dash means that a run has no such number",
   )
   return [
     runs,
@@ -294,7 +295,7 @@ def _measures() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
     "MACs, task unknown": text(whole, "task_agnostic_macs"),
     "share, task unknown": text(ratio, "task_agnostic_macs", "dense_macs"),
     "parameters": text(whole, "params"),
-    "parameters of gates, besides": text(whole, "gate_params"),
+    "parameters of gates, separately": text(whole, "gate_params"),
     "gates conditional": text(count, "conditional", "gates"),
     "gates always open": text(count, "always_open", "gates"),
     "gates always closed": text(count, "always_closed", "gates"),

@@ -73,7 +73,7 @@ def _cost(
   _label(figure, axes, f"MACs of {article} {noun}", f"{score.label} (%)", margin=0.18)
   line = " The line joins the ungated networks." if len(family) > 1 else ""
   caption = (
-    f"{_title(group)}: {score.label} against multiply-accumulates.{line} To the upper left is "
+    f"{_title(group)}: {score.label} against multiply-accumulates.{line} Upper left is "
     "better; point at a run to see how its config differs."
   )
   return dataclasses.replace(
@@ -111,7 +111,7 @@ def _hover(
     settings = [f"{name}: {plain(values[place - 1], 60)}" for name, *values in differ[:_MOST_LINES]]
     # A longer text would cover the picture.
     if len(differ) > _MOST_LINES:
-      settings.append(f"and {len(differ) - _MOST_LINES} settings more")
+      settings.append(f"and {len(differ) - _MOST_LINES} more settings")
     # HTML counts from the top, matplotlib from the bottom.
     found.append(
       page.Point(

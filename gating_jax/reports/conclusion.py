@@ -15,7 +15,7 @@ from gating_jax.training import rundir
 _LINES = 12
 # By mode: what it does, and for how long.
 _NEXT = {
-  "compile": "times programs that skip what is closed; some minutes",
+  "compile": "times programs that skip closed units; some minutes",
   "export": "writes files that run without this package; some minutes",
   "report": "writes the page of the newest checkpoint",
 }

@@ -100,14 +100,14 @@ def _record(run_dir: RunDir, failure: Mapping[str, str]) -> None:
   try:
     write_json(run_dir.path / FILE, dict(failure))
   except OSError as error:  # such as a full disk, which may be the failure itself
-    warn("the failure could not be noted: %s", error)
+    warn("the failure could not be recorded: %s", error)
 
 
 def _report_failure(
   run_dir: RunDir, config: ml_collections.ConfigDict, report: Callable[..., None], said: str
 ) -> None:
   """Writes the page of the newest checkpoint, or one without numbers if none can be tested."""
-  say("the run failed; its report is written as far as it came")
+  say("the run failed; writing its report from what there is")
   try:
     report(run_dir, notice=said)
   except Exception as error:
@@ -122,7 +122,7 @@ def _report_failure(
         begin,
       )
     except Exception as last:  # such as a full disk, which may be the failure itself
-      warn("no report could be written of the run that failed: %s", last)
+      warn("the report of the failed run could not be written: %s", last)
 
 
 def _now() -> str:

@@ -34,7 +34,7 @@ def draw(path: Path | BinaryIO, logits: np.ndarray, open_rates: np.ndarray, prio
   rates.hist(open_rates, bins=np.linspace(0, 1, 41), color="tab:blue")
   rates.set(
     title=f"How often each of {len(open_rates)} gates is open",
-    xlabel="share of test images",
+    xlabel="fraction of test images",
     ylabel="gates",
   )
   values.hist(probs.ravel(), bins=np.linspace(0, 1, 41), density=True, color="tab:green")
@@ -70,7 +70,7 @@ def _draw_cdfs(axes, probs: np.ndarray, prior: Prior) -> None:
   axes.set(
     title="Empirical CDF of single gates (grey)",
     xlabel="P(open)",
-    ylabel="share of images",
+    ylabel="fraction of images",
     ylim=(0, 1),
   )
   axes.legend(loc="upper left")

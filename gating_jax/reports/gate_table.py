@@ -16,13 +16,13 @@ _MEASURES = ("open_rates", "disagreement", "input_information", "class_informati
 # By the header of `rows`: the page's title of the column, and its definition.
 TITLES = {
   "layer": ("layer", "number and name of the gated layer, the first on top"),
-  "gates": ("gates", "how many units of the layer have a gate"),
+  "gates": ("gates", "the number of units of the layer that have a gate"),
   "open": ("open (%)", "open gates of an example, mean over gates and the test set"),
   "always open": ("always open", "gates that are open for more than 99 % of the test set"),
   "always closed": ("always closed", "gates that are open for less than 1 % of the test set"),
   "random dropout": (
     "random",
-    "gates that noise decides in training, as in dropout, and not the input",
+    "gates that noise, not the input, decides in training, as in dropout",
   ),
   "conditional": ("conditional", "gates that the input decides"),
   "draws differ": (
@@ -36,7 +36,7 @@ TITLES = {
   ),
   "on class": (
     "information on the class (bits)",
-    "mutual information of a gate and the class, mean over gates, what chance adds taken off",
+    "mutual information of a gate and the class, mean over gates, minus what chance adds",
   ),
 }
 

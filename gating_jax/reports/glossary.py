@@ -14,30 +14,30 @@ _MEANINGS = {
   "test mean average precision": "Mean over classes of the average precision of a ranking of the "
   "test videos.",
   "mean IoU": "Mean over classes of intersection over union: pixels of a class that are found, "
-  "over all pixels that are of this class or taken for it.",
+  "over all pixels that are of this class or predicted as it.",
   "IoU of": "Intersection over union of this class.",
   "pixels that are right": "Fraction of pixels with a known class whose predicted class is the "
   "true one.",
-  "parameters": "Trained numbers of the network, and of its gates where these are counted apart.",
+  "parameters": "Trainable parameters of the network, and of its gates if counted separately.",
   "MACs per image, ungated net": f"The {MACS} of one image with every unit computed and no gates: "
   "the baseline.",
   "MACs per image, this net": f"The {MACS} of one image, mean over the test set, of open units "
   "and gate networks; in parentheses the fraction of the ungated net's.",
-  "MACs of the head": "The part of the MACs that no gate can save.",
+  "MACs of the head": "The part of the MACs that gates cannot save.",
   "budget": "The mean fraction of MACs that training aims at.",
   "MACs over images": "The 10th and the 90th percentile over test images, and the standard "
   "deviation.",
   "MACs of easy and hard": "Mean MACs of the quarter of test images with the least loss, and of "
   "that with the largest. Easy and hard mean this everywhere on the page.",
   "gates always open": "Gates that are open for more than 99 % of test images: their units are "
-  "never saved.",
-  "gates always closed": "Gates that are open for fewer than 1 % of test images: their units are "
-  "of no use.",
-  "gates at random": "Gates that noise decides in training, not the image, as in dropout.",
+  "always computed.",
+  "gates always closed": "Gates that are open for fewer than 1 % of test images: their units "
+  "are unused.",
+  "gates at random": "Gates that noise, not the image, decides in training, as in dropout.",
   "gates conditional": "Gates that the image decides: open for some images and closed for others.",
-  "mean share of open gates": "Fraction of gates that are open, mean over gates and test images.",
+  "mean fraction of open gates": "Fraction of gates that are open, mean over gates and test images.",
   "information on the class": "Mutual information of a gate and the class, mean over gates: 0 "
-  "bits if a gate is open as often for every class, 1 at most.",
+  "bits if a gate opens equally often for every class, at most 1.",
   "MACs per video, heavy net on all": f"The {MACS} of one video if the heavy network runs on "
   "every segment and nothing is selected: the ungated baseline.",
   "MACs per video, this net": f"The {MACS} of one video, mean over the test set; in parentheses "
@@ -48,10 +48,10 @@ _MEANINGS = {
   "depends on.",
   "segments that matter, chosen": "Recall: of the segments that the label depends on, the "
   "fraction that is chosen.",
-  "videos that could not be read": "Left out of all numbers.",
-  "videos without a file": "Named in the table of videos, but not there; left out of all numbers.",
-  "classes without a test video": "Left out of the mean over classes.",
-  "videos per second": "On this machine, light network and gate included; in parentheses of the "
+  "videos that could not be read": "Excluded from all numbers.",
+  "videos without a file": "Named in the table of videos but missing; excluded from all numbers.",
+  "classes without a test video": "Excluded from the mean over classes.",
+  "videos per second": "On this machine, light network and gate included; in parentheses for the "
   "ungated baseline.",
   "accuracy of the task classifier": "Fraction of test images whose task is recognised.",
   "MACs per image, dense net": f"The {MACS} of one image in the network without gates: the "
@@ -60,7 +60,7 @@ _MEANINGS = {
   "tasks.",
   "MACs per image, task-agnostic": f"The {MACS} of one image where its task must be inferred "
   "first.",
-  "memory beside the parameters": "What is kept between tasks: images, generators, importances, "
+  "memory beyond the parameters": "Memory kept between tasks: images, generators, importances, "
   "teachers (10^6 bytes).",
   "units that two tasks share": "Of the units that either of two tasks uses, the fraction that "
   "both use; mean over pairs.",
@@ -70,12 +70,12 @@ _MEANINGS = {
 # Measures of a sequence of tasks.
 MEASURES = {
   "average accuracy": "Mean over the tasks of the accuracy on each.",
-  "forgetting (points)": "Mean over all tasks but the last of how far the accuracy ends below the "
-  "best it once was.",
-  "backward transfer (points)": "Mean over all tasks but the last of the accuracy at the end less "
-  "that when they were learned; below 0 where tasks are forgotten.",
+  "forgetting (points)": "Mean over all tasks but the last of the best accuracy minus the final "
+  "one.",
+  "backward transfer (points)": "Mean over all tasks but the last of the final accuracy minus that "
+  "when the task was learned; below 0 where tasks are forgotten.",
   "forward transfer (points)": "Mean over all tasks but the first of the accuracy just before "
-  "they are learned, less that of a network at random.",
+  "the task is learned, minus that of a random network.",
 }
 
 

@@ -70,7 +70,7 @@ def score(name: str, value: float, key: str, around: Surroundings, meaning: str)
   # Without a baseline the page says so in its place, so that the score never stands alone.
   if baseline is None:
     compared = (
-      "this run is ungated: a baseline itself" if around.ungated else "ungated: no baseline found"
+      "this run is ungated: it is a baseline" if around.ungated else "ungated: no baseline found"
     )
   else:
     gap = 100 * (value - baseline)
@@ -170,7 +170,7 @@ def about(around: Surroundings) -> page.Section:
   text = (
     ""
     if starts
-    else "This run directory does not say when, by which command and on what it was started."
+    else "This run directory has no record of when, by which command and on what it was started."
   )
   return page.Section(
     "About this run", text, [page.Table(("what", "value"), rows, numeric=False, terms=_ABOUT)]
@@ -242,7 +242,7 @@ def why_no_baseline(around: Surroundings, how: str) -> str:
   if around.ungated or around.baseline is not None:
     return ""
   return (
-    "No ungated baseline: next to this run directory lies no finished run of the same config "
+    "No ungated baseline: next to this run directory there is no finished run of the same config "
     f"without gates. Train one there ({how}), then write this page again (mode report)."
   )
 

@@ -52,7 +52,7 @@ def size_and_gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
       ("gates always closed (< 1 %)", f"{result['always_closed']} of {result['gates']}"),
       ("gates at random, like dropout", f"{result['random_dropout']} of {result['gates']}"),
       ("gates conditional", f"{result['conditional']} of {result['gates']}"),
-      ("mean share of open gates", f"{100 * result['mean_open']:.1f} %"),
+      ("mean fraction of open gates", f"{100 * result['mean_open']:.1f} %"),
     ]
   # Undefined if the test set has a single class.
   if "class_information" in result:
@@ -60,7 +60,7 @@ def size_and_gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
       (
         "information on the class",
         f"{result['class_information']:.3f} bits a gate"
-        f"  (chance, taken off: {result['class_information_floor']:.3f})",
+        f"  (chance, subtracted: {result['class_information_floor']:.3f})",
       )
     )
   return rows

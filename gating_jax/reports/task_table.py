@@ -102,7 +102,7 @@ def costs(result: Mapping[str, Any]) -> list[tuple[str, str]]:
       )
   rows += [
     ("parameters", f"{result['params']:,}"),
-    ("memory beside the parameters", f"{result['memory_mb']:,.2f} MB"),
+    ("memory beyond the parameters", f"{result['memory_mb']:,.2f} MB"),
   ]
   if (overlap := result.get("mean_gate_overlap")) is not None:
     rows.append(("units that two tasks share", f"{100 * overlap:.1f} %"))

@@ -23,9 +23,9 @@ _TITLE = re.compile(r"(?:^|: )(\d+) (image|video)s? at a time$")
 _WAYS = {
   UNGATED: "the network without gates, all units computed: the baseline",
   MASKED: "every unit is computed, and closed ones are multiplied by zero: no time is saved",
-  CHOSEN: "each part by the way that is quickest for it; this is what the compiled program does",
+  CHOSEN: "each part in its fastest way; this is what the compiled program does",
   SEGMENTS: "the heavy network runs on chosen segments only",
-  EXIT_DISPATCH: "images leave at the exits, and what is left is computed for the others",
+  EXIT_DISPATCH: "images leave at the exits; the rest of the network runs for the others only",
 }
 
 
@@ -106,9 +106,9 @@ def number(
       name, "–", "not measured", f"--mode=compile cannot time this run: {refused}.", place=place
     )
   # Times of another step are mentioned but not shown: all numbers of a page are of one checkpoint.
-  found = "not measured, nor is the ungated network"
+  found = "not measured, nor was the ungated network"
   if times is not None and not times.of(step):
-    found = f"measured at step {times.step:,}, not at step {step:,} as all else here"
+    found = f"measured at step {times.step:,}, not at step {step:,} like the rest of the page"
   return page.Number(
     name,
     "–",
@@ -126,8 +126,8 @@ def section(
   heading, place = "Time", _place("times", step)
   if times is None:
     text = (
-      "The network is not compiled yet. gating-jax --mode=compile measures what each way to skip "
-      "closed units takes, and writes it here."
+      "The network is not compiled yet. gating-jax --mode=compile measures the time of each way to "
+      "skip closed units, and writes it here."
     )
     if refused:
       text = f"gating-jax --mode=compile cannot time this run: {refused}."
@@ -150,12 +150,12 @@ def section(
     terms=[
       ("inputs", "how many examples a call has"),
       ("way to run it", "how closed units are skipped; ✓ is what the compiled program does"),
-      ("time of a call", "median over repeated calls, all ways in turns, in milliseconds"),
+      ("time of a call", "median over repeated calls, all ways in turn, in milliseconds"),
       ("of ungated", "the same, in % of the network without gates"),
       ("computed MACs", "multiply-accumulates that are computed, padding included, in % of all"),
       (
         "all open",
-        "time if every unit of every input were open, in % of the quicker of masked and ungated: "
+        "time if every unit of every input were open, in % of the faster of masked and ungated: "
         "the worst case",
       ),
       *((way, _WAYS[way]) for way in _WAYS if way in ways),
@@ -170,21 +170,18 @@ def section(
       (
         "time",
         "in % of computing everything (masked); below the dashed line time is saved, on the "
-        "diagonal as much as MACs",
+        "diagonal by the same fraction as MACs",
       ),
     ],
   )
   text = f"The checkpoint of step {times.step:,}, on {plain(times.device, 120)}."
   if not times.of(step):
     text += (
-      f" All else on this page is of step {step:,}: these times are not of the network that it "
-      "describes."
+      f" The rest of this page is of step {step:,}, so these times belong to a different network."
     )
   # For scenes only the backbone is compiled.
   if noun == "scene":
-    text += (
-      f" Of the network the backbone is timed, without the head, on training images{_size(times)}."
-    )
+    text += f" Only the backbone is timed, without the head, on training images{_size(times)}."
   return page.Section(heading, text, [table, figure], place=place)
 
 

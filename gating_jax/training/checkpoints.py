@@ -102,14 +102,16 @@ class Checkpoints:
           ),
         )
         if _checksum(restored[_STATE]) != restored[_META]["crc32"]:
-          raise ValueError("its values are not those that were saved")
+          raise ValueError("its values differ from those that were saved")
       # Orbax and its storage raise all kinds of errors for a damaged file.
       except Exception as raised:
         error = raised
       # A checkpoint counts as damaged in all processes where one cannot read it.
       if hosts.any_of(error is not None):
-        damaged[step] = self._first_line(error) if error else "not by another process"
-        warn("checkpoint of step %d cannot be read, trying the one before: %s", step, damaged[step])
+        damaged[step] = self._first_line(error) if error else "another process could not read it"
+        warn(
+          "checkpoint of step %d cannot be read, trying the previous one: %s", step, damaged[step]
+        )
         continue
       if not self._read_only:
         for bad in damaged:
@@ -119,7 +121,7 @@ class Checkpoints:
       reasons = "\n".join(f"  step {step}: {reason}" for step, reason in damaged.items())
       raise CheckpointError(
         f"no checkpoint in {self._directory} can be read:\n{reasons}\n"
-        "To start over, name another workdir or remove that folder."
+        "To start over, choose another workdir or delete that folder."
       )
     return None
 
@@ -186,7 +188,7 @@ class Checkpoints:
           f"no space left on device: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
         )
       if not self._manager.save(step, args=items):
-        raise RuntimeError(f"orbax did not take that of step {step}")
+        raise RuntimeError(f"orbax refused to save step {step}")
 
   def _finish(self) -> None:
     with self._writing():

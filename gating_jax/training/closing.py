@@ -132,5 +132,5 @@ class ClosingWatch:
 def _warning(limit: Limit, closed: float) -> str:
   return (
     f"warning: {closed:.0%} of the {limit.subject} are closed for all examples, and closed gates "
-    f"hardly learn. If this is not wanted: {limit.advice}. See docs/gate_your_model.md."
+    f"hardly learn. If this is unintended: {limit.advice}. See docs/gate_your_model.md."
   )

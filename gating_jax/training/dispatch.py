@@ -71,7 +71,8 @@ def or_in_full(skipping: Callable, full: Callable) -> Callable:
       return full(state, *batch)
     compiled = True
     with working(
-      "compiling the training step with its whole backward", "up to a minute or two on a CPU, once"
+      "compiling the training step with its full backward pass",
+      "up to a minute or two on a CPU, once",
     ):
       return full(state, *batch)
 

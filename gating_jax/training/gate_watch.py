@@ -27,10 +27,10 @@ def of_images(config: ml_collections.ConfigDict) -> ClosingWatch:
     advice = "raise loss.balance.coefficient, with loss.regulariser=balance"
     return ClosingWatch([Limit(CLOSED, _MOST, advice, "experts")])
   if loss.regulariser in _REGULARISERS:
-    advice = f"lower {_REGULARISERS[loss.regulariser]}, or take loss.regulariser=batch_shaping"
+    advice = f"lower {_REGULARISERS[loss.regulariser]}, or use loss.regulariser=batch_shaping"
   elif loss.regulariser == "none":
     advice = (
-      "lower optim.learning_rate or optim.gate_multiplier, or take loss.regulariser=batch_shaping"
+      "lower optim.learning_rate or optim.gate_multiplier, or use loss.regulariser=batch_shaping"
     )
   else:
     advice = _advice("loss", loss, shaped=loss.regulariser == "batch_shaping")
@@ -41,7 +41,10 @@ def of_images(config: ml_collections.ConfigDict) -> ClosingWatch:
 
 def of_tasks() -> ClosingWatch:
   """Returns the watch over task gates: filters that a task closes are left for the next tasks."""
-  advice = "lower gates.sparsity, or raise gates.patience, the epochs that a task learns without it"
+  advice = (
+    "lower gates.sparsity, or raise gates.patience, the number of epochs that a task first learns "
+    "without it"
+  )
   return ClosingWatch([Limit(CLOSED, _NOTHING_LEFT, advice)])
 
 
@@ -74,7 +77,7 @@ def _advice(section: str, loss: ml_collections.ConfigDict, *, shaped: bool) -> s
   lower = _lower(section, loss.sparsity)
   if not shaped:
     return (
-      f"{lower} or let it rise later ({section}.sparsity.start), or take "
+      f"{lower} or start it later ({section}.sparsity.start), or use "
       f"{section}.regulariser=batch_shaping"
     )
   shaping = loss.batch_shaping

@@ -41,13 +41,13 @@ def connect(coordinator: str, processes: int | None = None, process: int | None 
   if coordinator == AUTO:
     if (processes, process) != (None, None):
       raise ValueError(
-        f"processes and process must be left out with coordinator=auto; got {processes}, {process}"
+        f"processes and process must not be given with coordinator=auto; got {processes}, {process}"
       )
     _join()
     return
   if processes is None or process is None or not 0 <= process < processes:
     raise ValueError(
-      "process must be in 0, ..., processes - 1, both given with a coordinator; got process "
+      "process must be in 0, ..., processes - 1, both required with a coordinator; got process "
       f"{process}, processes {processes}"
     )
   # Process 0 is the coordinator itself.
@@ -93,7 +93,7 @@ def written(write: Callable[[], None]) -> None:
     error = raised
   # An error is raised only after the exchange: otherwise the other processes would wait forever.
   if any_of(error is not None):
-    raise error or PeerError("process 0 stopped; see what it says")
+    raise error or PeerError("process 0 stopped; see its messages")
 
 
 def _await(coordinator: str) -> None:
@@ -123,7 +123,7 @@ def _join(*job: Any) -> None:
       *job, initialization_timeout=60, heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10
     )
   except RuntimeError as error:
-    raise PeerError(f"the processes of the job did not find each other: {error}") from error
+    raise PeerError(f"the processes of the job could not connect: {error}") from error
   # JAX has taken SIGTERM for itself; the training loop handles it.
   signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

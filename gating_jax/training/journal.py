@@ -212,10 +212,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
       record = json.loads(line)
       step, split = record.pop("step"), record.pop("split")
       if not isinstance(step, int) or not isinstance(split, str):
-        raise TypeError(f"step must be an integer and split a text; got {step!r} and {split!r}")
+        raise TypeError(f"step must be an integer and split a string; got {step!r} and {split!r}")
       records.append({"step": step, "split": split, **record})
     except (ValueError, KeyError, TypeError, AttributeError):
-      warn("%s: dropped a line that is no record: %.60s", path, line)
+      warn("%s: dropped a line that is not a record: %.60s", path, line)
   return records
 
 

@@ -185,6 +185,6 @@ def _check_finite(step: int, values: Mapping[str, np.ndarray]) -> None:
       name = next((b for b in bad if b not in ("loss", "gradient_norm", "state_norm")), bad[0])
       raise NonFiniteError(
         f"{name} is {values[name][offset]} at step {step + offset + 1} (not finite: "
-        f"{', '.join(bad)}); nothing of that step or later was saved. A lower optim.learning_rate "
+        f"{', '.join(bad)}); nothing from that step on was saved. A lower optim.learning_rate "
         "may help."
       )

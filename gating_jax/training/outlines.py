@@ -66,7 +66,7 @@ def read(folder: Path) -> list[Outline] | None:
     raise RunDirError(f"{file} is damaged: it must hold outlines of data sets ({error})") from None
   # Every run begins with at least one set.
   if not outlines:
-    raise RunDirError(f"{file} is damaged: it must hold an outline of a data set or more")
+    raise RunDirError(f"{file} is damaged: it must hold at least one outline of a data set")
   for outline in outlines:
     if wrong := _wrong(outline):
       raise RunDirError(f"{file} is damaged: {wrong}")

@@ -196,7 +196,7 @@ def _move(aside: Path, path: Path) -> None:
 def _check_free(path: Path, names: Sequence[str]) -> None:
   for name in names:
     if (path / name).exists():
-      raise RunDirError(f"{path / name} exists; rename it or take it away to make it anew")
+      raise RunDirError(f"{path / name} exists; rename it or delete it to write it again")
 
 
 def run_mode(
@@ -289,6 +289,6 @@ def _compare(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> 
   ]
   if lines:
     raise RunDirError(
-      f"workdir {path} holds a run of another config; name another workdir, or use its config. "
-      "Difference:\n" + "\n".join(lines)
+      f"workdir {path} holds a run of another config; choose another workdir or use its config. "
+      "Differences:\n" + "\n".join(lines)
     )

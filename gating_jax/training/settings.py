@@ -28,7 +28,7 @@ def config_of(workdir: Path) -> ml_collections.ConfigDict:
   """
   file, fields = workdir / rundir.CONFIG_FILE, rundir.RunDir(workdir).config()
   if not isinstance(fields.get("experiment"), str):
-    raise rundir.RunDirError(f"{file} is damaged: it must tell the experiment")
+    raise rundir.RunDirError(f"{file} is damaged: it must name the experiment")
   # The fields of an unknown experiment cannot be checked; the caller refuses it.
   base = config_files.base(fields["experiment"])
   if base is not None:

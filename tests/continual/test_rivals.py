@@ -157,27 +157,27 @@ def test_a_run_of_other_gates_is_what_they_are(config, tmp_path, gates, term):
     (
       "budget=0.5",
       {"model.gate.relaxation": "sigmoid"},
-      "model.gate.relaxation must be another where .*budget",
+      "model.gate.relaxation='sigmoid' is incompatible with .*budget",
     ),
     (
       "budget=0.5,gates=exits",
       {},
-      "model.gating must be another where loss.sparsity.kind is 'budget'.*; got 'exits'",
+      "model.gating='exits' is incompatible with loss.sparsity.kind='budget'",
     ),
     (
       "gates=random,budget=0.5",
       {},
-      "loss.regulariser must be another where .* is 'budget'.*; got 'none'",
+      "loss.regulariser='none' is incompatible with loss.sparsity.kind='budget'",
     ),
     (
       "budget=0.01",
       {},
-      r"loss.sparsity.target must be above 0\.\d+, the share of .* that always runs; got 0.01",
+      r"loss.sparsity.target must be above 0\.\d+, the fraction of .* that always runs; got 0.01",
     ),
     (
       "budget=0.5,regulariser=entropy",
       {},
-      "loss.regulariser must be another where .*; got 'entropy'",
+      "loss.regulariser='entropy' is incompatible with .*budget",
     ),
     (
       "gates=channel,inner=2",

@@ -421,7 +421,7 @@ def test_a_run_cut_back_to_an_earlier_checkpoint_ends_with_the_same_parameters(
   shutil.rmtree(copy / "checkpoints" / "66")
   (copy / "result.json").unlink()
   monkeypatch.setattr(task, "write_report", lambda *_, **__: None)
-  assert "going on from the checkpoint of step 55" in said(classification, made, copy, "train")
+  assert "resuming from the checkpoint of step 55" in said(classification, made, copy, "train")
   assert tiny.bit_equal(jobs.saved_state(copy), jobs.saved_state(workdir))
 
 

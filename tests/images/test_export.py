@@ -167,7 +167,7 @@ def test_what_is_said(exported):
     "checkpoint of step 22, calibrated on 1,437 training images",
     "stage1_block1/conv1",
     "union of 8",
-    "testing the net that skips on 360 images, one at a time (",
+    "testing the net that skips closed units on 360 images, one at a time (",
     "of 360 test images a static unit would have moved",
     "slimmed, int8",
     f"{workdir / 'export_int8'}",

@@ -183,12 +183,12 @@ def test_large_numbers_stand_next_to_the_ungated_baseline():
     "The ungated baseline is the run “dense”; this one is 8.33 points below it." in accuracy.meaning
   )
   assert (macs.value, macs.baseline) == ("62.2 %", "ungated: 100 %, 1 k per image")
-  assert (time.value, time.baseline) == ("–", "not measured, nor is the ungated network")
+  assert (time.value, time.baseline) == ("–", "not measured, nor was the ungated network")
   assert begin.text == ""
   without = report.begin(report_data.run(how="gates=none"))
   assert without.numbers[0].baseline == "ungated: no baseline found"
   assert without.text.startswith(
-    "No ungated baseline: next to this run directory lies no finished run"
+    "No ungated baseline: next to this run directory there is no finished run"
   )
 
 

@@ -58,7 +58,7 @@ def test_a_streamed_run_that_was_stopped_goes_on(data_dir, tmp_path, monkeypatch
   with monkeypatch.context() as patch:
     patch.setattr(classification.loop, "StopRequest", lambda: Stopping(1))
     assert "stopped as asked" in said(classification, config, tmp_path, "train")
-  assert "going on from the checkpoint of step 1" in said(classification, config, tmp_path, "train")
+  assert "resuming from the checkpoint of step 1" in said(classification, config, tmp_path, "train")
   assert final_state(config, tmp_path)[0] == 2
 
 
@@ -91,7 +91,7 @@ def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_end(
   assert not tiny.bit_equal(final_state(config, tmp_path)[1].params, state.params)
   capsys.readouterr()
   classification.run(config, tmp_path, "train")
-  assert "going on from the checkpoint of step 2" in capsys.readouterr().out
+  assert "resuming from the checkpoint of step 2" in capsys.readouterr().out
   again, resumed = final_state(config, tmp_path)
   assert step == again == 6
   assert tiny.bit_equal(resumed, state)

@@ -211,7 +211,7 @@ def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_end(
   capsys.readouterr()
   segmentation.run(made, tmp_path, "train")
   said = capsys.readouterr().out
-  assert "going on from the checkpoint of step 5" in said
+  assert "resuming from the checkpoint of step 5" in said
   assert f"mean IoU {100 * result['mean_iou']:.2f} %" in " ".join(said.split())
   assert tiny.bit_equal(final_state(made, tmp_path)[1], state)
   segmentation.run(made, tmp_path, "evaluate")

@@ -92,14 +92,14 @@ def test_names_are_as_long_as_it_takes(tmp_path, monkeypatch):
     ("config.json", None, "workdir .*run holds no run: it has no config.json"),
     ("config.json", '{"exp', "run/config.json is damaged: it must hold JSON"),
     ("config.json", "[1]", "run/config.json is damaged: it must hold a JSON object; got list"),
-    ("config.json", "{}", "run/config.json is damaged: it must tell the experiment"),
+    ("config.json", "{}", "run/config.json is damaged: it must name the experiment"),
     (
       "config.json",
       '{"experiment": ["a"]}',
-      "run/config.json is damaged: it must tell the experiment",
+      "run/config.json is damaged: it must name the experiment",
     ),
     ("result.json", "", "run/result.json is damaged: it must hold JSON"),
-    ("result.json", '{"accuracy": 0.5}', "run/result.json is damaged: it must tell the step"),
+    ("result.json", '{"accuracy": 0.5}', "run/result.json is damaged: it must name the step"),
     ("metrics.jsonl", None, "workdir .*run holds nothing to compare yet: no line in metrics.jsonl"),
     (
       "metrics.jsonl",

@@ -155,8 +155,8 @@ def test_runs_on_different_test_sets_share_no_picture_and_no_numbers():
     (f"Accuracy, {names[1]}", "90.00 %", "ungated: none among these runs"),
   ]
   said = (
-    f"These runs learn 2 different things: {', '.join(names)}. Scores are compared within each of "
-    "these alone."
+    f"These runs learn 2 different things: {', '.join(names)}. Scores are comparable only within "
+    "each of them."
   )
   assert begin.text.startswith(said)
   assert (
@@ -293,7 +293,7 @@ def times(step, device="a cpu", seconds=0.002):
       ("2 ms", "ungated: 2 ms"),
     ),  # its own network without gates
     (times(40), times(39, seconds=0.004), ("2 ms", "ungated: 2 ms")),
-    (times(39), times(40), ("–", "not measured, nor is the ungated network")),
+    (times(39), times(40), ("–", "not measured, nor was the ungated network")),
   ],
 )
 def test_times_of_another_step_or_machine_stand_next_to_no_score(mine, theirs, shown):
@@ -308,7 +308,7 @@ def test_the_best_gated_run_stands_next_to_the_best_ungated_one():
   assert [(number.value, number.baseline) for number in begin.numbers] == [
     ("90.00 %", "ungated: 95.00 %"),
     ("50.0 %", "ungated: 100 %, 2 k per image"),
-    ("–", "not measured, nor is the ungated network"),
+    ("–", "not measured, nor was the ungated network"),
   ]
   assert begin.text == (
     "The numbers are of gated, the gated run with the highest accuracy, next to large, the best "

@@ -53,7 +53,7 @@ def test_an_ungated_run_is_its_own_baseline():
   around = opening.Surroundings(ungated=True)
   assert (
     opening.score("accuracy", 0.5, "accuracy", around, "").baseline
-    == "this run is ungated: a baseline itself"
+    == "this run is ungated: it is a baseline"
   )
   assert opening.macs(1, 5, 5, "image", around).baseline == "this run is ungated, 5 per image"
   assert opening.why_no_baseline(around, "somehow") == ""
@@ -95,11 +95,11 @@ def test_times_of_another_step_are_said_to_be(monkeypatch):
   shown = opening.time("image", around)
   assert (shown.value, shown.baseline) == (
     "–",
-    "measured at step 1, not at step 2 as all else here",
+    "measured at step 1, not at step 2 like the rest of the page",
   )
   assert shown.command == "gating-jax --mode=compile --workdir=a"
   assert (
-    "All else on this page is of step 2: these times are not"
+    "The rest of this page is of step 2, so these times belong to a different network"
     in opening.times_section("image", around).text
   )
   assert opening.time("image", opening.Surroundings(step=1, times=one_image(1))).value == "1 ms"

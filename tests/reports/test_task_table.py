@@ -51,7 +51,7 @@ MACs per image, dense net        22,755,600  (926,100 if all inputs of a convolu
 MACs per image, task-aware       2,275,560  (10.0 % of dense)
 MACs per image, task-agnostic    11,377,800  (50.0 % of dense)
 parameters                       1,234,567
-memory beside the parameters     1,568.00 MB
+memory beyond the parameters     1,568.00 MB
 units that two tasks share       45.7 %
 free units, conv1                12 of 100  (12.0 %)
 free units, conv2                0 of 1,000  (0.0 %)"""

@@ -253,7 +253,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_training_can_go_on(
   assert tiny.bit_equal(found, state(10))
   aside = tmp_path / "checkpoints-damaged-20-0"
   passed_over, moved = warnings
-  assert passed_over.startswith("checkpoint of step 20 cannot be read, trying the one before: ")
+  assert passed_over.startswith("checkpoint of step 20 cannot be read, trying the previous one: ")
   assert moved == f"moved the damaged checkpoint of step 20 to {aside}"
   assert aside.is_dir()
   checkpoints.save(20, state(21))
@@ -315,7 +315,7 @@ def test_a_state_of_another_shape_is_not_taken_for_damage_to_be_moved(open_check
     **jax.eval_shape(lambda: state(0)),
     "params": {"w": jax.ShapeDtypeStruct((3,), jnp.float32)},
   }
-  with pytest.raises(CheckpointError, match="To start over, name another workdir"):
+  with pytest.raises(CheckpointError, match="To start over, choose another workdir"):
     open_checkpoints().restore(other, devices.replicated_sharding())
   assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["10", "20"]
 
@@ -339,6 +339,6 @@ def test_a_save_that_orbax_refuses_is_an_error(open_checkpoints, monkeypatch):
   checkpoints = open_checkpoints()
   monkeypatch.setattr(checkpoints._manager, "save", lambda *_, **__: False)
   with pytest.raises(
-    OSError, match="a checkpoint cannot be written in .*: orbax did not take that of step 5"
+    OSError, match="a checkpoint cannot be written in .*: orbax refused to save step 5"
   ):
     checkpoints.save(5, state(5))

@@ -72,7 +72,7 @@ def test_gates_that_stay_closed_are_said_once_with_what_to_change():
     [],
     [
       "warning: 80% of the gates are closed for all examples, and closed gates hardly learn. If "
-      "this is not wanted: lower loss.sparsity.coefficient. See docs/gate_your_model.md."
+      "this is unintended: lower loss.sparsity.coefficient. See docs/gate_your_model.md."
     ],
     [],
     [],

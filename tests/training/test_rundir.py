@@ -302,7 +302,7 @@ def test_staged_files_are_all_there_or_none_after_a_kill(tmp_path):
 
 def test_a_kill_while_staged_files_are_moved_is_made_good(tmp_path):
   assert killed(tmp_path, "moving") == -9
-  with pytest.raises(RunDirError, match="a exists; rename it or take it away to make it anew"):
+  with pytest.raises(RunDirError, match="a exists; rename it or delete it to write it again"):
     write_both(tmp_path)
   assert {f.name for f in tmp_path.iterdir()} == {"a", "b"}
   assert ((tmp_path / "a").read_text(), (tmp_path / "b" / "c").read_text()) == ("first", "second")

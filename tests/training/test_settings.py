@@ -46,7 +46,7 @@ def test_a_field_that_is_newer_than_the_run_may_be_absent_where_it_is_none(tmp_p
     ({"model__gate": [1]}, r"model.gate must be a section; it has \[1\]"),
     ({"model": ...}, "model must be a section; it has no such field"),
     ({"data__data_dir": 3}, "data.data_dir must be of type str; it has 3"),
-    ({"experiment": 3}, "it must tell the experiment"),
+    ({"experiment": 3}, "it must name the experiment"),
   ],
 )
 def test_a_damaged_config_is_named_with_file_and_field(tmp_path, changes, message):

@@ -125,7 +125,9 @@ def test_a_step_whose_gradient_is_not_a_number_is_taken_again_in_full(monkeypatc
   announced(monkeypatch)
   run = or_in_full(skipping, full)
   (kept, fits), (repeated, missed), _ = run(0, 0.5), run(0, np.nan), run(0, np.nan)
-  assert capsys.readouterr().out.count("compiling the training step with its whole backward (") == 1
+  assert (
+    capsys.readouterr().out.count("compiling the training step with its full backward pass (") == 1
+  )
   assert (kept, repeated) == (1, 10)
   assert (fits["in_full"], missed["in_full"]) == (0, 1)
   assert missed["gradient_norm"] == 1.0

@@ -41,7 +41,7 @@ def test_a_line_of_long_videos_tells_segments_from_channels():
     }
   )
   assert line == (
-    "accuracy 75.0 %, loss 1 (classification 0.5, price of segments 0.4, batch-shaping 0.25, L0 "
+    "accuracy 75.0 %, loss 1 (classification 0.5, penalty on segments 0.4, batch-shaping 0.25, L0 "
     "of channel gates 0.125), MACs of the heavy net 50.0 %, segments chosen 40.0 %, open gates "
     "75.0 %"
   )
