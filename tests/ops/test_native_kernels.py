@@ -278,7 +278,7 @@ def test_arguments_that_do_not_fit_are_refused():
   for message, call in {
     "x must be": lambda: native_kernels.gated_conv(x[0], kernel, bias),
     "of four axes": lambda: native_kernels.gated_conv(x, kernel[0], bias),
-    r"takes?.* channels .* \(2,\); got \(3,\)": lambda: native_kernels.gated_conv(
+    r"match the channels .* \(2,\); got \(3,\)": lambda: native_kernels.gated_conv(
       x, ones((3, 3, 3, 2)), bias
     ),
     r"biases\[0\] must be \[2\]": lambda: native_kernels.gated_conv(x, kernel, zeros(3)),
