@@ -404,12 +404,12 @@ def test_a_prior_computes_in_float32_at_least(prior, dtype):
     (lambda: empirical(1.0), "samples must hold at least one value along axis 0; got shape ()"),
     (
       lambda: batch_shaping_loss(jnp.zeros((4, 2)), beta(np.ones(3), 1.0)),
-      "prior's parameters must broadcast to (2,), the shape of logits without axis 0; got (3,), "
-      "of beta([3], 1)",
+      "prior's parameters must broadcast to (2,), the shape of logits without axis 0; got (3,) for "
+      "beta([3], 1)",
     ),
     (
       lambda: cdf_matching_loss(jnp.zeros((4, 2)), normal(jnp.zeros((4, 1)))),
-      "prior's parameters must broadcast to (2,), the shape of x without axis 0; got (4, 1), of "
+      "prior's parameters must broadcast to (2,), the shape of x without axis 0; got (4, 1) for "
       "normal([4, 1], 1)",
     ),
     (
