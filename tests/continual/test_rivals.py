@@ -142,7 +142,7 @@ def test_a_run_of_other_gates_is_what_they_are(config, tmp_path, gates, term):
     (
       "gates=experts,regulariser=sparsity",
       {},
-      "loss.regulariser must be 'none' where model.gating is 'experts', if",
+      r"loss.regulariser must be 'none' where model.gating is 'experts' \(alternatively 'balance'\)",
     ),
     (
       "gates=channel,regulariser=balance",
