@@ -24,10 +24,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
-from gating_jax.images import classification, pretrained
+from gating_jax.images import classification
 from gating_jax.images.build import build
 from gating_jax.inference import folded_macs, gate_statistics
 from gating_jax.inference.compiled import compile_conditional, program
@@ -35,7 +34,7 @@ from gating_jax.inference.folded import Layer
 from gating_jax.inference.folding import fold
 from gating_jax.inference.kernel_strategies import why_not
 from gating_jax.timing import race
-from gating_jax.training import rundir
+from gating_jax.training import rundir, settings
 
 try:
   import torch
@@ -102,7 +101,7 @@ def main():
 def load(path, data_dir):
   """Returns the folded network of a run's newest checkpoint, and its experiment."""
   run_dir = rundir.RunDir(path)
-  config = ml_collections.ConfigDict(pretrained.with_tuples(run_dir.config()))
+  config = settings.config_of(path).unlock()
   if data_dir is not None:
     config.data.data_dir = data_dir
   experiment = build(config)

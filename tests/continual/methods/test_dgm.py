@@ -97,7 +97,7 @@ def test_the_largest_mask_protects_updates_and_embeddings_move_within_limits():
   used = jnp.zeros((2, UNITS)).at[0, 0].set(1).at[1, 1].set(0.25).at[0, 8].set(1)
   change = masked().training({"masks": used}, 0)["update"]
   ones = jax.tree.map(lambda x: 0.1 * jnp.ones_like(x), params)
-  updates = change(shared.streams.merge(**ones), shared.streams.merge(**params))
+  updates = change(shared.shared_net.merge(**ones), shared.shared_net.merge(**params))
   free = lambda name: np.asarray(updates[name]["filters"]["kernel"]) / 0.1
   np.testing.assert_allclose(free("map1")[0, 0, 0], [0, 0.75] + [1] * 6, rtol=1e-6)
   np.testing.assert_allclose(
@@ -109,7 +109,7 @@ def test_the_largest_mask_protects_updates_and_embeddings_move_within_limits():
 
 
 def test_the_slope_rises_over_the_training_and_a_mask_costs_what_it_takes():
-  params = shared.streams.merge(**params_with([0.01] * 8, [-0.01] * 4))
+  params = shared.shared_net.merge(**params_with([0.01] * 8, [-0.01] * 4))
   state = {"masks": jnp.zeros((2, UNITS)).at[0, :4].set(1)}
   for step, s in ((0, 1 / STEEPNESS), (STEPS - 1, STEEPNESS)):
     training = masked().training(state, step)
