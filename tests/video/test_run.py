@@ -649,15 +649,15 @@ def test_the_backward_holds_the_segments_that_may_be_chosen(config, changes, cap
     (
       "model.selection",
       "prefix",
-      "model.selection must be one of uniform, .*, gate where .*; got 'prefix'",
+      "model.selection must be one of uniform, .*, gate if .*; got 'prefix'",
     ),
     (
       "model.selection",
       "gate",
       "model.backward_share must be < 1 if model.skip_backward is set; got 1.0",
     ),
-    ("model.heavy.group_norm", False, "model.heavy.group_norm must be True where .*; got False"),
-    ("model.heavy.gating", "channel", "model.heavy.gating must be 'none' where .*; got 'channel'"),
+    ("model.heavy.group_norm", False, "model.heavy.group_norm must be True if .*; got False"),
+    ("model.heavy.gating", "channel", "model.heavy.gating must be 'none' if .*; got 'channel'"),
   ],
 )
 def test_a_backward_that_cannot_be_skipped_exactly_is_refused(config, field, value, message):
