@@ -337,8 +337,8 @@ def _selective(run: ImageRun) -> page.Section:
   return page.Section(
     title,
     f"Of {len(rates):,} gates, {few:,} are open for some {run.noun}s but fewer than "
-    f"{100 * SELECTIVE:.0f} %. Below, those of each layer that are open least{several}, with the "
-    f"{run.noun}s that open them with the highest "
+    f"{100 * SELECTIVE:.0f} %. Below are those of each layer that are open least{several}, with "
+    f"the {run.noun}s that open them with the highest "
     f"probability{', and their class' if run.images.labels is not None else ''}.",
     parts,
   )
@@ -404,8 +404,8 @@ def _classes(run: ImageRun) -> page.Section:
   parts = [
     _picture(
       gate_pictures.draw_class_map(rates[:, mapped].T, [_short(run, g) for g in mapped], names),
-      f"Fraction of each class's images that open a gate, for the {len(mapped)} gates that are most "
-      f"informative about the class{some}. Similar gates and classes are next to each other.",
+      f"Fraction of each class's images that open a gate, for the {len(mapped)} gates that are "
+      f"most informative about the class{some}. Similar gates and classes are next to each other.",
       [
         ("gate", "the numbers of its layer and of the gate, as layer:gate"),
         ("class", "of the test images"),
@@ -421,8 +421,8 @@ def _classes(run: ImageRun) -> page.Section:
   parts.append(
     _picture(
       gate_pictures.draw_class_bars(rates[:, best].T, titles, names),
-      f"Open rates of the {len(best)} gates that are most informative about the class, on each class "
-      "or those with the highest rates.",
+      f"Open rates of the {len(best)} gates that are most informative about the class, on each "
+      "class or those with the highest rates.",
       [
         ("open rate", "test images of the class that open the gate, in %"),
         ("bits", "mutual information of the gate and the class"),

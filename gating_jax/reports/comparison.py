@@ -161,7 +161,8 @@ def _which(group: Group, *, alone: bool) -> str:
     return ""
   of = "The numbers" if alone else f"Those of {group.name}"
   text = (
-    f"{of} are of {plain(pair.gated.name, 60)}, the gated run with the highest {pair.score.label}"
+    f"{of} belong to {plain(pair.gated.name, 60)}, the gated run with the highest "
+    f"{pair.score.label}"
   )
   if pair.ungated is None:
     none = "None of these runs" if alone else "None of its runs"

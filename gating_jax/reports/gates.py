@@ -89,7 +89,7 @@ def draw_outcomes(found: Diagnosis, sizes: Sequence[int], names: Sequence[str]) 
     frameon=False,
     fontsize=9,
     columnspacing=1.2,
-    title=f"What {len(kinds):,} gates do: open for",
+    title=f"{len(kinds):,} gates, each open for",
     alignment="left",
   )
   return figure

@@ -35,7 +35,8 @@ _MEANINGS = {
   "are unused.",
   "gates at random": "Gates that noise, not the image, decides in training, as in dropout.",
   "gates conditional": "Gates that the image decides: open for some images and closed for others.",
-  "mean fraction of open gates": "Fraction of gates that are open, mean over gates and test images.",
+  "mean fraction of open gates": "Fraction of gates that are open, mean over gates and test "
+  "images.",
   "information on the class": "Mutual information of a gate and the class, mean over gates: 0 "
   "bits if a gate opens equally often for every class, at most 1.",
   "MACs per video, heavy net on all": f"The {MACS} of one video if the heavy network runs on "

@@ -59,7 +59,7 @@ def size_and_gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows.append(
       (
         "information on the class",
-        f"{result['class_information']:.3f} bits a gate"
+        f"{result['class_information']:.3f} bits per gate"
         f"  (chance, subtracted: {result['class_information_floor']:.3f})",
       )
     )

@@ -166,7 +166,7 @@ def section(
     "Time against MACs of each way to run each part of the network (small) and the whole (large), "
     "both in % of computing everything.",
     terms=[
-      ("MACs left open", "multiply-accumulates of open units, in % of all"),
+      ("MACs of open units", "multiply-accumulates of open units, in % of those of all units"),
       (
         "time",
         "in % of computing everything (masked); below the dashed line time is saved, on the "

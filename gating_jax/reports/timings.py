@@ -108,7 +108,7 @@ def figure(timings: Mapping[str, Rows], *, columns: int) -> Any:
     axes.set(
       xlim=(0, top),
       ylim=(0, top),
-      xlabel="MACs left open (% of all)",
+      xlabel="MACs of open units (% of all)",
       ylabel="time (% of computing all)",
       title=plain(title, 60),
     )

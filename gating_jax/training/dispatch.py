@@ -34,7 +34,7 @@ def map_steps(
   """
 
   def mapped(model, donate):
-    """Returns the steps of `model`, mapped over devices; the arguments at `donate` are given away."""
+    """Returns the steps of `model`, mapped over devices; donates the buffers at `donate`."""
     return devices.map_over_devices(
       make_steps(model),
       args=args,

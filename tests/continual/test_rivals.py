@@ -142,7 +142,7 @@ def test_a_run_of_other_gates_is_what_they_are(config, tmp_path, gates, term):
     (
       "gates=experts,regulariser=sparsity",
       {},
-      r"loss.regulariser must be 'none' where model.gating is 'experts' \(alternatively 'balance'\)",
+      r"loss.regulariser must be 'none' where model.gating is 'experts' \(alternatively 'bal",
     ),
     (
       "gates=channel,regulariser=balance",

@@ -40,7 +40,7 @@ def drawn(monkeypatch):
 def test_a_selective_gate_is_shown_with_the_images_that_open_it(drawn):
   found = section(report_data.run(), "The most selective gates")
   assert found.text.startswith(
-    "Of 5 gates, 1 are open for some images but fewer than 10 %. Below, those of each layer "
+    "Of 5 gates, 1 are open for some images but fewer than 10 %. Below are those of each layer "
     "that are open least, 1 gates of 1 layer, layer by layer"
   )
   assert captions(found) == [
@@ -55,7 +55,9 @@ def test_where_no_gate_is_selective_those_open_least_are_shown(drawn, monkeypatc
     report_data, "LOGITS", np.where(np.arange(5) == 3, np.float32(-5), report_data.LOGITS)
   )
   found = section(report_data.run(), "The most selective gates")
-  assert "0 are open for some images but fewer than 10 %. Below, those of each layer" in found.text
+  assert (
+    "0 are open for some images but fewer than 10 %. Below are those of each layer" in found.text
+  )
   assert [caption.partition(":")[0] for caption in captions(found)] == [
     "Layer 00 stage1/conv1, gate 2",
     "Layer 01 stage2/conv1, gate 1",

@@ -160,8 +160,8 @@ def test_runs_on_different_test_sets_share_no_picture_and_no_numbers():
   )
   assert begin.text.startswith(said)
   assert (
-    f"Those of {names[1]} are of x, the gated run with the highest accuracy. None of its runs is "
-    "ungated" in (begin.text)
+    f"Those of {names[1]} belong to x, the gated run with the highest accuracy. None of its runs "
+    "is ungated" in (begin.text)
   )
   assert [
     [point.name for point in picture.points] for picture in (begin.picture, *costs.parts)
@@ -311,7 +311,7 @@ def test_the_best_gated_run_stands_next_to_the_best_ungated_one():
     ("–", "not measured, nor was the ungated network"),
   ]
   assert begin.text == (
-    "The numbers are of gated, the gated run with the highest accuracy, next to large, the best "
+    "The numbers belong to gated, the gated run with the highest accuracy, next to large, the best "
     "ungated one."
   )
   alone = comparison.content([image_run("a"), image_run("b")])[0]
