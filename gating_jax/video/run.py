@@ -102,7 +102,7 @@ def _report(experiment: VideoExperiment, run_dir: rundir.RunDir, notice: str = "
   say(f"report of the checkpoint of step {step}: {run_dir.report}")
   say(
     _conclude(
-      experiment, run_dir.path, result, f"Wrote the report on the checkpoint of step {step:,} of"
+      experiment, run_dir.path, result, f"Wrote the page of the checkpoint of step {step:,} of"
     )
   )
 

@@ -97,9 +97,7 @@ def _tables(experiment: VideoExperiment, variables: Any) -> Iterator[tuple[str, 
   for count in _BATCHES:
     inputs = _read(experiment, count)
     name = title(len(inputs["valid"]), "video")
-    with working(
-      f"compiling and timing each strategy for {name}", "up to a few minutes"
-    ) as progress:
+    with working(f"compiling and timing each way to run {name}", "up to a few minutes") as progress:
       rows = timings(experiment, variables, inputs, repeats=_REPEATS, progress=progress)
     yield name, rows
 
