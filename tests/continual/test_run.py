@@ -75,7 +75,7 @@ def resumable(monkeypatch):
     ),
     ("tasks.classes_per_task", 3, "^tasks: classes_per_task must divide the 10 classes; got 3"),
     ("tasks.count", 6, "^tasks: count must be at most 5, the tasks of 2 classes, or 0; got 6"),
-    ("tasks.validation", 1.0, r"^tasks: validation must be a share in \(0, 1\); got 1.0"),
+    ("tasks.validation", 1.0, r"^tasks: validation must be a fraction in \(0, 1\); got 1.0"),
     ("optim.batch_size", 12, "optim.batch_size must be a multiple of the 8 devices; got 12"),
     (
       "optim.batch_size",
