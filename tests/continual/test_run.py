@@ -224,7 +224,7 @@ def strict_json(path):
 
 def list_programs(patch):
   """A list that grows by one entry whenever a training step is traced for compilation."""
-  programs, make_step = [], run.steps.make_step
+  programs, make_step = [], run.training.make_step
 
   def listed(*args, **settings):
     step = make_step(*args, **settings)
@@ -235,7 +235,7 @@ def list_programs(patch):
 
     return traced
 
-  patch.setattr(run.steps, "make_step", listed)
+  patch.setattr(run.training, "make_step", listed)
   return programs
 
 
