@@ -4,7 +4,7 @@
 #        bash launch/slurm.sh --help, or --dry-run and arguments of gating-jax
 # Call it from the repository, with .venv in it. All nodes must share its file system, and that of the run directory.
 # RESTARTS: how often a failed job is restarted (default 0); never where that cannot help (status 2).
-# Slurm numbers the processes (--coordinator=auto), and restarts a job that lost a node: sbatch --requeue.
+# Slurm numbers the processes (--coordinator=auto). With sbatch --requeue it also restarts a job that lost a node.
 #SBATCH --ntasks-per-node=1
 #SBATCH --signal=TERM@300
 set -euo pipefail
