@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gating_jax.inference import exits, folded_macs
+from gating_jax.inference import exits, folded
 from gating_jax.inference.compiled import compile_conditional, program, ungated
 from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer
 from gating_jax.inference.folding import fold
@@ -233,11 +233,11 @@ def measure(case, share, repeats):
     compiled = exits.compile_exits
   else:
     run, dense = dense_run, ungated(net)
-    spent = folded_macs.macs(net, shape, [np.asarray(z) > 0 for z in run(net, x)[1]])
+    spent = folded.macs(net, shape, [np.asarray(z) > 0 for z in run(net, x)[1]])
     compiled = compile_conditional
   make = functools.partial(compiled, net, input_shape=shape, batch_size=len(x))
   programs = {case.strategy: make(strategy=case.strategy)}
-  macs = float(np.mean(spent)) / folded_macs.macs(dense, shape)
+  macs = float(np.mean(spent)) / folded.macs(dense, shape)
   if share == 1:
     programs["auto"] = compiled(
       usual, input_shape=shape, batch_size=len(x), calibration=calibration

@@ -27,9 +27,9 @@ import numpy as np
 from gating_jax.data import augment
 from gating_jax.inference.segments import Skipping
 from gating_jax.layers.gate import GATE_NAME
+from gating_jax.models.summary import count_video
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.models.video_backbones import heavy_net, light_net
-from gating_jax.models.video_counts import count_video
 from gating_jax.ops.compaction import bucket_sizes
 from gating_jax.timing import race
 

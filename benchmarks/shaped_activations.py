@@ -34,7 +34,7 @@ from configs import cifar10_resnet20
 from gating_jax import cdf_matching_loss, noise_floor, normal
 from gating_jax.data import augment, tfds
 from gating_jax.data import images as in_memory
-from gating_jax.training import optim, schedules, steps
+from gating_jax.training import optim, steps
 
 VARIANTS = ("batchnorm", "shaped", "nothing")
 CHANNELS = (32, 48, 64, 64)
@@ -161,7 +161,7 @@ class Trainer:
     return accuracy, gap, np.median(seconds)
 
   def _optimiser(self, lr):
-    schedule = lambda step: lr * schedules.learning_rate("cosine", 1.0, self.total)(step)
+    schedule = lambda step: lr * optim.learning_rate("cosine", 1.0, self.total)(step)
     return optim.sgd(schedule, momentum=0.9, weight_decay=5e-4)
 
   def _train_step(self, state, index, lr, coefficient, seed):

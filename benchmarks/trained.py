@@ -28,7 +28,7 @@ import numpy as np
 
 from gating_jax.images import classification
 from gating_jax.images.build import build
-from gating_jax.inference import folded_macs, gate_statistics
+from gating_jax.inference import folded, gate_statistics
 from gating_jax.inference.compiled import compile_conditional, program
 from gating_jax.inference.folded import Layer
 from gating_jax.inference.folding import fold
@@ -250,7 +250,7 @@ def macs(net, images):
   """Returns the mean executed MACs per image."""
   return np.concatenate(
     [
-      np.broadcast_to(folded_macs.macs(net, x.shape[1:], [z > 0 for z in logits]), len(x))
+      np.broadcast_to(folded.macs(net, x.shape[1:], [z > 0 for z in logits]), len(x))
       for x, _, logits in gate_statistics.observed(net, images)
     ]
   ).mean()

@@ -17,11 +17,10 @@ from gating_jax.layers.gate import ChannelGate, GateHead, GateSettings, Switched
 from gating_jax.layers.segment_gate import SegmentGate, SegmentGateSettings
 from gating_jax.loading import load_run
 from gating_jax.models.resnet import ResNet, resnet
-from gating_jax.models.summary import ModelCounts, count
+from gating_jax.models.summary import ModelCounts, VideoCounts, count, count_video
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.models.vgg import VGG, vgg
 from gating_jax.models.video_backbones import heavy_net, light_net
-from gating_jax.models.video_counts import VideoCounts, count_video
 from gating_jax.ops.compaction import bucket_sizes, capacity_for, open_indices, put_back
 from gating_jax.ops.ecdf import (
   batch_shaping_loss,

@@ -217,7 +217,7 @@ TRAINING = [
   ),
   Mutant(
     "drops_late_by_the_warm_up",
-    "training/schedules.py",
+    "training/optim.py",
     "round(d * total_steps) - warm for d in drops",
     "round(d * total_steps) for d in drops",
     "training/test_schedules.py",
@@ -273,7 +273,7 @@ TRAINING = [
   ),
   Mutant(
     "last_batch_counts_whole",
-    "data/batches.py",
+    "data/images.py",
     "return examples.read(filled), len(index)",
     "return examples.read(filled), len(filled)",
     "data/test_batches.py",

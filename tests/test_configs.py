@@ -6,7 +6,7 @@ import pytest
 
 from gating_jax.checks import one_of
 from gating_jax.continual import choices
-from gating_jax.training import objectives, schedules, settings
+from gating_jax.training import objectives, optim, settings
 from gating_jax.training.rundir import flatten
 from gating_jax.video import objectives as segment_objectives
 from tests.helpers.config_files import FILES
@@ -15,7 +15,7 @@ from tests.helpers.config_files import FILES
 @pytest.mark.parametrize("name", FILES)
 def test_config_builds_and_names_known_choices(name):
   config = importlib.import_module(f"configs.{name}").get_config("")
-  one_of("schedule", config.optim.schedule, schedules.LEARNING_RATES)
+  one_of("schedule", config.optim.schedule, optim.LEARNING_RATES)
   assert f"configs/{name}.py" in importlib.import_module(f"configs.{name}").__doc__
   if config.experiment == "continual":
     one_of("method", config.method, choices.METHODS)

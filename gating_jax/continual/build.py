@@ -16,7 +16,7 @@ from gating_jax.data import augment, tasks, tfds
 from gating_jax.models.resnet import RESNETS
 from gating_jax.models.summary import count, reduced_macs
 from gating_jax.models.vgg import VGGS
-from gating_jax.training import devices, loop, optim, schedules, settings
+from gating_jax.training import devices, loop, optim, settings
 from gating_jax.training.outlines import Outline
 
 
@@ -177,7 +177,7 @@ def build(
     )
   per_epoch = smallest // training.batch_size
   with settings.named("optim"):
-    rate = schedules.learning_rate(
+    rate = optim.learning_rate(
       training.schedule,
       training.learning_rate,
       training.epochs * per_epoch,
@@ -227,7 +227,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
       "model.name": (*VGGS, *RESNETS),
       "model.dtype": settings.DTYPES,
       "router.rehearsal": choices.REHEARSALS,
-      "optim.schedule": schedules.LEARNING_RATES,
+      "optim.schedule": optim.LEARNING_RATES,
       "devices.backend": devices.BACKENDS,
     },
     positive=(

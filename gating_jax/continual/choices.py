@@ -7,7 +7,6 @@ import functools
 import flax.linen as nn
 import ml_collections
 
-from gating_jax.continual import derpp
 from gating_jax.continual.generators.gated import gated
 from gating_jax.continual.generators.masked import masked
 from gating_jax.continual.generators.shared import shared_generative
@@ -25,7 +24,7 @@ from gating_jax.continual.methods.progressive import progressive
 from gating_jax.continual.methods.si import si
 from gating_jax.continual.methods.task_gates import TaskGatesSettings, task_gates
 from gating_jax.continual.rehearsal import episodic, generative
-from gating_jax.continual.router import RouterSettings
+from gating_jax.continual.task_inference import RouterSettings
 from gating_jax.continual.units import ProtectionSettings
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.columns import column
@@ -234,7 +233,7 @@ METHODS = {
   "si": _plain(si, section="si"),
   "lwf": _plain(lwf, section="lwf"),
   "er": _plain(replay.er, "seen", memory=True),
-  "derpp": _plain(derpp.derpp, "seen", "derpp", memory=True),
+  "derpp": _plain(replay.derpp, "seen", "derpp", memory=True),
   # The scope is the task's own classes, as in the paper, where the task is known.
   "agem": _plain(agem.agem, memory=True),
   "icarl": _icarl,

@@ -28,7 +28,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from gating_jax.data import batches
+from gating_jax.data import images as in_memory
 from gating_jax.data.tfds import Images
 from gating_jax.layers.gate import GATE_RNG
 from gating_jax.types import Array
@@ -194,7 +194,7 @@ class Problem:
     images = Images(np.asarray(pixels), np.zeros(len(pixels)), ())
     return np.concatenate(
       # `cover` pads the last batch to the full size; only its first n results count.
-      [np.asarray(run(state, x))[:n] for (x, _), n in batches.cover(images, self.batch_size)]
+      [np.asarray(run(state, x))[:n] for (x, _), n in in_memory.cover(images, self.batch_size)]
     )
 
 

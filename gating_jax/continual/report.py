@@ -14,19 +14,11 @@ import numpy as np
 from gating_jax.continual import compile, metrics
 from gating_jax.continual.build import ContinualExperiment
 from gating_jax.continual.method import Holdings, Learner
-from gating_jax.data import batches
+from gating_jax.data import images as in_memory
 from gating_jax.data.tfds import Images
 from gating_jax.models.summary import layer_names
-from gating_jax.reports import (
-  conclusion,
-  glossary,
-  image_rows,
-  opening,
-  page,
-  surroundings,
-  task_table,
-  tasks,
-)
+from gating_jax.reports import conclusion, glossary, opening, page, surroundings, task_table, tasks
+from gating_jax.reports import images as image_pictures
 from gating_jax.reports.text import plain, save
 from gating_jax.training import evaluation, hosts, rundir
 from gating_jax.training.journal import Journal
@@ -206,7 +198,7 @@ def _make_look(
     images = Images(*test.read(np.arange(min(_LOOKED_AT, len(test)))), ())
     parts = [
       [np.asarray(z)[:count] for z in run(learner, pixels, np.int32(task))]
-      for (pixels, _), count in batches.cover(images, problem.batch_size)
+      for (pixels, _), count in in_memory.cover(images, problem.batch_size)
     ]
     return images.pixels, [np.concatenate(layer) for layer in zip(*parts, strict=True)]
 
@@ -422,7 +414,9 @@ def _one_gate_across_tasks(experiment: ContinualExperiment, learner: Learner) ->
       f"{plain(experiment.task_names[t], 20)}\nopen: {100 * rates[t, unit]:.0f} %" for t in users
     ]
     parts.append(
-      page.pictured(image_rows.draw_rows(rows, labels), f"{plain(names[unit], 60)}.", photo=True)
+      page.pictured(
+        image_pictures.draw_rows(rows, labels), f"{plain(names[unit], 60)}.", photo=True
+      )
     )
   return page.Section(
     "One gate across tasks",

@@ -19,8 +19,8 @@ import numpy as np
 from gating_jax.continual import compile, report, training
 from gating_jax.continual.build import ContinualExperiment, build
 from gating_jax.continual.method import Learner, TaskData
-from gating_jax.data import batches, tasks
 from gating_jax.data import images as in_memory
+from gating_jax.data import tasks
 from gating_jax.data.tfds import Images
 from gating_jax.progress import TRAINING, Pace, lasting, say, working
 from gating_jax.reports import conclusion, failing, task_table
@@ -443,7 +443,7 @@ def make_evaluate(
   def evaluate(learner, task, seen):
     """Returns the mean results on the test images of `task`."""
     run, parts = mapped(seen), []
-    for batch, count in batches.cover(experiment.tasks[task].test, problem.batch_size):
+    for batch, count in in_memory.cover(experiment.tasks[task].test, problem.batch_size):
       results = hosts.whole(run(learner, *hosts.share(batch), np.int32(task)))
       # The last batch is padded: only its first `count` images are new.
       parts.append({name: np.asarray(x)[:count] for name, x in results.items()})

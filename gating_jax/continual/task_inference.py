@@ -7,6 +7,18 @@ Axes: N images, B of a batch, R rehearsed, T tasks, S <= T seen, C classes of a 
 a stream.
 Reference: Abati et al., 2020, section 3.4; Menon et al., "Long-tail learning via logit adjustment",
 2021.
+
+The task classifier, from the pooled features of all tasks' streams to an image's task.
+
+    z = Dense_T(ReLU(Dense_64(concatenated features)))
+
+It has rows and columns for all tasks from the start; those of later tasks are left out. So it
+widens task by task and keeps its weights. It is trained together with the current task, whose
+stream it shapes. At the end of the task, when no stream changes any more, it is trained alone on
+their features.
+
+Axes: N or M images, T tasks, S <= T tasks seen, F features of a stream.
+Reference: Abati et al., 2020, section 3.4.
 """
 
 from __future__ import annotations
@@ -17,10 +29,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
-from gating_jax.continual import memory, router
+from gating_jax.continual import memory
 from gating_jax.continual.method import Batch, Learner, Network, TaskData
 from gating_jax.continual.rehearsal import Rehearsal, Replay
 from gating_jax.continual.shared_net import SharedNet, Stream
@@ -71,12 +84,12 @@ class OfFeatures:
 
   net: SharedNet
   rehearsal: Rehearsal
-  settings: router.RouterSettings
+  settings: RouterSettings
 
   def init(self, key: Array) -> tuple[Tree, Mapping[str, Tree]]:
     """Initialises parameters, and statistics as in `Loss`."""
     _, features = self.net.shapes
-    return router.init(key, self.net.problem.tasks, features, self.settings.hidden), {}
+    return init(key, self.net.problem.tasks, features, self.settings.hidden), {}
 
   def streamed(self, batch: Batch, replayed: Replay) -> Array:
     """Returns the current stream's input in a step: batch and rehearsed images, mixed."""
@@ -101,7 +114,7 @@ class OfFeatures:
       # Features of later tasks stay 0 and do not compete.
       lax.fori_loop(0, learner.task, earlier, of_all).at[:, learner.task].set(stream.features)
     )
-    each = router.cross_entropy(
+    each = cross_entropy(
       params["router"], of_all, labels // self.net.problem.classes, learner.task + 1
     )
     loss = _weighted(each, batch, replayed, replayed.batch_weight)
@@ -109,7 +122,7 @@ class OfFeatures:
 
   def update(self, updates: Tree, task: Array) -> Tree:
     """Keeps those of a step's updates that serve tasks seen."""
-    return router.of_seen(updates, task + 1)
+    return of_seen(updates, task + 1)
 
   def end_task(self, learner: Learner, data: TaskData, key: Array) -> Tree:
     """Returns the parameters after a task: trained alone on images of all tasks so far."""
@@ -126,7 +139,7 @@ class OfFeatures:
       )
 
     features = problem.in_batches(features, learner, pixels)
-    return router.train(
+    return train(
       learner.params["router"], features, labels // problem.classes, training, self.settings
     )
 
@@ -141,10 +154,8 @@ class OfFeatures:
     """
     features = jnp.moveaxis(stream.features, 0, 1)
     _, seen, width = features.shape
-    task = jnp.argmax(router.scores(learner.params["router"], features), axis=-1)
-    return Told(
-      task, jnp.zeros(()), macs.sum(0) + float(router.macs(seen, width, self.settings.hidden))
-    )
+    task = jnp.argmax(scores(learner.params["router"], features), axis=-1)
+    return Told(task, jnp.zeros(()), macs.sum(0) + float(macs(seen, width, self.settings.hidden)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,3 +272,167 @@ def _weighted(each: Array, batch: Batch, replayed: Replay, weight: Array) -> Arr
 def _log_ratio(share: Array, fair: Array) -> Array:
   """Computes log(share / fair), and 0 where `fair` is 0."""
   return jnp.log(jnp.where(fair > 0, share / jnp.where(fair > 0, fair, 1), 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterSettings:
+  """Settings of the task classifier and its rehearsal.
+
+  Attributes:
+    hidden: width of the hidden layer, >= 1.
+    steps, batch_size, learning_rate: of the training after each task, by Adam, on batches with all
+      tasks in equal parts; steps and batch size >= 1, the rate > 0.
+  """
+
+  hidden: int
+  steps: int
+  batch_size: int
+  learning_rate: float
+
+  def __post_init__(self):
+    for name in ("hidden", "steps", "batch_size"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
+    if not self.learning_rate > 0:
+      raise ValueError(f"learning_rate must be > 0; got {self.learning_rate}")
+
+
+def init(key: Array, tasks: int, features: int, hidden: int) -> dict[str, Any]:
+  """Initialises the parameters.
+
+  Args:
+    key: PRNG key.
+    tasks: T.
+    features: F, of each stream.
+    hidden: width of the hidden layer.
+  """
+  first, second = jax.random.split(key)
+  he = jax.nn.initializers.he_normal()
+  return {
+    "hidden": {
+      # Initialised for the fan-in of one stream, then cut into a block per task.
+      "kernel": he(first, (features, tasks * hidden))
+      .reshape(features, tasks, hidden)
+      .swapaxes(0, 1),
+      "bias": jnp.zeros(hidden),
+    },
+    "out": {"kernel": he(second, (hidden, tasks)), "bias": jnp.zeros(tasks)},
+  }
+
+
+def scores(params: Any, features: Array) -> Array:
+  """Computes the task logits.
+
+  Args:
+    params: as of `init`.
+    features: `[N, S, F]` of the first S tasks.
+  Returns:
+    `[N, S]`.
+  """
+  seen, hidden, out = features.shape[1], params["hidden"], params["out"]
+  # z = Dense_T(ReLU(Dense_64(concatenated features))): a sum over tasks of blocks is a product with
+  # the concatenation.
+  h = jax.nn.relu(jnp.einsum("nsf,sfh->nh", features, hidden["kernel"][:seen]) + hidden["bias"])
+  return h @ out["kernel"][:, :seen] + out["bias"][:seen]
+
+
+def cross_entropy(params: Any, features: Array, tasks: Array, seen: Array) -> Array:
+  """Computes the cross-entropies over the tasks seen.
+
+  Args:
+    params: as of `init`.
+    features: `[N, T, F]`, zeros for tasks not seen.
+    tasks: `[N]`, the task of each image.
+    seen: number of tasks seen.
+  Returns:
+    `[N]`.
+  """
+  # Later tasks have logits too, from features of 0.
+  competing = jnp.arange(features.shape[1]) < seen
+  return optax.softmax_cross_entropy_with_integer_labels(
+    jnp.where(competing, scores(params, features), -jnp.inf), tasks
+  )
+
+
+def of_seen(updates: Any, seen: Array) -> Any:
+  """Zeroes the updates of weights that serve tasks not seen yet.
+
+  These weights keep their initial values, with weight decay too.
+
+  Args:
+    updates: a tree like the parameters.
+    seen: number of tasks seen.
+  """
+  served = jnp.arange(updates["out"]["bias"].shape[0]) < seen
+  return {
+    "hidden": {
+      **updates["hidden"],
+      "kernel": jnp.where(served[:, None, None], updates["hidden"]["kernel"], 0),
+    },
+    "out": jax.tree.map(lambda u: jnp.where(served, u, 0), updates["out"]),
+  }
+
+
+def macs(seen: int, features: int, hidden: int) -> int:
+  """Counts the multiply-accumulates of one image.
+
+  Args:
+    seen: number of tasks seen.
+    features: F, of each stream.
+    hidden: width of the hidden layer.
+  """
+  return seen * features * hidden + hidden * seen
+
+
+def train(
+  params: Any, features: np.ndarray, tasks: np.ndarray, key: Array, settings: RouterSettings
+) -> Any:
+  """Trains on batches with all tasks in equal parts, by cross-entropy.
+
+  Args:
+    params: as of `init`.
+    features: `[M, S, F]` of images of every task seen.
+    tasks: `[M]`, the task of each.
+    key: PRNG key of the batches.
+    settings: of the training.
+  Returns:
+    the new parameters; the same for a single task.
+  Raises:
+    ValueError: a task without an image.
+  """
+  seen = features.shape[1]
+  # Sorted by task, images of a task are a range, from which a position can be drawn.
+  order = np.argsort(tasks, kind="stable")
+  counts = np.bincount(tasks, minlength=seen)
+  # With one task the loss is constant.
+  if seen == 1:
+    return params
+  if counts.min() == 0:
+    raise ValueError(
+      f"every task needs an image to rehearse; got {counts.tolist()} images by task: keep more"
+    )
+  return _train(params, features[order], counts, np.cumsum(counts) - counts, key, settings)
+
+
+@jax.jit(static_argnums=5)
+def _train(params, features, counts, firsts, key, settings):
+  # Separate from the steps of the task, hence an optimiser of its own.
+  optimiser = optax.adam(settings.learning_rate)
+
+  def step(state, key):
+    """Takes one optimiser step on a random batch with all tasks in equal parts."""
+    params, opt_state = state
+    which, where = jax.random.split(key)
+    task = jax.random.randint(which, (settings.batch_size,), 0, len(counts))
+    # A task, then one of its images: tasks have equal parts however many images each has.
+    place = jax.random.uniform(where, (settings.batch_size,)) * counts[task]
+    # Rounding may bring u times count up to count itself.
+    x = features[firsts[task] + jnp.minimum(place.astype(jnp.int32), counts[task] - 1)]
+    loss = lambda p: jnp.mean(cross_entropy(p, x, task, len(counts)))
+    updates, opt_state = optimiser.update(jax.grad(loss)(params), opt_state)
+    return (optax.apply_updates(params, updates), opt_state), None
+
+  (params, _), _ = lax.scan(
+    step, (params, optimiser.init(params)), jax.random.split(key, settings.steps)
+  )
+  return params

@@ -25,7 +25,7 @@ from __future__ import annotations
 import numpy as np
 
 from gating_jax.data import tfds
-from gating_jax.data.video_arrays import VideoArrays
+from gating_jax.data.videos import VideoArrays
 
 NAME = "composed"
 FRAMES, SIZE = 8, 16

@@ -1,4 +1,4 @@
-"""Order of the images in training when the whole set is on the device.
+"""Batches of images in memory: their order in training, and those that cover a test set.
 
 The host sends indices; the step gathers and augments the images. A batch depends on (seed, step)
 alone, so a restart needs no state.
@@ -9,6 +9,8 @@ Axes: M images in the set, B images in the global batch.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -60,3 +62,24 @@ def indices(
   whole = np.stack([batch_indices(seed, step + i, batch_size, examples) for i in range(k)], axis=1)
   # A process has the same rows of the batch in every step.
   return np.split(whole, process[1])[process[0]]
+
+
+def cover(examples: Any, batch_size: int) -> Iterator[tuple[Any, int]]:
+  """Yields batches that cover a set once, each with its number of valid examples, in order.
+
+  The last batch is padded with its own first example. Every example is among the valid entries of
+  exactly one batch, whatever the sizes.
+
+  Args:
+    examples: a set with `len`, `read(index)`, which returns the batch, and `map(fn, items)`.
+    batch_size: number of examples of every batch.
+  """
+
+  def read(start):
+    """Returns the batch of examples from `start` and how many of them are not padding."""
+    index = np.arange(start, min(start + batch_size, len(examples)))
+    # All batches have one size, so that a compiled step is compiled once.
+    filled = np.concatenate([index, np.full(batch_size - len(index), start)])
+    return examples.read(filled), len(index)
+
+  return examples.map(read, range(0, len(examples), batch_size))

@@ -8,15 +8,20 @@ Axes: B videos of a batch, b of this process, K steps per call, T segments, F fr
 pixels.
 
 Reference: Hussein et al., 2020.
+
+Videos as arrays in memory, as frames or as features of networks.
+
+Axes: M videos, T segments, F frames, H and W pixels, D channels.
 """
 
 from __future__ import annotations
 
 import abc
+import dataclasses
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,7 +29,7 @@ import numpy as np
 
 from gating_jax.checks import few, printable
 from gating_jax.data import images, video_files
-from gating_jax.data.ahead import computed_ahead
+from gating_jax.data.streaming import computed_ahead
 from gating_jax.data.video_tables import Intervals, VideoTable
 from gating_jax.paths import user_path
 from gating_jax.terminal import warn
@@ -377,3 +382,47 @@ def _units_at(intervals: Intervals, seconds: np.ndarray) -> np.ndarray:
   for start, end, unit in sorted(intervals, key=lambda interval: interval[0] - interval[1]):
     units[(start <= seconds) & (seconds < end)] = unit
   return units
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoArrays:
+  """Split of a set of videos, whole, on the host.
+
+  Attributes:
+    arrays: by name, `[M, ...]`. Inputs: `clips` `[M, T, F, H, W, D]` uint8, or the features `light`
+      and `heavy` `[M, T, ...]`. `valid` `[M, T]` bool: False where a shorter video was padded.
+      `label` `[M]` int32, or `[M, classes]` of 0 and 1. `weight` `[M]`: 0 for videos that could not
+      be read. Where known, `units` `[M, T]`: the unit action of each segment or -1; and `relevant`
+      `[M, T]`: whether the segment belongs to the video's activity.
+    class_names: one per class.
+    names: one per video.
+    unit_names: one per unit action.
+  """
+
+  arrays: dict[str, np.ndarray]
+  class_names: tuple[str, ...]
+  names: tuple[str, ...]
+  unit_names: tuple[str, ...] = ()
+
+  def __len__(self) -> int:
+    return len(self.names)
+
+  @property
+  def multi_label(self) -> bool:
+    """Returns whether a video may have several classes."""
+    # Single-label sets have one class number per video.
+    return self.arrays["label"].ndim == 2
+
+  @property
+  def shapes(self) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a batch's arrays, without the batch axis."""
+    return {name: values.shape[1:] for name, values in self.arrays.items()}
+
+  def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the videos at `index`, as one batch."""
+    # Every array begins with the axis of videos.
+    return {name: values[index] for name, values in self.arrays.items()}
+
+  def map(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Computes `fn` of each item, in order."""
+    return map(fn, items)

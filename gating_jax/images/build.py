@@ -26,7 +26,7 @@ from gating_jax.models.resnet import RESNETS, resnet
 from gating_jax.models.summary import ModelCounts, count
 from gating_jax.models.vgg import VGGS, vgg
 from gating_jax.ops.priors import beta
-from gating_jax.training import devices, loop, optim, schedules, settings
+from gating_jax.training import devices, loop, optim, settings
 from gating_jax.training.objectives import (
   PRICED,
   REDUCTIONS,
@@ -169,7 +169,7 @@ def assemble(
   per_epoch = examples // training.batch_size
   total = settings.total_steps(training.epochs, per_epoch, dispatch)
   optimiser = optim.sgd(
-    schedules.learning_rate(
+    optim.learning_rate(
       training.schedule,
       training.learning_rate,
       total,
@@ -183,16 +183,14 @@ def assemble(
   )
   shaping, sparsity = loss.batch_shaping, loss.sparsity
   coefficients = dict(
-    batch_shaping_coefficient=schedules.fade_out(shaping.coefficient, shaping.end, total),
-    sparsity_coefficient=schedules.fade_in(
-      sparsity.coefficient, sparsity.start, sparsity.full, total
-    ),
+    batch_shaping_coefficient=optim.fade_out(shaping.coefficient, shaping.end, total),
+    sparsity_coefficient=optim.fade_in(sparsity.coefficient, sparsity.start, sparsity.full, total),
   )
   noise = config.model.noise
   noise_scale = (
     None
     if noise.final is None
-    else schedules.ramp(config.model.gate.noise_scale, noise.final, noise.start, noise.full, total)
+    else optim.ramp(config.model.gate.noise_scale, noise.final, noise.start, noise.full, total)
   )
   # Known outlines are those of the training set, then of the test set.
   test = known[-1] if known else open_test()
@@ -337,7 +335,7 @@ def check(
     "loss.regulariser": REGULARISERS,
     "loss.batch_shaping.reduction": REDUCTIONS,
     "loss.sparsity.kind": SPARSITIES,
-    "optim.schedule": schedules.LEARNING_RATES,
+    "optim.schedule": optim.LEARNING_RATES,
     "devices.backend": devices.BACKENDS,
     **choices,
   }

@@ -17,7 +17,7 @@ import jax
 import ml_collections
 
 from gating_jax.analysis import outcomes
-from gating_jax.data import augment, batches, streaming
+from gating_jax.data import augment, streaming
 from gating_jax.data import images as in_memory
 from gating_jax.images import compile, export, pretrained
 from gating_jax.images.build import Experiment, build
@@ -35,8 +35,8 @@ from gating_jax.training import (
   steps,
 )
 from gating_jax.training.checkpoints import Checkpoints
-from gating_jax.training.dispatch import map_steps
 from gating_jax.training.journal import Journal
+from gating_jax.training.steps import map_steps
 
 # Folded into the key, so that cutting out does not repeat the random numbers of crops.
 _CUT_OUT = 1
@@ -328,7 +328,7 @@ def make_test(
     result, images, gates = evaluation.evaluate(
       # Each process runs its part of a batch, and all see the whole result.
       lambda *batch: hosts.whole(run(state, *hosts.share(batch))),
-      batches.cover(experiment.test, config.optim.batch_size),
+      in_memory.cover(experiment.test, config.optim.batch_size),
       experiment.counts,
       functools.partial(task.summarise, experiment),
       classes=task.classes(experiment),

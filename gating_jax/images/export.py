@@ -18,7 +18,7 @@ import numpy as np
 
 from gating_jax import config_files
 from gating_jax.images.build import Experiment
-from gating_jax.inference import exits, export, folded, folded_macs, gate_statistics
+from gating_jax.inference import exits, export, folded, gate_statistics
 from gating_jax.inference.analyse import Analysis, analyse
 from gating_jax.inference.compiled import compile_conditional
 from gating_jax.inference.folded import Folded
@@ -285,12 +285,12 @@ def _score(experiment: Experiment, net: Folded) -> dict[str, float]:
   for x, outputs, logits in gate_statistics.observed(net, inputs()):
     correct += int(np.sum(np.argmax(outputs, axis=1) == labels.pop()))
     executed += np.broadcast_to(
-      folded_macs.macs(net, x.shape[1:], [z > 0 for z in logits]), len(x)
+      folded.macs(net, x.shape[1:], [z > 0 for z in logits]), len(x)
     ).sum()
     images += len(x)
   return {
     "accuracy": correct / images,
-    "macs": int(folded_macs.macs(net, x.shape[1:])),
+    "macs": int(folded.macs(net, x.shape[1:])),
     "executed_macs": float(executed) / images,
   }
 

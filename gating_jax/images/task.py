@@ -14,7 +14,8 @@ import jax
 from gating_jax.images import compile
 from gating_jax.images import report as image_report
 from gating_jax.images.build import Experiment
-from gating_jax.reports import conclusion, firing, gate_table, surroundings, tables, text
+from gating_jax.reports import conclusion, gate_table, surroundings, tables, text
+from gating_jax.reports import gates as gate_pictures
 from gating_jax.training import evaluation, rundir, steps
 from gating_jax.training.journal import HISTOGRAMS_FILE, METRICS_FILE, Journal, read_lines
 
@@ -113,7 +114,7 @@ def write_files(
     text.save(figure, run_dir.path / name)
     names.append(name)
   if gates is not None:
-    firing.draw(
+    gate_pictures.draw(
       run_dir.path / "gates.png",
       gates.logits,
       gates.diagnosis.open_rates,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gating_jax.inference import folded_macs
+from gating_jax.inference import folded
 from gating_jax.inference.computed import account
 from gating_jax.inference.folded import Folded, Group
 from gating_jax.inference.folding import fold
@@ -101,13 +101,13 @@ def analyse(
     gates = [z > 0 for z in logits]
     for name, way in ((executed, lambda gates: gates), *ways.items()):
       # A count that does not depend on the image is one number, and each image adds it.
-      spent[name] += np.broadcast_to(folded_macs.macs(net, shape, way(gates)), len(x)).sum()
+      spent[name] += np.broadcast_to(folded.macs(net, shape, way(gates)), len(x)).sum()
     # `switch` pads each image to a size of its own, so its count needs the gates of a batch.
     spent[switched] += len(x) * _switched(net, buckets, shape, gates, len(x))
   openings = counter.result()
   # Gate networks cost the same for every image.
-  heads = sum(map(folded_macs.head_macs, net.parts))
-  whole = folded_macs.macs(net, shape)
+  heads = sum(map(folded.head_macs, net.parts))
+  whole = folded.macs(net, shape)
   # Pruned by these very openings, with the default settings of `slim`.
   small = take(net, static_units(net, openings))
   found = {name: float(total) / images for name, total in spent.items()}
@@ -115,7 +115,7 @@ def analyse(
     "ungated": float(whole - heads),
     "masked": float(whole),
     executed: found.pop(executed),
-    "slimmed": float(folded_macs.macs(small, shape)),
+    "slimmed": float(folded.macs(small, shape)),
     **found,
   }
   return Analysis(net, shape, images, openings, macs)

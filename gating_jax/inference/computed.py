@@ -21,8 +21,6 @@ from gating_jax.inference.folded import (
   gates_output,
   groups_of,
   handed_on,
-)
-from gating_jax.inference.folded_macs import (
   head_macs,
   macs_by_part,
   open_channels,

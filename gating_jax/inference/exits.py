@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.checks import one_of
-from gating_jax.inference import folded, folded_macs, inputs
+from gating_jax.inference import folded, inputs
 from gating_jax.inference.compiled import AUTO, check_arguments, in_batches
 from gating_jax.inference.folded import Folded, Layer
 from gating_jax.inference.folding import check, fold_conv, fold_stages
@@ -238,12 +238,12 @@ def _stage_macs(net: ExitNet, input_shape: tuple[int, int, int]) -> list[int]:
   """Returns the multiply-accumulates of each stage with the exit that follows it."""
   shape, found = (1, *input_shape), []
   for i, stage in enumerate(net.stages):
-    spent = int(folded_macs.macs(stage, shape[1:]))
+    spent = int(folded.macs(stage, shape[1:]))
     if i < len(net.exits):
       # The shape of the feature map, which the exit and the next stage take, is traced, not
       # computed.
       shape = jax.eval_shape(folded.run, stage, jax.ShapeDtypeStruct(shape, jnp.float32))[0].shape
-      spent += int(folded_macs.macs(net.exits[i], shape[1:]))
+      spent += int(folded.macs(net.exits[i], shape[1:]))
     found.append(spent)
   return found
 
@@ -315,7 +315,7 @@ def compile_exits(
   chosen, seconds, open_ratios = fastest(times, len(batches), open_limit)
   # Both ways let the same images leave, so one of them tells the MACs of both.
   stay = np.concatenate([np.asarray(ways[MASKED](net, x)[1]) for x in batches])
-  dense = int(folded_macs.macs(plain, input_shape))
+  dense = int(folded.macs(plain, input_shape))
   ratio = float(np.mean(macs(net, input_shape, stay))) / dense
   computed = {
     MASKED: macs(net, input_shape) / dense,

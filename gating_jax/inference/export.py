@@ -35,7 +35,7 @@ from safetensors.numpy import load as read_tensors
 from safetensors.numpy import save as write_tensors
 
 from gating_jax.checks import one_of, shown
-from gating_jax.inference import folded, folded_macs, inputs
+from gating_jax.inference import folded, inputs
 from gating_jax.inference.compiled import Conditional
 from gating_jax.inference.exits import Exiting
 from gating_jax.inference.folded import Folded
@@ -164,9 +164,7 @@ def export_model(
     "input_shape": list(input_shape),
     "batch_size": batch_size,
     "parameters": sum(int(np.size(w)) for w in weights.values()),
-    **(
-      {"dense_macs": int(folded_macs.macs(model, input_shape))} if isinstance(model, Folded) else {}
-    ),
+    **({"dense_macs": int(folded.macs(model, input_shape))} if isinstance(model, Folded) else {}),
     "files": {name: {"bytes": len(data), "sha256": _digest(data)} for name, data in files.items()},
   }
   _write(directory, {**files, CARD: _card(own, card)})

@@ -1,7 +1,12 @@
-"""Optimisers with weight decay on all parameters but those of gate networks."""
+"""Optimisers and schedules.
+
+Weight decay is on all parameters but those of gate networks. Schedules, of coefficients and of
+learning rates, have their corners as fractions of training.
+"""
 
 from __future__ import annotations
 
+import collections
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +15,7 @@ import jax
 import optax
 from flax import traverse_util
 
+from gating_jax.checks import one_of
 from gating_jax.layers.gate import is_gate_path
 
 
@@ -95,3 +101,105 @@ def frozen(
 
   # Zero updates, not zero gradients: weight decay would move a parameter without a gradient.
   return optax.multi_transform({"trained": optimiser, "still": optax.set_to_zero()}, labels)
+
+
+LEARNING_RATES = ("step", "cosine")
+
+
+def fade_out(coefficient: float, end: float, total_steps: int) -> optax.Schedule:
+  """Returns a schedule from `coefficient` linearly to 0.
+
+  Args:
+    coefficient: the value at the start.
+    end: the fraction of training at which it is 0; 0 from the start where `end` is 0.
+    total_steps: steps of the training.
+  Raises:
+    ValueError: `end` is outside [0, 1].
+  """
+  _check_fractions(end=end)
+  # An end of 0 turns the term off.
+  if not end:
+    return optax.constant_schedule(0.0)
+  return optax.linear_schedule(coefficient, 0.0, max(1, round(end * total_steps)))
+
+
+def fade_in(coefficient: float, start: float, full: float, total_steps: int) -> optax.Schedule:
+  """Returns a schedule of 0, then linear to `coefficient`, then constant.
+
+  Args:
+    coefficient: the last value.
+    start, full: fractions of training at which the slope begins and ends.
+    total_steps: steps of the training.
+  Raises:
+    ValueError: as for `ramp`.
+  """
+  return ramp(0.0, coefficient, start, full, total_steps)
+
+
+def ramp(first: float, last: float, start: float, full: float, total_steps: int) -> optax.Schedule:
+  """Returns a schedule of `first`, then linear to `last`, then constant.
+
+  Args:
+    first, last: the values before and after the slope.
+    start, full: fractions of training at which the slope begins and ends; `last` from the start
+      where `full` is 0.
+    total_steps: steps of the training.
+  Raises:
+    ValueError: a fraction is outside [0, 1], or `start` is above `full`.
+  """
+  _check_fractions(start=start, full=full)
+  if not start <= full:
+    raise ValueError(f"start must be <= full; got start {start}, full {full}")
+  if full == 0:
+    return optax.constant_schedule(last)
+  # One step at least: with 0 steps optax would stay at `first`.
+  begin = round(start * total_steps)
+  return optax.linear_schedule(
+    first, last, max(1, round(full * total_steps) - begin), transition_begin=begin
+  )
+
+
+def learning_rate(
+  kind: str,
+  peak: float,
+  total_steps: int,
+  *,
+  warmup: float = 0.0,
+  drops: tuple[float, ...] = (),
+  factor: float = 0.1,
+) -> optax.Schedule:
+  """Returns a learning rate with linear warm-up and decay.
+
+  Args:
+    kind: `cosine` decays to 0; `step` multiplies by `factor` at each of `drops`.
+    peak: the rate after the warm-up, > 0.
+    total_steps: steps of the training.
+    warmup: fraction of training for the linear warm-up from 0.
+    drops: fractions of training.
+    factor: see `kind`.
+  Raises:
+    ValueError: an unknown kind, a rate that is not positive, or a fraction outside [0, 1].
+  """
+  _check_fractions(warmup=warmup, **{f"drops[{i}]": d for i, d in enumerate(drops)})
+  one_of("schedule", kind, LEARNING_RATES)
+  if not peak > 0:
+    raise ValueError(f"learning_rate must be > 0; got {peak}")
+  warm = round(warmup * total_steps)
+  if kind == "cosine":
+    after = optax.cosine_decay_schedule(peak, max(1, total_steps - warm))
+  else:
+    # Counted, since several drops may round to the same step: each multiplies the rate.
+    drops_at = collections.Counter(round(d * total_steps) - warm for d in drops)
+    after = optax.piecewise_constant_schedule(
+      peak, {at: factor**count for at, count in drops_at.items()}
+    )
+  if not warm:
+    return after
+  # join_schedules counts the steps of `after` from its beginning, hence `- warm` above.
+  return optax.join_schedules([optax.linear_schedule(0.0, peak, warm), after], [warm])
+
+
+def _check_fractions(**fractions: float) -> None:
+  for name, value in fractions.items():
+    if not 0 <= value <= 1:
+      raise ValueError(f"{name} must be a fraction of training, in [0, 1]; got {value}")

@@ -17,8 +17,7 @@ import numpy as np
 import optax
 
 from gating_jax.checks import one_of
-from gating_jax.data.video_arrays import VideoArrays
-from gating_jax.data.videos import VideoSet
+from gating_jax.data.videos import VideoArrays, VideoSet
 from gating_jax.layers.blocks import GATINGS
 from gating_jax.layers.gate import GateSettings
 from gating_jax.layers.segment_gate import (
@@ -28,6 +27,7 @@ from gating_jax.layers.segment_gate import (
   RELAXATIONS,
   SegmentGateSettings,
 )
+from gating_jax.models.summary import VideoCounts, count_video
 from gating_jax.models.timegate import SELECTIONS, SegmentClassifier, SegmentNet
 from gating_jax.models.video_backbones import (
   HEAVY_NETS,
@@ -36,10 +36,9 @@ from gating_jax.models.video_backbones import (
   heavy_net,
   light_net,
 )
-from gating_jax.models.video_counts import VideoCounts, count_video
 from gating_jax.ops import selection
 from gating_jax.ops.priors import beta
-from gating_jax.training import devices, loop, optim, schedules, settings
+from gating_jax.training import devices, loop, optim, settings
 from gating_jax.training.objectives import REDUCTIONS, ImageObjective
 from gating_jax.training.objectives import SPARSITIES as CHANNEL_SPARSITIES
 from gating_jax.training.outlines import Outline
@@ -241,7 +240,7 @@ def _pretraining(
     name="pretrain",
     model=SegmentClassifier(targets, light, heavy),
     optimiser=optim.adam(
-      schedules.learning_rate("cosine", pretrain.learning_rate, total, warmup=0.05),
+      optim.learning_rate("cosine", pretrain.learning_rate, total, warmup=0.05),
       weight_decay=pretrain.weight_decay,
     ),
     objective=SegmentObjective(
@@ -266,7 +265,7 @@ def _training(
 ) -> Phase:
   training, loss = config.optim, config.loss
   loops, total = _loop(config, train, "optim")
-  rate = schedules.learning_rate(
+  rate = optim.learning_rate(
     training.schedule,
     training.learning_rate,
     total,
@@ -315,10 +314,10 @@ def _training(
       # Fixed selections have no parameters that a sparsity penalty could train.
       sparsity=loss.sparsity.kind if model.selection == "gate" else "none",
       target=loss.sparsity.target,
-      sparsity_coefficient=schedules.fade_in(
+      sparsity_coefficient=optim.fade_in(
         loss.sparsity.coefficient, loss.sparsity.start, loss.sparsity.full, total
       ),
-      batch_shaping_coefficient=schedules.fade_out(
+      batch_shaping_coefficient=optim.fade_out(
         loss.batch_shaping.coefficient, loss.batch_shaping.end, total
       ),
       prior=beta(loss.batch_shaping.a, loss.batch_shaping.b),
@@ -337,10 +336,8 @@ def _channels(config: ml_collections.ConfigDict, counts: VideoCounts, total: int
     sparsity=sparsity.kind,
     target=sparsity.target,
     fixed_macs=counts.heavy.macs - counts.heavy.gated,
-    batch_shaping_coefficient=schedules.fade_out(shaping.coefficient, shaping.end, total),
-    sparsity_coefficient=schedules.fade_in(
-      sparsity.coefficient, sparsity.start, sparsity.full, total
-    ),
+    batch_shaping_coefficient=optim.fade_out(shaping.coefficient, shaping.end, total),
+    sparsity_coefficient=optim.fade_in(sparsity.coefficient, sparsity.start, sparsity.full, total),
   )
 
 
@@ -387,7 +384,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
       "loss.channels.batch_shaping.reduction": REDUCTIONS,
       "loss.channels.sparsity.kind": CHANNEL_SPARSITIES,
       "optim.kind": ("adam", "sgd"),
-      "optim.schedule": schedules.LEARNING_RATES,
+      "optim.schedule": optim.LEARNING_RATES,
       "devices.backend": devices.BACKENDS,
     },
     positive=(

@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gating_jax.data import batches
-from gating_jax.data.video_arrays import VideoArrays
-from gating_jax.data.videos import VideoSet
+from gating_jax.data import images
+from gating_jax.data.videos import VideoArrays, VideoSet
 from gating_jax.ops import selection
 from gating_jax.ops.macs import executed_macs
 from gating_jax.training import devices, evaluation, hosts
@@ -221,7 +220,7 @@ def _over(
     backend=config.devices.backend,
   )
   parts = []
-  for batch, count in batches.cover(videos, config.optim.batch_size):
+  for batch, count in images.cover(videos, config.optim.batch_size):
     kept = {
       name: batch[name]
       for name in ("valid", "label", "weight", "units", "relevant")

@@ -18,13 +18,13 @@ import jax
 import ml_collections
 
 from gating_jax.data import images
-from gating_jax.data.video_arrays import VideoArrays
+from gating_jax.data.videos import VideoArrays
 from gating_jax.progress import Pace, lasting, say, working
 from gating_jax.reports import conclusion, failing, video_table
 from gating_jax.training import devices, gate_watch, hosts, loop, outlines, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
-from gating_jax.training.dispatch import map_steps
 from gating_jax.training.journal import Journal
+from gating_jax.training.steps import map_steps
 from gating_jax.video import evaluate as video_evaluation
 from gating_jax.video import nets as video_nets
 from gating_jax.video import report, sets, speed

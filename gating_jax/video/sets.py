@@ -14,8 +14,7 @@ import ml_collections
 import numpy as np
 
 from gating_jax.data import augment, composed, video_layouts, video_tables
-from gating_jax.data.video_arrays import VideoArrays
-from gating_jax.data.videos import FeatureFolder, VideoFolder, VideoSet
+from gating_jax.data.videos import FeatureFolder, VideoArrays, VideoFolder, VideoSet
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.ops.collectives import example_keys
 from gating_jax.paths import user_path

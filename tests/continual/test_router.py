@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from gating_jax.continual import router
+from gating_jax.continual import task_inference
 
-SETTINGS = router.RouterSettings(hidden=8, steps=300, batch_size=16, learning_rate=1e-2)
+SETTINGS = task_inference.RouterSettings(hidden=8, steps=300, batch_size=16, learning_rate=1e-2)
 
 
 def examples(counts, seed=0):
@@ -20,12 +20,12 @@ def examples(counts, seed=0):
 
 
 def accuracy(params, features, tasks):
-  return np.mean(np.argmax(router.scores(params, features), -1) == tasks)
+  return np.mean(np.argmax(task_inference.scores(params, features), -1) == tasks)
 
 
 def test_it_learns_rare_tasks_as_well_as_frequent_ones():
-  params = router.init(jax.random.key(0), 4, 4, SETTINGS.hidden)
-  trained = router.train(params, *examples([200, 4, 4]), jax.random.key(1), SETTINGS)
+  params = task_inference.init(jax.random.key(0), 4, 4, SETTINGS.hidden)
+  trained = task_inference.train(params, *examples([200, 4, 4]), jax.random.key(1), SETTINGS)
   features, tasks = examples([50, 50, 50], seed=1)
   assert accuracy(params, features, tasks) < 0.7
   assert accuracy(trained, features, tasks) > 0.9
@@ -33,9 +33,9 @@ def test_it_learns_rare_tasks_as_well_as_frequent_ones():
 
 def test_it_widens_with_its_weights_kept():
   """Parts of future tasks keep their initial values, and do not change the scores of seen tasks."""
-  params = router.init(jax.random.key(0), 4, 4, SETTINGS.hidden)
+  params = task_inference.init(jax.random.key(0), 4, 4, SETTINGS.hidden)
   features, tasks = examples([20, 20])
-  trained = router.train(params, features, tasks, jax.random.key(1), SETTINGS)
+  trained = task_inference.train(params, features, tasks, jax.random.key(1), SETTINGS)
   for name, part in (
     ("hidden", lambda p: p["hidden"]["kernel"][2:]),
     ("out", lambda p: p["out"]["kernel"][:, 2:]),
@@ -44,24 +44,24 @@ def test_it_widens_with_its_weights_kept():
   assert not np.array_equal(trained["hidden"]["kernel"][:2], params["hidden"]["kernel"][:2])
   wide = np.concatenate([features, np.zeros_like(features)], axis=1)
   np.testing.assert_allclose(
-    router.scores(trained, wide)[:, :2], router.scores(trained, features), rtol=1e-5
+    task_inference.scores(trained, wide)[:, :2], task_inference.scores(trained, features), rtol=1e-5
   )
 
 
 def test_one_task_needs_no_training():
-  params = router.init(jax.random.key(0), 2, 4, SETTINGS.hidden)
-  assert router.train(params, *examples([5]), jax.random.key(1), SETTINGS) is params
+  params = task_inference.init(jax.random.key(0), 2, 4, SETTINGS.hidden)
+  assert task_inference.train(params, *examples([5]), jax.random.key(1), SETTINGS) is params
 
 
 def test_macs_by_hand():
-  assert router.macs(3, 10, 64) == 3 * 10 * 64 + 64 * 3
+  assert task_inference.macs(3, 10, 64) == 3 * 10 * 64 + 64 * 3
 
 
 def test_a_task_without_an_image_is_an_error():
   features, tasks = examples([5, 5, 5])
   with pytest.raises(ValueError, match=r"every task needs an image to rehearse; got \[5, 0, 5\]"):
-    router.train(
-      router.init(jax.random.key(0), 3, 4, 8),
+    task_inference.train(
+      task_inference.init(jax.random.key(0), 3, 4, 8),
       features[tasks != 1],
       tasks[tasks != 1],
       jax.random.key(1),

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gating_jax.data.batches import cover
+from gating_jax.data.images import cover
 from gating_jax.data.tfds import Images
 
 

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from gating_jax.data import batches, images, streaming, tfds
+from gating_jax.data import images, streaming, tfds
 from tests.helpers import made_tfds
 
 SHAPE = (12, 10, 3)
@@ -118,9 +118,9 @@ def test_embedded_digits_are_resized_as_well():
 
 def test_evaluation_covers_a_stream_exactly_once_without_cropping_at_random(uneven):
   stream = streaming.open_stream("uneven_set", "test", str(uneven), image_size=8)
-  once = list(batches.cover(stream, 3))
+  once = list(images.cover(stream, 3))
   assert [valid for _, valid in once] == [3, 1]
-  again = list(batches.cover(stream, 3))
+  again = list(images.cover(stream, 3))
   for ((pixels, _), _), ((repeated, _), _) in zip(once, again, strict=True):
     np.testing.assert_array_equal(pixels, repeated)
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from gating_jax.data import batches
-from gating_jax.data.video_arrays import VideoArrays
+from gating_jax.data import images
+from gating_jax.data.videos import VideoArrays
 
 
 def videos(label):
@@ -33,7 +33,5 @@ def test_labels_of_two_axes_are_of_several_classes(shape, several):
 
 
 def test_it_is_covered_by_batches_once():
-  seen = [
-    batch["label"][:count].tolist() for batch, count in batches.cover(videos(np.arange(5)), 2)
-  ]
+  seen = [batch["label"][:count].tolist() for batch, count in images.cover(videos(np.arange(5)), 2)]
   assert seen == [[0, 1], [2, 3], [4]]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gating_jax.inference import folded, folded_macs, gate_statistics
+from gating_jax.inference import folded, gate_statistics
 from gating_jax.inference.analyse import _in_blocks, _union, analyse
 from gating_jax.inference.folded import Group
 from gating_jax.inference.folding import fold
@@ -60,11 +60,11 @@ def test_batches_say_the_same_as_one_array(size, analysis):
 def test_macs_of_each_way(analysis, gates):
   net, macs = analysis.net, analysis.macs
   heads = sum(p.head.hidden.size + p.head.logits.size for p in net.parts if p.head)
-  assert macs["masked"] == folded_macs.macs(net, SHAPE) == macs["ungated"] + heads
-  assert macs["executed"] == pytest.approx(folded_macs.macs(net, SHAPE, gates).mean())
+  assert macs["masked"] == folded.macs(net, SHAPE) == macs["ungated"] + heads
+  assert macs["executed"] == pytest.approx(folded.macs(net, SHAPE, gates).mean())
   assert macs["switch of 4"] == macs["masked"]  # no layer has more than 16 channels
   whole = [np.repeat(g.any(axis=1, keepdims=True), g.shape[1], axis=1) for g in gates]
-  assert macs["blocks of 16"] == pytest.approx(folded_macs.macs(net, SHAPE, whole).mean())
+  assert macs["blocks of 16"] == pytest.approx(folded.macs(net, SHAPE, whole).mean())
   union = [
     np.concatenate(
       [
@@ -75,7 +75,7 @@ def test_macs_of_each_way(analysis, gates):
     )
     for g in gates
   ]
-  assert macs["union of 8"] == pytest.approx(folded_macs.macs(net, SHAPE, union).mean())
+  assert macs["union of 8"] == pytest.approx(folded.macs(net, SHAPE, union).mean())
   assert macs["executed"] < macs["union of 8"] < macs["masked"]
   assert analysis.mac_rows()[0] == {"strategy": "ungated", "macs": macs["ungated"], "ratio": 1.0}
 

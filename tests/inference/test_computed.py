@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from gating_jax.inference import compiled, folded, folded_macs
+from gating_jax.inference import compiled, folded
 from gating_jax.inference.computed import account, spent
 from gating_jax.inference.folded import Group
 from gating_jax.inference.kernel_strategies import EXPORTABLE, STRATEGIES, why_not
@@ -50,7 +50,7 @@ def test_it_is_what_the_convolutions_are_given(kind, strategy, count, monkeypatc
       said = spent(strategy, part, setting, shape, gates, before, count)
       assert said == pytest.approx(sum(given), rel=1e-12)
       compared += 1
-    shape, _ = folded_macs.part_macs(part, shape)
+    shape, _ = folded.part_macs(part, shape)
   assert compared
 
 
@@ -85,7 +85,7 @@ def test_native_computes_what_is_open_and_shortcuts_whole(kind, monkeypatch):
       made[1](made[0], x, gates, before)
       assert spent("native", part, setting, shape, gates, before, 5) == sum(given)
       compared += 1
-    shape, _ = folded_macs.part_macs(part, shape)
+    shape, _ = folded.part_macs(part, shape)
   assert compared
 
 
@@ -111,8 +111,8 @@ def test_ratios_of_parts_and_of_whole_programs():
   gates = compiled._gates_of(of, images(6, seed=5))
   indices = np.array([[0, 2], [3, 5]])
   found = account(of, known, settings, SHAPE, [[g[index] for g in gates] for index in indices], 2)
-  heads = [folded_macs.head_macs(part) for part in of.parts]
-  dense = folded_macs.macs_by_part(compiled.ungated(of), SHAPE)
+  heads = [folded.head_macs(part) for part in of.parts]
+  dense = folded.macs_by_part(compiled.ungated(of), SHAPE)
   assert found.dense == dense
   opened, computed = found.of_part(1)
   assert computed["masked"] == 1
@@ -127,4 +127,4 @@ def test_ratios_of_parts_and_of_whole_programs():
   saved = found.computed[1]["masked"] - found.computed[1]["native"]
   assert computed["mixed"] == pytest.approx(computed["masked"] - saved / total)
   gates = [setting.gates[0][indices.ravel()] for setting in settings[1:]]
-  assert opened == pytest.approx(folded_macs.macs(of, SHAPE, gates).mean() / total)
+  assert opened == pytest.approx(folded.macs(of, SHAPE, gates).mean() / total)

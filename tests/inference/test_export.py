@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gating_jax.inference import export, folded, folded_macs
+from gating_jax.inference import export, folded
 from gating_jax.inference.analyse import analyse
 from gating_jax.inference.compiled import compile_conditional
 from gating_jax.inference.exits import compile_exits
@@ -53,7 +53,7 @@ def test_what_is_loaded_computes_the_same_for_any_number_of_images(net, tmp_path
     None,
     ["a", "b", "c"],
   )
-  assert card["dense_macs"] == folded_macs.macs(net, SHAPE)
+  assert card["dense_macs"] == folded.macs(net, SHAPE)
   assert card["parameters"] == sum(x.size for x in jax.tree.leaves(net))
   for name, said in card["files"].items():
     data = (path / name).read_bytes()

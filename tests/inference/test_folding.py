@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gating_jax.inference import folded, folded_macs
+from gating_jax.inference import folded
 from gating_jax.inference.folding import fold
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.early_exit import EarlyExitNet
@@ -34,10 +34,10 @@ def test_the_same_outputs_gates_and_macs(model):
     np.testing.assert_allclose(of_net, of_record.logits, rtol=1e-3, atol=1e-3)
   assert not gates or 0 < np.mean(np.concatenate(gates, axis=1)) < 1
   counts = count(model, SHAPE)
-  assert folded_macs.macs(net, SHAPE) == counts.macs + counts.gate_macs
+  assert folded.macs(net, SHAPE) == counts.macs + counts.gate_macs
   if records:
     np.testing.assert_array_equal(
-      folded_macs.macs(net, SHAPE, gates), counts.fixed + executed_macs(records)
+      folded.macs(net, SHAPE, gates), counts.fixed + executed_macs(records)
     )
 
 
@@ -49,7 +49,7 @@ def test_what_static_gates_close_is_gone(name):
   closed = sum(int(np.sum(np.asarray(r.gates) == 0)) for r in records)
   assert closed > 0
   net, counts = fold(model, variables), count(model, SHAPE)
-  assert folded_macs.macs(net, SHAPE) == counts.fixed + executed_macs(records)[0]
+  assert folded.macs(net, SHAPE) == counts.fixed + executed_macs(records)[0]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_what_static_gates_close_in_a_chain_is_gone(closed):
     (second, 3),
   )
   height, width, _ = SHAPE
-  assert folded_macs.macs(net, SHAPE) == (
+  assert folded.macs(net, SHAPE) == (
     9 * height * width * 3 * first + 9 * (height // 2) * (width // 2) * first * second + 3 * second
   )
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gating_jax.inference import folded, folded_macs, gate_statistics, slim
+from gating_jax.inference import folded, gate_statistics, slim
 from gating_jax.inference.analyse import analyse
 from gating_jax.inference.compiled import compile_conditional
 from gating_jax.inference.folded import Block, Folded, Group, Head, Layer
@@ -70,7 +70,7 @@ def test_equal_on_every_image_where_nothing_static_moves(data):
   choices = slim.static_units(net, found, multiple=data.draw(st.sampled_from([1, 2, 3, 16])))
   assert not equal_where_it_must(net, choices, images(12)).any()
   equal_where_it_must(net, choices, images(6, seed=data.draw(st.integers(1, 3))))
-  assert folded_macs.macs(slim.take(net, choices), SHAPE) <= folded_macs.macs(net, SHAPE)
+  assert folded.macs(slim.take(net, choices), SHAPE) <= folded.macs(net, SHAPE)
 
 
 @pytest.mark.thin(2)
@@ -79,7 +79,7 @@ def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
   opened = everywhere(NETS[name], OPEN)
   small = slim.take(opened, slim.static_units(opened, gate_statistics.count(opened, images(4))))
   assert heads(small) == []
-  assert folded_macs.macs(small, SHAPE) == folded_macs.macs(opened, SHAPE) - sum(
+  assert folded.macs(small, SHAPE) == folded.macs(opened, SHAPE) - sum(
     h.hidden.size + h.logits.size for h in heads(opened)
   )
   closed = everywhere(NETS[name], CLOSED)
@@ -89,7 +89,7 @@ def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
   for old, new in blocks:
     assert new.head is None
     assert new.convs == () if old.layer_gate else new.convs[-1].kernel.shape[2] == 0
-    assert folded_macs.macs(Folded((new,)), (8, 8, 4)) <= (
+    assert folded.macs(Folded((new,)), (8, 8, 4)) <= (
       new.project.kernel.size * 64 if new.project else 0
     )
   np.testing.assert_allclose(
@@ -110,7 +110,7 @@ def test_channels_that_shortcuts_read_stay_and_keep_their_gates(name):
       *inner, outer = new.groups
       assert outer == old.groups[-1]
       assert all(group.gates == 0 for group in inner)
-    assert folded_macs.macs(small, SHAPE) < folded_macs.macs(net, SHAPE)
+    assert folded.macs(small, SHAPE) < folded.macs(net, SHAPE)
     run = compile_conditional(
       small, input_shape=SHAPE, batch_size=2, calibration=images(4), repeats=1
     )
@@ -194,8 +194,8 @@ def test_slimming_twice_changes_nothing_more():
   analysis = analyse(NETS["bottleneck"], None, images(20))
   once = slim.slim(analysis, multiple=2)
   twice = slim.slim(analyse(once, None, images(20)), multiple=2)
-  assert folded_macs.macs(once, SHAPE) < folded_macs.macs(analysis.net, SHAPE)
-  assert folded_macs.macs(twice, SHAPE) == folded_macs.macs(once, SHAPE)
+  assert folded.macs(once, SHAPE) < folded.macs(analysis.net, SHAPE)
+  assert folded.macs(twice, SHAPE) == folded.macs(once, SHAPE)
 
 
 def test_features_of_a_vgg_keep_their_channels_and_order():

@@ -5,8 +5,8 @@ import pytest
 
 from gating_jax.layers.gate import GATE_NAME, ChannelGate, GateSettings, Switched
 from gating_jax.layers.segment_gate import SegmentGateSettings
+from gating_jax.models.summary import NOTHING, VideoCounts, count_video
 from gating_jax.models.timegate import SegmentNet
-from gating_jax.models.video_counts import NOTHING, VideoCounts, count_video
 from gating_jax.ops.macs import executed_macs
 from gating_jax.types import GateRecord
 

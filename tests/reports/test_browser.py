@@ -10,7 +10,8 @@ from gating_jax.continual import report as continual_report
 from gating_jax.images import report as image_report
 from gating_jax.models import vgg, video_backbones
 from gating_jax.models.resnet import ResNet
-from gating_jax.reports import comparison, image_rows, page
+from gating_jax.reports import comparison, page
+from gating_jax.reports import images as image_pictures
 from gating_jax.training import rundir
 from gating_jax.video import build as video_build
 from gating_jax.video import report as video_report
@@ -52,7 +53,7 @@ def test_a_report_loads_and_fits(tmp_path, kind, width):
 
 def test_a_printed_page_has_what_is_folded(tmp_path):
   picture = page.pictured(
-    image_rows.draw_rows([np.zeros((8, 4, 4, 3), np.uint8)], ["a row"]), "Images."
+    image_pictures.draw_rows([np.zeros((8, 4, 4, 3), np.uint8)], ["a row"]), "Images."
   )
 
   def pages(count):
@@ -191,7 +192,7 @@ def test_what_is_wrong_is_seen(tmp_path, body, what):
 
 
 def test_all_kinds_of_parts_load_and_fit(tmp_path):
-  rows = image_rows.draw_rows([np.zeros((8, 4, 4, 3), np.uint8)], ["a row"])
+  rows = image_pictures.draw_rows([np.zeros((8, 4, 4, 3), np.uint8)], ["a row"])
   draw = lambda file: rows.savefig(file)
   wide = Figure(figsize=(20, 1))
   page.write(

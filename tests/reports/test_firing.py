@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from gating_jax.ops.priors import beta
-from gating_jax.reports import firing
+from gating_jax.reports import gates as gate_pictures
 
 
 @pytest.mark.thin(2)
@@ -17,7 +17,7 @@ from gating_jax.reports import firing
 )
 def test_a_picture_is_written(tmp_path, examples, gates):
   logits = np.random.default_rng(0).normal(size=(examples, gates)).astype(np.float32)
-  firing.draw(tmp_path / "gates.png", logits, (logits > 0).mean(axis=0), beta(0.6, 0.4))
+  gate_pictures.draw(tmp_path / "gates.png", logits, (logits > 0).mean(axis=0), beta(0.6, 0.4))
   with Image.open(tmp_path / "gates.png") as picture:
     assert picture.format == "PNG"
     assert picture.size == (1430, 440)
@@ -27,7 +27,7 @@ def test_a_picture_is_written(tmp_path, examples, gates):
 
 @pytest.mark.parametrize("logit", [110.0, -110.0, 0.0])
 def test_gates_that_are_all_alike_are_drawn(tmp_path, logit):
-  firing.draw(
+  gate_pictures.draw(
     tmp_path / "gates.png",
     np.full((30, 4), logit, np.float32),
     np.full(4, float(logit > 0)),
@@ -39,5 +39,7 @@ def test_gates_that_are_all_alike_are_drawn(tmp_path, logit):
 def test_other_gates_give_another_picture(tmp_path):
   logits = np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32)
   for name, shift in (("closed.png", -3), ("open.png", 3)):
-    firing.draw(tmp_path / name, logits + shift, (logits + shift > 0).mean(axis=0), beta(0.6, 0.4))
+    gate_pictures.draw(
+      tmp_path / name, logits + shift, (logits + shift > 0).mean(axis=0), beta(0.6, 0.4)
+    )
   assert (tmp_path / "closed.png").read_bytes() != (tmp_path / "open.png").read_bytes()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gating_jax.reports import image_rows, page, text
+from gating_jax.reports import images, page, text
 
 
 def rows(*counts, channels=3):
@@ -15,7 +15,7 @@ def rows(*counts, channels=3):
 @pytest.mark.parametrize("counts", [(1,), (8, 3, 8), (0, 2)])
 def test_rows_of_any_length_are_drawn(counts, channels):
   file, captions = io.BytesIO(), [["$x$ <script>\n"] * count for count in counts]
-  figure = image_rows.draw_rows(
+  figure = images.draw_rows(
     rows(*counts, channels=channels), ["two\nlines"] * len(counts), captions
   )
   assert figure.get_figwidth() == page.WIDTH
@@ -26,4 +26,4 @@ def test_rows_of_any_length_are_drawn(counts, channels):
 
 def test_no_rows_are_refused():
   with pytest.raises(ValueError, match="rows must hold at least one row of images; got none"):
-    image_rows.draw_rows([], [])
+    images.draw_rows([], [])

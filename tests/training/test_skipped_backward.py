@@ -12,7 +12,7 @@ from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.resnet import ResNet
 from gating_jax.training import steps
-from gating_jax.training.dispatch import or_in_full
+from gating_jax.training.steps import or_in_full
 from tests.helpers import tiny
 from tests.helpers.runs import announced
 

@@ -7,7 +7,6 @@ import numpy as np
 import optax
 import pytest
 
-from gating_jax.data import batches
 from gating_jax.data import images as in_memory
 from gating_jax.data.tfds import Images
 from gating_jax.ops.macs import gated_macs
@@ -184,7 +183,7 @@ def evaluated(batch_size, used, backend="pmap"):
   images = Images(*tiny.images(37, seed=5), class_names=("a", "b", "c"))
   parts = [
     jax.tree.map(lambda x: np.asarray(x)[:valid], run(state, pixels, labels))  # noqa: B023
-    for (pixels, labels), valid in batches.cover(images, batch_size)
+    for (pixels, labels), valid in in_memory.cover(images, batch_size)
   ]
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

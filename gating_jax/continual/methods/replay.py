@@ -6,6 +6,21 @@ Both go through the network as one batch, so that BatchNorm normalises new and o
 training and in the test. With one pass for each, its running statistics would fit neither.
 
 Reference: Chaudhry et al., "On tiny episodic memories in continual learning", 2019.
+
+DER++: replay with a penalty on the change of stored logits.
+
+    L = mean of CE over the batch + alpha mean of |z - z*|^2 over one draw
+        + beta mean of CE over another
+
+Here z* are the logits stored with each image. The mean square is over the classes that had been
+seen when z* was stored: the logits of later classes were not trained then. The paper stores z*
+during the task, when images enter its reservoir; here it is at the end of the image's own task,
+when the memory is filled.
+
+All three parts go through the network as one batch, for the reason given in `methods.replay`.
+
+Axes: S slots, R replayed examples, K classes.
+Reference: Buzzega et al., "Dark experience for general continual learning", 2020.
 """
 
 from __future__ import annotations
@@ -56,3 +71,79 @@ def er(network: Network, rehearsal: memory.ReplaySettings) -> Method:
     return learner.replace(memory=memory.share(learner.memory, data.pixels, data.labels, key))
 
   return Method(init, loss, end_task, network.predict)
+
+
+def derpp(
+  network: Network, rehearsal: memory.ReplaySettings, *, alpha: float, beta: float
+) -> Method:
+  """Makes the method; its memory is a `memory.Memory` with logits `[S, K]`.
+
+  Args:
+    network: to train.
+    rehearsal: sizes of the memory and of each of the two draws.
+    alpha, beta: weights of the stored logits and of the labels, >= 0.
+  Raises:
+    ValueError: a negative weight.
+  """
+  for name, value in (("alpha", alpha), ("beta", beta)):
+    if not value >= 0:
+      raise ValueError(f"{name} must be >= 0; got {value}")
+  problem = network.problem
+
+  def init(key: Array) -> Start:
+    """Initialises the network and an empty memory with logits `[S, K]`."""
+    logits = jnp.zeros((rehearsal.images, problem.all_classes))
+    return Start(*network.init(key), memory.empty(rehearsal.images, problem.shape, logits))
+
+  def loss(
+    params: Any, learner: Learner, batch: Batch
+  ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
+    """Returns the loss of a step, a scalar, with its terms and the new statistics."""
+    noise, one, other = jax.random.split(batch.key, 3)
+    drawn = lambda key: memory.draw_inputs(
+      learner.memory, key, batch, problem, rehearsal.batch_size
+    )
+    # The paper has independent draws for the two terms.
+    (x1, labels1, stored, filled), (x2, labels2, _, _) = drawn(one), drawn(other)
+    # One pass, so that BatchNorm normalises all three parts alike.
+    logits, batch_stats = network.train_logits(
+      params, learner.batch_stats, jnp.concatenate([batch.x, x1, x2]), noise
+    )
+    new, old1, old2 = jnp.split(logits, [len(batch.x), len(batch.x) + len(x1)])
+    mean_cross_entropy = lambda z, labels: jnp.mean(network.cross_entropy(z, labels, learner.task))
+    terms = {
+      "cross_entropy": mean_cross_entropy(new, batch.labels),
+      # Before the first task ends there are no stored logits and nothing to replay.
+      "logits": jnp.where(filled, squared_gap(old1, stored, network.seen_with(labels1)), 0.0),
+      "replay": jnp.where(filled, mean_cross_entropy(old2, labels2), 0.0),
+    }
+    return terms["cross_entropy"] + alpha * terms["logits"] + beta * terms["replay"], (
+      terms,
+      batch_stats,
+    )
+
+  def end_task(learner: Learner, data: TaskData, key: Array) -> Learner:
+    """Adds the task's images and their logits to the memory."""
+    # z* of every image, before it is known which the memory keeps.
+    logits = problem.in_batches(
+      lambda learner, x: network.logits(learner.params, learner.batch_stats, x),
+      learner,
+      data.pixels,
+    )
+    return learner.replace(
+      memory=memory.share(learner.memory, data.pixels, data.labels, key, logits)
+    )
+
+  return Method(init, loss, end_task, network.predict)
+
+
+def squared_gap(logits: Array, stored: Array, counted: Array) -> Array:
+  """Averages the mean square over each example's counted classes.
+
+  Args:
+    logits, stored: `[R, K]`.
+    counted: `[R, K]` bool.
+  Returns:
+    a scalar, the mean over the R examples.
+  """
+  return jnp.mean(jnp.mean(jnp.square(logits - stored), axis=-1, where=counted))

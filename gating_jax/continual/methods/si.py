@@ -18,8 +18,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from gating_jax.continual.anchors import anchored_loss, weighted_distance
 from gating_jax.continual.method import Method, Network, Start
+from gating_jax.continual.methods.ewc import anchored_loss, weighted_distance
 
 
 def si(network: Network, *, strength: float, damping: float) -> Method:

@@ -28,7 +28,7 @@ import numpy as np
 
 from gating_jax.checks import one_of
 from gating_jax.continual import memory as replay_memory
-from gating_jax.continual import router, shared_net, units
+from gating_jax.continual import shared_net, task_inference, units
 from gating_jax.continual.method import (
   Batch,
   Holdings,
@@ -91,7 +91,7 @@ def task_gates(
   counts: ModelCounts,
   settings: TaskGatesSettings,
   rehearsal: Rehearsal | None = None,
-  router_settings: router.RouterSettings | None = None,
+  router_settings: task_inference.RouterSettings | None = None,
   network: Network | None = None,
   distillation: float = 0.0,
 ) -> Method:

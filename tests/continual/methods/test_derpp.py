@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gating_jax.continual.derpp import derpp, squared_gap
 from gating_jax.continual.memory import ReplaySettings
 from gating_jax.continual.method import Batch
+from gating_jax.continual.methods.replay import derpp, squared_gap
 from tests.helpers import toy
 
 REHEARSAL = ReplaySettings(images=1, batch_size=4)

@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 
 from gating_jax.continual import memory
-from gating_jax.continual.derpp import derpp
 from gating_jax.continual.methods.agem import agem
 from gating_jax.continual.methods.fine_tuning import fine_tuning
 from gating_jax.continual.methods.icarl import Headed, icarl
-from gating_jax.continual.methods.replay import er
+from gating_jax.continual.methods.replay import derpp, er
 from tests.helpers import toy
 from tests.helpers.tiny import relative_gap
 

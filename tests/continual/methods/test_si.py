@@ -4,8 +4,8 @@ import numpy as np
 import optax
 import pytest
 
-from gating_jax.continual.anchors import weighted_distance
 from gating_jax.continual.method import Batch
+from gating_jax.continual.methods.ewc import weighted_distance
 from gating_jax.continual.methods.fine_tuning import fine_tuning
 from gating_jax.continual.methods.si import si
 from tests.helpers import conflicting

@@ -11,13 +11,13 @@ import optax
 import pytest
 from flax import traverse_util
 
-from gating_jax.continual import rehearsal, router, training
+from gating_jax.continual import rehearsal, task_inference, training
 from gating_jax.continual.memory import ReplaySettings
 from gating_jax.continual.method import Batch, Learner, Network, Problem, Table, TaskData
 from gating_jax.continual.methods.task_gates import FullLayerError, TaskGatesSettings, task_gates
 from gating_jax.continual.rehearsal import episodic
-from gating_jax.continual.router import RouterSettings
 from gating_jax.continual.shared_net import SharedNet
+from gating_jax.continual.task_inference import RouterSettings
 from gating_jax.continual.units import freeze
 from gating_jax.layers.gate import GATE_RNG, GateSettings
 from gating_jax.models.resnet import ResNet
@@ -449,7 +449,7 @@ def test_the_loss_of_the_classifier_of_tasks_by_hand(weight):
   )
   own = jax.tree.map(lambda tree: tree[0], learner.memory["own"])
   earlier = net.of_task(learner.params, learner.batch_stats, own, x)
-  scores = router.scores(
+  scores = task_inference.scores(
     learner.params["router"], jnp.stack([earlier.features, trained.features], axis=1)
   )
   each = -jax.nn.log_softmax(scores)[np.arange(48), np.tile([1, 1, 0], 16)].reshape(16, 3)
