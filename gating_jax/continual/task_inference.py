@@ -155,7 +155,9 @@ class OfFeatures:
     features = jnp.moveaxis(stream.features, 0, 1)
     _, seen, width = features.shape
     task = jnp.argmax(scores(learner.params["router"], features), axis=-1)
-    return Told(task, jnp.zeros(()), macs.sum(0) + float(macs(seen, width, self.settings.hidden)))
+    return Told(
+      task, jnp.zeros(()), macs.sum(0) + float(router_macs(seen, width, self.settings.hidden))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -373,7 +375,7 @@ def of_seen(updates: Any, seen: Array) -> Any:
   }
 
 
-def macs(seen: int, features: int, hidden: int) -> int:
+def router_macs(seen: int, features: int, hidden: int) -> int:
   """Counts the multiply-accumulates of one image.
 
   Args:

@@ -54,7 +54,7 @@ def test_one_task_needs_no_training():
 
 
 def test_macs_by_hand():
-  assert task_inference.macs(3, 10, 64) == 3 * 10 * 64 + 64 * 3
+  assert task_inference.router_macs(3, 10, 64) == 3 * 10 * 64 + 64 * 3
 
 
 def test_a_task_without_an_image_is_an_error():

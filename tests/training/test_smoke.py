@@ -85,14 +85,10 @@ def test_scenes_and_their_parts_become_small_by_one_factor(opened):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "changes"),
-  [  # the largest config of each programme, and many classes
+  [  # the largest config of a programme, and many classes
     ("imagenet_resnet18", {}),
     ("segmentation_cityscapes", {}),
-    ("videos_timegate", {}),
-    ("features_timegate", {}),
-    ("split_imagenet50", {}),
     ("split_cifar10_narrow", {"data.name": "cifar100"}),
-    ("tfds_resnet20", {"data.name": "cifar100"}),
   ],
 )
 def test_a_config_trains_from_end_to_end_on_its_data_or_a_stand_in(
