@@ -111,7 +111,7 @@ def test_only_features_that_a_chain_itself_ends_with_stay(features):
     ),
     (
       ResNet(3, (1,), features=4, gating="all_channels", gate=STATIC),
-      "context must be pooled where the outputs",
+      "context must be pooled if block outputs",
     ),
     (
       ResNet(3, (1,), features=4, gating="channel", gate=GateSettings(context="random")),
