@@ -53,7 +53,7 @@ def check(experiment: VideoExperiment) -> None:
   """Raises ValueError for a run that skips no segments of a heavy net in batches."""
   if not skips(experiment):
     raise ValueError(
-      "to be compiled, model must have a heavy net and choose segments before running it; got "
+      "model must have a heavy net and choose segments before running it; got "
       f"model.heavy.name {experiment.config.model.heavy.name!r}, model.selection "
       f"{experiment.config.model.selection!r}"
     )
