@@ -1,4 +1,4 @@
-"""Smoke tests of any config: little data, few steps and tasks, so that a run ends in a minute."""
+"""Smoke tests of any config: little data, few steps and tasks, so that a run ends in a minute or two."""
 
 from __future__ import annotations
 
