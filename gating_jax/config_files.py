@@ -108,9 +108,10 @@ def locate(given: str) -> Path:
   # configs/NAME.py, as the docs write it, is found from any folder.
   if str(path.parent) in (".", _PACKAGE):
     name = path.name.removesuffix(".py")
-    found = (
-      [name] if name in names else [other for other in names if name and other.startswith(name)]
-    )
+    found = [name] if name in names else []
+    # The beginning of a name is enough, but a file is named whole.
+    if name and not found and path.suffix != ".py":
+      found = [other for other in names if other.startswith(name)]
     if len(found) == 1:
       return folder() / f"{found[0]}.py"
     if found:

@@ -68,7 +68,9 @@ def test_a_colon_may_stand_in_a_path_and_a_variant_follows_the_longest(
   assert (path.absolute(), found) == (expected, variant)
 
 
-@pytest.mark.parametrize("given", ["elsewhere/digits_resnet20.py", "digits/"])
+@pytest.mark.parametrize(
+  "given", ["elsewhere/digits_resnet20.py", "configs/digits_resnet2.py", "digits/"]
+)
 def test_a_path_that_leads_nowhere_is_refused(given, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "digits").mkdir()
