@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from gating_jax.paths import user_path
 from gating_jax.progress import say, working
 from gating_jax.reports import compared_runs, comparison, conclusion, opening, page, surroundings
 from gating_jax.training import provenance, rundir
-from gating_jax.training.journal import METRICS_FILE, read_lines
+from gating_jax.training.journal import METRICS_FILE, numbers, read_lines
 
 
 def run(folders: Sequence[Path], page_file: Path) -> None:
@@ -85,7 +84,7 @@ def _read(folder: Path, name: str) -> compared_runs.Run:
       f"{folder / rundir.CONFIG_FILE} is damaged: it must name the experiment"
     )
   if result is not None:
-    result = _numbers(rundir.flatten(result))
+    result = numbers(rundir.flatten(result))
     if "step" not in result:
       raise rundir.RunDirError(f"{folder / rundir.RESULT_FILE} is damaged: it must name the step")
   lines = read_lines(folder / METRICS_FILE)
@@ -94,12 +93,12 @@ def _read(folder: Path, name: str) -> compared_runs.Run:
       f"workdir {folder} holds nothing to compare yet: no line in {METRICS_FILE}"
     )
   # The split is a text, and the only one that is kept.
-  numbers = [{**_numbers(line), "split": line["split"]} for line in lines]
+  measured = [{**numbers(line), "split": line["split"]} for line in lines]
   return compared_runs.Run(
     name,
     config,
     result,
-    numbers,
+    measured,
     ungated=surroundings.is_ungated(config),
     times=surroundings.read_times(folder),
     tested=surroundings.tested_on(config),
@@ -133,11 +132,6 @@ def _summary(run: compared_runs.Run) -> str:
     f"{words} {100 * run.result[name]:.2f} %" for name, words in names.items() if name in run.result
   ]
   return ", ".join(found)
-
-
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-  """Keeps the values that are numbers; nothing else is compared."""
-  return {name: value for name, value in values.items() if isinstance(value, (int, float))}
 
 
 def _is_comparison(file: Path) -> bool:

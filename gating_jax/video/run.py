@@ -23,7 +23,7 @@ from gating_jax.progress import Pace, lasting, say, working
 from gating_jax.reports import conclusion, failing, video_table
 from gating_jax.training import devices, gate_watch, hosts, loop, outlines, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
-from gating_jax.training.journal import Journal
+from gating_jax.training.journal import Journal, numbers
 from gating_jax.training.steps import map_steps
 from gating_jax.video import evaluate as video_evaluation
 from gating_jax.video import nets as video_nets
@@ -319,7 +319,5 @@ def _note(
   behaviour: video_evaluation.Arrays,
 ) -> None:
   """Writes a test's numbers and histograms."""
-  journal.write(
-    step, "test", {name: value for name, value in result.items() if isinstance(value, (int, float))}
-  )
+  journal.write(step, "test", numbers(result))
   journal.write_histograms(step, "test", report.histograms(experiment, behaviour))
