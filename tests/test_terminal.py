@@ -57,9 +57,12 @@ def test_bars_without_stderr_show_nothing_and_count(monkeypatch):
     assert list(progress_bar(range(3), desc="reading")) == [0, 1, 2]
 
 
-@pytest.mark.parametrize(
-  "handler", [logging.StreamHandler, absl.logging.get_absl_handler], ids=["Python", "absl"]
-)
+def absl_handler():
+  """Returns a new handler: the global one keeps the stream of its first use."""
+  return absl.logging.ABSLHandler(absl.logging.PythonFormatter())
+
+
+@pytest.mark.parametrize("handler", [logging.StreamHandler, absl_handler], ids=["Python", "absl"])
 def test_warnings_without_stderr_end_nothing(monkeypatch, handler):
   for stream in (None, closed_stream(), io.StringIO()):
     monkeypatch.setattr(sys, "stderr", stream)
