@@ -3,6 +3,8 @@
 The README gives a tour; each name is documented where it is defined.
 """
 
+import warnings
+
 # The public API: everything listed in `__all__` stays importable from the top level.
 from gating_jax.inference.analyse import Analysis, analyse
 from gating_jax.inference.compiled import compile_conditional
@@ -21,7 +23,7 @@ from gating_jax.models.summary import ModelCounts, VideoCounts, count, count_vid
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.models.vgg import VGG, vgg
 from gating_jax.models.video_backbones import heavy_net, light_net
-from gating_jax.ops.compaction import bucket_sizes, capacity_for, open_indices, put_back
+from gating_jax.ops.compaction import bucket_sizes, capacity_for, open_indices, scatter_back
 from gating_jax.ops.ecdf import (
   batch_shaping_loss,
   cdf_matching_loss,
@@ -112,10 +114,10 @@ __all__ = [
   "noise_floor",
   "normal",
   "open_indices",
-  "put_back",
   "quantise",
   "relaxed_bernoulli",
   "resnet",
+  "scatter_back",
   "slim",
   "sort_with_vjp",
   "static_units",
@@ -127,3 +129,19 @@ __all__ = [
   "value_and_grad_over_devices",
   "vgg",
 ]
+
+# Former public names, which still import, and what each is called today.
+RENAMED = {
+  "put_back": "scatter_back",
+}
+
+
+def __getattr__(name: str):
+  """Returns the value of a former name, with a DeprecationWarning that says the name of today."""
+  if name not in RENAMED:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  today = RENAMED[name]
+  warnings.warn(
+    f"gating_jax.{name} is now called gating_jax.{today}", DeprecationWarning, stacklevel=2
+  )
+  return globals()[today]

@@ -17,7 +17,7 @@ from jax import lax
 
 from gating_jax.models.timegate import Inputs, Outputs, SegmentNet
 from gating_jax.ops import arguments
-from gating_jax.ops.compaction import open_indices, pieces_for, put_back
+from gating_jax.ops.compaction import open_indices, pieces_for, scatter_back
 from gating_jax.types import Array, GateRecord, Records
 
 
@@ -163,7 +163,7 @@ def _encode(
   # Each segment is a video of its own, `[K, 1, ...]`, as `prepare` takes them.
   seen = {name: x.reshape(-1, 1, *x.shape[2:])[index] for name, x in inputs.items()}
   encoded = model.apply(variables, prepare(seen)["heavy"][:, 0], method="encode")
-  return jax.tree.map(lambda x: put_back(x, index, taken, gates.size), encoded)
+  return jax.tree.map(lambda x: scatter_back(x, index, taken, gates.size), encoded)
 
 
 def _classify(

@@ -49,7 +49,7 @@ def open_indices(gates: Array, capacity: int) -> tuple[Array, Array]:
   return index.astype(jnp.int32), jnp.arange(capacity) < jnp.sum(is_open)
 
 
-def put_back(values: Array, index: Array, taken: Array, size: int) -> Array:
+def scatter_back(values: Array, index: Array, taken: Array, size: int) -> Array:
   """Scatters computed slices back to their units, with zeros elsewhere.
 
       y[index[i]] = values[i] where taken[i]
@@ -66,7 +66,7 @@ def put_back(values: Array, index: Array, taken: Array, size: int) -> Array:
     ValueError: the shapes do not fit together.
     TypeError: an array of another kind, such as an `index` that is not of whole numbers.
 
-  >>> put_back(jnp.array([5.0, 7.0, 9.0]), jnp.array([1, 3, 0]), jnp.array([True, True, False]), 4)
+  >>> scatter_back(jnp.array([5.0, 7.0, 9.0]), jnp.array([1, 3, 0]), jnp.array([True, True, False]), 4)
   Array([0., 5., 0., 7.], dtype=float32)
   """
   for name, array in (("values", values), ("index", index), ("taken", taken)):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.ops import arguments
-from gating_jax.ops.compaction import open_indices, put_back
+from gating_jax.ops.compaction import open_indices, scatter_back
 from gating_jax.ops.precision import as_float
 from gating_jax.types import Array
 
@@ -90,7 +90,7 @@ def _open_backward_bwd(f, capacity, residuals, ct):
   # Gradients of examples left out would be silently missing, so they become NaN.
   fits = jnp.sum(as_float(gates) > 0) <= capacity
   checked = lambda tree: jax.tree.map(lambda g: jnp.where(fits, g, jnp.nan), tree)
-  return checked(of_variables), checked(put_back(of_x, index, taken, len(x))), jnp.zeros_like(gates)
+  return checked(of_variables), checked(scatter_back(of_x, index, taken, len(x))), jnp.zeros_like(gates)
 
 
 _open_backward.defvjp(_open_backward_fwd, _open_backward_bwd)

@@ -284,7 +284,7 @@ LAYERS = {
     "gates must be an array of real numbers; got ",
   ),
   "values that are no array": (
-    lambda: gj.put_back(RECORD, Z[:, 0], Z[:, 0], 4),
+    lambda: gj.scatter_back(RECORD, Z[:, 0], Z[:, 0], 4),
     TypeError,
     "values must be an array of real numbers; got ",
   ),
@@ -364,7 +364,7 @@ LAYERS = {
     "of must be an array of real numbers; got 'all'",
   ),
   "places that are no whole numbers": (
-    lambda: gj.put_back(Z, Z[:, 0], Z[:, 0], 4),
+    lambda: gj.scatter_back(Z, Z[:, 0], Z[:, 0], 4),
     TypeError,
     "index must be whole numbers; got ",
   ),

@@ -49,7 +49,7 @@ def test_a_function_on_the_open_units_alone_is_the_function_masked(places, capac
   @jax.jit
   def skipping(x):
     index, taken = compaction.open_indices(gates, capacity)
-    return compaction.put_back(heavy(x[index]), index, taken, UNITS)
+    return compaction.scatter_back(heavy(x[index]), index, taken, UNITS)
 
   mask = np.asarray(gates)[:, None, None]
   np.testing.assert_allclose(skipping(x), heavy(x) * mask, rtol=1e-6)
@@ -60,7 +60,7 @@ def test_a_function_on_the_open_units_alone_is_the_function_masked(places, capac
 def test_what_stands_in_the_padding_goes_nowhere_and_gets_no_gradient():
   index, taken = jnp.array([2, 0, 0]), jnp.array([True, False, False])
   values = jnp.array([[3.0, 4.0], [jnp.nan, 1.0], [jnp.inf, 1.0]])
-  out, pullback = jax.vjp(lambda v: compaction.put_back(v, index, taken, 4), values)
+  out, pullback = jax.vjp(lambda v: compaction.scatter_back(v, index, taken, 4), values)
   np.testing.assert_array_equal(out, [[0, 0], [0, 0], [3, 4], [0, 0]])
   np.testing.assert_array_equal(pullback(jnp.full((4, 2), 7.0))[0], [[7, 7], [0, 0], [0, 0]])
 
@@ -77,7 +77,7 @@ def test_jit_and_vmap_agree():
 
   def there_and_back(gates, values):
     index, taken = compaction.open_indices(gates, 6)
-    return compaction.put_back(values[index], index, taken, 6)
+    return compaction.scatter_back(values[index], index, taken, 6)
 
   assert 0 < gates.sum() < gates.size
   one_by_one = np.stack([there_and_back(g, v) for g, v in zip(gates, values, strict=True)])
@@ -86,7 +86,7 @@ def test_jit_and_vmap_agree():
 
 
 def test_short_floats_stay_short():
-  out = compaction.put_back(
+  out = compaction.scatter_back(
     jnp.ones(2, jnp.bfloat16), jnp.array([1, 0]), jnp.array([True, False]), 2
   )
   assert out.dtype == jnp.bfloat16
@@ -137,7 +137,7 @@ def test_pieces_hold_all_units_and_only_the_last_has_padding(count, sizes):
     ),
     (lambda: compaction.open_indices(jnp.ones(3), 0), "capacity must be >= 1; got 0"),
     (
-      lambda: compaction.put_back(jnp.ones((3, 2)), jnp.zeros(2, int), jnp.ones(2, bool), 4),
+      lambda: compaction.scatter_back(jnp.ones((3, 2)), jnp.zeros(2, int), jnp.ones(2, bool), 4),
       r"values must be \[capacity, ...\] with index and taken \[capacity\]; got \(3, 2\), \(2,\), "
       r"\(2,\)",
     ),

@@ -211,7 +211,7 @@ SELECTION = {
   ),
   "first sure": lambda x: confidence.first_sure(x.reshape(3, 2, C), x[:3, :1]),
   "open units": lambda x: compaction.open_indices(x[:, 0], 3),
-  "put back": lambda x: compaction.put_back(x[:3], *compaction.open_indices(x[:, 0], 3), N),
+  "put back": lambda x: compaction.scatter_back(x[:3], *compaction.open_indices(x[:, 0], 3), N),
   "open backward": gradient(
     lambda x: (
       x[:, :1]

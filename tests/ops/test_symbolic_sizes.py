@@ -50,9 +50,9 @@ def every_penalty(x):
   ]
 
 
-def put_back(x):
+def scatter_back(x):
   index, taken = gj.open_indices(x[:, 0], 2)
-  return gj.put_back(x[index], index, taken, x.shape[0])
+  return gj.scatter_back(x[index], index, taken, x.shape[0])
 
 
 def choices(x):
@@ -85,7 +85,7 @@ FUNCTIONS = {
   "ranks": (gj.empirical_cdf, "n, c"),
   "gates": (lambda x: gj.straight_through_gate(KEY, x), "n, 2"),
   "penalties": (every_penalty, "n, c"),
-  "compaction": (put_back, "n, c"),
+  "compaction": (scatter_back, "n, c"),
   "choices of segments": (choices, "n, c"),
 }
 QUICK = ("loss", "penalties")
