@@ -272,7 +272,7 @@ def write(
     notice,
   )
   # The contents need all processes, and are complete here.
-  hosts.written(
+  hosts.on_writer(
     lambda: page.write(
       run_dir.report,
       f"{config.method} on {config.data.name}, task by task",

@@ -95,7 +95,7 @@ def _report(experiment: ContinualExperiment, run_dir: rundir.RunDir, notice: str
 
 def _compile(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
   step, learner = newest(experiment, run_dir)
-  hosts.written(lambda: compile.run(experiment, run_dir, step, learner))
+  hosts.on_writer(lambda: compile.run(experiment, run_dir, step, learner))
 
 
 def _render_finished(experiment: ContinualExperiment, path: Path, result: Mapping[str, Any]) -> str:
@@ -196,7 +196,7 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
       learner, step = end_stage(learner, task, step)
       checkpoints.save(step, learner)
     with working("drawing pictures", "up to a minute", tell):
-      hosts.written(lambda: report.draw(experiment, learner, run_dir, journal, step))
+      hosts.on_writer(lambda: report.draw(experiment, learner, run_dir, journal, step))
   finally:
     journal.close()
     checkpoints.close()
@@ -444,7 +444,7 @@ def make_evaluate(
     """Returns the mean results on the test images of `task`."""
     run, parts = mapped(seen), []
     for batch, count in in_memory.cover(experiment.tasks[task].test, problem.batch_size):
-      results = hosts.whole(run(learner, *hosts.share(batch), np.int32(task)))
+      results = hosts.allgather(run(learner, *hosts.local_shard(batch), np.int32(task)))
       # The last batch is padded: only its first `count` images are new.
       parts.append({name: np.asarray(x)[:count] for name, x in results.items()})
     return {

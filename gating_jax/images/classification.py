@@ -116,7 +116,7 @@ def _make(make: Callable[..., None], experiment: Experiment, run_dir: rundir.Run
   step, state = newest(experiment, run_dir)
   # Without the optimiser's state, which only training needs.
   variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
-  hosts.written(lambda: make(experiment, run_dir, step, variables))
+  hosts.on_writer(lambda: make(experiment, run_dir, step, variables))
 
 
 def _evaluate(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
@@ -133,7 +133,7 @@ def _report(task: Task, experiment: Experiment, run_dir: rundir.RunDir, notice: 
   with working("drawing the report", "about half a minute"):
     # Only the writer draws: the others would compute pictures that nobody sees.
     drawn = task.draw(experiment, state) if hosts.is_writer() else {}
-    hosts.written(lambda: write_report(task, experiment, run_dir, step, *tested, drawn, notice))
+    hosts.on_writer(lambda: write_report(task, experiment, run_dir, step, *tested, drawn, notice))
   say(f"report of the checkpoint of step {step}: {run_dir.report}")
   say(
     conclude(
@@ -231,7 +231,7 @@ def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
         "layers": outcomes.by_layer(gates.diagnosis, layers),
       }
     with working("drawing the report", "about half a minute", functools.partial(journal.say, step)):
-      hosts.written(
+      hosts.on_writer(
         lambda: write_files(task, experiment, run_dir, state, journal, step, result, images, gates)
       )
   finally:
@@ -327,7 +327,7 @@ def make_test(
     """Returns the result of a state, with the behaviour of images and of gates."""
     result, images, gates = evaluation.evaluate(
       # Each process runs its part of a batch, and all see the whole result.
-      lambda *batch: hosts.whole(run(state, *hosts.share(batch))),
+      lambda *batch: hosts.allgather(run(state, *hosts.local_shard(batch))),
       in_memory.cover(experiment.test, config.optim.batch_size),
       experiment.counts,
       functools.partial(task.summarise, experiment),

@@ -54,8 +54,8 @@ class Checkpoints:
     logging.get_absl_logger().addFilter(_is_not_orbax)
     if not read_only:
       check_storable("directory", self._directory)
-      hosts.written(lambda: self._directory.mkdir(parents=True, exist_ok=True))
-      hosts.written(lambda: self._open(keep))
+      hosts.on_writer(lambda: self._directory.mkdir(parents=True, exist_ok=True))
+      hosts.on_writer(lambda: self._open(keep))
     # All processes but the writer, and every read-only one, open the directory for reading.
     if not self._manager:
       self._open(None)
@@ -72,7 +72,7 @@ class Checkpoints:
       OSError: this checkpoint, or one begun before, cannot be written.
       PeerError: the same, in all processes but the writer.
     """
-    hosts.written(lambda: self._save(step, state))
+    hosts.on_writer(lambda: self._save(step, state))
 
   def restore(self, like: Any, sharding: jax.sharding.Sharding) -> tuple[int, Any] | None:
     """Restores the newest checkpoint that can be read.
@@ -91,7 +91,7 @@ class Checkpoints:
     target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
     untried, damaged = set(self._manager.all_steps()), {}
     # The writer chooses the step, so that all processes read the same one.
-    while (step := hosts.of_writer(max(untried, default=-1))) >= 0:
+    while (step := hosts.broadcast_from_writer(max(untried, default=-1))) >= 0:
       untried.discard(step)
       restored, error = None, None
       try:
@@ -127,7 +127,7 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Waits until everything saved is on disk. Raises as `save` does."""
-    hosts.written(self._finish)
+    hosts.on_writer(self._finish)
 
   def close(self) -> None:
     """Finishes writing, for this process alone, and closes the directory: others may be gone."""
@@ -221,7 +221,7 @@ class Checkpoints:
       (self._directory / str(step)).rename(aside)
       warn("moved the damaged checkpoint of step %d to %s", step, aside)
 
-    hosts.written(rename)
+    hosts.on_writer(rename)
     # Orbax remembers the steps that it has seen.
     self._manager.reload()
 

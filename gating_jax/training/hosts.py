@@ -70,7 +70,7 @@ def any_of(said: bool) -> bool:
   )
 
 
-def of_writer(number: int) -> int:
+def broadcast_from_writer(number: int) -> int:
   """Returns the writer's number, of up to 31 bits, in every process; each waits for all."""
   return (
     number
@@ -79,7 +79,7 @@ def of_writer(number: int) -> int:
   )
 
 
-def written(write: Callable[[], None]) -> None:
+def on_writer(write: Callable[[], None]) -> None:
   """Runs `write` in the writer; it is done when this returns in any process.
 
   Raises:
@@ -128,11 +128,11 @@ def _join(*job: Any) -> None:
   signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def share(tree: Any) -> Any:
+def local_shard(tree: Any) -> Any:
   """Returns this process's part of a whole batch: `[N, ...]` to `[N / processes, ...]`."""
   return jax.tree.map(lambda x: np.split(x, jax.process_count())[jax.process_index()], tree)
 
 
-def whole(tree: Any) -> Any:
-  """Returns the whole batch from the parts of all processes, in each of them; inverts `share`."""
+def allgather(tree: Any) -> Any:
+  """Returns the whole batch from the parts of all processes, in each of them; inverts `local_shard`."""
   return tree if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)

@@ -46,7 +46,7 @@ class Outline:
 
 def write(folder: Path, sets: Sequence[Any]) -> None:
   """Writes the outlines of the sets that a run begins with."""
-  hosts.written(lambda: write_json(folder / FILE, {"sets": [_fields(data) for data in sets]}))
+  hosts.on_writer(lambda: write_json(folder / FILE, {"sets": [_fields(data) for data in sets]}))
 
 
 def read(folder: Path) -> list[Outline] | None:

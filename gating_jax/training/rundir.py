@@ -72,7 +72,7 @@ class RunDir:
 
   def finish(self, result: Mapping[str, Any]) -> None:
     """Writes the result, which marks the run as finished."""
-    hosts.written(lambda: write_json(self.path / RESULT_FILE, dict(result)))
+    hosts.on_writer(lambda: write_json(self.path / RESULT_FILE, dict(result)))
 
 
 def existing_run(path: Path, config: ml_collections.ConfigDict) -> RunDir:
@@ -106,7 +106,7 @@ def open_run(path: Path, config: ml_collections.ConfigDict) -> Iterator[RunDir]:
   check_storable("workdir", path)
   with contextlib.ExitStack() as held:
     # Only the writer holds the lock, for the whole job.
-    hosts.written(lambda: held.enter_context(_locked(path, json.loads(config.to_json()))))
+    hosts.on_writer(lambda: held.enter_context(_locked(path, json.loads(config.to_json()))))
     yield RunDir(path)
 
 
@@ -230,7 +230,7 @@ def run_mode(
   with open_run(path, config) as run_dir:
     if (result := run_dir.result()) is None:
       # Recorded under the lock, and only where training really starts.
-      hosts.written(lambda: provenance.record_start(run_dir.path))
+      hosts.on_writer(lambda: provenance.record_start(run_dir.path))
       train(run_dir)
     else:
       say(

@@ -226,7 +226,7 @@ def _over(
       for name in ("valid", "label", "weight", "units", "relevant")
       if name in batch
     }
-    part = kept | jax.device_get(dict(hosts.whole(run(variables, hosts.share(inputs(batch))))))
+    part = kept | jax.device_get(dict(hosts.allgather(run(variables, hosts.local_shard(inputs(batch))))))
     # `cover` pads the last batch; its padding is cut off.
     parts.append({name: values[:count] for name, values in part.items()})
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

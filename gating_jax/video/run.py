@@ -110,7 +110,7 @@ def _report(experiment: VideoExperiment, run_dir: rundir.RunDir, notice: str = "
 def _compile(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   step, variables = newest(experiment, run_dir)
   # One process times and writes; the others wait for it.
-  hosts.written(lambda: speed.run(experiment, run_dir, step, variables))
+  hosts.on_writer(lambda: speed.run(experiment, run_dir, step, variables))
 
 
 def _test_newest(
@@ -198,10 +198,10 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
     journal = Journal(run_dir.path, total, total)
     try:
       _note(experiment, journal, total, result, behaviour)
-      hosts.written(lambda: report.draw(experiment, behaviour, run_dir, journal, total))
+      hosts.on_writer(lambda: report.draw(experiment, behaviour, run_dir, journal, total))
     finally:
       journal.close()
-    hosts.written(lambda: report.write(experiment, result, behaviour, run_dir, total))
+    hosts.on_writer(lambda: report.write(experiment, result, behaviour, run_dir, total))
   result |= {"step": total, "seconds_since_last_start": round(time.monotonic() - started, 1)}
   run_dir.finish(result)
   say(video_table.render(result))
