@@ -27,7 +27,7 @@ import numpy as np
 from gating_jax.data import augment
 from gating_jax.inference.segments import Skipping
 from gating_jax.layers.gate import GATE_NAME
-from gating_jax.models.summary import count_video
+from gating_jax.models.summary import video_summary
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.models.video_backbones import heavy_net, light_net
 from gating_jax.ops.compaction import bucket_sizes
@@ -75,7 +75,7 @@ def main():
 def compare(args, net, videos, clip):
   """Prints a line for each share."""
   model = SegmentNet(CLASSES, named(light_net, args.light), named(heavy_net, net))
-  counts = count_video(
+  counts = video_summary(
     model,
     {
       "light": (args.segments, *clip[1:]),

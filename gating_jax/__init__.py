@@ -15,11 +15,11 @@ from gating_jax.inference.quantise import quantise
 from gating_jax.inference.segments import Skipping
 from gating_jax.inference.slim import disagreement, slim, static_units
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
-from gating_jax.layers.gate import ChannelGate, GateHead, GateSettings, Switched, apply_gates
+from gating_jax.layers.gate import ChannelGate, GatedChannels, GateHead, GateSettings, apply_gates
 from gating_jax.layers.segment_gate import SegmentGate, SegmentGateSettings
 from gating_jax.loading import load_run
 from gating_jax.models.resnet import ResNet, resnet
-from gating_jax.models.summary import ModelCounts, VideoCounts, count, count_video
+from gating_jax.models.summary import ModelCounts, VideoCounts, model_summary, video_summary
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.models.vgg import VGG, vgg
 from gating_jax.models.video_backbones import heavy_net, light_net
@@ -66,6 +66,7 @@ __all__ = [
   "GateHead",
   "GateRecord",
   "GateSettings",
+  "GatedChannels",
   "ModelCounts",
   "Prior",
   "ResNet",
@@ -73,7 +74,6 @@ __all__ = [
   "SegmentGateSettings",
   "SegmentNet",
   "Skipping",
-  "Switched",
   "VGG",
   "VideoCounts",
   "analyse",
@@ -88,8 +88,6 @@ __all__ = [
   "closed_share",
   "compile_conditional",
   "compile_exits",
-  "count",
-  "count_video",
   "disagreement",
   "empirical",
   "empirical_cdf",
@@ -111,6 +109,7 @@ __all__ = [
   "load_run",
   "mac_budget_loss",
   "mac_loss",
+  "model_summary",
   "noise_floor",
   "normal",
   "open_indices",
@@ -128,10 +127,14 @@ __all__ = [
   "uniform",
   "value_and_grad_over_devices",
   "vgg",
+  "video_summary",
 ]
 
 # Former public names, which still import, and what each is called today.
 RENAMED = {
+  "Switched": "GatedChannels",
+  "count": "model_summary",
+  "count_video": "video_summary",
   "put_back": "scatter_back",
 }
 

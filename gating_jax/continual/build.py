@@ -14,7 +14,7 @@ from gating_jax.continual import choices
 from gating_jax.continual.method import Learner, Method, Problem, Table
 from gating_jax.data import augment, tasks, tfds
 from gating_jax.models.resnet import RESNETS
-from gating_jax.models.summary import count, reduced_macs
+from gating_jax.models.summary import model_summary, reduced_macs
 from gating_jax.models.vgg import VGGS
 from gating_jax.training import devices, loop, optim, settings
 from gating_jax.training.outlines import Outline
@@ -201,7 +201,7 @@ def build(
     sequence,
     problem,
     method,
-    count(dense, problem.shape).macs,
+    model_summary(dense, problem.shape).macs,
     reduced_macs(dense, problem.shape),
     optimiser,
     per_epoch,

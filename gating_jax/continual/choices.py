@@ -30,7 +30,7 @@ from gating_jax.layers.gate import GateSettings
 from gating_jax.models.columns import column
 from gating_jax.models.generator import Generator
 from gating_jax.models.resnet import resnet
-from gating_jax.models.summary import count
+from gating_jax.models.summary import model_summary
 from gating_jax.models.vgg import VGGS, vgg
 from gating_jax.training import settings
 
@@ -61,7 +61,7 @@ def _task_gates(config, problem):
   return task_gates(
     model,
     problem,
-    count(model, problem.shape),
+    model_summary(model, problem.shape),
     gates,
     rehearsal,
     router,
@@ -144,7 +144,7 @@ def _shared_generative(config, problem, generator, protection):
 def _hat(config, problem):
   # HAT's masks are gates without an input: one parameter per unit.
   model = network(config, problem, classes=None, gated=True, context="none", relaxation="sigmoid")
-  return _made(hat, config, "hat", model, problem, count(model, problem.shape))
+  return _made(hat, config, "hat", model, problem, model_summary(model, problem.shape))
 
 
 def _progressive(config, problem):
@@ -169,13 +169,13 @@ def _progressive(config, problem):
 def _multitask_gates(config, problem):
   model = network(config, problem, classes=None, gated=True)
   return multitask_gates(
-    model, problem, count(model, problem.shape), _made(TaskGatesSettings, config, "gates")
+    model, problem, model_summary(model, problem.shape), _made(TaskGatesSettings, config, "gates")
   )
 
 
 def _multitask_norms(config, problem):
   model = network(config, problem, classes=None, gated=False)
-  return multitask_norms(model, problem, count(model, problem.shape))
+  return multitask_norms(model, problem, model_summary(model, problem.shape))
 
 
 def _plain(make, scope="own", section=None, memory=False):
@@ -201,7 +201,7 @@ def _plain(make, scope="own", section=None, memory=False):
 def _classifier(config, problem, scope):
   """Builds an ungated network with an output for every class."""
   model = network(config, problem, classes=problem.all_classes, gated=False)
-  return Network(model, problem, count(model, problem.shape).macs, scope)
+  return Network(model, problem, model_summary(model, problem.shape).macs, scope)
 
 
 REHEARSALS = {
@@ -217,7 +217,7 @@ def _icarl(config, problem):
   # iCaRL needs the features, and the head for its training.
   model = icarl.Headed(network(config, problem, classes=None, gated=False), problem.all_classes)
   # The loss of iCaRL is its own: the scope is not read.
-  net = Network(model, problem, count(model, problem.shape).macs, "seen")
+  net = Network(model, problem, model_summary(model, problem.shape).macs, "seen")
   return icarl.icarl(net, _made(ReplaySettings, config, "replay"))
 
 

@@ -23,7 +23,7 @@ from gating_jax.layers.gate import GateSettings
 from gating_jax.models.early_exit import EarlyExitNet
 from gating_jax.models.expert_net import ExpertNet
 from gating_jax.models.resnet import RESNETS, resnet
-from gating_jax.models.summary import ModelCounts, count
+from gating_jax.models.summary import ModelCounts, model_summary
 from gating_jax.models.vgg import VGGS, vgg
 from gating_jax.ops.priors import beta
 from gating_jax.training import devices, loop, optim, settings
@@ -202,7 +202,7 @@ def assemble(
     full = network(
       ml_collections.ConfigDict({**config.model, "backward_share": 1.0}), len(test.class_names)
     )
-  counts = count(model, test.shape)
+  counts = model_summary(model, test.shape)
   # No gate can save the part that always runs, so a budget below it is out of reach.
   if sparsity.kind == "budget" and sparsity.target <= (never := counts.fixed / counts.macs):
     raise ValueError(
@@ -210,7 +210,7 @@ def assemble(
       f"always runs; got {sparsity.target}"
     )
   # The objective sees training images, whose MACs differ with their size.
-  at_training = count(model, train_shape) if train_shape else counts
+  at_training = model_summary(model, train_shape) if train_shape else counts
   return Experiment(
     config=config,
     open_train=open_train,

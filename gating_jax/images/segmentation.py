@@ -21,7 +21,7 @@ from gating_jax.images import classification, compile, pixels
 from gating_jax.images.build import Experiment
 from gating_jax.models.resnet import RESNETS
 from gating_jax.models.segmenter import Segmenter
-from gating_jax.models.summary import count
+from gating_jax.models.summary import model_summary
 from gating_jax.progress import working
 from gating_jax.reports import scene_pictures, scene_table
 from gating_jax.training import devices, steps
@@ -127,7 +127,7 @@ def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
 
 def _summarise(experiment: Experiment, sums, scored: int) -> dict[str, float]:
   """Returns the numbers of the set, and the head's part of the network's MACs."""
-  backbone = count(experiment.model.backbone.clone(parent=None), experiment.test.shape)
+  backbone = model_summary(experiment.model.backbone.clone(parent=None), experiment.test.shape)
   return pixels.summarise(sums, experiment.test.class_names) | {
     "head_macs": experiment.counts.macs - backbone.macs
   }

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from gating_jax.checks import one_of
 from gating_jax.layers.conv import CONVOLUTIONS, ConvNorm, FactorisedConvNorm, check_maps, scaled
-from gating_jax.layers.gate import GATE_NAME, ChannelGate, GateSettings, Switched, apply_gates
+from gating_jax.layers.gate import GATE_NAME, ChannelGate, GatedChannels, GateSettings, apply_gates
 from gating_jax.ops import arguments
 from gating_jax.ops.sparse_backward import open_backward
 from gating_jax.types import Array, Records
@@ -109,7 +109,12 @@ class _ResidualBlock(nn.Module):
     return jnp.concatenate([x, beside], axis=-1)
 
   def _records(
-    self, x: Array, train: bool, inner: tuple[Switched, ...], outer: Switched, convs: Sequence
+    self,
+    x: Array,
+    train: bool,
+    inner: tuple[GatedChannels, ...],
+    outer: GatedChannels,
+    convs: Sequence,
   ) -> Records:
     """Returns the records of the block's gate; none if it has no gate.
 
@@ -126,7 +131,7 @@ class _ResidualBlock(nn.Module):
       return ()
     return ChannelGate(groups[self.gating], self.gate, self.axis_name, name=GATE_NAME)(x, train)
 
-  def _layer(self, x: Array, outer: Switched, convs: Sequence) -> tuple[Switched, ...]:
+  def _layer(self, x: Array, outer: GatedChannels, convs: Sequence) -> tuple[GatedChannels, ...]:
     """Returns the whole branch as one unit, where the block can be skipped."""
     # Only the identity can replace a closed branch.
     if self.stride != 1 or x.shape[-1] != outer.channels:
@@ -136,7 +141,7 @@ class _ResidualBlock(nn.Module):
     for conv, shape in convs:
       m = conv.macs(shape)
       macs += shape[-1] * m.per_input + conv.features * (m.per_output + shape[-1] * m.per_pair)
-    return (Switched(1, macs),)
+    return (GatedChannels(1, macs),)
 
   def _switch(self, h: Array, records: Records, group: int) -> Array:
     """Multiplies features between the convolutions by the gates of their channels."""
@@ -199,13 +204,13 @@ class _ResidualBlock(nn.Module):
 
   def _outer(
     self, conv: ConvNorm, h_shape: Sequence[int], project: ConvNorm | None, x: Array
-  ) -> Switched:
+  ) -> GatedChannels:
     """Describes the output channels: those of the last convolution and of the projection."""
     macs = conv.macs(h_shape)
     # The projection is not gated on its input side: it reads every channel.
     shortcut = project.macs(x.shape).per_pair * x.shape[-1] if project else 0
     writers = (conv.writer, project.writer) if project else (conv.writer,)
-    return Switched(conv.features, macs.per_output + shortcut, macs.per_pair, writers)
+    return GatedChannels(conv.features, macs.per_output + shortcut, macs.per_pair, writers)
 
   def _project(self, x: Array, features: int) -> ConvNorm | None:
     """Returns the convolution of the shortcut, where it needs one."""
@@ -260,7 +265,7 @@ class BasicBlock(_ResidualBlock):
     alone += after.per_input + (
       self.features * after.per_pair if self.gating != "all_channels" else 0
     )
-    inner = Switched(width, alone, with_input, (conv1.writer,), (conv2.reader,))
+    inner = GatedChannels(width, alone, with_input, (conv1.writer,), (conv2.reader,))
     outer = self._outer(conv2, h.shape, project, x)
     records = self._records(x, train, (inner,), outer, ((conv1, x.shape), (conv2, h.shape)))
     if self._skips(records, train):
@@ -303,8 +308,8 @@ class Bottleneck(_ResidualBlock):
     # The second group costs per pair with the first, conv2 being gated on both sides.
     into_last = last.per_input + (out * last.per_pair if self.gating != "all_channels" else 0)
     groups = (
-      Switched(width, alone + middle.per_input, with_input, (conv1.writer,), (conv2.reader,)),
-      Switched(
+      GatedChannels(width, alone + middle.per_input, with_input, (conv1.writer,), (conv2.reader,)),
+      GatedChannels(
         width, middle.per_output + into_last, middle.per_pair, (conv2.writer,), (conv3.reader,)
       ),
     )

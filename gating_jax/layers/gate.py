@@ -188,7 +188,7 @@ def check_examples(x: Array, train: bool) -> None:
     raise ValueError(f"x must be {rule}; got shape {np.shape(x)}")
 
 
-class Switched(NamedTuple):
+class GatedChannels(NamedTuple):
   """A group of channels that gates switch.
 
   Attributes:
@@ -213,7 +213,7 @@ class ChannelGate(nn.Module):
   whole batch, not on its device.
   """
 
-  groups: tuple[Switched, ...]
+  groups: tuple[GatedChannels, ...]
   settings: GateSettings = GateSettings()
   axis_name: Hashable | None = None
 
@@ -236,15 +236,19 @@ class ChannelGate(nn.Module):
     )
 
   def _check(self):
-    what = "a tuple of Switched, one per group of channels"
-    if isinstance(self.groups, Switched) or not isinstance(self.groups, tuple) or not self.groups:
+    what = "a tuple of GatedChannels, one per group of channels"
+    if (
+      isinstance(self.groups, GatedChannels)
+      or not isinstance(self.groups, tuple)
+      or not self.groups
+    ):
       raise TypeError(f"groups must be {what}; got {shown(self.groups)}")
     for i, group in enumerate(self.groups):
       arguments.instance(
         f"groups[{i}]",
         group,
-        Switched,
-        "Switched, such as Switched(channels=32, macs_per_channel=0)",
+        GatedChannels,
+        "GatedChannels, such as GatedChannels(channels=32, macs_per_channel=0)",
       )
       arguments.whole_number(f"groups[{i}].channels", group.channels)
       arguments.number(

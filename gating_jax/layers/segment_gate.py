@@ -110,7 +110,10 @@ class SegmentGate(nn.Module):
     logits = nn.Dense(1, bias_init=bias, name="logits")(h)[..., 0]
     gates = self._sample(logits) if train else relaxations.threshold_gate(logits)
     return GateRecord(
-      logits, jax.nn.sigmoid(logits), selection.keep_best(gates, logits, valid), self.macs_per_unit
+      logits,
+      jax.nn.sigmoid(logits),
+      selection.ensure_one_open(gates, logits, valid),
+      self.macs_per_unit,
     )
 
   def _sample(self, logits: Array) -> Array:
@@ -150,7 +153,7 @@ class Policy(nn.Module):
   Attributes:
     policy: one of `POLICIES`.
     share: fraction of the valid segments in (0, 1], or their number if an int; see
-      `selection.k_for`.
+      `selection.budget_to_k`.
     macs_per_unit: MACs of one segment.
     axis_name: mapped device axis of the batch.
   """
@@ -165,7 +168,7 @@ class Policy(nn.Module):
     self, valid: Array, relevant: Array | None = None, train: bool = False
   ) -> GateRecord:
     one_of("policy", self.policy, POLICIES)
-    k = selection.k_for(valid, self.share)
+    k = selection.budget_to_k(valid, self.share)
     valid = jnp.asarray(valid)
     if self.policy == "all":
       gates = valid.astype(jnp.float32)
@@ -182,7 +185,7 @@ class Policy(nn.Module):
     else:
       (relevant,) = arguments.one_shape("[B, T]", relevant=relevant)
       gates = selection.top_k(relevant.astype(jnp.float32), valid, k)
-    return certain(gates, self.macs_per_unit)
+    return deterministic_record(gates, self.macs_per_unit)
 
   def _drawn_k(self, valid: Array) -> Array:
     """Returns `[B]` numbers from 1 to each video's number of valid segments."""
@@ -191,7 +194,7 @@ class Policy(nn.Module):
     return jax.vmap(draw)(keys, jnp.sum(valid, axis=1, dtype=jnp.int32))
 
 
-def certain(gates: Array, macs_per_unit: int) -> GateRecord:
+def deterministic_record(gates: Array, macs_per_unit: int) -> GateRecord:
   """Returns the record of gates that were not sampled: their probabilities are 0 and 1."""
   arguments.real_array("gates", gates)
   gates = jnp.asarray(gates)

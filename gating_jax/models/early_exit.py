@@ -37,9 +37,9 @@ class EarlyExitNet(ResNet):
   Attributes:
     threshold: fraction of the largest entropy, in (0, 1), below which an exit is taken.
 
-  >>> from gating_jax.models.summary import count
+  >>> from gating_jax.models.summary import model_summary
   >>> from gating_jax.models.resnet import resnet
-  >>> count(resnet("resnet20", 10, kind=EarlyExitNet), (32, 32, 3)).gate_layers
+  >>> model_summary(resnet("resnet20", 10, kind=EarlyExitNet), (32, 32, 3)).gate_layers
   (('exit1', 1), ('exit2', 1))
   """
 

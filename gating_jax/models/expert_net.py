@@ -24,9 +24,9 @@ class ExpertNet(ResNet):
     experts: number of experts.
     top_k: number of experts that contribute for an example; None for all.
 
-  >>> from gating_jax.models.summary import count
+  >>> from gating_jax.models.summary import model_summary
   >>> from gating_jax.models.resnet import resnet
-  >>> count(resnet("resnet20", 10, kind=ExpertNet, experts=3), (32, 32, 3)).gate_layers
+  >>> model_summary(resnet("resnet20", 10, kind=ExpertNet, experts=3), (32, 32, 3)).gate_layers
   (('stage3', 3),)
   """
 

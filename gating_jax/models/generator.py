@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.checks import one_of
-from gating_jax.layers.gate import GATE_NAME, ChannelGate, GateSettings, Switched, apply_gates
+from gating_jax.layers.gate import GATE_NAME, ChannelGate, GatedChannels, GateSettings, apply_gates
 from gating_jax.ops.cpu_convs import convolve_doubled, convolve_images
 from gating_jax.types import Array, Path, Records
 
@@ -148,7 +148,7 @@ class _Hidden(nn.Module):
     per_unit, per_pair = (
       (height * width * x.shape[-1], 0) if from_latents else (0, height * width * 9)
     )
-    group = Switched(
+    group = GatedChannels(
       features, per_unit + self.pixel_macs, per_pair, (filters.path,), (self.reader,)
     )
     records = ChannelGate((group,), self.gate, self.axis_name, name=GATE_NAME)(x, train)

@@ -34,10 +34,10 @@ class Segmenter(nn.Module):
     dtype: of the head's computation, float32 or bfloat16.
     axis_name: mapped device axis over which BatchNorm takes its statistics.
 
-  >>> from gating_jax.models.summary import count
+  >>> from gating_jax.models.summary import model_summary
   >>> from gating_jax.models.resnet import resnet
   >>> backbone = resnet("resnet20", None, pool=False, output_stride=2)
-  >>> count(Segmenter(backbone, classes=11, features=32), (32, 32, 1)).macs
+  >>> model_summary(Segmenter(backbone, classes=11, features=32), (32, 32, 1)).macs
   88762368
   """
 

@@ -56,7 +56,7 @@ class ModelCounts:
     return self.macs - self.gated + self.gate_macs
 
 
-def count(model: nn.Module, input_shape: Any) -> ModelCounts:
+def model_summary(model: nn.Module, input_shape: Any) -> ModelCounts:
   """Counts the parameters, gates and MACs of a model.
 
   Every `nn.Conv`, `nn.Dense` and `nn.DenseGeneral` that the model calls is counted. Nothing is
@@ -71,7 +71,7 @@ def count(model: nn.Module, input_shape: Any) -> ModelCounts:
     TypeError: no module, one that returns something else, or a shape of another kind.
 
   >>> from gating_jax.models.resnet import resnet
-  >>> count(resnet("resnet20", classes=10), (32, 32, 3)).macs
+  >>> model_summary(resnet("resnet20", classes=10), (32, 32, 3)).macs
   40551040
   """
   calls, records, variables = _trace(model, input_shape)
@@ -96,7 +96,7 @@ def count(model: nn.Module, input_shape: Any) -> ModelCounts:
 def reduced_macs(model: nn.Module, input_shape: Any) -> int:
   """Counts the MACs of one example as if each convolution had a single input channel.
 
-  Abati et al., 2020, table 2, count the SimpleCNN on MNIST like this; `count` has its true MACs.
+  Abati et al., 2020, table 2, count the SimpleCNN on MNIST like this; `model_summary` has its true MACs.
   Gate networks and dense layers are not counted.
 
   >>> from gating_jax.models.vgg import vgg
@@ -217,7 +217,7 @@ class VideoCounts:
     return share * (self.segments * self.light.macs + self.selector) + heavy + self.classifier
 
 
-def count_video(
+def video_summary(
   model: SegmentNet,
   shapes: Mapping[str, tuple[int, ...]],
   *,
@@ -239,15 +239,17 @@ def count_video(
   for name in ("heavy", "valid", *(("light",) if model.light is not None else ())):
     arguments.instance(f"shapes[{name!r}]", shapes.get(name), tuple, "a tuple of whole numbers")
   segments = shapes["valid"][0]
-  heavy = count(model.heavy.clone(parent=None), shapes["heavy"][1:])
+  heavy = model_summary(model.heavy.clone(parent=None), shapes["heavy"][1:])
   light = (
-    NOTHING if model.light is None else count(model.light.clone(parent=None), shapes["light"][1:])
+    NOTHING
+    if model.light is None
+    else model_summary(model.light.clone(parent=None), shapes["light"][1:])
   )
   # A count is per entry of the first axis: per segment for both nets, per video for all else.
-  whole = count(model, dict(shapes))
+  whole = model_summary(model, dict(shapes))
   # The rest after the heavy net of a model without light net and selector is the classifier.
   classifier = (
-    count(model.clone(selection="all", light=None, light_head=False), dict(shapes)).macs
+    model_summary(model.clone(selection="all", light=None, light_head=False), dict(shapes)).macs
     - heavy.macs
   )
   selector = whole.gate_macs - heavy.gate_macs + whole.macs - light.macs - heavy.macs - classifier

@@ -26,7 +26,7 @@ from gating_jax.layers.segment_gate import (
   Policy,
   SegmentGate,
   SegmentGateSettings,
-  certain,
+  deterministic_record,
   pool,
 )
 from gating_jax.ops import arguments, selection
@@ -55,7 +55,7 @@ class SegmentNet(nn.Module):
       reads it.
     selection: `gate`, learned; `confidence`, the light net's largest class probability; or one of
       `POLICIES`.
-    share: fraction of the valid segments that a fixed selection takes; see `selection.k_for`.
+    share: fraction of the valid segments that a fixed selection takes; see `selection.budget_to_k`.
     light_head: whether the light net also classifies every segment on its own.
     pooling: over the chosen segments: `max`, `mean` or `attention`.
     gate: settings of the learned gate.
@@ -148,8 +148,8 @@ class SegmentNet(nn.Module):
     if self.selection == "confidence":
       confidence = jnp.max(jax.nn.softmax(outputs["light_logits"]), axis=-1)
       # As many of each video's own segments as the share asks for; padding is never chosen.
-      gates = selection.top_k(confidence, valid, selection.k_for(valid, self.share))
-      return certain(gates, self.macs_per_segment), outputs
+      gates = selection.top_k(confidence, valid, selection.budget_to_k(valid, self.share))
+      return deterministic_record(gates, self.macs_per_segment), outputs
     return self.selector(valid, inputs.get("relevant"), train), outputs
 
   def encode(self, clips: Array, train: bool = False) -> tuple[Array, Records]:

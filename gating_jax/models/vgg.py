@@ -17,8 +17,8 @@ from gating_jax.layers.conv import ConvNorm, scaled
 from gating_jax.layers.gate import (
   GATE_NAME,
   ChannelGate,
+  GatedChannels,
   GateSettings,
-  Switched,
   apply_gates,
   check_gate_settings,
 )
@@ -156,7 +156,7 @@ class VGGLayer(nn.Module):
     # An output channel costs MACs for each open channel before it, or for all inputs if ungated.
     macs = (0, per_pair) if self.gated_input else (per_pair * x.shape[-1], 0)
     records = ChannelGate(
-      (Switched(self.features, *macs, (conv.writer,), self.readers),),
+      (GatedChannels(self.features, *macs, (conv.writer,), self.readers),),
       self.gate,
       self.axis_name,
       name=GATE_NAME,

@@ -25,7 +25,7 @@ from gating_jax.ops.precision import as_float, float_dtype
 from gating_jax.types import Array
 
 
-def keep_best(gates: Array, logits: Array, valid: Array) -> Array:
+def ensure_one_open(gates: Array, logits: Array, valid: Array) -> Array:
   """Closes padding, and opens the most likely segment where no valid gate is open.
 
   The gradient is that of `gates` on valid segments; the repair changes only the value.
@@ -38,7 +38,7 @@ def keep_best(gates: Array, logits: Array, valid: Array) -> Array:
     `[B, T]`, dtype of `gates`; float32 for whole numbers and truth values.
 
   >>> logits, valid = jnp.array([[-2.0, -1.0, 5.0]]), jnp.array([[True, True, False]])
-  >>> keep_best(jnp.zeros((1, 3)), logits, valid)
+  >>> ensure_one_open(jnp.zeros((1, 3)), logits, valid)
   Array([[0., 1., 0.]], dtype=float32)
   """
   gates, logits, valid = arguments.one_shape("[B, T]", gates=gates, logits=logits, valid=valid)
@@ -121,7 +121,7 @@ def first_k(valid: Array, k: int | Array) -> Array:
   return top_k(-jnp.asarray(ranks)[jnp.sum(valid, axis=1, keepdims=True), place], valid, k)
 
 
-def k_for(valid: Array, share: float) -> Array:
+def budget_to_k(valid: Array, share: float) -> Array:
   """Computes the number of segments per video that a budget allows.
 
   It is `ceil(share * n)` of the n valid ones, at least 1.
@@ -135,9 +135,9 @@ def k_for(valid: Array, share: float) -> Array:
     ValueError: `share` is out of range, or T is not known yet, as in `jax.export`.
     TypeError: `share` is no number.
 
-  >>> k_for(jnp.array([[True] * 5, [True] * 2 + [False] * 3]), 0.3)
+  >>> budget_to_k(jnp.array([[True] * 5, [True] * 2 + [False] * 3]), 0.3)
   Array([2, 1], dtype=int32)
-  >>> k_for(jnp.ones((1, 5), bool), 3)
+  >>> budget_to_k(jnp.ones((1, 5), bool), 3)
   Array([3], dtype=int32)
   """
   if isinstance(share, bool) or not isinstance(share, numbers.Real):

@@ -27,7 +27,7 @@ from gating_jax.layers.segment_gate import (
   RELAXATIONS,
   SegmentGateSettings,
 )
-from gating_jax.models.summary import VideoCounts, count_video
+from gating_jax.models.summary import VideoCounts, video_summary
 from gating_jax.models.timegate import SELECTIONS, SegmentClassifier, SegmentNet
 from gating_jax.models.video_backbones import (
   HEAVY_NETS,
@@ -160,12 +160,12 @@ def build(
     0 if model.light is None else config.data.light_macs,
     config.data.light_macs if alone else config.data.heavy_macs,
   )
-  counts = count_video(model, shapes, made_elsewhere=spent)
+  counts = video_summary(model, shapes, made_elsewhere=spent)
   # The cost of a segment is known only once the heavy net is counted.
   model = model.clone(macs_per_segment=counts.heavy.macs)
   # The baseline of all ratios: every segment by the heavy net, no light net and no gate.
   dense = model.clone(selection="all", light=None, light_head=False, heavy=nets(config)[1])
-  reference = count_video(
+  reference = video_summary(
     dense, sets.network_shapes(train, config), made_elsewhere=(0, config.data.heavy_macs)
   )
   return VideoExperiment(
@@ -298,7 +298,9 @@ def _training(
       full, capacity = model, math.ceil(config.model.backward_share * videos * counts.segments)
     else:
       # Such a selection takes the same number of segments of every full-length video, at most.
-      capacity = videos * int(selection.k_for(np.ones((1, counts.segments), bool), model.share)[0])
+      capacity = videos * int(
+        selection.budget_to_k(np.ones((1, counts.segments), bool), model.share)[0]
+      )
     model = model.clone(backward_capacity=capacity)
   return Phase(
     name="train",

@@ -4,7 +4,7 @@ import pytest
 
 from configs import common, imagenet_resnet18
 from gating_jax.images.build import network
-from gating_jax.models.summary import count
+from gating_jax.models.summary import model_summary
 from gating_jax.training import devices
 
 # By name: image shape, and MACs of the first convolution and of a classifier of 10 classes, which
@@ -29,9 +29,9 @@ def model(**fields):
 @pytest.mark.parametrize("name", SHAPES)
 def test_backbones_of_every_width_have_the_macs_and_gates_that_follow_from_width_one(name):
   shape, first, classifier = SHAPES[name]
-  one = count(model(name=name), shape)
+  one = model_summary(model(name=name), shape)
   for width in (0.25, 20.0):
-    wide = count(model(name=name, width=width), shape)
+    wide = model_summary(model(name=name, width=width), shape)
     expected = width * (first + classifier) + width**2 * (one.macs - first - classifier)
     assert (wide.macs, wide.gates) == (expected, width * one.gates)
 
@@ -58,7 +58,7 @@ def test_blocks_of_channels_share_a_gate(name, block):
 
 
 def imagenet_counts(variants):
-  return count(network(imagenet_resnet18.get_config(variants).model, 1000), (224, 224, 3))
+  return model_summary(network(imagenet_resnet18.get_config(variants).model, 1000), (224, 224, 3))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_chain_is_built_by_the_same_settings_as_a_residual_network():
 )
 def test_what_is_gated_is_one_variant(variants, gates, params):
   config = common.apply_variants(common.image_config(), variants)
-  counts = count(network(config.model, 10), (32, 32, 3))
+  counts = model_summary(network(config.model, 10), (32, 32, 3))
   assert (counts.gates, counts.gate_params) == (gates, params)
 
 

@@ -14,7 +14,7 @@ import pytest
 from gating_jax.data import tfds
 from gating_jax.images import segmentation
 from gating_jax.models import resnet
-from gating_jax.models.summary import count
+from gating_jax.models.summary import model_summary
 from gating_jax.reports import compile_report
 from gating_jax.training import devices, steps
 from gating_jax.training.checkpoints import Checkpoints
@@ -64,7 +64,7 @@ def test_a_run_leaves_what_it_measured(finished):
   assert (result["step"], result["images"]) == (5, 11)
   assert (
     result["head_macs"]
-    == built.counts.macs - count(built.model.backbone.clone(), built.test.shape).macs
+    == built.counts.macs - model_summary(built.model.backbone.clone(), built.test.shape).macs
     > 0
   )
   assert 0 < result["mean_iou"] < result["accuracy"] < 1
@@ -144,10 +144,10 @@ def test_the_budget_is_of_what_is_trained_on_and_the_score_of_whole_scenes(
   }
   built = segmentation.build(config("cityscapes", **settings))
   assert (built.test.shape, len(built.test.class_names)) == ((32, 48, 3), 19)
-  trained = count(built.model, (*(crop or (32, 48)), 3))
+  trained = model_summary(built.model, (*(crop or (32, 48)), 3))
   assert built.open_train().shape == (*(crop or (32, 48)), 3)
   assert built.objective.fixed_macs == trained.macs - trained.gated
-  assert built.counts == count(built.model, (32, 48, 3))
+  assert built.counts == model_summary(built.model, (32, 48, 3))
   assert (built.counts.macs > trained.macs) == (crop is not None)
 
 
@@ -189,7 +189,7 @@ def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_end(
   built = segmentation.build(made)
   assert (
     result["head_macs"]
-    == built.counts.macs - count(built.model.backbone.clone(), built.test.shape).macs
+    == built.counts.macs - model_summary(built.model.backbone.clone(), built.test.shape).macs
     > 0
   )
   assert 0 < result["mean_iou"] < result["accuracy"] < 1

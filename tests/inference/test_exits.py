@@ -13,7 +13,7 @@ from gating_jax.inference import exits
 from gating_jax.inference.exits import EXIT_DISPATCH, MASKED, compile_exits, fold_exits, macs
 from gating_jax.models.early_exit import EarlyExitNet
 from gating_jax.models.resnet import ResNet
-from gating_jax.models.summary import count
+from gating_jax.models.summary import model_summary
 from tests.helpers.gated_models import random_variables
 
 SHAPE = (8, 7, 3)
@@ -110,7 +110,7 @@ def test_an_image_that_is_no_number_changes_no_other():
 
 
 def test_multiply_accumulates_are_those_that_the_model_counts():
-  x, counts = images(16), count(MODEL, SHAPE)
+  x, counts = images(16), model_summary(MODEL, SHAPE)
   _, goes_on, records = answers(x)
   costs = [r.macs_per_unit for r in records]
   _, stay = compiled(16)(x)

@@ -10,7 +10,7 @@ from gating_jax.layers.gate import GateSettings
 from gating_jax.models.early_exit import EarlyExitNet
 from gating_jax.models.expert_net import ExpertNet
 from gating_jax.models.resnet import ResNet
-from gating_jax.models.summary import count
+from gating_jax.models.summary import model_summary
 from gating_jax.models.vgg import VGG
 from gating_jax.ops.macs import executed_macs
 from tests.helpers.gated_models import MODELS, SHAPE, STATIC, images, random_variables
@@ -33,7 +33,7 @@ def test_the_same_outputs_gates_and_macs(model):
   for of_record, of_net in zip(records, logits, strict=True):
     np.testing.assert_allclose(of_net, of_record.logits, rtol=1e-3, atol=1e-3)
   assert not gates or 0 < np.mean(np.concatenate(gates, axis=1)) < 1
-  counts = count(model, SHAPE)
+  counts = model_summary(model, SHAPE)
   assert folded.macs(net, SHAPE) == counts.macs + counts.gate_macs
   if records:
     np.testing.assert_array_equal(
@@ -48,7 +48,7 @@ def test_what_static_gates_close_is_gone(name):
   _, records = model.apply(variables, images(1))
   closed = sum(int(np.sum(np.asarray(r.gates) == 0)) for r in records)
   assert closed > 0
-  net, counts = fold(model, variables), count(model, SHAPE)
+  net, counts = fold(model, variables), model_summary(model, SHAPE)
   assert folded.macs(net, SHAPE) == counts.fixed + executed_macs(records)[0]
 
 

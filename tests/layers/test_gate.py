@@ -12,9 +12,9 @@ from scipy import special
 from gating_jax.layers.gate import (
   GATE_RNG,
   ChannelGate,
+  GatedChannels,
   GateHead,
   GateSettings,
-  Switched,
   apply_gates,
   is_gate_path,
 )
@@ -42,7 +42,7 @@ def init(module, x):
 
 
 def two_groups(**settings):
-  return ChannelGate((Switched(3, 10), Switched(2, 20, 7)), **settings)
+  return ChannelGate((GatedChannels(3, 10), GatedChannels(2, 20, 7)), **settings)
 
 
 def with_last_layer(variables, kernel_scale, bias):
@@ -203,7 +203,7 @@ def test_random_gates_learn_nothing_and_keep_their_rate_in_training_and_evaluati
     @nn.compact
     def __call__(self, x, train=False):
       return [
-        ChannelGate((Switched(10, 1),), settings, name=name)(x, train)[0].gates
+        ChannelGate((GatedChannels(10, 1),), settings, name=name)(x, train)[0].gates
         for name in ("gate", "next")
       ]
 
@@ -248,7 +248,10 @@ def test_gates_pass_gradients_to_the_head_scaled_by_the_temperature():
 
 def test_the_noise_and_the_statistics_do_not_depend_on_the_number_of_devices():
   x = features(16, 2, 2, 5)
-  alone, spread = ChannelGate((Switched(40, 1),)), ChannelGate((Switched(40, 1),), axis_name=AXIS)
+  alone, spread = (
+    ChannelGate((GatedChannels(40, 1),)),
+    ChannelGate((GatedChannels(40, 1),), axis_name=AXIS),
+  )
   variables = with_last_layer(init(alone, x), 1, np.zeros(40))
   run = lambda gate, x: gate.apply(
     variables, x, train=True, rngs={GATE_RNG: jax.random.key(7)}, mutable=["batch_stats"]
@@ -285,7 +288,7 @@ def test_apply_gates_switches_channels_per_example():
 
 
 def test_the_gate_of_a_block_costs_what_its_channels_cost():
-  groups = (Switched(6, 10, 3), Switched(12, 20, 7))
+  groups = (GatedChannels(6, 10, 3), GatedChannels(12, 20, 7))
   shapes = lambda block, inputs: [
     (r.logits.shape, r.gates.shape, r.macs_per_unit, r.macs_per_pair)
     for r in jax.eval_shape(
@@ -356,7 +359,7 @@ def test_gate_paths_are_those_below_a_gate_module():
   class Net(nn.Module):
     @nn.compact
     def __call__(self, x):
-      ChannelGate((Switched(2, 1),), name="gate")(x)
+      ChannelGate((GatedChannels(2, 1),), name="gate")(x)
       return nn.Dense(3, name="delegate")(x)
 
   params = flax.traverse_util.flatten_dict(init(Net(), features(2, 3))["params"])

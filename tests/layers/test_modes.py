@@ -11,7 +11,7 @@ from gating_jax.layers import segment_gate
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.conv import ConvNorm, FactorisedConvNorm
 from gating_jax.layers.experts import Experts
-from gating_jax.layers.gate import NOISE, ChannelGate, GateSettings, Switched, apply_gates
+from gating_jax.layers.gate import NOISE, ChannelGate, GatedChannels, GateSettings, apply_gates
 from gating_jax.models.columns import Adapter
 from gating_jax.models.mobilenet import MobileNet
 from gating_jax.models.resnet import ResNet
@@ -25,7 +25,7 @@ VIDEOS = RANDOM.normal(size=(4, 6, 8)).astype(np.float32)
 VALID = np.arange(6) < np.array([6, 4, 5, 1])[:, None]
 RELEVANT = np.arange(6) > 2
 RNGS = {"params": 0, "gate": 1, "dropout": 2}
-GROUPS = (Switched(4, 10), Switched(8, 10, 2))
+GROUPS = (GatedChannels(4, 10), GatedChannels(8, 10, 2))
 GATE = GateSettings(hidden=3, noise_scale=np.float64(0.5), temperature=np.float64(0.5))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from gating_jax.layers.blocks import Bottleneck
 from gating_jax.models.resnet import ResNet, resnet
-from gating_jax.models.summary import count
+from gating_jax.models.summary import model_summary
 from gating_jax.ops.macs import executed_macs
 
 OPEN = 1e4
@@ -72,8 +72,8 @@ def test_with_all_gates_open_the_gated_net_is_the_ungated_one_and_costs_the_same
   assert np.abs(np.asarray(closed - expected)).max() > 0.01
   y, records = apply(gated, nested(with_all_logits(flat, OPEN)), x)
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
-  sizes = count(gated, x.shape[1:])
-  assert sizes.macs == count(plain, x.shape[1:]).macs
+  sizes = model_summary(gated, x.shape[1:])
+  assert sizes.macs == model_summary(plain, x.shape[1:]).macs
   assert 0 < sizes.gated < sizes.macs
   np.testing.assert_array_equal(executed_macs(records), sizes.gated)
   np.testing.assert_array_equal(executed_macs(closed_records), 0)
@@ -87,12 +87,12 @@ PROJECTIONS = 64 * 128 + 128 * 256 + 256 * 512 + 2 * (128 + 256 + 512)
 
 def test_published_sizes():
   clip = (16, 112, 112, 3)
-  tran = count(resnet("resnet18", 400, stem="clip"), clip)
+  tran = model_summary(resnet("resnet18", 400, stem="clip"), clip)
   assert tran.params == R3D_18
   assert round(tran.macs / 1e9, 2) == 40.70
-  hara = count(resnet("resnet18", 400, shortcut="A"), clip)
+  hara = model_summary(resnet("resnet18", 400, shortcut="A"), clip)
   assert hara.params == R3D_18 - PROJECTIONS + 4 * 49 * 3 * 64 == 33_235_280
-  factorised = count(resnet("resnet18", 400, stem="clip", convolution="factorised"), clip)
+  factorised = model_summary(resnet("resnet18", 400, stem="clip", convolution="factorised"), clip)
   # Every width between is rounded down; 17 of them, each with a norm.
   assert abs(factorised.params - R3D_18) < 0.001 * R3D_18
 

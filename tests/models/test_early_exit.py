@@ -7,7 +7,7 @@ import pytest
 
 from gating_jax.models.early_exit import EarlyExitNet
 from gating_jax.models.resnet import resnet
-from gating_jax.models.summary import count
+from gating_jax.models.summary import model_summary
 from gating_jax.ops import confidence
 from gating_jax.ops.macs import executed_macs, gated_macs
 
@@ -43,13 +43,13 @@ def run(threshold, train=False):
 
 
 def test_units_cost_what_follows_up_to_the_next_exit():
-  counts = count(net(), SHAPE)
+  counts = model_summary(net(), SHAPE)
   exit_macs = lambda side, i, o: 9 * i * o * (side // 2) ** 2 + o * CLASSES
   stage = lambda side, i, o: 9 * side**2 * (i * o + o * o)  # shortcuts are free
   second, third = stage(4, 4, 8) + exit_macs(4, 8, 16), stage(2, 8, 16) + 16 * CLASSES
   _, records = jax.eval_shape(net().init_with_output, jax.random.key(0), jnp.zeros((1, *SHAPE)))[0]
   assert [r.macs_per_unit for r in records] == [second, third]
-  plain = count(resnet("resnet20", CLASSES, **SMALL), SHAPE)
+  plain = model_summary(resnet("resnet20", CLASSES, **SMALL), SHAPE)
   assert counts.macs == plain.macs + exit_macs(8, 4, 8) + exit_macs(4, 8, 16)
   assert counts.gated == second + third
   assert (counts.gates, counts.gate_params, counts.gate_layers) == (
@@ -60,7 +60,7 @@ def test_units_cost_what_follows_up_to_the_next_exit():
 
 
 def test_of_resnet20_the_exits_cost_little():
-  counts = count(resnet("resnet20", 10, kind=EarlyExitNet), (32, 32, 3))
+  counts = model_summary(resnet("resnet20", 10, kind=EarlyExitNet), (32, 32, 3))
   assert counts.macs - 40_551_040 == 9 * 16 * 32 * 256 + 320 + 9 * 32 * 64 * 64 + 640
 
 
@@ -110,7 +110,7 @@ def test_every_parameter_is_trained_and_none_by_the_records():
 def test_a_budget_is_met_by_the_threshold_found_for_it():
   _, records = run(0.5)
   stay = np.concatenate([r.logits for r in records], axis=1)
-  counts, macs = count(net(), SHAPE), [r.macs_per_unit for r in records]
+  counts, macs = model_summary(net(), SHAPE), [r.macs_per_unit for r in records]
   found = confidence.threshold_for_budget(stay, macs, counts.fixed, threshold=0.5, share=0.8)
   spent = counts.fixed + np.mean(executed_macs(run(found)[1]))
   assert 0.8 - sum(macs) / 24 / counts.macs < spent / counts.macs <= 0.8

@@ -6,7 +6,7 @@ import pytest
 from gating_jax.layers.blocks import Bottleneck
 from gating_jax.models.expert_net import ExpertNet
 from gating_jax.models.resnet import resnet
-from gating_jax.models.summary import count
+from gating_jax.models.summary import model_summary
 
 SHAPE = (8, 8, 3)
 SMALL = dict(blocks=(1, 2), features=4)
@@ -19,7 +19,9 @@ def net(**fields):
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("block", [{}, {"block": Bottleneck, "shortcut": "B"}])
 def test_each_expert_is_a_last_stage(block):
-  plain, mixed = (count(n, SHAPE) for n in (resnet("resnet20", 5, **SMALL, **block), net(**block)))
+  plain, mixed = (
+    model_summary(n, SHAPE) for n in (resnet("resnet20", 5, **SMALL, **block), net(**block))
+  )
   record = jax.eval_shape(net(**block).init_with_output, jax.random.key(0), jnp.zeros((2, *SHAPE)))[
     0
   ][1][0]
@@ -58,4 +60,4 @@ def test_gates_inside_experts_are_refused():
   with pytest.raises(
     ValueError, match="gating must be none in a network of experts; got 'channel'"
   ):
-    count(net(gating="channel"), SHAPE)
+    model_summary(net(gating="channel"), SHAPE)

@@ -8,7 +8,7 @@ import pytest
 
 from gating_jax.layers.gate import GATE_RNG, GateSettings
 from gating_jax.models.generator import Critic, Generator
-from gating_jax.models.summary import count
+from gating_jax.models.summary import model_summary
 from gating_jax.ops.macs import executed_macs
 
 
@@ -192,10 +192,10 @@ def test_a_closed_channel_is_as_one_without_a_filter():
 
 def test_the_macs_of_open_channels():
   generator, variables, z = gated()
-  sizes = count(generator, (6,))
+  sizes = model_summary(generator, (6,))
   dense, last = 6 * 4 * 4 * 8, 32 * 32 * 9 * 2 * 1
   assert sizes.macs == dense + 8 * 8 * 9 * 8 * 4 + 16 * 16 * 9 * 4 * 2 + last == sizes.gated
-  assert count(Generator((32, 32, 1), latent=6, width=2), (6,)).macs == sizes.macs
+  assert model_summary(Generator((32, 32, 1), latent=6, width=2), (6,)).macs == sizes.macs
   _, records = jax.jit(generator.apply)(variables, z)
   assert [r.writers for r in records] == [((f"map{i}", "filters"),) for i in (1, 2, 3)]
   a, b, c = (np.sum(r.gates, axis=-1) for r in records)

@@ -6,7 +6,7 @@ import pytest
 
 from gating_jax.models.inception3d import I3D, InceptionModule, InflatedInception, inflate
 from gating_jax.models.resnet import ResNet
-from gating_jax.models.summary import count
+from gating_jax.models.summary import model_summary
 
 TINY = (((2, 2, 3, 1, 2, 2),), ((3, 2, 2, 2, 3, 2),))
 
@@ -38,10 +38,10 @@ def test_published_sizes():
   I3D's table follows from it by hand.
   """
   net = InflatedInception()
-  images = count(net, (224, 224, 3)).params
+  images = model_summary(net, (224, 224, 3)).params
   assert images == 6_624_904 - (1024 * 1000 + 1000)
   windows = sum(m[1] * m[2] + m[3] * m[4] for stage in I3D for m in stage) + 64 * 192
-  assert count(net, (16, 32, 32, 3)).params == images + 9 * 2 * windows + 49 * 6 * 3 * 64
+  assert model_summary(net, (16, 32, 32, 3)).params == images + 9 * 2 * windows + 49 * 6 * 3 * 64
 
 
 @pytest.mark.thin(2)
@@ -102,7 +102,7 @@ def test_width_multiplies_every_channel_count():
     jnp.zeros((1, 4, 8, 8, 1)),
   )
   assert y.shape == (1, 2 * (3 + 2 + 3 + 2))
-  sizes = count(InflatedInception(TINY, width=0.001), (4, 8, 8, 1))
+  sizes = model_summary(InflatedInception(TINY, width=0.001), (4, 8, 8, 1))
   # Three convolutions and twelve of modules, all with one channel out; modules have four out.
   assert (
     sizes.params == (343 + 1 + 27) + (1 + 1 + 27 + 1 + 27 + 1) + (4 + 4 + 27 + 4 + 27 + 4) + 15 * 2

@@ -22,7 +22,7 @@ KEY, IMAGES, VIDEOS, VALID = (
   jnp.ones((2, 3, 4)),
   jnp.ones((2, 3), bool),
 )
-GROUPS = (gj.Switched(4, 10),)
+GROUPS = (gj.GatedChannels(4, 10),)
 
 
 def init(module, *inputs, **options):
@@ -91,30 +91,30 @@ LAYERS = {
   "one group": (
     lambda: init(gj.ChannelGate(GROUPS[0]), IMAGES),
     TypeError,
-    "groups must be a tuple of Switched, one per group of channels; got ",
+    "groups must be a tuple of GatedChannels, one per group of channels; got ",
   ),
   "a number for groups": (
     lambda: init(gj.ChannelGate(4), IMAGES),
     TypeError,
-    "groups must be a tuple of Switched, one per group of channels; got 4",
+    "groups must be a tuple of GatedChannels, one per group of channels; got 4",
   ),
   "no groups": (
     lambda: init(gj.ChannelGate(()), IMAGES),
     TypeError,
-    "groups must be a tuple of Switched, one per group of channels; got ()",
+    "groups must be a tuple of GatedChannels, one per group of channels; got ()",
   ),
   "numbers for groups": (
     lambda: init(gj.ChannelGate((4,)), IMAGES),
     TypeError,
-    "groups[0] must be Switched, such as Switched(channels=32, macs_per_channel=0); got 4",
+    "groups[0] must be GatedChannels, such as GatedChannels(channels=32, macs_per_channel=0); got 4",
   ),
   "channels of text": (
-    lambda: init(gj.ChannelGate((gj.Switched("4", 1),)), IMAGES),
+    lambda: init(gj.ChannelGate((gj.GatedChannels("4", 1),)), IMAGES),
     TypeError,
     "groups[0].channels must be a whole number >= 1; got '4'",
   ),
   "no costs": (
-    lambda: init(gj.ChannelGate((gj.Switched(4, None),)), IMAGES),
+    lambda: init(gj.ChannelGate((gj.GatedChannels(4, None),)), IMAGES),
     TypeError,
     "groups[0].macs_per_channel must be a number >= 0; got None",
   ),
@@ -259,22 +259,22 @@ NETWORKS = {
 }
 COUNTS = {
   "the class for a network": (
-    lambda: gj.count(gj.ResNet, (4, 4, 3)),
+    lambda: gj.model_summary(gj.ResNet, (4, 4, 3)),
     TypeError,
     "model must be a network, such as resnet('resnet20', classes=10); got the class ResNet",
   ),
   "a number for a shape": (
-    lambda: gj.count(FOLDABLE, 32),
+    lambda: gj.model_summary(FOLDABLE, 32),
     TypeError,
     "input_shape must be a tuple of whole numbers, such as (32, 32, 3)",
   ),
   "images for a shape": (
-    lambda: gj.count(FOLDABLE, IMAGES),
+    lambda: gj.model_summary(FOLDABLE, IMAGES),
     TypeError,
     "input_shape must be a tuple of whole numbers, such as (32, ",
   ),
   "no shape": (
-    lambda: gj.count(FOLDABLE, None),
+    lambda: gj.model_summary(FOLDABLE, None),
     TypeError,
     "input_shape must be a tuple of whole numbers, such as (32, ",
   ),
@@ -284,12 +284,12 @@ COUNTS = {
     "gate context must be one of none, pooled, random; got float64[9,9]",
   ),
   "a network without records": (
-    lambda: gj.count(OnlyOutputs(), (3,)),
+    lambda: gj.model_summary(OnlyOutputs(), (3,)),
     TypeError,
     "model must return (y, records), as gated networks do; got ",
   ),
   "shapes without a mask": (
-    lambda: gj.count_video(VIDEO_NET, {"heavy": (3, 4)}),
+    lambda: gj.video_summary(VIDEO_NET, {"heavy": (3, 4)}),
     TypeError,
     "shapes['valid'] must be a tuple of whole numbers; got None",
   ),
@@ -306,7 +306,7 @@ COUNTS = {
     "model name must be one of simple_cnn, vgg16, vgg8; got array(",
   ),
   "a network of images for videos": (
-    lambda: gj.count_video(FOLDABLE, {}),
+    lambda: gj.video_summary(FOLDABLE, {}),
     TypeError,
     "model must be a SegmentNet; got an object of class ",
   ),
@@ -334,17 +334,17 @@ INFERENCE = {
     "variables must be those of the model",
   ),
   "a network for an analysis": (
-    lambda: gj.slim(FOLDABLE),
+    lambda: gj.prune(FOLDABLE),
     TypeError,
     "analysis must be an Analysis, as returned by analyse(model, variables, ",
   ),
   "a network that is not folded, for static units": (
-    lambda: gj.static_units(FOLDABLE, ()),
+    lambda: gj.find_static_units(FOLDABLE, ()),
     TypeError,
     "net must be a folded network, as returned by fold(",
   ),
-  "a network that is not folded, for disagreement": (
-    lambda: gj.disagreement(FOLDABLE, (), IMAGES),
+  "a network that is not folded, for the error of pruning": (
+    lambda: gj.pruning_error(FOLDABLE, (), IMAGES),
     TypeError,
     "net must be a folded network, as returned by fold(model, ",
   ),

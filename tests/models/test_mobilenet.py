@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gating_jax.models.mobilenet import InvertedResidual, MobileNet
-from gating_jax.models.summary import count
+from gating_jax.models.summary import model_summary
 
 TINY = dict(stages=((1, 4, 1, 1), (3, 6, 2, 2)), stem=4, stem_stride=1, head=5)
 
@@ -32,7 +32,7 @@ def filled(net, shape):
 
 def test_published_sizes():
   """torchvision's documentation of mobilenet_v2, without its classifier."""
-  sizes = count(MobileNet(), (224, 224, 3))
+  sizes = model_summary(MobileNet(), (224, 224, 3))
   assert sizes.params == 3_504_872 - (1280 * 1000 + 1000)
   assert sizes.macs == 300_774_272 - 1280 * 1000
   assert (sizes.gates, sizes.gate_params, sizes.gated) == (0, 0, 0)

@@ -9,7 +9,7 @@ import pytest
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.models.columns import ResNetColumn, column, column_macs, output_shapes
 from gating_jax.models.resnet import ResNet, resnet
-from gating_jax.models.summary import count
+from gating_jax.models.summary import model_summary
 
 SHAPE, CLASSES, BEFORE, N = (6, 6, 1), 2, 2, 5
 FIELDS = dict(blocks=(1, 2), features=2, shortcut="B")
@@ -167,7 +167,7 @@ def expected_macs(kind, j):
   With older columns, each block's first convolution, the adapters and the head are added.
   """
   block, window = BLOCKS[kind]
-  d, plain = block.expansion, count(ResNet(CLASSES, block=block, **FIELDS), SHAPE).macs
+  d, plain = block.expansion, model_summary(ResNet(CLASSES, block=block, **FIELDS), SHAPE).macs
   blocks = [
     (36, 2, 36, 2),
     (36, 2 * d, 9 if window == 3 else 36, 4),
@@ -191,7 +191,7 @@ def test_macs_are_those_of_the_plain_net_and_of_laterals(kind):
 
 def test_parameters_are_those_of_the_plain_net_and_of_laterals():
   size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-  plain = count(ResNet(CLASSES, **FIELDS), SHAPE).params
+  plain = model_summary(ResNet(CLASSES, **FIELDS), SHAPE).params
   blocks = ((2, 2), (2, 4), (4, 4))  # channels in, channels between the convolutions
   adapters = [2 * d * d + 2 for d in (2, 2, 4, 4)]
   laterals = sum(9 * d * f for d, f in blocks) + 4 * CLASSES
@@ -200,7 +200,7 @@ def test_parameters_are_those_of_the_plain_net_and_of_laterals():
 
 def test_a_named_columns_macs():
   net = column("resnet18", 2, stem="cifar", width=0.125)
-  plain = count(resnet("resnet18", 2, stem="cifar", width=0.125), (32, 32, 3)).macs
+  plain = model_summary(resnet("resnet18", 2, stem="cifar", width=0.125), (32, 32, 3)).macs
   assert sum(column_macs(net, (32, 32, 3), 0)) == plain
   # Two blocks per stage: the stem and block 1 have 8 and 8 channels at 32 x 32; each further stage
   # halves the side and doubles the channels.

@@ -8,7 +8,7 @@ import pytest
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.models.resnet import ResNet, resnet
 from gating_jax.models.segmenter import Segmenter, enlarge, grid_means
-from gating_jax.models.summary import count
+from gating_jax.models.summary import model_summary
 from gating_jax.ops.macs import gated_macs
 
 RANDOM = np.random.default_rng(0)
@@ -98,13 +98,13 @@ def test_an_output_stride_that_the_net_cannot_have_is_refused():
 def test_macs_of_backbone_and_head_by_hand(output_stride, sides):
   net = backbone(gating="channel", output_stride=output_stride, blocks=(1, 1, 1))
   model = Segmenter(net, classes=5, features=6, bins=(1, 3))
-  counts = count(model, (16, 16, 1))
+  counts = model_summary(model, (16, 16, 1))
   a, b, c = (side**2 for side in sides)
   gated = a * 9 * (4 * 4 + 4 * 4) + b * 9 * (4 * 8 + 8 * 8) + c * 9 * (8 * 16 + 16 * 16)
   fixed = a * 9 * 4 + b * 4 * 8 + c * 8 * 16
   head = (1 + 9) * 16 * 8 + c * 9 * (16 + 8 + 8) * 6 + c * 6 * 5
   assert (counts.gated, counts.macs, counts.gates) == (gated, gated + fixed + head, 4 + 8 + 16)
-  assert counts.macs - count(net, (16, 16, 1)).macs == head
+  assert counts.macs - model_summary(net, (16, 16, 1)).macs == head
 
 
 @pytest.mark.slow
@@ -114,7 +114,7 @@ def test_logits_of_every_pixel_depend_on_the_whole_scene():
   variables = initialised(model, x)
   logits, records = apply(model, variables, x)
   assert (logits.shape, logits.dtype) == ((2, 12, 20, 3), jnp.float32)
-  assert gated_macs(records) == count(model, (12, 20, 1)).gated
+  assert gated_macs(records) == model_summary(model, (12, 20, 1)).gated
   assert records[0].writers == (("backbone", "stage1_block1", "conv1", "conv"),)
   changed, _ = apply(model, variables, x.at[0, -1, -1].add(5))
   assert np.mean(changed[0] != logits[0]) > 0.9

@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 
 from gating_jax.models.resnet import RESNETS, resnet
-from gating_jax.models.summary import ModelCounts, count, layer_names, reduced_macs
+from gating_jax.models.summary import ModelCounts, layer_names, model_summary, reduced_macs
 from gating_jax.models.vgg import VGGS, vgg
 from gating_jax.types import GateRecord
 
@@ -35,7 +35,7 @@ SETTINGS = {
 
 
 def counts_of(name, gating, *, classes, input_shape, **settings):
-  return count(resnet(name, classes, gating=gating, **settings), input_shape)
+  return model_summary(resnet(name, classes, gating=gating, **settings), input_shape)
 
 
 @pytest.mark.thin(2)
@@ -109,7 +109,7 @@ def test_every_depth_for_small_images_has_the_size_that_follows_from_its_blocks(
   ],
 )
 def test_chains_have_the_size_that_follows_from_their_layers(name, params, macs):
-  c = count(vgg(name, 10), (32, 32, 3))
+  c = model_summary(vgg(name, 10), (32, 32, 3))
   assert (c.params, c.macs) == (params, macs)
 
 
@@ -125,7 +125,7 @@ def test_without_gates_the_network_proper_is_the_same(name):
 
 @pytest.mark.parametrize("size", [(32, 32, 3), (31, 29, 3), (28, 28, 1), (5, 4, 1)])
 def test_all_but_stem_and_classifier_is_gated_where_shortcuts_are_free(size):
-  c = count(resnet("resnet20", 10, gating="channel"), size)
+  c = model_summary(resnet("resnet20", 10, gating="channel"), size)
   h, w, depth = size
   stem, classifier = 9 * depth * 16 * h * w, 640
   assert c.gated == c.macs - stem - classifier > 0
@@ -134,7 +134,7 @@ def test_all_but_stem_and_classifier_is_gated_where_shortcuts_are_free(size):
 
 def test_gated_layers_are_named_in_the_order_of_the_network():
   layers = lambda name, gating: (
-    count(resnet(name, 10, gating=gating, blocks=(1, 2)), (8, 8, 3)).gate_layers
+    model_summary(resnet(name, 10, gating=gating, blocks=(1, 2)), (8, 8, 3)).gate_layers
   )
   assert layers("resnet20", "channel") == (
     ("stage1_block1/conv1", 16),
@@ -150,14 +150,14 @@ def test_gated_layers_are_named_in_the_order_of_the_network():
 
 
 def test_projections_are_never_gated():
-  c = count(resnet("resnet50", 10, gating="channel", blocks=(1, 1)), (63, 65, 3))
+  c = model_summary(resnet("resnet50", 10, gating="channel", blocks=(1, 1)), (63, 65, 3))
   stem = 147 * 64 * 32 * 33
   projections = 16 * 17 * 64 * 256 + 8 * 9 * 256 * 512
   assert c.gated == c.macs - stem - projections - 5120
 
 
 def test_gate_macs_by_hand():
-  c = count(resnet("resnet20", 10, gating="channel", blocks=(1, 1)), (8, 8, 3))
+  c = model_summary(resnet("resnet20", 10, gating="channel", blocks=(1, 1)), (8, 8, 3))
   assert c.gate_macs == (16 * 16 + 16 * 16) + (16 * 16 + 16 * 32)
   assert c.gate_params == c.gate_macs + 2 * 32 + 16 + 32
   assert c.gates == 16 + 32
@@ -171,7 +171,7 @@ def test_convolutions_and_dense_layers_are_counted_at_each_call():
       y = nn.Conv(4, (1, 1), feature_group_count=2)(conv(x))
       return nn.Dense(5)(np.zeros((1, 3)) + y.mean()) + conv(x).mean(), ()
 
-  c = count(Net(), (6, 5, 2))
+  c = model_summary(Net(), (6, 5, 2))
   assert c.macs == 2 * 9 * 2 * 4 * 12 + 2 * 4 * 12 + 15
   assert c.params == (72 + 4) + (8 + 4) + (15 + 5)
   assert reduced_macs(Net(), (6, 5, 2)) == 2 * 9 * 4 * 12 + 4 * 12
@@ -202,7 +202,7 @@ def test_xla_counts_the_multiplications_of_every_backbone_within_two_percent(nam
   variables = jax.eval_shape(net.init, jax.random.key(0), x)
   monkeypatch.setattr(lax, "conv_general_dilated", padded)
   analysis = jax.jit(lambda v, x: net.apply(v, x)[0]).lower(variables, x).cost_analysis()
-  assert 1 < analysis["flops"] / 2 / count(net, shape).macs < 1.02
+  assert 1 < analysis["flops"] / 2 / model_summary(net, shape).macs < 1.02
 
 
 def test_layers_are_named_by_the_module_that_is_gated_and_else_by_their_place():

@@ -13,8 +13,8 @@ from gating_jax.layers.gate import (
   GATE_NAME,
   GATE_RNG,
   ChannelGate,
+  GatedChannels,
   GateSettings,
-  Switched,
   is_gate_path,
 )
 from gating_jax.layers.segment_gate import POOLINGS, SegmentGateSettings
@@ -39,7 +39,7 @@ class Net(nn.Module):
   @nn.compact
   def __call__(self, x, train=False):
     gate = ChannelGate(
-      (Switched(self.units, D),),
+      (GatedChannels(self.units, D),),
       GateSettings(hidden=3, initial_open=0.5),
       self.axis_name,
       name=GATE_NAME,
@@ -133,7 +133,7 @@ def test_logits_by_hand():
 
 def gates_by_policy(selection, inputs, outputs):
   valid = jnp.asarray(inputs["valid"])
-  k = choices.k_for(valid, SHARE)
+  k = choices.budget_to_k(valid, SHARE)
   return {
     "all": lambda: valid,
     "uniform": lambda: choices.uniform_k(valid, k),

@@ -5,14 +5,14 @@ import pytest
 
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.resnet import resnet
-from gating_jax.models.summary import count, reduced_macs
+from gating_jax.models.summary import model_summary, reduced_macs
 from gating_jax.models.vgg import POOL, VGG, vgg
 from gating_jax.ops.macs import executed_macs
 
 
 def test_simple_cnn_has_the_macs_of_the_paper():
   """Abati et al., table 2, count inputs as one channel: 9 * 100 * (28^2 + 14^2 + 7^2) = 926,100."""
-  counts = count(vgg("simple_cnn", None, gating="channel"), (28, 28, 1))
+  counts = model_summary(vgg("simple_cnn", None, gating="channel"), (28, 28, 1))
   assert counts.macs == counts.gated == 22_755_600
   for gating in ("channel", "none"):
     assert reduced_macs(vgg("simple_cnn", 2, gating=gating), (28, 28, 1)) == 926_100
@@ -20,7 +20,7 @@ def test_simple_cnn_has_the_macs_of_the_paper():
 
 
 def test_resnet18_for_small_images_has_the_macs_of_the_paper():
-  counts = count(resnet("resnet18", None, stem="cifar", gating="all_channels"), (32, 32, 3))
+  counts = model_summary(resnet("resnet18", None, stem="cifar", gating="all_channels"), (32, 32, 3))
   assert counts.macs == 555_417_600
   assert counts.gated == counts.macs - 9 * 3 * 64 * 32**2  # all but the stem
 
@@ -32,7 +32,7 @@ def records_of(model, shape):
 
 def test_vgg16_has_the_parameters_that_others_count():
   """With the 4,224 biases that BatchNorm makes needless there are 14,728,266 parameters."""
-  assert count(vgg("vgg16", 10), (32, 32, 3)).params == 14_728_266 - 4_224
+  assert model_summary(vgg("vgg16", 10), (32, 32, 3)).params == 14_728_266 - 4_224
 
 
 def test_gates_are_of_the_output_channels_of_every_layer():

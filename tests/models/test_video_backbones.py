@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gating_jax.layers.gate import GateSettings
-from gating_jax.models.summary import count
+from gating_jax.models.summary import model_summary
 from gating_jax.models.video_backbones import HEAVY_NETS, LIGHT_NETS, heavy_net, light_net
 
 FRAMES, CLIPS = (3, 16, 15, 1), (2, 8, 16, 15, 1)
@@ -98,10 +98,10 @@ def test_a_net_has_as_many_layers_as_its_name_says_and_all_its_gates(name, layer
   ids=lambda value: type(value).__name__,
 )
 def test_macs_are_those_of_the_traced_program(monkeypatch, net, shape):
-  assert count(net, shape).macs > 1000
-  on_cpu = count(net, shape)
+  assert model_summary(net, shape).macs > 1000
+  on_cpu = model_summary(net, shape)
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  assert count(net, shape) == on_cpu
+  assert model_summary(net, shape) == on_cpu
   assert products(net, shape) == on_cpu.macs
 
 
@@ -118,7 +118,7 @@ def test_features_are_averaged_over_all_axes_between(shape):
     np.testing.assert_allclose(
       y, x.astype(np.float64).reshape(shape[0], -1, 4).mean(1), rtol=1e-5, atol=1e-6
     )
-  assert count(light_net("features"), shape[1:]).params == 0
+  assert model_summary(light_net("features"), shape[1:]).params == 0
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@ import jax
 import numpy as np
 import pytest
 
-from gating_jax.layers.gate import GATE_NAME, ChannelGate, GateSettings, Switched
+from gating_jax.layers.gate import GATE_NAME, ChannelGate, GatedChannels, GateSettings
 from gating_jax.layers.segment_gate import SegmentGateSettings
-from gating_jax.models.summary import NOTHING, VideoCounts, count_video
+from gating_jax.models.summary import NOTHING, VideoCounts, video_summary
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.ops.macs import executed_macs
 from gating_jax.types import GateRecord
@@ -28,7 +28,7 @@ class Heavy(nn.Module):
   def __call__(self, x, train=False):
     x = nn.Dense(D)(x)
     records = (
-      ChannelGate((Switched(HEAVY, D),), GateSettings(hidden=2), name=GATE_NAME)(x, train)
+      ChannelGate((GatedChannels(HEAVY, D),), GateSettings(hidden=2), name=GATE_NAME)(x, train)
       if self.gated
       else ()
     )
@@ -52,7 +52,7 @@ def net(selection="gate", context="none", *, light=True, gated=False, **settings
   ],
 )
 def test_parts_by_hand(context, macs):
-  counts = count_video(net(context=context), SHAPES)
+  counts = video_summary(net(context=context), SHAPES)
   assert counts.segments == T
   assert (counts.light.macs, counts.heavy.macs) == (C * LIGHT, FIXED + D * HEAVY)
   assert counts.light.params == C * LIGHT + LIGHT
@@ -62,22 +62,22 @@ def test_parts_by_hand(context, macs):
 
 
 def test_the_light_head_counts_as_selector_and_attention_scores_as_classifier():
-  plain = count_video(net("uniform", light=False), SHAPES)
+  plain = video_summary(net("uniform", light=False), SHAPES)
   assert (plain.light, plain.selector, plain.classifier) == (
     NOTHING,
     0,
     HEAVY * 512 + 512 * CLASSES,
   )
-  head = count_video(net("confidence", pooling="attention"), SHAPES)
+  head = video_summary(net("confidence", pooling="attention"), SHAPES)
   assert (head.selector, head.classifier) == (T * LIGHT * CLASSES, plain.classifier + T * HEAVY)
-  both = count_video(net("gate", light_head=True), SHAPES)
-  assert both.selector == count_video(net("gate"), SHAPES).selector + T * LIGHT * CLASSES
+  both = video_summary(net("gate", light_head=True), SHAPES)
+  assert both.selector == video_summary(net("gate"), SHAPES).selector + T * LIGHT * CLASSES
   assert both.classifier == plain.classifier
 
 
 def test_what_was_spent_on_features_elsewhere_is_each_nets_own():
   plain, with_nets = (
-    count_video(net(), SHAPES, made_elsewhere=macs) for macs in ((0, 0), (1000, 30_000))
+    video_summary(net(), SHAPES, made_elsewhere=macs) for macs in ((0, 0), (1000, 30_000))
   )
   assert with_nets.light.macs == plain.light.macs + 1000
   assert with_nets.all_segments == plain.all_segments + T * 30_000
@@ -85,7 +85,7 @@ def test_what_was_spent_on_features_elsewhere_is_each_nets_own():
 
 
 def test_channel_gates_do_not_count_as_the_segments_gate():
-  gated, plain = (count_video(net(gated=gated), SHAPES) for gated in (True, False))
+  gated, plain = (video_summary(net(gated=gated), SHAPES) for gated in (True, False))
   assert (gated.heavy.gated, gated.heavy.gate_macs) == (HEAVY * D, D * 2 + 2 * HEAVY)
   assert (gated.heavy.macs, gated.selector, gated.classifier) == (
     plain.heavy.macs,
@@ -106,7 +106,7 @@ def test_channel_gates_and_segment_gates_multiply():
   (_, records), _ = jax.jit(model.init_with_output)(jax.random.key(0), inputs)
   gates, channels = (np.asarray(record.gates) for record in records)
   channels = rng.integers(0, 2, channels.shape).astype(np.float32)
-  counts = count_video(model, SHAPES)
+  counts = video_summary(model, SHAPES)
   heavy_macs = counts.heavy.fixed + executed_macs((GateRecord(None, None, channels, D),))
   spent = counts.per_video(gates, valid, heavy_macs.reshape(videos, T))
   channels = channels.reshape(videos, T, HEAVY)

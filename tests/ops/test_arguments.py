@@ -319,7 +319,7 @@ LAYERS = {
     "k must be a whole number, or [B] of them, for 4 videos; got shape (2,)",
   ),
   "a list for gates of segments": (
-    lambda: selection.keep_best([[1.0, 0.0]] * 4, Z, Z > 0),
+    lambda: selection.ensure_one_open([[1.0, 0.0]] * 4, Z, Z > 0),
     TypeError,
     "gates must be an [B, T] array of real numbers; got [[1.0, 0.0]",
   ),
@@ -329,7 +329,7 @@ LAYERS = {
     "scores, valid must be [B, T] of one shape; got (4, 1), (4, 2)",
   ),
   "a list for valid segments": (
-    lambda: selection.k_for([[True]], 0.5),
+    lambda: selection.budget_to_k([[True]], 0.5),
     TypeError,
     "valid must be an [B, T] array of real numbers; got [[True]]",
   ),
@@ -379,7 +379,7 @@ LAYERS = {
     "sizes must be a list of whole numbers >= 1; got 4",
   ),
   "text for the share of segments": (
-    lambda: selection.k_for(Z > 0, "0.3"),
+    lambda: selection.budget_to_k(Z > 0, "0.3"),
     TypeError,
     "share must be in (0, 1], or an int number of segments; got '0.3'",
   ),

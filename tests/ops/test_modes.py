@@ -193,9 +193,9 @@ PENALTIES = {
 }
 SELECTION = {
   "repair": lambda x: gradient(
-    lambda x: selection.keep_best(x * (x > 2).astype(x.dtype), x, VALID)
+    lambda x: selection.ensure_one_open(x * (x > 2).astype(x.dtype), x, VALID)
   )(x),
-  "repair of truth values": lambda x: selection.keep_best(x > 2, x, VALID),
+  "repair of truth values": lambda x: selection.ensure_one_open(x > 2, x, VALID),
   "best": lambda x: selection.top_k(x, VALID, 2),
   "best, some for each": lambda x: selection.top_k(x, VALID, np.arange(N)),
   "uniform": lambda x: (
@@ -204,7 +204,7 @@ SELECTION = {
   ),
   "random": lambda x: selection.random_k(jax.random.key(0), VALID, 2),
   "first": lambda x: (selection.first_k(VALID, 2), selection.first_k(VALID, np.arange(N))),
-  "number": lambda x: (selection.k_for(VALID, 0.3), selection.k_for(VALID, 2)),
+  "number": lambda x: (selection.budget_to_k(VALID, 0.3), selection.budget_to_k(VALID, 2)),
   "exits": lambda x: (
     confidence.entropy_share(x),
     confidence.stay_logits(x.reshape(3, 2, C), HALF),

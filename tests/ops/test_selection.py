@@ -25,8 +25,8 @@ POLICIES = {
   ),
 }
 COMPILED = {name: jax.jit(policy) for name, policy in POLICIES.items()}
-keep_best, top_k, uniform_k = (
-  jax.jit(selection.keep_best),
+ensure_one_open, top_k, uniform_k = (
+  jax.jit(selection.ensure_one_open),
   jax.jit(selection.top_k),
   jax.jit(selection.uniform_k),
 )
@@ -123,7 +123,7 @@ def test_nan_is_chosen_only_where_nothing_else_is_left():
 def test_keep_best_changes_only_videos_without_an_open_segment(gates, valid, random):
   gates, valid = np.array(gates, np.float32), np.array(valid)
   logits = np.array([[random.uniform(-5, 5) for _ in range(SEGMENTS)] for _ in valid], np.float32)
-  kept = np.asarray(keep_best(gates, logits, valid))
+  kept = np.asarray(ensure_one_open(gates, logits, valid))
   for b in range(len(valid)):
     expected = gates[b] * valid[b]
     if valid[b].any() and not expected.any():
@@ -136,7 +136,7 @@ def test_keep_best_passes_the_gradient_of_the_gates_on_valid_segments():
   valid = jnp.array([[True, True, False], [True, True, True]])
   weights = jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
   gate = lambda z: straight_through_gate(jax.random.key(0), z, noise_scale=0.0)
-  repaired = lambda z: selection.keep_best(gate(z), z, valid)
+  repaired = lambda z: selection.ensure_one_open(gate(z), z, valid)
   np.testing.assert_array_equal(repaired(logits), [[0, 1, 0], [0, 1, 1]])
   slope = jax.grad(lambda z: (repaired(z) * weights).sum())(logits)
   own = jax.grad(lambda z: (gate(z) * weights).sum())(logits)
@@ -146,13 +146,15 @@ def test_keep_best_passes_the_gradient_of_the_gates_on_valid_segments():
 
 def test_keep_best_leaves_relaxed_gates_and_their_type():
   gates = jnp.array([[0.25, 0.5]], jnp.bfloat16)
-  kept = jax.jit(selection.keep_best)(gates, jnp.zeros((1, 2)), jnp.ones((1, 2), bool))
+  kept = jax.jit(selection.ensure_one_open)(gates, jnp.zeros((1, 2)), jnp.ones((1, 2), bool))
   assert kept.dtype == jnp.bfloat16
   np.testing.assert_array_equal(kept.astype(jnp.float32), [[0.25, 0.5]])
 
 
 def test_keep_best_opens_something_even_where_all_logits_are_nan():
-  kept = selection.keep_best(jnp.zeros((1, 3)), jnp.full((1, 3), jnp.nan), padded(2, segments=3))
+  kept = selection.ensure_one_open(
+    jnp.zeros((1, 3)), jnp.full((1, 3), jnp.nan), padded(2, segments=3)
+  )
   np.testing.assert_array_equal(kept, [[1, 0, 0]])
 
 
@@ -161,10 +163,10 @@ def test_keep_best_maps_over_an_axis():
   logits = jnp.asarray(rng.normal(-2, 1.5, (4, 3, 5)), jnp.float32)
   valid = jnp.asarray(rng.random((4, 3, 5)) < 0.7)
   one_by_one = np.stack(
-    [selection.keep_best(z > 0, z, v) for z, v in zip(logits, valid, strict=True)]
+    [selection.ensure_one_open(z > 0, z, v) for z, v in zip(logits, valid, strict=True)]
   )
   np.testing.assert_array_equal(
-    jax.vmap(lambda z, v: selection.keep_best(z > 0, z, v))(logits, valid), one_by_one
+    jax.vmap(lambda z, v: selection.ensure_one_open(z > 0, z, v))(logits, valid), one_by_one
   )
 
 
@@ -181,12 +183,12 @@ def test_keep_best_maps_over_an_axis():
   ],
 )
 def test_k_for_by_hand(share, counts):
-  np.testing.assert_array_equal(selection.k_for(padded(9, 5, 1, 0), share), counts)
+  np.testing.assert_array_equal(selection.budget_to_k(padded(9, 5, 1, 0), share), counts)
 
 
 def test_k_for_does_not_round_up_what_is_whole():
   for percent in range(1, 101):
-    assert selection.k_for(jnp.ones((1, 100), bool), percent / 100)[0] == percent
+    assert selection.budget_to_k(jnp.ones((1, 100), bool), percent / 100)[0] == percent
 
 
 @given(st.integers(1, 70))
@@ -214,13 +216,13 @@ def test_first_k_is_in_the_order_of_each_videos_own_length(valid, k):
     (lambda: selection.uniform_k(padded(3), 0), "k must be >= 1; got 0"),
     (lambda: selection.random_k(jax.random.key(0), padded(3), -1), "k must be >= 1; got -1"),
     (lambda: selection.top_k(jnp.zeros((1, 9)), padded(3), 0), "k must be >= 1; got 0"),
-    (lambda: selection.k_for(padded(3), 0), "k must be >= 1; got 0"),
+    (lambda: selection.budget_to_k(padded(3), 0), "k must be >= 1; got 0"),
     (
-      lambda: selection.k_for(padded(3), 1.5),
+      lambda: selection.budget_to_k(padded(3), 1.5),
       r"share must be in \(0, 1\], or an int number of segments; got 1.5",
     ),
     (
-      lambda: selection.k_for(padded(3), math.nan),
+      lambda: selection.budget_to_k(padded(3), math.nan),
       r"share must be in \(0, 1\], or an int number of segments; got nan",
     ),
     (lambda: selection.frame_exit_order(0), "segments must be >= 1; got 0"),

@@ -60,7 +60,7 @@ def choices(x):
   return [
     selection.top_k(x, valid, 1),
     selection.uniform_k(valid, jnp.ones(x.shape[0], jnp.int32)),
-    selection.keep_best(x, x, valid),
+    selection.ensure_one_open(x, x, valid),
     selection.random_k(KEY, valid, 1),
   ]
 
@@ -109,7 +109,10 @@ def test_a_function_is_exported_for_any_number_of_examples(name):
 
 def test_a_choice_by_a_table_needs_a_known_number_of_segments():
   shape = jax.ShapeDtypeStruct(export.symbolic_shape("n, t"), jnp.float32)
-  for choose in (lambda x: selection.k_for(x > 0, 0.5), lambda x: selection.first_k(x > 0, 1)):
+  for choose in (
+    lambda x: selection.budget_to_k(x > 0, 0.5),
+    lambda x: selection.first_k(x > 0, 1),
+  ):
     with pytest.raises(
       ValueError, match=r"^valid must have a static number of segments; got shape \(n, t\)"
     ):

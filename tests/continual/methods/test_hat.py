@@ -15,7 +15,7 @@ from gating_jax.continual.method import Batch
 from gating_jax.continual.methods import hat
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.resnet import ResNet
-from gating_jax.models.summary import count
+from gating_jax.models.summary import model_summary
 from gating_jax.models.vgg import VGG
 from tests.helpers import tiny_tasks as toys
 
@@ -34,7 +34,11 @@ def net(norm=True, axis_name=None, chain=(4, 6)):
 def method(norm=True, axis_name=None, steepness=S_MAX, sparsity=PRICE, chain=(4, 6)):
   model = net(norm, axis_name, chain)
   return hat.hat(
-    model, toys.problem(axis_name), count(model, toys.SHAPE), steepness=steepness, sparsity=sparsity
+    model,
+    toys.problem(axis_name),
+    model_summary(model, toys.SHAPE),
+    steepness=steepness,
+    sparsity=sparsity,
   )
 
 

@@ -12,7 +12,7 @@ from gating_jax.continual.methods.multitask import multitask_gates, multitask_no
 from gating_jax.continual.methods.task_gates import TaskGatesSettings
 from gating_jax.data import tasks
 from gating_jax.layers.gate import GateSettings
-from gating_jax.models.summary import count
+from gating_jax.models.summary import model_summary
 from gating_jax.models.vgg import POOL, VGG
 from gating_jax.training import devices
 from tests.helpers import tiny, tiny_tasks
@@ -38,11 +38,11 @@ def model(kind, axis_name=None, norm=True):
 def method(kind, axis_name=None, norm=True, **settings):
   net, problem = model(kind, axis_name, norm), tiny_tasks.problem(axis_name)
   if kind == "trunk":
-    return multitask_trunk(Network(net, problem, count(net, SHAPE).macs))
+    return multitask_trunk(Network(net, problem, model_summary(net, SHAPE).macs))
   if kind == "norms":
-    return multitask_norms(net, problem, count(net, SHAPE))
+    return multitask_norms(net, problem, model_summary(net, SHAPE))
   gates = TaskGatesSettings(**{"sparsity": 0.1, "patience": 0.0, **settings})
-  return multitask_gates(net, problem, count(net, SHAPE), gates)
+  return multitask_gates(net, problem, model_summary(net, SHAPE), gates)
 
 
 def both_tasks(count=64, seed=0):
@@ -163,7 +163,7 @@ def test_all_tasks_are_learnt_and_nothing_changes_shape(kind):
   if kind != "gates":
     np.testing.assert_allclose(p.agnostic_macs, passes * np.asarray(p.macs))
     own_head = 0 if kind == "trunk" else 6 * CLASSES
-    np.testing.assert_allclose(p.macs, count(model(kind), SHAPE).macs + own_head)
+    np.testing.assert_allclose(p.macs, model_summary(model(kind), SHAPE).macs + own_head)
 
 
 def test_units_are_relevant_to_the_tasks_whose_gates_open_on_their_own_images():
@@ -187,7 +187,7 @@ def test_units_are_relevant_to_the_tasks_whose_gates_open_on_their_own_images():
   np.testing.assert_array_equal(np.concatenate(list(used.values()), axis=1), kept)
   assert metrics.gate_overlap(np.concatenate(list(used.values()), axis=1))[0, 1] == 1 / 7
   x = tiny_tasks.problem().normalise(data.pixels)
-  dense = count(model("gates"), SHAPE)
+  dense = model_summary(model("gates"), SHAPE)
   macs = [
     float(made.predict(ended, x, t, TASKS).macs[0]) - dense.fixed - 6 * CLASSES
     for t in range(TASKS)

@@ -21,7 +21,7 @@ from gating_jax.continual.task_inference import RouterSettings
 from gating_jax.continual.units import freeze
 from gating_jax.layers.gate import GATE_RNG, GateSettings
 from gating_jax.models.resnet import ResNet
-from gating_jax.models.summary import count
+from gating_jax.models.summary import model_summary
 from gating_jax.models.vgg import POOL, VGG
 from gating_jax.training import devices, optim
 from gating_jax.types import GateRecord
@@ -44,7 +44,7 @@ PROBLEM = Problem(
 )
 
 
-NETWORK = Network(PLAIN, PROBLEM, count(PLAIN, SHAPE).macs, "seen")
+NETWORK = Network(PLAIN, PROBLEM, model_summary(PLAIN, SHAPE).macs, "seen")
 
 
 def data(task, count=64, seed=0):
@@ -70,7 +70,14 @@ class Run:
       **{"sparsity": 0.5, "patience": 0.0, "when_full": "reuse", "threshold": 0.9, **settings}
     )
     self.method = task_gates(
-      model, PROBLEM, count(model, SHAPE), gates, remembering, classifier, network, distillation
+      model,
+      PROBLEM,
+      model_summary(model, SHAPE),
+      gates,
+      remembering,
+      classifier,
+      network,
+      distillation,
     )
     self.optimiser = optim.sgd(optax.constant_schedule(0.1), momentum=0.9, weight_decay=1e-2)
     self.step = jax.jit(
@@ -292,7 +299,7 @@ def test_the_task_is_told_from_the_streams_and_costs_all_of_them():
     own = chosen // 2 == task
     np.testing.assert_array_equal(chosen[own] % 2, np.argmax(p.aware, axis=1)[own])
     assert (np.asarray(p.agnostic_macs) > 2 * np.asarray(p.macs)).all()
-    assert (np.asarray(p.agnostic_macs) < TASKS * count(MODELS["vgg"], SHAPE).macs).all()
+    assert (np.asarray(p.agnostic_macs) < TASKS * model_summary(MODELS["vgg"], SHAPE).macs).all()
     right.append(own.mean())
   assert np.mean(right) > 0.6  # chance is a third
 
@@ -551,7 +558,7 @@ def test_two_devices_take_the_step_of_one(rehearsed, network):
   method = task_gates(
     model,
     problem,
-    count(model, SHAPE),
+    model_summary(model, SHAPE),
     TaskGatesSettings(sparsity=0.5, patience=0.0),
     remembering(problem),
     settings,
