@@ -26,7 +26,7 @@ import numpy as np
 
 from gating_jax.inference import exits, folded
 from gating_jax.inference.compiled import compile_conditional, program, ungated
-from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer
+from gating_jax.inference.folded import Block, Conv, FoldedNet, Group, Head, Layer
 from gating_jax.inference.folding import fold
 from gating_jax.inference.kernel_strategies import why_not
 from gating_jax.layers.gate import GateSettings
@@ -91,14 +91,16 @@ def block(share, *, batch, size, channels, per_gate=1):
   group = Group(channels // per_gate, per_gate)
   opened = open_sets(group.gates, share, min(batch, HIDDEN))
   head = by_example(channels, group, np.resize(opened, (HIDDEN, group.gates)))
-  net = Folded((Block((conv(channels, channels), conv(channels, channels)), head),), pooled=False)
+  net = FoldedNet(
+    (Block((conv(channels, channels), conv(channels, channels)), head),), pooled=False
+  )
   return net, images(batch, size, channels)
 
 
 def narrow(share, channels):
   """Returns the block with this fraction of the hidden channels, without gates."""
   hidden = round(share * channels)
-  return Folded((Block((conv(channels, hidden), conv(hidden, channels))),), pooled=False)
+  return FoldedNet((Block((conv(channels, hidden), conv(hidden, channels))),), pooled=False)
 
 
 def whole(share, *, width, batch=1):
@@ -139,18 +141,20 @@ def layers(share, *, batch, size, channels):
         layer_gate=True,
       )
     )
-  return Folded(tuple(parts[: 4 if batch == 1 else 1]), pooled=False), images(batch, size, channels)
+  return FoldedNet(tuple(parts[: 4 if batch == 1 else 1]), pooled=False), images(
+    batch, size, channels
+  )
 
 
 def leaving(share, *, batch, size, channels):
   """Returns eight blocks, and an exit after the first at which enough images leave for `share`."""
   blocks = [Block((conv(channels, channels), conv(channels, channels))) for _ in range(8)]
   stages = (
-    Folded((blocks[0],), pooled=False),
-    Folded(tuple(blocks[1:]), (normal(channels, 10), normal(10))),
+    FoldedNet((blocks[0],), pooled=False),
+    FoldedNet(tuple(blocks[1:]), (normal(channels, 10), normal(10))),
   )
   net = exits.ExitNet(
-    stages, (Folded((Layer(conv(channels, 16)),), (normal(16, 10), normal(10))),), 0.5
+    stages, (FoldedNet((Layer(conv(channels, 16)),), (normal(16, 10), normal(10))),), 0.5
   )
   x = images(batch, size, channels)
   stay = np.sort(np.asarray(exits.run(net, jnp.asarray(x))[1][:, 0]))

@@ -6,14 +6,14 @@ The README gives a tour; each name is documented where it is defined.
 import warnings
 
 # The public API: everything listed in `__all__` stays importable from the top level.
-from gating_jax.inference.analyse import Analysis, analyse
+from gating_jax.inference.analyse import Analysis, analyse, prune
 from gating_jax.inference.compiled import compile_conditional
 from gating_jax.inference.exits import compile_exits
 from gating_jax.inference.export import export_model, load_exported
 from gating_jax.inference.folding import fold
+from gating_jax.inference.pruning import find_static_units, pruning_error
 from gating_jax.inference.quantise import quantise
 from gating_jax.inference.segments import Skipping
-from gating_jax.inference.slim import disagreement, slim, static_units
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.gate import ChannelGate, GatedChannels, GateHead, GateSettings, apply_gates
 from gating_jax.layers.segment_gate import SegmentGate, SegmentGateSettings
@@ -88,13 +88,13 @@ __all__ = [
   "closed_share",
   "compile_conditional",
   "compile_exits",
-  "disagreement",
   "empirical",
   "empirical_cdf",
   "executed_macs",
   "expected_macs",
   "export_model",
   "find_concepts",
+  "find_static_units",
   "fold",
   "from_cdf",
   "gated_macs",
@@ -113,13 +113,13 @@ __all__ = [
   "noise_floor",
   "normal",
   "open_indices",
+  "prune",
+  "pruning_error",
   "quantise",
   "relaxed_bernoulli",
   "resnet",
   "scatter_back",
-  "slim",
   "sort_with_vjp",
-  "static_units",
   "straight_through_gate",
   "symmetric_beta",
   "target_rate_loss",
@@ -135,7 +135,10 @@ RENAMED = {
   "Switched": "GatedChannels",
   "count": "model_summary",
   "count_video": "video_summary",
+  "disagreement": "pruning_error",
   "put_back": "scatter_back",
+  "slim": "prune",
+  "static_units": "find_static_units",
 }
 
 

@@ -21,11 +21,17 @@ from gating_jax.images.build import Experiment
 from gating_jax.inference import exits, export, folded, gate_statistics
 from gating_jax.inference.analyse import Analysis, analyse
 from gating_jax.inference.compiled import compile_conditional
-from gating_jax.inference.folded import Folded
+from gating_jax.inference.folded import FoldedNet
 from gating_jax.inference.inputs import spread
 from gating_jax.inference.kernel_strategies import EXPORTABLE
+from gating_jax.inference.pruning import (
+  PruningEffect,
+  apply_pruning,
+  find_static_units,
+  pruning_error,
+  rate_bound,
+)
 from gating_jax.inference.quantise import dequantise, quantise
-from gating_jax.inference.slim import Disagreement, disagreement, rate_bound, static_units, take
 from gating_jax.inference.timings import run_over, spread_batches
 from gating_jax.models.early_exit import EarlyExitNet
 from gating_jax.paths import quoted
@@ -143,16 +149,16 @@ def _write(
     )
   net, choices, shape = (
     analysis.net,
-    static_units(analysis.net, analysis.openings),
+    find_static_units(analysis.net, analysis.openings),
     analysis.input_shape,
   )
-  small = take(net, choices)
+  small = apply_pruning(net, choices)
   with working(
     f"testing the net as trained, slimmed and in int8 on {len(experiment.test):,} images",
     "up to a minute",
   ):
     # On test images: pruning was decided on training images.
-    moved = disagreement(net, choices, (x for x, _ in _batches(experiment, experiment.test)))
+    moved = pruning_error(net, choices, (x for x, _ in _batches(experiment, experiment.test)))
     models = {_TRAINED: net, _SLIMMED: small, _INT8: quantise(small)}
     scores = {name: _score(experiment, each) for name, each in models.items()}
   say(f"\ncheckpoint of step {origin['step']}, calibrated on {analysis.images:,} training images\n")
@@ -271,7 +277,7 @@ def _batches(
     yield np.asarray(experiment.normalise(pixels), np.float32), np.asarray(labels)
 
 
-def _score(experiment: Experiment, net: Folded) -> dict[str, float]:
+def _score(experiment: Experiment, net: FoldedNet) -> dict[str, float]:
   """Computes accuracy on the test set, and MACs per image: of every unit, and of the open ones."""
   net, labels, correct, executed, images = dequantise(net), [], 0, 0, 0
 
@@ -383,7 +389,7 @@ def _analysis_lines(analysis: Analysis, names: list[str]) -> list[str]:
   ]
 
 
-def _moved_lines(analysis: Analysis, moved: Disagreement) -> list[str]:
+def _moved_lines(analysis: Analysis, moved: PruningEffect) -> list[str]:
   # An upper confidence bound: not seeing a unit open does not prove that it never opens.
   bound = 100 * rate_bound(analysis.images, 0.95)
   worst = max(itertools.chain(moved.opened, moved.closed), default=0.0)

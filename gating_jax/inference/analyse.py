@@ -14,11 +14,11 @@ import numpy as np
 
 from gating_jax.inference import folded
 from gating_jax.inference.computed import account
-from gating_jax.inference.folded import Folded, Group
+from gating_jax.inference.folded import FoldedNet, Group
 from gating_jax.inference.folding import fold
 from gating_jax.inference.gate_statistics import Counter, Openings, observed, places
+from gating_jax.inference.pruning import apply_pruning, find_static_units
 from gating_jax.inference.quantise import check_float
-from gating_jax.inference.slim import static_units, take
 from gating_jax.inference.strategies import settings_of, switch
 from gating_jax.ops import arguments
 
@@ -38,7 +38,7 @@ class Analysis:
       `analyse`.
   """
 
-  net: Folded
+  net: FoldedNet
   input_shape: tuple[int, int, int]
   images: int
   openings: tuple[Openings, ...]
@@ -69,7 +69,7 @@ def analyse(
       ungated       every convolution whole, no gate networks
       masked        every convolution whole, and the gate networks
       executed      open units alone
-      slimmed       as masked, of `slim`
+      slimmed       as masked, of `prune`
       switch        each image alone: the open channels of a layer or block are gathered and padded
                     to one of `buckets` sizes, multiples of 16; branches of one gate run or not
       union of 8    channels open for any of 8 images in their order
@@ -86,7 +86,7 @@ def analyse(
   Raises:
     ValueError: no images, images of unlike shapes or not finite, or a model that cannot be folded.
   """
-  net = model if isinstance(model, Folded) else fold(model, variables)
+  net = model if isinstance(model, FoldedNet) else fold(model, variables)
   check_float(net)
   arguments.whole_number("buckets", buckets)
   arguments.instance(
@@ -108,8 +108,8 @@ def analyse(
   # Gate networks cost the same for every image.
   heads = sum(map(folded.head_macs, net.parts))
   whole = folded.macs(net, shape)
-  # Pruned by these very openings, with the default settings of `slim`.
-  small = take(net, static_units(net, openings))
+  # Pruned by these very openings, with the default settings of `prune`.
+  small = apply_pruning(net, find_static_units(net, openings))
   found = {name: float(total) / images for name, total in spent.items()}
   macs = {
     "ungated": float(whole - heads),
@@ -121,7 +121,37 @@ def analyse(
   return Analysis(net, shape, images, openings, macs)
 
 
-def _ways(net: Folded) -> dict[str, Any]:
+def prune(
+  analysis: Analysis, *, multiple: int = 16, confidence: float | None = None, max_rate: float = 0.01
+) -> FoldedNet:
+  """Prunes the static units of an analysed network.
+
+  It is `apply_pruning(net, find_static_units(net, openings, ...))` of the analysis. Channels without a gate come
+  first in their layer. A block without any gate left has no gate network.
+
+  Args:
+    analysis: of `analyse`, which holds the network.
+    multiple, confidence, max_rate: as in `find_static_units`.
+  Returns:
+    The smaller network.
+  Raises:
+    ValueError, TypeError: as `find_static_units`; or no analysis.
+  """
+  arguments.instance(
+    "analysis",
+    analysis,
+    Analysis,
+    "an Analysis, as returned by analyse(model, variables, images)",
+  )
+  return apply_pruning(
+    analysis.net,
+    find_static_units(
+      analysis.net, analysis.openings, multiple=multiple, confidence=confidence, max_rate=max_rate
+    ),
+  )
+
+
+def _ways(net: FoldedNet) -> dict[str, Any]:
   """Maps the name of each way to skip to its rule, from all gates to the units it computes."""
   # A branch with one gate has no channels to gather into blocks: its gate stays as it is.
   groups, layers = [group for _, _, group, _ in places(net)], [layer for *_, layer in places(net)]
@@ -142,7 +172,7 @@ def _ways(net: Folded) -> dict[str, Any]:
 
 
 def _switched(
-  net: Folded, buckets: int, shape: tuple[int, int, int], gates: Sequence[np.ndarray], count: int
+  net: FoldedNet, buckets: int, shape: tuple[int, int, int], gates: Sequence[np.ndarray], count: int
 ) -> float:
   """Computes MACs per image by `switch` where it fits.
 

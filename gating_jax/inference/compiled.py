@@ -20,11 +20,11 @@ import numpy as np
 from gating_jax.checks import one_of
 from gating_jax.inference import folded, inputs
 from gating_jax.inference.computed import Account, account
-from gating_jax.inference.folded import Folded, Gates, Layer
+from gating_jax.inference.folded import FoldedNet, Gates, Layer
 from gating_jax.inference.folding import fold
 from gating_jax.inference.kernel_strategies import STRATEGIES, why_not, worth_trying
 from gating_jax.inference.quantise import check_float
-from gating_jax.inference.strategies import Made, Setting, settings_of
+from gating_jax.inference.strategies import CompiledPart, Setting, settings_of
 from gating_jax.inference.timings import (
   GAIN,
   OPEN_LIMIT,
@@ -58,7 +58,7 @@ class Conditional:
 
   def __init__(
     self,
-    net: Folded,
+    net: FoldedNet,
     input_shape: tuple[int, int, int],
     batch_size: int,
     names: Sequence[str],
@@ -82,7 +82,7 @@ class Conditional:
     x = inputs.images("images", x, self.input_shape)
     return in_batches(functools.partial(self.program, self.weights), x, self.batch_size)
 
-  def load(self, net: Folded) -> None:
+  def load(self, net: FoldedNet) -> None:
     """Takes the weights of another network, without compiling or timing again.
 
     Skipping may then save another amount than was measured.
@@ -122,7 +122,7 @@ def compile_conditional(
   alone. It computes everything where skipping is slower, or costs too much with every unit open.
 
   Args:
-    model, variables: what `fold` takes; or a `Folded` network alone.
+    model, variables: what `fold` takes; or a `FoldedNet` network alone.
     input_shape: `(H, W, D)` of an image.
     batch_size: number of images of the program; other numbers are cut and padded to it.
     strategy: `auto`, or one of `STRATEGIES`, for each part that it fits; other parts compute
@@ -153,7 +153,7 @@ def compile_conditional(
   )
   if reason := why_not(strategy):
     raise ValueError(f"strategy {strategy!r} cannot run here: {reason}")
-  net = model if isinstance(model, Folded) else fold(model, variables)
+  net = model if isinstance(model, FoldedNet) else fold(model, variables)
   check_float(net)
   folded.check_channels(net, input_shape[2])
   # Strategies are fitted to every second image and timed on the others, if there are two or more.
@@ -223,7 +223,9 @@ def check_arguments(
   return calibration
 
 
-def program(made: Sequence[Made] | None = None) -> Callable[[Folded, Array], tuple[Array, Gates]]:
+def program(
+  made: Sequence[CompiledPart] | None = None,
+) -> Callable[[FoldedNet, Array], tuple[Array, Gates]]:
   """Compiles the network with a runner for each part; every part is `masked` for None.
 
   Pooled outputs are NaN where a logit is: such gates are closed, and whether a closed unit is
@@ -234,7 +236,7 @@ def program(made: Sequence[Made] | None = None) -> Callable[[Folded, Array], tup
   """
   runners = None if made is None else [runner for _, runner in made]
 
-  def run(net: Folded, x: Array) -> tuple[Array, Gates]:
+  def run(net: FoldedNet, x: Array) -> tuple[Array, Gates]:
     """Returns the outputs and the gate logits `[N, U]` for x `[N, H, W, D]`."""
     y, logits = folded.run(net, x, runners)
     # A NaN logit closes its gate, which may hide that the input was not finite.
@@ -248,7 +250,7 @@ def program(made: Sequence[Made] | None = None) -> Callable[[Folded, Array], tup
   return jax.jit(run)
 
 
-def ungated(net: Folded) -> Folded:
+def ungated(net: FoldedNet) -> FoldedNet:
   """Returns the network without its gate networks: every unit is open."""
   return dataclasses.replace(
     net,
@@ -259,7 +261,7 @@ def ungated(net: Folded) -> Folded:
   )
 
 
-def opened(net: Folded) -> Folded:
+def opened(net: FoldedNet) -> FoldedNet:
   """Returns the network with gate networks that open every unit that any image can open."""
 
   def always(head: folded.Head) -> folded.Head:
@@ -293,7 +295,7 @@ def _padded(x: Array, count: int) -> Array:
   return jnp.pad(jnp.asarray(x), [(0, missing), *[(0, 0)] * 3]) if missing else x
 
 
-def _gates_of(net: Folded, images: Any) -> tuple[np.ndarray, ...]:
+def _gates_of(net: FoldedNet, images: Any) -> tuple[np.ndarray, ...]:
   run = program()
   # In pieces, so that memory does not grow with the calibration set.
   found = [run(net, jnp.asarray(images[i : i + 256]))[1] for i in range(0, len(images), 256)]
@@ -303,24 +305,26 @@ def _gates_of(net: Folded, images: Any) -> tuple[np.ndarray, ...]:
   )
 
 
-def _made(net: Folded, names: Sequence[str], settings: Sequence[Setting]) -> list[Made]:
+def _made(net: FoldedNet, names: Sequence[str], settings: Sequence[Setting]) -> list[CompiledPart]:
   return [
     STRATEGIES[name](part, setting)
     for part, name, setting in zip(net.parts, names, settings, strict=True)
   ]
 
 
-def _with_parts(net: Folded, made: Sequence[Made]) -> Folded:
+def _with_parts(net: FoldedNet, made: Sequence[CompiledPart]) -> FoldedNet:
   return dataclasses.replace(net, parts=tuple(part for part, _ in made))
 
 
-def _pick(options: Sequence[Mapping[str, Made]], names: Sequence[str]) -> list[Made]:
+def _pick(
+  options: Sequence[Mapping[str, CompiledPart]], names: Sequence[str]
+) -> list[CompiledPart]:
   return [known[name] for known, name in zip(options, names, strict=True)]
 
 
 def _time_parts(
-  net: Folded,
-  options: Sequence[Mapping[str, Made]],
+  net: FoldedNet,
+  options: Sequence[Mapping[str, CompiledPart]],
   batches: Sequence[Array],
   macs: Account,
   repeats: int,
@@ -346,7 +350,7 @@ def _time_parts(
 
 
 @jax.jit
-def _seen(net: Folded, x: Array) -> list[tuple[Array, Gates, Gates]]:
+def _seen(net: FoldedNet, x: Array) -> list[tuple[Array, Gates, Gates]]:
   """Returns `(x, gates, gates of x)` of every part."""
   seen = []
 
@@ -360,8 +364,8 @@ def _seen(net: Folded, x: Array) -> list[tuple[Array, Gates, Gates]]:
 
 
 def _choose(
-  net: Folded,
-  options: Sequence[Mapping[str, Made]],
+  net: FoldedNet,
+  options: Sequence[Mapping[str, CompiledPart]],
   timings: Sequence[Timing],
   batches: Sequence[Array],
   macs: Account,

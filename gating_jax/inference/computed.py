@@ -15,16 +15,16 @@ import numpy as np
 from gating_jax.inference.clusters import covered, unions
 from gating_jax.inference.folded import (
   Block,
-  Folded,
+  FoldedNet,
   Layer,
   Part,
   gates_output,
   groups_of,
-  handed_on,
   head_macs,
   macs_by_part,
   open_channels,
   opened_of,
+  output_groups,
   part_macs,
 )
 from gating_jax.inference.strategies import Setting, capacities, example_sizes
@@ -81,7 +81,7 @@ class Account:
 
 
 def account(
-  net: Folded,
+  net: FoldedNet,
   known: Sequence[Sequence[str]],
   settings: Sequence[Setting],
   shape: Shape,
@@ -126,7 +126,7 @@ def account(
     )
     shape, macs = part_macs(part, shape)
     dense.append(macs)
-    before = [handed_on(part, gates) for gates in own]
+    before = [output_groups(part, gates) for gates in own]
   return Account(
     dense, opened, computed, heads, net.classifier[0].size if net.classifier is not None else 0
   )

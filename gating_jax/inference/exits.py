@@ -28,7 +28,7 @@ import numpy as np
 from gating_jax.checks import one_of
 from gating_jax.inference import folded, inputs
 from gating_jax.inference.compiled import AUTO, check_arguments, in_batches
-from gating_jax.inference.folded import Folded, Layer
+from gating_jax.inference.folded import FoldedNet, Layer
 from gating_jax.inference.folding import check, fold_conv, fold_stages
 from gating_jax.inference.strategies import example_sizes, for_open
 from gating_jax.inference.timings import (
@@ -61,8 +61,8 @@ class ExitNet:
     threshold: fraction of the largest entropy; an image leaves at an exit of less entropy.
   """
 
-  stages: tuple[Folded, ...]
-  exits: tuple[Folded, ...]
+  stages: tuple[FoldedNet, ...]
+  exits: tuple[FoldedNet, ...]
   threshold: float = dataclasses.field(metadata={"static": True})
 
 
@@ -135,11 +135,11 @@ def fold_exits(model: EarlyExitNet, variables: Mapping[str, Any]) -> ExitNet:
   )
   return ExitNet(
     stages=(
-      *(Folded(parts, pooled=False) for parts in stages[:-1]),
-      Folded(stages[-1], classifier("classifier")),
+      *(FoldedNet(parts, pooled=False) for parts in stages[:-1]),
+      FoldedNet(stages[-1], classifier("classifier")),
     ),
     exits=tuple(
-      Folded((Layer(fold_conv(flat, (name, "conv"), stride=2)),), classifier(name, "classifier"))
+      FoldedNet((Layer(fold_conv(flat, (name, "conv"), stride=2)),), classifier(name, "classifier"))
       for name in (f"exit{i + 1}" for i in range(len(stages) - 1))
     ),
     threshold=model.threshold,
@@ -336,6 +336,6 @@ def compile_exits(
   )
 
 
-def without_exits(net: ExitNet) -> Folded:
+def without_exits(net: ExitNet) -> FoldedNet:
   """Returns the network that every image passes through, without its exits."""
-  return Folded(sum((stage.parts for stage in net.stages), ()), net.stages[-1].classifier)
+  return FoldedNet(sum((stage.parts for stage in net.stages), ()), net.stages[-1].classifier)

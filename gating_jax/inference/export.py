@@ -38,7 +38,7 @@ from gating_jax.checks import one_of, shown
 from gating_jax.inference import folded, inputs
 from gating_jax.inference.compiled import Conditional
 from gating_jax.inference.exits import Exiting
-from gating_jax.inference.folded import Folded
+from gating_jax.inference.folded import FoldedNet
 from gating_jax.inference.kernel_strategies import EXPORTABLE
 from gating_jax.inference.quantise import dequantise
 from gating_jax.ops import arguments
@@ -89,7 +89,7 @@ class Loaded:
 
 
 def export_model(
-  model: Folded | Conditional | Exiting | Callable[[jax.Array], Any],
+  model: FoldedNet | Conditional | Exiting | Callable[[jax.Array], Any],
   directory: str | os.PathLike,
   *,
   input_shape: tuple[int, int, int],
@@ -100,7 +100,7 @@ def export_model(
   """Writes a network to a new directory, completely or not at all.
 
   Args:
-    model: a network of `fold`, `slim` or `quantise`; a program of `compile_conditional` with
+    model: a network of `fold`, `prune` or `quantise`; a program of `compile_conditional` with
       strategies among `EXPORTABLE`, or of `compile_exits`; or any function of `[N, H, W, D]` that
       `jax.jit` takes, whose weights are then in the program.
     directory: a path that does not exist yet; its parent does.
@@ -121,7 +121,7 @@ def export_model(
   # A Flax module is callable, too, but not without its variables.
   if isinstance(model, nn.Module):
     raise TypeError(f"model must be folded first, by fold(model, variables); got {shown(model)}")
-  if not isinstance(model, (Folded, Conditional, Exiting)):
+  if not isinstance(model, (FoldedNet, Conditional, Exiting)):
     arguments.function("model", model, "a folded or compiled network, or a function of images")
   directory = user_path(directory)
   if directory.exists() or directory.is_symlink():
@@ -148,7 +148,7 @@ def export_model(
         f"compile_conditional(..., candidates=EXPORTABLE) does"
       )
     batch_size = model.batch_size
-  if isinstance(model, Folded):
+  if isinstance(model, FoldedNet):
     folded.check_channels(model, input_shape[2])
   # Weights become an argument, so that the program holds no constants of their size.
   weights, function = _parted(model)
@@ -164,7 +164,9 @@ def export_model(
     "input_shape": list(input_shape),
     "batch_size": batch_size,
     "parameters": sum(int(np.size(w)) for w in weights.values()),
-    **({"dense_macs": int(folded.macs(model, input_shape))} if isinstance(model, Folded) else {}),
+    **(
+      {"dense_macs": int(folded.macs(model, input_shape))} if isinstance(model, FoldedNet) else {}
+    ),
     "files": {name: {"bytes": len(data), "sha256": _digest(data)} for name, data in files.items()},
   }
   _write(directory, {**files, CARD: _card(own, card)})
@@ -202,7 +204,7 @@ def load_exported(directory: str | os.PathLike) -> Loaded:
 
 def _parted(model: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any], jax.Array], Any]]:
   """Splits a model into its weights by name, and a function of these and of images."""
-  if isinstance(model, Folded):
+  if isinstance(model, FoldedNet):
     tree, run = model, lambda net, x: folded.run(dequantise(net), x)
   elif isinstance(model, (Conditional, Exiting)):
     tree, run = model.weights, model.program

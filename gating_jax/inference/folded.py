@@ -176,7 +176,7 @@ def gates_output(part: Part) -> bool:
   return isinstance(part, Block) and part.output_gate
 
 
-def handed_on(part: Part, of_groups: Sequence[Any]) -> Sequence[Any]:
+def output_groups(part: Part, of_groups: Sequence[Any]) -> Sequence[Any]:
   """Selects, from values for each group of a part, those of its output's channels.
 
   Returns nothing where these have no gates.
@@ -186,7 +186,7 @@ def handed_on(part: Part, of_groups: Sequence[Any]) -> Sequence[Any]:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Folded:
+class FoldedNet:
   """A network for images in evaluation.
 
   Its parts run in order; then follow the mean over pixels and the classifier, if any. Without
@@ -202,7 +202,7 @@ Runner = Callable[[Part, Array, Gates, Gates], Array]
 
 
 def run(
-  net: Folded, x: Array, runners: Runner | Sequence[Runner] | None = None
+  net: FoldedNet, x: Array, runners: Runner | Sequence[Runner] | None = None
 ) -> tuple[Array, Gates]:
   """Computes the network's output and the logits of all its gates.
 
@@ -226,7 +226,7 @@ def run(
     gates = tuple(threshold_gate(z) for z in logits)
     x = runner(part, x, gates, before)
     found += logits
-    before = handed_on(part, gates)
+    before = output_groups(part, gates)
     if gates_output(part):
       # y = gates * ReLU(branch + shortcut): here, so that no strategy needs to know of it.
       x = x * part.head.groups[-1].expand(gates[-1])[:, None, None]
@@ -273,7 +273,7 @@ def shapes_of(net: Any) -> Any:
   return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), net)
 
 
-def check_channels(net: Folded, channels: int) -> None:
+def check_channels(net: FoldedNet, channels: int) -> None:
   """Raises ValueError unless the network takes images of `channels` channels."""
   first = net.parts[0]
   # A block whose branch was pruned has a projection at most, and then any number of channels fits.
@@ -309,7 +309,7 @@ def check_alike(net: Any, like: Any) -> None:
       )
 
 
-def macs(net: Folded, input_shape: tuple[int, int, int], gates: Sequence[Any] = ()) -> Any:
+def macs(net: FoldedNet, input_shape: tuple[int, int, int], gates: Sequence[Any] = ()) -> Any:
   """Computes the multiply-accumulates per example, gate networks included.
 
   Args:
@@ -324,7 +324,7 @@ def macs(net: Folded, input_shape: tuple[int, int, int], gates: Sequence[Any] = 
 
 
 def macs_by_part(
-  net: Folded, input_shape: tuple[int, int, int], gates: Sequence[Any] = ()
+  net: FoldedNet, input_shape: tuple[int, int, int], gates: Sequence[Any] = ()
 ) -> list[Any]:
   """Computes `macs` of each part, the classifier left out."""
   shape, inputs, gates, found = tuple(input_shape), (), list(gates), []
@@ -334,7 +334,7 @@ def macs_by_part(
     shape, spent = part_macs(part, shape, *inputs, opened=opened)
     found.append(head_macs(part) + spent)
     # The next part multiplies only by the channels that this one's gates leave.
-    inputs = handed_on(part, opened)
+    inputs = output_groups(part, opened)
   return found
 
 

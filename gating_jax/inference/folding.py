@@ -1,4 +1,4 @@
-"""Conversion of a Flax model and its variables to a `Folded` network.
+"""Conversion of a Flax model and its variables to a `FoldedNet` network.
 
 Gates that look at no image are folded away: the channels they close are removed, and those they
 leave are scaled by them. Closed features that a VGG net without a classifier ends with stay.
@@ -21,7 +21,7 @@ import numpy as np
 from flax import traverse_util
 
 from gating_jax.checks import one_of, shown
-from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer, Part
+from gating_jax.inference.folded import Block, Conv, FoldedNet, Group, Head, Layer, Part
 from gating_jax.layers.blocks import GATINGS
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.models.resnet import ResNet
@@ -34,7 +34,7 @@ _EPSILON = nn.BatchNorm.epsilon
 _STEM_POOL, _VGG_POOL = (3, 2, 1), (2, 2, 0)
 
 
-def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> Folded:
+def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> FoldedNet:
   """Converts a network in evaluation, with the same outputs up to rounding, in float32.
 
   Args:
@@ -42,7 +42,7 @@ def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> Folded:
       features; or the same for all images, unless the outputs of blocks are gated.
     variables: its trained values, `params` and `batch_stats`.
   Returns:
-    A `Folded` network.
+    A `FoldedNet` network.
   Raises:
     ValueError: another model, gates that are never exactly closed, or variables of another model.
     TypeError: variables that are no mapping.
@@ -51,14 +51,14 @@ def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> Folded:
   flat = _flat(model, variables)
   parts = tuple((_vgg_parts if isinstance(model, VGG) else _resnet_parts)(model, flat))
   if isinstance(model, ResNet) and not model.pool:
-    return Folded(parts, pooled=False)
+    return FoldedNet(parts, pooled=False)
   if model.classes is None:
-    return Folded(parts)
+    return FoldedNet(parts)
   kernel, bias = (jnp.asarray(flat["params", "classifier", name]) for name in ("kernel", "bias"))
   # Only here are the last features read by a kernel that can do without closed ones.
   if isinstance(model, VGG) and model.gating == "channel" and parts[-1].head is None:
     parts, kernel = _without_closed_features(parts, kernel)
-  return Folded(parts, (kernel, bias))
+  return FoldedNet(parts, (kernel, bias))
 
 
 def _flat(model: nn.Module, variables: Mapping[str, Any]) -> dict[Path, np.ndarray]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from gating_jax.analysis.outcomes import ALWAYS_CLOSED, ALWAYS_OPEN
 from gating_jax.inference import folded, inputs
-from gating_jax.inference.folded import Block, Folded, Group
+from gating_jax.inference.folded import Block, FoldedNet, Group
 
 BATCH = 128
 
@@ -84,7 +84,7 @@ class Openings:
 
 
 def observed(
-  net: Folded, images: Any
+  net: FoldedNet, images: Any
 ) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]]:
   """Yields batches of images, with the network's outputs and the logits of all groups.
 
@@ -129,7 +129,7 @@ def batches(images: Any) -> Iterator[np.ndarray]:
 class Counter:
   """A sum of `Openings` over batches."""
 
-  def __init__(self, net: Folded):
+  def __init__(self, net: FoldedNet):
     self._places = places(net)
     self._images = 0
     units = [group.gates for _, _, group, _ in self._places]
@@ -147,7 +147,7 @@ class Counter:
       self._opened[i] += gates.sum(axis=0).astype(np.int64)
       # P(both) needs the counts of pairs: a product of 0/1 gates over the batch.
       self._together[i] += (gates.T @ gates).astype(np.int64)
-      # `slim` keeps pruned units that came nearest to opening, which the highest logit tells.
+      # `prune` keeps pruned units that came nearest to opening, which the highest logit tells.
       self._highest[i] = np.maximum(self._highest[i], z.max(axis=0))
       self._lowest[i] = np.minimum(self._lowest[i], z.min(axis=0))
 
@@ -167,7 +167,7 @@ class Counter:
     )
 
 
-def places(net: Folded) -> list[tuple[int, int, Group, bool]]:
+def places(net: FoldedNet) -> list[tuple[int, int, Group, bool]]:
   """Lists `(part, index, group, layer_gate)` of every group, in the order of its gates."""
   return [
     (i, j, group, isinstance(part, Block) and part.layer_gate)
@@ -177,7 +177,7 @@ def places(net: Folded) -> list[tuple[int, int, Group, bool]]:
   ]
 
 
-def count(net: Folded, images: Iterable[Any] | Any) -> tuple[Openings, ...]:
+def count(net: FoldedNet, images: Iterable[Any] | Any) -> tuple[Openings, ...]:
   """Computes the `Openings` of every group on `images`, as in `observed`."""
   counter = Counter(net)
   for x, _, logits in observed(net, images):

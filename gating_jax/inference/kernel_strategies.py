@@ -19,13 +19,13 @@ import jax.numpy as jnp
 
 from gating_jax.inference import strategies
 from gating_jax.inference.folded import Block, Conv, Gates, Layer, Part, gates_output, groups_of
-from gating_jax.inference.strategies import Made, Setting, is_dead
+from gating_jax.inference.strategies import CompiledPart, Setting, is_dead
 from gating_jax.ops import native_kernels as native_kernel
 from gating_jax.ops import pallas_kernels
 from gating_jax.types import Array
 
 
-def native(part: Part, setting: Setting) -> Made:
+def native(part: Part, setting: Setting) -> CompiledPart:
   """Fits any part that computes something, without dilation; XLA computes the projection."""
   convs = (part.conv,) if isinstance(part, Layer) else part.convs
   if not convs or any(conv.dilation != 1 or not conv.kernel.size for conv in convs):
@@ -70,7 +70,7 @@ def _chain(
   )
 
 
-def pallas(part: Part, setting: Setting) -> Made:
+def pallas(part: Part, setting: Setting) -> CompiledPart:
   """Fits blocks of two convolutions whose gates switch several channels each.
 
   On a GPU that number is a multiple of 16.
@@ -119,7 +119,7 @@ def worth_trying(name: str) -> bool:
 
 # Strategies of plain JAX, which run on any platform.
 EXPORTABLE = ("masked", "switch", "block_dispatch", "layer_dispatch", "cluster")
-STRATEGIES: dict[str, Callable[[Part, Setting], Made]] = {
+STRATEGIES: dict[str, Callable[[Part, Setting], CompiledPart]] = {
   "masked": strategies.masked,
   "switch": strategies.switch,
   "block_dispatch": strategies.block_dispatch,

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gating_jax.inference.folded import Conv, Folded
+from gating_jax.inference.folded import Conv, FoldedNet
 from gating_jax.ops.arguments import instance
 from gating_jax.types import Array
 
@@ -46,7 +46,7 @@ class Int8:
     return self.values.size
 
 
-def quantise(net: Folded) -> Folded:
+def quantise(net: FoldedNet) -> FoldedNet:
   """Returns the network with `Int8` kernels; `dequantise` it to run it.
 
   Raises:
@@ -70,7 +70,7 @@ def quantise(net: Folded) -> Folded:
   )
 
 
-def dequantise(net: Folded) -> Folded:
+def dequantise(net: FoldedNet) -> FoldedNet:
   """Returns a network of `quantise` in float32, and any other network as it is."""
   return jax.tree.map(
     lambda leaf: _dequantise(leaf) if isinstance(leaf, Int8) else leaf,
@@ -80,8 +80,8 @@ def dequantise(net: Folded) -> Folded:
 
 
 def check_folded(net: Any) -> None:
-  """Raises TypeError unless `net` is a `Folded` network."""
-  instance("net", net, Folded, "a folded network, as returned by fold(model, variables)")
+  """Raises TypeError unless `net` is a `FoldedNet` network."""
+  instance("net", net, FoldedNet, "a folded network, as returned by fold(model, variables)")
 
 
 def check_float(net: Any) -> None:

@@ -32,7 +32,7 @@ from gating_jax.inference.clusters import CHANNELS, covered, unions
 from gating_jax.inference.folded import (
   Block,
   Conv,
-  Folded,
+  FoldedNet,
   Gates,
   Group,
   Layer,
@@ -61,7 +61,7 @@ class Setting:
   rectified: bool = False
 
 
-def settings_of(net: Folded, buckets: int, gates: Sequence[np.ndarray] = ()) -> list[Setting]:
+def settings_of(net: FoldedNet, buckets: int, gates: Sequence[np.ndarray] = ()) -> list[Setting]:
   """Returns the setting of each part.
 
   Args:
@@ -74,21 +74,21 @@ def settings_of(net: Folded, buckets: int, gates: Sequence[np.ndarray] = ()) -> 
     groups = part.head.groups if part.head is not None else ()
     own, gates = tuple(gates[: len(groups)]), gates[len(groups) :]
     settings.append(Setting(buckets, own, groups_before, rectified=i > 0))
-    groups_before = folded.handed_on(part, groups)
+    groups_before = folded.output_groups(part, groups)
   return settings
 
 
 # The part with its weights in the form that the runner needs; None where a strategy does not fit.
-Made = tuple[Part, Runner] | None
+CompiledPart = tuple[Part, Runner] | None
 
 
-def masked(part: Part, setting: Setting) -> Made:
+def masked(part: Part, setting: Setting) -> CompiledPart:
   """Computes the whole part and multiplies closed units by 0."""
   del setting
   return part, folded.masked
 
 
-def switch(part: Part, setting: Setting) -> Made:
+def switch(part: Part, setting: Setting) -> CompiledPart:
   """Computes with the weights of open channels only; None where no channel is gated."""
   # A layer's input may be gated; a block's input goes through the shortcut, too, and stays whole.
   inputs = setting.groups_before if isinstance(part, Layer) else ()
@@ -126,7 +126,7 @@ def switch(part: Part, setting: Setting) -> Made:
 
 
 def is_dead(part: Part) -> bool:
-  """Tests whether a group has no channels, as `slim` leaves a branch that never opens."""
+  """Tests whether a group has no channels, as `prune` leaves a branch that never opens."""
   return any(group.width == 0 for group in groups_of(part))
 
 
@@ -197,7 +197,7 @@ def _spread(y: Array, index: Array, size: int) -> Array:
   return jnp.pad(y, [(0, 0)] * 3 + [(0, 1)])[..., place]
 
 
-def layer_dispatch(part: Part, setting: Setting) -> Made:
+def layer_dispatch(part: Part, setting: Setting) -> CompiledPart:
   """Runs the branch on the examples open for it, gathered; None without a gate of the branch."""
   if not getattr(part, "layer_gate", False) or not groups_of(part):
     return None
@@ -220,7 +220,7 @@ def layer_dispatch(part: Part, setting: Setting) -> Made:
   return part, run
 
 
-def block_dispatch(part: Part, setting: Setting) -> Made:
+def block_dispatch(part: Part, setting: Setting) -> CompiledPart:
   """Runs each gate's channels on the examples open for it, gathered.
 
   It is None unless the part has two convolutions whose gates switch several channels each.
@@ -350,7 +350,7 @@ class _Clustered(Block):
   subnets: tuple[tuple[Conv, ...], ...] = ()
 
 
-def cluster(part: Part, setting: Setting) -> Made:
+def cluster(part: Part, setting: Setting) -> CompiledPart:
   """Runs each example through the smallest of a few subnets that has all channels it opens.
 
   It is None without calibration data, or without gates of channels of a block.

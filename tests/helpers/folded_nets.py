@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from gating_jax.inference.folded import Block, Conv, Folded, Group, Head, Layer
+from gating_jax.inference.folded import Block, Conv, FoldedNet, Group, Head, Layer
 
 SHAPE = (5, 4, 3)
 FEATURES = 6
@@ -79,7 +79,7 @@ def net(kind, seed=0):
         layer_gate=True,
       ),
     ],
-    # As `slim` leaves a block whose units never open, and `fold` one whose gate is always closed.
+    # As `prune` leaves a block whose units never open, and `fold` one whose gate is always closed.
     "dead branches": lambda: [
       stem,
       Block((conv(rng, FEATURES, 0), conv(rng, 0, FEATURES))),
@@ -109,7 +109,7 @@ def net(kind, seed=0):
   outputs = (
     parts[-1].conv.bias.size if isinstance(parts[-1], Layer) else parts[-1].convs[-1].bias.size
   )
-  return Folded(tuple(parts), (normal(rng, outputs, 4), normal(rng, 4)))
+  return FoldedNet(tuple(parts), (normal(rng, outputs, 4), normal(rng, 4)))
 
 
 KINDS = {

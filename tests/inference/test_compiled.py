@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gating_jax.inference import compiled as compiled_nets
 from gating_jax.inference import folded, timings
 from gating_jax.inference.compiled import compile_conditional
-from gating_jax.inference.folded import Block, Folded, Group, Layer
+from gating_jax.inference.folded import Block, FoldedNet, Group, Layer
 from gating_jax.inference.kernel_strategies import STRATEGIES, why_not, worth_trying
 from gating_jax.inference.quantise import quantise
 from gating_jax.inference.strategies import Setting, for_open
@@ -382,7 +382,7 @@ def test_a_network_of_other_shapes_is_not_loaded(other, message):
 
 def test_a_network_with_other_groups_of_the_same_convolutions_is_not_loaded():
   rng = np.random.default_rng(0)
-  of = lambda group: Folded((Layer(conv(rng, 3, FEATURES)), basic(rng, group)))
+  of = lambda group: FoldedNet((Layer(conv(rng, 3, FEATURES)), basic(rng, group)))
   run = compile_conditional(of(Group(34)), input_shape=SHAPE, batch_size=1, strategy="switch")
   with pytest.raises(ValueError, match="groups of gates"):
     run.load(of(Group(30, always=4)))

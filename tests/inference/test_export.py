@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 
 from gating_jax.inference import export, folded
-from gating_jax.inference.analyse import analyse
+from gating_jax.inference.analyse import analyse, prune
 from gating_jax.inference.compiled import compile_conditional
 from gating_jax.inference.exits import compile_exits
 from gating_jax.inference.export import ExportError, export_model, load_exported
 from gating_jax.inference.folding import fold
 from gating_jax.inference.kernel_strategies import why_not
 from gating_jax.inference.quantise import dequantise, quantise
-from gating_jax.inference.slim import slim
 from gating_jax.models.early_exit import EarlyExitNet
 from tests.helpers.gated_models import MODELS, SHAPE, images, random_variables
 
@@ -23,7 +22,7 @@ run = jax.jit(folded.run)
 
 @pytest.fixture(scope="module")
 def net():
-  return slim(analyse(MODELS["basic"], random_variables(MODELS["basic"]), images(20)), multiple=1)
+  return prune(analyse(MODELS["basic"], random_variables(MODELS["basic"]), images(20)), multiple=1)
 
 
 @pytest.fixture

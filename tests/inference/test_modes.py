@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gating_jax.inference import compiled as compiled_nets
-from gating_jax.inference import exits, export, folded, folding, gate_statistics, quantise, slim
-from gating_jax.inference.analyse import analyse
+from gating_jax.inference import exits, export, folded, folding, gate_statistics, quantise
+from gating_jax.inference.analyse import analyse, prune
 from gating_jax.models.early_exit import EarlyExitNet
 from tests.helpers import folded_nets, gated_models
 from tests.helpers.modes import MODES, assert_same
@@ -51,7 +51,7 @@ def with_exits():
 def analysed():
   images = folded_nets.images(6)
   analysis = analyse(folded_nets.net("blocks"), None, images)
-  small = slim.slim(analysis, multiple=1)
+  small = prune(analysis, multiple=1)
   opened = compiled_nets.opened(analysis.net)
   return (
     dict(analysis.macs),

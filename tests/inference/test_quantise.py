@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gating_jax.inference import folded
-from gating_jax.inference.folded import Conv, Folded, Layer
+from gating_jax.inference.folded import Conv, FoldedNet, Layer
 from gating_jax.inference.folding import fold
 from gating_jax.inference.quantise import Int8, dequantise, quantise
 from tests.helpers.gated_models import MODELS, SHAPE, images, random_variables
@@ -14,7 +14,7 @@ run = jax.jit(folded.run)
 
 def test_values_and_scales_by_hand():
   kernel = jnp.array([[1.27, 0.0], [-0.64, 0.0], [0.004, 0.0]]).reshape(1, 1, 3, 2)
-  net = quantise(Folded((Layer(Conv(kernel, jnp.array([0.3, 0.7]))),)))
+  net = quantise(FoldedNet((Layer(Conv(kernel, jnp.array([0.3, 0.7]))),)))
   conv = net.parts[0].conv
   assert conv.kernel.values.dtype == jnp.int8
   assert conv.kernel.values[0, 0].tolist() == [[127, 0], [-64, 0], [0, 0]]
@@ -51,7 +51,7 @@ def test_no_weight_moves_by_more_than_half_a_step_and_gate_networks_not_at_all(n
 
 
 def test_an_empty_kernel_and_a_net_without_classifier():
-  net = quantise(Folded((Layer(Conv(jnp.zeros((1, 1, 0, 2)), jnp.ones(2))),)))
+  net = quantise(FoldedNet((Layer(Conv(jnp.zeros((1, 1, 0, 2)), jnp.ones(2))),)))
   assert net.classifier is None
   assert dequantise(net).parts[0].conv.kernel.shape == (1, 1, 0, 2)
   with pytest.raises(ValueError, match="net must have float32 kernels, .*; got Int8"):

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gating_jax.inference import folded, gate_statistics, slim
-from gating_jax.inference.analyse import analyse
+from gating_jax.inference import folded, gate_statistics, pruning
+from gating_jax.inference.analyse import analyse, prune
 from gating_jax.inference.compiled import compile_conditional
-from gating_jax.inference.folded import Block, Folded, Group, Head, Layer
+from gating_jax.inference.folded import Block, FoldedNet, Group, Head, Layer
 from gating_jax.inference.folding import fold
 from tests.helpers.gated_models import MODELS, SHAPE, images, random_variables
 
@@ -29,7 +29,7 @@ def forced(net, biases):
       )
       part = dataclasses.replace(part, head=head)
     parts.append(part)
-  return Folded(tuple(parts), net.classifier)
+  return FoldedNet(tuple(parts), net.classifier)
 
 
 def heads(net):
@@ -43,7 +43,7 @@ def everywhere(net, bias):
 def equal_where_it_must(net, choices, x):
   """Compares outputs where all static units behave; returns the images on which one does not."""
   y, logits = folded.run(net, x)
-  z, _ = folded.run(slim.take(net, choices), x)
+  z, _ = folded.run(pruning.apply_pruning(net, choices), x)
   wrong = [
     ((g > 0) & c.removed | (g <= 0) & c.ungated).any(axis=1)
     for g, c in zip(logits, choices, strict=True)
@@ -67,29 +67,35 @@ def test_equal_on_every_image_where_nothing_static_moves(data):
     st.sampled_from([forced(net, mixed), everywhere(net, CLOSED), everywhere(net, OPEN)])
   )
   found = gate_statistics.count(net, images(12))
-  choices = slim.static_units(net, found, multiple=data.draw(st.sampled_from([1, 2, 3, 16])))
+  choices = pruning.find_static_units(
+    net, found, multiple=data.draw(st.sampled_from([1, 2, 3, 16]))
+  )
   assert not equal_where_it_must(net, choices, images(12)).any()
   equal_where_it_must(net, choices, images(6, seed=data.draw(st.integers(1, 3))))
-  assert folded.macs(slim.take(net, choices), SHAPE) <= folded.macs(net, SHAPE)
+  assert folded.macs(pruning.apply_pruning(net, choices), SHAPE) <= folded.macs(net, SHAPE)
 
 
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("name", GATED)
 def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
   opened = everywhere(NETS[name], OPEN)
-  small = slim.take(opened, slim.static_units(opened, gate_statistics.count(opened, images(4))))
+  small = pruning.apply_pruning(
+    opened, pruning.find_static_units(opened, gate_statistics.count(opened, images(4)))
+  )
   assert heads(small) == []
   assert folded.macs(small, SHAPE) == folded.macs(opened, SHAPE) - sum(
     h.hidden.size + h.logits.size for h in heads(opened)
   )
   closed = everywhere(NETS[name], CLOSED)
-  small = slim.take(closed, slim.static_units(closed, gate_statistics.count(closed, images(4))))
+  small = pruning.apply_pruning(
+    closed, pruning.find_static_units(closed, gate_statistics.count(closed, images(4)))
+  )
   pairs = zip(closed.parts, small.parts, strict=True)
   blocks = [(old, new) for old, new in pairs if isinstance(old, Block) and old.head]
   for old, new in blocks:
     assert new.head is None
     assert new.convs == () if old.layer_gate else new.convs[-1].kernel.shape[2] == 0
-    assert folded.macs(Folded((new,)), (8, 8, 4)) <= (
+    assert folded.macs(FoldedNet((new,)), (8, 8, 4)) <= (
       new.project.kernel.size * 64 if new.project else 0
     )
   np.testing.assert_allclose(
@@ -102,8 +108,8 @@ def test_all_open_loses_every_gate_and_all_closed_every_branch(name):
 def test_channels_that_shortcuts_read_stay_and_keep_their_gates(name):
   for bias in (OPEN, CLOSED):
     net = everywhere(NETS[name], bias)
-    small = slim.take(
-      net, slim.static_units(net, gate_statistics.count(net, images(4)), multiple=1)
+    small = pruning.apply_pruning(
+      net, pruning.find_static_units(net, gate_statistics.count(net, images(4)), multiple=1)
     )
     assert len(heads(small)) == len(heads(net)) > 1
     for old, new in zip(heads(net), heads(small), strict=True):
@@ -124,11 +130,12 @@ def test_channels_that_shortcuts_read_stay_and_keep_their_gates(name):
 def test_gates_of_a_blocks_output_cannot_be_taken():
   net = NETS["outputs"]
   choices = [
-    slim.Choice(*np.zeros((2, group.gates), bool)) for _, _, group, _ in gate_statistics.places(net)
+    pruning.PruneMask(*np.zeros((2, group.gates), bool))
+    for _, _, group, _ in gate_statistics.places(net)
   ]
   choices[1].removed[0] = True
   with pytest.raises(ValueError, match="must not change the gates of a block's output"):
-    slim.take(net, choices)
+    pruning.apply_pruning(net, choices)
 
 
 def counted(opened, images, highest, group=None, *, part=1):
@@ -151,38 +158,38 @@ def one_block(group):
   head = Head(
     jnp.zeros((2, 3)), jnp.zeros(3), jnp.zeros((3, group.gates)), jnp.zeros(group.gates), (group,)
   )
-  return Folded((Layer(conv(3, 2)), Block((conv(2, group.width), conv(group.width, 2)), head)))
+  return FoldedNet((Layer(conv(3, 2)), Block((conv(2, group.width), conv(group.width, 2)), head)))
 
 
 def test_kept_are_rounded_up_by_those_nearest_to_opening():
   net = one_block(Group(6))
   found = counted([0, 5, 0, 10, 0, 0], 10, [-3.0, 1.0, -1.0, 2.0, -2.0, -4.0])
-  (choice,) = slim.static_units(net, [found], multiple=4)
+  (choice,) = pruning.find_static_units(net, [found], multiple=4)
   assert choice.removed.tolist() == [True, False, False, False, False, True]
   assert choice.ungated.tolist() == [False, False, False, True, False, False]
-  small = slim.take(net, [choice])
+  small = pruning.apply_pruning(net, [choice])
   assert small.parts[1].head.groups == (Group(3, always=1),)
-  (choice,) = slim.static_units(net, [found], multiple=1)
+  (choice,) = pruning.find_static_units(net, [found], multiple=1)
   assert choice.removed.tolist() == [True, False, True, False, True, True]
 
 
 def test_units_of_several_channels_and_channels_without_gate_are_rounded_in_channels():
   group = Group(4, channels=2, always=2)
   found = counted([0, 3, 0, 0], 10, [-3.0, 1.0, -1.0, -2.0], group)
-  (choice,) = slim.static_units(
+  (choice,) = pruning.find_static_units(
     one_block(group), [found], multiple=6
   )  # 2 + 2 open channels, so that 2 more stay
   assert choice.removed.tolist() == [True, False, False, True]
-  assert slim.take(one_block(group), [choice]).parts[1].convs[0].bias.size == 6
+  assert pruning.apply_pruning(one_block(group), [choice]).parts[1].convs[0].bias.size == 6
 
 
 def test_order_is_ungated_first_and_logits_follow():
   net = NETS["basic"]
   net = forced(net, [[0, OPEN, CLOSED, 0], *([0] * h.logits_bias.size for h in heads(net)[1:])])
   part = next(p for p in net.parts if p.head is not None)
-  choice = slim.Choice(np.array([0, 0, 1, 0], bool), np.array([0, 1, 0, 0], bool))
-  none = [slim.Choice(*np.zeros((2, h.logits_bias.size), bool)) for h in heads(net)[1:]]
-  small = next(p for p in slim.take(net, [choice, *none]).parts if p.head is not None)
+  choice = pruning.PruneMask(np.array([0, 0, 1, 0], bool), np.array([0, 1, 0, 0], bool))
+  none = [pruning.PruneMask(*np.zeros((2, h.logits_bias.size), bool)) for h in heads(net)[1:]]
+  small = next(p for p in pruning.apply_pruning(net, [choice, *none]).parts if p.head is not None)
   np.testing.assert_array_equal(small.convs[0].bias, part.convs[0].bias[jnp.array([1, 0, 3])])
   np.testing.assert_array_equal(
     small.convs[1].kernel, part.convs[1].kernel[:, :, jnp.array([1, 0, 3])]
@@ -190,39 +197,40 @@ def test_order_is_ungated_first_and_logits_follow():
   np.testing.assert_array_equal(small.head.logits, part.head.logits[:, jnp.array([0, 3])])
 
 
-def test_slimming_twice_changes_nothing_more():
+def test_pruning_twice_changes_nothing_more():
   analysis = analyse(NETS["bottleneck"], None, images(20))
-  once = slim.slim(analysis, multiple=2)
-  twice = slim.slim(analyse(once, None, images(20)), multiple=2)
+  once = prune(analysis, multiple=2)
+  twice = prune(analyse(once, None, images(20)), multiple=2)
   assert folded.macs(once, SHAPE) < folded.macs(analysis.net, SHAPE)
   assert folded.macs(twice, SHAPE) == folded.macs(once, SHAPE)
 
 
 def test_features_of_a_vgg_keep_their_channels_and_order():
-  net = everywhere(Folded(NETS["vgg"].parts), CLOSED)
-  choices = slim.static_units(net, gate_statistics.count(net, images(4)), multiple=1)
+  net = everywhere(FoldedNet(NETS["vgg"].parts), CLOSED)
+  choices = pruning.find_static_units(net, gate_statistics.count(net, images(4)), multiple=1)
   assert not choices[-1].removed.any()
   assert choices[0].removed.any()
   assert (
-    folded.run(slim.take(net, choices), images(4))[0].shape == folded.run(net, images(4))[0].shape
+    folded.run(pruning.apply_pruning(net, choices), images(4))[0].shape
+    == folded.run(net, images(4))[0].shape
   )
 
 
-def test_disagreement_counts_what_new_images_move():
+def test_pruning_error_counts_what_new_images_move():
   net, x = NETS["basic"], images(40, seed=3)
   middle = -np.median(np.asarray(folded.run(net, x)[1][0]), axis=0)
   net = forced(net, [middle, *([0] * h.logits_bias.size for h in heads(net)[1:])])
   logits = np.asarray(folded.run(net, x)[1][0])
   opens, closes = logits[:, 0] > 0, logits[:, 3] <= 0
   assert 0 < opens.mean() < 1
-  none = [slim.Choice(*np.zeros((2, h.logits_bias.size), bool)) for h in heads(net)[1:]]
-  wrong = [slim.Choice(np.array([1, 0, 0, 0], bool), np.array([0, 0, 0, 1], bool)), *none]
-  found = slim.disagreement(net, wrong, x)
+  none = [pruning.PruneMask(*np.zeros((2, h.logits_bias.size), bool)) for h in heads(net)[1:]]
+  wrong = [pruning.PruneMask(np.array([1, 0, 0, 0], bool), np.array([0, 0, 0, 1], bool)), *none]
+  found = pruning.pruning_error(net, wrong, x)
   assert found.images == 40
   assert found.affected == np.mean(opens | closes)
   assert found.opened.tolist() == [opens.mean(), *[0.0] * len(none)]
   assert found.closed.tolist() == [closes.mean(), *[0.0] * len(none)]
-  y, z = folded.run(net, x)[0], folded.run(slim.take(net, wrong), x)[0]
+  y, z = folded.run(net, x)[0], folded.run(pruning.apply_pruning(net, wrong), x)[0]
   gap = np.abs(np.asarray(y - z)).max(axis=1)
   np.testing.assert_allclose(found.difference[0], gap[opens | closes].max(), rtol=1e-4)
   assert found.difference[1] < 1e-4 < found.difference[0]
@@ -233,14 +241,16 @@ def test_disagreement_counts_what_new_images_move():
     "would open": opens.mean(),
     "would close": closes.mean(),
   }
-  feature_map = slim.disagreement(dataclasses.replace(net, classifier=None, pooled=False), wrong, x)
+  feature_map = pruning.pruning_error(
+    dataclasses.replace(net, classifier=None, pooled=False), wrong, x
+  )
   assert (feature_map.affected, feature_map.changed) == (found.affected, 0)
   assert feature_map.difference[1] < 1e-4 < feature_map.difference[0]
 
 
 def test_confidence_takes_nothing_on_too_few_images():
   net = one_block(Group(2))
-  choose = lambda images, **options: slim.static_units(
+  choose = lambda images, **options: pruning.find_static_units(
     net, [counted([0, images], images, [-1, 1])], multiple=1, **options
   )
   assert choose(298, confidence=0.95)[0].removed.tolist() == [False, False]
@@ -253,10 +263,10 @@ def test_confidence_takes_nothing_on_too_few_images():
 @pytest.mark.parametrize("images", [1, 30, 299, 5000])
 @pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
 def test_rate_bound_is_the_rule_of_three(images, confidence):
-  assert slim.rate_bound(images, confidence) == pytest.approx(
+  assert pruning.rate_bound(images, confidence) == pytest.approx(
     1 - (1 - confidence) ** (1 / images), rel=1e-9
   )
-  assert slim.rate_bound(images, confidence, events=images) == 1.0
+  assert pruning.rate_bound(images, confidence, events=images) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -270,11 +280,11 @@ def test_rate_bound_is_the_rule_of_three(images, confidence):
 )
 def test_bad_settings_are_named(options, message):
   with pytest.raises((TypeError, ValueError), match=message):
-    slim.static_units(one_block(Group(2)), [counted([0, 1], 2, [-1, 1])], **options)
+    pruning.find_static_units(one_block(Group(2)), [counted([0, 1], 2, [-1, 1])], **options)
 
 
 def test_choices_and_openings_of_another_network_are_refused():
   with pytest.raises(ValueError, match="openings must be those of the network's 1 groups"):
-    slim.static_units(one_block(Group(3)), [counted([0, 1], 2, [-1, 1])])
+    pruning.find_static_units(one_block(Group(3)), [counted([0, 1], 2, [-1, 1])])
   with pytest.raises(ValueError, match="choices must be one for each group"):
-    slim.take(one_block(Group(3)), [])
+    pruning.apply_pruning(one_block(Group(3)), [])

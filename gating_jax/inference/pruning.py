@@ -2,8 +2,8 @@
 
 Units that never open are pruned, and units that always open lose their gate.
 
-    slim(net)(x) = net(x)    where no pruned unit would have opened
-                             and no ungated one closed
+    pruned(x) = net(x)    where no pruned unit would have opened
+                          and no ungated one closed
 
 Axes: M images of the calibration, U units of a group.
 Reference: Bejnordi et al., 2020, section 5 (static units); Clopper and Pearson, 1934 (the bound on
@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from gating_jax.checks import shown
 from gating_jax.inference.folded import (
   Block,
   Conv,
-  Folded,
+  FoldedNet,
   Group,
   Head,
   Layer,
@@ -34,55 +33,23 @@ from gating_jax.inference.gate_statistics import Openings, observed, places
 from gating_jax.inference.quantise import check_folded
 from gating_jax.ops import arguments
 
-if TYPE_CHECKING:
-  from gating_jax.inference.analyse import Analysis
 
-
-class Choice(NamedTuple):
+class PruneMask(NamedTuple):
   """The static units of one group: `[U]` bool, pruned units and units that lose their gate."""
 
   removed: np.ndarray
   ungated: np.ndarray
 
 
-def slim(
-  analysis: Analysis, *, multiple: int = 16, confidence: float | None = None, max_rate: float = 0.01
-) -> Folded:
-  """Prunes the static units of an analysed network.
-
-  It is `take(net, static_units(net, openings, ...))` of the analysis. Channels without a gate come
-  first in their layer. A block without any gate left has no gate network.
-
-  Args:
-    analysis: of `analyse`, which holds the network.
-    multiple, confidence, max_rate: as in `static_units`.
-  Returns:
-    The smaller network.
-  Raises:
-    ValueError, TypeError: as `static_units`; or no analysis.
-  """
-  if not (hasattr(analysis, "net") and hasattr(analysis, "openings")):
-    raise TypeError(
-      f"analysis must be an Analysis, as returned by analyse(model, variables, images); "
-      f"got {shown(analysis)}"
-    )
-  return take(
-    analysis.net,
-    static_units(
-      analysis.net, analysis.openings, multiple=multiple, confidence=confidence, max_rate=max_rate
-    ),
-  )
-
-
-def static_units(
-  net: Folded,
+def find_static_units(
+  net: FoldedNet,
   openings: Sequence[Openings],
   *,
   multiple: int = 16,
   confidence: float | None = None,
   max_rate: float = 0.01,
-) -> tuple[Choice, ...]:
-  """Finds the static units, one `Choice` a group.
+) -> tuple[PruneMask, ...]:
+  """Finds the static units, one `PruneMask` a group.
 
   Units open on no image of the calibration are pruned; those open on every image lose their gate.
   Of the pruned units, those with logits nearest to 0 are kept until the number of channels left is
@@ -98,7 +65,7 @@ def static_units(
       `rate_bound`.
     max_rate: used with `confidence` only.
   Returns:
-    One `Choice` for each group, in the order of `openings`.
+    One `PruneMask` for each group, in the order of `openings`.
   Raises:
     ValueError: a setting out of range, or openings of another network.
   """
@@ -110,7 +77,7 @@ def static_units(
   choices = [
     _choice(o, net.parts[o.part], multiple)
     if certain
-    else Choice(*np.zeros((2, o.group.gates), bool))
+    else PruneMask(*np.zeros((2, o.group.gates), bool))
     for o in openings
   ]
   last = len(net.parts) - 1
@@ -118,12 +85,12 @@ def static_units(
     part = net.parts[o.part]
     # Shortcuts need all channels of a block's output, in their order.
     if gates_output(part) and o.index == len(part.head.groups) - 1:
-      choices[i] = Choice(*np.zeros((2, o.group.gates), bool))
+      choices[i] = PruneMask(*np.zeros((2, o.group.gates), bool))
     # So does a layer whose channels go to something that cannot do with fewer.
     if isinstance(part, Layer) and _reader(net, o.part) is None:
       # The last feature map loses its gate only as a whole, which leaves the order of its channels.
       whole = o.part == last and bool(choices[i].ungated.all())
-      choices[i] = Choice(np.zeros(o.group.gates, bool), np.full(o.group.gates, whole))
+      choices[i] = PruneMask(np.zeros(o.group.gates, bool), np.full(o.group.gates, whole))
   return tuple(choices)
 
 
@@ -140,23 +107,25 @@ def rate_bound(images: int, confidence: float, *, events: int = 0) -> float:
   return float(stats.beta.ppf(confidence, events + 1, images - events)) if events < images else 1.0
 
 
-def take(net: Folded, choices: Sequence[Choice]) -> Folded:
-  """Prunes what `static_units` chose.
+def apply_pruning(net: FoldedNet, choices: Sequence[PruneMask]) -> FoldedNet:
+  """Prunes what `find_static_units` chose.
 
   The outputs are equal wherever no pruned unit would have opened and no ungated unit would have
   closed.
 
   Args:
     net: the network.
-    choices: one `Choice` a group.
+    choices: one `PruneMask` a group.
   Raises:
     ValueError, TypeError: choices that are not those of the network's groups, or a network that is
       not folded.
   """
   check_folded(net)
-  choices = arguments.items("choices", choices, "one Choice per group, as from static_units")
+  choices = arguments.items(
+    "choices", choices, "one PruneMask per group, as from find_static_units"
+  )
   for i, choice in enumerate(choices):
-    arguments.instance(f"choices[{i}]", choice, Choice, "a Choice, as from static_units")
+    arguments.instance(f"choices[{i}]", choice, PruneMask, "a PruneMask, as from find_static_units")
   if [len(c.removed) for c in choices] != [group.gates for _, _, group, _ in places(net)]:
     raise ValueError(
       "choices must be one for each group of the network, [U]; got "
@@ -178,7 +147,7 @@ def take(net: Folded, choices: Sequence[Choice]) -> Folded:
   return dataclasses.replace(net, parts=tuple(parts), classifier=classifier)
 
 
-class Disagreement(NamedTuple):
+class PruningEffect(NamedTuple):
   """The effect of new images on units that a calibration found static.
 
   Attributes:
@@ -209,17 +178,17 @@ class Disagreement(NamedTuple):
     ]
 
 
-def disagreement(net: Folded, choices: Sequence[Choice], images: Any) -> Disagreement:
+def pruning_error(net: FoldedNet, choices: Sequence[PruneMask], images: Any) -> PruningEffect:
   """Measures how often new data would have opened a pruned unit or closed an ungated one.
 
   Args:
     net: the network before pruning.
-    choices: the argument of `take`.
+    choices: the argument of `apply_pruning`.
     images: `[M, H, W, D]` network inputs, or an iterable of batches.
   Raises:
     ValueError: no images.
   """
-  small = take(net, choices)
+  small = apply_pruning(net, choices)
   total, affected, changed, largest = 0, 0, 0, [0.0, 0.0]
   sums = np.zeros((2, len(choices)), np.int64)
   for x, before, logits in observed(net, images):
@@ -243,7 +212,7 @@ def disagreement(net: Folded, choices: Sequence[Choice], images: Any) -> Disagre
     changed += int((before.argmax(1) != after.argmax(1)).sum()) if net.classifier is not None else 0
   if not total:
     raise ValueError("images must be at least one; got none")
-  return Disagreement(
+  return PruningEffect(
     total, affected / total, *(sums / total), (largest[0], largest[1]), changed / total
   )
 
@@ -264,10 +233,10 @@ def _check(net, openings, multiple, confidence, max_rate) -> None:
     )
 
 
-def _choice(o: Openings, part: Layer | Block, multiple: int) -> Choice:
+def _choice(o: Openings, part: Layer | Block, multiple: int) -> PruneMask:
   never, ungated = o.opened == 0, o.opened == o.images
   if o.layer_gate:
-    return Choice(never, ungated)
+    return PruneMask(never, ungated)
   if (
     isinstance(part, Block)
     and o.index == len(groups_of(part)) - 1
@@ -275,7 +244,7 @@ def _choice(o: Openings, part: Layer | Block, multiple: int) -> Choice:
     and not o.group.always
   ):
     # The last convolution sees only zeros: the whole branch is a constant.
-    return Choice(never, ungated)
+    return PruneMask(never, ungated)
   size, always = o.group.channels, o.group.always
   needed = always + int((~never).sum()) * size
   # Rounded up to a multiple, at least one multiple, at most all channels.
@@ -285,10 +254,10 @@ def _choice(o: Openings, part: Layer | Block, multiple: int) -> Choice:
   nearest = np.argsort(np.where(never, -o.highest, np.inf), kind="stable")[: max(spare, 0)]
   removed = never.copy()
   removed[nearest] = False
-  return Choice(removed, ungated)
+  return PruneMask(removed, ungated)
 
 
-def _reader(net: Folded, part: int) -> Layer | tuple | None:
+def _reader(net: FoldedNet, part: int) -> Layer | tuple | None:
   """Returns what reads the channels of a layer and can do with fewer."""
   if part + 1 < len(net.parts):
     following = net.parts[part + 1]
@@ -296,7 +265,7 @@ def _reader(net: Folded, part: int) -> Layer | tuple | None:
   return net.classifier
 
 
-def _channels(group: Group, choice: Choice) -> tuple[np.ndarray, Group]:
+def _channels(group: Group, choice: PruneMask) -> tuple[np.ndarray, Group]:
   """Returns the indices of the channels left, those without gates first, and their group."""
   gated = ~(choice.removed | choice.ungated)
   each = lambda units: (
@@ -318,7 +287,7 @@ def _inputs(conv: Conv, kept: np.ndarray) -> Conv:
   return dataclasses.replace(conv, kernel=conv.kernel[:, :, kept])
 
 
-def _slim_head(head: Head, choices: Sequence[Choice], groups: Sequence[Group]) -> Head | None:
+def _slim_head(head: Head, choices: Sequence[PruneMask], groups: Sequence[Group]) -> Head | None:
   gated = np.concatenate([~(c.removed | c.ungated) for c in choices])
   if not gated.any():
     return None
@@ -328,7 +297,7 @@ def _slim_head(head: Head, choices: Sequence[Choice], groups: Sequence[Group]) -
 
 
 def _slim_layer(
-  layer: Layer, own: Sequence[Choice], before: np.ndarray | None
+  layer: Layer, own: Sequence[PruneMask], before: np.ndarray | None
 ) -> tuple[Layer, np.ndarray | None]:
   """Prunes a layer.
 
@@ -348,7 +317,7 @@ def _slim_layer(
   return dataclasses.replace(layer, conv=conv, head=head), kept
 
 
-def _slim_block(block: Block, own: Sequence[Choice]) -> Block:
+def _slim_block(block: Block, own: Sequence[PruneMask]) -> Block:
   if not own:
     return block
   if block.layer_gate:
@@ -366,7 +335,7 @@ def _slim_block(block: Block, own: Sequence[Choice]) -> Block:
   # No channel is left before the last convolution: the branch is its bias.
   if not channels[-1][0].size:
     channels = [(kept[:0], Group(0, group.channels)) for kept, group in channels]
-    own = [Choice(np.ones_like(c.removed), np.zeros_like(c.ungated)) for c in own]
+    own = [PruneMask(np.ones_like(c.removed), np.zeros_like(c.ungated)) for c in own]
   convs = list(block.convs)
   for i, (kept, _) in enumerate(channels):
     convs[i], convs[i + 1] = _outputs(convs[i], kept), _inputs(convs[i + 1], kept)
