@@ -14,7 +14,7 @@ from gating_jax import load_run
 from gating_jax.analysis import outcomes
 from gating_jax.data import augment, tfds
 from gating_jax.data.tfds import DatasetNotPreparedError
-from gating_jax.images import classification, pretrained, task
+from gating_jax.images import classification
 from gating_jax.models import resnet
 from gating_jax.training import devices, rundir, steps
 from gating_jax.training.loop import LoopSettings, NonFiniteError
@@ -81,8 +81,8 @@ def test_the_settings_as_they_stand_are_right(config):
     ),
     ("data.mean", (0.5, 0.5), r"data.mean must hold .*; got \(0.5, 0.5\)"),
     ("data.std", (0.0,), r"data.std must be a tuple of positive numbers; got \(0.0,\)"),
-    ("data.pad", -1, "data.pad must be >= 0; got -1"),
-    ("data.cutout", -1, "data.cutout must be >= 0; got -1"),
+    ("data.crop_padding", -1, "data.crop_padding must be >= 0; got -1"),
+    ("data.cutout_size", -1, "data.cutout_size must be >= 0; got -1"),
     (
       "model.name",
       "resnet21",
@@ -131,9 +131,9 @@ def test_the_settings_as_they_stand_are_right(config):
       "loss.entropy.coefficient must be a finite number >= 0; got -1.0",
     ),
     (
-      "optim.gate_multiplier",
+      "optim.gate_lr_multiplier",
       0.0,
-      "optim.gate_multiplier must be a positive finite number; got 0.0",
+      "optim.gate_lr_multiplier must be a positive finite number; got 0.0",
     ),
     ("loss.batch_shaping.a", 0.0, "a must be .*got 0.0"),
     (
@@ -146,12 +146,12 @@ def test_the_settings_as_they_stand_are_right(config):
       "layermean",
       "loss.batch_shaping.reduction .* Did you mean 'layer_mean'",
     ),
-    ("loss.batch_shaping.end", 20.0, "end must be a fraction of training, .*; got 20.0"),
+    ("loss.batch_shaping.fade_end", 20.0, "fade_end must be a fraction of training, .*; got 20.0"),
     ("loss.sparsity.kind", "mac", "loss.sparsity.kind .* Did you mean 'macs'"),
-    ("loss.sparsity.start", 0.7, "start must be <= full; got start 0.7, full 0.6"),
+    ("loss.sparsity.ramp_start", 0.7, "ramp_start must be <= ramp_end; got ramp_start 0.7, ramp_end 0.6"),
     ("loss.sparsity.target", 0.0, r"loss.sparsity.target must be in \(0, 1\]; got 0.0"),
     ("optim.schedule", "cosin", "optim.schedule .* Did you mean 'cosine'"),
-    ("optim.drops", (0.5, 2.0), r"drops\[1\] must be a fraction of training, .*; got 2.0"),
+    ("optim.lr_drop_at", (0.5, 2.0), r"lr_drop_at\[1\] must be a fraction of training, .*; got 2.0"),
     ("optim.epochs", 0, "optim.epochs must be >= 1; got 0"),
     ("optim.learning_rate", -0.1, "optim.learning_rate must be a positive finite number; got -0.1"),
     ("optim.batch_size", 12, "optim.batch_size must be a multiple of the 8 devices; got 12"),
@@ -389,10 +389,10 @@ def test_an_ungated_run_in_bfloat16_leaves_what_it_measured(ungated):
 
 def test_gates_are_added_to_the_net_of_an_ungated_run(config, ungated, capsys):
   made = config(**{"model.dtype": "bfloat16", "model.init_from": str(ungated[1])})
-  pretrained.check(made)
+  classification.check_start(made)
   built = classification.build(made)
   fresh = steps.init_state(built.model, built.optimiser, made.seed, built.test.shape)
-  began = pretrained.start(built, fresh)
+  began = classification.start_from(built, fresh)
   assert "starting from the parameters of step 66 in" in capsys.readouterr().out
   block, new = (state.params["stage1_block1"] for state in (began, fresh))
   assert not np.array_equal(block["conv1"]["conv"]["kernel"], new["conv1"]["conv"]["kernel"])
@@ -420,7 +420,7 @@ def test_a_run_cut_back_to_an_earlier_checkpoint_ends_with_the_same_parameters(
   copy = shutil.copytree(workdir, tmp_path / "run")
   shutil.rmtree(copy / "checkpoints" / "66")
   (copy / "result.json").unlink()
-  monkeypatch.setattr(task, "write_report", lambda *_, **__: None)
+  monkeypatch.setattr(classification, "write_report", lambda *_, **__: None)
   assert "resuming from the checkpoint of step 55" in said(classification, made, copy, "train")
   assert tiny.bit_equal(jobs.saved_state(copy), jobs.saved_state(workdir))
 
@@ -462,7 +462,7 @@ def test_histograms_are_drawn_whether_lines_name_layers_or_number_them():
     "gates/stage1_block2/conv1/open_rates": [2],
   }
   names = ["stage1_block1/conv1", "stage1_block2/conv1"]
-  assert task._numbered(names, line) == task._numbered(names, older) == older
+  assert classification._numbered(names, line) == classification._numbered(names, older) == older
 
 
 @pytest.fixture(scope="module")
@@ -495,7 +495,7 @@ def test_evaluation_of_no_run_is_refused(config, tmp_path):
 
 @pytest.mark.slow
 def test_a_diverging_run_stops_and_its_last_good_checkpoint_stays(config, tmp_path, capsys):
-  made = config(**{"optim.schedule": "step", "optim.drops": (0.5,), "optim.drop_factor": 1e30})
+  made = config(**{"optim.schedule": "step", "optim.lr_drop_at": (0.5,), "optim.drop_factor": 1e30})
   with pytest.raises(NonFiniteError, match=r"^\w+ is (nan|inf) at step 1[23] \(not finite: "):
     classification.run(made, tmp_path / "run", "train")
   assert [f.name for f in (tmp_path / "run" / "checkpoints").iterdir()] == ["11"]
@@ -592,7 +592,7 @@ def test_a_net_ends_at_its_budget_from_above_and_from_below(budget, initial_open
         "model.gate.initial_open": initial_open,
         "optim.epochs": 12,
         "model.gate.noise_scale": 0.25,
-        "optim.gate_multiplier": 5.0,
+        "optim.gate_lr_multiplier": 5.0,
         "loss.sparsity.kind": "budget",
         "loss.sparsity.target": budget,
         "loss.sparsity.coefficient": 50.0,

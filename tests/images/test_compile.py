@@ -7,7 +7,6 @@ from PIL import Image
 
 from configs import digits_resnet20
 from gating_jax.images import classification
-from gating_jax.images import task as image_task
 from gating_jax.inference.compiled import Conditional
 from gating_jax.inference.exits import Exiting
 from gating_jax.models import resnet
@@ -69,12 +68,12 @@ def test_times_of_an_older_checkpoint_are_put_aside_and_those_of_the_same_stay(
 def test_the_page_of_what_is_not_compiled_says_why(tmp_path, monkeypatch, gates, refused):
   monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
   pages = []
-  monkeypatch.setattr(image_task.image_report, "write", lambda _, run: pages.append(run))
+  monkeypatch.setattr(classification.image_report, "write", lambda _, run: pages.append(run))
   built = classification.build(digits_resnet20.get_config(f"gates={gates},model=tiny"))
   task = dataclasses.replace(classification.TASK, rows=lambda _: [("a row", "1")])
-  image_task.write_report(task, built, rundir.RunDir(tmp_path), 3, {}, None, None)
+  classification.write_report(task, built, rundir.RunDir(tmp_path), 3, {}, None, None)
   assert (pages[0].around.step, pages[0].around.not_compiled) == (3, refused)
-  assert "mode=compile" not in image_task.conclude(task, built, tmp_path, {}, "Tested")
+  assert "mode=compile" not in classification.conclude(task, built, tmp_path, {}, "Tested")
 
 
 @pytest.mark.slow

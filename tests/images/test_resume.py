@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from gating_jax.images import classification, task
+from gating_jax.images import classification
 from gating_jax.images.build import LOADERS
 from gating_jax.models import resnet
 from gating_jax.training import devices, steps
@@ -44,7 +44,7 @@ def final_state(config, workdir):
 @pytest.mark.slow
 def test_a_streamed_run_that_was_stopped_goes_on(data_dir, tmp_path, monkeypatch):
   monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
-  monkeypatch.setattr(task, "write_report", lambda *_, **__: None)
+  monkeypatch.setattr(classification, "write_report", lambda *_, **__: None)
   config = importlib.import_module("configs.tfds_resnet20").get_config("epochs=1,batch=16")
   config.update_from_flattened_dict(
     {
