@@ -521,10 +521,10 @@ INFERENCE = [
   ),
   Mutant(
     "unsure_at_the_threshold",
-    "video/early_exit.py",
+    "ops/confidence.py",
     "sure = _highest_so_far(step_logits, valid_counts, multi_label) >= threshold",
     "sure = _highest_so_far(step_logits, valid_counts, multi_label) > threshold",
-    "video/test_early_exit.py",
+    "ops/test_confidence.py",
   ),
 ]
 

@@ -1,17 +1,23 @@
-"""Early exit: an example leaves a network at the first exit that is sure of its class.
+"""Early exit: an example leaves a network, or a video its network, once that is sure of the class.
 
-An exit is sure if its softmax has a low entropy, as a fraction of the largest possible one.
-Thresholds then do not depend on the number of classes.
+An image leaves at the first exit whose softmax has a low entropy, as a fraction of the largest
+possible one: thresholds then do not depend on the number of classes. A video's segments come one by
+one, in a fixed order, until the classifier gives one class a high probability.
 
-Axes: N examples, X exits before the last, K classes.
+Thresholds that meet a budget are found exactly: the cost jumps only at the confidences seen.
+
+Axes: N examples, X exits before the last, K classes; M videos, T segments, step t has seen t + 1 of
+them.
 Reference: Teerapittayanon, McDanel and Kung, "BranchyNet: fast inference via early exiting from
-  deep neural networks", 2016.
+  deep neural networks", 2016; Ghodrati et al., 2021 (FrameExit), whose order of segments is
+  `ops.selection.frame_exit_order`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +29,8 @@ from gating_jax.types import Array
 
 # Margin of entropies from 0 and 1, near which float32 resolves no more of them.
 _EPS = 1e-6
+# A threshold above every probability: no video exits early.
+NEVER = 2.0
 
 
 def entropy_share(logits: Array) -> Array:
@@ -124,17 +132,129 @@ def threshold_for_budget(
     raise ValueError(
       f"share must be at least {fixed / total:.4g}, the cost up to the first exit; got {share}"
     )
-  # `saved` holds, for each level, the mean MACs saved once the threshold has passed it.
-  levels, where = np.unique(stay, return_inverse=True)
-  saved = np.bincount(where.ravel(), np.broadcast_to(macs / len(stay), stay.shape).ravel())
-  # Entry i is the mean cost if examples leave at the i lowest levels.
-  spent = total - np.concatenate([[0.0], np.cumsum(saved)])
+  # Passing a level saves the MACs after the exits that are as unsure as that.
+  passed = _levels_passed(stay, np.broadcast_to(macs / len(stay), stay.shape))
+  spent = total - passed.weight
   # The first that fits the budget, up to the rounding of the sums.
   leave = int(np.argmax(spent <= share * total * (1 + 1e-9)))
+  levels = passed.levels
   padded = np.concatenate([[levels[0] - 2], levels, [levels[-1] + 2]])
   # Halfway between two levels, so that rounding puts neither on the wrong side.
   between = (padded[leave] + padded[leave + 1]) / 2
   return float(1 / (1 + np.exp(-between - _log_odds(threshold))))
+
+
+def exit_steps(
+  step_logits: np.ndarray, valid_counts: np.ndarray, *, threshold: float, multi_label: bool = False
+) -> np.ndarray:
+  """Counts the segments seen of each video, until its confidence reaches the threshold.
+
+  A video that never reaches it is seen to its end. The confidence is the largest class probability,
+  of the softmax, or of the sigmoids if multi-label: there nearly all classes are surely absent at
+  any time, so their certainty says nothing.
+
+  Args:
+    step_logits: `[M, T, K]` of the classifier after the first t + 1 segments in their order.
+    valid_counts: `[M]` segments of each video, 1 .. T; later steps are ignored.
+    threshold: a probability; above 1 (`NEVER`) all segments are seen.
+    multi_label: whether a video may have several classes.
+  Returns:
+    `[M]` int64, 1 .. valid_counts.
+  Raises:
+    ValueError: wrong shapes, counts out of range, or logits that are not finite.
+
+  >>> exit_steps(np.array([[[0.0, 0.0], [0.0, 3.0], [9.0, 0.0]]]), np.array([3]), threshold=0.9)
+  array([2])
+  """
+  sure = _highest_so_far(step_logits, valid_counts, multi_label) >= threshold
+  # `argmax` finds the first step that is sure.
+  return np.where(sure.any(axis=1), np.argmax(sure, axis=1) + 1, valid_counts)
+
+
+def step_threshold_for_budget(
+  step_logits: np.ndarray, valid_counts: np.ndarray, *, share: float, multi_label: bool = False
+) -> float:
+  """Finds the highest threshold with a mean fraction of segments seen of at most `share`.
+
+  Calibrate on validation videos. The fraction grows with the threshold and jumps only at a video's
+  highest confidence so far, hence the search over these values is exact.
+
+  Args:
+    step_logits, valid_counts, multi_label: as of `exit_steps`.
+    share: the budget: fraction of each video's own segments, mean over videos.
+  Returns:
+    The threshold; `NEVER` if all segments fit the budget.
+  Raises:
+    ValueError: one segment per video is already more.
+
+  >>> step_logits = np.array([[[0.0, 0.0], [0.0, 3.0], [9.0, 0.0]]])
+  >>> threshold = step_threshold_for_budget(step_logits, np.array([3]), share=0.9)
+  >>> print(f"{threshold:.3f}")
+  0.953
+  """
+  highest = _highest_so_far(step_logits, valid_counts, multi_label)
+  # A video ends at its last segment anyway: only the confidences before it matter.
+  before_last = np.arange(highest.shape[1]) < np.asarray(valid_counts)[:, None] - 1
+  # A further segment of a video of n adds 1 / (n M) to the mean fraction.
+  weights = np.broadcast_to(
+    1 / (len(highest) * np.asarray(valid_counts, np.float64))[:, None], highest.shape
+  )
+  least = float(weights[:, 0].sum())
+  # 1e-9: sums of fractions such as 1/3 are not exact.
+  if least > share + 1e-9:
+    raise ValueError(
+      f"share must be at least {least:.4g}, that of one segment per video; got {share}"
+    )
+  # Raising the threshold past a level costs the segments after all steps at this level.
+  passed = _levels_passed(highest[before_last], weights[before_last])
+  last_fit = np.flatnonzero(least + passed.weight <= share + 1e-9)[-1]
+  return float(np.append(passed.levels, NEVER)[last_fit])
+
+
+class _LevelsPassed(NamedTuple):
+  """The effect of a threshold that passes one level of confidence after the other.
+
+  Attributes:
+    levels: `[L]`, the different values, ascending.
+    weight: `[L + 1]`; entry i is the weight of all values among the i lowest levels.
+  """
+
+  levels: np.ndarray
+  weight: np.ndarray
+
+
+def _levels_passed(values: np.ndarray, weights: np.ndarray) -> _LevelsPassed:
+  """Sorts values into levels, and sums the weights of the values up to each of them."""
+  levels, where = np.unique(values, return_inverse=True)
+  of_level = np.bincount(where.ravel(), weights.ravel(), minlength=len(levels))
+  return _LevelsPassed(levels, np.concatenate([[0.0], np.cumsum(of_level)]))
+
+
+def _highest_so_far(
+  step_logits: np.ndarray, valid_counts: np.ndarray, multi_label: bool
+) -> np.ndarray:
+  """Computes `[M, T]` confidence, the largest up to each step; -1 beyond a video's end."""
+  # Imported here: it loads slowly.
+  from scipy import special
+
+  logits, valid_counts = np.asarray(step_logits, np.float64), np.asarray(valid_counts)
+  if logits.ndim != 3 or not logits.size:
+    raise ValueError(f"step_logits must be [M, T, classes]; got shape {logits.shape}")
+  if (
+    valid_counts.shape != logits.shape[:1]
+    or not np.isin(valid_counts, np.arange(1, logits.shape[1] + 1)).all()
+  ):
+    raise ValueError(f"valid_counts must be [M] in 1 .. {logits.shape[1]}; got {valid_counts}")
+  seen = np.arange(logits.shape[1]) < valid_counts[:, None]
+  # Padding may hold anything, and must not fail the check below.
+  logits = np.where(seen[..., None], logits, 0.0)
+  if len(bad := np.argwhere(~np.isfinite(logits).all(axis=2))):
+    video, step = bad[0]
+    raise ValueError(
+      f"step_logits must be finite; got {logits[video, step]} for video {video}, step {step}"
+    )
+  probs = special.expit(logits) if multi_label else special.softmax(logits, axis=2)
+  return np.where(seen, np.maximum.accumulate(probs.max(axis=2), axis=1), -1.0)
 
 
 def _log_odds(threshold: float) -> float:

@@ -134,5 +134,5 @@ def local_shard(tree: Any) -> Any:
 
 
 def allgather(tree: Any) -> Any:
-  """Returns the whole batch from the parts of all processes, in each of them; inverts `local_shard`."""
+  """Returns the whole batch, in every process, from the parts of all; inverts `local_shard`."""
   return tree if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)

@@ -15,11 +15,11 @@ import numpy as np
 
 from gating_jax.data import images
 from gating_jax.data.videos import VideoArrays, VideoSet
-from gating_jax.ops import selection
+from gating_jax.ops import confidence, selection
 from gating_jax.ops.macs import executed_macs
 from gating_jax.training import devices, evaluation, hosts
 from gating_jax.types import Array
-from gating_jax.video import early_exit, metrics, sets
+from gating_jax.video import metrics, sets
 from gating_jax.video.build import VideoExperiment
 
 Arrays = dict[str, np.ndarray]
@@ -186,13 +186,13 @@ def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
   train = {name: values[train["weight"] > 0] for name, values in train.items()}
   # No budget is below one segment of every video.
   one_each = float(np.mean(1 / counts(train)))
-  threshold = early_exit.threshold_for_budget(
+  threshold = confidence.step_threshold_for_budget(
     train["steps"],
     counts(train),
     share=max(experiment.config.model.share, one_each),
     multi_label=multi_label,
   )
-  seen = early_exit.exit_steps(
+  seen = confidence.exit_steps(
     done["steps"], counts(done), threshold=threshold, multi_label=multi_label
   )
   gates = np.asarray(selection.first_k(done["valid"], seen))
@@ -226,7 +226,8 @@ def _over(
       for name in ("valid", "label", "weight", "units", "relevant")
       if name in batch
     }
-    part = kept | jax.device_get(dict(hosts.allgather(run(variables, hosts.local_shard(inputs(batch))))))
+    found = hosts.allgather(run(variables, hosts.local_shard(inputs(batch))))
+    part = kept | jax.device_get(dict(found))
     # `cover` pads the last batch; its padding is cut off.
     parts.append({name: values[:count] for name, values in part.items()})
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
