@@ -65,10 +65,10 @@ UNGATED = {
 LATE = (
   "model.gate.initial_open=0.95",
   "optim.learning_rate=0.05",
-  "loss.sparsity.start=0.0",
-  "loss.sparsity.full=0.5",
+  "loss.sparsity.ramp_start=0.0",
+  "loss.sparsity.ramp_end=0.5",
 )
-QUICK = "optim.gate_multiplier=5"
+QUICK = "optim.gate_lr_multiplier=5"
 
 
 def gated(width, budget, *fields, late=False, variants="noise=0.25"):
@@ -81,7 +81,7 @@ def wide_inside(width, inner, budget, *fields, gates="channels"):
 
   Its budget leaves as many MACs as an ungated net of this width has.
   """
-  fading = ("model.noise.start=0.5", "model.noise.full=0.9")
+  fading = ("model.noise.ramp_start=0.5", "model.noise.ramp_end=0.9")
   run = gated(
     width, budget, QUICK, *fading, *fields, variants=f"inner={inner},noise=0.25,noise_to=0"
   )
@@ -132,12 +132,12 @@ TABLES = {
     **{name: UNGATED[name] for name in ("ungated, width 0.25", "ungated, width 0.35")},
     "as in budgets": wide_inside(0.25, 4, 0.28),
     "inner 8": wide_inside(0.25, 8, 0.145),
-    "closed early": wide_inside(0.25, 4, 0.28, "loss.sparsity.start=0.0", "loss.sparsity.full=0.2"),
+    "closed early": wide_inside(0.25, 4, 0.28, "loss.sparsity.ramp_start=0.0", "loss.sparsity.ramp_end=0.2"),
     "shaped to the end": wide_inside(
       0.25,
       4,
       0.28,
-      "loss.batch_shaping.end=1.0",
+      "loss.batch_shaping.fade_end=1.0",
       "loss.batch_shaping.a=0.3",
       "loss.batch_shaping.b=0.77",
     ),
@@ -150,9 +150,9 @@ TABLES = {
     "static": wide_inside(0.25, 4, 0.28, gates="static"),
     "not shaped": wide_inside(0.25, 4, 0.28, "loss.batch_shaping.coefficient=0.0"),
     "noise fades early": wide_inside(
-      0.25, 4, 0.28, "model.noise.start=0.1", "model.noise.full=0.5"
+      0.25, 4, 0.28, "model.noise.ramp_start=0.1", "model.noise.ramp_end=0.5"
     ),
-    "gates no faster": wide_inside(0.25, 4, 0.28, "optim.gate_multiplier=1.0"),
+    "gates no faster": wide_inside(0.25, 4, 0.28, "optim.gate_lr_multiplier=1.0"),
     "gates of 64 hidden units": wide_inside(0.25, 4, 0.28, "model.gate.hidden=64"),
     "blocks of 4": wide_inside(0.25, 4, 0.28, "model.gate.block=4"),
   },

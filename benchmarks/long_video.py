@@ -32,19 +32,19 @@ ROWS = {  # changes of the config, by name
   "gate25": {"loss.sparsity.target": 0.125},
   "alone25": {"loss.sparsity.target": 0.125, "model.gate.context": "none"},
   "convolution25": {"loss.sparsity.target": 0.125, "model.gate.context": "convolution"},
-  "uniform25": {**SHORT, "model.selection": "uniform", "model.share": 0.25},
-  "random25": {**SHORT, "model.selection": "random", "model.share": 0.25},
+  "uniform25": {**SHORT, "model.selection": "uniform", "model.segment_fraction": 0.25},
+  "random25": {**SHORT, "model.selection": "random", "model.segment_fraction": 0.25},
   "confidence25": {
     **SHORT,
     "model.selection": "confidence",
-    "model.share": 0.18,
+    "model.segment_fraction": 0.18,
     "loss.light": 1.0,
   },
-  "prefix25": {**SHORT, "model.selection": "prefix", "model.share": 0.25},
+  "prefix25": {**SHORT, "model.selection": "prefix", "model.segment_fraction": 0.25},
   "light": {**SHORT, "model.selection": "light"},
-  "oracle25": {**SHORT, "model.selection": "oracle", "model.share": 0.25},
-  "uniform50": {**SHORT, "model.selection": "uniform", "model.share": 0.5},
-  "random50": {**SHORT, "model.selection": "random", "model.share": 0.5},
+  "oracle25": {**SHORT, "model.selection": "oracle", "model.segment_fraction": 0.25},
+  "uniform50": {**SHORT, "model.selection": "uniform", "model.segment_fraction": 0.5},
+  "random50": {**SHORT, "model.selection": "random", "model.segment_fraction": 0.5},
 }
 
 

@@ -30,9 +30,9 @@ def image_config() -> ml_collections.ConfigDict:
         "workers": 0,  # streaming: processes that decode; 0: threads of this one
         "mean": (0.5,),
         "std": (0.5,),
-        "pad": 0,  # random crop: largest shift in pixels
+        "crop_padding": 0,  # random crop: largest shift in pixels
         "flip": False,
-        "cutout": 0,  # pixels: width of a square at a random place that is set to the mean
+        "cutout_size": 0,  # pixels: width of a square at a random place that is set to the mean
       },
       "model": {
         # resnet8, 14, 20, 32, 44, 56, 110; for large images 18, 34, 50, 101; vgg8, 16; simple_cnn
@@ -58,8 +58,8 @@ def image_config() -> ml_collections.ConfigDict:
         },
         "noise": {  # schedule of the gates' noise, which starts at model.gate.noise_scale
           "final": config_dict.placeholder(float),  # scale at the end; None: constant
-          "start": 0.0,  # constant up to this fraction
-          "full": 0.5,  # reaches the final scale, linearly, at this fraction
+          "ramp_start": 0.0,  # constant up to this fraction
+          "ramp_end": 0.5,  # reaches the final scale, linearly, at this fraction
         },
         # folder of an ungated run whose parameters are the initial ones
         "init_from": config_dict.placeholder(str),
@@ -85,7 +85,7 @@ def image_config() -> ml_collections.ConfigDict:
         ),  # of all exits but the last, whose weight is 1; one number is for all
         "batch_shaping": {
           "coefficient": 0.75,  # at the start
-          "end": 0.2,  # falls linearly to 0 at this fraction
+          "fade_end": 0.2,  # falls linearly to 0 at this fraction
           "a": 0.6,
           "b": 0.4,
           "reduction": "layer_mean",  # over gates: layer_mean, mean or sum
@@ -93,8 +93,8 @@ def image_config() -> ml_collections.ConfigDict:
         "sparsity": {
           "kind": "l0",  # l0, macs, budget or target_rate
           "coefficient": 0.5,  # a budget needs about 50
-          "start": 0.2,  # 0 up to this fraction
-          "full": 0.6,  # rises linearly to the coefficient at this fraction
+          "ramp_start": 0.2,  # 0 up to this fraction
+          "ramp_end": 0.6,  # rises linearly to the coefficient at this fraction
           "target": 0.5,  # budget: fraction of the ungated MACs; target_rate: fraction of images
         },
       },
@@ -103,12 +103,12 @@ def image_config() -> ml_collections.ConfigDict:
         "batch_size": 128,  # over all devices
         "learning_rate": 0.1,
         "schedule": "step",  # or cosine
-        "drops": (0.6, 0.75, 0.9),
+        "lr_drop_at": (0.6, 0.75, 0.9),
         "drop_factor": 0.1,
         "warmup": 0.0,
         "momentum": 0.9,
         "weight_decay": 5e-4,  # always 0 for gate parameters
-        "gate_multiplier": 1.0,  # factor of the learning rate of gate parameters
+        "gate_lr_multiplier": 1.0,  # factor of the learning rate of gate parameters
       },
       "devices": {
         "backend": "pmap",  # or shard_map
@@ -164,8 +164,8 @@ _GATES = {
     "loss.sparsity.kind": "target_rate",
     "loss.sparsity.target": 0.6,
     "loss.sparsity.coefficient": 1.0,
-    "loss.sparsity.start": 0.0,
-    "loss.sparsity.full": 0.0,
+    "loss.sparsity.ramp_start": 0.0,
+    "loss.sparsity.ramp_end": 0.0,
   },
   # BranchyNet, Teerapittayanon et al., 2016
   "exits": {

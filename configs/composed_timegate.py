@@ -22,7 +22,7 @@ def get_config(arg: str = ""):
   config.pretrain.epochs = 12
   config.optim.epochs = 240  # gates need them; other selections converge in 60
   config.model.gate.initial_open = 0.85
-  config.loss.sparsity.full = 0.6
+  config.loss.sparsity.ramp_end = 0.6
   # A smaller coefficient lets the gates of some seeds close permanently before they learn anything.
   config.loss.batch_shaping.coefficient = 3.0
   config.loss.batch_shaping.b = 0.9

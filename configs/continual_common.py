@@ -25,7 +25,7 @@ def continual_config() -> ml_collections.ConfigDict:
         "image_size": 0,  # images are resized to this; 0: as they are
         "mean": (0.5,),
         "std": (0.5,),
-        "pad": 0,  # random crop: largest shift in pixels
+        "crop_padding": 0,  # random crop: largest shift in pixels
         "flip": False,
       },
       "tasks": {
@@ -77,7 +77,7 @@ def continual_config() -> ml_collections.ConfigDict:
         "critic_steps": 2,  # updates of the critic for each of the generator
         "penalty": 10.0,
         "learning_rate": 5e-4,
-        "average": 0.99,  # decay of the moving average of parameters that is sampled
+        "ema_decay": 0.99,  # decay of the moving average of parameters that is sampled
         "latent": 64,
         "width": 16,  # channels of its last hidden map
         "images": 2000,  # generated for each task, to train the task classifier
@@ -119,21 +119,21 @@ def continual_config() -> ml_collections.ConfigDict:
       "dgm": {  # its generator is that of generative rehearsal, with masks
         "steepness": 400.0,  # as for hat
         "sparsity": 0.75,
-        "real": 0.0,  # weight of the loss on real images, which are those of the task alone
+        "real_weight": 0.0,  # weight of the loss on real images, which are those of the task alone
       },
       "optim": {
         "epochs": 10,  # of the smallest task; every task has as many steps
         "batch_size": 64,  # over all devices; for each task, where all are learnt together
         "eval_batch_size": 256,
         "learning_rate": 0.01,
-        "gate_multiplier": 1.0,  # factor of the learning rate of gate parameters; ignored by hat
+        "gate_lr_multiplier": 1.0,  # factor of the learning rate of gate parameters; ignored by hat
         "schedule": "step",  # or cosine, over the steps of a task
-        "drops": (),
+        "lr_drop_at": (),
         "drop_factor": 0.1,
         "warmup": 0.0,
         "momentum": 0.9,
         "weight_decay": 5e-4,  # always 0 for gate parameters
-        "clip": 1.0,  # largest norm of the gradient
+        "grad_clip_norm": 1.0,  # largest norm of the gradient
       },
       "devices": {"backend": "pmap"},  # or shard_map
       "log_every": 50,  # steps

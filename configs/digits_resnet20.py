@@ -11,7 +11,7 @@ from configs import common
 def get_config(arg: str = ""):
   config = common.image_config()
   config.data.name = "digits"
-  config.data.pad = 1
+  config.data.crop_padding = 1
   config.optim.epochs = 40
   config.loss.batch_shaping.reduction = "sum"  # so few steps need the stronger pull
   config.loss.sparsity.coefficient = 2.0

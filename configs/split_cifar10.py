@@ -13,12 +13,12 @@ def get_config(arg: str = ""):
   config.data.name = "cifar10"
   config.data.mean = (0.4914, 0.4822, 0.4465)
   config.data.std = (0.2470, 0.2435, 0.2616)
-  config.data.pad = 4
+  config.data.crop_padding = 4
   config.data.flip = True
   config.model.name = "resnet18"
   config.gates.sparsity = 1.0
   config.gates.patience = 10.0
   config.optim.epochs = 200
   config.optim.learning_rate = 0.1
-  config.optim.drops = (0.5, 0.75)
+  config.optim.lr_drop_at = (0.5, 0.75)
   return continual_common.apply_variants(config, arg)

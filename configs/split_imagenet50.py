@@ -14,7 +14,7 @@ def get_config(arg: str = ""):
   config.data.image_size = 32
   config.data.mean = (0.485, 0.456, 0.406)
   config.data.std = (0.229, 0.224, 0.225)
-  config.data.pad = 4
+  config.data.crop_padding = 4
   config.data.flip = True
   config.tasks.classes_per_task = 10
   config.model.name = "resnet18"
@@ -22,5 +22,5 @@ def get_config(arg: str = ""):
   config.gates.patience = 0.0
   config.optim.epochs = 200
   config.optim.learning_rate = 0.1
-  config.optim.drops = (0.5, 0.75)
+  config.optim.lr_drop_at = (0.5, 0.75)
   return continual_common.apply_variants(config, arg)

@@ -13,5 +13,5 @@ def get_config(arg: str = ""):
   config.data.name = "svhn_cropped"
   config.optim.epochs = 800
   config.optim.batch_size = 256
-  config.optim.drops = (0.5, 0.75)
+  config.optim.lr_drop_at = (0.5, 0.75)
   return continual_common.apply_variants(config, arg)

@@ -16,5 +16,5 @@ def get_config(arg: str = ""):
   config = common.image_config()
   config.data.name = "mnist"
   config.data.std = (0.25,)
-  config.data.pad = 2
+  config.data.crop_padding = 2
   return common.apply_variants(config, arg)

@@ -14,12 +14,18 @@ def video_config() -> ml_collections.ConfigDict:
   channels = {
     "batch_shaping": {
       "coefficient": 0.0,
-      "end": 0.2,
+      "fade_end": 0.2,
       "a": 0.6,
       "b": 0.4,
       "reduction": "layer_mean",
     },
-    "sparsity": {"kind": "l0", "coefficient": 0.0, "start": 0.0, "full": 0.2, "target": 0.5},
+    "sparsity": {
+      "kind": "l0",
+      "coefficient": 0.0,
+      "ramp_start": 0.0,
+      "ramp_end": 0.2,
+      "target": 0.5,
+    },
   }
   return ml_collections.ConfigDict(
     {
@@ -65,7 +71,7 @@ def video_config() -> ml_collections.ConfigDict:
         # or all, uniform, random, oracle; confidence (SCSampler), prefix (FrameExit); light
         "selection": "gate",
         # fraction of segments that a fixed selection takes, or that FrameExit may see on average
-        "share": 0.5,
+        "segment_fraction": 0.5,
         # end_to_end: no backward pass through the heavy net for segments that are not chosen
         "skip_backward": False,
         # of a gate: fraction of a batch kept in the backward pass; all of it if more are chosen
@@ -98,14 +104,14 @@ def video_config() -> ml_collections.ConfigDict:
         "sparsity": {
           "kind": "target",  # squared gap to the target fraction; mean: the fraction itself; none
           "coefficient": 100.0,
-          "start": 0.0,  # 0 up to this fraction
-          "full": 0.2,  # rises linearly to the coefficient at this fraction
+          "ramp_start": 0.0,  # 0 up to this fraction
+          "ramp_end": 0.2,  # rises linearly to the coefficient at this fraction
           "target": 0.5,
         },
         # of the segment gates
         "batch_shaping": {
           "coefficient": 0.0,
-          "end": 1.0,
+          "fade_end": 1.0,
           "a": 0.6,
           "b": 0.4,
         },
@@ -118,7 +124,7 @@ def video_config() -> ml_collections.ConfigDict:
         "batch_size": 64,
         "learning_rate": 0.002,
         "schedule": "cosine",
-        "drops": (0.6, 0.75, 0.9),
+        "lr_drop_at": (0.6, 0.75, 0.9),
         "drop_factor": 0.1,
         "warmup": 0.05,
         "momentum": 0.9,
@@ -134,7 +140,7 @@ def video_config() -> ml_collections.ConfigDict:
 
 VARIANTS = {
   "selection": ("model.selection", str),
-  "share": ("model.share", float),
+  "share": ("model.segment_fraction", float),
   "target": ("loss.sparsity.target", float),
   "context": ("model.gate.context", str),
   "heavy": ("model.heavy.name", str),

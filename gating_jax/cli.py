@@ -128,6 +128,11 @@ def main() -> None:
   if any(argument in ("-version", "--version") for argument in given):
     print(_version())
     sys.exit(0)
+  # In place: ml_collections looks for overrides of fields in sys.argv.
+  for place, argument in enumerate(given, start=1):
+    sys.argv[place] = config_files.rename_override(argument)
+    if sys.argv[place] != argument:
+      _say(f"note: {argument} is now {sys.argv[place]}")
   app.run(_main, flags_parser=_parse)
 
 

@@ -13,14 +13,16 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import ml_collections
 
 from gating_jax.checks import near
 from gating_jax.paths import user_path
+from gating_jax.terminal import warn
 
 # Config files import their shared parts under this name.
 _PACKAGE = "configs"
@@ -30,6 +32,23 @@ _BASES = {
   "segmentation": ("segmentation_common", "segmentation_config"),
   "continual": ("continual_common", "continual_config"),
   "long_video": ("video_common", "video_config"),
+}
+
+# Fields that had another name in an earlier version: (section, old name) -> new name.
+RENAMED_FIELDS = {
+  ("data", "pad"): "crop_padding",
+  ("data", "cutout"): "cutout_size",
+  ("optim", "drops"): "lr_drop_at",
+  ("optim", "clip"): "grad_clip_norm",
+  ("optim", "gate_multiplier"): "gate_lr_multiplier",
+  ("noise", "start"): "ramp_start",
+  ("noise", "full"): "ramp_end",
+  ("sparsity", "start"): "ramp_start",
+  ("sparsity", "full"): "ramp_end",
+  ("batch_shaping", "end"): "fade_end",
+  ("generator", "average"): "ema_decay",
+  ("dgm", "real"): "real_weight",
+  ("model", "share"): "segment_fraction",
 }
 
 
@@ -165,6 +184,42 @@ def import_shared(path: Path) -> None:
   sys.modules[_PACKAGE] = importlib.util.module_from_spec(spec)
 
 
+def rename_fields(fields: MutableMapping[str, Any], section: str = "") -> list[str]:
+  """Gives fields of an earlier version their present names, in place, in all sections.
+
+  Args:
+    fields: a config, or its fields as JSON has them.
+    section: the name of `fields` within a larger config.
+  Returns:
+    a line for each renamed field, `optim.drops is now optim.lr_drop_at`.
+  """
+  lines = []
+  for name, value in list(fields.items()):
+    if isinstance(value, (MutableMapping, ml_collections.ConfigDict)):
+      lines += rename_fields(value, name)
+    new = RENAMED_FIELDS.get((section, name))
+    if new is not None:
+      fields[new] = value
+      del fields[name]
+      lines.append(f"{section}.{name} is now {section}.{new}")
+  return lines
+
+
+def rename_override(argument: str) -> str:
+  """Returns a command-line argument with the present name of the field that it sets.
+
+  >>> rename_override("--config.optim.drops=(0.5,)")
+  '--config.optim.lr_drop_at=(0.5,)'
+  """
+  flag, equals, value = argument.partition("=")
+  parts = flag.split(".")
+  if len(parts) < 3 or parts[0].lstrip("-") != "config":
+    return argument
+  section, name = parts[-2:]
+  parts[-1] = RENAMED_FIELDS.get((section, name), name)
+  return ".".join(parts) + equals + value
+
+
 def base(experiment: str) -> ml_collections.ConfigDict | None:
   """Returns every field of a config of this kind with its default; None for an unknown kind."""
   if experiment not in _BASES:
@@ -220,6 +275,8 @@ def check(path: Path, variant: str | None) -> ml_collections.ConfigDict:
     raise ValueError(
       f"config {path}: the field experiment must name one; got {config.get('experiment')!r}"
     )
+  for line in rename_fields(config):
+    warn("config %s: %s", path, line)
   return config
 
 

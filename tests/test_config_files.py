@@ -9,6 +9,7 @@ import types
 import pytest
 
 from gating_jax import config_files
+from gating_jax.training import rundir
 from tests.helpers import ROOT
 from tests.helpers.config_files import FILES
 
@@ -152,3 +153,44 @@ def test_the_fields_of_configs_leave_a_package_of_the_caller_alone(monkeypatch):
   assert "optim" in config_files.base("classification")
   assert {name: sys.modules[name] for name in theirs} == theirs
   assert sys.path == path
+
+
+def test_fields_that_were_renamed_are_those_of_today():
+  fields = set()
+  for kind in ("classification", "segmentation", "continual", "long_video"):
+    for name in rundir.flatten(config_files.base(kind)):
+      fields.add(tuple(name.split(".")[-2:]))
+  for (section, old), new in config_files.RENAMED_FIELDS.items():
+    assert (section, new) in fields
+    assert (section, old) not in fields
+
+
+def test_a_config_of_an_earlier_version_sets_the_fields_of_today(tmp_path, caplog):
+  own = tmp_path / "own.py"
+  own.write_text(
+    "from configs import common\n"
+    "def get_config(arg=''):\n"
+    "  config = common.image_config()\n"
+    "  config.loss.sparsity.start = 0.4\n"
+    "  return config\n"
+  )
+  config = config_files.load(str(own))
+  assert config.loss.sparsity.ramp_start == 0.4
+  assert "start" not in config.loss.sparsity
+  assert "sparsity.start is now sparsity.ramp_start" in caplog.text
+
+
+@pytest.mark.parametrize(
+  ("given", "taken"),
+  [
+    ("--config.optim.drops=(0.5,)", "--config.optim.lr_drop_at=(0.5,)"),
+    ("-config.loss.channels.sparsity.full", "-config.loss.channels.sparsity.ramp_end"),
+    ("--config.model.heavy.share=1", "--config.model.heavy.share=1"),
+    ("--workdir=optim.drops=1", "--workdir=optim.drops=1"),
+    ("optim.drops=1", "optim.drops=1"),
+    ("--config", "--config"),
+    ("", ""),
+  ],
+)
+def test_an_override_of_a_renamed_field_sets_that_of_today(given, taken):
+  assert config_files.rename_override(given) == taken

@@ -44,14 +44,14 @@ def test_full_recipe_has_the_numbers_of_the_paper():
     256,
     0.1,
   )
-  assert (config.optim.drops, config.optim.momentum, config.optim.weight_decay) == (
+  assert (config.optim.lr_drop_at, config.optim.momentum, config.optim.weight_decay) == (
     (0.6, 0.75, 0.9),
     0.9,
     5e-4,
   )
   shaping = config.loss.batch_shaping
-  assert (shaping.coefficient, shaping.end, shaping.a, shaping.b) == (0.75, 0.2, 0.6, 0.4)
-  assert (config.loss.sparsity.start, config.loss.sparsity.full) == (0.2, 0.6)
+  assert (shaping.coefficient, shaping.fade_end, shaping.a, shaping.b) == (0.75, 0.2, 0.6, 0.4)
+  assert (config.loss.sparsity.ramp_start, config.loss.sparsity.ramp_end) == (0.2, 0.6)
 
 
 def test_variants_change_their_field():
@@ -71,7 +71,7 @@ def test_a_variant_may_stand_for_several_fields_and_later_ones_change_them():
     0.87,
     "sparsity",
   )
-  assert (sparsity.kind, sparsity.target, sparsity.coefficient, sparsity.full) == (
+  assert (sparsity.kind, sparsity.target, sparsity.coefficient, sparsity.ramp_end) == (
     "target_rate",
     0.6,
     2.5,
@@ -131,7 +131,7 @@ def test_continual_recipes_have_the_numbers_of_the_sheet():
     c.optim.batch_size,
     c.optim.learning_rate,
     c.optim.epochs,
-    c.optim.drops,
+    c.optim.lr_drop_at,
     c.gates.sparsity,
     c.gates.patience,
   )

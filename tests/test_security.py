@@ -107,7 +107,7 @@ def test_the_audit_lets_pass():
   "override",
   [
     'optim.learning_rate=__import__("pathlib").Path("outside").touch()',
-    'optim.drops=(__import__("pathlib").Path("outside").touch(),)',
+    'optim.lr_drop_at=(__import__("pathlib").Path("outside").touch(),)',
     'data.mean=__import__("pathlib").Path("outside").touch()',
   ],
 )

@@ -20,8 +20,8 @@ import optax
 from gating_jax.data import augment, streaming, tfds
 from gating_jax.layers.blocks import GATINGS, SHORTCUTS
 from gating_jax.layers.gate import GateSettings
-from gating_jax.models.early_exit import EarlyExitNet
-from gating_jax.models.expert_net import ExpertNet
+from gating_jax.models.resnet_variants import EarlyExitNet
+from gating_jax.models.resnet_variants import ExpertNet
 from gating_jax.models.resnet import RESNETS, resnet
 from gating_jax.models.summary import ModelCounts, model_summary
 from gating_jax.models.vgg import VGGS, vgg
@@ -102,7 +102,12 @@ def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = N
       "model.name": (*RESNETS, *VGGS),
       "model.gating": (*GATINGS, *RIVALS),
     },
-    at_least={"data.pad": 0, "data.cutout": 0, "data.image_size": 0, "model.experts.count": 2},
+    at_least={
+      "data.crop_padding": 0,
+      "data.cutout_size": 0,
+      "data.image_size": 0,
+      "model.experts.count": 2,
+    },
     numbers=("loss.exit_weights",),
     rules={
       "model.exits.threshold": (lambda v: 0 < v < 1, "in (0, 1)"),
@@ -174,23 +179,27 @@ def assemble(
       training.learning_rate,
       total,
       warmup=training.warmup,
-      drops=training.drops,
+      lr_drop_at=training.lr_drop_at,
       factor=training.drop_factor,
     ),
     momentum=training.momentum,
     weight_decay=training.weight_decay,
-    gate_multiplier=training.gate_multiplier,
+    gate_lr_multiplier=training.gate_lr_multiplier,
   )
   shaping, sparsity = loss.batch_shaping, loss.sparsity
   coefficients = dict(
-    batch_shaping_coefficient=optim.fade_out(shaping.coefficient, shaping.end, total),
-    sparsity_coefficient=optim.fade_in(sparsity.coefficient, sparsity.start, sparsity.full, total),
+    batch_shaping_coefficient=optim.fade_out(shaping.coefficient, shaping.fade_end, total),
+    sparsity_coefficient=optim.fade_in(
+      sparsity.coefficient, sparsity.ramp_start, sparsity.ramp_end, total
+    ),
   )
   noise = config.model.noise
   noise_scale = (
     None
     if noise.final is None
-    else optim.ramp(config.model.gate.noise_scale, noise.final, noise.start, noise.full, total)
+    else optim.ramp(
+      config.model.gate.noise_scale, noise.final, noise.ramp_start, noise.ramp_end, total
+    )
   )
   # Known outlines are those of the training set, then of the test set.
   test = known[-1] if known else open_test()
@@ -349,7 +358,7 @@ def check(
       "model.width",
       "model.inner_width",
       "optim.learning_rate",
-      "optim.gate_multiplier",
+      "optim.gate_lr_multiplier",
       "optim.drop_factor",
       "checkpoint_every",
     ),
@@ -381,7 +390,7 @@ def check(
         "None or a finite number >= 0",
       ),
       "data.std": (lambda std: min(std) > 0, "a tuple of positive numbers"),
-      "optim.drops": (settings.all_numbers, "a tuple of fractions"),
+      "optim.lr_drop_at": (settings.all_numbers, "a tuple of fractions"),
       "optim.batch_size": settings.divides_over_devices(),
     },
   )

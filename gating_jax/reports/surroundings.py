@@ -13,6 +13,7 @@ from typing import Any
 
 import ml_collections
 
+from gating_jax import config_files
 from gating_jax.paths import user_path
 from gating_jax.reports import page, times
 from gating_jax.reports.opening import Baseline, Surroundings, example
@@ -89,7 +90,7 @@ IMAGES = Kind(
     "model.backward_share",
     "model.init_from",
     "loss.",
-    "optim.gate_multiplier",
+    "optim.gate_lr_multiplier",
     "data.workers",
     "data.loader",
   ),
@@ -105,13 +106,13 @@ VIDEOS = Kind(
   _chooses_nothing,
   (
     "model.gate.",
-    "model.share",
+    "model.segment_fraction",
     "model.context",
     "model.heavy.gating",
     "model.heavy.gate.",
     "loss.",
     "optim.epochs",
-    "optim.gate_multiplier",
+    "optim.gate_lr_multiplier",
     "data.workers",
   ),
   "the variant selection=all of its config",
@@ -144,7 +145,7 @@ TASKS = Kind(
     "derpp.",
     "dgm.",
     "model.gate.",
-    "optim.gate_multiplier",
+    "optim.gate_lr_multiplier",
   ),
   "the variant method=joint of its config, which learns all tasks together, or method=fine_tuning",
   (*_IMAGE_SET, "tasks.classes_per_task", "tasks.count", "tasks.order_seed"),
@@ -282,7 +283,10 @@ def _is_baseline(config: Mapping[str, Any], kind: Kind) -> bool:
 def _read_config(folder: Path) -> dict[str, Any]:
   """Reads the flat config of a run; empty where it is missing or damaged."""
   found = _read_json(folder / rundir.CONFIG_FILE)
-  return rundir.flatten(found) if isinstance(found, dict) else {}
+  if not isinstance(found, dict):
+    return {}
+  config_files.rename_fields(found)
+  return rundir.flatten(found)
 
 
 def _neighbours(path: Path) -> list[Path]:

@@ -30,7 +30,7 @@ def of_images(config: ml_collections.ConfigDict) -> ClosingWatch:
     advice = f"lower {_REGULARISERS[loss.regulariser]}, or use loss.regulariser=batch_shaping"
   elif loss.regulariser == "none":
     advice = (
-      "lower optim.learning_rate or optim.gate_multiplier, or use loss.regulariser=batch_shaping"
+      "lower optim.learning_rate or optim.gate_lr_multiplier, or use loss.regulariser=batch_shaping"
     )
   else:
     advice = _advice("loss", loss, shaped=loss.regulariser == "batch_shaping")
@@ -77,13 +77,13 @@ def _advice(section: str, loss: ml_collections.ConfigDict, *, shaped: bool) -> s
   lower = _lower(section, loss.sparsity)
   if not shaped:
     return (
-      f"{lower} or start it later ({section}.sparsity.start), or use "
+      f"{lower} or start it later ({section}.sparsity.ramp_start), or use "
       f"{section}.regulariser=batch_shaping"
     )
   shaping = loss.batch_shaping
   return (
     f"{lower}, or raise {section}.batch_shaping.coefficient (now {shaping.coefficient:g}) or "
-    f"{section}.batch_shaping.end (now {shaping.end:g}, the fraction of training at which it ends)"
+    f"{section}.batch_shaping.fade_end (now {shaping.fade_end:g}, the fraction of training at which it ends)"
   )
 
 

@@ -24,19 +24,19 @@ def sgd(
   *,
   momentum: float,
   weight_decay: float,
-  gate_multiplier: float = 1.0,
+  gate_lr_multiplier: float = 1.0,
 ) -> optax.GradientTransformation:
   """Returns SGD with Nesterov momentum.
 
   `weight_decay` is added to the gradient, and is 0 for gate parameters. Gate parameters learn
-  `gate_multiplier` times as fast. Means over gates give each gate a small gradient; a larger
+  `gate_lr_multiplier` times as fast. Means over gates give each gate a small gradient; a larger
   penalty on open gates moves them sooner as well, but then it outweighs the task's loss.
 
   Args:
     learning_rate: from step to number.
     momentum: in [0, 1); without Nesterov's correction where it is 0.
     weight_decay: >= 0.
-    gate_multiplier: > 0, factor of the gate parameters' updates.
+    gate_lr_multiplier: > 0, factor of the gate parameters' updates.
   Raises:
     ValueError: an argument is out of its range.
 
@@ -47,14 +47,14 @@ def sgd(
     raise ValueError(f"momentum must be in [0, 1); got {momentum}")
   if not weight_decay >= 0:
     raise ValueError(f"weight_decay must be >= 0; got {weight_decay}")
-  if not gate_multiplier > 0:
-    raise ValueError(f"gate_multiplier must be > 0; got {gate_multiplier}")
+  if not gate_lr_multiplier > 0:
+    raise ValueError(f"gate_lr_multiplier must be > 0; got {gate_lr_multiplier}")
   return optax.chain(
     optax.add_decayed_weights(weight_decay, mask=decayed),
     optax.sgd(learning_rate, momentum=momentum, nesterov=momentum > 0),
     # After the learning rate: the factor scales the update, not the momentum.
     optax.masked(
-      optax.scale(gate_multiplier), lambda params: jax.tree.map(operator.not_, decayed(params))
+      optax.scale(gate_lr_multiplier), lambda params: jax.tree.map(operator.not_, decayed(params))
     ),
   )
 
@@ -106,56 +106,62 @@ def frozen(
 LEARNING_RATES = ("step", "cosine")
 
 
-def fade_out(coefficient: float, end: float, total_steps: int) -> optax.Schedule:
+def fade_out(coefficient: float, fade_end: float, total_steps: int) -> optax.Schedule:
   """Returns a schedule from `coefficient` linearly to 0.
 
   Args:
     coefficient: the value at the start.
-    end: the fraction of training at which it is 0; 0 from the start where `end` is 0.
+    fade_end: the fraction of training at which it is 0; 0 from the start where it is 0.
     total_steps: steps of the training.
   Raises:
-    ValueError: `end` is outside [0, 1].
+    ValueError: `fade_end` is outside [0, 1].
   """
-  _check_fractions(end=end)
+  _check_fractions(fade_end=fade_end)
   # An end of 0 turns the term off.
-  if not end:
+  if not fade_end:
     return optax.constant_schedule(0.0)
-  return optax.linear_schedule(coefficient, 0.0, max(1, round(end * total_steps)))
+  return optax.linear_schedule(coefficient, 0.0, max(1, round(fade_end * total_steps)))
 
 
-def fade_in(coefficient: float, start: float, full: float, total_steps: int) -> optax.Schedule:
+def fade_in(
+  coefficient: float, ramp_start: float, ramp_end: float, total_steps: int
+) -> optax.Schedule:
   """Returns a schedule of 0, then linear to `coefficient`, then constant.
 
   Args:
     coefficient: the last value.
-    start, full: fractions of training at which the slope begins and ends.
+    ramp_start, ramp_end: fractions of training at which the slope begins and ends.
     total_steps: steps of the training.
   Raises:
     ValueError: as for `ramp`.
   """
-  return ramp(0.0, coefficient, start, full, total_steps)
+  return ramp(0.0, coefficient, ramp_start, ramp_end, total_steps)
 
 
-def ramp(first: float, last: float, start: float, full: float, total_steps: int) -> optax.Schedule:
+def ramp(
+  first: float, last: float, ramp_start: float, ramp_end: float, total_steps: int
+) -> optax.Schedule:
   """Returns a schedule of `first`, then linear to `last`, then constant.
 
   Args:
     first, last: the values before and after the slope.
-    start, full: fractions of training at which the slope begins and ends; `last` from the start
-      where `full` is 0.
+    ramp_start, ramp_end: fractions of training at which the slope begins and ends; `last` from
+      the start where `ramp_end` is 0.
     total_steps: steps of the training.
   Raises:
-    ValueError: a fraction is outside [0, 1], or `start` is above `full`.
+    ValueError: a fraction is outside [0, 1], or `ramp_start` is above `ramp_end`.
   """
-  _check_fractions(start=start, full=full)
-  if not start <= full:
-    raise ValueError(f"start must be <= full; got start {start}, full {full}")
-  if full == 0:
+  _check_fractions(ramp_start=ramp_start, ramp_end=ramp_end)
+  if not ramp_start <= ramp_end:
+    raise ValueError(
+      f"ramp_start must be <= ramp_end; got ramp_start {ramp_start}, ramp_end {ramp_end}"
+    )
+  if ramp_end == 0:
     return optax.constant_schedule(last)
   # One step at least: with 0 steps optax would stay at `first`.
-  begin = round(start * total_steps)
+  begin = round(ramp_start * total_steps)
   return optax.linear_schedule(
-    first, last, max(1, round(full * total_steps) - begin), transition_begin=begin
+    first, last, max(1, round(ramp_end * total_steps) - begin), transition_begin=begin
   )
 
 
@@ -165,22 +171,22 @@ def learning_rate(
   total_steps: int,
   *,
   warmup: float = 0.0,
-  drops: tuple[float, ...] = (),
+  lr_drop_at: tuple[float, ...] = (),
   factor: float = 0.1,
 ) -> optax.Schedule:
   """Returns a learning rate with linear warm-up and decay.
 
   Args:
-    kind: `cosine` decays to 0; `step` multiplies by `factor` at each of `drops`.
+    kind: `cosine` decays to 0; `step` multiplies by `factor` at each of `lr_drop_at`.
     peak: the rate after the warm-up, > 0.
     total_steps: steps of the training.
     warmup: fraction of training for the linear warm-up from 0.
-    drops: fractions of training.
+    lr_drop_at: fractions of training.
     factor: see `kind`.
   Raises:
     ValueError: an unknown kind, a rate that is not positive, or a fraction outside [0, 1].
   """
-  _check_fractions(warmup=warmup, **{f"drops[{i}]": d for i, d in enumerate(drops)})
+  _check_fractions(warmup=warmup, **{f"lr_drop_at[{i}]": d for i, d in enumerate(lr_drop_at)})
   one_of("schedule", kind, LEARNING_RATES)
   if not peak > 0:
     raise ValueError(f"learning_rate must be > 0; got {peak}")
@@ -189,7 +195,7 @@ def learning_rate(
     after = optax.cosine_decay_schedule(peak, max(1, total_steps - warm))
   else:
     # Counted, since several drops may round to the same step: each multiplies the rate.
-    drops_at = collections.Counter(round(d * total_steps) - warm for d in drops)
+    drops_at = collections.Counter(round(d * total_steps) - warm for d in lr_drop_at)
     after = optax.piecewise_constant_schedule(
       peak, {at: factor**count for at, count in drops_at.items()}
     )

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import ml_collections
 
+from gating_jax import config_files
 from gating_jax.checks import one_of
 from gating_jax.paths import check_storable, user_path
 from gating_jax.progress import say
@@ -64,11 +65,16 @@ class RunDir:
     return _read(file) if file.exists() else None
 
   def config(self) -> dict[str, Any]:
-    """Returns the config that the run began with. Raises RunDirError where there is no run."""
+    """Returns the config that the run began with, with the present names of its fields.
+
+    Raises RunDirError where there is no run.
+    """
     file = self.path / CONFIG_FILE
     if not file.exists():
       raise RunDirError(f"workdir {self.path} holds no run: it has no {CONFIG_FILE}")
-    return _read(file)
+    fields = _read(file)
+    config_files.rename_fields(fields)
+    return fields
 
   def finish(self, result: Mapping[str, Any]) -> None:
     """Writes the result, which marks the run as finished."""

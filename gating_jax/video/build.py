@@ -212,7 +212,7 @@ def _segment_net(config: ml_collections.ConfigDict, classes: int) -> SegmentNet:
     light=light if asked and not alone else None,
     heavy=light if alone else heavy,
     selection="all" if alone else model.selection,
-    share=model.share,
+    share=model.segment_fraction,
     light_head=config.loss.light > 0 and not alone,
     pooling=model.pooling,
     axis_name=devices.AXIS,
@@ -270,7 +270,7 @@ def _training(
     training.learning_rate,
     total,
     warmup=training.warmup,
-    drops=training.drops,
+    lr_drop_at=training.lr_drop_at,
     factor=training.drop_factor,
   )
   optimiser = (
@@ -299,7 +299,7 @@ def _training(
     else:
       # Such a selection takes the same number of segments of every full-length video, at most.
       capacity = videos * int(
-        selection.budget_to_k(np.ones((1, counts.segments), bool), model.share)[0]
+        selection.budget_to_k(np.ones((1, counts.segments), bool), model.segment_fraction)[0]
       )
     model = model.clone(backward_capacity=capacity)
   return Phase(
@@ -317,10 +317,10 @@ def _training(
       sparsity=loss.sparsity.kind if model.selection == "gate" else "none",
       target=loss.sparsity.target,
       sparsity_coefficient=optim.fade_in(
-        loss.sparsity.coefficient, loss.sparsity.start, loss.sparsity.full, total
+        loss.sparsity.coefficient, loss.sparsity.ramp_start, loss.sparsity.ramp_end, total
       ),
       batch_shaping_coefficient=optim.fade_out(
-        loss.batch_shaping.coefficient, loss.batch_shaping.end, total
+        loss.batch_shaping.coefficient, loss.batch_shaping.fade_end, total
       ),
       prior=beta(loss.batch_shaping.a, loss.batch_shaping.b),
       light_coefficient=loss.light,
@@ -338,8 +338,10 @@ def _channels(config: ml_collections.ConfigDict, counts: VideoCounts, total: int
     sparsity=sparsity.kind,
     target=sparsity.target,
     fixed_macs=counts.heavy.macs - counts.heavy.gated,
-    batch_shaping_coefficient=optim.fade_out(shaping.coefficient, shaping.end, total),
-    sparsity_coefficient=optim.fade_in(sparsity.coefficient, sparsity.start, sparsity.full, total),
+    batch_shaping_coefficient=optim.fade_out(shaping.coefficient, shaping.fade_end, total),
+    sparsity_coefficient=optim.fade_in(
+      sparsity.coefficient, sparsity.ramp_start, sparsity.ramp_end, total
+    ),
   )
 
 
@@ -426,7 +428,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
       "log_every": 1,
     },
     fractions=(
-      "model.share",
+      "model.segment_fraction",
       "model.backward_share",
       "loss.sparsity.target",
       "loss.channels.sparsity.target",
@@ -434,7 +436,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
     numbers=("data.mean", "data.std"),
     rules={
       "data.std": (lambda std: min(std) > 0, "a tuple of positive numbers"),
-      "optim.drops": (settings.all_numbers, "a tuple of fractions"),
+      "optim.lr_drop_at": (settings.all_numbers, "a tuple of fractions"),
       "optim.batch_size": settings.divides_over_devices(),
       **(
         {"pretrain.batch_size": settings.divides_over_devices()} if config.pretrain.epochs else {}

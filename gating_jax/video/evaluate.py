@@ -189,7 +189,7 @@ def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
   threshold = confidence.step_threshold_for_budget(
     train["steps"],
     counts(train),
-    share=max(experiment.config.model.share, one_each),
+    share=max(experiment.config.model.segment_fraction, one_each),
     multi_label=multi_label,
   )
   seen = confidence.exit_steps(

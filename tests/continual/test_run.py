@@ -14,7 +14,7 @@ import pytest
 
 from gating_jax.continual import build, choices, compile, run
 from gating_jax.continual import report as continual_report
-from gating_jax.continual.method import Learner, Table
+from gating_jax.continual.method import LearnerState, Table
 from gating_jax.data.tfds import Images
 from gating_jax.inference import folded
 from gating_jax.models import vgg
@@ -87,7 +87,7 @@ def resumable(monkeypatch):
       12,
       "optim.eval_batch_size must be a multiple of the 8 devices; got 12",
     ),
-    ("optim.clip", 0.0, "optim.clip must be a positive finite number; got 0.0"),
+    ("optim.grad_clip_norm", 0.0, "optim.grad_clip_norm must be a positive finite number; got 0.0"),
     ("optim.momentum", 1.5, r"^optim: momentum must be .*; got 1.5"),
     ("optim.warmup", 1.5, r"^optim: warmup must be .*; got 1.5"),
     (
@@ -133,7 +133,7 @@ def test_what_cannot_be_is_refused_before_anything_is_compiled(config, field, va
       r"method gates: generator.gates: gate initial_open must be in \(0, 1\); got 1.0",
     ),
     ({"method": "dgm", "dgm.steepness": 0.0}, "method dgm: dgm: steepness must be >= 1; got 0.0"),
-    ({"method": "dgm", "dgm.real": -1.0}, "method dgm: dgm: real must be .*; got -1.0"),
+    ({"method": "dgm", "dgm.real_weight": -1.0}, "method dgm: dgm: real_weight must be .*; got -1.0"),
     (
       {"router.rehearsal": "generative", "generator.critic_steps": 0},
       "method gates: generator: critic_steps must be >= 1; got 0",
@@ -394,7 +394,7 @@ def test_a_run_cut_back_to_an_earlier_checkpoint_ends_with_the_same_learner(
 def test_what_a_method_holds_is_counted(method, config):
   experiment = build.build(config(method=method))
   learner = jax.jit(experiment.fresh)()
-  held = experiment.method.holdings(learner)
+  held = experiment.method.footprint(learner)
   assert held.params > 0
   assert (held.memory_mb > 0) == (method in ("er", "hat"))
   if method == "multitask_gates":
@@ -516,7 +516,7 @@ def test_every_method_learns_two_tasks(method, config, tmp_path, monkeypatch):
       "optim.learning_rate": 0.05,
       "checkpoint_every": 100,
       "hat.sparsity": 0.0,
-      "dgm.real": 0.5,
+      "dgm.real_weight": 0.5,
       "generator.steps": 50,
       "generator.batch_size": 16,
       "generator.width": 4,
@@ -529,7 +529,7 @@ def test_every_method_learns_two_tasks(method, config, tmp_path, monkeypatch):
   assert len(programs) == 1
   result = json.loads((tmp_path / "result.json").read_text())
   accuracies = np.array(result["task_aware"]["accuracies"], float)
-  together = build.build(made).method.together
+  together = build.build(made).method.simultaneous
   assert together == np.isnan(accuracies[0]).all()
   first, second = accuracies[1] if together else np.diag(accuracies)
   assert first > 0.8
@@ -697,7 +697,7 @@ def test_no_task_learnt_is_said(config, tmp_path):
 def test_every_task_begins_with_a_fresh_optimiser():
   optimiser, params = optax.sgd(0.1, momentum=0.9), {"w": jnp.ones(2)}
   images = Images(np.zeros((2, 1, 1, 1), np.uint8), np.zeros(2, np.int32), ())
-  kept = SimpleNamespace(together=False, end_task=lambda learner, data, key: learner)
+  kept = SimpleNamespace(simultaneous=False, end_task=lambda learner, data, key: learner)
   experiment = SimpleNamespace(
     method=kept,
     optimiser=optimiser,
@@ -705,7 +705,7 @@ def test_every_task_begins_with_a_fresh_optimiser():
     tasks=[SimpleNamespace(train=images, validation=images)],
   )
   moving = jax.tree.map(lambda x: x + 5, optimiser.init(params))
-  learner = Learner(
+  learner = LearnerState(
     jnp.int32(7), jnp.int32(0), params, {}, moving, {}, Table(*[jnp.zeros((1, 1))] * 5)
   )
   ended = run.finish_task(experiment, learner, 0, lambda *_: dict.fromkeys(Table._fields, 0.5))
@@ -714,6 +714,6 @@ def test_every_task_begins_with_a_fresh_optimiser():
 
 
 def test_steps_of_generators_that_are_left_are_those_of_this_task_and_the_next():
-  experiment = SimpleNamespace(steps_per_task=20, prelude_steps=10, stages=range(2))
-  left = {step: run._prelude_steps_left(experiment, step) for step in (0, 4, 10, 19, 20, 25, 39)}
+  experiment = SimpleNamespace(steps_per_task=20, pretrain_steps=10, stages=range(2))
+  left = {step: run._pretrain_steps_left(experiment, step) for step in (0, 4, 10, 19, 20, 25, 39)}
   assert left == {0: 20, 4: 16, 10: 10, 19: 10, 20: 10, 25: 5, 39: 0}

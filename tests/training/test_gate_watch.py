@@ -164,8 +164,8 @@ def small(monkeypatch):
 
 AT_ONCE = {
   "loss.sparsity.coefficient": 300.0,
-  "loss.sparsity.start": 0.0,
-  "loss.sparsity.full": 0.0,
+  "loss.sparsity.ramp_start": 0.0,
+  "loss.sparsity.ramp_end": 0.0,
   "loss.batch_shaping.coefficient": 0.0,
 }
 

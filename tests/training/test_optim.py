@@ -58,7 +58,7 @@ def test_gates_may_learn_faster(params):
   one = jax.tree.map(np.ones_like, params)
   settings = dict(steps=2, momentum=0.9, weight_decay=0.0)
   (gates, others), (fast, same) = (
-    split(stepped(params, one, gate_multiplier=m, **settings)) for m in (1.0, 5.0)
+    split(stepped(params, one, gate_lr_multiplier=m, **settings)) for m in (1.0, 5.0)
   )
   begun, _ = split(params)
   for path, value in begun.items():
@@ -106,7 +106,7 @@ def test_the_learning_rate_is_read_at_each_step():
     (dict(momentum=1.0, weight_decay=0), r"momentum must be in \[0, 1\); got 1.0"),
     (dict(momentum=-0.1, weight_decay=0), "momentum must be .*; got -0.1"),
     (dict(momentum=0, weight_decay=-1e-4), "weight_decay must be >= 0; got -0.0001"),
-    (dict(momentum=0, weight_decay=0, gate_multiplier=0), "gate_multiplier must be > 0; got 0"),
+    (dict(momentum=0, weight_decay=0, gate_lr_multiplier=0), "gate_lr_multiplier must be > 0; got 0"),
   ],
 )
 def test_bad_settings_are_refused(settings, message):

@@ -20,7 +20,7 @@ from gating_jax.training.rundir import (
 
 def config(**changes):
   made = ml_collections.ConfigDict(
-    {"seed": 0, "optim": {"learning_rate": 0.1, "drops": (0.5, 0.75)}}
+    {"seed": 0, "optim": {"learning_rate": 0.1, "lr_drop_at": (0.5, 0.75)}}
   )
   made.update_from_flattened_dict(changes)
   return made
@@ -54,7 +54,7 @@ def test_a_new_run_holds_its_config(tmp_path):
     assert run.result() is None
     assert json.loads((path / CONFIG_FILE).read_text()) == {
       "seed": 0,
-      "optim": {"learning_rate": 0.1, "drops": [0.5, 0.75]},
+      "optim": {"learning_rate": 0.1, "lr_drop_at": [0.5, 0.75]},
     }
 
 
@@ -135,7 +135,7 @@ def test_a_run_that_has_saved_something_does_not(tmp_path, progress):
 def test_another_config_is_refused_with_the_difference(tmp_path):
   make_run(tmp_path)
   before = snapshot(tmp_path)
-  other = config(**{"optim.learning_rate": 0.2, "optim.drops": (0.5,)})
+  other = config(**{"optim.learning_rate": 0.2, "optim.lr_drop_at": (0.5,)})
   del other["seed"]
   other.extra = "new"
   with pytest.raises(RunDirError) as caught, open_run(tmp_path, other):
@@ -143,8 +143,8 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
   assert str(tmp_path) in str(caught.value)
   assert str(caught.value).splitlines()[1:] == [
     "  extra: '(absent)' there, 'new' here",
-    "  optim.drops: [0.5, 0.75] there, [0.5] here",
     "  optim.learning_rate: 0.1 there, 0.2 here",
+    "  optim.lr_drop_at: [0.5, 0.75] there, [0.5] here",
     "  seed: 0 there, '(absent)' here",
   ]
   with pytest.raises(RunDirError, match="holds a run of another config"):
@@ -165,6 +165,16 @@ def test_a_field_that_is_none_is_that_of_an_older_config_without_it(tmp_path):
     RunDirError, match=r"data.label_feature: '\(absent\)' there, 'coarse_label' here"
   ):
     existing_run(tmp_path, other)
+
+
+def test_a_run_of_an_earlier_version_is_resumed_by_the_new_names_of_its_fields(tmp_path):
+  make_run(tmp_path)
+  old = {"seed": 0, "optim": {"learning_rate": 0.1, "drops": [0.5, 0.75]}}
+  (tmp_path / CONFIG_FILE).write_text(json.dumps(old))
+  with open_run(tmp_path, config()) as run:
+    assert run.config() == json.loads(config().to_json())
+  with pytest.raises(RunDirError, match=r"optim.lr_drop_at: \[0.5, 0.75\] there, \[0.5\] here"):
+    existing_run(tmp_path, config(**{"optim.lr_drop_at": (0.5,)}))
 
 
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):

@@ -41,7 +41,7 @@ def test_fade_in_of_equal_fractions_is_a_jump():
 
 
 def test_step_learning_rate_drops_at_each_fraction():
-  schedule = optim.learning_rate("step", 0.1, 1000, drops=(0.6, 0.75, 0.9), factor=0.1)
+  schedule = optim.learning_rate("step", 0.1, 1000, lr_drop_at=(0.6, 0.75, 0.9), factor=0.1)
   assert values(schedule, 0, 599, 600, 749, 750, 899, 900, 999) == pytest.approx(
     [0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4]
   )
@@ -52,7 +52,7 @@ def test_step_learning_rate_without_drops_is_constant():
 
 
 def test_drops_at_the_same_step_multiply():
-  schedule = optim.learning_rate("step", 1.0, 5, drops=(0.6, 0.75, 0.9), factor=0.5)
+  schedule = optim.learning_rate("step", 1.0, 5, lr_drop_at=(0.6, 0.75, 0.9), factor=0.5)
   assert values(schedule, 2, 3, 4) == pytest.approx([1, 0.5, 0.125])
 
 
@@ -64,12 +64,12 @@ def test_cosine_learning_rate_ends_at_zero():
 
 @pytest.mark.parametrize("kind", ["step", "cosine"])
 def test_warm_up_rises_linearly_to_the_peak(kind):
-  schedule = optim.learning_rate(kind, 0.1, 100, warmup=0.1, drops=(0.5,))
+  schedule = optim.learning_rate(kind, 0.1, 100, warmup=0.1, lr_drop_at=(0.5,))
   assert values(schedule, 0, 1, 5, 10) == pytest.approx([0, 0.01, 0.05, 0.1])
 
 
 def test_warm_up_does_not_move_the_drops_or_the_end():
-  step = optim.learning_rate("step", 0.1, 100, warmup=0.1, drops=(0.5,), factor=0.5)
+  step = optim.learning_rate("step", 0.1, 100, warmup=0.1, lr_drop_at=(0.5,), factor=0.5)
   assert values(step, 49, 50, 99) == pytest.approx([0.1, 0.05, 0.05])
   cosine = optim.learning_rate("cosine", 0.1, 100, warmup=0.1)
   assert values(cosine, 55, 100) == pytest.approx([0.05, 0], abs=1e-7)
@@ -80,20 +80,20 @@ def test_warm_up_does_not_move_the_drops_or_the_end():
   [
     (
       lambda: optim.fade_out(1, -0.1, 10),
-      r"end must be a fraction of training, in \[0, 1\]; got -0.1",
+      r"fade_end must be a fraction of training, in \[0, 1\]; got -0.1",
     ),
-    (lambda: optim.fade_out(1, 20, 10), "end must be .*; got 20"),
-    (lambda: optim.fade_in(1, 1.5, 2, 10), "start must be .*; got 1.5"),
-    (lambda: optim.fade_in(1, 0.5, 2, 10), "full must be .*; got 2"),
-    (lambda: optim.fade_in(1, 0.6, 0.2, 10), "start must be <= full; got start 0.6, full 0.2"),
+    (lambda: optim.fade_out(1, 20, 10), "fade_end must be .*; got 20"),
+    (lambda: optim.fade_in(1, 1.5, 2, 10), "ramp_start must be .*; got 1.5"),
+    (lambda: optim.fade_in(1, 0.5, 2, 10), "ramp_end must be .*; got 2"),
+    (lambda: optim.fade_in(1, 0.6, 0.2, 10), "ramp_start must be <= ramp_end; got ramp_start 0.6, ramp_end 0.2"),
     (lambda: optim.learning_rate("step", 1, 10, warmup=5), "warmup must be .*; got 5"),
     (
-      lambda: optim.learning_rate("step", 1, 10, drops=(0.5, 60)),
-      r"drops\[1\] must be .*; got 60",
+      lambda: optim.learning_rate("step", 1, 10, lr_drop_at=(0.5, 60)),
+      r"lr_drop_at\[1\] must be .*; got 60",
     ),
     (
-      lambda: optim.learning_rate("step", 1, 10, drops=(float("nan"),)),
-      r"drops\[0\] must be .*; got nan",
+      lambda: optim.learning_rate("step", 1, 10, lr_drop_at=(float("nan"),)),
+      r"lr_drop_at\[0\] must be .*; got nan",
     ),
     (lambda: optim.learning_rate("step", 0, 10), "learning_rate must be > 0; got 0"),
     (

@@ -42,7 +42,7 @@ def test_a_field_that_is_newer_than_the_run_may_be_absent_where_it_is_none(tmp_p
     ({"seed": True}, "seed must be of type int; it has True"),
     ({"eval_every": None}, "eval_every must be of type float; it has None"),
     ({"optim__epochs": ...}, "optim.epochs must be of type int; it has no such field"),
-    ({"optim__drops": "0.5"}, "optim.drops must be of type list; it has '0.5'"),
+    ({"optim__lr_drop_at": "0.5"}, "optim.lr_drop_at must be of type list; it has '0.5'"),
     ({"model__gate": [1]}, r"model.gate must be a section; it has \[1\]"),
     ({"model": ...}, "model must be a section; it has no such field"),
     ({"data__data_dir": 3}, "data.data_dir must be of type str; it has 3"),

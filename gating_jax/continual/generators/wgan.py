@@ -40,7 +40,7 @@ class WganSettings:
     critic_steps: updates of the critic per update of the generator, >= 1.
     penalty: weight of the gradient penalty, >= 0.
     learning_rate, beta1, beta2: of Adam, for both networks.
-    average: decay per step of the moving average of the generator's parameters, which is sampled
+    ema_decay: decay per step of the moving average of the generator's parameters, which is sampled
       from, in [0, 1).
   """
 
@@ -49,7 +49,7 @@ class WganSettings:
   learning_rate: float = 5e-4
   beta1: float = 0.5
   beta2: float = 0.9
-  average: float = 0.99
+  ema_decay: float = 0.99
 
   def __post_init__(self):
     rules = {
@@ -58,7 +58,7 @@ class WganSettings:
       "learning_rate": (self.learning_rate > 0, "> 0"),
       "beta1": (0 <= self.beta1 < 1, "in [0, 1)"),
       "beta2": (0 <= self.beta2 < 1, "in [0, 1)"),
-      "average": (0 <= self.average < 1, "in [0, 1)"),
+      "ema_decay": (0 <= self.ema_decay < 1, "in [0, 1)"),
     }
     for name, (holds, rule) in rules.items():
       if not holds:
@@ -241,7 +241,7 @@ class _Training:
     params = optax.apply_updates(state.generator, self.update(updates, state.generator))
     # In this form a parameter that does not move stays the same, bit for bit.
     average = jax.tree.map(
-      lambda a, p: a + (1 - self.settings.average) * (p - a), state.average, params
+      lambda a, p: a + (1 - self.settings.ema_decay) * (p - a), state.average, params
     )
     return state.replace(
       generator=params, generator_opt=opt, average=average, batch_stats=batch_stats

@@ -25,66 +25,66 @@ import jax.numpy as jnp
 
 from gating_jax.continual.method import (
   Batch,
-  Holdings,
-  Learner,
+  Footprint,
+  LearnerState,
   Method,
   Network,
-  Start,
+  InitialState,
   TaskData,
   tree_size,
 )
-from gating_jax.continual.rehearsal import Rehearsal, make_prelude
+from gating_jax.continual.rehearsal import Rehearsal, make_pretrain_step
 from gating_jax.types import Array
 
 
-def dgm(network: Network, rehearsal: Rehearsal, *, real: float) -> Method:
+def dgm(network: Network, rehearsal: Rehearsal, *, real_weight: float) -> Method:
   """Makes the method.
 
   Args:
     network: the classifier.
     rehearsal: a generative one; its memory is all that is kept.
-    real: r, in [0, 1).
+    real_weight: r, in [0, 1).
   Raises:
-    ValueError: `real` outside its range.
+    ValueError: `real_weight` outside its range.
   """
-  if not 0 <= real < 1:
-    raise ValueError(f"real must be a fraction in [0, 1); got {real}")
+  if not 0 <= real_weight < 1:
+    raise ValueError(f"real_weight must be a fraction in [0, 1); got {real_weight}")
 
-  def init(key: Array) -> Start:
+  def init(key: Array) -> InitialState:
     """Initialises the classifier and the generator's memory."""
     net_key, key = jax.random.split(key)
-    return Start(*network.init(net_key), {"rehearsal": rehearsal.init(key)})
+    return InitialState(*network.init(net_key), {"rehearsal": rehearsal.init(key)})
 
   def loss(
-    params: Any, learner: Learner, batch: Batch
+    params: Any, learner: LearnerState, batch: Batch
   ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
     """Computes the weighted cross-entropy on real and generated images."""
     noise, drawing = jax.random.split(batch.key)
     x, labels, _ = rehearsal.replay(learner.memory["rehearsal"], batch, learner.task, drawing)
     # One batch, for BatchNorm; with r = 0 no real image goes through the network.
-    if real:
+    if real_weight:
       x, labels = jnp.concatenate([x, batch.x]), jnp.concatenate([labels, batch.labels])
     logits, batch_stats = network.train_logits(params, learner.batch_stats, x, noise)
     each = network.cross_entropy(logits, labels, learner.task)
-    if not real:
+    if not real_weight:
       return jnp.mean(each), ({"replay": jnp.mean(each)}, batch_stats)
     # Generated images come first.
     new, replayed = jnp.mean(each[-len(batch.x) :]), jnp.mean(each[: -len(batch.x)])
     # L = r CE(images of the task) + (1 - r) CE(generated images)
-    return real * new + (1 - real) * replayed, (
+    return real_weight * new + (1 - real_weight) * replayed, (
       {"cross_entropy": new, "replay": replayed},
       batch_stats,
     )
 
-  def end_task(learner: Learner, data: TaskData, key: Array) -> Learner:
+  def end_task(learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
     """Keeps the task's generator in the memory."""
     # The classifier keeps no images: the generator has learnt the task in the prelude.
     kept = rehearsal.keep(learner.memory["rehearsal"], data, int(learner.task), key)
     return learner.replace(memory={"rehearsal": kept})
 
-  def holdings(learner: Learner) -> Holdings:
+  def footprint(learner: LearnerState) -> Footprint:
     """Measures the classifier's parameters and the generator's memory."""
-    return Holdings(
+    return Footprint(
       tree_size(learner.params), rehearsal.megabytes(learner.memory["rehearsal"], int(learner.task))
     )
 
@@ -93,6 +93,6 @@ def dgm(network: Network, rehearsal: Rehearsal, *, real: float) -> Method:
     loss,
     end_task,
     network.predict,
-    holdings=holdings,
-    prelude=make_prelude(rehearsal, network.problem),
+    footprint=footprint,
+    pretrain_step=make_pretrain_step(rehearsal, network.problem),
   )

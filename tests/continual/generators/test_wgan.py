@@ -15,7 +15,7 @@ from gating_jax.training import devices, steps
 from gating_jax.training.devices import BATCH, REPLICATED
 from tests.helpers import tiny
 
-SETTINGS = WganSettings(critic_steps=2, learning_rate=1e-3, average=0.9)
+SETTINGS = WganSettings(critic_steps=2, learning_rate=1e-3, ema_decay=0.9)
 
 
 class Pair(nn.Module):

@@ -67,7 +67,7 @@ def learnt(protected=True):
   method = shared.shared_generative(
     PROBLEM, GENERATOR, settings, protection, images=20, replayed=16, seed=0
   )
-  step, memory, recalled = jax.jit(method.prelude), method.init(KEY), []
+  step, memory, recalled = jax.jit(method.pretrain_step), method.init(KEY), []
   for task in range(2):
     for i in range(STEPS):
       pixels = np.random.default_rng([task, i]).integers(100 * task, 100 * task + 100, (16, *SHAPE))
@@ -146,12 +146,12 @@ def perfect():
     recall=None,
     keep=lambda memory, data, task, key: memory + 1,
     megabytes=lambda memory, learnt: 2.0 * learnt,
-    prelude=lambda memory, x, labels: (memory, {"labels": labels}),
+    pretrain_step=lambda memory, x, labels: (memory, {"labels": labels}),
   )
 
 
 def method(real=0.0):
-  return dgm.dgm(toy.network(), perfect(), real=real)
+  return dgm.dgm(toy.network(), perfect(), real_weight=real)
 
 
 @pytest.mark.thin(2)
@@ -160,7 +160,7 @@ def test_remembered_images_keep_all_classes_alive(real):
   learner = toy.learn(method(real))
   assert np.mean(toy.accuracies(method(real), learner)[1]) > 0.9
   np.testing.assert_array_equal(learner.memory["rehearsal"], 3)
-  assert method().holdings(learner).memory_mb == 6.0
+  assert method().footprint(learner).memory_mb == 6.0
   shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
   assert shapes(toy.start(method())) == shapes(learner)
 
@@ -183,7 +183,7 @@ def test_real_images_have_their_share_of_the_loss():
 
 def test_the_prelude_sees_labels_of_its_task():
   learner = toy.start(method()).replace(task=jnp.int32(2))
-  after, metrics = method().prelude(
+  after, metrics = method().pretrain_step(
     learner, jnp.zeros((2, *toy.SHAPE), jnp.uint8), jnp.array([4, 5])
   )
   assert metrics["labels"].tolist() == [0, 1]
@@ -191,7 +191,7 @@ def test_the_prelude_sees_labels_of_its_task():
 
 
 def test_settings_are_checked():
-  with pytest.raises(ValueError, match=r"real must be a fraction in \[0, 1\); got 1.0"):
+  with pytest.raises(ValueError, match=r"real_weight must be a fraction in \[0, 1\); got 1.0"):
     method(1.0)
   with pytest.raises(ValueError, match="steepness must be >= 1; got 0"):
     masked(steepness=0)
