@@ -15,8 +15,7 @@ import numpy as np
 
 from gating_jax.training import hosts
 from gating_jax.training.checkpoints import Checkpoints
-from gating_jax.training.journal import Journal
-from gating_jax.training.wording import headline
+from gating_jax.training.journal import Journal, describe_metrics
 
 
 class NonFiniteError(Exception):
@@ -147,7 +146,7 @@ def train(
         means = {name: float(np.mean([v[name] for v in since_log])) for name in since_log[0]}
         since_log.clear()
         journal.write(step, "train", means)
-        journal.say(step, headline(means))
+        journal.say(step, describe_metrics(means))
         for warning in watch(step, means):
           journal.say(step, warning)
       if (

@@ -15,6 +15,7 @@ from gating_jax.training.journal import (
   METRICS_FILE,
   TENSORBOARD_DIR,
   Journal,
+  describe_metrics,
   read_lines,
   write_atomically,
   write_json,
@@ -248,3 +249,56 @@ def test_a_picture_is_in_tensorboard(tmp_path, open_journal):
 def test_what_is_no_character_is_written_as_a_question_mark(tmp_path):
   journal.write_atomically(tmp_path / "page.html", "n\udcffé")
   assert (tmp_path / "page.html").read_bytes() == "n?é".encode()
+
+
+def test_a_line_of_training_is_in_words():
+  line = describe_metrics(
+    {
+      "loss": 4.094,
+      "cross_entropy": 2.167,
+      "accuracy": 0.2553,
+      "batch_shaping": 10.13,
+      "batch_shaping_coefficient": 0.75,
+      "l0": 0.8103,
+      "l0_coefficient": 0.5,
+      "mac_ratio": 0.816,
+      "gates/batch_shaping_mean": 0.1,
+      "gate_rate/a": 0.5,
+      "gate_rate/b": 1.0,
+      "gradient_norm": 1.8,
+      "state_norm": 55.0,
+    }
+  )
+  assert line == (
+    "accuracy 25.5 %, loss 4.094 (cross-entropy 2.167, batch-shaping 10.13, L0 0.8103), MACs "
+    "81.6 %, open gates 75.0 %"
+  )
+
+
+def test_a_line_of_long_videos_tells_segments_from_channels():
+  line = describe_metrics(
+    {
+      "loss": 1.0,
+      "classification": 0.5,
+      "accuracy": 0.75,
+      "share": 0.4,
+      "mean": 0.4,
+      "batch_shaping": 0.25,
+      "channels_l0": 0.125,
+      "channels_mac_ratio": 0.5,
+      "gate_rate/segments": 0.1,
+      "gate_rate/conv": 0.75,
+    }
+  )
+  assert line == (
+    "accuracy 75.0 %, loss 1 (classification 0.5, penalty on segments 0.4, batch-shaping 0.25, L0 "
+    "of channel gates 0.125), MACs of the heavy net 50.0 %, segments chosen 40.0 %, open gates "
+    "75.0 %"
+  )
+
+
+def test_a_line_without_a_loss_has_its_terms():
+  assert (
+    describe_metrics({"critic_loss": -0.5, "distance": 2.0, "gradient_norm": 1.0})
+    == "critic loss -0.5, distance 2"
+  )
