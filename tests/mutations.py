@@ -199,10 +199,10 @@ GATES = [
   ),
   Mutant(
     "skipped_backward_unguarded",
-    "ops/sparse_backward.py",
+    "ops/compaction.py",
     "fits = jnp.sum(as_float(gates) > 0) <= capacity",
     "fits = True",
-    "ops/test_sparse_backward.py",
+    "ops/test_compaction.py",
   ),
 ]
 

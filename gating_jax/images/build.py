@@ -20,9 +20,8 @@ import optax
 from gating_jax.data import augment, streaming, tfds
 from gating_jax.layers.blocks import GATINGS, SHORTCUTS
 from gating_jax.layers.gate import GateSettings
-from gating_jax.models.resnet_variants import EarlyExitNet
-from gating_jax.models.resnet_variants import ExpertNet
 from gating_jax.models.resnet import RESNETS, resnet
+from gating_jax.models.resnet_variants import EarlyExitNet, ExpertNet
 from gating_jax.models.summary import ModelCounts, model_summary
 from gating_jax.models.vgg import VGGS, vgg
 from gating_jax.ops.priors import beta

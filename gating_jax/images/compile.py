@@ -15,8 +15,8 @@ from gating_jax.images.build import Experiment
 from gating_jax.inference import folding
 from gating_jax.inference.compiled import Conditional, compile_conditional
 from gating_jax.inference.exits import Exiting, compile_exits, fold_exits
-from gating_jax.models.early_exit import EarlyExitNet
 from gating_jax.models.resnet import ResNet
+from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.models.segmenter import Segmenter
 from gating_jax.models.vgg import VGG
 from gating_jax.progress import working

@@ -33,7 +33,7 @@ from gating_jax.inference.pruning import (
 )
 from gating_jax.inference.quantise import dequantise, quantise
 from gating_jax.inference.timings import run_over, spread_batches
-from gating_jax.models.early_exit import EarlyExitNet
+from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.paths import quoted
 from gating_jax.progress import Advance, say, working
 from gating_jax.reports import compile_report, conclusion, surroundings

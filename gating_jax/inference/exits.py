@@ -39,7 +39,7 @@ from gating_jax.inference.timings import (
   run_over,
   spread_batches,
 )
-from gating_jax.models.early_exit import EarlyExitNet
+from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.ops import confidence
 from gating_jax.timing import EXIT_DISPATCH, MASKED, UNGATED, race
 from gating_jax.types import Array

@@ -19,7 +19,7 @@ from gating_jax.checks import one_of
 from gating_jax.layers.conv import CONVOLUTIONS, ConvNorm, FactorisedConvNorm, check_maps, scaled
 from gating_jax.layers.gate import GATE_NAME, ChannelGate, GatedChannels, GateSettings, apply_gates
 from gating_jax.ops import arguments
-from gating_jax.ops.sparse_backward import open_backward
+from gating_jax.ops.compaction import open_backward
 from gating_jax.types import Array, Records
 
 GATINGS = ("none", "channel", "all_channels", "layer")

@@ -24,7 +24,7 @@ from flax import traverse_util
 
 from gating_jax.checks import one_of, shown
 from gating_jax.ops import arguments, collectives, relaxations
-from gating_jax.ops.precision import float_dtype
+from gating_jax.ops.arguments import float_dtype
 from gating_jax.types import Array, GateRecord, Path, Records
 
 # Name of every gate module inside its block; `is_gate_path` recognises gates by it.

@@ -20,7 +20,7 @@ import numpy as np
 from gating_jax.checks import one_of
 from gating_jax.layers.gate import GATE_RNG, GateSettings, check_examples, check_gate_settings
 from gating_jax.ops import arguments, collectives, relaxations, selection
-from gating_jax.ops.precision import as_float
+from gating_jax.ops.arguments import as_float
 from gating_jax.types import Array, GateRecord
 
 CONTEXTS = ("none", "attention", "convolution")

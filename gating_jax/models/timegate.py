@@ -30,7 +30,7 @@ from gating_jax.layers.segment_gate import (
   pool,
 )
 from gating_jax.ops import arguments, selection
-from gating_jax.ops.sparse_backward import open_backward
+from gating_jax.ops.compaction import open_backward
 from gating_jax.types import Array, GateRecord, Records
 
 SELECTIONS = ("gate", "confidence", *POLICIES)

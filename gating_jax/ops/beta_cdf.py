@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gating_jax.ops.precision import as_float, same_rank
+from gating_jax.ops.arguments import as_float, same_rank
 from gating_jax.types import Array
 
 # Knots of the table, at the sharpness of Beta(1, 1) or less; the error falls with its 4th power.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gating_jax.ops.precision import float_dtype
+from gating_jax.ops.arguments import float_dtype
 from gating_jax.types import Array
 
 

@@ -17,7 +17,7 @@ from jax import lax
 
 from gating_jax.checks import one_of
 from gating_jax.ops import arguments, collectives, ranking
-from gating_jax.ops.precision import as_float
+from gating_jax.ops.arguments import as_float
 from gating_jax.ops.priors import Prior, check_prior
 from gating_jax.types import Array
 

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gating_jax.ops import collectives
-from gating_jax.ops.arguments import real_array, within_reach
-from gating_jax.ops.precision import as_float
+from gating_jax.ops.arguments import as_float, real_array, within_reach
 from gating_jax.ops.priors import Prior
 from gating_jax.types import Array
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gating_jax.ops import arguments
-from gating_jax.ops.precision import float_dtype
+from gating_jax.ops.arguments import float_dtype
 from gating_jax.types import Array, GateRecord, Records
 
 

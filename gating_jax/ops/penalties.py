@@ -15,8 +15,8 @@ from jax import lax
 from jax.scipy.special import entr
 
 from gating_jax.ops import arguments, collectives
+from gating_jax.ops.arguments import as_float, number_as
 from gating_jax.ops.macs import checked_records, executed_macs, expected_macs, gated_macs
-from gating_jax.ops.precision import as_float, number_as
 from gating_jax.types import Array, Records
 
 

@@ -30,8 +30,7 @@ from jax.scipy.special import ndtr
 
 from gating_jax.checks import shown
 from gating_jax.ops import arguments, beta_cdf
-from gating_jax.ops.arguments import aligned
-from gating_jax.ops.precision import as_float
+from gating_jax.ops.arguments import aligned, as_float
 from gating_jax.types import Array
 
 # Range of Beta's a and b. Below it, tails reach logits whose sigmoid underflows in float64.

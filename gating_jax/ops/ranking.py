@@ -20,7 +20,7 @@ from jax import lax
 
 from gating_jax.checks import shown
 from gating_jax.ops import arguments, collectives
-from gating_jax.ops.precision import as_float
+from gating_jax.ops.arguments import as_float
 from gating_jax.types import Array
 
 # Longer networks take too long to compile: their size grows with the square of the logarithm.

@@ -20,8 +20,8 @@ import numpy as np
 
 from gating_jax.checks import shown
 from gating_jax.ops import arguments
+from gating_jax.ops.arguments import as_float, float_dtype
 from gating_jax.ops.collectives import example_keys
-from gating_jax.ops.precision import as_float, float_dtype
 from gating_jax.types import Array
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from gating_jax.inference import exits
 from gating_jax.inference.exits import EXIT_DISPATCH, MASKED, compile_exits, fold_exits, macs
-from gating_jax.models.early_exit import EarlyExitNet
 from gating_jax.models.resnet import ResNet
+from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.models.summary import model_summary
 from tests.helpers.gated_models import random_variables
 

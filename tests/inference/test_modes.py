@@ -10,7 +10,7 @@ import pytest
 from gating_jax.inference import compiled as compiled_nets
 from gating_jax.inference import exits, export, folded, folding, gate_statistics, quantise
 from gating_jax.inference.analyse import analyse, prune
-from gating_jax.models.early_exit import EarlyExitNet
+from gating_jax.models.resnet_variants import EarlyExitNet
 from tests.helpers import folded_nets, gated_models
 from tests.helpers.modes import MODES, assert_same
 

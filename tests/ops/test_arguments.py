@@ -10,7 +10,7 @@ from scipy import special
 
 import gating_jax as gj
 from gating_jax.checks import shown
-from gating_jax.ops import compaction, confidence, macs, penalties, selection, sparse_backward
+from gating_jax.ops import compaction, confidence, macs, penalties, selection
 
 Z, KEY, PRIOR = (
   jnp.linspace(-2, 2, 8, dtype=jnp.float32).reshape(4, 2),
@@ -369,7 +369,7 @@ LAYERS = {
     "index must be whole numbers; got ",
   ),
   "half of a capacity": (
-    lambda: sparse_backward.open_backward(lambda _, x: x, (), Z, Z[:, 0], capacity=1.5),
+    lambda: compaction.open_backward(lambda _, x: x, (), Z, Z[:, 0], capacity=1.5),
     TypeError,
     "capacity must be a whole number >= 0; got 1.5",
   ),

@@ -22,7 +22,6 @@ from gating_jax.ops import (
   ranking,
   relaxations,
   selection,
-  sparse_backward,
 )
 from gating_jax.types import GateRecord
 from tests.helpers import spread_loss
@@ -215,7 +214,7 @@ SELECTION = {
   "open backward": gradient(
     lambda x: (
       x[:, :1]
-      * sparse_backward.open_backward(
+      * compaction.open_backward(
         lambda scale, x: scale * x, x[0, 0], x, (x[:, 0] > 0).astype(x.dtype), capacity=N
       )
     )

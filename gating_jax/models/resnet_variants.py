@@ -1,8 +1,8 @@
-"""Residual network for images with a classifier after every stage, at which an image may leave.
+"""Residual networks with another end: exits at which images leave, or a mixture of experts.
 
 Axes: N examples, X exits before the last, K classes, D channels.
 Reference: Teerapittayanon, McDanel and Kung, "BranchyNet: fast inference via early exiting from
-deep neural networks", 2016.
+deep neural networks", 2016; Jacobs et al., 1991, and Shazeer et al., 2017 (see `layers.experts`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gating_jax.layers.conv import ConvNorm
+from gating_jax.layers.experts import Experts
 from gating_jax.layers.mac_trace import kernel_calls
 from gating_jax.models.resnet import ResNet
 from gating_jax.ops import confidence
@@ -112,3 +113,54 @@ class Exit(nn.Module):
     # Logits are float32, whatever the network computes in.
     x = jnp.mean(nn.relu(conv(x, train)).astype(jnp.float32), axis=(1, 2))
     return nn.Dense(self.classes, name="classifier")(x)
+
+
+class ExpertNet(ResNet):
+  """Residual network with several copies of its last stage, weighted by a gate.
+
+  `[N, H, W, D]` images or clips to `([N, classes] float32 logits, records)`, with one record, that
+  of the experts. Each expert is a last stage with its own parameters; all experts read the same
+  input, the feature map of the stages before.
+
+  Attributes:
+    experts: number of experts.
+    top_k: number of experts that contribute for an example; None for all.
+
+  >>> from gating_jax.models.summary import model_summary
+  >>> from gating_jax.models.resnet import resnet
+  >>> model_summary(resnet("resnet20", 10, kind=ExpertNet, experts=3), (32, 32, 3)).gate_layers
+  (('stage3', 3),)
+  """
+
+  experts: int = 4
+  top_k: int | None = None
+
+  def _stage(
+    self, x: Array, train: bool, stage: int, stride: int, dilation: int
+  ) -> tuple[Array, Records]:
+    if self.gating != "none":
+      raise ValueError(f"gating must be none in a network of experts; got {self.gating!r}")
+    # Only the last stage has experts; the others are those of `ResNet`.
+    if stage + 1 < len(self.blocks):
+      return super()._stage(x, train, stage, stride, dilation)
+    # Without a parent, since the blocks belong to the experts and not to this network.
+    block = lambda number: self._block(stage, number, stride, dilation, parent=None, name=None)
+    experts = tuple(
+      Chain(tuple(block(i) for i in range(self.blocks[stage])), parent=None)
+      for _ in range(self.experts)
+    )
+    return Experts(experts, self.top_k, self.gate, self.axis_name, name=f"stage{stage + 1}")(
+      x, train
+    )
+
+
+class Chain(nn.Module):
+  """Sequence of ungated blocks, each called as `block(x, train)` and returning `(y, ())`."""
+
+  blocks: tuple[nn.Module, ...]
+
+  def __call__(self, x: Array, train: bool) -> Array:
+    for block in self.blocks:
+      # Without gates a block's records are empty.
+      x, _ = block(x, train)
+    return x
