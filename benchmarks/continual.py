@@ -22,7 +22,7 @@ import jax
 from absl import flags
 
 from gating_jax.continual import run as continual_run
-from gating_jax.continual.choices import METHODS
+from gating_jax.continual.build import METHODS
 
 
 def main():

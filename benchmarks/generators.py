@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 from sklearn.svm import SVC
 
-from gating_jax.continual import build, choices
+from gating_jax.continual import build
 from gating_jax.data import tasks
 
 _JUDGE_IMAGES = 10_000  # at most
@@ -56,7 +56,7 @@ def report(kind, seed, experiment, judge):
   """Trains the generators of all tasks and prints a line."""
   start, config = time.perf_counter(), experiment.config
   problem, count = dataclasses.replace(experiment.problem, axis_name=None), config.generator.images
-  rehearsal = choices.REHEARSALS[kind](config, problem)
+  rehearsal = build.REHEARSALS[kind](config, problem)
   memory, key = rehearsal.init(experiment.key(0)), experiment.key(1)
   then, right = [], lambda pixels, labels: np.mean(judge(pixels) == labels)
   for task in range(problem.tasks):
@@ -84,7 +84,7 @@ def report(kind, seed, experiment, judge):
 
 
 def trained(rehearsal, memory, experiment, task):
-  """Returns the memory after the prelude of one task."""
+  """Returns the memory after the pretraining of one task."""
   images, config = experiment.tasks[task].train, experiment.config
   pixels, labels = (jnp.asarray(x) for x in images.read(slice(None)))
   size = config.generator.batch_size * config.generator.critic_steps
@@ -94,7 +94,7 @@ def trained(rehearsal, memory, experiment, task):
     def step(memory, key):
       index = jax.random.randint(key, (size,), 0, len(labels))
       own = labels[index] - task * experiment.problem.classes
-      return rehearsal.prelude(memory, pixels[index], own)[0], None
+      return rehearsal.pretrain_step(memory, pixels[index], own)[0], None
 
     return jax.lax.scan(step, memory, jax.random.split(key, config.generator.steps))[0]
 

@@ -15,13 +15,11 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from gating_jax.continual.generators.gated import gated
-from gating_jax.continual.generators.masked import masked
+from gating_jax.continual.generators import protections
 from gating_jax.continual.generators.shared import shared_generative
 from gating_jax.continual.generators.wgan import WganSettings
-from gating_jax.continual.replay_memory import ReplaySettings
 from gating_jax.continual.method import LearnerState, Method, Network, Problem, Table
-from gating_jax.continual.methods import agem, icarl, replay
+from gating_jax.continual.methods import icarl, replay
 from gating_jax.continual.methods.dgm import dgm
 from gating_jax.continual.methods.ewc import ewc, online_ewc
 from gating_jax.continual.methods.fine_tuning import fine_tuning
@@ -32,6 +30,7 @@ from gating_jax.continual.methods.progressive import progressive
 from gating_jax.continual.methods.si import si
 from gating_jax.continual.methods.task_gates import TaskGatesSettings, task_gates
 from gating_jax.continual.rehearsal import episodic, generative
+from gating_jax.continual.replay_memory import ReplaySettings
 from gating_jax.continual.task_inference import TaskClassifierSettings
 from gating_jax.continual.units import ProtectionSettings
 from gating_jax.data import augment, tasks, tfds
@@ -76,7 +75,7 @@ class ContinualExperiment:
 
   @property
   def pretrain_batch_size(self) -> int:
-    """Returns the images of one step of the prelude."""
+    """Returns the images of one step of pretraining."""
     return self.config.generator.batch_size * self.config.generator.critic_steps
 
   @property
@@ -89,7 +88,7 @@ class ContinualExperiment:
 
   @property
   def steps_per_task(self) -> int:
-    """Counts the steps of a stage: its prelude, its training, and one for its end."""
+    """Counts the steps of a stage: its pretraining, its training, and one for its end."""
     return self.pretrain_steps + self.steps_per_epoch * self.config.optim.epochs + 1
 
   @property
@@ -109,7 +108,7 @@ class ContinualExperiment:
     return [", ".join(names[t * c : (t + 1) * c]) for t in range(len(self.tasks))]
 
   def phases(self, task: int) -> list[loop.LoopSettings]:
-    """Returns settings of the prelude and the training of a task's stage."""
+    """Returns settings of the pretraining and the training of a task's stage."""
     first = self.first_step(task)
     # The last step of a stage ends the task and is no training step.
     ends = [first + self.pretrain_steps] * bool(self.pretrain_steps) + [
@@ -191,7 +190,7 @@ def build(
     ),
   )
   method = build_method(config, problem)
-  # A step of the prelude takes one batch for each update of the critic.
+  # A step of pretraining takes one batch for each update of the critic.
   if (
     method.pretrain_step
     and (size := config.generator.batch_size * config.generator.critic_steps) > smallest
@@ -318,11 +317,15 @@ def build_method(config: ml_collections.ConfigDict, problem: Problem) -> Method:
 def _task_gates(config, problem):
   gates = _made(TaskGatesSettings, config, "gates")
   # Layers that grow have their last width from the start: shapes never change.
-  model = build_network(config, problem, classes=None, gated=True, wider=gates.allocated(problem.tasks))
+  model = build_network(
+    config, problem, classes=None, gated=True, wider=gates.allocated(problem.tasks)
+  )
   rehearsal = REHEARSALS[config.router.rehearsal](config, problem)
   of_all = _classifier(config, problem, "seen") if config.router.network else None
   # The section holds the choice of the classifier too.
-  router = _made(TaskClassifierSettings, config, "router", without=("rehearsal", "network", "distillation"))
+  router = _made(
+    TaskClassifierSettings, config, "router", without=("rehearsal", "network", "distillation")
+  )
   return task_gates(
     model,
     problem,
@@ -350,7 +353,7 @@ def _gated_generative(config, problem):
   gate = {name: fields.pop(name) for name in ("initial_open", "noise_scale")}
   with settings.named("generator.gates"):
     generator = _generator(config, problem, GateSettings(**{**config.model.gate, **gate}))
-    protection = gated(generator, problem.tasks, ProtectionSettings(**fields))
+    protection = protections.gated(generator, problem.tasks, ProtectionSettings(**fields))
   return _shared_generative(config, problem, generator, protection)
 
 
@@ -359,7 +362,9 @@ def _masked_generative(config, problem):
   # HAT's masks are gates without an input: one parameter per unit.
   generator = _generator(config, problem, GateSettings(context="none", relaxation="sigmoid"))
   with settings.named("dgm"):
-    protection = masked(generator, problem.tasks, steps=config.generator.steps, **fields)
+    protection = protections.masked(
+      generator, problem.tasks, steps=config.generator.steps, **fields
+    )
   return _shared_generative(config, problem, generator, protection)
 
 
@@ -408,7 +413,9 @@ def _shared_generative(config, problem, generator, protection):
 
 def _hat(config, problem):
   # HAT's masks are gates without an input: one parameter per unit.
-  model = build_network(config, problem, classes=None, gated=True, context="none", relaxation="sigmoid")
+  model = build_network(
+    config, problem, classes=None, gated=True, context="none", relaxation="sigmoid"
+  )
   return _made(hat, config, "hat", model, problem, model_summary(model, problem.shape))
 
 
@@ -480,7 +487,9 @@ REHEARSALS = {
 
 def _icarl(config, problem):
   # iCaRL needs the features, and the head for its training.
-  model = icarl.Headed(build_network(config, problem, classes=None, gated=False), problem.all_classes)
+  model = icarl.Headed(
+    build_network(config, problem, classes=None, gated=False), problem.all_classes
+  )
   # The loss of iCaRL is its own: the scope is not read.
   net = Network(model, problem, model_summary(model, problem.shape).macs, "seen")
   return icarl.icarl(net, _made(ReplaySettings, config, "replay"))
@@ -500,7 +509,7 @@ METHODS = {
   "er": _plain(replay.er, "seen", memory=True),
   "derpp": _plain(replay.derpp, "seen", "derpp", memory=True),
   # The scope is the task's own classes, as in the paper, where the task is known.
-  "agem": _plain(agem.agem, memory=True),
+  "agem": _plain(replay.agem, memory=True),
   "icarl": _icarl,
   "multitask_norms": _multitask_norms,
   "multitask_trunk": _plain(multitask_trunk),

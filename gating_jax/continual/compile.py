@@ -11,19 +11,18 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from gating_jax.continual import choices
-from gating_jax.continual.build import ContinualExperiment
-from gating_jax.continual.method import Learner
+from gating_jax.continual.build import ContinualExperiment, build_network
+from gating_jax.continual.method import LearnerState
 from gating_jax.inference import folding
-from gating_jax.inference.compiled import compile_conditional
-from gating_jax.inference.folded import Folded
-from gating_jax.inference.timings import Timing
+from gating_jax.inference.compiled import Timing
+from gating_jax.inference.conditional import compile_conditional
+from gating_jax.inference.folded import FoldedNet
 from gating_jax.reports import compile_report
 from gating_jax.training import rundir
 
 
 def run(
-  experiment: ContinualExperiment, run_dir: rundir.RunDir, step: int, learner: Learner
+  experiment: ContinualExperiment, run_dir: rundir.RunDir, step: int, learner: LearnerState
 ) -> None:
   """Times every learnt task's network, the task known, and writes the tables.
 
@@ -51,11 +50,13 @@ def check(experiment: ContinualExperiment) -> None:
       f"'multitask_gates' have; got {experiment.config.method!r}"
     )
   # The methods' networks end at their features.
-  folding.check(choices.network(experiment.config, experiment.problem, classes=None, gated=True))
+  folding.check(
+    build_network(experiment.config, experiment.problem, classes=None, gated=True)
+  )
 
 
 def _tables(
-  experiment: ContinualExperiment, learner: Learner
+  experiment: ContinualExperiment, learner: LearnerState
 ) -> Iterator[tuple[str, Sequence[Timing]]]:
   for task in range(int(learner.task)):
     compiled = functools.partial(compile_conditional, folded_net(experiment, learner, task))
@@ -64,7 +65,7 @@ def _tables(
       yield f"task {task + 1}, {experiment.task_names[task]}: {title}", rows
 
 
-def folded_net(experiment: ContinualExperiment, learner: Learner, task: int) -> Folded:
+def folded_net(experiment: ContinualExperiment, learner: LearnerState, task: int) -> FoldedNet:
   """Folds the network of a learnt task, its head included.
 
   Args:

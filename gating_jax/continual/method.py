@@ -2,7 +2,7 @@
 
 A method is a set of pure functions over a learner, as an optax optimiser is over its state:
 
-    init(key)                       -> Start          parameters, statistics and memory
+    init(key)                       -> InitialState   parameters, statistics and memory
     loss(params, learner, batch)    -> (total, (terms, batch_stats))
     end_task(learner, data, key)    -> learner        keeps the task and prepares for the next one
     predict(learner, x, task, seen) -> Prediction
@@ -53,7 +53,7 @@ class Table(NamedTuple):
   agnostic_macs: Array
 
 
-class Learner(struct.PyTreeNode):
+class LearnerState(struct.PyTreeNode):
   """Everything that a run changes.
 
   Its structure and shapes never change, so one program and one checkpoint format serve all tasks.
@@ -77,7 +77,7 @@ class Learner(struct.PyTreeNode):
   table: Table
 
 
-class Start(NamedTuple):
+class InitialState(NamedTuple):
   """The parts of a learner that a method initialises."""
 
   params: Any
@@ -198,7 +198,7 @@ class Problem:
     )
 
 
-class Holdings(NamedTuple):
+class Footprint(NamedTuple):
   """Storage of a learner.
 
   Attributes:
@@ -213,9 +213,9 @@ class Holdings(NamedTuple):
   relevant: Mapping[str, np.ndarray] = {}
 
 
-def holdings(learner: Learner) -> Holdings:
+def footprint(learner: LearnerState) -> Footprint:
   """Measures a learner whose memory holds no part of its network."""
-  return Holdings(tree_size(learner.params), tree_megabytes(learner.memory))
+  return Footprint(tree_size(learner.params), tree_megabytes(learner.memory))
 
 
 def tree_size(tree: Any) -> int:
@@ -244,30 +244,32 @@ class Method:
     init, loss, end_task, predict: the four functions that every method defines.
     gradient: `(grads, learner, batch) -> grads`, before the optimiser.
     update: `(updates, grads, learner) -> (updates, memory)`, after the optimiser.
-    holdings: `learner -> Holdings`.
+    footprint: `learner -> Footprint`.
     cumulative: whether task t is trained on the images of all tasks up to t.
-    together: whether all tasks are learnt at once. Every step then sees the same number of images
+    simultaneous: whether all tasks are learnt at once. Every step then sees the same number of images
       of each, those of task t at positions t, T + t, 2 T + t, ..., and only the last row of the
       table is filled.
-    prelude: `(learner, pixels, labels) -> (learner, metrics)`, a step of the phase before each
+    pretrain_step: `(learner, pixels, labels) -> (learner, metrics)`, a step of the phase before each
       task's own training; None without one.
-    check_room: raises a ValueError if the next task cannot be learnt.
+    check_capacity: raises a ValueError if the next task cannot be learnt.
     task_net: `(learner, task) -> TaskNet`, the gated network of a learnt task; None for methods
       without gates per task.
   """
 
-  init: Callable[[Array], Start]
-  loss: Callable[[Any, Learner, Batch], tuple[Array, tuple[Mapping[str, Array], Any]]]
-  end_task: Callable[[Learner, TaskData, Array], Learner]
-  predict: Callable[[Learner, Array, Array, int], Prediction]
-  gradient: Callable[[Any, Learner, Batch], Any] = _unchanged_gradient
-  update: Callable[[Any, Any, Learner], tuple[Any, Any]] = _unchanged_update
-  holdings: Callable[[Learner], Holdings] = holdings
+  init: Callable[[Array], InitialState]
+  loss: Callable[[Any, LearnerState, Batch], tuple[Array, tuple[Mapping[str, Array], Any]]]
+  end_task: Callable[[LearnerState, TaskData, Array], LearnerState]
+  predict: Callable[[LearnerState, Array, Array, int], Prediction]
+  gradient: Callable[[Any, LearnerState, Batch], Any] = _unchanged_gradient
+  update: Callable[[Any, Any, LearnerState], tuple[Any, Any]] = _unchanged_update
+  footprint: Callable[[LearnerState], Footprint] = footprint
   cumulative: bool = False
-  together: bool = False
-  prelude: Callable[[Learner, Array, Array], tuple[Learner, Mapping[str, Array]]] | None = None
-  check_room: Callable[[Learner], None] = lambda learner: None
-  task_net: Callable[[Learner, Array], TaskNet] | None = None
+  simultaneous: bool = False
+  pretrain_step: (
+    Callable[[LearnerState, Array, Array], tuple[LearnerState, Mapping[str, Array]]] | None
+  ) = None
+  check_capacity: Callable[[LearnerState], None] = lambda learner: None
+  task_net: Callable[[LearnerState, Array], TaskNet] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,14 +337,14 @@ class Network:
     )
 
   def loss(
-    self, params: Any, learner: Learner, batch: Batch
+    self, params: Any, learner: LearnerState, batch: Batch
   ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
     """Computes the batch's cross-entropy: fine-tuning's loss, and most others' first term."""
     logits, batch_stats = self.train_logits(params, learner.batch_stats, batch.x, batch.key)
     cross_entropy = jnp.mean(self.cross_entropy(logits, batch.labels, learner.task))
     return cross_entropy, ({"cross_entropy": cross_entropy}, batch_stats)
 
-  def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
+  def predict(self, learner: LearnerState, x: Array, task: Array, seen: int) -> Prediction:
     """Predicts with the task known and unknown, from the same logits."""
     return self.prediction(self.logits(learner.params, learner.batch_stats, x), task, seen)
 

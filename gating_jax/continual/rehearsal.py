@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gating_jax.continual import memory as replay_memory
-from gating_jax.continual import shared_net
+from gating_jax.continual import replay_memory, shared_net
 from gating_jax.continual.generators import wgan
-from gating_jax.continual.method import Batch, Learner, Problem, TaskData, tree_megabytes
+from gating_jax.continual.method import Batch, LearnerState, Problem, TaskData, tree_megabytes
 from gating_jax.models.generator import Critic, Generator
 from gating_jax.ops.collectives import example_keys
 from gating_jax.types import Array
@@ -54,7 +53,7 @@ class Rehearsal:
       task up to it.
     keep: `(memory, data, task, key) -> memory`, after `recall`.
     megabytes: `(memory, learnt) -> float`, 10**6 bytes needed after so many tasks.
-    prelude: `(memory, pixels, labels) -> (memory, metrics)`, a step of the phase before each task's
+    pretrain_step: `(memory, pixels, labels) -> (memory, metrics)`, a step of the phase before each task's
       own training, with labels in 0, ..., C - 1; None without one.
   """
 
@@ -63,7 +62,7 @@ class Rehearsal:
   recall: Callable[[Memory, TaskData, int, Array], tuple[np.ndarray, np.ndarray]]
   keep: Callable[[Memory, TaskData, int, Array], Memory]
   megabytes: Callable[[Memory, int], float]
-  prelude: Callable[[Memory, Array, Array], tuple[Memory, Mapping[str, Array]]] | None = None
+  pretrain_step: Callable[[Memory, Array, Array], tuple[Memory, Mapping[str, Array]]] | None = None
 
 
 def episodic(problem: Problem, settings: replay_memory.ReplaySettings) -> Rehearsal:
@@ -104,7 +103,7 @@ def episodic(problem: Problem, settings: replay_memory.ReplaySettings) -> Rehear
     replay=replayed,
     recall=recall,
     keep=lambda memory, data, task, key: {
-      "episodes": replay_memory.share(memory["episodes"], data.pixels, data.labels, key)
+      "episodes": replay_memory.add_task(memory["episodes"], data.pixels, data.labels, key)
     },
     megabytes=lambda memory, learnt: tree_megabytes(memory),
   )
@@ -175,7 +174,7 @@ def generative(
     each = ({"params": jax.tree.map(lambda x, t=t: x[t], generators)} for t in range(task + 1))
     return generated(generator, each, key, images)
 
-  def prelude(memory, pixels, labels):
+  def pretrain_step(memory, pixels, labels):
     """Trains the current task's generator for one step."""
     state, metrics = step(memory["training"], pixels, labels)
     return {**memory, "training": state}, metrics
@@ -186,14 +185,14 @@ def generative(
     recall,
     keep,
     lambda memory, learnt: tree_megabytes(jax.tree.map(lambda x: x[:learnt], memory["generators"])),
-    prelude,
+    pretrain_step,
   )
 
 
-def make_prelude(
+def make_pretrain_step(
   rehearsal: Rehearsal | None, problem: Problem
-) -> Callable[[Learner, Array, Array], tuple[Learner, Mapping[str, Array]]] | None:
-  """Makes a method's prelude from that of its rehearsal.
+) -> Callable[[LearnerState, Array, Array], tuple[LearnerState, Mapping[str, Array]]] | None:
+  """Makes a method's pretraining step from that of its rehearsal.
 
   The method must keep the rehearsal's memory as `memory["rehearsal"]`.
 
@@ -201,21 +200,21 @@ def make_prelude(
     rehearsal: of the method, if any.
     problem: the learning problem.
   Returns:
-    the prelude, as in `Method`; None where the rehearsal has none.
+    the step, as in `Method`; None where the rehearsal has none.
   """
-  if rehearsal is None or rehearsal.prelude is None:
+  if rehearsal is None or rehearsal.pretrain_step is None:
     return None
 
-  def prelude(learner, pixels, labels):
+  def pretrain_step(learner, pixels, labels):
     """Trains the generator for one step on images of the learner's task."""
     # Generators are conditional on the classes of one task, from 0.
     own = labels - learner.task * problem.classes
-    memory, metrics = rehearsal.prelude(learner.memory["rehearsal"], pixels, own)
+    memory, metrics = rehearsal.pretrain_step(learner.memory["rehearsal"], pixels, own)
     return learner.replace(
       step=learner.step + 1, memory={**learner.memory, "rehearsal": memory}
     ), metrics
 
-  return prelude
+  return pretrain_step
 
 
 def replay_of_all(

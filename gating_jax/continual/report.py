@@ -13,7 +13,7 @@ import numpy as np
 
 from gating_jax.continual import compile, metrics
 from gating_jax.continual.build import ContinualExperiment
-from gating_jax.continual.method import Holdings, Learner
+from gating_jax.continual.method import Footprint, LearnerState
 from gating_jax.data import images as in_memory
 from gating_jax.data.tfds import Images
 from gating_jax.models.summary import layer_names
@@ -29,7 +29,7 @@ _LOOKED_AT = 400
 _UNITS, _IMAGES, _TASKS = 6, 8, 6
 
 
-def summary(experiment: ContinualExperiment, learner: Learner) -> dict[str, Any]:
+def summary(experiment: ContinualExperiment, learner: LearnerState) -> dict[str, Any]:
   """Collects the result of the tasks learnt so far.
 
   Args:
@@ -46,7 +46,7 @@ def summary(experiment: ContinualExperiment, learner: Learner) -> dict[str, Any]
     "accuracies": _with_nulls(accuracies),
     **vars(metrics.summarise(accuracies)),
   }
-  held = experiment.method.holdings(learner)
+  held = experiment.method.footprint(learner)
   result = {
     "method": experiment.config.method,
     "task_names": experiment.task_names[:learnt],
@@ -69,7 +69,7 @@ def summary(experiment: ContinualExperiment, learner: Learner) -> dict[str, Any]
   return result
 
 
-def free_units(held: Holdings, learnt: int) -> dict[str, tuple[int, int]]:
+def free_units(held: Footprint, learnt: int) -> dict[str, tuple[int, int]]:
   """Counts the units that no task learnt so far needs.
 
   Args:
@@ -90,7 +90,7 @@ def _kept_images(experiment: ContinualExperiment, learnt: int) -> float:
   return sum(task.train.pixels.nbytes for task in earlier) / 1e6
 
 
-def scores(learner: Learner) -> dict[str, float]:
+def scores(learner: LearnerState) -> dict[str, float]:
   """Averages over the tasks learnt so far; names are those of the flattened result."""
   task = int(learner.task)
   mean = lambda matrix: float(np.mean(np.asarray(matrix)[task - 1, :task]))
@@ -115,7 +115,7 @@ def _overlap(relevant: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def draw(
   experiment: ContinualExperiment,
-  learner: Learner,
+  learner: LearnerState,
   run_dir: rundir.RunDir,
   journal: Journal,
   step: int,
@@ -138,7 +138,7 @@ def draw(
 
 def make_histograms(
   experiment: ContinualExperiment,
-) -> Callable[[Learner, int], dict[str, np.ndarray]]:
+) -> Callable[[LearnerState, int], dict[str, np.ndarray]]:
   """Makes the histograms of a task's gates, on its first test images.
 
   Units that the task does not use have probability 0.
@@ -174,7 +174,7 @@ def make_histograms(
 
 def _make_look(
   experiment: ContinualExperiment,
-) -> Callable[[Learner, int], tuple[np.ndarray, list[np.ndarray]]]:
+) -> Callable[[LearnerState, int], tuple[np.ndarray, list[np.ndarray]]]:
   """Makes a function that looks at the gates of a task; one program serves all tasks.
 
   Returns:
@@ -207,7 +207,7 @@ def _make_look(
 
 def write(
   experiment: ContinualExperiment,
-  learner: Learner,
+  learner: LearnerState,
   run_dir: rundir.RunDir,
   step: int,
   notice: str = "",
@@ -358,7 +358,7 @@ def _numbers(result: Mapping[str, Any], around: opening.Surroundings) -> list[pa
   ]
 
 
-def _pictures(experiment: ContinualExperiment, learner: Learner) -> dict[str, tuple[str, Any]]:
+def _pictures(experiment: ContinualExperiment, learner: LearnerState) -> dict[str, tuple[str, Any]]:
   """Draws the pictures; returns captions and figures by name."""
   names, learnt, table = experiment.task_names, int(learner.task), learner.table
   pictures = {
@@ -368,7 +368,7 @@ def _pictures(experiment: ContinualExperiment, learner: Learner) -> dict[str, tu
     )
   }
   relevant = {
-    layer: units[:learnt] for layer, units in experiment.method.holdings(learner).relevant.items()
+    layer: units[:learnt] for layer, units in experiment.method.footprint(learner).relevant.items()
   }
   if relevant:
     use = {layer: metrics.filter_use(units) for layer, units in relevant.items()}
@@ -385,7 +385,7 @@ def _pictures(experiment: ContinualExperiment, learner: Learner) -> dict[str, tu
   return pictures
 
 
-def _one_gate_across_tasks(experiment: ContinualExperiment, learner: Learner) -> page.Section:
+def _one_gate_across_tasks(experiment: ContinualExperiment, learner: LearnerState) -> page.Section:
   """Shows filters that many tasks use, and the images of each task that open them most.
 
   Every task has its own gate for a filter.
@@ -396,7 +396,7 @@ def _one_gate_across_tasks(experiment: ContinualExperiment, learner: Learner) ->
   logits = [np.concatenate(parts, axis=1) for parts in layers]
   names = [
     f"{name}, unit {i}"
-    for name, part in zip(experiment.method.holdings(learner).relevant, layers[0], strict=True)
+    for name, part in zip(experiment.method.footprint(learner).relevant, layers[0], strict=True)
     for i in range(part.shape[1])
   ]
   rates = np.stack([np.mean(z > 0, axis=0) for z in logits])

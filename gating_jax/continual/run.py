@@ -18,7 +18,7 @@ import numpy as np
 
 from gating_jax.continual import compile, report, training
 from gating_jax.continual.build import ContinualExperiment, build
-from gating_jax.continual.method import Learner, TaskData
+from gating_jax.continual.method import LearnerState, TaskData
 from gating_jax.data import images as in_memory
 from gating_jax.data import tasks
 from gating_jax.data.tfds import Images
@@ -28,8 +28,8 @@ from gating_jax.training import devices, gate_watch, hosts, loop, outlines, rund
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal
 
-# The prelude's name in messages: no other phase comes before the training on a task.
-_PRELUDE = "generator's training step"
+# The name of pretraining in messages: no other phase comes before the training on a task.
+_PRETRAINING = "generator's training step"
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
@@ -133,7 +133,7 @@ def _conclude(
   return conclusion.text(f"{done} {of}.", rows, conclusion.following(path, modes))
 
 
-def newest(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> tuple[int, Learner]:
+def newest(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> tuple[int, LearnerState]:
   """Restores the newest checkpoint.
 
   Args:
@@ -166,17 +166,19 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
     say(f"resuming from the checkpoint of step {step} in {run_dir.path}")
   journal, watch = Journal(run_dir.path, step, total), gate_watch.of_tasks()
   advance, end_stage = make_advance(experiment), _make_end_stage(experiment, journal)
-  pace = Pace(journal.say, total, lambda step: {_PRELUDE: _prelude_steps_left(experiment, step)})
+  pace = Pace(
+    journal.say, total, lambda step: {_PRETRAINING: _pretrain_steps_left(experiment, step)}
+  )
   config, tell = experiment.config, lambda text: journal.say(step, text)
   journal.say(step, f"{config.method} on {config.data.name}, {len(experiment.tasks)} tasks")
   try:
     # A resumed run has learnt some tasks already.
     for task in (t for t in experiment.stages if t >= int(learner.task)):
       # Fails before the training of a task that cannot be learnt.
-      experiment.method.check_room(learner)
-      run, first = advance(task), experiment.first_step(task) + experiment.prelude_steps
+      experiment.method.check_capacity(learner)
+      run, first = advance(task), experiment.first_step(task) + experiment.pretrain_steps
       for phase in experiment.phases(task):
-        program = TRAINING if phase.total_steps > first else _PRELUDE
+        program = TRAINING if phase.total_steps > first else _PRETRAINING
         if step < phase.total_steps:
           learner, step = loop.train(
             learner,
@@ -213,17 +215,17 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
   )
 
 
-def _prelude_steps_left(experiment: ContinualExperiment, step: int) -> int:
-  """Counts the prelude steps of all stages from this step on."""
+def _pretrain_steps_left(experiment: ContinualExperiment, step: int) -> int:
+  """Counts the pretraining steps of all stages from this step on."""
   ended, within = divmod(step, experiment.steps_per_task)
-  return experiment.prelude_steps * (len(experiment.stages) - ended) - min(
-    within, experiment.prelude_steps
+  return experiment.pretrain_steps * (len(experiment.stages) - ended) - min(
+    within, experiment.pretrain_steps
   )
 
 
 def _make_end_stage(
   experiment: ContinualExperiment, journal: Journal
-) -> Callable[[Learner, int, int], tuple[Learner, int]]:
+) -> Callable[[LearnerState, int, int], tuple[LearnerState, int]]:
   """Makes the last step of a stage, which ends its task and tests all tasks so far.
 
   Returns:
@@ -240,9 +242,9 @@ def _make_end_stage(
     ):
       learner = finish_task(experiment, learner, task, evaluate)
       # The gates of all tasks change at once where tasks are learnt together.
-      ended = range(task + 1) if experiment.method.together else [task]
+      ended = range(task + 1) if experiment.method.simultaneous else [task]
       counts = {name: values for t in ended for name, values in histograms(learner, t).items()}
-      free = report.free_units(experiment.method.holdings(learner), task + 1)
+      free = report.free_units(experiment.method.footprint(learner), task + 1)
     step += 1
     found = report.scores(learner)
     journal.write(
@@ -265,7 +267,7 @@ def _make_end_stage(
   return end_stage
 
 
-def _restore(experiment: ContinualExperiment, checkpoints: Checkpoints) -> tuple[int, Learner]:
+def _restore(experiment: ContinualExperiment, checkpoints: Checkpoints) -> tuple[int, LearnerState]:
   """Returns the newest checkpoint's step and learner, or 0 and a fresh learner."""
   fresh = experiment.fresh()
   return checkpoints.restore(fresh, devices.replicated_sharding()) or (0, devices.replicate(fresh))
@@ -273,7 +275,7 @@ def _restore(experiment: ContinualExperiment, checkpoints: Checkpoints) -> tuple
 
 def make_advance(
   experiment: ContinualExperiment,
-) -> Callable[[int], Callable[[Learner, int], tuple[Learner, Any]]]:
+) -> Callable[[int], Callable[[LearnerState, int], tuple[LearnerState, Any]]]:
   """Makes the training steps of each stage, on all devices.
 
   Returns:
@@ -297,8 +299,8 @@ def make_advance(
     donate=(0,),
   )
 
-  prelude = experiment.method.prelude and devices.map_over_devices(
-    experiment.method.prelude,
+  pretrain_step = experiment.method.pretrain_step and devices.map_over_devices(
+    experiment.method.pretrain_step,
     args=(devices.REPLICATED, devices.BATCH, devices.BATCH),
     results=(devices.REPLICATED, devices.REPLICATED),
     backend=config.devices.backend,
@@ -308,8 +310,8 @@ def make_advance(
   def of_task(task):
     """Makes the steps of the stage that ends with this task."""
     sets, begin = training_sets(experiment, task), experiment.first_step(task)
-    # The stage begins with the prelude; schedules count from the first step of the training.
-    first = begin + experiment.prelude_steps
+    # The stage begins with the pretraining; schedules count from the first step of the training.
+    first = begin + experiment.pretrain_steps
     # Every task has a number of its own below T, so that no two runs or tasks share an order.
     seed, process = config.seed * len(experiment.tasks), (jax.process_index(), jax.process_count())
 
@@ -319,14 +321,16 @@ def make_advance(
         in_memory.indices(seed + number, at, 1, size, len(images), process)[:, 0]
       )
       return tuple(
-        # `Method.together`: task t at positions t, T + t, 2 T + t, ...
+        # `Method.simultaneous`: task t at positions t, T + t, 2 T + t, ...
         map(tasks.interleave, zip(*(read(*numbered) for numbered in sets.items()), strict=True))
       )
 
     def advance(learner, step):
-      """Takes one step, of the prelude or of the training."""
+      """Takes one step, of the pretraining or of the training."""
       if step < first:
-        learner, metrics = prelude(learner, *batch(step - begin, experiment.prelude_batch_size))
+        learner, metrics = pretrain_step(
+          learner, *batch(step - begin, experiment.pretrain_batch_size)
+        )
       else:
         learner, metrics = run(
           learner, *batch(step - first, config.optim.batch_size), np.int32(first)
@@ -347,14 +351,14 @@ def training_sets(experiment: ContinualExperiment, task: int) -> dict[int, Image
   Returns:
     sets by number; every batch has the same number of images of each.
   """
-  first = 0 if experiment.method.cumulative or experiment.method.together else task
+  first = 0 if experiment.method.cumulative or experiment.method.simultaneous else task
   sets = [t.train for t in experiment.tasks[first : task + 1]]
-  return dict(enumerate(sets)) if experiment.method.together else {task: tasks.join(sets)}
+  return dict(enumerate(sets)) if experiment.method.simultaneous else {task: tasks.join(sets)}
 
 
 def finish_task(
-  experiment: ContinualExperiment, learner: Learner, task: int, evaluate: Callable
-) -> Learner:
+  experiment: ContinualExperiment, learner: LearnerState, task: int, evaluate: Callable
+) -> LearnerState:
   """Ends a stage: ends its task, tests all tasks so far and prepares for the next one.
 
   Args:
@@ -365,7 +369,7 @@ def finish_task(
   Returns:
     the learner with which the next stage begins.
   """
-  ended = experiment.tasks if experiment.method.together else experiment.tasks[task : task + 1]
+  ended = experiment.tasks if experiment.method.simultaneous else experiment.tasks[task : task + 1]
   data = TaskData(
     *(
       array
@@ -384,7 +388,7 @@ def finish_task(
   return test_tasks(devices.replicate(learner), evaluate, task + 1)
 
 
-def test_tasks(learner: Learner, evaluate: Callable, learnt: int) -> Learner:
+def test_tasks(learner: LearnerState, evaluate: Callable, learnt: int) -> LearnerState:
   """Tests all tasks learnt, and fills the table's row of the last one.
 
   Args:
@@ -406,7 +410,7 @@ def test_tasks(learner: Learner, evaluate: Callable, learnt: int) -> Learner:
 
 def make_evaluate(
   experiment: ContinualExperiment,
-) -> Callable[[Learner, int, int], dict[str, float]]:
+) -> Callable[[LearnerState, int, int], dict[str, float]]:
   """Makes the test of one task.
 
   Returns:

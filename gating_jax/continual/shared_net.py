@@ -29,7 +29,7 @@ from gating_jax.types import Array, Records
 Tree = Any
 
 
-class Stream(NamedTuple):
+class TaskForward(NamedTuple):
   """A forward pass of one task.
 
   Attributes:
@@ -73,7 +73,7 @@ class SharedNet:
     }
     return {"shared": params["shared"], "own": own}, self._split(variables.get("batch_stats", {}))
 
-  def apply(self, params: Tree, batch_stats: Tree, x: Array, **training) -> Stream:
+  def apply(self, params: Tree, batch_stats: Tree, x: Array, **training) -> TaskForward:
     """Runs the network for the task whose own part is in the trees.
 
     Args:
@@ -87,9 +87,9 @@ class SharedNet:
       batch_stats = self._split(new.get("batch_stats", {}))
     else:
       features, records = self.model.apply(variables, x)
-    return Stream(features @ kernel + bias, features, records, batch_stats)
+    return TaskForward(features @ kernel + bias, features, records, batch_stats)
 
-  def side_by_side(self, params: Tree, batch_stats: Tree, own: Tree, x: Array) -> Stream:
+  def side_by_side(self, params: Tree, batch_stats: Tree, own: Tree, x: Array) -> TaskForward:
     """Runs all tasks of `own`, one after the other, in evaluation.
 
     Args:
@@ -102,7 +102,7 @@ class SharedNet:
     # Not vmap, whose rounding depends on the number of tasks: this is one program for any number.
     return jax.lax.map(lambda own: self.of_task(params, batch_stats, own, x), own)
 
-  def of_task(self, params: Tree, batch_stats: Tree, own: Tree, x: Array) -> Stream:
+  def of_task(self, params: Tree, batch_stats: Tree, own: Tree, x: Array) -> TaskForward:
     """Runs the network for a task with the own part `own`, in evaluation."""
     return self.apply(
       {**params, "own": own["params"]}, {**batch_stats, "own": own["batch_stats"]}, x
@@ -209,7 +209,7 @@ def head_terms(logits: Array, labels: Array, task: Array, problem: Problem) -> d
   }
 
 
-def macs(stream: Stream, counts: ModelCounts, classes: int) -> Array:
+def macs(stream: TaskForward, counts: ModelCounts, classes: int) -> Array:
   """Computes the multiply-accumulates of each image in each stream.
 
   Args:

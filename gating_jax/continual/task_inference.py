@@ -33,10 +33,10 @@ import numpy as np
 import optax
 from jax import lax
 
-from gating_jax.continual import memory
-from gating_jax.continual.method import Batch, Learner, Network, TaskData
+from gating_jax.continual import replay_memory
+from gating_jax.continual.method import Batch, LearnerState, Network, TaskData
 from gating_jax.continual.rehearsal import Rehearsal, Replay
-from gating_jax.continual.shared_net import SharedNet, Stream
+from gating_jax.continual.shared_net import SharedNet, TaskForward
 from gating_jax.types import Array
 
 Tree = Any
@@ -58,7 +58,7 @@ class Loss(NamedTuple):
   batch_stats: Mapping[str, Tree]
 
 
-class Told(NamedTuple):
+class TaskInference(NamedTuple):
   """Results of task inference.
 
   Attributes:
@@ -73,7 +73,7 @@ class Told(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class OfFeatures:
+class FeatureClassifier:
   """A `router` on the pooled features of all streams; all of them run.
 
   Attributes:
@@ -84,7 +84,7 @@ class OfFeatures:
 
   net: SharedNet
   rehearsal: Rehearsal
-  settings: RouterSettings
+  settings: TaskClassifierSettings
 
   def init(self, key: Array) -> tuple[Tree, Mapping[str, Tree]]:
     """Initialises parameters, and statistics as in `Loss`."""
@@ -93,10 +93,16 @@ class OfFeatures:
 
   def streamed(self, batch: Batch, replayed: Replay) -> Array:
     """Returns the current stream's input in a step: batch and rehearsed images, mixed."""
-    return memory.mix(batch.x, replayed.x)
+    return replay_memory.mix(batch.x, replayed.x)
 
   def loss(
-    self, params: Tree, learner: Learner, batch: Batch, replayed: Replay, stream: Stream, key: Array
+    self,
+    params: Tree,
+    learner: LearnerState,
+    batch: Batch,
+    replayed: Replay,
+    stream: TaskForward,
+    key: Array,
   ) -> Loss:
     """Computes the loss on the stream's input; no earlier task gets a gradient."""
     x, labels = _mixed(batch, replayed)
@@ -124,7 +130,7 @@ class OfFeatures:
     """Keeps those of a step's updates that serve tasks seen."""
     return of_seen(updates, task + 1)
 
-  def end_task(self, learner: Learner, data: TaskData, key: Array) -> Tree:
+  def end_task(self, learner: LearnerState, data: TaskData, key: Array) -> Tree:
     """Returns the parameters after a task: trained alone on images of all tasks so far."""
     recalling, training = jax.random.split(key)
     problem, seen = self.net.problem, int(learner.task) + 1
@@ -143,7 +149,9 @@ class OfFeatures:
       learner.params["router"], features, labels // problem.classes, training, self.settings
     )
 
-  def tell(self, learner: Learner, x: Array, stream: Stream, macs: Array) -> Told:
+  def infer_task(
+    self, learner: LearnerState, x: Array, stream: TaskForward, macs: Array
+  ) -> TaskInference:
     """Infers the tasks of images.
 
     Args:
@@ -155,13 +163,13 @@ class OfFeatures:
     features = jnp.moveaxis(stream.features, 0, 1)
     _, seen, width = features.shape
     task = jnp.argmax(scores(learner.params["router"], features), axis=-1)
-    return Told(
-      task, jnp.zeros(()), macs.sum(0) + float(router_macs(seen, width, self.settings.hidden))
+    return TaskInference(
+      task, jnp.zeros(()), macs.sum(0) + float(classifier_macs(seen, width, self.settings.hidden))
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class OfNetwork:
+class NetworkClassifier:
   """An ungated network of all classes, q(c|x), as the task classifier.
 
       t*    = argmax_t sum_(c in t) q(c|x)
@@ -194,7 +202,13 @@ class OfNetwork:
     return batch.x
 
   def loss(
-    self, params: Tree, learner: Learner, batch: Batch, replayed: Replay, stream: Stream, key: Array
+    self,
+    params: Tree,
+    learner: LearnerState,
+    batch: Batch,
+    replayed: Replay,
+    stream: TaskForward,
+    key: Array,
   ) -> Loss:
     """Computes the loss on batch and rehearsed images in one pass."""
     x, labels = _mixed(batch, replayed)
@@ -215,7 +229,7 @@ class OfNetwork:
       self.network.cross_entropy(of_all + shift, labels, learner.task), batch, replayed, even
     )
     # The second term: distillation on the batch alone, without a gradient for the network.
-    of_batch, _ = memory.part(of_all, len(batch.x), len(replayed.x))
+    of_batch, _ = replay_memory.part(of_all, len(batch.x), len(replayed.x))
     classes = stream.logits.shape[-1]
     taught = lax.stop_gradient(
       lax.dynamic_slice_in_dim(of_batch, learner.task * classes, classes, axis=1)
@@ -233,11 +247,13 @@ class OfNetwork:
     """Keeps all of a step's updates."""
     return updates
 
-  def end_task(self, learner: Learner, data: TaskData, key: Array) -> Tree:
+  def end_task(self, learner: LearnerState, data: TaskData, key: Array) -> Tree:
     """Returns the parameters after a task, unchanged."""
     return learner.params["router"]
 
-  def tell(self, learner: Learner, x: Array, stream: Stream, macs: Array) -> Told:
+  def infer_task(
+    self, learner: LearnerState, x: Array, stream: TaskForward, macs: Array
+  ) -> TaskInference:
     """Infers the tasks of images.
 
     Args:
@@ -253,21 +269,23 @@ class OfNetwork:
     scores = jax.nn.log_softmax(of_all).reshape(len(x), seen, classes).swapaxes(0, 1)
     # t* = argmax_t sum_(c in t) q(c|x). Only that stream would run, so only its cost counts.
     task = jnp.argmax(jax.nn.logsumexp(scores, axis=-1), axis=0)
-    return Told(task, scores, jnp.take_along_axis(macs, task[None], axis=0)[0] + self.network.macs)
+    return TaskInference(
+      task, scores, jnp.take_along_axis(macs, task[None], axis=0)[0] + self.network.macs
+    )
 
 
-TaskClassifier = OfFeatures | OfNetwork
+TaskClassifier = FeatureClassifier | NetworkClassifier
 
 
 def _mixed(batch: Batch, replayed: Replay) -> tuple[Array, Array]:
   return tuple(
-    memory.mix(*pair) for pair in ((batch.x, replayed.x), (batch.labels, replayed.labels))
+    replay_memory.mix(*pair) for pair in ((batch.x, replayed.x), (batch.labels, replayed.labels))
   )
 
 
 def _weighted(each: Array, batch: Batch, replayed: Replay, weight: Array) -> Array:
   """Averages `[B + R]` mixed losses, with this weight on the mean of the batch."""
-  of_batch, of_replay = map(jnp.mean, memory.part(each, len(batch.x), len(replayed.x)))
+  of_batch, of_replay = map(jnp.mean, replay_memory.part(each, len(batch.x), len(replayed.x)))
   return weight * of_batch + (1 - weight) * of_replay
 
 
@@ -277,7 +295,7 @@ def _log_ratio(share: Array, fair: Array) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class RouterSettings:
+class TaskClassifierSettings:
   """Settings of the task classifier and its rehearsal.
 
   Attributes:
@@ -375,7 +393,7 @@ def of_seen(updates: Any, seen: Array) -> Any:
   }
 
 
-def router_macs(seen: int, features: int, hidden: int) -> int:
+def classifier_macs(seen: int, features: int, hidden: int) -> int:
   """Counts the multiply-accumulates of one image.
 
   Args:
@@ -387,7 +405,7 @@ def router_macs(seen: int, features: int, hidden: int) -> int:
 
 
 def train(
-  params: Any, features: np.ndarray, tasks: np.ndarray, key: Array, settings: RouterSettings
+  params: Any, features: np.ndarray, tasks: np.ndarray, key: Array, settings: TaskClassifierSettings
 ) -> Any:
   """Trains on batches with all tasks in equal parts, by cross-entropy.
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gating_jax.continual.method import Batch, Learner, Method
+from gating_jax.continual.method import Batch, LearnerState, Method
 from gating_jax.ops.collectives import mean_over_devices
 from gating_jax.training.devices import value_and_grad_over_devices
 from gating_jax.types import Array
@@ -27,7 +27,7 @@ def make_step(
   seed: int,
   steps_per_epoch: int,
   axis_name: Hashable | None = None,
-) -> Callable[[Learner, Array, Array, Array], tuple[Learner, dict[str, Array]]]:
+) -> Callable[[LearnerState, Array, Array, Array], tuple[LearnerState, dict[str, Array]]]:
   """Makes the training step of a method.
 
   Metrics are scalars over the whole batch. All randomness is a function of `seed` and

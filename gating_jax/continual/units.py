@@ -93,7 +93,7 @@ def open_share(records: Records, available: Array) -> Array:
   )
 
 
-def begin_anew(frozen: Tree, old: Tree, fresh: Tree) -> Tree:
+def reinitialise_free(frozen: Tree, old: Tree, fresh: Tree) -> Tree:
   """Keeps `old` where frozen and takes `fresh` elsewhere.
 
   Args:
@@ -223,7 +223,7 @@ def grown(
   return np.concatenate(parts)
 
 
-def waiting(shared: Tree, records: Records, available: np.ndarray) -> int:
+def unallocated_params(shared: Tree, records: Records, available: np.ndarray) -> int:
   """Counts the shared parameters of filters whose units are not available yet.
 
   Args:

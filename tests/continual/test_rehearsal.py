@@ -7,8 +7,8 @@ import pytest
 
 from gating_jax.continual import rehearsal
 from gating_jax.continual.generators import wgan
-from gating_jax.continual.memory import ReplaySettings
 from gating_jax.continual.method import Batch, Problem, TaskData
+from gating_jax.continual.replay_memory import ReplaySettings
 from tests.helpers import tiny
 
 SHAPE = (8, 8, 1)
@@ -45,7 +45,7 @@ def generative(problem=PROBLEM, **changes):
 
 
 def trained(method, memory, task, steps=2):
-  step = jax.jit(method.prelude)
+  step = jax.jit(method.pretrain_step)
   for _ in range(steps):
     memory, metrics = step(
       memory, jnp.asarray(data(task).pixels), jnp.asarray(data(task).labels) - 2 * task

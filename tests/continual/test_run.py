@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from gating_jax.continual import build, choices, compile, run
+from gating_jax.continual import build, compile, run
 from gating_jax.continual import report as continual_report
 from gating_jax.continual.method import LearnerState, Table
 from gating_jax.data.tfds import Images
@@ -133,7 +133,10 @@ def test_what_cannot_be_is_refused_before_anything_is_compiled(config, field, va
       r"method gates: generator.gates: gate initial_open must be in \(0, 1\); got 1.0",
     ),
     ({"method": "dgm", "dgm.steepness": 0.0}, "method dgm: dgm: steepness must be >= 1; got 0.0"),
-    ({"method": "dgm", "dgm.real_weight": -1.0}, "method dgm: dgm: real_weight must be .*; got -1.0"),
+    (
+      {"method": "dgm", "dgm.real_weight": -1.0},
+      "method dgm: dgm: real_weight must be .*; got -1.0",
+    ),
     (
       {"router.rehearsal": "generative", "generator.critic_steps": 0},
       "method gates: generator: critic_steps must be >= 1; got 0",
@@ -404,7 +407,7 @@ def test_what_a_method_holds_is_counted(method, config):
 @pytest.mark.parametrize(
   "changes",
   [
-    *({"method": method} for method in choices.METHODS),
+    *({"method": method} for method in build.METHODS),
     {"router.network": True, "model.name": "resnet8"},
     {"router.rehearsal": "generative"},
     {"router.rehearsal": "gated_generative"},
@@ -500,7 +503,7 @@ def test_what_other_methods_remember_is_part_of_the_checkpoint(method, config, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [m for m in choices.METHODS if m != "gates"])
+@pytest.mark.parametrize("method", [m for m in build.METHODS if m != "gates"])
 def test_every_method_learns_two_tasks(method, config, tmp_path, monkeypatch):
   """Scores are finite, and better than chance with the task known.
 
@@ -534,7 +537,7 @@ def test_every_method_learns_two_tasks(method, config, tmp_path, monkeypatch):
   first, second = accuracies[1] if together else np.diag(accuracies)
   assert first > 0.8
   assert second > 0.6
-  keep_nothing = ("fine_tuning", "progressive", *(m for m in choices.METHODS if "multitask" in m))
+  keep_nothing = ("fine_tuning", "progressive", *(m for m in build.METHODS if "multitask" in m))
   assert (result["memory_mb"] > 0) == (method not in keep_nothing)
   refused = "--mode=compile cannot time this run: method must have conditional gates"
   assert (refused in (tmp_path / "report.html").read_text()) == (method != "multitask_gates")

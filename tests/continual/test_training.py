@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from gating_jax.continual import training
-from gating_jax.continual.method import Method, Start
+from gating_jax.continual.method import InitialState, Method
 from tests.helpers import toy
 
 
@@ -17,7 +17,7 @@ def test_epoch_and_place_are_exact_at_every_step(steps_per_epoch):
     params["w"] ** 2,
     ({"epoch": batch.epoch, "place": batch.place}, {}),
   )
-  method = Method(lambda key: Start({"w": jnp.ones(())}, {}, ()), seen, None, None)
+  method = Method(lambda key: InitialState({"w": jnp.ones(())}, {}, ()), seen, None, None)
   step = jax.jit(
     training.make_step(
       method, optax.sgd(0.0), lambda key, pixels: pixels, seed=0, steps_per_epoch=steps_per_epoch

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from gating_jax.continual import training
-from gating_jax.continual.method import Learner, Network, Problem, Table, TaskData
+from gating_jax.continual.method import LearnerState, Network, Problem, Table, TaskData
 
 TASKS, CLASSES, SHAPE = 2, 2, (2, 2, 1)
 
@@ -50,7 +50,7 @@ def task(number, count=64, seed=0):
 def learner(method, optimiser, seed=0):
   start = method.init(jax.random.key(seed))
   zero = jnp.zeros((), jnp.int32)
-  return Learner(
+  return LearnerState(
     zero, zero, *start[:2], optimiser.init(start.params), start.memory, Table(*[()] * 5)
   )
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 from gating_jax.continual import training
-from gating_jax.continual.method import Learner, Problem, Table, TaskData
+from gating_jax.continual.method import LearnerState, Problem, Table, TaskData
 
 TASKS, CLASSES, SHAPE = 2, 2, (4, 4, 1)
 
@@ -43,7 +43,7 @@ def optimiser(rate=0.1):
 
 def learner(method, number=0, seed=0):
   start = jax.jit(method.init)(jax.random.key(seed))
-  return Learner(
+  return LearnerState(
     jnp.zeros((), jnp.int32),
     jnp.int32(number),
     *start[:2],

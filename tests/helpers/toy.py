@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gating_jax.continual.method import Learner, Network, Problem, TaskData
+from gating_jax.continual.method import LearnerState, Network, Problem, TaskData
 from gating_jax.continual.training import make_step
 from gating_jax.training import devices
 
@@ -53,7 +53,7 @@ def images(task, per_class=20, seed=0):
 def start(method, seed=0):
   begin = method.init(jax.random.key(seed))
   zero = jnp.zeros((), jnp.int32)
-  return Learner(zero, zero, *begin[:2], OPTIMISER.init(begin.params), begin.memory, ())
+  return LearnerState(zero, zero, *begin[:2], OPTIMISER.init(begin.params), begin.memory, ())
 
 
 def step(method, count=1):

@@ -1,7 +1,7 @@
 """One generator of images for all tasks, with shared gated filters.
 
 Each task has its own gates and its own layer of pixels. A `Protection` defines how a task's gates
-train and how its filters are protected: `generators.gated.gated` or `generators.masked.masked`.
+train and how its filters are protected: `protections.gated` or `protections.masked`.
 
 Axes: N images, T tasks, C classes of a task.
 Reference: Abati et al., 2020, who leave it to others; Ostapenko et al., 2019; Gulrajani et al.,
@@ -85,7 +85,7 @@ def shared_generative(
   check_images(images, problem)
   shared = _Shared(problem, generator, settings, protection, images, replayed, seed)
   return Rehearsal(
-    shared.init, shared.replay, shared.recall, shared.keep, shared.megabytes, shared.prelude
+    shared.init, shared.replay, shared.recall, shared.keep, shared.megabytes, shared.pretrain_step
   )
 
 
@@ -157,7 +157,7 @@ class _Shared:
       "training": training,
     }
 
-  def prelude(
+  def pretrain_step(
     self, memory: Memory, pixels: Array, labels: Array
   ) -> tuple[Memory, Mapping[str, Array]]:
     """Trains the generator for one step on `[N, H, W, D]` pixels and `[N]` labels."""

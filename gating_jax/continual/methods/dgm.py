@@ -3,7 +3,7 @@
     L = r CE(images of the task) + (1 - r) CE(generated images of all tasks so far)
 
 All classes so far are generated with the same probability. All tasks have one generator, a
-conditional WGAN-GP with HAT's masks (`generators.masked`). It is trained on each task before the
+conditional WGAN-GP with HAT's masks (`protections.masked`). It is trained on each task before the
 classifier is. With r = 0 the classifier sees only generated images: next to real ones of the task
 it could learn the difference between real and generated, and not the classes.
 
@@ -26,10 +26,10 @@ import jax.numpy as jnp
 from gating_jax.continual.method import (
   Batch,
   Footprint,
+  InitialState,
   LearnerState,
   Method,
   Network,
-  InitialState,
   TaskData,
   tree_size,
 )
@@ -78,7 +78,7 @@ def dgm(network: Network, rehearsal: Rehearsal, *, real_weight: float) -> Method
 
   def end_task(learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
     """Keeps the task's generator in the memory."""
-    # The classifier keeps no images: the generator has learnt the task in the prelude.
+    # The classifier keeps no images: the generator has learnt the task in the pretraining.
     kept = rehearsal.keep(learner.memory["rehearsal"], data, int(learner.task), key)
     return learner.replace(memory={"rehearsal": kept})
 

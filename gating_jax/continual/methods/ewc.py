@@ -45,7 +45,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from gating_jax.continual.method import Batch, Learner, Method, Network, Start, TaskData
+from gating_jax.continual.method import Batch, InitialState, LearnerState, Method, Network, TaskData
 from gating_jax.types import Array
 
 
@@ -135,7 +135,7 @@ def _consolidation(network, slots, keep, strength, examples):
     """Initialises the network, with empty slots for Fisher diagonals and anchors."""
     params, batch_stats = network.init(key)
     empty = lambda: jax.tree.map(lambda x: jnp.zeros((slots, *x.shape), x.dtype), params)
-    return Start(params, batch_stats, {"fisher": empty(), "anchor": empty()})
+    return InitialState(params, batch_stats, {"fisher": empty(), "anchor": empty()})
 
   def penalty(params, memory):
     """Computes the penalty over all slots, a scalar."""
@@ -151,7 +151,7 @@ def _consolidation(network, slots, keep, strength, examples):
 
 
 def _fisher_of_task(
-  network: Network, learner: Learner, data: TaskData, key: Array, examples: int
+  network: Network, learner: LearnerState, data: TaskData, key: Array, examples: int
 ) -> Any:
   choice, drawing = jax.random.split(key)
   chosen = np.asarray(jax.random.permutation(choice, len(data.labels)))[:examples]
@@ -212,7 +212,7 @@ def anchored_loss(
   """
 
   def loss(
-    params: Any, learner: Learner, batch: Batch
+    params: Any, learner: LearnerState, batch: Batch
   ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
     """Computes the cross-entropy plus the penalty, a scalar."""
     cross_entropy, (terms, batch_stats) = network.loss(params, learner, batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gating_jax.continual.method import Method, Network, Start
+from gating_jax.continual.method import InitialState, Method, Network
 
 
 def fine_tuning(network: Network, *, joint: bool = False) -> Method:
@@ -16,7 +16,7 @@ def fine_tuning(network: Network, *, joint: bool = False) -> Method:
       all as often.
   """
   return Method(
-    init=lambda key: Start(*network.init(key), ()),
+    init=lambda key: InitialState(*network.init(key), ()),
     loss=network.loss,
     # Nothing is done against forgetting.
     end_task=lambda learner, data, key: learner,

@@ -29,12 +29,12 @@ from flax import traverse_util
 from gating_jax.continual import shared_net
 from gating_jax.continual.method import (
   Batch,
-  Holdings,
-  Learner,
+  Footprint,
+  InitialState,
+  LearnerState,
   Method,
   Prediction,
   Problem,
-  Start,
   TaskData,
   tree_megabytes,
   tree_size,
@@ -236,15 +236,15 @@ class _Hat:
   def method(self) -> Method:
     """Returns the functions as a `Method`."""
     return Method(
-      self.init, self.loss, self.end_task, self.predict, self.gradient, self.update, self.holdings
+      self.init, self.loss, self.end_task, self.predict, self.gradient, self.update, self.footprint
     )
 
-  def init(self, key: Array) -> Start:
+  def init(self, key: Array) -> InitialState:
     """Initialises parameters and statistics, and a cumulative mask `[U]` of 0."""
     params, batch_stats = self._fresh(key)
     records, _ = self.net.shapes
     own = {"params": params["own"], "batch_stats": batch_stats["own"]}
-    return Start(
+    return InitialState(
       params,
       batch_stats,
       {
@@ -254,7 +254,7 @@ class _Hat:
     )
 
   def loss(
-    self, params: Tree, learner: Learner, batch: Batch
+    self, params: Tree, learner: LearnerState, batch: Batch
   ) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
     """Computes the cross-entropy plus the regulariser, at this step's slope."""
     s = slope(batch.place, self.steepness)
@@ -268,12 +268,12 @@ class _Hat:
       batch_stats,
     )
 
-  def gradient(self, grads: Tree, learner: Learner, batch: Batch) -> Tree:
+  def gradient(self, grads: Tree, learner: LearnerState, batch: Batch) -> Tree:
     """Compensates the gradients of embeddings for the slope."""
     s = slope(batch.place, self.steepness)
     return compensated(grads, learner.params, s, self.steepness)
 
-  def update(self, updates: Tree, grads: Tree, learner: Learner) -> tuple[Tree, Tree]:
+  def update(self, updates: Tree, grads: Tree, learner: LearnerState) -> tuple[Tree, Tree]:
     """Scales shared updates by their plasticity and limits the embeddings."""
     # The update, not the gradient: momentum and weight decay would still move used weights.
     free = plasticity(
@@ -282,7 +282,7 @@ class _Hat:
     updates = {**updates, "shared": jax.tree.map(jnp.multiply, updates["shared"], free)}
     return limited(updates, learner.params), learner.memory
 
-  def end_task(self, learner: Learner, data: TaskData, key: Array) -> Learner:
+  def end_task(self, learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
     """Stores the task's own part and adds its mask to the cumulative one."""
     fresh_key, settle_key = jax.random.split(key)
     batch_stats = self._settled(learner, data.pixels, settle_key)
@@ -301,7 +301,7 @@ class _Hat:
       batch_stats={**batch_stats, "own": fresh_stats["own"]},
     )
 
-  def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
+  def predict(self, learner: LearnerState, x: Array, task: Array, seen: int) -> Prediction:
     """Predicts the classes of `[N, H, W, D]` images at the largest slope."""
     own = jax.tree.map(lambda tree: tree[:seen], learner.memory["own"])
     # Embeddings are kept without the slope, which belongs to the pass.
@@ -310,14 +310,14 @@ class _Hat:
     macs = shared_net.macs(stream, self.counts, self.net.problem.classes)
     return shared_net.prediction(self.net.problem, stream.logits, task, macs, macs.sum(0))
 
-  def holdings(self, learner: Learner) -> Holdings:
+  def footprint(self, learner: LearnerState) -> Footprint:
     """Measures the storage of the tasks learnt so far, and the units they use."""
     learnt, records = int(learner.task), self.net.shapes[0]
     own = jax.tree.map(lambda x: x[:learnt], learner.memory["own"]["params"])
     masks = (
       jax.vmap(lambda own: embeddings(own["net"], records))(learner.memory["own"]["params"]) > 0
     )
-    return Holdings(
+    return Footprint(
       # All tasks learnt are in `own`; the part for the next one does not count.
       tree_size((learner.params["shared"], own)),
       tree_megabytes(learner.memory["used"]),
@@ -332,7 +332,7 @@ class _Hat:
     x = jnp.zeros((1, *self.net.problem.shape))
     return masks(self.net.apply(at_slope(params, self.steepness), batch_stats, x).records)
 
-  def _settled(self, learner: Learner, pixels: Array, key: Array) -> Tree:
+  def _settled(self, learner: LearnerState, pixels: Array, key: Array) -> Tree:
     """Computes the running statistics at s_max."""
     # Outside of the mapped step there is no device axis.
     net = dataclasses.replace(self.net, model=self.net.model.clone(axis_name=None))

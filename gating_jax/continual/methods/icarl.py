@@ -27,8 +27,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gating_jax.continual import memory
-from gating_jax.continual.method import Batch, Learner, Method, Network, Prediction, Start, TaskData
+from gating_jax.continual import replay_memory
+from gating_jax.continual.method import (
+  Batch,
+  InitialState,
+  LearnerState,
+  Method,
+  Network,
+  Prediction,
+  TaskData,
+)
 from gating_jax.types import Array, Records
 
 
@@ -56,39 +64,38 @@ class Headed(nn.Module):
     return _unit(self.body(x)[0])
 
 
-def icarl(network: Network, rehearsal: memory.ReplaySettings) -> Method:
+def icarl(network: Network, replay: replay_memory.ReplaySettings) -> Method:
   """Makes the method, for a network whose model is `Headed`.
 
-  Memory: `exemplars`, a `memory.Memory`; `means` `[K, F]`, of the exemplars of each class;
+  Memory: `exemplars`, a `replay_memory.ReplayMemory`; `means` `[K, F]`, of the exemplars of each class;
   `has_mean` `[K]`; `teacher`, parameters and statistics after the last task.
 
   Args:
     network: to train.
-    rehearsal: sizes of the memory and of each draw.
+    replay: sizes of the memory and of each draw.
   Raises:
     ValueError: fewer images than classes.
   """
   problem, model = network.problem, network.model
-  if rehearsal.images < problem.all_classes:
+  if replay.images < problem.all_classes:
     raise ValueError(
-      f"images must be at least {problem.all_classes}, one exemplar per class; "
-      f"got {rehearsal.images}"
+      f"images must be at least {problem.all_classes}, one exemplar per class; got {replay.images}"
     )
 
-  def features(learner: Learner, x: Array) -> Array:
+  def features(learner: LearnerState, x: Array) -> Array:
     """Computes `[N, F]` features of norm 1, in evaluation."""
     return model.apply(
       {"params": learner.params, "batch_stats": learner.batch_stats}, x, method="unit_features"
     )
 
-  def init(key: Array) -> Start:
+  def init(key: Array) -> InitialState:
     """Initialises the network and a memory without exemplars."""
     params, batch_stats = network.init(key)
-    return Start(
+    return InitialState(
       params,
       batch_stats,
       {
-        "exemplars": memory.empty(rehearsal.images, problem.shape),
+        "exemplars": replay_memory.empty(replay.images, problem.shape),
         "means": jnp.zeros((problem.all_classes, params["head"]["kernel"].shape[0])),
         # Classes to come have no mean, and cannot be chosen.
         "has_mean": jnp.zeros(problem.all_classes, bool),
@@ -97,12 +104,12 @@ def icarl(network: Network, rehearsal: memory.ReplaySettings) -> Method:
     )
 
   def loss(
-    params: Any, learner: Learner, batch: Batch
+    params: Any, learner: LearnerState, batch: Batch
   ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
     """Computes the loss on the batch and on exemplars: new classes plus old ones."""
     noise, drawing = jax.random.split(batch.key)
-    x, labels, _, _ = memory.draw_inputs(
-      learner.memory["exemplars"], drawing, batch, problem, rehearsal.batch_size
+    x, labels, _, _ = replay_memory.draw_inputs(
+      learner.memory["exemplars"], drawing, batch, problem, replay.batch_size
     )
     x, labels = jnp.concatenate([batch.x, x]), jnp.concatenate([batch.labels, labels])
     logits, batch_stats = network.train_logits(params, learner.batch_stats, x, noise)
@@ -111,14 +118,14 @@ def icarl(network: Network, rehearsal: memory.ReplaySettings) -> Method:
     new, old = sigmoid_losses(logits, teacher, labels, learner.task, problem.classes)
     return new + old, ({"cross_entropy": new, "distillation": old}, batch_stats)
 
-  def end_task(learner: Learner, data: TaskData, key: Array) -> Learner:
+  def end_task(learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
     """Chooses the task's exemplars by herding, and computes all means again."""
     labels, of_images = np.asarray(data.labels), problem.in_batches(features, learner, data.pixels)
     # Rounded up: a class has at most so many slots.
-    each = -(-rehearsal.images // ((int(learner.task) + 1) * problem.classes))
+    each = -(-replay.images // ((int(learner.task) + 1) * problem.classes))
     places = [np.flatnonzero(labels == c) for c in np.unique(labels)]
     order = np.concatenate([p[herd(of_images[p], each)] for p in places])
-    exemplars = memory.keep_first(
+    exemplars = replay_memory.keep_first(
       learner.memory["exemplars"], np.asarray(data.pixels)[order], labels[order]
     )
     # The features of all classes have changed with this task, so all means are computed again.
@@ -130,7 +137,7 @@ def icarl(network: Network, rehearsal: memory.ReplaySettings) -> Method:
       memory={"exemplars": exemplars, "means": means, "has_mean": has_mean, "teacher": teacher}
     )
 
-  def predict(learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
+  def predict(learner: LearnerState, x: Array, task: Array, seen: int) -> Prediction:
     """Predicts the class of the nearest mean for `[N, H, W, D]` images."""
     scores = nearest_mean(features(learner, x), learner.memory["means"], learner.memory["has_mean"])
     return network.prediction(scores, task, seen)

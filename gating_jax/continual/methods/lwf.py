@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gating_jax.continual.method import Method, Network, Start
+from gating_jax.continual.method import InitialState, Method, Network
 from gating_jax.types import Array
 
 
@@ -39,7 +39,7 @@ def lwf(network: Network, *, weight: float, temperature: float) -> Method:
     """Initialises the network, with a copy of it as the teacher."""
     params, batch_stats = network.init(key)
     # During the first task there is no old head, so any teacher will do.
-    return Start(params, batch_stats, _teacher(params, batch_stats))
+    return InitialState(params, batch_stats, _teacher(params, batch_stats))
 
   def loss(params, learner, batch):
     """Computes the cross-entropy plus the distillation of old heads."""

@@ -27,13 +27,13 @@ import numpy as np
 from gating_jax.continual import shared_net, units
 from gating_jax.continual.method import (
   Batch,
-  Holdings,
-  Learner,
+  Footprint,
+  InitialState,
+  LearnerState,
   Method,
   Network,
   Prediction,
   Problem,
-  Start,
   TaskData,
   TaskNet,
   tree_size,
@@ -93,11 +93,11 @@ def multitask_trunk(network: Network) -> Method:
     return network.prediction(jax.nn.log_softmax(heads).reshape(-1, tasks * classes), task, seen)
 
   return Method(
-    init=lambda key: Start(*network.init(key), ()),
+    init=lambda key: InitialState(*network.init(key), ()),
     loss=loss,
     end_task=lambda learner, data, key: learner,
     predict=predict,
-    together=True,
+    simultaneous=True,
   )
 
 
@@ -129,8 +129,8 @@ class _Multitask:
       self.loss,
       self.end_task,
       self.predict,
-      holdings=self.holdings,
-      together=True,
+      footprint=self.footprint,
+      simultaneous=True,
       task_net=self.task_net if self.settings else None,
     )
 
@@ -139,20 +139,20 @@ class _Multitask:
     """Returns the learning problem."""
     return self.net.problem
 
-  def init(self, key: Array) -> Start:
+  def init(self, key: Array) -> InitialState:
     """Initialises the shared part, and the own parts of all tasks."""
     params, batch_stats = jax.lax.map(self.net.fresh, jax.random.split(key, self.problem.tasks))
     # Own parts for every task, from a key each; of the shared parts only the first.
     of_first = lambda tree: {**tree, "shared": jax.tree.map(lambda x: x[0], tree["shared"])}
     shape = (self.problem.tasks, self.counts.gates)
-    return Start(
+    return InitialState(
       of_first(params),
       of_first(batch_stats),
       {"relevant": jnp.zeros(shape, bool)} if self.settings else {},
     )
 
   def loss(
-    self, params: Tree, learner: Learner, batch: Batch
+    self, params: Tree, learner: LearnerState, batch: Batch
   ) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
     """Computes the sum of all tasks' losses, on `[B T, H, W, D]` images."""
 
@@ -190,7 +190,7 @@ class _Multitask:
       {**learner.batch_stats, "own": own_stats},
     )
 
-  def end_task(self, learner: Learner, data: TaskData, key: Array) -> Learner:
+  def end_task(self, learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
     """Finds the units relevant to each task, on its validation images."""
     if not self.settings:
       return learner
@@ -209,27 +209,27 @@ class _Multitask:
       memory={"relevant": jnp.asarray(np.stack(rates) > self.settings.threshold)}
     )
 
-  def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
+  def predict(self, learner: LearnerState, x: Array, task: Array, seen: int) -> Prediction:
     """Predicts the classes of `[N, H, W, D]` images, with the task known and unknown."""
     stream = self._streams(learner, x)
     macs = shared_net.macs(stream, self.counts, self.problem.classes)
     return shared_net.prediction(self.problem, stream.logits, task, macs, macs.sum(0))
 
-  def holdings(self, learner: Learner) -> Holdings:
+  def footprint(self, learner: LearnerState) -> Footprint:
     """Measures the parameters, and the units that each task needs."""
     params = tree_size(learner.params)
     if not self.settings:
-      return Holdings(params, 0.0)
+      return Footprint(params, 0.0)
     available = np.ones(self.counts.gates, bool)
-    return Holdings(
+    return Footprint(
       params, 0.0, units.used_by(learner.memory["relevant"], available, self.net.shapes[0])
     )
 
-  def task_net(self, learner: Learner, task: Array) -> TaskNet:
+  def task_net(self, learner: LearnerState, task: Array) -> TaskNet:
     """Returns the gated network of a task."""
     own = {"params": learner.params["own"], "batch_stats": learner.batch_stats["own"]}
     return self.net.net_of(learner.params, learner.batch_stats, own, task)
 
-  def _streams(self, learner: Learner, x: Array) -> shared_net.Stream:
+  def _streams(self, learner: LearnerState, x: Array) -> shared_net.TaskForward:
     own = {"params": learner.params["own"], "batch_stats": learner.batch_stats["own"]}
     return self.net.side_by_side(learner.params, learner.batch_stats, own, x)

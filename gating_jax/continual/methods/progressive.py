@@ -24,12 +24,12 @@ from jax import lax
 from gating_jax.continual import shared_net
 from gating_jax.continual.method import (
   Batch,
-  Holdings,
-  Learner,
+  Footprint,
+  InitialState,
+  LearnerState,
   Method,
   Prediction,
   Problem,
-  Start,
   TaskData,
   tree_size,
 )
@@ -61,17 +61,17 @@ class _Progressive:
 
   def method(self) -> Method:
     """Returns the functions as a `Method`."""
-    return Method(self.init, self.loss, self.end_task, self.predict, holdings=self.holdings)
+    return Method(self.init, self.loss, self.end_task, self.predict, footprint=self.footprint)
 
-  def init(self, key: Array) -> Start:
+  def init(self, key: Array) -> InitialState:
     """Initialises the first column, and the memory of all columns."""
     column = self._fresh(key)
-    return Start(
+    return InitialState(
       column["params"], column["batch_stats"], shared_net.stack(column, self.problem.tasks)
     )
 
   def loss(
-    self, params: Tree, learner: Learner, batch: Batch
+    self, params: Tree, learner: LearnerState, batch: Batch
   ) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
     """Computes the cross-entropy of the column being trained, on `[N, H, W, D]` images."""
     before = self._none(len(batch.x))
@@ -93,14 +93,14 @@ class _Progressive:
     terms = shared_net.head_terms(logits, batch.labels, learner.task, self.problem)
     return terms["cross_entropy"], (terms, new.get("batch_stats", {}))
 
-  def end_task(self, learner: Learner, data: TaskData, key: Array) -> Learner:
+  def end_task(self, learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
     """Stores the trained column and initialises the next one."""
     column, fresh = {"params": learner.params, "batch_stats": learner.batch_stats}, self._fresh(key)
     return learner.replace(
       **fresh, memory=shared_net.put(learner.memory, int(learner.task), column)
     )
 
-  def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
+  def predict(self, learner: LearnerState, x: Array, task: Array, seen: int) -> Prediction:
     """Predicts the classes of `[N, H, W, D]` images from the columns of `seen` tasks."""
 
     def one(before, j):
@@ -120,7 +120,7 @@ class _Progressive:
       self.problem, logits, task, aware, every(layers.sum() + heads.sum())[0]
     )
 
-  def holdings(self, learner: Learner) -> Holdings:
+  def footprint(self, learner: LearnerState) -> Footprint:
     """Counts the parameters of the columns learnt.
 
     Every column has adapters for all other columns; of column j only the j that are used count.
@@ -134,7 +134,7 @@ class _Progressive:
     used = learnt * (tree_size(learner.params) - adapters) + learnt * (learnt - 1) // 2 * (
       adapters // places
     )
-    return Holdings(used, 0.0)
+    return Footprint(used, 0.0)
 
   def _fresh(self, key: Array) -> dict[str, Tree]:
     variables = self.column.init(key, jnp.zeros((1, *self.problem.shape)), self._none(1))

@@ -1,11 +1,11 @@
-"""Experience replay: every step also sees images of earlier tasks from an episodic memory.
+"""Methods that replay images of earlier tasks from an episodic memory: ER, DER++ and A-GEM.
+
+Experience replay: every step also sees images of earlier tasks.
 
     L = mean of CE over the batch and the draw together
 
 Both go through the network as one batch, so that BatchNorm normalises new and old images alike, in
 training and in the test. With one pass for each, its running statistics would fit neither.
-
-Reference: Chaudhry et al., "On tiny episodic memories in continual learning", 2019.
 
 DER++: replay with a penalty on the change of stored logits.
 
@@ -15,12 +15,18 @@ DER++: replay with a penalty on the change of stored logits.
 Here z* are the logits stored with each image. The mean square is over the classes that had been
 seen when z* was stored: the logits of later classes were not trained then. The paper stores z*
 during the task, when images enter its reservoir; here it is at the end of the image's own task,
-when the memory is filled.
+when the memory is filled. All three parts go through the network as one batch, as in ER.
 
-All three parts go through the network as one batch, for the reason given in `methods.replay`.
+A-GEM: steps that do not increase the loss on the memory, to first order.
+
+    g <- g - (g.r / r.r) r   where g.r < 0
+
+Here g is the gradient on the batch and r that on images drawn from the memory.
 
 Axes: S slots, R replayed examples, K classes.
-Reference: Buzzega et al., "Dark experience for general continual learning", 2020.
+Reference: Chaudhry et al., "On tiny episodic memories in continual learning", 2019; Buzzega et al.,
+"Dark experience for general continual learning", 2020; Chaudhry et al., "Efficient lifelong
+learning with A-GEM", 2019.
 """
 
 from __future__ import annotations
@@ -30,33 +36,35 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from gating_jax.continual import memory
-from gating_jax.continual.method import Batch, Learner, Method, Network, Start, TaskData
+from gating_jax.continual import replay_memory
+from gating_jax.continual.method import Batch, InitialState, LearnerState, Method, Network, TaskData
+from gating_jax.training.devices import value_and_grad_over_devices
 from gating_jax.types import Array
 
 
-def er(network: Network, rehearsal: memory.ReplaySettings) -> Method:
-  """Makes the method; its memory is a `memory.Memory`.
+def er(network: Network, replay: replay_memory.ReplaySettings) -> Method:
+  """Makes the method; its memory is a `replay_memory.ReplayMemory`.
 
   Args:
     network: to train.
-    rehearsal: sizes of the memory and of each draw.
+    replay: sizes of the memory and of each draw.
   """
   problem = network.problem
 
-  def init(key: Array) -> Start:
+  def init(key: Array) -> InitialState:
     """Initialises the network and an empty memory."""
-    return Start(*network.init(key), memory.empty(rehearsal.images, problem.shape))
+    return InitialState(*network.init(key), replay_memory.empty(replay.images, problem.shape))
 
   def loss(
-    params: Any, learner: Learner, batch: Batch
+    params: Any, learner: LearnerState, batch: Batch
   ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
     """Computes the mean cross-entropy over the batch and the replayed images."""
     noise, drawing = jax.random.split(batch.key)
     # Before the first task ends these are examples of the batch itself.
-    x, labels, _, _ = memory.draw_inputs(
-      learner.memory, drawing, batch, problem, rehearsal.batch_size
+    x, labels, _, _ = replay_memory.draw_inputs(
+      learner.memory, drawing, batch, problem, replay.batch_size
     )
     # One batch, for BatchNorm.
     x, labels = jnp.concatenate([batch.x, x]), jnp.concatenate([batch.labels, labels])
@@ -66,21 +74,23 @@ def er(network: Network, rehearsal: memory.ReplaySettings) -> Method:
     # The loss is a mean over all images; the two means are metrics.
     return jnp.mean(each), ({"cross_entropy": jnp.mean(new), "replay": jnp.mean(old)}, batch_stats)
 
-  def end_task(learner: Learner, data: TaskData, key: Array) -> Learner:
+  def end_task(learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
     """Adds the task's images to the memory."""
-    return learner.replace(memory=memory.share(learner.memory, data.pixels, data.labels, key))
+    return learner.replace(
+      memory=replay_memory.add_task(learner.memory, data.pixels, data.labels, key)
+    )
 
   return Method(init, loss, end_task, network.predict)
 
 
 def derpp(
-  network: Network, rehearsal: memory.ReplaySettings, *, alpha: float, beta: float
+  network: Network, replay: replay_memory.ReplaySettings, *, alpha: float, beta: float
 ) -> Method:
-  """Makes the method; its memory is a `memory.Memory` with logits `[S, K]`.
+  """Makes the method; its memory is a `replay_memory.ReplayMemory` with logits `[S, K]`.
 
   Args:
     network: to train.
-    rehearsal: sizes of the memory and of each of the two draws.
+    replay: sizes of the memory and of each of the two draws.
     alpha, beta: weights of the stored logits and of the labels, >= 0.
   Raises:
     ValueError: a negative weight.
@@ -90,18 +100,20 @@ def derpp(
       raise ValueError(f"{name} must be >= 0; got {value}")
   problem = network.problem
 
-  def init(key: Array) -> Start:
+  def init(key: Array) -> InitialState:
     """Initialises the network and an empty memory with logits `[S, K]`."""
-    logits = jnp.zeros((rehearsal.images, problem.all_classes))
-    return Start(*network.init(key), memory.empty(rehearsal.images, problem.shape, logits))
+    logits = jnp.zeros((replay.images, problem.all_classes))
+    return InitialState(
+      *network.init(key), replay_memory.empty(replay.images, problem.shape, logits)
+    )
 
   def loss(
-    params: Any, learner: Learner, batch: Batch
+    params: Any, learner: LearnerState, batch: Batch
   ) -> tuple[Array, tuple[Mapping[str, Array], Any]]:
     """Returns the loss of a step, a scalar, with its terms and the new statistics."""
     noise, one, other = jax.random.split(batch.key, 3)
-    drawn = lambda key: memory.draw_inputs(
-      learner.memory, key, batch, problem, rehearsal.batch_size
+    drawn = lambda key: replay_memory.draw_inputs(
+      learner.memory, key, batch, problem, replay.batch_size
     )
     # The paper has independent draws for the two terms.
     (x1, labels1, stored, filled), (x2, labels2, _, _) = drawn(one), drawn(other)
@@ -122,7 +134,7 @@ def derpp(
       batch_stats,
     )
 
-  def end_task(learner: Learner, data: TaskData, key: Array) -> Learner:
+  def end_task(learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
     """Adds the task's images and their logits to the memory."""
     # z* of every image, before it is known which the memory keeps.
     logits = problem.in_batches(
@@ -131,7 +143,7 @@ def derpp(
       data.pixels,
     )
     return learner.replace(
-      memory=memory.share(learner.memory, data.pixels, data.labels, key, logits)
+      memory=replay_memory.add_task(learner.memory, data.pixels, data.labels, key, logits)
     )
 
   return Method(init, loss, end_task, network.predict)
@@ -147,3 +159,56 @@ def squared_gap(logits: Array, stored: Array, counted: Array) -> Array:
     a scalar, the mean over the R examples.
   """
   return jnp.mean(jnp.mean(jnp.square(logits - stored), axis=-1, where=counted))
+
+
+def agem(network: Network, replay: replay_memory.ReplaySettings) -> Method:
+  """Makes the method; its memory is a `replay_memory.ReplayMemory`.
+
+  Args:
+    network: to train.
+    replay: sizes of the memory and of each draw.
+  """
+  problem = network.problem
+
+  def init(key: Array) -> InitialState:
+    """Initialises the network and an empty memory."""
+    return InitialState(*network.init(key), replay_memory.empty(replay.images, problem.shape))
+
+  def gradient(grads: Any, learner: LearnerState, batch: Batch) -> Any:
+    """Removes the part of the gradient that would increase the loss on the memory."""
+    noise, drawing = jax.random.split(batch.key)
+    x, labels, _, filled = replay_memory.draw_inputs(
+      learner.memory, drawing, batch, problem, replay.batch_size
+    )
+    remembered = batch._replace(x=x, labels=labels, key=noise)
+    loss = lambda params: network.loss(params, learner, remembered)[0]
+    # r: the gradient on the memory, over all devices as g is.
+    _, reference = value_and_grad_over_devices(loss, problem.axis_name)(learner.params)
+    # An empty memory constrains nothing.
+    return jax.tree.map(lambda g, p: jnp.where(filled, p, g), grads, project(grads, reference))
+
+  def end_task(learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
+    """Adds the task's images to the memory."""
+    return learner.replace(
+      memory=replay_memory.add_task(learner.memory, data.pixels, data.labels, key)
+    )
+
+  return Method(init, network.loss, end_task, network.predict, gradient=gradient)
+
+
+def project(gradient: Any, reference: Any) -> Any:
+  """Removes from a gradient its part against a reference.
+
+  A gradient without such a part is returned unchanged.
+
+  Args:
+    gradient, reference: trees of the same arrays.
+
+  >>> project(jnp.array([1.0, -2.0]), jnp.array([0.0, 3.0])).tolist()
+  [1.0, 0.0]
+  """
+  # g <- g - (g.r / r.r) r where g.r < 0; a reference of 0 changes nothing.
+  along = optax.tree.vdot(gradient, reference)
+  square = optax.tree.vdot(reference, reference)
+  share = jnp.where(along < 0, along / jnp.where(square > 0, square, 1.0), 0.0)
+  return jax.tree.map(lambda g, r: g - share * r, gradient, reference)

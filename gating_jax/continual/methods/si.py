@@ -18,7 +18,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from gating_jax.continual.method import Method, Network, Start
+from gating_jax.continual.method import InitialState, Method, Network
 from gating_jax.continual.methods.ewc import anchored_loss, weighted_distance
 
 
@@ -44,7 +44,9 @@ def si(network: Network, *, strength: float, damping: float) -> Method:
     zeros = lambda: jax.tree.map(jnp.zeros_like, params)
     # A step donates its buffers: anchor and parameters must not be one buffer.
     anchor = jax.tree.map(jnp.copy, params)
-    return Start(params, batch_stats, {"path": zeros(), "importance": zeros(), "anchor": anchor})
+    return InitialState(
+      params, batch_stats, {"path": zeros(), "importance": zeros(), "anchor": anchor}
+    )
 
   def penalty(params, memory):
     """Computes the penalty on the distance to the anchor, a scalar."""

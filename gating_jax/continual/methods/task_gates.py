@@ -27,24 +27,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.checks import one_of
-from gating_jax.continual import memory as replay_memory
-from gating_jax.continual import shared_net, task_inference, units
+from gating_jax.continual import replay_memory, shared_net, task_inference, units
 from gating_jax.continual.method import (
   Batch,
-  Holdings,
-  Learner,
+  Footprint,
+  InitialState,
+  LearnerState,
   Method,
   Network,
   Prediction,
   Problem,
-  Start,
   TaskData,
   TaskNet,
   tree_megabytes,
   tree_size,
 )
-from gating_jax.continual.rehearsal import Rehearsal, make_prelude
-from gating_jax.continual.task_inference import OfFeatures, OfNetwork, TaskClassifier
+from gating_jax.continual.rehearsal import Rehearsal, make_pretrain_step
+from gating_jax.continual.task_inference import FeatureClassifier, NetworkClassifier, TaskClassifier
 from gating_jax.layers.gate import GATE_RNG
 from gating_jax.models.summary import ModelCounts
 from gating_jax.training.closing import CLOSED, closed_share
@@ -91,7 +90,7 @@ def task_gates(
   counts: ModelCounts,
   settings: TaskGatesSettings,
   rehearsal: Rehearsal | None = None,
-  router_settings: task_inference.RouterSettings | None = None,
+  classifier_settings: task_inference.TaskClassifierSettings | None = None,
   network: Network | None = None,
   distillation: float = 0.0,
 ) -> Method:
@@ -105,7 +104,7 @@ def task_gates(
     rehearsal: memory for the task classifier, for task inference. With None there is no classifier,
       and the class with the highest probability of all heads is taken.
     router_settings: of a classifier on the features of all streams.
-    network: of all classes, to be the task classifier instead; see `task_inference.OfNetwork`. It
+    network: of all classes, to be the task classifier instead; see `task_inference.NetworkClassifier`. It
       is trained together with the streams, under one bound on the gradient's norm.
     distillation: w, the weight with which such a network teaches the current task's stream, >= 0.
   Raises:
@@ -119,11 +118,11 @@ def task_gates(
     raise ValueError("a network for task inference needs images of earlier tasks; got no rehearsal")
   classifier = None
   if network is not None:
-    classifier = OfNetwork(rehearsal, network, distillation)
+    classifier = NetworkClassifier(rehearsal, network, distillation)
   elif rehearsal is not None:
-    if router_settings is None:
+    if classifier_settings is None:
       raise ValueError("rehearsal without a network needs router_settings; got None")
-    classifier = OfFeatures(net, rehearsal, router_settings)
+    classifier = FeatureClassifier(net, rehearsal, classifier_settings)
   gates = _TaskGates(net, counts, settings, classifier)
   return Method(
     gates.init,
@@ -131,9 +130,9 @@ def task_gates(
     gates.end_task,
     gates.predict,
     update=gates.update,
-    holdings=gates.holdings,
-    check_room=gates.check_room,
-    prelude=make_prelude(rehearsal, problem),
+    footprint=gates.footprint,
+    check_capacity=gates.check_capacity,
+    pretrain_step=make_pretrain_step(rehearsal, problem),
     task_net=gates.task_net,
   )
 
@@ -158,7 +157,7 @@ class _TaskGates:
     """Returns the learning problem."""
     return self.net.problem
 
-  def init(self, key: Array) -> Start:
+  def init(self, key: Array) -> InitialState:
     """Initialises parameters, statistics and memory."""
     records, _ = self.net.shapes
     # The network has its last width; layers begin with a part of it.
@@ -177,10 +176,10 @@ class _TaskGates:
       memory["rehearsal"] = self.classifier.rehearsal.init(keys[2])
       params["router"], of_classifier = self.classifier.init(keys[1])
       batch_stats |= of_classifier
-    return Start(params, batch_stats, memory)
+    return InitialState(params, batch_stats, memory)
 
   def loss(
-    self, params: Tree, learner: Learner, batch: Batch
+    self, params: Tree, learner: LearnerState, batch: Batch
   ) -> tuple[Array, tuple[Mapping[str, Array], Tree]]:
     """Computes the loss of the current task's stream and of the task classifier."""
     noise, drawing = jax.random.split(batch.key)
@@ -210,7 +209,7 @@ class _TaskGates:
       )
     return total, (terms, batch_stats)
 
-  def update(self, updates: Tree, grads: Tree, learner: Learner) -> tuple[Tree, Tree]:
+  def update(self, updates: Tree, grads: Tree, learner: LearnerState) -> tuple[Tree, Tree]:
     """Zeroes the updates of frozen filters and of later tasks' classifier weights."""
     updates = dict(updates)
     if self.classifier is not None:
@@ -222,7 +221,7 @@ class _TaskGates:
       updates["shared"] = jax.tree.map(still, updates["shared"], learner.memory["frozen"])
     return updates, learner.memory
 
-  def end_task(self, learner: Learner, data: TaskData, key: Array) -> Learner:
+  def end_task(self, learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
     """Freezes the relevant filters, closes the other gates and prepares the next task."""
     task, memory = int(learner.task), learner.memory
     records, _ = self.net.shapes
@@ -237,7 +236,7 @@ class _TaskGates:
     own_key, key = jax.random.split(key)
     fresh, fresh_stats = self._fresh(own_key, available)
     # Irrelevant filters are free for the next task, and start as any fresh filter does.
-    shared = units.begin_anew(frozen, learner.params["shared"], fresh["shared"])
+    shared = units.reinitialise_free(frozen, learner.params["shared"], fresh["shared"])
     memory = memory | {
       "own": shared_net.put(
         memory["own"], task, {"params": own, "batch_stats": learner.batch_stats["own"]}
@@ -253,20 +252,20 @@ class _TaskGates:
     )
     return learner if self.classifier is None else self._rehearse(learner, data, key)
 
-  def predict(self, learner: Learner, x: Array, task: Array, seen: int) -> Prediction:
+  def predict(self, learner: LearnerState, x: Array, task: Array, seen: int) -> Prediction:
     """Predicts the classes of `[N, H, W, D]` images, with the task known and unknown."""
     stream = self._streams(learner, x, seen)
     macs = shared_net.macs(stream, self.counts, self.problem.classes)
     if self.classifier is None:
       return shared_net.prediction(self.problem, stream.logits, task, macs, macs.sum(0))
-    told = self.classifier.tell(learner, x, stream, macs)
+    inferred = self.classifier.infer_task(learner, x, stream, macs)
     # Only classes of the inferred task compete.
-    chosen = (jnp.arange(seen)[:, None] == told.task)[..., None]
+    chosen = (jnp.arange(seen)[:, None] == inferred.task)[..., None]
     # log q(c|x) + log p_t*(c|x), or log p_t*(c|x) alone, as the classifier has it.
-    scores = jnp.where(chosen, jax.nn.log_softmax(stream.logits) + told.scores, -jnp.inf)
-    return shared_net.prediction(self.problem, stream.logits, task, macs, told.macs, scores)
+    scores = jnp.where(chosen, jax.nn.log_softmax(stream.logits) + inferred.scores, -jnp.inf)
+    return shared_net.prediction(self.problem, stream.logits, task, macs, inferred.macs, scores)
 
-  def holdings(self, learner: Learner) -> Holdings:
+  def footprint(self, learner: LearnerState) -> Footprint:
     """Measures the storage of the tasks learnt so far, and the units they need."""
     learnt, memory, records = int(learner.task), learner.memory, self.net.shapes[0]
     # Entries of later tasks are initial values, and nothing needs them.
@@ -274,19 +273,19 @@ class _TaskGates:
     images = 0.0
     if self.classifier is not None:
       images = self.classifier.rehearsal.megabytes(memory["rehearsal"], learnt)
-    return Holdings(
+    return Footprint(
       # The own part in `params` is for the next task; filters not grown to yet do not count.
       params=tree_size((own["params"], {k: v for k, v in learner.params.items() if k != "own"}))
-      - units.waiting(shared, records, np.asarray(memory["available"])),
+      - units.unallocated_params(shared, records, np.asarray(memory["available"])),
       memory_mb=tree_megabytes((memory["frozen"], memory["relevant"])) + images,
       relevant=units.used_by(memory["relevant"], memory["available"], records),
     )
 
-  def task_net(self, learner: Learner, task: Array) -> TaskNet:
+  def task_net(self, learner: LearnerState, task: Array) -> TaskNet:
     """Returns the gated network of a learnt task."""
     return self.net.net_of(learner.params, learner.batch_stats, learner.memory["own"], task)
 
-  def _rehearse(self, learner: Learner, data: TaskData, key: Array) -> Learner:
+  def _rehearse(self, learner: LearnerState, data: TaskData, key: Array) -> LearnerState:
     """Ends the training of the task classifier and keeps what is rehearsed later."""
     memory, task = learner.memory, int(learner.task)
     of_classifier, keeping = jax.random.split(key)
@@ -302,12 +301,12 @@ class _TaskGates:
     net = units.shut(params["own"]["net"], self.net.shapes[0], available)
     return {**params, "own": {**params["own"], "net": net}}, batch_stats
 
-  def _streams(self, learner: Learner, x: Array, seen: int) -> shared_net.Stream:
+  def _streams(self, learner: LearnerState, x: Array, seen: int) -> shared_net.TaskForward:
     """Runs all tasks learnt, as `SharedNet.side_by_side` does."""
     own = jax.tree.map(lambda tree: tree[:seen], learner.memory["own"])
     return self.net.side_by_side(learner.params, learner.batch_stats, own, x)
 
-  def _open_rates(self, learner: Learner, pixels: Array) -> np.ndarray:
+  def _open_rates(self, learner: LearnerState, pixels: Array) -> np.ndarray:
     """Computes the fraction of images for which each gate of the current task opens, `[U]`."""
     gates = lambda learner, x: units.joined(
       self.net.apply(learner.params, learner.batch_stats, x).records
@@ -333,7 +332,7 @@ class _TaskGates:
       allocated=self.settings.allocated(self.problem.tasks),
     )
 
-  def check_room(self, learner: Learner) -> None:
+  def check_capacity(self, learner: LearnerState) -> None:
     """Raises FullLayerError if some layer has no free unit for the next task.
 
     There is no error after the last task, or with `when_full="reuse"`.

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from gating_jax.continual.generators import masked as masked_generator
-from gating_jax.continual.generators import shared, wgan
+from gating_jax.continual.generators import protections, shared, wgan
 from gating_jax.continual.method import Batch, Problem
 from gating_jax.continual.methods import dgm, hat
 from gating_jax.continual.rehearsal import Rehearsal, Replay
@@ -37,7 +36,7 @@ fresh = functools.cache(
 
 
 def masked(**changes):
-  return masked_generator.masked(
+  return protections.masked(
     GENERATOR, PROBLEM.tasks, **{"steps": STEPS, "steepness": STEEPNESS, "sparsity": 0.5, **changes}
   )
 

@@ -3,7 +3,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gating_jax.continual.memory import EMPTY, ReplaySettings
 from gating_jax.continual.methods.icarl import (
   Headed,
   class_means,
@@ -12,6 +11,7 @@ from gating_jax.continual.methods.icarl import (
   nearest_mean,
   sigmoid_losses,
 )
+from gating_jax.continual.replay_memory import EMPTY, ReplaySettings
 from tests.helpers import toy
 
 

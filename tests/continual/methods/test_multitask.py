@@ -183,7 +183,7 @@ def test_units_are_relevant_to_the_tasks_whose_gates_open_on_their_own_images():
     learner, data._replace(validation_pixels=data.pixels, validation_labels=data.labels), None
   )
   np.testing.assert_array_equal(ended.memory["relevant"], kept)
-  used = made.holdings(ended).relevant
+  used = made.footprint(ended).relevant
   np.testing.assert_array_equal(np.concatenate(list(used.values()), axis=1), kept)
   assert metrics.gate_overlap(np.concatenate(list(used.values()), axis=1))[0, 1] == 1 / 7
   x = tiny_tasks.problem().normalise(data.pixels)

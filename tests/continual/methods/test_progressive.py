@@ -91,7 +91,7 @@ def test_parameters_are_those_of_the_columns_and_of_adapters_to_earlier_ones(kin
     )
 
   for tasks in (1, 2, 3):
-    assert method(kind).holdings(after(kind, tasks)).params == sum(
+    assert method(kind).footprint(after(kind, tasks)).params == sum(
       size(before) for before in range(tasks)
     )
 

@@ -4,20 +4,19 @@ import jax
 import numpy as np
 import pytest
 
-from gating_jax.continual import memory
-from gating_jax.continual.methods.agem import agem
+from gating_jax.continual import replay_memory
 from gating_jax.continual.methods.fine_tuning import fine_tuning
 from gating_jax.continual.methods.icarl import Headed, icarl
-from gating_jax.continual.methods.replay import derpp, er
+from gating_jax.continual.methods.replay import agem, derpp, er
 from tests.helpers import toy
 from tests.helpers.tiny import relative_gap
 
-REHEARSAL = memory.ReplaySettings(images=9, batch_size=8)
+REPLAY = replay_memory.ReplaySettings(images=9, batch_size=8)
 METHODS = {
-  "er": lambda net: er(net, REHEARSAL),
-  "derpp": lambda net: derpp(net, REHEARSAL, alpha=0.5, beta=0.5),
-  "agem": lambda net: agem(net, REHEARSAL),
-  "icarl": lambda net: icarl(net, REHEARSAL),
+  "er": lambda net: er(net, REPLAY),
+  "derpp": lambda net: derpp(net, REPLAY, alpha=0.5, beta=0.5),
+  "agem": lambda net: agem(net, REPLAY),
+  "icarl": lambda net: icarl(net, REPLAY),
 }
 every = pytest.mark.parametrize("name", METHODS)
 
@@ -41,7 +40,7 @@ def test_memory_holds_its_share_of_every_class_and_no_shape_changes(name):
     learner = toy.end_task(method, learner, toy.images(task))
     assert shapes() == first
     labels = np.asarray(episodes(name, learner).labels)
-    assert len(labels) == REHEARSAL.images
+    assert len(labels) == REPLAY.images
     shares.append(np.bincount(labels, minlength=6).tolist())
   assert shares == [[5, 4, 0, 0, 0, 0], [3, 2, 2, 2, 0, 0], [2, 2, 2, 1, 1, 1]]
 

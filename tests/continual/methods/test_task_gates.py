@@ -12,12 +12,12 @@ import pytest
 from flax import traverse_util
 
 from gating_jax.continual import rehearsal, task_inference, training
-from gating_jax.continual.memory import ReplaySettings
-from gating_jax.continual.method import Batch, Learner, Network, Problem, Table, TaskData
+from gating_jax.continual.method import Batch, LearnerState, Network, Problem, Table, TaskData
 from gating_jax.continual.methods.task_gates import FullLayerError, TaskGatesSettings, task_gates
 from gating_jax.continual.rehearsal import episodic
+from gating_jax.continual.replay_memory import ReplaySettings
 from gating_jax.continual.shared_net import SharedNet
-from gating_jax.continual.task_inference import RouterSettings
+from gating_jax.continual.task_inference import TaskClassifierSettings
 from gating_jax.continual.units import freeze
 from gating_jax.layers.gate import GATE_RNG, GateSettings
 from gating_jax.models.resnet import ResNet
@@ -90,7 +90,7 @@ class Run:
     @jax.jit
     def init(key):
       start = self.method.init(key)
-      return Learner(
+      return LearnerState(
         jnp.zeros((), jnp.int32),
         jnp.zeros((), jnp.int32),
         *start[:2],
@@ -226,14 +226,14 @@ def test_units_that_are_not_relevant_never_open_again():
 
 def test_a_full_layer_is_an_error_that_names_it():
   run = Run("vgg", when_full="error", threshold=0.0, sparsity=0.0)
-  run.method.check_room(run.learner)
+  run.method.check_capacity(run.learner)
   run.learn(0)  # what was learnt is kept
   message = (
     r"after task 1 of 3 no unit is free for the next task in layer1/conv/conv, layer2/conv/conv; "
     r"in a new workdir, a larger"
   )
   with pytest.raises(FullLayerError, match=message):
-    run.method.check_room(run.learner)
+    run.method.check_capacity(run.learner)
 
 
 # Units that are made by layer, and the parameters of a filter of each, a projection's included.
@@ -254,9 +254,9 @@ def test_a_full_layer_grows_and_nothing_is_forgotten(name, made, filters):
     run.learn(task)
     shares.append(float(run.metrics["sparsity"]))
     open_units.append(
-      [units.shape[1] for units in run.method.holdings(run.learner).relevant.values()]
+      [units.shape[1] for units in run.method.footprint(run.learner).relevant.values()]
     )
-    params.append(run.method.holdings(run.learner).params)
+    params.append(run.method.footprint(run.learner).params)
     there = np.concatenate([np.arange(n) < n * (2 + task) // 4 for n in made])
     assert not np.asarray(run.learner.memory["relevant"])[task][~there].any()
     logits = run.logits(0, 256) if logits is None else logits
@@ -282,7 +282,7 @@ def test_the_task_is_told_from_the_streams_and_costs_all_of_them():
   run = Run(
     "vgg",
     episodic(PROBLEM, ReplaySettings(30, 32)),
-    RouterSettings(hidden=16, steps=400, batch_size=32, learning_rate=1e-2),
+    TaskClassifierSettings(hidden=16, steps=400, batch_size=32, learning_rate=1e-2),
   )
   run.learn(0)
   logits = run.logits(0, 256)
@@ -437,7 +437,9 @@ def test_the_loss_of_the_classifier_of_tasks_by_hand(weight):
   replayed = rehearsal.Replay(PROBLEM.normalise(old[0]), jnp.asarray(old[1]), weight)
   made = dataclasses.replace(episodic(PROBLEM, ReplaySettings(30, 16)), replay=lambda *_: replayed)
   run = Run(
-    "simple_cnn", made, RouterSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2)
+    "simple_cnn",
+    made,
+    TaskClassifierSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2),
   )
   run.learn(0)
   learner, net = run.learner, SharedNet(MODELS["simple_cnn"], PROBLEM)
@@ -472,7 +474,7 @@ def test_what_the_classifier_has_for_tasks_to_come_waits_as_it_was_made():
   run = Run(
     "vgg",
     episodic(PROBLEM, ReplaySettings(30, 32)),
-    RouterSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2),
+    TaskClassifierSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2),
   )
   later = lambda: jax.device_get(
     {
@@ -491,7 +493,7 @@ def test_the_classifier_of_tasks_is_trained_with_the_task_and_sees_every_stream(
   run = Run(
     "vgg",
     episodic(PROBLEM, ReplaySettings(30, 32)),
-    RouterSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2),
+    TaskClassifierSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2),
     sparsity=0.0,
   )
   run.learn(0)
@@ -515,7 +517,7 @@ def test_the_classifier_of_tasks_is_trained_with_the_task_and_sees_every_stream(
 
 def test_what_it_holds_is_counted():
   *_, run, middle = learnt("vgg")
-  held, first = run.method.holdings(run.learner), run.method.holdings(middle)
+  held, first = run.method.footprint(run.learner), run.method.footprint(middle)
   own = sum(x.size for x in jax.tree.leaves(run.learner.params["own"]))
   assert held.params - first.params == (TASKS - 1) * own
   assert {layer: units.shape for layer, units in held.relevant.items()} == {
@@ -549,7 +551,9 @@ def test_settings_are_checked(field, value, message):
 )
 def test_two_devices_take_the_step_of_one(rehearsed, network):
   settings = (
-    RouterSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2) if rehearsed else None
+    TaskClassifierSettings(hidden=16, steps=10, batch_size=32, learning_rate=1e-2)
+    if rehearsed
+    else None
   )
   remembering = lambda problem: episodic(problem, ReplaySettings(30, 32)) if rehearsed else None
   run = Run("vgg", remembering(PROBLEM), settings, network)

@@ -47,7 +47,7 @@ class ReplaySettings:
         raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
 
 
-class Memory(struct.PyTreeNode):
+class ReplayMemory(struct.PyTreeNode):
   """A memory of labelled images.
 
   Attributes:
@@ -61,7 +61,7 @@ class Memory(struct.PyTreeNode):
   extra: Any = ()
 
 
-def empty(slots: int, shape: tuple[int, ...], extra: Any = ()) -> Memory:
+def empty(slots: int, shape: tuple[int, ...], extra: Any = ()) -> ReplayMemory:
   """Creates an empty memory.
 
   Args:
@@ -73,10 +73,14 @@ def empty(slots: int, shape: tuple[int, ...], extra: Any = ()) -> Memory:
   """
   if slots < 1:
     raise ValueError(f"the size of the replay memory must be >= 1; got {slots}")
-  return Memory(jnp.zeros((slots, *shape), jnp.uint8), jnp.full(slots, EMPTY, jnp.int32), extra)
+  return ReplayMemory(
+    jnp.zeros((slots, *shape), jnp.uint8), jnp.full(slots, EMPTY, jnp.int32), extra
+  )
 
 
-def share(memory: Memory, pixels: Any, labels: Any, key: Array, extra: Any = ()) -> Memory:
+def add_task(
+  memory: ReplayMemory, pixels: Any, labels: Any, key: Array, extra: Any = ()
+) -> ReplayMemory:
   """Adds a finished task; every class has the same number of slots, to within one.
 
   The images of each class are chosen at random.
@@ -92,8 +96,8 @@ def share(memory: Memory, pixels: Any, labels: Any, key: Array, extra: Any = ())
   return keep_first(memory, *jax.tree.map(lambda x: np.asarray(x)[order], (pixels, labels, extra)))
 
 
-def keep_first(memory: Memory, pixels: Any, labels: Any, extra: Any = ()) -> Memory:
-  """Adds a finished task as `share` does, with the first images of every class.
+def keep_first(memory: ReplayMemory, pixels: Any, labels: Any, extra: Any = ()) -> ReplayMemory:
+  """Adds a finished task as `add_task` does, with the first images of every class.
 
   Args:
     memory: with the earlier tasks.
@@ -113,7 +117,9 @@ def keep_first(memory: Memory, pixels: Any, labels: Any, extra: Any = ()) -> Mem
     np.concatenate([x[chosen], np.full((free, *x.shape[1:]), value, x.dtype)])
   )
   pixels, labels, extra = offered
-  return Memory(fill(pixels, 0), fill(labels, EMPTY), jax.tree.map(lambda x: fill(x, 0), extra))
+  return ReplayMemory(
+    fill(pixels, 0), fill(labels, EMPTY), jax.tree.map(lambda x: fill(x, 0), extra)
+  )
 
 
 def even_choice(labels: np.ndarray, count: int) -> np.ndarray:
@@ -133,8 +139,8 @@ def even_choice(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def draw(
-  memory: Memory, key: Array, count: int, *, axis_name: Hashable | None = None
-) -> tuple[Memory, Array]:
+  memory: ReplayMemory, key: Array, count: int, *, axis_name: Hashable | None = None
+) -> tuple[ReplayMemory, Array]:
   """Draws entries with replacement, every filled slot with the same probability.
 
   Which entries are drawn does not depend on the number of devices.
@@ -145,7 +151,7 @@ def draw(
     count: entries over all devices, a multiple of their number.
     axis_name: mapped device axis, if any.
   Returns:
-    this device's entries, a `Memory` of `[R, ...]`, and whether the memory holds any; if not, the
+    this device's entries, a `ReplayMemory` of `[R, ...]`, and whether the memory holds any; if not, the
       entries are empty slots.
   Raises:
     ValueError: `count` is not a multiple of the number of devices.
@@ -192,7 +198,7 @@ def part(tree: Any, new: int, replayed: int) -> tuple[Any, Any]:
 
 
 def draw_inputs(
-  memory: Memory, key: Array, batch: Batch, problem: Problem, count: int
+  memory: ReplayMemory, key: Array, batch: Batch, problem: Problem, count: int
 ) -> tuple[Array, Array, Any, Array]:
   """Draws entries as network input, augmented as in training.
 

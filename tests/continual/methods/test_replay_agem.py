@@ -4,13 +4,13 @@ import numpy as np
 import optax
 import pytest
 
-from gating_jax.continual.memory import ReplaySettings
 from gating_jax.continual.method import Batch
-from gating_jax.continual.methods.agem import agem, project
+from gating_jax.continual.methods.replay import agem, project
+from gating_jax.continual.replay_memory import ReplaySettings
 from gating_jax.ops.collectives import mean_over_devices
 from tests.helpers import toy
 
-REHEARSAL = ReplaySettings(images=8, batch_size=8)
+REPLAY = ReplaySettings(images=8, batch_size=8)
 GRADIENT = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[3.0]])}
 AGAINST = {"a": jnp.array([0.0, 1.0]), "b": jnp.array([[-1.0]])}  # g.r = -5, r.r = 2
 ALONG = jax.tree.map(jnp.negative, AGAINST)
@@ -57,7 +57,7 @@ def memory_gradient(learner):
 
 
 def test_without_a_memory_the_gradient_stays():
-  method = agem(toy.network(), REHEARSAL)
+  method = agem(toy.network(), REPLAY)
   learner = toy.start(method)
   grads = jax.tree.map(
     lambda x: -x, jax.grad(lambda p: method.loss(p, learner, batch(0))[0])(learner.params)
@@ -83,8 +83,8 @@ def test_the_gradient_no_longer_raises_the_loss_on_what_is_remembered():
 
 @pytest.mark.slow
 def test_the_reference_is_of_the_images_of_all_devices():
-  method = agem(toy.network("devices"), REHEARSAL)
-  learner = toy.end_task(method, toy.start(agem(toy.network(), REHEARSAL)), toy.images(0))
+  method = agem(toy.network("devices"), REPLAY)
+  learner = toy.end_task(method, toy.start(agem(toy.network(), REPLAY)), toy.images(0))
   conflicting = jax.tree.map(lambda r: -3 * r, memory_gradient(learner))
   halves = lambda x: x.reshape(2, -1, *x.shape[1:])
   b = batch(1)
@@ -94,7 +94,7 @@ def test_the_reference_is_of_the_images_of_all_devices():
     return method.gradient(mean_over_devices(conflicting, "devices"), learner, part)
 
   both = jax.vmap(on_device, axis_name="devices")(halves(b.x), halves(b.labels))
-  alone = agem(toy.network(), REHEARSAL).gradient(conflicting, learner, b)
+  alone = agem(toy.network(), REPLAY).gradient(conflicting, learner, b)
   for spread, one, given in zip(*map(jax.tree.leaves, (both, alone, conflicting)), strict=True):
     np.testing.assert_allclose(spread, np.stack([one, one]), rtol=1e-4, atol=1e-6)
     assert not np.allclose(one, given, rtol=1e-2)

@@ -6,7 +6,9 @@ import pytest
 
 from gating_jax.continual import task_inference
 
-SETTINGS = task_inference.RouterSettings(hidden=8, steps=300, batch_size=16, learning_rate=1e-2)
+SETTINGS = task_inference.TaskClassifierSettings(
+  hidden=8, steps=300, batch_size=16, learning_rate=1e-2
+)
 
 
 def examples(counts, seed=0):
@@ -54,7 +56,7 @@ def test_one_task_needs_no_training():
 
 
 def test_macs_by_hand():
-  assert task_inference.router_macs(3, 10, 64) == 3 * 10 * 64 + 64 * 3
+  assert task_inference.classifier_macs(3, 10, 64) == 3 * 10 * 64 + 64 * 3
 
 
 def test_a_task_without_an_image_is_an_error():

@@ -3,12 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gating_jax.continual.memory import ReplaySettings
 from gating_jax.continual.method import Batch
 from gating_jax.continual.methods.replay import derpp, squared_gap
+from gating_jax.continual.replay_memory import ReplaySettings
 from tests.helpers import toy
 
-REHEARSAL = ReplaySettings(images=1, batch_size=4)
+REPLAY = ReplaySettings(images=1, batch_size=4)
 STORED = np.array([[2.0, -1.0, 0.5, 9.0, 9.0, 9.0]])
 
 
@@ -18,7 +18,7 @@ def cross_entropy(logits, label, seen):
 
 
 def method(alpha=0.3, beta=0.7):
-  return derpp(toy.network(), REHEARSAL, alpha=alpha, beta=beta)
+  return derpp(toy.network(), REPLAY, alpha=alpha, beta=beta)
 
 
 def batch():

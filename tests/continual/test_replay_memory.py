@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gating_jax.continual import memory as replay_memory
+from gating_jax.continual import replay_memory
 from gating_jax.continual.method import Batch, Problem
 from gating_jax.training import devices
 
@@ -43,7 +43,7 @@ def test_every_class_has_the_same_share_to_within_one_and_shapes_stay():
   seen = []
   for task in range(4):
     new = offered(np.repeat([2 * task, 2 * task + 1], 15), first=30 * task)
-    memory = replay_memory.share(memory, *new, jax.random.key(task))
+    memory = replay_memory.add_task(memory, *new, jax.random.key(task))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), memory) == shapes
     assert [n // 15 for n in numbers(memory)] == memory.labels.tolist()
     assert len(set(numbers(memory))) == 11
@@ -52,25 +52,25 @@ def test_every_class_has_the_same_share_to_within_one_and_shapes_stay():
 
 
 def test_all_images_are_kept_where_there_are_fewer_than_slots_and_the_rest_is_empty():
-  memory = replay_memory.share(
+  memory = replay_memory.add_task(
     replay_memory.empty(9, SHAPE), *offered([3, 3, 5]), jax.random.key(0)
   )
   assert sorted(numbers(memory)) == [0, 1, 2]
   assert sorted(memory.labels[:3].tolist()) == [3, 3, 5]
   assert memory.labels[3:].tolist() == [replay_memory.EMPTY] * 6
-  memory = replay_memory.share(memory, *offered([6] * 4, first=10), jax.random.key(0))
+  memory = replay_memory.add_task(memory, *offered([6] * 4, first=10), jax.random.key(0))
   assert sorted(numbers(memory)) == [0, 1, 2, 10, 11, 12, 13]
 
 
 def test_a_class_short_of_images_leaves_its_slots_to_others():
-  memory = replay_memory.share(
+  memory = replay_memory.add_task(
     replay_memory.empty(8, SHAPE), *offered([0] * 9 + [1] * 2 + [2] * 9), jax.random.key(0)
   )
   assert counts(memory) == [3, 2, 3]
 
 
 def test_fewer_slots_than_classes():
-  memory = replay_memory.share(
+  memory = replay_memory.add_task(
     replay_memory.empty(2, SHAPE), *offered([0, 0, 1, 1, 2, 2]), jax.random.key(0)
   )
   assert sorted(memory.labels.tolist()) == [0, 1]
@@ -90,10 +90,12 @@ def test_even_choice_levels_what_there_is(labels, count):
 def test_every_image_of_a_class_is_as_likely_to_be_kept_and_to_stay():
   kept = np.zeros(10)
   for seed in range(120):
-    memory = replay_memory.share(
+    memory = replay_memory.add_task(
       replay_memory.empty(6, SHAPE), *offered([0] * 5 + [1] * 5), jax.random.key(seed)
     )
-    memory = replay_memory.share(memory, *offered([2] * 9, first=50), jax.random.key(1000 + seed))
+    memory = replay_memory.add_task(
+      memory, *offered([2] * 9, first=50), jax.random.key(1000 + seed)
+    )
     assert counts(memory) == [2, 2, 2]
     kept[[n for n in numbers(memory) if n < 10]] += 1
   np.testing.assert_allclose(kept / 120, 2 / 5, atol=4 * np.sqrt(0.4 * 0.6 / 120))
@@ -101,7 +103,7 @@ def test_every_image_of_a_class_is_as_likely_to_be_kept_and_to_stay():
 
 def test_the_choice_is_a_function_of_the_key():
   kept = lambda seed: numbers(
-    replay_memory.share(replay_memory.empty(5, SHAPE), *offered([0] * 30), jax.random.key(seed))
+    replay_memory.add_task(replay_memory.empty(5, SHAPE), *offered([0] * 30), jax.random.key(seed))
   )
   assert kept(3) == kept(3) != kept(4)
 
@@ -113,7 +115,7 @@ def test_what_is_kept_with_an_image_stays_with_it():
   for task in range(3):
     pixels, labels = offered([task] * 7, first=20 * task)
     number = pixels[:, 0, 0, 0].astype(np.int64)
-    memory = replay_memory.share(
+    memory = replay_memory.add_task(
       memory,
       pixels,
       labels,
@@ -180,7 +182,9 @@ def test_replayed_images_are_augmented_and_the_batch_replaces_an_empty_memory():
   np.testing.assert_array_equal(got[:, 0, 0, 0], [0.5, 0.5, 0.25])
   assert (labels.tolist(), bool(any_filled)) == ([1, 1, 0], False)
   got, labels, extra, any_filled = replay_memory.draw_inputs(
-    replay_memory.Memory(jnp.full((1, *SHAPE), 40, jnp.uint8), jnp.array([0]), jnp.array([7.0])),
+    replay_memory.ReplayMemory(
+      jnp.full((1, *SHAPE), 40, jnp.uint8), jnp.array([0]), jnp.array([7.0])
+    ),
     key,
     batch,
     problem,
