@@ -41,7 +41,7 @@ def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, ml_collections.Confi
   from gating_jax.continual import build as continual_build
   from gating_jax.continual import run as continual_run
   from gating_jax.images import build, classification, segmentation
-  from gating_jax.training import outlines, rundir, settings
+  from gating_jax.training import rundir, settings
   from gating_jax.video import build as video_build
   from gating_jax.video import run as video_run
 
@@ -55,7 +55,7 @@ def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, ml_collections.Confi
   }
   settings.one_of("experiment", config.experiment, kinds)
   # The outlines kept in the run directory stand in for the data, which need not be there.
-  experiment = kinds[config.experiment](config, outlines.read(run_dir.path))
+  experiment = kinds[config.experiment](config, rundir.read_outlines(run_dir.path))
   if config.experiment == "continual":
     _, learner = continual_run.newest(experiment, run_dir)
     return experiment.method, jax.device_get(learner), config

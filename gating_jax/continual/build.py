@@ -41,7 +41,7 @@ from gating_jax.models.resnet import RESNETS, resnet
 from gating_jax.models.summary import model_summary, reduced_macs
 from gating_jax.models.vgg import VGGS, vgg
 from gating_jax.training import devices, loop, optim, settings
-from gating_jax.training.outlines import Outline
+from gating_jax.training.rundir import Outline
 
 
 @dataclasses.dataclass(frozen=True)

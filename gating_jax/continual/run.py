@@ -24,7 +24,7 @@ from gating_jax.data import tasks
 from gating_jax.data.tfds import Images
 from gating_jax.progress import TRAINING, Pace, lasting, say, working
 from gating_jax.reports import conclusion, failing, task_table
-from gating_jax.training import devices, gate_watch, hosts, loop, outlines, rundir
+from gating_jax.training import devices, gate_watch, hosts, loop, rundir
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal
 
@@ -158,7 +158,7 @@ def newest(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> tuple[int
 
 def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
   started, total = time.monotonic(), experiment.total_steps
-  outlines.write(run_dir.path, [task.train for task in experiment.tasks])
+  rundir.write_outlines(run_dir.path, [task.train for task in experiment.tasks])
   with working("making the network", "up to half a minute"):
     checkpoints = Checkpoints(run_dir.checkpoints)
     step, learner = _restore(experiment, checkpoints)

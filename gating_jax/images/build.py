@@ -34,7 +34,7 @@ from gating_jax.training.objectives import (
   ExitObjective,
   ImageObjective,
 )
-from gating_jax.training.outlines import Outline
+from gating_jax.training.rundir import Outline
 
 LOADERS = ("resident", "streaming")
 # Baselines that gate whole classifiers: they exclude gates of units and their settings.

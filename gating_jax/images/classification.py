@@ -37,9 +37,7 @@ from gating_jax.training import (
   gate_watch,
   hosts,
   loop,
-  outlines,
   rundir,
-  settings,
   steps,
 )
 from gating_jax.training.checkpoints import Checkpoints
@@ -231,7 +229,7 @@ def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
   ):
     train = experiment.open_train()
     # Kept in the run directory, so that the model can be loaded without its data.
-    outlines.write(run_dir.path, [train, experiment.test])
+    rundir.write_outlines(run_dir.path, [train, experiment.test])
     checkpoints = Checkpoints(run_dir.checkpoints)
     first_step, state = _restore(experiment, checkpoints)
   # A resumed run has its own parameters; only a fresh one starts from those of another.
@@ -553,7 +551,7 @@ def check_start(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   # Fields that their config lacks, being older, are taken from this one.
   theirs = config.copy_and_resolve_references()
   with theirs.unlocked():
-    theirs.update(settings.with_tuples(rundir.RunDir(user_path(config.model.init_from)).config()))
+    theirs.update(rundir.with_tuples(rundir.RunDir(user_path(config.model.init_from)).config()))
   # The fields that determine the names and shapes of parameters.
   for name, mine in (
     ("experiment", config.experiment),

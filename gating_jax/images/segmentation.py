@@ -25,7 +25,7 @@ from gating_jax.models.summary import model_summary
 from gating_jax.progress import working
 from gating_jax.reports import scene_pictures, scene_table
 from gating_jax.training import devices, steps
-from gating_jax.training.outlines import Outline
+from gating_jax.training.rundir import Outline
 
 # Test scenes to draw.
 _DRAWN = 3

@@ -33,7 +33,7 @@ def config_of(workdir: Path) -> ml_collections.ConfigDict:
   base = config_files.base(fields["experiment"])
   if base is not None:
     _check_fields(file, base, fields)
-  return ml_collections.ConfigDict(with_tuples(fields)).lock()
+  return ml_collections.ConfigDict(rundir.with_tuples(fields)).lock()
 
 
 def _check_fields(
@@ -62,13 +62,6 @@ def _check_fields(
       raise rundir.RunDirError(
         f"{file} is damaged: {prefix}{name} must be {wanted}; it has {found:.80}"
       )
-
-
-def with_tuples(value: Any) -> Any:
-  """Returns the value with tuples for the lists of JSON; configs have no lists."""
-  if isinstance(value, dict):
-    return {name: with_tuples(part) for name, part in value.items()}
-  return tuple(map(with_tuples, value)) if isinstance(value, list) else value
 
 
 def check(

@@ -41,7 +41,7 @@ from gating_jax.ops.priors import beta
 from gating_jax.training import devices, loop, optim, settings
 from gating_jax.training.objectives import REDUCTIONS, ImageObjective
 from gating_jax.training.objectives import SPARSITIES as CHANNEL_SPARSITIES
-from gating_jax.training.outlines import Outline
+from gating_jax.training.rundir import Outline
 from gating_jax.video import sets
 from gating_jax.video.objectives import SPARSITIES, SegmentObjective, VideoObjective
 

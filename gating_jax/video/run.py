@@ -21,7 +21,7 @@ from gating_jax.data import images
 from gating_jax.data.videos import VideoArrays
 from gating_jax.progress import Pace, lasting, say, working
 from gating_jax.reports import conclusion, failing, video_table
-from gating_jax.training import devices, gate_watch, hosts, loop, outlines, rundir, steps
+from gating_jax.training import devices, gate_watch, hosts, loop, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal, numbers
 from gating_jax.training.steps import map_steps
@@ -160,7 +160,7 @@ def newest(experiment: VideoExperiment, run_dir: rundir.RunDir) -> tuple[int, An
 def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   started, config, phase = time.monotonic(), experiment.config, experiment.training
   # Lets the model of this run be loaded without the data.
-  outlines.write(run_dir.path, [experiment.train, experiment.test])
+  rundir.write_outlines(run_dir.path, [experiment.train, experiment.test])
   nets = None
   if config.pretrained:
     with working("loading the trained nets"):
