@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.inference import exits, folded
-from gating_jax.inference.compiled import compile_conditional, program, ungated
+from gating_jax.inference.conditional import compile_conditional, program, ungated
 from gating_jax.inference.folded import Block, Conv, FoldedNet, Group, Head, Layer
 from gating_jax.inference.folding import fold
 from gating_jax.inference.kernel_strategies import why_not

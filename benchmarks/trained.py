@@ -29,7 +29,7 @@ import numpy as np
 from gating_jax.images import classification
 from gating_jax.images.build import build
 from gating_jax.inference import folded, gate_statistics
-from gating_jax.inference.compiled import compile_conditional, program
+from gating_jax.inference.conditional import compile_conditional, program
 from gating_jax.inference.folded import Layer
 from gating_jax.inference.folding import fold
 from gating_jax.inference.kernel_strategies import why_not

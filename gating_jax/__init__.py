@@ -7,7 +7,7 @@ import warnings
 
 # The public API: everything listed in `__all__` stays importable from the top level.
 from gating_jax.inference.analyse import Analysis, analyse, prune
-from gating_jax.inference.compiled import compile_conditional
+from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.exits import compile_exits
 from gating_jax.inference.export import export_model, load_exported
 from gating_jax.inference.folding import fold

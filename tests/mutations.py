@@ -273,7 +273,7 @@ TRAINING = [
   ),
   Mutant(
     "last_batch_counts_whole",
-    "data/images.py",
+    "data/batches.py",
     "return examples.read(filled), len(index)",
     "return examples.read(filled), len(filled)",
     "data/test_batches.py",
@@ -432,7 +432,7 @@ INFERENCE = [
     "inference/strategies.py",
     "sum((count > size).astype(jnp.int32) for size in sizes[:-1])",
     "sum((count > size + 1).astype(jnp.int32) for size in sizes[:-1])",
-    "inference/test_compiled.py::test_the_program_for_any_number_of_open_examples_holds_them_all",
+    "inference/test_conditional.py::test_the_program_for_any_number_of_open_examples_holds_them_all",
   ),
   Mutant(
     "overflow_dropped",

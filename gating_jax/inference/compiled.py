@@ -1,199 +1,85 @@
-"""A trained gated network as one compiled program that skips closed units, chosen by timing.
+"""Parts that all compiled networks share: checks, batches of images, timings, and the choice by them.
 
-Axes: N images of H x W pixels and D channels, U gates of a group.
-Reference: Verelst and Tuytelaars, 2020; Bejnordi et al., 2020.
+Axes: N images of H x W pixels and D channels.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
+import operator
 import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gating_jax.checks import one_of
-from gating_jax.inference import folded, inputs
-from gating_jax.inference.computed import Account, account
-from gating_jax.inference.folded import FoldedNet, Gates, Layer
-from gating_jax.inference.folding import fold
-from gating_jax.inference.kernel_strategies import STRATEGIES, why_not, worth_trying
-from gating_jax.inference.quantise import check_float
-from gating_jax.inference.strategies import CompiledPart, Setting, settings_of
-from gating_jax.inference.timings import (
-  GAIN,
-  OPEN_LIMIT,
-  Timing,
-  fastest,
-  rows,
-  run_over,
-  spread_batches,
-)
 from gating_jax.ops import arguments
-from gating_jax.ops.relaxations import threshold_gate
-from gating_jax.timing import CHOSEN, MASKED, UNGATED, race
+from gating_jax.timing import MASKED, UNGATED
 from gating_jax.types import Array
 
+# The strategy that is chosen by timing.
 AUTO = "auto"
-# The settings of a block without gates.
-_NO_GATES = {"layer_gate": False, "output_gate": False}
+# A strategy must take less than this fraction of the time of the program it replaces.
+GAIN = 0.97
+# Largest time with every unit open, relative to computing everything.
+OPEN_LIMIT = 1.05
+# So many batches of calibration data are timed, or as many as hold so many images.
+_BATCHES, _IMAGES = 4, 16
 
 
-class Conditional:
-  """A compiled gated network, made by `compile_conditional`.
-
-  It maps `[N, H, W, D]` images, any N, to `(outputs, tuple of [N, U] gate logits)`.
-
-  Attributes:
-    strategies: the name of each part's strategy.
-    input_shape: `(H, W, D)` of an image.
-    batch_size: number of images that the program takes.
-    weights, program: the call is `program(weights, images)`.
-  """
-
-  def __init__(
-    self,
-    net: FoldedNet,
-    input_shape: tuple[int, int, int],
-    batch_size: int,
-    names: Sequence[str],
-    settings: Sequence[Setting],
-    timings: Sequence[Timing] = (),
-  ):
-    # The shapes stay, so that `load` can compare another network with the compiled one.
-    self.strategies, self._settings, self._timings = tuple(names), tuple(settings), tuple(timings)
-    self.input_shape, self.batch_size, self._shapes = input_shape, batch_size, folded.shapes_of(net)
-    made = _made(net, names, settings)
-    self.weights, self.program = _with_parts(net, made), program(made)
-
-  def __call__(self, x: Array) -> tuple[Array, Gates]:
-    """Runs the program on any number of images.
-
-    A gated network that pools returns NaN outputs for an image that is not finite.
-
-    Raises:
-      ValueError: images of another shape, or in integers.
-    """
-    x = inputs.images("images", x, self.input_shape)
-    return in_batches(functools.partial(self.program, self.weights), x, self.batch_size)
-
-  def load(self, net: FoldedNet) -> None:
-    """Takes the weights of another network, without compiling or timing again.
-
-    Skipping may then save another amount than was measured.
-
-    Raises:
-      ValueError: a network of other shapes or groups of gates.
-    """
-    folded.check_alike(net, self._shapes)
-    self.weights = _with_parts(net, _made(net, self.strategies, self._settings))
-
-  def report(self) -> tuple[Timing, ...]:
-    """Returns the timings of each part, then of the whole network.
-
-    They are empty unless the strategy was `auto`.
-    """
-    return self._timings
-
-
-def compile_conditional(
-  model: Any,
-  variables: Mapping[str, Any] | None = None,
-  *,
-  input_shape: tuple[int, int, int],
-  batch_size: int,
-  strategy: str = AUTO,
-  buckets: int = 4,
-  calibration: Any = None,
-  repeats: int = 20,
-  candidates: Collection[str] | None = None,
-  open_limit: float = OPEN_LIMIT,
-  progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Conditional:
-  """Compiles a gated network into a program that skips closed units.
-
-  The outputs equal those of computing everything. `auto` times every strategy of every part on this
-  machine, takes the fastest of each, and then compares the whole program with that of each strategy
-  alone. It computes everything where skipping is slower, or costs too much with every unit open.
+def check_images(name: str, x: Any, shape: Sequence[int] | None = None) -> Array:
+  """Checks `[N, H, W, D]` network inputs of any floating-point type, and returns them in float32.
 
   Args:
-    model, variables: what `fold` takes; or a `FoldedNet` network alone.
-    input_shape: `(H, W, D)` of an image.
-    batch_size: number of images of the program; other numbers are cut and padded to it.
-    strategy: `auto`, or one of `STRATEGIES`, for each part that it fits; other parts compute
-      everything.
-    buckets: largest number of programs for different numbers of open units.
-    calibration: `[M, H, W, D]`, M >= 1, images like those to come. `auto` needs them: it fits to
-      every second image, and times on four batches of the others, or on as many batches as hold 16
-      images.
-    repeats: number of timed calls of each program.
-    candidates: strategies that `auto` may take in addition to `masked`, such as `EXPORTABLE`; None
-      for all that run here.
-    open_limit: largest slowdown with every unit open: the time of a call of the program that `auto`
-      takes, divided by that of computing everything, with gates or without. Where `masked` itself
-      is slower, its slowdown is the limit; see `Timing.open_ratio`.
-    progress: called with the number of programs that `auto` has compiled, and the number it
-      compiles.
-  Returns:
-    A `Conditional`.
+    name: of the argument.
+    x: the array.
+    shape: `(H, W, D)`; None for any.
   Raises:
-    ValueError: an unknown strategy, a network without the gates it takes, or values out of range.
+    ValueError: another rank, shape or type, such as pixels in uint8 that are not normalised.
   """
-  one_of("strategy", strategy, (AUTO, *STRATEGIES))
-  for name in candidates or ():
-    one_of("candidates", name, STRATEGIES)
-  input_shape = inputs.image_shape(input_shape)
-  calibration = check_arguments(
-    strategy, input_shape, batch_size, buckets, calibration, repeats, open_limit
-  )
-  if reason := why_not(strategy):
-    raise ValueError(f"strategy {strategy!r} cannot run here: {reason}")
-  net = model if isinstance(model, FoldedNet) else fold(model, variables)
-  check_float(net)
-  folded.check_channels(net, input_shape[2])
-  # Strategies are fitted to every second image and timed on the others, if there are two or more.
-  fitted = judged = calibration
-  if strategy == AUTO and len(calibration) > 1:
-    fitted, judged = calibration[::2], calibration[1::2]
-  settings = settings_of(net, buckets, () if fitted is None else _gates_of(net, fitted))
-  # `masked` is always among them: parts that no other strategy fits run by it.
-  tried = {
-    name: make
-    for name, make in STRATEGIES.items()
-    if name in (MASKED, strategy)
-    or (strategy == AUTO and worth_trying(name) and (candidates is None or name in candidates))
-  }
-  options = [
-    {name: made for name, make in tried.items() if (made := make(part, setting))}
-    for part, setting in zip(net.parts, settings, strict=True)
-  ]
-  if strategy != AUTO:
-    if not any(strategy in known for known in options):
-      raise ValueError(
-        f"strategy must fit a part of the network; {strategy!r} fits none, or needs calibration"
-      )
-    names = [strategy if strategy in known else MASKED for known in options]
-    return Conditional(net, input_shape, batch_size, names, settings)
-  batches = spread_batches(judged, batch_size)
-  macs = account(
-    net, options, settings, input_shape, [_gates_of(net, x) for x in batches], batch_size
-  )
-  # Programs to compile: one for each choice of a part; two for each mixture of the whole network,
-  # of which one has every unit open; and the ungated network.
-  of_parts = sum(len(known) for known in options if len(known) > 1)
-  of_nets = 2 * (1 + len({name for known in options for name in known})) + 1
-  done = itertools.count(1)
-  compiled = lambda: progress(next(done), of_parts + of_nets)
-  timings = _time_parts(net, options, batches, macs, repeats, compiled)
-  names, of_whole = _choose(net, options, timings, batches, macs, repeats, open_limit, compiled)
-  # Only the comparison of whole programs says which strategy each part runs by.
-  timings = [dataclasses.replace(t, chosen=t.strategy == names[t.part]) for t in timings]
-  return Conditional(net, input_shape, batch_size, names, settings, [*timings, *of_whole])
+  # jax arrays stay on their device.
+  x = x if hasattr(x, "dtype") else np.asarray(x)
+  if x.ndim != 4 or (shape is not None and tuple(x.shape[1:]) != tuple(shape)):
+    wanted = "N, H, W, D" if shape is None else ", ".join(map(str, ("N", *shape)))
+    raise ValueError(f"{name} must be [{wanted}]; got shape {tuple(x.shape)}")
+  # uint8 pixels would be cast without an error, and give wrong outputs.
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(
+      f"{name} must be network inputs in floating point, normalised as in training; got {x.dtype}"
+    )
+  return x if x.dtype == jnp.float32 else x.astype(jnp.float32)
+
+
+def check_finite(name: str, x: Any) -> np.ndarray:
+  """Returns the images in host memory.
+
+  Raises:
+    ValueError: an image has NaN or infinity.
+  """
+  x = np.asarray(x)
+  good = np.isfinite(x).all(axis=(1, 2, 3))
+  if not good.all():
+    raise ValueError(f"{name} must be finite; index {int(np.argmin(good))} of {len(x)} is not")
+  return x
+
+
+def check_image_shape(shape: Any) -> tuple[int, int, int]:
+  """Returns `(H, W, D)` as a tuple.
+
+  Raises:
+    ValueError: it is not three whole numbers >= 1.
+  """
+  try:
+    # `index` takes numpy's whole numbers as well, and no floats.
+    sizes = tuple(operator.index(size) for size in shape)
+  except TypeError:
+    sizes = ()
+  if len(sizes) != 3 or min(sizes) < 1:
+    raise ValueError(f"input_shape must be (H, W, D), whole numbers >= 1; got {shape!r}")
+  return sizes
 
 
 def check_arguments(
@@ -217,67 +103,10 @@ def check_arguments(
     if strategy == AUTO:
       raise ValueError(f"calibration must be given for strategy {strategy!r}; got None")
     return None
-  calibration = inputs.finite("calibration", inputs.images("calibration", calibration, input_shape))
+  calibration = check_finite("calibration", check_images("calibration", calibration, input_shape))
   if not len(calibration):
     raise ValueError("calibration must hold at least one image; got none")
   return calibration
-
-
-def program(
-  made: Sequence[CompiledPart] | None = None,
-) -> Callable[[FoldedNet, Array], tuple[Array, Gates]]:
-  """Compiles the network with a runner for each part; every part is `masked` for None.
-
-  Pooled outputs are NaN where a logit is: such gates are closed, and whether a closed unit is
-  computed depends on the strategy.
-
-  Returns:
-    A function `(net, [N, H, W, D]) -> (outputs, tuple of [N, U] logits)`.
-  """
-  runners = None if made is None else [runner for _, runner in made]
-
-  def run(net: FoldedNet, x: Array) -> tuple[Array, Gates]:
-    """Returns the outputs and the gate logits `[N, U]` for x `[N, H, W, D]`."""
-    y, logits = folded.run(net, x, runners)
-    # A NaN logit closes its gate, which may hide that the input was not finite.
-    if net.pooled and logits:
-      lost = functools.reduce(
-        jnp.logical_or, (jnp.any(jnp.isnan(z), axis=1, keepdims=True) for z in logits)
-      )
-      y = jnp.where(lost, jnp.nan, y)
-    return y, logits
-
-  return jax.jit(run)
-
-
-def ungated(net: FoldedNet) -> FoldedNet:
-  """Returns the network without its gate networks: every unit is open."""
-  return dataclasses.replace(
-    net,
-    parts=tuple(
-      dataclasses.replace(part, head=None, **({} if isinstance(part, Layer) else _NO_GATES))
-      for part in net.parts
-    ),
-  )
-
-
-def opened(net: FoldedNet) -> FoldedNet:
-  """Returns the network with gate networks that open every unit that any image can open."""
-
-  def always(head: folded.Head) -> folded.Head:
-    """Returns a gate network whose logits are 1, or -1 for units that never open."""
-    # Such a unit has no weights and a bias of at most 0: its logit is never above 0.
-    shut = ~jnp.any(head.logits, axis=0) & (head.logits_bias <= 0)
-    bias = jnp.where(shut, -1, jnp.ones_like(head.logits_bias))
-    return dataclasses.replace(head, logits=jnp.zeros_like(head.logits), logits_bias=bias)
-
-  return dataclasses.replace(
-    net,
-    parts=tuple(
-      part if part.head is None else dataclasses.replace(part, head=always(part.head))
-      for part in net.parts
-    ),
-  )
 
 
 def in_batches(run: Callable[[Array], Any], x: Array, size: int) -> Any:
@@ -295,110 +124,121 @@ def _padded(x: Array, count: int) -> Array:
   return jnp.pad(jnp.asarray(x), [(0, missing), *[(0, 0)] * 3]) if missing else x
 
 
-def _gates_of(net: FoldedNet, images: Any) -> tuple[np.ndarray, ...]:
-  run = program()
-  # In pieces, so that memory does not grow with the calibration set.
-  found = [run(net, jnp.asarray(images[i : i + 256]))[1] for i in range(0, len(images), 256)]
-  return tuple(
-    np.concatenate([np.asarray(threshold_gate(z)) for z in logits])
-    for logits in zip(*found, strict=True)
-  )
+def spread_indices(count: int, most: int) -> np.ndarray:
+  """Returns the indices of at most `most` of `count` images, evenly over all."""
+  return np.unique(np.linspace(0, count - 1, min(most, count)).astype(np.int64))
 
 
-def _made(net: FoldedNet, names: Sequence[str], settings: Sequence[Setting]) -> list[CompiledPart]:
-  return [
-    STRATEGIES[name](part, setting)
-    for part, name, setting in zip(net.parts, names, settings, strict=True)
-  ]
+def spread_batches(images: Any, batch_size: int) -> list[Array]:
+  """Returns a few batches spread over the images, which are repeated if they are too few."""
+  count = min(max(_BATCHES, -(-_IMAGES // batch_size)), -(-len(images) // batch_size))
+  index = np.linspace(0, len(images), count * batch_size, endpoint=False).astype(int)
+  return [jnp.asarray(images[i]) for i in index.reshape(batch_size, count).T]
 
 
-def _with_parts(net: FoldedNet, made: Sequence[CompiledPart]) -> FoldedNet:
-  return dataclasses.replace(net, parts=tuple(part for part, _ in made))
+def run_over(run: Callable[..., Any], calls: Sequence[tuple]) -> None:
+  """Runs calls one after the other, each to its end."""
+  for args in calls:
+    # Calls return before their results are there; without waiting they would overlap.
+    jax.block_until_ready(run(*args))
 
 
-def _pick(
-  options: Sequence[Mapping[str, CompiledPart]], names: Sequence[str]
-) -> list[CompiledPart]:
-  return [known[name] for known, name in zip(options, names, strict=True)]
+@dataclasses.dataclass(frozen=True)
+class Timing:
+  """The measured time of a part, or of the whole network (`part` None), by one strategy.
+
+  Attributes:
+    part: index of the part.
+    strategy: its name. For the network also `chosen`, the mixture of the parts' fastest, and
+      `ungated`; for one with early exits `masked`, `exit_dispatch` and `ungated`; for one that
+      chooses segments `segments` in place of the second.
+    mac_ratio: MACs that the timed examples leave open, relative to all; for the network with its
+      gate networks; 1 for `ungated`.
+    computed_ratio: MACs that the strategy computes for them, in the same way, padding included.
+    seconds: of a call.
+    time_ratio: `seconds` relative to `masked`.
+    efficiency: `mac_ratio / time_ratio`; 1 if all MACs that were saved have saved time.
+    chosen: whether this strategy runs.
+    open_ratio: for the network: seconds of a call with every unit open, or no image leaving at an
+      exit, relative to the faster of `masked` in that case and `ungated`; None for a part.
+  """
+
+  part: int | None
+  strategy: str
+  mac_ratio: float
+  computed_ratio: float
+  seconds: float
+  time_ratio: float
+  efficiency: float
+  chosen: bool
+  open_ratio: float | None = None
 
 
-def _time_parts(
-  net: FoldedNet,
-  options: Sequence[Mapping[str, CompiledPart]],
-  batches: Sequence[Array],
-  macs: Account,
-  repeats: int,
-  compiled: Callable[[], None],
+def rows(
+  part: int | None,
+  seconds: Mapping[str, float],
+  mac_ratio: float,
+  computed: Mapping[str, float],
+  chosen: str = "",
+  open_ratios: Mapping[str, float] = MappingProxyType({}),
 ) -> list[Timing]:
-  """Times every strategy of every part that has a choice, on the part's inputs for the batches."""
-  seen = [_seen(net, x) for x in batches]
-  timings = []
-  for i, known in enumerate(options):
-    # Nothing to choose: `masked` alone fits.
-    if len(known) == 1:
-      continue
-    contenders = {
-      name: functools.partial(
-        run_over, jax.jit(runner), [(part, *of_batch[i]) for of_batch in seen]
+  """Returns a `Timing` for each strategy, by name, `masked` among them.
+
+  Args:
+    part: index of the part; None for the whole network.
+    seconds: of a call, by strategy.
+    mac_ratio: of the open units.
+    computed: ratios of computed MACs, by strategy; 1 by default.
+    chosen: name of the strategy that runs.
+    open_ratios: `Timing.open_ratio`, by strategy.
+  """
+  found = []
+  for name, spent in seconds.items():
+    # `ungated` closes nothing, so all of its MACs are open.
+    share, time_ratio = 1.0 if name == UNGATED else mac_ratio, spent / seconds[MASKED]
+    found.append(
+      Timing(
+        part,
+        name,
+        share,
+        computed.get(name, 1.0),
+        spent,
+        time_ratio,
+        share / time_ratio,
+        name == chosen,
+        open_ratios.get(name),
       )
-      for name, (part, runner) in known.items()
+    )
+  return found
+
+
+def fastest(
+  times: Mapping[tuple[str, bool], Sequence[float]], batches: int, open_limit: float
+) -> tuple[str, dict[str, float], dict[str, float]]:
+  """Chooses the fastest strategy that is not too slow with every unit open.
+
+  Args:
+    times: seconds of a run over all batches, by strategy and whether everything was open: `ungated`
+      with False only, others with both.
+    batches: number of batches.
+    open_limit: of `compile_conditional`.
+  Returns:
+    The strategy; seconds of a call of each, and its `Timing.open_ratio`, `ungated` included.
+  """
+  seconds, open_seconds = (
+    {
+      name: statistics.median(spent) / batches
+      for (name, wide), spent in times.items()
+      if wide == opening
     }
-    times = race(contenders, repeats, on_start=compiled)
-    seconds = {name: statistics.median(spent) / len(batches) for name, spent in times.items()}
-    timings += rows(i, seconds, *macs.of_part(i))
-  return timings
-
-
-@jax.jit
-def _seen(net: FoldedNet, x: Array) -> list[tuple[Array, Gates, Gates]]:
-  """Returns `(x, gates, gates of x)` of every part."""
-  seen = []
-
-  def spy(part, x, gates, before):
-    """Computes a part by masking, and notes its input and gates."""
-    seen.append((x, gates, before))
-    return folded.masked(part, x, gates, before)
-
-  folded.run(net, x, spy)
-  return seen
-
-
-def _choose(
-  net: FoldedNet,
-  options: Sequence[Mapping[str, CompiledPart]],
-  timings: Sequence[Timing],
-  batches: Sequence[Array],
-  macs: Account,
-  repeats: int,
-  open_limit: float,
-  compiled: Callable[[], None],
-) -> tuple[list[str], list[Timing]]:
-  """Returns each part's strategy in the fastest whole program, and whole programs' timings."""
-  # The mixture of the parts' fastest strategies; a part changes only for a clear gain.
-  of_parts = [MASKED] * len(net.parts)
-  for i in range(len(net.parts)):
-    of_part = [t for t in timings if t.part == i]
-    if of_part and (best := min(of_part, key=lambda t: t.seconds)).time_ratio < GAIN:
-      of_parts[i] = best.strategy
-  # Compared with each strategy alone: parts in one program take other times than alone.
-  mixtures = {MASKED: [MASKED] * len(net.parts)}
-  for name in STRATEGIES:
-    if any(name in known for known in options):
-      mixtures[name] = [name if name in known else MASKED for known in options]
-  if of_parts not in mixtures.values():
-    mixtures[CHOSEN] = of_parts
-  made = {name: _pick(options, names) for name, names in mixtures.items()}
-  runs = {}
-  for name, parts in made.items():
-    # A strategy may hold its weights in another form, so each mixture has its own.
-    run, own = program(parts), _with_parts(net, parts)
-    # `open_limit` needs each program with every unit open, too.
-    for wide, weights in ((False, own), (True, opened(own))):
-      runs[name, wide] = functools.partial(run_over, run, [(weights, x) for x in batches])
-  runs[UNGATED, False] = functools.partial(
-    run_over, program(), [(ungated(net), x) for x in batches]
+    for opening in (False, True)
   )
-  best, seconds, open_ratios = fastest(
-    race(runs, repeats, on_start=compiled), len(batches), open_limit
-  )
-  return mixtures[best], rows(None, seconds, *macs.of_net(mixtures), best, open_ratios)
+  # The worst case is compared with the faster way to compute everything.
+  dense = min(open_seconds[MASKED], seconds[UNGATED])
+  ratios = {
+    name: spent / dense for name, spent in {**open_seconds, UNGATED: seconds[UNGATED]}.items()
+  }
+  # `masked` is the fallback, so its own ratio must be within the limit.
+  limit = max(open_limit, ratios[MASKED])
+  best = min((name for name in open_seconds if ratios[name] <= limit), key=seconds.get)
+  return best if seconds[best] < GAIN * seconds[MASKED] else MASKED, seconds, ratios

@@ -26,19 +26,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.checks import one_of
-from gating_jax.inference import folded, inputs
-from gating_jax.inference.compiled import AUTO, check_arguments, in_batches
-from gating_jax.inference.folded import FoldedNet, Layer
-from gating_jax.inference.folding import check, fold_conv, fold_stages
-from gating_jax.inference.strategies import example_sizes, for_open
-from gating_jax.inference.timings import (
+from gating_jax.inference import folded
+from gating_jax.inference.compiled import (
+  AUTO,
   OPEN_LIMIT,
   Timing,
+  check_arguments,
+  check_image_shape,
+  check_images,
   fastest,
+  in_batches,
   rows,
   run_over,
   spread_batches,
 )
+from gating_jax.inference.folded import FoldedNet, Layer
+from gating_jax.inference.folding import check, fold_conv, fold_stages
+from gating_jax.inference.strategies import example_sizes, for_open
 from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.ops import confidence
 from gating_jax.timing import EXIT_DISPATCH, MASKED, UNGATED, race
@@ -97,7 +101,7 @@ class Exiting:
     Raises:
       ValueError: images of another shape, or in integers.
     """
-    x = inputs.images("images", x, self.input_shape)
+    x = check_images("images", x, self.input_shape)
     return in_batches(functools.partial(self.program, self.weights), x, self.batch_size)
 
   def load(self, net: ExitNet) -> None:
@@ -281,7 +285,7 @@ def compile_exits(
     ValueError: another model, an unknown strategy, or values out of range.
   """
   one_of("strategy", strategy, (AUTO, MASKED, EXIT_DISPATCH))
-  input_shape = inputs.image_shape(input_shape)
+  input_shape = check_image_shape(input_shape)
   calibration = check_arguments(
     strategy, input_shape, batch_size, buckets, calibration, repeats, open_limit
   )

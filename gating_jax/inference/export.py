@@ -35,8 +35,9 @@ from safetensors.numpy import load as read_tensors
 from safetensors.numpy import save as write_tensors
 
 from gating_jax.checks import one_of, shown
-from gating_jax.inference import folded, inputs
-from gating_jax.inference.compiled import Conditional
+from gating_jax.inference import folded
+from gating_jax.inference.compiled import check_image_shape, check_images
+from gating_jax.inference.conditional import Conditional
 from gating_jax.inference.exits import Exiting
 from gating_jax.inference.folded import FoldedNet
 from gating_jax.inference.kernel_strategies import EXPORTABLE
@@ -80,7 +81,7 @@ class Loaded:
       ValueError: images of another shape or number than the program takes, or in integers.
     """
     x, size = (
-      inputs.images("images", images, self.card.get("input_shape")),
+      check_images("images", images, self.card.get("input_shape")),
       self.card.get("batch_size"),
     )
     if size not in (None, len(x)):
@@ -126,7 +127,7 @@ def export_model(
   directory = user_path(directory)
   if directory.exists() or directory.is_symlink():
     raise ExportError(f"export directory must be new; {directory} exists")
-  input_shape = inputs.image_shape(input_shape)
+  input_shape = check_image_shape(input_shape)
   if batch_size is not None:
     arguments.whole_number("batch_size", batch_size)
   platforms = arguments.items("platforms", platforms, f"names among {', '.join(_KNOWN_PLATFORMS)}")

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.analysis.outcomes import ALWAYS_CLOSED, ALWAYS_OPEN
-from gating_jax.inference import folded, inputs
+from gating_jax.inference import folded
+from gating_jax.inference.compiled import check_finite, check_images
 from gating_jax.inference.folded import Block, FoldedNet, Group
 
 BATCH = 128
@@ -112,7 +113,7 @@ def batches(images: Any) -> Iterator[np.ndarray]:
     # At least one piece, so that an empty array raises the error below.
     pieces = (images[start : start + BATCH] for start in range(0, max(len(images), 1), BATCH))
   for x in pieces:
-    x = inputs.finite("images", inputs.images("images", x))
+    x = check_finite("images", check_images("images", x))
     if waiting is not None and x.shape[1:] != waiting.shape[1:]:
       raise ValueError(f"images must be of one shape, {waiting.shape[1:]}; got {x.shape[1:]}")
     if not len(x):

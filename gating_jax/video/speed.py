@@ -16,14 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from gating_jax.inference.compiled import OPEN_LIMIT, Timing, fastest, rows
 from gating_jax.inference.segments import Skipping
-from gating_jax.inference.timings import OPEN_LIMIT, Timing, fastest, rows
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.models.timegate import Inputs, SegmentNet
 from gating_jax.ops import compaction
 from gating_jax.progress import Advance, working
 from gating_jax.reports import compile_report
-from gating_jax.reports.times import title
+from gating_jax.reports.timings import timing_title
 from gating_jax.timing import MASKED, SEGMENTS, UNGATED, race
 from gating_jax.training import rundir
 from gating_jax.video import evaluate, sets
@@ -46,7 +46,7 @@ def run(
     ValueError: as of `check`.
   """
   check(experiment)
-  compile_report.write(run_dir, step, _tables(experiment, variables))
+  compile_report.write_times(run_dir, step, _tables(experiment, variables))
 
 
 def check(experiment: VideoExperiment) -> None:
@@ -96,7 +96,7 @@ def speed(
 def _tables(experiment: VideoExperiment, variables: Any) -> Iterator[tuple[str, Sequence[Timing]]]:
   for count in _BATCHES:
     inputs = _read(experiment, count)
-    name = title(len(inputs["valid"]), "video")
+    name = timing_title(len(inputs["valid"]), "video")
     with working(f"compiling and timing each way to run {name}", "up to a few minutes") as progress:
       rows = timings(experiment, variables, inputs, repeats=_REPEATS, progress=progress)
     yield name, rows

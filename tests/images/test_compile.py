@@ -7,7 +7,7 @@ from PIL import Image
 
 from configs import digits_resnet20
 from gating_jax.images import classification
-from gating_jax.inference.compiled import Conditional
+from gating_jax.inference.conditional import Conditional
 from gating_jax.inference.exits import Exiting
 from gating_jax.models import resnet
 from gating_jax.reports import compile_report, surroundings, timings

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from gating_jax.inference import compiled, folded
+from gating_jax.inference import conditional, folded
 from gating_jax.inference.computed import account, spent
 from gating_jax.inference.folded import Group
 from gating_jax.inference.kernel_strategies import EXPORTABLE, STRATEGIES, why_not
@@ -23,8 +23,8 @@ CASES = [
 def prepared(kind, count, buckets=3):
   """Returns network, settings from calibration images, and a batch's gates and inputs of parts."""
   of = net(kind)
-  gates = compiled._gates_of(of, images(6, seed=5))
-  return of, settings_of(of, buckets, gates), compiled._seen(of, images(count))
+  gates = conditional._gates_of(of, images(6, seed=5))
+  return of, settings_of(of, buckets, gates), conditional._seen(of, images(count))
 
 
 @pytest.mark.thin(14)
@@ -108,11 +108,11 @@ def test_ratios_of_parts_and_of_whole_programs():
     ]
     for part, setting in zip(of.parts, settings, strict=True)
   ]
-  gates = compiled._gates_of(of, images(6, seed=5))
+  gates = conditional._gates_of(of, images(6, seed=5))
   indices = np.array([[0, 2], [3, 5]])
   found = account(of, known, settings, SHAPE, [[g[index] for g in gates] for index in indices], 2)
   heads = [folded.head_macs(part) for part in of.parts]
-  dense = folded.macs_by_part(compiled.ungated(of), SHAPE)
+  dense = folded.macs_by_part(conditional.ungated(of), SHAPE)
   assert found.dense == dense
   opened, computed = found.of_part(1)
   assert computed["masked"] == 1

@@ -8,7 +8,7 @@ import pytest
 
 from gating_jax.inference import export, folded
 from gating_jax.inference.analyse import analyse, prune
-from gating_jax.inference.compiled import compile_conditional
+from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.exits import compile_exits
 from gating_jax.inference.export import ExportError, export_model, load_exported
 from gating_jax.inference.folding import fold

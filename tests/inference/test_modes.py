@@ -7,8 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gating_jax.inference import compiled as compiled_nets
-from gating_jax.inference import exits, export, folded, folding, gate_statistics, quantise
+from gating_jax.inference import (
+  conditional,
+  exits,
+  export,
+  folded,
+  folding,
+  gate_statistics,
+  quantise,
+)
 from gating_jax.inference.analyse import analyse, prune
 from gating_jax.models.resnet_variants import EarlyExitNet
 from tests.helpers import folded_nets, gated_models
@@ -52,7 +59,7 @@ def analysed():
   images = folded_nets.images(6)
   analysis = analyse(folded_nets.net("blocks"), None, images)
   small = prune(analysis, multiple=1)
-  opened = compiled_nets.opened(analysis.net)
+  opened = conditional.opened(analysis.net)
   return (
     dict(analysis.macs),
     small,
@@ -63,7 +70,7 @@ def analysed():
 
 def compiled(kind, strategy):
   images = folded_nets.images(6)
-  run = compiled_nets.compile_conditional(
+  run = conditional.compile_conditional(
     folded_nets.net(kind),
     input_shape=folded_nets.SHAPE,
     batch_size=4,

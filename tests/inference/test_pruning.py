@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gating_jax.inference import folded, gate_statistics, pruning
 from gating_jax.inference.analyse import analyse, prune
-from gating_jax.inference.compiled import compile_conditional
+from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import Block, FoldedNet, Group, Head, Layer
 from gating_jax.inference.folding import fold
 from tests.helpers.gated_models import MODELS, SHAPE, images, random_variables
