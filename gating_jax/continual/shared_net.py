@@ -221,7 +221,7 @@ def macs(stream: TaskForward, counts: ModelCounts, classes: int) -> Array:
   """
   # `counts` are of the features alone: the head is added, F C per image.
   fixed = jnp.full(
-    stream.logits.shape[:-1], float(counts.fixed + stream.features.shape[-1] * classes)
+    stream.logits.shape[:-1], float(counts.always_macs + stream.features.shape[-1] * classes)
   )
   return fixed + executed_macs(stream.records) if stream.records else fixed
 

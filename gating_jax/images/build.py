@@ -212,7 +212,7 @@ def assemble(
     )
   counts = model_summary(model, test.shape)
   # No gate can save the part that always runs, so a budget below it is out of reach.
-  if sparsity.kind == "budget" and sparsity.target <= (never := counts.fixed / counts.macs):
+  if sparsity.kind == "budget" and sparsity.target <= (never := counts.always_macs / counts.macs):
     raise ValueError(
       f"loss.sparsity.target must be above {never:.3f}, the fraction of the ungated MACs that "
       f"always runs; got {sparsity.target}"
@@ -234,7 +234,7 @@ def assemble(
       sparsity=sparsity.kind,
       target=sparsity.target,
       # Ungated MACs minus those that gates switch; gate networks are in neither.
-      fixed_macs=at_training.macs - at_training.gated,
+      never_gated_macs=at_training.never_gated_macs,
       regulariser=loss.regulariser,
       coefficient=loss[loss.regulariser].coefficient if loss.regulariser in loss else 0.0,
       **coefficients,

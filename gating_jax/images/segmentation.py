@@ -142,7 +142,9 @@ def _draw(experiment: Experiment, state: steps.TrainState) -> dict[str, tuple[An
   # On one device: three scenes need not divide over all of them.
   results = jax.device_get(run(jax.device_get(state), images, truth))
   counts = experiment.counts
-  macs = counts.fixed + results["macs"] if "macs" in results else np.full(len(images), counts.macs)
+  macs = (
+    counts.always_macs + results["macs"] if "macs" in results else np.full(len(images), counts.macs)
+  )
   figure = scene_pictures.draw(
     images, truth, results["predicted"], macs / counts.macs, experiment.test.class_names
   )

@@ -51,9 +51,14 @@ class ModelCounts:
   gate_layers: tuple[tuple[str, int], ...] = ()
 
   @property
-  def fixed(self) -> int:
+  def never_gated_macs(self) -> int:
+    """Returns the MACs per example of everything that is never gated, without gate networks."""
+    return self.macs - self.gated
+
+  @property
+  def always_macs(self) -> int:
     """Returns the MACs per example that always run: the ungated part and the gate networks."""
-    return self.macs - self.gated + self.gate_macs
+    return self.never_gated_macs + self.gate_macs
 
 
 def model_summary(model: nn.Module, input_shape: Any) -> ModelCounts:
@@ -96,8 +101,8 @@ def model_summary(model: nn.Module, input_shape: Any) -> ModelCounts:
 def reduced_macs(model: nn.Module, input_shape: Any) -> int:
   """Counts the MACs of one example as if each convolution had a single input channel.
 
-  Abati et al., 2020, table 2, count the SimpleCNN on MNIST like this; `model_summary` has its true MACs.
-  Gate networks and dense layers are not counted.
+  Abati et al., 2020, table 2, count the SimpleCNN on MNIST like this; `model_summary` has its true
+  MACs. Gate networks and dense layers are not counted.
 
   >>> from gating_jax.models.vgg import vgg
   >>> reduced_macs(vgg("simple_cnn", 2), (28, 28, 1))

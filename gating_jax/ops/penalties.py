@@ -166,14 +166,18 @@ def mac_loss(records: Records) -> Array:
 
 
 def mac_budget_loss(
-  records: Records, fixed_macs: int, budget: float | Array, *, axis_name: Hashable | None = None
+  records: Records,
+  never_gated_macs: int,
+  budget: float | Array,
+  *,
+  axis_name: Hashable | None = None,
 ) -> Array:
   """Computes the squared difference between the MACs that the gates use and a budget.
 
-      loss = ((fixed + mean_n gated MACs) / (fixed + all gated MACs) - budget)^2
+      loss = ((never gated + mean_n executed) / (never gated + all gated) - budget)^2
 
-  Both are fractions of the ungated MACs. Below the budget the loss opens gates: units that closed
-  too much early in training would stay closed otherwise.
+  Both are fractions of the MACs with every gate open. Below the budget the loss opens gates: units
+  that closed too much early in training would stay closed otherwise.
 
   Its value is that of the gates as they are, its gradient that of the expected MACs, as if the two
   were equal. On average they are equal for noise of scale 1; with another scale, a gate is not
@@ -182,11 +186,11 @@ def mac_budget_loss(
 
   Args:
     records: the records of one forward pass.
-    fixed_macs: MACs per example of everything that is never gated, without gate networks.
+    never_gated_macs: MACs per example of everything that is never gated, without gate networks.
     budget: fraction in (0, 1].
     axis_name: as in `batch_shaping_loss`; the mean is over the whole batch.
   """
-  arguments.number("fixed_macs", fixed_macs, ">= 0", lambda v: v >= 0)
+  arguments.number("never_gated_macs", never_gated_macs, ">= 0", lambda v: v >= 0)
   budget = arguments.parameter("budget", budget, "in (0, 1]", lambda v: (v > 0) & (v <= 1))
   records = checked_records(records, "gates", "probs", with_examples=True)
   expected = collectives.batch_mean(expected_macs(records), axis_name)
@@ -194,8 +198,8 @@ def mac_budget_loss(
   # The value of `executed`, with the gradient of `expected`.
   mean = expected + lax.stop_gradient(executed - expected)
   # Of the whole network, not of its gated part: budgets of different models compare.
-  share = (number_as(fixed_macs, like=mean) + mean) / number_as(
-    fixed_macs + gated_macs(records), like=mean
+  share = (number_as(never_gated_macs, like=mean) + mean) / number_as(
+    never_gated_macs + gated_macs(records), like=mean
   )
   budget = jnp.asarray(budget, share.dtype)
   return jnp.square(share - budget)

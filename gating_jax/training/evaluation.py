@@ -130,7 +130,7 @@ def evaluate(
   }
   each = {name: np.concatenate(parts) for name, parts in each.items()}
   macs = (
-    counts.fixed + each["macs"].astype(np.float64)
+    counts.always_macs + each["macs"].astype(np.float64)
     if "macs" in each
     else np.full(images, float(counts.macs))
   )

@@ -52,7 +52,8 @@ class ImageObjective:
       of the MAC fraction to `target`; `target_rate`, squared gap of each gate's rate to `target`.
     target: fraction in (0, 1], for `budget` and `target_rate`.
     batch_shaping_coefficient, sparsity_coefficient: gamma_t and rho_t, from step to number.
-    fixed_macs: MACs per example that no gate switches, for `budget`.
+    never_gated_macs: MACs per example of everything that is never gated, without gate networks, for
+      `budget`.
     regulariser: `batch_shaping`, with sparsity; `sparsity` alone; `entropy`, which asks that gates
       be open for half of the examples; `decision_entropy`, that each be open with probability 1/2;
       `away_from_half`, that probabilities differ from that; `balance`, that examples are spread
@@ -66,7 +67,7 @@ class ImageObjective:
   target: float
   batch_shaping_coefficient: Callable[[Array], Array]
   sparsity_coefficient: Callable[[Array], Array]
-  fixed_macs: int
+  never_gated_macs: int
   regulariser: str = "batch_shaping"
   coefficient: float = 0.0
 
@@ -140,10 +141,10 @@ class ImageObjective:
     # The floor depends on the whole batch, N examples on each device.
     examples = records[0].logits.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
     # In floats: MACs of a large network exceed int32.
-    spent = float(self.fixed_macs) + collectives.batch_mean(executed_macs(records), axis_name)
+    spent = float(self.never_gated_macs) + collectives.batch_mean(executed_macs(records), axis_name)
     return total, {
       **terms,
-      "mac_ratio": spent / float(self.fixed_macs + gated_macs(records)),
+      "mac_ratio": spent / float(self.never_gated_macs + gated_macs(records)),
       CLOSED: closed_share(records, axis_name=axis_name),
       "gates/batch_shaping_mean": jnp.mean(per_gate),
       # The expectation of the loss for that many independent draws from the prior.
@@ -191,7 +192,9 @@ class ImageObjective:
     if self.sparsity == "macs":
       return penalties.mac_loss(records)
     if self.sparsity == "budget":
-      return penalties.mac_budget_loss(records, self.fixed_macs, self.target, axis_name=axis_name)
+      return penalties.mac_budget_loss(
+        records, self.never_gated_macs, self.target, axis_name=axis_name
+      )
     # The rate is that of the gates as drawn, not of their probabilities.
     return penalties.target_rate_loss([r.gates for r in records], self.target, axis_name=axis_name)
 

@@ -337,7 +337,7 @@ def _channels(config: ml_collections.ConfigDict, counts: VideoCounts, total: int
     reduction=shaping.reduction,
     sparsity=sparsity.kind,
     target=sparsity.target,
-    fixed_macs=counts.heavy.macs - counts.heavy.gated,
+    never_gated_macs=counts.heavy.never_gated_macs,
     batch_shaping_coefficient=optim.fade_out(shaping.coefficient, shaping.fade_end, total),
     sparsity_coefficient=optim.fade_in(
       sparsity.coefficient, sparsity.ramp_start, sparsity.ramp_end, total

@@ -141,7 +141,7 @@ def _heavy_macs(experiment: VideoExperiment, channels: Any, shape: tuple[int, in
     if channels
     else np.zeros(shape, np.float32) + heavy.gated
   )
-  return executed + float(heavy.fixed)
+  return executed + float(heavy.always_macs)
 
 
 def _features(

@@ -59,7 +59,7 @@ def test_a_run_with_exits_spends_less_on_some_images_and_goes_on_from_a_checkpoi
   assert (result["gates"], result["ungated_macs"]) == (1, built.counts.macs)
   assert (
     result["macs_min"]
-    == built.counts.fixed
+    == built.counts.always_macs
     < result["macs"]
     < result["macs_max"]
     == built.counts.macs
@@ -70,7 +70,7 @@ def test_a_run_with_exits_spends_less_on_some_images_and_goes_on_from_a_checkpoi
     0,
     0,
   )  # nothing is drawn
-  spent = built.counts.fixed + layer["mean_open"] * built.counts.gated
+  spent = built.counts.always_macs + layer["mean_open"] * built.counts.gated
   assert result["macs"] == pytest.approx(spent, rel=1e-9)
   first, last = lines(tmp_path, "train")
   assert last["cross_entropy"] < first["cross_entropy"]
@@ -96,7 +96,7 @@ def test_a_run_with_experts_counts_those_that_count(config, tmp_path, variants):
     result["macs"]
     == result["macs_min"]
     == result["macs_max"]
-    == counts.fixed + count * counts.gated // 3
+    == counts.always_macs + count * counts.gated // 3
   )
   assert result["mean_open"] == pytest.approx(count / 3)
   (layer,) = result["layers"]

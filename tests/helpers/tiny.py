@@ -41,7 +41,7 @@ def objective(gamma=0.75, rho=0.5, sparsity="l0", reduction="layer_mean"):
     reduction=reduction,
     sparsity=sparsity,
     target=0.5,
-    fixed_macs=100,
+    never_gated_macs=100,
     batch_shaping_coefficient=optax.constant_schedule(gamma),
     sparsity_coefficient=optax.constant_schedule(rho),
   )

@@ -148,10 +148,18 @@ def test_the_settings_as_they_stand_are_right(config):
     ),
     ("loss.batch_shaping.fade_end", 20.0, "fade_end must be a fraction of training, .*; got 20.0"),
     ("loss.sparsity.kind", "mac", "loss.sparsity.kind .* Did you mean 'macs'"),
-    ("loss.sparsity.ramp_start", 0.7, "ramp_start must be <= ramp_end; got ramp_start 0.7, ramp_end 0.6"),
+    (
+      "loss.sparsity.ramp_start",
+      0.7,
+      "ramp_start must be <= ramp_end; got ramp_start 0.7, ramp_end 0.6",
+    ),
     ("loss.sparsity.target", 0.0, r"loss.sparsity.target must be in \(0, 1\]; got 0.0"),
     ("optim.schedule", "cosin", "optim.schedule .* Did you mean 'cosine'"),
-    ("optim.lr_drop_at", (0.5, 2.0), r"lr_drop_at\[1\] must be a fraction of training, .*; got 2.0"),
+    (
+      "optim.lr_drop_at",
+      (0.5, 2.0),
+      r"lr_drop_at\[1\] must be a fraction of training, .*; got 2.0",
+    ),
     ("optim.epochs", 0, "optim.epochs must be >= 1; got 0"),
     ("optim.learning_rate", -0.1, "optim.learning_rate must be a positive finite number; got -0.1"),
     ("optim.batch_size", 12, "optim.batch_size must be a multiple of the 8 devices; got 12"),
@@ -206,13 +214,13 @@ def test_schedules_span_the_whole_training(config):
 
 
 @pytest.mark.parametrize("name", ["digits_resnet20", "cifar10_resnet20"])
-def test_fixed_macs_are_those_of_what_is_never_gated(name, config):
+def test_never_gated_macs_are_those_of_what_is_never_gated(name, config):
   made = importlib.import_module(f"configs.{name}").get_config()
   made.data.name = "digits"
   made.data.mean = made.data.std = (0.5,)
   built = classification.build(made)
   assert built.counts.gates == 336
-  assert built.objective.fixed_macs == built.counts.macs - built.counts.gated
+  assert built.objective.never_gated_macs == built.counts.macs - built.counts.gated
   assert 0 < built.counts.gated < built.counts.macs
 
 

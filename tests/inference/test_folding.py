@@ -36,7 +36,7 @@ def test_the_same_outputs_gates_and_macs(model):
   assert folded.macs(net, SHAPE) == counts.macs + counts.gate_macs
   if records:
     np.testing.assert_array_equal(
-      folded.macs(net, SHAPE, gates), counts.fixed + executed_macs(records)
+      folded.macs(net, SHAPE, gates), counts.always_macs + executed_macs(records)
     )
 
 
@@ -48,7 +48,7 @@ def test_what_static_gates_close_is_gone(name):
   closed = sum(int(np.sum(np.asarray(r.gates) == 0)) for r in records)
   assert closed > 0
   net, counts = fold(model, variables), model_summary(model, SHAPE)
-  assert folded.macs(net, SHAPE) == counts.fixed + executed_macs(records)[0]
+  assert folded.macs(net, SHAPE) == counts.always_macs + executed_macs(records)[0]
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_without_gates_the_network_proper_is_the_same(name):
   assert plain == ModelCounts(
     params=params, gate_params=0, gates=0, macs=macs, gate_macs=0, gated=0
   )
-  assert plain.fixed == macs
+  assert plain.always_macs == macs
 
 
 @pytest.mark.parametrize("size", [(32, 32, 3), (31, 29, 3), (28, 28, 1), (5, 4, 1)])
@@ -129,7 +129,7 @@ def test_all_but_stem_and_classifier_is_gated_where_shortcuts_are_free(size):
   h, w, depth = size
   stem, classifier = 9 * depth * 16 * h * w, 640
   assert c.gated == c.macs - stem - classifier > 0
-  assert c.fixed == stem + classifier + c.gate_macs
+  assert c.always_macs == stem + classifier + c.gate_macs
 
 
 def test_gated_layers_are_named_in_the_order_of_the_network():

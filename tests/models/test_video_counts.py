@@ -107,7 +107,7 @@ def test_channel_gates_and_segment_gates_multiply():
   gates, channels = (np.asarray(record.gates) for record in records)
   channels = rng.integers(0, 2, channels.shape).astype(np.float32)
   counts = video_summary(model, SHAPES)
-  heavy_macs = counts.heavy.fixed + executed_macs((GateRecord(None, None, channels, D),))
+  heavy_macs = counts.heavy.always_macs + executed_macs((GateRecord(None, None, channels, D),))
   spent = counts.per_video(gates, valid, heavy_macs.reshape(videos, T))
   channels = channels.reshape(videos, T, HEAVY)
   for m in range(videos):

@@ -271,7 +271,7 @@ LAYERS = {
   "text for the MACs": (
     lambda: gj.mac_budget_loss([RECORD], "1", 0.5),
     TypeError,
-    "fixed_macs must be a number >= 0; got '1'",
+    "never_gated_macs must be a number >= 0; got '1'",
   ),
   "half a unit": (
     lambda: gj.open_indices(Z[:, 0], 1.5),

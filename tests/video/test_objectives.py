@@ -43,7 +43,7 @@ def channels(sparsity="l0"):
     reduction="layer_mean",
     sparsity=sparsity,
     target=0.5,
-    fixed_macs=100,
+    never_gated_macs=100,
     batch_shaping_coefficient=optax.constant_schedule(0.5),
     sparsity_coefficient=optax.constant_schedule(2.0),
   )

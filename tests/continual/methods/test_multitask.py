@@ -189,7 +189,7 @@ def test_units_are_relevant_to_the_tasks_whose_gates_open_on_their_own_images():
   x = tiny_tasks.problem().normalise(data.pixels)
   dense = model_summary(model("gates"), SHAPE)
   macs = [
-    float(made.predict(ended, x, t, TASKS).macs[0]) - dense.fixed - 6 * CLASSES
+    float(made.predict(ended, x, t, TASKS).macs[0]) - dense.always_macs - 6 * CLASSES
     for t in range(TASKS)
   ]
   per_unit, per_pair = records[0].macs_per_unit, records[1].macs_per_pair
