@@ -53,7 +53,7 @@ from gating_jax.ops.relaxations import (
   straight_through_gate,
   threshold_gate,
 )
-from gating_jax.training.closing import closed_share
+from gating_jax.training.closed_gates import closed_share
 from gating_jax.training.devices import value_and_grad_over_devices
 from gating_jax.types import GateRecord
 from gating_jax.video.concepts import find_concepts

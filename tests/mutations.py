@@ -308,10 +308,10 @@ TRAINING = [
   ),
   Mutant(
     "one_warning_silences_others",
-    "training/closing.py",
+    "training/closed_gates.py",
     "if limit not in self._warned:",
     "if not self._warned:",
-    "training/test_closing.py::test_of_several_kinds_of_gates_each_has_a_limit",
+    "training/test_closed_gates.py::test_of_several_kinds_of_gates_each_has_a_limit",
   ),
   Mutant(
     "resumed_watch_forgets",

@@ -24,7 +24,7 @@ from gating_jax.data import tasks
 from gating_jax.data.tfds import Images
 from gating_jax.progress import TRAINING, Pace, lasting, say, working
 from gating_jax.reports import conclusion, failing, task_table
-from gating_jax.training import devices, gate_watch, hosts, loop, rundir
+from gating_jax.training import closed_gates, devices, hosts, loop, rundir
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal
 
@@ -164,7 +164,7 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
     step, learner = _restore(experiment, checkpoints)
   if step:
     say(f"resuming from the checkpoint of step {step} in {run_dir.path}")
-  journal, watch = Journal(run_dir.path, step, total), gate_watch.of_tasks()
+  journal, watch = Journal(run_dir.path, step, total), closed_gates.watch_tasks()
   advance, end_stage = make_advance(experiment), _make_end_stage(experiment, journal)
   pace = Pace(
     journal.say, total, lambda step: {_PRETRAINING: _pretrain_steps_left(experiment, step)}

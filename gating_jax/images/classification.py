@@ -32,9 +32,9 @@ from gating_jax.progress import Pace, lasting, say, working
 from gating_jax.reports import conclusion, failing, gate_table, surroundings, tables, text
 from gating_jax.reports import gates as gate_pictures
 from gating_jax.training import (
+  closed_gates,
   devices,
   evaluation,
-  gate_watch,
   hosts,
   loop,
   rundir,
@@ -266,7 +266,7 @@ def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
       checkpoints=checkpoints,
       journal=journal,
       evaluate=evaluate,
-      watch=gate_watch.of_images(experiment.config),
+      watch=closed_gates.watch_images(experiment.config),
     )
     if step < total:
       journal.say(step, "stopped as asked; a checkpoint is saved, run the same command to resume")

@@ -18,7 +18,7 @@ from gating_jax.ops import collectives, penalties
 from gating_jax.ops.ecdf import batch_shaping_loss
 from gating_jax.ops.macs import executed_macs, gated_macs
 from gating_jax.ops.priors import Prior
-from gating_jax.training.closing import CLOSED, closed_share
+from gating_jax.training.closed_gates import CLOSED, closed_share
 from gating_jax.types import Array, Records
 
 REDUCTIONS = ("layer_mean", "mean", "sum")

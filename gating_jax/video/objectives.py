@@ -15,7 +15,7 @@ import optax
 from gating_jax.checks import one_of
 from gating_jax.ops.ecdf import batch_shaping_loss
 from gating_jax.ops.priors import Prior
-from gating_jax.training.closing import LEAST_RATE, SEGMENTS_CLOSED
+from gating_jax.training.closed_gates import LEAST_RATE, SEGMENTS_CLOSED
 from gating_jax.training.objectives import ImageObjective, weighted_mean
 from gating_jax.types import Array, Records
 

@@ -21,7 +21,7 @@ from gating_jax.data import images
 from gating_jax.data.videos import VideoArrays
 from gating_jax.progress import Pace, lasting, say, working
 from gating_jax.reports import conclusion, failing, video_table
-from gating_jax.training import devices, gate_watch, hosts, loop, rundir, steps
+from gating_jax.training import closed_gates, devices, hosts, loop, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal, numbers
 from gating_jax.training.steps import map_steps
@@ -272,7 +272,7 @@ def _run_phase(
       checkpoints=checkpoints,
       journal=journal,
       evaluate=evaluate if test else None,
-      watch=gate_watch.of_videos(config),
+      watch=closed_gates.watch_videos(config),
     )
     # The loop ends early only where it was asked to, and has saved a checkpoint.
     if step < total:

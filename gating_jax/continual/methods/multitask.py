@@ -41,7 +41,7 @@ from gating_jax.continual.method import (
 from gating_jax.continual.methods.task_gates import TaskGatesSettings
 from gating_jax.layers.gate import GATE_RNG
 from gating_jax.models.summary import ModelCounts
-from gating_jax.training.closing import CLOSED, closed_share
+from gating_jax.training.closed_gates import CLOSED, closed_share
 from gating_jax.types import Array
 
 Tree = Any

@@ -46,7 +46,7 @@ from gating_jax.continual.rehearsal import Rehearsal, make_pretrain_step
 from gating_jax.continual.task_inference import FeatureClassifier, NetworkClassifier, TaskClassifier
 from gating_jax.layers.gate import GATE_RNG
 from gating_jax.models.summary import ModelCounts
-from gating_jax.training.closing import CLOSED, closed_share
+from gating_jax.training.closed_gates import CLOSED, closed_share
 from gating_jax.types import Array
 
 WHEN_FULL = ("error", "reuse", "grow")
