@@ -71,13 +71,13 @@ def lines(shares, every=50):
   return [(every * i, m) for i, m in enumerate(means, start=1)]
 
 
-def said(shares, limits=(LIMIT,), every=50):
+def warnings_of(shares, limits=(LIMIT,), every=50):
   watch = ClosingWatch(limits)
   return [watch(*line) for line in lines(shares, every)]
 
 
 def test_gates_that_stay_closed_are_said_once_with_what_to_change():
-  assert said([0.2, 0.8, 0.9, 0.2, 0.9, 0.9]) == [
+  assert warnings_of([0.2, 0.8, 0.9, 0.2, 0.9, 0.9]) == [
     [],
     [
       "warning: 80% of the gates are closed for all examples, and closed gates hardly learn. If "
@@ -96,7 +96,7 @@ def test_a_watch_that_is_shown_earlier_lines_again_goes_on_as_if_never_stopped()
     for a, b in [(0.2, 0.2), (0.8, 0.2), (0.8, 0.95), (0.8, 0.95), (0.2, 0.95)] * 2
   ]
   log = lines(shares, every=10)
-  expected = said(shares, (LIMIT, CHANNELS), every=10)
+  expected = warnings_of(shares, (LIMIT, CHANNELS), every=10)
   assert [i for i, warnings in enumerate(expected) if warnings] == [2, 3]
   for stop in range(len(log)):
     watch = ClosingWatch((LIMIT, CHANNELS))
@@ -108,25 +108,27 @@ def test_a_watch_that_is_shown_earlier_lines_again_goes_on_as_if_never_stopped()
 
 @pytest.mark.parametrize("shares", [[0.0] * 5, [0.5] * 5, [{"loss": 1.0}] * 3])
 def test_open_gates_are_no_fault(shares):
-  assert not any(said(shares))
+  assert not any(warnings_of(shares))
 
 
 def test_gates_that_close_for_a_moment_are_no_fault():
-  assert not any(said([0.9, 0.9, 0.2] * 20, every=5))
-  assert [i for i, text in enumerate(said([0.2] + [0.9] * 9, every=5)) if text] == [
+  assert not any(warnings_of([0.9, 0.9, 0.2] * 20, every=5))
+  assert [i for i, text in enumerate(warnings_of([0.2] + [0.9] * 9, every=5)) if text] == [
     4
   ]  # after twenty steps
 
 
 def test_of_several_kinds_of_gates_each_has_a_limit():
   limits = LIMIT, CHANNELS
-  assert not any(said([{CLOSED: 0.1, "channels": 0.8}] * 3, limits))
-  ((warning,),) = said([{CLOSED: 0.1, "channels": 0.95}], limits)
+  assert not any(warnings_of([{CLOSED: 0.1, "channels": 0.8}] * 3, limits))
+  ((warning,),) = warnings_of([{CLOSED: 0.1, "channels": 0.95}], limits)
   assert "95% of the channels" in warning
-  (both,) = said([{CLOSED: 0.8, "channels": 0.95}], limits)
+  (both,) = warnings_of([{CLOSED: 0.8, "channels": 0.95}], limits)
   assert [re.search(r"of the (\w+)", warning)[1] for warning in both] == ["gates", "channels"]
   assert not any(
-    said([{CLOSED: 0.9, "channels": 0.1}, {CLOSED: 0.1, "channels": 0.95}] * 9, limits, every=10)
+    warnings_of(
+      [{CLOSED: 0.9, "channels": 0.1}, {CLOSED: 0.1, "channels": 0.95}] * 9, limits, every=10
+    )
   )
 
 
@@ -195,7 +197,9 @@ def test_most_gates_of_images_and_scenes_closed_is_said(name, variant):
   ],
 )
 def test_pruning_that_is_wanted_is_no_fault(variant, share):
-  assert warned(closed_gates.watch_images(config_of("digits_resnet20", variant)), CLOSED, share) is None
+  assert (
+    warned(closed_gates.watch_images(config_of("digits_resnet20", variant)), CLOSED, share) is None
+  )
 
 
 @pytest.mark.parametrize(("variant", "share"), [("gates=static", 1.0), ("budget=0.2", 0.9)])
@@ -227,7 +231,9 @@ def test_segments_and_channels_of_videos_that_close_are_said():
 def test_segments_chosen_by_a_rule_and_ungated_nets_are_not_watched():
   for metric in (SEGMENTS_CLOSED, CHANNELS):
     assert (
-      warned(closed_gates.watch_videos(config_of("composed_timegate", "selection=uniform")), metric, 1.0)
+      warned(
+        closed_gates.watch_videos(config_of("composed_timegate", "selection=uniform")), metric, 1.0
+      )
       is None
     )
 
