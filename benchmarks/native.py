@@ -127,7 +127,7 @@ def stack(layers, strides, branch):
 
 def native_branch(*arguments):
   *arguments, stride = arguments
-  return native_kernels.gated_branch(*arguments, stride=stride, implementation="native")
+  return native_kernels.open_branch(*arguments, stride=stride, implementation="native")
 
 
 def in_xla_masked(x, kernel1, bias1, kernel2, bias2, gates, shortcut, stride):

@@ -6,6 +6,9 @@ weights in place, and keeps the hidden channels of a residual branch compact bet
 convolutions. It is an optional extra: where it is missing (`why_not()` gives the reason), or on an
 accelerator, the plain JAX twin below computes all channels and masks them.
 
+Gates only choose here, as [gate > 0]; `gated_branch` of `ops.pallas_kernels` also multiplies by
+them.
+
 Axes: N examples, H and W pixels, I and O channels. Inference only: nothing here can be
 differentiated.
 Reference: Verelst and Tuytelaars, 2020 (gather, compute, scatter); Georganas et al., "Anatomy of
@@ -47,7 +50,7 @@ def why_not() -> str:
   return _register()
 
 
-def gated_branch(
+def open_branch(
   x: Array,
   kernel1: Array,
   bias1: Array,
@@ -88,7 +91,7 @@ def gated_branch(
   )
 
 
-def gated_conv(
+def open_conv(
   x: Array,
   kernel: Array,
   bias: Array,
@@ -116,7 +119,7 @@ def gated_conv(
 
   >>> x, kernel = jnp.full((1, 1, 1, 2), 3.0), jnp.ones((1, 1, 2, 3))
   >>> in_gates, out_gates = jnp.array([[1.0, 0.0]]), jnp.array([[1.0, 0.0, 1.0]])
-  >>> gated_conv(x, kernel, jnp.zeros(3), in_gates=in_gates, out_gates=out_gates)
+  >>> open_conv(x, kernel, jnp.zeros(3), in_gates=in_gates, out_gates=out_gates)
   Array([[[[3., 0., 3.]]]], dtype=float32)
   """
   return gated_chain(
@@ -223,7 +226,7 @@ def _not_differentiable(compute, strides, relu, arrays):
 @_not_differentiable.defjvp
 def _refuse(compute, strides, relu, primals, tangents):
   raise TypeError(
-    "gated_chain, gated_branch and gated_conv are for inference and have no derivatives; train "
+    "gated_chain, open_branch and open_conv are for inference and have no derivatives; train "
     "with gating_jax.layers, which multiply by the gates"
   )
 

@@ -47,7 +47,7 @@ def test_values_by_hand(case, implementation):
   settings = {
     name: jnp.array(value) if "gates" in name else value for name, value in settings.items()
   }
-  y = native_kernels.gated_conv(IMAGE, ONES, zeros(2), implementation=implementation, **settings)
+  y = native_kernels.open_conv(IMAGE, ONES, zeros(2), implementation=implementation, **settings)
   np.testing.assert_array_equal(y[0], np.moveaxis(np.array(expected), 0, -1))
 
 
@@ -55,7 +55,7 @@ def test_values_by_hand(case, implementation):
 def test_bias_shortcut_and_relu(implementation):
   x, kernel = array([1.0, -2.0]).reshape(1, 1, 2, 1), array([1.0, 3.0]).reshape(1, 1, 1, 2)
   run = functools.partial(
-    native_kernels.gated_conv,
+    native_kernels.open_conv,
     x,
     kernel,
     array([0.5, 1.0]),
@@ -77,7 +77,7 @@ def test_a_branch_by_hand(implementation):
     zeros((3, 3, 2, 1)).at[1, 1, :, 0].set(1.0),
   )
   run = functools.partial(
-    native_kernels.gated_branch,
+    native_kernels.open_branch,
     x,
     kernel1,
     array([0.0, 1]),
@@ -96,7 +96,7 @@ def test_a_branch_by_hand(implementation):
 @both
 def test_nothing_of_closed_channels_is_seen(implementation):
   x = IMAGE.at[..., 1].set(jnp.nan)
-  y = native_kernels.gated_branch(
+  y = native_kernels.open_branch(
     x[..., :1],
     ONES[:, :, :1].at[..., 1].set(jnp.nan),
     zeros(2),
@@ -106,7 +106,7 @@ def test_nothing_of_closed_channels_is_seen(implementation):
     implementation=implementation,
   )
   assert y[0, 1, 1].tolist() == [np.sum(SUMS)] * 2
-  closed = native_kernels.gated_conv(
+  closed = native_kernels.open_conv(
     x, ONES, zeros(2), in_gates=jnp.array([[1, 0]]), implementation=implementation
   )
   np.testing.assert_array_equal(closed[0, ..., 0], SUMS)
@@ -114,7 +114,7 @@ def test_nothing_of_closed_channels_is_seen(implementation):
 
 @both
 def test_nan_of_open_channels_is_kept(implementation):
-  y = native_kernels.gated_conv(
+  y = native_kernels.open_conv(
     IMAGE.at[0, 0, 0, 0].set(jnp.nan), ONES, zeros(2), relu=True, implementation=implementation
   )
   assert np.isnan(y[0, :2, :2]).all()
@@ -276,26 +276,26 @@ def test_concurrent_calls_do_not_disturb_each_other():
 def test_arguments_that_do_not_fit_are_refused():
   x, kernel, bias = IMAGE, ONES, zeros(2)
   for message, call in {
-    "x must be": lambda: native_kernels.gated_conv(x[0], kernel, bias),
-    "of four axes": lambda: native_kernels.gated_conv(x, kernel[0], bias),
-    r"match the channels .* \(2,\); got \(3,\)": lambda: native_kernels.gated_conv(
+    "x must be": lambda: native_kernels.open_conv(x[0], kernel, bias),
+    "of four axes": lambda: native_kernels.open_conv(x, kernel[0], bias),
+    r"match the channels .* \(2,\); got \(3,\)": lambda: native_kernels.open_conv(
       x, ones((3, 3, 3, 2)), bias
     ),
-    r"biases\[0\] must be \[2\]": lambda: native_kernels.gated_conv(x, kernel, zeros(3)),
-    r"gates\[1\] must be \[1, 2\]": lambda: native_kernels.gated_conv(
+    r"biases\[0\] must be \[2\]": lambda: native_kernels.open_conv(x, kernel, zeros(3)),
+    r"gates\[1\] must be \[1, 2\]": lambda: native_kernels.open_conv(
       x, kernel, bias, out_gates=ones(2)
     ),
-    "shortcut must have": lambda: native_kernels.gated_conv(x, kernel, bias, x, stride=2),
-    "strides must be": lambda: native_kernels.gated_conv(x, kernel, bias, stride=0),
+    "shortcut must have": lambda: native_kernels.open_conv(x, kernel, bias, x, stride=2),
+    "strides must be": lambda: native_kernels.open_conv(x, kernel, bias, stride=0),
     "strides must be .*; got 2$": lambda: native_kernels.gated_chain(
       x, [kernel], [bias], [None, None], strides=2
     ),
     "need a bias and a stride each": lambda: native_kernels.gated_chain(
       x, [kernel], [bias], [None]
     ),
-    "must be float32": lambda: native_kernels.gated_conv(x.astype(jnp.bfloat16), kernel, bias),
-    "layout must be one of": lambda: native_kernels.gated_conv(x, kernel, bias, layout="IOHW"),
-    "not be empty": lambda: native_kernels.gated_conv(x[:, :0], kernel, bias),
+    "must be float32": lambda: native_kernels.open_conv(x.astype(jnp.bfloat16), kernel, bias),
+    "layout must be one of": lambda: native_kernels.open_conv(x, kernel, bias, layout="IOHW"),
+    "not be empty": lambda: native_kernels.open_conv(x[:, :0], kernel, bias),
   }.items():
     with pytest.raises(ValueError, match=message):
       call()
@@ -303,8 +303,8 @@ def test_arguments_that_do_not_fit_are_refused():
 
 @both
 def test_lists_and_numbers_of_numpy_are_taken(implementation):
-  expected = native_kernels.gated_conv(IMAGE, ONES, zeros(2), out_gates=ones((1, 2)), stride=2)
-  y = native_kernels.gated_conv(
+  expected = native_kernels.open_conv(IMAGE, ONES, zeros(2), out_gates=ones((1, 2)), stride=2)
+  y = native_kernels.open_conv(
     np.asarray(IMAGE),
     np.asarray(ONES),
     np.zeros(2, np.float32),
@@ -317,7 +317,7 @@ def test_lists_and_numbers_of_numpy_are_taken(implementation):
 
 @both
 def test_derivatives_are_refused(implementation):
-  run = lambda x: native_kernels.gated_conv(x, ONES, zeros(2), implementation=implementation).sum()
+  run = lambda x: native_kernels.open_conv(x, ONES, zeros(2), implementation=implementation).sum()
   with pytest.raises(TypeError, match="for inference and have no derivatives"):
     jax.grad(run)(IMAGE)
 
@@ -325,6 +325,6 @@ def test_derivatives_are_refused(implementation):
 def test_without_the_kernel_all_runs_in_jax(monkeypatch):
   monkeypatch.setattr(native_kernels, "_register", lambda: "no compiler")
   assert not native_kernels.available()
-  assert native_kernels.gated_conv(IMAGE, ONES, zeros(2))[0, 1, 1, 0] == 45
+  assert native_kernels.open_conv(IMAGE, ONES, zeros(2))[0, 1, 1, 0] == 45
   with pytest.raises(RuntimeError, match="native kernel is not available: no compiler"):
-    native_kernels.gated_conv(IMAGE, ONES, zeros(2), implementation="native")
+    native_kernels.open_conv(IMAGE, ONES, zeros(2), implementation="native")
