@@ -269,7 +269,7 @@ def _main(argv: list[str]) -> int:
   from gating_jax.data.tfds import DatasetNotPreparedError
   from gating_jax.images import classification, segmentation
   from gating_jax.inference.export import ExportError
-  from gating_jax.reports import compare
+  from gating_jax.reports import compared_runs, comparison
   from gating_jax.training import hosts, settings, smoke
   from gating_jax.training.checkpoints import CheckpointError
   from gating_jax.training.loop import NonFiniteError
@@ -278,7 +278,8 @@ def _main(argv: list[str]) -> int:
 
   try:
     if _MODE.value == COMPARE:
-      compare.run(compare.folders(_WORKDIR.value), user_path(_PAGE.value or "comparison.html"))
+      folders = compared_runs.split_folders(_WORKDIR.value)
+      comparison.compare_runs(folders, user_path(_PAGE.value or "comparison.html"))
       return 0
     workdir, config = user_path(_WORKDIR.value), _CONFIG.value
     # All modes but training can do without --config: the run directory keeps it.

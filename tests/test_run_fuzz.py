@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from absl import logging
 
-from gating_jax.reports import compare, comparison
+from gating_jax.reports import compared_runs, comparison
 from gating_jax.training import devices, settings
 from gating_jax.training.checkpoints import CheckpointError, Checkpoints
 from gating_jax.training.journal import Journal, read_lines
@@ -74,8 +74,8 @@ def read_checkpoint(path):
 
 
 def read_comparison(path):
-  runs = [compare._read(path, "run")]
-  comparison.render(runs)
+  runs = [compared_runs.read_run(path, "run")]
+  comparison.render_comparison(runs)
 
 
 READERS = (

@@ -20,7 +20,7 @@ from gating_jax.data.video_tables import VideoTable
 from gating_jax.data.videos import VideoFolder
 from gating_jax.images import classification
 from gating_jax.models import resnet
-from gating_jax.reports import comparison, task_table, video_table
+from gating_jax.reports import comparison, tables
 from tests.helpers import ROOT, made_tfds, made_videos, tiny_cli
 
 FOLDERS = ("gating_jax", "configs", "benchmarks", "docs")
@@ -364,7 +364,7 @@ def test_names_of_classes_do_not_reach_the_terminal_as_they_are(tmp_path, caplog
     "unreadable": 0,
     "missing": 0,
   }
-  said = video_table.render(result | {"classes_left_out": [WICKED, "b"]})
+  said = tables.render_video(result | {"classes_left_out": [WICKED, "b"]})
   assert said.splitlines()[-1].split("  ")[-1].strip() == "?]0;title??[31mred??, b"
   assert all(c.isprintable() or c == "\n" for c in said)
   aware = {
@@ -375,7 +375,7 @@ def test_names_of_classes_do_not_reach_the_terminal_as_they_are(tmp_path, caplog
     "forward_transfer": None,
     "reasons": {},
   }
-  said = task_table.render(
+  said = tables.render_tasks(
     {
       "task_names": [WICKED],
       "task_aware": aware,
@@ -389,7 +389,7 @@ def test_names_of_classes_do_not_reach_the_terminal_as_they_are(tmp_path, caplog
   run = comparison.Run(
     "a", {"experiment": "long_video", "data.table": WICKED}, {"accuracy": 0.5, "step": 1}, []
   )
-  said = comparison.render(
+  said = comparison.render_comparison(
     [run, dataclasses.replace(run, name="b", config={"experiment": "long_video"})]
   )
   assert "[31mred" in said

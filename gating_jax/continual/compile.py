@@ -39,7 +39,7 @@ def run(
   """
   # Fails before anything is compiled.
   check(experiment)
-  compile_report.write(run_dir, step, _tables(experiment, jax.device_get(learner)))
+  compile_report.write_times(run_dir, step, _tables(experiment, jax.device_get(learner)))
 
 
 def check(experiment: ContinualExperiment) -> None:
@@ -50,9 +50,7 @@ def check(experiment: ContinualExperiment) -> None:
       f"'multitask_gates' have; got {experiment.config.method!r}"
     )
   # The methods' networks end at their features.
-  folding.check(
-    build_network(experiment.config, experiment.problem, classes=None, gated=True)
-  )
+  folding.check(build_network(experiment.config, experiment.problem, classes=None, gated=True))
 
 
 def _tables(
@@ -60,8 +58,10 @@ def _tables(
 ) -> Iterator[tuple[str, Sequence[Timing]]]:
   for task in range(int(learner.task)):
     compiled = functools.partial(compile_conditional, folded_net(experiment, learner, task))
-    images = compile_report.calibration(experiment.tasks[task].train, experiment.problem.normalise)
-    for title, rows in compile_report.of_images(compiled, images):
+    images = compile_report.calibration_images(
+      experiment.tasks[task].train, experiment.problem.normalise
+    )
+    for title, rows in compile_report.time_images(compiled, images):
       yield f"task {task + 1}, {experiment.task_names[task]}: {title}", rows
 
 

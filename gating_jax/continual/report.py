@@ -17,9 +17,9 @@ from gating_jax.continual.method import Footprint, LearnerState
 from gating_jax.data import images as in_memory
 from gating_jax.data.tfds import Images
 from gating_jax.models.summary import layer_names
-from gating_jax.reports import conclusion, glossary, opening, page, surroundings, task_table, tasks
+from gating_jax.reports import conclusion, glossary, opening, page, surroundings, tables, tasks
 from gating_jax.reports import images as image_pictures
-from gating_jax.reports.text import plain, save
+from gating_jax.reports.text import plain
 from gating_jax.training import evaluation, hosts, rundir
 from gating_jax.training.journal import Journal
 
@@ -36,7 +36,7 @@ def summary(experiment: ContinualExperiment, learner: LearnerState) -> dict[str,
     experiment: of the run.
     learner: after one task or more.
   Returns:
-    the result as `reports.task_table` wants it.
+    the result as `reports.tables.render_tasks` wants it.
   """
   learnt = int(learner.task)
   table = {
@@ -132,7 +132,7 @@ def draw(
   # The captions are for the page.
   for name, (_, figure) in _pictures(experiment, learner).items():
     path = run_dir.path / f"{name}.png"
-    save(figure, path)
+    page.save_figure(figure, path)
     journal.write_picture(step, f"pictures/{name}", path)
 
 
@@ -224,7 +224,7 @@ def write(
     notice: first line of the page, such as that the run has failed.
   """
   config, result = experiment.config, summary(experiment, learner)
-  around = surroundings.read(
+  around = surroundings.read_surroundings(
     run_dir,
     config,
     surroundings.TASKS,
@@ -232,7 +232,7 @@ def write(
     not_compiled=conclusion.refusal(compile.check, experiment),
   )
   pictures = {
-    name: page.pictured(
+    name: page.embed_figure(
       figure, caption, scrolls=figure.get_figwidth() > page.WIDTH, terms=_TERMS[name]
     )
     for name, (caption, figure) in _pictures(experiment, learner).items()
@@ -242,13 +242,13 @@ def write(
   sections = [
     page.Section(
       "Result",
-      " ".join(f"{why}." for why in task_table.reasons(result)),
+      " ".join(f"{why}." for why in tables.task_reasons(result)),
       [
         *(
           page.Table(*table, terms=_COLUMNS + _measures(table))
-          for table in task_table.tables(result)
+          for table in tables.task_tables(result)
         ),
-        glossary.defined(task_table.costs(result)),
+        glossary.defined_table(tables.task_rows(result)),
       ],
     )
   ]
@@ -262,8 +262,8 @@ def write(
   configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
   sections += [
     opening.times_section("image", around),
-    opening.settings(configured),
-    opening.about(around),
+    opening.settings_section(configured),
+    opening.about_section(around),
   ]
   begin = page.Opening(
     _numbers(result, around),
@@ -273,7 +273,7 @@ def write(
   )
   # The contents need all processes, and are complete here.
   hosts.on_writer(
-    lambda: page.write(
+    lambda: page.write_page(
       run_dir.report,
       f"{config.method} on {config.data.name}, task by task",
       sections,
@@ -343,7 +343,7 @@ def _numbers(result: Mapping[str, Any], around: opening.Surroundings) -> list[pa
   )
   count = len(result["task_names"])
   agnostic = 100 * result["task_agnostic"]["average_accuracy"]
-  score = opening.score(
+  score = opening.score_number(
     "accuracy, task known",
     aware,
     "task_aware.average_accuracy",
@@ -353,8 +353,8 @@ def _numbers(result: Mapping[str, Any], around: opening.Surroundings) -> list[pa
   )
   return [
     score,
-    opening.macs(macs / dense, macs, dense, "image", around),
-    opening.time("image", around),
+    opening.macs_number(macs / dense, macs, dense, "image", around),
+    opening.time_number("image", around),
   ]
 
 
@@ -414,8 +414,8 @@ def _one_gate_across_tasks(experiment: ContinualExperiment, learner: LearnerStat
       f"{plain(experiment.task_names[t], 20)}\nopen: {100 * rates[t, unit]:.0f} %" for t in users
     ]
     parts.append(
-      page.pictured(
-        image_pictures.draw_rows(rows, labels), f"{plain(names[unit], 60)}.", photo=True
+      page.embed_figure(
+        image_pictures.draw_image_rows(rows, labels), f"{plain(names[unit], 60)}.", photo=True
       )
     )
   return page.Section(

@@ -23,7 +23,7 @@ from gating_jax.data import images as in_memory
 from gating_jax.data import tasks
 from gating_jax.data.tfds import Images
 from gating_jax.progress import TRAINING, Pace, lasting, say, working
-from gating_jax.reports import conclusion, failing, task_table
+from gating_jax.reports import conclusion, failing, tables
 from gating_jax.training import closed_gates, devices, hosts, loop, rundir
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal
@@ -75,7 +75,7 @@ def _evaluate(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
     ):
       learner = test_tasks(learner, make_evaluate(experiment), int(learner.task))
   result = report.summary(experiment, learner)
-  say(task_table.render(result))
+  say(tables.render_tasks(result))
   say(_conclude(experiment, run_dir.path, result, done))
 
 
@@ -99,7 +99,9 @@ def _compile(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
 
 
 def _render_finished(experiment: ContinualExperiment, path: Path, result: Mapping[str, Any]) -> str:
-  return f"{task_table.render(result)}\n{_conclude(experiment, path, result, 'A finished run of')}"
+  return (
+    f"{tables.render_tasks(result)}\n{_conclude(experiment, path, result, 'A finished run of')}"
+  )
 
 
 def _conclude(
@@ -207,7 +209,7 @@ def _train(experiment: ContinualExperiment, run_dir: rundir.RunDir) -> None:
     report.write(experiment, learner, run_dir, step)
   result |= {"step": step, "seconds_since_last_start": round(time.monotonic() - started, 1)}
   run_dir.finish(result)
-  say(task_table.render(result))
+  say(tables.render_tasks(result))
   say(
     _conclude(
       experiment, run_dir.path, result, f"Trained for {lasting(time.monotonic() - started)}:"

@@ -29,7 +29,7 @@ from gating_jax.images.build import Experiment, build
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.paths import user_path
 from gating_jax.progress import Pace, lasting, say, working
-from gating_jax.reports import conclusion, failing, gate_table, surroundings, tables, text
+from gating_jax.reports import conclusion, failing, page, surroundings, tables
 from gating_jax.reports import gates as gate_pictures
 from gating_jax.training import (
   closed_gates,
@@ -75,7 +75,7 @@ class Task:
 
   def render(self, result: Mapping[str, Any]) -> str:
     """Returns the result as text."""
-    return tables.lines(self.rows(result), result.get("layers"))
+    return tables.render_rows(self.rows(result), result.get("layers"))
 
   def title(self, experiment: Experiment) -> str:
     """Describes the model and the data set."""
@@ -105,7 +105,7 @@ TASK = Task(
   prepare=_augment,
   scores=steps.image_scores,
   summarise=lambda _, sums, images: evaluation.summarise(sums, images),
-  rows=tables.rows,
+  rows=tables.classification_rows,
 )
 
 
@@ -442,16 +442,16 @@ def write_files(
   """
   drawn, names = task.draw(experiment, state), []
   for name, (figure, _) in drawn.items():
-    text.save(figure, run_dir.path / name)
+    page.save_figure(figure, run_dir.path / name)
     names.append(name)
   if gates is not None:
-    gate_pictures.draw(
-      run_dir.path / "gates.png",
-      gates.logits,
-      gates.diagnosis.open_rates,
-      experiment.objective.prior,
+    figure = gate_pictures.draw_gate_statistics(
+      gates.logits, gates.diagnosis.open_rates, experiment.objective.prior
     )
-    gate_table.write(run_dir.path / "gates.csv", gates.diagnosis, experiment.counts.gate_layers)
+    page.save_figure(figure, run_dir.path / "gates.png")
+    tables.write_gate_csv(
+      run_dir.path / "gates.csv", gates.diagnosis, experiment.counts.gate_layers
+    )
     names.append("gates.png")
   # TensorBoard shows the pictures too.
   for name in names:
@@ -528,7 +528,7 @@ def write_report(
       config=[(name, str(value)) for name, value in rundir.flatten(config).items()],
       read=lambda index: experiment.test.read(index)[0],
       pictures=list(drawn.values()),
-      around=surroundings.read(
+      around=surroundings.read_surroundings(
         run_dir,
         config,
         kind,

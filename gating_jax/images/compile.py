@@ -42,9 +42,9 @@ def run(
   check(experiment.model)
   compiled = _compiler(experiment.model, variables)
   with working("opening the training data", "minutes for large sets"):
-    images = compile_report.calibration(experiment.open_train(), experiment.normalise)
-  compile_report.write(
-    run_dir, step, compile_report.of_images(compiled, images), pixels=images.shape[1:3]
+    images = compile_report.calibration_images(experiment.open_train(), experiment.normalise)
+  compile_report.write_times(
+    run_dir, step, compile_report.time_images(compiled, images), pixels=images.shape[1:3]
   )
 
 

@@ -37,8 +37,8 @@ from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.paths import quoted
 from gating_jax.progress import Advance, say, working
 from gating_jax.reports import compile_report, conclusion, surroundings
-from gating_jax.reports.text import columns
-from gating_jax.reports.times import title
+from gating_jax.reports.text import align_columns
+from gating_jax.reports.timings import timing_title
 from gating_jax.timing import MASKED, device, race
 from gating_jax.training import rundir
 from gating_jax.types import Array
@@ -124,7 +124,9 @@ def _as_compiled(run_dir: rundir.RunDir, step: int, trained: float) -> list[tupl
   """
   here, times = f"{trained:.2f} ms", surroundings.read_times(run_dir.path)
   # Times of another checkpoint are those of another network.
-  rows = [] if times is None or times.step != step else times.timings.get(title(1, "image"), [])
+  rows = []
+  if times is not None and times.step == step:
+    rows = times.timings.get(timing_title(1, "image"), [])
   there = [row["seconds"] for row in rows if row["part"] is None and row["strategy"] == MASKED]
   return [
     (
@@ -168,7 +170,7 @@ def _write(
     "compiling and timing programs that skip closed units, one image at a time", "some minutes"
   ) as progress:
     # Strategies are chosen by their times, for a batch of one image.
-    images = compile_report.calibration(train, experiment.normalise)
+    images = compile_report.calibration_images(train, experiment.normalise)
     skipping = compile_conditional(
       small,
       input_shape=shape,
@@ -214,7 +216,7 @@ def _write(
       path = export.export_model(model, folder / FOLDERS[name], input_shape=shape, card=card)
       # Read back: the export adds the sizes of its files to the card.
       table.append(_row(name, scores[name], export.load_exported(path).card))
-  say("\n".join(columns(table)))
+  say("\n".join(align_columns(table)))
   if analysis.openings and _SKIPPING not in models:
     say(
       "For one image at a time computing everything is as fast as skipping here: no program that "
@@ -229,7 +231,7 @@ def _write_exits(
   """Writes the export of a network with exits; returns the same time as `_write`."""
   with working("opening the training data", "minutes for large sets"):
     train, test = experiment.open_train(), experiment.test
-    images, spent = compile_report.calibration(train, experiment.normalise), []
+    images, spent = compile_report.calibration_images(train, experiment.normalise), []
   net, shape = exits.fold_exits(experiment.model, variables), test.shape
   with working(
     "compiling and timing programs with early exits, for one image", "a minute or two"
@@ -263,7 +265,9 @@ def _write_exits(
   with working("writing the net", "up to half a minute"):
     path = export.export_model(made, folder / FOLDERS[_SLIMMED], input_shape=shape, card=card)
   say(f"\ncheckpoint of step {origin['step']}\n")
-  say("\n".join(columns([_head(), _row(made.strategy, score, export.load_exported(path).card)])))
+  say(
+    "\n".join(align_columns([_head(), _row(made.strategy, score, export.load_exported(path).card)]))
+  )
   return times[MASKED]["1"]
 
 
@@ -363,13 +367,13 @@ def _analysis_lines(analysis: Analysis, names: list[str]) -> list[str]:
     [row["strategy"], f"{row['macs']:,.0f}", f"{100 * row['ratio']:.1f} %"]
     for row in analysis.mac_rows()
   ]
-  lines = columns([["way to run it", "MACs per image", "of ungated"], *ways])
+  lines = align_columns([["way to run it", "MACs per image", "of ungated"], *ways])
   if not rows:
     return lines
   counted = ("always_open", "always_closed", "conditional", "open_on_all", "closed_on_all")
   head = ["layer", "units", "open", *(name.replace("_", " ") for name in counted), "correlation"]
   return [
-    *columns(
+    *align_columns(
       [
         head,
         *(

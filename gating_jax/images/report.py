@@ -15,8 +15,8 @@ import numpy as np
 
 from gating_jax.analysis.outcomes import ALWAYS_CLOSED, by_layer
 from gating_jax.ops.priors import Prior
-from gating_jax.reports import gate_table, glossary, opening, page
 from gating_jax.reports import gates as gate_pictures
+from gating_jax.reports import glossary, opening, page, tables
 from gating_jax.reports import images as image_pictures
 from gating_jax.reports.text import plain
 from gating_jax.training.evaluation import GateBehaviour, ImageBehaviour
@@ -78,7 +78,7 @@ class ImageRun:
 
 def write(path: Path, run: ImageRun) -> None:
   """Writes the page, whole or not at all."""
-  page.write(path, run.title, sections(run), run.subtitle, begin(run))
+  page.write_page(path, run.title, sections(run), run.subtitle, begin(run))
 
 
 def begin(run: ImageRun) -> page.Opening:
@@ -87,9 +87,9 @@ def begin(run: ImageRun) -> page.Opening:
   result, around = run.tests[-1], run.around
   meaning = _SCORES.get(key, "").format(count=len(run.images.macs), noun=run.noun)
   numbers = [
-    opening.score(f"test {name}", result[key], key, around, meaning),
-    opening.macs(result["mac_ratio"], result["macs"], run.macs, run.noun, around),
-    opening.time(run.noun, around),
+    opening.score_number(f"test {name}", result[key], key, around, meaning),
+    opening.macs_number(result["mac_ratio"], result["macs"], run.macs, run.noun, around),
+    opening.time_number(run.noun, around),
   ]
   text, picture = opening.why_no_baseline(around, run.how), None
   if run.gates is not None:
@@ -111,7 +111,7 @@ def sections(run: ImageRun) -> list[page.Section]:
 
   Sections without meaning for the run are left out.
   """
-  found = [page.Section("Result", parts=[glossary.defined(run.rows)]), _score(run)]
+  found = [page.Section("Result", parts=[glossary.defined_table(run.rows)]), _score(run)]
   if run.pictures:
     parts = [_picture(*one, photo=True) for one in run.pictures]
     found.append(page.Section(f"Some {run.noun}s", parts=parts))
@@ -124,15 +124,15 @@ def sections(run: ImageRun) -> list[page.Section]:
     *found,
     _extremes(run),
     opening.times_section(run.noun, run.around),
-    opening.settings(run.config),
-    opening.about(run.around),
+    opening.settings_section(run.config),
+    opening.about_section(run.around),
   ]
 
 
 def _picture(
   figure: Any, caption: str, terms: page.Terms = (), *, photo: bool = False
 ) -> page.Picture:
-  return page.pictured(figure, caption, terms=terms, photo=photo)
+  return page.embed_figure(figure, caption, terms=terms, photo=photo)
 
 
 def _score(run: ImageRun) -> page.Section:
@@ -218,8 +218,8 @@ def _on_hard(run: ImageRun) -> str:
   if abs(change) < 0.05:
     what = "as many MACs as"
   return (
-    f"The hardest quarter of {run.noun}s takes {what} the easiest ({opening.short(hard)} and "
-    f"{opening.short(easy)}). On this page, easy and hard refer to the loss."
+    f"The hardest quarter of {run.noun}s takes {what} the easiest ({opening.format_count(hard)} and "
+    f"{opening.format_count(easy)}). On this page, easy and hard refer to the loss."
   )
 
 
@@ -245,10 +245,10 @@ def _outcomes(run: ImageRun) -> page.Picture:
 def _by_layer(run: ImageRun) -> page.Section:
   # Layers have the numbers that the figures give them.
   found, names = by_layer(run.gates.diagnosis, run.layers), gate_pictures.layer_names(run.layers)
-  header, *rows = gate_table.rows(
+  header, *rows = tables.gate_rows(
     [{**layer, "layer": name} for layer, name in zip(found, names, strict=True)]
   )
-  titles = [gate_table.TITLES[name] for name in header]
+  titles = [tables.GATE_COLUMNS[name] for name in header]
   return page.Section(
     "Gates of each layer", parts=[page.Table([title for title, _ in titles], rows, terms=titles)]
   )

@@ -23,7 +23,8 @@ from gating_jax.models.resnet import RESNETS
 from gating_jax.models.segmenter import Segmenter
 from gating_jax.models.summary import model_summary
 from gating_jax.progress import working
-from gating_jax.reports import scene_pictures, scene_table
+from gating_jax.reports import images as image_pictures
+from gating_jax.reports import tables
 from gating_jax.training import devices, steps
 from gating_jax.training.rundir import Outline
 
@@ -145,7 +146,7 @@ def _draw(experiment: Experiment, state: steps.TrainState) -> dict[str, tuple[An
   macs = (
     counts.always_macs + results["macs"] if "macs" in results else np.full(len(images), counts.macs)
   )
-  figure = scene_pictures.draw(
+  figure = image_pictures.draw_scenes(
     images, truth, results["predicted"], macs / counts.macs, experiment.test.class_names
   )
   return {
@@ -164,7 +165,7 @@ TASK = dataclasses.replace(
   summarise=_summarise,
   noun="scene",
   score=("mean_iou", "mean IoU"),
-  rows=scene_table.rows,
+  rows=tables.scene_rows,
   classes=lambda _: None,
   draw=_draw,
 )

@@ -1,14 +1,22 @@
-"""Runs to compare, grouped by test set: scores on different sets are not comparable."""
+"""Runs to compare: read from their directories, and grouped by test set.
+
+Scores on different test sets are not comparable.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from gating_jax.paths import user_path
+from gating_jax.reports import surroundings
 from gating_jax.reports.text import plain
-from gating_jax.reports.times import Times
+from gating_jax.reports.timings import Times
+from gating_jax.training import rundir
+from gating_jax.training.journal import METRICS_FILE, numbers, read_lines
 
 MISSING = "–"
 
@@ -111,7 +119,7 @@ class Group(NamedTuple):
     }
 
 
-def groups(runs: Sequence[Run]) -> list[Group]:
+def group_runs(runs: Sequence[Run]) -> list[Group]:
   """Groups runs by what they are tested on, in the order of each group's first run."""
   found = {}
   for i, run in enumerate(runs):
@@ -147,7 +155,7 @@ def _own(run: Run, others: Sequence[Run]) -> str:
   return ", ".join(plain(f"{name} {run.tested.get(name, MISSING)}", 60) for name in differ)
 
 
-def differences(runs: Sequence[Run]) -> list[list[str]]:
+def differing_settings(runs: Sequence[Run]) -> list[list[str]]:
   """Returns rows of a setting and its value in each run, for the settings that differ.
 
   Two runs differ in a setting if both have it with different values, or if they are of the same
@@ -167,3 +175,72 @@ def differences(runs: Sequence[Run]) -> list[list[str]]:
     for name in names
     if any(differ(name, *pair) for pair in itertools.combinations(runs, 2))
   ]
+
+
+def split_folders(text: str) -> list[Path]:
+  """Splits a text at commas into folders; a name may contain a comma if that folder exists."""
+  found, parts = [], text.split(",")
+  while parts:
+    # Takes the longest name that exists, or else the text before the first comma.
+    ends = [end for end in range(len(parts), 1, -1) if user_path(",".join(parts[:end])).is_dir()]
+    end = ends[0] if ends else 1
+    found.append(user_path(",".join(parts[:end])))
+    del parts[:end]
+  return found
+
+
+def unique_names(folders: Sequence[Path]) -> list[str]:
+  """Returns each folder's name, with as much of its path in front as makes it unique.
+
+  >>> unique_names([Path("/runs/a/digits"), Path("/runs/b/digits"), Path("/runs/other")])
+  ['a/digits', 'b/digits', 'other']
+  """
+  # Resolved, so that two spellings of the same folder are recognised.
+  parts = [folder.resolve().parts for folder in folders]
+
+  def name(mine):
+    """Returns the shortest end of the path `mine` that no other path has."""
+    for depth in range(1, len(mine) + 1):
+      if sum(other[-depth:] == mine[-depth:] for other in parts) == 1:
+        return str(Path(*mine[-depth:]))
+    raise ValueError(f"workdir must name each folder once; got {Path(*mine)} twice")
+
+  return [name(mine) for mine in parts]
+
+
+def read_run(folder: Path, name: str) -> Run:
+  """Reads a run from its directory.
+
+  Args:
+    folder: the run directory.
+    name: of the run among those compared.
+  Raises:
+    RunDirError: the folder holds no run, or a damaged one.
+  """
+  run_dir = rundir.RunDir(folder)
+  # Run directories may be copied or edited by hand, so what the page relies on is checked here.
+  config, result = rundir.flatten(run_dir.config()), run_dir.result()
+  if not isinstance(config.get("experiment"), str):
+    raise rundir.RunDirError(
+      f"{folder / rundir.CONFIG_FILE} is damaged: it must name the experiment"
+    )
+  if result is not None:
+    result = numbers(rundir.flatten(result))
+    if "step" not in result:
+      raise rundir.RunDirError(f"{folder / rundir.RESULT_FILE} is damaged: it must name the step")
+  lines = read_lines(folder / METRICS_FILE)
+  if not lines:
+    raise rundir.RunDirError(
+      f"workdir {folder} holds nothing to compare yet: no line in {METRICS_FILE}"
+    )
+  # The split is a text, and the only one that is kept.
+  measured = [{**numbers(line), "split": line["split"]} for line in lines]
+  return Run(
+    name,
+    config,
+    result,
+    measured,
+    ungated=surroundings.is_ungated(config),
+    times=surroundings.read_times(folder),
+    tested=surroundings.tested_on(config),
+  )

@@ -15,14 +15,13 @@ import jax
 import numpy as np
 
 from gating_jax import timing
-from gating_jax.inference.compiled import Conditional
-from gating_jax.inference.exits import Exiting
-from gating_jax.inference.inputs import spread
+from gating_jax.inference.compiled import Timing, spread_indices
+from gating_jax.inference.conditional import CompiledConditional
+from gating_jax.inference.exits import CompiledExits
 from gating_jax.inference.kernel_strategies import why_not
-from gating_jax.inference.timings import Timing
 from gating_jax.progress import say, working
-from gating_jax.reports import conclusion, surroundings, timings
-from gating_jax.reports.times import title
+from gating_jax.reports import conclusion, page, surroundings
+from gating_jax.reports.timings import draw_timings, render_timings, timing_title
 from gating_jax.training import rundir
 from gating_jax.training.journal import write_json
 
@@ -31,7 +30,7 @@ _CALIBRATION = 256  # images, at most
 _BATCHES, _REPEATS = (1, 64), 20
 
 
-def write(
+def write_times(
   run_dir: rundir.RunDir,
   step: int,
   tables: Iterable[tuple[str, Sequence[Timing]]],
@@ -54,7 +53,7 @@ def write(
     # `tables` is lazy: each table is printed as soon as it is measured.
     for title, rows in tables:
       found[title] = [dataclasses.asdict(row) for row in rows]
-      say(f"\n{title}\n" + timings.table(found[title]))
+      say(f"\n{title}\n" + render_timings(found[title]))
     write_json(
       folder / TABLE_FILE,
       {
@@ -66,7 +65,7 @@ def write(
       },
     )
     with working("drawing the times", "a few seconds"):
-      timings.draw(folder / PICTURE_FILE, found)
+      page.save_figure(draw_timings(found, columns=2), folder / PICTURE_FILE)
   # A page of this step shows the times at once; one of another step must be written again.
   has_page = surroundings.refresh_times(run_dir.path)
   modes = [] if has_page or not run_dir.report.exists() else ["report"]
@@ -94,15 +93,15 @@ def _staged(path: Path, step: int) -> Iterator[Path]:
         file.rename(file.with_stem(f"{file.stem}_of_step_{found.step}"))
 
 
-def calibration(
+def calibration_images(
   images: Any, normalise: Callable[[np.ndarray], jax.Array], count: int = _CALIBRATION
 ) -> np.ndarray:
   """Returns `[M, H, W, D]` network inputs of at most `count` images, evenly spaced in a set."""
-  return np.asarray(normalise(images.read(spread(len(images), count))[0]), np.float32)
+  return np.asarray(normalise(images.read(spread_indices(len(images), count))[0]), np.float32)
 
 
-def of_images(
-  compiled: Callable[..., Conditional | Exiting], images: np.ndarray
+def time_images(
+  compiled: Callable[..., CompiledConditional | CompiledExits], images: np.ndarray
 ) -> Iterator[tuple[str, Sequence[Timing]]]:
   """Yields title and rows of a net's times, for one image at a time and for a batch.
 
@@ -113,7 +112,7 @@ def of_images(
   # One image shows latency, a batch throughput; the fastest strategies may differ.
   for size in _BATCHES:
     with working(
-      f"compiling and timing each way to run {title(size, 'image')}", "up to a few minutes"
+      f"compiling and timing each way to run {timing_title(size, 'image')}", "up to a few minutes"
     ) as progress:
       made = compiled(
         input_shape=images.shape[1:],
@@ -123,6 +122,6 @@ def of_images(
         progress=progress,
       )
     # Where it cannot run, the table lacks this strategy without a word.
-    if isinstance(made, Conditional) and (reason := why_not("native")):
+    if isinstance(made, CompiledConditional) and (reason := why_not("native")):
       say(f"\nthe strategy native is not tried: {reason}")
-    yield title(size, "image"), made.report()
+    yield timing_title(size, "image"), made.report()

@@ -114,10 +114,10 @@ def _report_failure(
     configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
     begin = page.Opening(text=f"No checkpoint could be tested: {_first_line(error)}", notice=said)
     try:
-      page.write(
+      page.write_page(
         run_dir.report,
         str(config.experiment),
-        [opening.settings(configured)],
+        [opening.settings_section(configured)],
         run_dir.path.name,
         begin,
       )

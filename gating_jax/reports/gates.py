@@ -1,17 +1,12 @@
-"""Pictures of gates per layer, over training and by class, narrow enough for a phone.
+"""Pictures of gates: per layer, over training, by class, and against the prior.
 
-Axes: L layers, T tests during training, G gates, K classes.
-
-Picture of gate statistics: open rates, and probabilities against the prior.
-
-Axes: N examples, G gates.
+Axes: N examples, L layers, T tests during training, G gates, K classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from scipy import special
@@ -311,22 +306,23 @@ def _alike(rows: np.ndarray) -> np.ndarray:
   return hierarchy.leaves_list(hierarchy.linkage(rows, "average", optimal_ordering=True))
 
 
-def draw(path: Path | BinaryIO, logits: np.ndarray, open_rates: np.ndarray, prior: Prior) -> None:
-  """Writes a PNG of two histograms and the empirical CDFs.
+def draw_gate_statistics(logits: np.ndarray, open_rates: np.ndarray, prior: Prior) -> Any:
+  """Draws two histograms and the empirical CDFs.
 
   The histograms show open rates and open probabilities; the CDFs are drawn with the prior's.
 
   Args:
-    path: of the PNG file, or an open binary file.
     logits: `[N, G]` log-odds of the gates on some test images.
     open_rates: `[G]` fraction of test images for which each gate is open.
     prior: its CDF is drawn next to the empirical ones.
+  Returns:
+    The matplotlib figure.
   """
   from matplotlib.figure import Figure  # imports slowly
 
   # In float64: in float32 the sigmoid is exactly 1 from a logit of 17 on.
   probs = special.expit(logits.astype(np.float64))
-  figure = Figure(figsize=(13, 4), layout="constrained", dpi=110)
+  figure = Figure(figsize=(13, 4), layout="constrained")
   rates, values, cdfs = figure.subplots(1, 3)
   rates.hist(open_rates, bins=np.linspace(0, 1, 41), color="tab:blue")
   rates.set(
@@ -337,7 +333,7 @@ def draw(path: Path | BinaryIO, logits: np.ndarray, open_rates: np.ndarray, prio
   values.hist(probs.ravel(), bins=np.linspace(0, 1, 41), density=True, color="tab:green")
   values.set(title=f"Open probabilities on {len(probs)} images", xlabel="P(open)", ylabel="density")
   _draw_cdfs(cdfs, probs, prior)
-  figure.savefig(path)
+  return figure
 
 
 def _draw_cdfs(axes, probs: np.ndarray, prior: Prior) -> None:

@@ -91,13 +91,13 @@ def meaning(name: str) -> str:
   return _MEANINGS[max(known, key=len)] if known else ""
 
 
-def defined(rows: Sequence[tuple[str, str]]) -> Table:
+def defined_table(rows: Sequence[tuple[str, str]]) -> Table:
   """Returns a table of names and values, each with its definition."""
   rows = [(name, value, meaning(name)) for name, value in rows]
   return Table(("measure", "value", "definition"), rows, numeric=False)
 
 
-def settings(rows: Sequence[tuple[str, str]]) -> Table:
+def settings_table(rows: Sequence[tuple[str, str]]) -> Table:
   """Returns a table of names and values of settings."""
   return Table(
     ("setting", "value"),

@@ -9,9 +9,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gating_jax.reports import glossary, page, times
+from gating_jax.reports import glossary, page, timings
 from gating_jax.reports.text import plain
-from gating_jax.reports.times import Times
+from gating_jax.reports.timings import Times
 
 _NOT_RECORDED = "not recorded"
 
@@ -56,7 +56,9 @@ class Surroundings:
   workdir: str = ""
 
 
-def score(name: str, value: float, key: str, around: Surroundings, meaning: str) -> page.Number:
+def score_number(
+  name: str, value: float, key: str, around: Surroundings, meaning: str
+) -> page.Number:
   """Returns the score of a run as a large number.
 
   Args:
@@ -83,7 +85,7 @@ def score(name: str, value: float, key: str, around: Surroundings, meaning: str)
   return page.Number(name[:1].upper() + name[1:], f"{100 * value:.2f} %", compared, meaning)
 
 
-def macs(
+def macs_number(
   ratio: float, executed: float, dense: float, noun: str, around: Surroundings
 ) -> page.Number:
   """Returns a run's MACs as a fraction of the ungated network's, as a large number.
@@ -98,37 +100,37 @@ def macs(
   return page.Number(
     "MACs",
     f"{100 * ratio:.1f} %",
-    f"{baseline}, {short(dense)} per {noun}",
-    f"Multiply-accumulate operations per {noun}, {short(executed)}, in % of those of the ungated "
+    f"{baseline}, {format_count(dense)} per {noun}",
+    f"Multiply-accumulate operations per {noun}, {format_count(executed)}, in % of those of the ungated "
     "network; mean over the test set, gate networks included.",
   )
 
 
-def time(noun: str, around: Surroundings) -> page.Number:
+def time_number(noun: str, around: Surroundings) -> page.Number:
   """Returns the milliseconds per example as a large number."""
-  return times.number(
+  return timings.time_number(
     around.times, noun, step=around.step, workdir=around.workdir, refused=around.not_compiled
   )
 
 
 def times_section(noun: str, around: Surroundings) -> page.Section:
   """Returns the section of times of each way to run the network."""
-  return times.section(around.times, noun, step=around.step, refused=around.not_compiled)
+  return timings.times_section(around.times, noun, step=around.step, refused=around.not_compiled)
 
 
-def example(experiment: Any) -> str:
+def example_noun(experiment: Any) -> str:
   """Returns the word for an example of a kind of experiment.
 
-  >>> example("segmentation")
+  >>> example_noun("segmentation")
   'scene'
   """
   return {"long_video": "video", "segmentation": "scene"}.get(experiment, "image")
 
 
-def short(count: float) -> str:
+def format_count(count: float) -> str:
   """Formats a large count with three digits.
 
-  >>> short(40_551_040), short(999), short(1_234)
+  >>> format_count(40_551_040), format_count(999), format_count(1_234)
   ('40.6 M', '999', '1.23 k')
   """
   for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -137,7 +139,7 @@ def short(count: float) -> str:
   return f"{count:.3g}"
 
 
-def about(around: Surroundings) -> page.Section:
+def about_section(around: Surroundings) -> page.Section:
   """Returns the section on the origin of the run: command, commit, versions, hardware."""
   # An old run directory records no start: its rows say "not recorded".
   starts = list(around.starts)
@@ -177,7 +179,7 @@ def about(around: Surroundings) -> page.Section:
   )
 
 
-def about_several(
+def about_runs_section(
   runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], Any]], report: Mapping[str, Any]
 ) -> page.Section:
   """Returns the section on the origin of several runs, and of the page.
@@ -264,6 +266,6 @@ def _hardware(start: Mapping[str, Any]) -> str:
   return plain(f"{start['hardware']}; devices: {devices}, processes: {processes}", 500)
 
 
-def settings(rows: Sequence[tuple[str, str]]) -> page.Section:
+def settings_section(rows: Sequence[tuple[str, str]]) -> page.Section:
   """Returns the section of a run's settings."""
-  return page.Section("Settings", parts=[glossary.settings(rows)])
+  return page.Section("Settings", parts=[glossary.settings_table(rows)])

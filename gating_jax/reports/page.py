@@ -1,7 +1,7 @@
 """Self-contained HTML page of numbers, a picture and folded sections.
 
 The page fetches nothing and runs no script. Parts that are measured later, such as times, have a
-named place, which `fill` overwrites.
+named place, which `fill_page` overwrites.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import base64
 import dataclasses
 import functools
 import io
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import IO, Any, ClassVar
 
-from gating_jax.reports.text import save
 from gating_jax.training.journal import write_atomically
 
 WIDTH = 5.0  # inches of a picture
-_DPI = 150  # 1.5 pixels for each CSS pixel, see `pictured`
+DPI = 150  # 1.5 pixels for each CSS pixel, see `embed_figure`
 
 # Pairs of a column, an axis or a colour, and the sentence that defines it.
 Terms = Sequence[tuple[str, str]]
@@ -34,7 +34,7 @@ class Number:
     baseline: the value of the ungated baseline, or why there is none.
     meaning: a sentence that defines the number.
     command: that measures the number; empty if it is measured.
-    place: name by which `fill` finds it; empty if it is never overwritten.
+    place: name by which `fill_page` finds it; empty if it is never overwritten.
   """
 
   kind: ClassVar[str] = "number"
@@ -127,7 +127,7 @@ class Section:
     text: the paragraph.
     parts: below the paragraph.
     open: shown unfolded; otherwise the reader opens it.
-    place: name by which `fill` finds it; empty if it is never overwritten.
+    place: name by which `fill_page` finds it; empty if it is never overwritten.
   """
 
   kind: ClassVar[str] = "section"
@@ -155,22 +155,33 @@ class Opening:
   notice: str = ""
 
 
-def drawn(
-  draw: Callable[[BinaryIO], None],
-  caption: str,
-  width: int | None = None,
-  *,
-  scrolls: bool = False,
-  terms: Terms = (),
-  photo: bool = False,
-) -> Picture:
-  """Returns the PNG that `draw` writes as a picture; the other arguments are those of `Picture`."""
-  file = io.BytesIO()
-  draw(file)
-  return Picture(file.getvalue(), caption, width, scrolls, terms, photo)
+def save_figure(figure: Any, file: Path | IO[bytes]) -> None:
+  """Writes a matplotlib figure as a PNG file of `DPI` pixels an inch.
+
+  Texts are drawn literally: `$` starts no formula. A letter that no font has is drawn as a box,
+  without a warning.
+
+  Args:
+    figure: of matplotlib.
+    file: a path, which is written whole or not at all, or an open binary file.
+  """
+  from matplotlib.text import Text  # imports slowly
+
+  # A prior or a class may have `$` in its name, which matplotlib would parse as a formula.
+  for text in figure.findobj(Text):
+    text.set_parse_math(False)
+  with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    # In memory first, so that a figure that cannot be drawn leaves no half-written file.
+    content = io.BytesIO()
+    figure.savefig(content, dpi=DPI)
+  if isinstance(file, Path):
+    write_atomically(file, content.getvalue())
+  else:
+    file.write(content.getvalue())
 
 
-def pictured(
+def embed_figure(
   figure: Any, caption: str, *, scrolls: bool = False, terms: Terms = (), photo: bool = False
 ) -> Picture:
   """Returns a matplotlib figure as a picture.
@@ -184,17 +195,12 @@ def pictured(
   """
   # 100 CSS pixels an inch, whatever the resolution of the PNG.
   width = round(100 * figure.get_figwidth())
-  return drawn(
-    lambda file: save(figure, file, dpi=_DPI),
-    caption,
-    width,
-    scrolls=scrolls,
-    terms=terms,
-    photo=photo,
-  )
+  file = io.BytesIO()
+  save_figure(figure, file)
+  return Picture(file.getvalue(), caption, width, scrolls, terms, photo)
 
 
-def render(
+def render_page(
   title: str, sections: Sequence[Section], subtitle: str = "", opening: Opening | None = None
 ) -> str:
   """Renders the page as HTML.
@@ -210,18 +216,18 @@ def render(
   )
 
 
-def write(
+def write_page(
   path: Path,
   title: str,
   sections: Sequence[Section],
   subtitle: str = "",
   opening: Opening | None = None,
 ) -> None:
-  """Writes the page, whole or not at all; arguments as of `render`."""
-  write_atomically(path, render(title, sections, subtitle, opening))
+  """Writes the page, whole or not at all; arguments as of `render_page`."""
+  write_atomically(path, render_page(title, sections, subtitle, opening))
 
 
-def fill(path: Path, parts: Sequence[Number | Section]) -> bool:
+def fill_page(path: Path, parts: Sequence[Number | Section]) -> bool:
   """Overwrites numbers and sections of an existing page.
 
   Args:

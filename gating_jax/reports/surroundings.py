@@ -15,8 +15,8 @@ import ml_collections
 
 from gating_jax import config_files
 from gating_jax.paths import user_path
-from gating_jax.reports import page, times
-from gating_jax.reports.opening import Baseline, Surroundings, example
+from gating_jax.reports import page, timings
+from gating_jax.reports.opening import Baseline, Surroundings, example_noun
 from gating_jax.training import hosts, provenance, rundir
 
 TIMES_FILE = "compile.json"
@@ -169,7 +169,7 @@ def tested_on(config: Mapping[str, Any]) -> dict[str, str]:
   return {name: str(config[name]) for name in names if config.get(name) is not None}
 
 
-def read(
+def read_surroundings(
   run_dir: rundir.RunDir,
   config: ml_collections.ConfigDict,
   kind: Kind,
@@ -209,9 +209,9 @@ def read(
   )
 
 
-def read_times(path: Path) -> times.Times | None:
+def read_times(path: Path) -> timings.Times | None:
   """Reads the times that `--mode=compile` left in a run directory; None if missing or damaged."""
-  return times.parsed(_read_json(path / TIMES_FILE))
+  return timings.parse_times(_read_json(path / TIMES_FILE))
 
 
 def refresh_times(path: Path) -> bool:
@@ -223,12 +223,12 @@ def refresh_times(path: Path) -> bool:
   found = read_times(path)
   if found is None:
     return False
-  noun = example(_read_config(path).get("experiment"))
-  return page.fill(
+  noun = example_noun(_read_config(path).get("experiment"))
+  return page.fill_page(
     path / rundir.REPORT_FILE,
     [
-      times.number(found, noun, step=found.step, workdir=str(path)),
-      times.section(found, noun, step=found.step),
+      timings.time_number(found, noun, step=found.step, workdir=str(path)),
+      timings.times_section(found, noun, step=found.step),
     ],
   )
 

@@ -100,7 +100,7 @@ def draw_filters(layers: Mapping[str, _Counts], *, task_names: Sequence[str] | N
   # A bar takes 0.16 inches at least; panels that are wider than a phone stand one below the other.
   columns = int(min(len(parts), max(1, WIDTH // max(0.16 * len(names) + 0.7, 1.6))))
   rows, width = -(-len(parts) // columns), max(WIDTH / columns, 0.16 * len(names) + 0.7)
-  figure = Figure(figsize=(columns * width, rows * 1.9 + 1.1), layout="constrained", dpi=110)
+  figure = Figure(figsize=(columns * width, rows * 1.9 + 1.1), layout="constrained")
   panels = figure.subplots(rows, columns, squeeze=False)
   # The last row of the grid may have places left.
   for axes in panels.flat[len(parts) :]:
@@ -161,7 +161,6 @@ def _draw_matrices(
   figure = Figure(
     figsize=(side + margin + 0.1, len(shown) * (side + margin + 0.2) + 0.7),
     layout="compressed",
-    dpi=110,
   )
   panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
   for axes, (title, values) in zip(panels, shown.items(), strict=True):

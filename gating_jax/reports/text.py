@@ -5,13 +5,7 @@ Names of runs, classes and videos come from users and data sets, so no letter in
 
 from __future__ import annotations
 
-import io
-import warnings
-from pathlib import Path
-from typing import IO, Any
-
 from gating_jax.checks import printable
-from gating_jax.training.journal import write_atomically
 
 
 def plain(name: object, letters: int) -> str:
@@ -25,10 +19,10 @@ def plain(name: object, letters: int) -> str:
   return name if len(name) <= letters else name[: max(letters - 1, 0)] + "…"
 
 
-def columns(rows: list[list[str]]) -> list[str]:
+def align_columns(rows: list[list[str]]) -> list[str]:
   """Aligns rows in columns: the first to the left, the others to the right.
 
-  >>> columns([["a", "12"], ["bcd", "3"]])
+  >>> align_columns([["a", "12"], ["bcd", "3"]])
   ['a    12', 'bcd   3']
   """
   rows = [[printable(cell) for cell in row] for row in rows]
@@ -39,30 +33,3 @@ def columns(rows: list[list[str]]) -> list[str]:
     )
     for row in rows
   ]
-
-
-def save(figure, file: Path | IO[bytes], **options: Any) -> None:
-  """Writes a matplotlib figure as a PNG file.
-
-  Texts are drawn literally: `$` starts no formula. A letter that no font has is drawn as a box,
-  without a warning.
-
-  Args:
-    figure: of matplotlib.
-    file: a path, which is written whole or not at all, or an open binary file.
-    **options: of `Figure.savefig`.
-  """
-  from matplotlib.text import Text  # imports slowly
-
-  # A prior or a class may have `$` in its name, which matplotlib would parse as a formula.
-  for text in figure.findobj(Text):
-    text.set_parse_math(False)
-  with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", message="Glyph .* missing from")
-    # In memory first, so that a figure that cannot be drawn leaves no half-written file.
-    content = io.BytesIO()
-    figure.savefig(content, **options)
-  if isinstance(file, Path):
-    write_atomically(file, content.getvalue())
-  else:
-    file.write(content.getvalue())

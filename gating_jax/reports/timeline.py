@@ -1,6 +1,6 @@
-"""Picture of videos' time lines: gate probabilities, chosen segments and ground truth.
+"""Pictures of the choice of segments: time lines of videos, histograms, and chosen segments.
 
-Axes: T segments, H and W pixels, D colours.
+Axes: M videos, T segments of a video, S valid segments of all videos, H and W pixels, D colours.
 Reference: Hussein et al., 2020 (TimeGate): the chosen segments are the explanation.
 """
 
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from gating_jax.reports.text import plain, save
+from gating_jax.reports.page import WIDTH
+from gating_jax.reports.text import plain
 
-WIDTH = 11.0  # inches of the time axis
+TIME_AXIS = 11.0  # inches
 _LEFT, _RIGHT, _TOP, _LEGEND_LINE = 0.75, 0.25, 0.15, 0.24
 _HEADER, _BARS, _STRIP, _GAP, _AFTER = 0.3, 0.85, 0.2, 0.07, 0.25
 _THUMBNAIL = 1.0  # inches of its height, at most; its width may be twice this
@@ -49,15 +49,14 @@ class TimeLine:
   units: np.ndarray | None = None
 
 
-def draw(
-  path: Path | BinaryIO, lines: Sequence[TimeLine], *, unit_names: Sequence[str] | None = None
-) -> None:
-  """Writes a PNG file with one video below the other, drawn as in `figures`.
+def draw_time_lines(lines: Sequence[TimeLine], *, unit_names: Sequence[str] | None = None) -> Any:
+  """Draws a figure with one video below the other, each as in `draw_each_time_line`.
 
   Args:
-    path: of the file, or an open binary file.
     lines: the videos, at least one.
     unit_names: of `TimeLine.units`; their numbers if None.
+  Returns:
+    The matplotlib figure.
   Raises:
     ValueError: there is no video, shapes do not fit each other, all of a video is padding, or a
       unit has no name.
@@ -65,11 +64,11 @@ def draw(
   if not lines:
     raise ValueError("lines must hold at least one TimeLine; got none")
   lines = [_without_padding(line) for line in lines]
-  save(_figure(lines, _shown_units(lines, unit_names), WIDTH), path)
+  return _figure(lines, _shown_units(lines, unit_names), TIME_AXIS)
 
 
-def figures(
-  lines: Sequence[TimeLine], *, unit_names: Sequence[str] | None = None, width: float = WIDTH
+def draw_each_time_line(
+  lines: Sequence[TimeLine], *, unit_names: Sequence[str] | None = None, width: float = TIME_AXIS
 ) -> list[Any]:
   """Draws a figure for each video: thumbnails, probabilities below them, and the ground truth.
 
@@ -102,7 +101,7 @@ def _figure(lines: Sequence[TimeLine], units: _Units, width: float) -> Any:
   columns = _legend_columns(legend, width)
   heights = [_height(line, width) for line in lines]
   height = _TOP + sum(heights) + _LEGEND_LINE * (-(-len(legend) // columns) + 0.5)
-  figure = Figure(figsize=(_LEFT + width + _RIGHT, height), dpi=110)
+  figure = Figure(figsize=(_LEFT + width + _RIGHT, height))
   # Videos are placed from the top downwards; the legend has the rest at the bottom.
   top = height - _TOP
   for line, own in zip(lines, heights, strict=True):
@@ -144,7 +143,7 @@ def _draw_line(page: _Page, line: TimeLine, units: _Units, top: float) -> None:
   if line.title:
     # 90 letters fit on the widest time axis.
     header = page.axes(top, _HEADER)
-    letters = int(90 * page.width / WIDTH)
+    letters = int(90 * page.width / TIME_AXIS)
     header.text(
       0, 0.45, plain(line.title, letters), transform=header.transAxes, color=_INK, weight="bold"
     )
@@ -357,3 +356,101 @@ def _height(line: TimeLine, width: float) -> float:
   if line.relevant is not None:
     height += _STRIP / 2 + _GAP / 2
   return height + (_STRIP + _GAP if line.units is not None else 0)
+
+
+_BINS = 20  # of histograms
+
+
+def draw_shares(probs: np.ndarray, shares: np.ndarray, correct: np.ndarray | None = None) -> Any:
+  """Draws histograms of the segments' probabilities and of the chosen fraction per video.
+
+  Args:
+    probs: `[S]` probability in [0, 1] that a segment is chosen.
+    shares: `[M]` chosen fraction of each video's segments.
+    correct: `[M]` bool, each video is classified correctly; None where this is undefined.
+  Returns:
+    The matplotlib figure.
+  """
+  from matplotlib.figure import Figure  # imports slowly
+
+  figure, bins = Figure(figsize=(WIDTH, 4.2), layout="constrained"), np.linspace(0, 1, _BINS + 1)
+  segments, videos = figure.subplots(2, 1, sharex=True)
+  segments.hist(probs, bins=bins, color="tab:green")
+  segments.set(xlabel="probability that a segment is chosen", ylabel="segments")
+  # `sharex` hides the upper axis' numbers, although its label is another one.
+  segments.tick_params(labelbottom=True)
+  if correct is None:
+    videos.hist(shares, bins=bins, color="tab:blue")
+  else:
+    videos.hist(
+      [shares[correct], shares[~correct]],
+      bins=bins,
+      # One on top of the other: the outline is the histogram of all videos.
+      stacked=True,
+      color=["tab:blue", "tab:orange"],
+      label=["classified correctly", "wrongly"],
+    )
+    videos.legend(frameon=False)
+  videos.set(xlabel="chosen segments of a video (fraction)", ylabel="videos")
+  for axes in (segments, videos):
+    axes.spines[["top", "right"]].set_visible(False)
+  return figure
+
+
+def draw_choices(
+  gates: Sequence[np.ndarray], names: Sequence[str], relevant: Sequence[np.ndarray] | None = None
+) -> Any:
+  """Draws a row for each video: its chosen segments in colour, and those that matter below.
+
+  Args:
+    gates: one array per video, `[T]` bool, the segment is chosen; T may differ by video.
+    names: one per video.
+    relevant: one array per video, `[T]` bool, the label depends on the segment; None where this is
+      unknown.
+  Returns:
+    The matplotlib figure.
+  """
+  from matplotlib.figure import Figure  # imports slowly
+  from matplotlib.patches import Patch
+
+  # Inches: 0.3 for each video, the rest for the axis and the legend.
+  count = len(gates)
+  figure = Figure(figsize=(WIDTH, 1.0 + 0.3 * count), layout="constrained")
+  axes = figure.subplots()
+  for row, chosen in enumerate(gates):
+    # The y axis points down (see `ylim`), so that the first video is on top.
+    colours = [_CHOSEN if gate else _CLOSED for gate in chosen]
+    _draw_row(axes, row - 0.4, 0.55 if relevant is not None else 0.8, colours)
+    if relevant is not None:
+      _draw_row(
+        axes, row + 0.2, 0.2, [_RELEVANT if matters else "white" for matters in relevant[row]]
+      )
+  axes.set(
+    xlim=(0, 1),
+    ylim=(count - 0.4, -0.6),
+    xlabel="time (fraction of the video)",
+    ylabel="test video",
+  )
+  axes.set_yticks(range(count), [plain(name, 24) for name in names], fontsize=8.5)
+  axes.tick_params(axis="y", length=0)
+  axes.spines[:].set_visible(False)
+  handles = [Patch(color=_CHOSEN, label="chosen"), Patch(color=_CLOSED, label="not chosen")]
+  if relevant is not None:
+    handles.append(Patch(color=_RELEVANT, label="matters for the label"))
+  figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, fontsize=9)
+  return figure
+
+
+def _draw_row(axes: Any, top: float, height: float, colours: Sequence[str]) -> None:
+  """Draws a box for each segment, all of the same width."""
+  # A video fills the axis whatever its length: time is a fraction of the video.
+  width = 1 / len(colours)
+  axes.bar(
+    np.arange(len(colours)) * width,
+    height,
+    width=0.92 * width,
+    bottom=top,
+    color=colours,
+    align="edge",
+    linewidth=0,
+  )

@@ -1,4 +1,4 @@
-"""Times of skipping strategies: a table, and a picture of time against MACs.
+"""Times that `--mode=compile` measures: as text, as a picture, and on the page of a run.
 
 A row is a mapping with the fields of `gating_jax.inference.timings.Timing`.
 Reference: Verelst and Tuytelaars, 2020 (time against MACs).
@@ -6,14 +6,278 @@ Reference: Verelst and Tuytelaars, 2020 (time against MACs).
 
 from __future__ import annotations
 
+import dataclasses
+import re
+import shlex
+import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from gating_jax.reports.page import WIDTH
-from gating_jax.reports.text import columns, plain, save
+from gating_jax.reports import page
+from gating_jax.reports.text import align_columns, plain
+from gating_jax.timing import CHOSEN, EXIT_DISPATCH, MASKED, SEGMENTS, UNGATED
 
 Rows = Sequence[Mapping[str, Any]]
+_TITLE = re.compile(r"(?:^|: )(\d+) (image|video)s? at a time$")
+# Definitions of the ways to run a network that have a name of their own.
+_WAYS = {
+  UNGATED: "the network without gates, all units computed: the baseline",
+  MASKED: "every unit is computed, and closed ones are multiplied by zero: no time is saved",
+  CHOSEN: "each part in its fastest way; this is what the compiled program does",
+  SEGMENTS: "the heavy network runs on chosen segments only",
+  EXIT_DISPATCH: "images leave at the exits; the rest of the network runs for the others only",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+  """The measured times of a run.
+
+  Attributes:
+    step: of the checkpoint.
+    device: on which it was measured.
+    timings: rows by title, such as `1 image at a time`; titles of a task begin with its name.
+    pixels: height and width of the timed images; None where they were not recorded.
+  """
+
+  step: int
+  device: str
+  timings: Mapping[str, Sequence[Mapping[str, Any]]]
+  pixels: tuple[int, int] | None = None
+
+  def of(self, step: int | None) -> bool:
+    """Checks that the times belong to this step; None stands for any step."""
+    return step is None or self.step == step
+
+
+def parse_times(found: Any) -> Times | None:
+  """Parses the contents of the file; returns None where it is damaged or holds no times."""
+  # An old or hand-edited file may hold anything; the page is then written without times.
+  try:
+    times = Times(
+      int(found["step"]),
+      str(found["device"]),
+      {str(title): [_row(row) for row in rows] for title, rows in found["timings"].items()},
+      _pixels(found.get("pixels")),
+    )
+  except (KeyError, TypeError, ValueError, AttributeError):
+    return None
+  return times if times.timings else None
+
+
+def timing_title(count: int, noun: str) -> str:
+  """Returns the title of a table of times, such as `64 images at a time`.
+
+  `time_number` finds the tables of one example by this title.
+  """
+  return f"{count} {noun}{'' if count == 1 else 's'} at a time"
+
+
+def time_number(
+  times: Times | None, noun: str, *, step: int | None = None, workdir: str = "", refused: str = ""
+) -> page.Number:
+  """Returns the time per example of the compiled program: the mean over tables of one example.
+
+  Args:
+    times: measured times; None before.
+    noun: word for an example, such as `image`.
+    step: of the page, which shows no times of another step; None accepts any.
+    workdir: the run directory.
+    refused: why `--mode=compile` refuses the run; empty where it accepts it.
+  """
+  # For scenes only the backbone is timed, so the number has another name.
+  what, place = _timed(noun, times), _place("time", step)
+  name = "Milliseconds of the backbone" if noun == "scene" else f"Milliseconds per {noun}"
+  pairs = _of_one(times) if times is not None and times.of(step) else []
+  if pairs:
+    mine, dense = (statistics.fmean(values) for values in zip(*pairs, strict=True))
+    over = f", mean over {len(pairs)} tasks" if len(pairs) > 1 else ""
+    return page.Number(
+      name,
+      f"{format_milliseconds(mine)} ms",
+      f"ungated: {format_milliseconds(dense)} ms",
+      f"Median time of a call with {what} in the compiled program that skips closed units{over}, "
+      f"next to the network without gates in the same process, on {plain(times.device, 120)}.",
+      place=place,
+    )
+  # A run that cannot be compiled shows the reason instead of a command that would fail.
+  if refused:
+    return page.Number(
+      name, "–", "not measured", f"--mode=compile cannot time this run: {refused}.", place=place
+    )
+  # Times of another step are mentioned but not shown: all numbers of a page are of one checkpoint.
+  found = "not measured, nor was the ungated network"
+  if times is not None and not times.of(step):
+    found = f"measured at step {times.step:,}, not at step {step:,} like the rest of the page"
+  return page.Number(
+    name,
+    "–",
+    found,
+    f"Time of {what} with closed units skipped. This measures it and writes it here:",
+    f"gating-jax --mode=compile --workdir={shlex.quote(workdir)}",
+    place,
+  )
+
+
+def times_section(
+  times: Times | None, noun: str, *, step: int | None = None, refused: str = ""
+) -> page.Section:
+  """Returns the section of times of each way to run the network; arguments as of `time_number`."""
+  heading, place = "Time", _place("times", step)
+  if times is None:
+    text = (
+      "The network is not compiled yet. gating-jax --mode=compile measures the time of each way to "
+      "skip closed units, and writes it here."
+    )
+    if refused:
+      text = f"gating-jax --mode=compile cannot time this run: {refused}."
+    return page.Section(heading, text, place=place)
+  rows = [cells for name, found in times.timings.items() for cells in _cells(name, found)]
+  # Only the strategies that were timed are explained below the table.
+  ways = {
+    row["strategy"] for found in times.timings.values() for row in found if row["part"] is None
+  }
+  table = page.Table(
+    (
+      "inputs",
+      "way to run it",
+      "time of a call (ms)",
+      "of ungated (%)",
+      "computed MACs (%)",
+      "all open (%)",
+    ),
+    rows,
+    terms=[
+      ("inputs", "how many examples a call has"),
+      ("way to run it", "how closed units are skipped; ✓ is what the compiled program does"),
+      ("time of a call", "median over repeated calls, all ways in turn, in milliseconds"),
+      ("of ungated", "the same, in % of the network without gates"),
+      ("computed MACs", "multiply-accumulates that are computed, padding included, in % of all"),
+      (
+        "all open",
+        "time if every unit of every input were open, in % of the faster of masked and ungated: "
+        "the worst case",
+      ),
+      *((way, _WAYS[way]) for way in _WAYS if way in ways),
+    ],
+  )
+  figure = page.embed_figure(
+    draw_timings(times.timings, columns=1),
+    "Time against MACs of each way to run each part of the network (small) and the whole (large), "
+    "both in % of computing everything.",
+    terms=[
+      ("MACs of open units", "multiply-accumulates of open units, in % of those of all units"),
+      (
+        "time",
+        "in % of computing everything (masked); below the dashed line time is saved, on the "
+        "diagonal by the same fraction as MACs",
+      ),
+    ],
+  )
+  text = f"The checkpoint of step {times.step:,}, on {plain(times.device, 120)}."
+  if not times.of(step):
+    text += (
+      f" The rest of this page is of step {step:,}, so these times belong to a different network."
+    )
+  # For scenes only the backbone is compiled.
+  if noun == "scene":
+    text += f" Only the backbone is timed, without the head, on training images{_size(times)}."
+  return page.Section(heading, text, [table, figure], place=place)
+
+
+def _place(name: str, step: int | None) -> str:
+  """Returns the place for times of a step.
+
+  A page of another step lacks this place, so `page.fill` cannot put the times next to wrong
+  numbers.
+  """
+  return name if step is None else f"{name} of step {step}"
+
+
+def _timed(noun: str, times: Times | None) -> str:
+  """Describes the input of a timed call.
+
+  For segmentation it is a training image, and only the backbone runs.
+  """
+  if noun != "scene":
+    return f"one {noun}"
+  return f"one training image{_size(times)}, by the backbone without the head,"
+
+
+def _size(times: Times | None) -> str:
+  return "" if times is None or times.pixels is None else " of {} x {} pixels".format(*times.pixels)
+
+
+def format_milliseconds(seconds: float) -> str:
+  """Formats seconds as milliseconds with three digits.
+
+  >>> format_milliseconds(0.00123456), format_milliseconds(1.5)
+  ('1.23', '1500')
+  """
+  value = 1000 * seconds
+  # `g` would write 1500 as 1.5e+03.
+  return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _of_one(times: Times) -> list[tuple[float, float]]:
+  """Returns the seconds of compiled program and ungated network for each table of one example."""
+  pairs = []
+  for title, rows in times.timings.items():
+    found, whole = _TITLE.search(title), [row for row in rows if row["part"] is None]
+    # Skips tables of batches.
+    if found is None or found[1] != "1":
+      continue
+    mine = [row["seconds"] for row in whole if row["chosen"]]
+    dense = [row["seconds"] for row in whole if row["strategy"] == UNGATED]
+    if mine and dense:
+      pairs.append((mine[0], dense[0]))
+  return pairs
+
+
+def _cells(title: str, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+  """Returns a row of the page's table for each way to run the whole network."""
+  whole = [row for row in rows if row["part"] is None]
+  dense = [row["seconds"] for row in whole if row["strategy"] == UNGATED]
+  cells = []
+  for row in whole:
+    of_dense = f"{100 * row['seconds'] / dense[0]:.0f}" if dense and dense[0] else "–"
+    is_open = row.get("open_ratio")
+    cells.append(
+      [
+        plain(title, 60),
+        plain(row["strategy"], 30) + (" ✓" if row["chosen"] else ""),
+        format_milliseconds(row["seconds"]),
+        of_dense,
+        f"{100 * row['computed_ratio']:.1f}",
+        "–" if is_open is None else f"{100 * is_open:.0f}",
+      ]
+    )
+  return cells
+
+
+def _pixels(found: Any) -> tuple[int, int] | None:
+  if found is None:
+    return None
+  height, width = found
+  return int(height), int(width)
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+  """Reduces a row to what the page shows.
+
+  Raises:
+    KeyError, TypeError, ValueError: a field is missing or has another type.
+  """
+  is_open = row.get("open_ratio")
+  return {
+    "part": row["part"] if row["part"] is None else int(row["part"]),
+    "strategy": str(row["strategy"]),
+    **{name: float(row[name]) for name in ("mac_ratio", "computed_ratio", "seconds", "time_ratio")},
+    "chosen": bool(row["chosen"]),
+    "open_ratio": None if is_open is None else float(is_open),
+  }
+
+
 _MARKS = "os^Dvph*X"
 # Mostly those of Okabe and Ito, which colour-blind readers can distinguish.
 _COLOURS = (
@@ -29,10 +293,10 @@ _COLOURS = (
 )
 
 
-def table(rows: Rows) -> str:
+def render_timings(rows: Rows) -> str:
   """Renders a table as text; a star marks the strategy that the compiled program uses.
 
-  >>> print(table([{"part": None, "strategy": "masked", "mac_ratio": 0.5, "computed_ratio": 1.01,
+  >>> print(render_timings([{"part": None, "strategy": "masked", "mac_ratio": 0.5, "computed_ratio": 1.01,
   ...               "seconds": 0.002, "time_ratio": 1.0, "efficiency": 0.5, "chosen": True,
   ...               "open_ratio": 1.02}]))
   part   strategy   MACs  computed    ms   time  efficiency  all open
@@ -40,7 +304,7 @@ def table(rows: Rows) -> str:
   """
   head = ["part", "strategy", "MACs", "computed", "ms", "time", "efficiency", "all open"]
   return "\n".join(
-    columns(
+    align_columns(
       [
         head,
         *(
@@ -61,12 +325,7 @@ def table(rows: Rows) -> str:
   )
 
 
-def draw(path: Path | BinaryIO, timings: Mapping[str, Rows]) -> None:
-  """Writes `figure` with two columns as a PNG file."""
-  save(figure(timings, columns=2), path)
-
-
-def figure(timings: Mapping[str, Rows], *, columns: int) -> Any:
+def draw_timings(timings: Mapping[str, Rows], *, columns: int) -> Any:
   """Draws time against MACs, both in % of computing everything, in a panel for each title.
 
   A small mark is a part, a large one the whole network. On the diagonal, time falls in proportion
@@ -82,7 +341,7 @@ def figure(timings: Mapping[str, Rows], *, columns: int) -> Any:
 
   down = -(-len(timings) // columns)
   # A strategy keeps its colour and mark in all panels, also where some lack it.
-  figure = Figure(figsize=(WIDTH * columns, 4.6 * down), dpi=120, layout="constrained")
+  figure = Figure(figsize=(page.WIDTH * columns, 4.6 * down), layout="constrained")
   names = list(dict.fromkeys(row["strategy"] for rows in timings.values() for row in rows))
   for place, (title, rows) in enumerate(timings.items(), 1):
     axes = figure.add_subplot(down, columns, place)

@@ -16,12 +16,11 @@ from gating_jax.reports import (
   glossary,
   opening,
   page,
-  segment_pictures,
   surroundings,
+  tables,
   text,
   timeline,
-  times,
-  video_table,
+  timings,
 )
 from gating_jax.training import evaluation, rundir
 from gating_jax.training.journal import Journal
@@ -50,8 +49,9 @@ def draw(
   """
   names = ("segments", "timeline")
   shares, lines = (run_dir.path / f"{name}.png" for name in names)
-  text.save(_figure_of_shares(experiment, done), shares)
-  timeline.draw(lines, _lines(experiment, done), unit_names=experiment.test.unit_names)
+  page.save_figure(_figure_of_shares(experiment, done), shares)
+  figure = timeline.draw_time_lines(_lines(experiment, done), unit_names=experiment.test.unit_names)
+  page.save_figure(figure, lines)
   for name, path in zip(names, (shares, lines), strict=True):
     journal.write_picture(step, f"pictures/{name}", path)
 
@@ -86,7 +86,7 @@ def write(
 ) -> None:
   """Writes the run's page; `notice` is its first text."""
   config = experiment.config
-  around = surroundings.read(
+  around = surroundings.read_surroundings(
     run_dir,
     config,
     surroundings.VIDEOS,
@@ -96,11 +96,11 @@ def write(
   )
   configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
   sections = [
-    page.Section("Result", parts=[glossary.defined(video_table.rows(result))]),
+    page.Section("Result", parts=[glossary.defined_table(tables.video_rows(result))]),
     page.Section(
       "Segments",
       parts=[
-        page.pictured(
+        page.embed_figure(
           _figure_of_shares(experiment, done),
           "Probabilities of all segments of the test videos, and the chosen fraction of each.",
           terms=[
@@ -121,10 +121,10 @@ def write(
       _time_lines(experiment, done),
     ),
     opening.times_section("video", around),
-    opening.settings(configured),
-    opening.about(around),
+    opening.settings_section(configured),
+    opening.about_section(around),
   ]
-  page.write(
+  page.write_page(
     run_dir.report,
     f"{config.model.selection} on {config.data.name} videos",
     sections,
@@ -148,11 +148,13 @@ def _begin(
     "mean_average_precision": "Mean over classes of the average precision on {} test videos.",
   }[key]
   numbers = [
-    opening.score(
+    opening.score_number(
       f"test {name}", result[key], key, around, meaning.format(f"{result['videos']:,}")
     ),
-    opening.macs(result["mac_ratio"], result["macs"], result["all_segments_macs"], "video", around),
-    opening.time("video", around)
+    opening.macs_number(
+      result["mac_ratio"], result["macs"], result["all_segments_macs"], "video", around
+    ),
+    opening.time_number("video", around)
     # Times of `--mode=compile` for this step; without them, those that the run measured itself.
     if around.times and around.times.of(around.step)
     else _speed(result, around),
@@ -167,12 +169,12 @@ def _begin(
 
 def _speed(result: Mapping[str, Any], around: opening.Surroundings) -> page.Number:
   """Returns the milliseconds of a video as the run itself has measured them."""
-  number = opening.time("video", around)
+  number = opening.time_number("video", around)
   if "videos_per_second" not in result:
     return number
   mine, dense = (
     # The result has videos per second; the page shows time per video, like all pages.
-    times.milliseconds(1 / result[name])
+    timings.format_milliseconds(1 / result[name])
     for name in ("videos_per_second", "all_segments_videos_per_second")
   )
   return dataclasses.replace(
@@ -192,7 +194,7 @@ def _choices(experiment: VideoExperiment, done: Arrays) -> page.Picture:
   of_each = lambda values: [values[i][valid[i]] for i in range(count)]
   relevant = of_each(done["relevant"].astype(bool)) if "relevant" in done else None
   titles = [_title(experiment, done, i) for i in range(count)]
-  figure = segment_pictures.draw_choices(of_each(done["gates"] > 0), titles, relevant)
+  figure = timeline.draw_choices(of_each(done["gates"] > 0), titles, relevant)
   terms = [
     ("time", "from the video's first segment to its last, one box each"),
     ("test video", "the first ones of the test set, named by their class"),
@@ -205,7 +207,7 @@ def _choices(experiment: VideoExperiment, done: Arrays) -> page.Picture:
         "the class depends on these segments; the network is not told which",
       )
     )
-  return page.pictured(figure, f"Chosen segments of {count} test videos.", terms=terms)
+  return page.embed_figure(figure, f"Chosen segments of {count} test videos.", terms=terms)
 
 
 def _shares(done: Arrays) -> np.ndarray:
@@ -220,18 +222,18 @@ def _figure_of_shares(experiment: VideoExperiment, done: Arrays) -> Any:
     # With several labels a video is neither right nor wrong.
     None if experiment.test.multi_label else np.argmax(done["logits"], axis=1) == done["label"]
   )
-  return segment_pictures.draw_shares(
-    done["probs"][done["valid"].astype(bool)], _shares(done), correct
-  )
+  return timeline.draw_shares(done["probs"][done["valid"].astype(bool)], _shares(done), correct)
 
 
 def _time_lines(experiment: VideoExperiment, done: Arrays) -> list[page.Picture]:
   """Draws each of the first videos, with its title below; the first one defines the axes."""
   lines, parts = _lines(experiment, done), []
   # The longest video sets the width of all, so that segments have one scale.
-  width = min(_SEGMENT * max(int(line.valid.sum()) for line in lines), timeline.WIDTH - 1.5)
+  width = min(_SEGMENT * max(int(line.valid.sum()) for line in lines), timeline.TIME_AXIS - 1.5)
   untitled = [dataclasses.replace(line, title="") for line in lines]
-  figures = timeline.figures(untitled, unit_names=experiment.test.unit_names, width=max(width, 4.0))
+  figures = timeline.draw_each_time_line(
+    untitled, unit_names=experiment.test.unit_names, width=max(width, 4.0)
+  )
   terms = [
     ("P(open)", "probability that a segment is chosen, from 0 to 1; the dashed line is 0.5"),
     ("across", "time, one bar per segment"),
@@ -244,7 +246,7 @@ def _time_lines(experiment: VideoExperiment, done: Arrays) -> list[page.Picture]
     valid = line.valid.astype(bool)
     chosen = f"{np.sum(line.gates[valid] > 0)} of {np.sum(valid)} segments chosen"
     parts.append(
-      page.pictured(
+      page.embed_figure(
         figure,
         f"{text.plain(line.title, 200)}: {chosen}.",
         scrolls=True,

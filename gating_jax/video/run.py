@@ -20,7 +20,7 @@ import ml_collections
 from gating_jax.data import images
 from gating_jax.data.videos import VideoArrays
 from gating_jax.progress import Pace, lasting, say, working
-from gating_jax.reports import conclusion, failing, video_table
+from gating_jax.reports import conclusion, failing, tables
 from gating_jax.training import closed_gates, devices, hosts, loop, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal, numbers
@@ -57,19 +57,21 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
 def _evaluate(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
   step, result, _ = _test_newest(experiment, run_dir)
   say(f"checkpoint of step {step}")
-  say(video_table.render(result))
+  say(tables.render_video(result))
   say(_conclude(experiment, run_dir.path, result, f"Tested the checkpoint of step {step:,} of"))
 
 
 def _render_finished(experiment: VideoExperiment, path: Path, result: Mapping[str, Any]) -> str:
-  return f"{video_table.render(result)}\n{_conclude(experiment, path, result, 'A finished run of')}"
+  return (
+    f"{tables.render_video(result)}\n{_conclude(experiment, path, result, 'A finished run of')}"
+  )
 
 
 def _conclude(experiment: VideoExperiment, path: Path, result: Mapping[str, Any], done: str) -> str:
   """Returns the last text of a mode that tests the network."""
   ratio = f"{100 * result['mac_ratio']:.1f} %"
   rows = [
-    video_table.rows(result)[0],
+    tables.video_rows(result)[0],
     ("MACs per video", f"{result['macs']:,.0f}, {ratio} of the heavy net on all segments"),
     ("segments chosen", f"{100 * result['share']:.1f} %"),
   ]
@@ -204,7 +206,7 @@ def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
     hosts.on_writer(lambda: report.write(experiment, result, behaviour, run_dir, total))
   result |= {"step": total, "seconds_since_last_start": round(time.monotonic() - started, 1)}
   run_dir.finish(result)
-  say(video_table.render(result))
+  say(tables.render_video(result))
   say(
     _conclude(
       experiment, run_dir.path, result, f"Trained for {lasting(time.monotonic() - started)}:"
@@ -261,7 +263,7 @@ def _run_phase(
     """Tests the state on the test videos and notes the result in the journal."""
     result, behaviour = test(state, functools.partial(journal.say, step))
     _note(experiment, journal, step, result, behaviour)
-    journal.say(step, video_table.headline(result))
+    journal.say(step, tables.video_headline(result))
 
   try:
     state, step = loop.train(

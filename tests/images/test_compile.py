@@ -10,7 +10,7 @@ from gating_jax.images import classification
 from gating_jax.inference.conditional import Conditional
 from gating_jax.inference.exits import Exiting
 from gating_jax.models import resnet
-from gating_jax.reports import compile_report, surroundings, timings
+from gating_jax.reports import compile_report, page, surroundings, timings
 from gating_jax.training import rundir
 from tests.helpers import tiny_cli
 
@@ -23,20 +23,20 @@ def test_an_absent_kernel_is_named_with_the_tables_that_lack_it(monkeypatch, cap
   ):  # a program with exits has no such strategy
     made = kind.__new__(kind)
     made.report = lambda: ()
-    list(compile_report.of_images(lambda made=made, **_: made, np.zeros((2, 8, 8, 1), np.float32)))
+    list(
+      compile_report.time_images(lambda made=made, **_: made, np.zeros((2, 8, 8, 1), np.float32))
+    )
     assert (
       "the strategy native is not tried: no compiler for native" in capsys.readouterr().out
     ) == said
 
 
-def test_what_takes_long_is_on_the_edge_of_the_picture(tmp_path, monkeypatch):
-  figures = []
-  monkeypatch.setattr(timings, "save", lambda figure, path: figures.append(figure))
+def test_what_takes_long_is_on_the_edge_of_the_picture():
   row = {"part": 1, "strategy": "masked", "mac_ratio": 0.5, "time_ratio": 1.0}
-  timings.draw(
-    tmp_path / "picture.png", {"a table": [row, row | {"strategy": "switch", "time_ratio": 5.0}]}
+  figure = timings.draw_timings(
+    {"a table": [row, row | {"strategy": "switch", "time_ratio": 5.0}]}, columns=2
   )
-  (axes,) = figures[0].axes
+  (axes,) = figure.axes
   heights = [float(points.get_offsets()[0, 1]) for points in axes.collections]
   assert heights == pytest.approx([100.0, axes.get_ylim()[1]])
 
@@ -44,12 +44,14 @@ def test_what_takes_long_is_on_the_edge_of_the_picture(tmp_path, monkeypatch):
 def test_times_of_an_older_checkpoint_are_put_aside_and_those_of_the_same_stay(
   tmp_path, monkeypatch, capsys
 ):
-  monkeypatch.setattr(timings, "draw", lambda path, _: path.write_bytes(b"a picture"))
+  monkeypatch.setattr(page, "save_figure", lambda _, path: path.write_bytes(b"a picture"))
   (tmp_path / "config.json").write_text('{"experiment": "segmentation"}')
   (tmp_path / "report.html").write_text("a page of an older checkpoint")
   monkeypatch.setattr(surroundings, "refresh_times", lambda _: False)
   tables = [("1 image at a time", [])]
-  write = lambda step: compile_report.write(rundir.RunDir(tmp_path), step, tables, pixels=(8, 12))
+  write = lambda step: compile_report.write_times(
+    rundir.RunDir(tmp_path), step, tables, pixels=(8, 12)
+  )
   write(7)
   write(9)
   steps = {

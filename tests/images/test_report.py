@@ -5,14 +5,14 @@ import pytest
 
 from gating_jax.images import report
 from gating_jax.reports import gates as gate_pictures
-from gating_jax.reports import images, opening, page, text
+from gating_jax.reports import images, opening, page
 from tests.helpers import report_data
 
 
 @pytest.fixture(autouse=True)
 def unsaved(monkeypatch):
   """Draws pictures without pixels, which take most of the time."""
-  monkeypatch.setattr(page, "drawn", lambda draw, *args, **named: page.Picture(b"", *args, **named))
+  monkeypatch.setattr(page, "save_figure", lambda figure, file: None)
 
 
 def section(run, title):
@@ -196,7 +196,7 @@ def test_large_numbers_stand_next_to_the_ungated_baseline():
 
 def test_the_page_escapes_what_the_data_set_says():
   run = report_data.run()
-  html = page.render(run.title, report.sections(run), run.subtitle)
+  html = page.render_page(run.title, report.sections(run), run.subtitle)
   assert "<script" not in html
   assert "tiny on &lt;b&gt;" in html
   assert "&lt;i&gt;digits" in html
@@ -225,7 +225,7 @@ def test_pictures_of_many_and_few_are_as_wide_and_not_too_tall(layers, classes, 
   for figure in figures:
     width, height = figure.get_size_inches()
     assert (width, height < 16) == (5, True)
-    text.save(figure, io.BytesIO())
+    page.save_figure(figure, io.BytesIO())
   assert len(figures[0].axes) == -(-min(layers, 24) // 3) * 3
   assert len(figures[2].axes[0].get_xticklabels()) == min(classes, 40)
 

@@ -1,4 +1,5 @@
 import importlib
+import io
 import re
 
 import numpy as np
@@ -12,6 +13,7 @@ from gating_jax.models import vgg, video_backbones
 from gating_jax.models.resnet import ResNet
 from gating_jax.reports import comparison, page
 from gating_jax.reports import images as image_pictures
+from gating_jax.reports.compared_runs import Run
 from gating_jax.training import rundir
 from gating_jax.video import build as video_build
 from gating_jax.video import report as video_report
@@ -52,12 +54,12 @@ def test_a_report_loads_and_fits(tmp_path, kind, width):
 
 
 def test_a_printed_page_has_what_is_folded(tmp_path):
-  picture = page.pictured(
-    image_pictures.draw_rows([np.zeros((8, 4, 4, 3), np.uint8)], ["a row"]), "Images."
+  picture = page.embed_figure(
+    image_pictures.draw_image_rows([np.zeros((8, 4, 4, 3), np.uint8)], ["a row"]), "Images."
   )
 
   def pages(count):
-    page.write(
+    page.write_page(
       tmp_path / "page.html",
       "A run",
       [page.Section(f"Part {i}", parts=[picture] * 4) for i in range(count)],
@@ -70,7 +72,7 @@ def test_a_printed_page_has_what_is_folded(tmp_path):
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_comparison_loads_and_fits(tmp_path, width):
-  run = lambda name, accuracy, macs, gating: comparison.Run(
+  run = lambda name, accuracy, macs, gating: Run(
     name,
     {"experiment": "classification", "model.gating": gating},
     {"step": 9, "accuracy": accuracy, "macs": macs},
@@ -82,8 +84,8 @@ def test_a_comparison_loads_and_fits(tmp_path, width):
     run("a_name_that_is_as_long_as_it_can_be_" * 3, 0.95, 9e6, "none"),
     *(run(f"ungated{i}", 0.9 - i / 30, 1e6 * i, "none") for i in (1, 3)),
   ]
-  begin, sections = comparison.content(runs)
-  page.write(tmp_path / "page.html", comparison.TITLE, sections, "some runs", begin)
+  begin, sections = comparison.page_content(runs)
+  page.write_page(tmp_path / "page.html", comparison.TITLE, sections, "some runs", begin)
   found = check(tmp_path / "page.html", width)
   assert found["headings"] == ["Results", "Configs", "During training"]
   assert found["images"] == 2
@@ -192,10 +194,11 @@ def test_what_is_wrong_is_seen(tmp_path, body, what):
 
 
 def test_all_kinds_of_parts_load_and_fit(tmp_path):
-  rows = image_pictures.draw_rows([np.zeros((8, 4, 4, 3), np.uint8)], ["a row"])
-  draw = lambda file: rows.savefig(file)
+  rows = image_pictures.draw_image_rows([np.zeros((8, 4, 4, 3), np.uint8)], ["a row"])
+  file = io.BytesIO()
+  page.save_figure(rows, file)
   wide = Figure(figsize=(20, 1))
-  page.write(
+  page.write_page(
     tmp_path / "page.html",
     "A run " + "of_a_long_name" * 20,
     [
@@ -204,10 +207,10 @@ def test_all_kinds_of_parts_load_and_fit(tmp_path):
       page.Section(
         "Pictures",
         parts=[
-          page.drawn(draw, "Images."),
-          page.drawn(draw, "Images.", 900),
-          page.pictured(rows, "Images."),
-          page.pictured(wide, "Wide.", scrolls=True),
+          page.Picture(file.getvalue(), "Images."),
+          page.Picture(file.getvalue(), "Images.", 900),
+          page.embed_figure(rows, "Images."),
+          page.embed_figure(wide, "Wide.", scrolls=True),
         ],
       ),
     ],
@@ -227,7 +230,7 @@ def test_all_kinds_of_parts_load_and_fit(tmp_path):
 
 
 def test_scripts_in_a_page_do_not_run(tmp_path):
-  html = page.render("A run", [page.Section("One")]).replace(
+  html = page.render_page("A run", [page.Section("One")]).replace(
     "<main>", "<script>nothing.at.all</script><main>"
   )
   (tmp_path / "page.html").write_text(html)

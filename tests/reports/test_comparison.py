@@ -5,7 +5,7 @@ import pytest
 
 from gating_jax.reports import comparison, page
 from gating_jax.reports.compared_runs import Run
-from gating_jax.reports.times import Times
+from gating_jax.reports.timings import Times
 
 RESULT = {
   "step": 40,
@@ -36,7 +36,7 @@ TASKS = {
 @pytest.fixture(autouse=True)
 def unsaved(monkeypatch):
   """Draws pictures without pixels, which take most of the time."""
-  monkeypatch.setattr(page, "drawn", lambda draw, *args, **named: page.Picture(b"", *args, **named))
+  monkeypatch.setattr(page, "save_figure", lambda figure, file: None)
 
 
 def image_run(name, result=RESULT, lines=(), **config):
@@ -64,7 +64,7 @@ def cells(rows):
 def tables(runs):
   return {
     section.title: cells(part.rows)
-    for section in comparison.content(runs)[1]
+    for section in comparison.page_content(runs)[1]
     for part in section.parts
     if isinstance(part, page.Table)
   }
@@ -72,7 +72,7 @@ def tables(runs):
 
 def pictures(runs, title):
   """Returns the captions of pictures, up to the first colon or full stop."""
-  begin, sections = comparison.content(runs)
+  begin, sections = comparison.page_content(runs)
   first = [begin.picture] if begin.picture and title == "Score and cost" else []
   found = first + [part for section in sections if section.title == title for part in section.parts]
   return [part.caption.partition(". ")[0].rstrip(".") + "." for part in found]
@@ -115,7 +115,7 @@ def test_only_settings_that_differ_are_listed():
   runs = [image_run("a"), image_run("b", **{"optim.epochs": 4, "new": None}), image_run("c")]
   assert tables(runs)["Configs"] == {"optim.epochs": ["3", "4", "3"], "new": ["–", "None", "–"]}
   assert "Configs" not in tables(runs[:1])
-  same = comparison.content([runs[0], runs[2]])[1][1]
+  same = comparison.page_content([runs[0], runs[2]])[1][1]
   assert (same.text, same.parts) == ("The configs do not differ.", [])
 
 
@@ -148,7 +148,7 @@ def test_runs_on_different_test_sets_share_no_picture_and_no_numbers():
     on(dense, "b"),
     on(image_run("y", RESULT | {"accuracy": 0.8}), "b"),
   ]
-  begin, (results, _, costs) = comparison.content(runs)
+  begin, (results, _, costs) = comparison.page_content(runs)
   names = [f"classification on digits (data.test_split {split})" for split in "ba"]
   assert [(number.name, number.value, number.baseline) for number in begin.numbers[::3]] == [
     (f"Accuracy, {names[0]}", "80.00 %", "ungated: 95.00 %"),
@@ -168,7 +168,9 @@ def test_runs_on_different_test_sets_share_no_picture_and_no_numbers():
   ] == [["dense", "y"], ["x"]]
   assert costs.parts[0].caption.startswith(f"C{names[1][1:]}: accuracy against")
   assert cells(results.parts[0].rows)["tested on"] == ["digits"] * 3
-  assert comparison.render(runs).endswith(said.replace(", ".join(names), ", ".join(names[::-1])))
+  assert comparison.render_comparison(runs).endswith(
+    said.replace(", ".join(names), ", ".join(names[::-1]))
+  )
 
 
 def test_courses_need_more_than_one_point():
@@ -187,17 +189,19 @@ def test_courses_need_more_than_one_point():
 def figures(monkeypatch):
   """The pictures that are drawn."""
   found = []
-  pictured = page.pictured
+  embed = page.embed_figure
   monkeypatch.setattr(
     page,
-    "pictured",
-    lambda figure, *args, **named: found.append(figure) or pictured(figure, *args, **named),
+    "embed_figure",
+    lambda figure, *args, **named: found.append(figure) or embed(figure, *args, **named),
   )
   return found
 
 
 def test_every_run_is_named_in_the_picture_at_its_place(figures):
-  comparison.content([image_run("$a$"), image_run("b", RESULT | {"accuracy": 0.8, "macs": 2000.0})])
+  comparison.page_content(
+    [image_run("$a$"), image_run("b", RESULT | {"accuracy": 0.8, "macs": 2000.0})]
+  )
   (figure,) = figures
   lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
   assert lines == {"$a$": [[1000, 90]], "b": [[2000, 80]]}
@@ -210,10 +214,10 @@ def test_every_run_is_named_in_the_picture_at_its_place(figures):
 
 
 def test_the_terminal_has_the_same_tables():
-  text = comparison.render([image_run("a"), image_run("b", seed=7)])
+  text = comparison.render_comparison([image_run("a"), image_run("b", seed=7)])
   assert re.search(r"^accuracy +90\.00 % +90\.00 %$", text, re.MULTILINE)
   assert re.search(r"^seed +0 +7$", text, re.MULTILINE)
-  assert "config" not in comparison.render([image_run("a")])
+  assert "config" not in comparison.render_comparison([image_run("a")])
 
 
 def test_a_run_named_like_a_script_is_text():
@@ -221,8 +225,8 @@ def test_a_run_named_like_a_script_is_text():
     image_run("<script>alert(1)</script>"),
     image_run("b", **{"data.name": "<script>alert(2)</script>"}),
   ]
-  begin, sections = comparison.content(runs)
-  html = page.render(comparison.TITLE, sections, runs[0].name, begin)
+  begin, sections = comparison.page_content(runs)
+  html = page.render_page(comparison.TITLE, sections, runs[0].name, begin)
   assert (
     html.count("&lt;script&gt;alert(1)") == 5
   )  # subtitle, which runs, the point's text and two tables
@@ -253,14 +257,14 @@ def family():
 
 
 def test_ungated_runs_are_joined_by_a_line_in_the_order_of_their_macs(figures):
-  comparison.content(family())
+  comparison.page_content(family())
   (line,) = [line for line in figures[0].axes[0].lines if line.get_label() == "ungated networks"]
   assert line.get_xydata().tolist() == [[500, 85], [2000, 95]]
   assert [text.get_text() for text in figures[0].axes[0].texts] == ["gated", "large", "small"]
 
 
 def test_a_point_says_how_the_config_of_its_run_differs():
-  gated, large, small = comparison.content(family())[0].picture.points
+  gated, large, small = comparison.page_content(family())[0].picture.points
   assert gated.name == "gated"
   assert gated.lines == [
     "accuracy: 90.00 %",
@@ -299,12 +303,12 @@ def times(step, device="a cpu", seconds=0.002):
 def test_times_of_another_step_or_machine_stand_next_to_no_score(mine, theirs, shown):
   gated, dense, _ = family()
   runs = [dataclasses.replace(gated, times=mine), dataclasses.replace(dense, times=theirs)]
-  number = comparison.content(runs)[0].numbers[-1]
+  number = comparison.page_content(runs)[0].numbers[-1]
   assert (number.value, number.baseline) == shown
 
 
 def test_the_best_gated_run_stands_next_to_the_best_ungated_one():
-  begin = comparison.content(family())[0]
+  begin = comparison.page_content(family())[0]
   assert [(number.value, number.baseline) for number in begin.numbers] == [
     ("90.00 %", "ungated: 95.00 %"),
     ("50.0 %", "ungated: 100 %, 2 k per image"),
@@ -314,7 +318,7 @@ def test_the_best_gated_run_stands_next_to_the_best_ungated_one():
     "The numbers belong to gated, the gated run with the highest accuracy, next to large, the best "
     "ungated one."
   )
-  alone = comparison.content([image_run("a"), image_run("b")])[0]
+  alone = comparison.page_content([image_run("a"), image_run("b")])[0]
   assert "None of these runs is ungated, so there is no baseline" in alone.text
   assert alone.numbers[0].baseline == "ungated: none among these runs"
-  assert comparison.content(family()[1:])[0].numbers == []
+  assert comparison.page_content(family()[1:])[0].numbers == []

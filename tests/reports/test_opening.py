@@ -1,7 +1,6 @@
 import pytest
 
-from gating_jax.reports import glossary, opening, page, scene_table, task_table, times, video_table
-from gating_jax.reports import tables as report_tables
+from gating_jax.reports import glossary, opening, page, tables, timings
 
 START = {
   "date": "2026-01-02T03:04:05+00:00",
@@ -20,7 +19,7 @@ def cells(section):
 
 def test_the_page_says_where_the_run_comes_from():
   found = cells(
-    opening.about(
+    opening.about_section(
       opening.Surroundings(starts=[START, START], report=START, seed=3, workdir="runs/a")
     )
   )
@@ -42,7 +41,7 @@ def test_the_page_says_where_the_run_comes_from():
 
 @pytest.mark.parametrize("starts", [[], [{}], [{"versions": 3, "commit": None, "hardware": ""}]])
 def test_what_an_old_run_does_not_tell_is_not_recorded(starts):
-  found = cells(opening.about(opening.Surroundings(starts=starts)))
+  found = cells(opening.about_section(opening.Surroundings(starts=starts)))
   assert {
     found[name].partition(" (")[0]
     for name in ("started", "command", "commit", "versions", "hardware")
@@ -52,10 +51,12 @@ def test_what_an_old_run_does_not_tell_is_not_recorded(starts):
 def test_an_ungated_run_is_its_own_baseline():
   around = opening.Surroundings(ungated=True)
   assert (
-    opening.score("accuracy", 0.5, "accuracy", around, "").baseline
+    opening.score_number("accuracy", 0.5, "accuracy", around, "").baseline
     == "this run is ungated: it is a baseline"
   )
-  assert opening.macs(1, 5, 5, "image", around).baseline == "this run is ungated, 5 per image"
+  assert (
+    opening.macs_number(1, 5, 5, "image", around).baseline == "this run is ungated, 5 per image"
+  )
   assert opening.why_no_baseline(around, "somehow") == ""
 
 
@@ -72,27 +73,29 @@ def row(seconds, strategy, *, chosen=False):
 
 
 def test_the_time_of_tasks_is_the_mean_over_tasks_of_single_images():
-  tables = {
+  measured = {
     f"task {i}, a: {n} at a time": [row(i / 1000, "switch", chosen=True), row(i / 500, "ungated")]
     for i in (1, 3)
     for n in ("1 image", "64 images")
   }
-  found = times.number(times.parsed({"step": 1, "device": "d", "timings": tables}), "image")
+  found = timings.time_number(
+    timings.parse_times({"step": 1, "device": "d", "timings": measured}), "image"
+  )
   assert (found.value, found.baseline) == ("2 ms", "ungated: 4 ms")
   assert "mean over 2 tasks" in found.meaning
 
 
 def one_image(step, pixels=None):
   rows = [row(0.001, "switch", chosen=True), row(0.002, "ungated")]
-  return times.parsed(
+  return timings.parse_times(
     {"step": step, "device": "d", "pixels": pixels, "timings": {"1 image at a time": rows}}
   )
 
 
 def test_times_of_another_step_are_said_to_be(monkeypatch):
-  monkeypatch.setattr(page, "pictured", lambda figure, caption, **_: page.Picture(b"", caption))
+  monkeypatch.setattr(page, "embed_figure", lambda figure, caption, **_: page.Picture(b"", caption))
   around = opening.Surroundings(step=2, times=one_image(1), workdir="a")
-  shown = opening.time("image", around)
+  shown = opening.time_number("image", around)
   assert (shown.value, shown.baseline) == (
     "–",
     "measured at step 1, not at step 2 like the rest of the page",
@@ -102,21 +105,23 @@ def test_times_of_another_step_are_said_to_be(monkeypatch):
     "The rest of this page is of step 2, so these times belong to a different network"
     in opening.times_section("image", around).text
   )
-  assert opening.time("image", opening.Surroundings(step=1, times=one_image(1))).value == "1 ms"
+  assert (
+    opening.time_number("image", opening.Surroundings(step=1, times=one_image(1))).value == "1 ms"
+  )
 
 
 def test_a_mode_that_refuses_the_run_is_not_advised():
   around = opening.Surroundings(
     step=2, not_compiled="model must be ResNet; got ExpertNet", workdir="a"
   )
-  shown = opening.time("image", around)
+  shown = opening.time_number("image", around)
   said = "--mode=compile cannot time this run: model must be ResNet; got ExpertNet."
   assert (shown.value, shown.command, shown.meaning) == ("–", "", said)
   assert opening.times_section("image", around).text == f"gating-jax {said}"
 
 
 def test_times_of_scenes_are_said_to_be_of_the_backbone_on_training_images():
-  shown = opening.time("scene", opening.Surroundings(step=1, times=one_image(1, [8, 12])))
+  shown = opening.time_number("scene", opening.Surroundings(step=1, times=one_image(1, [8, 12])))
   assert (shown.name, shown.value) == ("Milliseconds of the backbone", "1 ms")
   assert (
     "a call with one training image of 8 x 12 pixels, by the backbone without the head, in the"
@@ -182,13 +187,13 @@ TASKS = dict(
 
 def test_every_row_of_every_result_is_defined():
   rows = [
-    *report_tables.rows(RESULT),
-    *scene_table.rows(RESULT | {"iou/a": 0.5}),
-    *video_table.rows(VIDEO),
-    *video_table.rows(
+    *tables.classification_rows(RESULT),
+    *tables.scene_rows(RESULT | {"iou/a": 0.5}),
+    *tables.video_rows(VIDEO),
+    *tables.video_rows(
       {"mean_average_precision": 0.5} | {k: v for k, v in VIDEO.items() if k != "accuracy"}
     ),
-    *task_table.costs(TASKS),
+    *tables.task_rows(TASKS),
   ]
   assert [name for name, _ in rows if not glossary.meaning(name)] == []
 
@@ -202,5 +207,5 @@ def test_every_measure_of_tasks_is_defined():
     "forward_transfer": None,
     "reasons": {},
   }
-  ((_, rows),) = task_table.tables({"task_names": ["one"], "task_aware": accuracies})
+  ((_, rows),) = tables.task_tables({"task_names": ["one"], "task_aware": accuracies})
   assert {name for name, *_ in rows} == {"one", *glossary.MEASURES}

@@ -7,7 +7,6 @@ from PIL import Image
 
 from gating_jax.reports import page
 from gating_jax.reports import tasks as task_pictures
-from gating_jax.reports import text as report_text
 
 NAN = np.nan
 AWARE = np.array([[0.9, NAN, NAN], [0.7, 0.04, NAN], [0.9996, 0.5, 1.0]])
@@ -19,7 +18,7 @@ def drawn(function, *args, **options):
   """Returns the figure, as it is written."""
   figure = function(*args, **options)
   file = io.BytesIO()
-  report_text.save(figure, file)
+  page.save_figure(figure, file)
   assert Image.open(file).format == "PNG"
   return figure
 

@@ -1,6 +1,4 @@
 import pytest
-from matplotlib.figure import Figure
-from PIL import Image
 
 from gating_jax.reports import text as report_text
 
@@ -20,19 +18,3 @@ from gating_jax.reports import text as report_text
 )
 def test_plain(name, letters, expected):
   assert report_text.plain(name, letters) == expected
-
-
-def test_texts_of_a_saved_figure_are_drawn_as_they_are(tmp_path):
-  figure = Figure()
-  axes = figure.subplots()
-  axes.set_xticks([0, 1], ["$x$", r"$\frac{$"])
-  axes.set(title="$x$", ylabel="切")
-  axes.plot([0, 1], label="$x$")
-  texts = [*axes.get_xticklabels()[:1], axes.title, *axes.legend().get_texts()]
-  as_formulas = [text.get_window_extent().width for text in texts]
-  report_text.save(figure, tmp_path / "names.png")
-  for text, formula in zip(texts, as_formulas, strict=True):
-    assert text.get_text() == "$x$"
-    assert text.get_window_extent().width > 2 * formula
-  with Image.open(tmp_path / "names.png") as picture:
-    assert picture.format == "PNG"

@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from gating_jax.reports import text as report_text
-from gating_jax.reports import timeline
+from gating_jax.reports import page, timeline
 from gating_jax.reports.timeline import TimeLine
 
-INCH = 110
+INCH = page.DPI
 CHOSEN, CLOSED, RELEVANT, NO_UNIT = (
   np.array(ImageColor.getrgb(getattr(timeline, name)))
   for name in ("_CHOSEN", "_CLOSED", "_RELEVANT", "_NO_UNIT")
@@ -25,7 +24,7 @@ def line(segments, valid=None, seed=0, **truth):
 
 
 def pixels(tmp_path, lines, **options):
-  timeline.draw(tmp_path / "line.png", lines, **options)
+  page.save_figure(timeline.draw_time_lines(lines, **options), tmp_path / "line.png")
   with Image.open(tmp_path / "line.png") as picture:
     assert picture.format == "PNG"
     return np.asarray(picture.convert("RGB")).astype(int)
@@ -33,7 +32,7 @@ def pixels(tmp_path, lines, **options):
 
 def pixels_of(figure):
   file = io.BytesIO()
-  report_text.save(figure, file)
+  page.save_figure(figure, file)
   return np.asarray(Image.open(file).convert("RGB")).astype(int)
 
 
@@ -140,7 +139,7 @@ def test_without_a_title_nothing_is_written_above(tmp_path):
 def test_figures_are_as_wide_as_they_are_asked_to_be(width):
   first, second = (dataclasses.replace(line(12, seed=seed), title="") for seed in (1, 2))
   for shown, figure in zip(
-    (first, second), timeline.figures([first, second], width=width), strict=True
+    (first, second), timeline.draw_each_time_line([first, second], width=width), strict=True
   ):
     assert figure.get_figwidth() == width + 1
     columns = (0.75 + width * (np.arange(12) + 0.5) / 12) * INCH
@@ -150,7 +149,9 @@ def test_figures_are_as_wide_as_they_are_asked_to_be(width):
 
 def test_a_unit_has_one_colour_in_all_figures_and_each_names_its_own():
   ids = [np.array([0, 0, 3, 3]), np.array([3, 3, 5, 5])]
-  figures = timeline.figures([dataclasses.replace(line(4), title="", units=units) for units in ids])
+  figures = timeline.draw_each_time_line(
+    [dataclasses.replace(line(4), title="", units=units) for units in ids]
+  )
   strips = [at_segments(pixels_of(figure), 0.15 + 0.85 + 0.07 + 0.17, 4) for figure in figures]
   np.testing.assert_array_equal(strips[0][2], strips[1][0])
   assert (strips[0][0] != strips[1][2]).any()
@@ -200,7 +201,7 @@ def test_names_are_drawn_as_they_are(tmp_path):
     ({"units": np.array([0, 1, 2, 3])}, "unit_names must name every unit; got 3 names, unit 3"),
   ],
 )
-def test_what_cannot_be_drawn_is_named(tmp_path, change, message):
+def test_what_cannot_be_drawn_is_named(change, message):
   arrays = {
     "probs": np.ones(4),
     "gates": np.ones(4),
@@ -208,9 +209,40 @@ def test_what_cannot_be_drawn_is_named(tmp_path, change, message):
     "title": "clip",
   } | change
   with pytest.raises(ValueError, match=f"^{message}$"):
-    timeline.draw(tmp_path / "line.png", [TimeLine(**arrays)], unit_names="abc")
+    timeline.draw_time_lines([TimeLine(**arrays)], unit_names="abc")
 
 
-def test_no_videos_are_no_picture(tmp_path):
+def test_no_videos_are_no_picture():
   with pytest.raises(ValueError, match="^lines must hold at least one TimeLine; got none$"):
-    timeline.draw(tmp_path / "line.png", [])
+    timeline.draw_time_lines([])
+
+
+PROBS, SHARES = np.array([0.0, 0.01, 0.99, 1.0, 1.0]), np.array([0.2, 0.2, 0.2, 0.8])
+
+
+def heights(axes):
+  return sorted(
+    (round(bar.get_x(), 2), bar.get_height()) for bar in axes.patches if bar.get_height()
+  )
+
+
+def test_segments_and_videos_are_counted():
+  figure = timeline.draw_shares(PROBS, SHARES)
+  segments, videos = figure.axes
+  assert figure.get_figwidth() == page.WIDTH
+  assert heights(segments) == [(0, 2), (0.95, 3)]
+  assert sum(height for _, height in heights(videos)) == 4
+  assert max(height for _, height in heights(videos)) == 3
+  assert videos.get_legend() is None
+
+
+@pytest.mark.parametrize("correct", [[True, True, False, False], [True] * 4])
+def test_videos_that_were_classified_correctly_stand_below_the_others(correct):
+  correct = np.array(correct)
+  videos = timeline.draw_shares(PROBS, SHARES, correct).axes[1]
+  right, wrong = (sum(bar.get_height() for bar in bars) for bars in videos.containers)
+  assert (right, wrong) == (correct.sum(), (~correct).sum())
+  assert [text.get_text() for text in videos.get_legend().get_texts()] == [
+    "classified correctly",
+    "wrongly",
+  ]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gating_jax.reports import compare
+from gating_jax.reports import compared_runs, comparison
 from gating_jax.training.rundir import RunDirError
 from tests.helpers.runs import announced
 
@@ -32,7 +32,7 @@ def test_runs_are_read_printed_and_written(made, tmp_path, capsys, monkeypatch):
   announced(monkeypatch)
   digits = {"data": {"name": "digits"}}
   folders = [made("first/run", **digits), made("second/run", 0.5, optim={"epochs": 5}, **digits)]
-  compare.run(folders, tmp_path / "page.html")
+  comparison.compare_runs(folders, tmp_path / "page.html")
   printed, html = capsys.readouterr().out, (tmp_path / "page.html").read_text()
   assert re.search(r"accuracy +75\.00 % +50\.00 %", printed)
   assert re.search(r"tested on +digits +digits", printed)
@@ -54,7 +54,7 @@ def test_one_run_is_enough_and_need_not_be_finished(made, tmp_path, capsys):
     file.write(
       '{"step": 3, "split": "test", "accuracy": 0.25}\n{"step": 5, "spl'
     )  # killed while it wrote
-  compare.run([folder], tmp_path / "page.html")
+  comparison.compare_runs([folder], tmp_path / "page.html")
   printed = capsys.readouterr().out
   assert re.search(r"state +not finished", printed)
   assert re.search(r"accuracy +25\.00 %", printed)
@@ -65,25 +65,25 @@ def test_folders_are_separated_by_commas_unless_one_with_the_comma_is_there(tmp_
     (tmp_path / name).mkdir(parents=True)
   monkeypatch.setenv("HOME", str(tmp_path / "home"))
   monkeypatch.chdir(tmp_path / "here")
-  assert compare.folders("a") == [Path("a")]
-  assert compare.folders("lr=0.1,wd=0") == [Path("lr=0.1,wd=0")]
-  assert compare.folders("a,lr=0.1,wd=0,~/b,c,a") == [
+  assert compared_runs.split_folders("a") == [Path("a")]
+  assert compared_runs.split_folders("lr=0.1,wd=0") == [Path("lr=0.1,wd=0")]
+  assert compared_runs.split_folders("a,lr=0.1,wd=0,~/b,c,a") == [
     Path("a"),
     Path("lr=0.1,wd=0"),
     tmp_path / "home" / "b,c",
     Path("a"),
   ]
-  assert compare.folders("missing,a") == [Path("missing"), Path("a")]
+  assert compared_runs.split_folders("missing,a") == [Path("missing"), Path("a")]
 
 
 def test_names_are_as_long_as_it_takes(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   paths = [tmp_path / path for path in ("a/x/run", "b/x/run", "b/y/run", "other")]
-  assert compare.names(paths) == ["a/x/run", "b/x/run", "y/run", "other"]
+  assert compared_runs.unique_names(paths) == ["a/x/run", "b/x/run", "y/run", "other"]
   with pytest.raises(
     ValueError, match=f"workdir must name each folder once; got {tmp_path}/a twice"
   ):
-    compare.names([tmp_path / "a", tmp_path / "b" / ".." / "a"])
+    compared_runs.unique_names([tmp_path / "a", tmp_path / "b" / ".." / "a"])
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_what_is_missing_or_damaged_is_named(made, tmp_path, file, text, message
   if text is not None:
     (folder / file).write_text(text)
   with pytest.raises(RunDirError, match=message):
-    compare.run([sound, folder], tmp_path / "page.html")
+    comparison.compare_runs([sound, folder], tmp_path / "page.html")
   assert not (tmp_path / "page.html").exists()
 
 
@@ -130,7 +130,7 @@ def test_what_is_no_number_is_left_out(made, tmp_path, capsys):
       b'{"step": 5, "split": "test", "accuracy": null}\n\xff\n{"step": 7, "split": "test", '
       b'"accuracy": 0.5}\n'
     )
-  compare.run([folder], tmp_path / "page.html")
+  comparison.compare_runs([folder], tmp_path / "page.html")
   printed = capsys.readouterr().out
   assert re.search(r"last step +7\n", printed)
   assert re.search(r"MACs +10\n", printed)
@@ -140,13 +140,13 @@ def test_what_is_no_number_is_left_out(made, tmp_path, capsys):
 
 def test_only_the_page_of_an_earlier_comparison_is_replaced(made, tmp_path):
   folder, page = made(), tmp_path / "page.html"
-  compare.run([folder, made("other_run")], page)
-  compare.run([folder], page)
+  comparison.compare_runs([folder, made("other_run")], page)
+  comparison.compare_runs([folder], page)
   assert "other_run" not in page.read_text()
   page.write_text("<title>My thesis</title>")
   with pytest.raises(
     ValueError,
     match="page must be new or the page of an earlier comparison; .*page.html is neither",
   ):
-    compare.run([folder], page)
+    comparison.compare_runs([folder], page)
   assert page.read_text() == "<title>My thesis</title>"
