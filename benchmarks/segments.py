@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gating_jax.data import augment
-from gating_jax.inference.segments import Skipping
+from gating_jax.inference.segments import compile_segments
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.models.summary import video_summary
 from gating_jax.models.timegate import SegmentNet
@@ -96,7 +96,7 @@ def compare(args, net, videos, clip):
   }
   contenders = dict(baselines)
   for share in map(float, args.shares.split(",")):
-    run = Skipping(
+    run = compile_segments(
       model,
       with_share(model, variables, inputs, share),
       prepare=prepare,

@@ -13,7 +13,7 @@ from gating_jax.inference.export import export_model, load_exported
 from gating_jax.inference.folding import fold
 from gating_jax.inference.pruning import find_static_units, pruning_error
 from gating_jax.inference.quantise import quantise
-from gating_jax.inference.segments import Skipping
+from gating_jax.inference.segments import compile_segments
 from gating_jax.layers.blocks import BasicBlock, Bottleneck
 from gating_jax.layers.gate import ChannelGate, GatedChannels, GateHead, GateSettings, apply_gates
 from gating_jax.layers.segment_gate import SegmentGate, SegmentGateSettings
@@ -73,7 +73,6 @@ __all__ = [
   "SegmentGate",
   "SegmentGateSettings",
   "SegmentNet",
-  "Skipping",
   "VGG",
   "VideoCounts",
   "analyse",
@@ -88,6 +87,7 @@ __all__ = [
   "closed_share",
   "compile_conditional",
   "compile_exits",
+  "compile_segments",
   "empirical",
   "empirical_cdf",
   "executed_macs",
@@ -136,6 +136,7 @@ RENAMED = {
   "count": "model_summary",
   "count_video": "video_summary",
   "disagreement": "pruning_error",
+  "Skipping": "compile_segments",
   "put_back": "scatter_back",
   "slim": "prune",
   "static_units": "find_static_units",

@@ -202,7 +202,7 @@ def _score(run: ImageRun) -> page.Section:
 def _quarters(run: ImageRun) -> list[np.ndarray]:
   """Returns the image numbers of each quarter by loss, easiest first.
 
-  The quarters are those of `evaluation.mac_spread`.
+  The quarters are those of `analysis.statistics.mac_spread`.
   """
   losses = run.images.losses
   return np.array_split(np.argsort(losses, kind="stable"), min(4, len(losses)))

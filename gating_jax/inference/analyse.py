@@ -16,7 +16,7 @@ from gating_jax.inference import folded
 from gating_jax.inference.computed import account
 from gating_jax.inference.folded import FoldedNet, Group
 from gating_jax.inference.folding import fold
-from gating_jax.inference.gate_statistics import Counter, Openings, observed, places
+from gating_jax.inference.gate_statistics import GroupStatistics, NetCounter, observed, places
 from gating_jax.inference.pruning import apply_pruning, find_static_units
 from gating_jax.inference.quantise import check_float
 from gating_jax.inference.strategies import settings_of, switch
@@ -27,13 +27,13 @@ UNION, BLOCKS = 8, (16, 32, 64)
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-  """Openings and multiply-accumulates of a network on calibration images.
+  """Gate statistics and multiply-accumulates of a network on calibration images.
 
   Attributes:
     net: the network, BatchNorm folded.
     input_shape: `(H, W, D)` of an image.
     images: M.
-    openings: the statistics of each group of units.
+    gate_statistics: of each group of units.
     macs: multiply-accumulates per image of each way to run the network, gate networks included; see
       `analyse`.
   """
@@ -41,15 +41,20 @@ class Analysis:
   net: FoldedNet
   input_shape: tuple[int, int, int]
   images: int
-  openings: tuple[Openings, ...]
+  gate_statistics: tuple[GroupStatistics, ...]
   macs: Mapping[str, float]
+
+  @property
+  def openings(self) -> tuple[GroupStatistics, ...]:
+    """Returns the `gate_statistics`, by their former name."""
+    return self.gate_statistics
 
   def rows(self) -> list[dict[str, Any]]:
     """Returns a table row for each group of units.
 
     `correlation` is the mean absolute correlation between two different units.
     """
-    return [_row(o) for o in self.openings]
+    return [_row(o) for o in self.gate_statistics]
 
   def mac_rows(self) -> list[dict[str, Any]]:
     """Returns MACs per image of each way to run, and their ratio to the network without gates."""
@@ -94,7 +99,7 @@ def analyse(
   )
   # Sums of integers over images; divided once, below.
   executed, switched, ways = "executed", f"switch of {buckets}", _ways(net)
-  counter, spent, images = Counter(net), dict.fromkeys((executed, switched, *ways), 0), 0
+  counter, spent, images = NetCounter(net), dict.fromkeys((executed, switched, *ways), 0), 0
   for x, _, logits in observed(net, calibration):
     shape, images = x.shape[1:], images + len(x)
     counter.add(logits, len(x))
@@ -104,12 +109,12 @@ def analyse(
       spent[name] += np.broadcast_to(folded.macs(net, shape, way(gates)), len(x)).sum()
     # `switch` pads each image to a size of its own, so its count needs the gates of a batch.
     spent[switched] += len(x) * _switched(net, buckets, shape, gates, len(x))
-  openings = counter.result()
+  gate_statistics = counter.result()
   # Gate networks cost the same for every image.
   heads = sum(map(folded.head_macs, net.parts))
   whole = folded.macs(net, shape)
-  # Pruned by these very openings, with the default settings of `prune`.
-  small = apply_pruning(net, find_static_units(net, openings))
+  # Pruned by these very statistics, with the default settings of `prune`.
+  small = apply_pruning(net, find_static_units(net, gate_statistics))
   found = {name: float(total) / images for name, total in spent.items()}
   macs = {
     "ungated": float(whole - heads),
@@ -118,7 +123,7 @@ def analyse(
     "slimmed": float(folded.macs(small, shape)),
     **found,
   }
-  return Analysis(net, shape, images, openings, macs)
+  return Analysis(net, shape, images, gate_statistics, macs)
 
 
 def prune(
@@ -126,7 +131,7 @@ def prune(
 ) -> FoldedNet:
   """Prunes the static units of an analysed network.
 
-  It is `apply_pruning(net, find_static_units(net, openings, ...))` of the analysis. Channels without a gate come
+  It is `apply_pruning(net, find_static_units(net, gate_statistics, ...))` of the analysis. Channels without a gate come
   first in their layer. A block without any gate left has no gate network.
 
   Args:
@@ -146,7 +151,7 @@ def prune(
   return apply_pruning(
     analysis.net,
     find_static_units(
-      analysis.net, analysis.openings, multiple=multiple, confidence=confidence, max_rate=max_rate
+      analysis.net, analysis.gate_statistics, multiple=multiple, confidence=confidence, max_rate=max_rate
     ),
   )
 
@@ -208,7 +213,7 @@ def _in_blocks(gates: np.ndarray, group: Group, size: int) -> np.ndarray:
   return np.repeat(blocks, units, axis=1)[:, : gates.shape[1]]
 
 
-def _row(o: Openings) -> dict[str, Any]:
+def _row(o: GroupStatistics) -> dict[str, Any]:
   units = o.group.gates
   # The diagonal is left out: a unit's correlation with itself is 1.
   others = ~np.eye(units, dtype=bool)
@@ -220,7 +225,7 @@ def _row(o: Openings) -> dict[str, Any]:
     "open": float(o.open_rates.mean()) if units else 0.0,
     "always_open": int(o.always_open.sum()),
     "always_closed": int(o.always_closed.sum()),
-    "conditional": int(o.conditional.sum()),
+    "conditional": int(o.varies.sum()),
     "open_on_all": int((o.opened == o.images).sum()),
     "closed_on_all": int((o.opened == 0).sum()),
     "correlation": float(np.abs(o.correlation[others]).mean()) if units > 1 else 0.0,

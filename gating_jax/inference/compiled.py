@@ -25,7 +25,7 @@ AUTO = "auto"
 # A strategy must take less than this fraction of the time of the program it replaces.
 GAIN = 0.97
 # Largest time with every unit open, relative to computing everything.
-OPEN_LIMIT = 1.05
+MAX_SLOWDOWN_ALL_OPEN = 1.05
 # So many batches of calibration data are timed, or as many as hold so many images.
 _BATCHES, _IMAGES = 4, 16
 
@@ -89,7 +89,7 @@ def check_arguments(
   buckets: int,
   calibration: Any,
   repeats: int,
-  open_limit: float,
+  max_slowdown_all_open: float,
 ) -> np.ndarray | None:
   """Checks the arguments of a compilation, and returns the calibration images.
 
@@ -98,7 +98,7 @@ def check_arguments(
   """
   for name, value in (("batch_size", batch_size), ("buckets", buckets), ("repeats", repeats)):
     arguments.whole_number(name, value)
-  arguments.number("open_limit", open_limit, "> 0", lambda v: v > 0)
+  arguments.number("max_slowdown_all_open", max_slowdown_all_open, "> 0", lambda v: v > 0)
   if calibration is None:
     if strategy == AUTO:
       raise ValueError(f"calibration must be given for strategy {strategy!r}; got None")
@@ -213,7 +213,7 @@ def rows(
 
 
 def fastest(
-  times: Mapping[tuple[str, bool], Sequence[float]], batches: int, open_limit: float
+  times: Mapping[tuple[str, bool], Sequence[float]], batches: int, max_slowdown_all_open: float
 ) -> tuple[str, dict[str, float], dict[str, float]]:
   """Chooses the fastest strategy that is not too slow with every unit open.
 
@@ -221,7 +221,7 @@ def fastest(
     times: seconds of a run over all batches, by strategy and whether everything was open: `ungated`
       with False only, others with both.
     batches: number of batches.
-    open_limit: of `compile_conditional`.
+    max_slowdown_all_open: of `compile_conditional`.
   Returns:
     The strategy; seconds of a call of each, and its `Timing.open_ratio`, `ungated` included.
   """
@@ -239,6 +239,6 @@ def fastest(
     name: spent / dense for name, spent in {**open_seconds, UNGATED: seconds[UNGATED]}.items()
   }
   # `masked` is the fallback, so its own ratio must be within the limit.
-  limit = max(open_limit, ratios[MASKED])
+  limit = max(max_slowdown_all_open, ratios[MASKED])
   best = min((name for name in open_seconds if ratios[name] <= limit), key=seconds.get)
   return best if seconds[best] < GAIN * seconds[MASKED] else MASKED, seconds, ratios

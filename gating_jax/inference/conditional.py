@@ -22,7 +22,7 @@ from gating_jax.inference import folded
 from gating_jax.inference.compiled import (
   AUTO,
   GAIN,
-  OPEN_LIMIT,
+  MAX_SLOWDOWN_ALL_OPEN,
   Timing,
   check_arguments,
   check_image_shape,
@@ -47,7 +47,7 @@ from gating_jax.types import Array
 _NO_GATES = {"layer_gate": False, "output_gate": False}
 
 
-class Conditional:
+class CompiledConditional:
   """A compiled gated network, made by `compile_conditional`.
 
   It maps `[N, H, W, D]` images, any N, to `(outputs, tuple of [N, U] gate logits)`.
@@ -115,9 +115,9 @@ def compile_conditional(
   calibration: Any = None,
   repeats: int = 20,
   candidates: Collection[str] | None = None,
-  open_limit: float = OPEN_LIMIT,
+  max_slowdown_all_open: float = MAX_SLOWDOWN_ALL_OPEN,
   progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Conditional:
+) -> CompiledConditional:
   """Compiles a gated network into a program that skips closed units.
 
   The outputs equal those of computing everything. `auto` times every strategy of every part on this
@@ -137,13 +137,13 @@ def compile_conditional(
     repeats: number of timed calls of each program.
     candidates: strategies that `auto` may take in addition to `masked`, such as `EXPORTABLE`; None
       for all that run here.
-    open_limit: largest slowdown with every unit open: the time of a call of the program that `auto`
+    max_slowdown_all_open: largest slowdown with every unit open: the time of a call of the program that `auto`
       takes, divided by that of computing everything, with gates or without. Where `masked` itself
       is slower, its slowdown is the limit; see `Timing.open_ratio`.
     progress: called with the number of programs that `auto` has compiled, and the number it
       compiles.
   Returns:
-    A `Conditional`.
+    A `CompiledConditional`.
   Raises:
     ValueError: an unknown strategy, a network without the gates it takes, or values out of range.
   """
@@ -152,7 +152,7 @@ def compile_conditional(
     one_of("candidates", name, STRATEGIES)
   input_shape = check_image_shape(input_shape)
   calibration = check_arguments(
-    strategy, input_shape, batch_size, buckets, calibration, repeats, open_limit
+    strategy, input_shape, batch_size, buckets, calibration, repeats, max_slowdown_all_open
   )
   if reason := why_not(strategy):
     raise ValueError(f"strategy {strategy!r} cannot run here: {reason}")
@@ -181,7 +181,7 @@ def compile_conditional(
         f"strategy must fit a part of the network; {strategy!r} fits none, or needs calibration"
       )
     names = [strategy if strategy in known else MASKED for known in options]
-    return Conditional(net, input_shape, batch_size, names, settings)
+    return CompiledConditional(net, input_shape, batch_size, names, settings)
   batches = spread_batches(judged, batch_size)
   macs = account(
     net, options, settings, input_shape, [_gates_of(net, x) for x in batches], batch_size
@@ -193,10 +193,12 @@ def compile_conditional(
   done = itertools.count(1)
   compiled = lambda: progress(next(done), of_parts + of_nets)
   timings = _time_parts(net, options, batches, macs, repeats, compiled)
-  names, of_whole = _choose(net, options, timings, batches, macs, repeats, open_limit, compiled)
+  names, of_whole = _choose(
+    net, options, timings, batches, macs, repeats, max_slowdown_all_open, compiled
+  )
   # Only the comparison of whole programs says which strategy each part runs by.
   timings = [dataclasses.replace(t, chosen=t.strategy == names[t.part]) for t in timings]
-  return Conditional(net, input_shape, batch_size, names, settings, [*timings, *of_whole])
+  return CompiledConditional(net, input_shape, batch_size, names, settings, [*timings, *of_whole])
 
 
 def program(
@@ -331,7 +333,7 @@ def _choose(
   batches: Sequence[Array],
   macs: Account,
   repeats: int,
-  open_limit: float,
+  max_slowdown_all_open: float,
   compiled: Callable[[], None],
 ) -> tuple[list[str], list[Timing]]:
   """Returns each part's strategy in the fastest whole program, and whole programs' timings."""
@@ -353,13 +355,13 @@ def _choose(
   for name, parts in made.items():
     # A strategy may hold its weights in another form, so each mixture has its own.
     run, own = program(parts), _with_parts(net, parts)
-    # `open_limit` needs each program with every unit open, too.
+    # `max_slowdown_all_open` needs each program with every unit open, too.
     for wide, weights in ((False, own), (True, opened(own))):
       runs[name, wide] = functools.partial(run_over, run, [(weights, x) for x in batches])
   runs[UNGATED, False] = functools.partial(
     run_over, program(), [(ungated(net), x) for x in batches]
   )
   best, seconds, open_ratios = fastest(
-    race(runs, repeats, on_start=compiled), len(batches), open_limit
+    race(runs, repeats, on_start=compiled), len(batches), max_slowdown_all_open
   )
   return mixtures[best], rows(None, seconds, *macs.of_net(mixtures), best, open_ratios)

@@ -29,7 +29,7 @@ from gating_jax.checks import one_of
 from gating_jax.inference import folded
 from gating_jax.inference.compiled import (
   AUTO,
-  OPEN_LIMIT,
+  MAX_SLOWDOWN_ALL_OPEN,
   Timing,
   check_arguments,
   check_image_shape,
@@ -70,7 +70,7 @@ class ExitNet:
   threshold: float = dataclasses.field(metadata={"static": True})
 
 
-class Exiting:
+class CompiledExits:
   """A compiled network with early exits, made by `compile_exits`.
 
   It maps `[N, H, W, D]` images, any N, to `(logits, stay)` as of `run`.
@@ -262,9 +262,9 @@ def compile_exits(
   buckets: int = 4,
   calibration: Any = None,
   repeats: int = 20,
-  open_limit: float = OPEN_LIMIT,
+  max_slowdown_all_open: float = MAX_SLOWDOWN_ALL_OPEN,
   progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Exiting:
+) -> CompiledExits:
   """Compiles a program that gathers, after each exit, the images that stay.
 
   The outputs equal those of computing everything for all images. `auto` times both ways on this
@@ -278,22 +278,22 @@ def compile_exits(
     buckets: largest number of programs after each exit, one for each number of images.
     calibration: `[M, H, W, D]`, M >= 1, images like those to come; `auto` needs them.
     repeats: number of timed calls of each program.
-    open_limit, progress: as of `compile_conditional`.
+    max_slowdown_all_open, progress: as of `compile_conditional`.
   Returns:
-    An `Exiting`.
+    A `CompiledExits`.
   Raises:
     ValueError: another model, an unknown strategy, or values out of range.
   """
   one_of("strategy", strategy, (AUTO, MASKED, EXIT_DISPATCH))
   input_shape = check_image_shape(input_shape)
   calibration = check_arguments(
-    strategy, input_shape, batch_size, buckets, calibration, repeats, open_limit
+    strategy, input_shape, batch_size, buckets, calibration, repeats, max_slowdown_all_open
   )
   net = model if isinstance(model, ExitNet) else fold_exits(model, variables)
   # Exits and later stages take feature maps; only the first stage sees the images.
   folded.check_channels(net.stages[0], input_shape[2])
   if strategy != AUTO:
-    return Exiting(net, input_shape, batch_size, strategy, buckets)
+    return CompiledExits(net, input_shape, batch_size, strategy, buckets)
   batches = spread_batches(calibration, batch_size)
   # The baseline has no exits; `staying` measures the worst case, in which no image leaves.
   plain, staying = without_exits(net), dataclasses.replace(net, threshold=_NEVER)
@@ -316,7 +316,7 @@ def compile_exits(
     repeats,
     on_start=lambda: progress(next(done), len(runs)),
   )
-  chosen, seconds, open_ratios = fastest(times, len(batches), open_limit)
+  chosen, seconds, open_ratios = fastest(times, len(batches), max_slowdown_all_open)
   # Both ways let the same images leave, so one of them tells the MACs of both.
   stay = np.concatenate([np.asarray(ways[MASKED](net, x)[1]) for x in batches])
   dense = int(folded.macs(plain, input_shape))
@@ -330,7 +330,7 @@ def compile_exits(
     )
     / dense,
   }
-  return Exiting(
+  return CompiledExits(
     net,
     input_shape,
     batch_size,

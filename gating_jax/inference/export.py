@@ -37,8 +37,8 @@ from safetensors.numpy import save as write_tensors
 from gating_jax.checks import one_of, shown
 from gating_jax.inference import folded
 from gating_jax.inference.compiled import check_image_shape, check_images
-from gating_jax.inference.conditional import Conditional
-from gating_jax.inference.exits import Exiting
+from gating_jax.inference.conditional import CompiledConditional
+from gating_jax.inference.exits import CompiledExits
 from gating_jax.inference.folded import FoldedNet
 from gating_jax.inference.kernel_strategies import EXPORTABLE
 from gating_jax.inference.quantise import dequantise
@@ -90,7 +90,7 @@ class Loaded:
 
 
 def export_model(
-  model: FoldedNet | Conditional | Exiting | Callable[[jax.Array], Any],
+  model: FoldedNet | CompiledConditional | CompiledExits | Callable[[jax.Array], Any],
   directory: str | os.PathLike,
   *,
   input_shape: tuple[int, int, int],
@@ -122,7 +122,7 @@ def export_model(
   # A Flax module is callable, too, but not without its variables.
   if isinstance(model, nn.Module):
     raise TypeError(f"model must be folded first, by fold(model, variables); got {shown(model)}")
-  if not isinstance(model, (FoldedNet, Conditional, Exiting)):
+  if not isinstance(model, (FoldedNet, CompiledConditional, CompiledExits)):
     arguments.function("model", model, "a folded or compiled network, or a function of images")
   directory = user_path(directory)
   if directory.exists() or directory.is_symlink():
@@ -133,7 +133,7 @@ def export_model(
   platforms = arguments.items("platforms", platforms, f"names among {', '.join(_KNOWN_PLATFORMS)}")
   for name in platforms:
     one_of("platforms", name, _KNOWN_PLATFORMS)
-  if isinstance(model, (Conditional, Exiting)):
+  if isinstance(model, (CompiledConditional, CompiledExits)):
     if batch_size not in (None, model.batch_size):
       raise ValueError(
         f"batch_size must be None or {model.batch_size}, that of the compiled model; "
@@ -207,7 +207,7 @@ def _parted(model: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any], ja
   """Splits a model into its weights by name, and a function of these and of images."""
   if isinstance(model, FoldedNet):
     tree, run = model, lambda net, x: folded.run(dequantise(net), x)
-  elif isinstance(model, (Conditional, Exiting)):
+  elif isinstance(model, (CompiledConditional, CompiledExits)):
     tree, run = model.weights, model.program
   else:
     return {}, lambda _, x: model(x)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gating_jax.analysis.outcomes import ALWAYS_CLOSED, ALWAYS_OPEN
+from gating_jax.analysis.statistics import GateCounter, GateStatistics
 from gating_jax.inference import folded
 from gating_jax.inference.compiled import check_finite, check_images
 from gating_jax.inference.folded import Block, FoldedNet, Group
@@ -25,63 +25,19 @@ BATCH = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class Openings:
-  """Opening statistics of one group of units.
+class GroupStatistics(GateStatistics):
+  """Opening statistics of one group of a network's units, and its place there.
 
   Attributes:
     part, index: the index of the network's part, and of the group within it.
     group: the group.
     layer_gate: whether its one unit is the branch of a block, and not channels.
-    images: M.
-    opened: `[U]` number of images on which each unit is open.
-    together: `[U, U]` number of images on which both units are open.
-    highest, lowest: `[U]` the largest and the smallest logit seen.
   """
 
   part: int
   index: int
   group: Group
   layer_gate: bool
-  images: int
-  opened: np.ndarray
-  together: np.ndarray
-  highest: np.ndarray
-  lowest: np.ndarray
-
-  @property
-  def open_rates(self) -> np.ndarray:
-    """Returns the fraction of images on which each unit is open, `[U]`."""
-    return self.opened / self.images
-
-  @property
-  def always_open(self) -> np.ndarray:
-    """Marks units that are open on more than 99 % of images, `[U]`."""
-    return self.open_rates > ALWAYS_OPEN
-
-  @property
-  def always_closed(self) -> np.ndarray:
-    """Marks units that are open on less than 1 % of images, `[U]`."""
-    return self.open_rates < ALWAYS_CLOSED
-
-  @property
-  def conditional(self) -> np.ndarray:
-    """Marks units that are neither always open nor always closed, `[U]`."""
-    return ~(self.always_open | self.always_closed)
-
-  @property
-  def correlation(self) -> np.ndarray:
-    """Computes Pearson's correlation `[U, U]` of open and closed as 1 and 0.
-
-        (P(both) - P(i) P(j)) / sqrt(P(i) (1 - P(i)) P(j) (1 - P(j)))
-
-    It is 0 where a unit never changes.
-    """
-    rates = self.open_rates
-    deviation = np.sqrt(rates * (1 - rates))
-    scale = deviation[:, None] * deviation
-    covariance = self.together / self.images - rates[:, None] * rates
-    # A unit that never changes has no deviation: no division by 0.
-    return np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 0)
 
 
 def observed(
@@ -127,45 +83,36 @@ def batches(images: Any) -> Iterator[np.ndarray]:
     yield waiting
 
 
-class Counter:
-  """A sum of `Openings` over batches."""
+class NetCounter:
+  """Sums over batches for the `GroupStatistics` of all groups of a network."""
 
   def __init__(self, net: FoldedNet):
     self._places = places(net)
+    self._counters = [GateCounter(group.gates) for _, _, group, _ in self._places]
     self._images = 0
-    units = [group.gates for _, _, group, _ in self._places]
-    self._opened = [np.zeros(u, np.int64) for u in units]
-    self._together = [np.zeros((u, u), np.int64) for u in units]
-    self._highest = [np.full(u, -np.inf, np.float32) for u in units]
-    self._lowest = [np.full(u, np.inf, np.float32) for u in units]
 
   def add(self, logits: tuple[np.ndarray, ...], images: int) -> None:
     """Adds the logits of a batch of N images, `[N, U]` for each group."""
     self._images += images
-    for i, z in enumerate(logits):
-      # float32 makes the product fast; it is exact up to 2**24 images a batch.
-      gates = (z > 0).astype(np.float32)
-      self._opened[i] += gates.sum(axis=0).astype(np.int64)
-      # P(both) needs the counts of pairs: a product of 0/1 gates over the batch.
-      self._together[i] += (gates.T @ gates).astype(np.int64)
-      # `prune` keeps pruned units that came nearest to opening, which the highest logit tells.
-      self._highest[i] = np.maximum(self._highest[i], z.max(axis=0))
-      self._lowest[i] = np.minimum(self._lowest[i], z.min(axis=0))
+    for counter, of_group in zip(self._counters, logits, strict=True):
+      counter.add(of_group)
 
-  def result(self) -> tuple[Openings, ...]:
-    """Returns the `Openings` of each group.
+  def result(self) -> tuple[GroupStatistics, ...]:
+    """Returns the statistics of each group.
 
     Raises:
       ValueError: nothing was added.
     """
+    # A network without gates has no counter that knows.
     if not self._images:
       raise ValueError("calibration must have at least one image; got none")
-    return tuple(
-      Openings(*place, self._images, *sums)
-      for place, *sums in zip(
-        self._places, self._opened, self._together, self._highest, self._lowest, strict=True
+    found = []
+    for (part, index, group, layer_gate), counter in zip(self._places, self._counters, strict=True):
+      sums = vars(counter.result())
+      found.append(
+        GroupStatistics(**sums, part=part, index=index, group=group, layer_gate=layer_gate)
       )
-    )
+    return tuple(found)
 
 
 def places(net: FoldedNet) -> list[tuple[int, int, Group, bool]]:
@@ -178,9 +125,9 @@ def places(net: FoldedNet) -> list[tuple[int, int, Group, bool]]:
   ]
 
 
-def count(net: FoldedNet, images: Iterable[Any] | Any) -> tuple[Openings, ...]:
-  """Computes the `Openings` of every group on `images`, as in `observed`."""
-  counter = Counter(net)
+def count(net: FoldedNet, images: Iterable[Any] | Any) -> tuple[GroupStatistics, ...]:
+  """Computes the `GroupStatistics` of every group on `images`, as in `observed`."""
+  counter = NetCounter(net)
   for x, _, logits in observed(net, images):
     counter.add(logits, len(x))
   return counter.result()

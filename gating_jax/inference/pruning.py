@@ -29,7 +29,7 @@ from gating_jax.inference.folded import (
   gates_output,
   groups_of,
 )
-from gating_jax.inference.gate_statistics import Openings, observed, places
+from gating_jax.inference.gate_statistics import GroupStatistics, observed, places
 from gating_jax.inference.quantise import check_folded
 from gating_jax.ops import arguments
 
@@ -43,7 +43,7 @@ class PruneMask(NamedTuple):
 
 def find_static_units(
   net: FoldedNet,
-  openings: Sequence[Openings],
+  gate_statistics: Sequence[GroupStatistics],
   *,
   multiple: int = 16,
   confidence: float | None = None,
@@ -57,7 +57,7 @@ def find_static_units(
 
   Args:
     net: the network.
-    openings: of its groups.
+    gate_statistics: of its groups.
     multiple: of channels; a layer keeps at least as many, unless its block's branch becomes a
       constant.
     confidence: take only units which open, or close, on at most `max_rate` of all images with this
@@ -65,23 +65,23 @@ def find_static_units(
       `rate_bound`.
     max_rate: used with `confidence` only.
   Returns:
-    One `PruneMask` for each group, in the order of `openings`.
+    One `PruneMask` for each group, in the order of `gate_statistics`.
   Raises:
-    ValueError: a setting out of range, or openings of another network.
+    ValueError: a setting out of range, or statistics of another network.
   """
-  _check(net, openings, multiple, confidence, max_rate)
+  _check(net, gate_statistics, multiple, confidence, max_rate)
   # The bound for no event in M images is the same for every unit, so all units pass or none.
   certain = confidence is None or (
-    bool(openings) and rate_bound(openings[0].images, confidence) <= max_rate
+    bool(gate_statistics) and rate_bound(gate_statistics[0].images, confidence) <= max_rate
   )
   choices = [
     _choice(o, net.parts[o.part], multiple)
     if certain
     else PruneMask(*np.zeros((2, o.group.gates), bool))
-    for o in openings
+    for o in gate_statistics
   ]
   last = len(net.parts) - 1
-  for i, o in enumerate(openings):
+  for i, o in enumerate(gate_statistics):
     part = net.parts[o.part]
     # Shortcuts need all channels of a block's output, in their order.
     if gates_output(part) and o.index == len(part.head.groups) - 1:
@@ -168,12 +168,12 @@ class PruningEffect(NamedTuple):
   difference: tuple[float, float]
   changed: float
 
-  def rows(self, openings: Sequence[Openings]) -> list[Mapping[str, Any]]:
+  def rows(self, gate_statistics: Sequence[GroupStatistics]) -> list[Mapping[str, Any]]:
     """Returns a table row for each group."""
     return [
       {"part": o.part, "group": o.index, "would open": opened, "would close": closed}
       for o, opened, closed in zip(
-        openings, self.opened.tolist(), self.closed.tolist(), strict=True
+        gate_statistics, self.opened.tolist(), self.closed.tolist(), strict=True
       )
     ]
 
@@ -217,23 +217,23 @@ def pruning_error(net: FoldedNet, choices: Sequence[PruneMask], images: Any) -> 
   )
 
 
-def _check(net, openings, multiple, confidence, max_rate) -> None:
+def _check(net, gate_statistics, multiple, confidence, max_rate) -> None:
   check_folded(net)
   arguments.whole_number("multiple", multiple)
   if confidence is not None:
     arguments.number("confidence", confidence, "above 0 and below 1, or None", lambda v: 0 < v < 1)
   arguments.number("max_rate", max_rate, "above 0 and at most 1", lambda v: 0 < v <= 1)
   for i, opening in enumerate(
-    arguments.items("openings", openings, "one Openings per group, as from analyse")
+    arguments.items("gate_statistics", gate_statistics, "one GroupStatistics per group, as from analyse")
   ):
-    arguments.instance(f"openings[{i}]", opening, Openings, "Openings, as from analyse")
-  if [(o.part, o.index, o.group, o.layer_gate) for o in openings] != places(net):
+    arguments.instance(f"gate_statistics[{i}]", opening, GroupStatistics, "GroupStatistics, as from analyse")
+  if [(o.part, o.index, o.group, o.layer_gate) for o in gate_statistics] != places(net):
     raise ValueError(
-      f"openings must be those of the network's {len(places(net))} groups; got {len(openings)}"
+      f"gate_statistics must be those of the network's {len(places(net))} groups; got {len(gate_statistics)}"
     )
 
 
-def _choice(o: Openings, part: Layer | Block, multiple: int) -> PruneMask:
+def _choice(o: GroupStatistics, part: Layer | Block, multiple: int) -> PruneMask:
   never, ungated = o.opened == 0, o.opened == o.images
   if o.layer_gate:
     return PruneMask(never, ungated)

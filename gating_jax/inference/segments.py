@@ -38,48 +38,19 @@ class Result(NamedTuple):
   computed: int
 
 
-class Skipping:
-  """A `SegmentNet` in evaluation whose cost follows the number of segments chosen.
+class CompiledSegments:
+  """A compiled `SegmentNet` in evaluation, made by `compile_segments`.
 
-      Skipping(model, variables, ...)(inputs).outputs = model.apply(variables, prepare(inputs))[0]
-
-  There are three kinds of jitted programs: the light net and selector; the heavy net on K chosen
-  segments of the whole batch, for a few static K; and the classifier. The host waits for one
-  number, how many segments were chosen. It calls the second program for the largest K as often as
-  they fill it, then for the smallest K that holds the rest. A program is compiled when a batch
-  first needs it; `warm_up` compiles all of them.
-
-  One large K suits an accelerator. A CPU is faster with a few clips at a time: as measured, (2+1)-D
-  ResNet-18 takes an eighth less per clip with K = 16 than with 64.
+  It maps a batch of videos' arrays to a `Result`.
   """
 
   def __init__(
     self,
     model: SegmentNet,
     variables: Mapping[str, Any],
-    *,
     capacities: Sequence[int],
-    prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs,
+    prepare: Callable[[Inputs], Inputs],
   ):
-    """Builds the programs.
-
-    Args:
-      model, variables: the network and its trained values.
-      capacities: every K, e.g. of `bucket_sizes`; any number of segments is made up of them.
-      prepare: from a batch's arrays, all `[B, T, ...]`, to the model's inputs, each segment alone
-        (normalised, its centre frame taken). It runs inside the programs; in the second one for the
-        chosen segments only.
-    Raises:
-      TypeError, ValueError: naming the first argument that is wrong.
-    """
-    arguments.instance("model", model, SegmentNet, "a SegmentNet")
-    arguments.instance("variables", variables, Mapping, "a mapping with params and batch_stats")
-    arguments.function("prepare", prepare)
-    capacities = arguments.items("capacities", capacities, "numbers >= 1")
-    if not capacities or any(
-      not isinstance(capacity, int) or capacity < 1 for capacity in capacities
-    ):
-      raise ValueError(f"capacities must be numbers >= 1, at least one; got {capacities}")
     self._variables = jax.device_put(variables)
     self._capacities = tuple(capacities)
     # A program for each K, which is static; the start within the chosen segments is traced.
@@ -133,6 +104,49 @@ class Skipping:
     # Each piece has zeros in the places of the others, so the sum holds all.
     features, records = functools.reduce(self._join, parts)
     return self._classify(self._variables, features, gates), records
+
+
+def compile_segments(
+  model: SegmentNet,
+  variables: Mapping[str, Any],
+  *,
+  capacities: Sequence[int],
+  prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs,
+) -> CompiledSegments:
+  """Compiles programs whose cost follows the number of segments chosen.
+
+      compile_segments(model, variables, ...)(inputs).outputs
+          = model.apply(variables, prepare(inputs))[0]
+
+  There are three kinds of jitted programs: the light net and selector; the heavy net on K chosen
+  segments of the whole batch, for a few static K; and the classifier. The host waits for one
+  number, how many segments were chosen. It calls the second program for the largest K as often as
+  they fill it, then for the smallest K that holds the rest. A program is compiled when a batch
+  first needs it; `CompiledSegments.warm_up` compiles all of them.
+
+  One large K suits an accelerator. A CPU is faster with a few clips at a time: as measured, (2+1)-D
+  ResNet-18 takes an eighth less per clip with K = 16 than with 64.
+
+  Args:
+    model, variables: the network and its trained values.
+    capacities: every K, e.g. of `bucket_sizes`; any number of segments is made up of them.
+    prepare: from a batch's arrays, all `[B, T, ...]`, to the model's inputs, each segment alone
+      (normalised, its centre frame taken). It runs inside the programs; in the second one for the
+      chosen segments only.
+  Returns:
+    A `CompiledSegments`.
+  Raises:
+    TypeError, ValueError: naming the first argument that is wrong.
+  """
+  arguments.instance("model", model, SegmentNet, "a SegmentNet")
+  arguments.instance("variables", variables, Mapping, "a mapping with params and batch_stats")
+  arguments.function("prepare", prepare)
+  capacities = arguments.items("capacities", capacities, "numbers >= 1")
+  if not capacities or any(
+    not isinstance(capacity, int) or capacity < 1 for capacity in capacities
+  ):
+    raise ValueError(f"capacities must be numbers >= 1, at least one; got {capacities}")
+  return CompiledSegments(model, variables, capacities, prepare)
 
 
 def _choose(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gating_jax.analysis import statistics
 from gating_jax.reports import (
   conclusion,
   glossary,
@@ -22,7 +23,7 @@ from gating_jax.reports import (
   timeline,
   timings,
 )
-from gating_jax.training import evaluation, rundir
+from gating_jax.training import rundir
 from gating_jax.training.journal import Journal
 from gating_jax.video import speed
 from gating_jax.video.build import VideoExperiment
@@ -63,8 +64,8 @@ def histograms(experiment: VideoExperiment, done: Arrays) -> dict[str, np.ndarra
   has channel gates, the open probabilities of each of its gated layers in the chosen segments.
   """
   counts = {
-    "gates/segments/probs": evaluation.histogram(done["probs"][done["valid"].astype(bool)]),
-    "gates/segments/shares": evaluation.histogram(_shares(done)),
+    "gates/segments/probs": statistics.histogram(done["probs"][done["valid"].astype(bool)]),
+    "gates/segments/shares": statistics.histogram(_shares(done)),
   }
   if "channels" in done:
     # Summed over videos: one histogram for each gated layer.

@@ -7,8 +7,8 @@ from PIL import Image
 
 from configs import digits_resnet20
 from gating_jax.images import classification
-from gating_jax.inference.conditional import Conditional
-from gating_jax.inference.exits import Exiting
+from gating_jax.inference.conditional import CompiledConditional
+from gating_jax.inference.exits import CompiledExits
 from gating_jax.models import resnet
 from gating_jax.reports import compile_report, page, surroundings, timings
 from gating_jax.training import rundir
@@ -18,8 +18,8 @@ from tests.helpers import tiny_cli
 def test_an_absent_kernel_is_named_with_the_tables_that_lack_it(monkeypatch, capsys):
   monkeypatch.setattr(compile_report, "why_not", lambda name: f"no compiler for {name}")
   for kind, said in (
-    (Conditional, True),
-    (Exiting, False),
+    (CompiledConditional, True),
+    (CompiledExits, False),
   ):  # a program with exits has no such strategy
     made = kind.__new__(kind)
     made.report = lambda: ()

@@ -25,8 +25,8 @@ def analysis():
 def test_openings_are_those_of_all_images(analysis, gates):
   logits = folded.run(analysis.net, images(150))[1]
   assert analysis.images == 150
-  assert [o.part for o in analysis.openings] == [1, 2, 3]
-  for o, g, z in zip(analysis.openings, gates, logits, strict=True):
+  assert [o.part for o in analysis.gate_statistics] == [1, 2, 3]
+  for o, g, z in zip(analysis.gate_statistics, gates, logits, strict=True):
     np.testing.assert_array_equal(o.opened, g.sum(axis=0))
     np.testing.assert_array_equal(o.together, [[np.sum(a & b) for a in g.T] for b in g.T])
     np.testing.assert_allclose(o.highest, z.max(axis=0), rtol=1e-4, atol=1e-4)
@@ -39,7 +39,7 @@ def test_openings_are_those_of_all_images(analysis, gates):
 
 def test_correlation_is_pearsons(analysis, gates):
   o, g = next(
-    (o, g) for o, g in zip(analysis.openings, gates, strict=True) if o.conditional.sum() > 1
+    (o, g) for o, g in zip(analysis.gate_statistics, gates, strict=True) if o.varies.sum() > 1
   )
   varies = o.conditional
   np.testing.assert_allclose(
@@ -52,7 +52,7 @@ def test_correlation_is_pearsons(analysis, gates):
 def test_batches_say_the_same_as_one_array(size, analysis):
   x = np.asarray(images(150))
   other = analyse(analysis.net, None, (x[i : i + size] for i in range(0, 150, size)))
-  for a, b in zip(analysis.openings, other.openings, strict=True):
+  for a, b in zip(analysis.gate_statistics, other.gate_statistics, strict=True):
     np.testing.assert_array_equal(a.together, b.together)
   assert other.macs == pytest.approx(analysis.macs)
 
@@ -90,12 +90,12 @@ def test_units_of_blocks_and_unions():
 def test_layer_gates_run_or_do_not_in_every_way():
   analysis = analyse(MODELS["layer"], random_variables(MODELS["layer"]), images(24))
   assert analysis.macs["switch of 4"] == analysis.macs["executed"] == analysis.macs["blocks of 32"]
-  assert all(o.layer_gate for o in analysis.openings)
+  assert all(o.layer_gate for o in analysis.gate_statistics)
 
 
 def test_rows(analysis):
   row = analysis.rows()[0]
-  o = analysis.openings[0]
+  o = analysis.gate_statistics[0]
   assert row["units"] == 4
   assert row["open"] == pytest.approx(o.open_rates.mean())
   assert row["always_open"] + row["always_closed"] + row["conditional"] == 4

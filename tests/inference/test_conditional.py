@@ -269,7 +269,7 @@ def test_auto_falls_back_where_skipping_loses(monkeypatch):
   [
     (1.04, {}, "block_dispatch"),
     (1.06, {}, "masked"),
-    (1.06, {"open_limit": 1.1}, "block_dispatch"),
+    (1.06, {"max_slowdown_all_open": 1.1}, "block_dispatch"),
   ],
 )
 def test_auto_takes_nothing_that_is_slow_with_everything_open(
@@ -410,7 +410,7 @@ def test_an_absent_kernel_is_named(monkeypatch):
       {"input_shape": (5, 4, 1), "strategy": "switch"},
       "images must have 3 channels, as the network expects; got 1",
     ),
-    ({"open_limit": 0.0}, "open_limit must be > 0; got 0.0"),
+    ({"max_slowdown_all_open": 0.0}, "max_slowdown_all_open must be > 0; got 0.0"),
     (
       {"candidates": ("swich",)},
       "candidates must be one of .*; got 'swich'. Did you mean 'switch'",

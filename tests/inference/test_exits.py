@@ -145,9 +145,9 @@ def test_wrong_arguments_are_named():
     ValueError, match="group_norm must be False: GroupNorm cannot be folded; got True"
   ):
     fold_exits(EarlyExitNet(4, (1, 1), features=4, group_norm=True), {})
-  with pytest.raises(ValueError, match="open_limit must be > 0; got 0"):
+  with pytest.raises(ValueError, match="max_slowdown_all_open must be > 0; got 0"):
     compile_exits(
-      MODEL, VARIABLES, input_shape=SHAPE, batch_size=1, strategy="masked", open_limit=0
+      MODEL, VARIABLES, input_shape=SHAPE, batch_size=1, strategy="masked", max_slowdown_all_open=0
     )
   with pytest.raises(
     ValueError, match="images must have 3 channels, as the network expects; got 2"

@@ -140,16 +140,16 @@ def test_gates_of_a_blocks_output_cannot_be_taken():
 
 def counted(opened, images, highest, group=None, *, part=1):
   u = len(opened)
-  return gate_statistics.Openings(
-    part,
-    0,
-    group or Group(u),
-    False,
-    images,
-    np.array(opened),
-    np.zeros((u, u), int),
-    np.array(highest, np.float32),
-    np.full(u, -9, np.float32),
+  return gate_statistics.GroupStatistics(
+    part=part,
+    index=0,
+    group=group or Group(u),
+    layer_gate=False,
+    images=images,
+    opened=np.array(opened),
+    together=np.zeros((u, u), int),
+    highest=np.array(highest, np.float32),
+    lowest=np.full(u, -9, np.float32),
   )
 
 
@@ -284,7 +284,7 @@ def test_bad_settings_are_named(options, message):
 
 
 def test_choices_and_openings_of_another_network_are_refused():
-  with pytest.raises(ValueError, match="openings must be those of the network's 1 groups"):
+  with pytest.raises(ValueError, match="gate_statistics must be those of the network's 1 groups"):
     pruning.find_static_units(one_block(Group(3)), [counted([0, 1], 2, [-1, 1])])
   with pytest.raises(ValueError, match="choices must be one for each group"):
     pruning.apply_pruning(one_block(Group(3)), [])

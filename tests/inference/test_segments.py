@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gating_jax.inference.segments import Skipping
+from gating_jax.inference.segments import compile_segments
 from gating_jax.layers.gate import GATE_NAME, GateSettings
 from gating_jax.layers.segment_gate import SegmentGateSettings
 from gating_jax.models.resnet import ResNet
@@ -92,7 +92,7 @@ def plain(model):
 
 @functools.cache
 def skipping(model, capacities=(2, 4)):
-  return Skipping(model, variables(model), capacities=capacities, prepare=prepare)
+  return compile_segments(model, variables(model), capacities=capacities, prepare=prepare)
 
 
 def assert_same(model, result, inputs, values=None):
@@ -149,7 +149,7 @@ def test_any_batch_with_any_choice(lengths, seed):
 def test_all_closed_leaves_one_a_video_and_all_open_the_valid_ones(bias, chosen):
   model, inputs = MODELS["gate"], batch([3, 4, 1])
   values = with_bias(variables(model), bias)
-  result = Skipping(model, values, capacities=(3, 12), prepare=prepare)(inputs)
+  result = compile_segments(model, values, capacities=(3, 12), prepare=prepare)(inputs)
   assert result.chosen == chosen
   assert_same(model, result, inputs, values)
 
@@ -180,7 +180,7 @@ def test_the_heavy_net_is_given_chosen_clips_only_as_pixels_and_once_per_capacit
     return prepare(inputs)
 
   model = net("uniform", light=False)
-  run = Skipping(model, variables(model), capacities=(2, 4, 12), prepare=noted)
+  run = compile_segments(model, variables(model), capacities=(2, 4, 12), prepare=noted)
   inputs = batch([4, 3])
   assert [run(inputs).computed for _ in range(3)] == [4] * 3
   assert traced == [((2, SEGMENTS), np.uint8), ((4, 1), np.uint8)]
@@ -206,7 +206,7 @@ def test_the_heavy_net_is_given_chosen_clips_only_as_pixels_and_once_per_capacit
 )
 def test_chosen_segments_are_made_up_of_any_capacities(capacities, expected):
   model, inputs = MODELS["uniform, channels gated"], batch([4, 4])
-  result = Skipping(model, variables(model), capacities=capacities, prepare=prepare)(inputs)
+  result = compile_segments(model, variables(model), capacities=capacities, prepare=prepare)(inputs)
   assert (result.chosen, result.computed) == (4, expected)
   assert_same(model, result, inputs)
 
@@ -214,7 +214,7 @@ def test_chosen_segments_are_made_up_of_any_capacities(capacities, expected):
 def test_closed_segments_do_not_matter_even_if_not_finite():
   """The first segment is closed and fills the bucket's padding."""
   model, inputs = MODELS["uniform"], prepare(batch([4, 3]))
-  run = Skipping(model, variables(model), capacities=(8,))
+  run = compile_segments(model, variables(model), capacities=(8,))
   result = run(inputs)
   chosen = np.asarray(result.records[0].gates) > 0
   assert not chosen[0, 0]
@@ -240,7 +240,7 @@ def test_jax_arrays_will_do():
 def test_capacities_that_cannot_be(capacities, message):
   model = MODELS["uniform"]
   with pytest.raises(ValueError, match=message):
-    Skipping(model, variables(model), capacities=capacities, prepare=prepare)
+    compile_segments(model, variables(model), capacities=capacities, prepare=prepare)
 
 
 def test_arrays_that_are_not_of_segments_are_refused():

@@ -374,17 +374,17 @@ INFERENCE = {
     "platforms must be a list of names among cpu, cuda, tpu, rocm; got 'cpu'",
   ),
   "a network of images to skip segments": (
-    lambda: gj.Skipping(FOLDABLE, {}, capacities=(1,)),
+    lambda: gj.compile_segments(FOLDABLE, {}, capacities=(1,)),
     TypeError,
     "model must be a SegmentNet; got ",
   ),
   "one capacity": (
-    lambda: gj.Skipping(VIDEO_NET, {}, capacities=8),
+    lambda: gj.compile_segments(VIDEO_NET, {}, capacities=8),
     TypeError,
     "capacities must be a list of numbers >= 1; ",
   ),
   "videos without a mask, to skip segments": (
-    lambda: gj.Skipping(VIDEO_NET, {}, capacities=(1,))({"heavy": VIDEOS}),
+    lambda: gj.compile_segments(VIDEO_NET, {}, capacities=(1,))({"heavy": VIDEOS}),
     ValueError,
     "inputs must have 'valid'; got heavy",
   ),
