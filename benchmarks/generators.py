@@ -21,7 +21,7 @@ from absl import flags
 from sklearn.svm import SVC
 
 from gating_jax.continual import build
-from gating_jax.data import tasks
+from gating_jax.data import image_sets
 
 _JUDGE_IMAGES = 10_000  # at most
 
@@ -103,7 +103,7 @@ def trained(rehearsal, memory, experiment, task):
 
 def trained_judge(experiment):
   """Returns a function from pixels to classes."""
-  images = tasks.join(tuple(task.train for task in experiment.tasks))
+  images = image_sets.join(tuple(task.train for task in experiment.tasks))
   chosen = np.random.default_rng(0).permutation(len(images))[:_JUDGE_IMAGES]
   flat = lambda pixels: np.asarray(pixels).reshape(len(pixels), -1) / 255
   pixels, labels = images.read(chosen)

@@ -32,8 +32,7 @@ from tqdm import tqdm
 
 from configs import cifar10_resnet20
 from gating_jax import cdf_matching_loss, noise_floor, normal
-from gating_jax.data import augment, tfds
-from gating_jax.data import images as in_memory
+from gating_jax.data import augment, batches, image_sets
 from gating_jax.training import optim, steps
 
 VARIANTS = ("batchnorm", "shaped", "nothing")
@@ -65,8 +64,8 @@ class ConvNet(nn.Module):
 
 def main():
   args = parse()
-  train = tfds.load("cifar10", f"train[:{args.train_images}]", args.data_dir)
-  test = tfds.load("cifar10", "test", args.data_dir)
+  train = image_sets.load("cifar10", f"train[:{args.train_images}]", args.data_dir)
+  test = image_sets.load("cifar10", "test", args.data_dir)
   print(
     f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {len(train)} images, {args.epochs} "
     "epochs, "
@@ -121,7 +120,7 @@ def choose(trainer, args):
     return pairs[0]
   images = trainer.images
   fit = len(images) - max(1, len(images) // (10 * TEST_BATCH)) * TEST_BATCH
-  held_out = tfds.Images(images.pixels[fit:], images.labels[fit:], images.class_names)
+  held_out = image_sets.Images(images.pixels[fit:], images.labels[fit:], images.class_names)
   scores = {pair: trainer.score(*pair, 0, fit, held_out)[0] for pair in pairs}
   print(
     f"{trainer.variant}, validation: "
@@ -151,12 +150,12 @@ class Trainer:
     for step in tqdm(
       range(self.total), desc=f"{self.variant} lr {lr:g} seed {seed}", disable=None, leave=False
     ):
-      index = in_memory.batch_indices(seed, step, self.args.batch, examples)
+      index = batches.batch_indices(seed, step, self.args.batch, examples)
       start = time.perf_counter()
       state = jax.block_until_ready(self.train_step(state, index, lr, coefficient, seed))
       seconds.append(time.perf_counter() - start)
-    batches = np.split(np.arange(len(held_out)), len(held_out) // TEST_BATCH)
-    results = [self.test_step(state, *held_out.read(index)) for index in batches]
+    parts = np.split(np.arange(len(held_out)), len(held_out) // TEST_BATCH)
+    results = [self.test_step(state, *held_out.read(index)) for index in parts]
     accuracy, gap = (np.mean(column, axis=0) for column in zip(*results, strict=True))
     return accuracy, gap, np.median(seconds)
 

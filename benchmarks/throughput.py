@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from peaks import peaks
 
-from gating_jax.data import tfds
+from gating_jax.data import image_sets
 from gating_jax.images import classification
 from gating_jax.training import devices, steps
 
@@ -95,16 +95,21 @@ def config_of(named, fields):
 def built(config, images):
   """Returns the experiment of a config, on made images."""
   rng = np.random.default_rng(0)
-  made = tfds.Images(
+  made = image_sets.Images(
     rng.integers(0, 256, (images, 32, 32, len(config.data.mean)), dtype=np.uint8),
     rng.integers(0, 10, images).astype(np.int32),
     tuple(map(str, range(10))),
   )
-  load, size, tfds.load, tfds.size = tfds.load, tfds.size, lambda *_: made, lambda *_: images
+  load, size, image_sets.load, image_sets.size = (
+    image_sets.load,
+    image_sets.size,
+    lambda *_: made,
+    lambda *_: images,
+  )
   try:
     return classification.build(config)
   finally:
-    tfds.load, tfds.size = load, size
+    image_sets.load, image_sets.size = load, size
 
 
 def training(experiment, repeats):

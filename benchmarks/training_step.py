@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import cifar10_resnet20
-from gating_jax.data import tfds
+from gating_jax.data import image_sets
 from gating_jax.images import classification
 from gating_jax.models.resnet import resnet
 from gating_jax.ops.priors import beta
@@ -45,7 +45,7 @@ def main():
   args = parser.parse_args()
 
   rng = np.random.default_rng(0)
-  images = tfds.Images(
+  images = image_sets.Images(
     rng.integers(0, 256, (IMAGES, 32, 32, 3), dtype=np.uint8),
     rng.integers(0, 10, IMAGES).astype(np.int32),
     tuple(map(str, range(10))),
@@ -90,9 +90,14 @@ def training(args, images, gating):
   """Returns a function that takes one training step."""
   config = cifar10_resnet20.get_config(f"batch={args.batch},gating={gating},epochs=1000")
   config.model.name = args.model
-  load, size, tfds.load, tfds.size = tfds.load, tfds.size, lambda *_: images, lambda *_: len(images)
+  load, size, image_sets.load, image_sets.size = (
+    image_sets.load,
+    image_sets.size,
+    lambda *_: images,
+    lambda *_: len(images),
+  )
   experiment = classification.build(config)
-  tfds.load, tfds.size = load, size
+  image_sets.load, image_sets.size = load, size
   state = devices.replicate(
     steps.init_state(experiment.model, experiment.optimiser, config.seed, images.shape)
   )

@@ -1,16 +1,29 @@
-"""Standard streams that may be no terminal, closed, or missing.
+"""Messages of a command: lines, warnings, progress bars, the work in hand and the time left.
 
-A thread of a server or `2>&-` has such streams.
+Standard streams may be no terminal, closed, or missing: a thread of a server or `2>&-` has such.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import logging
 from tqdm import tqdm
+
+# Called with the pieces done and their total.
+Advance = Callable[[int, int], None]
+# Seconds until the first line of a piece of work, and between the lines that follow.
+_AFTER, _EVERY = 1.0, 10.0
+# The main program of a training, as messages name it.
+TRAINING = "training step"
+# Seconds of training before the time left is estimated.
+_PACE = 3.0
 
 
 def prepare_streams() -> None:
@@ -72,3 +85,146 @@ def progress_bar(*items: Any, hidden: bool = False, **settings: Any) -> tqdm:
     hidden: shows nothing on a terminal either.
   """
   return tqdm(*items, disable=hidden or not is_terminal(sys.stderr), **settings)
+
+
+def lasting(seconds: float) -> str:
+  """Formats a time in seconds for people.
+
+  >>> lasting(0.2), lasting(75), lasting(4000)
+  ('1 s', '1 min 15 s', '1 h 6 min')
+  """
+  whole = max(1, round(seconds))
+  if whole < 60:
+    return f"{whole} s"
+  if whole < 3600:
+    return f"{whole // 60} min" + (f" {whole % 60} s" if whole % 60 else "")
+  return f"{whole // 3600} h" + (f" {whole % 3600 // 60} min" if whole % 3600 >= 60 else "")
+
+
+def say(text: str) -> None:
+  """Prints a line at once; does nothing where stdout is missing or closed."""
+  if is_open(sys.stdout):
+    print(text, flush=True)
+
+
+@contextlib.contextmanager
+def working(what: str, about: str = "", tell: Callable[[str], None] = say) -> Iterator[Advance]:
+  """Announces the work in the block, then reports every ten seconds how far it is.
+
+  Work that ends within a second is silent.
+
+  Args:
+    what: the work in the block.
+    about: the time it takes, such as `about a minute`.
+    tell: takes a line.
+  Yields:
+    a function to call with the pieces done and their total; the lines then estimate the time left.
+  """
+  started, ended, pieces = time.monotonic(), threading.Event(), []
+
+  def tick():
+    """Announces the work, then tells its progress until it ends."""
+    if ended.wait(_AFTER):
+      return
+    tell(f"{what} ({about}) ..." if about else f"{what} ...")
+    while not ended.wait(_EVERY):
+      tell("  " + _how_far(time.monotonic() - started, pieces))
+
+  # A daemon, so that it cannot hold up the end of the process.
+  ticker = threading.Thread(target=tick, daemon=True)
+  ticker.start()
+  try:
+    yield lambda done, total: pieces.append((time.monotonic() - started, done, total))
+  finally:
+    ended.set()
+    ticker.join()
+
+
+def _how_far(spent: float, pieces: Sequence[tuple[float, int, int]]) -> str:
+  """Returns a progress line.
+
+  Args:
+    spent: seconds so far.
+    pieces: `(seconds, done, total)` of each report: when it came, and what it said.
+  """
+  if not pieces:
+    return f"{lasting(spent)} so far"
+  (begun, first, _), (_, done, total) = pieces[0], pieces[-1]
+  line = f"{done} of {total} after {lasting(spent)}"
+  # The time before the first report includes the set-up: the estimate leaves it out.
+  if first < done < total:
+    line += f", about {lasting((spent - begun) * (total - done) / (done - first))} to go"
+  return line
+
+
+class Pace:
+  """Messages on a training's pace: that its step is compiled, and how long the rest takes.
+
+  One instance serves trainings that follow each other, as of tasks. Each of their programs is
+  compiled, and timed, on its own.
+
+  Args:
+    tell: takes a step and a line.
+    total_steps: the steps of all trainings.
+    others: `step -> ` the steps from this one on that run programs other than `TRAINING`, by
+      program.
+  """
+
+  def __init__(
+    self,
+    tell: Callable[[int, str], None],
+    total_steps: int,
+    others: Callable[[int], Mapping[str, int]] = lambda step: {},
+  ):
+    self._tell, self._total, self._others = tell, total_steps, others
+    self._compiled, self._told = set(), False
+    # Seconds that a step takes, by program.
+    self._seconds = {}
+
+  def __call__(
+    self, advance: Callable[[Any, int], Any], program: str = TRAINING
+  ) -> Callable[[Any, int], Any]:
+    """Wraps `advance`, `(state, step) -> ...`, with these messages.
+
+    Args:
+      advance: the function to time.
+      program: the name of the program that it runs.
+    Returns:
+      a function with the arguments and results of `advance`.
+    """
+    calls, begun = 0, (0.0, 0)
+
+    def paced(state, step):
+      """Runs `advance`; tells that it compiles, or how long training still takes."""
+      nonlocal calls, begun
+      calls += 1
+      # The first call of a program compiles it.
+      if program not in self._compiled:
+        self._compiled.add(program)
+        tell = lambda text: self._tell(step, text)
+        with working(f"compiling the {program}", "up to a minute or two on a CPU, once", tell):
+          return advance(state, step)
+      now = time.monotonic()
+      # The first two calls include compilation, so the clock starts at the third.
+      if calls == 3:
+        begun = now, step
+      elif calls > 3:
+        spent, steps = now - begun[0], step - begun[1]
+        self._seconds[program] = spent / steps
+        if spent > _PACE:
+          self._estimate(step)
+      return advance(state, step)
+
+    return paced
+
+  def _estimate(self, step: int) -> None:
+    """Tells the time left, once, as soon as a step of each program in it has been timed."""
+    left = dict(self._others(step))
+    # All steps that no other program takes are of the main one.
+    left[TRAINING] = self._total - step - sum(left.values())
+    if self._told or any(steps and program not in self._seconds for program, steps in left.items()):
+      return
+    self._told = True
+    seconds = sum(steps * self._seconds[program] for program, steps in left.items() if steps)
+    if seconds > _PACE:
+      self._tell(step, f"about {lasting(seconds)} of training to go")

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from gating_jax import executed_macs, gated_macs, load_run
-from gating_jax.data import augment, tfds
+from gating_jax.data import augment, image_sets
 from gating_jax.training import settings
 
 
@@ -18,7 +18,7 @@ def main(workdir):
   model, variables, config = load_run(workdir)
   data = config.data
   names = settings.feature_names(data)
-  test = tfds.load(data.name, data.test_split, data.data_dir, data.image_size, *names)
+  test = image_sets.load(data.name, data.test_split, data.data_dir, data.image_size, *names)
   pixels, labels = test.read(np.arange(min(64, len(test))))
   logits, records = jax.jit(model.apply)(variables, augment.normalise(pixels, data.mean, data.std))
   right = np.argmax(logits, axis=1) == labels

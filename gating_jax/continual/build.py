@@ -33,7 +33,7 @@ from gating_jax.continual.rehearsal import episodic, generative
 from gating_jax.continual.replay_memory import ReplaySettings
 from gating_jax.continual.task_inference import TaskClassifierSettings
 from gating_jax.continual.units import ProtectionSettings
-from gating_jax.data import augment, tasks, tfds
+from gating_jax.data import augment, image_sets
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.columns import column
 from gating_jax.models.generator import Generator
@@ -60,7 +60,7 @@ class ContinualExperiment:
   """
 
   config: ml_collections.ConfigDict
-  tasks: tuple[tasks.Task, ...]
+  tasks: tuple[image_sets.Task, ...]
   problem: Problem
   method: Method
   dense_macs: int
@@ -168,7 +168,7 @@ def build(
     sequence = _read_tasks(config)
   else:
     # An outline has the length and the shape of a set: enough for every check.
-    sequence = tuple(tasks.Task(train=each, validation=each, test=each) for each in known)
+    sequence = tuple(image_sets.Task(train=each, validation=each, test=each) for each in known)
   shape = sequence[0].train.shape
   settings.check_channels(data, shape[-1])
   # The smallest task sets the steps of an epoch, the same for all tasks.
@@ -232,15 +232,15 @@ def build(
   )
 
 
-def _read_tasks(config: ml_collections.ConfigDict) -> tuple[tasks.Task, ...]:
+def _read_tasks(config: ml_collections.ConfigDict) -> tuple[image_sets.Task, ...]:
   data = config.data
   names = settings.feature_names(data)
   train, test = (
-    tfds.load(data.name, split, data.data_dir, data.image_size, *names)
+    image_sets.load(data.name, split, data.data_dir, data.image_size, *names)
     for split in (data.train_split, data.test_split)
   )
   with settings.named("tasks"):
-    return tasks.make_tasks(train, test, **config.tasks)
+    return image_sets.make_tasks(train, test, **config.tasks)
 
 
 def _check(config: ml_collections.ConfigDict) -> None:

@@ -28,8 +28,8 @@ import numpy as np
 import optax
 from flax import struct
 
-from gating_jax.data import images as in_memory
-from gating_jax.data.tfds import Images
+from gating_jax.data import batches
+from gating_jax.data.image_sets import Images
 from gating_jax.layers.gate import GATE_RNG
 from gating_jax.types import Array
 
@@ -190,11 +190,14 @@ class Problem:
     """
     # `state` is an argument: as a closure its arrays would be compiled in as constants.
     run = jax.jit(lambda state, pixels: fn(state, self.normalise(pixels)))
-    # `cover` takes a labelled set; the labels are not read.
+    # `padded_batches` takes a labelled set; the labels are not read.
     images = Images(np.asarray(pixels), np.zeros(len(pixels)), ())
     return np.concatenate(
-      # `cover` pads the last batch to the full size; only its first n results count.
-      [np.asarray(run(state, x))[:n] for (x, _), n in in_memory.cover(images, self.batch_size)]
+      # `padded_batches` pads the last batch to the full size; only its first n results count.
+      [
+        np.asarray(run(state, x))[:n]
+        for (x, _), n in batches.padded_batches(images, self.batch_size)
+      ]
     )
 
 

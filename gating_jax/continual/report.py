@@ -14,8 +14,8 @@ import numpy as np
 from gating_jax.continual import compile, metrics
 from gating_jax.continual.build import ContinualExperiment
 from gating_jax.continual.method import Footprint, LearnerState
-from gating_jax.data import images as in_memory
-from gating_jax.data.tfds import Images
+from gating_jax.data import batches
+from gating_jax.data.image_sets import Images
 from gating_jax.models.summary import layer_names
 from gating_jax.reports import conclusion, glossary, opening, page, surroundings, tables, tasks
 from gating_jax.reports import images as image_pictures
@@ -198,7 +198,7 @@ def _make_look(
     images = Images(*test.read(np.arange(min(_LOOKED_AT, len(test)))), ())
     parts = [
       [np.asarray(z)[:count] for z in run(learner, pixels, np.int32(task))]
-      for (pixels, _), count in in_memory.cover(images, problem.batch_size)
+      for (pixels, _), count in batches.padded_batches(images, problem.batch_size)
     ]
     return images.pixels, [np.concatenate(layer) for layer in zip(*parts, strict=True)]
 

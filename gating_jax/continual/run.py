@@ -19,11 +19,10 @@ import numpy as np
 from gating_jax.continual import compile, report, training
 from gating_jax.continual.build import ContinualExperiment, build
 from gating_jax.continual.method import LearnerState, TaskData
-from gating_jax.data import images as in_memory
-from gating_jax.data import tasks
-from gating_jax.data.tfds import Images
-from gating_jax.progress import TRAINING, Pace, lasting, say, working
+from gating_jax.data import batches, image_sets
+from gating_jax.data.image_sets import Images
 from gating_jax.reports import conclusion, failing, tables
+from gating_jax.terminal import TRAINING, Pace, lasting, say, working
 from gating_jax.training import closed_gates, devices, hosts, loop, rundir
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal
@@ -320,11 +319,13 @@ def make_advance(
     def batch(at, size):
       """Reads this process's part of a batch: pixels `[B, H, W, D]` and labels `[B]`."""
       read = lambda number, images: images.read(
-        in_memory.indices(seed + number, at, 1, size, len(images), process)[:, 0]
+        batches.indices(seed + number, at, 1, size, len(images), process)[:, 0]
       )
       return tuple(
         # `Method.simultaneous`: task t at positions t, T + t, 2 T + t, ...
-        map(tasks.interleave, zip(*(read(*numbered) for numbered in sets.items()), strict=True))
+        map(
+          image_sets.interleave, zip(*(read(*numbered) for numbered in sets.items()), strict=True)
+        )
       )
 
     def advance(learner, step):
@@ -355,7 +356,7 @@ def training_sets(experiment: ContinualExperiment, task: int) -> dict[int, Image
   """
   first = 0 if experiment.method.cumulative or experiment.method.simultaneous else task
   sets = [t.train for t in experiment.tasks[first : task + 1]]
-  return dict(enumerate(sets)) if experiment.method.simultaneous else {task: tasks.join(sets)}
+  return dict(enumerate(sets)) if experiment.method.simultaneous else {task: image_sets.join(sets)}
 
 
 def finish_task(
@@ -376,7 +377,7 @@ def finish_task(
     *(
       array
       for part in ("train", "validation")
-      for array in tasks.join([getattr(t, part) for t in ended]).read(slice(None))
+      for array in image_sets.join([getattr(t, part) for t in ended]).read(slice(None))
     )
   )
   learner = experiment.method.end_task(learner, data, experiment.key(task + 1))
@@ -449,7 +450,7 @@ def make_evaluate(
   def evaluate(learner, task, seen):
     """Returns the mean results on the test images of `task`."""
     run, parts = mapped(seen), []
-    for batch, count in in_memory.cover(experiment.tasks[task].test, problem.batch_size):
+    for batch, count in batches.padded_batches(experiment.tasks[task].test, problem.batch_size):
       results = hosts.allgather(run(learner, *hosts.local_shard(batch), np.int32(task)))
       # The last batch is padded: only its first `count` images are new.
       parts.append({name: np.asarray(x)[:count] for name, x in results.items()})

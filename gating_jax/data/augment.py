@@ -29,7 +29,7 @@ def normalise(pixels: Array, mean: Sequence[float], std: Sequence[float]) -> Arr
   """
   if pixels.dtype != jnp.uint8:
     raise ValueError(
-      f"pixels must be uint8, as returned by gating_jax.data.pictures.to_uint8; got {pixels.dtype}"
+      f"pixels must be uint8, as returned by gating_jax.data.features.to_uint8; got {pixels.dtype}"
     )
   for name, value in (("mean", mean), ("std", std)):
     if len(value) not in (1, pixels.shape[-1]):

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gating_jax.data import tfds
+from gating_jax.data import image_sets
 from gating_jax.data.videos import VideoArrays
 
 NAME = "composed"
@@ -88,7 +88,7 @@ def composed(split: str, *, videos: int, segments: int = 16, seed: int = 0) -> V
     raise ValueError(
       f"segments must be >= {MIN_SEGMENTS}, the length of the longest activity; got {segments}"
     )
-  digits = tfds.load(tfds.DIGITS, split)
+  digits = image_sets.load(image_sets.DIGITS, split)
   # The splits differ in their random numbers as well as in their digits.
   rng = np.random.default_rng((seed, split == "test"))
   labels = rng.permutation(np.arange(videos) % len(CLASS_NAMES)).astype(np.int32)
@@ -143,7 +143,7 @@ def _unit(digit: int, motion: int) -> int:
   return len(_MOTIONS) * digit + int(motion)
 
 
-def _render(rng: np.random.Generator, digits: tfds.Images, units: np.ndarray) -> np.ndarray:
+def _render(rng: np.random.Generator, digits: image_sets.Images, units: np.ndarray) -> np.ndarray:
   """Renders units as uint8 `[n, F, H, W]`: a digit of each unit's class, in motion.
 
   The digit is in the middle of its motion in the centre frame.

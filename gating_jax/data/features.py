@@ -5,19 +5,53 @@ Its `decode` turns what is stored into numbers and fails only on damaged files. 
 these into training data, and refuses values that break a rule. Messages are one line: the feature,
 its type, what is accepted, and the setting that chooses another feature.
 
+Pictures of any type become uint8 by one rule, in `to_uint8`:
+
+| type | black | white |
+|---|---|---|
+| uint8 | 0 | 255 |
+| bool | False | True |
+| uint16, and files of 16 bits a channel | 0 | 65535 |
+| other whole numbers | 0 | 255 |
+| floats | 0 | 1 |
+
+Values between are scaled and rounded; values outside, NaN and other types are refused. The range of
+a single picture never decides its scale, since a dark picture would be read as a bright one.
+
 Axes: H and W pixels, D channels.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from gating_jax.checks import few
-from gating_jax.data import pictures
 from gating_jax.terminal import warn
+
+# To read other formats, Pillow may start programs.
+FORMATS = (
+  "PNG",
+  "JPEG",
+  "BMP",
+  "GIF",
+  "PPM",
+  "TIFF",
+  "WEBP",
+)
+# Pillow's modes, by the number of channels.
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+# Limit for a file: 8,192 x 8,192.
+MOST_PIXELS = 1 << 26
+
+# Index of the byte of a PNG file that holds its bit depth.
+_PNG_BIT_DEPTH = 24
+_WHITE = 255
 
 # Number of pictures of a split whose scale is checked.
 SAMPLE = 16
@@ -73,7 +107,7 @@ class Picture:
       and len(self.shape) == 3
       and self.shape[-1]
     )
-    if not known or (self.encoded and self.shape[-1] not in pictures.MODES):
+    if not known or (self.encoded and self.shape[-1] not in MODES):
       raise ValueError(
         f"{name} must be an Image of 1, 3 or 4 channels, or a Tensor of numbers with shape (H, W, "
         f"channels); it is {describe(feature)}. data.image_feature chooses another"
@@ -84,16 +118,16 @@ class Picture:
     if not self.encoded:
       return np.asarray(value)
     if self._dtype != np.float32:
-      return pictures.decode(value, self.shape[-1])
+      return decode_picture(value, self.shape[-1])
     # TFDS stores the four bytes of a float as the four channels of a PNG.
-    return np.ascontiguousarray(pictures.decode(value, 4)).view(np.float32)
+    return np.ascontiguousarray(decode_picture(value, 4)).view(np.float32)
 
   def convert(self, pixels: np.ndarray) -> np.ndarray:
-    """Converts a decoded picture to uint8, by the rule of `data/pictures.py`."""
+    """Converts a decoded picture to uint8, by the rule of `data/py`."""
     for own, wanted in zip(pixels.shape, self.shape, strict=True):
       if wanted not in (None, own):
         raise ValueError(f"{self._name} must have shape {self.shape}; got {pixels.shape}")
-    return pictures.to_uint8(pixels, self._name)
+    return to_uint8(pixels, self._name)
 
   def check_scale(self, decoded: Iterable[np.ndarray]) -> None:
     """Refuses pictures that do not use the scale of their type and would be almost black.
@@ -115,14 +149,14 @@ class Picture:
     for found in ranges.values():
       seen = np.array(found)
       # The extremes show whether the scale is used; they are converted as the pictures will be.
-      brightest = pictures.to_uint8(seen, self._name).max()
+      brightest = to_uint8(seen, self._name).max()
       wide = seen.dtype.kind in "iu" and seen.dtype != np.uint8
       if seen.any() and brightest <= (_HALF if wide else _DARK):
         part = "the upper half of its scale" if wide else "more than a sixteenth of its scale"
         raise ValueError(
-          f"{self._name} of {seen.dtype} must reach {part}, in which {pictures.white(seen.dtype)} "
+          f"{self._name} of {seen.dtype} must reach {part}, in which {white(seen.dtype)} "
           "is white; got "
-          f"{pictures.span(seen)} in {len(seen)} images, which would be too dark. Prepare the data "
+          f"{span(seen)} in {len(seen)} images, which would be too dark. Prepare the data "
           "set with uint8 images (255 is white), or set another feature in data.image_feature"
         )
 
@@ -153,14 +187,14 @@ class PixelClasses:
 
   def decode(self, value: Any) -> np.ndarray:
     """Decodes a file; returns an array as it is."""
-    return pictures.decode_numbers(value) if self.encoded else np.asarray(value)
+    return decode_numbers(value) if self.encoded else np.asarray(value)
 
   def convert(self, classes: np.ndarray) -> np.ndarray:
     """Checks decoded classes and returns them as uint8."""
     if classes.shape[-1] != 1:
       raise ValueError(f"{self._name} must have one channel; got shape {classes.shape}")
     if classes.size and not 0 <= classes.min() <= classes.max() <= 255:
-      raise ValueError(f"{self._name} must hold classes in 0 .. 255; got {pictures.span(classes)}")
+      raise ValueError(f"{self._name} must hold classes in 0 .. 255; got {span(classes)}")
     return classes.astype(np.uint8)
 
 
@@ -287,3 +321,125 @@ class ImageClass:
     if gaps:
       missing = [str(number) for number in sorted(set(range(seen[-1])) - set(seen))]
       warn("%s: no image has class %s, of %d", self._name, few(missing), seen[-1] + 1)
+
+
+class TooLargeError(ValueError):
+  """Error for a picture of more pixels than are read, such as one made to fill the memory."""
+
+
+def white(dtype: np.dtype) -> int:
+  """Returns the value of this type that becomes 255.
+
+  Args:
+    dtype: type of the pixels.
+
+  >>> white(np.dtype("uint16")), white(np.dtype("int64")), white(np.dtype("float32"))
+  (65535, 255, 1)
+  """
+  # By size and not by equality: big-endian uint16 is another dtype.
+  if dtype.kind == "u" and dtype.itemsize == 2:
+    return 65535
+  return 1 if dtype.kind in "bf" else _WHITE
+
+
+def to_uint8(pixels: np.ndarray, name: str = "pixels") -> np.ndarray:
+  """Converts pictures to uint8 by the rule of this module.
+
+  Args:
+    pixels: any shape.
+    name: of the argument, for the message.
+  Returns:
+    uint8 of the same shape.
+  Raises:
+    ValueError: a type without a rule, or values outside its scale; the message has both, and the
+      range seen.
+
+  >>> to_uint8(np.array([0.0, 0.5, 1.0])), to_uint8(np.array([0, 257, 65535], np.uint16))
+  (array([  0, 128, 255], dtype=uint8), array([  0,   1, 255], dtype=uint8))
+  """
+  if pixels.dtype == np.uint8:
+    return pixels
+  if pixels.dtype.kind not in "biuf":
+    raise ValueError(f"{name} must be bool, whole numbers or floats; got {pixels.dtype}")
+  top = white(pixels.dtype)
+  # Values too large for float32 become infinite, which is outside the scale; NaN is never inside.
+  with np.errstate(over="ignore"):
+    levels = np.round(pixels.astype(np.float32) * (_WHITE / top))
+  inside = (levels >= 0) & (levels <= _WHITE)
+  if not inside.all():
+    raise ValueError(
+      f"{name} of {pixels.dtype} must be in [0, {top}], from black to white; got {span(pixels)}"
+    )
+  return levels.astype(np.uint8)
+
+
+def span(pixels: np.ndarray) -> str:
+  """Describes the range of values, for messages.
+
+  >>> span(np.array([0.5, -1.0]))
+  'values from -1 to 0.5'
+  """
+  if not np.isfinite(pixels).all():
+    return "values that are not finite"
+  return f"values from {pixels.min():.6g} to {pixels.max():.6g}"
+
+
+def decode_picture(encoded: bytes, channels: int) -> np.ndarray:
+  """Decodes a picture's file to `channels` channels.
+
+  Palettes become colours, two-coloured pictures black and white. Colours become grey by their
+  luminance, grey becomes equal colours; transparency is dropped where there are fewer than four
+  channels.
+
+  Args:
+    encoded: a file of one of `FORMATS`; of several frames the first is read.
+    channels: D: 1, 3 or 4.
+  Returns:
+    `[H, W, D]` uint8, or the file's own type if it is deeper, such as uint16.
+  Raises:
+    TooLargeError: more than `MOST_PIXELS`; only the header is read then.
+    Exception: any error of Pillow for damaged files.
+  """
+  with _opened(encoded) as picture:
+    deep = _is_deep(picture, encoded)
+    # Modes I and F have one channel, of 16 or 32 bits.
+    if picture.mode[0] in "IF":
+      grey = np.asarray(picture)
+      # Some versions of Pillow give the uint16 of these formats as int32.
+      if deep and grey.dtype != np.uint16 and picture.format in ("PNG", "PPM"):
+        grey = grey.astype(np.uint16)
+      return np.repeat(grey[..., None], channels, axis=-1)
+    if "transparency" in picture.info:
+      picture = picture.convert("RGBA")
+    pixels = np.asarray(picture.convert(MODES[channels]))
+  pixels = pixels.reshape(*pixels.shape[:2], channels)
+  # Pillow keeps only the upper byte of 16-bit colours; times 257, 0xFF becomes 0xFFFF.
+  return pixels.astype(np.uint16) * 257 if deep else pixels
+
+
+def decode_numbers(encoded: bytes) -> np.ndarray:
+  """Decodes a file whose numbers are no brightness, such as classes, to `[H, W, D]`.
+
+  Indices into a palette stay as they are.
+  """
+  with _opened(encoded) as picture:
+    numbers = np.asarray(picture)
+  return numbers.reshape(*numbers.shape[:2], -1)
+
+
+def _opened(encoded: bytes) -> Image.Image:
+  """Opens a picture and reads its header only, which may claim more pixels than fit in memory."""
+  rule = f"a picture must have at most {MOST_PIXELS} pixels"
+  try:
+    picture = Image.open(io.BytesIO(encoded), formats=FORMATS)
+  # Pillow's own limit is higher; its message holds the number of pixels.
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    raise TooLargeError(f"{rule}; {error}") from None
+  if picture.width * picture.height > MOST_PIXELS:
+    raise TooLargeError(f"{rule}; got {picture.width} x {picture.height}")
+  return picture
+
+
+# Whether a channel has more than 8 bits. Pillow shows 16-bit colours of a PNG as 8-bit ones.
+def _is_deep(picture: Image.Image, encoded: bytes) -> bool:
+  return picture.mode[0] in "IF" or (picture.format == "PNG" and encoded[_PNG_BIT_DEPTH] == 16)

@@ -13,8 +13,8 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
-from gating_jax.data import features, streaming, tfds
-from gating_jax.data.tfds import Images
+from gating_jax.data import features, image_sets, streaming, tfds
+from gating_jax.data.image_sets import Images
 
 MADE, CITYSCAPES = "digit_scenes", "cityscapes"
 NAMES = (MADE, CITYSCAPES)
@@ -71,7 +71,7 @@ def digit_scenes(
   >>> made.pixels.shape, made.labels.shape, made.class_names[:3]
   ((2, 24, 32, 1), (2, 24, 32), ('background', '0', '1'))
   """
-  digits = tfds.load(tfds.DIGITS, split)
+  digits = image_sets.load(image_sets.DIGITS, split)
   side = digits.shape[0]
   for name, value, least in (("scenes", scenes, 1), ("size", min(size), side), ("most", most, 1)):
     if value < least:
@@ -142,11 +142,11 @@ def open_scenes(
 ) -> Scenes:
   """Opens `cityscapes` as TFDS prepared it.
 
-  Errors are as in `tfds.load`. The message for a set that is not prepared has TFDS's own
+  Errors are as in `image_sets.load`. The message for a set that is not prepared has TFDS's own
   instructions on what to download by hand.
 
   Args:
-    name, split, data_dir: as in `tfds.load`; the labelled split for tests is `validation`.
+    name, split, data_dir: as in `image_sets.load`; the labelled split for tests is `validation`.
     crop: H and W of the random parts seen in training; None for the whole scene.
     size, flip, seed, workers: see `Scenes` and `Stream`.
   """

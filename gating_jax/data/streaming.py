@@ -1,12 +1,12 @@
 """Images read from disk during training, with grain: for sets that do not fit on the device.
 
-The order is that of `data/images.py`, a function of (seed, step) alone, so a restart needs no state
-and may use another number of workers.
+The order is that of `data/batches.py`, a function of (seed, step) alone, so a restart needs no
+state and may use another number of workers.
 
 Axes: M images in the set, b images of this process per step, K steps per call, H and W pixels, D
 channels.
 
-Prefetching: a function of many items, computed ahead in threads or worker processes.
+Prefetching: a function of many items, computed ahead of the consumer in threads or processes.
 
 Reference: grain, https://google-grain.readthedocs.io.
 """
@@ -21,7 +21,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from gating_jax.data import features, images, tfds
+from gating_jax.data import batches, features, image_sets, tfds
 
 # Fraction of the shorter side that the central crop keeps: 224 of 256, as is usual on ImageNet.
 _EVAL_SHARE = 0.875
@@ -65,13 +65,13 @@ class Stream:
     """Yields `(pixels [b, K, H, W, D] uint8, labels [b, K] int32)` for every `k` steps.
 
     Args:
-      batch_size, k, process: as in `images.indices`.
+      batch_size, k, process: as in `batches.indices`.
       first_step, total_steps: steps from `first_step` to before `total_steps`.
     """
 
     def read(step):
       """Returns `(pixels [b, K, H, W, D], labels [b, K, ...])` of the K steps from `step`."""
-      index = images.indices(self.seed, step, k, batch_size, len(self), process)
+      index = batches.indices(self.seed, step, k, batch_size, len(self), process)
       # A crop is seeded by the step and the image's row in the whole batch: it is the same on any
       # number of processes.
       first = process[0] * len(index)
@@ -93,7 +93,7 @@ class Stream:
 
   def map(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """Computes `fn` of each item, in order and ahead of the consumer, by threads or processes."""
-    return computed_ahead(fn, list(items), self.workers)
+    return prefetch(fn, list(items), self.workers)
 
   def read_one(
     self, index: int, seed: tuple[int, ...] | None
@@ -132,17 +132,17 @@ def open_stream(
   image: str = tfds.IMAGE,
   label: str = tfds.LABEL,
 ) -> Stream:
-  """Opens a TFDS image-classification set on disk; errors are as in `tfds.load`.
+  """Opens a TFDS image-classification set on disk; errors are as in `image_sets.load`.
 
   Args:
-    name, split, data_dir: as in `tfds.load`; the digits need no stream.
+    name, split, data_dir: as in `image_sets.load`; the digits need no stream.
     image_size: side in pixels that images are brought to; 0 for sets whose images all have one
       size.
     seed, crop_area, workers, image, label: see `Stream`.
   Raises:
     ValueError: the digits, a crop area out of range, or images of unknown size and no `image_size`.
   """
-  if name == tfds.DIGITS:
+  if name == image_sets.DIGITS:
     raise ValueError(
       "data.loader must be 'resident' for digits: they are not on disk; got 'streaming'"
     )
@@ -189,7 +189,7 @@ def random_resized_crop(
     w, h = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
     if 0 < w <= width and 0 < h <= height:
       left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-      return tfds.resize(image, size, (left, top, left + w, top + h))
+      return image_sets.resize(image, size, (left, top, left + w, top + h))
   return central_crop(image, size)
 
 
@@ -203,11 +203,11 @@ def central_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   # Fractions of a pixel are kept: Pillow resizes any box.
   h, w = scale * size[0], scale * size[1]
   left, top = (width - w) / 2, (height - h) / 2
-  return tfds.resize(image, size, (left, top, left + w, top + h))
+  return image_sets.resize(image, size, (left, top, left + w, top + h))
 
 
-def computed_ahead(
-  fn: Callable[[Any], Any], items: Sequence[Any], workers: int, *, ahead: int = 8
+def prefetch(
+  fn: Callable[[Any], Any], items: Sequence[Any], workers: int, *, buffer_size: int = 8
 ) -> Iterator[Any]:
   """Computes `fn` of each item, in order, a bounded number of items ahead of the consumer.
 
@@ -215,18 +215,20 @@ def computed_ahead(
     fn: a function of one item; with workers, it and its result must be picklable.
     items: anything with a length and an index, such as a range; it is not copied.
     workers: number of worker processes; 0 for threads of this process.
-    ahead: number of threads, and of results that they may hold ready. Each worker process holds up
-      to two.
+    buffer_size: number of threads, and of results that they may hold ready. Each worker process
+      holds up to two.
   Returns:
     An iterator of the results.
 
-  >>> list(computed_ahead(lambda n: n * n, range(4), workers=0))
+  >>> list(prefetch(lambda n: n * n, range(4), workers=0))
   [0, 1, 4, 9]
   """
   dataset = grain.MapDataset.source(items).map(fn)
   if not workers:
     return iter(
-      dataset.to_iter_dataset(grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead))
+      dataset.to_iter_dataset(
+        grain.ReadOptions(num_threads=buffer_size, prefetch_buffer_size=buffer_size)
+      )
     )
   # grain passes absl's flags on to the workers; outside absl programs nobody has parsed them.
   if not flags.FLAGS.is_parsed():

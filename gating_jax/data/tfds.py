@@ -1,8 +1,6 @@
-"""Labelled images as arrays: scikit-learn's handwritten digits, or any TFDS classification set.
+"""Random access to the examples of prepared TFDS sets, without TensorFlow and without foreign code.
 
-Pixels are uint8 until the training step.
-
-Axes: M images in a split, H and W pixels, D channels.
+Axes: H and W pixels, D channels.
 """
 
 from __future__ import annotations
@@ -13,20 +11,17 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from gating_jax.data import features as tfds_features
-from gating_jax.data import pictures
 from gating_jax.paths import is_text, user_path
 from gating_jax.terminal import progress_bar
 
-DIGITS = "digits"
 # Names of these features in TFDS's own sets.
 IMAGE, LABEL = "image", "label"
 FEATURES = {IMAGE: tfds_features.Picture, LABEL: tfds_features.ImageClass}
@@ -34,7 +29,6 @@ Reader = Callable[[Any, str], Any]
 
 # By set: its splits are opened one by one, and counting the classes reads all labels.
 _LEARNT: dict[tuple, tfds_features.ImageClass] = {}
-_DIGITS_TEST_SHARE = 0.2
 # Largest number of characters quoted from another library's message.
 _MOST_SAID = 300
 # name/config:version; anything else might be a path.
@@ -45,124 +39,6 @@ class DatasetNotPreparedError(Exception):
   """Error for a data set that is missing or damaged; the message says how to prepare it."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Images:
-  """Split of labelled images, whole, on the host.
-
-  Attributes:
-    pixels: `[M, H, W, D]` uint8.
-    labels: `[M]` int32; or `[M, H, W]` uint8, a class for every pixel.
-    class_names: one per class.
-  """
-
-  pixels: np.ndarray
-  labels: np.ndarray
-  class_names: tuple[str, ...]
-
-  def __len__(self) -> int:
-    return len(self.labels)
-
-  @property
-  def shape(self) -> tuple[int, int, int]:
-    """Returns `(H, W, D)` of an image."""
-    return self.pixels.shape[1:]
-
-  def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the images at `index`: `(pixels [n, H, W, D], labels [n])`."""
-    return self.pixels[index], self.labels[index]
-
-  def map(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """Computes `fn` of each item, in order."""
-    return map(fn, items)
-
-
-def load(
-  name: str,
-  split: str,
-  data_dir: str | None = None,
-  image_size: int = 0,
-  image: str = IMAGE,
-  label: str = LABEL,
-) -> Images:
-  """Reads a whole split into memory.
-
-  Pictures of other types become uint8 by the rule of `data/pictures.py`.
-
-  Args:
-    name: `digits` (1,797 images of 8 x 8, needs no files) or a TFDS name such as `cifar10`.
-    split: `train` or `test` for digits, where the test split is a fixed, class-balanced fifth; for
-      TFDS any split expression.
-    data_dir: the TFDS folder; None for TFDS's default, `~/tensorflow_datasets`.
-    image_size: side in pixels that images are resized to; 0 leaves them.
-    image, label: names of the features that hold them in a TFDS set.
-  Raises:
-    DatasetNotPreparedError: the set is not in `data_dir`; the message holds the command that
-      prepares it.
-    ValueError: an unknown split, a set without these features or with ones that hold no picture or
-      no single class per image, pictures outside the scale of their type, or images of different
-      sizes.
-  """
-  fit = lambda image: resize(image, (image_size, image_size)) if image_size else image
-  if name == DIGITS:
-    digits = _digits(split)
-    return (
-      dataclasses.replace(digits, pixels=np.stack(list(map(fit, digits.pixels))))
-      if image_size
-      else digits
-    )
-  source = open_tfds(
-    name, split, data_dir, {image: tfds_features.Picture, label: tfds_features.ImageClass}
-  )
-  # The first image has the shape that all must have; the array is then filled in place.
-  first = fit(source[0][image])
-  pixels = np.empty((len(source), *first.shape), np.uint8)
-  labels = np.empty(len(source), np.int32)
-  for i in progress_bar(
-    range(len(source)), desc=f"reading {name} {split}", unit="image", leave=False
-  ):
-    example = source[i]
-    pixel = fit(example[image])
-    if pixel.shape != first.shape:
-      raise ValueError(
-        f"{name} has images of different sizes ({first.shape} and {pixel.shape}); set "
-        "data.image_size"
-      )
-    if not 0 <= example[label] < len(source.class_names):
-      raise ValueError(
-        f"data split {split!r} of {name} has images without a label; use another, such as "
-        "'validation'"
-      )
-    pixels[i], labels[i] = pixel, example[label]
-  return Images(pixels, labels, source.class_names)
-
-
-def resize(
-  image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
-) -> np.ndarray:
-  """Resizes `[H, W, D]` uint8, or a part of it, to height and width `size`: bilinear, antialiased.
-
-  Args:
-    image: `[H, W, D]` uint8.
-    size: height and width.
-    box: the part `(left, top, right, bottom)`, in pixels; None for the whole image.
-  """
-  fit = lambda pixels: np.asarray(
-    Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR, box=box)
-  )
-  if image.shape[-1] == 3:
-    return fit(image)
-  # Channel by channel: Pillow takes the last of four for transparency and weights the others by it.
-  return np.stack([fit(image[..., channel]) for channel in range(image.shape[-1])], axis=-1)
-
-
-def size(
-  name: str, split: str, data_dir: str | None = None, image: str = IMAGE, label: str = LABEL
-) -> int:
-  """Counts the images of a split without reading them; arguments and errors are as in `load`."""
-  features = {image: tfds_features.Picture, label: tfds_features.ImageClass}
-  return len(_digits(split) if name == DIGITS else open_tfds(name, split, data_dir, features))
-
-
 def open_tfds(
   name: str,
   split: str,
@@ -171,11 +47,11 @@ def open_tfds(
 ) -> Examples:
   """Opens a random-access TFDS source.
 
-  Nothing is downloaded, and TensorFlow is not used. Errors are as in `load`. For a set that TFDS
+  Nothing is downloaded, and TensorFlow is not used. Errors are as in `image_sets.load`. For a set that TFDS
   cannot download, the message has TFDS's own instructions.
 
   Args:
-    name, split, data_dir: as in `load`.
+    name, split, data_dir: as in `image_sets.load`.
     features: how to read each of them, by name: a class of `data/features.py`.
   """
   if not _NAME.fullmatch(name):
@@ -302,7 +178,7 @@ class Examples(Sequence):
   def _reading(self, split: str, index: int) -> Iterator[None]:
     try:
       yield
-    except pictures.TooLargeError as error:
+    except tfds_features.TooLargeError as error:
       raise ValueError(
         f"example {index} of split {split!r} of {self._name}: {error}. Prepare the data set "
         "with a smaller image, or use a split without it"
@@ -424,25 +300,4 @@ def _by_hand(name: str, folder: str) -> str:
   return (
     f"TFDS cannot download all of its files. First put them into {folder}/downloads/manual:\n"
     f"{lines}\n"
-  )
-
-
-def _digits(split: str) -> Images:
-  from sklearn import datasets, model_selection
-
-  if split not in ("train", "test"):
-    raise ValueError(f"data split of digits must be 'train' or 'test'; got {split!r}")
-  digits = datasets.load_digits()
-  # Stratified, with a fixed seed: the split is the same in every run.
-  train, test = model_selection.train_test_split(
-    np.arange(len(digits.target)),
-    test_size=_DIGITS_TEST_SHARE,
-    random_state=0,
-    stratify=digits.target,
-  )
-  index = train if split == "train" else test
-  # scikit-learn's pixels are 0 to 16.
-  pixels = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)[..., None]
-  return Images(
-    pixels, digits.target[index].astype(np.int32), tuple(str(name) for name in digits.target_names)
   )

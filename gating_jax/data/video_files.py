@@ -1,4 +1,4 @@
-"""Segments of one video: frames decoded with PyAV, or rows of an array of features.
+"""Videos in files, decoded with PyAV.
 
 A video is read as a player shows it: by presentation time, each frame until the next one, so
 segments are spread over time whatever the frame rate does; without the frames that an edit list
@@ -8,25 +8,21 @@ fields stay woven and HDR is not tone mapped.
 A file that cannot be read raises; `data/videos.py` turns that into weight 0.
 
 Axes: T segments, F frames each, H and W pixels, N frames of a video.
-
-Reference: Hussein et al., 2020 (segments of 8 frames, spread uniformly over the video).
 """
 
 from __future__ import annotations
 
 import collections
-import math
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.lib import format as npy
 
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg")
-FEATURE_SUFFIXES = (".npy", ".npz")
+from gating_jax.data.video_tables import VideoTable
+from gating_jax.data.videos import VIDEO_SUFFIXES, Batch, VideoSet, find_file, timed_starts
+
 # Formats of files that hold all that they show: no playlist, no text that names other files, no
 # pattern of file names.
 _CONTAINERS = (
@@ -61,99 +57,62 @@ _DENSEST = 64
 _SPLICE = 10.0
 # Seconds, to which Matroska rounds times.
 _ROUNDING = 1e-3
-# Number of readable files that settle the shape of features.
-_PROBED = 16
-# First bytes of a `.npz` file.
-_ZIP = b"PK\3\4"
 # Fraction of what a file announces; if less can be decoded, the file is damaged.
 _WHOLE = 0.9
 
-# Held while NumPy parses a header, with `ast.literal_eval`. CPython before 3.12 counts the depth of
-# that recursion once for all threads (python/cpython#106905): two threads that parse at the same
-# time may both fail on good files.
-_PARSING = threading.Lock()
-_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
+class VideoFolder(VideoSet):
+  """Set of videos in a folder of files, decoded with PyAV.
 
-def segment_starts(
-  frames: int, segments: int, length: int, rng: np.random.Generator | None = None
-) -> np.ndarray:
-  """Returns first frames of segments spread uniformly over a video of constant frame rate.
-
-      start_i = floor(i (frames - length) / (segments - 1)),
-
-  or, with a generator, a random frame of the i-th of `segments` equal parts of all possible starts.
-
-  Segments overlap where the video is short. A single segment lies in the middle; a video shorter
-  than `length` has all of them at 0.
+  The input is `clips` `[T, F, H, W, 3]` uint8. Videos are read as a player shows them: by
+  presentation time, upright, without what edit lists hide.
 
   Args:
-    frames: number of frames of the video, at least 1.
-    segments: T.
-    length: F, frames of a segment.
-    rng: draws the starts; None for the fixed ones.
-  Returns:
-    `[T]` integers.
-
-  >>> segment_starts(30, 4, 8).tolist()
-  [0, 7, 14, 22]
+    table: table whose names are files in `folder`, with or without their suffix.
+    folder: of the videos.
+    segments: T, spread uniformly over the time of the video; they overlap where it is short.
+    frames: F, successive frames of a segment.
+    size: `(H, W)` that frames are brought to, bilinearly.
+    seed: of the order and of the jitter.
+    jitter: whether segments start at random in training, each in its own part of the video.
+    workers: number of processes that decode; 0 for threads of this process.
+  Raises:
+    ValueError: PyAV is missing, a name would leave the folder, or none of the files is there.
   """
-  last = max(frames - length, 0)
-  if rng is not None:
-    return (
-      # Rounding may give last + 1.
-      np.floor((np.arange(segments) + rng.random(segments)) * ((last + 1) / segments))
-      .astype(int)
-      .clip(max=last)
+
+  def __init__(
+    self,
+    table: VideoTable,
+    folder: str | Path,
+    *,
+    segments: int,
+    size: tuple[int, int],
+    frames: int = 8,
+    seed: int = 0,
+    jitter: bool = False,
+    workers: int = 0,
+  ):
+    if frames < 1 or min(size) < 1:
+      raise ValueError(f"frames and size must be at least 1; got {frames} and {size}")
+    require_av()
+    self._frames, self._size = frames, tuple(size)
+    super().__init__(
+      table,
+      lambda name: find_file(folder, name, ("", *VIDEO_SUFFIXES)),
+      segments=segments,
+      seed=seed,
+      jitter=jitter,
+      workers=workers,
     )
-  return np.arange(segments) * last // (segments - 1) if segments > 1 else np.array([last // 2])
 
+  def _inputs(self) -> Batch:
+    return {"clips": np.zeros((self._segments, self._frames, *self._size, 3), np.uint8)}
 
-def timed_starts(
-  times: np.ndarray,
-  end: float,
-  segments: int,
-  length: int,
-  rng: np.random.Generator | None = None,
-  *,
-  rounding: float = 0.0,
-) -> np.ndarray:
-  """Returns first frames of segments spread uniformly over the time of a video.
-
-  A segment begins with the frame that is shown at
-
-      time_i = times[0] + i (times[last] - times[0]) / (segments - 1),   last = N - length,
-
-  or, with a generator, at a random time of the i-th of `segments` equal parts of the time in which
-  a segment may begin, up to the end of frame `last`. Segments overlap where the video is short. At
-  a constant rate these are the frames of `segment_starts`.
-
-  Args:
-    times: `[N]`, ascending: when each frame is first shown.
-    end: when the last frame is no longer shown.
-    segments: T.
-    length: F, frames of a segment.
-    rng: draws the starts; None for the fixed ones.
-    rounding: how far a time may be off, in the unit of `times`.
-  Returns:
-    `[T]` integers.
-
-  >>> times = np.array([0.0, 1.0, 2.0, 3.0, 3.1, 3.2, 3.3, 3.4])
-  >>> timed_starts(times, 3.5, segments=3, length=2).tolist()
-  [0, 1, 6]
-  """
-  last = max(len(times) - length, 0)
-  if rng is not None:
-    stop = times[last + 1] if last + 1 < len(times) else end
-    parts = (np.arange(segments) + rng.random(segments)) / segments
-    starts = times[0] + parts * (stop - times[0])
-  elif segments > 1:
-    # Rounded times may lie a little after the exact ones; the frame that begins there is meant.
-    starts = np.linspace(times[0], times[last], segments) + rounding
-  else:
-    starts = np.array([times[0] + (times[last] - times[0]) / 2 + rounding])
-  # The frame shown at a time is the last that begins at it or before.
-  return (np.searchsorted(times, starts, side="right") - 1).clip(0, last)
+  def _load(
+    self, index: int, rng: np.random.Generator | None
+  ) -> tuple[Batch, np.ndarray, np.ndarray]:
+    clips, middles = read_clips(self._files[index], self._segments, self._frames, self._size, rng)
+    return {"clips": clips}, np.ones(self._segments, bool), middles
 
 
 def require_av() -> None:
@@ -219,85 +178,6 @@ def read_clips(
   stops = ends[(starts + length - 1).clip(max=len(ends) - 1)]
   middles = (film.times[starts].clip(min=film.zero) + stops) / 2 - film.zero
   return clips, middles * film.tick
-
-
-def read_features(path: Path) -> np.ndarray:
-  """Reads `[T, ...]` numbers as finite float32 from a `.npy` file, or a `.npz` file of one array.
-
-  Nothing is unpickled.
-
-  Args:
-    path: the file.
-  Returns:
-    `[T, ...]` float32.
-  Raises:
-    ValueError: no such array.
-    OSError: a file that cannot be read.
-  """
-  with open(path, "rb") as file:
-    # By content and not by suffix.
-    read = _read_only_member if file.peek(len(_ZIP)).startswith(_ZIP) else _read_array
-    features = read(file)
-  # Float64 values too large for float32 become infinite, and are refused below.
-  with np.errstate(over="ignore"):
-    features = features.astype(np.float32)
-  if not np.isfinite(features).all():
-    raise ValueError("holds NaN or infinite numbers")
-  return features
-
-
-def _read_only_member(file: BinaryIO) -> np.ndarray:
-  """Reads the array of a `.npz` file of one array."""
-  # `np.load` lists the arrays; it opens none of them.
-  with np.load(file, allow_pickle=False) as archive:
-    if len(archive.files) != 1:
-      raise ValueError(f"must hold one array; got {sorted(archive.files)}")
-    (name,) = archive.zip.namelist()
-    with archive.zip.open(name) as member:
-      return _read_array(member)
-
-
-def _read_array(file: BinaryIO) -> np.ndarray:
-  """Reads the numbers of a `.npy` file, of any real type.
-
-  Threads read at the same time, but parse headers one at a time.
-  """
-  version = npy.read_magic(file)
-  if version not in _HEADERS:
-    raise ValueError(f"must be a .npy file of version 1.0 or 2.0; got {version[0]}.{version[1]}")
-  with _PARSING:
-    shape, by_columns, dtype = _HEADERS[version](file)
-  if dtype.kind not in "fiu" or len(shape) < 2 or min(shape) < 1:
-    raise ValueError(f"must hold real numbers [T, ...]; got {dtype} {shape}")
-  # `np.fromfile` needs a real file; a member of an archive is none.
-  content, count = file.read(), math.prod(shape)
-  if len(content) < count * dtype.itemsize:
-    raise ValueError(
-      f"must hold {count} numbers of {dtype}; it ends after {len(content) // dtype.itemsize}"
-    )
-  return np.frombuffer(content, dtype, count).reshape(shape, order="F" if by_columns else "C")
-
-
-def common_shape(files: Sequence[Path]) -> tuple[int, ...]:
-  """Returns the shape `[...]` that most of the first readable files have.
-
-  Args:
-    files: files of features `[T, ...]`.
-  Raises:
-    ValueError: no file can be read; the message has the first reason.
-  """
-  shapes, why = [], ""
-  for file in files:
-    try:
-      shapes.append(read_features(file).shape[1:])
-    # A damaged file makes its reader raise errors of many types.
-    except Exception as error:
-      why = why or f"{file}: {error}"
-    if len(shapes) == _PROBED:
-      break
-  if not shapes:
-    raise ValueError(f"the folder must hold readable features; {why}")
-  return collections.Counter(shapes).most_common(1)[0][0]
 
 
 class _Packet(NamedTuple):

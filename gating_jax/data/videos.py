@@ -1,17 +1,14 @@
-"""Sets of videos read from disk during training: files decoded with PyAV, or files of features.
+"""Sets of videos, read from disk during training or whole in memory, and their segments.
 
-The order is that of `data/images.py`, a function of (seed, step) alone, so a restart needs no state
-and may use another number of workers. A file that cannot be read never stops a run: its video has
-weight 0 and is named once.
+The order is that of `data/batches.py`, a function of (seed, step) alone, so a restart needs no
+state and may use another number of workers. A file that cannot be read never stops a run: its video
+has weight 0 and is named once. `data/video_files.py` decodes videos, `data/video_features.py` reads
+files of features.
 
-Axes: B videos of a batch, b of this process, K steps per call, T segments, F frames each, H and W
-pixels.
+Axes: M videos of a set, B videos of a batch, b of this process, K steps per call, T segments, F
+frames each, H and W pixels, D channels, N frames of a video.
 
-Reference: Hussein et al., 2020.
-
-Videos as arrays in memory, as frames or as features of networks.
-
-Axes: M videos, T segments, F frames, H and W pixels, D channels.
+Reference: Hussein et al., 2020 (segments of 8 frames, spread uniformly over the video).
 """
 
 from __future__ import annotations
@@ -28,16 +25,17 @@ from typing import Any
 import numpy as np
 
 from gating_jax.checks import few, printable
-from gating_jax.data import images, video_files
-from gating_jax.data.streaming import computed_ahead
+from gating_jax.data import batches
+from gating_jax.data.streaming import prefetch
 from gating_jax.data.video_tables import Intervals, VideoTable
 from gating_jax.paths import user_path
 from gating_jax.terminal import warn
 
 Batch = dict[str, np.ndarray]
 
-# Results of `map` computed ahead: few, since each may be a whole batch of videos.
-_AHEAD = 2
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg")
+# Results of `map` that are prefetched: few, since each may be a whole batch of videos.
+_PREFETCHED = 2
 # Held while a reading thread notes an unreadable video, so that each is reported once.
 _NOTING = threading.Lock()
 
@@ -127,7 +125,7 @@ class VideoSet(abc.ABC):
 
     `fn` may read this set.
     """
-    return self._noted(fn, items, _AHEAD)
+    return self._noted(fn, items, _PREFETCHED)
 
   def batches(
     self,
@@ -140,21 +138,21 @@ class VideoSet(abc.ABC):
     """Yields a batch `[b, K, ...]` for every `k` steps.
 
     Args:
-      batch_size, k, process: as in `images.indices`.
+      batch_size, k, process: as in `batches.indices`.
       first_step, total_steps: steps from `first_step` to before `total_steps`.
     """
-    rows = len(images.indices(self._seed, first_step, 1, batch_size, len(self), process))
+    rows = len(batches.indices(self._seed, first_step, 1, batch_size, len(self), process))
 
-    # Single videos are computed ahead, not batches: workers share the decoding of a batch.
+    # Single videos are prefetched, not batches: workers share the decoding of a batch.
     def read(n):
       """Returns example n of this process, counted over steps and rows, with its jitter."""
       step, row = first_step + n // rows, n % rows
-      index = images.indices(self._seed, step, 1, batch_size, len(self), process)[row, 0]
+      index = batches.indices(self._seed, step, 1, batch_size, len(self), process)[row, 0]
       # Seeded by the row in the whole batch: the jitter is the same on any number of processes.
       return self._read_one(int(index), (self._seed, step, process[0] * rows + row))
 
     calls = len(range(first_step, total_steps, k))
-    examples = self._noted(read, range(calls * k * rows), 4 * _AHEAD)
+    examples = self._noted(read, range(calls * k * rows), 4 * _PREFETCHED)
     for _ in range(calls):
       steps = [list(itertools.islice(examples, rows)) for _ in range(k)]
       # By rows, then steps, as `[b, K]` is laid out.
@@ -196,11 +194,13 @@ class VideoSet(abc.ABC):
       example["units"] = _units_at(self.table.units[index], middles)
     return example
 
-  def _noted(self, fn: Callable[[Any], Any], items: Sequence[Any], ahead: int) -> Iterator[Any]:
+  def _noted(
+    self, fn: Callable[[Any], Any], items: Sequence[Any], buffer_size: int
+  ) -> Iterator[Any]:
     """Works as `map`; also notes here what worker processes could not read."""
     # A worker's notes are in its own copy of the set, so they travel with each result.
-    for result, unreadable in computed_ahead(
-      lambda item: (fn(item), dict(self.unreadable)), items, self._workers, ahead=ahead
+    for result, unreadable in prefetch(
+      lambda item: (fn(item), dict(self.unreadable)), items, self._workers, buffer_size=buffer_size
     ):
       self._note(unreadable)
       yield result
@@ -216,172 +216,6 @@ class VideoSet(abc.ABC):
             printable(name),
             printable(unreadable[name]),
           )
-
-
-class VideoFolder(VideoSet):
-  """Set of videos in a folder of files, decoded with PyAV.
-
-  The input is `clips` `[T, F, H, W, 3]` uint8. Videos are read as a player shows them: by
-  presentation time, upright, without what edit lists hide (`data/video_files.py`).
-
-  Args:
-    table: table whose names are files in `folder`, with or without their suffix.
-    folder: of the videos.
-    segments: T, spread uniformly over the time of the video; they overlap where it is short.
-    frames: F, successive frames of a segment.
-    size: `(H, W)` that frames are brought to, bilinearly.
-    seed: of the order and of the jitter.
-    jitter: whether segments start at random in training, each in its own part of the video.
-    workers: number of processes that decode; 0 for threads of this process.
-  Raises:
-    ValueError: PyAV is missing, a name would leave the folder, or none of the files is there.
-  """
-
-  def __init__(
-    self,
-    table: VideoTable,
-    folder: str | Path,
-    *,
-    segments: int,
-    size: tuple[int, int],
-    frames: int = 8,
-    seed: int = 0,
-    jitter: bool = False,
-    workers: int = 0,
-  ):
-    if frames < 1 or min(size) < 1:
-      raise ValueError(f"frames and size must be at least 1; got {frames} and {size}")
-    video_files.require_av()
-    self._frames, self._size = frames, tuple(size)
-    super().__init__(
-      table,
-      lambda name: _find(folder, name, ("", *video_files.VIDEO_SUFFIXES)),
-      segments=segments,
-      seed=seed,
-      jitter=jitter,
-      workers=workers,
-    )
-
-  def _inputs(self) -> Batch:
-    return {"clips": np.zeros((self._segments, self._frames, *self._size, 3), np.uint8)}
-
-  def _load(
-    self, index: int, rng: np.random.Generator | None
-  ) -> tuple[Batch, np.ndarray, np.ndarray]:
-    clips, middles = video_files.read_clips(
-      self._files[index], self._segments, self._frames, self._size, rng
-    )
-    return {"clips": clips}, np.ones(self._segments, bool), middles
-
-
-class FeatureFolder(VideoSet):
-  """Set of videos as features: `.npy` or `.npz` arrays `[T_i, ...]`, one file a video.
-
-  The inputs are `light` and `heavy`, `[T, ...]` float32. From a longer video T rows are taken,
-  uniformly spaced; a shorter one is repeated, with `valid` False.
-
-  Args:
-    table: table whose names are files in the folders, without suffix or with that of a video.
-    light: folder of the features that the gate sees.
-    heavy: folder of the features that the classifier sees; None for the same.
-    segments: T.
-    seed, jitter, workers: as in `VideoFolder`.
-  Raises:
-    ValueError: a name would leave the folder, or no file is there or can be read.
-  """
-
-  def __init__(
-    self,
-    table: VideoTable,
-    light: str | Path,
-    heavy: str | Path | None = None,
-    *,
-    segments: int,
-    seed: int = 0,
-    jitter: bool = False,
-    workers: int = 0,
-  ):
-    folders = {"light": light} | ({} if heavy is None else {"heavy": heavy})
-
-    def find(name):
-      """Returns the video's feature files as `{key: path}`, or None if one is missing."""
-      found = {
-        key: _find(folder, name, video_files.FEATURE_SUFFIXES) for key, folder in folders.items()
-      }
-      # A video needs both of its files.
-      return found if all(found.values()) else None
-
-    super().__init__(table, find, segments=segments, seed=seed, jitter=jitter, workers=workers)
-    self._shapes = {
-      key: video_files.common_shape([file[key] for file in self._files]) for key in folders
-    }
-
-  def _inputs(self) -> Batch:
-    arrays = {
-      key: np.zeros((self._segments, *shape), np.float32) for key, shape in self._shapes.items()
-    }
-    # Without a folder of its own, `heavy` is `light`.
-    return {"heavy": arrays["light"]} | arrays
-
-  def _load(
-    self, index: int, rng: np.random.Generator | None
-  ) -> tuple[Batch, np.ndarray, np.ndarray]:
-    arrays = {key: video_files.read_features(file) for key, file in self._files[index].items()}
-    for key, array in arrays.items():
-      if array.shape[1:] != self._shapes[key]:
-        raise ValueError(
-          f"{key} features of a segment must be {self._shapes[key]}, like most of them; got "
-          f"{array.shape[1:]}"
-        )
-    arrays = {"heavy": arrays["light"]} | arrays
-    own = len(arrays["light"])
-    if own != len(arrays["heavy"]):
-      raise ValueError(
-        f"light and heavy must have the same number of segments; got {own} and "
-        f"{len(arrays['heavy'])}"
-      )
-    longer = own > self._segments
-    rows = (
-      video_files.segment_starts(own, self._segments, 1, rng)
-      if longer
-      else np.arange(self._segments) % own
-    )
-    # Rows are spread over the video's length: row i is shown around (i + 1/2) / T_i of it.
-    seconds = np.nan if self.table.seconds is None else self.table.seconds[index]
-    inputs = {key: array[rows] for key, array in arrays.items()}
-    return inputs, np.arange(self._segments) < own, (rows + 0.5) / own * seconds
-
-
-def _stack(examples: Sequence[Batch]) -> Batch:
-  return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
-
-
-# The name, unless it would lead out of the folder.
-def _inside(name: str) -> str:
-  path = PurePosixPath(name)
-  if not path.name or path.is_absolute() or ".." in path.parts or "\0" in name:
-    raise ValueError(f"names of videos must stay inside their folder; got {name!r}")
-  return name
-
-
-# The first file of this name and one of the suffixes. A name with a video's suffix also stands for
-# the file of its features.
-def _find(folder: str | Path, name: str, suffixes: Sequence[str]) -> Path | None:
-  if "" not in suffixes and name.lower().endswith(video_files.VIDEO_SUFFIXES):
-    name = str(PurePosixPath(name).with_suffix(""))
-  return next(
-    (path for suffix in suffixes if (path := Path(user_path(folder), name + suffix)).is_file()),
-    None,
-  )
-
-
-# The unit action at each of these times, -1 where there is none.
-def _units_at(intervals: Intervals, seconds: np.ndarray) -> np.ndarray:
-  units = np.full(len(seconds), -1, np.int32)
-  # The longest first, so that a shorter one overwrites it.
-  for start, end, unit in sorted(intervals, key=lambda interval: interval[0] - interval[1]):
-    units[(start <= seconds) & (seconds < end)] = unit
-  return units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -426,3 +260,118 @@ class VideoArrays:
   def map(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """Computes `fn` of each item, in order."""
     return map(fn, items)
+
+
+def segment_starts(
+  frames: int, segments: int, length: int, rng: np.random.Generator | None = None
+) -> np.ndarray:
+  """Returns first frames of segments spread uniformly over a video of constant frame rate.
+
+      start_i = floor(i (frames - length) / (segments - 1)),
+
+  or, with a generator, a random frame of the i-th of `segments` equal parts of all possible starts.
+
+  Segments overlap where the video is short. A single segment lies in the middle; a video shorter
+  than `length` has all of them at 0.
+
+  Args:
+    frames: number of frames of the video, at least 1.
+    segments: T.
+    length: F, frames of a segment.
+    rng: draws the starts; None for the fixed ones.
+  Returns:
+    `[T]` integers.
+
+  >>> segment_starts(30, 4, 8).tolist()
+  [0, 7, 14, 22]
+  """
+  last = max(frames - length, 0)
+  if rng is not None:
+    return (
+      # Rounding may give last + 1.
+      np.floor((np.arange(segments) + rng.random(segments)) * ((last + 1) / segments))
+      .astype(int)
+      .clip(max=last)
+    )
+  return np.arange(segments) * last // (segments - 1) if segments > 1 else np.array([last // 2])
+
+
+def timed_starts(
+  times: np.ndarray,
+  end: float,
+  segments: int,
+  length: int,
+  rng: np.random.Generator | None = None,
+  *,
+  rounding: float = 0.0,
+) -> np.ndarray:
+  """Returns first frames of segments spread uniformly over the time of a video.
+
+  A segment begins with the frame that is shown at
+
+      time_i = times[0] + i (times[last] - times[0]) / (segments - 1),   last = N - length,
+
+  or, with a generator, at a random time of the i-th of `segments` equal parts of the time in which
+  a segment may begin, up to the end of frame `last`. Segments overlap where the video is short. At
+  a constant rate these are the frames of `segment_starts`.
+
+  Args:
+    times: `[N]`, ascending: when each frame is first shown.
+    end: when the last frame is no longer shown.
+    segments: T.
+    length: F, frames of a segment.
+    rng: draws the starts; None for the fixed ones.
+    rounding: how far a time may be off, in the unit of `times`.
+  Returns:
+    `[T]` integers.
+
+  >>> times = np.array([0.0, 1.0, 2.0, 3.0, 3.1, 3.2, 3.3, 3.4])
+  >>> timed_starts(times, 3.5, segments=3, length=2).tolist()
+  [0, 1, 6]
+  """
+  last = max(len(times) - length, 0)
+  if rng is not None:
+    stop = times[last + 1] if last + 1 < len(times) else end
+    parts = (np.arange(segments) + rng.random(segments)) / segments
+    starts = times[0] + parts * (stop - times[0])
+  elif segments > 1:
+    # Rounded times may lie a little after the exact ones; the frame that begins there is meant.
+    starts = np.linspace(times[0], times[last], segments) + rounding
+  else:
+    starts = np.array([times[0] + (times[last] - times[0]) / 2 + rounding])
+  # The frame shown at a time is the last that begins at it or before.
+  return (np.searchsorted(times, starts, side="right") - 1).clip(0, last)
+
+
+def _stack(examples: Sequence[Batch]) -> Batch:
+  return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+
+
+# The name, unless it would lead out of the folder.
+def _inside(name: str) -> str:
+  path = PurePosixPath(name)
+  if not path.name or path.is_absolute() or ".." in path.parts or "\0" in name:
+    raise ValueError(f"names of videos must stay inside their folder; got {name!r}")
+  return name
+
+
+def find_file(folder: str | Path, name: str, suffixes: Sequence[str]) -> Path | None:
+  """Returns the first file of this name and one of the suffixes; None if there is none.
+
+  A name with a video's suffix also stands for the file of its features.
+  """
+  if "" not in suffixes and name.lower().endswith(VIDEO_SUFFIXES):
+    name = str(PurePosixPath(name).with_suffix(""))
+  return next(
+    (path for suffix in suffixes if (path := Path(user_path(folder), name + suffix)).is_file()),
+    None,
+  )
+
+
+# The unit action at each of these times, -1 where there is none.
+def _units_at(intervals: Intervals, seconds: np.ndarray) -> np.ndarray:
+  units = np.full(len(seconds), -1, np.int32)
+  # The longest first, so that a shorter one overwrites it.
+  for start, end, unit in sorted(intervals, key=lambda interval: interval[0] - interval[1]):
+    units[(start <= seconds) & (seconds < end)] = unit
+  return units

@@ -17,7 +17,7 @@ import jax
 import ml_collections
 import optax
 
-from gating_jax.data import augment, streaming, tfds
+from gating_jax.data import augment, image_sets, streaming
 from gating_jax.layers.blocks import GATINGS, SHORTCUTS
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.resnet import RESNETS, resnet
@@ -59,8 +59,8 @@ class Experiment:
   """
 
   config: ml_collections.ConfigDict
-  open_train: Callable[[], tfds.Images | streaming.Stream]
-  test: tfds.Images | streaming.Stream
+  open_train: Callable[[], image_sets.Images | streaming.Stream]
+  test: image_sets.Images | streaming.Stream
   model: nn.Module
   counts: ModelCounts
   optimiser: optax.GradientTransformation
@@ -122,7 +122,9 @@ def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = N
   return assemble(
     config,
     # The size of a split is known without reading it.
-    lambda: tfds.size(data.name, data.train_split, data.data_dir, *settings.feature_names(data)),
+    lambda: image_sets.size(
+      data.name, data.train_split, data.data_dir, *settings.feature_names(data)
+    ),
     open_train=lambda: read(data.train_split, training=True),
     open_test=lambda: read(data.test_split, training=False),
     network=network,
@@ -303,7 +305,7 @@ def _opener(config: ml_collections.ConfigDict) -> Callable[..., Any]:
   data = config.data
   image, label = settings.feature_names(data)
   if data.loader == "resident":
-    return lambda split, training: tfds.load(
+    return lambda split, training: image_sets.load(
       data.name, split, data.data_dir, data.image_size, image, label
     )
   return lambda split, training: streaming.open_stream(

@@ -21,16 +21,15 @@ import ml_collections
 from flax import traverse_util
 
 from gating_jax.analysis import outcomes
-from gating_jax.data import augment, streaming
-from gating_jax.data import images as in_memory
+from gating_jax.data import augment, batches, streaming
 from gating_jax.images import compile, export
 from gating_jax.images import report as image_report
 from gating_jax.images.build import Experiment, build
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.paths import user_path
-from gating_jax.progress import Pace, lasting, say, working
 from gating_jax.reports import conclusion, failing, page, surroundings, tables
 from gating_jax.reports import gates as gate_pictures
+from gating_jax.terminal import Pace, lasting, say, working
 from gating_jax.training import (
   closed_gates,
   devices,
@@ -345,7 +344,7 @@ def make_advance(
   images = devices.replicate((train.pixels, train.labels))
   run = mapped(steps.resident_steps, (devices.REPLICATED, devices.REPLICATED, devices.BATCH))
   return lambda state, at: run(
-    state, images, in_memory.indices(config.seed, at, k, batch, len(train), process)
+    state, images, batches.indices(config.seed, at, k, batch, len(train), process)
   )
 
 
@@ -375,7 +374,7 @@ def make_test(
     result, images, gates = evaluation.evaluate(
       # Each process runs its part of a batch, and all see the whole result.
       lambda *batch: hosts.allgather(run(state, *hosts.local_shard(batch))),
-      in_memory.cover(experiment.test, config.optim.batch_size),
+      batches.padded_batches(experiment.test, config.optim.batch_size),
       experiment.counts,
       functools.partial(task.summarise, experiment),
       classes=task.classes(experiment),

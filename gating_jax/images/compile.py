@@ -19,8 +19,8 @@ from gating_jax.models.resnet import ResNet
 from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.models.segmenter import Segmenter
 from gating_jax.models.vgg import VGG
-from gating_jax.progress import working
 from gating_jax.reports import compile_report
+from gating_jax.terminal import working
 from gating_jax.training import rundir
 
 

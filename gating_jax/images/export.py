@@ -35,10 +35,10 @@ from gating_jax.inference.quantise import dequantise, quantise
 from gating_jax.inference.timings import run_over, spread_batches
 from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.paths import quoted
-from gating_jax.progress import Advance, say, working
 from gating_jax.reports import compile_report, conclusion, surroundings
 from gating_jax.reports.text import align_columns
 from gating_jax.reports.timings import timing_title
+from gating_jax.terminal import Advance, say, working
 from gating_jax.timing import MASKED, device, race
 from gating_jax.training import rundir
 from gating_jax.types import Array

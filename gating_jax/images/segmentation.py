@@ -22,9 +22,9 @@ from gating_jax.images.build import Experiment
 from gating_jax.models.resnet import RESNETS
 from gating_jax.models.segmenter import Segmenter
 from gating_jax.models.summary import model_summary
-from gating_jax.progress import working
 from gating_jax.reports import images as image_pictures
 from gating_jax.reports import tables
+from gating_jax.terminal import working
 from gating_jax.training import devices, steps
 from gating_jax.training.rundir import Outline
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gating_jax.progress import say, working
 from gating_jax.reports import conclusion, opening, page
 from gating_jax.reports.compared_runs import (
   MISSING,
@@ -27,6 +26,7 @@ from gating_jax.reports.compared_runs import (
 from gating_jax.reports.opening import example_noun, format_count
 from gating_jax.reports.text import align_columns, plain
 from gating_jax.reports.timings import time_number
+from gating_jax.terminal import say, working
 from gating_jax.training import provenance
 
 TITLE = "Comparison of runs"

@@ -19,9 +19,9 @@ from gating_jax.inference.compiled import Timing, spread_indices
 from gating_jax.inference.conditional import CompiledConditional
 from gating_jax.inference.exits import CompiledExits
 from gating_jax.inference.kernel_strategies import why_not
-from gating_jax.progress import say, working
 from gating_jax.reports import conclusion, page, surroundings
 from gating_jax.reports.timings import draw_timings, render_timings, timing_title
+from gating_jax.terminal import say, working
 from gating_jax.training import rundir
 from gating_jax.training.journal import write_json
 

@@ -12,9 +12,8 @@ import jax
 import ml_collections
 
 from gating_jax.checks import printable
-from gating_jax.progress import say
 from gating_jax.reports import opening, page
-from gating_jax.terminal import warn
+from gating_jax.terminal import say, warn
 from gating_jax.training import rundir
 from gating_jax.training.hosts import PeerError
 from gating_jax.training.journal import TENSORBOARD_DIR, write_json

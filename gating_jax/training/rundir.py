@@ -21,7 +21,7 @@ import ml_collections
 from gating_jax import config_files
 from gating_jax.checks import one_of
 from gating_jax.paths import check_storable, user_path
-from gating_jax.progress import say
+from gating_jax.terminal import say
 from gating_jax.training import hosts, provenance
 from gating_jax.training.journal import TEMPORARY, write_json
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from gating_jax.data import features, scenes
+from gating_jax.data import features, image_sets, scenes
 from gating_jax.data import tfds as tfds_sets
 from gating_jax.training import settings
 
@@ -72,7 +72,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   # Splits of videos are files; digits and made scenes are small already.
   if "layout" in small.get("data", {}):
     small.data.at_most = _VIDEOS
-  elif small.data.get("name") not in (tfds_sets.DIGITS, scenes.MADE):
+  elif small.data.get("name") not in (image_sets.DIGITS, scenes.MADE):
     _cut_splits(small)
   return small.lock()
 

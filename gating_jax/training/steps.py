@@ -23,7 +23,7 @@ from gating_jax.layers.gate import GATE_RNG, NOISE, noise_scales
 from gating_jax.models.summary import layer_names
 from gating_jax.ops.collectives import mean_over_devices
 from gating_jax.ops.macs import executed_macs
-from gating_jax.progress import working
+from gating_jax.terminal import working
 from gating_jax.training import devices
 from gating_jax.training.devices import value_and_grad_over_devices
 from gating_jax.types import Array

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gating_jax.data import images
+from gating_jax.data import batches
 from gating_jax.data.videos import VideoArrays, VideoSet
 from gating_jax.ops import confidence, selection
 from gating_jax.ops.macs import executed_macs
@@ -220,7 +220,7 @@ def _over(
     backend=config.devices.backend,
   )
   parts = []
-  for batch, count in images.cover(videos, config.optim.batch_size):
+  for batch, count in batches.padded_batches(videos, config.optim.batch_size):
     kept = {
       name: batch[name]
       for name in ("valid", "label", "weight", "units", "relevant")
@@ -228,6 +228,6 @@ def _over(
     }
     found = hosts.allgather(run(variables, hosts.local_shard(inputs(batch))))
     part = kept | jax.device_get(dict(found))
-    # `cover` pads the last batch; its padding is cut off.
+    # `padded_batches` pads the last batch; its padding is cut off.
     parts.append({name: values[:count] for name, values in part.items()})
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

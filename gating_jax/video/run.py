@@ -17,10 +17,10 @@ from typing import Any
 import jax
 import ml_collections
 
-from gating_jax.data import images
+from gating_jax.data import batches
 from gating_jax.data.videos import VideoArrays
-from gating_jax.progress import Pace, lasting, say, working
 from gating_jax.reports import conclusion, failing, tables
+from gating_jax.terminal import Pace, lasting, say, working
 from gating_jax.training import closed_gates, devices, hosts, loop, rundir, steps
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal, numbers
@@ -304,7 +304,7 @@ def _make_advance(experiment: VideoExperiment, phase: Phase, train: Any, first_s
     # Arrays in memory: the whole set lies on every device, and steps take only indices.
     arrays = devices.replicate(sets.examples(train.arrays))
     run = mapped(steps.resident_steps, (devices.REPLICATED, devices.REPLICATED, devices.BATCH))
-    indices = lambda at: images.indices(config.seed, at, k, phase.batch_size, len(train), process)
+    indices = lambda at: batches.indices(config.seed, at, k, phase.batch_size, len(train), process)
     return lambda state, at: run(state, arrays, indices(at))
   # Videos on disk: batches come from worker threads, from the first step on.
   stream = train.batches(phase.batch_size, first_step, k, phase.settings.total_steps, process)

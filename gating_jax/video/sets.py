@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from gating_jax.data import augment, composed, video_layouts, video_tables
-from gating_jax.data.videos import FeatureFolder, VideoArrays, VideoFolder, VideoSet
+from gating_jax.data import augment, composed, video_tables
+from gating_jax.data.video_features import FeatureFolder
+from gating_jax.data.video_files import VideoFolder
+from gating_jax.data.videos import VideoArrays, VideoSet
 from gating_jax.models.timegate import SegmentNet
 from gating_jax.ops.collectives import example_keys
 from gating_jax.paths import user_path
@@ -76,8 +78,8 @@ def _table(data: ml_collections.ConfigDict, split: str) -> video_tables.VideoTab
   if data.layout == "csv":
     return video_tables.read_table(data.table, split)
   if data.layout == "breakfast":
-    return video_layouts.read_breakfast(data.folder, split, segmentation=data.table)
-  return {"charades": video_layouts.read_charades, "multithumos": video_layouts.read_multithumos}[
+    return video_tables.read_breakfast(data.folder, split, segmentation=data.table)
+  return {"charades": video_tables.read_charades, "multithumos": video_tables.read_multithumos}[
     data.layout
   ](data.table, split)
 

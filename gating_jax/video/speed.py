@@ -21,9 +21,9 @@ from gating_jax.inference.segments import Skipping
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.models.timegate import Inputs, SegmentNet
 from gating_jax.ops import compaction
-from gating_jax.progress import Advance, working
 from gating_jax.reports import compile_report
 from gating_jax.reports.timings import timing_title
+from gating_jax.terminal import Advance, working
 from gating_jax.timing import MASKED, SEGMENTS, UNGATED, race
 from gating_jax.training import rundir
 from gating_jax.video import evaluate, sets

@@ -15,7 +15,7 @@ import pytest
 from gating_jax.continual import build, compile, run
 from gating_jax.continual import report as continual_report
 from gating_jax.continual.method import LearnerState, Table
-from gating_jax.data.tfds import Images
+from gating_jax.data.image_sets import Images
 from gating_jax.inference import folded
 from gating_jax.models import vgg
 from gating_jax.reports import compile_report, tasks

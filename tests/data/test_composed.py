@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gating_jax.data import composed as module
-from gating_jax.data import tfds
+from gating_jax.data import image_sets
 from gating_jax.data.composed import CLASS_NAMES, FRAMES, SIZE, UNIT_NAMES, composed, motions
 
 CENTRE = 4
@@ -148,7 +148,8 @@ def test_clips_show_the_splits_own_digits_in_the_middle_of_their_motion(
   load = lambda name: {
     image.tobytes(): label
     for image, label in zip(
-      *(lambda d: (d.pixels[..., 0], d.labels))(tfds.load(tfds.DIGITS, name)), strict=True
+      *(lambda d: (d.pixels[..., 0], d.labels))(image_sets.load(image_sets.DIGITS, name)),
+      strict=True,
     )
   }
   own, others = load(split), load(other)

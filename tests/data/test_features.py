@@ -1,9 +1,13 @@
+import io
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from gating_jax.data import features, streaming
+from gating_jax.data import features, image_sets, streaming
 from gating_jax.data import tfds as tfds_sets
 from gating_jax.data.tfds import DatasetNotPreparedError
 from tests.helpers import made_tfds
@@ -12,8 +16,11 @@ from tests.helpers.made_tfds import encoded
 
 TYPES = tfds.features
 RAMP = np.linspace(0, 1, 4 * 4 * 4 * 3).reshape(4, 4, 4, 3)  # four images, of brightness 0 to 1
-LOADERS = {"resident": tfds_sets.load, "streaming": streaming.open_stream}
+LOADERS = {"resident": image_sets.load, "streaming": streaming.open_stream}
 SETS = iter(range(100))
+LEVELS = np.linspace(0, 1, 4 * 4 * 3).reshape(4, 4, 3)  # from black to white
+BYTES = np.round(LEVELS * 255).astype(np.uint8)
+DEEP = np.round(LEVELS * 65535).astype(np.uint16)
 
 
 def tensor(dtype, shape=(4, 4, 3)):
@@ -165,7 +172,7 @@ def test_one_image_outside_the_scale_is_named(tmp_path):
   with pytest.raises(
     ValueError, match=r"example \d+ of split 'train' of .*: feature 'image' of .* must be in \[0, 1"
   ):
-    tfds_sets.load(name, "train", tmp_path)
+    image_sets.load(name, "train", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +222,7 @@ def test_a_picture_of_too_many_pixels_is_named_with_what_to_do(tmp_path):
     "pixels; got 8193 x 8193. Prepare the data set with a smaller image, or "
     "use a split without it"
   ):
-    tfds_sets.load(name, "train", tmp_path)
+    image_sets.load(name, "train", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -252,13 +259,13 @@ def test_labels_are_counted_once_for_all_splits(tmp_path, monkeypatch):
     lambda self, split, _: counted.append(split) or [b"a", b"b", b"c"],
   )
   for split in ("train", "test", "train"):
-    tfds_sets.load(name, split, tmp_path)
+    image_sets.load(name, split, tmp_path)
   assert sorted(counted) == ["test", "train"]
 
 
 def test_classes_that_are_counted_and_gaps_between_them_are_said(tmp_path, caplog):
   name = made(tmp_path, PIXEL, TYPES.Scalar(dtype=np.int64), labelled([0, 2, 5]))
-  images = tfds_sets.load(name, "train", tmp_path)
+  images = image_sets.load(name, "train", tmp_path)
   assert (read(images)[1], len(images.class_names)) == ([0, 2, 5], 6)
   said = [record.getMessage() for record in caplog.records if name in record.getMessage()]
   assert f"feature 'label' of {name}: no image has class 1, 3, 4, of 6" in said
@@ -338,7 +345,7 @@ def test_other_features_are_chosen_by_name(tmp_path, loader):
   made_tfds.write_splits(tmp_path, of, {"train": examples}, name=name)
   images = loader(name, "train", tmp_path, image="picture", label="kind")
   assert (read(images)[1], images.class_names) == ([0, 1], ("cat", "dog"))
-  assert tfds_sets.size(name, "train", tmp_path, image="picture", label="kind") == 2
+  assert image_sets.size(name, "train", tmp_path, image="picture", label="kind") == 2
   with pytest.raises(
     ValueError,
     match=rf"a data set with image and label; {name} has no \['image', 'label'\]. "
@@ -388,5 +395,177 @@ def test_a_damaged_description_of_a_set_is_named_on_one_line(tmp_path, text, mes
   (tmp_path / "moved").rename(tmp_path / f"{name}_copy" / "1.0.0")  # TFDS knows only its files
   (tmp_path / f"{name}_copy" / "1.0.0" / file.name).write_text(text)
   with pytest.raises(DatasetNotPreparedError, match=message) as caught:
-    tfds_sets.load(f"{name}_copy", "train", tmp_path)
+    image_sets.load(f"{name}_copy", "train", tmp_path)
   assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+  ("dtype", "white"),
+  [
+    ("uint8", 255),
+    ("uint16", 65535),
+    (">u2", 65535),
+    ("float16", 1),
+    ("float32", 1),
+    ("float64", 1),
+    ("int16", 255),
+    ("int32", 255),
+    ("uint32", 255),
+    ("int64", 255),
+    ("uint64", 255),
+  ],
+)
+def test_black_to_white_of_every_type_is_0_to_255(dtype, white):
+  scaled = LEVELS * white
+  pixels = (np.round(scaled) if white > 1 else scaled).astype(dtype)
+  read = features.to_uint8(pixels)
+  assert (read.dtype, read.shape) == (np.uint8, LEVELS.shape)
+  assert np.abs(read - LEVELS * 255).max() <= 1
+  assert (read.min(), read.max()) == (0, 255)
+
+
+def test_bools_are_black_and_white():
+  assert features.to_uint8(np.array([False, True])).tolist() == [0, 255]
+
+
+def test_uint8_stays_as_it_is():
+  assert features.to_uint8(BYTES) is BYTES
+
+
+def test_floats_that_round_to_a_level_are_read():
+  assert features.to_uint8(np.array([-1e-6, 1 + 1e-6, 1 / 255])).tolist() == [0, 255, 1]
+
+
+@pytest.mark.parametrize(
+  ("pixels", "message"),
+  [
+    (
+      np.array([0.0, 255.0], np.float32),
+      "image of float32 must be in [0, 1], from black to white; got values from 0 to 255",
+    ),
+    (
+      np.array([-1.0, 1.0]),
+      "image of float64 must be in [0, 1], from black to white; got values from -1 to 1",
+    ),
+    (np.array([0.0, 1e300]), "got values from 0 to 1e+300"),
+    (np.array([0.5, np.nan]), "got values that are not finite"),
+    (np.array([0.5, np.inf], np.float16), "got values that are not finite"),
+    (
+      np.array([0, 256], np.int32),
+      "image of int32 must be in [0, 255], from black to white; got values from 0 to 256",
+    ),
+    (np.array([-1, 7], np.int64), "got values from -1 to 7"),
+    (np.array([2**40], np.uint64), "got values from 1.09951e+12 to 1.09951e+12"),
+    (np.array([1j]), "image must be bool, whole numbers or floats; got complex128"),
+    (np.array(["a"]), "image must be bool, whole numbers or floats; got <U1"),
+  ],
+)
+def test_what_has_no_scale_is_refused_with_type_and_range(pixels, message):
+  with refused(message):
+    features.to_uint8(pixels, "image")
+
+
+def decoded(picture, channels, kind="PNG", **options):
+  file = encoded(picture, kind, **options).getvalue()
+  return features.decode_picture(file, channels)
+
+
+GREY = np.asarray(Image.fromarray(BYTES).convert("L"))[..., None]
+
+
+@pytest.mark.parametrize(
+  ("picture", "channels", "expected"),
+  [
+    (BYTES, 3, BYTES),
+    (BYTES, 1, GREY),
+    (BYTES[..., 0], 1, BYTES[..., :1]),
+    (BYTES[..., 0], 3, BYTES[..., :1].repeat(3, axis=-1)),
+    (np.dstack([BYTES, BYTES[..., 0]]), 4, np.dstack([BYTES, BYTES[..., 0]])),
+    (np.dstack([BYTES, BYTES[..., 0]]), 3, BYTES),
+    (np.dstack([BYTES[..., 0], BYTES[..., 1]]), 1, BYTES[..., :1]),
+    (BYTES[..., 0] > 127, 1, 255 * (BYTES[..., :1] > 127)),
+    (Image.fromarray(BYTES).quantize(), 3, BYTES),
+  ],
+  ids=[
+    "RGB",
+    "RGB to grey",
+    "grey",
+    "grey to RGB",
+    "RGBA",
+    "RGBA to RGB",
+    "grey with alpha",
+    "1 bit",
+    "palette",
+  ],
+)
+def test_files_of_every_mode_are_read_as_they_look(picture, channels, expected):
+  np.testing.assert_array_equal(decoded(picture, channels), expected)
+
+
+def test_a_palette_with_transparency_is_read_without_a_warning():
+  np.testing.assert_array_equal(
+    decoded(Image.fromarray(BYTES).quantize(), 3, transparency=b"\x00\x50"), BYTES
+  )
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP"])
+def test_other_kinds_of_files_are_read(kind):
+  even = np.full((4, 4, 3), 90, np.uint8)
+  np.testing.assert_array_equal(decoded(even, 3, kind), even)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_files_of_16_bits_keep_them(kind, channels):
+  read = decoded(DEEP[..., 0], channels, kind)
+  np.testing.assert_array_equal(read, DEEP[..., :1].repeat(channels, axis=-1))
+  assert read.dtype == np.uint16
+
+
+def deep_colours(levels, size=None):
+  """Makes a 16-bit RGB PNG, which Pillow does not write; its header may claim another size."""
+  rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+  height, width = size or levels.shape[:2]
+  chunk = lambda name, body: (
+    struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+  )
+  header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+  return (
+    b"\x89PNG\r\n\x1a\n"
+    + chunk(b"IHDR", header)
+    + chunk(b"IDAT", zlib.compress(rows))
+    + chunk(b"IEND", b"")
+  )
+
+
+def test_colours_of_16_bits_are_of_the_same_scale():
+  read = features.decode_picture(deep_colours(DEEP), 3)
+  assert read.dtype == np.uint16
+  assert np.abs(features.to_uint8(read) - LEVELS * 255).max() <= 1
+
+
+def test_classes_of_a_palette_are_its_places():
+  picture = Image.fromarray(np.array([[3, 0], [1, 2]], np.uint8), "L").convert("P")
+  picture.putpalette(bytes(range(12, 24)))
+  assert features.decode_numbers(encoded(picture).getvalue())[..., 0].tolist() == [[3, 0], [1, 2]]
+
+
+def test_a_file_that_would_start_a_program_is_not_read():
+  file = io.BytesIO()
+  Image.fromarray(BYTES).save(file, "EPS")  # which Ghostscript reads
+  with pytest.raises(Image.UnidentifiedImageError):
+    features.decode_picture(file.getvalue(), 3)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+  ("size", "got"),
+  [
+    ((8193, 8192), "got 8192 x 8193"),
+    ((10_000, 10_000), "got 10000 x 10000"),
+    ((20_000, 20_000), "Image size (400000000 pixels)"),
+  ],
+)
+def test_a_file_of_too_many_pixels_is_refused_before_memory_is_taken(size, got):
+  with refused(f"a picture must have at most 67108864 pixels; {got}"):
+    features.decode_picture(deep_colours(DEEP, size), 3)

@@ -16,11 +16,15 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from gating_jax.data import features, pictures, streaming
+from gating_jax.data import features, streaming
 from gating_jax.data import tfds as tfds_sets
 from gating_jax.data.tfds import DatasetNotPreparedError
-from gating_jax.data.video_layouts import read_breakfast, read_charades, read_multithumos
-from gating_jax.data.video_tables import read_table
+from gating_jax.data.video_tables import (
+  read_breakfast,
+  read_charades,
+  read_multithumos,
+  read_table,
+)
 from tests.helpers import expected_tables
 from tests.helpers.made_tables import write
 from tests.helpers.made_tfds import encoded
@@ -140,7 +144,7 @@ def files():
   colours = np.random.default_rng(0).integers(0, 256, (12, 9, 3), np.uint8)
   picture, grey = Image.fromarray(colours), Image.fromarray(colours[..., 0])
   deep = Image.fromarray(colours[..., 0].astype(np.uint16) * 257)
-  made = [(picture, kind) for kind in pictures.FORMATS]
+  made = [(picture, kind) for kind in features.FORMATS]
   made += [
     (grey, "PNG"),
     (grey, "JPEG"),
@@ -196,7 +200,7 @@ def test_an_index_error_of_a_decoder_is_of_the_file_and_not_the_end_of_the_set(m
   def decode(*_):
     raise IndexError("pop from empty list")
 
-  monkeypatch.setattr(pictures, "decode", decode)
+  monkeypatch.setattr(features, "decode_picture", decode)
   with pytest.raises(
     DatasetNotPreparedError, match="example 0 .* cannot be read .IndexError: pop from empty list"
   ):
@@ -220,7 +224,7 @@ def test_mutated_pictures_are_read_as_they_look_or_named(count, bounded_memory):
     with Image.open(io.BytesIO(file)) as picture:
       if picture.mode.startswith("I;16"):
         assert np.abs(whole - np.asarray(picture)[..., None] / 257).max() <= 0.5
-      elif pictures.decode(file, 3).dtype == np.uint8:
+      elif features.decode_picture(file, 3).dtype == np.uint8:
         np.testing.assert_array_equal(whole, picture.convert("RGBA").convert("RGB"))
   assert 0.1 * count < read < 0.9 * count
 

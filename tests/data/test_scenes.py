@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from gating_jax.data import images as in_memory
-from gating_jax.data import scenes, tfds
+from gating_jax.data import batches, image_sets, scenes, tfds
+from gating_jax.data.image_sets import Images
 from gating_jax.data.scenes import IGNORED, digit_scenes, open_scenes
-from gating_jax.data.tfds import DatasetNotPreparedError, Images
+from gating_jax.data.tfds import DatasetNotPreparedError
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_scenes_depend_on_the_seed_alone_and_splits_share_no_digit(monkeypatch):
   np.testing.assert_array_equal(train.labels, again.labels)
   assert np.mean(train.pixels != other.pixels) > 0.1
   images = {
-    split: {image.tobytes() for image in tfds.load("digits", split).pixels}
+    split: {image.tobytes() for image in image_sets.load("digits", split).pixels}
     for split in ("train", "test")
   }
   seen = lambda made: {image.tobytes() for image in made.pixels}
@@ -103,13 +103,13 @@ def test_training_sees_random_parts_half_of_them_mirrored_with_their_labels(open
   made, scenes_of = opened
   stream = scenes_of(crop=(8, 16), flip=True, seed=3)
   assert stream.shape == (8, 16, 3)
-  batches = list(stream.batches(7, 0, 1, 12))
+  steps = list(stream.batches(7, 0, 1, 12))
   mirrored = []
-  for step, (images, labels) in enumerate(batches):
+  for step, (images, labels) in enumerate(steps):
     assert (images.shape, labels.shape) == ((7, 1, 8, 16, 3), (7, 1, 8, 16))
     np.testing.assert_array_equal(labels, scenes.train_classes(images[..., 0]))
     for image, number in zip(
-      images[:, 0, ..., 0], in_memory.batch_indices(3, step, 7, 7), strict=True
+      images[:, 0, ..., 0], batches.batch_indices(3, step, 7, 7), strict=True
     ):
       whole = made[number]["segmentation_label"][..., 0]
       parts = np.lib.stride_tricks.sliding_window_view(whole, (8, 16))

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from gating_jax.data import images, streaming, tfds
+from gating_jax.data import batches, image_sets, streaming, tfds
 from tests.helpers import made_tfds
 
 SHAPE = (12, 10, 3)
@@ -29,7 +29,7 @@ def uneven(tmp_path_factory):
 
 
 def test_resident_images_are_those_written(prepared):
-  train = tfds.load("made_set", "train", str(prepared))
+  train = image_sets.load("made_set", "train", str(prepared))
   pixels, labels = made_tfds.images(22, SHAPE)
   order = [int(np.flatnonzero((pixels == image).all(axis=(1, 2, 3)))[0]) for image in train.pixels]
   assert sorted(order) == list(range(22))
@@ -39,12 +39,12 @@ def test_resident_images_are_those_written(prepared):
 
 @pytest.mark.parametrize("first_step", [0, 3, 7])
 def test_streamed_batches_are_those_of_the_resident_loader(prepared, first_step):
-  train = tfds.load("made_set", "train", str(prepared))
+  train = image_sets.load("made_set", "train", str(prepared))
   stream = streaming.open_stream("made_set", "train", str(prepared), seed=5)
   got = list(stream.batches(4, first_step, 1, 12))
   assert len(got) == 12 - first_step
   for step, (pixels, labels) in enumerate(got, first_step):
-    index = images.batch_indices(5, step, 4, 22)
+    index = batches.batch_indices(5, step, 4, 22)
     np.testing.assert_array_equal(pixels[:, 0], train.pixels[index])
     np.testing.assert_array_equal(labels[:, 0], train.labels[index])
 
@@ -87,7 +87,7 @@ def test_images_of_different_sizes_are_brought_to_one(uneven):
 
 def test_resident_images_of_different_sizes_are_brought_to_one(uneven):
   train = "uneven_set", "train", str(uneven)
-  read, source = tfds.load(*train, image_size=8), tfds.open_tfds(*train)
+  read, source = image_sets.load(*train, image_size=8), tfds.open_tfds(*train)
   assert read.shape == (8, 8, 3)
   for pixels, example in zip(read.pixels, map(source.__getitem__, range(4)), strict=True):
     rows, columns = (np.array_split(np.arange(n), 2) for n in example["image"].shape[:2])
@@ -101,26 +101,26 @@ def test_resizing_halves_an_image_of_even_blocks_exactly(depth):
   large = small.repeat(32, axis=0).repeat(32, axis=1)
   middle = np.s_[4:-4:8, 4:-4:8]  # away from the edges of blocks
   np.testing.assert_array_equal(
-    tfds.resize(large, (32, 32))[middle], small.repeat(8, 0).repeat(8, 1)[middle]
+    image_sets.resize(large, (32, 32))[middle], small.repeat(8, 0).repeat(8, 1)[middle]
   )
 
 
 def test_channels_are_resized_on_their_own():
   image = np.random.default_rng(0).integers(0, 256, (9, 7, 4), np.uint8)
   image[..., 3] = 0  # no transparency, under which Pillow would make all black
-  alone = [tfds.resize(image[..., [channel]], (4, 4)) for channel in range(4)]
-  np.testing.assert_array_equal(tfds.resize(image, (4, 4)), np.concatenate(alone, axis=-1))
+  alone = [image_sets.resize(image[..., [channel]], (4, 4)) for channel in range(4)]
+  np.testing.assert_array_equal(image_sets.resize(image, (4, 4)), np.concatenate(alone, axis=-1))
 
 
 def test_embedded_digits_are_resized_as_well():
-  assert tfds.load("digits", "test", image_size=4).shape == (4, 4, 1)
+  assert image_sets.load("digits", "test", image_size=4).shape == (4, 4, 1)
 
 
 def test_evaluation_covers_a_stream_exactly_once_without_cropping_at_random(uneven):
   stream = streaming.open_stream("uneven_set", "test", str(uneven), image_size=8)
-  once = list(images.cover(stream, 3))
+  once = list(batches.padded_batches(stream, 3))
   assert [valid for _, valid in once] == [3, 1]
-  again = list(images.cover(stream, 3))
+  again = list(batches.padded_batches(stream, 3))
   for ((pixels, _), _), ((repeated, _), _) in zip(once, again, strict=True):
     np.testing.assert_array_equal(pixels, repeated)
 
@@ -160,7 +160,7 @@ def test_bad_settings_are_named(uneven, arguments, message):
 
 def test_uneven_images_are_refused_by_the_resident_loader(uneven):
   with pytest.raises(ValueError, match=r"\); set data.image_size$"):
-    tfds.load("uneven_set", "train", str(uneven))
+    image_sets.load("uneven_set", "train", str(uneven))
 
 
 def test_digits_have_no_stream():

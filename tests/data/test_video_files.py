@@ -1,107 +1,19 @@
-import ast
 import io
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import av
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from gating_jax.data import video_files
-from gating_jax.data.video_files import read_clips, read_features, segment_starts, timed_starts
+from gating_jax.data.video_files import read_clips
 from tests.helpers import made_videos
 
-SOME = st.integers(1, 70)
 NO_REORDERING = {"bf": "0", "sc_threshold": "0"}  # a key frame every five frames only
 REORDERING = {"bf": "2", "b-adapt": "0", "sc_threshold": "0"}
 # A frame each half second for 6 seconds, then twelve a second for another.
 VARIABLE = np.concatenate([np.arange(12) / 2, 6 + np.arange(13) / 12])
-
-
-@given(frames=SOME, segments=SOME, length=st.integers(1, 12))
-def test_segments_are_spread_over_the_whole_video(frames, segments, length):
-  starts = segment_starts(frames, segments, length)
-  last = max(frames - length, 0)
-  assert starts.shape == (segments,)
-  if segments == 1:
-    assert starts[0] == last // 2
-    return
-  assert (starts[0], starts[-1]) == (0, last)
-  assert np.all(np.abs(starts - np.linspace(0, last, segments)) < 1)
-  assert np.ptp(np.diff(starts)) <= 1
-
-
-@given(frames=SOME, segments=SOME, length=st.integers(1, 12), seed=st.integers(0, 100))
-def test_random_segments_stay_in_their_parts_of_the_video(frames, segments, length, seed):
-  starts = segment_starts(frames, segments, length, np.random.default_rng(seed))
-  possible = max(frames - length, 0) + 1
-  edges = np.arange(segments + 1) * possible / segments
-  assert np.all(starts >= np.floor(edges[:-1]))
-  assert np.all(starts < np.maximum(edges[1:], 1))
-  assert np.all(starts < possible)
-
-
-def test_random_segments_reach_every_start():
-  rng = np.random.default_rng(0)
-  seen = np.stack([segment_starts(13, 2, 4, rng) for _ in range(200)])
-  assert [set(column) for column in seen.T] == [{0, 1, 2, 3, 4}, {5, 6, 7, 8, 9}]
-
-
-@given(
-  frames=SOME,
-  segments=SOME,
-  length=st.integers(1, 12),
-  rate=st.sampled_from([10, 24, 25, 29.97, 30, 60]),
-  seed=st.none() | st.integers(0, 100),
-)
-def test_at_a_constant_rate_segments_in_time_are_those_in_frames(
-  frames, segments, length, rate, seed
-):
-  draw = lambda: None if seed is None else np.random.default_rng(seed)
-  expected = segment_starts(frames, segments, length, draw())
-  seconds = np.arange(frames) / rate
-  np.testing.assert_array_equal(
-    timed_starts(seconds, frames / rate, segments, length, draw(), rounding=1e-9), expected
-  )
-  # Times in milliseconds, as Matroska rounds them, tell starts apart that are further from a frame.
-  if seed is None and 2 * (segments - 1) < 1000 / rate:
-    times = np.round(1000 * seconds)
-    np.testing.assert_array_equal(
-      timed_starts(times, times[-1] + 33, segments, length, rounding=1), expected
-    )
-
-
-@given(
-  gaps=st.lists(st.floats(0.01, 5), min_size=1, max_size=30),
-  segments=SOME,
-  length=st.integers(1, 12),
-  seed=st.none() | st.integers(0, 100),
-)
-def test_segments_begin_with_the_frames_shown_at_equal_steps_of_time(gaps, segments, length, seed):
-  times, end = 3 + np.append(0, np.cumsum(gaps[:-1])), 3 + sum(gaps)
-  starts = timed_starts(
-    times, end, segments, length, None if seed is None else np.random.default_rng(seed)
-  )
-  last = max(len(times) - length, 0)
-  assert starts.shape == (segments,)
-  assert np.all((starts >= 0) & (starts <= last))
-  stops = np.append(times[1:], end)
-  if seed is None:
-    wanted = (
-      np.linspace(times[0], times[last], segments)
-      if segments > 1
-      else [(times[0] + times[last]) / 2]
-    )
-    low = high = np.array(wanted)
-  else:
-    edges = np.linspace(times[0], stops[last], segments + 1)
-    low, high = edges[:-1], edges[1:]
-  assert np.all(times[starts] <= high + 1e-9)
-  assert np.all((stops[starts] >= low - 1e-9) | (starts == last))
 
 
 @pytest.mark.parametrize(
@@ -500,62 +412,6 @@ def test_frames_too_large_for_any_cinema_are_not_decoded(tmp_path, monkeypatch):
   monkeypatch.setattr(video_files, "_LIMITS", {"max_pixels": str(32 * 48 - 1)})
   with pytest.raises(ValueError, match="only 0 of 6 frames can be decoded"):
     read_clips(path, 2, 2, (8, 8))
-
-
-def test_features_are_read_as_float32(tmp_path):
-  features = np.arange(12, dtype=np.float64).reshape(3, 2, 2)
-  np.save(tmp_path / "a.npy", features)
-  np.savez(tmp_path / "b.npz", anything=features.astype(np.int16))
-  np.savez_compressed(tmp_path / "c.npz", features.astype(">f4"))
-  np.save(tmp_path / "d.npy", np.asfortranarray(features))
-  for name in ("a.npy", "b.npz", "c.npz", "d.npy"):
-    read = read_features(tmp_path / name)
-    assert read.dtype == np.float32
-    np.testing.assert_array_equal(read, features)
-
-
-def test_headers_of_features_are_parsed_by_one_thread_at_a_time(tmp_path, monkeypatch):
-  np.save(tmp_path / "a.npy", np.ones((2, 2)))
-  np.savez(tmp_path / "b.npz", np.ones((2, 2)))
-  parse, parsing, together = ast.literal_eval, [], []
-
-  def slowly(text):
-    parsing.append(text)
-    time.sleep(1e-3)
-    together.append(len(parsing))
-    parsing.pop()
-    return parse(text)
-
-  monkeypatch.setattr(ast, "literal_eval", slowly)  # it fails now and then when two threads use it
-  with ThreadPoolExecutor(8) as threads:
-    read = list(threads.map(read_features, [tmp_path / "a.npy", tmp_path / "b.npz"] * 8))
-  np.testing.assert_array_equal(read, 1)
-  assert together == [1] * 16
-
-
-@pytest.mark.parametrize(
-  ("array", "message"),
-  [
-    (np.array([[1.0, np.nan]]), "holds NaN or infinite numbers"),
-    (np.array([[1.0, -np.inf]]), "holds NaN or infinite numbers"),
-    (np.array([[1e300]]), "holds NaN or infinite numbers"),
-    (np.zeros(4), r"must hold real numbers \[T, ...\]; got float64 \(4,\)"),
-    (np.zeros((0, 4)), r"got float64 \(0, 4\)"),
-    (np.array([["a"]]), r"got <U1 \(1, 1\)"),
-    (np.zeros((1, 1), complex), "got complex128"),
-    (np.array([[{}]], object), r"got object \(1, 1\)"),
-  ],
-)
-def test_what_is_no_feature_array_is_refused(tmp_path, array, message):
-  np.save(tmp_path / "a.npy", array)
-  with pytest.raises(ValueError, match=message):
-    read_features(tmp_path / "a.npy")
-
-
-def test_an_archive_of_two_arrays_is_refused(tmp_path):
-  np.savez(tmp_path / "a.npz", x=np.zeros((1, 1)), y=np.zeros((1, 1)))
-  with pytest.raises(ValueError, match=r"must hold one array; got \['x', 'y'\]"):
-    read_features(tmp_path / "a.npz")
 
 
 def test_a_missing_decoder_is_named_with_what_to_install(monkeypatch):

@@ -1,7 +1,13 @@
 import numpy as np
 import pytest
 
-from gating_jax.data.video_tables import VideoTable, read_table
+from gating_jax.data.video_tables import (
+  VideoTable,
+  read_breakfast,
+  read_charades,
+  read_multithumos,
+  read_table,
+)
 from tests.helpers.made_tables import refused, write
 
 
@@ -160,3 +166,278 @@ def test_a_part_of_a_table_keeps_its_columns_together():
     (((0.0, 1.0, 0),), ()),
   )
   assert (part.seconds.tolist(), part.class_names, part.unit_names) == ([2, 3], ("x", "y"), ("u",))
+
+
+BREAKFAST = {
+  "P03/cam01/P03_cereals.avi": "",
+  "P03/stereo/P03_tea_ch0.avi": "",
+  "P03/stereo/P03_tea_ch1.avi": "",
+  "P46/webcam02/P46_tea.avi": "",
+  "P47/cam01/P47_coffee.avi": "",
+  "P03/cam01/P03_cereals.txt": "",
+  "readme.avi": "",
+}
+SEGMENTED = {
+  "coarse/cereals/P03_cam01_P03_cereals.txt": "1-30 SIL  \n31-150 take_bowl\n",
+  "coarse/tea/P03_stereo01_P03_tea.txt": "1-15 pour_milk\n",
+  "coarse/coffee/P47_cam01_P47_coffee.txt": "1-45 SIL\n",
+}
+
+
+def test_breakfast_is_split_by_persons(tmp_path):
+  write(tmp_path, BREAKFAST)
+  train, test = read_breakfast(tmp_path, "train"), read_breakfast(tmp_path, "test")
+  assert train.names == ("P03/cam01/P03_cereals", "P03/stereo/P03_tea_ch0", "P46/webcam02/P46_tea")
+  assert test.names == ("P47/cam01/P47_coffee",)
+  assert train.class_names == test.class_names == ("cereals", "coffee", "tea")
+  assert (train.labels.tolist(), test.labels.tolist(), train.multi_label) == ([0, 2, 2], [1], False)
+  assert read_breakfast(tmp_path, "test", test_persons=range(3, 16)).names == train.names[:2]
+
+
+def test_breakfast_features_are_named_by_person_camera_and_activity(tmp_path):
+  write(
+    tmp_path,
+    {"P03_cam01_P03_cereals.npy": "", "deeper/P47_stereo01_P47_tea.npz": "", "mapping.npy": ""},
+  )
+  assert read_breakfast(tmp_path, "train").names == ("P03_cam01_P03_cereals",)
+  test = read_breakfast(tmp_path, "test")
+  assert (test.names, test.labels.tolist()) == (("deeper/P47_stereo01_P47_tea",), [1])
+
+
+def test_breakfast_units_are_in_seconds_at_15_frames_a_second(tmp_path):
+  write(tmp_path, BREAKFAST | SEGMENTED)
+  train = read_breakfast(tmp_path, "train", segmentation=tmp_path / "coarse")
+  assert train.unit_names == ("SIL", "pour_milk", "take_bowl")
+  assert train.units == (((0.0, 2.0, 0), (2.0, 10.0, 2)), ((0.0, 1.0, 1),), ())
+  np.testing.assert_array_equal(train.seconds, [10, 1, np.nan])
+  test = read_breakfast(tmp_path, "test", segmentation=tmp_path / "coarse")
+  assert (test.units, test.unit_names) == ((((0.0, 3.0, 0),),), train.unit_names)
+
+
+def test_breakfast_segmentations_may_lie_beside_the_videos(tmp_path):
+  write(tmp_path, {"P03/cam01/P03_cereals.avi": "", "P03/cam01/P03_cereals.txt": "1-30 SIL\n"})
+  assert read_breakfast(tmp_path, "train", segmentation=tmp_path).units == (((0.0, 2.0, 0),),)
+
+
+@pytest.mark.parametrize("frames", ["30-1", "0-30"])
+def test_frames_of_breakfast_are_from_1_to_one_not_before(tmp_path, frames):
+  write(
+    tmp_path,
+    {"P03/cam01/P03_cereals.avi": "", "P03/cam01/P03_cereals.txt": f"7-7 SIL\n{frames} SIL\n"},
+  )
+  with refused(
+    "P03_cereals.txt, line 2: must hold frames counted from 1, the last not before the first; "
+    f"got '{frames} SIL'"
+  ):
+    read_breakfast(tmp_path, "train", segmentation=tmp_path)
+
+
+def test_names_in_published_tables_may_have_any_character(tmp_path):
+  unit = "take\u2028bowl\x85"
+  write(
+    tmp_path, {"P03/cam01/P03_cereals.avi": "", "P03/cam01/P03_cereals.txt": f"1-30\t{unit}\r\n"}
+  )
+  assert read_breakfast(tmp_path, "train", segmentation=tmp_path).unit_names == (unit,)
+  write(
+    tmp_path,
+    CHARADES
+    | {"Charades_v1_classes.txt": "\ufeffc000\tHolding\u2028some\fclothes\nc001 b\nc002 c\n"},
+  )
+  assert read_charades(tmp_path, "train").class_names == ("Holding\u2028some\fclothes", "b", "c")
+  write(
+    tmp_path,
+    THUMOS
+    | {
+      "class_list.txt": "1\tBase\x1cball\n",
+      "annotations/Base\x1cball.txt": "video_test_1\x85 1 2\n",
+    },
+  )
+  assert read_multithumos(tmp_path, "test").names == ("video_test_1\x85",)
+
+
+def test_what_is_wrong_with_breakfast_is_named(tmp_path):
+  write(
+    tmp_path,
+    {"P03/cam01/P03_cereals.avi": "", "s/P03_cam01_P03_cereals.txt": "1-30 SIL\n31 take_bowl\n"},
+  )
+  with refused(
+    "P03_cam01_P03_cereals.txt, line 2: must be frames and a unit action, such as '1-30 SIL'; "
+    "got '31 take_bowl'"
+  ):
+    read_breakfast(tmp_path, "train", segmentation=tmp_path / "s")
+  with refused(
+    "must hold Breakfast videos of the test split, such as P03/cam01/P03_cereals.avi; it has none "
+    "(1 of"
+  ):
+    read_breakfast(tmp_path, "test")
+  with refused("segmentation must hold files such as cereals/P03_cam01_P03_cereals.txt"):
+    read_breakfast(tmp_path, "train", segmentation=tmp_path / "P03")
+  with refused("split must be one of test, train; got 'validation'"):
+    read_breakfast(tmp_path, "validation")
+
+
+CHARADES = {
+  "Charades_v1_classes.txt": "c000 Holding some clothes\nc001 Putting clothes, somewhere\nc002 "
+  "Taking\n",
+  "Charades_v1_train.csv": "id,subject,script,actions,length\n"
+  '46GP8,HR43,"He said, ""so""",c002 11.90 21.20;c000 0.00 12.60,24.83\n'
+  "N11GT,0KZ7,line,,18.33\nXXXXX,0KZ7,line,c001 0.00 3.00;c001 4.00 5.00,\n",
+  "Charades_v1_test.csv": "id,actions,length\nYYYYY,c001 1 2,5.5\n",
+}
+
+
+def test_charades_is_multi_label_with_an_interval_for_each_action(tmp_path):
+  write(tmp_path, CHARADES)
+  train = read_charades(tmp_path, "train")
+  assert train.names == ("46GP8", "N11GT", "XXXXX")
+  assert (train.labels.tolist(), train.labels.dtype) == (
+    [[1, 0, 1], [0, 0, 0], [0, 1, 0]],
+    np.float32,
+  )
+  assert (
+    train.class_names
+    == ("Holding some clothes", "Putting clothes, somewhere", "Taking")
+    == train.unit_names
+  )
+  assert train.units == (((11.9, 21.2, 2), (0.0, 12.6, 0)), (), ((0.0, 3.0, 1), (4.0, 5.0, 1)))
+  np.testing.assert_array_equal(train.seconds, [24.83, 18.33, np.nan])
+  assert read_charades(tmp_path, "test").names == ("YYYYY",)
+
+
+@pytest.mark.parametrize(
+  ("file", "text", "message"),
+  [
+    (
+      "Charades_v1_classes.txt",
+      "c000 a\nNo class\n",
+      "line 2: must be a new class such as 'c000 Holding some clothes'; got 'No class'",
+    ),
+    (
+      "Charades_v1_train.csv",
+      "id,actions,length\n1,c009 1 2,3\n",
+      "line 2: must name classes of Charades_v1_classes.txt; got 'c009 1 2'",
+    ),
+    (
+      "Charades_v1_train.csv",
+      "id,actions,length\n1,c000 1 2;c001 1,3\n",
+      "line 2: must hold a name, a start and an end in seconds; got 'c001 1'",
+    ),
+    ("Charades_v1_train.csv", "id,actions,length\n1,c000 1 nan,3\n", "got 'c000 1 nan'"),
+    (
+      "Charades_v1_train.csv",
+      "id,actions,length\n1,c000 1 2;c001 5.0 2.0,9\n",
+      "Charades_v1_train.csv, line 2: must "
+      "hold an interval that starts at 0 s or later and ends after its start; got 'c001 5.0 2.0'",
+    ),
+    (
+      "Charades_v1_train.csv",
+      "id,actions,length\n1,c000 3 3,9\n",
+      "ends after its start; got 'c000 3 3'",
+    ),
+    ("Charades_v1_train.csv", "id,actions,length\n1,c000 -1 3,9\n", "starts at 0 s or later"),
+    (
+      "Charades_v1_train.csv",
+      "id,actions,length\n1,c000 1 1e999,9\n",
+      "ends after its start; got 'c000 1 1e999'",
+    ),
+    (
+      "Charades_v1_train.csv",
+      "id,actions,length\n1,c000 1 1_000,9\n",
+      "must hold a name, a start and an end",
+    ),
+    (
+      "Charades_v1_train.csv",
+      "id,actions,length\n1,c000 1 2,1.2.3\n",
+      "line 2: must give the video's length in seconds or leave it empty; got '1.2.3'",
+    ),
+    (
+      "Charades_v1_train.csv",
+      "id,actions,length\n1,c000 1 2,0\n",
+      "must give the video's length in seconds",
+    ),
+    (
+      "Charades_v1_train.csv",
+      "id,actions\n1,c000 1 2\n",
+      "line 1: must have the columns id,actions,length",
+    ),
+    (
+      "Charades_v1_train.csv",
+      "id,actions,length\n1,,3\n1,,3\n",
+      "line 3: must name each video once; got '1'",
+    ),
+    ("Charades_v1_train.csv", "id,actions,length\n", "must hold at least one video"),
+  ],
+)
+def test_what_is_wrong_with_charades_is_named(tmp_path, file, text, message):
+  write(tmp_path, CHARADES | {file: text})
+  with refused(message):
+    read_charades(tmp_path, "train")
+
+
+THUMOS = {
+  "class_list.txt": "1 BaseballPitch\n2 Run\n",
+  "annotations/BaseballPitch.txt": "video_validation_0000266 72.80 76.40\nvideo_test_0000002\t1 "
+  "2\n",
+  "annotations/Run.txt": "video_validation_0000266 1.00 2.00\nvideo_validation_0000100 3.5 4.0\n",
+}
+
+
+def test_multithumos_gathers_each_videos_classes(tmp_path):
+  write(tmp_path, THUMOS)
+  train, test = read_multithumos(tmp_path, "train"), read_multithumos(tmp_path, "test")
+  assert train.names == ("video_validation_0000100", "video_validation_0000266")
+  assert train.labels.tolist() == [[0, 1], [1, 1]]
+  assert train.units == (((3.5, 4.0, 1),), ((72.8, 76.4, 0), (1.0, 2.0, 1)))
+  assert train.class_names == test.class_names == train.unit_names == ("BaseballPitch", "Run")
+  assert (test.names, test.labels.tolist(), test.seconds) == (
+    ("video_test_0000002",),
+    [[1, 0]],
+    None,
+  )
+
+
+@pytest.mark.parametrize(
+  ("file", "text", "message"),
+  [
+    (
+      "class_list.txt",
+      "1 BaseballPitch\n3 Run\n",
+      "line 2: must be the number 2 and a new class; got '3 Run'",
+    ),
+    (
+      "class_list.txt",
+      "1 Run\n2 Run\n",
+      "line 2: must be the number 2 and a new class; got '2 Run'",
+    ),
+    ("class_list.txt", "1 ../secret\n", "must be the number 1 and a new class; got '1 ../secret'"),
+    (
+      "annotations/Run.txt",
+      "video_validation_1 1.0\n",
+      "Run.txt, line 1: must hold a name, a start and an end in seconds; got 'video_validation_1 "
+      "1.0'",
+    ),
+    (
+      "annotations/Run.txt",
+      "video_validation_1 2.0 1.0\n",
+      "Run.txt, line 1: must hold an interval that starts at 0 s "
+      "or later and ends after its start; got 'video_validation_1 2.0 1.0'",
+    ),
+    (
+      "annotations/Run.txt",
+      "another_1 1.0 2.0\n",
+      "Run.txt, line 1: must name a video of video_validation_ or video_test_; got 'another_1 1.0 "
+      "2.0'",
+    ),
+  ],
+)
+def test_what_is_wrong_with_multithumos_is_named(tmp_path, file, text, message):
+  write(tmp_path, THUMOS | {file: text})
+  with refused(message):
+    read_multithumos(tmp_path, "train")
+
+
+def test_a_class_without_its_file_is_named(tmp_path):
+  write(tmp_path, THUMOS)
+  (tmp_path / "annotations" / "Run.txt").unlink()
+  with pytest.raises(FileNotFoundError, match="Run.txt"):
+    read_multithumos(tmp_path, "train")

@@ -5,12 +5,17 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from absl import logging
+from hypothesis import given
+from hypothesis import strategies as st
 
-from gating_jax.data import images
+from gating_jax.data import batches
+from gating_jax.data.video_features import FeatureFolder
+from gating_jax.data.video_files import VideoFolder
 from gating_jax.data.video_tables import VideoTable
-from gating_jax.data.videos import FeatureFolder, VideoFolder
+from gating_jax.data.videos import VideoArrays, segment_starts, timed_starts
 from tests.helpers import made_videos
 
+SOME = st.integers(1, 70)
 NAMES = tuple(f"v{i}" for i in range(7))
 CLIPS = dict(segments=3, frames=2, size=(8, 8))
 
@@ -199,8 +204,8 @@ def test_an_epoch_goes_on_over_damaged_videos(tmp_path, warnings):
     made_videos.write(tmp_path / f"{name}.mp4", 6)
   damage(tmp_path)
   videos = VideoFolder(table(), tmp_path, **CLIPS)
-  batches = list(videos.batches(7, 0, 1, 2))
-  assert [batch["weight"].sum() for batch in batches] == [3, 3]
+  read = list(videos.batches(7, 0, 1, 2))
+  assert [batch["weight"].sum() for batch in read] == [3, 3]
   assert len(warnings) == 4
 
 
@@ -210,7 +215,7 @@ def test_batches_are_the_same_after_a_restart_and_follow_the_resident_order(fold
   whole = list(videos.batches(4, 0, 1, 7))
   assert len(whole) == 7
   for step, batch in enumerate(whole):
-    index = images.batch_indices(5, step, 4, 7)
+    index = batches.batch_indices(5, step, 4, 7)
     np.testing.assert_array_equal(batch["label"][:, 0], index % 3)
     assert batch["clips"].shape == (4, 1, 3, 2, 8, 8, 3)
   again = VideoFolder(table(), folder, **CLIPS, seed=5, jitter=True, workers=workers)
@@ -224,7 +229,7 @@ def test_fixed_segments_in_training_are_those_of_evaluation(folder):
   batch = next(videos.batches(4, 2, 1, 3))
   same(
     {key: array[:, 0] for key, array in batch.items()},
-    videos.read(images.batch_indices(5, 2, 4, 7)),
+    videos.read(batches.batch_indices(5, 2, 4, 7)),
   )
 
 
@@ -351,8 +356,8 @@ def test_a_thread_without_stderr_reads_on_after_a_file_that_cannot_be_read(featu
   monkeypatch.setattr(logging.get_absl_logger(), "handlers", [logging.get_absl_handler()])
   with ThreadPoolExecutor(1) as thread:
     videos = thread.submit(open_features, features).result()
-    batches = thread.submit(lambda: list(videos.batches(7, 0, 1, 2))).result()
-  assert [(batch["label"].shape[0], batch["weight"].sum()) for batch in batches] == [(7, 6)] * 2
+    read = thread.submit(lambda: list(videos.batches(7, 0, 1, 2))).result()
+  assert [(batch["label"].shape[0], batch["weight"].sum()) for batch in read] == [(7, 6)] * 2
   assert set(videos.unreadable) == {"v3"}
 
 
@@ -371,3 +376,120 @@ def test_a_folder_whose_features_cannot_be_read_is_refused(tmp_path):
   (tmp_path / "v0.npy").write_bytes(b"nothing")
   with pytest.raises(ValueError, match="the folder must hold readable features; .*v0.npy"):
     FeatureFolder(table(("v0",)), tmp_path, segments=2)
+
+
+def arrays_of(label):
+  arrays = {
+    "light": np.arange(30.0).reshape(5, 2, 3),
+    "label": label,
+    "weight": np.ones(5, np.float32),
+  }
+  return VideoArrays(arrays, class_names=("a", "b"), names=tuple("vwxyz"))
+
+
+def test_batches_hold_the_rows_asked_for_of_every_array():
+  batch = arrays_of(np.arange(5)).read(np.array([3, 0, 3]))
+  np.testing.assert_array_equal(batch["light"], np.arange(30.0).reshape(5, 2, 3)[[3, 0, 3]])
+  np.testing.assert_array_equal(batch["label"], [3, 0, 3])
+  assert batch.keys() == {"light", "label", "weight"}
+
+
+def test_it_knows_its_size_and_shapes():
+  split = arrays_of(np.arange(5))
+  assert len(split) == 5
+  assert split.shapes == {"light": (2, 3), "label": (), "weight": ()}
+
+
+@pytest.mark.parametrize(("shape", "several"), [((5,), False), ((5, 2), True)])
+def test_labels_of_two_axes_are_of_several_classes(shape, several):
+  assert arrays_of(np.zeros(shape)).multi_label == several
+
+
+def test_it_is_covered_by_batches_once():
+  seen = [
+    batch["label"][:count].tolist()
+    for batch, count in batches.padded_batches(arrays_of(np.arange(5)), 2)
+  ]
+  assert seen == [[0, 1], [2, 3], [4]]
+
+
+@given(frames=SOME, segments=SOME, length=st.integers(1, 12))
+def test_segments_are_spread_over_the_whole_video(frames, segments, length):
+  starts = segment_starts(frames, segments, length)
+  last = max(frames - length, 0)
+  assert starts.shape == (segments,)
+  if segments == 1:
+    assert starts[0] == last // 2
+    return
+  assert (starts[0], starts[-1]) == (0, last)
+  assert np.all(np.abs(starts - np.linspace(0, last, segments)) < 1)
+  assert np.ptp(np.diff(starts)) <= 1
+
+
+@given(frames=SOME, segments=SOME, length=st.integers(1, 12), seed=st.integers(0, 100))
+def test_random_segments_stay_in_their_parts_of_the_video(frames, segments, length, seed):
+  starts = segment_starts(frames, segments, length, np.random.default_rng(seed))
+  possible = max(frames - length, 0) + 1
+  edges = np.arange(segments + 1) * possible / segments
+  assert np.all(starts >= np.floor(edges[:-1]))
+  assert np.all(starts < np.maximum(edges[1:], 1))
+  assert np.all(starts < possible)
+
+
+def test_random_segments_reach_every_start():
+  rng = np.random.default_rng(0)
+  seen = np.stack([segment_starts(13, 2, 4, rng) for _ in range(200)])
+  assert [set(column) for column in seen.T] == [{0, 1, 2, 3, 4}, {5, 6, 7, 8, 9}]
+
+
+@given(
+  frames=SOME,
+  segments=SOME,
+  length=st.integers(1, 12),
+  rate=st.sampled_from([10, 24, 25, 29.97, 30, 60]),
+  seed=st.none() | st.integers(0, 100),
+)
+def test_at_a_constant_rate_segments_in_time_are_those_in_frames(
+  frames, segments, length, rate, seed
+):
+  draw = lambda: None if seed is None else np.random.default_rng(seed)
+  expected = segment_starts(frames, segments, length, draw())
+  seconds = np.arange(frames) / rate
+  np.testing.assert_array_equal(
+    timed_starts(seconds, frames / rate, segments, length, draw(), rounding=1e-9), expected
+  )
+  # Times in milliseconds, as Matroska rounds them, tell starts apart that are further from a frame.
+  if seed is None and 2 * (segments - 1) < 1000 / rate:
+    times = np.round(1000 * seconds)
+    np.testing.assert_array_equal(
+      timed_starts(times, times[-1] + 33, segments, length, rounding=1), expected
+    )
+
+
+@given(
+  gaps=st.lists(st.floats(0.01, 5), min_size=1, max_size=30),
+  segments=SOME,
+  length=st.integers(1, 12),
+  seed=st.none() | st.integers(0, 100),
+)
+def test_segments_begin_with_the_frames_shown_at_equal_steps_of_time(gaps, segments, length, seed):
+  times, end = 3 + np.append(0, np.cumsum(gaps[:-1])), 3 + sum(gaps)
+  starts = timed_starts(
+    times, end, segments, length, None if seed is None else np.random.default_rng(seed)
+  )
+  last = max(len(times) - length, 0)
+  assert starts.shape == (segments,)
+  assert np.all((starts >= 0) & (starts <= last))
+  stops = np.append(times[1:], end)
+  if seed is None:
+    wanted = (
+      np.linspace(times[0], times[last], segments)
+      if segments > 1
+      else [(times[0] + times[last]) / 2]
+    )
+    low = high = np.array(wanted)
+  else:
+    edges = np.linspace(times[0], stops[last], segments + 1)
+    low, high = edges[:-1], edges[1:]
+  assert np.all(times[starts] <= high + 1e-9)
+  assert np.all((stops[starts] >= low - 1e-9) | (starts == last))

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from gating_jax import load_run
-from gating_jax.data import scenes, streaming, tfds
+from gating_jax.data import image_sets, scenes, streaming
 from gating_jax.video import sets
 
 READERS = (
-  (tfds, "load"),
-  (tfds, "size"),
+  (image_sets, "load"),
+  (image_sets, "size"),
   (streaming, "open_stream"),
   (scenes, "digit_scenes"),
   (scenes, "open_scenes"),

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from gating_jax import progress
+from gating_jax import terminal
 from gating_jax.reports import compile_report
 
 
@@ -20,7 +20,7 @@ def said(programme, config, workdir, mode):
 
 def announced(patch):
   """Announces every operation from here on, even a short one, so that `said` has all."""
-  patch.setattr(progress, "_AFTER", 0.0)
+  patch.setattr(terminal, "_AFTER", 0.0)
 
 
 def compiled(programme, finished, folder):

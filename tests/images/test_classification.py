@@ -12,7 +12,7 @@ import pytest
 
 from gating_jax import load_run
 from gating_jax.analysis import outcomes
-from gating_jax.data import augment, tfds
+from gating_jax.data import augment, image_sets
 from gating_jax.data.tfds import DatasetNotPreparedError
 from gating_jax.images import classification
 from gating_jax.models import resnet
@@ -524,9 +524,9 @@ def test_a_report_is_that_of_the_training_wherever_the_run_stands(
   config, tmp_path, capsys, monkeypatch, gating
 ):
   wicked = tuple("<script>alert(1)</script>" if k == 3 else str(k) for k in range(10))
-  load = tfds.load
+  load = image_sets.load
   monkeypatch.setattr(
-    tfds, "load", lambda *args: dataclasses.replace(load(*args), class_names=wicked)
+    image_sets, "load", lambda *args: dataclasses.replace(load(*args), class_names=wicked)
   )
   made = config(**{"model.gating": gating, "eval_every": 1.0})
   classification.run(made, tmp_path / "run", "train")

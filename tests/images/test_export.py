@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from gating_jax.data import tfds
+from gating_jax.data import image_sets
 from gating_jax.images import classification, export
 from gating_jax.inference import conditional
 from gating_jax.inference.export import load_exported
@@ -59,7 +59,7 @@ def test_the_export_of_a_run_scores_as_the_run_does(exported, folder, tolerance)
   workdir, _ = exported
   result = json.loads((workdir / "result.json").read_text())
   loaded = load_exported(workdir / folder)
-  test = tfds.load("digits", "test")
+  test = image_sets.load("digits", "test")
   images = (test.pixels / 255 - np.array(loaded.card["mean"])) / np.array(loaded.card["std"])
   outputs, _ = loaded(images)
   accuracy = np.mean(np.argmax(np.asarray(outputs), axis=1) == test.labels)

@@ -5,8 +5,8 @@ import optax
 import pytest
 from sklearn import metrics
 
-from gating_jax.data import images as in_memory
-from gating_jax.data.tfds import Images
+from gating_jax.data import batches
+from gating_jax.data.image_sets import Images
 from gating_jax.images import pixels
 from gating_jax.images.pixels import IGNORED, PixelObjective
 from gating_jax.models.summary import ModelCounts
@@ -113,7 +113,7 @@ def test_padding_of_the_last_batch_does_not_count(size):
   counts = ModelCounts(params=1, gate_params=0, gates=0, macs=10, gate_macs=0, gated=0)
   result, *_ = evaluation.evaluate(
     run,
-    in_memory.cover(scenes, size),
+    batches.padded_batches(scenes, size),
     counts,
     lambda sums, _: pixels.summarise(sums, "abcd"),
     classes=None,

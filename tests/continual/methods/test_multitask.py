@@ -10,7 +10,7 @@ from gating_jax.continual import metrics, shared_net, units
 from gating_jax.continual.method import Batch, Network, TaskData
 from gating_jax.continual.methods.multitask import multitask_gates, multitask_norms, multitask_trunk
 from gating_jax.continual.methods.task_gates import TaskGatesSettings
-from gating_jax.data import tasks
+from gating_jax.data import image_sets
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.summary import model_summary
 from gating_jax.models.vgg import POOL, VGG
@@ -48,7 +48,8 @@ def method(kind, axis_name=None, norm=True, **settings):
 def both_tasks(count=64, seed=0):
   return TaskData(
     *map(
-      tasks.interleave, zip(*(tiny_tasks.task(t, count, seed) for t in range(TASKS)), strict=True)
+      image_sets.interleave,
+      zip(*(tiny_tasks.task(t, count, seed) for t in range(TASKS)), strict=True),
     )
   )
 

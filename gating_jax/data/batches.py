@@ -1,4 +1,4 @@
-"""Batches of images in memory: their order in training, and those that cover a test set.
+"""Batches of any set: their order in training, and padded ones that cover a test set.
 
 The host sends indices; the step gathers and augments the images. A batch depends on (seed, step)
 alone, so a restart needs no state.
@@ -64,7 +64,7 @@ def indices(
   return np.split(whole, process[1])[process[0]]
 
 
-def cover(examples: Any, batch_size: int) -> Iterator[tuple[Any, int]]:
+def padded_batches(examples: Any, batch_size: int) -> Iterator[tuple[Any, int]]:
   """Yields batches that cover a set once, each with its number of valid examples, in order.
 
   The last batch is padded with its own first example. Every example is among the valid entries of

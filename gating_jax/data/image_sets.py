@@ -1,0 +1,283 @@
+"""Sets of labelled images in memory: a whole split, and sequences of tasks made from one set.
+
+A split is scikit-learn's handwritten digits, or that of any TFDS classification set. Pixels are
+uint8 until the training step.
+
+Labels of a task are indices into the order of classes: with C classes a task, those of task t are
+t C, ..., t C + C - 1.
+
+Axes: M images in a split, H and W pixels, D channels, T tasks, C classes of a task.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from gating_jax.data import features, tfds
+from gating_jax.terminal import progress_bar
+
+DIGITS = "digits"
+
+_DIGITS_TEST_SHARE = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+  """Split of labelled images, whole, on the host.
+
+  Attributes:
+    pixels: `[M, H, W, D]` uint8.
+    labels: `[M]` int32; or `[M, H, W]` uint8, a class for every pixel.
+    class_names: one per class.
+  """
+
+  pixels: np.ndarray
+  labels: np.ndarray
+  class_names: tuple[str, ...]
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    """Returns `(H, W, D)` of an image."""
+    return self.pixels.shape[1:]
+
+  def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the images at `index`: `(pixels [n, H, W, D], labels [n])`."""
+    return self.pixels[index], self.labels[index]
+
+  def map(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Computes `fn` of each item, in order."""
+    return map(fn, items)
+
+
+def load(
+  name: str,
+  split: str,
+  data_dir: str | None = None,
+  image_size: int = 0,
+  image: str = tfds.IMAGE,
+  label: str = tfds.LABEL,
+) -> Images:
+  """Reads a whole split into memory.
+
+  Pictures of other types become uint8 by the rule of `data/pictures.py`.
+
+  Args:
+    name: `digits` (1,797 images of 8 x 8, needs no files) or a TFDS name such as `cifar10`.
+    split: `train` or `test` for digits, where the test split is a fixed, class-balanced fifth; for
+      TFDS any split expression.
+    data_dir: the TFDS folder; None for TFDS's default, `~/tensorflow_datasets`.
+    image_size: side in pixels that images are resized to; 0 leaves them.
+    image, label: names of the features that hold them in a TFDS set.
+  Raises:
+    DatasetNotPreparedError: the set is not in `data_dir`; the message holds the command that
+      prepares it.
+    ValueError: an unknown split, a set without these features or with ones that hold no picture or
+      no single class per image, pictures outside the scale of their type, or images of different
+      sizes.
+  """
+  fit = lambda image: resize(image, (image_size, image_size)) if image_size else image
+  if name == DIGITS:
+    digits = _digits(split)
+    return (
+      dataclasses.replace(digits, pixels=np.stack(list(map(fit, digits.pixels))))
+      if image_size
+      else digits
+    )
+  source = tfds.open_tfds(
+    name, split, data_dir, {image: features.Picture, label: features.ImageClass}
+  )
+  # The first image has the shape that all must have; the array is then filled in place.
+  first = fit(source[0][image])
+  pixels = np.empty((len(source), *first.shape), np.uint8)
+  labels = np.empty(len(source), np.int32)
+  for i in progress_bar(
+    range(len(source)), desc=f"reading {name} {split}", unit="image", leave=False
+  ):
+    example = source[i]
+    pixel = fit(example[image])
+    if pixel.shape != first.shape:
+      raise ValueError(
+        f"{name} has images of different sizes ({first.shape} and {pixel.shape}); set "
+        "data.image_size"
+      )
+    if not 0 <= example[label] < len(source.class_names):
+      raise ValueError(
+        f"data split {split!r} of {name} has images without a label; use another, such as "
+        "'validation'"
+      )
+    pixels[i], labels[i] = pixel, example[label]
+  return Images(pixels, labels, source.class_names)
+
+
+def resize(
+  image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+) -> np.ndarray:
+  """Resizes `[H, W, D]` uint8, or a part of it, to height and width `size`: bilinear, antialiased.
+
+  Args:
+    image: `[H, W, D]` uint8.
+    size: height and width.
+    box: the part `(left, top, right, bottom)`, in pixels; None for the whole image.
+  """
+  fit = lambda pixels: np.asarray(
+    Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR, box=box)
+  )
+  if image.shape[-1] == 3:
+    return fit(image)
+  # Channel by channel: Pillow takes the last of four for transparency and weights the others by it.
+  return np.stack([fit(image[..., channel]) for channel in range(image.shape[-1])], axis=-1)
+
+
+def size(
+  name: str,
+  split: str,
+  data_dir: str | None = None,
+  image: str = tfds.IMAGE,
+  label: str = tfds.LABEL,
+) -> int:
+  """Counts the images of a split without reading them; arguments and errors are as in `load`."""
+  if name == DIGITS:
+    return len(_digits(split))
+  readers = {image: features.Picture, label: features.ImageClass}
+  return len(tfds.open_tfds(name, split, data_dir, readers))
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """Images of one task."""
+
+  train: Images
+  validation: Images
+  test: Images
+
+
+def make_tasks(
+  train: Images,
+  test: Images,
+  *,
+  classes_per_task: int,
+  count: int = 0,
+  order_seed: int | None = None,
+  validation: float = 0.1,
+  seed: int = 0,
+) -> tuple[Task, ...]:
+  """Splits a set into tasks of `classes_per_task` classes each.
+
+  Args:
+    train, test: images of the same classes.
+    classes_per_task: C.
+    count: number of tasks; 0 for as many as there are.
+    order_seed: of the order in which classes come; None for their own.
+    validation: fraction of each class's training images that are held out, in (0, 1).
+    seed: of that choice.
+  Returns:
+    The tasks, in order.
+  Raises:
+    ValueError: naming the argument; also a class with fewer than two training images, or none in
+      the test set.
+  """
+  classes = len(train.class_names)
+  if not (1 <= classes_per_task <= classes and classes % classes_per_task == 0):
+    raise ValueError(f"classes_per_task must divide the {classes} classes; got {classes_per_task}")
+  tasks = classes // classes_per_task
+  if not 0 <= count <= tasks:
+    raise ValueError(
+      f"count must be at most {tasks}, the tasks of {classes_per_task} classes, or 0; got {count}"
+    )
+  if not 0 < validation < 1:
+    raise ValueError(f"validation must be a fraction in (0, 1); got {validation}")
+  order = (
+    np.arange(classes)
+    if order_seed is None
+    else np.random.default_rng(order_seed).permutation(classes)
+  )
+  train, test = _reordered(train, order), _reordered(test, order)
+  # Two training images of a class: one to train on and one to hold out.
+  for name, images, least in (("train", train, 2), ("test", test, 1)):
+    counts = np.bincount(images.labels, minlength=classes)
+    if counts.min() < least:
+      raise ValueError(
+        f"{name} must hold at least {least} images of every class; got {counts.min()} of class "
+        f"{images.class_names[counts.argmin()]!r}"
+      )
+  return tuple(
+    _task(train, test, t * classes_per_task, classes_per_task, validation, seed)
+    for t in range(count or tasks)
+  )
+
+
+def join(images: Sequence[Images]) -> Images:
+  """Joins the images of several sets of the same classes, one set after the other."""
+  return Images(
+    np.concatenate([i.pixels for i in images]),
+    np.concatenate([i.labels for i in images]),
+    images[0].class_names,
+  )
+
+
+def interleave(sets: Sequence[np.ndarray]) -> np.ndarray:
+  """Interleaves T sets: the first of each, then the second of each, and so on.
+
+  T of `[N, ...]` to `[N T, ...]`.
+
+  >>> interleave([np.array([0, 1, 2]), np.array([10, 11, 12])])
+  array([ 0, 10,  1, 11,  2, 12])
+  """
+  return np.stack(sets, axis=1).reshape(-1, *sets[0].shape[1:])
+
+
+def _task(
+  train: Images, test: Images, first: int, classes: int, validation: float, seed: int
+) -> Task:
+  of_task = lambda images: np.flatnonzero(
+    (images.labels >= first) & (images.labels < first + classes)
+  )
+  index = of_task(train)
+  # Seeded by the task's first class, so that a task's choice does not depend on the tasks before.
+  random, held = np.random.default_rng((seed, first)), []
+  # Class by class, so that each keeps its fraction and at least one image on either side.
+  for c in range(first, first + classes):
+    own = np.flatnonzero(train.labels == c)
+    held.append(random.permutation(own)[: np.clip(round(validation * len(own)), 1, len(own) - 1)])
+  held = np.sort(np.concatenate(held))
+  return Task(_at(train, np.setdiff1d(index, held)), _at(train, held), _at(test, of_task(test)))
+
+
+# Relabels the classes by their place in the order.
+def _reordered(images: Images, order: np.ndarray) -> Images:
+  # argsort inverts a permutation.
+  place = np.argsort(order).astype(np.int32)
+  return Images(images.pixels, place[images.labels], tuple(images.class_names[c] for c in order))
+
+
+def _at(images: Images, index: np.ndarray) -> Images:
+  return Images(images.pixels[index], images.labels[index], images.class_names)
+
+
+def _digits(split: str) -> Images:
+  from sklearn import datasets, model_selection
+
+  if split not in ("train", "test"):
+    raise ValueError(f"data split of digits must be 'train' or 'test'; got {split!r}")
+  digits = datasets.load_digits()
+  # Stratified, with a fixed seed: the split is the same in every run.
+  train, test = model_selection.train_test_split(
+    np.arange(len(digits.target)),
+    test_size=_DIGITS_TEST_SHARE,
+    random_state=0,
+    stratify=digits.target,
+  )
+  index = train if split == "train" else test
+  # scikit-learn's pixels are 0 to 16.
+  pixels = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)[..., None]
+  return Images(
+    pixels, digits.target[index].astype(np.int32), tuple(str(name) for name in digits.target_names)
+  )

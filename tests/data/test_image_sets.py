@@ -1,0 +1,182 @@
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from gating_jax.data import image_sets, tfds
+from gating_jax.data.image_sets import Images, join, make_tasks
+
+
+@pytest.fixture(scope="module")
+def digits():
+  return image_sets.load("digits", "train"), image_sets.load("digits", "test")
+
+
+def test_digits_have_their_sizes_and_types(digits):
+  for images, count in zip(digits, (1437, 360), strict=True):
+    assert len(images) == count
+    assert images.shape == (8, 8, 1)
+    assert (images.pixels.shape, images.pixels.dtype) == ((count, 8, 8, 1), np.uint8)
+    assert (images.labels.shape, images.labels.dtype) == ((count,), np.int32)
+    assert images.class_names == tuple("0123456789")
+
+
+def test_digits_use_the_whole_range_of_uint8(digits):
+  for images in digits:
+    assert (images.pixels.min(), images.pixels.max()) == (0, 255)
+    assert set(np.unique(images.pixels)) == {round(i * 255 / 16) for i in range(17)}
+
+
+def test_digits_are_class_balanced(digits):
+  whole = np.bincount(load_digits().target)
+  train, test = (np.bincount(images.labels, minlength=10) for images in digits)
+  np.testing.assert_array_equal(train + test, whole)
+  assert np.all(np.abs(test - 0.2 * whole) <= 1)
+
+
+def test_digits_splits_share_no_image(digits, monkeypatch):
+  numbered = load_digits()
+  numbered.images = np.zeros_like(numbered.images)
+  numbered.images[:, 0, 0], numbered.images[:, 0, 1] = np.divmod(np.arange(1797), 255) * np.array(
+    16 / 255
+  )
+  monkeypatch.setattr("sklearn.datasets.load_digits", lambda: numbered)
+  places = []
+  for split, real in zip(("train", "test"), digits, strict=True):
+    images = image_sets.load("digits", split)
+    places.append(images.pixels[:, 0, 0, 0].astype(int) * 255 + images.pixels[:, 0, 1, 0])
+    np.testing.assert_array_equal(images.labels, real.labels)
+  assert sorted(np.concatenate(places)) == list(range(1797))
+
+
+def test_digits_are_the_same_each_time(digits):
+  np.testing.assert_array_equal(image_sets.load("digits", "test").pixels, digits[1].pixels)
+
+
+def test_labels_belong_to_their_images(digits):
+  mean = np.stack([digits[0].pixels[digits[0].labels == i].mean(axis=0) for i in range(10)])
+  nearest = np.sum((digits[1].pixels[:, None].astype(float) - mean) ** 2, axis=(2, 3, 4)).argmin(
+    axis=1
+  )
+  assert np.mean(nearest == digits[1].labels) > 0.85
+
+
+def test_an_unknown_split_of_digits_is_refused():
+  with pytest.raises(
+    ValueError, match="data split of digits must be 'train' or 'test'; got 'validation'"
+  ):
+    image_sets.load("digits", "validation")
+
+
+def test_images_are_read_by_index():
+  images = Images(
+    np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1), np.arange(5, dtype=np.int32) * 2, ("a",)
+  )
+  pixels, labels = images.read(np.array([3, 0, 3]))
+  assert pixels.ravel().tolist() == [3, 0, 3]
+  assert labels.tolist() == [6, 0, 6]
+  assert list(images.map(lambda i: i + 1, [1, 2])) == [2, 3]
+
+
+def test_the_size_of_a_split_is_known_without_reading_it():
+  assert (image_sets.size("digits", "train"), image_sets.size("digits", "test")) == (1437, 360)
+
+
+class MadeSource(list):
+  """The part of a source of examples that `load` uses."""
+
+  class_names = ("cat", "dog")
+
+
+@pytest.mark.parametrize("bad", [-1, 2])
+def test_a_split_without_labels_is_refused(monkeypatch, bad):
+  image = np.full((2, 2, 1), 7, np.uint8)
+  made = MadeSource({"image": image, "label": label} for label in (0, 1, 1))
+  monkeypatch.setattr(tfds, "open_tfds", lambda *_: made)
+  read = image_sets.load("made", "train")
+  assert read.labels.tolist() == [0, 1, 1]
+  assert read.class_names == ("cat", "dog")
+  made.append({"image": image, "label": bad})
+  with pytest.raises(ValueError, match="data split 'train' of made has images without a label"):
+    image_sets.load("made", "train")
+
+
+def images(per_class=20, classes=6, seed=0):
+  """Makes images whose pixels hold the image's number and class."""
+  labels = (
+    np.random.default_rng(seed)
+    .permutation(np.repeat(np.arange(classes), per_class))
+    .astype(np.int32)
+  )
+  pixels = np.stack([np.arange(len(labels)), labels], axis=-1).astype(np.uint8)[:, None, None, :]
+  return Images(pixels, labels, tuple("abcdef"[:classes]))
+
+
+def test_every_image_is_in_exactly_one_task_and_split():
+  train, test = images(), images(per_class=5, seed=1)
+  tasks = make_tasks(train, test, classes_per_task=2, validation=0.2)
+  assert [len(t.train) for t in tasks] == [32] * 3
+  assert [len(t.validation) for t in tasks] == [8] * 3
+  number = lambda sets: np.sort(np.concatenate([s.pixels[:, 0, 0, 0] for s in sets]))
+  np.testing.assert_array_equal(
+    number([s for t in tasks for s in (t.train, t.validation)]), np.arange(120)
+  )
+  np.testing.assert_array_equal(number([t.test for t in tasks]), np.arange(30))
+
+
+def test_labels_are_places_in_the_order_and_go_with_their_images():
+  train, test = images(), images(per_class=5, seed=1)
+  for order_seed in (None, 3):
+    tasks = make_tasks(train, test, classes_per_task=3, order_seed=order_seed)
+    for t, task in enumerate(tasks):
+      for part in (task.train, task.validation, task.test):
+        assert set(part.labels) == {3 * t, 3 * t + 1, 3 * t + 2}
+        names = np.array(part.class_names)[part.labels]
+        np.testing.assert_array_equal(names, np.array(train.class_names)[part.pixels[:, 0, 0, 1]])
+  assert make_tasks(train, test, classes_per_task=3)[0].train.class_names == tuple("abcdef")
+  assert make_tasks(train, test, classes_per_task=3, order_seed=3)[0].train.class_names != tuple(
+    "abcdef"
+  )
+
+
+def test_held_out_images_are_stratified_and_a_choice_of_the_seed():
+  train, test = images(), images(per_class=5)
+  first, same, other = (
+    make_tasks(train, test, classes_per_task=2, validation=0.25, seed=s) for s in (0, 0, 1)
+  )
+  for task in first:
+    assert len(set(np.bincount(task.validation.labels)[-2:])) == 1
+  held = lambda tasks: np.concatenate([t.validation.pixels[:, 0, 0, 0] for t in tasks])
+  np.testing.assert_array_equal(held(first), held(same))
+  assert not np.array_equal(held(first), held(other))
+
+
+def test_fewer_tasks_and_joined_ones():
+  tasks = make_tasks(images(), images(), classes_per_task=2, count=2)
+  assert len(tasks) == 2
+  both = join(tuple(t.test for t in tasks))
+  assert len(both) == 80
+  assert set(both.labels) == {0, 1, 2, 3}
+
+
+def test_one_class_a_task():
+  tasks = make_tasks(images(), images(), classes_per_task=1)
+  assert [set(t.train.labels) for t in tasks] == [{c} for c in range(6)]
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (dict(classes_per_task=4), "classes_per_task must divide the 6 classes; got 4"),
+    (dict(classes_per_task=0), "classes_per_task must divide the 6 classes; got 0"),
+    (dict(count=4), "count must be at most 3, the tasks of 2 classes, or 0; got 4"),
+    (dict(validation=0.0), r"validation must be a fraction in \(0, 1\); got 0.0"),
+    (
+      dict(train=images(per_class=1)),
+      "train must hold at least 2 images of every class; got 1 of class 'a'",
+    ),
+  ],
+)
+def test_what_cannot_be_split_is_refused(change, message):
+  settings = dict(train=images(), test=images(), classes_per_task=2) | change
+  with pytest.raises(ValueError, match=message):
+    make_tasks(**settings)
