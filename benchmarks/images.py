@@ -98,7 +98,7 @@ TABLES = {
       "regulariser=away_from_half", ("model.gate.initial_open=0.5",)
     ),
     "L0 alone": Run("regulariser=sparsity"),
-    "L0 alone, ten times": Run("regulariser=sparsity,l0=5"),
+    "L0 alone, ten times": Run("regulariser=sparsity,sparsity=5"),
     "batch-shaping and L0": Run("regulariser=batch_shaping"),
   },
   "budgets": {

@@ -88,7 +88,7 @@ def main():
 
 def training(args, images, gating):
   """Returns a function that takes one training step."""
-  config = cifar10_resnet20.get_config(f"batch={args.batch},gating={gating},epochs=1000")
+  config = cifar10_resnet20.get_config(f"batch={args.batch},gates={gating},epochs=1000")
   config.model.name = args.model
   load, size, image_sets.load, image_sets.size = (
     image_sets.load,

@@ -10,7 +10,7 @@ that agree: optimiser, schedules, coefficient and corners of the batch-shaping t
 L0 term. Ours: the L0 coefficient (theirs is unknown), the initial open rate, and the reduction over
 gates (`layer_mean`; re-implementations sum).
 
-Variants, joined by commas after a colon: `gating=none`, `epochs=10`, `batch=128`, `l0=2.0`,
+Variants, joined by commas after a colon: `gates=none`, `epochs=10`, `batch=128`, `sparsity=2.0`,
 `budget=0.5`, `bas=0`, `width=2`, `inner=4` (blocks wider inside), `schedule=cosine`, `model=vgg8`,
 `block=8`, `noise=0.25`, `noise_to=0`.
 
@@ -26,6 +26,7 @@ from configs import common
 
 
 def get_config(arg: str = ""):
+  """Returns the config, with the variants in `arg`."""
   config = common.image_config()
   config.data.name = "cifar10"
   config.data.mean = (0.4914, 0.4822, 0.4465)

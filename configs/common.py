@@ -3,7 +3,8 @@
 No default is defined anywhere else.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import ml_collections
@@ -179,64 +180,93 @@ _GATES = {
     "loss.regulariser": "balance",
   },
 }
-_VARIANTS = {
-  "gates": _GATES,
-  "model": ("model.name", str),
-  "gating": ("model.gating", str),
-  "width": ("model.width", float),
-  "inner": ("model.inner_width", float),
-  "block": ("model.gate.block", int),
-  "noise": ("model.gate.noise_scale", float),
-  "noise_to": ("model.noise.final", float),
-  "epochs": ("optim.epochs", int),
-  "batch": ("optim.batch_size", int),
-  "schedule": ("optim.schedule", str),
-  "regulariser": ("loss.regulariser", str),
-  "l0": ("loss.sparsity.coefficient", float),
-  "bas": ("loss.batch_shaping.coefficient", float),
-  "budget": lambda share: {
+# Earlier names of what is gated, which old commands still use.
+_EARLIER_GATES = {"channels": "channel", "layers": "layer"}
+
+# A variant: from its value, a text, to the fields that it sets.
+Variant = Callable[[str], Mapping[str, Any]]
+
+
+def setting(field: str, kind: type = str) -> Variant:
+  """Returns a variant that sets one field of a config."""
+
+  def set_field(value):
+    """Returns the field with the value in its type."""
+    return {field: kind(value)}
+
+  return set_field
+
+
+def _choose_gates(value: str) -> Mapping[str, Any]:
+  """Returns the fields that a choice of what is gated sets."""
+  value = _EARLIER_GATES.get(value, value)
+  if value not in _GATES:
+    raise ValueError(f"the variant gates must be one of {sorted(_GATES)}; got {value!r}")
+  return _GATES[value]
+
+
+def _set_budget(share: str) -> Mapping[str, Any]:
+  """Returns the fields of a training to this fraction of the ungated network's MACs."""
+  return {
     "loss.sparsity.kind": "budget",
     "loss.sparsity.target": float(share),
     "loss.sparsity.coefficient": 50.0,
-  },
+  }
+
+
+_VARIANTS = {
+  "gates": _choose_gates,
+  "model": setting("model.name"),
+  "width": setting("model.width", float),
+  "inner": setting("model.inner_width", float),
+  "block": setting("model.gate.block", int),
+  "noise": setting("model.gate.noise_scale", float),
+  "noise_to": setting("model.noise.final", float),
+  "epochs": setting("optim.epochs", int),
+  "batch": setting("optim.batch_size", int),
+  "schedule": setting("optim.schedule"),
+  "regulariser": setting("loss.regulariser"),
+  "sparsity": setting("loss.sparsity.coefficient", float),
+  "bas": setting("loss.batch_shaping.coefficient", float),
+  "budget": _set_budget,
+}
+# Earlier variants, which old commands still use.
+_EARLIER = {
+  "l0": _VARIANTS["sparsity"],
+  "gating": setting("model.gating"),
 }
 
 
-# Earlier names of variants, which old commands still use.
-_EARLIER = {"gates=channels": "channel", "gates=layers": "layer"}
+def apply_variants(config: ml_collections.ConfigDict, arg: str | None) -> ml_collections.ConfigDict:
+  """Applies variants of image classification; see `apply_variants_of`."""
+  return apply_variants_of(config, arg, _VARIANTS, earlier=_EARLIER)
 
 
-def apply_variants(
-  config: ml_collections.ConfigDict, arg: str | None, variants: Mapping[str, Any] | None = None
+def apply_variants_of(
+  config: ml_collections.ConfigDict,
+  arg: str | None,
+  variants: Mapping[str, Variant],
+  *,
+  earlier: Mapping[str, Variant] = MappingProxyType({}),
 ) -> ml_collections.ConfigDict:
   """Applies variants such as `epochs=10,gates=layer`: short names for the most used settings.
-
-  A variant sets one field; or several, if its values are listed or made by a function.
 
   Args:
     config: changed in place.
     arg: variants as `name=value`, joined by commas; None or empty for none.
-    variants: by name; None stands for those of image classification.
+    variants: by name.
+    earlier: those of earlier versions, by name.
   Returns:
     The config.
   Raises:
     ValueError: a name or a listed value is unknown.
   """
-  variants = variants or _VARIANTS
   items = [item for item in (arg or "").split(",") if item]
   # `gates` comes first, since other variants change fields that it sets; the rest keep their order.
   for item in sorted(items, key=lambda item: not item.startswith("gates=")):
     name, found, value = item.partition("=")
-    value = _EARLIER.get(item, value)
-    if not found or name not in variants:
+    variant = variants.get(name) or earlier.get(name)
+    if not found or variant is None:
       raise ValueError(f"a variant must be one of {sorted(variants)} as name=value; got {item!r}")
-    if callable(variants[name]):
-      config.update_from_flattened_dict(variants[name](value))
-    elif not isinstance(variants[name], Mapping):
-      field, kind = variants[name]
-      config.update_from_flattened_dict({field: kind(value)})
-    elif value in variants[name]:
-      config.update_from_flattened_dict(variants[name][value])
-    else:
-      raise ValueError(f"the variant {name} must be one of {sorted(variants[name])}; got {value!r}")
+    config.update_from_flattened_dict(variant(value))
   return config

@@ -12,6 +12,7 @@ from configs import video_common
 
 
 def get_config(arg: str = ""):
+  """Returns the config, with the variants in `arg`."""
   config = video_common.video_config()
   config.model.heavy.stem = "small"
   config.model.light.name = "resnet8"

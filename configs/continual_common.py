@@ -143,20 +143,20 @@ def continual_config() -> ml_collections.ConfigDict:
 
 
 _VARIANTS = {
-  "method": ("method", str),
-  "model": ("model.name", str),
-  "width": ("model.width", float),
-  "epochs": ("optim.epochs", int),
-  "batch": ("optim.batch_size", int),
-  "lr": ("optim.learning_rate", float),
-  "sparsity": ("gates.sparsity", float),
-  "patience": ("gates.patience", float),
-  "noise": ("model.gate.noise_scale", float),
-  "rehearsal": ("router.rehearsal", str),
-  "seed": ("seed", int),
+  "method": common.setting("method"),
+  "model": common.setting("model.name"),
+  "width": common.setting("model.width", float),
+  "epochs": common.setting("optim.epochs", int),
+  "batch": common.setting("optim.batch_size", int),
+  "lr": common.setting("optim.learning_rate", float),
+  "sparsity": common.setting("gates.sparsity", float),
+  "patience": common.setting("gates.patience", float),
+  "noise": common.setting("model.gate.noise_scale", float),
+  "rehearsal": common.setting("router.rehearsal"),
+  "seed": common.setting("seed", int),
 }
 
 
 def apply_variants(config: ml_collections.ConfigDict, arg: str | None) -> ml_collections.ConfigDict:
-  """Applies variants such as `method=ewc,epochs=3`; see `common.apply_variants`."""
-  return common.apply_variants(config, arg, _VARIANTS)
+  """Applies variants such as `method=ewc,epochs=3`; see `common.apply_variants_of`."""
+  return common.apply_variants_of(config, arg, _VARIANTS)

@@ -9,6 +9,7 @@ from configs import common
 
 
 def get_config(arg: str = ""):
+  """Returns the config, with the variants in `arg`."""
   config = common.image_config()
   config.data.name = "digits"
   config.data.crop_padding = 1

@@ -16,6 +16,7 @@ from configs import common
 
 
 def get_config(arg: str = ""):
+  """Returns the config, with the variants in `arg`."""
   config = common.imagenet_config()
   config.data.name = "tiny_imagenet50"
   config.data.crop_area = 0.25

@@ -19,6 +19,7 @@ from configs import common
 
 
 def get_config(arg: str = ""):
+  """Returns the config, with the variants in `arg`."""
   config = common.imagenet_config()
   config.data.name = "imagenet2012"
   config.data.test_split = "validation"

@@ -14,6 +14,7 @@ from configs import common, segmentation_common
 
 
 def get_config(arg: str = ""):
+  """Returns the config, with the variants in `arg`."""
   config = segmentation_common.segmentation_config()
   config.data.name = "cityscapes"
   config.data.size = (1024, 2048)

@@ -12,6 +12,7 @@ from configs import common, segmentation_common
 
 
 def get_config(arg: str = ""):
+  """Returns the config, with the variants in `arg`."""
   config = segmentation_common.segmentation_config()
   config.model.width = 0.5
   config.model.output_stride = 2

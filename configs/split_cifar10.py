@@ -9,6 +9,7 @@ from configs import continual_common
 
 
 def get_config(arg: str = ""):
+  """Returns the config, with the variants in `arg`."""
   config = continual_common.continual_config()
   config.data.name = "cifar10"
   config.data.mean = (0.4914, 0.4822, 0.4465)

@@ -11,6 +11,7 @@ from configs import continual_common, split_cifar10
 
 
 def get_config(arg: str = ""):
+  """Returns the config, with the variants in `arg`."""
   config = split_cifar10.get_config()
   config.model.width = 0.125
   config.optim.epochs = 2

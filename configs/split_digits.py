@@ -11,6 +11,7 @@ from configs import continual_common
 
 
 def get_config(arg: str = ""):
+  """Returns the config, with the variants in `arg`."""
   config = continual_common.continual_config()
   config.optim.epochs = 30
   config.optim.batch_size = 32

@@ -10,6 +10,7 @@ from configs import continual_common
 
 
 def get_config(arg: str = ""):
+  """Returns the config, with the variants in `arg`."""
   config = continual_common.continual_config()
   config.data.name = "mnist"
   config.optim.epochs = 400

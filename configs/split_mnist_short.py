@@ -10,6 +10,7 @@ from configs import continual_common, split_mnist
 
 
 def get_config(arg: str = ""):
+  """Returns the config, with the variants in `arg`."""
   config = split_mnist.get_config()
   config.optim.epochs = 1
   config.optim.batch_size = 16

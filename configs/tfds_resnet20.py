@@ -13,6 +13,7 @@ from configs import common
 
 
 def get_config(arg: str = ""):
+  """Returns the config, with the variants in `arg`."""
   config = common.image_config()
   config.data.name = "mnist"
   config.data.std = (0.25,)

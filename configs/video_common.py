@@ -138,19 +138,19 @@ def video_config() -> ml_collections.ConfigDict:
   )
 
 
-VARIANTS = {
-  "selection": ("model.selection", str),
-  "share": ("model.segment_fraction", float),
-  "target": ("loss.sparsity.target", float),
-  "context": ("model.gate.context", str),
-  "heavy": ("model.heavy.name", str),
-  "training": ("training", str),
-  "epochs": ("optim.epochs", int),
-  "layout": ("data.layout", str),
-  "seed": ("seed", int),
+_VARIANTS = {
+  "selection": common.setting("model.selection"),
+  "share": common.setting("model.segment_fraction", float),
+  "target": common.setting("loss.sparsity.target", float),
+  "context": common.setting("model.gate.context"),
+  "heavy": common.setting("model.heavy.name"),
+  "training": common.setting("training"),
+  "epochs": common.setting("optim.epochs", int),
+  "layout": common.setting("data.layout"),
+  "seed": common.setting("seed", int),
 }
 
 
 def apply_variants(config: ml_collections.ConfigDict, arg: str | None) -> ml_collections.ConfigDict:
-  """Applies variants such as `context=none,target=0.25`; see `common.apply_variants`."""
-  return common.apply_variants(config, arg, VARIANTS)
+  """Applies variants such as `context=none,target=0.25`; see `common.apply_variants_of`."""
+  return common.apply_variants_of(config, arg, _VARIANTS)

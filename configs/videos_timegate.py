@@ -22,6 +22,7 @@ from configs import video_common
 
 
 def get_config(arg: str = ""):
+  """Returns the config, with the variants in `arg`."""
   config = video_common.video_config()
   config.data.name = "videos"
   config.data.segments = 64

@@ -88,6 +88,13 @@ def test_variants_of_gates_are_named_as_the_field_and_by_their_earlier_names(ear
   assert get_config(f"gates={earlier}").to_dict() == get_config(f"gates={name}").to_dict()
 
 
+def test_the_coefficient_of_sparsity_is_also_known_by_its_earlier_name():
+  get_config = importlib.import_module("configs.cifar10_resnet20").get_config
+  assert get_config("l0=2.5").to_dict() == get_config("sparsity=2.5").to_dict()
+  with pytest.raises(ValueError, match="a variant must be one of .* as name=value; got 'l0=2.5'"):
+    importlib.import_module("configs.split_digits").get_config("l0=2.5")
+
+
 def test_a_budget_is_a_share_to_train_to():
   sparsity = (
     importlib.import_module("configs.cifar10_resnet20").get_config("budget=0.25").loss.sparsity
