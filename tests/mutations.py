@@ -218,8 +218,8 @@ TRAINING = [
   Mutant(
     "drops_late_by_the_warm_up",
     "training/optim.py",
-    "round(d * total_steps) - warm for d in drops",
-    "round(d * total_steps) for d in drops",
+    "drops[round(fraction * total_steps) - warm] += 1",
+    "drops[round(fraction * total_steps)] += 1",
     "training/test_schedules.py",
   ),
   Mutant(
@@ -451,8 +451,8 @@ INFERENCE = [
   Mutant(
     "bias_of_closed_channels",
     "ops/native_kernels.py",
-    "x = _closed(x + bias[None, None, None], gate)",
-    "x = _closed(x, gate) + bias[None, None, None]",
+    "x = _closed(x + step.bias[None, None, None], step.gate)",
+    "x = _closed(x, step.gate) + step.bias[None, None, None]",
     "ops/test_native_kernels.py::test_a_branch_by_hand",
   ),
   Mutant(

@@ -6,7 +6,6 @@ Every setting is checked before anything is compiled.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
@@ -24,8 +23,7 @@ from gating_jax.models.resnet import RESNETS, resnet
 from gating_jax.models.resnet_variants import EarlyExitNet, ExpertNet
 from gating_jax.models.summary import ModelCounts, model_summary
 from gating_jax.models.vgg import VGGS, vgg
-from gating_jax.ops.priors import beta
-from gating_jax.training import devices, loop, optim, settings
+from gating_jax.training import devices, loop, optim, rundir, settings
 from gating_jax.training.objectives import (
   PRICED,
   REDUCTIONS,
@@ -116,9 +114,7 @@ def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = N
       ),
     },
   )
-  read, objective = _opener(config), ImageObjective
-  if config.model.gating == EXITS:
-    objective = functools.partial(ExitObjective, exit_weights=config.loss.exit_weights)
+  read = _opener(config)
   return assemble(
     config,
     # The size of a split is known without reading it.
@@ -128,7 +124,7 @@ def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = N
     open_train=lambda: read(data.train_split, training=True),
     open_test=lambda: read(data.test_split, training=False),
     network=network,
-    objective=objective,
+    objective=ExitObjective if config.model.gating == EXITS else ImageObjective,
     known=known,
   )
 
@@ -140,7 +136,7 @@ def assemble(
   open_train: Callable[[], Any],
   open_test: Callable[[], Any],
   network: Callable[[ml_collections.ConfigDict, int], nn.Module],
-  objective: Callable[..., ImageObjective] = ImageObjective,
+  objective: type[ImageObjective] = ImageObjective,
   train_shape: tuple[int, int, int] | None = None,
   known: Sequence[Outline] | None = None,
 ) -> Experiment:
@@ -151,19 +147,13 @@ def assemble(
     size: returns the number of training images.
     open_train, open_test: read the sets.
     network: `(config.model, classes)` to the model.
-    objective: the objective to minimise.
+    objective: the kind of the objective to minimise.
     train_shape: `(H, W, D)` of the training images, where it is not that of the test images.
     known: outlines of the training and the test set, which are then not opened here.
   Raises:
     ValueError: a setting does not fit the data; the message names the field.
   """
-  data, training, loss, dispatch = (
-    config.data,
-    config.optim,
-    config.loss,
-    config.devices.steps_per_dispatch,
-  )
-  prior = beta(loss.batch_shaping.a, loss.batch_shaping.b)
+  data, training = config.data, config.optim
   # Schedules need the number of steps, and so that of the images, before these are read.
   examples = len(known[0]) if known else size()
   if training.batch_size > examples:
@@ -173,54 +163,30 @@ def assemble(
     )
   # The last, smaller batch of an epoch is left out: a step has one shape.
   per_epoch = examples // training.batch_size
-  total = settings.total_steps(training.epochs, per_epoch, dispatch)
+  loops = loop.LoopSettings.from_config(config, epochs=training.epochs, steps_per_epoch=per_epoch)
+  total = loops.total_steps
+  goal = objective.from_config(config.loss, total)
   optimiser = optim.sgd(
-    optim.learning_rate(
-      training.schedule,
-      training.learning_rate,
-      total,
-      warmup=training.warmup,
-      lr_drop_at=training.lr_drop_at,
-      factor=training.drop_factor,
-    ),
+    optim.configured_rate(training, total),
     momentum=training.momentum,
     weight_decay=training.weight_decay,
     gate_lr_multiplier=training.gate_lr_multiplier,
   )
-  shaping, sparsity = loss.batch_shaping, loss.sparsity
-  coefficients = dict(
-    batch_shaping_coefficient=optim.fade_out(shaping.coefficient, shaping.fade_end, total),
-    sparsity_coefficient=optim.fade_in(
-      sparsity.coefficient, sparsity.ramp_start, sparsity.ramp_end, total
-    ),
-  )
-  noise = config.model.noise
-  noise_scale = (
-    None
-    if noise.final is None
-    else optim.ramp(
-      config.model.gate.noise_scale, noise.final, noise.ramp_start, noise.ramp_end, total
-    )
-  )
+  noise_scale = _noise_schedule(config.model, total)
   # Known outlines are those of the training set, then of the test set.
   test = known[-1] if known else open_test()
   settings.check_channels(data, test.shape[-1])
-  model = network(config.model, len(test.class_names))
+  classes = len(test.class_names)
+  model = network(config.model, classes)
   # The same network without the limit, for batches that open more than it holds.
   full = None
   if config.model.backward_share < 1:
-    full = network(
-      ml_collections.ConfigDict({**config.model, "backward_share": 1.0}), len(test.class_names)
-    )
+    unlimited = ml_collections.ConfigDict({**config.model, "backward_share": 1.0})
+    full = network(unlimited, classes)
   counts = model_summary(model, test.shape)
-  # No gate can save the part that always runs, so a budget below it is out of reach.
-  if sparsity.kind == "budget" and sparsity.target <= (never := counts.always_macs / counts.macs):
-    raise ValueError(
-      f"loss.sparsity.target must be above {never:.3f}, the fraction of the ungated MACs that "
-      f"always runs; got {sparsity.target}"
-    )
   # The objective sees training images, whose MACs differ with their size.
   at_training = model_summary(model, train_shape) if train_shape else counts
+  _check_budget(config.loss.sparsity, at_training)
   return Experiment(
     config=config,
     open_train=open_train,
@@ -230,26 +196,40 @@ def assemble(
     noise_scale=noise_scale,
     counts=counts,
     optimiser=optimiser,
-    objective=objective(
-      prior=prior,
-      reduction=shaping.reduction,
-      sparsity=sparsity.kind,
-      target=sparsity.target,
-      # Ungated MACs minus those that gates switch; gate networks are in neither.
-      never_gated_macs=at_training.never_gated_macs,
-      regulariser=loss.regulariser,
-      coefficient=loss[loss.regulariser].coefficient if loss.regulariser in loss else 0.0,
-      **coefficients,
-    ),
-    # The config counts in epochs, the loop in steps.
-    settings=loop.LoopSettings(
-      total_steps=total,
-      steps_per_dispatch=dispatch,
-      log_every=config.log_every,
-      checkpoint_every=max(1, round(config.checkpoint_every * per_epoch)),
-      eval_every=max(1, round(config.eval_every * per_epoch)) if config.eval_every else 0,
-    ),
+    objective=dataclasses.replace(goal, never_gated_macs=at_training.never_gated_macs),
+    settings=loops,
   )
+
+
+def _noise_schedule(model: ml_collections.ConfigDict, total: int) -> optax.Schedule | None:
+  """Returns the noise scale of the gates, from step to number; None for the model's own."""
+  noise = model.noise
+  if noise.final is None:
+    return None
+  return optim.ramp(
+    model.gate.noise_scale,
+    noise.final,
+    ramp_start=noise.ramp_start,
+    ramp_end=noise.ramp_end,
+    total_steps=total,
+  )
+
+
+def _check_budget(sparsity: ml_collections.ConfigDict, counts: ModelCounts) -> None:
+  """Raises a ValueError where closing every gate would not meet the budget.
+
+  Args:
+    sparsity: the section `config.loss.sparsity`.
+    counts: the network, for a training image.
+  """
+  # `mac_budget_loss` measures the MACs without gate networks, and so does this check: a budget
+  # between the two fractions can be met.
+  least = counts.never_gated_macs / counts.macs
+  if sparsity.kind == "budget" and sparsity.target <= least:
+    raise ValueError(
+      f"loss.sparsity.target must be above {least:.3f}, the fraction of the ungated MACs that "
+      f"always runs; got {sparsity.target}"
+    )
 
 
 def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
@@ -401,36 +381,32 @@ def check(
 def _check_together(config: ml_collections.ConfigDict) -> None:
   """Raises a ValueError where one setting excludes another."""
   model, loss = config.model, config.loss
-  skips, chain, exits, experts = (
-    model.backward_share < 1,
-    model.name in VGGS,
-    *(model.gating == r for r in RIVALS),
-  )
-  # `found` must be `value` where `holds`. A backward pass may leave out only gradients that are
-  # exactly 0, and the baselines lack what they do not use.
-  for holds, name, found, value, where in (
-    (chain, "model.inner_width", model.inner_width, 1.0, f"model.name is {model.name!r}"),
-    (chain, "model.group_norm", model.group_norm, False, f"model.name is {model.name!r}"),
-    (skips, "model.gating", model.gating, "layer", "model.backward_share is below 1"),
-    (skips, "model.group_norm", model.group_norm, True, "model.backward_share is below 1"),
-    (exits, "loss.regulariser", loss.regulariser, "none", f"model.gating is {model.gating!r}"),
-    (
-      experts and loss.regulariser != "balance",
-      "loss.regulariser",
-      loss.regulariser,
-      "none",
-      f"model.gating is {model.gating!r} (alternatively 'balance')",
-    ),
-    (
-      loss.regulariser == "balance",
-      "model.gating",
-      model.gating,
-      EXPERTS,
-      "loss.regulariser is 'balance'",
-    ),
-  ):
-    if holds and found != value:
-      raise ValueError(f"{name} must be {value!r} where {where}; got {found!r}")
+  skips, chain = model.backward_share < 1, model.name in VGGS
+  exits, experts = model.gating == EXITS, model.gating == EXPERTS
+  fields = rundir.flatten(config)
+
+  def demand(name: str, value: Any, where: str) -> None:
+    """Raises a ValueError unless the field has this value."""
+    if fields[name] != value:
+      raise ValueError(f"{name} must be {value!r} where {where}; got {fields[name]!r}")
+
+  # Chains of convolutions have neither branches nor GroupNorm.
+  if chain:
+    demand("model.inner_width", 1.0, f"model.name is {model.name!r}")
+    demand("model.group_norm", False, f"model.name is {model.name!r}")
+  # A backward pass may leave out only gradients that are exactly 0.
+  if skips:
+    demand("model.gating", "layer", "model.backward_share is below 1")
+    demand("model.group_norm", True, "model.backward_share is below 1")
+  # The baselines have no gates that a regulariser could shape.
+  if exits:
+    demand("loss.regulariser", "none", f"model.gating is {model.gating!r}")
+  if experts and loss.regulariser != "balance":
+    demand(
+      "loss.regulariser", "none", f"model.gating is {model.gating!r} (alternatively 'balance')"
+    )
+  if loss.regulariser == "balance":
+    demand("model.gating", EXPERTS, "loss.regulariser is 'balance'")
   # Without gates that draw noise, the schedule would be silently ignored.
   if model.noise.final is not None and (
     model.gating in ("none", *RIVALS)

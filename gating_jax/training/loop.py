@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 
 from gating_jax.training import hosts
@@ -67,6 +68,28 @@ class LoopSettings:
   log_every: int = 50
   checkpoint_every: int = 1000
   eval_every: int = 0
+
+  @classmethod
+  def from_config(
+    cls, config: ml_collections.ConfigDict, *, epochs: int, steps_per_epoch: int
+  ) -> LoopSettings:
+    """Converts the epochs of a config to steps, rounded up to whole dispatches.
+
+    Args:
+      config: with `devices.steps_per_dispatch` and `log_every`, in steps; and `checkpoint_every`
+        and `eval_every`, in epochs.
+      epochs: epochs of the training.
+      steps_per_epoch: steps of an epoch.
+    """
+    per_dispatch = config.devices.steps_per_dispatch
+    # An interval that is shorter than a step is a step; evaluations alone may be turned off.
+    return cls(
+      total_steps=math.ceil(epochs * steps_per_epoch / per_dispatch) * per_dispatch,
+      steps_per_dispatch=per_dispatch,
+      log_every=config.log_every,
+      checkpoint_every=max(1, round(config.checkpoint_every * steps_per_epoch)),
+      eval_every=max(1, round(config.eval_every * steps_per_epoch)) if config.eval_every else 0,
+    )
 
   def __post_init__(self):
     for name in ("total_steps", "steps_per_dispatch", "log_every", "checkpoint_every"):

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any
 
 import jax.numpy as jnp
+import ml_collections
 import optax
 from jax import lax
 
@@ -17,7 +19,8 @@ from gating_jax.checks import one_of
 from gating_jax.ops import collectives, penalties
 from gating_jax.ops.ecdf import batch_shaping_loss
 from gating_jax.ops.macs import executed_macs, gated_macs
-from gating_jax.ops.priors import Prior
+from gating_jax.ops.priors import Prior, beta
+from gating_jax.training import optim
 from gating_jax.training.closed_gates import CLOSED, closed_share
 from gating_jax.types import Array, Records
 
@@ -53,7 +56,7 @@ class ImageObjective:
     target: fraction in (0, 1], for `budget` and `target_rate`.
     batch_shaping_coefficient, sparsity_coefficient: gamma_t and rho_t, from step to number.
     never_gated_macs: MACs per example of everything that is never gated, without gate networks, for
-      `budget`.
+      `budget`; set once the network is counted.
     regulariser: `batch_shaping`, with sparsity; `sparsity` alone; `entropy`, which asks that gates
       be open for half of the examples; `decision_entropy`, that each be open with probability 1/2;
       `away_from_half`, that probabilities differ from that; `balance`, that examples are spread
@@ -67,9 +70,42 @@ class ImageObjective:
   target: float
   batch_shaping_coefficient: Callable[[Array], Array]
   sparsity_coefficient: Callable[[Array], Array]
-  never_gated_macs: int
+  never_gated_macs: int = 0
   regulariser: str = "batch_shaping"
   coefficient: float = 0.0
+
+  @classmethod
+  def from_config(
+    cls, loss: ml_collections.ConfigDict, total_steps: int, **fields: Any
+  ) -> ImageObjective:
+    """Returns the objective that a section of a config describes.
+
+    Args:
+      loss: a section with `batch_shaping`, `sparsity` and, where there is a choice, `regulariser`.
+      total_steps: steps of the training, for the schedules.
+      fields: further fields of the objective.
+    Raises:
+      ValueError: a field is out of its range.
+    """
+    shaping, sparsity = loss.batch_shaping, loss.sparsity
+    regulariser = loss.get("regulariser", "batch_shaping")
+    return cls(
+      prior=beta(shaping.a, shaping.b),
+      reduction=shaping.reduction,
+      sparsity=sparsity.kind,
+      target=sparsity.target,
+      batch_shaping_coefficient=optim.fade_out(shaping.coefficient, shaping.fade_end, total_steps),
+      sparsity_coefficient=optim.fade_in(
+        sparsity.coefficient,
+        ramp_start=sparsity.ramp_start,
+        ramp_end=sparsity.ramp_end,
+        total_steps=total_steps,
+      ),
+      regulariser=regulariser,
+      # Each regulariser with one strength has a section of its own name.
+      coefficient=loss[regulariser].coefficient if regulariser in loss else 0.0,
+      **fields,
+    )
 
   def __post_init__(self):
     one_of("reduction", self.reduction, REDUCTIONS)
@@ -212,6 +248,18 @@ class ExitObjective(ImageObjective):
   """
 
   exit_weights: tuple[float, ...] = (1.0,)
+
+  @classmethod
+  def from_config(
+    cls, loss: ml_collections.ConfigDict, total_steps: int, **fields: Any
+  ) -> ExitObjective:
+    """Returns the objective that a section of a config describes, as `ImageObjective` does.
+
+    Args:
+      loss: as in `ImageObjective.from_config`, with `exit_weights`.
+      total_steps, fields: as in `ImageObjective.from_config`.
+    """
+    return super().from_config(loss, total_steps, exit_weights=loss.exit_weights, **fields)
 
   def __call__(
     self,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import ml_collections
 import optax
 from flax import traverse_util
 
@@ -53,16 +54,19 @@ def sgd(
     optax.add_decayed_weights(weight_decay, mask=decayed),
     optax.sgd(learning_rate, momentum=momentum, nesterov=momentum > 0),
     # After the learning rate: the factor scales the update, not the momentum.
-    optax.masked(
-      optax.scale(gate_lr_multiplier), lambda params: jax.tree.map(operator.not_, decayed(params))
-    ),
+    optax.masked(optax.scale(gate_lr_multiplier), of_gates),
   )
 
 
-def decayed(params: Any) -> Any:
-  """Returns a tree with True for each parameter that decays."""
+def of_gates(params: Any) -> Any:
+  """Returns a tree with True for each parameter of a gate network."""
   flat = traverse_util.flatten_dict(params)
-  return traverse_util.unflatten_dict({path: not is_gate_path(path) for path in flat})
+  return traverse_util.unflatten_dict({path: is_gate_path(path) for path in flat})
+
+
+def decayed(params: Any) -> Any:
+  """Returns a tree with True for each parameter that decays: all but those of gate networks."""
+  return jax.tree.map(operator.not_, of_gates(params))
 
 
 def adam(learning_rate: optax.Schedule, *, weight_decay: float) -> optax.GradientTransformation:
@@ -165,6 +169,18 @@ def ramp(
   )
 
 
+def configured_rate(training: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
+  """Returns the `learning_rate` that the section `optim` of a config describes."""
+  return learning_rate(
+    training.schedule,
+    training.learning_rate,
+    total_steps,
+    warmup=training.warmup,
+    lr_drop_at=training.lr_drop_at,
+    factor=training.drop_factor,
+  )
+
+
 def learning_rate(
   kind: str,
   peak: float,
@@ -186,7 +202,8 @@ def learning_rate(
   Raises:
     ValueError: an unknown kind, a rate that is not positive, or a fraction outside [0, 1].
   """
-  _check_fractions(warmup=warmup, **{f"lr_drop_at[{i}]": d for i, d in enumerate(lr_drop_at)})
+  drops_by_name = {f"lr_drop_at[{i}]": fraction for i, fraction in enumerate(lr_drop_at)}
+  _check_fractions(warmup=warmup, **drops_by_name)
   one_of("schedule", kind, LEARNING_RATES)
   if not peak > 0:
     raise ValueError(f"learning_rate must be > 0; got {peak}")
@@ -195,13 +212,14 @@ def learning_rate(
     after = optax.cosine_decay_schedule(peak, max(1, total_steps - warm))
   else:
     # Counted, since several drops may round to the same step: each multiplies the rate.
-    drops_at = collections.Counter(round(d * total_steps) - warm for d in lr_drop_at)
-    after = optax.piecewise_constant_schedule(
-      peak, {at: factor**count for at, count in drops_at.items()}
-    )
+    drops = collections.Counter()
+    for fraction in lr_drop_at:
+      # join_schedules counts the steps of `after` from the end of the warm-up.
+      drops[round(fraction * total_steps) - warm] += 1
+    factors = {step: factor**count for step, count in drops.items()}
+    after = optax.piecewise_constant_schedule(peak, factors)
   if not warm:
     return after
-  # join_schedules counts the steps of `after` from its beginning, hence `- warm` above.
   return optax.join_schedules([optax.linear_schedule(0.0, peak, warm), after], [warm])
 
 

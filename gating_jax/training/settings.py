@@ -144,16 +144,3 @@ def divides_over_devices() -> Rule:
     lambda size: size % jax.device_count() == 0,
     f"a multiple of the {jax.device_count()} devices",
   )
-
-
-def total_steps(epochs: int, steps_per_epoch: int, per_dispatch: int) -> int:
-  """Computes the steps of a training, in whole dispatches.
-
-  Args:
-    epochs: epochs of the training.
-    steps_per_epoch: steps of an epoch.
-    per_dispatch: steps of a dispatch.
-  Returns:
-    the least multiple of `per_dispatch` that covers all epochs.
-  """
-  return math.ceil(epochs * steps_per_epoch / per_dispatch) * per_dispatch

@@ -37,8 +37,7 @@ from gating_jax.models.video_backbones import (
   light_net,
 )
 from gating_jax.ops import selection
-from gating_jax.ops.priors import beta
-from gating_jax.training import devices, loop, optim, settings
+from gating_jax.training import devices, loop, optim, rundir, settings
 from gating_jax.training.objectives import REDUCTIONS, ImageObjective
 from gating_jax.training.objectives import SPARSITIES as CHANNEL_SPARSITIES
 from gating_jax.training.rundir import Outline
@@ -49,7 +48,7 @@ TRAININGS = ("two_stage", "end_to_end")
 TARGETS = ("units", "label")
 # Selections that take a known number of segments.
 COUNTED = ("uniform", "random", "oracle", "confidence")
-# The selection that has the light net in place of the heavy one.
+# The selection by which the light net takes the heavy one's place, and sees every segment.
 LIGHT = "light"
 
 
@@ -109,9 +108,7 @@ class VideoExperiment:
 
   def prepare(self, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Converts a batch's arrays to the inputs of the whole network."""
-    return sets.network_inputs(
-      inputs, self.config, light_alone=self.config.model.selection == LIGHT
-    )
+    return sets.network_inputs(inputs, self.config, heavy_from=heavy_from(self.config))
 
 
 def build(
@@ -132,7 +129,7 @@ def build(
   if known:
     train, test = known[0], known[-1]
   else:
-    train, test = (sets.open_set(config, split) for split in ("train", "test"))
+    train, test = sets.open_set(config, "train"), sets.open_set(config, "test")
   if config.model.selection == "oracle" and "relevant" not in train.shapes:
     raise ValueError(
       "model.selection must not be 'oracle': the data do not mark the relevant segments"
@@ -152,13 +149,13 @@ def build(
     raise ValueError(
       "pretrain.epochs must be >= 1 if training is 'two_stage' or pretrained is set; got 0"
     )
-  alone = config.model.selection == LIGHT
-  shapes = sets.network_shapes(train, config, light_alone=alone)
+  source = heavy_from(config)
+  shapes = sets.network_shapes(train, config, heavy_from=source)
   model = _segment_net(config, len(train.class_names))
   # Features come with the cost of the nets that made them: the config tells it.
   spent = (
     0 if model.light is None else config.data.light_macs,
-    config.data.light_macs if alone else config.data.heavy_macs,
+    config.data[f"{source}_macs"],
   )
   counts = video_summary(model, shapes, made_elsewhere=spent)
   # The cost of a segment is known only once the heavy net is counted.
@@ -169,16 +166,21 @@ def build(
     dense, sets.network_shapes(train, config), made_elsewhere=(0, config.data.heavy_macs)
   )
   return VideoExperiment(
-    config,
-    train,
-    test,
-    model,
-    counts,
-    reference,
-    shapes,
-    _pretraining(config, train, counts),
-    _training(config, train, model, counts, shapes),
+    config=config,
+    train=train,
+    test=test,
+    model=model,
+    counts=counts,
+    reference=reference,
+    shapes=shapes,
+    pretraining=_pretraining(config, train, counts),
+    training=_training(config, train, model=model, counts=counts, shapes=shapes),
   )
+
+
+def heavy_from(config: ml_collections.ConfigDict) -> str:
+  """Returns which net, `light` or `heavy`, has the heavy one's place in the network."""
+  return "light" if config.model.selection == LIGHT else "heavy"
 
 
 def nets(config: ml_collections.ConfigDict) -> tuple[nn.Module, nn.Module]:
@@ -203,17 +205,19 @@ def nets(config: ml_collections.ConfigDict) -> tuple[nn.Module, nn.Module]:
 def _segment_net(config: ml_collections.ConfigDict, classes: int) -> SegmentNet:
   model, gate = config.model, config.model.gate
   light, heavy = nets(config)
-  # `light`: the light net takes the heavy one's place and sees every segment.
-  alone = model.selection == LIGHT
+  select, light_head = model.selection, config.loss.light > 0
+  # In the heavy net's place, the light net is the only one, and sees every segment.
+  if heavy_from(config) == "light":
+    heavy, select, light_head = light, "all", False
   # The light net runs only where something reads it: the gate, its confidence or its own loss.
-  asked = model.selection in ("gate", "confidence") or config.loss.light > 0
+  asked = light_head or select in ("gate", "confidence")
   return SegmentNet(
     classes=classes,
-    light=light if asked and not alone else None,
-    heavy=light if alone else heavy,
-    selection="all" if alone else model.selection,
+    light=light if asked else None,
+    heavy=heavy,
+    selection=select,
     share=model.segment_fraction,
-    light_head=config.loss.light > 0 and not alone,
+    light_head=light_head,
     pooling=model.pooling,
     axis_name=devices.AXIS,
     gate=SegmentGateSettings(
@@ -234,8 +238,15 @@ def _pretraining(
   # One class more for segments without a unit action.
   targets = len(train.unit_names) + 1 if pretrain.target == "units" else len(train.class_names)
   light, heavy = nets(config)
-  loops, total = _loop(config, train, "pretrain")
+  loops = _loop(config, train, "pretrain")
+  total = loops.total_steps
   shapes = sets.network_shapes(train, config)
+
+  def prepare(key, inputs):
+    """Returns random segments of each video `[B, T, ...]`, as inputs of both nets `[B * S, ...]`."""
+    picked = sets.pick_segments(key, inputs, pretrain.segments_per_video, axis_name=devices.AXIS)
+    return sets.network_inputs(picked, config)
+
   return Phase(
     name="pretrain",
     model=SegmentClassifier(targets, light, heavy),
@@ -244,11 +255,12 @@ def _pretraining(
       weight_decay=pretrain.weight_decay,
     ),
     objective=SegmentObjective(
-      pretrain.target, targets, train.multi_label, _channels(config, counts, total)
+      target=pretrain.target,
+      targets=targets,
+      multi_label=train.multi_label,
+      channels=_channels(config, counts, total),
     ),
-    prepare=lambda key, inputs: sets.network_inputs(
-      sets.pick_segments(key, inputs, pretrain.segments_per_video, devices.AXIS), config
-    ),
+    prepare=prepare,
     # A picked segment is an example of its own: the axis of segments goes.
     shapes={"light": shapes["light"][1:], "heavy": shapes["heavy"][1:]},
     batch_size=pretrain.batch_size,
@@ -259,96 +271,81 @@ def _pretraining(
 def _training(
   config: ml_collections.ConfigDict,
   train: Any,
+  *,
   model: SegmentNet,
   counts: VideoCounts,
   shapes: Mapping[str, Any],
 ) -> Phase:
-  training, loss = config.optim, config.loss
-  loops, total = _loop(config, train, "optim")
-  rate = optim.learning_rate(
-    training.schedule,
-    training.learning_rate,
-    total,
-    warmup=training.warmup,
-    lr_drop_at=training.lr_drop_at,
-    factor=training.drop_factor,
-  )
-  optimiser = (
-    optim.adam(rate, weight_decay=training.weight_decay)
-    if training.kind == "adam"
-    else optim.sgd(rate, momentum=training.momentum, weight_decay=training.weight_decay)
-  )
-  # Concepts are found by clustering, and stay as they are unless the config trains them.
-  if not config.model.gate.trained_concepts:
-    optimiser = optim.frozen(optimiser, lambda path: CONCEPTS in path)
-  alone = config.model.selection == LIGHT
-  prepare = lambda key, inputs: sets.network_inputs(inputs, config, light_alone=alone)
+  loops = _loop(config, train, "optim")
   full = None
-  # `two_stage` trains on features; otherwise the backward pass may skip segments not chosen.
+  # `two_stage` trains on features, so both nets become a pooling of these.
   if config.training == "two_stage":
-    # Stage two trains on features, so both nets become a pooling of these.
-    features = lambda net: None if net is None else FeaturePool()
-    prepare, shapes = (lambda key, inputs: inputs), sets.feature_shapes(model, shapes)
-    model = model.clone(light=features(model.light), heavy=features(model.heavy))
+    shapes = sets.feature_shapes(model, shapes)
+    light = None if model.light is None else FeaturePool()
+    model = model.clone(light=light, heavy=FeaturePool())
   elif config.model.skip_backward:
-    # Each device has its own part of the batch, and a capacity for it.
-    videos = training.batch_size // jax.device_count()
-    if model.selection == "gate":
-      # A gate may choose more than the capacity: such a step runs the full backward pass.
-      full, capacity = model, math.ceil(config.model.backward_share * videos * counts.segments)
-    else:
-      # Such a selection takes the same number of segments of every full-length video, at most.
-      capacity = videos * int(
-        selection.budget_to_k(np.ones((1, counts.segments), bool), model.segment_fraction)[0]
-      )
-    model = model.clone(backward_capacity=capacity)
+    # A gate may choose more than the capacity: such a step runs the full backward pass.
+    full = model if model.selection == "gate" else None
+    model = model.clone(backward_capacity=_backward_capacity(config, model, counts.segments))
+
+  def prepare(key, inputs):
+    """Returns inputs `[B, T, ...]` of the network, the videos' own or their features."""
+    del key
+    if config.training == "two_stage":
+      return inputs
+    return sets.network_inputs(inputs, config, heavy_from=heavy_from(config))
+
   return Phase(
     name="train",
     model=model,
     full=full,
-    optimiser=optimiser,
+    optimiser=_optimiser(config, loops.total_steps),
+    objective=VideoObjective.from_config(
+      config.loss,
+      loops.total_steps,
+      multi_label=train.multi_label,
+      gated=model.selection == "gate",
+      channels=_channels(config, counts, loops.total_steps),
+    ),
     prepare=prepare,
     shapes=shapes,
-    batch_size=training.batch_size,
+    batch_size=config.optim.batch_size,
     settings=loops,
-    objective=VideoObjective(
-      multi_label=train.multi_label,
-      # Fixed selections have no parameters that a sparsity penalty could train.
-      sparsity=loss.sparsity.kind if model.selection == "gate" else "none",
-      target=loss.sparsity.target,
-      sparsity_coefficient=optim.fade_in(
-        loss.sparsity.coefficient, loss.sparsity.ramp_start, loss.sparsity.ramp_end, total
-      ),
-      batch_shaping_coefficient=optim.fade_out(
-        loss.batch_shaping.coefficient, loss.batch_shaping.fade_end, total
-      ),
-      prior=beta(loss.batch_shaping.a, loss.batch_shaping.b),
-      light_coefficient=loss.light,
-      channels=_channels(config, counts, total),
-    ),
   )
+
+
+def _backward_capacity(config: ml_collections.ConfigDict, model: SegmentNet, segments: int) -> int:
+  """Returns the number of segments, of a device's part of a batch, that have a backward pass."""
+  videos = config.optim.batch_size // jax.device_count()
+  if model.selection == "gate":
+    return math.ceil(config.model.backward_share * videos * segments)
+  # Other selections take the same number of segments of every full-length video, at most.
+  full_length = np.ones((1, segments), bool)
+  return videos * int(selection.budget_to_k(full_length, model.share)[0])
+
+
+def _optimiser(config: ml_collections.ConfigDict, total: int) -> optax.GradientTransformation:
+  """Builds the optimiser of the training after the pretraining, of `total` steps."""
+  training, rate = config.optim, optim.configured_rate(config.optim, total)
+  if training.kind == "adam":
+    optimiser = optim.adam(rate, weight_decay=training.weight_decay)
+  else:
+    optimiser = optim.sgd(rate, momentum=training.momentum, weight_decay=training.weight_decay)
+  # Concepts are found by clustering, and stay as they are unless the config trains them.
+  if config.model.gate.trained_concepts:
+    return optimiser
+  return optim.frozen(optimiser, lambda path: CONCEPTS in path)
 
 
 def _channels(config: ml_collections.ConfigDict, counts: VideoCounts, total: int) -> ImageObjective:
   """Builds the penalties of the heavy net's channel gates."""
-  shaping, sparsity = config.loss.channels.batch_shaping, config.loss.channels.sparsity
-  return ImageObjective(
-    prior=beta(shaping.a, shaping.b),
-    reduction=shaping.reduction,
-    sparsity=sparsity.kind,
-    target=sparsity.target,
-    never_gated_macs=counts.heavy.never_gated_macs,
-    batch_shaping_coefficient=optim.fade_out(shaping.coefficient, shaping.fade_end, total),
-    sparsity_coefficient=optim.fade_in(
-      sparsity.coefficient, sparsity.ramp_start, sparsity.ramp_end, total
-    ),
+  return ImageObjective.from_config(
+    config.loss.channels, total, never_gated_macs=counts.heavy.never_gated_macs
   )
 
 
-def _loop(
-  config: ml_collections.ConfigDict, train: Any, name: str
-) -> tuple[loop.LoopSettings, int]:
-  """Returns the loop's settings and the number of steps, from the config's section `name`."""
+def _loop(config: ml_collections.ConfigDict, train: Any, name: str) -> loop.LoopSettings:
+  """Returns the loop's settings of the phase that the section `name` of the config describes."""
   phase = config[name]
   if phase.batch_size > len(train):
     raise ValueError(
@@ -357,14 +354,7 @@ def _loop(
     )
   # Whole batches only: all of them have one shape.
   per_epoch = len(train) // phase.batch_size
-  total = settings.total_steps(phase.epochs, per_epoch, config.devices.steps_per_dispatch)
-  return loop.LoopSettings(
-    total_steps=total,
-    steps_per_dispatch=config.devices.steps_per_dispatch,
-    log_every=config.log_every,
-    checkpoint_every=max(1, round(config.checkpoint_every * per_epoch)),
-    eval_every=max(1, round(config.eval_every * per_epoch)) if config.eval_every else 0,
-  ), total
+  return loop.LoopSettings.from_config(config, epochs=phase.epochs, steps_per_epoch=per_epoch)
 
 
 def _check(config: ml_collections.ConfigDict) -> None:
@@ -454,22 +444,18 @@ def _check_skipped_backward(config: ml_collections.ConfigDict) -> None:
   model = config.model
   if not model.skip_backward:
     return
-  for name, value, holds, rule in (
-    ("training", config.training, config.training == "end_to_end", "'end_to_end'"),
-    (
-      "model.selection",
-      model.selection,
-      model.selection in (*COUNTED, "gate"),
-      f"one of {', '.join(COUNTED)}, gate",
-    ),
-    ("model.heavy.group_norm", model.heavy.group_norm, model.heavy.group_norm, "True"),
-    (
-      "model.backward_share",
-      model.backward_share,
-      model.selection != "gate" or model.backward_share < 1,
-      "< 1",
-    ),
-    ("model.heavy.gating", model.heavy.gating, model.heavy.gating == "none", "'none'"),
-  ):
+  fields = rundir.flatten(config)
+
+  def demand(name: str, holds: bool, rule: str) -> None:
+    """Raises a ValueError that names the field and its rule, unless that holds."""
     if not holds:
-      raise ValueError(f"{name} must be {rule} if model.skip_backward is set; got {value!r}")
+      raise ValueError(f"{name} must be {rule} if model.skip_backward is set; got {fields[name]!r}")
+
+  gated = model.selection == "gate"
+  counted = f"one of {', '.join(COUNTED)}, gate"
+  demand("training", config.training == "end_to_end", "'end_to_end'")
+  demand("model.selection", gated or model.selection in COUNTED, counted)
+  # BatchNorm would mix segments that have a backward pass with those that have none.
+  demand("model.heavy.group_norm", model.heavy.group_norm, "True")
+  demand("model.backward_share", not gated or model.backward_share < 1, "< 1")
+  demand("model.heavy.gating", model.heavy.gating == "none", "'none'")

@@ -13,10 +13,10 @@ import numpy as np
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.layers.segment_gate import CONCEPTS
 from gating_jax.paths import user_path
-from gating_jax.training import devices, hosts, rundir, steps
-from gating_jax.training.checkpoints import Checkpoints
+from gating_jax.training import devices, rundir, steps
+from gating_jax.training.checkpoints import Checkpoint, restore_newest
 from gating_jax.video import evaluate
-from gating_jax.video.build import LIGHT, Phase, VideoExperiment
+from gating_jax.video.build import Phase, VideoExperiment, heavy_from
 from gating_jax.video.concepts import find_concepts
 
 PRETRAIN_DIR = "pretrain"
@@ -24,21 +24,16 @@ PRETRAIN_DIR = "pretrain"
 _CONCEPT_SEGMENTS = 20_000
 
 
-def restore(phase: Phase, path: Path, seed: int, *, read_only: bool = False) -> tuple[int, Any]:
-  """Returns the newest checkpoint's step and state, or step 0 and a fresh state."""
-  state = steps.init_state(phase.model, phase.optimiser, seed, phase.shapes)
-  directory = path / rundir.CHECKPOINT_DIR
-  # All processes must agree, before any of them makes the directory.
-  if not hosts.any_of(directory.exists()):
-    return 0, devices.replicate(state)
-  checkpoints = Checkpoints(directory, read_only=read_only)
-  try:
-    return checkpoints.restore(state, devices.replicated_sharding()) or (
-      0,
-      devices.replicate(state),
-    )
-  finally:
-    checkpoints.close()
+def fresh(phase: Phase, seed: int) -> steps.TrainState:
+  """Initialises the state with which a phase begins."""
+  return steps.init_state(phase.model, phase.optimiser, seed, phase.shapes)
+
+
+def restore(phase: Phase, path: Path, seed: int) -> Checkpoint:
+  """Returns the newest checkpoint of a phase, or a fresh state as that of step 0."""
+  state = fresh(phase, seed)
+  found = restore_newest(path / rundir.CHECKPOINT_DIR, state)
+  return Checkpoint(0, devices.replicate(state)) if found is None else found
 
 
 def trained_nets(experiment: VideoExperiment, path: Path) -> Any:
@@ -55,7 +50,7 @@ def trained_nets(experiment: VideoExperiment, path: Path) -> Any:
     raise rundir.RunDirError(
       f"pretrained must be a run directory with trained nets; {path} does not exist"
     )
-  step, state = restore(experiment.pretraining, path, experiment.config.seed, read_only=True)
+  step, state = restore(experiment.pretraining, path, experiment.config.seed)
   if step != experiment.pretraining.settings.total_steps:
     raise rundir.RunDirError(
       f"{path} must hold nets trained for {experiment.pretraining.settings.total_steps} steps; "
@@ -119,14 +114,15 @@ def nets_of(experiment: VideoExperiment, nets: Any) -> dict[str, Any]:
   # Networks on precomputed features have no trained nets.
   if nets is None:
     return {}
-  alone = experiment.config.model.selection == LIGHT
-  places = {"heavy": "light" if alone else "heavy"} | (
-    {} if experiment.model.light is None else {"light": "light"}
-  )
-  return {
-    kind: {place: tree[name] for place, name in places.items() if name in tree}
-    for kind, tree in nets.items()
-  }
+  # By the place in the whole network: the net that stands there.
+  places = {"heavy": heavy_from(experiment.config)}
+  if experiment.model.light is not None:
+    places["light"] = "light"
+  renamed = {}
+  # A net without BatchNorm has no `batch_stats`.
+  for kind, tree in nets.items():
+    renamed[kind] = {place: tree[name] for place, name in places.items() if name in tree}
+  return renamed
 
 
 def of_state(state: steps.TrainState) -> dict[str, Any]:

@@ -10,11 +10,13 @@ import dataclasses
 from collections.abc import Callable, Hashable, Mapping
 
 import jax.numpy as jnp
+import ml_collections
 import optax
 
 from gating_jax.checks import one_of
 from gating_jax.ops.ecdf import batch_shaping_loss
-from gating_jax.ops.priors import Prior
+from gating_jax.ops.priors import Prior, beta
+from gating_jax.training import optim
 from gating_jax.training.closed_gates import LEAST_RATE, SEGMENTS_CLOSED
 from gating_jax.training.objectives import ImageObjective, weighted_mean
 from gating_jax.types import Array, Records
@@ -53,6 +55,43 @@ class VideoObjective:
   prior: Prior
   light_coefficient: float
   channels: ImageObjective
+
+  @classmethod
+  def from_config(
+    cls,
+    loss: ml_collections.ConfigDict,
+    total_steps: int,
+    *,
+    multi_label: bool,
+    gated: bool,
+    channels: ImageObjective,
+  ) -> VideoObjective:
+    """Returns the objective that the section `loss` of a config describes.
+
+    Args:
+      loss: the section.
+      total_steps: steps of the training, for the schedules.
+      multi_label: as of the class.
+      gated: whether a gate chooses the segments. Fixed selections have no parameters that a
+        sparsity penalty could train.
+      channels: as of the class.
+    """
+    shaping, sparsity = loss.batch_shaping, loss.sparsity
+    return cls(
+      multi_label=multi_label,
+      sparsity=sparsity.kind if gated else "none",
+      target=sparsity.target,
+      sparsity_coefficient=optim.fade_in(
+        sparsity.coefficient,
+        ramp_start=sparsity.ramp_start,
+        ramp_end=sparsity.ramp_end,
+        total_steps=total_steps,
+      ),
+      batch_shaping_coefficient=optim.fade_out(shaping.coefficient, shaping.fade_end, total_steps),
+      prior=beta(shaping.a, shaping.b),
+      light_coefficient=loss.light,
+      channels=channels,
+    )
 
   def __post_init__(self):
     one_of("loss.sparsity.kind", self.sparsity, SPARSITIES)

@@ -5,9 +5,10 @@ Axes: B videos, T segments, S picked ones, F frames, H and W pixels, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -50,7 +51,8 @@ def open_set(config: ml_collections.ConfigDict, split: str) -> VideoArrays | Vid
   table = _table(data, data[f"{split}_split"])
   if data.get("at_most"):
     # Spread over the table, which may be sorted by class.
-    table = table.take(np.linspace(0, len(table) - 1, min(data.at_most, len(table))).astype(int))
+    count = min(data.at_most, len(table))
+    table = table.take(np.linspace(0, len(table) - 1, count).astype(int))
   how = dict(
     segments=data.segments,
     seed=config.seed,
@@ -69,9 +71,8 @@ def _expanded(data: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   if data.layout == "csv":
     # Only here is a split a file, and may have a path.
     given += ["train_split", "test_split"]
-  return ml_collections.ConfigDict(
-    {**data, **{name: str(user_path(data[name])) for name in given if data[name]}}
-  )
+  paths = {name: str(user_path(data[name])) for name in given if data[name]}
+  return ml_collections.ConfigDict({**data, **paths})
 
 
 def _table(data: ml_collections.ConfigDict, split: str) -> video_tables.VideoTable:
@@ -79,13 +80,13 @@ def _table(data: ml_collections.ConfigDict, split: str) -> video_tables.VideoTab
     return video_tables.read_table(data.table, split)
   if data.layout == "breakfast":
     return video_tables.read_breakfast(data.folder, split, segmentation=data.table)
-  return {"charades": video_tables.read_charades, "multithumos": video_tables.read_multithumos}[
-    data.layout
-  ](data.table, split)
+  if data.layout == "charades":
+    return video_tables.read_charades(data.table, split)
+  return video_tables.read_multithumos(data.table, split)
 
 
 def network_inputs(
-  batch: Batch, config: ml_collections.ConfigDict, *, light_alone: bool = False
+  batch: Batch, config: ml_collections.ConfigDict, *, heavy_from: str = "heavy"
 ) -> dict[str, Array]:
   """Computes the inputs of a `SegmentNet` from a batch.
 
@@ -94,19 +95,18 @@ def network_inputs(
   Args:
     batch: arrays `[B, T, ...]`, or `[N, ...]` of picked segments.
     config: of the run.
-    light_alone: puts the light net's input in place of the heavy one's.
+    heavy_from: `light` to put the light net's input in place of the heavy one's.
   """
-  inputs = {
-    name: batch[name] for name in ("light", "heavy", "valid", "relevant", "picked") if name in batch
-  }
-  if "clips" in batch:
-    clips = batch["clips"]
-    normalise = lambda pixels: augment.normalise(pixels, config.data.mean, config.data.std)
+  inputs = _only(batch, ("light", "heavy", "valid", "relevant", "picked"))
+  mean, std, clips = config.data.mean, config.data.std, batch.get("clips")
+  if clips is not None:
     # The axis is counted from the end, [F, H, W, D], so that picked segments work, too.
-    inputs["light"] = normalise(jnp.take(clips, clips.shape[-4] // 2, axis=-4))
-    inputs["heavy"] = inputs["light"] if light_alone else normalise(clips)
-  elif light_alone:
+    centre = jnp.take(clips, clips.shape[-4] // 2, axis=-4)
+    inputs["light"] = augment.normalise(centre, mean, std)
+  if heavy_from == "light":
     inputs["heavy"] = inputs["light"]
+  elif clips is not None:
+    inputs["heavy"] = augment.normalise(clips, mean, std)
   return inputs
 
 
@@ -127,32 +127,28 @@ def pick_segments(
   """
   valid = batch["valid"]
   keys = example_keys(key, valid.shape[0], axis_name)
+  random = jax.vmap(lambda key: jax.random.uniform(key, valid.shape[1:]))(keys)
   # Random numbers below 1, plus 1 for padding: valid segments come first, in random order.
-  order = jnp.argsort(
-    jax.vmap(lambda key: jax.random.uniform(key, valid.shape[1:]))(keys) + ~valid, axis=1
-  )
+  order = jnp.argsort(random + ~valid, axis=1)
   # Modulo the number of valid segments: a short video starts again from its first.
-  picked = jnp.take_along_axis(
-    order, jnp.arange(count)[None] % jnp.sum(valid, axis=1, keepdims=True), axis=1
-  )
+  places = jnp.arange(count)[None] % jnp.sum(valid, axis=1, keepdims=True)
+  picked = jnp.take_along_axis(order, places, axis=1)
   rows = jnp.arange(valid.shape[0])[:, None]
-  take = lambda x: x[rows, picked].reshape(-1, *x.shape[2:])
-  return {
-    **{name: take(batch[name]) for name in ("clips", "light", "heavy") if name in batch},
-    "picked": picked,
-  }
+  segments = {}
+  for name, x in _only(batch, ("clips", "light", "heavy")).items():
+    segments[name] = x[rows, picked].reshape(-1, *x.shape[2:])
+  return {**segments, "picked": picked}
 
 
 def network_shapes(
-  videos: VideoArrays | VideoSet, config: ml_collections.ConfigDict, *, light_alone: bool = False
+  videos: VideoArrays | VideoSet, config: ml_collections.ConfigDict, *, heavy_from: str = "heavy"
 ) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of one video's `network_inputs`."""
-  batch = {
-    name: jax.ShapeDtypeStruct((1, *shape), np.uint8 if name == "clips" else np.float32)
-    for name, shape in videos.shapes.items()
-    if name in INPUTS
-  }
-  inputs = jax.eval_shape(lambda b: network_inputs(b, config, light_alone=light_alone), batch)
+  """Returns the shapes of one video's `network_inputs`, of which `heavy_from` is an argument."""
+  batch = {}
+  for name, shape in _only(videos.shapes, INPUTS).items():
+    dtype = np.uint8 if name == "clips" else np.float32
+    batch[name] = jax.ShapeDtypeStruct((1, *shape), dtype)
+  inputs = jax.eval_shape(lambda b: network_inputs(b, config, heavy_from=heavy_from), batch)
   return {name: x.shape[1:] for name, x in inputs.items()}
 
 
@@ -160,24 +156,32 @@ def feature_shapes(
   model: SegmentNet, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of one video's inputs, if both nets' features take their place."""
-  features = {
-    name: net for name, net in (("light", model.light), ("heavy", model.heavy)) if net is not None
-  }
-  # Traced alone, outside its module and without devices: only the width is needed.
-  width = lambda net, shape: jax.eval_shape(
-    lambda x: net.clone(parent=None, axis_name=None).init_with_output(jax.random.key(0), x)[0][0],
-    jax.ShapeDtypeStruct((1, *shape[1:]), np.float32),
-  ).shape[1:]
-  rest = {name: shape for name, shape in shapes.items() if name not in ("light", "heavy")}
-  return {
-    **rest,
-    **{name: (*shapes["valid"], *width(net, shapes[name])) for name, net in features.items()},
-  }
+  featured = {name: shape for name, shape in shapes.items() if name not in ("light", "heavy")}
+  for name, net in (("light", model.light), ("heavy", model.heavy)):
+    if net is not None:
+      featured[name] = (*shapes["valid"], *_feature_shape(net, shapes[name][1:]))
+  return featured
+
+
+def _feature_shape(net: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Returns the shape of the features that a net computes from one segment of this shape."""
+  # Traced alone, outside its module and without devices: only the shape is needed.
+  alone = net.clone(parent=None, axis_name=None)
+
+  def compute_features(x):
+    """Returns the features `[1, ...]` of inputs `[1, ...]`."""
+    (features, _), _ = alone.init_with_output(jax.random.key(0), x)
+    return features
+
+  segment = jax.ShapeDtypeStruct((1, *shape), np.float32)
+  return jax.eval_shape(compute_features, segment).shape[1:]
 
 
 def examples(batch: Batch) -> tuple[dict[str, Any], dict[str, Any]]:
   """Splits a batch's arrays into `(inputs, targets)` of a training step."""
-  return (
-    {name: batch[name] for name in INPUTS if name in batch},
-    {name: batch[name] for name in TARGETS if name in batch},
-  )
+  return _only(batch, INPUTS), _only(batch, TARGETS)
+
+
+def _only(batch: Batch, names: Sequence[str]) -> dict[str, Any]:
+  """Returns those of the named entries that the batch has."""
+  return {name: batch[name] for name in names if name in batch}

@@ -3,9 +3,10 @@ import jax.numpy as jnp
 import pytest
 
 from configs import common, imagenet_resnet18
-from gating_jax.images.build import network
+from gating_jax.images.build import build, network
 from gating_jax.models.summary import model_summary
 from gating_jax.training import devices
+from gating_jax.training.rundir import Outline
 
 # By name: image shape, and MACs of the first convolution and of a classifier of 10 classes, which
 # grow with the width and not its square.
@@ -135,3 +136,21 @@ def test_what_a_backbone_does_not_have_is_refused():
   ):
     model(name="vgg8", shortcut="A")
   assert model(name="resnet20", shortcut="B").shortcut == "B"
+
+
+def with_budget(target):
+  """Builds resnet20 for 32 x 32 images with this budget, and returns its objective."""
+  config = common.apply_variants(common.image_config(), f"budget={target}")
+  data = Outline(examples=256, class_names=tuple("abcdefghij"), shape=(32, 32, 3))
+  return build(config, known=[data, data]).objective
+
+
+def test_a_budget_is_checked_by_the_macs_that_the_loss_measures():
+  counts = model_summary(model(name="resnet20"), (32, 32, 3))
+  least, with_gate_nets = counts.never_gated_macs / counts.macs, counts.always_macs / counts.macs
+  between = (least + with_gate_nets) / 2
+  assert least < between < with_gate_nets
+  objective = with_budget(between)
+  assert (objective.target, objective.never_gated_macs) == (between, counts.never_gated_macs)
+  with pytest.raises(ValueError, match=f"must be above {least:.3f}, the fraction of the ungated"):
+    with_budget(least)
