@@ -211,8 +211,8 @@ TRAINING = [
   Mutant(
     "gates_decay",
     "training/optim.py",
-    "{path: not is_gate_path(path) for path in flat}",
-    "{path: True for path in flat}",
+    "jax.tree.map(operator.not_, of_gates(params))",
+    "jax.tree.map(lambda _: True, params)",
     "training/test_optim.py",
   ),
   Mutant(
