@@ -120,7 +120,7 @@ def training(experiment, repeats):
     )
   )
   advance, k = (
-    classification.make_advance(experiment, experiment.test, 0),
+    classification.Classification(experiment).make_advance(experiment.test, 0),
     experiment.config.devices.steps_per_dispatch,
   )
   seconds = []
@@ -140,7 +140,7 @@ def testing(experiment, repeats):
       experiment.model, experiment.optimiser, experiment.config.seed, experiment.test.shape
     )
   )
-  test, seconds = classification.make_test(experiment), []
+  test, seconds = classification.Classification(experiment).make_test(), []
   for _ in range(min(repeats, 2) + 1):
     start = time.perf_counter()
     test(state)

@@ -26,13 +26,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gating_jax.images import classification
+from gating_jax import runner
 from gating_jax.images.build import build
+from gating_jax.images.classification import Classification
 from gating_jax.inference import folded, gate_statistics
 from gating_jax.inference.conditional import compile_conditional, program
 from gating_jax.inference.folded import Layer
 from gating_jax.inference.folding import fold
-from gating_jax.inference.kernel_strategies import why_not
+from gating_jax.inference.strategies import why_not
 from gating_jax.timing import race
 from gating_jax.training import rundir, settings
 
@@ -105,10 +106,9 @@ def load(path, data_dir):
   if data_dir is not None:
     config.data.data_dir = data_dir
   experiment = build(config)
-  _, state = classification.newest(experiment, run_dir)
-  return fold(
-    experiment.model, {"params": state.params, "batch_stats": state.batch_stats}
-  ), experiment
+  programme = Classification(experiment)
+  _, state = runner.newest(programme, run_dir)
+  return fold(experiment.model, programme.variables(state)), experiment
 
 
 def read(experiment, source, index):

@@ -101,7 +101,7 @@ def training(args, images, gating):
   state = devices.replicate(
     steps.init_state(experiment.model, experiment.optimiser, config.seed, images.shape)
   )
-  advance, step = classification.make_advance(experiment, images, 0), 0
+  advance, step = classification.Classification(experiment).make_advance(images, 0), 0
 
   def run():
     nonlocal state, step

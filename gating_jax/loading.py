@@ -7,7 +7,6 @@ import os
 from typing import Any
 
 import flax.linen as nn
-import jax
 import ml_collections
 
 from gating_jax.paths import user_path
@@ -38,34 +37,35 @@ def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, ml_collections.Confi
     ValueError: this version cannot read a field of the config; the message names it.
   """
   # Imported here: `import gating_jax` would otherwise load every programme.
-  from gating_jax.continual import build as continual_build
-  from gating_jax.continual import run as continual_run
-  from gating_jax.images import build, classification, segmentation
+  from gating_jax import runner
+  from gating_jax.continual.run import ContinualLearning
+  from gating_jax.continual.run import build as build_continual
+  from gating_jax.images.classification import Classification
+  from gating_jax.images.classification import build as build_classification
+  from gating_jax.images.segmentation import Segmentation
+  from gating_jax.images.segmentation import build as build_segmentation
   from gating_jax.training import rundir, settings
-  from gating_jax.video import build as video_build
-  from gating_jax.video import run as video_run
+  from gating_jax.video.run import LongVideo
+  from gating_jax.video.run import build as build_video
 
   run_dir = rundir.RunDir(user_path(workdir))
   config = settings.config_of(run_dir.path)
   kinds = {
-    "classification": build.build,
-    "segmentation": segmentation.build,
-    "continual": continual_build.build,
-    "long_video": video_build.build,
+    "classification": (build_classification, Classification),
+    "segmentation": (build_segmentation, Segmentation),
+    "continual": (build_continual, ContinualLearning),
+    "long_video": (build_video, LongVideo),
   }
   settings.one_of("experiment", config.experiment, kinds)
+  build, kind = kinds[config.experiment]
   # The outlines kept in the run directory stand in for the data, which need not be there.
-  experiment = kinds[config.experiment](config, rundir.read_outlines(run_dir.path))
+  programme = kind(build(config, rundir.read_outlines(run_dir.path)))
+  _, state = runner.newest(programme, run_dir)
+  variables = programme.variables(state)
   if config.experiment == "continual":
-    _, learner = continual_run.newest(experiment, run_dir)
-    return experiment.method, jax.device_get(learner), config
-  if config.experiment == "long_video":
-    _, variables = video_run.newest(experiment, run_dir)
-  else:
-    _, state = classification.newest(experiment, run_dir)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return programme.experiment.method, variables, config
   # In training the model names the axis of a mapping over devices; outside one it must name none.
-  return _without_axis(experiment.model), jax.device_get(variables), config
+  return _without_axis(programme.experiment.model), variables, config
 
 
 def _without_axis(model: nn.Module) -> nn.Module:

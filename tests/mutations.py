@@ -348,8 +348,8 @@ CONTINUAL = [
   ),
   Mutant(
     "momentum_of_the_last_task",
-    "continual/run.py",
-    "opt_state=experiment.optimiser.init(learner.params),",
+    "continual/training.py",
+    "opt_state=optimiser.init(learner.params),",
     "opt_state=learner.opt_state,",
     "continual/test_run.py::test_every_task_begins_with_a_fresh_optimiser",
   ),

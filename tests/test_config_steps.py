@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from gating_jax.continual import build as continual_build
-from gating_jax.continual import run as continual_run
+from gating_jax.continual.training import make_advance
 from gating_jax.data import tfds
 from gating_jax.images import classification, segmentation
 from gating_jax.layers.blocks import BasicBlock
 from gating_jax.models import resnet, vgg, video_backbones
 from gating_jax.training import devices, steps
 from gating_jax.video import build as video_build
-from gating_jax.video import run as video_run
+from gating_jax.video.run import LongVideo
 from tests.helpers import tiny_cli
 from tests.helpers.config_files import FILES
 from tests.helpers.stand_ins import video_files
@@ -115,26 +115,26 @@ def config(monkeypatch, tmp_path):
   return make
 
 
-def images(made, module):
-  built = module.build(made)
+def images(made, build, kind):
+  built = build(made)
   fresh = lambda: steps.init_state(built.model, built.optimiser, made.seed, built.test.shape)
   return (
     fresh,
-    classification.make_advance(built, built.open_train(), 0, module.TASK),
+    kind(built).make_advance(built.open_train(), 0),
     (built.counts.params + built.counts.gate_params),
   )
 
 
 def tasks(made):
   built = continual_build.build(made)
-  return built.fresh, continual_run.make_advance(built)(0), None
+  return built.fresh, make_advance(built)(0), None
 
 
 def videos(made):
   built = video_build.build(made)
   phase = built.training
   fresh = lambda: steps.init_state(phase.model, phase.optimiser, made.seed, phase.shapes)
-  return fresh, video_run._make_advance(built, phase, built.train, 0), None
+  return fresh, LongVideo(built).make_advance(phase, built.train, 0), None
 
 
 @pytest.mark.slow
@@ -142,8 +142,8 @@ def videos(made):
 def test_a_config_takes_two_steps(name, config):
   made = config(name)
   parts = {
-    "classification": lambda: images(made, classification),
-    "segmentation": lambda: images(made, segmentation),
+    "classification": lambda: images(made, classification.build, classification.Classification),
+    "segmentation": lambda: images(made, segmentation.build, segmentation.Segmentation),
     "continual": lambda: tasks(made),
     "long_video": lambda: videos(made),
   }

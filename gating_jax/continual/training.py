@@ -1,20 +1,32 @@
-"""Training steps of continual learning, for any method.
+"""Training steps of continual learning, ends of tasks and tests, for any method.
 
-Axes: B examples on this device, M resident images.
+Axes: B examples on this device, M resident images, T tasks.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from gating_jax.continual.method import Batch, LearnerState, Method
+from gating_jax.continual.build import ContinualExperiment
+from gating_jax.continual.method import Batch, LearnerState, Method, Table, TaskData
+from gating_jax.data import batches, image_sets
+from gating_jax.data.image_sets import Images
 from gating_jax.ops.collectives import mean_over_devices
+from gating_jax.training import devices, hosts
 from gating_jax.training.devices import value_and_grad_over_devices
 from gating_jax.types import Array
+
+# A step of a stage's program: `(learner, step) -> (learner, metrics)`.
+Advance = Callable[[LearnerState, int], tuple[LearnerState, Any]]
+# The test of one task: `(learner, task, seen) -> ` its entries of the table.
+TaskTest = Callable[[LearnerState, int, int], dict[str, float]]
 
 _AUGMENT, _METHOD = range(2)
 
@@ -87,3 +99,222 @@ def _with_total(loss):
     return total, ({"loss": total, **terms}, batch_stats)
 
   return with_total
+
+
+def make_advance(experiment: ContinualExperiment) -> Callable[[int], Advance]:
+  """Makes the training steps of each stage, on all devices.
+
+  Returns:
+    `task -> (learner, step) -> (learner, metrics)`, for the stage that ends with this task.
+  """
+  config, method = experiment.config, experiment.method
+  step = make_step(
+    method,
+    experiment.optimiser,
+    experiment.problem.prepare,
+    seed=config.seed,
+    steps_per_epoch=experiment.steps_per_epoch,
+    axis_name=devices.AXIS,
+  )
+  # Mapped once, not for each task: one program serves all of them.
+  train = devices.map_over_devices(
+    step,
+    args=(devices.REPLICATED, devices.BATCH, devices.BATCH, devices.REPLICATED),
+    results=(devices.REPLICATED, devices.REPLICATED),
+    backend=config.devices.backend,
+    donate=(0,),
+  )
+  pretrain = method.pretrain_step and devices.map_over_devices(
+    method.pretrain_step,
+    args=(devices.REPLICATED, devices.BATCH, devices.BATCH),
+    results=(devices.REPLICATED, devices.REPLICATED),
+    backend=config.devices.backend,
+    donate=(0,),
+  )
+
+  def of_task(task):
+    """Makes the steps of the stage that ends with this task."""
+    read = _make_read(experiment, task)
+    begin = experiment.first_step(task)
+    # The stage begins with the pretraining; schedules count from the first step of the training.
+    first = begin + experiment.pretrain_steps
+
+    def advance(learner, step):
+      """Takes one step, of the pretraining or of the training."""
+      if step < first:
+        pixels, labels = read(step - begin, experiment.pretrain_batch_size)
+        learner, metrics = pretrain(learner, pixels, labels)
+      else:
+        pixels, labels = read(step - first, config.optim.batch_size)
+        learner, metrics = train(learner, pixels, labels, np.int32(first))
+      # The loop takes metrics of several steps a call.
+      return learner, {name: value[None] for name, value in metrics.items()}
+
+    return advance
+
+  return of_task
+
+
+def _make_read(
+  experiment: ContinualExperiment, task: int
+) -> Callable[[int, int], tuple[np.ndarray, np.ndarray]]:
+  """Makes `(step, batch_size) -> (pixels, labels)` of the stage that ends with this task."""
+  sets = training_sets(experiment, task)
+  # Every task has a number of its own below T, so that no two runs or tasks share an order.
+  seed = experiment.config.seed * len(experiment.tasks)
+  process = (jax.process_index(), jax.process_count())
+
+  def read(step, size):
+    """Reads this process's part of a batch: pixels `[B, H, W, D]` and labels `[B]`."""
+    pixels, labels = [], []
+    for number, images in sets.items():
+      index = batches.indices(seed + number, step, 1, size, len(images), process)[:, 0]
+      of_set = images.read(index)
+      pixels.append(of_set[0])
+      labels.append(of_set[1])
+    # `Method.simultaneous`: task t at positions t, T + t, 2 T + t, ...
+    return image_sets.interleave(pixels), image_sets.interleave(labels)
+
+  return read
+
+
+def training_sets(experiment: ContinualExperiment, task: int) -> dict[int, Images]:
+  """Returns the training sets of the stage that ends with this task.
+
+  Args:
+    experiment: of the run.
+    task: the last task of the stage.
+  Returns:
+    sets by number; every batch has the same number of images of each.
+  """
+  method = experiment.method
+  first = 0 if method.cumulative or method.simultaneous else task
+  sets = [each.train for each in experiment.tasks[first : task + 1]]
+  return dict(enumerate(sets)) if method.simultaneous else {task: image_sets.join(sets)}
+
+
+def end_task(
+  method: Method,
+  optimiser: optax.GradientTransformation,
+  learner: LearnerState,
+  data: TaskData,
+  *,
+  learnt: int,
+  key: Array,
+) -> LearnerState:
+  """Takes the step that ends a task: the next one begins with a fresh optimiser.
+
+  Args:
+    method: of continual learning.
+    optimiser: as in `make_step`.
+    learner: at the end of the task's training.
+    data: the images of the task.
+    learnt: number of tasks learnt with this one.
+    key: of all randomness.
+  """
+  learner = method.end_task(learner, data, key)
+  learner = learner.replace(
+    step=learner.step + 1,
+    task=jnp.full_like(learner.task, learnt),
+    opt_state=optimiser.init(learner.params),
+  )
+  # The step donates its buffers: arrays that a method keeps twice need one each.
+  return jax.tree.map(jnp.copy, learner)
+
+
+def finish_task(
+  experiment: ContinualExperiment, learner: LearnerState, task: int, evaluate: TaskTest
+) -> LearnerState:
+  """Ends a stage: ends its task, tests all tasks so far and prepares for the next one.
+
+  Args:
+    experiment: of the run.
+    learner: at the end of the stage's training.
+    task: the last task of the stage.
+    evaluate: as of `make_evaluate`.
+  Returns:
+    the learner with which the next stage begins.
+  """
+  method = experiment.method
+  ended = experiment.tasks if method.simultaneous else experiment.tasks[task : task + 1]
+  train = image_sets.join([each.train for each in ended])
+  validation = image_sets.join([each.validation for each in ended])
+  learner = end_task(
+    method,
+    experiment.optimiser,
+    learner,
+    TaskData(*train.read(slice(None)), *validation.read(slice(None))),
+    learnt=task + 1,
+    key=experiment.key(task + 1),
+  )
+  return test_tasks(devices.replicate(learner), evaluate, task + 1)
+
+
+def test_tasks(learner: LearnerState, evaluate: TaskTest, learnt: int) -> LearnerState:
+  """Tests all tasks learnt, and fills the table's row of the last one.
+
+  Args:
+    learner: that has learnt the tasks.
+    evaluate: as of `make_evaluate`.
+    learnt: number of tasks learnt.
+  Returns:
+    the learner with the new table.
+  """
+  tested = [evaluate(learner, task, learnt) for task in range(learnt)]
+  columns = {}
+  for name, column in learner.table._asdict().items():
+    row = np.asarray([of_task[name] for of_task in tested], np.float32)
+    columns[name] = np.asarray(column.at[learnt - 1, :learnt].set(row))
+  return learner.replace(table=devices.replicate(Table(**columns)))
+
+
+def make_evaluate(experiment: ContinualExperiment) -> TaskTest:
+  """Makes the test of one task.
+
+  Returns:
+    `(learner, task, seen) -> ` the entries of the table for the test images of `task`.
+  """
+  config, method, problem = experiment.config, experiment.method, experiment.problem
+
+  # Shapes depend on the number of tasks seen: each has its own program, and only the newest is
+  # needed.
+  @functools.lru_cache(maxsize=1)
+  def mapped(seen):
+    """Makes the test of one batch after so many tasks, on all devices."""
+
+    def test(learner, pixels, labels, task):
+      """Tests `[B, H, W, D]` pixels with `[B]` labels; each result is `[B]`."""
+      predicted = method.predict(learner, problem.normalise(pixels), task, seen)
+      chosen = jnp.argmax(predicted.agnostic, axis=-1)
+      return {
+        # Classes are numbered task by task.
+        "aware": jnp.argmax(predicted.aware, axis=-1) == labels - task * problem.classes,
+        "agnostic": chosen == labels,
+        "task": chosen // problem.classes == task,
+        "macs": predicted.macs,
+        "agnostic_macs": predicted.agnostic_macs,
+      }
+
+    return devices.map_over_devices(
+      test,
+      args=(devices.REPLICATED, devices.BATCH, devices.BATCH, devices.REPLICATED),
+      results=devices.BATCH,
+      backend=config.devices.backend,
+    )
+
+  def evaluate(learner, task, seen):
+    """Returns the mean results on the test images of `task`."""
+    run = mapped(seen)
+    values = {name: [] for name in Table._fields}
+    for batch, count in batches.padded_batches(experiment.tasks[task].test, problem.batch_size):
+      results = hosts.allgather(run(learner, *hosts.local_shard(batch), np.int32(task)))
+      # The last batch is padded: only its first `count` images are new.
+      for name, of_batch in results.items():
+        values[name].append(np.asarray(of_batch)[:count])
+    means = {}
+    for name, parts in values.items():
+      # float64: a float32 mean of MACs loses digits.
+      means[name] = float(np.concatenate(parts).mean(dtype=np.float64))
+    return means
+
+  return evaluate

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import ml_collections
 from flax import traverse_util
 
+from gating_jax import runner
 from gating_jax.analysis import outcomes
 from gating_jax.data import augment, batches, streaming
 from gating_jax.images import compile, export
@@ -27,435 +26,380 @@ from gating_jax.images import report as image_report
 from gating_jax.images.build import Experiment, build
 from gating_jax.layers.gate import is_gate_path
 from gating_jax.paths import user_path
-from gating_jax.reports import conclusion, failing, page, surroundings, tables
+from gating_jax.reports import conclusion, page, surroundings, tables
 from gating_jax.reports import gates as gate_pictures
-from gating_jax.terminal import Pace, lasting, say, working
-from gating_jax.training import (
-  closed_gates,
-  devices,
-  evaluation,
-  hosts,
-  loop,
-  rundir,
-  steps,
-)
-from gating_jax.training.checkpoints import Checkpoints
-from gating_jax.training.journal import HISTOGRAMS_FILE, METRICS_FILE, Journal, read_lines
-from gating_jax.training.steps import map_steps
+from gating_jax.terminal import say, working
+from gating_jax.training import closed_gates, devices, evaluation, hosts, rundir, steps
+from gating_jax.training.checkpoints import restore_newest
+from gating_jax.training.evaluation import Evaluation
+from gating_jax.training.journal import HISTOGRAMS_FILE, METRICS_FILE, read_lines
+from gating_jax.training.rundir import RunDir, RunDirError
+from gating_jax.training.steps import TrainState, map_steps
 
 # Folded into the key, so that cutting out does not repeat the random numbers of crops.
 _CUT_OUT = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-  """Definition of a task: the use of labels in training, tests and reports.
-
-  Attributes:
-    prepare: `(experiment, key, uint8 pixels) -> network input`, augmented.
-    scores: `(logits, labels) -> results` of each image, as in `steps.make_eval_step`.
-    summarise: as in `evaluation.evaluate`, after the experiment.
-    rows: the result as names and values, for people.
-    noun: the name of an example.
-    score: key of the score among the result's numbers, and its name.
-    classes: number of classes of images, for the gates' information on them; None where an image
-      has no class of its own.
-    draw: `(experiment, state) -> {file name: (figure, caption)}`, further pictures.
-  """
-
-  prepare: Callable[[Experiment, jax.Array, jax.Array], jax.Array]
-  scores: Callable[[jax.Array, jax.Array], dict[str, jax.Array]]
-  summarise: Callable[[Experiment, Mapping[str, Any], int], dict[str, float]]
-  rows: Callable[[Mapping[str, Any]], list[tuple[str, str]]]
-  noun: str = "image"
-  score: tuple[str, str] = ("accuracy", "accuracy")
-  classes: Callable[[Experiment], int | None] = lambda experiment: len(experiment.test.class_names)
-  draw: Callable[[Experiment, steps.TrainState], Mapping[str, tuple[Any, str]]] = lambda *_: {}
-
-  def render(self, result: Mapping[str, Any]) -> str:
-    """Returns the result as text."""
-    return tables.render_rows(self.rows(result), result.get("layers"))
-
-  def title(self, experiment: Experiment) -> str:
-    """Describes the model and the data set."""
-    model = experiment.config.model
-    gates = {"none": "without gates", "exits": "with early exits", "experts": "with experts"}
-    return (
-      f"{model.name} {gates.get(model.gating, f'with {model.gating} gates')} on "
-      f"{experiment.config.data.name}"
-    )
-
-
-def _augment(experiment: Experiment, key: jax.Array, pixels: jax.Array) -> jax.Array:
-  data = experiment.config.data
-  pixels = augment.crop_and_flip(
-    key, pixels, pad=data.crop_padding, flip=data.flip, axis_name=devices.AXIS
-  )
-  return augment.cut_out(
-    jax.random.fold_in(key, _CUT_OUT),
-    experiment.normalise(pixels),
-    size=data.cutout_size,
-    axis_name=devices.AXIS,
-  )
-
-
-# The task of a classifier; segmentation replaces most of its fields.
-TASK = Task(
-  prepare=_augment,
-  scores=steps.image_scores,
-  summarise=lambda _, sums, images: evaluation.summarise(sums, images),
-  rows=tables.classification_rows,
-)
+# How titles describe a network, by `model.gating`, where they do not name a kind of gates.
+_GATINGS = {"none": "without gates", "exits": "with early exits", "experts": "with experts"}
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   """Runs a mode for a classifier in a run directory.
 
-  `train` trains to the end from wherever the run directory stands; `evaluate` tests its newest
-  checkpoint, `report` writes a page of it, `export` writes it as files that run without this
-  package, and `compile` times programs that skip its closed gates.
-
   Args:
     config: the config of the run.
     workdir: the run directory.
-    mode: one of these modes.
+    mode: one of those of `runner.run`; `export` writes files that run without this package, and
+      `compile` times programs that skip closed gates.
   """
   with working("opening the data", "minutes for large sets"):
     experiment = build(config)
   if mode == "train" and config.model.init_from is not None:
     check_start(config)
-  run_task(TASK, experiment, workdir, mode, export=export.run, compile=compile.run)
+  runner.run(Classification(experiment), workdir, mode)
 
 
-def run_task(
-  task: Task, experiment: Experiment, workdir: Path, mode: str, **of_newest: Callable[..., None]
-) -> None:
-  """Runs a mode for any task.
+@dataclasses.dataclass(frozen=True)
+class Classification(runner.Programme):
+  """The classification of images; that of pixels overrides the use of labels.
 
-  Args:
-    task: the task of the experiment.
-    experiment: the experiment to run.
-    workdir: the run directory.
-    mode: `train`, `evaluate`, `report` or a name in `of_newest`.
-    of_newest: further modes, functions of `(experiment, run_dir, step, variables)` that write
-      something of the newest checkpoint.
+  Attributes:
+    experiment: the experiment of the run.
+    noun: the name of an example.
+    score: key of the score among the result's numbers, and its name.
   """
-  failing.run_mode(
-    workdir,
-    experiment.config,
-    mode,
-    render=functools.partial(_render_finished, task, experiment, workdir),
-    train=functools.partial(_train, task, experiment),
-    evaluate=functools.partial(_evaluate, task, experiment),
-    report=functools.partial(_report, task, experiment),
-    **{name: functools.partial(_make, make, experiment) for name, make in of_newest.items()},
-  )
 
+  experiment: Experiment
+  noun: ClassVar[str] = "image"
+  score: ClassVar[tuple[str, str]] = ("accuracy", "accuracy")
+  modes: ClassVar[Mapping[str, Callable[..., None]]] = {
+    "export": export.run,
+    "compile": compile.run,
+  }
 
-def _render_finished(
-  task: Task, experiment: Experiment, path: Path, result: Mapping[str, Any]
-) -> str:
-  return f"{task.render(result)}\n{conclude(task, experiment, path, result, 'A finished run of')}"
-
-
-def _make(make: Callable[..., None], experiment: Experiment, run_dir: rundir.RunDir) -> None:
-  step, state = newest(experiment, run_dir)
-  # Without the optimiser's state, which only training needs.
-  variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
-  hosts.on_writer(lambda: make(experiment, run_dir, step, variables))
-
-
-def _evaluate(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
-  step, _, result, *_ = _test_newest(task, experiment, run_dir)
-  say(f"checkpoint of step {step}")
-  say(task.render(result))
-  say(
-    conclude(task, experiment, run_dir.path, result, f"Tested the checkpoint of step {step:,} of")
-  )
-
-
-def _report(task: Task, experiment: Experiment, run_dir: rundir.RunDir, notice: str = "") -> None:
-  step, state, *tested = _test_newest(task, experiment, run_dir)
-  with working("drawing the report", "about half a minute"):
-    # Only the writer draws: the others would compute pictures that nobody sees.
-    drawn = task.draw(experiment, state) if hosts.is_writer() else {}
-    hosts.on_writer(lambda: write_report(task, experiment, run_dir, step, *tested, drawn, notice))
-  say(f"report of the checkpoint of step {step}: {run_dir.report}")
-  say(
-    conclude(
-      task,
-      experiment,
-      run_dir.path,
-      tested[0],
-      f"Wrote the page of the checkpoint of step {step:,} of",
+  def prepare(self, key: jax.Array, pixels: jax.Array) -> jax.Array:
+    """Augments and normalises uint8 pixels for training."""
+    data = self.config.data
+    pixels = augment.crop_and_flip(
+      key, pixels, pad=data.crop_padding, flip=data.flip, axis_name=devices.AXIS
     )
-  )
+    return augment.cut_out(
+      jax.random.fold_in(key, _CUT_OUT),
+      self.experiment.normalise(pixels),
+      size=data.cutout_size,
+      axis_name=devices.AXIS,
+    )
 
+  @staticmethod
+  def scores(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+    """Returns the results of each image, as `steps.make_eval_step` takes them."""
+    return steps.image_scores(logits, labels)
 
-def _test_newest(
-  task: Task, experiment: Experiment, run_dir: rundir.RunDir
-) -> tuple[int, Any, dict[str, Any], evaluation.ImageBehaviour, evaluation.GateBehaviour | None]:
-  """Tests the newest checkpoint; returns its step and state, and the results of `make_test`."""
-  step, state = newest(experiment, run_dir)
-  with working(
-    f"testing on {len(experiment.test):,} {task.noun}s",
-    "the program is compiled first, up to a minute",
-  ):
-    result, images, gates = make_test(experiment, task)(state)
-  if gates is not None:
-    result["layers"] = outcomes.by_layer(gates.diagnosis, experiment.counts.gate_layers)
-  return step, state, result, images, gates
+  def summarise(self, sums: Mapping[str, Any], images: int) -> dict[str, float]:
+    """Returns the numbers of a set from sums over its images, as `evaluation.evaluate` does."""
+    return evaluation.summarise(sums, images)
 
+  def rows(self, result: Mapping[str, Any]) -> list[tables.Row]:
+    """Returns the result as names and values, the score first."""
+    return tables.classification_rows(result)
 
-def newest(experiment: Experiment, run_dir: rundir.RunDir) -> tuple[int, Any]:
-  """Returns the newest checkpoint's step and state. Raises RunDirError where there is none."""
-  with working("loading the newest checkpoint"):
-    # The run may be training, so nothing in it is changed.
-    checkpoints = Checkpoints(run_dir.checkpoints, read_only=True)
-    try:
-      step, state = _restore(experiment, checkpoints)
-    finally:
-      checkpoints.close()
-  if not step:
-    raise rundir.RunDirError(f"no checkpoint in {run_dir.checkpoints} yet")
-  return step, state
+  def classes(self) -> int | None:
+    """Returns the number of classes of images; None where an image has no class of its own."""
+    return len(self.experiment.test.class_names)
 
+  def draw(self, state: TrainState) -> dict[str, tuple[Any, str]]:
+    """Draws further pictures, `{file name: (figure, caption)}`."""
+    return {}
 
-def _train(task: Task, experiment: Experiment, run_dir: rundir.RunDir) -> None:
-  started, total = time.monotonic(), experiment.settings.total_steps
-  with working(
-    "opening the data and making the network", "up to half a minute, more for large sets"
-  ):
-    train = experiment.open_train()
-    # Kept in the run directory, so that the model can be loaded without its data.
-    rundir.write_outlines(run_dir.path, [train, experiment.test])
-    checkpoints = Checkpoints(run_dir.checkpoints)
-    first_step, state = _restore(experiment, checkpoints)
-  # A resumed run has its own parameters; only a fresh one starts from those of another.
-  if first_step:
-    say(f"resuming from the checkpoint of step {first_step} in {run_dir.path}")
-  elif experiment.config.model.init_from is not None:
-    state = start_from(experiment, state)
-  journal = Journal(run_dir.path, first_step, total)
-  test = make_test(experiment, task)
-  layers, pace = experiment.counts.gate_layers, Pace(journal.say, total)
-  journal.say(
-    first_step, f"{task.title(experiment)}, tested on {len(experiment.test):,} {task.noun}s"
-  )
+  @property
+  def title(self) -> str:
+    """Describes the model and the data set."""
+    model = self.config.model
+    gates = _GATINGS.get(model.gating, f"with {model.gating} gates")
+    return f"{model.name} {gates} on {self.config.data.name}"
 
-  def evaluate(state, step):
-    """Tests a state; writes the result to the journal and prints its score."""
+  def render(self, result: Mapping[str, Any]) -> str:
+    """Returns the result as text."""
+    return tables.render_rows(self.rows(result), result.get("layers"))
+
+  def main_numbers(self, result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns the score, and MACs and outcomes of gates."""
+    return [self.rows(result)[0], *conclusion.gates(result)]
+
+  def next_modes(self) -> list[str]:
+    """Returns the modes that work on this model."""
+    model = self.experiment.model
+    if conclusion.refusal(compile.check, model) or not compile.skips(model):
+      return []
+    return [mode for mode in ("compile", "export") if mode in self.modes]
+
+  def fresh(self) -> TrainState:
+    """Initialises the state with which training begins."""
+    experiment = self.experiment
+    return steps.init_state(
+      experiment.model, experiment.optimiser, self.config.seed, experiment.test.shape
+    )
+
+  def variables(self, state: TrainState) -> dict[str, Any]:
+    """Returns the parameters and statistics, without the optimiser's state."""
+    return jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+
+  def train(self, run_dir: RunDir) -> dict[str, Any] | None:
+    """Trains to the end; returns the result, or None where it was asked to stop."""
+    experiment = self.experiment
     with working(
-      f"testing on {len(experiment.test):,} {task.noun}s", tell=functools.partial(journal.say, step)
+      "opening the data and making the network", "up to half a minute, more for large sets"
     ):
-      result, images, gates = test(state)
-    journal.write(step, "test", result)
-    if gates is not None:
-      journal.write_histograms(step, "test", evaluation.histograms(gates, layers))
-    journal.say(step, f"test {task.score[1]} {100 * result[task.score[0]]:.2f} %")
-    return result, images, gates
-
-  try:
-    advance = pace(make_advance(experiment, train, first_step, task))
-    state, step = loop.train(
-      state,
-      first_step,
-      advance,
-      settings=experiment.settings,
-      checkpoints=checkpoints,
-      journal=journal,
-      evaluate=evaluate,
-      watch=closed_gates.watch_images(experiment.config),
-    )
-    if step < total:
-      journal.say(step, "stopped as asked; a checkpoint is saved, run the same command to resume")
-      return
-    result, images, gates = evaluate(state, step)
-    if gates is not None:
-      result |= {
-        "batch_shaping_reduction": experiment.objective.reduction,
-        "layers": outcomes.by_layer(gates.diagnosis, layers),
-      }
-    with working("drawing the report", "about half a minute", functools.partial(journal.say, step)):
-      hosts.on_writer(
-        lambda: write_files(task, experiment, run_dir, state, journal, step, result, images, gates)
+      train = experiment.open_train()
+      # Kept in the run directory, so that the model can be loaded without its data.
+      rundir.write_outlines(run_dir.path, [train, experiment.test])
+      training = runner.Training(run_dir.path, self.fresh(), experiment.settings.total_steps)
+    with training:
+      # A resumed run has its own parameters; only a fresh one starts from those of another.
+      if not training.step and self.config.model.init_from is not None:
+        training.state = start_from(experiment, training.state)
+      training.begin(f"{self.title}, tested on {len(experiment.test):,} {self.noun}s")
+      evaluate = functools.partial(self._evaluate, training, self.make_test())
+      ended = training.run(
+        self.make_advance(train, training.step),
+        experiment.settings,
+        evaluate=evaluate,
+        watch=closed_gates.watch_images(self.config),
       )
-  finally:
-    journal.close()
-    checkpoints.close()
-  result |= {"step": step, "seconds_since_last_start": round(time.monotonic() - started, 1)}
-  # The result marks the run as finished, so it is written after all other files.
-  run_dir.finish(result)
-  say(task.render(result))
-  say(
-    conclude(
-      task, experiment, run_dir.path, result, f"Trained for {lasting(time.monotonic() - started)}:"
+      if not ended:
+        return None
+      evaluated = evaluate()
+      if evaluated.gates is not None:
+        evaluated.result["batch_shaping_reduction"] = experiment.objective.reduction
+        self._add_layers(evaluated)
+      with working("drawing the report", "about half a minute", training.say):
+        hosts.on_writer(lambda: self._write_files(run_dir, training, evaluated))
+    return evaluated.result | {"step": training.step}
+
+  def test(self, step: int, state: TrainState) -> dict[str, Any]:
+    """Tests a state; returns its result."""
+    return self._test(state).result
+
+  def report(self, run_dir: RunDir, step: int, state: TrainState, notice: str) -> dict[str, Any]:
+    """Tests a state, and writes its page; returns the result."""
+    evaluated = self._test(state)
+    with working("drawing the report", "about half a minute"):
+      # Only the writer draws: the others would compute pictures that nobody sees.
+      drawn = self.draw(state) if hosts.is_writer() else {}
+      write = functools.partial(self.write_report, run_dir, step, evaluated)
+      hosts.on_writer(lambda: write(drawn=drawn, notice=notice))
+    return evaluated.result
+
+  def make_advance(
+    self, train: Any, first_step: int
+  ) -> Callable[[TrainState, int], tuple[TrainState, Any]]:
+    """Returns `(state, step) -> (state, metrics)` over all devices, fed by the config's loader.
+
+    Args:
+      train: the training set.
+      first_step: the step from which training continues.
+    Returns:
+      a function that takes `steps_per_dispatch` steps; metrics are `[steps_per_dispatch]`.
+    """
+    experiment, config = self.experiment, self.config
+    k, batch = config.devices.steps_per_dispatch, config.optim.batch_size
+    process = (jax.process_index(), jax.process_count())
+
+    def make_step(model):
+      """Makes the training step of a model."""
+      return steps.make_train_step(
+        model,
+        experiment.optimiser,
+        experiment.objective,
+        self.prepare,
+        seed=config.seed,
+        axis_name=devices.AXIS,
+        noise_scale=experiment.noise_scale,
+      )
+
+    def mapped(several, args):
+      """Maps several steps over the devices, in full where the model's own leave something out."""
+      return map_steps(
+        lambda model: several(make_step(model)),
+        experiment.model,
+        experiment.full,
+        args=args,
+        backend=config.devices.backend,
+      )
+
+    if isinstance(train, streaming.Stream):
+      # The stream begins at `first_step`, so that a resumed run sees the batches it would have
+      # seen.
+      stream = train.batches(batch, first_step, k, experiment.settings.total_steps, process)
+      run_streamed = mapped(steps.streamed_steps, (devices.REPLICATED, devices.BATCH))
+      return lambda state, _: run_streamed(state, next(stream))
+    # A small set is copied to every device once; a call sends indices alone.
+    images = devices.replicate((train.pixels, train.labels))
+    run_resident = mapped(
+      steps.resident_steps, (devices.REPLICATED, devices.REPLICATED, devices.BATCH)
     )
-  )
+
+    def advance(state, step):
+      """Takes the steps of one call on images that are on the devices."""
+      index = batches.indices(config.seed, step, k, batch, len(train), process)
+      return run_resident(state, images, index)
+
+    return advance
+
+  def make_test(self) -> Callable[[TrainState], Evaluation]:
+    """Returns a test of a state on every test image once.
+
+    The result includes the budget where there is one. The program is compiled at the first call
+    only.
+    """
+    experiment, config = self.experiment, self.config
+    run = devices.map_over_devices(
+      steps.make_eval_step(experiment.model, experiment.normalise, self.scores),
+      args=(devices.REPLICATED, devices.BATCH, devices.BATCH),
+      results=devices.BATCH,
+      backend=config.devices.backend,
+    )
+
+    def test(state):
+      """Returns the result of a state, with the behaviour of images and of gates."""
+      evaluated = evaluation.evaluate(
+        # Each process runs its part of a batch, and all see the whole result.
+        lambda *batch: hosts.allgather(run(state, *hosts.local_shard(batch))),
+        batches.padded_batches(experiment.test, config.optim.batch_size),
+        experiment.counts,
+        self.summarise,
+        classes=self.classes(),
+        # For the outcomes of gates: with noise, a gate may be drawn open and closed for the same
+        # image.
+        noise_scale=experiment.drawn_noise_scale(int(state.step)),
+      )
+      if evaluated.gates is not None and experiment.objective.prices_budget:
+        evaluated.result["budget"] = experiment.objective.target
+      return evaluated
+
+    return test
+
+  def _test(self, state: TrainState) -> Evaluation:
+    """Tests a state that is not being trained."""
+    with working(
+      f"testing on {len(self.experiment.test):,} {self.noun}s",
+      "the program is compiled first, up to a minute",
+    ):
+      evaluated = self.make_test()(state)
+    self._add_layers(evaluated)
+    return evaluated
+
+  def _evaluate(
+    self, training: runner.Training, test: Callable[[TrainState], Evaluation]
+  ) -> Evaluation:
+    """Tests the state of a training; notes the result in the journal and prints the score."""
+    with working(f"testing on {len(self.experiment.test):,} {self.noun}s", tell=training.say):
+      evaluated = test(training.state)
+    training.journal.write(training.step, "test", evaluated.result)
+    if evaluated.gates is not None:
+      histograms = evaluation.histograms(evaluated.gates, self.experiment.counts.gate_layers)
+      training.journal.write_histograms(training.step, "test", histograms)
+    key, name = self.score
+    training.say(f"test {name} {100 * evaluated.result[key]:.2f} %")
+    return evaluated
+
+  def _add_layers(self, evaluated: Evaluation) -> None:
+    """Adds the outcomes of each layer's gates to the result."""
+    if evaluated.gates is not None:
+      evaluated.result["layers"] = outcomes.by_layer(
+        evaluated.gates.diagnosis, self.experiment.counts.gate_layers
+      )
+
+  def _write_files(self, run_dir: RunDir, training: runner.Training, evaluated: Evaluation) -> None:
+    """Writes the pictures, a file of gates and the report of a run that has ended."""
+    experiment, gates = self.experiment, evaluated.gates
+    drawn = self.draw(training.state)
+    figures = {name: figure for name, (figure, _) in drawn.items()}
+    if gates is not None:
+      figures["gates.png"] = gate_pictures.draw_gate_statistics(
+        gates.logits, gates.diagnosis.open_rates, experiment.objective.prior
+      )
+      tables.write_gate_csv(
+        run_dir.path / "gates.csv", gates.diagnosis, experiment.counts.gate_layers
+      )
+    for name, figure in figures.items():
+      page.save_figure(figure, run_dir.path / name)
+      # TensorBoard shows the pictures too.
+      training.journal.write_picture(
+        training.step, f"pictures/{Path(name).stem}", run_dir.path / name
+      )
+    self.write_report(run_dir, training.step, evaluated, drawn=drawn)
+
+  def write_report(
+    self,
+    run_dir: RunDir,
+    step: int,
+    evaluated: Evaluation,
+    *,
+    drawn: Mapping[str, tuple[Any, str]],
+    notice: str = "",
+  ) -> None:
+    """Writes `report.html` of the state of `step`.
+
+    Args:
+      run_dir: the run directory.
+      step: the step of the state.
+      evaluated: results of its test.
+      drawn: the pictures of `draw`.
+      notice: the first line of the page; empty for none.
+    """
+    experiment, config = self.experiment, self.config
+    result, images, gates = evaluated
+    total, layers = experiment.settings.total_steps, experiment.counts.gate_layers
+    kind = surroundings.KINDS[config.experiment]
+    # This test comes last: outside training the journal does not have it.
+    tests = [*_tests_before(step, run_dir.path / METRICS_FILE), {"step": step, **result}]
+    histograms = evaluation.histograms(gates, layers) if gates is not None else {}
+    lines = [*_tests_before(step, run_dir.path / HISTOGRAMS_FILE), {"step": step, **histograms}]
+    # Names of modules are long, so figures number the layers.
+    names = [name for name, _ in layers]
+    # The page shows a prior only where it acts on the gates.
+    shaped = (
+      config.loss.regulariser == "batch_shaping" and config.loss.batch_shaping.coefficient > 0
+    )
+    image_report.write(
+      run_dir.report,
+      image_report.ImageRun(
+        title=f"{config.model.name} on {config.data.name}",
+        subtitle=f"{run_dir.path.name}, step {step:,} of {total:,}, gates: {config.model.gating}",
+        noun=self.noun,
+        rows=self.rows(result),
+        score=self.score,
+        tests=tests,
+        histograms=[_numbered(names, line) for line in lines],
+        macs=experiment.counts.macs,
+        images=images,
+        gates=gates,
+        layers=layers,
+        # The classes of pixels are no classes of scenes.
+        class_names=experiment.test.class_names if self.classes() else None,
+        prior=experiment.objective.prior if shaped else None,
+        config=[(name, str(value)) for name, value in rundir.flatten(config).items()],
+        read=lambda index: experiment.test.read(index)[0],
+        pictures=list(drawn.values()),
+        around=surroundings.read_surroundings(
+          run_dir,
+          config,
+          kind,
+          step=step,
+          not_compiled=conclusion.refusal(compile.check, experiment.model),
+        ),
+        how=kind.how,
+        notice=notice,
+      ),
+    )
 
 
-def _restore(experiment: Experiment, checkpoints: Checkpoints) -> tuple[int, Any]:
-  """Returns the newest checkpoint's step and state, or step 0 and a fresh state."""
-  state = steps.init_state(
-    experiment.model, experiment.optimiser, experiment.config.seed, experiment.test.shape
-  )
-  # The fresh state also gives a checkpoint its structure and shapes.
-  return checkpoints.restore(state, devices.replicated_sharding()) or (0, devices.replicate(state))
+def _tests_before(step: int, file: Path) -> list[dict[str, Any]]:
+  """Returns the lines of a journal's file on tests of earlier steps.
 
-
-def make_advance(
-  experiment: Experiment, train: Any, first_step: int, task: Task = TASK
-) -> Callable[[Any, int], tuple[Any, Any]]:
-  """Returns `(state, step) -> (state, metrics)` over all devices, fed by the config's loader.
-
-  Args:
-    experiment: the experiment to train.
-    train: its training set.
-    first_step: the step from which training continues.
-    task: the task of the experiment.
-  Returns:
-    a function that takes `steps_per_dispatch` steps; metrics are `[steps_per_dispatch]`.
+  The journal may have later tests than a checkpoint, written after it.
   """
-  config = experiment.config
-  k, batch = config.devices.steps_per_dispatch, config.optim.batch_size
-  process = (jax.process_index(), jax.process_count())
-  make_step = lambda model: steps.make_train_step(
-    model,
-    experiment.optimiser,
-    experiment.objective,
-    functools.partial(task.prepare, experiment),
-    seed=config.seed,
-    axis_name=devices.AXIS,
-    noise_scale=experiment.noise_scale,
-  )
-  mapped = lambda several, args: map_steps(
-    lambda model: several(make_step(model)),
-    experiment.model,
-    experiment.full,
-    args=args,
-    backend=config.devices.backend,
-  )
-  if isinstance(train, streaming.Stream):
-    # The stream begins at `first_step`, so that a resumed run sees the batches it would have seen.
-    stream = train.batches(batch, first_step, k, experiment.settings.total_steps, process)
-    run = mapped(steps.streamed_steps, (devices.REPLICATED, devices.BATCH))
-    return lambda state, _: run(state, next(stream))
-  # A small set is copied to every device once; a call sends indices alone.
-  images = devices.replicate((train.pixels, train.labels))
-  run = mapped(steps.resident_steps, (devices.REPLICATED, devices.REPLICATED, devices.BATCH))
-  return lambda state, at: run(
-    state, images, batches.indices(config.seed, at, k, batch, len(train), process)
-  )
-
-
-def make_test(
-  experiment: Experiment, task: Task = TASK
-) -> Callable[
-  [Any], tuple[dict[str, Any], evaluation.ImageBehaviour, evaluation.GateBehaviour | None]
-]:
-  """Returns a test, `state -> evaluation.evaluate` on every test image once.
-
-  The result includes the budget where there is one. The program is compiled at the first call only.
-
-  Args:
-    experiment: the experiment to test.
-    task: the task of the experiment.
-  """
-  config = experiment.config
-  run = devices.map_over_devices(
-    steps.make_eval_step(experiment.model, experiment.normalise, task.scores),
-    args=(devices.REPLICATED, devices.BATCH, devices.BATCH),
-    results=devices.BATCH,
-    backend=config.devices.backend,
-  )
-
-  def test(state):
-    """Returns the result of a state, with the behaviour of images and of gates."""
-    result, images, gates = evaluation.evaluate(
-      # Each process runs its part of a batch, and all see the whole result.
-      lambda *batch: hosts.allgather(run(state, *hosts.local_shard(batch))),
-      batches.padded_batches(experiment.test, config.optim.batch_size),
-      experiment.counts,
-      functools.partial(task.summarise, experiment),
-      classes=task.classes(experiment),
-      # For the outcomes of gates: with noise, a gate may be drawn open and closed for the same
-      # image.
-      noise_scale=experiment.drawn_noise_scale(int(state.step)),
-    )
-    if gates is not None and experiment.objective.prices_budget:
-      result["budget"] = experiment.objective.target
-    return result, images, gates
-
-  return test
-
-
-def conclude(
-  task: Task, experiment: Experiment, path: Path, result: Mapping[str, Any], done: str
-) -> str:
-  """Returns the closing lines of a mode that tests the network.
-
-  Args:
-    task: the task of the run.
-    experiment: the experiment of the run.
-    path: the run directory.
-    result: the result of the test.
-    done: the beginning of a sentence about the network.
-  """
-  rows = [task.rows(result)[0], *conclusion.gates(result), ("run directory:", str(path))]
-  report = path / rundir.REPORT_FILE
-  # The page is written when a run ends, or by --mode=report.
-  if report.exists():
-    rows.append(("page", f"{report}, for a browser"))
-  modes = []
-  # Only modes that work on this model are proposed.
-  if not conclusion.refusal(compile.check, experiment.model) and compile.skips(experiment.model):
-    modes = (
-      ["compile", "export"] if experiment.config.experiment == "classification" else ["compile"]
-    )
-  return conclusion.text(
-    f"{done} {task.title(experiment)}.", rows, conclusion.following(path, modes)
-  )
-
-
-def write_files(
-  task: Task,
-  experiment: Experiment,
-  run_dir: rundir.RunDir,
-  state: Any,
-  journal: Journal,
-  step: int,
-  result: Mapping[str, Any],
-  images: evaluation.ImageBehaviour,
-  gates: evaluation.GateBehaviour | None,
-) -> None:
-  """Writes the pictures, a file of gates and the report of a run that has ended.
-
-  Args:
-    task: the task of the run.
-    experiment: the experiment of the run.
-    run_dir: the run directory.
-    state: the state after training.
-    journal: receives the pictures.
-    step: the last step.
-    result, images, gates: results of the test, as of `evaluation.evaluate`.
-  """
-  drawn, names = task.draw(experiment, state), []
-  for name, (figure, _) in drawn.items():
-    page.save_figure(figure, run_dir.path / name)
-    names.append(name)
-  if gates is not None:
-    figure = gate_pictures.draw_gate_statistics(
-      gates.logits, gates.diagnosis.open_rates, experiment.objective.prior
-    )
-    page.save_figure(figure, run_dir.path / "gates.png")
-    tables.write_gate_csv(
-      run_dir.path / "gates.csv", gates.diagnosis, experiment.counts.gate_layers
-    )
-    names.append("gates.png")
-  # TensorBoard shows the pictures too.
-  for name in names:
-    journal.write_picture(step, f"pictures/{Path(name).stem}", run_dir.path / name)
-  write_report(task, experiment, run_dir, step, result, images, gates, drawn)
+  return [line for line in read_lines(file) if line["split"] == "test" and line["step"] < step]
 
 
 def _numbered(names: Sequence[str], line: Mapping[str, Any]) -> dict[str, Any]:
@@ -471,75 +415,6 @@ def _numbered(names: Sequence[str], line: Mapping[str, Any]) -> dict[str, Any]:
   return renamed
 
 
-def write_report(
-  task: Task,
-  experiment: Experiment,
-  run_dir: rundir.RunDir,
-  step: int,
-  result: Mapping[str, Any],
-  images: evaluation.ImageBehaviour,
-  gates: evaluation.GateBehaviour | None,
-  drawn: Mapping[str, tuple[Any, str]] = MappingProxyType({}),
-  notice: str = "",
-) -> None:
-  """Writes `report.html` of the state of `step`.
-
-  Args:
-    task: the task of the run.
-    experiment: the experiment of the run.
-    run_dir: the run directory.
-    step: the step of the state.
-    result, images, gates: results of the test, as of `evaluation.evaluate`.
-    drawn: the pictures of `task.draw`.
-    notice: the first line of the page; empty for none.
-  """
-  config, counts, total = experiment.config, experiment.counts, experiment.settings.total_steps
-  kind = surroundings.KINDS[config.experiment]
-  # The journal may have later tests than this state, written after its checkpoint.
-  before = lambda file: [
-    line
-    for line in read_lines(run_dir.path / file)
-    if line["split"] == "test" and line["step"] < step
-  ]
-  histograms = evaluation.histograms(gates, counts.gate_layers) if gates is not None else {}
-  # Names of modules are long, so figures number the layers.
-  numbered = functools.partial(_numbered, [name for name, _ in counts.gate_layers])
-  # The page shows a prior only where it acts on the gates.
-  pulled = config.loss.regulariser == "batch_shaping" and config.loss.batch_shaping.coefficient > 0
-  image_report.write(
-    run_dir.report,
-    image_report.ImageRun(
-      title=f"{config.model.name} on {config.data.name}",
-      subtitle=f"{run_dir.path.name}, step {step:,} of {total:,}, gates: {config.model.gating}",
-      noun=task.noun,
-      rows=task.rows(result),
-      score=task.score,
-      # This test comes last: outside training the journal does not have it.
-      tests=[*before(METRICS_FILE), {"step": step, **result}],
-      histograms=[*map(numbered, [*before(HISTOGRAMS_FILE), {"step": step, **histograms}])],
-      macs=counts.macs,
-      images=images,
-      gates=gates,
-      layers=counts.gate_layers,
-      # The classes of pixels are no classes of scenes.
-      class_names=experiment.test.class_names if task.classes(experiment) else None,
-      prior=experiment.objective.prior if pulled else None,
-      config=[(name, str(value)) for name, value in rundir.flatten(config).items()],
-      read=lambda index: experiment.test.read(index)[0],
-      pictures=list(drawn.values()),
-      around=surroundings.read_surroundings(
-        run_dir,
-        config,
-        kind,
-        step=step,
-        not_compiled=conclusion.refusal(compile.check, experiment.model),
-      ),
-      how=kind.how,
-      notice=notice,
-    ),
-  )
-
-
 def check_start(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """Returns the config of the run that `model.init_from` names.
 
@@ -550,7 +425,7 @@ def check_start(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   # Fields that their config lacks, being older, are taken from this one.
   theirs = config.copy_and_resolve_references()
   with theirs.unlocked():
-    theirs.update(rundir.with_tuples(rundir.RunDir(user_path(config.model.init_from)).config()))
+    theirs.update(rundir.with_tuples(RunDir(user_path(config.model.init_from)).config()))
   # The fields that determine the names and shapes of parameters.
   for name, mine in (
     ("experiment", config.experiment),
@@ -588,15 +463,9 @@ def start_from(experiment: Experiment, state: steps.TrainState) -> steps.TrainSt
     lambda: steps.init_state(theirs.model, theirs.optimiser, theirs.config.seed, theirs.test.shape)
   )
   # Shapes are enough to restore, so no state of theirs is initialised.
-  checkpoints = Checkpoints(rundir.RunDir(folder).checkpoints, read_only=True)
-  try:
-    found = checkpoints.restore(like, devices.replicated_sharding())
-  finally:
-    checkpoints.close()
+  found = restore_newest(RunDir(folder).checkpoints, like)
   if found is None:
-    raise rundir.RunDirError(
-      f"model.init_from must name a run with a checkpoint; {folder} has none yet"
-    )
+    raise RunDirError(f"model.init_from must name a run with a checkpoint; {folder} has none yet")
   step, trained = found
   say(f"starting from the parameters of step {step} in {folder}")
   return state.replace(
@@ -606,9 +475,11 @@ def start_from(experiment: Experiment, state: steps.TrainState) -> steps.TrainSt
 
 
 def _merged(mine: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+  """Merges flax's trees of two networks: theirs, and of mine what they do not have."""
   mine, theirs = traverse_util.flatten_dict(mine), traverse_util.flatten_dict(theirs)
   for path in sorted(mine.keys() | theirs.keys()):
-    here, there = (tree[path].shape if path in tree else None for tree in (mine, theirs))
+    here = mine[path].shape if path in mine else None
+    there = theirs[path].shape if path in theirs else None
     # An ungated network has neither gates nor exits: these keep their initial values.
     fresh = there is None and (is_gate_path(path) or path[0].startswith("exit"))
     if here != there and not fresh:

@@ -5,20 +5,21 @@ Reference: Zhao et al., 2017 (PSPNet); Bejnordi et al., 2020, section 4.2.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import ml_collections
 import numpy as np
 
+from gating_jax import runner
 from gating_jax.data import scenes
 from gating_jax.images import build as images
-from gating_jax.images import classification, compile, pixels
+from gating_jax.images import compile, pixels
 from gating_jax.images.build import Experiment
+from gating_jax.images.classification import Classification
 from gating_jax.models.resnet import RESNETS
 from gating_jax.models.segmenter import Segmenter
 from gating_jax.models.summary import model_summary
@@ -27,6 +28,7 @@ from gating_jax.reports import tables
 from gating_jax.terminal import working
 from gating_jax.training import devices, steps
 from gating_jax.training.rundir import Outline
+from gating_jax.training.steps import TrainState
 
 # Test scenes to draw.
 _DRAWN = 3
@@ -35,17 +37,14 @@ _DRAWN = 3
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   """Runs a mode for segmentation in a run directory.
 
-  `train` trains to the end from wherever the run directory stands; `evaluate` tests its newest
-  checkpoint, `report` writes a page of it, and `compile` times programs that skip its closed gates.
-
   Args:
     config: the config of the run.
     workdir: the run directory.
-    mode: one of these modes.
+    mode: one of those of `runner.run`; `compile` times programs that skip closed gates.
   """
   with working("opening the data", "minutes for large sets"):
     experiment = build(config)
-  classification.run_task(TASK, experiment, workdir, mode, compile=compile.run)
+  runner.run(Segmentation(experiment), workdir, mode)
 
 
 def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = None) -> Experiment:
@@ -58,57 +57,94 @@ def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = N
     ValueError, DatasetNotPreparedError: as in `images.build.build`.
   """
   data = config.data
-  side = (
-    lambda v: isinstance(v, tuple) and len(v) == 2 and min(v) >= 8,
-    "a tuple of height and width, each >= 8",
-  )
+
+  def is_size(value):
+    """Checks for a height and a width that a network can take."""
+    return isinstance(value, tuple) and len(value) == 2 and min(value) >= 8
+
+  def is_crop(value):
+    """Checks for a size within that of the scenes, or for none."""
+    if value is None:
+      return True
+    return is_size(value) and value[0] <= data.size[0] and value[1] <= data.size[1]
+
   images.check(
     config,
     choices={"data.name": scenes.NAMES, "model.name": RESNETS},
     at_least={"data.train_scenes": 1, "data.test_scenes": 1, "data.digits": 1, "model.head": 1},
     rules={
-      "data.size": side,
-      "model.init_from": (lambda v: v is None, "None for segmentation"),
+      "data.size": (is_size, "a tuple of height and width, each >= 8"),
+      "model.init_from": (lambda path: path is None, "None for segmentation"),
       "data.crop": (
-        lambda v: v is None or side[0](v) and v[0] <= data.size[0] and v[1] <= data.size[1],
+        is_crop,
         "None or a tuple of height and width, each >= 8 and at most data.size",
       ),
     },
   )
-  if data.name == scenes.MADE:
-    make = lambda split, count, **seed: scenes.digit_scenes(
-      split, scenes=count, size=data.size, most=data.digits, **seed
-    )
-    # The test set is the same for all seeds, so that these can be compared.
-    return images.assemble(
-      config,
-      lambda: data.train_scenes,
-      open_train=lambda: make("train", data.train_scenes, seed=config.seed),
-      open_test=lambda: make("test", data.test_scenes),
-      network=network,
-      objective=pixels.PixelObjective,
-      known=known,
-    )
-  opened = lambda split, **training: scenes.open_scenes(
-    data.name,
-    split,
-    data.data_dir,
-    size=data.size,
-    seed=config.seed,
-    workers=data.workers,
-    **training,
-  )
-  open_train = lambda: opened(data.train_split, crop=data.crop, flip=data.flip)
+  sets = _made_sets(config) if data.name == scenes.MADE else _opened_sets(config)
   return images.assemble(
     config,
-    lambda: len(open_train()),
-    open_train=open_train,
-    open_test=lambda: opened(data.test_split),
+    sets.size,
+    open_train=sets.open_train,
+    open_test=sets.open_test,
     network=network,
     objective=pixels.PixelObjective,
+    train_shape=sets.train_shape,
+    known=known,
+  )
+
+
+class _Sets(NamedTuple):
+  """The sets of a run, as `images.build.assemble` takes them."""
+
+  size: Callable[[], int]
+  open_train: Callable[[], Any]
+  open_test: Callable[[], Any]
+  train_shape: tuple[int, int, int] | None = None
+
+
+def _made_sets(config: ml_collections.ConfigDict) -> _Sets:
+  """Returns sets of scenes that are made of digits."""
+  data = config.data
+
+  def make(split, count, **seed):
+    """Makes the scenes of a split."""
+    return scenes.digit_scenes(split, scenes=count, size=data.size, most=data.digits, **seed)
+
+  return _Sets(
+    size=lambda: data.train_scenes,
+    open_train=lambda: make("train", data.train_scenes, seed=config.seed),
+    # The test set is the same for all seeds, so that these can be compared.
+    open_test=lambda: make("test", data.test_scenes),
+  )
+
+
+def _opened_sets(config: ml_collections.ConfigDict) -> _Sets:
+  """Returns sets of scenes on disk."""
+  data = config.data
+
+  def opened(split, **training):
+    """Opens a split."""
+    return scenes.open_scenes(
+      data.name,
+      split,
+      data.data_dir,
+      size=data.size,
+      seed=config.seed,
+      workers=data.workers,
+      **training,
+    )
+
+  def open_train():
+    """Opens the training set, which crops and flips."""
+    return opened(data.train_split, crop=data.crop, flip=data.flip)
+
+  return _Sets(
+    size=lambda: len(open_train()),
+    open_train=open_train,
+    open_test=lambda: opened(data.test_split),
     # Trained on crops, tested on whole scenes: the costs of the two differ.
     train_shape=(*(data.crop or data.size), 3),
-    known=known,
   )
 
 
@@ -126,46 +162,61 @@ def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
   )
 
 
-def _summarise(experiment: Experiment, sums, scored: int) -> dict[str, float]:
-  """Returns the numbers of the set, and the head's part of the network's MACs."""
-  backbone = model_summary(experiment.model.backbone.clone(parent=None), experiment.test.shape)
-  return pixels.summarise(sums, experiment.test.class_names) | {
-    "head_macs": experiment.counts.macs - backbone.macs
-  }
+class Segmentation(Classification):
+  """The classification of pixels: an image is a scene, without a class of its own."""
 
+  noun = "scene"
+  score = ("mean_iou", "mean IoU")
+  modes: ClassVar[Mapping[str, Callable[..., None]]] = {"compile": compile.run}
 
-def _draw(experiment: Experiment, state: steps.TrainState) -> dict[str, tuple[Any, str]]:
-  """Draws the first test scenes."""
-  images, truth = experiment.test.read(np.arange(min(_DRAWN, len(experiment.test))))
-  # Predictions alone: the scores of these scenes are not reported.
-  scores = lambda logits, labels: {"predicted": logits.argmax(-1)}
-  run = jax.jit(steps.make_eval_step(experiment.model, experiment.normalise, scores))
-  # On one device: three scenes need not divide over all of them.
-  results = jax.device_get(run(jax.device_get(state), images, truth))
-  counts = experiment.counts
-  macs = (
-    counts.always_macs + results["macs"] if "macs" in results else np.full(len(images), counts.macs)
-  )
-  figure = image_pictures.draw_scenes(
-    images, truth, results["predicted"], macs / counts.macs, experiment.test.class_names
-  )
-  return {
-    "scenes.png": (
-      figure,
-      "Test scenes, the true class of every pixel and the predicted one; above, the "
-      "multiply-accumulates of each, in % of those of the ungated net.",
+  def prepare(self, key: jax.Array, pixels: jax.Array) -> jax.Array:
+    """Normalises uint8 pixels; the data set itself crops and flips scenes with their labels."""
+    return self.experiment.normalise(pixels)
+
+  @staticmethod
+  def scores(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+    """Returns the results of each scene, from its pixels."""
+    return pixels.pixel_scores(logits, labels)
+
+  def summarise(self, sums: Mapping[str, Any], images: int) -> dict[str, float]:
+    """Returns the numbers of the set, and the head's part of the network's MACs."""
+    experiment = self.experiment
+    backbone = model_summary(experiment.model.backbone.clone(parent=None), experiment.test.shape)
+    return pixels.summarise(sums, experiment.test.class_names) | {
+      "head_macs": experiment.counts.macs - backbone.macs
+    }
+
+  def rows(self, result: Mapping[str, Any]) -> list[tables.Row]:
+    """Returns the result as names and values, the score first."""
+    return tables.scene_rows(result)
+
+  def classes(self) -> None:
+    """Returns None: a scene has pixels of several classes."""
+
+  def draw(self, state: TrainState) -> dict[str, tuple[Any, str]]:
+    """Draws the first test scenes."""
+    experiment = self.experiment
+    images, truth = experiment.test.read(np.arange(min(_DRAWN, len(experiment.test))))
+
+    def predict(logits, labels):
+      """Returns the predictions alone: the scores of these scenes are not reported."""
+      return {"predicted": logits.argmax(-1)}
+
+    run = jax.jit(steps.make_eval_step(experiment.model, experiment.normalise, predict))
+    # On one device: three scenes need not divide over all of them.
+    results = jax.device_get(run(jax.device_get(state), images, truth))
+    counts = experiment.counts
+    # An ungated net has the same MACs for all scenes.
+    macs = np.full(len(images), counts.macs)
+    if "macs" in results:
+      macs = counts.always_macs + results["macs"]
+    figure = image_pictures.draw_scenes(
+      images, truth, results["predicted"], macs / counts.macs, experiment.test.class_names
     )
-  }
-
-
-TASK = dataclasses.replace(
-  classification.TASK,
-  prepare=lambda experiment, _, pixels: experiment.normalise(pixels),
-  scores=pixels.pixel_scores,
-  summarise=_summarise,
-  noun="scene",
-  score=("mean_iou", "mean IoU"),
-  rows=tables.scene_rows,
-  classes=lambda _: None,
-  draw=_draw,
-)
+    return {
+      "scenes.png": (
+        figure,
+        "Test scenes, the true class of every pixel and the predicted one; above, the "
+        "multiply-accumulates of each, in % of those of the ungated net.",
+      )
+    }

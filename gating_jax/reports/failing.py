@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,51 +22,32 @@ from gating_jax.training.rundir import RunDir
 FILE = "failure.json"
 
 
-def run_mode(
-  path: Path,
-  config: ml_collections.ConfigDict,
-  mode: str,
-  *,
-  train: Callable[[RunDir], None],
-  report: Callable[..., None],
-  render: Callable[[Mapping[str, Any]], str],
-  **others: Callable[[RunDir], None],
-) -> None:
-  """Runs a mode by `rundir.run_mode`, and reports a training that fails.
+@contextlib.contextmanager
+def reported(
+  run_dir: RunDir, config: ml_collections.ConfigDict, report: Callable[[str], None]
+) -> Iterator[None]:
+  """Reports a training that fails in the block, and raises the error again.
 
-  A failure is noted in the run directory, the page of the newest checkpoint is written, and the
-  error is raised again. With several processes no page is written, since they would wait for each
-  other.
+  The failure is noted in the run directory, and the page of the newest checkpoint is written. With
+  several processes no page is written, since they would wait for each other.
 
   Args:
-    path, config, mode, train, render, others: as in `rundir.run_mode`.
-    report: the mode of this name; its argument `notice=` is the first line of the page.
+    run_dir: the run directory.
+    config: the config of the run.
+    report: writes the page of the newest checkpoint, with this first line.
   """
-
-  def train_or_report(run_dir):
-    """Trains; notes and reports a failure, then raises it again."""
-    try:
-      train(run_dir)
-    except Exception as error:
-      # A failure before the first step, such as a wrong config, leaves no note. A `PeerError` is
-      # the echo of another process' failure, which that process has reported.
-      if _has_begun(run_dir) and not isinstance(error, PeerError):
-        failure = {"date": _now(), "reason": _first_line(error)}
-        _record(run_dir, failure)
-        # With several processes the test would wait for those that have failed.
-        if jax.process_count() == 1:
-          _report_failure(run_dir, config, report, _said(failure))
-      raise
-
-  rundir.run_mode(
-    path,
-    config,
-    mode,
-    train=train_or_report,
-    render=render,
-    **others,
-    report=lambda run_dir: report(run_dir, notice=notice(run_dir)),
-  )
+  try:
+    yield
+  except Exception as error:
+    # A failure before the first step, such as a wrong config, leaves no note. A `PeerError` is the
+    # echo of another process' failure, which that process has reported.
+    if _has_begun(run_dir) and not isinstance(error, PeerError):
+      failure = {"date": _now(), "reason": _first_line(error)}
+      _record(run_dir, failure)
+      # With several processes the test would wait for those that have failed.
+      if jax.process_count() == 1:
+        _report_failure(run_dir, config, report, _said(failure))
+    raise
 
 
 def notice(run_dir: RunDir) -> str:
@@ -103,12 +84,12 @@ def _record(run_dir: RunDir, failure: Mapping[str, str]) -> None:
 
 
 def _report_failure(
-  run_dir: RunDir, config: ml_collections.ConfigDict, report: Callable[..., None], said: str
+  run_dir: RunDir, config: ml_collections.ConfigDict, report: Callable[[str], None], said: str
 ) -> None:
   """Writes the page of the newest checkpoint, or one without numbers if none can be tested."""
   say("the run failed; writing its report from what there is")
   try:
-    report(run_dir, notice=said)
+    report(said)
   except Exception as error:
     configured = [(name, str(value)) for name, value in rundir.flatten(config).items()]
     begin = page.Opening(text=f"No checkpoint could be tested: {_first_line(error)}", notice=said)

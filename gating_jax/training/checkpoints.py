@@ -13,7 +13,7 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ from absl import logging
 
 from gating_jax.paths import HANDLES, check_storable, user_path
 from gating_jax.terminal import warn
-from gating_jax.training import hosts
+from gating_jax.training import devices, hosts
 
 # Bytes for all that is written next to the values, the journal included.
 _SPARE = 2**20
@@ -33,6 +33,31 @@ _STATE, _META = "state", "meta"
 
 class CheckpointError(Exception):
   """The error of checkpoints that exist while none can be read."""
+
+
+class Checkpoint(NamedTuple):
+  """A state as it was after so many steps, on all devices."""
+
+  step: int
+  state: Any
+
+
+def restore_newest(directory: Path, like: Any) -> Checkpoint | None:
+  """Restores the newest checkpoint of a training that may still write there.
+
+  Args:
+    directory: the folder of the checkpoints; nothing in it is changed.
+    like: a state of the same structure, or its shapes.
+  Returns:
+    the checkpoint, or None where there is none at all.
+  Raises:
+    CheckpointError: there are checkpoints, and none can be read.
+  """
+  checkpoints = Checkpoints(directory, read_only=True)
+  try:
+    return checkpoints.restore(like, devices.replicated_sharding())
+  finally:
+    checkpoints.close()
 
 
 class Checkpoints:
@@ -74,7 +99,7 @@ class Checkpoints:
     """
     hosts.on_writer(lambda: self._save(step, state))
 
-  def restore(self, like: Any, sharding: jax.sharding.Sharding) -> tuple[int, Any] | None:
+  def restore(self, like: Any, sharding: jax.sharding.Sharding) -> Checkpoint | None:
     """Restores the newest checkpoint that can be read.
 
     A damaged checkpoint is reported and skipped; once an older one is read, the damaged one is
@@ -84,7 +109,7 @@ class Checkpoints:
       like: a state of the same structure, or its shapes.
       sharding: the placement of every array, the same value on all devices.
     Returns:
-      `(step, state)`, or None where there is no checkpoint at all.
+      the checkpoint, or None where there is none at all.
     Raises:
       CheckpointError: there are checkpoints, and none can be read. Nothing was changed.
     """
@@ -116,7 +141,7 @@ class Checkpoints:
       if not self._read_only:
         for bad in damaged:
           self._put_aside(bad)
-      return step, _placed(restored[_STATE], sharding)
+      return Checkpoint(step, _placed(restored[_STATE], sharding))
     if damaged:
       reasons = "\n".join(f"  step {step}: {reason}" for step, reason in damaged.items())
       raise CheckpointError(
@@ -124,6 +149,17 @@ class Checkpoints:
         "To start over, choose another workdir or delete that folder."
       )
     return None
+
+  def resume(self, fresh: Any) -> Checkpoint:
+    """Restores the newest checkpoint; where there is none, takes a fresh state for that of step 0.
+
+    Args:
+      fresh: the state with which training begins.
+    Raises:
+      CheckpointError: as in `restore`.
+    """
+    found = self.restore(fresh, devices.replicated_sharding())
+    return Checkpoint(0, devices.replicate(fresh)) if found is None else found
 
   def wait(self) -> None:
     """Waits until everything saved is on disk. Raises as `save` does."""

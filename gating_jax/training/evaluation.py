@@ -8,20 +8,18 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import special
 
 from gating_jax.analysis import outcomes as gate_outcomes
+from gating_jax.analysis import statistics
 from gating_jax.models.summary import ModelCounts
 
 # Images kept for each gate.
 FIRING = 8
-# Bins of a histogram, equal parts of [0, 1].
-BINS = 40
 # Images whose logits are kept, for histograms and pictures.
 _KEPT_EXAMPLES = 2048
-_DECILES = range(10, 100, 10)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +59,20 @@ class GateBehaviour:
   firing: np.ndarray
 
 
+class Evaluation(NamedTuple):
+  """Results of a test.
+
+  Attributes:
+    result: numbers, by name.
+    images: the behaviour on each image.
+    gates: that of each gate; None for a network without gates.
+  """
+
+  result: dict[str, Any]
+  images: ImageBehaviour
+  gates: GateBehaviour | None
+
+
 def summarise(sums: Mapping[str, np.ndarray], images: int) -> dict[str, float]:
   """Returns a classifier's numbers: `accuracy` and `cross_entropy`.
 
@@ -82,7 +94,7 @@ def evaluate(
   *,
   classes: int | None,
   noise_scale: float,
-) -> tuple[dict[str, float], ImageBehaviour, GateBehaviour | None]:
+) -> Evaluation:
   """Runs a model over a test set.
 
   Args:
@@ -92,9 +104,6 @@ def evaluate(
     summarise: `(sums over images of each result, images) -> numbers`, first in the result.
     classes: number of different labels; None where an image has no label of its own.
     noise_scale: noise scale of the gates in training; 0 where they are not drawn.
-  Returns:
-    `(result, images, gates)`: numbers, the behaviour on each image, and that of the gates, None for
-    a net without gates.
   """
   sums, each, tally, firing, logits, images = {}, collections.defaultdict(list), None, None, [], 0
   for (pixels, labels), valid in batches:
@@ -140,16 +149,16 @@ def evaluate(
     *(each.get(name) for name in ("correct", "predicted", "labels")),
   )
   if tally is None:
-    return result, behaviour, None
+    return Evaluation(result, behaviour, None)
   found = gate_outcomes.diagnose(tally)
-  spent = mac_spread(behaviour.macs, behaviour.losses)
+  spent = statistics.mac_spread(behaviour.macs, behaviour.losses)
   result |= {**spent, "mac_ratio": spent["macs"] / counts.macs, **gate_outcomes.summary(found)}
   if found.class_information is not None:
     result["class_information_floor"] = found.floor
   # A class without images gives 0 / 0 = NaN.
   with np.errstate(invalid="ignore"):
     class_rates = None if classes is None else tally.opened / tally.examples[:, None]
-  return (
+  return Evaluation(
     result,
     behaviour,
     GateBehaviour(
@@ -170,57 +179,9 @@ def histograms(gates: GateBehaviour, layers: Sequence[tuple[str, int]]) -> dict[
   """
   names, sizes = zip(*layers, strict=True)
   ends = np.cumsum(sizes)[:-1]
-  return layer_histograms(
+  return statistics.layer_histograms(
     names, np.split(gates.logits, ends, axis=1), np.split(gates.diagnosis.open_rates, ends)
   )
-
-
-def layer_histograms(
-  names: Sequence[str],
-  logits: Sequence[np.ndarray],
-  open_rates: Sequence[np.ndarray],
-  group: str = "gates",
-) -> dict[str, np.ndarray]:
-  """Returns `[BINS]` counts over [0, 1] of each layer's open probabilities and open rates.
-
-  Args:
-    names: names of the layers, as `models.summary.layer_names` has them.
-    logits: `[N, gates of the layer]` of each layer.
-    open_rates: `[gates of the layer]` of each layer.
-    group: prefix of the counts' names, such as `gates` for `gates/stage1_block1/conv1/probs`.
-  """
-  counts = {}
-  for layer, z, rates in zip(names, logits, open_rates, strict=True):
-    values = {"probs": special.expit(z), "open_rates": rates}
-    counts |= {f"{group}/{layer}/{name}": histogram(x) for name, x in values.items()}
-  return counts
-
-
-def histogram(values: np.ndarray) -> np.ndarray:
-  """Counts the values in each of `BINS` equal parts of [0, 1]."""
-  return np.histogram(values, BINS, (0, 1))[0]
-
-
-def mac_spread(macs: np.ndarray, losses: np.ndarray) -> dict[str, float]:
-  """Computes MACs over images: mean, spread, deciles, and means of four quarters by difficulty.
-
-  Args:
-    macs: `[M]`, multiply-accumulates of each image.
-    losses: `[M]`, cross-entropy of each image; quarter 1 has the smallest, quarter 4 the largest.
-
-  >>> mac_spread(np.arange(8.0), -np.arange(8.0))["macs_of_quarter1"]
-  6.5
-  """
-  # A stable sort: images of equal loss keep their order, so that a rerun gives the same quarters.
-  quarters = np.array_split(macs[np.argsort(losses, kind="stable")], min(4, len(macs)))
-  return {
-    "macs": float(np.mean(macs)),
-    "macs_std": float(np.std(macs)),
-    "macs_min": float(np.min(macs)),
-    "macs_max": float(np.max(macs)),
-    **{f"macs_p{p}": float(np.percentile(macs, p)) for p in _DECILES},
-    **{f"macs_of_quarter{i}": float(np.mean(quarter)) for i, quarter in enumerate(quarters, 1)},
-  }
 
 
 def _largest(

@@ -12,17 +12,15 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import ml_collections
 
 from gating_jax import config_files
-from gating_jax.checks import one_of
 from gating_jax.paths import check_storable, user_path
-from gating_jax.terminal import say
-from gating_jax.training import hosts, provenance
+from gating_jax.training import hosts
 from gating_jax.training.journal import TEMPORARY, write_json
 
 CONFIG_FILE = "config.json"
@@ -204,46 +202,6 @@ def _check_free(path: Path, names: Sequence[str]) -> None:
   for name in names:
     if (path / name).exists():
       raise RunDirError(f"{path / name} exists; rename it or delete it to write it again")
-
-
-def run_mode(
-  path: Path,
-  config: ml_collections.ConfigDict,
-  mode: str,
-  *,
-  train: Callable[[RunDir], None],
-  render: Callable[[Mapping[str, Any]], str],
-  **others: Callable[[RunDir], None],
-) -> None:
-  """Runs a mode: `train` resumes the run directory, the others read one that exists.
-
-  A finished run is not trained again; its result is printed.
-
-  Args:
-    path: the run directory.
-    config: the config of the run.
-    mode: `train` or a name among `others`.
-    train: trains to the end.
-    render: returns a result as text.
-    others: the other modes of this kind of run.
-  Raises:
-    ValueError: this kind of run does not have the mode.
-    RunDirError: as for `open_run` and `existing_run`.
-  """
-  one_of("mode", mode, ("train", *others))
-  if mode != "train":
-    others[mode](existing_run(path, config))
-    return
-  with open_run(path, config) as run_dir:
-    if (result := run_dir.result()) is None:
-      # Recorded under the lock, and only where training really starts.
-      hosts.on_writer(lambda: provenance.record_start(run_dir.path))
-      train(run_dir)
-    else:
-      say(
-        f"{path} holds a finished run of this config; nothing was trained or changed. Its result:"
-      )
-      say(render(result))
 
 
 @dataclasses.dataclass(frozen=True)

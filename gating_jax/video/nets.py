@@ -8,8 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 import numpy as np
 
+from gating_jax.data.videos import VideoArrays
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.layers.segment_gate import CONCEPTS
 from gating_jax.paths import user_path
@@ -70,32 +72,27 @@ def begin(
     params |= trained["params"]
     batch_stats |= trained["batch_stats"]
   if experiment.model.selection == "gate":
-    # Concepts are clusters of the light net's features, which `two_stage` has computed already.
-    features = (
-      train
-      if experiment.config.training == "two_stage"
-      else evaluate.extract_features(
-        experiment, {"params": params, "batch_stats": batch_stats}, ("light",)
-      )
-    )
-    # Only real segments of videos that could be read.
-    seen = features.arrays["light"][
-      features.arrays["valid"] & (features.arrays["weight"] > 0)[:, None]
-    ]
-    seen = seen[
-      # A random sample with the run's seed, so that a restart finds the same concepts.
-      np.random.default_rng(experiment.config.seed).permutation(len(seen))[:_CONCEPT_SEGMENTS]
-    ]
-    concepts = find_concepts(
-      seen, experiment.config.model.gate.concepts, seed=experiment.config.seed
-    )
-    gate = params[GATE_NAME]
-    params[GATE_NAME] = {
-      **gate,
-      # The gate multiplies features by the concepts, so these are the columns of a kernel.
-      CONCEPTS: {"kernel": devices.replicate(np.ascontiguousarray(concepts.T))},
-    }
+    features = train
+    # `two_stage` has computed the features already.
+    if experiment.config.training == "end_to_end":
+      variables = {"params": params, "batch_stats": batch_stats}
+      features = evaluate.extract_features(experiment, variables, ("light",))
+    concepts = _concepts_of(features, experiment.config)
+    # The gate multiplies features by the concepts, so these are the columns of a kernel.
+    kernel = devices.replicate(np.ascontiguousarray(concepts.T))
+    params[GATE_NAME] = {**params[GATE_NAME], CONCEPTS: {"kernel": kernel}}
   return state.replace(params=params, batch_stats=batch_stats)
+
+
+def _concepts_of(features: VideoArrays, config: ml_collections.ConfigDict) -> np.ndarray:
+  """Finds the concepts, clusters of the light net's features of the training segments."""
+  arrays = features.arrays
+  # Only real segments of videos that could be read.
+  segments = arrays["light"][arrays["valid"] & (arrays["weight"] > 0)[:, None]]
+  # A random sample with the run's seed, so that a restart finds the same concepts.
+  order = np.random.default_rng(config.seed).permutation(len(segments))
+  sample = segments[order[:_CONCEPT_SEGMENTS]]
+  return find_concepts(sample, config.model.gate.concepts, seed=config.seed)
 
 
 def whole(experiment: VideoExperiment, state: steps.TrainState, nets: Any) -> dict[str, Any]:
@@ -104,9 +101,9 @@ def whole(experiment: VideoExperiment, state: steps.TrainState, nets: Any) -> di
   if experiment.config.training == "end_to_end":
     return variables
   # `two_stage` trained the gate and the classifier alone: the nets join them here.
-  return variables | {
-    kind: {**variables[kind], **tree} for kind, tree in nets_of(experiment, nets).items()
-  }
+  for kind, tree in nets_of(experiment, nets).items():
+    variables[kind] = {**variables[kind], **tree}
+  return variables
 
 
 def nets_of(experiment: VideoExperiment, nets: Any) -> dict[str, Any]:

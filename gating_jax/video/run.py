@@ -8,23 +8,25 @@ Reference: Hussein et al., 2020 (TimeGate).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import ml_collections
 
+from gating_jax import runner
 from gating_jax.data import batches
 from gating_jax.data.videos import VideoArrays
-from gating_jax.reports import conclusion, failing, tables
-from gating_jax.terminal import Pace, lasting, say, working
-from gating_jax.training import closed_gates, devices, hosts, loop, rundir, steps
-from gating_jax.training.checkpoints import Checkpoints
-from gating_jax.training.journal import Journal, numbers
-from gating_jax.training.steps import map_steps
+from gating_jax.reports import tables
+from gating_jax.terminal import say, working
+from gating_jax.training import closed_gates, devices, hosts, rundir, steps
+from gating_jax.training.checkpoints import Checkpoint
+from gating_jax.training.journal import numbers
+from gating_jax.training.rundir import RunDir
+from gating_jax.training.steps import TrainState, map_steps
 from gating_jax.video import evaluate as video_evaluation
 from gating_jax.video import nets as video_nets
 from gating_jax.video import report, sets, speed
@@ -37,289 +39,236 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
   Args:
     config: of the run.
     workdir: the run directory.
-    mode: `train` resumes and trains to completion; `evaluate` tests the newest checkpoint; `report`
-      writes the page; `compile` times the ways to run with segments skipped.
+    mode: one of those of `runner.run`; `compile` times the ways to run with segments skipped.
   """
   with working("opening the data", "minutes for large sets"):
     experiment = build(config)
-  failing.run_mode(
-    workdir,
-    config,
-    mode,
-    render=functools.partial(_render_finished, experiment, workdir),
-    train=functools.partial(_train, experiment),
-    evaluate=functools.partial(_evaluate, experiment),
-    report=functools.partial(_report, experiment),
-    compile=functools.partial(_compile, experiment),
-  )
+  runner.run(LongVideo(experiment), workdir, mode)
 
 
-def _evaluate(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
-  step, result, _ = _test_newest(experiment, run_dir)
-  say(f"checkpoint of step {step}")
-  say(tables.render_video(result))
-  say(_conclude(experiment, run_dir.path, result, f"Tested the checkpoint of step {step:,} of"))
+@dataclasses.dataclass(frozen=True)
+class LongVideo(runner.Programme):
+  """The choice of segments of long videos: pretraining of the nets, then of gate and classifier."""
 
+  experiment: VideoExperiment
+  modes: ClassVar[Mapping[str, Callable[..., None]]] = {"compile": speed.run}
 
-def _render_finished(experiment: VideoExperiment, path: Path, result: Mapping[str, Any]) -> str:
-  return (
-    f"{tables.render_video(result)}\n{_conclude(experiment, path, result, 'A finished run of')}"
-  )
+  @property
+  def title(self) -> str:
+    """Describes the data set and the way that segments are chosen."""
+    config = self.config
+    return f"segments of {config.data.name} videos, chosen by {config.model.selection}"
 
+  def render(self, result: Mapping[str, Any]) -> str:
+    """Returns the result as text."""
+    return tables.render_video(result)
 
-def _conclude(experiment: VideoExperiment, path: Path, result: Mapping[str, Any], done: str) -> str:
-  """Returns the last text of a mode that tests the network."""
-  ratio = f"{100 * result['mac_ratio']:.1f} %"
-  rows = [
-    tables.video_rows(result)[0],
-    ("MACs per video", f"{result['macs']:,.0f}, {ratio} of the heavy net on all segments"),
-    ("segments chosen", f"{100 * result['share']:.1f} %"),
-  ]
-  if "videos_per_second" in result:
-    rows.append(
-      (
-        "videos per second",
-        f"{result['videos_per_second']:.1f}; the heavy net on all segments: "
-        f"{result['all_segments_videos_per_second']:.1f}",
-      )
-    )
-  rows.append(("run directory:", str(path)))
-  if (path / rundir.REPORT_FILE).exists():
-    rows.append(("page", f"{path / rundir.REPORT_FILE}, for a browser"))
-  modes = ["compile"] if speed.skips(experiment) else []
-  return conclusion.text(f"{done} {_title(experiment)}.", rows, conclusion.following(path, modes))
+  def main_numbers(self, result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns the score, MACs, the fraction of segments and, where it was timed, the speed."""
+    ratio = f"{100 * result['mac_ratio']:.1f} %"
+    found = [
+      tables.video_rows(result)[0],
+      ("MACs per video", f"{result['macs']:,.0f}, {ratio} of the heavy net on all segments"),
+      ("segments chosen", f"{100 * result['share']:.1f} %"),
+    ]
+    if "videos_per_second" in result:
+      baseline = f"the heavy net on all segments: {result['all_segments_videos_per_second']:.1f}"
+      found.append(("videos per second", f"{result['videos_per_second']:.1f}; {baseline}"))
+    return found
 
+  def next_modes(self) -> list[str]:
+    """Returns `compile` where segments of a heavy net are skipped."""
+    return ["compile"] if speed.skips(self.experiment) else []
 
-def _title(experiment: VideoExperiment) -> str:
-  return (
-    f"segments of {experiment.config.data.name} videos, "
-    f"chosen by {experiment.config.model.selection}"
-  )
+  def fresh(self) -> TrainState:
+    """Initialises the state with which the training of gate and classifier begins."""
+    return video_nets.fresh(self.experiment.training, self.config.seed)
 
-
-def _report(experiment: VideoExperiment, run_dir: rundir.RunDir, notice: str = "") -> None:
-  step, result, behaviour = _test_newest(experiment, run_dir)
-  with working("drawing the report", "up to a minute"):
-    report.write(experiment, result, behaviour, run_dir, step, notice)
-  say(f"report of the checkpoint of step {step}: {run_dir.report}")
-  say(
-    _conclude(
-      experiment, run_dir.path, result, f"Wrote the page of the checkpoint of step {step:,} of"
-    )
-  )
-
-
-def _compile(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
-  step, variables = newest(experiment, run_dir)
-  # One process times and writes; the others wait for it.
-  hosts.on_writer(lambda: speed.run(experiment, run_dir, step, variables))
-
-
-def _test_newest(
-  experiment: VideoExperiment, run_dir: rundir.RunDir
-) -> tuple[int, dict[str, Any], video_evaluation.Arrays]:
-  """Tests the newest checkpoint: its step, its result, and arrays of each test video."""
-  step, variables = newest(experiment, run_dir)
-  result, behaviour = _test(experiment, variables)
-  return step, result | _speed(experiment, variables), behaviour
-
-
-def _test(
-  experiment: VideoExperiment, variables: Any, tell: Callable[[str], None] = say
-) -> tuple[dict[str, Any], video_evaluation.Arrays]:
-  about = "programs are compiled first, up to a minute"
-  with working(f"testing on {len(experiment.test):,} videos", about, tell):
-    return video_evaluation.test(experiment, variables)
-
-
-def _speed(experiment: VideoExperiment, variables: Any) -> dict[str, float]:
-  with working("timing runs that skip segments", "up to a minute"):
-    return speed.speed(experiment, variables)
-
-
-def newest(experiment: VideoExperiment, run_dir: rundir.RunDir) -> tuple[int, Any]:
-  """Loads the newest checkpoint's step and the variables of the whole network.
-
-  Raises:
-    RunDirError: there is no checkpoint.
-  """
-  path = run_dir.path
-  two_stage = experiment.config.training == "two_stage"
-  with working("loading the newest checkpoint"):
-    nets = (
-      # `end_to_end` has the nets in its own checkpoint; `two_stage` has them in that of the
-      # pretraining.
-      video_nets.trained_nets(experiment, path) if two_stage and experiment.pretraining else None
-    )
-    step, state = video_nets.restore(
-      experiment.training, path, experiment.config.seed, read_only=True
-    )
-  if not step:
-    raise rundir.RunDirError(f"no checkpoint in {path / rundir.CHECKPOINT_DIR} yet")
-  return step, video_nets.whole(experiment, state, nets)
-
-
-def _train(experiment: VideoExperiment, run_dir: rundir.RunDir) -> None:
-  started, config, phase = time.monotonic(), experiment.config, experiment.training
-  # Lets the model of this run be loaded without the data.
-  rundir.write_outlines(run_dir.path, [experiment.train, experiment.test])
-  nets = None
-  if config.pretrained:
-    with working("loading the trained nets"):
+  def restore(self, run_dir: RunDir) -> Checkpoint | None:
+    """Restores the variables of the whole network, from its newest checkpoint."""
+    experiment, nets = self.experiment, None
+    # `end_to_end` has the nets in its own checkpoint; `two_stage` has them in that of the
+    # pretraining.
+    if self.config.training == "two_stage" and experiment.pretraining:
       nets = video_nets.trained_nets(experiment, run_dir.path)
-  elif experiment.pretraining:
-    folder = run_dir.path / video_nets.PRETRAIN_DIR
-    state, finished = _run_phase(experiment, experiment.pretraining, folder, experiment.train)
-    # Asked to stop: the next start resumes here.
-    if not finished:
-      return
-    nets = video_nets.of_state(state)
-  train = experiment.train
-  first_step, state = _restore(phase, run_dir.path, config.seed)
-  if config.training == "two_stage":
+    found = super().restore(run_dir)
+    if found is None:
+      return None
+    return Checkpoint(found.step, video_nets.whole(experiment, found.state, nets))
+
+  def train(self, run_dir: RunDir) -> dict[str, Any] | None:
+    """Trains the nets, then gate and classifier; returns the result, or None where it stopped."""
+    experiment, phase = self.experiment, self.experiment.training
+    # Lets the model of this run be loaded without the data.
+    rundir.write_outlines(run_dir.path, [experiment.train, experiment.test])
+    nets = None
+    if self.config.pretrained:
+      with working("loading the trained nets"):
+        nets = video_nets.trained_nets(experiment, run_dir.path)
+    elif experiment.pretraining:
+      nets = self.pretrain(run_dir)
+      # Asked to stop: the next start resumes here.
+      if nets is None:
+        return None
+    with self._open(phase, run_dir.path) as training:
+      train = self._training_set(nets)
+      # The checkpoint of a resumed run already holds the concepts.
+      if not training.step:
+        with working("finding the initial concepts of the gates", "up to a minute"):
+          training.state = video_nets.begin(experiment, training.state, nets, train)
+      training.begin(self.title)
+      evaluate = functools.partial(self._evaluate, training, nets)
+      if not self._run(training, phase, train, evaluate):
+        return None
+      variables = video_nets.whole(experiment, training.state, nets)
+      result, behaviour = self._test(variables, training.say)
+      # Timed once, at the end: a test during training is not slowed down by it.
+      result |= self._speed(variables)
+      with working("drawing the report", "up to a minute"):
+        self._note(training, result, behaviour)
+        journal, step = training.journal, training.step
+        hosts.on_writer(lambda: report.draw(experiment, behaviour, run_dir, journal, step))
+        hosts.on_writer(lambda: report.write(experiment, result, behaviour, run_dir, step))
+    return result | {"step": step}
+
+  def pretrain(self, run_dir: RunDir) -> dict[str, Any] | None:
+    """Trains both nets on single segments; returns their variables, or None where it stopped."""
+    phase = self.experiment.pretraining
+    with self._open(phase, run_dir.path / video_nets.PRETRAIN_DIR) as training:
+      # A phase that has ended is not entered again: no journal, no compilation.
+      if training.step < training.total_steps:
+        training.begin("training both nets on single segments first")
+        if not self._run(training, phase, self.experiment.train):
+          return None
+      return video_nets.of_state(training.state)
+
+  def test(self, step: int, variables: Any) -> dict[str, Any]:
+    """Tests the whole network; returns its result, with its speed."""
+    result, _ = self._test(variables, say)
+    return result | self._speed(variables)
+
+  def report(self, run_dir: RunDir, step: int, variables: Any, notice: str) -> dict[str, Any]:
+    """Tests the whole network, and writes its page; returns the result."""
+    result, behaviour = self._test(variables, say)
+    result |= self._speed(variables)
+    with working("drawing the report", "up to a minute"):
+      hosts.on_writer(
+        lambda: report.write(self.experiment, result, behaviour, run_dir, step, notice)
+      )
+    return result
+
+  def make_advance(
+    self, phase: Phase, train: Any, first_step: int
+  ) -> Callable[[TrainState, int], tuple[TrainState, Any]]:
+    """Builds `(state, step) -> (state, metrics)` of a phase, over all devices.
+
+    Args:
+      phase: the phase.
+      train: its training set.
+      first_step: the step from which training continues.
+    """
+    config, k = self.config, phase.settings.steps_per_dispatch
+    process = (jax.process_index(), jax.process_count())
+
+    def make_step(model):
+      """Makes the training step of a model."""
+      return steps.make_train_step(
+        model,
+        phase.optimiser,
+        phase.objective,
+        phase.prepare,
+        seed=config.seed,
+        axis_name=devices.AXIS,
+      )
+
+    def mapped(several, args):
+      """Maps several steps over the devices.
+
+      Also with `phase.full`, for steps that choose more segments than the model's capacity.
+      """
+      return map_steps(
+        lambda model: several(make_step(model)),
+        phase.model,
+        phase.full,
+        args=args,
+        backend=config.devices.backend,
+      )
+
+    if not isinstance(train, VideoArrays):
+      # Videos on disk: batches come from worker threads, from the first step on.
+      stream = train.batches(phase.batch_size, first_step, k, phase.settings.total_steps, process)
+      run_streamed = mapped(steps.streamed_steps, (devices.REPLICATED, devices.BATCH))
+      # The stream keeps its own place, so the step is not needed.
+      return lambda state, _: run_streamed(state, sets.examples(next(stream)))
+    # Arrays in memory: the whole set lies on every device, and steps take only indices.
+    arrays = devices.replicate(sets.examples(train.arrays))
+    run_resident = mapped(
+      steps.resident_steps, (devices.REPLICATED, devices.REPLICATED, devices.BATCH)
+    )
+
+    def advance(state, step):
+      """Takes the steps of one call on arrays that are on the devices."""
+      index = batches.indices(config.seed, step, k, phase.batch_size, len(train), process)
+      return run_resident(state, arrays, index)
+
+    return advance
+
+  def _open(self, phase: Phase, folder: Path) -> runner.Training:
+    """Opens the training of a phase in its folder."""
+    with working("making the networks", "up to half a minute"):
+      fresh = video_nets.fresh(phase, self.config.seed)
+      return runner.Training(folder, fresh, phase.settings.total_steps)
+
+  def _run(
+    self,
+    training: runner.Training,
+    phase: Phase,
+    train: Any,
+    evaluate: Callable[[], None] | None = None,
+  ) -> bool:
+    """Takes the steps that are left of a phase; returns False where it was asked to stop."""
+    return training.run(
+      self.make_advance(phase, train, training.step),
+      phase.settings,
+      evaluate=evaluate,
+      watch=closed_gates.watch_videos(self.config),
+    )
+
+  def _training_set(self, nets: Any) -> Any:
+    """Returns the training set of gate and classifier: in `two_stage`, features of the nets."""
+    train = self.experiment.train
+    if self.config.training != "two_stage":
+      return train
     with working(
       f"computing the features of {len(train):,} training videos", "minutes for large sets"
     ):
-      train = video_evaluation.extract_features(experiment, video_nets.nets_of(experiment, nets))
-  # The checkpoint of a resumed run already holds the concepts.
-  if not first_step:
-    with working("finding the initial concepts of the gates", "up to a minute"):
-      state = video_nets.begin(experiment, state, nets, train)
-  test = lambda state, tell=say: _test(experiment, video_nets.whole(experiment, state, nets), tell)
-  state, finished = _run_phase(
-    experiment, phase, run_dir.path, train, start=(first_step, state), test=test
-  )
-  if not finished:
-    return
-  result, behaviour = test(state)
-  # Timed once, at the end: a test during training is not slowed down by it.
-  result |= _speed(experiment, video_nets.whole(experiment, state, nets))
-  total = phase.settings.total_steps
-  with working("drawing the report", "up to a minute"):
-    # The phase has closed its journal, and the final test belongs to its last step.
-    journal = Journal(run_dir.path, total, total)
-    try:
-      _note(experiment, journal, total, result, behaviour)
-      hosts.on_writer(lambda: report.draw(experiment, behaviour, run_dir, journal, total))
-    finally:
-      journal.close()
-    hosts.on_writer(lambda: report.write(experiment, result, behaviour, run_dir, total))
-  result |= {"step": total, "seconds_since_last_start": round(time.monotonic() - started, 1)}
-  run_dir.finish(result)
-  say(tables.render_video(result))
-  say(
-    _conclude(
-      experiment, run_dir.path, result, f"Trained for {lasting(time.monotonic() - started)}:"
-    )
-  )
+      variables = video_nets.nets_of(self.experiment, nets)
+      return video_evaluation.extract_features(self.experiment, variables)
 
+  def _evaluate(self, training: runner.Training, nets: Any) -> None:
+    """Tests the state of a training, and notes the result in the journal."""
+    variables = video_nets.whole(self.experiment, training.state, nets)
+    result, behaviour = self._test(variables, training.say)
+    self._note(training, result, behaviour)
+    training.say(tables.video_headline(result))
 
-def _restore(phase: Phase, path: Path, seed: int) -> tuple[int, Any]:
-  """Returns the step and the state from which a phase resumes."""
-  with working("making the networks", "up to half a minute"):
-    return video_nets.restore(phase, path, seed)
+  def _test(
+    self, variables: Any, tell: Callable[[str], None]
+  ) -> tuple[dict[str, Any], video_evaluation.Arrays]:
+    """Tests the whole network on every test video, as `video.evaluate.test` does."""
+    about = "programs are compiled first, up to a minute"
+    with working(f"testing on {len(self.experiment.test):,} videos", about, tell):
+      return video_evaluation.test(self.experiment, variables)
 
+  def _speed(self, variables: Any) -> dict[str, float]:
+    """Times the whole network, as `video.speed.speed` does."""
+    with working("timing runs that skip segments", "up to a minute"):
+      return speed.speed(self.experiment, variables)
 
-def _run_phase(
-  experiment: VideoExperiment,
-  phase: Phase,
-  path: Path,
-  train: Any,
-  *,
-  start: Any = None,
-  test: Any = None,
-) -> tuple[Any, bool]:
-  """Trains a phase to its end, or until it is asked to stop.
-
-  Args:
-    experiment: of the run.
-    phase: the phase.
-    path: its directory.
-    train: its training set.
-    start: `(first_step, state)`; by default those of the newest checkpoint in `path`.
-    test: evaluates a state; None without tests.
-  Returns:
-    `(state, finished)`.
-  """
-  config, total = experiment.config, phase.settings.total_steps
-  first_step, state = start or _restore(phase, path, config.seed)
-  if first_step > total:
-    raise rundir.RunDirError(
-      f"{path} holds a checkpoint of step {first_step}, beyond the {total} of this config"
-    )
-  # A finished phase is not entered again: no journal, no compilation.
-  if first_step == total:
-    return state, True
-  if first_step:
-    say(f"resuming from the checkpoint of step {first_step} in {path}")
-  path.mkdir(exist_ok=True)
-  checkpoints, journal = Checkpoints(path / rundir.CHECKPOINT_DIR), Journal(path, first_step, total)
-  pace = Pace(journal.say, total)
-  journal.say(
-    first_step, _title(experiment) if test else "training both nets on single segments first"
-  )
-
-  def evaluate(state, step):
-    """Tests the state on the test videos and notes the result in the journal."""
-    result, behaviour = test(state, functools.partial(journal.say, step))
-    _note(experiment, journal, step, result, behaviour)
-    journal.say(step, tables.video_headline(result))
-
-  try:
-    state, step = loop.train(
-      state,
-      first_step,
-      pace(_make_advance(experiment, phase, train, first_step)),
-      settings=phase.settings,
-      checkpoints=checkpoints,
-      journal=journal,
-      evaluate=evaluate if test else None,
-      watch=closed_gates.watch_videos(config),
-    )
-    # The loop ends early only where it was asked to, and has saved a checkpoint.
-    if step < total:
-      journal.say(step, "stopped as asked; a checkpoint is saved, run the same command to resume")
-  finally:
-    journal.close()
-    checkpoints.close()
-  return state, step == total
-
-
-def _make_advance(experiment: VideoExperiment, phase: Phase, train: Any, first_step: int) -> Any:
-  """Builds `(state, step) -> (state, metrics)` over all devices."""
-  config, k = experiment.config, phase.settings.steps_per_dispatch
-  process = (jax.process_index(), jax.process_count())
-  make_step = lambda model: steps.make_train_step(
-    model, phase.optimiser, phase.objective, phase.prepare, seed=config.seed, axis_name=devices.AXIS
-  )
-  # Also with `phase.full`, for steps that choose more segments than the model's capacity.
-  mapped = lambda several, args: map_steps(
-    lambda model: several(make_step(model)),
-    phase.model,
-    phase.full,
-    args=args,
-    backend=config.devices.backend,
-  )
-  if isinstance(train, VideoArrays):
-    # Arrays in memory: the whole set lies on every device, and steps take only indices.
-    arrays = devices.replicate(sets.examples(train.arrays))
-    run = mapped(steps.resident_steps, (devices.REPLICATED, devices.REPLICATED, devices.BATCH))
-    indices = lambda at: batches.indices(config.seed, at, k, phase.batch_size, len(train), process)
-    return lambda state, at: run(state, arrays, indices(at))
-  # Videos on disk: batches come from worker threads, from the first step on.
-  stream = train.batches(phase.batch_size, first_step, k, phase.settings.total_steps, process)
-  run = mapped(steps.streamed_steps, (devices.REPLICATED, devices.BATCH))
-  # The stream keeps its own place, so the step is not needed.
-  return lambda state, _: run(state, sets.examples(next(stream)))
-
-
-def _note(
-  experiment: VideoExperiment,
-  journal: Journal,
-  step: int,
-  result: Mapping[str, Any],
-  behaviour: video_evaluation.Arrays,
-) -> None:
-  """Writes a test's numbers and histograms."""
-  journal.write(step, "test", numbers(result))
-  journal.write_histograms(step, "test", report.histograms(experiment, behaviour))
+  def _note(
+    self, training: runner.Training, result: Mapping[str, Any], behaviour: video_evaluation.Arrays
+  ) -> None:
+    """Writes a test's numbers and histograms to the journal."""
+    training.journal.write(training.step, "test", numbers(result))
+    histograms = report.histograms(self.experiment, behaviour)
+    training.journal.write_histograms(training.step, "test", histograms)

@@ -12,7 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from gating_jax.continual import build, compile, run
+from gating_jax import runner
+from gating_jax.continual import build, compile, run, training
 from gating_jax.continual import report as continual_report
 from gating_jax.continual.method import LearnerState, Table
 from gating_jax.data.image_sets import Images
@@ -59,7 +60,7 @@ def config():
 @pytest.fixture
 def resumable(monkeypatch):
   """Runs keep every checkpoint, and draw no reports, which take a third of their time."""
-  monkeypatch.setattr(run, "Checkpoints", functools.partial(Checkpoints, keep=100))
+  monkeypatch.setattr(runner, "Checkpoints", functools.partial(Checkpoints, keep=100))
   monkeypatch.setattr(continual_report, "draw", lambda *_: None)
   monkeypatch.setattr(continual_report, "write", lambda *_: None)
 
@@ -227,7 +228,7 @@ def strict_json(path):
 
 def list_programs(patch):
   """A list that grows by one entry whenever a training step is traced for compilation."""
-  programs, make_step = [], run.training.make_step
+  programs, make_step = [], training.make_step
 
   def listed(*args, **settings):
     step = make_step(*args, **settings)
@@ -238,7 +239,7 @@ def list_programs(patch):
 
     return traced
 
-  patch.setattr(run.training, "make_step", listed)
+  patch.setattr(training, "make_step", listed)
   return programs
 
 
@@ -579,7 +580,7 @@ def test_batches_of_tasks_learnt_together_hold_as_much_of_each(config):
     config(method="multitask_trunk", **{"tasks.count": 3, "optim.batch_size": 16})
   )
   assert list(experiment.stages) == [2]
-  assert [len(images) for images in run.training_sets(experiment, 2).values()] == [
+  assert [len(images) for images in training.training_sets(experiment, 2).values()] == [
     len(task.train) for task in experiment.tasks
   ]
 
@@ -598,7 +599,7 @@ def test_batches_of_tasks_learnt_together_hold_as_much_of_each(config):
     experiment, method=dataclasses.replace(experiment.method, loss=loss)
   )
   advance, learner, seen = (
-    run.make_advance(experiment)(2),
+    training.make_advance(experiment)(2),
     devices.replicate(experiment.fresh()),
     [],
   )
@@ -614,7 +615,7 @@ def test_batches_of_tasks_learnt_together_hold_as_much_of_each(config):
 def test_tasks_learnt_together_fill_the_last_row_and_resume_to_the_same_end(
   config, tmp_path, capsys, monkeypatch
 ):
-  monkeypatch.setattr(run, "Checkpoints", functools.partial(Checkpoints, keep=100))
+  monkeypatch.setattr(runner, "Checkpoints", functools.partial(Checkpoints, keep=100))
   made = config(method="multitask_gates")
   run.run(made, tmp_path, "train")
   assert "forgetting n/a: all tasks are learned together" in capsys.readouterr().out
@@ -711,7 +712,7 @@ def test_every_task_begins_with_a_fresh_optimiser():
   learner = LearnerState(
     jnp.int32(7), jnp.int32(0), params, {}, moving, {}, Table(*[jnp.zeros((1, 1))] * 5)
   )
-  ended = run.finish_task(experiment, learner, 0, lambda *_: dict.fromkeys(Table._fields, 0.5))
+  ended = training.finish_task(experiment, learner, 0, lambda *_: dict.fromkeys(Table._fields, 0.5))
   assert tiny.bit_equal(ended.opt_state, optimiser.init(params))
   assert (int(ended.step), int(ended.task)) == (8, 1)
 

@@ -254,7 +254,7 @@ def evaluated(made, used):
     patch.setattr(
       devices, "map_over_devices", functools.partial(devices.map_over_devices, devices=used)
     )
-    return classification.make_test(built)(devices.replicate(mixed_state(), used))
+    return classification.Classification(built).make_test()(devices.replicate(mixed_state(), used))
 
 
 @pytest.mark.thin(3)
@@ -428,7 +428,7 @@ def test_a_run_cut_back_to_an_earlier_checkpoint_ends_with_the_same_parameters(
   copy = shutil.copytree(workdir, tmp_path / "run")
   shutil.rmtree(copy / "checkpoints" / "66")
   (copy / "result.json").unlink()
-  monkeypatch.setattr(classification, "write_report", lambda *_, **__: None)
+  monkeypatch.setattr(classification.Classification, "write_report", lambda *_, **__: None)
   assert "resuming from the checkpoint of step 55" in said(classification, made, copy, "train")
   assert tiny.bit_equal(jobs.saved_state(copy), jobs.saved_state(workdir))
 

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 
 import numpy as np
@@ -6,12 +5,14 @@ import pytest
 from PIL import Image
 
 from configs import digits_resnet20
+from gating_jax import runner
 from gating_jax.images import classification
 from gating_jax.inference.conditional import CompiledConditional
 from gating_jax.inference.exits import CompiledExits
 from gating_jax.models import resnet
 from gating_jax.reports import compile_report, page, surroundings, timings
 from gating_jax.training import rundir
+from gating_jax.training.evaluation import Evaluation
 from tests.helpers import tiny_cli
 
 
@@ -72,10 +73,15 @@ def test_the_page_of_what_is_not_compiled_says_why(tmp_path, monkeypatch, gates,
   pages = []
   monkeypatch.setattr(classification.image_report, "write", lambda _, run: pages.append(run))
   built = classification.build(digits_resnet20.get_config(f"gates={gates},model=tiny"))
-  task = dataclasses.replace(classification.TASK, rows=lambda _: [("a row", "1")])
-  classification.write_report(task, built, rundir.RunDir(tmp_path), 3, {}, None, None)
+
+  class OneRow(classification.Classification):
+    def rows(self, result):
+      return [("a row", "1")]
+
+  programme, run_dir = OneRow(built), rundir.RunDir(tmp_path)
+  programme.write_report(run_dir, 3, Evaluation({}, None, None), drawn={})
   assert (pages[0].around.step, pages[0].around.not_compiled) == (3, refused)
-  assert "mode=compile" not in classification.conclude(task, built, tmp_path, {}, "Tested")
+  assert "mode=compile" not in runner.closing_lines(programme, run_dir, {}, "Tested")
 
 
 @pytest.mark.slow

@@ -190,8 +190,3 @@ def test_a_run_without_a_checkpoint_is_named(config, tmp_path):
     pass
   with pytest.raises(rundir.RunDirError, match="no checkpoint in"):
     said(classification, config, tmp_path / "run", "export")
-
-
-def test_other_kinds_of_runs_name_the_modes_they_have(config, tmp_path):
-  with pytest.raises(ValueError, match="mode must be one of evaluate, report, train; got 'export'"):
-    rundir.run_mode(tmp_path, config, "export", train=None, evaluate=None, report=None, render=None)

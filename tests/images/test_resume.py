@@ -9,7 +9,7 @@ import pytest
 from gating_jax.images import classification
 from gating_jax.images.build import LOADERS
 from gating_jax.models import resnet
-from gating_jax.training import devices, steps
+from gating_jax.training import devices, loop, steps
 from gating_jax.training.checkpoints import Checkpoints
 from tests.helpers import made_tfds, tiny, tiny_cli
 from tests.helpers.runs import Stopping, said
@@ -44,7 +44,7 @@ def final_state(config, workdir):
 @pytest.mark.slow
 def test_a_streamed_run_that_was_stopped_goes_on(data_dir, tmp_path, monkeypatch):
   monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
-  monkeypatch.setattr(classification, "write_report", lambda *_, **__: None)
+  monkeypatch.setattr(classification.Classification, "write_report", lambda *_, **__: None)
   config = importlib.import_module("configs.tfds_resnet20").get_config("epochs=1,batch=16")
   config.update_from_flattened_dict(
     {
@@ -56,7 +56,7 @@ def test_a_streamed_run_that_was_stopped_goes_on(data_dir, tmp_path, monkeypatch
     }
   )
   with monkeypatch.context() as patch:
-    patch.setattr(classification.loop, "StopRequest", lambda: Stopping(1))
+    patch.setattr(loop, "StopRequest", lambda: Stopping(1))
     assert "stopped as asked" in said(classification, config, tmp_path, "train")
   assert "resuming from the checkpoint of step 1" in said(classification, config, tmp_path, "train")
   assert final_state(config, tmp_path)[0] == 2

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import ml_collections
 import pytest
 
+from gating_jax import runner
 from gating_jax.reports import failing
 from gating_jax.training import rundir
 from gating_jax.training.hosts import PeerError
 from gating_jax.training.journal import Journal
 from gating_jax.training.loop import NonFiniteError
+from tests.helpers.programmes import StandIn
 
 CONFIG = ml_collections.ConfigDict({"experiment": "classification", "seed": 3})
 FULL = ValueError("layer 1 is full;\nmore")
@@ -31,7 +33,7 @@ def run(path, error, report=SimpleNamespace, journal="", mode="train"):
       raise error
     run_dir.finish({"step": 9})
 
-  failing.run_mode(path, CONFIG, mode, train=train, report=report, render=str)
+  runner.run(StandIn(CONFIG, train=train, report=report), path, mode)
 
 
 def texts(page):

@@ -13,7 +13,6 @@ from gating_jax.training.rundir import (
   RunDirError,
   existing_run,
   open_run,
-  run_mode,
   staged,
 )
 
@@ -258,22 +257,6 @@ def test_a_run_is_held_while_open_and_let_go_after(tmp_path):
   with pytest.raises(RuntimeError, match="oops"), open_run(tmp_path, config()):
     raise RuntimeError("oops")
   assert free()
-
-
-def test_only_training_opens_the_run(tmp_path):
-  called = []
-  modes = {
-    name: lambda run, name=name: called.append((name, run.path))
-    for name in ("train", "evaluate", "report")
-  }
-  for mode in modes:
-    if mode != "train":
-      with pytest.raises(RunDirError, match="holds no run"):
-        run_mode(tmp_path / "run", config(), mode, **modes, render=str)
-      assert not (tmp_path / "run").exists()
-  for mode in modes:
-    run_mode(tmp_path / "run", config(), mode, **modes, render=str)
-  assert called == [(mode, tmp_path / "run") for mode in modes]
 
 
 _KILLED = """

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from gating_jax.inference.segments import Skipping
+from gating_jax.analysis import statistics
+from gating_jax.inference.segments import compile_segments
 from gating_jax.models import video_backbones
 from gating_jax.models.resnet import ResNet
-from gating_jax.training import evaluation, rundir
+from gating_jax.training import loop, rundir
 from gating_jax.video import build, evaluate, report, run, sets, speed
 from gating_jax.video import nets as video_nets
 from tests.helpers import made_videos, pages, tiny
@@ -100,7 +101,7 @@ def test_whatever_takes_long_says_what_it_does(finished):
       "gates",
       "model.selection must be one of .*; got 'gates'. Did you mean 'gate'",
     ),
-    ("model.share", 0.0, r"model.share must be in \(0, 1\]; got 0.0"),
+    ("model.segment_fraction", 0.0, r"model.segment_fraction must be in \(0, 1\]; got 0.0"),
     (
       "model.heavy.name",
       "resnet3d",
@@ -215,7 +216,7 @@ def test_probabilities_in_chosen_segments_are_counted_as_numpy_counts_them():
   probs[0, 0], chosen[0, 0] = [0, 1, 0.5, 0.025, 0.975], True
   counts = np.asarray(evaluate.bin_counts(probs, chosen))
   expected = [
-    np.histogram(p[c], evaluation.BINS, (0, 1))[0] for p, c in zip(probs, chosen, strict=True)
+    np.histogram(p[c], statistics.BINS, (0, 1))[0] for p, c in zip(probs, chosen, strict=True)
   ]
   np.testing.assert_array_equal(counts, expected)
   assert not chosen.all()
@@ -227,13 +228,13 @@ def test_histograms_are_of_valid_segments_and_of_each_layer_of_channel_gates():
     "probs": np.array([[0.99, 0.01, 0.5]]),
     "gates": np.array([[1.0, 0.0, 1.0]]),
     "valid": valid,
-    "channels": np.stack([np.full((2, evaluation.BINS), layer) for layer in range(2)], axis=1),
+    "channels": np.stack([np.full((2, statistics.BINS), layer) for layer in range(2)], axis=1),
   }
   heavy = SimpleNamespace(gate_layers=(("conv1", 8), ("conv2", 8)))
   counts = report.histograms(SimpleNamespace(counts=SimpleNamespace(heavy=heavy)), done)
   assert counts["gates/segments/probs"].sum() == 2
   for layer, count in (("conv1", 0), ("conv2", 2)):
-    assert counts[f"gates/heavy/{layer}/probs"].tolist() == [count] * evaluation.BINS
+    assert counts[f"gates/heavy/{layer}/probs"].tolist() == [count] * statistics.BINS
 
 
 def read_result(path):
@@ -356,7 +357,7 @@ def test_segments_are_seen_one_by_one_until_the_classifier_is_sure(config, tmp_p
 def test_a_run_that_was_stopped_goes_on_to_the_same_parameters(finished, tmp_path, monkeypatch):
   made, workdir = finished
   with monkeypatch.context() as patch:
-    patch.setattr(run.loop, "StopRequest", lambda: Stopping(1))
+    patch.setattr(loop, "StopRequest", lambda: Stopping(1))
     assert "stopped as asked" in said(run, made, tmp_path / "run", "train")
   assert "resuming from the checkpoint of step 1" in said(run, made, tmp_path / "run", "train")
   assert tiny.bit_equal(newest(made, tmp_path / "run"), newest(made, workdir))
@@ -368,10 +369,7 @@ def pretrained(config, tmp_path_factory):
   made = config(**{"data.train_videos": 16, "data.test_videos": 8})
   experiment = build.build(made)
   with rundir.open_run(tmp_path_factory.mktemp("pretrained") / "run", made) as run_dir:
-    _, finished = run._run_phase(
-      experiment, experiment.pretraining, run_dir.path / video_nets.PRETRAIN_DIR, experiment.train
-    )
-  assert finished
+    assert run.LongVideo(experiment).pretrain(run_dir) is not None
   return made, run_dir.path
 
 
@@ -382,9 +380,7 @@ def test_nets_that_were_trained_can_be_taken_for_another_run(config, pretrained)
   other.pretrained = str(workdir)
   experiment = build.build(other)
   nets = video_nets.trained_nets(experiment, workdir.parent)
-  step, state = video_nets.restore(
-    experiment.pretraining, workdir / video_nets.PRETRAIN_DIR, 0, read_only=True
-  )
+  step, state = video_nets.restore(experiment.pretraining, workdir / video_nets.PRETRAIN_DIR, 0)
   assert step == 1
   assert tiny.bit_equal(nets["params"], state.params)
   assert set(video_nets.nets_of(experiment, nets)["params"]) == {"light", "heavy"}
@@ -502,7 +498,7 @@ def test_everything_open_is_every_segment(config):
   variables = model.init(jax.random.key(0), experiment.prepare(inputs))
   variables["params"]["gate"]["logits"]["bias"] -= 10.0
   chosen = [
-    Skipping(model, v, capacities=(8,), prepare=experiment.prepare)(inputs).chosen
+    compile_segments(model, v, capacities=(8,), prepare=experiment.prepare)(inputs).chosen
     for v in (variables, speed._opened(model, variables))
   ]
   assert chosen[0] < chosen[1] == inputs["valid"].sum()
@@ -515,7 +511,7 @@ def test_a_run_stopped_in_either_training_ends_with_the_same_parameters(
   made = config()
   run.run(made, tmp_path / "whole", "train")
   with monkeypatch.context() as patch:
-    patch.setattr(run.loop, "StopRequest", lambda: Stopping(1))
+    patch.setattr(loop, "StopRequest", lambda: Stopping(1))
     for stop in (1, 2, 3):
       run.run(made, tmp_path / "parts", "train")
       assert capsys.readouterr().out.count("stopped as asked") == 1, stop
@@ -532,7 +528,7 @@ def test_a_run_stopped_in_either_training_ends_with_the_same_parameters(
 
 def newest(made, path):
   experiment = build.build(made)
-  step, state = video_nets.restore(experiment.training, path, made.seed, read_only=True)
+  step, state = video_nets.restore(experiment.training, path, made.seed)
   assert step == experiment.training.settings.total_steps
   return jax.device_get(state)
 
@@ -589,7 +585,7 @@ def test_concepts_stay_as_they_were_found(config, tmp_path):
   train = evaluate.extract_features(experiment, variables)
   begun = video_nets.begin(experiment, state, variables, train)
   before = np.asarray(begun.params["gate"]["concepts"]["kernel"])
-  advance = run._make_advance(experiment, experiment.training, train, 0)
+  advance = run.LongVideo(experiment).make_advance(experiment.training, train, 0)
   after, _ = advance(begun, 0)
   np.testing.assert_array_equal(after.params["gate"]["concepts"]["kernel"], before)
   assert before.shape == (4, 4)
@@ -598,7 +594,7 @@ def test_concepts_stay_as_they_were_found(config, tmp_path):
 SKIPPED = {
   "training": "end_to_end",
   "model.selection": "uniform",
-  "model.share": 0.25,
+  "model.segment_fraction": 0.25,
   "model.heavy.group_norm": True,
   "optim.kind": "sgd",
   "optim.learning_rate": 0.01,
@@ -625,7 +621,7 @@ def test_nets_trained_with_the_backward_of_chosen_segments_alone_are_the_same(
     assert [line.get("in_full") for line in lines if line["split"] == "train"] == [
       in_full if skip else None
     ]
-    return video_nets.restore(built.training, folder, 0, read_only=True)[1].params
+    return video_nets.restore(built.training, folder, 0)[1].params
 
   assert tiny.relative_gap(trained(True), trained(False)) < 1e-5
 
