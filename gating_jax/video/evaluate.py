@@ -5,24 +5,28 @@ Axes: M videos, T segments, C features.
 
 from __future__ import annotations
 
-import dataclasses
+import collections
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gating_jax.analysis import statistics
 from gating_jax.data import batches
 from gating_jax.data.videos import VideoArrays, VideoSet
 from gating_jax.ops import confidence, selection
 from gating_jax.ops.macs import executed_macs
-from gating_jax.training import devices, evaluation, hosts
-from gating_jax.types import Array
+from gating_jax.training import devices, hosts
+from gating_jax.types import Array, Records
 from gating_jax.video import metrics, sets
 from gating_jax.video.build import VideoExperiment
 
 Arrays = dict[str, np.ndarray]
+# Arrays of the videos themselves that are kept with the results of a test.
+_KEPT = ("valid", "label", "weight", "units", "relevant")
 
 
 def extract_features(
@@ -35,11 +39,14 @@ def extract_features(
     variables: of the nets.
     nets: names of the nets.
   """
-  features = lambda variables, batch: _features(experiment, variables, batch, nets)[1]
+
+  def features(variables, batch):
+    """Returns the features of a batch, `[B, T, C]` for each net."""
+    return _features(experiment, variables, batch, nets).of_net
+
   train = experiment.train
-  return VideoArrays(
-    _over(experiment, features, variables, train), train.class_names, train.names, train.unit_names
-  )
+  arrays = _over(experiment, features, variables, train)
+  return VideoArrays(arrays, train.class_names, train.names, unit_names=train.unit_names)
 
 
 def test(experiment: VideoExperiment, variables: Any) -> tuple[dict[str, Any], Arrays]:
@@ -56,7 +63,8 @@ def test(experiment: VideoExperiment, variables: Any) -> tuple[dict[str, Any], A
   if config.model.selection == "prefix":
     done = _exit_early(experiment, variables)
   else:
-    done = _over(experiment, lambda v, batch: outcome(experiment, v, batch), variables, test_set)
+    of_batch = functools.partial(outcome, experiment)
+    done = _over(experiment, of_batch, variables, test_set)
   # Weight 0 marks a video that could not be read.
   read = done["weight"] > 0
   done = {name: values[read] for name, values in done.items()} | {"index": np.flatnonzero(read)}
@@ -71,12 +79,14 @@ def test(experiment: VideoExperiment, variables: Any) -> tuple[dict[str, Any], A
     relevant=done.get("relevant"),
     class_names=test_set.class_names,
   )
+  # Without ground truth the report has no agreement with it.
+  segments = {name: value for name, value in vars(report).items() if value is not None}
   result = {
     "videos": len(macs),
     "unreadable": int(np.sum(~read)),
     "missing": len(getattr(test_set, "missing", ())),
     **_score(test_set, done),
-    **{name: value for name, value in dataclasses.asdict(report).items() if value is not None},
+    **segments,
     "macs": float(macs.mean()),
     "all_segments_macs": everything,
     "mac_ratio": float(macs.mean()) / everything,
@@ -115,8 +125,11 @@ def outcome(
   }
   if channels:
     # Counts, not probabilities: a set has one of these for each channel, segment and video.
-    probs = [c.probs.reshape(*record.gates.shape, -1) for c in channels]
-    found["channels"] = jnp.stack([bin_counts(p, record.gates > 0) for p in probs], axis=1)
+    counts = []
+    for layer in channels:
+      probs = layer.probs.reshape(*record.gates.shape, -1)
+      counts.append(bin_counts(probs, record.gates > 0))
+    found["channels"] = jnp.stack(counts, axis=1)
   return found
 
 
@@ -126,37 +139,55 @@ def bin_counts(probs: Array, chosen: Array) -> Array:
   Returns:
     `[B, BINS]` histograms, one for each video.
   """
-  edges = np.linspace(0, 1, evaluation.BINS + 1, dtype=np.float32)[1:-1]
-  count = lambda here: jnp.sum(here & chosen[..., None], axis=(1, 2))
+  edges = np.linspace(0, 1, statistics.BINS + 1, dtype=np.float32)[1:-1]
+
+  def count(fits):
+    """Returns the number of probabilities of each video that fit, `[B]`, in chosen segments."""
+    return jnp.sum(fits & chosen[..., None], axis=(1, 2))
+
   # One edge after the other, so that no array with an axis of edges is kept.
   below = jax.lax.map(lambda edge: count(probs < edge), edges)
   # Cumulative counts up to each edge; their differences are the bins.
-  return jnp.diff(jnp.concatenate([below, count(probs <= 1)[None]]), axis=0, prepend=0).T
+  up_to = jnp.concatenate([below, count(probs <= 1)[None]])
+  return jnp.diff(up_to, axis=0, prepend=0).T
 
 
 def _heavy_macs(experiment: VideoExperiment, channels: Any, shape: tuple[int, int]) -> jax.Array:
+  """Computes the MACs of the heavy net on each segment, `[B, T]`."""
   heavy = experiment.counts.heavy
-  executed = (
-    executed_macs(tuple(channels)).reshape(shape)
-    if channels
-    else np.zeros(shape, np.float32) + heavy.gated
-  )
+  executed = np.zeros(shape, np.float32) + heavy.gated
+  if channels:
+    executed = executed_macs(tuple(channels)).reshape(shape)
   return executed + float(heavy.always_macs)
+
+
+class _Features(NamedTuple):
+  """Features of a batch.
+
+  Attributes:
+    of_net: `[B, T, C]` of each net, by its name.
+    records: records of the channel gates of the last net.
+  """
+
+  of_net: dict[str, jax.Array]
+  records: Records
 
 
 def _features(
   experiment: VideoExperiment, variables: Any, batch: Mapping[str, jax.Array], nets: Sequence[str]
-) -> tuple[Any, dict[str, jax.Array]]:
-  """Returns the channel records of the last of the nets, and the features of all."""
-  inputs, found, records = experiment.prepare(batch), {}, ()
+) -> _Features:
+  """Runs those of the nets that the network has."""
+  inputs, of_net, records = experiment.prepare(batch), {}, ()
   for name in nets:
-    if (net := getattr(experiment.model, name)) is not None:
-      # A net alone: its part of the variables, without the name under which the whole holds it.
-      own = {kind: tree[name] for kind, tree in variables.items() if name in tree}
-      x = inputs[name]
-      y, records = net.apply(own, x.reshape(-1, *x.shape[2:]))
-      found[name] = y.reshape(*x.shape[:2], -1)
-  return records, found
+    net = getattr(experiment.model, name)
+    if net is None:
+      continue
+    # A net alone: its part of the variables, without the name under which the whole holds it.
+    own = {kind: tree[name] for kind, tree in variables.items() if name in tree}
+    x = inputs[name]
+    y, records = net.apply(own, x.reshape(-1, *x.shape[2:]))
+    of_net[name] = y.reshape(*x.shape[:2], -1)
+  return _Features(of_net, records)
 
 
 def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
@@ -165,35 +196,35 @@ def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
   The threshold is the one that meets the budget on the training videos.
   """
   model, multi_label = experiment.model, experiment.test.multi_label
-  segments = experiment.counts.segments
 
   def steps(variables, batch):
     """Returns the logits after each segment, `[B, T, classes]`, and the MACs of a batch."""
-    records, found = _features(experiment, variables, batch, ("heavy",))
-    classify = lambda k: model.apply(
-      variables, found["heavy"], selection.first_k(batch["valid"], k), method="classify"
-    )
+    features, valid = _features(experiment, variables, batch, ("heavy",)), batch["valid"]
+    logits = []
+    # The heavy net runs once; the classifier sees each prefix of its features.
+    for seen in range(1, experiment.counts.segments + 1):
+      first = selection.first_k(valid, seen)
+      logits.append(model.apply(variables, features.of_net["heavy"], first, method="classify"))
     return {
-      # The heavy net runs once; the classifier sees each prefix of its features.
-      "steps": jnp.stack([classify(k + 1) for k in range(segments)], axis=1),
-      "heavy_macs": _heavy_macs(experiment, records, batch["valid"].shape),
+      "steps": jnp.stack(logits, axis=1),
+      "heavy_macs": _heavy_macs(experiment, features.records, valid.shape),
     }
 
-  train, done = (
-    _over(experiment, steps, variables, videos) for videos in (experiment.train, experiment.test)
-  )
-  counts = lambda arrays: arrays["valid"].sum(axis=1)
-  train = {name: values[train["weight"] > 0] for name, values in train.items()}
+  train = _over(experiment, steps, variables, experiment.train)
+  done = _over(experiment, steps, variables, experiment.test)
+  # Weight 0 marks a video that could not be read.
+  read = train["weight"] > 0
+  lengths = train["valid"][read].sum(axis=1)
   # No budget is below one segment of every video.
-  one_each = float(np.mean(1 / counts(train)))
+  one_each = float(np.mean(1 / lengths))
   threshold = confidence.step_threshold_for_budget(
-    train["steps"],
-    counts(train),
+    train["steps"][read],
+    lengths,
     share=max(experiment.config.model.segment_fraction, one_each),
     multi_label=multi_label,
   )
   seen = confidence.exit_steps(
-    done["steps"], counts(done), threshold=threshold, multi_label=multi_label
+    done["steps"], done["valid"].sum(axis=1), threshold=threshold, multi_label=multi_label
   )
   gates = np.asarray(selection.first_k(done["valid"], seen))
   return done | {
@@ -212,22 +243,18 @@ def _over(
   The result also has the videos' own arrays that are not inputs of networks.
   """
   config = experiment.config
-  inputs = lambda batch: {name: values for name, values in batch.items() if name in sets.INPUTS}
   run = devices.map_over_devices(
     fn,
     args=(devices.REPLICATED, devices.BATCH),
     results=devices.BATCH,
     backend=config.devices.backend,
   )
-  parts = []
+  parts = collections.defaultdict(list)
   for batch, count in batches.padded_batches(videos, config.optim.batch_size):
-    kept = {
-      name: batch[name]
-      for name in ("valid", "label", "weight", "units", "relevant")
-      if name in batch
-    }
-    found = hosts.allgather(run(variables, hosts.local_shard(inputs(batch))))
-    part = kept | jax.device_get(dict(found))
-    # `padded_batches` pads the last batch; its padding is cut off.
-    parts.append({name: values[:count] for name, values in part.items()})
-  return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    inputs = hosts.local_shard(sets.only(batch, sets.INPUTS))
+    found = hosts.allgather(run(variables, inputs))
+    part = sets.only(batch, _KEPT) | jax.device_get(dict(found))
+    for name, values in part.items():
+      # The last batch is padded; its padding is cut off.
+      parts[name].append(values[:count])
+  return {name: np.concatenate(values) for name, values in parts.items()}

@@ -97,7 +97,7 @@ def network_inputs(
     config: of the run.
     heavy_from: `light` to put the light net's input in place of the heavy one's.
   """
-  inputs = _only(batch, ("light", "heavy", "valid", "relevant", "picked"))
+  inputs = only(batch, ("light", "heavy", "valid", "relevant", "picked"))
   mean, std, clips = config.data.mean, config.data.std, batch.get("clips")
   if clips is not None:
     # The axis is counted from the end, [F, H, W, D], so that picked segments work, too.
@@ -135,7 +135,7 @@ def pick_segments(
   picked = jnp.take_along_axis(order, places, axis=1)
   rows = jnp.arange(valid.shape[0])[:, None]
   segments = {}
-  for name, x in _only(batch, ("clips", "light", "heavy")).items():
+  for name, x in only(batch, ("clips", "light", "heavy")).items():
     segments[name] = x[rows, picked].reshape(-1, *x.shape[2:])
   return {**segments, "picked": picked}
 
@@ -145,7 +145,7 @@ def network_shapes(
 ) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of one video's `network_inputs`, of which `heavy_from` is an argument."""
   batch = {}
-  for name, shape in _only(videos.shapes, INPUTS).items():
+  for name, shape in only(videos.shapes, INPUTS).items():
     dtype = np.uint8 if name == "clips" else np.float32
     batch[name] = jax.ShapeDtypeStruct((1, *shape), dtype)
   inputs = jax.eval_shape(lambda b: network_inputs(b, config, heavy_from=heavy_from), batch)
@@ -179,9 +179,9 @@ def _feature_shape(net: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def examples(batch: Batch) -> tuple[dict[str, Any], dict[str, Any]]:
   """Splits a batch's arrays into `(inputs, targets)` of a training step."""
-  return _only(batch, INPUTS), _only(batch, TARGETS)
+  return only(batch, INPUTS), only(batch, TARGETS)
 
 
-def _only(batch: Batch, names: Sequence[str]) -> dict[str, Any]:
-  """Returns those of the named entries that the batch has."""
+def only(batch: Batch, names: Sequence[str]) -> dict[str, Any]:
+  """Returns the named arrays of a batch, those that it has."""
   return {name: batch[name] for name in names if name in batch}
