@@ -77,8 +77,8 @@ def mean_average_precision(
     per_class[c] = average_precision_score(labels[:, c], scores[:, c])
   # NaN, not 0: no class could be scored.
   mean = float(np.mean(per_class[known])) if known.any() else float("nan")
-  names = _names(class_names, len(known))
-  return AveragePrecision(mean, per_class, tuple(names[c] for c in np.flatnonzero(~known)))
+  names = np.array(_names(class_names, len(known)), object)
+  return AveragePrecision(mean, per_class, left_out=tuple(names[~known]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,17 +144,16 @@ def segment_report(
   # Per video first: a long video weighs no more than a short one.
   share = chosen.sum(axis=1) / valid.sum(axis=1)
   p10, p90 = np.percentile(share, (10, 90))
+  agreement = {}
+  if relevant is not None:
+    agreement = _agreement(chosen, valid, _like(valid, "relevant", relevant) & valid)
   return SegmentReport(
     share=float(share.mean()),
     share_std=float(share.std()),
     share_p10=float(p10),
     share_p90=float(p90),
     share_per_class=_share_per_class(share, labels, class_names),
-    **(
-      {}
-      if relevant is None
-      else _agreement(chosen, valid, _like(valid, "relevant", relevant) & valid)
-    ),
+    **agreement,
   )
 
 
@@ -163,33 +162,36 @@ def _share_per_class(
 ) -> dict[str, float]:
   if labels.ndim == 1:
     # One-hot, so that both kinds of labels count the same way.
-    labels = labels[:, None] == np.arange(
-      len(class_names) if class_names is not None else labels.max() + 1
-    )
-  # A class without videos has no mean, and is left out.
+    classes = labels.max() + 1 if class_names is None else len(class_names)
+    labels = labels[:, None] == np.arange(classes)
   videos = labels.sum(axis=0)
-  names = _names(class_names, len(videos))
-  return {names[c]: float(share @ labels[:, c] / videos[c]) for c in np.flatnonzero(videos)}
+  names, means = _names(class_names, len(videos)), {}
+  # A class without videos has no mean, and is left out.
+  for c in np.flatnonzero(videos):
+    means[names[c]] = float(share @ labels[:, c] / videos[c])
+  return means
 
 
 def _agreement(
   chosen: np.ndarray, valid: np.ndarray, relevant: np.ndarray
 ) -> dict[str, float | int | None]:
+  """Computes the precision and recall of the choice, all arguments `[M, T]` bool."""
   # Recall is not defined for a video without a relevant segment.
   known = relevant.any(axis=1)
-  without = {"without_relevant": int(np.sum(~known))}
+  without = int(np.sum(~known))
   if not known.any():
-    return without
-  both, valid, relevant, chosen = (
-    m[known].sum(axis=1) for m in (chosen & relevant, valid, relevant, chosen)
-  )
-  shares = {
-    # No segment chosen: precision 0.
-    "precision": both / np.maximum(chosen, 1),
-    "recall": both / relevant,
-    "relevant_share": relevant / valid,
+    return {"without_relevant": without}
+  # Segments of each video: true positives, predicted ones, and those of the ground truth.
+  both = np.sum((chosen & relevant)[known], axis=1)
+  chosen, relevant = np.sum(chosen[known], axis=1), np.sum(relevant[known], axis=1)
+  # No segment chosen: precision 0.
+  precision = both / np.maximum(chosen, 1)
+  return {
+    "precision": float(np.mean(precision)),
+    "recall": float(np.mean(both / relevant)),
+    "relevant_share": float(np.mean(relevant / np.sum(valid[known], axis=1))),
+    "without_relevant": without,
   }
-  return {name: float(values.mean()) for name, values in shares.items()} | without
 
 
 def _like(valid: np.ndarray, name: str, values: np.ndarray) -> np.ndarray:

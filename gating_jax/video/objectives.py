@@ -7,6 +7,7 @@ Reference: Hussein et al., 2020 (TimeGate).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Mapping
 
 import jax.numpy as jnp
@@ -113,8 +114,8 @@ class VideoObjective:
       step: of the schedules.
       axis_name: as in `batch_shaping_loss`.
     """
-    labels, weight, valid = (targets[name] for name in ("label", "weight", "valid"))
-    mean = lambda values, weights: weighted_mean(values, weights, axis_name)
+    labels, weight, valid = targets["label"], targets["weight"], targets["valid"]
+    mean = functools.partial(weighted_mean, axis_name=axis_name)
     # Weighted means over all devices: a device may hold fewer videos that could be read.
     total = mean(label_loss(outputs["logits"], labels, self.multi_label), weight)
     terms = {"classification": total}
@@ -132,24 +133,19 @@ class VideoObjective:
     if self.sparsity != "none":
       rho = self.sparsity_coefficient(step)
       # rho_t * sparsity, by the fraction of segments open in this batch.
-      price = (
-        terms["share"] if self.sparsity == "mean" else jnp.square(terms["share"] - self.target)
-      )
-      terms |= {self.sparsity: price, f"{self.sparsity}_coefficient": rho}
-      total += rho * price
+      penalty = terms["share"]
+      if self.sparsity == "target":
+        penalty = jnp.square(penalty - self.target)
+      terms |= {self.sparsity: penalty, f"{self.sparsity}_coefficient": rho}
+      total += rho * penalty
     # One segment of every video always runs, so only probabilities tell the gate's own rate.
     terms[SEGMENTS_CLOSED] = (mean(segments.probs, seen) < LEAST_RATE).astype(total.dtype)
-    gamma, shaping = (
-      self.batch_shaping_coefficient(step),
-      self._shaping(segments.logits, seen, axis_name),
-    )
+    gamma = self.batch_shaping_coefficient(step)
+    shaping = self._shaping(segments.logits, seen, axis_name)
     terms |= {"batch_shaping": shaping, "batch_shaping_coefficient": gamma}
     total += gamma * shaping
-    channel_price, channel_terms = self.channels.gate_terms(tuple(channels), step, axis_name)
-    return total + channel_price, {
-      **terms,
-      **{f"channels_{name}": value for name, value in channel_terms.items()},
-    }
+    channel_penalty, channel_terms = self.channels.gate_terms(tuple(channels), step, axis_name)
+    return total + channel_penalty, terms | _of_channels(channel_terms)
 
   def _shaping(self, logits: Array, seen: Array, axis_name: Hashable | None) -> Array:
     """Computes the batch-shaping loss of all segments, padding left out.
@@ -203,22 +199,21 @@ class SegmentObjective:
       labels = jnp.repeat(targets["label"], picked.shape[1], axis=0)
     # Each picked segment has the weight of its video.
     weight = jnp.repeat(targets["weight"], picked.shape[1])
-    terms = {
-      name: weighted_mean(label_loss(outputs[name], labels, multi_label), weight, axis_name)
-      for name in ("light", "heavy")
-    }
-    if not multi_label:
-      terms |= {
-        f"{name}_accuracy": weighted_mean(
-          jnp.argmax(outputs[name], -1) == labels, weight, axis_name
-        )
-        for name in ("light", "heavy")
-      }
-    price, channel_terms = self.channels.gate_terms(records, step, axis_name)
-    return terms["light"] + terms["heavy"] + price, {
-      **terms,
-      **{f"channels_{name}": value for name, value in channel_terms.items()},
-    }
+    terms, accuracies = {}, {}
+    for name in ("light", "heavy"):
+      logits = outputs[name]
+      terms[name] = weighted_mean(label_loss(logits, labels, multi_label), weight, axis_name)
+      if not multi_label:
+        right = jnp.argmax(logits, -1) == labels
+        accuracies[f"{name}_accuracy"] = weighted_mean(right, weight, axis_name)
+    penalty, channel_terms = self.channels.gate_terms(records, step, axis_name)
+    total = terms["light"] + terms["heavy"] + penalty
+    return total, terms | accuracies | _of_channels(channel_terms)
+
+
+def _of_channels(terms: Terms) -> Terms:
+  """Names the terms of the heavy net's channel gates apart from those of segments."""
+  return {f"channels_{name}": value for name, value in terms.items()}
 
 
 def label_loss(logits: Array, labels: Array, multi_label: bool) -> Array:
