@@ -48,12 +48,14 @@ def draw(
     journal: for TensorBoard.
     step: of the checkpoint.
   """
-  names = ("segments", "timeline")
-  shares, lines = (run_dir.path / f"{name}.png" for name in names)
-  page.save_figure(_figure_of_shares(experiment, done), shares)
-  figure = timeline.draw_time_lines(_lines(experiment, done), unit_names=experiment.test.unit_names)
-  page.save_figure(figure, lines)
-  for name, path in zip(names, (shares, lines), strict=True):
+  lines = _lines(experiment, done)
+  figures = {
+    "segments": _figure_of_shares(experiment, done),
+    "timeline": timeline.draw_time_lines(lines, unit_names=experiment.test.unit_names),
+  }
+  for name, figure in figures.items():
+    path = run_dir.path / f"{name}.png"
+    page.save_figure(figure, path)
     journal.write_picture(step, f"pictures/{name}", path)
 
 
@@ -70,10 +72,8 @@ def histograms(experiment: VideoExperiment, done: Arrays) -> dict[str, np.ndarra
   if "channels" in done:
     # Summed over videos: one histogram for each gated layer.
     layers = done["channels"].sum(axis=0)
-    names = [name for name, _ in experiment.counts.heavy.gate_layers]
-    counts |= {
-      f"gates/heavy/{name}/probs": layer for name, layer in zip(names, layers, strict=True)
-    }
+    for (name, _), layer in zip(experiment.counts.heavy.gate_layers, layers, strict=True):
+      counts[f"gates/heavy/{name}/probs"] = layer
   return counts
 
 
@@ -173,11 +173,9 @@ def _speed(result: Mapping[str, Any], around: opening.Surroundings) -> page.Numb
   number = opening.time_number("video", around)
   if "videos_per_second" not in result:
     return number
-  mine, dense = (
-    # The result has videos per second; the page shows time per video, like all pages.
-    timings.format_milliseconds(1 / result[name])
-    for name in ("videos_per_second", "all_segments_videos_per_second")
-  )
+  # The result has videos per second; the page shows time per video, like all pages.
+  mine = timings.format_milliseconds(1 / result["videos_per_second"])
+  dense = timings.format_milliseconds(1 / result["all_segments_videos_per_second"])
   return dataclasses.replace(
     number,
     value=f"{mine} ms",
@@ -190,12 +188,16 @@ def _speed(result: Mapping[str, Any], around: opening.Surroundings) -> page.Numb
 
 def _choices(experiment: VideoExperiment, done: Arrays) -> page.Picture:
   """Draws the chosen segments of the first test videos."""
-  valid = done["valid"].astype(bool)
-  count = min(_LISTED, len(valid))
-  of_each = lambda values: [values[i][valid[i]] for i in range(count)]
-  relevant = of_each(done["relevant"].astype(bool)) if "relevant" in done else None
-  titles = [_title(experiment, done, i) for i in range(count)]
-  figure = timeline.draw_choices(of_each(done["gates"] > 0), titles, relevant)
+  count = min(_LISTED, len(done["valid"]))
+  titles, chosen, relevant = [], [], [] if "relevant" in done else None
+  for i in range(count):
+    # Without the padding of shorter videos.
+    valid = done["valid"][i].astype(bool)
+    titles.append(_title(experiment, done, i))
+    chosen.append(done["gates"][i][valid] > 0)
+    if relevant is not None:
+      relevant.append(done["relevant"][i][valid].astype(bool))
+  figure = timeline.draw_choices(chosen, titles, relevant)
   terms = [
     ("time", "from the video's first segment to its last, one box each"),
     ("test video", "the first ones of the test set, named by their class"),
@@ -219,10 +221,11 @@ def _shares(done: Arrays) -> np.ndarray:
 
 
 def _figure_of_shares(experiment: VideoExperiment, done: Arrays) -> Any:
-  correct = (
-    # With several labels a video is neither right nor wrong.
-    None if experiment.test.multi_label else np.argmax(done["logits"], axis=1) == done["label"]
-  )
+  """Draws the probabilities of all segments, and the fraction chosen of each video."""
+  correct = None
+  # With several labels a video is neither right nor wrong.
+  if not experiment.test.multi_label:
+    correct = np.argmax(done["logits"], axis=1) == done["label"]
   return timeline.draw_shares(done["probs"][done["valid"].astype(bool)], _shares(done), correct)
 
 
@@ -230,7 +233,8 @@ def _time_lines(experiment: VideoExperiment, done: Arrays) -> list[page.Picture]
   """Draws each of the first videos, with its title below; the first one defines the axes."""
   lines, parts = _lines(experiment, done), []
   # The longest video sets the width of all, so that segments have one scale.
-  width = min(_SEGMENT * max(int(line.valid.sum()) for line in lines), timeline.TIME_AXIS - 1.5)
+  longest = max(int(line.valid.sum()) for line in lines)
+  width = min(_SEGMENT * longest, timeline.TIME_AXIS - 1.5)
   untitled = [dataclasses.replace(line, title="") for line in lines]
   figures = timeline.draw_each_time_line(
     untitled, unit_names=experiment.test.unit_names, width=max(width, 4.0)
@@ -239,9 +243,10 @@ def _time_lines(experiment: VideoExperiment, done: Arrays) -> list[page.Picture]
     ("P(open)", "probability that a segment is chosen, from 0 to 1; the dashed line is 0.5"),
     ("across", "time, one bar per segment"),
   ]
-  if any(line.relevant is not None for line in lines):
+  # The videos of a set are alike: the first one shows what is known of all.
+  if lines[0].relevant is not None:
     terms.append(("relevant", "the class depends on these segments"))
-  if any(line.units is not None for line in lines):
+  if lines[0].units is not None:
     terms.append(("lowest strip", "the unit action of each segment, by name"))
   for line, figure in zip(lines, figures, strict=True):
     valid = line.valid.astype(bool)
@@ -263,26 +268,24 @@ def _lines(experiment: VideoExperiment, done: Arrays) -> list[timeline.TimeLine]
   """Reads the first test videos that could be read."""
   # `index`: the arrays have the videos that could be read only.
   batch = experiment.test.read(done["index"][:_DRAWN])
-  row = lambda arrays, name, i: arrays[name][i] if name in arrays else None
-  return [
-    timeline.TimeLine(
+  clips, lines = batch.get("clips"), []
+  for i in range(len(batch["weight"])):
+    line = timeline.TimeLine(
       probs=done["probs"][i],
       gates=done["gates"][i],
       valid=done["valid"][i],
       title=_title(experiment, done, i),
       # The centre frame of each clip, as the light net sees it.
-      thumbnails=batch["clips"][i][:, batch["clips"].shape[2] // 2] if "clips" in batch else None,
-      relevant=row(done, "relevant", i),
-      units=row(batch, "units", i),
+      thumbnails=None if clips is None else clips[i][:, clips.shape[2] // 2],
+      relevant=done["relevant"][i] if "relevant" in done else None,
+      units=batch["units"][i] if "units" in batch else None,
     )
-    for i in range(len(batch["weight"]))
-  ]
+    lines.append(line)
+  return lines
 
 
 def _title(experiment: VideoExperiment, done: Arrays, i: int) -> str:
   label, names = done["label"][i], experiment.test.class_names
-  return (
-    ", ".join(names[c] for c in np.flatnonzero(label))
-    if experiment.test.multi_label
-    else names[label]
-  )
+  if experiment.test.multi_label:
+    return ", ".join(names[c] for c in np.flatnonzero(label))
+  return names[label]
