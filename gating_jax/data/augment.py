@@ -92,16 +92,16 @@ def cut_out(key: Array, x: Array, *, size: int, axis_name: Hashable | None = Non
   """
   if not size:
     return x
-  shape = jnp.array(x.shape[1:3])
+  height, width = x.shape[1:3]
 
   def one(key, image):
     """Sets a random square of one image `[H, W, D]` to 0."""
     # The centre is uniform over the image; the square may begin before 0.
-    first = jax.random.randint(key, (2,), 0, shape) - size // 2
-    rows, columns = (
-      (first[i] <= at) & (at < first[i] + size)
-      for i, at in enumerate(map(jnp.arange, image.shape[:2]))
-    )
-    return jnp.where((rows[:, None] & columns)[..., None], 0, image)
+    top, left = jax.random.randint(key, (2,), 0, jnp.array([height, width])) - size // 2
+    rows, columns = jnp.arange(height), jnp.arange(width)
+    in_rows = (top <= rows) & (rows < top + size)
+    in_columns = (left <= columns) & (columns < left + size)
+    square = in_rows[:, None] & in_columns
+    return jnp.where(square[..., None], 0, image)
 
   return jax.vmap(one)(example_keys(key, x.shape[0], axis_name), x)

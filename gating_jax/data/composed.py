@@ -22,6 +22,9 @@ Reference: after the unit actions of Breakfast (Kuehne et al., 2014) as used by 
 
 from __future__ import annotations
 
+import itertools
+from typing import NamedTuple
+
 import numpy as np
 
 from gating_jax.data import image_sets
@@ -59,9 +62,10 @@ _CODES = (
 # Standard deviation of a pixel, in levels of uint8.
 _NOISE = 24
 
-UNIT_NAMES = tuple(f"{digit} {motion}" for digit in range(10) for motion in _MOTIONS)
+UNIT_NAMES = tuple(f"{digit} {motion}" for digit, motion in itertools.product(range(10), _MOTIONS))
 CLASS_NAMES = tuple(
-  f"scene {scene}, activity {code}" for scene in range(len(_TOOLS)) for code in range(len(_CODES))
+  f"scene {scene}, activity {code}"
+  for scene, code in itertools.product(range(len(_TOOLS)), range(len(_CODES)))
 )
 
 
@@ -92,8 +96,10 @@ def composed(split: str, *, videos: int, segments: int = 16, seed: int = 0) -> V
   # The splits differ in their random numbers as well as in their digits.
   rng = np.random.default_rng((seed, split == "test"))
   labels = rng.permutation(np.arange(videos) % len(CLASS_NAMES)).astype(np.int32)
-  scripts = [_script(rng, int(label), segments) for label in labels]
-  units, relevant = (np.stack(rows) for rows in zip(*scripts, strict=True))
+  units = np.empty((videos, segments), np.int32)
+  relevant = np.empty((videos, segments), bool)
+  for video, label in enumerate(labels):
+    units[video], relevant[video] = _script(rng, int(label), segments)
   clips = _render(rng, digits, units.ravel()).reshape(videos, segments, FRAMES, SIZE, SIZE, 1)
   arrays = {
     "clips": clips,
@@ -103,7 +109,8 @@ def composed(split: str, *, videos: int, segments: int = 16, seed: int = 0) -> V
     "units": units,
     "relevant": relevant,
   }
-  return VideoArrays(arrays, CLASS_NAMES, tuple(f"{split} {i}" for i in range(videos)), UNIT_NAMES)
+  names = tuple(f"{split} {i}" for i in range(videos))
+  return VideoArrays(arrays, CLASS_NAMES, names, UNIT_NAMES)
 
 
 def motions(scene: int, code: int) -> dict[int, int]:
@@ -111,11 +118,26 @@ def motions(scene: int, code: int) -> dict[int, int]:
 
   A tool has two possible motions in a scene; the activities of the scene differ in which it has.
   """
-  return {
+  found = {}
+  for digit, bit in zip(_TOOLS[scene], _CODES[code], strict=True):
     # The pair of motions, left and right or up and down, follows from digit and scene.
-    digit: 2 * ((digit + scene) % 2) + bit
-    for digit, bit in zip(_TOOLS[scene], _CODES[code], strict=True)
-  }
+    pair = (digit + scene) % 2
+    found[digit] = 2 * pair + bit
+  return found
+
+
+class _Run(NamedTuple):
+  """Successive segments that show one unit action.
+
+  Attributes:
+    unit: -1 for clutter.
+    relevant: whether the unit action belongs to the video's activity.
+    length: number of segments.
+  """
+
+  unit: int
+  relevant: bool
+  length: int
 
 
 def _script(rng: np.random.Generator, label: int, segments: int) -> tuple[np.ndarray, np.ndarray]:
@@ -123,23 +145,31 @@ def _script(rng: np.random.Generator, label: int, segments: int) -> tuple[np.nda
   scene, code = divmod(label, len(_CODES))
   tools = motions(scene, code)
   moving = range(4, 10)
-  # A run: unit action, whether it is relevant, number of segments.
-  runs = [
-    (_unit(digit, tools.get(digit, rng.integers(4))), digit in tools, rng.integers(1, 3))
-    for digit in moving
-  ]
-  runs += [(_unit(scene, _STILL), False, 1)] * 2
-  runs += [(-1, False, 1)] * (segments - sum(length for *_, length in runs))
+  anchor = _Run(_unit(scene, _STILL), relevant=False, length=1)
+  clutter = _Run(-1, relevant=False, length=1)
+  runs, left = [], segments - 2
+  for digit in moving:
+    # Drawn for tools too, so that the random numbers that follow do not depend on the activity.
+    random_motion = rng.integers(4)
+    unit = _unit(digit, tools.get(digit, random_motion))
+    run = _Run(unit, relevant=digit in tools, length=int(rng.integers(1, 3)))
+    runs.append(run)
+    left -= run.length
+  runs += [anchor] * 2 + [clutter] * left
   order = rng.permutation(len(runs))
   # The first tool's run and the last one's keep their two places, in this order.
-  ends = np.isin(order, [moving.index(_TOOLS[scene][0]), moving.index(_TOOLS[scene][-1])])
-  order[ends] = [moving.index(_TOOLS[scene][i]) for i in (0, -1)]
-  units, relevant, lengths = zip(*(runs[i] for i in order), strict=True)
-  return np.repeat(np.array(units, np.int32), lengths), np.repeat(relevant, lengths)
+  first_and_last = [moving.index(_TOOLS[scene][0]), moving.index(_TOOLS[scene][-1])]
+  order[np.isin(order, first_and_last)] = first_and_last
+  units, relevant = [], []
+  for place in order:
+    run = runs[place]
+    units += [run.unit] * run.length
+    relevant += [run.relevant] * run.length
+  return np.array(units, np.int32), np.array(relevant, bool)
 
 
-# The index of a unit action in `UNIT_NAMES`.
 def _unit(digit: int, motion: int) -> int:
+  """Returns the index of a unit action in `UNIT_NAMES`."""
   return len(_MOTIONS) * digit + int(motion)
 
 
@@ -153,23 +183,23 @@ def _render(rng: np.random.Generator, digits: image_sets.Images, units: np.ndarr
   clutter = units < 0
   shown = np.empty(len(units), int)
   for c in np.unique(classes):
-    shown[classes == c] = rng.choice(
-      np.flatnonzero((digits.labels == c) | (c < 0)), np.sum(classes == c)
-    )
+    candidates = np.flatnonzero((digits.labels == c) | (c < 0))
+    shown[classes == c] = rng.choice(candidates, np.sum(classes == c))
   images = digits.pixels[shown, ..., 0]
-  images[clutter] = rng.permuted(images[clutter].reshape(-1, images[0].size), axis=1).reshape(
-    -1, *images.shape[1:]
-  )
+  scrambled = rng.permuted(images[clutter].reshape(-1, images[0].size), axis=1)
+  images[clutter] = scrambled.reshape(-1, *images.shape[1:])
   motion[clutter] = rng.integers(len(_MOTIONS), size=clutter.sum())
   velocity = np.array(list(_MOTIONS.values()))[motion]
   # The place in the centre frame. A moving digit leaves the image by two pixels at most.
-  corner = rng.integers(2, SIZE - images.shape[1] - 1, (len(units), 2))
+  centre = rng.integers(2, SIZE - images.shape[1] - 1, (len(units), 2))
   # [n, F, 2]: the place in each frame.
-  corner = corner[:, None] + (np.arange(FRAMES) - FRAMES // 2)[:, None] * velocity[:, None]
+  steps = np.arange(FRAMES) - FRAMES // 2
+  corner = centre[:, None] + steps[:, None] * velocity[:, None]
   # A window of the padded digit, moved against the motion, shows the digit at its place.
   canvas = np.pad(images, ((0, 0), (SIZE, SIZE), (SIZE, SIZE)))
   views = np.lib.stride_tricks.sliding_window_view(canvas, (SIZE, SIZE), axis=(1, 2))
+  digit = np.arange(len(units))[:, None]
   frames = rng.standard_normal((len(units), FRAMES, SIZE, SIZE), np.float32)
   frames *= _NOISE
-  frames += views[np.arange(len(units))[:, None], SIZE - corner[..., 0], SIZE - corner[..., 1]]
+  frames += views[digit, SIZE - corner[..., 0], SIZE - corner[..., 1]]
   return frames.round(out=frames).clip(0, 255, out=frames).astype(np.uint8)

@@ -101,13 +101,10 @@ class Picture:
     self._dtype = (
       np.dtype(feature.np_dtype) if self.encoded or isinstance(feature, types.Tensor) else None
     )
-    known = (
-      self._dtype is not None
-      and self._dtype.kind in "biuf"
-      and len(self.shape) == 3
-      and self.shape[-1]
-    )
-    if not known or (self.encoded and self.shape[-1] not in MODES):
+    numbers = self._dtype is not None and self._dtype.kind in "biuf"
+    channels = self.shape[-1] if numbers and len(self.shape) == 3 else None
+    # A file is decoded to as many channels as the feature has.
+    if not channels or (self.encoded and channels not in MODES):
       raise ValueError(
         f"{name} must be an Image of 1, 3 or 4 channels, or a Tensor of numbers with shape (H, W, "
         f"channels); it is {describe(feature)}. data.image_feature chooses another"
@@ -123,7 +120,7 @@ class Picture:
     return np.ascontiguousarray(decode_picture(value, 4)).view(np.float32)
 
   def convert(self, pixels: np.ndarray) -> np.ndarray:
-    """Converts a decoded picture to uint8, by the rule of `data/py`."""
+    """Converts a decoded picture to uint8, by the rule of `to_uint8`."""
     for own, wanted in zip(pixels.shape, self.shape, strict=True):
       if wanted not in (None, own):
         raise ValueError(f"{self._name} must have shape {self.shape}; got {pixels.shape}")
@@ -154,10 +151,9 @@ class Picture:
       if seen.any() and brightest <= (_HALF if wide else _DARK):
         part = "the upper half of its scale" if wide else "more than a sixteenth of its scale"
         raise ValueError(
-          f"{self._name} of {seen.dtype} must reach {part}, in which {white(seen.dtype)} "
-          "is white; got "
-          f"{span(seen)} in {len(seen)} images, which would be too dark. Prepare the data "
-          "set with uint8 images (255 is white), or set another feature in data.image_feature"
+          f"{self._name} of {seen.dtype} must reach {part}, in which {white(seen.dtype)} is white; "
+          f"got {span(seen)} in {len(seen)} images, which would be too dark. Prepare the data set "
+          "with uint8 images (255 is white), or set another feature in data.image_feature"
         )
 
 
@@ -174,12 +170,8 @@ class PixelClasses:
     self._name = name
     self.encoded = isinstance(feature, types.Image)
     known = self.encoded or isinstance(feature, types.Tensor)
-    if (
-      not known
-      or len(feature.shape) != 3
-      or feature.shape[-1] != 1
-      or np.dtype(feature.np_dtype).kind not in "biu"
-    ):
+    one_channel = known and len(feature.shape) == 3 and feature.shape[-1] == 1
+    if not one_channel or np.dtype(feature.np_dtype).kind not in "biu":
       raise ValueError(
         f"{name} must be an Image or a Tensor of whole numbers with shape (H, W, 1); it is "
         f"{describe(feature)}"
@@ -258,8 +250,11 @@ class ImageClass:
     Raises:
       ValueError: there are none, or the numbers are not class numbers.
     """
-    counted = {split: self._count(values) for split, values in labels.items()}
-    for split, (_, without) in counted.items():
+    # Over all splits, so that a class has the same number in each.
+    found = set()
+    for split, values in labels.items():
+      of_split, without = self._count(values)
+      found |= of_split
       if without:
         warn(
           "%s: %d images of split %r have no class (%s)",
@@ -268,8 +263,7 @@ class ImageClass:
           split,
           "an empty text or none" if self._texts else "a negative number or none",
         )
-    # Over all splits, so that a class has the same number in each.
-    seen = sorted({label for found, _ in counted.values() for label in found})
+    seen = sorted(found)
     if not seen:
       raise ValueError(
         f"{self._name} must hold a class per image; it is {self._type}, and all are "
@@ -308,15 +302,14 @@ class ImageClass:
       return (value.encode() if isinstance(value, str) else bytes(value)) or None
     return int(value) if value >= 0 else None
 
-  # Identifiers, such as file numbers, are whole numbers too; they leave many gaps.
   def _check_gaps(self, seen: Sequence[int]) -> None:
+    """Refuses identifiers, such as file numbers: whole numbers that leave many gaps."""
     gaps = seen[-1] + 1 - len(seen)
     if gaps > _MOST_GAPS:
       raise ValueError(
         f"{self._name} must number classes from 0 with at most {_MOST_GAPS} gaps, or be a "
-        "ClassLabel or a text; it "
-        f"is {self._type}, {len(seen)} numbers from {seen[0]} to {seen[-1]}. data.label_feature "
-        "chooses another"
+        f"ClassLabel or a text; it is {self._type}, {len(seen)} numbers from {seen[0]} to "
+        f"{seen[-1]}. data.label_feature chooses another"
       )
     if gaps:
       missing = [str(number) for number in sorted(set(range(seen[-1])) - set(seen))]
@@ -343,7 +336,7 @@ def white(dtype: np.dtype) -> int:
 
 
 def to_uint8(pixels: np.ndarray, name: str = "pixels") -> np.ndarray:
-  """Converts pictures to uint8 by the rule of this module.
+  """Converts pictures to uint8 by the rule of this module's table.
 
   Args:
     pixels: any shape.
@@ -440,6 +433,7 @@ def _opened(encoded: bytes) -> Image.Image:
   return picture
 
 
-# Whether a channel has more than 8 bits. Pillow shows 16-bit colours of a PNG as 8-bit ones.
 def _is_deep(picture: Image.Image, encoded: bytes) -> bool:
+  """Returns whether a channel has more than 8 bits."""
+  # Pillow shows 16-bit colours of a PNG as 8-bit ones.
   return picture.mode[0] in "IF" or (picture.format == "PNG" and encoded[_PNG_BIT_DEPTH] == 16)

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from gating_jax.data import features, tfds
+from gating_jax.data import tfds
 from gating_jax.terminal import progress_bar
 
 DIGITS = "digits"
 
-_DIGITS_TEST_SHARE = 0.2
+_DIGITS_TEST_FRACTION = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,10 @@ class Images:
     """Returns the images at `index`: `(pixels [n, H, W, D], labels [n])`."""
     return self.pixels[index], self.labels[index]
 
+  def take(self, index: np.ndarray) -> Images:
+    """Returns the set of the images at `index`, with the same classes."""
+    return Images(self.pixels[index], self.labels[index], self.class_names)
+
   def map(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """Computes `fn` of each item, in order."""
     return map(fn, items)
@@ -67,7 +71,7 @@ def load(
 ) -> Images:
   """Reads a whole split into memory.
 
-  Pictures of other types become uint8 by the rule of `data/pictures.py`.
+  Pictures of other types become uint8 by the rule of `data/features.py: to_uint8`.
 
   Args:
     name: `digits` (1,797 images of 8 x 8, needs no files) or a TFDS name such as `cifar10`.
@@ -83,17 +87,15 @@ def load(
       no single class per image, pictures outside the scale of their type, or images of different
       sizes.
   """
-  fit = lambda image: resize(image, (image_size, image_size)) if image_size else image
+
+  def fit(pixels):
+    """Resizes `[H, W, D]` if a size is asked for."""
+    return resize(pixels, (image_size, image_size)) if image_size else pixels
+
   if name == DIGITS:
     digits = _digits(split)
-    return (
-      dataclasses.replace(digits, pixels=np.stack(list(map(fit, digits.pixels))))
-      if image_size
-      else digits
-    )
-  source = tfds.open_tfds(
-    name, split, data_dir, {image: features.Picture, label: features.ImageClass}
-  )
+    return dataclasses.replace(digits, pixels=np.stack([fit(pixels) for pixels in digits.pixels]))
+  source = tfds.open_tfds(name, split, data_dir, tfds.class_readers(image, label))
   # The first image has the shape that all must have; the array is then filled in place.
   first = fit(source[0][image])
   pixels = np.empty((len(source), *first.shape), np.uint8)
@@ -127,9 +129,14 @@ def resize(
     size: height and width.
     box: the part `(left, top, right, bottom)`, in pixels; None for the whole image.
   """
-  fit = lambda pixels: np.asarray(
-    Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR, box=box)
-  )
+
+  def fit(pixels):
+    """Resizes what Pillow takes for a picture: `[H, W]` or `[H, W, 3]`."""
+    # Pillow's size is width and height.
+    width_height = size[::-1]
+    picture = Image.fromarray(pixels)
+    return np.asarray(picture.resize(width_height, Image.Resampling.BILINEAR, box=box))
+
   if image.shape[-1] == 3:
     return fit(image)
   # Channel by channel: Pillow takes the last of four for transparency and weights the others by it.
@@ -146,8 +153,7 @@ def size(
   """Counts the images of a split without reading them; arguments and errors are as in `load`."""
   if name == DIGITS:
     return len(_digits(split))
-  readers = {image: features.Picture, label: features.ImageClass}
-  return len(tfds.open_tfds(name, split, data_dir, readers))
+  return len(tfds.open_tfds(name, split, data_dir, tfds.class_readers(image, label)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,11 +200,9 @@ def make_tasks(
     )
   if not 0 < validation < 1:
     raise ValueError(f"validation must be a fraction in (0, 1); got {validation}")
-  order = (
-    np.arange(classes)
-    if order_seed is None
-    else np.random.default_rng(order_seed).permutation(classes)
-  )
+  order = np.arange(classes)
+  if order_seed is not None:
+    order = np.random.default_rng(order_seed).permutation(classes)
   train, test = _reordered(train, order), _reordered(test, order)
   # Two training images of a class: one to train on and one to hold out.
   for name, images, least in (("train", train, 2), ("test", test, 1)):
@@ -208,19 +212,20 @@ def make_tasks(
         f"{name} must hold at least {least} images of every class; got {counts.min()} of class "
         f"{images.class_names[counts.argmin()]!r}"
       )
-  return tuple(
-    _task(train, test, t * classes_per_task, classes_per_task, validation, seed)
-    for t in range(count or tasks)
-  )
+  sequence = []
+  for first in range(0, (count or tasks) * classes_per_task, classes_per_task):
+    of_task = range(first, first + classes_per_task)
+    # Seeded by the task's first class, so that a task's choice does not depend on tasks before it.
+    rng = np.random.default_rng((seed, first))
+    sequence.append(_make_task(train, test, of_task, validation=validation, rng=rng))
+  return tuple(sequence)
 
 
-def join(images: Sequence[Images]) -> Images:
+def join(sets: Sequence[Images]) -> Images:
   """Joins the images of several sets of the same classes, one set after the other."""
-  return Images(
-    np.concatenate([i.pixels for i in images]),
-    np.concatenate([i.labels for i in images]),
-    images[0].class_names,
-  )
+  pixels = np.concatenate([each.pixels for each in sets])
+  labels = np.concatenate([each.labels for each in sets])
+  return Images(pixels, labels, sets[0].class_names)
 
 
 def interleave(sets: Sequence[np.ndarray]) -> np.ndarray:
@@ -234,35 +239,35 @@ def interleave(sets: Sequence[np.ndarray]) -> np.ndarray:
   return np.stack(sets, axis=1).reshape(-1, *sets[0].shape[1:])
 
 
-def _task(
-  train: Images, test: Images, first: int, classes: int, validation: float, seed: int
+def _make_task(
+  train: Images, test: Images, classes: range, *, validation: float, rng: np.random.Generator
 ) -> Task:
-  of_task = lambda images: np.flatnonzero(
-    (images.labels >= first) & (images.labels < first + classes)
-  )
-  index = of_task(train)
-  # Seeded by the task's first class, so that a task's choice does not depend on the tasks before.
-  random, held = np.random.default_rng((seed, first)), []
+  """Makes the task of these classes; the generator chooses the images that are held out."""
+  held = []
   # Class by class, so that each keeps its fraction and at least one image on either side.
-  for c in range(first, first + classes):
+  for c in classes:
     own = np.flatnonzero(train.labels == c)
-    held.append(random.permutation(own)[: np.clip(round(validation * len(own)), 1, len(own) - 1)])
+    count = np.clip(round(validation * len(own)), 1, len(own) - 1)
+    held.append(rng.permutation(own)[:count])
   held = np.sort(np.concatenate(held))
-  return Task(_at(train, np.setdiff1d(index, held)), _at(train, held), _at(test, of_task(test)))
+  of_train = np.flatnonzero(np.isin(train.labels, classes))
+  of_test = np.flatnonzero(np.isin(test.labels, classes))
+  return Task(
+    train=train.take(np.setdiff1d(of_train, held)),
+    validation=train.take(held),
+    test=test.take(of_test),
+  )
 
 
-# Relabels the classes by their place in the order.
 def _reordered(images: Images, order: np.ndarray) -> Images:
+  """Relabels the classes by their place in the order."""
   # argsort inverts a permutation.
   place = np.argsort(order).astype(np.int32)
   return Images(images.pixels, place[images.labels], tuple(images.class_names[c] for c in order))
 
 
-def _at(images: Images, index: np.ndarray) -> Images:
-  return Images(images.pixels[index], images.labels[index], images.class_names)
-
-
 def _digits(split: str) -> Images:
+  """Returns scikit-learn's handwritten digits, 1,797 images of 8 x 8."""
   from sklearn import datasets, model_selection
 
   if split not in ("train", "test"):
@@ -271,13 +276,12 @@ def _digits(split: str) -> Images:
   # Stratified, with a fixed seed: the split is the same in every run.
   train, test = model_selection.train_test_split(
     np.arange(len(digits.target)),
-    test_size=_DIGITS_TEST_SHARE,
+    test_size=_DIGITS_TEST_FRACTION,
     random_state=0,
     stratify=digits.target,
   )
   index = train if split == "train" else test
   # scikit-learn's pixels are 0 to 16.
   pixels = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)[..., None]
-  return Images(
-    pixels, digits.target[index].astype(np.int32), tuple(str(name) for name in digits.target_names)
-  )
+  labels = digits.target[index].astype(np.int32)
+  return Images(pixels, labels, tuple(str(name) for name in digits.target_names))

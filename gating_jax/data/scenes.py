@@ -20,7 +20,8 @@ MADE, CITYSCAPES = "digit_scenes", "cityscapes"
 NAMES = (MADE, CITYSCAPES)
 IGNORED = 255
 
-_FEATURES = {"image_left": features.Picture, "segmentation_label": features.PixelClasses}
+# Names of TFDS's features.
+_IMAGE, _LABEL = "image_left", "segmentation_label"
 # Lowest brightness of a digit's pixel, and standard deviation of the noise on all pixels.
 _INK = 64
 _NOISE = 16
@@ -81,7 +82,7 @@ def digit_scenes(
   labels = np.zeros((scenes, *size), np.uint8)
   for scene in range(scenes):
     # Top left corners that a digit can still have.
-    free = np.ones([length - side + 1 for length in size], bool)
+    free = np.ones((size[0] - side + 1, size[1] - side + 1), bool)
     for shown in rng.integers(len(digits), size=rng.integers(1, most + 1)):
       if not free.any():
         break
@@ -91,7 +92,8 @@ def digit_scenes(
       # The dark pixels around a digit's strokes are background.
       labels[place] = np.where(ink[place] >= _INK, digits.labels[shown] + 1, 0)
       # Corners nearer than a side in both directions would overlap with this digit.
-      free[max(0, top - side + 1) : top + side, max(0, left - side + 1) : left + side] = False
+      first_row, first_column = max(0, top - side + 1), max(0, left - side + 1)
+      free[first_row : top + side, first_column : left + side] = False
   pixels = (ink + _NOISE * rng.standard_normal(ink.shape)).round().clip(0, 255).astype(np.uint8)
   return Images(pixels[..., None], labels, ("background", *digits.class_names))
 
@@ -112,21 +114,19 @@ class Scenes(streaming.Stream):
   def read_one(self, index: int, seed: tuple[int, ...] | None) -> tuple[np.ndarray, np.ndarray]:
     """Returns a scene `[H, W, D]` and its classes `[H, W]`, cropped and mirrored by the seed."""
     example = self.source[int(index)]
-    image, label = (example[name] for name in _FEATURES)
-    pair = [
-      _resize(image, self.size, Image.Resampling.BILINEAR),
-      train_classes(_resize(label[..., 0], self.size, Image.Resampling.NEAREST)),
-    ]
+    image = _resize(example[_IMAGE], self.size, Image.Resampling.BILINEAR)
+    classes = train_classes(_resize(example[_LABEL][..., 0], self.size, Image.Resampling.NEAREST))
     if seed is not None:
       rng = np.random.default_rng(seed)
-      # Image and label are cropped and mirrored alike. `shape` has D too, which is not cropped.
-      top, left = (
-        rng.integers(whole - part + 1) for whole, part in zip(self.size, self.shape, strict=False)
-      )
+      height, width = self.shape[:2]
+      top = rng.integers(self.size[0] - height + 1)
+      left = rng.integers(self.size[1] - width + 1)
       step = -1 if self.flip and rng.random() < 0.5 else 1
-      pair = [x[top : top + self.shape[0], left : left + self.shape[1]][:, ::step] for x in pair]
+      # Image and classes are cropped and mirrored alike.
+      part = (slice(top, top + height), slice(left, left + width))
+      image, classes = image[part][:, ::step], classes[part][:, ::step]
     # Mirrored and cropped arrays are views with strides.
-    return tuple(np.ascontiguousarray(x) for x in pair)
+    return np.ascontiguousarray(image), np.ascontiguousarray(classes)
 
 
 def open_scenes(
@@ -150,10 +150,10 @@ def open_scenes(
     crop: H and W of the random parts seen in training; None for the whole scene.
     size, flip, seed, workers: see `Scenes` and `Stream`.
   """
-  source = tfds.open_tfds(name, split, data_dir, _FEATURES)
-  return Scenes(
-    source, tuple(_STREET), (*(crop or size), 3), seed, workers=workers, size=size, flip=flip
-  )
+  readers = {_IMAGE: features.Picture, _LABEL: features.PixelClasses}
+  source = tfds.open_tfds(name, split, data_dir, readers)
+  shape = (*(crop or size), 3)
+  return Scenes(source, tuple(_STREET), shape, seed=seed, workers=workers, size=size, flip=flip)
 
 
 def train_classes(labels: np.ndarray) -> np.ndarray:
@@ -169,4 +169,7 @@ def train_classes(labels: np.ndarray) -> np.ndarray:
 
 
 def _resize(x: np.ndarray, size: tuple[int, int], how: Image.Resampling) -> np.ndarray:
-  return x if x.shape[:2] == size else np.asarray(Image.fromarray(x).resize(size[::-1], how))
+  """Resizes `[H, W, ...]` to `size`, height and width; not resampled where it has this size."""
+  if x.shape[:2] == size:
+    return x
+  return np.asarray(Image.fromarray(x).resize(size[::-1], how))

@@ -21,10 +21,10 @@ import grain
 import numpy as np
 from absl import flags
 
-from gating_jax.data import batches, features, image_sets, tfds
+from gating_jax.data import batches, image_sets, tfds
 
 # Fraction of the shorter side that the central crop keeps: 224 of 256, as is usual on ImageNet.
-_EVAL_SHARE = 0.875
+_EVAL_FRACTION = 0.875
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,22 +74,22 @@ class Stream:
       index = batches.indices(self.seed, step, k, batch_size, len(self), process)
       # A crop is seeded by the step and the image's row in the whole batch: it is the same on any
       # number of processes.
-      first = process[0] * len(index)
-      flat = [
-        self.read_one(i, (self.seed, step + place % k, first + place // k))
-        for place, i in enumerate(index.ravel())
-      ]
-      pixels, labels = (np.stack(column) for column in zip(*flat, strict=True))
-      return pixels.reshape(*index.shape, *self.shape), labels.reshape(
-        *index.shape, *labels.shape[1:]
+      first_row = process[0] * len(index)
+      examples = []
+      for (row, column), number in np.ndenumerate(index):
+        examples.append(self.read_one(number, (self.seed, step + column, first_row + row)))
+      pixels, labels = _stack(examples)
+      # From one axis of examples to [b, K].
+      return (
+        pixels.reshape(*index.shape, *self.shape),
+        labels.reshape(*index.shape, *labels.shape[1:]),
       )
 
     return self.map(read, range(first_step, total_steps, k))
 
   def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the images at `index` without augmentation: `(pixels [n, H, W, D], labels [n])`."""
-    pixels, labels = zip(*(self.read_one(i, None) for i in index), strict=True)
-    return np.stack(pixels), np.stack(labels)
+    return _stack([self.read_one(number, None) for number in index])
 
   def map(self, fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """Computes `fn` of each item, in order and ahead of the consumer, by threads or processes."""
@@ -120,6 +120,12 @@ class Stream:
     return image, np.int32(example[self.label])
 
 
+def _stack(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+  """Joins pairs of image and label: `(pixels [n, H, W, D], labels [n, ...])`."""
+  pixels, labels = zip(*examples, strict=True)
+  return np.stack(pixels), np.stack(labels)
+
+
 def open_stream(
   name: str,
   split: str,
@@ -148,9 +154,7 @@ def open_stream(
     )
   if crop_area is not None and not 0 < crop_area <= 1:
     raise ValueError(f"data.crop_area must be in (0, 1]; got {crop_area}")
-  source = tfds.open_tfds(
-    name, split, data_dir, {image: features.Picture, label: features.ImageClass}
-  )
+  source = tfds.open_tfds(name, split, data_dir, tfds.class_readers(image, label))
   height, width, depth = source.shape
   if image_size:
     height = width = image_size
@@ -162,9 +166,9 @@ def open_stream(
     source,
     source.class_names,
     (height, width, depth),
-    seed,
-    crop_area,
-    workers,
+    seed=seed,
+    crop_area=crop_area,
+    workers=workers,
     image=image,
     label=label,
   )
@@ -186,7 +190,8 @@ def random_resized_crop(
     area = height * width * rng.uniform(smallest_area, 1)
     # Uniform in the logarithm: 3/4 is as likely as 4/3.
     aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-    w, h = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
+    w = round(float(np.sqrt(area * aspect)))
+    h = round(float(np.sqrt(area / aspect)))
     if 0 < w <= width and 0 < h <= height:
       left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
       return image_sets.resize(image, size, (left, top, left + w, top + h))
@@ -199,7 +204,7 @@ def central_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   The middle has `size`'s aspect, and 7/8 of the sides of the largest such part.
   """
   height, width = image.shape[:2]
-  scale = min(height / size[0], width / size[1]) * _EVAL_SHARE
+  scale = min(height / size[0], width / size[1]) * _EVAL_FRACTION
   # Fractions of a pixel are kept: Pillow resizes any box.
   h, w = scale * size[0], scale * size[1]
   left, top = (width - w) / 2, (height - h) / 2
@@ -225,18 +230,12 @@ def prefetch(
   """
   dataset = grain.MapDataset.source(items).map(fn)
   if not workers:
-    return iter(
-      dataset.to_iter_dataset(
-        grain.ReadOptions(num_threads=buffer_size, prefetch_buffer_size=buffer_size)
-      )
-    )
+    threads = grain.ReadOptions(num_threads=buffer_size, prefetch_buffer_size=buffer_size)
+    return iter(dataset.to_iter_dataset(threads))
   # grain passes absl's flags on to the workers; outside absl programs nobody has parsed them.
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
   # Few results per worker, since each may be a whole batch of images or videos.
-  options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-  return iter(
-    dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)).mp_prefetch(
-      options
-    )
-  )
+  processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+  one_by_one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+  return iter(dataset.to_iter_dataset(one_by_one).mp_prefetch(processes))

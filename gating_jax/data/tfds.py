@@ -1,4 +1,6 @@
-"""Random access to the examples of prepared TFDS sets, without TensorFlow and without foreign code.
+"""Random access to the examples of prepared TFDS sets, without TensorFlow.
+
+Reading a set downloads nothing, runs no code of others and does not leave the set's folder.
 
 Axes: H and W pixels, D channels.
 """
@@ -13,24 +15,27 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from gating_jax.data import features as tfds_features
+from gating_jax.data import features
 from gating_jax.paths import is_text, user_path
 from gating_jax.terminal import progress_bar
 
 # Names of these features in TFDS's own sets.
 IMAGE, LABEL = "image", "label"
-FEATURES = {IMAGE: tfds_features.Picture, LABEL: tfds_features.ImageClass}
-Reader = Callable[[Any, str], Any]
+# Makes the reader of a feature from it and its name: a class of `data/features.py`.
+MakeReader = Callable[[Any, str], Any]
 
 # By set: its splits are opened one by one, and counting the classes reads all labels.
-_LEARNT: dict[tuple, tfds_features.ImageClass] = {}
+_LEARNT: dict[tuple, features.ImageClass] = {}
 # Largest number of characters quoted from another library's message.
 _MOST_SAID = 300
+# Keys of features.json that hold the name of a class, of the new format and the old.
+_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
+# How the names of TFDS's own classes begin.
+_TFDS = "tensorflow_datasets."
 # name/config:version; anything else might be a path.
 _NAME = re.compile(r"\w+(/[\w+-][\w.+-]*)?(:(\d+|\*)(\.(\d+|\*)){2})?", re.ASCII)
 
@@ -39,85 +44,117 @@ class DatasetNotPreparedError(Exception):
   """Error for a data set that is missing or damaged; the message says how to prepare it."""
 
 
+def class_readers(image: str = IMAGE, label: str = LABEL) -> dict[str, MakeReader]:
+  """Returns the readers of images with one class each.
+
+  Args:
+    image, label: names of the features that hold them.
+  """
+  return {image: features.Picture, label: features.ImageClass}
+
+
 def open_tfds(
   name: str,
   split: str,
   data_dir: str | None = None,
-  features: Mapping[str, Reader] = MappingProxyType(FEATURES),
+  readers: Mapping[str, MakeReader] | None = None,
 ) -> Examples:
   """Opens a random-access TFDS source.
 
-  Nothing is downloaded, and TensorFlow is not used. Errors are as in `image_sets.load`. For a set that TFDS
-  cannot download, the message has TFDS's own instructions.
+  Errors are as in `image_sets.load`. For a set that TFDS cannot download, the message has TFDS's
+  own instructions.
 
   Args:
     name, split, data_dir: as in `image_sets.load`.
-    features: how to read each of them, by name: a class of `data/features.py`.
+    readers: the features to read, by name; None for `class_readers()`.
   """
   if not _NAME.fullmatch(name):
     raise ValueError(
       f"data.name must be 'digits' or the name of a TFDS data set, such as cifar10, name/config or "
       f"name/config:1.0.0; got {name!r}. data.data_dir is the folder that holds it"
     )
-  # Imported here, since the import is slow and digits do not need it.
-  import tensorflow_datasets as tfds
-
   folder = str(user_path(data_dir or "~/tensorflow_datasets"))
   if not is_text(folder):
     raise ValueError(
       f"data.data_dir must be UTF-8 text, since array_record cannot open others; got {folder!r}"
     )
+  source = _open_source(name, split, folder)
+  readers = class_readers() if readers is None else readers
+  own = source.dataset_info.features
+  missing = set(readers) - set(own)
+  if missing:
+    choice = ""
+    # Only the features of a set of classes are chosen by the config.
+    if features.ImageClass in readers.values():
+      choice = f". data.image_feature and data.label_feature choose from {', '.join(sorted(own))}"
+    raise ValueError(
+      f"data.name must be a data set with {' and '.join(readers)}; {name} has no "
+      f"{sorted(missing)}{choice}"
+    )
+  made = {}
+  for feature, make in readers.items():
+    made[feature] = make(own[feature], f"feature {feature!r} of {name}")
+  if not len(source):
+    raise ValueError(f"data split {split!r} of {name} must hold at least one image; it is empty")
+  return Examples(source, f"{name} in {folder}", made)
+
+
+def _open_source(name: str, split: str, folder: str) -> Any:
+  """Opens a split with TFDS, whose errors become ours.
+
+  Raises:
+    DatasetNotPreparedError: the set is unknown, not prepared or damaged.
+    ValueError: an unknown split.
+  """
+  # Imported here, since the import is slow and digits do not need it.
+  import tensorflow_datasets as tfds
+
   # Before TFDS opens the set, which would import what its files name.
-  _check_features(Path(folder, tfds.core.naming.camelcase_to_snakecase(re.split("[/:]", name)[0])))
+  _check_features(Path(folder, tfds.core.naming.camelcase_to_snakecase(_plain(name))))
   try:
-    source = tfds.data_source(name, split=split, data_dir=folder, download=False)
+    return tfds.data_source(name, split=split, data_dir=folder, download=False)
   except tfds.core.DatasetNotFoundError as error:
-    near = [line for line in str(error).splitlines() if "Did you mean" in line]
-    raise DatasetNotPreparedError(
+    message = (
       f"data.name must be 'digits' or a TFDS data set; got {name!r}, which is unknown to TFDS "
-      f"and not in {folder}. {' '.join(near)}".rstrip()
-    ) from None
+      f"and not in {folder}."
+    )
+    # Of TFDS's long message, the names that are near.
+    for line in str(error).splitlines():
+      if "Did you mean" in line:
+        message += f" {line}"
+    raise DatasetNotPreparedError(message) from None
   # TFDS raises these for a set that is not there, or is there in another file format.
   except (NotImplementedError, AssertionError, FileNotFoundError, ValueError) as error:
     if isinstance(error, ValueError) and "split" in str(error).lower():
       raise ValueError(f"data split {split!r} of {name} cannot be read: {error}") from None
-    program = (
-      f"import tensorflow_datasets as tfds; tfds.builder({json.dumps(name)}, "
-      f"data_dir={json.dumps(folder)}, "
-      'file_format="array_record").download_and_prepare()'
-    )
     raise DatasetNotPreparedError(
       f"data set {name!r} is not prepared in {folder} (as array_record). To download and prepare "
-      "it:\n"
-      f"  python -c {shlex.quote(program)}\n"
-      f"{_by_hand(name, folder)}"
-      "or set the folder that holds it: --config.data.data_dir=FOLDER"
+      f"it:\n{_how_to_prepare(name, folder)}"
     ) from error
   # TFDS raises errors of many types for damaged files, and for features that need TensorFlow.
   except Exception as error:
     raise DatasetNotPreparedError(
       f"data set {name!r} in {folder} cannot be opened: {_said(error)}"
     ) from error
-  own = source.dataset_info.features
-  missing = set(features) - set(own)
-  if missing:
-    chosen = tfds_features.ImageClass in features.values()
-    choice = (
-      f". data.image_feature and data.label_feature choose from {', '.join(sorted(own))}"
-      if chosen
-      else ""
-    )
-    raise ValueError(
-      f"data.name must be a data set with {' and '.join(features)}; {name} has no "
-      f"{sorted(missing)}{choice}"
-    )
-  readers = {
-    feature: read(own[feature], f"feature {feature!r} of {name}")
-    for feature, read in features.items()
-  }
-  if not len(source):
-    raise ValueError(f"data split {split!r} of {name} must hold at least one image; it is empty")
-  return Examples(source, f"{name} in {folder}", readers)
+
+
+def _plain(name: str) -> str:
+  """Returns the name of a set without its config and version."""
+  return re.split("[/:]", name)[0]
+
+
+def _how_to_prepare(name: str, folder: str) -> str:
+  """Returns the command that prepares a set, and what to download by hand before."""
+  program = (
+    f"import tensorflow_datasets as tfds; tfds.builder({json.dumps(name)}, "
+    f"data_dir={json.dumps(folder)}, "
+    'file_format="array_record").download_and_prepare()'
+  )
+  return (
+    f"  python -c {shlex.quote(program)}\n"
+    f"{_by_hand(name, folder)}"
+    "or set the folder that holds it: --config.data.data_dir=FOLDER"
+  )
 
 
 class Examples(Sequence):
@@ -132,19 +169,15 @@ class Examples(Sequence):
   """
 
   def __init__(self, source: Any, name: str, readers: Mapping[str, Any]):
-    self._source, self._name, self._readers, self.dataset_info = (
-      source,
-      name,
-      dict(readers),
-      source.dataset_info,
-    )
+    self._source, self._name, self._readers = source, name, dict(readers)
+    self.dataset_info = source.dataset_info
     # The readers decode files: TFDS would need TensorFlow or convert pictures by another rule.
     self._source.decoders = _without_decoding(readers)
     self.class_names: tuple[str, ...] = ()
     for feature, reader in readers.items():
-      if isinstance(reader, tfds_features.Picture):
+      if isinstance(reader, features.Picture):
         reader.check_scale(self._some_decoded(feature, reader))
-      if isinstance(reader, tfds_features.ImageClass):
+      if isinstance(reader, features.ImageClass):
         self.class_names = self._learn_classes(feature, reader)
 
   def __len__(self) -> int:
@@ -154,16 +187,16 @@ class Examples(Sequence):
     # Only this IndexError may end a loop over the set; `_reading` converts those of decoders.
     if not -len(self) <= index < len(self):
       raise IndexError(f"index must be that of one of {len(self)} examples; got {index}")
+    decoded, converted = {}, {}
     with self._reading(self._source.split, index):
       # Damaged bytes fail here, in reading or decoding; a value that breaks a rule fails below.
       example = self._source[index]
-      decoded = {
-        feature: reader.decode(example[feature]) for feature, reader in self._readers.items()
-      }
+      for feature, reader in self._readers.items():
+        decoded[feature] = reader.decode(example[feature])
     try:
-      return {
-        feature: reader.convert(decoded[feature]) for feature, reader in self._readers.items()
-      }
+      for feature, reader in self._readers.items():
+        converted[feature] = reader.convert(decoded[feature])
+      return converted
     except ValueError as error:
       raise ValueError(
         f"example {index} of split {self._source.split!r} of {self._name}: {error}"
@@ -172,13 +205,14 @@ class Examples(Sequence):
   @property
   def shape(self) -> tuple[int | None, int | None, int]:
     """Returns `(H, W, D)` of the pictures; None for a size that differs between them."""
-    return next(r.shape for r in self._readers.values() if isinstance(r, tfds_features.Picture))
+    return next(r.shape for r in self._readers.values() if isinstance(r, features.Picture))
 
   @contextlib.contextmanager
   def _reading(self, split: str, index: int) -> Iterator[None]:
+    """Names the example in the errors of the block, which reads and decodes it."""
     try:
       yield
-    except tfds_features.TooLargeError as error:
+    except features.TooLargeError as error:
       raise ValueError(
         f"example {index} of split {split!r} of {self._name}: {error}. Prepare the data set "
         "with a smaller image, or use a split without it"
@@ -190,25 +224,30 @@ class Examples(Sequence):
         "delete the prepared data set and prepare it again"
       ) from error
 
-  # Pictures spread over the split, decoded but not converted.
-  def _some_decoded(self, feature: str, reader: tfds_features.Picture) -> Iterator[np.ndarray]:
-    for index in np.unique(np.linspace(0, len(self) - 1, tfds_features.SAMPLE, dtype=int)):
+  def _some_decoded(self, feature: str, reader: features.Picture) -> Iterator[np.ndarray]:
+    """Yields pictures spread over the split, decoded but not converted."""
+    for index in np.unique(np.linspace(0, len(self) - 1, features.SAMPLE, dtype=int)):
       with self._reading(self._source.split, index):
         pixels = reader.decode(self._source[index][feature])
       yield pixels
 
-  def _learn_classes(self, feature: str, reader: tfds_features.ImageClass) -> tuple[str, ...]:
+  def _learn_classes(self, feature: str, reader: features.ImageClass) -> tuple[str, ...]:
+    """Returns the names of the classes; without names, those of the labels of all splits."""
     if reader.class_names is None:
       folder = str(self.dataset_info.data_dir)
       # With the time of its last change: a set that is prepared again may have other labels.
       key = feature, folder, os.stat(folder).st_mtime_ns
       if key not in _LEARNT:
-        reader.learn({split: self._labels(split, feature) for split in self.dataset_info.splits})
+        labels = {}
+        for split in self.dataset_info.splits:
+          labels[split] = self._labels(split, feature)
+        reader.learn(labels)
         _LEARNT[key] = reader
       self._readers[feature] = reader = _LEARNT[key]
     return reader.class_names
 
   def _labels(self, split: str, feature: str) -> Iterator[Any]:
+    """Yields the labels of a split as they are stored."""
     source = dataclasses.replace(self._source, split=split)
     for i in progress_bar(
       range(len(source)), desc=f"counting classes of {split}", unit="image", leave=False
@@ -227,9 +266,8 @@ def _without_decoding(readers: Mapping[str, Any]) -> dict[str, Any]:
   """Returns decoders for TFDS that leave the files of pictures to their readers."""
   import tensorflow_datasets as tfds
 
-  return {
-    feature: tfds.decode.SkipDecoding() for feature, reader in readers.items() if reader.encoded
-  }
+  skip = tfds.decode.SkipDecoding()
+  return {feature: skip for feature, reader in readers.items() if reader.encoded}
 
 
 def _check_features(folder: Path) -> None:
@@ -253,12 +291,11 @@ def _check_features(folder: Path) -> None:
           f"{content['default_config_name']!r}"
         )
       continue
-    if other := sorted(
-      name for name in _class_names(content) if not name.startswith("tensorflow_datasets.")
-    ):
+    foreign = sorted(repr(name) for name in _class_names(content) if not name.startswith(_TFDS))
+    if foreign:
       raise DatasetNotPreparedError(
         f"{file} must name only features of tensorflow_datasets, since reading a feature runs "
-        f"its module; got {', '.join(map(repr, other))}"
+        f"its module; got {', '.join(foreign)}"
       )
 
 
@@ -266,22 +303,32 @@ def _files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
   """Yields the files of these names below a folder, and below links, each followed once."""
   seen = {folder.resolve()}
   for place, below, files in os.walk(folder, followlinks=True):
-    yield from (Path(place, name) for name in names if name in files)
-    resolved = {name: Path(place, name).resolve() for name in below}
-    # Assigned in place, which tells `os.walk` where to go on; links may form circles.
-    below[:] = [name for name in below if resolved[name] not in seen]
-    seen.update(resolved.values())
+    for name in names:
+      if name in files:
+        yield Path(place, name)
+    further = []
+    for name in below:
+      # Links may form circles.
+      target = Path(place, name).resolve()
+      if target not in seen:
+        seen.add(target)
+        further.append(name)
+    # Assigned in place, which tells `os.walk` where to go on.
+    below[:] = further
 
 
 def _class_names(tree: Any) -> Iterator[str]:
   """Yields the names of the classes in a features.json, of the old format or the new."""
-  if isinstance(tree, dict):
-    yield from (
-      tree[key]
-      for key in ("pythonClassName", "python_class_name", "type")
-      if isinstance(tree.get(key), str) and "." in tree[key]
-    )
-  for part in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+  parts = ()
+  if isinstance(tree, list):
+    parts = tree
+  elif isinstance(tree, dict):
+    parts = tree.values()
+    for key in _CLASS_KEYS:
+      name = tree.get(key)
+      if isinstance(name, str) and "." in name:
+        yield name
+  for part in parts:
     yield from _class_names(part)
 
 
@@ -290,14 +337,13 @@ def _by_hand(name: str, folder: str) -> str:
   import tensorflow_datasets as tfds
 
   try:
-    instructions = tfds.builder_cls(re.split("[/:]", name)[0]).MANUAL_DOWNLOAD_INSTRUCTIONS
+    instructions = tfds.builder_cls(_plain(name)).MANUAL_DOWNLOAD_INSTRUCTIONS
   # A set that is known only by its folder has no builder.
   except tfds.core.DatasetNotFoundError:
     instructions = None
   if not instructions:
     return ""
-  lines = "\n".join(f"  {line.strip()}" for line in instructions.strip().splitlines())
-  return (
-    f"TFDS cannot download all of its files. First put them into {folder}/downloads/manual:\n"
-    f"{lines}\n"
-  )
+  text = f"TFDS cannot download all of its files. First put them into {folder}/downloads/manual:\n"
+  for line in instructions.strip().splitlines():
+    text += f"  {line.strip()}\n"
+  return text

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from gating_jax.data.video_tables import VideoTable
-from gating_jax.data.videos import Batch, VideoSet, find_file, segment_starts
+from gating_jax.data.videos import Batch, Segments, VideoSet, find_file, segment_starts
 
 _SUFFIXES = (".npy", ".npz")
 # Number of readable files that settle the shape of features.
@@ -60,29 +60,36 @@ class FeatureFolder(VideoSet):
     jitter: bool = False,
     workers: int = 0,
   ):
-    folders = {"light": light} | ({} if heavy is None else {"heavy": heavy})
+    folders = {"light": light}
+    if heavy is not None:
+      folders["heavy"] = heavy
 
     def find(name):
       """Returns the video's feature files as `{key: path}`, or None if one is missing."""
-      found = {key: find_file(folder, name, _SUFFIXES) for key, folder in folders.items()}
-      # A video needs both of its files.
-      return found if all(found.values()) else None
+      found = {}
+      for key, folder in folders.items():
+        found[key] = find_file(folder, name, _SUFFIXES)
+        # A video needs both of its files.
+        if found[key] is None:
+          return None
+      return found
 
     super().__init__(table, find, segments=segments, seed=seed, jitter=jitter, workers=workers)
-    self._shapes = {key: _common_shape([file[key] for file in self._files]) for key in folders}
+    self._shapes = {}
+    for key in folders:
+      self._shapes[key] = _common_shape([file[key] for file in self._files])
 
   def _inputs(self) -> Batch:
-    arrays = {
-      key: np.zeros((self._segments, *shape), np.float32) for key, shape in self._shapes.items()
-    }
+    arrays = {}
+    for key, shape in self._shapes.items():
+      arrays[key] = np.zeros((self._segments, *shape), np.float32)
     # Without a folder of its own, `heavy` is `light`.
     return {"heavy": arrays["light"]} | arrays
 
-  def _load(
-    self, index: int, rng: np.random.Generator | None
-  ) -> tuple[Batch, np.ndarray, np.ndarray]:
-    arrays = {key: read_features(file) for key, file in self._files[index].items()}
-    for key, array in arrays.items():
+  def _load(self, index: int, rng: np.random.Generator | None) -> Segments:
+    arrays = {}
+    for key, file in self._files[index].items():
+      array = arrays[key] = read_features(file)
       if array.shape[1:] != self._shapes[key]:
         raise ValueError(
           f"{key} features of a segment must be {self._shapes[key]}, like most of them; got "
@@ -95,14 +102,16 @@ class FeatureFolder(VideoSet):
         f"light and heavy must have the same number of segments; got {own} and "
         f"{len(arrays['heavy'])}"
       )
-    longer = own > self._segments
-    rows = (
-      segment_starts(own, self._segments, 1, rng) if longer else np.arange(self._segments) % own
-    )
+    rows = np.arange(self._segments) % own
+    if own > self._segments:
+      rows = segment_starts(own, self._segments, 1, rng)
     # Rows are spread over the video's length: row i is shown around (i + 1/2) / T_i of it.
     seconds = np.nan if self.table.seconds is None else self.table.seconds[index]
-    inputs = {key: array[rows] for key, array in arrays.items()}
-    return inputs, np.arange(self._segments) < own, (rows + 0.5) / own * seconds
+    return Segments(
+      inputs={key: array[rows] for key, array in arrays.items()},
+      valid=np.arange(self._segments) < own,
+      middles=(rows + 0.5) / own * seconds,
+    )
 
 
 def read_features(path: Path) -> np.ndarray:
@@ -120,8 +129,8 @@ def read_features(path: Path) -> np.ndarray:
   """
   with open(path, "rb") as file:
     # By content and not by suffix.
-    read = _read_only_member if file.peek(len(_ZIP)).startswith(_ZIP) else _read_array
-    features = read(file)
+    is_archive = file.peek(len(_ZIP)).startswith(_ZIP)
+    features = _read_only_member(file) if is_archive else _read_array(file)
   # Float64 values too large for float32 become infinite, and are refused below.
   with np.errstate(over="ignore"):
     features = features.astype(np.float32)

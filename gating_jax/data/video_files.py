@@ -16,12 +16,19 @@ import collections
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from gating_jax.data.video_tables import VideoTable
-from gating_jax.data.videos import VIDEO_SUFFIXES, Batch, VideoSet, find_file, timed_starts
+from gating_jax.data.videos import (
+  VIDEO_SUFFIXES,
+  Batch,
+  Segments,
+  VideoSet,
+  find_file,
+  timed_starts,
+)
 
 # Formats of files that hold all that they show: no playlist, no text that names other files, no
 # pattern of file names.
@@ -96,23 +103,19 @@ class VideoFolder(VideoSet):
       raise ValueError(f"frames and size must be at least 1; got {frames} and {size}")
     require_av()
     self._frames, self._size = frames, tuple(size)
-    super().__init__(
-      table,
-      lambda name: find_file(folder, name, ("", *VIDEO_SUFFIXES)),
-      segments=segments,
-      seed=seed,
-      jitter=jitter,
-      workers=workers,
-    )
+
+    def find(name):
+      """Returns the video's file, or None if it is missing."""
+      return find_file(folder, name, ("", *VIDEO_SUFFIXES))
+
+    super().__init__(table, find, segments=segments, seed=seed, jitter=jitter, workers=workers)
 
   def _inputs(self) -> Batch:
     return {"clips": np.zeros((self._segments, self._frames, *self._size, 3), np.uint8)}
 
-  def _load(
-    self, index: int, rng: np.random.Generator | None
-  ) -> tuple[Batch, np.ndarray, np.ndarray]:
+  def _load(self, index: int, rng: np.random.Generator | None) -> Segments:
     clips, middles = read_clips(self._files[index], self._segments, self._frames, self._size, rng)
-    return {"clips": clips}, np.ones(self._segments, bool), middles
+    return Segments({"clips": clips}, np.ones(self._segments, bool), middles)
 
 
 def require_av() -> None:
@@ -169,7 +172,9 @@ def read_clips(
     shown = _decode_segments(path, film, starts, length=length, size=size)
   if shown.intact < _WHOLE * film.announced or not shown.pixels:
     raise ValueError(f"only {shown.intact} of {film.announced} frames can be decoded")
-  frames = np.array([shown.firsts[start] for start in starts])[:, None] + np.arange(length)
+  firsts = np.array([shown.firsts[start] for start in starts])
+  # [T, F] numbers of frames.
+  frames = firsts[:, None] + np.arange(length)
   # Where the video is short, the last frame is repeated. Overlapping segments share frames.
   wanted, place = np.unique(frames.clip(max=max(shown.pixels)), return_inverse=True)
   clips = np.stack([shown.pixels[frame] for frame in wanted])[place.reshape(frames.shape)]
@@ -210,6 +215,37 @@ class _Film(NamedTuple):
   announced: int
 
 
+class _Box(NamedTuple):
+  """Part of an .mp4 file.
+
+  Attributes:
+    kind: four letters.
+    start, end: the bytes of its content.
+  """
+
+  kind: bytes
+  start: int
+  end: int
+
+
+def _boxes(file: BinaryIO, start: int, end: int) -> Iterator[_Box]:
+  """Yields the boxes that follow each other between two places of a file."""
+  while start + 8 <= end:
+    file.seek(start)
+    head = file.read(16)
+    length, kind, body = int.from_bytes(head[:4], "big"), head[4:8], 8
+    # A length of 1 means that 8 bytes with the real one follow; 0 means to the end.
+    if length == 1:
+      length, body = int.from_bytes(head[8:16], "big"), 16
+    if length == 0:
+      length = end - start
+    # Not a box: FFmpeg will report the damage.
+    if length < body:
+      return
+    yield _Box(kind, start + body, min(start + length, end))
+    start += length
+
+
 def _check_counts(path: Path) -> None:
   """Raises a ValueError where an .mp4 file announces more samples than it can hold.
 
@@ -219,27 +255,14 @@ def _check_counts(path: Path) -> None:
   regions = [(0, size)]
   with open(path, "rb") as file:
     while regions:
-      start, end = regions.pop()
-      while start + 8 <= end:
-        file.seek(start)
-        head = file.read(32)
-        length, kind, body = int.from_bytes(head[:4], "big"), head[4:8], 8
-        # A length of 1 means that 8 bytes with the real one follow; 0 means to the end.
-        if length == 1:
-          length, body = int.from_bytes(head[8:16], "big"), 16
-        if length == 0:
-          length = end - start
-        # Not a box: FFmpeg will report the damage.
-        if length < body:
-          break
-        if kind in _BOXES:
-          regions.append((start + body, min(start + length, end)))
-        elif kind in _COUNTS:
-          place = body + _COUNTS[kind]
-          samples = int.from_bytes(head[place : place + 4], "big")
+      for box in _boxes(file, *regions.pop()):
+        if box.kind in _BOXES:
+          regions.append((box.start, box.end))
+        elif box.kind in _COUNTS:
+          file.seek(box.start + _COUNTS[box.kind])
+          samples = int.from_bytes(file.read(4), "big")
           if samples > _DENSEST * size:
             raise ValueError(f"announces {samples} samples in a file of {size} bytes")
-        start += length
 
 
 def _open(path: Path):
@@ -249,10 +272,8 @@ def _open(path: Path):
   """
   import av
 
-  file, allowed = (
-    f"file:{os.path.abspath(path)}",
-    {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS},
-  )
+  file = f"file:{os.path.abspath(path)}"
+  allowed = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
   try:
     return av.open(file, options=_LIMITS, container_options=allowed)
   # A title, say, in another encoding; no metadata is used.
@@ -310,6 +331,7 @@ def _shown(entries: Sequence) -> list:
 
   These are the ones from the first key frame on, without those that edits hide.
   """
+  # Without any key frame, all of them.
   first = next((i for i, entry in enumerate(entries) if entry.is_keyframe), 0)
   return [entry for entry in entries[first:] if not entry.is_discard]
 
@@ -331,25 +353,28 @@ def _times_of(container, stream, packets: Sequence[_Packet]) -> _Film:
   """Determines when the frames of these packets are shown; `announced` is left at 0."""
   # AVI has no presentation times; its frames follow each other as the decoding times do.
   by_decoding = container.format.name == _AVI
-  stamps = [packet.dts if by_decoding else packet.pts for packet in packets]
-  timed = [i for i, stamp in enumerate(stamps) if stamp is not None]
+  timed = []
+  for packet in packets:
+    stamp = packet.dts if by_decoding else packet.pts
+    if stamp is not None:
+      timed.append((stamp, packet.duration))
   # Second fields may have no time of their own; where more packets have none, only their order is
   # known.
-  if (
-    2 * len(timed) < len(packets)
-    or not stream.time_base
-    or _clock_jumps(container, stream, packets)
-  ):
+  mostly_untimed = 2 * len(timed) < len(packets) or not stream.time_base
+  if mostly_untimed or _clock_jumps(container, stream, packets):
     # The average is the demuxer's, which is 25 for every raw stream; the guess uses the codec's.
     rate = float(stream.guessed_rate or stream.average_rate or np.nan)
     times = np.arange(len(packets), dtype=float)
     return _Film(times, end=len(times), zero=0, tick=1 / rate, counted=True, announced=0)
-  timed.sort(key=lambda i: stamps[i])
-  times = np.array([stamps[i] for i in timed], float)
+  # By time alone: of equal times the order of the packets stays.
+  timed.sort(key=lambda stamp_and_duration: stamp_and_duration[0])
+  times = np.array([stamp for stamp, _ in timed], float)
   # Frames of .mp4 files that end before time 0 are hidden.
   if container.format.name == _MP4:
     times = times[max(np.searchsorted(times, 0, side="right") - 1, 0) :]
-  length = packets[timed[-1]].duration or (times[-1] - times[-2] if len(times) > 1 else 0)
+  _, length = timed[-1]
+  if not length and len(times) > 1:
+    length = times[-1] - times[-2]
   zero = 0 if container.format.name in (_MP4, _MATROSKA) else times[0]
   return _Film(times, times[-1] + length, zero, float(stream.time_base), by_decoding, announced=0)
 
@@ -365,9 +390,8 @@ def _clock_jumps(container, stream, packets: Sequence[_Packet]) -> bool:
     return True
   if not container.format.flags & Flags.ts_discont.value:
     return False
-  steps = np.diff([packet.dts for packet in packets if packet.dts is not None]) * float(
-    stream.time_base
-  )
+  ticks = np.diff([packet.dts for packet in packets if packet.dts is not None])
+  steps = ticks * float(stream.time_base)
   return bool(((steps < 0) | (steps > _SPLICE)).any())
 
 
@@ -406,6 +430,7 @@ def _decode_segments(
   """Decodes the whole film and keeps the frames of segments that begin at the starts."""
   from av.video.reformatter import VideoReformatter
 
+  # Starts of segments that have not come yet.
   waiting = collections.deque(np.unique(starts))
   # One reformatter for all frames is six times as fast as each frame's own.
   resize = VideoReformatter().reformat
@@ -480,7 +505,9 @@ def _upright(resize: Callable, frame, size: tuple[int, int]) -> np.ndarray:
   pixels = resize(frame, width, height, "rgb24", interpolation="BILINEAR").to_ndarray()
   if transposed:
     pixels, matrix = pixels.swapaxes(0, 1), matrix[::-1]
-  return pixels[:: -1 if matrix[1, 1] < 0 else 1, :: -1 if matrix[0, 0] < 0 else 1]
+  step_down = -1 if matrix[1, 1] < 0 else 1
+  step_right = -1 if matrix[0, 0] < 0 else 1
+  return pixels[::step_down, ::step_right]
 
 
 def _display_matrix(frame) -> np.ndarray:
@@ -496,8 +523,6 @@ def _display_matrix(frame) -> np.ndarray:
   except ValueError:
     turn = np.deg2rad(-frame.rotation)
     return np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-  return (
-    np.eye(2)
-    if stored is None
-    else np.frombuffer(stored, np.int32).reshape(3, 3)[:2, :2].astype(float)
-  )
+  if stored is None:
+    return np.eye(2)
+  return np.frombuffer(stored, np.int32).reshape(3, 3)[:2, :2].astype(float)

@@ -19,29 +19,45 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
 import numpy as np
 
 from gating_jax.checks import one_of
 from gating_jax.paths import user_path
 
-Intervals = tuple[tuple[float, float, int], ...]
+SPLITS = ("train", "test")
+BREAKFAST_TEST_PERSONS = range(47, 55)
+
 # Characters that may surround a field.
-BLANKS = " \t"
+_BLANKS = " \t"
 # A field of a CSV file and what ends it. A quoted field has two quotes for each one in it; any
 # other field is taken as it is, with its quotes. `*+` never backtracks, so that no file takes long.
 _FIELD = re.compile(
   r"""[ \t]*+(?:"(?P<quoted>[^"]*+(?:""[^"]*+)*+)"[ \t]*+|(?P<plain>(?!")[^,\n]*+))"""
   r"""(?P<end>,|\n|\Z)"""
 )
-SPLITS = ("train", "test")
-BREAKFAST_TEST_PERSONS = range(47, 55)
-_BREAKFAST_FPS = 15
 # Narrower than `float`, which reads `nan`, `1_0` and digits of other scripts too.
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_BREAKFAST_FPS = 15
 _BREAKFAST_FILES = {".avi", ".mp4", ".mkv", ".npy", ".npz"}
+
+
+class Interval(NamedTuple):
+  """A unit action between two times of a video, in seconds.
+
+  Attributes:
+    unit: index of its name.
+  """
+
+  start: float
+  end: float
+  unit: int
+
+
+Intervals = tuple[Interval, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +69,7 @@ class VideoTable:
       file's suffix.
     labels: `[M]` int32 classes, or `[M, classes]` float32 of 0 and 1.
     class_names: one per class.
-    units: per video `(start, end, unit)` intervals in seconds, which may overlap; None where
-      nothing is known.
+    units: the intervals of each video, which may overlap; None where nothing is known.
     unit_names: one per unit action.
     seconds: `[M]` lengths, NaN where unknown. They place units on segments for which there are only
       features.
@@ -77,15 +92,28 @@ class VideoTable:
 
   def take(self, index: Sequence[int]) -> VideoTable:
     """Returns the table of the videos at `index`, with the same classes and unit actions."""
-    pick = lambda column: None if column is None else tuple(column[i] for i in index)
-    seconds = None if self.seconds is None else self.seconds[list(index)]
+    index = list(index)
     return dataclasses.replace(
       self,
-      names=pick(self.names),
-      labels=self.labels[list(index)],
-      units=pick(self.units),
-      seconds=seconds,
+      names=tuple(self.names[i] for i in index),
+      labels=self.labels[index],
+      units=None if self.units is None else tuple(self.units[i] for i in index),
+      seconds=None if self.seconds is None else self.seconds[index],
     )
+
+
+class _Label(NamedTuple):
+  """The label field of a row.
+
+  Attributes:
+    line: number of the row's first line.
+    field: the text.
+    classes: the labels in it.
+  """
+
+  line: int
+  field: str
+  classes: list[str]
 
 
 def read_table(table: str | Path, split: str | Path | None = None) -> VideoTable:
@@ -103,30 +131,34 @@ def read_table(table: str | Path, split: str | Path | None = None) -> VideoTable
   Raises:
     ValueError: naming file, line, rule and content.
   """
-  rows = {}
-  for line, row in csv_rows(table, ("video", "label")):
-    if not row["video"]:
-      raise bad_line(table, line, "name a video", row["video"])
-    if row["video"] in rows:
-      raise bad_line(table, line, "name each video once", row["video"])
-    rows[row["video"]] = (line, row["label"])
-  # One video with several labels is enough.
-  multi_label = any(";" in label for _, label in rows.values())
-  labels = {name: _parts(label) for name, (_, label) in rows.items()}
-  for name, (line, label) in rows.items():
-    if not multi_label and not labels[name]:
-      raise bad_line(table, line, "give the video a label", label)
-  class_names = tuple(sorted({label for several in labels.values() for label in several}))
-  if not class_names:
+  labels: dict[str, _Label] = {}
+  multi_label = False
+  for line, row in _csv_rows(table, ("video", "label")):
+    name, field = row["video"], row["label"]
+    if not name:
+      raise _bad_line(table, line, "name a video", name)
+    if name in labels:
+      raise _bad_line(table, line, "name each video once", name)
+    labels[name] = _Label(line, field, _parts(field))
+    # One video with several labels is enough.
+    multi_label |= ";" in field
+  found = set()
+  for label in labels.values():
+    if not multi_label and not label.classes:
+      raise _bad_line(table, label.line, "give the video a label", label.field)
+    found.update(label.classes)
+  if not found:
     raise ValueError(f"{table}: must hold at least one video with a label; it has none")
-  names = tuple(rows) if split is None else _read_split(split, labels, table)
-  return VideoTable(
-    names, encode_labels([labels[name] for name in names], class_names, multi_label), class_names
+  class_names = tuple(sorted(found))
+  names = tuple(labels) if split is None else _read_split(split, labels, table)
+  encoded = _encode_labels(
+    [labels[name].classes for name in names], class_names, multi_label=multi_label
   )
+  return VideoTable(names, encoded, class_names)
 
 
-def encode_labels(
-  labels: Sequence[Sequence[str]], class_names: Sequence[str], multi_label: bool
+def _encode_labels(
+  labels: Sequence[Sequence[str]], class_names: Sequence[str], *, multi_label: bool
 ) -> np.ndarray:
   """Encodes each video's class names as an array.
 
@@ -138,31 +170,40 @@ def encode_labels(
     `[M, classes]` float32 of 0 and 1; or, for single labels, the index of each video's first class
     as `[M]` int32.
   """
-  index = {name: i for i, name in enumerate(class_names)}
+  index = _numbers(class_names)
   if not multi_label:
-    return np.array([index[first] for first, *_ in labels], np.int32)
+    return np.array([index[names[0]] for names in labels], np.int32)
   encoded = np.zeros((len(labels), len(class_names)), np.float32)
-  for row, several in zip(encoded, labels, strict=True):
-    row[[index[name] for name in several]] = 1
+  for video, names in enumerate(labels):
+    for name in names:
+      encoded[video, index[name]] = 1
   return encoded
 
 
-# The labels in a field.
-def _parts(label: str) -> list[str]:
-  parts = [part.strip(BLANKS) for part in label.split(";")]
-  return [part for part in parts if part]
+def _numbers(names: Iterable[str]) -> dict[str, int]:
+  """Returns the place of each name in their order."""
+  return {name: place for place, name in enumerate(names)}
 
 
-# The names in a split file, each of which the table knows.
-def _read_split(
-  path: str | Path, known: dict[str, list[str]], table: str | Path
-) -> tuple[str, ...]:
+def _parts(field: str) -> list[str]:
+  """Returns the texts in a field, which are separated by semicolons, without empty ones."""
+  parts = []
+  for part in field.split(";"):
+    text = part.strip(_BLANKS)
+    if text:
+      parts.append(text)
+  return parts
+
+
+def _read_split(path: str | Path, known: Iterable[str], table: str | Path) -> tuple[str, ...]:
+  """Returns the names in a split file, each of which the table must know."""
+  # A dict keeps the order and finds a name at once.
   names = {}
-  for line, name in text_lines(path):
+  for line, name in _text_lines(path):
     if name not in known:
-      raise bad_line(path, line, f"name a video of {table}", name)
+      raise _bad_line(path, line, f"name a video of {table}", name)
     if name in names:
-      raise bad_line(path, line, "name each video once", name)
+      raise _bad_line(path, line, "name each video once", name)
     names[name] = line
   if not names:
     raise ValueError(f"{path}: must name at least one video; it is empty")
@@ -199,7 +240,7 @@ def read_breakfast(
     ValueError: an unknown split, no videos, or a segmentation that cannot be read.
   """
   one_of("split", split, SPLITS)
-  recordings = {}
+  recordings: dict[Recording, str] = {}
   folder = user_path(folder)
   for path in sorted(folder.rglob("*")):
     name = path.relative_to(folder)
@@ -207,26 +248,25 @@ def read_breakfast(
     if recording:
       # In sorted order the first file of a recording wins, which is `_ch0` of a stereo pair.
       recordings.setdefault(recording, name.with_suffix("").as_posix())
-  chosen = {
-    recording: name
-    for recording, name in recordings.items()
-    if (int(recording[0][1:]) in test_persons) == (split == "test")
-  }
+  chosen, activities = {}, set()
+  for recording, name in recordings.items():
+    # Of both splits, so that they agree on the classes.
+    activities.add(recording.activity)
+    is_test = int(recording.person[1:]) in test_persons
+    if is_test == (split == "test"):
+      chosen[recording] = name
   if not chosen:
     raise ValueError(
       f"{folder} must hold Breakfast videos of the {split} split, such as "
-      "P03/cam01/P03_cereals.avi; "
-      f"it has none ({len(recordings)} of the other split)"
+      f"P03/cam01/P03_cereals.avi; it has none ({len(recordings)} of the other split)"
     )
-  # From both splits, so that they agree on the classes.
-  class_names = tuple(sorted({activity for *_, activity in recordings}))
-  labels = encode_labels([[activity] for *_, activity in chosen], class_names, multi_label=False)
+  class_names = tuple(sorted(activities))
+  own = [[recording.activity] for recording in chosen]
+  labels = _encode_labels(own, class_names, multi_label=False)
   table = VideoTable(tuple(chosen.values()), labels, class_names)
-  return (
-    table
-    if segmentation is None
-    else _with_segmentation(table, user_path(segmentation), list(chosen))
-  )
+  if segmentation is None:
+    return table
+  return _with_segmentation(table, user_path(segmentation), list(chosen))
 
 
 def read_charades(folder: str | Path, split: str) -> VideoTable:
@@ -244,30 +284,31 @@ def read_charades(folder: str | Path, split: str) -> VideoTable:
     ValueError: naming file, line, rule and content.
   """
   one_of("split", split, SPLITS)
-  codes = {}
+  names = {}
   path = user_path(folder) / "Charades_v1_classes.txt"
-  for line, text in text_lines(path):
+  for line, text in _text_lines(path):
     match = re.fullmatch(r"(c\d{3})[ \t]+(.+)", text, re.ASCII)
-    if not match or match[1] in codes:
-      raise bad_line(path, line, "be a new class such as 'c000 Holding some clothes'", text)
-    codes[match[1]] = match[2]
+    if not match or match[1] in names:
+      raise _bad_line(path, line, "be a new class such as 'c000 Holding some clothes'", text)
+    names[match[1]] = match[2]
   # Classes are numbered in the order of the file, not by the digits of their codes.
-  index = {code: i for i, code in enumerate(codes)}
+  index = _numbers(names)
   path = user_path(folder) / f"Charades_v1_{split}.csv"
   units, seconds = {}, []
-  for line, row in csv_rows(path, ("id", "actions", "length")):
+  for line, row in _csv_rows(path, ("id", "actions", "length")):
     if not row["id"] or row["id"] in units:
-      raise bad_line(path, line, "name each video once", row["id"])
-    actions = [
-      _interval(path, line, action) for action in row["actions"].split(";") if action.strip(BLANKS)
-    ]
-    if not {code for code, *_ in actions} <= set(codes):
-      raise bad_line(path, line, "name classes of Charades_v1_classes.txt", row["actions"])
-    units[row["id"]] = tuple((start, end, index[code]) for code, start, end in actions)
+      raise _bad_line(path, line, "name each video once", row["id"])
+    intervals = []
+    for part in _parts(row["actions"]):
+      action = _named_interval(path, line, part)
+      if action.name not in index:
+        raise _bad_line(path, line, "name classes of Charades_v1_classes.txt", row["actions"])
+      intervals.append(Interval(action.start, action.end, index[action.name]))
+    units[row["id"]] = tuple(intervals)
     seconds.append(_length(path, line, row["length"]))
   if not units:
     raise ValueError(f"{path}: must hold at least one video; it is empty")
-  return _multi_label_table(units, tuple(codes.values()), np.array(seconds))
+  return _multi_label_table(units, tuple(names.values()), np.array(seconds))
 
 
 def read_multithumos(folder: str | Path, split: str) -> VideoTable:
@@ -287,62 +328,74 @@ def read_multithumos(folder: str | Path, split: str) -> VideoTable:
   one_of("split", split, SPLITS)
   path = user_path(folder) / "class_list.txt"
   class_names = []
-  for line, text in text_lines(path):
+  for line, text in _text_lines(path):
     number, *names = _fields(text)
     # The name becomes part of a path, so it must not lead elsewhere.
     single = len(names) == 1 and Path(names[0]).name == names[0]
     if number != str(len(class_names) + 1) or not single or names[0] in class_names:
-      raise bad_line(path, line, f"be the number {len(class_names) + 1} and a new class", text)
+      raise _bad_line(path, line, f"be the number {len(class_names) + 1} and a new class", text)
     class_names.append(names[0])
   prefix = {"train": "video_validation_", "test": "video_test_"}
   units = {}
-  for i, name in enumerate(class_names):
-    path = user_path(folder) / "annotations" / f"{name}.txt"
-    for line, text in text_lines(path):
-      video, start, end = _interval(path, line, text)
+  for number, class_name in enumerate(class_names):
+    path = user_path(folder) / "annotations" / f"{class_name}.txt"
+    for line, text in _text_lines(path):
+      video, start, end = _named_interval(path, line, text)
       if not video.startswith(tuple(prefix.values())):
-        raise bad_line(path, line, f"name a video of {' or '.join(prefix.values())}", text)
+        raise _bad_line(path, line, f"name a video of {' or '.join(prefix.values())}", text)
       if video.startswith(prefix[split]):
-        units.setdefault(video, []).append((start, end, i))
+        units.setdefault(video, []).append(Interval(start, end, number))
   if not units:
     raise ValueError(
       f"{user_path(folder)} must hold at least one video of the {split} split; it has none"
     )
   # Sorted, since the files list the videos class by class.
-  return _multi_label_table(dict(sorted(units.items())), tuple(class_names), None)
+  in_order = {video: tuple(units[video]) for video in sorted(units)}
+  return _multi_label_table(in_order, tuple(class_names), None)
 
 
-# The table in which a video's labels are the actions that occur in it.
 def _multi_label_table(
-  units: dict[str, tuple], class_names: tuple[str, ...], seconds: np.ndarray | None
+  units: dict[str, Intervals], class_names: tuple[str, ...], seconds: np.ndarray | None
 ) -> VideoTable:
+  """Returns the table in which a video's labels are the actions that occur in it."""
   labels = np.zeros((len(units), len(class_names)), np.float32)
-  for row, intervals in zip(labels, units.values(), strict=True):
-    row[[unit for *_, unit in intervals]] = 1
+  for video, intervals in enumerate(units.values()):
+    for interval in intervals:
+      labels[video, interval.unit] = 1
   return VideoTable(
-    tuple(units),
-    labels,
-    class_names,
-    tuple(tuple(intervals) for intervals in units.values()),
-    class_names,
-    seconds,
+    names=tuple(units),
+    labels=labels,
+    class_names=class_names,
+    units=tuple(units.values()),
+    unit_names=class_names,
+    seconds=seconds,
   )
 
 
 def _fields(text: str) -> list[str]:
-  return re.split(f"[{BLANKS}]+", text.strip(BLANKS))
+  """Splits a text at its blanks."""
+  return re.split(f"[{_BLANKS}]+", text.strip(_BLANKS))
 
 
-def _interval(path: Path, line: int, text: str) -> tuple[str, float, float]:
+class _NamedInterval(NamedTuple):
+  """The time between two moments of a video, in seconds, with the name that a file gives it."""
+
+  name: str
+  start: float
+  end: float
+
+
+def _named_interval(path: Path, line: int, text: str) -> _NamedInterval:
+  """Reads a name, a start and an end, separated by blanks."""
   fields = _fields(text)
   if len(fields) != 3 or not all(_NUMBER.fullmatch(field) for field in fields[1:]):
-    raise bad_line(path, line, "hold a name, a start and an end in seconds", text)
-  start, end = map(float, fields[1:])
-  if not 0 <= start < end < np.inf:
-    raise bad_line(
+    raise _bad_line(path, line, "hold a name, a start and an end in seconds", text)
+  interval = _NamedInterval(fields[0], float(fields[1]), float(fields[2]))
+  if not 0 <= interval.start < interval.end < np.inf:
+    raise _bad_line(
       path, line, "hold an interval that starts at 0 s or later and ends after its start", text
     )
-  return fields[0], start, end
+  return interval
 
 
 def _length(path: Path, line: int, text: str) -> float:
@@ -350,59 +403,100 @@ def _length(path: Path, line: int, text: str) -> float:
   if not text:
     return np.nan
   if not _NUMBER.fullmatch(text) or not 0 < float(text) < np.inf:
-    raise bad_line(path, line, "give the video's length in seconds or leave it empty", text)
+    raise _bad_line(path, line, "give the video's length in seconds or leave it empty", text)
   return float(text)
 
 
-def _recording(path: PurePath) -> tuple[str, str, str] | None:
-  """Returns `(person, camera, activity)` from the name of a Breakfast file.
+class Recording(NamedTuple):
+  """A video of Breakfast: somebody's activity, as one camera saw it."""
+
+  person: str
+  camera: str
+  activity: str
+
+
+def _recording(path: PurePath) -> Recording | None:
+  """Returns the recording that the name of a Breakfast file stands for.
 
   An example is `("P03", "cam01", "cereals")`. None for a file that is named otherwise.
   """
   stem = re.sub(r"_ch[01]$", "", path.stem)
   if match := re.fullmatch(r"(P\d\d)_(\w+?)_\1_(\w+)", stem):
-    return match.groups()
-  match = re.fullmatch(r"(P\d\d)/(\w+)/\1_(?:\2_)?(\w+)", "/".join([*path.parts[-3:-1], stem]))
-  # One name for the stereo camera: files in a folder `stereo` match those named `stereo01`.
-  return match and (match[1], re.sub("^stereo$", "stereo01", match[2]), match[3])
+    return Recording(*match.groups())
+  ends = "/".join([*path.parts[-3:-1], stem])
+  if match := re.fullmatch(r"(P\d\d)/(\w+)/\1_(?:\2_)?(\w+)", ends):
+    # One name for the stereo camera: files in a folder `stereo` match those named `stereo01`.
+    camera = "stereo01" if match[2] == "stereo" else match[2]
+    return Recording(match[1], camera, match[3])
+  return None
 
 
-# The table with the unit actions and lengths that the segmentations of its videos give.
 def _with_segmentation(
-  table: VideoTable, folder: Path, recordings: list[tuple[str, str, str]]
+  table: VideoTable, folder: Path, recordings: Sequence[Recording]
 ) -> VideoTable:
-  found = {_recording(path.relative_to(folder)): path for path in sorted(folder.rglob("*.txt"))}
-  # Files that are no segmentations.
-  found.pop(None, None)
-  if not found:
+  """Adds to a table the unit actions and lengths that the segmentations of its videos give."""
+  files = {}
+  for path in sorted(folder.rglob("*.txt")):
+    recording = _recording(path.relative_to(folder))
+    # Other texts are no segmentations.
+    if recording:
+      files[recording] = path
+  if not files:
     raise ValueError(
       f"segmentation must hold files such as cereals/P03_cam01_P03_cereals.txt; {folder} has none"
     )
-  read = {recording: _read_segmentation(path) for recording, path in found.items()}
-  unit_names = tuple(sorted({name for lines in read.values() for *_, name in lines}))
-  index = {name: i for i, name in enumerate(unit_names)}
-  units = tuple(
-    tuple((start, end, index[name]) for start, end, name in read.get(r, ())) for r in recordings
+  read, found = {}, set()
+  for recording, path in files.items():
+    read[recording] = _read_segmentation(path)
+    for action in read[recording]:
+      found.add(action.name)
+  unit_names = tuple(sorted(found))
+  index = _numbers(unit_names)
+  units, seconds = [], []
+  for recording in recordings:
+    intervals = []
+    # A segmentation covers the whole video, so its end is the video's.
+    length = np.nan
+    for action in read.get(recording, ()):
+      intervals.append(Interval(action.start, action.end, index[action.name]))
+      length = np.fmax(length, action.end)
+    units.append(tuple(intervals))
+    seconds.append(length)
+  return dataclasses.replace(
+    table, units=tuple(units), unit_names=unit_names, seconds=np.array(seconds)
   )
-  # A segmentation covers the whole video, so its end is the video's.
-  seconds = np.array([max((end for _, end, _ in intervals), default=np.nan) for intervals in units])
-  return VideoTable(table.names, table.labels, table.class_names, units, unit_names, seconds)
 
 
-def _read_segmentation(path: Path) -> list[tuple[float, float, str]]:
-  lines = []
-  for line, text in text_lines(path):
+def _read_segmentation(path: Path) -> list[_NamedInterval]:
+  """Reads the unit actions of a video, with their times."""
+  actions = []
+  for line, text in _text_lines(path):
     match = re.fullmatch(r"(\d{1,9})-(\d{1,9})[ \t]+([^ \t]+)", text, re.ASCII)
     if not match:
-      raise bad_line(path, line, "be frames and a unit action, such as '1-30 SIL'", text)
-    if not 1 <= int(match[1]) <= int(match[2]):
-      raise bad_line(path, line, "hold frames counted from 1, the last not before the first", text)
+      raise _bad_line(path, line, "be frames and a unit action, such as '1-30 SIL'", text)
+    first, last = int(match[1]), int(match[2])
+    if not 1 <= first <= last:
+      raise _bad_line(path, line, "hold frames counted from 1, the last not before the first", text)
     # Frames count from 1 and both ends are included.
-    lines.append(((int(match[1]) - 1) / _BREAKFAST_FPS, int(match[2]) / _BREAKFAST_FPS, match[3]))
-  return lines
+    start, end = (first - 1) / _BREAKFAST_FPS, last / _BREAKFAST_FPS
+    actions.append(_NamedInterval(match[3], start, end))
+  return actions
 
 
-def text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+def _read_text(path: str | Path) -> str:
+  """Reads a UTF-8 text with LF at the ends of its lines.
+
+  Raises:
+    ValueError: a file that is not UTF-8.
+  """
+  try:
+    # Python's universal newlines turn CRLF and CR into LF, and no other character.
+    return user_path(path).read_text(encoding="utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path}: must be UTF-8 text; {error}") from None
+
+
+def _text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
   """Yields `(number, text)` of each line of a text file that is not blank.
 
   The spaces and tabs around the text are removed.
@@ -412,20 +506,15 @@ def text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
   Raises:
     ValueError: NUL in a line, or a file that is not UTF-8.
   """
-  try:
-    # Python's universal newlines turn CRLF and CR into LF, and no other character.
-    with open(user_path(path), encoding="utf-8-sig") as file:
-      for number, line in enumerate(file, 1):
-        text = line.removesuffix("\n").strip(BLANKS)
-        if "\0" in text:
-          raise bad_line(path, number, "be text, without NUL", text)
-        if text:
-          yield number, text
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{path}: must be UTF-8 text; {error}") from None
+  for number, line in enumerate(_read_text(path).split("\n"), 1):
+    text = line.strip(_BLANKS)
+    if "\0" in text:
+      raise _bad_line(path, number, "be text, without NUL", text)
+    if text:
+      yield number, text
 
 
-def csv_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+def _csv_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
   """Yields `(line, {column: field})` of each row of a CSV file.
 
   Spaces and tabs around a field, empty fields after the last column, and rows of empty fields are
@@ -437,22 +526,19 @@ def csv_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, di
   Raises:
     ValueError: naming file, line, rule and content.
   """
-  try:
-    # Line ends become LF, as in `text_lines`.
-    text = user_path(path).read_text(encoding="utf-8-sig")
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{path}: must be UTF-8 text; {error}") from None
-  rows = _csv_fields(path, text)
+  rows = _csv_fields(path, _read_text(path))
   _, header = next(rows, (1, []))
-  if any(header.count(column) != 1 for column in columns):
-    raise bad_line(path, 1, f"have the columns {','.join(columns)}", ",".join(header))
-  places = {column: header.index(column) for column in columns}
+  places = {}
+  for column in columns:
+    if header.count(column) != 1:
+      raise _bad_line(path, 1, f"have the columns {','.join(columns)}", ",".join(header))
+    places[column] = header.index(column)
   for line, fields in rows:
     if not any(fields):
       continue
     # A field too many often means an unquoted comma, which would shift the labels.
     if max(places.values()) >= len(fields) or any(fields[len(header) :]):
-      raise bad_line(path, line, f"have {len(header)} fields", ",".join(fields))
+      raise _bad_line(path, line, f"have {len(header)} fields", ",".join(fields))
     yield line, {column: fields[place] for column, place in places.items()}
 
 
@@ -465,25 +551,27 @@ def _csv_fields(path: str | Path, text: str) -> Iterator[tuple[int, list[str]]]:
   while place < len(text) or fields:
     match = _FIELD.match(text, place)
     if match is None:
-      raise bad_line(
+      raise _bad_line(
         path,
         line,
         "close a quoted field with a quote, followed by a comma or the end of the line",
         text[place:],
       )
-    fields.append((match["plain"] or (match["quoted"] or "").replace('""', '"')).strip(BLANKS))
+    field = match["plain"] or (match["quoted"] or "").replace('""', '"')
+    fields.append(field.strip(_BLANKS))
     place = match.end()
     if match["end"] == ",":
       continue
-    if any("\0" in field for field in fields):
-      raise bad_line(path, line, "be text, without NUL", ",".join(fields))
+    row = ",".join(fields)
+    if "\0" in row:
+      raise _bad_line(path, line, "be text, without NUL", row)
     yield line, fields
     # Quoted fields may hold line ends.
     line += text.count("\n", start, place)
     start, fields = place, []
 
 
-def bad_line(path: str | Path, line: int, rule: str, content: str) -> ValueError:
+def _bad_line(path: str | Path, line: int, rule: str, content: str) -> ValueError:
   """Builds the error for a line of a file that breaks a rule.
 
   Args:

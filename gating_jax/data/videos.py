@@ -20,7 +20,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,6 +38,20 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpe
 _PREFETCHED = 2
 # Held while a reading thread notes an unreadable video, so that each is reported once.
 _NOTING = threading.Lock()
+
+
+class Segments(NamedTuple):
+  """The segments of one video.
+
+  Attributes:
+    inputs: by name, `[T, ...]`.
+    valid: `[T]`, False where a shorter video's own segments are repeated.
+    middles: `[T]` in seconds, NaN where unknown.
+  """
+
+  inputs: Batch
+  valid: np.ndarray
+  middles: np.ndarray
 
 
 class VideoSet(abc.ABC):
@@ -66,24 +80,22 @@ class VideoSet(abc.ABC):
   ):
     if segments < 1:
       raise ValueError(f"segments must be at least 1; got {segments}")
-    files = [find(_inside(name)) for name in table.names]
-    self.missing = tuple(
-      name for name, file in zip(table.names, files, strict=True) if file is None
-    )
-    if len(self.missing) == len(files):
-      raise ValueError(
-        f"the folder must hold videos of the table; found none of {few(self.missing)}"
-      )
-    if self.missing:
+    kept, missing, self._files = [], [], []
+    for i, name in enumerate(table.names):
+      file = find(_inside(name))
+      if file is None:
+        missing.append(name)
+      else:
+        kept.append(i)
+        self._files.append(file)
+    if not kept:
+      raise ValueError(f"the folder must hold videos of the table; found none of {few(missing)}")
+    if missing:
       warn(
-        "%d of %d videos have no file and are skipped: %s",
-        len(self.missing),
-        len(files),
-        few(self.missing),
+        "%d of %d videos have no file and are skipped: %s", len(missing), len(table), few(missing)
       )
-    self.table = table.take([i for i, file in enumerate(files) if file is not None])
+    self.table, self.missing = table.take(kept), tuple(missing)
     self.unreadable: dict[str, str] = {}
-    self._files = [file for file in files if file is not None]
     self._segments, self._seed, self._jitter, self._workers = segments, seed, jitter, workers
     # Workers copy this object; the process that made it is the one that reports.
     self._process = os.getpid()
@@ -154,23 +166,23 @@ class VideoSet(abc.ABC):
     calls = len(range(first_step, total_steps, k))
     examples = self._noted(read, range(calls * k * rows), 4 * _PREFETCHED)
     for _ in range(calls):
-      steps = [list(itertools.islice(examples, rows)) for _ in range(k)]
-      # By rows, then steps, as `[b, K]` is laid out.
-      flat = [example for row in zip(*steps, strict=True) for example in row]
-      yield {key: array.reshape(rows, k, *array.shape[1:]) for key, array in _stack(flat).items()}
+      by_step, by_row = list(itertools.islice(examples, k * rows)), []
+      # Examples come step by step; `[b, K]` is laid out row by row.
+      for row in range(rows):
+        by_row += by_step[row::rows]
+      stacked = _stack(by_row)
+      yield {key: array.reshape(rows, k, *array.shape[1:]) for key, array in stacked.items()}
 
   @abc.abstractmethod
   def _inputs(self) -> Batch:
     """Returns zeros in place of an example's inputs."""
 
   @abc.abstractmethod
-  def _load(
-    self, index: int, rng: np.random.Generator | None
-  ) -> tuple[Batch, np.ndarray, np.ndarray]:
-    """Reads an example's inputs, `valid` and its segments' middles in seconds."""
+  def _load(self, index: int, rng: np.random.Generator | None) -> Segments:
+    """Reads the segments of a video; the generator, if any, draws their jitter."""
 
-  # The example of a video that cannot be read: its weight is 0.
   def _blank(self, index: int) -> Batch:
+    """Returns the example of a video that cannot be read: its weight is 0."""
     example = self._inputs() | {
       "valid": np.ones(self._segments, bool),
       "label": self.table.labels[index],
@@ -181,32 +193,35 @@ class VideoSet(abc.ABC):
     return example
 
   def _read_one(self, index: int, seed: tuple[int, ...] | None) -> Batch:
+    """Reads the example of a video, its jitter drawn by the seed; a blank one if that fails."""
     rng = np.random.default_rng(seed) if self._jitter and seed is not None else None
     example = self._blank(index)
     try:
-      inputs, valid, middles = self._load(index, rng)
+      loaded = self._load(index, rng)
     # A damaged file makes its decoder raise errors of many types; none may stop a run.
     except Exception as error:
       self._note({self.names[index]: str(error) or type(error).__name__})
       return example
-    example |= inputs | {"valid": valid, "weight": np.float32(1)}
+    example |= loaded.inputs | {"valid": loaded.valid, "weight": np.float32(1)}
     if "units" in example:
-      example["units"] = _units_at(self.table.units[index], middles)
+      example["units"] = _units_at(self.table.units[index], loaded.middles)
     return example
 
   def _noted(
     self, fn: Callable[[Any], Any], items: Sequence[Any], buffer_size: int
   ) -> Iterator[Any]:
     """Works as `map`; also notes here what worker processes could not read."""
-    # A worker's notes are in its own copy of the set, so they travel with each result.
-    for result, unreadable in prefetch(
-      lambda item: (fn(item), dict(self.unreadable)), items, self._workers, buffer_size=buffer_size
-    ):
+
+    def read(item):
+      """Returns a result with the worker's notes, which are in its own copy of the set."""
+      return fn(item), dict(self.unreadable)
+
+    for result, unreadable in prefetch(read, items, self._workers, buffer_size=buffer_size):
       self._note(unreadable)
       yield result
 
-  # Keeps the first reason for each video, and reports it in the main process.
   def _note(self, unreadable: dict[str, str]) -> None:
+    """Keeps the first reason for each video, and reports it in the main process."""
     with _NOTING:
       for name in unreadable.keys() - self.unreadable.keys():
         self.unreadable[name] = unreadable[name]
@@ -287,13 +302,13 @@ def segment_starts(
   """
   last = max(frames - length, 0)
   if rng is not None:
-    return (
-      # Rounding may give last + 1.
-      np.floor((np.arange(segments) + rng.random(segments)) * ((last + 1) / segments))
-      .astype(int)
-      .clip(max=last)
-    )
-  return np.arange(segments) * last // (segments - 1) if segments > 1 else np.array([last // 2])
+    part = (last + 1) / segments
+    starts = np.floor((np.arange(segments) + rng.random(segments)) * part).astype(int)
+    # Rounding may give last + 1.
+    return starts.clip(max=last)
+  if segments == 1:
+    return np.array([last // 2])
+  return np.arange(segments) * last // (segments - 1)
 
 
 def timed_starts(
@@ -343,18 +358,6 @@ def timed_starts(
   return (np.searchsorted(times, starts, side="right") - 1).clip(0, last)
 
 
-def _stack(examples: Sequence[Batch]) -> Batch:
-  return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
-
-
-# The name, unless it would lead out of the folder.
-def _inside(name: str) -> str:
-  path = PurePosixPath(name)
-  if not path.name or path.is_absolute() or ".." in path.parts or "\0" in name:
-    raise ValueError(f"names of videos must stay inside their folder; got {name!r}")
-  return name
-
-
 def find_file(folder: str | Path, name: str, suffixes: Sequence[str]) -> Path | None:
   """Returns the first file of this name and one of the suffixes; None if there is none.
 
@@ -362,14 +365,31 @@ def find_file(folder: str | Path, name: str, suffixes: Sequence[str]) -> Path | 
   """
   if "" not in suffixes and name.lower().endswith(VIDEO_SUFFIXES):
     name = str(PurePosixPath(name).with_suffix(""))
-  return next(
-    (path for suffix in suffixes if (path := Path(user_path(folder), name + suffix)).is_file()),
-    None,
-  )
+  for suffix in suffixes:
+    path = Path(user_path(folder), name + suffix)
+    if path.is_file():
+      return path
+  return None
 
 
-# The unit action at each of these times, -1 where there is none.
+def _inside(name: str) -> str:
+  """Returns the name, unless it would lead out of the folder."""
+  path = PurePosixPath(name)
+  if not path.name or path.is_absolute() or ".." in path.parts or "\0" in name:
+    raise ValueError(f"names of videos must stay inside their folder; got {name!r}")
+  return name
+
+
+def _stack(examples: Sequence[Batch]) -> Batch:
+  """Joins examples to a batch."""
+  batch = {}
+  for key in examples[0]:
+    batch[key] = np.stack([example[key] for example in examples])
+  return batch
+
+
 def _units_at(intervals: Intervals, seconds: np.ndarray) -> np.ndarray:
+  """Returns the unit action at each of these times, -1 where there is none."""
   units = np.full(len(seconds), -1, np.int32)
   # The longest first, so that a shorter one overwrites it.
   for start, end, unit in sorted(intervals, key=lambda interval: interval[0] - interval[1]):
