@@ -471,15 +471,15 @@ INFERENCE = [
   ),
   Mutant(
     "segment_mask_one_long",
-    "data/videos.py",
-    "np.arange(self._segments) < own, (rows",
-    "np.arange(self._segments) <= own, (rows",
+    "data/video_features.py",
+    "valid=np.arange(self._segments) < own,",
+    "valid=np.arange(self._segments) <= own,",
     "data/test_videos.py::"
     "test_features_are_spread_over_longer_videos_and_repeated_over_shorter_ones",
   ),
   Mutant(
     "nan_file_counts",
-    "data/video_files.py",
+    "data/video_features.py",
     "if not np.isfinite(features).all():",
     "if False:",
     "data/test_videos.py::test_features_that_cannot_be_used_count_for_nothing_with_the_reason",
