@@ -28,7 +28,7 @@ from gating_jax.inference import exits, folded
 from gating_jax.inference.conditional import compile_conditional, program, ungated
 from gating_jax.inference.folded import Block, Conv, FoldedNet, Group, Head, Layer
 from gating_jax.inference.folding import fold
-from gating_jax.inference.kernel_strategies import why_not
+from gating_jax.inference.strategies import why_not
 from gating_jax.layers.gate import GateSettings
 from gating_jax.models.resnet import resnet
 from gating_jax.timing import race

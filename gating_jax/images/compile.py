@@ -13,8 +13,9 @@ import flax.linen as nn
 
 from gating_jax.images.build import Experiment
 from gating_jax.inference import folding
-from gating_jax.inference.compiled import Conditional, compile_conditional
-from gating_jax.inference.exits import Exiting, compile_exits, fold_exits
+from gating_jax.inference.compiled import CompiledImages
+from gating_jax.inference.conditional import compile_conditional
+from gating_jax.inference.exits import compile_exits, fold_exits
 from gating_jax.models.resnet import ResNet
 from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.models.segmenter import Segmenter
@@ -68,9 +69,7 @@ def _timed(model: nn.Module) -> nn.Module:
   return model.backbone if isinstance(model, Segmenter) else model
 
 
-def _compiler(
-  model: nn.Module, variables: Mapping[str, Any]
-) -> Callable[..., Conditional | Exiting]:
+def _compiler(model: nn.Module, variables: Mapping[str, Any]) -> Callable[..., CompiledImages]:
   """Returns a function that compiles the network, or the part of it that is compiled."""
   if isinstance(model, EarlyExitNet):
     # Exits decide for each image when to stop, and have a compiler of their own.

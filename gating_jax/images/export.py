@@ -6,12 +6,11 @@ Reference: Bejnordi et al., 2020.
 from __future__ import annotations
 
 import functools
-import itertools
 import shlex
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,10 +19,14 @@ from gating_jax import config_files
 from gating_jax.images.build import Experiment
 from gating_jax.inference import exits, export, folded, gate_statistics
 from gating_jax.inference.analyse import Analysis, analyse
-from gating_jax.inference.compiled import compile_conditional
+from gating_jax.inference.compiled import (
+  count_pieces,
+  run_over,
+  spread_batches,
+  spread_indices,
+)
+from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import FoldedNet
-from gating_jax.inference.inputs import spread
-from gating_jax.inference.kernel_strategies import EXPORTABLE
 from gating_jax.inference.pruning import (
   PruningEffect,
   apply_pruning,
@@ -32,7 +35,7 @@ from gating_jax.inference.pruning import (
   rate_bound,
 )
 from gating_jax.inference.quantise import dequantise, quantise
-from gating_jax.inference.timings import run_over, spread_batches
+from gating_jax.inference.strategies import EXPORTABLE
 from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.paths import quoted
 from gating_jax.reports import compile_report, conclusion, surroundings
@@ -49,6 +52,20 @@ FOLDERS = {_SLIMMED: "export", _INT8: "export_int8", _SKIPPING: "export_conditio
 CALIBRATION = 2_000
 # As in --mode=compile, which times the same images: so both agree.
 _TIMED_BATCHES, _REPEATS = (1, 64), 20
+
+
+class _Candidate(NamedTuple):
+  """A network that is timed and, unless it is the one as trained, exported.
+
+  Attributes:
+    model: the network or program, as `export_model` takes it.
+    program: computes the outputs of images `[N, H, W, D]`.
+    score: its accuracy and MACs, as of `_score`.
+  """
+
+  model: Any
+  program: Callable[[Any], Any]
+  score: Mapping[str, float]
 
 
 def run(
@@ -72,15 +89,14 @@ def run(
   with rundir.staged(run_dir.path, tuple(FOLDERS.values())) as folder:
     write = _write_exits if isinstance(experiment.model, EarlyExitNet) else _write
     trained = write(experiment, folder, {"config": run_dir.config(), "step": step}, variables)
-    cards = {
-      name: export.load_exported(folder / name).card
-      for name in FOLDERS.values()
-      if (folder / name).exists()
-    }
-  paths = [str(run_dir.path / name) for name in cards]
+    rows = []
+    for name in FOLDERS.values():
+      if (folder / name).exists():
+        card = export.load_exported(folder / name).card
+        rows.append((str(run_dir.path / name), _summary(card)))
+  paths = [path for path, _ in rows]
   say(f"\nwritten: {', '.join(paths)}")
-  rows = [(path, _summary(card)) for path, card in zip(paths, cards.values(), strict=True)]
-  rows += _as_compiled(run_dir, step, trained)
+  rows.append(("trained net", _as_compiled(run_dir, step, trained)))
   say(
     conclusion.text(
       f"Exported the checkpoint of step {step:,}, its times on {device()}.",
@@ -92,14 +108,10 @@ def run(
 
 def _summary(card: Mapping[str, Any]) -> str:
   """Summarises an export in a line."""
-  times = [
-    f"{spent:.2f} ms" + ("" if size == "1" else f" for {size} images")
-    for size, spent in card["milliseconds"].items()
-  ]
-  return (
-    f"{100 * card['accuracy']:.2f} %, {card['executed_macs']:,.0f} MACs per image, "
-    f"{', '.join(times)}"
-  )
+  parts = [f"{100 * card['accuracy']:.2f} %", f"{card['executed_macs']:,.0f} MACs per image"]
+  for size, spent in card["milliseconds"].items():
+    parts.append(f"{spent:.2f} ms" + ("" if size == "1" else f" for {size} images"))
+  return ", ".join(parts)
 
 
 def _load_command(path: str) -> str:
@@ -117,23 +129,19 @@ def _load_command(path: str) -> str:
   )
 
 
-def _as_compiled(run_dir: rundir.RunDir, step: int, trained: float) -> list[tuple[str, str]]:
-  """Returns the time of one image in the trained network with everything computed.
+def _as_compiled(run_dir: rundir.RunDir, step: int, trained: float) -> str:
+  """Describes the time of one image in the trained network with everything computed.
 
-  It is the time measured here, next to that of `--mode=compile` for the same checkpoint.
+  It is the time measured here, in milliseconds, next to that of `--mode=compile` for the same
+  checkpoint.
   """
-  here, times = f"{trained:.2f} ms", surroundings.read_times(run_dir.path)
+  times, found = surroundings.read_times(run_dir.path), [f"{trained:.2f} ms"]
   # Times of another checkpoint are those of another network.
-  rows = []
   if times is not None and times.step == step:
-    rows = times.timings.get(timing_title(1, "image"), [])
-  there = [row["seconds"] for row in rows if row["part"] is None and row["strategy"] == MASKED]
-  return [
-    (
-      "trained net",
-      here + "".join(f"; {1e3 * seconds:.2f} ms by --mode=compile" for seconds in there),
-    )
-  ]
+    for row in times.timings.get(timing_title(1, "image"), []):
+      if row["part"] is None and row["strategy"] == MASKED:
+        found.append(f"{1e3 * row['seconds']:.2f} ms by --mode=compile")
+  return "; ".join(found)
 
 
 def _write(
@@ -142,87 +150,111 @@ def _write(
   """Writes the exports; returns the milliseconds of one image in the trained network."""
   with working("opening the training data", "minutes for large sets"):
     train = experiment.open_train()
-  index = spread(len(train), CALIBRATION)
+  index = spread_indices(len(train), CALIBRATION)
   with working(
     f"measuring open rates of gates on {len(index):,} training images", "up to a minute"
   ):
-    analysis = analyse(
-      experiment.model, variables, (x for x, _ in _batches(experiment, train, index))
-    )
-  net, choices, shape = (
-    analysis.net,
-    find_static_units(analysis.net, analysis.openings),
-    analysis.input_shape,
-  )
-  small = apply_pruning(net, choices)
+    analysis = analyse(experiment.model, variables, _inputs(experiment, train, index))
+  net = analysis.net
+  static = find_static_units(net, analysis.gate_statistics)
   with working(
     f"testing the net as trained, slimmed and in int8 on {len(experiment.test):,} images",
     "up to a minute",
   ):
     # On test images: pruning was decided on training images.
-    moved = pruning_error(net, choices, (x for x, _ in _batches(experiment, experiment.test)))
-    models = {_TRAINED: net, _SLIMMED: small, _INT8: quantise(small)}
-    scores = {name: _score(experiment, each) for name, each in models.items()}
+    effect = pruning_error(net, static, _inputs(experiment, experiment.test))
+    pruned = apply_pruning(net, static)
+    candidates = {
+      _TRAINED: _candidate(experiment, net),
+      _SLIMMED: _candidate(experiment, pruned),
+      _INT8: _candidate(experiment, quantise(pruned)),
+    }
   say(f"\ncheckpoint of step {origin['step']}, calibrated on {analysis.images:,} training images\n")
-  say("\n".join(_analysis_lines(analysis, [name for name, _ in experiment.counts.gate_layers])))
-  say("\n".join(["", *_moved_lines(analysis, moved), ""]))
+  layers = [name for name, _ in experiment.counts.gate_layers]
+  say("\n".join(_analysis_lines(analysis, layers)))
+  say("\n".join(["", *_pruning_lines(analysis, effect), ""]))
+  images = compile_report.calibration_images(train, experiment.normalise)
+  skipping = _skipping_candidate(experiment, candidates[_SLIMMED], images)
+  if skipping is not None:
+    candidates[_SKIPPING] = skipping
+  programs = {name: candidate.program for name, candidate in candidates.items()}
+  with working("timing the nets, one image and many at a time", "up to a minute") as progress:
+    # The other half of the images chose the strategies.
+    timed = images[1::2] if len(images) > 1 else images
+    milliseconds = _milliseconds(programs, timed, progress)
+  trained = candidates.pop(_TRAINED).score
+  table = [_head(), _row(_TRAINED, trained, {"milliseconds": milliseconds[_TRAINED]})]
+  for name, candidate in candidates.items():
+    card = _card(experiment, origin, candidate.score) | {
+      "weights": "int8" if name == _INT8 else "float32",
+      "accuracy_as_trained": trained["accuracy"],
+      "executed_macs_as_trained": trained["executed_macs"],
+      "calibration_images": analysis.images,
+      "test_images": effect.images,
+      "test_images_affected": effect.affected,
+      "milliseconds": milliseconds[name],
+    }
+    if name == _SKIPPING:
+      card["strategies"] = candidate.model.strategies
+    with working(f"writing the net, {name}", "up to half a minute"):
+      path = export.export_model(
+        candidate.model, folder / FOLDERS[name], input_shape=analysis.input_shape, card=card
+      )
+      # Read back: the export adds the sizes of its files to the card.
+      table.append(_row(name, candidate.score, export.load_exported(path).card))
+  say("\n".join(align_columns(table)))
+  if analysis.gate_statistics and skipping is None:
+    say(
+      "For one image at a time computing everything is as fast as skipping here: no program that "
+      "skips closed units is written."
+    )
+  return milliseconds[_TRAINED]["1"]
+
+
+def _candidate(experiment: Experiment, net: FoldedNet) -> _Candidate:
+  """Tests a network that computes every unit."""
+  return _Candidate(net, functools.partial(_run_net, net), _score(experiment, net))
+
+
+@jax.jit
+def _run_net(net: FoldedNet, x: Array) -> Array:
+  """Computes the outputs of images `[N, H, W, D]`, with float32 or int8 weights."""
+  # Weights are an argument: as constants, int8 ones would be dequantised while compiling.
+  return folded.run(dequantise(net), x)
+
+
+def _skipping_candidate(
+  experiment: Experiment, pruned: _Candidate, images: np.ndarray
+) -> _Candidate | None:
+  """Compiles and tests a program that skips closed units; None where skipping saves no time.
+
+  Args:
+    experiment: the experiment of the run.
+    pruned: the network to compile.
+    images: `[M, H, W, D]`, the calibration images.
+  """
   with working(
     "compiling and timing programs that skip closed units, one image at a time", "some minutes"
   ) as progress:
     # Strategies are chosen by their times, for a batch of one image.
-    images = compile_report.calibration_images(train, experiment.normalise)
-    skipping = compile_conditional(
-      small,
-      input_shape=shape,
+    program = compile_conditional(
+      pruned.model,
+      input_shape=images.shape[1:],
       batch_size=1,
       candidates=EXPORTABLE,
       repeats=_REPEATS,
       calibration=images,
       progress=progress,
     )
-  programs = {
-    # Weights are an argument: as constants, int8 ones would be dequantised while compiling.
-    name: functools.partial(jax.jit(lambda net, x: folded.run(dequantise(net), x)), each)
-    for name, each in models.items()
-  }
-  # Where every part is masked, skipping saves no time, and there is no third export.
-  if set(skipping.strategies) != {MASKED}:
-    models[_SKIPPING], programs[_SKIPPING] = skipping, skipping
-    with working(
-      f"testing the net that skips closed units on {len(experiment.test):,} images, one at a time",
-      "up to a minute",
-    ):
-      scores[_SKIPPING] = scores[_SLIMMED] | {
-        "accuracy": _accuracy(experiment, lambda x: skipping(x)[0])
-      }
-  with working("timing the nets, one image and many at a time", "up to a minute") as progress:
-    # The other half of the images chose the strategies.
-    milliseconds = _milliseconds(programs, images[1::2] if len(images) > 1 else images, progress)
-  table = [_head(), _row(_TRAINED, scores[_TRAINED], {"milliseconds": milliseconds[_TRAINED]})]
-  for name, model in models.items():
-    if name == _TRAINED:
-      continue
-    card = _card(experiment, origin, scores[name]) | {
-      "weights": "int8" if name == _INT8 else "float32",
-      "accuracy_as_trained": scores[_TRAINED]["accuracy"],
-      "executed_macs_as_trained": scores[_TRAINED]["executed_macs"],
-      "calibration_images": analysis.images,
-      "test_images": moved.images,
-      "test_images_affected": moved.affected,
-      "milliseconds": milliseconds[name],
-      **({"strategies": skipping.strategies} if name == _SKIPPING else {}),
-    }
-    with working(f"writing the net, {name}", "up to half a minute"):
-      path = export.export_model(model, folder / FOLDERS[name], input_shape=shape, card=card)
-      # Read back: the export adds the sizes of its files to the card.
-      table.append(_row(name, scores[name], export.load_exported(path).card))
-  say("\n".join(align_columns(table)))
-  if analysis.openings and _SKIPPING not in models:
-    say(
-      "For one image at a time computing everything is as fast as skipping here: no program that "
-      "skips closed units is written."
-    )
-  return milliseconds[_TRAINED]["1"]
+  # Where every part is masked, nothing is skipped.
+  if set(program.strategies) == {MASKED}:
+    return None
+  with working(
+    f"testing the net that skips closed units on {len(experiment.test):,} images, one at a time",
+    "up to a minute",
+  ):
+    accuracy = _accuracy(experiment, lambda x: program(x)[0])
+  return _Candidate(program, program, {**pruned.score, "accuracy": accuracy})
 
 
 def _write_exits(
@@ -281,43 +313,51 @@ def _batches(
     yield np.asarray(experiment.normalise(pixels), np.float32), np.asarray(labels)
 
 
+def _inputs(
+  experiment: Experiment, images: Any, index: np.ndarray | None = None
+) -> Iterator[np.ndarray]:
+  """Yields the network inputs of `_batches` alone."""
+  for x, _ in _batches(experiment, images, index):
+    yield x
+
+
 def _score(experiment: Experiment, net: FoldedNet) -> dict[str, float]:
   """Computes accuracy on the test set, and MACs per image: of every unit, and of the open ones."""
-  net, labels, correct, executed, images = dequantise(net), [], 0, 0, 0
+  net, shape = dequantise(net), experiment.test.shape
+  correct, executed, labels = 0, 0, []
 
   def inputs():
     """Yields test images `[N, H, W, D]`; keeps their labels for the scores."""
-    for x, named in _batches(experiment, experiment.test):
-      labels.append(named)
+    for x, of_batch in _batches(experiment, experiment.test):
+      labels.append(of_batch)
       yield x
 
   # Batches are of `BATCH` images, which `observed` takes one by one: labels stay in step.
   for x, outputs, logits in gate_statistics.observed(net, inputs()):
     correct += int(np.sum(np.argmax(outputs, axis=1) == labels.pop()))
-    executed += np.broadcast_to(
-      folded.macs(net, x.shape[1:], [z > 0 for z in logits]), len(x)
-    ).sum()
-    images += len(x)
+    macs = folded.macs(net, shape, [z > 0 for z in logits])
+    # A network without gates has one number for all images.
+    executed += np.broadcast_to(macs, len(x)).sum()
+  images = len(experiment.test)
   return {
     "accuracy": correct / images,
-    "macs": int(folded.macs(net, x.shape[1:])),
+    "macs": int(folded.macs(net, shape)),
     "executed_macs": float(executed) / images,
   }
 
 
 def _accuracy(experiment: Experiment, answer: Callable[[np.ndarray], Any]) -> float:
   """Computes the accuracy of the answers for all test images."""
-  right = sum(
-    int(np.sum(np.argmax(np.asarray(answer(x)), axis=1) == labels))
-    for x, labels in _batches(experiment, experiment.test)
-  )
+  right = 0
+  for x, labels in _batches(experiment, experiment.test):
+    right += int(np.sum(np.argmax(np.asarray(answer(x)), axis=1) == labels))
   return right / len(experiment.test)
 
 
 def _milliseconds(
   programs: Mapping[str, Callable[[Any], Any]],
   images: np.ndarray,
-  progress: Advance = lambda done, total: None,
+  progress: Advance,
   sizes: Sequence[int] = _TIMED_BATCHES,
 ) -> dict[str, dict[str, float]]:
   """Measures milliseconds per batch: medians over calls, by program and batch size.
@@ -330,19 +370,21 @@ def _milliseconds(
     progress: takes the timings done and their total.
     sizes: the batch sizes.
   """
-  # The program that skips is compiled for a batch of one.
-  timed = {size: [name for name in programs if size == 1 or name != _SKIPPING] for size in sizes}
-  found, done, total = (
-    {name: {} for name in programs},
-    itertools.count(1),
-    sum(map(len, timed.values())),
-  )
-  for size, names in timed.items():
-    batches = [(x,) for x in spread_batches(images, size)]
-    runs = {name: functools.partial(run_over, programs[name], batches) for name in names}
+  runs, batches, total = {}, {}, 0
+  for size in sizes:
+    batches[size] = [(x,) for x in spread_batches(images, size)]
+    runs[size] = {}
+    for name, program in programs.items():
+      # The program that skips is compiled for a batch of one.
+      if size == 1 or name != _SKIPPING:
+        runs[size][name] = functools.partial(run_over, program, batches[size])
+        total += 1
+  found, on_start = {name: {} for name in programs}, count_pieces(progress, total)
+  for size in sizes:
     # By turns, so that a slow spell of the machine hits all programs.
-    for name, spent in race(runs, _REPEATS, on_start=lambda: progress(next(done), total)).items():
-      found[name][str(size)] = round(1000 * statistics.median(spent) / len(batches), 3)
+    for name, spent in race(runs[size], _REPEATS, on_start=on_start).items():
+      seconds = statistics.median(spent) / len(batches[size])
+      found[name][str(size)] = round(1000 * seconds, 3)
   return found
 
 
@@ -362,73 +404,56 @@ def _card(
 
 
 def _analysis_lines(analysis: Analysis, names: list[str]) -> list[str]:
-  rows = analysis.rows()
-  ways = [
-    [row["strategy"], f"{row['macs']:,.0f}", f"{100 * row['ratio']:.1f} %"]
-    for row in analysis.mac_rows()
-  ]
-  lines = align_columns([["way to run it", "MACs per image", "of ungated"], *ways])
-  if not rows:
-    return lines
+  """Returns a table of the gated layers, if there are any, and one of the ways to run the net."""
+  ways = [["way to run it", "MACs per image", "of ungated"]]
+  for row in analysis.mac_rows():
+    ways.append([row["strategy"], f"{row['macs']:,.0f}", f"{100 * row['ratio']:.1f} %"])
   counted = ("always_open", "always_closed", "conditional", "open_on_all", "closed_on_all")
   head = ["layer", "units", "open", *(name.replace("_", " ") for name in counted), "correlation"]
-  return [
-    *align_columns(
-      [
-        head,
-        *(
-          [
-            name,
-            str(row["units"]),
-            f"{100 * row['open']:.1f} %",
-            *(str(row[c]) for c in counted),
-            f"{row['correlation']:.3f}",
-          ]
-          for name, row in zip(names, rows, strict=True)
-        ),
-      ]
-    ),
-    "",
-    *lines,
-  ]
+  layers = [head]
+  for name, row in zip(names, analysis.rows(), strict=True):
+    counts = [str(row[outcome]) for outcome in counted]
+    share, correlation = f"{100 * row['open']:.1f} %", f"{row['correlation']:.3f}"
+    layers.append([name, str(row["units"]), share, *counts, correlation])
+  if len(layers) == 1:
+    return align_columns(ways)
+  return [*align_columns(layers), "", *align_columns(ways)]
 
 
-def _moved_lines(analysis: Analysis, moved: PruningEffect) -> list[str]:
+def _pruning_lines(analysis: Analysis, effect: PruningEffect) -> list[str]:
+  """Describes how much the pruning of static units changes the network on test images."""
   # An upper confidence bound: not seeing a unit open does not prove that it never opens.
   bound = 100 * rate_bound(analysis.images, 0.95)
-  worst = max(itertools.chain(moved.opened, moved.closed), default=0.0)
+  worst = max((*effect.opened, *effect.closed), default=0.0)
   return [
     f"A unit never seen open opens on at most {bound:.3f} % of images, at 95 % confidence for "
     "each.",
-    f"On {100 * moved.affected:.2f} % of {moved.images:,} test images a static unit would have "
+    f"On {100 * effect.affected:.2f} % of {effect.images:,} test images a static unit would have "
     f"moved ({100 * worst:.2f} % in the layer with the most);",
-    f"outputs differ by at most {moved.difference[0]:.3g} there, {moved.difference[1]:.1e} "
-    f"elsewhere; {100 * moved.changed:.2f} % of images are classified differently.",
+    f"outputs differ by at most {effect.difference[0]:.3g} there, {effect.difference[1]:.1e} "
+    f"elsewhere; {100 * effect.changed:.2f} % of images are classified differently.",
   ]
 
 
 def _head() -> list[str]:
-  return [
-    "net",
-    "test accuracy",
-    "MACs per image",
-    "executed",
-    "weights, bytes",
-    "program, bytes",
-    *(f"ms ({size})" for size in _TIMED_BATCHES),
-  ]
+  """Returns the head of the table of exports."""
+  times = [f"ms ({size})" for size in _TIMED_BATCHES]
+  sizes = ["weights, bytes", "program, bytes"]
+  return ["net", "test accuracy", "MACs per image", "executed", *sizes, *times]
 
 
 def _row(name: str, score: Mapping[str, float], card: Mapping[str, Any]) -> list[str]:
-  files, spent = card.get("files"), card["milliseconds"]
-  sizes = [
-    f"{files[file]['bytes']:,}" if files else "" for file in (export.WEIGHTS, export.PROGRAM)
-  ]
-  return [
+  """Returns the row of a network; the one as trained has no files, and no card but its times."""
+  row = [
     name,
     f"{100 * score['accuracy']:.2f} %",
     f"{score['macs']:,}",
     f"{score['executed_macs']:,.0f}",
-    *sizes,
-    *(f"{spent[str(size)]:.2f}" if str(size) in spent else "" for size in _TIMED_BATCHES),
   ]
+  files, spent = card.get("files"), card["milliseconds"]
+  for file in (export.WEIGHTS, export.PROGRAM):
+    row.append(f"{files[file]['bytes']:,}" if files else "")
+  # A program for a batch of one has no time for larger ones.
+  for size in _TIMED_BATCHES:
+    row.append(f"{spent[str(size)]:.2f}" if str(size) in spent else "")
+  return row

@@ -7,22 +7,34 @@ Reference: Bejnordi et al., 2020, section 5; Herrmann et al., 2020 (blocks of ch
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from gating_jax.inference import folded
-from gating_jax.inference.computed import account
-from gating_jax.inference.folded import FoldedNet, Group
+from gating_jax.inference.compiled import MacRatios
+from gating_jax.inference.folded import FoldedNet, Group, Shape
 from gating_jax.inference.folding import fold
 from gating_jax.inference.gate_statistics import GroupStatistics, NetCounter, observed, places
 from gating_jax.inference.pruning import apply_pruning, find_static_units
 from gating_jax.inference.quantise import check_float
-from gating_jax.inference.strategies import settings_of, switch
+from gating_jax.inference.strategies import (
+  STRATEGIES,
+  PartBatch,
+  Setting,
+  settings_of,
+  switch,
+)
 from gating_jax.ops import arguments
+from gating_jax.timing import MASKED, UNGATED
 
 UNION, BLOCKS = 8, (16, 32, 64)
+EXECUTED, SLIMMED = "executed", "slimmed"
+
+# `[N, U]` gates of every group of a network, in order.
+AllGates = Sequence[np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +51,7 @@ class Analysis:
   """
 
   net: FoldedNet
-  input_shape: tuple[int, int, int]
+  input_shape: Shape
   images: int
   gate_statistics: tuple[GroupStatistics, ...]
   macs: Mapping[str, float]
@@ -54,14 +66,14 @@ class Analysis:
 
     `correlation` is the mean absolute correlation between two different units.
     """
-    return [_row(o) for o in self.gate_statistics]
+    return list(map(_row, self.gate_statistics))
 
   def mac_rows(self) -> list[dict[str, Any]]:
     """Returns MACs per image of each way to run, and their ratio to the network without gates."""
-    return [
-      {"strategy": name, "macs": value, "ratio": value / self.macs["ungated"]}
-      for name, value in self.macs.items()
-    ]
+    rows, ungated = [], self.macs[UNGATED]
+    for name, value in self.macs.items():
+      rows.append({"strategy": name, "macs": value, "ratio": value / ungated})
+    return rows
 
 
 def analyse(
@@ -97,31 +109,32 @@ def analyse(
   arguments.instance(
     "calibration", calibration, Iterable, "images, or an iterable of batches of them"
   )
+  switched, ways = f"switch of {buckets}", _ways(net)
   # Sums of integers over images; divided once, below.
-  executed, switched, ways = "executed", f"switch of {buckets}", _ways(net)
-  counter, spent, images = NetCounter(net), dict.fromkeys((executed, switched, *ways), 0), 0
+  counter, images = NetCounter(net), 0
+  totals = dict.fromkeys((EXECUTED, switched, *ways), 0)
   for x, _, logits in observed(net, calibration):
     shape, images = x.shape[1:], images + len(x)
     counter.add(logits, len(x))
     gates = [z > 0 for z in logits]
-    for name, way in ((executed, lambda gates: gates), *ways.items()):
+    for name, way in ways.items():
       # A count that does not depend on the image is one number, and each image adds it.
-      spent[name] += np.broadcast_to(folded.macs(net, shape, way(gates)), len(x)).sum()
+      totals[name] += np.broadcast_to(folded.macs(net, shape, way(gates)), len(x)).sum()
     # `switch` pads each image to a size of its own, so its count needs the gates of a batch.
-    spent[switched] += len(x) * _switched(net, buckets, shape, gates, len(x))
+    totals[switched] += len(x) * _switched(net, buckets, shape, gates, len(x))
   gate_statistics = counter.result()
+  per_image = {name: float(total) / images for name, total in totals.items()}
   # Gate networks cost the same for every image.
   heads = sum(map(folded.head_macs, net.parts))
   whole = folded.macs(net, shape)
   # Pruned by these very statistics, with the default settings of `prune`.
   small = apply_pruning(net, find_static_units(net, gate_statistics))
-  found = {name: float(total) / images for name, total in spent.items()}
   macs = {
-    "ungated": float(whole - heads),
-    "masked": float(whole),
-    executed: found.pop(executed),
-    "slimmed": float(folded.macs(small, shape)),
-    **found,
+    UNGATED: float(whole - heads),
+    MASKED: float(whole),
+    EXECUTED: per_image.pop(EXECUTED),
+    SLIMMED: float(folded.macs(small, shape)),
+    **per_image,
   }
   return Analysis(net, shape, images, gate_statistics, macs)
 
@@ -131,8 +144,8 @@ def prune(
 ) -> FoldedNet:
   """Prunes the static units of an analysed network.
 
-  It is `apply_pruning(net, find_static_units(net, gate_statistics, ...))` of the analysis. Channels without a gate come
-  first in their layer. A block without any gate left has no gate network.
+  It is `apply_pruning(net, find_static_units(net, gate_statistics, ...))` of the analysis. Channels
+  without a gate come first in their layer. A block without any gate left has no gate network.
 
   Args:
     analysis: of `analyse`, which holds the network.
@@ -142,62 +155,59 @@ def prune(
   Raises:
     ValueError, TypeError: as `find_static_units`; or no analysis.
   """
-  arguments.instance(
-    "analysis",
-    analysis,
-    Analysis,
-    "an Analysis, as returned by analyse(model, variables, images)",
-  )
-  return apply_pruning(
+  rule = "an Analysis, as returned by analyse(model, variables, images)"
+  arguments.instance("analysis", analysis, Analysis, rule)
+  static = find_static_units(
     analysis.net,
-    find_static_units(
-      analysis.net, analysis.gate_statistics, multiple=multiple, confidence=confidence, max_rate=max_rate
-    ),
+    analysis.gate_statistics,
+    multiple=multiple,
+    confidence=confidence,
+    max_rate=max_rate,
   )
+  return apply_pruning(analysis.net, static)
 
 
-def _ways(net: FoldedNet) -> dict[str, Any]:
-  """Maps the name of each way to skip to its rule, from all gates to the units it computes."""
-  # A branch with one gate has no channels to gather into blocks: its gate stays as it is.
-  groups, layers = [group for _, _, group, _ in places(net)], [layer for *_, layer in places(net)]
-  each = lambda change: (
-    lambda gates: [
-      g if layer else change(g, group)
-      for g, group, layer in zip(gates, groups, layers, strict=True)
-    ]
-  )
-  return {
-    f"union of {UNION}": lambda gates: [_union(g) for g in gates],
-    **{
-      # `size` is bound now: a closure would see the last one of the loop.
-      f"blocks of {size}": each(lambda g, group, size=size: _in_blocks(g, group, size))
-      for size in BLOCKS
-    },
-  }
+def _ways(net: FoldedNet) -> dict[str, Callable[[AllGates], AllGates]]:
+  """Maps the name of each way to skip to its rule, from the gates to the units it computes."""
+
+  def in_unions(gates: AllGates) -> AllGates:
+    """Opens what is open for any of `UNION` images in their order."""
+    return list(map(_union, gates))
+
+  def in_blocks(gates: AllGates, size: int) -> AllGates:
+    """Opens blocks of adjacent channels where any of them is open."""
+    found = []
+    for g, (_, _, group, layer_gate) in zip(gates, places(net), strict=True):
+      # A branch with one gate has no channels to gather into blocks: its gate stays as it is.
+      found.append(g if layer_gate else _in_blocks(g, group, size))
+    return found
+
+  ways = {EXECUTED: list, f"union of {UNION}": in_unions}
+  for size in BLOCKS:
+    ways[f"blocks of {size}"] = functools.partial(in_blocks, size=size)
+  return ways
 
 
-def _switched(
-  net: FoldedNet, buckets: int, shape: tuple[int, int, int], gates: Sequence[np.ndarray], count: int
-) -> float:
+def _switched(net: FoldedNet, buckets: int, shape: Shape, gates: AllGates, count: int) -> float:
   """Computes MACs per image by `switch` where it fits.
 
   Elsewhere `native`, which computes what is open, stands for a branch that runs or not.
   """
   settings = settings_of(net, buckets)
-  # Parts that no strategy of the two fits are computed whole.
-  names = [
-    "switch"
-    if switch(part, setting)
-    else "native"
-    if getattr(part, "layer_gate", False)
-    else "masked"
-    for part, setting in zip(net.parts, settings, strict=True)
-  ]
-  found = account(net, [[name] for name in names], settings, shape, [gates], count)
+  names = []
+  for part, setting in zip(net.parts, settings, strict=True):
+    if switch(part, setting) is not None:
+      names.append("switch")
+    else:
+      # Parts that no strategy of the two fits are computed whole.
+      names.append("native" if part.layer_gate else MASKED)
+  known = [[name] for name in names]
+  found = account(net, shape, [gates], known=known, settings=settings, size=count)
   return found.of_program(names)
 
 
 def _union(gates: np.ndarray) -> np.ndarray:
+  """Opens the units, `[N, U]`, that are open for any of `UNION` images in their order."""
   # `reduceat` also takes a shorter last set, but no empty axis.
   starts = np.arange(0, len(gates), UNION)
   opened = np.logical_or.reduceat(gates, starts, axis=0) if gates.size else gates[starts]
@@ -205,6 +215,7 @@ def _union(gates: np.ndarray) -> np.ndarray:
 
 
 def _in_blocks(gates: np.ndarray, group: Group, size: int) -> np.ndarray:
+  """Opens the units, `[N, U]`, of each block of `size` channels of which any is open."""
   # Whole gates only: a block holds at least one gate's channels.
   units = max(1, size // group.channels)
   # The last block is filled up with closed units, which are cut off again.
@@ -213,20 +224,106 @@ def _in_blocks(gates: np.ndarray, group: Group, size: int) -> np.ndarray:
   return np.repeat(blocks, units, axis=1)[:, : gates.shape[1]]
 
 
-def _row(o: GroupStatistics) -> dict[str, Any]:
-  units = o.group.gates
+def _row(counted: GroupStatistics) -> dict[str, Any]:
+  units = counted.group.gates
   # The diagonal is left out: a unit's correlation with itself is 1.
   others = ~np.eye(units, dtype=bool)
   return {
-    "part": o.part,
-    "group": o.index,
+    "part": counted.part,
+    "group": counted.index,
     "units": units,
-    "channels": o.group.channels,
-    "open": float(o.open_rates.mean()) if units else 0.0,
-    "always_open": int(o.always_open.sum()),
-    "always_closed": int(o.always_closed.sum()),
-    "conditional": int(o.varies.sum()),
-    "open_on_all": int((o.opened == o.images).sum()),
-    "closed_on_all": int((o.opened == 0).sum()),
-    "correlation": float(np.abs(o.correlation[others]).mean()) if units > 1 else 0.0,
+    "channels": counted.group.channels,
+    "open": float(counted.open_rates.mean()) if units else 0.0,
+    "always_open": int(counted.always_open.sum()),
+    "always_closed": int(counted.always_closed.sum()),
+    "conditional": int(counted.varies.sum()),
+    "open_on_all": int((counted.opened == counted.images).sum()),
+    "closed_on_all": int((counted.opened == 0).sum()),
+    "correlation": float(np.abs(counted.correlation[others]).mean()) if units > 1 else 0.0,
   }
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+  """MACs per image, on calibration data.
+
+  Attributes:
+    dense: of each part without gates.
+    opened: of each part, those of open units.
+    computed: of each part, those that each strategy computes, by name.
+    heads: of each part's gate network.
+    classifier: of the classifier.
+  """
+
+  dense: Sequence[float]
+  opened: Sequence[float]
+  computed: Sequence[Mapping[str, float]]
+  heads: Sequence[int]
+  classifier: int
+
+  def of_part(self, part: int) -> MacRatios:
+    """Returns the ratios of a part, without its gate network; 1 for a part without any MACs."""
+    dense = self.dense[part]
+    if not dense:
+      return MacRatios(1.0, dict.fromkeys(self.computed[part], 1.0))
+    computed = {name: macs / dense for name, macs in self.computed[part].items()}
+    return MacRatios(self.opened[part] / dense, computed)
+
+  def of_net(self, programs: Mapping[str, Sequence[str]]) -> MacRatios:
+    """Returns the ratios of whole programs, with gate networks and the classifier.
+
+    `programs` maps a name to the strategies of its parts.
+    """
+    dense = sum(self.dense) + self.classifier
+    opened = sum(self.opened) + sum(self.heads) + self.classifier
+    computed = {name: self.of_program(names) / dense for name, names in programs.items()}
+    return MacRatios(opened / dense, computed)
+
+  def of_program(self, names: Sequence[str]) -> float:
+    """Returns the MACs that a whole program computes, from the strategies of its parts."""
+    of_parts = sum(self.computed[part][name] for part, name in enumerate(names))
+    return of_parts + sum(self.heads) + self.classifier
+
+
+def account(
+  net: FoldedNet,
+  shape: Shape,
+  batches: Sequence[AllGates],
+  *,
+  known: Sequence[Iterable[str]],
+  settings: Sequence[Setting],
+  size: int,
+) -> Account:
+  """Counts the MACs of a network on some batches of images.
+
+  Args:
+    net: the network.
+    shape: `(H, W, D)` of an image.
+    batches: for each batch, `[N, U]` gates of every group of the network in order.
+    known: the strategies of each part.
+    settings: the setting of each part.
+    size: N.
+  Returns:
+    An `Account`, per image.
+  """
+  gates = [np.concatenate(of_group) for of_group in zip(*batches, strict=True)]
+  of_parts = folded.macs_by_part(net, shape, gates)
+  walks = [list(folded.walk(net, gates)) for gates in batches]
+  dense, opened, computed, heads = [], [], [], []
+  for i, part in enumerate(net.parts):
+    # Counted batch by batch: padding depends on how many examples of a batch are open.
+    of_batches = []
+    for walked in walks:
+      _, own, before = walked[i]
+      of_batches.append(PartBatch(part, settings[i], shape, own, before, size))
+    by_strategy = {}
+    for name in known[i]:
+      total = sum(map(STRATEGIES[name].macs, of_batches))
+      by_strategy[name] = total / (size * len(batches))
+    computed.append(by_strategy)
+    # Gate networks are a field of their own.
+    heads.append(folded.head_macs(part))
+    opened.append(float(np.mean(of_parts[i])) - heads[i])
+    shape, macs = folded.part_macs(part, shape)
+    dense.append(macs)
+  return Account(dense, opened, computed, heads, folded.classifier_macs(net))

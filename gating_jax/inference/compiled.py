@@ -1,4 +1,8 @@
-"""Parts that all compiled networks share: checks, batches of images, timings, and the choice by them.
+"""Interface of all compiled networks, and what their compilers share.
+
+A compiler checks its arguments, times each way to run the network on batches of calibration images,
+and chooses the fastest. The result maps inputs to outputs, takes the weights of another network of
+the same shapes, and reports the timings.
 
 Axes: N images of H x W pixels and D channels.
 """
@@ -6,17 +10,22 @@ Axes: N images of H x W pixels and D channels.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import operator
 import statistics
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gating_jax.inference import folded
 from gating_jax.ops import arguments
+from gating_jax.terminal import Advance
 from gating_jax.timing import MASKED, UNGATED
 from gating_jax.types import Array
 
@@ -28,6 +37,159 @@ GAIN = 0.97
 MAX_SLOWDOWN_ALL_OPEN = 1.05
 # So many batches of calibration data are timed, or as many as hold so many images.
 _BATCHES, _IMAGES = 4, 16
+
+
+class Compiled:
+  """A compiled network: a function of its inputs that keeps its weights as arguments.
+
+  Args:
+    net: the network, or its variables.
+    weights: the same in the form that the programs take.
+    timings: rows of `report`.
+
+  Attributes:
+    weights: first argument of the programs.
+  """
+
+  def __init__(self, net: Any, weights: Any, timings: Sequence[Timing] = ()):
+    # The shapes stay, so that `load` can compare another network with the compiled one.
+    self._shapes, self._timings = folded.shapes_of(net), tuple(timings)
+    self.weights = weights
+
+  def __call__(self, inputs: Any) -> Any:
+    """Runs the programs; subclasses say on what."""
+    raise NotImplementedError
+
+  def load(self, net: Any) -> None:
+    """Takes the weights of another network, without compiling or timing again.
+
+    What is skipped may then save another amount than was measured.
+
+    Raises:
+      ValueError: a network of other shapes, groups of gates or settings.
+    """
+    folded.check_alike(net, self._shapes)
+    self.weights = self._weights_of(net)
+
+  def report(self) -> tuple[Timing, ...]:
+    """Returns the timings of each part, if any, then of the whole network.
+
+    They are empty unless the strategy was `auto`.
+    """
+    return self._timings
+
+  def _weights_of(self, net: Any) -> Any:
+    """Returns a network's weights in the form that the programs take."""
+    return net
+
+
+class CompiledImages(Compiled):
+  """A compiled network of images: one program, for a fixed number of them.
+
+  Args:
+    net, weights, timings: as of `Compiled`.
+    options: of the compilation.
+    program: `(weights, [batch_size, H, W, D]) -> outputs`, a tree of arrays `[batch_size, ...]`.
+
+  Attributes:
+    input_shape: `(H, W, D)` of an image.
+    batch_size: number of images that the program takes.
+    weights, program: the call is `program(weights, images)`.
+    device_bound: strategies in it that run on one kind of device only.
+  """
+
+  device_bound: tuple[str, ...] = ()
+
+  def __init__(
+    self,
+    net: Any,
+    weights: Any,
+    *,
+    options: Options,
+    program: Callable[[Any, Array], Any],
+    timings: Sequence[Timing] = (),
+  ):
+    super().__init__(net, weights, timings)
+    self.input_shape, self.batch_size = options.input_shape, options.batch_size
+    self.program = program
+
+  def __call__(self, x: Array) -> Any:
+    """Runs the program on any number of images.
+
+    Raises:
+      ValueError: images of another shape, or in integers.
+    """
+    x = check_images("images", x, self.input_shape)
+    return in_batches(lambda batch: self.program(self.weights, batch), x, self.batch_size)
+
+
+class Options(NamedTuple):
+  """Checked arguments of a compilation for images; see `conditional.compile_conditional`."""
+
+  strategy: str
+  input_shape: tuple[int, int, int]
+  batch_size: int
+  buckets: int
+  calibration: np.ndarray | None
+  repeats: int
+  max_slowdown_all_open: float
+
+
+def check_options(
+  *,
+  strategy: str,
+  input_shape: Any,
+  batch_size: int,
+  buckets: int,
+  calibration: Any,
+  repeats: int,
+  max_slowdown_all_open: float,
+) -> Options:
+  """Checks the arguments of a compilation, except its strategy.
+
+  Raises:
+    TypeError, ValueError: naming the first argument that is wrong, or missing.
+  """
+  input_shape = check_image_shape(input_shape)
+  arguments.whole_number("batch_size", batch_size)
+  arguments.whole_number("buckets", buckets)
+  arguments.whole_number("repeats", repeats)
+  arguments.number("max_slowdown_all_open", max_slowdown_all_open, "> 0", lambda v: v > 0)
+  if calibration is not None:
+    calibration = check_images("calibration", calibration, input_shape)
+    calibration = check_finite("calibration", calibration)
+    if not len(calibration):
+      raise ValueError("calibration must hold at least one image; got none")
+  elif strategy == AUTO:
+    raise ValueError(f"calibration must be given for strategy {strategy!r}; got None")
+  return Options(
+    strategy=strategy,
+    input_shape=input_shape,
+    batch_size=batch_size,
+    buckets=buckets,
+    calibration=calibration,
+    repeats=repeats,
+    max_slowdown_all_open=max_slowdown_all_open,
+  )
+
+
+def former_keyword(old: str, new: str) -> Callable[[Callable], Callable]:
+  """Decorates a function so that it takes a keyword by its former name, too, and warns."""
+
+  def decorate(function: Callable) -> Callable:
+    """Returns the function that takes both names."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **keywords: Any) -> Any:
+      """Calls the function with the name of today."""
+      if old in keywords:
+        warnings.warn(f"{old} is now called {new}", DeprecationWarning, stacklevel=2)
+        keywords[new] = keywords.pop(old)
+      return function(*args, **keywords)
+
+    return call
+
+  return decorate
 
 
 def check_images(name: str, x: Any, shape: Sequence[int] | None = None) -> Array:
@@ -82,46 +244,20 @@ def check_image_shape(shape: Any) -> tuple[int, int, int]:
   return sizes
 
 
-def check_arguments(
-  strategy: str,
-  input_shape: tuple[int, int, int],
-  batch_size: int,
-  buckets: int,
-  calibration: Any,
-  repeats: int,
-  max_slowdown_all_open: float,
-) -> np.ndarray | None:
-  """Checks the arguments of a compilation, and returns the calibration images.
-
-  Raises:
-    TypeError, ValueError: naming the first argument that is wrong, or missing.
-  """
-  for name, value in (("batch_size", batch_size), ("buckets", buckets), ("repeats", repeats)):
-    arguments.whole_number(name, value)
-  arguments.number("max_slowdown_all_open", max_slowdown_all_open, "> 0", lambda v: v > 0)
-  if calibration is None:
-    if strategy == AUTO:
-      raise ValueError(f"calibration must be given for strategy {strategy!r}; got None")
-    return None
-  calibration = check_finite("calibration", check_images("calibration", calibration, input_shape))
-  if not len(calibration):
-    raise ValueError("calibration must hold at least one image; got none")
-  return calibration
-
-
 def in_batches(run: Callable[[Array], Any], x: Array, size: int) -> Any:
   """Applies `run`, which takes `size` examples, to any number of them."""
   if len(x) == size:
     return run(x)
+  parts = []
   # At least one call, so that no images give empty outputs of the right shapes.
-  parts = [run(_padded(x[i : i + size], size)) for i in range(0, max(1, len(x)), size)]
+  for start in range(0, max(1, len(x)), size):
+    piece = x[start : start + size]
+    missing = size - len(piece)
+    # Zeros are computed with the rest, and cut off below.
+    if missing:
+      piece = jnp.pad(jnp.asarray(piece), [(0, missing), *[(0, 0)] * (piece.ndim - 1)])
+    parts.append(run(piece))
   return jax.tree.map(lambda *pieces: jnp.concatenate(pieces)[: len(x)], *parts)
-
-
-def _padded(x: Array, count: int) -> Array:
-  # Zeros are computed with the rest, and `in_batches` cuts them off.
-  missing = count - len(x)
-  return jnp.pad(jnp.asarray(x), [(0, missing), *[(0, 0)] * 3]) if missing else x
 
 
 def spread_indices(count: int, most: int) -> np.ndarray:
@@ -131,9 +267,11 @@ def spread_indices(count: int, most: int) -> np.ndarray:
 
 def spread_batches(images: Any, batch_size: int) -> list[Array]:
   """Returns a few batches spread over the images, which are repeated if they are too few."""
-  count = min(max(_BATCHES, -(-_IMAGES // batch_size)), -(-len(images) // batch_size))
+  wanted = max(_BATCHES, -(-_IMAGES // batch_size))
+  count = min(wanted, -(-len(images) // batch_size))
   index = np.linspace(0, len(images), count * batch_size, endpoint=False).astype(int)
-  return [jnp.asarray(images[i]) for i in index.reshape(batch_size, count).T]
+  # Each batch has images from all over the set.
+  return [jnp.asarray(images[of_batch]) for of_batch in index.reshape(batch_size, count).T]
 
 
 def run_over(run: Callable[..., Any], calls: Sequence[tuple]) -> None:
@@ -141,6 +279,18 @@ def run_over(run: Callable[..., Any], calls: Sequence[tuple]) -> None:
   for args in calls:
     # Calls return before their results are there; without waiting they would overlap.
     jax.block_until_ready(run(*args))
+
+
+def count_pieces(progress: Advance | None, total: int) -> Callable[[], None]:
+  """Returns a function that tells `progress` of one more finished piece of `total` at each call."""
+  done = itertools.count(1)
+
+  def advance() -> None:
+    """Tells of one more piece."""
+    if progress is not None:
+      progress(next(done), total)
+
+  return advance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,71 +324,137 @@ class Timing:
   open_ratio: float | None = None
 
 
-def rows(
-  part: int | None,
+class Way(NamedTuple):
+  """A way to run a whole network that is timed.
+
+  Attributes:
+    strategy: its name; `ungated` is the baseline.
+    all_open: whether every unit is open, or no image leaves at an exit: the worst case.
+  """
+
+  strategy: str
+  all_open: bool
+
+
+class TimedProgram(NamedTuple):
+  """A program of a whole network, and the weights to time it with.
+
+  Attributes:
+    run: `(weights, images) -> outputs`.
+    weights: those of the network.
+    open_weights: those with which every unit is open; None for the baseline, which has no gates.
+  """
+
+  run: Callable[[Any, Array], Any]
+  weights: Any
+  open_weights: Any = None
+
+
+def runs_over(
+  programs: Mapping[str, TimedProgram], batches: Sequence[Array]
+) -> dict[Way, Callable[[], None]]:
+  """Returns a function that runs over all batches, for each way to run the network."""
+  runs = {}
+  for name, program in programs.items():
+    calls = [(program.weights, x) for x in batches]
+    runs[Way(name, all_open=False)] = functools.partial(run_over, program.run, calls)
+    if program.open_weights is not None:
+      calls = [(program.open_weights, x) for x in batches]
+      runs[Way(name, all_open=True)] = functools.partial(run_over, program.run, calls)
+  return runs
+
+
+class MacRatios(NamedTuple):
+  """Multiply-accumulates of the timed examples, relative to those of every unit without gates.
+
+  Attributes:
+    opened: those that the examples leave open.
+    computed: those that each strategy computes, by name, padding included; 1 by default.
+  """
+
+  opened: float
+  computed: Mapping[str, float]
+
+
+def list_timings(
   seconds: Mapping[str, float],
-  mac_ratio: float,
-  computed: Mapping[str, float],
+  ratios: MacRatios,
+  *,
+  part: int | None = None,
   chosen: str = "",
   open_ratios: Mapping[str, float] = MappingProxyType({}),
 ) -> list[Timing]:
   """Returns a `Timing` for each strategy, by name, `masked` among them.
 
   Args:
-    part: index of the part; None for the whole network.
     seconds: of a call, by strategy.
-    mac_ratio: of the open units.
-    computed: ratios of computed MACs, by strategy; 1 by default.
+    ratios: of multiply-accumulates.
+    part: index of the part; None for the whole network.
     chosen: name of the strategy that runs.
     open_ratios: `Timing.open_ratio`, by strategy.
   """
-  found = []
+  timings = []
   for name, spent in seconds.items():
     # `ungated` closes nothing, so all of its MACs are open.
-    share, time_ratio = 1.0 if name == UNGATED else mac_ratio, spent / seconds[MASKED]
-    found.append(
+    opened = 1.0 if name == UNGATED else ratios.opened
+    time_ratio = spent / seconds[MASKED]
+    timings.append(
       Timing(
-        part,
-        name,
-        share,
-        computed.get(name, 1.0),
-        spent,
-        time_ratio,
-        share / time_ratio,
-        name == chosen,
-        open_ratios.get(name),
+        part=part,
+        strategy=name,
+        mac_ratio=opened,
+        computed_ratio=ratios.computed.get(name, 1.0),
+        seconds=spent,
+        time_ratio=time_ratio,
+        efficiency=opened / time_ratio,
+        chosen=name == chosen,
+        open_ratio=open_ratios.get(name),
       )
     )
-  return found
+  return timings
 
 
-def fastest(
-  times: Mapping[tuple[str, bool], Sequence[float]], batches: int, max_slowdown_all_open: float
-) -> tuple[str, dict[str, float], dict[str, float]]:
+class Choice(NamedTuple):
+  """The strategy chosen by timings of whole networks.
+
+  Attributes:
+    strategy: its name.
+    seconds: of a call of each strategy, `ungated` included.
+    open_ratios: `Timing.open_ratio` of each.
+  """
+
+  strategy: str
+  seconds: dict[str, float]
+  open_ratios: dict[str, float]
+
+  def timings(self, ratios: MacRatios) -> list[Timing]:
+    """Returns a `Timing` for each strategy."""
+    return list_timings(self.seconds, ratios, chosen=self.strategy, open_ratios=self.open_ratios)
+
+
+def choose_fastest(
+  times: Mapping[Way, Sequence[float]], batches: int, max_slowdown_all_open: float
+) -> Choice:
   """Chooses the fastest strategy that is not too slow with every unit open.
 
   Args:
-    times: seconds of a run over all batches, by strategy and whether everything was open: `ungated`
-      with False only, others with both.
+    times: seconds of each run over all batches: of `ungated` once, of the others also with every
+      unit open.
     batches: number of batches.
     max_slowdown_all_open: of `compile_conditional`.
-  Returns:
-    The strategy; seconds of a call of each, and its `Timing.open_ratio`, `ungated` included.
   """
-  seconds, open_seconds = (
-    {
-      name: statistics.median(spent) / batches
-      for (name, wide), spent in times.items()
-      if wide == opening
-    }
-    for opening in (False, True)
-  )
+  seconds, open_seconds = {}, {}
+  for (name, all_open), spent in times.items():
+    of_case = open_seconds if all_open else seconds
+    of_case[name] = statistics.median(spent) / batches
   # The worst case is compared with the faster way to compute everything.
   dense = min(open_seconds[MASKED], seconds[UNGATED])
-  ratios = {
-    name: spent / dense for name, spent in {**open_seconds, UNGATED: seconds[UNGATED]}.items()
-  }
+  open_ratios = {name: spent / dense for name, spent in open_seconds.items()}
+  open_ratios[UNGATED] = seconds[UNGATED] / dense
   # `masked` is the fallback, so its own ratio must be within the limit.
-  limit = max(max_slowdown_all_open, ratios[MASKED])
-  best = min((name for name in open_seconds if ratios[name] <= limit), key=seconds.get)
-  return best if seconds[best] < GAIN * seconds[MASKED] else MASKED, seconds, ratios
+  limit = max(max_slowdown_all_open, open_ratios[MASKED])
+  allowed = [name for name in open_seconds if open_ratios[name] <= limit]
+  best = min(allowed, key=seconds.get)
+  if seconds[best] >= GAIN * seconds[MASKED]:
+    best = MASKED
+  return Choice(best, seconds, open_ratios)

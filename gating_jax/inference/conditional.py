@@ -8,102 +8,125 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gating_jax.checks import one_of
 from gating_jax.inference import folded
+from gating_jax.inference.analyse import Account, account
 from gating_jax.inference.compiled import (
   AUTO,
   GAIN,
   MAX_SLOWDOWN_ALL_OPEN,
+  Choice,
+  CompiledImages,
+  Options,
+  TimedProgram,
   Timing,
-  check_arguments,
-  check_image_shape,
-  check_images,
-  fastest,
-  in_batches,
-  rows,
+  check_options,
+  choose_fastest,
+  count_pieces,
+  former_keyword,
+  list_timings,
   run_over,
+  runs_over,
   spread_batches,
 )
-from gating_jax.inference.computed import Account, account
-from gating_jax.inference.folded import FoldedNet, Gates, Layer
+from gating_jax.inference.folded import FoldedNet, Gates, Head, Layer
 from gating_jax.inference.folding import fold
-from gating_jax.inference.kernel_strategies import STRATEGIES, why_not, worth_trying
+from gating_jax.inference.gate_statistics import gates_of
 from gating_jax.inference.quantise import check_float
-from gating_jax.inference.strategies import CompiledPart, Setting, settings_of
-from gating_jax.ops.relaxations import threshold_gate
+from gating_jax.inference.strategies import (
+  EXPORTABLE,
+  STRATEGIES,
+  CompiledPart,
+  Setting,
+  settings_of,
+  why_not,
+  worth_trying,
+)
+from gating_jax.terminal import Advance
 from gating_jax.timing import CHOSEN, MASKED, UNGATED, race
 from gating_jax.types import Array
 
-# The settings of a block without gates.
-_NO_GATES = {"layer_gate": False, "output_gate": False}
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+  """The strategies that fit each part of a network.
+
+  Attributes:
+    net: the network.
+    settings: the setting of each part.
+    parts: for each part, what each strategy that fits makes of it, by name; `masked` always fits.
+  """
+
+  net: FoldedNet
+  settings: Sequence[Setting]
+  parts: Sequence[Mapping[str, CompiledPart]]
+
+  def alone(self, name: str) -> list[str]:
+    """Returns the strategy of each part if one runs wherever it fits, and `masked` elsewhere."""
+    return [name if name in fitting else MASKED for fitting in self.parts]
+
+  def fitting(self) -> list[str]:
+    """Returns the strategies that fit a part, in the order of `STRATEGIES`."""
+    names = []
+    for name in STRATEGIES:
+      if any(name in fitting for fitting in self.parts):
+        names.append(name)
+    return names
+
+  def take(self, names: Sequence[str]) -> list[CompiledPart]:
+    """Returns each part as made by the named strategy."""
+    return [fitting[name] for fitting, name in zip(self.parts, names, strict=True)]
 
 
-class CompiledConditional:
+class CompiledConditional(CompiledImages):
   """A compiled gated network, made by `compile_conditional`.
 
-  It maps `[N, H, W, D]` images, any N, to `(outputs, tuple of [N, U] gate logits)`.
+  It maps `[N, H, W, D]` images, any N, to `(outputs, tuple of [N, U] gate logits)`. A gated network
+  that pools returns NaN outputs for an image that is not finite.
+
+  Args:
+    candidates: the network and what strategies make of its parts.
+    names: strategy of each part.
+    options, timings: as of `CompiledImages`.
 
   Attributes:
     strategies: the name of each part's strategy.
-    input_shape: `(H, W, D)` of an image.
-    batch_size: number of images that the program takes.
-    weights, program: the call is `program(weights, images)`.
   """
 
   def __init__(
     self,
-    net: FoldedNet,
-    input_shape: tuple[int, int, int],
-    batch_size: int,
+    candidates: Candidates,
     names: Sequence[str],
-    settings: Sequence[Setting],
+    *,
+    options: Options,
     timings: Sequence[Timing] = (),
   ):
-    # The shapes stay, so that `load` can compare another network with the compiled one.
-    self.strategies, self._settings, self._timings = tuple(names), tuple(settings), tuple(timings)
-    self.input_shape, self.batch_size, self._shapes = input_shape, batch_size, folded.shapes_of(net)
-    made = _made(net, names, settings)
-    self.weights, self.program = _with_parts(net, made), program(made)
+    self.strategies, self._settings = tuple(names), candidates.settings
+    self.device_bound = tuple(sorted(set(names) - set(EXPORTABLE)))
+    made = candidates.take(names)
+    super().__init__(
+      candidates.net,
+      _with_parts(candidates.net, made),
+      options=options,
+      program=program(made),
+      timings=timings,
+    )
 
-  def __call__(self, x: Array) -> tuple[Array, Gates]:
-    """Runs the program on any number of images.
-
-    A gated network that pools returns NaN outputs for an image that is not finite.
-
-    Raises:
-      ValueError: images of another shape, or in integers.
-    """
-    x = check_images("images", x, self.input_shape)
-    return in_batches(functools.partial(self.program, self.weights), x, self.batch_size)
-
-  def load(self, net: FoldedNet) -> None:
-    """Takes the weights of another network, without compiling or timing again.
-
-    Skipping may then save another amount than was measured.
-
-    Raises:
-      ValueError: a network of other shapes or groups of gates.
-    """
-    folded.check_alike(net, self._shapes)
-    self.weights = _with_parts(net, _made(net, self.strategies, self._settings))
-
-  def report(self) -> tuple[Timing, ...]:
-    """Returns the timings of each part, then of the whole network.
-
-    They are empty unless the strategy was `auto`.
-    """
-    return self._timings
+  def _weights_of(self, net: FoldedNet) -> FoldedNet:
+    made = []
+    for part, name, setting in zip(net.parts, self.strategies, self._settings, strict=True):
+      made.append(STRATEGIES[name].make(part, setting))
+    return _with_parts(net, made)
 
 
+@former_keyword("open_limit", "max_slowdown_all_open")
 def compile_conditional(
   model: Any,
   variables: Mapping[str, Any] | None = None,
@@ -116,7 +139,7 @@ def compile_conditional(
   repeats: int = 20,
   candidates: Collection[str] | None = None,
   max_slowdown_all_open: float = MAX_SLOWDOWN_ALL_OPEN,
-  progress: Callable[[int, int], None] = lambda done, total: None,
+  progress: Advance | None = None,
 ) -> CompiledConditional:
   """Compiles a gated network into a program that skips closed units.
 
@@ -137,11 +160,11 @@ def compile_conditional(
     repeats: number of timed calls of each program.
     candidates: strategies that `auto` may take in addition to `masked`, such as `EXPORTABLE`; None
       for all that run here.
-    max_slowdown_all_open: largest slowdown with every unit open: the time of a call of the program that `auto`
-      takes, divided by that of computing everything, with gates or without. Where `masked` itself
-      is slower, its slowdown is the limit; see `Timing.open_ratio`.
-    progress: called with the number of programs that `auto` has compiled, and the number it
-      compiles.
+    max_slowdown_all_open: largest slowdown with every unit open: the time of a call of the program
+      that `auto` takes, divided by that of computing everything, with gates or without. Where
+      `masked` itself is slower, its slowdown is the limit; see `Timing.open_ratio`.
+    progress: called with the pieces of work that `auto` has done, and all of them: a piece is a
+      program compiled, or each program of the whole network timed once.
   Returns:
     A `CompiledConditional`.
   Raises:
@@ -150,55 +173,64 @@ def compile_conditional(
   one_of("strategy", strategy, (AUTO, *STRATEGIES))
   for name in candidates or ():
     one_of("candidates", name, STRATEGIES)
-  input_shape = check_image_shape(input_shape)
-  calibration = check_arguments(
-    strategy, input_shape, batch_size, buckets, calibration, repeats, max_slowdown_all_open
+  options = check_options(
+    strategy=strategy,
+    input_shape=input_shape,
+    batch_size=batch_size,
+    buckets=buckets,
+    calibration=calibration,
+    repeats=repeats,
+    max_slowdown_all_open=max_slowdown_all_open,
   )
   if reason := why_not(strategy):
     raise ValueError(f"strategy {strategy!r} cannot run here: {reason}")
   net = model if isinstance(model, FoldedNet) else fold(model, variables)
   check_float(net)
-  folded.check_channels(net, input_shape[2])
+  folded.check_channels(net, options.input_shape[2])
   # Strategies are fitted to every second image and timed on the others, if there are two or more.
-  fitted = judged = calibration
-  if strategy == AUTO and len(calibration) > 1:
-    fitted, judged = calibration[::2], calibration[1::2]
-  settings = settings_of(net, buckets, () if fitted is None else _gates_of(net, fitted))
-  # `masked` is always among them: parts that no other strategy fits run by it.
-  tried = {
-    name: make
-    for name, make in STRATEGIES.items()
-    if name in (MASKED, strategy)
-    or (strategy == AUTO and worth_trying(name) and (candidates is None or name in candidates))
-  }
-  options = [
-    {name: made for name, make in tried.items() if (made := make(part, setting))}
-    for part, setting in zip(net.parts, settings, strict=True)
-  ]
-  if strategy != AUTO:
-    if not any(strategy in known for known in options):
-      raise ValueError(
-        f"strategy must fit a part of the network; {strategy!r} fits none, or needs calibration"
-      )
-    names = [strategy if strategy in known else MASKED for known in options]
-    return CompiledConditional(net, input_shape, batch_size, names, settings)
-  batches = spread_batches(judged, batch_size)
-  macs = account(
-    net, options, settings, input_shape, [_gates_of(net, x) for x in batches], batch_size
-  )
-  # Programs to compile: one for each choice of a part; two for each mixture of the whole network,
-  # of which one has every unit open; and the ungated network.
-  of_parts = sum(len(known) for known in options if len(known) > 1)
-  of_nets = 2 * (1 + len({name for known in options for name in known})) + 1
-  done = itertools.count(1)
-  compiled = lambda: progress(next(done), of_parts + of_nets)
-  timings = _time_parts(net, options, batches, macs, repeats, compiled)
-  names, of_whole = _choose(
-    net, options, timings, batches, macs, repeats, max_slowdown_all_open, compiled
-  )
-  # Only the comparison of whole programs says which strategy each part runs by.
-  timings = [dataclasses.replace(t, chosen=t.strategy == names[t.part]) for t in timings]
-  return CompiledConditional(net, input_shape, batch_size, names, settings, [*timings, *of_whole])
+  fitted = timed = options.calibration
+  if strategy == AUTO and len(fitted) > 1:
+    fitted, timed = fitted[::2], fitted[1::2]
+  gates = () if fitted is None else gates_of(net, fitted)
+  tried = _names_to_try(strategy, candidates)
+  found = _find_candidates(net, settings_of(net, buckets, gates), tried)
+  if strategy == AUTO:
+    batches = spread_batches(timed, batch_size)
+    names, timings = _choose_by_timing(found, batches, options=options, progress=progress)
+    return CompiledConditional(found, names, options=options, timings=timings)
+  names = found.alone(strategy)
+  if strategy not in names:
+    raise ValueError(
+      f"strategy must fit a part of the network; {strategy!r} fits none, or needs calibration"
+    )
+  return CompiledConditional(found, names, options=options)
+
+
+def _names_to_try(strategy: str, candidates: Collection[str] | None) -> list[str]:
+  """Returns the strategies to try for each part, in the order of `STRATEGIES`."""
+  tried = []
+  for name in STRATEGIES:
+    by_timing = strategy == AUTO and worth_trying(name)
+    is_candidate = candidates is None or name in candidates
+    # `masked` is always among them: parts that no other strategy fits run by it.
+    if name in (MASKED, strategy) or (by_timing and is_candidate):
+      tried.append(name)
+  return tried
+
+
+def _find_candidates(
+  net: FoldedNet, settings: Sequence[Setting], tried: Sequence[str]
+) -> Candidates:
+  """Makes each part by each of the strategies that fit it."""
+  parts = []
+  for part, setting in zip(net.parts, settings, strict=True):
+    fitting = {}
+    for name in tried:
+      made = STRATEGIES[name].make(part, setting)
+      if made is not None:
+        fitting[name] = made
+    parts.append(fitting)
+  return Candidates(net, settings, parts)
 
 
 def program(
@@ -212,17 +244,15 @@ def program(
   Returns:
     A function `(net, [N, H, W, D]) -> (outputs, tuple of [N, U] logits)`.
   """
-  runners = None if made is None else [runner for _, runner in made]
+  runners = None if made is None else [each.run for each in made]
 
   def run(net: FoldedNet, x: Array) -> tuple[Array, Gates]:
     """Returns the outputs and the gate logits `[N, U]` for x `[N, H, W, D]`."""
     y, logits = folded.run(net, x, runners)
     # A NaN logit closes its gate, which may hide that the input was not finite.
     if net.pooled and logits:
-      lost = functools.reduce(
-        jnp.logical_or, (jnp.any(jnp.isnan(z), axis=1, keepdims=True) for z in logits)
-      )
-      y = jnp.where(lost, jnp.nan, y)
+      lost = [jnp.any(jnp.isnan(z), axis=1, keepdims=True) for z in logits]
+      y = jnp.where(functools.reduce(jnp.logical_or, lost), jnp.nan, y)
     return y, logits
 
   return jax.jit(run)
@@ -230,138 +260,170 @@ def program(
 
 def ungated(net: FoldedNet) -> FoldedNet:
   """Returns the network without its gate networks: every unit is open."""
-  return dataclasses.replace(
-    net,
-    parts=tuple(
-      dataclasses.replace(part, head=None, **({} if isinstance(part, Layer) else _NO_GATES))
-      for part in net.parts
-    ),
-  )
+  parts = []
+  for part in net.parts:
+    # Only blocks have gates of their branch or their output.
+    gates = {} if isinstance(part, Layer) else {"layer_gate": False, "output_gate": False}
+    parts.append(dataclasses.replace(part, head=None, **gates))
+  return dataclasses.replace(net, parts=tuple(parts))
 
 
 def opened(net: FoldedNet) -> FoldedNet:
   """Returns the network with gate networks that open every unit that any image can open."""
-
-  def always(head: folded.Head) -> folded.Head:
-    """Returns a gate network whose logits are 1, or -1 for units that never open."""
-    # Such a unit has no weights and a bias of at most 0: its logit is never above 0.
-    shut = ~jnp.any(head.logits, axis=0) & (head.logits_bias <= 0)
-    bias = jnp.where(shut, -1, jnp.ones_like(head.logits_bias))
-    return dataclasses.replace(head, logits=jnp.zeros_like(head.logits), logits_bias=bias)
-
-  return dataclasses.replace(
-    net,
-    parts=tuple(
-      part if part.head is None else dataclasses.replace(part, head=always(part.head))
-      for part in net.parts
-    ),
-  )
+  parts = []
+  for part in net.parts:
+    if part.head is not None:
+      part = dataclasses.replace(part, head=_opened_head(part.head))
+    parts.append(part)
+  return dataclasses.replace(net, parts=tuple(parts))
 
 
-def _gates_of(net: FoldedNet, images: Any) -> tuple[np.ndarray, ...]:
-  run = program()
-  # In pieces, so that memory does not grow with the calibration set.
-  found = [run(net, jnp.asarray(images[i : i + 256]))[1] for i in range(0, len(images), 256)]
-  return tuple(
-    np.concatenate([np.asarray(threshold_gate(z)) for z in logits])
-    for logits in zip(*found, strict=True)
-  )
-
-
-def _made(net: FoldedNet, names: Sequence[str], settings: Sequence[Setting]) -> list[CompiledPart]:
-  return [
-    STRATEGIES[name](part, setting)
-    for part, name, setting in zip(net.parts, names, settings, strict=True)
-  ]
+def _opened_head(head: Head) -> Head:
+  """Returns a gate network whose logits are 1, or -1 for units that never open."""
+  # Such a unit has no weights and a bias of at most 0: its logit is never above 0.
+  shut = ~jnp.any(head.logits, axis=0) & (head.logits_bias <= 0)
+  bias = jnp.where(shut, -1, jnp.ones_like(head.logits_bias))
+  return dataclasses.replace(head, logits=jnp.zeros_like(head.logits), logits_bias=bias)
 
 
 def _with_parts(net: FoldedNet, made: Sequence[CompiledPart]) -> FoldedNet:
-  return dataclasses.replace(net, parts=tuple(part for part, _ in made))
+  return dataclasses.replace(net, parts=tuple(each.part for each in made))
 
 
-def _pick(
-  options: Sequence[Mapping[str, CompiledPart]], names: Sequence[str]
-) -> list[CompiledPart]:
-  return [known[name] for known, name in zip(options, names, strict=True)]
+@dataclasses.dataclass(frozen=True)
+class _Trial:
+  """Timings of the candidates on batches of images.
+
+  Attributes:
+    candidates: what is timed.
+    batches: `[N, H, W, D]` each.
+    macs: multiply-accumulates on these batches.
+    options: of the compilation.
+    advance: to call after each piece of work.
+  """
+
+  candidates: Candidates
+  batches: Sequence[Array]
+  macs: Account
+  options: Options
+  advance: Callable[[], None]
+
+  def time_parts(self) -> dict[int, list[Timing]]:
+    """Times every strategy of every part that has a choice, on the part's own inputs.
+
+    Returns:
+      The timings, by index of the part.
+    """
+    seen = [part_inputs(self.candidates.net, x) for x in self.batches]
+    timings = {}
+    for i, fitting in enumerate(self.candidates.parts):
+      # Nothing to choose: `masked` alone fits.
+      if len(fitting) == 1:
+        continue
+      contenders = {}
+      for name, (part, runner) in fitting.items():
+        calls = [(part, *inputs[i]) for inputs in seen]
+        contenders[name] = functools.partial(run_over, jax.jit(runner), calls)
+      times = race(contenders, self.options.repeats, on_start=self.advance)
+      seconds = {}
+      for name, spent in times.items():
+        seconds[name] = statistics.median(spent) / len(self.batches)
+      timings[i] = list_timings(seconds, self.macs.of_part(i), part=i)
+    return timings
+
+  def time_nets(self, mixtures: Mapping[str, Sequence[str]]) -> Choice:
+    """Times whole programs, and chooses one.
+
+    Args:
+      mixtures: strategies of the parts, by name of the program.
+    """
+    net, programs = self.candidates.net, {}
+    for name, names in mixtures.items():
+      # A strategy may hold its weights in another form, so each mixture has its own.
+      made = self.candidates.take(names)
+      weights = _with_parts(net, made)
+      programs[name] = TimedProgram(program(made), weights, open_weights=opened(weights))
+    programs[UNGATED] = TimedProgram(program(), ungated(net))
+    runs = runs_over(programs, self.batches)
+    times = race(runs, self.options.repeats, on_start=self.advance, on_turn=self.advance)
+    return choose_fastest(times, len(self.batches), self.options.max_slowdown_all_open)
 
 
-def _time_parts(
-  net: FoldedNet,
-  options: Sequence[Mapping[str, CompiledPart]],
-  batches: Sequence[Array],
-  macs: Account,
-  repeats: int,
-  compiled: Callable[[], None],
-) -> list[Timing]:
-  """Times every strategy of every part that has a choice, on the part's inputs for the batches."""
-  seen = [_seen(net, x) for x in batches]
-  timings = []
-  for i, known in enumerate(options):
-    # Nothing to choose: `masked` alone fits.
-    if len(known) == 1:
-      continue
-    contenders = {
-      name: functools.partial(
-        run_over, jax.jit(runner), [(part, *of_batch[i]) for of_batch in seen]
-      )
-      for name, (part, runner) in known.items()
-    }
-    times = race(contenders, repeats, on_start=compiled)
-    seconds = {name: statistics.median(spent) / len(batches) for name, spent in times.items()}
-    timings += rows(i, seconds, *macs.of_part(i))
-  return timings
+def _choose_by_timing(
+  candidates: Candidates, batches: Sequence[Array], *, options: Options, progress: Advance | None
+) -> tuple[list[str], list[Timing]]:
+  """Returns each part's strategy in the fastest whole program, and all timings."""
+  macs = account(
+    candidates.net,
+    options.input_shape,
+    [gates_of(candidates.net, x) for x in batches],
+    known=candidates.parts,
+    settings=candidates.settings,
+    size=options.batch_size,
+  )
+  # Programs to compile: one for each choice of a part.
+  of_parts = 0
+  for fitting in candidates.parts:
+    of_parts += len(fitting) if len(fitting) > 1 else 0
+  # Two for each mixture of the whole network, of which one has every unit open; and the ungated
+  # network. Then whole networks are timed in turns.
+  of_nets = 2 * (1 + len(candidates.fitting())) + 1
+  advance = count_pieces(progress, of_parts + of_nets + options.repeats)
+  trial = _Trial(candidates, batches, macs=macs, options=options, advance=advance)
+  part_timings = trial.time_parts()
+  mixtures = _mixtures(candidates, part_timings)
+  choice = trial.time_nets(mixtures)
+  names, timings = mixtures[choice.strategy], []
+  for i, of_part in part_timings.items():
+    for timing in of_part:
+      # Only the comparison of whole programs says which strategy each part runs by.
+      timings.append(dataclasses.replace(timing, chosen=timing.strategy == names[i]))
+  return names, timings + choice.timings(macs.of_net(mixtures))
+
+
+def _mixtures(
+  candidates: Candidates, timings: Mapping[int, Sequence[Timing]]
+) -> dict[str, list[str]]:
+  """Returns the strategies of the parts in each whole program to time, by its name.
+
+  There is each strategy wherever it fits, since parts in one program take other times than alone;
+  and the mixture of the parts' fastest.
+
+  Args:
+    candidates: the strategies that fit each part.
+    timings: of parts, by their index.
+  """
+  mixtures = {}
+  for name in candidates.fitting():
+    mixtures[name] = candidates.alone(name)
+  fastest = candidates.alone(MASKED)
+  for i, of_part in timings.items():
+    best = min(of_part, key=lambda timing: timing.seconds)
+    # A part changes only for a clear gain.
+    if best.time_ratio < GAIN:
+      fastest[i] = best.strategy
+  if fastest not in mixtures.values():
+    mixtures[CHOSEN] = fastest
+  return mixtures
+
+
+class PartInputs(NamedTuple):
+  """Arguments of a part's runner: its input, its gates and those of its input's channels."""
+
+  x: Array
+  gates: Gates
+  before: Gates
 
 
 @jax.jit
-def _seen(net: FoldedNet, x: Array) -> list[tuple[Array, Gates, Gates]]:
-  """Returns `(x, gates, gates of x)` of every part."""
+def part_inputs(net: FoldedNet, x: Array) -> list[PartInputs]:
+  """Computes the inputs of every part for images `[N, H, W, D]`."""
   seen = []
 
   def spy(part, x, gates, before):
-    """Computes a part by masking, and notes its input and gates."""
-    seen.append((x, gates, before))
+    """Computes a part by masking, and notes its inputs."""
+    seen.append(PartInputs(x, gates, before))
     return folded.masked(part, x, gates, before)
 
   folded.run(net, x, spy)
   return seen
-
-
-def _choose(
-  net: FoldedNet,
-  options: Sequence[Mapping[str, CompiledPart]],
-  timings: Sequence[Timing],
-  batches: Sequence[Array],
-  macs: Account,
-  repeats: int,
-  max_slowdown_all_open: float,
-  compiled: Callable[[], None],
-) -> tuple[list[str], list[Timing]]:
-  """Returns each part's strategy in the fastest whole program, and whole programs' timings."""
-  # The mixture of the parts' fastest strategies; a part changes only for a clear gain.
-  of_parts = [MASKED] * len(net.parts)
-  for i in range(len(net.parts)):
-    of_part = [t for t in timings if t.part == i]
-    if of_part and (best := min(of_part, key=lambda t: t.seconds)).time_ratio < GAIN:
-      of_parts[i] = best.strategy
-  # Compared with each strategy alone: parts in one program take other times than alone.
-  mixtures = {MASKED: [MASKED] * len(net.parts)}
-  for name in STRATEGIES:
-    if any(name in known for known in options):
-      mixtures[name] = [name if name in known else MASKED for known in options]
-  if of_parts not in mixtures.values():
-    mixtures[CHOSEN] = of_parts
-  made = {name: _pick(options, names) for name, names in mixtures.items()}
-  runs = {}
-  for name, parts in made.items():
-    # A strategy may hold its weights in another form, so each mixture has its own.
-    run, own = program(parts), _with_parts(net, parts)
-    # `max_slowdown_all_open` needs each program with every unit open, too.
-    for wide, weights in ((False, own), (True, opened(own))):
-      runs[name, wide] = functools.partial(run_over, run, [(weights, x) for x in batches])
-  runs[UNGATED, False] = functools.partial(
-    run_over, program(), [(ungated(net), x) for x in batches]
-  )
-  best, seconds, open_ratios = fastest(
-    race(runs, repeats, on_start=compiled), len(batches), max_slowdown_all_open
-  )
-  return mixtures[best], rows(None, seconds, *macs.of_net(mixtures), best, open_ratios)

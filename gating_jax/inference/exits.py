@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,14 +29,16 @@ from gating_jax.inference import folded
 from gating_jax.inference.compiled import (
   AUTO,
   MAX_SLOWDOWN_ALL_OPEN,
+  CompiledImages,
+  MacRatios,
+  Options,
+  TimedProgram,
   Timing,
-  check_arguments,
-  check_image_shape,
-  check_images,
-  fastest,
-  in_batches,
-  rows,
-  run_over,
+  check_options,
+  choose_fastest,
+  count_pieces,
+  former_keyword,
+  runs_over,
   spread_batches,
 )
 from gating_jax.inference.folded import FoldedNet, Layer
@@ -45,6 +46,7 @@ from gating_jax.inference.folding import check, fold_conv, fold_stages
 from gating_jax.inference.strategies import example_sizes, for_open
 from gating_jax.models.resnet_variants import EarlyExitNet
 from gating_jax.ops import confidence
+from gating_jax.terminal import Advance
 from gating_jax.timing import EXIT_DISPATCH, MASKED, UNGATED, race
 from gating_jax.types import Array
 
@@ -70,55 +72,26 @@ class ExitNet:
   threshold: float = dataclasses.field(metadata={"static": True})
 
 
-class CompiledExits:
+class CompiledExits(CompiledImages):
   """A compiled network with early exits, made by `compile_exits`.
 
   It maps `[N, H, W, D]` images, any N, to `(logits, stay)` as of `run`.
 
+  Args:
+    net: the network.
+    strategy: `exit_dispatch`, or `masked`.
+    options, timings: as of `CompiledImages`.
+
   Attributes:
     strategy: `exit_dispatch`, or `masked` where everything is computed for all images.
-    input_shape: `(H, W, D)` of an image.
-    batch_size: number of images that the program takes.
-    weights, program: the call is `program(weights, images)`.
   """
 
   def __init__(
-    self,
-    net: ExitNet,
-    input_shape: tuple[int, int, int],
-    batch_size: int,
-    strategy: str,
-    buckets: int,
-    timings: Sequence[Timing] = (),
+    self, net: ExitNet, strategy: str, *, options: Options, timings: Sequence[Timing] = ()
   ):
-    self.input_shape, self.batch_size, self.strategy = input_shape, batch_size, strategy
-    self.weights, self._shapes, self._timings = net, folded.shapes_of(net), tuple(timings)
-    self.program = program(buckets if strategy == EXIT_DISPATCH else None)
-
-  def __call__(self, x: Array) -> tuple[Array, Array]:
-    """Runs the program on any number of images.
-
-    Raises:
-      ValueError: images of another shape, or in integers.
-    """
-    x = check_images("images", x, self.input_shape)
-    return in_batches(functools.partial(self.program, self.weights), x, self.batch_size)
-
-  def load(self, net: ExitNet) -> None:
-    """Takes the weights of another network, without compiling again.
-
-    Raises:
-      ValueError: a network of other shapes, parts or another threshold.
-    """
-    folded.check_alike(net, self._shapes)
-    self.weights = net
-
-  def report(self) -> tuple[Timing, ...]:
-    """Returns the timings of the whole network, and of `ungated`, the network without exits.
-
-    They are empty unless the strategy was `auto`.
-    """
-    return self._timings
+    self.strategy = strategy
+    run_as = program(options.buckets if strategy == EXIT_DISPATCH else None)
+    super().__init__(net, net, options=options, program=run_as, timings=timings)
 
 
 def fold_exits(model: EarlyExitNet, variables: Mapping[str, Any]) -> ExitNet:
@@ -133,21 +106,20 @@ def fold_exits(model: EarlyExitNet, variables: Mapping[str, Any]) -> ExitNet:
     ValueError: another model, or one with something that cannot be folded.
   """
   check(model, (EarlyExitNet,))
-  stages, flat = fold_stages(model, variables)
-  classifier = lambda *path: tuple(
-    jnp.asarray(flat["params", *path, name]) for name in ("kernel", "bias")
-  )
-  return ExitNet(
-    stages=(
-      *(FoldedNet(parts, pooled=False) for parts in stages[:-1]),
-      FoldedNet(stages[-1], classifier("classifier")),
-    ),
-    exits=tuple(
-      FoldedNet((Layer(fold_conv(flat, (name, "conv"), stride=2)),), classifier(name, "classifier"))
-      for name in (f"exit{i + 1}" for i in range(len(stages) - 1))
-    ),
-    threshold=model.threshold,
-  )
+  parts, flat = fold_stages(model, variables)
+
+  def classifier(*path: str) -> tuple[Array, Array]:
+    """Returns the kernel and the bias of a Dense layer."""
+    kernel, bias = flat["params", *path, "kernel"], flat["params", *path, "bias"]
+    return jnp.asarray(kernel), jnp.asarray(bias)
+
+  stages, exits = [], []
+  for i, of_stage in enumerate(parts[:-1], start=1):
+    stages.append(FoldedNet(of_stage, pooled=False))
+    conv = fold_conv(flat, (f"exit{i}", "conv"), stride=2)
+    exits.append(FoldedNet((Layer(conv),), classifier(f"exit{i}", "classifier")))
+  stages.append(FoldedNet(parts[-1], classifier("classifier")))
+  return ExitNet(stages=tuple(stages), exits=tuple(exits), threshold=model.threshold)
 
 
 def run(net: ExitNet, x: Array, buckets: int | None = None) -> tuple[Array, Array]:
@@ -162,7 +134,8 @@ def run(net: ExitNet, x: Array, buckets: int | None = None) -> tuple[Array, Arra
     `[N, K]` logits, and `[N, X]` as of `ops.confidence.stay_logits`, above 0 where an image stays.
     The exit at which an image leaves stands for the later ones.
   """
-  logits, stay = _from(net, 0, x, jnp.full(len(x), jnp.inf, jnp.float32), buckets)
+  least = jnp.full(len(x), jnp.inf, jnp.float32)
+  logits, stay = _run_from(0, net, x, least=least, buckets=buckets)
   return logits, jnp.stack(stay, axis=1)
 
 
@@ -171,15 +144,20 @@ def program(buckets: int | None = None) -> Callable[[ExitNet, Array], tuple[Arra
   return jax.jit(functools.partial(run, buckets=buckets))
 
 
-def _from(
-  net: ExitNet, stage: int, x: Array, least: Array, buckets: int | None
+def _run_from(
+  stage: int, net: ExitNet, x: Array, *, least: Array, buckets: int | None
 ) -> tuple[Array, list[Array]]:
   """Runs the network from a stage on.
 
+  Args:
+    stage: index of the stage.
+    net: the network.
+    x: `[n, H, W, D]` input of the stage.
+    least: `[n]` the lowest value of `stay` at the exits so far.
+    buckets: as of `run`.
   Returns:
     `[n, K]` logits, and for each exit to come `[n]` how unsure it is, at most `least`.
   """
-  # `least`: the lowest value of `stay` at the exits so far.
   x, _ = folded.run(net.stages[stage], x)
   if stage == len(net.exits):
     return x, []
@@ -189,16 +167,22 @@ def _from(
   goes_on = stay > 0
   # Where an image leaves here, this exit stands for all later ones.
   left = answer, [stay] * (len(net.exits) - stage - 1)
-  rest = lambda x, stay: _from(net, stage + 1, x, stay, buckets)
-  choose = lambda there, here: jnp.where(jnp.expand_dims(goes_on, range(1, here.ndim)), there, here)
+
+  def rest(x: Array, stay: Array) -> tuple[Array, list[Array]]:
+    """Runs the later stages."""
+    return _run_from(stage + 1, net, x, least=stay, buckets=buckets)
+
+  def choose(there: Array | float, here: Array) -> Array:
+    """Takes the values of images that go on from `there`, and those of others from `here`."""
+    return jnp.where(jnp.expand_dims(goes_on, range(1, here.ndim)), there, here)
+
   # Everything for all images, and `where` picks the exit.
   if buckets is None:
     logits, later = jax.tree.map(choose, rest(x, stay), left)
   else:
     # `for_open` adds to y, so y is 0 where an image stays.
-    logits, later = for_open(
-      goes_on, (x, stay), rest, jax.tree.map(functools.partial(choose, 0.0), left), buckets
-    )
+    y = jax.tree.map(functools.partial(choose, 0.0), left)
+    logits, later = for_open(goes_on, (x, stay), rest, y=y, buckets=buckets)
   return logits, [stay, *later]
 
 
@@ -252,6 +236,7 @@ def _stage_macs(net: ExitNet, input_shape: tuple[int, int, int]) -> list[int]:
   return found
 
 
+@former_keyword("open_limit", "max_slowdown_all_open")
 def compile_exits(
   model: Any,
   variables: Mapping[str, Any] | None = None,
@@ -263,7 +248,7 @@ def compile_exits(
   calibration: Any = None,
   repeats: int = 20,
   max_slowdown_all_open: float = MAX_SLOWDOWN_ALL_OPEN,
-  progress: Callable[[int, int], None] = lambda done, total: None,
+  progress: Advance | None = None,
 ) -> CompiledExits:
   """Compiles a program that gathers, after each exit, the images that stay.
 
@@ -285,61 +270,64 @@ def compile_exits(
     ValueError: another model, an unknown strategy, or values out of range.
   """
   one_of("strategy", strategy, (AUTO, MASKED, EXIT_DISPATCH))
-  input_shape = check_image_shape(input_shape)
-  calibration = check_arguments(
-    strategy, input_shape, batch_size, buckets, calibration, repeats, max_slowdown_all_open
+  options = check_options(
+    strategy=strategy,
+    input_shape=input_shape,
+    batch_size=batch_size,
+    buckets=buckets,
+    calibration=calibration,
+    repeats=repeats,
+    max_slowdown_all_open=max_slowdown_all_open,
   )
   net = model if isinstance(model, ExitNet) else fold_exits(model, variables)
   # Exits and later stages take feature maps; only the first stage sees the images.
-  folded.check_channels(net.stages[0], input_shape[2])
+  folded.check_channels(net.stages[0], options.input_shape[2])
   if strategy != AUTO:
-    return CompiledExits(net, input_shape, batch_size, strategy, buckets)
-  batches = spread_batches(calibration, batch_size)
-  # The baseline has no exits; `staying` measures the worst case, in which no image leaves.
-  plain, staying = without_exits(net), dataclasses.replace(net, threshold=_NEVER)
-  ways = {MASKED: program(), EXIT_DISPATCH: program(buckets)}
-  runs = {
-    **{
-      (name, all_stay): (way, staying if all_stay else net)
-      for name, way in ways.items()
-      for all_stay in (False, True)
-    },
-    (UNGATED, False): (jax.jit(folded.run), plain),
+    return CompiledExits(net, strategy, options=options)
+  batches = spread_batches(options.calibration, batch_size)
+  programs = {MASKED: program(), EXIT_DISPATCH: program(buckets)}
+  # The worst case: no image leaves.
+  staying = dataclasses.replace(net, threshold=_NEVER)
+  ways = {
+    MASKED: TimedProgram(programs[MASKED], net, open_weights=staying),
+    EXIT_DISPATCH: TimedProgram(programs[EXIT_DISPATCH], net, open_weights=staying),
+    UNGATED: TimedProgram(jax.jit(folded.run), without_exits(net)),
   }
-  # `on_start` says that a program is compiled, but not which: count them.
-  done = itertools.count(1)
-  times = race(
-    {
-      name: functools.partial(run_over, way, [(of, x) for x in batches])
-      for name, (way, of) in runs.items()
+  runs = runs_over(ways, batches)
+  # A piece of work is a program compiled, or all of them timed once.
+  advance = count_pieces(progress, len(runs) + repeats)
+  times = race(runs, repeats, on_start=advance, on_turn=advance)
+  choice = choose_fastest(times, len(batches), max_slowdown_all_open)
+  # Both programs let the same images leave, so one of them tells the MACs of both.
+  stays = [np.asarray(programs[MASKED](net, x)[1]) for x in batches]
+  timings = choice.timings(_mac_ratios(net, stays, options))
+  return CompiledExits(net, choice.strategy, options=options, timings=timings)
+
+
+def _mac_ratios(net: ExitNet, stays: Sequence[np.ndarray], options: Options) -> MacRatios:
+  """Computes the ratios of multiply-accumulates to those of the network without exits.
+
+  Args:
+    net: the network.
+    stays: `[N, X]` of `run`, for each batch.
+    options: of the compilation.
+  """
+  shape = options.input_shape
+  # Padding depends on the images that share a batch, so MACs are counted batch by batch.
+  gathered = [gathered_macs(net, shape, stay, options.buckets) for stay in stays]
+  dense = int(folded.macs(without_exits(net), shape))
+  return MacRatios(
+    opened=float(np.mean(macs(net, shape, np.concatenate(stays)))) / dense,
+    computed={
+      MASKED: macs(net, shape) / dense,
+      EXIT_DISPATCH: statistics.mean(gathered) / dense,
     },
-    repeats,
-    on_start=lambda: progress(next(done), len(runs)),
-  )
-  chosen, seconds, open_ratios = fastest(times, len(batches), max_slowdown_all_open)
-  # Both ways let the same images leave, so one of them tells the MACs of both.
-  stay = np.concatenate([np.asarray(ways[MASKED](net, x)[1]) for x in batches])
-  dense = int(folded.macs(plain, input_shape))
-  ratio = float(np.mean(macs(net, input_shape, stay))) / dense
-  computed = {
-    MASKED: macs(net, input_shape) / dense,
-    EXIT_DISPATCH: statistics.mean(
-      # Padding depends on the images that share a batch, so MACs are counted batch by batch.
-      gathered_macs(net, input_shape, stay[i : i + batch_size], buckets)
-      for i in range(0, len(stay), batch_size)
-    )
-    / dense,
-  }
-  return CompiledExits(
-    net,
-    input_shape,
-    batch_size,
-    chosen,
-    buckets,
-    rows(None, seconds, ratio, computed, chosen, open_ratios),
   )
 
 
 def without_exits(net: ExitNet) -> FoldedNet:
   """Returns the network that every image passes through, without its exits."""
-  return FoldedNet(sum((stage.parts for stage in net.stages), ()), net.stages[-1].classifier)
+  parts = ()
+  for stage in net.stages:
+    parts += stage.parts
+  return FoldedNet(parts, net.stages[-1].classifier)

@@ -36,11 +36,8 @@ from safetensors.numpy import save as write_tensors
 
 from gating_jax.checks import one_of, shown
 from gating_jax.inference import folded
-from gating_jax.inference.compiled import check_image_shape, check_images
-from gating_jax.inference.conditional import CompiledConditional
-from gating_jax.inference.exits import CompiledExits
+from gating_jax.inference.compiled import CompiledImages, check_image_shape, check_images
 from gating_jax.inference.folded import FoldedNet
-from gating_jax.inference.kernel_strategies import EXPORTABLE
 from gating_jax.inference.quantise import dequantise
 from gating_jax.ops import arguments
 from gating_jax.paths import user_path
@@ -80,17 +77,15 @@ class Loaded:
     Raises:
       ValueError: images of another shape or number than the program takes, or in integers.
     """
-    x, size = (
-      check_images("images", images, self.card.get("input_shape")),
-      self.card.get("batch_size"),
-    )
+    x = check_images("images", images, self.card.get("input_shape"))
+    size = self.card.get("batch_size")
     if size not in (None, len(x)):
       raise ValueError(f"images must be {size}, the batch_size of the export; got {len(x)}")
     return self._call(dict(self.weights), x)
 
 
 def export_model(
-  model: FoldedNet | CompiledConditional | CompiledExits | Callable[[jax.Array], Any],
+  model: FoldedNet | CompiledImages | Callable[[jax.Array], Any],
   directory: str | os.PathLike,
   *,
   input_shape: tuple[int, int, int],
@@ -122,7 +117,7 @@ def export_model(
   # A Flax module is callable, too, but not without its variables.
   if isinstance(model, nn.Module):
     raise TypeError(f"model must be folded first, by fold(model, variables); got {shown(model)}")
-  if not isinstance(model, (FoldedNet, CompiledConditional, CompiledExits)):
+  if not isinstance(model, (FoldedNet, CompiledImages)):
     arguments.function("model", model, "a folded or compiled network, or a function of images")
   directory = user_path(directory)
   if directory.exists() or directory.is_symlink():
@@ -133,27 +128,14 @@ def export_model(
   platforms = arguments.items("platforms", platforms, f"names among {', '.join(_KNOWN_PLATFORMS)}")
   for name in platforms:
     one_of("platforms", name, _KNOWN_PLATFORMS)
-  if isinstance(model, (CompiledConditional, CompiledExits)):
-    if batch_size not in (None, model.batch_size):
-      raise ValueError(
-        f"batch_size must be None or {model.batch_size}, that of the compiled model; "
-        f"got {batch_size}"
-      )
-    if input_shape != model.input_shape:
-      raise ValueError(
-        f"input_shape must be {model.input_shape}, that of the compiled model; got {input_shape}"
-      )
-    if own := set(getattr(model, "strategies", ())) - set(EXPORTABLE):
-      raise ValueError(
-        f"model must be compiled without {', '.join(sorted(own))}, tied to one kind of device; "
-        f"compile_conditional(..., candidates=EXPORTABLE) does"
-      )
+  if isinstance(model, CompiledImages):
+    _check_compiled(model, input_shape, batch_size)
     batch_size = model.batch_size
   if isinstance(model, FoldedNet):
     folded.check_channels(model, input_shape[2])
   # Weights become an argument, so that the program holds no constants of their size.
-  weights, function = _parted(model)
-  program = _program(function, weights, input_shape, batch_size, platforms)
+  weights, function = _split_weights(model)
+  program = _program(function, weights, _images(input_shape, batch_size), platforms)
   files = {
     PROGRAM: bytes(program.serialize()),
     WEIGHTS: write_tensors({name: np.asarray(w) for name, w in weights.items()}),
@@ -165,13 +147,33 @@ def export_model(
     "input_shape": list(input_shape),
     "batch_size": batch_size,
     "parameters": sum(int(np.size(w)) for w in weights.values()),
-    **(
-      {"dense_macs": int(folded.macs(model, input_shape))} if isinstance(model, FoldedNet) else {}
-    ),
-    "files": {name: {"bytes": len(data), "sha256": _digest(data)} for name, data in files.items()},
   }
+  if isinstance(model, FoldedNet):
+    own["dense_macs"] = int(folded.macs(model, input_shape))
+  own["files"] = {}
+  for name, data in files.items():
+    own["files"][name] = {"bytes": len(data), "sha256": _digest(data)}
   _write(directory, {**files, CARD: _card(own, card)})
   return directory
+
+
+def _check_compiled(
+  model: CompiledImages, input_shape: tuple[int, int, int], batch_size: int | None
+) -> None:
+  """Raises ValueError unless a compiled network can be exported, for images of these shapes."""
+  if batch_size not in (None, model.batch_size):
+    raise ValueError(
+      f"batch_size must be None or {model.batch_size}, that of the compiled model; got {batch_size}"
+    )
+  if input_shape != model.input_shape:
+    raise ValueError(
+      f"input_shape must be {model.input_shape}, that of the compiled model; got {input_shape}"
+    )
+  if model.device_bound:
+    raise ValueError(
+      f"model must be compiled without {', '.join(model.device_bound)}, tied to one kind of "
+      "device; compile_conditional(..., candidates=EXPORTABLE) does"
+    )
 
 
 def load_exported(directory: str | os.PathLike) -> Loaded:
@@ -197,44 +199,62 @@ def load_exported(directory: str | os.PathLike) -> Loaded:
     ) from None
   # The weights' digest is right; they must also be those of this very program.
   wanted = jax.tree.unflatten(program.in_tree, program.in_avals)[0][0]
-  found = {name: (w.shape, str(w.dtype)) for name, w in weights.items()}
-  if found != {name: (a.shape, str(a.dtype)) for name, a in wanted.items()}:
+  if _shapes(weights) != _shapes(wanted):
     raise ExportError(f"{directory / WEIGHTS} does not have the weights that {PROGRAM} takes")
   return Loaded(card, jax.device_put(weights), program, jax.jit(program.call))
 
 
-def _parted(model: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any], jax.Array], Any]]:
+def _shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
+  """Returns the shape and the type of each array, by name."""
+  return {name: (array.shape, str(array.dtype)) for name, array in arrays.items()}
+
+
+def _split_weights(model: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any], Any], Any]]:
   """Splits a model into its weights by name, and a function of these and of images."""
   if isinstance(model, FoldedNet):
-    tree, run = model, lambda net, x: folded.run(dequantise(net), x)
-  elif isinstance(model, (CompiledConditional, CompiledExits)):
+    tree, run = model, _run_folded
+  elif isinstance(model, CompiledImages):
     tree, run = model.weights, model.program
   else:
     return {}, lambda _, x: model(x)
   leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-  names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-  # The program takes a flat dict; inside, the weights are put back into their tree.
-  rebuilt = lambda weights: jax.tree.unflatten(structure, [weights[name] for name in names])
-  return (
-    {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True)},
-    lambda weights, x: run(rebuilt(weights), x),
-  )
+  weights = {}
+  for path, leaf in leaves:
+    weights[jax.tree_util.keystr(path, simple=True, separator=".")] = leaf
+  names = list(weights)
+
+  def function(weights: Mapping[str, Any], x: Any) -> Any:
+    """Puts the weights back into their tree, which the program takes as a flat dict, and runs."""
+    return run(jax.tree.unflatten(structure, [weights[name] for name in names]), x)
+
+  return weights, function
 
 
-def _program(function, weights, input_shape, batch_size, platforms) -> jax_export.Exported:
-  # A symbolic N: one program for any number of images from 1 on.
-  size = str(batch_size or "n")
-  shape = jax_export.symbolic_shape(
-    ", ".join((size, *map(str, input_shape))), constraints=() if batch_size else ("n >= 1",)
-  )
-  arguments = (
-    {name: jax.ShapeDtypeStruct(w.shape, w.dtype) for name, w in weights.items()},
-    jax.ShapeDtypeStruct(shape, jnp.float32),
-  )
-  return jax_export.export(jax.jit(function), platforms=platforms)(*arguments)
+def _run_folded(net: FoldedNet, x: Any) -> Any:
+  return folded.run(dequantise(net), x)
+
+
+def _images(input_shape: tuple[int, int, int], batch_size: int | None) -> jax.ShapeDtypeStruct:
+  """Returns the shape of a program's images; N is symbolic without a batch size."""
+  if batch_size is not None:
+    return jax.ShapeDtypeStruct((batch_size, *input_shape), jnp.float32)
+  # One program for any number of images from 1 on.
+  (n,) = jax_export.symbolic_shape("n", constraints=("n >= 1",))
+  return jax.ShapeDtypeStruct((n, *input_shape), jnp.float32)
+
+
+def _program(
+  function: Callable, weights: Mapping[str, Any], images: Any, platforms: Sequence[str]
+) -> jax_export.Exported:
+  """Exports a function of weights and images."""
+  shapes = {}
+  for name, array in weights.items():
+    shapes[name] = jax.ShapeDtypeStruct(array.shape, array.dtype)
+  return jax_export.export(jax.jit(function), platforms=platforms)(shapes, images)
 
 
 def _card(own: Mapping[str, Any], given: Mapping[str, Any]) -> bytes:
+  """Returns the card as JSON, of our own fields and those given."""
   if taken := own.keys() & given.keys():
     raise ValueError(f"card must not name {', '.join(sorted(taken))}, which export_model writes")
   try:
@@ -280,25 +300,26 @@ def _sync(directory: Path) -> None:
 
 
 def _read_card(directory: Path) -> dict[str, Any]:
+  """Reads and checks the card."""
   data = _bytes(directory, CARD)
   try:
     card = json.loads(data)
   except ValueError as error:
     raise ExportError(f"{directory / CARD} is damaged: it must hold JSON ({error})") from None
   files = card.get("files") if isinstance(card, dict) else None
-  if not isinstance(files, dict) or not all(
-    isinstance(files.get(name), dict) and isinstance(files[name].get("sha256"), str)
-    for name in (PROGRAM, WEIGHTS)
-  ):
-    raise ExportError(
-      f"{directory / CARD} is damaged: it must have the SHA-256 of {PROGRAM} and {WEIGHTS}"
-    )
+  for name in (PROGRAM, WEIGHTS):
+    said = files.get(name) if isinstance(files, dict) else None
+    if not isinstance(said, dict) or not isinstance(said.get("sha256"), str):
+      raise ExportError(
+        f"{directory / CARD} is damaged: it must have the SHA-256 of {PROGRAM} and {WEIGHTS}"
+      )
   if card.get("format") != FORMAT:
     raise ExportError(f"{directory / CARD}: format must be {FORMAT}; got {card.get('format')!r}")
   return card
 
 
 def _read(directory: Path, name: str, card: Mapping[str, Any]) -> bytes:
+  """Reads a file, which must be the one that the card describes."""
   data, said = _bytes(directory, name), card["files"][name]
   # Cut-off and changed files are found here, before anything is read from them.
   if _digest(data) != said["sha256"]:

@@ -5,34 +5,36 @@
                                                                    residual, or gates * that
 
 Every faster program starts from it. `run` calls one function for each part, so that a strategy is a
-function of a part and nothing else.
+function of a part and nothing else. `macs` counts the multiply-accumulates of all units, or of open
+ones.
 
 Axes: N examples, H and W pixels, D input channels, U gates of a group, each of which switches
 `channels` adjacent ones.
-Reference: Jacob et al., 2018, section 3.2 (folding); Bejnordi et al., 2020, section 3.
-
-Multiply-accumulates of a folded network and of its parts, for all units or for open ones.
-
-Axes: N examples, H and W pixels, D channels, U gates of a group.
-Reference: Bejnordi et al., 2020, section 4 (MACs of gated layers).
+Reference: Jacob et al., 2018, section 3.2 (folding); Bejnordi et al., 2020, sections 3 and 4 (MACs
+of gated layers).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from gating_jax.ops.relaxations import threshold_gate
 from gating_jax.types import Array
 
 Gates = tuple[Array, ...]
-# Static fields are compiled in, not mapped over.
-_static = lambda default: dataclasses.field(default=default, metadata={"static": True})
+Shape = tuple[int, int, int]
+
+
+def _static(default: Any) -> Any:
+  """Returns a field that is compiled into programs, not mapped over."""
+  return dataclasses.field(default=default, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +50,9 @@ class Conv:
   def __call__(self, x: Array) -> Array:
     """Maps `[N, H, W, D]` to `[N, H', W', O]`."""
     # PyTorch's padding: the same on both sides. XLA's "SAME" differs for strides above 1.
-    padding = [(size // 2 * self.dilation,) * 2 for size in self.kernel.shape[:2]]
+    height, width = self.kernel.shape[:2]
+    vertical, horizontal = height // 2 * self.dilation, width // 2 * self.dilation
+    padding = [(vertical, vertical), (horizontal, horizontal)]
     y = lax.conv_general_dilated(
       x,
       self.kernel,
@@ -58,6 +62,30 @@ class Conv:
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     return y + self.bias[None, None, None]
+
+  def select(
+    self, inputs: Array | slice | None = None, outputs: Array | slice | None = None
+  ) -> Conv:
+    """Returns the convolution restricted to some of its channels.
+
+    Args:
+      inputs, outputs: indices within bounds, `[K]`, in the order that the channels get; or a slice;
+        None for all channels as they are.
+    """
+    kernel, bias = self.kernel, self.bias
+    if inputs is not None:
+      kernel = _select(kernel, 2, inputs)
+    if outputs is not None:
+      kernel, bias = _select(kernel, 3, outputs), _select(bias, 0, outputs)
+    return dataclasses.replace(self, kernel=kernel, bias=bias)
+
+
+def _select(array: Array, axis: int, index: Array | slice) -> Array:
+  place = (slice(None),) * axis + (index,)
+  if isinstance(index, slice):
+    return array[place]
+  # Indices come from `top_k` or from the host and are in bounds: no clamping.
+  return jnp.asarray(array).at[place].get(mode="promise_in_bounds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,13 +133,46 @@ class Head:
     # Adds 0, or NaN where the ReLU has hidden that the input is not finite.
     logits += 0 * jnp.sum(context, axis=1, keepdims=True)
     # One Dense layer gives the logits of all groups in their order.
-    ends = [sum(g.gates for g in self.groups[: i + 1]) for i in range(len(self.groups))]
+    ends = np.cumsum([group.gates for group in self.groups])
     return tuple(jnp.split(logits, ends[:-1], axis=1))
+
+
+class _Gated:
+  """The groups of a part's gates.
+
+  Attributes:
+    layer_gate: whether the one gate switches a block's branch as a whole.
+    output_gate: whether the last group gates the output of a block.
+  """
+
+  head: Head | None
+  layer_gate = False
+  output_gate = False
+
+  @property
+  def groups(self) -> tuple[Group, ...]:
+    """Returns all groups of the gate network, or none."""
+    return self.head.groups if self.head is not None else ()
+
+  @property
+  def inner_groups(self) -> tuple[Group, ...]:
+    """Returns the groups gated inside the part: all but that of a block's output."""
+    return self.groups[:-1] if self.output_gate else self.groups
+
+  @property
+  def outer_group(self) -> Group | None:
+    """Returns the group that gates a block's output, if any."""
+    return self.groups[-1] if self.output_gate else None
+
+  def masks(self, gates: Sequence[Array]) -> list[Array]:
+    """Expands the gates of the inner groups to `[N, C]`, a factor for each channel."""
+    inner = self.inner_groups
+    return [group.expand(g) for group, g in zip(inner, gates[: len(inner)], strict=True)]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Layer:
+class Layer(_Gated):
   """A convolution, ReLU, and optionally a max pool and gates of its channels.
 
   `pool` is `(window, stride, padding)`.
@@ -127,15 +188,20 @@ class Layer:
     if self.pool is None:
       return h
     window, stride, pad = self.pool
-    spatial = lambda a, others: (others, a, a, others)
+    # Over height and width; not over examples and channels.
     return lax.reduce_window(
-      h, -jnp.inf, lax.max, spatial(window, 1), spatial(stride, 1), spatial((pad, pad), (0, 0))
+      h,
+      -jnp.inf,
+      lax.max,
+      window_dimensions=(1, window, window, 1),
+      window_strides=(1, stride, stride, 1),
+      padding=((0, 0), (pad, pad), (pad, pad), (0, 0)),
     )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Block:
+class Block(_Gated):
   """A residual block: convolutions with ReLU between, a shortcut, ReLU.
 
   Attributes:
@@ -165,25 +231,6 @@ class Block:
 Part = Layer | Block
 
 
-def groups_of(part: Part) -> tuple[Group, ...]:
-  """Returns the groups gated inside a part: all of its head's but that of a block's output."""
-  groups = part.head.groups if part.head is not None else ()
-  return groups[:-1] if gates_output(part) else groups
-
-
-def gates_output(part: Part) -> bool:
-  """Tests for a block whose output has gates, the last of its groups."""
-  return isinstance(part, Block) and part.output_gate
-
-
-def output_groups(part: Part, of_groups: Sequence[Any]) -> Sequence[Any]:
-  """Selects, from values for each group of a part, those of its output's channels.
-
-  Returns nothing where these have no gates.
-  """
-  return of_groups if isinstance(part, Layer) else of_groups[-1:] if part.output_gate else ()
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FoldedNet:
@@ -196,6 +243,45 @@ class FoldedNet:
   parts: tuple[Part, ...]
   classifier: tuple[Array, Array] | None = None
   pooled: bool = _static(True)
+
+
+def output_groups(part: Part, per_group: Sequence[Any]) -> Sequence[Any]:
+  """Selects, from values for each group of a part, those of its output's channels.
+
+  Returns nothing where these have no gates.
+  """
+  if isinstance(part, Layer):
+    return per_group
+  return per_group[-1:] if part.output_gate else ()
+
+
+class Step(NamedTuple):
+  """A part of a network, with what belongs to its gates.
+
+  Attributes:
+    part: the part.
+    own: a value for each of its groups, or none.
+    before: a value for each group of its input's channels, or none.
+  """
+
+  part: Part
+  own: Sequence[Any]
+  before: Sequence[Any]
+
+
+def walk(net: FoldedNet, per_group: Sequence[Any] = ()) -> Iterator[Step]:
+  """Iterates over the parts in their order.
+
+  Args:
+    net: the network.
+    per_group: a value for every group of the network in order; or none at all.
+  """
+  start, before = 0, ()
+  for part in net.parts:
+    end = start + len(part.groups)
+    own = tuple(per_group[start:end])
+    yield Step(part, own, before)
+    start, before = end, output_groups(part, own)
 
 
 Runner = Callable[[Part, Array, Gates, Gates], Array]
@@ -227,9 +313,9 @@ def run(
     x = runner(part, x, gates, before)
     found += logits
     before = output_groups(part, gates)
-    if gates_output(part):
+    if part.output_gate:
       # y = gates * ReLU(branch + shortcut): here, so that no strategy needs to know of it.
-      x = x * part.head.groups[-1].expand(gates[-1])[:, None, None]
+      x = x * part.outer_group.expand(gates[-1])[:, None, None]
   if not net.pooled:
     return x, found
   x = pooled(x)
@@ -253,19 +339,35 @@ def pooled(x: Array) -> Array:
 
 def masked(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
   """Computes the whole part and multiplies closed units by 0; every strategy must equal this."""
-  masks = [group.expand(g)[:, None, None] for group, g in zip(groups_of(part), gates, strict=False)]
+  del before
+  masks = part.masks(gates)
   if isinstance(part, Layer):
     y = part.after(part.conv(x))
-    return y * masks[0] if masks else y
+    return y * masks[0][:, None, None] if masks else y
+  # A branch that never runs leaves the shortcut alone.
   if not part.convs:
     return jax.nn.relu(part.shortcut(x))
-  h, *rest = part.convs
-  h = h(x)
+  branch = chain(part.convs, x, () if part.layer_gate else masks)
+  if part.layer_gate and masks:
+    branch = branch * masks[0][:, None, None]
+  return jax.nn.relu(branch + part.shortcut(x))
+
+
+def chain(convs: Sequence[Conv], x: Array, masks: Sequence[Array] = ()) -> Array:
+  """Applies convolutions with ReLU between.
+
+  Args:
+    convs: the convolutions.
+    x: `[N, H, W, D]`.
+    masks: `[N, C]` factors of the output channels of each convolution but the last; or none.
+  """
+  first, *rest = convs
+  h = first(x)
   for i, conv in enumerate(rest):
     h = jax.nn.relu(h)
-    # Each group gates the input of the next convolution; a gate of the branch comes after the last.
-    h = conv(h * masks[i] if masks and not part.layer_gate else h)
-  return jax.nn.relu((h * masks[0] if part.layer_gate and masks else h) + part.shortcut(x))
+    # Each group gates the input of the next convolution.
+    h = conv(h * masks[i][:, None, None] if masks else h)
+  return h
 
 
 def shapes_of(net: Any) -> Any:
@@ -298,9 +400,8 @@ def check_alike(net: Any, like: Any) -> None:
       "net must have the parts and settings (groups of gates, strides, threshold) of the compiled "
       "network; got others"
     )
-  for (path, found), wanted in zip(
-    jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(like), strict=True
-  ):
+  leaves = jax.tree_util.tree_leaves_with_path(shapes)
+  for (path, found), wanted in zip(leaves, jax.tree.leaves(like), strict=True):
     if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
       where = jax.tree_util.keystr(path, simple=True, separator=".")
       raise ValueError(
@@ -309,7 +410,19 @@ def check_alike(net: Any, like: Any) -> None:
       )
 
 
-def macs(net: FoldedNet, input_shape: tuple[int, int, int], gates: Sequence[Any] = ()) -> Any:
+class Cost(NamedTuple):
+  """The cost of a part for one example.
+
+  Attributes:
+    shape: `(H', W', D')` of the part's output.
+    macs: multiply-accumulates: one number, or `[N]` where they depend on the example.
+  """
+
+  shape: Shape
+  macs: Any
+
+
+def macs(net: FoldedNet, input_shape: Shape, gates: Sequence[Any] = ()) -> Any:
   """Computes the multiply-accumulates per example, gate networks included.
 
   Args:
@@ -319,23 +432,25 @@ def macs(net: FoldedNet, input_shape: tuple[int, int, int], gates: Sequence[Any]
   Returns:
     `[N]` numbers, or one number without `gates`.
   """
-  total = sum(macs_by_part(net, input_shape, gates))
-  return total + (net.classifier[0].size if net.classifier is not None else 0)
+  return sum(macs_by_part(net, input_shape, gates)) + classifier_macs(net)
 
 
-def macs_by_part(
-  net: FoldedNet, input_shape: tuple[int, int, int], gates: Sequence[Any] = ()
-) -> list[Any]:
+def macs_by_part(net: FoldedNet, input_shape: Shape, gates: Sequence[Any] = ()) -> list[Any]:
   """Computes `macs` of each part, the classifier left out."""
-  shape, inputs, gates, found = tuple(input_shape), (), list(gates), []
-  for part in net.parts:
-    count = len(part.head.groups) if part.head is not None else 0
-    opened, gates = opened_of(part, gates[:count]) if gates else [], gates[count:]
-    shape, spent = part_macs(part, shape, *inputs, opened=opened)
-    found.append(head_macs(part) + spent)
-    # The next part multiplies only by the channels that this one's gates leave.
-    inputs = output_groups(part, opened)
+  opened = []
+  for part, own, _ in walk(net, gates):
+    opened += opened_of(part, own) if gates else []
+  shape, found = tuple(input_shape), []
+  # The next part multiplies only by the channels that the gates before leave.
+  for part, own, before in walk(net, opened):
+    shape, part_cost = part_macs(part, shape, *before, opened=own)
+    found.append(head_macs(part) + part_cost)
   return found
+
+
+def classifier_macs(net: FoldedNet) -> int:
+  """Returns the multiply-accumulates of the classifier for one example; 0 without one."""
+  return net.classifier[0].size if net.classifier is not None else 0
 
 
 def head_macs(part: Part) -> int:
@@ -349,20 +464,20 @@ def opened_of(part: Part, gates: Sequence[Any]) -> list[Any]:
   Returns:
     `[N]` numbers of open channels, or, for a branch with one gate, whether it runs.
   """
-  groups = part.head.groups if part.head is not None else ()
-  if isinstance(part, Block) and part.layer_gate:
+  if part.layer_gate:
     return [g[:, 0] > 0 for g in gates]
-  return [open_channels(group, g) for group, g in zip(groups, gates, strict=True)]
+  return open_channels(part.groups, gates)
 
 
-def open_channels(group: Group, gates: Any) -> Any:
-  """Counts the open channels of a group, `[N]`, from its `[N, U]` gates."""
-  return group.always + group.channels * (gates > 0).sum(-1)
+def open_channels(groups: Sequence[Group], gates: Sequence[Any]) -> list[Any]:
+  """Counts the open channels of each group, `[N]`, from its `[N, U]` gates."""
+  counts = []
+  for group, g in zip(groups, gates, strict=True):
+    counts.append(group.always + group.channels * (g > 0).sum(-1))
+  return counts
 
 
-def part_macs(
-  part: Part, shape: tuple[int, int, int], inputs: Any = None, *, opened: Sequence[Any] = ()
-) -> tuple[tuple[int, int, int], Any]:
+def part_macs(part: Part, shape: Shape, inputs: Any = None, *, opened: Sequence[Any] = ()) -> Cost:
   """Computes the output shape of a part and its multiply-accumulates, the gate network left out.
 
   Args:
@@ -371,39 +486,64 @@ def part_macs(
     inputs: number of input channels that are computed with, `[N]` or one; None for all.
     opened: as of `opened_of`; for a branch also the fraction of the examples for which it runs.
       Empty: all.
-  Returns:
-    `(H', W', D')`, and the multiply-accumulates of an example.
   """
   if isinstance(part, Layer):
-    shape, spent = _conv_macs(part.conv, shape, inputs, opened[0] if opened else None)
-    if part.pool:
-      window, stride, pad = part.pool
-      shape = (*((size + 2 * pad - window) // stride + 1 for size in shape[:2]), shape[2])
-    return shape, spent
+    return _layer_macs(part, shape, inputs, opened)
+  shortcut = shortcut_macs(part, shape, outputs=opened[-1] if opened and part.output_gate else None)
+  return Cost(shortcut.shape, shortcut.macs + branch_macs(part, shape, inputs, opened=opened))
+
+
+def _layer_macs(layer: Layer, shape: Shape, inputs: Any, opened: Sequence[Any]) -> Cost:
+  conv = _conv_macs(layer.conv, shape, inputs, opened[0] if opened else None)
+  if layer.pool is None:
+    return conv
+  window, stride, pad = layer.pool
+  height, width, channels = conv.shape
+  height = (height + 2 * pad - window) // stride + 1
+  width = (width + 2 * pad - window) // stride + 1
+  return Cost((height, width, channels), conv.macs)
+
+
+def branch_macs(
+  block: Block, shape: Shape, inputs: Any = None, *, opened: Sequence[Any] = ()
+) -> Any:
+  """Computes the multiply-accumulates of a block's branch, with the arguments of `part_macs`."""
   # A gate of the whole branch scales its cost; gates of channels scale each convolution's.
-  last, share = opened[-1] if opened and part.output_gate else None, 1
-  if opened and part.layer_gate:
-    (share,), opened = opened, ()
-  # Without a projection the shortcut costs nothing; strides round up.
-  outer, fixed = (*(-(-size // part.pad[0]) for size in shape[:2]), shape[2] + sum(part.pad[1:])), 0
-  if part.project is not None:
-    # All inputs count, as in the records of the model.
-    outer, fixed = _conv_macs(part.project, shape, None, last)
-  branch = 0
-  for i, conv in enumerate(part.convs):
+  fraction = 1
+  if opened and block.layer_gate:
+    (fraction,), opened = opened, ()
+  total = 0
+  for i, conv in enumerate(block.convs):
     outputs = opened[i] if i < len(opened) else None
-    shape, spent = _conv_macs(conv, shape, inputs, outputs)
+    shape, conv_cost = _conv_macs(conv, shape, inputs, outputs)
     # Channels closed by a gate are no input of the next convolution.
-    branch, inputs = branch + spent, outputs
-  return outer, fixed + share * branch
+    total, inputs = total + conv_cost, outputs
+  return fraction * total
 
 
-def _conv_macs(
-  conv: Conv, shape: tuple[int, ...], inputs: Any = None, outputs: Any = None
-) -> tuple[tuple, Any]:
-  h, w, i, o = conv.kernel.shape
+def shortcut_macs(block: Block, shape: Shape, outputs: Any = None) -> Cost:
+  """Computes the cost of a block's shortcut.
+
+  Args:
+    block: the block.
+    shape: `(H, W, D)` of its input.
+    outputs: number of output channels that a projection computes, `[N]` or one; None for all.
+  """
+  if block.project is not None:
+    # All inputs count, as in the records of the model.
+    return _conv_macs(block.project, shape, None, outputs)
+  # Without a projection the shortcut costs nothing; strides round up.
+  stride, before, after = block.pad
+  height, width, channels = shape
+  return Cost((-(-height // stride), -(-width // stride), before + channels + after), 0)
+
+
+def _conv_macs(conv: Conv, shape: Shape, inputs: Any = None, outputs: Any = None) -> Cost:
   # Padding is symmetric, so a stride divides the size, rounded up.
-  height, width = (-(-size // conv.stride) for size in shape[:2])
-  return (height, width, o), h * w * height * width * (i if inputs is None else inputs) * (
-    o if outputs is None else outputs
-  )
+  height, width = -(-shape[0] // conv.stride), -(-shape[1] // conv.stride)
+  window_height, window_width, all_inputs, all_outputs = conv.kernel.shape
+  # MACs = window * pixels * inputs * outputs, over the channels that are computed with.
+  inputs = all_inputs if inputs is None else inputs
+  outputs = all_outputs if outputs is None else outputs
+  pixels = window_height * window_width * height * width
+  return Cost((height, width, all_outputs), pixels * inputs * outputs)

@@ -1,4 +1,4 @@
-"""Conversion of a Flax model and its variables to a `FoldedNet` network.
+"""Conversion of a Flax model and its variables to a `FoldedNet`.
 
 Gates that look at no image are folded away: the channels they close are removed, and those they
 leave are scaled by them. Closed features that a VGG net without a classifier ends with stay.
@@ -10,9 +10,8 @@ Reference: Jacob et al., 2018, section 3.2; Louizos et al., 2018 (hard concrete 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -42,19 +41,20 @@ def fold(model: ResNet | VGG, variables: Mapping[str, Any]) -> FoldedNet:
       features; or the same for all images, unless the outputs of blocks are gated.
     variables: its trained values, `params` and `batch_stats`.
   Returns:
-    A `FoldedNet` network.
+    A `FoldedNet`.
   Raises:
     ValueError: another model, gates that are never exactly closed, or variables of another model.
     TypeError: variables that are no mapping.
   """
   check(model)
   flat = _flat(model, variables)
-  parts = tuple((_vgg_parts if isinstance(model, VGG) else _resnet_parts)(model, flat))
+  parts = _vgg_parts(model, flat) if isinstance(model, VGG) else _resnet_parts(model, flat)
   if isinstance(model, ResNet) and not model.pool:
     return FoldedNet(parts, pooled=False)
   if model.classes is None:
     return FoldedNet(parts)
-  kernel, bias = (jnp.asarray(flat["params", "classifier", name]) for name in ("kernel", "bias"))
+  kernel = jnp.asarray(flat["params", "classifier", "kernel"])
+  bias = jnp.asarray(flat["params", "classifier", "bias"])
   # Only here are the last features read by a kernel that can do without closed ones.
   if isinstance(model, VGG) and model.gating == "channel" and parts[-1].head is None:
     parts, kernel = _without_closed_features(parts, kernel)
@@ -70,15 +70,13 @@ def _flat(model: nn.Module, variables: Mapping[str, Any]) -> dict[Path, np.ndarr
   """
   if variables is not None:
     instance("variables", variables, Mapping, "a mapping with params and batch_stats")
-  flat = {
-    path: np.asarray(leaf, np.float32)
-    for path, leaf in traverse_util.flatten_dict(dict(variables or {})).items()
-    if path[0] in ("params", "batch_stats")
-  }
+  flat = {}
+  for path, leaf in traverse_util.flatten_dict(dict(variables or {})).items():
+    if path[0] in ("params", "batch_stats"):
+      flat[path] = np.asarray(leaf, np.float32)
   # The first kernel tells the number of channels of images, which the model does not know.
-  first = flat.get(
-    ("params", *(("layer1", "conv") if isinstance(model, VGG) else ("stem",)), "conv", "kernel")
-  )
+  first_path = ("layer1", "conv") if isinstance(model, VGG) else ("stem",)
+  first = flat.get(("params", *first_path, "conv", "kernel"))
   wanted = _shapes(model, 3 if first is None else first.shape[2])
   for path in sorted(wanted.keys() | flat.keys()):
     got = flat[path].shape if path in flat else "none"
@@ -98,6 +96,21 @@ def _shapes(model: nn.Module, channels: int) -> dict[Path, tuple[int, ...]]:
   return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(dict(made)).items()}
 
 
+class _Rule(NamedTuple):
+  """A condition on a setting of a model.
+
+  Attributes:
+    name, value: the setting.
+    holds: whether it can be folded.
+    wanted: the words that say when it can.
+  """
+
+  name: str
+  value: Any
+  holds: bool
+  wanted: str
+
+
 def check(model: Any, kinds: Sequence[type] = (ResNet, VGG)) -> None:
   """Raises ValueError unless a model is exactly of one of the kinds and can be folded."""
   # A subclass may have parts that would not be folded.
@@ -105,119 +118,187 @@ def check(model: Any, kinds: Sequence[type] = (ResNet, VGG)) -> None:
     got = shown(model) if isinstance(model, type) else type(model).__name__
     raise ValueError(f"model must be {' or '.join(kind.__name__ for kind in kinds)}; got {got}")
   one_of("gating", model.gating, GATINGS)
-  gated = model.gating != "none"
+  for rule in _rules_of(model):
+    if not rule.holds:
+      raise ValueError(f"the model's {rule.name} must be {rule.wanted}; got {rule.value!r}")
+
+
+def _rules_of(model: ResNet | VGG) -> list[_Rule]:
+  gate, gated = model.gate, model.gating != "none"
   rules = [
-    (
+    _Rule(
       "gate context",
-      model.gate.context,
-      not gated or model.gate.context in ("pooled", "none"),
-      "pooled or none, since other contexts are random",
+      gate.context,
+      holds=not gated or gate.context in ("pooled", "none"),
+      wanted="pooled or none, since other contexts are random",
     ),
-    (
+    _Rule(
       "gate relaxation",
-      model.gate.relaxation,
-      not gated or model.gate.context == "none" or model.gate.relaxation == "straight_through",
-      "straight_through for conditional gates, since only it gives exactly 0 or 1",
+      gate.relaxation,
+      holds=not gated or gate.context == "none" or gate.relaxation == "straight_through",
+      wanted="straight_through for conditional gates, since only it gives exactly 0 or 1",
     ),
   ]
   if isinstance(model, ResNet):
     rules += [
-      (
+      _Rule(
         "gate context",
-        model.gate.context,
-        model.gating != "all_channels" or model.gate.context == "pooled",
-        "pooled if block outputs are gated",
+        gate.context,
+        holds=model.gating != "all_channels" or gate.context == "pooled",
+        wanted="pooled if block outputs are gated",
       ),
-      ("group_norm", model.group_norm, not model.group_norm, "False: GroupNorm cannot be folded"),
-      ("convolution", model.convolution, model.convolution == "full", "full"),
+      _Rule(
+        "group_norm",
+        model.group_norm,
+        holds=not model.group_norm,
+        wanted="False: GroupNorm cannot be folded",
+      ),
+      _Rule("convolution", model.convolution, holds=model.convolution == "full", wanted="full"),
     ]
-  for name, value, holds, rule in rules:
-    if not holds:
-      raise ValueError(f"the model's {name} must be {rule}; got {value!r}")
+  return rules
 
 
-def _resnet_parts(model: ResNet, flat: Mapping[Path, np.ndarray]):
+def _resnet_parts(model: ResNet, flat: Mapping[Path, np.ndarray]) -> tuple[Part, ...]:
   # Strides depend only on the number of axes, which is 4 for images.
   probe = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-  stem = fold_conv(flat, ("stem",), stride=1 if model.stem == "cifar" else 2)
-  yield Layer(stem, pool=_STEM_POOL if model.stem == "imagenet" else None)
-  channels = stem.bias.size
   strides, dilations = model.resolution(probe)
+  stem = fold_conv(flat, ("stem",), stride=1 if model.stem == "cifar" else 2)
+  parts = [Layer(stem, pool=_STEM_POOL if model.stem == "imagenet" else None)]
+  channels = stem.bias.size
   for stage, count in enumerate(model.blocks):
     for i in range(count):
+      # The first block of a stage has its stride, and reads the resolution of the stage before.
+      stride, first_dilation = 1, dilations[stage]
+      if i == 0:
+        stride, first_dilation = strides[stage], max(1, dilations[stage] // 2)
       block = _block(
         model,
         flat,
         f"stage{stage + 1}_block{i + 1}",
-        channels,
-        strides[stage] if i == 0 else 1,
-        (max(1, dilations[stage] // 2) if i == 0 else dilations[stage], dilations[stage]),
+        channels=channels,
+        stride=stride,
+        dilations=(first_dilation, dilations[stage]),
       )
-      channels = channels + sum(block.pad[1:]) if block.project is None else block.project.bias.size
-      yield block
-
-
-def _block(model, flat, name: str, channels: int, stride: int, dilations: tuple[int, int]) -> Block:
-  # A block of two convolutions, or a bottleneck of three.
-  basic = ("params", name, "conv3", "conv", "kernel") not in flat
-  names = ("conv1", "conv2") if basic else ("conv1", "conv2", "conv3")
-  strides, spread = ((stride, 1), dilations) if basic else ((1, stride, 1), (1, dilations[0], 1))
-  convs = [
-    fold_conv(flat, (name, conv), s, d) for conv, s, d in zip(names, strides, spread, strict=True)
-  ]
-  out = convs[-1].bias.size
-  projects = ("params", name, "project", "conv", "kernel") in flat
-  project = fold_conv(flat, (name, "project"), stride) if projects else None
-  # A shortcut without a projection is padded with zeros to the block's channels, half of them on
-  # each side.
-  missing = 0 if project is not None else out - channels
-  shape = dict(
-    project=project, pad=(stride if project is None else 1, missing // 2, missing - missing // 2)
-  )
-  if model.gating == "layer":
-    if not any(path[1:3] == (name, GATE_NAME) for path in flat):
-      return Block(tuple(convs), **shape)
-    head = _head(model, flat, name, (Group(1),))
-    if isinstance(head, Head):
-      return Block(tuple(convs), head, layer_gate=True, **shape)
-    # A gate that looks at no image scales the last convolution; a closed one removes the branch.
-    scale = float(head[0][0])
-    convs = [*convs[:-1], _scaled(convs[-1], scale)] if scale > 0 else []
-    return Block(tuple(convs), **shape)
-  head = None
-  if model.gating == "all_channels":
-    groups = tuple(_group(model, conv.bias.size) for conv in convs)
-    return Block(tuple(convs), _head(model, flat, name, groups), output_gate=True, **shape)
-  if model.gating == "channel":
-    groups = tuple(_group(model, conv.bias.size) for conv in convs[:-1])
-    head = _head(model, flat, name, groups)
-    if not isinstance(head, Head):
-      # Static gates: the channels they close go, in the kernel before and after.
-      for i, scale in enumerate(head):
-        convs[i], convs[i + 1] = _scaled_away(convs[i], scale, convs[i + 1])
-      head = None
-  return Block(tuple(convs), head, **shape)
-
-
-def _vgg_parts(model: VGG, flat: Mapping[Path, np.ndarray]):
-  places = [i for i, channels in enumerate(model.chain) if channels != POOL]
-  convs = [fold_conv(flat, (f"layer{i + 1}", "conv"), norm=model.norm) for i in range(len(places))]
-  heads = [None] * len(convs)
-  if model.gating == "channel":
-    heads = [
-      _head(model, flat, f"layer{i + 1}", (_group(model, conv.bias.size),))
-      for i, conv in enumerate(convs)
-    ]
-  for i, head in enumerate(heads):
-    if isinstance(head, list):
-      heads[i] = None
-      if i + 1 < len(convs):
-        convs[i], convs[i + 1] = _scaled_away(convs[i], head[0], convs[i + 1])
+      if block.project is None:
+        channels += sum(block.pad[1:])
       else:
-        # The last layer's channels are the features: all stay, closed ones as zeros.
-        convs[i] = _scaled(convs[i], head[0])
-  for place, conv, head in zip(places, convs, heads, strict=True):
-    yield Layer(conv, head, pool=_VGG_POOL if POOL in model.chain[place + 1 : place + 2] else None)
+        channels = block.project.bias.size
+      parts.append(block)
+  return tuple(parts)
+
+
+def _block(
+  model: ResNet,
+  flat: Mapping[Path, np.ndarray],
+  name: str,
+  *,
+  channels: int,
+  stride: int,
+  dilations: tuple[int, int],
+) -> Block:
+  """Folds a residual block.
+
+  Args:
+    model: the network.
+    flat: its variables, by path.
+    name: of the block in the variables.
+    channels: of its input.
+    stride: of the block.
+    dilations: of the first and of later convolutions with a window.
+  """
+  convs = _branch(flat, name, stride, dilations)
+  if ("params", name, "project", "conv", "kernel") in flat:
+    block = Block(convs, project=fold_conv(flat, (name, "project"), stride))
+  else:
+    # A shortcut without a projection is padded with zeros to the block's channels, half of them on
+    # each side.
+    missing = convs[-1].bias.size - channels
+    block = Block(convs, pad=(stride, missing // 2, missing - missing // 2))
+  groups = _block_groups(model, flat, name, convs)
+  if not groups:
+    return block
+  if model.gate.context == "none":
+    return _with_static_gates(model, block, _static_gates(model, flat, name, groups))
+  return dataclasses.replace(
+    block,
+    head=_head(flat, name, groups),
+    layer_gate=model.gating == "layer",
+    output_gate=model.gating == "all_channels",
+  )
+
+
+def _branch(
+  flat: Mapping[Path, np.ndarray], name: str, stride: int, dilations: tuple[int, int]
+) -> tuple[Conv, ...]:
+  first, later = dilations
+  # A bottleneck has a third convolution: 1 x 1, window, 1 x 1.
+  if ("params", name, "conv3", "conv", "kernel") in flat:
+    return (
+      fold_conv(flat, (name, "conv1")),
+      fold_conv(flat, (name, "conv2"), stride, first),
+      fold_conv(flat, (name, "conv3")),
+    )
+  return (
+    fold_conv(flat, (name, "conv1"), stride, first),
+    fold_conv(flat, (name, "conv2"), dilation=later),
+  )
+
+
+def _block_groups(
+  model: ResNet, flat: Mapping[Path, np.ndarray], name: str, convs: Sequence[Conv]
+) -> tuple[Group, ...]:
+  """Returns the groups of a block's gates; none without gates."""
+  if model.gating == "layer":
+    # Not every block of the network need have a gate.
+    gated = any(path[1:3] == (name, GATE_NAME) for path in flat)
+    return (Group(1),) if gated else ()
+  gated_convs = {"none": (), "channel": convs[:-1], "all_channels": convs}[model.gating]
+  return tuple(_group(model, conv.bias.size) for conv in gated_convs)
+
+
+def _with_static_gates(model: ResNet, block: Block, gates: Sequence[np.ndarray]) -> Block:
+  """Folds gates that look at no image into the convolutions of a block."""
+  convs = list(block.convs)
+  if model.gating == "layer":
+    # The gate scales the last convolution; a closed one removes the branch.
+    scale = float(gates[0][0])
+    convs[-1] = _scaled(convs[-1], scale)
+    return dataclasses.replace(block, convs=tuple(convs) if scale > 0 else ())
+  # The channels they close go, in the kernel before and after.
+  for i, scale in enumerate(gates):
+    convs[i], convs[i + 1] = _scaled_away(convs[i], scale, convs[i + 1])
+  return dataclasses.replace(block, convs=tuple(convs))
+
+
+def _vgg_parts(model: VGG, flat: Mapping[Path, np.ndarray]) -> tuple[Layer, ...]:
+  layers = []
+  for place, channels in enumerate(model.chain):
+    if channels == POOL:
+      continue
+    conv = fold_conv(flat, (f"layer{len(layers) + 1}", "conv"), norm=model.norm)
+    is_pooled = POOL in model.chain[place + 1 : place + 2]
+    layers.append(Layer(conv, pool=_VGG_POOL if is_pooled else None))
+  if model.gating == "channel":
+    for i in range(len(layers)):
+      _gate_layer(model, flat, layers, i)
+  return tuple(layers)
+
+
+def _gate_layer(model: VGG, flat: Mapping[Path, np.ndarray], layers: list[Layer], i: int) -> None:
+  """Gives a layer its gates; where they look at no image, folds them into it and the next."""
+  name, layer = f"layer{i + 1}", layers[i]
+  groups = (_group(model, layer.conv.bias.size),)
+  if model.gate.context != "none":
+    layers[i] = dataclasses.replace(layer, head=_head(flat, name, groups))
+    return
+  (scale,) = _static_gates(model, flat, name, groups)
+  if i + 1 < len(layers):
+    conv, following = _scaled_away(layer.conv, scale, layers[i + 1].conv)
+    layers[i + 1] = dataclasses.replace(layers[i + 1], conv=following)
+  else:
+    # The last layer's channels are the features: all stay, closed ones as zeros.
+    conv = _scaled(layer.conv, scale)
+  layers[i] = dataclasses.replace(layer, conv=conv)
 
 
 def _without_closed_features(
@@ -231,8 +312,8 @@ def _without_closed_features(
   conv = last.conv
   closed = np.all(np.asarray(conv.kernel) == 0, axis=(0, 1, 2)) & (np.asarray(conv.bias) == 0)
   kept = _at_least_one(~closed)
-  conv = dataclasses.replace(conv, kernel=conv.kernel[..., kept], bias=conv.bias[kept])
-  return (*before, dataclasses.replace(last, conv=conv)), classifier[kept]
+  last = dataclasses.replace(last, conv=conv.select(outputs=kept))
+  return (*before, last), classifier[kept]
 
 
 def _group(model, channels: int) -> Group:
@@ -246,8 +327,10 @@ def fold_stages(
   """Returns the parts of each stage, the stem with the first, and the variables by path."""
   flat = _flat(model, variables)
   stem, *blocks = _resnet_parts(model, flat)
-  ends = np.cumsum(model.blocks)
-  stages = [tuple(blocks[end - count : end]) for end, count in zip(ends, model.blocks, strict=True)]
+  stages, start = [], 0
+  for count in model.blocks:
+    stages.append(tuple(blocks[start : start + count]))
+    start += count
   return [(stem, *stages[0]), *stages[1:]], flat
 
 
@@ -257,9 +340,8 @@ def fold_conv(
   """Folds the BatchNorm of a `ConvNorm`, if any, into its convolution."""
   kernel = flat["params", *path, "conv", "kernel"]
   if not norm:
-    return Conv(
-      jnp.asarray(kernel), jnp.asarray(flat["params", *path, "conv", "bias"]), stride, dilation
-    )
+    bias = flat["params", *path, "conv", "bias"]
+    return Conv(jnp.asarray(kernel), jnp.asarray(bias), stride, dilation)
   factor, bias = _norm(flat, (*path, "norm"))
   return Conv(jnp.asarray(kernel * factor), jnp.asarray(bias), stride, dilation)
 
@@ -268,48 +350,49 @@ def _norm(flat: Mapping[Path, np.ndarray], path: Path) -> tuple[np.ndarray, np.n
   """Returns BatchNorm in evaluation as a factor and a summand of each channel."""
   # y = x * factor + bias, with factor = scale / sqrt(var + eps) and bias = beta - mean * factor; in
   # float64, so that it is rounded once.
-  get = lambda kind, name: flat[kind, *path, name].astype(np.float64)
+
+  def get(kind: str, name: str) -> np.ndarray:
+    """Returns a value of the BatchNorm."""
+    return flat[kind, *path, name].astype(np.float64)
+
   factor = get("params", "scale") / np.sqrt(get("batch_stats", "var") + _EPSILON)
   bias = get("params", "bias") - get("batch_stats", "mean") * factor
   return factor.astype(np.float32), bias.astype(np.float32)
 
 
-def _head(
-  model, flat: Mapping[Path, np.ndarray], name: str, groups: tuple[Group, ...]
-) -> Head | list[np.ndarray]:
-  """Returns the gate network, or the values of gates that look at no image.
-
-  The latter are one array of channels a group.
-  """
-  if model.gate.context == "none":
-    logits = jnp.asarray(flat["params", name, GATE_NAME, "logits"])
-    if model.gate.relaxation == "hard_concrete":
-      gates = relaxations.hard_concrete_mean(
-        relaxations.hard_concrete_location(logits, model.gate.temperature)
-      )
-    else:
-      gates = {"sigmoid": jax.nn.sigmoid, "straight_through": relaxations.threshold_gate}[
-        model.gate.relaxation
-      ](logits)
-    ends = np.cumsum([group.gates for group in groups])[:-1]
-    return [
-      np.repeat(part, group.channels)
-      for part, group in zip(np.split(np.asarray(gates), ends), groups, strict=True)
-    ]
-  get = functools.partial(_get, flat, (name, GATE_NAME, "head"))
-  factor, bias = _norm(flat, (name, GATE_NAME, "head", "norm"))
+def _head(flat: Mapping[Path, np.ndarray], name: str, groups: tuple[Group, ...]) -> Head:
+  """Returns the gate network of a part."""
+  path = (name, GATE_NAME, "head")
   # BatchNorm follows the first Dense layer, which has no bias of its own.
+  factor, bias = _norm(flat, (*path, "norm"))
   return Head(
-    jnp.asarray(get("hidden", "kernel") * factor),
-    jnp.asarray(bias),
-    jnp.asarray(get("logits", "kernel")),
-    jnp.asarray(get("logits", "bias")),
-    groups,
+    hidden=jnp.asarray(flat["params", *path, "hidden", "kernel"] * factor),
+    hidden_bias=jnp.asarray(bias),
+    logits=jnp.asarray(flat["params", *path, "logits", "kernel"]),
+    logits_bias=jnp.asarray(flat["params", *path, "logits", "bias"]),
+    groups=groups,
   )
 
 
-def _get(flat: Mapping[Path, np.ndarray], path: Path, *name: str) -> np.ndarray:
-  return flat["params", *path, *name]
+def _static_gates(
+  model: ResNet | VGG, flat: Mapping[Path, np.ndarray], name: str, groups: tuple[Group, ...]
+) -> list[np.ndarray]:
+  """Returns the values of gates that look at no image, `[C]` for the channels of each group."""
+  logits = jnp.asarray(flat["params", name, GATE_NAME, "logits"])
+  if model.gate.relaxation == "hard_concrete":
+    location = relaxations.hard_concrete_location(logits, model.gate.temperature)
+    gates = relaxations.hard_concrete_mean(location)
+  elif model.gate.relaxation == "sigmoid":
+    gates = jax.nn.sigmoid(logits)
+  else:
+    gates = relaxations.threshold_gate(logits)
+  # One array holds the gates of all groups in their order.
+  found, start = [], 0
+  for group in groups:
+    own = np.asarray(gates)[start : start + group.gates]
+    found.append(np.repeat(own, group.channels))
+    start += group.gates
+  return found
 
 
 def _scaled(conv: Conv, scale: np.ndarray | float) -> Conv:
@@ -324,11 +407,7 @@ def _scaled_away(writer: Conv, scale: np.ndarray, reader: Conv) -> tuple[Conv, C
   ReLU and max pools commute with the scale, which is above 0 for the channels kept.
   """
   kept = _at_least_one(scale)
-  writer = _scaled(writer, scale)
-  return (
-    dataclasses.replace(writer, kernel=writer.kernel[..., kept], bias=writer.bias[kept]),
-    dataclasses.replace(reader, kernel=reader.kernel[:, :, kept]),
-  )
+  return _scaled(writer, scale).select(outputs=kept), reader.select(inputs=kept)
 
 
 def _at_least_one(scale: np.ndarray) -> np.ndarray:

@@ -1,6 +1,4 @@
-"""Opening statistics of the units of a network, alone and in pairs, as sums over batches.
-
-Memory is that of one batch and of `[U, U]` counts for each group, whatever the number of images.
+"""Gates and opening statistics of a folded network on images.
 
 Axes: M images, N of a batch, U units of a group, G groups of the network in the order of its gates.
 Reference: Bejnordi et al., 2020, section 5 (always open, always closed, conditional).
@@ -10,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +17,28 @@ import numpy as np
 from gating_jax.analysis.statistics import GateCounter, GateStatistics
 from gating_jax.inference import folded
 from gating_jax.inference.compiled import check_finite, check_images
-from gating_jax.inference.folded import Block, FoldedNet, Group
+from gating_jax.inference.folded import FoldedNet, Group
+from gating_jax.ops.relaxations import threshold_gate
 
 BATCH = 128
 
 
-@dataclasses.dataclass(frozen=True)
-class GroupStatistics(GateStatistics):
-  """Opening statistics of one group of a network's units, and its place there.
+class Observation(NamedTuple):
+  """A batch of images, and what a network made of it.
+
+  Attributes:
+    images: `[N, H, W, D]`.
+    outputs: `[N, ...]`.
+    logits: `[N, U]` of each group.
+  """
+
+  images: np.ndarray
+  outputs: np.ndarray
+  logits: tuple[np.ndarray, ...]
+
+
+class Place(NamedTuple):
+  """The place of a group of units in a network.
 
   Attributes:
     part, index: the index of the network's part, and of the group within it.
@@ -40,16 +52,24 @@ class GroupStatistics(GateStatistics):
   layer_gate: bool
 
 
-def observed(
-  net: FoldedNet, images: Any
-) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]]:
+@dataclasses.dataclass(frozen=True)
+class GroupStatistics(GateStatistics):
+  """Opening statistics of one group of a network's units; the other fields are of its `Place`."""
+
+  part: int
+  index: int
+  group: Group
+  layer_gate: bool
+
+
+def observed(net: FoldedNet, images: Any) -> Iterator[Observation]:
   """Yields batches of images, with the network's outputs and the logits of all groups.
 
   Args:
     net: the network.
     images: `[M, H, W, D]` float32 network inputs, or an iterable of such batches.
   Yields:
-    `([N, H, W, D], [N, ...], ([N, U], ...))`.
+    an `Observation` of `BATCH` images, last one of the rest.
   Raises:
     ValueError: no images, or images of another rank, of unlike shapes, in integers, or not finite.
   """
@@ -57,17 +77,23 @@ def observed(
     folded.check_channels(net, x.shape[3])
     # A last batch that is nearly full is padded, so that it runs in the same program.
     spare = -len(x) % BATCH if len(x) > BATCH // 2 else 0
-    padded = np.concatenate([x, np.zeros((spare, *x.shape[1:]), x.dtype)]) if spare else x
-    outputs, logits = _run(net, jnp.asarray(padded))
-    yield x, np.asarray(outputs)[: len(x)], tuple(np.asarray(z)[: len(x)] for z in logits)
+    padded = np.pad(x, [(0, spare), (0, 0), (0, 0), (0, 0)])
+    outputs, logits = jax.device_get(_run(net, jnp.asarray(padded)))
+    yield Observation(x, outputs[: len(x)], tuple(z[: len(x)] for z in logits))
+
+
+def gates_of(net: FoldedNet, images: Any) -> tuple[np.ndarray, ...]:
+  """Computes the gates of every group on images, `[M, U]` of 0 and 1; arguments as `observed`."""
+  pieces = [observation.logits for observation in observed(net, images)]
+  gates = []
+  for of_group in zip(*pieces, strict=True):
+    gates.append(np.asarray(threshold_gate(np.concatenate(of_group))))
+  return tuple(gates)
 
 
 def batches(images: Any) -> Iterator[np.ndarray]:
   """Yields `BATCH` images at a time, then the rest, whatever the batches of an iterable."""
-  pieces, waiting = images, None
-  if hasattr(images, "shape"):
-    # At least one piece, so that an empty array raises the error below.
-    pieces = (images[start : start + BATCH] for start in range(0, max(len(images), 1), BATCH))
+  pieces, waiting = _pieces(images), None
   for x in pieces:
     x = check_finite("images", check_images("images", x))
     if waiting is not None and x.shape[1:] != waiting.shape[1:]:
@@ -83,12 +109,22 @@ def batches(images: Any) -> Iterator[np.ndarray]:
     yield waiting
 
 
+def _pieces(images: Any) -> Iterator[Any]:
+  """Iterates over the batches of an iterable, or over parts of an array."""
+  if not hasattr(images, "shape"):
+    yield from images
+    return
+  # At least one piece, so that an empty array is found to be empty.
+  for start in range(0, max(len(images), 1), BATCH):
+    yield images[start : start + BATCH]
+
+
 class NetCounter:
   """Sums over batches for the `GroupStatistics` of all groups of a network."""
 
   def __init__(self, net: FoldedNet):
     self._places = places(net)
-    self._counters = [GateCounter(group.gates) for _, _, group, _ in self._places]
+    self._counters = [GateCounter(place.group.gates) for place in self._places]
     self._images = 0
 
   def add(self, logits: tuple[np.ndarray, ...], images: int) -> None:
@@ -107,22 +143,18 @@ class NetCounter:
     if not self._images:
       raise ValueError("calibration must have at least one image; got none")
     found = []
-    for (part, index, group, layer_gate), counter in zip(self._places, self._counters, strict=True):
-      sums = vars(counter.result())
-      found.append(
-        GroupStatistics(**sums, part=part, index=index, group=group, layer_gate=layer_gate)
-      )
+    for place, counter in zip(self._places, self._counters, strict=True):
+      found.append(GroupStatistics(**vars(counter.result()), **place._asdict()))
     return tuple(found)
 
 
-def places(net: FoldedNet) -> list[tuple[int, int, Group, bool]]:
-  """Lists `(part, index, group, layer_gate)` of every group, in the order of its gates."""
-  return [
-    (i, j, group, isinstance(part, Block) and part.layer_gate)
-    for i, part in enumerate(net.parts)
-    if part.head is not None
-    for j, group in enumerate(part.head.groups)
-  ]
+def places(net: FoldedNet) -> list[Place]:
+  """Lists the place of every group, in the order of its gates."""
+  found = []
+  for i, part in enumerate(net.parts):
+    for j, group in enumerate(part.groups):
+      found.append(Place(part=i, index=j, group=group, layer_gate=part.layer_gate))
+  return found
 
 
 def count(net: FoldedNet, images: Iterable[Any] | Any) -> tuple[GroupStatistics, ...]:

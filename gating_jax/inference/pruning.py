@@ -19,16 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from gating_jax.inference.folded import (
-  Block,
-  Conv,
-  FoldedNet,
-  Group,
-  Head,
-  Layer,
-  gates_output,
-  groups_of,
-)
+from gating_jax.inference.folded import Block, FoldedNet, Group, Head, Layer, Part, walk
 from gating_jax.inference.gate_statistics import GroupStatistics, observed, places
 from gating_jax.inference.quantise import check_folded
 from gating_jax.ops import arguments
@@ -39,6 +30,16 @@ class PruneMask(NamedTuple):
 
   removed: np.ndarray
   ungated: np.ndarray
+
+  @classmethod
+  def nothing(cls, units: int) -> PruneMask:
+    """Returns the mask of a group without static units."""
+    return cls(np.zeros(units, bool), np.zeros(units, bool))
+
+  @property
+  def gated(self) -> np.ndarray:
+    """Marks the units that keep their gate, `[U]`."""
+    return ~(self.removed | self.ungated)
 
 
 def find_static_units(
@@ -70,28 +71,14 @@ def find_static_units(
     ValueError: a setting out of range, or statistics of another network.
   """
   _check(net, gate_statistics, multiple, confidence, max_rate)
-  # The bound for no event in M images is the same for every unit, so all units pass or none.
-  certain = confidence is None or (
-    bool(gate_statistics) and rate_bound(gate_statistics[0].images, confidence) <= max_rate
-  )
-  choices = [
-    _choice(o, net.parts[o.part], multiple)
-    if certain
-    else PruneMask(*np.zeros((2, o.group.gates), bool))
-    for o in gate_statistics
-  ]
-  last = len(net.parts) - 1
-  for i, o in enumerate(gate_statistics):
-    part = net.parts[o.part]
-    # Shortcuts need all channels of a block's output, in their order.
-    if gates_output(part) and o.index == len(part.head.groups) - 1:
-      choices[i] = PruneMask(*np.zeros((2, o.group.gates), bool))
-    # So does a layer whose channels go to something that cannot do with fewer.
-    if isinstance(part, Layer) and _reader(net, o.part) is None:
-      # The last feature map loses its gate only as a whole, which leaves the order of its channels.
-      whole = o.part == last and bool(choices[i].ungated.all())
-      choices[i] = PruneMask(np.zeros(o.group.gates, bool), np.full(o.group.gates, whole))
-  return tuple(choices)
+  found = []
+  for counted in gate_statistics:
+    # The bound on the rate of what was never seen; units of which it says too little stay.
+    if confidence is None or rate_bound(counted.images, confidence) <= max_rate:
+      found.append(_mask_of(net, counted, multiple))
+    else:
+      found.append(PruneMask.nothing(counted.group.gates))
+  return tuple(found)
 
 
 def rate_bound(images: int, confidence: float, *, events: int = 0) -> float:
@@ -126,24 +113,21 @@ def apply_pruning(net: FoldedNet, choices: Sequence[PruneMask]) -> FoldedNet:
   )
   for i, choice in enumerate(choices):
     arguments.instance(f"choices[{i}]", choice, PruneMask, "a PruneMask, as from find_static_units")
-  if [len(c.removed) for c in choices] != [group.gates for _, _, group, _ in places(net)]:
-    raise ValueError(
-      "choices must be one for each group of the network, [U]; got "
-      f"{[len(c.removed) for c in choices]}"
-    )
+  units = [len(choice.removed) for choice in choices]
+  if units != [group.gates for _, _, group, _ in places(net)]:
+    raise ValueError(f"choices must be one for each group of the network, [U]; got {units}")
   # `kept`: the channels left of a layer, which the next one, or the classifier, reads.
-  parts, kept, left = [], None, list(choices)
-  for part in net.parts:
-    groups = part.head.groups if part.head is not None else ()
-    own, left = left[: len(groups)], left[len(groups) :]
+  parts, kept = [], None
+  for part, own, _ in walk(net, choices):
     if isinstance(part, Layer):
-      part, kept = _slim_layer(part, own, kept)
+      part, kept = _prune_layer(part, own, kept)
     else:
-      part = _slim_block(part, own)
+      part = _prune_block(part, own)
     parts.append(part)
   classifier = net.classifier
   if classifier is not None and kept is not None:
-    classifier = (classifier[0][kept], classifier[1])
+    kernel, bias = classifier
+    classifier = (kernel[kept], bias)
   return dataclasses.replace(net, parts=tuple(parts), classifier=classifier)
 
 
@@ -170,12 +154,17 @@ class PruningEffect(NamedTuple):
 
   def rows(self, gate_statistics: Sequence[GroupStatistics]) -> list[Mapping[str, Any]]:
     """Returns a table row for each group."""
-    return [
-      {"part": o.part, "group": o.index, "would open": opened, "would close": closed}
-      for o, opened, closed in zip(
-        gate_statistics, self.opened.tolist(), self.closed.tolist(), strict=True
+    rows = []
+    for i, counted in enumerate(gate_statistics):
+      rows.append(
+        {
+          "part": counted.part,
+          "group": counted.index,
+          "would open": float(self.opened[i]),
+          "would close": float(self.closed[i]),
+        }
       )
-    ]
+    return rows
 
 
 def pruning_error(net: FoldedNet, choices: Sequence[PruneMask], images: Any) -> PruningEffect:
@@ -189,31 +178,34 @@ def pruning_error(net: FoldedNet, choices: Sequence[PruneMask], images: Any) -> 
     ValueError: no images.
   """
   small = apply_pruning(net, choices)
-  total, affected, changed, largest = 0, 0, 0, [0.0, 0.0]
-  sums = np.zeros((2, len(choices)), np.int64)
+  total, affected, changed, gap_affected, gap_others = 0, 0, 0, 0.0, 0.0
+  opened, closed = np.zeros((2, len(choices)), np.int64)
   for x, before, logits in observed(net, images):
-    # `[G, 2, N]`: some pruned unit of the group would have opened, some ungated one closed.
-    wrong = np.array(
-      [
-        [((z > 0) & c.removed).any(1), ((z <= 0) & c.ungated).any(1)]
-        for z, c in zip(logits, choices, strict=True)
-      ]
-    ).reshape(len(choices), 2, len(x))
     # One batch in, one out: `x` is a batch of `observed` itself.
     ((_, after, _),) = observed(small, [x])
-    hit, gap = (
-      wrong.any((0, 1)),
-      np.abs(before - after).reshape(len(x), -1).max(axis=1, initial=0.0),
-    )
-    largest = [
-      max(a, float(gap[at].max(initial=0.0))) for a, at in zip(largest, (hit, ~hit), strict=True)
-    ]
-    total, affected, sums = total + len(x), affected + int(hit.sum()), sums + wrong.sum(2).T
-    changed += int((before.argmax(1) != after.argmax(1)).sum()) if net.classifier is not None else 0
+    # Images for which some pruned unit would have opened, or some ungated one closed.
+    moved = np.zeros(len(x), bool)
+    for i, (z, choice) in enumerate(zip(logits, choices, strict=True)):
+      would_open = ((z > 0) & choice.removed).any(axis=1)
+      would_close = ((z <= 0) & choice.ungated).any(axis=1)
+      opened[i] += would_open.sum()
+      closed[i] += would_close.sum()
+      moved |= would_open | would_close
+    gap = np.abs(before - after).reshape(len(x), -1).max(axis=1, initial=0.0)
+    gap_affected = max(gap_affected, float(gap[moved].max(initial=0.0)))
+    gap_others = max(gap_others, float(gap[~moved].max(initial=0.0)))
+    total, affected = total + len(x), affected + int(moved.sum())
+    if net.classifier is not None:
+      changed += int((before.argmax(1) != after.argmax(1)).sum())
   if not total:
     raise ValueError("images must be at least one; got none")
   return PruningEffect(
-    total, affected / total, *(sums / total), (largest[0], largest[1]), changed / total
+    images=total,
+    affected=affected / total,
+    opened=opened / total,
+    closed=closed / total,
+    difference=(gap_affected, gap_others),
+    changed=changed / total,
   )
 
 
@@ -223,38 +215,63 @@ def _check(net, gate_statistics, multiple, confidence, max_rate) -> None:
   if confidence is not None:
     arguments.number("confidence", confidence, "above 0 and below 1, or None", lambda v: 0 < v < 1)
   arguments.number("max_rate", max_rate, "above 0 and at most 1", lambda v: 0 < v <= 1)
-  for i, opening in enumerate(
-    arguments.items("gate_statistics", gate_statistics, "one GroupStatistics per group, as from analyse")
-  ):
-    arguments.instance(f"gate_statistics[{i}]", opening, GroupStatistics, "GroupStatistics, as from analyse")
-  if [(o.part, o.index, o.group, o.layer_gate) for o in gate_statistics] != places(net):
+  gate_statistics = arguments.items(
+    "gate_statistics", gate_statistics, "one GroupStatistics per group, as from analyse"
+  )
+  for i, counted in enumerate(gate_statistics):
+    rule = "GroupStatistics, as from analyse"
+    arguments.instance(f"gate_statistics[{i}]", counted, GroupStatistics, rule)
+  wanted = places(net)
+  if [(c.part, c.index, c.group, c.layer_gate) for c in gate_statistics] != wanted:
     raise ValueError(
-      f"gate_statistics must be those of the network's {len(places(net))} groups; got {len(gate_statistics)}"
+      f"gate_statistics must be those of the network's {len(wanted)} groups; "
+      f"got {len(gate_statistics)}"
     )
 
 
-def _choice(o: GroupStatistics, part: Layer | Block, multiple: int) -> PruneMask:
-  never, ungated = o.opened == 0, o.opened == o.images
-  if o.layer_gate:
-    return PruneMask(never, ungated)
-  if (
-    isinstance(part, Block)
-    and o.index == len(groups_of(part)) - 1
-    and never.all()
-    and not o.group.always
-  ):
-    # The last convolution sees only zeros: the whole branch is a constant.
-    return PruneMask(never, ungated)
-  size, always = o.group.channels, o.group.always
-  needed = always + int((~never).sum()) * size
+def _mask_of(net: FoldedNet, counted: GroupStatistics, multiple: int) -> PruneMask:
+  """Returns the static units of a group, as far as they can be pruned."""
+  part, units = net.parts[counted.part], counted.group.gates
+  never, always = counted.opened == 0, counted.opened == counted.images
+  # Shortcuts need all channels of a block's output, in their order.
+  if part.output_gate and counted.index == len(part.groups) - 1:
+    return PruneMask.nothing(units)
+  # So does whatever reads a layer's channels but cannot do with fewer.
+  if isinstance(part, Layer) and _reader(net, counted.part) is None:
+    # The last feature map loses its gate only as a whole, which leaves the order of its channels.
+    whole = counted.part == len(net.parts) - 1 and bool(always.all())
+    return PruneMask(np.zeros(units, bool), np.full(units, whole))
+  if counted.layer_gate or _is_constant(part, counted):
+    return PruneMask(never, always)
+  return PruneMask(_without_nearest(never, counted, multiple), always)
+
+
+def _is_constant(part: Part, counted: GroupStatistics) -> bool:
+  """Tests whether a block's last convolution sees zeros alone: its branch is then a constant."""
+  last = isinstance(part, Block) and counted.index == len(part.inner_groups) - 1
+  return last and not counted.opened.any() and not counted.group.always
+
+
+def _without_nearest(never: np.ndarray, counted: GroupStatistics, multiple: int) -> np.ndarray:
+  """Leaves out some units, so that the number of channels left is a multiple.
+
+  Args:
+    never: `[U]`, units that never open.
+    counted: their statistics.
+    multiple: of channels.
+  Returns:
+    `[U]`, units to prune.
+  """
+  group, open_units = counted.group, int((~never).sum())
+  needed = group.always + open_units * group.channels
   # Rounded up to a multiple, at least one multiple, at most all channels.
-  channels = min(max(1, -(-needed // multiple)) * multiple, o.group.width)
-  spare = -(-(channels - always) // size) - int((~never).sum())
+  channels = min(max(1, -(-needed // multiple)) * multiple, group.width)
+  spare = -(-(channels - group.always) // group.channels) - open_units
   # Units that came nearest to opening are kept, as they are the likeliest to open on other images.
-  nearest = np.argsort(np.where(never, -o.highest, np.inf), kind="stable")[: max(spare, 0)]
+  nearest = np.argsort(np.where(never, -counted.highest, np.inf), kind="stable")
   removed = never.copy()
-  removed[nearest] = False
-  return PruneMask(removed, ungated)
+  removed[nearest[: max(spare, 0)]] = False
+  return removed
 
 
 def _reader(net: FoldedNet, part: int) -> Layer | tuple | None:
@@ -265,30 +282,30 @@ def _reader(net: FoldedNet, part: int) -> Layer | tuple | None:
   return net.classifier
 
 
-def _channels(group: Group, choice: PruneMask) -> tuple[np.ndarray, Group]:
-  """Returns the indices of the channels left, those without gates first, and their group."""
-  gated = ~(choice.removed | choice.ungated)
-  each = lambda units: (
-    group.always + np.flatnonzero(units)[:, None] * group.channels + np.arange(group.channels)
-  ).reshape(-1)
-  kept = np.concatenate([np.arange(group.always), each(choice.ungated), each(gated)]).astype(
-    np.int64
-  )
-  return kept, Group(
-    int(gated.sum()), group.channels, group.always + int(choice.ungated.sum()) * group.channels
-  )
+class _Left(NamedTuple):
+  """The channels left of a group: `[K]` indices, those without gates first, and their group."""
+
+  index: np.ndarray
+  group: Group
 
 
-def _outputs(conv: Conv, kept: np.ndarray) -> Conv:
-  return dataclasses.replace(conv, kernel=conv.kernel[..., kept], bias=conv.bias[kept])
+def _left(group: Group, choice: PruneMask) -> _Left:
+  """Returns the channels that pruning leaves."""
+  ungated, gated = _channels(group, choice.ungated), _channels(group, choice.gated)
+  without_gate = [np.arange(group.always), ungated]
+  index = np.concatenate([*without_gate, gated]).astype(np.int64)
+  always = group.always + ungated.size
+  return _Left(index, Group(int(choice.gated.sum()), group.channels, always))
 
 
-def _inputs(conv: Conv, kept: np.ndarray) -> Conv:
-  return dataclasses.replace(conv, kernel=conv.kernel[:, :, kept])
+def _channels(group: Group, units: np.ndarray) -> np.ndarray:
+  """Returns the indices of the channels of some units, `[U]` bool."""
+  first = group.always + np.flatnonzero(units) * group.channels
+  return (first[:, None] + np.arange(group.channels)).reshape(-1)
 
 
-def _slim_head(head: Head, choices: Sequence[PruneMask], groups: Sequence[Group]) -> Head | None:
-  gated = np.concatenate([~(c.removed | c.ungated) for c in choices])
+def _prune_head(head: Head, choices: Sequence[PruneMask], groups: Sequence[Group]) -> Head | None:
+  gated = np.concatenate([choice.gated for choice in choices])
   if not gated.any():
     return None
   return dataclasses.replace(
@@ -296,7 +313,7 @@ def _slim_head(head: Head, choices: Sequence[PruneMask], groups: Sequence[Group]
   )
 
 
-def _slim_layer(
+def _prune_layer(
   layer: Layer, own: Sequence[PruneMask], before: np.ndarray | None
 ) -> tuple[Layer, np.ndarray | None]:
   """Prunes a layer.
@@ -306,39 +323,48 @@ def _slim_layer(
   """
   conv, head, kept = layer.conv, layer.head, None
   if before is not None:
-    conv = _inputs(conv, before)
+    conv = conv.select(inputs=before)
     # The gate network looks at the same channels as the convolution.
     head = head if head is None else dataclasses.replace(head, hidden=head.hidden[before])
   if own:
-    kept, group = _channels(head.groups[0], own[0])
-    conv, head = _outputs(conv, kept), _slim_head(head, own, (group,))
+    kept, group = _left(head.groups[0], own[0])
+    conv, head = conv.select(outputs=kept), _prune_head(head, own, (group,))
     # Even if no channel is pruned, ungated ones may have moved to the front.
-    kept = None if np.array_equal(kept, np.arange(layer.conv.bias.size)) else kept
+    if np.array_equal(kept, np.arange(layer.conv.bias.size)):
+      kept = None
   return dataclasses.replace(layer, conv=conv, head=head), kept
 
 
-def _slim_block(block: Block, own: Sequence[PruneMask]) -> Block:
+def _prune_block(block: Block, own: Sequence[PruneMask]) -> Block:
   if not own:
     return block
   if block.layer_gate:
-    # A branch that never runs is the shortcut alone.
-    if own[0].removed.all():
-      return dataclasses.replace(block, convs=(), head=None, layer_gate=False)
-    return (
-      dataclasses.replace(block, head=None, layer_gate=False) if own[0].ungated.all() else block
-    )
-  # The groups inside the branch, and that of the block's output.
-  own, outer = own[: len(groups_of(block))], own[len(groups_of(block)) :]
-  if any(choice.removed.any() or choice.ungated.any() for choice in outer):
+    return _prune_branch(block, own[0])
+  groups = block.inner_groups
+  inner, outer = own[: len(groups)], own[len(groups) :]
+  if any(not choice.gated.all() for choice in outer):
     raise ValueError("choices must not change the gates of a block's output; got one that does")
-  channels = [_channels(group, choice) for group, choice in zip(groups_of(block), own, strict=True)]
+  left = [_left(group, choice) for group, choice in zip(groups, inner, strict=True)]
   # No channel is left before the last convolution: the branch is its bias.
-  if not channels[-1][0].size:
-    channels = [(kept[:0], Group(0, group.channels)) for kept, group in channels]
-    own = [PruneMask(np.ones_like(c.removed), np.zeros_like(c.ungated)) for c in own]
-  convs = list(block.convs)
-  for i, (kept, _) in enumerate(channels):
-    convs[i], convs[i + 1] = _outputs(convs[i], kept), _inputs(convs[i + 1], kept)
-  outer_groups = block.head.groups[len(own) :]
-  head = _slim_head(block.head, [*own, *outer], [*(group for _, group in channels), *outer_groups])
+  if not left[-1].index.size:
+    left = [_Left(np.arange(0), Group(0, group.channels)) for group in groups]
+    inner = [PruneMask(np.ones(group.gates, bool), np.zeros(group.gates, bool)) for group in groups]
+  convs, groups_left = list(block.convs), []
+  for i, channels in enumerate(left):
+    convs[i] = convs[i].select(outputs=channels.index)
+    convs[i + 1] = convs[i + 1].select(inputs=channels.index)
+    groups_left.append(channels.group)
+  if block.output_gate:
+    groups_left.append(block.outer_group)
+  head = _prune_head(block.head, [*inner, *outer], groups_left)
   return dataclasses.replace(block, convs=tuple(convs), head=head)
+
+
+def _prune_branch(block: Block, choice: PruneMask) -> Block:
+  """Prunes the one gate of a branch."""
+  # A branch that never runs is the shortcut alone.
+  if choice.removed.all():
+    return dataclasses.replace(block, convs=(), head=None, layer_gate=False)
+  if choice.ungated.all():
+    return dataclasses.replace(block, head=None, layer_gate=False)
+  return block

@@ -55,42 +55,41 @@ def quantise(net: FoldedNet) -> FoldedNet:
   """
   check_folded(net)
   check_float(net)
-  # Only the kernels of `Conv`; heads are no such leaves and stay as they are.
-  parts = jax.tree.map(
-    lambda leaf: (
-      dataclasses.replace(leaf, kernel=_quantise(leaf.kernel)) if isinstance(leaf, Conv) else leaf
-    ),
-    net.parts,
-    is_leaf=lambda leaf: isinstance(leaf, Conv),
-  )
-  if net.classifier is None:
-    return dataclasses.replace(net, parts=parts)
-  return dataclasses.replace(
-    net, parts=parts, classifier=(_quantise(net.classifier[0]), net.classifier[1])
-  )
+  parts = jax.tree.map(_quantise_conv, net.parts, is_leaf=_is_conv)
+  classifier = net.classifier
+  if classifier is not None:
+    kernel, bias = classifier
+    classifier = (_quantise(kernel), bias)
+  return dataclasses.replace(net, parts=parts, classifier=classifier)
 
 
 def dequantise(net: FoldedNet) -> FoldedNet:
   """Returns a network of `quantise` in float32, and any other network as it is."""
-  return jax.tree.map(
-    lambda leaf: _dequantise(leaf) if isinstance(leaf, Int8) else leaf,
-    net,
-    is_leaf=lambda leaf: isinstance(leaf, Int8),
-  )
+  return jax.tree.map(_dequantise, net, is_leaf=_is_int8)
+
+
+def _is_conv(leaf: Any) -> bool:
+  return isinstance(leaf, Conv)
+
+
+def _is_int8(leaf: Any) -> bool:
+  return isinstance(leaf, Int8)
 
 
 def check_folded(net: Any) -> None:
-  """Raises TypeError unless `net` is a `FoldedNet` network."""
+  """Raises TypeError unless `net` is a `FoldedNet`."""
   instance("net", net, FoldedNet, "a folded network, as returned by fold(model, variables)")
 
 
 def check_float(net: Any) -> None:
   """Raises ValueError for a network with int8 kernels."""
-  if any(
-    isinstance(leaf, Int8)
-    for leaf in jax.tree.leaves(net, is_leaf=lambda leaf: isinstance(leaf, Int8))
-  ):
+  if any(map(_is_int8, jax.tree.leaves(net, is_leaf=_is_int8))):
     raise ValueError("net must have float32 kernels, as returned by dequantise; got Int8")
+
+
+def _quantise_conv(leaf: Any) -> Any:
+  # Only the kernels of `Conv`: gate networks are other leaves and stay as they are.
+  return dataclasses.replace(leaf, kernel=_quantise(leaf.kernel)) if _is_conv(leaf) else leaf
 
 
 def _quantise(kernel: Any) -> Int8:
@@ -102,6 +101,8 @@ def _quantise(kernel: Any) -> Int8:
   return Int8(jnp.round(kernel / scale).astype(jnp.int8), scale.ravel().astype(jnp.float32))
 
 
-def _dequantise(kernel: Int8) -> Array:
-  scale = kernel.scale.reshape([1] * (kernel.values.ndim - 1) + [-1])
-  return kernel.values.astype(jnp.float32) * scale
+def _dequantise(leaf: Any) -> Any:
+  if not _is_int8(leaf):
+    return leaf
+  scale = leaf.scale.reshape([1] * (leaf.values.ndim - 1) + [-1])
+  return leaf.values.astype(jnp.float32) * scale

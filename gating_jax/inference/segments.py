@@ -7,7 +7,6 @@ Reference: Hussein et al., 2020 (TimeGate); Verelst and Tuytelaars, 2020 (gather
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gating_jax.inference.compiled import Compiled
 from gating_jax.models.timegate import Inputs, Outputs, SegmentNet
 from gating_jax.ops import arguments
 from gating_jax.ops.compaction import open_indices, pieces_for, scatter_back
@@ -38,20 +38,21 @@ class Result(NamedTuple):
   computed: int
 
 
-class CompiledSegments:
+class CompiledSegments(Compiled):
   """A compiled `SegmentNet` in evaluation, made by `compile_segments`.
 
-  It maps a batch of videos' arrays to a `Result`.
+  It maps a batch of videos' arrays to a `Result`. `load` takes other variables of the model.
   """
 
   def __init__(
     self,
     model: SegmentNet,
     variables: Mapping[str, Any],
+    *,
     capacities: Sequence[int],
     prepare: Callable[[Inputs], Inputs],
   ):
-    self._variables = jax.device_put(variables)
+    super().__init__(variables, self._weights_of(variables))
     self._capacities = tuple(capacities)
     # A program for each K, which is static; the start within the chosen segments is traced.
     self._choose = jax.jit(functools.partial(_choose, model, prepare))
@@ -64,46 +65,39 @@ class CompiledSegments:
 
     As with any jitted function, the outputs may still be computed when it returns.
     """
-    inputs, capacities = self._checked(inputs)
-    record, outputs, count = self._choose(self._variables, inputs)
+    inputs = _check_inputs(inputs)
+    record, outputs, count = self._choose(self.weights, inputs)
     # The only wait for the device: the number of chosen segments decides which programs run.
-    pieces = pieces_for(int(count), capacities)
+    pieces = pieces_for(int(count), fitting_capacities(self._capacities, record.gates.size))
     logits, records = self._finish(inputs, record.gates, pieces)
     return Result({**outputs, "logits": logits}, (record, *records), int(count), sum(pieces))
 
   def warm_up(self, inputs: Inputs) -> None:
     """Compiles and runs every program that a batch of these shapes can need."""
-    inputs, capacities = self._checked(inputs)
-    record, _, _ = self._choose(self._variables, inputs)
-    jax.block_until_ready(self._finish(inputs, record.gates, capacities))
+    inputs = _check_inputs(inputs)
+    record, _, _ = self._choose(self.weights, inputs)
+    every = fitting_capacities(self._capacities, record.gates.size)
+    jax.block_until_ready(self._finish(inputs, record.gates, every))
 
-  def _checked(self, inputs: Inputs) -> tuple[Inputs, tuple[int, ...]]:
-    """Returns the inputs on the device, and the capacities for as many segments."""
-    arguments.instance(
-      "inputs", inputs, Mapping, "a mapping with arrays heavy, valid and, for a light net, light"
-    )
-    if "valid" not in inputs:
-      raise ValueError(f"inputs must have 'valid'; got {', '.join(inputs)}")
-    inputs = jax.device_put(dict(inputs))
-    videos, segments = inputs["valid"].shape
-    if other := {name: x.shape for name, x in inputs.items() if x.shape[:2] != (videos, segments)}:
-      raise ValueError(
-        f"inputs must all be [B, T, ...] like valid, {videos} x {segments}; got {other}"
-      )
-    return inputs, tuple(
-      # No K above the number of segments there are: it would compute padding only.
-      sorted({min(capacity, videos * segments) for capacity in self._capacities})
-    )
+  def _weights_of(self, net: Mapping[str, Any]) -> Mapping[str, Any]:
+    # On the device once, not in every call.
+    return jax.device_put(net)
 
   def _finish(self, inputs: Inputs, gates: Array, pieces: Sequence[int]) -> tuple[Array, Records]:
-    starts = itertools.accumulate(pieces, initial=0)
-    parts = [
-      self._encode(self._variables, inputs, gates, start, capacity=capacity)
-      for start, capacity in zip(starts, pieces, strict=False)
-    ]
+    """Computes the logits, and the heavy net's records.
+
+    Args:
+      inputs: of the batch.
+      gates: `[B, T]`.
+      pieces: numbers of chosen segments that the heavy net takes at a time.
+    """
+    parts, start = [], 0
+    for capacity in pieces:
+      parts.append(self._encode(self.weights, inputs, gates, start, capacity=capacity))
+      start += capacity
     # Each piece has zeros in the places of the others, so the sum holds all.
     features, records = functools.reduce(self._join, parts)
-    return self._classify(self._variables, features, gates), records
+    return self._classify(self.weights, features, gates), records
 
 
 def compile_segments(
@@ -142,16 +136,43 @@ def compile_segments(
   arguments.instance("variables", variables, Mapping, "a mapping with params and batch_stats")
   arguments.function("prepare", prepare)
   capacities = arguments.items("capacities", capacities, "numbers >= 1")
-  if not capacities or any(
-    not isinstance(capacity, int) or capacity < 1 for capacity in capacities
-  ):
+  is_number = [isinstance(capacity, int) and capacity >= 1 for capacity in capacities]
+  if not is_number or not all(is_number):
     raise ValueError(f"capacities must be numbers >= 1, at least one; got {capacities}")
-  return CompiledSegments(model, variables, capacities, prepare)
+  return CompiledSegments(model, variables, capacities=capacities, prepare=prepare)
+
+
+def fitting_capacities(capacities: Sequence[int], segments: int) -> tuple[int, ...]:
+  """Returns the capacities for a batch of so many segments, in ascending order."""
+  # No K above the number of segments there are: it would compute padding only.
+  return tuple(sorted({min(capacity, segments) for capacity in capacities}))
+
+
+def _check_inputs(inputs: Inputs) -> Inputs:
+  """Returns the arrays of a batch on the device.
+
+  Raises:
+    TypeError, ValueError: no mapping, or arrays that are not all `[B, T, ...]`.
+  """
+  arguments.instance(
+    "inputs", inputs, Mapping, "a mapping with arrays heavy, valid and, for a light net, light"
+  )
+  if "valid" not in inputs:
+    raise ValueError(f"inputs must have 'valid'; got {', '.join(inputs)}")
+  inputs = jax.device_put(dict(inputs))
+  videos, segments = inputs["valid"].shape
+  other = {name: x.shape for name, x in inputs.items() if x.shape[:2] != (videos, segments)}
+  if other:
+    raise ValueError(
+      f"inputs must all be [B, T, ...] like valid, {videos} x {segments}; got {other}"
+    )
+  return inputs
 
 
 def _choose(
   model: SegmentNet, prepare: Callable, variables: Mapping[str, Any], inputs: Inputs
 ) -> tuple[GateRecord, Outputs, Array]:
+  """Chooses segments; returns their record, outputs so far, and the number of chosen segments."""
   record, outputs = model.apply(variables, prepare(inputs), method="choose")
   return record, outputs, jnp.sum(record.gates > 0)
 
@@ -172,15 +193,20 @@ def _encode(
   """
   # Padded by the capacity, so that no slice from a chosen segment on is cut off: `dynamic_slice`
   # would move it.
-  places = open_indices(gates.reshape(-1), gates.size + capacity)
-  index, taken = (lax.dynamic_slice_in_dim(x, start, capacity) for x in places)
+  index, taken = open_indices(gates.reshape(-1), gates.size + capacity)
+  index = lax.dynamic_slice_in_dim(index, start, capacity)
+  taken = lax.dynamic_slice_in_dim(taken, start, capacity)
   # Each segment is a video of its own, `[K, 1, ...]`, as `prepare` takes them.
-  seen = {name: x.reshape(-1, 1, *x.shape[2:])[index] for name, x in inputs.items()}
-  encoded = model.apply(variables, prepare(seen)["heavy"][:, 0], method="encode")
+  seen = {}
+  for name, x in inputs.items():
+    seen[name] = x.reshape(-1, 1, *x.shape[2:])[index]
+  heavy = prepare(seen)["heavy"][:, 0]
+  encoded = model.apply(variables, heavy, method="encode")
   return jax.tree.map(lambda x: scatter_back(x, index, taken, gates.size), encoded)
 
 
 def _classify(
   model: SegmentNet, variables: Mapping[str, Any], features: Array, gates: Array
 ) -> Array:
+  """Computes the logits `[B, classes]` from the features of all segments."""
   return model.apply(variables, features.reshape(*gates.shape, -1), gates, method="classify")

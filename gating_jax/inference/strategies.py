@@ -1,5 +1,6 @@
 """Ways to run one part of a folded network that skip closed units, all equal to `folded.masked`.
 
+    masked           every channel, and closed ones times 0
     switch           each example alone: a program for each of a few counts of open channels,
                      weights gathered
     block_dispatch   the adjacent channels that a gate switches, for the examples open for it,
@@ -7,12 +8,17 @@
     layer_dispatch   the same for a branch with one gate
     cluster          a few sets of channels that calibration data open together, weights gathered
                      beforehand: an example goes to the smallest that covers what it opens
+    native           our kernel for CPUs: channels that are closed for an example are not computed,
+                     for any number of examples
+    pallas           our kernel for GPUs: closed blocks of channels are not computed; interpreted
+                     elsewhere, slowly
 
-Every count has a program, the largest for all: no capacity overflows.
+A `Strategy` says how to make a part's program and how many multiply-accumulates that computes. Every
+count has a program, the largest for all: no capacity overflows.
 
 Axes: N examples, U gates of a group, C channels, K channels or examples that a program takes.
-Reference: Verelst and Tuytelaars, 2020 (gather, compute, scatter); Riquelme et al., 2021 (experts'
-static capacity).
+Reference: Verelst and Tuytelaars, 2020 (gather, compute, scatter; what of the MACs saved is saved in
+practice); Riquelme et al., 2021 (experts' static capacity).
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +34,7 @@ import numpy as np
 from jax import lax
 
 from gating_jax.inference import folded
-from gating_jax.inference.clusters import CHANNELS, covered, unions
+from gating_jax.inference.clusters import CHANNELS, are_covered, select_channels, unions
 from gating_jax.inference.folded import (
   Block,
   Conv,
@@ -38,9 +44,15 @@ from gating_jax.inference.folded import (
   Layer,
   Part,
   Runner,
-  groups_of,
+  Shape,
+  chain,
+  open_channels,
+  output_groups,
+  walk,
 )
+from gating_jax.ops import native_kernels, pallas_kernels
 from gating_jax.ops.compaction import bucket_sizes
+from gating_jax.timing import MASKED
 from gating_jax.types import Array
 
 
@@ -69,65 +81,173 @@ def settings_of(net: FoldedNet, buckets: int, gates: Sequence[np.ndarray] = ()) 
     buckets: largest number of programs.
     gates: `[M, U]` of every group of the network in order, or none.
   """
-  settings, groups_before, gates = [], (), list(gates)
-  for i, part in enumerate(net.parts):
-    groups = part.head.groups if part.head is not None else ()
-    own, gates = tuple(gates[: len(groups)]), gates[len(groups) :]
+  settings, groups_before = [], ()
+  for i, (part, own, _) in enumerate(walk(net, gates)):
     settings.append(Setting(buckets, own, groups_before, rectified=i > 0))
-    groups_before = folded.output_groups(part, groups)
+    groups_before = output_groups(part, part.groups)
   return settings
 
 
-# The part with its weights in the form that the runner needs; None where a strategy does not fit.
-CompiledPart = tuple[Part, Runner] | None
+class CompiledPart(NamedTuple):
+  """A part with its weights in the form that its runner needs."""
+
+  part: Part
+  run: Runner
+
+
+@dataclasses.dataclass(frozen=True)
+class PartBatch:
+  """A batch of examples at one part of a network.
+
+  Attributes:
+    part: the part.
+    setting: the setting that a strategy was made with.
+    shape: `(H, W, D)` of the part's input.
+    gates: `[N, U]` of each of the part's groups.
+    before: `[N, U]` of each of `setting.groups_before`.
+    count: N.
+  """
+
+  part: Part
+  setting: Setting
+  shape: Shape
+  gates: Sequence[np.ndarray]
+  before: Sequence[np.ndarray]
+  count: int
+
+  def macs(self, inputs: Any = None, opened: Sequence[Any] = ()) -> Any:
+    """Computes multiply-accumulates per example, the gate network left out.
+
+    Args:
+      inputs: as in `folded.part_macs`.
+      opened: the same; but a block's shortcut is computed whole in any case.
+    """
+    if isinstance(self.part, Layer):
+      return folded.part_macs(self.part, self.shape, inputs, opened=opened).macs
+    shortcut = folded.shortcut_macs(self.part, self.shape).macs
+    return shortcut + folded.branch_macs(self.part, self.shape, inputs, opened=opened)
+
+  def total(self, inputs: Any = None, opened: Sequence[Any] = ()) -> float:
+    """Computes `macs` summed over the examples."""
+    # A count that does not depend on the example is one number.
+    return float(np.sum(np.broadcast_to(self.macs(inputs, opened), self.count)))
+
+  def padded(self, is_open: np.ndarray) -> int:
+    """Returns the number of examples that `for_open` computes for the open ones of `[N]`."""
+    sizes = example_sizes(len(is_open), self.setting.buckets)
+    return sizes[np.searchsorted(sizes, np.sum(is_open > 0))]
+
+
+class Strategy(NamedTuple):
+  """A way to run a part, and its cost.
+
+  Attributes:
+    make: compiles a part for a setting; None where the strategy does not fit the part.
+    macs: computes the multiply-accumulates of a batch by the program made, including padding and
+      wasted work; the gate network is left out.
+  """
+
+  make: Callable[[Part, Setting], CompiledPart | None]
+  macs: Callable[[PartBatch], float]
 
 
 def masked(part: Part, setting: Setting) -> CompiledPart:
   """Computes the whole part and multiplies closed units by 0."""
   del setting
-  return part, folded.masked
+  return CompiledPart(part, folded.masked)
 
 
-def switch(part: Part, setting: Setting) -> CompiledPart:
-  """Computes with the weights of open channels only; None where no channel is gated."""
+def masked_macs(batch: PartBatch) -> float:
+  """Counts every channel for every example."""
+  return float(batch.count * batch.macs())
+
+
+class _Axis(NamedTuple):
+  """An axis of channels that `switch` chooses from.
+
+  Attributes:
+    group: the group of its gates.
+    widths: the number of channels that each program computes, fewest first.
+  """
+
+  group: Group
+  widths: tuple[int, ...]
+
+
+def _axes(inputs: Sequence[Group], part: Part, setting: Setting) -> list[_Axis]:
+  """Returns the axes of some groups of a part's input, and of the groups inside it."""
+  groups = (*inputs, *part.inner_groups)
+  axes = []
+  for group, widths in zip(groups, capacities(groups, setting.buckets), strict=True):
+    axes.append(_Axis(group, widths))
+  return axes
+
+
+def _switched_inputs(part: Part, setting: Setting) -> tuple[Group, ...]:
+  """Returns the groups of the input's channels that `switch` chooses from."""
   # A layer's input may be gated; a block's input goes through the shortcut, too, and stays whole.
-  inputs = setting.groups_before if isinstance(part, Layer) else ()
-  groups = (*inputs, *groups_of(part))
-  if not groups or getattr(part, "layer_gate", False) or is_dead(part):
+  return setting.groups_before if isinstance(part, Layer) else ()
+
+
+def switch(part: Part, setting: Setting) -> CompiledPart | None:
+  """Computes with the weights of open channels only; None where no channel is gated."""
+  inputs = _switched_inputs(part, setting)
+  if not (inputs or part.inner_groups) or part.layer_gate or is_dead(part):
     return None
-  sizes = capacities(groups, setting.buckets)
-  programs = list(zip(*sizes, strict=True))
+  axes = _axes(inputs, part, setting)
 
-  def of_one(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
+  def run_one(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
     """Computes the part for one example, x `[1, H, W, D]`, by the smallest program that fits."""
-    masks = [
-      group.expand(g)[0] for group, g in zip(groups, (*before[: len(inputs)], *gates), strict=False)
-    ]
-    # The smallest program that holds the open channels of a group; the largest over groups runs.
-    needed = [
-      sum((jnp.sum(mask) > size).astype(jnp.int32) for size in of_group[:-1])
-      for mask, of_group in zip(masks, sizes, strict=True)
-    ]
+    chosen = (*before[: len(inputs)], *gates[: len(part.inner_groups)])
+    masks, needed = [], []
+    for axis, g in zip(axes, chosen, strict=True):
+      mask = axis.group.expand(g)[0]
+      masks.append(mask)
+      needed.append(_smallest_program(jnp.sum(mask), axis.widths))
 
-    def branch(capacities: Sequence[int]) -> Callable[[], Array]:
-      """Returns the computation with `capacities` channels of each group."""
-      if all(k >= group.width for k, group in zip(capacities, groups, strict=True)):
-        return lambda: folded.masked(part, x, gates, before)
-      # The open channels first, each kind in order; in the branch, as sorting fewer is quicker.
-      return lambda: _compact(
-        part,
-        x,
-        [lax.top_k(mask, min(k, mask.size)) for mask, k in zip(masks, capacities, strict=True)],
-      )
+    def run_some(program: int) -> Array:
+      """Computes the part with its open channels, filled up with closed ones."""
+      # Open channels first, each kind in order. In the program, as sorting fewer is quicker.
+      kept = []
+      for axis, mask in zip(axes, masks, strict=True):
+        kept.append(_Kept(*lax.top_k(mask, min(axis.widths[program], mask.size))))
+      return _compact(part, x, kept)
 
-    return lax.switch(jnp.max(jnp.stack(needed)), [branch(capacities) for capacities in programs])
+    def run_all() -> Array:
+      """Computes the part with all channels."""
+      return folded.masked(part, x, gates, before)
 
-  return part, _each(of_one)
+    programs = []
+    for program in range(len(axes[0].widths)):
+      whole = all(axis.widths[program] >= axis.group.width for axis in axes)
+      programs.append(run_all if whole else functools.partial(run_some, program))
+    # One program serves all axes: the smallest that holds the open channels of each.
+    return lax.switch(jnp.max(jnp.stack(needed)), programs)
+
+  return CompiledPart(part, _one_by_one(run_one))
+
+
+def switch_macs(batch: PartBatch) -> float:
+  """Counts the channels of the program that each example takes."""
+  part, inputs = batch.part, _switched_inputs(batch.part, batch.setting)
+  axes = _axes(inputs, part, batch.setting)
+  opened = open_channels(inputs, batch.before[: len(inputs)])
+  opened += open_channels(part.inner_groups, batch.gates[: len(part.inner_groups)])
+  # The same program as `switch` runs: the smallest that holds the open channels of each axis.
+  needed = []
+  for axis, channels in zip(axes, opened, strict=True):
+    needed.append(np.searchsorted(axis.widths, channels))
+  program = np.max(needed, axis=0)
+  # Widths are multiples of 16, which may exceed the channels there are.
+  computed = []
+  for axis in axes:
+    computed.append(np.minimum(np.array(axis.widths)[program], axis.group.width))
+  return batch.total(computed[0] if inputs else None, opened=computed[len(inputs) :])
 
 
 def is_dead(part: Part) -> bool:
   """Tests whether a group has no channels, as `prune` leaves a branch that never opens."""
-  return any(group.width == 0 for group in groups_of(part))
+  return any(group.width == 0 for group in part.inner_groups)
 
 
 def capacities(groups: Sequence[Group], buckets: int) -> list[tuple[int, ...]]:
@@ -136,124 +256,130 @@ def capacities(groups: Sequence[Group], buckets: int) -> list[tuple[int, ...]]:
   There is a number for each program.
   """
   sizes = [bucket_sizes(group.width, buckets, multiple=CHANNELS) for group in groups]
-  count = max(len(size) for size in sizes)
+  count = max(map(len, sizes))
   # A group with fewer sizes repeats its last one.
   return [size + size[-1:] * (count - len(size)) for size in sizes]
 
 
-def _each(of_one: Runner) -> Runner:
+def _smallest_program(count: Array, sizes: Sequence[int]) -> Array:
+  """Returns the index of the first of the rising sizes that holds `count`."""
+  return sum((count > size).astype(jnp.int32) for size in sizes[:-1])
+
+
+def _one_by_one(run_one: Runner) -> Runner:
   """Turns a runner of one example into one of any number, one after the other."""
 
   def run(part: Part, x: Array, gates: Gates, before: Gates) -> Array:
     """Computes the part for x `[N, H, W, D]`, one example after the other."""
     if len(x) == 1:
-      return of_one(part, x, gates, before)
-    one = lambda args: of_one(part, *jax.tree.map(lambda a: a[None], args))[0]
+      return run_one(part, x, gates, before)
+
+    def run_next(example: tuple[Array, Gates, Gates]) -> Array:
+      """Computes the part for one example, without its first axis."""
+      return run_one(part, *jax.tree.map(lambda a: a[None], example))[0]
+
     # A loop, not `vmap`, which would compute every program for every example.
-    return lax.map(one, (x, gates, before))
+    return lax.map(run_next, (x, gates, before))
 
   return run
 
 
-def _compact(part: Part, x: Array, open_channels: Sequence[tuple[Array, Array]]) -> Array:
-  """Computes the part with some channels of each group, each with its gate; others are closed."""
+class _Kept(NamedTuple):
+  """The channels of a group that a program computes: `[K]` gates, 0 or 1, and `[K]` indices."""
+
+  gates: Array
+  index: Array
+
+
+def _compact(part: Part, x: Array, kept: Sequence[_Kept]) -> Array:
+  """Computes the part with some channels of each group; all others are closed."""
   if isinstance(part, Layer):
-    conv, channels = part.conv, list(open_channels)
-    # The first entry is then the layer's input: its closed channels are zeros, and left out.
-    if len(channels) > len(groups_of(part)):
-      _, index = channels.pop(0)
-      conv, x = _take(conv, inputs=index), x.at[..., index].get(mode="promise_in_bounds")
-    if not channels:
-      return part.after(conv(x))
-    mask, index = channels[0]
-    y = part.after(_take(conv, outputs=index)(x)) * mask[None, None, None]
-    return _spread(y, index, part.conv.bias.size)
-  convs = _subnet(part.convs, [index for _, index in open_channels])
-  return jax.nn.relu(_chain(convs, x, [mask[None] for mask, _ in open_channels]) + part.shortcut(x))
+    return _compact_layer(part, x, kept)
+  convs = _subnet(part.convs, [channels.index for channels in kept])
+  branch = chain(convs, x, [channels.gates[None] for channels in kept])
+  return jax.nn.relu(branch + part.shortcut(x))
+
+
+def _compact_layer(layer: Layer, x: Array, kept: Sequence[_Kept]) -> Array:
+  conv, kept = layer.conv, list(kept)
+  # The first entry is then the layer's input: its closed channels are zeros, and left out.
+  if len(kept) > len(layer.groups):
+    index = kept.pop(0).index
+    conv, x = conv.select(inputs=index), x.at[..., index].get(mode="promise_in_bounds")
+  if not kept:
+    return layer.after(conv(x))
+  (channels,) = kept
+  y = layer.after(conv.select(outputs=channels.index)(x)) * channels.gates[None, None, None]
+  return _spread(y, channels.index, layer.conv.bias.size)
 
 
 def _subnet(convs: Sequence[Conv], channels: Sequence[Array]) -> tuple[Conv, ...]:
   """Restricts convolutions to the given channels between them."""
   ends = [None, *channels, None]
-  return tuple(_take(conv, *ends[i : i + 2]) for i, conv in enumerate(convs))
-
-
-def _take(conv: Conv, inputs: Array | None = None, outputs: Array | None = None) -> Conv:
-  kernel, bias = conv.kernel, conv.bias
-  # The indices come from `top_k` or from the host and are in bounds: no clamping.
-  if inputs is not None:
-    kernel = kernel.at[:, :, inputs].get(mode="promise_in_bounds")
-  if outputs is not None:
-    kernel, bias = (a.at[..., outputs].get(mode="promise_in_bounds") for a in (kernel, bias))
-  return dataclasses.replace(conv, kernel=kernel, bias=bias)
+  return tuple(conv.select(ends[i], ends[i + 1]) for i, conv in enumerate(convs))
 
 
 def _spread(y: Array, index: Array, size: int) -> Array:
   """Puts channels in their places, with zeros elsewhere."""
-  place = (
-    # A gather, each place from its channel or from a channel of zeros after the last.
-    jnp.full((size,), index.size, jnp.int32).at[index].set(jnp.arange(index.size, dtype=jnp.int32))
-  )
-  return jnp.pad(y, [(0, 0)] * 3 + [(0, 1)])[..., place]
+  # A gather, each place from its channel or from a channel of zeros after the last.
+  places = jnp.arange(index.size, dtype=jnp.int32)
+  source = jnp.full((size,), index.size, jnp.int32).at[index].set(places)
+  return jnp.pad(y, [(0, 0)] * 3 + [(0, 1)])[..., source]
 
 
-def layer_dispatch(part: Part, setting: Setting) -> CompiledPart:
+def layer_dispatch(part: Part, setting: Setting) -> CompiledPart | None:
   """Runs the branch on the examples open for it, gathered; None without a gate of the branch."""
-  if not getattr(part, "layer_gate", False) or not groups_of(part):
+  if not part.layer_gate or not part.groups:
     return None
+  # ReLU changes nothing in a shortcut that is the input and never below 0.
+  plain_shortcut = setting.rectified and part.project is None
 
   def run(part: Block, x: Array, gates: Gates, before: Gates) -> Array:
     """Computes the block for x `[N, H, W, D]`, its branch on the open examples only."""
     del before
-    branch = lambda x: _chain(part.convs, x)
     return for_open(
       gates[0][:, 0] > 0,
-      (x,),
-      branch,
-      part.shortcut(x),
-      setting.buckets,
+      inputs=(x,),
+      function=lambda x: chain(part.convs, x),
+      y=part.shortcut(x),
+      buckets=setting.buckets,
       after=jax.nn.relu,
-      # ReLU changes nothing in a shortcut that is the input and never below 0.
-      closed=(lambda y: y) if setting.rectified and part.project is None else jax.nn.relu,
+      closed=_unchanged if plain_shortcut else jax.nn.relu,
     )
 
-  return part, run
+  return CompiledPart(part, run)
 
 
-def block_dispatch(part: Part, setting: Setting) -> CompiledPart:
+def layer_dispatch_macs(batch: PartBatch) -> float:
+  """Counts the branch for the examples gathered, as a fraction of all N."""
+  fraction = batch.padded(batch.gates[0][:, 0]) / batch.count
+  return float(batch.count * batch.macs(opened=[fraction]))
+
+
+def _has_one_hidden_group(part: Part) -> bool:
+  """Tests for a block of two convolutions with gates of the channels between them."""
+  return (
+    isinstance(part, Block)
+    and not part.layer_gate
+    and len(part.inner_groups) == 1
+    and not is_dead(part)
+  )
+
+
+def block_dispatch(part: Part, setting: Setting) -> CompiledPart | None:
   """Runs each gate's channels on the examples open for it, gathered.
 
   It is None unless the part has two convolutions whose gates switch several channels each.
   """
-  if not isinstance(part, Block) or part.layer_gate or len(groups_of(part)) != 1 or is_dead(part):
+  if not _has_one_hidden_group(part) or part.inner_groups[0].channels == 1:
     return None
-  (group,) = groups_of(part)
-  return (part, _dispatch_blocks(group, setting)) if group.channels > 1 else None
+  (group,) = part.inner_groups
 
-
-def _chain(convs: Sequence[Conv], x: Array, masks: Sequence[Array] = ()) -> Array:
-  """Applies convolutions with ReLU between; `[N, C]` masks, if any, multiply all but the last."""
-  for i, conv in enumerate(convs):
-    x = conv(x)
-    if i + 1 < len(convs):
-      x = jax.nn.relu(x)
-      x = x * masks[i][:, None, None] if masks else x
-  return x
-
-
-def _dispatch_blocks(group: Group, setting: Setting) -> Runner:
-  spans = [
-    slice(group.always + i * group.channels, group.always + (i + 1) * group.channels)
-    for i in range(group.gates)
-  ]
-
-  def some(convs: Sequence[Conv], span: slice) -> tuple[Conv, Conv]:
-    """Restricts the convolutions to these channels; the last bias is left out."""
+  def run_span(convs: Sequence[Conv], span: slice, x: Array) -> Array:
+    """Computes the branch with some of the hidden channels; the last bias is left out."""
     first, last = convs
-    return (
-      dataclasses.replace(first, kernel=first.kernel[..., span], bias=first.bias[span]),
-      dataclasses.replace(last, kernel=last.kernel[:, :, span], bias=jnp.zeros_like(last.bias)),
-    )
+    last = dataclasses.replace(last.select(inputs=span), bias=jnp.zeros_like(last.bias))
+    return chain((first.select(outputs=span), last), x)
 
   def run(part: Block, x: Array, gates: Gates, before: Gates) -> Array:
     """Computes the block for x `[N, H, W, D]`, each gate's channels on their open examples only."""
@@ -262,18 +388,36 @@ def _dispatch_blocks(group: Group, setting: Setting) -> Runner:
     y = part.shortcut(x) + part.convs[-1].bias[None, None, None]
     if group.always:
       # Channels without a gate run for all examples.
-      y = y + _chain(some(part.convs, slice(group.always)), x)
-    for unit, span in enumerate(spans):
+      y = y + run_span(part.convs, slice(group.always), x)
+    for unit in range(group.gates):
+      start = group.always + unit * group.channels
+      span = slice(start, start + group.channels)
       y = for_open(
         gates[0][:, unit] > 0,
-        (x,),
-        lambda x, span=span: _chain(some(part.convs, span), x),
-        y,
-        setting.buckets,
+        inputs=(x,),
+        function=functools.partial(run_span, part.convs, span),
+        y=y,
+        buckets=setting.buckets,
       )
     return jax.nn.relu(y)
 
-  return run
+  return CompiledPart(part, run)
+
+
+def block_dispatch_macs(batch: PartBatch) -> float:
+  """Counts each gate's channels for the examples gathered for it."""
+  (group,) = batch.part.inner_groups
+  examples = 0
+  for gates in batch.gates[0].T:
+    examples += batch.padded(gates)
+  # The mean number of channels that run for an example.
+  channels = group.always + group.channels * examples / batch.count
+  return float(batch.count * batch.macs(opened=[channels]))
+
+
+def _unchanged(y: Array) -> Array:
+  """Returns y."""
+  return y
 
 
 def for_open(
@@ -282,7 +426,7 @@ def for_open(
   function: Callable[..., Any],
   y: Any,
   buckets: int,
-  after: Callable[[Array], Array] = lambda y: y,
+  after: Callable[[Array], Array] = _unchanged,
   closed: Callable[[Array], Array] | None = None,
 ) -> Any:
   """Adds to y, arrays `[N, ...]`, the function of the open examples.
@@ -303,38 +447,42 @@ def for_open(
   """
   closed = closed or after
   total, sizes = is_open.size, example_sizes(is_open.size, buckets)
-  add = functools.partial(jax.tree.map, lambda a, b: after(a + b))
-  where = lambda flags, tree: jax.tree.map(
-    lambda a: jnp.where(jnp.expand_dims(flags, range(1, a.ndim)), a, 0), tree
-  )
 
-  def branch(k: int) -> Callable[[], Any]:
-    """Returns the program for at most k open examples."""
-    if k == 0:
-      return lambda: jax.tree.map(closed, y)
-    if k == total:
-      # The program for one example runs only if it is open: nothing to mask.
-      if total == 1:
-        return lambda: add(y, function(*inputs))
-      return lambda: add(y, where(is_open, function(*inputs)))
+  def where(flags: Array, tree: Any) -> Any:
+    """Puts 0 where a flag of an example is False."""
+    expand = lambda a: jnp.expand_dims(flags, range(1, a.ndim))
+    return jax.tree.map(lambda a: jnp.where(expand(a), a, 0), tree)
 
-    def run() -> Any:
-      """Computes the function of k gathered examples and adds it to y."""
-      # Open examples come first; the rest of the K are closed ones, to which `where` adds 0.
-      taken, index = lax.top_k(is_open.astype(jnp.float32), k)
-      added = where(taken > 0, function(*(a[index] for a in inputs)))
-      put = lambda a, b: (
-        closed(a).at[index].set(after(a[index] + b), unique_indices=True, mode="promise_in_bounds")
-      )
-      return jax.tree.map(put, y, added)
+  def run_none() -> Any:
+    """Adds nothing."""
+    return jax.tree.map(closed, y)
 
-    return run
+  def run_all() -> Any:
+    """Adds the function of all examples, 0 for closed ones."""
+    added = function(*inputs)
+    # The program for one example runs only if it is open: nothing to mask.
+    added = added if total == 1 else where(is_open, added)
+    return jax.tree.map(lambda a, b: after(a + b), y, added)
 
+  def run_some(count: int) -> Any:
+    """Adds the function of `count` gathered examples, the open ones among them."""
+    # Open examples come first; the rest of the K are closed ones, to which `where` adds 0.
+    taken, index = lax.top_k(is_open.astype(jnp.float32), count)
+    gathered = [a[index] for a in inputs]
+    added = where(taken > 0, function(*gathered))
+
+    def put(a: Array, b: Array) -> Array:
+      """Adds b to the examples of a that were gathered."""
+      summed = after(a[index] + b)
+      return closed(a).at[index].set(summed, unique_indices=True, mode="promise_in_bounds")
+
+    return jax.tree.map(put, y, added)
+
+  programs = [run_none]
+  for size in sizes[1:]:
+    programs.append(run_all if size == total else functools.partial(run_some, size))
   # The smallest program that holds all open examples runs.
-  count = jnp.sum(is_open)
-  return lax.switch(
-    sum((count > size).astype(jnp.int32) for size in sizes[:-1]), [branch(k) for k in sizes]
-  )
+  return lax.switch(_smallest_program(jnp.sum(is_open), sizes), programs)
 
 
 def example_sizes(total: int, buckets: int) -> tuple[int, ...]:
@@ -350,49 +498,197 @@ class _Clustered(Block):
   subnets: tuple[tuple[Conv, ...], ...] = ()
 
 
-def cluster(part: Part, setting: Setting) -> CompiledPart:
+def cluster(part: Part, setting: Setting) -> CompiledPart | None:
   """Runs each example through the smallest of a few subnets that has all channels it opens.
 
   It is None without calibration data, or without gates of channels of a block.
   """
-  if (
-    not isinstance(part, Block)
-    or part.layer_gate
-    or not groups_of(part)
-    or not setting.gates
-    or is_dead(part)
-  ):
+  if not isinstance(part, Block) or part.layer_gate or not part.inner_groups or is_dead(part):
     return None
-  groups = groups_of(part)
-  # The last program computes all channels, so one bucket less is left for sets.
-  found = unions(groups, setting.gates[: len(groups)], setting.buckets - 1)
-  subnets = tuple(
-    _subnet(part.convs, [jnp.asarray(index) for index in of_groups]) for of_groups in found
-  )
-  made = _Clustered(
-    **{field.name: getattr(part, field.name) for field in dataclasses.fields(part)}, subnets=subnets
-  )
+  if not setting.gates:
+    return None
+  sets = _channel_sets(part, setting)
+  subnets = tuple(_subnet(part.convs, kept) for kept in sets)
+
+  def run_masked(convs: Sequence[Conv], x: Array, *masks: Array) -> Array:
+    """Computes a branch, each of whose channels is multiplied by its mask."""
+    return chain(convs, x, masks)
 
   def run(part: _Clustered, x: Array, gates: Gates, before: Gates) -> Array:
     """Computes the block for x `[N, H, W, D]`, each example by its smallest subnet."""
     del before
-    own = [group.expand(g) for group, g in zip(groups, gates, strict=False)]
+    masks = part.masks(gates)
     y, waiting = part.shortcut(x), jnp.ones(len(x), bool)
-    for convs, of_groups in zip(part.subnets, found, strict=True):
-      # Smallest first: an example goes to the first set that covers what it opens.
-      taken = waiting & covered(own, of_groups)
-      inputs = (x, *(mask[:, index] for mask, index in zip(own, of_groups, strict=True)))
+    # Smallest first: an example goes to the first set that covers what it opens.
+    for convs, kept in zip(part.subnets, sets, strict=True):
+      kept_masks = select_channels(masks, kept)
+      taken = waiting & are_covered(masks, kept_masks)
       y = for_open(
-        taken, inputs, lambda x, *m, convs=convs: _chain(convs, x, m), y, setting.buckets
+        taken,
+        inputs=(x, *kept_masks),
+        function=functools.partial(run_masked, convs),
+        y=y,
+        buckets=setting.buckets,
       )
       waiting &= ~taken
     return for_open(
       waiting,
-      (x, *own),
-      lambda x, *m: _chain(part.convs, x, m),
-      y,
-      setting.buckets,
+      inputs=(x, *masks),
+      function=functools.partial(run_masked, part.convs),
+      y=y,
+      buckets=setting.buckets,
       after=jax.nn.relu,
     )
 
-  return made, run
+  return CompiledPart(_Clustered(**vars(part), subnets=subnets), run)
+
+
+def _channel_sets(block: Block, setting: Setting) -> list[list[np.ndarray]]:
+  """Returns the sets of channels that calibration data open together, smallest first."""
+  groups = block.inner_groups
+  # The last program computes all channels, so one bucket less is left for sets.
+  return unions(groups, setting.gates[: len(groups)], setting.buckets - 1)
+
+
+def cluster_macs(batch: PartBatch) -> float:
+  """Counts the channels of each set for the examples gathered for it."""
+  part = batch.part
+  masks = list(map(np.asarray, part.masks(batch.gates)))
+  whole = [np.arange(group.width) for group in part.inner_groups]
+  # The shortcut runs for all; an example waits until a set covers what it opens.
+  total = batch.count * folded.shortcut_macs(part, batch.shape).macs
+  waiting = np.ones(batch.count, bool)
+  for kept in [*_channel_sets(part, batch.setting), whole]:
+    taken = waiting & np.asarray(are_covered(masks, select_channels(masks, kept)))
+    branch = folded.branch_macs(part, batch.shape, opened=[index.size for index in kept])
+    total, waiting = total + batch.padded(taken) * branch, waiting & ~taken
+  return float(total)
+
+
+def native(part: Part, setting: Setting) -> CompiledPart | None:
+  """Fits any part that computes something, without dilation; XLA computes the projection."""
+  convs = (part.conv,) if isinstance(part, Layer) else part.convs
+  if not convs:
+    return None
+  packed = []
+  for conv in convs:
+    if conv.dilation != 1 or not conv.kernel.size:
+      return None
+    # Packed once, not in every call: the kernel reads the weights in another layout.
+    packed.append(dataclasses.replace(conv, kernel=native_kernels.packed(conv.kernel)))
+
+  def gates_before(before: Gates) -> Array | None:
+    """Expands the gates of the part's input to `[N, D]`; None where it has none."""
+    if not setting.groups_before:
+      return None
+    (group,), (gates,) = setting.groups_before, before
+    return group.expand(gates)
+
+  def run_layer(layer: Layer, x: Array, gates: Gates, before: Gates) -> Array:
+    """Computes the layer for x `[N, H, W, D]` by the native kernel."""
+    (own,) = layer.masks(gates) or [None]
+    return layer.after(_native_chain((layer.conv,), x, [gates_before(before), own]))
+
+  def run_block(block: Block, x: Array, gates: Gates, before: Gates) -> Array:
+    """Computes the block for x `[N, H, W, D]` by the native kernel."""
+    if block.layer_gate and block.groups:
+      # The same gate for each channel of each convolution; the input stays whole.
+      wide = [jnp.broadcast_to(gates[0], (len(x), conv.bias.size)) for conv in block.convs]
+      masks = [None, *wide]
+    else:
+      between = block.masks(gates) or [None] * (len(block.convs) - 1)
+      outer = block.outer_group.expand(gates[-1]) if block.output_gate else None
+      masks = [gates_before(before), *between, outer]
+    return _native_chain(block.convs, x, masks, block.shortcut(x))
+
+  if isinstance(part, Layer):
+    return CompiledPart(dataclasses.replace(part, conv=packed[0]), run_layer)
+  return CompiledPart(dataclasses.replace(part, convs=tuple(packed)), run_block)
+
+
+def _native_chain(
+  convs: Sequence[Conv], x: Array, masks: Sequence[Array | None], shortcut: Array | None = None
+) -> Array:
+  """Computes the convolutions, ReLU and the sum with the shortcut in one call.
+
+  `masks` are of the input, and of the outputs of each convolution; None where all are open.
+  """
+  return native_kernels.gated_chain(
+    x,
+    [conv.kernel for conv in convs],
+    [conv.bias for conv in convs],
+    masks,
+    shortcut,
+    strides=[conv.stride for conv in convs],
+    layout="OIHW",
+    implementation="native",
+  )
+
+
+def native_macs(batch: PartBatch) -> float:
+  """Counts the open channels, and the shortcut whole."""
+  opened = folded.opened_of(batch.part, batch.gates)
+  # The input of a branch of one gate is computed whole.
+  inputs = () if batch.part.layer_gate else open_channels(batch.setting.groups_before, batch.before)
+  return batch.total(*inputs, opened=opened)
+
+
+def pallas(part: Part, setting: Setting) -> CompiledPart | None:
+  """Fits blocks of two convolutions whose gates switch several channels each.
+
+  On a GPU that number is a multiple of 16.
+  """
+  del setting
+  if not _has_one_hidden_group(part):
+    return None
+  (group,), (first, last) = part.inner_groups, part.convs
+  if group.channels == 1 or group.always:
+    return None
+  if last.stride != 1 or (first.dilation, last.dilation) != (1, 1):
+    return None
+  # Triton's dots have at least 16 on each side.
+  if jax.default_backend() == "gpu" and group.channels % 16:
+    return None
+
+  def run(part: Block, x: Array, gates: Gates, before: Gates) -> Array:
+    """Computes the block for x `[N, H, W, D]` by the Pallas kernel."""
+    del before
+    first, last = part.convs
+    weights = pallas_kernels.Branch(first.kernel, first.bias, last.kernel, last.bias)
+    branch = pallas_kernels.gated_branch(weights, x, gates[0], stride=first.stride)
+    return jax.nn.relu(branch + part.shortcut(x))
+
+  return CompiledPart(part, run)
+
+
+def pallas_macs(batch: PartBatch) -> float:
+  """Counts the open channels: blocks of closed ones are skipped inside the kernel, unpadded."""
+  return batch.total(opened=open_channels(batch.part.inner_groups, batch.gates[:1]))
+
+
+def why_not(name: str) -> str:
+  """Explains why a strategy cannot run on this machine, and what would help; empty if it can."""
+  # Only the native kernel has to be built; Pallas is interpreted where there is no GPU.
+  if name != "native":
+    return ""
+  if jax.default_backend() != "cpu":
+    return f"it runs on CPUs; the default backend is {jax.default_backend()}"
+  return native_kernels.why_not()
+
+
+def worth_trying(name: str) -> bool:
+  """Tests whether a strategy runs on this machine, and may be fast."""
+  return not why_not(name) and (name != "pallas" or jax.default_backend() == "gpu")
+
+
+# Strategies of plain JAX, which run on any platform.
+EXPORTABLE = (MASKED, "switch", "block_dispatch", "layer_dispatch", "cluster")
+STRATEGIES: dict[str, Strategy] = {
+  MASKED: Strategy(masked, masked_macs),
+  "switch": Strategy(switch, switch_macs),
+  "block_dispatch": Strategy(block_dispatch, block_dispatch_macs),
+  "layer_dispatch": Strategy(layer_dispatch, layer_dispatch_macs),
+  "cluster": Strategy(cluster, cluster_macs),
+  "native": Strategy(native, native_macs),
+  "pallas": Strategy(pallas, pallas_macs),
+}

@@ -15,13 +15,12 @@ import jax
 import numpy as np
 
 from gating_jax import timing
-from gating_jax.inference.compiled import Timing, spread_indices
+from gating_jax.inference.compiled import CompiledImages, Timing, spread_indices
 from gating_jax.inference.conditional import CompiledConditional
-from gating_jax.inference.exits import CompiledExits
-from gating_jax.inference.kernel_strategies import why_not
+from gating_jax.inference.strategies import why_not
 from gating_jax.reports import conclusion, page, surroundings
 from gating_jax.reports.timings import draw_timings, render_timings, timing_title
-from gating_jax.terminal import say, working
+from gating_jax.terminal import Advance, say, working
 from gating_jax.training import rundir
 from gating_jax.training.journal import write_json
 
@@ -100,8 +99,15 @@ def calibration_images(
   return np.asarray(normalise(images.read(spread_indices(len(images), count))[0]), np.float32)
 
 
+@contextlib.contextmanager
+def announce_timing(title: str) -> Iterator[Advance]:
+  """Tells that each way to run so many examples is compiled and timed, and how far it is."""
+  with working(f"compiling and timing each way to run {title}", "up to a few minutes") as progress:
+    yield progress
+
+
 def time_images(
-  compiled: Callable[..., CompiledConditional | CompiledExits], images: np.ndarray
+  compiled: Callable[..., CompiledImages], images: np.ndarray
 ) -> Iterator[tuple[str, Sequence[Timing]]]:
   """Yields title and rows of a net's times, for one image at a time and for a batch.
 
@@ -111,9 +117,7 @@ def time_images(
   """
   # One image shows latency, a batch throughput; the fastest strategies may differ.
   for size in _BATCHES:
-    with working(
-      f"compiling and timing each way to run {timing_title(size, 'image')}", "up to a few minutes"
-    ) as progress:
+    with announce_timing(timing_title(size, "image")) as progress:
       made = compiled(
         input_shape=images.shape[1:],
         batch_size=size,

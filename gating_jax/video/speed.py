@@ -7,8 +7,6 @@ Reference: Hussein et al., 2020.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,14 +14,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from gating_jax.inference.compiled import OPEN_LIMIT, Timing, fastest, rows
-from gating_jax.inference.segments import Skipping
+from gating_jax.inference.compiled import (
+  MAX_SLOWDOWN_ALL_OPEN,
+  MacRatios,
+  Timing,
+  Way,
+  choose_fastest,
+  count_pieces,
+)
+from gating_jax.inference.segments import compile_segments, fitting_capacities
 from gating_jax.layers.gate import GATE_NAME
 from gating_jax.models.timegate import Inputs, SegmentNet
 from gating_jax.ops import compaction
 from gating_jax.reports import compile_report
 from gating_jax.reports.timings import timing_title
-from gating_jax.terminal import Advance, working
+from gating_jax.terminal import Advance
 from gating_jax.timing import MASKED, SEGMENTS, UNGATED, race
 from gating_jax.training import rundir
 from gating_jax.video import evaluate, sets
@@ -33,6 +38,7 @@ from gating_jax.video.build import LIGHT, VideoExperiment
 _ALWAYS = 1e4
 # Numbers of videos that the tables are measured for, and timed calls of each program.
 _BATCHES, _REPEATS = (1, 8), 20
+# Runs a network on a batch.
 Run = Callable[[], Any]
 
 
@@ -78,28 +84,24 @@ def speed(
   """
   if not skips(experiment):
     return {}
-  inputs = _read(experiment, videos)
-  # One device: the axis of devices goes, and variables are loaded from the host.
-  count, nets = (
-    len(inputs["valid"]),
-    (experiment.model.clone(axis_name=None), jax.device_get(variables)),
-  )
-  times = race(
-    {SEGMENTS: _skipping(experiment, *nets, inputs), **_all_segments(experiment, *nets, inputs)},
-    repeats,
-  )
-  # `race` keeps the order of its contenders.
-  skipped, *everything = (count / statistics.median(seconds) for seconds in times.values())
-  return {"videos_per_second": skipped, "all_segments_videos_per_second": max(everything)}
+  trial = _make_trial(experiment, variables, _read(experiment, videos))
+  times = race({SEGMENTS: trial.chosen_segments(), **trial.all_segments()}, repeats)
+  skipping = statistics.median(times.pop(SEGMENTS))
+  everything = min(map(statistics.median, times.values()))
+  return {
+    "videos_per_second": trial.videos / skipping,
+    "all_segments_videos_per_second": trial.videos / everything,
+  }
 
 
 def _tables(experiment: VideoExperiment, variables: Any) -> Iterator[tuple[str, Sequence[Timing]]]:
+  """Yields title and rows, for each number of videos."""
   for count in _BATCHES:
     inputs = _read(experiment, count)
-    name = timing_title(len(inputs["valid"]), "video")
-    with working(f"compiling and timing each way to run {name}", "up to a few minutes") as progress:
+    title = timing_title(len(inputs["valid"]), "video")
+    with compile_report.announce_timing(title) as progress:
       rows = timings(experiment, variables, inputs, repeats=_REPEATS, progress=progress)
-    yield name, rows
+    yield title, rows
 
 
 def timings(
@@ -108,7 +110,7 @@ def timings(
   inputs: Inputs,
   *,
   repeats: int,
-  progress: Advance = lambda done, total: None,
+  progress: Advance | None = None,
 ) -> list[Timing]:
   """Times the ways to run a batch.
 
@@ -120,30 +122,24 @@ def timings(
     variables: of the whole network.
     inputs: arrays `[B, T, ...]`.
     repeats: number of timed calls of each program.
-    progress: called with the number of programs compiled, and that of all.
+    progress: called with the pieces of work done, and all of them: a piece is a program compiled,
+      or all of them timed once.
   Returns:
     A `Timing` for each.
   """
-  model, variables = experiment.model.clone(axis_name=None), jax.device_get(variables)
-  runs = {}
-  # `open_ratio` needs each way with every segment chosen, too.
-  for opened, net in (
-    (False, (model, variables)),
-    (True, (model.clone(share=1.0), _opened(model, variables))),
-  ):
-    runs[SEGMENTS, opened] = _skipping(experiment, *net, inputs)
-    runs[MASKED, opened] = functools.partial(_masked(experiment, *net), inputs)
-  everything = _all_segments(experiment, model, variables, inputs)
-  contenders, done = (
-    runs | {(name, False): of_all for name, of_all in everything.items()},
-    itertools.count(1),
-  )
-  times = race(contenders, repeats, on_start=lambda: progress(next(done), len(contenders)))
+  trial, runs = _make_trial(experiment, variables, inputs), {}
+  # The largest slowdown needs each way with every segment chosen, too.
+  for all_open, of_case in ((False, trial), (True, trial.opened())):
+    runs[Way(SEGMENTS, all_open)] = of_case.chosen_segments()
+    runs[Way(MASKED, all_open)] = of_case.masked()
+  whole = trial.all_segments()
+  advance = count_pieces(progress, len(runs) + len(whole) + repeats)
+  times = race(runs | whole, repeats, on_start=advance, on_turn=advance)
   # The baseline is the faster of both ways to run the heavy net on all segments.
-  quickest = min(everything, key=lambda name: statistics.median(times[name, False]))
-  times = {name: times[name] for name in runs} | {(UNGATED, False): times[quickest, False]}
-  best, seconds, open_ratios = fastest(times, 1, OPEN_LIMIT)
-  return rows(None, seconds, *_mac_ratios(experiment, model, variables, inputs), best, open_ratios)
+  of_whole = [times.pop(name) for name in whole]
+  times[Way(UNGATED, all_open=False)] = min(of_whole, key=statistics.median)
+  choice = choose_fastest(times, 1, MAX_SLOWDOWN_ALL_OPEN)
+  return choice.timings(trial.mac_ratios())
 
 
 def skips(experiment: VideoExperiment) -> bool:
@@ -156,16 +152,12 @@ def skips(experiment: VideoExperiment) -> bool:
 def _read(experiment: VideoExperiment, videos: int) -> Inputs:
   """Reads the first test videos."""
   batch = experiment.test.read(np.arange(min(videos, len(experiment.test))))
-  return {name: values for name, values in batch.items() if name in sets.INPUTS}
+  return {name: batch[name] for name in batch if name in sets.INPUTS}
 
 
-def _skipping(
-  experiment: VideoExperiment, model: SegmentNet, variables: Any, inputs: Inputs
-) -> Run:
-  skipping = Skipping(
-    model, variables, capacities=_capacities(experiment), prepare=experiment.prepare
-  )
-  return lambda: skipping(inputs).outputs
+def _take_video(inputs: Inputs, index: int) -> Inputs:
+  """Returns a batch of one of the videos."""
+  return jax.tree.map(lambda x: x[index : index + 1], inputs)
 
 
 def _capacities(experiment: VideoExperiment) -> Sequence[int]:
@@ -173,28 +165,105 @@ def _capacities(experiment: VideoExperiment) -> Sequence[int]:
   return compaction.bucket_sizes(experiment.counts.segments, min(8, experiment.counts.segments))
 
 
-def _masked(
-  experiment: VideoExperiment, model: SegmentNet, variables: Any
-) -> Callable[[Inputs], Any]:
-  whole = jax.jit(lambda variables, inputs: model.apply(variables, experiment.prepare(inputs))[0])
-  return functools.partial(whole, jax.device_put(variables))
+def _make_trial(experiment: VideoExperiment, variables: Any, inputs: Inputs) -> _Trial:
+  """Returns the network of a run on one device, with a batch of videos."""
+  # One device: the axis of devices goes, and variables are loaded from the host.
+  model = experiment.model.clone(axis_name=None)
+  return _Trial(experiment, model, variables=jax.device_get(variables), inputs=inputs)
 
 
-def _all_segments(
-  experiment: VideoExperiment, model: SegmentNet, variables: Any, inputs: Inputs
-) -> dict[str, Run]:
-  """Builds the runs of the heavy net on all segments, without light net and gate.
+@dataclasses.dataclass(frozen=True)
+class _Trial:
+  """A network, and a batch of videos that it is timed on.
 
-  They take all videos at once, or one after the other.
+  Attributes:
+    experiment: of the run.
+    model, variables: the network, on one device.
+    inputs: arrays `[B, T, ...]`.
   """
-  whole = _masked(experiment, model.clone(selection="all", light=None, light_head=False), variables)
-  one_by_one = [
-    {name: x[i : i + 1] for name, x in inputs.items()} for i in range(len(inputs["valid"]))
-  ]
-  return {
-    "at once": lambda: whole(inputs),
-    "one by one": lambda: [whole(one) for one in one_by_one],
-  }
+
+  experiment: VideoExperiment
+  model: SegmentNet
+  variables: Any
+  inputs: Inputs
+
+  @property
+  def videos(self) -> int:
+    """Returns the number of videos, B."""
+    return len(self.inputs["valid"])
+
+  def opened(self) -> _Trial:
+    """Returns the same with every segment chosen."""
+    return dataclasses.replace(
+      self,
+      model=self.model.clone(share=1.0),
+      variables=_opened(self.model, self.variables),
+    )
+
+  def chosen_segments(self) -> Run:
+    """Compiles the network with its heavy net on chosen segments only."""
+    network = compile_segments(
+      self.model,
+      self.variables,
+      capacities=_capacities(self.experiment),
+      prepare=self.experiment.prepare,
+    )
+    return lambda: network(self.inputs).outputs
+
+  def masked(self) -> Run:
+    """Compiles the network with its heavy net on all segments."""
+    network = self._compile(self.model)
+    return lambda: network(self.inputs)
+
+  def all_segments(self) -> dict[str, Run]:
+    """Compiles the heavy net on all segments, without light net and gate.
+
+    It takes all videos at once, or one after the other.
+    """
+    network = self._compile(self.model.clone(selection="all", light=None, light_head=False))
+    one_by_one = [_take_video(self.inputs, i) for i in range(self.videos)]
+    return {
+      "at once": lambda: network(self.inputs),
+      "one by one": lambda: [network(video) for video in one_by_one],
+    }
+
+  def _compile(self, model: SegmentNet) -> Callable[[Inputs], Any]:
+    """Compiles a network that computes every segment, as a function of a batch."""
+    prepare, variables = self.experiment.prepare, jax.device_put(self.variables)
+    whole = jax.jit(lambda variables, inputs: model.apply(variables, prepare(inputs))[0])
+    return lambda inputs: whole(variables, inputs)
+
+  def mac_ratios(self) -> MacRatios:
+    """Computes the ratios of multiply-accumulates to those of the baseline.
+
+    The baseline is the heavy net on all segments and the classifier. What is computed includes the
+    heavy net on padding and on segments that are not chosen.
+    """
+    of_model = dataclasses.replace(self.experiment, model=self.model)
+    outcome = jax.jit(lambda variables, inputs: evaluate.outcome(of_model, variables, inputs))
+    done = jax.device_get(outcome(self.variables, self.inputs))
+    counts, reference = self.experiment.counts, self.experiment.reference
+    valid = self.inputs["valid"]
+    videos, segments = valid.shape
+    dense = reference.all_valid(valid)
+    opened = counts.per_video(done["gates"], valid, done["heavy_macs"]).mean()
+    # `masked` computes the heavy net on every segment, with all channels and their gate networks.
+    heavy = float(counts.heavy.macs + counts.heavy.gate_macs)
+    every = np.ones(valid.shape)
+    masked = float(counts.per_video(every, valid, heavy * every).mean())
+    # Segments per video that `chosen_segments` computes, padding included.
+    chosen = int(np.sum(done["gates"] > 0))
+    sizes = fitting_capacities(_capacities(self.experiment), valid.size)
+    taken = sum(compaction.pieces_for(chosen, sizes)) / videos
+    ungated = reference.classifier + segments * reference.heavy.macs
+    return MacRatios(
+      opened=float(opened) / dense,
+      computed={
+        MASKED: masked / dense,
+        SEGMENTS: (masked - (segments - taken) * heavy) / dense,
+        UNGATED: ungated / dense,
+      },
+    )
 
 
 def _opened(model: SegmentNet, variables: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -206,41 +275,3 @@ def _opened(model: SegmentNet, variables: Mapping[str, Any]) -> Mapping[str, Any
   bias = gate["logits"]["bias"] + _ALWAYS
   gate = {**gate, "logits": {**gate["logits"], "bias": bias}}
   return {**variables, "params": {**variables["params"], GATE_NAME: gate}}
-
-
-def _mac_ratios(
-  experiment: VideoExperiment, model: SegmentNet, variables: Any, inputs: Inputs
-) -> tuple[float, dict[str, float]]:
-  """Computes the ratios of open and of computed MACs to the baseline.
-
-  The baseline is the heavy net on all segments and the classifier.
-
-  Returns:
-    The ratio of light net, gate, chosen segments and classifier; and by way to run, the ratio of
-    what is computed, which includes the heavy net on padding and on segments that are not chosen.
-  """
-  outcome = jax.jit(
-    lambda variables, inputs: evaluate.outcome(
-      dataclasses.replace(experiment, model=model), variables, inputs
-    )
-  )
-  done = jax.device_get(outcome(variables, inputs))
-  counts, reference, shape = experiment.counts, experiment.reference, inputs["valid"].shape
-  spent = lambda gates, heavy: float(counts.per_video(gates, inputs["valid"], heavy).mean())
-  dense, heavy = (
-    reference.all_valid(inputs["valid"]),
-    float(counts.heavy.macs + counts.heavy.gate_macs),
-  )
-  # `masked` computes the heavy net on every segment, with all channels and their gate networks.
-  masked = spent(np.ones(shape), np.full(shape, heavy))
-  sizes = tuple(sorted({min(size, done["gates"].size) for size in _capacities(experiment)}))
-  # Segments per video that `Skipping` computes, padding included.
-  taken = sum(compaction.pieces_for(int(np.sum(done["gates"] > 0)), sizes)) / shape[0]
-  return (
-    spent(done["gates"], done["heavy_macs"]) / dense,
-    {
-      MASKED: masked / dense,
-      SEGMENTS: (masked - (shape[1] - taken) * heavy) / dense,
-      UNGATED: (reference.classifier + shape[1] * reference.heavy.macs) / dense,
-    },
-  )

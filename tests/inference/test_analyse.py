@@ -34,14 +34,14 @@ def test_openings_are_those_of_all_images(analysis, gates):
     rates = g.mean(axis=0)
     np.testing.assert_array_equal(o.always_open, rates > 0.99)
     np.testing.assert_array_equal(o.always_closed, rates < 0.01)
-    np.testing.assert_array_equal(o.conditional, (rates >= 0.01) & (rates <= 0.99))
+    np.testing.assert_array_equal(o.varies, (rates >= 0.01) & (rates <= 0.99))
 
 
 def test_correlation_is_pearsons(analysis, gates):
   o, g = next(
     (o, g) for o, g in zip(analysis.gate_statistics, gates, strict=True) if o.varies.sum() > 1
   )
-  varies = o.conditional
+  varies = o.varies
   np.testing.assert_allclose(
     o.correlation[np.ix_(varies, varies)], np.corrcoef(g[:, varies].T), atol=1e-12
   )

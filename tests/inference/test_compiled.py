@@ -27,7 +27,7 @@ def test_what_runs_is_never_slower_with_everything_open_than_what_it_replaces(ma
     ("switch", True): [1.08],
     ("ungated", False): [1.0],
   }
-  chosen, seconds, ratios = compiled.fastest(times, 1, limit)
+  chosen, seconds, ratios = compiled.choose_fastest(times, 1, limit)
   assert chosen == taken
   assert (seconds, ratios) == (
     {"masked": 1.0, "switch": 0.5, "ungated": 1.0},

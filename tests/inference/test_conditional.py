@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from gating_jax.inference import conditional, folded
 from gating_jax.inference.conditional import compile_conditional
 from gating_jax.inference.folded import Block, FoldedNet, Group, Layer
-from gating_jax.inference.kernel_strategies import STRATEGIES, why_not, worth_trying
 from gating_jax.inference.quantise import quantise
-from gating_jax.inference.strategies import Setting, for_open
+from gating_jax.inference.strategies import STRATEGIES, Setting, for_open, why_not, worth_trying
 from tests.helpers.folded_nets import FEATURES, KINDS, SHAPE, basic, conv, images, net
 
 CASES = [
@@ -174,9 +173,9 @@ def test_blocks_that_the_kernel_for_gpus_cannot_take_are_left_out(monkeypatch):
     for part in net("blocks").parts
     if isinstance(part, Block) and part.head.groups[0].channels == 8
   )
-  assert STRATEGIES["pallas"](block, Setting(4)) is not None
+  assert STRATEGIES["pallas"].make(block, Setting(4)) is not None
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  assert STRATEGIES["pallas"](block, Setting(4)) is None
+  assert STRATEGIES["pallas"].make(block, Setting(4)) is None
 
 
 @pytest.mark.parametrize("kind", [pytest.param("blocks", marks=pytest.mark.slow), "layers"])

@@ -163,6 +163,19 @@ def test_wrong_arguments_are_named():
     compiled(2, strategy="switch")
 
 
+def test_the_former_name_of_the_limit_is_taken_with_a_warning():
+  with pytest.warns(DeprecationWarning, match="open_limit is now called max_slowdown_all_open"):
+    compiled(2, open_limit=1.1)
+
+
+def test_each_piece_of_work_is_told():
+  told = []
+  tell = lambda done, total: told.append((done, total))
+  compiled(2, strategy="auto", calibration=images(3), repeats=2, progress=tell)
+  # Five programs are compiled, and all are timed in two turns.
+  assert told == [(done, 7) for done in range(1, 8)]
+
+
 def test_a_network_with_another_threshold_is_not_loaded():
   with pytest.raises(ValueError, match="net must have the parts"):
     compiled(3).load(dataclasses.replace(fold_exits(MODEL, VARIABLES), threshold=0.5))

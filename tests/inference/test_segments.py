@@ -249,3 +249,14 @@ def test_arrays_that_are_not_of_segments_are_refused():
     ValueError, match=r"inputs must all be \[B, T, ...\] like valid, 2 x 4; got {'label': \(2,\)}"
   ):
     skipping(MODELS["uniform"])(inputs)
+
+
+def test_other_variables_are_loaded_and_those_of_another_model_refused():
+  model, inputs = MODELS["uniform"], batch([4, 3])
+  run = compile_segments(model, variables(model), capacities=(4,), prepare=prepare)
+  other = jax.tree.map(lambda x: 2 * x, variables(model))
+  run.load(other)
+  assert_same(model, run(inputs), inputs, other)
+  assert run.report() == ()
+  with pytest.raises(ValueError, match="net must have the parts and settings"):
+    run.load(variables(MODELS["gate"]))

@@ -4,11 +4,17 @@ import jax
 import numpy as np
 import pytest
 
-from gating_jax.inference import conditional, folded
-from gating_jax.inference.computed import account, spent
+from gating_jax.inference import conditional, folded, gate_statistics
+from gating_jax.inference.analyse import account
 from gating_jax.inference.folded import Group
-from gating_jax.inference.kernel_strategies import EXPORTABLE, STRATEGIES, why_not
-from gating_jax.inference.strategies import capacities, settings_of
+from gating_jax.inference.strategies import (
+  EXPORTABLE,
+  STRATEGIES,
+  PartBatch,
+  capacities,
+  settings_of,
+  why_not,
+)
 from gating_jax.ops import native_kernels
 from tests.helpers.folded_nets import KINDS, SHAPE, images, net
 
@@ -23,8 +29,8 @@ CASES = [
 def prepared(kind, count, buckets=3):
   """Returns network, settings from calibration images, and a batch's gates and inputs of parts."""
   of = net(kind)
-  gates = conditional._gates_of(of, images(6, seed=5))
-  return of, settings_of(of, buckets, gates), conditional._seen(of, images(count))
+  gates = gate_statistics.gates_of(of, images(6, seed=5))
+  return of, settings_of(of, buckets, gates), conditional.part_inputs(of, images(count))
 
 
 @pytest.mark.thin(14)
@@ -43,11 +49,11 @@ def test_it_is_what_the_convolutions_are_given(kind, strategy, count, monkeypatc
   shape, compared = SHAPE, 0
   monkeypatch.setattr(folded.Conv, "__call__", counting)
   for part, setting, (x, gates, before) in zip(of.parts, settings, seen, strict=True):
-    if (made := STRATEGIES[strategy](part, setting)) is not None:
+    if (made := STRATEGIES[strategy].make(part, setting)) is not None:
       given.clear()
       with jax.disable_jit():
         made[1](made[0], x, gates, before)
-      said = spent(strategy, part, setting, shape, gates, before, count)
+      said = STRATEGIES[strategy].macs(PartBatch(part, setting, shape, gates, before, count))
       assert said == pytest.approx(sum(given), rel=1e-12)
       compared += 1
     shape, _ = folded.part_macs(part, shape)
@@ -80,10 +86,11 @@ def test_native_computes_what_is_open_and_shortcuts_whole(kind, monkeypatch):
   monkeypatch.setattr(folded.Conv, "__call__", counting)
   shape, compared = SHAPE, 0
   for part, setting, (x, gates, before) in zip(of.parts, settings, seen, strict=True):
-    if (made := STRATEGIES["native"](part, setting)) is not None:
+    if (made := STRATEGIES["native"].make(part, setting)) is not None:
       given.clear()
       made[1](made[0], x, gates, before)
-      assert spent("native", part, setting, shape, gates, before, 5) == sum(given)
+      batch = PartBatch(part, setting, shape, gates, before, 5)
+      assert STRATEGIES["native"].macs(batch) == sum(given)
       compared += 1
     shape, _ = folded.part_macs(part, shape)
   assert compared
@@ -104,13 +111,14 @@ def test_ratios_of_parts_and_of_whole_programs():
     [
       name
       for name in ("masked", "native", "pallas")
-      if STRATEGIES[name](part, setting) or name == "native"
+      if STRATEGIES[name].make(part, setting) or name == "native"
     ]
     for part, setting in zip(of.parts, settings, strict=True)
   ]
-  gates = conditional._gates_of(of, images(6, seed=5))
+  gates = gate_statistics.gates_of(of, images(6, seed=5))
   indices = np.array([[0, 2], [3, 5]])
-  found = account(of, known, settings, SHAPE, [[g[index] for g in gates] for index in indices], 2)
+  batches = [[g[index] for g in gates] for index in indices]
+  found = account(of, SHAPE, batches, known=known, settings=settings, size=2)
   heads = [folded.head_macs(part) for part in of.parts]
   dense = folded.macs_by_part(conditional.ungated(of), SHAPE)
   assert found.dense == dense
