@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from gating_jax.ops.priors import Prior
 from gating_jax.reports import gates as gate_pictures
 from gating_jax.reports import glossary, opening, page, tables
 from gating_jax.reports import images as image_pictures
-from gating_jax.reports.text import plain
+from gating_jax.reports.text import format_count, plain
 from gating_jax.training.evaluation import GateBehaviour, ImageBehaviour
 
 # A gate is selective where it is open for less than this fraction of images.
@@ -75,10 +75,20 @@ class ImageRun:
   how: str = "gates=none"
   notice: str = ""
 
+  @property
+  def layer_sizes(self) -> list[int]:
+    """Returns the number of gates of each layer."""
+    return [size for _, size in self.layers]
+
+  @property
+  def layer_names(self) -> list[str]:
+    """Returns number and name of each layer, as figures show them."""
+    return gate_pictures.layer_names(self.layers)
+
 
 def write(path: Path, run: ImageRun) -> None:
   """Writes the page, whole or not at all."""
-  page.write_page(path, run.title, sections(run), run.subtitle, begin(run))
+  page.write_page(path, run.title, sections(run), subtitle=run.subtitle, opening=begin(run))
 
 
 def begin(run: ImageRun) -> page.Opening:
@@ -87,14 +97,15 @@ def begin(run: ImageRun) -> page.Opening:
   result, around = run.tests[-1], run.around
   meaning = _SCORES.get(key, "").format(count=len(run.images.macs), noun=run.noun)
   numbers = [
-    opening.score_number(f"test {name}", result[key], key, around, meaning),
-    opening.macs_number(result["mac_ratio"], result["macs"], run.macs, run.noun, around),
+    opening.score_number(f"test {name}", result[key], key=key, around=around, meaning=meaning),
+    opening.macs_number(
+      result["mac_ratio"], executed=result["macs"], dense=run.macs, noun=run.noun, around=around
+    ),
     opening.time_number(run.noun, around),
   ]
-  text, picture = opening.why_no_baseline(around, run.how), None
-  if run.gates is not None:
-    picture = _outcomes(run)
-  else:
+  text = opening.why_no_baseline(around, run.how)
+  picture = None if run.gates is None else _outcomes(run)
+  if picture is None:
     text = f"{text} This network has no gates: every unit is computed for every {run.noun}.".strip()
   return page.Opening(numbers, picture, text, run.notice)
 
@@ -113,7 +124,7 @@ def sections(run: ImageRun) -> list[page.Section]:
   """
   found = [page.Section("Result", parts=[glossary.defined_table(run.rows)]), _score(run)]
   if run.pictures:
-    parts = [_picture(*one, photo=True) for one in run.pictures]
+    parts = [page.embed_figure(figure, caption, photo=True) for figure, caption in run.pictures]
     found.append(page.Section(f"Some {run.noun}s", parts=parts))
   if run.gates is not None:
     found += [_by_layer(run), _over_training(run), _selective(run)]
@@ -129,74 +140,73 @@ def sections(run: ImageRun) -> list[page.Section]:
   ]
 
 
-def _picture(
-  figure: Any, caption: str, terms: page.Terms = (), *, photo: bool = False
-) -> page.Picture:
-  return page.embed_figure(figure, caption, terms=terms, photo=photo)
-
-
 def _score(run: ImageRun) -> page.Section:
-  key, name = run.score
-  steps, scores, ratios = ([test[k] for test in run.tests] for k in ("step", key, "mac_ratio"))
-  parts, text = [], ""
-  step, macs = (
-    ("training step", "updates of the parameters so far"),
-    (
-      "MACs",
-      f"multiply-accumulates per {run.noun}, mean over the test set, in % of those of the ungated "
-      "network",
-    ),
-  )
-  score = (name, f"on all test {run.noun}s, in %")
-  if len(steps) > 1:
-    # Without gates every test costs the same, so only the score has a course.
-    gated = min(ratios) < 1
-    parts.append(
-      _picture(
-        image_pictures.draw_training(steps, scores, ratios, name),
-        "Tests during training.",
-        [step, score, macs] if gated else [step, score],
-      )
-    )
-    if gated:
-      parts.append(
-        _picture(
-          image_pictures.draw_path(steps, scores, ratios, name),
-          "The same tests, score against cost, one point each. Higher is better, left is cheaper.",
-          [macs, score, ("colour", "the training step of the test")],
-        )
-      )
+  """Returns the section on the score and its cost, over training and over images."""
+  text, parts = _over_tests(run)
+  spent = run.images.macs
+  if np.ptp(spent) > 0:
+    text += _on_hard(run)
+    parts.append(_quarters_picture(run))
   else:
+    text += f"Every {run.noun} takes the same multiply-accumulates: {spent[0]:,.0f}."
+  return page.Section("Score and multiply-accumulates", text.strip(), parts)
+
+
+def _over_tests(run: ImageRun) -> tuple[str, list[page.Picture]]:
+  """Draws the tests during training; where there was one alone, says so instead."""
+  if len(run.tests) == 1:
     text = (
       "The run was tested once, so there is no curve to show (eval_every sets how often it is "
       "tested). "
     )
+    return text, []
+  key, name = run.score
+  steps = [test["step"] for test in run.tests]
+  scores = [test[key] for test in run.tests]
+  ratios = [test["mac_ratio"] for test in run.tests]
+  step = ("training step", "updates of the parameters so far")
+  score = (name, f"on all test {run.noun}s, in %")
+  macs = (
+    "MACs",
+    f"multiply-accumulates per {run.noun}, mean over the test set, in % of those of the ungated "
+    "network",
+  )
+  # Without gates every test costs the same, so only the score has a course.
+  gated = min(ratios) < 1
+  curves = page.embed_figure(
+    image_pictures.draw_training(steps, scores, ratios, score_name=name),
+    "Tests during training.",
+    terms=[step, score, macs] if gated else [step, score],
+  )
+  if not gated:
+    return "", [curves]
+  path = page.embed_figure(
+    image_pictures.draw_path(steps, scores, ratios, score_name=name),
+    "The same tests, score against cost, one point each. Higher is better, left is cheaper.",
+    terms=[macs, score, ("colour", "the training step of the test")],
+  )
+  return "", [curves, path]
+
+
+def _quarters_picture(run: ImageRun) -> page.Picture:
+  """Draws the MACs of easy and hard images."""
   spent = run.images.macs
-  if np.ptp(spent) > 0:
-    quarters = _quarters(run)
-    text += _on_hard(run)
-    parts.append(
-      _picture(
-        image_pictures.draw_quarters(spent, quarters, run.noun),
-        f"MACs of easy and hard {run.noun}s: the mean of each quarter (point), and its range from "
-        "the 10th to the 90th percentile (bar).",
-        [
-          (
-            "quarters",
-            f"the {len(spent):,} test {run.noun}s in equal parts, ordered by their loss: easy "
-            "ones have the least, hard ones the largest",
-          ),
-          (
-            "MACs",
-            f"multiply-accumulates of a {run.noun} of the quarter, in millions, gate networks "
-            "included",
-          ),
-        ],
-      )
-    )
-  else:
-    text += f"Every {run.noun} takes the same multiply-accumulates: {spent[0]:,.0f}."
-  return page.Section("Score and multiply-accumulates", text.strip(), parts)
+  return page.embed_figure(
+    image_pictures.draw_quarters(spent, _quarters(run), run.noun),
+    f"MACs of easy and hard {run.noun}s: the mean of each quarter (point), and its range from "
+    "the 10th to the 90th percentile (bar).",
+    terms=[
+      (
+        "quarters",
+        f"the {len(spent):,} test {run.noun}s in equal parts, ordered by their loss: easy "
+        "ones have the least, hard ones the largest",
+      ),
+      (
+        "MACs",
+        f"multiply-accumulates of a {run.noun} of the quarter, in millions, gate networks included",
+      ),
+    ],
+  )
 
 
 def _quarters(run: ImageRun) -> list[np.ndarray]:
@@ -218,18 +228,17 @@ def _on_hard(run: ImageRun) -> str:
   if abs(change) < 0.05:
     what = "as many MACs as"
   return (
-    f"The hardest quarter of {run.noun}s takes {what} the easiest ({opening.format_count(hard)} and "
-    f"{opening.format_count(easy)}). On this page, easy and hard refer to the loss."
+    f"The hardest quarter of {run.noun}s takes {what} the easiest ({format_count(hard)} and "
+    f"{format_count(easy)}). On this page, easy and hard refer to the loss."
   )
 
 
 def _outcomes(run: ImageRun) -> page.Picture:
-  names, sizes = gate_pictures.layer_names(run.layers), [size for _, size in run.layers]
-  return _picture(
-    gate_pictures.draw_outcomes(run.gates.diagnosis, sizes, names),
+  return page.embed_figure(
+    gate_pictures.draw_outcomes(run.gates.diagnosis, run.layer_sizes, run.layer_names),
     f"Gates of each layer, by how many of the {len(run.images.macs):,} test {run.noun}s they are "
     "open for.",
-    [
+    terms=[
       ("gates of the layer", "all gates of a layer are 100 %"),
       (
         "conditional",
@@ -244,18 +253,15 @@ def _outcomes(run: ImageRun) -> page.Picture:
 
 def _by_layer(run: ImageRun) -> page.Section:
   # Layers have the numbers that the figures give them.
-  found, names = by_layer(run.gates.diagnosis, run.layers), gate_pictures.layer_names(run.layers)
-  header, *rows = tables.gate_rows(
-    [{**layer, "layer": name} for layer, name in zip(found, names, strict=True)]
-  )
-  titles = [tables.GATE_COLUMNS[name] for name in header]
-  return page.Section(
-    "Gates of each layer", parts=[page.Table([title for title, _ in titles], rows, terms=titles)]
-  )
+  layers = list(zip(run.layer_names, run.layer_sizes, strict=True))
+  header, *rows = tables.gate_rows(by_layer(run.gates.diagnosis, layers))
+  columns = [tables.GATE_COLUMNS[name] for name in header]
+  titles = [title for title, _ in columns]
+  return page.Section("Gates of each layer", parts=[page.Table(titles, rows, terms=columns)])
 
 
 def _over_training(run: ImageRun) -> page.Section:
-  names, history = gate_pictures.layer_names(run.layers), run.histograms
+  names, history = run.layer_names, run.histograms
   # The panels of a deep network would not fit on a page.
   left_out = len(names) - len(gate_pictures.shown_layers(len(names)))
   some = f" {left_out} of {len(names)} layers between these are left out." if left_out else ""
@@ -263,83 +269,77 @@ def _over_training(run: ImageRun) -> page.Section:
     f"a column for each of {len(history)} tests, from step {history[0]['step']:,} to "
     f"{history[-1]['step']:,}"
   )
-  prior = (
-    [("dashed line", "the prior that shapes the probabilities early in training")]
-    if run.prior
-    else []
-  )
   probability = f"that a gate is open for a test {run.noun}, from 0 to 1"
+  cdf_terms = [
+    ("probability", probability),
+    ("below it", "fraction of the layer's probabilities that are smaller"),
+  ]
+  if run.prior:
+    dashed = ("dashed line", "the prior that shapes the probabilities early in training")
+    cdf_terms.append(dashed)
   return page.Section(
     "Gates over training",
     f"A panel for each gated layer.{some}",
     [
-      _picture(
+      page.embed_figure(
         gate_pictures.draw_histograms(history, names, "probs"),
         f"Open probabilities of the gates of each layer, on {len(run.gates.logits):,} test "
         f"{run.noun}s. A band at 1 shows gates that stay open; bands at both ends show "
         "gates that decide.",
-        [
+        terms=[
           ("test at step", columns),
           ("probability", probability),
           ("colour", "darker where more of the layer's probabilities lie"),
         ],
       ),
-      _picture(
+      page.embed_figure(
         gate_pictures.draw_histograms(history, names, "open_rates"),
         "Open rates of single gates. Gates between the ends are conditional or random.",
-        [
+        terms=[
           ("test at step", columns),
           ("open rate", f"fraction of all test {run.noun}s that open a gate"),
           ("colour", "darker where more of the layer's gates have this rate"),
         ],
       ),
-      _picture(
+      page.embed_figure(
         gate_pictures.draw_cdfs(history, names, run.prior),
         "Empirical cumulative distribution of the open probabilities, at up to four tests.",
-        [
-          ("probability", probability),
-          ("below it", "fraction of the layer's probabilities that are smaller"),
-          *prior,
-        ],
+        terms=cdf_terms,
       ),
     ],
   )
 
 
 def _selective(run: ImageRun) -> page.Section:
-  title, rates = (
-    f"The most selective gates, and the {run.noun}s that open them",
-    run.gates.diagnosis.open_rates,
-  )
+  title = f"The most selective gates, and the {run.noun}s that open them"
+  rates, labels = run.gates.diagnosis.open_rates, run.images.labels
   # Gates that are open for no image, or for all, are not selective.
-  few, shown = (
-    np.count_nonzero((rates > 0) & (rates < SELECTIVE)),
-    _selected(rates, [size for _, size in run.layers]),
-  )
+  few = np.count_nonzero((rates > 0) & (rates < SELECTIVE))
+  shown = _selected(rates, run.layer_sizes)
   if not len(shown):
     return page.Section(title, f"No gate is open for some {run.noun}s and closed for others.")
-  parts = []
+  parts, shown_layers = [], set()
   for gate in shown:
     images = run.gates.firing[:, gate]
     # -1 marks places without an image: fewer images open the gate.
     images = images[images >= 0]
-    text = (
-      [_class(run, run.images.labels[i]) for i in images]
-      if run.images.labels is not None
-      else [""] * len(images)
-    )
-    caption = (
-      f"{_gate(run, gate)}: open for {_percent(rates[gate])} of {run.noun}s{_mostly(run, gate)}."
-    )
-    parts.append(_picture(image_pictures.draw_images(run.read(images), text), caption, photo=True))
-  layers = len({_place(run, gate)[0] for gate in shown})
+    texts = [""] * len(images)
+    if labels is not None:
+      texts = [_class(run, k) for k in labels[images]]
+    figure = image_pictures.draw_images(run.read(images), texts)
+    place = _place(run, gate)
+    shown_layers.add(place.layer)
+    rate = f"open for {_percent(rates[gate])} of {run.noun}s{_mostly(run, gate)}"
+    caption = f"Layer {run.layer_names[place.layer]}, gate {place.number}: {rate}."
+    parts.append(page.embed_figure(figure, caption, photo=True))
+  layers = len(shown_layers)
   several = f", {len(shown)} gates of {layers} layer{'s' if layers > 1 else ''}, layer by layer"
   return page.Section(
     title,
     f"Of {len(rates):,} gates, {few:,} are open for some {run.noun}s but fewer than "
     f"{100 * SELECTIVE:.0f} %. Below are those of each layer that are open least{several}, with "
     f"the {run.noun}s that open them with the highest "
-    f"probability{', and their class' if run.images.labels is not None else ''}.",
+    f"probability{'' if labels is None else ', and their class'}.",
     parts,
   )
 
@@ -366,9 +366,13 @@ def _selected(rates: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
     if len(gates):
       ranked.append(gates[np.lexsort((rates[gates], rare))])
   if len(ranked) > _SELECTIVE_SHOWN:
-    ranked = [ranked[i] for i in np.linspace(0, len(ranked) - 1, _SELECTIVE_SHOWN).astype(int)]
-  turns = max(map(len, ranked), default=0)
-  in_turns = [gates[turn] for turn in range(turns) for gates in ranked if turn < len(gates)]
+    spread = np.linspace(0, len(ranked) - 1, _SELECTIVE_SHOWN).astype(int)
+    ranked = [ranked[i] for i in spread]
+  in_turns = []
+  for turn in range(max(map(len, ranked), default=0)):
+    for gates in ranked:
+      # A layer has its turns as long as it has such gates.
+      in_turns += gates[turn : turn + 1].tolist()
   # Sorted: the page shows them layer by layer.
   return np.sort(np.array(in_turns[:_SELECTIVE_SHOWN], int))
 
@@ -379,8 +383,11 @@ def _mostly(run: ImageRun, gate: int) -> str:
     return ""
   # A class without test images has the rate NaN.
   rates = np.nan_to_num(run.gates.class_rates[:, gate])
-  top = [k for k in np.argsort(-rates, kind="stable")[:2] if rates[k] > 0]
-  return "; " + ", ".join(f"{_percent(rates[k])} of “{_class(run, k)}”" for k in top)
+  named = []
+  for k in np.argsort(-rates, kind="stable")[:2]:
+    if rates[k] > 0:
+      named.append(f"{_percent(rates[k])} of “{_class(run, k)}”")
+  return "; " + ", ".join(named)
 
 
 def _classes(run: ImageRun) -> page.Section:
@@ -396,45 +403,39 @@ def _classes(run: ImageRun) -> page.Section:
       title, "No gate is informative about the class: each opens equally often for every class."
     )
   mapped, best = order[:_MAPPED], order[:_INFORMED_SHOWN]
-  some = (
-    f" of {len(names)} classes, the {gate_pictures.MOST_CLASSES} whose rates differ most"
-    if (len(names) > gate_pictures.MOST_CLASSES)
-    else ""
+  some, most = "", gate_pictures.MOST_CLASSES
+  if len(names) > most:
+    some = f" of {len(names)} classes, the {most} whose rates differ most"
+  short = [_short(run, gate) for gate in mapped]
+  class_map = page.embed_figure(
+    gate_pictures.draw_class_map(rates[:, mapped].T, short, names),
+    f"Fraction of each class's images that open a gate, for the {len(mapped)} gates that are "
+    f"most informative about the class{some}. Similar gates and classes are next to each other.",
+    terms=[
+      ("gate", "the numbers of its layer and of the gate, as layer:gate"),
+      ("class", "of the test images"),
+      ("colour", "fraction of the class's test images that open the gate, from 0 to 1"),
+    ],
   )
-  parts = [
-    _picture(
-      gate_pictures.draw_class_map(rates[:, mapped].T, [_short(run, g) for g in mapped], names),
-      f"Fraction of each class's images that open a gate, for the {len(mapped)} gates that are "
-      f"most informative about the class{some}. Similar gates and classes are next to each other.",
-      [
-        ("gate", "the numbers of its layer and of the gate, as layer:gate"),
-        ("class", "of the test images"),
-        ("colour", "fraction of the class's test images that open the gate, from 0 to 1"),
-      ],
-    )
-  ]
-  titles = [
-    f"{_short(run, g)}: {information[g]:.2f} bits, open for "
-    f"{_percent(run.gates.diagnosis.open_rates[g])}"
-    for g in best
-  ]
-  parts.append(
-    _picture(
-      gate_pictures.draw_class_bars(rates[:, best].T, titles, names),
-      f"Open rates of the {len(best)} gates that are most informative about the class, on each "
-      "class or those with the highest rates.",
-      [
-        ("open rate", "test images of the class that open the gate, in %"),
-        ("bits", "mutual information of the gate and the class"),
-      ],
-    )
+  titles = []
+  for gate in best:
+    rate = _percent(run.gates.diagnosis.open_rates[gate])
+    titles.append(f"{_short(run, gate)}: {information[gate]:.2f} bits, open for {rate}")
+  bars = page.embed_figure(
+    gate_pictures.draw_class_bars(rates[:, best].T, titles, names),
+    f"Open rates of the {len(best)} gates that are most informative about the class, on each "
+    "class or those with the highest rates.",
+    terms=[
+      ("open rate", "test images of the class that open the gate, in %"),
+      ("bits", "mutual information of the gate and the class"),
+    ],
   )
   return page.Section(
     title,
     "Mutual information of a gate and the class, in bits: 0 if the gate opens equally often for "
     f"every class, at most 1. To name one of {len(names)} classes takes "
     f"{np.log2(len(names)):.1f} bits.",
-    parts,
+    [class_map, bars],
   )
 
 
@@ -450,16 +451,17 @@ def _extremes(run: ImageRun) -> page.Section:
       if images.labels is None:
         texts.append(cost)
         continue
-      true, predicted = (_class(run, k) for k in (images.labels[i], images.predicted[i]))
-      texts.append(f"{true}\n{'right' if images.correct[i] else '→ ' + predicted}\n{cost}")
-    return _picture(image_pictures.draw_images(run.read(chosen), texts), caption, photo=True)
+      answer = "right" if images.correct[i] else f"→ {_class(run, images.predicted[i])}"
+      texts.append(f"{_class(run, images.labels[i])}\n{answer}\n{cost}")
+    figure = image_pictures.draw_images(run.read(chosen), texts)
+    return page.embed_figure(figure, caption, photo=True)
 
   # No image is both among the easiest and the hardest, unless there is only one.
   half = max(1, min(_EXTREMES, len(order) // 2))
   easy, hard = order[:half], order[::-1][:half]
-  what = (
-    "the true class, the predicted one if it is wrong, " if images.labels is not None else ""
-  ) + ("loss, summed over pixels, and MACs" if images.correct is None else "loss and MACs")
+  what = "loss, summed over pixels, and MACs" if images.correct is None else "loss and MACs"
+  if images.labels is not None:
+    what = f"the true class, the predicted one if it is wrong, {what}"
   spread = f" {_on_hard(run)}" if np.ptp(images.macs) > 0 else ""
   return page.Section(
     f"Easiest and hardest {run.noun}s",
@@ -484,19 +486,20 @@ def _class(run: ImageRun, k: int) -> str:
   return plain(run.class_names[k], 15)
 
 
-def _place(run: ImageRun, gate: int) -> tuple[int, int]:
-  """Returns the number of a gate's layer, and of the gate in it."""
-  ends = np.cumsum([size for _, size in run.layers])
+class _Place(NamedTuple):
+  """The place of a gate: the number of its layer, and its own number there."""
+
+  layer: int
+  number: int
+
+
+def _place(run: ImageRun, gate: int) -> _Place:
+  ends = np.cumsum(run.layer_sizes)
   # The end of a layer is the first gate of the next one, hence `right`.
   layer = int(np.searchsorted(ends, gate, side="right"))
-  return layer, int(gate - (ends[layer] - run.layers[layer][1]))
-
-
-def _gate(run: ImageRun, gate: int) -> str:
-  layer, number = _place(run, gate)
-  return f"Layer {gate_pictures.layer_names(run.layers)[layer]}, gate {number}"
+  return _Place(layer, int(gate - (ends[layer] - run.layer_sizes[layer])))
 
 
 def _short(run: ImageRun, gate: int) -> str:
-  layer, number = _place(run, gate)
-  return f"{layer:02d}:{number}"
+  place = _place(run, gate)
+  return f"{place.layer:02d}:{place.number}"
