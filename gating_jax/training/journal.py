@@ -66,10 +66,12 @@ class Journal:
     from tensorboardX import SummaryWriter
 
     writes, self._path = hosts.is_writer(), workdir / TENSORBOARD_DIR
-    metrics, histograms = (
-      _cut_back(workdir / name, first_step) for name in (METRICS_FILE, HISTOGRAMS_FILE)
-    )
-    self.past = [(line["step"], numbers(line)) for line in metrics if line["split"] == "train"]
+    metrics = _cut_back(workdir / METRICS_FILE, first_step)
+    histograms = _cut_back(workdir / HISTOGRAMS_FILE, first_step)
+    self.past = []
+    for line in metrics:
+      if line["split"] == "train":
+        self.past.append((line["step"], numbers(line)))
     # Evaluations before a kill are in the file: a resumed training does not write them twice.
     self._metrics = _Lines(workdir / METRICS_FILE, metrics)
     self._histograms = _Lines(workdir / HISTOGRAMS_FILE, histograms)
@@ -111,9 +113,8 @@ class Journal:
       counts: by name, such as `gates/stage1_block1/conv1/probs`: `[bins]` integers, the number of
         values in each of `bins` equal parts of [0, 1].
     """
-    if not self._histograms.add(
-      step, split, {name: np.asarray(count).tolist() for name, count in counts.items()}
-    ):
+    bins = {name: np.asarray(count).tolist() for name, count in counts.items()}
+    if not self._histograms.add(step, split, bins):
       return
     for name, count in counts.items():
       # TensorBoard wants sums of values: bins give them at their middles.
@@ -121,14 +122,14 @@ class Journal:
       middles = (edges[1:] + edges[:-1]) / 2
       self._events.add_histogram_raw(
         name,
-        0.0,
-        1.0,
-        int(np.sum(count)),
-        float(middles @ count),
-        float(middles**2 @ count),
-        edges[1:].tolist(),
-        np.asarray(count).tolist(),
-        step,
+        min=0.0,
+        max=1.0,
+        num=int(np.sum(count)),
+        sum=float(middles @ count),
+        sum_squares=float(middles**2 @ count),
+        bucket_limits=edges[1:].tolist(),
+        bucket_counts=bins[name],
+        global_step=step,
       )
 
   def write_picture(self, step: int, name: str, path: Path) -> None:
@@ -192,7 +193,8 @@ def _cut_back(path: Path, first_step: int) -> list[dict[str, Any]]:
   """Cuts a journal's file back to the step training continues from; returns its records."""
   kept = [line for line in read_lines(path) if line["step"] <= first_step]
   if hosts.is_writer() and path.exists():
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+    lines = [json.dumps(line) + "\n" for line in kept]
+    write_atomically(path, "".join(lines))
   return kept
 
 

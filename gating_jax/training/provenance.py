@@ -96,16 +96,8 @@ def _commit() -> str | None:
   if not (root / ".git").exists():
     return None
   # Tags are excluded: the output is the hash, with the mark.
-  command = [
-    "git",
-    "-C",
-    str(root),
-    "describe",
-    "--always",
-    "--dirty",
-    "--abbrev=12",
-    "--exclude=*",
-  ]
+  describe_hash = ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+  command = ["git", "-C", str(root), *describe_hash]
   try:
     done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
   except (OSError, subprocess.SubprocessError):

@@ -87,23 +87,27 @@ def check(
     rules: other rules, by field.
   """
   fields = rundir.flatten(config)
+
+  def demand(holds: bool, name: str, rule: str) -> None:
+    """Raises a ValueError that names the field and its rule, unless that holds."""
+    if not holds:
+      raise ValueError(f"{name} must be {rule}; got {fields[name]!r}")
+
   for name, allowed in choices.items():
     one_of(name, fields[name], allowed)
-  every: list[tuple[str, Rule]] = []
-  every += [(name, (lambda v: 0 < v < math.inf, "a positive finite number")) for name in positive]
-  every += [(name, (lambda v: 0 <= v < math.inf, "a finite number >= 0")) for name in not_negative]
-  # `least` is bound as a default: a closure would see the loop's last value.
-  every += [
-    (name, (lambda v, least=least: v >= least, f">= {least}")) for name, least in at_least.items()
-  ]
-  every += [(name, (lambda v: 0 < v <= 1, "in (0, 1]")) for name in fractions]
-  every += [
-    (name, (lambda v: all_numbers(v) and len(v) > 0, "a tuple of numbers")) for name in numbers
-  ]
+  for name in positive:
+    demand(0 < fields[name] < math.inf, name, "a positive finite number")
+  for name in not_negative:
+    demand(0 <= fields[name] < math.inf, name, "a finite number >= 0")
+  for name, least in at_least.items():
+    demand(fields[name] >= least, name, f">= {least}")
+  for name in fractions:
+    demand(0 < fields[name] <= 1, name, "in (0, 1]")
+  for name in numbers:
+    demand(all_numbers(fields[name]) and len(fields[name]) > 0, name, "a tuple of numbers")
   # Special rules come last: they may take for granted that a number is in its range.
-  for name, (holds, rule) in (*every, *rules.items()):
-    if not holds(fields[name]):
-      raise ValueError(f"{name} must be {rule}; got {fields[name]!r}")
+  for name, (holds, rule) in rules.items():
+    demand(holds(fields[name]), name, rule)
 
 
 @contextlib.contextmanager
@@ -117,9 +121,9 @@ def named(section: str) -> Iterator[None]:
 
 def all_numbers(values: Any) -> bool:
   """Returns whether `values` is a tuple of finite numbers; an empty one is."""
-  return isinstance(values, tuple) and all(
-    isinstance(v, (int, float)) and math.isfinite(v) for v in values
-  )
+  if not isinstance(values, tuple):
+    return False
+  return all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
 
 
 def check_channels(data: ml_collections.ConfigDict, channels: int) -> None:
