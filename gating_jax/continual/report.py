@@ -277,9 +277,9 @@ def write(
       run_dir.report,
       f"{config.method} on {config.data.name}, task by task",
       sections,
-      f"{run_dir.path.name}, step {step:,}, "
+      subtitle=f"{run_dir.path.name}, step {step:,}, "
       f"{int(learner.task)} of {len(experiment.tasks)} tasks learnt",
-      begin,
+      opening=begin,
     )
   )
 
@@ -346,14 +346,14 @@ def _numbers(result: Mapping[str, Any], around: opening.Surroundings) -> list[pa
   score = opening.score_number(
     "accuracy, task known",
     aware,
-    "task_aware.average_accuracy",
-    around,
-    "Fraction of test images classified correctly with the task known; mean over the "
+    key="task_aware.average_accuracy",
+    around=around,
+    meaning="Fraction of test images classified correctly with the task known; mean over the "
     f"{count} tasks learnt. With the task unknown: {agnostic:.2f} %.",
   )
   return [
     score,
-    opening.macs_number(macs / dense, macs, dense, "image", around),
+    opening.macs_number(macs / dense, executed=macs, dense=dense, noun="image", around=around),
     opening.time_number("image", around),
   ]
 

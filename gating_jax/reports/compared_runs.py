@@ -15,7 +15,7 @@ from gating_jax.paths import user_path
 from gating_jax.reports import surroundings
 from gating_jax.reports.text import plain
 from gating_jax.reports.timings import Times
-from gating_jax.training import rundir
+from gating_jax.training import provenance, rundir
 from gating_jax.training.journal import METRICS_FILE, numbers, read_lines
 
 MISSING = "–"
@@ -33,8 +33,7 @@ class Run:
     ungated: its network has no gates, so it is a baseline for others.
     times: measured by `--mode=compile`; None before.
     tested: the settings that define what it learns and is tested on.
-    experiment: kind of experiment, from the config.
-    tests: lines of the journal with numbers on the test set.
+    starts: of the run, as `training.provenance` describes them; empty for an old run.
   """
 
   name: str
@@ -44,36 +43,39 @@ class Run:
   ungated: bool = False
   times: Times | None = None
   tested: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  starts: Sequence[Mapping[str, Any]] = ()
 
   @property
   def experiment(self) -> str:
     """Returns the kind of experiment, from the config."""
     return self.config["experiment"]
 
-  @property
-  def tests(self) -> list[Mapping[str, Any]]:
-    """Returns the lines of the journal that hold a test."""
-    return [line for line in self.lines if line["split"] == "test"]
+  def lines_of(self, split: str) -> list[Mapping[str, Any]]:
+    """Returns the lines of the journal of a split, `train` or `test`."""
+    return [line for line in self.lines if line["split"] == split]
 
   @property
   def numbers(self) -> Mapping[str, Any]:
     """Returns the numbers of the result, or of the newest test if the run is not finished."""
+    if self.result:
+      return self.result
+    tests = self.lines_of("test")
     # A run that has not been tested yet has no numbers.
-    return self.result or (self.tests or [{}])[-1]
+    return tests[-1] if tests else {}
 
   @property
   def tested_times(self) -> Times | None:
     """Returns the times if they belong to the step of `numbers`, otherwise None."""
     step = self.numbers.get("step")
-    return self.times if self.times and step is not None and self.times.of(step) else None
+    if self.times is None or step is None or not self.times.of(step):
+      return None
+    return self.times
 
   @property
   def step(self) -> int:
-    """Returns the newest step in the journal or the result."""
-    # The 0 is for a run with neither.
-    return max(
-      [0, *(line["step"] for line in self.lines), *([self.result["step"]] if self.result else [])]
-    )
+    """Returns the newest step in the journal or the result; 0 for a run with neither."""
+    newest = max((line["step"] for line in self.lines), default=0)
+    return max(newest, self.result["step"]) if self.result else newest
 
 
 class Score(NamedTuple):
@@ -99,94 +101,41 @@ class Group(NamedTuple):
 
   Attributes:
     name: such as `classification on digits`; unique among the groups.
-    runs: by their positions among all runs.
-    experiment: kind of experiment of the runs.
+    runs: at least one.
   """
 
   name: str
-  runs: Mapping[int, Run]
+  runs: Sequence[Run]
 
   @property
   def experiment(self) -> str:
     """Returns the kind of experiment of the runs."""
     # The same for all of them, since a group is made by it.
-    return next(iter(self.runs.values())).experiment
+    return self.runs[0].experiment
 
-  def scored(self, score: Score) -> dict[int, Run]:
+  def scored(self, score: Score) -> list[Run]:
     """Returns the runs that have the score and its MACs."""
-    return {
-      i: run for i, run in self.runs.items() if {score.macs, score.share} <= run.numbers.keys()
-    }
+    return [run for run in self.runs if {score.macs, score.share} <= run.numbers.keys()]
 
 
-def group_runs(runs: Sequence[Run]) -> list[Group]:
-  """Groups runs by what they are tested on, in the order of each group's first run."""
-  found = {}
-  for i, run in enumerate(runs):
-    key = run.experiment, *sorted(run.tested.items())
-    # A dictionary keeps the order of insertion, so groups follow the order of their first runs.
-    found.setdefault(key, {})[i] = run
-  return [
-    Group(name, of) for name, of in zip(_names(list(found.values())), found.values(), strict=True)
-  ]
+class Difference(NamedTuple):
+  """A setting in which runs differ, and its value in each run."""
 
-
-def _names(parts: Sequence[Mapping[int, Run]]) -> list[str]:
-  """Names each group by experiment and data set, and by settings where these are ambiguous."""
-  firsts = [next(iter(part.values())) for part in parts]
-  names = [_short_name(run) for run in firsts]
-  return [
-    name if names.count(name) == 1 else f"{name} ({_own(run, firsts)})"
-    for run, name in zip(firsts, names, strict=True)
-  ]
-
-
-def _short_name(run: Run) -> str:
-  kind = plain(run.experiment, 30).replace("_", " ")
-  data = run.tested.get("data.name")
-  return kind if data is None else f"{kind} on {plain(data, 30)}"
-
-
-def _own(run: Run, others: Sequence[Run]) -> str:
-  """Returns those settings of a run's test that differ among runs of the same short name."""
-  alike = [other.tested for other in others if _short_name(other) == _short_name(run)]
-  names = dict.fromkeys(name for tested in alike for name in tested)
-  differ = [name for name in names if len({tested.get(name) for tested in alike}) > 1]
-  return ", ".join(plain(f"{name} {run.tested.get(name, MISSING)}", 60) for name in differ)
-
-
-def differing_settings(runs: Sequence[Run]) -> list[list[str]]:
-  """Returns rows of a setting and its value in each run, for the settings that differ.
-
-  Two runs differ in a setting if both have it with different values, or if they are of the same
-  experiment and only one has it.
-  """
-
-  # A setting that only another kind of experiment has is no difference: it would fill the table.
-  def differ(name, one, other):
-    """Returns whether two runs differ in the setting `name`."""
-    if name in one.config and name in other.config:
-      return one.config[name] != other.config[name]
-    return one.experiment == other.experiment and (name in one.config) != (name in other.config)
-
-  names = dict.fromkeys(name for run in runs for name in run.config)
-  return [
-    [name, *(str(run.config.get(name, MISSING)) for run in runs)]
-    for name in names
-    if any(differ(name, *pair) for pair in itertools.combinations(runs, 2))
-  ]
+  setting: str
+  values: list[str]
 
 
 def split_folders(text: str) -> list[Path]:
   """Splits a text at commas into folders; a name may contain a comma if that folder exists."""
-  found, parts = [], text.split(",")
+  folders, parts = [], text.split(",")
   while parts:
     # Takes the longest name that exists, or else the text before the first comma.
-    ends = [end for end in range(len(parts), 1, -1) if user_path(",".join(parts[:end])).is_dir()]
-    end = ends[0] if ends else 1
-    found.append(user_path(",".join(parts[:end])))
-    del parts[:end]
-  return found
+    taken = len(parts)
+    while taken > 1 and not user_path(",".join(parts[:taken])).is_dir():
+      taken -= 1
+    folders.append(user_path(",".join(parts[:taken])))
+    del parts[:taken]
+  return folders
 
 
 def unique_names(folders: Sequence[Path]) -> list[str]:
@@ -196,16 +145,30 @@ def unique_names(folders: Sequence[Path]) -> list[str]:
   ['a/digits', 'b/digits', 'other']
   """
   # Resolved, so that two spellings of the same folder are recognised.
-  parts = [folder.resolve().parts for folder in folders]
+  paths = [folder.resolve().parts for folder in folders]
+  return [_shortest_unique_end(path, paths) for path in paths]
 
-  def name(mine):
-    """Returns the shortest end of the path `mine` that no other path has."""
-    for depth in range(1, len(mine) + 1):
-      if sum(other[-depth:] == mine[-depth:] for other in parts) == 1:
-        return str(Path(*mine[-depth:]))
-    raise ValueError(f"workdir must name each folder once; got {Path(*mine)} twice")
 
-  return [name(mine) for mine in parts]
+def _shortest_unique_end(path: tuple[str, ...], paths: Sequence[tuple[str, ...]]) -> str:
+  for depth in range(1, len(path) + 1):
+    end = path[-depth:]
+    alike = [other for other in paths if other[-depth:] == end]
+    if len(alike) == 1:
+      return str(Path(*end))
+  raise ValueError(f"workdir must name each folder once; got {Path(*path)} twice")
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+  """Reads runs from their directories, with names that tell them apart.
+
+  Raises:
+    RunDirError: a folder holds no run, or a damaged one.
+    ValueError: a folder is given twice.
+  """
+  runs = []
+  for folder, name in zip(folders, unique_names(folders), strict=True):
+    runs.append(read_run(folder, name))
+  return runs
 
 
 def read_run(folder: Path, name: str) -> Run:
@@ -233,14 +196,83 @@ def read_run(folder: Path, name: str) -> Run:
     raise rundir.RunDirError(
       f"workdir {folder} holds nothing to compare yet: no line in {METRICS_FILE}"
     )
-  # The split is a text, and the only one that is kept.
-  measured = [{**numbers(line), "split": line["split"]} for line in lines]
   return Run(
     name,
     config,
     result,
-    measured,
+    # The split is a text, and the only one that is kept.
+    lines=[{**numbers(line), "split": line["split"]} for line in lines],
     ungated=surroundings.is_ungated(config),
     times=surroundings.read_times(folder),
     tested=surroundings.tested_on(config),
+    starts=provenance.read_starts(folder),
   )
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+  """Groups runs by what they are tested on, in the order of each group's first run."""
+  alike = {}
+  for run in runs:
+    test = (run.experiment, *sorted(run.tested.items()))
+    # A dictionary keeps the order of insertion, so groups follow the order of their first runs.
+    alike.setdefault(test, []).append(run)
+  firsts = [members[0] for members in alike.values()]
+  groups = []
+  for members in alike.values():
+    name = _short_name(members[0])
+    # Empty where experiment and data set alone tell the group apart.
+    own = _own_settings(members[0], firsts)
+    groups.append(Group(f"{name} ({own})" if own else name, members))
+  return groups
+
+
+def _short_name(run: Run) -> str:
+  kind = plain(run.experiment, 30).replace("_", " ")
+  data = run.tested.get("data.name")
+  return kind if data is None else f"{kind} on {plain(data, 30)}"
+
+
+def _own_settings(run: Run, others: Sequence[Run]) -> str:
+  """Returns those settings of a run's test that differ among runs of the same short name."""
+  alike, names = [], {}
+  for other in others:
+    if _short_name(other) == _short_name(run):
+      alike.append(other.tested)
+      names.update(other.tested)
+  own = []
+  for name in names:
+    values = {tested.get(name) for tested in alike}
+    if len(values) > 1:
+      own.append(plain(f"{name} {run.tested.get(name, MISSING)}", 60))
+  return ", ".join(own)
+
+
+def differing_settings(runs: Sequence[Run]) -> list[Difference]:
+  """Finds the settings in which runs differ.
+
+  Two runs differ in a setting if both have it with different values, or if they are of the same
+  experiment and only one has it.
+  """
+  # A dictionary has each name once, in the order in which the names come.
+  names = {}
+  for run in runs:
+    names.update(run.config)
+  differences = []
+  for name in names:
+    if _differs(name, runs):
+      values = [str(run.config.get(name, MISSING)) for run in runs]
+      differences.append(Difference(name, values))
+  return differences
+
+
+def _differs(name: str, runs: Sequence[Run]) -> bool:
+  """Checks whether any two runs differ in a setting."""
+  for one, other in itertools.combinations(runs, 2):
+    of_one, of_other = name in one.config, name in other.config
+    if of_one and of_other:
+      if one.config[name] != other.config[name]:
+        return True
+    # A setting that only another kind of experiment has is no difference: it would fill the table.
+    elif (of_one or of_other) and one.experiment == other.experiment:
+      return True
+  return False

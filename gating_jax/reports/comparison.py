@@ -6,10 +6,11 @@ Runs that are tested on different sets share no picture.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from gating_jax.reports import conclusion, opening, page
 from gating_jax.reports.compared_runs import (
@@ -20,21 +21,22 @@ from gating_jax.reports.compared_runs import (
   Score,
   differing_settings,
   group_runs,
-  read_run,
-  unique_names,
+  read_runs,
 )
-from gating_jax.reports.opening import example_noun, format_count
-from gating_jax.reports.text import align_columns, plain
+from gating_jax.reports.opening import example_noun
+from gating_jax.reports.text import (
+  align_columns,
+  capitalise,
+  format_count,
+  format_percent,
+  plain,
+)
 from gating_jax.reports.timings import time_number
 from gating_jax.terminal import say, working
 from gating_jax.training import provenance
 
 TITLE = "Comparison of runs"
 _LETTERS = 40  # of a cell in a terminal
-_COLOURS = ("#4c78a8", "#e4572e", "#2a9d6f", "#b279a2", "#f2a541", "#7a5195", "#17a3b8", "#9d6b53")
-_MARKERS = "os^Dvp*"
-_UNGATED = "#5b5b5b"
-_NAMED, _MOST_LINES = 12, 10  # most points with their names next to them; settings of a point
 
 
 def compare_runs(folders: Sequence[Path], page_file: Path) -> None:
@@ -48,56 +50,22 @@ def compare_runs(folders: Sequence[Path], page_file: Path) -> None:
     ValueError: a folder is given twice, or `page_file` holds something else.
   """
   with working("reading the runs and drawing the comparison", "up to a minute"):
-    runs = [
-      read_run(folder, name) for folder, name in zip(folders, unique_names(folders), strict=True)
-    ]
+    runs = read_runs(folders)
     # Checked before anything is drawn; never overwrites another file, such as a run's own page.
     if page_file.exists() and not _is_comparison(page_file):
       raise ValueError(
         f"page must be new or the page of an earlier comparison; {page_file} is neither"
       )
     begin, sections = page_content(runs)
-    sections.append(_about(folders, runs))
-    page.write_page(page_file, TITLE, sections, ", ".join(run.name for run in runs), begin)
+    sections.append(_about(runs))
+    page.write_page(page_file, TITLE, sections, subtitle=", ".join(_names(runs)), opening=begin)
   say(render_comparison(runs))
   say(f"\npage: {page_file}")
-  rows = [(run.name, _summary(run)) for run in runs]
-  say(
-    conclusion.text(
-      f"Compared {len(runs)} runs.",
-      [("page", str(page_file)), *rows],
-      [f"open {page_file} in a browser"],
-    )
-  )
-
-
-def _about(folders: Sequence[Path], runs: Sequence[Run]) -> page.Section:
-  """Returns the section on when, and by which command, the runs and the page were made."""
-  return opening.about_runs_section(
-    {
-      run.name: (provenance.read_starts(folder), run.config.get("seed"))
-      for folder, run in zip(folders, runs, strict=True)
-    },
-    provenance.describe(),
-  )
-
-
-def _summary(run: Run) -> str:
-  """Summarises the scores and MACs of a run in one line."""
-  if run.result is None:
-    return "not finished"
-  # By their names in results, which differ between kinds of experiment; a run has some of them.
-  names = {
-    "accuracy": "accuracy",
-    "mean_iou": "mean IoU",
-    "mean_average_precision": "mean average precision",
-    "task_aware.average_accuracy": "accuracy, task known",
-    "mac_ratio": "MACs of the ungated net",
-  }
-  found = [
-    f"{words} {100 * run.result[name]:.2f} %" for name, words in names.items() if name in run.result
-  ]
-  return ", ".join(found)
+  rows = [("page", str(page_file))]
+  for run in runs:
+    rows.append((run.name, _summary(run)))
+  said = conclusion.text(f"Compared {len(runs)} runs.", rows, [f"open {page_file} in a browser"])
+  say(said)
 
 
 def _is_comparison(file: Path) -> bool:
@@ -105,20 +73,61 @@ def _is_comparison(file: Path) -> bool:
   return file.is_file() and f"<title>{TITLE}</title>".encode() in file.read_bytes()[:2000]
 
 
+def _names(named: Sequence[Run | Group]) -> list[str]:
+  return [one.name for one in named]
+
+
+def _about(runs: Sequence[Run]) -> page.Section:
+  """Returns the section on when, and by which command, the runs and the page were made."""
+  origins = []
+  for run in runs:
+    origins.append(opening.Origin(run.name, run.starts, run.config.get("seed")))
+  return opening.about_runs_section(origins, provenance.describe())
+
+
+# By their names in results, which differ between kinds of experiment; a run has some of them.
+_SUMMARISED = {
+  "accuracy": "accuracy",
+  "mean_iou": "mean IoU",
+  "mean_average_precision": "mean average precision",
+  "task_aware.average_accuracy": "accuracy, task known",
+  "mac_ratio": "MACs of the ungated net",
+}
+
+
+def _summary(run: Run) -> str:
+  """Summarises the scores and MACs of a run in one line."""
+  if run.result is None:
+    return "not finished"
+  found = []
+  for name, words in _SUMMARISED.items():
+    if name in run.result:
+      found.append(f"{words} {format_percent(run.result[name], 2)}")
+  return ", ".join(found)
+
+
 def render_comparison(runs: Sequence[Run]) -> str:
   """Renders the results and the settings that differ as text for a terminal."""
-  shown = lambda rows: "\n".join(
-    align_columns([[plain(cell, _LETTERS) for cell in row] for row in rows])
-  )
-  # The terminal cuts long cells; the page shows them in full.
-  names = [run.name for run in runs]
-  text = [shown([["", *names], *_results(runs)])]
+  names = _names(runs)
+  text = [_render_table([["", *names], *_results(runs)])]
   if len(runs) > 1:
-    differ = differing_settings(runs)
-    text.append(shown([["config", *names], *differ]) if differ else "The configs do not differ.")
-  if len(found := group_runs(runs)) > 1:
-    text.append(_apart(found))
+    settings = _differing_rows(runs)
+    if settings:
+      text.append(_render_table([["config", *names], *settings]))
+    else:
+      text.append(_NO_DIFFERENCE)
+  groups = group_runs(runs)
+  if len(groups) > 1:
+    text.append(_apart(groups))
   return "\n\n".join(text)
+
+
+def _render_table(rows: Sequence[Sequence[str]]) -> str:
+  # The terminal cuts long cells; the page shows them in full.
+  shown = []
+  for row in rows:
+    shown.append([plain(cell, _LETTERS) for cell in row])
+  return "\n".join(align_columns(shown))
 
 
 def page_content(runs: Sequence[Run]) -> tuple[page.Opening, list[page.Section]]:
@@ -128,50 +137,124 @@ def page_content(runs: Sequence[Run]) -> tuple[page.Opening, list[page.Section]]
     runs: in the order of the columns.
   """
   # The group whose numbers mean most comes first, whatever the order of the runs.
-  found = sorted(group_runs(runs), key=_rank)
-  names, costs = [run.name for run in runs], draw_costs(runs, found)
-  text = (
-    ""
-    if all(run.result for run in runs)
-    else "For runs that are not finished, the newest test is shown."
-  )
-  rows = _results(runs)
-  made = [
-    page.Section(
-      "Results", text, [page.Table(["measure", *names], rows, terms=_defined(rows))], open=True
-    )
-  ]
+  groups = sorted(group_runs(runs), key=_rank)
+  sections = [_results_section(runs)]
   if len(runs) > 1:
-    differ = differing_settings(runs)
-    text = (
-      "The settings in which runs differ. Settings of only one kind of experiment are left out."
-    )
-    made.append(
-      page.Section(
-        "Configs",
-        text if differ else "The configs do not differ.",
-        [page.Table(["setting", *names], differ, numeric=False)] if differ else [],
-        open=True,
-      )
-    )
+    sections.append(_configs_section(runs))
   # The first picture is at the top of the page.
+  costs = draw_costs(runs, groups)
+  picture = costs[0] if costs else None
   if costs[1:]:
-    made.append(page.Section("Score and cost", "Upper left is better.", costs[1:]))
-  if courses := draw_courses(runs, found):
-    made.append(page.Section("During training", "", courses))
-  said = [_apart(found)] * (len(found) > 1) + [
-    _which(group, alone=len(found) == 1) for group in found
-  ]
-  numbers = [number for group in found for number in _numbers(group, alone=len(found) == 1)]
-  return page.Opening(numbers, costs[0] if costs else None, " ".join(filter(None, said))), made
+    sections.append(page.Section("Score and cost", "Upper left is better.", costs[1:]))
+  courses = draw_courses(runs, groups)
+  if courses:
+    sections.append(page.Section("During training", "", courses))
+  alone = len(groups) == 1
+  said, numbers = [] if alone else [_apart(groups)], []
+  for group in groups:
+    pair = _best(group)
+    # A group without a gated run has no large numbers.
+    if pair is not None:
+      said.append(_which(group, pair, alone=alone))
+      numbers += _large_numbers(group, pair, alone=alone)
+  return page.Opening(numbers, picture, " ".join(said)), sections
 
 
-def _apart(found: Sequence[Group]) -> str:
+def _apart(groups: Sequence[Group]) -> str:
   """States that runs with different test sets are not compared."""
   return (
-    f"These runs learn {len(found)} different things: {', '.join(group.name for group in found)}. "
+    f"These runs learn {len(groups)} different things: {', '.join(_names(groups))}. "
     "Scores are comparable only within each of them."
   )
+
+
+# Results.
+
+
+def _results_section(runs: Sequence[Run]) -> page.Section:
+  rows = _results(runs)
+  finished = all(run.result for run in runs)
+  text = "" if finished else "For runs that are not finished, the newest test is shown."
+  header = ["measure", *_names(runs)]
+  return page.Section("Results", text, [page.Table(header, rows, terms=_defined(rows))], open=True)
+
+
+class _Measure(NamedTuple):
+  """A row of results.
+
+  Attributes:
+    label: of the row.
+    numbers: names of the numbers of a run that the row shows.
+    form: formats these numbers as a cell.
+  """
+
+  label: str
+  numbers: tuple[str, ...]
+  form: Callable[..., str]
+
+
+def _percent(fraction: float) -> str:
+  return format_percent(fraction, 2)
+
+
+def _tenths_of_percent(fraction: float) -> str:
+  return format_percent(fraction, 1)
+
+
+def _ratio(part: float, whole: float) -> str:
+  return format_percent(part / whole, 1) if whole else MISSING
+
+
+def _whole(number: float) -> str:
+  return f"{number:,.0f}"
+
+
+def _of_all(number: float, gates: float) -> str:
+  return f"{number:,.0f} of {gates:,.0f}"
+
+
+_MEASURES = (
+  *(_Measure(score.label, (score.share,), _percent) for score in SCORES),
+  _Measure("forgetting, task known", ("task_aware.forgetting",), _percent),
+  _Measure("forgetting, task unknown", ("task_agnostic.forgetting",), _percent),
+  _Measure("MACs", ("macs",), _whole),
+  _Measure("share of the dense net's", ("mac_ratio",), _tenths_of_percent),
+  _Measure("MACs, task known", ("task_aware_macs",), _whole),
+  _Measure("share, task known", ("task_aware_macs", "dense_macs"), _ratio),
+  _Measure("MACs, task unknown", ("task_agnostic_macs",), _whole),
+  _Measure("share, task unknown", ("task_agnostic_macs", "dense_macs"), _ratio),
+  _Measure("parameters", ("params",), _whole),
+  _Measure("parameters of gates, separately", ("gate_params",), _whole),
+  _Measure("gates conditional", ("conditional", "gates"), _of_all),
+  _Measure("gates always open", ("always_open", "gates"), _of_all),
+  _Measure("gates always closed", ("always_closed", "gates"), _of_all),
+  _Measure("gates at random", ("random_dropout", "gates"), _of_all),
+  _Measure("units that two tasks share", ("mean_gate_overlap",), _percent),
+  _Measure("segments chosen", ("share",), _percent),
+  _Measure("seconds since the last start", ("seconds_since_last_start",), _whole),
+)
+
+
+def _results(runs: Sequence[Run]) -> list[list[str]]:
+  """Returns rows of a measure and a cell for each run; rows that no run has are left out."""
+  tested_on, state, step = ["tested on"], ["state"], ["last step"]
+  for run in runs:
+    tested_on.append(run.tested.get("data.name", MISSING))
+    state.append("not finished" if run.result is None else "finished")
+    step.append(f"{run.step:,}")
+  rows = [tested_on, state, step]
+  for measure in _MEASURES:
+    row = [measure.label]
+    for run in runs:
+      row.append(_cell(run.numbers, measure))
+    rows.append(row)
+  return [row for row in rows if set(row[1:]) != {MISSING}]
+
+
+def _cell(numbers: Mapping[str, Any], measure: _Measure) -> str:
+  values = [numbers.get(name) for name in measure.numbers]
+  # One missing number leaves the whole cell empty.
+  return MISSING if None in values else measure.form(*values)
 
 
 # Definitions of rows of results, by the beginnings of their names.
@@ -197,18 +280,36 @@ _TERMS = {
 
 def _defined(rows: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
   """Returns the definitions of the given rows, and of the columns."""
-  runs = (
-    "columns",
-    "the runs, by the names of their directories; a dash means that a run has no such number",
-  )
-  return [
-    runs,
-    *(
-      (start, meaning)
-      for start, meaning in _TERMS.items()
-      if any(name.startswith(start) for name, *_ in rows)
-    ),
-  ]
+  runs = "the runs, by the names of their directories; a dash means that a run has no such number"
+  definitions = [("columns", runs)]
+  for start, meaning in _TERMS.items():
+    if any(row[0].startswith(start) for row in rows):
+      definitions.append((start, meaning))
+  return definitions
+
+
+# Configs.
+
+_NO_DIFFERENCE = "The configs do not differ."
+
+
+def _configs_section(runs: Sequence[Run]) -> page.Section:
+  rows = _differing_rows(runs)
+  if not rows:
+    return page.Section("Configs", _NO_DIFFERENCE, [], open=True)
+  text = "The settings in which runs differ. Settings of only one kind of experiment are left out."
+  header = ["setting", *_names(runs)]
+  return page.Section("Configs", text, [page.Table(header, rows, numeric=False)], open=True)
+
+
+def _differing_rows(runs: Sequence[Run]) -> list[list[str]]:
+  return [[setting, *values] for setting, values in differing_settings(runs)]
+
+
+# Large numbers.
+
+_MACS = "Multiply-accumulate operations, mean over the test set, gate networks included."
+_NO_BASELINE = "ungated: none among these runs"
 
 
 class _Pair(NamedTuple):
@@ -224,32 +325,35 @@ def _best(group: Group) -> _Pair | None:
 
   If no score has both, it is the first one of a gated run. Returns None where no run is gated.
   """
-  pairs = []
+  only_gated = None
   for score in SCORES:
-    scored = group.scored(score).values()
-    value = lambda run: run.numbers[score.share]  # noqa: B023
-    gated = max((run for run in scored if not run.ungated), key=value, default=None)
-    ungated = max((run for run in scored if run.ungated), key=value, default=None)
-    if gated:
-      pairs.append(_Pair(score, gated, ungated))
-  # `min` keeps the first of equals, so the order of `SCORES` decides.
-  return min(pairs, key=lambda pair: pair.ungated is None, default=None)
+    scored = group.scored(score)
+    gated, ungated = _highest(scored, score, ungated=False), _highest(scored, score, ungated=True)
+    if gated and ungated:
+      return _Pair(score, gated, ungated)
+    if gated and only_gated is None:
+      only_gated = _Pair(score, gated, None)
+  return only_gated
+
+
+def _highest(runs: Sequence[Run], score: Score, *, ungated: bool) -> Run | None:
+  alike = [run for run in runs if run.ungated == ungated]
+  return max(alike, key=lambda run: run.numbers[score.share], default=None)
 
 
 def _rank(group: Group) -> int:
   """Ranks groups: first those with a gated and an ungated run, last those without a gated one."""
   pair = _best(group)
-  return 2 if pair is None else int(pair.ungated is None)
-
-
-def _which(group: Group, *, alone: bool) -> str:
-  """States which runs the large numbers belong to."""
-  pair = _best(group)
   if pair is None:
-    return ""
-  of = "The numbers" if alone else f"Those of {group.name}"
+    return 2
+  return 1 if pair.ungated is None else 0
+
+
+def _which(group: Group, pair: _Pair, *, alone: bool) -> str:
+  """States which runs the large numbers belong to."""
+  numbers = "The numbers" if alone else f"Those of {group.name}"
   text = (
-    f"{of} belong to {plain(pair.gated.name, 60)}, the gated run with the highest "
+    f"{numbers} belong to {plain(pair.gated.name, 60)}, the gated run with the highest "
     f"{pair.score.label}"
   )
   if pair.ungated is None:
@@ -258,65 +362,41 @@ def _which(group: Group, *, alone: bool) -> str:
   return f"{text}, next to {plain(pair.ungated.name, 60)}, the best ungated one."
 
 
-def _numbers(group: Group, *, alone: bool) -> list[page.Number]:
-  """Returns a group's large numbers, named by the group unless it is alone.
-
-  A group without a gated run has none.
-  """
-  pair = _best(group)
-  if pair is None:
-    return []
+def _large_numbers(group: Group, pair: _Pair, *, alone: bool) -> list[page.Number]:
+  """Returns a group's large numbers, named by the group unless it is alone."""
+  numbers = [_score_number(pair), _macs_number(pair), _time_number(pair)]
+  if alone:
+    return numbers
   # Several groups share the top of the page, so each number tells its group.
-  numbers = _against(pair) if pair.ungated else _without_baseline(pair)
-  return (
-    numbers
-    if alone
-    else [dataclasses.replace(number, name=f"{number.name}, {group.name}") for number in numbers]
-  )
+  named = []
+  for number in numbers:
+    named.append(dataclasses.replace(number, name=f"{number.name}, {group.name}"))
+  return named
 
 
-def _score_title(score: Score) -> str:
-  return f"{score.label[:1].upper()}{score.label[1:]}"
+def _score_number(pair: _Pair) -> page.Number:
+  score, baseline = pair.score, _NO_BASELINE
+  if pair.ungated:
+    baseline = f"ungated: {format_percent(pair.ungated.numbers[score.share], 2)}"
+  value = format_percent(pair.gated.numbers[score.share], 2)
+  return page.Number(capitalise(score.label), value, baseline, meaning="On the test set.")
 
 
-def _without_baseline(pair: _Pair) -> list[page.Number]:
-  score, mine, none = pair.score, pair.gated.numbers, "ungated: none among these runs"
-  spent = page.Number(
-    f"MACs per {example_noun(pair.gated.experiment)}", format_count(mine[score.macs]), none, _MACS
-  )
-  return [
-    page.Number(_score_title(score), f"{100 * mine[score.share]:.2f} %", none, "On the test set."),
-    spent,
-    _time(pair),
-  ]
-
-
-def _against(pair: _Pair) -> list[page.Number]:
-  """Returns the large numbers of the gated run, next to those of the ungated run."""
-  score, mine, theirs = pair.score, pair.gated.numbers, pair.ungated.numbers
+def _macs_number(pair: _Pair) -> page.Number:
+  noun, macs = example_noun(pair.gated.experiment), pair.gated.numbers[pair.score.macs]
+  if pair.ungated is None:
+    return page.Number(f"MACs per {noun}", format_count(macs), _NO_BASELINE, meaning=_MACS)
   # In % of the ungated run's MACs, not of this run's own network without gates, which may be wider.
-  ratio = 100 * mine[score.macs] / theirs[score.macs] if theirs[score.macs] else 0.0
-  return [
-    page.Number(
-      _score_title(score),
-      f"{100 * mine[score.share]:.2f} %",
-      f"ungated: {100 * theirs[score.share]:.2f} %",
-      "On the test set.",
-    ),
-    page.Number(
-      "MACs",
-      f"{ratio:.1f} %",
-      f"ungated: 100 %, {format_count(theirs[score.macs])} per {example_noun(pair.gated.experiment)}",
-      f"{_MACS} Here {format_count(mine[score.macs])}, in % of those of the ungated run.",
-    ),
-    _time(pair),
-  ]
+  dense = pair.ungated.numbers[pair.score.macs]
+  return page.Number(
+    "MACs",
+    format_percent(macs / dense if dense else 0.0, 1),
+    f"ungated: 100 %, {format_count(dense)} per {noun}",
+    meaning=f"{_MACS} Here {format_count(macs)}, in % of those of the ungated run.",
+  )
 
 
-_MACS = "Multiply-accumulate operations, mean over the test set, gate networks included."
-
-
-def _time(pair: _Pair) -> page.Number:
+def _time_number(pair: _Pair) -> page.Number:
   """Returns the milliseconds per example, next to the ungated run's.
 
   Without times of the ungated run on the same device, the baseline is the gated run's own network
@@ -336,250 +416,230 @@ def _time(pair: _Pair) -> page.Number:
   return dataclasses.replace(found, baseline=f"ungated: {time_number(theirs, noun).value}")
 
 
-def _results(runs: Sequence[Run]) -> list[list[str]]:
-  """Returns rows of a measure and a cell for each run; rows that no run has are left out."""
-  sets = [run.tested.get("data.name") for run in runs]
-  rows = [["tested on", *(MISSING if name is None else name for name in sets)]] if any(sets) else []
-  rows += [
-    ["state", *("finished" if run.result is not None else "not finished" for run in runs)],
-    ["last step", *(f"{run.step:,}" for run in runs)],
-  ]
-  for name, text in _measures().items():
-    cells = [text(run.numbers) for run in runs]
-    if any(cell is not None for cell in cells):
-      rows.append([name, *(MISSING if cell is None else cell for cell in cells)])
-  return rows
+# Pictures.
+
+_COLOURS = ("#4c78a8", "#e4572e", "#2a9d6f", "#b279a2", "#f2a541", "#7a5195", "#17a3b8", "#9d6b53")
+_MARKERS = "os^Dvp*"
+_UNGATED = "#5b5b5b"
+# The most points with their names next to them, and the most settings of a point.
+_NAMED, _MOST_LINES = 12, 10
 
 
-def _measures() -> dict[str, Callable[[Mapping[str, Any]], str | None]]:
-  """Returns, by a row's name, functions from a run's numbers to a cell.
+class _Style(NamedTuple):
+  """Colour and mark of a run, which are the same in every picture."""
 
-  They return None where the run lacks a number.
-  """
-
-  def text(form, *names):
-    """Returns a function from a run's numbers to its cell: `form` of those called `names`."""
-
-    def cell(numbers):
-      """Returns the cell, or None where a number is missing."""
-      # One missing number leaves the whole cell empty.
-      values = [numbers.get(name) for name in names]
-      return None if None in values else form(*values)
-
-    return cell
-
-  # The format `z` writes -0.00 as 0.00: forgetting may be a rounding error below 0.
-  percent = lambda share: f"{100 * share:z.2f} %"
-  ratio = lambda part, whole: f"{100 * part / whole:.1f} %" if whole else None
-  count = lambda number, gates: f"{number:,.0f} of {gates:,.0f}"
-  whole = lambda number: f"{number:,.0f}"
-  return {
-    **{score.label: text(percent, score.share) for score in SCORES},
-    "forgetting, task known": text(percent, "task_aware.forgetting"),
-    "forgetting, task unknown": text(percent, "task_agnostic.forgetting"),
-    "MACs": text(whole, "macs"),
-    "share of the dense net's": text(lambda share: f"{100 * share:.1f} %", "mac_ratio"),
-    "MACs, task known": text(whole, "task_aware_macs"),
-    "share, task known": text(ratio, "task_aware_macs", "dense_macs"),
-    "MACs, task unknown": text(whole, "task_agnostic_macs"),
-    "share, task unknown": text(ratio, "task_agnostic_macs", "dense_macs"),
-    "parameters": text(whole, "params"),
-    "parameters of gates, separately": text(whole, "gate_params"),
-    "gates conditional": text(count, "conditional", "gates"),
-    "gates always open": text(count, "always_open", "gates"),
-    "gates always closed": text(count, "always_closed", "gates"),
-    "gates at random": text(count, "random_dropout", "gates"),
-    "units that two tasks share": text(percent, "mean_gate_overlap"),
-    "segments chosen": text(percent, "share"),
-    "seconds since the last start": text(whole, "seconds_since_last_start"),
-  }
+  colour: str
+  marker: str
 
 
-def draw_costs(runs: Sequence[Run], found: Sequence[Group]) -> list[page.Picture]:
+class _Point(NamedTuple):
+  """A run in a picture of score against cost; the score is in %."""
+
+  run: Run
+  macs: float
+  percent: float
+
+
+class _Curve(NamedTuple):
+  """A run in a picture of a course over training."""
+
+  run: Run
+  steps: list[int]
+  values: list[float]
+
+
+def draw_costs(runs: Sequence[Run], groups: Sequence[Group]) -> list[page.Picture]:
   """Draws score against MACs, a picture for each group and score that some run has."""
-  pictures = []
-  for group, score in itertools.product(found, SCORES):
-    points = {
-      i: (run.numbers[score.macs], 100 * run.numbers[score.share])
-      for i, run in group.scored(score).items()
-    }
-    if points:
-      pictures.append(_cost(runs, points, score, group))
+  styles, pictures = _styles(runs), []
+  for group in groups:
+    for score in SCORES:
+      points = []
+      for run in group.scored(score):
+        points.append(_Point(run, run.numbers[score.macs], 100 * run.numbers[score.share]))
+      if points:
+        pictures.append(_draw_cost(points, group, score, styles=styles))
   return pictures
 
 
-def _cost(
-  runs: Sequence[Run], points: Mapping[int, tuple[float, float]], score: Score, group: Group
-) -> page.Picture:
-  """Draws runs as named points, the ungated ones joined by a line."""
-  figure, axes = _axes(len(points))
-  # Sorted by MACs, so that the line of the ungated networks of several widths runs to the right.
-  family = sorted(point for i, point in points.items() if runs[i].ungated)
-  if family:
-    axes.plot(
-      *zip(*family, strict=True), label="ungated networks", color=_UNGATED, linewidth=1.5, zorder=1
-    )
-  # Baselines are grey and hollow. A run has the same colour and mark in every picture.
-  for i, point in points.items():
-    colour = _UNGATED if runs[i].ungated else _COLOURS[i % len(_COLOURS)]
-    axes.plot(
-      *point,
-      label=plain(runs[i].name, 50),
-      color=colour,
-      linewidth=0,
-      marker=_MARKERS[i % len(_MARKERS)],
-      markersize=8,
-      markerfacecolor="white" if runs[i].ungated else colour,
-    )
-    # Names of more points would overlap; the legend and the hover text have them.
-    if len(points) <= _NAMED:
-      axes.annotate(
-        plain(runs[i].name, 24),
-        point,
-        xytext=(8, 7),
-        textcoords="offset points",
-        fontsize=8.5,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1},
-      )
-  # A wide margin keeps the names of points at the edge inside the axes.
-  noun = example_noun(group.experiment)
-  article = "an" if noun == "image" else "a"
-  _label(figure, axes, f"MACs of {article} {noun}", f"{score.label} (%)", margin=0.18)
-  line = " The line joins the ungated networks." if len(family) > 1 else ""
-  caption = (
-    f"{_group_title(group)}: {score.label} against multiply-accumulates.{line} Upper left is "
-    "better; point at a run to see how its config differs."
-  )
-  return dataclasses.replace(
-    page.embed_figure(
-      figure,
-      caption,
-      terms=[
-        (score.label, "on the test set, in %"),
-        (
-          "MACs",
-          f"multiply-accumulate operations of {article} {noun}, mean over the test set, with gate "
-          "networks",
-        ),
-      ],
-    ),
-    points=_hover(runs, points, score, figure, axes),
-  )
-
-
-def _hover(
-  runs: Sequence[Run],
-  points: Mapping[int, tuple[float, float]],
-  score: Score,
-  figure: Any,
-  axes: Any,
-) -> list[page.Point]:
-  """Returns the text that each point shows: its numbers, and its values of settings that differ."""
-  # The constrained layout places the axes only when the figure is drawn.
-  figure.draw_without_rendering()
-  width, height = figure.bbox.size
-  differ, found = differing_settings([runs[i] for i in points]), []
-  for place, (i, (spent, share)) in enumerate(points.items(), 1):
-    x, y = axes.transData.transform((spent, share))
-    lines = [f"{score.label}: {share:.2f} %", f"MACs: {format_count(spent)}"]
-    settings = [f"{name}: {plain(values[place - 1], 60)}" for name, *values in differ[:_MOST_LINES]]
-    # A longer text would cover the picture.
-    if len(differ) > _MOST_LINES:
-      settings.append(f"and {len(differ) - _MOST_LINES} more settings")
-    # HTML counts from the top, matplotlib from the bottom.
-    found.append(
-      page.Point(
-        round(100 * x / width, 2),
-        round(100 * (1 - y / height), 2),
-        plain(runs[i].name, 60),
-        lines + settings,
-      )
-    )
-  return found
-
-
-def draw_courses(runs: Sequence[Run], found: Sequence[Group]) -> list[page.Picture]:
+def draw_courses(runs: Sequence[Run], groups: Sequence[Group]) -> list[page.Picture]:
   """Draws each group's scores at the tests during training, and its training cross-entropy."""
-  # A single point makes no curve; such pictures are left out.
-  pictures = []
-  for group in found:
+  styles, pictures = _styles(runs), []
+  for group in groups:
     for score in SCORES:
-      lines = {
-        i: [(test["step"], 100 * test[score.share]) for test in run.tests if score.share in test]
-        for i, run in group.runs.items()
-      }
-      if any(len(points) > 1 for points in lines.values()):
+      curves = _curves(group, "test", score.share, scale=100)
+      if _have_a_course(curves):
         pictures.append(
-          _picture(
-            runs,
-            lines,
-            "step",
-            f"{score.label} (%)",
-            f"{_group_title(group)}: {score.label} at each test during training.",
+          _draw_curves(
+            curves,
+            styles,
+            ylabel=f"{score.label} (%)",
+            meaning="on the test set",
+            caption=f"{capitalise(group.name)}: {score.label} at each test during training.",
           )
         )
-    lines = {
-      i: [
-        (line["step"], line["cross_entropy"])
-        for line in run.lines
-        if line["split"] == "train" and "cross_entropy" in line
-      ]
-      for i, run in group.runs.items()
-    }
-    if any(len(points) > 1 for points in lines.values()):
+    curves = _curves(group, "train", "cross_entropy")
+    if _have_a_course(curves):
       pictures.append(
-        _picture(
-          runs,
-          lines,
-          "step",
-          "cross-entropy",
-          f"{_group_title(group)}: mean cross-entropy on training data.",
+        _draw_curves(
+          curves,
+          styles,
+          ylabel="cross-entropy",
+          meaning="mean over training examples, in nats",
+          caption=f"{capitalise(group.name)}: mean cross-entropy on training data.",
           marked=False,
         )
       )
   return pictures
 
 
-def _group_title(group: Group) -> str:
-  return group.name[:1].upper() + group.name[1:]
+def _styles(runs: Sequence[Run]) -> dict[str, _Style]:
+  """Returns the style of each run by its name."""
+  styles = {}
+  for i, run in enumerate(runs):
+    styles[run.name] = _Style(_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)])
+  return styles
 
 
-def _picture(
-  runs: Sequence[Run],
-  lines: Mapping[int, Sequence[tuple[float, float]]],
-  xlabel: str,
-  ylabel: str,
-  caption: str,
+def _curves(group: Group, split: str, name: str, *, scale: int = 1) -> list[_Curve]:
+  """Returns the curve of each run, without points where its journal lacks the number.
+
+  Args:
+    group: of runs.
+    split: of the journal's lines, `train` or `test`.
+    name: of the number.
+    scale: by which the number is multiplied.
+  """
+  curves = []
+  for run in group.runs:
+    curve = _Curve(run, [], [])
+    for line in run.lines_of(split):
+      if name in line:
+        curve.steps.append(line["step"])
+        curve.values.append(scale * line[name])
+    curves.append(curve)
+  return curves
+
+
+def _have_a_course(curves: Sequence[_Curve]) -> bool:
+  # A single point makes no curve.
+  return any(len(curve.steps) > 1 for curve in curves)
+
+
+def _draw_cost(
+  points: Sequence[_Point], group: Group, score: Score, *, styles: Mapping[str, _Style]
+) -> page.Picture:
+  """Draws runs as named points, the ungated ones joined by a line."""
+  figure, axes = _axes(len(points))
+  # Sorted by MACs, so that the line of the ungated networks of several widths runs to the right.
+  family = sorted((point.macs, point.percent) for point in points if point.run.ungated)
+  if family:
+    macs, percents = np.transpose(family)
+    axes.plot(macs, percents, label="ungated networks", color=_UNGATED, linewidth=1.5, zorder=1)
+  for point in points:
+    _draw_point(axes, point, styles[point.run.name])
+    # Names of more points would overlap; the legend and the hover text have them.
+    if len(points) <= _NAMED:
+      _name_point(axes, point)
+  noun = example_noun(group.experiment)
+  example = f"an {noun}" if noun == "image" else f"a {noun}"
+  # A wide margin keeps the names of points at the edge inside the axes.
+  _label(figure, axes, xlabel=f"MACs of {example}", ylabel=f"{score.label} (%)", margin=0.18)
+  line = " The line joins the ungated networks." if len(family) > 1 else ""
+  caption = (
+    f"{capitalise(group.name)}: {score.label} against multiply-accumulates.{line} Upper left is "
+    "better; point at a run to see how its config differs."
+  )
+  macs = f"multiply-accumulate operations of {example}, mean over the test set, with gate networks"
+  picture = page.embed_figure(
+    figure, caption, terms=[(score.label, "on the test set, in %"), ("MACs", macs)]
+  )
+  return dataclasses.replace(picture, points=_hover_texts(points, score, figure, axes=axes))
+
+
+def _draw_point(axes: Any, point: _Point, style: _Style) -> None:
+  # Baselines are grey and hollow.
+  colour = _UNGATED if point.run.ungated else style.colour
+  axes.plot(
+    point.macs,
+    point.percent,
+    label=plain(point.run.name, 50),
+    color=colour,
+    linewidth=0,
+    marker=style.marker,
+    markersize=8,
+    markerfacecolor="white" if point.run.ungated else colour,
+  )
+
+
+def _name_point(axes: Any, point: _Point) -> None:
+  axes.annotate(
+    plain(point.run.name, 24),
+    (point.macs, point.percent),
+    xytext=(8, 7),
+    textcoords="offset points",
+    fontsize=8.5,
+    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1},
+  )
+
+
+def _hover_texts(
+  points: Sequence[_Point], score: Score, figure: Any, *, axes: Any
+) -> list[page.Point]:
+  """Returns the text that each point shows: its numbers, and its values of settings that differ."""
+  # The constrained layout places the axes only when the figure is drawn.
+  figure.draw_without_rendering()
+  width, height = figure.bbox.size
+  differences = differing_settings([point.run for point in points])
+  texts = []
+  for i, point in enumerate(points):
+    lines = [f"{score.label}: {point.percent:.2f} %", f"MACs: {format_count(point.macs)}"]
+    for difference in differences[:_MOST_LINES]:
+      lines.append(f"{difference.setting}: {plain(difference.values[i], 60)}")
+    # A longer text would cover the picture.
+    if len(differences) > _MOST_LINES:
+      lines.append(f"and {len(differences) - _MOST_LINES} more settings")
+    x, y = axes.transData.transform((point.macs, point.percent))
+    # HTML counts from the top, matplotlib from the bottom.
+    left, top = round(100 * x / width, 2), round(100 * (1 - y / height), 2)
+    texts.append(page.Point(left, top, name=plain(point.run.name, 60), lines=lines))
+  return texts
+
+
+def _draw_curves(
+  curves: Sequence[_Curve],
+  styles: Mapping[str, _Style],
   *,
+  ylabel: str,
+  meaning: str,
+  caption: str,
   marked: bool = True,
 ) -> page.Picture:
   """Draws a curve for each run, with a legend below.
 
   Args:
-    runs: all runs; a run's position decides its colour and mark in every picture.
-    lines: points `(x, y)` of each run, by its position.
-    xlabel, ylabel: of the axes.
+    curves: of runs; one without points is left out.
+    styles: of each run, by its name.
+    ylabel: of the axis of values.
+    meaning: defines the values.
     caption: of the picture.
     marked: marks the points.
   """
-  shown = {i: points for i, points in lines.items() if points}
+  shown = [curve for curve in curves if curve.steps]
   figure, axes = _axes(len(shown))
-  for i, points in shown.items():
+  for curve in shown:
+    style = styles[curve.run.name]
     axes.plot(
-      *zip(*points, strict=True),
-      label=plain(runs[i].name, 50),
-      color=_COLOURS[i % len(_COLOURS)],
+      curve.steps,
+      curve.values,
+      label=plain(curve.run.name, 50),
+      color=style.colour,
       linewidth=1.3,
-      marker=_MARKERS[i % len(_MARKERS)] if marked else None,
+      marker=style.marker if marked else None,
       markersize=6,
     )
-  _label(figure, axes, xlabel, ylabel, margin=0.08)
-  meaning = (
-    "mean over training examples, in nats" if ylabel == "cross-entropy" else "on the test set"
-  )
-  return page.embed_figure(
-    figure, caption, terms=[(xlabel, "updates of the parameters so far"), (ylabel, meaning)]
-  )
+  _label(figure, axes, xlabel="step", ylabel=ylabel, margin=0.08)
+  terms = [("step", "updates of the parameters so far"), (ylabel, meaning)]
+  return page.embed_figure(figure, caption, terms=terms)
 
 
 def _axes(runs: int) -> tuple[Any, Any]:
@@ -589,7 +649,7 @@ def _axes(runs: int) -> tuple[Any, Any]:
   return figure, figure.subplots()
 
 
-def _label(figure: Any, axes: Any, xlabel: str, ylabel: str, *, margin: float) -> None:
+def _label(figure: Any, axes: Any, *, xlabel: str, ylabel: str, margin: float) -> None:
   from matplotlib.ticker import EngFormatter
 
   axes.set(xlabel=xlabel, ylabel=ylabel)

@@ -53,30 +53,26 @@ def write_times(
     for title, rows in tables:
       found[title] = [dataclasses.asdict(row) for row in rows]
       say(f"\n{title}\n" + render_timings(found[title]))
-    write_json(
-      folder / TABLE_FILE,
-      {
-        "step": step,
-        "device": timing.device(),
-        "jax_version": jax.__version__,
-        "pixels": None if pixels is None else list(pixels),
-        "timings": found,
-      },
-    )
+    measured = {
+      "step": step,
+      "device": timing.device(),
+      "jax_version": jax.__version__,
+      "pixels": None if pixels is None else list(pixels),
+      "timings": found,
+    }
+    write_json(folder / TABLE_FILE, measured)
     with working("drawing the times", "a few seconds"):
       page.save_figure(draw_timings(found, columns=2), folder / PICTURE_FILE)
   # A page of this step shows the times at once; one of another step must be written again.
-  has_page = surroundings.refresh_times(run_dir.path)
-  modes = [] if has_page or not run_dir.report.exists() else ["report"]
-  modes += ["export"] if run_dir.config().get("experiment") == "classification" else []
+  has_times, modes = surroundings.refresh_times(run_dir.path), []
+  if run_dir.report.exists() and not has_times:
+    modes.append("report")
+  if run_dir.config().get("experiment") == "classification":
+    modes.append("export")
+  done = f"Timed the checkpoint of step {step:,}: median milliseconds of a call."
   made = ("made", f"{run_dir.path / TABLE_FILE}, {PICTURE_FILE}")
-  say(
-    conclusion.text(
-      f"Timed the checkpoint of step {step:,}: median milliseconds of a call.",
-      [made, *conclusion.times(found)],
-      conclusion.following(run_dir.path, modes),
-    )
-  )
+  rows = [made, *conclusion.times(found)]
+  say(conclusion.text(done, rows, conclusion.following(run_dir.path, modes)))
 
 
 @contextlib.contextmanager
@@ -87,8 +83,9 @@ def _staged(path: Path, step: int) -> Iterator[Path]:
   with rundir.staged(path, () if is_other else names) as folder:
     yield folder
     # Only now, when the new files are complete: an interruption leaves the old ones in place.
-    for file in (path / name for name in names if is_other):
-      if file.exists():
+    for name in names:
+      file = path / name
+      if is_other and file.exists():
         file.rename(file.with_stem(f"{file.stem}_of_step_{found.step}"))
 
 

@@ -98,8 +98,8 @@ def _report_failure(
         run_dir.report,
         str(config.experiment),
         [opening.settings_section(configured)],
-        run_dir.path.name,
-        begin,
+        subtitle=run_dir.path.name,
+        opening=begin,
       )
     except Exception as last:  # such as a full disk, which may be the failure itself
       warn("the report of the failed run could not be written: %s", last)

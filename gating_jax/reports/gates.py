@@ -5,8 +5,9 @@ Axes: N examples, L layers, T tests during training, G gates, K classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import special
@@ -16,17 +17,28 @@ from gating_jax.ops.priors import Prior
 from gating_jax.reports.page import WIDTH
 from gating_jax.reports.text import plain
 
-MOST_LAYERS, MOST_CLASSES, _BARS = 24, 40, 12  # in one picture; classes with a bar
-_TALLEST, _NAMED = 7.0, 36  # inches of all layers' bars, at most; layers with a name, at most
-# Kinds of gates, and their colours, which differ in lightness too.
+# The most layers and classes in one picture, and the most classes with a bar.
+MOST_LAYERS, MOST_CLASSES, _BARS = 24, 40, 12
+_TALLEST = 7.0  # inches of all layers' bars, at most
+_NAMED = 36  # layers with a name, at most
+
+
+class _Kind(NamedTuple):
+  """A kind of gates: its label in a picture, and its colour."""
+
+  label: str
+  colour: str
+
+
+# The colours differ in lightness too.
 _KINDS = (
-  ("< 1 % (always closed)", "#c3cad3"),
-  ("1 to 25 % (conditional)", "#b7e4c7"),
-  ("25 to 50 % (cond.)", "#74c69d"),
-  ("50 to 75 % (cond.)", "#40916c"),
-  ("75 to 99 % (cond.)", "#1b4332"),
-  ("> 99 % (always open)", "#4c78a8"),
-  ("random, by noise", "#f2a541"),
+  _Kind("< 1 % (always closed)", "#c3cad3"),
+  _Kind("1 to 25 % (conditional)", "#b7e4c7"),
+  _Kind("25 to 50 % (cond.)", "#74c69d"),
+  _Kind("50 to 75 % (cond.)", "#40916c"),
+  _Kind("75 to 99 % (cond.)", "#1b4332"),
+  _Kind("> 99 % (always open)", "#4c78a8"),
+  _Kind("random, by noise", "#f2a541"),
 )
 _GREEN = "#2a9d6f"
 _COLUMNS = 3
@@ -35,12 +47,20 @@ _LETTERS = 8.5  # points
 
 def layer_names(layers: Sequence[tuple[str, int]]) -> list[str]:
   """Returns number and name of each layer, without a first folder that all of them share."""
-  names = [name for name, _ in layers]
+  folder, names = _shared_folder(layers), []
+  for i, (name, _) in enumerate(layers):
+    names.append(f"{i:02d} {plain(name.removeprefix(folder), 24)}")
+  return names
+
+
+def _shared_folder(layers: Sequence[tuple[str, int]]) -> str:
+  """Returns the first folder of several layers' names, with its slash; empty if they differ."""
   # Names of layers are paths of modules, of which the first is often the same for all.
-  first = {name.partition("/")[0] for name in names}
-  if len(first) == 1 and len(names) > 1 and all("/" in name for name in names):
-    names = [name.partition("/")[2] for name in names]
-  return [f"{i:02d} {plain(name, 24)}" for i, name in enumerate(names)]
+  first, slash, _ = layers[0][0].partition("/")
+  if not slash or len(layers) == 1:
+    return ""
+  shared = all(name.startswith(first + slash) for name, _ in layers)
+  return first + slash if shared else ""
 
 
 def shown_layers(count: int) -> np.ndarray:
@@ -62,21 +82,26 @@ def draw_outcomes(found: Diagnosis, sizes: Sequence[int], names: Sequence[str]) 
   """
   from matplotlib.figure import Figure  # imports slowly
 
-  count, kinds, whole = len(sizes), _kinds(found), np.maximum(sizes, 1)
+  count, kinds = len(sizes), _kinds(found)
   figure = Figure(figsize=(WIDTH, 1.7 + min(0.24 * count, _TALLEST)), layout="constrained")
   axes = figure.subplots()
+  layer = np.repeat(np.arange(count), sizes)
   left = np.zeros(count)
-  for kind, (name, colour) in enumerate(_KINDS):
-    parts = np.split(kinds == kind, np.cumsum(sizes)[:-1])
-    counts = np.array([np.count_nonzero(part) for part in parts])
-    label = f"{name}: {counts.sum():,}"
+  for i, kind in enumerate(_KINDS):
+    counts = np.bincount(layer[kinds == i], minlength=count)
+    percent = 100 * counts / np.maximum(sizes, 1)
     axes.barh(
-      np.arange(count), 100 * counts / whole, left=left, color=colour, label=label, height=0.82
+      np.arange(count),
+      percent,
+      left=left,
+      color=kind.colour,
+      label=f"{kind.label}: {counts.sum():,}",
+      height=0.82,
     )
     # The next kind is stacked to the right of this one.
-    left += 100 * counts / whole
+    left += percent
   # Names of more layers would overlap.
-  every = -(-count // _NAMED)
+  every = math.ceil(count / _NAMED)
   axes.set_yticks(np.arange(0, count, every), names[::every], fontsize=_LETTERS)
   axes.invert_yaxis()
   axes.margins(y=0.01)
@@ -99,12 +124,10 @@ def draw_outcomes(found: Diagnosis, sizes: Sequence[int], names: Sequence[str]) 
 def _kinds(found: Diagnosis) -> np.ndarray:
   """Returns the kind of each gate, as `[G]` positions in `_KINDS`."""
   # 1 to 4, the positions of the conditional kinds.
-  bins = np.digitize(found.open_rates, (0.25, 0.5, 0.75)) + 1
-  outcomes = [OUTCOMES[outcome] for outcome in found.outcomes]
-  others = {"always_closed": 0, "always_open": 5, "random_dropout": 6}
-  return np.array(
-    [others.get(outcome, place) for outcome, place in zip(outcomes, bins, strict=True)], int
-  )
+  kinds = np.digitize(found.open_rates, (0.25, 0.5, 0.75)) + 1
+  for outcome, kind in (("always_closed", 0), ("always_open", 5), ("random_dropout", 6)):
+    kinds[np.asarray(found.outcomes) == OUTCOMES.index(outcome)] = kind
+  return kinds
 
 
 def draw_histograms(
@@ -121,14 +144,14 @@ def draw_histograms(
   Returns:
     The matplotlib figure.
   """
-  what = {"probs": "probability", "open_rates": "open rate"}[measure]
-  figure, panels = _panels(names, "test at step", what)
-  for number, axes in panels:
+  ylabel = {"probs": "probability", "open_rates": "open rate"}[measure]
+  figure, panels = _panels(names, xlabel="test at step", ylabel=ylabel)
+  for panel in panels:
     # [T, bins]
-    counts = np.array([_of_layer(line, number, measure) for line in history], np.float64)
+    counts = np.array([_of_layer(line, panel.layer, measure) for line in history], np.float64)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     # The square root keeps small fractions visible next to a bin that holds most values.
-    axes.imshow(
+    panel.axes.imshow(
       np.sqrt(shares.T),
       cmap="Greens",
       vmin=0,
@@ -138,15 +161,22 @@ def draw_histograms(
       extent=(-0.5, len(history) - 0.5, 0, 1),
       interpolation="nearest",
     )
-    # Only the first and the last step are labelled; a set, since a history may have one line.
-    ends = sorted({0, len(history) - 1})
-    axes.set_xticks(ends, [f"{history[i]['step']:,}" for i in ends], fontsize=_LETTERS)
-    axes.set_yticks([0, 1], ["0", "1"], fontsize=_LETTERS)
-    for label, side in zip(
-      axes.get_xticklabels(), ("left", "right") if len(ends) == 2 else ("center",), strict=True
-    ):
-      label.set_horizontalalignment(side)
+    _label_ends(panel.axes, history)
+    panel.axes.set_yticks([0, 1], ["0", "1"], fontsize=_LETTERS)
   return figure
+
+
+def _label_ends(axes: Any, history: Sequence[Mapping[str, Any]]) -> None:
+  """Labels the first and the last step only."""
+  first, last = f"{history[0]['step']:,}", f"{history[-1]['step']:,}"
+  if len(history) == 1:
+    axes.set_xticks([0], [first], fontsize=_LETTERS)
+    return
+  axes.set_xticks([0, len(history) - 1], [first, last], fontsize=_LETTERS)
+  # Towards the middle, so that neighbouring panels' labels do not overlap.
+  left, right = axes.get_xticklabels()
+  left.set_horizontalalignment("left")
+  right.set_horizontalalignment("right")
 
 
 def draw_cdfs(
@@ -163,20 +193,19 @@ def draw_cdfs(
   """
   from matplotlib import colormaps
 
-  figure, panels = _panels(names, "probability", "below it")
-  # Later tests are darker.
+  figure, panels = _panels(names, xlabel="probability", ylabel="below it")
   times = np.unique(np.linspace(0, len(history) - 1, min(len(history), 4)).astype(int))
-  tones = (
-    colormaps["viridis_r"](np.linspace(0.15, 0.95, len(times))) if len(times) > 1 else [_GREEN]
-  )
-  for number, axes in panels:
-    for tone, time in zip(tones, times, strict=True):
-      counts = np.array(_of_layer(history[time], number, "probs"), np.float64)
+  # Later tests are darker; a single one is green.
+  tones = [_GREEN]
+  if len(times) > 1:
+    tones = colormaps["viridis_r"](np.linspace(0.15, 0.95, len(times)))
+  for layer, axes in panels:
+    for i, time in enumerate(times):
+      counts = np.array(_of_layer(history[time], layer, "probs"), np.float64)
       # The CDF at the edges of the bins, from 0 to 1.
       below = np.concatenate([[0], np.cumsum(counts) / max(counts.sum(), 1)])
-      axes.plot(
-        np.linspace(0, 1, len(below)), below, color=tone, label=f"step {history[time]['step']:,}"
-      )
+      label = f"step {history[time]['step']:,}"
+      axes.plot(np.linspace(0, 1, len(below)), below, color=tones[i], label=label)
     if prior is not None:
       x = np.linspace(0, 1, 200, dtype=np.float32)
       axes.plot(
@@ -185,9 +214,9 @@ def draw_cdfs(
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
     axes.set_xticks([0, 1], ["0", "1"], fontsize=_LETTERS)
     axes.set_yticks([0, 1], ["0", "1"], fontsize=_LETTERS)
-  figure.legend(
-    *panels[0][1].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False
-  )
+  # The same for all panels.
+  handles, labels = panels[0].axes.get_legend_handles_labels()
+  figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
   return figure
 
 
@@ -206,8 +235,8 @@ def draw_class_map(rates: np.ndarray, gates: Sequence[str], class_names: Sequenc
   """
   from matplotlib.figure import Figure  # imports slowly
 
-  # A class whose rates are equal for all gates shows nothing about single gates.
-  # Of many classes the most selective, then again in the order of the classes.
+  # A class whose rates are equal for all gates shows nothing about single gates, so of many classes
+  # the most selective are shown, again in the order of the classes.
   classes = np.sort(np.argsort(-rates.std(axis=0), kind="stable")[:MOST_CLASSES])
   rates = rates[:, classes]
   rows, columns = _alike(rates), _alike(rates.T)
@@ -216,14 +245,10 @@ def draw_class_map(rates: np.ndarray, gates: Sequence[str], class_names: Sequenc
   image = axes.imshow(
     rates[rows][:, columns], cmap="YlGnBu", vmin=0, vmax=1, aspect="auto", interpolation="nearest"
   )
-  axes.set_xticks(
-    np.arange(len(columns)),
-    [plain(class_names[classes[k]], 14) for k in columns],
-    rotation=90,
-    fontsize=_LETTERS,
-  )
+  shown_names = [plain(class_names[k], 14) for k in classes[columns]]
+  axes.set_xticks(np.arange(len(columns)), shown_names, rotation=90, fontsize=_LETTERS)
   axes.xaxis.tick_top()
-  axes.set_yticks(np.arange(len(rows)), [gates[g] for g in rows], fontsize=7.5)
+  axes.set_yticks(np.arange(len(rows)), np.asarray(gates)[rows], fontsize=7.5)
   axes.set_ylabel("gate (layer:number)")
   axes.set_xlabel("class")
   axes.xaxis.set_label_position("top")
@@ -252,15 +277,13 @@ def draw_class_bars(rates: np.ndarray, titles: Sequence[str], class_names: Seque
 
   shown = min(rates.shape[1], _BARS)
   figure = Figure(figsize=(WIDTH, (0.5 + 0.16 * shown) * len(rates)), layout="constrained")
-  for axes, rate, title in zip(
-    figure.subplots(len(rates), 1, squeeze=False).ravel(), rates, titles, strict=True
-  ):
+  grid = figure.subplots(len(rates), 1, squeeze=False).ravel()
+  for axes, rate, title in zip(grid, rates, titles, strict=True):
     # The classes of the highest rates, then again in the order of the classes.
     classes = np.sort(np.argsort(-rate, kind="stable")[:shown])
+    names = [plain(class_names[k], 18) for k in classes]
     axes.barh(np.arange(shown), 100 * rate[classes], color=_GREEN)
-    axes.set_yticks(
-      np.arange(shown), [plain(class_names[k], 18) for k in classes], fontsize=_LETTERS
-    )
+    axes.set_yticks(np.arange(shown), names, fontsize=_LETTERS)
     # Bars start at the bottom; the first class belongs on top.
     axes.invert_yaxis()
     axes.set_title(title, fontsize=10, loc="left")
@@ -273,26 +296,36 @@ def draw_class_bars(rates: np.ndarray, titles: Sequence[str], class_names: Seque
 
 def _of_layer(line: Mapping[str, Any], number: int, measure: str) -> Sequence[int]:
   """Returns a layer's counts by its position, since an older run may name its layers otherwise."""
-  return [counts for name, counts in line.items() if name.endswith(f"/{measure}")][number]
+  of_layers = [counts for name, counts in line.items() if name.endswith(f"/{measure}")]
+  return of_layers[number]
 
 
-def _panels(names: Sequence[str], xlabel: str, ylabel: str) -> tuple[Any, list[tuple[int, Any]]]:
-  """Returns a figure of labelled panels, and the number and axes of each layer that is shown."""
+class _Panel(NamedTuple):
+  """Axes of a layer, and its number."""
+
+  layer: int
+  axes: Any
+
+
+def _panels(names: Sequence[str], *, xlabel: str, ylabel: str) -> tuple[Any, list[_Panel]]:
+  """Returns a figure of labelled panels, and the panel of each layer that is shown."""
   from matplotlib.figure import Figure  # imports slowly
 
-  # Each panel has its own labels, small and close to the axis, since a reader sees one at a time.
   shown = shown_layers(len(names))
-  rows = -(-len(shown) // _COLUMNS)
+  rows = math.ceil(len(shown) / _COLUMNS)
   figure = Figure(figsize=(WIDTH, 0.6 + 1.55 * rows), layout="constrained")
   grid = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
-  for axes in grid[len(shown) :]:
-    axes.axis("off")
-  # The grid may have more places than layers.
-  panels = list(zip(shown.tolist(), grid, strict=False))
-  for number, axes in panels:
-    axes.set_title(names[number], fontsize=7.5)
+  panels = []
+  for place, layer in enumerate(shown.tolist()):
+    axes = grid[place]
+    axes.set_title(names[layer], fontsize=7.5)
+    # Each panel has its own labels, small and close to the axis: a reader sees one at a time.
     axes.set_xlabel(xlabel, fontsize=_LETTERS, labelpad=-6)
     axes.set_ylabel(ylabel, fontsize=_LETTERS, labelpad=-4)
+    panels.append(_Panel(layer, axes))
+  # The grid may have more places than layers.
+  for axes in grid[len(shown) :]:
+    axes.axis("off")
   return figure, panels
 
 

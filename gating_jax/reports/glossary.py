@@ -8,7 +8,7 @@ from gating_jax.reports.page import Table
 
 MACS = "multiply-accumulate operations (MACs)"
 
-# By the beginning of a row's name; the longest match counts (see `meaning`).
+# By the beginning of a row's name, such as `IoU of` for that of each class (see `meaning`).
 _MEANINGS = {
   "test accuracy": "Fraction of the test set whose most likely class is the true one.",
   "test mean average precision": "Mean over classes of the average precision of a ranking of the "
@@ -86,29 +86,27 @@ def meaning(name: str) -> str:
   >>> meaning("budget")
   'The mean fraction of MACs that training aims at.'
   """
-  # "MACs of the head" and "MACs of easy and hard" share a beginning: the longest is the right one.
-  known = [start for start in _MEANINGS if name.startswith(start)]
-  return _MEANINGS[max(known, key=len)] if known else ""
+  # No beginning is that of another, so at most one fits.
+  for start, definition in _MEANINGS.items():
+    if name.startswith(start):
+      return definition
+  return ""
 
 
 def defined_table(rows: Sequence[tuple[str, str]]) -> Table:
   """Returns a table of names and values, each with its definition."""
-  rows = [(name, value, meaning(name)) for name, value in rows]
-  return Table(("measure", "value", "definition"), rows, numeric=False)
+  defined = [(name, value, meaning(name)) for name, value in rows]
+  return Table(("measure", "value", "definition"), defined, numeric=False)
 
 
 def settings_table(rows: Sequence[tuple[str, str]]) -> Table:
   """Returns a table of names and values of settings."""
-  return Table(
-    ("setting", "value"),
-    rows,
-    numeric=False,
-    terms=[
-      (
-        "setting",
-        "a field of the config, its sections joined by dots; the comments in the config files "
-        "explain each",
-      ),
-      ("value", "the one that this run was started with"),
-    ],
-  )
+  terms = [
+    (
+      "setting",
+      "a field of the config, its sections joined by dots; the comments in the config files "
+      "explain each",
+    ),
+    ("value", "the one that this run was started with"),
+  ]
+  return Table(("setting", "value"), rows, numeric=False, terms=terms)

@@ -5,6 +5,7 @@ Axes: N images or scenes, K images in a row, H and W pixels, D colours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +15,13 @@ from PIL import Image
 from gating_jax.reports.page import WIDTH
 from gating_jax.reports.text import plain
 
-_COLUMNS = 4
+_COLUMNS = 4  # of images
 _SIDE = 128  # pixels of an image shown, at most
+_LABEL, _CAPTION = 1.25, 0.2  # inches, of a row of images
+_LETTERS = 12  # of a caption
+_SCENE = 1.6  # inches
 _GREEN, _BLUE = "#2a9d6f", "#4c78a8"
+_IGNORED = "#d0d4d9"  # colour of pixels without a class
 
 
 def draw_images(pixels: np.ndarray, texts: Sequence[str]) -> Any:
@@ -30,20 +35,18 @@ def draw_images(pixels: np.ndarray, texts: Sequence[str]) -> Any:
   """
   from matplotlib.figure import Figure  # imports slowly
 
+  rows = math.ceil(len(pixels) / _COLUMNS)
   # Inches of a row: an image, 0.18 for each line of its text, and a margin.
-  rows = -(-len(pixels) // _COLUMNS)
-  height = (
-    (WIDTH / _COLUMNS - 0.1) * pixels.shape[1] / pixels.shape[2]
-    + 0.18 * (1 + texts[0].count("\n"))
-    + 0.1
-  )
+  image = (WIDTH / _COLUMNS - 0.1) * pixels.shape[1] / pixels.shape[2]
+  height = image + 0.18 * (1 + texts[0].count("\n")) + 0.1
   figure = Figure(figsize=(WIDTH, rows * height), layout="constrained")
   grid = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
+  # The last row of the grid may have places without an image.
   for axes in grid:
     axes.axis("off")
-  # The last row of the grid may have places without an image.
-  for axes, image, text in zip(grid, pixels, texts, strict=False):
-    axes.imshow(_small(image), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+  for i, text in enumerate(texts):
+    axes = grid[i]
+    axes.imshow(_small(pixels[i]), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.text(
       0.5, -0.04, text, fontsize=9, transform=axes.transAxes, ha="center", va="top", linespacing=1.1
     )
@@ -68,18 +71,17 @@ def draw_training(
   # A net without gates has 100 % of the MACs throughout: its panel would show a straight line.
   gated = min(mac_ratios) < 1
   figure = Figure(figsize=(WIDTH, 3.6 if gated else 2.4), layout="constrained")
-  top, *below = np.atleast_1d(figure.subplots(1 + gated, 1, sharex=True))
-  top.plot(steps, 100 * np.asarray(scores), color=_BLUE, marker="o", markersize=4)
-  top.set_ylabel(f"{score_name} (%)")
-  # Without an offset, which would hide how small the changes are.
-  for axes in below:
-    axes.plot(steps, 100 * np.asarray(mac_ratios), color=_GREEN, marker="o", markersize=4)
-    axes.set_ylabel("MACs (% of ungated)")
-    axes.ticklabel_format(axis="y", useOffset=False)
-  for axes in (top, *below):
+  panels = figure.subplots(2 if gated else 1, 1, sharex=True, squeeze=False)[:, 0]
+  panels[0].plot(steps, 100 * np.asarray(scores), color=_BLUE, marker="o", markersize=4)
+  panels[0].set_ylabel(f"{score_name} (%)")
+  if gated:
+    panels[1].plot(steps, 100 * np.asarray(mac_ratios), color=_GREEN, marker="o", markersize=4)
+    panels[1].set_ylabel("MACs (% of ungated)")
+    # Without an offset, which would hide how small the changes are.
+    panels[1].ticklabel_format(axis="y", useOffset=False)
+  for axes in panels:
     axes.grid(alpha=0.3)
-  (*_, last) = (top, *below)
-  last.set_xlabel("training step")
+  panels[-1].set_xlabel("training step")
   return figure
 
 
@@ -121,44 +123,31 @@ def draw_quarters(macs: np.ndarray, quarters: Sequence[np.ndarray], noun: str) -
 
   figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
   axes = figure.subplots()
-  places = np.arange(len(quarters))
-  low, high = np.transpose([np.percentile(macs[quarter], (10, 90)) for quarter in quarters]) / 1e6
-  means = [macs[quarter].mean() / 1e6 for quarter in quarters]
-  axes.vlines(places, low, high, color="#b8c0cc", linewidth=7)
+  names = []
+  for i, quarter in enumerate(quarters):
+    low, high = np.percentile(macs[quarter], (10, 90)) / 1e6
+    axes.vlines(i, low, high, color="#b8c0cc", linewidth=7)
+    names.append(f"quarter {i + 1}")
+  places, means = np.arange(len(quarters)), [macs[quarter].mean() / 1e6 for quarter in quarters]
   axes.plot(places, means, color=_GREEN, marker="o", markersize=6)
-  for place, mean in zip(places, means, strict=True):
+  for i, mean in enumerate(means):
     axes.annotate(
       f"{mean:.4g}",
-      (place, mean),
+      (i, mean),
       xytext=(9, 0),
       textcoords="offset points",
       fontsize=9,
       va="center",
     )
-  names = [f"quarter {i}" for i in range(1, len(quarters) + 1)]
   names[0] += "\n(easiest)"
-  names[-1] += "\n(hardest)" if len(names) > 1 else ""
+  if len(names) > 1:
+    names[-1] += "\n(hardest)"
   axes.set_xticks(places, names)
   axes.set(xlabel=f"quarters of the test {noun}s, by loss", ylabel=f"MACs per {noun} (millions)")
   axes.margins(x=0.15, y=0.15)
   axes.grid(axis="y", alpha=0.3)
   axes.spines[["top", "right"]].set_visible(False)
   return figure
-
-
-def _small(image: np.ndarray) -> np.ndarray:
-  """Shrinks an image to the size that is shown, and drops the axis of a single colour."""
-  # Pixels beyond this size would be invisible, but each of them is part of the page.
-  image = image.squeeze(-1) if image.shape[-1] == 1 else image
-  if max(image.shape[:2]) <= _SIDE:
-    return image
-  picture = Image.fromarray(image)
-  picture.thumbnail((_SIDE, _SIDE))
-  return np.asarray(picture)
-
-
-_LABEL, _CAPTION = 1.25, 0.2  # inches
-_LETTERS = 12  # of a caption
 
 
 def draw_image_rows(
@@ -184,24 +173,18 @@ def draw_image_rows(
   # In inches; a row of few images is not stretched to the whole width.
   side = min((WIDTH - _LABEL) / columns, 1.2)
   height = side + (_CAPTION if captions else 0.06)
-  figure = Figure(figsize=(WIDTH, height * len(rows)))
+  whole = height * len(rows)
+  figure = Figure(figsize=(WIDTH, whole))
+  # Texts and axes are placed in fractions of the figure, from the bottom left.
   for i, (images, label) in enumerate(zip(rows, labels, strict=True)):
-    top = 1 - i / len(rows)
+    top = whole - i * height
     lines = [plain(line, 18) for line in label.split("\n")]
-    figure.text(
-      0.01, top - 0.5 * side / height / len(rows), "\n".join(lines), va="center", fontsize=9
-    )
+    figure.text(0.01, (top - 0.5 * side) / whole, "\n".join(lines), va="center", fontsize=9)
     for k, image in enumerate(images):
-      # Axes are placed in fractions of the figure; the 6 % left free separate the images.
-      axes = figure.add_axes(
-        (
-          (_LABEL + k * side) / WIDTH,
-          top - side / height / len(rows),
-          0.94 * side / WIDTH,
-          0.94 * side / height / len(rows),
-        )
-      )
-      axes.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
+      left, bottom = (_LABEL + k * side) / WIDTH, (top - side) / whole
+      # The 6 % left free separate the images.
+      axes = figure.add_axes((left, bottom, 0.94 * side / WIDTH, 0.94 * side / whole))
+      axes.imshow(_without_colours(image), cmap="gray", vmin=0, vmax=255)
       axes.set_axis_off()
       if captions:
         axes.text(
@@ -214,10 +197,6 @@ def draw_image_rows(
           fontsize=6.5,
         )
   return figure
-
-
-_NOTHING = "#d0d4d9"  # colour of ignored pixels
-_SCENE = 1.6  # inches of a scene
 
 
 def draw_scenes(
@@ -243,38 +222,51 @@ def draw_scenes(
   from matplotlib.figure import Figure
   from matplotlib.patches import Patch
 
-  n, classes = len(images), len(class_names)
+  count, classes = len(images), len(class_names)
   # One colour per class, and a last one for pixels without a class; "tab20" repeats after 20.
   colours = colormaps["tab20"](np.arange(classes) % 20)
-  cmap = ListedColormap([*colours, _NOTHING])
-  norm = BoundaryNorm(np.arange(classes + 2) - 0.5, classes + 1)
+  pixels = {
+    "cmap": ListedColormap([*colours, _IGNORED]),
+    "norm": BoundaryNorm(np.arange(classes + 2) - 0.5, classes + 1),
+    "interpolation": "nearest",
+  }
   height = _SCENE * images.shape[1] / images.shape[2]
   # Columns of the legend: one entry takes about 1.3 inches.
-  columns = max(1, round(_SCENE * n / 1.3))
-  figure = Figure(
-    figsize=(_SCENE * n, 3 * height + 0.5 + 0.2 * -(-classes // columns)),
-    layout="constrained",
-  )
-  grid = figure.subplots(3, n, squeeze=False)
-  for i in range(n):
-    grid[0, i].imshow(
-      images[i].squeeze(-1) if images.shape[-1] == 1 else images[i], cmap="gray", vmin=0, vmax=255
-    )
-    grid[0, i].set_title(f"{100 * mac_ratios[i]:.1f} % of MACs", fontsize=9)
-    for row, classes_of in ((1, truth), (2, predicted)):
-      # All values that are no class become one, that of the grey colour.
-      known = np.where(classes_of[i] < classes, classes_of[i], classes)
-      grid[row, i].imshow(known, cmap=cmap, norm=norm, interpolation="nearest")
-  for row, name in enumerate(("image", "truth", "prediction")):
-    grid[row, 0].set_ylabel(name)
-  # Numbers of pixels would only take room.
-  for axes in grid.ravel():
-    axes.set(xticks=[], yticks=[])
-  handles = [
-    Patch(color=colour, label=plain(name, 16))
-    for name, colour in zip(class_names, colours, strict=True)
-  ]
+  columns = max(1, round(_SCENE * count / 1.3))
+  legend = 0.5 + 0.2 * math.ceil(classes / columns)
+  figure = Figure(figsize=(_SCENE * count, 3 * height + legend), layout="constrained")
+  top, middle, bottom = figure.subplots(3, count, squeeze=False)
+  for i in range(count):
+    top[i].imshow(_without_colours(images[i]), cmap="gray", vmin=0, vmax=255)
+    top[i].set_title(f"{100 * mac_ratios[i]:.1f} % of MACs", fontsize=9)
+    # All values that are no class become one, that of the grey colour.
+    middle[i].imshow(np.minimum(truth[i], classes), **pixels)
+    bottom[i].imshow(np.minimum(predicted[i], classes), **pixels)
+  for row, name in ((top, "image"), (middle, "truth"), (bottom, "prediction")):
+    row[0].set_ylabel(name)
+    # Numbers of pixels would only take room.
+    for axes in row:
+      axes.set(xticks=[], yticks=[])
+  handles = []
+  for name, colour in zip(class_names, colours, strict=True):
+    handles.append(Patch(color=colour, label=plain(name, 16)))
   figure.legend(
     handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False
   )
   return figure
+
+
+def _small(image: np.ndarray) -> np.ndarray:
+  """Shrinks an image to the size that is shown, and drops the axis of a single colour."""
+  image = _without_colours(image)
+  # Pixels beyond this size would be invisible, but each of them is part of the page.
+  if max(image.shape[:2]) <= _SIDE:
+    return image
+  picture = Image.fromarray(image)
+  picture.thumbnail((_SIDE, _SIDE))
+  return np.asarray(picture)
+
+
+def _without_colours(image: np.ndarray) -> np.ndarray:
+  """Drops the axis of a single colour, which matplotlib and Pillow refuse."""
+  return image[..., 0] if image.shape[-1] == 1 else image

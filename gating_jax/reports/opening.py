@@ -10,10 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gating_jax.reports import glossary, page, timings
-from gating_jax.reports.text import plain
+from gating_jax.reports.text import capitalise, format_count, format_percent, plain
 from gating_jax.reports.timings import Times
 
 _NOT_RECORDED = "not recorded"
+_ABOUT = (
+  ("started", "the date of the first start, in UTC"),
+  ("commit", "of the code; “dirty” where files differ from it"),
+  ("hardware", "what JAX computed on, and how many devices and processes there were"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +61,23 @@ class Surroundings:
   workdir: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+  """A run's origin.
+
+  Attributes:
+    name: of the run.
+    starts: of the run, as `training.provenance` describes them.
+    seed: of the run.
+  """
+
+  name: str
+  starts: Sequence[Mapping[str, Any]]
+  seed: Any
+
+
 def score_number(
-  name: str, value: float, key: str, around: Surroundings, meaning: str
+  name: str, value: float, *, key: str, around: Surroundings, meaning: str
 ) -> page.Number:
   """Returns the score of a run as a large number.
 
@@ -70,161 +90,19 @@ def score_number(
   """
   baseline = _baseline(key, around)
   # Without a baseline the page says so in its place, so that the score never stands alone.
-  if baseline is None:
-    compared = (
-      "this run is ungated: it is a baseline" if around.ungated else "ungated: no baseline found"
-    )
+  if baseline is None and around.ungated:
+    compared = "this run is ungated: it is a baseline"
+  elif baseline is None:
+    compared = "ungated: no baseline found"
   else:
+    compared = f"ungated: {format_percent(baseline, 2)}"
     gap = 100 * (value - baseline)
-    compared = f"ungated: {100 * baseline:.2f} %"
+    side = "above" if gap >= 0 else "below"
     meaning += (
       f" The ungated baseline is the run “{plain(around.baseline.name, 60)}”; this one "
-      f"is {abs(gap):.2f} points {'above' if gap >= 0 else 'below'} it."
+      f"is {abs(gap):.2f} points {side} it."
     )
-  # `capitalize` would write "mean IoU" as "Mean iou".
-  return page.Number(name[:1].upper() + name[1:], f"{100 * value:.2f} %", compared, meaning)
-
-
-def macs_number(
-  ratio: float, executed: float, dense: float, noun: str, around: Surroundings
-) -> page.Number:
-  """Returns a run's MACs as a fraction of the ungated network's, as a large number.
-
-  Args:
-    ratio: fraction of the ungated network's MACs.
-    executed, dense: MACs per example of this network and of the ungated one.
-    noun: word for an example, such as `image`.
-    around: the run's surroundings.
-  """
-  baseline = "this run is ungated" if around.ungated else "ungated: 100 %"
-  return page.Number(
-    "MACs",
-    f"{100 * ratio:.1f} %",
-    f"{baseline}, {format_count(dense)} per {noun}",
-    f"Multiply-accumulate operations per {noun}, {format_count(executed)}, in % of those of the ungated "
-    "network; mean over the test set, gate networks included.",
-  )
-
-
-def time_number(noun: str, around: Surroundings) -> page.Number:
-  """Returns the milliseconds per example as a large number."""
-  return timings.time_number(
-    around.times, noun, step=around.step, workdir=around.workdir, refused=around.not_compiled
-  )
-
-
-def times_section(noun: str, around: Surroundings) -> page.Section:
-  """Returns the section of times of each way to run the network."""
-  return timings.times_section(around.times, noun, step=around.step, refused=around.not_compiled)
-
-
-def example_noun(experiment: Any) -> str:
-  """Returns the word for an example of a kind of experiment.
-
-  >>> example_noun("segmentation")
-  'scene'
-  """
-  return {"long_video": "video", "segmentation": "scene"}.get(experiment, "image")
-
-
-def format_count(count: float) -> str:
-  """Formats a large count with three digits.
-
-  >>> format_count(40_551_040), format_count(999), format_count(1_234)
-  ('40.6 M', '999', '1.23 k')
-  """
-  for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-    if count >= size:
-      return f"{count / size:.3g} {letter}"
-  return f"{count:.3g}"
-
-
-def about_section(around: Surroundings) -> page.Section:
-  """Returns the section on the origin of the run: command, commit, versions, hardware."""
-  # An old run directory records no start: its rows say "not recorded".
-  starts = list(around.starts)
-  first = starts[0] if starts else {}
-  rows = [
-    ("started", _text(first.get("date"))),
-    ("command", _text(first.get("command"))),
-    (
-      "commit",
-      _text(
-        first.get("commit"),
-        "not recorded (the package is not run from a checkout)" if starts else "",
-      ),
-    ),
-    ("versions", _versions(first.get("versions"))),
-    ("seed", _text(around.seed)),
-    ("hardware", _hardware(first)),
-    ("run directory", _text(around.workdir)),
-  ]
-  # A run may be resumed by another command or on other hardware.
-  for i, start in enumerate(starts[1:], 1):
-    rows.append((f"resumed ({i})", f"{_text(start.get('date'))}, {_hardware(start)}"))
-  if around.report is not None:
-    rows += [
-      ("page written", _text(around.report.get("date"))),
-      ("by", _text(around.report.get("command"))),
-      ("with commit", _text(around.report.get("commit"))),
-      ("on", _hardware(around.report)),
-    ]
-  text = (
-    ""
-    if starts
-    else "This run directory has no record of when, by which command and on what it was started."
-  )
-  return page.Section(
-    "About this run", text, [page.Table(("what", "value"), rows, numeric=False, terms=_ABOUT)]
-  )
-
-
-def about_runs_section(
-  runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], Any]], report: Mapping[str, Any]
-) -> page.Section:
-  """Returns the section on the origin of several runs, and of the page.
-
-  Args:
-    runs: starts and seed of each run, by its name.
-    report: the process that writes the page.
-  """
-  # A row for each run, and a last one for the page.
-  rows = []
-  for name, (starts, seed) in runs.items():
-    first = starts[0] if starts else {}
-    rows.append(
-      [
-        name,
-        _text(first.get("date")),
-        _text(first.get("command")),
-        _text(first.get("commit")),
-        _text(seed),
-        _hardware(first),
-        _versions(first.get("versions")),
-      ]
-    )
-  rows.append(
-    [
-      "this page",
-      _text(report.get("date")),
-      _text(report.get("command")),
-      _text(report.get("commit")),
-      "–",
-      _hardware(report),
-      _versions(report.get("versions")),
-    ]
-  )
-  header = ("run", "started", "command", "commit", "seed", "hardware", "versions")
-  return page.Section(
-    "About these runs", "", [page.Table(header, rows, numeric=False, terms=_ABOUT)]
-  )
-
-
-_ABOUT = (
-  ("started", "the date of the first start, in UTC"),
-  ("commit", "of the code; “dirty” where files differ from it"),
-  ("hardware", "what JAX computed on, and how many devices and processes there were"),
-)
+  return page.Number(capitalise(name), format_percent(value, 2), compared, meaning)
 
 
 def _baseline(key: str, around: Surroundings) -> float | None:
@@ -249,8 +127,115 @@ def why_no_baseline(around: Surroundings, how: str) -> str:
   )
 
 
-def _text(value: Any, absent: str = "") -> str:
-  return plain(value, 500) if value not in (None, "") else absent or _NOT_RECORDED
+def macs_number(
+  ratio: float, *, executed: float, dense: float, noun: str, around: Surroundings
+) -> page.Number:
+  """Returns a run's MACs as a fraction of the ungated network's, as a large number.
+
+  Args:
+    ratio: fraction of the ungated network's MACs.
+    executed, dense: MACs per example of this network and of the ungated one.
+    noun: word for an example, such as `image`.
+    around: the run's surroundings.
+  """
+  baseline = "this run is ungated" if around.ungated else "ungated: 100 %"
+  meaning = (
+    f"Multiply-accumulate operations per {noun}, {format_count(executed)}, in % of those of the "
+    "ungated network; mean over the test set, gate networks included."
+  )
+  compared = f"{baseline}, {format_count(dense)} per {noun}"
+  return page.Number("MACs", format_percent(ratio, 1), compared, meaning)
+
+
+def time_number(noun: str, around: Surroundings) -> page.Number:
+  """Returns the milliseconds per example as a large number."""
+  return timings.time_number(
+    around.times, noun, step=around.step, workdir=around.workdir, refused=around.not_compiled
+  )
+
+
+def example_noun(experiment: Any) -> str:
+  """Returns the word for an example of a kind of experiment.
+
+  >>> example_noun("segmentation")
+  'scene'
+  """
+  return {"long_video": "video", "segmentation": "scene"}.get(experiment, "image")
+
+
+def times_section(noun: str, around: Surroundings) -> page.Section:
+  """Returns the section of times of each way to run the network."""
+  return timings.times_section(around.times, noun, step=around.step, refused=around.not_compiled)
+
+
+def settings_section(rows: Sequence[tuple[str, str]]) -> page.Section:
+  """Returns the section of a run's settings."""
+  return page.Section("Settings", parts=[glossary.settings_table(rows)])
+
+
+def about_section(around: Surroundings) -> page.Section:
+  """Returns the section on the origin of the run: command, commit, versions, hardware."""
+  # An old run directory records no start: its rows say "not recorded".
+  starts = list(around.starts)
+  first = starts[0] if starts else {}
+  no_commit = "not recorded (the package is not run from a checkout)" if starts else _NOT_RECORDED
+  rows = [
+    ("started", _text(first.get("date"))),
+    ("command", _text(first.get("command"))),
+    ("commit", _text(first.get("commit"), no_commit)),
+    ("versions", _versions(first.get("versions"))),
+    ("seed", _text(around.seed)),
+    ("hardware", _hardware(first)),
+    ("run directory", _text(around.workdir)),
+  ]
+  # A run may be resumed by another command or on other hardware.
+  for i, start in enumerate(starts[1:], 1):
+    rows.append((f"resumed ({i})", f"{_text(start.get('date'))}, {_hardware(start)}"))
+  if around.report is not None:
+    rows += [
+      ("page written", _text(around.report.get("date"))),
+      ("by", _text(around.report.get("command"))),
+      ("with commit", _text(around.report.get("commit"))),
+      ("on", _hardware(around.report)),
+    ]
+  text = ""
+  if not starts:
+    text = "This run directory has no record of when, by which command and on what it was started."
+  table = page.Table(("what", "value"), rows, numeric=False, terms=_ABOUT)
+  return page.Section("About this run", text, [table])
+
+
+def about_runs_section(origins: Sequence[Origin], report: Mapping[str, Any]) -> page.Section:
+  """Returns the section on the origin of several runs, and of the page.
+
+  Args:
+    origins: of each run.
+    report: the process that writes the page.
+  """
+  rows = []
+  for origin in origins:
+    first = origin.starts[0] if origin.starts else {}
+    rows.append(_about_row(origin.name, first, _text(origin.seed)))
+  rows.append(_about_row("this page", report, "–"))
+  header = ("run", "started", "command", "commit", "seed", "hardware", "versions")
+  table = page.Table(header, rows, numeric=False, terms=_ABOUT)
+  return page.Section("About these runs", "", [table])
+
+
+def _about_row(name: str, start: Mapping[str, Any], seed: str) -> list[str]:
+  return [
+    name,
+    _text(start.get("date")),
+    _text(start.get("command")),
+    _text(start.get("commit")),
+    seed,
+    _hardware(start),
+    _versions(start.get("versions")),
+  ]
+
+
+def _text(value: Any, absent: str = _NOT_RECORDED) -> str:
+  return absent if value in (None, "") else plain(value, 500)
 
 
 def _versions(versions: Any) -> str:
@@ -264,8 +249,3 @@ def _hardware(start: Mapping[str, Any]) -> str:
     return _NOT_RECORDED
   devices, processes = start.get("devices"), start.get("processes")
   return plain(f"{start['hardware']}; devices: {devices}, processes: {processes}", 500)
-
-
-def settings_section(rows: Sequence[tuple[str, str]]) -> page.Section:
-  """Returns the section of a run's settings."""
-  return page.Section("Settings", parts=[glossary.settings_table(rows)])

@@ -111,14 +111,6 @@ class Table:
 
 
 @dataclasses.dataclass(frozen=True)
-class Listing:
-  """A text in a fixed-width font, as in a terminal."""
-
-  kind: ClassVar[str] = "listing"
-  text: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Section:
   """A heading, a paragraph, and pictures and tables.
 
@@ -133,7 +125,7 @@ class Section:
   kind: ClassVar[str] = "section"
   title: str
   text: str = ""
-  parts: Sequence[Picture | Table | Listing] = ()
+  parts: Sequence[Picture | Table] = ()
   open: bool = False
   place: str = ""
 
@@ -197,11 +189,11 @@ def embed_figure(
   width = round(100 * figure.get_figwidth())
   file = io.BytesIO()
   save_figure(figure, file)
-  return Picture(file.getvalue(), caption, width, scrolls, terms, photo)
+  return Picture(file.getvalue(), caption, width, scrolls=scrolls, terms=terms, photo=photo)
 
 
 def render_page(
-  title: str, sections: Sequence[Section], subtitle: str = "", opening: Opening | None = None
+  title: str, sections: Sequence[Section], *, subtitle: str = "", opening: Opening | None = None
 ) -> str:
   """Renders the page as HTML.
 
@@ -220,11 +212,12 @@ def write_page(
   path: Path,
   title: str,
   sections: Sequence[Section],
+  *,
   subtitle: str = "",
   opening: Opening | None = None,
 ) -> None:
   """Writes the page, whole or not at all; arguments as of `render_page`."""
-  write_atomically(path, render_page(title, sections, subtitle, opening))
+  write_atomically(path, render_page(title, sections, subtitle=subtitle, opening=opening))
 
 
 def fill_page(path: Path, parts: Sequence[Number | Section]) -> bool:

@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -46,6 +46,10 @@ class Kind:
   tested: tuple[str, ...]
 
 
+def _has_no_gates(config: Mapping[str, Any]) -> bool:
+  return config.get("model.gating") == "none"
+
+
 def _has_no_task_gates(config: Mapping[str, Any]) -> bool:
   return config.get("method") in _UNGATED_METHODS
 
@@ -79,10 +83,10 @@ _BLIND = ("all", "uniform", "random", "light")
 # Fields that define the images that a run is tested on.
 _IMAGE_SET = ("data.name", "data.test_split", "data.image_feature", "data.label_feature")
 IMAGES = Kind(
-  "model.gating",
-  ("none",),
-  lambda config: config.get("model.gating") == "none",
-  (
+  field="model.gating",
+  baselines=("none",),
+  ungated=_has_no_gates,
+  ignored=(
     "model.gate.",
     "model.noise.",
     "model.exits.",
@@ -94,17 +98,17 @@ IMAGES = Kind(
     "data.workers",
     "data.loader",
   ),
-  "the variant gates=none of its config",
-  _IMAGE_SET,
+  how="the variant gates=none of its config",
+  tested=_IMAGE_SET,
 )
 SCENES = dataclasses.replace(
   IMAGES, tested=("data.name", "data.test_split", "data.size", "data.digits", "data.test_scenes")
 )
 VIDEOS = Kind(
-  "model.selection",
-  ("all",),
-  _chooses_nothing,
-  (
+  field="model.selection",
+  baselines=("all",),
+  ungated=_chooses_nothing,
+  ignored=(
     "model.gate.",
     "model.segment_fraction",
     "model.context",
@@ -115,8 +119,8 @@ VIDEOS = Kind(
     "optim.gate_lr_multiplier",
     "data.workers",
   ),
-  "the variant selection=all of its config",
-  (
+  how="the variant selection=all of its config",
+  tested=(
     "data.name",
     "data.test_split",
     "data.layout",
@@ -128,10 +132,10 @@ VIDEOS = Kind(
   ),
 )
 TASKS = Kind(
-  "method",
-  ("joint", "multitask_trunk", "fine_tuning"),
-  _has_no_task_gates,
-  (
+  field="method",
+  baselines=("joint", "multitask_trunk", "fine_tuning"),
+  ungated=_has_no_task_gates,
+  ignored=(
     "gates.",
     "hat.",
     "progressive.",
@@ -147,8 +151,9 @@ TASKS = Kind(
     "model.gate.",
     "optim.gate_lr_multiplier",
   ),
-  "the variant method=joint of its config, which learns all tasks together, or method=fine_tuning",
-  (*_IMAGE_SET, "tasks.classes_per_task", "tasks.count", "tasks.order_seed"),
+  how="the variant method=joint of its config, which learns all tasks together, or "
+  "method=fine_tuning",
+  tested=(*_IMAGE_SET, "tasks.classes_per_task", "tasks.count", "tasks.order_seed"),
 )
 
 
@@ -224,13 +229,25 @@ def refresh_times(path: Path) -> bool:
   if found is None:
     return False
   noun = example_noun(_read_config(path).get("experiment"))
-  return page.fill_page(
-    path / rundir.REPORT_FILE,
-    [
-      timings.time_number(found, noun, step=found.step, workdir=str(path)),
-      timings.times_section(found, noun, step=found.step),
-    ],
-  )
+  number = timings.time_number(found, noun, step=found.step, workdir=str(path))
+  section = timings.times_section(found, noun, step=found.step)
+  return page.fill_page(path / rundir.REPORT_FILE, [number, section])
+
+
+class _Candidate(NamedTuple):
+  """A neighbour that may be the baseline; the least one is the best.
+
+  Attributes:
+    kind: position among the kinds of baselines.
+    other_seed: its seed differs from the run's.
+    name: of its folder, so that the choice is the same on every file system.
+    folder: the run directory.
+  """
+
+  kind: int
+  other_seed: bool
+  name: str
+  folder: Path
 
 
 def find_baseline(path: Path, mine: Mapping[str, Any], kind: Kind) -> Baseline | None:
@@ -251,26 +268,21 @@ def find_baseline(path: Path, mine: Mapping[str, Any], kind: Kind) -> Baseline |
   if isinstance(start, str):
     folder = user_path(start)
     theirs = _read_config(folder)
-    if (
-      is_ungated(theirs)
-      and tested_on(theirs) == tested_on(mine)
-      and (found := _read_baseline(folder))
-    ):
-      return found
+    if is_ungated(theirs) and tested_on(theirs) == tested_on(mine):
+      found = _read_baseline(folder)
+      if found:
+        return found
   candidates = []
-  # The best kind of baseline first, then one of the same seed, then by name.
   for folder in _neighbours(path):
     theirs = _read_config(folder)
-    if _is_baseline(theirs, kind) and _same(mine, theirs, kind):
-      rank = (
-        kind.baselines.index(theirs[kind.field]),
-        theirs.get("seed") != mine.get("seed"),
-        folder.name,
-      )
-      candidates.append((rank, folder))
+    if _is_baseline(theirs, kind) and _differ_in_gates_alone(mine, theirs, kind):
+      position = kind.baselines.index(theirs[kind.field])
+      other_seed = theirs.get("seed") != mine.get("seed")
+      candidates.append(_Candidate(position, other_seed, folder.name, folder=folder))
   # The best candidate may be unfinished; then the next one is taken.
-  for _, folder in sorted(candidates):
-    if found := _read_baseline(folder):
+  for candidate in sorted(candidates):
+    found = _read_baseline(candidate.folder)
+    if found:
       return found
   return None
 
@@ -291,28 +303,30 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _neighbours(path: Path) -> list[Path]:
   """Returns the other run directories in the same folder, sorted by name."""
-  path = path.resolve()
+  path, folders = path.resolve(), []
   try:
-    folders = [
-      folder
-      for folder in path.parent.iterdir()
-      if folder != path and (folder / rundir.CONFIG_FILE).is_file()
-    ]
+    for folder in path.parent.iterdir():
+      if folder != path and (folder / rundir.CONFIG_FILE).is_file():
+        folders.append(folder)
   except OSError:
     return []
   # Sorted first, so that the limit drops the same directories on every file system.
   return sorted(folders)[:_MOST_NEIGHBOURS]
 
 
-def _same(mine: Mapping[str, Any], theirs: Mapping[str, Any], kind: Kind) -> bool:
-  """Checks that two configs differ only in their gates.
+def _differ_in_gates_alone(mine: Mapping[str, Any], theirs: Mapping[str, Any], kind: Kind) -> bool:
+  """Checks that two flat configs have the same values, but for fields that a baseline may change.
 
   A field that an older config lacks counts as None.
   """
-  # `startswith` takes a whole section for a name that ends with a dot.
   ignored = (kind.field, *kind.ignored, *_ALWAYS_IGNORED)
-  names = [name for name in {**mine, **theirs} if not name.startswith(ignored)]
-  return all(mine.get(name) == theirs.get(name) for name in names)
+  for name in {**mine, **theirs}:
+    # `startswith` takes a whole section for a name that ends with a dot.
+    if name.startswith(ignored):
+      continue
+    if mine.get(name) != theirs.get(name):
+      return False
+  return True
 
 
 def _read_baseline(folder: Path) -> Baseline | None:

@@ -5,68 +5,23 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gating_jax.analysis.outcomes import OUTCOMES, Diagnosis
 from gating_jax.checks import printable
-from gating_jax.reports.text import align_columns, plain
+from gating_jax.reports.text import align_columns, format_percent, plain
 
 
-def classification_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """Returns rows of name and value, from the result of `training.evaluation.evaluate`."""
-  return [
-    ("test accuracy", f"{100 * result['accuracy']:.2f} %  ({result['images']:,} images)"),
-    *size_and_gate_rows(result),
-  ]
+class Row(NamedTuple):
+  """A row of a table of results.
 
+  Attributes:
+    name: of the measure; `reports.glossary` defines it.
+    value: with its unit, and what it is compared with.
+  """
 
-def size_and_gate_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """Returns rows of name and value about the net's cost and its gates."""
-  rows = [
-    ("parameters", f"{result['params']:,} + {result['gate_params']:,} of gates"),
-    ("MACs per image, ungated net", f"{result['ungated_macs']:,}"),
-    (
-      "MACs per image, this net",
-      f"{result['macs']:,.0f}  ({100 * result['mac_ratio']:.1f} %, gates included)",
-    ),
-  ]
-  if "budget" in result:
-    rows.append(("budget", f"{100 * result['budget']:.1f} % of the ungated net's MACs"))
-  # Ungated nets have the rows above only.
-  if "gates" in result:
-    rows += [
-      (
-        "MACs over images, 10 to 90 %",
-        f"{result['macs_p10']:,.0f} to {result['macs_p90']:,.0f}"
-        f"  (deviation {result['macs_std']:,.0f})",
-      ),
-    ]
-    # Absent in tests of fewer than four images.
-    if "macs_of_quarter4" in result:
-      rows.append(
-        (
-          "MACs of easy and hard images",
-          f"{result['macs_of_quarter1']:,.0f} and {result['macs_of_quarter4']:,.0f}"
-          "  (quarters of least and largest loss)",
-        )
-      )
-    rows += [
-      ("gates always open (> 99 %)", f"{result['always_open']} of {result['gates']}"),
-      ("gates always closed (< 1 %)", f"{result['always_closed']} of {result['gates']}"),
-      ("gates at random, like dropout", f"{result['random_dropout']} of {result['gates']}"),
-      ("gates conditional", f"{result['conditional']} of {result['gates']}"),
-      ("mean fraction of open gates", f"{100 * result['mean_open']:.1f} %"),
-    ]
-  # Undefined if the test set has a single class.
-  if "class_information" in result:
-    rows.append(
-      (
-        "information on the class",
-        f"{result['class_information']:.3f} bits per gate"
-        f"  (chance, subtracted: {result['class_information_floor']:.3f})",
-      )
-    )
-  return rows
+  name: str
+  value: str
 
 
 def render_rows(
@@ -79,102 +34,159 @@ def render_rows(
     layers: of the result, for a table of each layer's gates below the rows; None leaves it out.
   """
   # Names of classes come from the data set and may hold control characters.
-  rows = [(printable(name), printable(value)) for name, value in rows]
-  width = max(len(name) for name, _ in rows)
-  text = [f"{name:<{width}}  {value}" for name, value in rows]
-  return "\n".join([*text, "", render_gate_table(layers)] if layers else text)
+  shown, width = [], 0
+  for name, value in rows:
+    row = Row(printable(name), printable(value))
+    shown.append(row)
+    width = max(width, len(row.name))
+  lines = [f"{row.name:<{width}}  {row.value}" for row in shown]
+  if layers:
+    lines += ["", render_gate_table(layers)]
+  return "\n".join(lines)
 
 
-def scene_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """Returns rows of name and value.
+# Images and scenes.
+
+
+def classification_rows(result: Mapping[str, Any]) -> list[Row]:
+  """Returns rows of name and value, from the result of `training.evaluation.evaluate`."""
+  accuracy = f"{format_percent(result['accuracy'], 2)}  ({result['images']:,} images)"
+  return [Row("test accuracy", accuracy), *_size_and_gate_rows(result)]
+
+
+def scene_rows(result: Mapping[str, Any]) -> list[Row]:
+  """Returns rows of name and value of a segmentation run.
 
   Args:
     result: of `training.evaluation.evaluate` with the summary of `images.pixels.summarise`.
   """
-  # One entry `iou/NAME` for each class; a name may itself contain a slash.
-  classes = {
-    name.partition("/")[2]: value for name, value in result.items() if name.startswith("iou/")
-  }
-  # The mean first: it is the score by which runs are compared.
+  class_rows = []
+  for key, value in result.items():
+    if key.startswith("iou/"):
+      # The name of a class may itself contain a slash.
+      name = key.removeprefix("iou/")
+      class_rows.append(Row(f"IoU of {plain(name, 20)}", format_percent(value, 1)))
+  mean_iou = format_percent(result["mean_iou"], 2)
   return [
-    (
-      "mean IoU",
-      f"{100 * result['mean_iou']:.2f} %  ({len(classes)} classes, {result['images']:,} scenes)",
-    ),
-    ("pixels that are right", f"{100 * result['accuracy']:.2f} %"),
-    *size_and_gate_rows(result),
-    ("MACs of the head, always run", f"{result['head_macs']:,}"),
-    *((f"IoU of {plain(name, 20)}", f"{100 * value:.1f} %") for name, value in classes.items()),
+    # The mean first: it is the score by which runs are compared.
+    Row("mean IoU", f"{mean_iou}  ({len(class_rows)} classes, {result['images']:,} scenes)"),
+    Row("pixels that are right", format_percent(result["accuracy"], 2)),
+    *_size_and_gate_rows(result),
+    Row("MACs of the head, always run", f"{result['head_macs']:,}"),
+    *class_rows,
   ]
 
 
-def render_video(result: Mapping[str, Any]) -> str:
-  """Returns lines of name and value, from the result of `video.evaluate.test`."""
-  return render_rows(video_rows(result))
-
-
-def video_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """Returns the same as pairs of name and value."""
-  percent = lambda name: f"{100 * result[name]:.1f} %"
+def _size_and_gate_rows(result: Mapping[str, Any]) -> list[Row]:
+  """Returns rows about the net's cost and its gates."""
+  mac_ratio = format_percent(result["mac_ratio"], 1)
   rows = [
-    _video_score(result),
-    ("MACs per video, heavy net on all segments", f"{result['all_segments_macs']:,.0f}"),
-    (
-      "MACs per video, this net",
-      f"{result['macs']:,.0f}  ({percent('mac_ratio')}, light net and gate included)",
-    ),
-    (
-      "segments chosen",
-      f"{percent('share')}  (10 to 90 % of videos: {percent('share_p10')} "
-      f"to {percent('share_p90')})",
-    ),
+    Row("parameters", f"{result['params']:,} + {result['gate_params']:,} of gates"),
+    Row("MACs per image, ungated net", f"{result['ungated_macs']:,}"),
+    Row("MACs per image, this net", f"{result['macs']:,.0f}  ({mac_ratio}, gates included)"),
   ]
-  # Only made videos know which of their segments the label depends on.
-  if "precision" in result:
-    rows.append(
-      (
-        "chosen segments that matter",
-        f"{percent('precision')}  (by chance {percent('relevant_share')})",
-      )
-    )
-    rows.append(("segments that matter, chosen", percent("recall")))
-  if result["unreadable"]:
-    rows.append(("videos that could not be read", f"{result['unreadable']}"))
-  if result["missing"]:
-    rows.append(("videos without a file", f"{result['missing']}"))
-  if result.get("classes_left_out"):
-    rows.append(("classes without a test video", ", ".join(result["classes_left_out"])))
-  if "videos_per_second" in result:
-    rows.append(
-      (
-        "videos per second",
-        f"{result['videos_per_second']:.1f}  (heavy net on all segments: "
-        f"{result['all_segments_videos_per_second']:.1f})",
-      )
-    )
+  if "budget" in result:
+    budget = format_percent(result["budget"], 1)
+    rows.append(Row("budget", f"{budget} of the ungated net's MACs"))
+  # An ungated net has no gate outcomes.
+  if "gates" in result:
+    rows += _outcome_rows(result)
+  # Undefined if the test set has a single class.
+  if "class_information" in result:
+    chance = f"(chance, subtracted: {result['class_information_floor']:.3f})"
+    information = f"{result['class_information']:.3f} bits per gate  {chance}"
+    rows.append(Row("information on the class", information))
   return rows
 
 
+def _outcome_rows(result: Mapping[str, Any]) -> list[Row]:
+  """Returns rows about the MACs of single images and the outcomes of gates."""
+  gates = result["gates"]
+  spread = f"{result['macs_p10']:,.0f} to {result['macs_p90']:,.0f}"
+  rows = [
+    Row("MACs over images, 10 to 90 %", f"{spread}  (deviation {result['macs_std']:,.0f})"),
+  ]
+  # Absent in tests of fewer than four images.
+  if "macs_of_quarter4" in result:
+    easy_and_hard = f"{result['macs_of_quarter1']:,.0f} and {result['macs_of_quarter4']:,.0f}"
+    rows.append(
+      Row("MACs of easy and hard images", f"{easy_and_hard}  (quarters of least and largest loss)")
+    )
+  return [
+    *rows,
+    Row("gates always open (> 99 %)", f"{result['always_open']} of {gates}"),
+    Row("gates always closed (< 1 %)", f"{result['always_closed']} of {gates}"),
+    Row("gates at random, like dropout", f"{result['random_dropout']} of {gates}"),
+    Row("gates conditional", f"{result['conditional']} of {gates}"),
+    Row("mean fraction of open gates", format_percent(result["mean_open"], 1)),
+  ]
+
+
+# Long videos.
+
+
+def video_rows(result: Mapping[str, Any]) -> list[Row]:
+  """Returns rows of name and value, from the result of `video.evaluate.test`."""
+  mac_ratio = format_percent(result["mac_ratio"], 1)
+  share = format_percent(result["share"], 1)
+  low, high = format_percent(result["share_p10"], 1), format_percent(result["share_p90"], 1)
+  rows = [
+    _video_score(result),
+    Row("MACs per video, heavy net on all segments", f"{result['all_segments_macs']:,.0f}"),
+    Row(
+      "MACs per video, this net",
+      f"{result['macs']:,.0f}  ({mac_ratio}, light net and gate included)",
+    ),
+    Row("segments chosen", f"{share}  (10 to 90 % of videos: {low} to {high})"),
+  ]
+  # Only made videos know which of their segments the label depends on.
+  if "precision" in result:
+    precision = format_percent(result["precision"], 1)
+    chance = format_percent(result["relevant_share"], 1)
+    rows.append(Row("chosen segments that matter", f"{precision}  (by chance {chance})"))
+    rows.append(Row("segments that matter, chosen", format_percent(result["recall"], 1)))
+  if result["unreadable"]:
+    rows.append(Row("videos that could not be read", f"{result['unreadable']}"))
+  if result["missing"]:
+    rows.append(Row("videos without a file", f"{result['missing']}"))
+  if result.get("classes_left_out"):
+    rows.append(Row("classes without a test video", ", ".join(result["classes_left_out"])))
+  if "videos_per_second" in result:
+    baseline = f"(heavy net on all segments: {result['all_segments_videos_per_second']:.1f})"
+    rows.append(Row("videos per second", f"{result['videos_per_second']:.1f}  {baseline}"))
+  return rows
+
+
+def render_video(result: Mapping[str, Any]) -> str:
+  """Renders the rows of `video_rows` as text."""
+  return render_rows(video_rows(result))
+
+
 def video_headline(result: Mapping[str, Any]) -> str:
-  """Summarises the result in one line."""
-  name, value = _video_score(result)
-  return (
-    f"{name} {value}  {100 * result['share']:.1f} % of "
-    f"segments  {100 * result['mac_ratio']:.1f} % of MACs"
-  )
+  """Summarises the result of a run on videos in one line."""
+  score = _video_score(result)
+  share, mac_ratio = format_percent(result["share"], 1), format_percent(result["mac_ratio"], 1)
+  return f"{score.name} {score.value}  {share} of segments  {mac_ratio} of MACs"
 
 
-def _video_score(result: Mapping[str, Any]) -> tuple[str, str]:
+def _video_score(result: Mapping[str, Any]) -> Row:
   # Videos with a single label have an accuracy; with several labels, a mean average precision.
-  name = "accuracy" if "accuracy" in result else "mean_average_precision"
-  return (
-    f"test {name.replace('_', ' ')}",
-    f"{100 * result[name]:.2f} %  ({result['videos']:,} videos)",
-  )
+  key = "accuracy" if "accuracy" in result else "mean_average_precision"
+  value = f"{format_percent(result[key], 2)}  ({result['videos']:,} videos)"
+  return Row(f"test {key.replace('_', ' ')}", value)
 
+
+# Sequences of tasks.
 
 _TASK_SETTINGS = {"task_aware": "task-aware", "task_agnostic": "task-agnostic"}
 _TASK_MEASURES = ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")
+
+
+class TaskTable(NamedTuple):
+  """A table of accuracies, task by task, and of measures over tasks."""
+
+  header: list[str]
+  rows: list[list[str]]
 
 
 def render_tasks(result: Mapping[str, Any]) -> str:
@@ -202,150 +214,136 @@ def render_tasks(result: Mapping[str, Any]) -> str:
         may be missing.
       free_units: `(free, units)` by layer after the last task; may be missing.
   """
-  settings = _settings(result)
+  settings = _tested_settings(result)
   # The header has two lines: a setting stands above its two columns, right-aligned with the second.
-  lines = align_columns(
-    [
-      ["accuracy (%)", *(cell for name in settings for cell in ("", _TASK_SETTINGS[name]))],
-      ["task", *("when learned", "at the end") * len(settings)],
-      *_scores(result, settings),
-    ]
-  )
+  first_line, second_line = ["accuracy (%)"], ["task"]
+  for setting in settings:
+    first_line += ["", _TASK_SETTINGS[setting]]
+    second_line += ["when learned", "at the end"]
+  lines = align_columns([first_line, second_line, *_task_scores(result, settings)])
   return "\n".join([*lines, *task_reasons(result), "", render_rows(task_rows(result))])
 
 
-def task_tables(result: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
-  """Returns header and rows for the task known at the test, and for the task unknown.
+def task_tables(result: Mapping[str, Any]) -> list[TaskTable]:
+  """Returns a table for the task known at the test, and one for the task unknown.
 
   Rows are the accuracies on each task, then the measures over tasks.
 
   Args:
     result: as in `render_tasks`.
   """
-  return [
-    (
-      [f"{_TASK_SETTINGS[name]} accuracy (%)", "when learned", "at the end"],
-      _scores(result, [name]),
-    )
-    for name in _settings(result)
-  ]
+  tables = []
+  for setting in _tested_settings(result):
+    header = [f"{_TASK_SETTINGS[setting]} accuracy (%)", "when learned", "at the end"]
+    tables.append(TaskTable(header, _task_scores(result, [setting])))
+  return tables
 
 
 def task_reasons(result: Mapping[str, Any]) -> list[str]:
   """Returns the reasons why measures are undefined, a line each."""
-  # Both settings often have the same reason, which is then given once.
-  found = [
-    (name, why) for setting in _settings(result) for name, why in result[setting]["reasons"].items()
-  ]
-  return [f"{name.replace('_', ' ')} n/a: {why}" for name, why in dict.fromkeys(found)]
+  lines = []
+  for setting in _tested_settings(result):
+    for measure, reason in result[setting]["reasons"].items():
+      line = f"{measure.replace('_', ' ')} n/a: {reason}"
+      # Both settings often have the same reason, which is then given once.
+      if line not in lines:
+        lines.append(line)
+  return lines
 
 
-def task_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+def task_rows(result: Mapping[str, Any]) -> list[Row]:
   """Returns rows of name and value: the cost of images, and the memory between tasks."""
   rows = []
   if "task_classifier_accuracy" in result:
-    rows.append(
-      ("accuracy of the task classifier", f"{100 * result['task_classifier_accuracy']:.2f} %")
-    )
+    accuracy = format_percent(result["task_classifier_accuracy"], 2)
+    rows.append(Row("accuracy of the task classifier", accuracy))
+  dense = f"{result['dense_macs']:,.0f}"
   # Abati et al. count a convolution as if it had one input channel, so both counts are given.
   reduced = result.get("dense_macs_reduced")
-  rows.append(
-    (
-      "MACs per image, dense net",
-      f"{result['dense_macs']:,.0f}"
-      + (
-        f"  ({reduced:,.0f} if all inputs of a convolution count as one)"
-        if reduced is not None
-        else ""
-      ),
-    )
-  )
-  for name, label in _TASK_SETTINGS.items():
-    if (macs := result.get(f"{name}_macs")) is not None:
-      rows.append(
-        (
-          f"MACs per image, {label}",
-          f"{macs:,.0f}  ({100 * macs / result['dense_macs']:.1f} % of dense)",
-        )
-      )
-  rows += [
-    ("parameters", f"{result['params']:,}"),
-    ("memory beyond the parameters", f"{result['memory_mb']:,.2f} MB"),
-  ]
-  if (overlap := result.get("mean_gate_overlap")) is not None:
-    rows.append(("units that two tasks share", f"{100 * overlap:.1f} %"))
-  rows += [
-    (f"free units, {plain(layer, 30)}", f"{free:,} of {units:,}  ({100 * free / units:.1f} %)")
-    for layer, (free, units) in result.get("free_units", {}).items()
-  ]
+  if reduced is not None:
+    dense += f"  ({reduced:,.0f} if all inputs of a convolution count as one)"
+  rows.append(Row("MACs per image, dense net", dense))
+  for setting, words in _TASK_SETTINGS.items():
+    macs = result.get(f"{setting}_macs")
+    if macs is not None:
+      ratio = format_percent(macs / result["dense_macs"], 1)
+      rows.append(Row(f"MACs per image, {words}", f"{macs:,.0f}  ({ratio} of dense)"))
+  rows.append(Row("parameters", f"{result['params']:,}"))
+  rows.append(Row("memory beyond the parameters", f"{result['memory_mb']:,.2f} MB"))
+  overlap = result.get("mean_gate_overlap")
+  if overlap is not None:
+    rows.append(Row("units that two tasks share", format_percent(overlap, 1)))
+  for layer, (free, units) in result.get("free_units", {}).items():
+    value = f"{free:,} of {units:,}  ({format_percent(free / units, 1)})"
+    rows.append(Row(f"free units, {plain(layer, 30)}", value))
   return rows
 
 
-def _settings(result: Mapping[str, Any]) -> list[str]:
-  return [name for name in _TASK_SETTINGS if name in result]
+def _tested_settings(result: Mapping[str, Any]) -> list[str]:
+  return [setting for setting in _TASK_SETTINGS if setting in result]
 
 
-def _scores(result: Mapping[str, Any], settings: list[str]) -> list[list[str]]:
-  return [*_accuracies(result, settings), *_measures(result, settings)]
-
-
-def _accuracies(result: Mapping[str, Any], settings: list[str]) -> list[list[str]]:
+def _task_scores(result: Mapping[str, Any], settings: Sequence[str]) -> list[list[str]]:
+  """Returns a row for each task, then one for each measure; each setting has two cells of a row."""
   rows = []
-  for j, name in enumerate(result["task_names"]):
-    # On task j: right after learning it (row j), and at the end (the last row).
-    accuracies = [result[setting]["accuracies"] for setting in settings]
-    rows.append([plain(name, 30), *(_percent(r[i][j]) for r in accuracies for i in (j, -1))])
+  for task, name in enumerate(result["task_names"]):
+    row = [plain(name, 30)]
+    for setting in settings:
+      accuracies = result[setting]["accuracies"]
+      # Row i of the accuracies is after learning task i, so the last row is at the end.
+      row += [_points(accuracies[task][task]), _points(accuracies[-1][task])]
+    rows.append(row)
+  for measure in _TASK_MEASURES:
+    unit = "" if measure == "average_accuracy" else " (points)"
+    row = [measure.replace("_", " ") + unit]
+    for setting in settings:
+      row += ["", _points(result[setting][measure])]
+    rows.append(row)
   return rows
 
 
-def _measures(result: Mapping[str, Any], settings: list[str]) -> list[list[str]]:
-  name = lambda measure: (
-    measure.replace("_", " ") + ("" if measure == "average_accuracy" else " (points)")
-  )
-  return [
-    [name(measure), *(cell for s in settings for cell in ("", _points(result[s][measure])))]
-    for measure in _TASK_MEASURES
-  ]
+def _points(fraction: float | None) -> str:
+  """Formats a fraction in %, or a difference of fractions in points."""
+  # The format `z` writes -0.00 as 0.00: forgetting may be a rounding error below 0.
+  return "n/a" if fraction is None else f"{100 * fraction:z.2f}"
 
 
-def _percent(share: float | None) -> str:
-  return "n/a" if share is None else f"{100 * share:.2f}"
+# Gates.
 
 
-def _points(share: float | None) -> str:
-  # The format `z` writes -0.00 as 0.00.
-  return "n/a" if share is None else f"{100 * share:z.2f}"
+class Column(NamedTuple):
+  """A column of the page's table of gates: its title, and a sentence that defines it."""
+
+  title: str
+  meaning: str
 
 
-_GATE_MEASURES = ("open_rates", "disagreement", "input_information", "class_information")
-
-
-# By the header of `gate_rows`: the page's title of the column, and its definition.
+# By the header of `gate_rows`.
 GATE_COLUMNS = {
-  "layer": ("layer", "number and name of the gated layer, the first on top"),
-  "gates": ("gates", "the number of units of the layer that have a gate"),
-  "open": ("open (%)", "open gates of an example, mean over gates and the test set"),
-  "always open": ("always open", "gates that are open for more than 99 % of the test set"),
-  "always closed": ("always closed", "gates that are open for less than 1 % of the test set"),
-  "random dropout": (
-    "random",
-    "gates that noise, not the input, decides in training, as in dropout",
+  "layer": Column("layer", "number and name of the gated layer, the first on top"),
+  "gates": Column("gates", "the number of units of the layer that have a gate"),
+  "open": Column("open (%)", "open gates of an example, mean over gates and the test set"),
+  "always open": Column("always open", "gates that are open for more than 99 % of the test set"),
+  "always closed": Column("always closed", "gates that are open for less than 1 % of the test set"),
+  "random dropout": Column(
+    "random", "gates that noise, not the input, decides in training, as in dropout"
   ),
-  "conditional": ("conditional", "gates that the input decides"),
-  "draws differ": (
+  "conditional": Column("conditional", "gates that the input decides"),
+  "draws differ": Column(
     "draws differ (%)",
     "examples on which two draws of the training's noise would open a gate once "
     "and close it once, mean over gates",
   ),
-  "on input": (
+  "on input": Column(
     "information on the input (bits)",
     "mutual information of a gate drawn with that noise and the input, mean over gates; 1 at most",
   ),
-  "on class": (
+  "on class": Column(
     "information on the class (bits)",
     "mutual information of a gate and the class, mean over gates, minus what chance adds",
   ),
 }
+_GATE_MEASURES = ("open_rates", "disagreement", "input_information", "class_information")
 
 
 def render_gate_table(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -359,33 +357,32 @@ def gate_rows(layers: Sequence[Mapping[str, Any]]) -> list[list[str]]:
   Args:
     layers: of `analysis.outcomes.by_layer`; information is in bits, means are over gates.
   """
-  # Information about the class is missing if there is only one class.
-  information = [
-    name for name in _GATE_MEASURES if name.endswith("_information") and name in layers[0]
-  ]
-  found = [
-    [
-      "layer",
-      "gates",
-      "open",
-      *(name.replace("_", " ") for name in OUTCOMES),
-      "draws differ",
-      *(f"on {name.removesuffix('_information')}" for name in information),
-    ]
-  ]
+  rows = []
   for layer in layers:
-    is_open, differ = (f"{100 * layer[name]:.1f} %" for name in ("mean_open", "disagreement"))
-    found.append(
-      [
-        layer["layer"],
-        str(layer["gates"]),
-        is_open,
-        *(str(layer[name]) for name in OUTCOMES),
-        differ,
-        *(f"{layer[name]:.3f}" for name in information),
-      ]
-    )
-  return found
+    cells = _layer_cells(layer)
+    # The header: all layers have the same columns.
+    if not rows:
+      rows.append(list(cells))
+    rows.append(list(cells.values()))
+  return rows
+
+
+def _layer_cells(layer: Mapping[str, Any]) -> dict[str, str]:
+  """Returns the cells of a layer by the names of their columns."""
+  cells = {
+    "layer": layer["layer"],
+    "gates": str(layer["gates"]),
+    "open": format_percent(layer["mean_open"], 1),
+  }
+  for outcome in OUTCOMES:
+    cells[outcome.replace("_", " ")] = str(layer[outcome])
+  cells["draws differ"] = format_percent(layer["disagreement"], 1)
+  # Information about the class is missing if there is only one class.
+  for about in ("input", "class"):
+    information = layer.get(f"{about}_information")
+    if information is not None:
+      cells[f"on {about}"] = f"{information:.3f}"
+  return cells
 
 
 def write_gate_csv(path: Path, found: Diagnosis, layers: Sequence[tuple[str, int]]) -> None:
@@ -398,13 +395,19 @@ def write_gate_csv(path: Path, found: Diagnosis, layers: Sequence[tuple[str, int
     found: the diagnosis of all gates.
     layers: name and number of gates of each layer, in the gates' order.
   """
-  measures = [name for name in _GATE_MEASURES if getattr(found, name) is not None]
-  # Gates of a layer are adjacent, so a gate's position gives its layer and its number there.
-  places = [(name, number) for name, size in layers for number in range(size)]
+  measures = {}
+  for name in _GATE_MEASURES:
+    values = getattr(found, name)
+    # Information about the class is missing if there is only one class.
+    if values is not None:
+      measures[name.removesuffix("s")] = values
   with path.open("w", newline="") as file:
     writer = csv.writer(file)
-    writer.writerow(["layer", "gate", "outcome", *(name.removesuffix("s") for name in measures)])
-    for i, place in enumerate(places):
-      writer.writerow(
-        [*place, OUTCOMES[found.outcomes[i]], *(f"{getattr(found, m)[i]:.6g}" for m in measures)]
-      )
+    writer.writerow(["layer", "gate", "outcome", *measures])
+    # The gates of a layer are adjacent: `gate` counts those of all layers.
+    gate = 0
+    for layer, size in layers:
+      for number in range(size):
+        cells = [f"{values[gate]:.6g}" for values in measures.values()]
+        writer.writerow([layer, number, OUTCOMES[found.outcomes[gate]], *cells])
+        gate += 1

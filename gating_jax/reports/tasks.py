@@ -9,6 +9,7 @@ by tasks).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from gating_jax.reports.page import WIDTH
 from gating_jax.reports.text import plain
 
+# New, reused and free filters of each task, `[T]` each.
 _Counts = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 _MAP, _UNDEFINED = "cividis", "#e3e6ea"  # reads alike with every kind of colour vision
@@ -51,7 +53,11 @@ def draw_accuracies(
   if agnostic is not None:
     shown["task not known (task-agnostic)"] = _matrix("agnostic", agnostic, tasks=len(aware))
   return _draw_matrices(
-    shown, _names(task_names, len(aware)), "tested on task", "after learning task", "accuracy (%)"
+    shown,
+    _names(task_names, len(aware)),
+    xlabel="tested on task",
+    ylabel="after learning task",
+    unit="accuracy (%)",
   )
 
 
@@ -68,7 +74,11 @@ def draw_overlap(overlap: np.ndarray, *, task_names: Sequence[str] | None = None
   """
   shown = {"Units that two tasks share": _matrix("overlap", overlap)}
   return _draw_matrices(
-    shown, _names(task_names, len(overlap)), "task", "task", "intersection over union (%)"
+    shown,
+    _names(task_names, len(overlap)),
+    xlabel="task",
+    ylabel="task",
+    unit="intersection over union (%)",
   )
 
 
@@ -91,28 +101,26 @@ def draw_filters(layers: Mapping[str, _Counts], *, task_names: Sequence[str] | N
 
   if not layers:
     raise ValueError("layers must hold at least one layer; got none")
-  parts = [_parts(name, counts) for name, counts in layers.items()]
-  if len({p.shape for p in parts}) > 1:
-    raise ValueError(
-      f"layers must all have counts of the same tasks; got {[p.shape[1] for p in parts]} tasks"
-    )
-  names = _names(task_names, parts[0].shape[1])
+  parts, tasks = {}, []
+  for layer, counts in layers.items():
+    parts[layer] = _parts(layer, counts)
+    tasks.append(parts[layer].shape[1])
+  if len(set(tasks)) > 1:
+    raise ValueError(f"layers must all have counts of the same tasks; got {tasks} tasks")
+  names = _names(task_names, tasks[0])
   # A bar takes 0.16 inches at least; panels that are wider than a phone stand one below the other.
-  columns = int(min(len(parts), max(1, WIDTH // max(0.16 * len(names) + 0.7, 1.6))))
-  rows, width = -(-len(parts) // columns), max(WIDTH / columns, 0.16 * len(names) + 0.7)
+  least = 0.16 * len(names) + 0.7
+  columns = int(min(len(parts), max(1, WIDTH // max(least, 1.6))))
+  rows, width = math.ceil(len(parts) / columns), max(WIDTH / columns, least)
   figure = Figure(figsize=(columns * width, rows * 1.9 + 1.1), layout="constrained")
   panels = figure.subplots(rows, columns, squeeze=False)
-  # The last row of the grid may have places left.
-  for axes in panels.flat[len(parts) :]:
-    axes.remove()
-  for i, (layer, counts) in enumerate(zip(layers, parts, strict=True)):
+  for i, (layer, counts) in enumerate(parts.items()):
     axes = panels.flat[i]
     # Free filters are the last part, after the last task.
     free = f"{counts[-1, -1]} of {counts[:, -1].sum()} free"
     _draw_bars(axes, counts, title=f"{plain(layer, int(width / _LETTER))}\n{free}")
-    axes.set_xticks(
-      range(len(names)), names, fontsize=8, rotation=_rotation(names, 0.75 * width / len(names))
-    )
+    rotation = _rotation(names, 0.75 * width / len(names))
+    axes.set_xticks(range(len(names)), names, fontsize=8, rotation=rotation)
     # Names of tasks only below the last panel of each column, and "filters" at each row's left.
     if i + columns < len(parts):
       axes.set_xticklabels([])
@@ -120,10 +128,11 @@ def draw_filters(layers: Mapping[str, _Counts], *, task_names: Sequence[str] | N
       axes.set_xlabel("task")
     if i % columns == 0:
       axes.set_ylabel("filters")
-  handles = [Patch(color=colour) for colour in _PARTS.values()]
+  # The last row of the grid may have places left.
+  for axes in panels.flat[len(parts) :]:
+    axes.remove()
   figure.legend(
-    handles=handles,
-    labels=list(_PARTS),
+    handles=[Patch(color=colour, label=part) for part, colour in _PARTS.items()],
     loc="outside lower center",
     ncols=2,
     frameon=False,
@@ -139,8 +148,15 @@ def _draw_bars(axes, parts: np.ndarray, *, title: str) -> None:
 
   below = np.zeros(parts.shape[1], int)
   # Parts are stacked: each begins where the one below it ends.
-  for (label, colour), counts in zip(_PARTS.items(), parts, strict=True):
-    axes.bar(np.arange(len(counts)), counts, bottom=below, width=0.84, color=colour, label=label)
+  for label, counts in zip(_PARTS, parts, strict=True):
+    axes.bar(
+      np.arange(len(counts)),
+      counts,
+      bottom=below,
+      width=0.84,
+      color=_PARTS[label],
+      label=label,
+    )
     below = below + counts
   axes.set_title(title, fontsize=9)
   axes.set(ylim=(0, below.max()), xlim=(-0.6, len(below) - 0.4))
@@ -151,24 +167,24 @@ def _draw_bars(axes, parts: np.ndarray, *, title: str) -> None:
 
 
 def _draw_matrices(
-  shown: Mapping[str, np.ndarray], names: Sequence[str], xlabel: str, ylabel: str, unit: str
+  shown: Mapping[str, np.ndarray], names: Sequence[str], *, xlabel: str, ylabel: str, unit: str
 ) -> Any:
+  """Draws matrices one below the other; `shown` has them by their titles."""
   from matplotlib.figure import Figure  # imports slowly
 
   # Left and below the matrix, names need room for the longest of them; a cell keeps its least size.
-  margin = 0.6 + _LETTER * max(map(len, names))
+  margin = 0.6 + _LETTER * _longest(names)
   side = max(_CELL * len(names), WIDTH - 0.1 - margin, 3.2)
-  figure = Figure(
-    figsize=(side + margin + 0.1, len(shown) * (side + margin + 0.2) + 0.7),
-    layout="compressed",
-  )
+  cell = side / len(names)
+  size = (side + margin + 0.1, len(shown) * (side + margin + 0.2) + 0.7)
+  figure = Figure(figsize=size, layout="compressed")
   panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
-  for axes, (title, values) in zip(panels, shown.items(), strict=True):
-    image = _draw_cells(axes, 100 * values, fontsize=7.5 if side / len(names) < 0.55 else 10)
+  for axes, title in zip(panels, shown, strict=True):
+    image = _draw_cells(axes, 100 * shown[title], fontsize=7.5 if cell < 0.55 else 10)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    axes.set_xticks(range(len(names)), names, rotation=_rotation(names, side / len(names)))
+    axes.set_xticks(range(len(names)), names, rotation=_rotation(names, cell))
     axes.set_yticks(range(len(names)), names)
   # One colour bar for all: every matrix has the same scale, 0 to 100 %.
   figure.colorbar(image, ax=list(panels), label=unit, orientation="horizontal", aspect=40, pad=0.01)
@@ -199,39 +215,36 @@ def _draw_cells(axes, percent: np.ndarray, *, fontsize: float):
 
 
 def _matrix(name: str, values: np.ndarray, tasks: int | None = None) -> np.ndarray:
+  """Checks a matrix of fractions; `tasks` is its size, or None where any will do."""
   values = np.asarray(values, np.float64)
-  tasks = len(values) if tasks is None and values.ndim else tasks
+  if tasks is None and values.ndim:
+    tasks = len(values)
   if values.shape != (tasks, tasks) or not tasks:
-    raise ValueError(
-      f"{name} must be [T, T]" + (f", T = {tasks}" if tasks else "") + f"; got {values.shape}"
-    )
+    size = f", T = {tasks}" if tasks else ""
+    raise ValueError(f"{name} must be [T, T]{size}; got {values.shape}")
   # NaN, an undefined value, passes: it is neither below 0 nor above 1.
-  if (bad := (values < 0) | (values > 1)).any():
-    raise ValueError(f"{name} must be in [0, 1] or NaN; got {values[bad][0]}")
+  outside = (values < 0) | (values > 1)
+  if outside.any():
+    raise ValueError(f"{name} must be in [0, 1] or NaN; got {values[outside][0]}")
   return values
 
 
 def _parts(layer: str, counts: _Counts) -> np.ndarray:
   """Checks a layer's counts and returns `[4, T]`, in the order of `_PARTS`."""
-  counts = [np.asarray(c) for c in counts]
-  if (
-    len(counts) != 3
-    or len({c.shape for c in counts}) > 1
-    or counts[0].ndim != 1
-    or not counts[0].size
-  ):
-    raise ValueError(
-      f"layers[{layer!r}] must be (new, reused, free), each [T]; got {[c.shape for c in counts]}"
-    )
-  new, reused, free = np.stack(counts).astype(np.float64)
+  arrays = [np.asarray(array) for array in counts]
+  shapes = [array.shape for array in arrays]
+  alike = len(shapes) == 3 and len(set(shapes)) == 1
+  if not alike or len(shapes[0]) != 1 or not arrays[0].size:
+    raise ValueError(f"layers[{layer!r}] must be (new, reused, free), each [T]; got {shapes}")
+  new, reused, free = np.stack(arrays).astype(np.float64)
   # Filters that older tasks own are the new ones of all tasks before; those not reused are unused.
-  parts = np.stack([reused, new, np.cumsum(new) - new - reused, free])
+  unused = np.cumsum(new) - new - reused
+  parts = np.stack([reused, new, unused, free])
   if not ((parts >= 0) & (parts == np.round(parts))).all():
+    new, reused, free = arrays
     raise ValueError(
       f"layers[{layer!r}] must be whole counts >= 0, reused at most what older tasks took; got "
-      + ", ".join(
-        f"{n} {c.tolist()}" for n, c in zip(("new", "reused", "free"), counts, strict=True)
-      )
+      f"new {new.tolist()}, reused {reused.tolist()}, free {free.tolist()}"
     )
   return parts.astype(int)
 
@@ -245,4 +258,9 @@ def _names(task_names: Sequence[str] | None, tasks: int) -> list[str]:
 
 def _rotation(names: Sequence[str], room: float) -> int:
   """Returns the degrees by which names must turn to fit into `room` inches each."""
-  return 90 if _LETTER * (max(map(len, names)) + 1) > room else 0
+  return 90 if _LETTER * (_longest(names) + 1) > room else 0
+
+
+def _longest(names: Sequence[str]) -> int:
+  """Returns the number of letters of the longest name."""
+  return max(map(len, names))

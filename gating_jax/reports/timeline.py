@@ -7,8 +7,10 @@ Reference: Hussein et al., 2020 (TimeGate): the chosen segments are the explanat
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +25,17 @@ _MOST_THUMBNAILS = 24
 _CHOSEN, _CLOSED, _RELEVANT, _INK = "#e4572e", "#b8c4d0", "#2e9e6b", "#30363d"
 _NO_UNIT = "#eceff2"
 
-_Units = dict[int, tuple[str, tuple[float, float, float]]]  # name and colour
+_BINS = 20  # of histograms
+
+
+class _Entry(NamedTuple):
+  """A name in a legend, and its colour: of a unit action, or of a kind of segment."""
+
+  name: str
+  colour: str | tuple[float, float, float]
+
+
+_Units = Mapping[int, _Entry]  # by their numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +75,8 @@ def draw_time_lines(lines: Sequence[TimeLine], *, unit_names: Sequence[str] | No
   """
   if not lines:
     raise ValueError("lines must hold at least one TimeLine; got none")
-  lines = [_without_padding(line) for line in lines]
-  return _figure(lines, _shown_units(lines, unit_names), TIME_AXIS)
+  shown = [_without_padding(line) for line in lines]
+  return _draw_figure(shown, _shown_units(shown, unit_names), TIME_AXIS)
 
 
 def draw_each_time_line(
@@ -85,34 +97,35 @@ def draw_each_time_line(
   Raises:
     ValueError: shapes do not fit each other, all of a video is padding, or a unit has no name.
   """
-  lines = [_without_padding(line) for line in lines]
-  units = _shown_units(lines, unit_names)
+  shown = [_without_padding(line) for line in lines]
   # Colours are assigned over all videos, but a figure's legend has only its own units.
-  mine = lambda line: {
-    u: unit for u, unit in units.items() if line.units is not None and u in line.units
-  }
-  return [_figure([line], mine(line), width) for line in lines]
+  units, figures = _shown_units(shown, unit_names), []
+  for line in shown:
+    own = {number: units[number] for number in _unit_numbers([line])}
+    figures.append(_draw_figure([line], own, width))
+  return figures
 
 
-def _figure(lines: Sequence[TimeLine], units: _Units, width: float) -> Any:
+def _draw_figure(lines: Sequence[TimeLine], units: _Units, width: float) -> Any:
   from matplotlib.figure import Figure  # imports slowly
 
   legend = _legend_entries(lines, units)
   columns = _legend_columns(legend, width)
-  heights = [_height(line, width) for line in lines]
-  height = _TOP + sum(heights) + _LEGEND_LINE * (-(-len(legend) // columns) + 0.5)
-  figure = Figure(figsize=(_LEFT + width + _RIGHT, height))
+  of_lines = sum(_height(line, width) for line in lines)
+  height = _TOP + of_lines + _LEGEND_LINE * (math.ceil(len(legend) / columns) + 0.5)
+  # Rounded, since a sum such as 1.6799999 would lose the picture its last row of pixels.
+  figure = Figure(figsize=(_LEFT + width + _RIGHT, round(height, 6)))
   # Videos are placed from the top downwards; the legend has the rest at the bottom.
   top = height - _TOP
-  for line, own in zip(lines, heights, strict=True):
-    _draw_line(_Page(figure, height, width, len(line.gates)), line, units, top)
-    top -= own
+  for line in lines:
+    _draw_line(_Canvas(figure, height, width, segments=len(line.gates)), line, units, top=top)
+    top -= _height(line, width)
   _draw_legend(figure, legend, columns)
   return figure
 
 
 @dataclasses.dataclass(frozen=True)
-class _Page:
+class _Canvas:
   """A figure whose axes are placed by inches; their x axis is time in segments.
 
   Attributes:
@@ -138,53 +151,46 @@ class _Page:
     return axes
 
 
-def _draw_line(page: _Page, line: TimeLine, units: _Units, top: float) -> None:
+def _draw_line(canvas: _Canvas, line: TimeLine, units: _Units, *, top: float) -> None:
+  """Draws one video from `top` downwards; `_height` has the sum of the heights."""
   chosen = line.gates > 0
   if line.title:
-    # 90 letters fit on the widest time axis.
-    header = page.axes(top, _HEADER)
-    letters = int(90 * page.width / TIME_AXIS)
-    header.text(
-      0, 0.45, plain(line.title, letters), transform=header.transAxes, color=_INK, weight="bold"
-    )
-    header.text(
-      1,
-      0.45,
-      f"{chosen.sum()} of {len(chosen)} segments chosen",
-      transform=header.transAxes,
-      color=_INK,
-      ha="right",
-    )
+    _draw_header(canvas, canvas.axes(top, _HEADER), line.title, chosen=chosen)
     top -= _HEADER
   if line.thumbnails is not None:
-    width, height = _thumbnail_size(line.thumbnails, page.width)
-    _draw_thumbnails(
-      page.axes(top, height), line.thumbnails, line.probs, chosen, width / page.width * len(chosen)
-    )
+    width, height = _thumbnail_size(line.thumbnails, canvas.width)
+    in_segments = width / canvas.width * len(chosen)
+    _draw_thumbnails(canvas.axes(top, height), line, chosen, width=in_segments)
     top -= height + _GAP
-  _draw_bars(page.axes(top, _BARS), line.probs, chosen)
+  _draw_bars(canvas.axes(top, _BARS), line.probs, chosen)
   top -= _BARS + _GAP
   # The ground truth, where known, is in strips below the bars, on the same time axis.
   if line.relevant is not None:
-    _draw_strip(page.axes(top, _STRIP / 2), [_RELEVANT if r else _NO_UNIT for r in line.relevant])
+    _draw_strip(canvas.axes(top, _STRIP / 2), np.where(line.relevant, _RELEVANT, _NO_UNIT))
     top -= _STRIP / 2 + _GAP / 2
   if line.units is not None:
-    axes = page.axes(top, _STRIP)
-    _draw_strip(axes, [units[u][1] if u >= 0 else _NO_UNIT for u in line.units])
-    _name_runs(axes, line.units, units, page.width)
+    axes = canvas.axes(top, _STRIP)
+    _draw_strip(axes, [units[unit].colour if unit >= 0 else _NO_UNIT for unit in line.units])
+    _name_runs(axes, line.units, units, width=canvas.width)
 
 
-def _draw_thumbnails(
-  axes, thumbnails: np.ndarray, probs: np.ndarray, chosen: np.ndarray, width: float
-) -> None:
+def _draw_header(canvas: _Canvas, axes: Any, title: str, *, chosen: np.ndarray) -> None:
+  # 90 letters fit on the widest time axis.
+  letters = int(90 * canvas.width / TIME_AXIS)
+  style = {"transform": axes.transAxes, "color": _INK}
+  axes.text(0, 0.45, plain(title, letters), weight="bold", **style)
+  axes.text(1, 0.45, f"{chosen.sum()} of {len(chosen)} segments chosen", ha="right", **style)
+
+
+def _draw_thumbnails(axes: Any, line: TimeLine, chosen: np.ndarray, *, width: float) -> None:
   """Draws the thumbnails; `width` is that of one, in segments."""
-  segments = len(thumbnails)
+  segments = len(line.thumbnails)
   # Edges of the blocks of neighbouring segments that share a thumbnail.
   edges = np.linspace(0, segments, min(segments, _MOST_THUMBNAILS) + 1)
-  for start, end in zip(edges, edges[1:], strict=False):
+  for start, end in itertools.pairwise(edges):
     block = np.arange(int(start), int(end))
-    shown = _representative(block, probs, chosen)
-    image = thumbnails[shown]
+    shown = _representative(block, line.probs, chosen)
+    image = line.thumbnails[shown]
     centre = (start + end) / 2
     picture = axes.imshow(
       image[..., 0] if image.shape[-1] == 1 else image,
@@ -237,22 +243,24 @@ def _draw_bars(axes, probs: np.ndarray, chosen: np.ndarray) -> None:
   axes.set_ylabel("P(open)", fontsize=9, color=_INK)
 
 
-def _draw_strip(axes, colours: Sequence) -> None:
+def _draw_strip(axes: Any, colours: Sequence[Any]) -> None:
   axes.bar(np.arange(len(colours)) + 0.5, 1, width=1.0, color=colours, linewidth=0)
 
 
-def _name_runs(axes, ids: np.ndarray, units: _Units, width: float) -> None:
+def _name_runs(axes: Any, numbers: np.ndarray, units: _Units, *, width: float) -> None:
   """Writes a unit's name into each of its runs of segments that is wide enough."""
   # A run begins where the unit changes; -2 is no unit, so that the first segment begins one too.
-  starts = np.flatnonzero(np.diff(ids, prepend=-2))
-  for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+  starts = np.flatnonzero(np.diff(numbers, prepend=-2))
+  for start, end in itertools.pairwise([*starts, len(numbers)]):
     # A letter takes 0.062 inches at this font size.
-    letters = int((end - start) / len(ids) * width / 0.062)
-    if ids[start] >= 0 and letters >= min(3, len(units[ids[start]][0])):
+    letters = int((end - start) / len(numbers) * width / 0.062)
+    # The unit -1 is none, and has no name.
+    unit = units.get(numbers[start])
+    if unit is not None and letters >= min(3, len(unit.name)):
       axes.text(
         (start + end) / 2,
         0.45,
-        plain(units[ids[start]][0], letters),
+        plain(unit.name, letters),
         ha="center",
         va="center",
         fontsize=7,
@@ -260,12 +268,11 @@ def _name_runs(axes, ids: np.ndarray, units: _Units, width: float) -> None:
       )
 
 
-def _draw_legend(figure, entries: Sequence[tuple[str, object]], columns: int) -> None:
+def _draw_legend(figure: Any, entries: Sequence[_Entry], columns: int) -> None:
   from matplotlib.patches import Patch
 
   figure.legend(
-    handles=[Patch(color=colour) for _, colour in entries],
-    labels=[name for name, _ in entries],
+    handles=[Patch(color=entry.colour, label=entry.name) for entry in entries],
     ncols=columns,
     loc="lower left",
     bbox_to_anchor=(_LEFT / figure.get_figwidth(), 0),
@@ -278,59 +285,74 @@ def _draw_legend(figure, entries: Sequence[tuple[str, object]], columns: int) ->
   )
 
 
-def _legend_entries(lines: Sequence[TimeLine], units: _Units) -> list[tuple[str, object]]:
-  entries = [("chosen", _CHOSEN), ("not chosen", _CLOSED)]
+def _legend_entries(lines: Sequence[TimeLine], units: _Units) -> list[_Entry]:
+  entries = [_Entry("chosen", _CHOSEN), _Entry("not chosen", _CLOSED)]
   if any(line.relevant is not None for line in lines):
-    entries.append(("relevant", _RELEVANT))
-  return entries + [(plain(name, 28), colour) for name, colour in units.values()]
+    entries.append(_Entry("relevant", _RELEVANT))
+  for unit in units.values():
+    entries.append(_Entry(plain(unit.name, 28), unit.colour))
+  return entries
 
 
-def _legend_columns(entries: Sequence[tuple[str, object]], width: float) -> int:
+def _legend_columns(entries: Sequence[_Entry], width: float) -> int:
   # A colour patch takes 0.45 inches, a letter 0.085.
-  widest = max(len(name) for name, _ in entries)
-  return max(1, min(len(entries), int(width / (0.45 + 0.085 * widest))))
+  letters = max(len(entry.name) for entry in entries)
+  return max(1, min(len(entries), int(width / (0.45 + 0.085 * letters))))
+
+
+def _unit_numbers(lines: Sequence[TimeLine]) -> list[int]:
+  """Returns the numbers of the units in some videos, sorted."""
+  numbers = set()
+  for line in lines:
+    if line.units is not None:
+      # -1 is no unit.
+      numbers.update(line.units[line.units >= 0].tolist())
+  return sorted(numbers)
 
 
 def _shown_units(lines: Sequence[TimeLine], unit_names: Sequence[str] | None) -> _Units:
   """Returns name and colour of every unit in the picture, with hues as far apart as possible."""
   from matplotlib.colors import hsv_to_rgb
 
-  ids = sorted({int(u) for line in lines if line.units is not None for u in line.units if u >= 0})
-  if unit_names is not None and ids and ids[-1] >= len(unit_names):
+  numbers = _unit_numbers(lines)
+  if unit_names is not None and numbers and numbers[-1] >= len(unit_names):
     raise ValueError(
-      f"unit_names must name every unit; got {len(unit_names)} names, unit {ids[-1]}"
+      f"unit_names must name every unit; got {len(unit_names)} names, unit {numbers[-1]}"
     )
-  # Hues are evenly spaced, and neighbouring ones also differ in brightness.
-  name = lambda u: str(u) if unit_names is None else unit_names[u]
-  colour = lambda i: tuple(hsv_to_rgb(((0.55 + i / len(ids)) % 1, 0.55, (0.75, 0.55)[i % 2])))
-  return {u: (name(u), colour(i)) for i, u in enumerate(ids)}
+  units = {}
+  for i, number in enumerate(numbers):
+    name = str(number) if unit_names is None else unit_names[number]
+    # Hues are evenly spaced, and neighbouring ones also differ in brightness.
+    hue, brightness = (0.55 + i / len(numbers)) % 1, 0.75 if i % 2 == 0 else 0.55
+    units[number] = _Entry(name, tuple(hsv_to_rgb((hue, 0.55, brightness))))
+  return units
 
 
 def _without_padding(line: TimeLine) -> TimeLine:
+  """Returns a video without its padding.
+
+  Raises:
+    ValueError: shapes do not fit each other, or all of the video is padding.
+  """
   valid = np.asarray(line.valid, bool)
-  # All fields but the title are arrays over segments, and are cut in the same way.
-  arrays = {
-    f.name: getattr(line, f.name)
-    for f in dataclasses.fields(line)
-    if f.name not in ("title", "valid")
-  }
-  arrays = {name: np.asarray(values) for name, values in arrays.items() if values is not None}
-  for name, values in arrays.items():
+  if not valid.any():
+    raise ValueError(f"valid must be True for some segment; got none ({line.title!r})")
+  cut = {"valid": valid[valid]}
+  for name in ("probs", "gates", "thumbnails", "relevant", "units"):
+    values = getattr(line, name)
+    if values is None:
+      continue
+    values = np.asarray(values)
     if values.shape[:1] != valid.shape:
       raise ValueError(
         f"{name} must be [T, ...] like valid; got {values.shape}, valid {valid.shape} "
         f"({line.title!r})"
       )
-  if not valid.any():
-    raise ValueError(f"valid must be True for some segment; got none ({line.title!r})")
-  thumbnails = arrays.get("thumbnails")
-  if thumbnails is not None and (thumbnails.ndim != 4 or thumbnails.shape[-1] not in (1, 3)):
-    raise ValueError(
-      f"thumbnails must be [T, H, W, D], D 1 or 3; got {thumbnails.shape} ({line.title!r})"
-    )
-  return dataclasses.replace(
-    line, valid=valid[valid], **{name: values[valid] for name, values in arrays.items()}
-  )
+    cut[name] = values[valid]
+  shape = np.shape(line.thumbnails)
+  if line.thumbnails is not None and (len(shape) != 4 or shape[-1] not in (1, 3)):
+    raise ValueError(f"thumbnails must be [T, H, W, D], D 1 or 3; got {shape} ({line.title!r})")
+  return dataclasses.replace(line, **cut)
 
 
 def _representative(block: np.ndarray, probs: np.ndarray, chosen: np.ndarray) -> int:
@@ -349,16 +371,16 @@ def _thumbnail_size(thumbnails: np.ndarray, width: float) -> tuple[float, float]
 
 
 def _height(line: TimeLine, width: float) -> float:
-  # The sum of what `_draw_line` draws, with the gaps between.
-  height = _HEADER * bool(line.title) + _BARS + _GAP + _AFTER
+  """Returns the inches that `_draw_line` takes for a video, with the gaps between its parts."""
+  header = _HEADER if line.title else 0.0
+  height = header + _BARS + _GAP + _AFTER
   if line.thumbnails is not None:
     height += _thumbnail_size(line.thumbnails, width)[1] + _GAP
   if line.relevant is not None:
     height += _STRIP / 2 + _GAP / 2
-  return height + (_STRIP + _GAP if line.units is not None else 0)
-
-
-_BINS = 20  # of histograms
+  if line.units is not None:
+    height += _STRIP + _GAP
+  return height
 
 
 def draw_shares(probs: np.ndarray, shares: np.ndarray, correct: np.ndarray | None = None) -> Any:
@@ -373,7 +395,8 @@ def draw_shares(probs: np.ndarray, shares: np.ndarray, correct: np.ndarray | Non
   """
   from matplotlib.figure import Figure  # imports slowly
 
-  figure, bins = Figure(figsize=(WIDTH, 4.2), layout="constrained"), np.linspace(0, 1, _BINS + 1)
+  bins = np.linspace(0, 1, _BINS + 1)
+  figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
   segments, videos = figure.subplots(2, 1, sharex=True)
   segments.hist(probs, bins=bins, color="tab:green")
   segments.set(xlabel="probability that a segment is chosen", ylabel="segments")
@@ -417,14 +440,13 @@ def draw_choices(
   count = len(gates)
   figure = Figure(figsize=(WIDTH, 1.0 + 0.3 * count), layout="constrained")
   axes = figure.subplots()
+  # The y axis points down (see `ylim`), so that the first video is on top.
   for row, chosen in enumerate(gates):
-    # The y axis points down (see `ylim`), so that the first video is on top.
-    colours = [_CHOSEN if gate else _CLOSED for gate in chosen]
-    _draw_row(axes, row - 0.4, 0.55 if relevant is not None else 0.8, colours)
+    colours = np.where(chosen, _CHOSEN, _CLOSED)
+    _draw_boxes(axes, colours, top=row - 0.4, height=0.8 if relevant is None else 0.55)
     if relevant is not None:
-      _draw_row(
-        axes, row + 0.2, 0.2, [_RELEVANT if matters else "white" for matters in relevant[row]]
-      )
+      colours = np.where(relevant[row], _RELEVANT, "white")
+      _draw_boxes(axes, colours, top=row + 0.2, height=0.2)
   axes.set(
     xlim=(0, 1),
     ylim=(count - 0.4, -0.6),
@@ -441,7 +463,7 @@ def draw_choices(
   return figure
 
 
-def _draw_row(axes: Any, top: float, height: float, colours: Sequence[str]) -> None:
+def _draw_boxes(axes: Any, colours: np.ndarray, *, top: float, height: float) -> None:
   """Draws a box for each segment, all of the same width."""
   # A video fills the axis whatever its length: time is a fraction of the video.
   width = 1 / len(colours)

@@ -1,20 +1,21 @@
 """Times that `--mode=compile` measures: as text, as a picture, and on the page of a run.
 
-A row is a mapping with the fields of `gating_jax.inference.timings.Timing`.
+A row is a mapping with the fields of `gating_jax.inference.compiled.Timing`.
 Reference: Verelst and Tuytelaars, 2020 (time against MACs).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from gating_jax.reports import page
-from gating_jax.reports.text import align_columns, plain
+from gating_jax.reports.text import align_columns, format_milliseconds, plain
 from gating_jax.timing import CHOSEN, EXIT_DISPATCH, MASKED, SEGMENTS, UNGATED
 
 Rows = Sequence[Mapping[str, Any]]
@@ -54,11 +55,14 @@ def parse_times(found: Any) -> Times | None:
   """Parses the contents of the file; returns None where it is damaged or holds no times."""
   # An old or hand-edited file may hold anything; the page is then written without times.
   try:
+    timings = {}
+    for title, rows in found["timings"].items():
+      timings[str(title)] = [_parse_row(row) for row in rows]
     times = Times(
       int(found["step"]),
       str(found["device"]),
-      {str(title): [_row(row) for row in rows] for title, rows in found["timings"].items()},
-      _pixels(found.get("pixels")),
+      timings,
+      _parse_pixels(found.get("pixels")),
     )
   except (KeyError, TypeError, ValueError, AttributeError):
     return None
@@ -86,25 +90,28 @@ def time_number(
     refused: why `--mode=compile` refuses the run; empty where it accepts it.
   """
   # For scenes only the backbone is timed, so the number has another name.
-  what, place = _timed(noun, times), _place("time", step)
   name = "Milliseconds of the backbone" if noun == "scene" else f"Milliseconds per {noun}"
-  pairs = _of_one(times) if times is not None and times.of(step) else []
+  timed, place = _timed_input(noun, times), _place("time", step)
+  pairs = _single_examples(times) if times is not None and times.of(step) else []
   if pairs:
-    mine, dense = (statistics.fmean(values) for values in zip(*pairs, strict=True))
+    compiled = statistics.fmean(pair.compiled for pair in pairs)
+    ungated = statistics.fmean(pair.ungated for pair in pairs)
     over = f", mean over {len(pairs)} tasks" if len(pairs) > 1 else ""
+    meaning = (
+      f"Median time of a call with {timed} in the compiled program that skips closed units{over}, "
+      f"next to the network without gates in the same process, on {plain(times.device, 120)}."
+    )
     return page.Number(
       name,
-      f"{format_milliseconds(mine)} ms",
-      f"ungated: {format_milliseconds(dense)} ms",
-      f"Median time of a call with {what} in the compiled program that skips closed units{over}, "
-      f"next to the network without gates in the same process, on {plain(times.device, 120)}.",
+      f"{format_milliseconds(compiled)} ms",
+      f"ungated: {format_milliseconds(ungated)} ms",
+      meaning=meaning,
       place=place,
     )
   # A run that cannot be compiled shows the reason instead of a command that would fail.
   if refused:
-    return page.Number(
-      name, "–", "not measured", f"--mode=compile cannot time this run: {refused}.", place=place
-    )
+    meaning = f"--mode=compile cannot time this run: {refused}."
+    return page.Number(name, "–", "not measured", meaning=meaning, place=place)
   # Times of another step are mentioned but not shown: all numbers of a page are of one checkpoint.
   found = "not measured, nor was the ungated network"
   if times is not None and not times.of(step):
@@ -113,9 +120,9 @@ def time_number(
     name,
     "–",
     found,
-    f"Time of {what} with closed units skipped. This measures it and writes it here:",
-    f"gating-jax --mode=compile --workdir={shlex.quote(workdir)}",
-    place,
+    meaning=f"Time of {timed} with closed units skipped. This measures it and writes it here:",
+    command=f"gating-jax --mode=compile --workdir={shlex.quote(workdir)}",
+    place=place,
   )
 
 
@@ -123,7 +130,7 @@ def times_section(
   times: Times | None, noun: str, *, step: int | None = None, refused: str = ""
 ) -> page.Section:
   """Returns the section of times of each way to run the network; arguments as of `time_number`."""
-  heading, place = "Time", _place("times", step)
+  place = _place("times", step)
   if times is None:
     text = (
       "The network is not compiled yet. gating-jax --mode=compile measures the time of each way to "
@@ -131,48 +138,12 @@ def times_section(
     )
     if refused:
       text = f"gating-jax --mode=compile cannot time this run: {refused}."
-    return page.Section(heading, text, place=place)
-  rows = [cells for name, found in times.timings.items() for cells in _cells(name, found)]
-  # Only the strategies that were timed are explained below the table.
-  ways = {
-    row["strategy"] for found in times.timings.values() for row in found if row["part"] is None
-  }
-  table = page.Table(
-    (
-      "inputs",
-      "way to run it",
-      "time of a call (ms)",
-      "of ungated (%)",
-      "computed MACs (%)",
-      "all open (%)",
-    ),
-    rows,
-    terms=[
-      ("inputs", "how many examples a call has"),
-      ("way to run it", "how closed units are skipped; ✓ is what the compiled program does"),
-      ("time of a call", "median over repeated calls, all ways in turn, in milliseconds"),
-      ("of ungated", "the same, in % of the network without gates"),
-      ("computed MACs", "multiply-accumulates that are computed, padding included, in % of all"),
-      (
-        "all open",
-        "time if every unit of every input were open, in % of the faster of masked and ungated: "
-        "the worst case",
-      ),
-      *((way, _WAYS[way]) for way in _WAYS if way in ways),
-    ],
-  )
+    return page.Section("Time", text, place=place)
   figure = page.embed_figure(
     draw_timings(times.timings, columns=1),
     "Time against MACs of each way to run each part of the network (small) and the whole (large), "
     "both in % of computing everything.",
-    terms=[
-      ("MACs of open units", "multiply-accumulates of open units, in % of those of all units"),
-      (
-        "time",
-        "in % of computing everything (masked); below the dashed line time is saved, on the "
-        "diagonal by the same fraction as MACs",
-      ),
-    ],
+    terms=_PICTURE_TERMS,
   )
   text = f"The checkpoint of step {times.step:,}, on {plain(times.device, 120)}."
   if not times.of(step):
@@ -182,19 +153,84 @@ def times_section(
   # For scenes only the backbone is compiled.
   if noun == "scene":
     text += f" Only the backbone is timed, without the head, on training images{_size(times)}."
-  return page.Section(heading, text, [table, figure], place=place)
+  return page.Section("Time", text, [_page_table(times.timings), figure], place=place)
+
+
+_TABLE_TERMS = (
+  ("inputs", "how many examples a call has"),
+  ("way to run it", "how closed units are skipped; ✓ is what the compiled program does"),
+  ("time of a call", "median over repeated calls, all ways in turn, in milliseconds"),
+  ("of ungated", "the same, in % of the network without gates"),
+  ("computed MACs", "multiply-accumulates that are computed, padding included, in % of all"),
+  (
+    "all open",
+    "time if every unit of every input were open, in % of the faster of masked and ungated: "
+    "the worst case",
+  ),
+)
+_PICTURE_TERMS = (
+  ("MACs of open units", "multiply-accumulates of open units, in % of those of all units"),
+  (
+    "time",
+    "in % of computing everything (masked); below the dashed line time is saved, on the "
+    "diagonal by the same fraction as MACs",
+  ),
+)
+
+
+def _page_table(timings: Mapping[str, Rows]) -> page.Table:
+  """Returns a row for each way to run the whole network, and definitions of these ways."""
+  rows, terms = [], list(_TABLE_TERMS)
+  timed = set()
+  for title, measured in timings.items():
+    whole = _of_whole_net(measured)
+    rows += _page_rows(title, whole)
+    timed.update(row["strategy"] for row in whole)
+  # Only the strategies that were timed are explained below the table.
+  for strategy, meaning in _WAYS.items():
+    if strategy in timed:
+      terms.append((strategy, meaning))
+  header = (
+    "inputs",
+    "way to run it",
+    "time of a call (ms)",
+    "of ungated (%)",
+    "computed MACs (%)",
+    "all open (%)",
+  )
+  return page.Table(header, rows, terms=terms)
+
+
+def _page_rows(title: str, whole: Rows) -> list[list[str]]:
+  ungated = _ungated_seconds(whole)
+  rows = []
+  for row in whole:
+    chosen = " ✓" if row["chosen"] else ""
+    of_ungated = f"{100 * row['seconds'] / ungated:.0f}" if ungated else "–"
+    all_open = row.get("open_ratio")
+    rows.append(
+      [
+        plain(title, 60),
+        plain(row["strategy"], 30) + chosen,
+        format_milliseconds(row["seconds"]),
+        of_ungated,
+        f"{100 * row['computed_ratio']:.1f}",
+        "–" if all_open is None else f"{100 * all_open:.0f}",
+      ]
+    )
+  return rows
 
 
 def _place(name: str, step: int | None) -> str:
   """Returns the place for times of a step.
 
-  A page of another step lacks this place, so `page.fill` cannot put the times next to wrong
+  A page of another step lacks this place, so `page.fill_page` cannot put the times next to wrong
   numbers.
   """
   return name if step is None else f"{name} of step {step}"
 
 
-def _timed(noun: str, times: Times | None) -> str:
+def _timed_input(noun: str, times: Times | None) -> str:
   """Describes the input of a timed call.
 
   For segmentation it is a training image, and only the backbone runs.
@@ -205,76 +241,70 @@ def _timed(noun: str, times: Times | None) -> str:
 
 
 def _size(times: Times | None) -> str:
-  return "" if times is None or times.pixels is None else " of {} x {} pixels".format(*times.pixels)
+  if times is None or times.pixels is None:
+    return ""
+  height, width = times.pixels
+  return f" of {height} x {width} pixels"
 
 
-def format_milliseconds(seconds: float) -> str:
-  """Formats seconds as milliseconds with three digits.
+class _Pair(NamedTuple):
+  """Seconds of the compiled program and of the ungated network in one table."""
 
-  >>> format_milliseconds(0.00123456), format_milliseconds(1.5)
-  ('1.23', '1500')
-  """
-  value = 1000 * seconds
-  # `g` would write 1500 as 1.5e+03.
-  return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+  compiled: float
+  ungated: float
 
 
-def _of_one(times: Times) -> list[tuple[float, float]]:
-  """Returns the seconds of compiled program and ungated network for each table of one example."""
+def _single_examples(times: Times) -> list[_Pair]:
+  """Returns the times of each table of one example; tables of batches are skipped."""
   pairs = []
   for title, rows in times.timings.items():
-    found, whole = _TITLE.search(title), [row for row in rows if row["part"] is None]
-    # Skips tables of batches.
+    found = _TITLE.search(title)
     if found is None or found[1] != "1":
       continue
-    mine = [row["seconds"] for row in whole if row["chosen"]]
-    dense = [row["seconds"] for row in whole if row["strategy"] == UNGATED]
-    if mine and dense:
-      pairs.append((mine[0], dense[0]))
+    whole = _of_whole_net(rows)
+    compiled = [row["seconds"] for row in whole if row["chosen"]]
+    ungated = _ungated_seconds(whole)
+    if compiled and ungated is not None:
+      pairs.append(_Pair(compiled[0], ungated))
   return pairs
 
 
-def _cells(title: str, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-  """Returns a row of the page's table for each way to run the whole network."""
-  whole = [row for row in rows if row["part"] is None]
-  dense = [row["seconds"] for row in whole if row["strategy"] == UNGATED]
-  cells = []
+def _of_whole_net(rows: Rows) -> Rows:
+  """Returns the rows that are of the whole network, not of one of its parts."""
+  return [row for row in rows if row["part"] is None]
+
+
+def _ungated_seconds(whole: Rows) -> float | None:
+  """Returns the time of the ungated network; None where it was not measured."""
   for row in whole:
-    of_dense = f"{100 * row['seconds'] / dense[0]:.0f}" if dense and dense[0] else "–"
-    is_open = row.get("open_ratio")
-    cells.append(
-      [
-        plain(title, 60),
-        plain(row["strategy"], 30) + (" ✓" if row["chosen"] else ""),
-        format_milliseconds(row["seconds"]),
-        of_dense,
-        f"{100 * row['computed_ratio']:.1f}",
-        "–" if is_open is None else f"{100 * is_open:.0f}",
-      ]
-    )
-  return cells
+    if row["strategy"] == UNGATED:
+      return row["seconds"]
+  return None
 
 
-def _pixels(found: Any) -> tuple[int, int] | None:
+def _parse_pixels(found: Any) -> tuple[int, int] | None:
   if found is None:
     return None
   height, width = found
   return int(height), int(width)
 
 
-def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+def _parse_row(row: Mapping[str, Any]) -> dict[str, Any]:
   """Reduces a row to what the page shows.
 
   Raises:
     KeyError, TypeError, ValueError: a field is missing or has another type.
   """
-  is_open = row.get("open_ratio")
+  part, all_open = row["part"], row.get("open_ratio")
   return {
-    "part": row["part"] if row["part"] is None else int(row["part"]),
+    "part": None if part is None else int(part),
     "strategy": str(row["strategy"]),
-    **{name: float(row[name]) for name in ("mac_ratio", "computed_ratio", "seconds", "time_ratio")},
+    "mac_ratio": float(row["mac_ratio"]),
+    "computed_ratio": float(row["computed_ratio"]),
+    "seconds": float(row["seconds"]),
+    "time_ratio": float(row["time_ratio"]),
     "chosen": bool(row["chosen"]),
-    "open_ratio": None if is_open is None else float(is_open),
+    "open_ratio": None if all_open is None else float(all_open),
   }
 
 
@@ -296,33 +326,27 @@ _COLOURS = (
 def render_timings(rows: Rows) -> str:
   """Renders a table as text; a star marks the strategy that the compiled program uses.
 
-  >>> print(render_timings([{"part": None, "strategy": "masked", "mac_ratio": 0.5, "computed_ratio": 1.01,
-  ...               "seconds": 0.002, "time_ratio": 1.0, "efficiency": 0.5, "chosen": True,
-  ...               "open_ratio": 1.02}]))
+  >>> print(render_timings([{"part": None, "strategy": "masked", "mac_ratio": 0.5,
+  ...                        "computed_ratio": 1.01, "seconds": 0.002, "time_ratio": 1.0,
+  ...                        "efficiency": 0.5, "chosen": True, "open_ratio": 1.02}]))
   part   strategy   MACs  computed    ms   time  efficiency  all open
   whole  masked *  0.500     1.010  2.00  1.000        0.50     1.020
   """
-  head = ["part", "strategy", "MACs", "computed", "ms", "time", "efficiency", "all open"]
-  return "\n".join(
-    align_columns(
+  table = [["part", "strategy", "MACs", "computed", "ms", "time", "efficiency", "all open"]]
+  for row in rows:
+    table.append(
       [
-        head,
-        *(
-          [
-            "whole" if row["part"] is None else str(row["part"] + 1),
-            row["strategy"] + (" *" if row["chosen"] else ""),
-            f"{row['mac_ratio']:.3f}",
-            f"{row['computed_ratio']:.3f}",
-            f"{1e3 * row['seconds']:.2f}",
-            f"{row['time_ratio']:.3f}",
-            f"{row['efficiency']:.2f}",
-            "" if row["open_ratio"] is None else f"{row['open_ratio']:.3f}",
-          ]
-          for row in rows
-        ),
+        "whole" if row["part"] is None else str(row["part"] + 1),
+        row["strategy"] + (" *" if row["chosen"] else ""),
+        f"{row['mac_ratio']:.3f}",
+        f"{row['computed_ratio']:.3f}",
+        f"{1e3 * row['seconds']:.2f}",
+        f"{row['time_ratio']:.3f}",
+        f"{row['efficiency']:.2f}",
+        "" if row["open_ratio"] is None else f"{row['open_ratio']:.3f}",
       ]
     )
-  )
+  return "\n".join(align_columns(table))
 
 
 def draw_timings(timings: Mapping[str, Rows], *, columns: int) -> Any:
@@ -339,39 +363,55 @@ def draw_timings(timings: Mapping[str, Rows], *, columns: int) -> Any:
   """
   from matplotlib.figure import Figure  # imports slowly
 
-  down = -(-len(timings) // columns)
+  rows_of_panels = math.ceil(len(timings) / columns)
+  figure = Figure(figsize=(page.WIDTH * columns, 4.6 * rows_of_panels), layout="constrained")
   # A strategy keeps its colour and mark in all panels, also where some lack it.
-  figure = Figure(figsize=(page.WIDTH * columns, 4.6 * down), layout="constrained")
-  names = list(dict.fromkeys(row["strategy"] for rows in timings.values() for row in rows))
+  strategies = []
+  for rows in timings.values():
+    for row in rows:
+      if row["strategy"] not in strategies:
+        strategies.append(row["strategy"])
   for place, (title, rows) in enumerate(timings.items(), 1):
-    axes = figure.add_subplot(down, columns, place)
-    # Both axes end 5 % beyond the largest value, so that the diagonal joins two corners.
-    ratios = [row["mac_ratio"] for row in rows] + [min(row["time_ratio"], 2.0) for row in rows]
-    top = 105 * max([1.0, *ratios])
-    for i, name in enumerate(names):
-      shown = [row for row in rows if row["strategy"] == name]
-      # Times above 200 % are clipped: one slow strategy must not squeeze all others into a corner.
-      axes.scatter(
-        [100 * row["mac_ratio"] for row in shown],
-        [min(100 * row["time_ratio"], top) for row in shown],
-        [110 if row["part"] is None else 28 for row in shown],
-        color=_COLOURS[i % len(_COLOURS)],
-        marker=_MARKS[i % len(_MARKS)],
-        edgecolors="white",
-        linewidths=0.5,
-        label=name,
-        clip_on=False,
-      )
-    axes.plot([0, top], [0, top], color="#aab4be", linewidth=1, zorder=0)
-    axes.axhline(100, color="#aab4be", linewidth=1, linestyle="--", zorder=0)
-    axes.set(
-      xlim=(0, top),
-      ylim=(0, top),
-      xlabel="MACs of open units (% of all)",
-      ylabel="time (% of computing all)",
-      title=plain(title, 60),
-    )
+    axes = figure.add_subplot(rows_of_panels, columns, place)
+    _draw_panel(axes, rows, strategies)
+    axes.set_title(plain(title, 60))
   # One legend serves all panels.
-  if names:
+  if strategies:
     figure.axes[-1].legend(fontsize=8)
   return figure
+
+
+def _draw_panel(axes: Any, rows: Rows, strategies: Sequence[str]) -> None:
+  """Draws the marks of one table of times."""
+  # Both axes end 5 % beyond the largest value, so that the diagonal joins two corners.
+  largest = 1.0
+  for row in rows:
+    largest = max(largest, row["mac_ratio"], min(row["time_ratio"], 2.0))
+  top = 105 * largest
+  for i, strategy in enumerate(strategies):
+    macs, times, sizes = [], [], []
+    for row in rows:
+      if row["strategy"] == strategy:
+        macs.append(100 * row["mac_ratio"])
+        # Clipped: one slow strategy must not squeeze all others into a corner.
+        times.append(min(100 * row["time_ratio"], top))
+        sizes.append(110 if row["part"] is None else 28)
+    axes.scatter(
+      macs,
+      times,
+      sizes,
+      color=_COLOURS[i % len(_COLOURS)],
+      marker=_MARKS[i % len(_MARKS)],
+      edgecolors="white",
+      linewidths=0.5,
+      label=strategy,
+      clip_on=False,
+    )
+  axes.plot([0, top], [0, top], color="#aab4be", linewidth=1, zorder=0)
+  axes.axhline(100, color="#aab4be", linewidth=1, linestyle="--", zorder=0)
+  axes.set(
+    xlim=(0, top),
+    ylim=(0, top),
+    xlabel="MACs of open units (% of all)",
+    ylabel="time (% of computing all)",
+  )

@@ -21,7 +21,6 @@ from gating_jax.reports import (
   tables,
   text,
   timeline,
-  timings,
 )
 from gating_jax.training import rundir
 from gating_jax.training.journal import Journal
@@ -129,8 +128,8 @@ def write(
     run_dir.report,
     f"{config.model.selection} on {config.data.name} videos",
     sections,
-    f"{run_dir.path.name}, step {step:,}",
-    _begin(experiment, result, done, around, notice),
+    subtitle=f"{run_dir.path.name}, step {step:,}",
+    opening=_begin(experiment, result, done, around, notice),
   )
 
 
@@ -150,10 +149,18 @@ def _begin(
   }[key]
   numbers = [
     opening.score_number(
-      f"test {name}", result[key], key, around, meaning.format(f"{result['videos']:,}")
+      f"test {name}",
+      result[key],
+      key=key,
+      around=around,
+      meaning=meaning.format(f"{result['videos']:,}"),
     ),
     opening.macs_number(
-      result["mac_ratio"], result["macs"], result["all_segments_macs"], "video", around
+      result["mac_ratio"],
+      executed=result["macs"],
+      dense=result["all_segments_macs"],
+      noun="video",
+      around=around,
     ),
     opening.time_number("video", around)
     # Times of `--mode=compile` for this step; without them, those that the run measured itself.
@@ -174,8 +181,8 @@ def _speed(result: Mapping[str, Any], around: opening.Surroundings) -> page.Numb
   if "videos_per_second" not in result:
     return number
   # The result has videos per second; the page shows time per video, like all pages.
-  mine = timings.format_milliseconds(1 / result["videos_per_second"])
-  dense = timings.format_milliseconds(1 / result["all_segments_videos_per_second"])
+  mine = text.format_milliseconds(1 / result["videos_per_second"])
+  dense = text.format_milliseconds(1 / result["all_segments_videos_per_second"])
   return dataclasses.replace(
     number,
     value=f"{mine} ms",

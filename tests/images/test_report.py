@@ -196,7 +196,7 @@ def test_large_numbers_stand_next_to_the_ungated_baseline():
 
 def test_the_page_escapes_what_the_data_set_says():
   run = report_data.run()
-  html = page.render_page(run.title, report.sections(run), run.subtitle)
+  html = page.render_page(run.title, report.sections(run), subtitle=run.subtitle)
   assert "<script" not in html
   assert "tiny on &lt;b&gt;" in html
   assert "&lt;i&gt;digits" in html

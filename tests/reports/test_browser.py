@@ -85,7 +85,9 @@ def test_a_comparison_loads_and_fits(tmp_path, width):
     *(run(f"ungated{i}", 0.9 - i / 30, 1e6 * i, "none") for i in (1, 3)),
   ]
   begin, sections = comparison.page_content(runs)
-  page.write_page(tmp_path / "page.html", comparison.TITLE, sections, "some runs", begin)
+  page.write_page(
+    tmp_path / "page.html", comparison.TITLE, sections, subtitle="some runs", opening=begin
+  )
   found = check(tmp_path / "page.html", width)
   assert found["headings"] == ["Results", "Configs", "During training"]
   assert found["images"] == 2
@@ -202,8 +204,9 @@ def test_all_kinds_of_parts_load_and_fit(tmp_path):
     tmp_path / "page.html",
     "A run " + "of_a_long_name" * 20,
     [
-      page.Section("Listing", "x" * 300, [page.Listing("y" * 400)]),
-      page.Section("Table", parts=[page.Table([f"column {i}" for i in range(30)], [["1"] * 30])]),
+      page.Section(
+        "Table", "x" * 300, [page.Table([f"column {i}" for i in range(30)], [["1"] * 30])]
+      ),
       page.Section(
         "Pictures",
         parts=[
@@ -214,7 +217,7 @@ def test_all_kinds_of_parts_load_and_fit(tmp_path):
         ],
       ),
     ],
-    "z" * 300,
+    subtitle="z" * 300,
   )
   found = look_at(tmp_path / "page.html")
   assert found["images"] == 4

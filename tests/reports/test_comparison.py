@@ -226,7 +226,7 @@ def test_a_run_named_like_a_script_is_text():
     image_run("b", **{"data.name": "<script>alert(2)</script>"}),
   ]
   begin, sections = comparison.page_content(runs)
-  html = page.render_page(comparison.TITLE, sections, runs[0].name, begin)
+  html = page.render_page(comparison.TITLE, sections, subtitle=runs[0].name, opening=begin)
   assert (
     html.count("&lt;script&gt;alert(1)") == 5
   )  # subtitle, which runs, the point's text and two tables

@@ -51,11 +51,12 @@ def test_what_an_old_run_does_not_tell_is_not_recorded(starts):
 def test_an_ungated_run_is_its_own_baseline():
   around = opening.Surroundings(ungated=True)
   assert (
-    opening.score_number("accuracy", 0.5, "accuracy", around, "").baseline
+    opening.score_number("accuracy", 0.5, key="accuracy", around=around, meaning="").baseline
     == "this run is ungated: it is a baseline"
   )
   assert (
-    opening.macs_number(1, 5, 5, "image", around).baseline == "this run is ungated, 5 per image"
+    opening.macs_number(1, executed=5, dense=5, noun="image", around=around).baseline
+    == "this run is ungated, 5 per image"
   )
   assert opening.why_no_baseline(around, "somehow") == ""
 

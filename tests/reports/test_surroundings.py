@@ -154,7 +154,7 @@ def test_measured_times_are_written_into_the_page_of_their_step(tmp_path, monkey
   def page_of(step):
     around = opening.Surroundings(step=step, workdir="a run")
     begin = page.Opening([opening.time_number("image", around)])
-    page.write_page(file, "A run", [opening.times_section("image", around)], "", begin)
+    page.write_page(file, "A run", [opening.times_section("image", around)], opening=begin)
     return file.read_text()
 
   (tmp_path / "compile.json").write_text(json.dumps(TIMES))
