@@ -260,15 +260,15 @@ TRAINING = [
   Mutant(
     "nan_goes_on",
     "training/loop.py",
-    "not math.isfinite(value[offset])",
-    "math.isinf(value[offset])",
+    "~np.isfinite(value)",
+    "np.isinf(value)",
     "training/test_loop.py::test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved",
   ),
   Mutant(
     "padding_counts_in_evaluation",
     "training/evaluation.py",
-    "images += valid",
-    "images += len(pixels)",
+    "np.asarray(values)[:valid] for name",
+    "np.asarray(values) for name",
     "training/test_evaluation.py",
   ),
   Mutant(

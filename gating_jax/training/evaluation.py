@@ -105,69 +105,124 @@ def evaluate(
     classes: number of different labels; None where an image has no label of its own.
     noise_scale: noise scale of the gates in training; 0 where they are not drawn.
   """
-  sums, each, tally, firing, logits, images = {}, collections.defaultdict(list), None, None, [], 0
+  images, gates = _ImageResults(), _GateResults(classes, noise_scale)
   for (pixels, labels), valid in batches:
     # Padding is cut off here: each image counts once.
-    part = {name: np.asarray(values)[:valid] for name, values in run(pixels, labels).items()}
-    for name in part.keys() & {"macs", "cross_entropy", "correct", "predicted"}:
-      each[name].append(part[name])
-    if classes is not None:
-      each["labels"].append(np.asarray(labels)[:valid])
-    # Summed in float64: a test set has more MACs than float32 counts exactly.
-    for name in part.keys() - {"gates", "gate_logits", "predicted"}:
-      sums[name] = sums.get(name, 0) + np.sum(part[name], axis=0, dtype=np.float64)
-    if "gates" in part:
-      probs = gate_outcomes.open_probs(part["gate_logits"], noise_scale)
-      # Without classes all images are of a single one, so that the tally needs no second form.
-      labels = np.zeros(valid, np.int32) if classes is None else np.asarray(labels)[:valid]
-      new = gate_outcomes.tally(part["gates"], probs, labels, classes or 1)
-      tally = new if tally is None else tally + new
-      # Closed gates get -inf: only images that open a gate are kept.
-      firing = _largest(firing, np.where(part["gates"] > 0, part["gate_logits"], -np.inf), images)
-      if images < _KEPT_EXAMPLES:
-        logits.append(part["gate_logits"])
-    images += valid
+    results = {name: np.asarray(values)[:valid] for name, values in run(pixels, labels).items()}
+    labels = None if classes is None else np.asarray(labels)[:valid]
+    if "gates" in results:
+      gates.add(results, labels, first=images.count)
+    images.add(results, labels)
+  behaviour = images.behaviour(counts)
   # For an ungated net, MACs are those of the model; a gated one overwrites them below.
   result = {
-    **summarise(sums, images),
-    "images": images,
+    **summarise(images.sums, images.count),
+    "images": images.count,
     "params": counts.params,
     "gate_params": counts.gate_params,
     "ungated_macs": counts.macs,
     "macs": counts.macs,
     "mac_ratio": 1.0,
   }
-  each = {name: np.concatenate(parts) for name, parts in each.items()}
-  macs = (
-    counts.always_macs + each["macs"].astype(np.float64)
-    if "macs" in each
-    else np.full(images, float(counts.macs))
-  )
-  behaviour = ImageBehaviour(
-    macs,
-    each["cross_entropy"].astype(np.float64),
-    *(each.get(name) for name in ("correct", "predicted", "labels")),
-  )
-  if tally is None:
+  if gates.tally is None:
     return Evaluation(result, behaviour, None)
-  found = gate_outcomes.diagnose(tally)
+  found = gates.behaviour()
   spent = statistics.mac_spread(behaviour.macs, behaviour.losses)
-  result |= {**spent, "mac_ratio": spent["macs"] / counts.macs, **gate_outcomes.summary(found)}
-  if found.class_information is not None:
-    result["class_information_floor"] = found.floor
-  # A class without images gives 0 / 0 = NaN.
-  with np.errstate(invalid="ignore"):
-    class_rates = None if classes is None else tally.opened / tally.examples[:, None]
-  return Evaluation(
-    result,
-    behaviour,
-    GateBehaviour(
-      found,
-      np.concatenate(logits)[:_KEPT_EXAMPLES],
-      class_rates,
-      np.where(firing[0] > -np.inf, firing[1], -1),
-    ),
-  )
+  result |= spent
+  result["mac_ratio"] = spent["macs"] / counts.macs
+  result |= gate_outcomes.summary(found.diagnosis)
+  if found.diagnosis.class_information is not None:
+    result["class_information_floor"] = found.diagnosis.floor
+  return Evaluation(result, behaviour, found)
+
+
+class _ImageResults:
+  """The results of a test so far, for images.
+
+  Attributes:
+    count: the number of images.
+    sums: sums over images of each result.
+  """
+
+  # Results that are kept for each image, and those that have no meaning as a sum.
+  _KEPT = ("macs", "cross_entropy", "correct", "predicted")
+  _NOT_SUMMED = ("gates", "gate_logits", "predicted")
+
+  def __init__(self):
+    self.count = 0
+    self.sums = {}
+    self._each = collections.defaultdict(list)
+
+  def add(self, results: Mapping[str, np.ndarray], labels: np.ndarray | None) -> None:
+    """Adds the results of further images, and their labels where they have one each."""
+    for name, values in results.items():
+      if name in self._KEPT:
+        self._each[name].append(values)
+      # Summed in float64: a test set has more MACs than float32 counts exactly.
+      if name not in self._NOT_SUMMED:
+        total = np.sum(values, axis=0, dtype=np.float64)
+        self.sums[name] = self.sums.get(name, 0) + total
+    if labels is not None:
+      self._each["labels"].append(labels)
+    self.count += len(results["cross_entropy"])
+
+  def behaviour(self, counts: ModelCounts) -> ImageBehaviour:
+    """Returns the results for each image of a model of these sizes."""
+    each = {name: np.concatenate(parts) for name, parts in self._each.items()}
+    macs = np.full(self.count, float(counts.macs))
+    if "macs" in each:
+      macs = counts.always_macs + each["macs"].astype(np.float64)
+    return ImageBehaviour(
+      macs=macs,
+      losses=each["cross_entropy"].astype(np.float64),
+      correct=each.get("correct"),
+      predicted=each.get("predicted"),
+      labels=each.get("labels"),
+    )
+
+
+class _GateResults:
+  """The results of a test so far, for gates.
+
+  Attributes:
+    tally: counts of open gates; None where there are no gates.
+  """
+
+  def __init__(self, classes: int | None, noise_scale: float):
+    self.tally = None
+    self._classes, self._noise_scale = classes, noise_scale
+    self._logits, self._largest = [], None
+
+  def add(
+    self, results: Mapping[str, np.ndarray], labels: np.ndarray | None, *, first: int
+  ) -> None:
+    """Adds the gates of further images, of which the first is number `first`."""
+    logits = results["gate_logits"]
+    probs = gate_outcomes.open_probs(logits, self._noise_scale)
+    # Without classes all images are of a single one, so that the tally needs no second form.
+    if labels is None:
+      labels = np.zeros(len(logits), np.int32)
+    new = gate_outcomes.tally(results["gates"], probs, labels, self._classes or 1)
+    self.tally = new if self.tally is None else self.tally + new
+    # Closed gates get -inf: only images that open a gate are kept.
+    opening = np.where(results["gates"] > 0, logits, -np.inf)
+    self._largest = _add_largest(self._largest, opening, first)
+    if first < _KEPT_EXAMPLES:
+      self._logits.append(logits)
+
+  def behaviour(self) -> GateBehaviour:
+    """Returns the results for each gate."""
+    class_rates = None
+    if self._classes is not None:
+      # A class without images gives 0 / 0 = NaN.
+      with np.errstate(invalid="ignore"):
+        class_rates = self.tally.opened / self.tally.examples[:, None]
+    return GateBehaviour(
+      diagnosis=gate_outcomes.diagnose(self.tally),
+      logits=np.concatenate(self._logits)[:_KEPT_EXAMPLES],
+      class_rates=class_rates,
+      firing=np.where(self._largest.logits > -np.inf, self._largest.images, -1),
+    )
 
 
 def histograms(gates: GateBehaviour, layers: Sequence[tuple[str, int]]) -> dict[str, np.ndarray]:
@@ -184,20 +239,27 @@ def histograms(gates: GateBehaviour, layers: Sequence[tuple[str, int]]) -> dict[
   )
 
 
-def _largest(
-  before: tuple[np.ndarray, np.ndarray] | None, logits: np.ndarray, first: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the largest logits of each gate so far and their images, `[<= FIRING, G]` each.
+class _Largest(NamedTuple):
+  """The largest logits of each gate, and the numbers of their images, `[<= FIRING, G]` each."""
 
-  Of equal logits the first image comes first.
+  logits: np.ndarray
+  images: np.ndarray
+
+
+def _add_largest(before: _Largest | None, logits: np.ndarray, first: int) -> _Largest:
+  """Returns the largest logits so far. Of equal logits the first image comes first.
 
   Args:
     before: the result for earlier images; None for none.
-    logits: `[B, G]` of the next images, whose first is number `first`.
+    logits: `[B, G]` of the next images.
     first: the number of the first of these images.
   """
-  numbers = np.broadcast_to(np.arange(first, first + len(logits))[:, None], logits.shape)
+  images = np.broadcast_to(np.arange(first, first + len(logits))[:, None], logits.shape)
   if before is not None:
-    logits, numbers = np.concatenate([before[0], logits]), np.concatenate([before[1], numbers])
+    logits = np.concatenate([before.logits, logits])
+    images = np.concatenate([before.images, images])
+  # A stable sort keeps the order of equal logits.
   order = np.argsort(-logits, axis=0, kind="stable")[:FIRING]
-  return np.take_along_axis(logits, order, axis=0), np.take_along_axis(numbers, order, axis=0)
+  return _Largest(
+    np.take_along_axis(logits, order, axis=0), np.take_along_axis(images, order, axis=0)
+  )
