@@ -68,6 +68,7 @@ def is_array(value: object) -> bool:
 
 
 def _type_and_shape(array) -> str:
+  """Describes an array by its type and shape, such as `float64[6,4]`."""
   return f"{array.dtype}[{','.join(map(str, array.shape))}]"
 
 
@@ -86,8 +87,9 @@ def few(names: Sequence[str], most: int = 8) -> str:
   >>> few(["cat", "dog", "cow"], most=2)
   'cat, dog and 1 more'
   """
+  first = printable(", ".join(names[:most]))
   more = len(names) - most
-  return printable(", ".join(names[:most])) + (f" and {more} more" if more > 0 else "")
+  return f"{first} and {more} more" if more > 0 else first
 
 
 def printable(text: object, keep: str = "") -> str:
@@ -102,8 +104,13 @@ def printable(text: object, keep: str = "") -> str:
   >>> printable("red \\x1b[31m\\nlines"), printable("two\\nlines\\t", keep="\\n")
   ('red ?[31m?lines', 'two\\nlines?')
   """
-  # Unicode's class of spaces: `isprintable` accepts the plain one alone.
-  space = lambda c: unicodedata.category(c) == "Zs"
-  return "".join(
-    c if c.isprintable() or c in keep + _JOINERS else " " if space(c) else "?" for c in str(text)
-  )
+  letters = []
+  for letter in str(text):
+    if letter.isprintable() or letter in keep + _JOINERS:
+      letters.append(letter)
+    # Unicode's class of spaces: `isprintable` accepts the plain one alone.
+    elif unicodedata.category(letter) == "Zs":
+      letters.append(" ")
+    else:
+      letters.append("?")
+  return "".join(letters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 import textwrap
@@ -27,8 +28,16 @@ MODES = {
   "export": "writes files that run without this package; image classifiers only",
   COMPARE: "writes a page that compares runs: --workdir=runs/digits,runs/scenes --mode=compare",
 }
-# In the order of `modules` in `_main`, which pairs the two.
-EXPERIMENTS = ("classification", "continual", "long_video", "segmentation")
+
+# Each kind of experiment, with the module that runs it.
+EXPERIMENTS = {
+  "classification": "gating_jax.images.classification",
+  "continual": "gating_jax.continual.run",
+  "long_video": "gating_jax.video.run",
+  "segmentation": "gating_jax.images.segmentation",
+}
+_HELP_FLAGS = {"-h", "-help", "--help", "-?", "--helpshort"}
+_VERSION_FLAGS = {"-version", "--version"}
 
 _BARE = """\
 gating-jax trains networks that decide, per input, what they compute, and shows what they learnt.
@@ -122,10 +131,10 @@ def main() -> None:
     _say(_BARE)
     sys.exit(2)
   # Help and version are answered here: absl's own help lists the flags of every library.
-  if any(argument in ("-h", "-help", "--help", "-?", "--helpshort") for argument in given):
+  if _HELP_FLAGS.intersection(given):
     print(_help())
     sys.exit(0)
-  if any(argument in ("-version", "--version") for argument in given):
+  if _VERSION_FLAGS.intersection(given):
     print(_version())
     sys.exit(0)
   # In place: ml_collections looks for overrides of fields in sys.argv.
@@ -137,21 +146,20 @@ def main() -> None:
 
 
 def _help() -> str:
-  modes = [f"  --mode={name:<8}  {does}" for name, does in MODES.items()]
-  configs, own = [], []
+  """Returns the text of --help."""
+  modes, configs, own_flags = [], [], []
+  for name, does in MODES.items():
+    modes.append(f"  --mode={name:<8}  {does}")
   for name, said in config_files.packaged().items():
     configs.append(f"  {name:<24}{textwrap.shorten(said, 74, placeholder=' ...')}")
+  filled = textwrap.TextWrapper(100, initial_indent="  ", subsequent_indent="      ")
   for flag in _own_flags():
-    own.append(
-      textwrap.fill(
-        f"--{flag.name}: {flag.help}", 100, initial_indent="  ", subsequent_indent="      "
-      )
-    )
+    own_flags.append(filled.fill(f"--{flag.name}: {flag.help}"))
   return _HELP.format(
     modes="\n".join(modes),
     configs="\n".join(configs),
     folder=config_files.folder(),
-    flags="\n".join(own),
+    flags="\n".join(own_flags),
   )
 
 
@@ -161,6 +169,8 @@ def _own_flags() -> list[flags.Flag]:
 
 
 def _version() -> str:
+  """Returns the versions of this package, Python and JAX."""
+
   def of(package):
     """Returns the installed version of a package."""
     try:
@@ -192,23 +202,29 @@ def _unknown_flag(name: str) -> str:
   first, dot, rest = name.partition(".")
   if first == "config":
     return f"--{name} changes a field of --config, which is not given"
-  close = near(first, [*(flag.name for flag in _own_flags()), "help", "version"])
-  return f"there is no flag --{name}" + (
-    f". Did you mean --{close[0]}{dot}{rest}?" if close else "; see --help"
-  )
+  known = [flag.name for flag in _own_flags()]
+  close = near(first, [*known, "help", "version"])
+  hint = f". Did you mean --{close[0]}{dot}{rest}?" if close else "; see --help"
+  return f"there is no flag --{name}{hint}"
 
 
 def _unknown_field(argv: list[str]) -> str | None:
   """Returns the error for the first override of a field that the config lacks; None without one."""
-  overrides = [a.lstrip("-") for a in argv if a.lstrip("-").startswith("config.")]
+  overrides, others = [], []
+  for argument in argv:
+    name = argument.lstrip("-").partition("=")[0]
+    if name.startswith("config."):
+      overrides.append(name)
+    else:
+      others.append(argument)
   # ml_collections looks for overrides in sys.argv: without them the config itself can be read.
-  sys.argv = [a for a in argv if a.lstrip("-") not in overrides]
+  sys.argv = others
   flags.FLAGS(sys.argv)
   for override in overrides:
     section = _CONFIG.value
-    for part in override.partition("=")[0].split(".")[1:]:
+    for part in override.split(".")[1:]:
       try:
-        one_of(f"--{override.partition('=')[0]}: the field", part, section.keys())
+        one_of(f"--{override}: the field", part, section.keys())
       except (ValueError, AttributeError) as error:
         return str(error)
       section = section[part]
@@ -256,6 +272,7 @@ def _misused(argv: list[str]) -> str | None:
 
 
 def _main(argv: list[str]) -> int:
+  """Checks the flags, runs the mode and returns the exit status."""
   if message := _misused(argv):
     _say(f"error: {message}")
     return 2
@@ -265,16 +282,13 @@ def _main(argv: list[str]) -> int:
   # JAX and all that imports it load for seconds: errors in flags are reported before.
   import jax
 
-  from gating_jax.continual import run as continual_run
   from gating_jax.data.tfds import DatasetNotPreparedError
-  from gating_jax.images import classification, segmentation
   from gating_jax.inference.export import ExportError
   from gating_jax.reports import compared_runs, comparison
   from gating_jax.training import hosts, settings, smoke
   from gating_jax.training.checkpoints import CheckpointError
   from gating_jax.training.loop import NonFiniteError
   from gating_jax.training.rundir import RunDirError
-  from gating_jax.video import run as video_run
 
   try:
     if _MODE.value == COMPARE:
@@ -286,6 +300,7 @@ def _main(argv: list[str]) -> int:
     if config is None:
       config = settings.config_of(workdir)
     one_of("experiment", config.experiment, EXPERIMENTS)
+    programme = importlib.import_module(EXPERIMENTS[config.experiment])
     if not _COORDINATOR.value and (_PROCESSES.value, _PROCESS.value) != (None, None):
       raise ValueError("coordinator must be given with processes and process; got none")
     if _COORDINATOR.value:
@@ -293,12 +308,9 @@ def _main(argv: list[str]) -> int:
     # Only now: it counts devices, after which JAX can join no job.
     if _SMOKE.value:
       config = smoke.shrink(config)
-    modules = (classification, continual_run, video_run, segmentation)
     # Only one process of a job prints.
     with contextlib.redirect_stdout(sys.stdout if hosts.is_writer() else None):
-      dict(zip(EXPERIMENTS, modules, strict=True))[config.experiment].run(
-        config, workdir, _MODE.value
-      )
+      programme.run(config, workdir, _MODE.value)
   except (
     ValueError,
     DatasetNotPreparedError,
@@ -319,12 +331,10 @@ def _main(argv: list[str]) -> int:
       raise
     return _failed(f"internal error:\n{traceback.format_exc()}", 1)
   except KeyboardInterrupt:
-    goes_on = (
-      "resumes from the newest checkpoint, if there is one"
-      if _MODE.value == "train"
-      else "starts over"
-    )
-    _say(f"interrupted; the same command {goes_on}")
+    if _MODE.value == "train":
+      _say("interrupted; the same command resumes from the newest checkpoint, if there is one")
+    else:
+      _say("interrupted; the same command starts over")
     with contextlib.suppress(OSError):
       sys.stdout.flush()
     # Exits at once: a computation that still runs can crash the interpreter's own shutdown.

@@ -102,9 +102,14 @@ def find(given: str) -> tuple[Path, str | None]:
     if os.path.isfile(path):
       return path, ":".join(parts[end:]) if end < len(parts) else None
   # Without a file, `locate` raises. Its error names the whole path where `.py` shows its end.
-  file, ends, _ = given.partition(".py:")
-  name = file + ".py" if ends else given if given.endswith(".py") else parts[0]
-  return locate(name), given[len(name) + 1 :] if len(given) > len(name) else None
+  if ".py:" in given:
+    name = given.partition(".py:")[0] + ".py"
+  elif given.endswith(".py"):
+    name = given
+  else:
+    name = parts[0]
+  variant = given[len(name) + 1 :] if len(given) > len(name) else None
+  return locate(name), variant
 
 
 def locate(given: str) -> Path:
@@ -235,16 +240,23 @@ def _own_package() -> Iterator[None]:
 
   The caller may have imported a package `configs` of its own.
   """
-  names = lambda: [name for name in sys.modules if name.partition(".")[0] == _PACKAGE]
-  theirs, path = {name: sys.modules.pop(name) for name in names()}, list(sys.path)
+  theirs, path = _forget_package(), list(sys.path)
   import_shared(folder() / "__init__.py")
   try:
     yield
   finally:
-    for name in names():
-      del sys.modules[name]
+    _forget_package()
     sys.modules.update(theirs)
     sys.path[:] = path
+
+
+def _forget_package() -> dict[str, ModuleType]:
+  """Takes a package `configs` and its modules out of those that are imported, and returns them."""
+  removed = {}
+  for name in list(sys.modules):
+    if name.partition(".")[0] == _PACKAGE:
+      removed[name] = sys.modules.pop(name)
+  return removed
 
 
 def check(path: Path, variant: str | None) -> ml_collections.ConfigDict:
@@ -258,8 +270,9 @@ def check(path: Path, variant: str | None) -> ml_collections.ConfigDict:
   Raises:
     ValueError: the file cannot be run, or gives no config; the message says why, in one line.
   """
+  arguments = () if variant is None else (variant,)
   try:
-    config = _run(path).get_config(*(() if variant is None else (variant,)))
+    config = _run(path).get_config(*arguments)
   except ValueError as error:
     raise ValueError(f"config {path}: {error}") from error
   # A config file is code: it can raise anything.
@@ -281,6 +294,7 @@ def check(path: Path, variant: str | None) -> ml_collections.ConfigDict:
 
 
 def _run(path: Path) -> ModuleType:
+  """Runs a config file as a module."""
   spec = importlib.util.spec_from_file_location("config_file", path)
   if spec is None:
     raise ValueError("a config file must end with .py")
@@ -291,10 +305,9 @@ def _run(path: Path) -> ModuleType:
 
 def _line(path: Path, error: Exception) -> str:
   """Returns the line of the file that raised, `, line 3`; empty if none did."""
-  lines = [
-    frame.lineno
-    for frame in traceback.extract_tb(error.__traceback__)
-    if frame.filename == str(path)
-  ]
-  # The last frame in this file is the innermost: the line at fault.
-  return f", line {lines[-1]}" if lines else ""
+  line = ""
+  for frame in traceback.extract_tb(error.__traceback__):
+    # The last frame in this file is the innermost: the line at fault.
+    if frame.filename == str(path):
+      line = f", line {frame.lineno}"
+  return line

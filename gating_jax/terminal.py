@@ -6,6 +6,7 @@ Standard streams may be no terminal, closed, or missing: a thread of a server or
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -97,8 +98,10 @@ def lasting(seconds: float) -> str:
   if whole < 60:
     return f"{whole} s"
   if whole < 3600:
-    return f"{whole // 60} min" + (f" {whole % 60} s" if whole % 60 else "")
-  return f"{whole // 3600} h" + (f" {whole % 3600 // 60} min" if whole % 3600 >= 60 else "")
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+  hours, rest = divmod(whole // 60, 60)
+  return f"{hours} h {rest} min" if rest else f"{hours} h"
 
 
 def say(text: str) -> None:
@@ -133,8 +136,13 @@ def working(what: str, about: str = "", tell: Callable[[str], None] = say) -> It
   # A daemon, so that it cannot hold up the end of the process.
   ticker = threading.Thread(target=tick, daemon=True)
   ticker.start()
+
+  def advance(done, total):
+    """Notes how many pieces are done."""
+    pieces.append((time.monotonic() - started, done, total))
+
   try:
-    yield lambda done, total: pieces.append((time.monotonic() - started, done, total))
+    yield advance
   finally:
     ended.set()
     ticker.join()
@@ -167,14 +175,14 @@ class Pace:
     tell: takes a step and a line.
     total_steps: the steps of all trainings.
     others: `step -> ` the steps from this one on that run programs other than `TRAINING`, by
-      program.
+      program; None where there is no other.
   """
 
   def __init__(
     self,
     tell: Callable[[int, str], None],
     total_steps: int,
-    others: Callable[[int], Mapping[str, int]] = lambda step: {},
+    others: Callable[[int], Mapping[str, int]] | None = None,
   ):
     self._tell, self._total, self._others = tell, total_steps, others
     self._compiled, self._told = set(), False
@@ -201,7 +209,7 @@ class Pace:
       # The first call of a program compiles it.
       if program not in self._compiled:
         self._compiled.add(program)
-        tell = lambda text: self._tell(step, text)
+        tell = functools.partial(self._tell, step)
         with working(f"compiling the {program}", "up to a minute or two on a CPU, once", tell):
           return advance(state, step)
       now = time.monotonic()
@@ -219,12 +227,19 @@ class Pace:
 
   def _estimate(self, step: int) -> None:
     """Tells the time left, once, as soon as a step of each program in it has been timed."""
-    left = dict(self._others(step))
+    if self._told:
+      return
+    left = dict(self._others(step)) if self._others else {}
     # All steps that no other program takes are of the main one.
     left[TRAINING] = self._total - step - sum(left.values())
-    if self._told or any(steps and program not in self._seconds for program, steps in left.items()):
-      return
+    seconds = 0.0
+    for program, steps in left.items():
+      if not steps:
+        continue
+      # A program that has not been timed: the estimate comes later.
+      if program not in self._seconds:
+        return
+      seconds += steps * self._seconds[program]
     self._told = True
-    seconds = sum(steps * self._seconds[program] for program, steps in left.items() if steps)
     if seconds > _PACE:
       self._tell(step, f"about {lasting(seconds)} of training to go")

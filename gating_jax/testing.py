@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,6 @@ from jax.sharding import Mesh, PartitionSpec
 _AXIS = "check_loss_devices"
 # Rounding error of terms that cancel, relative to the largest result or 1.
 _ROUNDING = 1e-12
-# The slips that reorder a column's gradient; `source` is the argsort of its values.
-_ARRANGEMENTS = {
-  "": lambda gradient, source: gradient,
-  "un-sort forgotten": lambda gradient, source: gradient[source],
-  "sort permutation used instead of its inverse": lambda gradient, source: gradient[source][source],
-}
 _THROUGH_RANKS = (
   "gradient through the ranks: it changes when other examples move in unchanged order, the true "
   "one does not"
@@ -100,116 +95,198 @@ def check_loss(
   >>> check_loss(lambda x: jnp.mean(jnp.square(x), axis=0)).skipped
   'devices: the loss takes no keyword axis_name'
   """
-  _check_arguments(loss, shape, low, high, saturated, devices, tolerance)
-  total = lambda x, **axis: jnp.sum(loss(x, **axis))
+  settings = _Settings(shape, low, high, devices, tolerance)
+  _check_arguments(loss, settings, saturated)
+
+  def total(x, **axis):
+    """Sums the columns; the gradient of each column stays its own."""
+    return jnp.sum(loss(x, **axis))
+
   rng = np.random.default_rng(seed)
   with jax.enable_x64(True):
-    outcomes = _check_one_device(total, rng, shape, low, high, devices, tolerance)
-    if devices is None or "axis_name" not in inspect.signature(loss).parameters:
-      skipped = (
-        "devices: not requested"
-        if devices is None
-        else "devices: the loss takes no keyword axis_name"
-      )
+    outcomes = _check_one_device(total, settings, rng)
+    if devices is None:
+      skipped = "devices: not requested"
+    elif "axis_name" not in inspect.signature(loss).parameters:
+      skipped = "devices: the loss takes no keyword axis_name"
     else:
-      parallel, skipped = _check_parallel(total, rng, shape, low, high, devices, tolerance)
+      parallel, skipped = _check_parallel(total, settings, rng)
       outcomes |= parallel
   with jax.enable_x64(False):
     outcomes["saturation"] = _check_saturation(total, shape, saturated)
-  faults = dict.fromkeys(fault for _, found in outcomes.values() for fault in found)
-  if faults:
-    rules = lambda fault: ", ".join(rule for rule, (_, found) in outcomes.items() if fault in found)
-    lines = [f"{rules(fault)}: {fault}" for fault in faults]
-    raise LossCheckError("\n- ".join([f"the loss has {len(lines)} fault(s)", *lines]))
-  return LossCheck({rule: error for rule, (error, _) in outcomes.items()}, skipped)
+  # One slip breaks several rules: it is reported once, with all of them.
+  rules_of_fault: dict[str, list[str]] = {}
+  for rule, outcome in outcomes.items():
+    for fault in outcome.faults:
+      rules_of_fault.setdefault(fault, []).append(rule)
+  if rules_of_fault:
+    message = f"the loss has {len(rules_of_fault)} fault(s)"
+    for fault, rules in rules_of_fault.items():
+      message += f"\n- {', '.join(rules)}: {fault}"
+    raise LossCheckError(message)
+  return LossCheck({rule: outcome.error for rule, outcome in outcomes.items()}, skipped)
 
 
-def _check_one_device(total, rng, shape, low, high, devices, tolerance):
-  """Returns each rule's outcome: the worst relative error, and the faults in words."""
-  x, y = (jnp.asarray(_values(rng, shape, low, high)) for _ in range(2))
-  order = _order(rng, shape[0])
-  plain = jax.value_and_grad(total)
-  jitted = jax.jit(plain)
-  here, there = jitted(x), jitted(y)
-  stacked = [np.stack(pair) for pair in zip(here, there, strict=True)]
+class _Settings(NamedTuple):
+  """Arguments of `check_loss`, which documents them."""
+
+  shape: tuple[int, int]
+  low: float
+  high: float
+  devices: int | None
+  tolerance: float
+
+
+class _Outcome(NamedTuple):
+  """Outcome of one rule.
+
+  Attributes:
+    error: the worst relative error.
+    faults: in words; empty where the loss keeps the rule.
+  """
+
+  error: float
+  faults: list[str]
+
+
+class _Result(NamedTuple):
+  """Value and gradient of a loss, in the order of `jax.value_and_grad`."""
+
+  value: jax.Array | np.ndarray
+  gradient: jax.Array | np.ndarray
+
+
+def _check_one_device(total, settings, rng):
+  """Returns each rule's outcome on one device."""
+  examples, columns = settings.shape
+  x = jnp.asarray(_values(settings, rng, examples))
+  y = jnp.asarray(_values(settings, rng, examples))
+  order = _order(rng, examples)
+  traced_each_time = jax.value_and_grad(total)
+  jitted = jax.jit(traced_each_time)
+  of_x, of_y = _Result(*jitted(x)), _Result(*jitted(y))
   # A mean in place of a sum, or the reverse, is off by one of these counts.
-  counts = {name: n for name, n in zip(("N", "C", "devices"), (*shape, devices), strict=True) if n}
-  factors = {f"mean where a sum was meant (1/{name})": 1 / n for name, n in counts.items()}
-  factors |= {f"sum where a mean was meant ({name})": n for name, n in counts.items()}
-  return {
-    "gradient": _check_gradient(
-      total, lambda x: jitted(x)[1], np.asarray(x), high - low, factors, tolerance
-    ),
-    "permutation": _compare(jitted(x[order]), (here[0], here[1][order]), tolerance),
-    "jit": _compare(here, plain(x), tolerance),
-    "vmap": _compare(jax.jit(jax.vmap(plain))(jnp.stack([x, y])), stacked, tolerance),
+  too_small, too_large = {}, {}
+  for name, count in (("N", examples), ("C", columns), ("devices", settings.devices)):
+    if count:
+      too_small[f"mean where a sum was meant (1/{name})"] = 1 / count
+      too_large[f"sum where a mean was meant ({name})"] = count
+
+  def gradient(x):
+    """Returns the gradient `[N, C]` of the loss."""
+    return np.asarray(jitted(x)[1])
+
+  outcomes = {
+    "gradient": _check_gradient(total, gradient, np.asarray(x), too_small | too_large, settings)
   }
+  permuted = _Result(of_x.value, of_x.gradient[order])
+  outcomes["permutation"] = _compare(_Result(*jitted(x[order])), permuted, settings.tolerance)
+  outcomes["jit"] = _compare(of_x, _Result(*traced_each_time(x)), settings.tolerance)
+  both = _Result(
+    np.stack([of_x.value, of_y.value]),
+    np.stack([of_x.gradient, of_y.gradient]),
+  )
+  mapped = jax.jit(jax.vmap(traced_each_time))(jnp.stack([x, y]))
+  outcomes["vmap"] = _compare(_Result(*mapped), both, settings.tolerance)
+  return outcomes
 
 
-def _check_gradient(total, gradient, x, span, factors, tolerance):
-  got, (right, noise) = np.asarray(gradient(x)), _differences(total, x, 1e-6 * span)
+def _check_gradient(total, gradient, x, factors, settings):
+  """Compares a gradient with finite differences, and names what is wrong with it.
+
+  Args:
+    total: `[N, C]` -> scalar.
+    gradient: `[N, C]` -> `[N, C]`.
+    x: `[N, C]`.
+    factors: known constant factors, by the slip that causes them.
+    settings: of the check.
+  """
+  span, tolerance = settings.high - settings.low, settings.tolerance
+  got = gradient(x)
+  right, noise = _differences(total, x, 1e-6 * span)
   error = _relative_error(got, right, noise)
-  wrong = np.flatnonzero(error.max(0) > tolerance)
-  slips = {
-    j: _name_slip(got[:, j], right[:, j], np.argsort(x[:, j]), noise, factors, tolerance)
-    for j in wrong
-  }
+  # The slip of each wrong column.
+  slips = {}
+  for j in np.flatnonzero(error.max(0) > tolerance):
+    source = np.argsort(x[:, j])
+    allowed = tolerance * np.abs(got[:, j]).max() + noise
+    slips[j] = _name_slip(
+      got[:, j], right[:, j], source, allowed=allowed, factors=factors, tolerance=tolerance
+    )
   if None in slips.values():
     moves = np.argsort(np.argsort(x, axis=0), axis=0) % 2 == 1
     # Moved by less than the smallest gap, 0.5 span / N: the ranks stay the same.
     moved = x - moves * 0.2 * span / len(x)
     # Examples that stay show a gradient through the ranks: it follows those that move, where the
     # true one does not.
-    change = _relative_error(np.asarray(gradient(moved)), got)
+    change = _relative_error(gradient(moved), got)
     right_change = _relative_error(_differences(total, moved, 1e-6 * span)[0], right, 2 * noise)
-    reacts, right_reacts = (
-      np.where(moves, 0, a).max(0) > tolerance for a in (change, right_change)
-    )
-    slips = {
-      j: slip or (_THROUGH_RANKS if reacts[j] and not right_reacts[j] else _UNSEEN)
-      for j, slip in slips.items()
-    }
-  problems = []
+    reacts = np.where(moves, 0, change).max(0) > tolerance
+    right_reacts = np.where(moves, 0, right_change).max(0) > tolerance
+    for j, slip in slips.items():
+      if slip is None:
+        slips[j] = _THROUGH_RANKS if reacts[j] and not right_reacts[j] else _UNSEEN
+  faults = []
   for slip in dict.fromkeys(slips.values()):
-    columns = [int(j) for j in wrong if slips[j] == slip]
+    columns = [int(j) for j in slips if slips[j] == slip]
     among = np.where(np.isin(np.arange(x.shape[1]), columns), error, -1)
-    problems.append(
-      f"{slip}; in column(s) {', '.join(map(str, columns))}, {_worst(among, got, right)}"
-    )
-  return float(error.max()), problems
+    listed = ", ".join(map(str, columns))
+    faults.append(f"{slip}; in column(s) {listed}, {_worst(among, got, right)}")
+  return _Outcome(float(error.max()), faults)
 
 
-def _name_slip(got, right, source, noise, factors, tolerance):
+def _arrangements(gradient: np.ndarray, source: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields the slips that reorder a column's gradient, each with the gradient that it makes.
+
+  Args:
+    gradient: the right one, `[N]`.
+    source: the argsort of the column's values.
+  """
+  yield "", gradient
+  yield "un-sort forgotten", gradient[source]
+  yield "sort permutation used instead of its inverse", gradient[source][source]
+
+
+def _name_slip(got, right, source, *, allowed, factors, tolerance):
   """Names the slip that turns the right gradient of a column into the loss's; None if unknown."""
   if not (np.isfinite(got).all() and np.isfinite(right).all()):
     return "not finite at ordinary values"
-  allowed = tolerance * np.abs(got).max() + noise
-  for slip, arrange in _ARRANGEMENTS.items():
-    factor = _factor(got, arrange(right, source), allowed)
-    if factor is not None:
-      scale = (
-        "" if slip and abs(factor - 1) <= tolerance else _name_factor(factor, factors, tolerance)
-      )
-      return " and ".join(filter(None, [slip, scale]))
+  for slip, arranged in _arrangements(right, source):
+    factor = _factor(got, arranged, allowed)
+    if factor is None:
+      continue
+    if not slip:
+      return _name_factor(factor, factors, tolerance)
+    if abs(factor - 1) <= tolerance:
+      return slip
+    return f"{slip} and {_name_factor(factor, factors, tolerance)}"
   # The same values in another order: no known permutation, but still the right numbers.
   reordered = np.abs(np.sort(got) - np.sort(right)).max() <= allowed
   return "the right values in the wrong places" if reordered else None
 
 
 def _name_factor(factor, known, tolerance):
-  names = " or ".join(name for name, c in known.items() if abs(factor - c) <= tolerance * c)
-  return f"{names}{': ' * bool(names)}constant factor {factor:.4g}"
+  """Names a constant factor by the slips that cause it, if any are known."""
+  names = [name for name, usual in known.items() if abs(factor - usual) <= tolerance * usual]
+  number = f"constant factor {factor:.4g}"
+  return f"{' or '.join(names)}: {number}" if names else number
 
 
-def _check_parallel(total, rng, shape, low, high, n, tolerance):
-  """Checks the term's part of the gradient of shared parameters, for each batch layout."""
+def _check_parallel(total, settings, rng):
+  """Checks the term's part of the gradient of shared parameters, for each batch layout.
+
+  Returns:
+    the outcome of each layout, and the layout left out, if any.
+  """
+  low, high, devices = settings.low, settings.high, settings.devices
+  columns = settings.shape[1]
   # Rounded up: each device needs as many examples.
-  whole = -(-shape[0] // n) * n, shape[1]
-  weights = np.zeros((5, shape[1]))
+  examples = -(-settings.shape[0] // devices) * devices
+  weights = np.zeros((5, columns))
   batch = (
-    _values(rng, whole, low, high),
-    rng.normal(size=(whole[0], len(weights))),
-    rng.uniform(low, high, whole),
+    _values(settings, rng, examples),
+    rng.normal(size=(examples, len(weights))),
+    rng.uniform(low, high, (examples, columns)),
   )
 
   def objective(weights, values, inputs, target, *, term=1.0, other=1.0, **axis):
@@ -217,57 +294,80 @@ def _check_parallel(total, rng, shape, low, high, n, tolerance):
     x = values + inputs @ weights
     return term * total(x, **axis) + other * jnp.mean(jnp.square((x - target) / (high - low)))
 
-  alone = lambda **scales: jax.jit(jax.value_and_grad(functools.partial(objective, **scales)))(
-    weights, *batch
-  )
+  def on_one_device(**scales):
+    """Evaluates the objective with these scales of its terms."""
+    scaled = functools.partial(objective, **scales)
+    return _Result(*jax.jit(jax.value_and_grad(scaled))(weights, *batch))
+
   # The gradient is linear in the terms: subtracting the other one leaves that of the loss.
-  right, beside = alone(other=0.0), alone(term=0.0)
-  spread, skipped = _spread(functools.partial(objective, axis_name=_AXIS), weights, batch, n)
-  factors = {"missing psum (1/devices)": 1 / n, "one psum too many (devices)": n}
+  right, other = on_one_device(other=0.0), on_one_device(term=0.0)
+  over_devices = functools.partial(objective, axis_name=_AXIS)
+  spread, skipped = _spread(over_devices, weights, batch, devices)
+  factors = {"missing psum (1/devices)": 1 / devices, "one psum too many (devices)": devices}
   outcomes = {}
   for layout, result in spread.items():
-    share = [np.subtract(*pair) for pair in zip(result, beside, strict=True)]
-    error, problems = _compare(share, right, tolerance, "parameter")
-    if problems:
-      problems = [
-        "; ".join([*_name_shares(share[1], np.asarray(right[1]), factors, tolerance), *problems])
-      ]
-    outcomes[f"{n} devices by {layout}"] = error, problems
+    part = _Result(
+      np.subtract(result.value, other.value), np.subtract(result.gradient, other.gradient)
+    )
+    outcome = _compare(part, right, settings.tolerance, "parameter")
+    if outcome.faults:
+      named = _name_parts(part.gradient, np.asarray(right.gradient), factors, settings.tolerance)
+      outcome = outcome._replace(faults=["; ".join([*named, *outcome.faults])])
+    outcomes[f"{devices} devices by {layout}"] = outcome
   return outcomes, skipped
 
 
-def _name_shares(got, right, known, tolerance):
+def _name_parts(got, right, known, tolerance):
   """Names the errors of the factor c in `gradient = other + c * term`, over all columns."""
-  wrong = np.flatnonzero(_relative_error(got, right).max(0) > tolerance)
-  factors = [_factor(got[:, j], right[:, j], tolerance * np.abs(got[:, j]).max()) for j in wrong]
-  return dict.fromkeys(
-    "not a multiple of the gradient on one device"
-    if factor is None
-    else f"{_name_factor(factor, known, tolerance)} next to another term"
-    for factor in factors
-  )
+  named = []
+  for j in np.flatnonzero(_relative_error(got, right).max(0) > tolerance):
+    factor = _factor(got[:, j], right[:, j], tolerance * np.abs(got[:, j]).max())
+    if factor is None:
+      named.append("not a multiple of the gradient on one device")
+    else:
+      named.append(f"{_name_factor(factor, known, tolerance)} next to another term")
+  # Each once, in the order of the columns.
+  return list(dict.fromkeys(named))
 
 
-def _spread(objective, weights, batch, n):
-  """Returns `(value, gradient)` of the mean over devices by layout, and the layout left out."""
-  averaged = lambda *args: lax.pmean(jax.value_and_grad(objective)(*args), _AXIS)
-  # With check_vma, JAX sums the gradient of a shared parameter over the devices.
-  summed = jax.value_and_grad(lambda *args: lax.pmean(objective(*args), _AXIS))
+def _spread(objective, weights, batch, devices):
+  """Evaluates the mean over devices by each layout of the batch.
+
+  Returns:
+    the results by layout, and the layout left out, if any, with the reason.
+  """
+
+  def averaged(*args):
+    """Averages values and gradients over the devices."""
+    return lax.pmean(jax.value_and_grad(objective)(*args), _AXIS)
+
+  def average(*args):
+    """Averages the values over the devices."""
+    return lax.pmean(objective(*args), _AXIS)
+
+  parts = [array.reshape(devices, -1, array.shape[1]) for array in batch]
   by_vmap = jax.jit(jax.vmap(averaged, (None, 0, 0, 0), axis_name=_AXIS))
-  found = {"vmap": [a[0] for a in by_vmap(weights, *(a.reshape(n, -1, a.shape[1]) for a in batch))]}
-  if len(jax.devices()) < n:
-    return found, f"shard_map: there are fewer than {n} real devices"
-  mesh, split = Mesh(np.array(jax.devices()[:n]), _AXIS), PartitionSpec(_AXIS)
+  value, gradient = by_vmap(weights, *parts)
+  # Every device has the same mean.
+  results = {"vmap": _Result(value[0], gradient[0])}
+  if len(jax.devices()) < devices:
+    return results, f"shard_map: there are fewer than {devices} real devices"
+  split, whole = PartitionSpec(_AXIS), PartitionSpec()
   layout = dict(
-    mesh=mesh, in_specs=(PartitionSpec(), split, split, split), out_specs=PartitionSpec()
+    mesh=Mesh(np.array(jax.devices()[:devices]), _AXIS),
+    in_specs=(whole, split, split, split),
+    out_specs=whole,
   )
-  found["shard_map"] = jax.jit(jax.shard_map(averaged, **layout, check_vma=False))(weights, *batch)
+  by_shard_map = jax.jit(jax.shard_map(averaged, **layout, check_vma=False))
+  results["shard_map"] = _Result(*by_shard_map(weights, *batch))
+  # With check_vma, JAX sums the gradient of a shared parameter over the devices.
+  checked = jax.jit(jax.shard_map(jax.value_and_grad(average), **layout))
   try:
-    found["shard_map with check_vma"] = jax.jit(jax.shard_map(summed, **layout))(weights, *batch)
+    results["shard_map with check_vma"] = _Result(*checked(weights, *batch))
   # check_vma refuses many correct losses that were not written for it.
   except (TypeError, ValueError) as error:
-    return found, f"shard_map with check_vma: {str(error).splitlines()[0]}"
-  return found, ""
+    return results, f"shard_map with check_vma: {str(error).splitlines()[0]}"
+  return results, ""
 
 
 def _check_saturation(total, shape, saturated):
@@ -277,38 +377,38 @@ def _check_saturation(total, shape, saturated):
   """
   # Rolled by column, so that the columns of an example saturate at different values.
   in_turn = np.stack([np.resize(np.roll(saturated, -j), shape[0]) for j in range(shape[1])], axis=1)
-  batches = np.asarray([*(np.full(shape, value) for value in saturated), in_turn], np.float32)
-  values, gradients = map(
-    np.asarray, jax.jit(lambda x: lax.map(jax.value_and_grad(total), x))(batches)
-  )
+  alone = [np.full(shape, value) for value in saturated]
+  batches = np.asarray([*alone, in_turn], np.float32)
+  run = jax.jit(functools.partial(lax.map, jax.value_and_grad(total)))
+  values, gradients = run(batches)
+  values, gradients = np.asarray(values), np.asarray(gradients)
   bad = ~(np.isfinite(gradients) & np.isfinite(values)[:, None, None])
   if not bad.any():
-    return 0.0, []
+    return _Outcome(0.0, [])
   kind = "NaN" if np.isnan(values).any() or np.isnan(gradients).any() else "infinity"
-  where = [f"{v:g}" for v, wrong in zip(saturated, bad[:-1], strict=True) if wrong.any()] or [
-    "all values in turn"
-  ]
+  bad_alone = np.asarray(saturated)[bad[:-1].any(axis=(1, 2))]
+  where = ", ".join(f"{value:g}" for value in bad_alone) or "all values in turn"
   k, i, j = np.argwhere(bad)[0]
   place = (
     f"column {j}, example {i}, x = {batches[k, i, j]:g}: value {values[k]:g}, gradient "
     f"{gradients[k, i, j]:g}"
   )
-  return float(bad.mean()), [
-    f"{kind} at saturation, in batches of {', '.join(where)}; first at {place}"
-  ]
+  fault = f"{kind} at saturation, in batches of {where}; first at {place}"
+  return _Outcome(float(bad.mean()), [fault])
 
 
 def _compare(got, right, tolerance, row="example"):
-  """Compares pairs of value and gradient."""
-  (value, gradient), (right_value, right_gradient) = (
-    [np.asarray(a) for a in pair] for pair in (got, right)
-  )
+  """Compares two results; `row` names the first axis of their gradients."""
+  value, gradient = np.asarray(got.value), np.asarray(got.gradient)
+  right_value, right_gradient = np.asarray(right.value), np.asarray(right.gradient)
   error = _relative_error(gradient, right_gradient)
   value_error = _relative_error(value.reshape(1, -1), right_value.reshape(1, -1)).max()
-  problems = [f"value {value}, expected {right_value}"] if value_error > tolerance else []
+  faults = []
+  if value_error > tolerance:
+    faults.append(f"value {value}, expected {right_value}")
   if error.max() > tolerance:
-    problems.append(f"gradient {_worst(error, gradient, right_gradient, row)}")
-  return float(max(value_error, error.max())), problems
+    faults.append(f"gradient {_worst(error, gradient, right_gradient, row)}")
+  return _Outcome(float(max(value_error, error.max())), faults)
 
 
 def _relative_error(got, right, noise=0.0):
@@ -325,6 +425,7 @@ def _relative_error(got, right, noise=0.0):
 
 
 def _worst(error, got, right, row="example"):
+  """Describes the entry with the largest error."""
   at = np.unravel_index(np.argmax(error), error.shape)
   return f"worst at column {at[-1]}, {row} {at[-2]}: got {got[at]:.6g}, expected {right[at]:.6g}"
 
@@ -338,26 +439,34 @@ def _factor(got, right, allowed):
 
 def _differences(total, x, step):
   """Returns central differences `[N, C]`, and a bound on their rounding error."""
+
+  def shifted(place_and_shift):
+    """Evaluates the loss with one element moved."""
+    place, shift = place_and_shift
+    return total(jnp.ravel(x).at[place].add(shift).reshape(x.shape))
+
   places, shifts = np.tile(np.arange(x.size), 2), np.repeat([step, -step], x.size)
-  shifted = lambda args: total(jnp.ravel(x).at[args[0]].add(args[1]).reshape(x.shape))
   # lax.map holds one of the 2 N C evaluations at a time.
-  values = np.asarray(jax.jit(lambda args: lax.map(shifted, args))((places, shifts)))
-  differences = np.subtract(*np.split(values, 2)).reshape(x.shape) / (2 * step)
+  values = np.asarray(jax.jit(functools.partial(lax.map, shifted))((places, shifts)))
+  above, below = np.split(values, 2)
+  differences = (above - below).reshape(x.shape) / (2 * step)
   return differences, 16 * np.finfo(values.dtype).eps * np.abs(values).max() / step
 
 
-def _values(rng, shape, low, high):
-  """Returns values at least `(high - low) / 2N` apart.
+def _values(settings, rng, examples):
+  """Draws values `[examples, C]` at least `(high - low) / 2N` apart.
 
   No column's order is its own inverse.
   """
-  ascending = (np.arange(shape[0])[:, None] + rng.uniform(0.25, 0.75, shape)) / shape[0]
-  order = np.stack([_order(rng, shape[0]) for _ in range(shape[1])], axis=1)
-  return low + (high - low) * np.take_along_axis(ascending, order, axis=0)
+  shape = (examples, settings.shape[1])
+  ascending = (np.arange(examples)[:, None] + rng.uniform(0.25, 0.75, shape)) / examples
+  order = np.stack([_order(rng, examples) for _ in range(shape[1])], axis=1)
+  scaled = np.take_along_axis(ascending, order, axis=0)
+  return settings.low + (settings.high - settings.low) * scaled
 
 
 def _order(rng, n):
-  """Returns a random permutation that is not its own inverse."""
+  """Draws a random permutation that is not its own inverse."""
   while True:
     order = rng.permutation(n)
     # In an order that is its own inverse, sorting and un-sorting cannot be told from each other.
@@ -365,13 +474,11 @@ def _order(rng, n):
       return order
 
 
-def _check_arguments(loss, shape, low, high, saturated, devices, tolerance):
-  if not (
-    isinstance(shape, tuple)
-    and [type(n) for n in shape] == [int, int]
-    and shape[0] >= 3
-    and shape[1] >= 1
-  ):
+def _check_arguments(loss, settings, saturated):
+  """Raises a ValueError for an argument of `check_loss` that breaks its rule."""
+  shape, low, high, devices, tolerance = settings
+  whole = isinstance(shape, tuple) and [type(n) for n in shape] == [int, int]
+  if not (whole and shape[0] >= 3 and shape[1] >= 1):
     raise ValueError(
       f"shape must be a tuple of whole numbers (N, C), N at least 3 and C at least 1; got {shape!r}"
     )

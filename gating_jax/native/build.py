@@ -106,29 +106,32 @@ def _compile(compiler: list[str], path: Path) -> None:
     Path(part).unlink(missing_ok=True)
 
 
-# The command of the first compiler found, with the options that CXX has.
 def _compiler() -> list[str]:
-  named = shlex.split(os.environ.get("CXX", ""))
-  for command in [named] if named else [[name] for name in _COMPILERS]:
-    if found := shutil.which(command[0]):
-      return [found, *command[1:]]
-  sought = named[0] if named else ", ".join(_COMPILERS)
+  """Returns the command of the first compiler found, with the options that CXX has."""
+  name, *options = shlex.split(os.environ.get("CXX", "")) or [""]
+  names = [name] if name else _COMPILERS
+  for each in names:
+    found = shutil.which(each)
+    if found:
+      return [found, *options]
   raise NotBuilt(
-    f"no C++ compiler found ({sought}); install one, such as Debian's package g++, or name it in "
-    "CXX"
+    f"no C++ compiler found ({', '.join(names)}); install one, such as Debian's package g++, or "
+    "name it in CXX"
   )
 
 
 def _version(compiler: list[str]) -> str:
+  """Returns what the compiler says of its version."""
+  command = [*compiler, "--version"]
   try:
-    return subprocess.run(
-      [*compiler, "--version"], capture_output=True, text=True, timeout=_TIME_LIMIT
-    ).stdout
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIME_LIMIT)
+    return done.stdout
   except (OSError, subprocess.TimeoutExpired) as error:
     raise NotBuilt(f"{shlex.join(compiler)} failed: {error}") from error
 
 
 def _folder() -> Path:
+  """Returns the folder of the library in the user's cache."""
   try:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gating_jax"
   # There is no home directory.
