@@ -176,8 +176,13 @@ def benchmark(name, *arguments):
 
 DEVICE = """
 import jax, sys, json
-print(json.dumps({"jax": jax.__version__, "python": sys.version.split()[0], "devices": jax.device_count(),
-                  "backend": jax.default_backend(), "kind": jax.devices()[0].device_kind}))
+print(json.dumps({
+  "jax": jax.__version__,
+  "python": sys.version.split()[0],
+  "devices": jax.device_count(),
+  "backend": jax.default_backend(),
+  "kind": jax.devices()[0].device_kind,
+}))
 """
 
 

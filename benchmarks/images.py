@@ -132,7 +132,9 @@ TABLES = {
     **{name: UNGATED[name] for name in ("ungated, width 0.25", "ungated, width 0.35")},
     "as in budgets": wide_inside(0.25, 4, 0.28),
     "inner 8": wide_inside(0.25, 8, 0.145),
-    "closed early": wide_inside(0.25, 4, 0.28, "loss.sparsity.ramp_start=0.0", "loss.sparsity.ramp_end=0.2"),
+    "closed early": wide_inside(
+      0.25, 4, 0.28, "loss.sparsity.ramp_start=0.0", "loss.sparsity.ramp_end=0.2"
+    ),
     "shaped to the end": wide_inside(
       0.25,
       4,

@@ -186,8 +186,8 @@ def test_several_faults_in_different_columns_are_all_reported_with_their_columns
   assert "un-sort forgotten; in column(s) 0, worst at column 0" in message
   assert "instead of its inverse; in column(s) 1, worst at column 1" in message
   assert (
-    "missing psum (1/devices): constant factor 0.25 next to another term; gradient worst at column 2"
-    in message
+    "missing psum (1/devices): constant factor 0.25 next to another term; "
+    "gradient worst at column 2" in message
   )
   assert (
     "NaN at saturation, in batches of 30, 110, -110, 10000, -10000; first at column 3, example 0, "

@@ -12,7 +12,9 @@ BROWSER = next(
 # The page is in a frame as narrow as a phone, since a window cannot be that narrow; the script
 # examines the frame from outside, with all sections unfolded. Contrast is that of WCAG 2, of every
 # text with the background behind it.
-_PROBE = """<!DOCTYPE html><iframe src="{name}" style="width: {width}px; height: 900px; border: 0"></iframe><script>
+_PROBE = """<!DOCTYPE html>
+<iframe src="{name}" style="width: {width}px; height: 900px; border: 0"></iframe>
+<script>
 const linear = c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
 const luminance = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
 const rgba = text => text.match(/[0-9.]+/g).map(Number);
@@ -27,16 +29,18 @@ onload = () => {{
     return [255, 255, 255];
   }};
   const contrast = e => {{
-    const [low, high] = [luminance(rgba(style(e).color)), luminance(ground(e))].sort((a, b) => a - b);
+    const both = [luminance(rgba(style(e).color)), luminance(ground(e))];
+    const [low, high] = both.sort((a, b) => a - b);
     return (high + 0.05) / (low + 0.05);
   }};
   const shut = [...page.querySelectorAll("details")].filter(e => !e.open).length;
   const height = page.documentElement.scrollHeight;
   page.querySelectorAll("details").forEach(e => e.open = true);
   const all = [...page.body.querySelectorAll("*")];
-  const out = all.filter(
-    e => !e.parentElement.closest(".scroll") && !e.closest(".tip") && e.getBoundingClientRect().right > width + 0.5);
-  const texts = all.filter(e => [...e.childNodes].some(n => n.nodeType == 3 && n.textContent.trim()));
+  const inFlow = all.filter(e => !e.parentElement.closest(".scroll") && !e.closest(".tip"));
+  const out = inFlow.filter(e => e.getBoundingClientRect().right > width + 0.5);
+  const isText = n => n.nodeType == 3 && n.textContent.trim();
+  const texts = all.filter(e => [...e.childNodes].some(isText));
   document.body.dataset.found = JSON.stringify({{
     images: page.images.length,
     widths: [...page.images].map(i => Math.round(i.getBoundingClientRect().width)),

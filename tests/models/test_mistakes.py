@@ -106,7 +106,8 @@ LAYERS = {
   "numbers for groups": (
     lambda: init(gj.ChannelGate((4,)), IMAGES),
     TypeError,
-    "groups[0] must be GatedChannels, such as GatedChannels(channels=32, macs_per_channel=0); got 4",
+    "groups[0] must be GatedChannels, such as GatedChannels(channels=32, macs_per_channel=0); "
+    "got 4",
   ),
   "channels of text": (
     lambda: init(gj.ChannelGate((gj.GatedChannels("4", 1),)), IMAGES),

@@ -106,7 +106,10 @@ def test_the_learning_rate_is_read_at_each_step():
     (dict(momentum=1.0, weight_decay=0), r"momentum must be in \[0, 1\); got 1.0"),
     (dict(momentum=-0.1, weight_decay=0), "momentum must be .*; got -0.1"),
     (dict(momentum=0, weight_decay=-1e-4), "weight_decay must be >= 0; got -0.0001"),
-    (dict(momentum=0, weight_decay=0, gate_lr_multiplier=0), "gate_lr_multiplier must be > 0; got 0"),
+    (
+      dict(momentum=0, weight_decay=0, gate_lr_multiplier=0),
+      "gate_lr_multiplier must be > 0; got 0",
+    ),
   ],
 )
 def test_bad_settings_are_refused(settings, message):

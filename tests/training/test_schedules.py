@@ -85,7 +85,10 @@ def test_warm_up_does_not_move_the_drops_or_the_end():
     (lambda: optim.fade_out(1, 20, 10), "fade_end must be .*; got 20"),
     (lambda: optim.fade_in(1, 1.5, 2, 10), "ramp_start must be .*; got 1.5"),
     (lambda: optim.fade_in(1, 0.5, 2, 10), "ramp_end must be .*; got 2"),
-    (lambda: optim.fade_in(1, 0.6, 0.2, 10), "ramp_start must be <= ramp_end; got ramp_start 0.6, ramp_end 0.2"),
+    (
+      lambda: optim.fade_in(1, 0.6, 0.2, 10),
+      "ramp_start must be <= ramp_end; got ramp_start 0.6, ramp_end 0.2",
+    ),
     (lambda: optim.learning_rate("step", 1, 10, warmup=5), "warmup must be .*; got 5"),
     (
       lambda: optim.learning_rate("step", 1, 10, lr_drop_at=(0.5, 60)),
