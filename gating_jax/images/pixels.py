@@ -38,9 +38,8 @@ class PixelObjective(ImageObjective):
       axis_name: as in `batch_shaping_loss`.
     """
     cross_entropy, correct, counted = _pixels(logits, labels)
-    return weighted_mean(cross_entropy, counted, axis_name), weighted_mean(
-      correct, counted, axis_name
-    )
+    mean_loss = weighted_mean(cross_entropy, counted, axis_name)
+    return mean_loss, weighted_mean(correct, counted, axis_name)
 
 
 def pixel_scores(logits: Array, labels: Array) -> dict[str, Array]:
@@ -75,8 +74,12 @@ def confusion(predicted: Array, labels: Array, classes: int) -> Array:
   labels = labels.astype(jnp.int32)
   # Each (true, predicted) pair has a number; ignored pixels share one more, which is cut off.
   pair = jnp.where(labels == IGNORED, classes**2, labels * classes + predicted)
-  count = lambda values: jnp.bincount(values.ravel(), length=classes**2 + 1)[:-1]
-  return jax.vmap(count)(pair).reshape(-1, classes, classes)
+
+  def count_pairs(pairs):
+    """Counts each pair of one example's pixels, `[K^2]`."""
+    return jnp.bincount(pairs.ravel(), length=classes**2 + 1)[:-1]
+
+  return jax.vmap(count_pairs)(pair).reshape(-1, classes, classes)
 
 
 def intersection_over_union(confusion: np.ndarray) -> np.ndarray:
@@ -113,17 +116,15 @@ def summarise(sums: Mapping[str, np.ndarray], class_names: Sequence[str]) -> dic
   iou = intersection_over_union(sums["confusion"])
   # A class that occurs nowhere has no IoU, and must not count as 0.
   present = ~np.isnan(iou)
-  return {
+  numbers = {
     "mean_iou": float(np.mean(iou[present])) if present.any() else 0.0,
     # The diagonal counts the pixels that are right.
     "accuracy": float(np.trace(sums["confusion"])) / pixels,
     "cross_entropy": float(sums["cross_entropy"]) / pixels,
-    **{
-      f"iou/{name}": float(value)
-      for name, value in zip(class_names, iou, strict=True)
-      if not np.isnan(value)
-    },
   }
+  for k in np.flatnonzero(present):
+    numbers[f"iou/{class_names[k]}"] = float(iou[k])
+  return numbers
 
 
 def _pixels(logits: Array, labels: Array) -> tuple[Array, Array, Array]:

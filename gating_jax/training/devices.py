@@ -88,20 +88,23 @@ def map_over_devices(
       donate_argnums=tuple(donate),
     )
     place = functools.partial(_global_batch, NamedSharding(mesh, specs[BATCH]), local)
-    finish = lambda x: x
+    # Batches come back without a device axis.
+    finish = _unchanged
+
+  def on_batches(change, values, kinds):
+    """Applies `change` to every array of the values of kind `BATCH`."""
+    changed = []
+    for value, kind in zip(values, kinds, strict=True):
+      changed.append(jax.tree.map(change, value) if kind == BATCH else value)
+    return tuple(changed)
 
   def run(*values):
     """Places batches `[B, ...]` on the devices, runs `fn` and joins its results."""
-    placed = [
-      jax.tree.map(place, v) if kind == BATCH else v for v, kind in zip(values, args, strict=True)
-    ]
-    out = mapped(*placed)
+    out = mapped(*on_batches(place, values, args))
     if isinstance(results, tuple):
-      return tuple(
-        jax.tree.map(finish, o) if kind == BATCH else o
-        for o, kind in zip(out, results, strict=True)
-      )
-    return jax.tree.map(finish, out) if results == BATCH else out
+      return on_batches(finish, out, results)
+    (out,) = on_batches(finish, (out,), (results,))
+    return out
 
   # For tests that count compilations.
   run.compiled = mapped
@@ -206,9 +209,14 @@ def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
   sharding = replicated_sharding(devices)
   if jax.process_count() == 1:
     return jax.device_put(tree, sharding)
+
+  def place(x):
+    """Copies an array to the devices of this process."""
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
   # device_put would compare the arrays of the processes, and NaN differs from NaN.
-  place = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-  return jax.tree.map(lambda x: place(np.asarray(x)), tree)
+  return jax.tree.map(place, tree)
 
 
 def _check_divisible(x, local: int) -> None:
@@ -225,6 +233,10 @@ def _split_batch(local: int, x):
 
 def _join_batch(x):
   return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def _unchanged(x):
+  return x
 
 
 def _global_batch(sharding: NamedSharding, local: int, x):

@@ -17,7 +17,7 @@ from jax import lax
 
 from gating_jax.checks import one_of
 from gating_jax.ops import collectives, penalties
-from gating_jax.ops.ecdf import batch_shaping_loss
+from gating_jax.ops.ecdf import batch_shaping_loss, noise_floor
 from gating_jax.ops.macs import executed_macs, gated_macs
 from gating_jax.ops.priors import Prior, beta
 from gating_jax.training import optim
@@ -175,16 +175,19 @@ class ImageObjective:
       total += coefficient * term
       terms |= {name: term, f"{name}_coefficient": coefficient}
     # The floor depends on the whole batch, N examples on each device.
-    examples = records[0].logits.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
+    examples = records[0].logits.shape[0]
+    if axis_name is not None:
+      examples *= lax.axis_size(axis_name)
     # In floats: MACs of a large network exceed int32.
-    spent = float(self.never_gated_macs) + collectives.batch_mean(executed_macs(records), axis_name)
+    executed = collectives.batch_mean(executed_macs(records), axis_name)
+    spent = float(self.never_gated_macs) + executed
     return total, {
       **terms,
       "mac_ratio": spent / float(self.never_gated_macs + gated_macs(records)),
       CLOSED: closed_share(records, axis_name=axis_name),
       "gates/batch_shaping_mean": jnp.mean(per_gate),
       # The expectation of the loss for that many independent draws from the prior.
-      "gates/batch_shaping_floor": jnp.asarray(1 / (6 * (examples + 1))),
+      "gates/batch_shaping_floor": jnp.asarray(noise_floor(examples)),
     }
 
   def _terms(
@@ -277,11 +280,11 @@ class ExitObjective(ImageObjective):
     """
     total, terms = super().__call__(logits, labels, records, step, axis_name)
     accuracies = jnp.mean(jnp.argmax(logits, -1) == labels[:, None], axis=0)
-    return total, {
-      **terms,
-      # The accuracy of the last exit is `accuracy`.
-      **{f"exits/accuracy{i}": a for i, a in enumerate(accuracies[:-1], start=1)},
-    }
+    of_exits = {}
+    # The accuracy of the last exit is `accuracy`.
+    for i, accuracy in enumerate(accuracies[:-1], start=1):
+      of_exits[f"exits/accuracy{i}"] = accuracy
+    return total, {**terms, **of_exits}
 
   def fit(
     self, logits: Array, labels: Array, axis_name: Hashable | None = None
@@ -307,9 +310,8 @@ class ExitObjective(ImageObjective):
     cross_entropy = jnp.mean(
       optax.softmax_cross_entropy_with_integer_labels(logits, labels), axis=0
     )
-    return jnp.sum(weights * cross_entropy), jnp.mean(
-      jnp.argmax(logits[:, -1], -1) == labels[:, -1]
-    )
+    right = jnp.argmax(logits[:, -1], -1) == labels[:, -1]
+    return jnp.sum(weights * cross_entropy), jnp.mean(right)
 
 
 def batch_shaping_term(
@@ -335,9 +337,8 @@ def batch_shaping_term(
 
 
 def _shaping_per_gate(records: Records, prior: Prior, axis_name: Hashable | None) -> Array:
-  return batch_shaping_loss(
-    jnp.concatenate([r.logits for r in records], axis=-1), prior, axis_name=axis_name
-  )
+  logits = jnp.concatenate([record.logits for record in records], axis=-1)
+  return batch_shaping_loss(logits, prior, axis_name=axis_name)
 
 
 def _reduced(per_gate: Array, records: Records, reduction: str) -> Array:
@@ -346,8 +347,11 @@ def _reduced(per_gate: Array, records: Records, reduction: str) -> Array:
   if reduction == "mean":
     return jnp.mean(per_gate)
   # layer_mean: every gate weighs 1 / C of its own layer.
-  weights = jnp.concatenate([jnp.full(r.logits.shape[-1], 1 / r.logits.shape[-1]) for r in records])
-  return jnp.sum(per_gate * weights)
+  weights = []
+  for record in records:
+    gates = record.logits.shape[-1]
+    weights.append(jnp.full(gates, 1 / gates))
+  return jnp.sum(per_gate * jnp.concatenate(weights))
 
 
 def weighted_mean(values: Array, weights: Array, axis_name: Hashable | None = None) -> Array:
@@ -363,7 +367,7 @@ def weighted_mean(values: Array, weights: Array, axis_name: Hashable | None = No
   >>> weighted_mean(jnp.array([1.0, 3.0, 8.0]), jnp.array([1.0, 1.0, 0.0]))
   Array(2., dtype=float32)
   """
-  mean = lambda x: collectives.batch_mean(x.ravel(), axis_name)
   # Numerator and denominator are means over all devices: their weights may differ in number.
-  total = mean(weights)
-  return mean(values * weights) / jnp.where(total > 0, total, 1)
+  total = collectives.batch_mean(weights.ravel(), axis_name)
+  weighted = collectives.batch_mean((values * weights).ravel(), axis_name)
+  return weighted / jnp.where(total > 0, total, 1)

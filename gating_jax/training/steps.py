@@ -8,7 +8,8 @@ network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import dataclasses
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -28,6 +29,8 @@ from gating_jax.training import devices
 from gating_jax.training.devices import value_and_grad_over_devices
 from gating_jax.types import Array
 
+# `(state, step) -> (state, metrics [K])`: the steps of one call, of which `step` is the first.
+Advance = Callable[[Any, int], tuple[Any, Mapping[str, Array]]]
 # The name of Flax's own PRNG stream for dropout.
 DROPOUT_RNG = "dropout"
 # Numbers folded into the key of a step. Runs depend on them: they must not change.
@@ -152,8 +155,13 @@ def resident_steps(step: Callable) -> Callable:
 
   def run(state, dataset, indices):
     """Takes K steps on the examples at `indices` `[B, K]`; returns metrics `[K]`."""
-    body = lambda state, index: step(state, *jax.tree.map(lambda x: x[index], dataset))
-    return _scan(body, state, indices.T)
+
+    def take_step(state, index):
+      """Takes one step on the examples at `index` `[B]`."""
+      examples = jax.tree.map(lambda x: x[index], dataset)
+      return step(state, *examples)
+
+    return _scan(take_step, state, indices.T)
 
   return run
 
@@ -166,9 +174,13 @@ def streamed_steps(step: Callable) -> Callable:
 
   def run(state, batch):
     """Takes K steps on `batch`, trees of `[B, K, ...]`; returns metrics `[K]`."""
-    body = lambda state, one: step(state, *one)
+
+    def take_step(state, examples):
+      """Takes one step on a tree of `[B, ...]`."""
+      return step(state, *examples)
+
     # Batches have the examples first, to be spread over devices; the scan runs over axis 0.
-    return _scan(body, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), batch))
+    return _scan(take_step, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), batch))
 
   return run
 
@@ -220,7 +232,7 @@ def make_eval_step(
   return step
 
 
-def _scan(body, state, batches):
+def _scan(body: Callable, state: Any, batches: Any) -> tuple[Any, Any]:
   """Runs `lax.scan`, without a loop for a single step."""
   # XLA on CPU runs the bodies of loops on fewer threads.
   first = jax.tree.leaves(batches)[0]
@@ -260,8 +272,56 @@ def map_steps(
       donate=donate,
     )
 
+  if full is None:
+    return mapped(model, (0,))
   # The state's buffers are given away only where no second pass may need them again.
-  return mapped(model, (0,)) if full is None else or_in_full(mapped(model, ()), mapped(full, (0,)))
+  return or_in_full(mapped(model, ()), mapped(full, (0,)))
+
+
+@dataclasses.dataclass(frozen=True)
+class MappedSteps:
+  """A model's training steps over all devices, on either source of examples.
+
+  Attributes:
+    make_step: returns the training step of a model.
+    model, full, backend: as in `map_steps`.
+  """
+
+  make_step: Callable[[nn.Module], Callable]
+  model: nn.Module
+  full: nn.Module | None
+  backend: str
+
+  def on_stream(self, batches: Iterator[Any]) -> Advance:
+    """Returns the steps on batches from the host, `[B, K, ...]` each.
+
+    The stream keeps its own place: it must begin at the step from which training continues.
+    """
+    run = map_steps(
+      lambda model: streamed_steps(self.make_step(model)),
+      self.model,
+      self.full,
+      args=(devices.REPLICATED, devices.BATCH),
+      backend=self.backend,
+    )
+    return lambda state, _: run(state, next(batches))
+
+  def on_resident(self, examples: Any, indices: Callable[[int], np.ndarray]) -> Advance:
+    """Returns the steps on a set that is copied to every device once.
+
+    Args:
+      examples: the set, a tree of `[M, ...]`.
+      indices: from the step of a call to the examples of its steps, `[B, K]`.
+    """
+    examples = devices.replicate(examples)
+    run = map_steps(
+      lambda model: resident_steps(self.make_step(model)),
+      self.model,
+      self.full,
+      args=(devices.REPLICATED, devices.REPLICATED, devices.BATCH),
+      backend=self.backend,
+    )
+    return lambda state, step: run(state, examples, indices(step))
 
 
 def or_in_full(skipping: Callable, full: Callable) -> Callable:
