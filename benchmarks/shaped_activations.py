@@ -167,7 +167,9 @@ class Trainer:
     pixels, labels = (array[index] for array in self.resident)
     crop_key, sample_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
     x = augment.normalise(
-      augment.crop_and_flip(crop_key, pixels, pad=DATA.pad, flip=DATA.flip), DATA.mean, DATA.std
+      augment.crop_and_flip(crop_key, pixels, pad=DATA.crop_padding, flip=DATA.flip),
+      DATA.mean,
+      DATA.std,
     )
 
     def loss(params):
