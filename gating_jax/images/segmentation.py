@@ -211,7 +211,11 @@ class Segmentation(Classification):
     if "macs" in results:
       macs = counts.always_macs + results["macs"]
     figure = image_pictures.draw_scenes(
-      images, truth, results["predicted"], macs / counts.macs, experiment.test.class_names
+      images,
+      truth=truth,
+      predicted=results["predicted"],
+      mac_ratios=macs / counts.macs,
+      class_names=experiment.test.class_names,
     )
     return {
       "scenes.png": (

@@ -146,7 +146,10 @@ def unique_names(folders: Sequence[Path]) -> list[str]:
   """
   # Resolved, so that two spellings of the same folder are recognised.
   paths = [folder.resolve().parts for folder in folders]
-  return [_shortest_unique_end(path, paths) for path in paths]
+  names = []
+  for path in paths:
+    names.append(_shortest_unique_end(path, paths))
+  return names
 
 
 def _shortest_unique_end(path: tuple[str, ...], paths: Sequence[tuple[str, ...]]) -> str:

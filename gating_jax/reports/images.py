@@ -54,7 +54,7 @@ def draw_images(pixels: np.ndarray, texts: Sequence[str]) -> Any:
 
 
 def draw_training(
-  steps: Sequence[int], scores: Sequence[float], mac_ratios: Sequence[float], score_name: str
+  steps: Sequence[int], scores: Sequence[float], mac_ratios: Sequence[float], *, score_name: str
 ) -> Any:
   """Draws the score and the fraction of MACs at each test during training.
 
@@ -86,7 +86,7 @@ def draw_training(
 
 
 def draw_path(
-  steps: Sequence[int], scores: Sequence[float], mac_ratios: Sequence[float], score_name: str
+  steps: Sequence[int], scores: Sequence[float], mac_ratios: Sequence[float], *, score_name: str
 ) -> Any:
   """Draws the score against the fraction of MACs, a point for each test during training.
 
@@ -201,6 +201,7 @@ def draw_image_rows(
 
 def draw_scenes(
   images: np.ndarray,
+  *,
   truth: np.ndarray,
   predicted: np.ndarray,
   mac_ratios: np.ndarray,

@@ -14,6 +14,7 @@ from gating_jax.reports.text import capitalise, format_count, format_percent, pl
 from gating_jax.reports.timings import Times
 
 _NOT_RECORDED = "not recorded"
+_LETTERS = 500  # of a cell, at most
 _ABOUT = (
   ("started", "the date of the first start, in UTC"),
   ("commit", "of the code; “dirty” where files differ from it"),
@@ -102,7 +103,7 @@ def score_number(
       f" The ungated baseline is the run “{plain(around.baseline.name, 60)}”; this one "
       f"is {abs(gap):.2f} points {side} it."
     )
-  return page.Number(capitalise(name), format_percent(value, 2), compared, meaning)
+  return page.Number(capitalise(name), format_percent(value, 2), compared, meaning=meaning)
 
 
 def _baseline(key: str, around: Surroundings) -> float | None:
@@ -144,7 +145,7 @@ def macs_number(
     "ungated network; mean over the test set, gate networks included."
   )
   compared = f"{baseline}, {format_count(dense)} per {noun}"
-  return page.Number("MACs", format_percent(ratio, 1), compared, meaning)
+  return page.Number("MACs", format_percent(ratio, 1), compared, meaning=meaning)
 
 
 def time_number(noun: str, around: Surroundings) -> page.Number:
@@ -216,6 +217,7 @@ def about_runs_section(origins: Sequence[Origin], report: Mapping[str, Any]) -> 
   for origin in origins:
     first = origin.starts[0] if origin.starts else {}
     rows.append(_about_row(origin.name, first, _text(origin.seed)))
+  # The last row is about the process that writes the page, which has no seed.
   rows.append(_about_row("this page", report, "–"))
   header = ("run", "started", "command", "commit", "seed", "hardware", "versions")
   table = page.Table(header, rows, numeric=False, terms=_ABOUT)
@@ -235,17 +237,18 @@ def _about_row(name: str, start: Mapping[str, Any], seed: str) -> list[str]:
 
 
 def _text(value: Any, absent: str = _NOT_RECORDED) -> str:
-  return absent if value in (None, "") else plain(value, 500)
+  return absent if value in (None, "") else plain(value, _LETTERS)
 
 
 def _versions(versions: Any) -> str:
+  # A record that was edited by hand may hold anything.
   if not isinstance(versions, Mapping) or not versions:
     return _NOT_RECORDED
-  return plain(", ".join(f"{name} {version}" for name, version in versions.items()), 500)
+  return plain(", ".join(f"{name} {version}" for name, version in versions.items()), _LETTERS)
 
 
 def _hardware(start: Mapping[str, Any]) -> str:
   if not start.get("hardware"):
     return _NOT_RECORDED
   devices, processes = start.get("devices"), start.get("processes")
-  return plain(f"{start['hardware']}; devices: {devices}, processes: {processes}", 500)
+  return plain(f"{start['hardware']}; devices: {devices}, processes: {processes}", _LETTERS)

@@ -169,8 +169,11 @@ def _draw_line(canvas: _Canvas, line: TimeLine, units: _Units, *, top: float) ->
     _draw_strip(canvas.axes(top, _STRIP / 2), np.where(line.relevant, _RELEVANT, _NO_UNIT))
     top -= _STRIP / 2 + _GAP / 2
   if line.units is not None:
+    colours = []
+    for number in line.units:
+      colours.append(units[number].colour if number >= 0 else _NO_UNIT)
     axes = canvas.axes(top, _STRIP)
-    _draw_strip(axes, [units[unit].colour if unit >= 0 else _NO_UNIT for unit in line.units])
+    _draw_strip(axes, colours)
     _name_runs(axes, line.units, units, width=canvas.width)
 
 

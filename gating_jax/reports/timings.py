@@ -59,10 +59,10 @@ def parse_times(found: Any) -> Times | None:
     for title, rows in found["timings"].items():
       timings[str(title)] = [_parse_row(row) for row in rows]
     times = Times(
-      int(found["step"]),
-      str(found["device"]),
-      timings,
-      _parse_pixels(found.get("pixels")),
+      step=int(found["step"]),
+      device=str(found["device"]),
+      timings=timings,
+      pixels=_parse_pixels(found.get("pixels")),
     )
   except (KeyError, TypeError, ValueError, AttributeError):
     return None
@@ -180,13 +180,14 @@ _PICTURE_TERMS = (
 
 def _page_table(timings: Mapping[str, Rows]) -> page.Table:
   """Returns a row for each way to run the whole network, and definitions of these ways."""
-  rows, terms = [], list(_TABLE_TERMS)
-  timed = set()
+  rows, timed = [], set()
   for title, measured in timings.items():
     whole = _of_whole_net(measured)
     rows += _page_rows(title, whole)
-    timed.update(row["strategy"] for row in whole)
+    for row in whole:
+      timed.add(row["strategy"])
   # Only the strategies that were timed are explained below the table.
+  terms = list(_TABLE_TERMS)
   for strategy, meaning in _WAYS.items():
     if strategy in timed:
       terms.append((strategy, meaning))

@@ -39,9 +39,14 @@ def draw_scenes(path, count=2, colours=1, change=0):
   truth = rng.choice([0, 1, 2, 255], (count, 10, 16)).astype(np.uint8)
   predicted = rng.integers(0, 3, (count, 10, 16))
   predicted[0, 0] = (predicted[0, 0] + change) % 3
-  page.save_figure(
-    image_pictures.draw_scenes(images, truth, predicted, rng.random(count), NAMES), path
+  figure = image_pictures.draw_scenes(
+    images,
+    truth=truth,
+    predicted=predicted,
+    mac_ratios=rng.random(count),
+    class_names=NAMES,
   )
+  page.save_figure(figure, path)
   with Image.open(path) as picture:
     assert picture.format == "PNG"
     return picture.size, np.asarray(picture.convert("RGB"))
