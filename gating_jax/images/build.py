@@ -25,10 +25,10 @@ from gating_jax.models.summary import ModelCounts, model_summary
 from gating_jax.models.vgg import VGGS, vgg
 from gating_jax.training import devices, loop, optim, rundir, settings
 from gating_jax.training.objectives import (
-  PRICED,
   REDUCTIONS,
   REGULARISERS,
   SPARSITIES,
+  WITH_SPARSITY,
   ExitObjective,
   ImageObjective,
 )
@@ -36,7 +36,7 @@ from gating_jax.training.rundir import Outline
 
 LOADERS = ("resident", "streaming")
 # Baselines that gate whole classifiers: they exclude gates of units and their settings.
-EXITS, EXPERTS = RIVALS = ("exits", "experts")
+EXITS, EXPERTS = BASELINES = ("exits", "experts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Experiment:
     if self.noise_scale is not None:
       return float(self.noise_scale(step))
     model = self.config.model
-    return 0.0 if model.gating in RIVALS else GateSettings(**model.gate).drawn_noise_scale
+    return 0.0 if model.gating in BASELINES else GateSettings(**model.gate).drawn_noise_scale
 
 
 def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = None) -> Experiment:
@@ -97,7 +97,7 @@ def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = N
     choices={
       "data.loader": LOADERS,
       "model.name": (*RESNETS, *VGGS),
-      "model.gating": (*GATINGS, *RIVALS),
+      "model.gating": (*GATINGS, *BASELINES),
     },
     at_least={
       "data.crop_padding": 0,
@@ -114,15 +114,14 @@ def build(config: ml_collections.ConfigDict, known: Sequence[Outline] | None = N
       ),
     },
   )
-  read = _opener(config)
   return assemble(
     config,
     # The size of a split is known without reading it.
     lambda: image_sets.size(
       data.name, data.train_split, data.data_dir, *settings.feature_names(data)
     ),
-    open_train=lambda: read(data.train_split, training=True),
-    open_test=lambda: read(data.test_split, training=False),
+    open_train=lambda: _open(config, data.train_split, training=True),
+    open_test=lambda: _open(config, data.test_split, training=False),
     network=network,
     objective=ExitObjective if config.model.gating == EXITS else ImageObjective,
     known=known,
@@ -281,14 +280,15 @@ def network(model: ml_collections.ConfigDict, classes: int) -> nn.Module:
   return resnet(model.name, classes, **fields)
 
 
-def _opener(config: ml_collections.ConfigDict) -> Callable[..., Any]:
+def _open(
+  config: ml_collections.ConfigDict, split: str, *, training: bool
+) -> image_sets.Images | streaming.Stream:
+  """Opens a split of the data, in memory or on disk."""
   data = config.data
   image, label = settings.feature_names(data)
   if data.loader == "resident":
-    return lambda split, training: image_sets.load(
-      data.name, split, data.data_dir, data.image_size, image, label
-    )
-  return lambda split, training: streaming.open_stream(
+    return image_sets.load(data.name, split, data.data_dir, data.image_size, image, label)
+  return streaming.open_stream(
     data.name,
     split,
     data.data_dir,
@@ -409,7 +409,7 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
     demand("model.gating", EXPERTS, "loss.regulariser is 'balance'")
   # Without gates that draw noise, the schedule would be silently ignored.
   if model.noise.final is not None and (
-    model.gating in ("none", *RIVALS)
+    model.gating in ("none", *BASELINES)
     or model.gate.context == "random"
     or model.gate.relaxation == "sigmoid"
   ):
@@ -417,26 +417,35 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
       "model.noise.final must be None where no gates draw noise of that scale; got "
       f"{model.noise.final}"
     )
-  # These settings leave no gates, or no term of the loss, for a budget to act on.
   if loss.sparsity.kind == "budget":
-    for name, value, never in (
-      ("model.gate.relaxation", model.gate.relaxation, ("sigmoid",)),
-      ("model.gating", model.gating, ("none", *RIVALS)),
-      ("loss.regulariser", loss.regulariser, set(REGULARISERS) - set(PRICED)),
-    ):
-      if value in never:
-        raise ValueError(
-          f"{name}={value!r} is incompatible with loss.sparsity.kind='budget': the budget would "
-          "constrain nothing"
-        )
-  if chain and model.gating in RIVALS:
+    _check_budget_acts(config)
+  if chain and model.gating in BASELINES:
     raise ValueError(
       f"model.name must be a residual network where model.gating is {model.gating!r}; "
       f"got {model.name!r}"
     )
   # Exits stand after each stage of blocks; the last one is the network's own head.
-  if exits and len(loss.exit_weights) not in (1, before_last := len(RESNETS[model.name][2]) - 1):
-    raise ValueError(
-      f"loss.exit_weights must hold 1 number, or one for each of {before_last} exits before the "
-      f"last; got {loss.exit_weights}"
-    )
+  if exits:
+    before_last = len(RESNETS[model.name].blocks) - 1
+    if len(loss.exit_weights) not in (1, before_last):
+      raise ValueError(
+        f"loss.exit_weights must hold 1 number, or one for each of {before_last} exits before the "
+        f"last; got {loss.exit_weights}"
+      )
+
+
+def _check_budget_acts(config: ml_collections.ConfigDict) -> None:
+  """Raises a ValueError where no gate, or no term of the loss, is left for a budget to act on."""
+  fields = rundir.flatten(config)
+
+  def refuse(name: str, values: Collection[str]) -> None:
+    """Raises a ValueError if the field has one of these values."""
+    if fields[name] in values:
+      raise ValueError(
+        f"{name}={fields[name]!r} is incompatible with loss.sparsity.kind='budget': the budget "
+        "would constrain nothing"
+      )
+
+  refuse("model.gate.relaxation", ("sigmoid",))
+  refuse("model.gating", ("none", *BASELINES))
+  refuse("loss.regulariser", set(REGULARISERS) - set(WITH_SPARSITY))

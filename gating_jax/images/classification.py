@@ -272,7 +272,7 @@ class Classification(runner.Programme):
         # image.
         noise_scale=experiment.drawn_noise_scale(int(state.step)),
       )
-      if evaluated.gates is not None and experiment.objective.prices_budget:
+      if evaluated.gates is not None and experiment.objective.has_budget:
         evaluated.result["budget"] = experiment.objective.target
       return evaluated
 

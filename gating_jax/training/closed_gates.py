@@ -154,7 +154,7 @@ def watch_images(config: ml_collections.ConfigDict) -> ClosingWatch:
     return ClosingWatch(())
   if gating == "experts":
     advice = "raise loss.balance.coefficient, with loss.regulariser=balance"
-    return ClosingWatch([Limit(CLOSED, _MOST, advice, "experts")])
+    return ClosingWatch([Limit(CLOSED, _MOST, advice, subject="experts")])
   if loss.regulariser in _REGULARISERS:
     advice = f"lower {_REGULARISERS[loss.regulariser]}, or use loss.regulariser=batch_shaping"
   elif loss.regulariser == "none":
@@ -164,8 +164,8 @@ def watch_images(config: ml_collections.ConfigDict) -> ClosingWatch:
   else:
     advice = _advice("loss", loss, shaped=loss.regulariser == "batch_shaping")
   # Gates that see no input prune: they are meant to close for all examples.
-  static = gate.context == "none"
-  return ClosingWatch([Limit(CLOSED, _NOTHING_LEFT if static else _most(loss.sparsity), advice)])
+  most = _NOTHING_LEFT if gate.context == "none" else _most(loss.sparsity)
+  return ClosingWatch([Limit(CLOSED, most, advice)])
 
 
 def watch_tasks() -> ClosingWatch:
@@ -185,14 +185,11 @@ def watch_videos(config: ml_collections.ConfigDict) -> ClosingWatch:
       f"{_lower('loss', loss.sparsity)} or loss.sparsity.kind=target, or raise "
       f"loss.batch_shaping.coefficient (now {loss.batch_shaping.coefficient:g})"
     )
-    limits.append(Limit(SEGMENTS_CLOSED, _MOST, advice, "segments"))
+    limits.append(Limit(SEGMENTS_CLOSED, _MOST, advice, subject="segments"))
   if config.model.heavy.gating != "none":
     advice = _advice("loss.channels", loss.channels, shaped=True)
-    limits.append(
-      Limit(
-        f"channels_{CLOSED}", _most(loss.channels.sparsity), advice, "heavy net's channel gates"
-      )
-    )
+    most, subject = _most(loss.channels.sparsity), "heavy net's channel gates"
+    limits.append(Limit(f"channels_{CLOSED}", most, advice, subject=subject))
   return ClosingWatch(limits)
 
 
@@ -212,7 +209,8 @@ def _advice(section: str, loss: ml_collections.ConfigDict, *, shaped: bool) -> s
   shaping = loss.batch_shaping
   return (
     f"{lower}, or raise {section}.batch_shaping.coefficient (now {shaping.coefficient:g}) or "
-    f"{section}.batch_shaping.fade_end (now {shaping.fade_end:g}, the fraction of training at which it ends)"
+    f"{section}.batch_shaping.fade_end (now {shaping.fade_end:g}, the fraction of training at "
+    "which it ends)"
   )
 
 

@@ -202,7 +202,7 @@ class _GateResults:
     # Without classes all images are of a single one, so that the tally needs no second form.
     if labels is None:
       labels = np.zeros(len(logits), np.int32)
-    new = gate_outcomes.tally(results["gates"], probs, labels, self._classes or 1)
+    new = gate_outcomes.tally(results["gates"], probs, labels, classes=self._classes or 1)
     self.tally = new if self.tally is None else self.tally + new
     # Closed gates get -inf: only images that open a gate are kept.
     opening = np.where(results["gates"] > 0, logits, -np.inf)

@@ -27,7 +27,7 @@ from gating_jax.types import Array, Records
 REDUCTIONS = ("layer_mean", "mean", "sum")
 SPARSITIES = ("l0", "macs", "budget", "target_rate")
 # Regularisers with a sparsity term.
-PRICED = ("batch_shaping", "sparsity")
+WITH_SPARSITY = ("batch_shaping", "sparsity")
 REGULARISERS = (
   "batch_shaping",
   "sparsity",
@@ -217,13 +217,13 @@ class ImageObjective:
         _reduced(per_gate, records, self.reduction),
       )
     # rho_t * sparsity, with batch-shaping or alone.
-    if self.regulariser in PRICED:
+    if self.regulariser in WITH_SPARSITY:
       yield self.sparsity, self.sparsity_coefficient(step), self._sparsity_term(records, axis_name)
 
   @property
-  def prices_budget(self) -> bool:
+  def has_budget(self) -> bool:
     """Returns whether `target` is a budget."""
-    return self.sparsity == "budget" and self.regulariser in PRICED
+    return self.sparsity == "budget" and self.regulariser in WITH_SPARSITY
 
   def _sparsity_term(self, records: Records, axis_name) -> Array:
     if self.sparsity == "l0":

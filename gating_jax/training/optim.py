@@ -139,7 +139,7 @@ def fade_in(
   Raises:
     ValueError: as for `ramp`.
   """
-  return ramp(0.0, coefficient, ramp_start, ramp_end, total_steps)
+  return ramp(0.0, coefficient, ramp_start=ramp_start, ramp_end=ramp_end, total_steps=total_steps)
 
 
 def ramp(

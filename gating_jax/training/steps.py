@@ -72,7 +72,10 @@ def init_state(
     variables = model.init(key, inputs)
     params = variables["params"]
     return TrainState(
-      jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), optimiser.init(params)
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      batch_stats=variables.get("batch_stats", {}),
+      opt_state=optimiser.init(params),
     )
 
   return init(key)
@@ -141,7 +144,10 @@ def make_train_step(
     params = optax.apply_updates(state.params, updates)
     # For the check that all values are finite: a step can spoil them after a finite loss.
     metrics["state_norm"] = optax.tree.norm((params, batch_stats))
-    return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+    after = TrainState(
+      step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state
+    )
+    return after, metrics
 
   return step
 

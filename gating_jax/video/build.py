@@ -224,7 +224,12 @@ def _segment_net(config: ml_collections.ConfigDict, classes: int) -> SegmentNet:
       concepts=gate.concepts,
       context=gate.context,
       relaxation=gate.relaxation,
-      gate=GateSettings(gate.hidden, gate.initial_open, gate.temperature, gate.noise_scale),
+      gate=GateSettings(
+        hidden=gate.hidden,
+        initial_open=gate.initial_open,
+        temperature=gate.temperature,
+        noise_scale=gate.noise_scale,
+      ),
     ),
   )
 
@@ -243,7 +248,7 @@ def _pretraining(
   shapes = sets.network_shapes(train, config)
 
   def prepare(key, inputs):
-    """Returns random segments of each video `[B, T, ...]`, as inputs of both nets `[B * S, ...]`."""
+    """Picks segments of each video `[B, T, ...]`, and returns both nets' inputs `[B * S, ...]`."""
     picked = sets.pick_segments(key, inputs, pretrain.segments_per_video, axis_name=devices.AXIS)
     return sets.network_inputs(picked, config)
 

@@ -42,10 +42,10 @@ def extract_features(
 
   def features(variables, batch):
     """Returns the features of a batch, `[B, T, C]` for each net."""
-    return _features(experiment, variables, batch, nets).of_net
+    return _features(experiment, variables, batch, nets=nets).of_net
 
   train = experiment.train
-  arrays = _over(experiment, features, variables, train)
+  arrays = _over(experiment, features, variables, videos=train)
   return VideoArrays(arrays, train.class_names, train.names, unit_names=train.unit_names)
 
 
@@ -64,7 +64,7 @@ def test(experiment: VideoExperiment, variables: Any) -> tuple[dict[str, Any], A
     done = _exit_early(experiment, variables)
   else:
     of_batch = functools.partial(outcome, experiment)
-    done = _over(experiment, of_batch, variables, test_set)
+    done = _over(experiment, of_batch, variables, videos=test_set)
   # Weight 0 marks a video that could not be read.
   read = done["weight"] > 0
   done = {name: values[read] for name, values in done.items()} | {"index": np.flatnonzero(read)}
@@ -174,7 +174,11 @@ class _Features(NamedTuple):
 
 
 def _features(
-  experiment: VideoExperiment, variables: Any, batch: Mapping[str, jax.Array], nets: Sequence[str]
+  experiment: VideoExperiment,
+  variables: Any,
+  batch: Mapping[str, jax.Array],
+  *,
+  nets: Sequence[str],
 ) -> _Features:
   """Runs those of the nets that the network has."""
   inputs, of_net, records = experiment.prepare(batch), {}, ()
@@ -199,8 +203,8 @@ def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
 
   def steps(variables, batch):
     """Returns the logits after each segment, `[B, T, classes]`, and the MACs of a batch."""
-    features, valid = _features(experiment, variables, batch, ("heavy",)), batch["valid"]
-    logits = []
+    features = _features(experiment, variables, batch, nets=("heavy",))
+    valid, logits = batch["valid"], []
     # The heavy net runs once; the classifier sees each prefix of its features.
     for seen in range(1, experiment.counts.segments + 1):
       first = selection.first_k(valid, seen)
@@ -210,8 +214,8 @@ def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
       "heavy_macs": _heavy_macs(experiment, features.records, valid.shape),
     }
 
-  train = _over(experiment, steps, variables, experiment.train)
-  done = _over(experiment, steps, variables, experiment.test)
+  train = _over(experiment, steps, variables, videos=experiment.train)
+  done = _over(experiment, steps, variables, videos=experiment.test)
   # Weight 0 marks a video that could not be read.
   read = train["weight"] > 0
   lengths = train["valid"][read].sum(axis=1)
@@ -236,7 +240,7 @@ def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
 
 
 def _over(
-  experiment: VideoExperiment, fn: Callable, variables: Any, videos: VideoArrays | VideoSet
+  experiment: VideoExperiment, fn: Callable, variables: Any, *, videos: VideoArrays | VideoSet
 ) -> Arrays:
   """Computes `fn(variables, batch)` for every video once.
 

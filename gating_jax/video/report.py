@@ -129,7 +129,7 @@ def write(
     f"{config.model.selection} on {config.data.name} videos",
     sections,
     subtitle=f"{run_dir.path.name}, step {step:,}",
-    opening=_begin(experiment, result, done, around, notice),
+    opening=_begin(experiment, result, done, around=around, notice=notice),
   )
 
 
@@ -137,6 +137,7 @@ def _begin(
   experiment: VideoExperiment,
   result: Mapping[str, Any],
   done: Arrays,
+  *,
   around: opening.Surroundings,
   notice: str,
 ) -> page.Opening:
