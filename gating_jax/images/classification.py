@@ -361,7 +361,7 @@ class Classification(runner.Programme):
     shaped = (
       config.loss.regulariser == "batch_shaping" and config.loss.batch_shaping.coefficient > 0
     )
-    image_report.write(
+    image_report.write_report(
       run_dir.report,
       image_report.ImageRun(
         title=f"{config.model.name} on {config.data.name}",

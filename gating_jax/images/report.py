@@ -86,12 +86,12 @@ class ImageRun:
     return gate_pictures.layer_names(self.layers)
 
 
-def write(path: Path, run: ImageRun) -> None:
+def write_report(path: Path, run: ImageRun) -> None:
   """Writes the page, whole or not at all."""
-  page.write_page(path, run.title, sections(run), subtitle=run.subtitle, opening=begin(run))
+  page.write_page(path, run.title, make_sections(run), subtitle=run.subtitle, opening=make_opening(run))
 
 
-def begin(run: ImageRun) -> page.Opening:
+def make_opening(run: ImageRun) -> page.Opening:
   """Returns the opening of the page: the large numbers, and the picture of gate outcomes."""
   key, name = run.score
   result, around = run.tests[-1], run.around
@@ -117,7 +117,7 @@ _SCORES = {
 }
 
 
-def sections(run: ImageRun) -> list[page.Section]:
+def make_sections(run: ImageRun) -> list[page.Section]:
   """Returns the sections after the opening, in order.
 
   Sections without meaning for the run are left out.

@@ -126,7 +126,7 @@ def _outcome_rows(result: Mapping[str, Any]) -> list[Row]:
 
 
 def video_rows(result: Mapping[str, Any]) -> list[Row]:
-  """Returns rows of name and value, from the result of `video.evaluate.test`."""
+  """Returns rows of name and value, from the result of `video.evaluate.test_network`."""
   mac_ratio = format_percent(result["mac_ratio"], 1)
   share = format_percent(result["share"], 1)
   low, high = format_percent(result["share_p10"], 1), format_percent(result["share_p90"], 1)

@@ -49,7 +49,7 @@ def extract_features(
   return VideoArrays(arrays, train.class_names, train.names, unit_names=train.unit_names)
 
 
-def test(experiment: VideoExperiment, variables: Any) -> tuple[dict[str, Any], Arrays]:
+def test_network(experiment: VideoExperiment, variables: Any) -> tuple[dict[str, Any], Arrays]:
   """Tests the whole network on every test video once.
 
   Videos that could not be read are counted and left out.

@@ -26,14 +26,14 @@ PRETRAIN_DIR = "pretrain"
 _CONCEPT_SEGMENTS = 20_000
 
 
-def fresh(phase: Phase, seed: int) -> steps.TrainState:
+def initial_state(phase: Phase, seed: int) -> steps.TrainState:
   """Initialises the state with which a phase begins."""
   return steps.init_state(phase.model, phase.optimiser, seed, phase.shapes)
 
 
 def restore(phase: Phase, path: Path, seed: int) -> Checkpoint:
   """Returns the newest checkpoint of a phase, or a fresh state as that of step 0."""
-  state = fresh(phase, seed)
+  state = initial_state(phase, seed)
   found = restore_newest(path / rundir.CHECKPOINT_DIR, state)
   return Checkpoint(0, devices.replicate(state)) if found is None else found
 
@@ -58,17 +58,17 @@ def trained_nets(experiment: VideoExperiment, path: Path) -> Any:
       f"{path} must hold nets trained for {experiment.pretraining.settings.total_steps} steps; "
       f"its newest checkpoint is of step {step}"
     )
-  return of_state(state)
+  return variables_of(state)
 
 
-def begin(
+def begin_training(
   experiment: VideoExperiment, state: steps.TrainState, nets: Any, train: Any
 ) -> steps.TrainState:
   """Returns a fresh state with the results of pretraining: concepts, and nets that train on."""
   params, batch_stats = dict(state.params), dict(state.batch_stats)
   # In `two_stage` the state holds no nets: it trains on their features.
   if nets is not None and experiment.config.training == "end_to_end":
-    trained = devices.replicate(nets_of(experiment, nets))
+    trained = devices.replicate(placed_nets(experiment, nets))
     params |= trained["params"]
     batch_stats |= trained["batch_stats"]
   if experiment.model.selection == "gate":
@@ -95,18 +95,18 @@ def _concepts_of(features: VideoArrays, config: ml_collections.ConfigDict) -> np
   return find_concepts(sample, config.model.gate.concepts, seed=config.seed)
 
 
-def whole(experiment: VideoExperiment, state: steps.TrainState, nets: Any) -> dict[str, Any]:
+def whole_network(experiment: VideoExperiment, state: steps.TrainState, nets: Any) -> dict[str, Any]:
   """Returns the variables of the whole network."""
-  variables = of_state(state)
+  variables = variables_of(state)
   if experiment.config.training == "end_to_end":
     return variables
   # `two_stage` trained the gate and the classifier alone: the nets join them here.
-  for kind, tree in nets_of(experiment, nets).items():
+  for kind, tree in placed_nets(experiment, nets).items():
     variables[kind] = {**variables[kind], **tree}
   return variables
 
 
-def nets_of(experiment: VideoExperiment, nets: Any) -> dict[str, Any]:
+def placed_nets(experiment: VideoExperiment, nets: Any) -> dict[str, Any]:
   """Renames the trained variables as the whole network names them."""
   # Networks on precomputed features have no trained nets.
   if nets is None:
@@ -122,6 +122,6 @@ def nets_of(experiment: VideoExperiment, nets: Any) -> dict[str, Any]:
   return renamed
 
 
-def of_state(state: steps.TrainState) -> dict[str, Any]:
+def variables_of(state: steps.TrainState) -> dict[str, Any]:
   """Returns the variables that a phase has trained."""
   return {"params": state.params, "batch_stats": state.batch_stats}

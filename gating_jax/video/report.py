@@ -35,14 +35,14 @@ _LISTED = 12
 _SEGMENT = 0.4
 
 
-def draw(
+def write_pictures(
   experiment: VideoExperiment, done: Arrays, run_dir: rundir.RunDir, journal: Journal, step: int
 ) -> None:
   """Writes the pictures of a test's arrays to files and to TensorBoard.
 
   Args:
     experiment: that was tested.
-    done: the arrays of `evaluate.test`.
+    done: the arrays of `evaluate.test_network`.
     run_dir: for the files.
     journal: for TensorBoard.
     step: of the checkpoint.
@@ -58,7 +58,7 @@ def draw(
     journal.write_picture(step, f"pictures/{name}", path)
 
 
-def histograms(experiment: VideoExperiment, done: Arrays) -> dict[str, np.ndarray]:
+def count_histograms(experiment: VideoExperiment, done: Arrays) -> dict[str, np.ndarray]:
   """Counts values for `Journal.write_histograms`.
 
   They are the probabilities of segments, the fractions chosen of each video, and, if the heavy net
@@ -76,7 +76,7 @@ def histograms(experiment: VideoExperiment, done: Arrays) -> dict[str, np.ndarra
   return counts
 
 
-def write(
+def write_report(
   experiment: VideoExperiment,
   result: Mapping[str, Any],
   done: Arrays,
@@ -129,11 +129,11 @@ def write(
     f"{config.model.selection} on {config.data.name} videos",
     sections,
     subtitle=f"{run_dir.path.name}, step {step:,}",
-    opening=_begin(experiment, result, done, around=around, notice=notice),
+    opening=_make_opening(experiment, result, done, around=around, notice=notice),
   )
 
 
-def _begin(
+def _make_opening(
   experiment: VideoExperiment,
   result: Mapping[str, Any],
   done: Arrays,

@@ -82,7 +82,7 @@ class LongVideo(runner.Programme):
 
   def fresh(self) -> TrainState:
     """Initialises the state with which the training of gate and classifier begins."""
-    return video_nets.fresh(self.experiment.training, self.config.seed)
+    return video_nets.initial_state(self.experiment.training, self.config.seed)
 
   def restore(self, run_dir: RunDir) -> Checkpoint | None:
     """Restores the variables of the whole network, from its newest checkpoint."""
@@ -94,7 +94,7 @@ class LongVideo(runner.Programme):
     found = super().restore(run_dir)
     if found is None:
       return None
-    return Checkpoint(found.step, video_nets.whole(experiment, found.state, nets))
+    return Checkpoint(found.step, video_nets.whole_network(experiment, found.state, nets))
 
   def train(self, run_dir: RunDir) -> dict[str, Any] | None:
     """Trains the nets, then gate and classifier; returns the result, or None where it stopped."""
@@ -115,20 +115,20 @@ class LongVideo(runner.Programme):
       # The checkpoint of a resumed run already holds the concepts.
       if not training.step:
         with working("finding the initial concepts of the gates", "up to a minute"):
-          training.state = video_nets.begin(experiment, training.state, nets, train)
+          training.state = video_nets.begin_training(experiment, training.state, nets, train)
       training.begin(self.title)
       evaluate = functools.partial(self._evaluate, training, nets)
       if not self._run(training, phase, train, evaluate):
         return None
-      variables = video_nets.whole(experiment, training.state, nets)
+      variables = video_nets.whole_network(experiment, training.state, nets)
       result, behaviour = self._test(variables, training.say)
       # Timed once, at the end: a test during training is not slowed down by it.
       result |= self._speed(variables)
       with working("drawing the report", "up to a minute"):
         self._note(training, result, behaviour)
         journal, step = training.journal, training.step
-        hosts.on_writer(lambda: report.draw(experiment, behaviour, run_dir, journal, step))
-        hosts.on_writer(lambda: report.write(experiment, result, behaviour, run_dir, step))
+        hosts.on_writer(lambda: report.write_pictures(experiment, behaviour, run_dir, journal, step))
+        hosts.on_writer(lambda: report.write_report(experiment, result, behaviour, run_dir, step))
     return result | {"step": step}
 
   def pretrain(self, run_dir: RunDir) -> dict[str, Any] | None:
@@ -140,7 +140,7 @@ class LongVideo(runner.Programme):
         training.begin("training both nets on single segments first")
         if not self._run(training, phase, self.experiment.train):
           return None
-      return video_nets.of_state(training.state)
+      return video_nets.variables_of(training.state)
 
   def test(self, step: int, variables: Any) -> dict[str, Any]:
     """Tests the whole network; returns its result, with its speed."""
@@ -153,7 +153,7 @@ class LongVideo(runner.Programme):
     result |= self._speed(variables)
     with working("drawing the report", "up to a minute"):
       hosts.on_writer(
-        lambda: report.write(self.experiment, result, behaviour, run_dir, step, notice)
+        lambda: report.write_report(self.experiment, result, behaviour, run_dir, step, notice)
       )
     return result
 
@@ -216,7 +216,7 @@ class LongVideo(runner.Programme):
   def _open(self, phase: Phase, folder: Path) -> runner.Training:
     """Opens the training of a phase in its folder."""
     with working("making the networks", "up to half a minute"):
-      fresh = video_nets.fresh(phase, self.config.seed)
+      fresh = video_nets.initial_state(phase, self.config.seed)
       return runner.Training(folder, fresh, phase.settings.total_steps)
 
   def _run(
@@ -242,12 +242,12 @@ class LongVideo(runner.Programme):
     with working(
       f"computing the features of {len(train):,} training videos", "minutes for large sets"
     ):
-      variables = video_nets.nets_of(self.experiment, nets)
+      variables = video_nets.placed_nets(self.experiment, nets)
       return video_evaluation.extract_features(self.experiment, variables)
 
   def _evaluate(self, training: runner.Training, nets: Any) -> None:
     """Tests the state of a training, and notes the result in the journal."""
-    variables = video_nets.whole(self.experiment, training.state, nets)
+    variables = video_nets.whole_network(self.experiment, training.state, nets)
     result, behaviour = self._test(variables, training.say)
     self._note(training, result, behaviour)
     training.say(tables.video_headline(result))
@@ -255,10 +255,10 @@ class LongVideo(runner.Programme):
   def _test(
     self, variables: Any, tell: Callable[[str], None]
   ) -> tuple[dict[str, Any], video_evaluation.Arrays]:
-    """Tests the whole network on every test video, as `video.evaluate.test` does."""
+    """Tests the whole network on every test video, as `video.evaluate.test_network` does."""
     about = "programs are compiled first, up to a minute"
     with working(f"testing on {len(self.experiment.test):,} videos", about, tell):
-      return video_evaluation.test(self.experiment, variables)
+      return video_evaluation.test_network(self.experiment, variables)
 
   def _speed(self, variables: Any) -> dict[str, float]:
     """Times the whole network, as `video.speed.speed` does."""
@@ -270,5 +270,5 @@ class LongVideo(runner.Programme):
   ) -> None:
     """Writes a test's numbers and histograms to the journal."""
     training.journal.write(training.step, "test", numbers(result))
-    histograms = report.histograms(self.experiment, behaviour)
+    histograms = report.count_histograms(self.experiment, behaviour)
     training.journal.write_histograms(training.step, "test", histograms)

@@ -71,7 +71,7 @@ def test_times_of_an_older_checkpoint_are_put_aside_and_those_of_the_same_stay(
 def test_the_page_of_what_is_not_compiled_says_why(tmp_path, monkeypatch, gates, refused):
   monkeypatch.setitem(resnet.RESNETS, "tiny", tiny_cli.TINY)
   pages = []
-  monkeypatch.setattr(classification.image_report, "write", lambda _, run: pages.append(run))
+  monkeypatch.setattr(classification.image_report, "write_report", lambda _, run: pages.append(run))
   built = classification.build(digits_resnet20.get_config(f"gates={gates},model=tiny"))
 
   class OneRow(classification.Classification):

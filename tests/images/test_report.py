@@ -16,7 +16,7 @@ def unsaved(monkeypatch):
 
 
 def section(run, title):
-  (found,) = [s for s in report.sections(run) if s.title.startswith(title)]
+  (found,) = [s for s in report.make_sections(run) if s.title.startswith(title)]
   return found
 
 
@@ -118,7 +118,7 @@ def test_what_gates_tell_of_the_class(monkeypatch):
 
 
 def test_sections_that_make_no_sense_are_left_out_or_say_so():
-  titles = lambda run: [s.title for s in report.sections(run)]
+  titles = lambda run: [s.title for s in report.make_sections(run)]
   assert titles(report_data.run()) == [
     "Result",
     "Score and multiply-accumulates",
@@ -152,7 +152,7 @@ def test_sections_that_make_no_sense_are_left_out_or_say_so():
     "Settings",
     "About this run",
   ]
-  assert "This network has no gates" in report.begin(ungated).text
+  assert "This network has no gates" in report.make_opening(ungated).text
   assert section(ungated, "Score").text == "Every image takes the same multiply-accumulates: 1,000."
   once = report_data.run(tests=[report_data.run().tests[-1]])
   assert "tested once" in section(once, "Score").text
@@ -178,7 +178,7 @@ def test_easy_and_hard_are_quarters_by_loss_wherever_they_stand():
 def test_large_numbers_stand_next_to_the_ungated_baseline():
   around = opening.Surroundings(baseline=opening.Baseline("dense", {"accuracy": 0.75}))
   run = report_data.run(how="gates=none", around=around)
-  begin = report.begin(run)
+  begin = report.make_opening(run)
   accuracy, macs, time = begin.numbers
   assert (accuracy.value, accuracy.baseline) == ("66.67 %", "ungated: 75.00 %")
   assert (
@@ -187,7 +187,7 @@ def test_large_numbers_stand_next_to_the_ungated_baseline():
   assert (macs.value, macs.baseline) == ("62.2 %", "ungated: 100 %, 1 k per image")
   assert (time.value, time.baseline) == ("–", "not measured, nor was the ungated network")
   assert begin.text == ""
-  without = report.begin(report_data.run(how="gates=none"))
+  without = report.make_opening(report_data.run(how="gates=none"))
   assert without.numbers[0].baseline == "ungated: no baseline found"
   assert without.text.startswith(
     "No ungated baseline: next to this run directory there is no finished run"
@@ -196,7 +196,7 @@ def test_large_numbers_stand_next_to_the_ungated_baseline():
 
 def test_the_page_escapes_what_the_data_set_says():
   run = report_data.run()
-  html = page.render_page(run.title, report.sections(run), subtitle=run.subtitle)
+  html = page.render_page(run.title, report.make_sections(run), subtitle=run.subtitle)
   assert "<script" not in html
   assert "tiny on &lt;b&gt;" in html
   assert "&lt;i&gt;digits" in html

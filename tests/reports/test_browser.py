@@ -43,10 +43,10 @@ def check(file, width):
 @pytest.mark.parametrize("kind", ["gated", "ungated", "scenes"])
 def test_a_report_loads_and_fits(tmp_path, kind, width):
   run = report_data.run(kind)
-  image_report.write(tmp_path / "report.html", run)
+  image_report.write_report(tmp_path / "report.html", run)
   found = check(tmp_path / "report.html", width)
   assert found["images"] == {"gated": 12, "ungated": 3, "scenes": 11}[kind]
-  assert found["headings"] == [section.title for section in image_report.sections(run)]
+  assert found["headings"] == [section.title for section in image_report.make_sections(run)]
   assert found["headings"][0] == "Result"
   assert found["shut"] == len(found["headings"])
   assert [number.endswith("%") for number in found["numbers"]] == [True, True, False]
@@ -144,7 +144,7 @@ def video_page(folder):
     "unreadable": 1,
     "missing": 1,
   }
-  video_report.write(experiment, result, done, rundir.RunDir(folder), 10)
+  video_report.write_report(experiment, result, done, rundir.RunDir(folder), 10)
 
 
 LAST = ["Time", "Settings", "About this run"]

@@ -231,7 +231,7 @@ def test_histograms_are_of_valid_segments_and_of_each_layer_of_channel_gates():
     "channels": np.stack([np.full((2, statistics.BINS), layer) for layer in range(2)], axis=1),
   }
   heavy = SimpleNamespace(gate_layers=(("conv1", 8), ("conv2", 8)))
-  counts = report.histograms(SimpleNamespace(counts=SimpleNamespace(heavy=heavy)), done)
+  counts = report.count_histograms(SimpleNamespace(counts=SimpleNamespace(heavy=heavy)), done)
   assert counts["gates/segments/probs"].sum() == 2
   for layer, count in (("conv1", 0), ("conv2", 2)):
     assert counts[f"gates/heavy/{layer}/probs"].tolist() == [count] * statistics.BINS
@@ -383,12 +383,12 @@ def test_nets_that_were_trained_can_be_taken_for_another_run(config, pretrained)
   step, state = video_nets.restore(experiment.pretraining, workdir / video_nets.PRETRAIN_DIR, 0)
   assert step == 1
   assert tiny.bit_equal(nets["params"], state.params)
-  assert set(video_nets.nets_of(experiment, nets)["params"]) == {"light", "heavy"}
+  assert set(video_nets.placed_nets(experiment, nets)["params"]) == {"light", "heavy"}
   end_to_end = build.build(config(training="end_to_end", **{"model.selection": "uniform"}))
   _, state = video_nets.restore(end_to_end.training, workdir.parent / "none", 0)
-  begun = video_nets.begin(end_to_end, state, nets, None)
+  begun = video_nets.begin_training(end_to_end, state, nets, None)
   assert tiny.bit_equal(
-    begun.params["heavy"], video_nets.nets_of(end_to_end, nets)["params"]["heavy"]
+    begun.params["heavy"], video_nets.placed_nets(end_to_end, nets)["params"]["heavy"]
   )
   other.pretrain.epochs = 2
   with pytest.raises(rundir.RunDirError, match="must hold nets trained for 2 steps; .* of step 1"):
@@ -583,7 +583,7 @@ def test_concepts_stay_as_they_were_found(config, tmp_path):
   nets = jax.device_get(video_nets.restore(experiment.pretraining, tmp_path, 0)[1])
   variables = {"params": nets.params, "batch_stats": nets.batch_stats}
   train = evaluate.extract_features(experiment, variables)
-  begun = video_nets.begin(experiment, state, variables, train)
+  begun = video_nets.begin_training(experiment, state, variables, train)
   before = np.asarray(begun.params["gate"]["concepts"]["kernel"])
   advance = run.LongVideo(experiment).make_advance(experiment.training, train, 0)
   after, _ = advance(begun, 0)
