@@ -88,7 +88,9 @@ class ImageRun:
 
 def write_report(path: Path, run: ImageRun) -> None:
   """Writes the page, whole or not at all."""
-  page.write_page(path, run.title, make_sections(run), subtitle=run.subtitle, opening=make_opening(run))
+  page.write_page(
+    path, run.title, make_sections(run), subtitle=run.subtitle, opening=make_opening(run)
+  )
 
 
 def make_opening(run: ImageRun) -> page.Opening:

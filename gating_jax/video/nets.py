@@ -95,7 +95,9 @@ def _concepts_of(features: VideoArrays, config: ml_collections.ConfigDict) -> np
   return find_concepts(sample, config.model.gate.concepts, seed=config.seed)
 
 
-def whole_network(experiment: VideoExperiment, state: steps.TrainState, nets: Any) -> dict[str, Any]:
+def whole_network(
+  experiment: VideoExperiment, state: steps.TrainState, nets: Any
+) -> dict[str, Any]:
   """Returns the variables of the whole network."""
   variables = variables_of(state)
   if experiment.config.training == "end_to_end":
