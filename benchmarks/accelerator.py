@@ -25,7 +25,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 CIFAR10, DIGITS = "configs/cifar10_resnet20.py", "configs/digits_resnet20.py"
 COMMON = "batch=256,schedule=cosine"
-GATED = f"noise=0.25,{COMMON}"  # a quarter of the noise costs less accuracy, see docs/results.md
+# A quarter of the noise costs less accuracy: docs/results.md.
+GATED = f"noise=0.25,{COMMON}"
 RECIPES = {
   "ungated": f"{CIFAR10}:gates=none,{COMMON}",
   "gated to 75 %": f"{CIFAR10}:budget=0.75,{GATED}",
@@ -35,15 +36,20 @@ RECIPES = {
 }
 SMOKE = {"gated to 50 %": f"{DIGITS}:model=simple_cnn,width=0.1,budget=0.5,batch=32"}
 FULL_EPOCHS, TRAIN_IMAGES = 500, 50000
-BEFORE_RECIPES = 0.45  # of the time, at most
+# Largest fraction of the time for what comes before the recipes.
+BEFORE_RECIPES = 0.45
 # Seconds of the first recipe for reading, compiling, testing and its report; then as measured.
 OVERHEAD = 90
-MARGIN = 0.85  # fraction of the remaining time, for steps
-STEPS_A_CALL = 39  # a fifth of an epoch of 195 steps: an accelerator should not wait for the host
-GRACE = 45  # seconds to save and stop in
+# Fraction of the remaining time, for steps.
+MARGIN = 0.85
+# A fifth of an epoch of 195 steps: an accelerator should not wait for the host.
+STEPS_A_CALL = 39
+# Seconds in which a run must save its state and stop.
+GRACE = 45
 
 
 def main():
+  """Measures everything that the time allows, and writes it."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--data", type=Path, help="a TFDS folder with cifar10")
   parser.add_argument("--out", type=Path, default=Path("runs/accelerator"))
@@ -171,6 +177,7 @@ def outcome(workdir):
 
 
 def benchmark(name, *arguments):
+  """Returns the command of another benchmark."""
   return [sys.executable, str(HERE / f"{name}.py"), *arguments]
 
 

@@ -30,6 +30,7 @@ CLASSES = 10
 
 
 def main():
+  """Prints a line for each fraction of segments."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--net", default="resnet3d10:0.5", help="name:width")
   parser.add_argument("--shares", default="0.5,0.25,0.125")

@@ -31,6 +31,7 @@ CLASSES, EIGHTHS = 10, 8
 
 
 def main():
+  """Prints the lines of each rate."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--net", default="resnet20")
   parser.add_argument("--width", type=float, default=1.0)

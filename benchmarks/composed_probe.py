@@ -19,10 +19,12 @@ from sklearn.linear_model import LogisticRegression
 from gating_jax.data.composed import UNIT_NAMES, composed
 
 COUNTS = (1, 2, 4, 8, 16)
-DRAWS = 5  # of the segments of each training video
+# How often the segments of each training video are drawn.
+DRAWS = 5
 
 
 def main():
+  """Prints the accuracies for each number of segments."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--train_videos", type=int, default=1600)
   parser.add_argument("--test_videos", type=int, default=640)

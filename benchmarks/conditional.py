@@ -34,16 +34,20 @@ from gating_jax.models.resnet import resnet
 from gating_jax.timing import race
 
 SHARES = (1.0, 0.5, 0.25)
-HIDDEN = 16  # units of the gate networks, and examples that can have gates of their own
-AT_MOST = 1.05  # fraction of dense time with everything open
+# Units of the gate networks, and examples that can have gates of their own.
+HIDDEN = 16
+# Largest fraction of the dense time with everything open.
+AT_MOST = 1.05
 RNG = np.random.default_rng(0)
 
 
 def normal(*shape):
+  """Draws an array whose scale keeps a layer's variance."""
   return jnp.asarray(RNG.normal(0, (2 / max(1, np.prod(shape[:-1]))) ** 0.5, shape), jnp.float32)
 
 
 def conv(inputs, outputs):
+  """Draws a 3 x 3 convolution."""
   return Conv(normal(3, 3, inputs, outputs), 0.1 * normal(outputs))
 
 
@@ -81,6 +85,7 @@ def by_example(channels, group, opened):
 
 
 def images(batch, size, channels):
+  """Draws images; the i-th channel of set i stands out, which opens its gates."""
   x = RNG.normal(0, 1, (batch, size, size, channels)).astype(np.float32)
   for i in range(batch):
     x[i, :, :, i % HIDDEN] += 10
@@ -88,6 +93,7 @@ def images(batch, size, channels):
 
 
 def block(share, *, batch, size, channels, per_gate=1):
+  """Returns one gated block, and images."""
   group = Group(channels // per_gate, per_gate)
   opened = open_sets(group.gates, share, min(batch, HIDDEN))
   head = by_example(channels, group, np.resize(opened, (HIDDEN, group.gates)))
@@ -104,6 +110,7 @@ def narrow(share, channels):
 
 
 def whole(share, *, width, batch=1):
+  """Returns a whole gated ResNet20, and images."""
   model = resnet("resnet20", 10, gating="channel", width=width, gate=GateSettings(hidden=HIDDEN))
   net = fold(model, model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
   parts = [
@@ -266,6 +273,7 @@ def measure(case, share, repeats):
 
 
 def main():
+  """Prints the rows of the chosen cases."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )

@@ -26,6 +26,7 @@ from gating_jax.continual.build import METHODS
 
 
 def main():
+  """Prints a line for each method."""
   args = arguments(__doc__, ",".join(METHODS)).parse_args()
   flags.FLAGS.mark_as_parsed()
   seeds = [int(seed) for seed in args.seeds.split(",")]
@@ -41,6 +42,7 @@ def main():
 
 
 def row(method, results):
+  """Returns the line of a method, from its results over seeds."""
   mean = lambda read: statistics.mean(read(r) for r in results)
   each = lambda kind: " ".join(f"{100 * r[kind]['average_accuracy']:.1f}" for r in results)
   share = lambda kind: f"{mean(lambda r: r[kind] / r['dense_macs']):.3f}"
@@ -55,6 +57,7 @@ def row(method, results):
 
 
 def arguments(description, methods):
+  """Returns the parser of a benchmark of methods."""
   parser = config_arguments(description)
   parser.add_argument("--runs", type=Path, required=True)
   parser.add_argument("--methods", default=methods)
@@ -62,6 +65,7 @@ def arguments(description, methods):
 
 
 def config_arguments(description):
+  """Returns the parser of a benchmark on one config."""
   parser = argparse.ArgumentParser(description=description.splitlines()[0])
   parser.add_argument("--config", default="split_digits")
   parser.add_argument("--seeds", default="0")

@@ -33,7 +33,8 @@ from gating_jax.timing import race
 
 A, B = 0.6, 0.4
 SHAPES = "256x336,256x2048,256x7552,1024x2048"
-LIMITS = {"plain autodiff": 15, "authors": 10}  # on CPU, for the shape below
+# On CPU, for the shape below.
+LIMITS = {"plain autodiff": 15, "authors": 10}
 LIMITED_SHAPE = (256, 2048)
 SORTS = {
   "compare-exchange network": ranking._network_argsort,
@@ -42,6 +43,7 @@ SORTS = {
 
 
 def main():
+  """Prints and writes the rows of each shape."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument(
     "--authors", type=Path, help="a checkout of github.com/Qualcomm-AI-research/batchshaping"
@@ -133,6 +135,7 @@ def distinct_logits(n, c):
 
 
 def ours(logits):
+  """Returns our loss's value and gradient as a function without arguments."""
   function = jax.jit(jax.value_and_grad(lambda z: batch_shaping_loss(z, beta(A, B)).sum()))
   logits = jnp.asarray(logits)
   return lambda: function(logits)
@@ -143,14 +146,18 @@ def ours_with_the_other_sort(logits):
   other = other_sort(sort_strategy(logits.shape))
   run = ours(logits)
   with mock.patch.object(ranking, "argsort", SORTS[other]):
-    run()  # traces and compiles
+    # Traces and compiles.
+    run()
   return run
 
 
 def plain_autodiff(logits):
+  """Returns the loss differentiated by JAX, as a function without arguments."""
+
   # From probabilities, so it is spared the sigmoid. `betainc` takes nearly all of the time: the
   # sort's axis, its stability, and starting from logits change less than the timings scatter.
   def loss(p):
+    """Computes the loss of probabilities `[n, c]`, summed over gates."""
     n = p.shape[0]
     expected = jnp.arange(1, n + 1, dtype=p.dtype)[:, None] / (n + 1)
     return jnp.mean(
@@ -163,6 +170,7 @@ def plain_autodiff(logits):
 
 
 def authors(logits):
+  """Returns the authors' loss, as a function without arguments."""
   import torch
   from batchshaping.batch_shaping_loss import Prior, gbas_loss
 
@@ -170,8 +178,10 @@ def authors(logits):
   gates = logits.shape[1]
 
   def run():
+    """Computes value and gradient."""
     probs.grad = None
-    loss = gates * gbas_loss(probs, Prior.BETA, A, B, dim=1)  # theirs is the mean over gates
+    # Theirs is the mean over gates.
+    loss = gates * gbas_loss(probs, Prior.BETA, A, B, dim=1)
     loss.backward()
     return loss.detach(), probs.grad
 
@@ -187,6 +197,7 @@ def differences(contenders, logits):
   p = special.expit(logits.astype(np.float64))
 
   def comparable(name):
+    """Returns a contender's value and gradient, per gate and in log-odds."""
     value, gradient = (np.asarray(part, np.float64) for part in contenders[name]())
     return value / c, n * gradient * (1 if name.startswith("ours") else p * (1 - p))
 
@@ -202,6 +213,7 @@ def sort_strategy(shape):
 
 
 def other_sort(chosen):
+  """Returns the name of the sort that was not chosen."""
   return next(name for name in SORTS if name != chosen)
 
 

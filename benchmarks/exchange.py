@@ -31,6 +31,7 @@ AXIS = "devices"
 
 
 def main():
+  """Prints and writes the rows of each number of devices and shape."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--devices", default="8,2", help="how many, with commas between")
   parser.add_argument(
@@ -84,6 +85,7 @@ def value_and_gradient(exchange, devices, n, c):
   spread = PartitionSpec(AXIS)
 
   def local(logits):
+    """Computes value and gradient on one device of the mesh."""
     total = lambda z: batch_shaping_loss(z, prior, axis_name=AXIS, exchange=exchange).sum()
     value, gradient = jax.value_and_grad(total)(logits)
     return lax.pmean(value, AXIS), gradient

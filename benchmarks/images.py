@@ -19,6 +19,7 @@ run's last start.
 import argparse
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -40,6 +41,23 @@ from gating_jax.training.journal import read_lines
 CONFIG = "configs/cifar10_resnet20.py"
 # Quarters of the test images, from easy to hard.
 QUARTERS = tuple(f"macs_of_quarter{i}" for i in (1, 2, 3, 4))
+# Numbers of a result of which a row has the mean over seeds.
+MEANS = (
+  "accuracy",
+  "params",
+  "gate_params",
+  "macs",
+  "macs_std",
+  *QUARTERS,
+  "mac_ratio",
+  "gates",
+  "mean_open",
+  *OUTCOMES,
+  "disagreement",
+  "input_information",
+  "class_information",
+  "seconds_since_last_start",
+)
 # Fields in which runs differ.
 OURS = (
   "seed",
@@ -72,8 +90,16 @@ QUICK = "optim.gate_lr_multiplier=5"
 
 
 def gated(width, budget, *fields, late=False, variants="noise=0.25"):
-  fields = (*(LATE if late else ()), *fields)
-  return Run(",".join(filter(None, (f"width={width:g},budget={budget:g}", variants))), fields, late)
+  """Returns a run with gated channels, trained to a budget."""
+  size = f"width={width:g},budget={budget:g}"
+  fields = (*LATE, *fields) if late else fields
+  return Run(f"{size},{variants}" if variants else size, fields, late)
+
+
+def ungated(*widths):
+  """Returns the rows of ungated nets of these widths."""
+  names = [f"ungated, width {width:g}" for width in widths]
+  return {name: UNGATED[name] for name in names}
 
 
 def wide_inside(width, inner, budget, *fields, gates="channels"):
@@ -116,10 +142,7 @@ TABLES = {
     "layers, width 0.5, to 60 %": Run("gates=layer,width=0.5,budget=0.6"),
   },
   "levers": {
-    **{
-      name: UNGATED[name]
-      for name in ("ungated, width 0.35", "ungated, width 0.5", "ungated, width 0.71")
-    },
+    **ungated(0.35, 0.5, 0.71),
     "early, noise 1": gated(1, 0.25, variants=""),
     "early": gated(1, 0.25),
     "late": gated(1, 0.25, late=True),
@@ -129,7 +152,7 @@ TABLES = {
     "late, width 1.41": gated(1.41, 0.125, late=True),
   },
   "inside": {
-    **{name: UNGATED[name] for name in ("ungated, width 0.25", "ungated, width 0.35")},
+    **ungated(0.25, 0.35),
     "as in budgets": wide_inside(0.25, 4, 0.28),
     "inner 8": wide_inside(0.25, 8, 0.145),
     "closed early": wide_inside(
@@ -162,6 +185,32 @@ TABLES = {
 
 
 def main():
+  """Runs a table, prints it and writes it."""
+  args, runs, seeds, fields = parse()
+  args.out.mkdir(parents=True, exist_ok=True)
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+  results = Job(args, fields).run(runs, seeds)
+  rows, missing = [], []
+  for name in runs:
+    finished = []
+    for seed in seeds:
+      if results[name, seed]:
+        finished.append(results[name, seed])
+      else:
+        missing.append(f"{name} of seed {seed}")
+    if finished:
+      rows.append(row(name, finished))
+  rows = compared(rows)
+  text = outcome_table(rows) if args.table == "ablation" else mac_table(rows)
+  print(text)
+  (args.out / f"{args.table}-{args.model}.json").write_text(json.dumps(rows, indent=2) + "\n")
+  (args.out / f"{args.table}-{args.model}.md").write_text(text + "\n")
+  if missing:
+    sys.exit(f"not finished: {', '.join(missing)}")
+
+
+def parse():
+  """Returns the arguments, the runs by name, the seeds and the flags of the command."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
@@ -175,37 +224,25 @@ def main():
   parser.add_argument("--only", default="", help="of the names of rows")
   parser.add_argument("--minutes", type=float, default=math.inf)
   args, fields = parser.parse_known_args()
-  if strange := [f for f in fields if not re.fullmatch(r"--[a-z_.]+=.+", f)]:
-    parser.error(
-      f"an option must be one of those above, or --FIELD=VALUE of the config; got {strange[0]!r}"
-    )
-  fields = [field.removeprefix("--") for field in fields]
-  if ours := [field for field in fields if field.partition("=")[0] in OURS]:
-    parser.error(
-      f"FIELD must not be one of {', '.join(OURS)}, which every run has its own of; got {ours[0]!r}"
-    )
+  flags = []
+  for option in fields:
+    if not re.fullmatch(r"--[a-z_.]+=.+", option):
+      parser.error(
+        f"an option must be one of those above, or --FIELD=VALUE of the config; got {option!r}"
+      )
+    field = option.removeprefix("--")
+    if field.partition("=")[0] in OURS:
+      parser.error(
+        f"FIELD must not be one of {', '.join(OURS)}, which every run has its own of; got {field!r}"
+      )
+    flags.append(f"--config.{field}")
   if args.epochs < 2:
     parser.error(f"--epochs must be >= 2; got {args.epochs}")
   runs = {name: run for name, run in TABLES[args.table].items() if re.search(args.only, name)}
   seeds = [int(seed) for seed in args.seeds.split(",")]
   if not runs:
     parser.error(f"--only must match a row of {args.table}; got {args.only!r}")
-
-  args.out.mkdir(parents=True, exist_ok=True)
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-  results = Job(args, [f"--config.{field}" for field in fields]).run(runs, seeds)
-  rows = [
-    row(name, [results[name, seed] for seed in seeds if results[name, seed]]) for name in runs
-  ]
-  rows = compared([r for r in rows if r["seeds"]])
-  text = (outcome_table if args.table == "ablation" else mac_table)(rows)
-  print(text)
-  (args.out / f"{args.table}-{args.model}.json").write_text(json.dumps(rows, indent=2) + "\n")
-  (args.out / f"{args.table}-{args.model}.md").write_text(text + "\n")
-  if missing := [
-    f"{name} of seed {seed}" for (name, seed), result in results.items() if not result
-  ]:
-    sys.exit(f"not finished: {', '.join(missing)}")
+  return args, runs, seeds, flags
 
 
 class Job:
@@ -215,36 +252,27 @@ class Job:
     self.args, self.fields, self.end = args, fields, time.monotonic() + 60 * args.minutes
     self.lock, self.running = threading.Lock(), set()
     self.env = dict(os.environ)
-    if args.jobs > 1:  # they share the device's memory
+    # Several jobs share the device's memory.
+    if args.jobs > 1:
       self.env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
   def run(self, runs, seeds):
     """Returns the result of each name and seed; None where there is none."""
     late, half = sorted({width(run) for run in runs.values() if run.late}), self.args.epochs // 2
+    starts, found = {}, {}
     with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
       # Runs that others start from come first, so that no worker waits for a run without a worker.
-      starts = {
-        (w, seed): pool.submit(
-          self._one, f"start, width {w}", seed, Run(f"gates=none,width={w}"), half
-        )
-        for seed in seeds
-        for w in late
-      }
-      found = {
-        (name, seed): pool.submit(
-          self._one,
-          name,
-          seed,
-          run,
-          self.args.epochs - half * run.late,
-          starts[width(run), seed] if run.late else None,
-        )
-        for seed in seeds
-        for name, run in runs.items()
-      }
+      for seed, w in itertools.product(seeds, late):
+        first = Run(f"gates=none,width={w}")
+        starts[w, seed] = pool.submit(self._one, f"start, width {w}", seed, first, half)
+      for seed, (name, run) in itertools.product(seeds, runs.items()):
+        epochs = self.args.epochs - half * run.late
+        start = starts[width(run), seed] if run.late else None
+        found[name, seed] = pool.submit(self._one, name, seed, run, epochs, start)
       try:
         return {key: future.result() for key, future in found.items()}
-      except BaseException:  # also Ctrl-C: running jobs are asked to stop, none is started
+      # Also Ctrl-C: running jobs are asked to stop, none is started.
+      except BaseException:
         self.end = 0
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(self.running):
@@ -252,6 +280,7 @@ class Job:
         raise
 
   def _one(self, name, seed, run, epochs, start=None):
+    """Returns the result of one run; None where it, or the run it starts from, does not finish."""
     folder, fields = self._folder(name, seed), list(run.fields)
     if start:
       if start.result() is None:
@@ -272,23 +301,16 @@ class Job:
     ]
     if self.args.data:
       command.append(f"--config.data.data_dir={self.args.data.resolve()}")
-    done = (
-      time.monotonic() < self.end
-      and self._call(folder, command)
-      and (folder / "result.json").exists()
-    )
+    file = folder / "result.json"
+    done = time.monotonic() < self.end and self._call(folder, command) and file.exists()
+    outcome = f"done: {name}, seed {seed}"
+    if not done:
+      outcome = f"NOT DONE: {name}, seed {seed}; see {folder}.txt"
     with self.lock:
-      print(
-        f"done: {name}, seed {seed}"
-        if done
-        else f"NOT DONE: {name}, seed {seed}; see {folder}.txt",
-        flush=True,
-      )
-    return (
-      json.loads((folder / "result.json").read_text()) | {"training": training_accuracy(folder)}
-      if done
-      else None
-    )
+      print(outcome, flush=True)
+    if not done:
+      return None
+    return json.loads(file.read_text()) | {"training": training_accuracy(folder)}
 
   def _call(self, folder, command):
     """Runs a job and returns True on success.
@@ -306,17 +328,20 @@ class Job:
       try:
         process.wait(None if left == math.inf else max(0, left))
       except subprocess.TimeoutExpired:
-        process.terminate()  # it saves its state
+        # It saves its state.
+        process.terminate()
         process.wait()
       self.running.discard(process)
     return process.returncode == 0
 
   def _folder(self, name, seed):
+    """Returns the run directory of a row and seed."""
     name = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
     return (self.args.out / f"{self.args.table}-{self.args.model}" / f"{name}-{seed}").resolve()
 
 
 def width(run):
+  """Returns the width of a run's net, as its variants have it."""
   return dict(item.split("=") for item in run.variants.split(",")).get("width", "1")
 
 
@@ -329,34 +354,17 @@ def training_accuracy(folder):
 
 def row(name, results):
   """Returns means over seeds, and the accuracies themselves."""
-  mean = lambda key: (
-    statistics.fmean(r[key] for r in results) if results and key in results[0] else None
-  )
-  return {
+  found = {
     "name": name,
     "seeds": len(results),
     "accuracies": [r["accuracy"] for r in results],
     "training": [r["training"] for r in results if r.get("training") is not None],
-    **{
-      key: mean(key)
-      for key in (
-        "accuracy",
-        "params",
-        "gate_params",
-        "macs",
-        "macs_std",
-        *QUARTERS,
-        "mac_ratio",
-        "gates",
-        "mean_open",
-        *OUTCOMES,
-        "disagreement",
-        "input_information",
-        "class_information",
-        "seconds_since_last_start",
-      )
-    },
   }
+  for key in MEANS:
+    # A result has only the numbers that its kind of net has.
+    known = bool(results) and key in results[0]
+    found[key] = statistics.fmean(r[key] for r in results) if known else None
+  return found
 
 
 def compared(rows):
@@ -364,12 +372,14 @@ def compared(rows):
 
   Between ungated widths, accuracy is interpolated linearly in log MACs.
   """
-  curve = sorted(
-    (math.log(r["macs"]), r["accuracy"]) for r in rows if r["name"].startswith("ungated")
-  )
+  curve = []
+  for r in rows:
+    if r["name"].startswith("ungated"):
+      curve.append((math.log(r["macs"]), r["accuracy"]))
+  curve.sort()
   for r in rows:
     at, r["gain"] = math.log(r["macs"]), None
-    for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
       if x0 <= at <= x1 and not r["name"].startswith("ungated"):
         r["gain"] = r["accuracy"] - (y0 + (y1 - y0) * (at - x0) / (x1 - x0))
   return rows
@@ -400,10 +410,12 @@ def spread(r):
 
   All are fractions of the mean over all images. Empty where every image takes the same.
   """
-  share = lambda key: f"{100 * r[key] / r['macs']:.1f} %"
   if not r["macs_std"]:
     return " | "
-  return f"{share('macs_std')} | {share(QUARTERS[0])} → {share(QUARTERS[-1])}"
+  deviation = f"{100 * r['macs_std'] / r['macs']:.1f} %"
+  easy = f"{100 * r[QUARTERS[0]] / r['macs']:.1f} %"
+  hard = f"{100 * r[QUARTERS[-1]] / r['macs']:.1f} %"
+  return f"{deviation} | {easy} → {hard}"
 
 
 def outcomes(r):
@@ -433,6 +445,7 @@ def outcome_table(rows):
 
 
 def percents(values):
+  """Returns fractions in percent, with commas between them."""
   return ", ".join(f"{100 * value:.2f}" for value in values)
 
 

@@ -57,6 +57,7 @@ TOLERANCE = {
 
 
 def main():
+  """Prints and writes the rows of each shape, dtype and fraction."""
   backend = jax.default_backend()
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--shapes", default=SHAPES["cpu" if backend == "cpu" else "gpu"])
@@ -182,7 +183,8 @@ def tuned(branch, x, gates, calls):
     try:
       contenders[tiles] = in_a_row(form, calls, branch, x, gates)
       jax.block_until_ready(contenders[tiles]())
-    except jax.errors.JaxRuntimeError as error:  # such as too much shared memory
+    # Such as too much shared memory.
+    except jax.errors.JaxRuntimeError as error:
       contenders.pop(tiles, None)
       print(f"left out {tiles}: {str(error).splitlines()[0]:.100}")
   times = race(contenders, 3)
@@ -215,6 +217,7 @@ def roofline(sizes, dtype, *, share, capacity):
 
 
 def print_roofline(shapes, dtypes):
+  """Prints what the data sheet's peaks allow."""
   print(
     f"{REFERENCE}, by its data sheet, nothing measured\n"
     f"{'N x H x W x C / B':<20}{'dtype':<10}{'open':>6}{'dense':>12}{'kernel':>12}{'':>8}"
@@ -236,6 +239,7 @@ def print_roofline(shapes, dtypes):
 
 
 def line(row):
+  """Returns a row as a line of text."""
   gap = f"{row['gap']:10.1e}" if row["gap"] is not None else ""
   return (
     f"{row['shape']:<20}{row['dtype']:<10}{row['open']:6.2f}  {row['form']:<12}"

@@ -25,11 +25,13 @@ import orbax.checkpoint as ocp
 
 ROOT = Path(__file__).parent.parent
 STEPS_PER_EPOCH = 5
-LONGEST = 15.0  # s from the processes' start to a kill; they need about 8 to their first step
+# Seconds from the processes' start to a kill; they need about 8 to their first step.
+LONGEST = 15.0
 GOING_ON = re.compile(r"resuming from the checkpoint of step (\d+) ")
 
 
 def main():
+  """Trains with kills and without, and compares the two."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--kills", type=int, default=20)
   parser.add_argument("--seed", type=int, default=0, help="of the processes and moments")
@@ -92,6 +94,7 @@ def disturb(workdir, args):
 
 
 def launch(workdir, epochs, restarts):
+  """Starts a training of two processes."""
   settings = {
     "model.name": "simple_cnn",
     "model.width": 0.1,
@@ -125,6 +128,7 @@ def launch(workdir, epochs, restarts):
 
 
 def finish(job, workdir):
+  """Waits for the end of a training; ends this program if it failed."""
   if job.wait(1800):
     raise SystemExit(workdir.with_suffix(".out").read_text())
 
@@ -161,6 +165,7 @@ def reached(workdir, since):
 
 
 def checkpoints(workdir):
+  """Returns the steps of a run's checkpoints."""
   return [int(f.name) for f in (workdir / "checkpoints").glob("*") if f.name.isdigit()]
 
 
@@ -172,6 +177,7 @@ def saved(workdir):
 
 
 def same(a, b):
+  """Returns whether two checkpoints are the same, bit for bit."""
   (step, a), (other_step, b) = a, b
   leaves, others = jax.tree.leaves_with_path(a), jax.tree.leaves_with_path(b)
   return (

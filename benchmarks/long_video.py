@@ -25,8 +25,10 @@ from configs import composed_timegate
 from gating_jax.video import evaluate
 from gating_jax.video import run as video_run
 
-SHORT = {"optim.epochs": 60}  # for rows without a learned gate
-ROWS = {  # changes of the config, by name
+# For rows without a learned gate.
+SHORT = {"optim.epochs": 60}
+# Changes of the config, by name.
+ROWS = {
   "all": {**SHORT, "model.selection": "all"},
   "gate50": {"loss.sparsity.target": 0.4},
   "gate25": {"loss.sparsity.target": 0.125},
@@ -49,6 +51,7 @@ ROWS = {  # changes of the config, by name
 
 
 def main():
+  """Trains the rows and prints them."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--runs", type=Path, required=True)
   parser.add_argument("--heavy", default="resnet3d10")
@@ -75,6 +78,7 @@ def main():
 
 
 def run(folder, row, args):
+  """Trains a row, unless its result is there."""
   config = composed_timegate.get_config(f"heavy={args.heavy},seed={args.seed}")
   config.update_from_flattened_dict({**ROWS[row], "log_every": 500, "checkpoint_every": 20.0})
   if row != "all":
@@ -99,6 +103,7 @@ def remembered(extract):
 
   @functools.wraps(extract)
   def once(experiment, variables, nets=("light", "heavy")):
+    """Runs `extract` where it has not run for the same nets."""
     key = (experiment.model.light is None, experiment.config.model.selection == "light")
     if key not in known:
       known[key] = extract(experiment, variables, nets)

@@ -21,6 +21,7 @@ COLUMNS = (
 
 
 def main():
+  """Prints a line for each number of tasks and method."""
   parser = continual.arguments(__doc__, "multitask_trunk,multitask_norms,multitask_gates")
   parser.add_argument("--counts", default="1,2,3,4,5", help="numbers of tasks")
   args = parser.parse_args()
@@ -40,6 +41,7 @@ def main():
 
 
 def row(method, count, results):
+  """Returns the line of a method and a number of tasks."""
   last_rows = (r["task_aware"]["accuracies"][-1] for r in results)
   each = [statistics.fmean(column) for column in zip(*last_rows, strict=True)]
   averages = [r["task_aware"]["average_accuracy"] for r in results]

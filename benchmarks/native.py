@@ -43,6 +43,7 @@ CASES = (
 
 
 def main():
+  """Prints the lines of each case."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--cases", default=CASES)
   parser.add_argument("--shares", default="1,0.5,0.25")
@@ -116,6 +117,7 @@ def stack(layers, strides, branch):
   """Returns `(x, gates) -> y` of consecutive branches; a shortcut takes every stride-th pixel."""
 
   def run(x, gates):
+    """Runs the branches one after the other."""
     for (kernel1, bias1), (kernel2, bias2), stride in zip(
       layers[::2], layers[1::2], strides, strict=True
     ):
@@ -126,22 +128,26 @@ def stack(layers, strides, branch):
 
 
 def native_branch(*arguments):
+  """Runs a branch by the native kernels."""
   *arguments, stride = arguments
   return native_kernels.open_branch(*arguments, stride=stride, implementation="native")
 
 
 def in_xla_masked(x, kernel1, bias1, kernel2, bias2, gates, shortcut, stride):
+  """Runs a branch in XLA, its hidden channels times the gates."""
   hidden = jax.nn.relu(conv(x, kernel1, stride) + bias1) * gates[:, None, None, :]
   return jax.nn.relu(conv(hidden, kernel2) + bias2 + shortcut)
 
 
 def in_xla(x, kernel1, bias1, kernel2, bias2, gates, shortcut, stride):
+  """Runs a branch in XLA without gates."""
   return jax.nn.relu(
     conv(jax.nn.relu(conv(x, kernel1, stride) + bias1), kernel2) + bias2 + shortcut
   )
 
 
 def conv(x, kernel, stride=1):
+  """Convolves `[N, H, W, C]` with a 3 x 3 kernel."""
   return lax.conv_general_dilated(
     x, kernel, (stride, stride), [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
   )

@@ -34,7 +34,8 @@ _BY_KIND = {
   "TPU v5": Peaks(229.5e12, 229.5e12, 2.77e12),
   "TPU v4": Peaks(137.5e12, 137.5e12, 1.2e12),
 }
-REFERENCE = "H100"  # its roofline is shown where the device's is unknown
+# Its roofline is shown where the device's is unknown.
+REFERENCE = "H100"
 
 
 def peaks(kind=None):

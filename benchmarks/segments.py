@@ -38,6 +38,7 @@ LIMITS = {0.5: 0.8, 0.25: 0.7}
 
 
 def main():
+  """Prints the lines of each net and number of videos."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument(
     "--nets", default="resnet3d18:0.5,r2plus1d18:0.5", help="name:width, with commas between"
@@ -124,12 +125,14 @@ def compare(args, net, videos, clip):
 
 
 def named(build, name):
+  """Builds the net of `name:width`."""
   name, width = name.split(":")
   settings = {"stem": "small"} if build is heavy_net else {}
   return build(name, width=float(width), **settings)
 
 
 def prepare(inputs):
+  """Returns the inputs of both nets, normalised, from clips."""
   clips = inputs["clips"]
   normalise = lambda pixels: augment.normalise(pixels, MEAN, STD)
   return {
@@ -144,6 +147,7 @@ def everything(model, variables, inputs, at_a_time):
 
   @jax.jit
   def run(variables, inputs):
+    """Classifies videos by all of their segments."""
     heavy = prepare(inputs)["heavy"]
     features, _ = model.apply(variables, heavy.reshape(-1, *heavy.shape[2:]), method="encode")
     gates = inputs["valid"].astype(jnp.float32)

@@ -40,7 +40,8 @@ CHANNELS = (32, 48, 64, 64)
 STRIDES = (2, 2, 2, 1)
 PRIOR = normal(0.0, 1.0)
 DATA = cifar10_resnet20.get_config().data
-TEST_BATCH = 250  # divides CIFAR-10's test set
+# Divides CIFAR-10's test set.
+TEST_BATCH = 250
 
 
 class ConvNet(nn.Module):
@@ -63,6 +64,7 @@ class ConvNet(nn.Module):
 
 
 def main():
+  """Prints a line for each variant."""
   args = parse()
   train = image_sets.load("cifar10", f"train[:{args.train_images}]", args.data_dir)
   test = image_sets.load("cifar10", "test", args.data_dir)
@@ -92,6 +94,7 @@ def main():
 
 
 def parse():
+  """Returns the arguments."""
   numbers = lambda text: [float(number) for number in text.split(",")]
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--epochs", type=int, default=10)
@@ -173,6 +176,7 @@ class Trainer:
     )
 
     def loss(params):
+      """Computes the loss of a batch, and the new running statistics."""
       variables = {"params": params, "batch_stats": state.batch_stats}
       (logits, inputs), updates = self.model.apply(
         variables, x, train=True, mutable=["batch_stats"]
@@ -203,6 +207,7 @@ def draw(key, layers, count):
   """
 
   def positions(key, x):
+    """Returns one layer's values at the positions."""
     pixels = x.shape[1] * x.shape[2]
     start = jax.random.randint(key, (len(x), 1, 1), 0, pixels)
     index = (start + jnp.arange(count)[:, None] * (pixels // count)) % pixels

@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -31,6 +32,7 @@ from gating_jax.training import devices, steps
 
 
 def main():
+  """Prints and writes the row of each config."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("configs", nargs="+")
   parser.add_argument("--images", type=int, default=50000)
@@ -81,6 +83,7 @@ def measured(named, fields, args):
 
 
 def config_of(named, fields):
+  """Reads a config, with these fields."""
   path, _, variants = named.partition(":")
   spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
   module = importlib.util.module_from_spec(spec)
@@ -100,16 +103,9 @@ def built(config, images):
     rng.integers(0, 10, images).astype(np.int32),
     tuple(map(str, range(10))),
   )
-  load, size, image_sets.load, image_sets.size = (
-    image_sets.load,
-    image_sets.size,
-    lambda *_: made,
-    lambda *_: images,
-  )
-  try:
+  # In place of CIFAR-10, which need not be there.
+  with mock.patch.multiple(image_sets, load=lambda *_: made, size=lambda *_: images):
     return classification.build(config)
-  finally:
-    image_sets.load, image_sets.size = load, size
 
 
 def training(experiment, repeats):
@@ -119,10 +115,8 @@ def training(experiment, repeats):
       experiment.model, experiment.optimiser, experiment.config.seed, experiment.test.shape
     )
   )
-  advance, k = (
-    classification.Classification(experiment).make_advance(experiment.test, 0),
-    experiment.config.devices.steps_per_dispatch,
-  )
+  advance = classification.Classification(experiment).make_advance(experiment.test, 0)
+  k = experiment.config.devices.steps_per_dispatch
   seconds = []
   for call in range(repeats + 1):
     start = time.perf_counter()
@@ -149,12 +143,13 @@ def testing(experiment, repeats):
 
 
 def line(row):
-  share = lambda value: f"{100 * value:7.1f} %" if value is not None else f"{'?':>9}"
-  return (
-    f"{row['config']:<76}{row['dtype']:<10}{row['train_images_per_second']:16,.0f}"
-    f"{share(row['train_share_of_peak'])}{row['test_images_per_second']:16,.0f}"
-    f"{share(row['test_share_of_peak'])}"
-  )
+  """Returns a row as a line of text."""
+  text = f"{row['config']:<76}{row['dtype']:<10}"
+  for part in ("train", "test"):
+    of_peak = row[f"{part}_share_of_peak"]
+    percent = f"{'?':>9}" if of_peak is None else f"{100 * of_peak:7.1f} %"
+    text += f"{row[f'{part}_images_per_second']:16,.0f}{percent}"
+  return text
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ THREADS = len(os.sched_getaffinity(0))
 
 
 def main():
+  """Prints the tables of accuracy and times."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -139,6 +140,7 @@ def programs(gated, ungated, size, calibration):
     }
 
   def bind(made, x):
+    """Returns a function without arguments that runs a network on these images."""
     x = jnp.asarray(x)
     return lambda: made(x)[0]
 
@@ -176,6 +178,7 @@ def elsewhere(net, shape):
     session = onnxruntime.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])
 
   def in_onnxruntime(x):
+    """Binds images to the network in onnxruntime."""
     x = channels_first(x)
     return lambda: session.run(None, {"x": x})[0]
 
@@ -183,15 +186,18 @@ def elsewhere(net, shape):
 
 
 def in_torch(net, layout, x):
+  """Binds images to a network in PyTorch."""
   x = torch.from_numpy(channels_first(x)).to(memory_format=layout)
   return torch.inference_mode()(lambda: forward(net, x).numpy())
 
 
 def channels_first(x):
+  """Moves the channels of `[N, H, W, D]` to the front."""
   return np.ascontiguousarray(np.moveaxis(x, -1, 1))
 
 
 def to_torch(array, layout):
+  """Converts an array to a tensor; kernels get PyTorch's order of axes."""
   if array.ndim != 4:
     return torch.from_numpy(np.array(array))
   return torch.from_numpy(np.ascontiguousarray(np.transpose(array, (3, 2, 0, 1)))).to(
@@ -220,6 +226,7 @@ def forward(net, x):
 
 
 def conv(conv, x):
+  """Applies a convolution of a folded network to `[N, D, H, W]`."""
   assert conv.dilation == 1
   return torch.nn.functional.conv2d(
     x, conv.kernel, conv.bias, conv.stride, [n // 2 for n in conv.kernel.shape[2:]]
@@ -234,6 +241,7 @@ class Module(torch.nn.Module if torch else object):
     self.net = net
 
   def forward(self, x):
+    """Runs the network on `[N, D, H, W]`."""
     return forward(self.net, x)
 
 

@@ -7,6 +7,7 @@ ratios; uses all cores as virtual devices on CPU.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 _DEVICES = 1 << min(os.cpu_count() or 1, 8).bit_length() - 1
 os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={_DEVICES}")
@@ -37,6 +39,7 @@ IMAGES = 4096
 
 
 def main():
+  """Prints and writes the times and their ratios."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--batch", type=int, default=128)
   parser.add_argument("--model", default="resnet20")
@@ -70,18 +73,17 @@ def main():
   print(
     f"{'import / jax, flax':<22}{ours / base:10.3f}      (limit 1.5; {ours:.2f} s, {base:.2f} s)"
   )
-  rows = [
-    *(
+  rows = []
+  for name, median in medians.items():
+    rows.append(
       {
         "form": name,
         "seconds": median,
         "fastest": min(times[name]),
         "times_ungated": median / ungated,
       }
-      for name, median in medians.items()
-    ),
-    {"form": "import", "seconds": ours, "times_jax_and_flax": ours / base},
-  ]
+    )
+  rows.append({"form": "import", "seconds": ours, "times_jax_and_flax": ours / base})
   if args.json:
     args.json.write_text(json.dumps(rows, indent=2) + "\n")
 
@@ -90,20 +92,16 @@ def training(args, images, gating):
   """Returns a function that takes one training step."""
   config = cifar10_resnet20.get_config(f"batch={args.batch},gates={gating},epochs=1000")
   config.model.name = args.model
-  load, size, image_sets.load, image_sets.size = (
-    image_sets.load,
-    image_sets.size,
-    lambda *_: images,
-    lambda *_: len(images),
-  )
-  experiment = classification.build(config)
-  image_sets.load, image_sets.size = load, size
+  # In place of CIFAR-10, which need not be there.
+  with mock.patch.multiple(image_sets, load=lambda *_: images, size=lambda *_: len(images)):
+    experiment = classification.build(config)
   state = devices.replicate(
     steps.init_state(experiment.model, experiment.optimiser, config.seed, images.shape)
   )
   advance, step = classification.Classification(experiment).make_advance(images, 0), 0
 
   def run():
+    """Takes one step."""
     nonlocal state, step
     state, metrics = advance(state, step)
     step += 1
@@ -117,25 +115,24 @@ def shaping_term(args):
 
   Gates are gathered over devices as in training.
   """
-  units = [
-    r.gates.shape[-1]
-    for r in jax.eval_shape(
-      lambda x: resnet(args.model, classes=10, gating="channel").init_with_output(
-        jax.random.key(0), x
-      )[0][1],
-      jnp.zeros((1, 32, 32, 3)),
-    )
-  ]
-  rng = np.random.default_rng(0)
-  logits = devices.replicate([rng.normal(1, 2, (args.batch, n)).astype(np.float32) for n in units])
+  model = resnet(args.model, classes=10, gating="channel")
+  init = functools.partial(model.init_with_output, jax.random.key(0))
+  (_, records), _ = jax.eval_shape(init, jnp.zeros((1, 32, 32, 3)))
+  rng, logits = np.random.default_rng(0), []
+  for record in records:
+    drawn = rng.normal(1, 2, (args.batch, record.gates.shape[-1]))
+    logits.append(drawn.astype(np.float32))
+  logits = devices.replicate(logits)
   prior = beta(0.6, 0.4)
 
+  def term(local):
+    """Computes the term of a device's logits."""
+    records = tuple(GateRecord(z, z, z) for z in local)
+    return batch_shaping_term(records, prior, axis_name=devices.AXIS)
+
   def gradient(logits, places):
-    local = [z[places] for z in logits]
-    term = lambda local: batch_shaping_term(
-      tuple(GateRecord(z, z, z) for z in local), prior, axis_name=devices.AXIS
-    )
-    grads = jax.grad(term)(local)
+    """Computes the gradient of the term, as one number."""
+    grads = jax.grad(term)([z[places] for z in logits])
     return jax.lax.pmean(sum(jnp.sum(g**2) for g in grads), devices.AXIS)
 
   mapped = devices.map_over_devices(
