@@ -109,8 +109,8 @@ def run(
 def _summary(card: Mapping[str, Any]) -> str:
   """Summarises an export in a line."""
   parts = [f"{100 * card['accuracy']:.2f} %", f"{card['executed_macs']:,.0f} MACs per image"]
-  for size, spent in card["milliseconds"].items():
-    parts.append(f"{spent:.2f} ms" + ("" if size == "1" else f" for {size} images"))
+  for size, time in card["milliseconds"].items():
+    parts.append(f"{time:.2f} ms" + ("" if size == "1" else f" for {size} images"))
   return ", ".join(parts)
 
 
@@ -263,7 +263,7 @@ def _write_exits(
   """Writes the export of a network with exits; returns the same time as `_write`."""
   with working("opening the training data", "minutes for large sets"):
     train, test = experiment.open_train(), experiment.test
-    images, spent = compile_report.calibration_images(train, experiment.normalise), []
+    images, macs = compile_report.calibration_images(train, experiment.normalise), []
   net, shape = exits.fold_exits(experiment.model, variables), test.shape
   with working(
     "compiling and timing programs with early exits, for one image", "a minute or two"
@@ -276,7 +276,7 @@ def _write_exits(
     """Returns logits `[N, K]` of images `[N, H, W, D]`; notes the MACs of each."""
     logits, stay = made(x)
     # An image costs what lies before the exit that it takes.
-    spent.append(exits.macs(net, shape, stay))
+    macs.append(exits.macs(net, shape, stay))
     return logits
 
   with working(f"testing the program on {len(test):,} images, one at a time", "up to a minute"):
@@ -284,7 +284,7 @@ def _write_exits(
   score = {
     "accuracy": accuracy,
     "macs": int(exits.macs(net, shape)),
-    "executed_macs": float(np.mean(np.concatenate(spent))),
+    "executed_macs": float(np.mean(np.concatenate(macs))),
   }
   whole = functools.partial(exits.program(), net)
   with working("timing the program and the net, one image at a time", "up to a minute") as progress:
@@ -382,8 +382,8 @@ def _milliseconds(
   found, on_start = {name: {} for name in programs}, count_pieces(progress, total)
   for size in sizes:
     # By turns, so that a slow spell of the machine hits all programs.
-    for name, spent in race(runs[size], _REPEATS, on_start=on_start).items():
-      seconds = statistics.median(spent) / len(batches[size])
+    for name, times in race(runs[size], _REPEATS, on_start=on_start).items():
+      seconds = statistics.median(times) / len(batches[size])
       found[name][str(size)] = round(1000 * seconds, 3)
   return found
 
@@ -450,10 +450,10 @@ def _row(name: str, score: Mapping[str, float], card: Mapping[str, Any]) -> list
     f"{score['macs']:,}",
     f"{score['executed_macs']:,.0f}",
   ]
-  files, spent = card.get("files"), card["milliseconds"]
+  files, times = card.get("files"), card["milliseconds"]
   for file in (export.WEIGHTS, export.PROGRAM):
     row.append(f"{files[file]['bytes']:,}" if files else "")
   # A program for a batch of one has no time for larger ones.
   for size in _TIMED_BATCHES:
-    row.append(f"{spent[str(size)]:.2f}" if str(size) in spent else "")
+    row.append(f"{times[str(size)]:.2f}" if str(size) in times else "")
   return row

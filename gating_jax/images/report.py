@@ -145,12 +145,12 @@ def make_sections(run: ImageRun) -> list[page.Section]:
 def _score(run: ImageRun) -> page.Section:
   """Returns the section on the score and its cost, over training and over images."""
   text, parts = _over_tests(run)
-  spent = run.images.macs
-  if np.ptp(spent) > 0:
+  macs = run.images.macs
+  if np.ptp(macs) > 0:
     text += _on_hard(run)
     parts.append(_quarters_picture(run))
   else:
-    text += f"Every {run.noun} takes the same multiply-accumulates: {spent[0]:,.0f}."
+    text += f"Every {run.noun} takes the same multiply-accumulates: {macs[0]:,.0f}."
   return page.Section("Score and multiply-accumulates", text.strip(), parts)
 
 
@@ -192,15 +192,15 @@ def _over_tests(run: ImageRun) -> tuple[str, list[page.Picture]]:
 
 def _quarters_picture(run: ImageRun) -> page.Picture:
   """Draws the MACs of easy and hard images."""
-  spent = run.images.macs
+  macs = run.images.macs
   return page.embed_figure(
-    image_pictures.draw_quarters(spent, _quarters(run), run.noun),
+    image_pictures.draw_quarters(macs, _quarters(run), run.noun),
     f"MACs of easy and hard {run.noun}s: the mean of each quarter (point), and its range from "
     "the 10th to the 90th percentile (bar).",
     terms=[
       (
         "quarters",
-        f"the {len(spent):,} test {run.noun}s in equal parts, ordered by their loss: easy "
+        f"the {len(macs):,} test {run.noun}s in equal parts, ordered by their loss: easy "
         "ones have the least, hard ones the largest",
       ),
       (

@@ -127,9 +127,8 @@ def evaluate(
   if gates.tally is None:
     return Evaluation(result, behaviour, None)
   found = gates.behaviour()
-  spent = statistics.mac_spread(behaviour.macs, behaviour.losses)
-  result |= spent
-  result["mac_ratio"] = spent["macs"] / counts.macs
+  result |= statistics.mac_spread(behaviour.macs, behaviour.losses)
+  result["mac_ratio"] = result["macs"] / counts.macs
   result |= gate_outcomes.summary(found.diagnosis)
   if found.diagnosis.class_information is not None:
     result["class_information_floor"] = found.diagnosis.floor

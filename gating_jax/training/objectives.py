@@ -49,8 +49,8 @@ class ImageObjective:
 
   Attributes:
     prior: the distribution that each gate's open probability should follow over the batch.
-    reduction: of the batch-shaping loss over gates: `layer_mean`, mean over a layer's gates and sum
-      over layers; `mean` or `sum` over all gates of the network.
+    reduction: how the batch-shaping loss is reduced over gates: `layer_mean`, mean over a layer's
+      gates and sum over layers; `mean` or `sum` over all gates of the network.
     sparsity: `l0`, mean open probability; `macs`, the same weighted by cost; `budget`, squared gap
       of the MAC fraction to `target`; `target_rate`, squared gap of each gate's rate to `target`.
     target: fraction in (0, 1], for `budget` and `target_rate`.
@@ -180,10 +180,10 @@ class ImageObjective:
       examples *= lax.axis_size(axis_name)
     # In floats: MACs of a large network exceed int32.
     executed = collectives.batch_mean(executed_macs(records), axis_name)
-    spent = float(self.never_gated_macs) + executed
+    macs = float(self.never_gated_macs) + executed
     return total, {
       **terms,
-      "mac_ratio": spent / float(self.never_gated_macs + gated_macs(records)),
+      "mac_ratio": macs / float(self.never_gated_macs + gated_macs(records)),
       CLOSED: closed_share(records, axis_name=axis_name),
       "gates/batch_shaping_mean": jnp.mean(per_gate),
       # The expectation of the loss for that many independent draws from the prior.

@@ -57,13 +57,13 @@ class Phase:
   """One training: a model, its objective and its length.
 
   Attributes:
-    name: of the phase.
+    name: its name.
     model: the network that is trained.
     optimiser, objective: they update and score it.
     prepare: `(key, inputs)` to the inputs of the model.
-    shapes: of a video's inputs.
+    shapes: shapes of a video's inputs, by name.
     batch_size: videos of a step.
-    settings: of the training loop.
+    settings: settings of the training loop.
     full: the model with the backward pass of everything, where its own may hold too little; else
       None.
   """
@@ -90,10 +90,10 @@ class VideoExperiment:
     counts: its multiply-accumulates.
     reference: those of the heavy net on all segments and the classifier alone; budgets are
       fractions of it.
-    shapes: of a video's inputs.
-    pretraining: of both nets as classifiers of single segments; None without.
-    training: of the gate and the classifier: with the nets if `end_to_end`, on their features if
-      `two_stage`.
+    shapes: shapes of a video's inputs, by name.
+    pretraining: trains both nets as classifiers of single segments; None without.
+    training: trains the gate and the classifier: with the nets if `end_to_end`, on their features
+      if `two_stage`.
   """
 
   config: ml_collections.ConfigDict
@@ -117,7 +117,7 @@ def build(
   """Checks every setting, then opens the data.
 
   Args:
-    config: of a video run.
+    config: the config of a run on long videos.
     known: outlines of the training and the test set, in place of opening them.
   Returns:
     A `VideoExperiment`.
@@ -153,11 +153,11 @@ def build(
   shapes = sets.network_shapes(train, config, heavy_from=source)
   model = _segment_net(config, len(train.class_names))
   # Features come with the cost of the nets that made them: the config tells it.
-  spent = (
+  feature_macs = (
     0 if model.light is None else config.data.light_macs,
     config.data[f"{source}_macs"],
   )
-  counts = video_summary(model, shapes, made_elsewhere=spent)
+  counts = video_summary(model, shapes, made_elsewhere=feature_macs)
   # The cost of a segment is known only once the heavy net is counted.
   model = model.clone(macs_per_segment=counts.heavy.macs)
   # The baseline of all ratios: every segment by the heavy net, no light net and no gate.

@@ -19,7 +19,7 @@ def find_concepts(features: np.ndarray, k: int, *, seed: int) -> np.ndarray:
   Args:
     features: `[n, C]`, one row per segment of the training videos, from a trained network.
     k: number of concepts; at most the number of distinct rows.
-    seed: of the start; the answer is a function of the features and the seed.
+    seed: seed of the start; the answer is a function of the features and the seed.
   Returns:
     `[k, C]` float32.
   Raises:

@@ -35,8 +35,8 @@ def extract_features(
   """Returns the training set with the nets' features in place of their inputs.
 
   Args:
-    experiment: of the network.
-    variables: of the nets.
+    experiment: the experiment of the network.
+    variables: variables of the nets, each under its name.
     nets: names of the nets.
   """
 

@@ -125,7 +125,7 @@ def segment_report(
     valid: `[M, T]` bool, at least one a video.
     labels: `[M]` class indices, or `[M, classes]` 0/1: a video counts for each of its classes.
     relevant: `[M, T]` bool, if there is ground truth.
-    class_names: of `share_per_class`; the indices if None.
+    class_names: names in `share_per_class`; the indices if None.
   Returns:
     A `SegmentReport`.
   Raises:

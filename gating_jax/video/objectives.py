@@ -38,13 +38,13 @@ class VideoObjective:
 
   Attributes:
     multi_label: whether labels are `[B, classes]` of 0 and 1.
-    sparsity: of the segment gates: `mean`, the fraction that is open; `target`, its squared
+    sparsity: penalty on open segment gates: `mean`, the fraction that is open; `target`, its squared
       difference from `target`; or `none`.
     target: fraction in (0, 1].
     sparsity_coefficient, batch_shaping_coefficient: rho_t and gamma_t, from step to number.
     prior: distribution that the segments' open probability should follow over all segments of the
       batch.
-    light_coefficient: of the light net's own classification of every segment.
+    light_coefficient: weight of the light net's own classification of every segment.
     channels: penalties of the heavy net's channel gates.
   """
 
@@ -72,10 +72,10 @@ class VideoObjective:
     Args:
       loss: the section.
       total_steps: steps of the training, for the schedules.
-      multi_label: as of the class.
+      multi_label: as in the class.
       gated: whether a gate chooses the segments. Fixed selections have no parameters that a
         sparsity penalty could train.
-      channels: as of the class.
+      channels: as in the class.
     """
     shaping, sparsity = loss.batch_shaping, loss.sparsity
     return cls(
@@ -108,10 +108,10 @@ class VideoObjective:
     """Returns `(total, terms)`; the terms are before their coefficients.
 
     Args:
-      outputs: of `SegmentNet`.
+      outputs: the outputs of `SegmentNet`.
       targets: `label`; `weight` `[B]`, 0 for videos that could not be read; and `valid` `[B, T]`.
-      records: that of the segments first, then those of the heavy net's channels.
-      step: of the schedules.
+      records: the record of the segments, then those of the heavy net's channels.
+      step: the step of the schedules.
       axis_name: as in `batch_shaping_loss`.
     """
     labels, weight, valid = targets["label"], targets["weight"], targets["valid"]
@@ -167,7 +167,7 @@ class SegmentObjective:
     target: `units`, the unit action of each segment, with the last class for none, or `label`, the
       video's.
     targets: number of classes.
-    multi_label: of the video's label.
+    multi_label: whether a video may have several labels.
     channels: penalties of the heavy net's channel gates.
   """
 

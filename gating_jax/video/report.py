@@ -41,11 +41,11 @@ def write_pictures(
   """Writes the pictures of a test's arrays to files and to TensorBoard.
 
   Args:
-    experiment: that was tested.
+    experiment: the experiment that was tested.
     done: the arrays of `evaluate.test_network`.
-    run_dir: for the files.
-    journal: for TensorBoard.
-    step: of the checkpoint.
+    run_dir: receives the files.
+    journal: writes to TensorBoard.
+    step: the step of the checkpoint.
   """
   lines = _lines(experiment, done)
   figures = {

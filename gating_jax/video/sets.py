@@ -94,7 +94,7 @@ def network_inputs(
 
   Args:
     batch: arrays `[B, T, ...]`, or `[N, ...]` of picked segments.
-    config: of the run.
+    config: the config of the run.
     heavy_from: `light` to put the light net's input in place of the heavy one's.
   """
   inputs = only(batch, ("light", "heavy", "valid", "relevant", "picked"))
@@ -118,7 +118,7 @@ def pick_segments(
   Videos with fewer segments give some of them twice.
 
   Args:
-    key: of the random choice.
+    key: key of the random choice.
     batch: arrays `[B, T, ...]`.
     count: S.
     axis_name: mapped device axis, over which each video has a key of its own.
