@@ -38,7 +38,7 @@ class VideoObjective:
 
   Attributes:
     multi_label: whether labels are `[B, classes]` of 0 and 1.
-    sparsity: penalty on open segment gates: `mean`, the fraction that is open; `target`, its squared
+    sparsity: penalty on open gates of segments: `mean`, the open fraction; `target`, its squared
       difference from `target`; or `none`.
     target: fraction in (0, 1].
     sparsity_coefficient, batch_shaping_coefficient: rho_t and gamma_t, from step to number.

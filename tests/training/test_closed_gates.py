@@ -62,7 +62,7 @@ def test_a_record_that_is_in_no_list_is_named():
     closed_share(record([0], [0.5]))
 
 
-CHANNELS = Limit("channels", 0.9, "raise that", "channels")
+CHANNEL_LIMIT = Limit("channels", 0.9, "raise that", "channels")
 
 
 def lines(shares, every=50):
@@ -96,10 +96,10 @@ def test_a_watch_that_is_shown_earlier_lines_again_goes_on_as_if_never_stopped()
     for a, b in [(0.2, 0.2), (0.8, 0.2), (0.8, 0.95), (0.8, 0.95), (0.2, 0.95)] * 2
   ]
   log = lines(shares, every=10)
-  expected = warnings_of(shares, (LIMIT, CHANNELS), every=10)
+  expected = warnings_of(shares, (LIMIT, CHANNEL_LIMIT), every=10)
   assert [i for i, warnings in enumerate(expected) if warnings] == [2, 3]
   for stop in range(len(log)):
-    watch = ClosingWatch((LIMIT, CHANNELS))
+    watch = ClosingWatch((LIMIT, CHANNEL_LIMIT))
     for line in log[:stop]:
       watch(*line)
     assert not any(watch(*line) for line in log[:stop])  # as before each phase of a task
@@ -119,7 +119,7 @@ def test_gates_that_close_for_a_moment_are_no_fault():
 
 
 def test_of_several_kinds_of_gates_each_has_a_limit():
-  limits = LIMIT, CHANNELS
+  limits = LIMIT, CHANNEL_LIMIT
   assert not any(warnings_of([{CLOSED: 0.1, "channels": 0.8}] * 3, limits))
   ((warning,),) = warnings_of([{CLOSED: 0.1, "channels": 0.95}], limits)
   assert "95% of the channels" in warning
