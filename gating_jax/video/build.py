@@ -119,10 +119,8 @@ def build(
   Args:
     config: the config of a run on long videos.
     known: outlines of the training and the test set, in place of opening them.
-  Returns:
-    A `VideoExperiment`.
   Raises:
-    ValueError: naming the field.
+    ValueError: a setting is wrong, or does not fit the data; the message names the field.
   """
   # Settings first: sets may take minutes to open.
   _check(config)
@@ -130,25 +128,7 @@ def build(
     train, test = known[0], known[-1]
   else:
     train, test = sets.open_set(config, "train"), sets.open_set(config, "test")
-  if config.model.selection == "oracle" and "relevant" not in train.shapes:
-    raise ValueError(
-      "model.selection must not be 'oracle': the data do not mark the relevant segments"
-    )
-  if config.pretrain.epochs and config.pretrain.target == "units" and "units" not in train.shapes:
-    raise ValueError("pretrain.target must be 'label': the data have no unit actions; got 'units'")
-  if config.model.selection == "confidence" and not config.loss.light:
-    raise ValueError(
-      "loss.light must be > 0 if model.selection is 'confidence', which reads the light head; "
-      "got 0.0"
-    )
-  # Trained nets are missing unless the inputs are features, which have no net to train.
-  named = {config.model.light.name, config.model.heavy.name}
-  if not config.pretrain.epochs and (
-    config.pretrained or config.training == "two_stage" and named != {"features"}
-  ):
-    raise ValueError(
-      "pretrain.epochs must be >= 1 if training is 'two_stage' or pretrained is set; got 0"
-    )
+  _check_data(config, train)
   source = heavy_from(config)
   shapes = sets.network_shapes(train, config, heavy_from=source)
   model = _segment_net(config, len(train.class_names))
@@ -438,6 +418,29 @@ def _check(config: ml_collections.ConfigDict) -> None:
       ),
     },
   )
+
+
+def _check_data(config: ml_collections.ConfigDict, train: Any) -> None:
+  """Raises a ValueError where the data lack what a setting needs."""
+  if config.model.selection == "oracle" and "relevant" not in train.shapes:
+    raise ValueError(
+      "model.selection must not be 'oracle': the data do not mark the relevant segments"
+    )
+  if config.pretrain.epochs and config.pretrain.target == "units" and "units" not in train.shapes:
+    raise ValueError("pretrain.target must be 'label': the data have no unit actions; got 'units'")
+  if config.model.selection == "confidence" and not config.loss.light:
+    raise ValueError(
+      "loss.light must be > 0 if model.selection is 'confidence', which reads the light head; "
+      "got 0.0"
+    )
+  # Trained nets are missing unless the inputs are features, which have no net to train.
+  named = {config.model.light.name, config.model.heavy.name}
+  if not config.pretrain.epochs and (
+    config.pretrained or config.training == "two_stage" and named != {"features"}
+  ):
+    raise ValueError(
+      "pretrain.epochs must be >= 1 if training is 'two_stage' or pretrained is set; got 0"
+    )
 
 
 def _check_skipped_backward(config: ml_collections.ConfigDict) -> None:
