@@ -21,8 +21,8 @@ def load_run(workdir: str | os.PathLike) -> tuple[Any, Any, ml_collections.Confi
   Images are `[N, H, W, D]`, normalised as `config.data.mean` and `config.data.std` say. A model for
   segmentation gives the logits of every pixel. One for long videos takes a dictionary: `{"light":
   ..., "heavy": ..., "valid": ...}`. For a run that learns task by task, `model` is its `Method` and
-  `variables` its `LearnerState`: call `model.predict(variables, images, task, seen)`. Arrays are on the
-  host; the model is for one device, or for several by sharded arguments.
+  `variables` its `LearnerState`: call `model.predict(variables, images, task, seen)`. Arrays are on
+  the host; the model is for one device, or for several by sharded arguments.
 
   Args:
     workdir: a run directory with a checkpoint; the run may still be training.

@@ -13,12 +13,12 @@
     pallas           our kernel for GPUs: closed blocks of channels are not computed; interpreted
                      elsewhere, slowly
 
-A `Strategy` says how to make a part's program and how many multiply-accumulates that computes. Every
-count has a program, the largest for all: no capacity overflows.
+A `Strategy` says how to make a part's program and how many multiply-accumulates that computes.
+Every count has a program, the largest for all: no capacity overflows.
 
 Axes: N examples, U gates of a group, C channels, K channels or examples that a program takes.
-Reference: Verelst and Tuytelaars, 2020 (gather, compute, scatter; what of the MACs saved is saved in
-practice); Riquelme et al., 2021 (experts' static capacity).
+Reference: Verelst and Tuytelaars, 2020 (gather, compute, scatter; what of the MACs saved is saved
+in practice); Riquelme et al., 2021 (experts' static capacity).
 """
 
 from __future__ import annotations
