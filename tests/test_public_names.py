@@ -9,14 +9,14 @@ import gating_jax
 # The public API before the first renaming.
 FORMER = """
   Analysis BasicBlock Bottleneck ChannelGate GateHead GateRecord GateSettings ModelCounts Prior
-  ResNet SegmentGate SegmentGateSettings SegmentNet Skipping Switched VGG VideoCounts analyse apply_gates
-  batch_shaping_loss beta binary_concrete bucket_sizes capacity_for cdf_matching_loss
-  clipped_sigmoid compile_conditional compile_exits count count_video disagreement empirical empirical_cdf
-  executed_macs expected_macs export_model find_concepts fold from_cdf gated_macs
-  generalised_batch_shaping_loss hard_concrete hard_concrete_mean hard_concrete_open_prob heavy_net
-  l0_loss light_net mac_budget_loss mac_loss noise_floor normal open_indices put_back quantise
-  relaxed_bernoulli resnet slim sort_with_vjp static_units straight_through_gate symmetric_beta
-  target_rate_loss threshold_gate uniform vgg
+  ResNet SegmentGate SegmentGateSettings SegmentNet Skipping Switched VGG VideoCounts analyse
+  apply_gates batch_shaping_loss beta binary_concrete bucket_sizes capacity_for cdf_matching_loss
+  clipped_sigmoid compile_conditional compile_exits count count_video disagreement empirical
+  empirical_cdf executed_macs expected_macs export_model find_concepts fold from_cdf gated_macs
+  generalised_batch_shaping_loss hard_concrete hard_concrete_mean hard_concrete_open_prob
+  heavy_net l0_loss light_net mac_budget_loss mac_loss noise_floor normal open_indices put_back
+  quantise relaxed_bernoulli resnet slim sort_with_vjp static_units straight_through_gate
+  symmetric_beta target_rate_loss threshold_gate uniform vgg
 """
 
 
