@@ -418,16 +418,21 @@ def _check(config: ml_collections.ConfigDict) -> None:
       ),
     },
   )
+  _check_together(config)
 
 
 def _check_data(config: ml_collections.ConfigDict, train: Any) -> None:
-  """Raises a ValueError where the data lack what a setting needs."""
+  """Raises a ValueError where the training set lacks what a setting needs."""
   if config.model.selection == "oracle" and "relevant" not in train.shapes:
     raise ValueError(
       "model.selection must not be 'oracle': the data do not mark the relevant segments"
     )
   if config.pretrain.epochs and config.pretrain.target == "units" and "units" not in train.shapes:
     raise ValueError("pretrain.target must be 'label': the data have no unit actions; got 'units'")
+
+
+def _check_together(config: ml_collections.ConfigDict) -> None:
+  """Raises a ValueError where one setting needs another."""
   if config.model.selection == "confidence" and not config.loss.light:
     raise ValueError(
       "loss.light must be > 0 if model.selection is 'confidence', which reads the light head; "
