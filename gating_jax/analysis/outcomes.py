@@ -49,7 +49,11 @@ class Tally:
 
   def __add__(self, other: Tally) -> Tally:
     return Tally(
-      *(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self))
+      examples=self.examples + other.examples,
+      opened=self.opened + other.opened,
+      probs=self.probs + other.probs,
+      entropies=self.entropies + other.entropies,
+      disagreements=self.disagreements + other.disagreements,
     )
 
 
@@ -110,16 +114,18 @@ class Diagnosis:
 def diagnose(sums: Tally) -> Diagnosis:
   """Diagnoses each gate from the sums over a whole set."""
   n = sums.examples.sum()
-  open_rates, disagreement = sums.opened.sum(axis=0) / n, sums.disagreements / n
+  open_rates = sums.opened.sum(axis=0) / n
+  disagreement = sums.disagreements / n
   # I(gate; input) = H(mean P(open)) - mean H(P(open)). Rounding can make it slightly negative.
   information = np.maximum(_entropy(sums.probs / n) - sums.entropies / n, 0)
+  has_classes = len(sums.examples) > 1
   return Diagnosis(
-    open_rates,
-    disagreement,
-    information,
-    class_information(sums.opened, sums.examples) if len(sums.examples) > 1 else None,
-    outcomes(open_rates, disagreement, information),
-    information_floor(sums.examples),
+    open_rates=open_rates,
+    disagreement=disagreement,
+    input_information=information,
+    class_information=class_information(sums.opened, sums.examples) if has_classes else None,
+    outcomes=outcomes(open_rates, disagreement, information),
+    floor=information_floor(sums.examples),
   )
 
 
@@ -142,7 +148,8 @@ def outcomes(
   ['random_dropout', 'always_open', 'always_closed', 'conditional']
   """
   is_open, is_closed = open_rates > ALWAYS_OPEN, open_rates < ALWAYS_CLOSED
-  random = (information < INFORMATION) & ((disagreement >= DISAGREEMENT) | ~(is_open | is_closed))
+  varies = ~(is_open | is_closed)
+  random = (information < INFORMATION) & ((disagreement >= DISAGREEMENT) | varies)
   # `np.select` takes the first condition that holds, as the rules ask.
   return np.select([random, is_open, is_closed], [2, 0, 1], 3)
 
@@ -182,29 +189,34 @@ def information_floor(examples: np.ndarray) -> float:
 
 def summary(found: Diagnosis) -> dict[str, Any]:
   """Returns the number of gates of each outcome, and means over gates, as plain numbers."""
-  counts = np.bincount(found.outcomes, minlength=len(OUTCOMES))
-  means = ("disagreement", "input_information", "class_information")
-  return {
-    "gates": len(found.outcomes),
-    "mean_open": float(np.mean(found.open_rates)),
-    **dict(zip(OUTCOMES, counts.tolist(), strict=True)),
-    **{
-      name: float(np.mean(getattr(found, name)))
-      for name in means
-      if getattr(found, name) is not None
-    },
-  }
+  numbers = {"gates": len(found.outcomes), "mean_open": float(np.mean(found.open_rates))}
+  for position, outcome in enumerate(OUTCOMES):
+    numbers[outcome] = int(np.count_nonzero(found.outcomes == position))
+  numbers["disagreement"] = float(np.mean(found.disagreement))
+  numbers["input_information"] = float(np.mean(found.input_information))
+  # There is none where all examples are of one class.
+  if found.class_information is not None:
+    numbers["class_information"] = float(np.mean(found.class_information))
+  return numbers
 
 
 def by_layer(found: Diagnosis, layers: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
   """Returns the `summary` of each layer, for layers given as (name, gates), in the gates' order."""
-  rows, end = [], 0
+  rows, start = [], 0
   for name, size in layers:
     # Gates of a layer are adjacent, so each layer is a slice of every array.
-    part, end = slice(end, end + size), end + size
-    arrays = {k: v[part] for k, v in vars(found).items() if isinstance(v, np.ndarray)}
-    rows.append({"layer": name, **summary(dataclasses.replace(found, **arrays))})
+    rows.append({"layer": name, **summary(_select(found, slice(start, start + size)))})
+    start += size
   return rows
+
+
+def _select(found: Diagnosis, gates: slice) -> Diagnosis:
+  """Returns the diagnosis of some of the gates."""
+  arrays = {}
+  for field, values in vars(found).items():
+    if isinstance(values, np.ndarray):
+      arrays[field] = values[gates]
+  return dataclasses.replace(found, **arrays)
 
 
 def _entropy(p: np.ndarray) -> np.ndarray:

@@ -3,11 +3,11 @@ import pytest
 from scipy import special, stats
 from sklearn.metrics import mutual_info_score
 
+from gating_jax.analysis import statistics
 from gating_jax.data import batches
 from gating_jax.data.image_sets import Images
 from gating_jax.models.summary import ModelCounts
 from gating_jax.training import evaluation
-from gating_jax.training.evaluation import mac_spread
 
 COUNTS = ModelCounts(params=100, gate_params=10, gates=3, macs=1000, gate_macs=50, gated=600)
 GATES = dict(classes=2, noise_scale=0.5)
@@ -114,19 +114,6 @@ def test_gate_logits_are_kept_of_the_first_images(monkeypatch):
   np.testing.assert_allclose(behaviour.diagnosis.open_rates, (LOGITS > 0).mean(axis=0))
 
 
-def test_hard_images_are_those_of_large_loss():
-  losses = np.array([0.1, 4.0, 0.3, 2.0, 0.2, 3.0, 0.4, 1.0])
-  macs = np.where(losses >= 1, 900.0, 100.0) + 10 * losses
-  spread = mac_spread(macs, losses)
-  assert [spread[f"macs_of_quarter{i}"] for i in (1, 2, 3, 4)] == pytest.approx(
-    [101.5, 103.5, 915, 935]
-  )
-  assert (spread["macs_min"], spread["macs_max"]) == (101, 940)
-  backwards = mac_spread(macs, -losses)
-  assert backwards["macs_of_quarter1"] == pytest.approx(935)
-  assert backwards["macs_p50"] == spread["macs_p50"] == pytest.approx((104 + 910) / 2)
-
-
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
 @pytest.mark.parametrize("classes", [2, None])
 def test_what_is_kept_of_each_image(batch_size, classes):
@@ -192,10 +179,10 @@ def test_histograms_of_each_layer():
   assert list(found) == [
     f"gates/{layer}/{name}" for layer in "abc" for name in ("probs", "open_rates")
   ]
-  assert {len(counts) for counts in found.values()} == {evaluation.BINS}
+  assert {len(counts) for counts in found.values()} == {statistics.BINS}
   assert [int(counts.sum()) for counts in found.values()] == [M, 1] * 3
   is_open = LOGITS > 0
   assert len(set(is_open.sum(axis=0))) == 3
   for i, layer in enumerate("abc"):
-    assert found[f"gates/{layer}/probs"][evaluation.BINS // 2 :].sum() == is_open[:, i].sum()
-    assert found[f"gates/{layer}/open_rates"][int(is_open[:, i].mean() * evaluation.BINS)] == 1
+    assert found[f"gates/{layer}/probs"][statistics.BINS // 2 :].sum() == is_open[:, i].sum()
+    assert found[f"gates/{layer}/open_rates"][int(is_open[:, i].mean() * statistics.BINS)] == 1
