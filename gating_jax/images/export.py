@@ -150,11 +150,7 @@ def _write(
   """Writes the exports; returns the milliseconds of one image in the trained network."""
   with working("opening the training data", "minutes for large sets"):
     train = experiment.open_train()
-  index = spread_indices(len(train), CALIBRATION)
-  with working(
-    f"measuring open rates of gates on {len(index):,} training images", "up to a minute"
-  ):
-    analysis = analyse(experiment.model, variables, _inputs(experiment, train, index))
+  analysis = _analyse(experiment, variables, train)
   net = analysis.net
   static = find_static_units(net, analysis.gate_statistics)
   with working(
@@ -209,6 +205,15 @@ def _write(
       "skips closed units is written."
     )
   return milliseconds[_TRAINED]["1"]
+
+
+def _analyse(experiment: Experiment, variables: Mapping[str, Any], train: Any) -> Analysis:
+  """Folds the network and measures how often its gates are open, on training images."""
+  index = spread_indices(len(train), CALIBRATION)
+  with working(
+    f"measuring open rates of gates on {len(index):,} training images", "up to a minute"
+  ):
+    return analyse(experiment.model, variables, _inputs(experiment, train, index))
 
 
 def _candidate(experiment: Experiment, net: FoldedNet) -> _Candidate:

@@ -19,6 +19,8 @@ from flax import traverse_util
 from gating_jax.checks import one_of
 from gating_jax.layers.gate import is_gate_path
 
+LEARNING_RATES = ("step", "cosine")
+
 
 def sgd(
   learning_rate: optax.Schedule,
@@ -105,9 +107,6 @@ def frozen(
 
   # Zero updates, not zero gradients: weight decay would move a parameter without a gradient.
   return optax.multi_transform({"trained": optimiser, "still": optax.set_to_zero()}, labels)
-
-
-LEARNING_RATES = ("step", "cosine")
 
 
 def fade_out(coefficient: float, fade_end: float, total_steps: int) -> optax.Schedule:
