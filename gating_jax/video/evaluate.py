@@ -61,22 +61,22 @@ def test_network(experiment: VideoExperiment, variables: Any) -> tuple[dict[str,
   """
   config, test_set = experiment.config, experiment.test
   if config.model.selection == "prefix":
-    done = _exit_early(experiment, variables)
+    tested = _exit_early(experiment, variables)
   else:
     of_batch = functools.partial(outcome, experiment)
-    done = _over(experiment, of_batch, variables, videos=test_set)
+    tested = _over(experiment, of_batch, variables, videos=test_set)
   # Weight 0 marks a video that could not be read.
-  read = done["weight"] > 0
-  done = {name: values[read] for name, values in done.items()} | {"index": np.flatnonzero(read)}
+  read = tested["weight"] > 0
+  tested = {name: values[read] for name, values in tested.items()} | {"index": np.flatnonzero(read)}
   if not read.any():
     raise ValueError(f"none of {len(read)} test videos could be read")
-  macs = experiment.counts.per_video(done["gates"], done["valid"], done["heavy_macs"])
-  everything = experiment.reference.all_valid(done["valid"])
+  macs = experiment.counts.per_video(tested["gates"], tested["valid"], tested["heavy_macs"])
+  everything = experiment.reference.all_valid(tested["valid"])
   report = metrics.segment_report(
-    done["gates"],
-    done["valid"],
-    done["label"],
-    relevant=done.get("relevant"),
+    tested["gates"],
+    tested["valid"],
+    tested["label"],
+    relevant=tested.get("relevant"),
     class_names=test_set.class_names,
   )
   # Without ground truth the report has no agreement with it.
@@ -85,7 +85,7 @@ def test_network(experiment: VideoExperiment, variables: Any) -> tuple[dict[str,
     "videos": len(macs),
     "unreadable": int(np.sum(~read)),
     "missing": len(getattr(test_set, "missing", ())),
-    **_score(test_set, done),
+    **_score(test_set, tested),
     **segments,
     "macs": float(macs.mean()),
     "all_segments_macs": everything,
@@ -94,15 +94,15 @@ def test_network(experiment: VideoExperiment, variables: Any) -> tuple[dict[str,
     "light_macs": experiment.counts.light.macs,
     "gate_macs": experiment.counts.selector,
   }
-  return result, done
+  return result, tested
 
 
-def _score(test_set: VideoArrays | VideoSet, done: Arrays) -> dict[str, Any]:
+def _score(test_set: VideoArrays | VideoSet, tested: Arrays) -> dict[str, Any]:
   # With several labels a video is neither right nor wrong: no accuracy.
   if not test_set.multi_label:
-    return {"accuracy": float(np.mean(np.argmax(done["logits"], axis=1) == done["label"]))}
+    return {"accuracy": float(np.mean(np.argmax(tested["logits"], axis=1) == tested["label"]))}
   score = metrics.mean_average_precision(
-    done["logits"], done["label"], class_names=test_set.class_names
+    tested["logits"], tested["label"], class_names=test_set.class_names
   )
   return {"mean_average_precision": score.mean, "classes_left_out": list(score.left_out)}
 
@@ -215,7 +215,7 @@ def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
     }
 
   train = _over(experiment, steps, variables, videos=experiment.train)
-  done = _over(experiment, steps, variables, videos=experiment.test)
+  tested = _over(experiment, steps, variables, videos=experiment.test)
   # Weight 0 marks a video that could not be read.
   read = train["weight"] > 0
   lengths = train["valid"][read].sum(axis=1)
@@ -228,14 +228,14 @@ def _exit_early(experiment: VideoExperiment, variables: Any) -> Arrays:
     multi_label=multi_label,
   )
   seen = confidence.exit_steps(
-    done["steps"], done["valid"].sum(axis=1), threshold=threshold, multi_label=multi_label
+    tested["steps"], tested["valid"].sum(axis=1), threshold=threshold, multi_label=multi_label
   )
-  gates = np.asarray(selection.first_k(done["valid"], seen))
-  return done | {
+  gates = np.asarray(selection.first_k(tested["valid"], seen))
+  return tested | {
     "gates": gates,
     # Nothing is drawn: a segment is seen, or it is not.
     "probs": gates,
-    "logits": done["steps"][np.arange(len(seen)), seen - 1],
+    "logits": tested["steps"][np.arange(len(seen)), seen - 1],
   }
 
 

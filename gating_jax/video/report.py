@@ -36,20 +36,20 @@ _SEGMENT = 0.4
 
 
 def write_pictures(
-  experiment: VideoExperiment, done: Arrays, run_dir: rundir.RunDir, journal: Journal, step: int
+  experiment: VideoExperiment, tested: Arrays, run_dir: rundir.RunDir, journal: Journal, step: int
 ) -> None:
   """Writes the pictures of a test's arrays to files and to TensorBoard.
 
   Args:
     experiment: the experiment that was tested.
-    done: the arrays of `evaluate.test_network`.
+    tested: the arrays of `evaluate.test_network`.
     run_dir: receives the files.
     journal: writes to TensorBoard.
     step: the step of the checkpoint.
   """
-  lines = _lines(experiment, done)
+  lines = _lines(experiment, tested)
   figures = {
-    "segments": _figure_of_shares(experiment, done),
+    "segments": _figure_of_shares(experiment, tested),
     "timeline": timeline.draw_time_lines(lines, unit_names=experiment.test.unit_names),
   }
   for name, figure in figures.items():
@@ -58,19 +58,19 @@ def write_pictures(
     journal.write_picture(step, f"pictures/{name}", path)
 
 
-def count_histograms(experiment: VideoExperiment, done: Arrays) -> dict[str, np.ndarray]:
+def count_histograms(experiment: VideoExperiment, tested: Arrays) -> dict[str, np.ndarray]:
   """Counts values for `Journal.write_histograms`.
 
   They are the probabilities of segments, the fractions chosen of each video, and, if the heavy net
   has channel gates, the open probabilities of each of its gated layers in the chosen segments.
   """
   counts = {
-    "gates/segments/probs": statistics.histogram(done["probs"][done["valid"].astype(bool)]),
-    "gates/segments/shares": statistics.histogram(_shares(done)),
+    "gates/segments/probs": statistics.histogram(tested["probs"][tested["valid"].astype(bool)]),
+    "gates/segments/shares": statistics.histogram(_shares(tested)),
   }
-  if "channels" in done:
+  if "channels" in tested:
     # Summed over videos: one histogram for each gated layer.
-    layers = done["channels"].sum(axis=0)
+    layers = tested["channels"].sum(axis=0)
     for (name, _), layer in zip(experiment.counts.heavy.gate_layers, layers, strict=True):
       counts[f"gates/heavy/{name}/probs"] = layer
   return counts
@@ -79,7 +79,7 @@ def count_histograms(experiment: VideoExperiment, done: Arrays) -> dict[str, np.
 def write_report(
   experiment: VideoExperiment,
   result: Mapping[str, Any],
-  done: Arrays,
+  tested: Arrays,
   run_dir: rundir.RunDir,
   step: int,
   notice: str = "",
@@ -101,7 +101,7 @@ def write_report(
       "Segments",
       parts=[
         page.embed_figure(
-          _figure_of_shares(experiment, done),
+          _figure_of_shares(experiment, tested),
           "Probabilities of all segments of the test videos, and the chosen fraction of each.",
           terms=[
             (
@@ -118,7 +118,7 @@ def write_report(
     page.Section(
       "Time lines",
       "Chosen segments of the first test videos, and the relevant ones where they are known.",
-      _time_lines(experiment, done),
+      _time_lines(experiment, tested),
     ),
     opening.times_section("video", around),
     opening.settings_section(configured),
@@ -129,14 +129,14 @@ def write_report(
     f"{config.model.selection} on {config.data.name} videos",
     sections,
     subtitle=f"{run_dir.path.name}, step {step:,}",
-    opening=_make_opening(experiment, result, done, around=around, notice=notice),
+    opening=_make_opening(experiment, result, tested, around=around, notice=notice),
   )
 
 
 def _make_opening(
   experiment: VideoExperiment,
   result: Mapping[str, Any],
-  done: Arrays,
+  tested: Arrays,
   *,
   around: opening.Surroundings,
   notice: str,
@@ -170,7 +170,7 @@ def _make_opening(
   ]
   return page.Opening(
     numbers,
-    _choices(experiment, done),
+    _choices(experiment, tested),
     opening.why_no_baseline(around, surroundings.VIDEOS.how),
     notice,
   )
@@ -194,17 +194,17 @@ def _speed(result: Mapping[str, Any], around: opening.Surroundings) -> page.Numb
   )
 
 
-def _choices(experiment: VideoExperiment, done: Arrays) -> page.Picture:
+def _choices(experiment: VideoExperiment, tested: Arrays) -> page.Picture:
   """Draws the chosen segments of the first test videos."""
-  count = min(_LISTED, len(done["valid"]))
-  titles, chosen, relevant = [], [], [] if "relevant" in done else None
+  count = min(_LISTED, len(tested["valid"]))
+  titles, chosen, relevant = [], [], [] if "relevant" in tested else None
   for i in range(count):
     # Without the padding of shorter videos.
-    valid = done["valid"][i].astype(bool)
-    titles.append(_title(experiment, done, i))
-    chosen.append(done["gates"][i][valid] > 0)
+    valid = tested["valid"][i].astype(bool)
+    titles.append(_title(experiment, tested, i))
+    chosen.append(tested["gates"][i][valid] > 0)
     if relevant is not None:
-      relevant.append(done["relevant"][i][valid].astype(bool))
+      relevant.append(tested["relevant"][i][valid].astype(bool))
   figure = timeline.draw_choices(chosen, titles, relevant)
   terms = [
     ("time", "from the video's first segment to its last, one box each"),
@@ -221,25 +221,27 @@ def _choices(experiment: VideoExperiment, done: Arrays) -> page.Picture:
   return page.embed_figure(figure, f"Chosen segments of {count} test videos.", terms=terms)
 
 
-def _shares(done: Arrays) -> np.ndarray:
+def _shares(tested: Arrays) -> np.ndarray:
   """Computes the fraction chosen of each video's segments, `[M]`."""
-  valid = done["valid"].astype(bool)
+  valid = tested["valid"].astype(bool)
   # At least 1, so that a video without valid segments gives 0.
-  return np.sum((done["gates"] > 0) & valid, axis=1) / np.maximum(valid.sum(axis=1), 1)
+  return np.sum((tested["gates"] > 0) & valid, axis=1) / np.maximum(valid.sum(axis=1), 1)
 
 
-def _figure_of_shares(experiment: VideoExperiment, done: Arrays) -> Any:
+def _figure_of_shares(experiment: VideoExperiment, tested: Arrays) -> Any:
   """Draws the probabilities of all segments, and the fraction chosen of each video."""
   correct = None
   # With several labels a video is neither right nor wrong.
   if not experiment.test.multi_label:
-    correct = np.argmax(done["logits"], axis=1) == done["label"]
-  return timeline.draw_shares(done["probs"][done["valid"].astype(bool)], _shares(done), correct)
+    correct = np.argmax(tested["logits"], axis=1) == tested["label"]
+  return timeline.draw_shares(
+    tested["probs"][tested["valid"].astype(bool)], _shares(tested), correct
+  )
 
 
-def _time_lines(experiment: VideoExperiment, done: Arrays) -> list[page.Picture]:
+def _time_lines(experiment: VideoExperiment, tested: Arrays) -> list[page.Picture]:
   """Draws each of the first videos, with its title below; the first one defines the axes."""
-  lines, parts = _lines(experiment, done), []
+  lines, parts = _lines(experiment, tested), []
   # The longest video sets the width of all, so that segments have one scale.
   longest = max(int(line.valid.sum()) for line in lines)
   width = min(_SEGMENT * longest, timeline.TIME_AXIS - 1.5)
@@ -272,28 +274,28 @@ def _time_lines(experiment: VideoExperiment, done: Arrays) -> list[page.Picture]
   return parts
 
 
-def _lines(experiment: VideoExperiment, done: Arrays) -> list[timeline.TimeLine]:
+def _lines(experiment: VideoExperiment, tested: Arrays) -> list[timeline.TimeLine]:
   """Reads the first test videos that could be read."""
   # `index`: the arrays have the videos that could be read only.
-  batch = experiment.test.read(done["index"][:_DRAWN])
+  batch = experiment.test.read(tested["index"][:_DRAWN])
   clips, lines = batch.get("clips"), []
   for i in range(len(batch["weight"])):
     line = timeline.TimeLine(
-      probs=done["probs"][i],
-      gates=done["gates"][i],
-      valid=done["valid"][i],
-      title=_title(experiment, done, i),
+      probs=tested["probs"][i],
+      gates=tested["gates"][i],
+      valid=tested["valid"][i],
+      title=_title(experiment, tested, i),
       # The centre frame of each clip, as the light net sees it.
       thumbnails=None if clips is None else clips[i][:, clips.shape[2] // 2],
-      relevant=done["relevant"][i] if "relevant" in done else None,
+      relevant=tested["relevant"][i] if "relevant" in tested else None,
       units=batch["units"][i] if "units" in batch else None,
     )
     lines.append(line)
   return lines
 
 
-def _title(experiment: VideoExperiment, done: Arrays, i: int) -> str:
-  label, names = done["label"][i], experiment.test.class_names
+def _title(experiment: VideoExperiment, tested: Arrays, i: int) -> str:
+  label, names = tested["label"][i], experiment.test.class_names
   if experiment.test.multi_label:
     return ", ".join(names[c] for c in np.flatnonzero(label))
   return names[label]
