@@ -80,57 +80,34 @@ def measure(job, recipes, smoke):
   device = job.run("device", [sys.executable, "-c", DEVICE], 120)
   count = json.loads(device.splitlines()[-1])["devices"] if device else 1
   tiny = ["--shapes=16x8", "--repeats=1"] if smoke else []
-  job.run(
-    "throughput",
-    benchmark(
-      "throughput",
-      *recipes.values(),
-      *(
-        ["--images=64", "--repeats=1", "--devices.steps_per_dispatch=2"]
-        if smoke
-        else [f"--devices.steps_per_dispatch={STEPS_A_CALL}"]
-      ),
-    ),
-    300,
-    rows=True,
-  )
-  job.run(
-    "kernels",
-    benchmark(
-      "kernels", *(["--shapes=4x4x4x32/16", "--dtypes=float32", "--repeats=1"] if smoke else [])
-    ),
-    240,
-    rows=True,
-  )
+  throughput, kernels, training_step = [f"--devices.steps_per_dispatch={STEPS_A_CALL}"], [], []
+  if smoke:
+    throughput = ["--images=64", "--repeats=1", "--devices.steps_per_dispatch=2"]
+    kernels = ["--shapes=4x4x4x32/16", "--dtypes=float32", "--repeats=1"]
+    training_step = ["--model=resnet8", "--batch=8", "--repeats=1"]
+  command = benchmark("throughput", *recipes.values(), *throughput)
+  job.run("throughput", command, 300, rows=True)
+  job.run("kernels", benchmark("kernels", *kernels), 240, rows=True)
   job.run("loss", benchmark("ecdf_loss", *tiny), 180, rows=True)
   job.run("exchange", benchmark("exchange", f"--devices={count}", *tiny), 120, rows=True)
-  job.run(
-    "training_step",
-    benchmark("training_step", *(["--model=resnet8", "--batch=8", "--repeats=1"] if smoke else [])),
-    150,
-    rows=True,
-  )
+  job.run("training_step", benchmark("training_step", *training_step), 150, rows=True)
   if not smoke:
-    job.run(
-      "large",
-      benchmark(
-        "throughput",
-        f"{CIFAR10}:gates=none,width=4",
-        f"{CIFAR10}:gates=channel,block=64,width=4",
-        "--optim.batch_size=1024",
-        "--model.dtype=bfloat16",
-        "--devices.steps_per_dispatch=8",
-      ),
-      240,
-      rows=True,
+    command = benchmark(
+      "throughput",
+      f"{CIFAR10}:gates=none,width=4",
+      f"{CIFAR10}:gates=channel,block=64,width=4",
+      "--optim.batch_size=1024",
+      "--model.dtype=bfloat16",
+      "--devices.steps_per_dispatch=8",
     )
+    job.run("large", command, 240, rows=True)
 
 
 def train(job, recipes, args):
   """Runs the recipes, one after the other, by the command that users have."""
-  speed = {
-    row["config"]: row["train_images_per_second"] for row in job.parts["throughput"].get("rows", [])
-  }
+  speed = {}
+  for row in job.parts["throughput"].get("rows", []):
+    speed[row["config"]] = row["train_images_per_second"]
   job.before, overhead = job.end, OVERHEAD
   for i, (name, config) in enumerate(recipes.items()):
     share = (job.end - time.monotonic()) / (len(recipes) - i)
@@ -163,13 +140,15 @@ def train(job, recipes, args):
 def outcome(workdir):
   """Returns the result of a run, or the last test of a run that was cut short."""
   result, metrics = workdir / "result.json", workdir / "metrics.jsonl"
+  found = {}
   if result.exists():
     found = json.loads(result.read_text())
-  else:
-    lines = (
-      [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    )
-    found = next((line for line in reversed(lines) if line["split"] == "test"), {})
+  elif metrics.exists():
+    for text in metrics.read_text().splitlines():
+      line = json.loads(text)
+      # The last one stays.
+      if line["split"] == "test":
+        found = line
   return {
     "finished": result.exists(),
     **{key: found.get(key) for key in ("accuracy", "macs", "mac_ratio")},
@@ -191,6 +170,11 @@ print(json.dumps({
   "kind": jax.devices()[0].device_kind,
 }))
 """
+
+
+def number(value, scale, form):
+  """Formats a scaled number; an unknown one as `?`."""
+  return "?" if value is None else f"{value * scale:{form}}"
 
 
 class Job:
@@ -237,11 +221,11 @@ class Job:
     if rows and json_file.exists():
       part["rows"] = json.loads(json_file.read_text())
     said = file.read_text()
-    print(
-      said if part["status"] == 0 else f"{said[-2000:]}\n== {name}: status {part['status']}",
-      flush=True,
-    )
-    return said if part["status"] == 0 else None
+    if part["status"] != 0:
+      print(f"{said[-2000:]}\n== {name}: status {part['status']}", flush=True)
+      return None
+    print(said, flush=True)
+    return said
 
   def _stop(self, process):
     process.send_signal(signal.SIGTERM)
@@ -257,21 +241,21 @@ class Job:
     table = [
       f"{'recipe':<32}{'epochs':>8}{'accuracy':>10}{'M MACs':>10}{'of ungated':>12}{'seconds':>10}"
     ]
-    number = lambda value, scale, form: f"{value * scale:{form}}" if value is not None else "?"
     for part in recipes:
       table.append(
         f"{part['recipe']:<32}{part['epochs']:>8}{number(part['accuracy'], 100, '.2f'):>10}"
         f"{number(part['macs'], 1e-6, '.2f'):>10}{number(part['mac_ratio'], 1, '.3f'):>12}"
         f"{part.get('seconds', 0):>10}{'' if part['finished'] else '  cut short'}"
       )
-    said = [
-      f"== {name}\n{(self.out / f'{name}.txt').read_text()}"
-      for name, part in self.parts.items()
-      if "recipe" not in part and part["status"] == 0
-    ]
-    text = "\n".join(
-      [*said, *(["== recipes", *table] if recipes else ["== recipes: left out, without --data"])]
-    )
+    said = []
+    for name, part in self.parts.items():
+      if "recipe" not in part and part["status"] == 0:
+        said.append(f"== {name}\n{(self.out / f'{name}.txt').read_text()}")
+    if recipes:
+      said += ["== recipes", *table]
+    else:
+      said.append("== recipes: left out, without --data")
+    text = "\n".join(said)
     (self.out / "accelerator.txt").write_text(text + "\n")
     device = None
     if self.parts["device"]["status"] == 0:

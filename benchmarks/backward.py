@@ -91,10 +91,12 @@ def training(args, share, capacity):
   labels = rng.integers(0, CLASSES, args.videos)
   optimiser = optax.sgd(0.01)
   state = steps.init_state(model, optimiser, 0, {"heavy": shape, "valid": (args.segments,)})
-  objective = lambda outputs, labels, records, step, axis_name: (
-    optax.softmax_cross_entropy_with_integer_labels(outputs["logits"], labels).mean(),
-    {},
-  )
+
+  def objective(outputs, labels, records, step, axis_name):
+    """Computes the mean cross-entropy, without metrics."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(outputs["logits"], labels)
+    return losses.mean(), {}
+
   step = jax.jit(
     steps.make_train_step(model, optimiser, objective, lambda key, inputs: inputs, seed=0)
   )

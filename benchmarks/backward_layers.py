@@ -91,10 +91,12 @@ def training(args, rate, share):
   labels = jnp.asarray(rng.integers(0, CLASSES, args.images))
   optimiser = optax.sgd(0.01)
   state = steps.init_state(model, optimiser, 0, shape)
-  objective = lambda logits, labels, records, step, axis_name: (
-    optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(),
-    {},
-  )
+
+  def objective(logits, labels, records, step, axis_name):
+    """Computes the mean cross-entropy, without metrics."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses.mean(), {}
+
   step = jax.jit(
     steps.make_train_step(model, optimiser, objective, lambda key, images: images, seed=0)
   )

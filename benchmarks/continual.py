@@ -43,16 +43,25 @@ def main():
 
 def row(method, results):
   """Returns the line of a method, from its results over seeds."""
-  mean = lambda read: statistics.mean(read(r) for r in results)
-  each = lambda kind: " ".join(f"{100 * r[kind]['average_accuracy']:.1f}" for r in results)
-  share = lambda kind: f"{mean(lambda r: r[kind] / r['dense_macs']):.3f}"
+
+  def mean(key):
+    """Returns the mean of a number over seeds."""
+    return statistics.mean(r[key] for r in results)
+
+  def each(kind):
+    """Returns the accuracy of each seed."""
+    return " ".join(f"{100 * r[kind]['average_accuracy']:.1f}" for r in results)
+
+  def fraction(key):
+    """Returns MACs as a fraction of the dense net's."""
+    return f"{statistics.mean(r[key] / r['dense_macs'] for r in results):.3f}"
+
+  forgetting = percent([r["task_aware"]["forgetting"] for r in results])
+  overlap = percent([r.get("mean_gate_overlap") for r in results])
   return (
-    f"{method:<16}{each('task_aware'):>18}{each('task_agnostic'):>18}"
-    f"{percent([r['task_aware']['forgetting'] for r in results]):>11}"
-    f"{percent([r.get('mean_gate_overlap') for r in results]):>9}{share('task_aware_macs'):>8}"
-    f"{share('task_agnostic_macs'):>8}{mean(lambda r: r['params']):>10,.0f}"
-    f"{mean(lambda r: r['memory_mb']):>8.2f}"
-    f"{mean(lambda r: r['seconds_since_last_start']):>9.0f}"
+    f"{method:<16}{each('task_aware'):>18}{each('task_agnostic'):>18}{forgetting:>11}{overlap:>9}"
+    f"{fraction('task_aware_macs'):>8}{fraction('task_agnostic_macs'):>8}"
+    f"{mean('params'):>10,.0f}{mean('memory_mb'):>8.2f}{mean('seconds_since_last_start'):>9.0f}"
   )
 
 
@@ -84,8 +93,11 @@ def configured(args, fields):
   """Returns the config that the arguments name, with these fields."""
   name, _, variant = args.config.partition(":")
   config = importlib.import_module(f"configs.{name}").get_config(variant)
-  set_by_hand = {field: json.loads(value) for field, value in (s.split("=", 1) for s in args.set)}
-  config.update_from_flattened_dict({**set_by_hand, **fields})
+  changes = {}
+  for argument in args.set:
+    field, value = argument.split("=", 1)
+    changes[field] = json.loads(value)
+  config.update_from_flattened_dict(changes | fields)
   return config
 
 

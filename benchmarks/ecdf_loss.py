@@ -202,8 +202,11 @@ def differences(contenders, logits):
     return value / c, n * gradient * (1 if name.startswith("ours") else p * (1 - p))
 
   ours = comparable("ours")
-  gaps = lambda theirs: [float(np.max(np.abs(a - b))) for a, b in zip(theirs, ours, strict=True)]
-  return {name: gaps(comparable(name)) for name in contenders}
+  gaps = {}
+  for name in contenders:
+    value, gradient = comparable(name)
+    gaps[name] = [float(np.max(np.abs(value - ours[0]))), float(np.max(np.abs(gradient - ours[1])))]
+  return gaps
 
 
 def sort_strategy(shape):

@@ -86,7 +86,11 @@ def value_and_gradient(exchange, devices, n, c):
 
   def local(logits):
     """Computes value and gradient on one device of the mesh."""
-    total = lambda z: batch_shaping_loss(z, prior, axis_name=AXIS, exchange=exchange).sum()
+
+    def total(z):
+      """Computes the loss, summed over gates."""
+      return batch_shaping_loss(z, prior, axis_name=AXIS, exchange=exchange).sum()
+
     value, gradient = jax.value_and_grad(total)(logits)
     return lax.pmean(value, AXIS), gradient
 

@@ -154,7 +154,11 @@ def problem(shape, dtype, share):
   n, h, w, c = map(int, sizes.split("x"))
   blocks = c // int(block)
   rng = np.random.default_rng(0)
-  draw = lambda scale, *shape: jnp.asarray(rng.normal(0, scale, shape), dtype)
+
+  def draw(scale, *shape):
+    """Draws an array of this standard deviation."""
+    return jnp.asarray(rng.normal(0, scale, shape), dtype)
+
   branch = Branch(
     draw((9 * c) ** -0.5, 3, 3, c, c), draw(1, c), draw((9 * c) ** -0.5, 3, 3, c, c), draw(1, c)
   )
@@ -168,9 +172,11 @@ def in_a_row(form, calls, branch, x, gates):
   """Returns a function that runs a compiled program of so many calls."""
   every = jnp.stack([jnp.roll(gates, i, axis=0) for i in range(calls)])
   args = jax.device_put((branch, x, every))
-  several = lambda branch, x, every: jax.lax.scan(
-    lambda x, gates: (form(branch, x, gates), None), x, every
-  )[0]
+
+  def several(branch, x, every):
+    """Feeds each call's output to the next."""
+    return jax.lax.scan(lambda x, gates: (form(branch, x, gates), None), x, every)[0]
+
   compiled = jax.jit(several).lower(*args).compile()
   return lambda: compiled(*args)
 

@@ -183,10 +183,9 @@ def onnx_run(x, layers, strides):
       nodes.append(h.make_node("Add", [f"c{i}", shortcut], [f"s{i}"]))
     nodes.append(h.make_node("Relu", [f"{'s' if i % 2 else 'c'}{i}"], [f"x{i + 1}"]))
   x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
-  info = lambda name, shape: h.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
-  graph = h.make_graph(
-    nodes, "stack", [info("x0", x.shape)], [info(f"x{len(layers)}", None)], weights
-  )
+  first = h.make_tensor_value_info("x0", onnx.TensorProto.FLOAT, x.shape)
+  last = h.make_tensor_value_info(f"x{len(layers)}", onnx.TensorProto.FLOAT, None)
+  graph = h.make_graph(nodes, "stack", [first], [last], weights)
   model = h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=9)
   options = onnxruntime.SessionOptions()
   options.intra_op_num_threads = len(os.sched_getaffinity(0))

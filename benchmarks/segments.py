@@ -134,10 +134,10 @@ def named(build, name):
 def prepare(inputs):
   """Returns the inputs of both nets, normalised, from clips."""
   clips = inputs["clips"]
-  normalise = lambda pixels: augment.normalise(pixels, MEAN, STD)
+  centre_frames = clips[:, :, clips.shape[2] // 2]
   return {
-    "light": normalise(clips[:, :, clips.shape[2] // 2]),
-    "heavy": normalise(clips),
+    "light": augment.normalise(centre_frames, MEAN, STD),
+    "heavy": augment.normalise(clips, MEAN, STD),
     "valid": inputs["valid"],
   }
 

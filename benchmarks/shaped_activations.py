@@ -95,7 +95,11 @@ def main():
 
 def parse():
   """Returns the arguments."""
-  numbers = lambda text: [float(number) for number in text.split(",")]
+
+  def numbers(text):
+    """Reads numbers with commas between."""
+    return [float(number) for number in text.split(",")]
+
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--epochs", type=int, default=10)
   parser.add_argument("--train_images", type=int, default=20_000)
@@ -163,7 +167,12 @@ class Trainer:
     return accuracy, gap, np.median(seconds)
 
   def _optimiser(self, lr):
-    schedule = lambda step: lr * optim.learning_rate("cosine", 1.0, self.total)(step)
+    shape = optim.learning_rate("cosine", 1.0, self.total)
+
+    def schedule(step):
+      """Returns the learning rate of a step."""
+      return lr * shape(step)
+
     return optim.sgd(schedule, momentum=0.9, weight_decay=5e-4)
 
   def _train_step(self, state, index, lr, coefficient, seed):

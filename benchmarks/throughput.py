@@ -10,7 +10,6 @@ medians.
 """
 
 import argparse
-import functools
 import importlib.util
 import json
 import statistics
@@ -68,9 +67,11 @@ def measured(named, fields, args):
   train = config.optim.batch_size * steps_a_call / training(experiment, args.repeats)
   test = len(experiment.test) / testing(experiment, args.repeats)
   _, known = peaks()
-  of_peak = lambda rate, macs: (
-    rate * macs / getattr(known, config.model.dtype) / jax.device_count() if known else None
-  )
+
+  def of_peak(rate, macs):
+    """Returns the fraction of the device's peak; None where that is unknown."""
+    return rate * macs / getattr(known, config.model.dtype) / jax.device_count() if known else None
+
   return {
     "config": named,
     "dtype": config.model.dtype,
@@ -90,7 +91,10 @@ def config_of(named, fields):
   spec.loader.exec_module(module)
   config = module.get_config(variants)
   for field, value in fields.items():
-    kind = type(functools.reduce(lambda section, part: section[part], field.split("."), config))
+    default = config
+    for part in field.split("."):
+      default = default[part]
+    kind = type(default)
     config.update_from_flattened_dict({field: kind(value)})
   return config
 
