@@ -7,6 +7,7 @@ everything that does not depend on the kind of experiment is here.
 from __future__ import annotations
 
 import abc
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from gating_jax.training import hosts, loop, provenance, rundir
 from gating_jax.training.checkpoints import Checkpoint, Checkpoints, restore_newest
 from gating_jax.training.journal import Journal
 from gating_jax.training.rundir import RunDir, RunDirError
+from gating_jax.training.steps import Advance
 
 
 class Programme(abc.ABC):
@@ -60,7 +62,7 @@ class Programme(abc.ABC):
     """Tests a state of `restore`; returns its result."""
 
   @abc.abstractmethod
-  def report(self, run_dir: RunDir, step: int, state: Any, notice: str) -> dict[str, Any]:
+  def report(self, run_dir: RunDir, step: int, state: Any, *, notice: str) -> dict[str, Any]:
     """Writes the page of a state of `restore`; returns its result.
 
     Args:
@@ -198,7 +200,7 @@ class Training:
 
   def run(
     self,
-    advance: Callable[[Any, int], tuple[Any, Mapping[str, jax.Array]]],
+    advance: Advance,
     settings: loop.LoopSettings,
     *,
     watch: Callable[[int, Mapping[str, float]], Sequence[str]],
@@ -250,11 +252,12 @@ def _train_once(programme: Programme, run_dir: RunDir) -> None:
       "Its result:"
     )
     say(programme.render(result))
-    say(closing_lines(programme, run_dir, result, "A finished run of"))
+    say(closing_lines(programme, run_dir, result, done="A finished run of"))
     return
   # Recorded under the lock, and only where training really starts.
-  hosts.on_writer(lambda: provenance.record_start(run_dir.path))
-  with failing.reported(run_dir, programme.config, lambda said: _report(programme, run_dir, said)):
+  hosts.on_writer(provenance.record_start, run_dir.path)
+  report = functools.partial(_report, programme, run_dir)
+  with failing.reported(run_dir, programme.config, report):
     _train(programme, run_dir)
 
 
@@ -268,7 +271,7 @@ def _train(programme: Programme, run_dir: RunDir) -> None:
   run_dir.finish(result)
   say(programme.render(result))
   done = f"Trained for {lasting(time.monotonic() - started)}:"
-  say(closing_lines(programme, run_dir, result, done))
+  say(closing_lines(programme, run_dir, result, done=done))
 
 
 def _evaluate(programme: Programme, run_dir: RunDir) -> None:
@@ -277,26 +280,26 @@ def _evaluate(programme: Programme, run_dir: RunDir) -> None:
   result = programme.test(step, state)
   say(programme.render(result))
   done = f"Tested the checkpoint of step {step:,} of"
-  say(closing_lines(programme, run_dir, result, done))
+  say(closing_lines(programme, run_dir, result, done=done))
 
 
 def _report(programme: Programme, run_dir: RunDir, notice: str) -> None:
   step, state = newest(programme, run_dir)
-  result = programme.report(run_dir, step, state, notice)
+  result = programme.report(run_dir, step, state, notice=notice)
   say(f"report of the checkpoint of step {step}: {run_dir.report}")
   done = f"Wrote the page of the checkpoint of step {step:,} of"
-  say(closing_lines(programme, run_dir, result, done))
+  say(closing_lines(programme, run_dir, result, done=done))
 
 
 def _make(programme: Programme, run_dir: RunDir, make: Callable[..., None]) -> None:
   step, state = newest(programme, run_dir)
   variables = programme.variables(state)
   # One process times and writes; the others wait for it.
-  hosts.on_writer(lambda: make(programme.experiment, run_dir, step, variables))
+  hosts.on_writer(make, programme.experiment, run_dir, step, variables)
 
 
 def closing_lines(
-  programme: Programme, run_dir: RunDir, result: Mapping[str, Any], done: str
+  programme: Programme, run_dir: RunDir, result: Mapping[str, Any], *, done: str
 ) -> str:
   """Returns the last text of a mode: what was done, the main numbers, and the next command.
 

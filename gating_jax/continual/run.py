@@ -105,7 +105,7 @@ class ContinualLearning(runner.Programme):
         return None
       learner, step = training.state, training.step
       with working("drawing pictures", "up to a minute", training.say):
-        hosts.on_writer(lambda: report.draw(experiment, learner, run_dir, training.journal, step))
+        hosts.on_writer(report.draw, experiment, learner, run_dir, training.journal, step)
     with working("writing the report", "up to a minute"):
       result = report.summary(experiment, learner)
       report.write(experiment, learner, run_dir, step)
@@ -149,7 +149,7 @@ class ContinualLearning(runner.Programme):
     return report.summary(experiment, learner)
 
   def report(
-    self, run_dir: RunDir, step: int, learner: LearnerState, notice: str
+    self, run_dir: RunDir, step: int, learner: LearnerState, *, notice: str
   ) -> dict[str, Any]:
     """Writes the page of a learner, with the tests that followed each task."""
     with working("drawing the report", "up to a minute"):
@@ -177,7 +177,7 @@ def _make_end_stage(
       "up to a minute",
       training.say,
     ):
-      learner = finish_task(experiment, training.state, task, evaluate)
+      learner = finish_task(experiment, training.state, task, evaluate=evaluate)
       # The gates of all tasks change at once where tasks are learnt together.
       ended = range(task + 1) if experiment.method.simultaneous else [task]
       counts = {}

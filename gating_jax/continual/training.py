@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +20,9 @@ from gating_jax.data.image_sets import Images
 from gating_jax.ops.collectives import mean_over_devices
 from gating_jax.training import devices, hosts
 from gating_jax.training.devices import value_and_grad_over_devices
+from gating_jax.training.steps import Advance
 from gating_jax.types import Array
 
-# A step of a stage's program: `(learner, step) -> (learner, metrics)`.
-Advance = Callable[[LearnerState, int], tuple[LearnerState, Any]]
 # The test of one task: `(learner, task, seen) -> ` its entries of the table.
 TaskTest = Callable[[LearnerState, int, int], dict[str, float]]
 
@@ -168,7 +166,9 @@ def _make_read(
     """Reads this process's part of a batch: pixels `[B, H, W, D]` and labels `[B]`."""
     pixels, labels = [], []
     for number, images in sets.items():
-      index = batches.indices(seed + number, step, 1, size, len(images), process)[:, 0]
+      index = batches.indices(
+        seed + number, step, 1, batch_size=size, examples=len(images), process=process
+      )[:, 0]
       of_set = images.read(index)
       pixels.append(of_set[0])
       labels.append(of_set[1])

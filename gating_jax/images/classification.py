@@ -34,7 +34,7 @@ from gating_jax.training.checkpoints import restore_newest
 from gating_jax.training.evaluation import Evaluation
 from gating_jax.training.journal import HISTOGRAMS_FILE, METRICS_FILE, read_lines
 from gating_jax.training.rundir import RunDir, RunDirError
-from gating_jax.training.steps import TrainState, map_steps
+from gating_jax.training.steps import Advance, MappedSteps, TrainState
 
 # Folded into the key, so that cutting out does not repeat the random numbers of crops.
 _CUT_OUT = 1
@@ -172,26 +172,23 @@ class Classification(runner.Programme):
         evaluated.result["batch_shaping_reduction"] = experiment.objective.reduction
         self._add_layers(evaluated)
       with working("drawing the report", "about half a minute", training.say):
-        hosts.on_writer(lambda: self._write_files(run_dir, training, evaluated))
+        hosts.on_writer(self._write_files, run_dir, training, evaluated)
     return evaluated.result | {"step": training.step}
 
   def test(self, step: int, state: TrainState) -> dict[str, Any]:
     """Tests a state; returns its result."""
     return self._test(state).result
 
-  def report(self, run_dir: RunDir, step: int, state: TrainState, notice: str) -> dict[str, Any]:
+  def report(self, run_dir: RunDir, step: int, state: TrainState, *, notice: str) -> dict[str, Any]:
     """Tests a state, and writes its page; returns the result."""
     evaluated = self._test(state)
     with working("drawing the report", "about half a minute"):
       # Only the writer draws: the others would compute pictures that nobody sees.
       drawn = self.draw(state) if hosts.is_writer() else {}
-      write = functools.partial(self.write_report, run_dir, step, evaluated)
-      hosts.on_writer(lambda: write(drawn=drawn, notice=notice))
+      hosts.on_writer(self.write_report, run_dir, step, evaluated, drawn=drawn, notice=notice)
     return evaluated.result
 
-  def make_advance(
-    self, train: Any, first_step: int
-  ) -> Callable[[TrainState, int], tuple[TrainState, Any]]:
+  def make_advance(self, train: Any, first_step: int) -> Advance:
     """Returns `(state, step) -> (state, metrics)` over all devices, fed by the config's loader.
 
     Args:
@@ -216,34 +213,22 @@ class Classification(runner.Programme):
         noise_scale=experiment.noise_scale,
       )
 
-    def mapped(several, args):
-      """Maps several steps over the devices, in full where the model's own leave something out."""
-      return map_steps(
-        lambda model: several(make_step(model)),
-        experiment.model,
-        experiment.full,
-        args=args,
-        backend=config.devices.backend,
+    def indices(step):
+      """Returns the images of the steps of one call, from its first step."""
+      return batches.indices(
+        config.seed, step, k, batch_size=batch, examples=len(train), process=process
       )
 
-    if isinstance(train, streaming.Stream):
-      # The stream begins at `first_step`, so that a resumed run sees the batches it would have
-      # seen.
-      stream = train.batches(batch, first_step, k, experiment.settings.total_steps, process)
-      run_streamed = mapped(steps.streamed_steps, (devices.REPLICATED, devices.BATCH))
-      return lambda state, _: run_streamed(state, next(stream))
-    # A small set is copied to every device once; a call sends indices alone.
-    images = devices.replicate((train.pixels, train.labels))
-    run_resident = mapped(
-      steps.resident_steps, (devices.REPLICATED, devices.REPLICATED, devices.BATCH)
+    mapped = MappedSteps(
+      make_step, experiment.model, full=experiment.full, backend=config.devices.backend
     )
-
-    def advance(state, step):
-      """Takes the steps of one call on images that are on the devices."""
-      index = batches.indices(config.seed, step, k, batch, len(train), process)
-      return run_resident(state, images, index)
-
-    return advance
+    if isinstance(train, streaming.Stream):
+      # From `first_step` on, so that a resumed run sees the batches it would have seen.
+      total = experiment.settings.total_steps
+      stream = train.batches(batch, first_step, k, total_steps=total, process=process)
+      return mapped.on_stream(stream)
+    # A small set is copied to every device once; a call sends indices alone.
+    return mapped.on_resident((train.pixels, train.labels), indices)
 
   def make_test(self) -> Callable[[TrainState], Evaluation]:
     """Returns a test of a state on every test image once.

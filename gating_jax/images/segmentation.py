@@ -5,6 +5,7 @@ Reference: Zhao et al., 2017 (PSPNet); Bejnordi et al., 2020, section 4.2.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -113,9 +114,9 @@ def _made_sets(config: ml_collections.ConfigDict) -> _Sets:
 
   return _Sets(
     size=lambda: data.train_scenes,
-    open_train=lambda: make("train", data.train_scenes, seed=config.seed),
+    open_train=functools.partial(make, "train", data.train_scenes, seed=config.seed),
     # The test set is the same for all seeds, so that these can be compared.
-    open_test=lambda: make("test", data.test_scenes),
+    open_test=functools.partial(make, "test", data.test_scenes),
   )
 
 
@@ -142,7 +143,7 @@ def _opened_sets(config: ml_collections.ConfigDict) -> _Sets:
   return _Sets(
     size=lambda: len(open_train()),
     open_train=open_train,
-    open_test=lambda: opened(data.test_split),
+    open_test=functools.partial(opened, data.test_split),
     # Trained on crops, tested on whole scenes: the costs of the two differ.
     train_shape=(*(data.crop or data.size), 3),
   )

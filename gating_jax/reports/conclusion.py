@@ -13,6 +13,10 @@ from gating_jax.timing import CHOSEN, MASKED, UNGATED
 from gating_jax.training import rundir
 
 _LINES = 12
+# The outcomes of gates, in the order in which they are shown.
+_OUTCOMES = ("conditional", "always_open", "always_closed", "random_dropout")
+# What a compiled network does, by its strategy.
+_WAYS = {MASKED: "computing everything", CHOSEN: "skipping, each part in its fastest way"}
 # By mode: what it does, and for how long.
 _NEXT = {
   "compile": "times programs that skip closed units; some minutes",
@@ -30,12 +34,16 @@ def text(done: str, rows: Sequence[tuple[str, str]], then: Sequence[str] = ()) -
     then: commands that may follow.
   """
   # One line is for `done`, and none of the commands is dropped.
-  kept = [(printable(name), printable(value)) for name, value in rows][: _LINES - 1 - len(then)]
+  kept = [(printable(name), value) for name, value in rows[: _LINES - 1 - len(then)]]
   width = max((len(name) for name, _ in kept), default=0)
-  lines = [printable(done), *(f"  {name:<{width}}  {value}" for name, value in kept)]
-  for i, line in enumerate(then):
-    lines.append(("next: " if i == 0 else "      ") + printable(line))
-  return "\n".join(["", *lines])
+  lines = ["", printable(done)]
+  for name, value in kept:
+    lines.append(f"  {name:<{width}}  {printable(value)}")
+  margin = "next: "
+  for command in then:
+    lines.append(margin + printable(command))
+    margin = " " * len(margin)
+  return "\n".join(lines)
 
 
 def following(path: Path, modes: Sequence[str]) -> list[str]:
@@ -48,8 +56,11 @@ def following(path: Path, modes: Sequence[str]) -> list[str]:
     modes: that may follow, in this order.
   """
   run = f"gating-jax --workdir={quoted(str(path))}"
-  found = [f"{run} --mode={mode}    # {_NEXT[mode]}" for mode in modes if not _is_done(path, mode)]
-  return found or [f"{run},ANOTHER_RUN --mode=compare    # one page for several runs"]
+  commands = []
+  for mode in modes:
+    if not _is_done(path, mode):
+      commands.append(f"{run} --mode={mode}    # {_NEXT[mode]}")
+  return commands or [f"{run},ANOTHER_RUN --mode=compare    # one page for several runs"]
 
 
 def _is_done(path: Path, mode: str) -> bool:
@@ -63,13 +74,12 @@ def _is_done(path: Path, mode: str) -> bool:
 
 def _newest_step(path: Path) -> int | None:
   """Returns the step of the newest checkpoint; None where there is none."""
+  newest = None
   # From the names of folders, without opening a checkpoint.
-  steps = [
-    int(folder.name)
-    for folder in path.glob(f"{rundir.CHECKPOINT_DIR}/*")
-    if folder.name.isdecimal()
-  ]
-  return max(steps, default=None)
+  for folder in path.glob(f"{rundir.CHECKPOINT_DIR}/*"):
+    if folder.name.isdecimal() and (newest is None or int(folder.name) > newest):
+      newest = int(folder.name)
+  return newest
 
 
 def refusal(check: Callable[[Any], None], of: Any) -> str:
@@ -89,8 +99,7 @@ def gates(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     ratio = f"{100 * result['mac_ratio']:.1f} % of the ungated net's, gate networks included"
     rows.append(("MACs per image", f"{result['macs']:,.0f}, {ratio}"))
   if "gates" in result:
-    kinds = ("conditional", "always_open", "always_closed", "random_dropout")
-    counts = [f"{result[kind]} {kind.replace('_', ' ')}" for kind in kinds]
+    counts = [f"{result[outcome]} {outcome.replace('_', ' ')}" for outcome in _OUTCOMES]
     rows.append(("gates", f"{result['gates']}: {', '.join(counts)}"))
   return rows
 
@@ -99,26 +108,26 @@ def times(timings: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str,
   """Returns a row for each table of `--mode=compile`: the strategy that is used, and its speed.
 
   Args:
-    timings: by title, rows with the fields of `inference.timings.Timing`.
+    timings: by title, rows with the fields of `inference.compiled.Timing`.
   """
   found = []
   for title, rows in timings.items():
-    # Rows of single parts are left out: what counts at the end is the whole network.
-    whole = {row["strategy"]: row for row in rows if row["part"] is None}
-    chosen = [row for row in whole.values() if row["chosen"]]
+    chosen = ungated = None
+    for row in rows:
+      # Rows of single parts are left out: what counts at the end is the whole network.
+      if row["part"] is None and row["strategy"] == UNGATED:
+        ungated = row
+      if row["part"] is None and row["chosen"]:
+        chosen = row
     # A table without a row of the ungated network has nothing to compare with.
-    if not chosen or UNGATED not in whole:
+    if chosen is None or ungated is None:
       continue
-    (row,) = chosen
     # The choice may be not to skip at all, where skipping is slower.
-    ways = {MASKED: "computing everything", CHOSEN: "skipping, each part in its fastest way"}
-    way = ways.get(row["strategy"], f"skipping ({row['strategy']})")
-    faster = whole[UNGATED]["seconds"] / row["seconds"]
-    found.append(
-      (
-        title,
-        f"{1e3 * row['seconds']:.2f} ms by {way}; "
-        f"ungated {1e3 * whole[UNGATED]['seconds']:.2f} ms, {faster:.2f} x",
-      )
+    way = _WAYS.get(chosen["strategy"], f"skipping ({chosen['strategy']})")
+    faster = ungated["seconds"] / chosen["seconds"]
+    text = (
+      f"{1e3 * chosen['seconds']:.2f} ms by {way}; ungated {1e3 * ungated['seconds']:.2f} ms, "
+      f"{faster:.2f} x"
     )
+    found.append((title, text))
   return found

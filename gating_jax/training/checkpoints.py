@@ -79,8 +79,8 @@ class Checkpoints:
     logging.get_absl_logger().addFilter(_is_not_orbax)
     if not read_only:
       check_storable("directory", self._directory)
-      hosts.on_writer(lambda: self._directory.mkdir(parents=True, exist_ok=True))
-      hosts.on_writer(lambda: self._open(keep))
+      hosts.on_writer(self._directory.mkdir, parents=True, exist_ok=True)
+      hosts.on_writer(self._open, keep)
     # All processes but the writer, and every read-only one, open the directory for reading.
     if not self._manager:
       self._open(None)
@@ -97,7 +97,7 @@ class Checkpoints:
       OSError: this checkpoint, or one begun before, cannot be written.
       PeerError: the same, in all processes but the writer.
     """
-    hosts.on_writer(lambda: self._save(step, state))
+    hosts.on_writer(self._save, step, state)
 
   def restore(self, like: Any, sharding: jax.sharding.Sharding) -> Checkpoint | None:
     """Restores the newest checkpoint that can be read.
@@ -214,10 +214,8 @@ class Checkpoints:
       meta=ocp.args.JsonSave({"step": step, "crc32": _checksum(values)}),
     )
     with self._writing():
-      needed, free = (
-        sum(x.nbytes for x in jax.tree.leaves(values)) + _SPARE,
-        shutil.disk_usage(self._directory).free,
-      )
+      needed = sum(x.nbytes for x in jax.tree.leaves(values)) + _SPARE
+      free = shutil.disk_usage(self._directory).free
       # Checked here, since orbax reports a full disk in many words.
       if free < needed:
         raise OSError(
@@ -272,9 +270,12 @@ def _checksum(values: Any) -> int:
 
 def _placed(values: Any, sharding: jax.sharding.Sharding) -> Any:
   """Returns device arrays of values that are the same in every process."""
-  return jax.tree.map(
-    lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), values
-  )
+
+  def place(array):
+    """Puts the parts of an array on their devices."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+  return jax.tree.map(place, values)
 
 
 def _is_not_orbax(record: Any) -> bool:

@@ -63,32 +63,31 @@ def is_writer() -> bool:
 
 def any_of(said: bool) -> bool:
   """Returns whether `said` is true in any process; each waits for all."""
-  return (
-    said
-    if jax.process_count() == 1
-    else bool(np.any(multihost_utils.process_allgather(np.array(said))))
-  )
+  if jax.process_count() == 1:
+    return said
+  return bool(np.any(multihost_utils.process_allgather(np.array(said))))
 
 
 def broadcast_from_writer(number: int) -> int:
   """Returns the writer's number, of up to 31 bits, in every process; each waits for all."""
-  return (
-    number
-    if jax.process_count() == 1
-    else int(multihost_utils.broadcast_one_to_all(np.array(number)))
-  )
+  if jax.process_count() == 1:
+    return number
+  return int(multihost_utils.broadcast_one_to_all(np.array(number)))
 
 
-def on_writer(write: Callable[[], None]) -> None:
+def on_writer(write: Callable[..., Any], *args: Any, **settings: Any) -> None:
   """Runs `write` in the writer; it is done when this returns in any process.
 
+  Args:
+    write: what only one process may do.
+    args, settings: its arguments.
   Raises:
     PeerError: it failed, in all processes but the writer; the writer raises its own error.
   """
   error = None
   try:
     if is_writer():
-      write()
+      write(*args, **settings)
   except Exception as raised:
     error = raised
   # An error is raised only after the exchange: otherwise the other processes would wait forever.
@@ -135,4 +134,6 @@ def local_shard(tree: Any) -> Any:
 
 def allgather(tree: Any) -> Any:
   """Returns the whole batch, in every process, from the parts of all; inverts `local_shard`."""
-  return tree if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+  if jax.process_count() == 1:
+    return tree
+  return multihost_utils.process_allgather(tree, tiled=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import signal
@@ -17,6 +18,9 @@ import numpy as np
 from gating_jax.training import hosts
 from gating_jax.training.checkpoints import Checkpoints
 from gating_jax.training.journal import Journal, describe_metrics
+
+# Metrics that are of all terms of the loss, or of all parameters.
+_TOTALS = ("loss", "gradient_norm", "state_norm")
 
 
 class NonFiniteError(Exception):
@@ -165,8 +169,7 @@ def train(
       journal.progress(step)
       if _due(step, k, settings.log_every) or step == settings.total_steps:
         settle()
-        # Each entry has K steps, as `advance` returns them.
-        means = {name: float(np.mean([v[name] for v in since_log])) for name in since_log[0]}
+        means = _means(since_log)
         since_log.clear()
         journal.write(step, "train", means)
         journal.say(step, describe_metrics(means))
@@ -197,16 +200,35 @@ def _due(step: int, k: int, every: int) -> bool:
   return step // every > (step - k) // every
 
 
+def _means(calls: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+  """Returns the means of metrics, `[K]` in each call, over all steps of the calls."""
+  means = {}
+  for name in calls[0]:
+    means[name] = float(np.mean([metrics[name] for metrics in calls]))
+  return means
+
+
 def _check_finite(step: int, values: Mapping[str, np.ndarray]) -> None:
-  for offset in range(len(next(iter(values.values())))):
-    bad = [
-      name for name, value in values.items() if "/" not in name and not math.isfinite(value[offset])
-    ]
-    if bad:
-      # A term says more than the total, so the error names a term where one is not finite.
-      name = next((b for b in bad if b not in ("loss", "gradient_norm", "state_norm")), bad[0])
-      raise NonFiniteError(
-        f"{name} is {values[name][offset]} at step {step + offset + 1} (not finite: "
-        f"{', '.join(bad)}); nothing from that step on was saved. A lower optim.learning_rate "
-        "may help."
-      )
+  """Raises a NonFiniteError for the first of these steps with a value that is not finite.
+
+  Args:
+    step: the steps before the first one.
+    values: metrics `[K]`; those with a slash in their names, which describe gates, are not checked.
+  """
+  # By step, the metrics that are not finite.
+  bad = collections.defaultdict(list)
+  for name, value in values.items():
+    if "/" not in name:
+      for offset in np.flatnonzero(~np.isfinite(value)):
+        bad[int(offset)].append(name)
+  if not bad:
+    return
+  offset = min(bad)
+  # A term says more than the total, so the error names a term where one is not finite.
+  terms = [name for name in bad[offset] if name not in _TOTALS]
+  name = (terms or bad[offset])[0]
+  raise NonFiniteError(
+    f"{name} is {values[name][offset]} at step {step + offset + 1} (not finite: "
+    f"{', '.join(bad[offset])}); nothing from that step on was saved. A lower "
+    "optim.learning_rate may help."
+  )

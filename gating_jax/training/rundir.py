@@ -77,7 +77,7 @@ class RunDir:
 
   def finish(self, result: Mapping[str, Any]) -> None:
     """Writes the result, which marks the run as finished."""
-    hosts.on_writer(lambda: write_json(self.path / RESULT_FILE, dict(result)))
+    hosts.on_writer(write_json, self.path / RESULT_FILE, dict(result))
 
 
 def existing_run(path: Path, config: ml_collections.ConfigDict) -> RunDir:
@@ -111,7 +111,7 @@ def open_run(path: Path, config: ml_collections.ConfigDict) -> Iterator[RunDir]:
   check_storable("workdir", path)
   with contextlib.ExitStack() as held:
     # Only the writer holds the lock, for the whole job.
-    hosts.on_writer(lambda: held.enter_context(_locked(path, json.loads(config.to_json()))))
+    hosts.on_writer(held.enter_context, _locked(path, json.loads(config.to_json())))
     yield RunDir(path)
 
 
@@ -190,6 +190,7 @@ def staged(path: Path, names: Sequence[str]) -> Iterator[Path]:
 
 
 def _move(aside: Path, path: Path) -> None:
+  """Moves the files of a block that has ended to their place."""
   files = list((aside / "made").iterdir()) if (aside / "made").exists() else []
   # Checked again: the names may have been taken since the block began.
   _check_free(path, [file.name for file in files])
@@ -199,6 +200,7 @@ def _move(aside: Path, path: Path) -> None:
 
 
 def _check_free(path: Path, names: Sequence[str]) -> None:
+  """Raises a RunDirError where one of the names is taken."""
   for name in names:
     if (path / name).exists():
       raise RunDirError(f"{path / name} exists; rename it or delete it to write it again")
@@ -236,7 +238,7 @@ def write_outlines(folder: Path, sets: Sequence[Any]) -> None:
     sets: the sets, in the order in which `read_outlines` returns them.
   """
   outlines = [_outline_of(data) for data in sets]
-  hosts.on_writer(lambda: write_json(folder / DATA_FILE, {"sets": outlines}))
+  hosts.on_writer(write_json, folder / DATA_FILE, {"sets": outlines})
 
 
 def read_outlines(folder: Path) -> list[Outline] | None:
@@ -297,6 +299,7 @@ def _is_blank(path: Path) -> bool:
 
 
 def _read(file: Path) -> dict[str, Any]:
+  """Reads a JSON object. Raises RunDirError where the file holds none."""
   try:
     found = json.loads(file.read_text())
   except ValueError as error:
@@ -313,26 +316,26 @@ def _compare(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> 
   """
   # `get` gives None for an absent field, so that it equals one that is None.
   theirs, mine = flatten(theirs), flatten(mine)
-  lines = [
-    f"  {name}: {theirs.get(name, '(absent)')!r} there, {mine.get(name, '(absent)')!r} here"
-    for name in sorted(theirs.keys() | mine.keys())
-    if theirs.get(name) != mine.get(name)
-  ]
-  if lines:
+  differences = ""
+  for name in sorted(theirs.keys() | mine.keys()):
+    if theirs.get(name) != mine.get(name):
+      there, here = theirs.get(name, "(absent)"), mine.get(name, "(absent)")
+      differences += f"\n  {name}: {there!r} there, {here!r} here"
+  if differences:
     raise RunDirError(
       f"workdir {path} holds a run of another config; choose another workdir or use its config. "
-      "Differences:\n" + "\n".join(lines)
+      f"Differences:{differences}"
     )
 
 
 def _outline_of(data: Any) -> dict[str, Any]:
   """Returns the fields of an outline that a set has."""
-  names = [field.name for field in dataclasses.fields(Outline)]
   # A set has a length in place of the field `examples`.
-  return {
-    "examples": len(data),
-    **{name: getattr(data, name) for name in names if hasattr(data, name)},
-  }
+  found = {"examples": len(data)}
+  for field in dataclasses.fields(Outline):
+    if hasattr(data, field.name):
+      found[field.name] = getattr(data, field.name)
+  return found
 
 
 def _find_wrong_field(outline: Outline) -> str | None:
@@ -343,11 +346,16 @@ def _find_wrong_field(outline: Outline) -> str | None:
     return f"examples must be an integer >= 0; it has {outline.examples!r:.80}"
   for name in ("class_names", "unit_names"):
     names = getattr(outline, name)
-    if not isinstance(names, tuple) or not all(isinstance(each, str) for each in names):
+    if not _is_tuple_of(str, names):
       return f"{name} must be texts; it has {names!r:.80}"
   if not isinstance(shapes, dict):
     return f"shapes must be a section; it has {shapes!r:.80}"
   for shape in (outline.shape or (), *shapes.values()):
-    if not isinstance(shape, tuple) or not all(type(size) is int and size > 0 for size in shape):
+    if not _is_tuple_of(int, shape) or min(shape, default=1) < 1:
       return f"a shape must be of integers >= 1; it has {shape!r:.80}"
   return None
+
+
+def _is_tuple_of(kind: type, values: Any) -> bool:
+  """Returns whether all values are of this type, and of none below it, as bool is of int."""
+  return isinstance(values, tuple) and all(type(value) is kind for value in values)

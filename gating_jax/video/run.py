@@ -26,7 +26,7 @@ from gating_jax.training import closed_gates, devices, hosts, rundir, steps
 from gating_jax.training.checkpoints import Checkpoint
 from gating_jax.training.journal import numbers
 from gating_jax.training.rundir import RunDir
-from gating_jax.training.steps import TrainState, map_steps
+from gating_jax.training.steps import Advance, MappedSteps, TrainState
 from gating_jax.video import evaluate as video_evaluation
 from gating_jax.video import nets as video_nets
 from gating_jax.video import report, sets, speed
@@ -127,8 +127,8 @@ class LongVideo(runner.Programme):
       with working("drawing the report", "up to a minute"):
         self._note(training, result, behaviour)
         journal, step = training.journal, training.step
-        hosts.on_writer(lambda: report.write_pictures(experiment, behaviour, run_dir, journal, step))
-        hosts.on_writer(lambda: report.write_report(experiment, result, behaviour, run_dir, step))
+        hosts.on_writer(report.write_pictures, experiment, behaviour, run_dir, journal, step)
+        hosts.on_writer(report.write_report, experiment, result, behaviour, run_dir, step)
     return result | {"step": step}
 
   def pretrain(self, run_dir: RunDir) -> dict[str, Any] | None:
@@ -147,19 +147,15 @@ class LongVideo(runner.Programme):
     result, _ = self._test(variables, say)
     return result | self._speed(variables)
 
-  def report(self, run_dir: RunDir, step: int, variables: Any, notice: str) -> dict[str, Any]:
+  def report(self, run_dir: RunDir, step: int, variables: Any, *, notice: str) -> dict[str, Any]:
     """Tests the whole network, and writes its page; returns the result."""
     result, behaviour = self._test(variables, say)
     result |= self._speed(variables)
     with working("drawing the report", "up to a minute"):
-      hosts.on_writer(
-        lambda: report.write_report(self.experiment, result, behaviour, run_dir, step, notice)
-      )
+      hosts.on_writer(report.write_report, self.experiment, result, behaviour, run_dir, step, notice)
     return result
 
-  def make_advance(
-    self, phase: Phase, train: Any, first_step: int
-  ) -> Callable[[TrainState, int], tuple[TrainState, Any]]:
+  def make_advance(self, phase: Phase, train: Any, first_step: int) -> Advance:
     """Builds `(state, step) -> (state, metrics)` of a phase, over all devices.
 
     Args:
@@ -167,7 +163,8 @@ class LongVideo(runner.Programme):
       train: its training set.
       first_step: the step from which training continues.
     """
-    config, k = self.config, phase.settings.steps_per_dispatch
+    config = self.config
+    k, batch = phase.settings.steps_per_dispatch, phase.batch_size
     process = (jax.process_index(), jax.process_count())
 
     def make_step(model):
@@ -181,37 +178,21 @@ class LongVideo(runner.Programme):
         axis_name=devices.AXIS,
       )
 
-    def mapped(several, args):
-      """Maps several steps over the devices.
-
-      Also with `phase.full`, for steps that choose more segments than the model's capacity.
-      """
-      return map_steps(
-        lambda model: several(make_step(model)),
-        phase.model,
-        phase.full,
-        args=args,
-        backend=config.devices.backend,
+    def indices(step):
+      """Returns the videos of the steps of one call, from its first step."""
+      return batches.indices(
+        config.seed, step, k, batch_size=batch, examples=len(train), process=process
       )
 
-    if not isinstance(train, VideoArrays):
-      # Videos on disk: batches come from worker threads, from the first step on.
-      stream = train.batches(phase.batch_size, first_step, k, phase.settings.total_steps, process)
-      run_streamed = mapped(steps.streamed_steps, (devices.REPLICATED, devices.BATCH))
-      # The stream keeps its own place, so the step is not needed.
-      return lambda state, _: run_streamed(state, sets.examples(next(stream)))
-    # Arrays in memory: the whole set lies on every device, and steps take only indices.
-    arrays = devices.replicate(sets.examples(train.arrays))
-    run_resident = mapped(
-      steps.resident_steps, (devices.REPLICATED, devices.REPLICATED, devices.BATCH)
-    )
-
-    def advance(state, step):
-      """Takes the steps of one call on arrays that are on the devices."""
-      index = batches.indices(config.seed, step, k, phase.batch_size, len(train), process)
-      return run_resident(state, arrays, index)
-
-    return advance
+    # Also with `phase.full`, for steps that choose more segments than the model's capacity.
+    mapped = MappedSteps(make_step, phase.model, full=phase.full, backend=config.devices.backend)
+    if isinstance(train, VideoArrays):
+      # Arrays in memory: the whole set lies on every device, and steps take only indices.
+      return mapped.on_resident(sets.examples(train.arrays), indices)
+    # Videos on disk: batches come from worker threads, from the first step on.
+    total = phase.settings.total_steps
+    stream = train.batches(batch, first_step, k, total_steps=total, process=process)
+    return mapped.on_stream(map(sets.examples, stream))
 
   def _open(self, phase: Phase, folder: Path) -> runner.Training:
     """Opens the training of a phase in its folder."""

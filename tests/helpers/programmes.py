@@ -31,7 +31,7 @@ class StandIn(runner.Programme):
     self._test(state)
     return {}
 
-  def report(self, run_dir, step, state, notice):
+  def report(self, run_dir, step, state, *, notice):
     self._report(run_dir, notice)
     return {}
 

@@ -81,7 +81,7 @@ def test_the_page_of_what_is_not_compiled_says_why(tmp_path, monkeypatch, gates,
   programme, run_dir = OneRow(built), rundir.RunDir(tmp_path)
   programme.write_report(run_dir, 3, Evaluation({}, None, None), drawn={})
   assert (pages[0].around.step, pages[0].around.not_compiled) == (3, refused)
-  assert "mode=compile" not in runner.closing_lines(programme, run_dir, {}, "Tested")
+  assert "mode=compile" not in runner.closing_lines(programme, run_dir, {}, done="Tested")
 
 
 @pytest.mark.slow
