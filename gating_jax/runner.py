@@ -120,7 +120,7 @@ def run(programme: Programme, workdir: Path, mode: str) -> None:
   one_of("mode", mode, ("train", "evaluate", "report", *programme.modes))
   if mode == "train":
     with rundir.open_run(workdir, programme.config) as run_dir:
-      _train_once(programme, run_dir)
+      _train(programme, run_dir)
     return
   run_dir = rundir.existing_run(workdir, programme.config)
   if mode == "evaluate":
@@ -244,8 +244,8 @@ class Training:
     self._checkpoints.save(self.step, self.state)
 
 
-def _train_once(programme: Programme, run_dir: RunDir) -> None:
-  """Trains a run that is not finished, and reports a training that fails."""
+def _train(programme: Programme, run_dir: RunDir) -> None:
+  """Trains a run to its end, unless it is finished, and reports a training that fails."""
   if (result := run_dir.result()) is not None:
     say(
       f"{run_dir.path} holds a finished run of this config; nothing was trained or changed. "
@@ -256,22 +256,19 @@ def _train_once(programme: Programme, run_dir: RunDir) -> None:
     return
   # Recorded under the lock, and only where training really starts.
   hosts.on_writer(provenance.record_start, run_dir.path)
+  started = time.monotonic()
   report = functools.partial(_report, programme, run_dir)
   with failing.reported(run_dir, programme.config, report):
-    _train(programme, run_dir)
-
-
-def _train(programme: Programme, run_dir: RunDir) -> None:
-  started = time.monotonic()
-  result = programme.train(run_dir)
-  if result is None:
-    return
-  result |= {"seconds_since_last_start": round(time.monotonic() - started, 1)}
-  # The result marks the run as finished, so it is written after all other files.
-  run_dir.finish(result)
-  say(programme.render(result))
-  done = f"Trained for {lasting(time.monotonic() - started)}:"
-  say(closing_lines(programme, run_dir, result, done=done))
+    result = programme.train(run_dir)
+    # Asked to stop: the next start resumes the training.
+    if result is None:
+      return
+    seconds = time.monotonic() - started
+    result |= {"seconds_since_last_start": round(seconds, 1)}
+    # The result marks the run as finished, so it is written after all other files.
+    run_dir.finish(result)
+    say(programme.render(result))
+    say(closing_lines(programme, run_dir, result, done=f"Trained for {lasting(seconds)}:"))
 
 
 def _evaluate(programme: Programme, run_dir: RunDir) -> None:
