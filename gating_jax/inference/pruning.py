@@ -108,9 +108,8 @@ def apply_pruning(net: FoldedNet, choices: Sequence[PruneMask]) -> FoldedNet:
       not folded.
   """
   check_folded(net)
-  choices = arguments.items(
-    "choices", choices, "one PruneMask per group, as from find_static_units"
-  )
+  rule = "one PruneMask per group, as from find_static_units"
+  choices = arguments.items("choices", choices, rule)
   for i, choice in enumerate(choices):
     arguments.instance(f"choices[{i}]", choice, PruneMask, "a PruneMask, as from find_static_units")
   units = [len(choice.removed) for choice in choices]
@@ -243,7 +242,7 @@ def _mask_of(net: FoldedNet, counted: GroupStatistics, multiple: int) -> PruneMa
     return PruneMask(np.zeros(units, bool), np.full(units, whole))
   if counted.layer_gate or _is_constant(part, counted):
     return PruneMask(never, always)
-  return PruneMask(_without_nearest(never, counted, multiple), always)
+  return PruneMask(_removed(counted, multiple), always)
 
 
 def _is_constant(part: Part, counted: GroupStatistics) -> bool:
@@ -252,17 +251,10 @@ def _is_constant(part: Part, counted: GroupStatistics) -> bool:
   return last and not counted.opened.any() and not counted.group.always
 
 
-def _without_nearest(never: np.ndarray, counted: GroupStatistics, multiple: int) -> np.ndarray:
-  """Leaves out some units, so that the number of channels left is a multiple.
-
-  Args:
-    never: `[U]`, units that never open.
-    counted: their statistics.
-    multiple: of channels.
-  Returns:
-    `[U]`, units to prune.
-  """
-  group, open_units = counted.group, int((~never).sum())
+def _removed(counted: GroupStatistics, multiple: int) -> np.ndarray:
+  """Returns which units to prune, `[U]`, so that a multiple of so many channels is left."""
+  group, never = counted.group, counted.opened == 0
+  open_units = int((~never).sum())
   needed = group.always + open_units * group.channels
   # Rounded up to a multiple, at least one multiple, at most all channels.
   channels = min(max(1, -(-needed // multiple)) * multiple, group.width)
@@ -305,6 +297,7 @@ def _channels(group: Group, units: np.ndarray) -> np.ndarray:
 
 
 def _prune_head(head: Head, choices: Sequence[PruneMask], groups: Sequence[Group]) -> Head | None:
+  """Restricts a gate network to the units that keep their gate; None if there are none."""
   gated = np.concatenate([choice.gated for choice in choices])
   if not gated.any():
     return None
@@ -327,7 +320,7 @@ def _prune_layer(
     # The gate network looks at the same channels as the convolution.
     head = head if head is None else dataclasses.replace(head, hidden=head.hidden[before])
   if own:
-    kept, group = _left(head.groups[0], own[0])
+    kept, group = _left(layer.groups[0], own[0])
     conv, head = conv.select(outputs=kept), _prune_head(head, own, (group,))
     # Even if no channel is pruned, ungated ones may have moved to the front.
     if np.array_equal(kept, np.arange(layer.conv.bias.size)):
