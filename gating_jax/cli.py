@@ -284,33 +284,13 @@ def _main(argv: list[str]) -> int:
 
   from gating_jax.data.tfds import DatasetNotPreparedError
   from gating_jax.inference.export import ExportError
-  from gating_jax.reports import compared_runs, comparison
-  from gating_jax.training import hosts, settings, smoke
+  from gating_jax.training import hosts
   from gating_jax.training.checkpoints import CheckpointError
   from gating_jax.training.loop import NonFiniteError
   from gating_jax.training.rundir import RunDirError
 
   try:
-    if _MODE.value == COMPARE:
-      folders = compared_runs.split_folders(_WORKDIR.value)
-      comparison.compare_runs(folders, user_path(_PAGE.value or "comparison.html"))
-      return 0
-    workdir, config = user_path(_WORKDIR.value), _CONFIG.value
-    # All modes but training can do without --config: the run directory keeps it.
-    if config is None:
-      config = settings.config_of(workdir)
-    one_of("experiment", config.experiment, EXPERIMENTS)
-    programme = importlib.import_module(EXPERIMENTS[config.experiment])
-    if not _COORDINATOR.value and (_PROCESSES.value, _PROCESS.value) != (None, None):
-      raise ValueError("coordinator must be given with processes and process; got none")
-    if _COORDINATOR.value:
-      hosts.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    # Only now: it counts devices, after which JAX can join no job.
-    if _SMOKE.value:
-      config = smoke.shrink(config)
-    # Only one process of a job prints.
-    with contextlib.redirect_stdout(sys.stdout if hosts.is_writer() else None):
-      programme.run(config, workdir, _MODE.value)
+    _run_mode()
   except (
     ValueError,
     DatasetNotPreparedError,
@@ -340,6 +320,33 @@ def _main(argv: list[str]) -> int:
     # Exits at once: a computation that still runs can crash the interpreter's own shutdown.
     os._exit(130)
   return 0
+
+
+def _run_mode() -> None:
+  """Runs the mode: compares runs, or trains or examines the one of --workdir."""
+  from gating_jax.reports import compared_runs, comparison
+  from gating_jax.training import hosts, settings, smoke
+
+  if _MODE.value == COMPARE:
+    folders = compared_runs.split_folders(_WORKDIR.value)
+    comparison.compare_runs(folders, user_path(_PAGE.value or "comparison.html"))
+    return
+  workdir, config = user_path(_WORKDIR.value), _CONFIG.value
+  # All modes but training can do without --config: the run directory keeps it.
+  if config is None:
+    config = settings.config_of(workdir)
+  one_of("experiment", config.experiment, EXPERIMENTS)
+  programme = importlib.import_module(EXPERIMENTS[config.experiment])
+  if not _COORDINATOR.value and (_PROCESSES.value, _PROCESS.value) != (None, None):
+    raise ValueError("coordinator must be given with processes and process; got none")
+  if _COORDINATOR.value:
+    hosts.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  # Only now: it counts devices, after which JAX can join no job.
+  if _SMOKE.value:
+    config = smoke.shrink(config)
+  # Only one process of a job prints.
+  with contextlib.redirect_stdout(sys.stdout if hosts.is_writer() else None):
+    programme.run(config, workdir, _MODE.value)
 
 
 def _failed(error: Exception | str, status: int) -> int:

@@ -95,7 +95,7 @@ def check_loss(
   >>> check_loss(lambda x: jnp.mean(jnp.square(x), axis=0)).skipped
   'devices: the loss takes no keyword axis_name'
   """
-  settings = _Settings(shape, low, high, devices, tolerance)
+  settings = _Settings(shape, low=low, high=high, devices=devices, tolerance=tolerance)
   _check_arguments(loss, settings, saturated)
 
   def total(x, **axis):
@@ -176,8 +176,9 @@ def _check_one_device(total, settings, rng):
     """Returns the gradient `[N, C]` of the loss."""
     return np.asarray(jitted(x)[1])
 
+  factors = too_small | too_large
   outcomes = {
-    "gradient": _check_gradient(total, gradient, np.asarray(x), too_small | too_large, settings)
+    "gradient": _check_gradient(total, gradient, np.asarray(x), factors=factors, settings=settings)
   }
   permuted = _Result(of_x.value, of_x.gradient[order])
   outcomes["permutation"] = _compare(_Result(*jitted(x[order])), permuted, settings.tolerance)
@@ -191,7 +192,7 @@ def _check_one_device(total, settings, rng):
   return outcomes
 
 
-def _check_gradient(total, gradient, x, factors, settings):
+def _check_gradient(total, gradient, x, *, factors, settings):
   """Compares a gradient with finite differences, and names what is wrong with it.
 
   Args:
@@ -302,22 +303,27 @@ def _check_parallel(total, settings, rng):
   # The gradient is linear in the terms: subtracting the other one leaves that of the loss.
   right, other = on_one_device(other=0.0), on_one_device(term=0.0)
   over_devices = functools.partial(objective, axis_name=_AXIS)
-  spread, skipped = _spread(over_devices, weights, batch, devices)
+  spread, skipped = _spread(over_devices, weights, batch, devices=devices)
   factors = {"missing psum (1/devices)": 1 / devices, "one psum too many (devices)": devices}
   outcomes = {}
   for layout, result in spread.items():
     part = _Result(
       np.subtract(result.value, other.value), np.subtract(result.gradient, other.gradient)
     )
-    outcome = _compare(part, right, settings.tolerance, "parameter")
+    outcome = _compare(part, right, settings.tolerance, row="parameter")
     if outcome.faults:
-      named = _name_parts(part.gradient, np.asarray(right.gradient), factors, settings.tolerance)
+      named = _name_parts(
+        part.gradient,
+        np.asarray(right.gradient),
+        known=factors,
+        tolerance=settings.tolerance,
+      )
       outcome = outcome._replace(faults=["; ".join([*named, *outcome.faults])])
     outcomes[f"{devices} devices by {layout}"] = outcome
   return outcomes, skipped
 
 
-def _name_parts(got, right, known, tolerance):
+def _name_parts(got, right, *, known, tolerance):
   """Names the errors of the factor c in `gradient = other + c * term`, over all columns."""
   named = []
   for j in np.flatnonzero(_relative_error(got, right).max(0) > tolerance):
@@ -330,7 +336,7 @@ def _name_parts(got, right, known, tolerance):
   return list(dict.fromkeys(named))
 
 
-def _spread(objective, weights, batch, devices):
+def _spread(objective, weights, batch, *, devices):
   """Evaluates the mean over devices by each layout of the batch.
 
   Returns:
@@ -407,7 +413,7 @@ def _compare(got, right, tolerance, row="example"):
   if value_error > tolerance:
     faults.append(f"value {value}, expected {right_value}")
   if error.max() > tolerance:
-    faults.append(f"gradient {_worst(error, gradient, right_gradient, row)}")
+    faults.append(f"gradient {_worst(error, gradient, right_gradient, row=row)}")
   return _Outcome(float(max(value_error, error.max())), faults)
 
 

@@ -59,7 +59,10 @@ def indices(
   Returns:
     `[batch_size / count, k]` int32.
   """
-  whole = np.stack([batch_indices(seed, step + i, batch_size, examples) for i in range(k)], axis=1)
+  by_step = []
+  for at in range(step, step + k):
+    by_step.append(batch_indices(seed, at, batch_size=batch_size, examples=examples))
+  whole = np.stack(by_step, axis=1)
   # A process has the same rows of the batch in every step.
   return np.split(whole, process[1])[process[0]]
 

@@ -110,7 +110,7 @@ def composed(split: str, *, videos: int, segments: int = 16, seed: int = 0) -> V
     "relevant": relevant,
   }
   names = tuple(f"{split} {i}" for i in range(videos))
-  return VideoArrays(arrays, CLASS_NAMES, names, UNIT_NAMES)
+  return VideoArrays(arrays, CLASS_NAMES, names, unit_names=UNIT_NAMES)
 
 
 def motions(scene: int, code: int) -> dict[int, int]:

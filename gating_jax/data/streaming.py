@@ -71,7 +71,9 @@ class Stream:
 
     def read(step):
       """Returns `(pixels [b, K, H, W, D], labels [b, K, ...])` of the K steps from `step`."""
-      index = batches.indices(self.seed, step, k, batch_size, len(self), process)
+      index = batches.indices(
+        self.seed, step, k, batch_size=batch_size, examples=len(self), process=process
+      )
       # A crop is seeded by the step and the image's row in the whole batch: it is the same on any
       # number of processes.
       first_row = process[0] * len(index)
@@ -113,7 +115,8 @@ class Stream:
       )
     image, size = example[self.image], self.shape[:2]
     if seed is not None and self.crop_area is not None:
-      image = random_resized_crop(image, size, self.crop_area, np.random.default_rng(seed))
+      rng = np.random.default_rng(seed)
+      image = random_resized_crop(image, size, smallest_area=self.crop_area, rng=rng)
     # Without a crop, images of the right size are not resampled.
     elif image.shape[:2] != size:
       image = central_crop(image, size)

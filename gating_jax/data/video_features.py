@@ -104,7 +104,7 @@ class FeatureFolder(VideoSet):
       )
     rows = np.arange(self._segments) % own
     if own > self._segments:
-      rows = segment_starts(own, self._segments, 1, rng)
+      rows = segment_starts(own, self._segments, length=1, rng=rng)
     # Rows are spread over the video's length: row i is shown around (i + 1/2) / T_i of it.
     seconds = np.nan if self.table.seconds is None else self.table.seconds[index]
     return Segments(

@@ -114,7 +114,9 @@ class VideoFolder(VideoSet):
     return {"clips": np.zeros((self._segments, self._frames, *self._size, 3), np.uint8)}
 
   def _load(self, index: int, rng: np.random.Generator | None) -> Segments:
-    clips, middles = read_clips(self._files[index], self._segments, self._frames, self._size, rng)
+    clips, middles = read_clips(
+      self._files[index], self._segments, length=self._frames, size=self._size, rng=rng
+    )
     return Segments({"clips": clips}, np.ones(self._segments, bool), middles)
 
 
@@ -163,12 +165,12 @@ def read_clips(
   _check_counts(path)
   with _open(path) as container:
     film = _list_frames(container, _video_stream(container))
-  starts = _choose_starts(film, segments, length, rng)
+  starts = _choose_starts(film, segments, length=length, rng=rng)
   shown = _decode_segments(path, film, starts, length=length, size=size)
   if _is_by_fields(film, shown):
     # Two packets, one per field, make a frame: only every second time is that of a frame.
     film = film._replace(times=film.times[::2], announced=film.announced // 2)
-    starts = _choose_starts(film, segments, length, rng)
+    starts = _choose_starts(film, segments, length=length, rng=rng)
     shown = _decode_segments(path, film, starts, length=length, size=size)
   if shown.intact < _WHOLE * film.announced or not shown.pixels:
     raise ValueError(f"only {shown.intact} of {film.announced} frames can be decoded")
@@ -312,7 +314,13 @@ def _list_frames(container, stream) -> _Film:
       reached = max(reached, float((packet.pts + (packet.duration or 0)) * packet.time_base))
     if packet.stream is stream and packet.size:
       packets.append(
-        _Packet(packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe, packet.is_discard)
+        _Packet(
+          pts=packet.pts,
+          dts=packet.dts,
+          duration=packet.duration or 0,
+          is_keyframe=packet.is_keyframe,
+          is_discard=packet.is_discard,
+        )
       )
   shown = _shown(packets)
   if not shown:
@@ -376,7 +384,14 @@ def _times_of(container, stream, packets: Sequence[_Packet]) -> _Film:
   if not length and len(times) > 1:
     length = times[-1] - times[-2]
   zero = 0 if container.format.name in (_MP4, _MATROSKA) else times[0]
-  return _Film(times, times[-1] + length, zero, float(stream.time_base), by_decoding, announced=0)
+  return _Film(
+    times,
+    end=times[-1] + length,
+    zero=zero,
+    tick=float(stream.time_base),
+    counted=by_decoding,
+    announced=0,
+  )
 
 
 def _clock_jumps(container, stream, packets: Sequence[_Packet]) -> bool:
@@ -415,13 +430,13 @@ class _Shown(NamedTuple):
 
 
 def _choose_starts(
-  film: _Film, segments: int, length: int, rng: np.random.Generator | None
+  film: _Film, segments: int, *, length: int, rng: np.random.Generator | None
 ) -> np.ndarray:
   """Returns `[T]` starts of segments, each an index of `film.times`."""
   # A time is off by up to a tick if ticks are short; with ticks as long as a frame it is exact up
   # to floating point.
   rounding = min(1.0, _ROUNDING / film.tick) if film.tick > 0 else _ROUNDING
-  return timed_starts(film.times, film.end, segments, length, rng, rounding=rounding)
+  return timed_starts(film.times, film.end, segments, length=length, rng=rng, rounding=rounding)
 
 
 def _decode_segments(
@@ -453,7 +468,7 @@ def _decode_segments(
   if not times or times[-1] < film.times[starts.min()]:
     pixels = {}
   interlaced = previous is not None and previous.interlaced_frame
-  return _Shown(pixels, firsts, times, intact, interlaced)
+  return _Shown(pixels, firsts, times, intact=intact, interlaced=interlaced)
 
 
 def _is_by_fields(film: _Film, shown: _Shown) -> bool:

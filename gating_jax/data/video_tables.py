@@ -45,6 +45,30 @@ _BREAKFAST_FPS = 15
 _BREAKFAST_FILES = {".avi", ".mp4", ".mkv", ".npy", ".npz"}
 
 
+class _Line(NamedTuple):
+  """A line of a file.
+
+  Attributes:
+    path: the file.
+    number: from 1.
+    text: without the blanks around it.
+  """
+
+  path: str | Path
+  number: int
+  text: str
+
+  def error(self, rule: str, content: str | None = None) -> ValueError:
+    """Returns the error for a line that breaks a rule.
+
+    Args:
+      rule: the rule, after "must".
+      content: the part at fault; None for the whole line. Cut to 80 characters.
+    """
+    content = self.text if content is None else content
+    return ValueError(f"{self.path}, line {self.number}: must {rule}; got {content[:80]!r}")
+
+
 class Interval(NamedTuple):
   """A unit action between two times of a video, in seconds.
 
@@ -106,12 +130,12 @@ class _Label(NamedTuple):
   """The label field of a row.
 
   Attributes:
-    line: number of the row's first line.
+    line: the row.
     field: the text.
     classes: the labels in it.
   """
 
-  line: int
+  line: _Line
   field: str
   classes: list[str]
 
@@ -136,16 +160,16 @@ def read_table(table: str | Path, split: str | Path | None = None) -> VideoTable
   for line, row in _csv_rows(table, ("video", "label")):
     name, field = row["video"], row["label"]
     if not name:
-      raise _bad_line(table, line, "name a video", name)
+      raise line.error("name a video", name)
     if name in labels:
-      raise _bad_line(table, line, "name each video once", name)
+      raise line.error("name each video once", name)
     labels[name] = _Label(line, field, _parts(field))
     # One video with several labels is enough.
     multi_label |= ";" in field
   found = set()
   for label in labels.values():
     if not multi_label and not label.classes:
-      raise _bad_line(table, label.line, "give the video a label", label.field)
+      raise label.line.error("give the video a label", label.field)
     found.update(label.classes)
   if not found:
     raise ValueError(f"{table}: must hold at least one video with a label; it has none")
@@ -199,12 +223,12 @@ def _read_split(path: str | Path, known: Iterable[str], table: str | Path) -> tu
   """Returns the names in a split file, each of which the table must know."""
   # A dict keeps the order and finds a name at once.
   names = {}
-  for line, name in _text_lines(path):
-    if name not in known:
-      raise _bad_line(path, line, f"name a video of {table}", name)
-    if name in names:
-      raise _bad_line(path, line, "name each video once", name)
-    names[name] = line
+  for line in _text_lines(path):
+    if line.text not in known:
+      raise line.error(f"name a video of {table}")
+    if line.text in names:
+      raise line.error("name each video once")
+    names[line.text] = line
   if not names:
     raise ValueError(f"{path}: must name at least one video; it is empty")
   return tuple(names)
@@ -286,10 +310,10 @@ def read_charades(folder: str | Path, split: str) -> VideoTable:
   one_of("split", split, SPLITS)
   names = {}
   path = user_path(folder) / "Charades_v1_classes.txt"
-  for line, text in _text_lines(path):
-    match = re.fullmatch(r"(c\d{3})[ \t]+(.+)", text, re.ASCII)
+  for line in _text_lines(path):
+    match = re.fullmatch(r"(c\d{3})[ \t]+(.+)", line.text, re.ASCII)
     if not match or match[1] in names:
-      raise _bad_line(path, line, "be a new class such as 'c000 Holding some clothes'", text)
+      raise line.error("be a new class such as 'c000 Holding some clothes'")
     names[match[1]] = match[2]
   # Classes are numbered in the order of the file, not by the digits of their codes.
   index = _numbers(names)
@@ -297,15 +321,15 @@ def read_charades(folder: str | Path, split: str) -> VideoTable:
   units, seconds = {}, []
   for line, row in _csv_rows(path, ("id", "actions", "length")):
     if not row["id"] or row["id"] in units:
-      raise _bad_line(path, line, "name each video once", row["id"])
+      raise line.error("name each video once", row["id"])
     intervals = []
     for part in _parts(row["actions"]):
-      action = _named_interval(path, line, part)
+      action = _named_interval(line, part)
       if action.name not in index:
-        raise _bad_line(path, line, "name classes of Charades_v1_classes.txt", row["actions"])
+        raise line.error("name classes of Charades_v1_classes.txt", row["actions"])
       intervals.append(Interval(action.start, action.end, index[action.name]))
     units[row["id"]] = tuple(intervals)
-    seconds.append(_length(path, line, row["length"]))
+    seconds.append(_length(line, row["length"]))
   if not units:
     raise ValueError(f"{path}: must hold at least one video; it is empty")
   return _multi_label_table(units, tuple(names.values()), np.array(seconds))
@@ -328,21 +352,21 @@ def read_multithumos(folder: str | Path, split: str) -> VideoTable:
   one_of("split", split, SPLITS)
   path = user_path(folder) / "class_list.txt"
   class_names = []
-  for line, text in _text_lines(path):
-    number, *names = _fields(text)
+  for line in _text_lines(path):
+    number, *names = _fields(line.text)
     # The name becomes part of a path, so it must not lead elsewhere.
     single = len(names) == 1 and Path(names[0]).name == names[0]
     if number != str(len(class_names) + 1) or not single or names[0] in class_names:
-      raise _bad_line(path, line, f"be the number {len(class_names) + 1} and a new class", text)
+      raise line.error(f"be the number {len(class_names) + 1} and a new class")
     class_names.append(names[0])
   prefix = {"train": "video_validation_", "test": "video_test_"}
   units = {}
   for number, class_name in enumerate(class_names):
     path = user_path(folder) / "annotations" / f"{class_name}.txt"
-    for line, text in _text_lines(path):
-      video, start, end = _named_interval(path, line, text)
+    for line in _text_lines(path):
+      video, start, end = _named_interval(line, line.text)
       if not video.startswith(tuple(prefix.values())):
-        raise _bad_line(path, line, f"name a video of {' or '.join(prefix.values())}", text)
+        raise line.error(f"name a video of {' or '.join(prefix.values())}")
       if video.startswith(prefix[split]):
         units.setdefault(video, []).append(Interval(start, end, number))
   if not units:
@@ -385,25 +409,23 @@ class _NamedInterval(NamedTuple):
   end: float
 
 
-def _named_interval(path: Path, line: int, text: str) -> _NamedInterval:
-  """Reads a name, a start and an end, separated by blanks."""
+def _named_interval(line: _Line, text: str) -> _NamedInterval:
+  """Reads a name, a start and an end, separated by blanks, from a text in a line."""
   fields = _fields(text)
   if len(fields) != 3 or not all(_NUMBER.fullmatch(field) for field in fields[1:]):
-    raise _bad_line(path, line, "hold a name, a start and an end in seconds", text)
+    raise line.error("hold a name, a start and an end in seconds", text)
   interval = _NamedInterval(fields[0], float(fields[1]), float(fields[2]))
   if not 0 <= interval.start < interval.end < np.inf:
-    raise _bad_line(
-      path, line, "hold an interval that starts at 0 s or later and ends after its start", text
-    )
+    raise line.error("hold an interval that starts at 0 s or later and ends after its start", text)
   return interval
 
 
-def _length(path: Path, line: int, text: str) -> float:
+def _length(line: _Line, text: str) -> float:
   """Returns the length in seconds, NaN where the field is empty."""
   if not text:
     return np.nan
   if not _NUMBER.fullmatch(text) or not 0 < float(text) < np.inf:
-    raise _bad_line(path, line, "give the video's length in seconds or leave it empty", text)
+    raise line.error("give the video's length in seconds or leave it empty", text)
   return float(text)
 
 
@@ -470,13 +492,13 @@ def _with_segmentation(
 def _read_segmentation(path: Path) -> list[_NamedInterval]:
   """Reads the unit actions of a video, with their times."""
   actions = []
-  for line, text in _text_lines(path):
-    match = re.fullmatch(r"(\d{1,9})-(\d{1,9})[ \t]+([^ \t]+)", text, re.ASCII)
+  for line in _text_lines(path):
+    match = re.fullmatch(r"(\d{1,9})-(\d{1,9})[ \t]+([^ \t]+)", line.text, re.ASCII)
     if not match:
-      raise _bad_line(path, line, "be frames and a unit action, such as '1-30 SIL'", text)
+      raise line.error("be frames and a unit action, such as '1-30 SIL'")
     first, last = int(match[1]), int(match[2])
     if not 1 <= first <= last:
-      raise _bad_line(path, line, "hold frames counted from 1, the last not before the first", text)
+      raise line.error("hold frames counted from 1, the last not before the first")
     # Frames count from 1 and both ends are included.
     start, end = (first - 1) / _BREAKFAST_FPS, last / _BREAKFAST_FPS
     actions.append(_NamedInterval(match[3], start, end))
@@ -496,25 +518,23 @@ def _read_text(path: str | Path) -> str:
     raise ValueError(f"{path}: must be UTF-8 text; {error}") from None
 
 
-def _text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-  """Yields `(number, text)` of each line of a text file that is not blank.
-
-  The spaces and tabs around the text are removed.
+def _text_lines(path: str | Path) -> Iterator[_Line]:
+  """Yields each line of a text file that is not blank.
 
   Args:
     path: the file.
   Raises:
     ValueError: NUL in a line, or a file that is not UTF-8.
   """
-  for number, line in enumerate(_read_text(path).split("\n"), 1):
-    text = line.strip(_BLANKS)
-    if "\0" in text:
-      raise _bad_line(path, number, "be text, without NUL", text)
-    if text:
-      yield number, text
+  for number, text in enumerate(_read_text(path).split("\n"), 1):
+    line = _Line(path, number, text.strip(_BLANKS))
+    if "\0" in line.text:
+      raise line.error("be text, without NUL")
+    if line.text:
+      yield line
 
 
-def _csv_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+def _csv_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[_Line, dict[str, str]]]:
   """Yields `(line, {column: field})` of each row of a CSV file.
 
   Spaces and tabs around a field, empty fields after the last column, and rows of empty fields are
@@ -527,56 +547,42 @@ def _csv_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, d
     ValueError: naming file, line, rule and content.
   """
   rows = _csv_fields(path, _read_text(path))
-  _, header = next(rows, (1, []))
+  line, header = next(rows, (_Line(path, 1, ""), []))
   places = {}
   for column in columns:
     if header.count(column) != 1:
-      raise _bad_line(path, 1, f"have the columns {','.join(columns)}", ",".join(header))
+      raise line.error(f"have the columns {','.join(columns)}")
     places[column] = header.index(column)
   for line, fields in rows:
     if not any(fields):
       continue
     # A field too many often means an unquoted comma, which would shift the labels.
     if max(places.values()) >= len(fields) or any(fields[len(header) :]):
-      raise _bad_line(path, line, f"have {len(header)} fields", ",".join(fields))
+      raise line.error(f"have {len(header)} fields")
     yield line, {column: fields[place] for column, place in places.items()}
 
 
-def _csv_fields(path: str | Path, text: str) -> Iterator[tuple[int, list[str]]]:
-  """Yields `(line, fields)` of each row, where the row begins in that line.
+def _csv_fields(path: str | Path, text: str) -> Iterator[tuple[_Line, list[str]]]:
+  """Yields `(line, fields)` of each row; the line is the row's first, its text the whole row's.
 
   Blanks around fields and their quotes are left out.
   """
-  start, place, line, fields = 0, 0, 1, []
+  start, place, number, fields = 0, 0, 1, []
   while place < len(text) or fields:
     match = _FIELD.match(text, place)
     if match is None:
-      raise _bad_line(
-        path,
-        line,
-        "close a quoted field with a quote, followed by a comma or the end of the line",
-        text[place:],
+      raise _Line(path, number, text[place:]).error(
+        "close a quoted field with a quote, followed by a comma or the end of the line"
       )
     field = match["plain"] or (match["quoted"] or "").replace('""', '"')
     fields.append(field.strip(_BLANKS))
     place = match.end()
     if match["end"] == ",":
       continue
-    row = ",".join(fields)
-    if "\0" in row:
-      raise _bad_line(path, line, "be text, without NUL", row)
+    line = _Line(path, number, ",".join(fields))
+    if "\0" in line.text:
+      raise line.error("be text, without NUL")
     yield line, fields
     # Quoted fields may hold line ends.
-    line += text.count("\n", start, place)
+    number += text.count("\n", start, place)
     start, fields = place, []
-
-
-def _bad_line(path: str | Path, line: int, rule: str, content: str) -> ValueError:
-  """Builds the error for a line of a file that breaks a rule.
-
-  Args:
-    path, line: the file and the number of the line, from 1.
-    rule: the rule, after "must".
-    content: the line or field; cut to 80 characters.
-  """
-  return ValueError(f"{path}, line {line}: must {rule}; got {content[:80]!r}")

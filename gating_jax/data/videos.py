@@ -153,15 +153,22 @@ class VideoSet(abc.ABC):
       batch_size, k, process: as in `batches.indices`.
       first_step, total_steps: steps from `first_step` to before `total_steps`.
     """
-    rows = len(batches.indices(self._seed, first_step, 1, batch_size, len(self), process))
+
+    def indices(step):
+      """Returns the videos `[b]` of a step."""
+      of_step = batches.indices(
+        self._seed, step, k=1, batch_size=batch_size, examples=len(self), process=process
+      )
+      return of_step[:, 0]
+
+    rows = len(indices(first_step))
 
     # Single videos are prefetched, not batches: workers share the decoding of a batch.
     def read(n):
       """Returns example n of this process, counted over steps and rows, with its jitter."""
       step, row = first_step + n // rows, n % rows
-      index = batches.indices(self._seed, step, 1, batch_size, len(self), process)[row, 0]
       # Seeded by the row in the whole batch: the jitter is the same on any number of processes.
-      return self._read_one(int(index), (self._seed, step, process[0] * rows + row))
+      return self._read_one(int(indices(step)[row]), (self._seed, step, process[0] * rows + row))
 
     calls = len(range(first_step, total_steps, k))
     examples = self._noted(read, range(calls * k * rows), 4 * _PREFETCHED)
