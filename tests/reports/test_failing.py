@@ -89,7 +89,7 @@ def test_what_keeps_the_page_from_being_written_does_not_hide_the_error(tmp_path
   def full(*_, **__):
     raise OSError("no space left on device")
 
-  monkeypatch.setattr(failing.page, "write", full)
+  monkeypatch.setattr(failing.page, "write_page", full)
   monkeypatch.setattr(failing, "write_json", full)
   monkeypatch.setattr(failing, "warn", lambda *_: None)
   with pytest.raises(OSError, match="a checkpoint cannot be written"):
