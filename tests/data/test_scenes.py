@@ -12,7 +12,7 @@ def blocks(monkeypatch):
   """Makes digits that are whole squares, brighter for higher classes, without noise."""
   brightness = np.repeat(20 * np.arange(10) + 64, 64).reshape(10, 8, 8, 1).astype(np.uint8)
   made = Images(brightness, np.arange(10, dtype=np.int32), tuple("0123456789"))
-  monkeypatch.setattr(tfds, "load", lambda *_: made)
+  monkeypatch.setattr(image_sets, "load", lambda *_: made)
   monkeypatch.setattr(scenes, "_NOISE", 0)
 
 
@@ -118,7 +118,7 @@ def test_training_sees_random_parts_half_of_them_mirrored_with_their_labels(open
       mirrored.append(bool(found[1].any()))
   assert 0.3 < np.mean(mirrored) < 0.7
   for (images, labels), (again, labels_again) in zip(
-    batches[5:], stream.batches(7, 5, 1, 12), strict=True
+    steps[5:], stream.batches(7, 5, 1, 12), strict=True
   ):
     np.testing.assert_array_equal(images, again)
     np.testing.assert_array_equal(labels, labels_again)
