@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gating_jax.continual import training
 from gating_jax.continual.method import LearnerState, Network, Problem, TaskData
-from gating_jax.continual.training import make_step
 from gating_jax.training import devices
 
 TASKS, CLASSES, SHAPE = 3, 2, (4, 4, 1)
@@ -59,7 +59,7 @@ def start(method, seed=0):
 def step(method, count=1):
   """`(learner, pixels, labels) -> (learner, metrics)` on `count` devices."""
   axis_name = None if count == 1 else devices.AXIS
-  run = make_step(
+  run = training.make_step(
     method,
     OPTIMISER,
     lambda key, pixels: normalise(pixels),
@@ -79,8 +79,9 @@ def step(method, count=1):
 
 
 def end_task(method, learner, data):
-  learner = method.end_task(learner, data, jax.random.key(int(learner.task), impl="rbg"))
-  return learner.replace(task=learner.task + 1, opt_state=OPTIMISER.init(learner.params))
+  key = jax.random.key(int(learner.task), impl="rbg")
+  learnt = int(learner.task) + 1
+  return training.end_task(method, OPTIMISER, learner, data, learnt=learnt, key=key)
 
 
 def learn(method, tasks=TASKS, steps=40, batch=8):
