@@ -131,7 +131,7 @@ def _cut_splits(config: ml_collections.ConfigDict) -> None:
     read = {settings.feature_names(data)[1]: features.ImageClass}
   for split, count in _EXAMPLES.items():
     field = f"{split}_split"
-    source = tfds_sets.open_tfds(data.name, data[field], data.data_dir, readers=read)
+    source = tfds_sets.open_tfds(data.name, data[field], data.data_dir, read)
     if "tasks" in config:
       count = _OF_A_CLASS[split] * len(source.class_names)
     data[field] = _first(data[field], count, source.dataset_info.splits)
