@@ -166,6 +166,8 @@ def save_figure(figure: Any, file: Path | IO[bytes]) -> None:
     warnings.filterwarnings("ignore", message="Glyph .* missing from")
     # In memory first, so that a figure that cannot be drawn leaves no half-written file.
     content = io.BytesIO()
+    # Of the figure too, so that places that are measured in it are those of the picture.
+    figure.set_dpi(DPI)
     figure.savefig(content, dpi=DPI)
   if isinstance(file, Path):
     write_atomically(file, content.getvalue())
