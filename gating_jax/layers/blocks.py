@@ -11,12 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from gating_jax.checks import one_of
-from gating_jax.layers.conv import CONVOLUTIONS, ConvNorm, FactorisedConvNorm, check_maps, scaled
+from gating_jax.layers.conv import (
+  CONVOLUTIONS,
+  ConvMacs,
+  ConvNorm,
+  FactorisedConvNorm,
+  check_maps,
+  scaled,
+)
 from gating_jax.layers.gate import GATE_NAME, ChannelGate, GatedChannels, GateSettings, apply_gates
 from gating_jax.ops import arguments
 from gating_jax.ops.compaction import open_backward
@@ -24,6 +32,8 @@ from gating_jax.types import Array, Records
 
 GATINGS = ("none", "channel", "all_channels", "layer")
 SHORTCUTS = ("A", "B")
+
+Conv = ConvNorm | FactorisedConvNorm
 
 
 class _ResidualBlock(nn.Module):
@@ -78,23 +88,23 @@ class _ResidualBlock(nn.Module):
     arguments.number("backward_share", self.backward_share, "in (0, 1]", lambda v: 0 < v <= 1)
 
   def _conv(
-    self, features: int, window: int, stride: int, name: str, dilation: int = 1
-  ) -> ConvNorm | FactorisedConvNorm:
+    self, name: str, *, features: int, window: int, stride: int = 1, dilation: int = 1
+  ) -> Conv:
     conv = CONVOLUTIONS[self.convolution] if window > 1 else ConvNorm
     # `FactorisedConvNorm` has no such field.
     spread = {} if dilation == 1 else {"dilation": dilation}
     return conv(
-      features,
-      window,
-      stride,
-      self.dtype,
-      self.axis_name,
+      features=features,
+      window=window,
+      stride=stride,
+      dtype=self.dtype,
+      axis_name=self.axis_name,
       name=name,
       group_norm=self.group_norm,
       **spread,
     )
 
-  def _with(self, beside: Array | None, x: Array) -> Array:
+  def _joined(self, x: Array, beside: Array | None) -> Array:
     """Returns the first convolution's input: x, and channels that the shortcut does not see."""
     if beside is None:
       return x
@@ -109,41 +119,30 @@ class _ResidualBlock(nn.Module):
     return jnp.concatenate([x, beside], axis=-1)
 
   def _records(
-    self,
-    x: Array,
-    train: bool,
-    inner: tuple[GatedChannels, ...],
-    outer: GatedChannels,
-    convs: Sequence,
+    self, x: Array, train: bool, *, convs: Sequence[Conv], project: ConvNorm | None
   ) -> Records:
-    """Returns the records of the block's gate; none if it has no gate.
-
-    `convs` are the convolutions of the branch, each with the shape of its input.
-    """
-    # Each kind of gating with the groups of channels that one gate module decides on.
-    groups = {
-      "none": (),
-      "channel": inner,
-      "all_channels": (*inner, outer),
-      "layer": self._layer(x, outer, convs),
-    }
-    if not groups[self.gating]:
+    """Returns the records of the block's gate; none if it has no gate."""
+    groups = self._groups(x.shape, convs, project)
+    if not groups:
       return ()
-    return ChannelGate(groups[self.gating], self.gate, self.axis_name, name=GATE_NAME)(x, train)
+    return ChannelGate(groups, self.gate, self.axis_name, name=GATE_NAME)(x, train)
 
-  def _layer(self, x: Array, outer: GatedChannels, convs: Sequence) -> tuple[GatedChannels, ...]:
-    """Returns the whole branch as one unit, where the block can be skipped."""
-    # Only the identity can replace a closed branch.
-    if self.stride != 1 or x.shape[-1] != outer.channels:
+  def _groups(
+    self, x_shape: Sequence[int], convs: Sequence[Conv], project: ConvNorm | None
+  ) -> tuple[GatedChannels, ...]:
+    """Describes the groups of channels that the block's gate decides on."""
+    if self.gating == "none":
       return ()
-    # With all of its channels open, a convolution costs i per_input + o per_output + i o per_pair.
-    macs = 0
-    for conv, shape in convs:
-      m = conv.macs(shape)
-      macs += shape[-1] * m.per_input + conv.features * (m.per_output + shape[-1] * m.per_pair)
-    return (GatedChannels(1, macs),)
+    calls = _calls(convs, x_shape)
+    if self.gating == "layer":
+      # Only the identity can replace a closed branch.
+      keeps_shape = self.stride == 1 and x_shape[-1] == convs[-1].features
+      return (_whole_branch(calls),) if keeps_shape else ()
+    gated_output = self.gating == "all_channels"
+    hidden = _hidden_groups(calls, gated_input=self.gated_input, gated_output=gated_output)
+    return (*hidden, _output_group(calls[-1], project, x_shape)) if gated_output else hidden
 
-  def _switch(self, h: Array, records: Records, group: int) -> Array:
+  def _gated(self, h: Array, records: Records, group: int) -> Array:
     """Multiplies features between the convolutions by the gates of their channels."""
     return apply_gates(h, records[group].gates) if self.gating in ("channel", "all_channels") else h
 
@@ -170,8 +169,8 @@ class _ResidualBlock(nn.Module):
 
     def branch(variables, x):
       """Applies the convolutions, with ReLU between them: `[N, H, W, D] -> [N, H', W', C]`."""
-      for i, (conv, own) in enumerate(zip(alone, variables, strict=True)):
-        x = conv.apply(own, nn.relu(x) if i else x, True)
+      for i, conv in enumerate(alone):
+        x = conv.apply(variables[i], nn.relu(x) if i else x, True)
       return x
 
     return open_backward(
@@ -183,42 +182,22 @@ class _ResidualBlock(nn.Module):
       capacity=math.ceil(self.backward_share * len(x)),
     )
 
-  # The block's end: y = ReLU(g * branch(x) + shortcut), then the gates of the output channels.
   def _join(self, branch: Array, shortcut: Array, records: Records) -> tuple[Array, Records]:
+    """Ends the block: y = ReLU(g * branch(x) + shortcut), then the gates of the output channels."""
     if self.gating == "layer" and records:
       branch = apply_gates(branch, records[0].gates)
     y = nn.relu(branch + shortcut)
-    return (apply_gates(y, records[-1].gates) if self.gating == "all_channels" else y), records
-
-  def _macs_into(self, conv: ConvNorm, x: Array) -> tuple[int, int]:
-    """Returns the MACs of one output channel of the first convolution.
-
-    The first number is what it costs alone, the second what it costs with one open channel of the
-    gates before the block.
-    """
-    macs = conv.macs(x.shape)
-    # Only open inputs are read, so the cost is per pair; otherwise every input channel counts.
-    if self.gated_input:
-      return macs.per_output, macs.per_pair
-    return macs.per_output + x.shape[-1] * macs.per_pair, 0
-
-  def _outer(
-    self, conv: ConvNorm, h_shape: Sequence[int], project: ConvNorm | None, x: Array
-  ) -> GatedChannels:
-    """Describes the output channels: those of the last convolution and of the projection."""
-    macs = conv.macs(h_shape)
-    # The projection is not gated on its input side: it reads every channel.
-    shortcut = project.macs(x.shape).per_pair * x.shape[-1] if project else 0
-    writers = (conv.writer, project.writer) if project else (conv.writer,)
-    return GatedChannels(conv.features, macs.per_output + shortcut, macs.per_pair, writers)
+    if self.gating == "all_channels":
+      y = apply_gates(y, records[-1].gates)
+    return y, records
 
   def _project(self, x: Array, features: int) -> ConvNorm | None:
     """Returns the convolution of the shortcut, where it needs one."""
     if self.shortcut == "A" or (self.stride == 1 and x.shape[-1] == features):
       return None
-    return self._conv(features, 1, self.stride, "project")
+    return self._conv("project", features=features, window=1, stride=self.stride)
 
-  def _shortcut(self, x: Array, features: int, project: ConvNorm | None, train: bool) -> Array:
+  def _shortcut(self, x: Array, train: bool, *, features: int, project: ConvNorm | None) -> Array:
     """Returns the identity where shapes agree, else the shortcut of kind A or B.
 
     A subsamples and pads with zero channels; B is a 1x1 convolution.
@@ -233,7 +212,8 @@ class _ResidualBlock(nn.Module):
     every = slice(None, None, self.stride)
     x = x[:, *[every] * (x.ndim - 2)]
     # Half of the zero channels come before, half after.
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(missing // 2, missing - missing // 2)])
+    padding = [(0, 0)] * (x.ndim - 1) + [(missing // 2, missing - missing // 2)]
+    return jnp.pad(x, padding)
 
 
 class BasicBlock(_ResidualBlock):
@@ -255,25 +235,20 @@ class BasicBlock(_ResidualBlock):
   ) -> tuple[Array, Records]:
     self._check(x)
     width = scaled(self.features, self.inner_width)
-    conv1 = self._conv(width, 3, self.stride, "conv1", self.dilations[0])
-    conv2 = self._conv(self.features, 3, 1, "conv2", self.dilations[1])
+    first, second = self.dilations
+    conv1 = self._conv("conv1", features=width, window=3, stride=self.stride, dilation=first)
+    conv2 = self._conv("conv2", features=self.features, window=3, dilation=second)
     project = self._project(x, self.features)
-    h = nn.relu(conv1(self._with(beside, x), train))
-    # A hidden channel costs its output in conv1 and its input in conv2. Where the other side is
-    # gated too, the cost is per pair and belongs to the later record.
-    (alone, with_input), after = self._macs_into(conv1, x), conv2.macs(h.shape)
-    alone += after.per_input + (
-      self.features * after.per_pair if self.gating != "all_channels" else 0
-    )
-    inner = GatedChannels(width, alone, with_input, (conv1.writer,), (conv2.reader,))
-    outer = self._outer(conv2, h.shape, project, x)
-    records = self._records(x, train, (inner,), outer, ((conv1, x.shape), (conv2, h.shape)))
+    h = nn.relu(conv1(self._joined(x, beside), train))
+    convs = (conv1, conv2)
+    records = self._records(x, train, convs=convs, project=project)
     if self._skips(records, train):
-      branch = self._with_open_backward((conv1, conv2), x, records)
+      branch = self._with_open_backward(convs, x, records)
     else:
       # conv2(g * ReLU(BN1(conv1 x))) of the equation.
-      branch = conv2(self._switch(h, records, 0), train)
-    return self._join(branch, self._shortcut(x, self.features, project, train), records)
+      branch = conv2(self._gated(h, records, 0), train)
+    shortcut = self._shortcut(x, train, features=self.features, project=project)
+    return self._join(branch, shortcut, records)
 
 
 class Bottleneck(_ResidualBlock):
@@ -293,31 +268,104 @@ class Bottleneck(_ResidualBlock):
     self._check(x)
     out = self.expansion * self.features
     width = scaled(self.features, self.inner_width)
-    conv1 = self._conv(width, 1, 1, "conv1")
-    conv2 = self._conv(width, 3, self.stride, "conv2", self.dilations[0])
-    conv3 = self._conv(out, 1, 1, "conv3")
+    conv1 = self._conv("conv1", features=width, window=1)
+    conv2 = self._conv(
+      "conv2", features=width, window=3, stride=self.stride, dilation=self.dilations[0]
+    )
+    conv3 = self._conv("conv3", features=out, window=1)
+    convs = (conv1, conv2, conv3)
     project = self._project(x, out)
-    h1 = nn.relu(conv1(self._with(beside, x), train))
-    # The output's shape of conv2, known before it runs: the gates decide first.
-    shape2 = (x.shape[0], *(-(-size // self.stride) for size in x.shape[1:-1]), width)
-    (alone, with_input), middle, last = (
-      self._macs_into(conv1, x),
-      conv2.macs(h1.shape),
-      conv3.macs(shape2),
-    )
-    # The second group costs per pair with the first, conv2 being gated on both sides.
-    into_last = last.per_input + (out * last.per_pair if self.gating != "all_channels" else 0)
-    groups = (
-      GatedChannels(width, alone + middle.per_input, with_input, (conv1.writer,), (conv2.reader,)),
-      GatedChannels(
-        width, middle.per_output + into_last, middle.per_pair, (conv2.writer,), (conv3.reader,)
-      ),
-    )
-    convs = ((conv1, x.shape), (conv2, h1.shape), (conv3, shape2))
-    records = self._records(x, train, groups, self._outer(conv3, shape2, project, x), convs)
+    h1 = nn.relu(conv1(self._joined(x, beside), train))
+    records = self._records(x, train, convs=convs, project=project)
     if self._skips(records, train):
-      branch = self._with_open_backward((conv1, conv2, conv3), x, records)
+      branch = self._with_open_backward(convs, x, records)
     else:
-      h2 = nn.relu(conv2(self._switch(h1, records, 0), train))
-      branch = conv3(self._switch(h2, records, 1), train)
-    return self._join(branch, self._shortcut(x, out, project, train), records)
+      h2 = nn.relu(conv2(self._gated(h1, records, 0), train))
+      branch = conv3(self._gated(h2, records, 1), train)
+    shortcut = self._shortcut(x, train, features=out, project=project)
+    return self._join(branch, shortcut, records)
+
+
+# What a block costs, from the description of its branch.
+
+
+class _Call(NamedTuple):
+  """One convolution of a branch, and the shape of its input."""
+
+  conv: Conv
+  shape: Sequence[int]
+
+  @property
+  def macs(self) -> ConvMacs:
+    """Returns the MACs of the convolution's channels."""
+    return self.conv.macs(self.shape)
+
+
+def _calls(convs: Sequence[Conv], x_shape: Sequence[int]) -> list[_Call]:
+  """Returns the convolutions of a branch on an input of this shape, one after the other."""
+  calls, shape = [], x_shape
+  for conv in convs:
+    calls.append(_Call(conv, shape))
+    shape = conv.output_shape(shape)
+  return calls
+
+
+def _whole_branch(calls: Sequence[_Call]) -> GatedChannels:
+  """Describes the branch as one unit, with all of its channels open."""
+  macs = 0
+  for call in calls:
+    macs += call.macs.total(inputs=call.shape[-1], outputs=call.conv.features)
+  return GatedChannels(channels=1, macs_per_channel=macs)
+
+
+def _hidden_groups(
+  calls: Sequence[_Call], *, gated_input: bool, gated_output: bool
+) -> tuple[GatedChannels, ...]:
+  """Describes the channels between the convolutions of a branch, group by group.
+
+  A channel is an output of one convolution and an input of the next. A convolution gated on both
+  sides costs MACs per pair of open channels, which belong to the later group.
+
+  Args:
+    calls: the convolutions.
+    gated_input: whether the channels that the first one reads have gates.
+    gated_output: whether the channels that the last one makes have gates.
+  """
+  groups = []
+  for i, before in enumerate(calls[:-1]):
+    after = calls[i + 1]
+    alone, per_pair = before.macs.per_output + after.macs.per_input, before.macs.per_pair
+    if i == 0 and not gated_input:
+      # All channels of the block's input are read, whatever is open.
+      alone, per_pair = alone + before.shape[-1] * per_pair, 0
+    if after is calls[-1] and not gated_output:
+      # All channels of the block's output are made, whatever is open.
+      alone += after.conv.features * after.macs.per_pair
+    groups.append(
+      GatedChannels(
+        channels=before.conv.features,
+        macs_per_channel=alone,
+        macs_per_pair=per_pair,
+        writers=(before.conv.writer,),
+        readers=(after.conv.reader,),
+      )
+    )
+  return tuple(groups)
+
+
+def _output_group(last: _Call, project: ConvNorm | None, x_shape: Sequence[int]) -> GatedChannels:
+  """Describes the output channels: those of the last convolution and of the projection.
+
+  No reader is named, since the output also bypasses the next block's branch.
+  """
+  alone, writers = last.macs.per_output, (last.conv.writer,)
+  if project:
+    # The projection is not gated on its input side: it reads every channel.
+    alone += project.macs(x_shape).per_pair * x_shape[-1]
+    writers += (project.writer,)
+  return GatedChannels(
+    channels=last.conv.features,
+    macs_per_channel=alone,
+    macs_per_pair=last.macs.per_pair,
+    writers=writers,
+  )

@@ -40,6 +40,10 @@ class ConvMacs(NamedTuple):
   per_output: int
   per_pair: int
 
+  def total(self, *, inputs: int, outputs: int) -> int:
+    """Returns the MACs with this many input and output channels."""
+    return inputs * self.per_input + outputs * (self.per_output + inputs * self.per_pair)
+
 
 class ConvNorm(nn.Module):
   """A convolution without bias and with symmetric padding, then a normalisation.
@@ -74,10 +78,8 @@ class ConvNorm(nn.Module):
     check_maps(x)
     arguments.whole_number("features", self.features)
     arguments.whole_number("dilation", self.dilation)
-    window, stride = (
-      _per_axis("window", self.window, x.ndim - 2),
-      _per_axis("stride", self.stride, x.ndim - 2),
-    )
+    window = _per_axis("window", self.window, x.ndim - 2)
+    stride = _per_axis("stride", self.stride, x.ndim - 2)
     x = nn.Conv(
       self.features,
       window,
@@ -115,13 +117,14 @@ class ConvNorm(nn.Module):
   # One convolution takes the input channels and makes the output channels.
   reader = writer
 
+  def output_shape(self, x_shape: Sequence[int]) -> tuple[int, ...]:
+    """Returns the shape of the output for an input of this shape."""
+    return _output_shape(x_shape, self.stride, self.features)
+
   def macs(self, x_shape: Sequence[int]) -> ConvMacs:
     """Returns the MACs of this convolution's channels on an input of this shape."""
-    axes = len(x_shape) - 2
-    window, stride = _per_axis("window", self.window, axes), _per_axis("stride", self.stride, axes)
-    # Symmetric padding leaves ceil(size / stride) places on every axis.
-    outputs = math.prod(-(-size // s) for size, s in zip(x_shape[1:-1], stride, strict=True))
-    macs = math.prod(window) * outputs
+    window = _per_axis("window", self.window, len(x_shape) - 2)
+    macs = math.prod(window) * math.prod(self.output_shape(x_shape)[1:-1])
     # A depthwise channel reads itself alone, so it costs nothing per pair.
     return ConvMacs(macs, 0, 0) if self.depthwise else ConvMacs(0, 0, macs)
 
@@ -163,34 +166,36 @@ class FactorisedConvNorm(nn.Module):
     """Returns the path of the convolution that takes the input channels."""
     return (*self.path, "space", "conv")
 
+  def output_shape(self, x_shape: Sequence[int]) -> tuple[int, ...]:
+    """Returns the shape of the output for an input of this shape."""
+    return _output_shape(x_shape, self.stride, self.features)
+
   def macs(self, x_shape: Sequence[int]) -> ConvMacs:
     """Returns the MACs of this convolution's channels on an input of this shape.
 
     No pair of an input and an output channel has a cost of its own, since the M channels in between
     always run.
     """
-    (t, *pixels), stride = _per_axis("window", self.window, 3), _per_axis("stride", self.stride, 3)
-    middle = self._middle(x_shape[-1])
-    frames, *area = x_shape[1:-1]
-    area = math.prod(-(-size // s) for size, s in zip(area, stride[1:], strict=True))
+    t, *pixels = _per_axis("window", self.window, 3)
+    frames, middle = x_shape[1], self._middle(x_shape[-1])
+    _, out_frames, height, width, _ = self.output_shape(x_shape)
     return ConvMacs(
       # The spatial convolution has no stride in time: it runs on every frame.
-      per_input=math.prod(pixels) * frames * area * middle,
-      per_output=t * -(-frames // stride[0]) * area * middle,
+      per_input=math.prod(pixels) * frames * height * width * middle,
+      per_output=t * out_frames * height * width * middle,
       per_pair=0,
     )
 
   def _parts(self, inputs: int) -> tuple[ConvNorm, ConvNorm]:
     window, stride = _per_axis("window", self.window, 3), _per_axis("stride", self.stride, 3)
     shared = dict(dtype=self.dtype, axis_name=self.axis_name, group_norm=self.group_norm)
-    space = ConvNorm(
-      self._middle(inputs), (1, *window[1:]), (1, *stride[1:]), name="space", **shared
-    )
+    middle = self._middle(inputs)
+    space = ConvNorm(middle, (1, *window[1:]), (1, *stride[1:]), name="space", **shared)
     time = ConvNorm(self.features, (window[0], 1, 1), (stride[0], 1, 1), name="time", **shared)
     return space, time
 
-  # M of the equation; tiny layers keep at least one channel.
   def _middle(self, inputs: int) -> int:
+    """Returns M of the equation; tiny layers keep at least one channel."""
     t, *pixels = _per_axis("window", self.window, 3)
     a = math.prod(pixels)
     return max(1, t * a * inputs * self.features // (a * inputs + t * self.features))
@@ -204,8 +209,18 @@ def scaled(channels: int, width: float) -> int:
   return max(1, round(channels * width))
 
 
-# One size per axis; a single number holds for all of them.
+def _output_shape(
+  x_shape: Sequence[int], stride: int | Sequence[int], features: int
+) -> tuple[int, ...]:
+  """Returns the shape after a convolution with symmetric padding and odd windows."""
+  n, *sizes, _ = x_shape
+  strides = _per_axis("stride", stride, len(sizes))
+  places = [-(-size // s) for size, s in zip(sizes, strides, strict=True)]
+  return (n, *places, features)
+
+
 def _per_axis(name: str, value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+  """Returns one size per axis; a single number holds for all of them."""
   sizes = tuple(value) if isinstance(value, (tuple, list)) else (value,) * axes
   for size in sizes:
     arguments.whole_number(name, size)
@@ -220,4 +235,9 @@ def _quickest(axes: int, depthwise: bool) -> Callable | None:
   if jax.default_backend() != "cpu" or (axes == 2 and not depthwise):
     return None
   convolve = convolve_depthwise if depthwise else convolve_clips
-  return lambda x, kernel, strides, padding, **defaults: convolve(x, kernel, strides, padding)
+
+  def convolve_without_options(x, kernel, strides, padding, **defaults):
+    """Convolves, and ignores options of XLA's convolution that have their default."""
+    return convolve(x, kernel, strides, padding)
+
+  return convolve_without_options

@@ -62,9 +62,14 @@ class Experts(nn.Module):
     # A record has one cost per unit.
     if len(set(macs)) > 1:
       raise ValueError(f"experts must all have the same number of MACs; got {macs}")
-    return y, (
-      GateRecord(logits, jax.nn.softmax(scores), gates, macs[0], gate=(*self.path, GATE_NAME)),
+    record = GateRecord(
+      logits=logits,
+      probs=jax.nn.softmax(scores),
+      gates=gates,
+      macs_per_unit=macs[0],
+      gate=(*self.path, GATE_NAME),
     )
+    return y, (record,)
 
 
 def mixture(scores: Array, top_k: int | None) -> tuple[Array, Array]:

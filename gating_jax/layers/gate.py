@@ -60,11 +60,13 @@ def noise_scales(params: Mapping[str, Any], scale: float | Array) -> dict[str, A
   {'block1': {'gate': {'scale': 0.25}}}
   """
   arguments.instance("params", params, Mapping, "a tree of parameters")
-  paths = (path for path in traverse_util.flatten_dict(params) if is_gate_path(path))
-  return traverse_util.unflatten_dict(
-    # Many parameters lie under one gate; the same key for all of them leaves one entry.
-    {(*path[: path.index(GATE_NAME) + 1], _SCALE): scale for path in paths}
-  )
+  scales = {}
+  for path in traverse_util.flatten_dict(params):
+    if is_gate_path(path):
+      # Many parameters lie under one gate; the same key for all of them leaves one entry.
+      gate = path[: path.index(GATE_NAME) + 1]
+      scales[(*gate, _SCALE)] = scale
+  return traverse_util.unflatten_dict(scales)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +196,8 @@ class GatedChannels(NamedTuple):
   Attributes:
     channels: number of channels.
     macs_per_channel: MACs per example of one channel alone.
-    macs_per_pair: MACs of one channel together with one of the group before.
+    macs_per_pair: MACs of one channel together with one of the group before it; for the first
+      group, with one of the record before, that of the block's input.
     writers, readers: as in `GateRecord`.
   """
 
@@ -221,19 +224,36 @@ class ChannelGate(nn.Module):
   def __call__(self, x: Array, train: bool = False) -> Records:
     self._check()
     check_examples(x, train)
-    sizes = [self.settings.channels_per_gate(group.channels) for group in self.groups]
-    units = [group.channels // size for group, size in zip(self.groups, sizes, strict=True)]
+    units = [self._units(group.channels) for group in self.groups]
     # One head decides on the units of all groups, which are then split.
     logits = self._logits(x, sum(units), train)
-    probs, gates = jax.nn.sigmoid(logits), self._gates(logits, train)
-    parts = [jnp.split(a, np.cumsum(units)[:-1], axis=-1) for a in (logits, probs, gates)]
-    return tuple(
-      GateRecord(*part, *macs, *group[3:], self.path)
-      # In the order of the record's fields: arrays, costs, writers and readers, gate.
-      for *part, macs, group in zip(
-        *parts, self._macs(sizes, x.shape[-1]), self.groups, strict=True
+    ends = np.cumsum(units)[:-1]
+    logits_of = jnp.split(logits, ends, axis=-1)
+    probs_of = jnp.split(jax.nn.sigmoid(logits), ends, axis=-1)
+    gates_of = jnp.split(self._gates(logits, train), ends, axis=-1)
+    records = []
+    # Costs per pair are with the record before, so the order of records matters: the first group's
+    # are with the record of the block's input.
+    before = self.settings.channels_per_gate(x.shape[-1]) if self.groups[0].macs_per_pair else 1
+    for i, group in enumerate(self.groups):
+      size = self.settings.channels_per_gate(group.channels)
+      record = GateRecord(
+        logits=logits_of[i],
+        probs=probs_of[i],
+        gates=gates_of[i],
+        macs_per_unit=size * group.macs_per_channel,
+        # Two gates, of `size` and of `before` channels, switch size * before pairs of channels.
+        macs_per_pair=size * before * group.macs_per_pair,
+        writers=group.writers,
+        readers=group.readers,
+        gate=self.path,
       )
-    )
+      records.append(record)
+      before = size
+    return tuple(records)
+
+  def _units(self, channels: int) -> int:
+    return channels // self.settings.channels_per_gate(channels)
 
   def _check(self):
     what = "a tuple of GatedChannels, one per group of channels"
@@ -244,34 +264,13 @@ class ChannelGate(nn.Module):
     ):
       raise TypeError(f"groups must be {what}; got {shown(self.groups)}")
     for i, group in enumerate(self.groups):
-      arguments.instance(
-        f"groups[{i}]",
-        group,
-        GatedChannels,
-        "GatedChannels, such as GatedChannels(channels=32, macs_per_channel=0)",
-      )
+      rule = "GatedChannels, such as GatedChannels(channels=32, macs_per_channel=0)"
+      arguments.instance(f"groups[{i}]", group, GatedChannels, rule)
       arguments.whole_number(f"groups[{i}].channels", group.channels)
-      arguments.number(
-        f"groups[{i}].macs_per_channel", group.macs_per_channel, ">= 0", lambda v: v >= 0
-      )
-      arguments.number(f"groups[{i}].macs_per_pair", group.macs_per_pair, ">= 0", lambda v: v >= 0)
+      for cost in ("macs_per_channel", "macs_per_pair"):
+        value = getattr(group, cost)
+        arguments.number(f"groups[{i}].{cost}", value, ">= 0", lambda v: v >= 0)
     check_gate_settings("settings", self.settings)
-
-  def _macs(self, sizes: list[int], inputs: int) -> list[tuple[int, int]]:
-    """Returns the MACs of one gate of each group: alone, and with one gate of the group before.
-
-    Before the first group comes the block's input.
-    """
-    # Two gates, of `size` and of b channels, switch size * b pairs of channels.
-    before = [
-      self.settings.channels_per_gate(inputs) if self.groups[0].macs_per_pair else 1,
-      *sizes,
-    ]
-    return [
-      (size * group.macs_per_channel, size * b * group.macs_per_pair)
-      # `before` has one entry more: no group follows the last one.
-      for group, size, b in zip(self.groups, sizes, before, strict=False)
-    ]
 
   def _logits(self, x: Array, units: int, train: bool) -> Array:
     """Returns the `[N, units]` log-odds of being open."""
@@ -290,8 +289,12 @@ class ChannelGate(nn.Module):
     if s.context == "random":
       # The draw takes the type of its rate: float32, also with `jax_enable_x64`.
       rate = jnp.float32(s.initial_open)
-      draw = lambda key, row: jax.random.bernoulli(key, rate, row.shape).astype(row.dtype)
-      return self._drawn(draw, logits, train)
+
+      def draw_at_rate(key, row):
+        """Draws the gates of one example, `[units]`."""
+        return jax.random.bernoulli(key, rate, row.shape).astype(row.dtype)
+
+      return self._drawn(draw_at_rate, logits, train)
     if s.relaxation == "sigmoid":
       return jax.nn.sigmoid(logits)
     sample, at_rest = relaxations.straight_through_gate, relaxations.threshold_gate
@@ -303,9 +306,12 @@ class ChannelGate(nn.Module):
       return at_rest(logits)
     # The collection, where it is given, has priority over the settings.
     scale = self.get_variable(NOISE, _SCALE, s.noise_scale)
-    return self._drawn(
-      lambda key, row: sample(key, row, s.temperature, noise_scale=scale), logits, train
-    )
+
+    def draw_around(key, row):
+      """Draws the gates of one example from its logits, `[units]`."""
+      return sample(key, row, s.temperature, noise_scale=scale)
+
+    return self._drawn(draw_around, logits, train)
 
   def _drawn(self, sample: Callable[[Array, Array], Array], logits: Array, train: bool) -> Array:
     """Returns each example's `sample(key, logits)`.
@@ -345,5 +351,7 @@ def apply_gates(x: Array, gates: Array) -> Array:
       "gates must be [N, C / b] for x's N examples and C channels, b of them to a gate; "
       f"got gates {gates.shape}, x {x.shape}"
     )
+  # One gate per channel, broadcast over all axes between the first and the last.
   gates = jnp.repeat(gates, x.shape[-1] // gates.shape[1], axis=1)
-  return x * gates.reshape(gates.shape[0], *[1] * (x.ndim - 2), gates.shape[1]).astype(x.dtype)
+  gates = gates.reshape(gates.shape[0], *[1] * (x.ndim - 2), gates.shape[1])
+  return x * gates.astype(x.dtype)

@@ -48,14 +48,12 @@ def kernel_calls() -> Iterator[list[Call]]:
     y, module = next_fun(*args, **kwargs), context.module
     if isinstance(module, (nn.Conv, nn.Dense)) and context.method_name == "__call__":
       kernel = module.get_variable("params", "kernel").shape
-      calls.append(
-        Call(
-          module.path, conv_macs(kernel, y.shape), kernel[-2] if isinstance(module, nn.Conv) else 0
-        )
-      )
-    # Its kernel may have any number of axes; every entry is one multiplication per example.
+      inputs = kernel[-2] if isinstance(module, nn.Conv) else 0
+      calls.append(Call(module.path, conv_macs(kernel, y.shape), inputs))
     if isinstance(module, nn.DenseGeneral):
-      calls.append(Call(module.path, math.prod(module.get_variable("params", "kernel").shape), 0))
+      kernel = module.get_variable("params", "kernel").shape
+      # It may have any number of axes; every entry is one multiplication per example.
+      calls.append(Call(module.path, math.prod(kernel), 0))
     return y
 
   with nn.intercept_methods(note):

@@ -24,13 +24,17 @@ from gating_jax.ops.arguments import as_float
 from gating_jax.types import Array, GateRecord
 
 CONTEXTS = ("none", "attention", "convolution")
-# All with one signature; the clipped sigmoid draws nothing and ignores the rest of it.
+
+
+def _clipped_sigmoid(key: Array, logits: Array, temperature: float, *, noise_scale: float) -> Array:
+  """Computes gates that are not drawn, with the arguments of those that are."""
+  return relaxations.clipped_sigmoid(logits)
+
+
 RELAXATIONS = {
   "straight_through": relaxations.straight_through_gate,
   "soft": relaxations.binary_concrete,
-  "clipped_sigmoid": lambda key, logits, temperature, noise_scale: relaxations.clipped_sigmoid(
-    logits
-  ),
+  "clipped_sigmoid": _clipped_sigmoid,
 }
 POLICIES = ("all", "uniform", "random", "oracle", "prefix")
 POOLINGS = ("max", "mean", "attention")
@@ -110,17 +114,20 @@ class SegmentGate(nn.Module):
     logits = nn.Dense(1, bias_init=bias, name="logits")(h)[..., 0]
     gates = self._sample(logits) if train else relaxations.threshold_gate(logits)
     return GateRecord(
-      logits,
-      jax.nn.sigmoid(logits),
-      selection.ensure_one_open(gates, logits, valid),
-      self.macs_per_unit,
+      logits=logits,
+      probs=jax.nn.sigmoid(logits),
+      gates=selection.ensure_one_open(gates, logits, valid),
+      macs_per_unit=self.macs_per_unit,
     )
 
   def _sample(self, logits: Array) -> Array:
     keys = collectives.example_keys(self.make_rng(GATE_RNG), logits.shape[0], self.axis_name)
-    sample = lambda key, row: RELAXATIONS[self.settings.relaxation](
-      key, row, self.settings.gate.temperature, noise_scale=self.settings.gate.noise_scale
-    )
+    relax, gate = RELAXATIONS[self.settings.relaxation], self.settings.gate
+
+    def sample(key, row):
+      """Draws the gates of one video's segments, `[T]`."""
+      return relax(key, row, gate.temperature, noise_scale=gate.noise_scale)
+
     return jax.vmap(sample)(keys, logits)
 
 
@@ -132,15 +139,15 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, valid: Array) -> Array:
+    width = x.shape[-1]
     normed = nn.LayerNorm(name="norm")(x)
-    query, key, value = (
-      nn.Dense(x.shape[-1], name=name)(normed) for name in ("query", "key", "value")
-    )
     # JAX wants an axis of heads, here of length 1.
-    seen = jax.nn.dot_product_attention(
-      query[:, :, None], key[:, :, None], value[:, :, None], mask=valid[:, None, None, :]
-    )
-    return nn.Dense(x.shape[-1], name="out")(seen[:, :, 0])
+    query = nn.Dense(width, name="query")(normed)[:, :, None]
+    key = nn.Dense(width, name="key")(normed)[:, :, None]
+    value = nn.Dense(width, name="value")(normed)[:, :, None]
+    # Padding is seen by no segment.
+    seen = jax.nn.dot_product_attention(query, key, value, mask=valid[:, None, None, :])
+    return nn.Dense(width, name="out")(seen[:, :, 0])
 
 
 class Policy(nn.Module):
@@ -190,8 +197,8 @@ class Policy(nn.Module):
   def _drawn_k(self, valid: Array) -> Array:
     """Returns `[B]` numbers from 1 to each video's number of valid segments."""
     keys = collectives.example_keys(self.make_rng(GATE_RNG), valid.shape[0], self.axis_name)
-    draw = lambda key, most: jax.random.randint(key, (), 1, most + 1, jnp.int32)
-    return jax.vmap(draw)(keys, jnp.sum(valid, axis=1, dtype=jnp.int32))
+    counts = jnp.sum(valid, axis=1, dtype=jnp.int32)
+    return jax.vmap(lambda key, n: jax.random.randint(key, (), 1, n + 1, jnp.int32))(keys, counts)
 
 
 def deterministic_record(gates: Array, macs_per_unit: int) -> GateRecord:
@@ -199,7 +206,7 @@ def deterministic_record(gates: Array, macs_per_unit: int) -> GateRecord:
   arguments.real_array("gates", gates)
   gates = jnp.asarray(gates)
   logits = jnp.where(gates > 0, jnp.full_like(gates, jnp.inf), -jnp.inf)
-  return GateRecord(logits, gates, gates, macs_per_unit)
+  return GateRecord(logits=logits, probs=gates, gates=gates, macs_per_unit=macs_per_unit)
 
 
 def pool(features: Array, gates: Array, kind: str, scores: Array | None = None) -> Array:
@@ -236,7 +243,8 @@ def pool(features: Array, gates: Array, kind: str, scores: Array | None = None) 
     top = jnp.max(jnp.where(open_, scores, -jnp.inf), axis=1, keepdims=True)
     # Closed segments have weight 0, but their gates' gradients see the exponential: scores above
     # the largest open one would overflow, and count as if they were equal to it.
-    weights = weights * jnp.exp(jnp.where(open_ | (scores < top), scores - top, 0))
+    shifted = jnp.where(open_ | (scores < top), scores - top, 0)
+    weights = weights * jnp.exp(shifted)
   return jnp.sum(features * weights, axis=1) / jnp.sum(weights, axis=1)
 
 
