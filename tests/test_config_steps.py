@@ -58,7 +58,8 @@ def source(name, split, *_):
 def config(monkeypatch, tmp_path):
   """Returns `name -> config`, with networks of one or two blocks and made data."""
   monkeypatch.setattr(tfds, "open_tfds", source)
-  monkeypatch.setitem(resnet.RESNETS, "tiny", ("cifar", BasicBlock, (1, 1), 4, "B"))
+  net = resnet.NamedResNet("cifar", BasicBlock, (1, 1), 4, "B")
+  monkeypatch.setitem(resnet.RESNETS, "tiny", net)
   monkeypatch.setitem(vgg.VGGS, "tiny_chain", (4, vgg.POOL, 4))
   monkeypatch.setitem(video_backbones.LIGHT_NETS, "tiny", tiny_cli.TINY_LIGHT)
   monkeypatch.setitem(video_backbones.HEAVY_NETS, "tiny", tiny_cli.TINY_HEAVY)

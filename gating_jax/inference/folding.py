@@ -159,25 +159,20 @@ def _rules_of(model: ResNet | VGG) -> list[_Rule]:
 
 
 def _resnet_parts(model: ResNet, flat: Mapping[Path, np.ndarray]) -> tuple[Part, ...]:
-  # Strides depend only on the number of axes, which is 4 for images.
+  # The plan depends only on the number of axes, which is 4 for images.
   probe = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-  strides, dilations = model.resolution(probe)
   stem = fold_conv(flat, ("stem",), stride=1 if model.stem == "cifar" else 2)
   parts = [Layer(stem, pool=_STEM_POOL if model.stem == "imagenet" else None)]
   channels = stem.bias.size
-  for stage, count in enumerate(model.blocks):
-    for i in range(count):
-      # The first block of a stage has its stride, and reads the resolution of the stage before.
-      stride, first_dilation = 1, dilations[stage]
-      if i == 0:
-        stride, first_dilation = strides[stage], max(1, dilations[stage] // 2)
+  for stage in model.plan(probe):
+    for plan in stage.blocks:
       block = _block(
         model,
         flat,
-        f"stage{stage + 1}_block{i + 1}",
+        plan.name,
         channels=channels,
-        stride=stride,
-        dilations=(first_dilation, dilations[stage]),
+        stride=plan.stride,
+        dilations=plan.dilations,
       )
       if block.project is None:
         channels += sum(block.pad[1:])

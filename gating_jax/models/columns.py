@@ -17,7 +17,6 @@ Reference: Rusu et al., "Progressive neural networks", 2016.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -110,15 +109,13 @@ class ResNetColumn(ResNet):
   ) -> tuple[Array, tuple[Array, ...]]:
     h = self._stem(x, train)
     outputs = [h]
-    for stage, (stride, dilation) in enumerate(zip(*self.resolution(x), strict=True)):
-      for number in range(self.blocks[stage]):
-        block = self._block(stage, number, stride, dilation)
-        # A block reads the earlier columns' features at its own input, the last output so far.
-        beside = (
-          Adapter(self.alpha, name=f"{block.name}_adapter")(before[len(outputs) - 1])
-          if before
-          else None
-        )
+    for stage in self.plan(x):
+      for plan in stage.blocks:
+        block, beside = self._block(plan), None
+        if before:
+          # A block reads the earlier columns' features at its own input, the last output so far.
+          adapter = Adapter(self.alpha, name=f"{plan.name}_adapter")
+          beside = adapter(before[len(outputs) - 1])
         h, _ = block(h, train, beside)
         outputs.append(h)
     return _logits(self, h, before), tuple(outputs)
@@ -144,9 +141,8 @@ class Adapter(nn.Module):
       "kernel", nn.initializers.he_normal(batch_axis=0), (columns, channels, channels), jnp.float32
     )
     # alpha scales the kernels, which are smaller than the features.
-    return nn.relu(
-      jnp.einsum("j...d,jde->...e", before, (alpha[:, None, None] * kernel).astype(before.dtype))
-    )
+    scaled_kernel = (alpha[:, None, None] * kernel).astype(before.dtype)
+    return nn.relu(jnp.einsum("j...d,jde->...e", before, scaled_kernel))
 
 
 def column(name: str, classes: int, **settings) -> Column:
@@ -184,26 +180,35 @@ def column_macs(column: Column, shape: tuple[int, int, int], columns_before: int
     shape: `(H, W, D)` of an image.
     columns_before: J.
   """
-  shapes, j = output_shapes(column, shape), columns_before
+  *inner, last = output_shapes(column, shape)
+  j, before = columns_before, ()
+  if j:
+    before = [(j, 1, *h) for h in (*inner, last)]
   with kernel_calls() as calls:
-    _trace(column, shape, [(j, 1, *h) for h in shapes] if j else ())
-  # The trace sees convolutions and dense layers; an adapter's V is an einsum, counted here:
-  # J D^2 for each pixel of every output but the last, whose mean the classifier's adapter reads.
-  head = sum(call.macs for call in calls if call.path == ("classifier",))
-  adapters = [j * math.prod(h) * h[-1] for h in shapes[:-1]]
-  return ColumnMacs(
-    sum(call.macs for call in calls) - head + sum(adapters), head + j * shapes[-1][-1] ** 2
-  )
+    _trace(column, shape, before)
+  layers = head = 0
+  for call in calls:
+    if call.path == ("classifier",):
+      head += call.macs
+    else:
+      layers += call.macs
+  # The trace sees convolutions and dense layers; an adapter's V is an einsum, counted here: J D^2
+  # for each pixel of an output.
+  for height, width, channels in inner:
+    layers += j * height * width * channels**2
+  # The classifier's adapter reads the mean of the last output.
+  head += j * last[-1] ** 2
+  return ColumnMacs(layers, head)
 
 
 def _trace(
   column: Column, shape: Sequence[int], before: Sequence[Sequence[int]]
 ) -> tuple[Array, tuple[Array, ...]]:
   """Returns the logits and outputs of a new column, as shapes."""
-  image, *before = (jax.ShapeDtypeStruct(s, column.dtype) for s in ((1, *shape), *before))
-  return jax.eval_shape(
-    lambda x, b: column.init_with_output(jax.random.key(0), x, b)[0], image, before
-  )
+  image = jax.ShapeDtypeStruct((1, *shape), column.dtype)
+  features = [jax.ShapeDtypeStruct(s, column.dtype) for s in before]
+  outputs, _ = jax.eval_shape(column.init_with_output, jax.random.key(0), image, features)
+  return outputs
 
 
 def _logits(column: Column, h: Array, before: Sequence[Array]) -> Array:

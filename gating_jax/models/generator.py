@@ -73,9 +73,16 @@ class Generator(nn.Module):
       read = height * width * 9 * colours if i == len(maps) else 0
       # Records name the layer that reads the gated channels, as in the tree of parameters.
       reader = (*self.path, "pixels") if i == len(maps) else (*self.path, f"map{i + 1}", "filters")
-      h, new = _Hidden(size, read, reader, self.gating, self.gate, self.axis_name, name=f"map{i}")(
-        h, train
+      hidden = _Hidden(
+        size=size,
+        pixel_macs=read,
+        reader=reader,
+        gating=self.gating,
+        gate=self.gate,
+        axis_name=self.axis_name,
+        name=f"map{i}",
       )
+      h, new = hidden(h, train)
       records += new
     return jnp.tanh(_doubling(colours, "pixels")(h)), records
 
@@ -107,11 +114,9 @@ class Critic(nn.Module):
       x = nn.leaky_relu(_halving(features, f"conv{i}")(x), 0.2)
     # One output per class; an image is scored by the output of its label.
     scores = nn.Dense(self.classes or 1, name="score")(x.reshape(x.shape[0], -1))
-    return (
-      scores[:, 0]
-      if labels is None
-      else jnp.take_along_axis(scores, labels[:, None], axis=-1)[:, 0]
-    )
+    if labels is not None:
+      scores = jnp.take_along_axis(scores, labels[:, None], axis=-1)
+    return scores[:, 0]
 
 
 class _Hidden(nn.Module):
@@ -135,21 +140,27 @@ class _Hidden(nn.Module):
     one_of("gating", self.gating, GATINGS)
     height, width, features = self.size
     from_latents = x.ndim == 2
-    filters = (
-      nn.DenseGeneral(self.size, kernel_init=_INITIAL, name="filters")
-      if from_latents
-      else (_doubling(features, "filters"))
-    )
+    if from_latents:
+      filters = nn.DenseGeneral(self.size, kernel_init=_INITIAL, name="filters")
+    else:
+      filters = _doubling(features, "filters")
     y = nn.relu(filters(x))
     if self.gating == "none":
       return y, ()
-    # A channel of the first map costs the same whatever is open: its inputs are the latent values.
-    # Later channels cost 9 MACs a pixel for each open channel of the map before.
-    per_unit, per_pair = (
-      (height * width * x.shape[-1], 0) if from_latents else (0, height * width * 9)
-    )
+    per_unit, per_pair = self.pixel_macs, 0
+    if from_latents:
+      # A channel of the first map reads the latent values, whatever is open.
+      per_unit += height * width * x.shape[-1]
+    else:
+      # A later channel costs 9 MACs a pixel for each open channel of the record before, which is
+      # that of the map before.
+      per_pair = height * width * 9
     group = GatedChannels(
-      features, per_unit + self.pixel_macs, per_pair, (filters.path,), (self.reader,)
+      channels=features,
+      macs_per_channel=per_unit,
+      macs_per_pair=per_pair,
+      writers=(filters.path,),
+      readers=(self.reader,),
     )
     records = ChannelGate((group,), self.gate, self.axis_name, name=GATE_NAME)(x, train)
     return apply_gates(y, records[0].gates), records
@@ -158,31 +169,35 @@ class _Hidden(nn.Module):
 def _maps(shape: Sequence[int], width: int) -> list[tuple[int, int, int]]:
   """Returns height, width and channels of the hidden maps, smallest first."""
   height, across, _ = shape
-  divides = lambda: min(height, across) >= _SMALLEST_SIDE and height % 2 == across % 2 == 0
-  if not divides():
-    raise ValueError(
-      f"images must have even sides of at least {_SMALLEST_SIDE}; got shape {tuple(shape)}"
-    )
   maps = []
-  while divides():
+  while min(height, across) >= _SMALLEST_SIDE and height % 2 == across % 2 == 0:
     height, across = height // 2, across // 2
     # Collected from the image inwards, so the largest map has `width` channels.
     maps.insert(0, (height, across, width * 2 ** len(maps)))
+  if not maps:
+    raise ValueError(
+      f"images must have even sides of at least {_SMALLEST_SIDE}; got shape {tuple(shape)}"
+    )
   return maps
 
 
 def _doubling(features: int, name: str) -> nn.Conv:
   """Builds a 3x3 convolution of its input enlarged to twice its sides."""
-  # The enlarged map is never built: `convolve_doubled` reads the small one.
-  convolve = lambda x, kernel, *_, **defaults: convolve_doubled(x, kernel)
+
+  def convolve(x, kernel, *strides_and_padding, **defaults):
+    """Convolves the enlarged map, which is never built: the small one is read."""
+    return convolve_doubled(x, kernel)
+
   return nn.Conv(features, (3, 3), kernel_init=_INITIAL, conv_general_dilated=convolve, name=name)
 
 
-# Builds a 4x4 convolution of stride 2.
 def _halving(features: int, name: str) -> nn.Conv:
-  convolve = lambda x, kernel, strides, padding, **defaults: convolve_images(
-    x, kernel, strides, padding
-  )
+  """Builds a 4x4 convolution of stride 2."""
+
+  def convolve(x, kernel, strides, padding, **defaults):
+    """Convolves, and ignores options of XLA's convolution that have their default."""
+    return convolve_images(x, kernel, strides, padding)
+
   return nn.Conv(
     features,
     (4, 4),

@@ -65,12 +65,12 @@ class InflatedInception(nn.Module):
       )
     x = self._stem(x.astype(self.dtype), train)
     axes = x.ndim - 2
-    for stage, modules in enumerate(self.stages):
-      if stage > 0:
+    for stage, modules in enumerate(self.stages, start=1):
+      if stage > 1:
         x = max_pool(x, (3,) * axes, (2,) * axes)
-      for i, channels in enumerate(modules):
+      for i, channels in enumerate(modules, start=1):
         channels = tuple(scaled(c, self.width) for c in channels)
-        name = f"stage{stage + 1}_module{i + 1}"
+        name = f"stage{stage}_module{i}"
         x = InceptionModule(channels, self.dtype, self.axis_name, name=name)(x, train)
     # A mean in bfloat16 over many pixels would lose precision.
     return jnp.mean(x.astype(jnp.float32), axis=tuple(range(1, x.ndim - 1))), ()
@@ -81,17 +81,19 @@ class InflatedInception(nn.Module):
     # Frames keep their number here; images have the last two axes only.
     half = (1, 2, 2)[-axes:]
 
-    def conv(x, i, features, window, stride):
+    def conv(x, i, *, features, window, stride):
       """Applies convolution i of the stem, normalisation and ReLU: `[N, ..., D] -> [N, ..., C]`."""
       features = scaled(features, self.width)
-      return nn.relu(
-        ConvNorm(features, window, stride, self.dtype, self.axis_name, name=f"stem{i}")(x, train)
-      )
+      shared = dict(dtype=self.dtype, axis_name=self.axis_name)
+      return nn.relu(ConvNorm(features, window, stride, name=f"stem{i}", **shared)(x, train))
 
     if self.stem == "small":
-      return conv(x, 1, 64, 3, half)
-    x = max_pool(conv(x, 1, 64, 7, 2), (1, 3, 3)[-axes:], half)
-    return max_pool(conv(conv(x, 2, 64, 1, 1), 3, 192, 3, 1), (1, 3, 3)[-axes:], half)
+      return conv(x, 1, features=64, window=3, stride=half)
+    pool = (1, 3, 3)[-axes:]
+    x = max_pool(conv(x, 1, features=64, window=7, stride=2), pool, half)
+    x = conv(x, 2, features=64, window=1, stride=1)
+    x = conv(x, 3, features=192, window=3, stride=1)
+    return max_pool(x, pool, half)
 
 
 class InceptionModule(nn.Module):
@@ -112,22 +114,19 @@ class InceptionModule(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
-    def conv(x, features, window, name):
+    def conv(x, name, features, window=1):
       """Applies a convolution, normalisation and ReLU: `[N, ..., D] -> [N, ..., features]`."""
-      return nn.relu(ConvNorm(features, window, 1, self.dtype, self.axis_name, name=name)(x, train))
+      shared = dict(dtype=self.dtype, axis_name=self.axis_name)
+      return nn.relu(ConvNorm(features, window, name=name, **shared)(x, train))
 
     one, reduce2, two, reduce3, three, four = self.channels
     axes = x.ndim - 2
+    branch1 = conv(x, "branch1", one)
     # The reductions make the 3x3x3 convolutions cheap (GoogLeNet).
-    return jnp.concatenate(
-      [
-        conv(x, one, 1, "branch1"),
-        conv(conv(x, reduce2, 1, "branch2_reduce"), two, 3, "branch2"),
-        conv(conv(x, reduce3, 1, "branch3_reduce"), three, 3, "branch3"),
-        conv(max_pool(x, (3,) * axes, (1,) * axes), four, 1, "branch4"),
-      ],
-      axis=-1,
-    )
+    branch2 = conv(conv(x, "branch2_reduce", reduce2), "branch2", two, window=3)
+    branch3 = conv(conv(x, "branch3_reduce", reduce3), "branch3", three, window=3)
+    branch4 = conv(max_pool(x, (3,) * axes, (1,) * axes), "branch4", four)
+    return jnp.concatenate([branch1, branch2, branch3, branch4], axis=-1)
 
 
 def inflate(images: Any, clips: Any) -> Any:

@@ -58,13 +58,16 @@ class MobileNet(nn.Module):
     shared = dict(dtype=self.dtype, axis_name=self.axis_name)
     stem = ConvNorm(scaled(self.stem, self.width), 3, self.stem_stride, name="stem", **shared)
     x = nn.relu6(stem(x.astype(self.dtype), train))
-    for stage, (expansion, channels, blocks, stride) in enumerate(self.stages):
-      for i in range(blocks):
-        name = f"stage{stage + 1}_block{i + 1}"
-        features = scaled(channels, self.width)
-        x = InvertedResidual(features, expansion, stride if i == 0 else 1, name=name, **shared)(
-          x, train
+    for stage, (expansion, channels, blocks, stride) in enumerate(self.stages, start=1):
+      for i in range(1, blocks + 1):
+        block = InvertedResidual(
+          features=scaled(channels, self.width),
+          expansion=expansion,
+          stride=stride if i == 1 else 1,
+          name=f"stage{stage}_block{i}",
+          **shared,
         )
+        x = block(x, train)
     x = nn.relu6(ConvNorm(scaled(self.head, self.width), 1, name="head", **shared)(x, train))
     # A mean in bfloat16 over many pixels would lose precision.
     return jnp.mean(x.astype(jnp.float32), axis=(1, 2)), ()
@@ -91,9 +94,8 @@ class InvertedResidual(nn.Module):
     # Without expansion the paper's first block has no 1x1 convolution before the depthwise one.
     if self.expansion > 1:
       h = nn.relu6(ConvNorm(inside, 1, name="expand", **shared)(h, train))
-    h = nn.relu6(
-      ConvNorm(inside, 3, self.stride, depthwise=True, name="depthwise", **shared)(h, train)
-    )
+    depthwise = ConvNorm(inside, 3, self.stride, depthwise=True, name="depthwise", **shared)
+    h = nn.relu6(depthwise(h, train))
     # Linear bottleneck: no ReLU after the projection, which would lose information (section 3.2).
     h = ConvNorm(self.features, 1, name="project", **shared)(h, train)
     return x + h if h.shape == x.shape else h

@@ -8,7 +8,9 @@ networks", 2017 (output stride).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -20,26 +22,73 @@ from gating_jax.layers.gate import GateSettings, check_gate_settings
 from gating_jax.ops import arguments
 from gating_jax.types import Array, Records
 
-# name: (stem, block, blocks per stage, channels of the first stage, shortcut).
+
+class NamedResNet(NamedTuple):
+  """Fields of `ResNet` that make a named network."""
+
+  stem: str
+  block: type[nn.Module]
+  blocks: tuple[int, ...]
+  features: int
+  shortcut: str
+
+
+class _Stem(NamedTuple):
+  """First layers: a convolution, and whether a max pool follows.
+
+  Window and stride are over frames, height and width, of which images use the last two.
+  """
+
+  window: tuple[int, int, int]
+  stride: tuple[int, int, int]
+  pool: bool = False
+
+
+_STEMS = {
+  "cifar": _Stem((3, 3, 3), (1, 1, 1)),
+  "small": _Stem((3, 3, 3), (1, 2, 2)),
+  "clip": _Stem((3, 7, 7), (1, 2, 2)),
+  "imagenet": _Stem((7, 7, 7), (1, 2, 2), pool=True),
+}
 # ResNet-(6n + 2) has n blocks of two convolutions in each of three stages, a stem and a classifier.
 _CIFAR = {
-  f"resnet{6 * n + 2}": ("cifar", BasicBlock, (n, n, n), 16, "A") for n in (1, 2, 3, 5, 7, 9, 18)
+  f"resnet{6 * n + 2}": NamedResNet(
+    stem="cifar", block=BasicBlock, blocks=(n, n, n), features=16, shortcut="A"
+  )
+  for n in (1, 2, 3, 5, 7, 9, 18)
 }
+_of_imagenet = functools.partial(NamedResNet, stem="imagenet", features=64, shortcut="B")
 _IMAGENET = {
-  "resnet18": ("imagenet", BasicBlock, (2, 2, 2, 2), 64, "B"),
-  "resnet34": ("imagenet", BasicBlock, (3, 4, 6, 3), 64, "B"),
-  "resnet50": ("imagenet", Bottleneck, (3, 4, 6, 3), 64, "B"),
-  "resnet101": ("imagenet", Bottleneck, (3, 4, 23, 3), 64, "B"),
-}
-# name: (window, stride, whether a max pool follows); window and stride over frames, height and
-# width, of which images use the last two.
-_STEMS = {
-  "cifar": ((3, 3, 3), (1, 1, 1), False),
-  "small": ((3, 3, 3), (1, 2, 2), False),
-  "clip": ((3, 7, 7), (1, 2, 2), False),
-  "imagenet": ((7, 7, 7), (1, 2, 2), True),
+  "resnet18": _of_imagenet(block=BasicBlock, blocks=(2, 2, 2, 2)),
+  "resnet34": _of_imagenet(block=BasicBlock, blocks=(3, 4, 6, 3)),
+  "resnet50": _of_imagenet(block=Bottleneck, blocks=(3, 4, 6, 3)),
+  "resnet101": _of_imagenet(block=Bottleneck, blocks=(3, 4, 23, 3)),
 }
 RESNETS = {**_CIFAR, **_IMAGENET}
+
+
+class BlockPlan(NamedTuple):
+  """The place of a block in a `ResNet`.
+
+  Attributes:
+    name: of the module.
+    is_first: whether it reads the stem.
+    width: its channels are those of the first stage times this.
+    stride, dilations: as in the block.
+  """
+
+  name: str
+  is_first: bool
+  width: int
+  stride: int
+  dilations: tuple[int, int]
+
+
+class StagePlan(NamedTuple):
+  """A stage of a `ResNet`: its number, from 1, and its blocks."""
+
+  number: int
+  blocks: tuple[BlockPlan, ...]
 
 
 class ResNet(nn.Module):
@@ -103,10 +152,10 @@ class ResNet(nn.Module):
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
     self._check(x)
     x, records = self._stem(x, train), ()
-    for stage, (stride, dilation) in enumerate(zip(*self.resolution(x), strict=True)):
-      x, new = self._stage(x, train, stage, stride, dilation)
+    for stage in self.plan(x):
+      x, new = self._stage(x, train, stage)
       records += new
-    return (x if not self.pool else self._head(x)), records
+    return (self._head(x) if self.pool else x), records
 
   def _check(self, x: Array):
     arguments.real_array("x", x)
@@ -119,27 +168,23 @@ class ResNet(nn.Module):
     arguments.number("width", self.width, "> 0", lambda v: v > 0)
     arguments.number("inner_width", self.inner_width, "> 0", lambda v: v > 0)
 
-  def _stage(
-    self, x: Array, train: bool, stage: int, stride: int, dilation: int
-  ) -> tuple[Array, Records]:
-    """Runs the blocks of stage `stage`, counted from 0."""
+  def _stage(self, x: Array, train: bool, stage: StagePlan) -> tuple[Array, Records]:
+    """Runs the blocks of a stage."""
     records: Records = ()
-    for number in range(self.blocks[stage]):
-      x, new = self._block(stage, number, stride, dilation)(x, train)
+    for block in stage.blocks:
+      x, new = self._block(block)(x, train)
       records += new
     return x, records
 
-  def _block(self, stage: int, number: int, stride: int, dilation: int, **where) -> nn.Module:
-    """Builds block `number` of a stage; `where` sets the parent of a block outside this network."""
+  def _block(self, plan: BlockPlan, **where) -> nn.Module:
+    """Builds a block; `where` sets the parent of one outside this network."""
     return self.block(
-      features=self._channels(2**stage),
-      stride=1 if number else stride,
-      # A removed stride acted in the first convolution of the stage, so this one still has the
-      # dilation of the stage before; its successors have the stage's own.
-      dilations=(dilation if number else max(1, dilation // 2), dilation),
+      features=self._channels(plan.width),
+      stride=plan.stride,
+      dilations=plan.dilations,
       gating=self.gating,
-      # The first block reads the stem, whose channels have no gates.
-      gated_input=stage + number > 0 and self.gating == "all_channels",
+      # The stem's channels have no gates.
+      gated_input=self.gating == "all_channels" and not plan.is_first,
       shortcut=self.shortcut,
       convolution=self.convolution,
       group_norm=self.group_norm,
@@ -148,7 +193,7 @@ class ResNet(nn.Module):
       gate=self.gate,
       dtype=self.dtype,
       axis_name=self.axis_name,
-      **{"name": f"stage{stage + 1}_block{number + 1}", **where},
+      **{"name": plan.name, **where},
     )
 
   def _head(self, x: Array) -> Array:
@@ -160,18 +205,39 @@ class ResNet(nn.Module):
   def _channels(self, multiple: int) -> int:
     return scaled(self.features * multiple, self.width)
 
-  def resolution(self, x: Array) -> tuple[list[int], list[int]]:
-    """Returns the stride and the dilation of each stage; a dilation acts after a removed stride.
+  def plan(self, x: Array) -> tuple[StagePlan, ...]:
+    """Returns the stages and their blocks, for inputs of x's rank.
 
     Raises:
       ValueError: an `output_stride` for clips, or one below the stem's.
     """
+    strides, dilations = self._resolution(x)
+    stages = []
+    for stage, count in enumerate(self.blocks):
+      blocks = []
+      for i in range(count):
+        # A removed stride acted in the first convolution of the stage, so this one still has the
+        # dilation of the stage before; its successors have the stage's own.
+        first_dilation = dilations[stage] if i else max(1, dilations[stage] // 2)
+        block = BlockPlan(
+          name=f"stage{stage + 1}_block{i + 1}",
+          is_first=stage + i == 0,
+          width=2**stage,
+          stride=1 if i else strides[stage],
+          dilations=(first_dilation, dilations[stage]),
+        )
+        blocks.append(block)
+      stages.append(StagePlan(stage + 1, tuple(blocks)))
+    return tuple(stages)
+
+  def _resolution(self, x: Array) -> tuple[list[int], list[int]]:
+    """Returns the stride and the dilation of each stage; a dilation acts after a removed stride."""
     strides = [1 if stage == 0 else 2 for stage in range(len(self.blocks))]
     if self.output_stride is None:
       return strides, [1] * len(strides)
-    _, (*_, coarse), pool = _STEMS[self.stem]
-    # `coarse`: pixels of the image, along a side, to one of the feature map so far.
-    coarse *= 2 if pool else 1
+    stem = _STEMS[self.stem]
+    # Pixels of the image, along a side, to one of the feature map so far.
+    coarse = stem.stride[-1] * (2 if stem.pool else 1)
     if x.ndim != 4 or self.output_stride < coarse:
       raise ValueError(
         f"output_stride must be None or, for images, at least the stem's {coarse}; "
@@ -195,20 +261,19 @@ class ResNet(nn.Module):
     one_of("stem", self.stem, _STEMS)
     one_of("convolution", self.convolution, CONVOLUTIONS)
     axes = x.ndim - 2
-    window, stride, pool = _STEMS[self.stem]
-    conv = CONVOLUTIONS[self.convolution]
+    stem = _STEMS[self.stem]
     # Images use the last two of three axes.
-    conv = conv(
-      self._channels(1),
-      window[-axes:],
-      stride[-axes:],
-      self.dtype,
-      self.axis_name,
+    conv = CONVOLUTIONS[self.convolution](
+      features=self._channels(1),
+      window=stem.window[-axes:],
+      stride=stem.stride[-axes:],
+      dtype=self.dtype,
+      axis_name=self.axis_name,
       name="stem",
       group_norm=self.group_norm,
     )
     x = nn.relu(conv(x, train))
-    return nn.max_pool(x, (3,) * axes, (2,) * axes, ((1, 1),) * axes) if pool else x
+    return nn.max_pool(x, (3,) * axes, (2,) * axes, ((1, 1),) * axes) if stem.pool else x
 
 
 def resnet(name: str, classes: int | None, *, kind: type[ResNet] = ResNet, **settings) -> ResNet:
@@ -233,6 +298,4 @@ def resnet(name: str, classes: int | None, *, kind: type[ResNet] = ResNet, **set
   for field in ("width", "inner_width"):
     arguments.number(field, settings.get(field, 1), "> 0", lambda v: v > 0)
   check_gate_settings("gate", settings.get("gate", GateSettings()))
-  stem, block, blocks, features, shortcut = RESNETS[name]
-  named = dict(stem=stem, block=block, blocks=blocks, features=features, shortcut=shortcut)
-  return kind(classes=classes, **{**named, **settings})
+  return kind(classes=classes, **{**RESNETS[name]._asdict(), **settings})

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from gating_jax.layers.conv import ConvNorm
 from gating_jax.layers.experts import Experts
 from gating_jax.layers.mac_trace import kernel_calls
-from gating_jax.models.resnet import ResNet
+from gating_jax.models.resnet import ResNet, StagePlan
 from gating_jax.ops import confidence
 from gating_jax.ops.relaxations import threshold_gate
 from gating_jax.types import Array, GateRecord, Records
@@ -56,39 +56,37 @@ class EarlyExitNet(ResNet):
         f"classes {self.classes}, blocks {self.blocks}, gating {self.gating!r}, shape {x.shape}"
       )
     x, answers, macs = self._stem(x, train), [], []
-    for stage, (stride, dilation) in enumerate(zip(*self.resolution(x), strict=True)):
+    for stage in self.plan(x):
       # A stage and the exit after it are one unit of cost: both run if the image stays.
       with kernel_calls() as calls:
-        x, _ = self._stage(x, train, stage, stride, dilation)
-        last = stage + 1 == len(self.blocks)
-        answers.append(self._head(x) if last else self._exit(stage + 1)(x, train))
+        x, _ = self._stage(x, train, stage)
+        is_last = stage.number == len(self.blocks)
+        answers.append(self._head(x) if is_last else self._exit(stage.number)(x, train))
       macs.append(sum(call.macs for call in calls))
     answers = jnp.stack(answers, axis=1)
     # The exits are trained by their own losses; a penalty on the records must not change them.
     stay = confidence.stay_logits(jax.lax.stop_gradient(answers[:, :-1]), self.threshold)
-    # The first stage always runs, so the costs of the records begin with the second.
-    records = tuple(
-      GateRecord(
-        part,
-        jax.nn.sigmoid(part),
-        threshold_gate(part),
-        cost,
+    records = []
+    for i, logits in enumerate(jnp.split(stay, stay.shape[1], axis=1), start=1):
+      record = GateRecord(
+        logits=logits,
+        probs=jax.nn.sigmoid(logits),
+        gates=threshold_gate(logits),
+        # Exit i decides on the stage after it; the first stage always runs.
+        macs_per_unit=macs[i],
         gate=(*self.path, f"exit{i}", "classifier"),
       )
-      for i, (part, cost) in enumerate(
-        zip(jnp.split(stay, stay.shape[1], axis=1), macs[1:], strict=True), start=1
-      )
-    )
+      records.append(record)
     # In training every exit has a loss, so no answer is chosen.
-    return (answers if train else confidence.first_sure(answers, stay)), records
+    return (answers if train else confidence.first_sure(answers, stay)), tuple(records)
 
   def _exit(self, number: int) -> nn.Module:
     return Exit(
-      self.classes,
-      self._channels(2**number),
-      self.dtype,
-      self.axis_name,
-      self.group_norm,
+      classes=self.classes,
+      features=self._channels(2**number),
+      dtype=self.dtype,
+      axis_name=self.axis_name,
+      group_norm=self.group_norm,
       name=f"exit{number}",
     )
 
@@ -108,7 +106,13 @@ class Exit(nn.Module):
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
     conv = ConvNorm(
-      self.features, 3, 2, self.dtype, self.axis_name, group_norm=self.group_norm, name="conv"
+      features=self.features,
+      window=3,
+      stride=2,
+      dtype=self.dtype,
+      axis_name=self.axis_name,
+      group_norm=self.group_norm,
+      name="conv",
     )
     # Logits are float32, whatever the network computes in.
     x = jnp.mean(nn.relu(conv(x, train)).astype(jnp.float32), axis=(1, 2))
@@ -135,23 +139,25 @@ class ExpertNet(ResNet):
   experts: int = 4
   top_k: int | None = None
 
-  def _stage(
-    self, x: Array, train: bool, stage: int, stride: int, dilation: int
-  ) -> tuple[Array, Records]:
+  def _stage(self, x: Array, train: bool, stage: StagePlan) -> tuple[Array, Records]:
     if self.gating != "none":
       raise ValueError(f"gating must be none in a network of experts; got {self.gating!r}")
     # Only the last stage has experts; the others are those of `ResNet`.
-    if stage + 1 < len(self.blocks):
-      return super()._stage(x, train, stage, stride, dilation)
-    # Without a parent, since the blocks belong to the experts and not to this network.
-    block = lambda number: self._block(stage, number, stride, dilation, parent=None, name=None)
-    experts = tuple(
-      Chain(tuple(block(i) for i in range(self.blocks[stage])), parent=None)
-      for _ in range(self.experts)
+    if stage.number < len(self.blocks):
+      return super()._stage(x, train, stage)
+    experts = []
+    for _ in range(self.experts):
+      # Without a parent, since the blocks belong to the experts and not to this network.
+      blocks = [self._block(plan, parent=None, name=None) for plan in stage.blocks]
+      experts.append(Chain(tuple(blocks), parent=None))
+    mixture = Experts(
+      experts=tuple(experts),
+      top_k=self.top_k,
+      gate=self.gate,
+      axis_name=self.axis_name,
+      name=f"stage{stage.number}",
     )
-    return Experts(experts, self.top_k, self.gate, self.axis_name, name=f"stage{stage + 1}")(
-      x, train
-    )
+    return mixture(x, train)
 
 
 class Chain(nn.Module):

@@ -53,7 +53,12 @@ class Segmenter(nn.Module):
     size = x.shape[1:3]
     x, records = self.backbone(x, train)
     head = PyramidHead(
-      self.classes, self.features, self.bins, self.dtype, self.axis_name, name="head"
+      classes=self.classes,
+      features=self.features,
+      bins=self.bins,
+      dtype=self.dtype,
+      axis_name=self.axis_name,
+      name="head",
     )
     # The logits are enlarged, not the features: the head runs on the small map.
     return enlarge(head(x, train), size), records
@@ -75,18 +80,18 @@ class PyramidHead(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
-    conv = lambda features, window, name: ConvNorm(
-      features, window, 1, self.dtype, self.axis_name, name=name
-    )
+    shared = dict(dtype=self.dtype, axis_name=self.axis_name)
     x = x.astype(self.dtype)
     levels = [x]
+    # Together the grids have about as many channels as the map, as in the paper.
+    features = max(1, x.shape[-1] // len(self.bins))
     for side in self.bins:
       # Means in float32: a cell may hold many pixels.
       level = grid_means(x.astype(jnp.float32), side).astype(self.dtype)
-      # Together the grids have about as many channels as the map, as in the paper.
-      level = nn.relu(conv(max(1, x.shape[-1] // len(self.bins)), 1, f"bins{side}")(level, train))
+      level = nn.relu(ConvNorm(features, 1, name=f"bins{side}", **shared)(level, train))
       levels.append(enlarge(level, x.shape[1:3]))
-    x = nn.relu(conv(self.features, 3, "join")(jnp.concatenate(levels, axis=-1), train))
+    join = ConvNorm(self.features, 3, name="join", **shared)
+    x = nn.relu(join(jnp.concatenate(levels, axis=-1), train))
     # Logits are float32, whatever the head computes in.
     return nn.Conv(self.classes, (1, 1), name="classifier")(x.astype(jnp.float32))
 
@@ -100,7 +105,8 @@ def grid_means(x: Array, side: int) -> Array:
   >>> grid_means(jnp.arange(3.0).reshape(1, 1, 3, 1), 2)[0, 0, :, 0]
   Array([0.5, 1.5], dtype=float32)
   """
-  rows, columns = (jnp.asarray(_cells(size, side), x.dtype) for size in x.shape[1:3])
+  rows = jnp.asarray(_cells(x.shape[1], side), x.dtype)
+  columns = jnp.asarray(_cells(x.shape[2], side), x.dtype)
   return jnp.einsum("nhwd,ih,jw->nijd", x, rows, columns)
 
 

@@ -1,6 +1,6 @@
 """Size of a model for images or videos: parameters, gates and MACs, found by tracing it once.
 
-Multiply-accumulates of a network for long videos, part by part.
+A network for long videos is counted part by part.
 
 Axes: M videos, T segments.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -79,22 +79,23 @@ def model_summary(model: nn.Module, input_shape: Any) -> ModelCounts:
   >>> model_summary(resnet("resnet20", classes=10), (32, 32, 3)).macs
   40551040
   """
-  calls, records, variables = _trace(model, input_shape)
+  trace = _trace(model, input_shape)
   # Keyed by whether the path is that of a gate network.
   macs, params = {True: 0, False: 0}, {True: 0, False: 0}
-  for call in calls:
+  for call in trace.calls:
     macs[is_gate_path(call.path)] += call.macs
-  for path, leaf in traverse_util.flatten_dict(variables.get("params", {})).items():
+  for path, leaf in traverse_util.flatten_dict(trace.variables.get("params", {})).items():
     params[is_gate_path(path)] += math.prod(leaf.shape)
+  gates = [record.gates.shape[-1] for record in trace.records]
   return ModelCounts(
     params=params[False],
     gate_params=params[True],
-    gates=sum(r.gates.shape[-1] for r in records),
+    gates=sum(gates),
     macs=macs[False],
     gate_macs=macs[True],
     # A network without gates has no records.
-    gated=gated_macs(records) if records else 0,
-    gate_layers=tuple(zip(layer_names(records), [r.gates.shape[-1] for r in records], strict=True)),
+    gated=gated_macs(trace.records) if trace.records else 0,
+    gate_layers=tuple(zip(layer_names(trace.records), gates, strict=True)),
   )
 
 
@@ -108,10 +109,11 @@ def reduced_macs(model: nn.Module, input_shape: Any) -> int:
   >>> reduced_macs(vgg("simple_cnn", 2), (28, 28, 1))
   926100
   """
-  calls, *_ = _trace(model, input_shape)
-  return sum(
-    call.macs // call.inputs for call in calls if call.inputs and not is_gate_path(call.path)
-  )
+  total = 0
+  for call in _trace(model, input_shape).calls:
+    if call.inputs and not is_gate_path(call.path):
+      total += call.macs // call.inputs
+  return total
 
 
 def layer_names(records: Sequence[GateRecord]) -> tuple[str, ...]:
@@ -129,19 +131,27 @@ def layer_names(records: Sequence[GateRecord]) -> tuple[str, ...]:
   return tuple(names)
 
 
-def _trace(model: nn.Module, input_shape: Any) -> tuple[list[Call], Records, Any]:
-  """Returns the calls that multiply by kernels, and the records and variables as shapes."""
+class _Trace(NamedTuple):
+  """One forward pass: the calls that multiply by kernels; records and variables as shapes."""
+
+  calls: list[Call]
+  records: Records
+  variables: Any
+
+
+def _is_shape(node: Any) -> bool:
+  """Returns whether a node is a shape: a tuple, which jax would take for a part of the tree."""
+  return isinstance(node, tuple)
+
+
+def _trace(model: nn.Module, input_shape: Any) -> _Trace:
+  """Runs a model on shapes alone."""
   arguments.instance("model", model, nn.Module, "a network, such as resnet('resnet20', classes=10)")
-  # A shape is a tuple, which jax would take for a part of the tree.
-  shapes = jax.tree.leaves(input_shape, is_leaf=lambda x: isinstance(x, tuple))
+  shapes = jax.tree.leaves(input_shape, is_leaf=_is_shape)
+  rule = "a tuple of whole numbers, such as (32, 32, 3), or a tree of them"
   # Without a tuple there are no leaves, and the input shape itself is at fault.
   for shape in shapes or [input_shape]:
-    arguments.instance(
-      "input_shape",
-      shape,
-      tuple,
-      "a tuple of whole numbers, such as (32, 32, 3), or a tree of them",
-    )
+    arguments.instance("input_shape", shape, tuple, rule)
     for size in shape:
       arguments.whole_number("each of input_shape", size)
 
@@ -155,12 +165,12 @@ def _trace(model: nn.Module, input_shape: Any) -> tuple[list[Call], Records, Any
   inputs = jax.tree.map(
     lambda shape: jax.ShapeDtypeStruct((1, *shape), jnp.float32),
     input_shape,
-    is_leaf=lambda x: isinstance(x, tuple),
+    is_leaf=_is_shape,
   )
   # The trace is abstract: only shapes are computed.
   with kernel_calls() as calls:
     records, variables = jax.eval_shape(init, inputs)
-  return calls, records, variables
+  return _Trace(calls, records, variables)
 
 
 # Counts of a light net that is not there.
@@ -245,24 +255,24 @@ def video_summary(
     arguments.instance(f"shapes[{name!r}]", shapes.get(name), tuple, "a tuple of whole numbers")
   segments = shapes["valid"][0]
   heavy = model_summary(model.heavy.clone(parent=None), shapes["heavy"][1:])
-  light = (
-    NOTHING
-    if model.light is None
-    else model_summary(model.light.clone(parent=None), shapes["light"][1:])
-  )
+  light = NOTHING
+  if model.light is not None:
+    light = model_summary(model.light.clone(parent=None), shapes["light"][1:])
   # A count is per entry of the first axis: per segment for both nets, per video for all else.
   whole = model_summary(model, dict(shapes))
-  # The rest after the heavy net of a model without light net and selector is the classifier.
-  classifier = (
-    model_summary(model.clone(selection="all", light=None, light_head=False), dict(shapes)).macs
-    - heavy.macs
-  )
-  selector = whole.gate_macs - heavy.gate_macs + whole.macs - light.macs - heavy.macs - classifier
+  # Without light net and selector, the rest after the heavy net is the classifier.
+  dense = model_summary(model.clone(selection="all", light=None, light_head=False), dict(shapes))
+  classifier = dense.macs - heavy.macs
+  gate_network = whole.gate_macs - heavy.gate_macs
+  selector = gate_network + whole.macs - light.macs - heavy.macs - classifier
   if model.selection == "gate" and model.gate.context == "attention":
     # Products without a kernel: queries with keys, and weights with values.
     selector += 2 * segments**2 * model.gate.gate.hidden
-  light, heavy = (
-    dataclasses.replace(net, macs=net.macs + macs)
-    for net, macs in zip((light, heavy), made_elsewhere, strict=True)
+  light_before, heavy_before = made_elsewhere
+  return VideoCounts(
+    segments=segments,
+    light=dataclasses.replace(light, macs=light.macs + light_before),
+    heavy=dataclasses.replace(heavy, macs=heavy.macs + heavy_before),
+    selector=selector,
+    classifier=classifier,
   )
-  return VideoCounts(segments, light, heavy, selector, classifier)

@@ -34,7 +34,7 @@ from gating_jax.ops.compaction import open_backward
 from gating_jax.types import Array, GateRecord, Records
 
 SELECTIONS = ("gate", "confidence", *POLICIES)
-# of `Classifier`: hidden units, Dropout's probability, slope of LeakyReLU
+# Of `Classifier`: hidden units, Dropout's probability, slope of LeakyReLU.
 _HIDDEN, _DROPOUT, _LEAK = 512, 0.25, 0.2
 
 Inputs = Mapping[str, Array]
@@ -97,7 +97,12 @@ class SegmentNet(nn.Module):
       self.selector = SegmentGate(self.gate, self.macs_per_segment, self.axis_name, name=GATE_NAME)
     elif self.selection in POLICIES:
       # A policy has no parameters; `confidence` needs no module at all.
-      self.selector = Policy(self.selection, self.share, self.macs_per_segment, self.axis_name)
+      self.selector = Policy(
+        policy=self.selection,
+        share=self.share,
+        macs_per_unit=self.macs_per_segment,
+        axis_name=self.axis_name,
+      )
     if self.light_head or self.selection == "confidence":
       # Built only where something reads it: an unused head would have parameters without gradients.
       self.light_classifier = nn.Dense(self.classes)
@@ -165,13 +170,12 @@ class SegmentNet(nn.Module):
         "heavy must process each clip independently if backward_capacity is given: with group_norm "
         f"and without gates; got a net with {sorted(other)}"
       )
-    return open_backward(
-      lambda v, x: heavy.apply(v, x, True)[0],
-      variables,
-      clips,
-      gates,
-      capacity=self.backward_capacity,
-    )
+
+    def encode(variables, clips):
+      """Runs the heavy net on single segments in training, `[K, ...]` to `[K, C]`."""
+      return heavy.apply(variables, clips, True)[0]
+
+    return open_backward(encode, variables, clips, gates, capacity=self.backward_capacity)
 
   def classify(self, features: Array, gates: Array) -> Array:
     """Computes the logits `[B, classes]` from `[B, T, C]` features of the chosen segments.
@@ -210,7 +214,7 @@ class Classifier(nn.Module):
   def __call__(self, features: Array, gates: Array, train: bool = False) -> Array:
     # Attention weights the chosen segments by the softmax of a score each.
     scores = nn.Dense(1, name="scores")(features)[..., 0] if self.pooling == "attention" else None
-    h = pool(features, gates, self.pooling, scores)
+    h = pool(features, gates, self.pooling, scores=scores)
     h = Dropout(_DROPOUT, self.axis_name, name="dropout1")(h, train)
     h = nn.Dense(_HIDDEN, name="hidden")(h)
     h = nn.BatchNorm(

@@ -28,30 +28,18 @@ from gating_jax.types import Array, Path, Records
 
 POOL = "pool"
 GATINGS = ("none", "channel")
-# name: channels of each convolution, and `POOL` after those that a max pool follows
+# Channels of each convolution, and `POOL` after those that a max pool follows.
+_VGG16 = (
+  *(64, 64, POOL),
+  *(128, 128, POOL),
+  *(256, 256, 256, POOL),
+  *(512, 512, 512, POOL),
+  *(512, 512, 512, POOL),
+)
 VGGS = {
   "simple_cnn": (100, POOL, 100, POOL, 100),
   "vgg8": (64, POOL, 128, POOL, 256, 256, POOL, 512, 512, POOL),
-  "vgg16": (
-    64,
-    64,
-    POOL,
-    128,
-    128,
-    POOL,
-    256,
-    256,
-    256,
-    POOL,
-    512,
-    512,
-    512,
-    POOL,
-    512,
-    512,
-    512,
-    POOL,
-  ),
+  "vgg16": _VGG16,
 }
 
 
@@ -139,9 +127,16 @@ class VGGLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> tuple[Array, Records]:
-    # The gate multiplies the pooled map, on fewer pixels: a gate of 0 or more commutes with a max.
-    conv = ConvNorm(self.features, 3, 1, self.dtype, self.axis_name, norm=self.norm, name="conv")
+    conv = ConvNorm(
+      features=self.features,
+      window=3,
+      dtype=self.dtype,
+      axis_name=self.axis_name,
+      norm=self.norm,
+      name="conv",
+    )
     y = nn.relu(conv(x, train))
+    # The gate multiplies the pooled map, on fewer pixels: one of 0 or more commutes with a max.
     if self.pool:
       if min(y.shape[1:3]) < 2:
         raise ValueError(
@@ -152,15 +147,19 @@ class VGGLayer(nn.Module):
       y = max_pool(y[:, : y.shape[1] // 2 * 2, : y.shape[2] // 2 * 2], (2, 2), (2, 2))
     if self.gating == "none":
       return y, ()
-    per_pair = conv.macs(x.shape).per_pair
-    # An output channel costs MACs for each open channel before it, or for all inputs if ungated.
-    macs = (0, per_pair) if self.gated_input else (per_pair * x.shape[-1], 0)
-    records = ChannelGate(
-      (GatedChannels(self.features, *macs, (conv.writer,), self.readers),),
-      self.gate,
-      self.axis_name,
-      name=GATE_NAME,
-    )(x, train)
+    per_unit, per_pair = 0, conv.macs(x.shape).per_pair
+    if not self.gated_input:
+      # All input channels are read; with gates, those that are open, which are the units of the
+      # record before.
+      per_unit, per_pair = per_pair * x.shape[-1], 0
+    group = GatedChannels(
+      channels=self.features,
+      macs_per_channel=per_unit,
+      macs_per_pair=per_pair,
+      writers=(conv.writer,),
+      readers=self.readers,
+    )
+    records = ChannelGate((group,), self.gate, self.axis_name, name=GATE_NAME)(x, train)
     return apply_gates(y, records[0].gates), records
 
 

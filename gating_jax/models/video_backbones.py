@@ -41,11 +41,9 @@ class FeaturePool(nn.Module):
     return jnp.mean(x.astype(jnp.float32), axis=tuple(range(1, x.ndim - 1))), ()
 
 
-# The module and fields of a named residual net without its classifier; `settings` replace fields.
 def _clip_resnet(name: str, **settings) -> tuple[type[nn.Module], dict[str, Any]]:
-  stem, block, blocks, features, shortcut = RESNETS[name]
-  named = dict(stem=stem, block=block, blocks=blocks, features=features, shortcut=shortcut)
-  return ResNet, dict(classes=None, **{**named, **settings})
+  """Returns the module and fields of a named residual net without its classifier."""
+  return ResNet, dict(classes=None, **{**RESNETS[name]._asdict(), **settings})
 
 
 _FACTORISED = dict(stem="clip", convolution="factorised")

@@ -19,7 +19,8 @@ from tests.helpers import tiny
 
 @pytest.fixture
 def config(monkeypatch):
-  monkeypatch.setitem(resnet.RESNETS, "tiny", ("cifar", BasicBlock, (1, 1), 4, "A"))
+  net = resnet.NamedResNet("cifar", BasicBlock, (1, 1), 4, "A")
+  monkeypatch.setitem(resnet.RESNETS, "tiny", net)
 
   def make(variants, **changes):
     made = importlib.import_module("configs.digits_resnet20").get_config(

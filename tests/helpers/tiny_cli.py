@@ -3,9 +3,9 @@
 from gating_jax import cli
 from gating_jax.layers.blocks import BasicBlock
 from gating_jax.models import resnet, video_backbones
-from gating_jax.models.resnet import ResNet
+from gating_jax.models.resnet import NamedResNet, ResNet
 
-TINY = ("cifar", BasicBlock, (1,), 8, "A")
+TINY = NamedResNet("cifar", BasicBlock, (1,), 8, "A")
 TINY_LIGHT, TINY_HEAVY = (
   (ResNet, dict(classes=None, blocks=(1,), features=4, stem=stem)) for stem in ("cifar", "small")
 )
